@@ -47,7 +47,7 @@ class MismatchError(InputError):
 
 
 class MissingDependencyError(InputError):
-    """An optional package is not installed; the message says which one to install."""
+    """An optional package is not installed; the message names it."""
 
 
 class LeakError(RayrecError):

@@ -97,8 +97,7 @@ def inspect(
 ) -> Shown:
     """Look at the first rows of files before they are imported.
 
-    Shows which columns an import would take for what, how times are written, how many of the first rows it would
-    reject and why, and the command that imports the files.
+    Shows the detected column roles, the time format, the rows that would be rejected and why, and the import command.
     """
     inspection = inspect_files(format_name, paths, timezone_name)
     values: dict[str, Any] = {
@@ -145,9 +144,9 @@ CompactOption = Annotated[bool, typer.Option("--compact", help="Run rayrec compa
 def compact_parts(call: Call, *, store: StoreOption = None) -> Shown:
     """Join the parts that import --append left, and erase deleted users.
 
-    All other plays stay the same, and so does everything that was made of them; reading takes few requests again. The
-    old files stay until rayrec clean deletes them, without the rows of users whom rayrec forget or the server deleted.
-    The store rewrites its files: an SQLite file its write-ahead log, Redis its append-only file and snapshot.
+    Other plays and all artifacts stay valid. Reads need fewer requests afterwards. The old files stay until rayrec
+    clean deletes them, without the rows of users whom rayrec forget or the server deleted. The store rewrites its
+    files: an SQLite file its write-ahead log, Redis its append-only file and snapshot.
     """
     from rayrec.jobs.compact import compact as job
     from rayrec.jobs.forget import open_own_store
@@ -225,8 +224,8 @@ def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument = 
 def split(call: Call, config: SplitConfig) -> Shown:
     """Split the data set into training, validation and test range.
 
-    In time, or with --last-fraction within each user's plays. Shares of users and of songs can be held out entirely:
-    how well songs are found that no training has seen shows on the latter.
+    In time, or with --last-fraction within each user's plays. Shares of users and of songs can be held out entirely.
+    Use --held-out-songs to measure recall on songs without training data.
     """
     new_split = split_dataset(call.workspace, config)
     cuts = {name.replace("_", " "): _cut(value) for name, value in new_split.figures().items()}
@@ -301,8 +300,8 @@ def _carried_over(split: Split | None, dataset: Dataset) -> tuple[str, bool]:
     if split is None or not split.has_test:
         return "", True
     if holds_for(dataset, split):
-        return f"Split {split.id} holds on: fits see all plays except {split.test_range}.", True
-    return f"split {split.id} does not hold for the new plays; run `rayrec split --last-fraction N` again", False
+        return f"Split {split.id} stays valid: training uses all plays except {split.test_range}.", True
+    return f"split {split.id} is not valid for the new plays; run `rayrec split --last-fraction N` again", False
 
 
 def _appended(appended: Any, carried_over: tuple[str, bool]) -> Shown:

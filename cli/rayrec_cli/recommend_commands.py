@@ -284,7 +284,7 @@ def results_table(data: dict[str, Any], *, ablation: bool = False) -> Renderable
     titles = [title for _, _, title in columns]
     title = f"Recall@{usual} and MRR@{usual} over the full catalog (* is used by `recommend`)"
     if ablation:
-        title = f"What each part is worth: recall@{usual} and MRR@{usual} without it"
+        title = f"Ablation: recall@{usual} and MRR@{usual} without each part"
     return table(title, ["model", titles[0], "95 %", *titles[1:]], rows)
 
 

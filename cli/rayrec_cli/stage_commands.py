@@ -149,11 +149,11 @@ def rank(
 
 @command(songs_app, "add", example="rayrec songs add")
 def add_songs(call: Call, *, model: ModelOption = None, force: ForceOption = False) -> Shown:
-    """Give new songs vectors, from their artist, album and content.
+    """Estimate embeddings of new songs from artist, album and content.
 
-    For songs that the network has seen no play of, those that were described before anybody played them too. Neither
-    the network nor the index is made again: run rayrec taste and rayrec release create after it, and the new songs are
-    recommended. rayrec rank learns where to put them, and rayrec evaluate measures how well they are found.
+    For songs without plays in training, including songs known only from `rayrec describe`. The network and the index
+    do not change: run rayrec taste and rayrec release create after it, and the new songs are recommended. rayrec
+    rank learns where to put them, and rayrec evaluate measures how well they are found.
     """
     from rayrec.jobs.add_songs import add_songs as job
 
@@ -251,8 +251,8 @@ def _setting(value: Any) -> Any:
 def fit(call: Call, config: FitConfig, *, settings: SettingsOption = None, force: ForceOption = False) -> Shown:
     """From files of plays to recommendations: import, train, measure, release.
 
-    Format and columns are guessed. The newest plays are held back to choose by and to measure the quality on; then
-    everything is fitted on all plays and goes live.
+    Format and columns are guessed. The newest plays are used for validation; then everything is fitted on all plays and
+    goes live.
     """
     from rayrec.jobs.fit import fit as job
 
@@ -271,7 +271,7 @@ def quality_views(result: Any) -> list[RenderableType]:
         return []
     quality, title = result.quality, f"Validation: recall@20 and MRR@20 on {result.split.validation_range}"
     rows = [[name, value, f"{low:.3f}–{high:.3f}", *others] for name, value, low, high, *others in quality.table()]
-    few = f" Fewer than {FEW_QUERIES} say little." if quality.queries < FEW_QUERIES else ""
+    few = f" Fewer than {FEW_QUERIES} plays: the estimate is unreliable." if quality.queries < FEW_QUERIES else ""
     text = (
         f"Measured with models that had not seen this range, on {quality.queries:,} plays of songs new to the user "
         f"(served) and on all plays.{few} The release was then fitted on all plays."

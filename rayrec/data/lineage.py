@@ -51,7 +51,7 @@ def status(workspace: Workspace) -> dict[str, Any]:
     """Plain values: the data set's figures or None, the splits, every artifact by kind, current and live ids.
 
     Times of plays are ms UTC, sizes bytes. An artifact's `figures` are the plain numbers that its stage reported. The
-    `created_at` of a split is when it was last asked for.
+    `created_at` of a split is when it was last requested.
     """
     active = releases.active_release(workspace)
     return {
@@ -114,7 +114,7 @@ class CleanConfig(Settings):
     """What to keep."""
 
     keep: int = Field(3, ge=1, description="Releases requested last to keep beside the live one")
-    hours: float = Field(24.0, ge=0, description="Keep what was made or replaced in the last so many hours")
+    hours: float = Field(24.0, ge=0, description="Keep files changed within this many hours")
 
 
 def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:

@@ -35,13 +35,13 @@ TARGET_TITLES = {
     "offsets25_50": "25 to 50 plays ahead",
     "served25_50": "25 to 50 ahead, as served",
     "cold_songs": "songs without a play before",
-    "cold_among_cold": "these among themselves",
+    "cold_among_cold": "songs without plays, ranked only against each other",
 }  # in the order of the columns; the first sorts the models
 SUMMARY = ("served", "next", "next_repeat", "offsets25_50")
 BY_TITLES = {
     "history": "By plays of the user before the query",
     "activity": "By plays of the user in the test range",
-    "known": "Where so many plays of a user are known; 0: the same songs for everybody",
+    "known": "By number of known plays; 0: same list for all users",
     "gap": "By the pause before the session",
     "drift": "By the cosine of the session with the long-term taste before it",
     "context": "By context of the play",
@@ -513,7 +513,7 @@ def verdict(figures: Mapping[str, Sequence[Entry]], default: str) -> str:
                 return f"{recall_text}: no clear difference from the best baseline, {best} ({low:+.1f} to {high:+.1f})."
             word = "more" if more > 0 else "fewer"
             span = f"{min(abs(low), abs(high)):.1f} to {max(abs(low), abs(high)):.1f}"
-            return f"{recall_text}: {abs(more):.1f} {word} than the best baseline, {best} (surely {span})."
+            return f"{recall_text}: {abs(more):.1f} {word} than the best baseline, {best} (95 % interval {span})."
     return f"{recall_text}; the best baseline, {best}, finds {100 * recalls[best]['value']:.0f}."
 
 
@@ -574,7 +574,7 @@ def _chapters(figures: Mapping[str, Sequence[Entry]], default: str, k: int, plot
         ),
         Chapter(
             id="ablation",
-            title="Ablation: what each part is worth",
+            title="Ablation: without each part",
             tables=_some(
                 differences([entry for entry in comparisons if entry["other"] in ablated], metric)
                 for metric in ("recall", "mrr")

@@ -176,8 +176,8 @@ def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) 
     names = Counter(posixpath.basename(file.source) for file in files)
     if config.times == "positions" and not config.user_separator and len(names) < len(files):
         raise InputError(
-            f"{names.most_common(1)[0][0]} is there twice, and lines without a user are named by file and number; "
-            "rename one of the files"
+            f"Two files are named {names.most_common(1)[0][0]}. Without users, IDs are made from file name and line; "
+            "rename one"
         )
     reader = config.reader()
     damaged = dict(damaged or {})

@@ -23,11 +23,11 @@ KIND = "added_songs"
 
 @writes("songs add")
 def add_songs(workspace: Workspace, *, model_id: str | None = None, repeat: bool = False) -> Manifest:
-    """Give every song of the catalog that the network has no vector of the one it can be expected to get.
+    """Estimate an embedding for every song of the catalog without plays in training.
 
     What is known of it is its artist, its album, its content, and what was played around its plays since the training.
-    Songs that were described and are not in the catalog yet come into it. Neither the network nor the index is made
-    anew: what is written grows with the added songs alone. The map from content to vectors is learned once for a model.
+    Songs that were described and are not in the catalog yet come into it. The network and the index do not change:
+    what is written grows with the added songs alone. The map from content to vectors is learned once for a model.
 
     Metrics: seconds; new_songs, those that came into the catalog; songs, those with a vector now; with_content;
     with_plays, those that were played since the training; rows_read, songs of the same artists and albums;

@@ -33,10 +33,10 @@ class Compacted:
 def compact(workspace: Workspace) -> Compacted:
     """Erase the rows of deleted users from all files, and join the parts of the data set.
 
-    All other plays stay the same; so does all that was made of them.
-    Parts stay apart where tastes end that a later `rayrec taste` goes on from, or that a release among the
-    last two uses. Whoever reads the data set already reads the old files, which stay until `rayrec clean`. A killed
-    compaction leaves the data set as it was, and goes on with the buckets that are missing. The impression log is
+    Other plays and all artifacts stay valid.
+    Parts stay apart where tastes end that a later `rayrec taste` continues, or that a release among the
+    last two uses. Running readers keep to the old files, which stay until `rayrec clean`. A killed
+    compaction leaves the data set as it was; the next one continues with the missing buckets. The impression log is
     compacted, too.
     """
     compact_impressions(workspace)

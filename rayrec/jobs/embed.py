@@ -26,7 +26,7 @@ from rayrec.storage.workspace import Workspace
 
 @writes("embed")
 def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = None, repeat: bool = False) -> Manifest:
-    """Make the song vectors of a data set: vectors.npy, and with a validation range selection_vectors.npy.
+    """Compute the song embeddings of a data set: vectors.npy, and with a validation range selection_vectors.npy.
 
     The first are fitted on all that a final fit may see, the second without the validation range.
     Vectors from outside are taken as they are, for both. Metrics: seconds, the figures of

@@ -293,7 +293,7 @@ def evaluate_prefixes(
     Models are those made for `split`, or without one those made of all plays, and baselines are
     fitted likewise. The manifest's metrics hold default, what `summary` gives, pairs, unknown_targets (misses, all
     of them), unknown_items and seconds; results (users all, targets served and next), comparisons and the health of
-    the song vectors are in results.json, see `read_figures`.
+    the song embeddings are in results.json, see `read_figures`.
 
     Raises `InputError` for a file without pairs or with a line that cannot be read, else as `evaluate`.
     """

@@ -197,11 +197,12 @@ def fit(
     on_stage: Callable[[Outcome], None] = lambda outcome: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> FitResult:
-    """Import plays, hold back the newest to choose by, fit everything on all plays and make the release live.
+    """Import plays, use the newest for validation, fit everything on all plays and make the release live.
 
     `settings` are those of the stages, section -> name -> value, as in a pipeline file; those of `train` default to
     ones that suit the number of plays. Stages whose inputs and settings have not changed are skipped, unless with
-    `force`. `on_stage` hears of each stage as it ends, `on_note` of what was guessed, rejected and held back.
+    `force`. `on_stage` is called after each stage, `on_note` with texts on what was guessed, rejected
+    and used for validation.
 
     The quality is that of the networks, retrieval and rankers that have not seen the validation range, on queries of
     the users by whom the rankers were not trained. Raises `InputError` for files that cannot be read, for unknown
@@ -254,7 +255,7 @@ def fit_models(stages: Stages, configs: Mapping[str, Settings]) -> None:
     stages.run("songs")  # before the rankers, which then learn where new songs belong
     if stages.split is None:
         for name in ("retrieval", "rank"):
-            stages.leave_out(name, "rankers need plays that are held back")
+            stages.leave_out(name, "rankers need a validation range")
         return
     for name in ("retrieval", "rank"):
         stages.run(name, configs[name])
@@ -358,7 +359,7 @@ def _checked(settings: Sections) -> dict[str, dict[str, Any]]:
 def _held_back(split: Split | None, plays: int) -> str:
     if split is None:
         return (
-            f"{plays:,} plays are too few to hold some back: settings are not chosen, quality is not measured, and "
-            "recommendations come without rankers"
+            f"{plays:,} are too few plays for a validation range: settings are not chosen, quality is not measured, "
+            "and recommendations come without rankers"
         )
-    return f"Holding back {split.validation_range}, to choose by; then everything is fitted on all plays"
+    return f"Validation range: {split.validation_range}; the final models use all plays"

@@ -83,7 +83,7 @@ def forget_users(workspace: Workspace, user_ids: Sequence[str], *, store: str | 
     ids = [spell_id(user_id) for user_id in user_ids]
     for raw_id, user_id in zip(user_ids, ids, strict=True):
         if user_id is None:
-            raise InputError(f"{raw_id!r} is no user ID; expected text that is not empty")
+            raise InputError(f"{raw_id!r} is not a valid user ID; expected text that is not empty")
     known, at = list(dict.fromkeys(filter(None, ids))), now_ms()
     dataset = Dataset(workspace)
     mark_forgotten(workspace, known, at)
@@ -340,7 +340,8 @@ class _Manifests:
         for path, expected in files.items():
             if path in self._erased and self._erased[path].before != expected:
                 raise DamagedArtifactError(
-                    f"{path} does not match the checksum in its manifest; restore it, or make it again with --force"
+                    f"{path} does not match the checksum in its manifest; restore it, or run its command again with "
+                    "--force"
                 )
 
     def _renewed(self, files: Mapping[str, str], folder: str) -> dict[str, str]:

@@ -19,8 +19,8 @@ def import_data(workspace: Workspace, config: ImportConfig, *, repeat: bool = Fa
     """Make the data set of a workspace, or add playlists to its plays or plays to its playlists.
 
     Work that is done already is kept: the same import again returns the data set that is there, and
-    one that was killed goes on with the units and buckets that are missing, as does one of other files
-    with the units that an unfinished one has read in the same way. Song rows that exist never change.
+    a killed one continues with the missing units and buckets, and one of other files reuses the units that an
+    unfinished one has read in the same way. Song rows that exist never change.
     `repeat` replaces the plays (or playlists) that are there; without playlists (or plays) beside them it
     replaces the vocabulary too.
 
@@ -38,8 +38,8 @@ def append_plays(workspace: Workspace, config: ImportConfig) -> ImportResult:
 
     Plays that are there already are merged and counted: the same files again change nothing, and
     files that were appended under the same names and dates are not read again. The fewest plays that
-    users and songs must have are asked of new users and new songs only. A killed append leaves the
-    data set as it was, and goes on where it was.
+    users and songs must have apply to new users and new songs only. A killed append leaves the
+    data set as it was; the same append continues it.
 
     Raises `InputError` where no plays are there, for playlists, and for plays without times.
     """

@@ -32,7 +32,8 @@ class PlaysConfig(Settings):
     )
     timezone: Annotated[str | None, AfterValidator(known_zone)] = Field(
         None,
-        description="Time zone of times without one, such as Europe/Berlin; default: UTC, in an update that of the fit",
+        description="Time zone of times without one, such as Europe/Berlin; default: UTC; for `update`, the zone "
+        "used by `fit`",
     )
     max_rejected: float | None = Field(
         None,

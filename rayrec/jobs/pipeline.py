@@ -93,7 +93,7 @@ def run(
     `source` is a TOML file, or its content, with a section of settings for each stage. import,
     generate and split run only where there is a section, rank and evaluate only after a split, the rest
     always. Without enough queries for rankers, rank is left out. `force` repeats what is done already. `on_stage`
-    hears of each stage as it ends, `on_note` of rows that the import rejected.
+    is called after each stage, `on_note` with a text on rows that the import rejected.
 
     Raises `InputError` for unknown sections or settings, and `MissingDependencyError` without faiss, before any work
     begins; `TooManyRejectedError` where more rows are rejected than the section import allows.
@@ -161,7 +161,7 @@ class Stages:
         on_stage: Callable[[Outcome], None] = lambda outcome: None,
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`force` repeats what is done already; `on_stage` hears of each stage's end, `on_note` of rejected rows."""
+        """`force` repeats what is done already; `on_stage` is called after each stage, `on_note` with texts."""
         self.workspace, self.force, self.on_stage, self.on_note = workspace, force, on_stage, on_note
         self.split: Split | None = None  # of the stages that follow
         self.start: str | None = None  # id of the model that `train` starts from
@@ -377,7 +377,7 @@ def demo(
     """Generate plays, run every stage, recommend to one user as if three minutes after the last play.
 
     In a workspace that holds the demo already the stages are skipped, as in every other run: the
-    plays come from a seed, so doing it all again would show the same figures. `force` does it again.
+    plays come from a seed, so a new run would show the same figures. `force` recomputes them.
     Raises `InputError` in a workspace that holds other data, which it never replaces, and `MissingDependencyError`
     without faiss.
     """

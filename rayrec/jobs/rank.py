@@ -200,7 +200,7 @@ def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval
     split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
     if split is None or not workspace.exists(f"{model.path(SELECTION_NETWORK)}/model.safetensors"):
         raise TooFewQueriesError(
-            f"model {model.id} held back no validation range to learn a ranker from; "
+            f"model {model.id} has no validation range to train a ranker on; "
             "run `rayrec split`, `rayrec embed` and `rayrec train` first"
         )
     if split.id != retrieval.inputs.get("split"):

@@ -70,7 +70,7 @@ def recommend_all(
     fewer songs qualify; with explore also probabilities list<float64>, null for songs not explored. Metrics: seconds,
     users, songs (of all rows) and buckets_computed.
 
-    Raises `InputError` where reasons are asked for, `MismatchError` for parts of another data set.
+    Raises `InputError` where reasons are requested, `MismatchError` for parts of another data set.
     """
     if config.explain:
         raise InputError("reasons are given for one user at a time; leave out --explain, or give --user ID")

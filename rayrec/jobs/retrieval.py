@@ -57,7 +57,7 @@ def fit_retrieval(
     that it has not seen.
 
     Metrics: seconds, plays, sessions, rules, artists, albums and base ("": none), the retrieval that was added to. A
-    killed job goes on with what is left.
+    killed job continues with what is left.
     Raises `MismatchError` for a split of another data set.
     """
     erase_forgotten(workspace)

@@ -33,7 +33,7 @@ def compute_tastes(
 ) -> Manifest:
     """Compute the taste vectors of all users; the tastes artifact.
 
-    Goes on from the newest tastes of the model, unless `config.full` or `repeat` ask for all plays;
+    Continues the newest tastes of the model, unless `config.full` or `repeat` ask for all plays;
     either way the rows are the same. Metrics: seconds, users, plays, plays_per_second,
     buckets_computed, base ("": none) and the fields of `Counts`.
 

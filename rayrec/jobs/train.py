@@ -52,15 +52,15 @@ def train(
     """Train the taste network; the models artifact.
 
     With `from_id` it starts from the weights of that model, made of the same data set or of one that this one
-    descends from, on its song vectors; new songs start at random. Where that model was fit on the validation range
+    descends from, on its song embeddings; new songs start at random. Where that model was fit on the validation range
     nothing can be chosen there: the training then takes a quarter of the epochs that the model took.
 
-    `unfinished` says what to do with a training of the same settings that was stopped: go on from its last
-    checkpoint, start over, or refuse, so that nobody loses hours of work by a second start.
+    `unfinished` says what to do with a training of the same settings that was stopped: resume from its
+    last checkpoint, start over, or refuse, so that a second start does not lose hours of work.
 
-    Raises `MismatchError` for song vectors of another data set or split, `InputError` for an unfinished training
+    Raises `MismatchError` for song embeddings of another data set or split, `InputError` for an unfinished training
     that nothing is said about and for a horizon in days of data without times, `DivergedError` where the loss or a
-    weight is not finite any more, and `RayrecError` where Ray Train gives up.
+    weight is not finite, and `RayrecError` where Ray Train gives up.
     """
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
@@ -88,13 +88,11 @@ def train(
         workspace.delete(manifest.folder)
     elif unfinished == "ask":
         raise InputError(
-            f"a training of the same settings was stopped and left a checkpoint ({manifest.folder}); go on from it "
+            f"a training of the same settings was stopped and left a checkpoint ({manifest.folder}); continue it "
             "with --resume, or delete it and start over with --restart"
         )
     elif not config.workers:
-        raise InputError(
-            "a training without workers cannot go on from a checkpoint; give --workers 1 or more, or --restart"
-        )
+        raise InputError("--workers 0 cannot resume a checkpoint; give --workers 1 or more, or --restart")
     with ray_cluster():
         plan = plan_training(dataset, config, songs, split, manifest, start)
         if start is not None:
@@ -117,8 +115,8 @@ def _require_start(dataset: Dataset, start: Manifest, split: Split | None) -> No
     """Raises `MismatchError` for a model of other data, `LeakError` for one fit on plays that must not be seen."""
     if not dataset.descends_from(start.inputs["dataset"]):
         raise MismatchError(
-            f"model {start.id} was trained on data set {start.inputs['dataset']}, of which {dataset.manifest.id} is no "
-            "continuation; train without --from"
+            f"model {start.id} was trained on data set {start.inputs['dataset']}; data set {dataset.manifest.id} "
+            "does not extend it; train without --from"
         )
     if split is None:
         return
@@ -185,8 +183,8 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
     figures = dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
     if not figures["loss"]:
         raise RayrecError(
-            f"no training example: no sequence of the {config.source} holds a play and one "
-            f"{' or '.join(map(str, config.horizons.values()))}; use nearer horizons"
+            f"none of the {config.source} is long enough for a horizon of "
+            f"{' or '.join(map(str, config.horizons.values()))}; use smaller offsets"
         )
     return figures
 

@@ -44,11 +44,11 @@ def tune(
 ) -> Manifest:
     """Try the settings of a TOML file and keep tunings/<id>/ with the table of trials and the best settings.
 
-    Each trial fits song vectors and a network on the range before the validation range. An
-    interrupted sweep goes on where it was: the trials in its table are not repeated. The models of
+    Each trial fits song embeddings and a network on the range before the validation range. An
+    interrupted sweep continues: the trials in its table are not repeated. The models of
     trials are deleted once they are measured, and at the end all song embeddings that the sweep made but
     the best. Metrics: trials (rows of the table), best (settings), best_ndcg and seconds. `on_trial`
-    hears of each row as it is there, and of how many there will be.
+    is called with each row and the number of all rows.
 
     Raises `InputError` for a file as `read_trials` does, and where there is no validation range.
     """
@@ -123,7 +123,9 @@ def _try(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, Manifes
         LOGGER.warning("%s; the trial has no figure", error)
         model, ndcg, epochs, seconds = None, None, None, time.monotonic() - began
     if model is not None and ndcg is None:
-        raise InputError("the validation range holds no play with an earlier one; make a split with a longer one")
+        raise InputError(
+            "no play in the validation range has an earlier play by the same user; use more validation days"
+        )
     songs_made = songs.id not in songs_before
     row = {
         **trial.varied,

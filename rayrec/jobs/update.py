@@ -79,9 +79,9 @@ def update(
     on_stage: Callable[[Outcome], None] = lambda outcome: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> UpdateResult:
-    """Append plays and bring everything up to date with them; the new release goes live where it holds.
+    """Append plays and bring everything up to date with them; activate the new release unless it is worse.
 
-    Tastes and retrieval take in the new plays, users and songs. Where more than `train_share` of all plays are
+    Tastes and retrieval then cover the new plays, users and songs. Where more than `train_share` of all plays are
     newer than the model, or with `train`, its training is continued and rankers are learned again. The new release is
     compared with the live one on the newest plays, which neither has seen: fitted without them it must reach the live
     one's recall@20 as served, less 0.005. A release with the same model goes live unchecked where the new plays are too
@@ -90,7 +90,7 @@ def update(
     Times without a zone are of the time zone of the first import, unless `timezone` names another; the share of a song
     below which a play counts as skipped is that of the first import.
 
-    `on_stage` hears of each stage as it ends, `on_note` of what was guessed, rejected and found new. Raises
+    `on_stage` is called after each stage, `on_note` with texts on what was guessed, rejected and new. Raises
     `MissingDependencyError` without faiss, `InputError` where no release is live and for files that cannot be read, and
     `TooManyRejectedError` where more rows are rejected than `max_rejected` allows.
     """
@@ -204,7 +204,7 @@ class _Update:
         try:
             stages.run("train", configs["train"])
         except MismatchError as error:
-            self.on_note(f"The training starts from nothing: {str(error).partition(';')[0]}")
+            self.on_note(f"Training from scratch: {str(error).partition(';')[0]}")
             stages.start = None
             fit_models(stages, configs)
             return
@@ -283,8 +283,8 @@ def _verdict(quality: Quality | None, trained: bool) -> tuple[bool, str]:
     """Whether the new release may go live, and why."""
     if quality is None:
         if trained:
-            return False, "the new plays hold no query to check the new model on"
-        return True, "the model is the same, and the new plays are too few to check it on"
+            return False, "the new plays contain no play to compare the models on"
+        return True, "the model is the same, and the new plays are too few for a comparison"
     new, live = quality.value(NEW) or 0.0, quality.value(LIVE) or 0.0
     compared = f"recall@20 as served on {quality.queries:,} new queries is {new:.3f}, the live release's {live:.3f}"
     return new >= live - TOLERANCE, compared

@@ -488,7 +488,7 @@ def verify_workspace(workspace: Workspace) -> Audit:
     Problems: a file that is missing, differs or is listed in no manifest, a user who is missing or
     there twice, vectors that are not finite and normalized, an index that is not that of its model,
     a release whose parts do not fit. Notes: what unfinished jobs have left, and what was made of
-    something that is not there any more.
+    something that is no longer there.
     """
     with progress("verify") as bar:
         audit = Audit(workspace=workspace, bar=bar)

@@ -207,8 +207,7 @@ class TrainConfig(Settings):
     )
     input_table: bool = Field(
         True,
-        description="Train a table of its own for songs as inputs, so that a song need not be near its followers; only "
-        "with a trained song table",
+        description="Train separate input embeddings (untied weights); only with a trained song table",
     )
     table_learning_rate: float = Field(0.002, gt=0, description="Adam learning rate of the song tables")
     averaged_steps: int = Field(

@@ -192,7 +192,7 @@ class TreeModel:
             return cls(lightgbm.Booster(model_str=text))
         except lightgbm.basic.LightGBMError as error:
             raise DamagedArtifactError(
-                f"{folder}/{name}.trees.txt is no model that LightGBM reads; train the ranker again"
+                f"{folder}/{name}.trees.txt is not a valid LightGBM model; train the ranker again"
             ) from error
 
 
@@ -368,8 +368,8 @@ def _models(examples: RankingExamples, names: list[str], settings: RankerSetting
     grown, checked = (examples.take(examples.found & part) for part in (~examples.held_out, examples.held_out))
     if not len(grown) or not len(checked):
         raise TooFewQueriesError(
-            f"a ranker learns from queries whose right song is a candidate; there are {len(grown)} to learn from "
-            f"and {len(checked)} to check on: give a split with more validation days"
+            f"too few queries with the right song among the candidates: {len(grown)} for training, {len(checked)} for "
+            "checking; use more validation days"
         )
     models: list[tuple[Model, Learn]] = []  # the simplest first
     if len(grown) < FEW_QUERIES:

@@ -164,6 +164,6 @@ def lock_holder(workspace: Workspace) -> Holder | None:
 
 
 def unlock(workspace: Workspace) -> None:
-    """Delete the lock of a workspace on object storage, whoever holds it."""
+    """Delete the lock of a workspace on object storage, even while a job holds it."""
     if not workspace.is_local:
         workspace.delete(LOCK_HOLDER)

@@ -230,7 +230,7 @@ def cached(filesystem: pafs.FileSystem, info: pafs.FileInfo, sha256: str | None 
     path = made_once(_version(filesystem, info), info.base_name, copy)
     if sha256 is not None and _digest(filesystem, info) != sha256:
         path.unlink(missing_ok=True)
-        raise DamagedArtifactError(f"{info.path} does not match its checksum; make it again")
+        raise DamagedArtifactError(f"{info.path} does not match its checksum; run its command again with --force")
     return path
 
 

@@ -63,7 +63,7 @@ def create_release(
     activate: bool = True,
     metrics: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Tie a model, its song vectors, tastes, index, rankers and their retrieval and the data set together under one id.
+    """Bundle a model, its song embeddings, tastes, index, rankers, retrieval and the data set under one id.
 
     What is not named is what was requested last: the model of the data set, its tastes and its index, the songs added
     to it, its rankers, and the retrieval that they were learned with.

@@ -27,7 +27,7 @@ class Adder:
 
     def __call__(self, unit: int) -> dict[str, int]:
         if self.refuse and unit == 3:
-            raise DamagedArtifactError("bucket 3 is damaged; make it again")
+            raise DamagedArtifactError("bucket 3 is damaged; run its command again")
         return {"unit": int(unit), "sum": int(unit + self.number.sum())}
 
 

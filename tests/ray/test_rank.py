@@ -178,5 +178,5 @@ def test_a_model_without_a_validation_range_teaches_no_ranker(world: Workspace, 
     everything = train(world, SMALL.replace(workers=0, epochs=1), split=None)
     for cut in (None, split):
         retrieval = fit_retrieval(world, SETTINGS, split=cut)
-        with pytest.raises(InputError, match="held back no validation range"):
+        with pytest.raises(InputError, match="has no validation range"):
             fit_rankers(world, RankConfig(), model_id=everything.id, retrieval_id=retrieval.id)

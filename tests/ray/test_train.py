@@ -334,10 +334,10 @@ def test_an_unfinished_training_asks_what_to_do(
     config = CONFIG.replace(workers=1, seed=5)
     with pytest.raises(RayrecError, match="training failed"):
         train(world, config, split=split)
-    with pytest.raises(InputError, match="go on from it with --resume, or delete it and start over with --restart"):
+    with pytest.raises(InputError, match="continue it with --resume, or delete it and start over with --restart"):
         train(world, config, split=split)
     monkeypatch.setattr(job, "train_worker", trainer.train_worker)
-    with pytest.raises(InputError, match="without workers cannot go on from a checkpoint"):
+    with pytest.raises(InputError, match="--workers 0 cannot resume a checkpoint"):
         train(world, config.replace(workers=0), split=split, unfinished="resume")
     made = train(world, config.replace(workers=0), split=split, unfinished="restart")
     assert made.metrics["plays"] > 0

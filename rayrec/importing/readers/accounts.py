@@ -108,9 +108,9 @@ def check_accounts(sources: Sequence[str], user: str, name_of: Callable[[str], s
     for account, folders in exports.items():
         if len(folders) > 1:
             raise InputError(
-                f"{' and '.join(sorted(folders)[:3])} would both be plays of the user {account!r}, since the files do "
-                "not say whose they are; give --user NAME if they are of one person, else import each folder with its "
-                "own --user, the second with --append"
+                f"Folders {' and '.join(sorted(folders)[:3])} would both be imported as user {account!r}; the files "
+                "name no user. Give --user NAME if they are one person's, else import each folder with its own --user, "
+                "the second with --append"
             )
         mixed = sorted(folders & set(named))
         if mixed:
@@ -121,4 +121,4 @@ def check_accounts(sources: Sequence[str], user: str, name_of: Callable[[str], s
     if not exports:
         return []
     names = ", ".join(map(repr, sorted(exports)[:5])) + (" ..." if len(exports) > 5 else "")
-    return [f"Files that do not say whose plays they hold are of {names}, after their folders; --user NAME overrides."]
+    return [f"No user in the files: using the folder names as user IDs ({names}). Pass --user NAME to override."]

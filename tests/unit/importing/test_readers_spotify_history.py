@@ -127,7 +127,7 @@ def test_two_people_with_the_default_folder_are_two_users_and_it_is_said(tmp_pat
     users = [read(file, [record(username=None)]).rows.column("user_id").to_pylist() for file in files]
     assert users == [["ann"], ["bob"]]
     assert accounts(*files) == [
-        "Files that do not say whose plays they hold are of 'ann', 'bob', after their folders; --user NAME overrides."
+        "No user in the files: using the folder names as user IDs ('ann', 'bob'). Pass --user NAME to override."
     ]
 
 
@@ -137,7 +137,7 @@ def test_two_folders_that_would_be_one_user_are_refused(tmp_path: Path) -> None:
     for file in files:
         read(file, [record(username=None)])
     for two in (files[:2], files[2:]):
-        with pytest.raises(InputError, match="would both be plays of the user"):
+        with pytest.raises(InputError, match="would both be imported as user"):
             accounts(*two)
         assert accounts(*two, user="me") == []
 

@@ -62,7 +62,7 @@ def test_a_file_becomes_a_live_release_that_answers_with_rankers(
     assert validation["verdict"].startswith("two-step finds ")
     columns = "csv: user = user_id, song = track, played_at = timestamp, title = title, artist = artist"
     assert notes[0] == f"Reading as {columns}; times without a zone are UTC"
-    assert notes[1].startswith("Holding back the plays from ")
+    assert notes[1].startswith("Validation range: the plays from ")
     assert len(result.answer.songs) == 5
 
 

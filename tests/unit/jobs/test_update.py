@@ -149,7 +149,7 @@ def test_few_new_plays_go_live_unchecked_and_states_follow_where_there_is_a_stor
     opened.close()
     result = updated(fitted, path)
     assert (result.live, result.quality) == (True, None)
-    assert "too few to check" in result.reason
+    assert "too few for a comparison" in result.reason
     assert result.states is not None
     assert result.states.users == 150
 
