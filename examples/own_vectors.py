@@ -1,4 +1,4 @@
-"""Song vectors of your own, here from audio: python examples/own_vectors.py audio-folder workspace
+"""Song embeddings of your own, here from audio: python examples/own_vectors.py audio-folder workspace
 
 The workspace holds a data set; the folder holds one WAV file a song, named by the song's id. The
 features below are simple on purpose, energies of frequency bands: put your own model in their place.
@@ -43,7 +43,7 @@ def main(audio: str, folder: str) -> None:
         np.save(table, vectors, allow_pickle=False)
         table.with_suffix(".ids.txt").write_text("\n".join(path.stem for path in files))
         made = rayrec.embed(rayrec.Workspace(folder), rayrec.EmbedConfig(vectors=str(table)))
-    print(f"song vectors {made.id}: {made.metrics['coverage']:.0%} of the plays are of songs that have one")
+    print(f"song embeddings {made.id}: {made.metrics['coverage']:.0%} of the plays are of songs that have one")
     for row in made.metrics["neighbours"]:
         print(f"  {row['song']}: {', '.join(row['neighbours'][:3])}")
     print("next: rayrec train, which starts from them, or rayrec train --song-table frozen, which keeps them")

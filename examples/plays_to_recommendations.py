@@ -19,7 +19,7 @@ world = rayrec.GenerateConfig(users=600, songs=120, artists=24, genres=6, plays=
 plays = rayrec.generate(workspace, world)
 print(f"{plays.plays:,} plays of {plays.users:,} users over {plays.songs:,} songs")
 
-# %% The last days are held back: nothing that learns ever sees them
+# %% Split: the last days are for validation and test, and no training uses the test range
 split = rayrec.split_dataset(workspace, rayrec.SplitConfig(test_days=20.0, validation_days=7.0))
 
 # %% Song embeddings by word2vec over sessions
