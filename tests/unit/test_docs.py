@@ -103,7 +103,7 @@ def test_python_in_pages_imports_what_is_there(page: str, block: str) -> None:
 WORDS = runpy.run_path(str(ROOT / "tests" / "unit" / "test_words.py"))["PATTERN"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAME.get)
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / "docs" / name for name in GENERATED)], ids=lambda page: page.name)
 def test_pages_hold_no_banned_word(page: Path) -> None:
     lines = enumerate(page.read_text("utf-8").splitlines(), 1)
     assert not [f"line {number}: {line}" for number, line in lines if WORDS.search(line)]
