@@ -19,7 +19,7 @@ from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.online.redis_store import PASSWORD_VARIABLE
 from rayrec.serving.deployments import DeploymentConfig, build
 from rayrec.serving.middleware import VARIABLE as KEYS_VARIABLE
-from rayrec.serving.run import SERVE_SETTINGS
+from rayrec.serving.run import REQUEST_SECONDS, SERVE_SETTINGS
 from rayrec_cli.main import app
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -65,6 +65,29 @@ def test_serve_runs_on_a_cluster_as_it_does_under_rayrec_serve() -> None:
     ]
     assert len(runs) == 2
     assert all(f"Path('{Path(wrapper).parent}')" in run for run in runs)
+
+
+def test_kubernetes_waits_for_the_requests_at_work_and_leaves_serve_as_the_image_sets_it() -> None:
+    (spec,) = (spec for name, spec in ray_clusters() if name == "rayservice.yaml")
+    replica: Any = build(serve_config()["applications"][0]["args"])._bound_deployment
+    longest = REQUEST_SECONDS + replica._deployment_config.graceful_shutdown_timeout_s
+    for pod in pods(spec):
+        assert pod["terminationGracePeriodSeconds"] > longest
+        (container,) = pod["containers"]
+        assert {item["name"] for item in container["env"]}.isdisjoint(SERVE_SETTINGS)
+
+
+def test_replicas_on_a_cluster_come_and_go_with_the_requests_at_work() -> None:
+    arguments = serve_config()["applications"][0]["args"]
+    replica: Any = build(arguments)._bound_deployment
+    scaling = replica._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.initial_replicas) == (arguments["replicas"], arguments["replicas"])
+    assert scaling.max_replicas == arguments["max_replicas"] > arguments["replicas"]
+    assert scaling.target_ongoing_requests == arguments["target_ongoing"]
+    (spec,) = (spec for name, spec in ray_clusters() if name == "rayservice.yaml")
+    (group,) = spec["workerGroupSpecs"]
+    assert spec["enableInTreeAutoscaling"]
+    assert (group["minReplicas"], group["maxReplicas"]) == (arguments["replicas"], arguments["max_replicas"])
 
 
 def test_ray_is_the_pinned_one_everywhere() -> None:
