@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from served import Client, service, write_release
+from stores import needs_redis
 from without_ray import without_ray
 from worlds import random_vectors, write_song_vectors
 
+from rayrec.bench.redis_servers import RedisServer
 from rayrec.data.dataset import Dataset, read_forgotten, read_waiting
 from rayrec.errors import DamagedArtifactError, NotFoundError
 from rayrec.importing.import_plan import ImportConfig
@@ -29,7 +31,8 @@ from rayrec.jobs.verify import verify_workspace
 from rayrec.model.taste_table import tastes_file
 from rayrec.model.train_config import TasteConfig
 from rayrec.online.load_states import load_states
-from rayrec.online.state_store import open_store, store_uri
+from rayrec.online.state_codec import unpack_state
+from rayrec.online.state_store import StateStore, open_store, store_uri
 from rayrec.recommend.answer import RecommendConfig
 from rayrec.storage import artifacts, releases
 from rayrec.storage.workspace import IMPORT_STAGING, Workspace
@@ -278,6 +281,52 @@ def test_plays_from_before_bring_nobody_back_and_later_ones_are_a_new_users(
     compact(world)
     assert files_naming(root(world), GONE[1]) == []
     require_sound(world)
+
+
+@needs_redis
+def test_redis_keeps_no_bytes_of_a_deleted_user(world: Workspace, tmp_path: Path) -> None:
+    """Neither in memory nor in its files: the append-only file holds them until `compact`."""
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    server = RedisServer(folder, "--rdbcompression", "no")  # so that bytes are found in the base of that file, too
+    server.start()
+    try:
+        store = open_store(server.uri, Dataset(world).lineage)
+        load_states(Dataset(world), store, releases.list_releases(world)[-1])
+        kept = [user_bytes(store, user) for user in OTHERS]
+        gone = [user_bytes(store, user) for user in GONE]
+        assert all(count_in(folder, each) == 1 for each in [*kept, *gone])
+        forget = ["--workspace", world.uri, "forget", "--store", server.uri]
+        with service(world, store=server.uri) as opened:
+            app = Client(opened)
+            assert app.request("DELETE", f"/v1/users/{GONE[1]}").status_code == 204
+            assert main([*forget, "--user", GONE[0]]) == 0
+            assert app.get(f"/v1/users/{GONE[1]}/taste").status_code == 404
+        assert main([*forget, "--user", GONE[2], "--compact"]) == 0
+        assert [count_in(folder, each) for each in gone] == [0] * len(GONE)
+        assert [count_in(folder, each) for each in kept] == [1] * len(OTHERS)
+        assert [user_bytes(store, user) for user in OTHERS] == kept
+        for whole in store.read(GONE):
+            assert whole is not None
+            assert unpack_state(whole.stored.state).forgotten
+            assert (whole.log, whole.heard) == ([], None)
+        assert load_states(Dataset(world), store, releases.list_releases(world)[-1], repeat=True).added == 0
+        store.close()
+    finally:
+        server.kill()
+
+
+def user_bytes(store: StateStore, user: str) -> tuple[bytes, ...]:
+    """The packed state and the packed plays of a user."""
+    (whole,) = store.read([user])
+    assert whole is not None
+    return (whole.stored.state, *whole.log)
+
+
+def count_in(folder: Path, parts: tuple[bytes, ...]) -> float:
+    """In how many files of a folder some bytes are, on average of all parts."""
+    files = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    return sum(part in data for data in files for part in parts) / len(parts)
 
 
 @pytest.mark.parametrize("step", ["third file", "first move", "second move", "last"])
