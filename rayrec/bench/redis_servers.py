@@ -101,13 +101,11 @@ class RedisCluster:
         """Those that run and are primaries now."""
         return [node for node in self.nodes if node.process is not None and node.ask("ROLE")[0] == b"master"]
 
-    def fail_over(self, random: random.Random) -> RedisServer:
-        """Kill a primary, and return it when its replica has taken over; it is down until it is started again."""
-        primary = random.choice(self.primaries())
+    def fail_over(self, primary: RedisServer) -> None:
+        """Kill a primary, and return when its replica has taken over; it is down until it is started again."""
         wait_until(lambda: primary.ask("ROLE")[2], f"the primary at port {primary.port} has no replica")
         primary.kill()
         wait_until(lambda: len(self.primaries()) == PRIMARIES, "no replica took over")
-        return primary
 
 
 @contextmanager

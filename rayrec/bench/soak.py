@@ -158,8 +158,9 @@ async def _fail_over(config: SoakBenchConfig, end: float, cluster: RedisCluster 
     failovers, choices = 0, random.Random(config.seed)
     await asyncio.sleep(config.kill_seconds / 2)
     while cluster is not None and time.monotonic() < end:
-        killed = await asyncio.to_thread(cluster.fail_over, choices)
-        await asyncio.to_thread(killed.start)
+        primary = choices.choice(await asyncio.to_thread(cluster.primaries))
+        await asyncio.to_thread(cluster.fail_over, primary)
+        await asyncio.to_thread(primary.start)
         failovers += 1
         await asyncio.sleep(config.kill_seconds)
     return failovers

@@ -1,14 +1,14 @@
 """The store on a real Redis Cluster: three nodes, slots that move and a node that fails while users are written."""
 
-import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 from stores import needs_redis_cli
 
@@ -17,6 +17,7 @@ from rayrec.online.redis_store import REPLICA_MS, RedisStore
 from rayrec.online.state_store import NOT_THERE, Change, Piece, StateStore, StoreUnavailableError, open_store
 
 USERS = [f"user {number}" for number in range(60)]
+T = TypeVar("T")
 pytestmark = needs_redis_cli
 
 
@@ -55,10 +56,15 @@ def write_once(store: StateStore, versions: dict[str, int]) -> None:
 
 
 def read_again(store: StateStore) -> list[Any]:
+    return again(lambda: store.get({user: [] for user in USERS}))
+
+
+def again(call: Callable[[], T]) -> T:
+    """The answer of the store, however long it takes to come back."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         try:
-            return store.get({user: [] for user in USERS})
+            return call()
         except StoreUnavailableError:
             time.sleep(0.1)
     raise AssertionError("the store did not come back")
@@ -100,7 +106,7 @@ def test_a_replica_takes_over_and_no_acknowledged_play_is_lost(cluster: RedisClu
     versions = dict.fromkeys(USERS, NOT_THERE)
     for _ in range(2):
         write_once(store, versions)
-    cluster.fail_over(random.Random(0))  # right after the last put was acknowledged
+    cluster.fail_over(cluster.primaries()[0])  # right after the last put was acknowledged
     assert [stored.version for stored in read_again(store)] == [2] * len(USERS)
     for _ in range(3):
         write_once(store, versions)
@@ -108,6 +114,34 @@ def test_a_replica_takes_over_and_no_acknowledged_play_is_lost(cluster: RedisClu
     for whole in store.read(USERS):
         assert whole is not None
         assert sorted(int(piece) for piece in whole.log) == [1, 2, 3, 4, 5]
+    store.close()
+
+
+def test_online_songs_and_marks_of_loads_survive_the_failure_of_the_node_that_holds_them(
+    cluster: RedisCluster,
+) -> None:
+    store = open_store(cluster.uri, "n")
+    for bucket in range(3):
+        store.mark_loaded("tastes", bucket, f"{bucket} is done")
+    assert store.add_songs({"a": b"1", "b": b"2"}, most=2) == [True, True]
+    assert store.add_songs({"c": b"3"}, most=2) is None
+    store.count_song_plays("m", {0: np.ones(2).tobytes()})
+    store.close_songs([1])
+    written = store.songs_since(0)
+    assert [(song.song_id, song.data, song.model) for song in written[1]] == [("a", b"1", "m"), ("b", b"", "")]
+    for pattern in ("*songs*", "*load*"):  # all songs have one place, and all marks of a load
+        (holder,) = [node for node in cluster.primaries() if node.ask("KEYS", pattern)]
+        cluster.fail_over(holder)
+        holder.start()
+        assert again(lambda: store.songs_since(0)) == written
+        assert again(lambda: store.loaded("tastes")) == {bucket: f"{bucket} is done" for bucket in range(3)}
+    assert store.add_songs({"c": b"3"}, most=2) == [True]
+    store.count_song_plays("m", {0: np.ones(2).tobytes()})
+    store.mark_loaded("tastes", 3, "3 is done")
+    songs = {song.song_id: song for song in store.songs_since(written[0])[1]}
+    assert sorted(songs) == ["a", "c"]
+    np.testing.assert_array_equal(np.frombuffer(songs["a"].sums), [2, 2])
+    assert sorted(store.loaded("tastes")) == [0, 1, 2, 3]
     store.close()
 
 
