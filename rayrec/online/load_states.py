@@ -212,7 +212,7 @@ class _Loader:
 
     def _write(self, histories: Histories, states: States, new: list[Change], deleted: int) -> LoadResult:
         with self._turn:
-            added = self._store.put(new)
+            added = self._store.put(new, loading=True)
         total = LoadResult(added=sum(added), deleted=deleted)
         batch = {
             user_id: self._user(histories, states, row)
@@ -291,7 +291,7 @@ class _Loader:
             else:
                 changes.append(self._instead(user_id, whole, stored, loaded, Plays.joined([plays, newer])))
             newer_counts.append(len(newer))
-        put = self._store.put(changes)
+        put = self._store.put(changes, loading=True)
         newer_counts = [count for count, done in zip(newer_counts, put, strict=True) if done]
         result = LoadResult(
             renewed=len(newer_counts),

@@ -259,8 +259,8 @@ class RedisStore(StateStore):
             for answer in answers
         ]
 
-    def put(self, changes: Sequence[Change]) -> list[bool]:
-        """As in `StateStore`; each user by itself."""
+    def put(self, changes: Sequence[Change], *, loading: bool = False) -> list[bool]:
+        """As in `StateStore`; each user by itself, and `loading` changes nothing."""
         new: list[int] = []
         if self._nodes is None and len({change.user_id for change in changes}) == len(changes) > 1:
             new = [place for place, change in enumerate(changes) if _is_short(change)]

@@ -1,8 +1,10 @@
 """User states in one SQLite file: the embedded store, for the replicas of one node.
 
 Write-ahead log with synchronous=FULL: a commit has reached the disk when it returns, so it survives the death of
-the process and of the machine. Readers never wait for a writer; writers, of any process, take turns. The file must
-lie on a local disk: the write-ahead log needs memory that its processes share.
+the process and of the machine. Loads have connections of their own with synchronous=NORMAL, whose commits reach the
+disk with the next one of another connection, such as that of the mark of a bucket. Readers never wait for a writer;
+writers, of any process, take turns. The file must lie on a local disk: the write-ahead log needs memory that its
+processes share.
 """
 
 import sqlite3
@@ -31,8 +33,7 @@ from rayrec.online.state_store import (
 FORMAT = 4  # of the tables, in user_version; 0 is a file that was just made
 WAIT_SECONDS = 10.0  # for other writers, at most
 PAGE_BYTES = 8_192  # a state takes 1.3 KB: of pages of 4 KB a third would stay empty
-MANY_USERS = 1_000  # of one transaction
-CACHE_BYTES = 128 << 20  # of a connection that puts many users: else a page is written as often as it is changed
+CACHE_BYTES = 128 << 20  # of a connection that loads users: else a page is written as often as it is changed
 LOG_BYTES = 128 << 20  # that it lets the write-ahead log grow to
 VARIABLES = 32_000 if sqlite3.sqlite_version_info >= (3, 32) else 900  # of one statement: SQLite allows a few more
 FORGOTTEN_AT_ONCE = 500  # users of one transaction, which other writers wait for
@@ -60,7 +61,7 @@ OF_USER = "piece >= ?1 AND piece < ?2"  # the log of one, with `_pieces`
 
 
 class SqliteStore(StateStore):
-    """Each thread has a connection of its own."""
+    """Each thread has a connection of its own, and another one if it loads users."""
 
     one_writer = True
 
@@ -100,12 +101,10 @@ class SqliteStore(StateStore):
         with self._transaction("DEFERRED") as connection:
             return [self._read(connection, self._key(user_id), plays) for user_id in user_ids]
 
-    def put(self, changes: Sequence[Change]) -> list[bool]:
-        """As in `StateStore`; one transaction, and one wait for the disk, for all."""
+    def put(self, changes: Sequence[Change], *, loading: bool = False) -> list[bool]:
+        """As in `StateStore`; one transaction, and one wait for the disk, for all: none with `loading`."""
         keys = [self._key(change.user_id) for change in changes]
-        if len(changes) >= MANY_USERS:
-            self._prepare_for_many()
-        with self._transaction("IMMEDIATE") as connection:
+        with self._transaction("IMMEDIATE", loading=loading) as connection:
             self._clear_events(connection)
             new = {key: change for key, change in zip(keys, changes, strict=True) if change.expected == NOT_THERE}
             for key in self._stored(connection, list(new)):
@@ -142,12 +141,12 @@ class SqliteStore(StateStore):
 
     def loaded(self, load: str) -> dict[int, str]:
         """As in `StateStore`."""
-        with self.connection() as connection:
+        with self._connection() as connection:
             return dict(connection.execute("SELECT bucket, text FROM loads WHERE load = ?", (self._load(load),)))
 
     def mark_loaded(self, load: str, bucket: int, text: str) -> None:
         """As in `StateStore`."""
-        with self.connection() as connection:
+        with self._connection() as connection:
             connection.execute("INSERT OR REPLACE INTO loads VALUES (?, ?, ?)", (self._load(load), bucket, text))
 
     def add_songs(self, songs: Mapping[str, bytes], most: int) -> list[bool] | None:
@@ -220,7 +219,7 @@ class SqliteStore(StateStore):
 
     def _empty_log(self) -> bool:
         """Empty the write-ahead log, where older pages stay; False where readers held it for too long."""
-        with self.connection() as connection:
+        with self._connection() as connection:
             ((busy, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return not busy
 
@@ -282,12 +281,6 @@ class SqliteStore(StateStore):
             places = ", ".join("?" * len(some))
             yield from (key for (key,) in connection.execute(f"SELECT user FROM users WHERE user IN ({places})", some))
 
-    def _prepare_for_many(self) -> None:
-        """Let this thread's connection hold all pages that many users change, and copy them to their places late."""
-        with self.connection() as connection:
-            connection.execute(f"PRAGMA cache_size = -{CACHE_BYTES >> 10}")
-            connection.execute(f"PRAGMA wal_autocheckpoint = {LOG_BYTES // PAGE_BYTES}")
-
     def _put_new(self, connection: sqlite3.Connection, users: Mapping[bytes, Change]) -> None:
         """Users who are not in the store, by their keys: in their order they change each page of an index once."""
         users = dict(sorted(users.items()))
@@ -339,10 +332,11 @@ class SqliteStore(StateStore):
             self._cleared = today
 
     @contextmanager
-    def connection(self) -> Iterator[sqlite3.Connection]:
+    def _connection(self, *, loading: bool = False) -> Iterator[sqlite3.Connection]:
         """This thread's connection; what is run on it alone is a transaction of its own."""
         try:
-            connection: sqlite3.Connection | None = getattr(self._own, "connection", None)
+            name = "loading" if loading else "connection"
+            connection: sqlite3.Connection | None = getattr(self._own, name, None)
             if connection is None:
                 connection = sqlite3.connect(
                     self._path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
@@ -350,16 +344,19 @@ class SqliteStore(StateStore):
                 self._connections.append(connection)
                 connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # of a new file
                 connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute(f"PRAGMA synchronous = {'NORMAL' if loading else 'FULL'}")
                 connection.execute("PRAGMA secure_delete = ON")  # a deleted user's bytes must not stay in free pages
-                self._own.connection = connection
+                if loading:  # hold all pages that thousands of users change, and copy them to their places late
+                    connection.execute(f"PRAGMA cache_size = -{CACHE_BYTES >> 10}")
+                    connection.execute(f"PRAGMA wal_autocheckpoint = {LOG_BYTES // PAGE_BYTES}")
+                setattr(self._own, name, connection)
             yield connection
         except sqlite3.OperationalError as error:
             raise StoreUnavailableError(f"store {self._path} does not answer: {error}; try again") from error
 
     @contextmanager
-    def _transaction(self, kind: str) -> Iterator[sqlite3.Connection]:
-        with self.connection() as connection:
+    def _transaction(self, kind: str, *, loading: bool = False) -> Iterator[sqlite3.Connection]:
+        with self._connection(loading=loading) as connection:
             connection.execute(f"BEGIN {kind}")
             try:
                 yield connection

@@ -96,10 +96,11 @@ class StateStore(ABC):
         """
 
     @abstractmethod
-    def put(self, changes: Sequence[Change]) -> list[bool]:
+    def put(self, changes: Sequence[Change], *, loading: bool = False) -> list[bool]:
         """Change the users whose versions are as expected, all of a user together; which ones were changed.
 
-        False, and nothing is changed of that user, where the version is another: somebody else was first.
+        False, and nothing is changed of that user, where the version is another: somebody else was first. `loading` is
+        for thousands of users at a time: the death of the machine may undo them until a `mark_loaded` has returned.
         """
 
     @abstractmethod
@@ -119,7 +120,7 @@ class StateStore(ABC):
 
     @abstractmethod
     def mark_loaded(self, load: str, bucket: int, text: str) -> None:
-        """Note that a load has finished a bucket."""
+        """Note that a load has finished a bucket: all users it put before now survive as `put` promises."""
 
     @abstractmethod
     def add_songs(self, songs: Mapping[str, bytes], most: int) -> list[bool] | None:

@@ -171,11 +171,11 @@ def test_a_load_that_was_stopped_goes_on_with_the_buckets_left(
     users = len(list(everybody(world)))
     put, calls = type(store).put, []
 
-    def dies(self: StateStore, changes: list[Change]) -> list[bool]:
+    def dies(self: StateStore, changes: list[Change], *, loading: bool) -> list[bool]:
         calls.append(len(changes))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return put(self, changes)
+        return put(self, changes, loading=loading)
 
     with monkeypatch.context() as patch:
         patch.setattr(type(store), "put", dies)
@@ -184,7 +184,7 @@ def test_a_load_that_was_stopped_goes_on_with_the_buckets_left(
     assert sum(calls[:2]) < users
     with monkeypatch.context() as patch:
         calls.clear()
-        patch.setattr(type(store), "put", lambda self, changes: calls.append(len(changes)) or put(self, changes))
+        patch.setattr(type(store), "put", lambda self, users, **how: calls.append(len(users)) or put(self, users, **how))
         loaded = load_states(Dataset(world), store, live(world))
     assert len(calls) == BUCKETS - 2
     assert (loaded.buckets, loaded.added) == (BUCKETS, users)

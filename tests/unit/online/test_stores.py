@@ -96,18 +96,19 @@ def test_a_log_can_start_anew(store: StateStore) -> None:
     assert contents(store, "ann") == (4, b"4", [b"new", b"newer"])
 
 
-def test_many_users_are_changed_at_once_each_by_itself(store: StateStore) -> None:
+@pytest.mark.parametrize("loading", [False, True])
+def test_many_users_are_changed_at_once_each_by_itself(store: StateStore, loading: bool) -> None:
     put(store, "bob", b"own", expected=NOT_THERE, append=b"own log")
     names = ("ann", "bob", "cy")
     log = [Piece(2, b"log")]
     new = [Change(user_id=name, state=name.encode(), expected=NOT_THERE, append=log) for name in names]
-    assert store.put(new) == [True, False, True]
+    assert store.put(new, loading=loading) == [True, False, True]
     assert contents(store, "ann") == (1, b"ann", [b"log"])
     assert contents(store, "bob") == (1, b"own", [b"own log"])
-    assert store.put(new) == [False] * 3
-    assert store.put([]) == []
+    assert store.put(new, loading=loading) == [False] * 3
+    assert store.put([], loading=loading) == []
     many = [Change(user_id=f"user {row}", state=b"s", expected=NOT_THERE) for row in range(1_201)]
-    assert all(store.put(many))
+    assert all(store.put(many, loading=loading))
     stored = store.get({f"user {row}": [] for row in (1_200, 7, 2_000)})
     assert [one is not None for one in stored] == [True, True, False]
 
@@ -467,12 +468,26 @@ def test_a_redis_that_may_forget_is_warned_of(tmp_path: Path, caplog: pytest.Log
         server.kill()
 
 
-def test_an_sqlite_commit_waits_for_the_disk(tmp_path: Path) -> None:
+def test_an_sqlite_commit_waits_for_the_disk_and_only_loads_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of plays at once, which a server takes, change nothing of it. 2 is FULL, 1 is NORMAL."""
+    opened: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *place, **how: opened.append(connect(*place, **how)) or opened[-1])
+
+    def settings() -> list[tuple[int, str, int]]:
+        names = ("synchronous", "journal_mode", "cache_size")
+        return [tuple(each.execute(f"PRAGMA {name}").fetchone()[0] for name in names) for each in opened]  # type: ignore[misc]
+
     store = open_store(f"sqlite:///{tmp_path}/states.sqlite", "n")
-    assert isinstance(store, SqliteStore)
-    with store.connection() as connection:
-        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
-        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    users = [Change(user_id=f"user {row}", state=b"s", expected=NOT_THERE) for row in range(3_000)]
+    store.put(users[:2_000])
+    (serving,) = settings()
+    assert serving[:2] == (2, "wal")
+    store.put(users[2_000:], loading=True)
+    store.mark_loaded("t", 0, "done")
+    assert settings() == [serving, (1, "wal", -(128 << 10))]
     store.close()
 
 
