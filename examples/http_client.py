@@ -9,17 +9,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Recommend songs over HTTP. The key comes from RAYREC_API_KEY.")
     parser.add_argument("url", help="such as http://localhost:8000")
     parser.add_argument("--user", help="a stored user")
-    parser.add_argument("--history", help="or song ids that were just played, separated by commas")
+    parser.add_argument("--history", action="append", help="or a song id that was just played; repeat it for more")
     parser.add_argument("--played", help="first store that --user has played this song now")
     parser.add_argument("-k", type=int, default=10, help="how many songs (10)")
     options = parser.parse_args()
     if (options.user is None) == (options.history is None) or (options.played and not options.user):
-        parser.error("give --user ID or --history ID,ID; --played goes with --user")
+        parser.error("give --user ID or --history ID (once for each song); --played goes with --user")
     with Client(options.url) as client:
         if options.played:
             client.play(options.user, options.played)
-        history = None if options.history is None else options.history.split(",")
-        for song in client.recommend(user_id=options.user, history=history, k=options.k)["songs"]:
+        for song in client.recommend(user_id=options.user, history=options.history, k=options.k)["songs"]:
             names = [song["artist"] or "", song["title"] or ""]
             print("  ".join([f"{song['score']:.3f}", song["song_id"], *names]).rstrip())
 

@@ -1,5 +1,6 @@
 """Small data sets written by hand, and song vectors to go with them."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -43,6 +44,16 @@ def write_dataset(workspace: Workspace, histories: Histories, num_songs: int, bu
     )
     write_dataset_manifest(workspace, manifest)
     return Dataset(workspace)
+
+
+def rename_songs(workspace: Workspace, song_ids: Mapping[int, str]) -> None:
+    """Give songs of a data set, by their rows, other ids."""
+    songs = workspace.read_table(SONGS_TABLE)
+    renamed = [song_ids.get(row, song_id) for row, song_id in enumerate(songs.column(columns.SONG_ID).to_pylist())]
+    place = songs.column_names.index(columns.SONG_ID)
+    workspace.write_table(
+        SONGS_TABLE, songs.set_column(place, columns.SONGS_TABLE.field(columns.SONG_ID), pa.array(renamed))
+    )
 
 
 def write_song_vectors(workspace: Workspace, vectors: np.ndarray, inputs: dict[str, str]) -> Manifest:

@@ -10,7 +10,7 @@ import pytest
 from rings import ring_plays, write_rows
 from served import write_release, write_world
 from serving_apps import running
-from worlds import write_dataset
+from worlds import rename_songs, write_dataset
 
 from rayrec import Workspace
 from rayrec.client import Client
@@ -19,6 +19,7 @@ from rayrec.storage.artifacts import listing
 from rayrec.storage.releases import active_release
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+WITH_COMMA = "Earth, Wind & Fire – Song 3"  # an id as readers make it of artist and title
 
 
 def example(name: str) -> SimpleNamespace:
@@ -89,16 +90,18 @@ def test_the_client_is_answered_by_the_application(
     cluster: None, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_world(workspace)
+    rename_songs(workspace, {3: WITH_COMMA})
     write_release(workspace)
     module = example("http_client.py")
     with running(workspace) as url:
-        monkeypatch.setattr("sys.argv", ["http_client.py", url, "--history", "song-3,song-50", "-k", "4"])
+        played = ["--history", WITH_COMMA, "--history", "song-50"]
+        monkeypatch.setattr("sys.argv", ["http_client.py", url, *played, "-k", "4"])
         module.main()
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[1] for line in lines] == [
-            song["song_id"] for song in Client(url).recommend(history=["song-3", "song-50"], k=4)["songs"]
+            song["song_id"] for song in Client(url).recommend(history=[WITH_COMMA, "song-50"], k=4)["songs"]
         ]
-        monkeypatch.setattr("sys.argv", ["http_client.py", url, "--user", "ann", "--played", "song-3"])
+        monkeypatch.setattr("sys.argv", ["http_client.py", url, "--user", "ann", "--played", WITH_COMMA])
         module.main()
         assert len(capsys.readouterr().out.splitlines()) == 10
         assert Client(url).recommend(user_id="ann")["plays"] == 1

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from served import AT, NUM_SONGS, WITHOUT_VECTOR, Client, service, write_release, write_world
+from worlds import rename_songs
 
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
@@ -18,7 +19,7 @@ from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.serving.middleware import load_keys
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
-from rayrec.storage.workspace import SONGS_TABLE, Workspace
+from rayrec.storage.workspace import Workspace
 
 SONGS = ["song-3", "song-50", "song-3", "song-9"]
 KEY = "r" * 20
@@ -180,13 +181,8 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """The first songs have odd ids."""
     workspace = Workspace(tmp_path_factory.mktemp("odd") / "workspace")
     write_world(workspace)
-    songs = workspace.read_table(SONGS_TABLE)
-    song_ids = [f"song-{NUM_SONGS}", *ODD_IDS, *songs.column(columns.SONG_ID).to_pylist()[len(ODD_IDS) + 1 :]]
-    song_ids[WITHOUT_VECTOR], song_ids[0] = song_ids[0], song_ids[WITHOUT_VECTOR]
-    place = songs.column_names.index(columns.SONG_ID)
-    workspace.write_table(
-        SONGS_TABLE, songs.set_column(place, columns.SONGS_TABLE.field(columns.SONG_ID), pa.array(song_ids))
-    )
+    with_vector = [row for row in range(len(ODD_IDS) + 1) if row != WITHOUT_VECTOR]
+    rename_songs(workspace, dict(zip(with_vector, ODD_IDS, strict=True)))
     write_release(workspace, ranked=False)
     with service(workspace) as opened:
         yield Client(opened)
