@@ -37,6 +37,9 @@ DRAIN_SECONDS = 2  # that Serve waits at least before it ends a replica
 REQUEST_SECONDS = 30  # for the requests at work when the application ends
 SETTLE_SECONDS = 3.0  # for sockets that are open for a moment only
 CHECK_SECONDS = (1.0,) * 60 + (60.0,)  # between checks of ports; the last goes on
+ADMIN_SOCKET = "admin"  # HAProxy's, in a folder that Serve names by the id of the node
+NODE_ID_DIGITS = 56
+SOCKET_PATH_BYTES = 97  # at most, of a socket that HAProxy listens on
 # How Serve runs, here and on a cluster, whose image (cluster/Dockerfile) sets the same; a test compares them.
 SERVE_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -59,8 +62,8 @@ def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
     """The URL of the application, which runs until the block ends.
 
     To be called in the main thread; the caller's handler of SIGTERM stays, but while Ray starts SIGTERM raises
-    `KeyboardInterrupt`. Raises `InputError` where keys are missing, the port is taken or the access log cannot be
-    written, `RayrecError` where Ray or Serve cannot start it.
+    `KeyboardInterrupt`. Raises `InputError` where keys are missing, the port is taken, the access log cannot be
+    written or the folder for temporary files has too long a path, `RayrecError` where Ray or Serve cannot start it.
     """
     load_keys(config)  # before anything starts
     if config.access_log:
@@ -68,8 +71,7 @@ def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
     require_known_ray()
     config = config.replace(port=config.port or free_ports(1)[0])
     require_free(config.host, config.port)
-    # Readable by its owner alone; where Ray's sockets are, since those of HAProxy need as short a path.
-    folder = Path(tempfile.mkdtemp(prefix="rayrec-serve-", dir=os.environ.get("RAY_TMPDIR")))
+    folder = _haproxy_folder()
     try:
         os.environ.update(environment(config, folder))
         with _application(workspace, config, folder):
@@ -92,12 +94,27 @@ def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         "RAY_SERVE_HAPROXY_LOG_TARGET": str(folder / "log.sock"),  # where nobody reads: no UDP port is opened
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / ADMIN_SOCKET),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_haproxy_wrapper(folder, (figures, statistics))),
     }
     return {name: os.environ.get(name, value) if name.startswith("OMP") else value for name, value in settings.items()}
+
+
+def _haproxy_folder() -> Path:
+    """A new folder for HAProxy's files, for its owner alone, in the one where Ray has its own."""
+    parent = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
+    os.makedirs(parent, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="rayrec-", dir=parent))
+    excess = len(os.fsencode(folder / ("0" * NODE_ID_DIGITS) / ADMIN_SOCKET)) - SOCKET_PATH_BYTES
+    if excess > 0:
+        folder.rmdir()
+        raise InputError(
+            f"the folder for temporary files, {parent}, has a path that is {excess} bytes too long for HAProxy's "
+            "socket; set RAY_TMPDIR=/tmp"
+        )
+    return folder
 
 
 def free_ports(count: int) -> list[int]:
@@ -180,7 +197,7 @@ def _finish_requests(folder: Path) -> None:
     `folder` holds its admin socket. A soft stop would wait for idle connections too, and Serve replaces a HAProxy that
     ends within 3 seconds.
     """
-    for path in folder.rglob("admin.sock"):
+    for path in folder.rglob(ADMIN_SOCKET):
         with suppress(OSError):
             for name in {row["# pxname"] for row in _statistics(path) if row["svname"] == "FRONTEND"}:
                 _ask_haproxy(path, f"disable frontend {name}")

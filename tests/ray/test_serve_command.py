@@ -8,17 +8,20 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import psutil
 import pytest
 from serve_command import ADMIN, READ, Served, run, started, with_key
 from served import AT, write_release, write_world
+from worlds import rename_songs
 
 from rayrec.data.dataset import Dataset
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
+ODD_SONGS = ("AC/DC – Song 4, Part 4", "..", "a%2Fb")  # as readers make them of artists and titles, and worse
 BODY = {"history": ["song-3", "song-50"], "at": AT, "k": 5}
 
 
@@ -26,6 +29,7 @@ BODY = {"history": ["song-3", "song-50"], "at": AT, "k": 5}
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     workspace = Workspace(tmp_path_factory.mktemp("serve") / "workspace")
     write_world(workspace)
+    rename_songs(workspace, dict(enumerate(ODD_SONGS, start=10)))
     write_release(workspace, "1", seed=1)
     write_release(workspace, "2", seed=2, activate=False)
     with started(workspace) as running:
@@ -103,6 +107,19 @@ def test_behind_haproxy_requests_are_answered_and_errors_are_problems(served: Se
         (httpx.get(f"{served.url}/v1/release"), 401),
     ):
         assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
+
+
+def test_behind_haproxy_songs_and_users_have_any_ids(served: Served) -> None:
+    """HAProxy must pass %2F and %2E%2E on as they are: decoded, they would be other paths."""
+    with httpx.Client(base_url=served.url, headers=with_key(ADMIN), timeout=60) as client:
+        for name in ODD_SONGS:
+            place = quote(name, safe="").replace(".", "%2E")
+            assert client.get(f"/v1/songs/{place}/similar").json()["song_id"] == name
+            play = {"user_id": name, "song_id": name, "played_at": AT, "event_id": name}
+            assert client.post("/v1/plays", json=play).json()["taken"] == 1
+            assert client.get(f"/v1/users/{place}/taste").json()["user_id"] == name
+            (stored,) = client.get(f"/v1/users/{place}/plays").json()["plays"]
+            assert stored["song_id"] == name
 
 
 def test_the_users_of_the_release_are_known_at_once(served: Served) -> None:

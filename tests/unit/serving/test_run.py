@@ -1,9 +1,11 @@
 """What the local application is told before it starts."""
 
+import os
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import count
 from pathlib import Path
@@ -173,18 +175,28 @@ def test_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, wo
         pass
 
 
-def test_the_sockets_of_haproxy_are_where_those_of_ray_are(
-    monkeypatch: pytest.MonkeyPatch, workspace: Workspace, tmp_path: Path
+def test_haproxy_listens_in_the_folder_of_ray_if_the_path_of_its_socket_is_short_enough(
+    monkeypatch: pytest.MonkeyPatch, workspace: Workspace
 ) -> None:
-    folders: list[Path] = []
+    """HAProxy refuses longer ones. Serve puts the socket into a folder named by the id of a node, of 56 digits."""
+    paths: list[Path] = []
 
     def keep(config: ServeConfig, folder: Path) -> dict[str, str]:
-        folders.append(folder)
+        paths.append(Path(environment(config, folder)["RAY_SERVE_HAPROXY_SOCKET_PATH"]))
         raise RayrecError("far enough")
 
     monkeypatch.setenv("RAYREC_API_KEYS", "read:reader-0123456789")
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(run, "environment", keep)
-    with pytest.raises(RayrecError, match="far enough"), running(workspace, ServeConfig()):
-        pass
-    assert [folder.parent for folder in folders] == [tmp_path]
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="") as short:
+        fits, too_long = (f"{short}/".ljust(length, "x") for length in (18, 19))  # not there yet, as Ray allows
+        monkeypatch.setenv("RAY_TMPDIR", fits)
+        with pytest.raises(RayrecError, match="far enough"), running(workspace, ServeConfig()):
+            pass
+        (socket_path,) = paths
+        assert socket_path.parent.parent == Path(fits)
+        assert len(str(socket_path.parent / ("0" * 56) / socket_path.name)) == 97
+        monkeypatch.setenv("RAY_TMPDIR", too_long)
+        wanted = f"{too_long}, has a path that is 1 bytes too long for HAProxy's socket; set RAY_TMPDIR=/tmp"
+        with pytest.raises(InputError, match=wanted), running(workspace, ServeConfig()):
+            pass
+        assert os.listdir(too_long) == []
