@@ -23,11 +23,11 @@ from rayrec.data.histories import Histories
 from rayrec.data.ragged import offsets_of
 from rayrec.data.windows import NEVER
 from rayrec.model.taste_table import States
-from rayrec.recommend.base import LATEST_LIKES
+from rayrec.recommend.base import LATEST_LIKES, LATEST_PLAYS
 
 WINDOW = 64  # plays held in the window, at least, where there are as many; at most twice that, but for one moment's
 MOST_OF_A_MOMENT = 4_096  # plays that the window holds where its oldest are of one moment
-LAST_PLAYS = 5_000  # of the log, that an answer or another model's state is computed from
+LAST_PLAYS = LATEST_PLAYS  # of the log, that an answer or another model's state is computed from
 FIRST_ONLINE = 1 << 30  # from here on rows in stores are numbers of songs that were added online
 MODELS_KEPT = 2  # network states of one user: the live release's, and that of the one before or to come
 

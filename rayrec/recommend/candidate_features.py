@@ -13,7 +13,7 @@ import numpy as np
 
 from rayrec.data.ragged import first_of_each, stable_order
 from rayrec.data.split import DAY_MS
-from rayrec.recommend.base import HOUR_MS, QueryBatch
+from rayrec.recommend.base import HOUR_MS, LATEST_PLAYS, QueryBatch
 from rayrec.recommend.retrievers import Candidates
 from rayrec.recommend.stored_retrieval import NO_GROUP, NOT_PLAYED, Retrieval, SongGroups
 from rayrec.recommend.two_step_config import RankedPart, kept_features
@@ -170,7 +170,7 @@ class FeatureSources:
             since = np.where(lengths > 0, (batch.queries.at - batch.played_at[last]) / HOUR_MS, NEVER)
         hour = (batch.queries.at // HOUR_MS) % 24
         return [
-            np.log1p(batch.queries.seen),
+            np.log1p(np.minimum(batch.queries.seen, LATEST_PLAYS)),  # a server reads no more than these
             session,
             since if self.real_times else np.zeros(len(batch)),
             _repeat_share(batch, lengths),

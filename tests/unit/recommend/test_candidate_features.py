@@ -5,7 +5,7 @@ import pytest
 from worlds import random_histories, random_vectors, with_opinions
 
 from rayrec.data.histories import Histories, Queries
-from rayrec.recommend.base import QueryBatch
+from rayrec.recommend.base import LATEST_PLAYS, QueryBatch
 from rayrec.recommend.candidate_features import FeatureSources
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.retrievers import Candidates, make_retrievers, retrieve
@@ -99,6 +99,20 @@ def test_cosines_are_known_for_every_candidate_whoever_proposed_it() -> None:
     expected = (VECTORS[candidates.songs] * batch.short_vectors[candidates.rows]).sum(axis=1)
     np.testing.assert_allclose(features["cosine_short"], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(features["cosine_long"], -expected, rtol=1e-5, atol=1e-6)
+
+
+def test_plays_before_the_latest_5000_change_nothing() -> None:
+    """Evaluations, batch jobs and the server, which reads no more than these, see the same."""
+    random, count = np.random.default_rng(5), LATEST_PLAYS + 700
+    songs, played_at = random.integers(0, NUM_SONGS, count), np.cumsum(random.integers(1, HOUR, count))
+    answers = []
+    for begin in (0, 300, 700):
+        cut = Histories.from_lists([songs[begin:]], [played_at[begin:]])
+        answers.append(_features(cut, Queries.at_end(cut, int(played_at[-1]) + MINUTE))[1:])
+    for candidates, features in answers[1:]:
+        np.testing.assert_array_equal(candidates.songs, answers[0][0].songs)
+        for name, values in features.items():
+            np.testing.assert_array_equal(values, answers[0][1][name], name)
 
 
 def test_plays_after_the_query_change_nothing() -> None:
