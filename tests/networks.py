@@ -23,7 +23,7 @@ from rayrec.model.train_config import (
     TrainConfig,
     logit_scale,
 )
-from rayrec.model.training import StepReport
+from rayrec.model.training import StepReport, Training
 
 MINUTE = 60_000
 NUM_SONGS = 60
@@ -70,6 +70,20 @@ def network(config: ModelConfig | None = None, seed: int = 0) -> TasteModel:
     return TasteModel(config, torch.from_numpy(random_vectors(config.num_songs, config.embedding_dim))).eval()
 
 
+def trained_network(histories: Histories, num_songs: int, *, epochs: int = 3, seed: int = 0) -> TasteModel:
+    """A small network that has learned from all plays of some histories, ready for inference."""
+    config = TrainConfig(
+        hidden_dim=16, window=30, batch=16, negatives=40, long=(2, 4), learning_rate=0.01, dropout=0.0, seed=seed
+    )
+    model = network(model_config(config, num_songs=num_songs), seed)
+    counts = np.bincount(histories.songs, minlength=num_songs)
+    training = Training(model, config, counts, device="cpu", share=Share())
+    host = MemoryHost({"final": histories}, config)
+    for epoch in range(epochs):
+        training.epoch(host.windows("final", epoch), epoch, on_step=lambda _: None)
+    return model.eval()
+
+
 def part_of(model: TasteModel, share: Share) -> TasteModel:
     """A worker's copy of a network, whose tables hold its rows alone."""
     tables = [share.own(model.get_parameter(name).detach()) for name in TABLES if name in model.state_dict()]
@@ -77,6 +91,18 @@ def part_of(model: TasteModel, share: Share) -> TasteModel:
     dense = {name: value for name, value in model.state_dict().items() if name not in TABLES}
     part.load_state_dict({**part.state_dict(), **dense})
     return part
+
+
+def jumping_histories(users: int, num_songs: int, *, shortest: int = 20, longest: int = 60) -> Histories:
+    """Users who play song n + 1 after song n, a minute later, or in one of eight cases any song an hour later."""
+    random = np.random.default_rng(6)
+    songs, played_at = [], []
+    for length in random.integers(shortest, longest + 1, size=users):
+        jumps = random.random(length) < 1 / 8
+        steps = np.where(jumps, random.integers(0, num_songs, length), 1)
+        songs.append(np.cumsum(steps) % num_songs)
+        played_at.append(np.cumsum(np.where(jumps, 60, 1)) * MINUTE)
+    return Histories.from_lists(songs, played_at, [f"user-{row}" for row in range(users)])  # type: ignore[arg-type]
 
 
 def cycling_histories(users: int, *, num_songs: int = NUM_SONGS, shortest: int = 10, longest: int = 30) -> Histories:

@@ -16,7 +16,7 @@ from worlds import random_histories, with_opinions, write_dataset, write_song_ve
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
-from rayrec.model.checkpoint import save_model
+from rayrec.model.checkpoint import load_model, save_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.taste_table import taste_table, tastes_file
@@ -55,29 +55,31 @@ def write_release(
     name: str = "1",
     *,
     seed: int = 0,
+    model: TasteModel | None = None,
     ranked: bool = True,
     kind: str = "flat",
     activate: bool = True,
     artists: bool = False,
 ) -> Manifest:
-    """A release of an untrained network over the data set of a workspace; other seeds answer otherwise.
+    """A release of `model`, or of an untrained network whose seed is `seed`, over the data set of a workspace.
 
     With `ranked` it has a retrieval and rankers, which know the artists of songs with `artists`, without them the
     network answers alone.
     """
     dataset = Dataset(workspace)
     histories = list(dataset.read_all())
-    model = network(model_config(num_songs=dataset.num_songs), seed)
+    model = model or network(model_config(num_songs=dataset.num_songs), seed)
     inputs = {"dataset": dataset.manifest.id, "songs": "by-hand"}
     made = _write_model(workspace, Manifest(kind="models", id=f"model{name}", inputs=inputs), model, histories)
     if ranked:
         codes = dataset.catalog().codes(columns.ARTIST) if artists else None
         _write_rankers(workspace, made, name, concatenate(histories), codes)
     _write_index(workspace, made, name, kind)
+    encoder = TasteEncoder(load_model(workspace, made.folder))  # which knows no vector of some songs
     tastes = Manifest(kind="tastes", id=f"tastes{name}", inputs={"dataset": dataset.manifest.id, "models": made.id})
     for bucket in range(dataset.manifest.buckets):
         for batch in dataset.read_bucket(bucket):
-            workspace.write_table(tastes_file(tastes.folder, bucket), taste_table(TasteEncoder(model), batch, AT))
+            workspace.write_table(tastes_file(tastes.folder, bucket), taste_table(encoder, batch, AT))
     publish(workspace, tastes, [path.removeprefix(tastes.folder + "/") for path in workspace.files(tastes.folder)])
     return releases.create_release(workspace, model_id=made.id, activate=activate)
 

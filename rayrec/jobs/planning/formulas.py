@@ -12,6 +12,7 @@ from math import ceil
 
 from rayrec.importing.import_plan import bucket_groups
 from rayrec.importing.vocabulary import key_ranges
+from rayrec.online.state_codec import NUMBER_BYTES
 from rayrec.recommend.index import IndexConfig
 
 ROW_BYTES = 8.6  # of a play in the shuffle of an import, in blocks of 9,500 plays; docs/scale.md
@@ -228,11 +229,11 @@ def retrieval_bytes(songs: int, *, rules: int, session_songs: int, sessions: int
 
 
 def states_bytes(users: int, plays: int, *, hidden_dim: int, average_floats: int) -> int:
-    """Of the store of user states, in SQLite; Redis takes a sixth more.
+    """Of the store of user states, in SQLite; Redis takes a third more.
 
-    The hidden state in half precision, the sums of the averages in single, and the plays.
+    The hidden state and the sums of the averages in three bytes a number, and the plays.
     """
-    return int(users * (2 * hidden_dim + 4 * average_floats + STATE_BYTES) + plays * STORED_PLAY_BYTES)
+    return int(users * (NUMBER_BYTES * (hidden_dim + average_floats) + STATE_BYTES) + plays * STORED_PLAY_BYTES)
 
 
 def encoding_memory(hidden_dim: int, dim: int) -> int:

@@ -27,7 +27,7 @@ from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
 MINUTE = 60_000
-TASTE = 1e-3  # of each number of a taste vector: states are stored in half precision
+TASTE = 1e-5  # of each number of a taste vector: states are stored to 24 bits
 
 
 @pytest.fixture(scope="module")
