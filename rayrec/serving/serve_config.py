@@ -183,7 +183,9 @@ class SwitchConfig(Settings):
 
     wait: bool = Field(False, description="Wait until all replicas use it; if one refuses it, restore the old one")
     url: str | None = Field(None, description="Address of the server to wait for; its key is in RAYREC_API_KEY")
-    timeout: float | None = Field(None, gt=0, description="Maximum wait, in seconds; default: no limit while replicas load")
+    timeout: float | None = Field(
+        None, gt=0, description="Maximum wait, in seconds; default: no limit while replicas load"
+    )
 
 
 def is_loopback(host: str) -> bool:

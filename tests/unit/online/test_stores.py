@@ -15,7 +15,6 @@ from stores import needs_redis
 from rayrec.bench.redis_servers import RedisServer
 from rayrec.errors import InputError
 from rayrec.online import state_store
-from rayrec.online.sqlite_store import SqliteStore
 from rayrec.online.state_store import (
     DAY_SECONDS,
     NOT_THERE,
