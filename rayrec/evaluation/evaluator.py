@@ -361,7 +361,7 @@ def coverage_songs(num_songs: int) -> np.ndarray:
 
 
 class PrefixFile(Settings):
-    """A file of pairs and how its lines read. In separators \\t stands for a tab."""
+    """A file of pairs and how its lines read. In separators \\t is a tab."""
 
     path: str  # or URI; .gz too
     item_separator: str = Field(" ", min_length=1)  # between the songs of a prefix
