@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
-from rayrec.errors import DamagedArtifactError
+from rayrec.errors import DamagedArtifactError, DivergedError
 from rayrec.model.taste_table import States
 from rayrec.online.user_state import ModelState, Plays, UserState
 
@@ -169,7 +169,10 @@ def _fixed_point(layers: np.ndarray) -> np.ndarray:
 
     A number x stands for x * 2 ** (exponent - NUMBER_BITS), where the exponent is the least that leaves room for all
     of a block. Sums over all plays grow, and lose no more of what one more play adds than in single precision.
+    Raises `DivergedError` where a number is not finite.
     """
+    if not np.isfinite(layers).all():
+        raise DivergedError("a network state is not finite; train the model again, with a lower learning rate")
     count, width = layers.shape
     num_blocks = -(-width // BLOCK)
     padded = np.zeros((count, num_blocks * BLOCK), np.float32)

@@ -8,7 +8,7 @@ import pytest
 from networks import NUM_SONGS
 
 from rayrec.data.windows import NEVER
-from rayrec.errors import DamagedArtifactError
+from rayrec.errors import DamagedArtifactError, DivergedError
 from rayrec.model.taste_table import States
 from rayrec.online.state_codec import (
     _seal,
@@ -89,6 +89,16 @@ def test_averages_of_a_few_plays_are_kept_beside_sums_over_a_million() -> None:
     own = ModelState(hidden=hidden, before=hidden, before_at=1, left=2, restarts=0, turn=0)
     (read,) = unpack_state(pack_state(UserState(models={"m": own}))).models.values()
     np.testing.assert_allclose(read.hidden[:, :32], few, atol=1e-6)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_network_state_that_is_not_finite_is_refused(broken: float) -> None:
+    state = some_state(some_plays())
+    (model, own), *_ = state.models.items()
+    hidden = own.hidden.copy()
+    hidden[0, 1] = broken
+    with pytest.raises(DivergedError, match="not finite; train the model again"):
+        pack_state(state.with_model(model, replace(own, hidden=hidden)))
 
 
 def test_a_state_before_the_first_play_comes_back() -> None:
