@@ -120,7 +120,7 @@ def test_two_people_with_spotifys_folder_name_are_two_users(rayrec: Any, tmp_pat
         write(file, json.dumps([spotify(f"{who}{day}", day) for day in range(1, days + 1)]))
     done = rayrec("import", "spotify-history", tmp_path)
     assert (done.code, users(workspace)) == (0, {"ann": 2, "bob": 3})
-    assert "'ann', 'bob', after their folders" in done.data["import"]["warnings"][0]
+    assert "using the folder names as user IDs ('ann', 'bob')" in done.data["import"]["warnings"][0]
 
 
 def test_two_exports_of_one_person_are_one_user_under_the_name_that_is_given(
