@@ -144,7 +144,7 @@ def test_a_network_of_playlists_sees_songs_alone_and_says_that_no_split_cut_them
 
 def test_playlists_shorter_than_the_horizon_are_no_training(world: Workspace, split: Split) -> None:
     config = TrainConfig(**TrainConfig.PRESETS["r_plt"]).replace(hidden_dim=8, long=(60, 70), epochs=1, workers=0)
-    with pytest.raises(RayrecError, match="no sequence of the playlists holds a play and one 60 to 70 plays later"):
+    with pytest.raises(RayrecError, match="none of the playlists is long enough for a horizon of 60 to 70 plays later"):
         train(world, config, split=split)
 
 
