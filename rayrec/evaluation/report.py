@@ -513,7 +513,7 @@ def verdict(figures: Mapping[str, Sequence[Entry]], default: str) -> str:
                 return f"{recall_text}: no clear difference from the best baseline, {best} ({low:+.1f} to {high:+.1f})."
             word = "more" if more > 0 else "fewer"
             span = f"{min(abs(low), abs(high)):.1f} to {max(abs(low), abs(high)):.1f}"
-            return f"{recall_text}: {abs(more):.1f} {word} than the best baseline, {best} (95 % interval {span})."
+            return f"{recall_text}: {abs(more):.1f} {word} than the best baseline, {best} (interval {span})."
     return f"{recall_text}; the best baseline, {best}, finds {100 * recalls[best]['value']:.0f}."
 
 

@@ -34,7 +34,7 @@ SearchPath = Literal["index", "selector", "exact"]
 # float32 scores held at once: those of as many queries as a cache holds (8 MiB), or of a few that share a pass over
 # the songs (64 MiB).
 SCORES_IN_CACHE, SCORES_PER_CHUNK = 1 << 21, 1 << 24
-FEW_QUESTIONS = 64
+FEW_QUERIES = 64
 NO_SONG = -1  # fills answers of fewer than k songs
 
 LATEST_PLAYS = 5_000  # plays before a query that are looked at
@@ -210,7 +210,7 @@ def check_count(k: int) -> None:
 def chunks_of(queries: int, num_songs: int) -> Iterator[slice]:
     """The queries to score at once, one slice after the other."""
     songs = max(1, num_songs)
-    step = max(1, SCORES_IN_CACHE // songs, min(FEW_QUESTIONS, SCORES_PER_CHUNK // songs))
+    step = max(1, SCORES_IN_CACHE // songs, min(FEW_QUERIES, SCORES_PER_CHUNK // songs))
     return (slice(start, start + step) for start in range(0, queries, step))
 
 

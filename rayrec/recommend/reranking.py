@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, InstanceOf
 from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.ragged import places_in
-from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName, SearchPath, normalized, top_k
+from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName, Ranking, SearchPath, normalized, top_k
 from rayrec.recommend.filters import AnswerFilter
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
@@ -214,18 +214,48 @@ def network_of(recommender: BaseRecommender) -> TasteRecommender:
     return network
 
 
-def choose(recommender: BaseRecommender, known: Known, options: AnswerOptions) -> Chosen:
-    """The k best songs of a user, as `recommender` ranks them.
+def choose(
+    recommender: BaseRecommender,
+    vectors: Mapping[HorizonName, np.ndarray],
+    plays: Histories,
+    at: np.ndarray,
+    all_options: Sequence[AnswerOptions],
+) -> list[Chosen]:
+    """The k best songs of each of U users, as `recommender` ranks them.
 
-    At weight 0 and 1 these are the songs of `recommender.recommend` on the horizon. Between them a network
-    alone looks around the mean of its two taste vectors; two-step recommendation mixes the chances of both.
-    Diverse songs are chosen among the first of them, explored ones among those behind.
+    Taste vectors are float32 (U, D) by horizon, moments int64 (U,), ms UTC. At weight 0 and 1 these are the songs of
+    `recommender.recommend` on the horizon. Between them a network alone looks around the mean of its two taste
+    vectors; two-step recommendation mixes the chances of both. Diverse songs are chosen among the first of them,
+    explored ones among those behind. Users whose requests ask for as many songs of one horizon are ranked together.
     """
-    count = pool_size(options.k) if options.diversity else options.k
-    pool = _choose(recommender, known, options.replace(k=count + (POOL if options.explore else 0)))
+    known = known_of(vectors, plays, at)
+    alike: dict[tuple[int, float, bool], list[int]] = {}  # what a pool is ranked by -> rows of the users
+    for row, options in enumerate(all_options):
+        size = _pool_size(options) + (POOL if options.explore else 0)
+        alike.setdefault((size, options.long_weight, options.songs_to_rank is None), []).append(row)
+    chosen: dict[int, Chosen] = {}
+    for (size, _, _), rows in alike.items():
+        some = [all_options[row].replace(k=size) for row in rows]
+        if isinstance(recommender, TwoStepRecommender):
+            pools = _ranked(recommender, vectors, plays, at, np.array(rows), some)
+        else:
+            pools = _near(network_of(recommender), [known[row] for row in rows], some)
+        for row, pool in zip(rows, pools, strict=True):
+            chosen[row] = _chosen_from(pool, recommender, known[row], all_options[row])
+    return [chosen[row] for row in range(len(plays))]
+
+
+def _pool_size(options: AnswerOptions) -> int:
+    """How many ranked songs an answer is chosen from, without those to explore."""
+    return pool_size(options.k) if options.diversity else options.k
+
+
+def _chosen_from(pool: Chosen, recommender: BaseRecommender, known: Known, options: AnswerOptions) -> Chosen:
+    """The songs of an answer among those of a pool, best first."""
     places = np.arange(min(options.k, len(pool.songs)))
     if options.diversity:
-        places = diversify(network_of(recommender).song_vectors[pool.songs[:count]], options.k, options.diversity)
+        first = pool.songs[: _pool_size(options)]
+        places = diversify(network_of(recommender).song_vectors[first], options.k, options.diversity)
     chosen = replace(pool, songs=pool.songs[places], scores=pool.scores[places])
     if options.explore:
         ranked = pool.songs, pool.scores
@@ -253,8 +283,9 @@ def choose_for_users(
     if len(played):
         plays = histories.take(played)
         vectors = network_of(recommender).vectors_of(plays, Queries.at_end(plays, at), HORIZONS)
-        for row, known in zip(played.tolist(), known_of(vectors, plays, np.full(len(plays), at)), strict=True):
-            chosen[row] = choose(recommender, known, all_options[row])
+        some = [all_options[row] for row in played.tolist()]
+        each = choose(recommender, vectors, plays, np.full(len(plays), at), some)
+        chosen = dict(zip(played.tolist(), each, strict=True))
     if len(played) < len(histories):
         starting = load_starting()
         for row in np.flatnonzero(histories.lengths == 0).tolist():
@@ -265,24 +296,25 @@ def choose_for_users(
 def similar(recommender: BaseRecommender, song: int, k: int) -> Chosen:
     """The k songs nearest to a song, int row, by cosine of the network's vectors; none to a song without a vector."""
     network = network_of(recommender)
-    vector, options = (
-        network.song_vectors[song],
-        AnswerOptions(k=k, answer_filter=AnswerFilter(excluded=np.array([song]))),
-    )
-    return _nearest(network, vector, options)
+    options = AnswerOptions(k=k, answer_filter=AnswerFilter(excluded=np.array([song])))
+    (nearest,) = _nearest(network, network.song_vectors[song][None], [options])
+    return nearest
 
 
-def _choose(recommender: BaseRecommender, known: Known, options: AnswerOptions) -> Chosen:
-    network = network_of(recommender)
-    if isinstance(recommender, TwoStepRecommender):
-        return _ranked(recommender, known, options)
-    vector = _mixed_vector(known, options)
-    if options.songs_to_rank is not None:
-        rows = options.songs_to_rank[options.songs_to_rank < network.num_songs]
-        vectors = network.song_vectors[rows]
-        rows, vectors = rows[vectors.any(axis=1)], vectors[vectors.any(axis=1)]
-        return _in_order(rows, vectors @ vector, "exact", options)
-    return _nearest(network, vector, options)
+def _near(network: TasteRecommender, known: Sequence[Known], all_options: Sequence[AnswerOptions]) -> list[Chosen]:
+    """The songs of each user by a network alone; all ask for as many, and either all or none name those to rank."""
+    vectors = np.stack([_mixed_vector(each, options) for each, options in zip(known, all_options, strict=True)])
+    if all_options[0].songs_to_rank is None:
+        return _nearest(network, vectors, all_options)
+    return [_ordered(network, vector, options) for vector, options in zip(vectors, all_options, strict=True)]
+
+
+def _ordered(network: TasteRecommender, vector: np.ndarray, options: AnswerOptions) -> Chosen:
+    """The songs to rank that have a vector, by their likeness to a taste vector, float32 (D,)."""
+    assert options.songs_to_rank is not None
+    rows = options.songs_to_rank[options.songs_to_rank < network.num_songs]
+    rows = rows[network.song_vectors[rows].any(axis=1)]
+    return _in_order(rows, network.song_vectors[rows] @ vector, "exact", options)
 
 
 def _in_order(rows: np.ndarray, scores: np.ndarray, path: Path, options: AnswerOptions) -> Chosen:
@@ -292,13 +324,12 @@ def _in_order(rows: np.ndarray, scores: np.ndarray, path: Path, options: AnswerO
     return Chosen(songs=rows[order].astype(np.int32), scores=scores[order].astype(np.float32), path=path)
 
 
-def _nearest(network: TasteRecommender, vector: np.ndarray, options: AnswerOptions) -> Chosen:
-    """The songs nearest to a vector, float32 (D,)."""
+def _nearest(network: TasteRecommender, vectors: np.ndarray, all_options: Sequence[AnswerOptions]) -> list[Chosen]:
+    """The songs nearest to each vector, float32 (n, D); all options ask for as many."""
     if network.index is None:
-        return _best(network.score_vectors(vector[None])[0], options)
-    ranking = network.rank_vectors(vector[None], options.k, [options.answer_filter])
-    real = ranking.songs[0] != NO_SONG
-    return Chosen(songs=ranking.songs[0][real], scores=ranking.scores[0][real], path=ranking.paths[0])
+        return [_best(network.score_vectors(vectors[row : row + 1])[0], each) for row, each in enumerate(all_options)]
+    filters = [options.answer_filter for options in all_options]
+    return _of_ranking(network.rank_vectors(vectors, all_options[0].k, filters))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,20 +387,37 @@ def _mixed_vector(known: Known, options: AnswerOptions) -> np.ndarray:
     return mixed
 
 
-def _ranked(recommender: TwoStepRecommender, known: Known, options: AnswerOptions) -> Chosen:
-    """The best candidates by the rankers."""
-    queries = Queries.at_end(known.history, known.at)
+def _ranked(
+    recommender: TwoStepRecommender,
+    vectors: Mapping[HorizonName, np.ndarray],
+    plays: Histories,
+    at: np.ndarray,
+    rows: np.ndarray,
+    all_options: Sequence[AnswerOptions],
+) -> list[Chosen]:
+    """The best candidates of some users, int (n,) `rows`, by the rankers; their requests differ in filters and in the
+    songs to rank alone."""
+    some = plays if len(rows) == len(plays) else plays.take(rows)
+    to_rank = [options.songs_to_rank for options in all_options if options.songs_to_rank is not None]
     ranking = recommender.rank_queries(
-        known.history,
-        queries,
-        options.k,
-        long_weight=options.long_weight,
-        filters=[options.answer_filter],
-        vectors=known.batch_vectors,
-        songs_to_rank=None if options.songs_to_rank is None else [options.songs_to_rank],
+        some,
+        Queries.at_end(some, at[rows]),
+        all_options[0].k,
+        long_weight=all_options[0].long_weight,
+        filters=[options.answer_filter for options in all_options],
+        vectors={horizon: values[rows] for horizon, values in vectors.items()},
+        songs_to_rank=to_rank or None,
     )
-    real = ranking.songs[0] != NO_SONG
-    return Chosen(songs=ranking.songs[0][real], scores=ranking.scores[0][real], path=ranking.paths[0])
+    return _of_ranking(ranking)
+
+
+def _of_ranking(ranking: Ranking) -> list[Chosen]:
+    """The songs of each query, without the places that are empty."""
+    real = ranking.songs != NO_SONG
+    return [
+        Chosen(songs=songs[there], scores=scores[there], path=path)
+        for songs, scores, there, path in zip(ranking.songs, ranking.scores, real, ranking.paths, strict=True)
+    ]
 
 
 def _best(scores: np.ndarray, options: AnswerOptions) -> Chosen:

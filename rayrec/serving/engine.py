@@ -18,7 +18,7 @@ from rayrec.embeddings.vectors import layout
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.taste_table import States
 from rayrec.recommend.base import BaseRecommender, HorizonName
-from rayrec.recommend.reranking import AnswerOptions, Chosen, Known, choose, known_of, network_of, similar
+from rayrec.recommend.reranking import AnswerOptions, Chosen, choose, network_of, similar
 from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
 from rayrec.serving.problems import OverloadedError
 from rayrec.serving.telemetry import Metrics
@@ -88,16 +88,13 @@ class Parts:
             tastes = network.encoder.tastes_of(states, at, list(set(heads.values())))
             return {name: tastes[head] for name, head in heads.items()}
 
-    def choose(self, known: Sequence[Known], all_options: Sequence[AnswerOptions]) -> list[Chosen]:
-        """The songs of each user."""
-        with self.metrics.stage("choose"):
-            return [choose(self.recommender, one, options) for one, options in zip(known, all_options, strict=True)]
-
     def answer_states(
         self, states: States, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]
     ) -> list[Chosen]:
         """The songs of each user from states, and the plays that retrievers and features look at."""
-        return self.choose(known_of(self.vectors(states, at, HORIZONS), plays, at), all_options)
+        vectors = self.vectors(states, at, HORIZONS)
+        with self.metrics.stage("choose"):
+            return choose(self.recommender, vectors, plays, at, all_options)
 
     def answer(self, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]) -> list[Chosen]:
         """The songs of each user from all their plays."""
@@ -141,10 +138,6 @@ class Engine:
     async def vectors(self, states: States, at: np.ndarray, horizons: Sequence[HorizonName]) -> Vectors:
         """As `Parts.vectors`."""
         return await self._pool.run(self.parts.vectors, states, at, horizons)
-
-    async def choose(self, known: Sequence[Known], all_options: Sequence[AnswerOptions]) -> list[Chosen]:
-        """As `Parts.choose`."""
-        return await self._pool.run(self.parts.choose, known, all_options)
 
     async def similar(self, song: int, k: int) -> Chosen:
         """As `Parts.similar`."""

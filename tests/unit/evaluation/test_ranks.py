@@ -77,7 +77,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch: object) -> None:
     from rayrec.recommend import base as base
 
     monkeypatch.setattr(base, "SCORES_IN_CACHE", 30 * 7)  # type: ignore[attr-defined]
-    monkeypatch.setattr(base, "FEW_QUESTIONS", 1)  # type: ignore[attr-defined]
+    monkeypatch.setattr(base, "FEW_QUERIES", 1)  # type: ignore[attr-defined]
     parts = _ranked(recommender, histories, queries, np.ones(30, bool))
     np.testing.assert_array_equal(parts.listed_songs, whole.listed_songs)
     np.testing.assert_array_equal(parts.ranks["next10"], whole.ranks["next10"])

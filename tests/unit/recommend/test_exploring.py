@@ -18,7 +18,6 @@ from rayrec.recommend.reranking import (
     FEW_PLAYS,
     AnswerOptions,
     Chosen,
-    Known,
     choose,
     draw_of,
     explore,
@@ -26,7 +25,7 @@ from rayrec.recommend.reranking import (
     network_of,
     probabilities,
 )
-from rayrec.recommend.two_step import TwoStepRecommender
+from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
 from rayrec.storage.releases import default_parts
 from rayrec.storage.workspace import Workspace
 
@@ -88,8 +87,8 @@ def recommender(world: Workspace) -> BaseRecommender:
 def chosen(recommender: BaseRecommender) -> Callable[[AnswerOptions], Chosen]:
     history = Histories.from_lists([[3, 50, 3, 9]], [[AT - 60_000 * back for back in (3, 2, 1, 0)]])
     network, queries = network_of(recommender), Queries.at_end(history, AT)
-    vectors = {horizon: network.vectors(history, queries, horizon)[0] for horizon in ("short", "long")}
-    return lambda options: choose(recommender, Known(vectors=vectors, history=history, at=AT), options)
+    vectors = {horizon: network.vectors(history, queries, horizon) for horizon in HORIZONS}
+    return lambda options: choose(recommender, vectors, history, np.array([AT]), [options])[0]
 
 
 def test_an_answer_explores_songs_with_few_plays_within_its_filters(

@@ -13,8 +13,9 @@ from rayrec.errors import InputError
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.filters import AnswerFilter
-from rayrec.recommend.reranking import AnswerOptions, Known, choose, diversify, network_of, pool_size
-from rayrec.recommend.two_step import TwoStepRecommender
+from rayrec.recommend.reranking import AnswerOptions, Chosen, choose, diversify, network_of, pool_size
+from rayrec.recommend.taste_recommender import TasteRecommender
+from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
 from rayrec.storage.releases import default_parts
 from rayrec.storage.workspace import Workspace
 
@@ -32,13 +33,14 @@ def recommender(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return loaded
 
 
-def known(recommender: BaseRecommender) -> Known:
-    network, queries = network_of(recommender), Queries.at_end(HISTORY, AT)
-    return Known(
-        vectors={horizon: network.vectors(HISTORY, queries, horizon)[0] for horizon in ("short", "long")},
-        history=HISTORY,
-        at=AT,
-    )
+def chosen_by(recommender: BaseRecommender, **options: Any) -> Chosen:
+    (chosen,) = chosen_for(recommender, HISTORY, [AnswerOptions(**options)])
+    return chosen
+
+
+def chosen_for(recommender: BaseRecommender, plays: Histories, options: list[AnswerOptions]) -> list[Chosen]:
+    vectors = network_of(recommender).vectors_of(plays, Queries.at_end(plays, AT), HORIZONS)
+    return choose(recommender, vectors, plays, np.full(len(plays), AT), options)
 
 
 def by_definition(recommender: BaseRecommender, weight: float) -> np.ndarray:
@@ -72,7 +74,7 @@ def _mixed(recommender: TwoStepRecommender, weight: float) -> np.ndarray:
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_songs_come_by_the_horizons_mixed_with_the_weight(recommender: BaseRecommender, weight: float) -> None:
     scores = by_definition(recommender, weight)
-    chosen = choose(recommender, known(recommender), AnswerOptions(k=NUM_SONGS, long_weight=weight))
+    chosen = chosen_by(recommender, k=NUM_SONGS, long_weight=weight)
     assert len(chosen.songs) == NUM_SONGS - 1
     np.testing.assert_allclose(chosen.scores, np.sort(scores)[::-1][:-1], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(scores[chosen.songs], chosen.scores, rtol=1e-4, atol=1e-6)
@@ -80,14 +82,41 @@ def test_songs_come_by_the_horizons_mixed_with_the_weight(recommender: BaseRecom
 
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_filters_leave_the_others_in_their_order(recommender: BaseRecommender, weight: float) -> None:
-    everything = choose(recommender, known(recommender), AnswerOptions(k=NUM_SONGS, long_weight=weight)).songs
+    everything = chosen_by(recommender, k=NUM_SONGS, long_weight=weight).songs
     allowed, excluded = np.arange(NUM_SONGS) % 3 == 0, np.array([0, 3, 9, 30])
     answer_filter = AnswerFilter(allowed=allowed, excluded=excluded)
-    chosen = choose(
-        recommender, known(recommender), AnswerOptions(k=20, long_weight=weight, answer_filter=answer_filter)
-    ).songs
+    chosen = chosen_by(recommender, k=20, long_weight=weight, answer_filter=answer_filter).songs
     expected = [song for song in everything if allowed[song] and song not in excluded]
     assert chosen.tolist() == expected[:20]
+
+
+def test_users_of_a_batch_get_what_each_alone_gets_and_are_ranked_once_for_each_kind_of_request(
+    recommender: BaseRecommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    songs = [[3, 50, 9], [7], [1, 2, 3, 4, 5], [9, 9, 8], [20, 21], [60, 3]]
+    plays = Histories.from_lists(songs, [[AT - 60_000 * back for back in range(len(own), 0, -1)] for own in songs])
+    some = AnswerFilter(excluded=np.array([3, 9]))
+    kinds: list[dict[str, Any]] = [
+        *({"k": 5}, {"k": 5, "answer_filter": some}, {"k": 5, "explain": True}, {"k": 7}),
+        *({"k": 5, "long_weight": 0.5, "diversity": 0.5}, {"k": 5, "songs_to_rank": np.array([5, 3, 60])}),
+    ]
+    options = [AnswerOptions(**kind) for kind in kinds]
+    alone = [chosen_for(recommender, plays.take(np.array([row])), [options[row]])[0] for row in range(len(plays))]
+    is_two_step, ranked = isinstance(recommender, TwoStepRecommender), []
+    ranker, name = (TwoStepRecommender, "rank_queries") if is_two_step else (TasteRecommender, "rank_vectors")
+    rank = getattr(ranker, name)
+
+    def noted(own: Any, first: Any, *rest: Any, **how: Any) -> Any:
+        ranked.append(len(first))
+        return rank(own, first, *rest, **how)
+
+    monkeypatch.setattr(ranker, name, noted)
+    together = chosen_for(recommender, plays, options)
+    for one, other in zip(together, alone, strict=True):
+        assert one.songs.tolist() == other.songs.tolist()
+        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-5)
+        assert (one.path, len(one.features)) == (other.path, len(other.features))
+    assert ranked == ([3, 1, 1, 1] if is_two_step else [3, 1, 1])  # a network alone puts given songs in order by itself
 
 
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"long_weight": 1.1}, {"long_weight": -0.1}, {"diversity": 2.0}])
