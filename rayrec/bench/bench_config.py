@@ -211,7 +211,7 @@ class AnswersBenchConfig(WorldConfig):
     QUICK: ClassVar[Mapping[str, Any]] = {"songs": (500, 2_000), "plays": 10_000, "plays_per_user": 20.0, "queries": 20}
 
     songs: tuple[PositiveInt, ...] = Field(
-        (10_000, 1_000_000), description="Songs of each catalog, smallest first; 10000000 takes hours to build"
+        (10_000, 1_000_000), description="Songs of each catalog, smallest first; 10000000 takes 15 minutes to build"
     )
     queries: int = Field(200, ge=1, description="Users who are answered, one after the other")
 
