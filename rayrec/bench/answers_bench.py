@@ -71,8 +71,8 @@ def bench_answers(place: Workspace, config: AnswersBenchConfig) -> dict[str, Any
 
     For each catalog: cpu_ms of an answer and of each stage, to users who have been answered once, first_cpu_ms of the
     first answer to each, which maps pages of files into the memory of the process, bytes that a stage holds at most,
-    private_mb of the process beside what it maps into memory, recall@20 of the next play with the index and with exact search. cpu_growth
-    compares the largest catalog with the smallest.
+    private_mb of the process beside what it maps into memory, recall@20 of the next play with the index and with exact
+    search. cpu_growth compares the largest catalog with the smallest.
     """
     catalogs = []
     with progress("bench answers", 2 * len(config.songs)) as bar:

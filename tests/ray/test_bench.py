@@ -130,7 +130,7 @@ class TestBench:
             assert catalog["stages"].keys() >= {"taste vectors", "sessions", "rules", "features", "ranker"}
             assert all(stage["bytes"] > 0 for stage in catalog["stages"].values())
             assert 0 < catalog["candidates"] <= min(catalog["songs"], sum(COUNTS.values()))
-            assert catalog["cpu_ms"] > 0 and catalog["first_cpu_ms"] > 0
+            assert min(catalog["cpu_ms"], catalog["first_cpu_ms"]) > 0
             assert catalog["recall"] == catalog["exact_recall"] > 0  # small catalogs are searched exactly
         assert told["rates"] == {"answers_per_second_per_cpu": 1000 / told["cpu_ms"]}
         assert told["cpu_growth"] == told["catalogs"][1]["cpu_ms"] / told["catalogs"][0]["cpu_ms"]
