@@ -1,8 +1,9 @@
 """The training loop: plain PyTorch over an iterable of windows, on one device or as one of many workers.
 
 A step is prepared on the host: songs looked up, targets and negatives drawn, tensors padded. Whatever has a size that
-depends on the data is decided there, so that a step on a device never waits for an answer from it. Everything random is
-a function of seed, epoch and step, so a resumed run goes on as if it had never stopped.
+depends on the data is decided there, so that a step on a device never waits for an answer from it. A thread does so,
+and copies the step to the device, while the steps before it are taken. Everything random is a function of seed, epoch
+and step, so a resumed run goes on as if it had never stopped.
 
 Shapes: B windows, L plays, U songs of a step, D embedding, P positions that have a target, T targets of a position,
 K negatives, H horizons.
@@ -50,18 +51,45 @@ class TrainingStep:
     negatives: Negatives
     counts: list[int]  # targets of each horizon
     requests: dict[str, RowRequests] = field(default_factory=dict)  # table -> who asks whom; empty for one worker
+    copied: torch.cuda.Event | None = None  # happens on the device once the whole step is there; none on a CPU
 
     @property
     def plays(self) -> int:
         """Inputs."""
         return int(self.windows.inputs.sum())
 
-    def to(self, device: torch.device) -> "TrainingStep":
-        """The step on another device; the copies run while the device works on the step before."""
-        if device.type == "cpu":
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that a step on a device has there."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        _moved(self, note)
+        return found
+
+    def to(self, device: torch.device, copies: torch.cuda.Stream | None) -> "TrainingStep":
+        """The step on another device, copied by the stream `copies` beside what other streams do there: `await_copies`
+        before it is used. Without a stream, on a CPU, the step itself."""
+        if copies is None:
             return self
-        moved: TrainingStep = _moved(self, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
-        return moved
+        with torch.cuda.device(copies.device), torch.cuda.stream(copies):  # a thread begins with the first device
+            moved: TrainingStep = _moved(
+                self, lambda tensor: tensor.contiguous().pin_memory().to(device, non_blocking=True)
+            )
+        return replace(moved, copied=copies.record_event())
+
+    def await_copies(self) -> None:
+        """Let whatever the current stream does from now on wait until the step is on the device; the host waits for
+        nothing."""
+        if self.copied is None:
+            return
+        stream = torch.cuda.current_stream(self.batch.songs_BL.device)
+        stream.wait_event(self.copied)
+        for tensor in self.tensors:
+            tensor.record_stream(stream)  # else later copies may take its memory while this stream still reads it
 
 
 class StepMaker:
@@ -301,6 +329,9 @@ class Training:
             self.model.compile(dynamic=True)  # the same for windows of any length, which would else be compiled anew
         self.config = config
         self.share = share
+        self.copies: torch.cuda.Stream | None = None  # of steps to the device
+        if self.device.type == "cuda":
+            self.copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._maker = StepMaker(model.config, config, counts, share)
         self._dense_names = [name for name, _ in model.named_parameters() if name not in TABLES]
         self._dense = [model.get_parameter(name) for name in self._dense_names]
@@ -382,28 +413,29 @@ class Training:
     def steps(self, batches: Iterable[Windows], epoch: int, *, first: int = 0) -> Iterator[StepReport]:
         """Take a step on each batch, the first of them numbered `first`, while a thread prepares those that follow."""
         self.model.train()
-        prepared = (self._prepared(windows, epoch, number) for number, windows in enumerate(batches, start=first))
-        for step in ahead(prepared):
+        for step in self.prepared(batches, epoch, first=first):
             yield StepReport(epoch=epoch, step=step.number, plays=step.plays, loss=self.take(step))
+
+    def prepared(self, batches: Iterable[Windows], epoch: int, *, first: int = 0) -> Iterator[TrainingStep]:
+        """The steps that `take` takes: a thread makes them and copies them to the device while it works on others."""
+        return ahead(self._prepared(windows, epoch, number) for number, windows in enumerate(batches, start=first))
 
     def step(self, windows: Windows, epoch: int, number: int) -> Tensor:
         """One step by itself; its loss, on the device."""
         return self.take(self._prepared(windows, epoch, number))
 
     def _prepared(self, windows: Windows, epoch: int, number: int) -> TrainingStep:
-        return self.exchange.agree(self._maker.make(windows, epoch, number), [*self.tables])
+        step = self.exchange.agree(self._maker.make(windows, epoch, number), [*self.tables])
+        return step.to(self.device, self.copies)
 
     def take(self, step: TrainingStep) -> Tensor:
         """One step of the optimizers on this worker's share of a batch; its part of the mean loss, on the device."""
         torch.manual_seed(step.seed)
         self._set_learning_rates()
-        on_device = step.to(self.device)
-        rows = {
-            name: self.tables[name].look_up(songs, on_device.requests.get(name))
-            for name, songs in on_device.songs.items()
-        }
+        step.await_copies()
+        rows = {name: self.tables[name].look_up(songs, step.requests.get(name)) for name, songs in step.songs.items()}
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            loss = self._loss(on_device, rows)
+            loss = self._loss(step, rows)
         self.optimizer.zero_grad(set_to_none=True)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
@@ -413,7 +445,7 @@ class Training:
             average = get_ema_multi_avg_fn(self._decay.step())  # type: ignore[no-untyped-call]
             average(self._averages, [value.detach() for value in self._dense], None)
         for name, table in self.tables.items():
-            table.step(on_device.songs[name], rows[name], on_device.requests.get(name))
+            table.step(step.songs[name], rows[name], step.requests.get(name))
         return loss.detach()
 
     def _set_learning_rates(self) -> None:

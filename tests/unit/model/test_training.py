@@ -3,14 +3,17 @@
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from networks import NUM_SONGS, MemoryHost, cycling_histories, model_config, network, part_of
+from torch import Tensor
 
 from rayrec.data.histories import Histories
 from rayrec.data.windows import Windows, cut_windows
@@ -321,7 +324,7 @@ def _whole(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return whole
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [2, 4])
 def test_several_processes_learn_what_one_learns_and_go_on_from_each_others_checkpoints(
     tmp_path: Path, workers: int
 ) -> None:
@@ -354,6 +357,56 @@ def test_values_made_ahead_come_in_order_and_an_error_where_it_happened() -> Non
     assert next(made) == 0
     made.close()  # type: ignore[attr-defined]
     assert "rayrec steps" not in {thread.name for thread in threading.enumerate()}
+
+
+class LateStream:
+    """Stands in for a CUDA stream: what it copies arrives when somebody waits for it, and not before."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.under_way: list[tuple[Tensor, Tensor]] = []
+        self.copied: list[Tensor] = []
+        self.kept: list[Tensor] = []  # whose memory is given to no other copies while this stream may read them
+        self.threads: set[str] = set()  # that asked for copies
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", self._copy)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, _: self.kept.append(tensor))
+
+    @property
+    def _copy(self) -> Any:
+        def copy(tensor: Tensor) -> Tensor:
+            self.threads.add(threading.current_thread().name)
+            self.copied.append(torch.zeros_like(tensor))
+            self.under_way.append((self.copied[-1], tensor))
+            return self.copied[-1]
+
+        return copy
+
+    def record_event(self) -> list[tuple[Tensor, Tensor]]:
+        event, self.under_way = self.under_way, []
+        return event
+
+    def wait_event(self, event: list[tuple[Tensor, Tensor]]) -> None:
+        for target, source in event:
+            target.copy_(source)
+
+
+def test_a_thread_copies_steps_ahead_and_they_are_used_once_they_have_arrived(
+    histories: Histories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings()
+    alone = losses(config, histories)
+    made, reports = training(config), list[StepReport]()
+    assert made.copies is None  # on a CPU
+    stream = LateStream(monkeypatch)
+    made.copies = stream  # type: ignore[assignment]
+    made.epoch(MemoryHost({"final": histories}, config).windows("final", 0), 0, on_step=reports.append)
+    assert [float(report.loss) for report in reports] == alone
+    assert stream.threads == {"rayrec steps"}
+    assert [*map(id, stream.kept)] == [*map(id, stream.copied)]
 
 
 def test_padding_looks_up_no_song(histories: Histories) -> None:
