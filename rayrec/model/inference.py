@@ -24,9 +24,13 @@ PIECE = 1024  # plays of one user in a pass; longer histories carry their state 
 class TasteEncoder:
     """Runs a taste network over histories. Holds no state between calls."""
 
-    def __init__(self, model: TasteModel, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, model: TasteModel, device: torch.device | str = "cpu", *, plays_per_pass: int = PLAYS_PER_PASS
+    ) -> None:
+        """At most `plays_per_pass` padded plays go through the network at once, and always one piece of a history."""
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
+        self._plays_per_pass = plays_per_pass
 
     def no_states(self, users: int) -> States:
         """The states of users before their first play."""
@@ -47,7 +51,7 @@ class TasteEncoder:
         start = start or self.no_states(len(histories))
         hidden = torch.from_numpy(start.hidden.copy())  # (U, layers, H), moved on piece by piece
         watcher = _Asked(queries, self._seen_in(hidden))
-        for rows in passes(histories.lengths):
+        for rows in passes(histories.lengths, self._plays_per_pass):
             self._run_rows(histories, rows, start.last_played_at, hidden, watcher)
         last = start.last_played_at.copy()
         some = histories.lengths > 0
@@ -137,13 +141,13 @@ class _Asked:
         self.seen_QX[torch.from_numpy(which[here])] = picked.float().cpu()
 
 
-def passes(lengths: np.ndarray) -> Iterator[np.ndarray]:
+def passes(lengths: np.ndarray, plays_per_pass: int = PLAYS_PER_PASS) -> Iterator[np.ndarray]:
     """Rows with plays, those of like length together, so that a pass is small and little of it padding."""
     order = np.argsort(lengths, kind="stable")
     order = order[lengths[order] > 0]
     widths = np.minimum(lengths[order], PIECE)
     end = len(order)
     while end > 0:
-        begin = max(0, end - max(1, PLAYS_PER_PASS // int(widths[end - 1])))
+        begin = max(0, end - max(1, plays_per_pass // int(widths[end - 1])))
         yield order[begin:end]
         end = begin

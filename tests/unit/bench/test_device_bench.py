@@ -2,19 +2,21 @@
 
 import json
 from dataclasses import replace
-from typing import Any
+from itertools import product
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
 from rayrec.bench import device_bench
-from rayrec.bench.device_bench import Size, network, random_histories
+from rayrec.bench.device_bench import ByteCounter, Size, network, random_histories
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
-from rayrec.model.train_config import TrainConfig
+from rayrec.model.train_config import Cell, Objective, TrainConfig
+from rayrec.model.training import TrainingStep
 
-TOLD = {"name": "a card", "torch": "2", "runs": [], "reading_plays_per_second": 1.0}
+TOLD = {"name": "a card", "torch": "2", "runs": [], "reading_plays_per_second": [1.0, 1.0]}
 UNCOMPILED = ((False, False), (True, False))
 
 
@@ -32,43 +34,99 @@ def test_each_way_of_working_is_told_with_its_shares(
     monkeypatch.setattr(device_bench, "WAYS", UNCOMPILED)
     device_bench.main(["--device", "cpu", "--quick", "--json"])
     told = json.loads(capsys.readouterr().out)
-    assert {(run["work"], run["bfloat16"], run["batch"]) for run in told["runs"]} == {
-        (work, bf16, batch) for work, batch in (("train", 1), ("train", 2), ("tastes", 1)) for bf16 in (False, True)
-    }
-    assert told["reading_plays_per_second"] > 0
+    assert [(run["bfloat16"], run["work"], run["batch"]) for run in told["runs"]] == [
+        (bf16, work, batch) for bf16 in (False, True) for work in ("train", "tastes") for batch in (1, 2)
+    ]
     for run in told["runs"]:
-        needs = told["needs"][run["work"]]
         limit = told["limits"]["bfloat16_flops" if run["bfloat16"] else "float32_flops"]
         assert run["plays_per_second"] > 0
-        assert run["share_of_flops"] == pytest.approx(run["plays_per_second"] * needs["flops_per_play"] / limit)
-        moved = run["plays_per_second"] * needs["unfused_bytes_per_play"]
+        assert run["share_of_flops"] == pytest.approx(run["plays_per_second"] * run["flops_per_play"] / limit)
+        moved = run["plays_per_second"] * run["unfused_bytes_per_play"]
         assert run["share_of_bytes"] == pytest.approx(moved / told["limits"]["bytes_per_second"])
+        if run["work"] == "train":
+            read = told["reading_plays_per_second"][run["batch"] - 1]
+            assert run["read_over_trained"] == pytest.approx(read / run["plays_per_second"])
+    small, large = (run["flops_per_play"] for run in told["runs"][:2])
+    assert large > small  # more negatives
     table = device_bench.as_table(told)
-    assert len([line for line in table.splitlines() if line.startswith(("train ", "tastes "))]) == len(told["runs"])
-    assert table.count("as on a CPU") == len(told["checks"]) == 8
+    lines = [line.split() for line in table.splitlines() if line.startswith(("train ", "tastes "))]
+    assert [line[:3] for line in lines] == [
+        [run["work"], f"x{run['batch']}", "bfloat16" if run["bfloat16"] else "float32"] for run in told["runs"]
+    ]
+    assert lines[0][-1] == f"{told['runs'][0]['read_over_trained']:.2f}"
+    assert table.count("as on a CPU") == len(told["checks"]) == 16
+    assert {(check["cell"], check["objective"], check["bfloat16"]) for check in told["checks"]} == set(
+        product(get_args(Cell), get_args(Objective), (False, True))
+    )
+    assert "steps copied ahead arrive whole" in table
 
 
+def test_a_larger_batch_has_more_negatives_by_its_root_and_larger_passes() -> None:
+    default, larger = Size().times(1), Size().times(16)
+    assert (default.config.batch, larger.config.batch) == (64, 1024)
+    assert [round(size.config.negatives * size.config.scale) for size in (default, larger)] == [1024, 4096]
+    assert larger.plays_per_pass == 16 * default.plays_per_pass
+
+
+@pytest.mark.parametrize(("call", "number", "bf16"), [(5, 2, False), (6, 3, True)])
+@pytest.mark.parametrize("form", [[], ["--json"]])
 def test_a_device_that_computes_something_else_is_told_by_name_and_exit_code(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    call: int,
+    number: int,
+    bf16: bool,
+    form: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     learned, calls = device_bench.learned, [0]
 
-    def broken(size: Size, device: str, steps: int) -> TasteModel:
+    def broken(size: Size, device: str, steps: int, **options: bool) -> TasteModel:
         calls[0] += 1
-        made = learned(size, device, steps)
-        if calls[0] == 4:  # the device's turn at the second objective of the first cell
+        made = learned(size, device, steps, **options)
+        if calls[0] == call:  # the device's turn at the second objective of the first cell, in either precision
+            assert options == {"bf16": bf16}
             with torch.no_grad():
                 made.dense.weight += 0.1
         return made
 
     monkeypatch.setattr(device_bench, "learned", broken)
     found = device_bench.checks("cpu")
-    assert [check["same"] for check in found] == [True, False, *[True] * 6]
-    assert (found[1]["cell"], found[1]["objective"]) == ("gru", "softmax")
-    monkeypatch.setattr(device_bench, "measure_device", lambda *_: {**TOLD, "checks": found})
+    assert [place for place, check in enumerate(found) if not check["same"]] == [number]
+    assert (found[number]["cell"], found[number]["objective"]) == ("gru", "softmax")
+    monkeypatch.setattr(device_bench, "measure_device", lambda *_: {**TOLD, "checks": found, "copies_whole": True})
+    with pytest.raises(SystemExit):
+        device_bench.main(["--device", "cpu", *form])
+    if not form:
+        precision = "bfloat16 " if bf16 else "float32  "
+        assert f"gru   softmax          {precision} NOT AS ON A CPU" in capsys.readouterr().out
+
+
+def test_steps_that_do_not_arrive_whole_are_told_by_name_and_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert device_bench.copies_whole("cpu", Size.quick())
+
+    def half(step: TrainingStep, device: torch.device, copies: torch.cuda.Stream | None) -> TrainingStep:
+        return replace(step, averaged_BL=torch.zeros_like(step.averaged_BL)) if step.number == 3 else step
+
+    monkeypatch.setattr(TrainingStep, "to", half)
+    assert not device_bench.copies_whole("cpu", Size.quick())
+    monkeypatch.setattr(device_bench, "measure_device", lambda *_: {**TOLD, "checks": [], "copies_whole": False})
     with pytest.raises(SystemExit):
         device_bench.main(["--device", "cpu"])
-    assert "gru   softmax          NOT AS ON A CPU" in capsys.readouterr().out
+    assert "steps copied ahead DO NOT ARRIVE WHOLE" in capsys.readouterr().out
+
+
+def test_compiled_runs_that_would_begin_too_late_are_left_out_with_a_line_that_says_so() -> None:
+    told = device_bench.measure_device("cpu", replace(Size.quick(), compile_until=0.0))
+    assert {run["compiled"]: set(run) & {"plays_per_second", "error"} for run in told["runs"]} == {
+        False: {"plays_per_second"},
+        True: {"error"},
+    }
+    late = [run for run in told["runs"] if run["compiled"]]
+    assert len(late) == len(told["runs"]) / 2 == 8
+    assert not any(run["compiled"] for run in told["runs"][:8])  # what is sure to be measured comes first
+    assert device_bench.as_table(told).count("left out: 0 seconds were over") == 8
 
 
 def test_a_way_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,9 +135,24 @@ def test_a_way_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(device_bench, "WAYS", ((False, True), (False, False)))
     monkeypatch.setattr(TasteModel, "compile", without_compiler)
-    compiled, _, plain = device_bench.measure_device("cpu", Size.quick())["runs"][:3]
+    runs = device_bench.measure_device("cpu", Size.quick())["runs"]
+    compiled, plain = (next(run for run in runs if run["compiled"] == choice) for choice in (True, False))
     assert compiled == {"work": "train", "bfloat16": False, "compiled": True, "batch": 1, "error": "no C++ compiler"}
     assert plain["plays_per_second"] > 0
+
+
+def test_bytes_are_those_read_and_those_written() -> None:
+    values, target = torch.ones(1000), torch.empty(1000)
+    for work, bytes_ in (
+        (lambda: torch.add(values, values), 12_000),
+        (lambda: torch.add(values, values, out=target), 12_000),
+        (lambda: target.mul_(2.0), 8_000),
+        (lambda: torch.empty_like(values), 0),
+        (lambda: values[:10].view(2, 5), 0),
+    ):
+        with ByteCounter() as counter:
+            work()
+        assert counter.total == bytes_
 
 
 def test_the_operations_of_a_play_are_those_of_its_matrices() -> None:
@@ -154,3 +227,5 @@ class TestOnAGpu:
         monkeypatch.setattr(device_bench, "WAYS", UNCOMPILED)
         told = device_bench.measure_device("cuda", Size.quick())
         assert all(run["plays_per_second"] > 0 for run in told["runs"])
+        assert told["copies_whole"]
+        assert all(check["same"] for check in told["checks"])

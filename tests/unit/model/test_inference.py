@@ -180,12 +180,13 @@ def test_the_encoder_switches_dropout_off(histories: Histories) -> None:
     np.testing.assert_array_equal(first, second)
 
 
-def test_passes_are_bounded_and_hold_every_user_with_plays_once() -> None:
+@pytest.mark.parametrize("plays_per_pass", [inference.PLAYS_PER_PASS, 4 * inference.PLAYS_PER_PASS])
+def test_passes_are_bounded_and_hold_every_user_with_plays_once(plays_per_pass: int) -> None:
     lengths = np.random.default_rng(1).integers(0, 3_000, size=500)
-    passes = list(inference.passes(lengths))
+    passes = list(inference.passes(lengths, plays_per_pass))
     assert sorted(np.concatenate(passes).tolist()) == np.flatnonzero(lengths).tolist()
     for rows in passes:
-        assert len(rows) * min(lengths[rows].max(), inference.PIECE) <= inference.PLAYS_PER_PASS
+        assert len(rows) * min(lengths[rows].max(), inference.PIECE) <= plays_per_pass
         assert lengths[rows[-1]] == lengths[rows].max()  # pieces of shorter ones are looked up within its plays
 
 
