@@ -4,7 +4,8 @@ Virtual shards say which windows make up which batch of an epoch, the same for a
 data (buckets, or files of playlists) are put into lanes. A lane is read from its first unit to its last, and its
 windows are dealt to a number of shards; of W workers each reads the lanes of every W-th shard. The lengths of all
 windows are known before, so that every worker computes all batches and none needs what another reads. A worker's share
-of a batch is the windows of it that the worker reads; it may hold none.
+of a batch is the windows of it that the worker reads; it may hold none. Where a batch has at least 64 windows for
+each worker, and the number of shards is a power of two, it holds the same share of what each worker reads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,11 @@ from rayrec.data.ragged import offsets_of, ranges
 
 _COLUMNS = ("inputs", "previous_at", "places")  # of Windows beside the plays, one number a window
 NEVER = np.iinfo(np.int64).min  # the time of the play before the first one
-SHARD_GROUPS = (
-    8  # of shards, of which a batch takes the same share: up to so many workers have as much to do in each step
-)
-GROUP_WINDOWS = 1 << 10  # of a pool in each group, or there are fewer groups: else a batch would hold all lengths
+# Shards are in groups, and a batch takes the same share of each group's windows. The more groups, the more the lengths
+# in a batch differ.
+SHARD_GROUPS = 8  # of shards, or fewer where a pool has fewer than `GROUP_WINDOWS` in each
+GROUP_WINDOWS = 1 << 10
+WORKER_WINDOWS = 64  # of a batch: there are at least as many groups as it holds so many
 POOL_WINDOWS = 1 << 14  # of all shards together, whose windows are put in batches by length
 
 
@@ -204,7 +206,7 @@ class EpochBatches:
         lanes = np.repeat(np.arange(len(self.lanes)), counts)
         dealt = np.concatenate([np.arange(count) for count in counts]) % (self._shards // len(self.lanes))
         shards = lanes + len(self.lanes) * dealt
-        most = min(SHARD_GROUPS, max(1, len(inputs) // GROUP_WINDOWS))
+        most = max(1, min(SHARD_GROUPS, len(inputs) // GROUP_WINDOWS), self._batch // WORKER_WINDOWS)
         groups = shards % max(number for number in divisors(self._shards) if number <= most)
         # The shortest window of each group, the next of each, and so on: neighbours have about the same length.
         by_length = np.lexsort((rng.random(len(inputs)), inputs, groups))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayrec.data.windows import SHARD_GROUPS, EpochBatches, PoolBatches, WindowLengths, divisors
+from rayrec.data.windows import SHARD_GROUPS, WORKER_WINDOWS, EpochBatches, PoolBatches, WindowLengths, divisors
 
 WINDOW = 100
 
@@ -68,22 +68,32 @@ def test_workers_have_shards_of_their_own_and_read_as_few_lanes_as_they_can(unit
     assert set(read_by.tolist()) == {max(1, workers // len(epoch.lanes))}
 
 
-@pytest.mark.parametrize("workers", [2, 4, 8])
-def test_workers_have_as_much_to_do_in_every_step(workers: int) -> None:
-    for pool in pools(epoch_of(lengths(64))):
+@pytest.mark.parametrize(
+    ("workers", "batch", "windows"),
+    [
+        *((workers, 64, 20_000) for workers in (2, 4, 8)),
+        *((workers, WORKER_WINDOWS * workers, windows) for workers in (2, 16, 32, 64) for windows in (5_000, 20_000)),
+    ],
+)
+def test_workers_have_their_share_of_every_step(workers: int, batch: int, windows: int) -> None:
+    """Any number of them where a batch holds enough windows for each; up to 8, given data, whatever the batch."""
+    for pool in pools(epoch_of(lengths(64, windows), batch=batch)):
+        share_W = np.bincount(pool.shards % workers, minlength=workers) / len(pool.shards)
         for step in np.unique(pool.steps).tolist():
-            counts = np.bincount(pool.shards[pool.steps == step] % workers, minlength=workers)
-            assert counts.max() - counts.min() <= max(3, 3 * SHARD_GROUPS // workers)
+            counts_W = np.bincount(pool.shards[pool.steps == step] % workers, minlength=workers)
+            assert np.abs(counts_W - share_W * counts_W.sum()).max() <= max(2, SHARD_GROUPS / workers)
 
 
-@pytest.mark.parametrize("windows", [1_000, 20_000])
-def test_a_batch_holds_windows_of_like_length(windows: int) -> None:
+@pytest.mark.parametrize(
+    ("windows", "batch", "share"), [(1_000, 64, 0.9), (20_000, 64, 0.9), (20_000, 256, 0.9), (100_000, 1024, 0.88)]
+)
+def test_a_batch_holds_windows_of_like_length(windows: int, batch: int, share: float) -> None:
     used = padded = 0
-    for pool in pools(epoch_of(lengths(64, windows))):
+    for pool in pools(epoch_of(lengths(64, windows), batch=batch)):
         for step in np.unique(pool.steps).tolist():
             inputs = pool.inputs[pool.steps == step].astype(np.int64)
             used, padded = used + int(inputs.sum()), padded + int(inputs.max()) * len(inputs)
-    assert used > 0.9 * padded
+    assert used > share * padded
 
 
 def test_data_without_windows_have_no_batches() -> None:
