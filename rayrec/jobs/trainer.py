@@ -363,7 +363,7 @@ class WindowStream:
 
         def tables(rows: dict[str, np.ndarray]) -> Iterator[pa.Table]:
             epoch = int(rows[EPOCH][0])
-            for table in reader.tables(epoch):
+            for table in reader.tables(reader.batches(epoch)):
                 yield table.append_column(EPOCH, pa.array(np.full(len(table), epoch, dtype=np.int32)))
 
         context = ray.data.DataContext.get_current()

@@ -137,9 +137,9 @@ class ShardReader:
         config = self._config
         return EpochBatches(self._lengths, shards=config.shards, batch=config.batch, seed=config.seed, epoch=epoch)
 
-    def tables(self, epoch: int) -> Iterator[pa.Table]:
+    def tables(self, batches: EpochBatches) -> Iterator[pa.Table]:
         """The worker's windows of one pool after the other, by batch, as rows that `split_batches` takes apart."""
-        share, batches = self._share, self.batches(epoch)
+        share = self._share
         lanes = batches.lanes_of(share.rank, share.workers)
         readers = {lane: _LaneReader(self._windows(batches.lanes[lane])) for lane in lanes}
         for number in range(batches.pools):
@@ -215,4 +215,5 @@ def _nothing(batches: int) -> Iterator[Windows]:
 
 def plain_stream(reader: ShardReader, epoch: int) -> Iterator[Windows]:
     """A worker's share of the batches of an epoch, read in this process: for training without a cluster."""
-    return split_batches(reader.tables(epoch), reader.batches(epoch).steps)
+    batches = reader.batches(epoch)
+    return split_batches(reader.tables(batches), batches.steps)

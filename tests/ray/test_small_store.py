@@ -105,7 +105,7 @@ def streamed(workspace: Workspace) -> int:
     dataset = Dataset(workspace)
     lengths = window_lengths(dataset, FitRange(), CONFIG)
     reader = ShardReader(dataset, FitRange(), CONFIG, lengths, Share())
-    return sum(table.nbytes for table in reader.tables(0))
+    return sum(table.nbytes for table in reader.tables(reader.batches(0)))
 
 
 @pytest.mark.slow

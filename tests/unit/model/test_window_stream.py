@@ -1,10 +1,12 @@
 """From buckets to batches: the same for any number of workers, each of which reads its part."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from counted_reads import CountedWorkspace
 from worlds import random_histories, write_dataset
 
 from rayrec.data.dataset import Dataset
@@ -15,7 +17,7 @@ from rayrec.errors import InputError, LeakError, MismatchError
 from rayrec.model.song_tables import Share
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.training_windows import ShardReader, WindowCounter, plain_stream, split_batches, window_lengths
-from rayrec.storage.workspace import Workspace, histories_file
+from rayrec.storage.workspace import Workspace
 
 CONFIG = TrainConfig(window=5, batch=6, long=(2, 3))
 EVERYTHING = FitRange()
@@ -80,22 +82,18 @@ def test_workers_share_the_batches(dataset: Dataset, workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_a_worker_opens_and_reads_its_part_of_the_files(
-    workspace: Workspace, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_opens_and_reads_its_part_of_the_files(workspace: Workspace, workers: int, tmp_path: Path) -> None:
     buckets = 16
-    made = random_histories(600, 10, seed=9)
-    dataset = write_dataset(workspace, made, 10, buckets=buckets)
+    write_dataset(workspace, random_histories(600, 10, seed=9), 10, buckets=buckets)
+    counted = CountedWorkspace(workspace.root, tmp_path / "log")
+    dataset = Dataset(counted)
     lengths = window_lengths(dataset, EVERYTHING, CONFIG)
-    opened: list[str] = []
-    open_input = Workspace.open_input
-    monkeypatch.setattr(Workspace, "open_input", lambda place, path: (opened.append(path), open_input(place, path))[1])
+    all_bytes = sum(size for file, size in counted.reads() if "histories" in file)
     for rank in range(workers):
-        opened.clear()
         list(plain_stream(ShardReader(dataset, EVERYTHING, CONFIG, lengths, Share(rank=rank, workers=workers)), 0))
-        assert len(opened) == len(set(opened)) == buckets // workers
-        sizes = [workspace.size(histories_file(0, bucket)) for bucket in range(buckets)]
-        assert sum(map(workspace.size, opened)) < 1.2 * sum(sizes) / workers
+        files, sizes = zip(*counted.reads(), strict=True)
+        assert len(files) == len(set(files)) == buckets // workers
+        assert sum(sizes) < 1.2 * all_bytes / workers
 
 
 def test_another_number_of_workers_is_refused_with_the_choices() -> None:
@@ -148,7 +146,8 @@ def test_batches_stay_whole_wherever_an_engine_cuts_or_joins_the_tables(
 ) -> None:
     monkeypatch.setattr("rayrec.data.windows.POOL_WINDOWS", 20)  # several pools
     made = reader(dataset, share=Share(rank=5, workers=16))  # some batches hold nothing of this worker
-    tables, steps = list(made.tables(0)), made.batches(0).steps
+    batches_of_epoch = made.batches(0)
+    tables, steps = list(made.tables(batches_of_epoch)), batches_of_epoch.steps
     assert len(tables) > 3
     joined = pa.concat_tables(tables)
     recut = [joined.slice(start, rows) for start in range(0, len(joined), rows)]
