@@ -1,53 +1,19 @@
 """What a step of many workers sends: rows and gradients to where they are kept, and one sum beside them."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from networks import NUM_SONGS, MemoryHost, cycling_histories, model_config, network
-from torch import Tensor
+from wires import WORKERS, Wire
 
 from rayrec.model.song_tables import RowAdam, RowExchange, Share
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.training import StepMaker, Training
 
 SMALL = TrainConfig(hidden_dim=12, window=12, batch=10, negatives=20, long=(2, 5))
-WORKERS = 8
 SHARE = Share(rank=0, workers=WORKERS)
-
-
-class Wire:
-    """Stands in for the process group: all other workers ask this one what it asks itself."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[str] = []
-        self.sent = 0.0  # bytes to other workers
-        monkeypatch.setattr(dist, "new_group", lambda backend: None)
-        monkeypatch.setattr(dist, "all_to_all_single", self._all_to_all)
-        monkeypatch.setattr(dist, "all_reduce", self._all_reduce)
-
-    def _all_to_all(
-        self,
-        output: Tensor,
-        given: Tensor,
-        output_sizes: list[int] | None = None,
-        input_sizes: list[int] | None = None,
-        group: Any = None,
-    ) -> None:
-        self.calls.append("all_to_all")
-        sizes = input_sizes or [len(given) // WORKERS] * WORKERS
-        self.sent += sum(sizes[1:]) * given[:1].nbytes
-        own = given[: sizes[0]]
-        output.fill_(1)
-        for part in output.split(output_sizes or [len(output) // WORKERS] * WORKERS):
-            part[: len(own)] = own[: len(part)]
-
-    def _all_reduce(self, tensor: Tensor) -> None:
-        self.calls.append("all_reduce")
-        self.sent += 2 * (WORKERS - 1) / WORKERS * tensor.nbytes  # in a ring
 
 
 def test_a_step_of_eight_workers_with_60_000_rows_each_sends_at_most_35_mb(monkeypatch: pytest.MonkeyPatch) -> None:

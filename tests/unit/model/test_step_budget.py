@@ -1,26 +1,32 @@
-"""What a step at the default settings asks of a device: operations, large ones, and answers that the host waits for."""
+"""What a step at the default settings asks of a device: operations, large ones, bytes, and answers to the host."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from networks import NUM_SONGS, MemoryHost, cycling_histories, model_config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from wires import WORKERS, Wire
 from worlds import random_vectors
 
+from rayrec.bench.device_bench import ByteCounter
 from rayrec.data.histories import Histories
 from rayrec.data.windows import cut_windows
 from rayrec.model import objectives
+from rayrec.model.epochs import Fit, FitData, Phase
 from rayrec.model.network import TasteModel
 from rayrec.model.song_tables import Share
 from rayrec.model.train_config import FeatureSpec, TrainConfig
-from rayrec.model.training import StepMaker, Training
+from rayrec.model.training import StepMaker, StepReport, Training
 
 SONGS, DIM = 5_000, 64
 LARGE = 1_000_000  # elements
 OPERATIONS, LARGE_OPERATIONS = 150, 15  # outside the recurrent cell, whose steps cuDNN runs as one
+BYTES = 0.95e9  # that these operations read and write, as if nothing were fused, in float32
+READS = ("_local_scalar_dense", "nonzero")  # operations that the host waits for
 FREE = ("detach", "empty", "profiler")  # start nothing on a device: views, allocations, marks in a profile
 
 
@@ -31,6 +37,11 @@ class Counter(TorchDispatchMode):  # type: ignore[misc]
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
         self.large: list[str] = []
+
+    @property
+    def reads(self) -> int:
+        """Answers that the host waited for."""
+        return sum(any(read in name for read in READS) for name in self.names)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -77,9 +88,45 @@ def test_a_step_at_the_default_settings_keeps_its_budget_and_reads_nothing_back(
     maker = StepMaker(shape, config, counts, Share())
     step, following = (maker.make(full, 0, number) for number in range(2))
     training.take(step)  # the optimizers make their moments in the first step
-    with Counter() as counter:
+    with Counter() as counter, ByteCounter() as moved:
         training.take(following)
-    assert [name for name in counter.names if "_local_scalar_dense" in name or "nonzero" in name] == []
+    assert counter.reads == 0
     assert len(counter.names) <= OPERATIONS, sorted(counter.names)
     assert len(counter.large) <= LARGE_OPERATIONS, sorted(counter.large)
+    assert moved.total <= BYTES
     assert len(counter.names) > 0.9 * OPERATIONS, "the budget can be lowered"
+    assert moved.total > 0.9 * BYTES, "the budget can be lowered"
+
+
+class ReadsByStep(MemoryHost):
+    """Notes how many answers a fit had waited for when it had taken each step."""
+
+    def __init__(self, counter: Counter, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._counter = counter
+        self.reads: list[int] = []
+
+    def stepped(self, phase: Phase, report: StepReport, loss: float) -> None:
+        self.reads.append(self._counter.reads)
+
+
+@pytest.mark.parametrize("workers", [1, WORKERS])
+def test_a_fit_reads_from_the_device_at_every_50th_step_alone(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the losses, and the sums over the workers that agree on them."""
+    torch.set_num_threads(1)
+    if workers > 1:
+        Wire(monkeypatch)
+    config = TrainConfig(hidden_dim=8, window=12, batch=8, negatives=20, long=(2, 5), epochs=1)
+    plays: dict[Phase, Histories] = {"final": cycling_histories(480)}
+    counts = np.bincount(plays["final"].songs, minlength=NUM_SONGS)
+    data: dict[Phase, FitData] = {"final": FitData(vectors=random_vectors(NUM_SONGS), counts=counts)}
+    share = Share(workers=workers)
+    with Counter() as counter:
+        host = ReadsByStep(counter, plays, config, share=share)
+        fit = Fit(model_config(config), config, data, host, validation=None, share=share)
+        before = counter.reads
+        fit.run()
+    assert len(host.reads) > 100
+    of_steps = np.diff([before, *host.reads])
+    assert np.flatnonzero(of_steps).tolist() == list(range(0, len(host.reads), 50))
+    assert of_steps.max() <= (1 if workers == 1 else 4)

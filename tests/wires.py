@@ -1,0 +1,41 @@
+"""A process group without processes: one worker of eight, for tests that count what it sends."""
+
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch import Tensor
+
+WORKERS = 8
+
+
+class Wire:
+    """Stands in for the process group of eight workers: all others ask this one what it asks itself."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.sent = 0.0  # bytes to other workers
+        monkeypatch.setattr(dist, "new_group", lambda backend: None)
+        monkeypatch.setattr(dist, "all_to_all_single", self._all_to_all)
+        monkeypatch.setattr(dist, "all_reduce", self._all_reduce)
+        monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+
+    def _all_to_all(
+        self,
+        output: Tensor,
+        given: Tensor,
+        output_sizes: list[int] | None = None,
+        input_sizes: list[int] | None = None,
+        group: Any = None,
+    ) -> None:
+        self.calls.append("all_to_all")
+        sizes = input_sizes or [len(given) // WORKERS] * WORKERS
+        self.sent += sum(sizes[1:]) * given[:1].nbytes
+        own = given[: sizes[0]]
+        output.fill_(1)
+        for part in output.split(output_sizes or [len(output) // WORKERS] * WORKERS):
+            part[: len(own)] = own[: len(part)]
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        self.calls.append("all_reduce")
+        self.sent += 2 * (WORKERS - 1) / WORKERS * tensor.nbytes  # in a ring
