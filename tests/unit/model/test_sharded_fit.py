@@ -103,28 +103,46 @@ def fit_all(share: Share, folder: Path, ways: Sequence[str]) -> None:
     (folder / f"figures {share.workers} {share.rank}.json").write_text(json.dumps(figures))
 
 
-def _one_of(rank: int, workers: int, folder: str) -> None:
+def _one_of(rank: int, workers: int, folder: str, ways: Sequence[str]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting{workers}", rank=rank, world_size=workers)
+    meeting = f"file://{folder}/{workers} {ways[0]}.meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
     for (module, name), value in SMALL.items():
         setattr(module, name, value)
-    fit_all(Share(rank=rank, workers=workers), Path(folder), WAYS[workers])
+    fit_all(Share(rank=rank, workers=workers), Path(folder), ways)
     dist.barrier()
     os._exit(0)  # threads of gloo that outlive the group abort an interpreter that ends in good order
 
 
+def spawn(workers: int, folder: Path, ways: Sequence[str]) -> None:
+    torch.multiprocessing.spawn(_one_of, args=(workers, str(folder), ways), nprocs=workers)  # type: ignore[no-untyped-call]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The files of all fits, by number of workers and way."""
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The files of a fit on one worker and of one on four, by number of workers and way."""
     made = tmp_path_factory.mktemp("fits")
     with pytest.MonkeyPatch.context() as patch:
         for (module, name), value in SMALL.items():
             patch.setattr(module, name, value)
         fit_all(Share(), made, WAYS[1][:1])
-        for workers in (2, 4):
-            torch.multiprocessing.spawn(_one_of, args=(workers, str(made)), nprocs=workers)  # type: ignore[no-untyped-call]
-        fit_all(Share(), made, WAYS[1][1:])
+        spawn(4, made, WAYS[4][:1])
         yield made
+
+
+@pytest.fixture(scope="module")
+def all_fits(fresh: Path) -> Path:
+    """The same with those on two workers, and those that were resumed."""
+    spawn(2, fresh, WAYS[2])
+    spawn(4, fresh, WAYS[4][1:])
+    fit_all(Share(), fresh, WAYS[1][1:])
+    return fresh
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, fresh: Path) -> Path:
+    """The fits that a test looks at."""
+    return request.getfixturevalue("all_fits") if request.node.get_closest_marker("slow") else fresh
 
 
 def told(folder: Path, way: str, rank: int) -> dict[str, Any]:
@@ -132,10 +150,10 @@ def told(folder: Path, way: str, rank: int) -> dict[str, Any]:
 
 
 ALL_WAYS = [f"{workers} {way}" for workers, ways in WAYS.items() for way in ways]
+slow = pytest.mark.slow
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ALL_WAYS[1:])
+@pytest.mark.parametrize("way", [way if way == "4 fresh" else pytest.param(way, marks=slow) for way in ALL_WAYS[1:]])
 def test_a_fit_makes_the_same_model_on_any_number_of_workers_and_resumed_with_another(folder: Path, way: str) -> None:
     alone, other = (load_model(Workspace(folder / each), "models/m") for each in (ALL_WAYS[0], way))
     assert alone.config == other.config
@@ -150,9 +168,9 @@ def test_a_fit_makes_the_same_model_on_any_number_of_workers_and_resumed_with_an
             assert lines[0][name] == pytest.approx(line[name], abs=2e-3), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [2, 4])
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("workers", "number"), [(4, 0), *(pytest.param(*case, marks=slow) for case in ((2, 0), (2, 1), (4, 1)))]
+)
 def test_no_worker_holds_a_table_whole_from_the_start_to_the_model_file(
     folder: Path, workers: int, number: int
 ) -> None:
@@ -167,8 +185,7 @@ def test_no_worker_holds_a_table_whole_from_the_start_to_the_model_file(
         assert part["rows"] == max(own, 300 * workers)  # some rows of each worker are written at a time
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [4, pytest.param(2, marks=slow)])
 def test_the_ranks_among_all_songs_are_counted_by_all_workers(folder: Path, workers: int) -> None:
     alone = json.loads((folder / "figures 1 0.json").read_text())
     assert 0.1 < alone[f"validation_recall@{RECALL_AT}"] < 0.9
@@ -176,7 +193,6 @@ def test_the_ranks_among_all_songs_are_counted_by_all_workers(folder: Path, work
         assert json.loads((folder / f"figures {workers} {rank}.json").read_text()) == alone
 
 
-@pytest.mark.slow
 def test_a_checkpoint_is_of_parts_that_hold_each_row_once(folder: Path) -> None:
     parts = sorted((folder / "4 fresh" / "checkpoints" / str(PART_WAY)).glob("rows-*"))
     sizes = [load_file(part)["songs.weight/mean"].shape for part in parts]
@@ -185,14 +201,13 @@ def test_a_checkpoint_is_of_parts_that_hold_each_row_once(folder: Path) -> None:
     assert set(load_file(parts[0])) == {*slots, *(f"best/{table}" for table in TABLES)}
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_lacks_a_part_is_refused(folder: Path, tmp_path: Path) -> None:
-    made = folder / "2 fresh" / "checkpoints" / str(PART_WAY)
+    made = folder / "4 fresh" / "checkpoints" / str(PART_WAY)
     for path in made.iterdir():
         if "rows-00000" not in path.name:
             (tmp_path / path.name).write_bytes(path.read_bytes())
     fit, _ = fit_of(Share(), None)
-    with pytest.raises(DamagedArtifactError, match="holds the rows of 1 workers, which are not all"):
+    with pytest.raises(DamagedArtifactError, match="holds the rows of 3 workers, which are not all"):
         fit.resume(tmp_path)
 
 
