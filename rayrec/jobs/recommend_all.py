@@ -68,7 +68,8 @@ def recommend_all(
     `parts`, role -> id, answer; see `load_recommender`. `at` is ms UTC, by default just after the last play. One
     Parquet file a bucket, of one row a user: user_id, song_ids list<string>, scores list<float32>, fewer than k where
     fewer songs qualify; with explore also probabilities list<float64>, null for songs not explored. Metrics: seconds,
-    users, songs (of all rows) and buckets_computed.
+    users, songs (of all rows), filled_songs (those of them that no retriever proposed, found near the taste vectors
+    instead) and buckets_computed.
 
     Raises `InputError` where reasons are requested, `MismatchError` for parts of another data set.
     """
@@ -116,7 +117,7 @@ class BucketRows:
 
     bucket: int
     sha256: str  # of its file
-    counts: dict[str, int]  # users, songs, buckets_computed
+    counts: dict[str, int]  # users, songs, filled_songs, buckets_computed
 
 
 class BucketRecommendations:
@@ -139,19 +140,21 @@ class BucketRecommendations:
                 counts = json.loads(pq.ParquetFile(stream).metadata.metadata[BUCKET_COUNTS])
             digest = artifacts.sha256(workspace, path)
             return BucketRows(bucket=bucket, sha256=digest, counts={**counts, "buckets_computed": 0})
-        counts = {"users": 0, "songs": 0}
+        counts = {"users": 0, "songs": 0, "filled_songs": 0}
         with (
             workspace.open_output(path) as stream,
             pq.ParquetWriter(stream, schema_of(task.config), compression="zstd") as writer,
         ):
-            for table in self._tables(bucket):
+            for table, filled in self._tables(bucket):
                 writer.write_table(table)
                 counts["users"] += table.num_rows
+                counts["filled_songs"] += filled
                 counts["songs"] += len(table.column(columns.SCORES).combine_chunks().flatten())
             writer.add_key_value_metadata({BUCKET_COUNTS.decode(): json.dumps(counts)})
         return BucketRows(bucket=bucket, sha256=stream.sha256, counts={**counts, "buckets_computed": 1})
 
-    def _tables(self, bucket: int) -> Iterator[pa.Table]:
+    def _tables(self, bucket: int) -> Iterator[tuple[pa.Table, int]]:
+        """The rows of a bucket, some users at a time, and how many of their songs no retriever proposed."""
         task, dataset = self._task, self._task.dataset
         if self._recommender is None:
             self._recommender = load_recommender(dataset.workspace, dataset, task.parts)
@@ -161,7 +164,7 @@ class BucketRecommendations:
             if len(known):
                 yield self._table(self._recommender, known)
 
-    def _table(self, recommender: BaseRecommender, histories: Histories) -> pa.Table:
+    def _table(self, recommender: BaseRecommender, histories: Histories) -> tuple[pa.Table, int]:
         config = self._task.config
         ranking = recommender.rank(
             histories,
@@ -172,12 +175,16 @@ class BucketRecommendations:
         )
         real = ranking.songs != NO_SONG
         songs, scores = ranking.songs[real], ranking.scores[real]
-        counts, explored = real.sum(axis=1), []
+        counts, explored, filled = real.sum(axis=1), [], int(ranking.filled.sum())
         if config.explore:
             explored = [
                 self._explored(recommender, histories.take(np.array([row])), ranking, row) for row in range(len(counts))
             ]
             songs, scores = (np.concatenate([getattr(one, name) for one in explored]) for name in ("songs", "scores"))
+            proposed = counts - ranking.filled
+            filled = sum(
+                int(np.isin(one.songs, ranking.songs[row, proposed[row] :]).sum()) for row, one in enumerate(explored)
+            )
             counts = np.array([len(one.songs) for one in explored])
         offsets = pa.array(offsets_of(counts).astype(np.int32))
         song_ids = self._song_ids.take(pa.array(songs))
@@ -189,7 +196,7 @@ class BucketRecommendations:
         if config.explore:
             chances = pa.array(np.concatenate([one.probabilities for one in explored]), from_pandas=True)
             arrays.append(pa.ListArray.from_arrays(offsets, chances))
-        return pa.table(arrays, schema=schema_of(config))
+        return pa.table(arrays, schema=schema_of(config)), filled
 
     def _explored(self, recommender: BaseRecommender, history: Histories, ranking: Ranking, row: int) -> Explored:
         config, real = self._task.config, ranking.songs[row] != NO_SONG

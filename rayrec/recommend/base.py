@@ -51,6 +51,7 @@ class Ranking:
     songs: np.ndarray  # int32 (Q, k), song rows
     scores: np.ndarray  # float32 (Q, k), descending
     paths: tuple[SearchPath, ...]  # (Q,), how each was found
+    filled: np.ndarray  # int64 (Q,), songs at the end that no retriever proposed, where retrievers propose
 
     @classmethod
     def empty(cls, queries: int, k: int, path: SearchPath = "exact") -> Ranking:
@@ -59,6 +60,7 @@ class Ranking:
             songs=np.full((queries, k), NO_SONG, dtype=np.int32),
             scores=np.full((queries, k), -np.inf, dtype=np.float32),
             paths=(path,) * queries,
+            filled=np.zeros(queries, dtype=np.int64),
         )
 
 

@@ -7,7 +7,7 @@ Q queries, N songs, C candidates of all queries together, k answers, T right son
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
@@ -224,9 +224,9 @@ class TwoStepRecommender(CandidateRecommender):
         """The k best songs of each query that pass its filter, exactly k wherever as many qualify.
 
         `long_weight` is 0 for the order of the short horizon, 1 for that of the long one, and between them mixes both.
-        Paths say `index` where songs near the taste vector had to fill an answer. `songs_to_rank`, int song rows for
-        each query, are put in order in place of what retrievers propose: a song that they propose, too, scores as it
-        does without `songs_to_rank`, or a little less where there are many others.
+        Paths say `index`, and `filled` how many, where songs near the taste vector fill an answer. `songs_to_rank`, int
+        song rows for each query, are put in order in place of what retrievers propose: a song that they propose, too,
+        scores as it does without `songs_to_rank`, or a little less where there are many others.
         """
         check_count(k)
         ranking = Ranking.empty(len(queries), k, "exact")
@@ -235,7 +235,8 @@ class TwoStepRecommender(CandidateRecommender):
             some = None if filters is None else filters[chunk]
             part = self.rank_scored(scored, k, some, long_weight=long_weight)
             ranking.songs[chunk], ranking.scores[chunk], paths[chunk] = part.songs, part.scores, part.paths
-        return Ranking(songs=ranking.songs, scores=ranking.scores, paths=tuple(paths))
+            ranking.filled[chunk] = part.filled
+        return replace(ranking, paths=tuple(paths))
 
     def rank_scored(
         self, scored: Scored, k: int, filters: Sequence[AnswerFilter] | None = None, *, long_weight: float = 0.0
@@ -244,11 +245,12 @@ class TwoStepRecommender(CandidateRecommender):
         new_only = np.array([answer_filter.new_only for answer_filter in filters or ()] or [False] * len(scored.batch))
         chances = self.chances(scored, long_weight, new_only)
         songs, scores = _best(scored, chances, k, filters)
-        paths: list[SearchPath] = ["exact"] * len(songs)
+        filled = np.zeros(len(songs), dtype=np.int64)
         short = songs[:, -1] == NO_SONG if scored.may_come is None else np.zeros(len(songs), dtype=bool)
         for row in np.flatnonzero(short).tolist():
-            paths[row] = self._fill(scored.batch, row, songs[row], scores[row], filters, long_weight)
-        return Ranking(songs=songs, scores=scores, paths=tuple(paths))
+            filled[row] = self._fill(scored.batch, row, songs[row], scores[row], filters, long_weight)
+        paths: list[SearchPath] = ["index" if count else "exact" for count in filled.tolist()]
+        return Ranking(songs=songs, scores=scores, paths=tuple(paths), filled=filled)
 
     def chances(self, scored: Scored, long_weight: float, new_only: np.ndarray) -> np.ndarray:
         """float64 (C,): the chance of each candidate; `new_only`, bool (Q,), says which queries want new songs alone.
@@ -317,20 +319,18 @@ class TwoStepRecommender(CandidateRecommender):
         scores: np.ndarray,
         filters: Sequence[AnswerFilter] | None,
         long_weight: float,
-    ) -> SearchPath:
-        """Put the songs nearest to the taste vector behind the candidates of one query, in place."""
+    ) -> int:
+        """Put the songs nearest to the taste vector behind the candidates of one query, in place; how many."""
         vector = batch.short_vectors[row] if long_weight < 0.5 else batch.long_vectors[row]
-        filled = int(np.count_nonzero(songs != NO_SONG))
-        answer_filter = AnswerFilter() if filters is None else filters[row]
         if not vector.any():
-            return "exact"
-        within = AnswerFilter(
-            excluded=np.concatenate([answer_filter.excluded, songs[:filled]]), allowed=answer_filter.allowed
-        )
-        more = self.source.index.rank(vector[None], len(songs) - filled, [within])
-        songs[filled:] = more.songs[0]
-        scores[filled:] = np.where(more.songs[0] == NO_SONG, -np.inf, 0)
-        return "index"
+            return 0
+        proposed = int(np.count_nonzero(songs != NO_SONG))
+        answer_filter = AnswerFilter() if filters is None else filters[row]
+        within = replace(answer_filter, excluded=np.concatenate([answer_filter.excluded, songs[:proposed]]))
+        more = self.source.index.rank(vector[None], len(songs) - proposed, [within])
+        songs[proposed:] = more.songs[0]
+        scores[proposed:] = np.where(more.songs[0] == NO_SONG, -np.inf, 0)
+        return int(np.count_nonzero(more.songs[0] != NO_SONG))
 
 
 class _Chances:

@@ -510,8 +510,9 @@ class AnsweredSongs(BaseModel):
         description="taste: from the plays; popular: no play is known, so songs are in order of their plays."
     )
     path: Literal["index", "selector", "exact", "popular"] = Field(
-        description="How songs were retrieved. index: the first of the index that qualify; selector: a search of it "
-        "among those that qualify; exact: by scoring every song that qualifies; popular: by play counts."
+        description="How songs were retrieved. With rankers exact: candidates alone; index: songs near the taste "
+        "vector fill the places that candidates leave. Without, index: the first of the index that qualify; selector: "
+        "a search of it among those that qualify; exact: by scoring every song that qualifies. popular: by play counts."
     )
     plays: int = Field(description="The user's plays of known songs.")
     unknown_songs: int = Field(description="Songs of history, exclude and allow that are not in the catalog.")

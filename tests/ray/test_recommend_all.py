@@ -47,6 +47,7 @@ def test_every_user_gets_the_songs_of_a_single_request_and_only_missing_buckets_
         assert row["song_ids"] == alone.song_ids
         np.testing.assert_allclose(row["scores"], alone.scores, atol=1e-5)
     assert (made.metrics["users"], made.metrics["songs"]) == (rows.num_rows, 7 * rows.num_rows)
+    assert made.metrics["filled_songs"] == 0
     problems = [finding for finding in verify_workspace(world).problems if finding.path.startswith(made.folder)]
     assert problems == []
 
@@ -61,6 +62,18 @@ def test_every_user_gets_the_songs_of_a_single_request_and_only_missing_buckets_
     world.write_table(first, table.set_column(2, "scores", [[list(reversed(row)) for row in table[2].to_pylist()]]))
     said = [finding.text for finding in verify_workspace(world).problems if finding.path == first]
     assert said == ["does not match its checksum"]
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("explore", [0.0, 0.2])
+def test_songs_that_no_retriever_proposed_are_counted(world: Workspace, explore: float) -> None:
+    config, parts = CONFIG.replace(k=150, explore=explore), releases.default_parts(world)
+    made = recommend_all(world, config, parts, at=AT)
+    scores = np.concatenate(rows_of(world, made).column("scores").to_pylist())
+    assert 0 < made.metrics["filled_songs"] == (scores == 0).sum() < len(scores)
+    world.delete(made.path("manifest.json"))  # as a killed job leaves it
+    again = recommend_all(world, config, parts, at=AT)
+    assert (again.metrics["filled_songs"], again.metrics["buckets_computed"]) == (made.metrics["filled_songs"], 0)
 
 
 def test_reasons_for_all_users_are_refused(world: Workspace) -> None:

@@ -350,7 +350,8 @@ class Anything(BaseRecommender):
     def rank(self, histories: Histories, _at: Any, k: int, **_: Any) -> Ranking:  # type: ignore[override]
         scores = -np.sort(-self._random.random((len(histories), k)), axis=1).astype(np.float32)
         songs = self._random.integers(self.num_songs, size=scores.shape, dtype=np.int32)
-        return Ranking(songs=songs, scores=scores, paths=("exact",) * len(songs))
+        filled = np.zeros(len(songs), dtype=np.int64)
+        return Ranking(songs=songs, scores=scores, paths=("exact",) * len(songs), filled=filled)
 
     def score(self, *_: Any) -> np.ndarray:  # type: ignore[override]
         raise NotImplementedError
