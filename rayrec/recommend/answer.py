@@ -17,7 +17,14 @@ from rayrec.data.moments import iso_moment
 from rayrec.errors import InputError, MismatchError
 from rayrec.model.train_config import PLAY_COUNTS
 from rayrec.recommend.base import BaseRecommender, HorizonName
-from rayrec.recommend.filters import AnswerFilter, SongAttributes, SongMasks, parse_day, without_heard
+from rayrec.recommend.filters import (
+    AnswerFilter,
+    SongAttributes,
+    SongMasks,
+    listed_and_fitting,
+    parse_day,
+    without_heard,
+)
 from rayrec.storage.artifacts import load_manifest
 from rayrec.storage.releases import KIND as RELEASES
 from rayrec.storage.workspace import Workspace
@@ -181,10 +188,8 @@ def _answer_filter(
         released_to=parse_day(config.released_to, "released_to"),
         market=config.market,
     )
-    allowed = SongMasks(catalog).mask(attributes) if attributes else None
-    if allow is not None:
-        listed = np.isin(np.arange(len(catalog)), catalog.find(allow))
-        allowed = listed if allowed is None else listed & allowed
+    fitting = SongMasks(catalog).fitting(attributes) if attributes else None
+    allowed = listed_and_fitting(None if allow is None else catalog.find(allow), fitting)
     excluded = catalog.find(exclude)
     answer_filter = AnswerFilter(excluded=excluded[excluded >= 0], allowed=allowed)
     return without_heard(history, [answer_filter])[0] if config.exclude_heard else answer_filter

@@ -17,7 +17,7 @@ from pydantic import Field
 from rayrec.config import Settings
 from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError
 from rayrec.recommend.base import NO_SONG, Ranking, SearchPath, top_k
-from rayrec.recommend.filters import NOTHING, AnswerFilter
+from rayrec.recommend.filters import FEW_SONGS, NOTHING, AnswerFilter
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
@@ -29,8 +29,8 @@ STORED_AT_ONCE = 10_000  # vectors that `stored` gives out together
 SCORED_AT_ONCE = 256  # queries whose answers are scored together
 RECALL_DEPTH = 100  # recall is measured on the first 100 answers
 TIE_SLACK = 16  # extra answers fetched, so that songs of equal score at the end come in the order of rows
+SCORED_ROWS = 5_000  # songs that are scored together where all that qualify are
 MAX_OVERFETCH = 1_000  # songs to leave out that are made up for by fetching as many more answers
-FEW_SONGS = 5_000  # no more than this that qualify: each of them is scored
 MOST_LISTS = 0.25  # share of the lists beyond which scoring every song that qualifies is as fast
 
 
@@ -102,7 +102,6 @@ class SongIndex:
         vectors: np.ndarray,
         figures: IndexFigures,
         added: np.ndarray | None = None,
-        unknown: np.ndarray | None = None,
     ) -> None:
         self._index = index  # a faiss index whose ids are song rows
         self.vectors = vectors  # float32 (N, D), those it was built over, and those added since
@@ -110,7 +109,6 @@ class SongIndex:
         self._added = np.zeros(0, dtype=np.int64) if added is None else added  # rows scored one by one beside the index
         self._added_vectors = np.ascontiguousarray(vectors[self._added])
         self.songs = figures.songs + len(self._added)
-        self._unknown = np.flatnonzero(~vectors.any(axis=1)) if unknown is None else unknown  # rows without a vector
 
     @classmethod
     def build(
@@ -151,11 +149,10 @@ class SongIndex:
     def with_added(self, rows: np.ndarray, vectors: np.ndarray) -> "SongIndex":
         """The same index and songs that it lacks, int64 (n,) rows ascending, each of which every search scores.
 
-        They take the place of those added before. `vectors`, float32 (N, D), are those of all songs. Nothing is built
-        anew.
+        They take the place of those added before. `vectors`, float32 (N, D), are those of all songs, rows of zeros of
+        those that are not to be found. Nothing is built anew.
         """
-        unknown = np.concatenate([self._unknown, self._added, np.arange(len(self.vectors), len(vectors))])
-        return SongIndex(self._index, vectors, self.figures, rows, np.setdiff1d(unknown, rows))
+        return SongIndex(self._index, vectors, self.figures, rows)
 
     def search(
         self, queries: np.ndarray, k: int, exclude: Sequence[np.ndarray] | None = None
@@ -207,43 +204,21 @@ class SongIndex:
         self, query: np.ndarray, k: int, answer_filter: AnswerFilter, songs: np.ndarray, scores: np.ndarray
     ) -> SearchPath:
         """Answer one query, float32 (1, D), in place, (1, k), by a search among the songs that qualify or by all."""
-        if answer_filter.allowed is None and self._rank_without(query, k, answer_filter, songs, scores):
-            return "selector"
-        mask = answer_filter.mask(len(self.vectors))
-        mask[self._unknown] = False
-        qualify = int(np.count_nonzero(mask))
-        nprobe = self._deeper(k, qualify)
+        nprobe = self._deeper(k, self._qualify(answer_filter))
         if nprobe:
-            bits = np.packbits(mask, bitorder="little")  # must outlive the search, which only points to it
-            faiss = import_faiss()
-            selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
-            nearest = self._select(query, min(k + TIE_SLACK, qualify), selector, nprobe, mask[self._added])
-            if nearest[0][0, min(k, qualify) - 1] != NO_SONG:
-                songs[:], scores[:] = _first_allowed(*nearest, [NOTHING], len(mask), k)
+            nearest = self._select(query, k + TIE_SLACK, answer_filter, nprobe)
+            if nearest[0][0, k - 1] != NO_SONG:
+                songs[:], scores[:] = _first_allowed(*nearest, [NOTHING], len(self.vectors), k)
                 return "selector"
-        rows = np.flatnonzero(mask)
-        places, best = top_k(query @ self.vectors[rows].T if qualify < len(mask) else query @ self.vectors.T, k)
-        songs[:], scores[:] = np.where(places == NO_SONG, NO_SONG, np.append(rows, NO_SONG)[places]), best
+        songs[:], scores[:] = self._best_of_all(query, k, answer_filter)
         return "exact"
 
-    def _rank_without(
-        self, query: np.ndarray, k: int, answer_filter: AnswerFilter, songs: np.ndarray, scores: np.ndarray
-    ) -> bool:
-        """Answer one query in place by a search that skips the excluded songs, without a mask; True where done."""
+    def _qualify(self, answer_filter: AnswerFilter) -> int:
+        """About how many songs qualify: of a set that is allowed as large a share has a vector as of all songs."""
+        if answer_filter.allowed is not None:
+            return -(-len(answer_filter.allowed) * self.songs // len(self.vectors))
         excluded = answer_filter.excluded_rows(len(self.vectors))
-        qualify = self.figures.songs - int(np.count_nonzero(self.vectors[excluded].any(axis=1)))
-        nprobe = self._deeper(k, qualify)
-        if not nprobe:
-            return False
-        faiss = import_faiss()
-        listed = faiss.IDSelectorBatch(excluded.astype(np.int64))
-        nearest = self._select(
-            query, min(k + TIE_SLACK, qualify), faiss.IDSelectorNot(listed), nprobe, ~np.isin(self._added, excluded)
-        )
-        if nearest[0][0, min(k, qualify) - 1] == NO_SONG:
-            return False
-        songs[:], scores[:] = _first_allowed(*nearest, [NOTHING], len(self.vectors), k)
-        return True
+        return self.songs - int(np.count_nonzero(self.vectors[excluded].any(axis=1)))
 
     def _deeper(self, k: int, qualify: int) -> int:
         """The lists to look into where `qualify` songs do; 0 where scoring all of these is as fast.
@@ -258,13 +233,25 @@ class SongIndex:
         return nprobe if nprobe <= self.figures.nlist * MOST_LISTS else 0
 
     def _select(
-        self, query: np.ndarray, count: int, selector: Any, nprobe: int, added: np.ndarray
+        self, query: np.ndarray, count: int, answer_filter: AnswerFilter, nprobe: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The first `count` songs that a selector lets through in `nprobe` lists, and their scores; (1, count) each.
+        """The first `count` songs that qualify in `nprobe` lists, and their scores; (1, count) each."""
+        selector = _selector(answer_filter, len(self.vectors))
+        parameters = import_faiss().SearchParametersIVF(sel=selector, nprobe=nprobe)
+        return self._found(query, count, parameters, answer_filter.qualify(self._added))
 
-        `added`, bool, says which of the added songs are let through.
-        """
-        return self._found(query, count, import_faiss().SearchParametersIVF(sel=selector, nprobe=nprobe), added)
+    def _best_of_all(self, query: np.ndarray, k: int, answer_filter: AnswerFilter) -> tuple[np.ndarray, np.ndarray]:
+        """The first k by the scores of all songs that qualify, of which few at a time are held; (1, k) each."""
+        songs, scores = np.zeros((1, 0), dtype=np.int32), np.zeros((1, 0), dtype=np.float32)
+        for rows in answer_filter.qualifying(len(self.vectors), SCORED_ROWS):
+            vectors = self.vectors[rows]
+            later = np.where(vectors.any(axis=1), query @ vectors.T, -np.inf)
+            # Rows so far come first, so that equal scores stay in the order of rows.
+            both = np.append(songs, rows)
+            places, scores = top_k(np.concatenate([scores, later], axis=1), k)
+            real = places != NO_SONG
+            songs, scores = both[places[real]][None], scores[real][None]
+        return _padded(songs, k, NO_SONG), _padded(scores, k, -np.inf)
 
     def _found(
         self, queries: np.ndarray, count: int, parameters: Any = None, let_through: np.ndarray | None = None
@@ -358,6 +345,23 @@ class SongIndex:
 
 
 _NO_FILTER = AnswerFilter()
+
+
+def _selector(answer_filter: AnswerFilter, num_songs: int) -> Any:
+    """What lets the songs through that qualify; it may point into the filter."""
+    faiss, allowed = import_faiss(), answer_filter.allowed
+    if allowed is not None and allowed.rows is not None:
+        rows = allowed.between(0, num_songs)
+        return faiss.IDSelectorBatch(rows[answer_filter.qualify(rows)])
+    others = faiss.IDSelectorNot(faiss.IDSelectorBatch(answer_filter.excluded_rows(num_songs).astype(np.int64)))
+    if allowed is None:
+        return others
+    return faiss.IDSelectorAnd(faiss.IDSelectorBitmap(len(allowed.bits), faiss.swig_ptr(allowed.bits)), others)
+
+
+def _padded(values: np.ndarray, k: int, filling: float) -> np.ndarray:
+    """(1, k): the values, (1, at most k), and behind them the filling."""
+    return np.pad(values, ((0, 0), (0, k - values.shape[1])), constant_values=filling)
 
 
 def _first_allowed(

@@ -15,7 +15,7 @@ from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.ragged import places_in
 from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName, Ranking, SearchPath, normalized, top_k
-from rayrec.recommend.filters import AnswerFilter
+from rayrec.recommend.filters import AnswerFilter, first_of_order
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
 
@@ -374,7 +374,7 @@ def choose_popular(starting: Starting, options: AnswerOptions) -> Chosen:
     if options.songs_to_rank is not None:
         rows = options.songs_to_rank[options.songs_to_rank < len(worth)]
         return _in_order(rows, worth[rows], "popular", options)
-    songs = order[options.answer_filter.mask(len(worth))[order]][: options.k]
+    songs = first_of_order(order, options.answer_filter.qualify, options.k)
     return Chosen(songs=songs, scores=worth[songs].astype(np.float32), path="popular")
 
 

@@ -404,10 +404,7 @@ def _qualify(candidates: Candidates, filters: Sequence[AnswerFilter]) -> np.ndar
         for row, answer_filter in enumerate(filters):
             if answer_filter.allowed is not None:
                 own = slice(int(bounds[row]), int(bounds[row + 1]))
-                inside = candidates.songs[own] < len(answer_filter.allowed)
-                qualified[own] &= (
-                    inside & answer_filter.allowed[np.minimum(candidates.songs[own], len(answer_filter.allowed) - 1)]
-                )
+                qualified[own] &= answer_filter.allowed.holds(candidates.songs[own])
     return np.asarray(qualified)
 
 

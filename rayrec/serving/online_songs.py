@@ -237,6 +237,7 @@ class OnlineSongs:
                 updated.row_of_number,
                 list(updated.songs),
                 known,
+                self._catalog.masks,
             )
         )
 

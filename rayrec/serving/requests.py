@@ -16,7 +16,7 @@ from rayrec.errors import FieldError
 from rayrec.model.taste_table import States
 from rayrec.online.user_state import Plays
 from rayrec.recommend.answer import ASSUMED_GAP_MS
-from rayrec.recommend.filters import AnswerFilter, SongAttributes, parse_day
+from rayrec.recommend.filters import AnswerFilter, SongAttributes, SongSet, listed_and_fitting, parse_day
 from rayrec.recommend.reranking import AnswerOptions
 from rayrec.serving.online_songs import SongToAdd
 from rayrec.serving.schemas import (
@@ -186,26 +186,24 @@ def read_songs_to_rank(request: RankRequest, catalog: ServedCatalog) -> AnswerOp
     return AnswerOptions(k=max(1, len(rows)), long_weight=request.horizon, explain=request.explain, songs_to_rank=rows)
 
 
-def _allowed(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[np.ndarray | None, int]:
-    """bool (N,): the songs that may be recommended, None for all; and how many of `allow` are unknown."""
-    mask = song_mask(request, catalog)
+def _allowed(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[SongSet | None, int]:
+    """The songs that may be recommended, None for all; and how many of `allow` are unknown."""
+    fitting = fitting_songs(request, catalog)
     if request.allow is None:
-        return mask, 0
+        return fitting, 0
     rows = catalog.find(request.allow)
-    listed = np.zeros(catalog.num_rows, dtype=np.bool_)
-    listed[rows[rows >= 0]] = True
-    return listed if mask is None else listed & mask, int((rows < 0).sum())
+    return listed_and_fitting(rows, fitting), int((rows < 0).sum())
 
 
-def song_mask(filters: SongFilters, catalog: ServedCatalog) -> np.ndarray | None:
-    """bool (N,): the songs that filters let through, None for all. Raises `FieldError` for values that fit no song."""
+def fitting_songs(filters: SongFilters, catalog: ServedCatalog) -> SongSet | None:
+    """The songs that filters let through, None for all. Raises `FieldError` for values that fit no song."""
     attributes = SongAttributes(
         artists=tuple(sorted(set(filters.artists))),
         released_from=parse_day(filters.released_from, "released_from"),
         released_to=parse_day(filters.released_to, "released_to"),
         market=filters.market,
     )
-    return catalog.mask(attributes) if attributes else None
+    return catalog.fitting(attributes) if attributes else None
 
 
 def query_histories(queries: Sequence[UserQuery]) -> Histories:

@@ -12,11 +12,10 @@ from rayrec.data import columns
 from rayrec.data.catalog import Catalog, SongSearch, popularity_places, with_folded
 from rayrec.data.dataset import Dataset
 from rayrec.data.spelling import spell_id
-from rayrec.errors import FieldError
 from rayrec.online.user_state import FIRST_ONLINE
 from rayrec.recommend.answer import known_songs, model_play_counts, starting_of
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.filters import SongAttributes, SongMasks
+from rayrec.recommend.filters import SongAttributes, SongMasks, SongSet
 from rayrec.recommend.reranking import Starting, network_of
 from rayrec.recommend.stored_retrieval import NOT_PLAYED, read_first_days
 from rayrec.storage import artifacts
@@ -91,13 +90,22 @@ class OnlineCatalog:
     number_of_row: dict[int, int]
     known: np.ndarray  # int64 (any,), rows of those that have a vector
     search: SongSearch
-    masks: SongMasks
+    masks: SongMasks  # of the songs before that row, too
 
     @classmethod
     def of(
-        cls, first: int, table: pa.Table, row_of_number: np.ndarray, open_numbers: Sequence[int], known: np.ndarray
+        cls,
+        first: int,
+        table: pa.Table,
+        row_of_number: np.ndarray,
+        open_numbers: Sequence[int],
+        known: np.ndarray,
+        masks: SongMasks,
     ) -> "OnlineCatalog":
-        """From the table of the songs from row `first` on, and the numbers of the songs that no release has."""
+        """From the table of the songs from row `first` on, and the numbers of the songs that no release has.
+
+        `masks` are those of the songs before that row.
+        """
         catalog = Catalog(table)
         ids = catalog.song_ids(np.arange(len(catalog)))
         return cls(
@@ -108,7 +116,7 @@ class OnlineCatalog:
             number_of_row={int(row_of_number[number]): number for number in open_numbers},
             known=known,
             search=SongSearch(catalog),
-            masks=SongMasks(catalog),
+            masks=SongMasks(catalog, masks),
         )
 
     def name(self, row: int) -> SongName:
@@ -192,21 +200,13 @@ class ServedCatalog:
         rows[late] = np.where(current_rows >= 0, current_rows, stored[late])
         return rows
 
-    def mask(self, attributes: SongAttributes) -> np.ndarray:
-        """bool (num_rows,): the songs that fit. Raises `FieldError` as `SongMasks` does, where no song fits."""
-        online = self.online
-        if online is None:
-            return self.masks.mask(attributes)
-        masks, errors = [], []
-        for part in (self.masks, online.masks):
-            try:
-                masks.append(part.mask(attributes))
-            except FieldError as error:
-                masks.append(np.zeros(part.num_songs, dtype=np.bool_))
-                errors.append(error)
-        if len(errors) == len(masks):
-            raise errors[0]
-        return np.concatenate(masks)
+    def fitting(self, attributes: SongAttributes) -> SongSet:
+        """The songs that fit. Raises `FieldError` as `SongMasks` does, where no song fits."""
+        return (self.masks if self.online is None else self.online.masks).fitting(attributes)
+
+    def mask_lookups(self, outcome: str) -> int:
+        """How many sets of songs asked for so far were `hits`, kept from before, or `misses`."""
+        return (self.masks if self.online is None else self.online.masks).lookups(outcome)
 
     def search_names(self, query: str, limit: int) -> tuple[np.ndarray, int]:
         """As `SongSearch.find`; of songs that fit equally well those added online come last."""

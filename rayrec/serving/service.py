@@ -20,6 +20,7 @@ from rayrec.errors import FieldError, InputError, NotFoundError
 from rayrec.model.taste_table import States
 from rayrec.online.state_store import StoreUnavailableError
 from rayrec.recommend.answer import LAST_PLAYS, reasons_of
+from rayrec.recommend.filters import first_of_order
 from rayrec.recommend.reranking import AnswerOptions, Chosen, choose_popular
 from rayrec.recommend.stored_retrieval import NOT_PLAYED
 from rayrec.serving.engine import Engine, Parts, Pool
@@ -40,6 +41,7 @@ from rayrec.serving.problems import NotReadyError, field_errors, request_id
 from rayrec.serving.requests import (
     Place,
     UserQuery,
+    fitting_songs,
     moment_after,
     query_histories,
     read_history,
@@ -50,7 +52,6 @@ from rayrec.serving.requests import (
     read_song,
     read_songs_to_rank,
     read_stored,
-    song_mask,
 )
 from rayrec.serving.schemas import (
     AddedSong,
@@ -475,7 +476,6 @@ class Service:
             if rows:
                 answers = await _engine_answer(live, [queries[row] for row in rows], [all_options[row] for row in rows])
                 chosen |= dict(zip(rows, answers, strict=True))
-        # Popular songs only for those who need them: the limits of one answer are a pass over all songs.
         return [
             chosen[row] if row in chosen else choose_popular(live.catalog.starting, options)
             for row, options in enumerate(all_options)
@@ -572,7 +572,7 @@ def make_service(
 
     def switched(live: LiveRelease) -> None:
         metrics.release(live.id, live.model_id)
-        metrics.watch_cache("masks", live.catalog.masks.lookups)
+        metrics.watch_cache("masks", live.catalog.mask_lookups)
 
     holder = ReleaseHolder(
         workspace=workspace,
@@ -616,10 +616,11 @@ async def _engine_answer(
 
 def _listed(order: np.ndarray, query: SongsQuery, catalog: ServedCatalog) -> tuple[np.ndarray, str | None]:
     """int32: the songs of a page of an order, int32 rows, that filters let through; and the cursor of the next page."""
-    place, mask = read_place(query), song_mask(query, catalog)
-    rows = order if mask is None else order[mask[order]]
-    shown = rows[place.first : place.first + query.k]
-    more = place.first + len(shown) < len(rows)
+    place, fitting = read_place(query), fitting_songs(query, catalog)
+    end = place.first + query.k
+    rows = order if fitting is None else first_of_order(order, fitting.holds, end + 1)
+    shown = rows[place.first : end]
+    more = end < len(rows)
     return shown, place.next(len(shown)) if more else None
 
 

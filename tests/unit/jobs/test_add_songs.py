@@ -19,7 +19,7 @@ from rayrec.jobs.taste import tastes_before
 from rayrec.jobs.verify import verify_workspace
 from rayrec.model.added_songs import AddedSongs
 from rayrec.recommend.answer import RecommendConfig, load_recommender
-from rayrec.recommend.filters import AnswerFilter
+from rayrec.recommend.filters import AnswerFilter, SongSet
 from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.two_step import CandidateSource, TwoStepRecommender
 from rayrec.storage import artifacts, releases
@@ -69,8 +69,7 @@ def test_described_songs_are_recommended_from_the_next_release_on(
     (_, scored), *_ = source.batches(history, Queries.at_end(history, AT))
     by_artist = scored.candidates.proposals["new_artists"].songs.tolist()
     assert by_artist == [FIRST + artist]
-    allowed = np.zeros(FIRST + NEW, dtype=bool)
-    allowed[FIRST:] = True
+    allowed = SongSet.of_rows(np.arange(FIRST, FIRST + NEW))
     ranking = recommender.rank(history, AT, NEW, filters=[AnswerFilter(allowed=allowed)])
     assert sorted(ranking.songs[0].tolist()) == list(range(FIRST, FIRST + NEW))
     assert np.isfinite(ranking.scores).all()

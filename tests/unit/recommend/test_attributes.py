@@ -2,7 +2,6 @@
 
 from datetime import date
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -28,7 +27,7 @@ def catalog(described: bool = True) -> Catalog:
 
 
 def fitting(**wanted: object) -> list[int]:
-    return np.flatnonzero(SongMasks(catalog()).mask(SongAttributes(**wanted))).tolist()  # type: ignore[arg-type]
+    return SongMasks(catalog()).fitting(SongAttributes(**wanted)).between(0, 5).tolist()  # type: ignore[arg-type]
 
 
 def test_artists_fit_whatever_case_and_accents() -> None:
@@ -63,10 +62,23 @@ def test_everything_wanted_must_fit_and_nothing_wanted_fits_all() -> None:
 
 def test_masks_are_kept_and_cannot_be_changed() -> None:
     masks = SongMasks(catalog())
-    first = masks.mask(SongAttributes(market="SE"))
-    assert masks.mask(SongAttributes(market="SE")) is first
+    first = masks.fitting(SongAttributes(market="SE"))
+    assert masks.fitting(SongAttributes(market="SE")) is first
+    assert first.rows is not None
     with pytest.raises(ValueError, match="read-only"):
-        first[0] = False
+        first.rows[0] = 1
+
+
+def test_songs_that_came_later_are_kept_together_with_those_before_them() -> None:
+    earlier = SongMasks(catalog())
+    masks = SongMasks(catalog(described=False), earlier)
+    abba = SongAttributes(artists=("abba",))
+    assert masks.fitting(abba).between(0, 99).tolist() == [1, 3, 6, 8]
+    assert masks.fitting(abba) is masks.fitting(abba)
+    assert earlier.fitting(abba).between(0, 99).tolist() == [1, 3]
+    assert masks.fitting(SongAttributes(market="SE")).between(0, 99).tolist() == [0, 4]  # the later ones have none
+    with pytest.raises(FieldError, match="no song of the catalog is by 'nobody'"):
+        masks.fitting(SongAttributes(artists=("nobody",)))
 
 
 @pytest.mark.parametrize(
@@ -82,5 +94,6 @@ def test_masks_take_no_more_than_32_mb_however_large_the_catalog(songs: int, kep
 )
 def test_asking_for_what_no_song_tells_is_refused(wanted: SongAttributes, what: str) -> None:
     with pytest.raises(FieldError, match=f"{what}.*rayrec describe"):
-        SongMasks(catalog(described=False)).mask(wanted)
-    assert SongMasks(catalog(described=False)).mask(SongAttributes(artists=("cher",))).tolist() == [False] * 4 + [True]
+        SongMasks(catalog(described=False)).fitting(wanted)
+    by_cher = SongMasks(catalog(described=False)).fitting(SongAttributes(artists=("cher",)))
+    assert by_cher.between(0, 5).tolist() == [4]

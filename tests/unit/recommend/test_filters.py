@@ -12,18 +12,19 @@ from rayrec.data.histories import Histories
 from rayrec.recommend import index as index_module
 from rayrec.recommend.base import NO_SONG, top_k
 from rayrec.recommend.baselines import ItemKnnRecommender
-from rayrec.recommend.filters import AnswerFilter, without_heard
+from rayrec.recommend.filters import ORDERED_AT_ONCE, AnswerFilter, SongSet, first_of_order, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
 
 
 @st.composite
 def filters(draw: st.DrawFn, num_songs: int) -> AnswerFilter:
-    """Perhaps an allow list, perhaps songs left out, of which some may not exist."""
+    """Perhaps songs that are allowed, by rows or by a mask, perhaps songs left out, of which some may not exist."""
     excluded = draw(st.lists(st.integers(0, num_songs + 3), max_size=2 * num_songs))
-    allowed = draw(st.none() | st.lists(st.booleans(), min_size=num_songs, max_size=num_songs))
-    return AnswerFilter(
-        excluded=np.array(excluded, np.int32), allowed=None if allowed is None else np.array(allowed, dtype=np.bool_)
-    )
+    mask = draw(st.none() | st.lists(st.booleans(), min_size=num_songs, max_size=num_songs))
+    allowed = None if mask is None else SongSet(mask=np.array(mask, dtype=np.bool_))
+    if allowed is not None and draw(st.booleans()):
+        allowed = SongSet.of_rows(allowed.between(0, num_songs))
+    return AnswerFilter(excluded=np.array(excluded, np.int32), allowed=allowed)
 
 
 @st.composite
@@ -52,7 +53,7 @@ def by_hand(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[int]]:
         fits = [
             bool(vectors[song].any())
             and song not in answer_filter.excluded
-            and (answer_filter.allowed is None or bool(answer_filter.allowed[song]))
+            and (answer_filter.allowed is None or song in answer_filter.allowed.between(0, len(vectors)))
             for song in range(len(vectors))
         ]
         row[~np.array(fits)] = -np.inf
@@ -94,7 +95,7 @@ def test_an_index_that_looks_into_few_lists_still_holds_exactly_k_that_qualify(
     ):
         real = songs[songs != NO_SONG]
         assert len(set(real.tolist())) == len(real) == min(case["k"], count)
-        assert answer_filter.mask(len(case["vectors"]))[real].all()
+        assert answer_filter.qualify(real).all()
         assert case["vectors"][real].any(axis=1).all()
         assert np.isneginf(scores[len(real) :]).all()
         assert (np.diff(scores[: len(real)]) <= 0).all()
@@ -108,19 +109,20 @@ def _index(songs: int = 3_000) -> SongIndex:
 def test_the_path_taken_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "FEW_SONGS", 100)
     index = _index()
-    half, hundred = np.arange(3_000) % 2 == 0, np.arange(3_000) < 100
+    half, hundred = SongSet(mask=np.arange(3_000) % 2 == 0), SongSet.of_rows(np.arange(100))
     given = [
         AnswerFilter(),
         AnswerFilter(excluded=np.arange(10)),
         AnswerFilter(allowed=half),
         AnswerFilter(excluded=np.arange(1_500)),
+        AnswerFilter(allowed=SongSet.of_rows(np.arange(0, 3_000, 2))),
         AnswerFilter(allowed=hundred),
-        AnswerFilter(allowed=np.zeros(3_000, dtype=np.bool_)),
+        AnswerFilter(allowed=SongSet.of_rows(np.zeros(0, np.int64))),
     ]
     ranking = index.rank(random_vectors(len(given), 16, seed=1), 10, given)
-    assert ranking.paths == ("index", "index", "selector", "selector", "exact", "exact")
-    assert (ranking.songs[:5] != NO_SONG).all()
-    assert (ranking.songs[5] == NO_SONG).all()
+    assert ranking.paths == ("index", "index", "selector", "selector", "selector", "exact", "exact")
+    assert (ranking.songs[:6] != NO_SONG).all()
+    assert (ranking.songs[6] == NO_SONG).all()
 
 
 def test_a_search_among_few_looks_into_more_lists_so_that_recall_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +132,7 @@ def test_a_search_among_few_looks_into_more_lists_so_that_recall_holds(monkeypat
     index = SongIndex.build(vectors, IndexConfig(kind="ivf", nlist=64, target_recall=0.95, queries=200))
     queries = random_vectors(40, 16, seed=1)
     allowed = np.arange(6_000) % 10 == 0
-    ranking = index.rank(queries, 20, [AnswerFilter(allowed=allowed)] * 40)
+    ranking = index.rank(queries, 20, [AnswerFilter(allowed=SongSet.of_mask(allowed))] * 40)
     assert set(ranking.paths) == {"selector"}
     scores = queries @ vectors.T
     scores[:, ~allowed] = -np.inf
@@ -146,21 +148,21 @@ def test_filters_hold_without_an_index_as_with_one() -> None:
     indexed.index = SongIndex.build(indexed.song_vectors, IndexConfig())
     histories = random_histories(20, 80, seed=3)
     histories = histories.take(histories.lengths > 0)
-    allowed = np.arange(80) % 3 > 0
+    allowed = SongSet.of_mask(np.arange(80) % 3 > 0)
     given = [AnswerFilter(excluded=np.array([row, 79 - row, 1_000]), allowed=allowed) for row in range(len(histories))]
     expected = plain.rank(histories, 10**9, 12, filters=given)
     found = indexed.rank(histories, 10**9, 12, filters=given)
     np.testing.assert_array_equal(found.songs, expected.songs)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
     for row, songs in enumerate(found.songs):
-        assert allowed[songs].all()
+        assert allowed.holds(songs).all()
         assert not {row, 79 - row} & set(songs.tolist())
     assert set(expected.paths) == {"exact"}
 
 
 def test_songs_heard_join_the_filters_given() -> None:
     histories = Histories.from_lists([[1, 2], []], [[0, 1], []])
-    allowed = np.ones(5, dtype=np.bool_)
+    allowed = SongSet.of_mask(np.ones(5, dtype=np.bool_))
     first, second = without_heard(histories, [AnswerFilter(excluded=np.array([4]), allowed=allowed), AnswerFilter()])
     assert sorted(first.excluded.tolist()) == [1, 2, 4]
     assert first.allowed is allowed
@@ -168,10 +170,46 @@ def test_songs_heard_join_the_filters_given() -> None:
     assert [answer_filter.excluded.tolist() for answer_filter in without_heard(histories)] == [[1, 2], []]
 
 
-def test_a_mask_of_an_older_or_newer_catalog_does_no_harm() -> None:
-    answer_filter = AnswerFilter(excluded=np.array([0, 9]), allowed=np.array([True, True, False]))
-    assert answer_filter.mask(5).tolist() == [False, True, False, False, False]
-    assert answer_filter.mask(2).tolist() == [False, True]
+@pytest.mark.parametrize("allowed", [SongSet(mask=np.array([True, True, False])), SongSet.of_rows(np.array([0, 1]))])
+def test_songs_of_an_older_or_newer_catalog_do_no_harm(allowed: SongSet) -> None:
+    answer_filter = AnswerFilter(excluded=np.array([0, 9]), allowed=allowed)
+    assert answer_filter.qualify(np.arange(5)).tolist() == [False, True, False, False, False]
+    for num_songs in (1, 2, 5):
+        expected = [1] if num_songs > 1 else []
+        assert np.concatenate(list(answer_filter.qualifying(num_songs, 1))).tolist() == expected
     scores = np.zeros(5, dtype=np.float32)
     answer_filter.mask_scores(scores)
     assert np.isfinite(scores).tolist() == [False, True, False, False, False]
+
+
+def test_a_set_of_songs_is_the_same_as_rows_and_as_a_mask() -> None:
+    mask = np.random.default_rng(0).random(50) < 0.4
+    rows = np.flatnonzero(mask)
+    sets = [SongSet(mask=mask), SongSet.of_mask(mask), SongSet.of_rows(np.append(rows[::-1], [-1, rows[0]]))]
+    asked = np.arange(70)
+    for songs in sets:
+        assert len(songs) == len(rows)
+        assert songs.holds(asked).tolist() == np.isin(asked, rows).tolist()
+        assert songs.between(10, 30).tolist() == [row for row in rows if 10 <= row < 30]
+        for later in sets:
+            assert songs.joined(later, 60).between(0, 200).tolist() == [*rows, *(60 + rows)]
+    assert sets[0].bits is sets[0].bits  # made once for all answers
+    assert np.unpackbits(sets[0].bits, bitorder="little")[:50].astype(bool).tolist() == mask.tolist()
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_the_first_songs_of_an_order_are_found_a_few_rows_at_a_time(every: int) -> None:
+    order = np.random.default_rng(0).permutation(50_000)
+    looked_at = []
+
+    def qualify(rows: np.ndarray) -> np.ndarray:
+        looked_at.append(len(rows))
+        return rows % every == 0
+
+    expected = order[order % every == 0]
+    for count in (1, 20, 60_000):
+        looked_at.clear()
+        np.testing.assert_array_equal(first_of_order(order, qualify, count), expected[:count])
+        assert max(looked_at) <= max(2 * count, ORDERED_AT_ONCE)
+        assert sum(looked_at) < 8 * every * count
+    assert first_of_order(order[:0], qualify, 5).tolist() == []

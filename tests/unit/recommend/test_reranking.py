@@ -12,7 +12,7 @@ from rayrec.data.histories import Histories, Queries
 from rayrec.errors import InputError
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
-from rayrec.recommend.filters import AnswerFilter
+from rayrec.recommend.filters import AnswerFilter, SongSet
 from rayrec.recommend.reranking import AnswerOptions, Chosen, choose, diversify, network_of, pool_size
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
@@ -84,7 +84,7 @@ def test_songs_come_by_the_horizons_mixed_with_the_weight(recommender: BaseRecom
 def test_filters_leave_the_others_in_their_order(recommender: BaseRecommender, weight: float) -> None:
     everything = chosen_by(recommender, k=NUM_SONGS, long_weight=weight).songs
     allowed, excluded = np.arange(NUM_SONGS) % 3 == 0, np.array([0, 3, 9, 30])
-    answer_filter = AnswerFilter(allowed=allowed, excluded=excluded)
+    answer_filter = AnswerFilter(allowed=SongSet.of_mask(allowed), excluded=excluded)
     chosen = chosen_by(recommender, k=20, long_weight=weight, answer_filter=answer_filter).songs
     expected = [song for song in everything if allowed[song] and song not in excluded]
     assert chosen.tolist() == expected[:20]

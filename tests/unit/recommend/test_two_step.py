@@ -1,7 +1,9 @@
 """Retrieve, then rank: one answer for one user and for many, exactly k within filters, at a bounded cost."""
 
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,14 +22,15 @@ from rayrec.recommend import two_step
 from rayrec.recommend.answer import reasons
 from rayrec.recommend.base import NO_SONG
 from rayrec.recommend.candidate_features import OF_LIKES, OF_SKIPS
-from rayrec.recommend.filters import AnswerFilter, without_heard
+from rayrec.recommend.filters import AnswerFilter, SongSet, listed_and_fitting, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.ranker import RankerSettings, fit_ranker, ndcg
+from rayrec.recommend.reranking import AnswerOptions, Chosen, Starting, choose, choose_for_users
 from rayrec.recommend.retrievers import COUNTS
 from rayrec.recommend.session_knn import VstanRecommender
 from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.recommend.two_step import CandidateSource, RankerKind, TwoStepRecommender, examples_for
+from rayrec.recommend.two_step import HORIZONS, CandidateSource, RankerKind, TwoStepRecommender, examples_for
 from rayrec.recommend.two_step_config import ABLATED_PARTS
 
 Answers = dict[RankerKind, tuple[np.ndarray, np.ndarray]]
@@ -112,8 +115,12 @@ def recommender() -> TwoStepRecommender:
     queries, targets = _last_plays(checked)
     held_out = np.arange(len(queries)) % 4 == 0
     rows = np.arange(len(queries))
-    # The long horizon's right songs are others.
-    answers: Answers = {"next": (rows, targets), "long": (rows, (targets + 7) % NUM_SONGS)}
+    # The right songs of the long horizon, and of answers of new songs alone, are others.
+    answers: Answers = {
+        "next": (rows, targets),
+        "served": (rows, (targets + 3) % NUM_SONGS),
+        "long": (rows, (targets + 7) % NUM_SONGS),
+    }
     examples = examples_for(source, checked, queries, answers, held_out=held_out)
     settings = RankerSettings(trees=30, min_leaf=10)
     rankers = {kind: fit_ranker(part, source.sources.names, settings).ranker for kind, part in examples.items()}
@@ -153,8 +160,7 @@ def test_exactly_k_songs_come_within_filters_and_the_index_fills_what_is_missing
 ) -> None:
     histories = random_histories(12, NUM_SONGS, seed=5)
     queries = Queries.at_end(histories, NOW)
-    allowed = np.zeros(NUM_SONGS, dtype=bool)
-    allowed[[3, 9, 27, 41, 55]] = True
+    allowed = SongSet.of_rows(np.array([3, 9, 27, 41, 55]))
     filters = [AnswerFilter(excluded=np.array([9]), allowed=allowed)] * len(queries)
     ranking = recommender.rank_queries(histories, queries, 4, filters=filters)
     for songs, scores in zip(ranking.songs, ranking.scores, strict=True):
@@ -162,12 +168,54 @@ def test_exactly_k_songs_come_within_filters_and_the_index_fills_what_is_missing
         assert (np.diff(scores) <= 0).all()
     more = recommender.rank_queries(histories, queries, 6, filters=filters)
     assert (more.songs[:, 4:] == NO_SONG).all()
+    # Where few songs are proposed, the answer says how many were filled in.
+    few = _proposing(recommender, 1)
+    filled = few.rank_queries(histories, queries, 4, filters=filters)
+    assert np.sort(filled.songs, axis=1).tolist() == [[3, 27, 41, 55]] * len(queries)
+    for chunk, scored in few.source.batches(histories, queries):
+        proposed = np.isin(scored.candidates.songs, [3, 27, 41, 55])
+        counts = np.bincount(scored.candidates.rows[proposed], minlength=len(scored.batch))
+        assert filled.filled[chunk].tolist() == (4 - counts).tolist()
+    assert filled.filled.any()
+    assert filled.paths == tuple("index" if count else "exact" for count in filled.filled)
+    assert (filled.scores == 0).sum(axis=1).tolist() == filled.filled.tolist()
+    vectors = few.source.network.vectors_of(histories, queries, HORIZONS)
+    options = [AnswerOptions(k=4, answer_filter=answer_filter) for answer_filter in filters]
+    answered = choose(few, vectors, histories, queries.at, options)
+    assert tuple(chosen.path for chosen in answered) == filled.paths
+
+
+def _proposing(recommender: TwoStepRecommender, count: int) -> TwoStepRecommender:
+    """The same where each retriever proposes so few songs."""
+    source = CandidateSource(
+        recommender.source.network, recommender.source.retrieval, counts=dict.fromkeys(COUNTS, count)
+    )
+    return TwoStepRecommender(source, recommender.rankers)
+
+
+def test_answers_without_heard_songs_have_the_order_of_the_ranker_for_them(recommender: TwoStepRecommender) -> None:
+    histories = _cycling(40, 3)
+    queries, filters = Queries.at_end(histories, NOW), without_heard(histories)
+    expected: list[list[int]] = []
+    for chunk, scored in recommender.source.batches(histories, queries):
+        rows, songs = scored.candidates.rows, scored.candidates.songs
+        scores = recommender.rankers["served"].scores(scored.features)
+        for row in range(len(scored.batch)):
+            new = np.flatnonzero((rows == row) & ~np.isin(songs, filters[(chunk.start or 0) + row].excluded))
+            expected.append(songs[new[np.lexsort((songs[new], -scores[new]))][:5]].tolist())
+    assert recommender.rank_queries(histories, queries, 5, filters=filters).songs.tolist() == expected
+    assert recommender.recommend(histories, NOW, 5, exclude_heard=True)[0].tolist() == expected
+    vectors = recommender.source.network.vectors_of(histories, queries, HORIZONS)
+    options = [AnswerOptions(k=5, answer_filter=answer_filter) for answer_filter in filters]
+    chosen = choose(recommender, vectors, histories, queries.at, options)
+    assert [one.songs.tolist() for one in chosen] == expected
+    by_next_play = [replace(answer_filter, new_only=False) for answer_filter in filters]
+    others = recommender.rank_queries(histories, queries, 5, filters=by_next_play).songs
+    assert (others[:, 0] != np.array(expected)[:, 0]).mean() > 0.5
 
 
 def test_given_songs_are_put_in_order_whether_a_retriever_proposes_them_or_not(recommender: TwoStepRecommender) -> None:
-    source = recommender.source
-    few = CandidateSource(source.network, source.retrieval, counts=dict.fromkeys(COUNTS, 2))
-    narrow = TwoStepRecommender(few, recommender.rankers)
+    narrow = _proposing(recommender, 2)
     histories = _cycling(20, 8)
     queries = Queries.at_end(histories, NOW)
     usual = narrow.rank_queries(histories, queries, NUM_SONGS, filters=[AnswerFilter()] * len(queries))
@@ -235,9 +283,7 @@ def test_the_candidates_that_an_evaluation_ranks_are_those_of_the_answers(recomm
 def test_songs_that_no_retriever_proposes_fill_the_answer_from_the_index(recommender: TwoStepRecommender) -> None:
     histories = random_histories(12, NUM_SONGS, seed=5)
     queries = Queries.at_end(histories, NOW)
-    source = recommender.source
-    counts = {retriever.name: 1 for retriever in source.retrievers}
-    few = TwoStepRecommender(CandidateSource(source.network, source.retrieval, counts=counts), recommender.rankers)
+    source, few = recommender.source, _proposing(recommender, 1)
     ranking = few.rank_queries(histories, queries, 30, filters=without_heard(histories))
     assert set(ranking.paths) == {"index"}
     for row, (songs, scores) in enumerate(zip(ranking.songs, ranking.scores, strict=True)):
@@ -255,28 +301,88 @@ def test_k_below_one_is_refused(recommender: TwoStepRecommender) -> None:
         recommender.rank_queries(histories, Queries.at_end(histories, NOW), 0)
 
 
-def test_no_array_as_long_as_the_catalog_is_made_for_a_query(recommender: TwoStepRecommender) -> None:
-    songs = 400_000
-    artists = np.arange(songs) % 1_000
-    past = random_histories(200, songs, seed=1)
-    network = _network(songs)
-    network.index = SongIndex.build(network.song_vectors, IndexConfig(kind="flat"))
-    source = CandidateSource(
-        network, Retrieval.fit([past], num_songs=songs, artist_of_song=artists, album_of_song=artists)
-    )
-    last = np.array([songs[-1] if len(songs) else 0 for songs in past.last_songs(1)])
-    held_out = np.arange(len(past)) % 2 == 0
+LARGE = 1_000_000
+ARTISTS = np.arange(LARGE) % 1_000
+
+
+@pytest.fixture(scope="module")
+def large_parts() -> tuple[TasteRecommender, Retrieval, Histories]:
+    past = random_histories(200, LARGE, seed=1)
+    return _network(LARGE), Retrieval.fit([past], num_songs=LARGE, artist_of_song=ARTISTS, album_of_song=ARTISTS), past
+
+
+@pytest.fixture(scope="module", params=["flat", "ivf"])
+def large(
+    request: pytest.FixtureRequest, large_parts: tuple[TasteRecommender, Retrieval, Histories]
+) -> TwoStepRecommender:
+    network, retrieval, past = large_parts
+    config = IndexConfig(kind=request.param, nlist=64, target_recall=0.1, queries=20)
+    source = CandidateSource(network.with_index(SongIndex.build(network.song_vectors, config)), retrieval)
+    past = past.take(past.lengths > 0)
+    last = past.songs[past.offsets[1:] - 1]
     answers: Answers = {"next": (np.arange(len(past)), last)}
+    held_out = np.arange(len(past)) % 2 == 0
     examples = examples_for(source, past, Queries.at_end(past, NOW), answers, held_out=held_out)
     ranker = fit_ranker(examples["next"], source.sources.names, RankerSettings(trees=3, min_leaf=5)).ranker
-    large = TwoStepRecommender(source, {"next": ranker})
-    history = past.take(np.array([int(past.lengths.argmax())]))
-    large.recommend(history, NOW, 20, exclude_heard=True)
+    return TwoStepRecommender(source, {"next": ranker})
+
+
+@pytest.fixture(scope="module")
+def large_starting(large_parts: tuple[TasteRecommender, Retrieval, Histories]) -> Starting:
+    retrieval = large_parts[1]
+    return Starting.of(retrieval.plays.plays, np.ones(LARGE, dtype=np.bool_), artist_of_song=ARTISTS)
+
+
+# More songs are asked for than are proposed, so that all of these filters fill from the index; what is kept from answer
+# to answer, as the songs of an artist are, is not counted.
+LISTED, OF_ARTIST = np.arange(7, LARGE, 30_000), SongSet.of_mask(ARTISTS == 3)
+FILTERS: dict[str, tuple[int, Callable[[], AnswerFilter]]] = {
+    "none": (20, AnswerFilter),
+    "more songs than are proposed": (900, AnswerFilter),
+    "many songs left out": (900, lambda: AnswerFilter(excluded=np.arange(3_000))),
+    "a list of songs": (20, lambda: AnswerFilter(allowed=listed_and_fitting(LISTED, None))),
+    "a long list of songs": (50, lambda: AnswerFilter(allowed=listed_and_fitting(np.arange(9_000), None))),
+    "an artist": (20, partial(AnswerFilter, allowed=OF_ARTIST)),
+    "songs of an artist in a list": (3, lambda: AnswerFilter(allowed=listed_and_fitting(np.arange(9_000), OF_ARTIST))),
+    "a tenth of the songs": (900, partial(AnswerFilter, allowed=SongSet.of_mask(ARTISTS < 100))),
+    "half of the songs": (400, partial(AnswerFilter, allowed=SongSet.of_mask(ARTISTS < 500))),
+    "half of the songs, many left out": (
+        400,
+        partial(AnswerFilter, excluded=np.arange(3_000), allowed=SongSet.of_mask(ARTISTS < 500)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILTERS)
+@pytest.mark.parametrize("plays", ["plays", "no plays"])
+def test_no_array_as_long_as_the_catalog_is_made_for_a_query(
+    large: TwoStepRecommender,
+    large_parts: tuple[TasteRecommender, Retrieval, Histories],
+    large_starting: Starting,
+    case: str,
+    plays: str,
+) -> None:
+    past = large_parts[2]
+    history = (
+        past.take(np.array([int(past.lengths.argmax())])) if plays == "plays" else Histories.from_lists([[]], [[]])
+    )
+    k, make = FILTERS[case]
+
+    def ask() -> tuple[Chosen, AnswerFilter]:
+        (answer_filter,) = without_heard(history, [make()])
+        options = AnswerOptions(k=k, answer_filter=answer_filter)
+        (chosen,) = choose_for_users(large, history, NOW, [options], lambda: large_starting)
+        return chosen, answer_filter
+
+    ask()
     tracemalloc.start()
-    large.recommend(history, NOW, 20, exclude_heard=True)
+    chosen, answer_filter = ask()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < songs  # bytes: not even a mask over the catalog
+    assert peak < LARGE  # bytes: not even a mask over the catalog
+    assert len(set(chosen.songs.tolist())) == k
+    assert answer_filter.qualify(chosen.songs).all()
+    assert (chosen.path == "popular") == (plays == "no plays")
 
 
 def test_the_reasons_of_a_song_are_those_of_its_features(recommender: TwoStepRecommender) -> None:
