@@ -16,7 +16,7 @@ from rayrec.data.split import DAY_MS
 from rayrec.recommend.base import NO_SONG, HorizonName, Pairs, QueryBatch
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.stored_retrieval import MAX_DISTANCE, UNIT, Retrieval, SongGroups
-from rayrec.recommend.two_step_config import RankedPart
+from rayrec.recommend.two_step_config import RankedPart, RetrievalConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,19 @@ class Proposals(Pairs):
 
     scores: np.ndarray  # float32 (E,), above 0
     ranks: np.ndarray  # int64 (E,), from 0, within the query
+    entries: int = 0  # of postings, rules and lists of songs that were read for all queries together
 
     @classmethod
-    def best(cls, rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, *, num_songs: int, count: int) -> Proposals:
+    def best(
+        cls,
+        rows: np.ndarray,
+        songs: np.ndarray,
+        scores: np.ndarray,
+        *,
+        num_songs: int,
+        count: int,
+        entries: int = 0,
+    ) -> Proposals:
         """The `count` best of each query, rows ascending; each pair once, equal scores in the order of song rows."""
         best, ranks = best_of_each(rows, scores, songs, count)
         by_song = np.lexsort((songs[best], rows[best]))
@@ -38,15 +48,23 @@ class Proposals(Pairs):
             songs=songs[best].astype(np.int64),
             scores=scores[best].astype(np.float32),
             ranks=ranks[by_song],
+            entries=entries,
         )
 
     @classmethod
     def summed(
-        cls, rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, *, num_songs: int, count: int
+        cls,
+        rows: np.ndarray,
+        songs: np.ndarray,
+        scores: np.ndarray,
+        *,
+        num_songs: int,
+        count: int,
+        entries: int = 0,
     ) -> Proposals:
         """As `best`, of rows in any order, where the scores of a pair that comes more than once add up."""
         pairs, sums = summed_pairs(rows, songs, scores, num_songs)
-        return cls.best(pairs.rows, pairs.songs, sums, num_songs=num_songs, count=count)
+        return cls.best(pairs.rows, pairs.songs, sums, num_songs=num_songs, count=count, entries=entries)
 
 
 def summed_pairs(rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, num_songs: int) -> tuple[Pairs, np.ndarray]:
@@ -66,6 +84,13 @@ class Retriever(ABC):
     @abstractmethod
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """At most `count` songs a query with their scores."""
+
+    def most_entries(self, count: int, config: RetrievalConfig) -> int:
+        """The bound of a query's work: entries read at most, of a retrieval with these settings, for `count` songs.
+
+        0 where a retriever reads the user's own plays alone, or an index, whose work its `nprobe` bounds.
+        """
+        return 0
 
 
 class TasteRetriever(Retriever):
@@ -161,7 +186,19 @@ class SessionRetriever(Retriever):
         just = batch.user_songs.back < settings.last_plays
         played = pairs.find(batch.user_songs.keys[just])
         sums[played[played >= 0]] *= settings.just_played
-        return Proposals.best(pairs.rows, pairs.songs, sums, num_songs=batch.num_songs, count=count)
+        return Proposals.best(
+            pairs.rows,
+            pairs.songs,
+            sums,
+            num_songs=batch.num_songs,
+            count=count,
+            entries=len(entry) + len(position),
+        )
+
+    def most_entries(self, count: int, config: RetrievalConfig) -> int:
+        """The sessions of the last plays, and the songs around the matched one in each neighbour."""
+        settings = self._settings
+        return settings.last_plays * config.sessions_per_song + settings.neighbours * (2 * settings.places + 1)
 
 
 class RuleRetriever(Retriever):
@@ -181,7 +218,13 @@ class RuleRetriever(Retriever):
         rows, scores = np.repeat(rows, counts), self._values[entry] / np.float32(self._unit)
         some = np.flatnonzero(scores > 0)
         songs = self._rules.followers[entry[some]]
-        return Proposals.best(rows[some], songs, scores[some], num_songs=batch.num_songs, count=count)
+        return Proposals.best(
+            rows[some], songs, scores[some], num_songs=batch.num_songs, count=count, entries=len(entry)
+        )
+
+    def most_entries(self, count: int, config: RetrievalConfig) -> int:
+        """The followers of the last song."""
+        return config.rules_per_song
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +265,12 @@ class RecentRulesRetriever(Retriever):
             shares * settings.decay ** batch.back[play],
             num_songs=batch.num_songs,
             count=count,
+            entries=len(entry),
         )
+
+    def most_entries(self, count: int, config: RetrievalConfig) -> int:
+        """The strongest followers of the last plays."""
+        return self._settings.last_plays * self._settings.followers
 
 
 class UserTopRetriever(Retriever):
@@ -279,7 +327,13 @@ class GroupRetriever(Retriever):
         entry = ranges(starts, counts)
         songs = self._groups.songs[entry].astype(np.int64)
         scores = np.repeat(weights, counts) * np.log1p(self._plays[songs] + 1.0)
-        return Proposals.best(np.repeat(rows, counts), songs, scores, num_songs=batch.num_songs, count=count)
+        return Proposals.best(
+            np.repeat(rows, counts), songs, scores, num_songs=batch.num_songs, count=count, entries=len(entry)
+        )
+
+    def most_entries(self, count: int, config: RetrievalConfig) -> int:
+        """`count` songs of the group of each of the last plays."""
+        return self.last_plays * count
 
 
 class PopularRetriever(Retriever):
@@ -296,8 +350,17 @@ class PopularRetriever(Retriever):
         scores = 1.0 / np.arange(1, len(songs) + 1)
         rows = np.repeat(np.arange(len(batch)), len(songs))
         return Proposals.best(
-            rows, np.tile(songs, len(batch)), np.tile(scores, len(batch)), num_songs=batch.num_songs, count=count
+            rows,
+            np.tile(songs, len(batch)),
+            np.tile(scores, len(batch)),
+            num_songs=batch.num_songs,
+            count=count,
+            entries=len(rows),
         )
+
+    def most_entries(self, count: int, config: RetrievalConfig) -> int:
+        """The first `count` songs."""
+        return count
 
 
 # How many songs each retriever proposes for a query.

@@ -20,7 +20,8 @@ from rayrec.recommend.retrievers import (
     retrieve,
 )
 from rayrec.recommend.session_knn import VstanRecommender
-from rayrec.recommend.stored_retrieval import Retrieval
+from rayrec.recommend.stored_retrieval import Retrieval, RetrievalCounts
+from rayrec.recommend.two_step_config import RetrievalConfig
 
 MINUTE, HOUR = 60_000, 3_600_000
 NUM_SONGS = 40
@@ -73,11 +74,42 @@ def test_a_song_known_only_outside_the_buckets_read_last_is_found() -> None:
     assert 30 in SessionRetriever(retrieval).propose(_asked([5, 31]), 25).songs
 
 
-def test_the_work_of_a_query_does_not_grow_with_the_sessions() -> None:
-    few, many = (Retrieval.fit([random_histories(users, 20)], num_songs=NUM_SONGS, newest=8) for users in (300, 3_000))
-    assert len(many.sessions) <= 8 * 20 >= len(few.sessions)
-    assert np.diff(many.sessions.song_offsets).max() <= 8
-    assert np.diff(many.rules.offsets).max() <= 200
+def _crowd(users: int, num_songs: int) -> Histories:
+    """Users who all play songs 0 to 3, each with twelve songs of the user's own after every one of them."""
+    lists = []
+    for user in range(users):
+        own = 4 + (48 * user + np.arange(48)) % (num_songs - 4)
+        lists.append(np.concatenate([[song, *own[12 * song : 12 * song + 12]] for song in range(4)]).tolist())
+    return Histories.from_lists(lists, [[user * HOUR + MINUTE * place for place in range(52)] for user in range(users)])
+
+
+def test_the_work_of_a_query_is_bounded_however_many_users_there_are() -> None:
+    num_songs, count, config = 1_000, 20, RetrievalConfig(sessions_per_song=400, rules_per_song=60)
+    read: dict[int, dict[str, int]] = {}
+    for users in (3, 900, 2_000):
+        counts = RetrievalCounts.fit(_crowd(users, num_songs), num_songs=num_songs, newest=config.sessions_per_song)
+        groups = np.arange(num_songs) % 4  # of more songs than any list holds
+        retrieval = Retrieval.build(
+            counts, artist_of_song=groups, album_of_song=groups, rules_per_song=config.rules_per_song
+        )
+        if users > 3:  # the songs that all play have more followers and sessions than are kept
+            assert np.diff(counts.rules.offsets)[:4].min() > 2 * config.rules_per_song
+            assert users > 2 * config.sessions_per_song
+        # The user's last 50 plays are of these four songs: as much is known of each as can be.
+        batch = _asked([0, 1, 2, 3] * 20, num_songs)
+        retrievers = _all(retrieval, num_songs).values()
+        read[users] = {retriever.name: retriever.propose(batch, count).entries for retriever in retrievers}
+        for retriever in retrievers:
+            assert read[users][retriever.name] <= retriever.most_entries(count, config), retriever.name
+    looked_up = {name for name, entries in read[2_000].items() if entries}
+    assert looked_up == set(read[2_000]) - {"taste_short", "taste_long", "user_top", "user_rules"}
+    assert read[2_000]["rules"] == config.rules_per_song > read[3]["rules"] > 0
+    for name, entries in read[2_000].items():
+        assert entries <= 1.5 * read[900][name], name
+    two = Histories.from_lists([[0, 1], [2]], [[0, 1], [0]])
+    (rules,) = (retriever for retriever in retrievers if retriever.name == "rules")
+    together = rules.propose(_batch(two, Queries.at_end(two, NOW), num_songs), count)
+    assert together.entries == 2 * config.rules_per_song
 
 
 def test_rules_propose_what_followed_the_last_song_strongest_first() -> None:
