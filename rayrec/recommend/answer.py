@@ -336,11 +336,11 @@ def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
     elif value("artist_user_plays") > 0:
         said.append(f"you played its artist {_times(value('artist_user_plays'))}")
     if value("next_rules_rank") >= NEAR_RANK:
-        said.append(f"users played it right after {last} {_times(value('next_rules_score'))}")
+        said.append(f"it was played right after {last} {_times(value('next_rules_score'))}")
     elif value("rules_rank") >= NEAR_RANK:
-        said.append(f"other users often play it soon after {last}")
+        said.append(f"one of the songs played most often soon after {last}")
     elif value("recent_rules_rank") >= NEAR_RANK:
-        said.append("other users often play it soon after your last songs")
+        said.append("one of the songs played most often soon after your last songs")
     if value("sessions_rank") >= NEAR_RANK:
         said.append("it is in sessions like yours")
     elif value("history_sessions_rank") >= NEAR_RANK:

@@ -20,6 +20,7 @@ from rayrec.recommend.answer import (
     answer,
     history_of_songs,
     load_recommender,
+    reasons,
 )
 from rayrec.recommend.base import HorizonName
 from rayrec.recommend.taste_recommender import TasteRecommender
@@ -137,6 +138,96 @@ def test_where_no_play_is_known_the_most_played_songs_come(dataset: Dataset, ask
     assert told.scores == [9, 4, 2]
     assert (told.source, told.path, told.plays, told.last_plays) == ("popular", "popular", 0, [])
     assert told.songs[0].reasons == ["it is among the most played songs"]
+
+
+HEY_JUDE = "Hey Jude"
+REASONS: dict[str, tuple[dict[str, float], str | None, list[str]]] = {
+    "nothing": ({}, None, ["similar to your plays"]),
+    "liked": ({"user_liked": 1}, None, ["you liked it"]),
+    "own rule": ({"user_rules_score": 0.5}, HEY_JUDE, ["you played it after Hey Jude before"]),
+    "own rule, no title": ({"user_rules_score": 0.5}, None, ["you played it after your last play before"]),
+    "own play": (
+        {"user_plays": 1, "user_hours_since": 1.2},
+        None,
+        ["you played it once, last 1 hour ago"],
+    ),
+    "own plays": (
+        {"user_plays": 5, "user_hours_since": 72},
+        None,
+        ["you played it 5 times, last 3 days ago"],
+    ),
+    "own plays in hours": (
+        {"user_plays": 2, "user_hours_since": 47},
+        None,
+        ["you played it 2 times, last 47 hours ago"],
+    ),
+    "own plays of late": (
+        {"user_plays": 2, "user_hours_since": 0.5},
+        None,
+        ["you played it 2 times, last within the hour"],
+    ),
+    "own plays without times": (
+        {"user_plays": 2, "user_plays_since": 6},
+        None,
+        ["you played it 2 times, last 7 plays ago"],
+    ),
+    "own play just now": ({"user_plays": 1}, None, ["you played it once, last just now"]),
+    "album": (
+        {"album_of_last_song": 1, "artist_of_last_song": 1, "artist_user_plays": 9},
+        None,
+        ["same album as your last play"],
+    ),
+    "artist": ({"artist_of_last_song": 1, "artist_user_plays": 9}, None, ["same artist as your last play"]),
+    "artist played before": ({"artist_user_plays": 9}, None, ["you played its artist 9 times"]),
+    "artist played once": ({"artist_user_plays": 1}, None, ["you played its artist once"]),
+    "next rule": (
+        {"next_rules_rank": 1 / 3, "next_rules_score": 12, "rules_rank": 1, "recent_rules_rank": 1},
+        HEY_JUDE,
+        ["it was played right after Hey Jude 12 times"],
+    ),
+    "next rule of one play": (
+        {"next_rules_rank": 1, "next_rules_score": 1},
+        None,
+        ["it was played right after your last play once"],
+    ),
+    "rule": (
+        {"next_rules_rank": 1 / 11, "next_rules_score": 1, "rules_rank": 0.1, "recent_rules_rank": 1},
+        HEY_JUDE,
+        ["one of the songs played most often soon after Hey Jude"],
+    ),
+    "recent rule": (
+        {"rules_rank": 1 / 11, "recent_rules_rank": 0.1},
+        HEY_JUDE,
+        ["one of the songs played most often soon after your last songs"],
+    ),
+    "session": ({"sessions_rank": 0.1, "history_sessions_rank": 1}, None, ["it is in sessions like yours"]),
+    "similar users": (
+        {"sessions_rank": 1 / 11, "history_sessions_rank": 0.1},
+        None,
+        ["users with similar taste play it"],
+    ),
+    "short taste": ({"taste_short_rank": 0.1}, None, ["similar to your recent plays"]),
+    "long taste": ({"taste_long_rank": 1}, None, ["similar to your plays over time"]),
+    "popular": ({"popular_score": 0.01, "taste_long_rank": 1 / 11}, None, ["it is popular this week"]),
+    "at most three, the strongest kind first": (
+        {
+            "popular_score": 1,
+            "taste_short_rank": 1,
+            "sessions_rank": 1,
+            "next_rules_rank": 1,
+            "next_rules_score": 3,
+            "album_of_last_song": 1,
+        },
+        HEY_JUDE,
+        ["same album as your last play", "it was played right after Hey Jude 3 times", "it is in sessions like yours"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_reasons_say_what_the_features_hold(case: str) -> None:
+    features, last_title, expected = REASONS[case]
+    assert reasons(features, last_title) == expected
 
 
 def test_unknown_songs_are_counted_named_and_left_out(dataset: Dataset) -> None:
