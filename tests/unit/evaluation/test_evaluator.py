@@ -9,7 +9,7 @@ import pytest
 from networks import model_config, network
 from worlds import random_histories, random_vectors
 
-from rayrec.data.histories import Histories
+from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import Split
 from rayrec.errors import InputError
 from rayrec.evaluation.accumulator import MetricAccumulator
@@ -22,7 +22,8 @@ from rayrec.evaluation.evaluator import (
     parse_prefixes,
     read_prefixes,
 )
-from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.evaluation.protocol import EvaluateConfig, TargetSongs
+from rayrec.evaluation.ranks import rank_targets
 from rayrec.evaluation.results import Figures
 from rayrec.importing.readers.reader import byte_ranges
 from rayrec.model.checkpoint import save_model
@@ -32,7 +33,7 @@ from rayrec.recommend.ranker import LinearModel, Ranker, calibrate
 from rayrec.recommend.session_knn import VstanRecommender
 from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.recommend.two_step import CandidateSource, TwoStepRecommender
+from rayrec.recommend.two_step import CandidateSource, RankerKind, TwoStepRecommender
 from rayrec.storage.workspace import Workspace
 
 SPLIT = Split(id="cut", dataset="by-hand", validation_from=400_000, test_from=700_000)
@@ -51,7 +52,12 @@ def _evaluator(workspace: Workspace, histories: Histories, num_songs: int, *, in
     source = CandidateSource(taste, Retrieval.load(workspace, "retrieval"))
     weights = np.random.default_rng(0).random((5, len(source.sources.names)))
     calibration = calibrate(np.array([0, 0]), np.array([1.0, 0.0]), np.array([True, False]))
-    two_step = TwoStepRecommender(source, {"next": Ranker(LinearModel(weights), source.sources.names, calibration)})
+    of_new_songs = weights * np.array([1, 1, 1, 1, -1])[:, None]  # the opposite order
+    rankers: dict[RankerKind, Ranker] = {
+        kind: Ranker(LinearModel(values), source.sources.names, calibration)
+        for kind, values in (("next", weights), ("served", of_new_songs))
+    }
+    two_step = TwoStepRecommender(source, rankers)
     workspace.write_array("songs.npy", random_vectors(num_songs, seed=1))
     item_knn = ItemKnnRecommender(workspace.read_array("songs.npy"))
     vstan = VstanRecommender.fit(known, num_songs=num_songs, allowed=SPLIT.final)
@@ -75,6 +81,33 @@ def test_an_evaluator_from_files_adds_up_the_same_sums(workspace: Workspace, ind
     for name, sums in expected.items():
         np.testing.assert_array_equal(found[name], sums, err_msg=name)
     assert not workspace.exists(FOLDER)
+
+
+def test_songs_rank_in_the_order_of_answers_with_heard_songs_and_without_them(workspace: Workspace) -> None:
+    histories = random_histories(60, 40, seed=3)
+    histories = histories.take(histories.lengths > 5)
+    evaluator = _evaluator(workspace, histories, 40)
+    two_step = evaluator.recommenders[0]
+    assert isinstance(two_step, TwoStepRecommender)
+    at = int(histories.played_at.max())
+    queries = Queries.at_end(histories, at)
+    firsts = []
+    for served in (False, True):
+        answers = two_step.recommend(histories, at, 40, exclude_heard=served)
+        rows, places = np.nonzero((answers[0] >= 0) & (answers[1] > 0))  # those that were proposed
+        songs, scores = (values[rows, places] for values in answers)
+        known = evaluator.known_songs[songs]
+        targets = TargetSongs(
+            rows=rows[known],
+            songs=songs[known].astype(np.int64),
+            sizes=np.bincount(rows[known], minlength=len(queries)),
+            served=served,
+        )
+        ranked = rank_targets(two_step, histories, queries, {"songs": targets}, evaluator.known_songs, depth=40)
+        above = (answers[1][rows[known]] >= scores[known][:, None]).sum(axis=1)  # songs of equal score count
+        np.testing.assert_array_equal(ranked.ranks["songs"], above)
+        firsts.append(answers[0][:, 0])
+    assert (firsts[0] != firsts[1]).mean() > 0.5
 
 
 def test_what_is_sent_to_workers_does_not_grow_with_the_catalog(workspace: Workspace) -> None:
