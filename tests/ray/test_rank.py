@@ -1,6 +1,8 @@
 """Retrieval and rankers as jobs: buckets and ranges of songs join to one, rankers learn from the validation range."""
 
-from dataclasses import fields
+import shutil
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from trainings import NUM_SONGS
 from worlds import random_vectors, write_song_vectors
 
 from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
 from rayrec.data.split import Split, SplitConfig, split_dataset
 from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import InputError
@@ -22,16 +25,18 @@ from rayrec.jobs.generate import generate
 from rayrec.jobs.rank import fit_rankers
 from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.train import train
+from rayrec.model.train_config import SELECTION_NETWORK
 from rayrec.recommend import stored_retrieval
 from rayrec.recommend.answer import load_recommender
-from rayrec.recommend.stored_retrieval import Retrieval
+from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.recommend.two_step_config import ABLATED_PARTS, RankConfig, RetrievalConfig
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest, verify
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import Workspace, histories_file
 
 SETTINGS = RetrievalConfig(sessions_per_song=5, rules_per_song=8)
+FEW_TREES = RankConfig(trees=5, leaves=4)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +133,7 @@ def _killed(*_: Any, **__: Any) -> Any:
 def test_rankers_learn_from_the_validation_range_and_answer(
     world: Workspace, model: Manifest, retrieval: Manifest
 ) -> None:
-    made = fit_rankers(world, RankConfig(trees=5, leaves=4), model_id=model.id, retrieval_id=retrieval.id)
+    made = fit_rankers(world, FEW_TREES, model_id=model.id, retrieval_id=retrieval.id)
     verify(world, made)
     assert made.inputs["models"] == model.id
     assert made.metrics["queries"] > 100
@@ -142,11 +147,59 @@ def test_rankers_learn_from_the_validation_range_and_answer(
     assert (np.diff(scores, axis=1) <= 0).all()
 
 
+@pytest.fixture
+def elsewhere(world: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of the workspace, to damage."""
+    shutil.copytree(world.full(""), tmp_path / "workspace")
+    return Workspace(tmp_path / "workspace")
+
+
+def change_songs(workspace: Workspace, is_changed: Callable[[Histories], np.ndarray]) -> int:
+    """Make another song of each play that is to be changed, bool (P,) of histories; how many there were."""
+    changed = 0
+    for bucket in range(Dataset(workspace).manifest.buckets):
+        path = histories_file(0, bucket)
+        histories = Histories.from_arrow(workspace.read_table(path))
+        here = is_changed(histories)
+        songs = np.where(here, (histories.songs + 1) % NUM_SONGS, histories.songs).astype(np.int32)
+        workspace.write_table(path, replace(histories, songs=songs).to_arrow())
+        changed += int(here.sum())
+    return changed
+
+
+def test_rankers_do_not_hang_on_plays_of_the_test_range(
+    elsewhere: Workspace, world: Workspace, split: Split, model: Manifest, retrieval: Manifest
+) -> None:
+    ids = {"model_id": model.id, "retrieval_id": retrieval.id}
+    before = fit_rankers(world, FEW_TREES, **ids)
+    assert change_songs(elsewhere, split.is_test) > 300
+    assert fit_rankers(elsewhere, FEW_TREES, repeat=True, **ids).files == before.files
+    assert change_songs(elsewhere, split.is_validation) > 100
+    assert fit_rankers(elsewhere, FEW_TREES, repeat=True, **ids).files != before.files
+
+
+def test_rankers_learn_without_the_final_network_and_the_final_retrieval(
+    elsewhere: Workspace, world: Workspace, model: Manifest, retrieval: Manifest
+) -> None:
+    ids = {"model_id": model.id, "retrieval_id": retrieval.id}
+    before = fit_rankers(world, FEW_TREES, **ids)
+    gone = [
+        path
+        for made, kept in ((model, SELECTION_NETWORK), (retrieval, SELECTION_RETRIEVAL))
+        for path in elsewhere.files(made.folder)
+        if path != made.path("manifest.json") and not path.startswith(f"{made.path(kept)}/")
+    ]
+    assert {model.path("model.safetensors"), retrieval.path("retrieval.json")} <= set(gone)
+    for path in gone:
+        elsewhere.delete(path)
+    assert fit_rankers(elsewhere, FEW_TREES, repeat=True, **ids).files == before.files
+
+
 @pytest.mark.slow  # trains the rankers of five parts
 def test_an_ablation_evaluates_rankers_trained_without_each_part(
     world: Workspace, split: Split, model: Manifest, retrieval: Manifest
 ) -> None:
-    fit_rankers(world, RankConfig(trees=5, leaves=4), model_id=model.id, retrieval_id=retrieval.id)
+    fit_rankers(world, FEW_TREES, model_id=model.id, retrieval_id=retrieval.id)
     config = EvaluateConfig(models=("two-step",), ablation=True, bootstrap_samples=10, offsets=0)
     report = evaluate(world, config, split=split, model_id=model.id)
     verify(world, report)
