@@ -50,12 +50,11 @@ class SongSet:
 
     def __init__(self, *, rows: np.ndarray | None = None, mask: np.ndarray | None = None) -> None:
         """Of song rows, int (n,) ascending, each once, or of a mask, bool (N,): one of them."""
-        assert (rows is None) != (mask is None)
+        array = rows if mask is None else mask
+        assert array is not None
+        array.flags.writeable = False
         self.rows, self.mask = rows, mask
-        self._count = len(rows) if rows is not None else int(np.count_nonzero(mask))
-        for array in (rows, mask):
-            if array is not None:
-                array.flags.writeable = False
+        self._count = len(array) if mask is None else int(np.count_nonzero(mask))
 
     @classmethod
     def of_rows(cls, rows: np.ndarray) -> "SongSet":

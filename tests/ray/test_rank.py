@@ -167,22 +167,25 @@ def change_songs(workspace: Workspace, is_changed: Callable[[Histories], np.ndar
     return changed
 
 
+def rankers_again(workspace: Workspace, model: Manifest, retrieval: Manifest) -> dict[str, str]:
+    """The files of the rankers with their checksums, learned again."""
+    return fit_rankers(workspace, FEW_TREES, model_id=model.id, retrieval_id=retrieval.id, repeat=True).files
+
+
 def test_rankers_do_not_hang_on_plays_of_the_test_range(
     elsewhere: Workspace, world: Workspace, split: Split, model: Manifest, retrieval: Manifest
 ) -> None:
-    ids = {"model_id": model.id, "retrieval_id": retrieval.id}
-    before = fit_rankers(world, FEW_TREES, **ids)
+    before = fit_rankers(world, FEW_TREES, model_id=model.id, retrieval_id=retrieval.id)
     assert change_songs(elsewhere, split.is_test) > 300
-    assert fit_rankers(elsewhere, FEW_TREES, repeat=True, **ids).files == before.files
+    assert rankers_again(elsewhere, model, retrieval) == before.files
     assert change_songs(elsewhere, split.is_validation) > 100
-    assert fit_rankers(elsewhere, FEW_TREES, repeat=True, **ids).files != before.files
+    assert rankers_again(elsewhere, model, retrieval) != before.files
 
 
 def test_rankers_learn_without_the_final_network_and_the_final_retrieval(
     elsewhere: Workspace, world: Workspace, model: Manifest, retrieval: Manifest
 ) -> None:
-    ids = {"model_id": model.id, "retrieval_id": retrieval.id}
-    before = fit_rankers(world, FEW_TREES, **ids)
+    before = fit_rankers(world, FEW_TREES, model_id=model.id, retrieval_id=retrieval.id)
     gone = [
         path
         for made, kept in ((model, SELECTION_NETWORK), (retrieval, SELECTION_RETRIEVAL))
@@ -192,7 +195,7 @@ def test_rankers_learn_without_the_final_network_and_the_final_retrieval(
     assert {model.path("model.safetensors"), retrieval.path("retrieval.json")} <= set(gone)
     for path in gone:
         elsewhere.delete(path)
-    assert fit_rankers(elsewhere, FEW_TREES, repeat=True, **ids).files == before.files
+    assert rankers_again(elsewhere, model, retrieval) == before.files
 
 
 @pytest.mark.slow  # trains the rankers of five parts

@@ -54,8 +54,8 @@ def _evaluator(workspace: Workspace, histories: Histories, num_songs: int, *, in
     calibration = calibrate(np.array([0, 0]), np.array([1.0, 0.0]), np.array([True, False]))
     of_new_songs = weights * np.array([1, 1, 1, 1, -1])[:, None]  # the opposite order
     rankers: dict[RankerKind, Ranker] = {
-        kind: Ranker(LinearModel(values), source.sources.names, calibration)
-        for kind, values in (("next", weights), ("served", of_new_songs))
+        "next": Ranker(LinearModel(weights), source.sources.names, calibration),
+        "served": Ranker(LinearModel(of_new_songs), source.sources.names, calibration),
     }
     two_step = TwoStepRecommender(source, rankers)
     workspace.write_array("songs.npy", random_vectors(num_songs, seed=1))
