@@ -74,6 +74,7 @@ class BaseRecommender(ABC):
     name: str  # as reports and `--models` spell it
     kind: ClassVar[Kind] = "baseline"
     horizons: tuple[HorizonName, ...] = ("short",)  # those whose answers differ
+    scores_are_chances: ClassVar[bool] = False  # that the song is the next play, on the short horizon
     long_days: DaysHorizon | None = None  # what the long horizon was trained for, where that is days
     num_songs: int  # N
     settings: Mapping[str, float] = {}  # those chosen for the data set, by name

@@ -438,6 +438,10 @@ def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> Calibr
     order = np.argsort(shares, kind="stable")
     # Bins hold as many right candidates each, so that the curve is as sure everywhere.
     bins = np.minimum(np.cumsum(right[order]) * KNOTS // max(1, int(right.sum())), KNOTS - 1)
+    # Equal shares are in one bin: a curve has one height there.
+    begins = first_of_each(shares[order])
+    sizes = np.diff(np.append(begins, len(order)))
+    bins = np.repeat(bins[begins + sizes - 1], sizes)
     count = np.bincount(bins, minlength=KNOTS).astype(float)
     hits = np.bincount(bins, weights=right[order], minlength=KNOTS)
     middle = np.bincount(bins, weights=shares[order], minlength=KNOTS)

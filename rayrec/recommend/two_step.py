@@ -155,13 +155,16 @@ def query_slices(queries: Queries) -> Iterator[slice]:
 class TwoStepRecommender(CandidateRecommender):
     """Orders the candidates of all retrievers by learned rankers: for the next play, new songs and the long term.
 
-    A score is the chance that the song is the next play, or on the long horizon one of the plays there. Where the
-    candidates that qualify are fewer than k, the songs nearest to the taste vector fill the answer; their scores are 0.
+    A score of the short horizon is the chance that the song is the next play, whether songs that the user has heard are
+    left out or not. One of the long horizon is the chance that the song is among the distinct songs 25 to 50 plays
+    ahead, or in the days that the network's long horizon is for. Where the candidates that qualify are fewer than k,
+    the songs nearest to the taste vector fill the answer; their scores are 0.
     """
 
     name = "two-step"
     kind: ClassVar[Kind] = "network"
     horizons: tuple[HorizonName, ...] = ("short", "long")
+    scores_are_chances: ClassVar[bool] = True
 
     def __init__(self, source: CandidateSource, rankers: Mapping[RankerKind, Ranker]) -> None:
         """`rankers` hold one for the next play, and may hold one for answers of new songs and one for the long term."""
@@ -276,7 +279,7 @@ class TwoStepRecommender(CandidateRecommender):
     def _of_ranker(self, scored: Scored, kind: RankerKind, *, shares: bool) -> np.ndarray:
         """float64 (C,): chances of one ranker, or what share of the scores of its query each candidate has."""
         ranker, rows = self.rankers[kind], scored.candidates.rows
-        if kind == "served":  # chances among new songs alone, as the ranker learned them
+        if kind == "served":  # it puts new songs alone in order
             new = scored.batch.user_songs.find(scored.candidates.keys) < 0
             values = np.zeros(len(rows))
             scores = ranker.scores(self._features(scored, kind)[new])
@@ -420,21 +423,24 @@ def examples_for(
     """What the ranker of each kind learns from: the candidates of queries, and which of them are right.
 
     `answers` hold the right songs of each kind, int (T,), after the queries to which they belong, int (T,);
-    `held_out` is bool (Q,). For served, songs that the user has played are neither candidates nor right. The source
-    must not have seen the answers. Of each query at most NEGATIVES wrong candidates are drawn to learn from: more make
-    learning longer and the order no better; of queries held out the others are kept, to check on. `vectors` are the
-    taste vectors where they are at hand.
+    `held_out` is bool (Q,). For served, songs that the user has played are neither candidates nor right: a query held
+    out that such a song answers is a miss, so that chances are those of all next plays. The source must not have seen
+    the answers. Of each query at most NEGATIVES wrong candidates are drawn to learn from: more make learning longer and
+    the order no better; of queries held out the others are kept, to check on. `vectors` are the taste vectors where
+    they are at hand.
     """
     parts = {kind: [RankingExamples.none(len(source.sources.names))] for kind in answers}
     for chunk, scored in source.batches(histories, queries, vectors):
         heard = scored.batch.user_songs.find(scored.candidates.keys) >= 0
         for kind, (rows, songs) in answers.items():
-            inside = (rows >= chunk.start) & (rows < chunk.stop) & (songs < source.num_songs)
+            inside = (rows >= chunk.start) & (rows < chunk.stop)
+            answered = np.bincount(rows[inside] - chunk.start, minlength=len(scored.batch)) > 0
+            inside &= songs < source.num_songs
             keys = np.unique(scored.batch.keys(rows[inside] - chunk.start, songs[inside].astype(np.int64)))
             allowed = np.ones(len(heard), dtype=bool)
             if kind == "served":
                 allowed, keys = ~heard, keys[scored.batch.user_songs.find(keys) < 0]
-            parts[kind].append(_examples_of(scored, keys, allowed, held_out[chunk]))
+            parts[kind].append(_examples_of(scored, keys, allowed, answered & held_out[chunk], held_out[chunk]))
     return {kind: RankingExamples.joined(examples) for kind, examples in parts.items()}
 
 
@@ -449,14 +455,17 @@ def _drawn(scored: Scored, wrong: np.ndarray) -> np.ndarray:
     return drawn
 
 
-def _examples_of(scored: Scored, keys: np.ndarray, allowed: np.ndarray, held_out: np.ndarray) -> RankingExamples:
-    """The examples of some queries whose right songs have `keys`, int64; `allowed`, bool (C,), are candidates."""
+def _examples_of(
+    scored: Scored, keys: np.ndarray, allowed: np.ndarray, counted: np.ndarray, held_out: np.ndarray
+) -> RankingExamples:
+    """The examples of some queries whose right songs have `keys`, int64; `allowed`, bool (C,), are candidates.
+
+    Queries that teach nothing are left out, but for those in `counted`, bool (Q,), which chances count.
+    """
     rows, queries = scored.candidates.rows, len(scored.batch)
     hit = np.isin(scored.candidates.keys, keys, assume_unique=True) & allowed
-    # Queries that teach nothing are left out, but for those held out that have an answer: chances count them.
-    answered = np.bincount(keys // scored.batch.num_songs, minlength=queries) > 0
     has_hit = np.bincount(rows, weights=hit, minlength=queries) > 0
-    used = has_hit | (answered & held_out)
+    used = has_hit | counted
     is_example = allowed & used[rows]
     drawn = hit | _drawn(scored, is_example & ~hit)
     is_example &= held_out[rows] | drawn

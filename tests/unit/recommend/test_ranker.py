@@ -11,6 +11,7 @@ from rayrec.recommend.ranker import (
     Ranker,
     RankerSettings,
     RankingExamples,
+    calibrate,
     fit_ranker,
     ndcg,
     simplest_of_best,
@@ -82,6 +83,29 @@ def test_chances_count_queries_without_a_right_candidate() -> None:
     )
     of_all, of_half = (ranker.calibration(other.rows, ranker.scores(other.features)) for ranker in (always, half))
     assert of_half.sum() / of_all.sum() == pytest.approx(0.5, abs=0.1)
+
+
+def test_candidates_of_equal_scores_have_the_chance_that_they_are_right_together() -> None:
+    """A third of the queries has its first candidate right, whose score is always far above that of the other."""
+    rows, scores = np.repeat(np.arange(300), 2), np.tile([90.0, 0.0], 300)
+    right = np.zeros(600, dtype=bool)
+    right[400::2] = True  # the last ones
+    chances = calibrate(rows, scores, right)(rows, scores)
+    assert chances[::2] == pytest.approx(np.full(300, 1 / 3), abs=0.01)
+    assert chances[1::2].max() < 0.01
+
+
+def test_queries_without_a_right_candidate_change_no_tree() -> None:
+    examples, never = _examples(3_000), _examples(900, seed=4)
+    never = replace(never, right=np.zeros_like(never.right), held_out=np.ones(len(never), dtype=bool))
+    alone, beside = (
+        fit_ranker(part, NAMES, RankerSettings(trees=40, min_leaf=20))
+        for part in (examples, RankingExamples.joined([examples, never]))
+    )
+    features = _examples(50, seed=5).features
+    np.testing.assert_array_equal(beside.ranker.scores(features), alone.ranker.scores(features))
+    np.testing.assert_array_equal(beside.checked.scores(features), alone.checked.scores(features))
+    assert beside.ranker.calibration.chances != alone.ranker.calibration.chances
 
 
 def test_a_chance_rises_wherever_the_score_does(ranker: Ranker) -> None:
