@@ -1,5 +1,6 @@
 """recommend, evaluate: what the models of a workspace recommend, and how well."""
 
+import textwrap
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,7 @@ from rayrec.storage.releases import ANSWERING_KINDS, KIND, default_parts, parts_
 from rayrec_cli.app import Call, ForceOption, Shown, app, command, figures, made_from, note, number, table
 
 SHOWN_IDS = 5  # of songs that are not in the catalog
+TEXT_WIDTH = 80  # of lines that people read
 
 UserOption = Annotated[str | None, typer.Option("--user", metavar="ID", help="User ID.")]
 SongsOption = Annotated[
@@ -221,9 +223,8 @@ def evaluate(
     warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []
     where = f"Report: {call.workspace.full(report.path('report.html'))}"
     ablation = [results_table(data, ablation=True)] if config.ablation else []
-    return Shown(
-        {**data, "inputs": report.inputs}, [results_table(data), *ablation, *warnings, made_from(report.inputs), where]
-    )
+    views = [results_table(data), *ablation, *about_scores(data), *warnings, made_from(report.inputs), where]
+    return Shown({**data, "inputs": report.inputs}, views)
 
 
 def _evaluate_prefixes(
@@ -238,7 +239,8 @@ def _evaluate_prefixes(
     data = {"id": report.id, **read_figures(call.workspace, report)}
     counts = {name: data[name] for name in ("pairs", "unknown_targets", "unknown_items")}
     where = f"Report: {call.workspace.full(report.path('report.html'))}"
-    views = [results_table(data), figures("Pairs of prefix and target", counts), made_from(report.inputs), where]
+    pairs = figures("Pairs of prefix and target", counts)
+    views = [results_table(data), *about_scores(data), pairs, made_from(report.inputs), where]
     return Shown({**data, "inputs": report.inputs}, views)
 
 
@@ -286,6 +288,27 @@ def results_table(data: dict[str, Any], *, ablation: bool = False) -> Renderable
     if ablation:
         title = f"Ablation: recall@{usual} and MRR@{usual} without each part"
     return table(title, ["model", titles[0], "95 %", *titles[1:]], rows)
+
+
+def about_scores(data: dict[str, Any]) -> list[str]:
+    """The calibration error of the default model, and the settings of each baseline that has some, in 80 columns."""
+    from rayrec.evaluation.report import settings_text
+
+    titles = {target: title for target, metric, title in COLUMNS if metric == "recall"}
+    errors = [
+        f"{titles[entry['target']]} {number(entry['value'])}"
+        for entry in data.get("calibration", [])
+        if entry["model"] == data["default"]
+    ]
+    settings = [
+        f"{entry['model']}: {settings_text({name: value for name, value in entry.items() if name != 'model'})}"
+        for entry in data["settings"]
+    ]
+    lines = [textwrap.fill(text, TEXT_WIDTH, initial_indent="  ", subsequent_indent="    ") for text in settings]
+    return [
+        *([f"Expected calibration error of {data['default']}: {', '.join(errors)}"] if errors else []),
+        *(["\n".join(["Settings of the baselines", *lines])] if lines else []),
+    ]
 
 
 def _parts(call: Call, model: str | None) -> dict[str, str]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from rayrec.data.histories import Histories, Queries, uniform_draws, user_hash
+from rayrec.evaluation.calibration import CALIBRATED, CHANCE_BINS, CHANCE_SUMS
 from rayrec.evaluation.protocol import GROUPS, OFFSETS, TARGETS, plays_ahead
 from rayrec.evaluation.ranks import METRICS
 from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender
@@ -117,6 +118,7 @@ class MetricAccumulator:
     # float64 (C, M, OFFSETS and targets in days, R + 1): recall of the candidates, of all and by retriever
     retrieved: np.ndarray
     candidates: np.ndarray  # float64 (C, M, R + 1): how many there were
+    chances: np.ndarray  # float64 (models whose scores are chances, len(CALIBRATED), CHANCE_BINS, CHANCE_SUMS)
 
     @classmethod
     def empty(
@@ -131,8 +133,12 @@ class MetricAccumulator:
         songs: int = 0,
         retrievers: int = 0,
         day_targets: int = 0,
+        calibrated: int = 0,
     ) -> MetricAccumulator:
-        """The sums of no users; `songs` are those drawn for coverage. `day_targets` come behind the VIEWS."""
+        """The sums of no users; `songs` are those drawn for coverage. `day_targets` come behind the VIEWS.
+
+        `calibrated` is the number of models whose scores are chances.
+        """
         views, groups = len(VIEWS) + day_targets, len(GROUPS)
         pairs = (cells, curves, len(PAIRED), len(NEGATIVES))
         columns = retrievers + 1 if retrievers else 0
@@ -152,6 +158,7 @@ class MetricAccumulator:
             lists=np.zeros(models, dtype=np.int64),
             retrieved=np.zeros((cells, models, len(OFFSETS) + day_targets, columns)),
             candidates=np.zeros((cells, models, columns)),
+            chances=np.zeros((calibrated, len(CALIBRATED), CHANCE_BINS, CHANCE_SUMS)),
         )
 
     @property
@@ -172,6 +179,7 @@ class MetricAccumulator:
         self.users += other.users
         self.lists += other.lists
         self.listed |= other.listed
+        self.chances += other.chances
 
     def resampled(self, samples: int, seed: int) -> MetricAccumulator:
         """The sums of the data itself and of bootstrap samples along the first axis, B + 1 long."""
@@ -184,7 +192,7 @@ class MetricAccumulator:
 
 
 BY_CELL: Sequence[str] = [
-    item.name for item in fields(MetricAccumulator) if item.name not in ("users", "listed", "lists")
+    item.name for item in fields(MetricAccumulator) if item.name not in ("users", "listed", "lists", "chances")
 ]
 
 

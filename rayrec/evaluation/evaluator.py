@@ -48,6 +48,7 @@ from rayrec.evaluation.accumulator import (
     pair_sums,
     popularity_ranks,
 )
+from rayrec.evaluation.calibration import CALIBRATED
 from rayrec.evaluation.protocol import (
     GROUPS,
     OFFSETS,
@@ -223,6 +224,7 @@ class Evaluator:
             songs=len(self.coverage_songs),
             retrievers=len(self.retrievers),
             day_targets=len(self.days),
+            calibrated=count_calibrated(self.recommenders),
         )
 
     @property
@@ -300,6 +302,7 @@ class Evaluator:
             for name, target in block.targets.items()
         }
         self._add_lists(sums, model, block, ranked)
+        add_chances(sums, self.recommenders, model, ranked)
         if isinstance(recommender, CandidateRecommender):
             self._add_retrieved(sums, model, block, ranked, recommender.retrievers)
         for place, view in enumerate(self.views):
@@ -351,6 +354,18 @@ def retrievers_of(recommenders: Sequence[BaseRecommender]) -> list[str]:
     """The names of the retrievers of all candidate recommenders, each once."""
     named = (one.retrievers for one in recommenders if isinstance(one, CandidateRecommender))
     return list(dict.fromkeys(name for names in named for name in names))
+
+
+def count_calibrated(recommenders: Sequence[BaseRecommender]) -> int:
+    """How many recommenders have scores that are chances."""
+    return sum(one.scores_are_chances for one in recommenders)
+
+
+def add_chances(sums: MetricAccumulator, recommenders: Sequence[BaseRecommender], model: int, ranked: Ranked) -> None:
+    """Add what the scores of a model, by its place among the recommenders, are compared with, if they are chances."""
+    if ranked.chances:
+        place = count_calibrated(recommenders[:model])
+        sums.chances[place] += np.stack([ranked.chances[target] for target in CALIBRATED])
 
 
 def coverage_songs(num_songs: int) -> np.ndarray:
@@ -457,7 +472,12 @@ class PrefixEvaluator:
 
     def empty(self, cells: int = CellRange().count) -> MetricAccumulator:
         """The sums of no pairs."""
-        return MetricAccumulator.empty(cells=cells, models=len(self.recommenders), ks=len(self.config.ks))
+        return MetricAccumulator.empty(
+            cells=cells,
+            models=len(self.recommenders),
+            ks=len(self.config.ks),
+            calibrated=count_calibrated(self.recommenders),
+        )
 
     @property
     def cells_at_once(self) -> int:
@@ -475,6 +495,7 @@ class PrefixEvaluator:
             np.add.at(sums.queries[:, VIEWS.index(name), group], cell, target.sizes)
         for model, recommender in enumerate(self.recommenders):
             ranked = rank_targets(recommender, histories, queries, targets, self.known_songs, depth=max(self.config.ks))
+            add_chances(sums, self.recommenders, model, ranked)
             for name, target in targets.items():
                 metrics = metrics_of(ranked.ranks[name], target.rows, target.sizes, self.config.ks)
                 np.add.at(sums.metrics[:, model, VIEWS.index(name), group], cell, metrics)

@@ -17,8 +17,9 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Queries, uniform_draws, user_hash
 from rayrec.data.ragged import highest_of_each
+from rayrec.evaluation.calibration import CALIBRATED, CHANCE_BINS, CHANCE_SUMS, chance_sums
 from rayrec.evaluation.protocol import USUAL_K, HeardSongs, TargetSongs, in_mask, target_songs
-from rayrec.recommend.base import BaseRecommender, CandidateRecommender, HorizonName, ScoredCandidates
+from rayrec.recommend.base import NO_SONG, BaseRecommender, CandidateRecommender, HorizonName, ScoredCandidates
 from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender, last_plays
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 METRICS = ("recall", "mrr", "ndcg")
 NOT_FOUND = np.iinfo(np.int64).max  # rank of a song that lies too deep, or that the ranking does not hold
-LIST_LENGTH = 20  # songs of a query that are looked at for coverage, popularity and repeats
+LIST_LENGTH = 20  # songs of a query that are looked at for coverage, popularity, repeats and calibration
 SCORES_AT_ONCE = 1 << 21  # where many songs tie for the last place, all of them are looked at
 
 TUNING_QUERIES = 1_000  # of the validation range, by a hash of user and play
@@ -57,6 +58,8 @@ class Ranked(NamedTuple):
     # Of a candidate recommender with R retrievers, the union of all first and then each:
     proposed: dict[str, np.ndarray]  # target -> bool (T, R + 1), which of them propose the target song
     candidates: np.ndarray | None  # float64 (Q, R + 1), how many candidates a query has
+    # Where scores are chances: CALIBRATED -> `chance_sums` of the first LIST_LENGTH songs of all queries.
+    chances: dict[str, np.ndarray]
 
 
 def rank_targets(
@@ -74,7 +77,8 @@ def rank_targets(
 
     `known_songs` is bool (N,): any other song is NOT_FOUND, however well it scores, unless it was added to the
     recommender. `horizons` are those of the targets, the short one where it is not given. Of the queries in `listed`,
-    bool (Q,), the first LIST_LENGTH songs of the short horizon are returned too, of all songs.
+    bool (Q,), the first LIST_LENGTH songs of the short horizon are returned too, of all songs. Scores that are chances
+    are compared with the next plays where both CALIBRATED are among the targets.
     """
     horizon_of: dict[str, HorizonName] = {name: (horizons or {}).get(name, "short") for name in targets}
     first: tuple[HorizonName, ...] = () if listed is None else ("short",)
@@ -90,7 +94,19 @@ def rank_targets(
         columns = 1 + len(recommender.retrievers)
         proposed = {name: np.zeros((len(target.songs), columns), dtype=bool) for name, target in targets.items()}
         counts = np.zeros((len(queries), columns))
+    chances: dict[str, np.ndarray] = {}
+    next_songs = np.full(len(queries), NO_SONG)
+    if recommender.scores_are_chances and targets.keys() >= set(CALIBRATED):
+        chances = {name: np.zeros((CHANCE_BINS, CHANCE_SUMS)) for name in CALIBRATED}
+        next_songs[targets["next"].rows] = targets["next"].songs
     for chunk, horizon, ranking in _rankings(recommender, histories, queries, needed, max(depth, LIST_LENGTH)):
+        new_songs = None  # the ranking without heard songs, of all queries
+        if chances and horizon == "short":
+            every = np.arange(chunk.stop - chunk.start)
+            new_songs = ranking.without_heard(histories, queries.take(chunk), every)
+            for name, answers in {"served": new_songs, "next": ranking}.items():
+                rows, songs, scores = answers.first(every, LIST_LENGTH)
+                chances[name] += chance_sums(scores, songs == next_songs[chunk][rows])
         kinds: dict[tuple[bool, bool], list[str]] = {}
         for name, target in targets.items():
             if horizon_of[name] == horizon:
@@ -100,7 +116,9 @@ def rank_targets(
             if not any(len(positions) for positions in entries.values()):
                 continue
             unheard = ranking
-            if served:
+            if served and new_songs is not None and not among_cold:
+                unheard = new_songs
+            elif served:
                 rows = np.unique(np.concatenate([targets[name].rows[entries[name]] for name in some])) - chunk.start
                 unheard = ranking.without_heard(histories, queries.take(chunk), rows, cold if among_cold else None)
             for name, positions in entries.items():
@@ -114,10 +132,10 @@ def rank_targets(
                 rows, songs = target.rows[positions] - chunk.start, target.songs[positions]
                 proposed[name][positions] = ranking.proposed(rows, songs)
         if listed is not None and horizon == "short":
-            rows, songs = ranking.first(np.flatnonzero(listed[chunk]), LIST_LENGTH)
+            rows, songs, _ = ranking.first(np.flatnonzero(listed[chunk]), LIST_LENGTH)
             lists.append((chunk.start + rows, songs))
     rows, songs = (np.concatenate(parts) for parts in zip(*lists, strict=True))
-    return Ranked(ranks, rows, songs, proposed, counts)
+    return Ranked(ranks, rows, songs, proposed, counts, chances)
 
 
 def _entries(target: TargetSongs, known: np.ndarray, chunk: slice) -> np.ndarray:
@@ -142,8 +160,11 @@ class _Rankings(ABC):
         """int64 (T,): 1 + the other songs that score at least as much; NOT_FOUND beyond the depth."""
 
     @abstractmethod
-    def first(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Queries and songs, int64 (L,) each: the `count` best of the queries at `rows`; equal ones by song row."""
+    def first(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Queries and songs, int64 (L,) each, and scores, float32 (L,): the `count` best of the queries at `rows`.
+
+        Equal ones come by song row.
+        """
 
     @abstractmethod
     def without_heard(
@@ -151,7 +172,7 @@ class _Rankings(ABC):
     ) -> _Rankings:
         """The rankings of the queries at `rows`, ascending, without the songs that their users have heard.
 
-        Of the songs in `among`, bool (N,), alone where it is given. Only the ranks of these queries may then be read.
+        Of the songs in `among`, bool (N,), alone where it is given. Only these queries may then be read.
         """
 
 
@@ -182,13 +203,16 @@ class DenseRankings(_Rankings):
 
     def ranks(self, rows: np.ndarray, songs: np.ndarray) -> np.ndarray:
         """As in `_Rankings`."""
-        places = rows if self._rows is None else np.searchsorted(self._rows, rows)
-        return ranks_of(self._scores, places, songs, self._best)
+        return ranks_of(self._scores, self._places(rows), songs, self._best)
 
-    def first(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def first(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As in `_Rankings`."""
-        query_of_song, songs = listed_songs(self._scores[rows], self._best[rows], count)
-        return rows[query_of_song], songs
+        places = self._places(rows)
+        query_of_song, songs = listed_songs(self._scores[places], self._best[places], count)
+        return rows[query_of_song], songs, self._scores[places[query_of_song], songs]
+
+    def _places(self, rows: np.ndarray) -> np.ndarray:
+        return rows if self._rows is None else np.searchsorted(self._rows, rows)
 
     def without_heard(
         self, histories: Histories, queries: Queries, rows: np.ndarray, among: np.ndarray | None = None
@@ -249,11 +273,11 @@ class CandidateRankings(_Rankings):
         ranks[is_candidate] = ends - self._starts[rows[is_candidate]]
         return ranks
 
-    def first(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def first(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As in `_Rankings`."""
         within = np.arange(len(self._rows)) - self._starts[self._rows] < count
         within &= np.isin(self._rows, rows)
-        return self._rows[within], self._songs[within]
+        return self._rows[within], self._songs[within], self._scores[within]
 
     def without_heard(
         self, histories: Histories, queries: Queries, rows: np.ndarray, among: np.ndarray | None = None

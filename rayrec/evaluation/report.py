@@ -447,6 +447,10 @@ def html_page(
     for entry in figures.get("settings", []):
         chosen = {name: value for name, value in entry.items() if name != "model"}
         facts[f"settings of {entry['model']}"] = settings_text(chosen)
+    errors = [entry for entry in figures.get("calibration", []) if entry["model"] == default]
+    if errors:
+        texts = [f"{target_title(entry['target'])}: {entry['value']:.4f}" for entry in errors]
+        facts[f"expected calibration error of {default}"] = "; ".join(texts)
     if "versions" in about:
         facts["versions"] = about["versions"]
     environment = jinja2.Environment(loader=jinja2.PackageLoader("rayrec.evaluation"), autoescape=True)

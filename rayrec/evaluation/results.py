@@ -18,6 +18,7 @@ from rayrec.evaluation.accumulator import (
     MetricAccumulator,
     means_with_intervals,
 )
+from rayrec.evaluation.calibration import CALIBRATED, expected_calibration_error
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import GROUPS, OFFSETS, TARGETS, EvaluateConfig, slices_of, usual_k
 from rayrec.evaluation.ranks import metric_columns
@@ -39,6 +40,7 @@ def figures_of(sums: MetricAccumulator, evaluator: Evaluator, default: str) -> d
         "settings": settings_of(evaluator.recommenders),
         "results": figures.results(),
         "comparisons": figures.comparisons(default),
+        "calibration": figures.calibration(),
         "retrieval": figures.retrieval(evaluator.retrievers),
         "pairwise": figures.pairwise(evaluator.curves),
         "breakdowns": figures.breakdowns(evaluator.contexts),
@@ -123,6 +125,24 @@ class Figures:
                 for metric in COMPARED[1]:
                     interval = _interval(figures, self._columns.index((metric, self._k)), "difference")
                     entries.append({**about, "metric": metric, "k": self._k, **interval})
+        return entries
+
+    def calibration(self) -> list[Entry]:
+        """The expected calibration error of each model whose scores are chances, over the first 20 songs of a query.
+
+        One entry per model and target of CALIBRATED, with model, target, value (the error), chance (the mean), right
+        (the share of the songs that are the next play) and songs (how many, of all queries together).
+        """
+        calibrated = [recommender.name for recommender in self._recommenders if recommender.scores_are_chances]
+        entries: list[Entry] = []
+        for model, of_targets in zip(calibrated, self._sums.chances, strict=True):
+            for target, sums in zip(CALIBRATED, of_targets, strict=True):
+                songs, chances, right = sums.sum(axis=0)
+                if songs:
+                    error = round(expected_calibration_error(sums), DIGITS)
+                    chance, share = (round(float(each / songs), DIGITS) for each in (chances, right))
+                    means = {"chance": chance, "right": share, "songs": int(songs)}
+                    entries.append({"model": model, "target": target, "value": error, **means})
         return entries
 
     def retrieval(self, retrievers: Sequence[str]) -> list[Entry]:

@@ -292,8 +292,8 @@ def evaluate_prefixes(
 
     Models are those made for `split`, or without one those made of all plays, and baselines are
     fitted likewise. The manifest's metrics hold default, what `summary` gives, pairs, unknown_targets (misses, all
-    of them), unknown_items and seconds; results (users all, targets served and next), comparisons and the health of
-    the song embeddings are in results.json, see `read_figures`.
+    of them), unknown_items and seconds; results (users all, targets served and next), comparisons, calibration and the
+    health of the song embeddings are in results.json, see `read_figures`.
 
     Raises `InputError` for a file without pairs or with a line that cannot be read, else as `evaluate`.
     """
@@ -325,6 +325,7 @@ def evaluate_prefixes(
         "settings": settings_of(recommenders),
         "results": [{name: value for name, value in entry.items() if name != "users_count"} for entry in results],
         "comparisons": computed.comparisons(compared.default),
+        "calibration": computed.calibration(),
         SONG_EMBEDDINGS: health_of(dataset, compared, song_plays),
     }
     pairs = dict(zip(("pairs", "unknown_targets", "unknown_items"), counts.tolist(), strict=True))

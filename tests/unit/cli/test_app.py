@@ -17,7 +17,7 @@ from rayrec.jobs.pipeline import Demo
 from rayrec.recommend.answer import Answer
 from rayrec_cli.app import Call, Globals, Shown, command, day, figures, number, show, size, table
 from rayrec_cli.main import app as commands
-from rayrec_cli.recommend_commands import results_table
+from rayrec_cli.recommend_commands import about_scores, results_table
 
 WHERE = Annotated[str | None, typer.Argument(metavar="WHERE")]
 
@@ -230,6 +230,30 @@ def test_results_without_intervals_are_shown_too() -> None:
     for row in data["results"]:
         row["low"] = row["high"] = None
     assert "0.400" in lines(results_table(data))[3]
+
+
+def test_settings_of_each_baseline_and_the_calibration_error_of_the_default_stand_in_80_columns() -> None:
+    vstan = {"days_decay": 1825.0, "plays_decay": 4.0, "places_decay": 20.0, "neighbours": 500, "just_played": 0.25}
+    error = {"model": "two-step", "value": 0.00312, "chance": 0.04, "right": 0.041, "songs": 900}
+    data = {
+        "default": "two-step",
+        "settings": [{"model": "vstan", **vstan}, {"model": "sequential-rules", "decay": 0.5}],
+        "calibration": [
+            {**error, "target": "served"},
+            {**error, "target": "next", "value": 0.0021},
+            {**error, "target": "next", "model": "without sessions"},
+        ],
+    }
+    errors, settings = about_scores(data)
+    assert errors == "Expected calibration error of two-step: served 0.003, all 0.002"
+    shown = settings.splitlines()
+    assert all(len(line) <= 80 for line in shown)
+    assert " ".join(settings.split()) == (
+        "Settings of the baselines vstan: days decay: 1825; plays decay: 4; places decay: 20; neighbours: 500; "
+        "just played: 0.25 sequential-rules: decay: 0.5"
+    )
+    assert shown[-1] == "  sequential-rules: decay: 0.5"
+    assert about_scores({"default": "two-step", "settings": []}) == []
 
 
 def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:

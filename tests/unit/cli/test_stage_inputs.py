@@ -23,7 +23,16 @@ from rayrec_cli.main import main
 LAST = str(BEGIN + 30 * DAY)
 TRAIN = ["--workers", "0", "--epochs", "1", "--hidden-dim", "4", "--negatives", "4"]
 SPACE = "[embed]\ndim = 4\nepochs = 1\n[train]\nworkers = 0\nepochs = 1\nhidden_dim = [4, 6]\nnegatives = 4\n"
-EVALUATE = ["--models", "taste,popularity", "--bootstrap-samples", "0", "--offsets", "0", "--max-curve-users", "5"]
+EVALUATE = [
+    "--models",
+    "two-step,taste,sequential-rules",
+    "--bootstrap-samples",
+    "0",
+    "--offsets",
+    "0",
+    "--max-curve-users",
+    "5",
+]
 SETTINGS = """
 [import]
 buckets = 2
@@ -124,6 +133,15 @@ def test_each_stage_prints_the_ids_of_its_inputs(folder: Path, printed: list[PRI
     manifest = Dataset(Workspace(folder / "workspace")).manifest
     if "index" not in STAGES[number]:  # made from the model alone
         assert inputs["dataset"] in (manifest.id, *manifest.ancestors)
+
+
+def test_an_evaluation_prints_the_calibration_error_and_the_settings_of_baselines(printed: list[PRINTED]) -> None:
+    for (data, text), words in zip(printed, STAGES, strict=True):
+        if words[0] == "evaluate":
+            errors = [round(entry["value"], 3) for entry in data["calibration"]]
+            assert "Expected calibration error of two-step: served {:.3f}, all {:.3f}\n".format(*errors) in text
+            (settings,) = data["settings"]
+            assert f"\n  sequential-rules: decay: {settings['decay']:g}\n" in text
 
 
 def test_recommendations_name_the_release_that_answers_or_the_parts_where_none_is_live(

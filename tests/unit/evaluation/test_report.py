@@ -129,6 +129,15 @@ def test_a_warning_about_leakage_stands_before_every_figure(results: list[dict[s
     assert 'class="warning"' not in html_page({"results": results}, default="weak", about={})
 
 
+def test_the_calibration_error_of_the_default_model_is_shown(results: list[dict[str, Any]]) -> None:
+    entry = {"target": "served", "chance": 0.04, "right": 0.041, "songs": 987}
+    errors = [{**entry, "model": "weak", "value": 0.00312}, {**entry, "model": "strong", "value": 0.5}]
+    errors.append({**entry, "model": "weak", "value": 0.0021, "target": "next"})
+    page = html_page({"results": results, "calibration": errors}, default="weak", about={"split": "abc"})
+    assert "expected calibration error of weak as served: 0.0031; all next plays: 0.0021" in _text(page)
+    assert "0.5000" not in _text(page)
+
+
 def test_settings_of_baselines_are_shown(results: list[dict[str, Any]]) -> None:
     settings = [{"model": "vstan", "days_decay": 30.0, "neighbours": 200}]
     page = html_page({"results": results, "settings": settings}, default="weak", about={"split": "abc"})
