@@ -331,7 +331,8 @@ def update(call: Call, config: UpdateConfig) -> Shown:
 def run(call: Call, *, file: FileArgument, force: ForceOption = False) -> Shown:
     """Run the full pipeline from a TOML file.
 
-    Stages whose inputs and settings are unchanged are skipped.
+    Stages whose inputs and settings are unchanged are skipped. Without a section [split] there is no test range: the
+    newest plays are the validation range, and the final models are trained on all plays.
     """
     from rayrec.jobs.pipeline import run as job
 

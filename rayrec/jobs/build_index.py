@@ -1,8 +1,11 @@
 """The index stage: faiss over the vectors that a model scores against, in one task on one node."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +18,9 @@ from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIn
 from rayrec.storage.artifacts import Manifest, fingerprint, load_manifest, new_id, newest, publish, reuse
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
+
+if TYPE_CHECKING:
+    from rayrec.recommend.taste_recommender import TasteRecommender
 
 USERS_AT_ONCE = 250
 MODEL_VECTORS = "song_vectors.npy"  # float32 (N, D) in a model's folder
@@ -57,20 +63,33 @@ def build_and_save(
     yield index.figures
 
 
-def taste_queries(workspace: Workspace, model: Manifest, count: int) -> np.ndarray | None:
-    """float32 (at most `count`, D): taste vectors of users on both horizons; None where the users' plays are gone.
+def index_network(dataset: Dataset, network: TasteRecommender, config: IndexConfig, *, threads: int = 1) -> SongIndex:
+    """An index over the songs of a network, whose nprobe is chosen on taste vectors of the data set's users."""
+    is_ivf = config.kind_for(network.num_songs) == "ivf"
+    queries = sampled_tastes(dataset, network, config.queries) if is_ivf else None
+    return SongIndex.build(network.song_vectors, config, queries=queries, threads=threads)
 
-    nprobe is chosen on them, since they lie elsewhere than songs do.
-    """
+
+def taste_queries(workspace: Workspace, model: Manifest, count: int) -> np.ndarray | None:
+    """The `sampled_tastes` of a model; None where the users' plays are gone."""
     from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once needed
-    from rayrec.recommend.two_step import HORIZONS
 
     if not workspace.exists(DATASET_MANIFEST):
         return None
     dataset = Dataset(workspace)
     if not dataset.descends_from(model.inputs.get("dataset", "")):
         return None
-    network, vectors, users_left = TasteRecommender.load(workspace, model.id), [], -(-count // len(HORIZONS))
+    return sampled_tastes(dataset, TasteRecommender.load(workspace, model.id), count)
+
+
+def sampled_tastes(dataset: Dataset, network: TasteRecommender, count: int) -> np.ndarray | None:
+    """float32 (at most `count`, D): taste vectors of users on both horizons; None without users.
+
+    nprobe is chosen on them, since they lie elsewhere than songs do.
+    """
+    from rayrec.recommend.two_step import HORIZONS
+
+    vectors, users_left = [], -(-count // len(HORIZONS))
     for bucket in range(dataset.manifest.buckets):
         for histories in dataset.read_bucket(bucket, min(users_left, USERS_AT_ONCE)):
             ends = Queries.at_end(histories, histories.played_at[histories.offsets[1:] - 1])

@@ -33,14 +33,15 @@ from rayrec.evaluation.ranks import BASELINE_CHOICES, tune_baseline
 from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, settings_text, summary, write_report
 from rayrec.evaluation.results import Figures, figures_of, settings_of
 from rayrec.importing.readers.reader import Unit, byte_ranges, find_files
+from rayrec.jobs.build_index import index_network
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.rank import fit_ablations
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.checkpoint import EPOCHS
 from rayrec.model.train_config import TrainConfig
-from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import BASELINES, PopularityRecommender, fit_baselines, make_selection, needs_vectors
+from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage.artifacts import Manifest, fingerprint, load_manifest, new_id, newest, noun, publish, reuse
 from rayrec.storage.locking import writes
@@ -446,7 +447,7 @@ def choose_models(
             raise InputError(
                 f"model {model.id} has no rankers; run `rayrec retrieval` and `rayrec rank --model {model.id}` first"
             )
-        inputs |= {kind: parts[kind] for kind in ("added_songs", "retrieval", "rankers") if kind in parts}
+        inputs |= {kind: parts[kind] for kind in ("added_songs", "indexes", "retrieval", "rankers") if kind in parts}
     for network in (*([model] if model else []), *others.values()):
         require_split(network, split, dataset, "train")
     inputs |= {f"models {name}": other.id for name, other in others.items()}
@@ -520,11 +521,7 @@ def make_recommenders(
             settings = {name: tune_baseline(name, selection)} if selection and name in BASELINE_CHOICES else {}
             fitted[name] = fit_baselines([name], dataset, vectors, allowed, selection, settings)[0]
             bar.advance(note=name)
-    if compared.model:
-        fitted |= _networks(workspace, dataset, compared.model)
-    for name, other in compared.others.items():
-        fitted[name] = _networks(workspace, dataset, other)[TASTE]
-        fitted[name].name = name
+    fitted |= _networks(workspace, dataset, compared)
     popularity = fitted["popularity"]
     assert isinstance(popularity, PopularityRecommender)
     ablated = [_ablated(workspace, fitted[TWO_STEP], part, folder) for part, folder in (without or {}).items()]
@@ -551,13 +548,27 @@ def rankers_of(workspace: Workspace, compared: ComparedModels) -> Manifest:
     return load_manifest(workspace, "rankers", compared.inputs["rankers"])
 
 
-def _networks(workspace: Workspace, dataset: Dataset, model: Manifest) -> dict[str, BaseRecommender]:
-    """What a models artifact gives, by name: with its rankers where it has some, and the network alone."""
-    from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once needed
-    from rayrec.recommend.two_step import TwoStepRecommender
+def _networks(workspace: Workspace, dataset: Dataset, compared: ComparedModels) -> dict[str, BaseRecommender]:
+    """The networks of an evaluation by name, and two-step where the model has rankers.
 
-    parts = parts_of(workspace, model)
-    loaded = load_recommender(workspace, dataset, {role: id for role, id in parts.items() if role != "indexes"})
-    network = loaded.source.network if isinstance(loaded, TwoStepRecommender) else loaded
-    assert isinstance(network, TasteRecommender)
-    return {part.name: part for part in (loaded, network, network.short_only())}
+    Two-step searches the index that was made of the model, where there is one.
+    """
+    from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once needed
+    from rayrec.recommend.two_step import load_two_step
+
+    networks: dict[str, BaseRecommender] = {}
+    for name, other in compared.others.items():
+        added = parts_of(workspace, other).get("added_songs")
+        networks[name] = TasteRecommender.load(workspace, other.id, added_id=added)
+        networks[name].name = name
+    if compared.model is None:
+        return networks
+    parts = compared.inputs
+    network = TasteRecommender.load(workspace, parts["models"], parts.get("indexes"), parts.get("added_songs"))
+    networks |= {TASTE: network, TASTE_SHORT: network.short_only()}
+    if "rankers" in parts:
+        network.index = network.index or index_network(dataset, network, IndexConfig())
+        folders = (load_manifest(workspace, kind, parts[kind]).folder for kind in ("retrieval", "rankers"))
+        real_times = dataset.manifest.times == "real"
+        networks[TWO_STEP] = load_two_step(workspace, network, *folders, real_times=real_times)
+    return networks

@@ -8,7 +8,7 @@ import numpy as np
 
 from rayrec.config import Settings, from_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split, hold_back_validation
+from rayrec.data.split import Split
 from rayrec.display import html_table
 from rayrec.errors import InputError
 from rayrec.evaluation.evaluator import Evaluator
@@ -17,16 +17,17 @@ from rayrec.evaluation.report import verdict
 from rayrec.evaluation.results import Entry, Figures
 from rayrec.importing.inspection import describe_import, guess_import
 from rayrec.jobs.add_songs import added_to
+from rayrec.jobs.build_index import index_network
 from rayrec.jobs.evaluate import evaluate_buckets
 from rayrec.jobs.job_config import FitConfig
-from rayrec.jobs.pipeline import CONFIGS, Outcome, Stages, example_answer
+from rayrec.jobs.pipeline import CONFIGS, NO_RANGE, RANKING, Outcome, Stages, example_answer
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
 from rayrec.recommend.answer import Answer
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import PopularityRecommender
-from rayrec.recommend.index import IndexConfig, SongIndex, require_one_faiss
+from rayrec.recommend.index import IndexConfig, require_one_faiss
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import HELD_OUT, SELECTION_RANKERS, checks_rankers, load_two_step
@@ -52,12 +53,12 @@ class ServedParts:
     rankers: str | None = None  # folder of the rankers
     added: AddedSongs | None = None
 
-    def load(self, dataset: Dataset) -> BaseRecommender:
+    def load(self, dataset: Dataset, index: IndexConfig) -> BaseRecommender:
         """The recommender, with an index of its own."""
         network = TasteRecommender.from_folder(dataset.workspace, self.network)
         if self.added is not None:
             network.add_songs(self.added)
-        network.index = SongIndex.build(network.song_vectors, IndexConfig())
+        network.index = index_network(dataset, network, index)
         recommender: BaseRecommender = network
         if self.rankers is not None and self.retrieval is not None:
             real_times = dataset.manifest.times == "real"
@@ -223,12 +224,13 @@ def fit(
     with ray_cluster():
         stages = Stages(workspace, force=force, on_stage=on_stage, on_note=on_note)
         stages.run("import", plays)
+        stages.hold_back()
         dataset = Dataset(workspace)
-        stages.split = hold_back_validation(dataset)
-        on_note(_held_back(stages.split, dataset.manifest.plays))
         configs = stage_configs(dataset, sections)
         fit_models(stages, configs)
-        quality = _quality(dataset, stages) if stages.split is not None else None
+        index = configs["index"]
+        assert isinstance(index, IndexConfig)
+        quality = _quality(dataset, stages, index) if stages.split is not None else None
         if quality is not None:
             default = "two-step" if "rank" in stages.artifact_ids else "taste"
             stages.release_metrics = {VALIDATION: quality.summary(default, default)}
@@ -253,12 +255,11 @@ def fit_models(stages: Stages, configs: Mapping[str, Settings]) -> None:
     stages.run("embed", configs["embed"])
     stages.run("train", configs["train"])
     stages.run("songs")  # before the rankers, which then learn where new songs belong
-    if stages.split is None:
-        for name in ("retrieval", "rank"):
-            stages.leave_out(name, "rankers need a validation range")
-        return
-    for name in ("retrieval", "rank"):
-        stages.run(name, configs[name])
+    for name in RANKING:
+        if stages.split is None:
+            stages.leave_out(name, NO_RANGE)
+        else:
+            stages.run(name, configs[name])
 
 
 def stage_configs(dataset: Dataset, sections: Sections) -> dict[str, Settings]:
@@ -318,7 +319,7 @@ def served_before(
     )
 
 
-def _quality(dataset: Dataset, stages: Stages) -> Quality | None:
+def _quality(dataset: Dataset, stages: Stages, index: IndexConfig) -> Quality | None:
     """On the validation range: what answers, the network alone, and popularity; None where there is no query."""
     workspace, split = dataset.workspace, stages.split
     model, retrieval = (artifacts.load_manifest(workspace, kind, stages.artifact_ids[name]) for kind, name in PARTS)
@@ -334,7 +335,7 @@ def _quality(dataset: Dataset, stages: Stages) -> Quality | None:
     parts.append(served_before(dataset, model, retrieval, None, "taste"))
     quality = measure_quality(
         dataset,
-        [*(part.load(dataset) for part in parts), PopularityRecommender(song_plays)],
+        [*(part.load(dataset, index) for part in parts), PopularityRecommender(song_plays)],
         split=split.validation_as_test(),
         song_plays=song_plays,
         checking_users=rankers is not None,
@@ -354,12 +355,3 @@ def _checked(settings: Sections) -> dict[str, dict[str, Any]]:
         if name != "import":
             from_mapping(CONFIGS[name], section, f"settings [{name}]")
     return {name: dict(settings.get(name, {})) for name in SECTIONS}
-
-
-def _held_back(split: Split | None, plays: int) -> str:
-    if split is None:
-        return (
-            f"{plays:,} are too few plays for a validation range: settings are not chosen, quality is not measured, "
-            "and recommendations come without rankers"
-        )
-    return f"Validation range: {split.validation_range}; the final models use all plays"

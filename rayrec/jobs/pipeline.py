@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rayrec.config import Settings, from_mapping, read_toml, to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split, SplitConfig, list_splits, split_dataset, trained_on
+from rayrec.data.split import Split, SplitConfig, hold_back_validation, list_splits, split_dataset, trained_on
 from rayrec.data.synthetic import GenerateConfig
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError, NotFoundError, TooFewQueriesError
@@ -58,6 +58,8 @@ CONFIGS: dict[str, type[Settings]] = {
     "release": ReleaseConfig,
 }
 OPTIONAL = ("import", "generate", "split")  # stages that run only where the file has their section
+RANKING = ("retrieval", "rank")  # stages that are of use with a validation range alone
+NO_RANGE = "rankers need a validation range"  # why they are left out
 PATHS = {"import": "paths", "embed": "vectors"}  # settings that name files, relative to the TOML file
 
 
@@ -90,10 +92,12 @@ def run(
 ) -> list[Outcome]:
     """Run import or generate, split, embed, train, retrieval, rank, taste, index, evaluate and release, in this order.
 
-    `source` is a TOML file, or its content, with a section of settings for each stage. import,
-    generate and split run only where there is a section, rank and evaluate only after a split, the rest
-    always. Without enough queries for rankers, rank is left out. `force` repeats what is done already. `on_stage`
-    is called after each stage, `on_note` with a text on rows that the import rejected.
+    `source` is a TOML file, or its content, with a section of settings for each stage. import, generate and split run
+    only where there is a section, evaluate only after a split, the rest always. Without a split the newest plays are
+    held back to choose by, and the final models use all plays; where these are too few for that, retrieval and rank are
+    left out, and rank alone where it finds too few queries to learn from. `force` repeats what is done already.
+    `on_stage` is called after each stage, `on_note` with texts on rows that the import rejected and on what was used
+    for validation.
 
     Raises `InputError` for unknown sections or settings, and `MissingDependencyError` without faiss, before any work
     begins; `TooManyRejectedError` where more rows are rejected than the section import allows.
@@ -103,7 +107,11 @@ def run(
     stages = Stages(workspace, force=force, on_stage=on_stage, on_note=on_note)
     with ray_cluster():
         for name, config in configs.items():
-            if stages.split is not None or name not in ("rank", "evaluate"):
+            if name == "embed" and "split" not in configs:
+                stages.hold_back()
+            if name in RANKING and stages.split is None:
+                stages.leave_out(name, NO_RANGE)
+            elif name != "evaluate" or "split" in configs:
                 stages.run(name, config)
     return stages.outcomes
 
@@ -168,6 +176,18 @@ class Stages:
         self.artifact_ids: dict[str, str] = {}  # stage -> id
         self.release_metrics: dict[str, Any] = {}  # kept in the manifest of the release
         self.outcomes: list[Outcome] = []
+
+    def hold_back(self) -> None:
+        """Choose on the newest plays what the stages that follow then fit to all plays, unless these are too few."""
+        dataset = Dataset(self.workspace)
+        self.split = hold_back_validation(dataset)
+        if self.split is None:
+            self.on_note(
+                f"{dataset.manifest.plays:,} are too few plays for a validation range: settings are not chosen, "
+                "quality is not measured, and recommendations come without rankers"
+            )
+        else:
+            self.on_note(f"Validation range: {self.split.validation_range}; the final models use all plays")
 
     def run(self, name: str, config: Settings | None = None) -> Outcome:
         """Run a stage; songs has no config. Rankers that have too few queries to learn from are left out."""

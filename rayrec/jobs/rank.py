@@ -13,6 +13,7 @@ from rayrec.data.split import Split, load_split, split_flag
 from rayrec.display import progress
 from rayrec.errors import MismatchError, TooFewQueriesError
 from rayrec.jobs.add_songs import added_to
+from rayrec.jobs.build_index import index_network
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.planning.formulas import ranking_memory
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_buckets, run_on_node
@@ -58,9 +59,10 @@ def fit_rankers(
     from the validation range, and from the part of the retrieval that was fitted before that range.
     Beside the rankers, which learn from all its queries, the artifact holds under selection/ those that have not
     learned from the users held out: on these users an answer's quality can be measured before a release.
-    Metrics: seconds, queries, and for each ranker its trees, the share of queries whose right song was no
-    candidate, and its first features. Raises `InputError` for a model without a validation range, `MismatchError`
-    where model and retrieval are of different data, `TooFewQueriesError` where the range teaches nothing.
+    Metrics: seconds, queries, and for each ranker its form, the share of the queries held out whose right song is a
+    candidate (for served a heard song is none), and its first features. Raises `InputError` for a model without a
+    validation range, `MismatchError` where model and retrieval are of different data, `TooFewQueriesError` where the
+    range teaches nothing.
     """
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
@@ -267,7 +269,7 @@ class _Task:
 def _build_index(task: _Task, threads: int) -> Iterator[dict[str, list[str]]]:
     """Write the index that all workers read, for each would take as much memory and time to build its own; yields the
     names of the features by the part that is left out."""
-    index = SongIndex.build(task.network_and_songs().song_vectors, IndexConfig(), threads=threads)
+    index = index_network(task.dataset, task.network_and_songs(), IndexConfig(), threads=threads)
     index.save(task.dataset.workspace, task.index)
     task.dataset.workspace.write_json(f"{task.index}.json", asdict(index.figures))
     yield {without: source.sources.names for without, source in task.sources().items()}

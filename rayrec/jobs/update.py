@@ -252,7 +252,7 @@ class _Update:
             new = ServedParts(name=NEW, network=self.model.folder, retrieval=selection, rankers=kept, added=added)
         quality = measure_quality(
             self.dataset,
-            [new.load(self.dataset), live.load(self.dataset)],
+            [part.load(self.dataset, IndexConfig()) for part in (new, live)],
             split=split.validation_as_test(),
             song_plays=self._plays_before(split, retrieval),
             checking_users=trained and rankers is not None,

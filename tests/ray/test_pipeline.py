@@ -99,7 +99,7 @@ def test_files_that_changed_are_imported_anew_and_other_data_never_replaced(tmp_
     file.write_text("\n".join(lines))
     workspace = Workspace(tmp_path / "workspace")
     first = run(workspace, file)
-    stages = ["import", "embed", "train", "retrieval", "taste", "index", "release"]  # no split: no rank
+    stages = ["import", "embed", "train", "retrieval", "rank", "taste", "index", "release"]  # no split: no evaluate
     assert [outcome.stage for outcome in first] == stages
     assert first[0].figures == {"plays": 600, "users": 30, "songs": 5, "rejected": 0}
     plays.write_text(plays.read_text() + "\nu99,s1,1400000000\nu99,s2,1400000300")

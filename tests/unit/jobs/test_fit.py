@@ -14,6 +14,7 @@ from rayrec.errors import InputError
 from rayrec.jobs.fit import FitResult, fit, served_before, train_defaults
 from rayrec.jobs.job_config import FitConfig
 from rayrec.model.train_config import TrainConfig
+from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.two_step import SELECTION_RANKERS, TwoStepRecommender
 from rayrec.storage.artifacts import DatasetManifest, listing, load_manifest
@@ -94,7 +95,8 @@ def test_quality_is_that_of_rankers_that_have_not_learned_from_the_users_it_is_m
     for path in workspace.files(rankers.folder):
         if SELECTION_RANKERS not in path and path.endswith(".json"):
             workspace.delete(path)  # the rankers that answer, which have learned from all users
-    measured = served_before(Dataset(workspace), model, retrieval, rankers, "two-step").load(Dataset(workspace))
+    parts = served_before(Dataset(workspace), model, retrieval, rankers, "two-step")
+    measured = parts.load(Dataset(workspace), IndexConfig())
     assert isinstance(measured, TwoStepRecommender)
     assert "next" in measured.rankers
 

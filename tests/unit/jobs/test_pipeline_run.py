@@ -1,0 +1,67 @@
+"""`rayrec run` without a test range: chosen on the newest plays, fitted on all of them, with rankers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rings import ring_plays, write_rows
+from without_ray import without_ray
+
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import list_splits, load_split
+from rayrec.jobs.pipeline import Outcome, run
+from rayrec.recommend.answer import load_recommender
+from rayrec.recommend.two_step import TwoStepRecommender
+from rayrec.storage.artifacts import load_manifest
+from rayrec.storage.releases import active_release
+from rayrec.storage.workspace import Workspace
+
+COLUMNS = {"user": "user_id", "song": "track", "played_at": "timestamp"}
+STAGES = ["import", "embed", "train", "retrieval", "rank", "taste", "index", "release"]
+
+
+def _sections(path: str) -> dict[str, dict[str, Any]]:
+    return {
+        "import": {"format": "csv", "paths": [path], "columns": COLUMNS, "buckets": 2},
+        "embed": {"dim": 8, "epochs": 1},
+        "train": {"hidden_dim": 8, "epochs": 1, "negatives": 16, "workers": 0},
+        "rank": {"trees": 2},
+    }
+
+
+def test_without_a_split_the_newest_plays_teach_rankers_and_the_model_learns_from_all(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    sections, notes = _sections(write_rows(tmp_path / "plays.csv", ring_plays(range(60)))), []
+    outcomes = run(workspace, sections, on_note=notes.append)
+    assert [outcome.stage for outcome in outcomes] == STAGES
+    assert {outcome.status for outcome in outcomes} == {"done"}
+    assert notes[0].startswith("Validation range: the plays from ")
+    (split,) = list_splits(workspace)
+    live = active_release(workspace)
+    assert live is not None
+    rankers, model = (load_manifest(workspace, kind, live.inputs[kind]) for kind in ("rankers", "models"))
+    assert load_split(workspace, rankers.inputs["split"]) == split
+    assert not split.has_test
+    dataset = Dataset(workspace)
+    assert int(workspace.read_array(model.path("play_counts.npy")).sum()) == dataset.manifest.plays
+    assert isinstance(load_recommender(workspace, dataset, live.inputs), TwoStepRecommender)
+    again = run(workspace, sections)
+    assert {outcome.status for outcome in again} == {"skipped"}
+
+
+def test_of_too_few_plays_for_a_validation_range_a_release_without_rankers_is_made(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    notes: list[str] = []
+    heard: list[Outcome] = []
+    path = write_rows(tmp_path / "plays.csv", ring_plays(range(4), plays=10))
+    run(workspace, _sections(path), on_stage=heard.append, on_note=notes.append)
+    assert notes[0].startswith("40 are too few plays for a validation range")
+    left_out = {outcome.stage: outcome.reason for outcome in heard if outcome.status == "left out"}
+    assert left_out == dict.fromkeys(("retrieval", "rank"), "rankers need a validation range")
+    live = active_release(workspace)
+    assert live is not None
+    assert "rankers" not in live.inputs
