@@ -70,6 +70,14 @@ def network(config: ModelConfig | None = None, seed: int = 0) -> TasteModel:
     return TasteModel(config, torch.from_numpy(random_vectors(config.num_songs, config.embedding_dim))).eval()
 
 
+def with_other_inputs(model: TasteModel) -> TasteModel:
+    """The network; where songs as inputs have a table of their own, with other vectors in it."""
+    if model.inputs is not None:
+        with torch.no_grad():
+            model.inputs.weight.copy_(torch.from_numpy(random_vectors(*model.inputs.weight.shape, seed=9)))
+    return model
+
+
 def trained_network(histories: Histories, num_songs: int, *, epochs: int = 3, seed: int = 0) -> TasteModel:
     """A small network that has learned from all plays of some histories, ready for inference."""
     config = TrainConfig(

@@ -2,11 +2,12 @@
 
 import time
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from networks import MINUTE, NUM_SONGS, model_config, network
+from networks import MINUTE, NUM_SONGS, model_config, network, with_other_inputs
 from worlds import random_histories
 
 from rayrec.data.histories import Histories, Queries
@@ -14,7 +15,7 @@ from rayrec.data.windows import NEVER
 from rayrec.model import inference
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.taste_table import States
-from rayrec.model.train_config import FeatureSpec
+from rayrec.model.train_config import Cell, FeatureSpec
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -26,11 +27,12 @@ def histories() -> Histories:
     return made.keep(made.rows % 8 != 3)
 
 
-@pytest.fixture(params=[(1, "gru"), (2, "gru"), (2, "lstm")], ids=["one layer", "two layers", "lstm"])
+@pytest.fixture(params=[(cell, *shape) for cell in get_args(Cell) for shape in ((1, True), (2, False))], ids=str)
 def encoder(request: pytest.FixtureRequest) -> TasteEncoder:
-    return TasteEncoder(
-        network(model_config(layers=request.param[0], cell=request.param[1], features=FeatureSpec(hour=True)))
-    )
+    cell, layers, input_table = request.param
+    features = FeatureSpec(hour=True)
+    shape = model_config(layers=layers, cell=cell, input_table=input_table, features=features)
+    return TasteEncoder(with_other_inputs(network(shape)))
 
 
 @pytest.fixture(params=[1024, 7], ids=["whole", "in pieces"])

@@ -1,15 +1,18 @@
 """The network: padding changes nothing, and training sees what inference sees."""
 
+from itertools import product
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
-from networks import NUM_SONGS, model_config, network
+from networks import NUM_SONGS, model_config, network, with_other_inputs
 from worlds import random_histories
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.windows import NEVER
 from rayrec.model.network import PlayBatch, TasteModel, pad
-from rayrec.model.train_config import FeatureSpec
+from rayrec.model.train_config import Cell, FeatureSpec
 from rayrec.recommend.baselines import AverageRecommender
 
 
@@ -19,9 +22,12 @@ def histories() -> Histories:
     return made.take(made.lengths > 0)
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=product([1, 2], get_args(Cell), [False, True]), ids=str)
 def model(request: pytest.FixtureRequest) -> TasteModel:
-    return network(model_config(layers=request.param, features=FeatureSpec(hour=True)))
+    layers, cell, input_table = request.param
+    features = FeatureSpec(hour=True)
+    shape = model_config(layers=layers, cell=cell, input_table=input_table, features=features)
+    return with_other_inputs(network(shape))
 
 
 def padded(model: TasteModel, histories: Histories) -> PlayBatch:
@@ -78,12 +84,14 @@ def test_averages_are_of_the_vectors_that_tastes_are_compared_with(histories: Hi
 
 
 @pytest.mark.parametrize("input_table", [False, True])
+@pytest.mark.parametrize("cell", get_args(Cell))
 def test_gradients_of_training_are_those_of_the_plain_operations_of_inference(
-    histories: Histories, input_table: bool
+    histories: Histories, cell: Cell, input_table: bool
 ) -> None:
     found = []
     for plain in (False, True):
-        model = network(model_config(averages=(0.0, 0.5, 0.9), input_table=input_table), seed=3).double()
+        shape = model_config(averages=(0.0, 0.5, 0.9), cell=cell, input_table=input_table)
+        model = with_other_inputs(network(shape, seed=3)).double()
         for table in (model.songs, model.inputs or model.songs):
             table.weight.requires_grad_()
         batch = padded(model, histories)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from rayrec.data.windows import Windows, cut_windows
 from rayrec.model.checkpoint import load_training, save_training
 from rayrec.model.network import TABLES
 from rayrec.model.song_tables import Share
-from rayrec.model.train_config import Objective, SongTable, TrainConfig
+from rayrec.model.train_config import Cell, Objective, SongTable, TrainConfig
 from rayrec.model.training import StepMaker, StepReport, Training, ahead
 
 COUNTS = np.full(NUM_SONGS, 10)
@@ -264,7 +264,7 @@ def test_the_targets_of_a_window_do_not_depend_on_the_number_of_workers(
 # Name -> settings and users; 45 users make 11 windows to a batch, so that the shares of two workers are
 # uneven, and one user makes one window, which leaves all workers but the first none.
 TRAININGS: dict[str, tuple[dict[str, object], int]] = {
-    "trained": ({}, 45),
+    **{cell: ({"cell": cell}, 45) for cell in get_args(Cell)},
     "frozen": ({"song_table": "frozen"}, 45),
     "one table": ({"input_table": False}, 45),
     "one window": ({}, 1),
