@@ -285,6 +285,7 @@ class Fit:
             if not self._config.refit:
                 return selected
             self._best = None
+            del selected, self.training  # a worker may have no room for the tables of both phases
             self.progress.phase, self.progress.epoch, self.progress.step = "final", 0, 0
             self.training = self._new_training("final")
         epochs = self.progress.best_epoch + 1 if self.progress.best_epoch >= 0 else self._config.epochs

@@ -117,11 +117,8 @@ class NegativeSampler:
 
     def __init__(self, counts: np.ndarray, count: int) -> None:
         """`counts` int (N,) are the plays of each song; `count` songs are drawn by them."""
-        share = counts.astype(np.float64) / max(1, counts.sum())
-        self._cumulative = np.cumsum(share)
-        # The expected number of times that a song is among those drawn, for the logQ correction.
-        self._log_expected = np.log(np.maximum(share * count, 1e-12)).astype(np.float32)
-        self._count = count
+        self._counts, self._total, self._count = counts, max(1, counts.sum()), count
+        self._cumulative = np.cumsum(counts / self._total)
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Songs, int64 (K,), each once and ascending, and what is added to their logits, float32 (K,).
@@ -132,7 +129,9 @@ class NegativeSampler:
         points = rng.random(self._count) * self._cumulative[-1]
         drawn = np.searchsorted(self._cumulative, points, side="right")
         songs, times = np.unique(np.minimum(drawn, len(self._cumulative) - 1), return_counts=True)
-        return songs, np.log(times).astype(np.float32) - self._log_expected[songs]
+        # The expected number of times that a song is among those drawn, for the logQ correction.
+        expected = np.maximum(self._counts[songs] / self._total * self._count, 1e-12)
+        return songs, np.log(times).astype(np.float32) - np.log(expected).astype(np.float32)
 
 
 # (songs of the step (U, D), taste vectors (P, D), their targets, negatives, scale of cosine logits (P,)) -> loss, added

@@ -67,7 +67,11 @@ EVALUATING_BYTES = 30_000_000
 EVALUATED_QUERY_BYTES = 110_000
 EVALUATED_TABLES = 4
 EVALUATED_SONG_BYTES = 34  # ranks, plays, popularity
-TRAINED_TABLES = 10  # two with their moments, gradients, the best and one on its way to a file
+TRAINED_TABLES = 8  # of a training worker's rows: songs as outputs and as inputs, each with two moments and an average
+VALIDATED_TABLES = 4  # of these rows beside them, while it validates: averaged networks, vectors that are scored
+BEST_TABLES = 2  # of these rows: the best network so far, in the memory of the host
+AVERAGED_ROW_BYTES = 8  # of a row of either table: since when its average stands still
+COUNTED_SONG_OF_WORKER = 20  # of every song on every worker: plays (8, mapped), their running sum (8), a prior (4)
 TRAINING_BYTES = 260_000_000  # scores of validation among them; single runs differ by some 30 MB
 TRAINING_HIDDEN_BYTES = 375_000  # of a number of the hidden state, for a batch of windows
 TRAINING_DIM_BYTES = 3_310_000  # of a number of an embedding
@@ -296,10 +300,33 @@ def evaluated_files(songs: int, dim: int, retrieval: int) -> int:
     return retrieval + EVALUATED_TABLES * table_bytes(songs, dim) + songs * EVALUATED_SONG_BYTES
 
 
-def training_memory(songs: int, dim: int, hidden_dim: int) -> int:
-    """Private bytes of a training worker on a CPU: tables, their moments and best state, a batch in the network."""
+def training_memory(songs: int, dim: int, hidden_dim: int, workers: int) -> int:
+    """Bytes of each of so many training workers on CPUs beside an idle one: its share of the tables, and a batch."""
     batch = TRAINING_BYTES + hidden_dim * TRAINING_HIDDEN_BYTES + dim * TRAINING_DIM_BYTES
-    return TRAINED_TABLES * table_bytes(songs, dim) + batch
+    tables = TRAINED_TABLES + VALIDATED_TABLES + BEST_TABLES
+    return _share_of_tables(songs, dim, workers, tables) + songs * COUNTED_SONG_OF_WORKER + batch
+
+
+def training_gpu_memory(songs: int, dim: int, workers: int) -> int:
+    """Bytes of the GPU of each of so many training workers: its share of the tables; a batch comes on top."""
+    return _share_of_tables(songs, dim, workers, TRAINED_TABLES + VALIDATED_TABLES)
+
+
+def training_host_memory(songs: int, dim: int, workers: int) -> int:
+    """Bytes of each of so many training workers with a GPU, in the host's memory: its part of a checkpoint, which holds
+    the best network, too."""
+    return _share_of_tables(songs, dim, workers, TRAINED_TABLES + BEST_TABLES) + songs * COUNTED_SONG_OF_WORKER
+
+
+def checkpoint_bytes(songs: int, dim: int) -> int:
+    """Of a checkpoint of a training, of all workers."""
+    return _share_of_tables(songs, dim, 1, TRAINED_TABLES + BEST_TABLES)
+
+
+def _share_of_tables(songs: int, dim: int, workers: int, tables: int) -> int:
+    """Of a worker's rows of so many tables: of W workers each has every W-th row."""
+    rows = ceil(songs / workers)
+    return tables * table_bytes(rows, dim) + 2 * rows * AVERAGED_ROW_BYTES
 
 
 def embedding_memory(songs: int, dim: int) -> int:

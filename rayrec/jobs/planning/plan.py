@@ -25,6 +25,7 @@ from rayrec.jobs.planning.formulas import (
     SONG_TEXT_BYTES,
     ImportSize,
     bucket_memory,
+    checkpoint_bytes,
     corpus_bytes,
     counting_memory,
     embed_requests,
@@ -61,6 +62,8 @@ from rayrec.jobs.planning.formulas import (
     taste_requests,
     tastes_bytes,
     train_requests,
+    training_gpu_memory,
+    training_host_memory,
     training_memory,
     vocabulary_memory,
 )
@@ -82,7 +85,7 @@ from rayrec.recommend.stored_retrieval import MAX_DISTANCE, RECENT_DAYS, song_ra
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 
 UNIT_BYTES = 64 << 20  # of a file, read by one task
-GPU_HOST = GIB  # of a training worker with a GPU beside vectors; not measured
+GPU_HOST = GIB  # of a training worker with a GPU beside tables; not measured
 STORE_SHARE = 0.3  # of a node's memory that Ray gives its object store, 0.7 being the tasks'
 SHARDS = TrainConfig().shards
 _RETRIEVAL = RetrievalConfig()
@@ -232,16 +235,15 @@ class _Planner:
         )
 
     def train(self) -> StagePlan:
-        """A worker on a CPU holds tables and moments; one with a GPU has there those that are trained.
-
-        The host of a GPU then holds the vectors of all fits, the best network and one on its way to a checkpoint.
+        """Of W workers each holds every W-th row of the tables: on a GPU, where it has one, but for its part of a
+        checkpoint.
         """
         node = self.gpu if self.config.gpu and self.gpu else self.large
         workers = self.train_workers()
         on_node = min(workers, node.gpus) if node.gpus else ceil(workers / self.nodes)
-        worker = training_memory(self.data.songs, self.config.dim, self.config.hidden_dim)
+        worker = training_memory(self.data.songs, self.config.dim, self.config.hidden_dim, workers)
         if self.config.gpu:
-            worker = GPU_HOST + (2 * self.config.fits + 1) * self.vectors
+            worker = GPU_HOST + training_host_memory(self.data.songs, self.config.dim, workers)
         windows = ceil(self.data.plays / self.config.window)
         batch = self.config.batch or TrainConfig().batch * workers
         steps = ceil(windows / batch) * self.config.epochs * self.config.fits
@@ -376,7 +378,7 @@ class _Planner:
     def storage(self) -> dict[str, int]:
         """Bytes in the bucket, by what they are; what is there for a while only is named so."""
         floats = len(TrainConfig().horizons) * self.config.dim + self.config.hidden_dim + self.average_floats
-        checkpoint = 4 * self.vectors
+        checkpoint = checkpoint_bytes(self.data.songs, self.config.dim)
         return {
             "histories": histories_bytes(self.data.plays),
             "songs": songs_bytes(self.data.songs, int(self.data.songs * SONG_TEXT_BYTES)),
@@ -452,11 +454,13 @@ class _Planner:
                     "give the head more memory"
                 )
         if self.config.gpu and self.gpu is not None and self.gpu.gpu_memory is not None:
-            needed = GPU_SLACK + 3 * self.vectors
+            workers = self.train_workers()
+            needed = GPU_SLACK + training_gpu_memory(self.data.songs, self.config.dim, workers)
             if needed > self.gpu.gpu_memory:
                 yield (
-                    f"train keeps the song table and Adam's two moments on the GPU, {gib(needed)}, and one of "
-                    f"{self.gpu.name} has {gib(self.gpu.gpu_memory)}: a larger GPU or a smaller --dim"
+                    f"train keeps the song tables, their moments and averages on {workers} GPUs, {gib(needed)} on "
+                    f"each, and one of {self.gpu.name} has {gib(self.gpu.gpu_memory)}: use more or larger GPUs, or a "
+                    "smaller --dim"
                 )
 
     def notes(self, stages: list[StagePlan]) -> list[str]:
@@ -528,7 +532,7 @@ class _Planner:
 ADVICE: dict[str, str] = {
     "import": "more --buckets, fewer CPUs a node or more memory",
     "embed": "a smaller --dim or more memory",
-    "train": "fewer training workers a node, a smaller --dim or more memory",
+    "train": "more nodes, so that each trains fewer rows of the song tables, a smaller --dim or more memory",
     "taste": "fewer CPUs a node, a smaller --dim or more memory",
 }
 

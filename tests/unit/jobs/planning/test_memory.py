@@ -1,13 +1,19 @@
 """Formulas of memory against workers that run here, each in a process of its own whose memory is watched."""
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from worker_memory import WatchedWorkers
+import torch.distributed as dist
+from networks import MINUTE, MemoryHost, cycling_histories
+from networks import model_config as small_shape
+from worker_memory import WatchedWorkers, growth
 from worlds import write_dataset
 
 from rayrec.data.dataset import Dataset
@@ -47,7 +53,9 @@ from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.jobs.trainer import model_config
 from rayrec.model.checkpoint import save_model
+from rayrec.model.epochs import Fit, FitData, Phase, Validation
 from rayrec.model.network import TasteModel
+from rayrec.model.song_tables import Share
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.answer import RecommendConfig
 from rayrec.recommend.index import IndexConfig
@@ -140,7 +148,7 @@ def test_memory_of_the_workers_of_all_stages(
         "BucketRecommendations": recommending_memory(songs, users),
         "BucketEvaluator": evaluating_memory(queries),
         "fit_vectors": embedding_memory(songs, dim),
-        "train_worker": training_memory(songs, dim, hidden_dim),
+        "train_worker": training_memory(songs, dim, hidden_dim, workers=1),
     }
     measured = {name: watched.idle + watched.private[name] for name in expected}
     assert {name: watched.idle + size for name, size in expected.items()} == pytest.approx(measured, rel=0.15)
@@ -161,10 +169,45 @@ def test_memory_of_taste_and_train_with_narrow_tables_and_a_wide_state(
     train(workspace, TrainConfig(hidden_dim=hidden_dim, epochs=1, workers=0), songs_id="e", split=split)
     expected = {
         "BucketTastes": encoding_memory(hidden_dim, dim),
-        "train_worker": training_memory(songs, dim, hidden_dim),
+        "train_worker": training_memory(songs, dim, hidden_dim, workers=1),
     }
     measured = {name: watched.idle + watched.private[name] for name in expected}
     assert {name: watched.idle + size for name, size in expected.items()} == pytest.approx(measured, rel=0.15)
+
+
+def fit_many_songs(rank: int, workers: int, songs: int, dim: int, folder: str) -> None:
+    """What a training worker does: two epochs with validation, then the last fit. Few of the songs are played."""
+    if workers > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        meeting = f"file://{folder}/{workers} workers, {songs} songs"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
+    share = Share(rank=rank, workers=workers)
+    config = TrainConfig(hidden_dim=8, window=12, batch=16, negatives=30, long=(2, 5), epochs=2, patience=2)
+    histories = cycling_histories(37)
+    plays: dict[Phase, Histories] = {"selection": histories.before(15 * MINUTE), "final": histories}
+    asked = Validation(histories=histories, plays=np.flatnonzero(histories.played_at >= 15 * MINUTE))
+    counts = np.bincount(histories.songs, minlength=songs)
+    data = {phase: FitData(vectors=np.zeros((0, dim), dtype=np.float32), counts=counts) for phase in plays}
+    shape = replace(small_shape(config), num_songs=songs, embedding_dim=dim)
+    Fit(shape, config, data, MemoryHost(plays, config, share=share), validation=asked, share=share).run()
+    if workers > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_memory_of_a_training_worker_grows_with_its_share_of_the_songs(tmp_path: Path, workers: int) -> None:
+    dim, sizes = 64, (100_000, 300_000)
+    held = []
+    for songs in sizes:
+        with ThreadPoolExecutor(workers) as ranks:
+            measured = ranks.map(
+                lambda rank, songs=songs: growth(fit_many_songs, rank, workers, songs, dim, str(tmp_path)),
+                range(workers),
+            )
+            held.append(np.array([most for _, most, _ in measured]))
+    few, many = (training_memory(songs, dim, 8, workers) for songs in sizes)
+    assert (held[1] - held[0]).tolist() == pytest.approx([many - few] * workers, rel=0.1)
 
 
 @pytest.mark.slow

@@ -117,15 +117,33 @@ def test_replicas_answer_a_rate_of_requests_and_are_idle_a_third_of_the_time(
     assert serving.node_memory > serving.replicas_per_node * serving.replica_memory + serving.shared_memory
 
 
-def test_training_without_gpus_holds_vectors_table_and_moments_on_each_node() -> None:
+def test_training_without_gpus_holds_the_tables_over_the_nodes_and_a_batch_on_each_worker() -> None:
     found = stage(planned(PlanConfig(workers=4)), "train")
     assert (found.node, found.nodes, found.workers) == ("cpu", 4, 4)
     assert found.hours == pytest.approx(600_000 / 3600)  # 24 epochs of 100 million plays at 4,000 a second
     packed = stage(planned(PlanConfig(workers=8)), "train")
     assert (packed.nodes, packed.hours) == (4, pytest.approx(300_000 / 3600))
-    assert packed.memory == 2 * found.memory
-    more_songs = stage(planned(PlanConfig(workers=4), replace(DATA, songs=2 * DATA.songs)), "train")
-    assert more_songs.memory > found.memory + DATA.songs * 64 * 4
+    songs = 100 * DATA.songs
+    many, packed_many = (stage(planned(PlanConfig(workers=n), replace(DATA, songs=songs)), "train") for n in (4, 8))
+    tables = many.memory - found.memory
+    assert tables > 2 * 4 * (songs - DATA.songs) * 64 * 4 / 4  # two tables, moments and average; a quarter a node
+    counted = 20 * (songs - DATA.songs)  # of all songs on each worker: here a second one on each node
+    assert packed_many.memory - packed.memory == pytest.approx(tables + counted, rel=0.001)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_memory_of_training_falls_with_the_workers_down_to_twenty_bytes_a_song(gpu: bool) -> None:
+    many_nodes = replace(SMALL, nodes=[HEAD, replace(CPU, most=64), replace(GPU, gpus=1, most=64)], most_nodes=64)
+
+    def memory(songs: int, workers: int) -> int:
+        plan = planned(PlanConfig(workers=workers, gpu=gpu, nodes=64), replace(DATA, songs=songs), many_nodes)
+        assert stage(plan, "train").nodes == workers
+        return stage(plan, "train").memory
+
+    grown = {workers: memory(2 * 10**7, workers) - memory(10**7, workers) for workers in (1, 2, 8, 64)}
+    each_song = {workers: (grown[workers] / 10**7 - 20) * workers for workers in grown}
+    assert each_song == pytest.approx(dict.fromkeys(grown, each_song[1]))
+    assert each_song[1] == pytest.approx((10 if gpu else 14) * 64 * 4 + 16)
 
 
 def test_training_on_gpus_has_a_worker_a_gpu_and_says_that_their_rate_is_unknown() -> None:
@@ -160,7 +178,7 @@ def test_built_in_rates_fill_in_and_are_marked() -> None:
         ({"songs": 3 * 10**8}, SMALL, {}, "taste needs .* on a cpu"),
         ({"songs": 10**8}, SMALL, {}, "the driver of an import holds the songs"),
         ({"plays": 10**11}, SMALL, {}, "embed writes a corpus of .* to the disk of one cpu"),
-        ({"songs": 4 * 10**7}, SMALL, {"gpu": True}, "Adam's two moments on the GPU"),
+        ({"songs": 4 * 10**7}, SMALL, {"gpu": True}, "moments and averages on 4 GPUs, .* use more or larger GPUs"),
         ({}, replace(SMALL, nodes=[HEAD, CPU]), {"gpu": True}, "has no node type with a GPU"),
         ({}, SMALL, {"batch": 2, "workers": 4}, "batch is 2, less than one window for each of 4"),
         ({}, SMALL, {"workers": 3}, "workers is 3; expected a divisor of the 64 shards: 1, 2, 4, 8, 16, 32, 64"),
@@ -178,11 +196,16 @@ def test_what_fits_has_no_problems() -> None:
     assert planned(PlanConfig(gpu=True)).problems == []
 
 
-def test_a_gpu_holds_the_table_and_its_moments() -> None:
-    """24 GiB, of which table and two moments of 10 million songs take 7.7 GB, those of 40 million 31 GB."""
-    fits, fails = (planned(PlanConfig(gpu=True), replace(DATA, songs=songs)).problems for songs in (10**7, 4 * 10**7))
-    assert not any("on the GPU" in text for text in fits)
-    assert any("on the GPU" in text for text in fails)
+@pytest.mark.parametrize(("gpus", "problems"), [(8, 0), (4, 0), (2, 1), (1, 1)])
+def test_a_hundred_million_songs_are_trained_on_eight_gpus_of_80_gb_and_not_on_one(gpus: int, problems: int) -> None:
+    """25.6 GB a table: two of them with two moments and an average, and four more while it validates."""
+    machine = NodeType(name="gpus", cpus=96, gpus=gpus, memory=1_000 * GIB, disk=None, gpu_memory=80 * 10**9, most=1)
+    plan = planned(
+        PlanConfig(gpu=True), replace(DATA, songs=10**8), replace(SMALL, nodes=[HEAD, CPU, machine], most_nodes=5)
+    )
+    assert (stage(plan, "train").node, stage(plan, "train").workers) == ("gpus", gpus)
+    of_training = [text for text in plan.problems if text.startswith("train ")]
+    assert len(of_training) == problems, of_training
 
 
 def test_counts_alone_give_buckets_as_an_import_would() -> None:
