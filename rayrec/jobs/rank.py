@@ -201,6 +201,13 @@ def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval
             )
     split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
     if split is None or not workspace.exists(f"{model.path(SELECTION_NETWORK)}/model.safetensors"):
+        if split is not None and "from" in model.inputs:
+            start = model.inputs["from"]
+            raise TooFewQueriesError(
+                f"model {model.id} continues model {start} and has no network that has not seen "
+                f"{split.validation_range}; split later plays off, which model {start} was not trained on, and train "
+                "again with --from, or train without --from"
+            )
         raise TooFewQueriesError(
             f"model {model.id} has no validation range to train a ranker on; "
             "run `rayrec split`, `rayrec embed` and `rayrec train` first"

@@ -1,0 +1,61 @@
+"""`rayrec train --from` on appended plays by hand, as docs/training.md says it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rings import ring_plays, write_rows
+from without_ray import without_ray
+
+from rayrec.storage.workspace import Workspace
+from rayrec_cli.main import main
+
+RING: dict[str, Any] = {"songs": 60, "follow": 0.95}
+COLUMNS = ["--columns", "user=user_id,song=track,played_at=timestamp"]
+SPLIT = ["split", "--test-days", "4", "--validation-days", "4"]
+TRAIN = ["train", "--workers", "0", "--hidden-dim", "16", "--epochs", "4", "--negatives", "32", "--batch", "16"]
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
+
+
+def run(workspace: Path, words: list[str], capsys: pytest.CaptureFixture[str], *, code: int = 0) -> dict[str, Any]:
+    """What a command prints as JSON."""
+    assert main(["--workspace", str(workspace), "--json", *words]) == code
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def test_a_model_is_continued_on_appended_plays_and_ranked_on_those_that_it_has_not_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace = tmp_path / "workspace"
+    plays = write_rows(tmp_path / "plays.csv", ring_plays(range(150), **RING))
+    days = write_rows(tmp_path / "days.csv", ring_plays(range(150), plays=20, begin=20, days=6, **RING))
+    run(workspace, ["import", "csv", plays, *COLUMNS, "--buckets", "2"], capsys)
+    run(workspace, SPLIT, capsys)
+    run(workspace, ["embed", "--dim", "8", "--epochs", "2", "--workers", "1"], capsys)
+    first = run(workspace, TRAIN, capsys)
+    run(workspace, ["import", "csv", days, *COLUMNS, "--append"], capsys)
+    seen = shutil.copytree(workspace, tmp_path / "seen")  # where nothing is split anew
+
+    split = run(workspace, SPLIT, capsys)
+    second = run(workspace, [*TRAIN, "--from", first["id"]], capsys)
+    assert second["inputs"]["songs"] == first["inputs"]["songs"]
+    assert second["inputs"]["split"] == split["id"] != first["inputs"]["split"]
+    assert second["validation_recall@20"] > 0.5  # of the successor among the first twenty; by chance a third
+    run(workspace, ["retrieval"], capsys)
+    assert run(workspace, ["rank", "--trees", "5"], capsys)["inputs"]["models"] == second["id"]
+
+    third = run(seen, [*TRAIN, "--from", first["id"]], capsys)
+    assert third["epochs"] == 1
+    assert third["validation_recall@20"] is None
+    run(seen, ["retrieval"], capsys)
+    error = run(seen, ["rank", "--trees", "5"], capsys, code=2)["error"]
+    said = f"{error['message']}; {error['hint']}"
+    assert f"model {third['id']} continues model {first['id']} and has no network that has not seen the plays" in said
+    assert f"split later plays off, which model {first['id']} was not trained on" in said
+    assert (Workspace(seen).folders("rankers")) == []
