@@ -206,7 +206,7 @@ def tune(
 def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:
     """The id, inputs and metrics of an artifact, and the plays it was trained on; lists of records become tables."""
     metrics = dict(manifest.metrics)
-    warning = metrics.pop("warning", None)
+    remarks = {kind: metrics.pop(kind, None) for kind in ("warning", "note")}
     views: list[RenderableType] = [figures(title, {"id": manifest.id, **metrics}), made_from(manifest.inputs)]
     for name, value in metrics.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -217,8 +217,7 @@ def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:
         views.append(f"Trained on {data['trained_on']}.")
     if manifest.created_at < call.started:
         views.append(f"Reused the result of {day(manifest.created_at)} UTC; --force recomputes it.")
-    if warning:
-        views.append(f"Warning: {warning}")
+    views += [f"{kind.capitalize()}: {remark}" for kind, remark in remarks.items() if remark]
     return Shown(data, views)
 
 

@@ -68,10 +68,10 @@ def evaluate(
 
     Without names these are the network `model_id` (None: the one trained last) and every baseline. Baselines are
     fitted on what came before the test range, with the song embeddings that the network was trained from, and tuned
-    on the validation range. With `config.ablation` the default model is evaluated without each of its parts as well,
-    by rankers that are trained for it. The manifest's metrics hold default, protocol, what `summary` gives, users,
-    plays and seconds; the figures of `figures_of`, examples and the health of the song embeddings are in results.json,
-    see `read_figures`.
+    on the validation range; where it was trained without any, those that need them are left out. With
+    `config.ablation` the default model is evaluated without each of its parts as well, by rankers that are trained for
+    it. The manifest's metrics hold default, protocol, what `summary` gives, users, plays and seconds; the figures of
+    `figures_of`, examples and the health of the song embeddings are in results.json, see `read_figures`.
 
     Raises `InputError` for an unknown model, for an ablation without two-step among the models, and for a test range
     without queries, `NotFoundError` where there is no network or no song embeddings, `MismatchError` for those of
@@ -452,9 +452,12 @@ def choose_models(
         require_split(network, split, dataset, "train")
     inputs |= {f"models {name}": other.id for name, other in others.items()}
     names = tuple(dict.fromkeys(named or (default, TASTE, *BASELINES)))
+    trained = next((part for part in (model, *others.values()) if part is not None), None)
+    songs_id = trained.inputs.get("songs") if trained else None
+    if not named and songs_id is None:  # a network that was trained without song embeddings
+        names = tuple(name for name in names if not needs_vectors([name]))
     if needs_vectors(names):
-        trained = [part for part in (model, *others.values()) if part is not None]
-        songs = load_manifest(workspace, "songs", trained[0].inputs["songs"]) if trained else newest(workspace, "songs")
+        songs = load_manifest(workspace, "songs", songs_id) if songs_id else newest(workspace, "songs")
         require_split(songs, split, dataset, "embed")
         inputs["songs"] = songs.id
     return ComparedModels(names=names, default=default, model=model, others=others, songs=songs, inputs=inputs)

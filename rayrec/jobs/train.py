@@ -25,6 +25,7 @@ from rayrec.jobs.trainer import (
     run_workers,
     selected_folder,
     shown,
+    table_dim,
     train_worker,
 )
 from rayrec.model.checkpoint import WEIGHTS
@@ -36,6 +37,7 @@ from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 Unfinished = Literal["ask", "resume", "restart"]
+RANDOM_START = "the workspace has no song embeddings (`rayrec embed`): the song tables started at random"
 
 
 @writes("train")
@@ -51,6 +53,9 @@ def train(
 ) -> Manifest:
     """Train the taste network; the models artifact.
 
+    The song tables start from the song embeddings `songs_id`, by default those that were requested last. In a workspace
+    without any they start at random, with `config.dim` dimensions, and the metrics hold a `note` that says so.
+
     With `from_id` it starts from the weights of that model, made of the same data set or of one that this one
     descends from, on its song embeddings; new songs start at random. Where that model was fit on the validation range
     nothing can be chosen there: the training then takes a quarter of the epochs that the model took.
@@ -59,8 +64,9 @@ def train(
     last checkpoint, start over, or refuse, so that a second start does not lose hours of work.
 
     Raises `MismatchError` for song embeddings of another data set or split, `InputError` for an unfinished training
-    that nothing is said about and for a horizon in days of data without times, `DivergedError` where the loss or a
-    weight is not finite, and `RayrecError` where Ray Train gives up.
+    that nothing is said about, for a horizon in days of data without times, for a dimension other than that of the
+    embeddings and for a song table that is not trained without embeddings, `DivergedError` where the loss or a weight
+    is not finite, and `RayrecError` where Ray Train gives up.
     """
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
@@ -71,13 +77,17 @@ def train(
         if songs_id is not None:
             raise InputError("--from uses the song embeddings of its model; omit --songs")
         _require_start(dataset, start, split)
-        songs_id = start.inputs["songs"]
-    songs = artifacts.load_manifest(workspace, "songs", songs_id) if songs_id else artifacts.newest(workspace, "songs")
-    inputs = {"dataset": dataset.manifest.id, "songs": songs.id} | ({"split": split.id} if split else {})
-    if start is None:
-        _require_fit(songs, inputs)
-    else:
+        songs_id = start.inputs.get("songs")
+    songs = artifacts.load_manifest(workspace, "songs", songs_id) if songs_id else None
+    if songs is None and start is None:
+        songs = artifacts.latest(workspace, "songs")
+    parts: dict[str, Manifest | Split | None] = {"songs": songs, "split": split}
+    inputs = {"dataset": dataset.manifest.id} | {role: part.id for role, part in parts.items() if part is not None}
+    if start is not None:
         inputs["from"] = start.id
+    elif songs is not None:
+        _require_fit(songs, inputs)
+    dim = table_dim(workspace, config, songs)
     print_id = artifacts.fingerprint("train", _fingerprinted(config), inputs)
     model_id, complete = artifacts.new_id(workspace, "models", print_id, repeat=repeat)
     if complete:
@@ -94,7 +104,7 @@ def train(
     elif not config.workers:
         raise InputError("--workers 0 cannot resume a checkpoint; give --workers 1 or more, or --restart")
     with ray_cluster():
-        plan = plan_training(dataset, config, songs, split, manifest, start)
+        plan = plan_training(dataset, config, songs, split, manifest, start, dim=dim)
         if start is not None:
             _require_shape(plan, start)
             if plan.validation is None:
@@ -102,6 +112,8 @@ def train(
                 plan = replace(plan, config=config.replace(epochs=min(config.epochs, quarter)))
         figures = _fit(plan)
     metrics = {"seconds": round(time.monotonic() - began, 1), **figures, **_source_figures(dataset, config, split)}
+    if songs is None and start is None:
+        metrics["note"] = RANDOM_START
     workspace.move(plan.counts["final"], manifest.path(PLAY_COUNTS))  # popular songs answer where no taste is known
     if workspace.exists(f"{selected_folder(plan)}/{WEIGHTS}"):  # rankers learn on the range that it has not seen
         for path in workspace.files(selected_folder(plan)):

@@ -40,7 +40,14 @@ from rayrec.model.checkpoint import load_model, save_model, write_epochs, write_
 from rayrec.model.epochs import RECALL_AT, VALIDATION_FIGURES, Fit, FitData, FitProgress, Phase, Validation
 from rayrec.model.network import TasteModel
 from rayrec.model.song_tables import Share
-from rayrec.model.train_config import NEXT_PLAY, AnyHorizon, FeatureSpec, ModelConfig, TrainConfig
+from rayrec.model.train_config import (
+    DIM_WITHOUT_EMBEDDINGS,
+    NEXT_PLAY,
+    AnyHorizon,
+    FeatureSpec,
+    ModelConfig,
+    TrainConfig,
+)
 from rayrec.model.training import StepReport
 from rayrec.model.training_windows import Sequences, ShardReader, WindowCounter, plain_stream, split_batches
 from rayrec.storage.artifacts import Manifest
@@ -67,7 +74,7 @@ class TrainPlan:
     config: TrainConfig
     model: ModelConfig
     ranges: dict[Phase, FitRange]
-    vectors: dict[Phase, str]  # path of the song vectors of each phase
+    vectors: dict[Phase, str]  # path of the song vectors of each phase; without embeddings none
     counts: dict[Phase, str]  # path of the play counts of each phase
     windows: dict[Phase, tuple[str, str]]  # paths of the arrays of its `WindowLengths`
     validation: str | None  # path of the plays to predict
@@ -77,24 +84,28 @@ class TrainPlan:
 def plan_training(
     dataset: Dataset,
     config: TrainConfig,
-    songs: Manifest,
+    songs: Manifest | None,
     split: Split | None,
     manifest: Manifest,
     start: Manifest | None = None,
+    *,
+    dim: int,
 ) -> TrainPlan:
     """The plan of a training, with what its workers read prepared: play counts, and the plays to choose by.
 
-    Nothing is chosen by plays that the model to start from, `start`, was fit on. Raises `RayrecError` where the
-    split leaves no plays to train on.
+    The song tables, of `dim` dimensions, start from the song embeddings `songs`, without any at random. Nothing is
+    chosen by plays that the model to start from, `start`, was fit on. Raises `RayrecError` where the split leaves no
+    plays to train on.
     """
     workspace = dataset.workspace
     ranges: dict[Phase, FitRange] = {"final": FitRange() if split is None else split.final}
-    vectors: dict[Phase, str] = {"final": songs.path("vectors.npy")}
+    vectors: dict[Phase, str] = {} if songs is None else {"final": songs.path("vectors.npy")}
     unseen = split is not None and (start is None or fit_range_of(workspace, start).is_within(split.selection))
     if split is not None and unseen and split.has_validation and config.validation_plays:
         ranges["selection"] = split.selection
-        chosen = "selection_vectors.npy" if "selection_vectors.npy" in songs.files else "vectors.npy"
-        vectors["selection"] = songs.path(chosen)
+        if songs is not None:
+            chosen = "selection_vectors.npy" if "selection_vectors.npy" in songs.files else "vectors.npy"
+            vectors["selection"] = songs.path(chosen)
     counts: dict[Phase, str] = {phase: manifest.path(f"run/{phase}_counts.npy") for phase in ranges}
     windows: dict[Phase, tuple[str, str]] = {
         phase: (manifest.path(f"run/{phase}_inputs.npy"), manifest.path(f"run/{phase}_offsets.npy")) for phase in ranges
@@ -115,7 +126,6 @@ def plan_training(
         table, horizon = workspace.read_table(validation), first_horizon(config)
         if not len(load_validation(table, ranges["selection"], 1, horizon).plays):
             validation = None  # nothing to choose by: train for the epochs of the config
-    dim = int(workspace.read_array(vectors["final"]).shape[1])
     return TrainPlan(
         workspace=workspace,
         folder=manifest.folder,
@@ -130,6 +140,27 @@ def plan_training(
     )
 
 
+def table_dim(workspace: Workspace, config: TrainConfig, songs: Manifest | None) -> int:
+    """The dimension of the song tables: that of the embeddings `songs`, or of the settings where there are none.
+
+    Raises `InputError` where the settings name another one than the embeddings have, or need embeddings.
+    """
+    if songs is None:
+        if config.song_table != "trained":
+            raise InputError(
+                f"song_table {config.song_table} keeps the song embeddings that it is given, and there are none; run "
+                "`rayrec embed` first, or use song_table trained"
+            )
+        return config.dim or DIM_WITHOUT_EMBEDDINGS
+    dim = int(workspace.read_array(songs.path("vectors.npy")).shape[1])
+    if config.dim not in (None, dim):
+        raise InputError(
+            f"dim is {config.dim}, and song embeddings {songs.id} have {dim} dimensions; omit dim, or run "
+            f"`rayrec embed --dim {config.dim}` first"
+        )
+    return dim
+
+
 def fit_range_of(workspace: Workspace, model: Manifest) -> FitRange:
     """The plays that a model was fit on."""
     if "split" not in model.inputs:
@@ -140,6 +171,8 @@ def fit_range_of(workspace: Workspace, model: Manifest) -> FitRange:
 
 def read_vectors(plan: TrainPlan, phase: Phase) -> np.ndarray:
     """float32 (M, D): the song vectors of a phase, memory-mapped; songs that are newer than they are have none."""
+    if phase not in plan.vectors:
+        return np.zeros((0, plan.model.embedding_dim), dtype=np.float32)
     return np.asarray(plan.workspace.read_array(plan.vectors[phase]))
 
 

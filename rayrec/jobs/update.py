@@ -193,8 +193,9 @@ class _Update:
     def _train(self) -> None:
         """Continue the training of the live model; where the data asks for another shape, train a new one."""
         stages, retrieval = self.stages, self.retrieval
+        songs_id = self.model.inputs.get("songs")
         sections = {
-            "embed": artifacts.load_manifest(self.workspace, "songs", self.model.inputs["songs"]).config,
+            "embed": artifacts.load_manifest(self.workspace, "songs", songs_id).config if songs_id else {},
             "train": self.model.config,
             "retrieval": retrieval.config if retrieval else {},
             "rank": self.rankers.config if self.rankers else {},

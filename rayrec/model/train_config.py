@@ -26,6 +26,7 @@ SELECTION_NETWORK = "selection"  # folder in a models artifact: the network befo
 PLAY_COUNTS = "play_counts.npy"  # int64 (N,): plays of each song in the range that the model was fit on
 PLAYS_IN_DAYS = 500  # after a query that a horizon in days may hold; windows hold so many behind their inputs
 USUAL_BATCH = 64  # windows, for which learning rates and negatives are chosen
+DIM_WITHOUT_EMBEDDINGS = 64  # where `dim` is not set
 LEAST_SCALE = 4.0  # of logits, however few songs there are for each choice; not tuned
 
 
@@ -204,6 +205,9 @@ class TrainConfig(Settings):
     )
     song_table: SongTable = Field(
         "trained", description="Song embeddings: trained, mapped by a trained linear layer, or frozen"
+    )
+    dim: int | None = Field(
+        None, ge=1, description="Embedding dimension; default: that of the song embeddings, 64 without them"
     )
     input_table: bool = Field(
         True,

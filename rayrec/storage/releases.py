@@ -46,7 +46,8 @@ FIXED = (
 PART_KINDS = ("songs", "models", "added_songs", "retrieval", "rankers", "tastes", "indexes")
 ANSWERING_KINDS = ("models", "added_songs", "indexes", "retrieval", "rankers")  # what recommends; tastes do not
 # A release without rankers answers with the network alone, one without added songs with those of its training alone.
-OPTIONAL_KINDS = ("added_songs", "retrieval", "rankers")
+# The song embeddings are missing where the network was trained without any.
+OPTIONAL_KINDS = ("songs", "added_songs", "retrieval", "rankers")
 # Kind and role of what may differ: a retrieval that is fitted every night serves rankers and models that are not, and a
 # training that is continued on later plays keeps its embeddings.
 RENEWED = (("rankers", "retrieval"), ("retrieval", "split"), ("songs", "split"))
@@ -76,11 +77,12 @@ def create_release(
     chosen = {kind: artifacts.load_manifest(workspace, kind, part) for kind, part in named.items() if part is not None}
     model = chosen.get("models") or _model_of(workspace, dataset, chosen)
     parts = {
-        "songs": artifacts.load_manifest(workspace, "songs", model.inputs["songs"]),
         "models": model,
         "tastes": chosen.get("tastes") or _newest_of(workspace, "tastes", model),
         "indexes": chosen.get("indexes") or _newest_of(workspace, "indexes", model),
     }
+    if "songs" in model.inputs:
+        parts["songs"] = artifacts.load_manifest(workspace, "songs", model.inputs["songs"])
     rankers = chosen.get("rankers") or _last_of(workspace, "rankers", model)
     added = _last_of(workspace, "added_songs", model)
     if added is not None:

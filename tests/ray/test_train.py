@@ -18,14 +18,17 @@ from trainings import NUM_SONGS
 from witness import ship, wait_for_checkpoint
 from worlds import random_vectors, write_dataset, write_song_vectors
 
+from rayrec.config import changed_settings, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import DAY_MS, FitRange, Split, SplitConfig, split_dataset, validation_histories
 from rayrec.data.synthetic import GenerateConfig
-from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, NotFoundError, RayrecError
+from rayrec.errors import DivergedError, LeakError, MismatchError, RayrecError
 from rayrec.jobs import train as job
 from rayrec.jobs import trainer
 from rayrec.jobs.generate import generate
+from rayrec.jobs.job_config import to_toml
+from rayrec.jobs.pipeline import run
 from rayrec.jobs.train import train
 from rayrec.jobs.trainer import WindowStream, load_validation, model_config
 from rayrec.model.checkpoint import load_model
@@ -37,6 +40,7 @@ from rayrec.model.training_windows import ShardReader, plain_stream, window_leng
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.artifacts import Manifest, listing, load_manifest, publish, verify
 from rayrec.storage.workspace import Workspace
+from rayrec_cli.main import main
 
 CONFIG = SMALL.replace(workers=0, checkpoint_minutes=10.0)
 
@@ -282,12 +286,6 @@ def test_a_split_that_leaves_no_plays_is_refused(workspace: Workspace) -> None:
         train(workspace, CONFIG, split=early)
 
 
-def test_without_song_vectors_the_command_to_run_is_named(workspace: Workspace) -> None:
-    write_dataset(workspace, Histories.from_lists([[0, 1]], [[10, 20]]), 2)
-    with pytest.raises(NotFoundError, match="rayrec embed"):
-        train(workspace, CONFIG)
-
-
 def test_features_follow_the_data_and_the_settings(world: Workspace) -> None:
     dataset = Dataset(world)
     full = model_config(dataset, CONFIG, 8).features
@@ -324,20 +322,65 @@ def test_a_training_that_diverges_publishes_nothing(world: Workspace, split: Spl
     assert listing(world, "models") == before
 
 
-@pytest.mark.slow  # trains three times under Ray Train
-def test_an_unfinished_training_asks_what_to_do(
-    world: Workspace, split: Split, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings are lost in the second epoch and leave a checkpoint of the first one."""
     register_pickle_by_value(sys.modules[__name__])
+    ship()
     monkeypatch.setattr(trainer, "WORKER_FAILURES", 0)
     monkeypatch.setattr(job, "train_worker", _dies_in_the_second_epoch)
-    config = CONFIG.replace(workers=1, seed=5)
+
+
+@pytest.mark.slow  # trains four times, three of them under Ray Train
+@pytest.mark.usefixtures("stops")
+def test_an_unfinished_training_asks_for_the_flags_that_resume_or_restart_it(
+    world: Workspace, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = Workspace(shutil.copytree(world.root, tmp_path / "workspace"))
+    values = changed_settings(TrainConfig, to_mapping(CONFIG.replace(workers=1, seed=5)))
+    (tmp_path / "train.toml").write_text(to_toml({"train": values}))
+    words = ["--workspace", copied.uri, "train", "--config", str(tmp_path / "train.toml"), "--split", split.id]
+
+    def said(*flags: str, code: int) -> str:
+        assert main([*words, *flags]) == code
+        return " ".join("".join(capsys.readouterr()).split())
+
+    assert "--resume and --restart exclude each other" in said("--resume", "--restart", code=2)
+    assert "Training failed" in said(code=1)
+    assert "continue it with --resume, or delete it and start over with --restart" in said(code=2)
+    assert "--workers 0 cannot resume a checkpoint" in said("--workers", "0", "--resume", code=2)
+    stopped = Workspace(shutil.copytree(copied.root, tmp_path / "stopped"))
+    monkeypatch.setattr(job, "train_worker", _notes_its_first_step)
+    said("--resume", code=0)
+    assert copied.read_json("steps/0.json") == [1, "selection", 1, 0]
+    words[1] = stopped.uri
+    said("--restart", code=0)
+    assert stopped.read_json("steps/0.json") == [1, "selection", 0, 0]
+    one, other = (listing(each, "models")[-1].metrics for each in (copied, stopped))
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.slow  # trains twice under Ray Train
+@pytest.mark.usefixtures("stops")
+def test_a_run_resumes_a_training_that_was_stopped(
+    cluster: None, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages: dict[str, dict[str, Any]] = {
+        "generate": {
+            "users": 150,
+            "songs": NUM_SONGS,
+            "artists": 12,
+            "genres": 4,
+            "plays": 25,
+            "days": 60,
+            "buckets": 3,
+        },
+        "embed": {"dim": 8, "epochs": 1},
+        "train": changed_settings(TrainConfig, to_mapping(CONFIG.replace(workers=1))) | {"workers": 1},
+    }
     with pytest.raises(RayrecError, match="training failed"):
-        train(world, config, split=split)
-    with pytest.raises(InputError, match="continue it with --resume, or delete it and start over with --restart"):
-        train(world, config, split=split)
-    monkeypatch.setattr(job, "train_worker", trainer.train_worker)
-    with pytest.raises(InputError, match="--workers 0 cannot resume a checkpoint"):
-        train(world, config.replace(workers=0), split=split, unfinished="resume")
-    made = train(world, config.replace(workers=0), split=split, unfinished="restart")
-    assert made.metrics["plays"] > 0
+        run(workspace, stages)
+    monkeypatch.setattr(job, "train_worker", _notes_its_first_step)
+    outcomes = {outcome.stage: outcome.status for outcome in run(workspace, stages)}
+    assert workspace.read_json("steps/0.json") == [1, "final", 1, 0]
+    assert (outcomes["embed"], outcomes["train"], outcomes["release"]) == ("skipped", "done", "done")
