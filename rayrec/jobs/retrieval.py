@@ -1,5 +1,7 @@
 """The retrieval stage: sessions, rules, play counts and song groups, counted by bucket and merged by range of songs.
 
+One task joins the ranges.
+
 Buckets are counted in groups, so that pieces times ranges, the reads of object storage, stay bounded.
 
 Where a retrieval of the same settings holds earlier parts of the plays already, the later ones alone are read and added
@@ -11,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from rayrec.display import progress
 from rayrec.importing.import_plan import bucket_groups
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
+from rayrec.recommend.range_join import join_ranges
 from rayrec.recommend.stored_retrieval import (
     SELECTION_RETRIEVAL,
     SETTINGS_FILE,
@@ -51,8 +55,9 @@ def fit_retrieval(
     """Fit what retrievers look up on all plays that a final fit may see; the retrieval artifact.
 
     Unless `config.full` or `repeat` ask for all plays, those of new parts are added to the newest retrieval of the same
-    settings and split. Play counts and the newest sessions are then those of all plays; a follower that was not among
-    the strongest rules of its song begins at 0, and rules and sessions across the end of a part are not counted.
+    settings and split. Play counts and the newest sessions are then those of all plays, except that a user who goes on
+    in a new part begins a session there, and no rule leads from the plays before it to those in it; and a follower that
+    was not among the strongest rules of its song begins at 0.
     With a validation range a second one, fitted before it, lies in the folder `selection`: rankers learn on the range
     that it has not seen.
 
@@ -221,7 +226,7 @@ class GroupCounter:
         for histories in task.dataset.read_bucket(bucket, first_part=task.first_part):
             counts = RetrievalCounts.merge([counts, self._count(task.allowed.select(histories))])
         for first, last in task.song_ranges:
-            data = pack_counts(counts.of_songs(first, last), first, last)
+            data = pack_counts(counts.of_songs(first, last))
             places.append((spool.tell(), LENGTH.size + len(data)))
             spool.write(LENGTH.pack(len(data)) + data)
         return places
@@ -254,8 +259,7 @@ class RangeMerger:
         if task.base:
             earlier = Retrieval.load(workspace, task.base).counts.of_songs(*task.song_ranges[number])
             merged = RetrievalCounts.merge([merged, earlier])
-        merged = replace(merged, rules=merged.rules.strongest(task.config.rules_per_song))
-        workspace.write_bytes(task.merged(number), pack_counts(merged, *task.song_ranges[number]))
+        workspace.write_bytes(task.merged(number), pack_counts(merged.strongest(task.config.rules_per_song)))
         return 1
 
     def _parts(self, number: int) -> Iterator[RetrievalCounts]:
@@ -285,20 +289,21 @@ def merge_counts(parts: Iterable[RetrievalCounts]) -> RetrievalCounts:
 
 def _build(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]:
     """Join the ranges, add the groups of songs, write the artifact's files; yields their names and figures."""
-    workspace, catalog = task.dataset.workspace, task.dataset.catalog()
-    ranges = [unpack_counts(workspace.read_bytes(task.merged(number))) for number in range(len(task.song_ranges))]
-    retrieval = Retrieval.build(
-        RetrievalCounts.merge(ranges),
-        artist_of_song=catalog.codes(columns.ARTIST),
-        album_of_song=catalog.codes(columns.ALBUM),
-        rules_per_song=task.config.rules_per_song,
-        has_likes=task.dataset.manifest.has_likes,
-    )
-    figures = {
-        "plays": int(retrieval.plays.plays.sum()),
-        "sessions": len(retrieval.sessions),
-        "rules": len(retrieval.rules.followers),
-        "artists": len(retrieval.artists.offsets) - 1,
-        "albums": len(retrieval.albums.offsets) - 1,
-    }
-    yield retrieval.save(workspace, folder), figures
+    workspace = task.dataset.workspace
+    ranges = (unpack_counts(workspace.read_bytes(task.merged(number))) for number in range(len(task.song_ranges)))
+    with tempfile.TemporaryDirectory(prefix="rayrec-") as joined:
+        counts, catalog = join_ranges(ranges, Path(joined)), task.dataset.catalog()
+        retrieval = Retrieval.build(
+            counts,
+            artist_of_song=catalog.codes(columns.ARTIST),
+            album_of_song=catalog.codes(columns.ALBUM),
+            has_likes=task.dataset.manifest.has_likes,
+        )
+        figures = {
+            "plays": int(retrieval.plays.plays.sum()),
+            "sessions": len(retrieval.sessions),
+            "rules": len(retrieval.rules.followers),
+            "artists": len(retrieval.artists.offsets) - 1,
+            "albums": len(retrieval.albums.offsets) - 1,
+        }
+        yield retrieval.save(workspace, folder), figures

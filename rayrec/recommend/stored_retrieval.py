@@ -1,16 +1,17 @@
 """What retrievers look up: play counts, rules, sessions and groups of songs, as flat arrays that merge and map.
 
 They are fitted by buckets, merged, saved and memory-mapped as one `Retrieval`; a bucket leaves its counts of one range
-of songs as bytes for the merge of that range. Of sessions the newest of each song are kept, and the songs of each of
-these, as VMIS-kNN keeps them.
+of songs as bytes for the merge of that range, and range_join.py joins the ranges. Of sessions the newest of each song
+are kept, and the songs of each of these, as VMIS-kNN keeps them.
 
 N songs, T pairs of a day and a song played on it, S sessions, E songs of all sessions together, L entries of all songs
-together.
+together. Counts of a range of songs have the N songs of the range, from 0 on; followers and the songs of sessions are
+rows of the catalog in every range.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -82,10 +83,41 @@ class PlayCounts:
 
     def recent(self, days: int = RECENT_DAYS) -> np.ndarray:
         """int64 (N,): plays of each song in the last `days` days, at most 28."""
-        late = self.days > (int(self.days[-1]) if len(self.days) else 0) - days
         recent = np.zeros(self.num_songs, dtype=np.int64)
-        np.add.at(recent, self.day_songs[late], self.day_plays[late])
+        for day in self.each_day():
+            if self.days[day.start] > self.days[-1] - days:
+                recent[self.day_songs[day]] += self.day_plays[day]  # each song is there once
         return recent
+
+    def each_day(self) -> Iterator[slice]:
+        """The entries of `days`, `day_songs` and `day_plays` of one day after the other."""
+        begin = 0
+        while begin < len(self.days):
+            end = int(np.searchsorted(self.days, self.days[begin], side="right"))
+            yield slice(begin, end)
+            begin = end
+
+    def of_songs(self, first: int, last: int) -> PlayCounts:
+        """The part for the songs from row `first` up to `last`."""
+        bounds = [day.start + np.searchsorted(self.day_songs[day], [first, last]) for day in self.each_day()]
+        begins, ends = np.array(bounds, dtype=np.int64).reshape(-1, 2).T
+        kept = ranges(begins, ends - begins)
+        return PlayCounts(
+            plays=_of_rows(self.plays, first, last, 0),
+            first_days=_of_rows(self.first_days, first, last, NOT_PLAYED),
+            days=self.days[kept],
+            day_songs=self.day_songs[kept] - np.int32(first),
+            day_plays=self.day_plays[kept],
+            skips=None if self.skips is None else _of_rows(self.skips, first, last, 0),
+        )
+
+
+def _of_rows(values: np.ndarray, first: int, last: int, beyond: int) -> np.ndarray:
+    """The values from row `first` up to `last`, those of rows that are not there `beyond`."""
+    of_rows = np.full(last - first, beyond, dtype=values.dtype)
+    known = values[first:last]
+    of_rows[: len(known)] = known
+    return of_rows
 
 
 def _counted(
@@ -113,7 +145,7 @@ class RuleCounts:
     """
 
     offsets: np.ndarray  # int64 (N + 1,)
-    followers: np.ndarray  # int32 (R,), song rows
+    followers: np.ndarray  # int32 (R,), rows of the catalog
     weights: np.ndarray  # int64 (R,), descending within a song; equal ones by row
     at_once: np.ndarray  # int64 (R,), times that the song followed with no other between
 
@@ -133,17 +165,18 @@ class RuleCounts:
             keys.append(songs[pairs] * num_songs + songs[pairs + distance])
             weights.append(np.full(len(pairs), UNIT // distance, dtype=np.int64))
             at_once.append(np.full(len(pairs), int(distance == 1), dtype=np.int64))
-        return _summed(np.concatenate(keys), np.concatenate(weights), np.concatenate(at_once), num_songs)
+        return _summed(np.concatenate(keys), np.concatenate(weights), np.concatenate(at_once), num_songs, num_songs)
 
     @classmethod
     def merge(cls, parts: Sequence[RuleCounts]) -> RuleCounts:
         """The sums over all parts; a catalog may have grown between them."""
-        num_songs = max(part.num_songs for part in parts)
+        catalog_size = 1 + max(int(part.followers.max(initial=-1)) for part in parts)
         keys = [
-            np.repeat(np.arange(part.num_songs), np.diff(part.offsets)) * num_songs + part.followers for part in parts
+            np.repeat(np.arange(part.num_songs), np.diff(part.offsets)) * catalog_size + part.followers
+            for part in parts
         ]
         weights, at_once = (np.concatenate([getattr(part, name) for part in parts]) for name in ("weights", "at_once"))
-        return _summed(np.concatenate(keys), weights, at_once, num_songs)
+        return _summed(np.concatenate(keys), weights, at_once, max(part.num_songs for part in parts), catalog_size)
 
     def strongest(self, count: int = RULES_PER_SONG) -> RuleCounts:
         """The `count` strongest followers of each song."""
@@ -157,26 +190,27 @@ class RuleCounts:
         )
 
     def of_songs(self, first: int, last: int) -> RuleCounts:
-        """The part for the songs from row `first` up to `last`; the parts of all ranges merge into the whole again."""
-        bounds = self.offsets[np.minimum([first, last], self.num_songs)]
-        entries = slice(int(bounds[0]), int(bounds[1]))
-        offsets = np.clip(self.offsets, entries.start, entries.stop) - entries.start
+        """The part for the songs from row `first` up to `last`."""
+        offsets = self.offsets[np.minimum(np.arange(first, last + 1), self.num_songs)]
+        entries = slice(int(offsets[0]), int(offsets[-1]))
         return RuleCounts(
-            offsets=offsets,
+            offsets=offsets - offsets[0],
             followers=self.followers[entries],
             weights=self.weights[entries],
             at_once=self.at_once[entries],
         )
 
 
-def _summed(keys: np.ndarray, weights: np.ndarray, at_once: np.ndarray, num_songs: int) -> RuleCounts:
-    """Add up the weights and the counts of equal keys, song * num_songs + follower."""
+def _summed(
+    keys: np.ndarray, weights: np.ndarray, at_once: np.ndarray, num_songs: int, catalog_size: int
+) -> RuleCounts:
+    """Add up the weights and the counts of equal keys, song * catalog_size + follower."""
     order = stable_order(keys)
     first = first_of_each(keys[order])
     weights, at_once = (
         np.add.reduceat(values[order], first) if len(first) else values for values in (weights, at_once)
     )
-    songs, followers = np.divmod(keys[order][first], max(1, num_songs))
+    songs, followers = np.divmod(keys[order][first], max(1, catalog_size))
     strongest = stable_order(songs * (int(weights.max(initial=0)) + 1) + weights.max(initial=0) - weights)
     return RuleCounts(
         offsets=offsets_of(np.bincount(songs, minlength=num_songs)),
@@ -204,10 +238,11 @@ class SessionPostings:
     keys: np.ndarray  # uint64 (S,), a hash of each session; breaks ties in time, and tells a session that came twice
     ended_at: np.ndarray  # int64 (S,), ms UTC, descending
     offsets: np.ndarray  # int64 (S + 1,)
-    songs: np.ndarray  # int32 (E,), in the order of play
+    songs: np.ndarray  # int32 (E,), rows of the catalog in the order of play
     song_offsets: np.ndarray  # int64 (N + 1,)
     song_sessions: np.ndarray  # int32 (L,), newest first
     song_places: np.ndarray  # uint8 (L,), the place of the song in the session, from 0
+    first_song: int = 0  # row in the catalog of the first of the N songs
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -236,34 +271,35 @@ class SessionPostings:
             histories.played_at[cuts[1:][whole] - 1],
             counts[whole],
             songs[session_plays],
-            num_songs,
             newest,
+            (0, num_songs),
         )
 
     @classmethod
     def merge(cls, parts: Sequence[SessionPostings]) -> SessionPostings:
-        """What `fit` gives for the histories of all parts together; a catalog may have grown between them."""
+        """What `fit` gives for the histories of all parts together; a catalog may have grown between them.
+
+        Parts of a range of songs must be of the same.
+        """
+        first = parts[0].first_song
         return _newest_sessions(
             np.concatenate([part.keys for part in parts]),
             np.concatenate([part.ended_at for part in parts]),
             np.concatenate([np.diff(part.offsets) for part in parts]),
             np.concatenate([part.songs for part in parts]),
-            max(part.num_songs for part in parts),
             parts[0].newest,
+            (first, first + max(part.num_songs for part in parts)),
         )
 
     def of_songs(self, first: int, last: int) -> SessionPostings:
-        """The part for the songs from row `first` up to `last`: their entries, with the whole sessions behind them.
-
-        The parts of all ranges of songs merge into the whole again, so that each range can be reduced by itself.
-        """
+        """The part for the songs from row `first` up to `last`: their entries, with the whole sessions behind them."""
         bounds = self.song_offsets[np.minimum([first, last], self.num_songs)]
         entries = slice(int(bounds[0]), int(bounds[1]))
         sessions = np.unique(self.song_sessions[entries])
-        counts = np.diff(self.offsets)[sessions]
-        songs = self.songs[ranges(self.offsets[:-1][sessions], counts)]
+        counts = self.offsets[sessions + 1] - self.offsets[sessions]
+        songs = self.songs[ranges(self.offsets[sessions], counts)]
         parts = (self.keys[sessions], self.ended_at[sessions], counts, songs)
-        return _newest_sessions(*parts, self.num_songs, self.newest, (first, last))
+        return _newest_sessions(*parts, self.newest, (first, last))
 
 
 def _newest_sessions(
@@ -271,17 +307,17 @@ def _newest_sessions(
     ended_at: np.ndarray,
     counts: np.ndarray,
     songs: np.ndarray,
-    num_songs: int,
     newest: int,
-    within: tuple[int, int] | None = None,
+    within: tuple[int, int],
 ) -> SessionPostings:
-    """Order sessions, keep those among the newest of one of their songs (of those `within` rows) and index them."""
+    """Order sessions, keep those among the newest of one of their songs `within` a range of rows and index them."""
     starts = offsets_of(counts)[:-1]
     order = np.lexsort((keys, -ended_at))
     order = order[first_of_each(keys[order])]  # the same session twice has the same time, so it is adjacent
     session, song, place = _entries(counts[order], songs[ranges(starts[order], counts[order])])
-    if within is not None:
-        inside = (song >= within[0]) & (song < within[1])
+    song = song - within[0]
+    inside = (song >= 0) & (song < within[1] - within[0])
+    if not inside.all():
         session, song, place = session[inside], song[inside], place[inside]
     by_song = stable_order(song.astype(np.int64))  # sessions stay in order: newest first
     newest_plays = by_song[places_in(song[by_song]) < newest]
@@ -294,9 +330,10 @@ def _newest_sessions(
         ended_at=ended_at[order],
         offsets=offsets_of(counts[order]),
         songs=songs[ranges(starts[order], counts[order])].astype(np.int32),
-        song_offsets=offsets_of(np.bincount(song[newest_plays], minlength=num_songs)),
+        song_offsets=offsets_of(np.bincount(song[newest_plays], minlength=within[1] - within[0])),
         song_sessions=renumbered[session[newest_plays]].astype(np.int32),
         song_places=place[newest_plays].astype(np.uint8),
+        first_song=within[0],
     )
 
 
@@ -376,9 +413,7 @@ POPULAR = 500  # songs kept in the list of those popular of late
 POPULAR_DAYS = 7  # plays of the last days that make a song popular of late
 SETTINGS_FILE = "retrieval.json"  # written last
 SELECTION_RETRIEVAL = "selection"  # folder in a retrieval artifact: the same without the validation range
-WHOLE = ("plays.plays", "plays.first_days")  # of every song in the first range, and there alone
-SKIPS = "plays.skips"  # the same, where the data says what was skipped
-BY_SONG = ("sessions.song_offsets", "rules.offsets")  # int64 (N + 1,), flat outside the range
+SKIPS = "plays.skips"  # array that is there where the data says what was skipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,16 +451,19 @@ class RetrievalCounts:
         )
 
     def of_songs(self, first: int, last: int) -> RetrievalCounts:
-        """Sessions and rules of the songs from row `first` up to `last`; the play counts whole in the first range.
+        """What all songs' counts say of those from row `first` up to `last`; nothing of songs that were not counted.
 
-        Of a range beyond the songs that were counted there is nothing.
+        Such parts merge like the whole, and `join_ranges` makes the whole of the parts of all ranges.
         """
-        none = PlayCounts.fit(Histories.from_lists([], []), num_songs=self.plays.num_songs)
         return RetrievalCounts(
             sessions=self.sessions.of_songs(first, last),
             rules=self.rules.of_songs(first, last),
-            plays=self.plays if first == 0 else none,
+            plays=self.plays.of_songs(first, last),
         )
+
+    def strongest(self, rules_per_song: int = RULES_PER_SONG) -> RetrievalCounts:
+        """With the strongest rules of each song alone: once, after all parts have been merged."""
+        return replace(self, rules=self.rules.strongest(rules_per_song))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -459,16 +497,18 @@ class Retrieval:
         *,
         artist_of_song: np.ndarray | None = None,
         album_of_song: np.ndarray | None = None,
-        rules_per_song: int = RULES_PER_SONG,
         has_likes: bool = False,
     ) -> Retrieval:
-        """From merged counts, and the artist and the album of each song, int (N,), -1 where it is not known."""
+        """From merged counts of the strongest rules, and the artist and the album of each song, int (N,), -1 unknown.
+
+        What is as large as rules, sessions or days is passed on and not copied.
+        """
         plays = counts.plays
         unknown = np.full(plays.num_songs, NO_GROUP, dtype=np.int32)
         order = np.lexsort((np.arange(plays.num_songs), -plays.plays, -plays.recent(POPULAR_DAYS)))
         return cls(
             sessions=counts.sessions,
-            rules=counts.rules.strongest(rules_per_song),
+            rules=counts.rules,
             plays=plays,
             recent_plays=plays.recent(RECENT_DAYS),
             popular=order[plays.plays[order] > 0][:POPULAR].astype(np.int32),
@@ -496,7 +536,9 @@ class Retrieval:
             has_likes |= histories.likes is not None
             part = RetrievalCounts.fit(histories, num_songs=num_songs, allowed=allowed, newest=newest)
             counts = RetrievalCounts.merge([counts, part])
-        return cls.build(counts, artist_of_song=artist_of_song, album_of_song=album_of_song, has_likes=has_likes)
+        return cls.build(
+            counts.strongest(), artist_of_song=artist_of_song, album_of_song=album_of_song, has_likes=has_likes
+        )
 
     def with_added(self, rows: np.ndarray, artist_rows: np.ndarray, album_rows: np.ndarray) -> Retrieval:
         """With the artists and albums of songs that came later, as `SongGroups.with_added` takes them."""
@@ -523,7 +565,7 @@ class Retrieval:
             return part(**others, **{name: workspace.read_array(f"{folder}/{prefix}.{name}.npy") for name in names})
 
         return cls(
-            sessions=read(SessionPostings, "sessions", newest=int(settings["newest"])),
+            sessions=read(SessionPostings, "sessions", newest=int(settings["newest"]), first_song=0),
             rules=read(RuleCounts, "rules"),
             plays=read(PlayCounts, "plays", **({} if "skip_share" in settings else {"skips": None})),
             recent_plays=workspace.read_array(f"{folder}/recent_plays.npy"),
@@ -545,7 +587,7 @@ def read_popularity(workspace: Workspace, folder: str) -> tuple[np.ndarray, np.n
     return workspace.read_array(f"{folder}/recent_plays.npy"), workspace.read_array(f"{folder}/artists.of_song.npy")
 
 
-def _flat(retrieval: Retrieval) -> dict[str, Any]:
+def _flat(retrieval: Retrieval | RetrievalCounts) -> dict[str, Any]:
     """The arrays by the names of their files."""
     named: dict[str, Any] = {}
     for field in fields(retrieval):
@@ -557,53 +599,34 @@ def _flat(retrieval: Retrieval) -> dict[str, Any]:
     return named
 
 
-PARTS = {"sessions": SessionPostings, "rules": RuleCounts, "plays": PlayCounts}
-
-
 def song_ranges(songs: int, plays: int) -> list[tuple[int, int]]:
     """First row and the row after the last of each range of songs, as many as keep their counts in a task's memory."""
     count = max(1, min(songs, -(-plays // PLAYS_PER_RANGE)))
     return list(pairwise(np.linspace(0, songs, count + 1).astype(int).tolist()))
 
 
-def pack_counts(counts: RetrievalCounts, first: int, last: int) -> bytes:
-    """The counts of the songs from row `first` up to `last`, as `RetrievalCounts.of_songs` gives them.
-
-    What is known of every song is stored for the range alone, so that a piece grows with its range and its bucket
-    and not with the catalog.
-    """
-    arrays = {"about": np.array([first, last, counts.plays.num_songs, counts.sessions.newest], dtype=np.int64)}
-    for name in PARTS:
-        part = getattr(counts, name)
-        for field in fields(part):
-            value = getattr(part, field.name)
-            if isinstance(value, np.ndarray):
-                key = f"{name}.{field.name}"
-                value = value[first : last + 1] if key in BY_SONG else value
-                arrays[key] = np.ascontiguousarray(value)
-    if first > 0:
-        for key in (*WHOLE, SKIPS):
-            arrays.pop(key, None)
-    return bytes(save(arrays))
+def pack_counts(counts: RetrievalCounts) -> bytes:
+    """Counts, of all songs or of a range, as bytes that grow with their songs and not with the catalog."""
+    about = np.array([counts.sessions.first_song, counts.sessions.newest], dtype=np.int64)
+    arrays = {name: value for name, value in _flat(counts).items() if isinstance(value, np.ndarray)}
+    return bytes(save({"about": about, **{name: np.ascontiguousarray(value) for name, value in arrays.items()}}))
 
 
 def unpack_counts(data: bytes) -> RetrievalCounts:
     """What `pack_counts` stored."""
     arrays = load(data)
-    first, last, num_songs, newest = (int(value) for value in arrays.pop("about"))
-    for key in BY_SONG:
-        offsets = np.empty(num_songs + 1, dtype=np.int64)
-        offsets[:first], offsets[first : last + 1], offsets[last + 1 :] = 0, arrays[key], arrays[key][-1]
-        arrays[key] = offsets
-    nothing = PlayCounts.fit(Histories.from_lists([], []), num_songs=num_songs)
-    for key in WHOLE:
-        arrays.setdefault(key, getattr(nothing, key.partition(".")[2]))
+    first_song, newest = arrays.pop("about").tolist()
+    return counts_of_arrays(arrays, newest=newest, first_song=first_song)
+
+
+def counts_of_arrays(arrays: Mapping[str, np.ndarray], *, newest: int, first_song: int = 0) -> RetrievalCounts:
+    """Counts from their arrays by the names of files."""
 
     def of(name: str) -> dict[str, np.ndarray]:
         return {key.partition(".")[2]: value for key, value in arrays.items() if key.startswith(f"{name}.")}
 
     return RetrievalCounts(
-        sessions=SessionPostings(newest=newest, **of("sessions")),
+        sessions=SessionPostings(newest=newest, first_song=first_song, **of("sessions")),
         rules=RuleCounts(**of("rules")),
         plays=PlayCounts(**of("plays")),
     )

@@ -14,6 +14,7 @@ from rayrec.importing.import_plan import bucket_groups
 from rayrec.importing.vocabulary import key_ranges
 from rayrec.online.state_codec import NUMBER_BYTES
 from rayrec.recommend.index import IndexConfig
+from rayrec.recommend.range_join import SESSIONS_AT_ONCE
 
 ROW_BYTES = 8.6  # of a play in the shuffle of an import, in blocks of 9,500 plays; docs/scale.md
 SONG_BYTES = 9.0  # of a distinct song of a piece in the shuffle, with ids of 12 characters; docs/scale.md
@@ -53,9 +54,13 @@ TASTE_HIDDEN_BYTES = 160_000  # of a number of the hidden state, for the plays o
 TASTE_DIM_BYTES = 1_770_000  # of a number of an embedding, of which averages are taken, too
 COUNTING_BYTES = 10_000_000
 PAIR_BYTES = 80  # of a song and one that follows it
-COUNTED_SONG_BYTES = 150  # of a song of the catalog in counts and their merge
+COUNTED_SONG_BYTES = 115  # of a song of the catalog in counts, and of one of a range in their merge
 MERGING_BYTES = 5_000_000
 MERGED_RULE_BYTES = 120
+JOINING_BYTES = 2_000_000
+JOINED_RANGE = 1.9  # times the bytes of a range
+ORDERED_SESSION_BYTES = 150  # of a session that is put in order, with its songs
+JOINED_SONG_BYTES = 170  # of a song of the catalog: its text, play counts and their order
 EXAMPLES_BYTES = 33_000_000
 EXAMPLE_BYTES = 500_000  # of a query: some hundred features of some hundred candidates
 EXAMPLE_SONG_BYTES = 5.5  # of a number of an embedding: the index
@@ -255,11 +260,21 @@ def counting_memory(songs: int, pairs: int) -> int:
 
 
 def merging_memory(songs: int, rules: int) -> int:
-    """Private bytes of a task of `retrieval` that merges a range of songs, or joins the ranges, beside an idle one.
+    """Private bytes of a task of `retrieval` that merges a range of so many songs, beside an idle worker.
 
     `rules` are the distinct pairs of a song and a follower in the range.
     """
     return MERGING_BYTES + rules * MERGED_RULE_BYTES + songs * COUNTED_SONG_BYTES
+
+
+def joining_memory(songs: int, range_bytes: int, sessions: int) -> int:
+    """Private bytes of the task of `retrieval` that joins the ranges of songs, beside an idle worker.
+
+    `range_bytes` are those of the largest range, as it is kept; `sessions` those of all ranges, each counted in every
+    range of which it holds songs.
+    """
+    ordering = min(sessions, 2 * SESSIONS_AT_ONCE) * ORDERED_SESSION_BYTES
+    return JOINING_BYTES + max(int(range_bytes * JOINED_RANGE), ordering, songs * JOINED_SONG_BYTES)
 
 
 def indexing_memory(songs: int, dim: int) -> int:

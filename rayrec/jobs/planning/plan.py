@@ -41,6 +41,7 @@ from rayrec.jobs.planning.formulas import (
     index_bytes,
     indexing_memory,
     input_requests,
+    joining_memory,
     keys_store,
     merging_memory,
     model_bytes,
@@ -276,12 +277,30 @@ class _Planner:
         ranges = song_ranges(songs, plays)
         at_once = max(min(largest, PLAYS_PER_READ), int(largest * DISTINCT_PAIRS))
         counting = counting_memory(songs, at_once * RULE_DISTANCE)
-        merging = merging_memory(songs, int(plays / len(ranges) * RULE_DISTANCE * DISTINCT_PAIRS))
+        pairs = int(plays / len(ranges) * RULE_DISTANCE * DISTINCT_PAIRS)
+        merging = merging_memory(ceil(songs / len(ranges)), pairs)
         groups = len(bucket_groups(len(ranges), self.data.buckets))
         # Ray runs as many merges on a node as its memory holds.
         at_a_time = max(1, min(self._on_node(len(ranges)), self.tight.memory // (IDLE_WORKER + merging)))
-        needed = max(self._on_node(groups) * (IDLE_WORKER + counting), at_a_time * (IDLE_WORKER + merging))
+        needed = max(
+            self._on_node(groups) * (IDLE_WORKER + counting),
+            at_a_time * (IDLE_WORKER + merging),
+            IDLE_WORKER + self._joining(len(ranges)),
+        )
         return self._spread("retrieval", needed, groups, "group of buckets", plays)
+
+    def _joining(self, ranges: int) -> int:
+        """Of the task that joins so many ranges, in which each entry of a song may have a session of its own."""
+        songs, plays = ceil(self.data.songs / ranges), ceil(self.data.plays / ranges)
+        sessions = min(plays, songs * _RETRIEVAL.sessions_per_song, self.data.plays // SONGS_PER_SESSION)
+        largest = retrieval_bytes(
+            songs,
+            rules=min(int(RULE_DISTANCE * plays * DISTINCT_PAIRS), songs * _RETRIEVAL.rules_per_song),
+            session_songs=sessions * SONGS_PER_SESSION,
+            sessions=sessions,
+            day_songs=min(plays, songs * RECENT_DAYS),
+        )
+        return joining_memory(self.data.songs, largest, sessions * ranges)
 
     def retrieval_bytes(self) -> int:
         """Of what is kept of each song, which is bounded; about."""

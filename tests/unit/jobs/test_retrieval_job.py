@@ -11,15 +11,19 @@ from worlds import random_histories, with_opinions, write_dataset
 
 from rayrec.data.dataset import Dataset
 from rayrec.importing import import_plan
+from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs import retrieval as job
+from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.planning.formulas import retrieval_requests
 from rayrec.jobs.retrieval import fit_retrieval, merge_counts
 from rayrec.recommend import stored_retrieval
-from rayrec.recommend.stored_retrieval import Retrieval, RetrievalCounts
+from rayrec.recommend.stored_retrieval import UNIT, Retrieval, RetrievalCounts
 from rayrec.recommend.two_step_config import RetrievalConfig
+from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 SONGS, BUCKETS = 50, 6
+START, DAY = 1_700_000_000, 86_400  # seconds
 SETTINGS = RetrievalConfig(sessions_per_song=3, rules_per_song=4)
 
 
@@ -54,7 +58,7 @@ def test_any_groups_and_ranges_give_the_same(
     cut(monkeypatch, ranges=ranges, groups=groups, plays=dataset.manifest.plays)
     made = fit_retrieval(workspace, SETTINGS)
     whole = RetrievalCounts.fit(histories, num_songs=SONGS, newest=SETTINGS.sessions_per_song)
-    expected = arrays(Retrieval.build(whole, rules_per_song=SETTINGS.rules_per_song))
+    expected = arrays(Retrieval.build(whole.strongest(SETTINGS.rules_per_song)))
     loaded = Retrieval.load(workspace, made.folder)
     found = arrays(loaded)
     for name, value in expected.items():
@@ -128,3 +132,100 @@ def test_requests_for_20_billion_plays_are_under_two_million() -> None:
     requests = retrieval_requests(buckets, 1, groups=len(groups), ranges=len(ranges), row_groups=5, columns=3, fits=2)
     assert len(ranges) == 1_000
     assert requests < 2_000_000
+
+
+@pytest.mark.parametrize(("ranges", "groups"), [(1, 1), (2, 6), (7, 2), (50, 3)])
+def test_the_files_are_the_same_whatever_the_groups_and_ranges_after_an_append_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranges: int, groups: int
+) -> None:
+    rows = [
+        [f"u{play // 15 % 12}", f"s{play * play % (41 if play < 600 else 61)}", START + 60 * play]
+        for play in range(900)
+    ]
+
+    def fitted(folder: Path, ranges: int, groups: int) -> list[dict[str, str]]:
+        workspace, checksums = Workspace(folder), []
+        for part in range(2):
+            add_plays(workspace, folder.with_suffix(f".{part}.csv"), rows[600 * part : 600 * (part + 1)])
+            cut(monkeypatch, ranges=ranges, groups=groups, plays=Dataset(workspace).manifest.plays)
+            made = fit_retrieval(workspace, SETTINGS)
+            assert bool(made.metrics["base"]) == bool(part)
+            checksums.append(made.files)
+        return checksums
+
+    assert fitted(tmp_path / "cut", ranges, groups) == fitted(tmp_path / "whole", 1, BUCKETS)
+
+
+def add_plays(workspace: Workspace, path: Path, rows: list[list[Any]]) -> None:
+    """Import plays, or append them where some are there."""
+    path.write_text("\n".join(["user,song,played_at", *(",".join(map(str, row)) for row in rows)]) + "\n")
+    config = ImportConfig(format="csv", paths=(str(path),), buckets=BUCKETS)
+    if workspace.exists("dataset"):
+        append_plays(workspace, config)
+    else:
+        import_data(workspace, config)
+
+
+def followers(workspace: Workspace, retrieval: Manifest, song: str) -> dict[str, float]:
+    """How often each song came straight after one, by the rules that are kept; one at distance 2 counts half."""
+    catalog, rules = Dataset(workspace).catalog(), Retrieval.load(workspace, retrieval.folder).rules
+    ids, (row,) = catalog.table.column("song_id").to_pylist(), catalog.rows([song])
+    entries = slice(int(rules.offsets[row]), int(rules.offsets[row + 1]))
+    weights = (rules.weights[entries] / UNIT).tolist()
+    return dict(zip([ids[each] for each in rules.followers[entries]], weights, strict=True))
+
+
+def sessions(workspace: Workspace, retrieval: Manifest) -> set[str]:
+    """The songs of each session."""
+    ids = Dataset(workspace).catalog().table.column("song_id").to_pylist()
+    kept = Retrieval.load(workspace, retrieval.folder).sessions
+    return {"".join(ids[song] for song in songs) for songs in np.split(kept.songs, kept.offsets[1:-1])}
+
+
+def pairs(user: str, first: str, second: str, count: int, *, start: int) -> list[list[Any]]:
+    """Two plays of each of so many users, a minute apart."""
+    users = [f"{user}{number}" for number in range(count)]
+    return [[user, song, start + 60 * place] for user in users for place, song in enumerate((first, second))]
+
+
+def test_a_follower_that_was_cut_starts_at_0_in_an_appended_part(workspace: Workspace, tmp_path: Path) -> None:
+    """b followed a three times, c two, two and four times; one follower of each song is kept."""
+    settings = RetrievalConfig(rules_per_song=1)
+    add_plays(workspace, tmp_path / "0.csv", [
+        *pairs("u", "a", "b", 3, start=START), *pairs("v", "a", "c", 2, start=START),
+    ])  # fmt: skip
+    first = fit_retrieval(workspace, settings)
+    assert followers(workspace, first, "a") == {"b": 3.0}
+    add_plays(workspace, tmp_path / "1.csv", pairs("w", "a", "c", 2, start=START + DAY))
+    second = fit_retrieval(workspace, settings)
+    assert followers(workspace, second, "a") == {"b": 3.0}  # though c came four times
+    add_plays(workspace, tmp_path / "2.csv", pairs("x", "a", "c", 4, start=START + 2 * DAY))
+    third = fit_retrieval(workspace, settings)
+    whole = fit_retrieval(workspace, settings.replace(full=True))
+    assert [second.metrics["base"], third.metrics["base"], whole.metrics["base"]] == [first.id, second.id, ""]
+    assert followers(workspace, third, "a") == {"c": 4.0}  # those of the last part
+    assert followers(workspace, whole, "a") == {"c": 8.0}
+
+
+def test_a_session_that_goes_on_in_an_appended_part_is_two_and_its_rules_end_between_them(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    """One user plays d, e and minutes later, in the next part, f, g; another plays h and then i."""
+    add_plays(workspace, tmp_path / "0.csv", [
+        ["on", "d", START], ["on", "e", START + 60], ["once", "h", START],
+    ])  # fmt: skip
+    first = fit_retrieval(workspace, RetrievalConfig())
+    add_plays(workspace, tmp_path / "1.csv", [
+        ["on", "f", START + 120], ["on", "g", START + 180], ["once", "i", START + 60],
+    ])  # fmt: skip
+    added = fit_retrieval(workspace, RetrievalConfig())
+    whole = fit_retrieval(workspace, RetrievalConfig(full=True))
+    assert (added.metrics["base"], whole.metrics["base"]) == (first.id, "")
+    assert sessions(workspace, whole) == {"defg", "hi"}
+    assert sessions(workspace, added) == {"de", "fg"}
+    assert followers(workspace, whole, "e") == {"f": 1.0, "g": 0.5}
+    assert followers(workspace, added, "e") == {}
+    assert followers(workspace, added, "d") == {"e": 1.0}
+    assert followers(workspace, added, "f") == {"g": 1.0}
+    plays = [Retrieval.load(workspace, each.folder).plays.plays.tolist() for each in (added, whole)]
+    assert plays[0] == plays[1] == [1] * 6

@@ -12,6 +12,7 @@ from worlds import random_histories, with_opinions
 from rayrec.data.histories import Histories
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.errors import LeakError
+from rayrec.recommend.range_join import join_ranges
 from rayrec.recommend.stored_retrieval import NOT_PLAYED, UNIT, Retrieval, RetrievalCounts, RuleCounts, SessionPostings
 from rayrec.storage.workspace import Workspace
 
@@ -64,15 +65,25 @@ def test_merging_is_associative_and_commutative() -> None:
         _same(RetrievalCounts.merge([first, RetrievalCounts.merge([second, third])]), expected)
 
 
-def test_parts_of_song_ranges_can_be_reduced_one_by_one() -> None:
+def test_parts_of_song_ranges_can_be_reduced_one_by_one(tmp_path: Path) -> None:
     histories = _world()
     buckets = [histories.take(np.arange(len(histories)) % 4 == bucket) for bucket in range(4)]
     counts = [RetrievalCounts.fit(bucket, num_songs=NUM_SONGS, newest=5) for bucket in buckets]
     reduced = [
-        RetrievalCounts.merge([part.of_songs(first, last) for part in counts]).of_songs(first, last)
+        RetrievalCounts.merge([part.of_songs(first, last) for part in counts])
         for first, last in ((0, 20), (20, 21), (21, NUM_SONGS))
     ]
-    _same(RetrievalCounts.merge(reduced), RetrievalCounts.fit(histories, num_songs=NUM_SONGS, newest=5))
+    _same(join_ranges(reduced, tmp_path), RetrievalCounts.fit(histories, num_songs=NUM_SONGS, newest=5))
+
+
+def test_a_range_of_songs_that_came_after_the_counts_is_empty() -> None:
+    whole = RetrievalCounts.fit(_world(), num_songs=NUM_SONGS)
+    later = whole.of_songs(NUM_SONGS - 1, NUM_SONGS + 4)
+    assert later.plays.plays.tolist() == [whole.plays.plays[-1], 0, 0, 0, 0]
+    assert later.plays.first_days[1:].tolist() == [NOT_PLAYED] * 4
+    assert later.sessions.song_offsets[1:].tolist() == [len(later.sessions)] * 5
+    assert later.rules.offsets[1:].tolist() == [len(later.rules.followers)] * 5
+    _same(RetrievalCounts.merge([later, later.of_songs(5, 5)]).plays, later.plays)
 
 
 def test_a_part_of_a_grown_catalog_merges_into_the_last() -> None:

@@ -39,6 +39,7 @@ from rayrec.jobs.planning.formulas import (
     evaluating_memory,
     examples_memory,
     indexing_memory,
+    joining_memory,
     keys_store,
     merging_memory,
     ranking_memory,
@@ -59,9 +60,10 @@ from rayrec.model.epochs import Fit, FitData, Phase, Validation
 from rayrec.model.network import TasteModel
 from rayrec.model.song_tables import Share
 from rayrec.model.train_config import TasteConfig, TrainConfig
+from rayrec.recommend import stored_retrieval
 from rayrec.recommend.answer import RecommendConfig
 from rayrec.recommend.index import IndexConfig
-from rayrec.recommend.stored_retrieval import MAX_DISTANCE, RuleCounts
+from rayrec.recommend.stored_retrieval import MAX_DISTANCE, Retrieval, RuleCounts, pack_counts, song_ranges
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.releases import parts_of
@@ -115,6 +117,13 @@ def watch_evaluator_files(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
+def range_sizes(dataset: Dataset, fitted: Manifest) -> tuple[int, int]:
+    """Bytes of the largest range of songs in a retrieval as it is merged, and the sessions of all ranges."""
+    counts = Retrieval.load(dataset.workspace, fitted.folder).counts
+    parts = [counts.of_songs(*bounds) for bounds in song_ranges(dataset.num_songs, dataset.manifest.plays)]
+    return max(len(pack_counts(part)) for part in parts), sum(len(part.sessions) for part in parts)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("users", "songs"), [(1_000, 20_000), (1_000, 80_000)])
 def test_memory_of_the_workers_of_all_stages(
@@ -143,7 +152,7 @@ def test_memory_of_the_workers_of_all_stages(
         "BucketTastes": encoding_memory(hidden_dim, dim),
         "GroupCounter": counting_memory(songs, pairs),
         "RangeMerger": merging_memory(songs, rules),
-        "_build": merging_memory(songs, fitted.metrics["rules"]),
+        "_build": joining_memory(songs, *range_sizes(dataset, fitted)),
         "build_and_save": indexing_memory(songs, dim),
         "ExampleCollector": examples_memory(songs, dim, queries),
         "RankerGrower": ranking_memory(songs, dim, queries),
@@ -156,6 +165,34 @@ def test_memory_of_the_workers_of_all_stages(
     assert {name: watched.idle + size for name, size in expected.items()} == pytest.approx(measured, rel=0.15)
     assert evaluated_files(songs, dim, final) == pytest.approx(mapped[0] + table_bytes(songs, dim) + final, rel=0.15)
     assert max(watched.stored.values()) < 1 << 20  # a node's object store holds a few paths and counts
+
+
+@pytest.mark.slow
+def test_joining_many_ranges_of_songs_takes_the_memory_of_one(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users, plays, songs = 1_000, 300_000, 20_000
+    random = np.random.default_rng(0)
+    began = np.sort(random.integers(60 * DAY_MS, size=(users, plays // users // 10, 1)), axis=1)
+    histories = Histories(
+        user_ids=np.array([f"u{user:08d}" for user in range(users)], dtype=object),
+        offsets=np.arange(users + 1, dtype=np.int64) * (plays // users),
+        songs=np.exp(random.random(plays) * np.log(songs)).astype(np.int32) - 1,
+        played_at=np.sort((START + began + np.arange(10) * 180_000).reshape(users, -1), axis=1).ravel(),
+    )
+    dataset, measured, merged = write_dataset(workspace, histories, songs, buckets=1), {}, {}
+    for ranges in (1, 4, 16):
+        monkeypatch.setattr(stored_retrieval, "PLAYS_PER_RANGE", -(-plays // ranges))
+        watched = WatchedWorkers()
+        watched.watch(monkeypatch)
+        fitted = fit_retrieval(workspace, RetrievalConfig(), repeat=True)
+        largest, sessions = range_sizes(dataset, fitted)
+        measured[ranges] = watched.private["_build"]
+        merged[ranges] = watched.private["RangeMerger"]
+        assert joining_memory(songs, largest, sessions) == pytest.approx(measured[ranges], rel=0.25)
+    assert measured[16] < measured[4] < measured[1]
+    assert measured[16] < measured[1] / 2
+    assert merged[16] < merged[4] < merged[1]
 
 
 @pytest.mark.slow

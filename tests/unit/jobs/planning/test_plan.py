@@ -12,6 +12,7 @@ from worlds import write_dataset
 from rayrec import Workspace
 from rayrec.data.histories import Histories
 from rayrec.errors import InputError
+from rayrec.jobs.planning.formulas import IDLE_WORKER, counting_memory, joining_memory
 from rayrec.jobs.planning.plan import Plan, StagePlan, make_plan
 from rayrec.jobs.planning.plan_inputs import BUILT_IN_FROM, GIB, ClusterFile, DataSize, NodeType, PlanConfig, read_rates
 from rayrec_cli.main import main
@@ -99,6 +100,12 @@ def test_an_evaluation_maps_tables_and_retrieval_once_a_node_and_leaves_the_obje
     found = stage(planned(data=replace(DATA, songs=3 * 10**7)), "evaluate")
     assert 30 * GIB < found.memory < 8 * 30 * GIB
     assert found.store == 0
+
+
+def test_a_retrieval_of_many_songs_and_few_plays_needs_what_joining_the_ranges_takes() -> None:
+    data = replace(DATA, users=10**4, plays=10**6, songs=10**8, buckets=4, largest_bucket=10**6 // 4)
+    found, joining = stage(planned(data=data), "retrieval"), joining_memory(data.songs, 0, 0)
+    assert found.memory == IDLE_WORKER + joining > IDLE_WORKER + counting_memory(data.songs, 10 * data.largest_bucket)
 
 
 def test_keys_of_songs_that_do_not_fit_into_the_object_store_are_a_problem() -> None:

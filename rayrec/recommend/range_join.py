@@ -1,0 +1,175 @@
+"""Joins the counts of ranges of songs into those of all songs, in files: what is in memory does not grow with these."""
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from rayrec.data.ragged import first_of_each, offsets_of, ranges
+from rayrec.recommend.stored_retrieval import RECENT_DAYS, SKIPS, RetrievalCounts, counts_of_arrays
+
+SESSIONS_AT_ONCE = 200_000  # put in order together, about; those of one range of songs may be more
+JOINED = {
+    "rules.offsets": np.int64,
+    "rules.followers": np.int32,
+    "rules.weights": np.int64,
+    "rules.at_once": np.int64,
+    "plays.plays": np.int64,
+    "plays.first_days": np.int32,
+    "plays.days": np.int32,
+    "plays.day_songs": np.int32,
+    "plays.day_plays": np.int64,
+    SKIPS: np.int64,
+    "sessions.keys": np.uint64,
+    "sessions.ended_at": np.int64,
+    "sessions.offsets": np.int64,
+    "sessions.songs": np.int32,
+    "sessions.song_offsets": np.int64,
+    "sessions.song_sessions": np.int32,
+    "sessions.song_places": np.uint8,
+}
+BY_RANGE = {  # as the ranges have them, one after another
+    "day_songs": np.int32,
+    "day_plays": np.int64,
+    "ages": np.int64,  # -ended_at, so that each range has them in ascending order
+    "keys": np.uint64,
+    "offsets": np.int64,
+    "songs": np.int32,
+    "song_sessions": np.int32,
+}
+
+
+class _ArrayFiles:
+    """Arrays of one dimension that grow at their ends, each in a file of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {name: (folder / name).open("wb") for name in (*JOINED, *BY_RANGE)}
+        self._dtypes = {name: np.dtype(dtype) for name, dtype in {**JOINED, **BY_RANGE}.items()}
+
+    def length(self, name: str) -> int:
+        """Values in an array so far."""
+        return self._files[name].tell() // self._dtypes[name].itemsize
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Add values at the end of an array."""
+        self._files[name].write(values.astype(self._dtypes[name], copy=False).tobytes())
+
+    def append_offsets(self, name: str, offsets: np.ndarray, begin: int) -> None:
+        """Add groups at the end, the first of which begins at `begin`; int64 (groups + 1,) from 0."""
+        self.append(name, offsets[min(1, self.length(name)) :] + begin)
+
+    def array(self, name: str) -> np.ndarray:
+        """The whole array, memory-mapped; it cannot grow any more."""
+        self._files[name].close()
+        path, dtype = self._files[name].name, self._dtypes[name]
+        return np.asarray(np.memmap(path, dtype, mode="r")) if Path(path).stat().st_size else np.zeros(0, dtype)
+
+
+def join_ranges(parts: Iterable[RetrievalCounts], folder: Path) -> RetrievalCounts:
+    """The counts of all songs from those of one or more ranges of songs, in the order of rows.
+
+    Of memory it takes that of a range, and of some hundred thousand sessions. The arrays of the result are mapped from
+    files in `folder`, an empty one, which must stay as long as they are in use.
+    """
+    files = _ArrayFiles(folder)
+    days: list[tuple[int, int, int]] = []  # each day of each range, and its entries
+    session_ends, entry_ends, newest = [0], [0], 0  # of each range
+    for part in parts:
+        first, newest = part.sessions.first_song, part.sessions.newest
+        assert first == files.length("plays.plays")
+        _append_rules(files, part)
+        days += _append_plays(files, part, first)
+        _append_sessions(files, part)
+        session_ends.append(files.length("keys"))
+        entry_ends.append(files.length("song_sessions"))
+    _order_days(files, days)
+    numbers = _order_sessions(files, session_ends, folder / "numbers")
+    song_sessions = files.array("song_sessions")
+    for sessions, entries in zip(pairwise(session_ends), pairwise(entry_ends), strict=True):
+        files.append("sessions.song_sessions", numbers[slice(*sessions)][song_sessions[slice(*entries)]])
+    arrays = {name: files.array(name) for name in JOINED}
+    if not len(arrays[SKIPS]):
+        del arrays[SKIPS]
+    return counts_of_arrays(arrays, newest=newest)
+
+
+def _append_rules(files: _ArrayFiles, part: RetrievalCounts) -> None:
+    rules = part.rules
+    files.append_offsets("rules.offsets", rules.offsets, files.length("rules.followers"))
+    for name in ("followers", "weights", "at_once"):
+        files.append(f"rules.{name}", getattr(rules, name))
+
+
+def _append_plays(files: _ArrayFiles, part: RetrievalCounts, first: int) -> list[tuple[int, int, int]]:
+    plays, begin = part.plays, files.length("day_songs")
+    files.append("plays.plays", plays.plays)
+    files.append("plays.first_days", plays.first_days)
+    if plays.skips is not None:
+        files.append(SKIPS, plays.skips)
+    files.append("day_songs", plays.day_songs + first)
+    files.append("day_plays", plays.day_plays)
+    return [(int(plays.days[day.start]), begin + day.start, begin + day.stop) for day in plays.each_day()]
+
+
+def _append_sessions(files: _ArrayFiles, part: RetrievalCounts) -> None:
+    sessions = part.sessions
+    files.append("ages", -sessions.ended_at)
+    files.append("keys", sessions.keys)
+    files.append_offsets("offsets", sessions.offsets, files.length("songs"))
+    files.append("songs", sessions.songs)
+    files.append_offsets("sessions.song_offsets", sessions.song_offsets, files.length("song_sessions"))
+    files.append("song_sessions", sessions.song_sessions)
+    files.append("sessions.song_places", sessions.song_places)
+
+
+def _order_days(files: _ArrayFiles, days: list[tuple[int, int, int]]) -> None:
+    """Write the play counts of the last days, day by day; a range may have ended before the last day of all."""
+    day_songs, day_plays = files.array("day_songs"), files.array("day_plays")
+    last_day = max((day for day, _, _ in days), default=0)
+    for day, begin, end in sorted(days):
+        if day > last_day - RECENT_DAYS:
+            files.append("plays.days", np.full(end - begin, day))
+            files.append("plays.day_songs", day_songs[begin:end])
+            files.append("plays.day_plays", day_plays[begin:end])
+
+
+def _order_sessions(files: _ArrayFiles, ends: list[int], path: Path) -> np.ndarray:
+    """Write the sessions of all ranges, newest first and each once; int32, memory-mapped: the number of each there.
+
+    `ends` are those of the ranges, from 0 on.
+    """
+    ages, keys, offsets, songs = (files.array(name) for name in ("ages", "keys", "offsets", "songs"))
+    numbers: np.ndarray = np.memmap(path, np.int32, mode="w+", shape=max(1, ends[-1]))
+    for places in _newest_first(ages, keys, ends):
+        order = places[np.lexsort((keys[places], ages[places]))]
+        is_first = np.zeros(len(order), dtype=bool)
+        is_first[first_of_each(keys[order])] = True
+        numbers[order] = files.length("sessions.keys") + np.cumsum(is_first) - 1
+        order = order[is_first]
+        counts = offsets[order + 1] - offsets[order]
+        files.append("sessions.keys", keys[order])
+        files.append("sessions.ended_at", -ages[order])
+        files.append_offsets("sessions.offsets", offsets_of(counts), files.length("sessions.songs"))
+        files.append("sessions.songs", songs[ranges(offsets[order], counts)])
+    return numbers
+
+
+def _newest_first(ages: np.ndarray, keys: np.ndarray, ends: list[int]) -> Iterator[np.ndarray]:
+    """int64: the places of sessions, slice by slice, each slice older than the last; equal ones are in one slice.
+
+    The bounds between slices are sessions from a sample of every range, so that no slice is over twice as large as it
+    should be.
+    """
+    step = max(1, SESSIONS_AT_ONCE // len(ends))
+    sample = np.concatenate([np.arange(begin + step - 1, end, step) for begin, end in pairwise(ends)])
+    sample = sample[np.lexsort((keys[sample], ages[sample]))]
+    begins = np.array(ends[:-1])
+    for bound in sample[len(ends) - 1 :: len(ends)].tolist():
+        stops = np.empty_like(begins)
+        for number, (begin, end) in enumerate(pairwise(ends)):
+            same = begin + np.searchsorted(ages[begin:end], [ages[bound], ages[bound] + 1])
+            stops[number] = same[0] + np.searchsorted(keys[slice(*same)], keys[bound], side="right")
+        yield ranges(begins, stops - begins)
+        begins = stops
+    yield ranges(begins, np.array(ends[1:]) - begins)

@@ -1,0 +1,104 @@
+"""Ranges of songs joined in files: the bytes of the artifact are those of one fit of all plays in memory."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from worlds import random_histories, with_opinions
+
+from rayrec.data.histories import Histories
+from rayrec.data.split import DAY_MS
+from rayrec.recommend import range_join
+from rayrec.recommend.range_join import join_ranges
+from rayrec.recommend.stored_retrieval import RECENT_DAYS, Retrieval, RetrievalCounts, pack_counts, unpack_counts
+from rayrec.storage.workspace import Workspace
+
+NUM_SONGS, NEWEST, RULES = 60, 4, 3
+MINUTE = 60_000
+
+
+def world() -> Histories:
+    """Sessions of 300 users in 40 days, of which many end at the same time; songs from 40 on are not played late."""
+    random = np.random.default_rng(5)
+    histories = random_histories(300, NUM_SONGS, longest=60)
+    days = random.integers(0, 40, size=len(histories))
+    pauses = np.cumsum(random.random(histories.num_plays) < 0.2) * 60 * MINUTE
+    pauses -= np.repeat(pauses[np.minimum(histories.offsets[:-1], histories.num_plays - 1)], histories.lengths)
+    played_at = np.repeat(days * DAY_MS, histories.lengths) + pauses  # in a session all at once
+    late = (played_at > 35 * DAY_MS) & (histories.songs >= 40)
+    return with_opinions(replace(histories, played_at=np.where(late, played_at - 20 * DAY_MS, played_at)), NUM_SONGS)
+
+
+def in_order(histories: Histories) -> Histories:
+    """With each user's plays by time."""
+    order = np.lexsort((histories.played_at, histories.rows))
+    skipped = None if histories.skipped is None else histories.skipped[order]
+    return replace(histories, songs=histories.songs[order], played_at=histories.played_at[order], skipped=skipped)
+
+
+def file_bytes(counts: RetrievalCounts, folder: Path) -> dict[str, bytes]:
+    """The files of the artifact by their names."""
+    workspace = Workspace(folder)
+    artists = np.random.default_rng(0).integers(-1, 5, size=NUM_SONGS)
+    names = Retrieval.build(counts, artist_of_song=artists).save(workspace, "retrieval")
+    return {name: workspace.read_bytes(f"retrieval/{name}") for name in names}
+
+
+@pytest.mark.parametrize("at_once", [1, 30, 10**6])
+@pytest.mark.parametrize("bounds", [[0, 60], [0, 1, 59, 60], [0, 7, 20, 40, 45, 60], list(range(61))])
+@pytest.mark.parametrize("opinions", [False, True])
+def test_any_ranges_and_any_order_of_merging_give_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, bounds: list[int], opinions: bool
+) -> None:
+    monkeypatch.setattr(range_join, "SESSIONS_AT_ONCE", at_once)
+    histories = in_order(world())
+    histories = histories if opinions else replace(histories, skipped=None)
+    whole = RetrievalCounts.fit(histories, num_songs=NUM_SONGS, newest=NEWEST)
+    assert len(np.unique(whole.sessions.ended_at)) < len(whole.sessions) / 2
+    assert np.ptp(whole.plays.days) == RECENT_DAYS - 1
+    random = np.random.default_rng(at_once)
+    shard = random.integers(0, 5, size=len(histories))
+    parts = [
+        RetrievalCounts.fit(histories.take(shard == each), num_songs=NUM_SONGS, newest=NEWEST) for each in range(5)
+    ]
+
+    def merged(first: int, last: int) -> RetrievalCounts:
+        of_range = [parts[each].of_songs(first, last) for each in random.permutation(5)]
+        one = RetrievalCounts.merge(of_range[:2])
+        both = RetrievalCounts.merge([RetrievalCounts.merge(of_range[2:]), one])
+        return unpack_counts(pack_counts(both.strongest(RULES)))
+
+    (tmp_path / "joined").mkdir()
+    joined = join_ranges((merged(first, last) for first, last in pairwise(bounds)), tmp_path / "joined")
+    ours = file_bytes(joined, tmp_path / "ours")
+    theirs = file_bytes(whole.strongest(RULES), tmp_path / "theirs")
+    assert ("plays.skips.npy" in theirs) == opinions
+    assert ours.keys() == theirs.keys()
+    for name, content in theirs.items():
+        assert ours[name] == content, name
+
+
+def test_songs_that_nobody_played_join_to_an_empty_retrieval(tmp_path: Path) -> None:
+    nothing = RetrievalCounts.fit(Histories.from_lists([], []), num_songs=NUM_SONGS)
+    (tmp_path / "joined").mkdir()
+    joined = join_ranges((nothing.of_songs(first, first + 20) for first in (0, 20, 40)), tmp_path / "joined")
+    assert file_bytes(joined, tmp_path / "ours") == file_bytes(nothing, tmp_path / "theirs")
+
+
+def test_a_retrieval_that_plays_are_added_to_may_have_fewer_songs_than_there_are_ranges(tmp_path: Path) -> None:
+    histories = in_order(world())
+    old = histories.take(np.arange(len(histories)) % 2 == 0)
+    fewer = replace(old, songs=old.songs % 25)
+    new = histories.take(np.arange(len(histories)) % 2 == 1)
+    earlier = RetrievalCounts.fit(fewer, num_songs=25, newest=NEWEST)
+    later = RetrievalCounts.fit(new, num_songs=NUM_SONGS, newest=NEWEST)
+    parts = (
+        RetrievalCounts.merge([later.of_songs(first, last), earlier.of_songs(first, last)])
+        for first, last in pairwise([0, 20, 30, 50, NUM_SONGS])
+    )
+    (tmp_path / "joined").mkdir()
+    joined = join_ranges(parts, tmp_path / "joined")
+    whole = RetrievalCounts.merge([earlier, later])
+    assert file_bytes(joined, tmp_path / "ours") == file_bytes(whole, tmp_path / "theirs")
