@@ -55,9 +55,9 @@ def fit_retrieval(
     """Fit what retrievers look up on all plays that a final fit may see; the retrieval artifact.
 
     Unless `config.full` or `repeat` ask for all plays, those of new parts are added to the newest retrieval of the same
-    settings and split. Play counts and the newest sessions are then those of all plays, except that a user who goes on
-    in a new part begins a session there, and no rule leads from the plays before it to those in it; and a follower that
-    was not among the strongest rules of its song begins at 0.
+    settings and split. Play counts and the newest sessions are then those of all plays, with two exceptions: a user's
+    first session in a new part starts there, and no rule leads from earlier plays to those of the part; and a follower
+    that was not among the strongest rules of its song starts at 0.
     With a validation range a second one, fitted before it, lies in the folder `selection`: rankers learn on the range
     that it has not seen.
 
