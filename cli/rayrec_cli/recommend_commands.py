@@ -1,6 +1,7 @@
 """recommend, evaluate: what the models of a workspace recommend, and how well."""
 
 import textwrap
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -8,7 +9,7 @@ from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.moments import iso_moment, now_ms, parse_moment
-from rayrec.data.split import choose_split
+from rayrec.data.split import Split, choose_split, holds_for, load_split
 from rayrec.errors import InputError
 from rayrec.evaluation.evaluator import PrefixFile
 from rayrec.evaluation.protocol import DAYS, EvaluateConfig, usual_k
@@ -16,6 +17,7 @@ from rayrec.evaluation.results import ABLATION
 from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender
 from rayrec.storage.artifacts import latest, load_manifest
 from rayrec.storage.releases import ANSWERING_KINDS, KIND, default_parts, parts_of
+from rayrec.storage.workspace import Workspace
 from rayrec_cli.app import Call, ForceOption, Shown, app, command, figures, made_from, note, number, table
 
 SHOWN_IDS = 5  # of songs that are not in the catalog
@@ -212,8 +214,8 @@ def evaluate(
         if config.ablation:
             raise InputError("--ablation evaluates the test range; leave out --prefixes")
         file = PrefixFile(path=prefixes, item_separator=item_separator, target_separator=target_separator)
-        return _evaluate_prefixes(call, config, file, split or parts.get("split"), parts.get("models"), force)
-    chosen = choose_split(call.workspace, split or parts.get("split"))
+        return _evaluate_prefixes(call, config, file, split, parts, force)
+    chosen = choose_split(call.workspace, split) if split else _split_of(call.workspace, parts)
     if chosen is not None and not chosen.has_test:  # a model for production: perhaps there is another split
         chosen = choose_split(call.workspace)
     if chosen is None or not chosen.has_test:
@@ -227,15 +229,22 @@ def evaluate(
     return Shown({**data, "inputs": report.inputs}, views)
 
 
+def _split_of(workspace: Workspace, parts: Mapping[str, str]) -> Split | None:
+    """The split of a model, or the current one where plays were added that the model's does not hold for."""
+    split = load_split(workspace, parts["split"]) if "split" in parts else None
+    return split if split is not None and holds_for(Dataset(workspace), split) else choose_split(workspace)
+
+
 def _evaluate_prefixes(
-    call: Call, config: EvaluateConfig, file: PrefixFile, split: str | None, model: str | None, force: bool
+    call: Call, config: EvaluateConfig, file: PrefixFile, split: str | None, parts: Mapping[str, str], force: bool
 ) -> Shown:
     """Evaluate on the pairs of a file; the models may have been trained on all plays."""
     from rayrec.evaluation.report import read_figures
     from rayrec.jobs.evaluate import evaluate_prefixes as job
 
-    chosen = choose_split(call.workspace, split, no_split=split is None)
-    report = job(call.workspace, config, file, split=chosen, model_id=model, repeat=force)
+    of_model = _split_of(call.workspace, parts) if "split" in parts else None
+    chosen = choose_split(call.workspace, split) if split else of_model
+    report = job(call.workspace, config, file, split=chosen, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **read_figures(call.workspace, report)}
     counts = {name: data[name] for name in ("pairs", "unknown_targets", "unknown_items")}
     where = f"Report: {call.workspace.full(report.path('report.html'))}"

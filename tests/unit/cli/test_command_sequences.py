@@ -323,6 +323,11 @@ def test_each_command_starts_from_what_was_asked_for_last_and_advice_helps(steps
     play_through(steps)
 
 
+def test_the_advice_helps_where_plays_were_added_that_the_split_of_the_model_does_not_hold_for() -> None:
+    last_plays = "split --last-fraction 0.2"
+    play_through(["import", last_plays, "train", "import --append 1", last_plays, "evaluate"])
+
+
 @pytest.mark.slow
 @given(SEQUENCES)
 @settings(max_examples=100, **HOW)

@@ -89,9 +89,8 @@ def test_the_work_of_a_query_is_bounded_however_many_users_there_are() -> None:
     for users in (3, 900, 2_000):
         counts = RetrievalCounts.fit(_crowd(users, num_songs), num_songs=num_songs, newest=config.sessions_per_song)
         groups = np.arange(num_songs) % 4  # of more songs than any list holds
-        retrieval = Retrieval.build(
-            counts, artist_of_song=groups, album_of_song=groups, rules_per_song=config.rules_per_song
-        )
+        strongest = counts.strongest(config.rules_per_song)
+        retrieval = Retrieval.build(strongest, artist_of_song=groups, album_of_song=groups)
         if users > 3:  # the songs that all play have more followers and sessions than are kept
             assert np.diff(counts.rules.offsets)[:4].min() > 2 * config.rules_per_song
             assert users > 2 * config.sessions_per_song
