@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ def serving(rayrec: Path, folder: Path, environment: dict[str, str]) -> Iterator
         else:
             raise AssertionError("".join(said))
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # not SIGINT, which what a script starts in the background ignores
         assert process.wait(60) == 0
 
 
