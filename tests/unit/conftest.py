@@ -1,4 +1,4 @@
-"""The two stores of user states: an SQLite file and a real Redis server."""
+"""The two stores of user states, an SQLite file and a real Redis server; commands whose stages run in the process."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,3 +26,17 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     server: RedisServer = request.getfixturevalue("redis")
     server.empty()
     return server.uri
+
+
+@pytest.fixture(scope="module")
+def commands_without_ray() -> Iterator[None]:
+    """`main` runs commands whose stages run here, not on Ray."""
+    from typer.main import get_command
+    from without_ray import without_ray
+
+    from rayrec_cli.app import app
+
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        patch.setattr("rayrec_cli.main.app", get_command(app))  # Typer would make all commands anew at each call
+        yield

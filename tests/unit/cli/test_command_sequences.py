@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,11 +14,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from rings import BEGIN, DAY, HEAD
-from typer.main import get_command
-from without_ray import without_ray
 
-from rayrec_cli.app import app
 from rayrec_cli.main import main
+
+pytestmark = pytest.mark.usefixtures("commands_without_ray")
 
 USERS, SONGS, DAYS = 14, 12, 14
 TINY = {  # command -> what makes it fast
@@ -88,14 +86,6 @@ def day_of_plays(day: int) -> list[str]:
         for user in range(USERS)
         for place in range(4)
     ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _here() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        without_ray(patch)
-        patch.setattr("rayrec_cli.main.app", get_command(app))  # Typer would make all commands anew at each call
-        yield
 
 
 @dataclass

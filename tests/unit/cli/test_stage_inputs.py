@@ -3,22 +3,20 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rings import BEGIN, DAY, ring_plays, write_rows
-from typer.main import get_command
-from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
 from rayrec.storage.artifacts import listing
 from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import Workspace
-from rayrec_cli.app import app
 from rayrec_cli.main import main
+
+pytestmark = pytest.mark.usefixtures("commands_without_ray")
 
 LAST = str(BEGIN + 30 * DAY)
 TRAIN = ["--workers", "0", "--epochs", "1", "--hidden-dim", "4", "--negatives", "4"]
@@ -66,14 +64,6 @@ STAGES = [  # in the order in which they build on each other; files are in the f
     ["recommend", "--all", "-k", "3"],
 ]
 PRINTED = tuple[dict[str, Any], str]  # with --json, and without
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _here() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        without_ray(patch)
-        patch.setattr("rayrec_cli.main.app", get_command(app))  # Typer would make all commands anew at each call
-        yield
 
 
 @pytest.fixture(scope="module")

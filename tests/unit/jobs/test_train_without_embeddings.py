@@ -4,33 +4,23 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rings import BEGIN, DAY, ring_plays, write_rows
-from typer.main import get_command
-from without_ray import without_ray
 
 from rayrec.errors import InputError
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TrainConfig
 from rayrec.storage.workspace import Workspace
-from rayrec_cli.app import app
 from rayrec_cli.main import main
+
+pytestmark = pytest.mark.usefixtures("commands_without_ray")
 
 SONGS = 60
 PLAIN: dict[str, Any] = {"workers": 0, "hidden_dim": 16, "epochs": 1, "negatives": 32}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _here() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        without_ray(patch)
-        patch.setattr("rayrec_cli.main.app", get_command(app))  # Typer would make all commands anew at each call
-        yield
 
 
 def run(workspace: Workspace, line: str, *words: str) -> tuple[dict[str, Any], str]:
