@@ -53,7 +53,7 @@ def model_config(
         num_layers=config.num_layers if config else layers,
         cell=config.cell if config else cell,
         dropout=config.dropout if config else 0.0,
-        features=features or FeatureSpec(),
+        features=features or FeatureSpec(pause_hours=0.1),
         horizons=horizons,
         logit_scales={name: logit_scale(num_songs, horizon) for name, horizon in horizons.items()},
         song_table=config.song_table if config else song_table,

@@ -344,7 +344,9 @@ def batches_of(histories: Histories, config: TrainConfig) -> list[Windows]:
 def network(size: Size) -> TasteModel:
     """An untrained network of the shape that the settings ask for, with gaps as its features."""
     config = size.config
-    shape = config.network_shape(num_songs=size.songs, embedding_dim=size.dim, features=FeatureSpec())
+    shape = config.network_shape(
+        num_songs=size.songs, embedding_dim=size.dim, features=FeatureSpec(pause_hours=config.pause_hours)
+    )
     torch.manual_seed(config.seed)
     vectors = start_vectors(np.zeros((size.songs, size.dim), dtype=np.float32), config.seed)
     return TasteModel(shape, torch.from_numpy(vectors))

@@ -534,7 +534,9 @@ def _training(songs: int, settings: "TrainConfig") -> "Training":
 
     torch.set_num_threads(1)
     vectors = torch.randn(songs, DIM, generator=torch.Generator().manual_seed(settings.seed))
-    shape = settings.network_shape(num_songs=songs, embedding_dim=DIM, features=FeatureSpec())
+    shape = settings.network_shape(
+        num_songs=songs, embedding_dim=DIM, features=FeatureSpec(pause_hours=settings.pause_hours)
+    )
     counts = np.arange(songs, 0, -1)
     return Training(TasteModel(shape, vectors), settings, counts, device="cpu", share=Share())
 

@@ -187,6 +187,7 @@ def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> M
         hour=config.hours and timed,
         weekday=config.hours and timed,
         skipped=config.skips and has_context and dataset.manifest.has_skipped,
+        pause_hours=config.pause_hours if config.gaps and timed else 0.0,
     )
     return config.network_shape(num_songs=dataset.num_songs, embedding_dim=embedding_dim, features=features)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import leaky_relu, linear, normalize
+from torch.nn.functional import leaky_relu, linear, normalize, threshold
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from rayrec.compat import scaled_rows, scaled_rows_gradient
@@ -22,9 +22,12 @@ from rayrec.data.windows import NEVER
 from rayrec.model.train_config import FeatureSpec, ModelConfig
 
 LONGEST_GAP_S = 30 * 24 * 3600.0  # longer gaps, and no previous play at all, count as this one
+LOG_LONGEST_GAP = float(np.log1p(LONGEST_GAP_S))
 HOUR_MS = 3600 * 1000
 FIRST_HOUR = 3 * 24  # 1970 began on a Thursday; hour 0 of the week is Monday's first
 CHUNK = 32  # plays summed up by one product with a triangle; the sums are carried from chunk to chunk by another
+FASTEST, SLOWEST = -200.0, -1e-12  # logarithms of discounts: a play leaves nothing, or all
+NOT_YET = 1e18  # plays that leave nothing even of what fades slowest
 SONG_TABLE, INPUT_TABLE = "songs.weight", "inputs.weight"  # the parameters that grow with the catalog
 TABLES = (SONG_TABLE, INPUT_TABLE)
 
@@ -35,6 +38,7 @@ class PlayBatch:
 
     songs_BL: Tensor  # int64, 0 where padded
     gap_BL: Tensor  # float32 in [0, 1], Δ to the previous play, scaled
+    position_BL: Tensor  # float64, by how many plays a play lies behind the one before the row; pauses may count
     length_B: Tensor  # int64, plays of each row; on the CPU, where the packing of sequences wants it
     contexts_BL: Tensor | None = None  # int32 bit sets
     hour_BL: Tensor | None = None  # int64, hour of the week in [0, 168)
@@ -58,6 +62,7 @@ class PlayBatch:
         return PlayBatch(
             songs_BL=change(self.songs_BL),
             gap_BL=change(self.gap_BL),
+            position_BL=change(self.position_BL),
             length_B=length_B,
             contexts_BL=optional(self.contexts_BL),
             hour_BL=optional(self.hour_BL),
@@ -68,7 +73,7 @@ class PlayBatch:
 def scale_gap(seconds: np.ndarray) -> np.ndarray:
     """float32: log(1 + seconds), clipped and scaled to [0, 1]. A negative gap counts as none."""
     clipped = np.clip(seconds, 0.0, LONGEST_GAP_S)
-    return np.asarray(np.log1p(clipped) / np.log1p(LONGEST_GAP_S), dtype=np.float32)
+    return np.asarray(np.log1p(clipped) / LOG_LONGEST_GAP, dtype=np.float32)
 
 
 def gap_seconds(since: np.ndarray, until: np.ndarray) -> np.ndarray:
@@ -99,9 +104,14 @@ def pad(plays: Histories, previous_at: np.ndarray, spec: FeatureSpec) -> PlayBat
     starts = plays.offsets[:-1][lengths > 0]
     before[starts] = previous_at[lengths > 0]
     hours = (plays.played_at // HOUR_MS + FIRST_HOUR) % 168
+    seconds = gap_seconds(before, plays.played_at).clip(0, LONGEST_GAP_S)
+    steps = np.ones(mask.shape)
+    if spec.pause_hours:
+        steps[mask] += seconds / (3600 * spec.pause_hours)
     return PlayBatch(
         songs_BL=padded(plays.songs, np.int64),
-        gap_BL=padded(scale_gap(gap_seconds(before, plays.played_at)), np.float32),
+        gap_BL=padded(scale_gap(seconds), np.float32),
+        position_BL=torch.from_numpy(steps.cumsum(axis=1)),
         length_B=torch.from_numpy(lengths),
         contexts_BL=optional(plays.contexts, np.int32) if spec.contexts else None,
         hour_BL=padded(hours, np.int64) if spec.hour or spec.weekday else None,
@@ -126,30 +136,37 @@ def encode(batch: PlayBatch, spec: FeatureSpec) -> list[Tensor]:
     return parts
 
 
-def running_sums(songs_BLD: Tensor, discounts: Sequence[float], start_BKD: Tensor) -> Tensor:
-    """(B, L, K, D): after every play, Σ_j γ^(n−j) s_j over the plays so far, `start_BKD` being the sums before them.
+def log_discounts(discounts: Sequence[float]) -> Tensor:
+    """float32 (K,): log γ. Those of 0 and 1 are finite and below 0, so that any number of plays may be their factor."""
+    return torch.tensor(discounts).log().clamp(min=FASTEST, max=SLOWEST)
 
-    γ of the paper; 0 keeps the last song alone, 1 adds all of them up [the recurrence is ours]. The number of
-    operations does not grow with L.
+
+def running_sums(songs_BLD: Tensor, position_BL: Tensor, log_discount_K: Tensor, start_BKD: Tensor) -> Tensor:
+    """(B, L, K, D): after every play i, Σ_j γ^(n_i − n_j) s_j over the plays j so far and `start_BKD`, those at n = 0.
+
+    γ of the paper by its logarithm, and positions n as batches have them; 0 keeps the last song alone, 1 adds all of
+    them up [the recurrence is ours]. The number of operations does not grow with L.
     """
     rows, length, dim = songs_BLD.shape
     chunks = -(-length // CHUNK)
-    gamma_K = torch.tensor(discounts, dtype=songs_BLD.dtype, device=songs_BLD.device)
-    padded = torch.nn.functional.pad(songs_BLD, (0, 0, 0, chunks * CHUNK - length))
-    within = torch.einsum("kij,bmjd->bkmid", _powers(gamma_K, CHUNK), padded.view(rows, chunks, CHUNK, dim))
-    # What stands before each chunk: the start, and the sums of the chunks before it, faded by the plays since.
-    before_BKMD = torch.cat([start_BKD.to(songs_BLD.dtype).unsqueeze(2), within[:, :, :-1, -1]], dim=2)
-    carried_BKMD = torch.einsum("kmn,bknd->bkmd", _powers(gamma_K**CHUNK, chunks), before_BKMD)
-    fading_KC = gamma_K[:, None] ** torch.arange(1, CHUNK + 1, device=songs_BLD.device)
-    sums = within + fading_KC[:, None, :, None] * carried_BKMD.unsqueeze(3)
-    return sums.flatten(2, 3)[:, :, :length].transpose(1, 2)
+    fill, dtype = chunks * CHUNK - length, songs_BLD.dtype
+    songs = torch.nn.functional.pad(songs_BLD, (0, 0, 0, fill)).view(rows * chunks, CHUNK, dim)
+    position = torch.cat([position_BL, position_BL[:, -1:].expand(-1, fill)], dim=1).view(rows, chunks, CHUNK)
+    left = _left(position.flatten(0, 1), log_discount_K, dtype)
+    within = torch.bmm(left.flatten(1, 2), songs).view(rows, chunks, CHUNK, len(log_discount_K), dim)
+    # What stands before each chunk: the start, and the sums of the chunks before it, faded since.
+    begin_BM = torch.cat([torch.zeros_like(position[:, :1, -1]), position[:, :-1, -1]], dim=1)
+    before_BMKD = torch.cat([start_BKD.to(dtype).unsqueeze(1), within[:, :-1, -1]], dim=1)
+    carried_BMKD = torch.einsum("bmkn,bnkd->bmkd", _left(begin_BM, log_discount_K, dtype), before_BMKD)
+    since = (position - begin_BM.unsqueeze(-1)).unsqueeze(-1)
+    sums = torch.addcmul(within, torch.exp(log_discount_K * since).to(dtype).unsqueeze(-1), carried_BMKD.unsqueeze(2))
+    return sums.flatten(1, 2)[:, :length]
 
 
-def _powers(gamma_K: Tensor, count: int) -> Tensor:
-    """(K, count, count): γ^(i − j) on and below the diagonal, 0 above."""
-    place = torch.arange(count, device=gamma_K.device)
-    age = place[:, None] - place
-    return gamma_K[:, None, None] ** age.clamp(min=0) * (age >= 0)
+def _left(position: Tensor, log_discount_K: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., L, K, L): γ^(n_i − n_j), how much is left of play j after play i; 0 before it has happened."""
+    since = threshold(position.unsqueeze(-1) - position.unsqueeze(-2), -0.5, NOT_YET).to(dtype)
+    return (since.unsqueeze(-2) * log_discount_K.to(dtype).unsqueeze(-1)).exp_()
 
 
 def as_state(sums_BKD: Tensor, width: int) -> Tensor:
@@ -172,8 +189,8 @@ class TasteModel(nn.Module):
     Step j sees x_j = s_j ⊕ c_j. The head also sees the time from the last play to the request and
     discounted averages of the songs played, which are added to its output too, so that they are of the
     vectors that tastes are compared with: songs near those just played are found without a way through the
-    hidden units. The long horizon starts from the short one [all ours]. Taste vectors and song vectors are
-    compared by cosine.
+    hidden units. Where times are real, pauses discount them as plays do. The long horizon starts from the short
+    one [all ours]. Taste vectors and song vectors are compared by cosine.
     """
 
     def __init__(
@@ -220,6 +237,8 @@ class TasteModel(nn.Module):
             {name: nn.Linear(config.hidden_dim, config.embedding_dim) for name in config.horizons}
         )
         if count:
+            self.log_discount_K: Tensor
+            self.register_buffer("log_discount_K", log_discounts(config.averages), persistent=False)
             self.again = nn.ParameterDict({name: torch.zeros(count) for name in config.horizons})
             self.linked = nn.ParameterDict({name: torch.ones(()) for name in [*config.horizons][1:]})
 
@@ -278,7 +297,7 @@ class TasteModel(nn.Module):
             return hidden_BLH, last
         if self.inputs is not None:
             songs_BLD = self._played(batch.songs_BL, self.song_vectors, self.added_averaged)
-        sums_BLKD = running_sums(songs_BLD, self.config.averages, self._sums(state))
+        sums_BLKD = running_sums(songs_BLD, batch.position_BL, self.log_discount_K, self._sums(state))
         ends = sums_BLKD[torch.arange(len(sums_BLKD)), batch.length_B.to(sums_BLKD.device) - 1]
         return _beside(hidden_BLH, sums_BLKD), torch.cat([last, as_state(ends, self.config.hidden_dim)])
 
@@ -310,18 +329,21 @@ class TasteModel(nn.Module):
         hidden_BLH = self._dropped(hidden_BLH)
         if not self.config.averages:
             return self._tastes(hidden_BLH, request_gap_BL)
-        return self._tastes_of_windows(hidden_BLH, request_gap_BL, averaged_BLD)
+        return self._tastes_of_windows(hidden_BLH, request_gap_BL, averaged_BLD, batch.position_BL)
 
-    def _tastes_of_windows(self, hidden_BLH: Tensor, request_gap_BL: Tensor, songs_BLD: Tensor) -> dict[str, Tensor]:
+    def _tastes_of_windows(
+        self, hidden_BLH: Tensor, request_gap_BL: Tensor, songs_BLD: Tensor, position_BL: Tensor
+    ) -> dict[str, Tensor]:
         """What `_tastes` makes of running sums from the first play on, in few operations that touch all averages."""
         config, (rows, length, dim) = self.config, songs_BLD.shape
-        ages_of = _ages if torch.compiler.is_compiling() else _kept_ages
-        ages = ages_of(config.averages, length, songs_BLD.dtype, songs_BLD.device)
+        if not config.features.pause_hours:
+            position_BL = position_BL[:1]  # the same for all rows
+        left = _left(position_BL, self.log_discount_K, songs_BLD.dtype).flatten(1, 2)
         again_HK = torch.stack([self.again[name] for name in config.horizons])
         widths = [config.hidden_dim, len(config.averages) * dim, int(config.features.request_gap)]
         of_hidden, of_averages, of_gap = torch.split(self.dense.weight, widths, dim=1)
         dense, again_NHD = _Averages.apply(  # type: ignore[no-untyped-call]
-            songs_BLD, of_averages, again_HK, ages
+            songs_BLD, of_averages, again_HK, left
         )
         head_inputs = hidden_BLH.flatten(0, 1)
         if config.features.request_gap:
@@ -393,50 +415,43 @@ class _Averages(torch.autograd.Function):
     """The directions of running sums, times a part of the dense layer, and times the weights that add them to tastes.
 
     Directions are as large as what the head sees, so that they are made and differentiated in as few operations as
-    can be. N = B · L plays, O outputs of the dense layer, H horizons.
+    can be: both products are one. N = B · L plays, O outputs of the dense layer, H horizons.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, songs_BLD: Tensor, weight_OX: Tensor, again_HK: Tensor, ages: Tensor
+        ctx: Any, songs_BLD: Tensor, weight_OX: Tensor, again_HK: Tensor, left: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(N, O) and (N, H, D), float32 under autocast; `ages` (L · K, L) says how much each play counts after each
-        play.
-        """
-        device, (count, dim) = songs_BLD.device.type, (again_HK.shape[1], songs_BLD.shape[2])
+        """(N, O) and (N, H, D), float32 under autocast; `left` (B or 1, L · K, L): what is left of each play."""
+        device, (horizons, count), dim = songs_BLD.device.type, again_HK.shape, songs_BLD.shape[2]
         if torch.is_autocast_enabled(device):  # sums of many plays want more digits than bfloat16 has
             songs_BLD, weight_OX, again_HK = songs_BLD.float(), weight_OX.float(), again_HK.float()
         with torch.autocast(device, enabled=False):
-            sums = torch.bmm(ages.to(songs_BLD.dtype).expand(len(songs_BLD), -1, -1), songs_BLD).view(-1, dim)
+            left = left.to(songs_BLD.dtype)
+            sums = torch.bmm(left.expand(len(songs_BLD), -1, -1), songs_BLD).view(-1, dim)
             ones = _ones(sums)
             directions, norms = scaled_rows(sums, ones)
-            ctx.save_for_backward(sums, ones, directions, norms, weight_OX, again_HK, ages.to(sums.dtype))
-            directions_NKD = directions.view(-1, count, dim)
-            again_NHD = torch.bmm(again_HK.expand(len(directions_NKD), -1, -1), directions_NKD)
-            return torch.mm(directions.view(-1, count * dim), weight_OX.T), again_NHD
+            each_HDKD = again_HK[:, None, :, None] * _eye(sums)[:, None]
+            weight = torch.cat([weight_OX, each_HDKD.view(horizons * dim, count * dim)])
+            ctx.save_for_backward(sums, ones, directions, norms, weight, left)
+            ctx.shape = (len(weight_OX), horizons, count, dim)
+            dense_NO, again_N = torch.mm(directions.view(-1, count * dim), weight.T).tensor_split([len(weight_OX)], 1)
+            return dense_NO, again_N.view(-1, horizons, dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """By songs, weight of the dense layer, and weights of the tastes."""
-        grad_NO, grad_NHD = gradients
-        sums, ones, directions, norms, weight_OX, again_HK, ages = ctx.saved_tensors
-        count, dim = again_HK.shape[1], sums.shape[1]
+        sums, ones, directions, norms, weight, left = ctx.saved_tensors
+        outputs, horizons, count, dim = ctx.shape
         with torch.autocast(sums.device.type, enabled=False):
-            grad_weight = torch.mm(grad_NO.T, directions.view(-1, count * dim))
-            grad_again = torch.bmm(grad_NHD, directions.view(-1, count, dim).transpose(1, 2)).sum(0)
-            grad = torch.mm(grad_NO, weight_OX).view(-1, count, dim)
-            grad.baddbmm_(again_HK.T.expand(len(grad), -1, -1), grad_NHD)
-            grad_sums = scaled_rows_gradient(grad.view(-1, dim), sums, ones, norms)
-            grad_sums = grad_sums.view(-1, ages.shape[1] * count, dim)
-            grad_songs = torch.bmm(ages.T.expand(len(grad_sums), -1, -1), grad_sums)
-        return grad_songs, grad_weight, grad_again, None
-
-
-def _ages(discounts: tuple[float, ...], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(L · K, L): how much each play counts after each play."""
-    powers_KLL = _powers(torch.tensor(discounts, dtype=dtype, device=device), length)
-    return powers_KLL.transpose(0, 1).flatten(0, 1)
+            grad = torch.cat([each.flatten(1) for each in gradients], dim=1)
+            grad_weight = torch.mm(grad.T, directions.view(-1, count * dim))
+            grad_again_HK = grad_weight[outputs:].view(horizons, dim, count, dim).diagonal(dim1=1, dim2=3).sum(-1)
+            grad_sums = scaled_rows_gradient(torch.mm(grad, weight).view(-1, dim), sums, ones, norms)
+            grad_sums = grad_sums.view(-1, left.shape[-1] * count, dim)
+            grad_songs = torch.bmm(left.mT.expand(len(grad_sums), -1, -1), grad_sums)
+        return grad_songs, grad_weight[:outputs], grad_again_HK, None
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -453,10 +468,17 @@ def _ones(vectors: Tensor) -> Tensor:
     return _kept_ones(1 << rows.bit_length(), vectors.dtype, vectors.device)[:rows]
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # they may be kept for a training
-def _kept_ages(discounts: tuple[float, ...], length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _ages(discounts, length, dtype, device)
+def _eye(vectors: Tensor) -> Tensor:
+    """(D, D): what leaves vectors (n, D) as they are."""
+    if torch.compiler.is_compiling():
+        return torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+    return _kept_eye(vectors.shape[1], vectors.dtype, vectors.device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be for a training
+def _kept_eye(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(dim, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=64)

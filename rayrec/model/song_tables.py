@@ -152,18 +152,19 @@ def return_gradients(gradient_UD: Tensor, requests: RowRequests) -> Tensor:
 
 
 class Decay:
-    """The weight of earlier steps in an average over about the last `steps` ones, step by step.
+    """The weight of earlier steps in an average whose steps are `part` of all of them old on average, step by step.
 
-    It begins with the few steps that there are: the start of a training does not stay in its average.
+    Step s counts for about s^(1 / part − 2): polynomial-decay averaging (Shamir and Zhang 2013, arXiv:1212.1824, whose
+    η this is). The start of a training does not stay in its average, and the longer it is, the more steps count.
     """
 
-    def __init__(self, steps: int) -> None:
-        """`steps` 0: no average."""
-        self.steps, self.taken, self.log_total = steps, 0, 0.0
+    def __init__(self, part: float) -> None:
+        """`part` in [0, 0.5], 0: no average."""
+        self.part, self.taken, self.log_total = part, 0, 0.0
 
     def step(self) -> float:
         """The factor of one more step."""
-        factor = min(1 - 1 / self.steps, (1 + self.taken) / (10 + self.taken))
+        factor = (1 + self.taken) / (1 / self.part + self.taken)
         self.taken += 1
         self.log_total += math.log(factor) if factor else -math.inf
         return factor
@@ -215,15 +216,15 @@ class RowAdam(SongTable):
     known, so it too is brought up to date only when the row is looked up.
     """
 
-    def __init__(self, table_nD: Tensor, learning_rate: float, averaged_steps: int) -> None:
+    def __init__(self, table_nD: Tensor, learning_rate: float, averaged_part: float) -> None:
         """`table_nD` float32 (n, D) is changed in place; `learning_rate` may be changed between steps."""
         super().__init__(table_nD)
         self.learning_rate = learning_rate
         self.steps = torch.zeros((), device=table_nD.device)
-        self._decay = Decay(averaged_steps)
+        self._decay = Decay(averaged_part)
         # Means of gradients and of their squares, and the averages of rows if there are any: (2 or 3, n, D).
-        self._kept = table_nD.new_zeros(3 if averaged_steps else 2, *table_nD.shape)
-        if averaged_steps:
+        self._kept = table_nD.new_zeros(3 if averaged_part else 2, *table_nD.shape)
+        if averaged_part:
             self._kept[2] = table_nD
             self._seen = torch.zeros(len(table_nD), dtype=torch.float64, device=table_nD.device)  # log decay till then
 
@@ -244,7 +245,7 @@ class RowAdam(SongTable):
 
     def _step(self, rows_V: Tensor, values_VD: Tensor, gradient_VD: Tensor) -> None:
         slots = self._kept.index_select(1, rows_V)
-        if self._decay.steps:
+        if self._decay.part:
             torch.lerp(values_VD, slots[2], self._since(rows_V), out=slots[2])
             self._seen.index_fill_(0, rows_V, self._decay.log_total)
             self._decay.step()
@@ -269,7 +270,7 @@ class RowAdam(SongTable):
 
     def averaged(self) -> Tensor:
         """As in `SongTable`."""
-        if not self._decay.steps:
+        if not self._decay.part:
             return self._table
         since = self._since(torch.arange(len(self._table), device=self._table.device))
         return torch.lerp(self._table, self._kept[2], since)
@@ -281,7 +282,7 @@ class RowAdam(SongTable):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """As in `SongTable`."""
         common = {"steps": self.steps}
-        if self._decay.steps:
+        if self._decay.part:
             common["decay"] = self._decay.state()
         return common, self._slots()
 
@@ -290,9 +291,9 @@ class RowAdam(SongTable):
         for name, values in self._slots().items():
             values.copy_(rows[name])
         self.steps.copy_(common["steps"])
-        if self._decay.steps:
+        if self._decay.part:
             self._decay.load(common["decay"])
 
     def _slots(self) -> dict[str, Tensor]:
         slots = dict(zip(("mean", "square", "average"), self._kept, strict=False))
-        return {"table": self._table} | slots | ({"seen": self._seen} if self._decay.steps else {})
+        return {"table": self._table} | slots | ({"seen": self._seen} if self._decay.part else {})

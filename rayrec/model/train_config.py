@@ -125,6 +125,7 @@ class FeatureSpec:
     hour: bool = False  # one-hot hour of the day, UTC
     weekday: bool = False  # one-hot day of the week, UTC
     skipped: bool = False  # whether the play was skipped
+    pause_hours: float = 0.0  # without plays that fade averages as much as a play does [ours]; 0: only plays do
 
     @property
     def dim(self) -> int:
@@ -172,7 +173,7 @@ class ModelConfig:
 
 _PAPERS: dict[str, Any] = {
     **{"objective": "cosine", "song_table": "frozen", "averages": ()},
-    **{"dropout": 0.0, "averaged_steps": 0},
+    **{"dropout": 0.0, "averaged_part": 0.0},
 }
 
 
@@ -181,7 +182,7 @@ class TrainConfig(Settings):
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
-        # Trained until the validation NDCG falls; on long histories it still rises after twelve epochs.
+        # Trained until the validation NDCG falls; on long histories it still rises after twenty epochs.
         "best": {"epochs": 40, "patience": 3},
         # The paper's networks, on histories and on playlists, short- and long-term: frozen song vectors, cosine
         # distance, one horizon, no averages. Its offsets of the long horizon are not known to us; these
@@ -203,6 +204,12 @@ class TrainConfig(Settings):
     averages: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         (0.0, 0.5, 0.9, 0.99), description="Discounts of the averages of played songs that the head sees; empty: none"
     )
+    pause_hours: float = Field(
+        1.0,
+        ge=0,
+        description="Hours without plays that fade the averages as much as a play does, where times are real and gaps "
+        "are used; 0: only plays fade them",
+    )
     song_table: SongTable = Field(
         "trained", description="Song embeddings: trained, mapped by a trained linear layer, or frozen"
     )
@@ -214,8 +221,11 @@ class TrainConfig(Settings):
         description="Train separate input embeddings (untied weights); only with a trained song table",
     )
     table_learning_rate: float = Field(0.002, gt=0, description="Adam learning rate of the song tables")
-    averaged_steps: int = Field(
-        200, ge=0, description="Average the weights over about the last N steps; 0: keep those of the last step"
+    averaged_part: float = Field(
+        0.33,
+        ge=0,
+        le=0.5,
+        description="Average the weights over about this last part of all steps so far; 0: keep those of the last step",
     )
     objective: Objective = Field(
         "sampled-softmax", description="Training objective; softmax is over all songs, cosine and l2 are the paper's"
@@ -244,7 +254,7 @@ class TrainConfig(Settings):
     scale_with_batch: bool = Field(
         False, description="Multiply learning rates and negatives by the square root of batch / 64"
     )
-    epochs: int = Field(12, ge=1, description="Number of epochs, with a validation range the maximum")
+    epochs: int = Field(20, ge=1, description="Number of epochs, with a validation range the maximum")
     patience: int = Field(2, ge=1, description="Epochs without improved validation NDCG before training stops")
     refit: bool = Field(True, description="Train again on training and validation range with the best number of epochs")
     validation_plays: int = Field(

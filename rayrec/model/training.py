@@ -342,21 +342,21 @@ class Training:
         weights = {name: value.detach() for name, value in model.named_parameters() if name in TABLES}
         self.tables: dict[str, SongTable] = {name: self._table(value) for name, value in weights.items()}
         self.exchange = RowExchange(share)
-        self._decay = Decay(config.averaged_steps)
+        self._decay = Decay(config.averaged_part)
         self._averages = [value.detach().clone() for value in self._dense]
 
     def _table(self, rows_nD: Tensor) -> SongTable:
         config = self.config
         if config.song_table != "trained":
             return SongTable(rows_nD)
-        return RowAdam(rows_nD, config.table_learning_rate, config.averaged_steps)
+        return RowAdam(rows_nD, config.table_learning_rate, config.averaged_part)
 
     def averaged(self) -> TasteModel:
         """The network whose weights are averages over the last steps, for whatever is validated or kept.
 
         Its song tables hold this worker's rows.
         """
-        if not self._decay.steps:
+        if not self._decay.part:
             return self.model
         model = copy.deepcopy(self.model)
         with torch.no_grad():
@@ -441,7 +441,7 @@ class Training:
             loss.backward()  # type: ignore[no-untyped-call]
         self._add_up_gradients()
         self.optimizer.step()
-        if self._decay.steps:
+        if self._decay.part:
             average = get_ema_multi_avg_fn(self._decay.step())  # type: ignore[no-untyped-call]
             average(self._averages, [value.detach() for value in self._dense], None)
         for name, table in self.tables.items():

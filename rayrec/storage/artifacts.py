@@ -33,7 +33,7 @@ from rayrec.storage.workspace import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BUCKET_COUNTS = b"rayrec counts"  # key of a Parquet file's metadata: JSON of what its bucket came to
 RECOMMENDATIONS = "recommendations"  # the kind of artifact that `rayrec recommend --all` writes
 NOUNS = {  # kind -> what messages call one of it

@@ -291,9 +291,11 @@ def test_features_follow_the_data_and_the_settings(world: Workspace) -> None:
     full = model_config(dataset, CONFIG, 8).features
     assert full.contexts == tuple(dataset.manifest.contexts) != ()
     assert full.skipped
+    assert full.pause_hours == CONFIG.pause_hours > 0
     bare = CONFIG.replace(contexts=False, gaps=False, skips=False, hours=True)
     spec = model_config(dataset, bare, 8).features
     assert (spec.contexts, spec.gap, spec.request_gap, spec.skipped) == ((), False, False, False)
+    assert spec.pause_hours == 0
     assert spec.dim == 24 + 7
 
 

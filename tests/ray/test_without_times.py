@@ -70,7 +70,7 @@ def test_a_horizon_in_days_is_refused(made: tuple[Workspace, dict[str, Outcome]]
 def test_the_network_sees_neither_gaps_nor_hours(made: tuple[Workspace, dict[str, Outcome]]) -> None:
     workspace, outcomes = made
     features = workspace.read_json(f"models/{outcomes['train'].id}/model.json")["features"]
-    assert not any(features[name] for name in ("gap", "request_gap", "hour", "weekday"))
+    assert not any(features[name] for name in ("gap", "request_gap", "hour", "weekday", "pause_hours"))
     assert model_config(Dataset(workspace), TrainConfig(hours=True), 8).features.dim == 0
 
 

@@ -71,7 +71,7 @@ def test_rows_equal_a_full_run_and_each_user_is_in_the_right_count(
     grown: tuple[Dataset, Histories], cell: Cell, users: int
 ) -> None:
     dataset, histories = grown
-    features = FeatureSpec(gap=True, hour=True)
+    features = FeatureSpec(gap=True, hour=True, pause_hours=0.05)
     encoder = TasteEncoder(network(model_config(layers=2, cell=cell, features=features)))
     base = list(full_tables(encoder, dataset, 0, at=AT - MINUTE, users=7, counts=Counts()))
     names = list(histories.user_ids)

@@ -53,7 +53,7 @@ def found_a_week_later(**horizons: tuple[int, ...]) -> float:
         averages=(0.0, 0.5),
         learning_rate=0.02,
         table_learning_rate=0.02,
-        averaged_steps=20,
+        averaged_part=0.2,
         dropout=0.0,
         epochs=10,
         **horizons,

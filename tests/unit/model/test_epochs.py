@@ -26,7 +26,7 @@ from rayrec.model.epochs import (
 )
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
-from rayrec.model.song_tables import Share
+from rayrec.model.song_tables import Decay, Share
 from rayrec.model.train_config import Objective, SongTable, TrainConfig
 
 CUT = 15 * MINUTE
@@ -318,9 +318,20 @@ def test_epochs_are_chosen_by_new_songs_among_those_not_heard() -> None:
     }
 
 
+@pytest.mark.parametrize("part", [0.1, 0.33, 0.5])
+@pytest.mark.parametrize("steps", [200, 2000])
+def test_the_steps_of_an_average_are_a_given_part_of_all_of_them_old(part: float, steps: int) -> None:
+    decay, ages = Decay(part), np.arange(steps)[::-1]
+    factors = np.array([decay.step() for _ in range(steps)])
+    weights = (1 - factors) * np.append(np.cumprod(factors[:0:-1])[::-1], 1)
+    weights /= weights.sum()
+    assert float(weights @ ages) / steps == pytest.approx(part, abs=0.02)
+    assert weights[: steps // 10].sum() < 0.11  # the start does not stay
+
+
 def test_the_network_kept_is_the_average_of_the_last_steps(plays: dict[Phase, Histories]) -> None:
     """Of the dense weights and of rows that are brought up to date only when they are looked up."""
-    config = settings(epochs=1, averaged_steps=5)
+    config = settings(epochs=1, averaged_part=0.2)
     host = MemoryHost(plays, config)
     fit = fit_of(config, {"final": plays["final"]}, None, host)
     wanted = {name: value.clone() for name, value in fit.training.model.state_dict().items()}
@@ -328,7 +339,7 @@ def test_the_network_kept_is_the_average_of_the_last_steps(plays: dict[Phase, Hi
 
     def stepped(*_: object) -> None:
         nonlocal taken
-        factor = min(1 - 1 / 5, (1 + taken) / (10 + taken))
+        factor = (1 + taken) / (5 + taken)
         for name, value in fit.training.model.state_dict().items():
             wanted[name] = factor * wanted[name] + (1 - factor) * value
         taken += 1

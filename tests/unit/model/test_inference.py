@@ -30,7 +30,7 @@ def histories() -> Histories:
 @pytest.fixture(params=[(cell, *shape) for cell in get_args(Cell) for shape in ((1, True), (2, False))], ids=str)
 def encoder(request: pytest.FixtureRequest) -> TasteEncoder:
     cell, layers, input_table = request.param
-    features = FeatureSpec(hour=True)
+    features = FeatureSpec(hour=True, pause_hours=0.05)
     shape = model_config(layers=layers, cell=cell, input_table=input_table, features=features)
     return TasteEncoder(with_other_inputs(network(shape)))
 

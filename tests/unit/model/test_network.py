@@ -11,7 +11,7 @@ from worlds import random_histories
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.windows import NEVER
-from rayrec.model.network import PlayBatch, TasteModel, pad
+from rayrec.model.network import PlayBatch, TasteModel, from_state, pad
 from rayrec.model.train_config import Cell, FeatureSpec
 from rayrec.recommend.baselines import AverageRecommender
 
@@ -25,7 +25,7 @@ def histories() -> Histories:
 @pytest.fixture(params=product([1, 2], get_args(Cell), [False, True]), ids=str)
 def model(request: pytest.FixtureRequest) -> TasteModel:
     layers, cell, input_table = request.param
-    features = FeatureSpec(hour=True)
+    features = FeatureSpec(hour=True, pause_hours=0.05)
     shape = model_config(layers=layers, cell=cell, input_table=input_table, features=features)
     return with_other_inputs(network(shape))
 
@@ -156,7 +156,7 @@ def test_the_network_keeps_its_own_copy_of_the_song_vectors() -> None:
 
 @torch.inference_mode()
 def test_the_averages_are_those_of_the_baseline(histories: Histories) -> None:
-    model = network(model_config(averages=(0.25, 0.75, 1.0)))
+    model = network(model_config(averages=(0.25, 0.75, 1.0), features=FeatureSpec()))
     seen, _ = model.trunk(padded(model, histories))
     vectors = torch.nn.functional.normalize(model.songs.weight, dim=-1).numpy()
     queries = Queries.before_plays(histories, np.arange(histories.num_plays))
@@ -166,6 +166,22 @@ def test_the_averages_are_those_of_the_baseline(histories: Histories) -> None:
         found = seen[torch.from_numpy(rows), torch.from_numpy(steps), 12 + 8 * place : 20 + 8 * place]
         wanted = AverageRecommender(vectors, discount).vectors(histories, queries.take(asked))
         np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("pause_hours", "left"), [(0.0, 0.5), (1.0, 0.5 ** (1 + 3)), (1.5, 0.5 ** (1 + 2))])
+def test_a_pause_fades_the_averages_as_the_plays_do_that_fit_in_it(pause_hours: float, left: float) -> None:
+    model = network(model_config(averages=(0.0, 0.5, 1.0), features=FeatureSpec(pause_hours=pause_hours)))
+    history = Histories.from_lists([[3, 7]], [[0, 3 * 3_600_000]])
+    _, state = model.trunk(padded(model, history))
+    songs = model.song_vectors(torch.tensor([3, 7]))
+    last, faded, all_of_them = from_state(state[1:], 3, 8)[0]
+    torch.testing.assert_close(last, songs[1])
+    torch.testing.assert_close(faded, songs[1] + left * songs[0])
+    torch.testing.assert_close(all_of_them, songs.sum(0))
+    _, first = model.trunk(padded(model, history.span(0, 1)))
+    rest = pad(history.span(1, 2), np.array([0]), model.config.features)
+    torch.testing.assert_close(model.trunk(rest, first)[1], state)
 
 
 @torch.inference_mode()

@@ -41,7 +41,7 @@ CONFIG = TrainConfig(
     patience=3,
     learning_rate=0.03,
     table_learning_rate=0.03,
-    averaged_steps=10,
+    averaged_part=0.2,
     dropout=0.0,
     checkpoint_minutes=0.0,
 )

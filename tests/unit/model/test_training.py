@@ -123,7 +123,7 @@ def test_learning_rates_rise_over_the_first_steps_and_stay(histories: Histories)
 
 
 def test_a_resumed_training_goes_on_within_the_warm_up(histories: Histories) -> None:
-    config = settings(warmup_steps=12, averaged_steps=0)
+    config = settings(warmup_steps=12, averaged_part=0.0)
     host, whole = MemoryHost({"final": histories}, config), training(config)
     whole.epoch(host.windows("final", 0), 0, on_step=lambda _: None)
     first, rest = training(config), training(config)

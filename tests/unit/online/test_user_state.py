@@ -30,7 +30,7 @@ from rayrec.online.user_state import (
 )
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-FEATURES = FeatureSpec(contexts=("radio", "search"), hour=True, skipped=True)
+FEATURES = FeatureSpec(contexts=("radio", "search"), hour=True, skipped=True, pause_hours=0.05)
 ENCODERS = {
     "gru": TasteEncoder(network(model_config(layers=2, features=FEATURES))),
     "lstm": TasteEncoder(network(model_config(layers=1, cell="lstm", features=FEATURES))),
