@@ -118,16 +118,18 @@ class Recommender:
         k: int = 10,
         *,
         at: Moment | None = None,
-        horizon: HorizonName = "short",
+        horizon: HorizonName | float = "short",
         exclude_heard: bool = True,
     ) -> pd.DataFrame:
         """The k best songs of each user: columns user_id, rank (from 1), song_id, title, artist, score.
 
         `at` is the moment of the request, by default now; plays after it are not looked at. `horizon` "short" is for
-        the next songs, "long" for later ones. Songs that a user has heard are left out if `exclude_heard`. A user
-        without a known play before `at` gets the most played songs of late; a line on stderr says so.
+        the next songs, "long" for later ones, a number from 0 to 1 for both, with this weight for "long". Songs that a
+        user has heard are left out if `exclude_heard`. A user without a known play before `at` gets the most played
+        songs of late; a line on stderr says so. Raises `InputError` for a horizon that is none.
         """
         from rayrec.recommend.answer import load_starting
+        from rayrec.recommend.base import weight_of_long
         from rayrec.recommend.filters import AnswerFilter, without_heard
         from rayrec.recommend.reranking import AnswerOptions, choose_for_users
 
@@ -135,7 +137,10 @@ class Recommender:
         moment, ids = _moment(at), [users] if isinstance(users, str) else list(users)
         histories = self._histories(dataset, ids, moment)
         filters = without_heard(histories) if exclude_heard else [AnswerFilter()] * len(ids)
-        weight = float(horizon == "long")
+        try:
+            weight = weight_of_long(horizon)
+        except ValueError as error:
+            raise InputError(f"horizon is {horizon!r}; {error}") from None
         options = [AnswerOptions(k=k, long_weight=weight, answer_filter=each) for each in filters]
         chosen = choose_for_users(
             recommender, histories, moment, options, lambda: load_starting(dataset, recommender, release.inputs)

@@ -71,10 +71,12 @@ def recommend_all(
     users, songs (of all rows), filled_songs (those of them that no retriever proposed, found near the taste vectors
     instead) and buckets_computed.
 
-    Raises `InputError` where reasons are requested, `MismatchError` for parts of another data set.
+    Raises `InputError` where reasons or a mix of horizons are requested, `MismatchError` for parts of another data set.
     """
     if config.explain:
         raise InputError("reasons are given for one user at a time; leave out --explain, or give --user ID")
+    if config.long_weight not in (0, 1):
+        raise InputError(f"horizon is {config.horizon}; for all users expected short or long, a mix is for --user ID")
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
     moment = dataset.manifest.last_play + 1 if at is None else at
@@ -170,7 +172,7 @@ class BucketRecommendations:
             histories,
             self._task.at,
             config.k + (POOL if config.explore else 0),
-            horizon=config.horizon,
+            horizon="long" if config.long_weight else "short",
             filters=without_heard(histories) if config.exclude_heard else None,
         )
         real = ranking.songs != NO_SONG

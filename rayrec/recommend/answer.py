@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rayrec.config import Settings
 from rayrec.data.catalog import Catalog
@@ -16,7 +16,7 @@ from rayrec.data.histories import Histories
 from rayrec.data.moments import iso_moment
 from rayrec.errors import InputError, MismatchError
 from rayrec.model.train_config import PLAY_COUNTS
-from rayrec.recommend.base import BaseRecommender, HorizonName
+from rayrec.recommend.base import BaseRecommender, HorizonName, weight_of_long
 from rayrec.recommend.filters import (
     AnswerFilter,
     SongAttributes,
@@ -40,7 +40,10 @@ class RecommendConfig(Settings):
     """What to recommend."""
 
     k: int = Field(20, ge=1, description="Number of recommendations")
-    horizon: HorizonName = Field("short", description="short: the next songs; long: songs for later")
+    horizon: HorizonName | float = Field(
+        "short",
+        description="short: the next songs; long: songs for later; a number from 0 to 1: both, long with this weight",
+    )
     exclude_heard: bool = Field(True, description="Leave out the songs that the user has played")
     released_from: str | None = Field(None, description="Only songs released on that day, YYYY-MM-DD, or later")
     released_to: str | None = Field(None, description="Only songs released on that day, YYYY-MM-DD, or earlier")
@@ -54,6 +57,17 @@ class RecommendConfig(Settings):
         "answer holds its probability",
     )
     explain: bool = Field(False, description="Give the reasons for each song")
+
+    @field_validator("horizon", mode="before")
+    @classmethod
+    def _known_horizon(cls, value: object) -> object:
+        weight = weight_of_long(value)
+        return {0.0: "short", 1.0: "long"}.get(weight, weight)  # one spelling of each, so that one result is cached
+
+    @property
+    def long_weight(self) -> float:
+        """From 0, the short horizon alone, to 1, the long one alone."""
+        return weight_of_long(self.horizon)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +162,7 @@ def answer(
     )
     options = AnswerOptions(
         k=config.k,
-        long_weight=float(config.horizon == "long"),
+        long_weight=config.long_weight,
         answer_filter=_answer_filter(catalog, history, config, artists, exclude, allow),
         diversity=config.diversity,
         explore=config.explore,

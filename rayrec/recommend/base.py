@@ -26,6 +26,24 @@ if TYPE_CHECKING:
     from rayrec.recommend.index import SongIndex
 
 HorizonName = Literal["short", "long"]
+
+
+def weight_of_long(horizon: object) -> float:
+    """The weight of the long horizon: 0 for "short", 1 for "long", any number from 0 to 1, or its text, for a mix.
+
+    Raises `ValueError` for anything else.
+    """
+    if horizon in ("short", "long"):
+        return float(horizon == "long")
+    try:
+        weight = float(horizon) if isinstance(horizon, str | int | float) and not isinstance(horizon, bool) else -1.0
+    except ValueError:
+        weight = -1.0
+    if not 0 <= weight <= 1:
+        raise ValueError("expected short, long, or a number from 0 to 1")
+    return weight
+
+
 Kind = Literal["baseline", "network"]
 # How an answer was found: the first of the index that qualify, a search of the index among those that
 # qualify, or a score for every song that qualifies.

@@ -23,6 +23,7 @@ from starlette.responses import Response
 from rayrec.data.moments import END_MS, iso_moment, now_ms, parse_moment
 from rayrec.data.spelling import MAX_ID, spell_id
 from rayrec.errors import InputError
+from rayrec.recommend.base import weight_of_long
 from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K, MAX_LISTED, MAX_NEW_SONGS, MAX_PLAYS
 
 LAST_MOMENT = END_MS - 1  # ms UTC
@@ -66,15 +67,6 @@ def spelled_song(text: str) -> str:
     return song_id
 
 
-def _horizon(value: object) -> float:
-    """The weight of the long horizon."""
-    if value in ("short", "long"):
-        return float(value == "long")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError("a horizon is short, long, or a number from 0 to 1")
-    return float(value)
-
-
 MOMENT_SCHEMA: dict[str, Any] = {
     "anyOf": [
         {"type": "number", "minimum": 0, "maximum": LAST_MOMENT},
@@ -102,7 +94,7 @@ Explore = Annotated[
         "probability in the answer. Above 0 there are no further pages."
     ),
 ]
-LongWeight = Annotated[Any, AfterValidator(_horizon), WithJsonSchema(HORIZON_SCHEMA)]
+LongWeight = Annotated[Any, AfterValidator(weight_of_long), WithJsonSchema(HORIZON_SCHEMA)]
 IsoMoment = Annotated[
     int, PlainSerializer(iso_moment, return_type=str), WithJsonSchema({"type": "string", "format": "date-time"})
 ]
@@ -292,16 +284,7 @@ class UserRecommendationsQuery(SongsQuery):
         fields = {name: getattr(self, name) for name in self.model_fields_set} | {"user_id": user_id}
         if self.at is not None:
             fields["at"] = iso_moment(self.at)
-        if self.horizon not in ("short", "long"):
-            fields["horizon"] = _number(self.horizon)
         return RecommendationsRequest.model_validate(fields)
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 class RankRequest(UserOrHistory, RequestBody):

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from rayrec.config import Settings, from_mapping
 from rayrec.errors import InputError
 from rayrec.online.state_store import absolute_uri
+from rayrec.recommend.base import weight_of_long
 
 # What one request may hold. They stand in the OpenAPI document, so they are fixed.
 MAX_K = 1_000  # songs of an answer
@@ -41,7 +42,7 @@ class Arm(Settings):
     @field_validator("horizon", mode="before")
     @classmethod
     def _weight(cls, value: Any) -> Any:
-        return float(value == "long") if value in ("short", "long") else value
+        return value if value is None else weight_of_long(value)
 
     @property
     def settings(self) -> dict[str, Any]:

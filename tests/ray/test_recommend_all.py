@@ -81,6 +81,11 @@ def test_reasons_for_all_users_are_refused(world: Workspace) -> None:
         recommend_all(world, CONFIG.replace(explain=True), releases.default_parts(world))
 
 
+def test_a_mix_of_horizons_for_all_users_is_refused(world: Workspace) -> None:
+    with pytest.raises(InputError, match=r"horizon is 0\.3; for all users expected short or long"):
+        recommend_all(world, CONFIG.replace(horizon=0.3), releases.default_parts(world))
+
+
 def test_parts_that_do_not_fit_are_refused_before_any_bucket(world: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "ray_cluster", pytest.fail)
     with pytest.raises(RayrecError, match="gone"):

@@ -16,6 +16,8 @@ from without_ray import without_ray
 
 import rayrec
 from rayrec import Dataset, InputError, NotFoundError, Recommender
+from rayrec.recommend import reranking
+from rayrec.recommend.reranking import choose_for_users
 
 SETTINGS: dict[str, Any] = {"hidden_dim": 16, "epochs": 4, "learning_rate": 0.01, "negatives": 16, "progress": False}
 COLUMNS = ["user_id", "rank", "song_id", "title", "artist", "score"]
@@ -55,6 +57,26 @@ def test_the_song_after_the_last_one_comes_first(model: Recommender) -> None:
         last = int(rows[rows["user_id"] == user]["track"].iloc[-1][1:])
         right += f"s{(last + 1) % 60}" in model.recommend(user, k=3, exclude_heard=False)["song_id"].tolist()
     assert right >= 8
+
+
+@pytest.mark.parametrize(("horizon", "weight"), [("short", 0), ("long", 1), (0.4, 0.4)])
+def test_a_number_as_horizon_is_the_weight_of_the_long_one(
+    model: Recommender, horizon: Any, weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def choose(*arguments: Any) -> Any:
+        asked.extend(options.long_weight for options in arguments[3])
+        return choose_for_users(*arguments)
+
+    monkeypatch.setattr(reranking, "choose_for_users", choose)
+    assert len(model.recommend(["u3", "u5"], k=4, horizon=horizon)) == 8
+    assert asked == [weight, weight]
+
+
+def test_a_horizon_that_is_none_is_refused(model: Recommender) -> None:
+    with pytest.raises(InputError, match="horizon is 2; expected short, long, or a number from 0 to 1"):
+        model.recommend("u3", horizon=2)
 
 
 def test_timestamps_without_a_zone_are_of_the_time_zone_that_fit_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,11 @@ def filled(tmp_path: Path) -> str:
         (["--workspace", "FILLED", "recommend", "--user", "ann"], "run `rayrec train` first"),
         (["--workspace", "FILLED", "recommend", "--user", "ann", "--at", "2015-01-20"], "no zone"),
         (["recommend", "--user", "ann", "-k", "0"], "k is 0"),
-        (["recommend", "--user", "ann", "--horizon", "far"], "expected one of short, long"),
+        (
+            ["recommend", "--user", "ann", "--horizon", "far"],
+            "horizon is 'far'; expected short, long, or a number from 0 to 1",
+        ),
+        (["recommend", "--user", "ann", "--horizon", "1.5"], "horizon is '1.5'; expected short, long, or a number"),
         (["evaluate"], "no data set"),
         (["--workspace", "FILLED", "evaluate"], "no split to evaluate on"),
         (["--workspace", "FILLED", "release", "create"], "data set d1 has no model"),

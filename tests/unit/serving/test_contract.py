@@ -23,6 +23,7 @@ ASKED: dict[str, tuple[list[str], dict[str, Any]]] = {
     "nothing else": ([], {}),
     "heard songs too": (["--no-exclude-heard"], {"exclude_heard": False}),
     "the long horizon": (["--horizon", "long"], {"horizon": "long"}),
+    "both horizons": (["--horizon", "0.4"], {"horizon": 0.4}),
     "artists": (["--artists", "artist 1", "--artists", "Artist 2"], {"artists": ["artist 1", "Artist 2"]}),
     "released": (
         ["--released-from", "2020-01-03", "--released-to", "2020-01-20"],
@@ -103,7 +104,7 @@ def test_songs_get_the_same_answer(both: Any, name: str) -> None:
     require_same(by_command, by_http)
 
 
-@pytest.mark.parametrize("name", ["nothing else", "the long horizon", "artists", "reasons"])
+@pytest.mark.parametrize("name", ["nothing else", "the long horizon", "both horizons", "artists", "reasons"])
 def test_a_stored_user_gets_the_same_answer(world: Workspace, both: Any, name: str) -> None:
     user = str(next(Dataset(world).read_all()).user_ids[0])
     flags, body = ASKED[name]
