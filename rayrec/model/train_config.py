@@ -182,7 +182,7 @@ class TrainConfig(Settings):
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
-        # Trained until the validation NDCG falls; on long histories it still rises after twenty epochs.
+        # Trained until the validation NDCG falls; on long histories it still rises after twelve epochs.
         "best": {"epochs": 40, "patience": 3},
         # The paper's networks, on histories and on playlists, short- and long-term: frozen song vectors, cosine
         # distance, one horizon, no averages. Its offsets of the long horizon are not known to us; these
@@ -220,9 +220,9 @@ class TrainConfig(Settings):
         True,
         description="Train separate input embeddings (untied weights); only with a trained song table",
     )
-    table_learning_rate: float = Field(0.002, gt=0, description="Adam learning rate of the song tables")
+    table_learning_rate: float = Field(0.003, gt=0, description="Adam learning rate of the song tables")
     averaged_part: float = Field(
-        0.33,
+        0.4,
         ge=0,
         le=0.5,
         description="Average the weights over about this last part of all steps so far; 0: keep those of the last step",
@@ -254,7 +254,7 @@ class TrainConfig(Settings):
     scale_with_batch: bool = Field(
         False, description="Multiply learning rates and negatives by the square root of batch / 64"
     )
-    epochs: int = Field(20, ge=1, description="Number of epochs, with a validation range the maximum")
+    epochs: int = Field(12, ge=1, description="Number of epochs, with a validation range the maximum")
     patience: int = Field(2, ge=1, description="Epochs without improved validation NDCG before training stops")
     refit: bool = Field(True, description="Train again on training and validation range with the best number of epochs")
     validation_plays: int = Field(
