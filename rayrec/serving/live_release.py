@@ -193,7 +193,7 @@ class ReleaseHolder:
         live = self._live
         if live is None:
             why = f": {self._refused['reason']}" if self._refused else ""
-            raise NotReadyError(f"no release is loaded{why or '; make one live with `rayrec release activate ID`'}")
+            raise NotReadyError(f"No release is loaded{why or '; make one live with `rayrec release activate ID`'}")
         return live
 
     @property
@@ -337,7 +337,7 @@ def report_page(workspace: Workspace, release: Manifest) -> bytes:
     """The HTML of a release's last report. Raises `NotFoundError` where it has none."""
     report = last_evaluation(workspace, release)
     if report is None:
-        raise NotFoundError(f"release {release.id} was not evaluated; run `rayrec evaluate`")
+        raise NotFoundError(f"Release {release.id} was not evaluated; run `rayrec evaluate`")
     return workspace.read_bytes(report.path(PAGE))
 
 

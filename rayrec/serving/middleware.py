@@ -172,7 +172,7 @@ class Middleware:
         body = None if refusal else await _read(receive, self._service.config.max_body)
         if body is None:
             limit = self._service.config.max_body
-            refusal = refusal or problem(413, f"the body is over {limit} bytes; send smaller batches")
+            refusal = refusal or problem(413, f"The body is over {limit} bytes; send smaller batches")
         elif body:
             refusal = _refuse_media_type(headers)
         if body is None or refusal:
@@ -186,7 +186,7 @@ class Middleware:
         if not keys.required:
             client = scope.get("client")
             if client and not is_loopback(client[0]):
-                return problem(403, "this application runs without API keys and answers its own machine only")
+                return problem(403, "This application runs without API keys and answers its own machine only")
             return None
         if needs_no_key(scope["method"], path, config):
             return None
@@ -194,7 +194,7 @@ class Middleware:
         roles = keys.roles(headers.get("authorization"))
         if not roles:
             challenge = {"WWW-Authenticate": "Bearer"}
-            return problem(401, "a valid key is required: send it as `Authorization: Bearer KEY`", headers=challenge)
+            return problem(401, "A valid key is required: send it as `Authorization: Bearer KEY`", headers=challenge)
         if role not in roles:
             return problem(403, f"This key lacks the {role!r} role, needed for {path[:200]}")
         return None
@@ -205,10 +205,10 @@ def _refuse_media_type(headers: Headers) -> Response | None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", kind):
         sent = f"is {kind[:100]}" if kind else "is missing"
-        detail = f"the Content-Type {sent}; send JSON with `Content-Type: application/json`"
+        detail = f"The Content-Type {sent}; send JSON with `Content-Type: application/json`"
         return problem(415, detail, headers={"Accept": "application/json"})
     if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-        detail = f"the body is encoded as {headers['content-encoding'][:100]}; send it without Content-Encoding"
+        detail = f"The body is encoded as {headers['content-encoding'][:100]}; send it without Content-Encoding"
         return problem(415, detail, headers={"Accept-Encoding": "identity"})
     return None
 

@@ -115,13 +115,13 @@ def of_error(error: Exception) -> Response:
     if isinstance(error, InputError):
         return problem(422, str(error), errors=field_errors(error))
     log.error("request %s failed", request_id.get(), exc_info=error)
-    return problem(500, f"internal server error; the replica's log has the details of request {request_id.get()}")
+    return problem(500, f"Internal server error; the replica's log has the details of request {request_id.get()}")
 
 
 async def _invalid(request: Request, error: Any) -> Response:
     errors = error.errors()
     if any(item["type"] == "json_invalid" for item in errors):
-        return problem(400, f"the body is not JSON: {errors[0].get('ctx', {}).get('error', 'it does not parse')}")
+        return problem(400, f"The body is not JSON: {errors[0].get('ctx', {}).get('error', 'it does not parse')}")
     detail = "The request is invalid; see `errors` and /openapi.json"
     return problem(422, detail, errors=error_list(errors))
 

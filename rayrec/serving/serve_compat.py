@@ -104,6 +104,6 @@ def bind_replica_port_to_loopback() -> None:
 
 def _no_replica_response() -> bytes:
     """The response of HAProxy where no replica answers."""
-    response = problem(503, "no replica answers; try again in a second", headers={"Retry-After": str(RETRY_AFTER_S)})
+    response = problem(503, "No replica answers; try again in a second", headers={"Retry-After": str(RETRY_AFTER_S)})
     lines = ["HTTP/1.1 503 Service Unavailable", *(f"{name}: {value}" for name, value in response.headers.items())]
     return "\r\n".join([*lines, "", ""]).encode() + bytes(response.body)

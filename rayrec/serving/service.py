@@ -192,7 +192,7 @@ class Service:
         catalog = live.catalog
         if catalog.first_days is None:
             raise NotFoundError(
-                f"release {live.id} has no retrieval, which knows when songs were played first; "
+                f"Release {live.id} has no retrieval, which knows when songs were played first; "
                 "run `rayrec retrieval`, `rayrec rank` and `rayrec release create`"
             )
         rows, cursor = await run_in_threadpool(_listed, catalog.by_age, query, catalog)
@@ -326,7 +326,7 @@ class Service:
         """Songs like a song. Raises `NotFoundError` for one that is not in the catalog."""
         row = int(live.catalog.find([song_id])[0])
         if row < 0:
-            raise NotFoundError(f"song {song_id!r} is not in the catalog; find ids with /v1/songs?query=")
+            raise NotFoundError(f"Song {song_id!r} is not in the catalog; find ids with /v1/songs?query=")
         path, songs = "exact", []
         if live.catalog.embedded(np.array([row])).any():
             chosen = await live.engine.similar(row, k)
@@ -632,7 +632,7 @@ def _day(day: int) -> str | None:
 def _known(user_id: str, user: StoredUser | None) -> StoredUser:
     if user is None:
         raise NotFoundError(
-            f"user {user_id!r} is not in the store; send plays, or load the batch job's with `rayrec states load`"
+            f"User {user_id!r} is not in the store; send plays, or load the batch job's with `rayrec states load`"
         )
     return user
 

@@ -276,7 +276,7 @@ class StoredUsers:
                 try:
                     self._stores[namespace] = open_store(store_uri(self._workspace, self._uri), namespace)
                 except InputError as error:  # for whoever runs the application, not for its client
-                    raise NotReadyError(f"users cannot be stored here: {error}") from error
+                    raise NotReadyError(f"Users cannot be stored here: {error}") from error
             return self._stores[namespace]
 
     def store_that_is_there(self, namespace: str) -> StateStore | None:

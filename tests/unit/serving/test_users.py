@@ -450,8 +450,8 @@ def test_a_store_out_of_reach_is_a_503_that_says_when_to_try_again(world: Worksp
 def test_where_users_cannot_be_stored_histories_are_answered_all_the_same(world: Workspace, store: str) -> None:
     with service(world, store=store) as opened:
         app = Client(opened)
-        require_problem(app.post("/v1/plays", PLAY), 503, "users cannot be stored here")
-        require_problem(app.post("/v1/recommendations", {"user_id": "ann"}), 503, "users cannot be stored here")
+        require_problem(app.post("/v1/plays", PLAY), 503, "Users cannot be stored here")
+        require_problem(app.post("/v1/recommendations", {"user_id": "ann"}), 503, "Users cannot be stored here")
         assert len(recommend(app, history=["song-3"], k=3)["songs"]) == 3
 
 
