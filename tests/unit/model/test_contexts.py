@@ -24,6 +24,7 @@ CONFIG = TrainConfig(
     long=(),
     epochs=7,
     learning_rate=0.01,
+    averaged_part=0.1,  # so short a training has not much to average
 )
 
 

@@ -138,7 +138,7 @@ def test_a_resumed_training_goes_on_within_the_warm_up(histories: Histories) -> 
 
 def test_with_four_times_the_usual_batch_rates_and_negatives_are_doubled(histories: Histories) -> None:
     scaled = settings(batch=256, scale_with_batch=True)
-    doubled = settings(batch=256, negatives=40, learning_rate=0.02, table_learning_rate=0.004)
+    doubled = settings(batch=256, negatives=40, learning_rate=0.02, table_learning_rate=0.006)
     assert losses(scaled, histories, 3) == losses(doubled, histories, 3) != losses(settings(batch=256), histories, 3)
 
 
