@@ -37,7 +37,7 @@ def weight_of_long(horizon: object) -> float:
         return float(horizon == "long")
     try:
         weight = float(horizon) if isinstance(horizon, str | int | float) and not isinstance(horizon, bool) else -1.0
-    except ValueError:
+    except (ValueError, OverflowError):  # a whole number may be too large for a float
         weight = -1.0
     if not 0 <= weight <= 1:
         raise ValueError("expected short, long, or a number from 0 to 1")

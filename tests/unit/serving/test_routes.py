@@ -173,6 +173,7 @@ def test_tastes_are_the_vectors_of_the_network(app: Client, world: Workspace, re
         ({"history": SONGS, "k": 10**400}, "k"),
         ({"history": SONGS, "horizon": -0.1}, "horizon"),
         ({"history": SONGS, "horizon": "medium"}, "horizon"),
+        ({"history": SONGS, "horizon": 10**400}, "horizon"),
         ({"history": SONGS, "horizon": float("nan")}, "horizon"),
         ({"history": SONGS, "horizon": float("inf")}, "horizon"),
         ({"history": [3]}, "history"),
