@@ -378,6 +378,7 @@ def _fitted(
         learning_rate=config.learning_rate,
         seed=config.seed,
         threads=threads,
-        overlapping=kind == "long",  # the songs 25 to 50 plays ahead are nearly those of the play before
     )
+    if kind == "long":  # the songs 25 to 50 plays ahead are nearly those of the play before
+        settings = settings.overlapping()
     return fit_ranker(examples, features, settings)

@@ -29,6 +29,8 @@ SHARPNESS = (0.25, 8.0)  # lowest and highest factor of the scores that is tried
 SLOPE = 0.01  # of the curve where it would be level
 ROWS_AT_ONCE = 1 << 14  # candidates that a linear model scores
 TREES_A_CHECK = 5  # a check takes as long as half a tree
+LEAST_LEAF = 50  # candidates of a leaf, at least
+LEAF_PART = 200  # a leaf need not hold more than this part of all candidates: few would grow no tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +40,16 @@ class RankerSettings:
     trees: int = 600  # at most; fewer where the held-out users gain nothing more
     leaves: int = 31
     learning_rate: float = 0.05
-    min_leaf: int = 50  # candidates in a leaf, at least
+    min_leaf: int = LEAST_LEAF  # candidates of a leaf, at least, where there are enough
     feature_share: float = 0.6  # of the features, drawn for each tree
+    query_share: float = 1.0  # of the queries, drawn for each tree
     patience: int = 30  # trees without a gain before growing stops
     seed: int = 0
     threads: int = 1  # that grow trees; their number changes nothing in these
-    overlapping: bool = False  # queries share right songs, so that many teach as little as few do
+
+    def overlapping(self) -> RankerSettings:
+        """For queries that share right songs, of which many teach as little as few do: trees that differ more."""
+        return replace(self, min_leaf=1000, feature_share=0.3, query_share=0.3, patience=60)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,8 +213,11 @@ def _lightgbm_data(
         "lambdarank_truncation_level": TOP + 10,
         "num_leaves": settings.leaves,
         "learning_rate": settings.learning_rate,
-        "min_data_in_leaf": settings.min_leaf,
+        "min_data_in_leaf": max(LEAST_LEAF, min(settings.min_leaf, len(grown.features) // LEAF_PART)),
         "feature_fraction": settings.feature_share,
+        "bagging_fraction": settings.query_share,
+        "bagging_by_query": True,
+        "bagging_freq": int(settings.query_share < 1),
         "max_bin": 127,
         "num_threads": settings.threads,
         "deterministic": True,
@@ -339,8 +348,8 @@ class FittedRanker:
 def fit_ranker(examples: RankingExamples, names: list[str], settings: RankerSettings | None = None) -> FittedRanker:
     """Learn from the queries that are not held out, choose and calibrate on those that are, and learn again from all.
 
-    With fewer than 10,000 queries to learn from, or where they overlap, trees of four leaves are tried, too, with fewer
-    than 2,000, which carry no trees, linear models. Kept is the simplest whose NDCG@20 on the queries held out is at
+    With fewer than 10,000 queries to learn from trees of four leaves are tried, too, with fewer than 2,000, which carry
+    no trees, linear models. Kept is the simplest whose NDCG@20 on the queries held out is at
     most a standard error below the best (Breiman et al. 1984). Raises `TooFewQueriesError` where there is nothing to
     learn from or nothing to check on.
     """
@@ -375,8 +384,7 @@ def _models(examples: RankingExamples, names: list[str], settings: RankerSetting
     if len(grown) < FEW_QUERIES:
         learns = [partial(LinearModel.fit, penalty=penalty) for penalty in reversed(PENALTIES)]
         models += [(learn(grown), learn) for learn in learns]
-    has_few = settings.overlapping or len(grown) < SOME_QUERIES
-    few_leaves = [replace(settings, leaves=FEW_LEAVES, patience=60)] if has_few else []
+    few_leaves = [replace(settings, leaves=FEW_LEAVES, patience=60)] if len(grown) < SOME_QUERIES else []
     for shape in (*few_leaves, settings):
         trees = TreeModel.fit(grown, checked, names, shape)
         models.append((trees, partial(TreeModel.grow, names=names, settings=replace(shape, trees=trees.trees))))

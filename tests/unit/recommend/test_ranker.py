@@ -11,6 +11,7 @@ from rayrec.recommend.ranker import (
     Ranker,
     RankerSettings,
     RankingExamples,
+    TreeModel,
     calibrate,
     fit_ranker,
     ndcg,
@@ -215,31 +216,50 @@ def test_few_queries_get_the_weighted_sum_that_trees_cannot_learn_from_them(tmp_
     assert np.ptp(ranker.scores(np.concatenate([far[:1], other.features]))) < 100
 
 
-def test_queries_that_overlap_get_small_trees_however_many_they_are() -> None:
-    """One song is right for all queries of a user: large trees learn these by heart, by a feature of the user."""
+def test_queries_that_overlap_do_not_teach_their_users_by_heart() -> None:
+    """One song is right for all queries of a user: trees that see all of them learn it by features of the user."""
     random = np.random.default_rng(0)
     users, of_each = 80, 200
-    planted = random.normal(size=(users, of_each, CANDIDATES)) * 2
-    song = random.integers(0, CANDIDATES, size=users)
-    right = np.zeros((users, of_each, CANDIDATES), dtype=bool)
-    right[np.arange(users), :, song] = True
-    planted[right] += 1.5
-    user = np.broadcast_to(random.normal(size=(users, 1, 1)), planted.shape)
-    place = np.broadcast_to(np.arange(CANDIDATES), planted.shape)
+    shape = (users, of_each, CANDIDATES)
+    right = np.zeros(shape, dtype=bool)
+    right[np.arange(users), :, random.integers(0, CANDIDATES, size=users)] = True
+    hints = [random.normal(size=shape) * 2 + 0.5 * right for _ in range(20)]
+    of_users = [np.broadcast_to(random.normal(size=(users, 1, 1)), shape) for _ in range(2)]
+    of_their_songs = [np.broadcast_to(random.normal(size=(users, 1, CANDIDATES)), shape) for _ in range(2)]
+    features = np.stack([*hints, *of_users, *of_their_songs], axis=3)
     examples = RankingExamples(
-        features=np.stack([planted, user, place], axis=3).reshape(-1, 3).astype(np.float32),
+        features=features.reshape(right.size, -1).astype(np.float32),
         right=right.ravel(),
         counts=np.full(users * of_each, CANDIDATES),
         held_out=np.repeat(np.arange(users) % 5 == 0, of_each),
         drawn=np.ones(right.size, dtype=bool),
     )
-    settings = RankerSettings(trees=20)
-    alone, beside = (
-        fit_ranker(examples, NAMES, replace(settings, overlapping=overlapping)).checked for overlapping in (False, True)
-    )
+    names = [f"feature_{number}" for number in range(features.shape[-1])]
+    settings = RankerSettings(trees=100)
+    plain, of_overlapping = (fit_ranker(examples, names, each).checked for each in (settings, settings.overlapping()))
     held_out = examples.take(examples.held_out)
-    large, small = (ndcg(held_out.rows, ranker.scores(held_out.features), held_out.right) for ranker in (alone, beside))
-    assert small > large + 0.02
+    by_heart, by_hints = (
+        ndcg(held_out.rows, ranker.scores(held_out.features), held_out.right) for ranker in (plain, of_overlapping)
+    )
+    assert by_hints > by_heart + 0.02
+
+
+def test_few_queries_that_overlap_grow_trees_all_the_same() -> None:
+    """A thousand candidates in every leaf would leave no tree."""
+    examples = _examples(100)
+    grown, checked = (examples.take(part) for part in (~examples.held_out, examples.held_out))
+    trees = TreeModel.fit(grown, checked, NAMES, RankerSettings(trees=100).overlapping())
+    found = ndcg(checked.rows, trees.scores(checked.features), checked.right)
+    assert found > ndcg(checked.rows, checked.features[:, 0], checked.right) - 0.1
+
+
+def test_the_number_of_threads_changes_nothing_in_trees_of_drawn_queries() -> None:
+    examples = _examples(4000)
+    one, two = (
+        fit_ranker(examples, NAMES, RankerSettings(trees=20, threads=threads).overlapping()).ranker
+        for threads in (1, 2)
+    )
+    np.testing.assert_array_equal(one.scores(examples.features), two.scores(examples.features))
 
 
 def test_ndcg_is_one_for_a_perfect_order_and_counts_ties_against() -> None:
