@@ -29,8 +29,8 @@ SHARPNESS = (0.25, 8.0)  # lowest and highest factor of the scores that is tried
 SLOPE = 0.01  # of the curve where it would be level
 ROWS_AT_ONCE = 1 << 14  # candidates that a linear model scores
 TREES_A_CHECK = 5  # a check takes as long as half a tree
-LEAST_LEAF = 50  # candidates of a leaf, at least
-LEAF_PART = 200  # a leaf need not hold more than this part of all candidates: few would grow no tree
+LEAST_LEAF = 50  # candidates, which a leaf may have to hold however few there are
+LEAF_PART = 200  # of larger leaves at least so many must fit into the candidates, or few candidates would grow no tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,7 @@ def _lightgbm_data(
         "lambdarank_truncation_level": TOP + 10,
         "num_leaves": settings.leaves,
         "learning_rate": settings.learning_rate,
-        "min_data_in_leaf": max(LEAST_LEAF, min(settings.min_leaf, len(grown.features) // LEAF_PART)),
+        "min_data_in_leaf": min(settings.min_leaf, max(LEAST_LEAF, len(grown.features) // LEAF_PART)),
         "feature_fraction": settings.feature_share,
         "bagging_fraction": settings.query_share,
         "bagging_by_query": True,
@@ -348,10 +348,10 @@ class FittedRanker:
 def fit_ranker(examples: RankingExamples, names: list[str], settings: RankerSettings | None = None) -> FittedRanker:
     """Learn from the queries that are not held out, choose and calibrate on those that are, and learn again from all.
 
-    With fewer than 10,000 queries to learn from trees of four leaves are tried, too, with fewer than 2,000, which carry
-    no trees, linear models. Kept is the simplest whose NDCG@20 on the queries held out is at
-    most a standard error below the best (Breiman et al. 1984). Raises `TooFewQueriesError` where there is nothing to
-    learn from or nothing to check on.
+    With fewer than 10,000 queries to learn from, trees of four leaves are tried, too; with fewer than 2,000, which
+    carry no trees, linear models as well. Kept is the simplest whose NDCG@20 on the queries held out is at most a standard
+    error below the best (Breiman et al. 1984). Raises `TooFewQueriesError` where there is nothing to learn from or
+    nothing to check on.
     """
     settings = settings or RankerSettings()
     models = _models(examples, names, settings)
