@@ -349,9 +349,9 @@ def fit_ranker(examples: RankingExamples, names: list[str], settings: RankerSett
     """Learn from the queries that are not held out, choose and calibrate on those that are, and learn again from all.
 
     With fewer than 10,000 queries to learn from, trees of four leaves are tried, too; with fewer than 2,000, which
-    carry no trees, linear models as well. Kept is the simplest whose NDCG@20 on the queries held out is at most a standard
-    error below the best (Breiman et al. 1984). Raises `TooFewQueriesError` where there is nothing to learn from or
-    nothing to check on.
+    carry no trees, linear models as well. Kept is the simplest whose NDCG@20 on the queries held out is at most a
+    standard error below the best (Breiman et al. 1984). Raises `TooFewQueriesError` where there is nothing to learn
+    from or nothing to check on.
     """
     settings = settings or RankerSettings()
     models = _models(examples, names, settings)
