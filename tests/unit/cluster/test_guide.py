@@ -31,10 +31,11 @@ def test_every_command_is_there_with_its_options(line: str) -> None:
     assert {word for word in left if re.match(r"--?[a-z]", word)} <= known
 
 
-def test_the_guide_goes_through_every_stage() -> None:
+def test_the_guide_goes_through_every_stage_and_fills_the_store() -> None:
     submitted = {line.split()[2] for line in LINES if line.startswith("rayrec submit")}
     assert submitted == {
-        *("import", "split", "embed", "train", "retrieval", "rank", "taste", "index", "evaluate", "release")
+        *("import", "split", "embed", "train", "retrieval", "rank", "taste", "index", "evaluate", "release"),
+        *("fit", "states"),
     }
 
 
