@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,13 @@ from rayrec.storage.artifacts import DatasetManifest, Manifest, publish, write_d
 from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file, users_file
 
 
-def write_dataset(workspace: Workspace, histories: Histories, num_songs: int, buckets: int = 4) -> Dataset:
+def write_dataset(
+    workspace: Workspace,
+    histories: Histories,
+    num_songs: int,
+    buckets: int = 4,
+    times: Literal["real", "positions"] = "real",
+) -> Dataset:
     """The histories as the canonical data set of a workspace."""
     histories = histories.take(np.argsort(histories.user_ids))
     bucket = bucket_of(histories.user_ids, buckets)
@@ -41,6 +48,7 @@ def write_dataset(workspace: Workspace, histories: Histories, num_songs: int, bu
         part_times=[(int(histories.played_at.min()), int(histories.played_at.max()))],
         has_skipped=histories.skipped is not None,
         has_likes=histories.likes is not None,
+        times=times,
     )
     write_dataset_manifest(workspace, manifest)
     return Dataset(workspace)

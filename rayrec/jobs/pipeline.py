@@ -29,7 +29,8 @@ from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
-from rayrec.recommend.answer import ASSUMED_GAP_MS, Answer, RecommendConfig, answer, load_recommender
+from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender
+from rayrec.recommend.base import ASSUMED_GAP_MS
 from rayrec.recommend.index import IndexConfig, require_one_faiss
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage import artifacts, releases

@@ -238,6 +238,7 @@ class GroupCounter:
             num_songs=task.dataset.num_songs,
             allowed=task.allowed,
             newest=task.config.sessions_per_song,
+            real_times=task.dataset.manifest.times == "real",
         )
 
 

@@ -16,7 +16,7 @@ from rayrec.data.histories import Histories
 from rayrec.data.moments import iso_moment
 from rayrec.errors import InputError, MismatchError
 from rayrec.model.train_config import PLAY_COUNTS
-from rayrec.recommend.base import BaseRecommender, HorizonName, weight_of_long
+from rayrec.recommend.base import ASSUMED_GAP_MS, BaseRecommender, HorizonName, weight_of_long
 from rayrec.recommend.filters import (
     AnswerFilter,
     SongAttributes,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from rayrec.recommend.reranking import Chosen, Path, Starting
 
 LAST_PLAYS = 5  # shown beside reasons
-ASSUMED_GAP_MS = 3 * 60 * 1000  # between songs that are given without times: about the length of one
 
 
 class RecommendConfig(Settings):

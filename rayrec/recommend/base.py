@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -59,6 +59,7 @@ LATEST_PLAYS = 5_000  # plays before a query that are looked at
 LATEST_LIKES = 1_000  # likes before a query that are looked at
 HOUR_MS = 3_600_000
 SESSION_GAP_MS = HOUR_MS // 2  # a longer pause ends a session
+ASSUMED_GAP_MS = 3 * 60 * 1000  # between plays that are given without times: about the length of a song
 ACTIVATION_DECAY = 0.5  # of base level activation in ACT-R: a play t ago counts t^-0.5
 
 
@@ -398,8 +399,16 @@ class QueryBatch:
         *,
         short_vectors: np.ndarray,
         long_vectors: np.ndarray,
+        real_times: bool = True,
     ) -> QueryBatch:
-        """From histories, of which the plays that the queries have seen are used and no others."""
+        """From histories, of which the plays that the queries have seen are used and no others.
+
+        Without `real_times` a history's plays are three minutes apart, and a query comes three minutes after the last,
+        whatever their times say: a ranker learns from such data that way, and a request comes years after them.
+        """
+        liked = _liked(histories, queries, num_songs)
+        if not real_times:
+            queries = replace(queries, at=ASSUMED_GAP_MS * queries.seen)
         ends = histories.offsets[queries.rows] + queries.seen
         counts = np.minimum(queries.seen, LATEST_PLAYS)
         plays = ranges(ends - counts, counts)
@@ -408,7 +417,10 @@ class QueryBatch:
         plays, rows = plays[known], rows[known]
         offsets = offsets_of(np.bincount(rows, minlength=len(queries)))
         back = offsets[1:][rows] - 1 - np.arange(len(rows))
-        songs, played_at = histories.songs[plays].astype(np.int64), histories.played_at[plays]
+        songs = histories.songs[plays].astype(np.int64)
+        played_at = histories.played_at[plays]
+        if not real_times:
+            played_at = ASSUMED_GAP_MS * (plays - histories.offsets[queries.rows[rows]])
         in_session = _in_session(offsets, rows, played_at, queries.at)
         skipped = np.zeros(len(plays), dtype=bool) if histories.skipped is None else histories.skipped[plays]
         user_songs, repeated = _user_songs(rows, songs, back, played_at, in_session, skipped, queries.at, num_songs)
@@ -425,7 +437,7 @@ class QueryBatch:
             repeated=repeated,
             skipped=skipped,
             user_songs=user_songs,
-            liked=_liked(histories, queries, num_songs),
+            liked=liked,
             short_vectors=short_vectors,
             long_vectors=long_vectors,
         )

@@ -436,7 +436,7 @@ def _recent(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, s
     """Where the data has no times, the last days are all of it."""
     end = dataset.manifest.last_play + 1 if allowed.before is None else allowed.before
     days = settings.get("days", RECENT_DAYS)
-    since = end - round(days * DAY_MS)
+    since = end - round(days * DAY_MS) if dataset.manifest.times == "real" else 0
     recent = PopularityRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed, since=since)
     recent.settings = {"days": days}
     return recent

@@ -49,10 +49,13 @@ class PlayCounts:
         return len(self.plays)
 
     @classmethod
-    def fit(cls, histories: Histories, *, num_songs: int) -> PlayCounts:
-        """Count the plays of histories."""
+    def fit(cls, histories: Histories, *, num_songs: int, real_times: bool = True) -> PlayCounts:
+        """Count the plays of histories; without `real_times` all are of one day.
+
+        Where times are positions, the last days would be the ends of the longest histories.
+        """
         plays = np.bincount(histories.songs, minlength=num_songs).astype(np.int64)
-        days = histories.played_at // DAY_MS
+        days = histories.played_at // DAY_MS if real_times else np.zeros(len(histories.songs), dtype=np.int64)
         first_days = np.full(num_songs, NOT_PLAYED, dtype=np.int32)
         np.minimum.at(first_days, histories.songs, days.astype(np.int32))
         counted = _counted(plays, first_days, days, histories.songs, np.ones(len(days), np.int64))
@@ -432,13 +435,16 @@ class RetrievalCounts:
         num_songs: int,
         allowed: FitRange | None = None,
         newest: int = NEWEST,
+        real_times: bool = True,
     ) -> RetrievalCounts:
-        """From histories. Raises `LeakError` for a play that `allowed` forbids."""
+        """From histories; without `real_times` their times are positions. Raises `LeakError` for a play that `allowed`
+        forbids.
+        """
         (allowed or FitRange()).require(histories)
         return cls(
             sessions=SessionPostings.fit(histories, num_songs=num_songs, newest=newest),
             rules=RuleCounts.fit(histories, num_songs=num_songs),
-            plays=PlayCounts.fit(histories, num_songs=num_songs),
+            plays=PlayCounts.fit(histories, num_songs=num_songs, real_times=real_times),
         )
 
     @classmethod

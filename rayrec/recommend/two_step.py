@@ -119,7 +119,12 @@ class CandidateSource:
         short, long = (vectors[horizon] for horizon in HORIZONS)
         for chunk in query_slices(queries):
             batch = QueryBatch.of(
-                histories, queries.take(chunk), self.num_songs, short_vectors=short[chunk], long_vectors=long[chunk]
+                histories,
+                queries.take(chunk),
+                self.num_songs,
+                short_vectors=short[chunk],
+                long_vectors=long[chunk],
+                real_times=self.sources.real_times,
             )
             keys = None if songs_to_rank is None else _keys_of(batch, songs_to_rank[chunk])
             candidates = retrieve(self.retrievers, batch, self._counts, keys)

@@ -15,7 +15,7 @@ from rayrec.data.ragged import offsets_of
 from rayrec.errors import FieldError
 from rayrec.model.taste_table import States
 from rayrec.online.user_state import Plays
-from rayrec.recommend.answer import ASSUMED_GAP_MS
+from rayrec.recommend.base import ASSUMED_GAP_MS
 from rayrec.recommend.filters import AnswerFilter, SongAttributes, SongSet, listed_and_fitting, parse_day
 from rayrec.recommend.reranking import AnswerOptions
 from rayrec.serving.online_songs import SongToAdd

@@ -10,6 +10,7 @@ from without_ray import CountingFileSystem, without_ray
 from worlds import random_histories, with_opinions, write_dataset
 
 from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
 from rayrec.importing import import_plan
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs import retrieval as job
@@ -229,3 +230,16 @@ def test_a_session_that_goes_on_in_an_appended_part_is_two_and_its_rules_end_bet
     assert followers(workspace, added, "f") == {"g": 1.0}
     plays = [Retrieval.load(workspace, each.folder).plays.plays.tolist() for each in (added, whole)]
     assert plays[0] == plays[1] == [1] * 6
+
+
+def test_without_times_popular_songs_are_those_of_all_users_not_of_the_longest_history(workspace: Workspace) -> None:
+    lists = [[0, 1, 2]] * 40 + [[*[0, 1, 2] * 3, *[4, 5] * 10_000]]
+    times = [(180_000 * np.arange(len(songs))).tolist() for songs in lists]
+    histories = Histories.from_lists(lists, times)
+    write_dataset(workspace, histories.take(np.arange(40)), SONGS, times="positions")
+    few = Retrieval.load(workspace, fit_retrieval(workspace, SETTINGS).folder)
+    np.testing.assert_array_equal(few.recent_plays[:3], [40, 40, 40])
+    write_dataset(workspace, histories, SONGS, times="positions")
+    every = Retrieval.load(workspace, fit_retrieval(workspace, SETTINGS, repeat=True).folder)
+    np.testing.assert_array_equal(every.recent_plays, every.plays.plays)
+    assert every.recent_plays[0] == 43

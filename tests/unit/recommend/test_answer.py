@@ -14,7 +14,6 @@ from rayrec.data.histories import Histories, Queries
 from rayrec.errors import InputError, MismatchError, NotFoundError
 from rayrec.model.train_config import PLAY_COUNTS
 from rayrec.recommend.answer import (
-    ASSUMED_GAP_MS,
     Answer,
     RecommendConfig,
     answer,
@@ -22,7 +21,7 @@ from rayrec.recommend.answer import (
     load_recommender,
     reasons,
 )
-from rayrec.recommend.base import HorizonName
+from rayrec.recommend.base import ASSUMED_GAP_MS, HorizonName
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, Manifest, publish, write_dataset_manifest

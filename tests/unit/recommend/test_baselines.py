@@ -111,6 +111,13 @@ def test_recent_popularity_counts_the_last_days_before_the_cut(workspace: Worksp
     np.testing.assert_array_equal(_score(whole, [0]), [0, 0, 1, 1, 0])
 
 
+def test_without_times_recent_popularity_counts_all_plays(workspace: Workspace) -> None:
+    plays = Histories.from_lists([[0, 0], [1] * 20_000], [[0, 180_000], (180_000 * np.arange(20_000)).tolist()])
+    dataset = write_dataset(workspace, plays, 2, times="positions")
+    (fitted,) = fit_baselines(["popularity-recent"], dataset, None, FitRange())
+    np.testing.assert_array_equal(_score(fitted, [0]), [2, 20_000])
+
+
 def test_rules_weigh_what_followed_by_one_over_the_distance() -> None:
     fitted = SequentialRulesRecommender.fit([_songs([0, 1, 2], [0, 1, 1])], num_songs=4, allowed=FitRange())
     np.testing.assert_allclose(_score(fitted, [3, 0]), [0, 1 + 1 + 0.5, 0.5, 0])

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from worlds import random_histories, random_vectors
+from worlds import random_histories, random_vectors, with_opinions
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange
@@ -20,7 +20,7 @@ from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets
 from rayrec.recommend import two_step
 from rayrec.recommend.answer import reasons
-from rayrec.recommend.base import NO_SONG
+from rayrec.recommend.base import NO_SONG, QueryBatch
 from rayrec.recommend.candidate_features import OF_LIKES, OF_SKIPS
 from rayrec.recommend.filters import AnswerFilter, SongSet, listed_and_fitting, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
@@ -28,7 +28,7 @@ from rayrec.recommend.ranker import RankerSettings, fit_ranker, ndcg
 from rayrec.recommend.reranking import AnswerOptions, Chosen, Starting, choose, choose_for_users
 from rayrec.recommend.retrievers import COUNTS
 from rayrec.recommend.session_knn import VstanRecommender
-from rayrec.recommend.stored_retrieval import Retrieval
+from rayrec.recommend.stored_retrieval import Retrieval, RetrievalCounts
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import HORIZONS, CandidateSource, RankerKind, TwoStepRecommender, examples_for
 from rayrec.recommend.two_step_config import ABLATED_PARTS
@@ -38,6 +38,7 @@ Answers = dict[RankerKind, tuple[np.ndarray, np.ndarray]]
 NUM_SONGS = 60
 MINUTE = 60_000
 NOW = 10**9
+YEARS = 50 * 365 * 24 * 60 * MINUTE  # ms UTC: when somebody asks today
 
 
 def _network(num_songs: int = NUM_SONGS) -> TasteRecommender:
@@ -495,3 +496,32 @@ def test_by_skips_and_likes_the_ranker_finds_more_of_the_songs_that_users_return
         ranker = fit_ranker(replace(known, features=known.features[:, kept]), names, settings).ranker
         found.append(ndcg(checked.rows, ranker.scores(checked.features[:, kept]), checked.right))
     assert found[0] > found[1] + 0.03
+
+
+def test_without_times_features_do_not_depend_on_when_plays_and_requests_come() -> None:
+    counts = RetrievalCounts.fit(_cycling(150, 0), num_songs=NUM_SONGS, real_times=False)
+    source = CandidateSource(_network(), Retrieval.build(counts.strongest()), real_times=False)
+    stored = random_histories(5, NUM_SONGS, seed=3)
+    positions = 3 * MINUTE * (np.arange(stored.num_plays) - np.repeat(stored.offsets[:-1], stored.lengths))
+    as_trained = replace(stored, played_at=positions)
+    late = positions.copy()
+    late[stored.offsets[1:] - 1] = YEARS  # the last play came to the server, which writes when
+    vectors = {horizon: random_vectors(5, 8) for horizon in HORIZONS}  # a network of such data reads no times either
+    ((_, expected),) = source.batches(as_trained, Queries.at_end(as_trained, 3 * MINUTE * stored.lengths), vectors)
+    assert expected.batch.in_session.all()
+    for histories, at in ((as_trained, YEARS), (replace(stored, played_at=late), YEARS + 1)):
+        ((_, scored),) = source.batches(histories, Queries.at_end(histories, at), vectors)
+        np.testing.assert_array_equal(scored.candidates.songs, expected.candidates.songs)
+        np.testing.assert_array_equal(scored.features, expected.features)
+
+
+def test_without_times_likes_count_whenever_they_came() -> None:
+    histories = with_opinions(random_histories(5, NUM_SONGS, seed=3), NUM_SONGS)
+    queries = Queries.at_end(histories, YEARS)
+    vectors = {"short_vectors": random_vectors(5, 8), "long_vectors": random_vectors(5, 8)}
+    liked, expected = (
+        QueryBatch.of(histories, queries, NUM_SONGS, **vectors, real_times=real_times).liked
+        for real_times in (False, True)
+    )
+    assert len(expected.songs)
+    np.testing.assert_array_equal(liked.songs, expected.songs)
