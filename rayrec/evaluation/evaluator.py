@@ -18,7 +18,7 @@ import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -70,8 +70,7 @@ from rayrec.evaluation.protocol import (
 from rayrec.evaluation.ranks import NOT_FOUND, Ranked, metric_columns, metrics_of, rank_targets
 from rayrec.importing.readers.reader import Unit, read_blocks
 from rayrec.model.train_config import DaysHorizon
-from rayrec.recommend.answer import ASSUMED_GAP_MS
-from rayrec.recommend.base import BaseRecommender, CandidateRecommender, VectorRecommender
+from rayrec.recommend.base import ASSUMED_GAP_MS, BaseRecommender, CandidateRecommender, VectorRecommender
 from rayrec.recommend.index import INDEX_FILE, import_faiss
 from rayrec.storage.workspace import Workspace, stored_at
 
@@ -462,13 +461,19 @@ class PrefixEvaluator:
     """Answers each pair as the query of a new user and adds up metrics.
 
     `song_plays` is (N,), as for the `Evaluator`; a target without a play there, or unknown to the catalog, is a miss.
+    Prefixes begin at `begin` (ms UTC), which is after all plays that the models know where these have real times.
     Pairs are what the bootstrap draws, by the text of their lines.
     """
 
     def __init__(
-        self, recommenders: Sequence[BaseRecommender], *, song_plays: np.ndarray, config: EvaluateConfig
+        self,
+        recommenders: Sequence[BaseRecommender],
+        *,
+        song_plays: np.ndarray,
+        config: EvaluateConfig,
+        begin: int = 0,
     ) -> None:
-        self.recommenders, self.known_songs, self.config = recommenders, song_plays > 0, config
+        self.recommenders, self.known_songs, self.config, self.begin = recommenders, song_plays > 0, config, begin
 
     def empty(self, cells: int = CellRange().count) -> MetricAccumulator:
         """The sums of no pairs."""
@@ -487,8 +492,9 @@ class PrefixEvaluator:
     def __call__(self, prefixes: Prefixes, cells: CellRange | None = None) -> MetricAccumulator:
         """The sums of some pairs."""
         cells = cells or CellRange()
-        sums, histories, targets = self.empty(cells.count), prefixes.histories, self._targets(prefixes)
-        queries = Queries.at_end(histories, ASSUMED_GAP_MS * histories.lengths)
+        sums, targets = self.empty(cells.count), self._targets(prefixes)
+        histories = replace(prefixes.histories, played_at=self.begin + prefixes.histories.played_at)
+        queries = Queries.at_end(histories, self.begin + ASSUMED_GAP_MS * histories.lengths)
         cell, group = cells.cells_of(histories.user_ids), GROUPS.index("new")
         for name, target in targets.items():
             sums.users[VIEWS.index(name), group] = np.count_nonzero(target.sizes)
@@ -505,7 +511,8 @@ class PrefixEvaluator:
     def _targets(prefixes: Prefixes) -> dict[str, TargetSongs]:
         """The target of each pair, and as served where it is not a song of the prefix."""
         histories, rows = prefixes.histories, np.arange(len(prefixes.histories))
-        new = np.flatnonzero(~HeardSongs(histories)(rows, histories.lengths, prefixes.targets))
+        heard = HeardSongs(histories)(rows, histories.lengths, prefixes.targets)
+        new = np.flatnonzero(~heard | (prefixes.targets == prefixes.num_songs))  # unknown songs share a row
         sizes = np.ones(len(rows), dtype=np.int64)
         return {
             "served": TargetSongs(

@@ -315,7 +315,14 @@ def evaluate_prefixes(
     if complete:
         return reuse(workspace, KIND, report_id)
     recommenders, song_plays = make_recommenders(workspace, dataset, compared, split)
-    evaluator = PrefixEvaluator(recommenders, song_plays=song_plays, config=config)
+    fitted_before = fit_range(split).before
+    begin = dataset.manifest.last_play + 1 if fitted_before is None else fitted_before
+    evaluator = PrefixEvaluator(
+        recommenders,
+        song_plays=song_plays,
+        config=config,
+        begin=begin if dataset.manifest.times == "real" else 0,
+    )
     units = byte_ranges(prefix_file.source, prefix_file.size, PREFIXES_AT_ONCE)
     sums, counts = evaluate_pairs(workspace, evaluator, file, units, f"{artifact_dir(KIND, report_id)}/run")
     if not counts[0]:

@@ -27,6 +27,7 @@ from rayrec.evaluation.ranks import rank_targets
 from rayrec.evaluation.results import Figures
 from rayrec.importing.readers.reader import byte_ranges
 from rayrec.model.checkpoint import save_model
+from rayrec.recommend.base import HorizonName
 from rayrec.recommend.baselines import ItemKnnRecommender, PopularityRecommender
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.ranker import LinearModel, Ranker, calibrate
@@ -227,3 +228,32 @@ def test_figures_are_those_worked_out_by_hand_and_unknown_songs_are_misses() -> 
         if (row["users"], row["metric"], row["k"]) == ("all", "recall", 2)
     }
     assert found == {"popularity": 2 / 4, "item-knn": 1 / 4}
+
+
+def test_an_unknown_target_is_a_miss_as_served_even_after_an_unknown_song() -> None:
+    popular = PopularityRecommender(np.array([3, 5, 0, 1]))
+    evaluator = PrefixEvaluator([popular], song_plays=np.array([3, 5, 0, 1]), config=EvaluateConfig(ks=(1,)))
+    sums = evaluator(_parse(["a x\ty", "a\tb"]))
+    (served,) = (
+        row["value"]
+        for row in Figures(sums, [popular], evaluator.config).results(["served"])
+        if (row["users"], row["metric"], row["k"]) == ("all", "recall", 1)
+    )
+    assert served == 1 / 2
+
+
+class Asked(PopularityRecommender):
+    """Keeps when the last play came and when it was asked."""
+
+    moments: tuple[list[int], list[int]] = ([], [])
+
+    def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
+        self.moments = histories.played_at.tolist(), queries.at.tolist()
+        return super().score(histories, queries, horizon)
+
+
+def test_prefixes_are_asked_after_the_plays_that_the_models_know() -> None:
+    model, end = Asked(np.array([3, 5, 0, 1])), 1_700_000_000_000
+    evaluator = PrefixEvaluator([model], song_plays=np.ones(4), config=EvaluateConfig(ks=(1,)), begin=end)
+    evaluator(_parse(["a b\tc"]))
+    assert model.moments == ([end, end + 180_000], [end + 360_000])
