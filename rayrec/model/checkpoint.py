@@ -35,14 +35,16 @@ BEST = "best"  # prefix of the weights of the best network so far
 
 def export_song_vectors(model: TasteModel, known: np.ndarray) -> Tensor:
     """float32 (n, D): the normalized vectors that the model scores against; zero where not `known`, bool (n,)."""
-    return torch.cat([*_exported(model.song_vectors, model, known)])
+    return torch.cat([*_exported(model.song_vectors, model, known, model.config.num_songs)])
 
 
 @torch.inference_mode()
-def _exported(vectors_of: Callable[[Tensor], Tensor], model: TasteModel, known: np.ndarray) -> Iterator[Tensor]:
-    """Vectors of the model's songs, some at a time; at least once."""
+def _exported(
+    vectors_of: Callable[[Tensor], Tensor], model: TasteModel, known: np.ndarray, most: int
+) -> Iterator[Tensor]:
+    """Vectors of the model's songs, some at a time; in as many parts as a worker of `most` songs has, at least one."""
     device = model.songs.weight.device
-    for begin in range(0, max(1, model.config.num_songs), SONGS_AT_ONCE):
+    for begin in range(0, max(1, most), SONGS_AT_ONCE):
         rows = torch.arange(begin, min(begin + SONGS_AT_ONCE, model.config.num_songs), device=device)
         known_n1 = torch.from_numpy(known[begin : begin + SONGS_AT_ONCE, None]).to(device)
         yield vectors_of(rows).float().where(known_n1, 0.0)
@@ -58,10 +60,11 @@ def save_model(
     """
     share = share or Share()
     total = int(share.total(model.config.num_songs))
+    most = -(-total // share.workers)  # songs of a worker: all take part in every gather, also with no song left
     written = [WEIGHTS, SONG_VECTORS, MODEL_CONFIG]
-    _write_rows(workspace, f"{folder}/{SONG_VECTORS}", _exported(model.song_vectors, model, known), total, share)
+    _write_rows(workspace, f"{folder}/{SONG_VECTORS}", _exported(model.song_vectors, model, known, most), total, share)
     if model.inputs is not None:
-        inputs = _exported(model.input_vectors, model, known)
+        inputs = _exported(model.input_vectors, model, known, most)
         _write_rows(workspace, f"{folder}/{INPUT_VECTORS}", inputs, total, share)
         written.append(INPUT_VECTORS)
     if not share.rank:

@@ -2,17 +2,18 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from networks import NUM_SONGS, MemoryHost, cycling_histories, model_config, network
+from networks import NUM_SONGS, MemoryHost, cycling_histories, model_config, network, part_of
 from worlds import random_histories
 
 from rayrec.data.histories import Queries
 from rayrec.errors import DamagedArtifactError
+from rayrec.model import checkpoint
 from rayrec.model.checkpoint import export_song_vectors, load_model, load_training, save_model, save_training
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.song_tables import Share
@@ -51,6 +52,39 @@ def test_exported_song_vectors_are_normalized_and_zero_where_unknown() -> None:
     vectors = export_song_vectors(model, KNOWN).numpy()
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), KNOWN, atol=1e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedShare(Share):
+    """A worker that is alone in the process and keeps what it gives to each gather."""
+
+    gathers: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+
+    def total(self, value: float) -> float:
+        """The songs of all workers."""
+        return NUM_SONGS
+
+    def interleaved(self, rows: torch.Tensor, total: int) -> torch.Tensor | None:
+        """Nothing comes from the others."""
+        self.gathers.append((rows, total))
+        return None
+
+
+@pytest.mark.parametrize(("workers", "at_once"), [(7, 4), (7, 8), (7, 3), (4, 5), (90, 4)])
+def test_all_workers_take_part_in_every_gather_of_rows_those_with_none_left_too(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, workers: int, at_once: int
+) -> None:
+    monkeypatch.setattr(checkpoint, "SONGS_AT_ONCE", at_once)
+    model = network(model_config(song_table="trained", input_table=True))
+    shares = [RecordedShare(rank=rank, workers=workers) for rank in range(workers)]
+    for share in shares:
+        save_model(workspace, "models/m", part_of(model, share), share.own(KNOWN), share)
+    rounds = -(-NUM_SONGS // (workers * at_once))
+    for share in shares:
+        assert [total for _, total in share.gathers] == [total for _, total in shares[0].gathers]
+        assert len(share.gathers) == 2 * rounds  # of the two tables
+    gathered = [rows for parts in zip(*(share.gathers for share in shares), strict=True) for rows, _ in parts]
+    assert sum(map(len, gathered)) == 2 * NUM_SONGS
 
 
 def test_song_vectors_of_another_network_are_noticed(workspace: Workspace) -> None:
