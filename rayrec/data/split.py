@@ -32,6 +32,8 @@ HELD_BACK_SHARE, MOST_HELD_BACK = 0.1, 0.2  # of all plays
 MIN_HELD_BACK = 30  # plays
 SHARE_DIGITS = 9  # 1 - 0.2 - 0.1 is to be 0.7, not a little more
 
+SELECTION_FOLDER = "selection"  # in an artifact: what was fitted without the validation range
+
 Protocol = Literal["time", "last-fraction"]
 WEAKER = "weaker than a split in time: training sees later plays of other users"
 
@@ -335,12 +337,24 @@ def split_flag(split_id: str | None) -> str:
     return f" --split {split_id}" if split_id else " --no-split"
 
 
+def fit_range_of(workspace: Workspace, artifact: Manifest) -> FitRange:
+    """The plays that an artifact was fitted on.
+
+    A network without a refit is the one of the selection phase; where nothing was chosen there is only a final phase.
+    """
+    if "split" not in artifact.inputs:
+        return FitRange()
+    split = load_split(workspace, artifact.inputs["split"])
+    has_selection = any(name.startswith(f"{SELECTION_FOLDER}/") for name in artifact.files)
+    return split.selection if has_selection and not artifact.config.get("refit", True) else split.final
+
+
 def left_out(workspace: Workspace, artifact: Manifest) -> str:
     """The plays of its data set that an artifact was not fitted on, in words; empty where it was fitted on all."""
     if "split" not in artifact.inputs:
         return ""
     split = load_split(workspace, artifact.inputs["split"])
-    if not artifact.config.get("refit", True):
+    if fit_range_of(workspace, artifact) != split.final:
         return split.validation_as_test().test_range
     return split.test_range if split.has_test else ""
 

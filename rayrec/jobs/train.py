@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split, split_flag
+from rayrec.data.split import Split, fit_range_of, split_flag
 from rayrec.display import progress
 from rayrec.embeddings.word2vec import UNCUT
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
@@ -18,7 +18,6 @@ from rayrec.jobs.trainer import (
     TrainPlan,
     WorkerRequest,
     diverged_file,
-    fit_range_of,
     has_checkpoint,
     new_board,
     plan_training,

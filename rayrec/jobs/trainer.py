@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.split import FitRange, Split, load_split, validation_histories
+from rayrec.data.split import FitRange, Split, fit_range_of, validation_histories
 from rayrec.data.windows import WindowLengths, Windows
 from rayrec.display import Progress, progress
 from rayrec.errors import DivergedError, InputError, RayrecError
@@ -159,14 +159,6 @@ def table_dim(workspace: Workspace, config: TrainConfig, songs: Manifest | None)
             f"`rayrec embed --dim {config.dim}` first"
         )
     return dim
-
-
-def fit_range_of(workspace: Workspace, model: Manifest) -> FitRange:
-    """The plays that a model was fit on."""
-    if "split" not in model.inputs:
-        return FitRange()
-    split = load_split(workspace, model.inputs["split"])
-    return split.final if model.config["refit"] else split.selection
 
 
 def read_vectors(plan: TrainPlan, phase: Phase) -> np.ndarray:

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import parse_moment
-from rayrec.data.split import DAY_MS
+from rayrec.data.split import DAY_MS, SELECTION_FOLDER
 from rayrec.data.windows import divisors
 
 SongTable = Literal["trained", "mapped", "frozen"]
@@ -22,7 +22,7 @@ REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards son
 
 
 MODEL_CONFIG = "model.json"  # of a models artifact: the shape of its network
-SELECTION_NETWORK = "selection"  # folder in a models artifact: the network before it saw the validation range
+SELECTION_NETWORK = SELECTION_FOLDER  # folder in a models artifact: the network before it saw the validation range
 PLAY_COUNTS = "play_counts.npy"  # int64 (N,): plays of each song in the range that the model was fit on
 PLAYS_IN_DAYS = 500  # after a query that a horizon in days may hold; windows hold so many behind their inputs
 USUAL_BATCH = 64  # windows, for which learning rates and negatives are chosen

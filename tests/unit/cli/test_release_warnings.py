@@ -33,7 +33,11 @@ def warned(
     }
     for kind, made_of in inputs.items():
         config: dict[str, Any] = {"refit": refit} if kind == "models" else {}
-        publish(workspace, Manifest(kind=kind, id=f"{kind}1", config=config, inputs={"dataset": "d", **made_of}), [])
+        made = Manifest(kind=kind, id=f"{kind}1", config=config, inputs={"dataset": "d", **made_of})
+        files = ["selection/model.safetensors"] if kind == "models" else []
+        for name in files:
+            workspace.write_bytes(made.path(name), b"weights")
+        publish(workspace, made, files)
     assert main(["--json", "--workspace", workspace.uri, "release", "create"]) == 0
     return list(json.loads(capsys.readouterr().out).get("warnings", []))
 

@@ -1,5 +1,7 @@
 """The time cut: what a fit may see, and that it refuses the rest."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -152,13 +154,16 @@ def test_which_plays_an_artifact_was_trained_on_is_said_in_words(workspace: Work
     ):
         save_split(workspace, split)
 
-    def of(kind: str, split: str = "", **config: bool) -> str:
-        made = Manifest(kind=kind, id="x", config=config, inputs={"split": split} if split else {})
-        return trained_on(workspace, made)
+    def of(kind: str, split: str = "", files: Sequence[str] = (), **config: bool) -> str:
+        inputs, hashes = {"split": split} if split else {}, dict.fromkeys(files, "")
+        return trained_on(workspace, Manifest(kind=kind, id="x", config=config, inputs=inputs, files=hashes))
 
     assert of("models") == "all plays"
     assert of("songs", "tested") == "all plays except the plays from 1970-01-21 on, UTC (split tested)"
-    assert of("models", "tested", refit=False) == "all plays except the plays from 1970-01-11 on, UTC (split tested)"
+    selected, tested = ["selection/model.safetensors"], "all plays except the plays from 1970-01-21 on"
+    assert of("models", "tested", selected, refit=False).startswith("all plays except the plays from 1970-01-11 on")
+    assert of("models", "tested", selected, refit=True).startswith(tested)
+    assert of("models", "tested", refit=False).startswith(tested)  # nothing was chosen: it learned from both ranges
     assert of("rankers", "tested") == "the plays from 1970-01-11 to before 1970-01-21, UTC (split tested)"
     assert of("models", "all") == "all plays, after choosing on the plays from 1970-01-11 on, UTC (split all)"
     assert of("retrieval", "parts").startswith("all plays except the last 0.2 of each user's plays (weaker")

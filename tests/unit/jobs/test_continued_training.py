@@ -59,3 +59,23 @@ def test_a_model_is_continued_on_appended_plays_and_ranked_on_those_that_it_has_
     assert f"model {third['id']} continues model {first['id']} and has no network that has not seen the plays" in said
     assert f"split later plays off, which model {first['id']} was not trained on" in said
     assert (Workspace(seen).folders("rankers")) == []
+
+
+def test_nothing_is_chosen_on_plays_that_the_model_to_start_from_learned_though_it_was_not_refit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace = tmp_path / "workspace"
+    plays = write_rows(tmp_path / "plays.csv", ring_plays(range(150), **RING))
+    run(workspace, ["import", "csv", plays, *COLUMNS, "--buckets", "2"], capsys)
+    run(workspace, SPLIT, capsys)
+    first = run(workspace, [*TRAIN, "--no-refit", "--validation-plays", "0"], capsys)
+    assert first["validation_recall@20"] is None
+    assert "all plays except the plays from 2023-11-30 on" in first["trained_on"]  # the test range
+    second = run(workspace, [*TRAIN, "--from", first["id"]], capsys)
+    assert second["validation_recall@20"] is None
+    stored = Workspace(workspace).files(f"models/{second['id']}")
+    assert not [name for name in stored if "/selection/" in name]
+
+    chosen = run(workspace, [*TRAIN, "--no-refit"], capsys)  # of the train range alone
+    third = run(workspace, [*TRAIN, "--from", chosen["id"]], capsys)
+    assert third["validation_recall@20"] > 0.5
