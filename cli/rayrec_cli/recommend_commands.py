@@ -218,8 +218,6 @@ def evaluate(
     chosen = choose_split(call.workspace, split) if split else _split_of(call.workspace, parts)
     if chosen is not None and not chosen.has_test:  # a model for production: perhaps there is another split
         chosen = choose_split(call.workspace)
-    if chosen is None or not chosen.has_test:
-        raise InputError("No split to evaluate on; run `rayrec split`, `rayrec embed` and `rayrec train` first")
     report = job(call.workspace, config, split=chosen, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **read_figures(call.workspace, report)}
     warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []

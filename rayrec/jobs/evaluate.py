@@ -60,7 +60,7 @@ def evaluate(
     workspace: Workspace,
     config: EvaluateConfig,
     *,
-    split: Split,
+    split: Split | None,
     model_id: str | None = None,
     repeat: bool = False,
 ) -> Manifest:
@@ -73,10 +73,12 @@ def evaluate(
     it. The manifest's metrics hold default, protocol, what `summary` gives, users, plays and seconds; the figures of
     `figures_of`, examples and the health of the song embeddings are in results.json, see `read_figures`.
 
-    Raises `InputError` for an unknown model, for an ablation without two-step among the models, and for a test range
-    without queries, `NotFoundError` where there is no network or no song embeddings, `MismatchError` for those of
-    another split.
+    Raises `InputError` without a split or for one without a test range, for an unknown model, for an ablation without
+    two-step among the models, and for a test range without queries, `NotFoundError` where there is no network or no
+    song embeddings, `MismatchError` for those of another split.
     """
+    if split is None or not split.has_test:
+        raise InputError("No split to evaluate on; run `rayrec split`, `rayrec embed` and `rayrec train` first")
     started = time.monotonic()
     erase_forgotten(workspace)
     dataset = Dataset(workspace)

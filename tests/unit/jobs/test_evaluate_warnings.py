@@ -1,9 +1,20 @@
-"""What an evaluation says of the parts that it compares."""
+"""What an evaluation says of the parts that it compares, and which split it refuses."""
+
+from pathlib import Path
 
 import pytest
+from rings import ring_plays, write_rows
+from without_ray import without_ray
 
-from rayrec.jobs.evaluate import ComparedModels
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import choose_split, hold_back_validation
+from rayrec.errors import InputError
+from rayrec.evaluation.protocol import EvaluateConfig
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.jobs.evaluate import ComparedModels, evaluate
+from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.storage.artifacts import Manifest
+from rayrec.storage.workspace import Workspace
 
 
 def _compared(*, split: bool = True, **sources: str) -> ComparedModels:
@@ -35,3 +46,20 @@ def test_parts_made_of_playlists_are_named_where_a_split_evaluates_them(part: st
 def test_there_is_nothing_to_warn_of_where_the_split_cut_everything() -> None:
     assert _compared().warning is None
     assert _compared(model="sessions").warning is None
+
+
+def test_a_split_that_only_held_plays_back_to_choose_by_is_refused_after_an_append_too(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Baselines see all plays there, those appended too, which would be the ones to predict."""
+    without_ray(monkeypatch)
+    config = EvaluateConfig(models=("popularity",), bootstrap_samples=0, offsets=0)
+    plays, days = (write_rows(tmp_path / f"{begin}.csv", ring_plays(range(60), begin=begin)) for begin in (0, 20))
+    columns = {"user": "user_id", "song": "track", "played_at": "timestamp"}
+    import_data(workspace, ImportConfig(format="csv", paths=(plays,), columns=columns, buckets=2))
+    held_back = hold_back_validation(Dataset(workspace))
+    append_plays(workspace, ImportConfig(format="csv", paths=(days,), columns=columns))
+    assert choose_split(workspace) == held_back
+    for split in (held_back, None):
+        with pytest.raises(InputError, match=r"^No split to evaluate on; run `rayrec split`"):
+            evaluate(workspace, config, split=split)
