@@ -108,8 +108,8 @@ class OurNetwork:
     def answer(self) -> tuple[torch.Tensor, torch.Tensor]:
         """As in `Contestant`."""
         model = self._training.averaged()
-        tastes = validation_tastes(model, self._training.exchange, self._queries, Share())
-        return tastes, export_song_vectors(model, self._known)
+        vectors = export_song_vectors(model, self._known)
+        return validation_tastes(model, vectors, self._training.exchange, self._queries, Share()), vectors
 
 
 class SasRec:

@@ -27,7 +27,7 @@ from rayrec.data.windows import Windows
 from rayrec.errors import DivergedError
 from rayrec.model.checkpoint import export_song_vectors, load_training, save_training
 from rayrec.model.inference import TasteEncoder
-from rayrec.model.network import INPUT_TABLE, SONG_TABLE, TABLES, TasteModel
+from rayrec.model.network import TABLES, TasteModel
 from rayrec.model.song_tables import RowExchange, Share
 from rayrec.model.train_config import NEXT_PLAY, AnyHorizon, ModelConfig, TrainConfig
 from rayrec.model.training import StepReport, Training
@@ -63,10 +63,13 @@ class Validation:
         return np.asarray(begin + (np.random.default_rng(0).random(len(begin)) * (end - begin)).astype(np.int64))
 
 
-def validation_tastes(model: TasteModel, exchange: RowExchange, validation: Validation, share: Share) -> Tensor:
+def validation_tastes(
+    model: TasteModel, vectors_nD: Tensor, exchange: RowExchange, validation: Validation, share: Share
+) -> Tensor:
     """float32 (Q, D): the taste vectors at the plays to predict, on the model's device, the same on all workers.
 
-    The song tables of `model` hold this worker's rows.
+    They are those of the network once it is saved. The song tables of `model` hold this worker's rows, and
+    `vectors_nD` is what `export_song_vectors` makes of them.
     """
     histories, queries = validation.histories, validation.queries
     horizon = next(iter(model.config.horizons))  # short, where there is one
@@ -77,7 +80,7 @@ def validation_tastes(model: TasteModel, exchange: RowExchange, validation: Vali
         users = share.own(np.arange(begin, min(begin + users_of_all, len(histories))))
         some = histories.take(users)
         songs = np.unique(some.songs).astype(np.int64)
-        encoder = TasteEncoder(network_over(model, exchange, songs), device)
+        encoder = TasteEncoder(network_over(model, vectors_nD, exchange, songs), device)
         query_rows = np.flatnonzero(np.isin(queries.rows, users))
         if len(query_rows):
             places = np.searchsorted(songs, some.songs).astype(np.int32)
@@ -88,12 +91,19 @@ def validation_tastes(model: TasteModel, exchange: RowExchange, validation: Vali
     return tastes
 
 
-def network_over(model: TasteModel, exchange: RowExchange, songs: np.ndarray) -> TasteModel:
-    """The same network with the rows of some songs, int64 (U,), from all workers, who call it together."""
-    weights = dict(model.named_parameters())
-    tables = [exchange.rows_of(weights[name].detach(), songs) for name in (SONG_TABLE, INPUT_TABLE) if name in weights]
+def network_over(model: TasteModel, vectors_nD: Tensor, exchange: RowExchange, songs: np.ndarray) -> TasteModel:
+    """The network as it is saved, over some songs, int64 (U,), of all workers, who call it together.
+
+    It reads zeros for songs that it does not know, those without a vector in `vectors_nD`, as in `validation_tastes`.
+    """
+    tables = [exchange.rows_of(vectors_nD, songs)]
+    if model.inputs is not None:
+        inputs = exchange.rows_of(model.inputs.weight.detach(), songs)
+        tables.append(inputs.where(tables[0].any(dim=1, keepdim=True), 0.0))
     network = TasteModel(replace(model.config, num_songs=len(songs)), *tables, shared=True)
-    network.load_state_dict({name: value for name, value in weights.items() if name not in TABLES}, strict=False)
+    weights = {name: value for name, value in model.named_parameters() if name not in TABLES}
+    network.load_state_dict(weights, strict=False)
+    network.exported = True
     return network
 
 
@@ -384,8 +394,9 @@ class Fit:
         if self._validation is None:
             return {CHOSEN_BY: 0.0}
         model = self.training.averaged()
-        tastes = validation_tastes(model, self.training.exchange, self._validation, self._share)
-        return validation_metrics(tastes, export_song_vectors(model, self.known), self._validation, self._share)
+        vectors = export_song_vectors(model, self.known)
+        tastes = validation_tastes(model, vectors, self.training.exchange, self._validation, self._share)
+        return validation_metrics(tastes, vectors, self._validation, self._share)
 
     def _new_training(self, phase: Phase) -> Training:
         torch.manual_seed(self._config.seed)

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import MINUTE, NUM_SONGS, Crash, MemoryHost, cycling_histories, model_config
+from networks import MINUTE, NUM_SONGS, Crash, MemoryHost, cycling_histories, model_config, network, with_other_inputs
 from worlds import random_vectors
 
 from rayrec.data.histories import Histories
 from rayrec.errors import DivergedError
 from rayrec.model import epochs as epochs_module
+from rayrec.model.checkpoint import export_song_vectors, load_model, save_model
 from rayrec.model.epochs import (
     CHOSEN_BY,
     RECALL_AT,
@@ -23,11 +24,13 @@ from rayrec.model.epochs import (
     carry_over,
     start_vectors,
     validation_metrics,
+    validation_tastes,
 )
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
-from rayrec.model.song_tables import Decay, Share
+from rayrec.model.song_tables import Decay, RowExchange, Share
 from rayrec.model.train_config import Objective, SongTable, TrainConfig
+from rayrec.storage.workspace import Workspace
 
 CUT = 15 * MINUTE
 SMALL = {
@@ -271,6 +274,25 @@ def metrics_of(model: TasteModel, vectors: np.ndarray, validation: Validation) -
 def hits(model: TasteModel, vectors: np.ndarray, validation: Validation) -> int:
     """How many plays are among the first 20."""
     return round(metrics_of(model, vectors, validation)[f"validation_recall@{RECALL_AT}"] * len(validation.plays))
+
+
+@pytest.mark.parametrize(
+    ("table", "input_table"), [("trained", False), ("trained", True), ("mapped", False), ("frozen", False)]
+)
+def test_validation_reads_songs_as_the_saved_network_does_unknown_ones_too(
+    validation: Validation, workspace: Workspace, table: SongTable, input_table: bool
+) -> None:
+    model = with_other_inputs(network(model_config(song_table=table, input_table=input_table)))
+    with torch.no_grad():
+        for weight in (*model.again.values(), *(model.map.parameters() if model.map else ())):
+            weight.uniform_(-1, 1)
+    known = np.arange(NUM_SONGS) % 5 > 0  # some songs of every history are not
+    vectors = export_song_vectors(model, known)
+    tastes = validation_tastes(model, vectors, RowExchange(Share()), validation, Share())
+    save_model(workspace, "models/m", model, known)
+    saved = TasteEncoder(load_model(workspace, "models/m"))
+    wanted = saved.vectors(validation.histories, validation.queries, "short")
+    np.testing.assert_allclose(tastes.numpy(), wanted, atol=1e-5)
 
 
 def test_ties_and_unknown_songs_are_no_hits() -> None:
