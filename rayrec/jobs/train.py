@@ -192,7 +192,7 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
         plan.workspace.delete(plan.folder)  # its checkpoints lead to the same end
         raise DivergedError(message)
     figures = dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
-    if not figures["loss"]:
+    if not figures.pop("targets"):
         raise RayrecError(
             f"none of the {config.source} is long enough for a horizon of "
             f"{' or '.join(map(str, config.horizons.values()))}; use smaller offsets"

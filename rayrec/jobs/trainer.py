@@ -294,6 +294,7 @@ def fit_figures(done: FitProgress) -> dict[str, Any]:
         "epochs": done.best_epoch + 1 if done.best_epoch >= 0 else last["epoch"] + 1,
         "loss": last["loss"],
         "plays": last["plays"],
+        "targets": last["targets"],
         "plays_per_second": round(last["plays_per_second"]),
         **{name: selected[done.best_epoch].get(name) if selected else None for name in VALIDATION_FIGURES},
     }

@@ -225,6 +225,7 @@ class FitProgress:
     best_ndcg: float = -1.0
     loss: float = 0.0  # of the steps of the epoch in progress, added up
     plays: int = 0  # inputs of those steps, over all workers
+    targets: int = 0  # that they learned from, of all horizons and workers
     seconds: float = 0.0  # that those steps took
     epochs: list[dict[str, Any]] = field(default_factory=list)  # figures of each finished epoch
 
@@ -346,24 +347,24 @@ class Fit:
                 "epoch": progress.epoch,
                 "loss": progress.loss / max(1, progress.step),
                 "plays": progress.plays,
+                "targets": progress.targets,
                 "seconds": progress.seconds,
                 "plays_per_second": progress.plays / max(progress.seconds, SHORTEST_S),
             }
         )
         progress.epoch, progress.step = progress.epoch + 1, 0
-        progress.loss, progress.plays, progress.seconds = 0.0, 0, 0.0
+        progress.loss, progress.plays, progress.targets, progress.seconds = 0.0, 0, 0, 0.0
 
     def _read(self, ledger: "_Ledger") -> None:
         """Move what the steps since the last reading added up to into the progress. Raises `DivergedError`."""
-        loss, plays, seconds = ledger.read()
+        loss, plays, targets, seconds = ledger.read()
         progress = self.progress
         if not math.isfinite(loss):
             raise DivergedError(self._diverged("the loss"))
-        progress.loss, progress.plays, progress.seconds = (
-            progress.loss + loss,
-            progress.plays + plays,
-            progress.seconds + seconds,
-        )
+        progress.loss += loss
+        progress.plays += plays
+        progress.targets += targets
+        progress.seconds += seconds
 
     def _require_finite_weights(self) -> None:
         """Raises `DivergedError`. A last step can break what no loss tells of any more."""
@@ -414,23 +415,23 @@ class _Ledger:
     def __init__(self, share: Share) -> None:
         self._share = share
         self._losses: list[Tensor] = []
-        self._plays, self._began = 0, time.monotonic()
+        self._plays, self._targets, self._began = 0, 0, time.monotonic()
         self.last_loss = 0.0  # mean over the steps of the last reading
 
     def add(self, report: StepReport) -> None:
         self._losses.append(report.loss)
         self._plays += report.plays
+        self._targets += report.targets
 
-    def read(self) -> tuple[float, int, float]:
-        """Losses of all steps and workers added up, plays of all workers, and seconds, since the last reading."""
+    def read(self) -> tuple[float, int, int, float]:
+        """Since the last reading: losses of all steps, plays and targets, added up over all workers, and seconds."""
         count = len(self._losses)
         local = float(torch.stack(self._losses).double().sum()) if count else 0.0
-        loss = self._share.total(local)
-        plays = int(self._share.total(self._plays))
+        loss, plays, targets = self._share.totals([local, self._plays, self._targets])
         seconds = time.monotonic() - self._began
         self.last_loss = loss / max(1, count)
-        self._losses, self._plays, self._began = [], 0, time.monotonic()
-        return loss, plays, seconds
+        self._losses, self._plays, self._targets, self._began = [], 0, 0, time.monotonic()
+        return loss, int(plays), int(targets), seconds
 
 
 def start_vectors(

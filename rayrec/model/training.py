@@ -301,6 +301,7 @@ class StepReport:
     epoch: int
     step: int  # within the epoch, from 0
     plays: int  # inputs
+    targets: int  # of all horizons
     loss: Tensor  # float32 (), on the device: this worker's part of the mean over all targets, horizons added
 
 
@@ -414,7 +415,8 @@ class Training:
         """Take a step on each batch, the first of them numbered `first`, while a thread prepares those that follow."""
         self.model.train()
         for step in self.prepared(batches, epoch, first=first):
-            yield StepReport(epoch=epoch, step=step.number, plays=step.plays, loss=self.take(step))
+            loss = self.take(step)
+            yield StepReport(epoch=epoch, step=step.number, plays=step.plays, targets=sum(step.counts), loss=loss)
 
     def prepared(self, batches: Iterable[Windows], epoch: int, *, first: int = 0) -> Iterator[TrainingStep]:
         """The steps that `take` takes: a thread makes them and copies them to the device while it works on others."""

@@ -187,7 +187,8 @@ def test_a_resumed_fit_ends_where_an_undisturbed_one_ends(
 
 def figures_of(fit: Fit) -> list[tuple[Any, ...]]:
     """What each epoch reported, seconds aside."""
-    return [(line["phase"], line["epoch"], line["plays"], round(line["loss"], 5)) for line in fit.progress.epochs]
+    counted = ("phase", "epoch", "plays", "targets")
+    return [(*(line[name] for name in counted), round(line["loss"], 5)) for line in fit.progress.epochs]
 
 
 def test_a_fit_resumed_after_any_step_reports_the_plays_and_losses_of_an_undisturbed_one(

@@ -1,0 +1,44 @@
+"""`rayrec train` of data at the edge of what can be learned."""
+
+from pathlib import Path
+
+import pytest
+from rings import ring_plays, write_rows
+from without_ray import without_ray
+
+from rayrec.errors import RayrecError
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.jobs.import_data import import_data
+from rayrec.jobs.train import train
+from rayrec.model.train_config import TrainConfig
+from rayrec.storage.workspace import Workspace
+
+CONFIG = TrainConfig(hidden_dim=8, epochs=1, negatives=4, workers=0)
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
+
+
+def import_ring(workspace: Workspace, folder: Path, *, songs: int) -> None:
+    """Ten users with 40 plays each of the songs of a ring."""
+    path = write_rows(folder / "plays.csv", ring_plays(range(10), songs=songs))
+    columns = {"user": "user_id", "song": "track", "played_at": "timestamp"}
+    import_data(workspace, ImportConfig(format="csv", paths=(path,), columns=columns, buckets=2))
+
+
+def test_a_catalog_of_one_song_can_be_trained_though_there_is_nothing_to_tell_apart(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    import_ring(workspace, tmp_path, songs=1)
+    made = train(workspace, CONFIG)
+    assert made.metrics["loss"] == 0
+    assert made.metrics["plays"] == 10 * 39
+    assert workspace.read_array(made.path("song_vectors.npy")).shape[0] == 1
+
+
+def test_histories_too_short_for_every_horizon_are_refused(workspace: Workspace, tmp_path: Path) -> None:
+    import_ring(workspace, tmp_path, songs=60)
+    with pytest.raises(RayrecError, match="none of the histories is long enough for a horizon of 40 to 50 plays later"):
+        train(workspace, CONFIG.replace(short=(), long=(40, 50)))
