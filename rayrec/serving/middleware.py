@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayrec.errors import InputError
-from rayrec.serving.problems import problem, request_id
+from rayrec.serving.problems import of_error, problem, request_id
 from rayrec.serving.serve_config import ServeConfig, is_loopback
 from rayrec.serving.telemetry import end_span, request_span, request_stages, trace_id
 
@@ -152,6 +152,13 @@ class Middleware:
         with request_span(method, headers) as span:
             try:
                 await self._pass(scope, headers, receive, counted)
+            except Exception as error:
+                if status:  # the answer has begun; the server logs the error and breaks the connection
+                    status = 500
+                    raise
+                # The framework would answer outside of this middleware: uncounted, and without the headers.
+                span.record_exception(error)
+                await of_error(error)(scope, receive, counted)
             finally:
                 # 499, as nginx counts it: the client went away before there was an answer.
                 route, status, seconds = _route(scope), status or 499, time.perf_counter() - began

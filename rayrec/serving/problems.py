@@ -98,15 +98,14 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Answer every error of the app with a problem."""
+    """Answer with a problem what is wrong with a request, and our own errors; any other reaches the middleware."""
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_http)
     app.exception_handler(RayrecError)(_ours)
-    app.exception_handler(Exception)(_unexpected)
 
 
 def of_error(error: Exception) -> Response:
-    """The problem that one of our errors is, also where another deployment raised it and Ray wrapped it."""
+    """The problem that an error is, also where another deployment raised it and Ray wrapped it; others are logged."""
     error = getattr(error, "cause", error)
     if isinstance(error, (OverloadedError, NotReadyError, StoreUnavailableError)):
         return problem(503, str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
@@ -140,8 +139,4 @@ def _usual(status: int, request: Request) -> str:
 
 
 async def _ours(request: Request, error: Exception) -> Response:
-    return of_error(error)
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
     return of_error(error)

@@ -127,10 +127,12 @@ def request_span(method: str, headers: Mapping[str, str]) -> Iterator[trace.Span
 
 
 def end_span(span: trace.Span, method: str, route: str, status: int) -> None:
-    """Give a span the name of its route, and its status."""
+    """Give a span the name of its route, and its status: from 500 on an error."""
     if span.is_recording():
         span.update_name(f"{method} {route}")
         span.set_attributes({"http.request.method": method, "http.route": route, "http.response.status_code": status})
+        if status >= 500:
+            span.set_status(trace.StatusCode.ERROR)
 
 
 def trace_id(headers: Mapping[str, str]) -> str | None:

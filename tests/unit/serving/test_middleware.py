@@ -1,15 +1,17 @@
-"""Limits on what is sent and on what waits, and clients that go away."""
+"""Limits on what is sent and on what waits, clients that go away, and crashes."""
 
 import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from served import Client, service, write_release, write_world
 
 from rayrec.serving.engine import Pool
+from rayrec.serving.middleware import Middleware
 from rayrec.serving.problems import OverloadedError
 from rayrec.serving.service import Service
 from rayrec.storage.workspace import Workspace
@@ -124,6 +126,47 @@ def test_a_client_that_goes_away_frees_its_place(opened: Service, monkeypatch: p
 
     asyncio.run(scenario())
     assert 'status="499"' in Client(opened).get("/metrics").text
+
+
+def test_a_crash_is_an_answer_like_others_counted_as_500_and_logged_once(
+    world: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    async def crash(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(Service, "recommend", crash)
+    origin, log = "https://music.example", tmp_path / "access.log"
+    with service(world, cors_origins=(origin,), access_log=str(log)) as opened:
+        client = Client(opened)
+        response = client.post("/v1/recommendations", {"history": []}, headers={"Origin": origin, "X-Request-ID": "me"})
+        metrics = client.get("/metrics").text
+    assert (response.status_code, response.headers["content-type"]) == (500, "application/problem+json")
+    assert response.headers["x-request-id"] == "me"
+    assert response.headers["access-control-allow-origin"] == origin
+    assert "total;dur=" in response.headers["server-timing"]
+    assert 'route="/v1/recommendations",status="500"' in metrics
+    assert 'status="499"' not in metrics
+    first = json.loads(log.read_text("utf-8").splitlines()[0])
+    assert (first["route"], first["status"]) == ("/v1/recommendations", 500)
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert record.getMessage() == "request me failed"
+    assert "planted" in caplog.text
+
+
+def test_a_crash_after_the_answer_has_begun_is_counted_as_500_and_left_to_the_server(opened: Service) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        raise RuntimeError("planted")
+
+    async def scenario() -> None:
+        call = Call(Middleware(app, opened))
+        with pytest.raises(RuntimeError, match="planted"):
+            await call.task
+        assert [message["type"] for message in call.sent] == ["http.response.start", "http.response.body"]
+
+    asyncio.run(scenario())
+    assert 'route="none",status="500"' in Client(opened).get("/metrics").text
 
 
 def test_health_answers_while_the_worker_is_busy(opened: Service, monkeypatch: pytest.MonkeyPatch) -> None:

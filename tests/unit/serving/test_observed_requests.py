@@ -14,6 +14,7 @@ from served import AT, Client, service, write_release, write_world
 from rayrec.errors import InputError
 from rayrec.serving.middleware import Keys, load_keys
 from rayrec.serving.serve_config import ServeConfig
+from rayrec.serving.service import Service
 from rayrec.storage.workspace import Workspace
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -81,6 +82,22 @@ def test_a_request_is_a_span_of_its_callers_trace(world: Workspace, monkeypatch:
     assert dict(first.attributes or {})["http.response.status_code"] == 200
     assert second.parent is None
     assert second.context.trace_id != first.context.trace_id
+
+
+def test_the_span_of_a_crash_is_an_error_and_holds_it(world: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def crash(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("planted")
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    monkeypatch.setattr(Service, "recommend", crash)
+    with service(world) as opened:
+        assert Client(opened).post("/v1/recommendations", BODY).status_code == 500
+    (span,) = exporter.get_finished_spans()
+    assert dict(span.attributes or {})["http.response.status_code"] == 500
+    assert span.status.status_code == trace.StatusCode.ERROR
+    assert [dict(event.attributes or {})["exception.message"] for event in span.events] == ["planted"]
 
 
 def keys() -> Keys:
