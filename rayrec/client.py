@@ -320,7 +320,7 @@ _RETRY = _Again()
 
 
 class Client(_Connection):
-    """One server. The key comes from RAYREC_API_KEY unless it is given."""
+    """One server. The key comes from RAYREC_API_KEY unless it is given. An option that is None is not sent."""
 
     def __init__(self, url: str, *, key: str | None = None, retry: Retry | None = None) -> None:
         super().__init__(url, key, retry)
@@ -359,11 +359,11 @@ class Client(_Connection):
 
     def popular(self, **options: Any) -> PopularAnswer:
         """The most played songs; `options` as the API has them: k, artists, market, cursor ..."""
-        return cast(PopularAnswer, self._send(("GET", "/v1/songs/popular", {"params": options})))
+        return cast(PopularAnswer, self._send(_get_call("/v1/songs/popular", options)))
 
     def new(self, **options: Any) -> NewAnswer:
         """The newest songs: first played recently, or added; `options` as in `popular`."""
-        return cast(NewAnswer, self._send(("GET", "/v1/songs/new", {"params": options})))
+        return cast(NewAnswer, self._send(_get_call("/v1/songs/new", options)))
 
     def play(
         self,
@@ -417,7 +417,7 @@ class Client(_Connection):
 
     def find_songs(self, query: str, limit: int = 20) -> FoundAnswer:
         """Songs whose title and artist hold all words of a query."""
-        return cast(FoundAnswer, self._send(("GET", "/v1/songs", {"params": {"query": query, "limit": limit}})))
+        return cast(FoundAnswer, self._send(_get_call("/v1/songs", {"query": query, "limit": limit})))
 
     def similar(self, song_id: str, k: int = 20) -> SimilarAnswer:
         """A song, its plays, and songs like it, the nearest first."""
@@ -500,11 +500,11 @@ class AsyncClient(_Connection):
 
     async def popular(self, **options: Any) -> PopularAnswer:
         """As in `Client`."""
-        return cast(PopularAnswer, await self._send(("GET", "/v1/songs/popular", {"params": options})))
+        return cast(PopularAnswer, await self._send(_get_call("/v1/songs/popular", options)))
 
     async def new(self, **options: Any) -> NewAnswer:
         """As in `Client`."""
-        return cast(NewAnswer, await self._send(("GET", "/v1/songs/new", {"params": options})))
+        return cast(NewAnswer, await self._send(_get_call("/v1/songs/new", options)))
 
     async def play(
         self,
@@ -548,7 +548,7 @@ class AsyncClient(_Connection):
 
     async def find_songs(self, query: str, limit: int = 20) -> FoundAnswer:
         """As in `Client`."""
-        return cast(FoundAnswer, await self._send(("GET", "/v1/songs", {"params": {"query": query, "limit": limit}})))
+        return cast(FoundAnswer, await self._send(_get_call("/v1/songs", {"query": query, "limit": limit})))
 
     async def similar(self, song_id: str, k: int = 20) -> SimilarAnswer:
         """As in `Client`."""
@@ -605,37 +605,40 @@ def _request_call(name: str, user_id: str | None, history: Sequence[Any] | None,
     if (user_id is None) == (history is None):
         raise ValueError("give either a user_id or a history")
     who = {"user_id": user_id} if history is None else {"history": list(history)}
-    return "POST", f"/v1/{name}", {"json": {**who, **_timed(options)}}
+    return "POST", f"/v1/{name}", {"json": {**who, **_fields(options)}}
 
 
 def _plays_call(plays: Sequence[Mapping[str, Any]]) -> Call:
-    body = [
-        {**play, "played_at": _moment(play["played_at"])} if play.get("played_at") is not None else dict(play)
-        for play in plays
-    ]
-    return "POST", "/v1/plays", {"json": {"plays": body}}
+    return "POST", "/v1/plays", {"json": {"plays": [_fields(play) for play in plays]}}
 
 
 def _batch_call(requests: Sequence[Mapping[str, Any]]) -> Call:
-    return "POST", "/v1/recommendations/batch", {"json": {"requests": [_timed(request) for request in requests]}}
+    return "POST", "/v1/recommendations/batch", {"json": {"requests": [_fields(request) for request in requests]}}
 
 
 def _tastes_call(users: Sequence[Mapping[str, Any]]) -> Call:
-    return "POST", "/v1/tastes", {"json": {"users": [_timed(user) for user in users]}}
+    return "POST", "/v1/tastes", {"json": {"users": [_fields(user) for user in users]}}
+
+
+def _get_call(path: str, options: Mapping[str, Any]) -> Call:
+    return "GET", path, {"params": _fields(options)}
 
 
 def _user_call(user_id: str, what: str, options: Mapping[str, Any]) -> Call:
-    params = {name: value for name, value in _timed(options).items() if value is not None}
-    return "GET", f"/v1/users/{_escaped(user_id)}/{what}", {"params": params}
+    return _get_call(f"/v1/users/{_escaped(user_id)}/{what}", options)
 
 
 def _similar_call(song_id: str, k: int) -> Call:
-    return "GET", f"/v1/songs/{_escaped(song_id)}/similar", {"params": {"k": k}}
+    return _get_call(f"/v1/songs/{_escaped(song_id)}/similar", {"k": k})
 
 
-def _timed(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A request whose moment is as the API has it."""
-    return {**request, "at": _moment(request["at"])} if request.get("at") is not None else dict(request)
+def _fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, as the API has it: None leaves a field to its default, and moments are text or numbers."""
+    return {
+        name: _moment(value) if name in ("at", "played_at") else value
+        for name, value in options.items()
+        if value is not None
+    }
 
 
 def _forget_call(user_id: str) -> Call:
@@ -645,8 +648,8 @@ def _forget_call(user_id: str) -> Call:
 def _play(
     user_id: str, song_id: str, played_at: Moment | None, event_id: str | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    play = {"event_id": event_id or str(uuid.uuid4()), "user_id": user_id, "song_id": song_id, **options}
-    return play if played_at is None else {**play, "played_at": played_at}
+    event_id = event_id or str(uuid.uuid4())
+    return {"event_id": event_id, "user_id": user_id, "song_id": song_id, **options, "played_at": played_at}
 
 
 def _moment(at: Moment) -> str | int:

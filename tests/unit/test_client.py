@@ -154,6 +154,38 @@ def test_each_method_asks_its_endpoint() -> None:
     assert bodies_of_async == bodies
 
 
+def test_an_option_of_none_is_not_sent_by_either_client() -> None:
+    play = {"user_id": "ann", "song_id": "a", "event_id": "e"}
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+        ("popular", (), {"cursor": None, "k": 20}),
+        ("new", (), {"market": None, "k": None}),
+        ("user_recommendations", ("ann",), {"cursor": None}),
+        ("recommend", (), {"user_id": "ann", "k": None}),
+        ("recommend_batch", ([{"user_id": "ann", "k": None}],), {}),
+        ("plays", ([{**play, "played_at": None, "type": None}],), {}),
+    ]
+    expected: list[dict[str, Any]] = [
+        {"path": "/v1/songs/popular?k=20", "authorization": None},
+        {"path": "/v1/songs/new", "authorization": None},
+        {"path": "/v1/users/ann/recommendations", "authorization": None},
+        {"path": "/v1/recommendations", "user_id": "ann"},
+        {"path": "/v1/recommendations/batch", "requests": [{"user_id": "ann"}]},
+        {"path": "/v1/plays", "plays": [play]},
+    ]
+
+    async def call_all(url: str) -> None:
+        async with AsyncClient(url) as client:
+            for name, arguments, options in calls:
+                await getattr(client, name)(*arguments, **options)
+
+    with server([status(200, {})] * 12) as (url, bodies):
+        with Client(url) as client:
+            for name, arguments, options in calls:
+                getattr(client, name)(*arguments, **options)
+        asyncio.run(call_all(url))
+    assert bodies == expected * 2
+
+
 def test_a_refusal_is_raised_at_once_and_a_busy_server_after_the_last_retry() -> None:
     refusal = status(422, {"status": 422, "title": "Unprocessable Content", "detail": "k is 0"})
     with server([refusal]) as (url, bodies), Client(url) as client:
