@@ -33,7 +33,7 @@ GZIP_BYTES = 1_000  # answers at least so long are compressed, where the client 
 ID_HEADER = "X-Request-ID"
 TIMING_HEADER = "Server-Timing"
 ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
-STATIC = re.compile(r"/|/docs(/[^/]*)?")  # pages, which hold nothing but themselves
+STATIC = re.compile(r"/|/openapi\.json|/docs(/[^/]*)?")  # pages and the document of the API, which hold no data
 HEALTH = ("/healthz", "/readyz")
 log = logging.getLogger(__name__)
 

@@ -100,7 +100,6 @@ def test_nothing_is_answered_without_a_key_and_each_role_has_its_own(world: Work
         paths = [
             "/metrics",
             "/v1/release",
-            "/openapi.json",
             "/v1/nothing",
             "/-/healthz",
         ]
@@ -130,6 +129,15 @@ def test_nothing_is_answered_without_a_key_and_each_role_has_its_own(world: Work
         told = admin.get("/metrics").text + admin.get("/v1/release").text
     for key in (READ, WRITE, ADMIN, "wrong-0123456789"):
         assert key not in caplog.text + told
+
+
+def test_the_document_of_the_api_needs_no_key_and_says_how_to_send_one(world: Workspace, keys: Keys) -> None:
+    with service(world, keys=keys) as opened:
+        client = Client(opened)
+        get, head = client.get("/openapi.json"), client.request("HEAD", "/openapi.json")
+        assert client.post("/openapi.json").status_code == 401
+    assert (get.status_code, head.status_code, head.content) == (200, 200, b"")
+    assert get.json()["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
 
 
 def test_health_and_metrics_are_open_or_closed_by_their_own_settings(world: Workspace, keys: Keys) -> None:

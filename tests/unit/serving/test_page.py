@@ -311,6 +311,22 @@ def test_the_documentation_of_the_api_opens_without_the_internet(world: Workspac
         take_picture(page, "docs")
 
 
+def test_where_keys_are_needed_the_documentation_opens_and_sends_the_one_that_it_is_given(
+    world: Workspace, browser: Any
+) -> None:
+    keys = load_keys(ServeConfig(), {"RAYREC_API_KEYS": f"read:{KEY}"})
+    with served(world, keys) as url, page_of(browser, url, "/docs") as page:
+        page.locator(".scheme-container").get_by_role("button", name="Authorize").click()
+        page.locator(".auth-container input").fill(KEY)
+        page.locator(".auth-container").get_by_role("button", name="Apply credentials").click()
+        page.locator(".auth-container").get_by_role("button", name="Close").click()
+        operation = page.locator(".opblock", has=page.locator('[data-path="/v1/release"]'))
+        operation.locator(".opblock-summary-control").click()
+        operation.get_by_role("button", name="Try it out").click()
+        operation.get_by_role("button", name="Execute").click()
+        operation.locator(".live-responses-table .response-col_status", has_text="200").wait_for()
+
+
 @pytest.mark.parametrize("key", [None, KEY])
 def test_the_model_card_gives_the_quality_and_the_report(world: Workspace, browser: Any, key: str | None) -> None:
     keys = load_keys(ServeConfig(), {"RAYREC_API_KEYS": f"read:{key}"}) if key else None
