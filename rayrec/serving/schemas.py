@@ -1,7 +1,7 @@
 """Requests and answers, as the OpenAPI document shows them."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -32,6 +32,7 @@ EventType = Literal["play", "skip", "like"]
 SongOutcome = Literal["added", "known"]
 MAX_VECTOR = 4_096  # numbers of a content vector
 AHEAD_MS = 24 * 3600 * 1000  # that a client's clock may be ahead: a play of the far future would block later ones
+MAX_ERRORS = 20  # of an answer
 TAG = "<"  # how the tags of unions begin: no part of a request, so they are left out where an error is located
 
 
@@ -100,10 +101,29 @@ IsoMoment = Annotated[
 ]
 
 
-class RequestBody(BaseModel):
-    """What is sent: nothing beside the fields, no value of another type, no NaN."""
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]  # only the first bad item is an error: there may be thousands
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+class KnownFields(BaseModel):
+    """What is sent: nothing beside the fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown(cls, value: Any) -> Any:
+        """Refuse an object at once where most of its fields are unknown: each would be an error."""
+        known = len(cls.model_fields)
+        if isinstance(value, dict) and len(value) > known + MAX_ERRORS:
+            raise ValueError(f"{len(value):,} fields came, only {known} are known; send those of /openapi.json")
+        return value
+
+
+class RequestBody(KnownFields):
+    """A body, or an object in it: no value of another type than its field's, no NaN."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class InvalidEntry(BaseModel):
@@ -123,7 +143,7 @@ def _keep_invalid(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 ENTRY = WrapValidator(_keep_invalid)  # of a list of which a bad entry fails alone
 
 
-def error_list(errors: Any, most: int = 20) -> list[dict[str, str]]:
+def error_list(errors: Any) -> list[dict[str, str]]:
     """Where and what of pydantic's errors, the field as the client wrote it: `k`, `history.3.played_at`.
 
     An error of a whole request is at `body` or `query`.
@@ -138,7 +158,7 @@ def error_list(errors: Any, most: int = 20) -> list[dict[str, str]]:
             "where": where(item["loc"]),
             "detail": item["msg"].removeprefix("Value error, ")[:500],
         }
-        for item in errors[:most]
+        for item in errors[:MAX_ERRORS]
     ]
 
 
@@ -147,7 +167,7 @@ class Play(RequestBody):
 
     song_id: SongId
     played_at: Moment | None = Field(default=None, description="When; for all plays of a history or for none.")
-    contexts: list[Annotated[str, Field(max_length=MAX_ID)]] = Field(
+    contexts: Items[Annotated[str, Field(max_length=MAX_ID)]] = Field(
         default=[], max_length=31, description="Where it was played from; unknown names are ignored."
     )
     skipped: bool = Field(default=False, description="Whether it was skipped.")
@@ -173,7 +193,7 @@ def _kind(value: Any) -> str:
 
 
 History = Annotated[
-    list[Annotated[Annotated[Play, Tag("<play>")] | Annotated[SongId, Tag("<song id>")], Discriminator(_kind)]],
+    Items[Annotated[Annotated[Play, Tag("<play>")] | Annotated[SongId, Tag("<song id>")], Discriminator(_kind)]],
     Field(
         max_length=MAX_HISTORY,
         description="Songs played, the latest last, as plays or as bare ids. Without times they count as played "
@@ -187,7 +207,7 @@ At = Annotated[Moment | None, Field(description="The moment that the request is 
 class SongFilters(BaseModel):
     """Which songs may come. A song must fit all that is given."""
 
-    artists: list[Annotated[str, Field(min_length=1, max_length=MAX_ID)]] = Field(
+    artists: Items[Annotated[str, Field(min_length=1, max_length=MAX_ID)]] = Field(
         default=[], max_length=100, description="Only songs of any of these artists, whatever case and accents."
     )
     released_from: Day | None = Field(default=None, description="Only songs released on that day or later.")
@@ -209,10 +229,8 @@ class Page(BaseModel):
     )
 
 
-class SongsQuery(SongFilters, Page):
+class SongsQuery(SongFilters, Page, KnownFields):
     """Which songs of the catalog to list."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class UserOrHistory(BaseModel):
@@ -253,8 +271,8 @@ class RecommendationsRequest(SongFilters, Page, UserOrHistory, RequestBody):
     )
 
     exclude_heard: bool = Field(default=True, description="Leave out the songs that the user has played.")
-    exclude: list[SongId] = Field(default=[], max_length=MAX_LISTED, description="Songs to leave out.")
-    allow: list[SongId] | None = Field(
+    exclude: Items[SongId] = Field(default=[], max_length=MAX_LISTED, description="Songs to leave out.")
+    allow: Items[SongId] | None = Field(
         default=None, max_length=MAX_LISTED, description="The only songs to recommend; default: all."
     )
     diversity: Weight = Field(
@@ -274,7 +292,7 @@ class UserRecommendationsQuery(SongsQuery):
         "short"
     )
     exclude_heard: bool = Field(default=True, description="Leave out the songs that the user has played.")
-    exclude: list[SongId] = Field(default=[], max_length=100, description="Songs to leave out.")
+    exclude: Items[SongId] = Field(default=[], max_length=100, description="Songs to leave out.")
     diversity: Weight = Field(default=0.0, description="0: the best songs; up to 1: songs less like each other.")
     explore: Explore = 0.0
     explain: Explain = False
@@ -300,7 +318,7 @@ class RankRequest(UserOrHistory, RequestBody):
         }
     )
 
-    songs: list[SongId] = Field(min_length=1, max_length=MAX_K, description="Songs to put in order, heard or not.")
+    songs: Items[SongId] = Field(min_length=1, max_length=MAX_K, description="Songs to put in order, heard or not.")
     explain: Explain = False
 
 
@@ -408,10 +426,10 @@ class AddedSong(RequestBody):
     )
     album: Annotated[str, Field(max_length=MAX_ID)] | None = None
     released: Day | None = Field(default=None, description="Release day.")
-    markets: list[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
+    markets: Items[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
         default=None, max_length=500, description="Markets where it is available."
     )
-    vector: list[float] | None = Field(
+    vector: Items[float] | None = Field(
         default=None,
         min_length=1,
         max_length=MAX_VECTOR,
@@ -424,7 +442,7 @@ class AddedSongList(RequestBody):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"songs": [SONG_EXAMPLE]}]})
 
-    songs: list[AddedSong] = Field(min_length=1, max_length=MAX_NEW_SONGS)
+    songs: Items[AddedSong] = Field(min_length=1, max_length=MAX_NEW_SONGS)
 
 
 def _song_or_songs(value: Any) -> str:
@@ -454,7 +472,7 @@ class MapRequest(RequestBody):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"songs": ["song-12", "song-7", "song-3"]}]})
 
-    songs: list[SongId] = Field(min_length=1, max_length=2 * MAX_K)
+    songs: Items[SongId] = Field(min_length=1, max_length=2 * MAX_K)
 
 
 class CatalogSong(BaseModel):

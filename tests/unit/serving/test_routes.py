@@ -1,6 +1,7 @@
 """The application without Ray: what it answers, and what it refuses."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -234,6 +235,60 @@ def test_errors_name_the_field_as_it_was_sent(app: Client) -> None:
         assert [error["where"] for error in require_problem(wrong, 422)["errors"]] == [where]
     mixed = app.post("/v1/recommendations", {"history": [{"song_id": "song-3", "played_at": 5}, "song-4"]})
     assert [error["where"] for error in require_problem(mixed, 422)["errors"]] == ["history"]
+
+
+MANY = {f"field{number}": 0 for number in range(5_000)}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "where"),
+    [
+        ("/v1/recommendations", MANY, "body"),
+        ("/v1/recommendations", {"history": [MANY]}, "history.0"),
+        ("/v1/recommendations/batch", MANY, "body"),
+        ("/v1/rank", {"history": [MANY], "songs": ["song-3"]}, "history.0"),
+        ("/v1/tastes", MANY, "body"),
+        ("/v1/plays", MANY, "body"),
+        ("/v1/plays", {"plays": [], **MANY}, "body"),
+        ("/v1/songs", MANY, "body"),
+        ("/v1/songs", {"songs": [{"song_id": "new"}, MANY]}, "songs.1"),
+        ("/v1/map", MANY, "body"),
+    ],
+)
+def test_an_object_of_thousands_of_unknown_fields_is_one_error(app: Client, path: str, body: Any, where: str) -> None:
+    (error,) = require_problem(app.post(path, body), 422)["errors"]
+    assert error["where"] == where
+    assert re.fullmatch(r"5,00\d fields came, only \d+ are known; send those of /openapi.json", error["detail"])
+
+
+def test_so_are_thousands_of_unknown_parameters_and_such_an_object_of_a_batch_fails_alone(app: Client) -> None:
+    parameters = "&".join(f"p{number}=1" for number in range(5_000))
+    for path in ("/v1/songs/popular", "/v1/users/ann/recommendations"):
+        (error,) = require_problem(app.get(f"{path}?{parameters}"), 422)["errors"]
+        assert error["detail"].startswith("5,000 fields came")
+    answers = app.post("/v1/recommendations/batch", {"requests": [MANY, {"history": SONGS}]}).json()["answers"]
+    assert answers[0]["errors"][0]["detail"].startswith("5,000 fields came")
+    assert answers[1]["songs"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "where"),
+    [
+        ("/v1/recommendations", {"history": ["song-3", *[{}] * 5_000]}, "history.1.song_id"),
+        ("/v1/recommendations", {"history": [{"song_id": "song-3", "contexts": ["a", *range(30)]}]},
+         "history.0.contexts.1"),
+        ("/v1/recommendations", {"history": SONGS, "exclude": [0] * 5_000}, "exclude.0"),
+        ("/v1/recommendations", {"history": SONGS, "allow": [0] * 5_000}, "allow.0"),
+        ("/v1/recommendations", {"history": SONGS, "artists": [0] * 50}, "artists.0"),
+        ("/v1/rank", {"history": SONGS, "songs": [0] * 900}, "songs.0"),
+        ("/v1/songs", {"songs": [{}] * 900}, "songs.0.song_id"),
+        ("/v1/songs", {"song_id": "new", "vector": ["x"] * 4_000}, "vector.0"),
+        ("/v1/songs", {"song_id": "new", "markets": [0] * 400}, "markets.0"),
+        ("/v1/map", {"songs": [0] * 900}, "songs.0"),
+    ],
+)  # fmt: skip
+def test_of_a_list_the_first_bad_item_is_the_only_error(app: Client, path: str, body: Any, where: str) -> None:
+    assert [error["where"] for error in require_problem(app.post(path, body), 422)["errors"]] == [where]
 
 
 def test_a_bad_entry_of_tastes_fails_alone(app: Client) -> None:
