@@ -491,7 +491,10 @@ Cursor = Annotated[
 class RecommendedSong(CatalogSong):
     """One song of an answer."""
 
-    score: float = Field(description="Comparable within one answer only.")
+    score: float = Field(
+        description="With rankers: the probability that the song is the next play or, on the long horizon, among the "
+        "later plays. With source popular, between the horizons or without rankers: comparable within one answer only."
+    )
     reasons: list[str] | None = Field(
         default=None, description="With explain: why it was chosen, in words, one to three reasons."
     )
