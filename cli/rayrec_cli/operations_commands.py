@@ -197,8 +197,8 @@ def unlock_workspace(call: Call, *, yes: UnlockOption = False) -> Shown:
 def clean_workspace(call: Call, config: CleanConfig, *, yes: YesOption = False) -> Shown:
     """Show what no release needs, and with --yes delete it.
 
-    Old releases with their tastes, models, indexes and song embeddings, parts of the data set that `rayrec compact`
-    joined, and what killed jobs left. It is refused while a job writes to the workspace.
+    Old releases with their taste vectors, models, indexes and song embeddings, parts of the data set that
+    `rayrec compact` joined, and what killed jobs left. It is refused while a job writes to the workspace.
     """
     garbage = find_garbage(call.existing_workspace, config)
     total = sum(item.bytes for item in garbage)
@@ -227,7 +227,8 @@ def create(
 ) -> Shown:
     """Bundle artifacts into a release and make it live.
 
-    A release names one data set, song embeddings, model, taste vectors and index, with checksums.
+    A release names one data set, song embeddings, model, added songs, retrieval, rankers, taste vectors and index, with
+    checksums; parts that do not exist are left out.
     """
     new_release = releases.create_release(
         call.workspace, model_id=model, tastes_id=tastes, index_id=index, activate=activate

@@ -201,7 +201,7 @@ def evaluate(
     target_separator: TargetSeparatorOption = "\\t",
     force: ForceOption = False,
 ) -> Shown:
-    """Compare the network with the baselines on the test range.
+    """Compare two-step, the network and baselines on the test range.
 
     Predicts every play of the test range after a user's first, over the full catalog. With --prefixes the targets are
     those of a file: per line song IDs, a tab and the ID of the next song.

@@ -363,8 +363,8 @@ def stages_table(outcomes: list[Any]) -> RenderableType:
 def demo(call: Call, *, force: ForceOption = False) -> Shown:
     """Run the full pipeline on synthetic data.
 
-    Runs every stage, compares the network with the baselines and recommends songs to one user. A second run in
-    the same workspace skips completed stages.
+    Runs every stage, compares two-step and the network with the baselines and recommends songs to one user. A second
+    run in the same workspace skips completed stages.
     """
     from rayrec.jobs.pipeline import demo as job
 

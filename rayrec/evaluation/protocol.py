@@ -59,7 +59,7 @@ class EvaluateConfig(Settings):
     """What is measured, and how finely."""
 
     models: tuple[str, ...] | None = Field(
-        None, description="Models to compare, NAME=ID for another network; default: the network and all baselines"
+        None, description="Models to compare, NAME=ID for another network; default: two-step, taste and all baselines"
     )
     ablation: bool = Field(
         False,
