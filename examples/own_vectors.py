@@ -44,8 +44,8 @@ def main(audio: str, folder: str) -> None:
         table.with_suffix(".ids.txt").write_text("\n".join(path.stem for path in files))
         made = rayrec.embed(rayrec.Workspace(folder), rayrec.EmbedConfig(vectors=str(table)))
     print(f"song embeddings {made.id}: {made.metrics['coverage']:.0%} of the plays are of songs that have one")
-    for row in made.metrics["neighbours"]:
-        print(f"  {row['song']}: {', '.join(row['neighbours'][:3])}")
+    for row in made.metrics["neighbors"]:
+        print(f"  {row['song']}: {', '.join(row['neighbors'][:3])}")
     print("next: rayrec train, which starts from them, or rayrec train --song-table frozen, which keeps them")
 
 

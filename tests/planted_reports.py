@@ -94,15 +94,15 @@ def full_report() -> str:
             {
                 **{"vectors": vectors, "id": "5f", "dim": 64, "directions": 21.7, "coverage": 0.9},
                 **{"songs_with_vector": 12_345, "mean_cosine": 0.021},
-                "neighbours": [
-                    {"song": title, "plays": 4321, "neighbours": TITLES[:5], "cosines": [0.91, 0.8, 0.7, 0.6, 0.5]}
+                "neighbors": [
+                    {"song": title, "plays": 4321, "neighbors": TITLES[:5], "cosines": [0.91, 0.8, 0.7, 0.6, 0.5]}
                     for title in TITLES
                 ],
             }
             for vectors in ("songs", "models")
         ],
         "examples": [{"last_plays": TITLES[:5], "songs": TITLES[5:10]} for _ in range(3)],
-        "settings": [{"model": "vstan", "days_decay": 30.0, "neighbours": 200}],
+        "settings": [{"model": "vstan", "days_decay": 30.0, "neighbors": 200}],
         "calibration": [
             {"model": "two-step", "target": target, "value": 0.0031, "chance": 0.04, "right": 0.041, "songs": 987}
             for target in ("served", "next")

@@ -1,7 +1,7 @@
 """Two ways of doing the same work, timed in alternating rounds, with their memory; and the file of measured rates.
 
 What counts is the ratio within a round. Machines share their cores and change their pace. Within a round both ways meet
-about the same machine, and every other round starts with the other way, so that a drift favours neither.
+about the same machine, and every other round starts with the other way, so that a drift favors neither.
 
 Private memory is USS, the memory that would be freed if the process ended, without Ray's object store: that is one
 block of shared memory of a fixed size for the whole node, whose pages Linux books as private to the

@@ -88,7 +88,7 @@ def song_titles(count: int, seed: int) -> np.ndarray:
 def artist_names(genres: np.ndarray) -> np.ndarray:
     """object (artists,): names such as `Kelimo Quartet`, all different; `genres`, int (artists,), give the last."""
     size = len(SYLLABLES)
-    # A step prime to the number of names spreads neighbours apart and still meets every name once.
+    # A step prime to the number of names spreads neighbors apart and still meets every name once.
     number = np.arange(len(genres)) * 7_919 % size**3
     syllables = np.array(SYLLABLES, dtype=object)
     names = syllables[number // size**2] + syllables[number // size % size] + syllables[number % size]

@@ -208,7 +208,7 @@ class EpochBatches:
         shards = lanes + len(self.lanes) * dealt
         most = max(1, min(SHARD_GROUPS, len(inputs) // GROUP_WINDOWS), self._batch // WORKER_WINDOWS)
         groups = shards % max(number for number in divisors(self._shards) if number <= most)
-        # The shortest window of each group, the next of each, and so on: neighbours have about the same length.
+        # The shortest window of each group, the next of each, and so on: neighbors have about the same length.
         by_length = np.lexsort((rng.random(len(inputs)), inputs, groups))
         sizes = np.bincount(groups)
         ranks = ranges(0, sizes)

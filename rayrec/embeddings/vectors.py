@@ -20,7 +20,7 @@ SMALLEST_LENGTH = 1e-6  # of a vector that has a direction
 PAIRS = 20_000
 COLLAPSED = 0.7  # mean cosine of random pairs: up to 0.57 at good settings on real plays, 0.98 where collapsed
 MOST_PLAYED = 5
-NEIGHBOURS = 5
+NEIGHBORS = 5
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class SongVectors:
     def centered(self) -> "SongVectors":
         """Without the mean of all known songs, normalized again; a song that is the mean stays as it is.
 
-        word2vec leaves a direction that all songs share, the wider the more its negatives favour rare
+        word2vec leaves a direction that all songs share, the wider the more its negatives favor rare
         ones, and next to it what tells songs apart is small (Mu and Viswanath 2018, arXiv:1702.01417).
         """
         known = self.known
@@ -120,8 +120,8 @@ def check_health(vectors: SongVectors, counts: np.ndarray, catalog: Catalog, see
     """The health of vectors, as plain values for a manifest.
 
     `counts`, int (N,), are the plays by which the most played songs are chosen. Keys: coverage
-    (share of songs with a vector), songs_with_vector, mean_cosine, neighbours (a list of {song,
-    plays, neighbours: titles, cosines}), warning (a line, or None).
+    (share of songs with a vector), songs_with_vector, mean_cosine, neighbors (a list of {song,
+    plays, neighbors: titles, cosines}), warning (a line, or None).
     """
     known = vectors.known
     cosine = mean_cosine(vectors, seed)
@@ -130,7 +130,7 @@ def check_health(vectors: SongVectors, counts: np.ndarray, catalog: Catalog, see
         "coverage": float(known.mean()) if len(known) else 0.0,
         "songs_with_vector": int(known.sum()),
         "mean_cosine": cosine,
-        "neighbours": [_neighbours(vectors, int(song), int(counts[song]), catalog) for song in most_played],
+        "neighbors": [_neighbors(vectors, int(song), int(counts[song]), catalog) for song in most_played],
         "warning": _warning(cosine),
     }
 
@@ -159,12 +159,12 @@ def _warning(cosine: float) -> str | None:
     )
 
 
-def _neighbours(vectors: SongVectors, song: int, plays: int, catalog: Catalog) -> dict[str, Any]:
-    nearest, cosines = vectors.nearest(song, NEIGHBOURS)
+def _neighbors(vectors: SongVectors, song: int, plays: int, catalog: Catalog) -> dict[str, Any]:
+    nearest, cosines = vectors.nearest(song, NEIGHBORS)
     return {
         "song": catalog.titles(np.array([song]))[0],
         "plays": plays,
-        "neighbours": catalog.titles(nearest),
+        "neighbors": catalog.titles(nearest),
         "cosines": [round(float(cosine), 4) for cosine in cosines],
     }
 

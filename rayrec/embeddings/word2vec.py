@@ -117,11 +117,11 @@ def cut_long(sentences: Sentences, limit: int = MAX_SENTENCE) -> Sentences:
 
 
 def drop_single(sentences: Sentences) -> Sentences:
-    """Without sentences of fewer than two songs: a song without neighbours would keep its random first vector."""
+    """Without sentences of fewer than two songs: a song without neighbors would keep its random first vector."""
     songs, offsets = sentences
     lengths = np.diff(offsets)
-    has_neighbours = lengths > 1
-    return songs[np.repeat(has_neighbours, lengths)], offsets_of(lengths[has_neighbours])
+    has_neighbors = lengths > 1
+    return songs[np.repeat(has_neighbors, lengths)], offsets_of(lengths[has_neighbors])
 
 
 def from_histories(batches: Iterable[Histories], allowed: FitRange, gap_minutes: float = 30.0) -> Iterator[Sentences]:

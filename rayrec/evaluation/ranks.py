@@ -40,10 +40,10 @@ BASELINE_CHOICES: dict[str, dict[str, Sequence[float]]] = {
         "days_decay": (7.0, 30.0, 120.0, 365.0, 1825.0),
         "plays_decay": (1.0, 2.0, 4.0),
         "places_decay": (2.0, 5.0, 20.0),
-        "neighbours": (100, 200, 500),
+        "neighbors": (100, 200, 500),
         "just_played": (0.05, 0.25, 1.0),
     },
-    "vsknn": {"last_plays": (3, 5, 10, 20), "neighbours": (50, 100, 200, 500)},
+    "vsknn": {"last_plays": (3, 5, 10, 20), "neighbors": (50, 100, 200, 500)},
     "sequential-rules": {"decay": (0.5, 1.0, 2.0)},
     "popularity-recent": {"days": (1.0, 7.0, 21.0, 60.0, 180.0)},
 }

@@ -231,7 +231,7 @@ def breakdown(breakdowns: Sequence[Entry], by: str, default: str) -> Table | Non
 
 
 def song_embeddings(figures: Sequence[Entry]) -> list[Table]:
-    """The health of the song embeddings, and the neighbours of the most played songs in them."""
+    """The health of the song embeddings, and the neighbors of the most played songs in them."""
     if not figures:
         return []
     rows = [
@@ -267,19 +267,19 @@ def song_embeddings(figures: Sequence[Entry]) -> list[Table]:
                         text="",
                         lines=[
                             f"{title} ({cosine:.2f})"
-                            for title, cosine in zip(song["neighbours"], song["cosines"], strict=True)
+                            for title, cosine in zip(song["neighbors"], song["cosines"], strict=True)
                         ],
                     ),
                 ],
             )
-            for song in entry["neighbours"]
+            for song in entry["neighbors"]
         ]
         tables.append(
             Table(
-                id=f"neighbours-{entry['vectors']}",
-                title=f"Neighbours of the most played songs, {VECTOR_TITLES[entry['vectors']]}",
+                id=f"neighbors-{entry['vectors']}",
+                title=f"Neighbors of the most played songs, {VECTOR_TITLES[entry['vectors']]}",
                 note="The nearest songs, with their cosines.",
-                head=("plays", "neighbours"),
+                head=("plays", "neighbors"),
                 rows=near,
                 first="song",
             )

@@ -490,11 +490,11 @@ def drawn(prior: np.ndarray, plays: np.ndarray, around: np.ndarray) -> np.ndarra
 
 
 def _without_plays(
-    maps: Maps, tables: tuple[np.ndarray, np.ndarray], songs: SongContent, near: np.ndarray, neighbours: SongContent
+    maps: Maps, tables: tuple[np.ndarray, np.ndarray], songs: SongContent, near: np.ndarray, neighbors: SongContent
 ) -> list[np.ndarray]:
     """float32 (n, D) for each map: the vectors of songs; `near`, int64, are rows of all songs of their groups."""
     return [
-        each.vectors(songs, GroupMeans.of(table[near], neighbours)) for each, table in zip(maps, tables, strict=True)
+        each.vectors(songs, GroupMeans.of(table[near], neighbors)) for each, table in zip(maps, tables, strict=True)
     ]
 
 

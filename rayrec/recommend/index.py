@@ -404,7 +404,7 @@ def _train_ivf(known: np.ndarray, rows: np.ndarray, nlist: int, seed: int) -> An
 def sample_queries(vectors: np.ndarray, config: IndexConfig) -> np.ndarray:
     """float32 (Q, D): normalized, half of them songs and half the middle of two songs.
 
-    A taste lies between songs, where neighbours fall into more lists than around a song itself.
+    A taste lies between songs, where neighbors fall into more lists than around a song itself.
     """
     random = np.random.default_rng(config.seed)
     first, second = random.integers(len(vectors), size=(2, config.queries))

@@ -122,7 +122,7 @@ class SessionKnnSettings:
     """V-STAN's weights (Ludewig et al. 2020)."""
 
     last_plays: int = 10  # that sessions are compared with
-    neighbours: int = 200  # sessions that vote, the most similar
+    neighbors: int = 200  # sessions that vote, the most similar
     plays_decay: float = 2.0  # plays since, after which a play weighs 1/e
     days_decay: float = 365.0  # days since, after which a session weighs 1/e
     places_decay: float = 5.0  # places from the matched song, after which a song weighs 1/e
@@ -131,7 +131,7 @@ class SessionKnnSettings:
 
 
 # Of what the user likes over the last 50 plays, in whatever order: fades five to ten times slower.
-HISTORY_KNN = SessionKnnSettings(last_plays=50, neighbours=300, plays_decay=25.0, places_decay=50.0)
+HISTORY_KNN = SessionKnnSettings(last_plays=50, neighbors=300, plays_decay=25.0, places_decay=50.0)
 
 
 class SessionRetriever(Retriever):
@@ -169,20 +169,20 @@ class SessionRetriever(Retriever):
         lengths = sessions.offsets[session + 1] - sessions.offsets[session]
         days = np.maximum(0, batch.queries.at[row] - sessions.ended_at[session]) / DAY_MS
         similarity = similarity / np.sqrt(lengths) * np.exp(-days / settings.days_decay)
-        nearest = highest_of_each(row, similarity, settings.neighbours)
+        nearest = highest_of_each(row, similarity, settings.neighbors)
         nearest = nearest[np.lexsort((session[nearest], -similarity[nearest], row[nearest]))]
-        nearest = nearest[places_in(row[nearest]) < settings.neighbours]
+        nearest = nearest[places_in(row[nearest]) < settings.neighbors]
         row, session, match = row[nearest], session[nearest], match[nearest]
         similarity, lengths = similarity[nearest], lengths[nearest]
-        # The songs of the neighbours around the matched one.
+        # The songs of the neighbors around the matched one.
         left = np.maximum(0, match - settings.places)
-        neighbour_counts = np.minimum(lengths, match + settings.places + 1) - left
-        position = ranges(sessions.offsets[session] + left, neighbour_counts)
-        neighbour = np.repeat(np.arange(len(row)), neighbour_counts)
-        apart = np.abs(position - (sessions.offsets[session] + match)[neighbour])
-        scores = similarity[neighbour] * np.exp(-apart / settings.places_decay)
+        neighbor_counts = np.minimum(lengths, match + settings.places + 1) - left
+        position = ranges(sessions.offsets[session] + left, neighbor_counts)
+        neighbor = np.repeat(np.arange(len(row)), neighbor_counts)
+        apart = np.abs(position - (sessions.offsets[session] + match)[neighbor])
+        scores = similarity[neighbor] * np.exp(-apart / settings.places_decay)
         voted = sessions.songs[position].astype(np.int64)
-        pairs, sums = summed_pairs(row[neighbour], voted, scores, batch.num_songs)
+        pairs, sums = summed_pairs(row[neighbor], voted, scores, batch.num_songs)
         just = batch.user_songs.back < settings.last_plays
         played = pairs.find(batch.user_songs.keys[just])
         sums[played[played >= 0]] *= settings.just_played
@@ -196,9 +196,9 @@ class SessionRetriever(Retriever):
         )
 
     def most_entries(self, count: int, config: RetrievalConfig) -> int:
-        """The sessions of the last plays, and the songs around the matched one in each neighbour."""
+        """The sessions of the last plays, and the songs around the matched one in each neighbor."""
         settings = self._settings
-        return settings.last_plays * config.sessions_per_song + settings.neighbours * (2 * settings.places + 1)
+        return settings.last_plays * config.sessions_per_song + settings.neighbors * (2 * settings.places + 1)
 
 
 class RuleRetriever(Retriever):

@@ -25,7 +25,7 @@ class VsknnSettings:
     """What is chosen for a data set on its validation range."""
 
     last_plays: int = 5  # that a session is compared with
-    neighbours: int = 200  # nearest sessions whose songs are scored, and all that are as near as the last of them
+    neighbors: int = 200  # nearest sessions whose songs are scored, and all that are as near as the last of them
 
 
 class VsknnRecommender(BaseRecommender):
@@ -69,7 +69,7 @@ class VsknnRecommender(BaseRecommender):
         return other
 
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
-        """float32 (Q, N): the summed similarity of the neighbours that hold each song; 0 where none does."""
+        """float32 (Q, N): the summed similarity of the neighbors that hold each song; 0 where none does."""
         scores = np.zeros((len(queries), self.num_songs), dtype=np.float32)
         rows, songs, back = last_plays(histories, queries, self.num_songs, self.chosen.last_plays)
         shape = (len(queries), self.num_songs)
@@ -85,7 +85,7 @@ class VsknnRecommender(BaseRecommender):
         """Sparse (Q, S): the similarity of the nearest sessions, from the weights of songs (Q, N)."""
         similarity: csr_matrix = (weights @ self._holders).tocsr()
         similarity.data *= self._damping[similarity.indices]
-        return keep_nearest(similarity, self.chosen.neighbours)
+        return keep_nearest(similarity, self.chosen.neighbors)
 
 
 def keep_nearest(similarity: csr_matrix, count: int) -> csr_matrix:
@@ -125,7 +125,7 @@ class VstanSettings:
     """What is chosen for a data set on its validation range."""
 
     last_plays: int = 10  # that a session is compared with
-    neighbours: int = 200  # nearest sessions whose songs are scored, and all that are as near as the last of them
+    neighbors: int = 200  # nearest sessions whose songs are scored, and all that are as near as the last of them
     plays_decay: float = 2.0  # plays since, after which a play weighs 1/e
     days_decay: float = 365.0  # days since, after which a session weighs 1/e
     places_decay: float = 5.0  # places from the matched song, after which a song weighs 1/e
@@ -183,7 +183,7 @@ class VstanRecommender(BaseRecommender):
         return other
 
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
-        """float32 (Q, N): the summed weight of each song in the neighbours that hold it; 0 where none does."""
+        """float32 (Q, N): the summed weight of each song in the neighbors that hold it; 0 where none does."""
         scores = np.zeros((len(queries), self.num_songs), dtype=np.float32)
         for begin in range(0, len(queries), QUERIES_AT_ONCE):
             chunk = slice(begin, begin + QUERIES_AT_ONCE)
@@ -203,7 +203,7 @@ class VstanRecommender(BaseRecommender):
         age = np.repeat(at, np.diff(similarity.indptr)) - self.ended_at[similarity.indices]
         recency = np.exp(-np.maximum(0, age) / (self.chosen.days_decay * DAY_MS)).astype(np.float32)
         similarity.data *= self._damping[similarity.indices] * recency
-        return keep_nearest(similarity, self.chosen.neighbours)
+        return keep_nearest(similarity, self.chosen.neighbors)
 
     def _weigh_songs(self, nearest: csr_matrix, since: np.ndarray) -> coo_matrix:
         """Sparse (Q, N): the weights of the songs of the nearest sessions (Q, S); `since` is uint8 (Q, N)."""

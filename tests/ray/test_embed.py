@@ -76,7 +76,7 @@ def test_without_a_split_all_plays_are_used_and_the_health_is_kept(planted: Work
     metrics = artifacts.load_manifest(planted, "songs", manifest.id).metrics
     assert (metrics["tokens"], metrics["sentences"]) == (120 * 24, 120 * 3)
     assert (metrics["source"], metrics["coverage"], metrics["songs_with_vector"]) == ("histories", 1.0, NUM_SONGS)
-    assert len(metrics["neighbours"]) == 5
+    assert len(metrics["neighbors"]) == 5
     assert metrics["seconds"] > 0
     assert list(manifest.files) == ["vectors.npy"]
 
@@ -113,7 +113,7 @@ def test_vectors_from_outside_are_taken_for_both_fits(planted: Workspace, tmp_pa
     np.testing.assert_array_equal(SongVectors.load(planted, manifest).vectors, expected)
     np.testing.assert_array_equal(SongVectors.load(planted, manifest, selection=True).vectors, expected)
     assert manifest.metrics["unknown_ids"] == 0
-    assert manifest.metrics["neighbours"][0]["plays"] > 0
+    assert manifest.metrics["neighbors"][0]["plays"] > 0
     np.save(path, raw + 1)
     assert embed(planted, config, split=SPLIT).id != manifest.id
 

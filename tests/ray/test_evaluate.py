@@ -58,7 +58,7 @@ def test_the_job_over_buckets_equals_one_pass_in_one_process(dataset: Dataset, h
     stored["comparisons"] = expected.pop("comparisons")  # of the network, which is not here
     (health,) = stored["song_vectors"]
     assert (health["vectors"], health["coverage"], health["dim"]) == ("songs", 1.0, 8)
-    assert health["neighbours"][0]["plays"] == popularity.plays.max()
+    assert health["neighbors"][0]["plays"] == popularity.plays.max()
     assert stored["retrieval"] == expected.pop("retrieval") == []  # none of these models has candidates
     assert stored["calibration"] == expected.pop("calibration") == []  # nor scores that are chances
     for name, entries in expected.items():

@@ -81,9 +81,9 @@ def test_songs_that_sound_alike_get_vectors_that_are_near(
     told = capsys.readouterr().out
     assert "100% of the plays" in told
     (made,) = listing(workspace, "songs")
-    for row in made.metrics["neighbours"]:
+    for row in made.metrics["neighbors"]:
         kind = int(row["song"].split()[-1]) % 2
-        assert [int(near.split()[-1]) % 2 for near in row["neighbours"][:2]] == [kind] * 2
+        assert [int(near.split()[-1]) % 2 for near in row["neighbors"][:2]] == [kind] * 2
 
 
 def test_the_client_is_answered_by_the_application(

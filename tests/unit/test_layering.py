@@ -13,7 +13,7 @@ import pytest
 import rayrec
 
 ROOT = Path(rayrec.__file__).parent.parent
-# A layer may import itself and those below it. What stands at one level does not know its neighbours there.
+# A layer may import itself and those below it. What stands at one level does not know its neighbors there.
 LEVELS = [
     {"errors", "compat"},
     {"config", "display", "client"},

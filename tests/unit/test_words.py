@@ -23,6 +23,7 @@ BANNED = (
     *("dearest", "astray", "tally", "crew", "song vectors", "a memory", "knows? no", "strike", "the mix", "kept apart"),
     *("meets", "stands for", "where it holds", "take in", "is at fault", "hears of", "surely", "would have it"),
     "listeners?",  # users
+    *("neighbours?", "favours?"),  # the spelling is American
 )
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PATTERN = re.compile(rf"\b({'|'.join(BANNED)})\b", re.IGNORECASE)

@@ -233,7 +233,7 @@ def test_results_without_intervals_are_shown_too() -> None:
 
 
 def test_settings_of_each_baseline_and_the_calibration_error_of_the_default_stand_in_80_columns() -> None:
-    vstan = {"days_decay": 1825.0, "plays_decay": 4.0, "places_decay": 20.0, "neighbours": 500, "just_played": 0.25}
+    vstan = {"days_decay": 1825.0, "plays_decay": 4.0, "places_decay": 20.0, "neighbors": 500, "just_played": 0.25}
     error = {"model": "two-step", "value": 0.00312, "chance": 0.04, "right": 0.041, "songs": 900}
     data = {
         "default": "two-step",
@@ -249,7 +249,7 @@ def test_settings_of_each_baseline_and_the_calibration_error_of_the_default_stan
     shown = settings.splitlines()
     assert all(len(line) <= 80 for line in shown)
     assert " ".join(settings.split()) == (
-        "Settings of the baselines vstan: days decay: 1825; plays decay: 4; places decay: 20; neighbours: 500; "
+        "Settings of the baselines vstan: days decay: 1825; plays decay: 4; places decay: 20; neighbors: 500; "
         "just played: 0.25 sequential-rules: decay: 0.5"
     )
     assert shown[-1] == "  sequential-rules: decay: 0.5"

@@ -44,14 +44,14 @@ def test_collapsed_vectors_are_warned_of_and_spread_ones_are_not() -> None:
     assert "nearly the same way" in check_health(random_vectors(100, 16, shift=5), counts, catalog)["warning"]
 
 
-def test_the_most_played_songs_come_with_their_nearest_neighbours() -> None:
+def test_the_most_played_songs_come_with_their_nearest_neighbors() -> None:
     vectors = SongVectors.normalized(np.array([[1, 0], [0.9, 0.1], [0, 1], [0, 0], [0.1, 0.9]]))
     report = check_health(vectors, np.array([5, 1, 9, 99, 2]), titled(["a", "b", "c", "d", "e"]))
     assert report["coverage"] == 0.8
     assert report["songs_with_vector"] == 4
-    assert [entry["song"] for entry in report["neighbours"]] == ["X – c", "X – a", "X – e", "X – b"]
-    assert report["neighbours"][0]["neighbours"] == ["X – e", "X – b", "X – a"]
-    assert report["neighbours"][0]["plays"] == 9
+    assert [entry["song"] for entry in report["neighbors"]] == ["X – c", "X – a", "X – e", "X – b"]
+    assert report["neighbors"][0]["neighbors"] == ["X – e", "X – b", "X – a"]
+    assert report["neighbors"][0]["plays"] == 9
 
 
 def test_the_figures_are_plain_json() -> None:
@@ -62,6 +62,6 @@ def test_the_figures_are_plain_json() -> None:
 def test_a_catalog_with_one_vector_or_none_is_reported_without_a_crash() -> None:
     one = SongVectors.normalized(np.array([[1, 0], [0, 0]]))
     report = check_health(one, np.array([1, 0]), titled(["a", "b"]))
-    assert (report["mean_cosine"], report["neighbours"][0]["neighbours"]) == (0.0, [])
+    assert (report["mean_cosine"], report["neighbors"][0]["neighbors"]) == (0.0, [])
     none = SongVectors.normalized(np.zeros((2, 2)))
-    assert check_health(none, np.array([1, 0]), titled(["a", "b"]))["neighbours"] == []
+    assert check_health(none, np.array([1, 0]), titled(["a", "b"]))["neighbors"] == []

@@ -23,7 +23,7 @@ def fit(sentences: Sentences, path: Path, config: EmbedConfig, num_songs: int = 
     return run.vectors()
 
 
-def test_songs_of_one_planted_cluster_are_nearest_neighbours(tmp_path: Path) -> None:
+def test_songs_of_one_planted_cluster_are_nearest_neighbors(tmp_path: Path) -> None:
     vectors = fit(two_clusters(), tmp_path / "corpus", EmbedConfig(dim=16, epochs=10))
     for song in range(20):
         nearest, cosines = vectors.nearest(song, 9)

@@ -51,7 +51,7 @@ def vectors_of(world: World) -> np.ndarray:
 
 
 def with_added(world: World, plays: np.ndarray, *, artists: bool, content: bool) -> ItemKnnRecommender:
-    """Neighbours of the last song among songs with plays and those that could be added."""
+    """Neighbors of the last song among songs with plays and those that could be added."""
     table = world.songs_table()
     if not artists:
         column = table.column_names.index(columns.ARTIST)

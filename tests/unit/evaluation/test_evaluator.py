@@ -204,14 +204,14 @@ def test_figures_are_those_worked_out_by_hand_and_unknown_songs_are_misses() -> 
         for row in Figures(sums, models, config).results(["next"])
         if row["users"] == "all"
     }
-    # Popularity ranks c, b, a, d: b is second twice. Neighbours of a: a, b, c, d; of what is unknown: nothing.
+    # Popularity ranks c, b, a, d: b is second twice. Neighbors of a: a, b, c, d; of what is unknown: nothing.
     assert values["popularity", "recall", 1] == 0
     assert values["popularity", "recall", 2] == pytest.approx(2 / 5)
     assert values["popularity", "mrr", 2] == pytest.approx(1 / 5)
     assert values["item-knn", "recall", 1] == pytest.approx(1 / 5)
     assert values["item-knn", "recall", 2] == pytest.approx(2 / 5)
     assert values["item-knn", "ndcg", 2] == pytest.approx((1 + 1 / np.log2(3)) / 5, abs=1e-6)
-    # As served without the song of the prefix: b is found by popularity after a and after x, by neighbours after a.
+    # As served without the song of the prefix: b is found by popularity after a and after x, by neighbors after a.
     differences = {
         (entry["target"], entry["metric"]): entry["difference"]
         for entry in Figures(sums, models, config).comparisons("item-knn")

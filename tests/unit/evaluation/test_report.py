@@ -139,18 +139,18 @@ def test_the_calibration_error_of_the_default_model_is_shown(results: list[dict[
 
 
 def test_settings_of_baselines_are_shown(results: list[dict[str, Any]]) -> None:
-    settings = [{"model": "vstan", "days_decay": 30.0, "neighbours": 200}]
+    settings = [{"model": "vstan", "days_decay": 30.0, "neighbors": 200}]
     page = html_page({"results": results, "settings": settings}, default="weak", about={"split": "abc"})
-    assert "settings of vstan days decay: 30; neighbours: 200" in _text(page)
+    assert "settings of vstan days decay: 30; neighbors: 200" in _text(page)
 
 
 def test_the_page_shows_the_health_of_each_table_of_song_embeddings(results: list[dict[str, Any]]) -> None:
-    near = {"song": "A <b>", "plays": 1234, "neighbours": ["C", "D & E"], "cosines": [0.91, 0.5]}
+    near = {"song": "A <b>", "plays": 1234, "neighbors": ["C", "D & E"], "cosines": [0.91, 0.5]}
     entry = {"coverage": 0.9, "songs_with_vector": 1800, "mean_cosine": 0.123, "directions": 9.26, "dim": 64}
-    tables = [{**entry, "vectors": role, "id": "x", "neighbours": [near]} for role in ("songs", "models")]
+    tables = [{**entry, "vectors": role, "id": "x", "neighbors": [near]} for role in ("songs", "models")]
     page = html_page({"results": results, "song_vectors": tables}, default="weak", about={})
     assert page.count("<td>9.3 of 64</td>") == 2
-    assert "Neighbours of the most played songs, as embedded" in page
+    assert "Neighbors of the most played songs, as embedded" in page
     assert "A &lt;b&gt;</th><td>1,234</td><td><div>C (0.91)</div><div>D &amp; E (0.50)</div></td>" in page
     assert "Song embeddings" not in html_page({"results": results}, default="weak", about={})
 

@@ -35,7 +35,7 @@ def padded(model: TasteModel, histories: Histories) -> PlayBatch:
 
 
 @torch.inference_mode()
-def test_padding_and_neighbours_in_the_batch_change_nothing(model: TasteModel, histories: Histories) -> None:
+def test_padding_and_neighbors_in_the_batch_change_nothing(model: TasteModel, histories: Histories) -> None:
     together, last = model.trunk(padded(model, histories))
     for row, length in enumerate(histories.lengths):
         alone, alone_last = model.trunk(padded(model, histories.take(np.array([row]))))

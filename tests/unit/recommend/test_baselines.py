@@ -155,7 +155,7 @@ def test_rules_stay_few_however_many_users_there_are() -> None:
     np.testing.assert_allclose(bounded.rules.max(axis=1).toarray(), exact.rules.max(axis=1).toarray(), rtol=0.2)
 
 
-def test_neighbours_are_those_of_the_last_song() -> None:
+def test_neighbors_are_those_of_the_last_song() -> None:
     vectors = random_vectors(5)
     vectors[4] = 0
     np.testing.assert_allclose(_score(ItemKnnRecommender(vectors), [0, 1, 3])[:4], vectors[:4] @ vectors[3], rtol=1e-6)

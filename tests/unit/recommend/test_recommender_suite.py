@@ -83,7 +83,7 @@ MAKERS: dict[str, Maker] = {
     "weighted-long": lambda plays, vectors: fit_weighted([plays], vectors, "weighted-long", FitRange(), None),
     "user-top": lambda plays, _: UserTopRecommender(NUM_SONGS),
     "item-knn": lambda _, vectors: ItemKnnRecommender(vectors),
-    "neighbours through an index": _indexed,
+    "neighbors through an index": _indexed,
     "average-0.5": lambda _, vectors: AverageRecommender(vectors, 0.5),
     "average-1.0": lambda _, vectors: AverageRecommender(vectors, 1.0),
     "taste": _network,

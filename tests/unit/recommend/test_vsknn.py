@@ -1,4 +1,4 @@
-"""Session neighbours against scores worked out by hand."""
+"""Session neighbors against scores worked out by hand."""
 
 from collections.abc import Iterable
 
@@ -44,7 +44,7 @@ def test_a_session_weighs_what_it_shares_over_the_root_of_its_songs() -> None:
     np.testing.assert_allclose(_score(fitted, [1, 2]), _row(song1=0.9, song2=0.9, song3=0.9, song4=0.9), rtol=1e-6)
 
 
-def test_songs_of_several_neighbours_add_up() -> None:
+def test_songs_of_several_neighbors_add_up() -> None:
     fitted = _fit(_sessions([1, 2], [2, 3]))
     near, far = 1 / np.sqrt(2), 0.8 / np.sqrt(2)
     np.testing.assert_allclose(_score(fitted, [1, 3]), _row(song1=far, song2=near + far, song3=near), rtol=1e-6)
@@ -80,14 +80,14 @@ def test_users_share_no_session() -> None:
 
 
 def test_only_the_songs_of_the_nearest_sessions_are_scored() -> None:
-    fitted = _fit(_sessions([1, 2], [1, 3, 4], [1, 5, 6, 7], [8, 9])).with_settings(VsknnSettings(neighbours=2))
+    fitted = _fit(_sessions([1, 2], [1, 3, 4], [1, 5, 6, 7], [8, 9])).with_settings(VsknnSettings(neighbors=2))
     scores = _score(fitted, [1])
     np.testing.assert_array_equal(np.flatnonzero(scores), [1, 2, 3, 4])
     assert scores[1] == pytest.approx(1 / np.sqrt(2) + 1 / np.sqrt(3))
 
 
 def test_sessions_as_near_as_the_last_of_the_nearest_count_too() -> None:
-    fitted = _fit(_sessions([1, 2], [1, 3], [1, 4], [1, 5, 6])).with_settings(VsknnSettings(neighbours=2))
+    fitted = _fit(_sessions([1, 2], [1, 3], [1, 4], [1, 5, 6])).with_settings(VsknnSettings(neighbors=2))
     scores = _score(fitted, [1])
     np.testing.assert_array_equal(np.flatnonzero(scores), [1, 2, 3, 4])
 

@@ -72,7 +72,7 @@ def test_a_song_played_again_in_a_session_stands_where_it_stood_last() -> None:
     np.testing.assert_allclose(scores[3] / scores[2], np.exp(1 / USUAL.places_decay), rtol=1e-5)
 
 
-def test_songs_of_several_neighbours_add_up() -> None:
+def test_songs_of_several_neighbors_add_up() -> None:
     one, other = _fit(_sessions([1, 2])), _fit(_sessions([1, 2, 3]))
     both = _fit(_sessions([1, 2]), _sessions([1, 2, 3]))
     np.testing.assert_allclose(_score(both, [1]), _score(one, [1]) + _score(other, [1]), rtol=1e-5)
@@ -80,7 +80,7 @@ def test_songs_of_several_neighbours_add_up() -> None:
 
 def test_only_the_songs_of_the_nearest_sessions_are_scored() -> None:
     fitted = _fit(_sessions([1, 2], [1, 3, 4], [1, 5, 6, 7], [8, 9]))
-    scores = _score(fitted.with_settings(VstanSettings(neighbours=2)), [1])
+    scores = _score(fitted.with_settings(VstanSettings(neighbors=2)), [1])
     np.testing.assert_array_equal(np.flatnonzero(scores), [1, 2, 3, 4])
 
 

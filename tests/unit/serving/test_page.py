@@ -258,7 +258,7 @@ def test_songs_with_few_plays_are_shown_on_request_with_their_chances(world: Wor
             other.locator("#short .why", has_text="few plays").first.wait_for()
 
 
-def test_a_song_shows_its_artist_plays_and_neighbours(world: Workspace, browser: Any) -> None:
+def test_a_song_shows_its_artist_plays_and_neighbors(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url, "#song=song-3") as page:
         page.get_by_role("button", name="About Artist 3 – Title 3", exact=True).first.click()
         song = httpx.get(f"{url}/v1/songs/song-3/similar?k=10").json()
