@@ -189,15 +189,20 @@ class ServedCatalog:
         return stored
 
     def rows_of_stored(self, stored: np.ndarray) -> np.ndarray:
-        """int32: the rows of what `stored_rows` gave here or elsewhere; songs that are not known stay as they are."""
-        late = np.flatnonzero(stored >= FIRST_ONLINE)
-        if not len(late) or self.online is None:
+        """int32: the rows of what `stored_rows` gave here or elsewhere; FIRST_ONLINE for songs that are not known here.
+
+        Those are songs that were added online elsewhere, and songs of a newer release.
+        """
+        late = np.flatnonzero(stored >= len(self.catalog))  # of the release: online songs have rows from there on, too
+        if not len(late):
             return stored
-        numbers = stored[late] - FIRST_ONLINE
-        row_of_number = np.append(self.online.row_of_number, -1)
-        current_rows = row_of_number[np.minimum(numbers, len(row_of_number) - 1)]
+        online = self.online
+        row_of_number = np.zeros(0, np.int32) if online is None else online.row_of_number
+        numbers = stored[late] - FIRST_ONLINE  # below 0 of songs of a newer release
+        known = (numbers >= 0) & (numbers < len(row_of_number))
+        current_rows = np.append(row_of_number, -1)[np.where(known, numbers, -1)]
         rows = stored.copy()
-        rows[late] = np.where(current_rows >= 0, current_rows, stored[late])
+        rows[late] = np.where(current_rows >= 0, current_rows, FIRST_ONLINE)
         return rows
 
     def fitting(self, attributes: SongAttributes) -> SongSet:

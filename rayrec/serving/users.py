@@ -319,7 +319,7 @@ def _stored_user(user_id: str, user: _Read, live: LiveRelease) -> StoredUser:
     plays, likes = (
         replace(stored, songs=rows_of_stored(stored.songs)) for stored in (Plays.joined(parts), user.state.likes)
     )
-    if len(plays) and plays.songs.max() >= FIRST_ONLINE:  # of songs that neither the release has nor the store
+    if len(plays) and plays.songs.max() >= FIRST_ONLINE:  # of songs that are not known here
         plays = plays.take(plays.songs < FIRST_ONLINE)
     likes = likes.take(likes.songs < FIRST_ONLINE)
     return StoredUser(

@@ -273,6 +273,42 @@ def test_plays_stay_where_releases_have_all_songs_that_were_added(world: Workspa
         assert [one["song_id"] for one in played] == ["song-1", "new-1", "song-2"]
 
 
+@pytest.mark.parametrize("online", [False, True])
+def test_an_older_release_leaves_out_plays_of_songs_that_a_newer_one_has_and_loses_none(
+    world: Workspace, tmp_path: Path, online: bool
+) -> None:
+    """In the older release the row of the newer one's song is nobody's, or that of a song that was added online."""
+    path = tmp_path / "new.csv"
+    path.write_text("song,title,artist\nother,Other,Artist 1\n")
+    with service(world, watch_seconds=3600) as older:
+        if online:
+            add(Client(older), new_song(1))
+        describe(world, DescribeConfig(append=True), str(path))
+        add_songs(world)
+        releases.create_release(world, activate=True)
+        with service(world) as newer:
+            assert newer.live.catalog.find(["other"]).tolist() == [NUM_SONGS]
+            sent = [play("ann", song, AT + place) for place, song in enumerate(["song-1", "other", "song-2"])]
+            sent.append({**play("ann", "other", AT + 3), "type": "like"})
+            assert Client(newer).post("/v1/plays", {"plays": sent}).json()["taken"] == 4
+            app, before = Client(older), vector(older, "new-1") if online else None
+
+            def played(app: Client) -> list[str]:
+                return [one["song_id"] for one in app.get("/v1/users/ann/plays").json()["plays"]]
+
+            assert played(app) == ["song-1", "song-2"]
+            answer = app.post("/v1/recommendations", {"user_id": "ann", "k": NUM_SONGS + 1, "explain": True}).json()
+            assert [song["song_id"] for song in answer["last_plays"]] == ["song-1", "song-2"]
+            assert ("new-1" in [song["song_id"] for song in answer["songs"]]) == online  # it is not heard
+            assert app.post("/v1/plays", play("ann", "song-3", AT + 4)).json()["taken"] == 1
+            assert played(app) == ["song-1", "song-2", "song-3"]
+            assert played(Client(newer)) == ["song-1", "other", "song-2", "song-3"]
+            if online:  # nobody has played it
+                store = older.users.store(older.live.catalog.lineage)
+                assert [song.sums for song in store.songs_since(0)[1]] == [b""]
+                np.testing.assert_array_equal(vector(older, "new-1"), before)
+
+
 def test_an_added_song_is_explored_with_its_probability_and_the_same_request_shows_it_again(opened: Service) -> None:
     app = Client(opened)
     add(app, *(new_song(number) for number in range(30)))
