@@ -182,7 +182,7 @@ class ContentMap:
         return np.concatenate([content, base - self.mean, np.ones((len(base), 1))], axis=1)
 
     def vectors(self, songs: SongContent, groups: GroupMeans) -> np.ndarray:
-        """float32 (n, D): the expected vectors of songs; zeros where nothing is known that tells them from others.
+        """float64 (n, D): the expected vectors of songs; zeros where nothing is known that tells them from others.
 
         `groups` are the sums of at least the artists and albums of these songs.
         """
@@ -192,7 +192,7 @@ class ContentMap:
             with_content = np.flatnonzero(songs.content.any(axis=1))
             base[with_content] += self._inputs(songs.take(with_content), base[with_content]) @ self.weights
             informed[with_content] = True
-        return np.where(informed[:, None], base, 0.0).astype(np.float32)
+        return np.where(informed[:, None], base, 0.0)
 
     def to_bytes(self) -> bytes:
         """As safetensors."""
@@ -492,10 +492,15 @@ def drawn(prior: np.ndarray, plays: np.ndarray, around: np.ndarray) -> np.ndarra
 def _without_plays(
     maps: Maps, tables: tuple[np.ndarray, np.ndarray], songs: SongContent, near: np.ndarray, neighbors: SongContent
 ) -> list[np.ndarray]:
-    """float32 (n, D) for each map: the vectors of songs; `near`, int64, are rows of all songs of their groups."""
-    return [
+    """float32 (n, D) for each map: the vectors of songs, at most of length 1.
+
+    `near`, int64, are rows of all songs of their groups.
+    """
+    placed = [
         each.vectors(songs, GroupMeans.of(table[near], neighbors)) for each, table in zip(maps, tables, strict=True)
     ]
+    # Content of another scale than the map was learned on gives long vectors, which would come first for everybody.
+    return [(each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1.0)).astype(np.float32) for each in placed]
 
 
 def _maps(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -31,6 +32,7 @@ PlayOutcome = Literal["taken", "repeated", "rejected", "unknown", "invalid"]
 EventType = Literal["play", "skip", "like"]
 SongOutcome = Literal["added", "known"]
 MAX_VECTOR = 4_096  # numbers of a content vector
+MAX_FLOAT32 = float(np.finfo(np.float32).max)  # content vectors are float32: a larger number would be infinite
 AHEAD_MS = 24 * 3600 * 1000  # that a client's clock may be ahead: a play of the far future would block later ones
 MAX_ERRORS = 20  # of an answer
 TAG = "<"  # how the tags of unions begin: no part of a request, so they are left out where an error is located
@@ -429,7 +431,7 @@ class AddedSong(RequestBody):
     markets: Items[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
         default=None, max_length=500, description="Markets where it is available."
     )
-    vector: Items[float] | None = Field(
+    vector: Items[Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]] | None = Field(
         default=None,
         min_length=1,
         max_length=MAX_VECTOR,

@@ -12,7 +12,7 @@ from worlds import random_histories, random_vectors
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog, Content
 from rayrec.data.histories import Histories, Queries
-from rayrec.model.added_songs import AddedSongs, FirstPlays
+from rayrec.model.added_songs import AddedSongs, FirstPlays, LaterSong, SongPlacer
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.recommend import index as index_module
@@ -85,6 +85,28 @@ def test_content_places_a_song_without_an_artist() -> None:
         np.linalg.norm(made.outputs, axis=1) * np.linalg.norm(expected, axis=1)
     )
     assert cosines.min() > 0.98
+
+
+def test_vectors_are_at_most_of_length_1_whatever_the_scale_of_the_content() -> None:
+    """At once or one by one; a content vector of ten thousand times the usual scale, and one of the largest numbers."""
+    random = np.random.default_rng(2)
+    content = random.normal(size=(SONGS, 6)).astype(np.float32)
+    vectors = (content @ random.normal(size=(6, DIM))).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors[KNOWN:] = 0
+    content[KNOWN] *= 1e4
+    content[KNOWN + 1] = np.finfo(np.float32).max
+    whole, given = catalog([None] * SONGS), Content(parts=[content], places=np.arange(SONGS))
+    made = AddedSongs.make(vectors, vectors, whole, given)
+    later = [LaterSong(row=row, artist=None, album=None, content=content[row]) for row in range(KNOWN, SONGS)]
+    placed = SongPlacer(vectors, vectors, whole, given, made).place(later)
+    for songs in (made, placed):
+        for table in (songs.outputs, songs.averaged, songs.inputs):
+            lengths = np.linalg.norm(table, axis=1)
+            np.testing.assert_allclose(lengths[:2], 1, atol=1e-6)
+            assert (lengths > 0).all()
+            assert (lengths < 1 + 1e-6).all()
+    np.testing.assert_allclose(placed.outputs, made.outputs, atol=1e-6)
 
 
 def test_what_is_read_grows_with_the_artists_of_the_new_songs_and_not_with_the_catalog() -> None:

@@ -175,6 +175,8 @@ def test_songs_are_added_with_a_key_to_write(world: Workspace) -> None:
     ("song", "where"),
     [
         ({"vector": [1.0, 2.0]}, "songs.0.vector"),
+        ({"vector": [1.0, 1e300]}, "vector.1"),
+        ({"vector": [-1e39]}, "vector.0"),
         ({"released": "2026-02-30"}, "songs.0.released"),
         ({"song_id": " "}, "song_id"),
         ({"year": 2026}, "year"),
