@@ -19,6 +19,7 @@ from rayrec.data.windows import NEVER
 from rayrec.errors import FieldError, InputError, NotFoundError
 from rayrec.model.taste_table import States
 from rayrec.online.state_store import StoreUnavailableError
+from rayrec.online.user_state import Outcome
 from rayrec.recommend.answer import LAST_PLAYS, reasons_of
 from rayrec.recommend.filters import first_of_order
 from rayrec.recommend.reranking import AnswerOptions, Chosen, choose_popular
@@ -211,12 +212,15 @@ class Service:
         rows, plays = read_plays([play for _, play in valid], live.catalog)
         for place, _ in valid:
             outcomes[place] = "unknown"
-        for user_id, outcomes_of_user in (await self.users.take(live, plays)).items() if plays else ():
+
+        def log_taken(user_id: str, outcomes_of_user: Sequence[Outcome]) -> None:
             for row, user_outcome in zip(rows[user_id], outcomes_of_user, strict=True):
-                place, play = valid[row]
-                outcomes[place] = user_outcome
                 if user_outcome == "taken":  # a play that is sent again is logged once
-                    self._log_event(live, play)
+                    self._log_event(live, valid[row][1])
+
+        for user_id, outcomes_of_user in (await self.users.take(live, plays, log_taken)).items() if plays else ():
+            for row, user_outcome in zip(rows[user_id], outcomes_of_user, strict=True):
+                outcomes[valid[row][0]] = user_outcome
         counts = Counter(outcomes)
         for outcome, count in counts.items():
             self.metrics.plays(outcome, count)

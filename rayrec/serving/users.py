@@ -5,6 +5,7 @@ read, again where another replica was first. So any number of replicas may take 
 """
 
 import asyncio
+import logging
 import random
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -55,6 +56,9 @@ PAUSE_SECONDS = 0.005  # at most, after the first attempt that another was faste
 THREADS = 8  # that wait for the store
 
 T = TypeVar("T")
+OnStored = Callable[[str, list[Outcome]], None]  # of a user id, and what became of each of that user's events
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,7 @@ class StoredUsers:
         self._stores: dict[str, StateStore] = {}  # by namespace
         self._opening = threading.Lock()
         self._blanks: dict[str, States] = {}  # by model: the state before the first play
+        self._puts: set[asyncio.Task[set[str]]] = set()  # at work, perhaps for clients that have left
 
     def close(self) -> None:
         """Close the store."""
@@ -125,17 +130,20 @@ class StoredUsers:
             await self._call(store.put, changes)
         return [_stored_user(user_id, users[user_id], live) if user_id in users else None for user_id in user_ids]
 
-    async def take(self, live: LiveRelease, sent: Mapping[str, UserPlays]) -> dict[str, list[Outcome]]:
+    async def take(
+        self, live: LiveRelease, sent: Mapping[str, UserPlays], on_stored: OnStored | None = None
+    ) -> dict[str, list[Outcome]]:
         """Take new plays and likes of users into their states; what became of each. Unknown users are added.
 
-        When this returns they are in the store. Raises `StoreUnavailableError` where they may not
-        be: sent again with the same event ids, no play counts twice.
+        When this returns they are in the store. `on_stored` is called for each user right after those plays were
+        stored, also where this raises afterwards or is cancelled. Raises `StoreUnavailableError` where plays may not
+        be stored: sent again with the same event ids, no play counts twice.
         """
         store = await self._store(live)
         outcomes: dict[str, list[Outcome]] = {}
         for attempt in range(ATTEMPTS):
             left = {user_id: plays for user_id, plays in sent.items() if user_id not in outcomes}
-            outcomes |= await self._attempt(live, store, left)
+            outcomes |= await self._attempt(live, store, left, on_stored)
             if len(outcomes) == len(sent):
                 return outcomes
             await asyncio.sleep(random.random() * PAUSE_SECONDS * min(attempt + 1, 10))
@@ -152,7 +160,7 @@ class StoredUsers:
         await self._call(store.forget, [user_id], pack_state(UserState(forgotten_at=at)))
 
     async def _attempt(
-        self, live: LiveRelease, store: StateStore, sent: Mapping[str, UserPlays]
+        self, live: LiveRelease, store: StateStore, sent: Mapping[str, UserPlays], on_stored: OnStored | None
     ) -> dict[str, list[Outcome]]:
         """One attempt to take plays; those of users whom another writer changed meanwhile are left out."""
         events = {user_id: [event_digest(event) for event in new.events] for user_id, new in sent.items()}
@@ -174,15 +182,33 @@ class StoredUsers:
                 changes.append(replace(change, events=new))
         put: set[str] = set()
         if changes:
-            with self._metrics.stage("store"):
-                done = await self._call(store.put, changes)
-            put = {change.user_id for change, stored in zip(changes, done, strict=True) if stored}
+            # Shielded: a client that leaves does not keep the store from storing, and then plays are to be counted.
+            work = asyncio.ensure_future(self._put(live, store, changes, steps, on_stored))
+            self._puts.add(work)
+            work.add_done_callback(self._puts.discard)
+            put = await asyncio.shield(work)
+        return {user_id: _outcomes(step) for user_id, step in steps.items() if user_id in put or not step.changes}
+
+    async def _put(
+        self,
+        live: LiveRelease,
+        store: StateStore,
+        changes: Sequence[Change],
+        steps: Mapping[str, Step],
+        on_stored: OnStored | None,
+    ) -> set[str]:
+        """Store the changes of steps, and count their plays; the users whom no other writer changed meanwhile."""
+        with self._metrics.stage("store"):
+            done = await self._call(store.put, changes)
+        put = [change.user_id for change, stored in zip(changes, done, strict=True) if stored]
+        if on_stored is not None:
+            for user_id in put:
+                on_stored(user_id, _outcomes(steps[user_id]))
+        try:
             await self._count_song_plays(live, [steps[user_id] for user_id in put])
-        return {
-            user_id: [OUTCOMES[place] for place in step.outcomes]
-            for user_id, step in steps.items()
-            if user_id in put or not step.changes
-        }
+        except StoreUnavailableError as error:  # the plays themselves are stored
+            log.warning("plays of songs that were added online are not counted: %s", error)
+        return set(put)
 
     async def _take_in_songs(self, live: LiveRelease, users: Iterable[_Read]) -> None:
         """Take in songs that other replicas were given, where users have played them."""
@@ -296,6 +322,11 @@ class StoredUsers:
     async def _call(self, work: Callable[..., T], *args: object, **kwargs: object) -> T:
         future = self._executor.submit(lambda: work(*args, **kwargs))
         return await asyncio.wrap_future(future)
+
+
+def _outcomes(step: Step) -> list[Outcome]:
+    """What became of each event of a step."""
+    return [OUTCOMES[place] for place in step.outcomes]
 
 
 def _repeated(events: Sequence[int], known: frozenset[int]) -> np.ndarray:

@@ -12,6 +12,8 @@ from served import AT, Client, service, write_release, write_world
 
 from rayrec.data.impressions import read_impressions
 from rayrec.errors import InputError, NotFoundError
+from rayrec.online.sqlite_store import SqliteStore
+from rayrec.online.state_store import Change, StoreUnavailableError
 from rayrec.serving.serve_config import Experiment, ServeConfig
 from rayrec.storage.artifacts import read_dataset_manifest, write_dataset_manifest
 from rayrec.storage.releases import activate_release
@@ -239,6 +241,31 @@ def test_plays_are_in_the_log_once_with_the_answer_that_they_name(logged: Logged
         ("skip", True, 0.01),
     ]
     assert {row["recommendation_id"] for row in rows} == {answer["recommendation_id"]}
+
+
+def test_plays_that_were_stored_by_a_request_that_fails_are_in_the_log_once(
+    logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer changes the second user meanwhile, and then the store is out of reach."""
+    put, get, gets = SqliteStore.put, SqliteStore.get, list[Any]()
+
+    def conflicting_put(self: Any, changes: list[Change]) -> list[bool]:
+        return [*put(self, changes[:1]), *(False for _ in changes[1:])]
+
+    def failing_get(self: Any, users: Any) -> Any:
+        gets.append(users)
+        if len(gets) > 1:
+            raise StoreUnavailableError("the store does not answer")
+        return get(self, users)
+
+    sent = {"plays": [{"event_id": "p", "user_id": user, "song_id": "song-1"} for user in ("user-1", "user-2")]}
+    with monkeypatch.context() as broken:
+        broken.setattr(SqliteStore, "put", conflicting_put)
+        broken.setattr(SqliteStore, "get", failing_get)
+        assert logged.app.post("/v1/plays", sent).status_code == 503
+    assert logged.app.post("/v1/plays", sent).json()["outcomes"] == ["repeated", "taken"]
+    rows = [row for row in logged.rows("events") if row["event_id"] == "p"]
+    assert [row["user_id"] for row in rows] == ["user-1", "user-2"]
 
 
 def test_a_skip_is_a_play_that_was_skipped_and_a_like_is_no_play(logged: Logged) -> None:

@@ -14,9 +14,12 @@ from worlds import write_dataset, write_song_vectors
 from rayrec.bench.redis_servers import RedisServer
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
+from rayrec.data.impressions import read_impressions
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.jobs.add_songs import add_songs, added_to
 from rayrec.model.added_songs import AddedSongs
+from rayrec.online.sqlite_store import SqliteStore
+from rayrec.online.state_store import StoreUnavailableError
 from rayrec.recommend.reranking import network_of
 from rayrec.serving import online_songs
 from rayrec.serving.middleware import Keys, load_keys
@@ -273,6 +276,23 @@ def test_plays_stay_where_releases_have_all_songs_that_were_added(world: Workspa
     with service(world) as each:
         played = Client(each).get("/v1/users/ann/plays").json()["plays"]
         assert [one["song_id"] for one in played] == ["song-1", "new-1", "song-2"]
+
+
+def test_a_play_that_the_store_cannot_count_for_its_song_is_taken_all_the_same(
+    world: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing_count(self: Any, model: str, sums: Any) -> None:
+        raise StoreUnavailableError("the store does not answer")
+
+    monkeypatch.setattr(SqliteStore, "count_song_plays", failing_count)
+    with service(world, log_impressions=True) as each:
+        add(Client(each), new_song(1))
+        sent = [play("ann", song, AT + place) for place, song in enumerate(["song-1", "new-1", "song-2"])]
+        response = Client(each).post("/v1/plays", {"plays": sent})
+        assert (response.status_code, response.json()["taken"]) == (200, 3)
+    assert "plays of songs that were added online are not counted: the store does not answer" in caplog.text
+    logged = [row["song_id"] for table in read_impressions(world, "events") for row in table.to_pylist()]
+    assert logged == ["song-1", "new-1", "song-2"]
 
 
 @pytest.mark.parametrize("online", [False, True])

@@ -30,7 +30,7 @@ from rayrec.online.state_store import (
     WholeUser,
     open_store,
 )
-from rayrec.online.user_state import LAST_PLAYS, WINDOW, Plays, UserState
+from rayrec.online.user_state import LAST_PLAYS, WINDOW, Outcome, Plays, UserState
 from rayrec.serving.telemetry import Metrics
 from rayrec.serving.users import StoredUsers, UserPlays
 from rayrec.storage.workspace import Workspace
@@ -380,4 +380,36 @@ def test_a_deleted_user_is_unknown_until_a_play_from_after_the_deletion(workspac
     (known,) = asyncio.run(users.read(live, ["ann"]))
     assert known is not None
     assert known.plays.played_at.tolist() == [BEGIN + 20]
+    users.close()
+
+
+def test_what_is_stored_is_told_though_its_client_leaves_meanwhile(
+    workspace: Workspace, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users, live, told = replica(workspace, uri), release("m1"), list[tuple[str, list[Outcome]]]()
+    kind, has_begun, may_end = type(users.store("n")), threading.Event(), threading.Event()
+    put = kind.put
+
+    def slow_put(self: Any, changes: Sequence[Change]) -> list[bool]:
+        has_begun.set()
+        assert may_end.wait(10)
+        return put(self, changes)
+
+    monkeypatch.setattr(kind, "put", slow_put)
+
+    async def leave() -> None:
+        sent = {"ann": sent_plays(Plays.of([1, 2], [BEGIN, BEGIN + 1]), ["a", "b"])}
+        work = asyncio.ensure_future(users.take(live, sent, lambda user, outcomes: told.append((user, outcomes))))
+        assert await asyncio.to_thread(has_begun.wait, 10)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        assert not told
+        may_end.set()
+        for _ in range(1_000):
+            if not told:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(leave())
+    assert told == [("ann", ["taken", "taken"])]
     users.close()
