@@ -1,4 +1,8 @@
-"""What tests that want a real Redis skip for where there is none."""
+"""What tests that want a real Redis skip for where there is none; answers of Redis that get lost."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -8,3 +12,23 @@ needs_redis = pytest.mark.skipif(SERVER is None, reason="no redis-server: instal
 needs_redis_cli = pytest.mark.skipif(
     SERVER is None or CLI is None, reason="no redis-cli: install Debian's package redis-tools"
 )
+
+
+@contextmanager
+def lost_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In this block the connection breaks whenever Redis answers a script with 1: the script has run."""
+    from redis.connection import Connection
+    from redis.exceptions import ConnectionError as BrokenConnectionError
+
+    read = Connection.read_response
+
+    def read_and_lose(self: Any, *args: Any, **options: Any) -> Any:
+        answer = read(self, *args, **options)
+        if answer == 1:
+            self.disconnect()
+            raise BrokenConnectionError("the answer got lost")
+        return answer
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Connection, "read_response", read_and_lose)
+        yield

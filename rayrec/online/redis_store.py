@@ -191,6 +191,7 @@ return 1
 """
 
 READING = ("get", "read", "songs_since")  # scripts that change nothing
+ONCE = ("count_song_plays",)  # scripts that are never sent again: where an answer got lost they would count twice
 
 T = TypeVar("T")
 
@@ -202,9 +203,12 @@ class RedisStore(StateStore):
 
     one_writer = False
 
-    def __init__(self, client: Any, namespace: str, uri: str) -> None:
-        """`client` is a redis.Redis or redis.RedisCluster that returns bytes, of the address `uri`."""
-        self._client, self._namespace, self._uri, self._shown = client, namespace, uri, _shown(uri)
+    def __init__(self, client: Any, once: Any, namespace: str, uri: str) -> None:
+        """`client` is a redis.Redis or redis.RedisCluster that returns bytes, of the address `uri`.
+
+        `once` is a redis.Redis of the same server that never sends a command again; a cluster needs none.
+        """
+        self._client, self._once, self._namespace, self._uri, self._shown = client, once, namespace, uri, _shown(uri)
         self._nodes = getattr(client, "nodes_manager", None)  # of a cluster
         self._replicated: dict[str, tuple[float, bool]] = {}  # by node: when it was asked, whether it has replicas
         self._scripts = {name: client.register_script(text) for name, text in _SCRIPTS.items()}
@@ -227,13 +231,13 @@ class RedisStore(StateStore):
         options |= {} if password is None else {"password": password}
         shown = _shown(uri)
         try:
-            client = redis.Redis.from_url(uri, retry=_patience(), **options)
+            client, once = (redis.Redis.from_url(uri, retry=_patience(most), **options) for most in (RETRIES, 0))
         except ValueError as error:
             raise InputError(f"store {shown} is not a valid address of a Redis server: {error}") from error
         if _unless_down(shown, lambda: client.info("cluster")).get("cluster_enabled"):
             client.close()
             client = _unless_down(shown, lambda: redis.RedisCluster.from_url(uri, **options))
-        return cls(client, namespace, uri)
+        return cls(client, once, namespace, uri)
 
     def __reduce__(self) -> tuple[Callable[[str, str], "RedisStore"], tuple[str, str]]:
         return RedisStore.from_uri, (self._uri, self._namespace)
@@ -319,7 +323,8 @@ class RedisStore(StateStore):
 
     def close(self) -> None:
         """As in `StateStore`."""
-        self._client.close()
+        for client in (self._client, self._once):
+            client.close()
 
     def _of_songs(self, name: str, arguments: list[Any]) -> Any:
         """What a script answers about the songs that were added online, whose keys share one hash tag."""
@@ -357,15 +362,16 @@ class RedisStore(StateStore):
 
     def _run(self, name: str, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
         """What a script answers to each call; many calls go in pipelines."""
-        script = self._scripts[name]
+        script, retries = self._scripts[name], 0 if name in ONCE else RETRIES
         if self._nodes is not None and name not in READING:
             return [
                 answer
                 for part in _parts(calls)
-                for answer in self._answer(partial(self._write_to_nodes, script.script, part))
+                for answer in self._answer(partial(self._write_to_nodes, script.script, part), retries)
             ]
         if len(calls) == 1:  # a pipeline first asks whether the server has the script
-            return [self._answer(lambda: script(keys=calls[0][0], args=calls[0][1]))]
+            client = self._client if retries else self._once
+            return [self._answer(lambda: script(keys=calls[0][0], args=calls[0][1], client=client))]
         answers: list[Any] = []
         for part in _parts(calls):
 
@@ -420,14 +426,15 @@ class RedisStore(StateStore):
             self._replicated[name] = (time.monotonic(), has)
         return has
 
-    def _answer(self, call: Callable[[], T]) -> T:
+    def _answer(self, call: Callable[[], T], retries: int = RETRIES) -> T:
+        """What a call answers; `retries` are those of a cluster, elsewhere the client that is called has its own."""
         if self._nodes is None:
             return _unless_down(self._shown, call)
         # The client's own retries stay with the node that is down: look for the one that has taken over.
         nodes = self._nodes
 
         def answer() -> T:
-            result: T = _patience().call_with_retry(call, lambda _: nodes.initialize())
+            result: T = _patience(retries).call_with_retry(call, lambda _: nodes.initialize())
             return result
 
         return _unless_down(self._shown, answer)
@@ -488,13 +495,13 @@ def _wait_while(server: Any, running: str) -> Mapping[str, Any]:
         time.sleep(0.05)
 
 
-def _patience() -> Any:
-    """Tries for a second at most: a put that went through already then looks like a conflict, and the caller who reads
-    again sees its plays."""
+def _patience(retries: int) -> Any:
+    """Tries for a second at most. Where it tries again, a put that went through already then looks like a conflict, and
+    the caller who reads again sees its plays."""
     from redis.backoff import ExponentialBackoff
     from redis.retry import Retry
 
-    return Retry(ExponentialBackoff(cap=0.4, base=0.05), RETRIES)
+    return Retry(ExponentialBackoff(cap=0.4, base=0.05), retries)
 
 
 def _shown(uri: str) -> str:

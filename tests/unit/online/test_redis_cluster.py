@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from stores import needs_redis_cli
+from stores import lost_answers, needs_redis_cli
 
 from rayrec.bench.redis_servers import START_SECONDS, RedisCluster, redis_cli, redis_cluster
 from rayrec.online.redis_store import REPLICA_MS, RedisStore
@@ -142,6 +142,18 @@ def test_online_songs_and_marks_of_loads_survive_the_failure_of_the_node_that_ho
     assert sorted(songs) == ["a", "c"]
     np.testing.assert_array_equal(np.frombuffer(songs["a"].sums), [2, 2])
     assert sorted(store.loaded("tastes")) == [0, 1, 2, 3]
+    store.close()
+
+
+def test_plays_of_songs_count_once_though_an_answer_gets_lost(
+    cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(cluster.uri, "n")
+    store.add_songs({"a": b"1"}, most=1)
+    with lost_answers(monkeypatch), pytest.raises(StoreUnavailableError, match="the answer got lost"):
+        store.count_song_plays("m", {0: np.ones(2).tobytes()})
+    (song,) = store.songs_since(0)[1]
+    np.testing.assert_array_equal(np.frombuffer(song.sums), [1, 1])
     store.close()
 
 

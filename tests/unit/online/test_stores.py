@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import needs_redis
+from stores import lost_answers, needs_redis
 
 from rayrec.bench.redis_servers import RedisServer
 from rayrec.errors import InputError
@@ -199,6 +199,20 @@ def test_plays_of_songs_are_counted_by_many_at_once(store: StateStore, uri: str,
     for thread in threads:
         thread.join()
     assert store.songs_since(0)[1][0].sums == floats(WRITERS * PUTS, WRITERS * PUTS / 2)
+
+
+@needs_redis
+def test_plays_of_songs_count_once_in_redis_though_an_answer_gets_lost(
+    redis: RedisServer, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(redis.uri, namespace)
+    store.add_songs({"a": b"1"}, most=1)
+    with lost_answers(monkeypatch), pytest.raises(StoreUnavailableError, match="the answer got lost"):
+        store.count_song_plays("m", {0: floats(1, 0.5)})
+    assert store.songs_since(0)[1][0].sums == floats(1, 0.5)
+    store.count_song_plays("m", {0: floats(1, 0.5)})
+    assert store.songs_since(0)[1][0].sums == floats(2, 1)
+    store.close()
 
 
 def test_the_buckets_of_each_load_are_kept(store: StateStore) -> None:
