@@ -104,6 +104,10 @@ class BaseRecommender(ABC):
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the score of every song, from the plays before each query only."""
 
+    def can_score(self, songs: np.ndarray) -> np.ndarray:
+        """bool (n,): which of the song rows, int (n,) from 0 on, have a score; others came later."""
+        return np.asarray(songs < self.num_songs)
+
     def score_chunks(
         self, histories: Histories, queries: Queries, horizon: HorizonName = "short"
     ) -> Iterator[tuple[slice, np.ndarray]]:
@@ -280,6 +284,11 @@ class VectorRecommender(BaseRecommender):
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the cosine of each song with the taste vector."""
         return self.score_vectors(self.vectors(histories, queries, horizon))
+
+    def can_score(self, songs: np.ndarray) -> np.ndarray:
+        """As in `BaseRecommender`: the songs with a vector."""
+        inside = songs < self.num_songs
+        return np.asarray(inside & self.song_vectors[np.where(inside, songs, 0)].any(axis=1))
 
     def score_vectors(self, vectors: np.ndarray) -> np.ndarray:
         """float32 (Q, N): the cosine of each song with taste vectors, float32 (Q, D)."""

@@ -159,7 +159,8 @@ class AnswerOptions(Settings):
     diversity: float = Field(0.0, ge=0, le=1)  # 0: the best songs; 1: songs unlike each other
     explore: float = Field(0.0, ge=0, le=1)  # share of the songs that have few plays and were drawn
     explain: bool = False  # whether the answer holds what is known of each song
-    songs_to_rank: np.ndarray | None = None  # int (any,), song rows to put in order instead of retrieving songs
+    # int (any,), rows of songs that the recommender can score, to put in order instead of retrieving songs.
+    songs_to_rank: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,10 +311,9 @@ def _near(network: TasteRecommender, known: Sequence[Known], all_options: Sequen
 
 
 def _ordered(network: TasteRecommender, vector: np.ndarray, options: AnswerOptions) -> Chosen:
-    """The songs to rank that have a vector, by their likeness to a taste vector, float32 (D,)."""
-    assert options.songs_to_rank is not None
-    rows = options.songs_to_rank[options.songs_to_rank < network.num_songs]
-    rows = rows[network.song_vectors[rows].any(axis=1)]
+    """The songs to rank by their likeness to a taste vector, float32 (D,)."""
+    rows = options.songs_to_rank
+    assert rows is not None
     return _in_order(rows, network.song_vectors[rows] @ vector, "exact", options)
 
 
@@ -372,8 +372,9 @@ def choose_popular(starting: Starting, options: AnswerOptions) -> Chosen:
     """The k songs that come first for a user of whom nothing is known."""
     worth, order = starting.worth, starting.order
     if options.songs_to_rank is not None:
-        rows = options.songs_to_rank[options.songs_to_rank < len(worth)]
-        return _in_order(rows, worth[rows], "popular", options)
+        rows = options.songs_to_rank
+        played = rows < len(worth)  # others were added online: nothing is known of their plays
+        return _in_order(rows, np.where(played, worth[np.where(played, rows, 0)], 0.0), "popular", options)
     songs = first_of_order(order, options.answer_filter.qualify, options.k)
     return Chosen(songs=songs, scores=worth[songs].astype(np.float32), path="popular")
 

@@ -156,7 +156,7 @@ class Service:
         stored = await self._stored(live, [request])
         with self.metrics.stage("read"):
             query = read_query(request, stored.get(request.user_id), request.at, live.catalog)
-            options = read_songs_to_rank(request, live.catalog)
+            options = read_songs_to_rank(request, live.catalog, live.engine.parts.recommender)
         (chosen,) = await self._choose(live, [query], [options])
         with self.metrics.stage("write"):
             answer = self._answer(live, query, chosen, unknown=query.unknown)

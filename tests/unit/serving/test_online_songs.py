@@ -109,8 +109,10 @@ def test_an_added_song_is_recommended_to_listeners_of_its_artist_and_nothing_els
     assert app.get("/v1/songs", params={"query": "new 1"}).json()["songs"][0]["song_id"] == "new-1"
     assert app.get("/v1/songs/new").json()["songs"][0]["song_id"] == "new-1"
     assert len(app.get("/v1/songs/new-1/similar").json()["songs"]) == 20
-    ranked = app.post("/v1/rank", {"history": OF_ARTIST, "songs": ["new-1", "song-2"]}).json()
-    assert ranked["unknown_song_ids"] == []
+    for history in (OF_ARTIST, []):
+        ranked = app.post("/v1/rank", {"history": history, "songs": ["new-1", "song-2"]}).json()
+        assert ranked["unknown_song_ids"] == []
+    assert [(song["song_id"], song["score"]) for song in ranked["songs"]][1] == ("new-1", 0.0)  # nobody has played it
 
 
 def test_every_replica_takes_it_in_within_a_second_and_a_restarted_one_has_it(world: Workspace) -> None:
