@@ -200,10 +200,10 @@ class Chosen:
     # What is known of each song, by name of the feature, where the request asks for it: `reasons` puts it in words.
     features: tuple[dict[str, float], ...] = ()
 
-    def since(self, first: int) -> "Chosen":
-        """Those after the `first` songs."""
-        songs, scores, features = self.songs[first:], self.scores[first:], self.features[first:]
-        probabilities = None if self.probabilities is None else self.probabilities[first:]
+    def take(self, places: slice) -> "Chosen":
+        """Some of them, in their order."""
+        songs, scores, features = self.songs[places], self.scores[places], self.features[places]
+        probabilities = None if self.probabilities is None else self.probabilities[places]
         return replace(self, songs=songs, scores=scores, features=features, probabilities=probabilities)
 
 

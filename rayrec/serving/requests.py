@@ -106,8 +106,14 @@ class Place:
     """Where the songs of an answer stand in their ranking."""
 
     request: str  # digest of the request, the same for all its pages
+    k: int  # songs of the answer
     first: int = 0  # songs of the ranking before those of the answer
     at: int | None = None  # ms UTC, the moment of the first answer
+
+    @property
+    def end(self) -> int:
+        """Songs of the ranking up to the last of the answer."""
+        return self.first + self.k
 
     def next(self, songs: int, at: int | None = None) -> str:
         """The cursor for what comes after so many songs."""
@@ -122,7 +128,7 @@ def read_place(request: RecommendationsRequest | SongsQuery) -> Place:
     text = "\n".join([request.model_dump_json(exclude={"k", "cursor", "explain", "history"}), *songs])
     digest = sha256(text.encode()).hexdigest()[:16]
     if request.cursor is None:
-        return Place(digest)
+        return Place(digest, request.k)
     try:
         padded = request.cursor + "=" * (-len(request.cursor) % 4)
         of_request, first, at = json.loads(urlsafe_b64decode(padded.encode()))
@@ -132,30 +138,31 @@ def read_place(request: RecommendationsRequest | SongsQuery) -> Place:
         raise FieldError("cursor", "the cursor is of another request; only k, explain and cursor may change")
     if not isinstance(first, int) or first < 0 or not (at is None or (isinstance(at, int) and 0 <= at < END_MS)):
         raise FieldError("cursor", "Invalid cursor; send the value from an earlier response, or omit it")
-    return Place(digest, first, at)
+    return Place(digest, request.k, first, at)
 
 
 def read_options(
-    request: RecommendationsRequest, query: UserQuery, first: int, catalog: ServedCatalog
+    request: RecommendationsRequest, query: UserQuery, place: Place, catalog: ServedCatalog
 ) -> tuple[AnswerOptions, int]:
-    """What to recommend behind the `first` songs, and how many songs of `exclude` and `allow` are not in the catalog.
+    """What to recommend at a place, and how many songs of `exclude` and `allow` are not in the catalog.
 
-    The options are for the songs before them, too. Raises `InputError` for days that do not exist, for attributes that
-    the catalog does not hold, and for a page beyond the first 1,000 songs, or of an answer with diversity or explore.
+    The options are for the songs before it, too, and for one song behind it where another page may follow. Raises
+    `InputError` for days that do not exist, for attributes that the catalog does not hold, and for a page beyond the
+    first 1,000 songs, or of an answer with diversity or explore.
     """
-    if first and request.explore:
+    if place.first and request.explore:
         raise FieldError("cursor", "an answer with explore has no further pages; leave out cursor or explore")
-    if first and request.diversity:
+    if place.first and request.diversity:
         raise FieldError("cursor", "an answer with diversity has no further pages; leave out cursor or diversity")
-    if first >= MAX_K:
+    if place.first >= MAX_K:
         raise FieldError("cursor", f"pages go up to song {MAX_K:,} of a ranking")
     excluded = catalog.find(request.exclude)
     parts = [excluded[excluded >= 0], *([query.songs, query.earlier_songs] if request.exclude_heard else [])]
     allowed, unknown = _allowed(request, catalog)
-    k = min(first + request.k, MAX_K)
+    has_pages = not (request.diversity or request.explore)
     answer_filter = AnswerFilter(excluded=np.concatenate(parts), allowed=allowed, new_only=request.exclude_heard)
     options = AnswerOptions(
-        k=k,
+        k=min(place.end + has_pages, MAX_K),
         long_weight=request.horizon,
         answer_filter=answer_filter,
         diversity=request.diversity,

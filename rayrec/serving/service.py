@@ -87,7 +87,7 @@ from rayrec.serving.schemas import (
     UserOrHistory,
     UserTaste,
 )
-from rayrec.serving.serve_config import MAX_K, ServeConfig
+from rayrec.serving.serve_config import ServeConfig
 from rayrec.serving.served_catalog import ServedCatalog, load_served_catalog
 from rayrec.serving.telemetry import AccessLog, Metrics
 from rayrec.serving.users import StoredUser, StoredUsers
@@ -383,7 +383,7 @@ class Service:
                     if place.at is not None and user is not None:
                         moment = max(place.at, user.state.last_played_at)  # played since the page before
                     query = read_query(request, user, moment, live.catalog)
-                    all_options[row] = read_options(request, query, place.first, live.catalog)
+                    all_options[row] = read_options(request, query, place, live.catalog)
                     queries[row], places[row] = query, place
                 except InputError as error:
                     if not alone:
@@ -394,11 +394,11 @@ class Service:
         with self.metrics.stage("write"):
             for row, whole in zip(rows, chosen, strict=True):
                 query, place, (options, unknown) = queries[row], places[row], all_options[row]
-                songs = whole.since(place.first)
+                songs = whole.take(slice(place.first, place.end))
                 answered = self._answer(live, query, songs, unknown=query.unknown + unknown)
                 if options.explain:
                     add_reasons(answered, songs, query.songs, live.catalog)
-                more = len(whole.songs) == options.k < MAX_K and not (options.diversity or options.explore)
+                more = len(whole.songs) > place.end
                 answer = Recommendations.model_construct(
                     **dict(answered),
                     arm=requests[row].arm,
@@ -621,10 +621,9 @@ async def _engine_answer(
 def _listed(order: np.ndarray, query: SongsQuery, catalog: ServedCatalog) -> tuple[np.ndarray, str | None]:
     """int32: the songs of a page of an order, int32 rows, that filters let through; and the cursor of the next page."""
     place, fitting = read_place(query), fitting_songs(query, catalog)
-    end = place.first + query.k
-    rows = order if fitting is None else first_of_order(order, fitting.holds, end + 1)
-    shown = rows[place.first : end]
-    more = end < len(rows)
+    rows = order if fitting is None else first_of_order(order, fitting.holds, place.end + 1)
+    shown = rows[place.first : place.end]
+    more = place.end < len(rows)
     return shown, place.next(len(shown)) if more else None
 
 

@@ -210,6 +210,18 @@ def test_after_the_last_page_there_is_no_cursor(app: Client) -> None:
     assert set(ids(first)) | set(ids(last)) == set(ids(post(app, "recommendations", k=MAX_K)))
 
 
+@pytest.mark.parametrize("history", [SONGS, []])
+def test_a_page_that_ends_with_the_last_song_has_no_cursor(app: Client, history: list[str]) -> None:
+    body = {"history": history, "allow": ["song-20", "song-30"], "exclude_heard": False}
+    whole = post(app, "recommendations", **body, k=2)
+    assert (sorted(ids(whole)), whole["cursor"]) == (["song-20", "song-30"], None)
+    first = post(app, "recommendations", **body, k=1)
+    last = post(app, "recommendations", **body, k=1, cursor=first["cursor"])
+    assert (first["songs"] + last["songs"], last["cursor"]) == (whole["songs"], None)
+    for mixed in ({"diversity": 0.5}, {"explore": 0.5}):
+        assert post(app, "recommendations", history=history, k=5, **mixed)["cursor"] is None
+
+
 def test_a_stored_user_pages_on_after_another_play(app: Client) -> None:
     play = {"user_id": "pages-ann", "song_id": "song-5", "event_id": "p1"}
     app.post("/v1/plays", play)
