@@ -165,7 +165,7 @@ class OnlineSongs:
         """What the plays of steps add to the sums of songs, by number: plays, and what was played around them.
 
         It is what `FirstPlays` reads of each window with them, less that of the window before. Nothing of the log is
-        read, so a play that is put among the oldest of a window may lack neighbours.
+        read, so a play that is put among the oldest of a window may lack neighbors.
         """
         number_of_row = self._number_of_row(self._state)
         rows = np.array(sorted(number_of_row), dtype=np.int64)
