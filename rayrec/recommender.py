@@ -28,15 +28,15 @@ from rayrec.errors import InputError, NotFoundError
 from rayrec.jobs.job_config import FitConfig, UpdateConfig
 from rayrec.model.train_config import TrainConfig
 from rayrec.storage.artifacts import Manifest
+from rayrec.storage.locking import exclusive
 from rayrec.storage.releases import active_release
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import SENT_PLAYS, Workspace
 
 if TYPE_CHECKING:
     from rayrec.jobs.fit import Quality
     from rayrec.jobs.pipeline import Outcome
     from rayrec.recommend.base import BaseRecommender, HorizonName
 
-SENT_PLAYS = "inputs"  # folder of the workspace for tables on their way into the data set
 SHOWN_USERS = 5  # of those without plays
 COLUMNS = ("user_id", "rank", "song_id", "title", "artist", "score")
 
@@ -80,8 +80,8 @@ class Recommender:
         from rayrec.jobs.fit import fit
 
         self._require_reachable()
-        with _SentPlays(self.workspace, plays) as paths:
-            config = FitConfig(paths=paths, columns=dict(columns or {}), timezone=timezone)
+        with exclusive(self.workspace, "fit"), _SentPlays(self.workspace, plays) as sent:
+            config = FitConfig(**sent, columns=dict(columns or {}), timezone=timezone)
             sections = {"train": self.settings}
             is_refit = active_release(self.workspace) is not None
             result = fit(self.workspace, config, settings=sections, force=is_refit, **self._listeners())
@@ -105,8 +105,8 @@ class Recommender:
         from rayrec.jobs.update import update
 
         self._require_reachable()
-        with _SentPlays(self.workspace, plays) as paths:
-            config = UpdateConfig(paths=paths, columns=dict(columns or {}), timezone=timezone, train=train)
+        with exclusive(self.workspace, "update"), _SentPlays(self.workspace, plays) as sent:
+            config = UpdateConfig(**sent, columns=dict(columns or {}), timezone=timezone, train=train)
             result = update(self.workspace, config, **self._listeners())
         if not result.live:
             _print(f"The update is not used: {result.reason}")
@@ -274,22 +274,25 @@ def load(path: str | Path, *, progress: bool = True) -> Recommender:
 
 
 class _SentPlays:
-    """The paths of plays for the length of a with block; a table is written into the workspace and deleted after."""
+    """The settings that name plays for the length of a with block, in which the caller holds the workspace's lock.
+
+    A table is written into the workspace and deleted after.
+    """
 
     def __init__(self, workspace: Workspace, plays: Plays) -> None:
         self._workspace, self._plays, self._file = workspace, plays, ""
 
-    def __enter__(self) -> tuple[str, ...]:
+    def __enter__(self) -> dict[str, Any]:
+        self._workspace.delete(SENT_PLAYS)  # what a killed run has left; nobody else writes now
         if isinstance(self._plays, str | Path):
-            return (str(self._plays),)
+            return {"paths": (str(self._plays),)}
         table = _arrow(self._plays)
         digest = hashlib.sha256()
         for batch in table.to_batches():
             digest.update(batch.serialize())
         self._file = f"{SENT_PLAYS}/plays-{digest.hexdigest()[:12]}.parquet"
         self._workspace.write_table(self._file, table)
-        where = self._workspace.full(self._file)
-        return (where if self._workspace.is_local else f"{self._workspace.uri.rstrip('/')}/{self._file}",)
+        return {"paths": (self._workspace.uri_of(self._file),)}
 
     def __exit__(self, *_: object) -> None:
         if self._file:

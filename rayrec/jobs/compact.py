@@ -14,7 +14,7 @@ from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, fingerprint
 from rayrec.storage.locking import writes
 from rayrec.storage.releases import list_releases
-from rayrec.storage.workspace import DATASET, HISTORIES, Workspace
+from rayrec.storage.workspace import DATASET, HISTORIES, SENT_PLAYS, Workspace
 
 KEPT_RELEASES = 2  # whose tastes the parts stay apart for: the live release, and the one to go back to
 
@@ -41,6 +41,7 @@ def compact(workspace: Workspace) -> Compacted:
     """
     compact_impressions(workspace)
     finish_publishing(workspace)
+    workspace.delete(SENT_PLAYS)  # left by a killed import, which may have begun after the users' rows were erased
     erased = erase_forgotten(workspace)
     dataset = Dataset(workspace)
     base = dataset.manifest

@@ -43,9 +43,11 @@ from rayrec.storage.workspace import (
     HISTORIES,
     IMPORT_STAGING,
     REJECTED_ROWS,
+    SENT_PLAYS,
     STATES_FILE,
     USERS,
     Workspace,
+    artifact_dir,
     earlier_manifest,
     histories_file,
 )
@@ -103,27 +105,31 @@ def open_own_store(workspace: Workspace, store: str | None, lineage: str) -> Sta
     return open_store(store_uri(workspace, store), lineage)
 
 
-def erase_forgotten(workspace: Workspace) -> Erased:
+def erase_forgotten(workspace: Workspace, *, reading: Sequence[str] = ()) -> Erased:
     """Erase the rows of users who were deleted since the last time from all files, and keep the manifests right.
 
     Every stage that reads users runs it first, so that nothing is made of them any more. Ids of data sets and
     artifacts stay, and so do all other rows. The texts of rejected rows are emptied, since they may name the users.
-    An unfinished import starts again. Raises `DamagedArtifactError` for a file that did not match its checksum before.
+    An unfinished import starts again, and so does an unfinished fit of embeddings, a network, retrievers or rankers.
+    `reading` are the paths that the caller is about to import, which stay. Raises `DamagedArtifactError` for a file
+    that did not match its checksum before.
     """
     waiting = read_waiting(workspace)
     if not waiting and not workspace.exists(READY):
         return Erased()
-    return _erase(workspace)
+    return _erase(workspace, reading)
 
 
 @writes("compact")
-def _erase(workspace: Workspace) -> Erased:
+def _erase(workspace: Workspace, reading: Sequence[str]) -> Erased:
     finish_publishing(workspace)
     _finish(workspace)
     waiting = read_waiting(workspace)
     if not waiting:
         return Erased()
     workspace.delete(IMPORT_STAGING)
+    _delete_unfinished_fits(workspace)
+    _delete_sent_plays(workspace, reading)
     folders = [*USER_TABLES, REJECTED_ROWS]
     paths = [path for folder in folders for path in workspace.files(folder) if path.endswith(".parquet")]
     for folder in (DATASET, *USER_TABLES):
@@ -155,6 +161,23 @@ def _finish(workspace: Workspace) -> None:
 
 def _out(path: str) -> str:
     return f"{SCRATCH}/out/{path}"
+
+
+def _delete_unfinished_fits(workspace: Workspace) -> None:
+    """Delete what killed fits have left: plays to choose by, and counts in which no user can be told apart."""
+    for kind in artifacts.FITTED:
+        for name in workspace.folders(kind):
+            folder = artifact_dir(kind, name)
+            if not workspace.exists(f"{folder}/manifest.json"):
+                workspace.delete(folder)
+
+
+def _delete_sent_plays(workspace: Workspace, reading: Sequence[str]) -> None:
+    """Delete the tables that killed fits and updates in Python have left, but for those that are being imported."""
+    _delete_temporary(workspace, SENT_PLAYS)
+    for path in workspace.files(SENT_PLAYS):
+        if workspace.uri_of(path) not in reading:
+            workspace.delete(path)
 
 
 def _delete_temporary(workspace: Workspace, folder: str) -> None:

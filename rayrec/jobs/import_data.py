@@ -27,7 +27,7 @@ def import_data(workspace: Workspace, config: ImportConfig, *, repeat: bool = Fa
     Raises `InputError` for bad input, and where other plays (or playlists) are there already.
     """
     finish_publishing(workspace)
-    erase_forgotten(workspace)
+    erase_forgotten(workspace, reading=config.paths)
     prepared = prepare_import(workspace, config, repeat=repeat)
     return _run(prepared).dataset if isinstance(prepared, ImportRun) else prepared
 
@@ -44,7 +44,7 @@ def append_plays(workspace: Workspace, config: ImportConfig) -> ImportResult:
     Raises `InputError` where no plays are there, for playlists, and for plays without times.
     """
     finish_publishing(workspace)
-    erase_forgotten(workspace)
+    erase_forgotten(workspace, reading=config.paths)
     prepared = prepare_append(workspace, config)
     return _run(prepared) if isinstance(prepared, ImportRun) else ImportResult(dataset=prepared)
 

@@ -526,7 +526,7 @@ def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
             erasing += 1
         elif path in (CURRENT, LOCK, LOCK_HOLDER) or path.startswith(f"{IMPRESSIONS}/"):
             continue
-        elif posixpath.basename(path).startswith(".") or "/." in path:
+        elif "/." in f"/{path}":
             audit.note(path, "is a leftover temporary file; it can be deleted")
         elif path in earlier:
             replaced += 1

@@ -35,6 +35,7 @@ STATES_FILE = "serving/states.sqlite"  # the embedded store of user states
 IMPRESSIONS = "serving/impressions"  # what a server answered, and what users then did
 FORGOTTEN = "forgotten"  # who was deleted
 IMPORT_STAGING = "dataset/.staging"  # what an unfinished import has done so far
+SENT_PLAYS = ".inputs"  # tables of plays from Python on their way into the data set
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
 CURRENT = "current.json"  # kind -> ids, in the order in which they were requested last
@@ -152,6 +153,13 @@ class Workspace:
     def full(self, path: str) -> str:
         """The path as the file system of pyarrow spells it."""
         return posixpath.join(self.root, path)
+
+    def uri_of(self, path: str) -> str:
+        """The local path or the URI of a file, for what reads files outside of workspaces; the URI's options stay."""
+        if self.is_local:
+            return self.full(path)
+        place, mark, options = self.uri.partition("?")
+        return f"{place.rstrip('/')}/{path}{mark}{options}"
 
     def exists(self, path: str) -> bool:
         """True if a file or folder is there."""

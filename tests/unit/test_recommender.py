@@ -1,6 +1,7 @@
 """The facade: tables of plays in, tables of songs out, saved and loaded as one folder."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,16 @@ from without_ray import without_ray
 
 import rayrec
 from rayrec import Dataset, InputError, NotFoundError, Recommender
+from rayrec.errors import BusyError
+from rayrec.jobs.compact import compact
+from rayrec.jobs.forget import forget_users
+from rayrec.jobs.taste import compute_tastes
+from rayrec.jobs.verify import verify_workspace
+from rayrec.model.train_config import TasteConfig
 from rayrec.recommend import reranking
 from rayrec.recommend.reranking import choose_for_users
+from rayrec.storage.locking import exclusive
+from rayrec.storage.workspace import Workspace
 
 SETTINGS: dict[str, Any] = {"hidden_dim": 16, "epochs": 4, "learning_rate": 0.01, "negatives": 16, "progress": False}
 COLUMNS = ["user_id", "rank", "song_id", "title", "artist", "score"]
@@ -149,6 +158,62 @@ def test_an_update_adds_users_and_a_second_fit_replaces_all(
     with pytest.raises(NotFoundError, match="u61"):
         loaded.taste("u61")
     assert len(loaded.recommend("u120", k=5)) == 5
+
+
+def test_a_table_that_a_killed_run_left_goes_with_a_compaction_or_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+
+    def holding() -> list[Path]:
+        return [path for path in tmp_path.rglob("*.parquet") if b"planted-4711" in path.read_bytes()]
+
+    def kill() -> None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            patch.setattr("rayrec.jobs.fit.guess_import", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(Workspace, "delete", lambda *_: None)  # nothing is tidied up
+            model.fit(pd.DataFrame({"user": ["planted-4711"] * 9}))
+        assert holding()
+
+    rows = frame(ring_plays(range(3), plays=12))
+    model = Recommender(**SETTINGS | {"epochs": 1}, workspace=tmp_path)
+    kill()
+    model.fit(rows)
+    assert holding() == []
+    kill()
+    assert verify_workspace(model.workspace).problems == []
+    forget_users(model.workspace, ["planted-4711"])
+    compute_tastes(model.workspace, TasteConfig())
+    assert holding() == []
+    kill()  # with plays that were sent after the deletion
+    compact(model.workspace)
+    assert holding() == []
+
+
+def test_plays_are_taken_where_users_wait_to_be_erased(
+    model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    model.save(tmp_path / "saved")
+    loaded = rayrec.load(tmp_path / "saved", progress=False)
+    forget_users(loaded.workspace, ["u3"])
+    loaded.update(frame(ring_plays(range(60, 62), plays=5, begin=20, days=1)))
+    assert len(loaded.taste("u61")) == 1
+    with pytest.raises(NotFoundError, match="u3"):
+        loaded.taste("u3")
+
+
+def test_a_run_that_is_refused_leaves_the_table_of_the_one_that_holds_the_workspace(tmp_path: Path) -> None:
+    model, sent = Recommender(workspace=tmp_path), ".inputs/plays-0.parquet"
+
+    def refused() -> bool:
+        with pytest.raises(BusyError):
+            model.fit(pd.DataFrame({"user": ["ann"]}))
+        return model.workspace.files(".inputs") == [sent]
+
+    with exclusive(model.workspace, "fit"), ThreadPoolExecutor(1) as other:
+        model.workspace.write_bytes(sent, b"")
+        assert other.submit(refused).result()
 
 
 def test_a_notebook_shows_data_and_quality(model: Recommender) -> None:

@@ -19,6 +19,7 @@ from worlds import random_vectors, write_song_vectors
 
 from rayrec.bench.redis_servers import RedisServer
 from rayrec.data.dataset import Dataset, read_forgotten, read_waiting
+from rayrec.data.split import Split, SplitConfig, fit_range, split_dataset
 from rayrec.errors import DamagedArtifactError, NotFoundError
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs import forget, taste
@@ -26,14 +27,18 @@ from rayrec.jobs.compact import compact
 from rayrec.jobs.forget import forget_users
 from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.recommend_all import recommend_all, recommendations_file
+from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.taste import compute_tastes
+from rayrec.jobs.train import train
 from rayrec.jobs.verify import verify_workspace
 from rayrec.model.taste_table import tastes_file
-from rayrec.model.train_config import TasteConfig
+from rayrec.model.train_config import PLAY_COUNTS, TasteConfig, TrainConfig
 from rayrec.online.load_states import load_states
 from rayrec.online.state_codec import unpack_state
 from rayrec.online.state_store import StateStore, open_store, store_uri
 from rayrec.recommend.answer import RecommendConfig
+from rayrec.recommend.stored_retrieval import Retrieval
+from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts, releases
 from rayrec.storage.workspace import IMPORT_STAGING, Workspace
 from rayrec_cli.main import main
@@ -391,6 +396,62 @@ def test_what_killed_jobs_left_is_erased_too(world: Workspace, tmp_path: Path, m
     made = compute_tastes(world, config)
     assert (made.metrics["users"], made.metrics["buckets_computed"]) == (len(OTHERS), 1)
     require_sound(world)
+
+
+def killed(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def four_days(workspace: Workspace, tmp_path: Path) -> Workspace:
+    import_data(workspace, plays_of(tmp_path, 0))
+    for day in (1, 2, 3):
+        append_plays(workspace, plays_of(tmp_path, day))
+    return workspace
+
+
+def unfinished_fits(workspace: Workspace) -> Split:
+    """A training and a retrieval that were killed."""
+    split = split_dataset(workspace, SplitConfig(test_days=1, validation_days=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rayrec.jobs.train.train_worker", killed)
+        patch.setattr("rayrec.jobs.retrieval.merge_counts", killed)
+        for fit in (train_network, fit_retrieval_of):
+            with pytest.raises(KeyboardInterrupt):
+                fit(workspace, split)
+    return split
+
+
+def train_network(workspace: Workspace, split: Split) -> artifacts.Manifest:
+    return train(workspace, TrainConfig(dim=8, hidden_dim=8, epochs=1, negatives=4, workers=0), split=split)
+
+
+def fit_retrieval_of(workspace: Workspace, split: Split) -> artifacts.Manifest:
+    return fit_retrieval(workspace, RetrievalConfig(), split=split)
+
+
+def test_killed_fits_leave_no_plays_of_a_deleted_user_and_nothing_new_is_made_of_them(four_days: Workspace) -> None:
+    split = unfinished_fits(four_days)
+    for user in GONE:
+        assert any(name.startswith("models/") for name in files_naming(root(four_days), user))
+    assert four_days.files("retrieval")
+    forget_users(four_days, GONE)
+    compact(four_days)
+    for user in GONE:
+        assert files_naming(root(four_days), user) == []
+    left = sum(fit_range(split).select(each).num_plays for each in Dataset(four_days).read_all())
+    retrieval, model = fit_retrieval_of(four_days, split), train_network(four_days, split)
+    assert Retrieval.load(four_days, retrieval.folder).plays.plays.sum() == left
+    assert four_days.read_array(model.path(PLAY_COUNTS)).sum() == left
+    require_sound(four_days)
+
+
+def test_an_unfinished_fit_stays_where_nobody_was_deleted_since(four_days: Workspace) -> None:
+    forget_users(four_days, GONE)
+    unfinished_fits(four_days)
+    left = [*four_days.files("models"), *four_days.files("retrieval")]
+    compact(four_days)
+    assert [*four_days.files("models"), *four_days.files("retrieval")] == left != []
 
 
 def test_a_damaged_file_does_not_get_a_new_checksum(world: Workspace, tmp_path: Path) -> None:
