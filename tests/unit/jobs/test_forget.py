@@ -20,7 +20,7 @@ from worlds import random_vectors, write_song_vectors
 from rayrec.bench.redis_servers import RedisServer
 from rayrec.data.dataset import Dataset, read_forgotten, read_waiting
 from rayrec.data.split import Split, SplitConfig, fit_range, split_dataset
-from rayrec.errors import DamagedArtifactError, NotFoundError
+from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs import forget, taste
 from rayrec.jobs.compact import compact
@@ -444,6 +444,18 @@ def test_killed_fits_leave_no_plays_of_a_deleted_user_and_nothing_new_is_made_of
     assert Retrieval.load(four_days, retrieval.folder).plays.plays.sum() == left
     assert four_days.read_array(model.path(PLAY_COUNTS)).sum() == left
     require_sound(four_days)
+
+
+def test_a_training_that_was_stopped_before_a_deletion_starts_over_without_a_question(
+    four_days: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = unfinished_fits(four_days)
+    # As if workers had left a checkpoint.
+    monkeypatch.setattr("rayrec.jobs.train.has_checkpoint", lambda workspace, folder: workspace.exists(f"{folder}/run"))
+    with pytest.raises(InputError, match="was stopped and left a checkpoint"):
+        train_network(four_days, split)
+    forget_users(four_days, GONE[:1])
+    assert train_network(four_days, split).metrics["epochs"] == 1
 
 
 def test_an_unfinished_fit_stays_where_nobody_was_deleted_since(four_days: Workspace) -> None:
