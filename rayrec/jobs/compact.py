@@ -13,10 +13,10 @@ from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, fingerprint
 from rayrec.storage.locking import writes
-from rayrec.storage.releases import list_releases
+from rayrec.storage.releases import list_releases, read_active
 from rayrec.storage.workspace import DATASET, HISTORIES, SENT_PLAYS, Workspace
 
-KEPT_RELEASES = 2  # whose tastes the parts stay apart for: the live release, and the one to go back to
+NEWEST_RELEASES = 2  # whose tastes the parts stay apart for, beside those of the live release and the one before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,10 @@ def compact(workspace: Workspace) -> Compacted:
     """Erase the rows of deleted users from all files, and join the parts of the data set.
 
     Other plays and all artifacts stay valid.
-    Parts stay apart where tastes end that a later `rayrec taste` continues, or that a release among the
-    last two uses. Running readers keep to the old files, which stay until `rayrec clean`. A killed
-    compaction leaves the data set as it was; the next one continues with the missing buckets. The impression log is
-    compacted, too.
+    Parts stay apart where tastes end that a later `rayrec taste` continues, or that a release uses: the live one, the
+    one that a rollback makes live, and the last two that were created. Running readers keep to the old files, which
+    stay until `rayrec clean`. A killed compaction leaves the data set as it was; the next one continues with the
+    missing buckets. The impression log is compacted, too.
     """
     compact_impressions(workspace)
     finish_publishing(workspace)
@@ -66,7 +66,9 @@ def _cuts(dataset: Dataset) -> set[int]:
     """Numbers of parts before which plays must stay apart from those after."""
     tastes = artifacts.listing(dataset.workspace, "tastes")
     fitting = [each for each in tastes if dataset.descends_from(each.inputs["dataset"])]
-    used = {release.inputs["tastes"] for release in list_releases(dataset.workspace)[-KEPT_RELEASES:]}
+    all_releases, state = list_releases(dataset.workspace), read_active(dataset.workspace)
+    kept = {state["active"], *state["history"][-1:], *(release.id for release in all_releases[-NEWEST_RELEASES:])}
+    used = {release.inputs["tastes"] for release in all_releases if release.id in kept}
     parts = {each.id: dataset.earlier(each.inputs["dataset"]).parts for each in fitting}
     newest: dict[str, int] = {}
     for each in fitting:

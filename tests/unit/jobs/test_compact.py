@@ -17,6 +17,8 @@ from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.taste import compute_tastes
 from rayrec.model.checkpoint import save_model
 from rayrec.model.train_config import TasteConfig
+from rayrec.online.load_states import load_states
+from rayrec.online.state_store import open_store
 from rayrec.storage import artifacts, releases
 from rayrec.storage.workspace import Workspace
 
@@ -169,3 +171,22 @@ def test_tastes_stay_and_go_on_and_live_releases_verify(five_parts: Workspace, t
     five_parts.write_bytes(Dataset(five_parts).manifest.histories_files(1)[0], b"damaged")
     with pytest.raises(releases.DamagedArtifactError, match="bucket=00001"):
         releases.verify_release(five_parts, release)
+
+
+def test_the_live_release_and_the_one_before_it_can_be_loaded_however_many_came_after(
+    five_parts: Workspace, tmp_path: Path
+) -> None:
+    write_model(five_parts)
+    made = []
+    for day in range(5, 9):
+        compute_tastes(five_parts, TasteConfig())
+        made.append(releases.create_release(five_parts, activate=day < 7))
+        append_plays(five_parts, config_of(tmp_path, day))
+    compact(five_parts)
+    assert Dataset(five_parts).manifest.spans == [(0, 4), (5, 5), (6, 6), (7, 7), (8, 8)]
+    assert releases.active_release(five_parts) == made[1]
+    for release in (made[1], releases.rollback(five_parts)):
+        store = open_store(f"sqlite:///{tmp_path}/{release.id}.sqlite", Dataset(five_parts).lineage)
+        tastes = artifacts.load_manifest(five_parts, "tastes", release.inputs["tastes"])
+        assert load_states(Dataset(five_parts), store, release).users == tastes.metrics["users"]
+        store.close()
