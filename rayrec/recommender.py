@@ -30,7 +30,7 @@ from rayrec.model.train_config import TrainConfig
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import exclusive
 from rayrec.storage.releases import active_release
-from rayrec.storage.workspace import SENT_PLAYS, Workspace
+from rayrec.storage.workspace import DATASET_MANIFEST, SENT_PLAYS, Workspace
 
 if TYPE_CHECKING:
     from rayrec.jobs.fit import Quality
@@ -83,8 +83,7 @@ class Recommender:
         with exclusive(self.workspace, "fit"), _SentPlays(self.workspace, plays) as sent:
             config = FitConfig(**sent, columns=dict(columns or {}), timezone=timezone)
             sections = {"train": self.settings}
-            is_refit = active_release(self.workspace) is not None
-            result = fit(self.workspace, config, settings=sections, force=is_refit, **self._listeners())
+            result = fit(self.workspace, config, settings=sections, force=self._replaces(config), **self._listeners())
         self.quality = result.quality
         return self
 
@@ -250,6 +249,15 @@ class Recommender:
         table = dataset.catalog().table.select([names.SONG_ID, names.TITLE, names.ARTIST])
         picked = table.take(pa.array(np.asarray(rows, dtype=np.int64))).rename_columns(["song_id", "title", "artist"])
         return picked.to_pandas()
+
+    def _replaces(self, config: FitConfig) -> bool:
+        """True where a fit has ended before, or stopped with other plays; one that stopped with the same goes on."""
+        if active_release(self.workspace) is not None:
+            return True
+        if not self.workspace.exists(DATASET_MANIFEST):
+            return False
+        imported: Any = Dataset(self.workspace).manifest.config.get("plays")
+        return not isinstance(imported, dict) or tuple(imported["paths"]) != config.paths
 
     def _require_reachable(self) -> None:
         """Raise `InputError` where the workspace is a temporary folder and workers of other nodes could not read it."""

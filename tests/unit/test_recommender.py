@@ -203,6 +203,29 @@ def test_plays_are_taken_where_users_wait_to_be_erased(
         loaded.taste("u3")
 
 
+def test_a_fit_that_was_stopped_goes_on_with_the_same_plays_and_others_replace_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    first, other = frame(ring_plays(range(3), plays=12)), frame(ring_plays(range(10, 14), plays=12))
+    model = Recommender(**SETTINGS | {"epochs": 1}, workspace=tmp_path)
+
+    def stop_at(stage: str, plays: pd.DataFrame) -> None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            patch.setattr(f"rayrec.jobs.pipeline.{stage}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            model.fit(plays)
+
+    stop_at("train", first)
+    (songs,) = model.workspace.folders("songs")
+    stop_at("train", first)
+    assert model.workspace.folders("songs") == [songs]
+    model.fit(other)
+    assert Dataset(model.workspace).manifest.users == 4
+    with pytest.raises(NotFoundError):
+        model.taste("u2")
+    assert len(model.taste("u12")) == 1
+
+
 def test_a_run_that_is_refused_leaves_the_table_of_the_one_that_holds_the_workspace(tmp_path: Path) -> None:
     model, sent = Recommender(workspace=tmp_path), ".inputs/plays-0.parquet"
 
