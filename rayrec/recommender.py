@@ -300,7 +300,8 @@ class _SentPlays:
             digest.update(batch.serialize())
         self._file = f"{SENT_PLAYS}/plays-{digest.hexdigest()[:12]}.parquet"
         self._workspace.write_table(self._file, table)
-        return {"paths": (self._workspace.uri_of(self._file),)}
+        # The format is given, since it cannot be guessed from a URI that has options behind the name.
+        return {"paths": (self._workspace.uri_of(self._file),), "format": "parquet"}
 
     def __exit__(self, *_: object) -> None:
         if self._file:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import ray
 from rings import HEAD, ring_plays
+from s3 import s3_server
 from without_ray import without_ray
 
 import rayrec
@@ -224,6 +225,18 @@ def test_a_fit_that_was_stopped_goes_on_with_the_same_plays_and_others_replace_t
     with pytest.raises(NotFoundError):
         model.taste("u2")
     assert len(model.taste("u12")) == 1
+
+
+def test_a_table_is_taken_where_the_uri_of_the_workspace_has_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("moto.server", reason="no moto: pip install 'rayrec[dev]'")
+    without_ray(monkeypatch)
+    with s3_server() as server:
+        model = Recommender(workspace=server.uri("a/b"), progress=False)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            patch.setattr("rayrec.jobs.pipeline.embed", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            model.fit(frame(ring_plays(range(3), plays=12)))
+        assert Dataset(model.workspace).manifest.plays == 36
+        assert model.workspace.files(".inputs") == []
 
 
 def test_a_run_that_is_refused_leaves_the_table_of_the_one_that_holds_the_workspace(tmp_path: Path) -> None:

@@ -30,6 +30,13 @@ def test_what_is_written_is_read(workspace: Workspace) -> None:
     assert workspace.files("a") == ["a/b.bin", "a/c.json", "a/d.npy", "a/e.parquet"]
 
 
+def test_a_file_has_its_own_uri_before_the_options(workspace: Workspace) -> None:
+    remote = Workspace("s3://bucket/a/b/?endpoint_override=localhost:9000&scheme=http")
+    assert remote.uri_of("c/d.parquet") == "s3://bucket/a/b/c/d.parquet?endpoint_override=localhost:9000&scheme=http"
+    assert Workspace("s3://bucket/a?region=north").uri_of("f") == "s3://bucket/a/f?region=north"
+    assert workspace.uri_of("c/d.parquet") == f"{workspace.root}/c/d.parquet"
+
+
 def test_a_write_that_fails_leaves_what_was_there_and_no_rests(workspace: Workspace) -> None:
     workspace.write_bytes("f", b"old")
     with pytest.raises(RuntimeError, match="half way"), workspace.open_output("f") as stream:  # noqa: PT012
