@@ -41,7 +41,8 @@ SHOWN_USERS = 5  # of those without plays
 COLUMNS = ("user_id", "rank", "song_id", "title", "artist", "score")
 
 Plays = Any  # a pandas or polars DataFrame, an Arrow table, or the path of files
-Moment: TypeAlias = str | int | float | datetime  # datetimes and pandas timestamps without a zone are UTC
+# Datetimes and pandas timestamps without a zone are UTC.
+Moment: TypeAlias = str | int | float | np.integer[Any] | np.floating[Any] | datetime
 
 
 class Recommender:
@@ -330,6 +331,8 @@ def _moment(at: Moment | None) -> int:
     """ms UTC; a pandas timestamp or datetime without a zone counts as UTC."""
     if at is None:
         return now_ms()
+    if isinstance(at, np.integer | np.floating):  # such as the largest of a column
+        at = at.item()
     if isinstance(at, str | int | float):
         return parse_moment(at)
     stamp = pd.Timestamp(at)

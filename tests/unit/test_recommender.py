@@ -2,7 +2,7 @@
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,9 @@ def test_plays_after_the_moment_are_not_looked_at(model: Recommender) -> None:
     early = model.recommend("u3", at=moment)
     assert not early.equals(model.recommend("u3"))
     assert early.equals(model.recommend("u3", at="2023-11-25T00:00:00Z"))
+    seconds = int(moment.replace(tzinfo=timezone.utc).timestamp())
+    for number in (seconds, np.int64(seconds), np.uint64(seconds * 1000), np.float64(seconds)):
+        assert early.equals(model.recommend("u3", at=number)), repr(number)
 
 
 def test_similar_songs_and_tastes(model: Recommender) -> None:
