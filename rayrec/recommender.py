@@ -105,6 +105,7 @@ class Recommender:
         from rayrec.jobs.update import update
 
         self._require_reachable()
+        self._loaded = None  # the data set changes, even where the live release stays
         with exclusive(self.workspace, "update"), _SentPlays(self.workspace, plays) as sent:
             config = UpdateConfig(**sent, columns=dict(columns or {}), timezone=timezone, train=train)
             result = update(self.workspace, config, **self._listeners())

@@ -255,6 +255,21 @@ def test_a_run_that_is_refused_leaves_the_table_of_the_one_that_holds_the_worksp
         assert other.submit(refused).result()
 
 
+def test_plays_of_an_update_that_is_not_used_are_known_at_once(
+    model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_ray(monkeypatch)
+    monkeypatch.setattr("rayrec.jobs.update.TOLERANCE", -2.0)  # no recall is as high
+    model.save(tmp_path / "saved")
+    loaded = rayrec.load(tmp_path / "saved", progress=False)
+    with pytest.raises(NotFoundError, match="u70"):
+        loaded.taste("u70")
+    loaded.update(frame(ring_plays([*range(60), 70], plays=10, begin=20, days=2)))
+    assert "The update is not used" in capsys.readouterr().err
+    after = rayrec.load(tmp_path / "saved").taste(["u3", "u70"])
+    np.testing.assert_array_equal(loaded.taste(["u3", "u70"]).to_numpy(), after.to_numpy())
+
+
 def test_a_notebook_shows_data_and_quality(model: Recommender) -> None:
     shown = model._repr_html_()
     for text in ("2,400", "two-step", "popularity", "Validation"):
