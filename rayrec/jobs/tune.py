@@ -65,10 +65,12 @@ def tune(
         return artifacts.reuse(workspace, KIND, tuning_id)
     manifest = Manifest(kind=KIND, id=tuning_id, config=settings, inputs=inputs, seed=config.seed)
     before = artifacts.current_ids(workspace)
-    rows = _run(workspace, manifest, trials, split, on_trial)
-    for kind in ("songs", "models"):  # trials are nothing that later stages start from
-        if kind in before:
-            artifacts.make_current(workspace, kind, before[kind])
+    try:
+        rows = _run(workspace, manifest, trials, split, on_trial)
+    finally:
+        for kind in ("songs", "models"):  # trials are nothing that later stages start from
+            if kind in before:
+                artifacts.make_current(workspace, kind, before[kind])
     measured = [row for row in rows if row[CHOSEN_BY] is not None]
     if not measured:
         raise DivergedError("no trial has a finite loss; give smaller learning rates")

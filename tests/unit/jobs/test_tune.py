@@ -17,7 +17,7 @@ from rayrec.jobs.pipeline import read_configs
 from rayrec.jobs.tune import CSV, tune
 from rayrec.model.epochs import CHOSEN_BY
 from rayrec.model.train_config import TrainConfig
-from rayrec.storage.artifacts import Manifest, publish
+from rayrec.storage.artifacts import Manifest, current_ids, publish
 from rayrec.storage.workspace import Workspace
 
 DAY_MS = 86_400_000
@@ -59,6 +59,25 @@ def test_the_best_trial_is_one_that_did_not_diverge(workspace: Workspace, split:
     assert made.metrics["best_ndcg"] == 0.25
     rates = [line.split(",")[1:3] for line in workspace.read_bytes(made.path(CSV)).decode().splitlines()[1:]]
     assert rates == [["1.0", ""], ["0.001", "0.25"], ["0.5", ""]]
+
+
+def test_what_was_current_before_a_sweep_that_is_stopped_is_current_after(
+    workspace: Workspace, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = current_ids(workspace)
+
+    def embed(workspace: Workspace, *_: Any, **__: Any) -> Manifest:
+        return publish(workspace, Manifest(kind="songs", id="of-a-trial"), [])
+
+    def train(*_: Any, **__: Any) -> Manifest:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "embed", embed)
+    monkeypatch.setattr(job, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        tune(workspace, TuneConfig(), space(tmp_path, "[1.0, 0.001]"), split=split)
+    assert workspace.folders("songs") == ["by-hand", "of-a-trial"]
+    assert current_ids(workspace) == before
 
 
 def test_a_sweep_of_which_every_trial_diverges_has_no_result(
