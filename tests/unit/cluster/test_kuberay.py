@@ -139,6 +139,31 @@ def test_the_cron_job_submits_commands_that_are_there_to_the_cluster_that_stays(
         assert {word for word in words if word.startswith("--")} <= known
 
 
+def test_kuberay_submits_the_whole_entrypoint_as_one_command() -> None:
+    """KubeRay writes it unquoted into the command line of the pod that submits it, in front of `; fi ; ...`."""
+    specs = [item["spec"] for _, item in every_manifest() if item["kind"] in ("RayJob", "RayCronJob")]
+    assert len(specs) == 3
+    for spec in specs:
+        entrypoint = spec.get("jobTemplate", spec)["entrypoint"]
+        words = list(shlex.shlex(entrypoint, posix=False, punctuation_chars=True))
+        assert not [word for word in words if set(word) <= set("();<>|&")], entrypoint
+        assert not any("$" in word for word in words if not word.startswith("'")), entrypoint
+
+
+def test_the_nightly_job_updates_and_then_cleans_in_one_workspace() -> None:
+    (job,) = manifests("nightly.yaml")
+    shell, option, script = shlex.split(job["spec"]["jobTemplate"]["entrypoint"])
+    assert (shell, option) == ("/bin/sh", "-c")
+    export, *commands = script.split(" && ")
+    assert export.split()[0] == "export"
+    group = typer.main.get_command(app)
+    for line, wanted in zip(commands, ("update", "clean"), strict=True):
+        program, command, *words = shlex.split(re.sub(r"\$\([^)]*\)", "DAY", line))
+        assert (program, command) == ("/opt/rayrec/bin/rayrec", wanted)
+        known = {name for item in group.commands[command].params for name in item.opts}  # type: ignore[attr-defined]
+        assert {word for word in words if word.startswith("--")} <= known
+
+
 def test_the_service_runs_the_config_that_serve_yaml_holds() -> None:
     (service,) = (item for item in manifests("rayservice.yaml") if item["kind"] == "RayService")
     assert yaml.safe_load(service["spec"]["serveConfigV2"]) == serve_config()
