@@ -178,7 +178,7 @@ def answers(workspace: Workspace) -> list[Any]:
 def delete_all(workspace: Workspace, folder: Path) -> None:
     """One by the command, one by a file of users, one over HTTP."""
     listed = folder / "users.txt"
-    listed.write_text(f"{GONE[2]}\n\n", encoding="utf-8")
+    listed.write_text(f"{GONE[2]}\n\n", encoding="utf-8-sig")  # with the byte order mark of a spreadsheet
     command = ["--workspace", workspace.uri, "forget", "--user", GONE[0], "--users", str(listed)]
     assert main(command) == 0
     with service(workspace) as opened:
