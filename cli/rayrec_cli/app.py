@@ -31,11 +31,6 @@ from rayrec.errors import InputError, NotFoundError, RayrecError
 from rayrec.storage.artifacts import noun
 from rayrec.storage.workspace import Workspace
 
-SECTIONS = (
-    *("import", "describe", "generate", "split", "embed", "train", "taste", "index"),
-    *("recommend", "evaluate", "release", "serve", "bench"),
-)
-
 WorkspaceOption = Annotated[
     str | None,
     typer.Option("--workspace", metavar="URI", help="Local folder, s3:// or gs:// prefix of all data."),
@@ -118,7 +113,7 @@ def command(
             as_json = values.pop("json") or global_options.as_json
             with redirect_stdout(sys.stderr):  # what libraries print is not the result
                 if config is not None:
-                    values["config"] = _config(config, ctx.command_path, values, [item.name for item in flags])
+                    values["config"] = _config(config, ctx, values, [item.name for item in flags])
                 shown = body(call, **values)
             show(shown, as_json=as_json)
             if shown.error is not None:
@@ -185,10 +180,13 @@ def _help(field: FieldInfo) -> str:
     return f"{field.description}." + (f" [default: {default}]" if shown else "")
 
 
-def _config(config: type[Settings], command_path: str, values: dict[str, Any], flags: list[str]) -> Settings:
-    """Take the flags out of `values` and lay them over the config file's; `command_path` as `rayrec bench serve`."""
+def _config(config: type[Settings], ctx: typer.Context, values: dict[str, Any], flags: list[str]) -> Settings:
+    """Take the flags out of `values` and lay them over the config file's."""
     path, preset = values.pop("config"), values.pop("preset", None)
-    settings = _from_file(path, command_path.split()[1:]) if path else {}
+    command_path = ctx.command_path  # as `rayrec bench serve`
+    settings = {}
+    if path:
+        settings = _from_file(path, command_path.split()[1:], _with_settings(ctx.find_root().command), config)
     if preset is not None:
         settings["preset"] = preset
     for item in flags:
@@ -201,10 +199,25 @@ def _config(config: type[Settings], command_path: str, values: dict[str, Any], f
     return from_mapping(config, settings, command_path)
 
 
-def _from_file(path: str, words: list[str]) -> dict[str, Any]:
+def _with_settings(group: Any) -> set[str]:
+    """The commands of a group that have settings, and the groups with such a command."""
+    return {
+        name
+        for name, item in group.commands.items()
+        if any(option.name == "config" for option in item.params)
+        or (hasattr(item, "commands") and _with_settings(item))
+    }
+
+
+def _from_file(path: str, words: list[str], sections: set[str], config: type[Settings]) -> dict[str, Any]:
     """The section of a command, whose name may have several words; a file without sections is all of one command."""
     content = section = read_toml(path)
-    if not set(content) <= set(SECTIONS):
+    own = {  # settings of this command, of which some are named like a section: `train` of update
+        key
+        for key, value in content.items()
+        if key in config.model_fields and (_is_section(config.model_fields[key]) or not isinstance(value, dict))
+    }
+    if not set(content) <= sections or (words[0] not in content and set(content) <= own):
         return content
     for depth, word in enumerate(words, 1):
         name = ".".join(words[:depth])

@@ -78,10 +78,7 @@ def test_what_is_not_given_is_the_default(app: typer.Typer, seen: list) -> None:
 
 
 @pytest.mark.parametrize("content", ['[go]\nsize = 5\nway = "down"', 'size = 5\nway = "down"'])
-def test_flags_lie_over_the_config_file(
-    app: typer.Typer, seen: list, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rayrec_cli.app.SECTIONS", ("go", "import"))
+def test_flags_lie_over_the_config_file(app: typer.Typer, seen: list, tmp_path: Path, content: str) -> None:
     file = tmp_path / "settings.toml"
     file.write_text(content)
     result = invoke(app, "there", "--config", str(file), "--size", "7")
@@ -112,6 +109,56 @@ def test_an_unknown_key_of_a_config_file_is_an_error(app: typer.Typer, tmp_path:
     error = invoke(app, "there", "--config", str(file)).exception
     assert isinstance(error, InputError)
     assert "unknown setting 'speed'" in str(error)
+
+
+@pytest.fixture
+def many(seen: list) -> typer.Typer:
+    """Two commands with settings, one without, and a group."""
+    made, group = typer.Typer(name="rayrec", rich_markup_mode=None), typer.Typer()
+
+    @made.callback()
+    def root(ctx: typer.Context) -> None:
+        ctx.obj = Globals(workspace="", as_json=False)
+
+    class Other(Settings):
+        """Settings of which one is named like a command, and one like a group."""
+
+        go: bool = Field(False, description="Go there first")
+        group: Sample | None = Field(None, description="A section")
+
+    def body(call: Call, config: Any) -> Shown:
+        """Do it."""
+        seen.append(config)
+        return Shown({})
+
+    command(made, "go", config=Sample, example="go there", arguments={"where": WHERE})(body)
+    command(made, "other", config=Other, example="other")(body)
+    command(group, "within", config=Sample, example="within")(body)
+    command(made, "size", example="size")(lambda call: Shown({}))
+    made.add_typer(group, name="group")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "wanted"),
+    [
+        ("go there", "[go]\nsize = 5\n[other]\ngo = true\n[group.within]\nsize = 6", {"size": 5}),
+        ("group within", "[go]\nsize = 5\n[group.within]\nwhere = 'x'\nsize = 6", {"size": 6}),
+        ("go there", "size = 5", {"size": 5}),  # a command without settings has no section
+        ("other", "go = true", {"go": True}),
+        ("other", "[go]\nsize = 5", {"go": False}),
+        ("other", "[other]\n[group.within]\nsize = 5", {"group": None}),
+        ("other", "[group]\nwhere = 'x'", {"group": Sample(where="x")}),
+    ],
+)
+def test_a_config_file_may_have_a_section_for_every_command_with_settings(
+    many: typer.Typer, seen: list, tmp_path: Path, words: str, content: str, wanted: dict[str, Any]
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(content)
+    result = CliRunner().invoke(many, [*words.split(), "--config", str(file)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert {name: getattr(seen[0], name) for name in wanted} == wanted
 
 
 def test_json_is_one_object_alone_on_stdout(app: typer.Typer) -> None:

@@ -120,6 +120,15 @@ def test_wrong_use_is_one_clear_line_and_exit_code_2(
     assert re.search(said, told.err, re.IGNORECASE), told.err
 
 
+def test_the_file_of_a_pipeline_holds_the_settings_of_single_commands_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text("[import]\nformat = 'csv'\n[train]\nepochs = 0\n[retrieval]\n[rank]\ntrees = 5\n")
+    assert main(["--workspace", str(tmp_path / "w"), "train", "--config", str(path)]) == 2
+    assert "epochs is 0; expected an integer of at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["status", "verify", "release list", "unlock", "clean"])
 def test_a_workspace_that_holds_nothing_is_wrong_use_and_stays_so(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
