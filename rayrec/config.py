@@ -92,6 +92,14 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"config file {path} is not TOML: {error}") from error
 
 
+def section_of(sections: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """A copy of one section, empty where there is none; `where` starts the message of the `InputError` for a value."""
+    section = sections.get(name, {})
+    if not isinstance(section, Mapping):
+        raise InputError(f"{where}: {name} = {section!r}; expected a section [{name}]")
+    return dict(section)
+
+
 def base_type(hint: Any) -> Any:
     """The type that is not None of an optional type; any other type as it is."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rayrec.config import Settings, from_mapping
+from rayrec.config import Settings, from_mapping, section_of
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split
 from rayrec.display import html_table
@@ -347,11 +347,12 @@ PARTS = (("models", "train"), ("retrieval", "retrieval"))  # kind and stage
 
 
 def _checked(settings: Sections) -> dict[str, dict[str, Any]]:
-    """The sections, all of them. Raises `InputError` for unknown sections or settings."""
+    """The sections, all of them. Raises `InputError` for unknown sections or settings, and for values."""
     unknown = sorted(set(settings) - set(SECTIONS))
     if unknown:
         raise InputError(f"the settings have an unknown section {unknown[0]!r}; expected {', '.join(SECTIONS)}")
-    for name, section in settings.items():
+    sections = {name: section_of(settings, name, "settings") for name in SECTIONS}
+    for name, section in sections.items():
         if name != "import":
             from_mapping(CONFIGS[name], section, f"settings [{name}]")
-    return {name: dict(settings.get(name, {})) for name in SECTIONS}
+    return sections

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from rayrec.config import Settings, from_mapping
+from rayrec.config import Settings, from_mapping, section_of
 from rayrec.data.moments import known_zone
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError
@@ -120,13 +120,11 @@ def to_toml(settings: Values) -> str:
 
 
 def _section(sections: Mapping[str, Any], section: str, where: str) -> dict[str, Any]:
-    values = sections.get(section, {})
-    if not isinstance(values, Mapping):
-        raise InputError(f"{where} has {section} = {values!r}; expected a section [{section}]")
+    values = section_of(sections, section, where)
     decided = sorted(set(values) & set(OWN.get(section, {})))
     if decided:
         raise InputError(f"{where} [{section}] has {decided[0]}, which the search sets itself; remove it")
-    return dict(values)
+    return values
 
 
 def _values(section: str, name: str, value: Any, where: str) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rayrec.config import Settings, from_mapping, read_toml, to_mapping
+from rayrec.config import Settings, from_mapping, read_toml, section_of, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, SplitConfig, hold_back_validation, list_splits, split_dataset, trained_on
 from rayrec.data.synthetic import GenerateConfig
@@ -139,10 +139,7 @@ def read_configs(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 def _section(sections: dict[str, Any], name: str, where: str, folder: Path) -> dict[str, Any]:
     """A section's settings, its relative paths made relative to the folder of the file."""
-    section = sections.get(name, {})
-    if not isinstance(section, Mapping):
-        raise InputError(f"{where} has {name} = {section!r}; expected a section [{name}]")
-    section = dict(section)
+    section = section_of(sections, name, where)
     key = PATHS.get(name)
     if key in section:
         value = section[key]

@@ -161,6 +161,9 @@ def test_a_play_is_enough_to_be_told_what_is_missing(
         fitted(workspace, str(path))
     with pytest.raises(InputError, match="unknown section 'tain'"):
         fit(workspace, FitConfig(paths=(str(path),)), settings={"tain": {}})
+    for value in (3, [{}]):  # as TOML reads `train = 3` and `[[train]]`
+        with pytest.raises(InputError, match=r"settings: train = .*; expected a section \[train\]"):
+            fit(workspace, FitConfig(paths=(str(path),)), settings={"train": value})
 
 
 @pytest.mark.parametrize(("bad", "code", "warned"), [(0, 0, 0), (2, 0, 1), (60, 2, 1)])
