@@ -248,8 +248,15 @@ def rates_of(result: dict[str, Any]) -> dict[str, float]:
 
 
 def check_rates_file(path: str | Path) -> None:
-    """Raise `InputError` for a file that `save_rates` would refuse: before hours of measuring."""
-    _read(Path(path))
+    """Raise `InputError` for a file that `save_rates` would refuse or could not write: before hours of measuring."""
+    target = Path(path)
+    _read(target)
+    written = _unfinished(target)
+    try:
+        written.touch()
+        written.unlink()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}; pass another file to --save") from error
 
 
 def save_rates(path: str | Path, result: dict[str, Any]) -> None:
@@ -260,9 +267,14 @@ def save_rates(path: str | Path, result: dict[str, Any]) -> None:
     target = Path(path)
     rates = {**_read(target), **rates_of(result)}
     content = {"rates": dict(sorted(rates.items())), "machine": machine(), "commit": commit()}
-    written = target.with_name(f".{target.name}.{os.getpid()}")
+    written = _unfinished(target)
     written.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     written.replace(target)
+
+
+def _unfinished(target: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return target.with_name(f".{target.name}.{os.getpid()}")
 
 
 def machine() -> dict[str, Any]:
@@ -290,11 +302,15 @@ def _read(path: Path) -> dict[str, float]:
     """The rates that are there."""
     if not path.parent.is_dir():
         raise InputError(f"{path} cannot be written: folder {path.parent} does not exist")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; pass a file to --save")
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rates, where = dict(content["rates"]), dict(content["machine"])
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; pass another file to --save") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a rates file; pass another file to --save") from error
     if where != machine():

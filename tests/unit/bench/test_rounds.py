@@ -239,3 +239,12 @@ def test_a_file_of_something_else_is_never_overwritten(tmp_path: Path, text: str
 def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be written: folder .*absent does not exist"):
         check_rates_file(tmp_path / "absent" / "rates.json")
+
+
+def test_a_place_that_takes_no_file_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder; pass a file to --save"):
+        check_rates_file(tmp_path)
+    with pytest.raises(InputError, match=r"cannot be written: File name too long; pass another file to --save"):
+        check_rates_file(tmp_path / ("r" * 255))
+    check_rates_file(tmp_path / "rates.json")
+    assert not list(tmp_path.iterdir())
