@@ -67,7 +67,7 @@ class BusyError(RayrecError):
 
 
 class DamagedArtifactError(RayrecError):
-    """A stored file does not match the checksum in its manifest, or has an unknown format version."""
+    """A stored file does not match the checksum in its manifest, or has an unknown format version, or is cut off."""
 
 
 def first_line(error: BaseException) -> str:

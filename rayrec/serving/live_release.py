@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from rayrec.client import KEY_VARIABLE, ApiError, ApiUnavailableError, Client, Retry
 from rayrec.data.dataset import Dataset
-from rayrec.errors import NotFoundError, RayrecError, StorageError
+from rayrec.errors import DamagedArtifactError, NotFoundError, RayrecError, StorageError
 from rayrec.evaluation.report import PAGE
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
@@ -151,7 +151,7 @@ class Reports:
         for path in self._workspace.files(REPLICAS):
             try:
                 reports.append(Report(**self._workspace.read_json(path)))
-            except (NotFoundError, ValueError, TypeError):  # deleted in between, or not a report
+            except (NotFoundError, DamagedArtifactError, TypeError):  # deleted in between, or not a report
                 continue
         alive = self._watch.alive(reports)
         for report in reports:

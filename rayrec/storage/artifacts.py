@@ -205,7 +205,7 @@ def load_manifest(workspace: Workspace, kind: str, artifact_id: str) -> Manifest
     """The manifest of one artifact.
 
     Raises `NotFoundError` where there is none (an unfinished artifact has none either) and
-    `DamagedArtifactError` for a manifest of another format version.
+    `DamagedArtifactError` for a manifest that is no JSON or has another format version.
     """
     path = f"{artifact_dir(kind, artifact_id)}/manifest.json"
     if not workspace.exists(path):
@@ -362,7 +362,8 @@ class DatasetManifest:
 def read_dataset_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) -> DatasetManifest:
     """The manifest at a path, the present data set's by default.
 
-    Raises `NotFoundError` where nothing was imported and `DamagedArtifactError` for another schema version.
+    Raises `NotFoundError` where nothing was imported and `DamagedArtifactError` for a file that is no JSON or has
+    another schema version.
     """
     if path == DATASET_MANIFEST and not workspace.exists(path):
         raise NotFoundError(

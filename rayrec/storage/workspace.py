@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from rayrec.errors import InputError, NotFoundError, StorageError
+from rayrec.errors import DamagedArtifactError, InputError, NotFoundError, StorageError
 from rayrec.storage.object_storage import SMALL, cached, checksum, patient, upload
 
 DATASET = "dataset"
@@ -274,8 +274,13 @@ class Workspace:
         return stream.sha256
 
     def read_json(self, path: str) -> Any:
-        """A JSON file's content."""
-        return json.loads(self.read_bytes(path))
+        """A JSON file's content. Raises `DamagedArtifactError` for a file that is cut off or holds something else."""
+        try:
+            return json.loads(self.read_bytes(path))
+        except ValueError as error:
+            raise DamagedArtifactError(
+                f"{path} is not JSON ({error}); restore it from a backup, or delete it and run its command again"
+            ) from error
 
     def write_json(self, path: str, value: Any) -> str:
         """Write a JSON file, indented, for people to read; its sha256."""

@@ -129,6 +129,18 @@ def test_the_file_of_a_pipeline_holds_the_settings_of_single_commands_too(
     assert "epochs is 0; expected an integer of at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["status", "split", "recommend --user ann", "evaluate", "train"])
+def test_a_data_set_whose_manifest_is_cut_off_is_said_to_be_damaged(
+    command: str, filled: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(filled) / "dataset" / "dataset.json"
+    path.write_bytes(path.read_bytes()[:40])
+    assert main(["--json", "--workspace", filled, *command.split()]) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["kind"] == "damaged_artifact"
+    assert error["message"].startswith("dataset/dataset.json is not JSON")
+
+
 @pytest.mark.parametrize("command", ["status", "verify", "release list", "unlock", "clean"])
 def test_a_workspace_that_holds_nothing_is_wrong_use_and_stays_so(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayrec.errors import InputError, NotFoundError
+from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
 from rayrec.storage.artifacts import sha256
 from rayrec.storage.workspace import Workspace, artifact_dir, histories_file, playlists_file, split_file
 
@@ -61,6 +61,15 @@ def test_arrays_on_disk_are_read_only_and_never_pickled(workspace: Workspace) ->
     with pytest.raises(ValueError, match="allow_pickle"):
         workspace.write_array("b.npy", np.array([{}], dtype=object))
     assert not workspace.exists("b.npy")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"id": "a", "pl', b"\xff\xfe{}"])
+def test_a_json_file_that_is_cut_off_or_something_else_is_damaged(workspace: Workspace, content: bytes) -> None:
+    workspace.write_bytes("dataset/dataset.json", content)
+    with pytest.raises(
+        DamagedArtifactError, match=r"dataset/dataset.json is not JSON \(.*\); restore it from a backup"
+    ):
+        workspace.read_json("dataset/dataset.json")
 
 
 @pytest.mark.parametrize("read", ["read_bytes", "read_json", "read_array", "read_table"])
