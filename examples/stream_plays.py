@@ -45,7 +45,7 @@ def read_play(message: Any) -> dict[str, Any]:
     """The play of a message; where it has no event id, its place in the topic is one."""
     place = f"{message.topic()}-{message.partition()}-{message.offset()}"
     try:
-        play = json.loads(message.value())
+        play = json.loads(message.value() or b"")  # a tombstone of Kafka has no value
     except ValueError:
         play = None
     if not isinstance(play, dict):
