@@ -24,6 +24,7 @@ def features(path: Path) -> np.ndarray:
         if file.getsampwidth() != 2:
             raise SystemExit(f"{path} has {8 * file.getsampwidth()} bits a sample; this example reads 16")
         samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)[:: file.getnchannels()]
+    samples = np.pad(samples, (0, max(0, FRAME - len(samples))))  # a short one is a frame that ends in silence
     frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME) / 32768
     power = np.abs(np.fft.rfft(frames * np.hanning(FRAME), axis=1)) ** 2
     edges = np.unique(np.geomspace(2, power.shape[1], BANDS + 1).astype(int))
