@@ -339,7 +339,10 @@ def show(shown: Shown, *, as_json: bool) -> None:
     for position, view in enumerate(shown.views):
         if position:
             console.print()
-        console.print(Text(view) if isinstance(view, str) else view)
+        if isinstance(view, str):
+            console.print(Text(view), soft_wrap=True)  # a command within it can be copied
+        else:
+            console.print(view)
 
 
 def show_json(data: dict[str, Any]) -> None:
@@ -379,6 +382,14 @@ def number(value: Any, digits: int = 3) -> str:
     if isinstance(value, float):
         return f"{value:,.{0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else digits}f}"
     return "–" if value is None else str(value)
+
+
+def short(count: int) -> str:
+    """A round number as the head of a column: 10 k, 10 M; one that is not round in full."""
+    for unit, value in (("M", 1_000_000), ("k", 1_000)):
+        if count >= value and count % value == 0:
+            return f"{count // value:,} {unit}"
+    return number(count)
 
 
 def size(num_bytes: int) -> str:
@@ -427,11 +438,14 @@ def table(
 
 
 def figures(title: str, values: dict[str, Any]) -> RenderableType:
-    """Names and values, one a line; those that are no plain figures are left to a table of their own."""
+    """Names and values, one a line; those that are no plain figures are left to a table of their own.
+
+    A value that is too long for 80 columns goes on in the next line; nothing is cut.
+    """
     plain = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
     shown_table = Table(box=None, show_header=False, pad_edge=False)
     shown_table.add_column(no_wrap=True)
-    shown_table.add_column(justify="right", no_wrap=True)
+    shown_table.add_column(justify="right", overflow="fold")
     for name, value in plain.items():
         shown_table.add_row(Text("  " + name.replace("_", " ")), Text(number(value)))
     return _titled(title, shown_table)

@@ -1,6 +1,7 @@
 """submit, plan, bench: run commands on a cluster, estimate what they need there, and measure how fast they are."""
 
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ from rayrec.bench.bench_config import CONFIGS, WITH_RATES, BenchConfig
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
 from rayrec.jobs.planning.plan_inputs import DataSize, PlanConfig, measure_skew, read_cluster, read_rates
-from rayrec_cli.app import ORDER, Call, Shown, app, bench_app, command, figures, note, size, table
+from rayrec_cli.app import ORDER, Call, Shown, app, bench_app, command, figures, note, number, short, size, table
 
 WordsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="COMMAND...", help="A rayrec command with its options.")
@@ -199,7 +200,23 @@ def _measured(name: str, call: Call, config: BenchConfig, quick: bool, save: str
 
     result = bench(name, call.workspace, config.with_quick_sizes() if quick else config, save=save)
     whole = {key: value for key, value in result.items() if key not in BENCH_TABLES.get(name, ())}
-    return Shown(result, [figures(f"bench {name}", whole), *BENCH_VIEWS.get(name, lambda _: [])(result)])
+    return Shown(
+        result, [figures(f"bench {name}", _nested_figures(whole)), *BENCH_VIEWS.get(name, lambda _: [])(result)]
+    )
+
+
+def _nested_figures(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same one level deep: `speedups train` for what lies within; a list of plain values is one text."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, list) and not any(isinstance(each, dict | list) for each in value):
+            flat[name] = ", ".join(map(number, value))
+        elif isinstance(value, dict | list):
+            parts = value if isinstance(value, dict) else {str(place): each for place, each in enumerate(value, 1)}
+            flat |= {f"{name} {part}": each for part, each in _nested_figures(parts).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def serve_loads(result: dict[str, Any]) -> list[RenderableType]:
@@ -225,7 +242,7 @@ def simulated(result: dict[str, Any]) -> list[RenderableType]:
 def answer_stages(result: dict[str, Any]) -> list[RenderableType]:
     """CPU time and memory of each stage of an answer, a column pair for each catalog."""
     catalogs = result["catalogs"]
-    headers = [f"{name} {catalog['songs']:,}" for catalog in catalogs for name in ("CPU ms", "kB")]
+    headers = [f"{name}\n{short(catalog['songs'])}" for catalog in catalogs for name in ("CPU ms", "kB")]
     rows = [
         [stage, *(value for one in catalogs for value in _stage(one["stages"][stage]))]
         for stage in catalogs[0]["stages"]

@@ -15,7 +15,8 @@ from rayrec.config import Settings
 from rayrec.errors import InputError
 from rayrec.jobs.pipeline import Demo
 from rayrec.recommend.answer import Answer
-from rayrec_cli.app import Call, Globals, Shown, command, day, figures, number, show, size, table
+from rayrec_cli.app import Call, Globals, Shown, command, day, figures, number, short, show, size, table
+from rayrec_cli.cluster_commands import answer_stages
 from rayrec_cli.main import app as commands
 from rayrec_cli.recommend_commands import about_scores, results_table
 
@@ -230,6 +231,56 @@ def test_figures_leave_lists_and_nothing_out() -> None:
     assert "songs with vector  9,999" in told
     assert "none" not in told
     assert "list" not in told
+
+
+def test_a_long_value_cuts_no_label_and_goes_on_in_the_next_line() -> None:
+    folder = "s3://music/" + "recommendations/" * 8
+    told = lines(figures("", {"folder_of_the_answers": folder, "users": 1234}))
+    assert all(len(line) <= 80 for line in told)
+    assert told[0].startswith("  folder of the answers")
+    assert "".join(line.removeprefix("  folder of the answers").strip() for line in told[:-1]) == folder
+    assert told[-1].split() == ["users", "1,234"]
+
+
+def test_a_text_is_one_line_wherever_it_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    order = "rayrec import csv " + "folder/" * 20 + "plays.csv --columns user=user_id,song=song_id"
+    show(Shown({}, [order]), as_json=False)
+    assert capsys.readouterr().out == f"{order}\n"
+
+
+def test_the_stages_of_an_answer_fit_in_80_columns_for_three_catalogs() -> None:
+    figures_of_stage = {"cpu_ms": 123.4, "bytes": 12_345_678}
+    catalogs = [
+        {"songs": songs, "stages": {"network": figures_of_stage, "features of candidates": figures_of_stage}}
+        for songs in (10_000, 1_000_000, 10_000_000)
+    ]
+    [view] = answer_stages({"catalogs": catalogs})
+    told = lines(view)
+    assert all(len(line) <= 80 for line in told)
+    text = "\n".join(told)
+    assert all(part in text for part in ("network", "features of candidates", "10 k", "1 M", "10 M"))
+    assert [short(count) for count in (500, 1500, 2_000, 1_500_000)] == ["500", "1,500", "2 k", "1,500 k"]
+
+
+def test_the_figures_of_a_benchmark_show_what_lies_within_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = {
+        "users": [100, 400],
+        "speedups": {"train": 1.42, "taste": None},
+        "memory": {"peaks_mb": [{"driver": 310.5}, {"driver": 312.0}]},
+        "check": {"stages": ["import", "taste"], "measured_seconds": 30.5, "ratio": 0.912},
+    }
+    monkeypatch.setattr("rayrec.bench.suite.bench", lambda *arguments, **options: result)
+    told = CliRunner().invoke(commands, ["bench", "scale"]).output.splitlines()
+    assert [" ".join(line.split()) for line in told] == [
+        "bench scale",
+        "users 100, 400",
+        "speedups train 1.420",
+        "memory peaks mb 1 driver 310.5",
+        "memory peaks mb 2 driver 312.0",
+        "check stages import, taste",
+        "check measured seconds 30.5",
+        "check ratio 0.912",
+    ]
 
 
 def results(*targets: str) -> dict:
