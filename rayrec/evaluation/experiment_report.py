@@ -1,8 +1,9 @@
 """What users of each arm of an experiment played of the songs that it recommended: recall with intervals.
 
-A play belongs to the answer that it names by its recommendation id; else to the arm of the user's last answer in the
-days before it. It counts as recommended where that answer held the song, or for a play that names none any answer of
-the arm to the user in those days. Skipped plays do not count as played, and a song counts once for each user and arm.
+A play belongs to the answer that it names by its recommendation id, and to no arm where that is not an answer of the
+experiment to the same user. A play that names none belongs to the arm of the user's last answer in the days before it.
+It counts as recommended where that answer held the song, or for a play that names none any answer of the arm to the
+user in those days. Skipped plays do not count as played, and a song counts once for each user and arm.
 
 U users, A arms, P plays, S recommended songs of all answers.
 """
@@ -115,12 +116,12 @@ class _Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class _Events:
-    """Plays, skips and likes of users who had answers."""
+    """Plays, skips and likes of users who had answers, but for those that name another answer than these."""
 
     users: np.ndarray  # int64 (P,), rows of the user ids of the answers
     song_ids: pa.Array  # string (P,)
     at: np.ndarray  # int64 (P,), ms UTC
-    named: np.ndarray  # int64 (P,), the answer that each names, or -1
+    named: np.ndarray  # int64 (P,), the answer that each names, -1: it names none
     skipped: np.ndarray  # bool (P,)
     liked: np.ndarray  # bool (P,), likes, which are no plays
 
@@ -262,7 +263,9 @@ def _logged_events(workspace: Workspace, answers: _Answers) -> _Events:
     named = pc.index_in(_one(table, "recommendation_id"), value_set=answers.ids)
     users = pc.index_in(_one(table, "user_id"), value_set=answers.user_ids)
     row, users = _numbers(named), _numbers(users)
-    row = np.where((row >= 0) & (answers.users[row] == users), row, -1)  # the answer must have been the user's own
+    # One that names an answer outside of the experiment, or to another user, is no effect of these answers.
+    belongs = _flags(pc.is_null(_one(table, "recommendation_id"))) | ((row >= 0) & (answers.users[row] == users))
+    table, users, row = table.filter(pa.array(belongs)), users[belongs], row[belongs]
     return _Events(
         users=users,
         song_ids=_one(table, "song_id"),

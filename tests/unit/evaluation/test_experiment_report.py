@@ -129,12 +129,22 @@ def test_a_play_that_names_an_answer_belongs_to_it_and_to_no_other(planted: Plan
     planted.event("ann", "two", NOW + 2 * HOUR, recommendation_id=named)  # that answer did not hold it
     planted.event("ann", "one", NOW + 30 * DAY, recommendation_id=named)  # after the window
     planted.event("ann", "one", NOW + 2 * HOUR)  # names none: belongs to the last answer, of b
-    planted.event("ann", "one", NOW + 3 * HOUR, recommendation_id="of another server")  # as one that names none
-    planted.answer("bob", "b", ["one"])
-    planted.event("bob", "one", NOW + HOUR, recommendation_id=named)  # another user's answer: as one that names none
     first, second = planted.report(control="a").arms
     assert (first.played, first.recommended) == (2, 1)
-    assert (second.played, second.recommended) == (2, 1)
+    assert (second.played, second.recommended) == (1, 0)
+
+
+def test_a_play_that_names_an_answer_outside_of_the_experiment_counts_for_no_arm(planted: Planted) -> None:
+    songs = ["one", "two", "three", "four", "five"]
+    planted.answer("ann", "a", songs)
+    to_bob = planted.answer("bob", "a", songs)
+    elsewhere = planted.answer("ann", "other", ["one"], NOW + 1, experiment="y")
+    in_no_arm = planted.answer("ann", None, ["two"], NOW + 1)
+    for song, named in zip(songs, [elsewhere, in_no_arm, to_bob, "in no log", None], strict=True):
+        planted.event("ann", song, NOW + HOUR, recommendation_id=named)
+    planted.event("ann", "one", NOW + HOUR, type="like", recommendation_id=elsewhere)
+    (arm,) = planted.report(name="x").arms
+    assert (arm.played, arm.recommended, arm.likes) == (1, 1, 0)
 
 
 def test_skips_and_likes_are_counted_and_are_no_plays(planted: Planted) -> None:
