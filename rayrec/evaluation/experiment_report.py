@@ -29,6 +29,7 @@ from rayrec.storage.workspace import Workspace
 DAY_MS = 24 * 3600 * 1000
 PART_BYTES = 32 << 20  # of log files for each share of the users that is in memory at once
 CONFIDENCE = 0.95
+LEAST_USERS = 30  # with counted plays in an arm; of fewer a bootstrap over users gives no fair interval
 ANSWER_COLUMNS = ["recommendation_id", "user_id", "at", "release", "experiment", "arm", "first", "song_ids"]
 EVENT_COLUMNS = ["event_id", "user_id", "song_id", "type", "played_at", "skipped", "recommendation_id"]
 
@@ -51,11 +52,16 @@ class ExperimentReportConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ArmFigures:
-    """One arm. Intervals are of 95 %, by bootstrap over users; None where nothing was played."""
+    """One arm. Intervals are of 95 %, by bootstrap over users.
+
+    `recall` and `difference` are None where nothing was played. An interval is None where fewer than 30 users of the
+    arm, or for the difference of either arm, have counted plays, or where all samples of the bootstrap are equal.
+    """
 
     arm: str
     releases: list[str]  # that answered
     users: int
+    users_with_plays: int  # users with counted plays
     answers: int
     played: int  # songs that its users played after an answer, once for each user
     recommended: int  # of these, those that had been recommended
@@ -133,11 +139,11 @@ class _Sums:
     arms: list[str]
     played: np.ndarray = field(init=False)  # float64 (C, A), by cell of the bootstrap
     recommended: np.ndarray = field(init=False)  # float64 (C, A)
-    counts: dict[str, np.ndarray] = field(init=False)  # int64 (A,) each: users, answers, skips, likes
+    counts: dict[str, np.ndarray] = field(init=False)  # int64 (A,) each: users, users_with_plays, answers, skips, likes
 
     def __post_init__(self) -> None:
         self.played, self.recommended = np.zeros((2, CELLS, len(self.arms)))
-        names = ("users", "answers", "skips", "likes")
+        names = ("users", "users_with_plays", "answers", "skips", "likes")
         self.counts = {name: np.zeros(len(self.arms), np.int64) for name in names}
 
 
@@ -343,6 +349,7 @@ def _add(sums: _Sums, answers: _Answers, events: _Events, window: int) -> None:
         return np.bincount(of, minlength=num_arms)
 
     sums.counts["users"] += counts(np.unique(of_arm) % num_arms)
+    sums.counts["users_with_plays"] += counts(np.unique(pairs // num_songs) % num_arms)
     sums.counts["answers"] += counts(answers.arms)
     sums.counts["skips"] += counts(arms[hits & events.skipped])
     sums.counts["likes"] += counts(arms[hits & events.liked])
@@ -370,17 +377,19 @@ def _figures(sums: _Sums, overview: _Overview, config: ExperimentReportConfig) -
     recommended, played = weights @ sums.recommended, weights @ sums.played
     values = means_with_intervals(recommended, played, CONFIDENCE)
     recalls = np.divide(recommended, played, out=np.full(played.shape, np.nan), where=played > 0)
+    enough = sums.counts["users_with_plays"] >= LEAST_USERS
     arms = []
     for place, arm in enumerate(sums.arms):
-        recall, low, high = (_rounded(value[place]) for value in values)
-        difference, difference_low, difference_high = _difference(recalls, place)
+        value, *ends = (each[place] for each in values)
+        low, high = _interval(*ends) if enough[place] else (None, None)
+        difference, difference_low, difference_high = _difference(recalls, place, bool(enough[0] and enough[place]))
         arms.append(
             ArmFigures(
                 arm=arm,
                 releases=overview.releases[arm],
                 played=int(sums.played[:, place].sum()),
                 recommended=int(sums.recommended[:, place].sum()),
-                recall=recall,
+                recall=_rounded(value),
                 low=low,
                 high=high,
                 difference=difference,
@@ -392,14 +401,21 @@ def _figures(sums: _Sums, overview: _Overview, config: ExperimentReportConfig) -
     return arms
 
 
-def _difference(recalls: np.ndarray, place: int) -> tuple[float | None, float | None, float | None]:
+def _difference(recalls: np.ndarray, place: int, enough: bool) -> tuple[float | None, float | None, float | None]:
     """Value, low and high of an arm's recall less that of the first, from float64 (B + 1, A), row 0 the data itself."""
     difference = recalls[:, place] - recalls[:, 0]
     if place == 0 or np.isnan(difference[0]):
         return None, None, None
+    if not enough:
+        return _rounded(difference[0]), None, None
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.nanquantile(difference[1:], [tail, 1 - tail])
-    return _rounded(difference[0]), _rounded(low), _rounded(high)
+    return _rounded(difference[0]), *_interval(*np.nanquantile(difference[1:], [tail, 1 - tail]))
+
+
+def _interval(low: float, high: float) -> tuple[float | None, float | None]:
+    """Its ends; None each where it has no width, as where all users have the same recall: that shows no certainty."""
+    ends = _rounded(low), _rounded(high)
+    return ends if ends[0] != ends[1] else (None, None)
 
 
 def _rounded(value: float) -> float | None:

@@ -93,6 +93,31 @@ def test_equal_arms_are_not_told_apart(planted: Planted) -> None:
     assert report.verdict.startswith("b: no difference to a is certain")
 
 
+def test_arms_of_fewer_than_30_users_with_plays_are_not_compared(planted: Planted) -> None:
+    plant_arms(planted, 29, {"control": 0.1, "better": 0.9})
+    planted.answer("silent", "better", ["one"])  # a user without plays is none of the 30
+    control, better = planted.report().arms
+    assert (better.users, better.users_with_plays) == (30, 29)
+    assert better.difference == pytest.approx(0.8, abs=0.15)
+    assert (control.low, better.high, better.difference_low, better.difference_high) == (None, None, None, None)
+    assert planted.report().verdict == "better: too few plays to compare."
+    for user in ("c", "b"):
+        planted.answer(user, "control" if user == "c" else "better", ["one"])
+        planted.event(user, "one", NOW + HOUR)
+    assert planted.report().verdict.startswith("better: recall is higher than in control")
+
+
+def test_an_interval_without_width_is_none(planted: Planted) -> None:
+    for arm, song in (("control", "one"), ("worse", "another")):
+        for row in range(40):
+            planted.answer(f"{arm}-{row}", arm, ["one"])
+            planted.event(f"{arm}-{row}", song, NOW + HOUR)
+    control, worse = planted.report().arms
+    assert (control.recall, control.low, control.high) == (1.0, None, None)
+    assert (worse.difference, worse.difference_low, worse.difference_high) == (-1.0, None, None)
+    assert planted.report().verdict == "worse: too few plays to compare."
+
+
 def test_shares_of_the_users_one_by_one_come_to_the_same_as_all_at_once(
     planted: Planted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
