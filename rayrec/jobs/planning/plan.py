@@ -166,7 +166,7 @@ def make_plan(
     Raises `InputError` for a cluster without any node that work lands on.
     """
     planner = _Planner(data, cluster, config, rates or {})
-    stages = planner.stages()
+    stages, serving = planner.stages(), planner.serving()
     disk = planner.corpus_bytes()
     problems = [*planner.missing(), *(problem for stage in stages for problem in _too_little(stage))]
     return Plan(
@@ -174,8 +174,8 @@ def make_plan(
         storage=planner.storage(),
         disk=disk,
         states=planner.states_bytes(),
-        serving=planner.serving(),
-        problems=[*problems, *planner.other_problems(disk)],
+        serving=serving,
+        problems=[*problems, *planner.other_problems(disk), *planner.serving_problems(serving)],
         notes=planner.notes(stages),
         data=data,
         cluster=cluster.name,
@@ -194,9 +194,12 @@ class _Planner:
         # The kind that holds least a CPU is the one that runs out first; the largest one gets what runs on one node.
         self.tight = min(plain, key=lambda node: node.memory / node.cpus)
         self.large = max(plain, key=lambda node: (node.cpus, node.memory))
-        self.nodes = config.nodes or min(cluster.most_nodes, sum(node.most for node in plain))
+        self.most_nodes = min(cluster.most_nodes, sum(node.most for node in plain))
+        self.nodes = config.nodes or self.most_nodes
         self.cpus = self.nodes * self.tight.cpus
+        self.most_cpus = _most([(node.cpus, node.most) for node in plain], self.nodes)
         with_gpu = [node for node in cluster.workers if node.gpus]
+        self.most_gpus = _most([(node.gpus, node.most) for node in with_gpu], cluster.most_nodes)
         self.gpu = min(with_gpu, key=lambda node: (node.gpu_memory or 0, node.memory)) if with_gpu else None
         self.vectors = table_bytes(data.songs, config.dim)
 
@@ -265,10 +268,7 @@ class _Planner:
         """As many as asked for, or about one a GPU, or one a CPU node: as many as the shards can be divided by."""
         if self.config.workers:
             return self.config.workers
-        most = self.nodes
-        if self.config.gpu and self.gpu:
-            gpus = sum(node.gpus * node.most for node in self.cluster.workers)
-            most = min(gpus, self.cluster.most_nodes * self.gpu.gpus)
+        most = self.most_gpus if self.config.gpu and self.gpu else self.nodes
         return max(number for number in divisors(SHARDS) if number <= max(1, most))
 
     def retrieval(self) -> StagePlan:
@@ -447,14 +447,30 @@ class _Planner:
 
     def missing(self) -> Iterator[str]:
         """What the cluster does not have at all."""
+        if self.nodes > self.most_nodes:
+            yield (
+                f"--nodes is {self.nodes}, and cluster {self.cluster.name} has at most {self.most_nodes} CPU nodes: "
+                "use fewer --nodes, or raise the maximum in its file"
+            )
+        workers = self.train_workers()
+        if self.config.gpu and self.gpu is not None and workers > self.most_gpus:
+            yield (
+                f"train has {workers} workers with a GPU each, and cluster {self.cluster.name} has at most "
+                f"{self.most_gpus} GPUs: use fewer --workers, or raise the maximum in its file"
+            )
+        if not self.config.gpu and workers > self.most_cpus:
+            yield (
+                f"train has {workers} workers, and the CPU nodes ({self.nodes}) have {self.most_cpus} CPUs, less than "
+                "one for each: use fewer --workers or more --nodes"
+            )
         if self.config.gpu and self.gpu is None:
             yield f"--gpu needs a node type with a GPU, and cluster {self.cluster.name} has no node type with a GPU"
-        if SHARDS % self.train_workers():
+        if SHARDS % workers:
             choices = ", ".join(map(str, divisors(SHARDS)))
-            yield f"workers is {self.train_workers()}; expected a divisor of the {SHARDS} shards: {choices}"
-        if 0 < self.config.batch < self.train_workers():
+            yield f"workers is {workers}; expected a divisor of the {SHARDS} shards: {choices}"
+        if 0 < self.config.batch < workers:
             yield (
-                f"batch is {self.config.batch}, less than one window for each of {self.train_workers()} workers: "
+                f"batch is {self.config.batch}, less than one window for each of {workers} workers: "
                 "use a larger --batch or fewer --workers"
             )
 
@@ -481,6 +497,21 @@ class _Planner:
                     f"each, and one of {self.gpu.name} has {gib(self.gpu.gpu_memory)}: use more or larger GPUs, or a "
                     "smaller --dim"
                 )
+
+    def serving_problems(self, serving: ServingPlan | None) -> Iterator[str]:
+        """The server's nodes and their memory."""
+        if serving is None:
+            return
+        if serving.node_memory > serving.memory_there:
+            yield (
+                f"one replica of the server needs {gib(serving.node_memory)} of memory on a {self.tight.name}, which "
+                f"has {gib(serving.memory_there)}: use nodes with more memory or a smaller --dim"
+            )
+        elif serving.nodes > self.nodes:
+            yield (
+                f"the server needs {serving.nodes} nodes for {serving.requests_per_second:g} requests per second, and "
+                f"--nodes is {self.nodes}: use more or larger nodes, or a lower --serve-rate"
+            )
 
     def notes(self, stages: list[StagePlan]) -> list[str]:
         """What to know of these figures."""
@@ -554,6 +585,15 @@ ADVICE: dict[str, str] = {
     "train": "more nodes, so that each trains fewer rows of the song tables, a smaller --dim or more memory",
     "taste": "fewer CPUs a node, a smaller --dim or more memory",
 }
+
+
+def _most(kinds: list[tuple[int, int]], nodes: int) -> int:
+    """The most that so many nodes hold together, of kinds that each hold so much a node and have so many nodes."""
+    total = 0
+    for each, most in sorted(kinds, reverse=True):
+        taken = min(nodes, most)
+        total, nodes = total + each * taken, nodes - taken
+    return total
 
 
 def _too_little(stage: StagePlan) -> Iterator[str]:

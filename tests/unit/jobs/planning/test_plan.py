@@ -188,6 +188,12 @@ def test_built_in_rates_fill_in_and_are_marked() -> None:
         ({"songs": 4 * 10**7}, SMALL, {"gpu": True}, "moments and averages on 4 GPUs, .* use more or larger GPUs"),
         ({}, replace(SMALL, nodes=[HEAD, CPU]), {"gpu": True}, "has no node type with a GPU"),
         ({}, SMALL, {"batch": 2, "workers": 4}, "batch is 2, less than one window for each of 4"),
+        ({}, SMALL, {"workers": 16, "nodes": 1}, "train has 16 workers, and the CPU nodes \\(1\\) have 8 CPUs"),
+        ({}, SMALL, {"workers": 64}, "train has 64 workers, and the CPU nodes \\(4\\) have 32 CPUs"),
+        ({}, SMALL, {"workers": 8, "gpu": True}, "8 workers with a GPU each, and cluster small has at most 4 GPUs"),
+        ({}, replace(SMALL, most_nodes=1), {"workers": 4, "gpu": True}, "has at most 2 GPUs"),
+        ({}, SMALL, {"nodes": 5}, "--nodes is 5, and cluster small has at most 4 CPU nodes"),
+        ({}, replace(SMALL, most_nodes=3), {"nodes": 4}, "has at most 3 CPU nodes"),
         ({}, SMALL, {"workers": 3}, "workers is 3; expected a divisor of the 64 shards: 1, 2, 4, 8, 16, 32, 64"),
     ],
 )
@@ -201,6 +207,35 @@ def test_what_will_not_fit_is_a_problem(
 def test_what_fits_has_no_problems() -> None:
     assert planned().problems == []
     assert planned(PlanConfig(gpu=True)).problems == []
+    assert planned(PlanConfig(workers=32)).problems == []
+    assert planned(PlanConfig(workers=8, nodes=1)).problems == []
+    assert planned(PlanConfig(workers=4, gpu=True)).problems == []
+
+
+def test_cpus_for_training_are_those_of_the_largest_nodes() -> None:
+    larger = replace(CPU, name="larger", cpus=64, memory=512 * GIB, most=1)
+    mixed = replace(SMALL, nodes=[HEAD, CPU, larger])
+    assert planned(PlanConfig(workers=64, nodes=1), cluster=mixed).problems == []
+    assert planned(PlanConfig(workers=64, nodes=4), cluster=mixed).problems == []
+
+
+@pytest.mark.parametrize(
+    ("rate", "nodes", "songs", "message"),
+    [
+        (100.0, 1, DATA.songs, None),
+        (2_000.0, 4, DATA.songs, None),
+        (2_000.0, 3, DATA.songs, "the server needs 4 nodes for 2000 requests per second, and --nodes is 3"),
+        (100.0, 1, 2 * 10**8, "one replica of the server needs .* on a cpu, which has 64.0 GiB"),
+    ],
+)
+def test_a_server_that_does_not_fit_on_the_nodes_is_a_problem(
+    rate: float, nodes: int, songs: int, message: str | None
+) -> None:
+    rates = {**RATES, "answers_per_second_per_cpu": 100.0}
+    plan = make_plan(replace(DATA, songs=songs), SMALL, PlanConfig(serve_rate=rate, nodes=nodes), rates)
+    of_server = [text for text in plan.problems if "the server" in text]
+    assert len(of_server) == (message is not None)
+    assert all(re.search(message or "", text) for text in of_server)
 
 
 @pytest.mark.parametrize(("gpus", "problems"), [(8, 0), (4, 0), (2, 1), (1, 1)])
