@@ -210,6 +210,8 @@ QUERIES = 400  # of evaluate and rank on the smaller data, four times as many on
 TREES = 50
 PLAYS_PER_BUCKET = 2_000_000  # of a large import: 64 MiB of text
 GIB = 1 << 30
+FITS = ("selection", "final")  # of a run with a validation range
+FITTED = ("fit_vectors", "GroupCounter", "RangeMerger", "_build")  # workers whose units a run has once a fit
 CHECKED = ("import", "retrieval", "taste", "evaluate", "recommend")  # stages of units, which several nodes share
 
 
@@ -231,7 +233,7 @@ class MeasuredRun:
     """One run of all stages on this machine."""
 
     size: DataScale
-    units: dict[str, list[UnitTime]]  # by worker
+    units: dict[str, list[UnitTime]]  # by worker; those of FITTED of both fits
     seconds: dict[str, float]  # of each stage, start to end
     train_plays_per_second: float
     history_bytes: float  # of a play at rest
@@ -308,7 +310,7 @@ def fit_lines(runs: Sequence[MeasuredRun]) -> dict[str, Line]:
 def _line(name: str, small: MeasuredRun, large: MeasuredRun, read: float) -> Line:
     each = _slope(name, small, large, read)
     costs = np.array([unit.cpu_seconds for unit in large.units[name]])
-    amount, plays = held(name, large.size, len(costs)), large.size.plays / len(costs)
+    amount, plays = _measured_amount(name, large), large.size.plays / len(costs)
     return Line(
         fixed=max(0.0, float(costs.mean()) - each * amount - read * plays),
         each=each,
@@ -323,11 +325,16 @@ def _slope(name: str, small: MeasuredRun, large: MeasuredRun, read: float) -> fl
     for run in (small, large):
         units = run.units[name]
         means.append(float(np.mean([unit.cpu_seconds for unit in units])) - read * run.size.plays / len(units))
-        amounts.append(held(name, run.size, len(units)))
+        amounts.append(_measured_amount(name, run))
     return max(0.0, (means[1] - means[0]) / max(amounts[1] - amounts[0], 1e-9))
 
 
-def held(worker: str, size: DataScale, units: int) -> float:
+def _measured_amount(name: str, run: MeasuredRun) -> float:
+    """What a unit of a worker held in a run, where each fit divided all of it among its own units."""
+    return held(name, run.size, len(run.units[name]) / (len(FITS) if name in FITTED else 1))
+
+
+def held(worker: str, size: DataScale, units: float) -> float:
     """What one of so many units of a worker holds: the songs, queries, users or plays that its time follows."""
     if worker in ("_build", "build_and_save", "SongRange"):
         return size.songs / units
@@ -382,7 +389,7 @@ def job_graph(
         work("import", "SongRange", key_ranges(size.buckets), 2 * size.pieces, 9 * size.songs),
         work("import", "BucketMerger", merges, 2 * size.pieces, 9 * size.plays / merges),
     ]
-    for fit in ("selection", "final"):
+    for fit in FITS:
         works += [
             Work(stage="embed", name=fit, units=threads, cpu_seconds=embed / threads, one_node=True),
             Work(
@@ -564,9 +571,9 @@ def _planned(
     of = measured.size
     rates = {
         "import_plays_per_second_per_cpu": rate(of.plays, "PieceImporter", "SongRange", "BucketMerger"),
-        "embed_tokens_per_second_per_cpu": rate(2 * of.plays, "fit_vectors"),
+        "embed_tokens_per_second_per_cpu": rate(len(FITS) * of.plays, "fit_vectors"),
         "train_plays_per_second_per_cpu": measured.train_plays_per_second,
-        "retrieval_plays_per_second_per_cpu": rate(2 * of.plays, "GroupCounter", "RangeMerger"),
+        "retrieval_plays_per_second_per_cpu": rate(len(FITS) * of.plays, "GroupCounter", "RangeMerger"),
         "taste_plays_per_second_per_cpu": rate(of.plays, "BucketTastes"),
         "read_plays_per_second_per_cpu": rate(of.plays, "QueryCounter"),
         "rank_queries_per_second_per_cpu": rate(of.rank_queries, "ExampleCollector", "RankerGrower"),

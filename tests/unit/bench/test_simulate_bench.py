@@ -104,13 +104,14 @@ BY_PLAYS = {
     "RangeMerger": 1e-6,
     "BucketTastes": 5e-6,
 }
+FITTED = ("fit_vectors", "GroupCounter", "RangeMerger", "_build")  # workers of both fits, each over all of the data
 BY_SONGS = {"SongRange": 1e-6, "_build": 2e-6, "build_and_save": 1e-6}
 READ, QUERY, USER = 1e-7, 0.02, 0.004
 FIXED = 0.1
 
 
 def planted(times: int) -> MeasuredRun:
-    """A run whose units cost what the constants above say."""
+    """A run with a validation range whose units cost what the constants above say."""
     size = DataScale(
         users=1_000 * times,
         plays=60_000 * times,
@@ -130,6 +131,7 @@ def planted(times: int) -> MeasuredRun:
     costs["ExampleCollector"] = (BUCKETS, READ * plays + QUERY * size.rank_queries / BUCKETS)
     costs["BucketEvaluator"] = (BUCKETS, READ * plays + QUERY * size.queries / BUCKETS)
     costs["BucketRecommendations"] = (BUCKETS, FIXED + USER * size.users / BUCKETS)
+    costs |= {name: (2 * costs[name][0], costs[name][1]) for name in FITTED}
     units = {
         name: [UnitTime(worker=name, cpu_seconds=seconds, setup_seconds=0.5)] * count
         for name, (count, seconds) in costs.items()
@@ -161,7 +163,19 @@ def test_lines_are_those_that_were_planted(runs: list[MeasuredRun]) -> None:
     for name in ("ExampleCollector", "BucketEvaluator"):
         assert lines[name].each == pytest.approx(QUERY), name
         assert lines[name].fixed == pytest.approx(0, abs=1e-9), name
+    assert lines["fit_vectors"].each == pytest.approx(4e-6)
     assert all(line.setup == 0.5 for line in lines.values())
+
+
+def test_the_simulation_of_a_measured_run_computes_as_long_as_the_run_did(runs: list[MeasuredRun]) -> None:
+    measured = runs[-1]
+    alone = SimulatedCluster(nodes=1, cores=1, task_seconds=0.0, latency=0.0, requests_per_second=1e12)
+    works = job_graph(measured.size, fit_lines(runs), runs, alone, epochs=1)
+    seconds = {stage.stage: stage.seconds for stage in simulate(works, alone)}
+    assert seconds["embed"] == pytest.approx(sum(unit.cpu_seconds for unit in measured.units["fit_vectors"]))
+    of_retrieval = sum(unit.cpu_seconds for name in FITTED[1:] for unit in measured.units[name])
+    simulated = sum(work.units * work.cpu_seconds for work in works if work.stage == "retrieval") - DRIVER
+    assert simulated == pytest.approx(of_retrieval)
 
 
 def test_every_unit_is_a_worker_of_a_job(runs: list[MeasuredRun]) -> None:
