@@ -41,7 +41,7 @@ SONGS_WORKERS = 4  # of a node, which share a table of songs
 class ChainRun:
     """What came of it."""
 
-    stages: dict[str, Measured]  # import, embed (tokens of all epochs), train (steady, in one epoch) and taste
+    stages: dict[str, Measured]  # plays of import, embed (all epochs), train (steady, in one epoch) and taste
     peaks_mb: dict[str, float]  # of the driver and of the largest worker, by role
 
 
@@ -56,9 +56,7 @@ def run_chain(plays: str, place: Workspace, workers: int, embed_epochs: int, bat
         began = time.perf_counter()
         dataset = import_data(place, ImportConfig(format="parquet", paths=(plays,)))
         stages = {"import": Measured(dataset.plays, time.perf_counter() - began)}
-        stages["embed"] = _timed(
-            lambda: embed(place, settings), lambda artifact: artifact.metrics["tokens"] * embed_epochs
-        )
+        stages["embed"] = _timed(lambda: embed(place, settings), lambda artifact: float(artifact.metrics["tokens"]))
         model = train(place, TrainConfig(epochs=1, workers=workers, batch=batch, seed=seed))
         stages["train"] = Measured(model.metrics["plays"], model.metrics["plays"] / model.metrics["plays_per_second"])
         stages["taste"] = _timed(
@@ -74,7 +72,7 @@ def _timed(stage: Callable[[], Manifest], work: Callable[[Manifest], float]) -> 
     return Measured(work(artifact), time.perf_counter() - began)
 
 
-Stages = dict[str, Measured]  # stage -> plays (or tokens) and seconds
+Stages = dict[str, Measured]  # stage -> plays and seconds
 
 
 def further(smaller: Measured, larger: Measured) -> float:
@@ -125,11 +123,12 @@ def extrapolated(by_stage: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def bench_scale(place: Workspace, config: ScaleBenchConfig) -> dict[str, Any]:
     """Import, embed, train and taste at each of `users` with one worker, and at the first and middle with more.
 
-    By stage and number of workers: `throughput` at the middle size, all told. By stage: `speedups`, further plays a
-    second of two workers against one; `cost`, microseconds a play, and a further play, of one worker, and the growth
-    of the latter. `word2vec`: its tokens a second alone by threads; `memory` of the driver and of the largest worker
-    by size; `rates` of the largest size; and what is `extrapolated`, marked so. Each run has a process and a cluster
-    of its own. Training is timed in its epoch, the others from start to end.
+    By stage and number of workers: `throughput`, plays a second at the middle size, all told. By stage: `speedups`,
+    further plays a second of two workers against one; `cost`, microseconds a play, and a further play, of one worker,
+    and the growth of the latter. Embed makes all its epochs for each play. `word2vec`: its tokens a second alone by
+    threads; `memory` of the driver and of the largest worker by size; `rates` of the largest size, embed's of tokens
+    of all epochs; and what is `extrapolated`, marked so. Each run has a process and a cluster of its own. Training is
+    timed in its epoch, the others from start to end.
     """
     with ray_cluster():
         datasets = [
@@ -178,7 +177,10 @@ def scale_figures(
             "peaks_mb": [run.peaks_mb for run in by_size],
             "growth": growth(by_size[0].peaks_mb, largest.peaks_mb),
         },
-        "rates": {names[stage]: measured.per_second for stage, measured in largest.stages.items()},
+        "rates": {
+            names[stage]: measured.per_second * (config.embed_epochs if stage == "embed" else 1)
+            for stage, measured in largest.stages.items()
+        },
         "extrapolated": extrapolated(cost),
     }
 

@@ -4,7 +4,7 @@ import pytest
 
 from rayrec.bench.bench_config import ScaleBenchConfig
 from rayrec.bench.rounds import Measured
-from rayrec.bench.scale_bench import costs, extrapolated, speedups
+from rayrec.bench.scale_bench import ChainRun, costs, extrapolated, scale_figures, speedups
 from rayrec.errors import InputError
 
 
@@ -45,6 +45,19 @@ def test_what_nobody_measured_is_marked() -> None:
     told = extrapolated(costs([with_start(1e5), with_start(1e6)]))
     assert told["extrapolated"] is True
     assert told["cpu_hours"]["taste"] == pytest.approx(1e9 * 2e-6 / 3600)
+
+
+def test_a_play_costs_embed_all_its_epochs_and_the_rate_is_of_tokens_an_epoch() -> None:
+    stages = ("import", "embed", "train", "taste")
+    by_size = [
+        ChainRun(stages={stage: Measured(plays, plays * 8e-6) for stage in stages}, peaks_mb={"driver": 1.0})
+        for plays in (1e5, 1e6, 1e7)
+    ]
+    figures = scale_figures(ScaleBenchConfig(embed_epochs=2), {1: (by_size[0], by_size[1])}, by_size)
+    assert figures["cost"]["embed"]["microseconds_per_further_play"] == pytest.approx([8.0, 8.0])
+    assert figures["extrapolated"]["cpu_hours"]["embed"] == pytest.approx(1e9 * 8e-6 / 3600)
+    assert figures["rates"]["embed_tokens_per_second_per_cpu"] == pytest.approx(2 / 8e-6)
+    assert figures["rates"]["taste_plays_per_second_per_cpu"] == pytest.approx(1 / 8e-6)
 
 
 @pytest.mark.parametrize("changes", [{"users": (10,)}, {"users": (20, 10)}, {"workers": (2, 1)}])
