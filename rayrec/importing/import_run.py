@@ -161,11 +161,13 @@ def _was_made_by(existing: DatasetManifest, config: ImportConfig, plan: ImportPl
 
 
 def _require_room(workspace: Workspace, existing: DatasetManifest, kind: Kind) -> None:
-    if _rows_of(existing, kind):
-        raise InputError(
-            f"workspace {workspace.uri} holds {_rows_of(existing, kind)} {kind} from {existing.source} already; "
-            "use another --workspace, add plays with `rayrec update`, or replace all with --force"
-        )
+    if not _rows_of(existing, kind):
+        return
+    appended = ", some of them appended later" if kind == "plays" and existing.appended else ""
+    raise InputError(
+        f"workspace {workspace.uri} holds {_rows_of(existing, kind)} {kind} from {existing.source} already{appended}; "
+        "use another --workspace, add plays with `rayrec update`, or replace all with --force"
+    )
 
 
 def _rows_of(manifest: DatasetManifest, kind: Kind) -> int:

@@ -207,8 +207,8 @@ def fit(
 
     The quality is that of the networks, retrieval and rankers that have not seen the validation range, on queries of
     the users by whom the rankers were not trained. Raises `InputError` for files that cannot be read, for unknown
-    settings, and in a workspace that holds other plays, and `TooManyRejectedError` where more rows are rejected than
-    `max_rejected` allows.
+    settings, in a workspace that holds other plays, and where plays were appended since and the files have changed,
+    and `TooManyRejectedError` where more rows are rejected than `max_rejected` allows.
     """
     require_one_faiss()  # before any work
     sections = _checked(settings or {})

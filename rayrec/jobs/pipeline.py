@@ -231,11 +231,12 @@ class Stages:
         return {item.id for item in artifacts.listing(self.workspace, KINDS[name])}
 
     def _import(self, config: ImportConfig) -> DatasetManifest:
-        # Files that have changed since are imported anew; other data are never replaced unasked.
+        # Files that have changed since are imported anew; other data, appended plays too, are never replaced unasked.
         dataset = self._dataset()
         earlier_import: Any = dataset.config.get(config.produces) if dataset else None
         changed = isinstance(earlier_import, dict) and _same_paths(earlier_import["paths"], config.paths)
         changed = changed and earlier_import["plan"] != plan_import(config).id
+        changed = changed and not (config.produces == "plays" and dataset is not None and dataset.appended)
         imported = import_data(self.workspace, config, repeat=self.force or changed)
         for note in import_notes(imported.last_import):
             self.on_note(note)

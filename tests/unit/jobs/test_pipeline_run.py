@@ -1,5 +1,6 @@
 """`rayrec run` without a test range: chosen on the newest plays, fitted on all of them, with rankers."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import list_splits, load_split
-from rayrec.jobs.pipeline import Outcome, run
+from rayrec.errors import InputError
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.jobs.import_data import append_plays
+from rayrec.jobs.pipeline import Outcome, Stages, run
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.storage.artifacts import load_manifest
@@ -65,3 +69,22 @@ def test_of_too_few_plays_for_a_validation_range_a_release_without_rankers_is_ma
     live = active_release(workspace)
     assert live is not None
     assert "rankers" not in live.inputs
+
+
+def test_a_changed_first_file_replaces_no_appended_plays_unless_forced(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    first = write_rows(tmp_path / "plays.csv", ring_plays(range(4), plays=10))
+    day = write_rows(tmp_path / "day.csv", ring_plays(range(4), plays=3, begin=20, days=1))
+    config = ImportConfig(format="csv", paths=(first,), columns=COLUMNS, buckets=2)
+    Stages(workspace).run("import", config)
+    os.utime(first, (0, 0))
+    Stages(workspace).run("import", config)  # read anew: nothing else is lost
+    append_plays(workspace, config.replace(paths=(day,)))
+    os.utime(first, (1, 1))
+    with pytest.raises(InputError, match=r"holds 52 plays from csv already, some of them appended later; .*--force"):
+        Stages(workspace).run("import", config)
+    assert Dataset(workspace).manifest.plays == 52
+    Stages(workspace, force=True).run("import", config)
+    assert Dataset(workspace).manifest.plays == 40
