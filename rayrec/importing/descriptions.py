@@ -4,6 +4,7 @@ The table is a csv file with a header line, or a Parquet file. Roles of its colu
 album, released (YYYY-MM-DD, YYYY-MM or YYYY) and markets (names separated by `|`); in Parquet dates and lists will do.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timezone
@@ -207,7 +208,8 @@ def store_descriptions(
     before = artifacts.listing(workspace, DESCRIPTIONS)
     if appends and before:
         inputs["descriptions"] = before[-1].id
-    print_id = artifacts.fingerprint("describe", config, inputs)
+    # With the content: the number of a deleted attempt is used again, and cached stages are found by it.
+    print_id = artifacts.fingerprint("describe", config, {**inputs, "content": _digest(table, vectors)})
     made_id, _ = artifacts.new_id(workspace, DESCRIPTIONS, print_id, repeat=True)
     manifest = Manifest(kind=DESCRIPTIONS, id=made_id, config=config, inputs=inputs)
     workspace.write_table(manifest.path(DESCRIPTIONS_FILE), table)
@@ -221,6 +223,17 @@ def store_descriptions(
         workspace.delete(each.path("manifest.json"))  # first: without it the rest is nothing
         workspace.delete(each.folder)
     return stored
+
+
+def _digest(table: pa.Table, vectors: tuple[pa.Array, np.ndarray] | None) -> str:
+    """The sha256 of metadata and content vectors."""
+    digest = hashlib.sha256()
+    for part in [table] if vectors is None else [table, pa.table({columns.SONG_ID: vectors[0]})]:
+        for batch in part.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    if vectors is not None:
+        digest.update(repr(vectors[1].shape).encode() + np.ascontiguousarray(vectors[1]).tobytes())
+    return digest.hexdigest()
 
 
 def take_in_described_songs(dataset: Dataset) -> int:

@@ -102,6 +102,19 @@ def test_a_second_table_takes_the_place_of_the_first(dataset: Dataset, tmp_path:
     assert dataset.catalog().table.column(columns.TITLE).to_pylist()[0] == "Zero"
 
 
+def test_each_content_of_one_file_has_an_id_of_its_own(dataset: Dataset, tmp_path: Path) -> None:
+    """Retrieval, added songs and the server's catalog are cached by it."""
+    tables = ["song,artist\nsong-0,Ann\n", "song,artist\nsong-0,Bo\n", "song,artist\nsong-0,Cy\n"]
+    of_tables = [describe(dataset.workspace, DescribeConfig(), written(tmp_path, text)).id for text in tables]
+    assert len(set(of_tables)) == 3
+    config = DescribeConfig(vectors=str(tmp_path / "content.npy"))
+    of_vectors = []
+    for ids, first in ((["song-4"], 0), (["song-5"], 0), (["song-5"], 7)):
+        content(tmp_path, ids, first=first)
+        of_vectors.append(describe(dataset.workspace, config).id)
+    assert len(set(of_vectors)) == 3
+
+
 def test_what_was_told_of_other_songs_is_not_told_of_these(dataset: Dataset, tmp_path: Path) -> None:
     describe(dataset.workspace, DescribeConfig(), written(tmp_path, CSV))
     write_dataset_manifest(dataset.workspace, replace(dataset.manifest, id="next", ancestors=[dataset.manifest.id]))
