@@ -7,7 +7,7 @@ from rayrec.importing.readers import apple_music
 from rayrec.importing.readers.accounts import check_accounts
 from rayrec.importing.readers.deezer import DeezerReader, check_deezer_accounts
 from rayrec.importing.readers.lastfm_1k import LastfmReader
-from rayrec.importing.readers.listenbrainz import ListenBrainzReader
+from rayrec.importing.readers.listenbrainz import BESIDE_LISTENS, ListenBrainzReader, check_listeners
 from rayrec.importing.readers.mpd import MpdReader
 from rayrec.importing.readers.music4all_onion import Music4AllOnionReader
 from rayrec.importing.readers.reader import NO_SONG, Reader, ReadOptions
@@ -45,7 +45,12 @@ FORMATS: dict[str, Format] = {
     "csv": Format(make=CsvReader, patterns=("*.csv", "*.tsv"), mapped=True, beside=(OTHER_EVENT,), ends_with_line=True),
     "deezer": Format(make=DeezerReader, patterns=("deezer-data*.xlsx",), check_users=check_deezer_accounts),
     "lastfm-1k": Format(make=LastfmReader, patterns=("userid-timestamp*.tsv",), ends_with_line=True),
-    "listenbrainz": Format(make=ListenBrainzReader, patterns=("*.listens", "*.jsonl", "*.ndjson", "*.json")),
+    "listenbrainz": Format(
+        make=ListenBrainzReader,
+        patterns=("*.listens", "*.jsonl", "*.ndjson", "*.json"),
+        beside=(BESIDE_LISTENS,),
+        check_users=check_listeners,
+    ),
     "mpd": Format(make=MpdReader, patterns=("*.json",), playlists=True),
     "music4all-onion": Format(
         make=Music4AllOnionReader, patterns=("userid_trackid_timestamp*.tsv",), ends_with_line=True

@@ -16,8 +16,9 @@ from rayrec.importing.readers.reader import Batch, ReadOptions, Unit, byte_range
 EXPORT_FOLDERS = (
     *("spotify extended streaming history", "spotify account data", "my_spotify_data", "mydata"),
     *("takeout", "youtube and youtube music", "youtube", "history", "apple_media_services", "apple music activity"),
-    *("apple media services information", "deezer-data", "tidal"),
+    *("apple media services information", "deezer-data", "tidal", "listens"),
 )
+YEARLY = re.compile(r"listens/\d{4}$")  # the folders of ListenBrainz's export
 COPY = re.compile(r"\s*(\(\d+\)|-?\d+)$")  # that a browser or system adds to a second folder of a name
 
 
@@ -45,14 +46,19 @@ class Users:
 
 def account_of(source: str) -> str:
     """The name of the innermost folder of a file that is not named by a service."""
-    return posixpath.basename(_account_folder(source)[0])
+    return posixpath.basename(account_folder(source))
+
+
+def account_folder(source: str) -> str:
+    """The path of that folder."""
+    return _account_folder(source)[0]
 
 
 def _account_folder(source: str) -> tuple[str, str]:
     """The folder that names a user, and the one in it, or itself, that is the export."""
     path = source if "://" in source else Path(source).expanduser().resolve().as_posix()
     export = folder = posixpath.dirname(path)
-    while COPY.sub("", posixpath.basename(folder).lower()) in EXPORT_FOLDERS:
+    while COPY.sub("", posixpath.basename(folder).lower()) in EXPORT_FOLDERS or YEARLY.search(folder.lower()):
         export, folder = folder, posixpath.dirname(folder)
     return folder, export
 

@@ -1,26 +1,34 @@
-"""ListenBrainz: dumps with one listen a line, and what a user can export, a list of listens.
+"""ListenBrainz: dumps with one listen a line, and what a user can export, a list of listens or a folder.
 
-The song is the MusicBrainz recording that the listen was mapped to, else the one the player named,
+The folder holds user.json, feedback.jsonl, pinned_recording.jsonl and listens/YEAR/MONTH.jsonl, whose listens name no
+user. The song is the MusicBrainz recording that the listen was mapped to, else the one the player named,
 else ListenBrainz's own id of the recording (msid), else `artist – track`.
 """
 
-from collections.abc import Iterator
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rayrec.data import columns
 from rayrec.data.spelling import name_song
-from rayrec.importing.readers.accounts import Users
-from rayrec.importing.readers.json_rows import RowCollector, plan_json, read_records, text
-from rayrec.importing.readers.reader import Batch, ReadOptions, Unit
+from rayrec.importing.readers.accounts import Users, account_folder, account_of, check_accounts
+from rayrec.importing.readers.json_rows import RowCollector, load_json, plan_json, read_records, text
+from rayrec.importing.readers.reader import Batch, ReadOptions, Unit, is_file, plain_name, require_text
 
 NOT_A_LISTEN = "not a listen: no track_metadata"
+BESIDE_LISTENS = "user, feedback or pin beside the listens"
 LISTS = ("payload.listens", "listens")
+USER_FILE = "user.json"
+BESIDE_FILES = (USER_FILE, "feedback.jsonl", "pinned_recording.jsonl")
+USER_NAME = re.compile(rb'"user_name"\s*:\s*(?:"([^"]*)")?')
 
 
 class ListenBrainzReader:
     """Reads listens: JSON lines, a list, or what the API answers.
 
-    The user is the `user` setting where there is one, else the one that the listen names.
+    The user is the `user` setting where there is one, else the one that the listen names; of a file whose listens have
+    no user_name the one of the export's user.json, else the export's folder.
     """
 
     def __init__(self, options: ReadOptions) -> None:
@@ -33,17 +41,45 @@ class ListenBrainzReader:
     def read(self, unit: Unit) -> Iterator[Batch]:
         """One batch per block of 16 MiB. Raises `InputError` where --user would merge several users."""
         rows = RowCollector(columns.PLAYS, unit.source)
-        users = Users(unit.source, self.options.user)
+        users = Users(unit.source, self.options.user, "" if self.options.user else _owner(unit.source))
+        no_listen = BESIDE_LISTENS if _is_beside(unit.source) else NOT_A_LISTEN
         for block in read_records(unit, *LISTS):
             for record in block.records:
                 listen = record.value
                 if record.reason:
                     rows.refuse(record, record.reason)
                 elif not isinstance(listen, dict) or not isinstance(listen.get("track_metadata"), dict):
-                    rows.refuse(record, NOT_A_LISTEN)
+                    rows.refuse(record, no_listen)
                 else:
                     rows.add(_play(listen, users), record)
             yield rows.batch(block.covered)
+
+
+def check_listeners(sources: Sequence[str], user: str) -> list[str]:
+    """As `check_accounts`, for files of which some name the user."""
+    return check_accounts([source for source in sources if not _is_beside(source)], user, _username)
+
+
+def _is_beside(source: str) -> bool:
+    return posixpath.basename(plain_name(source)).lower() in BESIDE_FILES
+
+
+def _owner(source: str) -> str:
+    """The user of listens that name none; empty in a file whose listens should."""
+    return "" if USER_NAME.search(require_text(source)) else _exported_by(source) or account_of(source)
+
+
+def _username(source: str) -> str | None:
+    """The first user that a file names, else the one of its export."""
+    match = USER_NAME.search(require_text(source))
+    return (match[1] or b"").decode("utf-8", errors="replace") if match else _exported_by(source)
+
+
+def _exported_by(source: str) -> str | None:
+    """The user that the user.json of a file's export names."""
+    path = posixpath.join(account_folder(source), USER_FILE)
+    content = load_json(path) if is_file(path) else None
+    return text(content.get("username")) if isinstance(content, dict) else None
 
 
 def _play(listen: dict[str, Any], users: Users) -> dict[str, Any]:
@@ -67,5 +103,6 @@ def _recording(listen: dict[str, Any], track: dict[str, Any]) -> str | None:
         text(mapped.get("recording_mbid"))
         or text(more.get("recording_mbid"))
         or text(listen.get("recording_msid"))
+        or text(track.get("recording_msid"))
         or text(more.get("recording_msid"))
     )

@@ -345,6 +345,19 @@ def find_files(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile
     return list(files.values())
 
 
+def is_file(source: str) -> bool:
+    """True where there is a file. Raises `InputError` where that cannot be read."""
+    filesystem, path = _filesystem(source)
+    try:
+        return bool(filesystem.get_file_info(path).type == pafs.FileType.File)
+    except OSError as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(path: str, error: OSError) -> InputError:
+    return InputError(f"the path {path} cannot be read: {first_line(error)}; check it and its rights")
+
+
 def is_compressed(source: str) -> bool:
     """True for .gz and .bz2 files, which are read from the start only."""
     return source.endswith(COMPRESSED)
@@ -427,7 +440,7 @@ def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:
             return [SourceFile(place, info.size, info.mtime_ns or 0)]
         below = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
     except OSError as error:
-        raise InputError(f"the path {path} cannot be read: {first_line(error)}; check it and its rights") from error
+        raise _unreadable(path, error) from error
     files = [
         SourceFile(posixpath.join(place, posixpath.relpath(item.path, inner)), item.size, item.mtime_ns or 0)
         for item in sorted(below, key=lambda item: str(item.path))

@@ -134,3 +134,55 @@ def test_a_user_setting_wins_and_never_makes_one_of_two_users(tmp_path: Path) ->
     assert batch.rows.column("user_id").to_pylist() == ["me", "me"]
     with pytest.raises(InputError, match="several users, such as ann and bob"):
         read(tmp_path / "a.jsonl", [listen(), listen(user_name="bob")], user="me")
+
+
+def exported(folder: Path, name: str | None = "ann") -> list[str]:
+    """The files of an export as ListenBrainz packs it; without user.json where `name` is None."""
+    listens = [listen(listened_at=1704067200.0 + row, inserted_at=1704067300.0) for row in range(3)]
+    for each in listens:
+        each["track_metadata"]["recording_msid"] = each.pop("recording_msid")
+        del each["user_id"], each["user_name"]
+    listens[2]["track_metadata"] |= {"additional_info": {}, "mbid_mapping": None}
+    feedback = [{"recording_msid": "msid-1", "recording_mbid": None, "score": 1, "created": 1704067200}] * 9
+    files = {"listens/2024/1.jsonl": listens, "listens/2024/12.jsonl": listens[:1], "feedback.jsonl": feedback}
+    if name is not None:
+        files["user.json"] = [{"user_id": 17, "username": name}]
+    for path, records in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return [str(folder / path) for path in files]
+
+
+def plays_of(files: list[str], user: str = "") -> tuple[list[Any], set[str]]:
+    """User and song of each play, and the reasons of rejected rows."""
+    reader = FORMATS["listenbrainz"].make(ReadOptions(user=user))
+    batches = [each for file in files for unit in reader.plan(file, 1 << 20, 1 << 20) for each in reader.read(unit)]
+    rows = [(row["user_id"], row["song_id"]) for batch in batches for row in batch.rows.to_pylist()]
+    return rows, {row["reason"] for batch in batches for row in batch.rejected.to_pylist()}
+
+
+@pytest.mark.parametrize(("name", "user"), [("Ann B.", "Ann B."), (None, "listenbrainz_ann_1")])
+def test_an_export_is_of_the_user_of_its_user_file_or_folder_and_feedback_is_beside_it(
+    tmp_path: Path, name: str | None, user: str
+) -> None:
+    files = exported(tmp_path / "listenbrainz_ann_1", name)
+    songs = ["mapped-1", "mapped-1", "msid-1", "mapped-1"]
+    assert plays_of(files) == ([(user, song) for song in songs], {listenbrainz.BESIDE_LISTENS})
+    assert plays_of(files, "me")[0] == [("me", song) for song in songs]
+    assert listenbrainz.BESIDE_LISTENS in FORMATS["listenbrainz"].beside
+    check = FORMATS["listenbrainz"].check_users
+    assert check is not None
+    assert [user in note for note in check(files, "")] == ([] if name else [True])
+
+
+def test_exports_that_would_be_one_user_are_refused_and_a_dump_is_of_the_users_that_it_names(tmp_path: Path) -> None:
+    check = FORMATS["listenbrainz"].check_users
+    assert check is not None
+    files = [file for place in "xy" for file in exported(tmp_path / place / "export", None)]
+    with pytest.raises(InputError, match="would both be imported as user 'export'"):
+        check(files, "")
+    dump = tmp_path / "listens" / "2024" / "1.listens"
+    dump.parent.mkdir(parents=True)
+    read(dump, [listen(), listen(user_name="bob"), listen(user_name=None, user_id=None)])
+    assert check([str(dump)], "") == []
+    assert plays_of([str(dump)]) == ([("ann", "mapped-1"), ("bob", "mapped-1")], {"no user"})
