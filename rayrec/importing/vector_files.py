@@ -12,7 +12,7 @@ from rayrec.data.spelling import Problems, plain, spell_id, spell_ids
 from rayrec.errors import InputError, first_line
 from rayrec.importing.readers.reader import naming, open_source
 from rayrec.importing.readers.tabular import open_parquet, read_columns
-from rayrec.storage.artifacts import sha256
+from rayrec.storage.artifacts import fingerprint, sha256
 from rayrec.storage.workspace import Workspace
 
 VECTOR = "vector"  # the Parquet column
@@ -37,10 +37,15 @@ def read_vector_file(path: str | Path) -> tuple[np.ndarray, pa.Array | None]:
 
 
 def file_id(name: str) -> str:
-    """Twelve hex digits of a local file's content. Raises `InputError` where there is no such file."""
-    path = Path(name).resolve()
+    """Twelve hex digits of the content of a local file and of the ids beside it.
+
+    Raises `InputError` where there is no such file.
+    """
+    path = Path(name).absolute()
     _require_file(path)
-    return sha256(Workspace(path.parent), path.name)[:12]
+    ids = _ids_file(path) if path.suffix == ".npy" else None
+    files = [path] if ids is None else [path, ids]
+    return fingerprint(VECTOR, {}, {file.name: sha256(Workspace(file.parent), file.name) for file in files})
 
 
 def _require_file(path: Path) -> None:
@@ -83,24 +88,30 @@ def _require_matrix(path: Path, raw: np.ndarray) -> None:
         )
 
 
+def _ids_file(path: Path) -> Path | None:
+    """The file of the ids of NAME.npy; None where there is none."""
+    beside = (path.with_suffix(suffix) for suffix in (".ids.txt", ".ids.json"))
+    return next((file for file in beside if file.is_file()), None)
+
+
 def _read_ids(path: Path) -> pa.Array | None:
-    text, listed = path.with_suffix(".ids.txt"), path.with_suffix(".ids.json")
+    file = _ids_file(path)
+    if file is None:
+        return None
     try:
-        if text.is_file():
-            lines = text.read_bytes().decode("utf-8-sig").split("\n")  # other line separators may be within an id
+        if file.suffix == ".txt":
+            lines = file.read_bytes().decode("utf-8-sig").split("\n")  # other line separators may be within an id
             while lines and not lines[-1].strip():
                 lines.pop()
             return pa.array([line.removesuffix("\r") for line in lines], pa.string())
-        if listed.is_file():
-            values = json.loads(listed.read_text(encoding="utf-8-sig"))
-            if not isinstance(values, list):
-                raise ValueError("it holds no list")
-            return pa.array([spell_id(value) for value in values], pa.string())
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
+        if not isinstance(values, list):
+            raise ValueError("it holds no list")
+        return pa.array([spell_id(value) for value in values], pa.string())
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(
             f"the ids beside {path} cannot be read: {error}; give one id a line, or a JSON list"
         ) from error
-    return None
 
 
 def _read_parquet(path: Path) -> tuple[np.ndarray, pa.Array]:

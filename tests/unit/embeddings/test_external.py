@@ -7,11 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from worlds import random_histories, write_dataset
 
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog
-from rayrec.embeddings.word2vec import read_outside
+from rayrec.embeddings.word2vec import EmbedConfig, read_outside
 from rayrec.errors import InputError
+from rayrec.jobs.embed import embed
+from rayrec.storage.workspace import Workspace
 
 RAW = np.array([[3.0, 4.0], [0.0, 2.0], [-1.0, 0.0]])
 UNIT = np.array([[0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]])
@@ -220,3 +223,19 @@ def test_ids_that_do_not_fit_the_rows_are_an_error(
     (tmp_path / f"vectors.ids.{name}").write_text(ids)
     with pytest.raises(InputError, match=said):
         read_outside(npy(tmp_path, RAW), catalog)
+
+
+def test_corrected_ids_beside_an_npy_file_give_other_song_embeddings(workspace: Workspace, tmp_path: Path) -> None:
+    write_dataset(workspace, random_histories(5, 3), num_songs=3)
+    config = EmbedConfig(vectors=str(npy(tmp_path, RAW)))
+    of_ids = {}
+    for ids in (("song-1", "song-0", "song-2"), ("song-0", "song-1", "song-2"), ()):
+        (tmp_path / "vectors.ids.txt").write_text("\n".join(ids))
+        if not ids:
+            (tmp_path / "vectors.ids.txt").unlink()
+        of_ids[ids] = embed(workspace, config)
+        assert embed(workspace, config).id == of_ids[ids].id
+    swapped, right, without = of_ids.values()
+    assert len({swapped.id, right.id, without.id}) == 3
+    np.testing.assert_allclose(workspace.read_array(swapped.path("vectors.npy")), UNIT[[1, 0, 2]], rtol=1e-6)
+    np.testing.assert_allclose(workspace.read_array(right.path("vectors.npy")), UNIT, rtol=1e-6)
