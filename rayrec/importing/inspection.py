@@ -317,12 +317,14 @@ def guess_import(
     *,
     format_name: str | None = None,
     columns: Mapping[str, str] | None = None,
+    earlier_columns: Mapping[str, str] | None = None,
     timezone: str = "UTC",
 ) -> ImportConfig:
     """The settings that import files of plays; `format_name` and `columns`, role -> name, override what is guessed.
 
-    `timezone` is the IANA name of the zone of times without one. Raises `InputError` for files of no known format, of
-    playlists, and where a column is not to be found.
+    `earlier_columns` are those of an earlier import, which come before a guess where the files have them. `timezone` is
+    the IANA name of the zone of times without one. Raises `InputError` for files of no known format, of playlists, and
+    where a column is not to be found.
     """
     chosen = format_name or guess_format(paths)
     column_of_role = dict(columns or {})
@@ -331,6 +333,8 @@ def guess_import(
             raise InputError(f"{paths[0]} holds playlists, not plays; see rayrec import --help")
         return ImportConfig(format=chosen, paths=tuple(paths), columns=column_of_role, timezone=timezone)
     inspection = inspect_files(chosen, paths, timezone)
+    left = {column.name for column in inspection.columns} - set(column_of_role.values())
+    column_of_role = {role: name for role, name in (earlier_columns or {}).items() if name in left} | column_of_role
     by_role = {column.role: column.name for column in inspection.columns if column.role in roles(False)}
     by_role = {role: name for role, name in by_role.items() if name not in column_of_role.values()} | column_of_role
     config = ImportConfig(
@@ -345,9 +349,10 @@ def guess_import(
 
 
 def describe_import(config: ImportConfig) -> str:
-    """Format, columns and time zone in one line."""
+    """Format, columns and time zone in one line, and the user if one was given."""
     columns = ", ".join(f"{role} = {name}" for role, name in config.columns.items())
-    return f"{config.format}: {columns}; times without a zone are {config.timezone}" if columns else config.format
+    read_as = f"{config.format}: {columns}; times without a zone are {config.timezone}" if columns else config.format
+    return f"{read_as}; all plays are of user {config.user!r}" if config.user and not columns else read_as
 
 
 def guess_format(paths: Sequence[str]) -> str:

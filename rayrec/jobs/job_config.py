@@ -28,7 +28,9 @@ class PlaysConfig(Settings):
     paths: tuple[str, ...] = Field(min_length=1, description="Files or folders, .gz too, local, s3:// or gs://")
     format: str | None = Field(None, description="Format of the files; default: guessed")
     columns: dict[str, str] = Field(
-        {}, description="Column of each role, such as user=user_id,song=song_id,played_at=ts; others are guessed"
+        {},
+        description="Column of each role, such as user=user_id,song=song_id,played_at=ts; others are guessed; for "
+        "`update`, those used by `fit`",
     )
     timezone: Annotated[str | None, AfterValidator(known_zone)] = Field(
         None,

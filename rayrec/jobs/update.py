@@ -10,11 +10,12 @@ from rayrec.config import from_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, hold_back_validation, load_split
 from rayrec.errors import InputError, MismatchError
-from rayrec.importing.import_plan import import_notes
+from rayrec.importing.import_plan import ImportConfig, import_notes
 from rayrec.importing.import_run import ImportResult
 from rayrec.importing.inspection import describe_import, guess_import
 from rayrec.importing.merging import PARTS_BEFORE_COMPACT
 from rayrec.importing.readers import FORMATS
+from rayrec.importing.readers.tabular import roles
 from rayrec.jobs.add_songs import added_since
 from rayrec.jobs.compact import compact
 from rayrec.jobs.fit import Quality, ServedParts, fit_models, measure_quality, served_before, stage_configs
@@ -31,7 +32,7 @@ from rayrec.recommend.index import IndexConfig, require_one_faiss
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import Manifest
+from rayrec.storage.artifacts import DatasetManifest, Manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.releases import VALIDATION, activate_release, active_release
 from rayrec.storage.workspace import STATES_FILE, Workspace
@@ -87,8 +88,10 @@ def update(
     one's recall@20 as served, less 0.005. A release with the same model goes live unchecked where the new plays are too
     few. The states go into `store`, or into the workspace's own where there is one.
 
-    Times without a zone are of the time zone of the first import, unless `timezone` names another; the share of a song
-    below which a play counts as skipped is that of the first import.
+    What the settings do not say is as in the first import: the columns that the files have too, the time zone of times
+    without one, the share of a song below which a play counts as skipped, and the user that was given, where all
+    imports of the format had the same. Its minimum plays of users and songs do not apply: an append counts them within
+    its own files, and users with few plays a day would stay out.
 
     `on_stage` is called after each stage, `on_note` with texts on what was guessed, rejected and new. Raises
     `MissingDependencyError` without faiss, `InputError` where no release is live and for files that cannot be read, and
@@ -98,15 +101,7 @@ def update(
     live = active_release(workspace)
     if live is None:
         raise InputError(f"workspace {workspace.uri} has no live release; run `rayrec fit` first")
-    plays = guess_import(
-        config.paths, format_name=config.format, columns=config.columns, timezone=config.timezone or "UTC"
-    )
-    manifest = Dataset(workspace).manifest
-    plays, imported = plays.replace(skip_below=manifest.skip_below), manifest.config.get("plays")
-    if config.timezone is None and FORMATS[plays.format].mapped and isinstance(imported, dict):
-        plays = plays.replace(timezone=imported.get("timezone", plays.timezone))
-    if config.max_rejected is not None:
-        plays = plays.replace(max_rejected=config.max_rejected)
+    plays = _as_imported(config, Dataset(workspace).manifest)
     on_note(f"Reading as {describe_import(plays)}")
     with ray_cluster():
         appended = append_plays(workspace, plays)
@@ -120,6 +115,29 @@ def update(
             )
         on_note(f"{appended.plays:,} new plays, {appended.users:,} new users, {appended.songs:,} new songs")
         return _Update(dataset, live, on_stage, on_note).run(appended, config)
+
+
+def _as_imported(config: UpdateConfig, manifest: DatasetManifest) -> ImportConfig:
+    """How to read the files: as the first import of plays did, where the settings do not say otherwise."""
+    first: Any = manifest.config.get("plays")
+    if not isinstance(first, dict):  # the plays were generated
+        first = {}
+    was_mapped = "format" in first and FORMATS[first["format"]].mapped
+    plays = guess_import(
+        config.paths,
+        format_name=config.format,
+        columns=config.columns,
+        earlier_columns={role: first["columns"].get(role, role) for role in roles(False)} if was_mapped else {},
+        timezone=config.timezone or "UTC",
+    )
+    plays = plays.replace(skip_below=manifest.skip_below)
+    if config.timezone is None and FORMATS[plays.format].mapped:
+        plays = plays.replace(timezone=first.get("timezone", plays.timezone))
+    imports: list[Any] = [each for each in (first, *manifest.appended) if each.get("format") == plays.format]
+    users = {each["user"] for each in imports}
+    if len(users) == 1:  # of several the files are not known to be of one
+        plays = plays.replace(user=users.pop())
+    return plays if config.max_rejected is None else plays.replace(max_rejected=config.max_rejected)
 
 
 class _Update:

@@ -14,7 +14,9 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.moments import parse_moment
 from rayrec.data.split import load_split
 from rayrec.errors import InputError
+from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.fit import fit
+from rayrec.jobs.import_data import append_plays
 from rayrec.jobs.job_config import FitConfig, UpdateConfig
 from rayrec.jobs.update import UpdateResult, update
 from rayrec.model.added_songs import AddedSongs
@@ -220,3 +222,48 @@ def test_without_rankers_the_networks_alone_are_compared(
     assert result.live
     verdict = live_of(workspace).metrics["validation"]["verdict"]
     assert verdict.startswith("taste finds ")
+
+
+def test_columns_are_those_of_the_fit_where_the_files_have_them(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    header = "user_id,song,track_id,ts\n"
+    rows = [f"u{user},Title {play},s{play},{BEGIN + play * 1000}\n" for user in range(3) for play in range(12)]
+    days = {"day1": (header, "s1"), "day2": (header.replace("track_id", "other"), "s1"), "day3": (header, "s2")}
+    (tmp_path / "plays.csv").write_text(header + "".join(rows))
+    for number, (name, (line, song)) in enumerate(days.items()):
+        (tmp_path / f"{name}.csv").write_text(f"{line}u0,Title {song},{song},{BEGIN + DAY * (number + 1)}\n")
+    fit(workspace, FitConfig(paths=(str(tmp_path / "plays.csv"),), columns={"song": "track_id"}), settings=SETTINGS)
+    assert updated(workspace, str(tmp_path / "day1.csv")).appended.songs == 0
+    assert updated(workspace, str(tmp_path / "day2.csv")).appended.songs == 1  # without the column: guessed
+    assert updated(workspace, str(tmp_path / "day3.csv"), columns={"song": "song"}).appended.songs == 1
+    songs, row = Dataset(workspace).history("u0").songs.tolist(), Dataset(workspace).catalog().rows
+    assert songs[12:] == row(["s1", "Title s1", "Title s2"]).tolist()
+
+
+@pytest.mark.parametrize(("others", "user"), [([], "ann"), (["ann"], "ann"), (["bob"], "export")])
+def test_the_user_is_the_one_that_all_imports_of_the_format_were_given(
+    others: list[str], user: str, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+
+    def history(name: str, begin: int) -> str:
+        plays = [
+            {"ts": f"2024-04-{begin:02}T10:{play:02}:00Z", "spotify_track_uri": f"t{play}", "ms_played": 40_000}
+            for play in range(12)
+        ]
+        path = tmp_path / name / "endsong_0.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(plays))
+        return str(path)
+
+    how = {**SETTINGS, "import": {"buckets": 2, "user": "ann"}}
+    fit(workspace, FitConfig(paths=(history("first", 1),)), settings=how)
+    for number, other in enumerate(others, start=2):
+        config = ImportConfig(format="spotify-history", paths=(history(other, number),), user=other)
+        append_plays(workspace, config)
+    notes: list[str] = []
+    update(workspace, UpdateConfig(paths=(history("export", 9),)), on_note=notes.append)
+    assert len(Dataset(workspace).history(user).songs) == (24 if user == "ann" else 12) + 12 * others.count("ann")
+    assert ("all plays are of user 'ann'" in notes[0]) == (user == "ann")
