@@ -199,6 +199,7 @@ class _Import:
                 f"buckets is {config.buckets}; expected {self.buckets}, the number fixed at the first import"
             )
         inputs = {"base": base.id if base else "", "buckets": str(self.buckets)} | ({"append": "yes"} if append else {})
+        inputs["damaged"] = repr(sorted(plan.damaged))  # a killed run may have merged without files that are whole now
         print_id = fingerprint("staging", {"plan": plan.id}, inputs)
         self.staging = Staging(workspace, print_id, piece_names(plan.piece_names, self.buckets))
         self.came_to: dict[str, Any] = {}  # read, merged, rejected, last_import

@@ -13,6 +13,9 @@ import pytest
 from local_import import in_this_process
 
 from rayrec.data.dataset import Dataset
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.importing.staging import Staging
+from rayrec.jobs.import_data import import_data
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
@@ -81,6 +84,32 @@ def test_a_slice_that_is_cut_off_stops_the_import_and_is_named(
     assert (skipped.code, skipped.data["playlists"], skipped.data["rejected"]) == (0, 20, 0)
     assert list(skipped.data["import"]["damaged"]) == [str(tmp_path / "mpd" / "mpd.slice.20-39.json")]
     assert skipped.data["import"]["warnings"] == ["1 of 2 files could not be read to their end and were left out."]
+
+
+def test_a_file_that_a_killed_import_could_not_read_is_in_the_next_one(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, rows in (("a", 30), ("b", 50)):
+        frame = pd.DataFrame({"user": [name] * rows, "song": range(rows), "played_at": range(START, START + rows)})
+        frame.to_parquet(write(tmp_path / "p" / f"{name}.parquet", b""))
+    config = ImportConfig(format="parquet", paths=(str(tmp_path / "p"),), skip_damaged=True, buckets=2)
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def failing(file: pq.ParquetFile, *arguments: Any, **options: Any) -> Any:
+        if file.metadata.num_rows == 50:
+            raise OSError("Connection reset by peer")
+        return iter_batches(file, *arguments, **options)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetFile, "iter_batches", failing)
+        patch.setattr(Staging, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            import_data(workspace, config)
+    assert import_data(workspace, config).plays == 80
+    assert users(workspace) == {"a": 30, "b": 50}
 
 
 @pytest.mark.parametrize(
