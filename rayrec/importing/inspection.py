@@ -4,7 +4,7 @@ import posixpath
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -44,6 +44,8 @@ SAMPLE_BYTES = 1 << 20  # of each file
 VALUE_SHOWN = 40  # characters of an example
 # Of other names, in plain letters, where one column fits: `master_metadata_track_name`, `Artist Name(s)`.
 PATTERNS = {"title": r"(title|trackname|songname)s?$", "artist": r"artist(?!.*(id|ids|uri|uris|count)$)"}
+TITLE_OR_ID = ("song", "track", "recording")  # columns that beside an artist hold titles, unless another one does
+SONG_ID = r"(song|track|recording|item)(?!.*(artist|album|release|user)).*(id|uri)$|isrc$|^(spotify(id|uri)|uri|mbid)$"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
     ]
     if missing:
         notes.append(f"No column looks like {' or '.join(missing)}: map it with --columns {missing[0]}=NAME.")
+    notes += [_title_note(column_of_role["song"])] if _may_be_title(column_of_role, sample) else []
     notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated.items()]
     if _looks_like_data(list(sample)):
         notes.append("The first line looks like data: an import takes it for the names of the columns.")
@@ -150,8 +153,28 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
             times = [name for name in times if not _are_dates(sample[name])]
         if len(times) == 1:
             column_of_role["played_at"] = times[0]
+    if _may_be_title(column_of_role, sample):
+        spelled = (name for name in (*NAMES["song"], *map(plain_letters, sample)) if name in plain_names)
+        song_id = next((plain_names[name] for name in spelled if re.search(SONG_ID, name)), None)
+        if song_id is not None:
+            column_of_role |= {"title": column_of_role["song"], "song": song_id}
     produces = "playlists" if "playlist" in column_of_role and "played_at" not in column_of_role else "plays"
     return produces, {role: column_of_role[role] for role in roles(produces == "playlists") if role in column_of_role}
+
+
+def _may_be_title(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> bool:
+    """True where the column of the song ids may hold titles, which songs of different artists share."""
+    song = column_of_role.get("song", "")
+    is_named_so = plain_letters(song) in TITLE_OR_ID and _type(sample[song]) == "text"
+    return is_named_so and "artist" in column_of_role and "title" not in column_of_role
+
+
+def _title_note(column: str) -> str:
+    """What to say of song ids out of a column that may hold titles."""
+    return (
+        f"Song IDs are from column {column!r}, which may hold titles: songs of different artists with one title become "
+        "one. Name a column of IDs with --columns song=NAME."
+    )
 
 
 def time_form(values: pa.Array, timezone: str = "UTC") -> str:
@@ -319,12 +342,14 @@ def guess_import(
     columns: Mapping[str, str] | None = None,
     earlier_columns: Mapping[str, str] | None = None,
     timezone: str = "UTC",
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> ImportConfig:
     """The settings that import files of plays; `format_name` and `columns`, role -> name, override what is guessed.
 
     `earlier_columns` are those of an earlier import, which come before a guess where the files have them. `timezone` is
-    the IANA name of the zone of times without one. Raises `InputError` for files of no known format, of playlists, and
-    where a column is not to be found.
+    the IANA name of the zone of times without one. `on_note` is called with a warning where the song ids are guessed to
+    be in a column that may hold titles. Raises `InputError` for files of no known format, of playlists, and where a
+    column is not to be found.
     """
     chosen = format_name or guess_format(paths)
     column_of_role = dict(columns or {})
@@ -345,6 +370,9 @@ def guess_import(
         timezone=timezone,
     )
     _require_columns(inspection, paths[0], by_role)
+    note = _title_note(by_role["song"])
+    if "song" not in column_of_role and note in inspection.notes:
+        on_note(f"Warning: {note}")
     return config
 
 

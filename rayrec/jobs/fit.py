@@ -217,7 +217,11 @@ def fit(
     if config.max_rejected is not None:
         sections["import"]["max_rejected"] = config.max_rejected
     plays = guess_import(
-        config.paths, format_name=config.format, columns=config.columns, timezone=config.timezone or "UTC"
+        config.paths,
+        format_name=config.format,
+        columns=config.columns,
+        timezone=config.timezone or "UTC",
+        on_note=on_note,
     )
     plays = plays.replace(**sections["import"])
     on_note(f"Reading as {describe_import(plays)}")

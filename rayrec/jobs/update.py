@@ -101,7 +101,7 @@ def update(
     live = active_release(workspace)
     if live is None:
         raise InputError(f"workspace {workspace.uri} has no live release; run `rayrec fit` first")
-    plays = _as_imported(config, Dataset(workspace).manifest)
+    plays = _as_imported(config, Dataset(workspace).manifest, on_note)
     on_note(f"Reading as {describe_import(plays)}")
     with ray_cluster():
         appended = append_plays(workspace, plays)
@@ -117,7 +117,7 @@ def update(
         return _Update(dataset, live, on_stage, on_note).run(appended, config)
 
 
-def _as_imported(config: UpdateConfig, manifest: DatasetManifest) -> ImportConfig:
+def _as_imported(config: UpdateConfig, manifest: DatasetManifest, on_note: Callable[[str], None]) -> ImportConfig:
     """How to read the files: as the first import of plays did, where the settings do not say otherwise."""
     first: Any = manifest.config.get("plays")
     if not isinstance(first, dict):  # the plays were generated
@@ -129,6 +129,7 @@ def _as_imported(config: UpdateConfig, manifest: DatasetManifest) -> ImportConfi
         columns=config.columns,
         earlier_columns={role: first["columns"].get(role, role) for role in roles(False)} if was_mapped else {},
         timezone=config.timezone or "UTC",
+        on_note=on_note,
     )
     plays = plays.replace(skip_below=manifest.skip_below)
     if config.timezone is None and FORMATS[plays.format].mapped:

@@ -144,6 +144,44 @@ def test_titles_and_artists_are_found_by_names_that_hold_the_words() -> None:
         assert {role: found[role] for role in ("title", "artist") if role in found} == expected
 
 
+@pytest.mark.parametrize(
+    ("header", "song", "title"),
+    [
+        ("user,artist,track,spotify_track_uri,timestamp", "spotify_track_uri", "track"),
+        ("user,artist,song,track_artist_id,isrc,track_mbid,timestamp", "isrc", "song"),
+        ("user,artist,track,mbid,timestamp", "mbid", "track"),
+        ("user,artist,track,track_name,mbid,timestamp", "track", "track_name"),  # the titles are elsewhere
+        ("user,song,track_id,timestamp", "song", None),
+    ],
+)
+def test_beside_an_artist_a_column_of_ids_comes_before_one_that_may_hold_titles(
+    header: str, song: str, title: str | None
+) -> None:
+    _, found = guess_roles({name: pa.array(["Intro"]) for name in header.split(",")})
+    assert (found["song"], found.get("title")) == (song, title)
+
+
+def test_songs_that_are_named_by_a_column_of_titles_alone_are_warned_of(tmp_path: Path) -> None:
+    """Two songs `Intro` would be one."""
+    head = "user,artist,album,{},timestamp\n"
+    rows = "".join(f"ann,{artist},X,Intro,{START}\n" for artist in "AB")
+    notes: list[str] = []
+    path = write(tmp_path / "p.csv", head.format("track") + rows)
+    assert guess_import([path], on_note=notes.append).columns["song"] == "track"
+    (note,) = notes
+    assert note.startswith(
+        "Warning: Song IDs are from column 'track', which may hold titles: songs of different artists"
+    )
+    assert note.removeprefix("Warning: ") in inspect_files("csv", [path]).notes
+    guess_import([path], columns={"song": "track"}, on_note=notes.append)
+    guess_import([path], earlier_columns={"song": "track"}, on_note=notes.append)
+    numbers = write(tmp_path / "q.csv", head.format("track") + rows.replace("Intro", "7"))
+    ids = write(tmp_path / "r.csv", head.format("track_id") + rows)
+    for other in (numbers, ids):
+        guess_import([other], on_note=notes.append)
+    assert len(notes) == 1
+
+
 def test_columns_of_one_name_are_pointed_out(tmp_path: Path) -> None:
     pq.write_table(pa.table([pa.array(["a"])] * 3, names=["user", "user", "song"]), tmp_path / "p.parquet")
     for format_name, path in (
