@@ -98,9 +98,17 @@ def check_accounts(sources: Sequence[str], user: str, name_of: Callable[[str], s
 
     `name_of` gives the user that a file names, None where it names none.
 
-    Raises `InputError` where names of folders would make one user of two people or two users of one.
+    Raises `InputError` where names of folders would make one user of two people or two users of one, and where files
+    name several users, whom `user` would merge.
     """
     if user:
+        file_of = {name: source for source in reversed(sources) if (name := name_of(source))}
+        if len(file_of) > 1:
+            (one, first), (other, second) = sorted(file_of.items())[:2]
+            raise InputError(
+                f"{first} holds plays of user {one!r} and {second} of {other!r}; --user would merge them; omit it, "
+                "or if they are one person's import each with --user, the second with --append"
+            )
         return []
     exports: dict[str, set[str]] = defaultdict(set)
     named: dict[str, str] = {}

@@ -112,6 +112,17 @@ def test_a_user_setting_never_makes_one_of_two_named_users(tmp_path: Path) -> No
         read(tmp_path / "endsong_0.json", [record(), record(username="bea")], user="carl")
 
 
+def test_a_user_setting_never_makes_one_of_the_users_of_two_files(tmp_path: Path) -> None:
+    files = [tmp_path / f"endsong_{number}.json" for number in range(3)]
+    for file, name in zip(files, ("ann", "ann", "bea"), strict=True):
+        read(file, [record(username=name)])
+    assert accounts(*files) == accounts(*files[:2], user="carl") == []
+    with pytest.raises(
+        InputError, match=r"endsong_0.json holds .* 'ann' and .*endsong_2.json of 'bea'; --user would merge"
+    ):
+        accounts(*files, user="carl")
+
+
 @pytest.mark.parametrize("name", ["Spotify Extended Streaming History", "my_spotify_data (1)", "MyData"])
 def test_a_folder_that_spotify_names_is_no_user(tmp_path: Path, name: str) -> None:
     batch = read(tmp_path / "bob" / name / "endsong_0.json", [record(username=None)])
