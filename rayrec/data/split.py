@@ -338,23 +338,28 @@ def split_flag(split_id: str | None) -> str:
 
 
 def fit_range_of(workspace: Workspace, artifact: Manifest) -> FitRange:
-    """The plays that an artifact was fitted on.
+    """The plays that an artifact was fitted on."""
+    return (
+        _seen(load_split(workspace, artifact.inputs["split"]), artifact) if "split" in artifact.inputs else FitRange()
+    )
+
+
+def _seen(split: Split, artifact: Manifest) -> FitRange:
+    """The plays that an artifact made for a split was fitted on.
 
     A network without a refit is the one of the selection phase; where nothing was chosen there is only a final phase.
     """
-    if "split" not in artifact.inputs:
-        return FitRange()
-    split = load_split(workspace, artifact.inputs["split"])
     has_selection = any(name.startswith(f"{SELECTION_FOLDER}/") for name in artifact.files)
     return split.selection if has_selection and not artifact.config.get("refit", True) else split.final
 
 
 def left_out(workspace: Workspace, artifact: Manifest) -> str:
     """The plays of its data set that an artifact was not fitted on, in words; empty where it was fitted on all."""
-    if "split" not in artifact.inputs:
-        return ""
-    split = load_split(workspace, artifact.inputs["split"])
-    if fit_range_of(workspace, artifact) != split.final:
+    return _not_seen(load_split(workspace, artifact.inputs["split"]), artifact) if "split" in artifact.inputs else ""
+
+
+def _not_seen(split: Split, artifact: Manifest) -> str:
+    if _seen(split, artifact) != split.final:
         return split.validation_as_test().test_range
     return split.test_range if split.has_test else ""
 
@@ -366,7 +371,7 @@ def trained_on(workspace: Workspace, artifact: Manifest) -> str:
     split = load_split(workspace, artifact.inputs["split"])
     if artifact.kind == "rankers":
         return f"{split.validation_range} (split {split.id})"
-    if not_seen := left_out(workspace, artifact):
+    if not_seen := _not_seen(split, artifact):
         return f"all plays except {not_seen} (split {split.id})"
     return f"all plays, after choosing on {split.validation_range} (split {split.id})"
 
