@@ -258,8 +258,10 @@ class Recommender:
             return True
         if not self.workspace.exists(DATASET_MANIFEST):
             return False
-        imported: Any = Dataset(self.workspace).manifest.config.get("plays")
-        return not isinstance(imported, dict) or tuple(imported["paths"]) != config.paths
+        manifest = Dataset(self.workspace).manifest
+        imported: Any = manifest.config.get("plays")
+        # A fit that stopped has appended nothing: appended plays were imported by hand, and are not replaced unasked.
+        return not manifest.appended and (not isinstance(imported, dict) or tuple(imported["paths"]) != config.paths)
 
     def _require_reachable(self) -> None:
         """Raise `InputError` where the workspace is a temporary folder and workers of other nodes could not read it."""

@@ -187,7 +187,14 @@ def answer_by_stage(two_step: TwoStepRecommender, history: Histories, query: Que
     short, long = (vectors[horizon] for horizon in HORIZONS)
     batch = stage(
         "plays",
-        lambda: QueryBatch.of(history, query, source.num_songs, short_vectors=short, long_vectors=long),
+        lambda: QueryBatch.of(
+            history,
+            query,
+            source.num_songs,
+            short_vectors=short,
+            long_vectors=long,
+            real_times=source.sources.real_times,
+        ),
     )
     proposals = {
         retriever.name: stage(retriever.name, partial(retriever.propose, batch, COUNTS[retriever.name]))

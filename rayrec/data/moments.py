@@ -28,6 +28,8 @@ OUT_OF_RANGE = "time is not between 1970 and 2100"
 FIRST_MILLISECONDS = 100_000_000_000
 FIRST_YEAR, LAST_YEAR = 1971, 2100  # of local times: a day off either end whatever the zone
 END_MS = 4_102_444_800_000  # 2100-01-01
+ASSUMED_GAP_MS = 180_000  # between plays without times: about a song, so that no session gap falls within a line
+LINE_GAP_MS = 21 * ASSUMED_GAP_MS  # between two lines of a user's plays without times: a session gap does
 DAY_MS = 86_400_000
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 NUMBER = r"^[+-]?\d{1,18}(\.\d*)?$"

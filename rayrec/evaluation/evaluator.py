@@ -29,6 +29,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries, user_hash
+from rayrec.data.moments import ASSUMED_GAP_MS
 from rayrec.data.ragged import offsets_of
 from rayrec.data.split import Split
 from rayrec.errors import InputError
@@ -70,7 +71,7 @@ from rayrec.evaluation.protocol import (
 from rayrec.evaluation.ranks import NOT_FOUND, Ranked, metric_columns, metrics_of, rank_targets
 from rayrec.importing.readers.reader import Unit, read_blocks
 from rayrec.model.train_config import DaysHorizon
-from rayrec.recommend.base import ASSUMED_GAP_MS, BaseRecommender, CandidateRecommender, VectorRecommender
+from rayrec.recommend.base import BaseRecommender, CandidateRecommender, VectorRecommender
 from rayrec.recommend.index import INDEX_FILE, import_faiss
 from rayrec.storage.workspace import Workspace, stored_at
 

@@ -100,7 +100,10 @@ class ExperimentReport:
 
 def _verdict(arm: ArmFigures, control: str) -> str:
     if arm.difference is None or arm.difference_low is None or arm.difference_high is None:
-        return f"{arm.arm}: too few plays to compare."
+        return (
+            f"{arm.arm}: no comparison, since an arm has fewer than {LEAST_USERS} users with plays, or recall is the "
+            "same for all users."
+        )
     interval = f"{arm.difference:+.4f} ({arm.difference_low:+.4f} to {arm.difference_high:+.4f})"
     if arm.difference_low <= 0 <= arm.difference_high:
         return f"{arm.arm}: no difference to {control} is certain, {interval}."

@@ -103,7 +103,6 @@ class ImportRun:
         plan = self.plan
         while True:
             task = _Import(self.workspace, self.config, plan, self.base, run_units, append=self.append)
-            discard_others(self.workspace, task.staging)
             try:
                 dataset = task.run()
             except _DamagedFilesError as error:
@@ -207,6 +206,7 @@ class _Import:
 
     def run(self) -> DatasetManifest:
         pieces = self._read_pieces()
+        discard_others(self.workspace, self.staging)  # not before: only now is it known which files are damaged
         units = [unit for piece in pieces for unit in piece.units]
         summary = self._summarize(pieces)
         offsets = np.array([piece.rows for piece in pieces])

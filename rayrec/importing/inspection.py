@@ -45,7 +45,10 @@ VALUE_SHOWN = 40  # characters of an example
 # Of other names, in plain letters, where one column fits: `master_metadata_track_name`, `Artist Name(s)`.
 PATTERNS = {"title": r"(title|trackname|songname)s?$", "artist": r"artist(?!.*(id|ids|uri|uris|count)$)"}
 TITLE_OR_ID = ("song", "track", "recording")  # columns that beside an artist hold titles, unless another one does
-SONG_ID = r"(song|track|recording|item)(?!.*(artist|album|release|user)).*(id|uri)$|isrc$|^(spotify(id|uri)|uri|mbid)$"
+SONG_ID = (
+    r"(song|track|recording|(?<!playlist)item)(spotify|deezer|tidal|musicbrainz|mb)?(id|uri)$"
+    r"|isrc$|^(spotify(id|uri)|uri|mbid)$"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +304,8 @@ def _parquet_sample(file: SourceFile) -> tuple[list[str], dict[str, pa.Array]]:
 
 
 def _type(values: pa.Array) -> str:
+    if pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type):  # of pandas and of polars
+        values = values.cast(pa.string())
     if values.type != pa.string():
         return str(values.type)
     known_values = values.drop_null()

@@ -16,6 +16,7 @@ from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.dataset import NOBODY, Dataset, ForgottenUsers, read_files, read_overlap, read_users, with_columns
 from rayrec.data.histories import Histories
+from rayrec.data.moments import ASSUMED_GAP_MS, LINE_GAP_MS
 from rayrec.data.ragged import offsets_of
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.readers.reader import Unit
@@ -27,8 +28,6 @@ from rayrec.storage.workspace import Workspace, histories_file, playlists_file, 
 FORGOTTEN_USER = "user was deleted"  # the reason of plays from before the deletion
 LIKE_ALONE = "like of a user without plays"
 MAX_CONTEXTS = 31  # bits of an int32 without its sign
-POSITION_MS = 180_000  # from one position to the next: about a song, so that no session gap falls within a line
-LINE_GAP = 20  # positions left out between two lines of a user: an hour, so that a session gap does
 USERS_PER_READ = 5_000
 PARTS_BEFORE_COMPACT = 8  # above them, reading takes noticeably more requests
 Spans = list[tuple[int, int]]  # first and last part of each set of files
@@ -168,10 +167,10 @@ def to_positions(rows: MergedRows) -> MergedRows:
     same_owner = rows.owner[1:] == rows.owner[:-1]
     same_line = same_owner & (rows.source[1:] == rows.source[:-1]) & (rows.line[1:] == rows.line[:-1])
     steps = np.zeros(len(rows), dtype=np.int64)
-    steps[1:] = np.where(same_line, 1, 1 + LINE_GAP) * same_owner
-    place = np.cumsum(steps)
+    steps[1:] = np.where(same_line, ASSUMED_GAP_MS, LINE_GAP_MS) * same_owner
+    times = np.cumsum(steps)
     first = np.searchsorted(rows.owner, rows.owner)
-    return replace(rows, order=(place - place[first]) * POSITION_MS)
+    return replace(rows, order=times - times[first])
 
 
 def _no_rows(owners: np.ndarray) -> MergedRows:

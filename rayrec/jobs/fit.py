@@ -214,8 +214,9 @@ def fit(
     sections = _checked(settings or {})
     if config.epochs is not None:
         sections["train"]["epochs"] = config.epochs
-    if config.max_rejected is not None:
-        sections["import"]["max_rejected"] = config.max_rejected
+    for name, value in (("max_rejected", config.max_rejected), ("user", config.user)):
+        if value is not None:
+            sections["import"][name] = value
     plays = guess_import(
         config.paths,
         format_name=config.format,

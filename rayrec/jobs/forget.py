@@ -5,6 +5,7 @@ When all are there they are moved into place. A killed run leaves everything as 
 """
 
 import json
+import logging
 import posixpath
 import re
 from collections import Counter
@@ -52,6 +53,7 @@ from rayrec.storage.workspace import (
     histories_file,
 )
 
+LOGGER = logging.getLogger(__name__)
 SCRATCH = f"{FORGOTTEN}/.erasing"
 READY = f"{SCRATCH}/ready.json"  # written when all files wait in the scratch folder: who is erased by them
 EARLIER = f"{DATASET}/earlier"
@@ -169,6 +171,7 @@ def _delete_unfinished_fits(workspace: Workspace) -> None:
         for name in workspace.folders(kind):
             folder = artifact_dir(kind, name)
             if not workspace.exists(f"{folder}/manifest.json"):
+                LOGGER.warning("%s was unfinished and held plays of deleted users: it starts over", folder)
                 workspace.delete(folder)
 
 

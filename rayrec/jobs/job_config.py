@@ -37,6 +37,11 @@ class PlaysConfig(Settings):
         description="Time zone of times without one, such as Europe/Berlin; default: UTC; for `update`, the zone "
         "used by `fit`",
     )
+    user: str | None = Field(
+        None,
+        description="User ID of all plays, for formats without one; default: as the files say; for `update`, the one "
+        "that earlier imports of the format were given",
+    )
     max_rejected: float | None = Field(
         None,
         ge=0,

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from rayrec.config import Settings, from_mapping, read_toml, section_of, to_mapping
 from rayrec.data.dataset import Dataset
+from rayrec.data.moments import ASSUMED_GAP_MS
 from rayrec.data.split import Split, SplitConfig, hold_back_validation, list_splits, split_dataset, trained_on
 from rayrec.data.synthetic import GenerateConfig
 from rayrec.embeddings.word2vec import EmbedConfig
@@ -30,7 +31,6 @@ from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender
-from rayrec.recommend.base import ASSUMED_GAP_MS
 from rayrec.recommend.index import IndexConfig, require_one_faiss
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage import artifacts, releases

@@ -136,7 +136,9 @@ def _as_imported(config: UpdateConfig, manifest: DatasetManifest, on_note: Calla
         plays = plays.replace(timezone=first.get("timezone", plays.timezone))
     imports: list[Any] = [each for each in (first, *manifest.appended) if each.get("format") == plays.format]
     users = {each["user"] for each in imports}
-    if len(users) == 1:  # of several the files are not known to be of one
+    if config.user is not None:
+        plays = plays.replace(user=config.user)
+    elif len(users) == 1:  # of several the files are not known to be of one
         plays = plays.replace(user=users.pop())
     return plays if config.max_rejected is None else plays.replace(max_rejected=config.max_rejected)
 

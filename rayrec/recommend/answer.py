@@ -13,10 +13,10 @@ from rayrec.config import Settings
 from rayrec.data.catalog import Catalog
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.moments import iso_moment
+from rayrec.data.moments import ASSUMED_GAP_MS, iso_moment
 from rayrec.errors import InputError, MismatchError
 from rayrec.model.train_config import PLAY_COUNTS
-from rayrec.recommend.base import ASSUMED_GAP_MS, BaseRecommender, HorizonName, weight_of_long
+from rayrec.recommend.base import BaseRecommender, HorizonName, weight_of_long
 from rayrec.recommend.filters import (
     AnswerFilter,
     SongAttributes,

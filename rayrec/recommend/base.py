@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from rayrec.data.histories import Histories, Queries
+from rayrec.data.moments import ASSUMED_GAP_MS, LINE_GAP_MS
 from rayrec.data.ragged import first_of_each, offsets_of, ranges, stable_order
 from rayrec.errors import InputError
 from rayrec.model.train_config import DaysHorizon
@@ -59,7 +60,6 @@ LATEST_PLAYS = 5_000  # plays before a query that are looked at
 LATEST_LIKES = 1_000  # likes before a query that are looked at
 HOUR_MS = 3_600_000
 SESSION_GAP_MS = HOUR_MS // 2  # a longer pause ends a session
-ASSUMED_GAP_MS = 3 * 60 * 1000  # between plays that are given without times: about the length of a song
 ACTIVATION_DECAY = 0.5  # of base level activation in ACT-R: a play t ago counts t^-0.5
 
 
@@ -103,10 +103,6 @@ class BaseRecommender(ABC):
     @abstractmethod
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the score of every song, from the plays before each query only."""
-
-    def can_score(self, songs: np.ndarray) -> np.ndarray:
-        """bool (n,): which of the song rows, int (n,) from 0 on, have a score; others came later."""
-        return np.asarray(songs < self.num_songs)
 
     def score_chunks(
         self, histories: Histories, queries: Queries, horizon: HorizonName = "short"
@@ -285,11 +281,6 @@ class VectorRecommender(BaseRecommender):
         """float32 (Q, N): the cosine of each song with the taste vector."""
         return self.score_vectors(self.vectors(histories, queries, horizon))
 
-    def can_score(self, songs: np.ndarray) -> np.ndarray:
-        """As in `BaseRecommender`: the songs with a vector."""
-        inside = songs < self.num_songs
-        return np.asarray(inside & self.song_vectors[np.where(inside, songs, 0)].any(axis=1))
-
     def score_vectors(self, vectors: np.ndarray) -> np.ndarray:
         """float32 (Q, N): the cosine of each song with taste vectors, float32 (Q, D)."""
         scores = np.asarray(vectors @ self.song_vectors.T)
@@ -412,12 +403,9 @@ class QueryBatch:
     ) -> QueryBatch:
         """From histories, of which the plays that the queries have seen are used and no others.
 
-        Without `real_times` a history's plays are three minutes apart, and a query comes three minutes after the last,
-        whatever their times say: a ranker learns from such data that way, and a request comes years after them.
+        Without `real_times` plays are as far apart as an import without times puts them, and a query comes so long
+        after the last one, whatever their times say: a ranker learns from them so, and a request comes years later.
         """
-        liked = _liked(histories, queries, num_songs)
-        if not real_times:
-            queries = replace(queries, at=ASSUMED_GAP_MS * queries.seen)
         ends = histories.offsets[queries.rows] + queries.seen
         counts = np.minimum(queries.seen, LATEST_PLAYS)
         plays = ranges(ends - counts, counts)
@@ -428,8 +416,12 @@ class QueryBatch:
         back = offsets[1:][rows] - 1 - np.arange(len(rows))
         songs = histories.songs[plays].astype(np.int64)
         played_at = histories.played_at[plays]
+        liked = _liked(histories, queries, num_songs)
         if not real_times:
-            played_at = ASSUMED_GAP_MS * (plays - histories.offsets[queries.rows[rows]])
+            gaps = _until_next(offsets, rows, played_at, queries.at)
+            steps = np.where(gaps == LINE_GAP_MS, LINE_GAP_MS, ASSUMED_GAP_MS)
+            queries = replace(queries, at=ASSUMED_GAP_MS * queries.seen)
+            played_at = queries.at[rows] - _sums_to_end(offsets, rows, steps)
         in_session = _in_session(offsets, rows, played_at, queries.at)
         skipped = np.zeros(len(plays), dtype=bool) if histories.skipped is None else histories.skipped[plays]
         user_songs, repeated = _user_songs(rows, songs, back, played_at, in_session, skipped, queries.at, num_songs)
@@ -471,11 +463,21 @@ class QueryBatch:
 
 def _in_session(offsets: np.ndarray, rows: np.ndarray, played_at: np.ndarray, at: np.ndarray) -> np.ndarray:
     """bool (E,): no pause of over 30 minutes lies between the play and the query."""
+    return np.asarray(_sums_to_end(offsets, rows, _until_next(offsets, rows, played_at, at) > SESSION_GAP_MS) == 0)
+
+
+def _until_next(offsets: np.ndarray, rows: np.ndarray, played_at: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """int64 (E,): ms from each play to the next one of its query, from the last to the query."""
     following = np.append(played_at[1:], 0)
     last = offsets[1:][np.diff(offsets) > 0] - 1
     following[last] = at[rows[last]]
-    pauses = np.concatenate([[0], np.cumsum(following - played_at > SESSION_GAP_MS)])
-    return np.asarray(pauses[offsets[1:]][rows] == pauses[:-1])
+    return np.asarray(following - played_at)
+
+
+def _sums_to_end(offsets: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """int64 (E,): the sum of the values of each play and those after it in its query."""
+    sums = np.concatenate([[0], np.cumsum(values)])
+    return np.asarray(sums[offsets[1:]][rows] - sums[:-1])
 
 
 def _user_songs(

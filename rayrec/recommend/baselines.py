@@ -438,7 +438,7 @@ def _recent(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, s
     days = settings.get("days", RECENT_DAYS)
     since = end - round(days * DAY_MS) if dataset.manifest.times == "real" else 0
     recent = PopularityRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed, since=since)
-    recent.settings = {"days": days}
+    recent.settings = {"days": days} if since else {}  # without times all days count
     return recent
 
 

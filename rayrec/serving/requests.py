@@ -10,12 +10,11 @@ from hashlib import sha256
 import numpy as np
 
 from rayrec.data.histories import Histories, concatenate
-from rayrec.data.moments import END_MS, iso_moment, now_ms
+from rayrec.data.moments import ASSUMED_GAP_MS, END_MS, iso_moment, now_ms
 from rayrec.data.ragged import offsets_of
 from rayrec.errors import FieldError
 from rayrec.model.taste_table import States
 from rayrec.online.user_state import Plays
-from rayrec.recommend.base import ASSUMED_GAP_MS, BaseRecommender
 from rayrec.recommend.filters import AnswerFilter, SongAttributes, SongSet, listed_and_fitting, parse_day
 from rayrec.recommend.reranking import AnswerOptions
 from rayrec.serving.online_songs import SongToAdd
@@ -186,11 +185,11 @@ def read_song(song: AddedSong, place: int) -> SongToAdd:
     )
 
 
-def read_songs_to_rank(request: RankRequest, catalog: ServedCatalog, recommender: BaseRecommender) -> AnswerOptions:
-    """Options that put the songs of a request in order that the recommender can score, heard or not."""
+def read_songs_to_rank(request: RankRequest, catalog: ServedCatalog) -> AnswerOptions:
+    """Options that put the songs of a request in order that have a vector, heard or not."""
     rows = np.unique(catalog.find(request.songs))
     rows = rows[rows >= 0]
-    rows = rows[recommender.can_score(rows)]
+    rows = rows[catalog.embedded(rows)]
     return AnswerOptions(k=max(1, len(rows)), long_weight=request.horizon, explain=request.explain, songs_to_rank=rows)
 
 

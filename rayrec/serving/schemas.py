@@ -495,7 +495,8 @@ class RecommendedSong(CatalogSong):
 
     score: float = Field(
         description="With rankers: the probability that the song is the next play or, on the long horizon, among the "
-        "later plays. With source popular, between the horizons or without rankers: comparable within one answer only."
+        "later plays; 0 where the index filled the answer. With source popular, between the horizons or without "
+        "rankers: comparable within one answer only. Of similar songs: the cosine."
     )
     reasons: list[str] | None = Field(
         default=None, description="With explain: why it was chosen, in words, one to three reasons."

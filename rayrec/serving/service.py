@@ -156,7 +156,7 @@ class Service:
         stored = await self._stored(live, [request])
         with self.metrics.stage("read"):
             query = read_query(request, stored.get(request.user_id), request.at, live.catalog)
-            options = read_songs_to_rank(request, live.catalog, live.engine.parts.recommender)
+            options = read_songs_to_rank(request, live.catalog)
         (chosen,) = await self._choose(live, [query], [options])
         with self.metrics.stage("write"):
             answer = self._answer(live, query, chosen, unknown=query.unknown)
@@ -215,15 +215,16 @@ class Service:
 
         def log_taken(user_id: str, outcomes_of_user: Sequence[Outcome]) -> None:
             for row, user_outcome in zip(rows[user_id], outcomes_of_user, strict=True):
-                if user_outcome == "taken":  # a play that is sent again is logged once
+                if user_outcome == "taken":  # a play that is sent again is logged and counted once
+                    self.metrics.plays("taken", 1)
                     self._log_event(live, valid[row][1])
 
         for user_id, outcomes_of_user in (await self.users.take(live, plays, log_taken)).items() if plays else ():
             for row, user_outcome in zip(rows[user_id], outcomes_of_user, strict=True):
                 outcomes[valid[row][0]] = user_outcome
         counts = Counter(outcomes)
-        for outcome, count in counts.items():
-            self.metrics.plays(outcome, count)
+        for outcome in counts.keys() - {"taken"}:
+            self.metrics.plays(outcome, counts[outcome])
         errors = [
             {"where": f"plays.{place}.{error['where']}", "detail": error["detail"]}
             for place, play in enumerate(sent)

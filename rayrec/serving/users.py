@@ -136,8 +136,9 @@ class StoredUsers:
         """Take new plays and likes of users into their states; what became of each. Unknown users are added.
 
         When this returns they are in the store. `on_stored` is called for each user right after those plays were
-        stored, also where this raises afterwards or is cancelled. Raises `StoreUnavailableError` where plays may not
-        be stored: sent again with the same event ids, no play counts twice.
+        stored, by the thread that stored them, also where this raises afterwards or is cancelled. Raises
+        `StoreUnavailableError` where plays may not be stored: sent again with the same event ids, no play counts twice.
+        Where they were stored all the same but Redis's answer got lost, `on_stored` is not called for them.
         """
         store = await self._store(live)
         outcomes: dict[str, list[Outcome]] = {}
@@ -198,12 +199,17 @@ class StoredUsers:
         on_stored: OnStored | None,
     ) -> set[str]:
         """Store the changes of steps, and count their plays; the users whom no other writer changed meanwhile."""
+
+        def put_and_tell() -> list[str]:  # in one thread, whose end `close` waits for
+            done = store.put(changes)
+            put = [change.user_id for change, stored in zip(changes, done, strict=True) if stored]
+            if on_stored is not None:
+                for user_id in put:
+                    on_stored(user_id, _outcomes(steps[user_id]))
+            return put
+
         with self._metrics.stage("store"):
-            done = await self._call(store.put, changes)
-        put = [change.user_id for change, stored in zip(changes, done, strict=True) if stored]
-        if on_stored is not None:
-            for user_id in put:
-                on_stored(user_id, _outcomes(steps[user_id]))
+            put = await self._call(put_and_tell)
         try:
             await self._count_song_plays(live, [steps[user_id] for user_id in put])
         except StoreUnavailableError as error:  # the plays themselves are stored

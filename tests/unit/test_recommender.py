@@ -17,10 +17,11 @@ from s3 import s3_server
 from without_ray import without_ray
 
 import rayrec
-from rayrec import Dataset, InputError, NotFoundError, Recommender
+from rayrec import Dataset, ImportConfig, InputError, NotFoundError, Recommender
 from rayrec.errors import BusyError
 from rayrec.jobs.compact import compact
 from rayrec.jobs.forget import forget_users
+from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.verify import verify_workspace
 from rayrec.model.train_config import TasteConfig
@@ -228,6 +229,18 @@ def test_a_fit_that_was_stopped_goes_on_with_the_same_plays_and_others_replace_t
     with pytest.raises(NotFoundError):
         model.taste("u2")
     assert len(model.taste("u12")) == 1
+
+
+def test_a_fit_replaces_no_plays_that_were_appended_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
+    model = Recommender(workspace=tmp_path / "w", progress=False)
+    for number, job in enumerate((import_data, append_plays)):
+        path = str(tmp_path / f"{number}.parquet")
+        frame(ring_plays(range(4 * number, 4 * number + 3), plays=12)).to_parquet(path)
+        job(model.workspace, ImportConfig(format="parquet", paths=(path,)))
+    with pytest.raises(InputError, match="holds 72 plays from parquet already, some of them appended later"):
+        model.fit(frame(ring_plays(range(10, 14), plays=12)))
+    assert Dataset(model.workspace).manifest.plays == 72
 
 
 def test_a_table_is_taken_where_the_uri_of_the_workspace_has_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -510,7 +510,7 @@ class _Planner:
         elif serving.nodes > self.nodes:
             yield (
                 f"the server needs {serving.nodes} nodes for {serving.requests_per_second:g} requests per second, and "
-                f"--nodes is {self.nodes}: use more or larger nodes, or a lower --serve-rate"
+                f"the plan has {self.nodes}: use more or larger nodes, or a lower --serve-rate"
             )
 
     def notes(self, stages: list[StagePlan]) -> list[str]:

@@ -152,12 +152,14 @@ def test_titles_and_artists_are_found_by_names_that_hold_the_words() -> None:
         ("user,artist,track,mbid,timestamp", "mbid", "track"),
         ("user,artist,track,track_name,mbid,timestamp", "track", "track_name"),  # the titles are elsewhere
         ("user,song,track_id,timestamp", "song", None),
+        ("user,artist,song,song_genre_id,recording_label_id,playlist_item_id,track_paid,timestamp", "song", None),
     ],
 )
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view()], ids=str)  # csv, pandas, polars
 def test_beside_an_artist_a_column_of_ids_comes_before_one_that_may_hold_titles(
-    header: str, song: str, title: str | None
+    text: pa.DataType, header: str, song: str, title: str | None
 ) -> None:
-    _, found = guess_roles({name: pa.array(["Intro"]) for name in header.split(",")})
+    _, found = guess_roles({name: pa.array(["Intro"], text) for name in header.split(",")})
     assert (found["song"], found.get("title")) == (song, title)
 
 

@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rayrec.data.moments import ASSUMED_GAP_MS, LINE_GAP_MS
 from rayrec.importing.merging import (
-    LINE_GAP,
-    POSITION_MS,
     MergedRows,
     choose_contexts,
     context_bits,
@@ -158,17 +157,17 @@ def test_lines_of_an_owner_follow_each_other_across_files_and_repeats_stay() -> 
     assert merged == 0
     assert histories.user_ids.tolist() == ["a", "b"]
     assert histories.songs.tolist() == [0, 0, 1, 0, 2, 1]
-    steps = (histories.played_at // POSITION_MS).tolist()
-    assert steps == [0, 1, 2 + LINE_GAP, 3 + LINE_GAP, 4 + 2 * LINE_GAP, 0]
+    gaps = [ASSUMED_GAP_MS, LINE_GAP_MS, ASSUMED_GAP_MS, LINE_GAP_MS]
+    assert histories.played_at.tolist() == [0, *np.cumsum(gaps).tolist(), 0]
 
 
 def test_positions_leave_no_hole_where_songs_were_left_out() -> None:
     rows, _ = sorted_plays([([0], [0], line(1, "a", *[10, *[99] * 20, 11]))], in_lines=True)
     kept, _ = drop_rare(rows, SONGS, 1, ("few plays", "rare"))
-    assert to_positions(kept).order.tolist() == [0, POSITION_MS]
+    assert to_positions(kept).order.tolist() == [0, ASSUMED_GAP_MS]
     assert len(to_positions(sorted_plays([], in_lines=True)[0])) == 0
 
 
 def test_a_session_gap_falls_between_lines_and_never_within_one() -> None:
     half_an_hour = 30 * 60_000
-    assert POSITION_MS < half_an_hour < POSITION_MS * (LINE_GAP + 1)
+    assert ASSUMED_GAP_MS < half_an_hour < LINE_GAP_MS

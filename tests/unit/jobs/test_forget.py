@@ -446,8 +446,8 @@ def test_killed_fits_leave_no_plays_of_a_deleted_user_and_nothing_new_is_made_of
     require_sound(four_days)
 
 
-def test_a_training_that_was_stopped_before_a_deletion_starts_over_without_a_question(
-    four_days: Workspace, monkeypatch: pytest.MonkeyPatch
+def test_a_training_that_was_stopped_before_a_deletion_starts_over_without_a_question_and_says_so(
+    four_days: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     split = unfinished_fits(four_days)
     # As if workers had left a checkpoint.
@@ -455,7 +455,9 @@ def test_a_training_that_was_stopped_before_a_deletion_starts_over_without_a_que
     with pytest.raises(InputError, match="was stopped and left a checkpoint"):
         train_network(four_days, split)
     forget_users(four_days, GONE[:1])
-    assert train_network(four_days, split).metrics["epochs"] == 1
+    with caplog.at_level("WARNING"):
+        assert train_network(four_days, split).metrics["epochs"] == 1
+    assert "was unfinished and held plays of deleted users: it starts over" in caplog.text
 
 
 def test_an_unfinished_fit_stays_where_nobody_was_deleted_since(four_days: Workspace) -> None:

@@ -14,6 +14,7 @@ from local_import import in_this_process
 
 from rayrec.data.dataset import Dataset
 from rayrec.importing.import_plan import ImportConfig
+from rayrec.importing.merging import BucketMerger
 from rayrec.importing.staging import Staging
 from rayrec.jobs.import_data import import_data
 from rayrec.storage.workspace import Workspace
@@ -110,6 +111,31 @@ def test_a_file_that_a_killed_import_could_not_read_is_in_the_next_one(
             import_data(workspace, config)
     assert import_data(workspace, config).plays == 80
     assert users(workspace) == {"a": 30, "b": 50}
+
+
+def test_a_killed_import_that_leaves_a_damaged_file_out_merges_no_bucket_twice(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plays_csv(tmp_path / "p" / "a.csv")
+    cut_off = gzip.compress(b"user,song,played_at\nu,s,1711929600\n" * 50, mtime=0)[:-9]
+    write(tmp_path / "p" / "b.csv.gz", cut_off)
+    config = ImportConfig(format="csv", paths=(str(tmp_path / "p"),), skip_damaged=True, buckets=8)
+    merged: list[int] = []
+    merge = BucketMerger.run
+
+    def until_the_fifth(self: BucketMerger, bucket: int, group: Any) -> Any:
+        if len(merged) == 4 and bucket not in merged:
+            merged.append(bucket)
+            raise KeyboardInterrupt
+        result = merge(self, bucket, group)
+        merged.append(bucket)
+        return result
+
+    monkeypatch.setattr(BucketMerger, "run", until_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        import_data(workspace, config)
+    assert import_data(workspace, config).plays == 100
+    assert sorted(merged) == sorted([*range(8), merged[4]])  # the fifth was begun twice
 
 
 @pytest.mark.parametrize(

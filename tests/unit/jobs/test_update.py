@@ -258,8 +258,8 @@ def test_the_user_is_the_one_that_all_imports_of_the_format_were_given(
         path.write_text(json.dumps(plays))
         return str(path)
 
-    how = {**SETTINGS, "import": {"buckets": 2, "user": "ann"}}
-    fit(workspace, FitConfig(paths=(history("first", 1),)), settings=how)
+    how = {**SETTINGS, "import": {"buckets": 2}}
+    fit(workspace, FitConfig(paths=(history("first", 1),), user="ann"), settings=how)
     for number, other in enumerate(others, start=2):
         config = ImportConfig(format="spotify-history", paths=(history(other, number),), user=other)
         append_plays(workspace, config)
@@ -267,3 +267,7 @@ def test_the_user_is_the_one_that_all_imports_of_the_format_were_given(
     update(workspace, UpdateConfig(paths=(history("export", 9),)), on_note=notes.append)
     assert len(Dataset(workspace).history(user).songs) == (24 if user == "ann" else 12) + 12 * others.count("ann")
     assert ("all plays are of user 'ann'" in notes[0]) == (user == "ann")
+    update(workspace, UpdateConfig(paths=(history("third", 10),), user="cyd"))
+    assert len(Dataset(workspace).history("cyd").songs) == 12
+    update(workspace, UpdateConfig(paths=(history("bob", 11),), user=""))  # as the files say: by their folder
+    assert len(Dataset(workspace).history("bob").songs) == 12

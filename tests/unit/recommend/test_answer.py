@@ -11,6 +11,7 @@ from networks import model_config, network
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
+from rayrec.data.moments import ASSUMED_GAP_MS
 from rayrec.errors import InputError, MismatchError, NotFoundError
 from rayrec.model.train_config import PLAY_COUNTS
 from rayrec.recommend.answer import (
@@ -21,7 +22,7 @@ from rayrec.recommend.answer import (
     load_recommender,
     reasons,
 )
-from rayrec.recommend.base import ASSUMED_GAP_MS, HorizonName
+from rayrec.recommend.base import HorizonName
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, Manifest, publish, write_dataset_manifest

@@ -515,6 +515,18 @@ def test_without_times_features_do_not_depend_on_when_plays_and_requests_come() 
         np.testing.assert_array_equal(scored.features, expected.features)
 
 
+def test_without_times_a_session_begins_with_its_line_and_goes_on_however_late_a_play_comes() -> None:
+    minutes = [0, 3, 66, 69, 10**7]  # two lines of an import, and a play that came to the server
+    histories = Histories.from_lists([[1, 2, 3, 4, 5]], [[minute * MINUTE for minute in minutes]])
+    queries = Queries(rows=np.zeros(3, np.int64), seen=np.array([2, 4, 5]), at=np.array([66 * MINUTE, YEARS, YEARS]))
+    vectors = {"short_vectors": random_vectors(3, 8), "long_vectors": random_vectors(3, 8)}
+    batch = QueryBatch.of(histories, queries, NUM_SONGS, **vectors, real_times=False)
+    first, second, third = (batch.in_session[batch.rows == row].tolist() for row in range(3))
+    assert first == [False, False]  # the query is the first play of the next line
+    assert second == [False, False, True, True]
+    assert third == [False, False, True, True, True]
+
+
 def test_without_times_likes_count_whenever_they_came() -> None:
     histories = with_opinions(random_histories(5, NUM_SONGS, seed=3), NUM_SONGS)
     queries = Queries.at_end(histories, YEARS)

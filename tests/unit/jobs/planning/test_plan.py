@@ -224,7 +224,7 @@ def test_cpus_for_training_are_those_of_the_largest_nodes() -> None:
     [
         (100.0, 1, DATA.songs, None),
         (2_000.0, 4, DATA.songs, None),
-        (2_000.0, 3, DATA.songs, "the server needs 4 nodes for 2000 requests per second, and --nodes is 3"),
+        (2_000.0, 3, DATA.songs, "the server needs 4 nodes for 2000 requests per second, and the plan has 3"),
         (100.0, 1, 2 * 10**8, "one replica of the server needs .* on a cpu, which has 64.0 GiB"),
     ],
 )
