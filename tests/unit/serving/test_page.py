@@ -111,11 +111,22 @@ def test_titles_are_text_whatever_they_hold(world: Workspace, browser: Any) -> N
         assert page.title() == "rayrec"
 
 
-def store_ann(url: str, songs: tuple[int, ...] = (3, 50)) -> None:
+def store_plays(url: str, user: str, songs: tuple[int, ...]) -> None:
+    """Store plays of a user, a millisecond after each other."""
     plays = [
-        {"user_id": "ann", "song_id": f"song-{song}", "played_at": AT + song, "event_id": str(song)} for song in songs
+        {"user_id": user, "song_id": f"song-{song}", "played_at": AT + place, "event_id": f"{user} {place}"}
+        for place, song in enumerate(songs)
     ]
-    assert httpx.post(f"{url}/v1/plays", json={"plays": plays}).status_code == 200
+    for begin in range(0, len(plays), 1_000):
+        assert httpx.post(f"{url}/v1/plays", json={"plays": plays[begin : begin + 1_000]}).status_code == 200
+
+
+def answer(page: Any, held: list[Any], **response: Any) -> None:
+    """Let the one request that a route holds be answered, and the page take the answer in."""
+    (route,) = held
+    with page.expect_response(route.request.url):
+        route.fulfill(**response) if response else route.continue_()
+    page.evaluate("new Promise((done) => setTimeout(done, 50))")
 
 
 def listed(page: Any, list_id: str) -> list[str]:
@@ -141,7 +152,7 @@ def test_it_opens_with_an_example_user_and_the_popular_songs(world: Workspace, b
 
 def test_a_stored_user_is_listed_and_a_song_more_goes_on_from_it(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
-        store_ann(url)
+        store_plays(url, "ann", (3, 50))
         page.get_by_label("User ID").fill("ann")
         page.get_by_label("User ID").press("Enter")
         page.locator("#status", has_text="2 plays").wait_for()
@@ -162,7 +173,7 @@ def test_a_stored_user_is_listed_and_a_song_more_goes_on_from_it(world: Workspac
 
 def test_a_link_opens_what_was_shown(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
-        store_ann(url)
+        store_plays(url, "ann", (3, 50))
         page.get_by_label("User ID").fill("ann")
         page.get_by_role("button", name="Show").click()
         page.locator("#status", has_text="2 plays").wait_for()
@@ -406,3 +417,62 @@ def test_where_keys_are_needed_the_page_asks_for_one(world: Workspace, browser: 
         find_and_play(page, "title 3", "Play Artist 3 – Title 3")
         page.locator("#status", has_text="1 play").wait_for()
         assert page.locator("#key-card").is_hidden()
+
+
+def test_the_user_shown_last_counts_whichever_answer_comes_last(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url) as page:
+        store_plays(url, "ann", (3, 50))
+        store_plays(url, "bob", (9,))
+        held: list[Any] = []
+        page.route("**/v1/users/ann/plays*", lambda route: held.append(route))
+        for user in ("ann", "bob"):
+            page.get_by_label("User ID").fill(user)
+            page.get_by_role("button", name="Show").click()
+        page.locator("#status", has_text="1 play").wait_for()
+        answer(page, held)
+        find_and_play(page, "title 12", "Play Artist 5 – Title 12")
+        page.locator("#status", has_text="2 plays").wait_for()
+        assert listed(page, "history") == ["song-12", "song-9"]
+
+
+def test_start_over_while_a_user_loads_leaves_none_of_its_plays(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url) as page:
+        store_plays(url, "ann", (3, 50))
+        held: list[Any] = []
+        page.locator("#status", has_text="3 plays").wait_for()
+        page.route("**/v1/users/ann/plays*", lambda route: held.append(route))
+        page.get_by_label("User ID").fill("ann")
+        page.get_by_role("button", name="Show").click()
+        page.get_by_role("button", name="Start over").click()
+        page.locator("#whose", has_text="No song played yet").wait_for()
+        answer(page, held)
+        find_and_play(page, "title 12", "Play Artist 5 – Title 12")
+        page.locator("#status", has_text="1 play").wait_for()
+        assert listed(page, "history") == ["song-12"]
+
+
+def test_plays_that_could_not_be_read_are_read_before_a_song_more_is_answered(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url) as page:
+        store_plays(url, "ann", (3, 50))
+        page.route("**/v1/users/ann/plays*", lambda route: route.fulfill(status=503, json={"detail": "try later"}))
+        page.get_by_label("User ID").fill("ann")
+        page.get_by_role("button", name="Show").click()
+        page.locator("#problem", has_text="try later").wait_for()
+        page.unroute("**/v1/users/ann/plays*")
+        find_and_play(page, "title 12", "Play Artist 5 – Title 12")
+        page.locator("#status", has_text="3 plays").wait_for()
+        assert listed(page, "history") == ["song-12", "song-50", "song-3"]
+        assert page.locator("#problem").is_hidden()
+
+
+def test_a_song_more_goes_on_from_all_of_over_1000_plays(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url) as page:
+        songs = (3, *[50] * 1_100)
+        store_plays(url, "cleo", songs)
+        page.get_by_label("User ID").fill("cleo")
+        page.get_by_role("button", name="Show").click()
+        page.locator("#whose", has_text="For user cleo.").wait_for()
+        with page.expect_request(lambda request: "history" in (request.post_data or "")) as sent:
+            find_and_play(page, "title 12", "Play Artist 5 – Title 12")
+        heard = [play["song_id"] for play in sent.value.post_data_json["history"]]
+        assert heard == [*(f"song-{song}" for song in songs), "song-12"]
