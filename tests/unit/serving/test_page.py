@@ -476,3 +476,29 @@ def test_a_song_more_goes_on_from_all_of_over_1000_plays(world: Workspace, brows
             find_and_play(page, "title 12", "Play Artist 5 – Title 12")
         heard = [play["song_id"] for play in sent.value.post_data_json["history"]]
         assert heard == [*(f"song-{song}" for song in songs), "song-12"]
+
+
+def test_an_error_stays_until_its_own_request_succeeds(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url, "#song=song-3&artist=Abba") as page:
+        page.locator("#problem", has_text="no song of the catalog is by 'Abba'").wait_for()
+        page.get_by_label("Find a song").fill("title 50")
+        page.locator('#found li:first-child[data-song="song-50"]').wait_for()
+        assert "Abba" in page.locator("#problem").inner_text()
+        page.get_by_label("Only songs of this artist").fill("")
+        page.get_by_label("Only songs of this artist").press("Enter")
+        page.locator("#short .score").first.wait_for()
+        assert page.locator("#problem").is_hidden()
+
+
+def test_the_late_failure_of_an_earlier_search_is_not_shown(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url, "#song=song-3") as page:
+        held: list[Any] = []
+        page.locator("#found li").first.wait_for()
+        page.route("**/v1/songs?*query=first*", lambda route: held.append(route))
+        with page.expect_request("**/v1/songs?*query=first*"):
+            page.get_by_label("Find a song").fill("first")
+        page.get_by_label("Find a song").fill("title 50")
+        page.locator('#found li:first-child[data-song="song-50"]').wait_for()
+        answer(page, held, status=503, json={"detail": "try later"})
+        assert page.locator("#problem").is_hidden()
+        assert listed(page, "found")[0] == "song-50"
