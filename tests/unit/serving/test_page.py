@@ -502,3 +502,17 @@ def test_the_late_failure_of_an_earlier_search_is_not_shown(world: Workspace, br
         answer(page, held, status=503, json={"detail": "try later"})
         assert page.locator("#problem").is_hidden()
         assert listed(page, "found")[0] == "song-50"
+
+
+def test_a_link_is_kept_while_a_key_is_asked_for(world: Workspace, browser: Any) -> None:
+    keys = load_keys(ServeConfig(), {"RAYREC_API_KEYS": f"read:{KEY}"})
+    with served(world, keys) as url, page_of(browser, url, "#song=song-3&song=song-50&k=7") as page:
+        page.locator("#problem", has_text="valid key").wait_for()
+        page.get_by_role("button", name="Copy link").click()
+        page.get_by_label("Diversity").fill("1")
+        assert page.url == f"{url}/#song=song-3&song=song-50&k=7&diversity=1"
+        page.get_by_label("API key").fill(KEY)
+        page.get_by_label("API key").press("Enter")
+        page.locator("#status", has_text="2 plays").wait_for()
+        assert listed(page, "history") == ["song-50", "song-3"]
+        assert len(listed(page, "short")) == 7
