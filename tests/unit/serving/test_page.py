@@ -516,3 +516,27 @@ def test_a_link_is_kept_while_a_key_is_asked_for(world: Workspace, browser: Any)
         page.locator("#status", has_text="2 plays").wait_for()
         assert listed(page, "history") == ["song-50", "song-3"]
         assert len(listed(page, "short")) == 7
+
+
+def test_a_key_that_may_not_read_can_be_replaced_after_a_reload(world: Workspace, browser: Any) -> None:
+    keys = load_keys(ServeConfig(), {"RAYREC_API_KEYS": f"read:{KEY},write:{'w' * 20}"})
+    with served(world, keys) as url, page_of(browser, url, "#song=song-3") as page:
+        page.get_by_label("API key").fill("w" * 20)
+        page.get_by_role("button", name="Use").click()
+        page.locator("#problem", has_text="lacks the 'read' role").wait_for()
+        page.reload()
+        page.locator("#problem", has_text="lacks the 'read' role").wait_for()
+        page.get_by_label("API key").fill(KEY)
+        page.get_by_label("API key").press("Enter")
+        page.locator("#status", has_text="1 play").wait_for()
+
+
+def test_a_key_that_no_header_can_hold_is_refused(world: Workspace, browser: Any) -> None:
+    keys = load_keys(ServeConfig(), {"RAYREC_API_KEYS": f"read:{KEY}"})
+    with served(world, keys) as url, page_of(browser, url) as page:
+        page.get_by_label("API key").fill("“" + KEY + "”")
+        page.get_by_role("button", name="Use").click()
+        page.locator("#problem", has_text="not printable ASCII").wait_for()
+        page.reload()
+        page.locator("#problem", has_text="valid key").wait_for()
+        assert page.get_by_label("API key").is_visible()
