@@ -540,3 +540,24 @@ def test_a_key_that_no_header_can_hold_is_refused(world: Workspace, browser: Any
         page.reload()
         page.locator("#problem", has_text="valid key").wait_for()
         assert page.get_by_label("API key").is_visible()
+
+
+def test_the_focus_stays_at_its_place_in_a_list_that_changes(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url, "#song=song-3") as page:
+        page.locator("#short .score").nth(9).wait_for()
+        for plays in (2, 3):
+            page.locator("#short li").nth(2).get_by_title("Play").focus()
+            page.keyboard.press("Enter")
+            page.locator("#status", has_text=f"{plays} plays").wait_for()
+            assert page.evaluate(
+                "document.activeElement === document.querySelectorAll('#short li')[2].querySelector('[title=Play]')"
+            )
+        page.locator("#history li").nth(1).get_by_title("Remove").focus()
+        page.keyboard.press("Enter")
+        page.locator("#status", has_text="2 plays").wait_for()
+        assert page.evaluate(
+            "document.activeElement === document.querySelectorAll('#history li')[1].querySelector('[title=Remove]')"
+        )
+        page.keyboard.press("Enter")
+        page.locator("#status", has_text="1 play").wait_for()
+        assert page.evaluate("document.activeElement.id") == "query"
