@@ -561,3 +561,57 @@ def test_the_focus_stays_at_its_place_in_a_list_that_changes(world: Workspace, b
         page.keyboard.press("Enter")
         page.locator("#status", has_text="1 play").wait_for()
         assert page.evaluate("document.activeElement.id") == "query"
+
+
+def open_song(page: Any) -> None:
+    page.get_by_role("button", name="About Artist 3 – Title 3", exact=True).first.click()
+    page.locator("#song-title", has_text="Title 3").wait_for()
+    page.locator("#similar .title").first.wait_for()
+
+
+def test_a_song_that_cannot_be_shown_closes_the_dialog_before_the_error(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url, "#song=song-3") as page:
+        open_song(page)
+        page.route("**/similar*", lambda route: route.fulfill(status=503, json={"detail": "try later"}))
+        page.locator("#similar .title").first.click()
+        page.locator("#problem", has_text="try later").wait_for()
+        assert page.locator("#song").is_hidden()
+
+
+@pytest.mark.parametrize("end", ["Close", "Escape", "Play"])
+def test_a_dialog_that_was_closed_stays_closed_when_a_late_song_comes(world: Workspace, browser: Any, end: str) -> None:
+    with served(world) as url, page_of(browser, url, "#song=song-3") as page:
+        open_song(page)
+        held: list[Any] = []
+        page.route("**/similar*", lambda route: held.append(route))
+        with page.expect_request("**/similar*"):
+            page.locator("#similar .title").first.click()
+        if end == "Escape":
+            page.keyboard.press("Escape")
+        else:
+            page.locator("#song").get_by_role("button", name=end, exact=True).click()
+        page.locator("#song").wait_for(state="hidden")
+        answer(page, held)
+        assert page.locator("#song").is_hidden()
+
+
+def test_the_focus_stays_in_the_dialog_when_another_song_is_shown_in_it(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url, "#song=song-3") as page:
+        open_song(page)
+        near = listed(page, "similar")[1]
+        page.locator("#similar .title").nth(1).focus()
+        page.keyboard.press("Enter")
+        page.locator("#song-facts", has_text=near).wait_for()
+        assert page.evaluate("document.activeElement.id") == "play-song"
+
+
+def test_a_click_on_the_edge_of_the_dialog_leaves_it_open_and_one_outside_closes_it(
+    world: Workspace, browser: Any
+) -> None:
+    with served(world) as url, page_of(browser, url, "#song=song-3") as page:
+        open_song(page)
+        box = page.locator("#song").bounding_box()
+        page.mouse.click(box["x"] + 6, box["y"] + 6)
+        assert page.locator("#song").is_visible()
+        page.mouse.click(box["x"] - 6, box["y"] + 6)
+        assert page.locator("#song").is_hidden()
