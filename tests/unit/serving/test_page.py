@@ -615,3 +615,20 @@ def test_a_click_on_the_edge_of_the_dialog_leaves_it_open_and_one_outside_closes
         assert page.locator("#song").is_visible()
         page.mouse.click(box["x"] - 6, box["y"] + 6)
         assert page.locator("#song").is_hidden()
+
+
+def test_a_probability_near_one_is_written_in_digits(world: Workspace, browser: Any) -> None:
+    def change(route: Any) -> None:
+        given = route.fetch().json()
+        for song, probability in zip(given["songs"], (0.995, 1, 0.0123), strict=False):
+            song.update(explored=True, probability=probability)
+        route.fulfill(json=given)
+
+    with served(world) as url, page_of(browser, url) as page:
+        page.locator("#status", has_text="3 plays").wait_for()
+        page.route("**/v1/recommendations", change)
+        page.get_by_label("Number of songs").fill("3")
+        page.get_by_label("Number of songs").press("Enter")
+        page.locator("#short .why", has_text="probability").first.wait_for()
+        texts = page.locator("#short .why").all_inner_texts()
+        assert [text.partition("probability ")[2].partition(" %")[0] for text in texts] == ["100", "100", "1.2"]
