@@ -8,6 +8,8 @@ import pytest
 from browsers import chromium, light_of_ground, page_of, take_picture
 from planted_reports import full_report
 
+from rayrec.evaluation.report import html_page
+
 SMALLEST = 12  # px of text that can be read
 FONT_SIZES = """
 const sizes = {};
@@ -83,3 +85,16 @@ def test_a_link_of_the_contents_opens_its_chapter(browser: Any, url: str) -> Non
             assert chapter.get_attribute("open") is not None
             assert chapter.locator("summary").inner_text() == link.inner_text()
             assert chapter.locator("h3").first.is_visible()
+
+
+def test_long_ids_fit_a_narrow_window(browser: Any, tmp_path: Path) -> None:
+    long_id = "a1b2c3d4" * 8
+    row = {"kind": "network", "users": "all", "target": "served", "metric": "recall", "k": 20, "plays": 9}
+    figures = {
+        "results": [{**row, "model": "taste", "value": 0.4, "low": 0.3, "high": 0.5}],
+        "examples": [{"last_plays": [long_id], "songs": [long_id]}],
+    }
+    path = tmp_path / "report.html"
+    path.write_text(html_page(figures, default="taste", about={"test range": long_id}))
+    with page_of(browser, path.as_uri(), viewport={"width": 400, "height": 900}) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400

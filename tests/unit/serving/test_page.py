@@ -632,3 +632,19 @@ def test_a_probability_near_one_is_written_in_digits(world: Workspace, browser: 
         page.locator("#short .why", has_text="probability").first.wait_for()
         texts = page.locator("#short .why").all_inner_texts()
         assert [text.partition("probability ")[2].partition(" %")[0] for text in texts] == ["100", "100", "1.2"]
+
+
+def test_long_ids_fit_a_narrow_window(world: Workspace, browser: Any) -> None:
+    long_id, size = "a1b2c3d4" * 8, {"width": 400, "height": 900}
+
+    def change(route: Any) -> None:
+        route.fulfill(json={**route.fetch().json(), "title": long_id})
+
+    with served(world) as url, page_of(browser, url, f"#user={long_id}&artist={long_id}", viewport=size) as page:
+        page.locator("#problem", has_text=long_id).wait_for()
+        page.locator("#whose", has_text=long_id).wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        page.route("**/similar*", change)
+        page.locator("#found .title").first.click()
+        page.locator("#song-title", has_text=long_id).wait_for()
+        assert page.evaluate("(({ scrollWidth, clientWidth }) => scrollWidth - clientWidth)(at('song'))") == 0
