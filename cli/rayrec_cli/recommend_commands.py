@@ -12,7 +12,7 @@ from rayrec.data.moments import iso_moment, now_ms, parse_moment
 from rayrec.data.split import Split, choose_split, holds_for, load_split
 from rayrec.errors import InputError
 from rayrec.evaluation.evaluator import PrefixFile
-from rayrec.evaluation.protocol import DAYS, EvaluateConfig, usual_k
+from rayrec.evaluation.protocol import DAYS, DEFAULT_CONFIG, EvaluateConfig, usual_k
 from rayrec.evaluation.results import ABLATION
 from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recommender
 from rayrec.storage.artifacts import latest, load_manifest
@@ -222,8 +222,8 @@ def evaluate(
     data = {"id": report.id, **read_figures(call.workspace, report)}
     warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []
     where = f"Report: {call.workspace.full(report.path('report.html'))}"
-    ablation = [results_table(data, ablation=True)] if config.ablation else []
-    views = [results_table(data), *ablation, *about_scores(data), *warnings, made_from(report.inputs), where]
+    ablation = [results_table(data, config, ablation=True)] if config.ablation else []
+    views = [results_table(data, config), *ablation, *about_scores(data), *warnings, made_from(report.inputs), where]
     return Shown({**data, "inputs": report.inputs}, views)
 
 
@@ -247,7 +247,7 @@ def _evaluate_prefixes(
     counts = {name: data[name] for name in ("pairs", "unknown_targets", "unknown_items")}
     where = f"Report: {call.workspace.full(report.path('report.html'))}"
     pairs = figures("Pairs of prefix and target", counts)
-    views = [results_table(data), *about_scores(data), pairs, made_from(report.inputs), where]
+    views = [results_table(data, config), *about_scores(data), pairs, made_from(report.inputs), where]
     return Shown({**data, "inputs": report.inputs}, views)
 
 
@@ -267,8 +267,10 @@ def _days_title(target: str) -> str:
     return f"{target.removeprefix(DAYS).replace('_', '-')} d"
 
 
-def results_table(data: dict[str, Any], *, ablation: bool = False) -> RenderableType:
-    """One line per model, the best recall as served first, with its interval, at 20.
+def results_table(
+    data: dict[str, Any], config: EvaluateConfig = DEFAULT_CONFIG, *, ablation: bool = False
+) -> RenderableType:
+    """One line per model, the best recall as served first, with its interval where `config` computes some, at 20.
 
     Of an ablation: the default model and the same without each of its parts.
     """
@@ -289,12 +291,14 @@ def results_table(data: dict[str, Any], *, ablation: bool = False) -> Renderable
     for name in models:
         cells = [number(values[(name, *column[:2])]["value"]) for column in columns]
         shown = f"{name} *" if name == data["default"] else name
-        rows.append([shown, cells[0], _interval(values[(name, *first)]), *cells[1:]])
+        interval = [_interval(values[(name, *first)])] if config.interval_title else []
+        rows.append([shown, cells[0], *interval, *cells[1:]])
     titles = [title for _, _, title in columns]
     title = f"Recall@{usual} and MRR@{usual} over the full catalog (* is used by `recommend`)"
     if ablation:
         title = f"Ablation: recall@{usual} and MRR@{usual} without each part"
-    return table(title, ["model", titles[0], "95 %", *titles[1:]], rows)
+    interval_titles = [config.interval_title] if config.interval_title else []
+    return table(title, ["model", titles[0], *interval_titles, *titles[1:]], rows)
 
 
 def about_scores(data: dict[str, Any]) -> list[str]:

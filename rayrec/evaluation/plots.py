@@ -45,6 +45,7 @@ def cosine_plot(curves: Sequence[dict[str, Any]]) -> Plot | None:
     if not drawn:
         return None
     figure, axes = _canvas()
+    has_intervals = any(np.less(curve["low"], curve["high"]).any() for curve in drawn)  # none without samples
     shifts = np.geomspace(1 / 1.05, 1.05, len(drawn) + 2)[1:-1]
     for place, (curve, color, shift) in enumerate(zip(drawn, _colors(drawn), shifts, strict=True)):
         offsets, value, low, high = (np.asarray(curve[name]) for name in ("offset", "value", "low", "high"))
@@ -77,7 +78,7 @@ def cosine_plot(curves: Sequence[dict[str, Any]]) -> Plot | None:
         file="cosine_by_offset.png",
         title="Taste vectors and songs played later",
         note="Mean cosine of the taste vector with the song so many plays ahead, each model with its own song "
-        "embeddings. The bars are bootstrap intervals over users.",
+        f"embeddings.{' The bars are bootstrap intervals over users.' if has_intervals else ''}",
         alt="Mean cosine by offset, one line per model",
         png=_png(figure),
     )

@@ -86,6 +86,14 @@ class EvaluateConfig(Settings):
             raise ValueError(f"ks is {list(self.ks)}; expected different cutoffs such as 10, 20, 100")
         return self
 
+    @property
+    def interval_title(self) -> str:
+        """The confidence level of the intervals, such as "95 %"; empty where none are computed."""
+        return f"{100 * self.confidence:g} %" if self.bootstrap_samples else ""
+
+
+DEFAULT_CONFIG = EvaluateConfig()
+
 
 def usual_k(ks: Sequence[int]) -> int:
     """The cut-off of comparisons, breakdowns and headlines: 20, or the deepest where 20 is not among them."""

@@ -13,7 +13,7 @@ import jinja2
 
 from rayrec.embeddings.vectors import COLLAPSED
 from rayrec.evaluation.plots import Plot
-from rayrec.evaluation.protocol import DAYS, TARGETS, usual_k
+from rayrec.evaluation.protocol import DAYS, DEFAULT_CONFIG, TARGETS, EvaluateConfig, usual_k
 from rayrec.evaluation.results import ABLATION
 from rayrec.storage.artifacts import Manifest, noun, verify
 from rayrec.storage.workspace import Workspace
@@ -123,16 +123,18 @@ def by_metric(results: Sequence[Entry], target: str, group: str, k: int, default
     )
 
 
-def differences(comparisons: Sequence[Entry], metric: str) -> Table | None:
-    """The default model less each other one."""
+def differences(comparisons: Sequence[Entry], metric: str, drawn: str = "users") -> Table | None:
+    """The default model less each other one; `drawn` is what the bootstrap draws."""
     entries = [entry for entry in comparisons if entry["metric"] == metric]
     if not entries:
         return None
+    note = f"{entries[0]['model']} minus the other model, on the same queries."
+    if "low" in entries[0]:
+        note += f" Where the interval does not hold 0, the difference is not due to the {drawn} drawn."
     return _table(
         f"differences-{metric}",
         f"Differences of {metric_title(metric)}@{entries[0]['k']}",
-        f"{entries[0]['model']} minus the other model, on the same queries. Where the interval does not hold 0, the "
-        "difference is not due to the users drawn.",
+        note,
         [{**entry, "model": entry["other"], "value": entry["difference"]} for entry in entries],
         lambda entry: target_title(entry["target"]),
         order=lambda entry: entry["value"],
@@ -197,8 +199,8 @@ def recommended(figures: Sequence[Entry], default: str) -> Table | None:
             default=entry["model"] == default,
             cells=[
                 Cell(text=f"{entry['coverage']:.3f}"),
-                _cell(entry["popularity_rank"], entry["popularity_rank_low"], entry["popularity_rank_high"], "{:,.0f}"),
-                _cell(entry["repeats"], entry["repeats_low"], entry["repeats_high"], "{:.3f}"),
+                _cell(entry, "{:,.0f}", "popularity_rank", "popularity_rank_"),
+                _cell(entry, "{:.3f}", "repeats", "repeats_"),
             ],
         )
         for entry in sorted(figures, key=lambda entry: -entry["coverage"])
@@ -313,19 +315,27 @@ def _table(
         Row(
             name=model,
             default=model == default,
-            cells=[_entry_cell(by_model[model].get(name), form) for name in head],
+            cells=[_cell(by_model[model][name], form) if name in by_model[model] else Cell(text="–") for name in head],
         )
         for model in ranked
     ]
     return Table(id=identifier, title=title, note=note, head=head, rows=rows)
 
 
-def _entry_cell(entry: Entry | None, form: str) -> Cell:
-    return Cell(text="–") if entry is None else _cell(entry["value"], entry["low"], entry["high"], form)
+def _cell(entry: Entry, form: str, name: str = "value", prefix: str = "") -> Cell:
+    """A figure of an entry with its interval, the fields low and high behind `prefix`, where it has one."""
+    ends = [form.format(entry[prefix + end]) for end in ("low", "high") if prefix + end in entry]
+    return Cell(text=form.format(entry[name]), interval=" to ".join(ends))
 
 
-def _cell(value: float, low: float, high: float, form: str) -> Cell:
-    return Cell(text=form.format(value), interval=f"{form.format(low)} to {form.format(high)}")
+def _as_shown(figures: Mapping[str, Sequence[Entry]], config: EvaluateConfig) -> Mapping[str, Sequence[Entry]]:
+    """The figures without low and high where no intervals were computed, as both are then the figure itself."""
+    if config.bootstrap_samples:
+        return figures
+    return {
+        kind: [{name: entry[name] for name in entry if not name.endswith(("low", "high"))} for entry in entries]
+        for kind, entries in figures.items()
+    }
 
 
 RESULTS = "results.json"
@@ -359,19 +369,24 @@ def write_report(
     about: dict[str, str],
     described: str = EVERY_PLAY,
     plots: Sequence[Plot] = (),
+    config: EvaluateConfig = DEFAULT_CONFIG,
+    drawn: str = "users",
 ) -> list[str]:
     """Write the report's files to a folder of the workspace and return their names.
 
     `figures` are those of `figures_of`, or some of them, and the health of the song embeddings. `default` names the
     model that `recommend` uses; `about` says what was evaluated, name by name, and `described` what was predicted
-    from what, for the head of the page.
+    from what, for the head of the page. `config` holds the settings of the evaluation, whose bootstrap drew `drawn`:
+    users or pairs.
     """
     names, about = [RESULTS, PAGE], {**about, "versions": versions()}
     workspace.write_json(f"{folder}/{RESULTS}", {"default": default, "about": about, **figures})
     for plot in plots:
         workspace.write_bytes(f"{folder}/{plot.file}", plot.png)
         names.append(plot.file)
-    page = html_page(figures, default=default, about=about, described=described, plots=plots)
+    page = html_page(
+        figures, default=default, about=about, described=described, plots=plots, config=config, drawn=drawn
+    )
     workspace.write_bytes(f"{folder}/{PAGE}", page.encode())
     return names
 
@@ -402,11 +417,15 @@ def headline(figures: Mapping[str, Sequence[Entry]], default: str) -> dict[str, 
     }
 
 
-def summary(figures: Mapping[str, Sequence[Entry]], default: str) -> dict[str, Any]:
+def summary(
+    figures: Mapping[str, Sequence[Entry]], default: str, config: EvaluateConfig = DEFAULT_CONFIG
+) -> dict[str, Any]:
     """What a report's manifest keeps of its figures: the verdict, the headline, and the headline of each model.
 
-    `by_model` holds a row a model, best first, with the interval of its first figure.
+    `by_model` holds a row a model, best first, with the interval of its first figure: low and high, None where the
+    settings `config` compute no intervals.
     """
+    figures = _as_shown(figures, config)
     usual = usual_k([entry["k"] for entry in figures["results"]])
     values = _values(figures["results"], usual)
     target = "served" if any(name == "served" for _, name, _ in values) else "next"
@@ -431,8 +450,14 @@ def html_page(
     about: dict[str, str],
     described: str = EVERY_PLAY,
     plots: Sequence[Plot] = (),
+    config: EvaluateConfig = DEFAULT_CONFIG,
+    drawn: str = "users",
 ) -> str:
-    """The report as one HTML page that needs no other file: the verdict and a chart first, all figures folded."""
+    """The report as one HTML page that needs no other file: the verdict and a chart first, all figures folded.
+
+    The arguments are those of `write_report`.
+    """
+    figures = _as_shown(figures, config)
     compared = [entry for entry in figures["results"] if entry["kind"] != ABLATION]
     k = usual_k([entry["k"] for entry in compared])
     first = next(target for target in TARGETS if any(entry["target"] == target for entry in compared))
@@ -459,13 +484,14 @@ def html_page(
         verdict=verdict(figures, default),
         warning=about.get("warning"),
         described=described,
+        intervals=f", with {config.interval_title} bootstrap intervals over {drawn}" if config.interval_title else "",
         chart=_chart(shown, values, first, k, default, len(ranked)),
         summary=by_target(
             [entry for entry in compared if entry["model"] in shown], "recall", k, default, only=(*SUMMARY, *in_days)
         ),
         examples=figures.get("examples", []),
         facts=facts.items(),
-        chapters=_chapters({**figures, **_of_models(figures, models), "results": compared}, default, k, plots),
+        chapters=_chapters({**figures, **_of_models(figures, models), "results": compared}, default, k, plots, drawn),
     )
 
 
@@ -512,12 +538,15 @@ def verdict(figures: Mapping[str, Sequence[Entry]], default: str) -> str:
     key = {"other": best, "target": target, "metric": "recall", "k": k}
     for entry in figures.get("comparisons", []):
         if key.items() <= entry.items():
-            low, high, more = 100 * entry["low"], 100 * entry["high"], 100 * entry["difference"]
+            more = 100 * entry["difference"]
+            lead = f"{recall_text}: {abs(more):.1f} {'more' if more >= 0 else 'fewer'} than the best baseline, {best}"
+            if "low" not in entry:
+                return f"{lead}."
+            low, high = 100 * entry["low"], 100 * entry["high"]
             if low <= 0 <= high:
                 return f"{recall_text}: no clear difference from the best baseline, {best} ({low:+.1f} to {high:+.1f})."
-            word = "more" if more > 0 else "fewer"
             span = f"{min(abs(low), abs(high)):.1f} to {max(abs(low), abs(high)):.1f}"
-            return f"{recall_text}: {abs(more):.1f} {word} than the best baseline, {best} (interval {span})."
+            return f"{lead} (interval {span})."
     return f"{recall_text}; the best baseline, {best}, finds {100 * recalls[best]['value']:.0f}."
 
 
@@ -535,16 +564,16 @@ def _chart(
     default: str,
     count: int,
 ) -> dict[str, Any]:
-    """The bars of recall with their intervals, in per cent of the longest."""
+    """The bars of recall with their intervals, left and span, None without one, in per cent of the longest."""
     rows = [values[model, target, "recall"] for model in models]
-    longest = max([entry["high"] for entry in rows] + [1e-9])
+    longest = max([max(entry["value"], entry.get("high", 0.0)) for entry in rows] + [1e-9])
     bars = [
         {
             "name": entry["model"],
             "default": entry["model"] == default,
             "width": round(100 * entry["value"] / longest, 2),
-            "left": round(100 * entry["low"] / longest, 2),
-            "span": round(100 * (entry["high"] - entry["low"]) / longest, 2),
+            "left": round(100 * entry["low"] / longest, 2) if "low" in entry else None,
+            "span": round(100 * (entry["high"] - entry["low"]) / longest, 2) if "low" in entry else None,
             "text": f"{entry['value']:.3f}",
         }
         for entry in rows
@@ -553,7 +582,9 @@ def _chart(
     return {"title": title, "bars": bars, "more": count if count > len(models) else 0}
 
 
-def _chapters(figures: Mapping[str, Sequence[Entry]], default: str, k: int, plots: Sequence[Plot]) -> list[Chapter]:
+def _chapters(
+    figures: Mapping[str, Sequence[Entry]], default: str, k: int, plots: Sequence[Plot], drawn: str
+) -> list[Chapter]:
     """Everything below the first page; a chapter without a table or a plot is left out."""
     results = figures["results"]
     others = sorted({entry["k"] for entry in results} - {k})
@@ -570,9 +601,9 @@ def _chapters(figures: Mapping[str, Sequence[Entry]], default: str, k: int, plot
         ),
         Chapter(
             id="differences",
-            title="Differences from the other models, with intervals",
+            title="Differences from the other models",
             tables=_some(
-                differences([entry for entry in comparisons if entry["other"] not in ablated], metric)
+                differences([entry for entry in comparisons if entry["other"] not in ablated], metric, drawn)
                 for metric in ("recall", "mrr")
             ),
         ),
@@ -580,7 +611,7 @@ def _chapters(figures: Mapping[str, Sequence[Entry]], default: str, k: int, plot
             id="ablation",
             title="Ablation: without each part",
             tables=_some(
-                differences([entry for entry in comparisons if entry["other"] in ablated], metric)
+                differences([entry for entry in comparisons if entry["other"] in ablated], metric, drawn)
                 for metric in ("recall", "mrr")
             ),
         ),

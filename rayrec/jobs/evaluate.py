@@ -112,7 +112,7 @@ def evaluate(
             "default": compared.default,
             "protocol": split.protocol,
             **({"warning": compared.warning} if compared.warning else {}),
-            **summary(figures, compared.default),
+            **summary(figures, compared.default, config),
             "users": int(users),
             "plays": int(plays),
             "seconds": round(time.monotonic() - started, 1),
@@ -122,7 +122,9 @@ def evaluate(
     about |= settings_of_parts(workspace, compared, config)
     about |= {"warning": compared.warning} if compared.warning else {}
     plots = [*filter(None, [cosine_plot(figures[CURVES])]), *plots_of(dataset, compared, evaluator.song_plays)]
-    names = write_report(workspace, manifest.folder, figures, default=compared.default, about=about, plots=plots)
+    names = write_report(
+        workspace, manifest.folder, figures, default=compared.default, about=about, plots=plots, config=config
+    )
     return publish(workspace, manifest, names)
 
 
@@ -349,7 +351,7 @@ def evaluate_prefixes(
         metrics={
             "default": compared.default,
             "protocol": "prefixes",
-            **summary(figures, compared.default),
+            **summary(figures, compared.default, config),
             **pairs,
             "seconds": seconds,
         },
@@ -357,7 +359,14 @@ def evaluate_prefixes(
     about = {"protocol": "prefixes", "file": file.path, **{name: f"{count:,}" for name, count in pairs.items()}}
     about |= compared.inputs | settings_of_parts(workspace, compared, config)
     names = write_report(
-        workspace, manifest.folder, figures, default=compared.default, about=about, described=ABOUT_PREFIXES
+        workspace,
+        manifest.folder,
+        figures,
+        default=compared.default,
+        about=about,
+        described=ABOUT_PREFIXES,
+        config=config,
+        drawn="pairs",
     )
     return publish(workspace, manifest, names)
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from rayrec.config import Settings
 from rayrec.errors import InputError
+from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.jobs.pipeline import Demo
 from rayrec.recommend.answer import Answer
 from rayrec_cli.app import Call, Globals, Shown, command, day, figures, number, short, show, size, table
@@ -328,6 +329,15 @@ def test_results_without_intervals_are_shown_too() -> None:
     for row in data["results"]:
         row["low"] = row["high"] = None
     assert "0.400" in lines(results_table(data))[3]
+
+
+def test_the_results_are_headed_by_the_confidence_of_their_intervals_and_have_no_column_without_any() -> None:
+    data = results("served", "next")
+    heads = [
+        lines(results_table(data, config))[1].split()
+        for config in (EvaluateConfig(confidence=0.9), EvaluateConfig(bootstrap_samples=0))
+    ]
+    assert heads == [["model", "served", "90", "%", "MRR", "all", "MRR"], ["model", "served", "MRR", "all", "MRR"]]
 
 
 def test_settings_of_each_baseline_and_the_calibration_error_of_the_default_stand_in_80_columns() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from rayrec.errors import DamagedArtifactError
 from rayrec.evaluation.plots import Plot, cosine_plot, curve_name
+from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import headline, html_page, read_figures, summary, verdict, write_report
 from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.workspace import Workspace
@@ -238,3 +239,53 @@ def test_a_plot_is_drawn_of_many_curves_of_one_and_of_none() -> None:
 def test_a_model_with_two_curves_is_named_with_its_horizon() -> None:
     curves = [_curve("taste", horizon="short"), _curve("taste", horizon="long"), _curve("item-knn")]
     assert [curve_name(curve, curves) for curve in curves] == ["taste, short", "taste, long", "item-knn"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "drawn", "expected"),
+    [
+        ({}, "users", "means over queries, with 95 % bootstrap intervals over users."),
+        ({"confidence": 0.9}, "users", "means over queries, with 90 % bootstrap intervals over users."),
+        ({"confidence": 0.999}, "pairs", "means over queries, with 99.9 % bootstrap intervals over pairs."),
+        ({"bootstrap_samples": 0}, "users", "means over queries."),
+    ],
+)
+def test_the_page_says_which_intervals_were_computed(settings: dict[str, Any], drawn: str, expected: str) -> None:
+    rows = [_served("taste", 0.42, "network"), _served("vstan", 0.3)]
+    figures = {"results": rows, "comparisons": [_difference("vstan", 0.12, 0.01)]}
+    page = html_page(figures, default="taste", about={}, config=EvaluateConfig(**settings), drawn=drawn)
+    assert f"Figures are {expected}" in _text(page)
+    assert (f"not due to the {drawn} drawn" in page) == ("intervals" in expected)
+
+
+def test_without_samples_no_interval_is_shown_and_the_results_are_kept_as_they_are(workspace: Workspace) -> None:
+    ranks = {"popularity_rank": 3210.4, "popularity_rank_low": 3210.4, "popularity_rank_high": 3210.4}
+    repeats = {"repeats": 0.2, "repeats_low": 0.2, "repeats_high": 0.2}
+    figures = {
+        "results": [
+            {**row, "low": row["value"], "high": row["value"]}
+            for row in (_served("taste", 0.42, "network"), _served("vstan", 0.3))
+        ],
+        "comparisons": [_difference("vstan", 0.12, 0)],
+        "recommended": [{"model": "taste", "coverage": 0.5, **ranks, **repeats, "lists": 77}],
+    }
+    config = EvaluateConfig(bootstrap_samples=0)
+    write_report(workspace, "reports/r", figures, default="taste", about={}, config=config)
+    stored = workspace.read_json("reports/r/results.json")
+    assert {name: stored[name] for name in figures} == figures
+    page = workspace.read_bytes("reports/r/report.html").decode()
+    assert " to 0." not in page
+    assert "3,210</td>" in page
+    assert '<div class="whisker"' not in page
+    shown = summary(figures, "taste", config)
+    assert shown["verdict"].endswith(": 12.0 more than the best baseline, vstan.")
+    assert f"<h1>{shown['verdict']}</h1>" in page
+    assert shown["by_model"][0]["low"] is None
+
+
+def test_a_plot_speaks_of_its_bars_only_where_it_has_some() -> None:
+    bare = {**_curve("weak"), "low": [0.5, 0.4], "high": [0.5, 0.4]}
+    for curve, told in ((_curve("weak"), True), (bare, False)):
+        plot = cosine_plot([curve])
+        assert plot is not None
+        assert ("bootstrap" in plot.note) == told
