@@ -485,7 +485,7 @@ def html_page(
         warning=about.get("warning"),
         described=described,
         intervals=f", with {config.interval_title} bootstrap intervals over {drawn}" if config.interval_title else "",
-        chart=_chart(shown, values, first, k, default, len(ranked)),
+        chart=_chart(shown, values, first, k, default, ranked),
         summary=by_target(
             [entry for entry in compared if entry["model"] in shown], "recall", k, default, only=(*SUMMARY, *in_days)
         ),
@@ -562,9 +562,12 @@ def _chart(
     target: str,
     k: int,
     default: str,
-    count: int,
+    ranked: Sequence[str],
 ) -> dict[str, Any]:
-    """The bars of recall with their intervals, left and span, None without one, in per cent of the longest."""
+    """The bars of recall with their intervals, left and span, None without one, in per cent of the longest.
+
+    `models` are the first of `ranked`, all models from the best on, or all but one of these and the default model.
+    """
     rows = [values[model, target, "recall"] for model in models]
     longest = max([max(entry["value"], entry.get("high", 0.0)) for entry in rows] + [1e-9])
     bars = [
@@ -578,8 +581,14 @@ def _chart(
         }
         for entry in rows
     ]
-    title = f"Recall@{k}, {target_title(target)}"
-    return {"title": title, "bars": bars, "more": count if count > len(models) else 0}
+    best = len(models) if models[-1] in ranked[: len(models)] else len(models) - 1
+    added = f" and {default}, which recommend uses" if best < len(models) else ""
+    note = f"The {best} best of {len(ranked)} models{added}; all are in the tables below."
+    return {
+        "title": f"Recall@{k}, {target_title(target)}",
+        "bars": bars,
+        "note": note if len(ranked) > len(models) else "",
+    }
 
 
 def _chapters(

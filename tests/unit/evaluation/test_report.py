@@ -118,10 +118,12 @@ def test_the_verdict_is_the_default_model_against_the_best_baseline(difference: 
 def test_the_chart_shows_the_five_best_models_and_always_the_default() -> None:
     rows = [_served(f"model-{number}", number / 10) for number in range(1, 9)]
     page = html_page({"results": rows}, default="model-1", about={})
-    chart = page[page.index('class="bars"') : page.index("five best of 8")]
+    chart = page[page.index('class="bars"') : page.index("The 4 best of 8 models and model-1, which recommend uses;")]
     assert re.findall(r'class="name">([^<]+)<', chart) == ["model-8", "model-7", "model-6", "model-5", "model-1"]
     widths = [float(width) for width in re.findall(r'class="bar[^"]*" style="width: ([0-9.]+)%', chart)]
     assert widths == pytest.approx([100 * value / 0.81 for value in (0.8, 0.7, 0.6, 0.5, 0.1)], abs=0.01)
+    assert "The 5 best of 8 models; all" in html_page({"results": rows}, default="model-4", about={})
+    assert "best of" not in html_page({"results": rows[:5]}, default="model-1", about={})
 
 
 def test_a_warning_about_leakage_stands_before_every_figure(results: list[dict[str, Any]]) -> None:

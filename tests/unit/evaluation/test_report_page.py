@@ -98,3 +98,13 @@ def test_long_ids_fit_a_narrow_window(browser: Any, tmp_path: Path) -> None:
     path.write_text(html_page(figures, default="taste", about={"test range": long_id}))
     with page_of(browser, path.as_uri(), viewport={"width": 400, "height": 900}) as page:
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+def test_all_that_takes_the_focus_is_named_and_the_chart_is_no_table(browser: Any, url: str) -> None:
+    with page_of(browser, url) as page:
+        page.evaluate("document.querySelectorAll('details').forEach((chapter) => { chapter.open = true; })")
+        for part in page.locator("[tabindex]").all():
+            assert part.get_attribute("role") == "region"
+            assert part.get_attribute("aria-label") == part.locator("xpath=../h3").inner_text()
+        assert page.get_by_role("group", name="Recall@20, as served").count() == 1
+        assert page.locator("[role=table]").count() == 0
