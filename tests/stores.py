@@ -1,5 +1,6 @@
 """What tests that want a real Redis skip for where there is none; answers of Redis that get lost."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,16 +16,18 @@ needs_redis_cli = pytest.mark.skipif(
 
 
 @contextmanager
-def lost_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In this block the connection breaks whenever Redis answers a script with 1: the script has run."""
+def lost_answers(monkeypatch: pytest.MonkeyPatch, most: float = math.inf) -> Iterator[None]:
+    """In this block the connection breaks whenever Redis answers a script with 1, `most` times: the script has run."""
     from redis.connection import Connection
     from redis.exceptions import ConnectionError as BrokenConnectionError
 
-    read = Connection.read_response
+    read, lost = Connection.read_response, 0
 
     def read_and_lose(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal lost
         answer = read(self, *args, **options)
-        if answer == 1:
+        if answer == 1 and lost < most:
+            lost += 1
             self.disconnect()
             raise BrokenConnectionError("the answer got lost")
         return answer

@@ -10,6 +10,7 @@ acknowledged. A node whose replicas are down, or do not answer in time, goes on 
 
 import logging
 import os
+import secrets
 import time
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,18 +43,20 @@ ROLE_SECONDS = 5.0  # that a node of a cluster is believed to have replicas, or 
 NEW_USERS = 200  # of one call of a script, for which the server does nothing else: some milliseconds
 
 # State, log, heard songs and events of a user change together or not at all.
-# KEYS: user, log, today's events. ARGV: expected version, state, restart, heard, seconds, number of events, events,
-# then plays and data of each piece. A piece starts with its number of plays, as 4 bytes.
+# KEYS: user, log, today's events. ARGV: expected version, number of the put, state, restart, heard, seconds, number of
+# events, events, then plays and data of each piece. A piece starts with its number of plays, as 4 bytes.
 PUT = """
 local version = tonumber(redis.call('HGET', KEYS[1], 'v') or '0')
-if version ~= tonumber(ARGV[1]) then return 0 end
-redis.call('HSET', KEYS[1], 'v', version + 1, 's', ARGV[2])
-if ARGV[3] == '1' then redis.call('DEL', KEYS[2]) redis.call('HDEL', KEYS[1], 'h') end
-if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], 'h', ARGV[4]) end
-local events = tonumber(ARGV[6])
-for i = 7, 6 + events do redis.call('SADD', KEYS[3], ARGV[i]) end
-if events > 0 then redis.call('EXPIRE', KEYS[3], ARGV[5]) end
-for i = 7 + events, #ARGV, 2 do
+if version ~= tonumber(ARGV[1]) then
+  return redis.call('HGET', KEYS[1], 'p') == ARGV[2] and 1 or 0  -- 1: this put, whose answer got lost
+end
+redis.call('HSET', KEYS[1], 'v', version + 1, 'p', ARGV[2], 's', ARGV[3])
+if ARGV[4] == '1' then redis.call('DEL', KEYS[2]) redis.call('HDEL', KEYS[1], 'h') end
+if ARGV[5] ~= '' then redis.call('HSET', KEYS[1], 'h', ARGV[5]) end
+local events = tonumber(ARGV[7])
+for i = 8, 7 + events do redis.call('SADD', KEYS[3], ARGV[i]) end
+if events > 0 then redis.call('EXPIRE', KEYS[3], ARGV[6]) end
+for i = 8 + events, #ARGV, 2 do
   redis.call('RPUSH', KEYS[2], struct.pack('>I4', tonumber(ARGV[i])) .. ARGV[i + 1])
 end
 return 1
@@ -496,8 +499,8 @@ def _wait_while(server: Any, running: str) -> Mapping[str, Any]:
 
 
 def _patience(retries: int) -> Any:
-    """Tries for a second at most. Where it tries again, a put that went through already then looks like a conflict, and
-    the caller who reads again sees its plays."""
+    """Tries for a second at most. A put that went through already is known by its number; if another came after it, it
+    looks like a conflict, and the caller who reads again sees its plays."""
     from redis.backoff import ExponentialBackoff
     from redis.retry import Retry
 
@@ -520,7 +523,8 @@ def _unless_down(shown: str, call: Callable[[], T]) -> T:
 
 
 def _arguments(change: Change) -> list[Any]:
-    arguments = [change.expected, change.state, int(change.restart), change.heard or b"", EVENT_SECONDS]
+    number = secrets.token_bytes(8)
+    arguments = [change.expected, number, change.state, int(change.restart), change.heard or b"", EVENT_SECONDS]
     arguments += [len(change.events), *change.events]
     for piece in change.append:
         arguments += [piece.plays, piece.data]

@@ -138,7 +138,7 @@ class StoredUsers:
         When this returns they are in the store. `on_stored` is called for each user right after those plays were
         stored, by the thread that stored them, also where this raises afterwards or is cancelled. Raises
         `StoreUnavailableError` where plays may not be stored: sent again with the same event ids, no play counts twice.
-        Where they were stored all the same but Redis's answer got lost, `on_stored` is not called for them.
+        Where they were stored all the same, `on_stored` is not called for them.
         """
         store = await self._store(live)
         outcomes: dict[str, list[Outcome]] = {}

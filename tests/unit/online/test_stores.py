@@ -215,6 +215,21 @@ def test_plays_of_songs_count_once_in_redis_though_an_answer_gets_lost(
     store.close()
 
 
+@needs_redis
+def test_a_put_whose_answer_got_lost_was_made_and_one_after_another_was_not(
+    redis: RedisServer, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(redis.uri, namespace)
+    change = Change(user_id="ann", state=b"1", expected=NOT_THERE, events=[7], append=[Piece(1, b"play")])
+    with lost_answers(monkeypatch, most=1):
+        assert store.put([change]) == [True]
+    assert store.put([change]) == [False]  # the same plays, sent by another request
+    (whole,) = store.read(["ann"])
+    assert whole is not None
+    assert (whole.stored.version, whole.log) == (1, [b"play"])
+    store.close()
+
+
 def test_the_buckets_of_each_load_are_kept(store: StateStore) -> None:
     assert store.loaded("tastes1") == {}
     for bucket, text in ((0, "first"), (7, "ë"), (0, "again")):
