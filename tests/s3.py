@@ -52,9 +52,7 @@ class S3Server:
 
     def uri(self, prefix: str) -> str:
         """A workspace on it."""
-        return (
-            f"s3://x:y@bucket/{prefix}?endpoint_override=127.0.0.1:{self.port}&scheme=http&allow_bucket_creation=true"
-        )
+        return f"s3://bucket/{prefix}?endpoint_override=127.0.0.1:{self.port}&scheme=http&allow_bucket_creation=true"
 
     def fail(self, share: float) -> None:
         """From now on this share of all requests is answered by 500 or 503, at once or after 4 seconds."""

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -36,6 +37,18 @@ CACHE_VARIABLE = "RAYREC_CACHE"  # names the folder of the local cache
 UNUSED_DAYS = 3.0  # after which a file of it goes
 BLOCK = 1 << 22
 SMALL = 1 << 20  # bytes of files that are read again sooner than looked up
+
+
+def require_no_credentials(uri: str) -> None:
+    """Raise `InputError` for a URI with a key or password in it, which manifests, logs and dashboards would show."""
+    parts = urlsplit(uri)
+    user, _, host = parts.netloc.rpartition("@")
+    if user and user != "anonymous":  # as which public buckets of gs:// are read
+        raise InputError(
+            f"{parts.scheme}://...@{host}{parts.path} holds credentials, which manifests and logs would show; name the "
+            "bucket alone, and give the role of the machine access, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+            "in the environment of all nodes"
+        )
 
 
 def patient(filesystem: pafs.FileSystem) -> pafs.FileSystem:

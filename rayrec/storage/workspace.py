@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rayrec.errors import DamagedArtifactError, InputError, NotFoundError, StorageError
-from rayrec.storage.object_storage import SMALL, cached, checksum, patient, upload
+from rayrec.storage.object_storage import SMALL, cached, checksum, patient, require_no_credentials, upload
 
 DATASET = "dataset"
 DATASET_MANIFEST = "dataset/dataset.json"
@@ -118,13 +118,14 @@ class Workspace:
     all: a temporary name and a rename on a local disk, one object put on a bucket. A workspace
     pickles as its URI, so it travels to Ray workers.
 
-    Raises `InputError` for a URI that pyarrow cannot open.
+    Raises `InputError` for a URI that pyarrow cannot open, and for one with a key or password in it.
     """
 
     def __init__(self, uri: str | Path) -> None:
         self.uri = str(uri)
         try:
             if "://" in self.uri:
+                require_no_credentials(self.uri)
                 filesystem, root = pafs.FileSystem.from_uri(self.uri)
                 self.filesystem = patient(filesystem)
             else:

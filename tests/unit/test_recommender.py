@@ -237,7 +237,8 @@ def test_a_fit_replaces_no_plays_that_were_appended_by_hand(tmp_path: Path, monk
     for number, job in enumerate((import_data, append_plays)):
         path = str(tmp_path / f"{number}.parquet")
         frame(ring_plays(range(4 * number, 4 * number + 3), plays=12)).to_parquet(path)
-        job(model.workspace, ImportConfig(format="parquet", paths=(path,)))
+        roles = {"user": "user_id", "song": "track", "played_at": "timestamp"}
+        job(model.workspace, ImportConfig(format="parquet", paths=(path,), columns=roles))
     with pytest.raises(InputError, match="holds 72 plays from parquet already, some of them appended later"):
         model.fit(frame(ring_plays(range(10, 14), plays=12)))
     assert Dataset(model.workspace).manifest.plays == 72

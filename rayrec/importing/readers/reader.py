@@ -27,6 +27,7 @@ from rayrec.data import columns
 from rayrec.data.spelling import Problems, clean
 from rayrec.errors import DamagedInputError, InputError, first_line
 from rayrec.storage.artifacts import SKIP_BELOW
+from rayrec.storage.object_storage import require_no_credentials
 
 SHOWN_COLUMNS, SHOWN_NAME = 20, 40  # of a header, in a message
 TEXT_LIMIT = 1_000  # characters kept of a rejected row
@@ -462,6 +463,7 @@ def _filesystem(source: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in source:
         # Absolute, because workers have their own working folder.
         return pafs.LocalFileSystem(), str(Path(source).expanduser().absolute())
+    require_no_credentials(source)
     try:
         filesystem, path = pafs.FileSystem.from_uri(source)
     except (pa.ArrowInvalid, OSError) as error:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
+from rayrec.importing.readers.reader import find_files
 from rayrec.storage.artifacts import sha256
 from rayrec.storage.workspace import Workspace, artifact_dir, histories_file, playlists_file, split_file
 
@@ -192,3 +193,11 @@ def test_writers_return_the_checksum_of_what_they_wrote(workspace: Workspace, tm
         "e.bin": workspace.put_file(tmp_path / "here", "e.bin"),
     }
     assert written == {path: sha256(workspace, path) for path in written}
+
+
+@pytest.mark.parametrize("user", ["AKIA:se%2Fcret", "AKIA", ":secret"])
+def test_a_uri_with_credentials_is_refused_without_showing_them(user: str) -> None:
+    for opens in (Workspace, lambda uri: find_files([uri], ("*",))):
+        with pytest.raises(InputError, match=r"^s3://\.\.\.@bucket/a/b holds credentials") as refused:
+            opens(f"s3://{user}@bucket/a/b?region=eu-west-1")
+        assert not any(part and part in str(refused.value) for part in ("AKIA", "cret"))
