@@ -269,5 +269,5 @@ def test_the_user_is_the_one_that_all_imports_of_the_format_were_given(
     assert ("all plays are of user 'ann'" in notes[0]) == (user == "ann")
     update(workspace, UpdateConfig(paths=(history("third", 10),), user="cyd"))
     assert len(Dataset(workspace).history("cyd").songs) == 12
-    update(workspace, UpdateConfig(paths=(history("bob", 11),), user=""))  # as the files say: by their folder
-    assert len(Dataset(workspace).history("bob").songs) == 12
+    update(workspace, UpdateConfig(paths=(history("dan", 11),), user=""))  # as the files say: by their folder
+    assert len(Dataset(workspace).history("dan").songs) == 12
