@@ -3,9 +3,12 @@
 N songs, C numbers per content vector.
 """
 
+import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -104,15 +107,25 @@ def described(songs: pa.Table, descriptions: pa.Table) -> pa.Table:
     return songs
 
 
+@lru_cache
+def _accents() -> str:
+    """A pattern of the marks that people leave out: accents, and the vowel points of Hebrew, Arabic and Syriac.
+
+    Other marks are letters to their readers: vowel signs of India and South-East Asia, the strokes of Japanese kana.
+    """
+    classes = {char: unicodedata.combining(char) for char in map(chr, range(sys.maxunicode + 1))}
+    return f"[{''.join(char for char, place in classes.items() if place >= 200 or 10 <= place <= 36)}]+"
+
+
 def fold(text: str) -> str:
     """Text as it is compared: without accents, in lower case, spaces drawn together."""
-    bare = "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
+    bare = re.sub(_accents(), "", unicodedata.normalize("NFKD", text))
     return " ".join(bare.casefold().split())
 
 
 def fold_all(texts: pa.Array) -> pa.Array:
     """`fold` of every string; nulls become empty."""
-    bare = pc.replace_substring_regex(pc.utf8_normalize(pc.fill_null(texts, ""), form="NFKD"), r"\p{M}+", "")
+    bare = pc.replace_substring_regex(pc.utf8_normalize(pc.fill_null(texts, ""), form="NFKD"), _accents(), "")
     # Arrow has no casefold: beyond lower case it is ß, the final sigma and a few ligatures, which NFKD takes apart.
     lower = pc.replace_substring(pc.replace_substring(pc.utf8_lower(bare), "ß", "ss"), "ς", "σ")
     return pc.utf8_trim_whitespace(pc.replace_substring_regex(lower, r"\s+", " "))

@@ -42,8 +42,8 @@ EXPECTED = "give ISO 8601 with a zone, such as 2015-01-20T18:30:00Z, or unix sec
 
 _NUMBER = re.compile(NUMBER, re.ASCII)
 _MOMENT = re.compile(
-    r"(\d{4})(-?)(\d{2})\2(\d{2})[T ](\d{2}):?(\d{2})(?::?(\d{2})(?:[.,](\d+))?)?\s*"
-    r"(?:[Zz]|UTC|([+-]\d{2})(?::?(\d{2}))?)",
+    r"(\d{4})(-?)(\d{2})\2(\d{2})[T ](\d{2})(:?)(\d{2})(?:\6(\d{2})(?:[.,](\d+))?)?\s*"
+    r"(?:[Zz]|UTC|([+-](?:[01]\d|2[0-3]))(?::?([0-5]\d))?)",
     re.ASCII,
 )
 
@@ -101,7 +101,7 @@ def _parse_iso(text: str) -> int:
         if re.match(ISO, text) and not re.search(ZONED, text):
             raise InputError(f"time {text!r} has no zone; {EXPECTED}")
         raise InputError(f"time {text!r} is not a time; {EXPECTED}")
-    year, _, month, day, hour, minute, second, fraction, zone_hours, zone_minutes = parts.groups()
+    year, _, month, day, hour, _, minute, second, fraction, zone_hours, zone_minutes = parts.groups()
     try:
         local = datetime(int(year), int(month), int(day), int(hour), int(minute), int(second or 0), tzinfo=timezone.utc)
     except ValueError as error:

@@ -62,6 +62,8 @@ def spell_id(value: Any) -> str | None:
     1, 1.0, "1" and " 1.0 " are all "1", because pandas makes floats of whole numbers with gaps. NaN and infinity are
     no ids, as numbers or as text.
     """
+    if isinstance(value, np.generic):  # out of a column of pandas
+        value = value.item()
     if isinstance(value, float):
         value = str(int(value)) if value.is_integer() else repr(value)
     elif isinstance(value, int | Decimal) and not isinstance(value, bool):

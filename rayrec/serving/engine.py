@@ -123,11 +123,15 @@ class Engine:
     def __init__(self, parts: Parts, pool: Pool) -> None:
         self.parts, self._pool = parts, pool
 
-    def add_songs(self, added: AddedSongs) -> None:
-        """Recommend songs that came later, in place of those before; returns once that is done."""
+    def add_songs(self, added: AddedSongs, on_added: Callable[[], None]) -> None:
+        """Recommend songs that came later, in place of those before; returns once that is done.
+
+        `on_added` is called before the next answer is computed.
+        """
 
         def add() -> None:
             self.parts = self.parts.with_added_songs(added)
+            on_added()
 
         self._pool.wait_for(add)
 

@@ -224,22 +224,24 @@ class OnlineSongs:
             later = [updated.songs[number].later(int(updated.row_of_number[number])) for number in fresh]
             placed = self._made_placer().place(later)
             updated.placed = placed if before.placed is None else before.placed.joined(placed)
-        known = np.zeros(0, dtype=np.int64)
-        if updated.placed is not None:
-            songs = self._with_plays(updated, updated.placed)
-            self._engine.add_songs(songs if self._of_release is None else self._of_release.joined(songs))
-            known = songs.rows
-        self._state = updated
-        self._catalog.with_online(
-            OnlineCatalog.of(
-                self._first,
-                _table([updated.songs[number] for number in updated.beyond]),
-                updated.row_of_number,
-                list(updated.songs),
-                known,
-                self._catalog.masks,
-            )
+        songs = None if updated.placed is None else self._with_plays(updated, updated.placed)
+        online = OnlineCatalog.of(
+            self._first,
+            _table([updated.songs[number] for number in updated.beyond]),
+            updated.row_of_number,
+            list(updated.songs),
+            np.zeros(0, dtype=np.int64) if songs is None else songs.rows,
+            self._catalog.masks,
         )
+
+        def name_songs() -> None:
+            self._state = updated
+            self._catalog.with_online(online)
+
+        if songs is None:
+            name_songs()
+        else:  # at once: an answer may hold them from then on
+            self._engine.add_songs(songs if self._of_release is None else self._of_release.joined(songs), name_songs)
 
     def _made_placer(self) -> SongPlacer:
         """Made for the first song: it passes over all vectors, and may have to learn the map from content to them."""

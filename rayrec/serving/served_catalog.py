@@ -272,9 +272,14 @@ def catalog_version(workspace: Workspace, release: Manifest) -> str:
     described = [description.id for description in dataset.descriptions()]
     songs = workspace.filesystem.get_file_info(workspace.full(SONGS_TABLE))
     file = {"uri": workspace.uri, "root": workspace.root, "bytes": songs.size, "written": songs.mtime_ns}
-    return fingerprint("served catalog", {**file, "described": described}, {**made_of, "dataset": dataset.manifest.id})
+    return fingerprint(
+        "served catalog",
+        {**file, "described": described, "format": FORMAT},
+        {**made_of, "dataset": dataset.manifest.id},
+    )
 
 
+FORMAT = 2  # of the shared table: another one where its texts or columns are made otherwise
 # Columns of the shared table beside those of the catalog. Orders of some of the songs end with -1.
 ID_HASH, ID_ROW, PLAYS, BY_PLAYS, PLACE, KNOWN = "id_hash", "id_row", "plays", "by_plays", "place", "known"
 WORTH, STARTING, FIRST_DAY, BY_AGE = "worth", "starting", "first_day", "by_age"

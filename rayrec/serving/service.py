@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from rayrec.data.impressions import ImpressionLog, LogBounds
 from rayrec.data.moments import EPOCH, now_ms
+from rayrec.data.spelling import spell_id
 from rayrec.data.windows import NEVER
 from rayrec.errors import FieldError, InputError, NotFoundError
 from rayrec.model.taste_table import States
@@ -451,7 +452,7 @@ class Service:
         row = {
             "event_id": event.event_id,
             "user_id": event.user_id,
-            "song_id": event.song_id,
+            "song_id": spell_id(event.song_id) or event.song_id,  # as answers have it
             "type": event.type,
             "moment": (now := now_ms()),
             "played_at": now if event.played_at is None else event.played_at,

@@ -109,6 +109,9 @@ def test_a_number_of_seconds_is_never_read_as_milliseconds() -> None:
         ("1e9", "not a time"),
         ("2009-02-30T00:00:00Z", "not a time: day"),
         ("", "not a time"),
+        ("2015-01-20T18:30:00+99:00", "not a time"),
+        ("2015-01-20T18:30:00+00:99", "not a time"),
+        ("2015-01-20T1830:00Z", "not a time"),
     ],
 )
 def test_what_is_no_moment_is_refused(text: str, said: str) -> None:

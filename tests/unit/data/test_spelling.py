@@ -110,6 +110,11 @@ def test_a_number_out_of_json_is_spelled_as_one_out_of_parquet(values: list[floa
     assert ids(pa.array(values, pa.float64(), from_pandas=False))[0] == [spell_id(value) for value in values]
 
 
+@pytest.mark.parametrize("value", [np.int64(7), np.uint8(7), np.float32(7), np.float64(7), np.str_("7")], ids=repr)
+def test_an_id_out_of_a_column_of_pandas_is_spelled_as_a_plain_one(value: Any) -> None:
+    assert spell_id(value) == "7"
+
+
 @pytest.mark.parametrize("value", [None, "", " ", True, [], {}, float("nan"), float("inf"), "NaN"])
 def test_what_is_no_id_in_json_is_none(value: Any) -> None:
     assert spell_id(value) is None
