@@ -113,12 +113,12 @@ class Garbage:
 class CleanConfig(Settings):
     """What to keep."""
 
-    keep: int = Field(3, ge=1, description="Releases requested last to keep beside the live one")
+    keep: int = Field(3, ge=1, description="Releases requested last to keep beside the live one and the one before it")
     hours: float = Field(24.0, ge=0, description="Keep files changed within this many hours")
 
 
 def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
-    """What neither the live release nor those that were requested last refer to.
+    """What neither the live release, nor the one before it, nor those that were requested last refer to.
 
     What was made after the newest release stays too, and what later commands start from; of the recommendations for all
     users those of each model in use that were requested last.
@@ -132,7 +132,8 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
         )
     limit = datetime.now(timezone.utc) - timedelta(hours=config.hours)
     last = artifacts.by_request(workspace, releases.KIND, [each.id for each in all_releases])[-config.keep :]
-    names = [*last, releases.read_active(workspace)["active"]]
+    state = releases.read_active(workspace)
+    names = {*last, state["active"], *state["history"][-1:]}  # a rollback makes the last of the history live
     kept = [each for each in all_releases if each.id in names]
     # Something younger is on its way to a release of its own, and so may be what was found in the cache.
     before = min(limit, _moment(all_releases[-1]))

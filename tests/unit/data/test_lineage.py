@@ -18,10 +18,10 @@ def make(workspace: Workspace, kind: str, name: str, **inputs: str) -> Manifest:
     return artifacts.publish(workspace, Manifest(kind=kind, id=name, inputs=inputs), ["payload"])
 
 
-def release(workspace: Workspace, night: int) -> Manifest:
+def release(workspace: Workspace, night: int, *, activate: bool = True) -> Manifest:
     """A release of one night: a new data set and new tastes, the same model."""
     tastes = make(workspace, "tastes", f"t{night}", dataset="d", models="m")
-    return releases.create_release(workspace, model_id="m", tastes_id=tastes.id, index_id="i")
+    return releases.create_release(workspace, model_id="m", tastes_id=tastes.id, index_id="i", activate=activate)
 
 
 @pytest.fixture
@@ -111,6 +111,18 @@ def test_the_live_release_stays_however_old_it_is(nights: Workspace) -> None:
     assert f"releases/{first.id}" not in paths
     assert "tastes/t0" not in paths
     assert "tastes/t1" in paths
+
+
+def test_the_release_before_the_live_one_stays_for_a_rollback(nights: Workspace) -> None:
+    before = releases.read_active(nights)["active"]
+    for refused in (5, 6):
+        release(nights, refused, activate=False)
+    release(nights, 7)
+    config = CleanConfig(keep=3, hours=0)
+    delete_garbage(nights, find_garbage(nights, config))
+    restored = releases.rollback(nights)
+    assert restored.id == before
+    releases.verify_release(nights, restored)
 
 
 def test_what_was_made_after_the_newest_release_is_on_its_way_to_one(nights: Workspace) -> None:
