@@ -121,8 +121,8 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
     """What neither the live release, nor the one before it, nor those that were requested last refer to.
 
     What was made after the newest release stays too, and what later commands start from; of the recommendations for all
-    users those of each model in use that were requested last.
-    Everything stays for some hours: a reader may still use what was replaced. Raises `InputError` where there is
+    users those of each model in use that were requested last. Everything stays for some hours, with what it was made
+    of: a reader may still use what was replaced. Raises `InputError` where there is
     no release, since nothing says then what is of use.
     """
     all_releases = releases.list_releases(workspace)
@@ -134,21 +134,23 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
     last = artifacts.by_request(workspace, releases.KIND, [each.id for each in all_releases])[-config.keep :]
     state = releases.read_active(workspace)
     names = {*last, state["active"], *state["history"][-1:]}  # a rollback makes the last of the history live
-    kept = [each for each in all_releases if each.id in names]
     # Something younger is on its way to a release of its own, and so may be what was found in the cache.
     before = min(limit, _moment(all_releases[-1]))
-    used = _used(workspace, [*kept, *_current(workspace)])
+    kinds = (releases.KIND, artifacts.RECOMMENDATIONS, *releases.PART_KINDS)
+    complete = {kind: {each.id: each for each in artifacts.listing(workspace, kind)} for kind in kinds}
+    young = [each for of_kind in complete.values() for each in of_kind.values() if _moment(each) >= before]
+    kept = [each for each in all_releases if each.id in names]
+    used = _used(workspace, [*kept, *young, *_current(workspace)])
     used |= _last_recommendations(workspace, used)
     garbage = []
-    for kind in (releases.KIND, artifacts.RECOMMENDATIONS, *releases.PART_KINDS):
-        complete = {manifest.id: manifest for manifest in artifacts.listing(workspace, kind)}
+    for kind in kinds:
         for name in workspace.folders(kind):
             if (kind, name) in used:
                 continue
             folder = f"{kind}/{name}"
-            if name in complete and _moment(complete[name]) < before:
+            if name in complete[kind]:
                 garbage.append(Garbage(path=folder, bytes=workspace.size(folder), reason="in no release to keep"))
-            elif name not in complete and _last_change(workspace, folder) < before:
+            elif _last_change(workspace, folder) < before:
                 garbage.append(Garbage(path=folder, bytes=workspace.size(folder), reason="unfinished"))
     return [*garbage, *_replaced_parts(workspace, limit)]
 

@@ -1,7 +1,7 @@
 """Cleaning: what no release to keep needs is named with its size, and only that is deleted."""
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +134,18 @@ def test_what_was_made_after_the_newest_release_is_on_its_way_to_one(nights: Wor
     os.utime(Path(nights.full("models/half")), (0, 0))
     found = {item.path: item.reason for item in find_garbage(nights, CleanConfig(keep=5, hours=0))}
     assert found["models/half"] == "unfinished"
+
+
+def test_what_a_young_release_was_made_of_stays_however_old_it_is(nights: Workspace) -> None:
+    for name in ("of_young", "of_none"):
+        tastes = make(nights, "tastes", name, dataset="d", models="m")
+        nights.write_json(tastes.path("manifest.json"), asdict(replace(tastes, created_at="2020-01-01T00:00:00+00:00")))
+    young = releases.create_release(nights, model_id="m", tastes_id="of_young", index_id="i", activate=False)
+    release(nights, 5)
+    garbage = find_garbage(nights, CleanConfig(keep=1, hours=24))
+    assert [item.path for item in garbage] == ["tastes/of_none"]
+    delete_garbage(nights, garbage)
+    releases.verify_release(nights, young)
 
 
 def test_joined_parts_stay_for_their_readers_for_some_hours(nights: Workspace) -> None:
