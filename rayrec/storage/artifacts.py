@@ -9,6 +9,7 @@ The manifest of the data set says what it holds, what it came from, and which da
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -125,18 +126,20 @@ def fingerprint(stage: str, config: dict[str, Any], inputs: dict[str, str]) -> s
 def new_id(workspace: Workspace, kind: str, print_id: str, *, repeat: bool) -> tuple[str, bool]:
     """The id to work under, and whether its artifact is already complete.
 
-    With `repeat` a complete artifact is left alone and the next free attempt is taken.
+    That is the last complete attempt, whether or not earlier ones were deleted. With `repeat` complete artifacts are
+    left alone, and the attempt after them is begun or continued.
     """
-    attempt = 1
-    while True:
-        candidate = print_id if attempt == 1 else f"{print_id}.{attempt}"
-        complete = workspace.exists(f"{artifact_dir(kind, candidate)}/manifest.json")
-        following = f"{artifact_dir(kind, f'{print_id}.{attempt + 1}')}/manifest.json"
-        if not complete:
-            return candidate, False
-        if not repeat and not workspace.exists(following):
-            return candidate, True
-        attempt += 1
+    matches = [re.fullmatch(rf"{re.escape(print_id)}(?:\.(\d+))?", name) for name in workspace.folders(kind)]
+    attempts = {int(match[1] or 1): match[0] for match in matches if match}
+    newest_first = sorted(attempts, reverse=True)
+    complete = (
+        each for each in newest_first if workspace.exists(f"{artifact_dir(kind, attempts[each])}/manifest.json")
+    )
+    last_complete = next(complete, 0)
+    if last_complete and not repeat:
+        return attempts[last_complete], True
+    attempt = max([last_complete + 1, *attempts])
+    return print_id if attempt == 1 else f"{print_id}.{attempt}", False
 
 
 def sha256(workspace: Workspace, path: str) -> str:

@@ -126,6 +126,21 @@ def test_repeating_makes_the_next_attempt_and_later_work_finds_the_last(workspac
     assert new_id(workspace, "models", "p", repeat=True) == ("p.3", False)
 
 
+def test_after_earlier_attempts_were_deleted_the_last_is_found_and_the_next_comes_after_it(
+    workspace: Workspace,
+) -> None:
+    for each in ("p", "p.2", "p.10", "p1.11", "q.12"):
+        put(workspace, each)
+    workspace.delete("models/p")
+    assert new_id(workspace, "models", "p", repeat=False) == ("p.10", True)
+    assert new_id(workspace, "models", "p", repeat=True) == ("p.11", False)
+    workspace.write_bytes("models/p.11/weights", b"half done")
+    workspace.delete("models/p.2")
+    workspace.delete("models/p.10")
+    for repeat in (False, True):
+        assert new_id(workspace, "models", "p", repeat=repeat) == ("p.11", False)
+
+
 def test_publishing_checksums_the_named_files_and_stamps_the_time(workspace: Workspace) -> None:
     first, second = put(workspace, "a", b"same"), put(workspace, "b", b"same")
     assert first.files == second.files
