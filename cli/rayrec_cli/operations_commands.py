@@ -201,9 +201,9 @@ def clean_workspace(call: Call, config: CleanConfig, *, yes: YesOption = False) 
     `rayrec compact` joined, and what killed jobs left. It is refused while a job writes to the workspace.
     """
     garbage = find_garbage(call.existing_workspace, config)
-    total = sum(item.bytes for item in garbage)
     if yes and garbage:
-        delete_garbage(call.workspace, garbage)
+        garbage = delete_garbage(call.workspace, garbage, config)
+    total = sum(item.bytes for item in garbage)
     data = {
         "deleted": yes and bool(garbage),
         "bytes": total,

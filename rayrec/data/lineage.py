@@ -122,8 +122,8 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
 
     What was made after the newest release stays too, and what later commands start from; of the recommendations for all
     users those of each model in use that were requested last. Everything stays for some hours, with what it was made
-    of: a reader may still use what was replaced. Raises `InputError` where there is
-    no release, since nothing says then what is of use.
+    of: a reader may still use what was replaced. Raises `InputError` where there is no release, since nothing says then
+    what is of use.
     """
     all_releases = releases.list_releases(workspace)
     if not all_releases:
@@ -156,20 +156,23 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
 
 
 @writes("clean")
-def delete_garbage(workspace: Workspace, garbage: Iterable[Garbage]) -> int:
-    """Delete what `find_garbage` found; the bytes. No job may be running: it is refused, or this is.
+def delete_garbage(workspace: Workspace, garbage: Iterable[Garbage], config: CleanConfig) -> list[Garbage]:
+    """Delete of what `find_garbage` found all that is garbage still, by the same settings; what was deleted.
 
-    Releases go first, and of each artifact the manifest: what is left of a killed clean is unfinished.
+    No job may be running: it is refused, or this is. What came into use since is left alone, such as a release that was
+    made live. Releases go first, and of each artifact the manifest: what is left of a killed clean is unfinished.
+    Raises `InputError` where there is no release.
     """
-    garbage = list(garbage)
-    gone = {item.path.partition("/")[2] for item in garbage if item.path.startswith(f"{releases.KIND}/")}
+    found = {item.path for item in garbage}
+    still = [item for item in find_garbage(workspace, config) if item.path in found]
+    gone = {item.path.partition("/")[2] for item in still if item.path.startswith(f"{releases.KIND}/")}
     state = releases.read_active(workspace)
     if gone & set(state["history"]):
         releases.write_active(workspace, state["active"], [name for name in state["history"] if name not in gone])
-    for item in garbage:
+    for item in still:
         workspace.delete(f"{item.path}/manifest.json")
         workspace.delete(item.path)
-    return sum(item.bytes for item in garbage)
+    return still
 
 
 def _current(workspace: Workspace) -> list[Manifest]:

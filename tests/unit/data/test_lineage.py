@@ -91,8 +91,9 @@ def test_what_later_commands_start_from_stays(nights: Workspace) -> None:
 
 
 def test_after_cleaning_what_is_kept_verifies_and_rolls_back(nights: Workspace) -> None:
-    garbage = find_garbage(nights, CleanConfig(keep=2, hours=0))
-    assert delete_garbage(nights, garbage) == sum(item.bytes for item in garbage)
+    config = CleanConfig(keep=2, hours=0)
+    garbage = find_garbage(nights, config)
+    assert delete_garbage(nights, garbage, config) == garbage
     assert not [item.path for item in garbage if nights.exists(item.path)]
     kept = releases.list_releases(nights)
     assert len(kept) == 2
@@ -119,7 +120,7 @@ def test_the_release_before_the_live_one_stays_for_a_rollback(nights: Workspace)
         release(nights, refused, activate=False)
     release(nights, 7)
     config = CleanConfig(keep=3, hours=0)
-    delete_garbage(nights, find_garbage(nights, config))
+    delete_garbage(nights, find_garbage(nights, config), config)
     restored = releases.rollback(nights)
     assert restored.id == before
     releases.verify_release(nights, restored)
@@ -142,10 +143,27 @@ def test_what_a_young_release_was_made_of_stays_however_old_it_is(nights: Worksp
         nights.write_json(tastes.path("manifest.json"), asdict(replace(tastes, created_at="2020-01-01T00:00:00+00:00")))
     young = releases.create_release(nights, model_id="m", tastes_id="of_young", index_id="i", activate=False)
     release(nights, 5)
-    garbage = find_garbage(nights, CleanConfig(keep=1, hours=24))
+    config = CleanConfig(keep=1, hours=24)
+    garbage = find_garbage(nights, config)
     assert [item.path for item in garbage] == ["tastes/of_none"]
-    delete_garbage(nights, garbage)
+    delete_garbage(nights, garbage, config)
     releases.verify_release(nights, young)
+
+
+def test_a_release_that_went_live_since_it_was_found_is_not_deleted(nights: Workspace) -> None:
+    config = CleanConfig(keep=2, hours=0)
+    garbage = find_garbage(nights, config)
+    first = releases.list_releases(nights)[0]
+    assert {f"releases/{first.id}", "tastes/t0"} <= {item.path for item in garbage}
+    releases.activate_release(nights, first.id)
+    release(nights, 5, activate=False)
+    assert "tastes/t3" in {item.path for item in find_garbage(nights, config)}
+    deleted = delete_garbage(nights, garbage, config)
+    assert {item.path for item in garbage} - {item.path for item in deleted} == {f"releases/{first.id}", "tastes/t0"}
+    live = releases.active_release(nights)
+    assert live is not None
+    releases.verify_release(nights, live)
+    assert nights.exists("tastes/t3")  # garbage by now, but not in the list
 
 
 def test_joined_parts_stay_for_their_readers_for_some_hours(nights: Workspace) -> None:
