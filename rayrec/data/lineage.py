@@ -11,11 +11,11 @@ from pydantic import Field
 from rayrec.config import Settings
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import list_splits
-from rayrec.errors import InputError, NotFoundError
+from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import DatasetManifest, Manifest, read_dataset_manifest
 from rayrec.storage.locking import writes
-from rayrec.storage.workspace import DATASET, DATASET_MANIFEST, HISTORIES, USERS, Workspace, split_file
+from rayrec.storage.workspace import DATASET, DATASET_MANIFEST, HISTORIES, REPLICAS, USERS, Workspace, split_file
 
 KINDS = (
     "descriptions",
@@ -118,7 +118,7 @@ class CleanConfig(Settings):
 
 
 def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
-    """What neither the live release, nor the one before it, nor those that were requested last refer to.
+    """What no release in use refers to: live, live before, reported by a replica, or among those requested last.
 
     What was made after the newest release stays too, and what later commands start from; of the recommendations for all
     users those of each model in use that were requested last. Everything stays for some hours, with what it was made
@@ -133,7 +133,8 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
     limit = datetime.now(timezone.utc) - timedelta(hours=config.hours)
     last = artifacts.by_request(workspace, releases.KIND, [each.id for each in all_releases])[-config.keep :]
     state = releases.read_active(workspace)
-    names = {*last, state["active"], *state["history"][-1:]}  # a rollback makes the last of the history live
+    # A rollback makes the last of the history live.
+    names = {*last, state["active"], *state["history"][-1:], *_answering(workspace)}
     # Something younger is on its way to a release of its own, and so may be what was found in the cache.
     before = min(limit, _moment(all_releases[-1]))
     kinds = (releases.KIND, artifacts.RECOMMENDATIONS, *releases.PART_KINDS)
@@ -173,6 +174,18 @@ def delete_garbage(workspace: Workspace, garbage: Iterable[Garbage], config: Cle
         workspace.delete(f"{item.path}/manifest.json")
         workspace.delete(item.path)
     return still
+
+
+def _answering(workspace: Workspace) -> set[str]:
+    """Ids of the releases that replicas answer with or load, for arms of an experiment, too, as they report."""
+    ids: set[str] = set()
+    for path in workspace.files(REPLICAS):
+        try:
+            report = workspace.read_json(path)
+        except (NotFoundError, DamagedArtifactError):  # deleted in between, or not a report
+            continue
+        ids |= {report.get("release"), report.get("loading"), *report.get("arms", [])}
+    return ids
 
 
 def _current(workspace: Workspace) -> list[Manifest]:

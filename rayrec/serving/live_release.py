@@ -31,9 +31,8 @@ from rayrec.serving.serve_config import REPORT_SECONDS, Experiment
 from rayrec.serving.served_catalog import ServedCatalog
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest, read_dataset_manifest
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import REPLICAS, Workspace
 
-REPLICAS = "serving/replicas"  # folder of their reports
 STALE_SECONDS = 6 * REPORT_SECONDS  # a report that has not changed for so long is of a dead replica
 FORGOTTEN_SECONDS = 3600.0  # of silence, after which a report is deleted
 RETRY_SECONDS = 60.0  # before a refused release is tried again, should it have been repaired
@@ -101,6 +100,7 @@ class Report:
     loading: str | None  # the release that it is loading now
     refused: dict[str, str] | None  # the release that it could not load, with the reason
     beat: int  # counts this replica's reports: it is alive as long as this changes
+    arms: list[str] = field(default_factory=list)  # ids of the releases that arms of its experiment name
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -178,6 +178,7 @@ class ReleaseHolder:
     replica: str
     watch_seconds: float
     on_switch: Callable[[LiveRelease], None] = lambda live: None
+    arms: Sequence[str] = ()  # ids of the releases that arms of an experiment name
     _live: LiveRelease | None = None
     _change: str | None = None  # the activation that was acted on last
     _loading: str | None = None
@@ -210,6 +211,7 @@ class ReleaseHolder:
             loading=self._loading,
             refused=self._refused,
             beat=next(self._beats),
+            arms=list(self.arms),
         )
 
     def look(self) -> None:

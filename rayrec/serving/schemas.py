@@ -707,6 +707,7 @@ class ReplicaReport(BaseModel):
     loading: str | None = Field(description="The release that it is loading.")
     refused: RefusedRelease | None
     beat: int = Field(description="Counts the reports of this replica.")
+    arms: list[str] = Field(description="The releases that arms of its experiment name.")
 
 
 class ReleaseStatus(BaseModel):

@@ -587,6 +587,7 @@ def make_service(
         replica=metrics.replica,
         watch_seconds=config.watch_seconds,
         on_switch=switched,
+        arms=list(held),
     )
     holder.start()
     log = None

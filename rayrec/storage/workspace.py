@@ -32,6 +32,7 @@ USERS = "dataset/users"
 PLAYLISTS = "dataset/playlists"
 REJECTED_ROWS = "dataset/rejected"
 STATES_FILE = "serving/states.sqlite"  # the embedded store of user states
+REPLICAS = "serving/replicas"  # what each replica of a server reports
 IMPRESSIONS = "serving/impressions"  # what a server answered, and what users then did
 FORGOTTEN = "forgotten"  # who was deleted
 IMPORT_STAGING = "dataset/.staging"  # what an unfinished import has done so far

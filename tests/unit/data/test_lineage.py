@@ -150,6 +150,19 @@ def test_what_a_young_release_was_made_of_stays_however_old_it_is(nights: Worksp
     releases.verify_release(nights, young)
 
 
+def test_what_replicas_answer_with_or_load_stays(nights: Workspace) -> None:
+    made = [each.id for each in releases.list_releases(nights)]
+    nights.write_json("serving/replicas/one.json", {"release": made[0], "loading": None, "arms": []})
+    nights.write_json("serving/replicas/two.json", {"release": made[4], "loading": made[3], "arms": [made[1]]})
+    nights.write_bytes("serving/replicas/junk.json", b"{")
+    config = CleanConfig(keep=2, hours=0)
+    delete_garbage(nights, find_garbage(nights, config), config)
+    kept = releases.list_releases(nights)
+    assert [each.id for each in kept] == [made[0], made[1], made[3], made[4]]
+    for each in kept:
+        releases.verify_release(nights, each)
+
+
 def test_a_release_that_went_live_since_it_was_found_is_not_deleted(nights: Workspace) -> None:
     config = CleanConfig(keep=2, hours=0)
     garbage = find_garbage(nights, config)

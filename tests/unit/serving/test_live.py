@@ -12,6 +12,7 @@ from planted_reports import plant_report
 from served import NUM_SONGS, Client, damage, service, write_release, write_world
 
 from rayrec.data.dataset import Dataset
+from rayrec.data.lineage import CleanConfig, find_garbage
 from rayrec.errors import RayrecError, StorageError
 from rayrec.model.taste_table import tastes_file
 from rayrec.recommend.answer import model_play_counts
@@ -197,6 +198,18 @@ def test_another_change_in_between_is_left_alone(two: tuple[Workspace, str, str]
         switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
     other.join()
     assert releases.read_active(workspace)["history"] == ["by another"]
+
+
+def test_a_replica_reports_the_releases_that_its_arms_name(two: tuple[Workspace, str, str]) -> None:
+    workspace, first, second = two
+    experiment = {"name": "e", "arms": {"a": {"share": 0.5}, "b": {"share": 0.5, "release": second}}}
+    with service(workspace, experiment=experiment, watch_seconds=0.05):
+        (told,) = Reports(workspace).alive()
+        assert (told.release, told.arms) == (first, [second])
+        config = CleanConfig(keep=1, hours=0)
+        write_release(workspace, "3", seed=3)
+        assert f"releases/{second}" not in {item.path for item in find_garbage(workspace, config)}
+    assert f"releases/{second}" in {item.path for item in find_garbage(workspace, config)}
 
 
 def report(replica: str, *, release: str | None = "r", beat: int = 1, loading: str | None = None) -> Report:
