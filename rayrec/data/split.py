@@ -337,11 +337,16 @@ def split_flag(split_id: str | None) -> str:
     return f" --split {split_id}" if split_id else " --no-split"
 
 
-def fit_range_of(workspace: Workspace, artifact: Manifest) -> FitRange:
-    """The plays that an artifact was fitted on."""
-    return (
-        _seen(load_split(workspace, artifact.inputs["split"]), artifact) if "split" in artifact.inputs else FitRange()
-    )
+def fit_range_of(dataset: Dataset, artifact: Manifest) -> FitRange:
+    """The plays that an artifact of the data set, or of one that it descends from, was fitted on.
+
+    Without a split these are all plays up to the last one of the data set that it was made of; where the data has no
+    times, all plays of every user.
+    """
+    if "split" in artifact.inputs:
+        return _seen(load_split(dataset.workspace, artifact.inputs["split"]), artifact)
+    made_of = dataset.earlier(artifact.inputs["dataset"])
+    return FitRange(before=made_of.last_play + 1) if made_of.times == "real" else FitRange(share=1.0)
 
 
 def _seen(split: Split, artifact: Manifest) -> FitRange:

@@ -132,7 +132,7 @@ def _require_start(dataset: Dataset, start: Manifest, split: Split | None) -> No
     if split is None:
         return
     moved = split.protocol == "last-fraction" and dataset.manifest.id != start.inputs["dataset"]
-    if moved or not fit_range_of(dataset.workspace, start).is_within(split.final):
+    if moved or not fit_range_of(dataset, start).is_within(split.final):
         raise LeakError(
             f"model {start.id} was fit on plays of the test range of split {split.id}; start from a model that was fit "
             "before that range, or train without --from"

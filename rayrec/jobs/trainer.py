@@ -100,7 +100,7 @@ def plan_training(
     workspace = dataset.workspace
     ranges: dict[Phase, FitRange] = {"final": FitRange() if split is None else split.final}
     vectors: dict[Phase, str] = {} if songs is None else {"final": songs.path("vectors.npy")}
-    unseen = split is not None and (start is None or fit_range_of(workspace, start).is_within(split.selection))
+    unseen = split is not None and (start is None or fit_range_of(dataset, start).is_within(split.selection))
     if split is not None and unseen and split.has_validation and config.validation_plays:
         ranges["selection"] = split.selection
         if songs is not None:

@@ -9,6 +9,8 @@ import pytest
 from rings import ring_plays, write_rows
 from without_ray import without_ray
 
+from rayrec.data.dataset import Dataset
+from rayrec.data.split import hold_back_validation
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
@@ -79,3 +81,38 @@ def test_nothing_is_chosen_on_plays_that_the_model_to_start_from_learned_though_
     chosen = run(workspace, [*TRAIN, "--no-refit"], capsys)  # of the train range alone
     third = run(workspace, [*TRAIN, "--from", chosen["id"]], capsys)
     assert third["validation_recall@20"] > 0.5
+
+
+def test_a_model_without_a_split_has_seen_the_plays_of_its_own_data_set_and_no_later_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace = tmp_path / "workspace"
+    plays = write_rows(tmp_path / "plays.csv", ring_plays(range(150), **RING))
+    days = write_rows(tmp_path / "days.csv", ring_plays(range(150), plays=20, begin=20, days=6, **RING))
+    run(workspace, ["import", "csv", plays, *COLUMNS, "--buckets", "2"], capsys)
+    first = run(workspace, TRAIN, capsys)
+    assert "split" not in first["inputs"]
+    run(workspace, ["import", "csv", days, *COLUMNS, "--append"], capsys)
+    run(workspace, ["split", "--test-days", "2", "--validation-days", "3"], capsys)
+    assert run(workspace, [*TRAIN, "--from", first["id"]], capsys)["validation_recall@20"] > 0.5
+    run(workspace, ["split", "--test-days", "2", "--validation-days", "6"], capsys)  # two of them before the append
+    assert run(workspace, [*TRAIN, "--from", first["id"]], capsys)["validation_recall@20"] is None
+    run(workspace, ["split", "--test-days", "8", "--validation-days", "3"], capsys)
+    error = run(workspace, [*TRAIN, "--from", first["id"]], capsys, code=1)["error"]
+    assert f"model {first['id']} was fit on plays of the test range" in error["message"]
+
+
+def test_without_times_nothing_is_chosen_on_plays_of_a_model_that_had_no_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace = tmp_path / "workspace"
+    (tmp_path / "lists.txt").write_text(
+        "".join(f"{user} {' '.join(str(1 + (user + n) % 20) for n in range(20))}\n" for user in range(1, 60))
+    )
+    run(workspace, ["import", "sequences", str(tmp_path / "lists.txt"), "--buckets", "2"], capsys)
+    first = run(workspace, TRAIN, capsys)
+    hold_back_validation(Dataset(Workspace(workspace)))  # as `fit` does: all plays are trained on in the end
+    assert run(workspace, [*TRAIN, "--from", first["id"]], capsys)["validation_recall@20"] is None
+    run(workspace, ["split", "--last-fraction", "0.2"], capsys)
+    error = run(workspace, [*TRAIN, "--from", first["id"]], capsys, code=1)["error"]
+    assert f"model {first['id']} was fit on plays of the test range" in error["message"]

@@ -224,6 +224,24 @@ def test_without_rankers_the_networks_alone_are_compared(
     assert verdict.startswith("taste finds ")
 
 
+def test_a_model_of_too_few_plays_for_a_split_is_trained_further_on_plays_that_it_has_not_seen(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    few = write_rows(tmp_path / "plays.csv", ring_plays(range(25), plays=10, **RING))
+    fit(workspace, FitConfig(paths=(few,)), settings=SETTINGS)
+    before = live_of(workspace)
+    assert "split" not in load_manifest(workspace, "models", before.inputs["models"]).inputs
+    many = write_rows(tmp_path / "days.csv", ring_plays(range(100), plays=15, begin=20, days=5, **RING))
+    result = updated(workspace, many)
+    assert result.trained
+    assert result.quality is not None
+    made = load_manifest(workspace, "releases", result.release)
+    model = load_manifest(workspace, "models", made.inputs["models"])
+    assert model.inputs["from"] == before.inputs["models"]
+    assert model.metrics["validation_recall@20"] is not None  # its epochs were chosen on the new plays
+
+
 def test_columns_are_those_of_the_fit_where_the_files_have_them(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
