@@ -8,7 +8,7 @@ import numpy as np
 
 from rayrec.config import from_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split, hold_back_validation, load_split
+from rayrec.data.split import Split, fit_range, hold_back_validation, load_split
 from rayrec.errors import InputError, MismatchError
 from rayrec.importing.import_plan import ImportConfig, import_notes
 from rayrec.importing.import_run import ImportResult
@@ -202,7 +202,7 @@ class _Update:
         ends = []
         for part in filter(None, (self.model, self.retrieval)):
             split = load_split(self.workspace, part.inputs["split"]) if "split" in part.inputs else None
-            cut = split.final.before if split is not None else None
+            cut = fit_range(split).before  # none without a test range: it saw what was appended after the split too
             ends.append(self.dataset.earlier(part.inputs["dataset"]).last_play + 1 if cut is None else cut)
         return max(ends)
 

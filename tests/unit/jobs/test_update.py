@@ -10,6 +10,7 @@ import pytest
 from rings import BEGIN, DAY, ring_plays, write_rows
 from without_ray import without_ray
 
+from rayrec.config import from_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.moments import parse_moment
 from rayrec.data.split import load_split
@@ -18,14 +19,16 @@ from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.fit import fit
 from rayrec.jobs.import_data import append_plays
 from rayrec.jobs.job_config import FitConfig, UpdateConfig
+from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.update import UpdateResult, update
 from rayrec.model.added_songs import AddedSongs
 from rayrec.online.state_store import open_store, store_uri
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.two_step import checks_rankers
+from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage.artifacts import Manifest, load_manifest
-from rayrec.storage.releases import active_release
+from rayrec.storage.releases import active_release, create_release
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
@@ -36,6 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rank": {"trees": 10},
 }
 RING = {"songs": 200, "follow": 0.95}
+COLUMNS = {"user": "user_id", "song": "track", "played_at": "timestamp", "title": "title", "artist": "artist"}
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,26 @@ def test_the_retrieval_takes_in_the_new_plays_alone_and_what_is_checked_none_of_
     assert 0 < (moments >= cut).sum() < len(day)
     for folder, plays in ((made.folder, len(moments)), (made.path(SELECTION_RETRIEVAL), (moments < cut).sum())):
         assert int(Retrieval.load(fitted, folder).plays.plays.sum()) == plays
+
+
+def test_models_are_compared_on_plays_that_a_retrieval_fitted_by_hand_since_the_split_has_not_seen(
+    fitted: Workspace, tmp_path: Path
+) -> None:
+    first = load_manifest(fitted, "retrieval", live_of(fitted).inputs["retrieval"])
+    split = load_split(fitted, first.inputs["split"])
+    assert not split.has_test
+    many = write_rows(tmp_path / "many.csv", ring_plays(range(150), plays=8, begin=20, days=2, **RING))
+    append_plays(fitted, ImportConfig(format="csv", paths=(many,), columns=COLUMNS))
+    seen = Dataset(fitted).manifest.last_play
+    made = fit_retrieval(fitted, from_mapping(RetrievalConfig, first.config, "retrieval"), split=split)
+    assert create_release(fitted, retrieval_id=made.id).inputs["retrieval"] == made.id
+    few = write_rows(tmp_path / "few.csv", ring_plays(range(100), plays=8, begin=23, days=1, **RING))
+    result = updated(fitted, few, train_share=1.0)
+    assert result.quality is not None
+    renewed = load_manifest(fitted, "retrieval", live_of(fitted).inputs["retrieval"])
+    cut = load_split(fitted, renewed.inputs["split"]).validation_from
+    assert cut is not None
+    assert cut > seen
 
 
 def test_the_same_plays_again_change_nothing(fitted: Workspace, tmp_path: Path) -> None:
