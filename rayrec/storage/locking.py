@@ -24,7 +24,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from filelock import FileLock, Timeout
 
 from rayrec.errors import BusyError, InputError, NotFoundError
-from rayrec.storage.object_storage import conditional_writer
+from rayrec.storage.object_storage import ConditionalWriter, conditional_writer
 from rayrec.storage.workspace import LOCK, LOCK_HOLDER, Workspace
 
 _held: set[tuple[str, int]] = set()  # workspaces and the threads of this process that hold them
@@ -141,15 +141,22 @@ def _file_lock(workspace: Workspace, holder: Holder) -> Iterator[None]:
                 root.rmdir()
 
 
+def _put(writer: ConditionalWriter, path: str, content: bytes, version: str) -> bool:
+    """Write an object over a known version, or where there is none; false where another content is there."""
+    written = writer.replace(path, content, version) if version else writer.create(path, content)
+    # A put whose answer was lost is sent again by the client, and refused because the first one was stored.
+    return written or writer.read(path)[0] == content
+
+
 @contextmanager
 def _object_lock(workspace: Workspace, holder: Holder) -> Iterator[None]:
     writer = conditional_writer(workspace.filesystem)
     path, content = workspace.full(LOCK_HOLDER), json.dumps(asdict(holder)).encode()
-    if not writer.create(path, content):
+    if not _put(writer, path, content, ""):
         current, version = writer.read(path)
         first = _holder_of(current)
         is_free = not current or (first is not None and first.is_known_dead)
-        if not (is_free and (writer.replace(path, content, version) if current else writer.create(path, content))):
+        if not (is_free and _put(writer, path, content, version)):
             raise _busy(workspace, first, "wait until it ends; if it was killed, run `rayrec unlock`")
     try:
         yield

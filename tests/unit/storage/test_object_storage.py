@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -109,6 +110,29 @@ def test_the_lock_of_a_process_that_died_on_this_machine_is_taken_over_by_one_of
     for thread in threads:
         thread.join()
     assert sorted(outcomes) == ["held", *["refused"] * 3]
+
+
+def test_a_lock_whose_put_is_sent_again_since_its_answer_was_lost_is_held(
+    remote: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = object_storage.conditional_writer(remote.filesystem)
+    for name in ("create", "replace"):
+        put = getattr(writer, name)
+        monkeypatch.setattr(writer, name, lambda *sent, put=put: put(*sent) and put(*sent))
+    monkeypatch.setattr("rayrec.storage.locking.conditional_writer", lambda filesystem: writer)
+    with exclusive(remote, "taste"), ThreadPoolExecutor() as pool, pytest.raises(BusyError, match="`rayrec taste`"):
+        pool.submit(_take, remote).result()
+    assert not remote.exists(LOCK_HOLDER)
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    remote.write_json(LOCK_HOLDER, {**OTHER, "host": socket.gethostname(), "pid": process.pid})
+    _take(remote)  # over what a dead run left
+    assert not remote.exists(LOCK_HOLDER)
+
+
+def _take(workspace: Workspace) -> None:
+    with exclusive(workspace, "train"):
+        pass
 
 
 def test_a_lock_that_another_run_took_meanwhile_is_not_given_back(remote: Workspace) -> None:
