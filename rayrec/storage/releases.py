@@ -24,7 +24,6 @@ from rayrec.storage.workspace import (
     DATASET,
     DATASET_MANIFEST,
     HISTORIES,
-    PLAYLISTS,
     SONGS_TABLE,
     Workspace,
     artifact_dir,
@@ -37,12 +36,8 @@ VALIDATION = "validation"  # of a release's metrics: verdict, queries and figure
 ACTIVE = "releases/active"  # JSON: the live id, the ids live before it, oldest first, and which change made it so
 SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
-FIXED = (
-    "playlists/",
-    "rejected/",
-    "earlier/",
-    "songs/",
-)  # files below dataset/ that stay as they are as plays are appended
+# Files below dataset/ that stay as they are as plays are appended and playlists replaced.
+FIXED = ("rejected/plays-", "earlier/")
 PART_KINDS = ("songs", "models", "added_songs", "retrieval", "rankers", "tastes", "indexes")
 ANSWERING_KINDS = ("models", "added_songs", "indexes", "retrieval", "rankers")  # what recommends; tastes do not
 # A release without rankers answers with the network alone, one without added songs with those of its training alone.
@@ -188,11 +183,12 @@ def verify_release(
     Parts of other than `kinds` are compared by their manifests alone, and the data set without `plays` by all else:
     who loads neither tastes nor plays need not read those of millions of users. With `once` one process of a node
     reads each version of a file, for all of them.
-    Where plays were appended to its data set since, that is the part of the present one that it begins with.
+    Where plays were appended to its data set since, that is the part of the present one that it begins with. Playlists
+    may be replaced: a release does not read them.
     """
     artifacts.verify(workspace, release, once=once)
     for path, expected in files_of(workspace, release).items():
-        if plays or not path.startswith((HISTORIES, PLAYLISTS)):
+        if plays or not path.startswith(HISTORIES):
             _compare(workspace, path, expected, once)
     for kind in kinds:
         if kind in OPTIONAL_KINDS and kind not in release.inputs:
@@ -217,8 +213,13 @@ def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
         files[earlier_manifest(made_of)] = files.pop(DATASET_MANIFEST)
     earlier = earlier_version(workspace, dataset, made_of)
     of_dataset = {path: digest for path, digest in earlier.files.items() if path.startswith(FIXED)}
-    if SONGS_FILE in earlier.files:  # songs are appended to it: the checksum is the present one's
-        of_dataset[SONGS_FILE] = dataset.files[SONGS_FILE]
+    # Songs are appended to songs.parquet, where an import of playlists also puts those that had files of their own: the
+    # files and checksums are the present ones.
+    of_dataset |= {
+        path: dataset.files[path]
+        for path in earlier.files
+        if path.startswith((SONGS_FILE, "songs/")) and path in dataset.files
+    }
     # Parts may have been joined since: their plays are in the present files.
     last = f"histories/part={earlier.parts:04d}"
     of_dataset |= {

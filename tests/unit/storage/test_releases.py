@@ -1,11 +1,18 @@
 """Releases: parts that belong together, one id, going live and back, and finding damage."""
 
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
+from local_import import in_this_process
 
+from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, save_split
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
+from rayrec.importing.descriptions import DescribeConfig, describe, take_in_described_songs
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.jobs.import_data import import_data
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import DatasetManifest, Manifest, publish, write_dataset_manifest
 from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
@@ -188,6 +195,32 @@ def test_who_loads_neither_tastes_nor_plays_is_told_of_damage_to_all_else(
     full.write_bytes(path, full.read_bytes(path) + b" ")
     with pytest.raises(DamagedArtifactError, match=path.split("/")[1]) if found else nullcontext():
         releases.verify_release(full, release, SERVED, plays=False)
+
+
+def test_a_release_stays_whole_where_the_playlists_beside_its_plays_are_replaced(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
+
+    def imported(name: str, rows: str, **settings: Any) -> DatasetManifest:
+        (tmp_path / name).write_text(rows)
+        config = ImportConfig(format="csv", paths=(str(tmp_path / name),), buckets=4, **settings)
+        return import_data(workspace, config, repeat=name == "second.csv")
+
+    imported("plays.csv", "user,song,played_at\nu,a,1\nu,b,2\n")
+    imported("first.csv", "playlist,position,song\np,0,a\nq,0,b\nr,0,a\n,0,b\n", kind="playlists")
+    (tmp_path / "songs.csv").write_text("song,title\na,First\nc,Third\n")
+    describe(workspace, DescribeConfig(), str(tmp_path / "songs.csv"))
+    assert take_in_described_songs(Dataset(workspace)) == 1
+    first = Dataset(workspace).manifest
+    put_model(workspace, 1, dataset=first.id)
+    workspace.write_json("splits/split1.json", {})
+    release = releases.create_release(workspace)
+    releases.verify_release(workspace, release)
+    second = imported("second.csv", "playlist,position,song\np,0,b\n", kind="playlists")
+    gone = [path for path in first.files if path not in second.files]
+    assert {path.partition("/")[0] for path in gone} == {"playlists", "rejected", "songs"}
+    releases.verify_release(workspace, release)
 
 
 def test_commands_default_to_the_live_release_not_to_what_is_newer(full: Workspace) -> None:
