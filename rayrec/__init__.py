@@ -178,11 +178,13 @@ __all__ = [
 __all__ += list(_MODULES)
 
 
-def __getattr__(name: str) -> Any:
-    """A name of `_MODULES`, at its first use."""
-    if name not in _MODULES:
-        raise AttributeError(f"module 'rayrec' has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+if not TYPE_CHECKING:  # which takes any name then, misspelled ones too
+
+    def __getattr__(name: str) -> Any:
+        """A name of `_MODULES`, at its first use."""
+        if name not in _MODULES:
+            raise AttributeError(f"module 'rayrec' has no attribute {name!r}")
+        return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -31,6 +32,8 @@ class Settings(BaseModel):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name -> settings that belong together
 
     def __init__(self, **values: Any) -> None:
+        # Numbers of NumPy, as they come out of a search of settings, are plain ones.
+        values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
         for name, value in values.items():
             if isinstance(value, int) and abs(value) > LARGEST:
                 raise InputError(f"{name} is {value}; expected an integer of at most {LARGEST}")

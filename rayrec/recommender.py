@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,8 +23,9 @@ from rayrec.data import columns as names
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import iso_moment, now_ms, parse_moment
+from rayrec.data.spelling import spell_id
 from rayrec.display import html_figures
-from rayrec.errors import InputError, NotFoundError
+from rayrec.errors import InputError, NotFoundError, first_line
 from rayrec.jobs.job_config import FitConfig, UpdateConfig
 from rayrec.model.train_config import TrainConfig
 from rayrec.storage.artifacts import Manifest
@@ -42,7 +43,8 @@ COLUMNS = ("user_id", "rank", "song_id", "title", "artist", "score")
 
 Plays = Any  # a pandas or polars DataFrame, an Arrow table, or the path of files
 # Datetimes and pandas timestamps without a zone are UTC.
-Moment: TypeAlias = str | int | float | np.integer[Any] | np.floating[Any] | datetime
+Moment: TypeAlias = str | int | float | np.integer[Any] | np.floating[Any] | np.datetime64 | date
+Users: TypeAlias = str | int | Iterable[Any]  # an id, or some: a list, a set, a column of pandas, polars or Arrow
 
 
 class Recommender:
@@ -65,7 +67,7 @@ class Recommender:
         """
         from_mapping(TrainConfig, settings, "Recommender")
         self.settings, self.progress = settings, progress
-        self.quality: Quality | None = None  # on the validation range of the last fit
+        self.quality: Quality | None = None  # on the newest plays, of the last fit or update that went live
         self._folder = tempfile.TemporaryDirectory(prefix="rayrec-") if workspace is None else None
         self.workspace = Workspace(self._folder.name if self._folder else workspace or "")
         self._loaded: tuple[Manifest, Dataset, BaseRecommender] | None = None  # of a release
@@ -81,6 +83,7 @@ class Recommender:
         from rayrec.jobs.fit import fit
 
         self._require_reachable()
+        self._loaded = None  # the data set changes, even where this fit does not end
         with exclusive(self.workspace, "fit"), _SentPlays(self.workspace, plays) as sent:
             config = FitConfig(**sent, columns=dict(columns or {}), timezone=timezone)
             sections = {"train": self.settings}
@@ -109,13 +112,15 @@ class Recommender:
         with exclusive(self.workspace, "update"), _SentPlays(self.workspace, plays) as sent:
             config = UpdateConfig(**sent, columns=dict(columns or {}), timezone=timezone, train=train)
             result = update(self.workspace, config, **self._listeners())
-        if not result.live:
+        if result.live:
+            self.quality = result.quality
+        else:
             _print(f"The update is not used: {result.reason}")
         return self
 
     def recommend(
         self,
-        users: str | Sequence[str],
+        users: Users,
         k: int = 10,
         *,
         at: Moment | None = None,
@@ -135,7 +140,7 @@ class Recommender:
         from rayrec.recommend.reranking import AnswerOptions, choose_for_users
 
         release, dataset, recommender = self._answering()
-        moment, ids = _moment(at), [users] if isinstance(users, str) else list(users)
+        moment, ids = _moment(at), _ids(users)
         histories = self._histories(dataset, ids, moment)
         filters = without_heard(histories) if exclude_heard else [AnswerFilter()] * len(ids)
         try:
@@ -175,17 +180,17 @@ class Recommender:
         table["score"] = chosen.scores
         return table
 
-    def taste(
-        self, users: str | Sequence[str], *, at: Moment | None = None, horizon: HorizonName = "short"
-    ) -> pd.DataFrame:
+    def taste(self, users: Users, *, at: Moment | None = None, horizon: HorizonName = "short") -> pd.DataFrame:
         """The taste vectors of users, float32 (U, D): a row a user, the index named user_id.
 
-        Raises `NotFoundError` for a user without a known play before `at`.
+        Raises `NotFoundError` for a user without a known play before `at`, `InputError` for a horizon that is none.
         """
         from rayrec.recommend.reranking import network_of
 
+        if horizon not in ("short", "long"):
+            raise InputError(f"horizon is {horizon!r}; expected short or long")
         _, dataset, recommender = self._answering()
-        moment, ids = _moment(at), [users] if isinstance(users, str) else list(users)
+        moment, ids = _moment(at), _ids(users)
         histories = self._histories(dataset, ids, moment)
         if not histories.lengths.all():
             user = ids[int(np.argmin(histories.lengths))]
@@ -198,18 +203,26 @@ class Recommender:
     def save(self, path: str | Path) -> Path | str:
         """Copy everything to a folder, s3:// or gs:// prefix; `rayrec.load` opens it, and so does `rayrec serve`.
 
-        Raises `InputError` where something is there already.
+        Raises `InputError` where something is there already, and `NotFoundError` before a fit.
         """
+        if active_release(self.workspace) is None:
+            raise NotFoundError("this Recommender is not fitted; call fit first")
         target = Workspace(path)
         if target.exists("") and target.files(""):
             raise InputError(f"{path} is not empty; save to another folder")
-        pafs.copy_files(
-            self.workspace.root,
-            target.root,
-            source_filesystem=self.workspace.filesystem,
-            destination_filesystem=target.filesystem,
-        )
+        with exclusive(self.workspace, "save"):
+            pafs.copy_files(
+                self.workspace.root,
+                target.root,
+                source_filesystem=self.workspace.filesystem,
+                destination_filesystem=target.filesystem,
+            )
         return path
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._folder is not None:
+            raise TypeError("a copy would not hold the model, which is in a temporary folder; use save and rayrec.load")
+        return {**self.__dict__, "_loaded": None}
 
     def __repr__(self) -> str:
         release = active_release(self.workspace)
@@ -225,14 +238,19 @@ class Recommender:
         return html_figures("Recommender", values) + quality
 
     def _answering(self) -> tuple[Manifest, Dataset, BaseRecommender]:
-        """The live release, its data set and what answers, loaded once. Raises `NotFoundError` before a fit."""
+        """The live release, its data set and what answers, loaded once.
+
+        Raises `NotFoundError` before a fit, and where one of other plays was stopped.
+        """
         from rayrec.recommend.answer import load_recommender
 
         release = active_release(self.workspace)
         if release is None:
             raise NotFoundError("this Recommender is not fitted; call fit first")
-        if self._loaded is None or self._loaded[0] != release:
-            dataset = Dataset(self.workspace)
+        dataset = Dataset(self.workspace)
+        if not dataset.descends_from(release.inputs["dataset"]):
+            raise NotFoundError("the last fit, of other plays, did not end; call fit again")
+        if self._loaded is None or (self._loaded[0], self._loaded[1].manifest.id) != (release, dataset.manifest.id):
             self._loaded = release, dataset, load_recommender(self.workspace, dataset, release.inputs)
         return self._loaded
 
@@ -303,7 +321,10 @@ class _SentPlays:
         for batch in table.to_batches():
             digest.update(batch.serialize())
         self._file = f"{SENT_PLAYS}/plays-{digest.hexdigest()[:12]}.parquet"
-        self._workspace.write_table(self._file, table)
+        try:
+            self._workspace.write_table(self._file, table)
+        except pa.ArrowException as error:
+            raise _unreadable(error) from error
         # The format is given, since it cannot be guessed from a URI that has options behind the name.
         return {"paths": (self._workspace.uri_of(self._file),), "format": "parquet"}
 
@@ -313,21 +334,60 @@ class _SentPlays:
 
 
 def _arrow(plays: Any) -> pa.Table:
-    """A table of plays. Raises `InputError` for what is no table."""
-    if isinstance(plays, pd.DataFrame):
-        table = pa.Table.from_pandas(plays, preserve_index=False)
-    elif isinstance(plays, pa.Table):
-        table = plays
-    elif hasattr(plays, "__arrow_c_stream__"):
-        table = pa.table(plays)
-    else:
-        raise InputError(
-            f"plays are a {type(plays).__name__}; expected a pandas or polars DataFrame, an Arrow table or a path"
-        )
+    """A table of plays. Raises `InputError` for what is no table, and for columns of types that cannot be read."""
+    try:
+        if isinstance(plays, pd.DataFrame):
+            return _decoded(pa.Table.from_pandas(_plain_frame(plays), preserve_index=False))
+        if isinstance(plays, pa.Table):
+            return _decoded(plays)
+        if hasattr(plays, "__arrow_c_stream__"):
+            return _decoded(pa.table(plays))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise _unreadable(error) from error
+    raise InputError(
+        f"plays are a {type(plays).__name__}; expected a pandas or polars DataFrame, an Arrow table or a path"
+    )
+
+
+def _unreadable(error: Exception) -> InputError:
+    return InputError(f"the plays cannot be read: {first_line(error)}; drop the column, or make it text: astype(str)")
+
+
+def _plain_frame(plays: pd.DataFrame) -> pd.DataFrame:
+    """With a named index as columns, and periods as the moments at which they begin."""
+    if any(plays.index.names):
+        plays = plays.reset_index()
+    periods = {
+        name: plays[name].dt.to_timestamp() for name in plays.columns if isinstance(plays.dtypes[name], pd.PeriodDtype)
+    }
+    return plays.assign(**periods) if periods else plays
+
+
+def _decoded(table: pa.Table) -> pa.Table:
+    """With the values of categories in place of their numbers."""
     for place, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
-            table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
+            text = pa.types.is_string_view(field.type.value_type)  # of polars, which Arrow cannot look up
+            kind = pa.large_string() if text else field.type.value_type
+            chunks = [
+                pa.DictionaryArray.from_arrays(chunk.indices, chunk.dictionary.cast(kind)).dictionary_decode()
+                for chunk in table.column(place).chunks
+            ]
+            table = table.set_column(place, field.name, pa.chunked_array(chunks, kind))
     return table
+
+
+def _ids(users: Users) -> list[Any]:
+    """One user or some as a list. Raises `InputError` for what is no id."""
+    if isinstance(users, (pd.DataFrame, Mapping, bytes)):
+        raise InputError(f"users are a {type(users).__name__}; expected an ID, or a list or column of IDs")
+    if isinstance(users, (str, int, float, np.generic)):
+        users = [users]
+    ids: list[Any] = users.to_pylist() if isinstance(users, (pa.Array, pa.ChunkedArray)) else list(users)
+    for place, user in enumerate(ids):
+        if spell_id(user) is None:
+            raise InputError(f"user {place} is {user!r}; expected an ID, text or a number")
+    return ids
 
 
 def _moment(at: Moment | None) -> int:
@@ -339,6 +399,8 @@ def _moment(at: Moment | None) -> int:
     if isinstance(at, str | int | float):
         return parse_moment(at)
     stamp = pd.Timestamp(at)
+    if pd.isna(stamp):
+        raise InputError(f"at is {at!r}; expected a moment, such as 2026-01-20T18:30:00Z")
     return int((stamp if stamp.tz is not None else stamp.tz_localize("UTC")).timestamp() * 1000)
 
 

@@ -85,7 +85,7 @@ class Catalog:
         unknown = [song_ids[place] for place in np.flatnonzero(song_rows < 0).tolist()]
         if unknown:
             raise InputError(
-                f"{len(unknown)} of {len(song_ids)} songs are not in the catalog: {', '.join(unknown[:5])}; "
+                f"{len(unknown)} of {len(song_ids)} songs are not in the catalog: {', '.join(map(str, unknown[:5]))}; "
                 "check the IDs against dataset/songs.parquet"
             )
         return song_rows

@@ -1,6 +1,8 @@
 """The facade: tables of plays in, tables of songs out, saved and loaded as one folder."""
 
+import copy
 import gc
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -83,6 +85,12 @@ def test_a_number_as_horizon_is_the_weight_of_the_long_one(
     monkeypatch.setattr(reranking, "choose_for_users", choose)
     assert len(model.recommend(["u3", "u5"], k=4, horizon=horizon)) == 8
     assert asked == [weight, weight]
+
+
+@pytest.mark.parametrize("horizon", [0.5, "foo"])
+def test_a_taste_is_of_one_horizon(model: Recommender, horizon: Any) -> None:
+    with pytest.raises(InputError, match="expected short or long"):
+        model.taste("u1", horizon=horizon)
 
 
 def test_a_horizon_that_is_none_is_refused(model: Recommender) -> None:
@@ -292,7 +300,19 @@ def test_a_notebook_shows_data_and_quality(model: Recommender) -> None:
     assert "2,400" in rayrec.Dataset(model.workspace)._repr_html_()
 
 
-@pytest.mark.parametrize("kind", [pa.Table.from_pandas, polars.from_pandas, "csv"])
+def by_category(rows: pd.DataFrame) -> polars.DataFrame:
+    return polars.from_pandas(rows).with_columns(polars.col("user_id", "track").cast(polars.Categorical))
+
+
+def by_period(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.assign(timestamp=rows["timestamp"].dt.to_period("s"))
+
+
+def by_index(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.set_index("timestamp")
+
+
+@pytest.mark.parametrize("kind", [pa.Table.from_pandas, polars.from_pandas, by_category, by_period, by_index, "csv"])
 def test_every_kind_of_table_gives_the_same_plays(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
     rows = frame(ring_plays(range(8), plays=10))
@@ -303,6 +323,61 @@ def test_every_kind_of_table_gives_the_same_plays(kind: Any, tmp_path: Path, mon
     manifest = rayrec.Dataset(made.workspace).manifest
     assert (manifest.plays, manifest.users) == (80, 8)
     assert manifest.first_play == int(rows["timestamp"].min().timestamp() * 1000)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda plays: plays.assign(extra=[1, "a"] * (len(plays) // 2)),
+        lambda plays: pd.concat([plays, plays[["user_id"]]], axis=1),
+        lambda plays: plays.assign(extra=[{}] * len(plays)),
+    ],
+    ids=["mixed", "twice", "empty"],
+)
+def test_columns_that_cannot_be_read_are_bad_input(spoil: Any) -> None:
+    with pytest.raises(InputError, match=r"the plays cannot be read: .*; drop the column, or make it text"):
+        Recommender(progress=False).fit(spoil(frame(ring_plays(range(3), plays=4))))
+
+
+@pytest.mark.parametrize("users", [np.array(["u1"]), pd.Series(["u1"]), pa.array(["u1"]), {"u1"}, iter(["u1"])])
+def test_users_come_in_any_column(model: Recommender, users: Any) -> None:
+    assert model.recommend(users, k=np.int64(3))["user_id"].tolist() == ["u1"] * 3
+
+
+@pytest.mark.parametrize("users", [["u1", np.nan], [None], ["u1", pd.NA], pd.DataFrame({"user": ["u1"]}), b"u1"])
+def test_users_that_are_no_ids_are_refused(model: Recommender, users: Any) -> None:
+    with pytest.raises(InputError, match=r"^users? (0|1|are a)"):
+        model.recommend(users)
+    with pytest.raises(InputError, match=r"^users? (0|1|are a)"):
+        model.taste(users)
+
+
+def test_a_fit_of_other_plays_that_was_stopped_gives_no_wrong_songs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    model = Recommender(**SETTINGS | {"epochs": 1}, workspace=tmp_path).fit(frame(ring_plays(range(8), plays=10)))
+    other = rayrec.load(tmp_path, progress=False)
+    assert len(model.recommend("u1")) == len(other.recommend("u1"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr("rayrec.jobs.pipeline.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        model.fit(frame(ring_plays(range(20, 28), plays=10)))
+    for each in (model, other, rayrec.load(tmp_path, progress=False)):
+        with pytest.raises(NotFoundError, match="the last fit, of other plays, did not end; call fit again"):
+            each.recommend("u1")
+
+
+def test_a_model_in_a_temporary_folder_is_copied_by_saving_alone(model: Recommender, tmp_path: Path) -> None:
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"use save and rayrec\.load"):
+            copied(model)
+    with pytest.raises(NotFoundError, match="call fit first"):
+        Recommender().save(tmp_path / "nothing")
+    kept = rayrec.load(model.save(tmp_path / "kept"), progress=False)
+    again = pickle.loads(pickle.dumps(kept))
+    pd.testing.assert_frame_equal(
+        again.recommend("u1", at="2030-01-01T00:00:00Z"), kept.recommend("u1", at="2030-01-01T00:00:00Z")
+    )
 
 
 def test_wrong_use_is_said_before_any_work() -> None:
