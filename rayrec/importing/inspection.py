@@ -38,6 +38,7 @@ from rayrec.importing.readers.reader import (
     shown_columns,
 )
 from rayrec.importing.readers.tabular import EVENTS, FLAGS, OPTIONAL_ROLES, open_parquet, read_batches, roles
+from rayrec.importing.readers.youtube_takeout import is_watch_history
 
 SAMPLE_FILES = 5
 SAMPLE_BYTES = 1 << 20  # of each file
@@ -337,7 +338,9 @@ ORDER = (
     *("csv", "parquet", "mpd", "listenbrainz", "sequences"),
 )
 YAMBDA_COLUMN = "played_ratio_pct"
-MARKS = {"mpd": b'"playlists"', "tidal": b"entry_date"}  # in the first bytes of a file of the format
+# In the first bytes of a file of the format.
+MARKS = {"mpd": rb'"playlists"', "tidal": rb"entry_date", "listenbrainz": rb'"(track_metadata|listened_at)"'}
+LOOKED_AT = 100  # files of a folder, of which one is to be of the format
 
 
 def guess_import(
@@ -392,7 +395,7 @@ def guess_format(paths: Sequence[str]) -> str:
     """The format of files, or of all files in folders. Raises `InputError` for none."""
     for name in ORDER:
         files = _matching(paths, FORMATS[name].patterns)
-        if files and _looks_like(name, files[0]):
+        if files and _looks_like(name, files):
             return name
     find_files(paths, ("*",))  # a path that is not there, or an empty folder, is the better message
     raise InputError(f"the format of {paths[0]} is not known; pass --format, one of {', '.join(FORMATS)}")
@@ -408,15 +411,22 @@ def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile]
     return files if all(any(fnmatch(name, pattern) for pattern in patterns) for name in names) else []
 
 
-def _looks_like(name: str, file: SourceFile) -> bool:
-    """False for a file whose content is of another format with such names."""
+def _looks_like(name: str, files: Sequence[SourceFile]) -> bool:
+    """False for files whose content is of another format with such names."""
     if name == "yambda":
-        with open_source(file.source) as stream:
+        with open_source(files[0].source) as stream:
             return YAMBDA_COLUMN in pq.read_schema(stream).names
-    if name in MARKS:
-        with open_plain(file.source) as stream:
-            return MARKS[name] in stream.read(HEAD_BYTES)
-    return True
+    if name == "youtube-takeout":
+        return any(is_watch_history(file.source) for file in files[:LOOKED_AT])
+    if name == "listenbrainz":  # beside its own endings
+        is_json = all(plain_name(file.source).lower().endswith(".json") for file in files)
+        return not is_json or any(_is_marked(name, file) for file in files[:LOOKED_AT])
+    return name not in MARKS or _is_marked(name, files[0])
+
+
+def _is_marked(name: str, file: SourceFile) -> bool:
+    with open_plain(file.source) as stream:
+        return re.search(MARKS[name], stream.read(HEAD_BYTES)) is not None
 
 
 def _require_columns(inspection: Inspection, path: str, by_role: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ from rayrec.importing.readers.spotify_history import PODCAST, SpotifyHistoryRead
 from rayrec.importing.readers.tabular import OTHER_EVENT, CsvReader, ParquetReader
 from rayrec.importing.readers.tidal import NOT_A_TRACK, TidalReader
 from rayrec.importing.readers.yambda import YambdaReader
-from rayrec.importing.readers.youtube_takeout import NOT_MUSIC, YoutubeTakeoutReader
+from rayrec.importing.readers.youtube_takeout import NOT_MUSIC, SEARCH, YoutubeTakeoutReader, check_watchers
 from rayrec.storage.artifacts import Times
 
 
@@ -74,6 +74,6 @@ FORMATS: dict[str, Format] = {
     ),
     "yambda": Format(make=YambdaReader, patterns=("listens.parquet",)),
     "youtube-takeout": Format(
-        make=YoutubeTakeoutReader, patterns=("watch-history.json",), beside=(NOT_MUSIC,), check_users=check_accounts
+        make=YoutubeTakeoutReader, patterns=("*.json",), beside=(NOT_MUSIC, SEARCH), check_users=check_watchers
     ),
 }

@@ -18,6 +18,8 @@ EXPORT_FOLDERS = (
     *("takeout", "youtube and youtube music", "youtube", "history", "apple_media_services", "apple music activity"),
     *("apple media services information", "deezer-data", "tidal", "listens"),
 )
+YOUTUBE = re.compile(r"youtube\b.*\byoutube music")  # of Takeout, which translates the word between, and what is below
+TAKEOUT = re.compile(r"takeout-\d{8}t\d{6}z(-\d+)*")  # an archive, unpacked into a folder of its name
 YEARLY = re.compile(r"listens/\d{4}$")  # the folders of ListenBrainz's export
 COPY = re.compile(r"\s*(\(\d+\)|-?\d+)$")  # that a browser or system adds to a second folder of a name
 
@@ -58,9 +60,21 @@ def _account_folder(source: str) -> tuple[str, str]:
     """The folder that names a user, and the one in it, or itself, that is the export."""
     path = source if "://" in source else Path(source).expanduser().resolve().as_posix()
     export = folder = posixpath.dirname(path)
-    while COPY.sub("", posixpath.basename(folder).lower()) in EXPORT_FOLDERS or YEARLY.search(folder.lower()):
+    while _is_of_export(folder):
         export, folder = folder, posixpath.dirname(folder)
     return folder, export
+
+
+def _is_of_export(folder: str) -> bool:
+    """True for a folder that a service names."""
+    name = COPY.sub("", posixpath.basename(folder).lower())
+    parent = COPY.sub("", posixpath.basename(posixpath.dirname(folder)).lower())
+    return (
+        name in EXPORT_FOLDERS
+        or any(YOUTUBE.fullmatch(text) for text in (name, parent))
+        or TAKEOUT.fullmatch(name) is not None
+        or YEARLY.search(folder.lower()) is not None
+    )
 
 
 class AccountCsvReader(ABC):

@@ -1,25 +1,33 @@
 """YouTube Music out of Google Takeout: watch-history.json, a list of what was watched. Written from public samples.
 
-The song is the video's id, since the file has no other. What was watched on YouTube itself is no play of a song.
+In other languages the file has other names. The song is the video's id, since the file has no other. What was watched
+on YouTube itself is no play of a song.
 """
 
-from collections.abc import Iterator
+import posixpath
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from rayrec.data import columns
-from rayrec.importing.readers.accounts import Users, account_of
+from rayrec.errors import InputError
+from rayrec.importing.readers.accounts import Users, account_of, check_accounts
 from rayrec.importing.readers.json_rows import Record, RowCollector, plan_json, read_records, text
-from rayrec.importing.readers.reader import NO_SONG, Batch, ReadOptions, Unit
+from rayrec.importing.readers.reader import HEAD_BYTES, NO_SONG, Batch, ReadOptions, Unit, open_plain, plain_name
 
 NOT_MUSIC = "not of YouTube Music"
+SEARCH = "a search"
 NOT_WATCHED = "not an entry of a watch history"
 MUSIC = "YouTube Music"
+FILE = "watch-history.json"
+SEARCHES = ("/results", "/search")  # paths of links
 TOPIC = " - Topic"  # ends the name of the channel that YouTube makes of an artist
 
 
 class YoutubeTakeoutReader:
-    """Reads watch-history.json. In a language other than English, titles keep the verb that Takeout adds.
+    """Reads watch histories; other JSON, which Takeout writes beside them, holds no units.
+
+    In a language other than English, titles keep the verb that Takeout adds.
 
     The user is the `user` setting where there is one, else the file's folder.
     """
@@ -28,8 +36,8 @@ class YoutubeTakeoutReader:
         self.options = options
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """One unit per file."""
-        return plan_json(source, size, unit_bytes)
+        """One unit per file, none for one that is no watch history."""
+        return plan_json(source, size, unit_bytes) if is_watch_history(source) else []
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """One batch with the whole file."""
@@ -41,6 +49,23 @@ class YoutubeTakeoutReader:
             yield rows.batch(block.covered)
 
 
+def is_watch_history(source: str) -> bool:
+    """True for a file of the English name and, since Takeout translates names, for one that begins as such a list."""
+    if posixpath.basename(plain_name(source)).lower() == FILE:
+        return True
+    with open_plain(source) as stream:
+        head = stream.read(HEAD_BYTES)
+    return b'"header"' in head and (b'"titleUrl"' in head or b'"activityControls"' in head)
+
+
+def check_watchers(sources: Sequence[str], user: str) -> list[str]:
+    """As `check_accounts`, of the watch histories alone. Raises `InputError` where none is one."""
+    histories = [source for source in sources if is_watch_history(source)]
+    if sources and not histories:
+        raise InputError(f"{sources[0]} is no watch history of Takeout in JSON; choose JSON for the history in Takeout")
+    return check_accounts(histories, user)
+
+
 def _add(record: Record, user: str, rows: RowCollector) -> None:
     entry = record.value
     if record.reason or not isinstance(entry, dict) or "title" not in entry:
@@ -49,6 +74,9 @@ def _add(record: Record, user: str, rows: RowCollector) -> None:
     link = text(entry.get("titleUrl")) or ""
     if entry.get("header") != MUSIC and not link.startswith("https://music.youtube.com/"):
         rows.refuse(record, NOT_MUSIC)
+        return
+    if _is_search(link):
+        rows.refuse(record, SEARCH)
         return
     song = _video(link)
     if song is None:
@@ -69,6 +97,13 @@ def _video(link: str) -> str | None:
         return next(iter(parse_qs(urlsplit(link).query).get("v", [])), None)
     except ValueError:
         return None
+
+
+def _is_search(link: str) -> bool:
+    try:
+        return urlsplit(link).path in SEARCHES
+    except ValueError:
+        return False
 
 
 def _channel(subtitles: Any) -> str | None:

@@ -229,6 +229,9 @@ def test_what_cannot_be_inspected_is_one_line(tmp_path: Path) -> None:
         ("slice.json", '{"info": 1, "playlists": []}', "mpd"),
         ("Streaming_History_Audio_2023.json", "[]", "spotify-history"),
         ("watch-history.json", "[]", "youtube-takeout"),
+        ("Wiedergabeverlauf.json", '[{"header": "YouTube Music", "titleUrl": "u"}]', "youtube-takeout"),
+        ("kijkgeschiedenis.json", '[{"header": "YouTube", "activityControls": []}]', "youtube-takeout"),
+        ("listens.json", '[{"listened_at": 1, "track_metadata": {}}]', "listenbrainz"),
         ("Apple Music Play Activity.csv", "Song Name\n", "apple-music"),
         ("streaming.csv", "artist_name,track_title,entry_date\n", "tidal"),
         ("streaming.csv", "user,song,ts\n", "csv"),
@@ -245,6 +248,21 @@ def test_the_format_follows_from_name_and_content(tmp_path: Path, name: str, tex
 def test_a_known_ending_of_compression_is_not_looked_at(tmp_path: Path) -> None:
     for suffix in ("gz", "bz2"):
         assert guess_format([write(tmp_path / f"sessions.txt.{suffix}", "1 2 3\n")]) == "sequences"
+
+
+def test_a_watch_history_is_found_among_the_other_files_of_takeout(tmp_path: Path) -> None:
+    write(tmp_path / "Takeout/Abos/abos.json", '{"snippet": {}}')
+    write(tmp_path / "Takeout/Abos/abos.csv", "a,b\n")
+    name = "Takeout/YouTube und YouTube Music/Verlauf/Wiedergabeverlauf.json"
+    write(tmp_path / name, '[{"header": "YouTube", "title": "A", "titleUrl": "https://youtube.com/watch?v=a"}]')
+    assert guess_format([str(tmp_path)]) == "youtube-takeout"
+    inspection = inspect_files("youtube-takeout", [str(tmp_path)])
+    assert inspection.rejected == {"not of YouTube Music": 1}
+
+
+def test_json_of_no_known_content_is_no_format(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the format of .*some\.json is not known; pass --format"):
+        guess_format([write(tmp_path / "some.json", '[{"song": "a"}]')])
 
 
 def test_every_format_of_plays_is_guessed() -> None:

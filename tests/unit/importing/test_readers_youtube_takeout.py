@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.reader import Batch, ReadOptions
 
@@ -36,6 +38,26 @@ def test_a_watched_song_is_a_play_of_the_folders_owner(tmp_path: Path) -> None:
     assert (row["user_id"], row["song_id"], row["played_at"]) == ("ann", "-e8Nfjl_AKk", 1650910144784)
     assert (row["title"], row["artist"]) == ("Solar", "Sault")
     assert read(path, [watched()], user="me").rows.column("user_id").to_pylist() == ["me"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "user"),
+    [
+        ("ann/Takeout/YouTube und YouTube Music/Verlauf", "ann"),
+        ("ann/Takeout/YouTube と YouTube Music/履歴", "ann"),
+        ("ann/takeout-20240101T000000Z-001/Takeout/YouTube et YouTube Music/historique", "ann"),
+        ("takeout/ann", "ann"),
+    ],
+)
+def test_folders_that_takeout_translates_are_no_users(tmp_path: Path, folder: str, user: str) -> None:
+    batch = read(tmp_path / folder / "Wiedergabeverlauf.json", [watched()])
+    assert batch.rows.column("user_id").to_pylist() == [user]
+
+
+def test_a_search_is_no_play(tmp_path: Path) -> None:
+    batch = read(tmp_path / "Suchverlauf.json", [watched(titleUrl="https://music.youtube.com/search?q=solar")])
+    assert batch.rejected.column("reason").to_pylist() == ["a search"]
+    assert "a search" in FORMATS["youtube-takeout"].beside
 
 
 def test_videos_ads_and_what_is_none_are_rejected_with_a_reason(tmp_path: Path) -> None:

@@ -293,6 +293,12 @@ def test_what_a_format_holds_beside_plays_is_no_reason_to_stop(rayrec: Any, tmp_
     assert rayrec("import", "youtube-takeout", file, "--force", "--max-rejected", "0.1").code == 2
 
 
+def test_json_that_is_no_watch_history_stops_the_import(rayrec: Any, tmp_path: Path) -> None:
+    refused = rayrec("import", "youtube-takeout", write(tmp_path / "ann" / "abos.json", "[{}]"))
+    assert refused.code == 2
+    assert refused.data["error"]["message"].endswith("abos.json is no watch history of Takeout in JSON")
+
+
 def test_files_left_out_are_named_with_the_whole_reason(rayrec: Any, tmp_path: Path) -> None:
     plays_csv(tmp_path / "p" / "1.csv", rows=10)
     write(tmp_path / "p" / ("a rather long name that a table would cut " * 3 + ".csv"), "")
