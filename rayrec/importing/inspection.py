@@ -37,6 +37,7 @@ from rayrec.importing.readers.reader import (
     read_blocks,
     shown_columns,
 )
+from rayrec.importing.readers.spotify_history import ACCOUNT_DATA, is_account_data
 from rayrec.importing.readers.tabular import EVENTS, FLAGS, OPTIONAL_ROLES, open_parquet, read_batches, roles
 from rayrec.importing.readers.youtube_takeout import is_watch_history
 
@@ -392,10 +393,12 @@ def describe_import(config: ImportConfig) -> str:
 
 
 def guess_format(paths: Sequence[str]) -> str:
-    """The format of files, or of all files in folders. Raises `InputError` for none."""
+    """The format of files, or of all files in folders. Raises `InputError` for none, and for Spotify's account data."""
     for name in ORDER:
         files = _matching(paths, FORMATS[name].patterns)
         if files and _looks_like(name, files):
+            if name == "spotify-history" and all(is_account_data(file.source) for file in files):
+                raise InputError(f"{files[0].source}: {ACCOUNT_DATA}")
             return name
     find_files(paths, ("*",))  # a path that is not there, or an empty folder, is the better message
     raise InputError(f"the format of {paths[0]} is not known; pass --format, one of {', '.join(FORMATS)}")

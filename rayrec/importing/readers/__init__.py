@@ -12,7 +12,7 @@ from rayrec.importing.readers.mpd import MpdReader
 from rayrec.importing.readers.music4all_onion import Music4AllOnionReader
 from rayrec.importing.readers.reader import NO_SONG, Reader, ReadOptions
 from rayrec.importing.readers.sequences import SequenceReader
-from rayrec.importing.readers.spotify_history import PODCAST, SpotifyHistoryReader, check_usernames
+from rayrec.importing.readers.spotify_history import ACCOUNT_DATA, PODCAST, SpotifyHistoryReader, check_usernames
 from rayrec.importing.readers.tabular import OTHER_EVENT, CsvReader, ParquetReader
 from rayrec.importing.readers.tidal import NOT_A_TRACK, TidalReader
 from rayrec.importing.readers.yambda import YambdaReader
@@ -61,8 +61,8 @@ FORMATS: dict[str, Format] = {
     ),
     "spotify-history": Format(
         make=SpotifyHistoryReader,
-        patterns=("streaming_history_*.json", "endsong*.json"),
-        beside=(PODCAST,),
+        patterns=("streaming_history_*.json", "endsong*.json", "streaminghistory*.json"),
+        beside=(PODCAST, ACCOUNT_DATA),
         check_users=check_usernames,
     ),
     "tidal": Format(

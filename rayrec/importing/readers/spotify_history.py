@@ -13,11 +13,24 @@ from typing import Any
 from rayrec.data import columns
 from rayrec.importing.readers.accounts import Users, account_of, check_accounts
 from rayrec.importing.readers.json_rows import Record, RowCollector, plan_json, read_records, text
-from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch, ReadOptions, Unit, require_text
+from rayrec.importing.readers.reader import (
+    HEAD_BYTES,
+    NO_SONG,
+    STREAM_MS,
+    Batch,
+    ReadOptions,
+    Unit,
+    open_plain,
+    require_text,
+)
 
 NOT_A_PLAY = "not a play"
 PODCAST = "podcast or audiobook"
+ACCOUNT_DATA = (
+    "Spotify's account data has no song ids and no exact times; ask Spotify for the extended streaming history"
+)
 SKIP_REASONS = ("fwdbtn", "backbtn")
+SHORT_RECORD = re.compile(rb'"endTime"\s*:')
 USERNAME = re.compile(rb'"username"\s*:\s*"([^"]+)"')
 
 
@@ -46,7 +59,13 @@ class SpotifyHistoryReader:
 
 def check_usernames(sources: Sequence[str], user: str) -> list[str]:
     """As `check_accounts`, for files of which some name the user."""
-    return check_accounts(sources, user, _username)
+    return check_accounts([source for source in sources if not is_account_data(source)], user, _username)
+
+
+def is_account_data(source: str) -> bool:
+    """True for a StreamingHistory file of Spotify's account data, whose records give minutes and no song ids."""
+    with open_plain(source) as stream:
+        return SHORT_RECORD.search(stream.read(HEAD_BYTES)) is not None
 
 
 def _username(source: str) -> str | None:
@@ -59,6 +78,9 @@ def _add(record: Record, users: Users, rows: RowCollector) -> None:
     play = record.value
     if record.reason or not isinstance(play, dict):
         rows.refuse(record, record.reason or NOT_A_PLAY)
+        return
+    if "endTime" in play and "ts" not in play:
+        rows.refuse(record, ACCOUNT_DATA)
         return
     song = text(play.get("spotify_track_uri"))
     if song is None:

@@ -260,6 +260,20 @@ def test_a_watch_history_is_found_among_the_other_files_of_takeout(tmp_path: Pat
     assert inspection.rejected == {"not of YouTube Music": 1}
 
 
+@pytest.mark.parametrize("name", ["StreamingHistory_music_0.json", "StreamingHistory0.json"])
+def test_spotifys_account_data_is_no_history_and_the_right_one_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "Spotify Account Data" / name
+    record = '[{"endTime": "2024-01-05 14:23", "artistName": "A", "trackName": "T", "msPlayed": 184000}]'
+    write(path, record)
+    for given in (path, path.parent):
+        with pytest.raises(InputError, match="ask Spotify for the extended streaming history"):
+            guess_format([str(given)])
+    (reason,) = inspect_files("spotify-history", [str(path.parent)]).rejected
+    assert reason.endswith("ask Spotify for the extended streaming history")
+    write(tmp_path / "Streaming_History_Audio_2023_0.json", "[]")
+    assert guess_format([str(tmp_path)]) == "spotify-history"
+
+
 def test_json_of_no_known_content_is_no_format(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the format of .*some\.json is not known; pass --format"):
         guess_format([write(tmp_path / "some.json", '[{"song": "a"}]')])

@@ -293,6 +293,20 @@ def test_what_a_format_holds_beside_plays_is_no_reason_to_stop(rayrec: Any, tmp_
     assert rayrec("import", "youtube-takeout", file, "--force", "--max-rejected", "0.1").code == 2
 
 
+def test_spotifys_account_data_beside_the_extended_history_changes_nothing(
+    rayrec: Any, tmp_path: Path, workspace: Workspace
+) -> None:
+    short = {"endTime": "2024-01-05 14:23", "artistName": "A", "trackName": "T", "msPlayed": 184000}
+    file = write(tmp_path / "ann" / "StreamingHistory_music_0.json", json.dumps([short]))
+    refused = rayrec("import", "spotify-history", file)
+    assert refused.code == 2
+    assert "ask Spotify for the extended streaming history" in json.dumps(refused.data)
+    plays = [spotify(str(day), day, username="ann") for day in range(1, 11)]
+    write(tmp_path / "ann" / "Streaming_History_Audio_2023_0.json", json.dumps(plays))
+    done = rayrec("import", "spotify-history", tmp_path)
+    assert (done.code, users(workspace), done.data["import"]["beside"]) == (0, {"ann": 10}, 1)
+
+
 def test_json_that_is_no_watch_history_stops_the_import(rayrec: Any, tmp_path: Path) -> None:
     refused = rayrec("import", "youtube-takeout", write(tmp_path / "ann" / "abos.json", "[{}]"))
     assert refused.code == 2
