@@ -38,7 +38,7 @@ FORMATS: dict[str, Format] = {
     "apple-music": Format(
         make=apple_music.AppleMusicReader,
         patterns=("apple music*play activity*.csv",),
-        beside=(apple_music.OTHER_EVENT, NO_SONG),
+        beside=(apple_music.OTHER_EVENT, apple_music.NOT_A_SONG, NO_SONG),
         ends_with_line=True,
         check_users=check_accounts,
     ),

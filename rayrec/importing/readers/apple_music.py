@@ -22,18 +22,27 @@ ARTISTS = ("Artist Name", "Container Artist Name")
 ALBUMS = ("Album Name", "Container Album Name")
 TIMES = ("Event Start Timestamp", "Event End Timestamp")
 DURATION, REASON, EVENT = "Play Duration Milliseconds", "End Reason Type", "Event Type"
+ITEM, MEDIA = "Item Type", "Media Type"
+SHOWS, VIDEO = "ORIGINAL_CONTENT_SHOWS", "VIDEO"  # of these columns: no songs
+FAILED = "FAILED_TO_LOAD"
+# End reasons of a part of a listen, which the listener goes on with or leaves off: none says that the song was skipped.
+PARTS = ("PLAYBACK_MANUALLY_PAUSED", "PLAYBACK_SUSPENDED", "SCRUB_BEGIN", "SCRUB_END", "EXITED_APPLICATION")
 PLAYS = ("PLAY_END", "PLAY", None)  # events; PLAY_START would count a play twice
 OTHER_EVENT = "event is not a play"
+NOT_A_SONG = "video or show"
 
 
 class AppleMusicReader(AccountCsvReader):
-    """Reads Apple Music Play Activity.csv. Skipped are plays that a skip ended, or of under 30 seconds."""
+    """Reads Apple Music Play Activity.csv. Skipped are plays that a skip ended, or of under 30 seconds.
+
+    A play that was paused, scrubbed in or left with the application is not skipped, however short.
+    """
 
     def find(self, source: str, header: list[str]) -> dict[str, int]:
         """As in `AccountCsvReader`."""
         title = next((name for name in TITLES if name in header), TITLES[0])
         time = next((name for name in TIMES if name in header), TIMES[0])
-        optional = (*TITLES, *ARTISTS, *ALBUMS, *TIMES, DURATION, REASON, EVENT)
+        optional = (*TITLES, *ARTISTS, *ALBUMS, *TIMES, DURATION, REASON, EVENT, ITEM, MEDIA)
         return required_columns(source, header, (title, time), optional)
 
     def batch(self, rows: DelimitedRows, user: str, source: str) -> Batch:
@@ -48,6 +57,11 @@ class AppleMusicReader(AccountCsvReader):
         if EVENT in values:
             plays = [same(values[EVENT], event) for event in PLAYS]
             problems.mark(~np.logical_or.reduce(plays), OTHER_EVENT)
+        for name, value in ((ITEM, SHOWS), (ITEM, VIDEO), (MEDIA, VIDEO)):
+            if name in values:
+                problems.mark(same(values[name], value), NOT_A_SONG)
+        if REASON in values:
+            problems.mark(same(values[REASON], FAILED), OTHER_EVENT)
         title, artist = first_of(TITLES), first_of(ARTISTS)
         song = name_songs(pa.nulls(count, pa.string()), pc.coalesce(artist, first_of(ALBUMS)), title)
         times = [valid_text(values[name], problems) for name in TIMES if name in values]
@@ -61,6 +75,7 @@ class AppleMusicReader(AccountCsvReader):
         short = flags_below(values[DURATION], STREAM_MS) if DURATION in values else pa.nulls(count, pa.bool_())
         if REASON in values:
             skipped = pc.fill_null(pc.match_substring(values[REASON], "SKIPPED"), False)
-            short = pc.if_else(skipped, True, short)
+            is_part = pc.is_in(values[REASON], value_set=pa.array(PARTS))
+            short = pc.if_else(is_part, False, pc.if_else(skipped, True, short))
         data[columns.SKIPPED] = short
         return to_batch(rows, data, problems, source)

@@ -31,7 +31,7 @@ def test_the_end_of_a_play_is_a_play_of_the_folders_owner(tmp_path: Path) -> Non
         NOW,
         "Debut,,NATURAL_END_OF_TRACK,2024-07-02T22:38:59.918Z,2024-07-02T22:34:59.918Z,PLAY_END,240000,Venus as a Boy",
         "Debut,Björk,TRACK_SKIPPED_FORWARDS,,2024-07-02 22:40:00,PLAY_END,90000,Human Behaviour",
-        "Debut,Björk,PLAYBACK_MANUALLY_PAUSED,2024-07-02T22:41:00Z,,,29999,Human Behaviour",
+        "Debut,Björk,NOT_APPLICABLE,2024-07-02T22:41:00Z,,,29999,Human Behaviour",
     )
     rows = batch.rows.to_pylist()
     assert {row["user_id"] for row in rows} == {"ann"}
@@ -61,6 +61,29 @@ def test_other_events_and_what_names_no_song_are_rejected_with_a_reason(tmp_path
         "Debut,Björk,,,,PLAY_END,0,Human Behaviour",
     )
     assert batch.rejected.column("reason").to_pylist() == [*["event is not a play"] * 2, "no song", "no time"]
+
+
+@pytest.mark.parametrize(
+    "reason", ["PLAYBACK_MANUALLY_PAUSED", "PLAYBACK_SUSPENDED", "SCRUB_BEGIN", "SCRUB_END", "EXITED_APPLICATION"]
+)
+def test_a_part_of_a_listen_is_not_skipped(tmp_path: Path, reason: str) -> None:
+    batch = read(tmp_path / "a.csv", NOW, f"Debut,Björk,{reason},,2024-07-02T22:41:00Z,PLAY_END,5000,Human Behaviour")
+    assert batch.rows.column("skipped").to_pylist() == [False]
+
+
+def test_what_failed_to_load_videos_and_shows_are_no_plays_of_songs(tmp_path: Path) -> None:
+    batch = read(
+        tmp_path / "a.csv",
+        "End Reason Type,Event Start Timestamp,Event Type,Item Type,Media Type,Play Duration Milliseconds,Song Name",
+        "FAILED_TO_LOAD,2024-07-02T22:34:59Z,PLAY_END,ITUNES_STORE_CONTENT,AUDIO,0,Lucky",
+        "NATURAL_END_OF_TRACK,2024-07-02T22:34:59Z,PLAY_END,ORIGINAL_CONTENT_SHOWS,AUDIO,1200000,Carpool",
+        "NATURAL_END_OF_TRACK,2024-07-02T22:34:59Z,PLAY_END,ITUNES_STORE_CONTENT,VIDEO,1200000,Jóga",
+        "NATURAL_END_OF_TRACK,2024-07-02T22:34:59Z,PLAY_END,ITUNES_STORE_CONTENT,AUDIO,200000,Airbag",
+    )
+    reasons = batch.rejected.column("reason").to_pylist()
+    assert reasons == ["event is not a play", "video or show", "video or show"]
+    assert set(reasons) <= set(FORMATS["apple-music"].beside)
+    assert batch.rows.column("title").to_pylist() == ["Airbag"]
 
 
 def test_another_file_of_the_export_is_refused(tmp_path: Path) -> None:
