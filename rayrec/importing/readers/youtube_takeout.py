@@ -16,6 +16,7 @@ from rayrec.importing.readers.json_rows import Record, RowCollector, plan_json, 
 from rayrec.importing.readers.reader import HEAD_BYTES, NO_SONG, Batch, ReadOptions, Unit, open_plain, plain_name
 
 NOT_MUSIC = "not of YouTube Music"
+AD = "From Google Ads"  # a detail of an entry
 SEARCH = "a search"
 NOT_WATCHED = "not an entry of a watch history"
 MUSIC = "YouTube Music"
@@ -75,6 +76,9 @@ def _add(record: Record, user: str, rows: RowCollector) -> None:
     if entry.get("header") != MUSIC and not link.startswith("https://music.youtube.com/"):
         rows.refuse(record, NOT_MUSIC)
         return
+    if _is_ad(entry.get("details")):
+        rows.refuse(record, NOT_MUSIC)
+        return
     if _is_search(link):
         rows.refuse(record, SEARCH)
         return
@@ -82,11 +86,14 @@ def _add(record: Record, user: str, rows: RowCollector) -> None:
     if song is None:
         rows.refuse(record, NO_SONG)
         return
+    title = (text(entry.get("title")) or "").removeprefix("Watched ")
     row = {
         columns.USER: user,
         columns.SONG_ID: song,
         columns.PLAYED_AT: text(entry.get("time")),
-        columns.TITLE: (text(entry.get("title")) or "").removeprefix("Watched "),
+        columns.TITLE: None
+        if link and link in title
+        else title,  # the link stands for the title of a video that was removed
         columns.ARTIST: _channel(entry.get("subtitles")),
     }
     rows.add(row, record)
@@ -97,6 +104,10 @@ def _video(link: str) -> str | None:
         return next(iter(parse_qs(urlsplit(link).query).get("v", [])), None)
     except ValueError:
         return None
+
+
+def _is_ad(details: Any) -> bool:
+    return isinstance(details, list) and any(isinstance(item, dict) and item.get("name") == AD for item in details)
 
 
 def _is_search(link: str) -> bool:

@@ -54,6 +54,18 @@ def test_folders_that_takeout_translates_are_no_users(tmp_path: Path, folder: st
     assert batch.rows.column("user_id").to_pylist() == [user]
 
 
+def test_an_ad_is_no_play_and_a_link_no_title(tmp_path: Path) -> None:
+    link = "https://music.youtube.com/watch?v=gone"
+    entries = [
+        watched(details=[{"name": "From Google Ads"}]),
+        watched(title=f"Watched {link}", titleUrl=link, subtitles=None),
+        watched(title=f"{link} angesehen", titleUrl=link, subtitles=None),
+    ]
+    batch = read(tmp_path / "watch-history.json", entries)
+    assert [(row["song_id"], row["title"]) for row in batch.rows.to_pylist()] == [("gone", None)] * 2
+    assert [(row["line"], row["reason"]) for row in batch.rejected.to_pylist()] == [(1, "not of YouTube Music")]
+
+
 def test_a_search_is_no_play(tmp_path: Path) -> None:
     batch = read(tmp_path / "Suchverlauf.json", [watched(titleUrl="https://music.youtube.com/search?q=solar")])
     assert batch.rejected.column("reason").to_pylist() == ["a search"]
