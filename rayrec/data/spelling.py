@@ -87,10 +87,11 @@ def name_song(artist: str | None, title: str | None) -> str | None:
 
 
 def name_songs(ids: pa.Array, artists: pa.Array, titles: pa.Array) -> pa.Array:
-    """The ids of songs, strings (R,); where one is null or empty, what `name_song` makes of artist and title."""
+    """The ids of songs, strings (R,); where one is null, empty or NaN, what `name_song` makes of artist and title."""
     titles = pc.if_else(pc.equal(titles, ""), None, titles)
     named = pc.binary_join_element_wise(pc.fill_null(artists, ""), titles, " – ")
-    return pc.coalesce(pc.if_else(pc.equal(pc.utf8_trim_whitespace(ids), ""), None, ids), named)
+    is_missing = pc.is_in(pc.utf8_trim_whitespace(ids), value_set=pa.array(["", *NOT_NUMBERS]))
+    return pc.coalesce(pc.if_else(is_missing, None, ids), named)
 
 
 def spell_ids(values: pa.Array, problems: Problems, *, column: str, reason: str) -> pa.Array:

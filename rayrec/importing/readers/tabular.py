@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.moments import to_ms
-from rayrec.data.spelling import Problems, plain, spell_ids, spell_lists, spell_texts
+from rayrec.data.spelling import Problems, as_strings, name_songs, plain, spell_ids, spell_lists, spell_texts
 from rayrec.errors import DamagedInputError, first_line
 from rayrec.importing.readers import delimited, reader
 from rayrec.importing.readers.reader import (
@@ -150,6 +150,7 @@ def _damaged(source: str, error: Exception) -> DamagedInputError:
 EVENT_ROLES = ("skipped", "share_listened", "ms_played", "duration_ms", "event_type", "liked")
 PLAY_ROLES = ("user", "song", "played_at", "contexts", *EVENT_ROLES, "title", "artist")
 OPTIONAL_ROLES = ("contexts", *EVENT_ROLES, "title", "artist")
+NAMES_OF_SONG = ("title", "artist")
 PLAYLIST_ROLES = ("playlist", "position", "song", "title", "artist")
 NOT_A_POSITION = "position is not a whole number"
 OTHER_EVENT = "event is neither a play, a skip nor a like"
@@ -210,7 +211,8 @@ def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dic
 def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[str, str] | None = None) -> Batch:
     """Columns by role, of strings or of the types of a Parquet file, to plays or playlist entries.
 
-    `names` are those of the columns in the file. Raises `InputError` for a column of a type that cannot hold its role.
+    `names` are those of the columns in the file. Where there are columns of artist and title, a row without a song id
+    gets the id that `name_song` makes of them. Raises `InputError` for a column of a type that cannot hold its role.
     """
     values, playlists = rows.values, options.playlists
     problems = Problems(len(rows.lines))
@@ -224,6 +226,12 @@ def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[
     with naming(source):
         owner, no_owner = ("playlist", reader.NO_PLAYLIST) if playlists else ("user", reader.NO_USER)
         data = {columns.PLAYLIST if playlists else columns.USER: ids(owner, no_owner)}
+        names_of_song = {
+            role: spell_texts(values[role], problems, column=name(role)) for role in NAMES_OF_SONG if role in values
+        }
+        if len(names_of_song) == len(NAMES_OF_SONG):  # a file may know the ids of some songs alone
+            song_ids = as_strings(values["song"], problems, column=name("song"))
+            values = {**values, "song": name_songs(song_ids, names_of_song["artist"], names_of_song["title"])}
         data[columns.SONG_ID] = ids("song", reader.NO_SONG)
         if playlists:
             data["position"] = _positions(values["position"], problems, name("position"))
@@ -233,9 +241,7 @@ def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[
             data |= _events(values, name, problems, options.skip_below)
             if "contexts" in values:
                 data[columns.CONTEXTS] = spell_lists(values["contexts"], problems, column=name("contexts"))
-        for role in ("title", "artist"):
-            if role in values:
-                data[role] = spell_texts(values[role], problems, column=name(role))
+        data |= names_of_song
     schema = columns.PLAYLIST_ENTRIES if playlists else columns.PLAYS
     return to_batch(rows, data, problems, source, schema)
 

@@ -226,6 +226,35 @@ def test_whole_floats_are_ids_without_a_fraction(tmp_path: Path) -> None:
     assert bad[0]["reason"] == "no song"
 
 
+def test_songs_without_an_id_are_known_by_artist_and_title(tmp_path: Path) -> None:
+    rows = [
+        ("m1", "A", "One"),
+        ("", "A", "Two"),
+        (" ", "A", "Two"),
+        ("nan", "B", "Two"),
+        ("", "B", ""),
+        ("7.0", "", ""),
+    ]
+    table = pa.table(
+        {
+            "user": ["ann"] * 6,
+            "played_at": range(6),
+            **dict(zip(("mbid", "artist", "track"), zip(*rows, strict=True), strict=True)),
+        }
+    )
+    mapping = {"song": "mbid", "title": "track"}
+    pq.write_table(table, tmp_path / "p.parquet")
+    table.to_pandas().to_csv(tmp_path / "p.csv", index=False)
+    for format_name in ("csv", "parquet"):
+        good, bad = read(tmp_path / f"p.{format_name}", ReadOptions(columns=mapping), format_name)
+        assert [row["song_id"] for row in good] == ["m1", "A – Two", "A – Two", "B – Two", "7"]
+        assert [(row["title"], row["artist"]) for row in good][-2:] == [("Two", "B"), (None, None)]
+        assert [row["reason"] for row in bad] == ["no song"]
+    pq.write_table(table.drop_columns("artist"), tmp_path / "q.parquet")
+    good, bad = read(tmp_path / "q.parquet", ReadOptions(columns=mapping), "parquet")
+    assert ([row["song_id"] for row in good], len(bad)) == (["m1", "7"], 4)
+
+
 def test_a_csv_file_is_no_parquet_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a Parquet file"):
         read(write(tmp_path / "plays.parquet", "user,song\n"), ReadOptions(), "parquet")
