@@ -52,6 +52,9 @@ SONG_ID = (
     r"|isrc$|^(spotify(id|uri)|uri|mbid)$"
 )
 
+# 18:24, 9:05:00, 6:24 pm; not 3:45, which may be how long a song is.
+TIME_OF_DAY = r"([01]\d|2[0-3]):[0-5]\d|\d{1,2}:\d{2}:\d{2}(\.\d+)?|\d{1,2}:\d{2}(:\d{2})?\s*[AaPp][Mm]"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
@@ -119,6 +122,8 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
     if missing:
         notes.append(f"No column looks like {' or '.join(missing)}: map it with --columns {missing[0]}=NAME.")
     notes += [_title_note(column_of_role["song"])] if _may_be_title(column_of_role, sample) else []
+    if "played_at" in column_of_role and (time_of_day := _time_of_day(column_of_role["played_at"], sample)):
+        notes.append(_time_of_day_note(time_of_day))
     notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated.items()]
     if _looks_like_data(list(sample)):
         notes.append("The first line looks like data: an import takes it for the names of the columns.")
@@ -152,12 +157,8 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
         fitting = [name for plain, name in plain_names.items() if re.search(pattern, plain)]
         if role not in column_of_role and len(fitting) == 1 and fitting[0] not in column_of_role.values():
             column_of_role[role] = fitting[0]
-    if "played_at" not in column_of_role and "playlist" not in column_of_role:
-        times = [name for name in sample if name not in column_of_role.values() and _share_of_times(sample[name]) > 0.9]
-        if len(times) > 1:  # a release date, beside a moment
-            times = [name for name in times if not _are_dates(sample[name])]
-        if len(times) == 1:
-            column_of_role["played_at"] = times[0]
+    if "playlist" not in column_of_role and (played_at := _guess_time(column_of_role, sample)):
+        column_of_role["played_at"] = played_at
     if _may_be_title(column_of_role, sample):
         spelled = (name for name in (*NAMES["song"], *map(plain_letters, sample)) if name in plain_names)
         song_id = next((plain_names[name] for name in spelled if re.search(SONG_ID, name)), None)
@@ -165,6 +166,36 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
             column_of_role |= {"title": column_of_role["song"], "song": song_id}
     produces = "playlists" if "playlist" in column_of_role and "played_at" not in column_of_role else "plays"
     return produces, {role: column_of_role[role] for role in roles(produces == "playlists") if role in column_of_role}
+
+
+def _guess_time(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> str:
+    """The column of the times of plays, by names and values; empty: none looks like one."""
+    plain_names = {plain_letters(name): name for name in reversed(sample)}
+    taken = {name for role, name in column_of_role.items() if role != "played_at"}
+    named = [plain_names[name] for name in NAMES["played_at"] if name in plain_names]
+    readable = next((name for name in named if name not in taken and _share_of_times(sample[name]) > 0.5), None)
+    if readable is not None:
+        return readable
+    times = [name for name in sample if name not in taken and _share_of_times(sample[name]) > 0.9]
+    if named or len(times) > 1:  # a release date, beside a moment
+        times = [name for name in times if not _are_dates(sample[name])]
+    return times[0] if len(times) == 1 else column_of_role.get("played_at", "")
+
+
+def _time_of_day(played_at: str, sample: Mapping[str, pa.Array]) -> str:
+    """The column of a time of day without a date, where `played_at` holds no moments; empty: there is none."""
+    if _share_of_times(sample[played_at]) > 0.5 and not _are_dates(sample[played_at]):
+        return ""
+    named = (name for name in sample if plain_letters(name) in NAMES["played_at"])
+    return next((name for name in named if _share_of_matches(sample[name], TIME_OF_DAY) > 0.9), "")
+
+
+def _time_of_day_note(column: str) -> str:
+    """What to say of a column that holds the time of day without the date."""
+    return (
+        f"Column {column!r} holds the time of day without the date: join date and time into one column, such as "
+        "2026-01-20 18:24:00."
+    )
 
 
 def _may_be_title(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> bool:
@@ -227,6 +258,12 @@ def _share_of_times(values: pa.Array) -> float:
     except InputError:
         return 0.0
     return float(np.mean(~problems.bad & (times > 631_152_000_000)))
+
+
+def _share_of_matches(values: pa.Array, pattern: str) -> float:
+    """Share of the known values that a pattern matches as a whole."""
+    texts = [str(value).strip() for value in values.drop_null()[:1000].to_pylist()]
+    return sum(re.fullmatch(pattern, text) is not None for text in texts) / max(1, len(texts))
 
 
 def _share_of_events(values: pa.Array) -> float:
@@ -357,8 +394,8 @@ def guess_import(
 
     `earlier_columns` are those of an earlier import, which come before a guess where the files have them. `timezone` is
     the IANA name of the zone of times without one. `on_note` is called with a warning where the song ids are guessed to
-    be in a column that may hold titles. Raises `InputError` for files of no known format, of playlists, and where a
-    column is not to be found.
+    be in a column that may hold titles. Raises `InputError` for files of no known format, of playlists, where a column
+    is not to be found, and where date and time are guessed to be in two columns.
     """
     chosen = format_name or guess_format(paths)
     column_of_role = dict(columns or {})
@@ -379,6 +416,10 @@ def guess_import(
         timezone=timezone,
     )
     _require_columns(inspection, paths[0], by_role)
+    parted = [_time_of_day_note(column.name) for column in inspection.columns]
+    for note in inspection.notes:
+        if "played_at" not in column_of_role and note in parted:
+            raise InputError(f"{paths[0]}: {note[0].lower()}{note[1:].removesuffix('.')}")
     note = _title_note(by_role["song"])
     if "song" not in column_of_role and note in inspection.notes:
         on_note(f"Warning: {note}")

@@ -45,8 +45,8 @@ NAMES = {
         *("recordingid", "recording", "isrc", "sid", "tid"),
     ),
     "played_at": (
-        *("playedat", "listenedat", "timestamp", "ts", "unixtimestamp", "datetime", "time", "utctime", "startedat"),
-        *("endtime", "date", "played", "createdat", "eventtime"),
+        *("uts", "playedat", "listenedat", "timestamp", "ts", "unixtimestamp", "datetime", "time", "utctime"),
+        *("startedat", "endtime", "date", "played", "createdat", "eventtime"),
     ),
     "contexts": ("contexts", "context", "source", "reasonstart"),
     "skipped": ("skipped", "isskipped", "skip", "wasskipped"),

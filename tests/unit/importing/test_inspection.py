@@ -120,6 +120,34 @@ def test_a_column_of_dates_is_no_time_of_plays_beside_one_of_moments(tmp_path: P
     assert {column.name: column.role for column in inspect_files("csv", [path]).columns}["when it was"] == "played_at"
 
 
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"uts": "1711929600", "utc_time": "31 Dec 2025, 21:38"}, "uts"),  # of Last.fm
+        ({"time": "23:10:00", "unix": "1711929600"}, "unix"),
+        ({"timestamp": "soon", "date": "2026-01-01 10:00:00"}, "date"),
+        ({"timestamp": "31 Dec 2025, 21:38", "first sold": "1999-01-01"}, "timestamp"),  # no time of the play
+        ({"timestamp": "soon", "one": "1711929600", "other": "1711929600"}, "timestamp"),
+    ],
+)
+def test_of_columns_named_as_times_the_first_that_can_be_read_is_taken(columns: dict[str, str], expected: str) -> None:
+    values = {"user": "a", "song": "b", **columns}
+    _, found = guess_roles({name: pa.array([value] * 3) for name, value in values.items()})
+    assert found["played_at"] == expected
+
+
+@pytest.mark.parametrize("values", ["2024-01-01,23:10:00", "31 Jan 2021, 23:10", "2024-01-01,9:05 PM"])
+def test_a_date_and_a_time_of_day_in_two_columns_must_be_joined(tmp_path: Path, values: str) -> None:
+    path = write(tmp_path / "p.csv", f"user,song,date,time\na,b,{values}\n")
+    said = "olumn 'time' holds the time of day without the date: join date and time into one column"
+    assert said in inspect_files("csv", [path]).notes[-1]
+    with pytest.raises(InputError, match=said):
+        guess_import([path])
+    assert guess_import([path], columns={"played_at": "date"}).columns["played_at"] == "date"
+    length = write(tmp_path / "q.csv", "user,song,date,time\na,b,2024-01-01,3:45\n")
+    assert guess_import([length]).columns["played_at"] == "date"
+
+
 def test_names_of_public_data_sets_are_known() -> None:
     for names, expected in (
         (("session_id", "user_id", "item_id", "ts", "playtime"), ("user_id", "item_id", "ts")),
