@@ -58,7 +58,7 @@ class ImportConfig(Settings):
         le=1,
         description="csv, parquet, yambda: share of a song below which a play of it counts as skipped",
     )
-    user: str = Field("", description="User id of all plays, for formats without one")
+    user: str = Field("", description="User id of all plays, for files that name none")
     user_separator: Separator = Field(
         "", description="sequences: separator between the user and the songs; without it each line is a user"
     )

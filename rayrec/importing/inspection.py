@@ -23,6 +23,7 @@ from rayrec.importing.readers.delimited import spelled_delimiter
 from rayrec.importing.readers.reader import (
     HEAD_BYTES,
     NAMES,
+    ONE_USER,
     Batch,
     ReadOptions,
     SourceFile,
@@ -54,6 +55,8 @@ SONG_ID = (
 
 # 18:24, 9:05:00, 6:24 pm; not 3:45, which may be how long a song is.
 TIME_OF_DAY = r"([01]\d|2[0-3]):[0-5]\d|\d{1,2}:\d{2}:\d{2}(\.\d+)?|\d{1,2}:\d{2}(:\d{2})?\s*[AaPp][Mm]"
+WRITTEN_TIME = r"\d{1,2} [A-Za-z]{3,9} \d{4},? \d{1,2}:\d{2}"  # of Last.fm: 14 Nov 2023 23:05
+FIRST_LINE_NOTE = "The first line looks like data: an import takes it for the names of the columns."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +123,14 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
         for name, values in sample.items()
     ]
     if missing:
-        notes.append(f"No column looks like {' or '.join(missing)}: map it with --columns {missing[0]}=NAME.")
+        one_user = ONE_USER if "user" in missing else ""
+        notes.append(f"No column looks like {' or '.join(missing)}: map it with --columns {missing[0]}=NAME{one_user}.")
     notes += [_title_note(column_of_role["song"])] if _may_be_title(column_of_role, sample) else []
     if "played_at" in column_of_role and (time_of_day := _time_of_day(column_of_role["played_at"], sample)):
         notes.append(_time_of_day_note(time_of_day))
     notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated.items()]
     if _looks_like_data(list(sample)):
-        notes.append("The first line looks like data: an import takes it for the names of the columns.")
+        notes.append(FIRST_LINE_NOTE)
     column_of = {
         role: column_of_role.get(role, "NAME") for role in roles(is_playlists) if role in [*column_of_role, *missing]
     }
@@ -366,7 +370,8 @@ def _example(values: pa.Array) -> str:
 def _looks_like_data(header: Sequence[str]) -> bool:
     problems = Problems(len(header))
     to_ms(pa.array(header, pa.string()), problems)
-    return NOT_A_TIME in problems.reasons() and len(problems.reasons()) < len(header)
+    has_moment = NOT_A_TIME in problems.reasons() and len(problems.reasons()) < len(header)
+    return has_moment or any(re.fullmatch(WRITTEN_TIME, name.strip()) for name in header)
 
 
 # Formats whose files have names of their own come before those that are known by an ending.
@@ -387,22 +392,24 @@ def guess_import(
     format_name: str | None = None,
     columns: Mapping[str, str] | None = None,
     earlier_columns: Mapping[str, str] | None = None,
+    user: str = "",
     timezone: str = "UTC",
     on_note: Callable[[str], None] = lambda text: None,
 ) -> ImportConfig:
     """The settings that import files of plays; `format_name` and `columns`, role -> name, override what is guessed.
 
-    `earlier_columns` are those of an earlier import, which come before a guess where the files have them. `timezone` is
-    the IANA name of the zone of times without one. `on_note` is called with a warning where the song ids are guessed to
-    be in a column that may hold titles. Raises `InputError` for files of no known format, of playlists, where a column
-    is not to be found, and where date and time are guessed to be in two columns.
+    `earlier_columns` are those of an earlier import, which come before a guess where the files have them. `user`, if
+    not empty, is whose plays they are where they name no users. `timezone` is the IANA name of the zone of times
+    without one. `on_note` is called with a warning where the song ids are guessed to be in a column that may hold
+    titles. Raises `InputError` for files of no known format, of playlists, where a column is not to be found, and where
+    date and time are guessed to be in two columns.
     """
     chosen = format_name or guess_format(paths)
     column_of_role = dict(columns or {})
     if chosen in FORMATS and not FORMATS[chosen].mapped:
         if FORMATS[chosen].playlists:
             raise InputError(f"{paths[0]} holds playlists, not plays; see rayrec import --help")
-        return ImportConfig(format=chosen, paths=tuple(paths), columns=column_of_role, timezone=timezone)
+        return ImportConfig(format=chosen, paths=tuple(paths), columns=column_of_role, timezone=timezone, user=user)
     inspection = inspect_files(chosen, paths, timezone)
     left = {column.name for column in inspection.columns} - set(column_of_role.values())
     column_of_role = {role: name for role, name in (earlier_columns or {}).items() if name in left} | column_of_role
@@ -414,8 +421,9 @@ def guess_import(
         columns=by_role,
         delimiter=inspection.delimiter or ",",
         timezone=timezone,
+        user=user,
     )
-    _require_columns(inspection, paths[0], by_role)
+    _require_columns(inspection, paths[0], by_role if not user else {"user": "", **by_role})
     parted = [_time_of_day_note(column.name) for column in inspection.columns]
     for note in inspection.notes:
         if "played_at" not in column_of_role and note in parted:
@@ -430,7 +438,7 @@ def describe_import(config: ImportConfig) -> str:
     """Format, columns and time zone in one line, and the user if one was given."""
     columns = ", ".join(f"{role} = {name}" for role, name in config.columns.items())
     read_as = f"{config.format}: {columns}; times without a zone are {config.timezone}" if columns else config.format
-    return f"{read_as}; all plays are of user {config.user!r}" if config.user and not columns else read_as
+    return f"{read_as}; all plays are of user {config.user!r}" if config.user else read_as
 
 
 def guess_format(paths: Sequence[str]) -> str:
@@ -479,7 +487,8 @@ def _require_columns(inspection: Inspection, path: str, by_role: Mapping[str, st
     if missing:
         names = [column.name for column in inspection.columns]
         left = [name for name in names if name not in by_role.values()]
+        first_line = f". {FIRST_LINE_NOTE[:-1]}" if FIRST_LINE_NOTE in inspection.notes else ""
         raise InputError(
             f"{path} has no column that looks like {' or '.join(missing)}; it has {shown_columns(names)}; "
-            f"{mapping_advice(missing, left)}"
+            f"{mapping_advice(missing, left)}{first_line}"
         )

@@ -221,6 +221,7 @@ def fit(
         config.paths,
         format_name=config.format,
         columns=config.columns,
+        user=sections["import"].get("user", ""),
         timezone=config.timezone or "UTC",
         on_note=on_note,
     )

@@ -39,7 +39,7 @@ class PlaysConfig(Settings):
     )
     user: str | None = Field(
         None,
-        description="User ID of all plays, for formats without one; default: as the files say; for `update`, the one "
+        description="User ID of all plays, for files that name none; default: as the files say; for `update`, the one "
         "that earlier imports of the format were given",
     )
     max_rejected: float | None = Field(

@@ -12,7 +12,7 @@ from rayrec.data.split import Split, fit_range, hold_back_validation, load_split
 from rayrec.errors import InputError, MismatchError
 from rayrec.importing.import_plan import ImportConfig, import_notes
 from rayrec.importing.import_run import ImportResult
-from rayrec.importing.inspection import describe_import, guess_import
+from rayrec.importing.inspection import describe_import, guess_format, guess_import
 from rayrec.importing.merging import PARTS_BEFORE_COMPACT
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.tabular import roles
@@ -123,23 +123,24 @@ def _as_imported(config: UpdateConfig, manifest: DatasetManifest, on_note: Calla
     if not isinstance(first, dict):  # the plays were generated
         first = {}
     was_mapped = "format" in first and FORMATS[first["format"]].mapped
+    chosen = config.format or guess_format(config.paths)
+    imports: list[Any] = [each for each in (first, *manifest.appended) if each.get("format") == chosen]
+    users = {each["user"] for each in imports}
+    earlier_user = users.pop() if len(users) == 1 else ""  # of several the files are not known to be of one
     plays = guess_import(
         config.paths,
-        format_name=config.format,
+        format_name=chosen,
         columns=config.columns,
         earlier_columns={role: first["columns"].get(role, role) for role in roles(False)} if was_mapped else {},
+        user=earlier_user if config.user is None else config.user,
         timezone=config.timezone or "UTC",
         on_note=on_note,
     )
     plays = plays.replace(skip_below=manifest.skip_below)
     if config.timezone is None and FORMATS[plays.format].mapped:
         plays = plays.replace(timezone=first.get("timezone", plays.timezone))
-    imports: list[Any] = [each for each in (first, *manifest.appended) if each.get("format") == plays.format]
-    users = {each["user"] for each in imports}
-    if config.user is not None:
-        plays = plays.replace(user=config.user)
-    elif len(users) == 1:  # of several the files are not known to be of one
-        plays = plays.replace(user=users.pop())
+    if config.user is None and "user" in plays.columns:  # these files name users, unlike the earlier ones
+        plays = plays.replace(user="")
     return plays if config.max_rejected is None else plays.replace(max_rejected=config.max_rejected)
 
 

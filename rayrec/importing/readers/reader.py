@@ -60,6 +60,7 @@ NAMES = {
     "playlist": ("playlist", "playlistid", "pid", "playlistname"),
     "position": ("position", "pos", "index", "order", "rank"),
 }
+ONE_USER = ", or for plays of one person give --user NAME in place of the user column"
 ALIKE = 0.7  # likeness of names, 1: equal, from which on one may be meant for the other
 
 
@@ -266,7 +267,8 @@ def mapping_advice(missing: Mapping[str, str], header: Sequence[str]) -> str:
     """How to map roles to columns: role -> name that was not found, and the columns that may be meant."""
     nearest = _nearest(missing, header)
     mapping = shlex.quote(",".join(f"{role}={nearest.get(role, 'NAME')}" for role in missing))
-    return f"map {'it' if len(missing) == 1 else 'them'}{', perhaps' if nearest else ''} with --columns {mapping}"
+    advice = f"map {'it' if len(missing) == 1 else 'them'}{', perhaps' if nearest else ''} with --columns {mapping}"
+    return advice + (ONE_USER if "user" in missing and "user" not in nearest else "")
 
 
 def _nearest(missing: Mapping[str, str], header: Sequence[str]) -> dict[str, str]:

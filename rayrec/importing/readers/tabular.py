@@ -20,7 +20,7 @@ from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.moments import to_ms
 from rayrec.data.spelling import Problems, as_strings, name_songs, plain, spell_ids, spell_lists, spell_texts
-from rayrec.errors import DamagedInputError, first_line
+from rayrec.errors import DamagedInputError, InputError, first_line
 from rayrec.importing.readers import delimited, reader
 from rayrec.importing.readers.reader import (
     Batch,
@@ -202,10 +202,19 @@ class ParquetReader:
 
 
 def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dict[str, int]:
-    """Role -> position of its column in the file. Raises `InputError` as `reader.mapped_columns` does."""
+    """Role -> position of its column in the file; none of the user where the options name one.
+
+    Raises `InputError` as `reader.mapped_columns` does, and where the options name a user and the file has users.
+    """
     known = roles(options.playlists)
-    needed = [role for role in known if role not in OPTIONAL_ROLES]
-    return reader.mapped_columns(source, names, options.columns, known, needed)
+    needed = [role for role in known if role not in OPTIONAL_ROLES and not (role == "user" and options.user)]
+    place_of = reader.mapped_columns(source, names, options.columns, known, needed)
+    if options.user and "user" in place_of:
+        raise InputError(
+            f"{source} names users in column {names[place_of['user']]!r}; --user would merge them; "
+            "import without --user"
+        )
+    return place_of
 
 
 def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[str, str] | None = None) -> Batch:
@@ -225,7 +234,8 @@ def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[
 
     with naming(source):
         owner, no_owner = ("playlist", reader.NO_PLAYLIST) if playlists else ("user", reader.NO_USER)
-        data = {columns.PLAYLIST if playlists else columns.USER: ids(owner, no_owner)}
+        whose = ids(owner, no_owner) if owner in values else pa.repeat(options.user, len(rows.lines))
+        data = {columns.PLAYLIST if playlists else columns.USER: whose}
         names_of_song = {
             role: spell_texts(values[role], problems, column=name(role)) for role in NAMES_OF_SONG if role in values
         }

@@ -72,7 +72,10 @@ def test_a_column_of_times_is_found_by_its_values_and_a_missing_one_is_said(tmp_
     assert found.missing == ["user"]
     assert found.rows == 0
     assert "--columns user=NAME,played_at=ts" in found.command
-    assert found.notes == ["No column looks like user: map it with --columns user=NAME."]
+    assert found.notes == [
+        "No column looks like user: map it with --columns user=NAME, or for plays of one person "
+        "give --user NAME in place of the user column."
+    ]
 
 
 def test_playlists_are_told_from_plays(tmp_path: Path) -> None:
@@ -328,6 +331,28 @@ def test_columns_are_guessed_by_name_and_those_given_come_first(tmp_path: Path) 
     )
     assert guess_import([path], timezone="Asia/Tokyo").timezone == "Asia/Tokyo"
     assert guess_import([path], columns={"song": "alt"}).columns["song"] == "alt"
+
+
+def test_files_without_users_are_those_of_the_user_that_is_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "plays.csv", "artist,track,isrc,uts\nA,One,s1,1400000000\n")
+    with pytest.raises(InputError, match="user=NAME, or for plays of one person give --user NAME"):
+        guess_import([path])
+    config = guess_import([path], user="ann")
+    assert "user" not in config.columns
+    assert describe_import(config).endswith("; all plays are of user 'ann'")
+    plan = plan_import(config)
+    (batch,) = config.reader().read(plan.units[0])
+    assert batch.rows["user_id"].to_pylist() == ["ann"]
+    named = write(tmp_path / "named.csv", "listener,track,uts\nbob,s1,1400000000\n")
+    with pytest.raises(InputError, match="names users in column 'listener'; --user would merge them"):
+        plan_import(guess_import([named], user="ann"))
+
+
+@pytest.mark.parametrize("time", ["14 Nov 2023 23:05", '"14 Nov 2023, 23:05"', "2023-11-14 23:05"])
+def test_a_missing_header_is_said_where_columns_are_missing(tmp_path: Path, time: str) -> None:
+    path = write(tmp_path / "plays.csv", f"Radiohead,OK Computer,Airbag,{time}\n" * 2)
+    with pytest.raises(InputError, match="The first line looks like data"):
+        guess_import([path])
 
 
 def test_all_missing_columns_are_named_at_once(tmp_path: Path) -> None:

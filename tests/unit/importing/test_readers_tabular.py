@@ -226,6 +226,17 @@ def test_whole_floats_are_ids_without_a_fraction(tmp_path: Path) -> None:
     assert bad[0]["reason"] == "no song"
 
 
+def test_the_user_of_the_options_stands_in_for_a_column_of_users(tmp_path: Path) -> None:
+    table = pa.table({"song": ["s1", "s2"], "played_at": [1, 2]})
+    pq.write_table(table, tmp_path / "p.parquet")
+    table.to_pandas().to_csv(tmp_path / "p.csv", index=False)
+    for format_name in ("csv", "parquet"):
+        good, bad = read(tmp_path / f"p.{format_name}", ReadOptions(user="ann"), format_name)
+        assert ([(row["user_id"], row["song_id"]) for row in good], bad) == ([("ann", "s1"), ("ann", "s2")], [])
+    with pytest.raises(InputError, match=r"no column 'user' for user; .* give --user NAME in place of the user column"):
+        read(tmp_path / "p.csv", ReadOptions())
+
+
 def test_songs_without_an_id_are_known_by_artist_and_title(tmp_path: Path) -> None:
     rows = [
         ("m1", "A", "One"),
