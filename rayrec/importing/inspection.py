@@ -174,7 +174,7 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
 
 def _guess_time(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> str:
     """The column of the times of plays, by names and values; empty: none looks like one."""
-    plain_names = {plain_letters(name): name for name in reversed(sample)}
+    plain_names: dict[str, str] = {plain_letters(name): name for name in reversed(list(sample))}
     taken = {name for role, name in column_of_role.items() if role != "played_at"}
     named = [plain_names[name] for name in NAMES["played_at"] if name in plain_names]
     readable = next((name for name in named if name not in taken and _share_of_times(sample[name]) > 0.5), None)
