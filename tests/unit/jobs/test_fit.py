@@ -177,7 +177,7 @@ def test_rejected_rows_are_warned_of_and_too_many_end_the_fit_with_the_summary(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     without_ray(monkeypatch)
-    rows = [*ring_plays(range(4), plays=10), *[f"u1,,{BEGIN},No,One\n"] * bad]
+    rows = [*ring_plays(range(4), plays=10), *[f"u1,,{BEGIN},,One\n"] * bad]
     path, settings = write_rows(tmp_path / "plays.csv", rows), tmp_path / "settings.toml"
     settings.write_text("[import]\nbuckets = 2\n[embed]\ndim = 4\nepochs = 1\n[train]\nepochs = 1\nhidden_dim = 4\n")
     words = ["--json", "--workspace", workspace.uri, "fit", path, "--settings", str(settings)]
@@ -186,7 +186,7 @@ def test_rejected_rows_are_warned_of_and_too_many_end_the_fit_with_the_summary(
     data, said = json.loads(told.out), "".join(told.err.split())  # whose lines may end within a path
     assert len(data["import"]["warnings"]) == warned
     share = f"{bad} of {40 + bad} rows ({bad / (40 + bad):.1%}) were rejected."
-    wanted = f"Warning: {share} no song: {path}, line 42: u1,,{BEGIN},No,One"
+    wanted = f"Warning: {share} no song: {path}, line 42: u1,,{BEGIN},,One"
     assert ("".join(wanted.split()) in said) == (warned == 1 and code == 0)
     assert workspace.exists("dataset/dataset.json") == (code == 0)
     if code:
@@ -199,7 +199,7 @@ def test_too_many_rejected_rows_end_a_run_with_the_summary(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without_ray(monkeypatch)
-    rows = [*ring_plays(range(1), plays=10), *[f"u1,,{BEGIN},No,One\n"] * 20]
+    rows = [*ring_plays(range(1), plays=10), *[f"u1,,{BEGIN},,One\n"] * 20]
     path, pipeline = write_rows(tmp_path / "plays.csv", rows), tmp_path / "pipeline.toml"
     columns = 'columns = {user = "user_id", song = "track", played_at = "timestamp"}'
     pipeline.write_text(f'[import]\nformat = "csv"\npaths = ["{path}"]\n{columns}\n')

@@ -185,7 +185,7 @@ def test_rejected_rows_are_warned_of_and_too_many_end_the_update_with_the_summar
     bad: int, code: int, fitted: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = Dataset(fitted).manifest
-    rows = [*ring_plays(range(2), plays=3, begin=20, days=1, **RING), *[f"u1,,{BEGIN},No,One\n"] * bad]
+    rows = [*ring_plays(range(2), plays=3, begin=20, days=1, **RING), *[f"u1,,{BEGIN},,One\n"] * bad]
     path = write_rows(tmp_path / "plays.csv", rows)
     words = ["--json", "--workspace", fitted.uri, "update", path]
     assert main(words) == code
@@ -193,7 +193,7 @@ def test_rejected_rows_are_warned_of_and_too_many_end_the_update_with_the_summar
     data, said = json.loads(told.out), told.err
     share = f"{bad} of {6 + bad} rows ({bad / (6 + bad):.1%}) were rejected."
     assert share in data["import"]["warnings"]
-    assert data["import"]["reasons"][0]["text"] == f"u1,,{BEGIN},No,One"
+    assert data["import"]["reasons"][0]["text"] == f"u1,,{BEGIN},,One"
     assert (Dataset(fitted).manifest == before) == (code == 2)
     if code:
         assert data["error"]["kind"] == "too_many_rejected"
