@@ -4,9 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from rayrec.storage.object_storage import CACHE_VARIABLE
 from rayrec.storage.workspace import Workspace
+
+settings.register_profile("here", deadline=None)  # an example takes longer while other programs keep the CPUs busy
+settings.load_profile("here")
 
 
 @pytest.fixture(scope="session", autouse=True)

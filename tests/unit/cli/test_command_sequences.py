@@ -300,7 +300,6 @@ def play_through(steps: list[str]) -> None:
 
 SEQUENCES = st.lists(st.sampled_from(STEPS), min_size=6, max_size=12)
 HOW: dict[str, Any] = {
-    "deadline": None,
     "database": None,
     "phases": [Phase.generate],
     "suppress_health_check": list(HealthCheck),

@@ -129,7 +129,7 @@ MOMENTS = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(MOMENTS)
 @example("2009-05-04T23:08:57,5Z")
 def test_a_command_reads_a_moment_as_an_import_does(text: str) -> None:

@@ -99,7 +99,7 @@ def test_an_empty_catalog_finds_nothing() -> None:
     assert SongSearch(catalog([])).find("a", 5)[1] == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.characters(categories=["L", "M", "N", "P"], include_characters=" \t\n"), max_size=20))
 def test_one_text_folds_as_a_column_does(text: str) -> None:
     # Characters whose casefold is no lower case of theirs and no letter that people type are left out.
@@ -111,7 +111,7 @@ def test_one_text_folds_as_a_column_does(text: str) -> None:
     assert fold_all(pa.array([kept]))[0].as_py() == fold(kept)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     songs=st.lists(
         st.tuples(st.text("ab ", max_size=4) | st.none(), st.text("ab ", max_size=4) | st.none()), max_size=20

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrec.data.spelling import NOT_UTF8, Problems, spell_id, spell_ids, spell_lists, spell_texts, split_listed
@@ -87,7 +87,6 @@ def test_a_type_that_holds_no_ids_is_an_error_that_names_the_column(values: pa.A
         ids(values)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.one_of(
@@ -104,7 +103,6 @@ def test_a_query_spells_an_id_as_an_import_does(texts: list[str]) -> None:
     assert ids(pa.array(texts, pa.string()))[0] == [spell_id(text) for text in texts]
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats() | st.none(), min_size=1, max_size=8))
 def test_a_number_out_of_json_is_spelled_as_one_out_of_parquet(values: list[float | None]) -> None:
     assert ids(pa.array(values, pa.float64(), from_pandas=False))[0] == [spell_id(value) for value in values]

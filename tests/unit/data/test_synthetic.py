@@ -62,7 +62,7 @@ def assert_same(left: Histories, right: Histories) -> None:
 
 
 class TestUsersAreIndependent:
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     @given(st.lists(st.integers(0, 399), min_size=1, max_size=20, unique=True))
     def test_any_users_made_alone_have_the_same_plays(self, users: list[int]) -> None:
         world = World(SMALL)

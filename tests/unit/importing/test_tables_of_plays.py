@@ -170,8 +170,8 @@ FORMS = st.sampled_from(TIMES)
 CSV = st.sampled_from(sorted(CSV_WRITERS))
 PARQUET = st.sampled_from(sorted(PARQUET_WRITERS))
 LISTED = st.sampled_from(sorted(LIST_WRITERS))
-QUIET = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-THOROUGH = settings(max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
+QUIET = settings(max_examples=40, suppress_health_check=list(HealthCheck))
+THOROUGH = settings(max_examples=2_000, suppress_health_check=list(HealthCheck))
 
 
 def same_from_csv(plays: list[tuple[Any, ...]], form: str, writer: str) -> None:

@@ -112,7 +112,7 @@ def test_plays_in_turn_cost_one_step_each_however_long_the_history(encoder: Tast
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_order_within_the_window_gives_the_state_of_the_batch(data: st.DataObject) -> None:
     """Plays moved by less than the window, in calls of any size."""
     encoder = ENCODERS[data.draw(st.sampled_from(sorted(ENCODERS)))]

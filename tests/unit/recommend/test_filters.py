@@ -62,7 +62,7 @@ def by_hand(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[int]]:
 
 
 @pytest.mark.parametrize(("kind", "nlist"), [("flat", 0), ("ivf", 1)])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(case=cases())
 def test_an_answer_within_filters_equals_brute_force(kind: str, nlist: int, case: dict[str, Any]) -> None:
     # With one list IVF is exact, so that rankings can be compared song by song.
@@ -78,7 +78,7 @@ def test_an_answer_within_filters_equals_brute_force(kind: str, nlist: int, case
     np.testing.assert_array_equal(ranking.scores, scores)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(case=cases(), lists=st.integers(2, 6))
 def test_an_index_that_looks_into_few_lists_still_holds_exactly_k_that_qualify(
     case: dict[str, Any], lists: int

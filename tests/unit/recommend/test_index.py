@@ -62,7 +62,7 @@ def searches(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, list[np.ndar
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(case=searches())
 def test_search_equals_brute_force(kind: str, case: tuple[np.ndarray, np.ndarray, int, list[np.ndarray]]) -> None:
     vectors, queries, k, exclude = case

@@ -33,7 +33,6 @@ BATCHES = ("/v1/plays", "/v1/recommendations/batch", "/v1/tastes")
 
 FEW = settings(
     max_examples=25,
-    deadline=None,
     derandomize=True,
     database=None,
     phases=[Phase.explicit, Phase.generate],

@@ -53,7 +53,7 @@ def advised(action: Callable[[], Any]) -> str | None:
 
 
 @given(st.lists(STEPS, max_size=14))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_in_any_order_of_commands_each_starts_from_the_last_result_and_advice_helps(
     steps: list[tuple[str, int, bool]],
 ) -> None:
