@@ -339,6 +339,7 @@ def test_an_unfinished_training_asks_for_the_flags_that_resume_or_restart_it(
     world: Workspace, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copied = Workspace(shutil.copytree(world.root, tmp_path / "workspace"))
+    copied.delete("steps")  # of another test
     values = changed_settings(TrainConfig, to_mapping(CONFIG.replace(workers=1, seed=5)))
     (tmp_path / "train.toml").write_text(to_toml({"train": values}))
     words = ["--workspace", copied.uri, "train", "--config", str(tmp_path / "train.toml"), "--split", split.id]
