@@ -31,7 +31,7 @@ from rayrec.model.train_config import TrainConfig
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import exclusive
 from rayrec.storage.releases import active_release
-from rayrec.storage.workspace import DATASET_MANIFEST, SENT_PLAYS, Workspace
+from rayrec.storage.workspace import DATASET_MANIFEST, LOCK, LOCK_HOLDER, SENT_PLAYS, Workspace
 
 if TYPE_CHECKING:
     from rayrec.jobs.fit import Quality
@@ -205,8 +205,7 @@ class Recommender:
 
         Raises `InputError` where something is there already, and `NotFoundError` before a fit.
         """
-        if active_release(self.workspace) is None:
-            raise NotFoundError("this Recommender is not fitted; call fit first")
+        self._fitted()
         target = Workspace(path)
         if target.exists("") and target.files(""):
             raise InputError(f"{path} is not empty; save to another folder")
@@ -217,6 +216,8 @@ class Recommender:
                 source_filesystem=self.workspace.filesystem,
                 destination_filesystem=target.filesystem,
             )
+        for name in (LOCK, LOCK_HOLDER):  # of this copying, which has ended
+            target.delete(name)
         return path
 
     def __getstate__(self) -> dict[str, Any]:
@@ -237,6 +238,13 @@ class Recommender:
         quality = "" if self.quality is None else self.quality._repr_html_()
         return html_figures("Recommender", values) + quality
 
+    def _fitted(self) -> Manifest:
+        """The live release. Raises `NotFoundError` before a fit."""
+        release = active_release(self.workspace)
+        if release is None:
+            raise NotFoundError("this Recommender is not fitted; call fit first")
+        return release
+
     def _answering(self) -> tuple[Manifest, Dataset, BaseRecommender]:
         """The live release, its data set and what answers, loaded once.
 
@@ -244,10 +252,7 @@ class Recommender:
         """
         from rayrec.recommend.answer import load_recommender
 
-        release = active_release(self.workspace)
-        if release is None:
-            raise NotFoundError("this Recommender is not fitted; call fit first")
-        dataset = Dataset(self.workspace)
+        release, dataset = self._fitted(), Dataset(self.workspace)
         if not dataset.descends_from(release.inputs["dataset"]):
             raise NotFoundError("the last fit, of other plays, did not end; call fit again")
         if self._loaded is None or (self._loaded[0], self._loaded[1].manifest.id) != (release, dataset.manifest.id):

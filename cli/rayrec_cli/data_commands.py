@@ -124,7 +124,7 @@ def inspect(
     if inspection.rejected:
         views.append(table("Rows that would be rejected", ["reason", "rows"], list(inspection.rejected.items())))
         views.append("\n".join(f"{reason}: {example}" for reason, example in inspection.examples.items()))
-    return Shown(inspection.to_mapping(), [*views, *inspection.notes, inspection.command])
+    return Shown(inspection.to_mapping(), [*views, *inspection.doubts.values(), *inspection.notes, inspection.command])
 
 
 UserOption = Annotated[list[str] | None, typer.Option("--user", metavar="ID", help="User ID; repeat it for several.")]

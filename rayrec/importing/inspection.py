@@ -84,6 +84,7 @@ class Inspection:
     rows: int = 0  # looked at
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
     examples: dict[str, str] = field(default_factory=dict)  # reason -> file, line and text of the first such row
+    doubts: dict[str, str] = field(default_factory=dict)  # role -> what may be wrong with the column guessed for it
     notes: list[str] = field(default_factory=list)
     command: str = ""  # that imports the files
 
@@ -125,9 +126,6 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
     if missing:
         one_user = ONE_USER if "user" in missing else ""
         notes.append(f"No column looks like {' or '.join(missing)}: map it with --columns {missing[0]}=NAME{one_user}.")
-    notes += [_title_note(column_of_role["song"])] if _may_be_title(column_of_role, sample) else []
-    if "played_at" in column_of_role and (time_of_day := _time_of_day(column_of_role["played_at"], sample)):
-        notes.append(_time_of_day_note(time_of_day))
     notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated.items()]
     if _looks_like_data(list(sample)):
         notes.append(FIRST_LINE_NOTE)
@@ -143,6 +141,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
         columns=columns,
         missing=missing,
         time=time_form(sample[column_of_role["played_at"]], timezone) if "played_at" in column_of_role else "",
+        doubts=_doubts(column_of_role, sample),
         notes=notes,
     )
 
@@ -194,14 +193,6 @@ def _time_of_day(played_at: str, sample: Mapping[str, pa.Array]) -> str:
     return next((name for name in named if _share_of_matches(sample[name], TIME_OF_DAY) > 0.9), "")
 
 
-def _time_of_day_note(column: str) -> str:
-    """What to say of a column that holds the time of day without the date."""
-    return (
-        f"Column {column!r} holds the time of day without the date: join date and time into one column, such as "
-        "2026-01-20 18:24:00."
-    )
-
-
 def _may_be_title(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> bool:
     """True where the column of the song ids may hold titles, which songs of different artists share."""
     song = column_of_role.get("song", "")
@@ -209,12 +200,20 @@ def _may_be_title(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Arr
     return is_named_so and "artist" in column_of_role and "title" not in column_of_role
 
 
-def _title_note(column: str) -> str:
-    """What to say of song ids out of a column that may hold titles."""
-    return (
-        f"Song IDs are from column {column!r}, which may hold titles: songs of different artists with one title become "
-        "one. Name a column of IDs with --columns song=NAME."
-    )
+def _doubts(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> dict[str, str]:
+    """Role -> what may be wrong with the column guessed for it."""
+    doubts: dict[str, str] = {}
+    if _may_be_title(column_of_role, sample):
+        doubts["song"] = (
+            f"Song IDs are from column {column_of_role['song']!r}, which may hold titles: songs of different artists "
+            "with one title become one. Name a column of IDs with --columns song=NAME."
+        )
+    if "played_at" in column_of_role and (time_of_day := _time_of_day(column_of_role["played_at"], sample)):
+        doubts["played_at"] = (
+            f"Column {time_of_day!r} holds the time of day without the date: join date and time into one column, such "
+            "as 2026-01-20 18:24:00."
+        )
+    return doubts
 
 
 def time_form(values: pa.Array, timezone: str = "UTC") -> str:
@@ -424,13 +423,11 @@ def guess_import(
         user=user,
     )
     _require_columns(inspection, paths[0], by_role if not user else {"user": "", **by_role})
-    parted = [_time_of_day_note(column.name) for column in inspection.columns]
-    for note in inspection.notes:
-        if "played_at" not in column_of_role and note in parted:
-            raise InputError(f"{paths[0]}: {note[0].lower()}{note[1:].removesuffix('.')}")
-    note = _title_note(by_role["song"])
-    if "song" not in column_of_role and note in inspection.notes:
-        on_note(f"Warning: {note}")
+    doubts = {role: text for role, text in inspection.doubts.items() if role not in column_of_role}
+    if "played_at" in doubts:
+        raise InputError(f"{paths[0]}: {doubts['played_at'].removesuffix('.')}")
+    if "song" in doubts:
+        on_note(f"Warning: {doubts['song']}")
     return config
 
 

@@ -30,7 +30,7 @@ from rayrec.model.train_config import TasteConfig
 from rayrec.recommend import reranking
 from rayrec.recommend.reranking import choose_for_users
 from rayrec.storage.locking import exclusive
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import LOCK, LOCK_HOLDER, Workspace
 
 SETTINGS: dict[str, Any] = {"hidden_dim": 16, "epochs": 4, "learning_rate": 0.01, "negatives": 16, "progress": False}
 COLUMNS = ["user_id", "rank", "song_id", "title", "artist", "score"]
@@ -374,6 +374,7 @@ def test_a_model_in_a_temporary_folder_is_copied_by_saving_alone(model: Recommen
     with pytest.raises(NotFoundError, match="call fit first"):
         Recommender().save(tmp_path / "nothing")
     kept = rayrec.load(model.save(tmp_path / "kept"), progress=False)
+    assert not {LOCK, LOCK_HOLDER} & set(kept.workspace.files(""))  # elsewhere it would wait for the one who saved it
     again = pickle.loads(pickle.dumps(kept))
     pd.testing.assert_frame_equal(
         again.recommend("u1", at="2030-01-01T00:00:00Z"), kept.recommend("u1", at="2030-01-01T00:00:00Z")

@@ -142,8 +142,8 @@ def test_of_columns_named_as_times_the_first_that_can_be_read_is_taken(columns: 
 @pytest.mark.parametrize("values", ["2024-01-01,23:10:00", "31 Jan 2021, 23:10", "2024-01-01,9:05 PM"])
 def test_a_date_and_a_time_of_day_in_two_columns_must_be_joined(tmp_path: Path, values: str) -> None:
     path = write(tmp_path / "p.csv", f"user,song,date,time\na,b,{values}\n")
-    said = "olumn 'time' holds the time of day without the date: join date and time into one column"
-    assert said in inspect_files("csv", [path]).notes[-1]
+    said = "Column 'time' holds the time of day without the date: join date and time into one column"
+    assert said in inspect_files("csv", [path]).doubts["played_at"]
     with pytest.raises(InputError, match=said):
         guess_import([path])
     assert guess_import([path], columns={"played_at": "date"}).columns["played_at"] == "date"
@@ -205,7 +205,7 @@ def test_songs_that_are_named_by_a_column_of_titles_alone_are_warned_of(tmp_path
     assert note.startswith(
         "Warning: Song IDs are from column 'track', which may hold titles: songs of different artists"
     )
-    assert note.removeprefix("Warning: ") in inspect_files("csv", [path]).notes
+    assert note.removeprefix("Warning: ") == inspect_files("csv", [path]).doubts["song"]
     guess_import([path], columns={"song": "track"}, on_note=notes.append)
     guess_import([path], earlier_columns={"song": "track"}, on_note=notes.append)
     numbers = write(tmp_path / "q.csv", head.format("track") + rows.replace("Intro", "7"))

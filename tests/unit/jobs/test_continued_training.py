@@ -31,13 +31,18 @@ def run(workspace: Path, words: list[str], capsys: pytest.CaptureFixture[str], *
     return dict(json.loads(capsys.readouterr().out))
 
 
+def import_plays(workspace: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Import plays of 150 users; the path of a file of those of six days more."""
+    plays = write_rows(folder / "plays.csv", ring_plays(range(150), **RING))
+    run(workspace, ["import", "csv", plays, *COLUMNS, "--buckets", "2"], capsys)
+    return write_rows(folder / "days.csv", ring_plays(range(150), plays=20, begin=20, days=6, **RING))
+
+
 def test_a_model_is_continued_on_appended_plays_and_ranked_on_those_that_it_has_not_seen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace = tmp_path / "workspace"
-    plays = write_rows(tmp_path / "plays.csv", ring_plays(range(150), **RING))
-    days = write_rows(tmp_path / "days.csv", ring_plays(range(150), plays=20, begin=20, days=6, **RING))
-    run(workspace, ["import", "csv", plays, *COLUMNS, "--buckets", "2"], capsys)
+    days = import_plays(workspace, tmp_path, capsys)
     run(workspace, SPLIT, capsys)
     run(workspace, ["embed", "--dim", "8", "--epochs", "2", "--workers", "1"], capsys)
     first = run(workspace, TRAIN, capsys)
@@ -87,9 +92,7 @@ def test_a_model_without_a_split_has_seen_the_plays_of_its_own_data_set_and_no_l
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace = tmp_path / "workspace"
-    plays = write_rows(tmp_path / "plays.csv", ring_plays(range(150), **RING))
-    days = write_rows(tmp_path / "days.csv", ring_plays(range(150), plays=20, begin=20, days=6, **RING))
-    run(workspace, ["import", "csv", plays, *COLUMNS, "--buckets", "2"], capsys)
+    days = import_plays(workspace, tmp_path, capsys)
     first = run(workspace, TRAIN, capsys)
     assert "split" not in first["inputs"]
     run(workspace, ["import", "csv", days, *COLUMNS, "--append"], capsys)

@@ -87,25 +87,36 @@ def test_a_slice_that_is_cut_off_stops_the_import_and_is_named(
     assert skipped.data["import"]["warnings"] == ["1 of 2 files could not be read to their end and were left out."]
 
 
-def test_a_file_that_a_killed_import_could_not_read_is_in_the_next_one(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def two_files(folder: Path) -> str:
+    """30 plays of user a and 50 of user b, as Parquet."""
     for name, rows in (("a", 30), ("b", 50)):
         frame = pd.DataFrame({"user": [name] * rows, "song": range(rows), "played_at": range(START, START + rows)})
-        frame.to_parquet(write(tmp_path / "p" / f"{name}.parquet", b""))
-    config = ImportConfig(format="parquet", paths=(str(tmp_path / "p"),), skip_damaged=True, buckets=2)
+        frame.to_parquet(write(folder / f"{name}.parquet", b""))
+    return str(folder)
+
+
+def second_file_fails(patch: pytest.MonkeyPatch, message: str) -> None:
+    """What only a reading shows."""
     iter_batches = pq.ParquetFile.iter_batches
 
     def failing(file: pq.ParquetFile, *arguments: Any, **options: Any) -> Any:
         if file.metadata.num_rows == 50:
-            raise OSError("Connection reset by peer")
+            raise OSError(message)
         return iter_batches(file, *arguments, **options)
+
+    patch.setattr(pq.ParquetFile, "iter_batches", failing)
+
+
+def test_a_file_that_a_killed_import_could_not_read_is_in_the_next_one(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ImportConfig(format="parquet", paths=(two_files(tmp_path / "p"),), skip_damaged=True, buckets=2)
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pq.ParquetFile, "iter_batches", failing)
+        second_file_fails(patch, "Connection reset by peer")
         patch.setattr(Staging, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
             import_data(workspace, config)
@@ -116,18 +127,8 @@ def test_a_file_that_a_killed_import_could_not_read_is_in_the_next_one(
 def test_a_killed_import_that_leaves_a_damaged_file_out_merges_no_bucket_twice(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, rows in (("a", 30), ("b", 50)):
-        frame = pd.DataFrame({"user": [name] * rows, "song": range(rows), "played_at": range(START, START + rows)})
-        frame.to_parquet(write(tmp_path / "p" / f"{name}.parquet", b""))
-    config = ImportConfig(format="parquet", paths=(str(tmp_path / "p"),), skip_damaged=True, buckets=8)
-    iter_batches, merged = pq.ParquetFile.iter_batches, list[int]()
-
-    def damaged(file: pq.ParquetFile, *arguments: Any, **options: Any) -> Any:  # which only a reading shows
-        if file.metadata.num_rows == 50:
-            raise OSError("Corrupt snappy compressed data")
-        return iter_batches(file, *arguments, **options)
-
-    merge = BucketMerger.run
+    config = ImportConfig(format="parquet", paths=(two_files(tmp_path / "p"),), skip_damaged=True, buckets=8)
+    merge, merged = BucketMerger.run, list[int]()
 
     def until_the_fifth(self: BucketMerger, bucket: int, group: Any) -> Any:
         if len(merged) == 4 and bucket not in merged:
@@ -137,7 +138,7 @@ def test_a_killed_import_that_leaves_a_damaged_file_out_merges_no_bucket_twice(
         merged.append(bucket)
         return result
 
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", damaged)
+    second_file_fails(monkeypatch, "Corrupt snappy compressed data")
     monkeypatch.setattr(BucketMerger, "run", until_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         import_data(workspace, config)
