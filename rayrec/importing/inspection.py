@@ -21,7 +21,6 @@ from rayrec.importing.import_plan import ImportConfig
 from rayrec.importing.readers import FORMATS, Format, delimited
 from rayrec.importing.readers.delimited import spelled_delimiter
 from rayrec.importing.readers.reader import (
-    HEAD_BYTES,
     NAMES,
     ONE_USER,
     Batch,
@@ -30,8 +29,8 @@ from rayrec.importing.readers.reader import (
     byte_ranges,
     cut_note,
     find_files,
+    head_of,
     mapping_advice,
-    open_plain,
     open_source,
     plain_letters,
     plain_name,
@@ -474,8 +473,7 @@ def _looks_like(name: str, files: Sequence[SourceFile]) -> bool:
 
 
 def _is_marked(name: str, file: SourceFile) -> bool:
-    with open_plain(file.source) as stream:
-        return re.search(MARKS[name], stream.read(HEAD_BYTES)) is not None
+    return re.search(MARKS[name], head_of(file.source)) is not None
 
 
 def _require_columns(inspection: Inspection, path: str, by_role: Mapping[str, str]) -> None:

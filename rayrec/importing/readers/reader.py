@@ -420,10 +420,15 @@ def cut_note(files: Sequence[SourceFile]) -> list[str]:
     return [f"The last line of {open_ended[0]}{more} has no line end: the file may have been cut."]
 
 
-def require_text(source: str) -> bytes:
-    """A file's first 64 KiB. Raises `DamagedInputError` where it is empty or plainly of another format."""
+def head_of(source: str) -> bytes:
+    """The first 64 KiB of a file, uncompressed."""
     with open_plain(source) as stream:
-        head = stream.read(HEAD_BYTES)
+        return stream.read(HEAD_BYTES)
+
+
+def require_text(source: str) -> bytes:
+    """As `head_of`. Raises `DamagedInputError` where the file is empty or plainly of another format."""
+    head = head_of(source)
     if not head:
         raise DamagedInputError(f"{source} is empty; fetch it again")
     for beginning, what in OTHER_FORMATS.items():

@@ -14,13 +14,12 @@ from rayrec.data import columns
 from rayrec.importing.readers.accounts import Users, account_of, check_accounts
 from rayrec.importing.readers.json_rows import Record, RowCollector, plan_json, read_records, text
 from rayrec.importing.readers.reader import (
-    HEAD_BYTES,
     NO_SONG,
     STREAM_MS,
     Batch,
     ReadOptions,
     Unit,
-    open_plain,
+    head_of,
     require_text,
 )
 
@@ -64,8 +63,7 @@ def check_usernames(sources: Sequence[str], user: str) -> list[str]:
 
 def is_account_data(source: str) -> bool:
     """True for a StreamingHistory file of Spotify's account data, whose records give minutes and no song ids."""
-    with open_plain(source) as stream:
-        return SHORT_RECORD.search(stream.read(HEAD_BYTES)) is not None
+    return SHORT_RECORD.search(head_of(source)) is not None
 
 
 def _username(source: str) -> str | None:

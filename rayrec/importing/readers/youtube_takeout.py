@@ -13,7 +13,7 @@ from rayrec.data import columns
 from rayrec.errors import InputError
 from rayrec.importing.readers.accounts import Users, account_of, check_accounts
 from rayrec.importing.readers.json_rows import Record, RowCollector, plan_json, read_records, text
-from rayrec.importing.readers.reader import HEAD_BYTES, NO_SONG, Batch, ReadOptions, Unit, open_plain, plain_name
+from rayrec.importing.readers.reader import NO_SONG, Batch, ReadOptions, Unit, head_of, plain_name
 
 NOT_MUSIC = "not of YouTube Music"
 AD = "From Google Ads"  # a detail of an entry
@@ -54,8 +54,7 @@ def is_watch_history(source: str) -> bool:
     """True for a file of the English name and, since Takeout translates names, for one that begins as such a list."""
     if posixpath.basename(plain_name(source)).lower() == FILE:
         return True
-    with open_plain(source) as stream:
-        head = stream.read(HEAD_BYTES)
+    head = head_of(source)
     return b'"header"' in head and (b'"titleUrl"' in head or b'"activityControls"' in head)
 
 
