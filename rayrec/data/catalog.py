@@ -113,8 +113,8 @@ def _accents() -> str:
 
     Other marks are letters to their readers: vowel signs of India and South-East Asia, the strokes of Japanese kana.
     """
-    classes = {char: unicodedata.combining(char) for char in map(chr, range(sys.maxunicode + 1))}
-    return f"[{''.join(char for char, place in classes.items() if place >= 200 or 10 <= place <= 36)}]+"
+    classes = ((char, unicodedata.combining(char)) for char in map(chr, range(sys.maxunicode + 1)))
+    return f"[{''.join(char for char, place in classes if place >= 200 or 10 <= place <= 36)}]+"
 
 
 def fold(text: str) -> str:
