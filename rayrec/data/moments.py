@@ -1,5 +1,7 @@
 """Moments: unix seconds, unix milliseconds or ISO 8601, to ms since 1970 UTC. The one way to read them.
 
+Columns of plays may have days with the month in words, too, as Last.fm writes them.
+
 One moment has a zone; in a column of plays those without one are of the time zone that the import names. Of the hour
 that a change of clocks repeats the first is taken, and a time that the change leaves out is moved forward to its end.
 """
@@ -38,6 +40,10 @@ ISO = r"^\d{4}-?\d{2}-?\d{2}[T ]\d{2}:?\d{2}"
 DATE = r"\d{4}-?\d{2}-?\d{2}"
 DATE_ALONE = r"^\d{4}-\d{2}-\d{2}$"  # in a column of plays, where digits alone are a number
 LOCAL = rf"{DATE_ALONE}|{ISO}(:?\d{{2}}([.,]\d+)?)?$"
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+# 14 Nov 2023: the month in words is the one way to write a day and a month that no country reads otherwise.
+WRITTEN_DATE = rf"^(\d{{1,2}}) (?i:({'|'.join(MONTHS)})[a-z]{{0,6}}) (\d{{4}})$"
+WRITTEN = rf"{WRITTEN_DATE[:-1]}(,? (\d{{1,2}}):(\d{{2}})(:\d{{2}})?)?$"  # 14 Nov 2023, 23:05, as Last.fm shows times
 EXPECTED = "give ISO 8601 with a zone, such as 2015-01-20T18:30:00Z, or unix seconds or milliseconds"
 
 _NUMBER = re.compile(NUMBER, re.ASCII)
@@ -229,6 +235,9 @@ def _from_mixed_strings(values: pa.Array, problems: Problems, zone: ZoneInfo) ->
     """The slow way, for columns where not every value is a whole number or ISO to the millisecond."""
     trimmed = pc.fill_null(pc.utf8_trim_whitespace(values), "")
     problems.mark(missing(trimmed), NO_TIME)
+    written = _numpy(pc.match_substring_regex(trimmed, WRITTEN))
+    if written.any():
+        trimmed = pc.replace_with_mask(trimmed, pa.array(written), _iso_of_written(trimmed.filter(pa.array(written))))
     numeric = _numpy(pc.match_substring_regex(trimmed, NUMBER))
     local = _numpy(pc.match_substring_regex(trimmed, LOCAL))
     zoned = _numpy(pc.match_substring_regex(trimmed, ISO)) & _numpy(pc.match_substring_regex(trimmed, ZONED))
@@ -243,6 +252,15 @@ def _from_mixed_strings(values: pa.Array, problems: Problems, zone: ZoneInfo) ->
         readable = readable | of_a_day
     problems.mark(~numeric & ~readable, NOT_A_TIME)
     return times
+
+
+def _iso_of_written(texts: pa.Array) -> pa.Array:
+    """ISO 8601 without a zone of times that `WRITTEN` matches, strings (R,); a day alone is its midnight."""
+    parts = pd.Series(_numpy(texts), dtype=object).str.extract(WRITTEN)
+    day, month, year, _, hour, minute, second = (parts[place] for place in range(7))
+    number = month.str.lower().map({name: f"{place:02d}" for place, name in enumerate(MONTHS, 1)})
+    time_of_day = hour.fillna("0").str.zfill(2) + ":" + minute.fillna("00") + second.fillna(":00")
+    return pa.array(year + "-" + number + "-" + day.str.zfill(2) + "T" + time_of_day, pa.string())
 
 
 def _parsed(texts: pd.Series) -> tuple[np.ndarray, np.ndarray]:

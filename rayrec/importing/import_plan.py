@@ -48,7 +48,9 @@ class ImportConfig(Settings):
     )
     kind: Kind = Field("plays", description="csv, parquet: what a row is, a play or a playlist entry")
     columns: dict[str, str] = Field(
-        {}, description="csv, parquet: column of each role, such as user=user_id,song=song_id,played_at=ts"
+        {},
+        description="csv, parquet: column of each role, such as user=user_id,song=song_id,played_at=ts; "
+        "song=artist+title makes song IDs of the two",
     )
     delimiter: Delimiter = Field(",", description="csv: column delimiter; \\t for a tab")
     timezone: TimeZone = Field("UTC", description="csv, parquet: time zone of times without one, such as Europe/Berlin")

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rayrec.data.moments import DATE_ALONE, LOCAL, NOT_A_TIME, to_ms
+from rayrec.data.moments import DATE_ALONE, LOCAL, NOT_A_TIME, WRITTEN, WRITTEN_DATE, to_ms
 from rayrec.data.spelling import Problems
 from rayrec.errors import InputError
 from rayrec.importing.import_plan import ImportConfig
@@ -38,7 +38,16 @@ from rayrec.importing.readers.reader import (
     shown_columns,
 )
 from rayrec.importing.readers.spotify_history import ACCOUNT_DATA, is_account_data
-from rayrec.importing.readers.tabular import EVENTS, FLAGS, OPTIONAL_ROLES, open_parquet, read_batches, roles
+from rayrec.importing.readers.tabular import (
+    EVENTS,
+    FLAGS,
+    MADE_OF_NAMES,
+    NAMES_OF_SONG,
+    OPTIONAL_ROLES,
+    open_parquet,
+    read_batches,
+    roles,
+)
 from rayrec.importing.readers.youtube_takeout import is_watch_history
 
 SAMPLE_FILES = 5
@@ -54,8 +63,12 @@ SONG_ID = (
 
 # 18:24, 9:05:00, 6:24 pm; not 3:45, which may be how long a song is.
 TIME_OF_DAY = r"([01]\d|2[0-3]):[0-5]\d|\d{1,2}:\d{2}:\d{2}(\.\d+)?|\d{1,2}:\d{2}(:\d{2})?\s*[AaPp][Mm]"
-WRITTEN_TIME = r"\d{1,2} [A-Za-z]{3,9} \d{4},? \d{1,2}:\d{2}"  # of Last.fm: 14 Nov 2023 23:05
-FIRST_LINE_NOTE = "The first line looks like data: an import takes it for the names of the columns."
+TITLE = r".*[^!-~].*"  # with a space, or a letter beyond ASCII: ids hardly have one
+TITLES = 0.1  # of the values, from where on a column holds titles: many are of one word
+FIRST_LINE_NOTE = (
+    "The first line looks like data, and an import takes it for the names of the columns: write a line of names, such "
+    "as artist,album,title,played_at, above it."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +91,7 @@ class Inspection:
     bytes: int
     delimiter: str = ""  # csv
     columns: list[Column] = field(default_factory=list)  # csv, parquet
+    mapping: dict[str, str] = field(default_factory=dict)  # role -> column, as an import takes it
     missing: list[str] = field(default_factory=list)  # roles without a column
     time: str = ""  # how times are written
     rows: int = 0  # looked at
@@ -125,6 +139,8 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
     if missing:
         one_user = ONE_USER if "user" in missing else ""
         notes.append(f"No column looks like {' or '.join(missing)}: map it with --columns {missing[0]}=NAME{one_user}.")
+    if column_of_role.get("song") == MADE_OF_NAMES:
+        notes.append("No column looks like song IDs: a song's ID is made of artist and title.")
     notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated.items()]
     if _looks_like_data(list(sample)):
         notes.append(FIRST_LINE_NOTE)
@@ -138,6 +154,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
         bytes=size,
         delimiter=delimiter,
         columns=columns,
+        mapping=column_of_role,
         missing=missing,
         time=time_form(sample[column_of_role["played_at"]], timezone) if "played_at" in column_of_role else "",
         doubts=_doubts(column_of_role, sample),
@@ -146,7 +163,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
 
 
 def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
-    """Plays or playlists, and role -> column, by the names of the columns, and of the time by the values too."""
+    """Plays or playlists, and role -> column, by the names of columns, and of times and titles by values too."""
     plain_names = {plain_letters(name): name for name in reversed(sample)}
     column_of_role: dict[str, str] = {}
     for role, names in NAMES.items():
@@ -166,6 +183,10 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
         song_id = next((plain_names[name] for name in spelled if re.search(SONG_ID, name)), None)
         if song_id is not None:
             column_of_role |= {"title": column_of_role["song"], "song": song_id}
+        elif _share_of_matches(sample[column_of_role["song"]], TITLE) >= TITLES:
+            column_of_role["title"] = column_of_role.pop("song")
+    if "song" not in column_of_role and all(role in column_of_role for role in NAMES_OF_SONG):
+        column_of_role["song"] = MADE_OF_NAMES
     produces = "playlists" if "playlist" in column_of_role and "played_at" not in column_of_role else "plays"
     return produces, {role: column_of_role[role] for role in roles(produces == "playlists") if role in column_of_role}
 
@@ -231,8 +252,10 @@ def time_form(values: pa.Array, timezone: str = "UTC") -> str:
     to_ms(pa.array(texts, pa.string()), problems)
     reasons = problems.reasons()
     if not reasons:
-        local = sum(re.match(LOCAL, text) is not None for text in texts)
+        local = sum(re.match(f"{LOCAL}|{WRITTEN}", text) is not None for text in texts)
         some = "" if local == len(texts) else f" in {local:,} of {len(texts):,} values"
+        if any(re.match(WRITTEN, text) for text in texts):
+            return f"day, month in words and year without a zone{some}, read in {timezone}"
         return f"ISO 8601 without a zone{some}, read in {timezone}" if local else "ISO 8601 with a zone"
     most = max(set(reasons), key=reasons.count)
     return f"{most}, of {reasons.count(most):,} of {len(texts):,} values"
@@ -246,7 +269,7 @@ def _are_dates(values: pa.Array) -> bool:
     return (
         values.type == pa.string()
         and len(known_values) > 0
-        and pc.all(pc.match_substring_regex(known_values, DATE_ALONE)).as_py()
+        and pc.all(pc.match_substring_regex(known_values, f"{DATE_ALONE}|{WRITTEN_DATE}")).as_py()
     )
 
 
@@ -368,8 +391,7 @@ def _example(values: pa.Array) -> str:
 def _looks_like_data(header: Sequence[str]) -> bool:
     problems = Problems(len(header))
     to_ms(pa.array(header, pa.string()), problems)
-    has_moment = NOT_A_TIME in problems.reasons() and len(problems.reasons()) < len(header)
-    return has_moment or any(re.fullmatch(WRITTEN_TIME, name.strip()) for name in header)
+    return NOT_A_TIME in problems.reasons() and len(problems.reasons()) < len(header)
 
 
 # Formats whose files have names of their own come before those that are known by an ending.
@@ -396,7 +418,8 @@ def guess_import(
 ) -> ImportConfig:
     """The settings that import files of plays; `format_name` and `columns`, role -> name, override what is guessed.
 
-    `earlier_columns` are those of an earlier import, which come before a guess where the files have them. `user`, if
+    `earlier_columns` are those of an earlier import, which come before a guess where the files have them; then song ids
+    are made of artist and title only if that import made them so. `user`, if
     not empty, is whose plays they are where they name no users. `timezone` is the IANA name of the zone of times
     without one. `on_note` is called with a warning where the song ids are guessed to be in a column that may hold
     titles. Raises `InputError` for files of no known format, of playlists, where a column is not to be found, and where
@@ -409,9 +432,11 @@ def guess_import(
             raise InputError(f"{paths[0]} holds playlists, not plays; see rayrec import --help")
         return ImportConfig(format=chosen, paths=tuple(paths), columns=column_of_role, timezone=timezone, user=user)
     inspection = inspect_files(chosen, paths, timezone)
-    left = {column.name for column in inspection.columns} - set(column_of_role.values())
+    left = {MADE_OF_NAMES, *(column.name for column in inspection.columns)} - set(column_of_role.values())
     column_of_role = {role: name for role, name in (earlier_columns or {}).items() if name in left} | column_of_role
-    by_role = {column.role: column.name for column in inspection.columns if column.role in roles(False)}
+    by_role = {role: name for role, name in inspection.mapping.items() if role in roles(False)}
+    if earlier_columns is not None and by_role.get("song") == MADE_OF_NAMES:  # songs would get other ids than before
+        del by_role["song"]
     by_role = {role: name for role, name in by_role.items() if name not in column_of_role.values()} | column_of_role
     config = ImportConfig(
         format=chosen,

@@ -3,7 +3,8 @@
 Roles of a play: user, song, played_at, and where there are any contexts (a list, or names separated by `|`),
 skipped (true, false, 1 or 0), share_listened (0 to 1), ms_played, duration_ms, event_type (play, skip or like), liked
 (true, false, 1 or 0), title, artist. Roles of a playlist entry: playlist, position, song, and where there are any
-title, artist. A role that is not mapped has the column of its own name.
+title, artist. A role that is not mapped has the column of its own name. Where song is mapped to `artist+title`, the
+file has no ids of songs, and each gets the one that `name_song` makes of the columns of those roles.
 """
 
 import json
@@ -151,6 +152,7 @@ EVENT_ROLES = ("skipped", "share_listened", "ms_played", "duration_ms", "event_t
 PLAY_ROLES = ("user", "song", "played_at", "contexts", *EVENT_ROLES, "title", "artist")
 OPTIONAL_ROLES = ("contexts", *EVENT_ROLES, "title", "artist")
 NAMES_OF_SONG = ("title", "artist")
+MADE_OF_NAMES = "artist+title"  # in place of the column of song ids
 PLAYLIST_ROLES = ("playlist", "position", "song", "title", "artist")
 NOT_A_POSITION = "position is not a whole number"
 OTHER_EVENT = "event is neither a play, a skip nor a like"
@@ -206,9 +208,13 @@ def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dic
 
     Raises `InputError` as `reader.mapped_columns` does, and where the options name a user and the file has users.
     """
-    known = roles(options.playlists)
+    known, mapping = list(roles(options.playlists)), dict(options.columns)
     needed = [role for role in known if role not in OPTIONAL_ROLES and not (role == "user" and options.user)]
-    place_of = reader.mapped_columns(source, names, options.columns, known, needed)
+    if mapping.get("song") == MADE_OF_NAMES:
+        del mapping["song"]
+        known.remove("song")
+        needed = [role for role in needed if role != "song"] + [*NAMES_OF_SONG]
+    place_of = reader.mapped_columns(source, names, mapping, known, needed)
     if options.user and "user" in place_of:
         raise InputError(
             f"{source} names users in column {names[place_of['user']]!r}; --user would merge them; "
@@ -240,7 +246,8 @@ def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[
             role: spell_texts(values[role], problems, column=name(role)) for role in NAMES_OF_SONG if role in values
         }
         if len(names_of_song) == len(NAMES_OF_SONG):  # a file may know the ids of some songs alone
-            song_ids = as_strings(values["song"], problems, column=name("song"))
+            given = values.get("song", pa.nulls(len(rows.lines), pa.string()))
+            song_ids = as_strings(given, problems, column=name("song"))
             values = {**values, "song": name_songs(song_ids, names_of_song["artist"], names_of_song["title"])}
         data[columns.SONG_ID] = ids("song", reader.NO_SONG)
         if playlists:

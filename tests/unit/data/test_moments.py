@@ -1,5 +1,7 @@
 """Times of plays."""
 
+from datetime import datetime, timezone
+
 import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
@@ -59,6 +61,10 @@ def test_every_way_to_write_a_moment_gives_the_same_ms(text: str, expected: int)
         ("2009-05-04T23", NOT_A_TIME),
         ("2009-02-30", NOT_A_TIME),
         ("2009-02-30T00:00:00Z", NOT_A_TIME),
+        ("30 Feb 2009 23:05", NOT_A_TIME),
+        ("4 Mai 2009 23:05", NOT_A_TIME),
+        ("04 May 2009 24:05", NOT_A_TIME),
+        ("04 May 09 23:05", NOT_A_TIME),
         ("-5", OUT_OF_RANGE),
         ("1241478537000000", OUT_OF_RANGE),  # microseconds
         ("2300-01-01T00:00:00Z", OUT_OF_RANGE),
@@ -66,6 +72,31 @@ def test_every_way_to_write_a_moment_gives_the_same_ms(text: str, expected: int)
 )
 def test_what_is_no_moment_has_a_reason(text: str | None, reason: str) -> None:
     assert convert(pa.array([text], pa.string())) == ([0], [reason])
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("04 May 2009 23:08", 8),
+        ("4 May 2009, 23:08", 8),
+        ("4 may 2009 23:08:00", 8),
+        ("04 MAY 2009 23:00:30", 0.5),
+        ("04 May 2009", -23 * 60),
+    ],
+)
+def test_times_with_the_month_in_words_are_of_the_zone_that_is_named(text: str, minutes: float) -> None:
+    hour = MOMENT - 537_000  # 23:00
+    for column in ([text], [text, "soon", "2009-05-04T23:08:57Z"]):
+        assert convert(pa.array(column))[0][0] == hour + minutes * 60_000
+        assert convert(pa.array(column), "Asia/Tokyo")[0][0] == hour + minutes * 60_000 - 9 * 3_600_000
+
+
+def test_every_month_is_known_by_its_name_and_by_the_first_three_letters() -> None:
+    for number in range(1, 13):
+        day = datetime(2009, number, 4, tzinfo=timezone.utc)
+        texts = [f"{day:%d %b %Y}", f"{day:%d %B %Y}", f"{day:%Y-%m-%d}"]
+        (short, long, iso), reasons = convert(pa.array(texts))
+        assert (short, long, reasons) == (iso, iso, [])
 
 
 def test_the_border_between_seconds_and_milliseconds_is_1e11() -> None:

@@ -98,6 +98,8 @@ def test_playlists_are_told_from_plays(tmp_path: Path) -> None:
             "ISO 8601 without a zone in 1 of 2 values, read in Asia/Tokyo",
         ),
         (["2024-04-01"], "dates alone, read as midnight in Asia/Tokyo"),
+        (["01 Apr 2024"], "dates alone, read as midnight in Asia/Tokyo"),
+        (["01 Apr 2024 23:05"], "day, month in words and year without a zone, read in Asia/Tokyo"),
         (
             ["soon", "2024-04-01T00:00:00Z"],
             "time is neither unix seconds, unix milliseconds nor ISO 8601, of 1 of 2 values",
@@ -213,6 +215,84 @@ def test_songs_that_are_named_by_a_column_of_titles_alone_are_warned_of(tmp_path
     for other in (numbers, ids):
         guess_import([other], on_note=notes.append)
     assert len(notes) == 1
+
+
+LASTFM = """artist,album,track,date
+Radiohead,OK Computer,No Surprises,14 Nov 2023 23:05
+Blur,Blur,Song 2,14 Nov 2023 23:09
+"""
+
+
+def test_where_no_column_holds_ids_songs_are_known_by_artist_and_title(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.csv", LASTFM)
+    notes: list[str] = []
+    config = guess_import([path], user="ann", on_note=notes.append)
+    assert config.columns == {"song": "artist+title", "played_at": "date", "title": "track", "artist": "artist"}
+    assert "song = artist+title" in describe_import(config)
+    found = inspect_files("csv", [path])
+    assert "song=artist+title,played_at=date,title=track" in found.command
+    assert "No column looks like song IDs: a song's ID is made of artist and title." in found.notes
+    (batch,) = config.reader().read(plan_import(config).units[0])
+    assert batch.rows["song_id"].to_pylist() == ["Radiohead – No Surprises", "Blur – Song 2"]
+    assert batch.rows["title"].to_pylist() == ["No Surprises", "Song 2"]
+    assert batch.rows["played_at"].to_pylist() == [1_700_003_100_000, 1_700_003_340_000]
+    titles = write(tmp_path / "q.csv", "user,artist,title,ts\nann,A,One,1700003100\n")
+    assert guess_import([titles]).columns["song"] == "artist+title"
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("text", "song_ids"),
+    [
+        (
+            "\ufeffArtist;Album;AlbumId;Track;Date#ann\n"
+            'Blur;Blur;f5a7;"Song 2";"1700003100000"\nBlur;Blur;f5a7;Beetlebum;"1700003340000"\n',
+            ["Blur – Song 2", "Blur – Beetlebum"],
+        ),
+        (
+            "uts,utc_time,artist,artist_mbid,album,album_mbid,track,track_mbid\n"
+            '"1700003100","14 Nov 2023, 23:05","Blur","ba85","Blur","f5a7","Song 2","da5d"\n'
+            '"1700003340","14 Nov 2023, 23:09","Blur","ba85","Blur","f5a7","Beetlebum",""\n',
+            ["da5d", "Blur – Beetlebum"],
+        ),
+        (
+            "artist,album,title,played_at\n"
+            'Blur,Blur,Song 2,"14 Nov 2023, 23:05"\nBlur,Blur,Beetlebum,"14 Nov 2023, 23:09"\n',
+            ["Blur – Song 2", "Blur – Beetlebum"],
+        ),
+    ],
+    ids=["lastfmstats.com", "lastfm.ghan.nl", "lastfm-to-csv and a line of names"],
+)
+def test_files_of_those_who_fetch_plays_from_lastfm_are_read_as_they_are(
+    tmp_path: Path, text: str, song_ids: list[str]
+) -> None:
+    config = guess_import([write(tmp_path / "p.csv", text)], user="ann")
+    (batch,) = config.reader().read(plan_import(config).units[0])
+    assert batch.rows["song_id"].to_pylist() == song_ids
+    assert batch.rows["title"].to_pylist() == ["Song 2", "Beetlebum"]
+    assert batch.rows["played_at"].to_pylist() == [1_700_003_100_000, 1_700_003_340_000]
+
+
+@pytest.mark.parametrize("song", ["song", "track", "Recording"])
+def test_a_column_of_titles_under_the_name_of_the_role_is_no_id(tmp_path: Path, song: str) -> None:
+    path = write(tmp_path / "p.csv", f"user,artist,{song},ts\nann,Blur,Song 2,1700003100\nann,Adele,Hello,1700003160\n")
+    config = guess_import([path])
+    (batch,) = config.reader().read(plan_import(config).units[0])
+    assert batch.rows["song_id"].to_pylist() == ["Blur – Song 2", "Adele – Hello"]
+
+
+def test_songs_keep_the_ids_of_the_earlier_import(tmp_path: Path) -> None:
+    """Files of an update never get ids of another kind unasked."""
+    path = write(tmp_path / "p.csv", LASTFM.replace("No Surprises", "Airbag").replace("Song 2", "Beetlebum"))
+    made = {"user": "user", "song": "artist+title", "played_at": "date", "title": "track", "artist": "artist"}
+    assert guess_import([path], user="ann", earlier_columns=made).columns["song"] == "artist+title"
+    titled = write(tmp_path / "q.csv", LASTFM)
+    for earlier in ({}, {"song": "song_id"}):
+        with pytest.raises(InputError, match="no column that looks like song"):
+            guess_import([titled], user="ann", earlier_columns=earlier)
+    assert guess_import([titled], user="ann", earlier_columns={"song": "track"}).columns["song"] == "track"
+    asked = guess_import([titled], user="ann", columns={"song": "artist+title"}, earlier_columns={})
+    assert asked.columns["song"] == "artist+title"
 
 
 def test_columns_of_one_name_are_pointed_out(tmp_path: Path) -> None:

@@ -266,6 +266,21 @@ def test_songs_without_an_id_are_known_by_artist_and_title(tmp_path: Path) -> No
     assert ([row["song_id"] for row in good], len(bad)) == (["m1", "7"], 4)
 
 
+def test_ids_are_made_of_artist_and_title_where_the_mapping_says_so(tmp_path: Path) -> None:
+    table = pa.table(
+        {"user": ["ann"] * 3, "artist": ["A", "B", None], "song": ["One", "One", ""], "played_at": [1, 2, 3]}
+    )
+    pq.write_table(table, tmp_path / "p.parquet")
+    table.to_pandas().to_csv(tmp_path / "p.csv", index=False)
+    for format_name in ("csv", "parquet"):
+        options = ReadOptions(columns={"song": "artist+title", "title": "song"})
+        good, bad = read(tmp_path / f"p.{format_name}", options, format_name)
+        assert [(row["song_id"], row["title"]) for row in good] == [("A – One", "One"), ("B – One", "One")]
+        assert [row["reason"] for row in bad] == ["no song"]
+        with pytest.raises(InputError, match="no column 'title' for title"):
+            read(tmp_path / f"p.{format_name}", ReadOptions(columns={"song": "artist+title"}), format_name)
+
+
 def test_a_csv_file_is_no_parquet_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a Parquet file"):
         read(write(tmp_path / "plays.parquet", "user,song\n"), ReadOptions(), "parquet")
