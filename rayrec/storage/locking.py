@@ -3,7 +3,8 @@
 On a local disk it is a lock on a file, which the system takes back when its process dies, however it
 dies. On object storage it is an object that is only ever created where it is not there, by a
 conditional put: of two runs that start at once, one is refused. A run that was killed leaves its
-object. The next run on the same machine takes it over; on another machine `rayrec unlock` deletes it.
+object. The next run on the same machine takes it over; on another machine or in another container `rayrec unlock`
+deletes it.
 
 Reading takes no lock, nor does what writes one small file: splits, and releases going live or back.
 """
@@ -15,7 +16,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -38,6 +39,7 @@ class Holder:
     """Who writes to a workspace."""
 
     host: str
+    pid_namespace: int  # containers of one host name have their own; 0 where the system has none
     pid: int
     command: str
     since: str  # ISO 8601, UTC
@@ -47,12 +49,19 @@ class Holder:
     def of_this_run(cls, command: str) -> "Holder":
         """This process."""
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return cls(host=socket.gethostname(), pid=os.getpid(), command=command, since=since, token=uuid.uuid4().hex)
+        return cls(
+            host=socket.gethostname(),
+            pid_namespace=_pid_namespace(),
+            pid=os.getpid(),
+            command=command,
+            since=since,
+            token=uuid.uuid4().hex,
+        )
 
     @property
     def is_known_dead(self) -> bool:
-        """True where it ran on this machine and does not any more."""
-        if self.host != socket.gethostname():
+        """True where it ran on this machine, among the processes that are seen from here, and does not any more."""
+        if (self.host, self.pid_namespace) != (socket.gethostname(), _pid_namespace()):
             return False
         try:
             os.kill(self.pid, 0)
@@ -64,6 +73,12 @@ class Holder:
 
     def __str__(self) -> str:
         return f"`rayrec {self.command}` (process {self.pid} on {self.host}, since {self.since})"
+
+
+def _pid_namespace() -> int:
+    with suppress(OSError):  # not Linux
+        return os.stat("/proc/self/ns/pid").st_ino
+    return 0
 
 
 def writes(command: str) -> Callable[[Callable[Concatenate[Workspace, P], R]], Callable[Concatenate[Workspace, P], R]]:

@@ -1,11 +1,11 @@
 """On object storage: whole files or none, patience with failures, a clear error where they do not end."""
 
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +66,14 @@ def test_a_storage_that_does_not_answer_is_named_and_nothing_half_is_there(
     assert hasty.read_bytes("f") == b"old"
 
 
-OTHER = {"host": "elsewhere", "pid": 7, "command": "train", "since": "2026-11-24T10:00:00", "token": "t"}
+OTHER = {
+    "host": "elsewhere",
+    "pid_namespace": 1,
+    "pid": 7,
+    "command": "train",
+    "since": "2026-11-24T10:00:00",
+    "token": "t",
+}
 
 
 def test_a_lock_is_taken_refused_and_given_back(remote: Workspace) -> None:
@@ -83,12 +90,32 @@ def test_a_lock_is_taken_refused_and_given_back(remote: Workspace) -> None:
     assert not remote.exists(LOCK_HOLDER)
 
 
+def leave_lock(remote: Workspace) -> dict[str, Any]:
+    """The lock that a run of this machine leaves when it is killed."""
+    killed = (
+        "import os, sys; from rayrec.storage.locking import exclusive; from rayrec.storage.workspace import Workspace\n"
+    )
+    killed += "with exclusive(Workspace(sys.argv[1]), 'train'): os.kill(os.getpid(), 9)"
+    with subprocess.Popen([sys.executable, "-c", killed, remote.uri]) as process:
+        pass
+    holder: dict[str, Any] = remote.read_json(LOCK_HOLDER)
+    assert holder["pid"] == process.pid
+    return holder
+
+
+def test_the_lock_of_another_container_with_the_name_of_this_host_stays_whatever_its_process(remote: Workspace) -> None:
+    holder = leave_lock(remote)
+    holder["pid_namespace"] += 1
+    remote.write_json(LOCK_HOLDER, holder)
+    with pytest.raises(BusyError, match="run `rayrec unlock`"):
+        _take(remote)
+    assert remote.read_json(LOCK_HOLDER) == holder
+
+
 def test_the_lock_of_a_process_that_died_on_this_machine_is_taken_over_by_one_of_those_who_want_it(
     remote: Workspace,
 ) -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        pass
-    remote.write_json(LOCK_HOLDER, {**OTHER, "host": socket.gethostname(), "pid": process.pid})
+    leave_lock(remote)
     outcomes: list[str] = []
     started = threading.Barrier(4)
 
@@ -123,9 +150,7 @@ def test_a_lock_whose_put_is_sent_again_since_its_answer_was_lost_is_held(
     with exclusive(remote, "taste"), ThreadPoolExecutor() as pool, pytest.raises(BusyError, match="`rayrec taste`"):
         pool.submit(_take, remote).result()
     assert not remote.exists(LOCK_HOLDER)
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        pass
-    remote.write_json(LOCK_HOLDER, {**OTHER, "host": socket.gethostname(), "pid": process.pid})
+    leave_lock(remote)
     _take(remote)  # over what a dead run left
     assert not remote.exists(LOCK_HOLDER)
 
