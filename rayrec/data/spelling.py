@@ -119,11 +119,6 @@ def spell_texts(values: pa.Array, problems: Problems, *, column: str) -> pa.Arra
     return pc.if_else(pc.equal(texts, ""), None, texts)
 
 
-def split_listed(text: str) -> list[str]:
-    """The values of `a | b`: without space around them, empty ones left out."""
-    return [part for part in (part.strip() for part in text.split(LIST_SEPARATOR)) if part]
-
-
 def spell_lists(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
     """A column of lists, or of texts with `|` between their values, as list<string> (R,); null where there is none.
 

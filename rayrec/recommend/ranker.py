@@ -19,7 +19,6 @@ from rayrec.errors import DamagedArtifactError, TooFewQueriesError
 from rayrec.storage.workspace import Workspace
 
 TOP = 20  # places that training looks at
-HELD_OUT_SHARE = 0.2  # of the examples' users, on whom trees are counted and chances calibrated
 SOME_QUERIES = 10_000  # to learn from, below which trees of few leaves are tried beside
 FEW_LEAVES = 4
 FEW_QUERIES = 2_000  # to learn from, below which linear models are tried, too

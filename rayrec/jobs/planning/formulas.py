@@ -17,7 +17,6 @@ from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.range_join import SESSIONS_AT_ONCE
 
 ROW_BYTES = 8.6  # of a play in the shuffle of an import, in blocks of 9,500 plays; docs/scale.md
-SONG_BYTES = 9.0  # of a distinct song of a piece in the shuffle, with ids of 12 characters; docs/scale.md
 INPUT_BLOCK = 16 << 20  # bytes of input that are read at once
 UNIT_REQUESTS = 3  # of a unit of input beside its blocks: its size, and both ends of its range
 SMALL_PARQUET = 4  # to read a small Parquet file: its size, its end, its columns
@@ -123,20 +122,6 @@ def import_requests(size: ImportSize) -> int:
     second_pass = 2 * size.shuffle_reads + 3 * size.buckets  # histories, users, result
     publishing = 2 * 2 * size.buckets
     return first_pass + songs + second_pass + publishing + DRIVER_REQUESTS
-
-
-def append_requests(size: ImportSize, overlapping_files: int) -> int:
-    """Of `import --append`, beside reading the files.
-
-    `overlapping_files` are those, over all buckets, of earlier parts whose time range meets the new plays'.
-    """
-    users = SMALL_PARQUET * size.buckets
-    return import_requests(size) + users + SMALL_PARQUET * overlapping_files
-
-
-def shuffle_bytes(plays: int, songs_of_pieces: int) -> int:
-    """Bytes that an import reads beside its input. `songs_of_pieces` are the distinct songs of each piece, added up."""
-    return int(plays * ROW_BYTES + songs_of_pieces * SONG_BYTES)
 
 
 def taste_requests(buckets: int, files: int, *, row_groups: int, columns: int) -> int:
