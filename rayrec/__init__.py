@@ -1,8 +1,8 @@
 """rayrec: up-to-date taste vectors for every user, from files of plays to recommendations.
 
-`Recommender` is the short way: fit, recommend, update. Each command is a function too, `rayrec.embed`, `rayrec.train`
-and so on, with a settings class of its own. Names are loaded at their first use: importing this package loads neither
-Ray nor torch.
+`Recommender` is the simplest interface: fit, recommend, update. Each command is also a function, `rayrec.embed`,
+`rayrec.train` and so on, with its own settings class. Names are loaded at their first use: importing this package loads
+neither Ray nor torch.
 """
 
 from importlib import import_module
@@ -88,7 +88,7 @@ if TYPE_CHECKING:
 
 __version__ = version("rayrec")
 
-# The functions behind the commands, in the order of the help -> their modules.
+# Function of a command -> its module, in the order of the help.
 STAGES = {
     "demo": "rayrec.jobs.pipeline",
     "fit": "rayrec.jobs.fit",
@@ -127,7 +127,7 @@ STAGES = {
     "run": "rayrec.jobs.pipeline",
     "tune": "rayrec.jobs.tune",
 }
-# What the stages need beside their settings -> its module.
+# Other names that calls of the stages need -> their modules.
 HELPERS = {
     "ray_cluster": "rayrec.jobs.runtime",
     "choose_split": "rayrec.data.split",
@@ -139,7 +139,7 @@ HELPERS = {
     "open_store": "rayrec.online.state_store",
     "store_uri": "rayrec.online.state_store",
 }
-# The settings of the stages -> their modules.
+# Settings class of a stage -> its module.
 SETTINGS = {
     "FitConfig": "rayrec.jobs.job_config",
     "UpdateConfig": "rayrec.jobs.job_config",
@@ -178,10 +178,10 @@ __all__ = [
 __all__ += list(_MODULES)
 
 
-if not TYPE_CHECKING:  # which takes any name then, misspelled ones too
+if not TYPE_CHECKING:  # with this function, a type checker accepts any name
 
     def __getattr__(name: str) -> Any:
-        """A name of `_MODULES`, at its first use."""
+        """Import a name of `_MODULES` at its first use."""
         if name not in _MODULES:
             raise AttributeError(f"module 'rayrec' has no attribute {name!r}")
         return getattr(import_module(_MODULES[name]), name)

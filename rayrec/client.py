@@ -1,10 +1,10 @@
-"""A typed client of the HTTP API, which needs httpx alone. It retries what fails for a moment.
+"""A typed client of the HTTP API. It needs only httpx, and retries requests that fail temporarily.
 
     with Client("http://127.0.0.1:8000") as client:
         client.play("ann", "song-12")
         client.recommend(user_id="ann", k=5)["songs"]
 
-A retry is always safe: reading changes nothing, and a play has an event id, so it counts once however often it is sent.
+A retry is always safe: reading changes nothing, and a play has an event id, so it counts once even if it is sent again.
 """
 
 import asyncio
@@ -23,8 +23,8 @@ import httpx
 from rayrec.errors import RayrecError
 
 KEY_VARIABLE = "RAYREC_API_KEY"
-RETRIED = (502, 503, 504)  # statuses of a server that is busy, starting or gone for a moment
-FIRST_WAIT_SECONDS = 0.1  # before the first retry, where the server does not say; then twice as long each time
+RETRIED = (502, 503, 504)  # statuses of a server that is busy, starting or briefly unavailable
+FIRST_WAIT_SECONDS = 0.1  # before the first retry, unless the server gives a time; doubled for each further retry
 LONGEST_WAIT_SECONDS = 5.0
 
 Moment = str | int | datetime  # ISO 8601 with a zone, unix seconds or milliseconds, or a datetime with a zone
@@ -44,7 +44,7 @@ class SongAnswer(TypedDict):
 
 
 class RecommendationsAnswer(TypedDict):
-    """Songs, best first."""
+    """Recommended songs, best first."""
 
     release: str
     at: str
@@ -75,7 +75,7 @@ class RankAnswer(TypedDict):
 
 
 class PopularSongAnswer(TypedDict):
-    """A song that is played often."""
+    """A popular song and its number of plays."""
 
     song_id: str
     title: str | None
@@ -84,7 +84,7 @@ class PopularSongAnswer(TypedDict):
 
 
 class PopularAnswer(TypedDict):
-    """The most played songs, best first."""
+    """The most played songs, in descending order of plays."""
 
     release: str
     songs: list[PopularSongAnswer]
@@ -101,7 +101,7 @@ class NewSongAnswer(TypedDict):
 
 
 class NewAnswer(TypedDict):
-    """The newest songs first."""
+    """New songs, newest first."""
 
     release: str
     songs: list[NewSongAnswer]
@@ -109,14 +109,14 @@ class NewAnswer(TypedDict):
 
 
 class BatchAnswer(TypedDict):
-    """The answers in the order of the requests; of an invalid request `detail` and `errors`."""
+    """Answers in the order of the requests; for an invalid request, `detail` and `errors`."""
 
     release: str
     answers: list[dict[str, Any]]
 
 
 class PlaysAnswer(TypedDict):
-    """What became of plays."""
+    """The outcome of each play that was sent, and their counts."""
 
     release: str
     taken: int
@@ -129,7 +129,7 @@ class PlaysAnswer(TypedDict):
 
 
 class SongsAddedAnswer(TypedDict):
-    """What became of songs that were sent."""
+    """The outcome of each song that was sent, and their counts."""
 
     release: str
     added: int
@@ -153,7 +153,7 @@ class TasteAnswer(TypedDict):
 
 
 class TastesAnswer(TypedDict):
-    """The taste vectors in the order of the users; of an invalid entry `detail` and `errors`."""
+    """Taste vectors in the order of the users; for an invalid entry, `detail` and `errors`."""
 
     release: str
     model: str
@@ -173,7 +173,7 @@ class StoredPlay(TypedDict):
 
 
 class StoredPlaysAnswer(TypedDict):
-    """The last plays of a stored user, the latest last."""
+    """The last plays of a stored user, oldest first."""
 
     release: str
     user_id: str
@@ -190,7 +190,7 @@ class CatalogSongAnswer(TypedDict):
 
 
 class FoundAnswer(TypedDict):
-    """Songs that match words, of `count` that do."""
+    """Songs that match a search; `count` is the number of all matches."""
 
     release: str
     count: int
@@ -198,7 +198,7 @@ class FoundAnswer(TypedDict):
 
 
 class SimilarAnswer(CatalogSongAnswer):
-    """A song, its plays, and songs like it, the nearest first."""
+    """A song, its number of plays, and the songs most similar to it, most similar first."""
 
     release: str
     plays: int
@@ -207,7 +207,7 @@ class SimilarAnswer(CatalogSongAnswer):
 
 
 class MapAnswer(TypedDict):
-    """Songs on a plane: song_id, title, artist, x and y of each."""
+    """Songs as points of a map: song_id, title, artist, x and y of each."""
 
     release: str
     points: list[dict[str, Any]]
@@ -215,14 +215,14 @@ class MapAnswer(TypedDict):
 
 
 class HealthAnswer(TypedDict):
-    """That the application is there, and with which release."""
+    """The state of a replica and its release."""
 
     status: str
     release: str | None
 
 
 class CardAnswer(TypedDict):
-    """What answers, what it was made from, and how well it does."""
+    """The release, the parts and data it was made from, and its quality."""
 
     release: str
     created_at: str
@@ -237,7 +237,7 @@ class CardAnswer(TypedDict):
 
 
 class ReleaseAnswer(TypedDict):
-    """Which release answers."""
+    """The release that a replica answers with, and those of all replicas."""
 
     replica: str
     release: str | None
@@ -249,7 +249,7 @@ class ReleaseAnswer(TypedDict):
 
 
 class ApiError(RayrecError):
-    """The server refused a request: `problem` is its answer, as RFC 9457 has it."""
+    """The server refused a request. `problem` is its answer, a problem document of RFC 9457."""
 
     def __init__(self, problem: Mapping[str, Any], request_id: str | None = None) -> None:
         super().__init__(f"{problem.get('status')} {problem.get('title')}: {problem.get('detail', '')}")
@@ -262,19 +262,19 @@ class ApiError(RayrecError):
 
 
 class ApiUnavailableError(RayrecError):
-    """The server did not answer, however often it was tried."""
+    """The server did not answer any attempt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retry:
-    """How often, and how patiently."""
+    """How often a request is retried, and how long an attempt may take."""
 
-    retries: int = 3  # after the first attempt
-    timeout: float = 10.0  # seconds of each attempt
+    retries: int = 3  # attempts after the first one
+    timeout: float = 10.0  # seconds per attempt
 
 
 class _Connection:
-    """What both clients share: requests and what their answers mean."""
+    """Base of both clients: connection settings, pauses between retries, and the handling of answers."""
 
     def __init__(self, url: str, key: str | None, retry: Retry | None) -> None:
         self._url, self._retry = url.rstrip("/"), retry or Retry()
@@ -291,14 +291,17 @@ class _Connection:
         }
 
     def _waits(self) -> Iterator[float]:
-        """Seconds to wait before each retry."""
+        """Yield the seconds to wait before each retry."""
         for attempt in range(self._retry.retries):
             longest = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt)
-            yield longest * (0.5 + random.random() / 2)  # so that many clients do not come back all at once
+            yield longest * (0.5 + random.random() / 2)  # random, so that many clients do not retry at the same time
 
     @staticmethod
     def _result(answer: "httpx.Response | httpx.TransportError", wait: float | None, url: str) -> Any:
-        """The answer's JSON or text, or the mark of another attempt; `wait` is None after the last. Raises errors."""
+        """Return the JSON or text of an answer, or `_RETRY` if the request must be sent again.
+
+        `wait` is None after the last attempt. Raises `ApiError` and `ApiUnavailableError`.
+        """
         if isinstance(answer, httpx.TransportError):
             if wait is None:
                 raise ApiUnavailableError(f"{url} does not answer: {answer!r}; check that it runs") from answer
@@ -313,14 +316,14 @@ class _Connection:
 
 
 class _Again:
-    """The mark of an answer after which the request is sent again."""
+    """Type of `_RETRY`, which means that the request is sent again."""
 
 
 _RETRY = _Again()
 
 
 class Client(_Connection):
-    """One server. The key comes from RAYREC_API_KEY unless it is given. An option that is None is not sent."""
+    """Client of one server. `key` defaults to the value of RAYREC_API_KEY. An option that is None is not sent."""
 
     def __init__(self, url: str, *, key: str | None = None, retry: Retry | None = None) -> None:
         super().__init__(url, key, retry)
@@ -339,9 +342,10 @@ class Client(_Connection):
     def recommend(
         self, *, user_id: str | None = None, history: Sequence[Any] | None = None, **options: Any
     ) -> RecommendationsAnswer:
-        """Songs for a stored user, or for a history of song ids or plays; `options` as the API has them: k, at ...
+        """Recommend songs to a stored user, or for a history of song ids or plays.
 
-        The answer's `cursor`, given with the same options, asks for the songs after these.
+        `options` are those of the API, such as k and at. For the next page of songs, give the answer's `cursor` and the
+        same options.
         """
         return cast(RecommendationsAnswer, self._send(_request_call("recommendations", user_id, history, options)))
 
@@ -353,16 +357,19 @@ class Client(_Connection):
         history: Sequence[Any] | None = None,
         **options: Any,
     ) -> RankAnswer:
-        """Given songs, ids, in order for a stored user or a history; `options` as the API has them: at, horizon ..."""
+        """Rank `songs`, which are ids, for a stored user or a history.
+
+        `options` are those of the API, such as at and horizon.
+        """
         options = {**options, "songs": list(songs)}
         return cast(RankAnswer, self._send(_request_call("rank", user_id, history, options)))
 
     def popular(self, **options: Any) -> PopularAnswer:
-        """The most played songs; `options` as the API has them: k, artists, market, cursor ..."""
+        """Return the most played songs; `options` are those of the API, such as k, artists, market and cursor."""
         return cast(PopularAnswer, self._send(_get_call("/v1/songs/popular", options)))
 
     def new(self, **options: Any) -> NewAnswer:
-        """The newest songs: first played recently, or added; `options` as in `popular`."""
+        """Return the newest songs: first played recently, or added; `options` as in `popular`."""
         return cast(NewAnswer, self._send(_get_call("/v1/songs/new", options)))
 
     def play(
@@ -374,81 +381,82 @@ class Client(_Connection):
         event_id: str | None = None,
         **options: Any,
     ) -> PlaysAnswer:
-        """Store a play; the next answer for the user reflects it. Without an event id a new one is made."""
+        """Store a play; the next answer for the user reflects it. Without `event_id` a new one is made."""
         return self.plays([_play(user_id, song_id, played_at, event_id, options)])
 
     def plays(self, plays: Sequence[Mapping[str, Any]]) -> PlaysAnswer:
-        """Store plays, up to 1,000: user_id, song_id, event_id and, unless they are played now, played_at.
+        """Store up to 1,000 plays. Each has user_id, song_id, event_id and, unless it is played now, played_at.
 
-        A `type` of skip or like says what else they are, `recommendation_id` which answer their song came from.
+        With `type` skip the play was skipped; with like the entry is a like and not a play. `recommendation_id` is that
+        of the answer that proposed the song.
         """
         return cast(PlaysAnswer, self._send(_plays_call(plays)))
 
     def add_songs(self, songs: Sequence[Mapping[str, Any]]) -> SongsAddedAnswer:
-        """Add songs until the next release, up to 1,000, all or none; every replica recommends them within a second.
+        """Add up to 1,000 songs, all or none, until the next release; every replica recommends them within a second.
 
-        Each has a song_id and, where they are known, title, artist, album, released, markets and vector.
+        Each song has a song_id and, if known, title, artist, album, released, markets and vector.
         """
         return cast(SongsAddedAnswer, self._send(("POST", "/v1/songs", {"json": {"songs": list(songs)}})))
 
     def user_recommendations(self, user_id: str, **options: Any) -> RecommendationsAnswer:
-        """Songs for a stored user by a GET, which caches may keep; `options` as the API has them."""
+        """Recommend songs to a stored user by a GET request, which caches may store; `options` are those of the API."""
         return cast(RecommendationsAnswer, self._send(_user_call(user_id, "recommendations", options)))
 
     def recommend_batch(self, requests: Sequence[Mapping[str, Any]]) -> BatchAnswer:
-        """Songs for up to 256 users by one release; each request has what `recommend` takes."""
+        """Recommend songs to up to 256 users with one release; each request has the fields that `recommend` takes."""
         return cast(BatchAnswer, self._send(_batch_call(requests)))
 
     def taste(self, user_id: str, at: Moment | None = None) -> TasteAnswer:
-        """The taste vectors of a stored user."""
+        """Return the taste vectors of a stored user."""
         return cast(TasteAnswer, self._send(_user_call(user_id, "taste", {"at": at})))
 
     def tastes(self, users: Sequence[Mapping[str, Any]]) -> TastesAnswer:
-        """The taste vectors of many users, up to 256: each a history and perhaps `at`."""
+        """Return the taste vectors of up to 256 users; each entry has a history and optionally `at`."""
         return cast(TastesAnswer, self._send(_tastes_call(users)))
 
     def user_plays(self, user_id: str, k: int = 20) -> StoredPlaysAnswer:
-        """The last k plays of a stored user, the latest last."""
+        """Return the last `k` plays of a stored user, oldest first."""
         return cast(StoredPlaysAnswer, self._send(_user_call(user_id, "plays", {"k": k})))
 
     def forget(self, user_id: str) -> None:
-        """Delete a user, known or not: plays from before this moment are rejected, later ones are a new user's."""
+        """Delete a user, known or not. Earlier plays are rejected from now on; later plays are those of a new user."""
         self._send(_forget_call(user_id))
 
     def find_songs(self, query: str, limit: int = 20) -> FoundAnswer:
-        """Songs whose title and artist hold all words of a query."""
+        """Return songs whose title and artist contain all words of a search text."""
         return cast(FoundAnswer, self._send(_get_call("/v1/songs", {"query": query, "limit": limit})))
 
     def similar(self, song_id: str, k: int = 20) -> SimilarAnswer:
-        """A song, its plays, and songs like it, the nearest first."""
+        """Return a song, its number of plays, and the `k` songs most similar to it, most similar first."""
         return cast(SimilarAnswer, self._send(_similar_call(song_id, k)))
 
     def map(self, songs: Sequence[str]) -> MapAnswer:
-        """Songs, ids, on the plane on which their embeddings differ most."""
+        """Return `songs`, which are ids, as points on the plane along which their embeddings differ most."""
         return cast(MapAnswer, self._send(("POST", "/v1/map", {"json": {"songs": list(songs)}})))
 
     def release(self) -> ReleaseAnswer:
-        """Which release answers, here and in all replicas."""
+        """Return the release of the replica that answers, and those of all replicas."""
         return cast(ReleaseAnswer, self._send(("GET", "/v1/release", {})))
 
     def card(self) -> CardAnswer:
-        """What the release was made from, and its quality."""
+        """Return the parts and data that the release was made from, and its quality."""
         return cast(CardAnswer, self._send(("GET", "/v1/release/card", {})))
 
     def report(self) -> str:
-        """The page of the last evaluation of the release, HTML."""
+        """Return the report of the last evaluation of the release, an HTML page."""
         return cast(str, self._send(("GET", "/v1/release/report", {})))
 
     def health(self) -> HealthAnswer:
-        """Whether the replica is alive."""
+        """Check that the replica is alive."""
         return cast(HealthAnswer, self._send(("GET", "/healthz", {})))
 
     def ready(self) -> HealthAnswer:
-        """Whether the replica has a release to answer with; after the last retry an `ApiError` of 503 where not."""
+        """Check that the replica has loaded a release; otherwise raise `ApiError` (503) after the last retry."""
         return cast(HealthAnswer, self._send(("GET", "/readyz", {})))
 
     def metrics(self) -> str:
-        """The metrics of the replica, as Prometheus reads them."""
+        """Return the metrics of the replica in the text format of Prometheus."""
         return cast(str, self._send(("GET", "/metrics", {})))
 
     def _send(self, call: Call) -> Any:
@@ -467,7 +475,7 @@ class Client(_Connection):
 
 
 class AsyncClient(_Connection):
-    """As `Client`, for asyncio."""
+    """The same as `Client`, for asyncio."""
 
     def __init__(self, url: str, *, key: str | None = None, retry: Retry | None = None) -> None:
         super().__init__(url, key, retry)
@@ -633,7 +641,7 @@ def _similar_call(song_id: str, k: int) -> Call:
 
 
 def _fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given, as the API has it: None leaves a field to its default, and moments are text or numbers."""
+    """Return the options in the form of the API: without None values, with moments as text or numbers."""
     return {
         name: _moment(value) if name in ("at", "played_at") else value
         for name, value in options.items()
@@ -661,12 +669,12 @@ def _moment(at: Moment) -> str | int:
 
 
 def _escaped(text: str) -> str:
-    """An id as part of a path; a dot is escaped too, since paths of dots are shortened on the way."""
+    """Return an id as part of a path; dots are escaped too, since path segments of dots are removed on the way."""
     return quote(text, safe="").replace(".", "%2E")
 
 
 def _wait(answer: httpx.Response | httpx.TransportError, wait: float | None) -> float:
-    """Seconds, by the server's Retry-After where it gives one."""
+    """Return the seconds to wait: the server's Retry-After header if it has one, or else `wait`."""
     try:
         seconds = float(answer.headers["Retry-After"]) if isinstance(answer, httpx.Response) else 0.0
     except (KeyError, ValueError):
@@ -677,5 +685,5 @@ def _wait(answer: httpx.Response | httpx.TransportError, wait: float | None) -> 
 def _problem(answer: httpx.Response) -> dict[str, Any]:
     try:
         return dict(answer.json())
-    except ValueError:  # of something between us and the server
+    except ValueError:  # the answer may come from a proxy in front of the server
         return {"status": answer.status_code, "title": answer.reason_phrase, "detail": answer.text[:200]}

@@ -1,7 +1,7 @@
-"""Private parts of pyarrow and torch that have no public counterpart. Loads nothing heavy.
+"""Uses of private parts of pyarrow and torch that have no public counterpart. Importing this module loads neither.
 
-Each function names the version that it was read in; `tests/unit/test_compat.py` fails where another version differs.
-Those of Ray Serve are in rayrec/serving/serve_compat.py.
+Each function names the version in which the private part was read; `tests/unit/test_compat.py` fails if a version
+differs. Uses of private parts of Ray Serve are in rayrec/serving/serve_compat.py.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,18 +12,19 @@ if TYPE_CHECKING:
 
 
 def s3_options(filesystem: "pafs.S3FileSystem") -> dict[str, Any]:
-    """The options that `S3FileSystem` was made with, those that were set; read in pyarrow 24.0.
+    """Return the options with which an `S3FileSystem` was made, including those from a URI; read in pyarrow 24.0.
 
-    Pickling alone gives them, and with them what a URI was parsed to.
+    Options that were not set are left out. Only pickling gives access to the options.
     """
     _, (options,) = filesystem.__reduce__()
     return {name: value for name, value in options.items() if value not in ("", -1.0)}
 
 
 def scaled_rows(rows_nD: "Tensor", lengths_n1: "Tensor") -> "tuple[Tensor, Tensor]":
-    """Rows (n, D) that are not zero scaled to lengths (n, 1), and their norms (n, 1); read in torch 2.13.
+    """Scale nonzero rows (n, D) to lengths (n, 1); return them and their former norms (n, 1); read in torch 2.13.
 
-    The fused operation of weight normalization: one pass, where `torch.nn.functional.normalize` takes three.
+    This is the fused operation of weight normalization: one pass over memory instead of the three of
+    `torch.nn.functional.normalize`.
     """
     import torch
 
@@ -32,7 +33,7 @@ def scaled_rows(rows_nD: "Tensor", lengths_n1: "Tensor") -> "tuple[Tensor, Tenso
 
 
 def scaled_rows_gradient(grad_nD: "Tensor", rows_nD: "Tensor", lengths_n1: "Tensor", norms_n1: "Tensor") -> "Tensor":
-    """The gradient (n, D) by the rows that `scaled_rows` was given; read in torch 2.13."""
+    """Return the gradient (n, D) with respect to the input rows of `scaled_rows`; read in torch 2.13."""
     import torch
 
     grad_rows_nD: Tensor

@@ -17,22 +17,23 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[import-not-found, no-redef]
 
-LARGEST = 2**63 - 1  # what arrays and files hold
+LARGEST = 2**63 - 1  # largest integer in arrays and files
 Config = TypeVar("Config", bound="Settings")
 
 
 class Settings(BaseModel):
-    """Base class of all settings. A field's range is in its type, its help in its description; numbers are finite.
+    """Base class of all settings. A field has its range in its type and its help text in its description.
 
-    Raises `InputError` for an unknown name, a missing value, a wrong type or a value out of range.
+    Numbers must be finite. Raises `InputError` for an unknown name, a missing value, a wrong type or a value out of
+    range.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name -> settings that belong together
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name -> settings to use together
 
     def __init__(self, **values: Any) -> None:
-        # Numbers of NumPy, as they come out of a search of settings, are plain ones.
+        # Convert numbers of NumPy, which a search over settings may give, to plain ones.
         values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
         for name, value in values.items():
             if isinstance(value, int) and abs(value) > LARGEST:
@@ -43,16 +44,17 @@ class Settings(BaseModel):
             raise InputError(_message(type(self), values, error)) from None
 
     def replace(self: Config, **changes: Any) -> Config:
-        """A copy with some settings changed, checked like the first."""
+        """Return a copy with changed settings, which is validated like a new object."""
         checked = type(self)(**{**dict(self), **changes})
-        # As they are: a moment that was read once as ms would be read anew as seconds, where it lies in 1970.
+        # Keep unchanged values: a moment in 1970 that was parsed to ms would be parsed again as seconds.
         return checked.model_copy(update={name: value for name, value in self if name not in changes})
 
 
 def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
-    """Settings from plain values, as TOML and JSON hold them; `where` starts the message of an error.
+    """Create settings from plain values of TOML or JSON; `where` is the start of error messages.
 
-    The key `preset` stands for the settings of that name in PRESETS; other keys override them. Raises `InputError`.
+    The key `preset` is replaced by the settings of that name in PRESETS; other keys override them. Raises `InputError`
+    for an unknown preset and for invalid settings.
     """
     values = dict(values)
     if "preset" in values and cls.PRESETS:
@@ -67,12 +69,12 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str) -> Co
 
 
 def to_mapping(config: Settings) -> dict[str, Any]:
-    """The plain values of settings, as JSON holds them."""
+    """Return settings as plain values for JSON."""
     return {name: _plain(value) for name, value in config}
 
 
 def changed_settings(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of plain values, as `to_mapping` gives them, that differ from the defaults of `cls`."""
+    """Return the items of `values`, which `to_mapping` returned, that differ from the defaults of `cls`."""
     defaults = {name: _plain(field.default) for name, field in cls.model_fields.items()}
     return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
@@ -86,7 +88,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """A TOML file's content. Raises `InputError` for a file that cannot be read or parsed."""
+    """Return the content of a TOML file. Raises `InputError` for a file that cannot be read or parsed."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -96,7 +98,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def section_of(sections: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """A copy of one section, empty where there is none; `where` starts the message of the `InputError` for a value."""
+    """Return a copy of one section, empty if it does not exist.
+
+    Raises `InputError`, with a message that starts with `where`, if the name has a value instead of a section.
+    """
     section = sections.get(name, {})
     if not isinstance(section, Mapping):
         raise InputError(f"{where}: {name} = {section!r}; expected a section [{name}]")
@@ -104,14 +109,14 @@ def section_of(sections: Mapping[str, Any], name: str, where: str) -> dict[str, 
 
 
 def base_type(hint: Any) -> Any:
-    """The type that is not None of an optional type; any other type as it is."""
+    """Return the type inside an optional type; any other type unchanged."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return next(option for option in typing.get_args(hint) if option is not type(None))
     return hint
 
 
 def expected_value(field: FieldInfo) -> str:
-    """What a setting may be, in words: `an integer of at least 1`."""
+    """Describe the valid values of a setting in words, such as `an integer of at least 1`."""
     hint = base_type(field.annotation)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
@@ -141,7 +146,7 @@ def _min_length(field: FieldInfo) -> int:
 
 
 def _bounded(noun: str, constraints: Iterable[Any], *, joint: str) -> str:
-    """The noun with the bounds that its constraints set."""
+    """Return the noun followed by the bounds that its constraints set."""
     words = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = [
         f"{word} {getattr(constraint, name):g}"
@@ -153,7 +158,7 @@ def _bounded(noun: str, constraints: Iterable[Any], *, joint: str) -> str:
 
 
 def _message(cls: type[Settings], values: Mapping[str, Any], error: ValidationError) -> str:
-    """The first problem in one line: the setting, its value, what was expected."""
+    """Return a line about the first problem: the setting, its value and the expected values."""
     problem = error.errors(include_url=False)[0]
     kind, name = problem["type"], str(problem["loc"][0]) if problem["loc"] else ""
     if kind == "extra_forbidden":

@@ -1,7 +1,7 @@
-"""What a person sees: a progress bar on stderr for what takes over two seconds, tables in a notebook.
+"""Progress bars on stderr for work of over two seconds, and HTML tables for notebooks.
 
-Where stderr is no terminal nothing is drawn, or a line now and then where RAYREC_PROGRESS_LINES=1 asks
-for it: that is what a job's log can hold.
+If stderr is not a terminal, no bar is drawn. With RAYREC_PROGRESS_LINES=1 a line is printed instead, at most every
+ten seconds, for the log of a job.
 """
 
 import os
@@ -17,11 +17,11 @@ from rich.progress import Progress as Bars
 
 DELAY_SECONDS = 2.0
 LINES_VARIABLE = "RAYREC_PROGRESS_LINES"
-LINE_SECONDS = 10.0  # between two lines of one piece of work
+LINE_SECONDS = 10.0  # between two lines of one progress bar
 
 
 class Progress:
-    """One bar of one piece of work. `advance` is cheap enough for every batch."""
+    """The progress bar of one task. `advance` is cheap enough to call for every batch."""
 
     def __init__(self, title: str, total: float | None) -> None:
         self._title, self._total = title, total
@@ -32,7 +32,7 @@ class Progress:
         self._bars: Bars | None = None
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
-        """Say that `amount` more is done; `note` is shown behind the bar."""
+        """Add `amount` to the completed work; `note` is shown after the bar and stays until the next note."""
         self._done += amount
         self._note = self._note if note is None else note
         if self._lines:
@@ -64,14 +64,14 @@ class Progress:
         print(line.rstrip(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         if self._bars is not None:
             self._bars.stop()
 
 
 @contextmanager
 def progress(title: str, total: float | None = None) -> Iterator[Progress]:
-    """A bar for the length of a with block."""
+    """Show a progress bar during a with block; `total` is the amount of work, None if unknown."""
     bar = Progress(title, total)
     try:
         yield bar
@@ -90,13 +90,13 @@ TABLE = """\
 
 
 def html_figures(title: str, values: Mapping[str, Any]) -> str:
-    """Names and values, one a row, below a title."""
+    """Return an HTML table of names and values, one per row, below a title."""
     return html_table(title, (), list(values.items()))
 
 
 def html_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table below a title; the first column is aligned to the left."""
-    from jinja2 import Environment  # not needed where nothing is shown
+    """Return an HTML table below a title; the first column is aligned to the left, the others to the right."""
+    from jinja2 import Environment  # imported here, since only notebooks need it
 
     template = Environment(autoescape=True, trim_blocks=True).from_string(TABLE)
     cells = [[_cell(value) for value in row] for row in rows]

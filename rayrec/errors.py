@@ -1,7 +1,7 @@
 """The errors that rayrec raises.
 
-Every message says what was given, what was expected and what to do. The command line prints the
-message as one line and exits with `exit_code`; anything that is not a `RayrecError` is our bug.
+Every message says what was given, what was expected and what to do. The command line prints the message as one line
+and exits with `exit_code`. Any other exception is a bug of rayrec.
 """
 
 import tempfile
@@ -20,7 +20,10 @@ class InputError(RayrecError):
 
 
 class FieldError(InputError):
-    """A field whose value fits no song, day or page; `where` is its name, as flags and requests spell it."""
+    """The value of one field cannot be used, such as an unknown artist or a day that does not exist.
+
+    `where` is the field's name in flags and requests.
+    """
 
     def __init__(self, where: str, detail: str) -> None:
         super().__init__(where, detail)
@@ -31,7 +34,7 @@ class FieldError(InputError):
 
 
 class NotFoundError(InputError):
-    """Something named is not in the workspace."""
+    """Something that was named, such as an artifact, user or song, does not exist."""
 
 
 class TooFewQueriesError(InputError):
@@ -39,11 +42,11 @@ class TooFewQueriesError(InputError):
 
 
 class DamagedInputError(InputError):
-    """A file to import that cannot be read to its end, or is of another format than its name says."""
+    """A file to import cannot be read to its end, or has another format than its name says."""
 
 
 class MismatchError(InputError):
-    """Artifacts that do not belong together, such as a model and an index of another model."""
+    """Artifacts do not belong together, such as a model and an index of another model."""
 
 
 class MissingDependencyError(InputError):
@@ -51,11 +54,11 @@ class MissingDependencyError(InputError):
 
 
 class LeakError(RayrecError):
-    """Training data holds plays that it must not: of the test range, or of a held-out user."""
+    """Training data contains plays that it must not contain: of the test range, or of a held-out user."""
 
 
 class DivergedError(RayrecError):
-    """A training whose loss or weights are not finite any more."""
+    """The loss or the weights of a training are no longer finite."""
 
 
 class StorageError(RayrecError):
@@ -71,12 +74,12 @@ class DamagedArtifactError(RayrecError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library raised, at most 200 characters; its type where it says nothing."""
+    """Return the first line of the message of an error, up to 200 characters; its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def ray_not_started(error: Exception, where: str = "Ray could not be started on this machine") -> RayrecError:
-    """What to raise where `ray.init` raised a bare error, as it does of many types."""
+    """Return the error to raise after an error of `ray.init`, which raises many types of exceptions."""
     text = first_line(error).rstrip(".")
     if "AF_UNIX" in text:
         return InputError(

@@ -1,6 +1,6 @@
-"""The public facade: from a table of plays to recommendations in a table, with the workspace out of sight.
+"""The high-level Python interface: from a table of plays to a table of recommendations, without handling a workspace.
 
-U users, k songs each, D dimensions.
+Shapes: U users, k songs per user, D dimensions.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from rayrec.jobs.pipeline import Outcome
     from rayrec.recommend.base import BaseRecommender, HorizonName
 
-SHOWN_USERS = 5  # of those without plays
+SHOWN_USERS = 5  # number of users without plays that a message names
 COLUMNS = ("user_id", "rank", "song_id", "title", "artist", "score")
 
 Plays = Any  # a pandas or polars DataFrame, an Arrow table, or the path of files
 # Datetimes and pandas timestamps without a zone are UTC.
 Moment: TypeAlias = str | int | float | np.integer[Any] | np.floating[Any] | np.datetime64 | date
-Users: TypeAlias = str | int | Iterable[Any]  # an id, or some: a list, a set, a column of pandas, polars or Arrow
+Users: TypeAlias = str | int | Iterable[Any]  # an id, or ids: a list, a set, a column of pandas, polars or Arrow
 
 
 class Recommender:
@@ -54,36 +54,37 @@ class Recommender:
     >>> model.recommend(users=["ann"], k=10)
 
     Plays have a user, a song and a time (a timestamp, Unix seconds or milliseconds, or ISO 8601), and may have title
-    and artist; columns are guessed by their names. Times without a zone count as UTC, unless `fit` is given their
-    `timezone`. Fitting runs on Ray: on this machine, or on the cluster that `ray.init(address)` connected.
+    and artist. Columns are guessed by their names. Times without a zone are UTC, unless `fit` gets a `timezone`.
+    Fitting runs on Ray: on this machine, or on the cluster to which `ray.init(address)` connected.
     """
 
     def __init__(self, *, workspace: str | Path | None = None, progress: bool = True, **settings: Any) -> None:
         """`settings` are those of `rayrec train`, such as epochs and hidden_dim.
 
-        Everything is kept in `workspace`, a folder, s3:// or gs:// prefix, or in a temporary folder that is deleted
-        with this object. On a cluster of several nodes it must be one that all of them reach. With `progress` each
-        stage that ends is a line on stderr. Raises `InputError` for an unknown setting.
+        Everything is stored in `workspace`, a folder or an s3:// or gs:// prefix, by default in a temporary folder that
+        is deleted with this object. On a cluster of several nodes, all nodes must be able to reach the workspace. With
+        `progress`, a line on stderr reports each completed stage. Raises `InputError` for an unknown setting.
         """
         from_mapping(TrainConfig, settings, "Recommender")
         self.settings, self.progress = settings, progress
-        self.quality: Quality | None = None  # on the newest plays, of the last fit or update that went live
+        self.quality: Quality | None = None  # measured on the newest plays; of the last fit or update that went live
         self._folder = tempfile.TemporaryDirectory(prefix="rayrec-") if workspace is None else None
         self.workspace = Workspace(self._folder.name if self._folder else workspace or "")
-        self._loaded: tuple[Manifest, Dataset, BaseRecommender] | None = None  # of a release
+        self._loaded: tuple[Manifest, Dataset, BaseRecommender] | None = None  # a release and its recommender
 
     def fit(self, plays: Plays, *, columns: Mapping[str, str] | None = None, timezone: str = "UTC") -> Recommender:
-        """Learn from plays: a pandas or polars DataFrame, an Arrow table, or a path; returns this object.
+        """Learn from plays: a pandas or polars DataFrame, an Arrow table, or a path; return this object.
 
-        `columns` map roles to names where guessing is not enough: {"user": "member", "song": "track"}. `timezone` is
-        the IANA name, such as Europe/Berlin, of the zone of times without one. The newest plays choose the settings and
-        give `quality`; then everything is fitted on all plays. Plays fitted before are replaced. Raises `InputError`
-        for plays that cannot be read, for an unknown time zone, and without a workspace on a cluster of several nodes.
+        `columns` maps roles to column names that cannot be guessed: {"user": "member", "song": "track"}. `timezone` is
+        the IANA name, such as Europe/Berlin, of the zone of times that have none. Settings are chosen and `quality` is
+        measured on the newest plays; then everything is fitted on all plays. Plays of an earlier fit are replaced.
+        Raises `InputError` for plays that cannot be read, for an unknown time zone, and on a cluster of several nodes
+        if no workspace was given.
         """
         from rayrec.jobs.fit import fit
 
         self._require_reachable()
-        self._loaded = None  # the data set changes, even where this fit does not end
+        self._loaded = None  # the data set changes, even if this fit does not end
         with exclusive(self.workspace, "fit"), _SentPlays(self.workspace, plays) as sent:
             config = FitConfig(**sent, columns=dict(columns or {}), timezone=timezone)
             sections = {"train": self.settings}
@@ -99,16 +100,16 @@ class Recommender:
         timezone: str | None = None,
         train: bool = False,
     ) -> Recommender:
-        """Add new plays, users and songs; returns this object.
+        """Add new plays, users and songs; return this object.
 
-        The network is trained on where more than a tenth of all plays are new, or with `train`. What was learned is
-        kept where the result would be worse on the newest plays; a line on stderr says so. Times without a zone are of
-        `timezone`, by default that of the fit.
+        The training of the network continues if more than a tenth of all plays are new, or with `train`. If the result
+        would be worse on the newest plays, the present model stays in use, and a line on stderr says so. Times without
+        a zone are in `timezone`, by default that of the fit.
         """
         from rayrec.jobs.update import update
 
         self._require_reachable()
-        self._loaded = None  # the data set changes, even where the live release stays
+        self._loaded = None  # the data set changes, even if the live release stays
         with exclusive(self.workspace, "update"), _SentPlays(self.workspace, plays) as sent:
             config = UpdateConfig(**sent, columns=dict(columns or {}), timezone=timezone, train=train)
             result = update(self.workspace, config, **self._listeners())
@@ -127,12 +128,12 @@ class Recommender:
         horizon: HorizonName | float = "short",
         exclude_heard: bool = True,
     ) -> pd.DataFrame:
-        """The k best songs of each user: columns user_id, rank (from 1), song_id, title, artist, score.
+        """Return the `k` best songs of each user: columns user_id, rank (from 1), song_id, title, artist, score.
 
-        `at` is the moment of the request, by default now; plays after it are not looked at. `horizon` "short" is for
-        the next songs, "long" for later ones, a number from 0 to 1 for both, with this weight for "long". Songs that a
-        user has heard are left out if `exclude_heard`. A user without a known play before `at` gets the most played
-        songs of late; a line on stderr says so. Raises `InputError` for a horizon that is none.
+        `at` is the moment of the request, by default now; later plays are ignored. `horizon` is "short" for the next
+        songs, "long" for later songs, or a number from 0 to 1 for a mix of both, with this weight for "long". With
+        `exclude_heard`, songs that a user has heard are left out. A user without a known play before `at` gets the
+        most played songs of recent time; a line on stderr says so. Raises `InputError` for an invalid horizon.
         """
         from rayrec.recommend.answer import load_starting
         from rayrec.recommend.base import weight_of_long
@@ -163,9 +164,9 @@ class Recommender:
         return table
 
     def similar(self, song: str, k: int = 10) -> pd.DataFrame:
-        """The k songs most like a song: columns rank, song_id, title, artist, score (cosine of their embeddings).
+        """Return the `k` songs most similar to a song: columns rank, song_id, title, artist, score.
 
-        Raises `InputError` for an unknown song.
+        The score is the cosine of the embeddings of the two songs. Raises `InputError` for an unknown song.
         """
         from rayrec.recommend.reranking import network_of, similar
 
@@ -181,9 +182,9 @@ class Recommender:
         return table
 
     def taste(self, users: Users, *, at: Moment | None = None, horizon: HorizonName = "short") -> pd.DataFrame:
-        """The taste vectors of users, float32 (U, D): a row a user, the index named user_id.
+        """Return the taste vectors of users, float32 (U, D): one row per user, with an index named user_id.
 
-        Raises `NotFoundError` for a user without a known play before `at`, `InputError` for a horizon that is none.
+        Raises `NotFoundError` for a user without a known play before `at`, `InputError` for an invalid horizon.
         """
         from rayrec.recommend.reranking import network_of
 
@@ -201,9 +202,9 @@ class Recommender:
         return pd.DataFrame(vectors, index=pd.Index(ids, name="user_id"))
 
     def save(self, path: str | Path) -> Path | str:
-        """Copy everything to a folder, s3:// or gs:// prefix; `rayrec.load` opens it, and so does `rayrec serve`.
+        """Copy everything to a folder or an s3:// or gs:// prefix, which `rayrec.load` and `rayrec serve` can open.
 
-        Raises `InputError` where something is there already, and `NotFoundError` before a fit.
+        Raises `InputError` if the target is not empty, and `NotFoundError` before a fit.
         """
         self._fitted()
         target = Workspace(path)
@@ -216,7 +217,7 @@ class Recommender:
                 source_filesystem=self.workspace.filesystem,
                 destination_filesystem=target.filesystem,
             )
-        for name in (LOCK, LOCK_HOLDER):  # of this copying, which has ended
+        for name in (LOCK, LOCK_HOLDER):  # the lock of this copy was copied too
             target.delete(name)
         return path
 
@@ -239,16 +240,16 @@ class Recommender:
         return html_figures("Recommender", values) + quality
 
     def _fitted(self) -> Manifest:
-        """The live release. Raises `NotFoundError` before a fit."""
+        """Return the live release. Raises `NotFoundError` before a fit."""
         release = active_release(self.workspace)
         if release is None:
             raise NotFoundError("this Recommender is not fitted; call fit first")
         return release
 
     def _answering(self) -> tuple[Manifest, Dataset, BaseRecommender]:
-        """The live release, its data set and what answers, loaded once.
+        """Return the live release, its data set and its recommender, which are loaded once.
 
-        Raises `NotFoundError` before a fit, and where one of other plays was stopped.
+        Raises `NotFoundError` before a fit, and after a fit on other plays that did not end.
         """
         from rayrec.recommend.answer import load_recommender
 
@@ -261,7 +262,7 @@ class Recommender:
 
     @staticmethod
     def _histories(dataset: Dataset, users: Sequence[str], at: int) -> Histories:
-        """The plays of users before a moment, in the order of the users."""
+        """Return the plays of users before a moment, ms UTC, in the order of the users."""
         from rayrec.recommend.answer import histories_of_users
 
         if not users:
@@ -270,24 +271,27 @@ class Recommender:
 
     @staticmethod
     def _named(dataset: Dataset, rows: np.ndarray) -> pd.DataFrame:
-        """song_id, title and artist of song rows."""
+        """Return a table with song_id, title and artist of song rows."""
         table = dataset.catalog().table.select([names.SONG_ID, names.TITLE, names.ARTIST])
         picked = table.take(pa.array(np.asarray(rows, dtype=np.int64))).rename_columns(["song_id", "title", "artist"])
         return picked.to_pandas()
 
     def _replaces(self, config: FitConfig) -> bool:
-        """True where a fit has ended before, or stopped with other plays; one that stopped with the same goes on."""
+        """Return True if a fit replaces the data set: after a completed fit, or one on other plays that did not end.
+
+        A fit on the same plays that did not end is continued.
+        """
         if active_release(self.workspace) is not None:
             return True
         if not self.workspace.exists(DATASET_MANIFEST):
             return False
         manifest = Dataset(self.workspace).manifest
         imported: Any = manifest.config.get("plays")
-        # A fit that stopped has appended nothing: appended plays were imported by hand, and are not replaced unasked.
+        # A fit that did not end has appended nothing, so the user imported appended plays; they must not be replaced.
         return not manifest.appended and (not isinstance(imported, dict) or tuple(imported["paths"]) != config.paths)
 
     def _require_reachable(self) -> None:
-        """Raise `InputError` where the workspace is a temporary folder and workers of other nodes could not read it."""
+        """Raise `InputError` if the workspace is a temporary folder, which workers on other nodes cannot read."""
         from rayrec.jobs.runtime import require_one_node
 
         if self._folder is not None:
@@ -298,9 +302,9 @@ class Recommender:
 
 
 def load(path: str | Path, *, progress: bool = True) -> Recommender:
-    """The recommender that `Recommender.save` wrote, or that of any workspace with a live release.
+    """Load the recommender that `Recommender.save` wrote, or that of any workspace with a live release.
 
-    Raises `NotFoundError` where there is none.
+    Raises `NotFoundError` if there is no live release.
     """
     model = Recommender(workspace=path, progress=progress)
     if active_release(model.workspace) is None:
@@ -309,16 +313,16 @@ def load(path: str | Path, *, progress: bool = True) -> Recommender:
 
 
 class _SentPlays:
-    """The settings that name plays for the length of a with block, in which the caller holds the workspace's lock.
+    """Gives plays to a stage in a with block, as settings with their path. The caller must hold the workspace's lock.
 
-    A table is written into the workspace and deleted after.
+    A table is written into the workspace, and deleted when the block ends.
     """
 
     def __init__(self, workspace: Workspace, plays: Plays) -> None:
         self._workspace, self._plays, self._file = workspace, plays, ""
 
     def __enter__(self) -> dict[str, Any]:
-        self._workspace.delete(SENT_PLAYS)  # what a killed run has left; nobody else writes now
+        self._workspace.delete(SENT_PLAYS)  # files of a killed run; no other run writes at this time
         if isinstance(self._plays, str | Path):
             return {"paths": (str(self._plays),)}
         table = _arrow(self._plays)
@@ -330,7 +334,7 @@ class _SentPlays:
             self._workspace.write_table(self._file, table)
         except pa.ArrowException as error:
             raise _unreadable(error) from error
-        # The format is given, since it cannot be guessed from a URI that has options behind the name.
+        # The format is given, since it cannot be guessed from a URI that ends with options.
         return {"paths": (self._workspace.uri_of(self._file),), "format": "parquet"}
 
     def __exit__(self, *_: object) -> None:
@@ -339,7 +343,7 @@ class _SentPlays:
 
 
 def _arrow(plays: Any) -> pa.Table:
-    """A table of plays. Raises `InputError` for what is no table, and for columns of types that cannot be read."""
+    """Convert plays to an Arrow table. Raises `InputError` for other objects, and for unreadable column types."""
     try:
         if isinstance(plays, pd.DataFrame):
             return _decoded(pa.Table.from_pandas(_plain_frame(plays), preserve_index=False))
@@ -359,7 +363,7 @@ def _unreadable(error: Exception) -> InputError:
 
 
 def _plain_frame(plays: pd.DataFrame) -> pd.DataFrame:
-    """With a named index as columns, and periods as the moments at which they begin."""
+    """Return plays with a named index as columns, and with periods replaced by the moments at which they begin."""
     if any(plays.index.names):
         plays = plays.reset_index()
     periods = {
@@ -369,10 +373,10 @@ def _plain_frame(plays: pd.DataFrame) -> pd.DataFrame:
 
 
 def _decoded(table: pa.Table) -> pa.Table:
-    """With the values of categories in place of their numbers."""
+    """Return a table in which dictionary-encoded columns are replaced by their values."""
     for place, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
-            text = pa.types.is_string_view(field.type.value_type)  # of polars, which Arrow cannot look up
+            text = pa.types.is_string_view(field.type.value_type)  # categories of polars, which Arrow cannot decode
             kind = pa.large_string() if text else field.type.value_type
             chunks = [
                 pa.DictionaryArray.from_arrays(chunk.indices, chunk.dictionary.cast(kind)).dictionary_decode()
@@ -383,7 +387,7 @@ def _decoded(table: pa.Table) -> pa.Table:
 
 
 def _ids(users: Users) -> list[Any]:
-    """One user or some as a list. Raises `InputError` for what is no id."""
+    """Return the ids of one or more users as a list. Raises `InputError` for a value that is not an id."""
     if isinstance(users, (pd.DataFrame, Mapping, bytes)):
         raise InputError(f"users are a {type(users).__name__}; expected an ID, or a list or column of IDs")
     if isinstance(users, (str, int, float, np.generic)):
@@ -396,10 +400,10 @@ def _ids(users: Users) -> list[Any]:
 
 
 def _moment(at: Moment | None) -> int:
-    """ms UTC; a pandas timestamp or datetime without a zone counts as UTC."""
+    """Return a moment in ms UTC, by default now; a pandas timestamp or datetime without a zone is UTC."""
     if at is None:
         return now_ms()
-    if isinstance(at, np.integer | np.floating):  # such as the largest of a column
+    if isinstance(at, np.integer | np.floating):  # such as the maximum of a column
         at = at.item()
     if isinstance(at, str | int | float):
         return parse_moment(at)

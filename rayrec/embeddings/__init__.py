@@ -1,1 +1,1 @@
-"""Song embeddings: trained by word2vec on playlists or sessions, or given; measured, saved, loaded."""
+"""Song embeddings: train them with word2vec or read them from a file, check, save and load them."""

@@ -13,19 +13,19 @@ from rayrec.errors import InputError
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
-FINAL = "vectors.npy"  # fitted on all that a final fit may see
-SELECTION = "selection_vectors.npy"  # fitted without the validation range; there where the split has one
+FINAL = "vectors.npy"  # fitted on all plays that the final fit may use
+SELECTION = "selection_vectors.npy"  # fitted without the validation range; exists only if the split has one
 
-SMALLEST_LENGTH = 1e-6  # of a vector that has a direction
-PAIRS = 20_000
-COLLAPSED = 0.7  # mean cosine of random pairs: up to 0.57 at good settings on real plays, 0.98 where collapsed
+SMALLEST_LENGTH = 1e-6  # vectors that are not longer have no direction
+PAIRS = 20_000  # number of random pairs in `mean_cosine`, and of sampled songs in `directions`
+COLLAPSED = 0.7  # mean cosine of random pairs; on real plays up to 0.57 at good settings, 0.98 after a collapse
 MOST_PLAYED = 5
 NEIGHBORS = 5
 
 
 @dataclass(frozen=True)
 class SongVectors:
-    """float32 (N, D), every row of length 1; zeros where a song has no vector."""
+    """Song vectors, float32 (N, D): every row has length 1, or is zero if the song has no vector."""
 
     vectors: np.ndarray
 
@@ -48,8 +48,8 @@ class SongVectors:
 
     @classmethod
     def normalized(cls, raw: np.ndarray) -> "SongVectors":
-        """From rows of any length; zero rows stay. Raises `InputError` where a number is not finite."""
-        with np.errstate(over="ignore"):  # too large for float32 is infinite, and refused below
+        """Normalize rows of any length; zero rows stay zero. Raises `InputError` if a number is not finite."""
+        with np.errstate(over="ignore"):  # numbers too large for float32 become infinite and are refused below
             rows = np.array(raw, dtype=np.float32)
         broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if len(broken):
@@ -57,17 +57,17 @@ class SongVectors:
                 f"{len(broken)} of {len(rows)} song embeddings hold NaN or infinite numbers, the first row {broken[0]}"
                 "; give finite vectors, or zeros for a song without one"
             )
-        # Scaled by the largest number first: the square of a very small or large float32 is 0 or inf.
+        # Divide by the largest number first, since the square of a very small or large float32 is 0 or inf.
         largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
         rows /= np.where(largest > 0, largest, 1)
         lengths = np.linalg.norm(rows, axis=1, keepdims=True)
         return cls(rows / np.where(lengths > 0, lengths, 1))
 
     def centered(self) -> "SongVectors":
-        """Without the mean of all known songs, normalized again; a song that is the mean stays as it is.
+        """Subtract the mean of all songs that have a vector and normalize again. Vectors equal to the mean stay.
 
-        word2vec leaves a direction that all songs share, the wider the more its negatives favor rare
-        ones, and next to it what tells songs apart is small (Mu and Viswanath 2018, arXiv:1702.01417).
+        word2vec leaves a direction that all songs share, which is larger the more its negatives favor rare songs. Next
+        to it the differences between songs are small (Mu and Viswanath 2018, arXiv:1702.01417).
         """
         known = self.known
         moved = self.vectors - np.where(known[:, None], self.vectors[known].mean(axis=0, dtype=np.float64), 0)
@@ -77,7 +77,10 @@ class SongVectors:
         return SongVectors(rows.astype(np.float32))
 
     def nearest(self, song: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k other songs of highest cosine to one song: rows int64 (<= k,) and cosines float32, best first."""
+        """Return the `k` other songs with the highest cosine to `song`, best first.
+
+        Returns rows, int64 (<= k,), and cosines, float32.
+        """
         cosines = self.vectors @ self.vectors[song]
         cosines[song] = -np.inf
         cosines[~self.known] = -np.inf
@@ -91,10 +94,10 @@ class SongVectors:
 
     @classmethod
     def load(cls, workspace: Workspace, manifest: Manifest, *, selection: bool = False) -> "SongVectors":
-        """The vectors of a songs artifact; `selection`: those that have not seen the validation range.
+        """Load the vectors of a songs artifact; with `selection`, those fitted without the validation range.
 
-        Memory-mapped, read-only, on a local disk. Raises `InputError` where selection vectors are
-        asked of an artifact made without a validation range.
+        The array is memory-mapped from a local disk and read-only. Raises `InputError` with `selection` if the artifact
+        was made without a validation range.
         """
         if selection and SELECTION not in manifest.files:
             raise InputError(
@@ -105,7 +108,7 @@ class SongVectors:
 
 
 def mean_cosine(vectors: SongVectors, seed: int = 0) -> float:
-    """The mean cosine of random pairs of different songs that have vectors; 0 where fewer than two have."""
+    """Return the mean cosine of random pairs of different songs that have vectors; 0 if fewer than two songs do."""
     known = np.flatnonzero(vectors.known)
     if len(known) < 2:
         return 0.0
@@ -117,11 +120,11 @@ def mean_cosine(vectors: SongVectors, seed: int = 0) -> float:
 
 
 def check_health(vectors: SongVectors, counts: np.ndarray, catalog: Catalog, seed: int = 0) -> dict[str, Any]:
-    """The health of vectors, as plain values for a manifest.
+    """Return measures of the health of vectors, as plain values for a manifest.
 
-    `counts`, int (N,), are the plays by which the most played songs are chosen. Keys: coverage
-    (share of songs with a vector), songs_with_vector, mean_cosine, neighbors (a list of {song,
-    plays, neighbors: titles, cosines}), warning (a line, or None).
+    `counts`, int (N,), are the plays of each song; neighbors are given for the most played songs. Keys: coverage
+    (share of songs with a vector), songs_with_vector, mean_cosine, neighbors (a list of {song, plays, neighbors:
+    titles, cosines}), warning (one line, or None).
     """
     known = vectors.known
     cosine = mean_cosine(vectors, seed)
@@ -136,10 +139,10 @@ def check_health(vectors: SongVectors, counts: np.ndarray, catalog: Catalog, see
 
 
 def directions(vectors: SongVectors, seed: int = 0) -> float:
-    """How many of the D directions the vectors use: (Σλ)² / Σλ² of the eigenvalues λ of their covariance.
+    """Return how many of the D directions the vectors use: (Σλ)² / Σλ² of the eigenvalues λ of their covariance.
 
-    The participation ratio of physics: D where all are used alike, 1 where the vectors lie on a line, 0
-    where fewer than two have one. Of at most `PAIRS` songs drawn.
+    This is the participation ratio of physics: D if all directions are used equally, 1 if the vectors lie on a line.
+    It is 0 if fewer than two songs have a vector. It is computed on a sample of at most `PAIRS` songs.
     """
     known = np.flatnonzero(vectors.known)
     if len(known) < 2:
@@ -150,7 +153,7 @@ def directions(vectors: SongVectors, seed: int = 0) -> float:
 
 
 def _warning(cosine: float) -> str | None:
-    """A line for vectors that have collapsed, None for those that have not."""
+    """Return a one-line warning if the vectors have collapsed, else None."""
     if cosine <= COLLAPSED:
         return None
     return (
@@ -170,11 +173,10 @@ def _neighbors(vectors: SongVectors, song: int, plays: int, catalog: Catalog) ->
 
 
 def principal_axes(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first two principal components of float32 (n, D) vectors.
+    """Return the first two principal components of float32 (n, D) vectors.
 
-    Returns places float64 (n, 2) and float64 (2,), the shares of the variance along them. The same vectors give the
-    same picture: of the two signs of a direction the one is taken under which the song furthest out lies on the
-    positive side.
+    Returns the coordinates, float64 (n, 2), and the shares of the variance along both axes, float64 (2,). The sign of
+    an axis is chosen so that the song furthest from 0 is on the positive side: the same vectors give the same picture.
     """
     centered = vectors - vectors.mean(axis=0, dtype=np.float64) if len(vectors) else vectors.astype(np.float64)
     left, strength, _ = np.linalg.svd(centered, full_matrices=False)
@@ -187,6 +189,9 @@ def principal_axes(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def layout(vectors: np.ndarray) -> np.ndarray:
-    """float32 (n, 2), within [-1, 1]: the principal axes of float32 (n, D) vectors, both on one scale."""
+    """Return 2-D coordinates of float32 (n, D) vectors: float32 (n, 2) in [-1, 1], both axes with the same scale.
+
+    The axes are those of `principal_axes`.
+    """
     places, _ = principal_axes(vectors)
     return (places / max(float(np.abs(places).max(initial=0)), 1e-9)).astype(np.float32)

@@ -1,15 +1,15 @@
-"""Song embeddings of a data set: word2vec on plays, each song a word, each playlist or session a sentence; or a file.
+"""Song embeddings of a data set: trained by word2vec, or read from a file.
 
-After De Boom et al. 2018 (arXiv:1708.06520), who train word2vec (Mikolov et al. 2013,
-arXiv:1301.3781) on playlists; item2vec (Barkan and Koenigstein 2016) is the same idea. Sessions as
-sentences are ours.
+word2vec treats each song as a word and each playlist or session as a sentence. De Boom et al. 2018 (arXiv:1708.06520)
+train word2vec (Mikolov et al. 2013, arXiv:1301.3781) on playlists; item2vec (Barkan and Koenigstein 2016) is the same
+idea. Sessions as sentences are ours.
 
-gensim trains in the threads of one process, so this stage runs on one node, the largest, and does not
-grow with the cluster. Threads add up to about 24 (gensim issue 3376: they then wait for the same cache
-lines and for the thread that reads), and more than one makes the result depend on their timing (issue
-641). `rayrec bench scale` measures the threads of a machine. Where one node takes too long: fewer epochs,
-`--subsample`, `--no-skip-gram` or `--min-count` first; then vectors trained elsewhere, `rayrec embed
---vectors`; and the network's song table trains on the whole cluster whatever it starts from.
+gensim trains in the threads of one process, so this stage runs on one node, the largest, and does not become faster
+with more nodes. More than about 24 threads do not help, since they wait for the same cache lines and for the thread
+that reads (gensim issue 3376). With more than one thread the result depends on their timing (issue 641). `rayrec bench
+scale` measures the speed of threads on a machine. If one node takes too long, try fewer epochs, `--subsample`,
+`--no-skip-gram` or `--min-count` first, then vectors trained elsewhere (`rayrec embed --vectors`). The song table of
+the network trains on the whole cluster, whatever vectors it starts from.
 """
 
 import tempfile
@@ -41,7 +41,7 @@ Source = Literal["auto", "playlists", "histories"]
 class EmbedConfig(Settings):
     """Song embeddings: word2vec, or vectors from a file.
 
-    The defaults are those that find the most next plays among the neighbors of the last song:
+    The defaults are the settings with which the neighbors of the last song contain the next play most often:
     docs/method.md#song-embeddings.
     """
 
@@ -81,7 +81,7 @@ class EmbedConfig(Settings):
 
 
 MINUTE_MS = 60_000
-MAX_SENTENCE = 10_000  # words; gensim looks no further into a sentence
+MAX_SENTENCE = 10_000  # words; gensim ignores the rest of a longer sentence
 
 UNCUT = (
     "made of playlists, which carry no times: no split can cut them, so they may hold what was played together in "
@@ -91,13 +91,13 @@ UNCUT = (
 Sentences = tuple[np.ndarray, np.ndarray]  # songs int32 (P,), offsets int64 (S + 1,)
 FINAL_LEARNING_RATE = 1e-4
 MAX_WORKERS = 24  # gensim gains nothing from more threads: its issue 3376
-# A thread of gensim takes 10,000 tokens at a time and stops after its share, so that threads with
-# smaller shares than this would go over much of the corpus several times an epoch.
+# A thread of gensim takes 10,000 tokens at a time and stops after its share. With a smaller share than this, threads
+# would read much of the corpus several times per epoch.
 TOKENS_PER_WORKER = 50_000
 
 
 def cut_sessions(histories: Histories, gap_minutes: float = 30.0) -> Sentences:
-    """The plays of each user cut where the pause to the next play is longer than `gap_minutes`."""
+    """Cut the plays of each user into sessions, at pauses longer than `gap_minutes`."""
     starts = np.zeros(histories.num_plays + 1, dtype=bool)
     starts[1:-1] = np.diff(histories.played_at) > gap_minutes * MINUTE_MS
     starts[histories.offsets] = True
@@ -105,7 +105,7 @@ def cut_sessions(histories: Histories, gap_minutes: float = 30.0) -> Sentences:
 
 
 def cut_long(sentences: Sentences, limit: int = MAX_SENTENCE) -> Sentences:
-    """The same songs with sentences of more than `limit` songs cut into pieces of at most that."""
+    """Cut sentences of more than `limit` songs into pieces of at most `limit` songs."""
     songs, offsets = sentences
     lengths = np.diff(offsets)
     if not len(lengths) or lengths.max() <= limit:
@@ -117,7 +117,7 @@ def cut_long(sentences: Sentences, limit: int = MAX_SENTENCE) -> Sentences:
 
 
 def drop_single(sentences: Sentences) -> Sentences:
-    """Without sentences of fewer than two songs: a song without neighbors would keep its random first vector."""
+    """Remove sentences of fewer than two songs: a song without neighbors would keep its random initial vector."""
     songs, offsets = sentences
     lengths = np.diff(offsets)
     has_neighbors = lengths > 1
@@ -125,20 +125,26 @@ def drop_single(sentences: Sentences) -> Sentences:
 
 
 def from_histories(batches: Iterable[Histories], allowed: FitRange, gap_minutes: float = 30.0) -> Iterator[Sentences]:
-    """Sessions as sentences, batch by batch. Raises `LeakError` for plays that are not `allowed`."""
+    """Yield the sessions of histories as sentences, one batch at a time.
+
+    Raises `LeakError` for plays that are not `allowed`.
+    """
     for histories in batches:
         allowed.require(histories)
         yield drop_single(cut_long(cut_sessions(histories, gap_minutes)))
 
 
 def from_playlists(batches: Iterable[Sentences], allowed: FitRange) -> Iterator[Sentences]:
-    """Playlists as sentences, batch by batch. They carry no times, so a split cuts no more than songs held out."""
+    """Yield playlists as sentences, one batch at a time.
+
+    Playlists have no times, so only the songs that a split holds out are removed.
+    """
     for batch in batches:
         yield drop_single(cut_long(without_held_out(batch, allowed)))
 
 
 def without_held_out(sentences: Sentences, allowed: FitRange) -> Sentences:
-    """Without the songs that a split holds out."""
+    """Remove the songs that a split holds out from sentences."""
     songs, offsets = sentences
     is_allowed = allowed.allowed_songs(songs)
     return songs[is_allowed], offsets_of(is_allowed)[offsets]
@@ -146,7 +152,10 @@ def without_held_out(sentences: Sentences, allowed: FitRange) -> Sentences:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sentences in a local text file, one a line, song rows as decimal numbers: read without the interpreter lock."""
+    """Sentences in a local text file, one per line, with song rows as decimal numbers.
+
+    gensim reads such a file without the interpreter lock.
+    """
 
     path: Path
     counts: np.ndarray  # int64 (N,), how often each song occurs
@@ -154,12 +163,12 @@ class Corpus:
 
     @property
     def tokens(self) -> int:
-        """Songs in all sentences together."""
+        """Number of songs in all sentences together."""
         return int(self.counts.sum())
 
 
 def write_corpus(sentences: Iterable[Sentences], path: Path, num_songs: int) -> Corpus:
-    """Write sentences to a file batch by batch, counting as they pass; memory holds one batch."""
+    """Write sentences to a file and count their songs; memory holds one batch at a time."""
     counts = np.zeros(num_songs, dtype=np.int64)
     written = 0
     with path.open("wb") as stream:
@@ -180,9 +189,10 @@ def _text(songs: np.ndarray, offsets: np.ndarray) -> pa.Buffer:
 
 
 class Word2Vec:
-    """One training run. `workers` threads; with one, the same corpus, config and seed give the same vectors.
+    """One training run with at most `workers` threads.
 
-    Raises `InputError` for a corpus from which nothing can be learned.
+    With one thread, the same corpus, config and seed give the same vectors. Raises `InputError` if no song occurs
+    `min_count` times in the corpus.
     """
 
     def __init__(self, corpus: Corpus, config: EmbedConfig, workers: int = 1) -> None:
@@ -202,11 +212,11 @@ class Word2Vec:
             seed=config.seed,
             workers=self.workers,
         )
-        # From our own counts: gensim would read the file once more, in Python.
+        # Pass our own counts, since gensim would read the file once more, in Python.
         self._model.build_vocab_from_freq(frequencies, corpus_count=corpus.sentences)
 
     def train(self) -> Iterator[int]:
-        """Yields 1, 2, ... as each epoch is done, so that the caller can show how far it is."""
+        """Train, and yield 1, 2, ... after each epoch, so that the caller can show progress."""
         rates = np.linspace(self.config.learning_rate, FINAL_LEARNING_RATE, self.config.epochs + 1).tolist()
         for epoch in range(self.config.epochs):
             self._model.train(
@@ -219,7 +229,7 @@ class Word2Vec:
             yield epoch + 1
 
     def vectors(self) -> SongVectors:
-        """The vectors as they are now; zeros for songs that are not in the corpus often enough."""
+        """Return the current vectors; zeros for songs that occur fewer than `min_count` times in the corpus."""
         words = self._model.wv
         raw = np.zeros((len(self.corpus.counts), self.config.dim), dtype=np.float32)
         raw[np.array(words.index_to_key, dtype=np.int64)] = words.vectors
@@ -228,7 +238,7 @@ class Word2Vec:
 
 
 def _frequencies(corpus: Corpus, min_count: int) -> dict[str, int]:
-    """gensim's vocabulary: word -> count."""
+    """Return gensim's vocabulary: word -> count. Raises `InputError` if no song occurs `min_count` times."""
     rows = np.flatnonzero(corpus.counts)
     if not (corpus.counts >= min_count).any():
         raise InputError(
@@ -241,7 +251,7 @@ def _frequencies(corpus: Corpus, min_count: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class OutsideVectors:
-    """What a file gave."""
+    """Song vectors read from a file."""
 
     vectors: SongVectors  # (N, D), in the order of the catalog
     rows: int  # rows of the file
@@ -250,12 +260,12 @@ class OutsideVectors:
 
 
 def read_outside(path: str | Path, catalog: Catalog) -> OutsideVectors:
-    """Vectors of a local file, as `read_vector_file` reads it, for the songs of the catalog.
+    """Read vectors for the songs of the catalog from a local file; see `read_vector_file` for the formats.
 
-    A .npy file without ids has one row per song in the order of the catalog.
+    A .npy file without ids must have one row per song, in the order of the catalog.
 
-    Raises `InputError` for a file that cannot be read so, numbers that are not finite, and a file that has no vector
-    for any song of the catalog.
+    Raises `InputError` for a file of another format, for numbers that are not finite, and if no song of the catalog
+    gets a vector.
     """
     raw, song_ids = read_vector_file(path)
     if song_ids is None:
@@ -284,7 +294,10 @@ def read_outside(path: str | Path, catalog: Catalog) -> OutsideVectors:
 
 
 def choose_source(dataset: Dataset, config: EmbedConfig) -> str:
-    """What sentences are made of: playlists or histories. Raises `InputError` for playlists that are not there."""
+    """Return the source of the sentences: "playlists" or "histories".
+
+    Raises `InputError` if the config asks for playlists and the data set has none.
+    """
     if config.source == "playlists" and not dataset.manifest.playlists:
         raise InputError("embed source is playlists, but the data set has none; import some, or use histories")
     if config.source == "auto":
@@ -295,10 +308,10 @@ def choose_source(dataset: Dataset, config: EmbedConfig) -> str:
 def fit_vectors(
     workspace: Workspace, config: EmbedConfig, allowed: FitRange, workers: int, path: str
 ) -> Iterator[dict[str, Any] | None]:
-    """Fit vectors by word2vec on what is `allowed` and write them to `path` of the workspace.
+    """Fit vectors by word2vec on the plays or playlists that are `allowed`, and write them to `path` in the workspace.
 
-    Yields None after each epoch and at the end the figures: counts (int64 (N,), occurrences of each
-    song), source, tokens, sentences and workers.
+    Yields None after each epoch, then the figures: counts (int64 (N,), occurrences of each song), source, tokens,
+    sentences and workers (threads).
     """
     dataset = Dataset(workspace)
     source = choose_source(dataset, config)
@@ -325,10 +338,10 @@ def _sentences(dataset: Dataset, source: str, config: EmbedConfig, allowed: FitR
 
 
 def take_vectors(workspace: Workspace, config: EmbedConfig, allowed: FitRange, paths: list[str]) -> dict[str, Any]:
-    """Take the vectors of the file `config.vectors` and write them to every one of `paths`.
+    """Read the vectors of the file `config.vectors` and write them to each of `paths`.
 
-    Returns the figures: counts (int64 (N,), plays of each song among those `allowed`), source,
-    rows of the file, unknown_ids and zero_vectors.
+    Returns the figures: counts (int64 (N,), `allowed` plays of each song), source, rows (of the file), unknown_ids and
+    zero_vectors.
     """
     dataset = Dataset(workspace)
     outside = read_outside(str(config.vectors), dataset.catalog())

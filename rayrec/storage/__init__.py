@@ -1,1 +1,1 @@
-"""Where artifacts live: workspace, object storage, manifests, locking and releases."""
+"""Storage of artifacts: workspace, object storage, manifests, locking and releases."""

@@ -1,10 +1,11 @@
-"""Artifacts, folders whose manifest is written last and names what they were made of, and the manifest of the data set.
+"""Artifacts and the manifest of the data set.
 
-An artifact's id is the fingerprint of its stage, config and inputs, so the same work finds its
-own earlier result (or its unfinished files) again. Repeating it on purpose makes a new attempt,
-`<fingerprint>.2`, and leaves the first untouched for the releases that use it.
+An artifact is a folder. Its manifest is written last and names the inputs that the artifact was made from. An
+artifact's id is the fingerprint of its stage, config and inputs, so the same work finds its earlier result (or its
+unfinished files). A deliberate repetition makes a new attempt, `<fingerprint>.2`, and does not touch the first one,
+which releases may use.
 
-The manifest of the data set says what it holds, what it came from, and which data sets it descends from.
+The manifest of the data set describes its content, its origin, and the data sets that it descends from.
 """
 
 import hashlib
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT_VERSION = 3
-BUCKET_COUNTS = b"rayrec counts"  # key of a Parquet file's metadata: JSON of what its bucket came to
+BUCKET_COUNTS = b"rayrec counts"  # key of a Parquet file's metadata: JSON with the counts of its bucket
 RECOMMENDATIONS = "recommendations"  # the kind of artifact that `rayrec recommend --all` writes
-NOUNS = {  # kind -> what messages call one of it
+NOUNS = {  # kind -> name of one artifact in messages
     "dataset": "data set",
     "descriptions": "song metadata",
     "songs": "song embeddings",
@@ -52,7 +53,7 @@ NOUNS = {  # kind -> what messages call one of it
     "reports": "report",
     "tunings": "tuning",
 }
-MADE_BY = {  # kind -> the command that makes one of it
+MADE_BY = {  # kind -> command that makes such an artifact
     "descriptions": "describe",
     "songs": "embed",
     "models": "train",
@@ -66,23 +67,23 @@ MADE_BY = {  # kind -> the command that makes one of it
     "reports": "evaluate",
     "tunings": "tune",
 }
-FITTED = ("songs", "models", "retrieval", "rankers")  # kinds of what is learned from plays
+FITTED = ("songs", "models", "retrieval", "rankers")  # kinds that are learned from plays
 
 SCHEMA_VERSION = 2
-SKIP_BELOW = 0.5  # share of a song below which a play of it counts as skipped, unless the import says otherwise
+SKIP_BELOW = 0.5  # default share of a song below which a play of it counts as skipped
 
 Times = Literal["real", "positions"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What an artifact is and where it came from. Stored as manifest.json, after all other files."""
+    """Description of an artifact and its origin. Stored as manifest.json, after all other files."""
 
-    kind: str  # one of NOUNS but dataset
+    kind: str  # one of NOUNS, except dataset
     id: str  # unique within its kind
     config: dict[str, Any] = field(default_factory=dict)  # the stage's settings
     inputs: dict[str, str] = field(default_factory=dict)  # role -> id: dataset, split, songs, models, ...
-    seed: int = 0  # of the stage's random numbers
+    seed: int = 0  # seed of the stage's random numbers
     metrics: dict[str, Any] = field(default_factory=dict)  # figures that the stage reports
     files: dict[str, str] = field(default_factory=dict)  # file name in the folder -> sha256
     created_at: str = ""  # ISO 8601, UTC
@@ -113,21 +114,21 @@ class Manifest:
 
 
 def noun(kind: str) -> str:
-    """What messages call an artifact of a kind."""
+    """Return the name of an artifact of this kind in messages."""
     return NOUNS.get(kind, kind)
 
 
 def fingerprint(stage: str, config: dict[str, Any], inputs: dict[str, str]) -> str:
-    """Twelve hex digits that change when the stage, its config or its inputs change."""
+    """Return twelve hex digits that change when the stage, its config or its inputs change."""
     text = json.dumps([FORMAT_VERSION, stage, config, inputs], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def new_id(workspace: Workspace, kind: str, print_id: str, *, repeat: bool) -> tuple[str, bool]:
-    """The id to work under, and whether its artifact is already complete.
+    """Return the id to use for an artifact, and whether the artifact is already complete.
 
-    That is the last complete attempt, whether or not earlier ones were deleted. With `repeat` complete artifacts are
-    left alone, and the attempt after them is begun or continued.
+    The id is that of the last complete attempt if there is one, even if earlier attempts were deleted. With `repeat`,
+    or without a complete attempt, it is the id of the next attempt, which an earlier run may have begun.
     """
     matches = [re.fullmatch(rf"{re.escape(print_id)}(?:\.(\d+))?", name) for name in workspace.folders(kind)]
     attempts = {int(match[1] or 1): match[0] for match in matches if match}
@@ -143,7 +144,7 @@ def new_id(workspace: Workspace, kind: str, print_id: str, *, repeat: bool) -> t
 
 
 def sha256(workspace: Workspace, path: str) -> str:
-    """The checksum of a stored file, read in blocks."""
+    """Return the sha256 of a stored file, which is read in blocks."""
     digest = hashlib.sha256()
     with workspace.open_input(path) as stream:
         while block := stream.read(1 << 22):
@@ -154,10 +155,10 @@ def sha256(workspace: Workspace, path: str) -> str:
 def publish(
     workspace: Workspace, manifest: Manifest, names: Iterable[str], checksums: Mapping[str, str] | None = None
 ) -> Manifest:
-    """Stamp the time and write the manifest: the artifact exists and is the current one.
+    """Write the manifest with the current time: from then on the artifact exists and is the current one.
 
-    `names` are those of its files; `checksums` are the sha256 that their writers returned. Files without one are read.
-    What writers that were killed have left in its folder is deleted.
+    `names` are the names of its files. `checksums` maps names to the sha256 that the writers returned; files without
+    one are read. Temporary files of killed writers are deleted from the folder.
     """
     known = checksums or {}
     workspace.delete_unfinished(manifest.folder)
@@ -169,24 +170,27 @@ def publish(
 
 
 def reuse(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
-    """The artifact that an earlier run of the same work made; it becomes the current one."""
+    """Make the artifact of an earlier run of the same work the current one, and return its manifest."""
     manifest = load_manifest(workspace, kind, artifact_id)
     make_current(workspace, kind, artifact_id)
     return manifest
 
 
 def requested_ids(workspace: Workspace) -> dict[str, list[str]]:
-    """Kind -> ids of artifacts or splits, each where it was requested last: made then or found in the cache."""
+    """Return kind -> ids of artifacts or splits in the order of their last request.
+
+    An artifact is requested when a stage makes it or finds it already made.
+    """
     return dict(workspace.read_json(CURRENT)) if workspace.exists(CURRENT) else {}
 
 
 def current_ids(workspace: Workspace) -> dict[str, str]:
-    """Kind -> id of the artifact or split that was requested last."""
+    """Return kind -> id of the artifact or split that was requested last."""
     return {kind: ids[-1] for kind, ids in requested_ids(workspace).items()}
 
 
 def make_current(workspace: Workspace, kind: str, artifact_id: str) -> None:
-    """Later stages start from this artifact unless another one is named."""
+    """Make an artifact the one that later stages start from by default."""
     ids = requested_ids(workspace)
     others = [other for other in ids.get(kind, []) if other != artifact_id]
     if ids.get(kind, []) != [*others, artifact_id]:
@@ -194,21 +198,24 @@ def make_current(workspace: Workspace, kind: str, artifact_id: str) -> None:
 
 
 def by_request(workspace: Workspace, kind: str, artifact_ids: Sequence[str]) -> list[str]:
-    """Some ids, given oldest first, in the order of their last request; those that were never requested come first."""
+    """Return `artifact_ids`, given oldest first, in the order of their last request; ids never requested come first."""
     places = {each: place for place, each in enumerate(requested_ids(workspace).get(kind, []))}
     return sorted(artifact_ids, key=lambda each: places.get(each, -1))
 
 
 def last_requested(workspace: Workspace, kind: str, artifact_ids: Sequence[str]) -> str | None:
-    """Of some ids, oldest first, the one that was requested last, else the last; None where there are none."""
+    """Return the one of `artifact_ids`, given oldest first, that was requested last.
+
+    Returns the newest id if none was requested, and None if there are no ids.
+    """
     return next(reversed(by_request(workspace, kind, artifact_ids)), None)
 
 
 def load_manifest(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
-    """The manifest of one artifact.
+    """Load the manifest of one artifact.
 
-    Raises `NotFoundError` where there is none (an unfinished artifact has none either) and
-    `DamagedArtifactError` for a manifest that is no JSON or has another format version.
+    Raises `NotFoundError` if there is none, as for an unfinished artifact, and `DamagedArtifactError` for a manifest
+    that is not JSON or has another format version.
     """
     path = f"{artifact_dir(kind, artifact_id)}/manifest.json"
     if not workspace.exists(path):
@@ -224,7 +231,7 @@ def load_manifest(workspace: Workspace, kind: str, artifact_id: str) -> Manifest
 
 
 def listing(workspace: Workspace, kind: str) -> list[Manifest]:
-    """All complete artifacts of a kind, oldest first."""
+    """Return the manifests of all complete artifacts of a kind, oldest first."""
     manifests = [
         load_manifest(workspace, kind, name)
         for name in workspace.folders(kind)
@@ -236,14 +243,14 @@ def listing(workspace: Workspace, kind: str) -> list[Manifest]:
 def latest(
     workspace: Workspace, kind: str, fits: Callable[[Manifest], bool] = lambda manifest: True
 ) -> Manifest | None:
-    """Of the artifacts of a kind that fit the one that was requested last; None where none does."""
+    """Return the artifact that was requested last among those of a kind that fit; None if none fits."""
     fitting = {manifest.id: manifest for manifest in listing(workspace, kind) if fits(manifest)}
     chosen = last_requested(workspace, kind, list(fitting))
     return None if chosen is None else fitting[chosen]
 
 
 def newest(workspace: Workspace, kind: str) -> Manifest:
-    """The current artifact of a kind. Raises `NotFoundError` that names the command to run first."""
+    """Return the current artifact of a kind. Raises `NotFoundError` with the command to run first if there is none."""
     manifest = latest(workspace, kind)
     if manifest is None:
         raise NotFoundError(f"workspace {workspace.uri} has no {noun(kind)}; run `rayrec {MADE_BY[kind]}` first")
@@ -251,9 +258,10 @@ def newest(workspace: Workspace, kind: str) -> Manifest:
 
 
 def verify(workspace: Workspace, manifest: Manifest, names: Iterable[str] | None = None, *, once: bool = False) -> None:
-    """Compare every file, or those of some names, with its checksum; with `once` a node reads each file once.
+    """Compare the files of an artifact, all or those in `names`, with their checksums.
 
-    Raises `DamagedArtifactError` for the first that differs.
+    With `once`, only one process of a node reads a file, for all processes of the node.
+    Raises `DamagedArtifactError` for the first file that differs.
     """
     for name in manifest.files if names is None else names:
         path, expected = manifest.path(name), manifest.files[name]
@@ -267,21 +275,21 @@ def verify(workspace: Workspace, manifest: Manifest, names: Iterable[str] | None
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetManifest:
-    """dataset/dataset.json, written after everything it speaks of."""
+    """The manifest of the data set, dataset/dataset.json. It is written after all files that it names."""
 
-    id: str  # changes with every import, and where parts are joined
-    lineage: str = ""  # id of the data set whose rows of songs it shares, itself where empty
+    id: str  # changes with every import, and when parts are joined
+    lineage: str = ""  # id of the data set whose song rows it shares; empty: its own id
     ancestors: list[str] = field(
         default_factory=list
-    )  # ids of those whose parts and songs it begins with, oldest first
-    source: str  # the format it came from
+    )  # ids of the data sets whose parts and songs it begins with, oldest first
+    source: str  # the format of the imported files
     buckets: int  # fixed at the first import
-    parts: int  # imports of plays so far; each made a part of the histories, numbered from 0
-    joined: list[tuple[int, int]] = field(default_factory=list)  # first and last of parts that share their files
-    joined_from: str = ""  # id of the data set of the same plays before parts were joined, itself where empty
-    joined_at: str = ""  # ISO 8601, UTC, when parts were last joined
+    parts: int  # number of parts of the histories; each import of plays adds one, numbered from 0
+    joined: list[tuple[int, int]] = field(default_factory=list)  # (first, last) of parts with joined files
+    joined_from: str = ""  # id of the data set with the same plays before parts were joined; empty: its own id
+    joined_at: str = ""  # when parts were last joined, ISO 8601, UTC
     part_times: list[tuple[int, int]] = field(default_factory=list)  # ms UTC of the first and last play of each part
-    users_parts: list[int] = field(default_factory=list)  # bucket by bucket the part whose users file is current
+    users_parts: list[int] = field(default_factory=list)  # per bucket: the part whose users file is current
     users: int
     plays: int
     songs: int
@@ -289,31 +297,32 @@ class DatasetManifest:
     playlist_entries: int = 0
     first_play: int = 0  # ms UTC
     last_play: int = 0  # ms UTC
-    times: Times = "real"  # positions: times say in which order a user's plays came, and nothing else
-    contexts: list[str] = field(default_factory=list)  # name of each bit, at most 31
+    times: Times = "real"  # positions: times give only the order of a user's plays
+    contexts: list[str] = field(default_factory=list)  # name of each bit of the context masks, at most 31
     has_skipped: bool = False
     has_likes: bool = False
-    read: int = 0  # rows read by the import, with --append by all of them
+    read: int = 0  # rows read by the import and by later appends
     merged: int = 0  # exact duplicates merged
-    likes: int = 0  # rows read that were likes and no plays
+    likes: int = 0  # rows read that were likes but not plays
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
-    config: dict[str, object] = field(default_factory=dict)  # of the import
-    last_import: dict[str, object] = field(default_factory=dict)  # summary.ImportSummary
-    appended: list[dict[str, object]] = field(default_factory=list)  # part by part: settings, plan, rows and plays
+    config: dict[str, object] = field(default_factory=dict)  # settings of the import
+    last_import: dict[str, object] = field(default_factory=dict)  # import_plan.ImportSummary
+    appended: list[dict[str, object]] = field(default_factory=list)  # per appended part: settings, plan, rows and plays
     files: dict[str, str] = field(default_factory=dict)  # path below dataset/ -> sha256
     created_at: str = ""
     schema_version: int = SCHEMA_VERSION
 
     def descends_from(self, dataset_id: str) -> bool:
-        """True for the data set itself and those that it begins with: what was made of them stays of use.
+        """True if `dataset_id` is this data set or one that it extends, so that artifacts of it stay valid.
 
-        Song rows agree, songs from their number on are new, and their plays are the first parts.
+        Both data sets share song rows: songs beyond those of the earlier data set are new, and its plays are the first
+        parts of this one.
         """
         return dataset_id == self.id or dataset_id in self.ancestors
 
     @property
     def skip_below(self) -> float:
-        """The share of a song below which a play of it counts as skipped, as the first import of plays says."""
+        """The share of a song below which a play of it counts as skipped, from the first import of plays."""
         plays = self.config.get("plays")
         return float(plays.get("skip_below", SKIP_BELOW)) if isinstance(plays, dict) else SKIP_BELOW
 
@@ -324,7 +333,7 @@ class DatasetManifest:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """First and last part of each set of histories files, one file a bucket, in order."""
+        """The (first, last) part of each set of histories files, in order. A set has one file per bucket."""
         ends, spans, part = dict(self.joined), [], 0
         while part < self.parts:
             spans.append((part, ends.get(part, part)))
@@ -332,9 +341,9 @@ class DatasetManifest:
         return spans
 
     def histories_files(self, bucket: int, first_part: int = 0, parts: int | None = None) -> list[str]:
-        """The files of a bucket that hold the plays of `first_part` up to `parts`, oldest first.
+        """Return the files of a bucket with the plays of the parts from `first_part` up to, not including, `parts`.
 
-        Raises `MismatchError` where one of them holds other parts too.
+        The files come oldest first. Raises `MismatchError` if one of them holds other parts too.
         """
         parts = self.parts if parts is None else parts
         spans = [(first, last) for first, last in self.spans if last >= first_part and first < parts]
@@ -346,7 +355,7 @@ class DatasetManifest:
         return [histories_file(first, bucket, last) for first, last in spans]
 
     def files_between(self, bucket: int, first: int, last: int) -> list[str]:
-        """The files of a bucket that may hold plays from `first` up to and with `last`, ms UTC."""
+        """Return the files of a bucket that may hold plays from `first` to `last`, both inclusive, ms UTC."""
         return [
             histories_file(start, bucket, end)
             for start, end in self.spans
@@ -354,18 +363,18 @@ class DatasetManifest:
         ]
 
     def current_users_file(self, bucket: int) -> str:
-        """The file of the ids of all users of a bucket."""
+        """Return the file with the ids of all users of a bucket."""
         return users_file(self.users_parts[bucket] if self.users_parts else 0, bucket)
 
     def splits_at(self, part: int) -> bool:
-        """True where the plays before a part, and those from it on, can be read alone."""
+        """True if no file holds both plays before `part` and plays from `part` on."""
         return part == self.parts or part in [first for first, _ in self.spans]
 
 
 def read_dataset_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) -> DatasetManifest:
-    """The manifest at a path, the present data set's by default.
+    """Read a data set manifest, by default that of the current data set.
 
-    Raises `NotFoundError` where nothing was imported and `DamagedArtifactError` for a file that is no JSON or has
+    Raises `NotFoundError` if nothing was imported, and `DamagedArtifactError` for a file that is not JSON or has
     another schema version.
     """
     if path == DATASET_MANIFEST and not workspace.exists(path):
@@ -384,12 +393,12 @@ def read_dataset_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) ->
 
 
 def read_songs(workspace: Workspace, manifest: DatasetManifest, names: list[str] | None = None) -> "pa.Table":
-    """The song table of a data set, columns.SONGS_TABLE or some of its columns, in the order of rows.
+    """Read the song table of a data set: columns.SONGS_TABLE, or the columns `names` of it, in the order of song rows.
 
-    An import writes all songs into songs.parquet, also those that had files of their own. Songs that an unfinished
-    import has put behind those of the data set are left out.
+    An import writes all songs into songs.parquet, including those that had separate files before. Songs that an
+    unfinished import has appended are left out.
     """
-    import pyarrow as pa  # commands that only look at the manifest start without it
+    import pyarrow as pa  # imported here, so that commands that read only the manifest start faster
 
     tables = [workspace.read_table(SONGS_TABLE, names)]
     rows = len(tables[0])
@@ -400,10 +409,10 @@ def read_songs(workspace: Workspace, manifest: DatasetManifest, names: list[str]
 
 
 def write_dataset_manifest(workspace: Workspace, manifest: DatasetManifest) -> None:
-    """Write dataset.json: from now on the data set exists."""
+    """Write dataset.json; from then on the data set exists."""
     workspace.write_json(DATASET_MANIFEST, asdict(manifest))
 
 
 def earlier_version(workspace: Workspace, manifest: DatasetManifest, dataset_id: str) -> DatasetManifest:
-    """The manifest of the data set itself or of one that it descends from."""
+    """Return the manifest of the data set itself, or read that of a data set that it descends from."""
     return manifest if dataset_id == manifest.id else read_dataset_manifest(workspace, earlier_manifest(dataset_id))

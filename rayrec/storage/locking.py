@@ -1,12 +1,11 @@
-"""One writing run on a workspace at a time: the second is refused with a message that names the first.
+"""The lock of a workspace: only one run writes at a time. A second one is refused; the message names the first.
 
-On a local disk it is a lock on a file, which the system takes back when its process dies, however it
-dies. On object storage it is an object that is only ever created where it is not there, by a
-conditional put: of two runs that start at once, one is refused. A run that was killed leaves its
-object. The next run on the same machine takes it over; on another machine or in another container `rayrec unlock`
-deletes it.
+On a local disk the lock is a file lock, which the operating system releases when the process ends in any way. On
+object storage the lock is an object that a conditional put creates only if it does not exist: if two runs start at the
+same time, one is refused. A killed run leaves its object. The next run on the same machine takes it over; from another
+machine or container, `rayrec unlock` deletes it.
 
-Reading takes no lock, nor does what writes one small file: splits, and releases going live or back.
+Reading takes no lock. Neither does writing one small file: a split, or the record of the live release.
 """
 
 import functools
@@ -28,7 +27,7 @@ from rayrec.errors import BusyError, InputError, NotFoundError
 from rayrec.storage.object_storage import ConditionalWriter, conditional_writer
 from rayrec.storage.workspace import LOCK, LOCK_HOLDER, Workspace
 
-_held: set[tuple[str, int]] = set()  # workspaces and the threads of this process that hold them
+_held: set[tuple[str, int]] = set()  # (workspace, thread) pairs of this process that hold a lock
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,18 +35,18 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who writes to a workspace."""
+    """The run that holds the lock of a workspace."""
 
     host: str
-    pid_namespace: int  # containers of one host name have their own; 0 where the system has none
+    pid_namespace: int  # differs between containers with the same host name; 0 if the system has none
     pid: int
     command: str
     since: str  # ISO 8601, UTC
-    token: str  # of this one run
+    token: str  # unique to this run
 
     @classmethod
     def of_this_run(cls, command: str) -> "Holder":
-        """This process."""
+        """Return a holder that describes this process."""
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return cls(
             host=socket.gethostname(),
@@ -60,7 +59,7 @@ class Holder:
 
     @property
     def is_known_dead(self) -> bool:
-        """True where it ran on this machine, among the processes that are seen from here, and does not any more."""
+        """True if the run was on this machine, in this process namespace, and its process has ended."""
         if (self.host, self.pid_namespace) != (socket.gethostname(), _pid_namespace()):
             return False
         try:
@@ -82,7 +81,7 @@ def _pid_namespace() -> int:
 
 
 def writes(command: str) -> Callable[[Callable[Concatenate[Workspace, P], R]], Callable[Concatenate[Workspace, P], R]]:
-    """A stage whose first argument is the workspace that it writes to, alone for as long as it runs."""
+    """Return a decorator for a stage; it locks the workspace, the first argument, while the stage runs."""
 
     def locked(stage: Callable[Concatenate[Workspace, P], R]) -> Callable[Concatenate[Workspace, P], R]:
         @functools.wraps(stage)
@@ -97,9 +96,9 @@ def writes(command: str) -> Callable[[Callable[Concatenate[Workspace, P], R]], C
 
 @contextmanager
 def exclusive(workspace: Workspace, command: str) -> Iterator[None]:
-    """A with block in which no other run writes to the workspace. Within it the same thread may ask again.
+    """Hold the lock of a workspace in a with block. The same thread may enter it again within the block.
 
-    Raises `BusyError` that names the run that holds it.
+    Raises `BusyError` with the name of the run that holds the lock.
     """
     key = (f"{workspace.filesystem.type_name}:{workspace.root}", threading.get_ident())
     if key in _held:
@@ -125,7 +124,7 @@ def _read_holder(workspace: Workspace, path: str) -> Holder | None:
 
 
 def _holder_of(content: bytes) -> Holder | None:
-    """None where nobody is named, or by something that is no holder."""
+    """Parse a holder; None if the content is empty or not a holder."""
     try:
         return Holder(**json.loads(content))
     except (ValueError, TypeError):
@@ -140,7 +139,7 @@ def _file_lock(workspace: Workspace, holder: Holder) -> Iterator[None]:
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / LOCK, timeout=0).acquire()
     except Timeout:
-        # What a killed run left names it until the next one comes; the lock alone decides.
+        # The holder file may name a killed run; only the file lock decides.
         first = _read_holder(workspace, LOCK_HOLDER)
         raise _busy(workspace, first, "wait for it or stop it") from None
     except OSError as error:
@@ -151,15 +150,18 @@ def _file_lock(workspace: Workspace, holder: Holder) -> Iterator[None]:
             yield
         finally:
             workspace.delete(LOCK_HOLDER)
-            if is_new and os.listdir(root) == [LOCK]:  # a mistyped path: nothing was there, nothing came of it
+            if is_new and os.listdir(root) == [LOCK]:  # nothing was written: the path may be mistyped
                 (root / LOCK).unlink()
                 root.rmdir()
 
 
 def _put(writer: ConditionalWriter, path: str, content: bytes, version: str) -> bool:
-    """Write an object over a known version, or where there is none; false where another content is there."""
+    """Replace the given version of an object, or create it if `version` is empty.
+
+    Returns False if the object now has another content.
+    """
     written = writer.replace(path, content, version) if version else writer.create(path, content)
-    # A put whose answer was lost is sent again by the client, and refused because the first one was stored.
+    # If the response to a put is lost, the client sends it again; the storage refuses it since the first was stored.
     return written or writer.read(path)[0] == content
 
 
@@ -181,7 +183,7 @@ def _object_lock(workspace: Workspace, holder: Holder) -> Iterator[None]:
 
 
 def lock_holder(workspace: Workspace) -> Holder | None:
-    """Who holds the lock of a workspace on object storage, or what a killed run has left of it; None where nobody."""
+    """Return the holder of the lock of a workspace on object storage, perhaps a killed run; None without a lock."""
     return None if workspace.is_local else _read_holder(workspace, LOCK_HOLDER)
 
 

@@ -1,13 +1,13 @@
-"""What object storage needs and a disk does not: patience, whole uploads, conditional puts, copies that a node shares.
+"""Object storage: retries, whole uploads, conditional puts, and the local cache that the processes of a node share.
 
-The S3 client of pyarrow asks again by itself where an answer is an error or does not come, with growing
-pauses; here it is told to be more patient than three attempts. An upload that fails all the same is
-begun again from the local file. Reads are the client's alone. What is put only where nothing, or a
-known version, is there goes through boto3 and Google's client, since pyarrow has no such request.
+The S3 client of pyarrow retries a request that fails or gets no answer, with growing pauses; here it gets more than the
+default of three attempts. An upload that still fails starts again from the local file. Reads have only the retries of
+the client. Conditional puts, which write an object only if it does not exist or has a known version, use boto3 and
+Google's client, since pyarrow has no such request.
 
-The local cache holds files that the processes of a node share, memory-mapped: copies of object storage, and what is
-made of a release. Each is made once, by the process that comes first, while the others wait. Copies that nobody has
-used for some days go when the next one is made.
+The local cache holds files that the processes of a node share by memory mapping: copies of objects, and data prepared
+from a release. The first process that needs a file makes it, while the others wait. Files that were not used for some
+days are deleted when the next file is made.
 """
 
 import hashlib
@@ -28,22 +28,22 @@ from filelock import FileLock
 from rayrec.compat import s3_options
 from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError, StorageError
 
-CLIENT_ATTEMPTS = 8  # of one request
-UPLOAD_ATTEMPTS = 4  # of one file
+CLIENT_ATTEMPTS = 8  # per request
+UPLOAD_ATTEMPTS = 4  # per file
 NOT_FOUND, CONFLICT, PRECONDITION_FAILED = 404, 409, 412  # HTTP
-FIRST_PAUSE_SECONDS = 1.0  # between two of them, doubled each time, half of it drawn at random
+FIRST_PAUSE_SECONDS = 1.0  # longest pause after the first upload attempt, doubled each time; at random 0.5 to 1 of it
 
-CACHE_VARIABLE = "RAYREC_CACHE"  # names the folder of the local cache
-UNUSED_DAYS = 3.0  # after which a file of it goes
+CACHE_VARIABLE = "RAYREC_CACHE"  # environment variable with the folder of the local cache
+UNUSED_DAYS = 3.0  # days after its last use at which a cached file is deleted
 BLOCK = 1 << 22
-SMALL = 1 << 20  # bytes of files that are read again sooner than looked up
+SMALL = 1 << 20  # bytes below which a file is read again, since that is faster than a look-up in the cache
 
 
 def require_no_credentials(uri: str) -> None:
-    """Raise `InputError` for a URI with a key or password in it, which manifests, logs and dashboards would show."""
+    """Raise `InputError` for a URI with a key or password, which manifests, logs and dashboards would show."""
     parts = urlsplit(uri)
     user, _, host = parts.netloc.rpartition("@")
-    if user and user != "anonymous":  # as which public buckets of gs:// are read
+    if user and user != "anonymous":  # public buckets of gs:// are read as this user
         raise InputError(
             f"{parts.scheme}://...@{host}{parts.path} holds credentials, which manifests and logs would show; name the "
             "bucket alone, and give the role of the machine access, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
@@ -52,7 +52,7 @@ def require_no_credentials(uri: str) -> None:
 
 
 def patient(filesystem: pafs.FileSystem) -> pafs.FileSystem:
-    """The same S3 file system with more attempts for a request; any other file system as it is."""
+    """Return an S3 file system with more attempts per request; any other file system unchanged."""
     if not isinstance(filesystem, pafs.S3FileSystem):
         return filesystem
     known = s3_options(filesystem)
@@ -65,20 +65,20 @@ class ConditionalWriter(Protocol):
     """Writes objects under a condition. Paths are `bucket/key`."""
 
     def create(self, path: str, content: bytes) -> bool:
-        """Write an object where there is none; false where there is one."""
+        """Write an object if it does not exist; otherwise return False."""
         ...
 
     def read(self, path: str) -> tuple[bytes, str]:
-        """An object's content and version; empty where there is none."""
+        """Return the content and version of an object; both are empty if it does not exist."""
         ...
 
     def replace(self, path: str, content: bytes, version: str) -> bool:
-        """Write an object over a known version; false where it is another one by now, or gone."""
+        """Replace the given version of an object; return False if it has another version now or does not exist."""
         ...
 
 
 def conditional_writer(filesystem: pafs.FileSystem) -> ConditionalWriter:
-    """The writer for a file system of pyarrow. Raises `InputError` for one that has no conditional put."""
+    """Return the writer for a file system of pyarrow. Raises `InputError` for one without conditional puts."""
     if isinstance(filesystem, pafs.S3FileSystem):
         return _S3Writer(filesystem)
     if isinstance(filesystem, pafs.GcsFileSystem):
@@ -90,7 +90,7 @@ def conditional_writer(filesystem: pafs.FileSystem) -> ConditionalWriter:
 
 
 class _S3Writer:
-    """By the entity tag of an object."""
+    """Conditional writes to S3. The version of an object is its entity tag."""
 
     def __init__(self, filesystem: pafs.S3FileSystem) -> None:
         try:
@@ -115,15 +115,15 @@ class _S3Writer:
         )
 
     def create(self, path: str, content: bytes) -> bool:
-        """Write an object where there is none."""
+        """Write an object if it does not exist."""
         return self._put(path, content, {"IfNoneMatch": "*"})
 
     def replace(self, path: str, content: bytes, version: str) -> bool:
-        """Write an object over a known version."""
+        """Replace the given version of an object."""
         return self._put(path, content, {"IfMatch": version})
 
     def read(self, path: str) -> tuple[bytes, str]:
-        """An object's content and version."""
+        """Return the content and entity tag of an object."""
         from botocore.exceptions import ClientError
 
         bucket, _, key = path.partition("/")
@@ -153,7 +153,10 @@ def _status(error: Any) -> int:
 
 
 class GcsWriter:
-    """By the generation of an object. `http` takes the place of the client's own, in tests."""
+    """Conditional writes to Google Cloud Storage. The version of an object is its generation.
+
+    `http` replaces the HTTP client in tests.
+    """
 
     def __init__(self, http: Any = None) -> None:
         try:
@@ -166,15 +169,15 @@ class GcsWriter:
         self._objects = build("storage", "v1", http=http, cache_discovery=False).objects()
 
     def create(self, path: str, content: bytes) -> bool:
-        """Write an object where there is none."""
+        """Write an object if it does not exist."""
         return self._put(path, content, 0)
 
     def replace(self, path: str, content: bytes, version: str) -> bool:
-        """Write an object over a known generation."""
+        """Replace the given generation of an object."""
         return self._put(path, content, int(version))
 
     def read(self, path: str) -> tuple[bytes, str]:
-        """An object's content and generation."""
+        """Return the content and generation of an object."""
         from googleapiclient.errors import HttpError
 
         bucket, _, name = path.partition("/")
@@ -209,7 +212,10 @@ def _failed(path: str, error: Exception) -> StorageError:
 
 
 def upload(filesystem: pafs.FileSystem, local: Path, target: str) -> None:
-    """Put a local file under a name, whole or not at all. Raises `StorageError` where the storage goes on failing."""
+    """Copy a local file to `target`, completely or not at all.
+
+    Raises `StorageError` if the storage keeps failing.
+    """
     for attempt in range(UPLOAD_ATTEMPTS):
         try:
             with local.open("rb") as source, filesystem.open_output_stream(target) as stream:
@@ -225,15 +231,15 @@ def upload(filesystem: pafs.FileSystem, local: Path, target: str) -> None:
 
 
 def cache_folder() -> Path:
-    """RAYREC_CACHE, else a folder of this user among the temporary files."""
+    """Return the folder of the local cache: RAYREC_CACHE, or else a folder of this user below the temporary folder."""
     named = os.environ.get(CACHE_VARIABLE)
     return Path(named) if named else Path(tempfile.gettempdir()) / f"rayrec-cache-{os.getuid()}"
 
 
 def cached(filesystem: pafs.FileSystem, info: pafs.FileInfo, sha256: str | None = None) -> Path:
-    """The local copy of a file of a file system, made where there is none of this version.
+    """Return the path of the local copy of a file; the copy is made if there is none of this version.
 
-    Raises `DamagedArtifactError` where the file is not what `sha256` says; the checksum is taken while it is copied.
+    Raises `DamagedArtifactError` if the checksum of the file is not `sha256`. The checksum is computed during the copy.
     """
 
     def copy(target: Path) -> None:
@@ -248,7 +254,7 @@ def cached(filesystem: pafs.FileSystem, info: pafs.FileInfo, sha256: str | None 
 
 
 def checksum(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
-    """The sha256 of a file of a file system. Of each version of a large file one process of the node reads it."""
+    """Return the sha256 of a file. Only one process of the node reads a version of a large file."""
     return _copy(filesystem, info.path, None) if info.size < SMALL else _digest(filesystem, info)
 
 
@@ -260,7 +266,10 @@ def _digest(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
 
 
 def mapped_table(version: str, make: Callable[[], pa.Table]) -> pa.Table:
-    """The table of a version, in memory that the processes of this node share; `make` makes it where there is none."""
+    """Return the table cached as `version`, in memory that the processes of this node share.
+
+    `make` makes the table if it is not in the cache.
+    """
 
     def write(target: Path) -> None:
         table = make().combine_chunks()
@@ -268,12 +277,12 @@ def mapped_table(version: str, make: Callable[[], pa.Table]) -> pa.Table:
             writer.write_table(table)
 
     path = made_once(version, "table.arrow", write)
-    pa.default_memory_pool().release_unused()  # where it was made here
+    pa.default_memory_pool().release_unused()  # memory in which this process may have made the table
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 def made_once(version: str, name: str, make: Callable[[Path], object]) -> Path:
-    """The file of a version that `make` writes to the path it is given, where there is none on this node yet."""
+    """Return the path of the file cached as `version` and `name`; if it does not exist, `make` writes it first."""
     folder = cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     target = folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}-{name}"
@@ -293,7 +302,7 @@ def _version(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
 
 
 def _copy(filesystem: pafs.FileSystem, path: str, target: Path | None) -> str:
-    """The sha256 of a file, which is copied where there is a target."""
+    """Return the sha256 of a file, and copy the file if `target` is given."""
     digest = hashlib.sha256()
     with filesystem.open_input_stream(path) as source, (target or Path(os.devnull)).open("wb") as copy:
         while block := source.read(BLOCK):
@@ -307,6 +316,6 @@ def _delete_unused(folder: Path) -> None:
     for path in folder.iterdir():
         try:
             if path.stat().st_mtime < limit:
-                path.unlink()  # those who have it open keep it
+                path.unlink()  # processes that have the file open keep it
         except FileNotFoundError:
             continue

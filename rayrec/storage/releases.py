@@ -1,7 +1,7 @@
-"""Releases: one id over data set, split, song vectors, model, tastes and index, and which one is live.
+"""Releases: one id for a data set, split, song embeddings, model, tastes and index. At most one release is live.
 
-A release copies nothing. It names its parts and holds the checksums of their manifests, whose own
-checksums cover the files: change a byte anywhere and `verify_release` says where.
+A release copies nothing. It names its parts and holds the checksums of their manifests, which in turn hold the
+checksums of the files, so `verify_release` finds any changed byte.
 """
 
 import uuid
@@ -32,19 +32,19 @@ from rayrec.storage.workspace import (
 )
 
 KIND = "releases"
-VALIDATION = "validation"  # of a release's metrics: verdict, queries and figures from before its last fit
-ACTIVE = "releases/active"  # JSON: the live id, the ids live before it, oldest first, and which change made it so
+VALIDATION = "validation"  # key of a release's metrics: verdict, queries and figures measured before the last fit
+ACTIVE = "releases/active"  # JSON: `active`, `history` and `change` of `read_active`
 SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
-# Files below dataset/ that stay as they are as plays are appended and playlists replaced.
+# Files below dataset/ that do not change when plays are appended or playlists replaced.
 FIXED = ("rejected/plays-", "earlier/")
 PART_KINDS = ("songs", "models", "added_songs", "retrieval", "rankers", "tastes", "indexes")
-ANSWERING_KINDS = ("models", "added_songs", "indexes", "retrieval", "rankers")  # what recommends; tastes do not
-# A release without rankers answers with the network alone, one without added songs with those of its training alone.
-# The song embeddings are missing where the network was trained without any.
+ANSWERING_KINDS = ("models", "added_songs", "indexes", "retrieval", "rankers")  # of parts that recommend; tastes do not
+# A release without rankers answers with the network alone, and one without added songs only with the songs of its
+# training. A network trained without song embeddings has none.
 OPTIONAL_KINDS = ("songs", "added_songs", "retrieval", "rankers")
-# Kind and role of what may differ: a retrieval that is fitted every night serves rankers and models that are not, and a
-# training that is continued on later plays keeps its embeddings.
+# (kind, role) of inputs that may differ from those of the release: a retrieval that is fitted every night serves older
+# rankers and models, and a training that continues on later plays keeps its embeddings.
 RENEWED = (("rankers", "retrieval"), ("retrieval", "split"), ("songs", "split"))
 
 
@@ -61,11 +61,11 @@ def create_release(
 ) -> Manifest:
     """Bundle a model, its song embeddings, tastes, index, rankers, retrieval and the data set under one id.
 
-    What is not named is what was requested last: the model of the data set, its tastes and its index, the songs added
-    to it, its rankers, and the retrieval that they were learned with.
-    The same parts make the same release. `metrics` are kept in the manifest of a release that is new.
+    Parts that are not named are those requested last: the model of the data set, its tastes, index, added songs and
+    rankers, and the retrieval with which the rankers were trained. The same parts make the same release. `metrics` are
+    kept in the manifest of a new release.
 
-    Raises `NotFoundError` where a part is missing, `MismatchError` where named parts do not belong together.
+    Raises `NotFoundError` if a part is missing, `MismatchError` if named parts do not belong together.
     """
     dataset = read_dataset_manifest(workspace)
     named = {"models": model_id, "rankers": rankers_id, "tastes": tastes_id, "indexes": index_id}
@@ -96,15 +96,15 @@ def create_release(
 
 
 def require_fit(dataset: DatasetManifest, inputs: dict[str, str], parts: Any) -> None:
-    """Raise `MismatchError` where a part was made of something else than `inputs` (role -> id) says.
+    """Raise `MismatchError` if a part was made from other artifacts than `inputs` (role -> id).
 
-    A part may have been made of a data set that the present one descends from.
+    A part may have been made from a data set that the current one descends from.
     """
     for part in parts:
         for role, made_of in part.inputs.items():
             if (part.kind, role) in RENEWED:
                 continue
-            # Songs that are added later leave those added before, and what plays of them have led to, as they are.
+            # Songs that are added later do not change the songs added before, nor the taste vectors of their plays.
             descends = (role == "dataset" and dataset.descends_from(made_of)) or role == "added_songs"
             if role in inputs and inputs[role] != made_of and not descends:
                 raise MismatchError(
@@ -114,23 +114,23 @@ def require_fit(dataset: DatasetManifest, inputs: dict[str, str], parts: Any) ->
 
 
 def list_releases(workspace: Workspace) -> list[Manifest]:
-    """All releases, oldest first."""
+    """Return all releases, oldest first."""
     return artifacts.listing(workspace, KIND)
 
 
 def active_release(workspace: Workspace) -> Manifest | None:
-    """The live release; None where none was activated."""
+    """Return the live release; None if none was activated."""
     active = read_active(workspace)["active"]
     return None if active is None else artifacts.load_manifest(workspace, KIND, active)
 
 
 def is_active(workspace: Workspace, release_id: str) -> bool:
-    """True for the live release."""
+    """Return True if a release is the live one."""
     return bool(read_active(workspace)["active"] == release_id)
 
 
 def activate_release(workspace: Workspace, release_id: str) -> Manifest:
-    """Make a release the live one. Raises `NotFoundError` where there is no such release."""
+    """Make a release the live one. Raises `NotFoundError` if it does not exist."""
     release = artifacts.load_manifest(workspace, KIND, release_id)
     state = read_active(workspace)
     earlier = state["history"]
@@ -141,7 +141,7 @@ def activate_release(workspace: Workspace, release_id: str) -> Manifest:
 
 
 def rollback(workspace: Workspace) -> Manifest:
-    """Make the release live that was live before. Raises `InputError` where there was none."""
+    """Make the previously live release live again. Raises `InputError` if there was none."""
     state = read_active(workspace)
     if not state["history"]:
         raise InputError(
@@ -155,9 +155,10 @@ def rollback(workspace: Workspace) -> Manifest:
 
 
 def read_active(workspace: Workspace) -> dict[str, Any]:
-    """`active`, the live release's id or None; `history`, the ids before it, oldest first; `change`, a change's own id.
+    """Return `active`, the live id or None, `history`, the earlier live ids, oldest first, and `change`.
 
-    Whoever follows the live release tells by the change that it was activated anew, even if it is the same one.
+    `change` is a unique id of the last activation. It shows followers that a release was activated again, even if it is
+    the same release.
     """
     state: dict[str, Any] = {"active": None, "history": [], "change": ""}
     if workspace.exists(ACTIVE):
@@ -166,7 +167,7 @@ def read_active(workspace: Workspace) -> dict[str, Any]:
 
 
 def write_active(workspace: Workspace, release_id: str | None, history: list[str]) -> None:
-    """Make a release the live one, or none, as a new change."""
+    """Make a release, or none, the live one, with a new `change` id."""
     workspace.write_json(ACTIVE, {"active": release_id, "history": history, "change": uuid.uuid4().hex})
 
 
@@ -180,11 +181,12 @@ def verify_release(
 ) -> None:
     """Compare every file of every part with its checksum. Raises `DamagedArtifactError` for the first that differs.
 
-    Parts of other than `kinds` are compared by their manifests alone, and the data set without `plays` by all else:
-    who loads neither tastes nor plays need not read those of millions of users. With `once` one process of a node
-    reads each version of a file, for all of them.
-    Where plays were appended to its data set since, that is the part of the present one that it begins with. Playlists
-    may be replaced: a release does not read them.
+    For parts not in `kinds` only the manifest is compared, and without `plays` the histories are left out, so that a
+    process that loads neither tastes nor plays does not read those of millions of users. With `once`, only one process
+    of a node reads each version of a file.
+
+    If plays were appended to the data set after the release, only the plays of the release are compared. Playlists are
+    not compared, since a release does not read them and they may be replaced.
     """
     artifacts.verify(workspace, release, once=once)
     for path, expected in files_of(workspace, release).items():
@@ -197,9 +199,9 @@ def verify_release(
 
 
 def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
-    """Path -> sha256 of what a release is made of, but for the files of its artifacts.
+    """Return path -> sha256 of the manifests, the split and the data set files of a release.
 
-    Raises `DamagedArtifactError` where its data set is gone or was replaced.
+    The files of its artifacts are not included. Raises `DamagedArtifactError` if the data set is missing or replaced.
     """
     if not workspace.exists(DATASET_MANIFEST):
         raise DamagedArtifactError(f"{DATASET_MANIFEST} is missing; restore it or import the data again")
@@ -213,14 +215,14 @@ def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
         files[earlier_manifest(made_of)] = files.pop(DATASET_MANIFEST)
     earlier = earlier_version(workspace, dataset, made_of)
     of_dataset = {path: digest for path, digest in earlier.files.items() if path.startswith(FIXED)}
-    # Songs are appended to songs.parquet, where an import of playlists also puts those that had files of their own: the
-    # files and checksums are the present ones.
+    # Later songs are appended to songs.parquet, and an import of playlists moves songs from separate files into it, so
+    # the current files and checksums apply.
     of_dataset |= {
         path: dataset.files[path]
         for path in earlier.files
         if path.startswith((SONGS_FILE, "songs/")) and path in dataset.files
     }
-    # Parts may have been joined since: their plays are in the present files.
+    # Parts may have been joined after the release: their plays are in the current files.
     last = f"histories/part={earlier.parts:04d}"
     of_dataset |= {
         path: digest for path, digest in dataset.files.items() if path.startswith("histories/") and path < last
@@ -229,10 +231,12 @@ def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
 
 
 def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str, str]:
-    """Role -> id of the parts to answer with: the live release's, else those of the current model; or of `model_id`.
+    """Return role -> id of the parts to answer with.
 
-    Those of the live release have its id as `releases`. Tastes and index are there only where the model has them.
-    Raises `NotFoundError` for an unknown model, or naming the command to run first where there is none.
+    They are the parts of the live release, or those of the current model without a live release, or those of `model_id`
+    if it is given and is not the live model. The parts of the live release include its id as `releases`. Tastes and
+    index are included only if they exist for the model.
+    Raises `NotFoundError` for an unknown model, or with the command to run first if there is no model.
     """
     release = active_release(workspace)
     if release is not None and model_id in (None, release.inputs["models"]):
@@ -245,7 +249,10 @@ def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str
 
 
 def parts_of(workspace: Workspace, model: Manifest) -> dict[str, str]:
-    """Role -> id of a model and of the parts made with it that were requested last, whatever release is live."""
+    """Return role -> id of a model and of the parts made with it that were requested last.
+
+    The live release is not considered.
+    """
     part_ids = {**model.inputs, "models": model.id}
     for kind in ("tastes", "indexes", "rankers", "added_songs"):
         part = _last_of(workspace, kind, model)
@@ -257,7 +264,7 @@ def parts_of(workspace: Workspace, model: Manifest) -> dict[str, str]:
 
 
 def _model_of(workspace: Workspace, dataset: DatasetManifest, chosen: dict[str, Manifest]) -> Manifest:
-    """The model that the named parts were made of, else the one of the data set that was requested last."""
+    """Return the model that the named parts were made with, or else the last requested model of the data set."""
     if chosen:
         return artifacts.load_manifest(workspace, "models", next(iter(chosen.values())).inputs["models"])
     model = artifacts.latest(
@@ -269,7 +276,7 @@ def _model_of(workspace: Workspace, dataset: DatasetManifest, chosen: dict[str, 
 
 
 def _last_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest | None:
-    """Of the parts of a kind made with the model the one that was requested last."""
+    """Return the part of a kind that was made with the model and requested last; None if there is none."""
     return artifacts.latest(workspace, kind, lambda part: part.inputs.get("models") == model.id)
 
 
@@ -289,7 +296,7 @@ def _publish_release(workspace: Workspace, inputs: dict[str, str], metrics: Mapp
     if "split" in inputs:
         paths.append(split_file(inputs["split"]))
     checksums = {path: sha256(workspace, path) for path in paths}
-    # Parts made anew under the same ids (a folder deleted and rebuilt) make another release.
+    # Parts that were deleted and made again under the same ids have other checksums and give another release.
     release_id, complete = new_id(workspace, KIND, fingerprint("release", checksums, inputs), repeat=False)
     if complete:
         return artifacts.reuse(workspace, KIND, release_id)

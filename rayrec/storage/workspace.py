@@ -1,4 +1,4 @@
-"""The workspace: the folder or bucket prefix that holds every artifact. Paths are made here only."""
+"""The workspace: the folder or bucket prefix that holds every artifact. Only this module defines its paths."""
 
 import errno
 import hashlib
@@ -24,7 +24,7 @@ from rayrec.storage.object_storage import SMALL, cached, checksum, patient, requ
 
 DATASET = "dataset"
 DATASET_MANIFEST = "dataset/dataset.json"
-GENERATING = "dataset/.generating.json"  # the config that unfinished generated buckets belong to
+GENERATING = "dataset/.generating.json"  # config of generated buckets that are not complete yet
 SONGS_TABLE = "dataset/songs.parquet"
 LATER_SONGS = "dataset/songs"
 HISTORIES = "dataset/histories"
@@ -32,61 +32,61 @@ USERS = "dataset/users"
 PLAYLISTS = "dataset/playlists"
 REJECTED_ROWS = "dataset/rejected"
 STATES_FILE = "serving/states.sqlite"  # the embedded store of user states
-REPLICAS = "serving/replicas"  # what each replica of a server reports
-IMPRESSIONS = "serving/impressions"  # what a server answered, and what users then did
-FORGOTTEN = "forgotten"  # who was deleted
-IMPORT_STAGING = "dataset/.staging"  # what an unfinished import has done so far
-SENT_PLAYS = ".inputs"  # tables of plays from Python on their way into the data set
+REPLICAS = "serving/replicas"  # reports of each replica of a server
+IMPRESSIONS = "serving/impressions"  # answers of a server, and the later events of users
+FORGOTTEN = "forgotten"  # digests of deleted users
+IMPORT_STAGING = "dataset/.staging"  # completed work of an unfinished import
+SENT_PLAYS = ".inputs"  # tables of plays from Python, until they are imported
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
-CURRENT = "current.json"  # kind -> ids, in the order in which they were requested last
-LOCK = ".lock"  # held by the run that writes, on a local disk
-LOCK_HOLDER = ".lock-holder.json"  # who that is; on object storage the lock itself
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
+CURRENT = "current.json"  # kind -> ids, in the order of their last request
+LOCK = ".lock"  # file lock of the run that writes, on a local disk
+LOCK_HOLDER = ".lock-holder.json"  # the run that holds the lock; on object storage this is the lock itself
 
 
 def histories_file(part: int, bucket: int, last_part: int | None = None) -> str:
-    """The Parquet file of one bucket of users in one part of the histories, or in parts joined up to `last_part`."""
+    """Return the path of the histories of a bucket of users in one part, or in joined parts up to `last_part`."""
     parts = f"{part:04d}" if last_part in (None, part) else f"{part:04d}-{last_part:04d}"
     return f"{HISTORIES}/part={parts}/bucket={bucket:05d}/histories.parquet"
 
 
 def later_songs_file(first: int) -> str:
-    """The Parquet file of songs that came behind those of songs.parquet without plays, from row `first` on."""
+    """Return the path of songs from row `first` on that were added without plays, after those in songs.parquet."""
     return f"{LATER_SONGS}/{first:010d}.parquet"
 
 
 def users_file(part: int, bucket: int) -> str:
-    """The Parquet file of the ids of all users of a bucket up to a part, the last one that brought new users."""
+    """Return the path of the ids of all users of a bucket; `part` is the last part that has new users."""
     return f"{USERS}/bucket={bucket:05d}/part={part:04d}.parquet"
 
 
 def earlier_manifest(dataset_id: str) -> str:
-    """The manifest of a data set to which more was appended since."""
+    """Return the path of the manifest of an earlier data set, to which data was appended."""
     return f"{DATASET}/earlier/{dataset_id}.json"
 
 
 def playlists_file(bucket: int) -> str:
-    """The Parquet file of one bucket of imported playlists."""
+    """Return the path of one bucket of imported playlists, a Parquet file."""
     return f"{PLAYLISTS}/playlists-{bucket:05d}.parquet"
 
 
 def rejected_rows_file(kind: str, part: int, name: str) -> str:
-    """The Parquet file of some rows of plays or playlists that an import could not use."""
+    """Return the path of a Parquet file with rejected rows; `kind` is plays or playlists."""
     return f"{REJECTED_ROWS}/{kind}-{f'part{part:04d}-' if part else ''}{name}.parquet"
 
 
 def split_file(split_id: str) -> str:
-    """The file of one split."""
+    """Return the path of one split, a JSON file."""
     return f"splits/{split_id}.json"
 
 
 def artifact_dir(kind: str, artifact_id: str) -> str:
-    """The folder of one artifact; `kind` is one of those of `Manifest`."""
+    """Return the folder of one artifact; `kind` is that of its `Manifest`."""
     return f"{kind}/{artifact_id}"
 
 
 class OutputFile(io.RawIOBase):
-    """A file that is being written from its start to its end; its checksum is taken on the way."""
+    """A file that is written sequentially, and whose checksum is computed during the writing."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._digest, self._size = file, hashlib.sha256(), 0
@@ -96,30 +96,30 @@ class OutputFile(io.RawIOBase):
         return True
 
     def write(self, data: Any, /) -> int:
-        """Append bytes."""
+        """Append bytes and return their number."""
         self._digest.update(data)
         written = self._file.write(data)
         self._size += written
         return written
 
     def tell(self) -> int:
-        """Bytes written so far."""
+        """Return the number of bytes written so far."""
         return self._size
 
     @property
     def sha256(self) -> str:
-        """The checksum of what was written so far."""
+        """The checksum of the bytes written so far."""
         return self._digest.hexdigest()
 
 
 class Workspace:
     """Reads and writes files under one root, a local path or an s3:// or gs:// prefix.
 
-    All paths are relative to the root, with forward slashes. Every write appears whole or not at
-    all: a temporary name and a rename on a local disk, one object put on a bucket. A workspace
-    pickles as its URI, so it travels to Ray workers.
+    All paths are relative to the root, with forward slashes. Every write appears completely or not at all: a temporary
+    file that is renamed on a local disk, a single put on a bucket. A workspace pickles as its URI, so it can be sent to
+    Ray workers.
 
-    Raises `InputError` for a URI that pyarrow cannot open, and for one with a key or password in it.
+    Raises `InputError` for a URI that pyarrow cannot open, and for one that contains a key or password.
     """
 
     def __init__(self, uri: str | Path) -> None:
@@ -149,35 +149,38 @@ class Workspace:
 
     @property
     def is_local(self) -> bool:
-        """True where the root is on a local disk."""
+        """True if the root is on a local disk."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     def full(self, path: str) -> str:
-        """The path as the file system of pyarrow spells it."""
+        """Return the path as the file system of pyarrow expects it."""
         return posixpath.join(self.root, path)
 
     def uri_of(self, path: str) -> str:
-        """The local path or the URI of a file, for what reads files outside of workspaces; the URI's options stay."""
+        """Return the local path or the URI of a file, for code that reads files outside of workspaces.
+
+        The options of the workspace's URI are kept.
+        """
         if self.is_local:
             return self.full(path)
         place, mark, options = self.uri.partition("?")
         return f"{place.rstrip('/')}/{path}{mark}{options}"
 
     def exists(self, path: str) -> bool:
-        """True if a file or folder is there."""
+        """Return True if a file or folder exists."""
         return bool(self.filesystem.get_file_info(self.full(path)).type != pafs.FileType.NotFound)
 
     def size(self, path: str) -> int:
-        """Bytes of all files at or below `path`; 0 where there is nothing."""
+        """Return the bytes of all files at or below `path`; 0 if there are none."""
         info = self.filesystem.get_file_info(self.full(path))
         return int(info.size) if info.type == pafs.FileType.File else sum(self.sizes(path).values())
 
     def files(self, path: str) -> list[str]:
-        """All files below a folder, as sorted paths relative to the root; hidden and temporary ones left out."""
+        """Return all files below a folder, as sorted paths relative to the root, without hidden and temporary files."""
         return sorted(self.sizes(path))
 
     def sizes(self, path: str) -> dict[str, int]:
-        """The bytes of all files below a folder, of one listing; hidden and temporary ones left out."""
+        """Return path -> bytes of all files below a folder, from one listing, without hidden and temporary files."""
         selector = pafs.FileSelector(self.full(path), allow_not_found=True, recursive=True)
         return {
             posixpath.relpath(info.path, self.root): int(info.size)
@@ -187,18 +190,18 @@ class Workspace:
 
     @property
     def is_empty(self) -> bool:
-        """True where the root is not there, or has no file and no folder."""
+        """True if the root does not exist, or contains no file and no folder."""
         selector = pafs.FileSelector(self.full(""), allow_not_found=True)
         return not self.filesystem.get_file_info(selector)
 
     def folders(self, path: str) -> list[str]:
-        """The names of the folders directly in a folder, sorted."""
+        """Return the sorted names of the folders directly in a folder."""
         selector = pafs.FileSelector(self.full(path), allow_not_found=True)
         infos = self.filesystem.get_file_info(selector)
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def delete(self, path: str) -> None:
-        """Remove a file, or a folder and all below it; nothing happens where there is none."""
+        """Delete a file, or a folder with its contents; do nothing if it does not exist."""
         info = self.filesystem.get_file_info(self.full(path))
         if info.type == pafs.FileType.Directory:
             self.filesystem.delete_dir(self.full(path))
@@ -206,14 +209,17 @@ class Workspace:
             self.filesystem.delete_file(self.full(path))
 
     def delete_unfinished(self, path: str) -> None:
-        """Remove the temporary files of killed writers below a folder that nobody writes to; buckets have none."""
+        """Delete the temporary files of killed writers below a folder; there are none on object storage.
+
+        No run may write to the folder at the same time.
+        """
         if self.is_local:
             for left in Path(self.full(path)).rglob(".*"):
                 if left.is_file():
                     left.unlink(missing_ok=True)
 
     def move(self, source: str, target: str) -> None:
-        """Rename a file, over one that may be there."""
+        """Rename a file; an existing target is replaced."""
         if self.is_local:
             _make_folder(Path(self.full(target)).parent)
         self.filesystem.move(self.full(source), self.full(target))
@@ -221,7 +227,7 @@ class Workspace:
             _sync(Path(self.full(target)).parent)
 
     def open_input(self, path: str) -> pa.NativeFile:
-        """A random access file. Raises `NotFoundError` where there is none."""
+        """Open a random access file. Raises `NotFoundError` if it does not exist."""
         try:
             return self.filesystem.open_input_file(self.full(path))
         except FileNotFoundError as error:
@@ -229,17 +235,17 @@ class Workspace:
 
     @contextmanager
     def open_output(self, path: str) -> Iterator[OutputFile]:
-        """A stream that becomes the file `path` when the block ends without an error; it knows its checksum.
+        """Open a stream in a with block; it becomes the file `path` when the block ends without an error.
 
         On a local disk the file survives a power cut once the block has ended.
-        Raises `StorageError` where the disk is full or the storage goes on failing.
+        Raises `StorageError` if the disk is full or the storage keeps failing.
         """
         target = self.full(path)
         if self.is_local:
             _make_folder(Path(target).parent)
             written = Path(target).parent / f".{posixpath.basename(target)}.{uuid.uuid4().hex}"
         else:
-            # First on a local disk: pyarrow closes a stream that is let go of, and half a file would be there.
+            # Write to a local disk first: pyarrow closes an abandoned stream, which would store an incomplete object.
             descriptor, name = tempfile.mkstemp(prefix="rayrec-")
             os.close(descriptor)
             written = Path(name)
@@ -265,18 +271,18 @@ class Workspace:
             written.unlink(missing_ok=True)
 
     def read_bytes(self, path: str) -> bytes:
-        """A file's content."""
+        """Return the content of a file."""
         with self.open_input(path) as stream:
             return bytes(stream.read())
 
     def write_bytes(self, path: str, data: bytes) -> str:
-        """Write a file whole; its sha256."""
+        """Write a file and return its sha256."""
         with self.open_output(path) as stream:
             stream.write(data)
         return stream.sha256
 
     def read_json(self, path: str) -> Any:
-        """A JSON file's content. Raises `DamagedArtifactError` for a file that is cut off or holds something else."""
+        """Return the content of a JSON file. Raises `DamagedArtifactError` if it is cut off or not JSON."""
         try:
             return json.loads(self.read_bytes(path))
         except ValueError as error:
@@ -285,58 +291,62 @@ class Workspace:
             ) from error
 
     def write_json(self, path: str, value: Any) -> str:
-        """Write a JSON file, indented, for people to read; its sha256."""
+        """Write an indented JSON file and return its sha256."""
         return self.write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
     def read_array(self, path: str, sha256: str | None = None) -> np.ndarray:
-        """A .npy file as an array, memory-mapped and read-only: the processes of a node share its pages.
+        """Return a .npy file as a read-only, memory-mapped array, whose memory the processes of a node share.
 
-        Never unpickles. On a bucket it is a copy on the local disk, which is compared with `sha256` while it is made.
+        Pickled data is refused. A file on a bucket is copied to the local disk, and the copy is compared with `sha256`.
         """
         array: np.ndarray = np.load(self.local_file(path, sha256), mmap_mode="r", allow_pickle=False)
         array.stored_at = self, path  # type: ignore[attr-defined]  # for `stored_at`
         return array
 
     def write_array(self, path: str, array: np.ndarray) -> str:
-        """Write a .npy file, without pickle; its sha256."""
+        """Write a .npy file without pickle and return its sha256."""
         with self.open_output(path) as stream:
             np.lib.format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
         return stream.sha256
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
-        """A Parquet file as a table."""
+        """Return a Parquet file as a table."""
         with self.open_input(path) as stream:
             return pq.read_table(stream, columns=columns)
 
     def write_table(self, path: str, table: pa.Table, row_group_rows: int = 100_000) -> str:
-        """Write a table as a Parquet file, zstd-compressed; its sha256."""
+        """Write a table as a Parquet file with zstd compression and return its sha256."""
         with self.open_output(path) as stream:
             pq.write_table(table, stream, compression="zstd", row_group_size=row_group_rows)
         return stream.sha256
 
     def local_file(self, path: str, sha256: str | None = None) -> Path:
-        """The file under a local path, for libraries that read nothing else; on a bucket the one copy of this node."""
+        """Return a local path of the file, for libraries that need one.
+
+        For a file on a bucket this is a copy that the processes of a node share; see `cached` for `sha256`.
+        Raises `NotFoundError` if the file does not exist.
+        """
         info = self.filesystem.get_file_info(self.full(path))
         if info.type != pafs.FileType.File:
             raise NotFoundError(f"{path} not found in workspace {self.uri}")
         return Path(info.path) if self.is_local else cached(self.filesystem, info, sha256)
 
     def sha256_on_node(self, path: str) -> str:
-        """The checksum of a file. One process of this node reads a large file, on a bucket copies it, for all."""
+        """Return the sha256 of a file. Only one process of this node reads a large file, or copies it from a bucket."""
         info = self.filesystem.get_file_info(self.full(path))
         if not self.is_local and info.size >= SMALL:
             cached(self.filesystem, info)
         return checksum(self.filesystem, info)
 
     def put_file(self, local: Path, path: str) -> str:
-        """Copy a local file into the workspace, whole; its sha256."""
+        """Copy a local file into the workspace and return its sha256."""
         with local.open("rb") as source, self.open_output(path) as stream:
             shutil.copyfileobj(source, stream, 1 << 22)
         return stream.sha256
 
 
 def stored_at(array: np.ndarray) -> tuple[Workspace, str] | None:
-    """The file that an array is whole, as `read_array` gave it or a view of that; None for any other array."""
+    """Return the workspace and the path of an array from `read_array`, or of a view of all of it; None for others."""
     whole = array
     while isinstance(whole.base, np.ndarray):
         whole = whole.base
@@ -345,7 +355,7 @@ def stored_at(array: np.ndarray) -> tuple[Workspace, str] | None:
 
 
 def _make_folder(folder: Path) -> None:
-    """Make a local folder and those above it, each written to disk in the one that holds it."""
+    """Create a local folder and its parents, and flush the entry of each new folder to disk."""
     missing = [folder, *folder.parents]
     missing = missing[: next(place for place, above in enumerate(missing) if above.exists())]
     folder.mkdir(parents=True, exist_ok=True)
@@ -354,7 +364,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Write what a local folder holds to disk: without it a rename may be lost in a power cut."""
+    """Flush the entries of a local folder to disk; without this, a power cut may undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,1 +1,1 @@
-"""What a data set will take on a cluster: memory, disk, storage and hours."""
+"""Plans what a data set needs on a cluster: memory, disk, storage and hours."""

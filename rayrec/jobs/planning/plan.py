@@ -1,7 +1,7 @@
-"""What a data set will take on a cluster: memory, disk, storage, batches and hours, before money is spent.
+"""Plans what a data set needs on a cluster before money is spent: memory, disk, storage, batches and hours.
 
-From three things: how large the data are, what the nodes have, and how fast a CPU was measured to be. Sizes are bytes;
-the arithmetic of stages is in formulas.py, and how they are laid out over nodes here.
+A plan is computed from the size of the data, the nodes of the cluster and measured rates of one CPU. All sizes are in
+bytes. The formulas of the stages are in formulas.py; this module spreads the stages over nodes.
 """
 
 from collections.abc import Iterator
@@ -85,63 +85,63 @@ from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.stored_retrieval import MAX_DISTANCE, RECENT_DAYS, song_ranges
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 
-UNIT_BYTES = 64 << 20  # of a file, read by one task
-GPU_HOST = GIB  # of a training worker with a GPU beside tables; not measured
-STORE_SHARE = 0.3  # of a node's memory that Ray gives its object store, 0.7 being the tasks'
+UNIT_BYTES = 64 << 20  # bytes of input that one task reads
+GPU_HOST = GIB  # host memory of a training worker with a GPU, apart from song tables; not measured
+STORE_SHARE = 0.3  # share of a node's memory that Ray gives its object store; tasks have the other 0.7
 SHARDS = TrainConfig().shards
 _RETRIEVAL = RetrievalConfig()
 RANK_QUERIES = RankConfig().queries
-COLUMNS = 3  # of histories that a stage reads: user, songs, moments
-RULE_DISTANCE = MAX_DISTANCE  # plays ahead that a rule reaches
-USERS_AT_ONCE = 1_000  # of a batch of `recommend --all`
-DISTINCT_PAIRS = 0.6  # of the pairs of a song and a follower in a bucket or range
+COLUMNS = 3  # columns of the histories that a stage reads: user, songs, moments
+RULE_DISTANCE = MAX_DISTANCE  # number of plays ahead that a rule reaches
+USERS_AT_ONCE = 1_000  # users per batch of `recommend --all`
+DISTINCT_PAIRS = 0.6  # share of the pairs of a song and a follower in a bucket or range that are distinct
 SONGS_PER_SESSION = 10
-GPU_SLACK = 2 * GIB  # of a GPU: CUDA's own, activations of a batch; not measured
+GPU_SLACK = 2 * GIB  # GPU memory apart from song tables: CUDA itself, activations of a batch; not measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage: where it runs and what it takes there."""
+    """The plan of one stage: where it runs and what it needs there."""
 
     stage: str
-    node: str  # its type
-    nodes: int  # of it, at once
-    workers: int  # processes over all nodes
-    memory: int  # bytes a node needs
-    memory_there: int  # bytes a node has for it
-    store: int  # bytes of the node's object store, beside its memory
+    node: str  # type of the nodes
+    nodes: int  # nodes of this type, at the same time
+    workers: int  # processes on all nodes together
+    memory: int  # bytes needed per node
+    memory_there: int  # bytes available per node
+    store: int  # bytes needed in the object store of each node, in addition to `memory`
     batches: int  # units of work
-    batch_of: str  # what such a unit is
-    requests: int | None  # of object storage; None where no formula is known
-    hours: float | None  # None where nobody has measured a rate
-    rate: float | None  # work a second of one worker
-    rate_from: str
+    batch_of: str  # name of a unit of work
+    requests: int | None  # requests to object storage; None without a formula
+    hours: float | None  # None without a measured rate
+    rate: float | None  # work per second of one worker
+    rate_from: str  # origin of the rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServingPlan:
-    """The server under a rate of requests; bytes."""
+    """The plan of the server for a rate of requests. Memory is in bytes."""
 
     replicas: int
-    replicas_per_node: int  # a CPU each, as many as the memory holds
+    replicas_per_node: int  # one CPU each; limited by the CPUs and the memory of a node
     nodes: int
     replica_memory: int  # private
-    shared_memory: int  # mapped files of the release, once a node
+    shared_memory: int  # mapped files of the release, once per node
     node_memory: int
     memory_there: int
     requests_per_second: float
-    answers_per_second: float  # of a replica
+    answers_per_second: float  # of one replica at full load
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All stages, what they leave in the bucket, and what will not work."""
+    """The plan of all stages: what they need, what they store, and problems that make them fail."""
 
     stages: list[StagePlan]
-    storage: dict[str, int]  # what -> bytes in the bucket
-    disk: int  # bytes on the node of embed
+    storage: dict[str, int]  # kind of data -> bytes in object storage
+    disk: int  # bytes on the disk of the node of `embed`
     states: int  # bytes of the server's store of user states
-    serving: "ServingPlan | None"  # None where no rate of answers was measured
+    serving: "ServingPlan | None"  # None without a measured rate of answers
     problems: list[str]
     notes: list[str]
     data: DataSize
@@ -149,7 +149,7 @@ class Plan:
     skew: dict[str, Any] = field(default_factory=dict)
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the plan as plain values for JSON, with the total hours and the total bytes in object storage."""
         hours = [stage.hours for stage in self.stages if stage.hours is not None]
         return {**asdict(self), "hours": round(sum(hours), 2), "storage_total": sum(self.storage.values())}
 
@@ -161,9 +161,12 @@ def make_plan(
     rates: dict[str, float] | None = None,
     skew: dict[str, Any] | None = None,
 ) -> Plan:
-    """The plan. `rates` are measured ones by name, of `rayrec bench --save`; the built-in ones fill in and are marked.
+    """Return the plan of all stages for data of this size on a cluster.
 
-    Raises `InputError` for a cluster without any node that work lands on.
+    `rates` maps names to rates that `rayrec bench ... --save` measured. Built-in rates replace missing ones, and
+    `StagePlan.rate_from` says so. `skew` is copied into the plan.
+
+    Raises `InputError` for a cluster without a worker node that has CPUs.
     """
     planner = _Planner(data, cluster, config, rates or {})
     stages, serving = planner.stages(), planner.serving()
@@ -184,14 +187,14 @@ def make_plan(
 
 
 class _Planner:
-    """The arithmetic, stage by stage."""
+    """Computes the plan of each stage."""
 
     def __init__(self, data: DataSize, cluster: ClusterFile, config: PlanConfig, rates: dict[str, float]) -> None:
         self.data, self.cluster, self.config, self.rates = data, cluster, config, rates
         plain = [node for node in cluster.workers if not node.gpus] or cluster.workers
         if not plain:
             raise InputError(f"cluster {cluster.name} has no worker node with CPUs; give workers CPUs")
-        # The kind that holds least a CPU is the one that runs out first; the largest one gets what runs on one node.
+        # The type with the least memory per CPU runs out of memory first; stages on one node get the largest type.
         self.tight = min(plain, key=lambda node: node.memory / node.cpus)
         self.large = max(plain, key=lambda node: (node.cpus, node.memory))
         self.most_nodes = min(cluster.most_nodes, sum(node.most for node in plain))
@@ -205,24 +208,24 @@ class _Planner:
 
     @property
     def average_floats(self) -> int:
-        """Numbers of a user's state that are sums of vectors of songs."""
+        """Number of values in a user's state for the sums of song vectors, which averages are computed from."""
         return len(TrainConfig().averages) * self.config.dim
 
     def stages(self) -> list[StagePlan]:
-        """In the order in which they run."""
+        """Return the plans of the stages in the order in which the stages run."""
         return [
             *(self.importing(), self.embed(), self.train(), self.retrieval(), self.rank(), self.taste()),
             *(self.index(), self.evaluate(), self.recommend()),
         ]
 
     def importing(self) -> StagePlan:
-        """Units of text are read and buckets merged, one a CPU; the larger of the two decides."""
+        """Plan `import`: each CPU reads a unit of text, then merges a bucket; the larger of the two sets the memory."""
         worker = IDLE_WORKER + max(reading_memory(ROWS_PER_CHUNK), bucket_memory(self.data.largest_bucket))
         stage = self._spread("import", self.tight.cpus * worker, self.data.buckets, "bucket of users", self.data.plays)
         return replace(stage, store=keys_store(self.data.songs))
 
     def embed(self) -> StagePlan:
-        """gensim's tables and words; one node, threads of which few help."""
+        """Plan `embed`: gensim's tables and dictionaries on one node; more than MAX_WORKERS threads do not help."""
         needed = IDLE_WORKER + embedding_memory(self.data.songs, self.config.dim)
         threads = min(self.large.cpus, MAX_WORKERS)
         work = self.data.plays * self.config.embed_epochs * self.config.fits
@@ -239,8 +242,9 @@ class _Planner:
         )
 
     def train(self) -> StagePlan:
-        """Of W workers each holds every W-th row of the tables: on a GPU, where it has one, but for its part of a
-        checkpoint.
+        """Plan `train`: each of W workers holds every W-th row of the song tables.
+
+        A worker with a GPU holds them in GPU memory, and its part of a checkpoint in host memory.
         """
         node = self.gpu if self.config.gpu and self.gpu else self.large
         workers = self.train_workers()
@@ -265,14 +269,17 @@ class _Planner:
         )
 
     def train_workers(self) -> int:
-        """As many as asked for, or about one a GPU, or one a CPU node: as many as the shards can be divided by."""
+        """Return the number of training workers: `config.workers`, or about one per GPU or CPU node if that is 0.
+
+        The number found is the largest divisor of the number of shards that does not exceed the GPUs or nodes.
+        """
         if self.config.workers:
             return self.config.workers
         most = self.most_gpus if self.config.gpu and self.gpu else self.nodes
         return max(number for number in divisors(SHARDS) if number <= max(1, most))
 
     def retrieval(self) -> StagePlan:
-        """Each CPU counts a group of buckets, bucket by bucket, then merges ranges of songs; one task joins these."""
+        """Plan `retrieval`: each CPU counts a group of buckets, then merges ranges of songs; one task joins them."""
         songs, plays, largest = self.data.songs, self.data.plays, self.data.largest_bucket
         ranges = song_ranges(songs, plays)
         at_once = max(min(largest, PLAYS_PER_READ), int(largest * DISTINCT_PAIRS))
@@ -280,7 +287,7 @@ class _Planner:
         pairs = int(plays / len(ranges) * RULE_DISTANCE * DISTINCT_PAIRS)
         merging = merging_memory(ceil(songs / len(ranges)), pairs)
         groups = len(bucket_groups(len(ranges), self.data.buckets))
-        # Ray runs as many merges on a node as its memory holds.
+        # Ray limits the merges that run at once on a node to those that fit into its memory.
         at_a_time = max(1, min(self._on_node(len(ranges)), self.tight.memory // (IDLE_WORKER + merging)))
         needed = max(
             self._on_node(groups) * (IDLE_WORKER + counting),
@@ -290,7 +297,10 @@ class _Planner:
         return self._spread("retrieval", needed, groups, "group of buckets", plays)
 
     def _joining(self, ranges: int) -> int:
-        """Of the task that joins so many ranges, in which each entry of a song may have a session of its own."""
+        """Return the private bytes of the task that joins `ranges` ranges.
+
+        This is an upper bound: each entry of a song may belong to a session of its own.
+        """
         songs, plays = ceil(self.data.songs / ranges), ceil(self.data.plays / ranges)
         sessions = min(plays, songs * _RETRIEVAL.sessions_per_song, self.data.plays // SONGS_PER_SESSION)
         largest = retrieval_bytes(
@@ -303,7 +313,7 @@ class _Planner:
         return joining_memory(self.data.songs, largest, sessions * ranges)
 
     def retrieval_bytes(self) -> int:
-        """Of what is kept of each song, which is bounded; about."""
+        """Return the approximate bytes of a retrieval, from the bounds on the entries that it keeps per song."""
         songs, plays = self.data.songs, self.data.plays
         postings = min(plays, songs * _RETRIEVAL.sessions_per_song)
         return retrieval_bytes(
@@ -315,8 +325,11 @@ class _Planner:
         )
 
     def rank(self) -> StagePlan:
-        """One task builds an index, queries of all buckets are collected on all CPUs; the trees of each kind grow
-        in a task, as many at once as the memory of a node holds, which takes longest."""
+        """Plan `rank`: one task builds an index, then all CPUs collect the queries of all buckets.
+
+        After that, one task per kind of ranker grows its trees, which takes longest. As many of these tasks run at
+        once as fit into the memory of a node.
+        """
         songs, dim = self.data.songs, self.config.dim
         indexing = IDLE_WORKER + indexing_memory(songs, dim)
         collecting = self.large.cpus * (
@@ -339,18 +352,18 @@ class _Planner:
         )
 
     def taste(self) -> StagePlan:
-        """Every CPU runs a process; the song table is one memory-mapped copy a node."""
+        """Plan `taste`: each CPU runs a process; all processes of a node share one memory-mapped song table."""
         worker = IDLE_WORKER + encoding_memory(self.config.hidden_dim, self.config.dim)
         needed = self.tight.cpus * worker + self.vectors
         return self._spread("taste", needed, self.data.buckets, "bucket of users", self.data.plays)
 
     def index(self) -> StagePlan:
-        """The vectors and the index over them; one node."""
+        """Plan `index`: the song vectors and their index on one node."""
         needed = IDLE_WORKER + indexing_memory(self.data.songs, self.config.dim)
         return self._stage("index", self.large, 1, self.large.cpus, needed, batches=1, batch_of="index", work=None)
 
     def evaluate(self) -> StagePlan:
-        """All histories are read; the queries are answered by two recommenders, whose arrays a node holds once."""
+        """Plan `evaluate`: all histories are read, and two recommenders, mapped once per node, answer the queries."""
         worker = IDLE_WORKER + evaluating_memory(ceil(self.config.queries / self.data.buckets))
         needed = self.tight.cpus * worker + evaluated_files(self.data.songs, self.config.dim, self.retrieval_bytes())
         stage = self._spread(
@@ -361,7 +374,7 @@ class _Planner:
         return replace(stage, hours=hours)
 
     def recommend(self) -> StagePlan:
-        """`recommend --all`: every CPU answers the users of a bucket, from tables that a node holds once."""
+        """Plan `recommend --all`: each CPU answers the users of a bucket, from tables that a node holds once."""
         worker = IDLE_WORKER + recommending_memory(self.data.songs, USERS_AT_ONCE)
         needed = self.tight.cpus * worker + 2 * self.vectors + self.retrieval_bytes()
         users = self.data.users
@@ -370,7 +383,7 @@ class _Planner:
         )
 
     def requests(self, stage: str) -> int | None:
-        """What a stage asks of object storage; an import reads text files."""
+        """Return the number of object storage requests of a stage; an import is assumed to read text files."""
         if stage == "import":
             text = self.data.plays * CSV_BYTES
             units = max(1, ceil(text / UNIT_BYTES))
@@ -395,7 +408,7 @@ class _Planner:
         return by_stage.get(stage, INDEX_REQUESTS)
 
     def storage(self) -> dict[str, int]:
-        """Bytes in the bucket, by what they are; what is there for a while only is named so."""
+        """Return bytes in object storage by kind of data; the names of temporary data begin with "while"."""
         floats = len(TrainConfig().horizons) * self.config.dim + self.config.hidden_dim + self.average_floats
         checkpoint = checkpoint_bytes(self.data.songs, self.config.dim)
         return {
@@ -412,7 +425,7 @@ class _Planner:
         }
 
     def states_bytes(self) -> int:
-        """Of the server's store of user states."""
+        """Return the bytes of the server's store of user states."""
         return states_bytes(
             self.data.users,
             self.data.plays,
@@ -421,7 +434,7 @@ class _Planner:
         )
 
     def serving(self) -> ServingPlan | None:
-        """Replicas on CPU nodes; each node holds the files of the release once. None without a rate of answers."""
+        """Plan the server on CPU nodes, each with one copy of the release; None without a rate of answers."""
         songs, answers = self.data.songs, self.rates.get(ANSWERS)
         if answers is None:
             return None
@@ -442,11 +455,11 @@ class _Planner:
         )
 
     def corpus_bytes(self) -> int:
-        """On the local disk of embed's node."""
+        """Return the bytes of the corpus on the local disk of the node of `embed`."""
         return corpus_bytes(self.data.plays, self.data.songs)
 
     def missing(self) -> Iterator[str]:
-        """What the cluster does not have at all."""
+        """Yield problems with settings that the cluster cannot meet: nodes, GPUs, CPUs, workers and batch."""
         if self.nodes > self.most_nodes:
             yield (
                 f"--nodes is {self.nodes}, and cluster {self.cluster.name} has at most {self.most_nodes} CPU nodes: "
@@ -475,7 +488,7 @@ class _Planner:
             )
 
     def other_problems(self, disk: int) -> Iterator[str]:
-        """Disk, the head and the GPU's memory."""
+        """Yield problems with the disk of `embed`, the memory of the head node and the memory of GPUs."""
         if self.large.disk is not None and disk > 0.8 * self.large.disk:
             yield (
                 f"embed writes a corpus of {gib(disk)} to the disk of one {self.large.name}, which has "
@@ -499,7 +512,7 @@ class _Planner:
                 )
 
     def serving_problems(self, serving: ServingPlan | None) -> Iterator[str]:
-        """The server's nodes and their memory."""
+        """Yield problems with the nodes of the server and their memory."""
         if serving is None:
             return
         if serving.node_memory > serving.memory_there:
@@ -514,7 +527,7 @@ class _Planner:
             )
 
     def notes(self, stages: list[StagePlan]) -> list[str]:
-        """What to know of these figures."""
+        """Return notes on assumptions behind the figures of the plan."""
         texts = []
         if any(stage.rate_from == BUILT_IN_FROM for stage in stages):
             texts.append(f"rates were measured on {BUILT_IN_FROM}; measure yours with rayrec bench scale --save FILE")
@@ -529,17 +542,17 @@ class _Planner:
         return texts
 
     def rate(self, name: str) -> float:
-        """A rate of the file, or the built-in one."""
+        """Return a rate from the file of rates, or else the built-in one."""
         return self.rates.get(name, BUILT_IN[name])
 
     def _on_node(self, units: int) -> int:
-        """Workers of a node, of so many units that Ray spreads over all nodes."""
+        """Return the number of workers per node when Ray spreads `units` units over all nodes."""
         return min(self.tight.cpus, ceil(units / self.nodes))
 
     def _spread(
         self, stage: str, memory: int, units: int, unit: str, work: int, per_second: str = "plays_per_second_per_cpu"
     ) -> StagePlan:
-        """A stage over all buckets on all CPU nodes."""
+        """Plan a stage whose units Ray spreads over all CPU nodes."""
         workers = min(self.cpus, units)
         rate = f"{stage}_{per_second}"
         nodes = min(self.nodes, ceil(workers / self.tight.cpus))
@@ -588,7 +601,10 @@ ADVICE: dict[str, str] = {
 
 
 def _most(kinds: list[tuple[int, int]], nodes: int) -> int:
-    """The most that so many nodes hold together, of kinds that each hold so much a node and have so many nodes."""
+    """Return the largest total amount of CPUs or GPUs on `nodes` nodes.
+
+    `kinds` are (amount per node, maximum number of nodes) of each type of node.
+    """
     total = 0
     for each, most in sorted(kinds, reverse=True):
         taken = min(nodes, most)
@@ -612,5 +628,5 @@ def _too_little(stage: StagePlan) -> Iterator[str]:
 
 
 def gib(size: int) -> str:
-    """Bytes in GiB."""
+    """Format bytes as GiB, such as `1.5 GiB`."""
     return f"{size / GIB:,.1f} GiB"

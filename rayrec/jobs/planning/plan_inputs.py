@@ -1,5 +1,6 @@
-"""What a plan starts from: how large the data are, how the stages will be run, how fast a CPU is, and what nodes a
-cluster may have, as files of `ray up` and manifests of KubeRay say.
+"""Inputs of a plan: the size of the data, the settings of the stages, the rates of a CPU, the nodes of a cluster.
+
+Nodes are read from cluster files of `ray up` or from manifests of KubeRay.
 """
 
 import json
@@ -26,9 +27,9 @@ from rayrec.model.train_config import TrainConfig
 from rayrec.storage.artifacts import DatasetManifest
 from rayrec.storage.workspace import HISTORIES
 
-LISTED = 5  # largest buckets and users
-CSV_BYTES = 33  # of a play with user, song and unix seconds; measured as the sizes of plan.py were
-ASSUMED_SKEW = 1.25  # largest bucket over the mean where no data set is there to look at
+LISTED = 5  # number of largest buckets and longest histories in `Skew`
+CSV_BYTES = 33  # bytes per play with user, song and Unix seconds, measured
+ASSUMED_SKEW = 1.25  # plays of the largest bucket divided by the mean, if there is no data set to measure
 BUILT_IN_FROM = "two shared cores of an AMD EPYC without a GPU, 2026-11-24"
 BUILT_IN = {
     "import_plays_per_second_per_cpu": 650_000.0,
@@ -41,27 +42,33 @@ BUILT_IN = {
     "evaluate_queries_per_second_per_cpu": 90.0,
     "recommend_users_per_second_per_cpu": 190.0,
 }
-TRAIN_ON_GPU = "train_plays_per_second_per_gpu"  # measured by nobody yet: only a file of rates can hold it
-ANSWERS = "answers_per_second_per_cpu"  # of `rayrec bench answers --save`; none is built in: catalogs differ too much
+TRAIN_ON_GPU = "train_plays_per_second_per_gpu"  # no built-in rate: only a file of rates can have it
+ANSWERS = "answers_per_second_per_cpu"  # of `rayrec bench answers --save`; not built in, since catalogs differ too much
 _EMBED, _TRAIN = EmbedConfig(), TrainConfig()
 GIB = 1 << 30
-# Of what a pod may use, the rest is the object store's: Ray's default share of it is 30 %.
+# Share of a pod's memory for tasks. The rest is for the object store: Ray's default share of it is 30 %.
 HEAP_SHARE = 0.7
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": GIB, "Ti": 1 << 40}
-# By the names that Ray gives accelerators; GiB of one device, from the makers' data sheets.
+# Ray's name of an accelerator -> GiB of memory of one device, from the manufacturers' data sheets.
 GPU_GIB = {"T4": 16, "V100": 16, "A10G": 24, "L4": 24, "L40S": 48, "A100": 40, "A100-80G": 80, "H100": 80, "H200": 141}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skew:
-    """Of a data set. Plays of buckets are told from their files' bytes, those of users are counted."""
+    """The largest buckets and the longest histories of a data set.
 
-    largest_buckets: list[tuple[int, int]]  # bucket, about how many plays; largest first
-    longest_histories: list[tuple[str, int]]  # user id, plays; of the largest bucket, longest first
+    The plays of a bucket are estimated from the size of its files; the plays of a user are counted.
+    """
+
+    largest_buckets: list[tuple[int, int]]  # (bucket, approximate number of plays), largest first
+    longest_histories: list[tuple[str, int]]  # (user id, number of plays) in the largest bucket, longest first
 
 
 def measure_skew(dataset: Dataset) -> Skew:
-    """One listing of files, and the lengths of one bucket's histories: cheap, however many users there are."""
+    """Return the skew of a data set from one listing of files and the history lengths of its largest bucket.
+
+    This is cheap for any number of users.
+    """
     sizes = _bucket_bytes(dataset)
     total = max(1, sum(sizes.values()))
     plays = [(bucket, round(dataset.manifest.plays * size / total)) for bucket, size in sizes.most_common(LISTED)]
@@ -89,7 +96,7 @@ def _longest(dataset: Dataset, bucket: int) -> list[tuple[str, int]]:
 
 
 class PlanConfig(Settings):
-    """How large the data are and how the stages will be run; the defaults are those of the stages."""
+    """The size of the data and the settings of the stages; the defaults are those of the stages."""
 
     users: int | None = Field(None, ge=1, description="Number of users, if there is no data set yet")
     plays: int | None = Field(None, ge=1, description="Number of plays of all users")
@@ -123,31 +130,31 @@ class PlanConfig(Settings):
 
     @property
     def fits(self) -> int:
-        """Fits of vectors and network: for the selection and the final one."""
+        """Number of fits of embeddings and network: the final one and, with a validation range, one for selection."""
         return 2 if self.validation else 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSize:
-    """How large the data are. `largest_bucket` is plays, assumed where nobody has looked."""
+    """The size of the data. `largest_bucket` is a number of plays, assumed unless it was measured on a data set."""
 
     users: int
     plays: int
     songs: int
     buckets: int
     largest_bucket: int
-    looked_at: bool  # whether the skew is that of a data set
+    looked_at: bool  # True if `largest_bucket` was measured on a data set
 
     @classmethod
     def assumed(cls, users: int, plays: int, songs: int, buckets: int = 0) -> "DataSize":
-        """From counts alone, each at least 1."""
+        """Return the size from counts alone, each at least 1; with `buckets` 0 the number of buckets is derived."""
         bucket_count = buckets or min(MAX_BUCKETS, max(MIN_BUCKETS, ceil(plays * CSV_BYTES / BUCKET_BYTES)))
         largest = ceil(plays / bucket_count * ASSUMED_SKEW)
         return cls(users=users, plays=plays, songs=songs, buckets=bucket_count, largest_bucket=largest, looked_at=False)
 
     @classmethod
     def of(cls, manifest: DatasetManifest, skew: Skew) -> "DataSize":
-        """Of a data set that is there."""
+        """Return the size of an existing data set."""
         return cls(
             users=manifest.users,
             plays=manifest.plays,
@@ -159,7 +166,7 @@ class DataSize:
 
 
 def read_rates(path: str) -> dict[str, float]:
-    """The rates of a file that `rayrec bench --save` wrote. Raises `InputError` for another file."""
+    """Return the rates in a file that `rayrec bench ... --save` wrote. Raises `InputError` for any other file."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))["rates"]
         rates = {str(name): float(rate) for name, rate in content.items()}
@@ -175,36 +182,36 @@ def read_rates(path: str) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeType:
-    """Nodes of one kind; bytes of one node."""
+    """A type of node. Sizes are in bytes per node."""
 
     name: str
     cpus: int
     gpus: int
-    memory: int  # that tasks may use, beside the object store
-    disk: int | None  # None where the file does not say
-    gpu_memory: int | None  # of one GPU; None where there is none, or which one is not said
-    most: int  # nodes there may be
+    memory: int  # for tasks, without the object store
+    disk: int | None  # None if the file does not give it
+    gpu_memory: int | None  # of one GPU; None without a GPU or if the file does not name the GPU
+    most: int  # maximum number of nodes
     head: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterFile:
-    """The nodes that a cluster may grow to."""
+    """The nodes that a cluster may have at most."""
 
     name: str
     nodes: list[NodeType]
-    most_nodes: int  # workers at once, of all kinds
+    most_nodes: int  # maximum number of worker nodes at the same time, all types together
 
     @property
     def workers(self) -> list[NodeType]:
-        """Those that work lands on."""
+        """The types of node that run tasks."""
         return [node for node in self.nodes if node.cpus and node.most]
 
 
 def read_cluster(path: str) -> ClusterFile:
-    """The nodes of a file of `ray up`, or of the first RayCluster, RayJob, RayService or RayCronJob in a manifest.
+    """Return the nodes of a `ray up` file, or of the first RayCluster, RayJob, RayService or RayCronJob in a manifest.
 
-    Raises `InputError` for a file that is neither.
+    Raises `InputError` for any other file.
     """
     try:
         documents = [item for item in yaml.safe_load_all(Path(path).read_text(encoding="utf-8")) if item]
@@ -256,7 +263,7 @@ def _launcher(path: str, config: dict[str, Any]) -> ClusterFile:
 
 
 def _boot_disk(node_config: dict[str, Any]) -> int | None:
-    """Bytes, of AWS's or Google Cloud's way of saying it."""
+    """Return the bytes of the largest disk in a node configuration of AWS or Google Cloud, None without a disk."""
     aws = [item["Ebs"]["VolumeSize"] for item in node_config.get("BlockDeviceMappings", []) if "Ebs" in item]
     gcp = [item.get("initializeParams", {}).get("diskSizeGb") for item in node_config.get("disks", [])]
     sizes = [int(size) for size in [*aws, *gcp] if size]
@@ -303,7 +310,7 @@ def _pod_node(name: str, group: dict[str, Any], most: int, *, head: bool = False
 
 
 def _json(text: str) -> dict[str, Any]:
-    """Ray's custom resources as a flag of `ray start` holds them: JSON in quotes."""
+    """Parse Ray's custom resources as written in a flag of `ray start`: JSON in quotes."""
     cleaned = text.strip("'").replace('\\"', '"').strip('"')
     return dict(json.loads(cleaned)) if cleaned else {}
 
@@ -319,7 +326,10 @@ def _accelerators(resources: dict[str, Any]) -> Iterator[str]:
 
 
 def quantity(value: Any) -> float:
-    """A quantity of Kubernetes as a number: `500m` is 0.5, `16Gi` is 17179869184. Raises `ValueError` for others."""
+    """Convert a Kubernetes quantity to a number: 0.5 for `500m`, 17179869184 for `16Gi`.
+
+    Raises `ValueError` for other text.
+    """
     match = re.fullmatch(r"([0-9.]+)(m|[kMGT]i?|Ki)?", str(value))
     if match is None:
         raise ValueError(f"{value!r} is not a quantity such as 4, 500m or 16Gi")
