@@ -1,1 +1,1 @@
-"""Each stage as a job on Ray, one thin file a stage. Ray is imported here and in serving alone."""
+"""The stages as jobs on Ray, one file per stage. Only `jobs`, `serving` and `bench` import Ray."""

@@ -1,4 +1,7 @@
-"""The songs stage: vectors for songs that the network has not learned, from artist, album, content and first plays."""
+"""The songs stage: estimates vectors of songs that the network has not learned.
+
+The estimates come from artist, album, content and first plays.
+"""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -25,16 +28,17 @@ KIND = "added_songs"
 def add_songs(workspace: Workspace, *, model_id: str | None = None, repeat: bool = False) -> Manifest:
     """Estimate an embedding for every song of the catalog without plays in training.
 
-    What is known of it is its artist, its album, its content, and what was played around its plays since the training.
-    Songs that were described and are not in the catalog yet come into it. The network and the index do not change:
-    what is written grows with the added songs alone. The map from content to vectors is learned once for a model.
+    The estimate uses the song's artist, album and content, and the songs played around its plays since the training.
+    Described songs that are not in the catalog yet are added to it. The network and the index stay unchanged, so the
+    size of the artifact depends on the added songs only. The map from content to vectors is learned once per model.
 
-    Metrics: seconds; new_songs, those that came into the catalog; songs, those with a vector now; with_content;
-    with_plays, those that were played since the training; rows_read, songs of the same artists and albums;
-    map_explained, the share of the squared distance from the mean vector that the map explains on songs with plays held
-    out; map_penalty; map_strengths.
+    Metrics: seconds; new_songs, songs added to the catalog; songs, songs with an estimated vector; with_content,
+    those of them with content; with_plays, those of them played since the training; rows_read, songs of the same
+    artists and albums whose vectors were read; map_explained, the share of the squared distance from the mean vector
+    that the map explains on held-out songs; map_penalty, the chosen penalty of squared weights; map_strengths, the
+    numbers of songs that the priors of artist and album count as.
 
-    Raises `NotFoundError` without a model, `MismatchError` for one of a data set that this one does not descend from.
+    Raises `NotFoundError` if there is no model, `MismatchError` if this data set does not descend from the model's.
     """
     finish_publishing(workspace)
     erase_forgotten(workspace)
@@ -72,9 +76,9 @@ def add_songs(workspace: Workspace, *, model_id: str | None = None, repeat: bool
 
 
 def added_since(dataset: Dataset, model: Manifest, allowed: FitRange, earlier: Manifest | None) -> AddedSongs:
-    """The songs to add to a model, by the plays since its training that `allowed` lets through.
+    """Return the songs to add to a model, estimated with the plays since its training that `allowed` permits.
 
-    `earlier` is the artifact of the songs that were added to it before.
+    `earlier` is the artifact of the songs that were added to the model before, or None.
     """
     return added_to(
         dataset,
@@ -93,9 +97,9 @@ def added_to(
     earlier: AddedSongs | None = None,
     songs_then: int = 0,
 ) -> AddedSongs:
-    """The songs to add to the network in a folder.
+    """Return the songs to add to the network in `folder`.
 
-    `plays` are those since its training; `earlier` and `songs_then` as in `AddedSongs.make`.
+    `plays` are the plays since the network's training; `earlier` and `songs_then` are as in `AddedSongs.make`.
     """
     workspace = dataset.workspace
     outputs = workspace.read_array(f"{folder}/{SONG_VECTORS}")
@@ -114,7 +118,10 @@ def added_to(
 
 
 def _plays_since(dataset: Dataset, model: Manifest, allowed: FitRange) -> Iterator[Histories]:
-    """The plays that were appended since the model was trained and that `allowed` lets through."""
+    """Yield the plays that `allowed` permits among those appended since the model was trained.
+
+    Yield nothing if their parts were joined with earlier ones.
+    """
     first_part = dataset.earlier(model.inputs["dataset"]).parts
     if first_part < dataset.manifest.parts and dataset.manifest.splits_at(first_part):
         for bucket in range(dataset.manifest.buckets):

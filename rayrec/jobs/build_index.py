@@ -1,4 +1,4 @@
-"""The index stage: faiss over the vectors that a model scores against, in one task on one node."""
+"""The index stage: builds a faiss index of the song embeddings of a model, in one task on one node."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ MODEL_VECTORS = "song_vectors.npy"  # float32 (N, D) in a model's folder
 def build_index(
     workspace: Workspace, config: IndexConfig, *, model_id: str | None = None, repeat: bool = False
 ) -> Manifest:
-    """Index the songs of a model, the newest unless named.
+    """Build the index of the songs of a model, by default the model requested last.
 
     Metrics: seconds of the whole job, and the fields of `IndexFigures`.
-    Raises `NotFoundError` where there is no such model, `MissingDependencyError` without faiss.
+    Raises `NotFoundError` if the model does not exist, `MissingDependencyError` without faiss.
     """
     model = load_manifest(workspace, "models", model_id) if model_id else newest(workspace, "models")
     require_one_faiss()
@@ -55,7 +55,7 @@ def build_index(
 def build_and_save(
     workspace: Workspace, config: IndexConfig, model: Manifest, path: str, threads: int
 ) -> Iterator[IndexFigures]:
-    """Build the index of a model's vectors and write it to a path; yields its figures."""
+    """Build the index of a model's vectors and write it to `path`; yield its figures."""
     vectors = workspace.read_array(model.path(MODEL_VECTORS))
     queries = taste_queries(workspace, model, config.queries) if config.kind_for(len(vectors)) == "ivf" else None
     index = SongIndex.build(vectors, config, queries=queries, threads=threads)
@@ -64,15 +64,15 @@ def build_and_save(
 
 
 def index_network(dataset: Dataset, network: TasteRecommender, config: IndexConfig, *, threads: int = 1) -> SongIndex:
-    """An index over the songs of a network, whose nprobe is chosen on taste vectors of the data set's users."""
+    """Build an index of the songs of a network; nprobe is chosen on taste vectors of the data set's users."""
     is_ivf = config.kind_for(network.num_songs) == "ivf"
     queries = sampled_tastes(dataset, network, config.queries) if is_ivf else None
     return SongIndex.build(network.song_vectors, config, queries=queries, threads=threads)
 
 
 def taste_queries(workspace: Workspace, model: Manifest, count: int) -> np.ndarray | None:
-    """The `sampled_tastes` of a model; None where the users' plays are gone."""
-    from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once needed
+    """Return the `sampled_tastes` of a model; None if the model's data set no longer exists in the workspace."""
+    from rayrec.recommend.taste_recommender import TasteRecommender  # imports torch, so only when needed
 
     if not workspace.exists(DATASET_MANIFEST):
         return None
@@ -83,9 +83,9 @@ def taste_queries(workspace: Workspace, model: Manifest, count: int) -> np.ndarr
 
 
 def sampled_tastes(dataset: Dataset, network: TasteRecommender, count: int) -> np.ndarray | None:
-    """float32 (at most `count`, D): taste vectors of users on both horizons; None without users.
+    """Return float32 (at most `count`, D): taste vectors of users for both horizons; None without users.
 
-    nprobe is chosen on them, since they lie elsewhere than songs do.
+    nprobe is chosen on taste vectors, because they are distributed differently from song embeddings.
     """
     from rayrec.recommend.two_step import HORIZONS
 

@@ -1,4 +1,4 @@
-"""Join the parts of the histories, bucket by bucket, so that reading takes few requests again; erase deleted users."""
+"""Compaction: joins the parts of the histories, so that reading takes few requests, and erases deleted users."""
 
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -16,16 +16,16 @@ from rayrec.storage.locking import writes
 from rayrec.storage.releases import list_releases, read_active
 from rayrec.storage.workspace import DATASET, HISTORIES, SENT_PLAYS, Workspace
 
-NEWEST_RELEASES = 2  # whose tastes the parts stay apart for, beside those of the live release and the one before it
+NEWEST_RELEASES = 2  # newest releases that keep parts separate, in addition to the live release and the one before it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compacted:
-    """What a compaction came to."""
+    """The result of a compaction."""
 
     dataset: DatasetManifest
-    spans_before: Spans  # first and last part of each set of files
-    spans: Spans
+    spans_before: Spans  # first and last part of each set of histories files, before the compaction
+    spans: Spans  # the same, after it
     erased: Erased
 
 
@@ -34,14 +34,15 @@ def compact(workspace: Workspace) -> Compacted:
     """Erase the rows of deleted users from all files, and join the parts of the data set.
 
     Other plays and all artifacts stay valid.
-    Parts stay apart where tastes end that a later `rayrec taste` continues, or that a release uses: the live one, the
-    one that a rollback makes live, and the last two that were created. Running readers keep to the old files, which
-    stay until `rayrec clean`. A killed compaction leaves the data set as it was; the next one continues with the
-    missing buckets. The impression log is compacted, too.
+    Parts that taste vectors cover are not joined with later parts if a later `rayrec taste` continues these taste
+    vectors, or if a release uses them: the live one, the one that a rollback makes live, or one of the last two that
+    were created. Running readers keep reading the old files, which stay until `rayrec clean`. A killed compaction
+    leaves the data set unchanged; the next one continues with the missing buckets. The impression log is compacted,
+    too.
     """
     compact_impressions(workspace)
     finish_publishing(workspace)
-    workspace.delete(SENT_PLAYS)  # left by a killed import, which may have begun after the users' rows were erased
+    workspace.delete(SENT_PLAYS)  # a killed import may have left them after the users' rows were erased
     erased = erase_forgotten(workspace)
     dataset = Dataset(workspace)
     base = dataset.manifest
@@ -63,7 +64,7 @@ def compact(workspace: Workspace) -> Compacted:
 
 
 def _cuts(dataset: Dataset) -> set[int]:
-    """Numbers of parts before which plays must stay apart from those after."""
+    """Return the parts at which files are cut: no file may hold plays from before such a part and from it on."""
     tastes = artifacts.listing(dataset.workspace, "tastes")
     fitting = [each for each in tastes if dataset.descends_from(each.inputs["dataset"])]
     all_releases, state = list_releases(dataset.workspace), read_active(dataset.workspace)

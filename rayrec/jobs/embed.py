@@ -1,7 +1,8 @@
-"""The embed stage: song vectors by word2vec in one task on one node, or from an outside file.
+"""The embed stage: song embeddings by word2vec in one task on one node, or from a file.
 
-The task asks for as many CPUs as it has threads, all of the largest node unless told, so that Ray puts
-it where they are and nothing else beside it. Why one node, and what then: `rayrec.embeddings.word2vec`.
+The task requests one CPU per thread, by default all CPUs of the largest node. Ray then places it on a node that has
+these CPUs free, and runs nothing else on them. `rayrec.embeddings.word2vec` says why one node is used, and what to do
+if that takes too long.
 """
 
 import time
@@ -28,9 +29,9 @@ from rayrec.storage.workspace import Workspace
 def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = None, repeat: bool = False) -> Manifest:
     """Compute the song embeddings of a data set: vectors.npy, and with a validation range selection_vectors.npy.
 
-    The first are fitted on all that a final fit may see, the second without the validation range.
-    Vectors from outside are taken as they are, for both. Metrics: seconds, the figures of
-    `fit_vectors` or `take_vectors` and those of `check_health`.
+    vectors.npy is fitted on all plays that a final fit may see, selection_vectors.npy without the validation range.
+    Embeddings from the file `config.vectors` are used for both. Metrics: seconds, the figures of `fit_vectors` or
+    `take_vectors` and those of `check_health`.
 
     Raises `MismatchError` for a split of another data set, `InputError` for settings or files that
     do not fit the data.
@@ -53,7 +54,7 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
     if split is not None and split.has_validation:
         fits[SELECTION] = split.selection
     if config.vectors is None:
-        word2vec.choose_source(dataset, config)  # before a cluster is started for nothing
+        word2vec.choose_source(dataset, config)  # raises here, before a cluster is started
         fit_figures = _fit_all(workspace, config, manifest, fits)
     else:
         paths = [manifest.path(name) for name in fits]
@@ -68,7 +69,7 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
 def _fit_all(
     workspace: Workspace, config: EmbedConfig, manifest: Manifest, fits: dict[str, FitRange]
 ) -> dict[str, Any]:
-    """Fit one range after another, with one bar over all epochs; the figures of the final fit."""
+    """Fit one range after another, with one progress bar over all epochs; return the figures of the final fit."""
     final_figures: dict[str, Any] = {}
     with ray_cluster(), progress("Song embeddings, epochs", total=len(fits) * config.epochs) as bar:
         cpus = min(config.workers or node_cpus(), node_cpus())

@@ -1,4 +1,4 @@
-"""Evaluate networks and baselines: on the test range by bucket of users, on given prefixes by piece of their file."""
+"""The evaluate stage: compares networks and baselines, on the test range or on the pairs of a file of prefixes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from rayrec.storage.workspace import Workspace, artifact_dir
 
 KIND = "reports"
 USERS_PER_BATCH = 2_000
-EXAMPLES, EXAMPLE_PLAYS, EXAMPLE_SONGS = 3, 5, 5  # users shown, with their last plays and recommended songs
+EXAMPLES, EXAMPLE_PLAYS, EXAMPLE_SONGS = 3, 5, 5  # users shown; last plays and songs shown per user
 PREFIXES_AT_ONCE = 1 << 18  # bytes of a file of prefixes that one task reads
 ABOUT_PREFIXES = "The target of each line of the file is predicted from the songs of its prefix; there are no times."
 
@@ -66,16 +66,17 @@ def evaluate(
 ) -> Manifest:
     """Write reports/<id>/ about the models of `config` on the test range of `split`.
 
-    Without names these are the network `model_id` (None: the one trained last) and every baseline. Baselines are
-    fitted on what came before the test range, with the song embeddings that the network was trained from, and tuned
-    on the validation range; where it was trained without any, those that need them are left out. With
-    `config.ablation` the default model is evaluated without each of its parts as well, by rankers that are trained for
-    it. The manifest's metrics hold default, protocol, what `summary` gives, users, plays and seconds; the figures of
-    `figures_of`, examples and the health of the song embeddings are in results.json, see `read_figures`.
+    If `config.models` names no models, these are the network `model_id` (None: the model requested last) and every
+    baseline. Baselines are fitted on the plays before the test range, with the song embeddings from which the network
+    was trained, and tuned on the validation range. If the network was trained without song embeddings, baselines that
+    need them are left out. With `config.ablation` two-step is also evaluated without each of its parts, with rankers
+    that are trained for this. The manifest's metrics hold default, protocol, the result of `summary`, users, plays and
+    seconds. The figures of `figures_of`, the examples and the health of the song embeddings are in results.json; see
+    `read_figures`.
 
-    Raises `InputError` without a split or for one without a test range, for an unknown model, for an ablation without
-    two-step among the models, and for a test range without queries, `NotFoundError` where there is no network or no
-    song embeddings, `MismatchError` for those of another split.
+    Raises `InputError` without a split, for a split without a test range, for an unknown model, for an ablation without
+    two-step among the models, and for a test range without queries; `NotFoundError` if there is no network or no song
+    embeddings; `MismatchError` if they were made for another split.
     """
     if split is None or not split.has_test:
         raise InputError("No split to evaluate on; run `rayrec split`, `rayrec embed` and `rayrec train` first")
@@ -129,7 +130,7 @@ def evaluate(
 
 
 def settings_of_parts(workspace: Workspace, compared: ComparedModels, config: EvaluateConfig) -> dict[str, str]:
-    """For each part of the models, and for the evaluation: the settings that are not the defaults, in a line."""
+    """Return the settings that differ from the defaults, in one line per part of the models and for the evaluation."""
     parts: dict[str, tuple[type[Settings], Manifest]] = {}
     if compared.songs:
         parts["the song embeddings"] = EmbedConfig, compared.songs
@@ -145,7 +146,7 @@ def settings_of_parts(workspace: Workspace, compared: ComparedModels, config: Ev
 
 
 def plots_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[Plot]:
-    """The training of the network, and a map of the song embeddings that it scores, or of those it was made from."""
+    """Return plots of the network's training and song embeddings; without a network, of the baselines' embeddings."""
     workspace, plots = dataset.workspace, []
     if compared.model and EPOCHS in compared.model.files:
         lines = workspace.read_bytes(compared.model.path(EPOCHS)).splitlines()
@@ -159,9 +160,9 @@ def plots_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray)
 
 
 def examples_of(dataset: Dataset, evaluator: Evaluator, default: str) -> list[dict[str, Any]]:
-    """What the default model recommends to three users, as served, before their first play of the test range.
+    """Return the songs that the default model recommends to three users before their first play of the test range.
 
-    Each has last_plays and songs, by title.
+    Songs that the user has heard are left out. Each example has last_plays and songs, both as titles.
     """
     named = [recommender for recommender in evaluator.recommenders if recommender.name == default]
     catalog, examples = dataset.catalog(), []
@@ -184,24 +185,24 @@ def examples_of(dataset: Dataset, evaluator: Evaluator, default: str) -> list[di
 
 
 def health_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[dict[str, Any]]:
-    """The health of the song vectors behind the models: an entry for those embedded, one for the network's.
+    """Return the health of the song embeddings: one entry for those of the embed stage, one for the network's.
 
-    Each has vectors (songs or models), id, dim, directions and the figures of `check_health`; `song_plays`,
-    int (N,), choose the most played songs.
+    Each entry has vectors ("songs" or "models"), id, dim, directions and the figures of `check_health` without its
+    warning. `song_plays`, int (N,), are the plays by which `check_health` selects the most played songs.
     """
     entries = []
     for role, path in vector_paths(compared).items():
         vectors = SongVectors(np.asarray(dataset.workspace.read_array(path)))
         figures = check_health(vectors, song_plays[: len(vectors)], dataset.catalog())
-        del figures["warning"]  # its advice is for word2vec; the page tells the limit
+        del figures["warning"]  # its advice is for word2vec; the report shows the limit
         about = {"vectors": role, "id": compared.inputs[role], "dim": vectors.dim}
         entries.append({**about, "directions": directions(vectors), **figures})
     return entries
 
 
 def vector_paths(compared: ComparedModels) -> dict[str, str]:
-    """Role -> path of the song vectors, where they are there: those embedded, then those the network answers with."""
-    from rayrec.model.checkpoint import SONG_VECTORS as TRAINED  # brings torch: only once needed
+    """Return role -> path of the existing song embeddings: those of the embed stage, then the network's."""
+    from rayrec.model.checkpoint import SONG_VECTORS as TRAINED  # imports torch, so only when needed
 
     paths = {"songs": compared.songs.path(FINAL)} if compared.songs else {}
     return {**paths, "models": compared.model.path(TRAINED)} if compared.model else paths
@@ -215,7 +216,7 @@ def make_evaluator(
     compared: ComparedModels,
     without: Mapping[str, str] | None = None,
 ) -> Evaluator:
-    """An evaluator of the models of `compared`, and of the default one without parts (part -> folder of rankers)."""
+    """Return an evaluator of the models of `compared`, and of two-step without parts (part -> folder of rankers)."""
     recommenders, song_plays = make_recommenders(workspace, dataset, compared, split, without)
     return Evaluator(
         recommenders,
@@ -228,9 +229,10 @@ def make_evaluator(
 
 
 def evaluate_buckets(workspace: Workspace, evaluator: Evaluator, buckets: int, folder: str) -> MetricAccumulator:
-    """The sums of all users, the buckets spread over the cluster.
+    """Return the sums over all users; the buckets are spread over the cluster.
 
-    All workers of a node map the evaluator's arrays from files; `folder` holds those that no artifact does meanwhile.
+    All workers of a node memory-map the evaluator's arrays. During the evaluation `folder` holds the arrays that no
+    artifact holds.
     """
     sums = evaluator.empty()
     ranges = cell_ranges(buckets, evaluator.cells_at_once)
@@ -246,7 +248,10 @@ def evaluate_buckets(workspace: Workspace, evaluator: Evaluator, buckets: int, f
 
 
 def query_share(workspace: Workspace, evaluator: Evaluator, buckets: int) -> float:
-    """The share of the test range's queries that leaves about `queries` of them, from the counts of a few buckets."""
+    """Return the share of the test range's queries to evaluate, so that about `config.queries` queries remain.
+
+    Their total number is estimated from a few buckets. The share is 1 if `config.queries` is 0.
+    """
     if not evaluator.config.queries:
         return 1.0
     counted = np.unique(np.linspace(0, buckets - 1, min(buckets, COUNTED_BUCKETS)).astype(int)).tolist()
@@ -262,19 +267,19 @@ class QueryCounter:
         self.dataset, self.split = Dataset(workspace), split
 
     def __call__(self, bucket: int) -> int:
-        """The plays to predict of a bucket's users."""
+        """Return the number of plays to predict of a bucket's users."""
         batches = self.dataset.read_bucket(int(bucket), USERS_PER_BATCH)
         return sum(len(plays_to_predict(histories, self.split)) for histories in batches)
 
 
 class BucketEvaluator:
-    """Evaluates the users of some bootstrap cells of one bucket at a time."""
+    """A bucket worker: evaluates the users of one bucket that are in one range of bootstrap cells."""
 
     def __init__(self, workspace: Workspace, stored: EvaluatorFiles[Evaluator], ranges: list[CellRange]) -> None:
         self.dataset, self.evaluator, self.ranges = Dataset(workspace), stored.load(), ranges
 
     def __call__(self, unit: int) -> tuple[int, MetricAccumulator]:
-        """The unit and the sums of its users: a bucket's, divided by ranges of cells."""
+        """Return `unit` and the sums of its users. `unit` is the bucket times the number of ranges, plus the range."""
         bucket, part = divmod(int(unit), len(self.ranges))
         cells = self.ranges[part]
         sums = self.evaluator.empty(cells.count)
@@ -293,14 +298,14 @@ def evaluate_prefixes(
     model_id: str | None = None,
     repeat: bool = False,
 ) -> Manifest:
-    """Write reports/<id>/ about the models of `config` on the pairs of a file.
+    """Write reports/<id>/ about the models of `config` on the pairs of `file`: a prefix of songs, and its next song.
 
-    Models are those made for `split`, or without one those made of all plays, and baselines are
-    fitted likewise. The manifest's metrics hold default, what `summary` gives, pairs, unknown_targets (misses, all
-    of them), unknown_items and seconds; results (users all, targets served and next), comparisons, calibration and the
-    health of the song embeddings are in results.json, see `read_figures`.
+    The models are those made for `split`, or without a split those made from all plays; baselines are fitted on the
+    same plays. The manifest's metrics hold default, protocol, the result of `summary`, pairs, unknown_targets (all of
+    them count as misses), unknown_items and seconds. The results (users all, targets served and next), comparisons,
+    calibration and the health of the song embeddings are in results.json; see `read_figures`.
 
-    Raises `InputError` for a file without pairs or with a line that cannot be read, else as `evaluate`.
+    Raises `InputError` for a file without pairs or with a line that cannot be read, and the errors of `evaluate`.
     """
     started = time.monotonic()
     if config.queries:
@@ -374,9 +379,9 @@ def evaluate_prefixes(
 def evaluate_pairs(
     workspace: Workspace, evaluator: PrefixEvaluator, file: PrefixFile, units: Sequence[Unit], folder: str
 ) -> tuple[MetricAccumulator, np.ndarray]:
-    """The sums and the counts, as in `Prefixes`, of all units, spread over the cluster.
+    """Return the sums and the counts over all units, which are spread over the cluster.
 
-    `folder` is as in `evaluate_buckets`.
+    The counts, int64 (3,), are those of `Prefixes.counts`; `folder` is as in `evaluate_buckets`.
     """
     sums, counts = evaluator.empty(), np.zeros(3, dtype=np.int64)
     ranges = cell_ranges(len(units), evaluator.cells_at_once)
@@ -391,7 +396,7 @@ def evaluate_pairs(
 
 
 class UnitEvaluator:
-    """Evaluates the pairs of some bootstrap cells of one unit of the file at a time."""
+    """Evaluates the pairs of one unit of the file that are in one range of bootstrap cells."""
 
     def __init__(
         self,
@@ -405,7 +410,10 @@ class UnitEvaluator:
         self.song_ids = Dataset(workspace).catalog().table.column(columns.SONG_ID)
 
     def __call__(self, task: int) -> tuple[int, MetricAccumulator, np.ndarray]:
-        """The task, and the sums and counts of its pairs: those that begin in a unit, divided by ranges of cells."""
+        """Return `task`, and the sums and counts of the pairs that begin in its unit and are in its range of cells.
+
+        `task` is the unit times the number of ranges, plus the range.
+        """
         unit, part = divmod(int(task), len(self.ranges))
         cells = self.ranges[part]
         sums, counts = self.evaluator.empty(cells.count), np.zeros(3, dtype=np.int64)
@@ -417,23 +425,23 @@ class UnitEvaluator:
 
 
 TWO_STEP, TASTE, TASTE_SHORT = "two-step", "taste", "taste-short"
-NETWORKS = (TWO_STEP, TASTE, TASTE_SHORT)  # the recommenders that a models artifact may give
+NETWORKS = (TWO_STEP, TASTE, TASTE_SHORT)  # the recommenders that are made from a models artifact
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedModels:
     """The models of an evaluation, all of one split."""
 
-    names: tuple[str, ...]  # of the models
-    default: str  # the one that `recommend` uses
-    model: Manifest | None  # the network, where it is among them
-    others: dict[str, Manifest]  # more networks by the name that they were given
-    songs: Manifest | None  # the song vectors of the baselines, where one needs them
-    inputs: dict[str, str]  # role -> id
+    names: tuple[str, ...]  # names of the models
+    default: str  # the model that `recommend` uses
+    model: Manifest | None  # the network behind NETWORKS; None if none of these is evaluated
+    others: dict[str, Manifest]  # other networks, given as NAME=ID: name -> network
+    songs: Manifest | None  # the song embeddings of the baselines; None if no baseline needs them
+    inputs: dict[str, str]  # role -> id of the artifacts
 
     @property
     def warning(self) -> str | None:
-        """A line about the parts that a split could not keep from the plays they are evaluated on."""
+        """A line that names the parts trained on playlists, which a split cannot cut; None without such parts."""
         if "split" not in self.inputs:
             return None
         parts = {"the network": self.model, **self.others, "the song embeddings": self.songs}
@@ -444,11 +452,10 @@ class ComparedModels:
 def choose_models(
     workspace: Workspace, dataset: Dataset, config: EvaluateConfig, split: Split | None, model_id: str | None
 ) -> ComparedModels:
-    """The models of `config` with the artifacts they need, all made for `split` or, without one, of all plays.
+    """Return the models of `config` with the artifacts they need, made for `split` or, without a split, from all plays.
 
-    `NAME=ID` among the models is the network of another models artifact, under that name. Raises
-    `InputError` for an unknown model, `NotFoundError` for an artifact that is not there, `MismatchError`
-    for one of another split.
+    `NAME=ID` in `config.models` is the network of models artifact `ID` under the name `NAME`. Raises `InputError` for
+    an unknown model, `NotFoundError` if an artifact does not exist, `MismatchError` for an artifact of another split.
     """
     named, others = _named(workspace, config)
     if split is not None:
@@ -482,7 +489,7 @@ def choose_models(
 
 
 def _named(workspace: Workspace, config: EvaluateConfig) -> tuple[list[str], dict[str, Manifest]]:
-    """The names of the models wanted, and the artifacts of those given as NAME=ID."""
+    """Return the names of the models in `config`, and name -> artifact of those given as NAME=ID."""
     names: list[str] = []
     others: dict[str, Manifest] = {}
     for spelled in config.models or ():
@@ -501,9 +508,9 @@ def _named(workspace: Workspace, config: EvaluateConfig) -> tuple[list[str], dic
 
 
 def require_split(part: Manifest, split: Split | None, dataset: Dataset, command: str) -> None:
-    """Raise `MismatchError` for a part that was not made for the split, or without one not of all plays.
+    """Raise `MismatchError` if `part` was not made for `split`, or without a split if it was not made from all plays.
 
-    Made from the data set, or from one that it descends from.
+    The part may be made from the data set, or from one that it descends from. The message suggests `command`.
     """
     made_of, split_id = part.inputs.get("split"), split.id if split else None
     if made_of == split_id and dataset.descends_from(part.inputs.get("dataset", dataset.manifest.id)):
@@ -522,12 +529,11 @@ def make_recommenders(
     split: Split | None,
     without: Mapping[str, str] | None = None,
 ) -> tuple[list[BaseRecommender], np.ndarray]:
-    """Fit the baselines on what final fits may see and load the networks, in the order of the names, then ablations.
+    """Fit the baselines and load the networks; return the recommenders and int64 (N,), the plays of each song.
 
-    `without` names the parts that two-step is evaluated without, each with the folder of its rankers. The settings
-    of baselines are chosen on the validation range, where the split has one.
-
-    Also float64 (N,): how often each song was played there.
+    The recommenders are in the order of the names, then the ablations. Baselines are fitted on the plays that final
+    fits may see, which are also the plays counted. Their settings are chosen on the validation range, if the split has
+    one. `without` maps each part that two-step is evaluated without to the folder of its rankers.
     """
     vectors = np.asarray(workspace.read_array(compared.songs.path(FINAL))) if compared.songs else None
     allowed, selection = fit_range(split), None
@@ -550,7 +556,7 @@ def make_recommenders(
 
 
 def _ablated(workspace: Workspace, two_step: BaseRecommender, part: str, folder: str) -> BaseRecommender:
-    """Two-step without a part, by the rankers in a folder, named `without PART`."""
+    """Return two-step without `part`, with the rankers in `folder`, under the name `without PART`."""
     from rayrec.recommend.two_step import TwoStepRecommender, load_rankers
 
     assert isinstance(two_step, TwoStepRecommender)
@@ -560,7 +566,7 @@ def _ablated(workspace: Workspace, two_step: BaseRecommender, part: str, folder:
 
 
 def rankers_of(workspace: Workspace, compared: ComparedModels) -> Manifest:
-    """The rankers of two-step, for an ablation. Raises `InputError` where two-step is not among the models."""
+    """Return the rankers of two-step, for an ablation. Raises `InputError` if two-step is not among the models."""
     if TWO_STEP not in compared.names:
         raise InputError(
             f"--ablation evaluates {TWO_STEP} without each of its parts, and it is not among the models; add it to "
@@ -570,11 +576,11 @@ def rankers_of(workspace: Workspace, compared: ComparedModels) -> Manifest:
 
 
 def _networks(workspace: Workspace, dataset: Dataset, compared: ComparedModels) -> dict[str, BaseRecommender]:
-    """The networks of an evaluation by name, and two-step where the model has rankers.
+    """Return name -> network of an evaluation, and two-step if the model has rankers.
 
-    Two-step searches the index that was made of the model, where there is one.
+    Two-step searches the index that was built of the model; if there is none, one is built here.
     """
-    from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once needed
+    from rayrec.recommend.taste_recommender import TasteRecommender  # imports torch, so only when needed
     from rayrec.recommend.two_step import load_two_step
 
     networks: dict[str, BaseRecommender] = {}

@@ -1,4 +1,4 @@
-"""From files of plays to a live release: chosen and measured on the newest plays, then fitted on all plays."""
+"""Fits a live release from files of plays: models are chosen on the newest plays, then fitted on all plays."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,14 +38,14 @@ from rayrec.storage.releases import VALIDATION, default_parts
 from rayrec.storage.workspace import Workspace
 
 TARGETS = ("served", "next")
-QUERIES = 10_000  # about
-SAMPLES = 500  # of the bootstrap
-SHARED = "reports/quality"  # folder of what workers share; the jobs that measure quality run one at a time
+QUERIES = 10_000  # approximate number of queries that are answered
+SAMPLES = 500  # bootstrap samples
+SHARED = "reports/quality"  # folder of the files that workers share; only one job at a time measures quality
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedParts:
-    """What answers: a network, and perhaps a retrieval with rankers."""
+    """The parts of a recommender: a network, optionally with added songs, and optionally a retrieval with rankers."""
 
     name: str
     network: str  # folder of the network
@@ -54,7 +54,7 @@ class ServedParts:
     added: AddedSongs | None = None
 
     def load(self, dataset: Dataset, index: IndexConfig) -> BaseRecommender:
-        """The recommender, with an index of its own."""
+        """Return the recommender of these parts, with an index that is built for it."""
         network = TasteRecommender.from_folder(dataset.workspace, self.network)
         if self.added is not None:
             network.add_songs(self.added)
@@ -69,23 +69,23 @@ class ServedParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Recall@20 and MRR@20 of models on the same queries; each row as `Figures.results` and `comparisons` give them."""
+    """Recall@20 and MRR@20 of models on the same queries, with the rows of `Figures.results` and `comparisons`."""
 
     results: list[Entry]  # model, target (served or next), metric, value, low, high, plays (queries)
-    comparisons: list[Entry]  # of the first model with each other one
+    comparisons: list[Entry]  # the first model compared with each other model
 
     @property
     def queries(self) -> int:
-        """Queries behind the figures as served."""
+        """Number of queries behind the figures as served."""
         return max((row["plays"] for row in self.results if row["target"] == "served"), default=0)
 
     def value(self, model: str, target: str = "served", metric: str = "recall") -> float | None:
-        """One figure; None where no query stands behind it."""
+        """Return one figure; None if it has no queries."""
         row_of = {"model": model, "target": target, "metric": metric}
         return next((row["value"] for row in self.results if row_of.items() <= row.items()), None)
 
     def table(self) -> list[list[Any]]:
-        """One row a model: name, recall@20 as served with low and high, MRR@20, and both of all next plays."""
+        """Return one row per model: name, recall@20 as served, low, high, MRR@20, and both of all next plays."""
         served = [row for row in self.results if row["target"] == "served" and row["metric"] == "recall"]
         others = (("served", "mrr"), ("next", "recall"), ("next", "mrr"))
         return [
@@ -100,7 +100,10 @@ class Quality:
         ]
 
     def summary(self, model: str, shown: str) -> dict[str, Any]:
-        """What a release keeps of a model, under the name that is `shown`: verdict, queries, figures at 20."""
+        """Return the verdict, the number of queries and the figures at 20 of `model`, for the manifest of a release.
+
+        `shown` is the name of the model in the verdict.
+        """
         entries = {"results": self.results, "comparisons": self.comparisons}
         if shown != model:
             entries = {"results": [{**row, "model": shown} for row in self.results if row["model"] == model]}
@@ -121,7 +124,7 @@ class Quality:
         return html_table(f"Validation, {self.queries:,} queries as served", headers, self.table())
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return plain values for JSON."""
         return {"queries": self.queries, "results": self.results, "comparisons": self.comparisons}
 
 
@@ -133,13 +136,13 @@ def measure_quality(
     song_plays: np.ndarray,
     checking_users: bool = False,
 ) -> Quality:
-    """Recall@20 and MRR@20 of models on the test range of a split that none of them has seen.
+    """Measure recall@20 and MRR@20 of models on the test range of a split, which none of them has seen.
 
-    Their names differ. `song_plays`, int (N,), are the plays before the range: songs without one are a miss for every
-    model. With `checking_users` only those who check rankers are evaluated: the others' queries trained them. About
-    10,000 queries are answered. Needs a running cluster.
+    The models must have different names. `song_plays`, int (N,), are the plays of each song before the range; a song
+    without plays is a miss for every model, except one to which it was added. With `checking_users` only the users
+    held out of the training of rankers are evaluated. About 10,000 queries are answered. Needs a running cluster.
     """
-    queries = QUERIES * HELD_OUT if checking_users else QUERIES  # of all users
+    queries = QUERIES * HELD_OUT if checking_users else QUERIES  # drawn from all users
     config = EvaluateConfig(ks=(USUAL_K,), queries=queries, bootstrap_samples=SAMPLES, offsets=0, max_curve_users=0)
     evaluator = Evaluator(
         models,
@@ -163,19 +166,19 @@ Sections = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """What a fit came to."""
+    """The result of `fit`."""
 
-    read_as: str  # format and columns
-    last_import: Mapping[str, Any]  # as `ImportSummary.to_mapping` gives it; empty where no files were read
+    read_as: str  # the format and columns of the files, in words
+    last_import: Mapping[str, Any]  # result of `ImportSummary.to_mapping`; empty if no files were read
     outcomes: list[Outcome]
-    release: str  # id
-    split: Split | None  # whose validation range everything was chosen on; None: too few plays
-    quality: Quality | None  # on that range, of models that have not seen it
-    user: str  # an example
-    answer: Answer  # what is recommended to this user
+    release: str  # id of the release
+    split: Split | None  # models were chosen on its validation range; None if there are too few plays
+    quality: Quality | None  # quality on that range, of models that have not seen it
+    user: str  # id of an example user
+    answer: Answer  # the songs recommended to this user
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return plain values for JSON."""
         return {
             "read_as": self.read_as,
             "import": dict(self.last_import),
@@ -200,15 +203,15 @@ def fit(
 ) -> FitResult:
     """Import plays, use the newest for validation, fit everything on all plays and make the release live.
 
-    `settings` are those of the stages, section -> name -> value, as in a pipeline file; those of `train` default to
-    ones that suit the number of plays. Stages whose inputs and settings have not changed are skipped, unless with
-    `force`. `on_stage` is called after each stage, `on_note` with texts on what was guessed, rejected
-    and used for validation.
+    `settings` are the settings of the stages, section -> name -> value, as in a pipeline file. The default settings of
+    `embed` and `train` depend on the plays. Stages whose inputs and settings have not changed are skipped, unless
+    `force` is true. `on_stage` is called after each stage, `on_note` with texts about the settings that were guessed,
+    the rows that were rejected and the plays that were used for validation.
 
-    The quality is that of the networks, retrieval and rankers that have not seen the validation range, on queries of
-    the users by whom the rankers were not trained. Raises `InputError` for files that cannot be read, for unknown
-    settings, in a workspace that holds other plays, and where plays were appended since and the files have changed,
-    and `TooManyRejectedError` where more rows are rejected than `max_rejected` allows.
+    The quality is that of networks, retrieval and rankers that have not seen the validation range, on queries of users
+    who were held out of the training of the rankers. Raises `InputError` for files that cannot be read, for unknown
+    settings, if the workspace holds other plays, and if plays were appended since the import and the files have
+    changed; `TooManyRejectedError` if more rows are rejected than `max_rejected` allows.
     """
     require_one_faiss()  # before any work
     sections = _checked(settings or {})
@@ -257,10 +260,10 @@ def fit(
 
 
 def fit_models(stages: Stages, configs: Mapping[str, Settings]) -> None:
-    """Embeddings, network, added songs, and with a split also retrieval and rankers."""
+    """Run the stages embed, train and songs, and with a split also retrieval and rank."""
     stages.run("embed", configs["embed"])
     stages.run("train", configs["train"])
-    stages.run("songs")  # before the rankers, which then learn where new songs belong
+    stages.run("songs")  # before rank, so that rankers learn to rank new songs
     for name in RANKING:
         if stages.split is None:
             stages.leave_out(name, NO_RANGE)
@@ -269,7 +272,7 @@ def fit_models(stages: Stages, configs: Mapping[str, Settings]) -> None:
 
 
 def stage_configs(dataset: Dataset, sections: Sections) -> dict[str, Settings]:
-    """Stage -> config of all stages after the import, those of embeddings and training by the data set."""
+    """Return stage -> config of all stages after the import; the defaults of embed and train depend on the data set."""
     defaults = {
         "embed": {"session_gap_minutes": session_gap(dataset)},
         "train": {} if "preset" in sections.get("train", {}) else train_defaults(dataset.manifest),
@@ -280,18 +283,21 @@ def stage_configs(dataset: Dataset, sections: Sections) -> dict[str, Settings]:
     }
 
 
-# Why these: docs/training.md, "What fit chooses by itself".
+# docs/training.md, "What fit chooses by itself", gives the reasons for these values.
 STEPS_PER_EPOCH = 40
 SMALLEST_BATCH = 4
 PLAYS_WITHOUT_WORKERS = 2_000_000  # starting Ray Train's workers takes longer than a short training
 SESSION_MINUTES = 30.0
 WHOLE_HISTORY_MINUTES = 1e9
-IN_SESSIONS = 0.5  # share of the plays below which each history counts as one session
+IN_SESSIONS = 0.5  # if a smaller share of the plays is in such sessions, each history is one session
 SAMPLED_PLAYS = 1_000_000
 
 
 def session_gap(dataset: Dataset) -> float:
-    """The pause that ends a session, in minutes: none does where most plays are alone within half an hour."""
+    """Return the pause that ends a session, in minutes.
+
+    It is 30, or longer than any history if most plays have no other play of the user within 30 minutes.
+    """
     plays = near = 0
     for histories in dataset.read_all():
         same_user = histories.rows[1:] == histories.rows[:-1]
@@ -304,7 +310,7 @@ def session_gap(dataset: Dataset) -> float:
 
 
 def train_defaults(dataset: DatasetManifest) -> dict[str, Any]:
-    """Settings of the training for the size of a data set: a small one is read in smaller batches and more epochs."""
+    """Return training settings for the size of a data set: small data gets smaller batches and no Ray Train workers."""
     usual = TrainConfig()
     windows = dataset.users + dataset.plays // usual.window
     batch = min(usual.batch, max(SMALLEST_BATCH, windows // STEPS_PER_EPOCH))
@@ -315,7 +321,7 @@ def train_defaults(dataset: DatasetManifest) -> dict[str, Any]:
 def served_before(
     dataset: Dataset, model: Manifest, retrieval: Manifest, rankers: Manifest | None, name: str
 ) -> ServedParts:
-    """What answers with the parts that have not seen the validation range."""
+    """Return the parts of a recommender that have not seen the validation range."""
     return ServedParts(
         name=name,
         network=model.path(SELECTION_NETWORK),
@@ -326,7 +332,10 @@ def served_before(
 
 
 def _quality(dataset: Dataset, stages: Stages, index: IndexConfig) -> Quality | None:
-    """On the validation range: what answers, the network alone, and popularity; None where there is no query."""
+    """Measure two-step (if there are rankers), the network alone and popularity on the validation range.
+
+    None if there are no queries.
+    """
     workspace, split = dataset.workspace, stages.split
     model, retrieval = (artifacts.load_manifest(workspace, kind, stages.artifact_ids[name]) for kind, name in PARTS)
     if split is None or not workspace.exists(model.path(SELECTION_NETWORK)):
@@ -349,11 +358,11 @@ def _quality(dataset: Dataset, stages: Stages, index: IndexConfig) -> Quality | 
     return quality if quality.queries else None
 
 
-PARTS = (("models", "train"), ("retrieval", "retrieval"))  # kind and stage
+PARTS = (("models", "train"), ("retrieval", "retrieval"))  # kind of an artifact, and the stage that makes it
 
 
 def _checked(settings: Sections) -> dict[str, dict[str, Any]]:
-    """The sections, all of them. Raises `InputError` for unknown sections or settings, and for values."""
+    """Return the settings of every section. Raises `InputError` for unknown sections or settings and invalid values."""
     unknown = sorted(set(settings) - set(SECTIONS))
     if unknown:
         raise InputError(f"the settings have an unknown section {unknown[0]!r}; expected {', '.join(SECTIONS)}")

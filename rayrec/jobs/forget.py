@@ -1,7 +1,8 @@
-"""Deleting users: hidden at once, then erased from every file of the workspace by a compaction.
+"""Deletes users: hides them at once, and later erases them from every file of the workspace.
 
-The files are written anew without the users' rows into a scratch folder, with the manifests that hold their checksums.
-When all are there they are moved into place. A killed run leaves everything as it was, or is finished by the next one.
+An erasure writes the files without the users' rows, and the manifests with the new checksums, into a scratch folder.
+When all of them are written, it moves them into place. A killed erasure leaves the workspace unchanged, or the next
+erasure completes it.
 """
 
 import json
@@ -55,34 +56,34 @@ from rayrec.storage.workspace import (
 
 LOGGER = logging.getLogger(__name__)
 SCRATCH = f"{FORGOTTEN}/.erasing"
-READY = f"{SCRATCH}/ready.json"  # written when all files wait in the scratch folder: who is erased by them
+READY = f"{SCRATCH}/ready.json"  # written when all files are in the scratch folder; names the users whom they erase
 EARLIER = f"{DATASET}/earlier"
-# Where rows of users are: folder of Parquet files with a column user_id -> the figure of the files' manifest that
-# counts what rows hold, and the column that says how much. Where no manifest counts it, both are empty.
+# The tables with one row per user: folder of Parquet files with a column user_id -> the figure in their manifest to
+# which a row contributes, and the column that holds the contribution. Both are empty if no manifest has such a figure.
 USER_TABLES: dict[str, tuple[str, str]] = {
     HISTORIES: ("plays", columns.SONGS),
     USERS: ("", ""),
     "tastes": ("plays", PLAYS),
     artifacts.RECOMMENDATIONS: ("songs", columns.SONG_IDS),
 }
-TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{32}$")  # what a killed process leaves of a file
+TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{32}$")  # temporary files that a killed process leaves
 
 
 @dataclass(frozen=True, kw_only=True)
 class Erased:
-    """What an erasing came to."""
+    """The result of an erasure."""
 
-    users: int = 0  # deletions whose rows waited for it
-    rows: int = 0  # of all files
-    files: int = 0  # that held such rows
+    users: int = 0  # deleted users whose rows had not been erased before
+    rows: int = 0  # rows erased from all files
+    files: int = 0  # files that held such rows, without those of the impression log
 
 
 def forget_users(workspace: Workspace, user_ids: Sequence[str], *, store: str | None = None) -> int:
-    """Delete users, known or not, from the list of users who may be seen and from the store; how many.
+    """Hide users, known or not, from all commands and delete them from the store; return the number of users.
 
-    `store` as `store_uri` takes it; without one the workspace's own is taken where there is one. From now on answers
-    are those of unknown users, and plays from before this moment are rejected. Rows stay in files until
-    `erase_forgotten` has run. Raises `InputError` for what is no id.
+    `store` is an address as in `store_uri`; without it the workspace's own store is used, if there is one. From now on
+    the users get the answers of unknown users, and their plays from before this moment are rejected. Their rows stay
+    in files until `erase_forgotten` has run. Raises `InputError` for an invalid user ID.
     """
     ids = [spell_id(user_id) for user_id in user_ids]
     for raw_id, user_id in zip(user_ids, ids, strict=True):
@@ -101,20 +102,20 @@ def forget_users(workspace: Workspace, user_ids: Sequence[str], *, store: str | 
 
 
 def open_own_store(workspace: Workspace, store: str | None, lineage: str) -> StateStore | None:
-    """The store that is named, else the workspace's own where there is one."""
+    """Open `store`; if it is None, the workspace's own store, or return None if there is none."""
     if store is None and not (workspace.is_local and workspace.exists(STATES_FILE)):
         return None
     return open_store(store_uri(workspace, store), lineage)
 
 
 def erase_forgotten(workspace: Workspace, *, reading: Sequence[str] = ()) -> Erased:
-    """Erase the rows of users who were deleted since the last time from all files, and keep the manifests right.
+    """Erase the rows of users deleted since the last erasure from all files, and update the manifests.
 
-    Every stage that reads users runs it first, so that nothing is made of them any more. Ids of data sets and
-    artifacts stay, and so do all other rows. The texts of rejected rows are emptied, since they may name the users.
-    An unfinished import starts again, and so does an unfinished fit of embeddings, a network, retrievers or rankers.
-    `reading` are the paths that the caller is about to import, which stay. Raises `DamagedArtifactError` for a file
-    that did not match its checksum before.
+    Every stage that reads users runs it first, so that nothing is made from deleted users. Ids of data sets and
+    artifacts stay the same, and all other rows are kept. The texts of rejected rows are emptied, since they may contain
+    ids of the users. An unfinished import starts over, and so does an unfinished fit of embeddings, a network,
+    retrievers or rankers. The paths `reading`, which the caller is about to import, are kept. Raises
+    `DamagedArtifactError` for a file that did not match its checksum before the erasure.
     """
     waiting = read_waiting(workspace)
     if not waiting and not workspace.exists(READY):
@@ -152,7 +153,7 @@ def _erase(workspace: Workspace, reading: Sequence[str]) -> Erased:
 
 
 def _finish(workspace: Workspace) -> None:
-    """Move the files of a complete erasing into place; does nothing where none waits. May be repeated at any point."""
+    """Move the files of a complete erasure into place, if there is one. A killed call can be repeated."""
     if workspace.exists(READY):
         for path in workspace.files(f"{SCRATCH}/out"):
             workspace.move(path, path.removeprefix(f"{SCRATCH}/out/"))
@@ -166,7 +167,7 @@ def _out(path: str) -> str:
 
 
 def _delete_unfinished_fits(workspace: Workspace) -> None:
-    """Delete what killed fits have left: plays to choose by, and counts in which no user can be told apart."""
+    """Delete the files of killed fits: they hold validation plays, and counts from which no user can be removed."""
     for kind in artifacts.FITTED:
         for name in workspace.folders(kind):
             folder = artifact_dir(kind, name)
@@ -176,7 +177,7 @@ def _delete_unfinished_fits(workspace: Workspace) -> None:
 
 
 def _delete_sent_plays(workspace: Workspace, reading: Sequence[str]) -> None:
-    """Delete the tables that killed fits and updates in Python have left, but for those that are being imported."""
+    """Delete the tables of plays that killed calls of fit and update in Python left, except the paths in `reading`."""
     _delete_temporary(workspace, SENT_PLAYS)
     for path in workspace.files(SENT_PLAYS):
         if workspace.uri_of(path) not in reading:
@@ -184,7 +185,7 @@ def _delete_sent_plays(workspace: Workspace, reading: Sequence[str]) -> None:
 
 
 def _delete_temporary(workspace: Workspace, folder: str) -> None:
-    """Delete what killed processes have left of files that they wrote; no job is running."""
+    """Delete the temporary files of killed processes. No other job may be running."""
     selector = pafs.FileSelector(workspace.full(folder), allow_not_found=True, recursive=True)
     for info in workspace.filesystem.get_file_info(selector):
         if info.type == pafs.FileType.File and TEMPORARY.match(info.base_name):
@@ -193,22 +194,22 @@ def _delete_temporary(workspace: Workspace, folder: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ErasedFile:
-    """A file that was written anew."""
+    """A file that was rewritten without rows or texts of deleted users."""
 
     path: str
-    before: str  # sha256
-    after: str
-    users: dict[str, int] = field(default_factory=dict)  # digest -> plays or songs of the row that is gone
+    before: str  # sha256 of the old file
+    after: str  # sha256 of the new file
+    users: dict[str, int] = field(default_factory=dict)  # digest of a user -> plays or songs of the erased row
 
 
 class FileEraser:
-    """Writes files of rows of users without those of deleted ones."""
+    """Rewrites files without the rows of deleted users, one file at a time."""
 
     def __init__(self, workspace: Workspace, forgotten: ForgottenUsers) -> None:
         self._workspace, self._forgotten = workspace, forgotten
 
     def __call__(self, path: str) -> ErasedFile | None:
-        """Write one file into the scratch folder; None where it may stay as it is."""
+        """Write the new version of one file into the scratch folder; return None if the file does not change."""
         if path.startswith(f"{REJECTED_ROWS}/"):
             return self._without_texts(path)
         with self._workspace.open_input(path) as stream:
@@ -250,7 +251,10 @@ class FileEraser:
         return users, stream.sha256
 
     def _without_texts(self, path: str) -> ErasedFile | None:
-        """Rejected rows keep their reason and their line; no user can be looked for in a text by a digest."""
+        """Empty the texts of all rejected rows, and file names with a deleted user's id; keep reason and line.
+
+        The list of deleted users holds digests of ids, and a text cannot be searched for a digest.
+        """
         table = self._workspace.read_table(path)
         sources = table.column("source").combine_chunks().dictionary_encode()
         names = pa.array(self._forgotten.scrub(sources.dictionary.to_pylist()), pa.string())
@@ -266,7 +270,7 @@ class FileEraser:
 
 
 def _amounts(rows: pa.Table, column: str) -> list[int]:
-    """How much of a figure each row holds: a number, or the length of a list."""
+    """Return the contribution of each row: the number or the length of the list in `column`, 0 without a column."""
     if not column:
         return [0] * rows.num_rows
     values = rows.column(column)
@@ -276,15 +280,15 @@ def _amounts(rows: pa.Table, column: str) -> list[int]:
 
 
 class _Manifests:
-    """The manifests of data sets, artifacts and releases after files were written anew."""
+    """Writes the new manifests of data sets, artifacts and releases whose files were rewritten."""
 
     def __init__(self, workspace: Workspace, forgotten: ForgottenUsers, erased: Mapping[str, ErasedFile]) -> None:
         self._workspace, self._forgotten, self._erased = workspace, forgotten, erased
-        self._digests = {path: each.after for path, each in erased.items()}  # of all files that wait, manifests too
-        self._of_tastes: dict[str, Counter[str]] = {}  # data set -> users and plays that its tastes have lost
+        self._digests = {path: each.after for path, each in erased.items()}  # sha256 of all new files, also manifests
+        self._of_tastes: dict[str, Counter[str]] = {}  # data set -> users and plays lost by its taste vectors
 
     def write(self) -> None:
-        """Write all that change into the scratch folder. Raises `DamagedArtifactError` as `erase_forgotten` does."""
+        """Write changed manifests into the scratch folder. Raises `DamagedArtifactError` as `erase_forgotten` does."""
         for kind in ("tastes", artifacts.RECOMMENDATIONS):
             for manifest in artifacts.listing(self._workspace, kind):
                 self._write_artifact(manifest)
@@ -317,12 +321,12 @@ class _Manifests:
         histories = {path: each for path, each in self._erased.items() if path in last_part}
         present = [earlier_manifest(name) for name in dataset.ancestors]
         others = sorted(set(self._workspace.files(EARLIER)) - set(present))
-        for path in [*others, *present]:  # each holds the checksums of those before it
+        for path in [*others, *present]:  # in this order, since each holds the checksums of the earlier ones
             manifest = read_dataset_manifest(self._workspace, path)
             if path in others or dataset.splits_at(manifest.parts):
                 mine = [each for name, each in histories.items() if last_part[name] < manifest.parts]
                 lost = Counter() if path in others else _lost(mine, "plays")
-            else:  # joined with later parts, whose plays cannot be told apart
+            else:  # joined with later parts: their plays cannot be distinguished
                 lost = self._of_tastes.get(manifest.plays_id, Counter())
             self._write_dataset(path, manifest, lost)
         self._write_dataset(DATASET_MANIFEST, dataset, _lost(histories.values(), "plays"))
@@ -362,7 +366,7 @@ class _Manifests:
         self._write_json(release.path("manifest.json"), asdict(new_release))
 
     def _require_sound(self, files: Mapping[str, str]) -> None:
-        """What was damaged before must not be given a new checksum."""
+        """Raise `DamagedArtifactError` for a file that was damaged before: it must not get a new checksum."""
         for path, expected in files.items():
             if path in self._erased and self._erased[path].before != expected:
                 raise DamagedArtifactError(
@@ -371,7 +375,7 @@ class _Manifests:
                 )
 
     def _renewed(self, files: Mapping[str, str], folder: str) -> dict[str, str]:
-        """The checksums of files below a folder as they will be."""
+        """Return `files`, path below `folder` -> sha256, with the checksums after the erasure."""
         return {name: self._digests.get(posixpath.join(folder, name), digest) for name, digest in files.items()}
 
     def _write_json(self, path: str, value: dict[str, Any]) -> None:
@@ -379,7 +383,7 @@ class _Manifests:
 
 
 def _lost(files: Iterable[ErasedFile], figure: str) -> Counter[str]:
-    """The users who are gone from some files, each once, and how much of a figure went with them."""
+    """Return the number of different users erased from `files`, and how much of `figure` was erased with them."""
     lost = list(files)
     users = {user for each in lost for user in each.users}
     return Counter({"users": len(users), figure: sum(sum(each.users.values()) for each in lost)})

@@ -1,4 +1,4 @@
-"""Write a generated world as the canonical data set, bucket by bucket on Ray."""
+"""The generate stage: writes the plays of a generated world as a data set, bucket by bucket on Ray."""
 
 from datetime import datetime, timezone
 from typing import Any
@@ -33,9 +33,9 @@ PLAYLISTS_PER_FILE = 100_000
 
 @writes("generate")
 def generate(workspace: Workspace, config: GenerateConfig, *, repeat: bool = False) -> DatasetManifest:
-    """Make the data set of a generated world; after a crash, go on with the buckets that are missing.
+    """Make the data set of a generated world; after a crash, continue with the missing buckets.
 
-    Raises `InputError` where the workspace already has a data set; `repeat` replaces it.
+    Raises `InputError` if the workspace already has a data set, unless `repeat` replaces it.
     """
     _clear(workspace, config, repeat=repeat)
     world = World(config)
@@ -54,13 +54,13 @@ def generate(workspace: Workspace, config: GenerateConfig, *, repeat: bool = Fal
 
 
 class BucketGenerator:
-    """Makes the users of one bucket at a time; a bucket whose files are there is only read."""
+    """A bucket worker: writes the users of one bucket; a bucket whose files exist is only read."""
 
     def __init__(self, workspace: Workspace, config: GenerateConfig, buckets: np.ndarray) -> None:
         self.workspace, self.world, self.buckets = workspace, World(config), buckets
 
     def __call__(self, unit: int) -> dict[str, Any]:
-        """Counts, time range (ms UTC) and checksums of the files of bucket `unit`."""
+        """Return the counts, the time range (ms UTC) and the checksums of the files of bucket `unit`."""
         path, users_path = histories_file(0, int(unit)), users_file(0, int(unit))
         if self.workspace.exists(path):
             files = {name: sha256(self.workspace, name) for name in (path, users_path)}
@@ -85,13 +85,13 @@ class BucketGenerator:
 
 
 def _clear(workspace: Workspace, config: GenerateConfig, *, repeat: bool) -> None:
-    """Make room: leave only the finished buckets of the same config."""
+    """Delete an earlier data set; keep the finished buckets of an unfinished run with the same config."""
     if workspace.exists(DATASET_MANIFEST):
         if not repeat:
             raise InputError(
                 f"workspace {workspace.uri} already has a data set; use another --workspace, or replace it with --force"
             )
-        # The manifest first: a reader must not take half of the old files for a data set.
+        # The manifest goes first, so that a reader does not take half of the old files for a data set.
         workspace.delete(DATASET_MANIFEST)
         workspace.delete(DATASET)
     settings = to_mapping(config)
@@ -133,14 +133,14 @@ def _manifest(
 
 
 def _buckets(world: World) -> np.ndarray:
-    """uint32 (users,): the bucket of each user by index, hashed range by range."""
+    """Return uint32 (users,): the bucket of each user by index. Users are hashed `USERS_PER_RANGE` at a time."""
     users = np.arange(world.config.users)
     ranges = (users[start : start + USERS_PER_RANGE] for start in range(0, len(users), USERS_PER_RANGE))
     return np.concatenate([bucket_of(world.user_ids(some), world.config.buckets).astype(np.uint32) for some in ranges])
 
 
 def _write_playlists(workspace: Workspace, world: World) -> tuple[dict[str, str], int]:
-    """The files written with their sha256, and the number of entries in them."""
+    """Write the playlists; return path -> sha256 of their files, and the number of entries in them."""
     files, entries = {}, 0
     for number, start in enumerate(range(0, world.config.playlists, PLAYLISTS_PER_FILE)):
         indices = np.arange(start, min(start + PLAYLISTS_PER_FILE, world.config.playlists))
@@ -156,7 +156,7 @@ def _write_playlists(workspace: Workspace, world: World) -> tuple[dict[str, str]
 
 
 def _summary(workspace: Workspace, path: str) -> dict[str, int]:
-    """Users, plays, likes and time range of a histories file, a row group at a time."""
+    """Return users, plays, likes and time range (ms UTC) of a histories file, which is read batch by batch."""
     users = plays = likes = last = 0
     first: int | None = None
     with workspace.open_input(path) as stream:

@@ -18,13 +18,13 @@ from rayrec.storage.workspace import Workspace
 def import_data(workspace: Workspace, config: ImportConfig, *, repeat: bool = False) -> DatasetManifest:
     """Make the data set of a workspace, or add playlists to its plays or plays to its playlists.
 
-    Work that is done already is kept: the same import again returns the data set that is there, and
-    a killed one continues with the missing units and buckets, and one of other files reuses the units that an
-    unfinished one has read in the same way. Song rows that exist never change.
-    `repeat` replaces the plays (or playlists) that are there; without playlists (or plays) beside them it
-    replaces the vocabulary too.
+    Completed work is kept: repeating the same import returns the existing data set, and a killed import continues with
+    the missing units and buckets. An import of other files reuses the units that an unfinished import has read in the
+    same way. Existing song rows never change.
+    `repeat` replaces the existing plays (or playlists); if the data set has no playlists (or plays) in addition, it
+    replaces the song rows too.
 
-    Raises `InputError` for bad input, and where other plays (or playlists) are there already.
+    Raises `InputError` for bad input, and if the data set already has other plays (or playlists).
     """
     finish_publishing(workspace)
     erase_forgotten(workspace, reading=config.paths)
@@ -34,14 +34,13 @@ def import_data(workspace: Workspace, config: ImportConfig, *, repeat: bool = Fa
 
 @writes("import --append")
 def append_plays(workspace: Workspace, config: ImportConfig) -> ImportResult:
-    """Add the plays of files to the data set, as a new part; the parts and song rows that exist stay as they are.
+    """Add the plays of files to the data set as a new part; existing parts and song rows stay unchanged.
 
-    Plays that are there already are merged and counted: the same files again change nothing, and
-    files that were appended under the same names and dates are not read again. The fewest plays that
-    users and songs must have apply to new users and new songs only. A killed append leaves the
-    data set as it was; the same append continues it.
+    Plays that the data set already has are merged and counted: appending the same files again changes nothing, and
+    files that were appended under the same names and dates are not read again. The minimum plays of users and songs
+    apply to new users and new songs only. A killed append leaves the data set unchanged; the same append continues it.
 
-    Raises `InputError` where no plays are there, for playlists, and for plays without times.
+    Raises `InputError` if the data set has no plays, for playlists, and for plays without times.
     """
     finish_publishing(workspace)
     erase_forgotten(workspace, reading=config.paths)

@@ -1,6 +1,6 @@
-"""Settings of fit, update and tune, and the trials of a sweep. Loads nothing heavy.
+"""Settings of fit, update and tune, and the trials of a sweep. Imports neither Ray nor torch.
 
-A sweep tries settings of song embeddings and of the network, each with the values to choose from.
+A sweep tries combinations of settings of song embeddings and of the network.
 """
 
 import json
@@ -23,7 +23,7 @@ TRAIN_SHARE = 0.1
 
 
 class PlaysConfig(Settings):
-    """Files of plays; what is not given is guessed."""
+    """Files of plays, and how to read them; settings that are not given are guessed."""
 
     paths: tuple[str, ...] = Field(min_length=1, description="Files or folders, .gz too, local, s3:// or gs://")
     format: str | None = Field(None, description="Format of the files; default: guessed")
@@ -51,7 +51,7 @@ class PlaysConfig(Settings):
 
 
 class FitConfig(PlaysConfig):
-    """What to fit."""
+    """Settings of `fit`: the files of plays, and how long to train."""
 
     epochs: int | None = Field(
         None, ge=1, description="Maximum epochs of the network; default: those of `rayrec train`"
@@ -59,7 +59,7 @@ class FitConfig(PlaysConfig):
 
 
 class UpdateConfig(PlaysConfig):
-    """What to bring up to date, and when to train."""
+    """Settings of `update`: the new plays, when to train, and the store to load."""
 
     train: bool = Field(False, description="Continue the training of the model, however few plays are new")
     train_share: float = Field(
@@ -73,7 +73,7 @@ class UpdateConfig(PlaysConfig):
 
 
 SECTIONS: dict[str, type[Any]] = {"embed": EmbedConfig, "train": TrainConfig}
-# A trial is measured by its network alone, on the validation range that a refit would train on.
+# A trial measures its network on the validation range, so it must not refit: a refit trains on that range.
 OWN = {"train": {"refit": False}}
 
 Values = dict[str, dict[str, Any]]  # section -> setting -> value
@@ -88,20 +88,20 @@ class TuneConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One combination."""
+    """One combination of settings."""
 
-    settings: Values  # as the file gives them, those that do not vary too
+    settings: Values  # settings of the file, also those that do not vary
     varied: dict[str, Any]  # section.setting -> value
     embed: EmbedConfig
     train: TrainConfig
 
 
 def read_trials(sections: Mapping[str, Any], config: TuneConfig, where: str) -> list[Trial]:
-    """The trials of the sections [embed] and [train], in which a list is a choice.
+    """Return the trials of the sections [embed] and [train], in which a list holds the values to try.
 
-    Of a setting that holds several values itself, such as `short`, a list of lists is a choice. Raises
-    `InputError` for unknown sections and settings, for settings that a sweep decides itself, for combinations that
-    are no config, and where nothing varies.
+    For a setting whose value is a list, such as `short`, a list of lists holds the values to try. `where` names the
+    file in messages. Raises `InputError` for unknown sections and settings, for settings that a sweep sets itself, for
+    invalid combinations, and if nothing varies.
     """
     unknown = sorted(set(sections) - set(SECTIONS))
     if unknown:
@@ -117,7 +117,7 @@ def read_trials(sections: Mapping[str, Any], config: TuneConfig, where: str) -> 
 
 
 def to_toml(settings: Values) -> str:
-    """The settings as sections of a TOML file; plain values and lists are written there as in JSON."""
+    """Return the settings as sections of a TOML file, in which plain values and lists are written as in JSON."""
     parts = (
         "\n".join([f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in values.items())])
         for section, values in settings.items()
@@ -135,7 +135,7 @@ def _section(sections: Mapping[str, Any], section: str, where: str) -> dict[str,
 
 
 def _values(section: str, name: str, value: Any, where: str) -> list[Any]:
-    """The values to choose from; a plain one is the only one."""
+    """Return the values to try: those of a list, or a plain value as the only one."""
     field = SECTIONS[section].model_fields.get(name)
     several = field is not None and typing.get_origin(field.annotation) is tuple
     is_choice = isinstance(value, list) and (not several or (bool(value) and isinstance(value[0], list)))
@@ -145,7 +145,7 @@ def _values(section: str, name: str, value: Any, where: str) -> list[Any]:
 
 
 def _combinations(sizes: list[int], config: TuneConfig) -> Iterator[tuple[int, ...]]:
-    """Places in each list of values, the last list running fastest where all are taken."""
+    """Yield a position in each list of values per trial; if all trials run, the last list varies fastest."""
     total = prod(sizes)
     numbers = np.arange(total)
     if 0 < config.trials < total:

@@ -1,4 +1,4 @@
-"""All stages from one TOML file, in one Ray cluster, and the demo; what is done already is not done again."""
+"""Runs all stages from one TOML file in one Ray cluster, and the demo. Completed stages are skipped."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -58,27 +58,27 @@ CONFIGS: dict[str, type[Settings]] = {
     "evaluate": EvaluateConfig,
     "release": ReleaseConfig,
 }
-OPTIONAL = ("import", "generate", "split")  # stages that run only where the file has their section
-RANKING = ("retrieval", "rank")  # stages that are of use with a validation range alone
-NO_RANGE = "rankers need a validation range"  # why they are left out
+OPTIONAL = ("import", "generate", "split")  # stages that run only if the file has their section
+RANKING = ("retrieval", "rank")  # stages that need a validation range
+NO_RANGE = "rankers need a validation range"  # the reason why they are left out
 PATHS = {"import": "paths", "embed": "vectors"}  # settings that name files, relative to the TOML file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one stage."""
+    """The outcome of one stage."""
 
     stage: str
     status: Literal["done", "skipped", "left out"]  # skipped: its inputs and settings had not changed
-    id: str  # of the artifact; empty where it was left out
+    id: str  # id of the artifact; empty if the stage was left out
     seconds: float
-    inputs: dict[str, str] = field(default_factory=dict)  # role -> id of what it was made from
-    figures: dict[str, Any] = field(default_factory=dict)  # what the stage reported when it ran
-    reason: str = ""  # why it was left out
-    trained_on: str = ""  # which plays, of a stage that learns from plays
+    inputs: dict[str, str] = field(default_factory=dict)  # role -> id of the artifact's inputs
+    figures: dict[str, Any] = field(default_factory=dict)  # figures that the stage reported when it ran
+    reason: str = ""  # why the stage was left out
+    trained_on: str = ""  # the plays that it was trained on, in words; empty if it does not learn from plays
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
@@ -93,15 +93,15 @@ def run(
 ) -> list[Outcome]:
     """Run import or generate, split, embed, train, retrieval, rank, taste, index, evaluate and release, in this order.
 
-    `source` is a TOML file, or its content, with a section of settings for each stage. import, generate and split run
-    only where there is a section, evaluate only after a split, the rest always. Without a split the newest plays are
-    held back to choose by, and the final models use all plays; where these are too few for that, retrieval and rank are
-    left out, and rank alone where it finds too few queries to learn from. `force` repeats what is done already.
-    `on_stage` is called after each stage, `on_note` with texts on rows that the import rejected and on what was used
-    for validation.
+    `source` is a TOML file, or its content, with a section of settings for each stage. The stages import, generate and
+    split run only if they have a section, evaluate only after a split, the other stages always. Without a split, the
+    newest plays are held back as the validation range, and the final models use all plays. If there are too few plays
+    for a validation range, retrieval and rank are left out; with too few queries to learn from, rank is left out.
+    `force` recomputes completed stages. `on_stage` is called after each stage, `on_note` with texts about the rows that
+    the import rejected and the plays that were used for validation.
 
     Raises `InputError` for unknown sections or settings, and `MissingDependencyError` without faiss, before any work
-    begins; `TooManyRejectedError` where more rows are rejected than the section import allows.
+    begins; `TooManyRejectedError` if more rows are rejected than the section import allows.
     """
     require_one_faiss()
     configs = read_configs(source)
@@ -118,9 +118,9 @@ def run(
 
 
 def read_configs(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Stage -> config, in the order in which the stages run.
+    """Return stage -> config, in the order in which the stages run.
 
-    Raises `InputError` for unknown sections or settings, and for both import and generate.
+    Raises `InputError` for unknown sections or settings, and if `source` has both import and generate.
     """
     sections = dict(source) if isinstance(source, Mapping) else read_toml(source)
     where = "the pipeline" if isinstance(source, Mapping) else str(source)
@@ -138,7 +138,7 @@ def read_configs(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section(sections: dict[str, Any], name: str, where: str, folder: Path) -> dict[str, Any]:
-    """A section's settings, its relative paths made relative to the folder of the file."""
+    """Return the settings of a section; relative paths are resolved against the folder of the file."""
     section = section_of(sections, name, where)
     key = PATHS.get(name)
     if key in section:
@@ -148,7 +148,7 @@ def _section(sections: dict[str, Any], name: str, where: str, folder: Path) -> d
 
 
 def _beside(folder: Path, path: Any) -> Any:
-    """Absolute, so that the same file is the same input wherever the run is started."""
+    """Return an absolute path, so that a file is the same input wherever the run is started; a URI stays unchanged."""
     return str((folder / path).resolve()) if isinstance(path, str) and "://" not in path else path
 
 
@@ -157,7 +157,7 @@ def _same_paths(one: Sequence[str], other: Sequence[str]) -> bool:
 
 
 class Stages:
-    """Runs one stage after the other, each on what the earlier ones made. Needs a running cluster."""
+    """Runs stages, each with the artifacts of the earlier ones as inputs. Needs a running cluster."""
 
     def __init__(
         self,
@@ -167,16 +167,19 @@ class Stages:
         on_stage: Callable[[Outcome], None] = lambda outcome: None,
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`force` repeats what is done already; `on_stage` is called after each stage, `on_note` with texts."""
+        """`force` recomputes completed stages; `on_stage` is called after each stage, `on_note` with texts."""
         self.workspace, self.force, self.on_stage, self.on_note = workspace, force, on_stage, on_note
-        self.split: Split | None = None  # of the stages that follow
+        self.split: Split | None = None  # the split of the stages that follow
         self.start: str | None = None  # id of the model that `train` starts from
-        self.artifact_ids: dict[str, str] = {}  # stage -> id
+        self.artifact_ids: dict[str, str] = {}  # stage -> id of its artifact
         self.release_metrics: dict[str, Any] = {}  # kept in the manifest of the release
         self.outcomes: list[Outcome] = []
 
     def hold_back(self) -> None:
-        """Choose on the newest plays what the stages that follow then fit to all plays, unless these are too few."""
+        """Hold back the newest plays as the validation range of the following stages, unless there are too few plays.
+
+        These stages choose models on this range and then fit them on all plays.
+        """
         dataset = Dataset(self.workspace)
         self.split = hold_back_validation(dataset)
         if self.split is None:
@@ -188,7 +191,7 @@ class Stages:
             self.on_note(f"Validation range: {self.split.validation_range}; the final models use all plays")
 
     def run(self, name: str, config: Settings | None = None) -> Outcome:
-        """Run a stage; songs has no config. Rankers that have too few queries to learn from are left out."""
+        """Run a stage; songs has no config. The stage rank is left out if it has too few queries to learn from."""
         started = time.monotonic()
         existing = self._existing(name)
         try:
@@ -214,7 +217,7 @@ class Stages:
         return ""
 
     def leave_out(self, name: str, reason: str, seconds: float = 0.0) -> Outcome:
-        """Note that a stage is not run."""
+        """Record that a stage is not run, and why."""
         return self._ended(Outcome(stage=name, status="left out", id="", seconds=seconds, reason=reason))
 
     def _ended(self, outcome: Outcome) -> Outcome:
@@ -231,7 +234,7 @@ class Stages:
         return {item.id for item in artifacts.listing(self.workspace, KINDS[name])}
 
     def _import(self, config: ImportConfig) -> DatasetManifest:
-        # Files that have changed since are imported anew; other data, appended plays too, are never replaced unasked.
+        # Changed files are imported again. Other data, also appended plays, are replaced only with `force`.
         dataset = self._dataset()
         earlier_import: Any = dataset.config.get(config.produces) if dataset else None
         changed = isinstance(earlier_import, dict) and _same_paths(earlier_import["paths"], config.paths)
@@ -328,7 +331,7 @@ KINDS = {
 
 
 def _inputs(artifact: Manifest | DatasetManifest | Split) -> dict[str, str]:
-    """Of a data set none: it was made from files, or from a seed."""
+    """Return role -> id of the inputs of an artifact; empty for a data set, which is made from files or a seed."""
     if isinstance(artifact, Split):
         return {"dataset": artifact.dataset}
     return artifact.inputs if isinstance(artifact, Manifest) else {}
@@ -343,8 +346,8 @@ def _figures(artifact: Manifest | DatasetManifest | Split) -> dict[str, Any]:
     return artifact.figures()
 
 
-# Small enough to watch, a minute of training on two cores; few songs, so that each is played often
-# enough for the network to learn what follows it in which context.
+# The data is small, so that training takes about a minute on two cores. There are few songs, so that each is played
+# often enough for the network to learn which songs follow it in which context.
 DEMO_PIPELINE: dict[str, dict[str, Any]] = {
     "generate": {
         **{"users": 3_000, "songs": 400, "artists": 50, "genres": 8, "plays": 60.0, "buckets": 4},
@@ -364,21 +367,21 @@ DEMO_PIPELINE: dict[str, dict[str, Any]] = {
     "release": {},
 }
 EXAMPLE_SONGS = 5
-MIN_PLAYS = 30  # of the user who is shown, if some user has as many
+MIN_PLAYS = 30  # plays of the example user, if any user has that many
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """What the demo shows."""
+    """The results of the demo."""
 
     outcomes: list[Outcome]
-    evaluation: dict[str, Any]  # what `read_figures` gives
+    evaluation: dict[str, Any]  # result of `read_figures`
     report: str  # path of report.html
     user: str
     answer: Answer
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return plain values for JSON."""
         return {
             "stages": [outcome.to_mapping() for outcome in self.outcomes],
             "default": self.evaluation["default"],
@@ -393,12 +396,12 @@ class Demo:
 def demo(
     workspace: Workspace, *, force: bool = False, on_stage: Callable[[Outcome], None] = lambda outcome: None
 ) -> Demo:
-    """Generate plays, run every stage, recommend to one user as if three minutes after the last play.
+    """Generate plays, run every stage, and recommend songs to one user at a moment three minutes after the last play.
 
-    In a workspace that holds the demo already the stages are skipped, as in every other run: the
-    plays come from a seed, so a new run would show the same figures. `force` recomputes them.
-    Raises `InputError` in a workspace that holds other data, which it never replaces, and `MissingDependencyError`
-    without faiss.
+    If the workspace already holds the demo, the stages are skipped, as in `run`: the plays come from a seed, so a new
+    run would give the same figures. `force` recomputes them.
+    Raises `InputError` if the workspace holds other data, which is never replaced, and `MissingDependencyError` without
+    faiss.
     """
     _require_room(workspace)
     outcomes = run(workspace, DEMO_PIPELINE, force=force, on_stage=on_stage)
@@ -427,7 +430,7 @@ def _require_room(workspace: Workspace) -> None:
 
 
 def example_answer(workspace: Workspace, parts: Mapping[str, str], k: int = EXAMPLE_SONGS) -> tuple[str, Answer]:
-    """A user with some plays, and what is recommended three minutes after the last one; `parts` as in a release."""
+    """Return an example user, and the songs recommended 3 minutes after the last play; `parts` are as in a release."""
     dataset = Dataset(workspace)
     user, last_play = _example_user(dataset)
     recommender = load_recommender(workspace, dataset, parts)
@@ -436,7 +439,7 @@ def example_answer(workspace: Workspace, parts: Mapping[str, str], k: int = EXAM
 
 
 def _example_user(dataset: Dataset) -> tuple[str, int]:
-    """The first user with `MIN_PLAYS` plays, else the one with most; and the time of the last one (ms UTC)."""
+    """Return the first user with `MIN_PLAYS` plays, else the one with most, and the time of the last play (ms UTC)."""
     most, example = 0, ("", 0)
     for batch in dataset.read_all():
         if not len(batch):

@@ -1,4 +1,4 @@
-"""The rank stage: rankers learned on the validation range, with a network and a retrieval that have not seen it."""
+"""The rank stage: trains rankers on the validation range, with a network and a retrieval that have not seen it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 KIND = "rankers"
-FEWEST_THREADS, MOST_THREADS = 2, 4  # that grow the trees of a kind: 40,000 queries keep no more busy
-EVERYTHING = ""  # the name of the part that is left out where none is
+FEWEST_THREADS, MOST_THREADS = 2, 4  # threads that train one ranker: 40,000 queries do not keep more busy
+EVERYTHING = ""  # name of the left-out part if no part is left out
 
 
 @writes("rank")
@@ -53,16 +53,16 @@ def fit_rankers(
     retrieval_id: str | None = None,
     repeat: bool = False,
 ) -> Manifest:
-    """Learn the rankers of a model and a retrieval, the newest unless named; the rankers artifact.
+    """Train the rankers of a model and a retrieval, by default those requested last; return the rankers artifact.
 
-    The candidates and features that they learn from come from the network that `train` chose before it learned
-    from the validation range, and from the part of the retrieval that was fitted before that range.
-    Beside the rankers, which learn from all its queries, the artifact holds under selection/ those that have not
-    learned from the users held out: on these users an answer's quality can be measured before a release.
-    Metrics: seconds, queries, and for each ranker its form, the share of the queries held out whose right song is a
-    candidate (for served a heard song is none), and its first features. Raises `InputError` for a model without a
-    validation range, `MismatchError` where model and retrieval are of different data, `TooFewQueriesError` where the
-    range teaches nothing.
+    The candidates and features for this come from the network that `train` chose before it learned from the validation
+    range, and from the retrieval that was fitted before that range.
+    In addition to the rankers, which learn from all queries of the range, the artifact holds under selection/ rankers
+    that have not learned from the held-out users: on these users quality can be measured before a release.
+    Metrics: seconds, queries, and for each ranker its form, the share of held-out queries whose right song is a
+    candidate (for served, heard songs are not candidates), and its five most important features. Raises
+    `MismatchError` if model and retrieval are of different data, `TooFewQueriesError`, an `InputError`, if the model
+    has no validation range or the range has too few queries to learn from.
     """
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
@@ -77,7 +77,7 @@ def fit_rankers(
     split = _split_of(workspace, dataset, model, retrieval)
     inputs = {"dataset": dataset.manifest.id, "split": split.id, "models": model.id, "retrieval": retrieval.id}
     added = artifacts.latest(workspace, "added_songs", lambda manifest: manifest.inputs["models"] == model.id)
-    # Not an input of the artifact: songs that are added later are ranked as those that were there.
+    # Added songs are not an input of the artifact, since rankers also rank songs that are added later.
     print_id = artifacts.fingerprint(
         "rank", to_mapping(config), inputs | ({"added_songs": added.id} if added is not None else {})
     )
@@ -101,10 +101,10 @@ def fit_rankers(
 
 
 def fit_ablations(dataset: Dataset, rankers: Manifest, folder: str) -> dict[str, str]:
-    """Learn the rankers of an artifact again without each of ABLATED_PARTS; part -> the folder of its rankers.
+    """Train the rankers of an artifact again without each of ABLATED_PARTS; return part -> folder of its rankers.
 
-    With the same settings, network and retrieval, below `folder`, which the caller deletes. A part that the catalog
-    does not know, such as artists, is left out. Needs a running cluster.
+    Settings, network and retrieval are the same. The folders are below `folder`, which the caller deletes. The part
+    artists is skipped if the catalog has neither artists nor albums. Needs a running cluster.
     """
     workspace = dataset.workspace
     model, retrieval = (
@@ -127,18 +127,18 @@ def fit_ablations(dataset: Dataset, rankers: Manifest, folder: str) -> dict[str,
 
 @dataclass(frozen=True)
 class _Examples:
-    """What was collected to learn from."""
+    """The collected training examples."""
 
     queries: int
-    buckets: list[int]  # that have some
-    features: dict[str, list[str]]  # part that is left out -> names of the features
+    buckets: list[int]  # buckets that have examples
+    features: dict[str, list[str]]  # left-out part -> names of the features
 
 
 def _collect(task: _Task) -> _Examples:
     """Collect the examples of all buckets."""
     if task.added:
         songs = added_to(task.dataset, task.network)
-        # Without those held out: no play of them is right here, which would teach that no new song is.
+        # Without held-out songs: they are never right here, so rankers would learn that no new song is right.
         songs = songs.take(task.split.final.allowed_songs(songs.rows))
         songs.save(task.dataset.workspace, f"{task.run}/added_songs")
     cpus = node_cpus()
@@ -153,7 +153,10 @@ def _collect(task: _Task) -> _Examples:
 
 
 def _grow(task: _Task, folders: dict[str, str], examples: _Examples) -> dict[str, tuple[list[str], dict[str, Any]]]:
-    """Grow the rankers of all kinds without each part, side by side, into its folder; names of files, and figures."""
+    """Train the rankers of all kinds for each of `folders`, in parallel; return part -> names of files, and figures.
+
+    `folders` maps each left-out part to the folder of its rankers.
+    """
     units = [_Growing(without, folder, kind) for kind in KINDS for without, folder in folders.items()]
     cpus = node_cpus()
     threads = min(cpus, MOST_THREADS, max(FEWEST_THREADS, cpus // len(units)))
@@ -177,7 +180,7 @@ def _grow(task: _Task, folders: dict[str, str], examples: _Examples) -> dict[str
             bar.advance(note=unit.kind)
         both = [unit for unit in units if unit.kind == "served" and "served" in figures[unit.without]]
         for unit, better in run_buckets(OrderCheck, both, arguments=arguments, memory=memory, called="ranker"):
-            if not better:  # the ranker of all next plays serves new songs as well
+            if not better:  # the ranker of all next plays orders new songs at least as well
                 del figures[unit.without]["served"]
                 own = [name for name in files[unit.without] if name.rpartition("/")[2].startswith("served.")]
                 files[unit.without] = [name for name in files[unit.without] if name not in own]
@@ -222,23 +225,23 @@ def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval
 
 @dataclass(frozen=True)
 class _Task:
-    """What all workers of one fit know."""
+    """The data that all workers of one fit share."""
 
     dataset: Dataset
     config: RankConfig
     split: Split
     network: str  # folder of the network that has not seen the validation range
     retrieval: str  # folder of the retrieval that has not seen it either
-    run: str  # folder of the pieces
+    run: str  # folder of the intermediate files
     without: tuple[str, ...] = (EVERYTHING,)  # parts to leave out, one at a time
-    added: bool = False  # whether songs were added to the network, which lie in the folder `run`, too
+    added: bool = False  # True if songs were added to the network; they are stored in the folder `run`
 
     def piece(self, bucket: int, without: str, kind: RankerKind) -> str:
-        """The file of the examples of one bucket and kind, without a part."""
+        """Return the path of the examples of one bucket and kind of ranker, collected without the part `without`."""
         return f"{self.run}/bucket={bucket:05d}/{without or 'all'}.{kind}.safetensors"
 
     def joined(self, buckets: Sequence[int], without: str, kind: RankerKind) -> RankingExamples:
-        """The examples of some buckets. Raises `TooFewQueriesError` where there are none."""
+        """Return the joined examples of `buckets`. Raises `TooFewQueriesError` if there are no buckets."""
         if not buckets:
             raise TooFewQueriesError(
                 "the validation range holds no play to learn a ranker from; give a split with more days"
@@ -249,11 +252,11 @@ class _Task:
 
     @property
     def index(self) -> str:
-        """The file of the index of the network's songs, which all workers read."""
+        """The path of the index of the network's songs, which all workers read."""
         return f"{self.run}/{INDEX_FILE}"
 
     def network_and_songs(self) -> TasteRecommender:
-        """The network that has not seen the validation range, with the songs that were added, without an index."""
+        """Return the network that has not seen the validation range, with the added songs, without an index."""
         workspace = self.dataset.workspace
         network = TasteRecommender.from_folder(workspace, self.network)
         if self.added:
@@ -261,7 +264,7 @@ class _Task:
         return network
 
     def sources(self) -> dict[str, CandidateSource]:
-        """Retrievers and features that have not seen the validation range, by the part that they leave out."""
+        """Return left-out part -> retrievers and features that have not seen the validation range."""
         workspace, network = self.dataset.workspace, self.network_and_songs()
         figures = IndexFigures(**workspace.read_json(f"{self.index}.json"))
         network.index = SongIndex.read(workspace, self.index, figures, network.song_vectors)
@@ -274,8 +277,10 @@ class _Task:
 
 
 def _build_index(task: _Task, threads: int) -> Iterator[dict[str, list[str]]]:
-    """Write the index that all workers read, for each would take as much memory and time to build its own; yields the
-    names of the features by the part that is left out."""
+    """Write the index that all workers read; yield left-out part -> names of the features.
+
+    With a shared index no worker needs the memory and time to build its own.
+    """
     index = index_network(task.dataset, task.network_and_songs(), IndexConfig(), threads=threads)
     index.save(task.dataset.workspace, task.index)
     task.dataset.workspace.write_json(f"{task.index}.json", asdict(index.figures))
@@ -283,14 +288,14 @@ def _build_index(task: _Task, threads: int) -> Iterator[dict[str, list[str]]]:
 
 
 class ExampleCollector:
-    """Collects the examples of one bucket."""
+    """A bucket worker: collects the examples of one bucket."""
 
     def __init__(self, task: _Task) -> None:
         self._task, self._sources = task, task.sources()
         self._queries_each = -(-task.config.queries // task.dataset.manifest.buckets)
 
     def __call__(self, bucket: int) -> tuple[int, int]:
-        """Write the examples of a bucket; its number, and how many queries they are of."""
+        """Write the examples of a bucket; return its number and the number of queries."""
         task, left = self._task, self._queries_each
         parts: list[dict[str, dict[RankerKind, RankingExamples]]] = []
         for batch in task.dataset.read_bucket(bucket):
@@ -307,26 +312,26 @@ class ExampleCollector:
 
 @dataclass(frozen=True)
 class _Growing:
-    """One ranker to grow."""
+    """One ranker to train."""
 
-    without: str  # part
-    folder: str  # where it is written
+    without: str  # left-out part
+    folder: str  # folder that the ranker is written to
     kind: RankerKind
 
     @property
     def checked(self) -> str:
-        """The folder of the rankers that have not seen the queries held out."""
+        """The folder of the ranker that has not learned from the held-out queries."""
         return f"{self.folder}/{SELECTION_RANKERS}"
 
 
 class RankerGrower:
-    """Grows rankers, one at a time."""
+    """Trains rankers, one at a time."""
 
     def __init__(self, task: _Task, examples: _Examples, threads: int) -> None:
         self._task, self._examples, self._threads = task, examples, threads
 
     def __call__(self, unit: _Growing) -> tuple[_Growing, list[str], dict[str, Any]]:
-        """Grow a ranker and write it: the names of its files, and figures, both empty where its queries are too few."""
+        """Train and write a ranker; return `unit`, file names and figures, both empty if it has too few queries."""
         task = self._task
         examples = task.joined(self._examples.buckets, unit.without, unit.kind)
         fitted = _fitted(unit.kind, examples, self._examples.features[unit.without], task.config, self._threads)
@@ -347,13 +352,13 @@ class RankerGrower:
 
 
 class OrderCheck:
-    """Compares the ranker of songs new to the user with the one of all next plays."""
+    """Compares the ranker for songs new to the user with the ranker for all next plays."""
 
     def __init__(self, task: _Task, examples: _Examples) -> None:
         self._task, self._buckets = task, examples.buckets
 
     def __call__(self, unit: _Growing) -> tuple[_Growing, bool]:
-        """True where the unit's ranker has the higher NDCG@20 on the queries held out for its kind."""
+        """Return `unit`, and True if its ranker has the higher NDCG@20 on the held-out queries of its kind."""
         workspace, examples = self._task.dataset.workspace, self._task.joined(self._buckets, unit.without, unit.kind)
         checked = examples.take(examples.held_out & examples.found)
         own, other = (
@@ -366,8 +371,10 @@ class OrderCheck:
 def _fitted(
     kind: RankerKind, examples: RankingExamples, features: list[str], config: RankConfig, threads: int
 ) -> FittedRanker | None:
-    """A ranker; None beside the one of the next play where too few queries are of its kind: a validation range may
-    reach too few plays ahead for the long horizon, or hold only songs that its users had heard."""
+    """Train a ranker; return None if the kind is served or long and has too few queries.
+
+    A validation range may reach too few plays ahead for the long horizon, or hold only songs that its users had heard.
+    """
     checked = int((examples.held_out & examples.found).sum())
     fewest = {"next": 0, "served": 1, "long": config.min_long_queries}[kind]
     if min(checked, int(examples.found.sum()) - checked) < fewest:
@@ -379,6 +386,6 @@ def _fitted(
         seed=config.seed,
         threads=threads,
     )
-    if kind == "long":  # the songs 25 to 50 plays ahead are nearly those of the play before
+    if kind == "long":  # successive queries share nearly all songs 25 to 50 plays ahead
         settings = settings.overlapping()
     return fit_ranker(examples, features, settings)

@@ -1,4 +1,4 @@
-"""The best songs of every user as Parquet, bucket by bucket; a killed job goes on with the buckets left."""
+"""Writes the best songs of every user as Parquet, bucket by bucket; a killed job continues with the missing buckets."""
 
 import json
 import time
@@ -35,13 +35,13 @@ SCHEMA = pa.schema(
     [
         pa.field(columns.USER, pa.string(), nullable=False),
         pa.field(columns.SONG_IDS, pa.list_(pa.string()), nullable=False),  # best first
-        pa.field(columns.SCORES, pa.list_(pa.float32()), nullable=False),  # one a song
+        pa.field(columns.SCORES, pa.list_(pa.float32()), nullable=False),  # one score per song
     ]
 )
 
 
 def schema_of(config: RecommendConfig) -> pa.Schema:
-    """The columns of the files; with explore the probability of each explored song, null for the others."""
+    """Return the columns of the files; with explore also the probability of each explored song, null for the others."""
     return (
         SCHEMA.append(pa.field(columns.PROBABILITIES, pa.list_(pa.float64()), nullable=False))
         if config.explore
@@ -50,7 +50,7 @@ def schema_of(config: RecommendConfig) -> pa.Schema:
 
 
 def recommendations_file(folder: str, bucket: int) -> str:
-    """The Parquet file of one bucket of users in a recommendations artifact."""
+    """Return the path of the Parquet file of one bucket of users in a recommendations artifact."""
     return f"{folder}/bucket={bucket:05d}/recommendations.parquet"
 
 
@@ -63,15 +63,15 @@ def recommend_all(
     at: int | None = None,
     repeat: bool = False,
 ) -> Manifest:
-    """Write the k best songs of every user who has a play before `at`; the recommendations artifact.
+    """Write the k best songs of every user who has a play before `at`; return the recommendations artifact.
 
-    `parts`, role -> id, answer; see `load_recommender`. `at` is ms UTC, by default just after the last play. One
-    Parquet file a bucket, of one row a user: user_id, song_ids list<string>, scores list<float32>, fewer than k where
-    fewer songs qualify; with explore also probabilities list<float64>, null for songs not explored. Metrics: seconds,
-    users, songs (of all rows), filled_songs (those of them that no retriever proposed, found near the taste vectors
-    instead) and buckets_computed.
+    `parts`, role -> id, are the parts of the recommender; see `load_recommender`. `at` is ms UTC, by default just after
+    the last play. There is one Parquet file per bucket, with one row per user: user_id, song_ids list<string> and
+    scores list<float32>, with fewer than k songs if fewer qualify; with explore also probabilities list<float64>, null
+    for songs not explored. Metrics: seconds, users, songs (in all rows), filled_songs (songs that no retriever proposed
+    and that were found near the taste vectors instead) and buckets_computed.
 
-    Raises `InputError` where reasons or a mix of horizons are requested, `MismatchError` for parts of another data set.
+    Raises `InputError` if reasons or a mix of horizons are requested, `MismatchError` for parts of another data set.
     """
     if config.explain:
         raise InputError("reasons are given for one user at a time; leave out --explain, or give --user ID")
@@ -85,7 +85,7 @@ def recommend_all(
     made_id, complete = artifacts.new_id(workspace, KIND, artifacts.fingerprint(KIND, settings, inputs), repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, KIND, made_id)
-    load_recommender(workspace, dataset, parts)  # what does not fit is refused here, not by every worker
+    load_recommender(workspace, dataset, parts)  # raises here if the parts do not fit, not in every worker
     manifest = Manifest(kind=KIND, id=made_id, config=settings, inputs=inputs)
     began = time.monotonic()
     task = _Task(dataset, config, dict(parts), moment, manifest.folder)
@@ -104,7 +104,7 @@ def recommend_all(
 
 @dataclass(frozen=True)
 class _Task:
-    """What all workers of one job know."""
+    """The data that all workers of one job share."""
 
     dataset: Dataset
     config: RecommendConfig
@@ -115,26 +115,26 @@ class _Task:
 
 @dataclass(frozen=True, kw_only=True)
 class BucketRows:
-    """What a bucket came to; all that the driver ever sees of it."""
+    """The result of a bucket; the driver receives nothing else of it."""
 
     bucket: int
-    sha256: str  # of its file
+    sha256: str  # sha256 of its file
     counts: dict[str, int]  # users, songs, filled_songs, buckets_computed
 
 
 class BucketRecommendations:
-    """A bucket worker: reads a bucket's histories, writes the songs of its users."""
+    """A bucket worker: reads a bucket's histories and writes the songs recommended to its users."""
 
     def __init__(self, task: _Task) -> None:
         import torch
 
         torch.set_num_threads(1)
         self._task = task
-        self._recommender: BaseRecommender | None = None  # loaded by a worker that has something to compute
+        self._recommender: BaseRecommender | None = None  # loaded when a bucket has to be computed
         self._song_ids = pa.array([], pa.string())
 
     def __call__(self, bucket: int) -> BucketRows:
-        """Write the bucket's file, unless an earlier run has."""
+        """Write the bucket's file, unless an earlier run has written it."""
         task, workspace = self._task, self._task.dataset.workspace
         path = recommendations_file(task.folder, bucket)
         if workspace.exists(path):
@@ -156,7 +156,7 @@ class BucketRecommendations:
         return BucketRows(bucket=bucket, sha256=stream.sha256, counts={**counts, "buckets_computed": 1})
 
     def _tables(self, bucket: int) -> Iterator[tuple[pa.Table, int]]:
-        """The rows of a bucket, some users at a time, and how many of their songs no retriever proposed."""
+        """Yield the rows of a bucket in tables, each with the number of its songs that no retriever proposed."""
         task, dataset = self._task, self._task.dataset
         if self._recommender is None:
             self._recommender = load_recommender(dataset.workspace, dataset, task.parts)

@@ -2,9 +2,9 @@
 
 One task joins the ranges.
 
-Buckets are counted in groups, so that pieces times ranges, the reads of object storage, stay bounded.
+Buckets are counted in groups, which bounds the reads of object storage: one per group and range.
 
-Where a retrieval of the same settings holds earlier parts of the plays already, the later ones alone are read and added
+If a retrieval with the same settings already covers earlier parts of the plays, only the later parts are read and added
 to it.
 """
 
@@ -44,25 +44,25 @@ from rayrec.storage.locking import writes
 from rayrec.storage.workspace import Workspace
 
 KIND = "retrieval"
-LENGTH = struct.Struct("<q")  # of a bucket's counts in a piece, before them
-MEMORY_PER_PACKED_BYTE = 6  # of a range of songs while it is merged: a rule of 20 bytes takes 120
+LENGTH = struct.Struct("<q")  # precedes a bucket's counts in a piece: their length in bytes
+MEMORY_PER_PACKED_BYTE = 6  # bytes of memory per packed byte of a range that is merged: a rule of 20 bytes takes 120
 
 
 @writes("retrieval")
 def fit_retrieval(
     workspace: Workspace, config: RetrievalConfig, *, split: Split | None = None, repeat: bool = False
 ) -> Manifest:
-    """Fit what retrievers look up on all plays that a final fit may see; the retrieval artifact.
+    """Fit the data that retrievers look up, on all plays that a final fit may see; return the retrieval artifact.
 
-    Unless `config.full` or `repeat` ask for all plays, those of new parts are added to the newest retrieval of the same
-    settings and split. Play counts and the newest sessions are then those of all plays, with two exceptions: a user's
-    first session in a new part starts there, and no rule leads from earlier plays to those of the part; and a follower
-    that was not among the strongest rules of its song starts at 0.
-    With a validation range a second one, fitted before it, lies in the folder `selection`: rankers learn on the range
-    that it has not seen.
+    Unless `config.full` or `repeat` requests all plays, only the plays of new parts are read and added to the newest
+    retrieval with the same settings and split. Play counts are then those of all plays. Sessions and rules are too,
+    with these exceptions: a user's first session in a new part starts in that part, no rule leads from earlier plays to
+    plays of the part, and a follower that was not among the strongest rules of its song starts at 0.
+    With a validation range, the folder `selection` holds a second retrieval, fitted before that range: rankers learn on
+    the range, which it has not seen.
 
-    Metrics: seconds, plays, sessions, rules, artists, albums and base ("": none), the retrieval that was added to. A
-    killed job continues with what is left.
+    Metrics: seconds, plays, sessions, rules, artists, albums and base, the id of the retrieval that was added to ("" if
+    all plays were read). A killed job continues with the missing work.
     Raises `MismatchError` for a split of another data set.
     """
     erase_forgotten(workspace)
@@ -102,7 +102,7 @@ def fit_retrieval(
 
 
 def _is_like(workspace: Workspace, earlier: Manifest, new: Manifest) -> bool:
-    """True where two retrievals keep as much, and saw the same plays of those that both could see."""
+    """Return True if two retrievals have the same settings, and have the same split or may both see all plays."""
     settings = [{**each.config, "full": False} for each in (earlier, new)]
     splits = [each.inputs.get("split") for each in (earlier, new)]
     if settings[0] != settings[1]:
@@ -113,7 +113,7 @@ def _is_like(workspace: Workspace, earlier: Manifest, new: Manifest) -> bool:
 
 
 def _selection_base(dataset: Dataset, split: Split, base: Manifest | None) -> str:
-    """The folder of what the retrieval before the validation range may start from, or "": all plays are counted."""
+    """Return the folder of the retrieval that the selection retrieval is added to; "" if it reads all plays."""
     if base is None:
         return ""
     if base.inputs.get("split") == split.id:
@@ -131,10 +131,10 @@ def write_retrieval(
     base: str = "",
     first_part: int = 0,
 ) -> tuple[list[str], dict[str, Any]]:
-    """Fit on the plays that `allowed` lets through and write into a folder; the names of the files, and figures.
+    """Fit a retrieval on the plays that `allowed` permits and write it into `folder`; return file names and figures.
 
-    With `base` the plays of `first_part` and later ones are added to the retrieval in that folder. Needs a running
-    cluster. Pieces lie in `folder`/run until the end, so a killed job goes on.
+    With `base`, the plays of part `first_part` and later parts are added to the retrieval in that folder. Needs a
+    running cluster. Intermediate files stay in `folder`/run until the end, so that a killed job can continue.
     """
     workspace, run = dataset.workspace, f"{folder}/run"
     ranges = song_ranges(dataset.num_songs, dataset.manifest.plays)
@@ -164,32 +164,32 @@ def write_retrieval(
 
 @dataclass(frozen=True)
 class _Task:
-    """What all workers of one fit know."""
+    """The data that all workers of one fit share."""
 
     dataset: Dataset
     config: RetrievalConfig
     allowed: FitRange
-    pieces: str  # their folder
+    pieces: str  # folder of the intermediate files
     song_ranges: list[tuple[int, int]]  # first row, and the row after the last
-    groups: list[tuple[int, int]]  # of buckets: the first and the last of each
+    groups: list[tuple[int, int]]  # first and last bucket of each group
     base: str  # folder of the retrieval that plays are added to, or ""
-    first_part: int  # of the plays to count
+    first_part: int  # first part of the plays to count
 
     def piece(self, group: int) -> str:
-        """The file of what one group of buckets says: range of songs by range of songs, bucket by bucket."""
+        """Return the path of the piece of a group: its counts, ordered by range of songs and then by bucket."""
         return f"{self.pieces}/group={group:05d}.counts"
 
     def merged(self, song_range: int) -> str:
-        """The file of what all buckets say of one range of songs."""
+        """Return the path of the counts of all buckets for one range of songs."""
         return f"{self.pieces}/merged/range={song_range:05d}.safetensors"
 
 
 @dataclass(frozen=True)
 class CountedGroup:
-    """A group whose piece is written."""
+    """A group of buckets whose piece is written."""
 
     group: int
-    offsets: np.ndarray  # int64 (ranges + 1,): where in its piece each range of songs begins, and the last ends
+    offsets: np.ndarray  # int64 (ranges + 1,): byte in the piece where each range begins, and the end of the last
 
 
 class GroupCounter:
@@ -199,7 +199,7 @@ class GroupCounter:
         self._task = task
 
     def __call__(self, group: int) -> CountedGroup:
-        """Write the piece, where it is not there."""
+        """Write the piece of a group, unless it exists."""
         task, workspace = self._task, self._task.dataset.workspace
         path = task.piece(group)
         offsets = np.zeros(len(task.song_ranges) + 1, dtype="<i8")
@@ -207,7 +207,7 @@ class GroupCounter:
             with workspace.open_input(path) as stream:
                 return CountedGroup(group, np.frombuffer(stream.read(offsets.nbytes), dtype=offsets.dtype))
         first, last = task.groups[group]
-        with tempfile.TemporaryFile() as spool:  # a bucket at a time is in memory, and the file is by range
+        with tempfile.TemporaryFile() as spool:  # the piece is ordered by range, memory holds one bucket
             places = [self._spool(bucket, spool) for bucket in range(first, last + 1)]
             sizes = [sum(place[number][1] for place in places) for number in range(len(task.song_ranges))]
             offsets[:] = offsets.nbytes + np.concatenate([[0], np.cumsum(sizes)])
@@ -220,7 +220,7 @@ class GroupCounter:
         return CountedGroup(group, offsets)
 
     def _spool(self, bucket: int, spool: IO[bytes]) -> list[tuple[int, int]]:
-        """Write a bucket's counts; where those of each range begin, and how many bytes they are."""
+        """Write a bucket's counts into `spool`; return the position and the number of bytes of each range."""
         task, places = self._task, []
         counts = self._count(Histories.from_lists([], []))
         for histories in task.dataset.read_bucket(bucket, first_part=task.first_part):
@@ -243,16 +243,16 @@ class GroupCounter:
 
 
 class RangeMerger:
-    """Merges what all buckets say of one range of songs.
+    """Merges the counts of all buckets for one range of songs.
 
-    `offsets` are those of all pieces, int64 (groups, ranges + 1).
+    `offsets`, int64 (groups, ranges + 1), are the `CountedGroup.offsets` of all groups.
     """
 
     def __init__(self, task: _Task, offsets: np.ndarray) -> None:
         self._task, self._offsets = task, offsets
 
     def __call__(self, number: int) -> int:
-        """Write the merged counts of one range of songs, with the strongest rules of each song."""
+        """Write one range's merged counts with each song's strongest rules; return 1, or 0 if the file exists."""
         task, workspace = self._task, self._task.dataset.workspace
         if workspace.exists(task.merged(number)):
             return 0
@@ -278,8 +278,8 @@ class RangeMerger:
 
 
 def merge_counts(parts: Iterable[RetrievalCounts]) -> RetrievalCounts:
-    """Merge one or more parts, each as often as the logarithm of their number: like with like in size."""
-    waiting: list[tuple[int, RetrievalCounts]] = []  # how many parts it holds, largest first
+    """Merge one or more parts, two of the same size at a time: each is merged about log2(number of parts) times."""
+    waiting: list[tuple[int, RetrievalCounts]] = []  # number of parts merged into it, largest first
     for part in parts:
         waiting.append((1, part))
         while len(waiting) > 1 and waiting[-2][0] == waiting[-1][0]:
@@ -289,7 +289,7 @@ def merge_counts(parts: Iterable[RetrievalCounts]) -> RetrievalCounts:
 
 
 def _build(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """Join the ranges, add the groups of songs, write the artifact's files; yields their names and figures."""
+    """Join the ranges, add the groups of songs, write the artifact's files; yield file names and figures."""
     workspace = task.dataset.workspace
     ranges = (unpack_counts(workspace.read_bytes(task.merged(number))) for number in range(len(task.song_ranges)))
     with tempfile.TemporaryDirectory(prefix="rayrec-") as joined:

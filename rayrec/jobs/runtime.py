@@ -1,4 +1,4 @@
-"""How jobs run on Ray: a cluster for the length of a job, workers over buckets, one task with a whole node."""
+"""Runs jobs on Ray: a cluster for the duration of a job, workers over buckets, one task that has a node to itself."""
 
 import logging
 import os
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Protocol
 
-# Before ray is imported: no usage report, and no spinning OpenMP threads, which cost a factor of
-# 30 where another process wants the core.
+# These are set before ray is imported: no usage reports, and no spinning OpenMP threads, which are 30 times slower if
+# another process needs the core.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch takes memory; WORKER_ENVIRONMENT says why
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch allocates memory; reason: WORKER_ENVIRONMENT
 
 import ray
 from ray.data import DataContext
@@ -24,31 +24,32 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrash
 from rayrec.errors import InputError, RayrecError, ray_not_started
 
 CONNECT_SECONDS = 5.0
-HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty settings
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and an empty settings frame
 HTTP2_SETTINGS = b"\x04"  # type of the frame with which every HTTP/2 server begins
 
-RETRIES = 3  # times that a unit is done again whose worker or node was lost
-MAX_WAITING = 1_000  # units handed to Ray at once
+RETRIES = 3  # times that a unit is repeated if its worker or node is lost
+MAX_WAITING = 1_000  # units submitted to Ray at once
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
-    # A worker that runs for long gives freed memory back, not to one of many arenas. Single runs of the
-    # taste job at 500,000 users peaked at 420 MiB with both, at 494 and 507 without.
+    # A long-running worker returns freed memory to the system instead of keeping it in many arenas. Single runs of the
+    # taste job at 500,000 users peaked at 420 MiB with both settings, at 494 and 507 MiB without.
     "ARROW_DEFAULT_MEMORY_POOL": "system",
     "MALLOC_ARENA_MAX": "2",
-    # Huge pages for large tensors. A training step frees hundreds of MB that the next one needs again: in small pages
-    # the kernel took 12.9 of 34 CPU seconds of a training to hand them out, in huge ones 3.8 of 21.
+    # Huge pages for large tensors. A training step frees hundreds of MB that the next step allocates again. The kernel
+    # used 12.9 of 34 CPU seconds of a training to allocate small pages, and 3.8 of 21 with huge pages.
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 
 
 @contextmanager
 def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
-    """A with block on Ray: the running connection, else `address` or RAY_ADDRESS, else a private local cluster.
+    """Context manager that connects to Ray: to `address` or RAY_ADDRESS, else to a private local cluster.
 
-    Only what this block connected is shut down at its end. Ray's own logs and bars stay quiet.
+    If the process is connected already, it uses that connection and leaves it open; otherwise it disconnects at the
+    end. Ray's own logs and progress bars are turned off. `options` are passed to `ray.init` for a local cluster.
 
-    Raises `InputError` for an address where no Ray cluster answers, and `RayrecError` where Ray does not start.
+    Raises `InputError` if no Ray cluster answers at the address, and `RayrecError` if Ray does not start.
     """
     if ray.is_initialized():
         yield
@@ -60,7 +61,7 @@ def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         ray.init(
-            # "local" and not None: plain init attaches to whatever died here last and hangs.
+            # With None instead of "local", init attaches to the last cluster of this machine and hangs if it is dead.
             address=address or "local",
             logging_level=logging.ERROR,
             log_to_driver=False,
@@ -78,9 +79,10 @@ def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
 
 
 def require_cluster(address: str, timeout: float = CONNECT_SECONDS) -> None:
-    """Raise `InputError` unless something at `host:port` or `ray://host:port` speaks gRPC, as Ray's head does.
+    """Raise `InputError` unless a server at `host:port` or `ray://host:port` speaks gRPC, as Ray's head node does.
 
-    Ray itself tries for a quarter of an hour. `auto` and `local` pass.
+    Ray itself would try for 15 minutes. `timeout` is in seconds. `auto` and `local` are not checked, nor is any address
+    if RAY_USE_TLS is 1.
     """
     if address in ("auto", "local") or os.environ.get("RAY_USE_TLS") == "1":
         return
@@ -102,9 +104,9 @@ def require_cluster(address: str, timeout: float = CONNECT_SECONDS) -> None:
 
 
 def require_one_node(advice: str) -> None:
-    """Raise `InputError`, with advice, where the Ray that jobs will run on has several living nodes."""
+    """Raise `InputError`, with `advice` in its message, if the Ray cluster of the jobs has several living nodes."""
     if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
-        return  # it will be a private one on this machine
+        return  # the jobs start a private cluster on this machine
     with ray_cluster():
         nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     if nodes > 1:
@@ -112,15 +114,15 @@ def require_one_node(advice: str) -> None:
 
 
 def quiet_data() -> None:
-    """Ray Data without its own progress bars and log lines; ours stand on stderr."""
+    """Turn off the progress bars and log lines of Ray Data; rayrec shows its own on stderr."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors come out as exceptions
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised as exceptions
 
 
 def cluster_cpus() -> int:
-    """CPUs of the whole cluster."""
+    """Return the number of CPUs of the whole cluster, at least 1."""
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
@@ -128,30 +130,30 @@ class BucketWorker(Protocol):
     """A class whose constructor loads what it needs and whose call does one unit of work."""
 
     def __call__(self, unit: Any, /) -> Any:
-        """Do one unit and return a small result; what is large goes to the workspace, atomically."""
+        """Process one unit and return a small result; large results are written to the workspace, atomically."""
         ...
 
 
-# The worker that this process made last: tasks of one job come to the same processes again, and
-# constructing a worker (loading a model, say) may take longer than a unit. Tasks and not actors,
-# since a pool as large as the CPUs left hangs when a node is lost, and tasks are simply run again.
+# The worker that this process constructed last. The tasks of a job run in the same processes, and constructing a
+# worker, which may load a model, can take longer than a unit. Units are tasks instead of actors: a pool of actors on
+# all free CPUs hangs if a node is lost, while Ray runs tasks again.
 _made: dict[str, BucketWorker] = {}
 
 
 @dataclass(frozen=True)
 class _Failed:
-    """An error of no kind of ours, as a worker met it."""
+    """An error in a worker that is not a `RayrecError`."""
 
     trace: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitTime:
-    """What one unit of work took in its process."""
+    """The CPU time of one unit of work in its process."""
 
-    worker: str  # name of its class, or of its function where that has a node to itself
+    worker: str  # name of the worker's class, or of the function that `run_on_node` runs
     cpu_seconds: float
-    setup_seconds: float = 0.0  # CPU time of the worker's constructor, where this unit was its first
+    setup_seconds: float = 0.0  # CPU time of the worker's constructor, if this unit was its first
 
 
 _times: list[UnitTime] | None = None
@@ -159,7 +161,7 @@ _times: list[UnitTime] | None = None
 
 @contextmanager
 def unit_times() -> Iterator[list[UnitTime]]:
-    """A list that holds the time of each unit that ends in this block, for benchmarks."""
+    """Context manager that gives a list of the times of all units that end in its block, for benchmarks."""
     global _times
     times: list[UnitTime] = []
     _times = times
@@ -179,7 +181,7 @@ def _run_unit(make_worker: Callable[..., BucketWorker], stored: list[ray.ObjectR
             ready = time.process_time()
         result = _made[key](unit)
     except RayrecError as error:
-        result = error  # as a value: of what is raised Ray keeps no more than the text
+        result = error  # returned as a value: of a raised error Ray keeps only the text
     except Exception:
         result = _Failed(traceback.format_exc())
     seconds = time.process_time() - ready
@@ -198,28 +200,28 @@ def run_buckets(
     memory: int = 0,
     called: str = "bucket",
 ) -> Iterator[Any]:
-    """Yield the result of each unit as it is done, in any order. An error of ours comes out as it was raised.
+    """Yield the result of each unit when it is done, in any order. A `RayrecError` in a worker is raised unchanged.
 
-    A unit takes `cpus` CPUs of its node and `memory` bytes, so a node works at no more units than its memory holds.
-    `arguments` go to the worker's constructor through the object store: arrays among them are shared
-    by the workers of a node, not copied, and read-only. A unit whose worker dies is done again, at
-    most `RETRIES` times. Raises `RayrecError` for those that are lost even so, once all others are
-    done; `called` is what it calls a unit.
+    A unit takes `cpus` CPUs and `memory` bytes of its node, so that a node runs only as many units as its memory holds.
+    At most `concurrency` units, by default `MAX_WAITING`, are submitted at once. `arguments` are passed to the worker's
+    constructor through the object store: arrays among them are read-only, and the workers of a node share them without
+    a copy. A unit whose worker dies is repeated at most `RETRIES` times. If units still fail, raises `RayrecError`
+    after all other units are done; `called` is the word for a unit in its message.
     """
     left = list(units)
     total = len(left)
     if not left:
         return
-    # In a list, since Ray would resolve a bare reference for each task.
+    # In a list, because Ray would resolve a bare reference for each task.
     stored = [ray.put(arguments)]
     task = ray.remote(_run_unit).options(
         num_cpus=cpus,
         num_gpus=num_gpus,
-        memory=min(memory, node_memory()) or None,  # a unit that needs more than any node has runs alone on one
+        memory=min(memory, node_memory()) or None,  # a unit that needs more than any node has runs alone on a node
         max_retries=RETRIES,
         scheduling_strategy="SPREAD",
     )
-    at_once = min(concurrency or MAX_WAITING, total)  # those without a free CPU wait: an autoscaler sees the demand
+    at_once = min(concurrency or MAX_WAITING, total)  # tasks without a free CPU wait, and an autoscaler sees them
     running: dict[ray.ObjectRef, Any] = {}
     lost: list[Any] = []
     left.reverse()
@@ -232,7 +234,7 @@ def run_buckets(
             unit = running.pop(done)
             try:
                 result, spent = ray.get(done)
-            except RayError:  # its worker or node was lost once more than it may be
+            except RayError:  # its worker or node was lost more than RETRIES times
                 lost.append(unit)
                 continue
             if isinstance(result, RayrecError):
@@ -254,7 +256,7 @@ def run_buckets(
 
 
 def _timed(work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """What `work` yields, then what it took."""
+    """Return a function that yields the items of `work`, then a `UnitTime`."""
 
     @wraps(work)
     def run(*arguments: Any) -> Iterator[Any]:
@@ -266,20 +268,20 @@ def _timed(work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
 
 
 def node_memory() -> int:
-    """Bytes that Ray gives the tasks of the living node that has the most for them, at least 0."""
+    """Return the most bytes of memory that Ray offers to tasks on a living node, at least 0."""
     return max([0, *(int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"])])
 
 
 def node_cpus() -> int:
-    """CPUs of the largest living node, at least 1."""
+    """Return the number of CPUs of the largest living node, at least 1."""
     return max([1, *(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])])
 
 
 def run_on_node(work: Callable[..., Iterator[Any]], *arguments: Any, cpus: int) -> Iterator[Any]:
-    """Yield what `work(*arguments)` yields, as it comes, from a task that holds `cpus` CPUs of one node.
+    """Run `work(*arguments)` in a task that holds `cpus` CPUs of one node; yield its items as they arrive.
 
-    An error of ours comes out as it was raised there, without Ray's wrapping. Raises `RayrecError`
-    where its worker dies `RETRIES` times more than once.
+    A `RayrecError` in the task is raised unchanged, without Ray's wrapper. Raises `RayrecError` if its worker dies more
+    than `RETRIES` times.
     """
     task = ray.remote(_timed(work)).options(num_cpus=cpus, num_returns="streaming", max_retries=RETRIES)
     try:

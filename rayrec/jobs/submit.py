@@ -1,7 +1,7 @@
-"""Run a command of rayrec as a job on a Ray cluster and follow it, over the job submission API.
+"""Runs a command of rayrec as a job on a Ray cluster and follows it, through Ray's job submission API.
 
-Only the cluster's dashboard port is needed, not Ray's own ports: that is what an SSH tunnel or
-`kubectl port-forward` opens.
+Only the port of the cluster's dashboard is needed, which an SSH tunnel or `kubectl port-forward` opens, not Ray's other
+ports.
 """
 
 import asyncio
@@ -23,37 +23,37 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from rayrec.display import LINES_VARIABLE
 from rayrec.errors import InputError, NotFoundError, RayrecError
 
-API_SERVER = "RAY_API_SERVER_ADDRESS"  # Ray's variable, which it puts above the address it is given
-# The interpreter of the image that cluster/Dockerfile builds. Absolute, since a bare `python` is that
-# of the shell which started the head.
+API_SERVER = "RAY_API_SERVER_ADDRESS"  # Ray's variable, which overrides the address passed to Ray
+# The interpreter of the image that cluster/Dockerfile builds. The path is absolute, because `python` alone would be the
+# interpreter of the shell that started the head node.
 IMAGE_PYTHON = "/opt/rayrec/bin/python"
 POLL_SECONDS = 0.5
-MOST_BREAKS = 10  # of the log in a row, with nothing new between them, before following is given up
-NOT_FOUND, STOPPED = 127, 130  # exit codes as a shell has them: no such program, interrupted
+MOST_BREAKS = 10  # interruptions of the log in a row, without new text, after which `follow` gives up
+NOT_FOUND, STOPPED = 127, 130  # exit codes as in a shell: command not found, interrupted
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobEnd:
-    """What became of a job."""
+    """The state of a job."""
 
     job: str  # submission id
     status: str  # PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED
-    exit_code: int | None  # of the command; None while it runs
-    message: str  # what Ray says of it
-    seconds: float  # since its start
+    exit_code: int | None  # exit code of the command; None while it runs
+    message: str  # Ray's message about the job
+    seconds: float  # from its start to its end, or to now while it runs
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 class Cluster:
     """The job server of one Ray cluster, `http://HOST:8265`.
 
-    `address` None takes RAY_API_SERVER_ADDRESS or RAY_ADDRESS. The token of a cluster that asks for one
-    comes from where Ray reads it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+    `address` is by default that in RAY_API_SERVER_ADDRESS or RAY_ADDRESS. If the cluster needs a token, Ray reads it
+    from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
 
-    Raises `InputError` without an address or with a wrong token, `RayrecError` where no cluster answers.
+    Raises `InputError` without an address or with a wrong token, `RayrecError` if no cluster answers.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -75,13 +75,13 @@ class Cluster:
         python: str = IMAGE_PYTHON,
         files: str | None = None,
     ) -> str:
-        """Start `rayrec WORDS...` on the head node; the job's id.
+        """Start `rayrec WORDS...` on the head node; return the job's id.
 
-        `workspace` is one that the whole cluster sees; None where the words name it. `python` is the
-        interpreter on the cluster that has rayrec. `files` is a local folder that is uploaded (512 MiB
-        at most, what .gitignore names left out) and that the command runs in.
+        `workspace` must be visible to the whole cluster; it is None if `words` name it. `python` is the absolute path
+        of the interpreter on the cluster that has rayrec. `files` is a local folder that is uploaded (at most 512 MiB,
+        without the files that .gitignore names); the command runs in it.
 
-        Raises `InputError` for a workspace or folder that cannot be meant.
+        Raises `InputError` for a relative path `python` or `workspace`, and if `files` is not a folder.
         """
         if not Path(python).is_absolute():
             raise InputError(f"python {python!r} is not absolute; expected the path of the interpreter on the cluster")
@@ -102,9 +102,10 @@ class Cluster:
             )
 
     def follow(self, job: str, write: Callable[[str], None]) -> JobEnd:
-        """Hand the job's log on from its beginning until it ends; what became of it.
+        """Pass the job's log to `write` from its beginning until the job ends; return the job's final state.
 
-        A stream that breaks is taken up where it broke. Raises `NotFoundError` for an unknown job.
+        After an interruption the log continues where it stopped. Raises `NotFoundError` for an unknown job, and
+        `RayrecError` after more than `MOST_BREAKS` interruptions in a row without new text.
         """
         log, breaks = _Log(self._client, job, write), 0
         while True:
@@ -126,7 +127,7 @@ class Cluster:
             time.sleep(POLL_SECONDS)
 
     def look(self, job: str) -> JobEnd:
-        """Where the job stands now. Raises `NotFoundError` for an unknown job."""
+        """Return the current state of a job. Raises `NotFoundError` for an unknown job."""
         with _refusals(self.address, job):
             info = self._client.get_job_info(job)
         ended = info.status.is_terminal()
@@ -140,7 +141,7 @@ class Cluster:
         )
 
     def stop(self, job: str) -> JobEnd:
-        """End a job; where it stands after that. Raises `NotFoundError` for an unknown job."""
+        """Stop a job and return its final state. Raises `NotFoundError` for an unknown job."""
         with _refusals(self.address, job):
             self._client.stop_job(job)
         while (end := self.look(job)).exit_code is None:
@@ -149,15 +150,15 @@ class Cluster:
 
 
 class _Log:
-    """Hands a job's log on, and after a break nothing that was handed on before it."""
+    """Passes a job's log to `write`; text from before an interruption is not passed on again."""
 
     def __init__(self, client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> None:
         self._client, self._job, self._write = client, job, write
-        self.shown = 0  # characters handed on
-        self.whole = False  # the server has closed the stream at its end
+        self.shown = 0  # characters passed to `write`
+        self.whole = False  # True if the server has closed the stream after the whole log
 
     async def copy(self) -> None:
-        """Until the stream ends; it begins with the job's first line each time."""
+        """Pass on new text until the stream ends. Each stream begins with the job's first line."""
         length = 0
         async for text in self._client.tail_job_logs(self._job):
             fresh = text[max(0, self.shown - length) :]
@@ -169,7 +170,7 @@ class _Log:
 
 
 def shared_workspace(uri: str) -> str:
-    """The workspace, where the nodes of a cluster can see it. Raises `InputError` for a relative path."""
+    """Return `uri` if all nodes of a cluster can use it as a workspace. Raises `InputError` for a relative path."""
     if "://" in uri or Path(uri).is_absolute():
         return uri
     raise InputError(
@@ -183,12 +184,12 @@ def _exit_code(status: JobStatus, of_command: int | None) -> int:
         return 0
     if status == JobStatus.STOPPED:
         return STOPPED
-    return of_command or 1  # none where the command never ran, or its node was lost
+    return of_command or 1  # `of_command` is None if the command never ran or its node was lost
 
 
 @contextmanager
 def _only_address(address: str) -> Iterator[None]:
-    """What the environment says of the address set aside: Ray would put it above the one it is given."""
+    """Set `RAY_API_SERVER_ADDRESS` to `address` in a block, because Ray prefers it to the address passed to it."""
     before = os.environ.get(API_SERVER)
     os.environ[API_SERVER] = address
     try:
@@ -202,7 +203,7 @@ def _only_address(address: str) -> Iterator[None]:
 
 @contextmanager
 def _refusals(address: str, job: str | None = None) -> Iterator[None]:
-    """Ray's errors as ours, in one line."""
+    """Convert Ray's errors in a block to rayrec's errors with one-line messages."""
     try:
         yield
     except AuthenticationError as error:

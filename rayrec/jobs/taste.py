@@ -1,7 +1,7 @@
-"""The taste stage: one row per user for all users, bucket by bucket; a killed job goes on with the buckets left.
+"""The taste stage: computes the taste vectors of all users, bucket by bucket; a killed job continues where it stopped.
 
-Where there are tastes of the same model already, of this data set or of one that it began with, only
-the plays that came since go through the network.
+If taste vectors of the same model exist, for this data set or for one that it descends from, only the plays since then
+go through the network.
 """
 
 import json
@@ -31,11 +31,11 @@ from rayrec.storage.workspace import Workspace, artifact_dir
 def compute_tastes(
     workspace: Workspace, config: TasteConfig, *, model_id: str | None = None, repeat: bool = False
 ) -> Manifest:
-    """Compute the taste vectors of all users; the tastes artifact.
+    """Compute the taste vectors of all users, one row per user; return the tastes artifact.
 
-    Continues the newest tastes of the model, unless `config.full` or `repeat` ask for all plays;
-    either way the rows are the same. Metrics: seconds, users, plays, plays_per_second,
-    buckets_computed, base ("": none) and the fields of `Counts`.
+    Continues from the newest taste vectors of the model, unless `config.full` or `repeat` requests all plays; the rows
+    are the same either way. Metrics: seconds, users, plays, plays_per_second, buckets_computed, base (the id of the
+    artifact that was continued, "" if none) and the fields of `Counts`.
 
     Raises `MismatchError` for a model of a data set that this one does not descend from.
     """
@@ -92,9 +92,10 @@ def compute_tastes(
 
 
 def tastes_before(dataset: Dataset, model: Manifest, added: Manifest | None = None) -> Manifest | None:
-    """The tastes of the model to continue from, as in `Dataset.newest_base`; None where there are none.
+    """Return the taste vectors of the model to continue from, as in `Dataset.newest_base`; None if there are none.
 
-    None of those that read plays of songs which were `added` later and would be read otherwise now.
+    Taste vectors are not continued if the network, with the songs `added` to it, would now read their plays in another
+    way.
     """
     _, base = dataset.newest_base(
         "tastes", lambda other: other.inputs["models"] == model.id and _reads_the_same(dataset, other, added)
@@ -103,7 +104,7 @@ def tastes_before(dataset: Dataset, model: Manifest, added: Manifest | None = No
 
 
 def _reads_the_same(dataset: Dataset, tastes: Manifest, added: Manifest | None) -> bool:
-    """True where the plays that tastes have seen are read the same with the songs added now as with those then."""
+    """Return True if the network, with the songs `added`, still reads the plays of `tastes` in the same way."""
     then = tastes.inputs.get("added_songs")
     if then == (added.id if added else None):
         return True
@@ -120,15 +121,15 @@ def _reads_the_same(dataset: Dataset, tastes: Manifest, added: Manifest | None) 
 
 @dataclass(frozen=True, kw_only=True)
 class BucketResult:
-    """What a bucket came to; all that the driver ever sees of it."""
+    """The result of a bucket; the driver receives nothing else of it."""
 
     bucket: int
-    sha256: str  # of its file
+    sha256: str  # sha256 of its file
     counts: dict[str, int]  # users, plays and the fields of `Counts`
 
 
 class BucketTastes:
-    """A bucket worker: reads a bucket's histories, writes its rows of tastes."""
+    """A bucket worker: reads a bucket's histories and writes the taste vectors of its users."""
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class BucketTastes:
         added: Manifest | None = None,
         done: Set[int] = frozenset(),
     ) -> None:
-        """`done` are the buckets that an earlier run has written: they are only read for their checksums."""
+        """`done` are the buckets that an earlier run has written: they are read for checksums and counts only."""
         import torch
 
         from rayrec.model.added_songs import AddedSongs
@@ -158,7 +159,7 @@ class BucketTastes:
         self._done = done
 
     def __call__(self, bucket: int) -> BucketResult:
-        """Write the bucket's file."""
+        """Write the bucket's file, unless an earlier run has written it."""
         from rayrec.model.taste_table import Counts, taste_writer
 
         path = tastes_file(self._folder, bucket)
@@ -172,7 +173,7 @@ class BucketTastes:
                 writer = writer or taste_writer(stream, table.schema)
                 writer.write_table(table)
                 users, plays = users + table.num_rows, plays + int(table.column(PLAYS).to_numpy().sum())
-                # Freed memory goes back at once: left to itself the heap grows by a tenth over a long bucket.
+                # Return freed memory to the system at once: otherwise the heap grows by a tenth over a long bucket.
                 pa.default_memory_pool().release_unused()
             totals = {"users": users, "plays": plays, **asdict(counts)}
             if writer is not None:
@@ -181,7 +182,7 @@ class BucketTastes:
         return BucketResult(bucket=bucket, sha256=stream.sha256, counts=totals)
 
     def _written(self, bucket: int, path: str) -> BucketResult:
-        """The result of a bucket whose file is there."""
+        """Return the result of a bucket whose file exists."""
         with self._dataset.workspace.open_input(path) as stream:
             counts = json.loads(pq.ParquetFile(stream).metadata.metadata[BUCKET_COUNTS])
         return BucketResult(bucket=bucket, sha256=artifacts.sha256(self._dataset.workspace, path), counts=counts)
@@ -206,7 +207,7 @@ class BucketTastes:
             yield taste_table(self._encoder, Histories.from_lists([], []), self._at)
 
     def _base_tables(self, bucket: int) -> Iterator[pa.Table]:
-        """The rows of the earlier tastes, some users at a time."""
+        """Yield the rows of the earlier taste vectors in batches of users."""
         assert self._base is not None
         with self._dataset.workspace.open_input(tastes_file(self._base.folder, bucket)) as stream:
             for batch in pq.ParquetFile(stream).iter_batches(batch_size=self._config.users):

@@ -50,22 +50,22 @@ def train(
     unfinished: Unfinished = "ask",
     repeat: bool = False,
 ) -> Manifest:
-    """Train the taste network; the models artifact.
+    """Train the taste network; return the models artifact.
 
-    The song tables start from the song embeddings `songs_id`, by default those that were requested last. In a workspace
-    without any they start at random, with `config.dim` dimensions, and the metrics hold a `note` that says so.
+    The song tables start from the song embeddings `songs_id`, by default those requested last. In a workspace without
+    song embeddings they start at random, with `config.dim` dimensions, and the metrics hold a `note` that says so.
 
-    With `from_id` it starts from the weights of that model, made of the same data set or of one that this one
-    descends from, on its song embeddings; new songs start at random. Where that model was fit on the validation range
-    nothing can be chosen there: the training then takes a quarter of the epochs that the model took.
+    With `from_id`, training starts from the weights of that model, with its song embeddings; new songs start at random.
+    This data set must be the model's or descend from it. If that model was fit on the validation range, no epoch can be
+    chosen there: training then takes a quarter of the epochs of that model, at most `config.epochs`.
 
-    `unfinished` says what to do with a training of the same settings that was stopped: resume from its
-    last checkpoint, start over, or refuse, so that a second start does not lose hours of work.
+    `unfinished` says what to do if a training of the same settings was stopped: "resume" continues from its last
+    checkpoint, "restart" starts over, "ask" raises `InputError`, so that a second start does not lose hours of work.
 
-    Raises `MismatchError` for song embeddings of another data set or split, `InputError` for an unfinished training
-    that nothing is said about, for a horizon in days of data without times, for a dimension other than that of the
-    embeddings and for a song table that is not trained without embeddings, `DivergedError` where the loss or a weight
-    is not finite, and `RayrecError` where Ray Train gives up.
+    Raises `MismatchError` for song embeddings or a start model of another data set, split or shape; `LeakError` for a
+    start model that was fit on the test range; `InputError` for a horizon in days on data without times, for a
+    dimension other than that of the embeddings, and without embeddings for a `song_table` other than "trained";
+    `DivergedError` if the loss or a weight is not finite; `RayrecError` if Ray Train gives up.
     """
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
@@ -113,8 +113,8 @@ def train(
     metrics = {"seconds": round(time.monotonic() - began, 1), **figures, **_source_figures(dataset, config, split)}
     if songs is None and start is None:
         metrics["note"] = RANDOM_START
-    workspace.move(plan.counts["final"], manifest.path(PLAY_COUNTS))  # popular songs answer where no taste is known
-    if workspace.exists(f"{selected_folder(plan)}/{WEIGHTS}"):  # rankers learn on the range that it has not seen
+    workspace.move(plan.counts["final"], manifest.path(PLAY_COUNTS))  # popular songs for users without a taste vector
+    if workspace.exists(f"{selected_folder(plan)}/{WEIGHTS}"):  # for rankers: it has not seen the validation range
         for path in workspace.files(selected_folder(plan)):
             workspace.move(path, manifest.path(f"{SELECTION_NETWORK}/{path.rpartition('/')[2]}"))
     workspace.delete(manifest.path("run"))
@@ -123,7 +123,7 @@ def train(
 
 
 def _require_start(dataset: Dataset, start: Manifest, split: Split | None) -> None:
-    """Raises `MismatchError` for a model of other data, `LeakError` for one fit on plays that must not be seen."""
+    """Raise `MismatchError` for a start model of other data, `LeakError` for one that was fit on the test range."""
     if not dataset.descends_from(start.inputs["dataset"]):
         raise MismatchError(
             f"model {start.id} was trained on data set {start.inputs['dataset']}; data set {dataset.manifest.id} "
@@ -140,7 +140,7 @@ def _require_start(dataset: Dataset, start: Manifest, split: Split | None) -> No
 
 
 def _require_shape(plan: TrainPlan, start: Manifest) -> None:
-    """Raises `MismatchError` where the settings or the data ask for a network of another shape."""
+    """Raise `MismatchError` if the settings or the data need a network of another shape than the start model."""
     shape = ModelConfig.from_json(plan.workspace.read_json(start.path(MODEL_CONFIG)))
     new_shape, old_shape = asdict(plan.model), asdict(shape)
     for name, value in new_shape.items():
@@ -152,7 +152,7 @@ def _require_shape(plan: TrainPlan, start: Manifest) -> None:
 
 
 def _source_figures(dataset: Dataset, config: TrainConfig, split: Split | None) -> dict[str, Any]:
-    """What the sequences were, and a warning where a split could not cut them."""
+    """Return the kind of the training sequences, and a warning if a split cannot cut them."""
     kind = Sequences(dataset, config.source).kind
     return {"source": kind} | ({"warning": UNCUT} if split is not None and kind == "playlists" else {})
 
@@ -167,7 +167,7 @@ def _require_fit(songs: Manifest, inputs: dict[str, str]) -> None:
 
 
 def _fingerprinted(config: TrainConfig) -> dict[str, Any]:
-    """The settings that change what is learned; a resumed run may have other workers."""
+    """Return the settings that change what is learned. The others may differ when a training is resumed."""
     placement = ("workers", "gpu", "compiled", "checkpoint_minutes", "wait_minutes")
     return {name: value for name, value in to_mapping(config).items() if name not in placement}
 
@@ -189,7 +189,7 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
             train_worker({"plan": plan, "board": LocalBoard(bar)})
     if plan.workspace.exists(diverged_file(plan)):
         message = plan.workspace.read_json(diverged_file(plan))
-        plan.workspace.delete(plan.folder)  # its checkpoints lead to the same end
+        plan.workspace.delete(plan.folder)  # its checkpoints would diverge again
         raise DivergedError(message)
     figures = dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
     if not figures.pop("targets"):
@@ -201,5 +201,5 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
 
 
 def worker_cpus(workers: int) -> float:
-    """CPUs of a training worker: one, or less where there are more workers than CPUs."""
+    """Return the CPUs per training worker: 1, or less if there are more workers than CPUs."""
     return min(1.0, int(100 * cluster_cpus() / max(1, workers)) / 100)

@@ -1,8 +1,8 @@
-"""The workers of a training: what they need to know, what each runs, and how Ray Train runs and replaces them.
+"""The workers of a training: their plan, the code that each of them runs, and how Ray Train runs and replaces them.
 
-Each worker runs a stream of its own from Ray Data over its shards of the data. A shared one, split by Ray as it
-flows, would give each worker whichever rows come first: an order that no resumed run could repeat,
-and uneven ends at which workers wait for each other (ray issues 63285 and 66085).
+Each worker has its own stream of Ray Data over its shards of the data. If one stream were shared and split by Ray, each
+worker would get the rows that arrive first. A resumed run could not repeat that order, and workers with fewer rows
+would wait for others at the end (ray issues 63285 and 66085).
 """
 
 import logging
@@ -54,31 +54,31 @@ from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 LOGGER = logging.getLogger(__name__)
-BLOCK_BYTES = 4 << 20  # of windows handed on at a time
-AHEAD_BYTES = 64 << 20  # of windows that wait in the object store for one worker
-EPOCH = "epoch"  # column: of which epoch a window is
+BLOCK_BYTES = 4 << 20  # bytes of windows in a block of the stream
+AHEAD_BYTES = 64 << 20  # bytes of windows that may wait in the object store per worker
+EPOCH = "epoch"  # column: the epoch of a window
 WORKER_FAILURES = 3  # lost training workers that are replaced before the job gives up
-START_TRIES = 4  # times that Ray Train asks for the workers' resources in the minutes that it is given
+START_TRIES = 4  # times that Ray Train requests the workers' resources within `wait_minutes`
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # environment variable: seconds of each try
-LOOK_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # environment variable: seconds between two looks at the workers
-LOOK_SECONDS = "0.5"  # Ray Train's own is 2: a checkpoint is recorded, and the end of a training seen, at a look
-SECONDS_BEFORE_TELLING = 10.0  # that workers are waited for
+LOOK_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # environment variable: seconds between two checks of the workers
+LOOK_SECONDS = "0.5"  # Ray Train's default is 2; it records checkpoints and notices the end of a training at a check
+SECONDS_BEFORE_TELLING = 10.0  # of waiting for workers before a warning is logged
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPlan:
-    """All that a training worker needs to know; plain values and paths."""
+    """All that a training worker needs: plain values and paths."""
 
     workspace: Workspace
-    folder: str  # of the model artifact
+    folder: str  # folder of the model artifact
     config: TrainConfig
     model: ModelConfig
-    ranges: dict[Phase, FitRange]
-    vectors: dict[Phase, str]  # path of the song vectors of each phase; without embeddings none
+    ranges: dict[Phase, FitRange]  # the plays that each phase may see
+    vectors: dict[Phase, str]  # path of the song embeddings of each phase; empty without embeddings
     counts: dict[Phase, str]  # path of the play counts of each phase
-    windows: dict[Phase, tuple[str, str]]  # paths of the arrays of its `WindowLengths`
-    validation: str | None  # path of the plays to predict
-    start: str | None  # folder of the model to start from
+    windows: dict[Phase, tuple[str, str]]  # paths of the two arrays of `WindowLengths` of each phase
+    validation: str | None  # path of the plays to predict; None without a selection phase
+    start: str | None  # folder of the model to start from, or None
 
 
 def plan_training(
@@ -91,11 +91,11 @@ def plan_training(
     *,
     dim: int,
 ) -> TrainPlan:
-    """The plan of a training, with what its workers read prepared: play counts, and the plays to choose by.
+    """Return the plan of a training, and write what its workers read: play counts, window lengths, validation plays.
 
-    The song tables, of `dim` dimensions, start from the song embeddings `songs`, without any at random. Nothing is
-    chosen by plays that the model to start from, `start`, was fit on. Raises `RayrecError` where the split leaves no
-    plays to train on.
+    The song tables, of `dim` dimensions, start from the song embeddings `songs`, or at random if `songs` is None. The
+    start model `start` must not have seen the validation range, otherwise there is no selection phase. Raises
+    `RayrecError` if the split leaves no plays to train on.
     """
     workspace = dataset.workspace
     ranges: dict[Phase, FitRange] = {"final": FitRange() if split is None else split.final}
@@ -141,9 +141,9 @@ def plan_training(
 
 
 def table_dim(workspace: Workspace, config: TrainConfig, songs: Manifest | None) -> int:
-    """The dimension of the song tables: that of the embeddings `songs`, or of the settings where there are none.
+    """Return the dimension of the song tables: that of the embeddings `songs`, or of the settings if `songs` is None.
 
-    Raises `InputError` where the settings name another one than the embeddings have, or need embeddings.
+    Raises `InputError` if `config.dim` is another dimension, or if `config.song_table` needs embeddings.
     """
     if songs is None:
         if config.song_table != "trained":
@@ -162,16 +162,16 @@ def table_dim(workspace: Workspace, config: TrainConfig, songs: Manifest | None)
 
 
 def read_vectors(plan: TrainPlan, phase: Phase) -> np.ndarray:
-    """float32 (M, D): the song vectors of a phase, memory-mapped; songs that are newer than they are have none."""
+    """Return float32 (M, D), memory-mapped: the song embeddings of a phase, of the first M songs of the catalog."""
     if phase not in plan.vectors:
         return np.zeros((0, plan.model.embedding_dim), dtype=np.float32)
     return np.asarray(plan.workspace.read_array(plan.vectors[phase]))
 
 
 def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> ModelConfig:
-    """The shape of the network for a data set: features that it does not have are left out."""
-    has_context = config.source == "histories"  # playlists are songs in their order and nothing else
-    timed = has_context and dataset.manifest.times == "real"  # where times are positions, gaps and hours say nothing
+    """Return the shape of the network for a data set, without the features that the data set does not have."""
+    has_context = config.source == "histories"  # playlists hold only songs in order
+    timed = has_context and dataset.manifest.times == "real"  # positions as times have no gaps or hours
     features = FeatureSpec(
         contexts=tuple(dataset.manifest.contexts) if config.contexts and has_context else (),
         gap=config.gaps and timed,
@@ -185,13 +185,16 @@ def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> M
 
 
 def read_windows(plan: TrainPlan, phase: Phase) -> WindowLengths:
-    """The lengths of the windows of a phase."""
+    """Return the lengths of the windows of a phase."""
     inputs, offsets = (np.asarray(plan.workspace.read_array(path)) for path in plan.windows[phase])
     return WindowLengths(inputs=inputs, offsets=offsets)
 
 
 def _count(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) -> list[tuple[np.ndarray, WindowLengths]]:
-    """For each range the plays of each song, int64 (N,), and the windows. Raises `RayrecError` where all are empty."""
+    """Return for each range the plays of each song, int64 (N,), and the window lengths.
+
+    Raises `RayrecError` if the first range has no plays.
+    """
     units = Sequences(dataset, config.source).units
     totals = [np.zeros(dataset.num_songs, dtype=np.int64) for _ in ranges]
     inputs = [[np.zeros(0, dtype=np.int64)] * units for _ in ranges]
@@ -208,12 +211,12 @@ def _count(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) -> lis
 
 
 def first_horizon(config: TrainConfig) -> AnyHorizon:
-    """The horizon that epochs are chosen by: the short one, where there is one."""
+    """Return the horizon by which the best epoch is chosen: the short one, if there is one."""
     return next(iter(config.horizons.values()))
 
 
 def load_validation(table: pa.Table, selection: FitRange, limit: int, horizon: AnyHorizon = NEXT_PLAY) -> Validation:
-    """At most `limit` plays outside `selection`, with an earlier play by the same user and one in the horizon."""
+    """Return at most `limit` plays outside `selection` whose user has an earlier play, and a play in the horizon."""
     histories = Histories.from_arrow(table)
     first = np.zeros(histories.num_plays, dtype=bool)
     first[histories.offsets[:-1]] = True
@@ -223,25 +226,25 @@ def load_validation(table: pa.Table, selection: FitRange, limit: int, horizon: A
 
 
 def read_validation(plan: TrainPlan) -> Validation:
-    """The plays to choose the best epoch by."""
+    """Return the plays by which the best epoch is chosen."""
     table = plan.workspace.read_table(plan.validation or "")
     return load_validation(table, plan.ranges["selection"], plan.config.validation_plays, first_horizon(plan.config))
 
 
 def selected_folder(plan: TrainPlan) -> str:
-    """Where the best network of the selection phase lies while the training runs."""
+    """Return the folder that holds the best network of the selection phase while the training runs."""
     return f"{plan.folder}/run/selected"
 
 
 def diverged_file(plan: TrainPlan) -> str:
-    """Where the first worker leaves the message of a training that diverged."""
+    """Return the path where the first worker writes the message of a training that diverged."""
     return f"{plan.folder}/run/diverged.json"
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """What every training worker runs, and without workers this process, which needs neither Ray Train nor Ray Data.
+    """Run one training worker; without workers this process runs it, without Ray Train and Ray Data.
 
-    `arguments` holds the plan and the board: an actor, without workers a `LocalBoard`.
+    `arguments` holds the plan and the board: a `Board` actor, or without workers a `LocalBoard`.
     """
     import torch
 
@@ -274,7 +277,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     try:
         model = fit.run()
     except DivergedError as error:
-        # Ends this worker in good order, or Ray Train would repeat steps that lead to the same end.
+        # Return instead of raising: otherwise Ray Train would repeat the steps, which diverge again.
         if share.rank == 0:
             plan.workspace.write_json(diverged_file(plan), str(error))
         return
@@ -287,7 +290,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
 
 def fit_figures(done: FitProgress) -> dict[str, Any]:
-    """The figures of a finished fit."""
+    """Return the figures of a finished fit."""
     selected = [line for line in done.epochs if line["phase"] == "selection"]
     last = done.epochs[-1]
     return {
@@ -301,7 +304,7 @@ def fit_figures(done: FitProgress) -> dict[str, Any]:
 
 
 class WorkerHost:
-    """Gives a fit its windows and its checkpoints to Ray Train, where there are workers."""
+    """Provides a fit with windows, shows its progress, and gives its checkpoints to Ray Train if there are workers."""
 
     def __init__(self, plan: TrainPlan, share: Share, *, board: Any) -> None:
         self._plan, self._share = plan, share
@@ -311,11 +314,11 @@ class WorkerHost:
             self._show, self._show_validation = self._show.remote, self._show_validation.remote
         self._plays, self._shown_at, self._began = 0, 0.0, time.monotonic()
         self._stream: WindowStream | None = None
-        self._streamed: Phase | None = None  # of which it is
-        self._checkpoint = ""  # name of the last one that was given to Ray Train
+        self._streamed: Phase | None = None  # phase of the stream
+        self._checkpoint = ""  # name of the last checkpoint given to Ray Train
 
     def windows(self, phase: Phase, epoch: int) -> Iterator[Windows]:
-        """This worker's share of each batch."""
+        """Return this worker's share of each batch of an epoch."""
         config = self._plan.config
         self._plays, self._began = 0, time.monotonic()
         if not config.workers:
@@ -332,7 +335,7 @@ class WorkerHost:
         return ShardReader(dataset, plan.ranges[phase], plan.config, lengths, self._share)
 
     def stepped(self, phase: Phase, report: StepReport, loss: float) -> None:
-        """Tell the driver, a few times a second."""
+        """Send the progress to the board, a few times per second."""
         self._plays += report.plays
         now = time.monotonic()
         if self._share.rank == 0 and now - self._shown_at > 0.3:
@@ -342,11 +345,14 @@ class WorkerHost:
             self._shown_at = now
 
     def selected(self, model: TasteModel, known: np.ndarray) -> None:
-        """Keep the network on which rankers learn."""
+        """Save the network with which rankers are trained."""
         save_model(self._plan.workspace, selected_folder(self._plan), model, known, self._share)
 
     def checkpoint(self, progress: FitProgress, save: Callable[[Path], None]) -> bool:
-        """Report to Ray Train, which copies the parts of all workers into one folder while the training goes on."""
+        """Give a checkpoint to Ray Train, which copies the parts of all workers into one folder during the training.
+
+        Return False if there are no workers, or if Ray Train is still storing the previous checkpoint.
+        """
         figures = progress.epochs[-1] if progress.epochs else {"epoch": progress.epoch}
         if not self._share.rank:
             write_epochs(self._plan.workspace, self._plan.folder, progress.epochs)
@@ -355,8 +361,8 @@ class WorkerHost:
                 self._show_validation(f"recall@{RECALL_AT} {recall:.3f}")
         if not self._plan.config.workers:
             return False
-        # Ray Train takes in one checkpoint each time that it looks at the workers; others would wait in a line, and a
-        # lost worker would lose all of them.
+        # Ray Train records one checkpoint at each check of the workers. Others would wait in a queue, and the loss of a
+        # worker would lose all of them.
         if self._share.total(float(self._is_storing())):
             return False
         self._checkpoint = f"checkpoint-{uuid4().hex}"
@@ -371,7 +377,10 @@ class WorkerHost:
         return True
 
     def _is_storing(self) -> bool:
-        """True until Ray Train has recorded the last checkpoint; the first worker asks, whose name for it counts."""
+        """Return True until Ray Train has recorded the last checkpoint.
+
+        Only the first worker checks, because Ray Train uses its name of the checkpoint.
+        """
         if self._share.rank or not self._checkpoint:
             return False
         stored = ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED, timeout_s=0.0)
@@ -379,14 +388,14 @@ class WorkerHost:
 
 
 class WindowStream:
-    """One worker's share of the batches of one epoch after the other, read and cut by Ray Data tasks in their order.
+    """One worker's share of the batches of all epochs, read and cut into windows by Ray Data tasks, in order.
 
-    A task an epoch, one at a time. With a stream of its own for each epoch Ray started a process each time, since it
-    ends idle ones; its imports took 3 CPU seconds from the training. This one keeps its process busy.
+    There is one task per epoch, one task at a time. One stream for all epochs keeps one process busy. With a stream per
+    epoch, Ray ends the idle process and starts another, whose imports take 3 CPU seconds from the training.
     """
 
     def __init__(self, reader: ShardReader, epochs: range) -> None:
-        """Nothing is read before the first epoch is asked for."""
+        """Nothing is read before the first batch of an epoch is requested."""
 
         def tables(rows: dict[str, np.ndarray]) -> Iterator[pa.Table]:
             epoch = int(rows[EPOCH][0])
@@ -396,27 +405,27 @@ class WindowStream:
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=AHEAD_BYTES)
-        context.target_max_block_size = BLOCK_BYTES  # else Ray gathers up to 128 MiB before it hands on
-        # The task asks for no CPU: it is far cheaper than the training that it feeds, and would else wait for ever
-        # where the workers hold all CPUs, after the loss of a node say.
+        context.target_max_block_size = BLOCK_BYTES  # otherwise Ray collects up to 128 MiB per block
+        # The task requests no CPU: it is far cheaper than the training that it feeds, and would otherwise wait forever
+        # if the workers hold all CPUs, for example after the loss of a node.
         stream = ray.data.from_items([{EPOCH: epoch} for epoch in epochs], override_num_blocks=len(epochs)).map_batches(
             tables, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=1)
         )
         self._reader = reader
         self._arriving = iter(stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
-        self._table: pa.Table | None = None  # that has arrived and was not handed out
+        self._table: pa.Table | None = None  # arrived, but not used yet
 
     def epoch(self, epoch: int) -> Iterator[Windows]:
-        """The batches of an epoch, in the order of epochs; what is left of an earlier one is passed over."""
+        """Yield the batches of an epoch. Call it in ascending order of epochs; unread earlier batches are skipped."""
         return split_batches(self._of(epoch), self._reader.batches(epoch).steps)
 
     def close(self) -> None:
-        """End the tasks that read ahead."""
+        """Stop the tasks that read ahead."""
         self._arriving.close()
 
     def _of(self, epoch: int) -> Iterator[pa.Table]:
         while (table := self._arrived()) is not None:
-            of_table = table.column(EPOCH)[0].as_py()  # a table is of one task
+            of_table = table.column(EPOCH)[0].as_py()  # all rows of a table have the same epoch
             if of_table > epoch:
                 return
             self._table = None
@@ -431,26 +440,26 @@ class WindowStream:
 
 @ray.remote
 class Board:
-    """An actor that a worker writes to and the driver looks at."""
+    """An actor that a worker writes its progress to and that the driver reads."""
 
     def __init__(self) -> None:
         self._plays, self._note, self._validation = 0.0, "", ""
 
     def show(self, plays: float, note: str) -> None:
-        """Plays done in the epoch under way, and a few words on it."""
+        """Set the number of plays done in the current epoch, and a short note."""
         self._plays, self._note = plays, note
 
     def show_validation(self, text: str) -> None:
-        """What the last validation said."""
+        """Set the text about the last validation."""
         self._validation = text
 
     def look(self) -> tuple[float, str]:
-        """Plays done, and what to show behind the bar."""
+        """Return the plays done, and the text to show next to the progress bar."""
         return self._plays, f"{self._note} {self._validation}".strip()
 
 
 class LocalBoard:
-    """What a training in this process writes to: it draws at once on a bar."""
+    """The board of a training in this process: it updates a progress bar at once."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar, self._drawn, self._validation = bar, 0.0, ""
@@ -466,14 +475,14 @@ class LocalBoard:
 
 
 def new_board() -> Any:
-    """A board on the driver's node: another node may be lost while the job goes on."""
+    """Return a board on the driver's node, because another node may be lost during the job."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return Board.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 @contextmanager
 def shown(board: Any, title: str, total: float) -> Iterator[None]:
-    """Draw the board as a bar on stderr while the block runs; `total` is what is shown as all of it."""
+    """Draw the board as a progress bar on stderr during a block; `total` is the number of plays of a full bar."""
     stop = threading.Event()
 
     def draw() -> None:
@@ -483,7 +492,7 @@ def shown(board: Any, title: str, total: float) -> Iterator[None]:
                 try:
                     plays, note = ray.get(board.look.remote())
                 except RayActorError:
-                    return  # a bar is no reason to fail
+                    return  # a lost board must not fail the training
                 bar.advance(plays - drawn, note)
                 drawn = plays
 
@@ -498,20 +507,20 @@ def shown(board: Any, title: str, total: float) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerRequest:
-    """The workers that a training asks for."""
+    """The workers that a training requests."""
 
     workers: int
-    cpus: float  # of each
-    gpus: int = 0  # of each
-    wait_minutes: float  # for room in the cluster
+    cpus: float  # CPUs per worker
+    gpus: int = 0  # GPUs per worker
+    wait_minutes: float  # minutes to wait until the cluster has free resources
 
     @property
     def resources(self) -> dict[str, float]:
-        """Of each worker, by Ray's names."""
+        """The resources of each worker, by Ray's names."""
         return {"CPU": self.cpus, **({"GPU": float(self.gpus)} if self.gpus else {})}
 
     def describe(self) -> str:
-        """What they need against what the cluster has, in words."""
+        """Return the resources that the workers need, and those of the cluster, in words."""
         have, free = ray.cluster_resources(), ray.available_resources()
         parts = [
             f"{amount:g} {name} each (the cluster has {have.get(name, 0):g}, free {free.get(name, 0):g})"
@@ -527,11 +536,12 @@ def run_workers(
     workspace: Workspace,
     folder: str,
 ) -> None:
-    """Run `work(arguments)` in every worker to its end; a lost worker makes all of them go on
-    from the last checkpoint, which Ray Train keeps in `folder`/run.
+    """Run `work(arguments)` in every worker until it returns.
 
-    Raises `RayrecError` where workers fail more than `WORKER_FAILURES` times, and where the cluster
-    has no room for them in time: Ray Train alone would ask for ever.
+    If a worker is lost, all workers continue from the last checkpoint, which Ray Train keeps in `folder`/run.
+
+    Raises `RayrecError` if workers fail more than `WORKER_FAILURES` times, and if the cluster has no room for them
+    within `request.wait_minutes`: Ray Train itself would try forever.
     """
     os.environ.setdefault(LOOK_INTERVAL, LOOK_SECONDS)
     os.environ[START_TIMEOUT] = str(request.wait_minutes * 60 / START_TRIES)
@@ -565,17 +575,17 @@ def run_workers(
 
 
 def has_checkpoint(workspace: Workspace, folder: str) -> bool:
-    """True where Ray Train has recorded a checkpoint of the training that `run_workers` runs in a folder."""
+    """Return True if Ray Train has recorded a checkpoint of the training that `run_workers` runs in `folder`."""
     try:
         ray.train.Result.from_path(f"{workspace.full(folder)}/run", storage_filesystem=workspace.filesystem)
-    except RuntimeError:  # Ray Train has no record there
+    except RuntimeError:  # Ray Train has no record in the folder
         return False
     return True
 
 
 @contextmanager
 def _report_waiting(request: WorkerRequest) -> Iterator[None]:
-    """Say what the workers need, once each time that they do not get it at once."""
+    """Log the resources that the workers need, once each time that they have to wait for them."""
     ended = threading.Event()
 
     def look() -> None:
@@ -597,7 +607,7 @@ def _report_waiting(request: WorkerRequest) -> Iterator[None]:
 
 
 def _waits(request: WorkerRequest) -> bool:
-    """True while Ray has found no room for workers like these."""
+    """Return True while Ray has found no room for workers with these resources."""
     bundles = [request.resources] * request.workers
     return any(
         group["state"] in ("PENDING", "RESCHEDULING") and list(group["bundles"].values()) == bundles

@@ -1,8 +1,8 @@
 """A sweep over settings of song embeddings and network, measured on the validation range.
 
-A plain loop and not Ray Tune: a trial is an embed and a train job, which spread over the cluster
-themselves, and an interrupted one is found again by its id. What Ray Tune would add is trials side
-by side, for CPUs that a single training leaves idle.
+It is a plain loop instead of Ray Tune: a trial consists of an embed and a train job, which use the whole cluster
+themselves, and the artifacts of an interrupted trial are found again by their ids. Ray Tune would add parallel trials,
+for CPUs that a single training leaves idle.
 """
 
 import csv
@@ -42,15 +42,15 @@ def tune(
     repeat: bool = False,
     on_trial: Callable[[Row, int], None] = lambda row, trials: None,
 ) -> Manifest:
-    """Try the settings of a TOML file and keep tunings/<id>/ with the table of trials and the best settings.
+    """Try the settings of a TOML file and write tunings/<id>/ with the table of trials and the best settings.
 
-    Each trial fits song embeddings and a network on the range before the validation range. An
-    interrupted sweep continues: the trials in its table are not repeated. The models of
-    trials are deleted once they are measured, and at the end all song embeddings that the sweep made but
-    the best. Metrics: trials (rows of the table), best (settings), best_ndcg and seconds. `on_trial`
-    is called with each row and the number of all rows.
+    Each trial fits song embeddings and a network on the plays before the validation range. An interrupted sweep
+    continues: the trials in its table are not repeated. The model of a trial is deleted once it is measured. At the
+    end, the song embeddings that the sweep made are deleted, except those of the best trial. Metrics: trials (rows of
+    the table), best (settings), best_ndcg and seconds. `on_trial` is called with each row and the number of all trials.
 
-    Raises `InputError` for a file as `read_trials` does, and where there is no validation range.
+    Raises the errors of `read_trials`, `InputError` if there is no validation range, and `DivergedError` if all trials
+    diverged.
     """
     if split is None or not split.has_validation:
         raise InputError("tune needs a validation range; run `rayrec split` first")
@@ -68,7 +68,7 @@ def tune(
     try:
         rows = _run(workspace, manifest, trials, split, on_trial)
     finally:
-        for kind in ("songs", "models"):  # trials are nothing that later stages start from
+        for kind in ("songs", "models"):  # later stages must not start from artifacts of trials
             if kind in before:
                 artifacts.make_current(workspace, kind, before[kind])
     measured = [row for row in rows if row[CHOSEN_BY] is not None]
@@ -94,7 +94,7 @@ def _run(
     split: Split,
     on_trial: Callable[[Row, int], None],
 ) -> list[Row]:
-    """The rows of all trials, those that the table of an interrupted sweep holds as they are there."""
+    """Run the trials that the table of an interrupted sweep lacks; return the rows of all trials."""
     path = manifest.path(TABLE)
     rows: list[Row] = workspace.read_json(path) if workspace.exists(path) else []
     with ray_cluster():
@@ -102,16 +102,16 @@ def _run(
             row, model = _try(workspace, trial, split)
             rows.append({"trial": number, **row})
             workspace.write_json(path, rows)
-            if model is not None:  # only now: a sweep that is cut off before finds its model again
+            if model is not None:  # only now, so that an interrupted sweep finds it again
                 workspace.delete(model.folder)
             on_trial(rows[-1], len(trials))
     return rows
 
 
 def _try(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, Manifest | None]:
-    """What came of a trial, and its model where the sweep trained it; a trial that diverged has no figure.
+    """Run a trial; return its row, and its model if the sweep trained it. A trial that diverged has no NDCG.
 
-    Song vectors of the same settings are shared by trials, and a training that was cut off goes on.
+    Trials share song embeddings of the same settings, and an interrupted training continues.
     """
     songs_before = {one.id for one in artifacts.listing(workspace, "songs")}
     models_before = {one.id for one in artifacts.listing(workspace, "models")}
@@ -142,13 +142,13 @@ def _try(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, Manifes
 
 
 def _forget_songs(workspace: Workspace, rows: list[Row], best: Row) -> None:
-    """Delete the song vectors that the sweep made, but not the best."""
+    """Delete the song embeddings that the sweep made, except those of the best trial."""
     for songs in {row["songs"] for row in rows if row["songs_made"]} - {best["songs"]}:
         workspace.delete(Manifest(kind="songs", id=songs).folder)
 
 
 def _csv(rows: list[Row]) -> str:
-    """The table for spreadsheets, without what a cell cannot hold."""
+    """Return the table as CSV, without the columns settings and songs_made."""
     text = io.StringIO()
     names = [name for name in rows[0] if name not in ("settings", "songs_made")]
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")

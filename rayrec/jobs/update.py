@@ -1,4 +1,4 @@
-"""New plays into a live release: checked on the newest of them against the one that is live."""
+"""Makes a release with new plays, and makes it live after a comparison with the live one on the newest plays."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,25 +37,25 @@ from rayrec.storage.locking import writes
 from rayrec.storage.releases import VALIDATION, activate_release, active_release
 from rayrec.storage.workspace import STATES_FILE, Workspace
 
-TOLERANCE = 0.005  # that recall@20 as served may be lower than the live release's
+TOLERANCE = 0.005  # recall@20 as served may be this much lower than the live release's
 LIVE, NEW = "live", "new"
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateResult:
-    """What an update came to."""
+    """The result of an update."""
 
     outcomes: list[Outcome]
-    appended: ImportResult  # what was new in the files
+    appended: ImportResult  # counts of the import, among them the new plays, users and songs
     trained: bool
-    release: str  # id of the new release, of the live one where nothing is new
-    live: bool  # whether it is live now
-    reason: str  # why
-    quality: Quality | None = None  # of the models `new` and `live` on the newest plays
-    states: LoadResult | None = None  # what was loaded into the store
+    release: str  # id of the new release, or of the live one if no play is new
+    live: bool  # True if this release is live now
+    reason: str  # why it is live or not
+    quality: Quality | None = None  # quality of the models `new` and `live` on the newest plays
+    states: LoadResult | None = None  # the states that were loaded into the store
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return plain values for JSON."""
         return {
             "new_plays": self.appended.plays,
             "new_users": self.appended.users,
@@ -80,22 +80,23 @@ def update(
     on_stage: Callable[[Outcome], None] = lambda outcome: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> UpdateResult:
-    """Append plays and bring everything up to date with them; activate the new release unless it is worse.
+    """Append plays and create a release that covers them; make it live unless it is worse than the live one.
 
-    Tastes and retrieval then cover the new plays, users and songs. Where more than `train_share` of all plays are
-    newer than the model, or with `train`, its training is continued and rankers are learned again. The new release is
-    compared with the live one on the newest plays, which neither has seen: fitted without them it must reach the live
-    one's recall@20 as served, less 0.005. A release with the same model goes live unchecked where the new plays are too
-    few. The states go into `store`, or into the workspace's own where there is one.
+    Taste vectors and retrieval then cover the new plays, users and songs. If more than `train_share` of all plays are
+    newer than the model, or with `train`, its training continues and the rankers are trained again. The new release is
+    compared with the live one on the newest plays: for this it is fitted without them, and its recall@20 as served must
+    be at least the live release's less 0.005. If there are too few new plays to compare on, a release with the same
+    model goes live without a comparison. The states are loaded into `store`, or into the workspace's own store if there
+    is one.
 
-    What the settings do not say is as in the first import: the columns that the files have too, the time zone of times
-    without one, the share of a song below which a play counts as skipped, and the user that was given, where all
-    imports of the format had the same. Its minimum plays of users and songs do not apply: an append counts them within
-    its own files, and users with few plays a day would stay out.
+    Settings that are not given are those of the first import: the columns, as far as the files have them, the time zone
+    of times without one, the share of a song below which a play counts as skipped, and the user ID, if all imports of
+    this format had the same. The first import's minimum plays of users and songs do not apply: an append would count
+    plays within its own files only, and leave out users with few plays per day.
 
-    `on_stage` is called after each stage, `on_note` with texts on what was guessed, rejected and new. Raises
-    `MissingDependencyError` without faiss, `InputError` where no release is live and for files that cannot be read, and
-    `TooManyRejectedError` where more rows are rejected than `max_rejected` allows.
+    `on_stage` is called after each stage, `on_note` with texts about guessed settings, rejected rows and new plays.
+    Raises `MissingDependencyError` without faiss, `InputError` if no release is live and for files that cannot be read,
+    and `TooManyRejectedError` if more rows are rejected than `max_rejected` allows.
     """
     require_one_faiss()  # before any work
     live = active_release(workspace)
@@ -118,7 +119,7 @@ def update(
 
 
 def _as_imported(config: UpdateConfig, manifest: DatasetManifest, on_note: Callable[[str], None]) -> ImportConfig:
-    """How to read the files: as the first import of plays did, where the settings do not say otherwise."""
+    """Return the settings to read the files: those of the first import of plays, unless `config` gives others."""
     first: Any = manifest.config.get("plays")
     if not isinstance(first, dict):  # the plays were generated
         first = {}
@@ -126,7 +127,7 @@ def _as_imported(config: UpdateConfig, manifest: DatasetManifest, on_note: Calla
     chosen = config.format or guess_format(config.paths)
     imports: list[Any] = [each for each in (first, *manifest.appended) if each.get("format") == chosen]
     users = {each["user"] for each in imports}
-    earlier_user = users.pop() if len(users) == 1 else ""  # of several the files are not known to be of one
+    earlier_user = users.pop() if len(users) == 1 else ""  # with several users, the user of these files is unknown
     plays = guess_import(
         config.paths,
         format_name=chosen,
@@ -199,21 +200,21 @@ class _Update:
         )
 
     def _seen_until(self) -> int:
-        """ms UTC: from here on no part of the live release has seen a play."""
+        """Return the moment (ms UTC) from which on no part of the live release has seen a play."""
         ends = []
         for part in filter(None, (self.model, self.retrieval)):
             split = load_split(self.workspace, part.inputs["split"]) if "split" in part.inputs else None
-            cut = fit_range(split).before  # none without a test range: it saw what was appended after the split too
+            cut = fit_range(split).before  # None without a test range: it saw all plays
             ends.append(self.dataset.earlier(part.inputs["dataset"]).last_play + 1 if cut is None else cut)
         return max(ends)
 
     def _new_share(self) -> float:
-        """Share of all plays that came after those the model was made of."""
+        """Return the share of all plays that were added after the data set of the model."""
         before = self.dataset.earlier(self.model.inputs["dataset"]).plays
         return 1 - before / self.dataset.manifest.plays
 
     def _train(self) -> None:
-        """Continue the training of the live model; where the data asks for another shape, train a new one."""
+        """Continue the training of the live model; if the data needs a network of another shape, train a new model."""
         stages, retrieval = self.stages, self.retrieval
         songs_id = self.model.inputs.get("songs")
         sections = {
@@ -236,7 +237,7 @@ class _Update:
             stages.run(name, configs[name])
 
     def _keep_model(self) -> None:
-        """New songs get vectors and the retrieval takes in the new plays; the model and its rankers stay."""
+        """Add new songs to the model and new plays to the retrieval; the model and its rankers stay unchanged."""
         self.stages.artifact_ids["train"] = self.model.id
         self.stages.run("songs")
         if self.rankers is not None and self.retrieval is not None:
@@ -244,9 +245,9 @@ class _Update:
             self.stages.run("retrieval", from_mapping(RetrievalConfig, self.retrieval.config, "retrieval"))
 
     def _check(self, trained: bool) -> Quality | None:
-        """The new release without the newest plays against the live one on them; None where they hold no query.
+        """Compare the new release, fitted without the newest plays, with the live one on them; None without queries.
 
-        Networks alone are compared where the live release has no rankers and is not trained anew.
+        Only the networks are compared if the live release has no rankers and the model is not trained again.
         """
         split, workspace, artifact_ids = self.stages.split, self.workspace, self.stages.artifact_ids
         if split is None:
@@ -266,7 +267,7 @@ class _Update:
             assert retrieval is not None  # _train fits one
             model = artifacts.load_manifest(workspace, "models", artifact_ids["train"])
             if not workspace.exists(model.path(SELECTION_NETWORK)):
-                return None  # the range holds no play with an earlier one
+                return None  # no play of the range has an earlier play by the same user
             new = served_before(self.dataset, model, retrieval, rankers, NEW)
         else:
             selection = retrieval.path(SELECTION_RETRIEVAL) if retrieval else None
@@ -283,7 +284,7 @@ class _Update:
         return quality if quality.queries else None
 
     def _plays_before(self, split: Split, retrieval: Manifest | None) -> np.ndarray:
-        """int64 (N,): the plays of each song before the validation range, counted here without a retrieval."""
+        """Return int64 (N,): the plays of each song before the validation range; without a retrieval, count them."""
         if retrieval is not None:
             folder = retrieval.path(SELECTION_RETRIEVAL)
             return np.asarray(Retrieval.load(self.workspace, folder).plays.plays)
@@ -292,7 +293,7 @@ class _Update:
         return counted.plays
 
     def _load_states(self, release: Manifest, store: str | None) -> LoadResult | None:
-        """Load the states into the store that is named, or into the workspace's own where there is one."""
+        """Load the states into `store`; if it is None, into the workspace's own store, if there is one."""
         if store is None and not self.workspace.exists(STATES_FILE):
             return None
         opened = open_store(store_uri(self.workspace, store), self.dataset.lineage)
@@ -303,7 +304,7 @@ class _Update:
 
 
 def _verdict(quality: Quality | None, trained: bool) -> tuple[bool, str]:
-    """Whether the new release may go live, and why."""
+    """Return whether the new release may go live, and the reason."""
     if quality is None:
         if trained:
             return False, "the new plays contain no play to compare the models on"

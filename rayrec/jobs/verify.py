@@ -1,4 +1,4 @@
-"""The audit of a workspace, in bounded memory: a file, or a bucket of users, at a time."""
+"""Checks a workspace in bounded memory: one file, or one bucket of users, at a time."""
 
 import posixpath
 from collections.abc import Callable, Iterator
@@ -39,32 +39,32 @@ from rayrec.storage.workspace import (
 )
 
 UNREADABLE = (RayrecError, OSError, pa.ArrowException, ValueError, KeyError, TypeError, IndexError, RuntimeError)
-ROWS = 5_000  # of tastes or vectors looked at at once
-TOLERANCE = 1e-3  # of the length of a normalized vector
+ROWS = 5_000  # rows of taste vectors or embeddings that are checked at once
+TOLERANCE = 1e-3  # by which the length of a normalized vector may differ from 1
 MODEL_VECTORS = "song_vectors.npy"
 KINDS = (
     *(DESCRIPTIONS, "songs", "models", "added_songs", "retrieval", "rankers", "tastes", "indexes"),
     *(artifacts.RECOMMENDATIONS, "reports", "releases"),
 )
-STORED = (".npy", ".safetensors", ".parquet", ".faiss", ".arrow")  # files that must stand under a checksum
+STORED = (".npy", ".safetensors", ".parquet", ".faiss", ".arrow")  # types of files that need a checksum in a manifest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What is wrong, or worth knowing, and where."""
+    """A problem, or a note, about one path."""
 
-    path: str  # of a file or folder of the workspace
+    path: str  # path of a file or folder in the workspace
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """One thing that was looked at."""
+    """A data set, split or artifact that was checked."""
 
     kind: str  # dataset, splits or one of KINDS
     id: str
-    files: int  # compared with their checksums
-    problems: int
+    files: int  # number of files compared with their checksums
+    problems: int  # number of problems
 
 
 @dataclass(kw_only=True)
@@ -76,37 +76,37 @@ class Audit:
     problems: list[Finding] = field(default_factory=list)
     notes: list[Finding] = field(default_factory=list)
     checked: list[Checked] = field(default_factory=list)
-    covered: set[str] = field(default_factory=set)  # paths that stand under a checksum
-    damaged: set[str] = field(default_factory=set)  # paths that are missing or not as they were made
+    covered: set[str] = field(default_factory=set)  # paths of manifests, and of files with a checksum in a manifest
+    damaged: set[str] = field(default_factory=set)  # paths that are missing or differ from their checksum
 
     @property
     def is_sound(self) -> bool:
-        """True where nothing is wrong."""
+        """True if there are no problems."""
         return not self.problems
 
     def problem(self, path: str, text: str) -> None:
-        """Something is wrong with a file or folder."""
+        """Add a problem of a file or folder."""
         self.problems.append(Finding(path=path, text=text))
 
     def note(self, path: str, text: str) -> None:
-        """Something is worth knowing."""
+        """Add a note about a file or folder."""
         self.notes.append(Finding(path=path, text=text))
 
     def require(self, holds: bool, path: str, text: str) -> None:
-        """A problem unless `holds`."""
+        """Add a problem unless `holds`."""
         if not holds:
             self.problem(path, text)
 
     @contextmanager
     def reading(self, path: str) -> Iterator[None]:
-        """A with block in which whatever cannot be read is a problem of `path`."""
+        """Context manager that turns the errors of reading in its block into a problem of `path`."""
         try:
             yield
         except UNREADABLE as error:
             self.problem(path, f"cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}")
 
     def compare(self, files: dict[str, str]) -> int:
-        """Compare files, path -> sha256, with their checksums; how many there are."""
+        """Compare `files`, path -> sha256, with their checksums; return the number of files."""
         for path, expected in files.items():
             if path in self.covered:
                 continue
@@ -124,7 +124,7 @@ class Audit:
 
     @contextmanager
     def looking_at(self, kind: str, item: str, files: int) -> Iterator[None]:
-        """A with block that looks at one thing and adds it to the list."""
+        """Context manager for the checks of one item; adds the item to `checked`."""
         before = len(self.problems)
         yield
         self.checked.append(Checked(kind=kind, id=item, files=files, problems=len(self.problems) - before))
@@ -140,7 +140,7 @@ class Audit:
 
 
 def check_dataset(audit: Audit, dataset: Dataset) -> None:
-    """Everything below dataset/."""
+    """Check everything below dataset/."""
     manifest = dataset.manifest
     files = {f"{DATASET}/{path}": digest for path, digest in manifest.files.items()}
     with audit.looking_at("dataset", manifest.id, len(files)):
@@ -163,7 +163,7 @@ def check_dataset(audit: Audit, dataset: Dataset) -> None:
 
 
 def check_splits(audit: Audit, dataset: Dataset) -> None:
-    """Splits read, and cut a data set that is known."""
+    """Check that all splits can be read and belong to a known data set."""
     for split in list_splits(audit.workspace):
         with audit.looking_at("splits", split.id, 0):
             if not dataset.descends_from(split.dataset):
@@ -181,7 +181,7 @@ def _check_song_table(audit: Audit, dataset: Dataset) -> None:
 
 
 class _Totals:
-    """What all buckets hold together."""
+    """Totals over all buckets."""
 
     def __init__(self) -> None:
         self.users = self.plays = 0
@@ -199,7 +199,7 @@ class _Totals:
         counted = {"users": self.users, "plays": self.plays}
         if self.plays and FORGOTTEN_USER not in manifest.rejected:
             counted |= {"first_play": self.first, "last_play": self.last}
-        elif self.plays:  # the range stays as it was: what was made for its end stays of use
+        elif self.plays:  # erasing users keeps the range, so that artifacts made for its end stay valid
             inside = manifest.first_play <= self.first and self.last <= manifest.last_play
             audit.require(inside, DATASET_MANIFEST, "a play is outside of the range of times")
         for name, value in counted.items():
@@ -215,7 +215,7 @@ class _Totals:
 
 
 def _check_bucket(audit: Audit, dataset: Dataset, bucket: int, path: str, totals: _Totals) -> None:
-    checked_users: set[str] = set()  # of one bucket: a bounded part of all users
+    checked_users: set[str] = set()  # of one bucket only, to bound the memory
     for histories in dataset.read_bucket(bucket):
         totals.add(histories)
         users = set(histories.user_ids.tolist())
@@ -253,7 +253,7 @@ def _check_playlists(audit: Audit, dataset: Dataset) -> None:
 
 
 def check_artifacts(audit: Audit, dataset: Dataset | None) -> None:
-    """Every artifact of every kind: its files, its inputs and its content."""
+    """Check every artifact of every kind: its files, its inputs and its content."""
     content: dict[str, Callable[[Audit, Manifest, Dataset | None], None]] = {
         DESCRIPTIONS: _check_descriptions,
         "songs": _check_embeddings,
@@ -292,13 +292,13 @@ def _check_inputs(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> 
 
 
 def _known(dataset: Dataset | None, manifest: Manifest) -> DatasetManifest | None:
-    """The data set that an artifact was made of, where it is known."""
+    """Return the manifest of the data set that an artifact was made from; None if it is unknown."""
     made_of = manifest.inputs.get("dataset", "")
     return dataset.earlier(made_of) if dataset and dataset.descends_from(made_of) else None
 
 
 def _check_vectors(audit: Audit, path: str, vectors: np.ndarray, songs: int | None) -> None:
-    """float32 (N, D): one row a song, finite, of length 1 or zeros."""
+    """Check that `vectors` are float32 (N, D) with one row per song, each finite and of length 1, or zeros."""
     fits = vectors.ndim == 2 and vectors.dtype == np.float32
     audit.require(fits, path, f"is {vectors.dtype} {vectors.shape}, not float32 (N, D)")
     audit.require(songs is None or len(vectors) == songs, path, f"has {len(vectors)} rows for {songs} songs")
@@ -359,7 +359,10 @@ def _check_added_songs(audit: Audit, manifest: Manifest, dataset: Dataset | None
 
 
 def _check_tastes(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
-    """Every user once, in the right bucket; vectors normalized, states finite; as many plays as the histories hold."""
+    """Check that each user occurs once, in the right bucket, with normalized vectors and a finite state.
+
+    Users and plays must be those of the histories.
+    """
     known = _known(dataset, manifest)
     users = plays = 0
     for file in manifest.files:
@@ -377,7 +380,7 @@ def _check_tastes(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> 
         if known and dataset:
             astray = len(ids) > 0 and bool((bucket_of(ids, known.buckets) != bucket).any())
             audit.require(not astray, path, "a user belongs to another bucket")
-            # Where later parts were joined with these, their users cannot be told apart.
+            # If later parts were joined with these, the histories hold later users too.
             whole = dataset.manifest.splits_at(known.parts)
             expected = set(dataset.bucket_users(bucket, parts=known.parts if whole else None))
             expected = expected if whole else expected & set(ids)
@@ -392,14 +395,14 @@ def _check_tastes(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> 
 
 
 def _check_recommendations(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
-    """Every user once, in the right bucket; at most k songs each, best first, as many scores."""
+    """Check that each user occurs once, in the right bucket, with at most k songs, best first, and their scores."""
     known = _known(dataset, manifest)
     counts = {"users": 0, "songs": 0}
     for file in manifest.files:
         path = manifest.path(file)
         bucket = int(posixpath.dirname(file).rpartition("=")[2])
         audit.bar.advance(note=path[-60:])
-        checked_users: set[str] = set()  # of one bucket: a bounded part of all users
+        checked_users: set[str] = set()  # of one bucket only, to bound the memory
         for table in _batches(audit, path):
             ids = table.column(columns.USER).to_numpy()
             audit.require(
@@ -466,7 +469,7 @@ def _check_release(audit: Audit, manifest: Manifest, dataset: Dataset | None) ->
             audit.problem(manifest.folder, f"is live, and its data set {manifest.inputs['dataset']} is gone")
         return
     files = releases.files_of(audit.workspace, manifest)
-    # Manifests of parts are no files of a manifest: here alone is their checksum.
+    # The manifests of parts are listed in no manifest: only the release has their checksums.
     audit.covered -= {path for path in files if path.endswith("/manifest.json")}
     audit.compare(files)
     parts: dict[str, Any] = {}
@@ -483,12 +486,11 @@ def _check_release(audit: Audit, manifest: Manifest, dataset: Dataset | None) ->
 
 
 def verify_workspace(workspace: Workspace) -> Audit:
-    """Compare every file with its checksum and every count with its like; look into every artifact.
+    """Compare every file with its checksum and every count with the data, and check the content of every artifact.
 
-    Problems: a file that is missing, differs or is listed in no manifest, a user who is missing or
-    there twice, vectors that are not finite and normalized, an index that is not that of its model,
-    a release whose parts do not fit. Notes: what unfinished jobs have left, and what was made of
-    something that is no longer there.
+    Problems: a file that is missing, differs or is listed in no manifest; a user who is missing or occurs twice;
+    vectors that are not finite and normalized; an index that does not belong to its model; a release whose parts do not
+    fit together. Notes: files that unfinished jobs have left, and artifacts made from something that no longer exists.
     """
     with progress("verify") as bar:
         audit = Audit(workspace=workspace, bar=bar)
@@ -510,7 +512,7 @@ def verify_workspace(workspace: Workspace) -> Audit:
 
 
 def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
-    """Files that no manifest speaks of: problems where they look like artifacts, notes where a job left them."""
+    """Check the files that no manifest lists: problems if they look like artifacts, notes if a job left them."""
     ancestors = [dataset.earlier(name) for name in dataset.manifest.ancestors] if dataset else []
     earlier = {f"{DATASET}/{path}" for manifest in ancestors for path in manifest.files}
     unfinished = tuple(f"{note.path}/" for note in audit.notes)
