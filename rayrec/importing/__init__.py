@@ -1,1 +1,1 @@
-"""From files in outside formats to the canonical data set. No Ray."""
+"""Imports files in outside formats into the canonical data set. Does not use Ray."""

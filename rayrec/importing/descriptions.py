@@ -1,7 +1,8 @@
-"""Song metadata by song id beside the data set: titles, artists, albums, release days, markets, content vectors.
+"""Song metadata by song id, next to the data set: titles, artists, albums, release days, markets, content vectors.
 
-The table is a csv file with a header line, or a Parquet file. Roles of its columns: song, and any of title, artist,
-album, released (YYYY-MM-DD, YYYY-MM or YYYY) and markets (names separated by `|`); in Parquet dates and lists will do.
+The input is a csv file with a header line, or a Parquet file. Roles of its columns: song, and any of title, artist,
+album, released (YYYY-MM-DD, YYYY-MM or YYYY) and markets (names separated by `|`). In Parquet, released may also be a
+column of dates, and markets a column of lists.
 """
 
 import hashlib
@@ -51,14 +52,14 @@ ROLES = {
     "markets": columns.MARKETS,
 }
 DAY = r"^\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?)?$"
-FIRST_DAY, LAST_DAY = -719_162, 2_932_896  # days since 1970 of the years 1 and 9999, which Python's dates reach
+FIRST_DAY, LAST_DAY = -719_162, 2_932_896  # years 1 to 9999, the range of Python's dates, in days since 1970
 NO_DAY = "release day is neither YYYY-MM-DD, YYYY-MM nor YYYY"
-IDS_SHOWN = 3  # of a file and of the catalog, where none is in both
+IDS_SHOWN = 3  # ids of a file and of the catalog in a message, if none is in both
 DAY_OUT_OF_RANGE = "release day is not in the years 1 to 9999"
 
 
 class DescribeConfig(Settings):
-    """Which columns of the file hold which metadata."""
+    """Settings of song metadata: the columns of the file, content vectors, and whether to append."""
 
     columns: dict[str, str] = Field(
         {},
@@ -75,43 +76,43 @@ class DescribeConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SongMetadata:
-    """What a file holds."""
+    """Song metadata read from a file."""
 
     table: pa.Table  # columns.DESCRIPTIONS
     rejected: dict[str, int]  # reason -> rows
-    invalid: dict[str, int]  # reason -> values that were left out of their rows
+    invalid: dict[str, int]  # reason -> values that were replaced by null
 
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """What `describe` came to."""
+    """The result of `describe`."""
 
-    id: str  # of the metadata
-    inputs: dict[str, str]  # role -> id: the data set, and the metadata that was kept
-    songs: int  # of the catalog
-    described: int  # songs that the file has a row for
-    unknown: int  # songs of the file that are not in the catalog; left out until they are imported
+    id: str  # id of the metadata
+    inputs: dict[str, str]  # role -> id, of the data set and of the metadata that was kept
+    songs: int  # songs of the catalog
+    described: int  # songs of the catalog with a row in the file
+    unknown: int  # songs of the file that are not in the catalog; their metadata is used once they are added
     titles: int  # songs of the catalog with a title now
-    artists: int
-    albums: int
+    artists: int  # songs with an artist
+    albums: int  # songs with an album
     released: int  # songs with a release day
     markets: int  # songs with a list of markets
     content: int  # songs with a content vector
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows of the file
-    invalid: dict[str, int] = field(default_factory=dict)  # reason -> values that were left out of their rows
+    invalid: dict[str, int] = field(default_factory=dict)  # reason -> values that were replaced by null
     warnings: list[str] = field(default_factory=list)
 
 
 @writes("describe")
 def describe(workspace: Workspace, config: DescribeConfig, path: str | None = None) -> Described:
-    """Read a table of songs, content vectors or both and keep them beside the data set.
+    """Read a table of songs, content vectors or both, and store them next to the data set.
 
-    They take the place of what was there, unless `config.append` keeps it for all other songs. Only then may a file
-    name no song of the catalog: songs that `rayrec songs add` will add.
+    They replace the existing metadata; with `config.append` the metadata of all other songs is kept. Only with
+    `config.append` may a file name no song of the catalog: `rayrec songs add` can then add its songs.
 
-    Raises `NotFoundError` without a data set, and `InputError` as `read_descriptions` and `read_vector_file` do, where
-    neither file is given, where a file names no song of the catalog, and where content vectors are of another length
-    than those that are kept. What was there stays then.
+    Raises `NotFoundError` without a data set. Raises `InputError` as `read_descriptions` and `read_vector_file` do, and
+    if neither file is given, if a file names no song of the catalog, or if content vectors have another length than the
+    existing ones that are kept. After an error the existing metadata is unchanged.
     """
     dataset = Dataset(workspace)
     if path is None and config.vectors is None:
@@ -167,7 +168,7 @@ def _some(ids: pa.Array) -> str:
 
 
 def _read_content(dataset: Dataset, config: DescribeConfig) -> tuple[pa.Array, np.ndarray]:
-    """Song ids and their content vectors, float32 (n, C)."""
+    """Return song ids and their content vectors, float32 (n, C)."""
     path = str(config.vectors)
     raw, ids = read_vector_file(path)
     if ids is None:
@@ -199,16 +200,17 @@ def store_descriptions(
     config: dict[str, Any],
     vectors: tuple[pa.Array, np.ndarray] | None = None,
 ) -> Manifest:
-    """Make `table`, columns.DESCRIPTIONS, the metadata of the data set's songs, in place of what was there.
+    """Store `table`, columns.DESCRIPTIONS, as the metadata of the data set's songs, in place of the existing metadata.
 
-    `vectors` are the ids of songs and their content, float32 (n, C). Where `config` says append, what was there stays.
+    `vectors` are song ids and their content vectors, float32 (n, C). If append is true in `config`, the existing
+    metadata is kept too.
     """
     workspace, inputs = dataset.workspace, {"dataset": dataset.manifest.id}
     appends = bool(config.get("append"))
     before = artifacts.listing(workspace, DESCRIPTIONS)
     if appends and before:
         inputs["descriptions"] = before[-1].id
-    # With the content: the number of a deleted attempt is used again, and cached stages are found by it.
+    # The id depends on the content: later stages are cached by it, and the number of a deleted attempt is used again.
     print_id = artifacts.fingerprint("describe", config, {**inputs, "content": _digest(table, vectors)})
     made_id, _ = artifacts.new_id(workspace, DESCRIPTIONS, print_id, repeat=True)
     manifest = Manifest(kind=DESCRIPTIONS, id=made_id, config=config, inputs=inputs)
@@ -220,7 +222,7 @@ def store_descriptions(
         names += [CONTENT_FILE, CONTENT_IDS]
     stored = artifacts.publish(workspace, manifest, names)
     for each in [] if appends else before:
-        workspace.delete(each.path("manifest.json"))  # first: without it the rest is nothing
+        workspace.delete(each.path("manifest.json"))  # first: an artifact without a manifest does not exist
         workspace.delete(each.folder)
     return stored
 
@@ -237,9 +239,10 @@ def _digest(table: pa.Table, vectors: tuple[pa.Array, np.ndarray] | None) -> str
 
 
 def take_in_described_songs(dataset: Dataset) -> int:
-    """Append the described songs that the catalog lacks to it, in the order of the descriptions; how many they were.
+    """Append to the catalog all songs that have metadata but are not in it; return their number.
 
-    The data set gets another id and descends from the one that was there; plays and other rows stay as they are.
+    They are added in the order of the metadata. The data set gets a new id and descends from the previous data set;
+    plays and existing song rows are unchanged.
     """
     workspace, base = dataset.workspace, dataset.manifest
     songs = read_songs(workspace, base, [columns.SONG_ID])
@@ -277,11 +280,11 @@ def take_in_described_songs(dataset: Dataset) -> int:
 
 
 def read_descriptions(source: str, names: Mapping[str, str] | None = None, delimiter: str = ",") -> SongMetadata:
-    """The metadata of a file, local or on a bucket; `names` maps roles to its columns.
+    """Return the metadata of a file, local or on object storage; `names` maps roles to its columns.
 
-    The first row of a song counts. A row without a song, or of a line that cannot be read, is rejected; another value
-    that cannot be read costs that value alone. Raises `InputError` for a file that is neither csv nor Parquet, and a
-    role or column that there is not.
+    The first row of a song is used. A row without a song id, or a line that cannot be read, is rejected; any other
+    value that cannot be read is replaced by null. Raises `InputError` for a file that is neither csv nor Parquet, for a
+    role or column that does not exist, and if no row can be used.
     """
     path = plain_name(source)
     rejected: dict[str, int] = {}
@@ -317,7 +320,7 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
 
 
 def _read_csv(source: str, names: Mapping[str, str], delimiter: str) -> tuple[dict[str, pa.Array], dict[str, int]]:
-    """The columns by role, and how many lines were no rows, by reason."""
+    """Return role -> column, and reject reason -> number of lines."""
 
     def find(header: list[str]) -> dict[str, int]:
         delimited.require_delimiter(source, header, delimiter)
@@ -346,7 +349,7 @@ def _read_parquet(source: str, names: Mapping[str, str]) -> dict[str, pa.Array]:
 
 
 def _columns(source: str, header: list[str], names: Mapping[str, str]) -> dict[str, int]:
-    """Role -> position of its column in the file."""
+    """Return role -> position of its column in the file."""
     place_of = mapped_columns(source, header, names, list(ROLES), ["song"])
     if len(place_of) == 1:
         raise InputError(f"{source} has no metadata column; expected one of {', '.join(list(ROLES)[1:])} in it")
@@ -354,7 +357,7 @@ def _columns(source: str, header: list[str], names: Mapping[str, str]) -> dict[s
 
 
 def _first_of_each(ids: pa.Array) -> np.ndarray:
-    """int64: the row of the first of each id, in order."""
+    """int64: the row of the first occurrence of each id, ascending."""
     codes = np.asarray(ids.dictionary_encode().indices)
     return np.sort(np.unique(codes, return_index=True)[1])
 
@@ -365,7 +368,10 @@ def _counts(problems: Problems) -> dict[str, int]:
 
 
 def _days(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
-    """date32, of a month or a year its first day; those that are none, or not in the years 1 to 9999, are marked."""
+    """date32 (R,): release days; for a month or a year, its first day.
+
+    Values that are not dates, or not in the years 1 to 9999, are marked in `problems`.
+    """
     if pa.types.is_date(values.type) or pa.types.is_timestamp(values.type):
         days = values.cast(pa.date32(), safe=False)
     else:
@@ -381,7 +387,7 @@ def _days(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
 
 
 def _cast_days(texts: pa.Array, problems: Problems) -> pa.Array:
-    """YYYY-MM-DD to date32; the 30th of February is marked."""
+    """Convert YYYY-MM-DD to date32; dates that do not exist, such as February 30, are marked in `problems`."""
     try:
         return texts.cast(pa.date32())
     except pa.ArrowInvalid:

@@ -1,4 +1,4 @@
-"""The plan of an import: settings, files, units of work, number of buckets; and the summary of what came of it."""
+"""The plan of an import: settings, files, units of work, number of buckets; and the summary of its result."""
 
 import posixpath
 import statistics
@@ -25,13 +25,13 @@ Kind = Literal["plays", "playlists"]
 
 BUCKET_BYTES = 64 << 20
 MIN_BUCKETS, MAX_BUCKETS = 16, 4096
-UNGROUPED_UNITS = 2_048  # up to which each unit is a piece: a damaged file costs nothing but itself
-MAX_PIECES = 512  # where there are more units
-READS = 1 << 18  # of the second pass of an import, or of a retrieval, about: two requests each
-UNPACKED = 6  # bytes of text in a byte of .gz or .bz2, about; Parquet is as dense
+UNGROUPED_UNITS = 2_048  # up to this number each unit is its own piece, so a damaged file affects no other
+MAX_PIECES = 512  # maximum number of pieces if there are more units
+READS = 1 << 18  # approximate maximum of reads, of two requests each, in an import's second pass or a retrieval
+UNPACKED = 6  # approximate bytes of text per byte of .gz, .bz2 or Parquet
 DENSE_FORMATS = ("parquet",)
-OR_SKIP = ", or skip it with --skip-damaged"  # what else to do about a damaged file
-# Settings that change nothing in what is read of a unit.
+OR_SKIP = ", or skip it with --skip-damaged"  # added to the message about a damaged file
+# Settings that do not change how a unit is read.
 NOT_OF_READING = (
     *("paths", "min_user_plays", "min_song_plays", "buckets", "unit_mib"),
     *("max_rejected", "skip_damaged"),
@@ -39,7 +39,7 @@ NOT_OF_READING = (
 
 
 class ImportConfig(Settings):
-    """From which files, in which format, and which of their rows."""
+    """Settings of an import: which files, in which format, and which of their rows."""
 
     format: str = Field(description=f"Format of the files: {', '.join(FORMATS)}")
     paths: tuple[str, ...] = Field(
@@ -100,16 +100,16 @@ class ImportConfig(Settings):
 
     @property
     def produces(self) -> Kind:
-        """What the rows are: plays or entries of playlists."""
+        """What the rows are: plays or playlist entries."""
         return "playlists" if FORMATS[self.format].playlists else self.kind
 
     @property
     def times(self) -> Times:
-        """Whether plays come with times or only in order."""
+        """Whether plays have times or are only in order."""
         return FORMATS[self.format].times
 
     def reader(self) -> Reader:
-        """The reader of the format, with these settings."""
+        """Return the reader of the format, with these settings."""
         options = ReadOptions(
             playlists=self.produces == "playlists",
             columns=self.columns,
@@ -124,12 +124,12 @@ class ImportConfig(Settings):
 
     @property
     def needs_lines(self) -> bool:
-        """Whether the line of a row is of use after it was read: as its place, or where it may be left out."""
+        """True if line numbers are needed after reading: to order rows without times, or to report dropped rows."""
         return self.times == "positions" or self.min_user_plays > 1 or self.min_song_plays > 1
 
     @property
     def drop_reasons(self) -> tuple[str, str]:
-        """Why rows are left out whose user (or playlist) or whose song has too few."""
+        """Reasons to drop rows: the user (or playlist) has too few rows, and the song has too few rows."""
         if self.produces == "playlists":
             return (
                 f"playlist with fewer than {self.min_user_plays} entries",
@@ -144,20 +144,20 @@ class ImportPlan:
 
     files: list[SourceFile]
     units: list[Unit]
-    unit_files: list[int]  # the file of each unit
+    unit_files: list[int]  # index in `files` of the file of each unit
     pieces: list[list[int]]  # units that one task reads into one file of fragments, in the order of import
-    piece_names: list[str]  # change with the units' files, their sizes and dates, and how they are read
-    id: str  # changes with the settings and with the names, sizes and dates of the files
-    notes: list[str] = field(default_factory=list)  # what a person should know of the files
+    piece_names: list[str]  # depend on the names, sizes and dates of the files, and on how their units are read
+    id: str  # depends on the settings and on the names, sizes and dates of the files
+    notes: list[str] = field(default_factory=list)  # notes on the files, to show to a person
     damaged: dict[str, str] = field(default_factory=dict)  # file -> why it cannot be read; it has no units
 
     @property
     def size(self) -> int:
-        """Bytes of input, unpacked, about."""
+        """Approximate bytes of input after decompression."""
         return sum(file.size * (UNPACKED if _is_dense(file.source) else 1) for file in self.files)
 
     def line_offsets(self, lines: Sequence[int]) -> list[int]:
-        """The line of its file before each unit's first, from the number of lines of each unit."""
+        """Return the number of lines before each unit in its file; `lines` is the number of lines of each unit."""
         offsets: list[int] = []
         before, last_file = 0, -1
         for file, count in zip(self.unit_files, lines, strict=True):
@@ -168,11 +168,10 @@ class ImportPlan:
 
 
 def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) -> ImportPlan:
-    """Find the files and cut them into units; `damaged` ones, with the reason, are left out.
+    """Find the files and split them into units; files in `damaged` (file -> reason) are left out.
 
-    Raises `InputError` for a path that is not there, a folder without files of the format, a file
-    that can be seen to be damaged (unless it may be skipped), to lack a header or a column, and files whose users
-    their names would mix up.
+    Raises `InputError` for a path that does not exist, a folder without files of the format, a file that is visibly
+    damaged (unless it may be skipped) or lacks a header or a column, and files whose names would mix up their users.
     """
     files = find_files(config.paths, FORMATS[config.format].patterns)
     names = Counter(posixpath.basename(file.source) for file in files)
@@ -229,7 +228,7 @@ def _notes(config: ImportConfig, files: Sequence[SourceFile]) -> list[str]:
 
 
 def pieces_of(sizes: Sequence[float]) -> list[list[int]]:
-    """Units of some bytes each, one a piece; where there are very many, so many that follow each other."""
+    """Group units of `sizes` bytes into pieces: one unit per piece, or consecutive units if there are very many."""
     if len(sizes) <= UNGROUPED_UNITS:
         return [[unit] for unit in range(len(sizes))]
     ends = np.cumsum(sizes)
@@ -240,17 +239,18 @@ def pieces_of(sizes: Sequence[float]) -> list[list[int]]:
 
 
 def bucket_groups(pieces: int, buckets: int) -> list[tuple[int, int]]:
-    """First and last bucket of each group of buckets, as few groups that groups times pieces stay below READS.
+    """Return the first and last bucket of each group of buckets, so that groups times pieces is about READS at most.
 
-    Each task of an import's second pass merges one group and reads a range of every piece; a retrieval counts one group
-    a task, and reads a range of songs of each. One bucket a group where there are few pieces.
+    Each task of an import's second pass merges one group and reads a range of bytes of every piece. A task of a
+    retrieval counts one group, and later tasks read a range of songs of every group. With few pieces, a group is one
+    bucket.
     """
     size = max(1, -(-pieces * buckets // READS))
     return [(first, min(first + size, buckets) - 1) for first in range(0, buckets, size)]
 
 
 def choose_buckets(size: int) -> int:
-    """One bucket of users per 64 MiB of input, at least 16 and at most 4096."""
+    """Return the number of buckets of users: one per 64 MiB of `size` (bytes), at least 16 and at most 4096."""
     return min(MAX_BUCKETS, max(MIN_BUCKETS, -(-size // BUCKET_BYTES)))
 
 
@@ -258,8 +258,8 @@ def _is_dense(source: str) -> bool:
     return is_compressed(source) or source.endswith(DENSE_FORMATS)
 
 
-FEW_REJECTED = 0.01  # share of the rows up to which nothing is said
-OUTLIER = 10  # times the median number of rows a file, or a tenth of it
+FEW_REJECTED = 0.01  # share of rejected rows up to which there is no warning
+OUTLIER = 10  # a file with 10 times the median number of rows per file, or with a tenth of it, is an outlier
 OUTLIERS_SHOWN = 5
 TEXT_SHOWN = 120  # characters of a rejected row
 
@@ -271,9 +271,9 @@ class RejectedRows:
     reason: str
     rows: int
     share: float  # of all rows read
-    source: str  # file of the first of them
-    line: int
-    text: str
+    source: str  # file of the first such row
+    line: int  # line of the first such row
+    text: str  # its text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,23 +281,23 @@ class ImportSummary:
     """Counts over the files of one import."""
 
     files: int
-    bytes: int  # as they are stored
+    bytes: int  # size of the files as stored
     read: int  # rows, good and bad
     rejected: int  # rows that are no plays, or could not be read
-    beside: int  # of them those that the format holds beside plays, such as podcasts
+    beside: int  # rejected rows of other content that the format holds, such as podcasts
     reasons: list[RejectedRows]  # most frequent first
-    rows_per_file: list[int]  # least, median and most usable rows of a file
+    rows_per_file: list[int]  # minimum, median and maximum of the usable rows per file
     outliers: dict[str, int]  # files with a tenth or ten times the usable rows of the median file
     damaged: dict[str, str] = field(default_factory=dict)  # file -> why it was left out
     warnings: list[str] = field(default_factory=list)
 
     @property
     def share(self) -> float:
-        """Rejected rows among all rows read, without those that the format holds beside plays."""
+        """Share of the rows read that were rejected, without the rows in `beside`."""
         return (self.rejected - self.beside) / max(1, self.read - self.beside)
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the summary as a dict for JSON."""
         return asdict(self)
 
 
@@ -315,9 +315,10 @@ class TooManyRejectedError(InputError):
 def summarize(
     plan: ImportPlan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]], beside: Sequence[str] = ()
 ) -> ImportSummary:
-    """Count what the units came to; `rejected` is unit by unit columns.REJECTED, with lines from the unit's start.
+    """Summarize the results of all units.
 
-    `beside` are the reasons of rows that the format holds beside plays.
+    `rejected` are unit numbers and rejected rows, columns.REJECTED, with lines from the start of the unit. `beside` are
+    the reject reasons of other content that the format holds in addition to plays.
     """
     damaged = plan.damaged
     rows: dict[str, int] = {file.source: 0 for file in plan.files}
@@ -361,12 +362,15 @@ def summarize(
 
 
 def rejected_examples(summary: Mapping[str, Any]) -> list[str]:
-    """Why rows were rejected, each with the first such row; `summary` as `ImportSummary.to_mapping` gives it."""
+    """Return one line per reject reason, with the first such row; `summary` comes from `ImportSummary.to_mapping`."""
     return [f"{each['reason']}: {each['source']}, line {each['line']}: {each['text']}" for each in summary["reasons"]]
 
 
 def import_notes(summary: Mapping[str, Any]) -> list[str]:
-    """The warnings of an import, and of which rows they speak; nothing where there are none or no files were read."""
+    """Return the warnings of an import, followed by examples of rejected rows.
+
+    The list is empty if there are no warnings or no files were read.
+    """
     warnings = summary.get("warnings", [])
     return [*(f"Warning: {warning}" for warning in warnings), *(rejected_examples(summary) if warnings else [])]
 
@@ -374,7 +378,7 @@ def import_notes(summary: Mapping[str, Any]) -> list[str]:
 def _examples(
     plan: ImportPlan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]], reasons: set[str]
 ) -> dict[str, dict[str, Any]]:
-    """The first row of each reason."""
+    """Return reject reason -> source, line and text of the first such row."""
     examples: dict[str, dict[str, Any]] = {}
     offsets = plan.line_offsets([unit.lines for unit in units])
     if not reasons:

@@ -1,8 +1,8 @@
-"""An import: plays or playlists of files become the canonical data set, in two passes over staged fragments.
+"""An import: turns files of plays or playlists into the canonical data set, in two passes over staged fragments.
 
-First pass: each piece of input is read, checked and written in buckets by user. Between the passes:
-the song vocabulary and the set of contexts. Second pass: each bucket is merged and sorted. Both
-passes hold a bounded number of rows per worker, whatever the number of users; who runs the workers is the caller's.
+The first pass reads and checks each piece of input and writes its rows in buckets of users. Between the passes, the
+song vocabulary and the set of contexts are determined. The second pass merges and sorts each bucket. In both passes a
+worker holds a bounded number of rows, for any number of users. The caller provides a function that runs the workers.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,7 +55,7 @@ from rayrec.storage.workspace import (
 
 
 class RunUnits(Protocol):
-    """Whoever runs workers, on a cluster or in this process."""
+    """A function that runs workers, on a cluster or in this process."""
 
     def __call__(
         self,
@@ -66,39 +66,43 @@ class RunUnits(Protocol):
         arguments: dict[str, Any],
         called: str,
     ) -> Iterable[Any]:
-        """What a worker, made of `arguments`, returns for each unit, in any order; `called` names a unit."""
+        """Return the results of workers for all `units`, in any order.
+
+        `make_worker`, called with `arguments`, creates a worker, which is called with a unit. `title` is the text for a
+        progress display, and `called` is the word for a unit in messages.
+        """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportResult:
-    """What an import came to."""
+    """The result of an import."""
 
-    dataset: DatasetManifest  # as it was where nothing was new
+    dataset: DatasetManifest  # unchanged if nothing was new
     read: int = 0  # rows of the files
-    merged: int = 0  # exact duplicates, of each other and of plays that were there already
-    likes: int = 0  # rows that were likes and no plays
+    merged: int = 0  # exact duplicates, within the files and of existing plays
+    likes: int = 0  # rows that are likes and no plays
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
-    plays: int = 0  # new ones
-    users: int = 0  # new ones
-    songs: int = 0  # new ones
-    last_import: dict[str, object] = field(default_factory=dict)  # ImportSummary
+    plays: int = 0  # new plays
+    users: int = 0  # new users
+    songs: int = 0  # new songs
+    last_import: dict[str, object] = field(default_factory=dict)  # ImportSummary as a dict
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportRun:
-    """An import that is to be made."""
+    """An import that is ready to run."""
 
     workspace: Workspace
     config: ImportConfig
     plan: ImportPlan
-    base: DatasetManifest | None  # whose songs and other kind of rows stay, or to append to
+    base: DatasetManifest | None  # data set to append to, or whose songs and other kind of rows are kept
     append: bool = False
 
     def run(self, run_units: RunUnits) -> ImportResult:
-        """Read and merge; files that are damaged and may be skipped are left out.
+        """Run both passes; damaged files are left out if the settings allow it.
 
-        Raises `InputError` for bad input; work that is done stays for the next run.
+        Raises `InputError` for bad input; completed work is kept for the next run.
         """
         plan = self.plan
         while True:
@@ -115,7 +119,10 @@ class ImportRun:
 
 
 def prepare_import(workspace: Workspace, config: ImportConfig, *, repeat: bool = False) -> ImportRun | DatasetManifest:
-    """What is to be run, or the data set where the same import made it; arguments and errors as of `import_data`."""
+    """Return the import to run, or the data set if the same import already made it.
+
+    Arguments and errors are those of `import_data`.
+    """
     plan = plan_import(config)
     existing = Dataset(workspace).manifest if workspace.exists(DATASET_MANIFEST) else None
     if existing is not None and not repeat:
@@ -127,7 +134,7 @@ def prepare_import(workspace: Workspace, config: ImportConfig, *, repeat: bool =
 
 
 def prepare_append(workspace: Workspace, config: ImportConfig) -> ImportRun | DatasetManifest:
-    """What is to be run, or the data set where it holds these files already; errors as of `append_plays`."""
+    """Return the import to run, or the data set if it already holds these files; errors are those of `append_plays`."""
     base = _require_appendable(workspace, config)
     plan = plan_import(config)
     if plan.id in [each["plan"] for each in base.appended] or _was_made_by(base, config, plan):
@@ -136,7 +143,7 @@ def prepare_append(workspace: Workspace, config: ImportConfig) -> ImportRun | Da
 
 
 class _DamagedFilesError(Exception):
-    """Files, with the reasons, that the settings allow to leave out."""
+    """Damaged files, with the reasons, that the settings allow to leave out."""
 
     def __init__(self, files: dict[str, str]) -> None:
         super().__init__(files)
@@ -178,7 +185,7 @@ def _other(kind: Kind) -> Kind:
 
 
 class _Import:
-    """One run of an import; `base` is the data set whose songs and other kind of rows stay, or to append to."""
+    """One run of an import; `base` is the data set to append to, or whose songs and other kind of rows are kept."""
 
     def __init__(
         self,
@@ -198,7 +205,7 @@ class _Import:
                 f"buckets is {config.buckets}; expected {self.buckets}, the number fixed at the first import"
             )
         inputs = {"base": base.id if base else "", "buckets": str(self.buckets)} | ({"append": "yes"} if append else {})
-        inputs["damaged"] = repr(sorted(plan.damaged))  # a killed run may have merged without files that are whole now
+        inputs["damaged"] = repr(sorted(plan.damaged))  # a killed run may have left out files that are whole now
         print_id = fingerprint("staging", {"plan": plan.id}, inputs)
         self.staging = Staging(workspace, print_id, piece_names(plan.piece_names, self.buckets))
         self.came_to: dict[str, Any] = {}  # read, merged, rejected, last_import
@@ -206,7 +213,7 @@ class _Import:
 
     def run(self) -> DatasetManifest:
         pieces = self._read_pieces()
-        discard_others(self.workspace, self.staging)  # not before: only now is it known which files are damaged
+        discard_others(self.workspace, self.staging)  # only now are the damaged files known
         units = [unit for piece in pieces for unit in piece.units]
         summary = self._summarize(pieces)
         offsets = np.array([piece.rows for piece in pieces])
@@ -233,7 +240,10 @@ class _Import:
         return manifest
 
     def _choose_buckets(self) -> int:
-        """By the size of the files; as many as an unfinished import of most of them has made."""
+        """Return a number of buckets for the size of the files.
+
+        It is that of an unfinished import of some of these files, if the two numbers differ by a factor of at most two.
+        """
         best_count, existing_count = choose_buckets(self.plan.size), buckets_read(self.workspace, self.plan.piece_names)
         return existing_count if best_count <= 2 * existing_count and existing_count <= 2 * best_count else best_count
 
@@ -255,7 +265,7 @@ class _Import:
     def _run(
         self, title: str, make_worker: Callable[..., Callable[[Any], Any]], todo: list[Any], **arguments: Any
     ) -> list[Any]:
-        """What the worker returned for each unit of `todo`, in any order."""
+        """Return the results of workers for all units of `todo`, in any order."""
         worker_arguments = {"staging": self.staging, "config": self.config, **arguments}
         called = "piece of input" if make_worker is PieceImporter else "bucket"
         return list(self._run_units(title, make_worker, todo, arguments=worker_arguments, called=called))
@@ -263,13 +273,13 @@ class _Import:
     def _run_groups(
         self, title: str, make_worker: Callable[..., Callable[[Any], Any]], todo: set[int], **arguments: Any
     ) -> Any:
-        """Bucket -> result of those that a worker was to do."""
+        """Process the buckets in `todo`; return bucket -> result."""
         groups = bucket_groups(len(self.plan.pieces), self.buckets)
         left = [group for group in groups if not todo.isdisjoint(range(group[0], group[1] + 1))]
         return dict(pair for group in self._run(title, make_worker, left, buckets=todo, **arguments) for pair in group)
 
     def _read_pieces(self) -> list[PieceResult]:
-        """The first pass."""
+        """Run the first pass; return the results of all pieces."""
         store, numbers = self.staging.fragments, range(len(self.plan.pieces))
         done = store.pieces_done()
         todo = [piece for piece in numbers if piece not in done]
@@ -283,9 +293,9 @@ class _Import:
         return results
 
     def _require_whole(self, results: list[PieceResult]) -> None:
-        """Raises `InputError` where some unit could not be read. What was read of the others stays for the next run.
+        """Raise `InputError` if a unit could not be read; the results of the other pieces are kept for the next run.
 
-        Raises `_DamagedFilesError` where the settings allow to leave these files out.
+        Raises `_DamagedFilesError` instead if the settings allow to leave these files out.
         """
         failed = {number: result.units[-1] for number, result in enumerate(results) if result.units[-1].error}
         if not failed:
@@ -306,12 +316,12 @@ class _Import:
         raise kind(f"{first}{advice}{others}; completed work is kept for the next run")
 
     def _file_of(self, piece: int, result: PieceResult) -> str:
-        """The file of the last unit that was read of a piece."""
+        """Return the file of the last unit of a piece that was read."""
         unit = self.plan.pieces[piece][len(result.units) - 1]
         return self.plan.files[self.plan.unit_files[unit]].source
 
     def _summarize(self, pieces: list[PieceResult]) -> ImportSummary:
-        """Raises `TooManyRejectedError` where more rows were rejected than the settings allow."""
+        """Return the summary. Raises `TooManyRejectedError` if more rows were rejected than the settings allow."""
         rejected = (
             (self.plan.pieces[number][place], table)
             for number, piece in enumerate(pieces)
@@ -351,7 +361,7 @@ class _Import:
         return vocabulary
 
     def _song_counts(self, keys: np.ndarray) -> np.ndarray:
-        """int64 (N,): plays of each song by users with enough plays."""
+        """int64 (N,): number of plays of each song by users with enough plays."""
         rows, totals = SongRows.of(keys), np.zeros(len(keys), dtype=np.int64)
         for bucket in range(self.buckets):
             table = self.workspace.read_table(self.staging.counts_file(bucket))
@@ -359,7 +369,7 @@ class _Import:
         return totals
 
     def _merge_buckets(self, vocabulary: Vocabulary, merge: MergeSettings, offsets: np.ndarray) -> list[dict[str, Any]]:
-        """The second pass."""
+        """Run the second pass; return the results of all buckets."""
         results = self.staging.bucket_results()
         todo = {number for number in range(self.buckets) if number not in results}
         songs = SongRows.of(vocabulary.keys)
@@ -368,7 +378,7 @@ class _Import:
         return [results[number] for number in range(self.buckets)]
 
     def _write_rejected(self, pieces: list[PieceResult], merge: MergeSettings) -> dict[str, str]:
-        """All rejects of the first pass in one file, with the lines of their files; its path and checksum."""
+        """Write all rows rejected in the first pass to one file, with lines of their files; return path -> checksum."""
         if not any(unit.rejected for piece in pieces for unit in piece.units):
             return {}
         path = rejected_rows_file(self.config.produces, merge.part, "rejected")
@@ -384,9 +394,10 @@ class _Import:
         return {path: stream.sha256}
 
     def _rejected_rows(self, number: int, piece: PieceResult) -> Iterator[tuple[int, pa.Table]]:
-        """Place of each unit in a piece, and its columns.REJECTED.
+        """Yield the place of each unit in a piece, and its rejected rows, columns.REJECTED.
 
-        Where users were deleted, texts are left out: one may name such a user, and no digest can be found in it.
+        If users were deleted, texts are left out: a text may name a deleted user, which cannot be detected since only
+        digests of user ids are stored.
         """
         for place, table in self.staging.fragments.rejected(number, piece):
             if self.forgotten:
@@ -439,7 +450,7 @@ class _Import:
         )
 
     def _appended(self, merge: MergeSettings, base: DatasetManifest, buckets: list[dict[str, Any]]) -> dict[str, Any]:
-        """What an append changes in the manifest."""
+        """Return the fields of the manifest that an append changes."""
         figures = self._figures(merge, buckets)
         new = {name: figures[name] for name in ("plays", "users")}
         came_to = {**new, **{name: self.came_to[name] for name in ("read", "merged", "likes")}}
@@ -456,11 +467,11 @@ class _Import:
         }
 
     def _replaced(self, merge: MergeSettings, base: DatasetManifest, buckets: list[dict[str, Any]]) -> dict[str, Any]:
-        """What an import that adds or replaces all plays, or all playlists, changes in the manifest."""
+        """Return the fields of the manifest that change if all plays, or all playlists, are added or replaced."""
         other: str = _other(self.config.produces)
         beside = {other: base.config[other]} if other in base.config else {}
         this_import = {**to_mapping(self.config), "plan": self.plan.id}
-        # What was made of plays that are gone is of no more use; playlists may change beside the plays.
+        # Artifacts made from replaced plays are no longer valid; new playlists leave artifacts valid.
         goes_on = bool(base.id) and (self.config.produces == "playlists" or not base.plays)
         return {
             **self._figures(merge, buckets),
@@ -476,7 +487,7 @@ class _Import:
             return {"playlists": owners, "playlist_entries": rows}
         filled = [bucket for bucket in buckets if bucket["rows"]]
         earlier = merge.base
-        nothing = earlier.last_play if earlier else 0  # of a part that holds likes alone
+        nothing = earlier.last_play if earlier else 0  # for a part with likes only
         first = min((bucket["first"] for bucket in filled), default=nothing)
         last = max((bucket["last"] for bucket in filled), default=nothing)
         return {
@@ -500,7 +511,7 @@ class _Import:
         }
 
     def _stays(self, name: str) -> bool:
-        """True for a file of the base that is still of use: all of them, or those of the other kind of rows."""
+        """True for a file of the base data set that is kept: all files in an append, else those of the other rows."""
         if self.append or name.startswith("earlier/"):
             return True
         other = _other(self.config.produces)
@@ -509,7 +520,7 @@ class _Import:
 
 
 def _joined(before: str, source: str) -> str:
-    """The formats that a data set came from, each once."""
+    """Return the formats that a data set came from, each once."""
     return " + ".join(dict.fromkeys([*filter(None, before.split(" + ")), source]))
 
 

@@ -1,4 +1,4 @@
-"""How files of plays are to be imported, from their names and first rows: format, columns, kinds of times."""
+"""Detects from the names and first rows of files how to import them: format, columns, form of the times."""
 
 import posixpath
 import re
@@ -51,20 +51,20 @@ from rayrec.importing.readers.tabular import (
 from rayrec.importing.readers.youtube_takeout import is_watch_history
 
 SAMPLE_FILES = 5
-SAMPLE_BYTES = 1 << 20  # of each file
-VALUE_SHOWN = 40  # characters of an example
-# Of other names, in plain letters, where one column fits: `master_metadata_track_name`, `Artist Name(s)`.
+SAMPLE_BYTES = 1 << 20  # read from each file
+VALUE_SHOWN = 40  # characters of an example value
+# Role -> pattern for names that NAMES lacks, such as `Artist Name(s)`, as `plain_letters`; used if one column matches.
 PATTERNS = {"title": r"(title|trackname|songname)s?$", "artist": r"artist(?!.*(id|ids|uri|uris|count)$)"}
-TITLE_OR_ID = ("song", "track", "recording")  # columns that beside an artist hold titles, unless another one does
+TITLE_OR_ID = ("song", "track", "recording")  # with a column of artists and none of titles, these may hold titles
 SONG_ID = (
     r"(song|track|recording|(?<!playlist)item)(spotify|deezer|tidal|musicbrainz|mb)?(id|uri)$"
     r"|isrc$|^(spotify(id|uri)|uri|mbid)$"
 )
 
-# 18:24, 9:05:00, 6:24 pm; not 3:45, which may be how long a song is.
+# 18:24, 9:05:00, 6:24 pm; not 3:45, which may be the length of a song.
 TIME_OF_DAY = r"([01]\d|2[0-3]):[0-5]\d|\d{1,2}:\d{2}:\d{2}(\.\d+)?|\d{1,2}:\d{2}(:\d{2})?\s*[AaPp][Mm]"
-TITLE = r".*[^!-~].*"  # with a space, or a letter beyond ASCII: ids hardly have one
-TITLES = 0.1  # of the values, from where on a column holds titles: many are of one word
+TITLE = r".*[^!-~].*"  # has a space or a character outside ASCII, which ids rarely have
+TITLES = 0.1  # minimum share of values like TITLE in a column of titles; low, since many titles are one word
 FIRST_LINE_NOTE = (
     "The first line looks like data, and an import takes it for the names of the columns: write a line of names, such "
     "as artist,album,title,played_at, above it."
@@ -76,42 +76,42 @@ class Column:
     """A column of a csv or Parquet file."""
 
     name: str
-    role: str  # what it would be taken for; empty: nothing
+    role: str  # role that an import would give it; empty: none
     type: str
     example: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What the first rows of some files say."""
+    """How files can be imported, according to their first rows."""
 
     format: str
     kind: str  # plays or playlists
     files: int
     bytes: int
-    delimiter: str = ""  # csv
-    columns: list[Column] = field(default_factory=list)  # csv, parquet
-    mapping: dict[str, str] = field(default_factory=dict)  # role -> column, as an import takes it
+    delimiter: str = ""  # csv only
+    columns: list[Column] = field(default_factory=list)  # csv and parquet only
+    mapping: dict[str, str] = field(default_factory=dict)  # role -> column, as an import would use it
     missing: list[str] = field(default_factory=list)  # roles without a column
     time: str = ""  # how times are written
-    rows: int = 0  # looked at
+    rows: int = 0  # inspected rows
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
     examples: dict[str, str] = field(default_factory=dict)  # reason -> file, line and text of the first such row
-    doubts: dict[str, str] = field(default_factory=dict)  # role -> what may be wrong with the column guessed for it
+    doubts: dict[str, str] = field(default_factory=dict)  # role -> why the column guessed for it may be wrong
     notes: list[str] = field(default_factory=list)
-    command: str = ""  # that imports the files
+    command: str = ""  # the command that imports the files
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the inspection as a dict for JSON."""
         return asdict(self)
 
 
 def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC") -> Inspection:
-    """Look at the first MiB of the first five files. Raises `InputError` as an import does.
+    """Inspect the first MiB of each of the first five files. Raises `InputError` for the same reasons as an import.
 
-    `timezone` is the IANA name of the zone of times without one in csv and Parquet files.
+    `timezone` is the IANA name of the time zone of times without one in csv and Parquet files.
     """
-    ImportConfig(format=format_name, paths=tuple(paths), timezone=timezone)  # which checks them
+    ImportConfig(format=format_name, paths=tuple(paths), timezone=timezone)  # checks the arguments
     kind = FORMATS[format_name]
     files = find_files(paths, kind.patterns)
     size = sum(file.size for file in files)
@@ -163,7 +163,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
 
 
 def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
-    """Plays or playlists, and role -> column, by the names of columns, and of times and titles by values too."""
+    """Return `plays` or `playlists`, and role -> column, guessed from names; for times and titles from values too."""
     plain_names = {plain_letters(name): name for name in reversed(sample)}
     column_of_role: dict[str, str] = {}
     for role, names in NAMES.items():
@@ -171,7 +171,7 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
         if match is not None and match not in column_of_role.values():
             column_of_role[role] = match
     if "event_type" in column_of_role and _share_of_events(sample[column_of_role["event_type"]]) < 0.5:
-        del column_of_role["event_type"]  # a column of events of another kind
+        del column_of_role["event_type"]  # most of its values are not event types of plays
     for role, pattern in PATTERNS.items():
         fitting = [name for plain, name in plain_names.items() if re.search(pattern, plain)]
         if role not in column_of_role and len(fitting) == 1 and fitting[0] not in column_of_role.values():
@@ -192,7 +192,7 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
 
 
 def _guess_time(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> str:
-    """The column of the times of plays, by names and values; empty: none looks like one."""
+    """Return the column of the times of plays, guessed from names and values; empty if no column looks like one."""
     plain_names: dict[str, str] = {plain_letters(name): name for name in reversed(list(sample))}
     taken = {name for role, name in column_of_role.items() if role != "played_at"}
     named = [plain_names[name] for name in NAMES["played_at"] if name in plain_names]
@@ -200,13 +200,13 @@ def _guess_time(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array
     if readable is not None:
         return readable
     times = [name for name in sample if name not in taken and _share_of_times(sample[name]) > 0.9]
-    if named or len(times) > 1:  # a release date, beside a moment
+    if named or len(times) > 1:  # a column of dates is then likely a release date
         times = [name for name in times if not _are_dates(sample[name])]
     return times[0] if len(times) == 1 else column_of_role.get("played_at", "")
 
 
 def _time_of_day(played_at: str, sample: Mapping[str, pa.Array]) -> str:
-    """The column of a time of day without a date, where `played_at` holds no moments; empty: there is none."""
+    """Return the column of times of day, if `played_at` holds dates alone or no times; empty if there is none."""
     if _share_of_times(sample[played_at]) > 0.5 and not _are_dates(sample[played_at]):
         return ""
     named = (name for name in sample if plain_letters(name) in NAMES["played_at"])
@@ -214,14 +214,14 @@ def _time_of_day(played_at: str, sample: Mapping[str, pa.Array]) -> str:
 
 
 def _may_be_title(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> bool:
-    """True where the column of the song ids may hold titles, which songs of different artists share."""
+    """True if the column used for song ids may hold titles, which songs of different artists can share."""
     song = column_of_role.get("song", "")
     is_named_so = plain_letters(song) in TITLE_OR_ID and _type(sample[song]) == "text"
     return is_named_so and "artist" in column_of_role and "title" not in column_of_role
 
 
 def _doubts(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> dict[str, str]:
-    """Role -> what may be wrong with the column guessed for it."""
+    """Return role -> why the column guessed for it may be wrong."""
     doubts: dict[str, str] = {}
     if _may_be_title(column_of_role, sample):
         doubts["song"] = (
@@ -237,7 +237,7 @@ def _doubts(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -
 
 
 def time_form(values: pa.Array, timezone: str = "UTC") -> str:
-    """How the times of a column are written; `timezone` is that of times without one."""
+    """Describe how the times of a column are written; `timezone` is the zone of times without one."""
     if pa.types.is_timestamp(values.type):
         return f"timestamps in {values.type.tz}" if values.type.tz else f"timestamps without a zone, read in {timezone}"
     if _are_dates(values):
@@ -274,7 +274,7 @@ def _are_dates(values: pa.Array) -> bool:
 
 
 def _share_of_times(values: pa.Array) -> float:
-    """Share of values that are moments after 1990: small numbers are times of 1970 to an import."""
+    """Share of values that are times after 1990: small numbers are not times, though an import reads them as 1970."""
     if not len(values):
         return 0.0
     problems = Problems(len(values))
@@ -286,19 +286,19 @@ def _share_of_times(values: pa.Array) -> float:
 
 
 def _share_of_matches(values: pa.Array, pattern: str) -> float:
-    """Share of the known values that a pattern matches as a whole."""
+    """Share of the non-null values, of the first 1,000, that match a pattern as a whole."""
     texts = [str(value).strip() for value in values.drop_null()[:1000].to_pylist()]
     return sum(re.fullmatch(pattern, text) is not None for text in texts) / max(1, len(texts))
 
 
 def _share_of_events(values: pa.Array) -> float:
-    """Share of values that are types of events which an import knows."""
+    """Share of the non-null values, of the first 1,000, that are event types known to an import."""
     texts = [str(value).strip().lower() for value in values.drop_null()[:1000].to_pylist()]
     return sum(text in EVENTS for text in texts) / max(1, len(texts))
 
 
 def _sample(kind: Format, files: Sequence[SourceFile], options: ReadOptions) -> list[Batch]:
-    """The first batch of each of the first files."""
+    """Return the first batch of each of the first five files."""
     reader = kind.make(options)
     units = [reader.plan(file.source, file.size, SAMPLE_BYTES)[:1] for file in files[:SAMPLE_FILES]]
     return [batch for first in units for unit in first for batch in _first(reader.read(unit))]
@@ -347,7 +347,7 @@ def _delimiter(source: str) -> str:
 
 
 def _csv_sample(file: SourceFile, delimiter: str) -> tuple[list[str], dict[str, pa.Array]]:
-    """The names of the header, and the first values of each."""
+    """Return the names of the header, and the first values of each column."""
     header = delimited.read_header(file.source, delimiter)
     first = byte_ranges(file.source, file.size, SAMPLE_BYTES)[0]
     block = next(iter(read_blocks(first, SAMPLE_BYTES)))
@@ -368,7 +368,7 @@ def _parquet_sample(file: SourceFile) -> tuple[list[str], dict[str, pa.Array]]:
 
 
 def _type(values: pa.Array) -> str:
-    if pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type):  # of pandas and of polars
+    if pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type):  # as pandas and polars write text
         values = values.cast(pa.string())
     if values.type != pa.string():
         return str(values.type)
@@ -394,16 +394,16 @@ def _looks_like_data(header: Sequence[str]) -> bool:
     return NOT_A_TIME in problems.reasons() and len(problems.reasons()) < len(header)
 
 
-# Formats whose files have names of their own come before those that are known by an ending.
+# Formats with specific file names come before formats that only have an ending.
 ORDER = (
     *("spotify-history", "apple-music", "deezer", "tidal", "youtube-takeout"),
     *("yambda", "lastfm-1k", "music4all-onion"),
     *("csv", "parquet", "mpd", "listenbrainz", "sequences"),
 )
 YAMBDA_COLUMN = "played_ratio_pct"
-# In the first bytes of a file of the format.
+# Format -> pattern that occurs in the first bytes of its files.
 MARKS = {"mpd": rb'"playlists"', "tidal": rb"entry_date", "listenbrainz": rb'"(track_metadata|listened_at)"'}
-LOOKED_AT = 100  # files of a folder, of which one is to be of the format
+LOOKED_AT = 100  # maximum number of files that are opened to detect a format
 
 
 def guess_import(
@@ -416,14 +416,15 @@ def guess_import(
     timezone: str = "UTC",
     on_note: Callable[[str], None] = lambda text: None,
 ) -> ImportConfig:
-    """The settings that import files of plays; `format_name` and `columns`, role -> name, override what is guessed.
+    """Guess the settings that import files of plays; `format_name` and `columns`, role -> name, override the guesses.
 
-    `earlier_columns` are those of an earlier import, which come before a guess where the files have them; then song ids
-    are made of artist and title only if that import made them so. `user`, if
-    not empty, is whose plays they are where they name no users. `timezone` is the IANA name of the zone of times
-    without one. `on_note` is called with a warning where the song ids are guessed to be in a column that may hold
-    titles. Raises `InputError` for files of no known format, of playlists, where a column is not to be found, and where
-    date and time are guessed to be in two columns.
+    `earlier_columns` are the columns of an earlier import; they override a guess if the files have them, and song
+    ids are then made of artist and title only if that import did so. `user`, if not empty, is the user of all
+    plays of files that name no users. `timezone` is the IANA name of the time zone of times without one. `on_note` is
+    called with a warning if the column guessed for song ids may hold titles.
+
+    Raises `InputError` for files of an unknown format or of playlists, if a required column is not found, and if date
+    and time seem to be in two columns.
     """
     chosen = format_name or guess_format(paths)
     column_of_role = dict(columns or {})
@@ -435,7 +436,7 @@ def guess_import(
     left = {MADE_OF_NAMES, *(column.name for column in inspection.columns)} - set(column_of_role.values())
     column_of_role = {role: name for role, name in (earlier_columns or {}).items() if name in left} | column_of_role
     by_role = {role: name for role, name in inspection.mapping.items() if role in roles(False)}
-    if earlier_columns is not None and by_role.get("song") == MADE_OF_NAMES:  # songs would get other ids than before
+    if earlier_columns is not None and by_role.get("song") == MADE_OF_NAMES:  # else songs get other ids than before
         del by_role["song"]
     by_role = {role: name for role, name in by_role.items() if name not in column_of_role.values()} | column_of_role
     config = ImportConfig(
@@ -456,26 +457,26 @@ def guess_import(
 
 
 def describe_import(config: ImportConfig) -> str:
-    """Format, columns and time zone in one line, and the user if one was given."""
+    """Describe in one line the format, the columns, the time zone and, if one was given, the user."""
     columns = ", ".join(f"{role} = {name}" for role, name in config.columns.items())
     read_as = f"{config.format}: {columns}; times without a zone are {config.timezone}" if columns else config.format
     return f"{read_as}; all plays are of user {config.user!r}" if config.user else read_as
 
 
 def guess_format(paths: Sequence[str]) -> str:
-    """The format of files, or of all files in folders. Raises `InputError` for none, and for Spotify's account data."""
+    """Return the format of files or folders. Raises `InputError` if it is unknown, and for Spotify's account data."""
     for name in ORDER:
         files = _matching(paths, FORMATS[name].patterns)
         if files and _looks_like(name, files):
             if name == "spotify-history" and all(is_account_data(file.source) for file in files):
                 raise InputError(f"{files[0].source}: {ACCOUNT_DATA}")
             return name
-    find_files(paths, ("*",))  # a path that is not there, or an empty folder, is the better message
+    find_files(paths, ("*",))  # raises a clearer error for a missing path or an empty folder
     raise InputError(f"the format of {paths[0]} is not known; pass --format, one of {', '.join(FORMATS)}")
 
 
 def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile]:
-    """The files of all paths, if every file that is named and at least one of each folder matches a pattern."""
+    """Return the files of all paths if each named file and a file in each folder match a pattern; else []."""
     try:
         files = find_files(paths, patterns)
     except InputError:
@@ -485,13 +486,13 @@ def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile]
 
 
 def _looks_like(name: str, files: Sequence[SourceFile]) -> bool:
-    """False for files whose content is of another format with such names."""
+    """False if the content of the files is of another format that uses the same names."""
     if name == "yambda":
         with open_source(files[0].source) as stream:
             return YAMBDA_COLUMN in pq.read_schema(stream).names
     if name == "youtube-takeout":
         return any(is_watch_history(file.source) for file in files[:LOOKED_AT])
-    if name == "listenbrainz":  # beside its own endings
+    if name == "listenbrainz":  # other formats also use .json, but not its other endings
         is_json = all(plain_name(file.source).lower().endswith(".json") for file in files)
         return not is_json or any(_is_marked(name, file) for file in files[:LOOKED_AT])
     return name not in MARKS or _is_marked(name, files[0])
@@ -502,7 +503,7 @@ def _is_marked(name: str, file: SourceFile) -> bool:
 
 
 def _require_columns(inspection: Inspection, path: str, by_role: Mapping[str, str]) -> None:
-    """Raise `InputError` that names all roles without a column, the columns that there are, and the nearest ones."""
+    """Raise `InputError` if roles lack a column; it names them, the columns of the file, and similar columns."""
     missing = {role: role for role in roles(False) if role not in OPTIONAL_ROLES and role not in by_role}
     if missing:
         names = [column.name for column in inspection.columns]

@@ -1,5 +1,5 @@
-"""The workers of an import: the first pass over one piece of input, and the second over one bucket, whose fragments
-become sorted histories or playlists."""
+"""The workers of an import: the first pass reads one piece of input; the second pass turns the fragments of one bucket
+into sorted histories or playlists."""
 
 import tempfile
 from collections.abc import Iterable, Sequence, Set
@@ -25,24 +25,24 @@ from rayrec.importing.vocabulary import KEY, SongMerger, SongRows
 from rayrec.storage.artifacts import DatasetManifest
 from rayrec.storage.workspace import Workspace, histories_file, playlists_file, rejected_rows_file, users_file
 
-FORGOTTEN_USER = "user was deleted"  # the reason of plays from before the deletion
+FORGOTTEN_USER = "user was deleted"  # reject reason of a deleted user's plays from before the deletion
 LIKE_ALONE = "like of a user without plays"
 MAX_CONTEXTS = 31  # bits of an int32 without its sign
 USERS_PER_READ = 5_000
-PARTS_BEFORE_COMPACT = 8  # above them, reading takes noticeably more requests
+PARTS_BEFORE_COMPACT = 8  # with more parts, reading takes noticeably more requests
 Spans = list[tuple[int, int]]  # first and last part of each set of files
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergedRows:
-    """R rows of one bucket, sorted by owner and then by order; rows that tie stay in the order of import."""
+    """R rows of one bucket, sorted by owner and then by order; ties stay in the order of import."""
 
     owners: np.ndarray  # object (O,), strings, ascending
-    owner: np.ndarray  # int64 (R,), place in `owners`, ascending
+    owner: np.ndarray  # int64 (R,), index in `owners`, ascending
     order: np.ndarray  # int64 (R,), ms UTC or position
     key: np.ndarray  # uint64 (R,)
     contexts: pa.Array  # list<string> (R,)
-    skipped: np.ndarray  # bool (R,), false where not known
+    skipped: np.ndarray  # bool (R,), false if not known
     source: np.ndarray  # int64 (R,), number of the file
     line: np.ndarray  # int64 (R,), line of the file
 
@@ -65,24 +65,27 @@ class MergedRows:
         )
 
     def counts(self) -> np.ndarray:
-        """int64 (O,): rows of each owner."""
+        """int64 (O,): number of rows of each owner."""
         return np.bincount(self.owner, minlength=len(self.owners))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlaysAndLikes:
-    """What the pieces of input hold of one bucket. Plays and likes have the same owners."""
+    """The rows of one bucket from all pieces of input. Plays and likes have the same `owners`."""
 
     plays: MergedRows
-    liked_plays: MergedRows  # of the plays those whose rows say that the user likes the song
-    likes: MergedRows  # rows that are no plays
+    liked_plays: MergedRows  # the plays whose rows say that the user likes the song
+    likes: MergedRows  # likes in rows that are no plays
     merged: int = 0  # exact duplicates that were left out
 
     def __len__(self) -> int:
         return len(self.plays) + len(self.likes)
 
     def without_forgotten(self, forgotten: ForgottenUsers) -> "PlaysAndLikes":
-        """Those that are not from before their owner was deleted. Positions in lines are before any moment."""
+        """Return the rows without those from before their owner was deleted.
+
+        Positions count as before any deletion: all rows of a deleted user without times are left out.
+        """
         if not forgotten:
             return self
         until = forgotten.until(self.plays.owners)
@@ -95,11 +98,12 @@ class PlaysAndLikes:
 def sort_rows(
     parts: Iterable[tuple[Sequence[int], Sequence[int], pa.Table]], *, in_lines: bool = False
 ) -> PlaysAndLikes:
-    """Rows out of pieces of input in the order of import, exact duplicates (owner, order, song) merged.
+    """Sort the rows of pieces of input, and merge exact duplicates (same owner, order and song).
 
-    A part is the number of the file of each unit of a piece, the line of that file before the unit's first, and
-    the piece's rows. Of duplicates the first in the order of import stays. Where rows are `in_lines`, the order is a
-    place in the line: an owner's lines follow each other as they came, and nothing is a duplicate.
+    `parts` has one item per piece, in the order of import: the file number of each unit of the piece, the number of
+    lines before each unit in its file, and the rows of the piece. The first of several duplicates is kept. If
+    `in_lines` is true, the order of a row is its place in a line: the lines of an owner stay in the order of import,
+    and no row is a duplicate.
     """
     listed = [(files, offsets, rows) for files, offsets, rows in parts if rows.num_rows]
     if not listed:
@@ -145,7 +149,7 @@ def _distinct(rows: MergedRows) -> MergedRows:
 
 
 def _lines(files: Sequence[int], offsets: Sequence[int], rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """int64 (R,) twice: the number of the file of each row and its line there; zeros where they were not kept."""
+    """Return the file number and the line of each row, two int64 (R,) arrays; zeros if lines were not kept."""
     if rows.column(LINE).null_count:
         return np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
     unit = rows.column(UNIT).to_numpy()
@@ -153,6 +157,7 @@ def _lines(files: Sequence[int], offsets: Sequence[int], rows: pa.Table) -> tupl
 
 
 def _first_of_each(rows: MergedRows) -> np.ndarray:
+    """bool (R,): True for rows that are not duplicates of earlier ones."""
     by_song = np.lexsort((rows.key, rows.order, rows.owner))
     owner, order, key = rows.owner[by_song], rows.order[by_song], rows.key[by_song]
     repeated = (owner[1:] == owner[:-1]) & (order[1:] == order[:-1]) & (key[1:] == key[:-1])
@@ -162,8 +167,8 @@ def _first_of_each(rows: MergedRows) -> np.ndarray:
 
 
 def to_positions(rows: MergedRows) -> MergedRows:
-    """Rows in lines with positions for times: an owner's first row is at 0, the next 3 minutes later,
-    the first of the owner's next line an hour after that."""
+    """Replace the places of rows in lines by positions, in ms: an owner's first row is at 0, each next row of the line
+    is 3 minutes later, and the first row of the owner's next line is 63 minutes after the row before it."""
     same_owner = rows.owner[1:] == rows.owner[:-1]
     same_line = same_owner & (rows.source[1:] == rows.source[:-1]) & (rows.line[1:] == rows.line[:-1])
     steps = np.zeros(len(rows), dtype=np.int64)
@@ -188,9 +193,9 @@ def _no_rows(owners: np.ndarray) -> MergedRows:
 
 
 def song_counts(rows: MergedRows, min_rows: int, known: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Keys, uint64, and numbers of rows, int64, of the songs of owners with at least `min_rows` rows.
+    """Return the songs of owners with at least `min_rows` rows: their keys, uint64, and numbers of rows, int64.
 
-    Owners who are `known` already, bool (O,), count however few rows they have.
+    Owners in `known`, bool (O,), already have plays in the data set and count with any number of rows.
     """
     enough = ((rows.counts() >= min_rows) | _none_unless(known, rows))[rows.owner]
     keys, counts = np.unique(rows.key[enough], return_counts=True)
@@ -199,26 +204,26 @@ def song_counts(rows: MergedRows, min_rows: int, known: np.ndarray | None = None
 
 @dataclass(frozen=True, kw_only=True)
 class Dropped:
-    """Rows that are left out because their owner or song has too few."""
+    """Rows that are left out, with the reasons, such as an owner or a song with too few rows."""
 
     rows: list[MergedRows] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
     def add(self, rows: MergedRows, reason: str) -> None:
-        """Rows that share a reason."""
+        """Add rows that are left out for `reason`."""
         if len(rows):
             self.rows.append(rows)
             self.reasons.append(reason)
 
     def counts(self) -> dict[str, int]:
-        """Reason -> rows."""
+        """Return reason -> number of rows."""
         totals: dict[str, int] = {}
         for rows, reason in zip(self.rows, self.reasons, strict=True):
             totals[reason] = totals.get(reason, 0) + len(rows)
         return totals
 
     def table(self, sources: list[str]) -> pa.Table:
-        """columns.REJECTED; `sources` are the files by number. The text names owner and time or position."""
+        """Return columns.REJECTED; `sources` are the files by number. A text is the owner and the time or position."""
         tables = [columns.REJECTED.empty_table()]
         for rows, reason in zip(self.rows, self.reasons, strict=True):
             owners = pa.array(rows.owners, pa.string()).take(pa.array(rows.owner))
@@ -235,10 +240,10 @@ class Dropped:
 def drop_rare(
     rows: MergedRows, song_rows: SongRows, min_rows: int, reasons: tuple[str, str], known: np.ndarray | None = None
 ) -> tuple[MergedRows, Dropped]:
-    """The rows whose song is in the vocabulary and whose owner has at least `min_rows` of them.
+    """Return the rows whose song is in the vocabulary and whose owner has at least `min_rows` of them, and the others.
 
-    `reasons` are those of an owner and of a song with too few rows. Owners who are `known` already,
-    bool (O,), stay however few rows they have.
+    `reasons` are the reasons for dropping an owner and a song with too few rows. Owners in `known`, bool (O,), already
+    have plays in the data set and are kept with any number of rows.
     """
     dropped = Dropped()
     too_few, too_rare = reasons
@@ -257,7 +262,10 @@ def drop_rare(
 def usable_likes(
     rows: PlaysAndLikes, with_plays: np.ndarray, song_rows: SongRows, too_rare: str, dropped: Dropped
 ) -> PlaysAndLikes:
-    """The likes of songs in the vocabulary by owners `with_plays`, bool (O,); other rows of likes go to `dropped`."""
+    """Return `rows` with only the likes of songs in the vocabulary by owners in `with_plays`, bool (O,).
+
+    Other likes in rows that are no plays are added to `dropped`.
+    """
     likes, liked_plays = (part.keep(with_plays[part.owner]) for part in (rows.likes, rows.liked_plays))
     dropped.add(rows.likes.keep(~with_plays[rows.likes.owner]), LIKE_ALONE)
     dropped.add(likes.keep(song_rows.find(likes.key) < 0), too_rare)
@@ -266,7 +274,7 @@ def usable_likes(
 
 
 def all_likes(rows: PlaysAndLikes) -> MergedRows:
-    """The likes of rows that are no plays and of those that are, each song and moment once."""
+    """Return the likes in rows that are no plays and in plays, without duplicates (same owner, song and time)."""
     both = (rows.likes, rows.liked_plays)
     if not len(rows.liked_plays):
         return rows.likes
@@ -289,13 +297,14 @@ def all_likes(rows: PlaysAndLikes) -> MergedRows:
 
 
 def _none_unless(known: np.ndarray | None, rows: MergedRows) -> np.ndarray:
+    """bool (O,): `known`, or False for all owners if it is None."""
     return np.zeros(len(rows.owners), dtype=bool) if known is None else known
 
 
 def rows_among(rows: MergedRows, songs: np.ndarray, histories: Histories) -> np.ndarray:
-    """int64: the rows whose user, time and song are those of a play in `histories`.
+    """int64: indices of the rows that have the same user, time and song as a play in `histories`.
 
-    `songs`, int32 (R,), are the song rows of `rows`, -1 where they are new.
+    `songs`, int32 (R,), are the song rows of `rows`, -1 for new songs.
     """
     place = pd.Index(rows.owners).get_indexer(pd.Index(histories.user_ids))
     plays = histories.take(place >= 0)
@@ -315,9 +324,10 @@ def to_histories(
     has_skipped: bool,
     likes: MergedRows | None = None,
 ) -> Histories:
-    """The histories of the owners who have plays or likes; `likes`, where the data has any, are of the same owners.
+    """Return the histories of the owners who have plays or likes.
 
-    `contexts` are the names of the bits, at most 31.
+    `likes`, None if the data has no likes, have the same `owners` as `rows`. `contexts` are the names of the context
+    bits, at most 31.
     """
     present = rows.counts() > 0
     if likes is not None:
@@ -343,20 +353,20 @@ def to_histories(
 
 
 def to_playlists(rows: MergedRows, song_rows: SongRows) -> pa.Table:
-    """columns.PLAYLISTS."""
+    """Convert rows to columns.PLAYLISTS, one row per playlist."""
     owners, offsets = _spans(rows, rows.counts() > 0)
     songs = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(song_rows.find(rows.key)))
     return pa.table([pa.array(owners, pa.string()), songs], schema=columns.PLAYLISTS)
 
 
 def _spans(rows: MergedRows, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The owners who are `present`, bool (O,), and int64 offsets of their rows."""
+    """Return the owners in `present`, bool (O,), and the offsets of their rows, int64."""
     counts = rows.counts()[present]
     return rows.owners[present], offsets_of(counts)
 
 
 def context_bits(names: pa.Array, contexts: list[str]) -> np.ndarray:
-    """int32 (R,): the set of contexts of each row; names that are not among `contexts` leave no bit."""
+    """int32 (R,): the contexts of each row as bits; bit i is `contexts[i]`, and other names are left out."""
     bit = pc.index_in(pc.list_flatten(names), value_set=pa.array(contexts, pa.string()))
     row = pc.list_parent_indices(names).to_numpy()
     known = bit.is_valid().to_numpy(zero_copy_only=False)
@@ -367,25 +377,28 @@ def context_bits(names: pa.Array, contexts: list[str]) -> np.ndarray:
 
 
 def choose_contexts(counts: dict[str, int], before: Sequence[str] = ()) -> list[str]:
-    """The names of the bits, at most 31: those `before`, then the most frequent contexts, the most frequent first."""
+    """Return the names of the context bits, at most 31: those in `before`, then new ones, the most frequent first."""
     new = sorted(counts.keys() - set(before), key=lambda name: (-counts[name], name))
     return [*before, *new][:MAX_CONTEXTS]
 
 
 def joined_spans(parts: int, cuts: Iterable[int]) -> Spans:
-    """Parts from 0 up to `parts` as few spans: parts stay apart at `cuts`, from where something goes on reading."""
+    """Join parts 0 to `parts` - 1 into as few spans as possible, with a new span at each of the `cuts`.
+
+    A cut is the number of a part: plays from it on must be readable alone, for artifacts that continue from there.
+    """
     bounds = sorted({0, parts, *(cut for cut in cuts if 0 < cut < parts)})
     return [(first, after - 1) for first, after in pairwise(bounds)]
 
 
 class BucketJoiner:
-    """Writes the files of one bucket for some spans of parts at a time."""
+    """Joins the parts of one bucket at a time into one file per span of parts."""
 
     def __init__(self, staging: Staging, dataset: Dataset, spans: Sequence[tuple[int, int]]) -> None:
         self.staging, self.dataset, self.spans = staging, dataset, spans
 
     def __call__(self, bucket: int) -> tuple[int, dict[str, str]]:
-        """Write the files of one bucket, then note that it is done; the bucket, and path -> sha256."""
+        """Write the files of one bucket, then its result; return the bucket, and path -> sha256."""
         files = {}
         for first, last in self.spans:
             path = histories_file(first, bucket, last)
@@ -406,26 +419,26 @@ class BucketJoiner:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings:
-    """What the second pass knows from the first."""
+    """What the second pass needs to know from the first pass and from the base data set."""
 
     pieces: list[list[int]]  # units of each piece of input
-    offsets: list[int]  # line of the file before each unit's first
-    files: list[int]  # file of each unit
+    offsets: list[int]  # number of lines before each unit in its file
+    files: list[int]  # number of the file of each unit
     sources: list[str]  # name of each file
-    contexts: list[str]  # name of each bit
+    contexts: list[str]  # name of each context bit
     has_skipped: bool
     has_likes: bool
     in_lines: bool  # the order of a row is its place in its line
     base: DatasetManifest | None = None  # the data set that plays are appended to
-    forgotten: ForgottenUsers = NOBODY  # whose plays from before their deletion are left out
+    forgotten: ForgottenUsers = NOBODY  # deleted users; their plays from before the deletion are left out
 
     @property
     def part(self) -> int:
-        """The part of the histories that plays become."""
+        """The number of the part of the histories that is written."""
         return self.base.parts if self.base else 0
 
     def rows_of(self, group: BucketGroup, bucket: int) -> PlaysAndLikes:
-        """The rows of a bucket, sorted, those of deleted users too."""
+        """Return the sorted rows of a bucket, including those of deleted users."""
         parts = (
             (
                 [self.files[unit] for unit in self.pieces[piece]],
@@ -447,7 +460,7 @@ class PieceImporter:
         self.buckets, self.with_lines = buckets, config.needs_lines
 
     def __call__(self, piece: int) -> tuple[int, PieceResult]:
-        """Do one piece; bad input is noted rather than raised, so that the others are read too."""
+        """Read one piece; an error in the input is stored, not raised, so that the other pieces are read too."""
         batches = (self.reader.read(self.units[unit]) for unit in self.pieces[piece])
         return piece, self.store.write_piece(piece, batches, self.buckets, with_lines=self.with_lines)
 
@@ -459,7 +472,7 @@ class SongRange:
         self.staging, self.offsets = staging, offsets  # int64 (pieces, ranges + 1)
 
     def __call__(self, key_range: int) -> int:
-        """Write the songs of one range."""
+        """Write the songs of one range; return the range."""
         merger = SongMerger()
         for piece, offsets in enumerate(self.offsets):
             songs = self.staging.fragments.read_songs(piece, offsets, key_range)
@@ -470,23 +483,23 @@ class SongRange:
 
 
 class _GroupWorker:
-    """Does the buckets of a group one after another, out of one read a piece."""
+    """Processes the buckets of a group one after another; reads each piece once per group."""
 
     def __init__(
         self, staging: Staging, config: ImportConfig, merge: MergeSettings, offsets: np.ndarray, buckets: Set[int]
     ) -> None:
         self.staging, self.config, self.merge = staging, config, merge
-        self.offsets, self.buckets = offsets, buckets  # int64 (pieces, all buckets + 1); those that are not done
+        self.offsets, self.buckets = offsets, buckets  # int64 (pieces, all buckets + 1); buckets that are not done
 
     def __call__(self, group: tuple[int, int]) -> list[tuple[int, Any]]:
-        """Do the buckets from the first to the last of a group that are not done; each with its result."""
+        """Process the buckets of a group (first and last) that are not done; return each bucket with its result."""
         first, last = group
         with tempfile.TemporaryFile(prefix="rayrec-") as spool:
             rows = self.staging.fragments.read_group(self.offsets, first, last, spool)
             return [(bucket, self.run(bucket, rows)) for bucket in range(first, last + 1) if bucket in self.buckets]
 
     def run(self, bucket: int, group: BucketGroup) -> Any:
-        """Do one bucket."""
+        """Process one bucket and return its result."""
         raise NotImplementedError
 
 
@@ -503,7 +516,7 @@ class KeyCounter(_GroupWorker):
 
 
 class EarlierParts:
-    """What a bucket holds in the parts before the one that is made."""
+    """The users and plays of a bucket in the existing parts, before the part that is written."""
 
     def __init__(self, workspace: Workspace, base: DatasetManifest | None, bucket: int) -> None:
         self.workspace, self.base, self.bucket = workspace, base, bucket
@@ -512,14 +525,14 @@ class EarlierParts:
         self.users = read_users(workspace, path) if path else np.zeros(0, dtype=object)
 
     def knows(self, owners: np.ndarray) -> np.ndarray:
-        """bool (O,): the owners who have plays."""
+        """bool (O,): True for owners with plays in the existing parts."""
         return np.isin(owners, self.users)
 
     def without(self, rows: MergedRows, songs: SongRows) -> MergedRows:
-        """The rows that are not there yet: exact duplicates of plays drop out.
+        """Return the rows that are not exact duplicates of existing plays.
 
-        Only files of parts whose time range meets that of the rows are read, and of them only row groups
-        that may hold plays of that time by these users.
+        Only files of parts whose time range overlaps that of the rows are read, and of these files only row groups that
+        may hold plays of the same users in that time range.
         """
         known = rows.keep(self.knows(rows.owners)[rows.owner])
         if self.base is None or not len(known):
@@ -536,7 +549,7 @@ class EarlierParts:
 
 
 class BucketMerger(_GroupWorker):
-    """Makes the histories (or playlists) of a bucket out of the fragments of all pieces."""
+    """Makes the histories (or playlists) of a bucket from the fragments of all pieces."""
 
     def __init__(
         self,

@@ -1,15 +1,14 @@
-"""The scratch folder of an import or a compaction: the fragments that the first pass leaves, how the second reads them,
-and the step that makes the result the data set.
+"""The scratch folder of an import or a compaction: fragments that the first pass writes and the second reads, and the
+step that publishes the result as the data set.
 
-A piece is one unit of input, or many small ones that follow each other. Its rows are one file of
-blocks, one block a bucket of users, so that a group of buckets is read out of each piece by one
-request; its songs are a file of blocks by range of keys. Where blocks begin stands in a small file
-that is read once, by the driver. Plays and playlist entries have the same shape here: an owner (user
-or playlist), a song, and what orders them (time or position).
+A piece is one unit of input, or many small consecutive units. Its rows are a file of blocks, one block per bucket of
+users, so that one request reads a group of buckets from a piece. Its songs are a file of blocks, one block per range of
+keys. The offsets of the blocks are in a small file, which the driver reads once. Plays and playlist entries have the
+same columns here: an owner (user or playlist), a song, and an order (time or position).
 
-What was read of a unit of input stays of use to an import of other files in which the unit is the
-same, such as one that leaves a damaged file out. Publishing takes the old manifest away, moves the
-files into place and puts the new manifest last; if it is killed, the next import finishes it.
+The fragments of a unit can be used again by an import of other files that include the same unit, such as an import that
+leaves out a damaged file. Publishing removes the old manifest (unless the new data set extends the old one), moves the
+files into place and writes the new manifest last; if it is killed, the next import finishes it.
 """
 
 import posixpath
@@ -46,12 +45,12 @@ from rayrec.storage.workspace import (
 OWNER = "owner"  # user or playlist
 ORDER = "order"  # played_at in ms UTC, or position
 UNIT = "unit"  # place of the unit in its piece
-LINE = "line"  # from the start of the unit
+LINE = "line"  # line number, from the start of the unit
 
 ROWS_PER_CHUNK = 1 << 20  # rows of a piece held in memory at once
 REJECTED = "rejected.parquet"
-SECONDS, MILLISECONDS = "seconds", "milliseconds"  # columns of a block: times as steps from row to row
-STEPS = {SECONDS: 1_000, MILLISECONDS: 1}  # ms
+SECONDS, MILLISECONDS = "seconds", "milliseconds"  # columns of a block: differences of times from row to row
+STEPS = {SECONDS: 1_000, MILLISECONDS: 1}  # ms per unit of the column
 
 ROWS = pa.schema(
     [
@@ -70,72 +69,73 @@ ROWS = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class UnitResult:
-    """What one unit came to."""
+    """The result of reading one unit."""
 
     read: int = 0  # rows, good and bad
     usable: int = 0  # rows
-    lines: int = 0  # lines or records of the file that the unit covers
+    lines: int = 0  # lines or records of the file in the unit
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
     contexts: dict[str, int] = field(default_factory=dict)  # name -> plays
     has_skipped: bool = False
     has_likes: bool = False
     error: str = ""  # why the input cannot be imported at all
-    damaged: bool = False  # the error is that the file cannot be read to its end
+    damaged: bool = False  # True if the error is that the file cannot be read to its end
 
 
 @dataclass(frozen=True, kw_only=True)
 class PieceResult:
-    """What one piece came to, and where its blocks begin."""
+    """The result of reading one piece, and the offsets of its blocks."""
 
     units: list[UnitResult]
-    rows: np.ndarray  # int64 (buckets + 1,), bytes of the file of rows
-    songs: np.ndarray  # int64 (ranges + 1,), bytes of the file of songs
+    rows: np.ndarray  # int64 (buckets + 1,), byte offsets of the blocks in the file of rows
+    songs: np.ndarray  # int64 (ranges + 1,), byte offsets of the blocks in the file of songs
 
 
 class FragmentStore:
-    """The files of the first pass, in a folder of the workspace; `names` are those of the pieces' folders in it."""
+    """The files of the first pass, in a folder of the workspace; `names` are the folders of the pieces in it."""
 
     def __init__(self, workspace: Workspace, folder: str, names: Sequence[str] = ()) -> None:
         self.workspace, self.folder, self.names = workspace, folder, names
 
     def rows_file(self, piece: int) -> str:
-        """Blocks of rows by bucket."""
+        """Path of the rows of a piece: blocks by bucket."""
         return f"{self.folder}/{self.names[piece]}/rows.blocks"
 
     def songs_file(self, piece: int) -> str:
-        """Blocks of distinct songs by range of keys."""
+        """Path of the distinct songs of a piece: blocks by range of keys."""
         return f"{self.folder}/{self.names[piece]}/songs.blocks"
 
     def rejected_file(self, piece: int) -> str:
-        """Rows that could not be used, Parquet; only where there are any."""
+        """Path of the rejected rows of a piece, Parquet; it exists only if there are any."""
         return f"{self.folder}/{self.names[piece]}/rejected.parquet"
 
     def result_file(self, piece: int) -> str:
-        """The piece's result, JSON; where it is there, the piece is done."""
+        """Path of the result of a piece, JSON; the piece is done if it exists."""
         return f"{self.folder}/{self.names[piece]}/result.json"
 
     def result(self, piece: int) -> PieceResult:
-        """The result of a piece that is done."""
+        """Read the result of a piece that is done."""
         raw = self.workspace.read_json(self.result_file(piece))
         offsets = {name: np.array(raw[name], dtype=np.int64) for name in ("rows", "songs")}
         return PieceResult(units=[UnitResult(**unit) for unit in raw["units"]], **offsets)
 
     def pieces_done(self) -> set[int]:
-        """The pieces that need no more work, by one listing."""
+        """Return the pieces that are done; takes one listing of the folder."""
         existing_files = set(self.workspace.files(self.folder))
         return {piece for piece in range(len(self.names)) if self.result_file(piece) in existing_files}
 
     def forget(self, piece: int) -> None:
-        """Take a piece for one that is not done."""
+        """Delete the result of a piece, so that it is no longer done."""
         self.workspace.delete(self.result_file(piece))
 
     def write_piece(
         self, piece: int, units: Iterable[Iterable[Batch]], buckets: int, *, with_lines: bool
     ) -> PieceResult:
-        """Write everything that the batches of a piece's units hold.
+        """Write the rows, songs, rejected rows and result of a piece from the batches of its units.
 
-        Memory is bounded by a chunk of 1 M rows and the piece's songs; chunks wait on the local disk. The place
-        of each row in its file is kept only `with_lines`. A unit that cannot be read leaves its error in the result.
+        Memory is bounded by a chunk of 1 M rows and the songs of the piece; chunks are kept on the local disk. The unit
+        and line of each row are kept only if `with_lines`. If a unit cannot be read, the result has its error and
+        later units are not read.
         """
         counts: list[_Counts] = []
         with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
@@ -180,7 +180,7 @@ class FragmentStore:
         return np.array(offsets, dtype=np.int64)
 
     def read_songs(self, piece: int, offsets: np.ndarray, key_range: int) -> pa.Table | None:
-        """SONGS of a piece in a range of keys, in the order in which they appear; None where there are none."""
+        """Return a piece's songs in a range of keys, SONGS, in order of first appearance; None if there are none."""
         begin, end = offsets[key_range : key_range + 2].tolist()
         if begin == end:
             return None
@@ -196,7 +196,10 @@ class FragmentStore:
         return pa.table({**data, KEY: pa.array(song_keys(song_ids)), PLACE: pa.array(places)}, schema=SONGS)
 
     def rejected(self, piece: int, result: PieceResult) -> Iterator[tuple[int, pa.Table]]:
-        """Place of the unit in the piece, and its columns.REJECTED with lines from the start of the unit."""
+        """Yield the place of a unit in the piece and some of its rejected rows, columns.REJECTED.
+
+        Line numbers count from the start of the unit.
+        """
         if any(unit.rejected for unit in result.units):
             with self.workspace.open_input(self.rejected_file(piece)) as stream:
                 for batch in pq.ParquetFile(stream).iter_batches():
@@ -206,9 +209,9 @@ class FragmentStore:
                         yield unit, table.filter(pa.array(units == unit)).select(columns.REJECTED.names)
 
     def read_group(self, offsets: np.ndarray, first: int, last: int, spool: IO[bytes]) -> "BucketGroup":
-        """Fetch buckets `first` to `last` out of all pieces, one read a piece, into a local file.
+        """Copy buckets `first` to `last` of all pieces into the local file `spool`, with one read per piece.
 
-        `offsets`, int64 (pieces, buckets + 1), are those of the results.
+        `offsets`, int64 (pieces, buckets + 1), are the `rows` of the results of the pieces.
         """
         places = np.zeros((len(offsets), last - first + 2), dtype=np.int64)
         for piece, row in enumerate(offsets):
@@ -226,13 +229,16 @@ class FragmentStore:
 
 
 class BucketGroup:
-    """The rows of some buckets that follow each other, on the local disk."""
+    """The rows of consecutive buckets, on the local disk."""
 
     def __init__(self, first: int, spool: IO[bytes], places: np.ndarray) -> None:
         self._first, self._spool, self._places = first, spool, places
 
     def read(self, bucket: int) -> Iterator[tuple[int, pa.Table]]:
-        """Each piece that has rows of a bucket, and these, ROWS; those of an owner in the order of the file."""
+        """Yield each piece that has rows of a bucket, with these rows, ROWS.
+
+        The rows of an owner are in the order of the file.
+        """
         place = bucket - self._first
         for piece, row in enumerate(self._places):
             begin, end = int(row[place]), int(row[place + 1])
@@ -242,7 +248,7 @@ class BucketGroup:
 
 
 def _write_block(block: pa.Table, stream: OutputFile) -> None:
-    """A small Parquet file within the file; columns without values are left out."""
+    """Write a block as a small Parquet file within the file; columns without values are left out."""
     sink = pa.BufferOutputStream()
     filled_columns = [name for name in block.column_names if block.column(name).null_count < block.num_rows]
     pq.write_table(
@@ -258,7 +264,7 @@ def _write_block(block: pa.Table, stream: OutputFile) -> None:
 
 
 def _packed(rows: pa.Table) -> pa.Table:
-    """Rows by owner, times as steps from row to row, in seconds where that is exact."""
+    """Replace the times of rows by their differences from row to row, in seconds if that is exact."""
     order = one_array(rows.column(ORDER)).to_numpy()
     steps = np.diff(order, prepend=np.int64(0))
     name = SECONDS if not (order % STEPS[SECONDS]).any() else MILLISECONDS
@@ -283,7 +289,7 @@ def _read_block(data: bytes) -> pa.Table:
 
 
 class _Spool:
-    """The rows of a piece on the local disk, in chunks that are each sorted by bucket, and its songs in memory."""
+    """Collects the rows of a piece on the local disk, in chunks that are sorted by bucket, and its songs in memory."""
 
     def __init__(self, folder: Path, buckets: int, *, with_lines: bool) -> None:
         self._folder, self._buckets, self._with_lines = folder, buckets, with_lines
@@ -293,7 +299,7 @@ class _Spool:
         self._rejected: pq.ParquetWriter | None = None
 
     def reject(self, unit: int, rows: pa.Table) -> None:
-        """Rows of a unit that cannot be used."""
+        """Add rejected rows of a unit."""
         if rows.num_rows:
             numbered = rows.append_column(UNIT, pa.array(np.full(rows.num_rows, unit, dtype=np.int32)))
             path = str(self._folder / REJECTED)
@@ -301,14 +307,14 @@ class _Spool:
             self._rejected.write_table(numbered)
 
     def rejected(self) -> Path | None:
-        """The file of all rejected rows; None where there are none."""
+        """Close the file of all rejected rows and return it; None if there are none."""
         if self._rejected is None:
             return None
         self._rejected.close()
         return self._folder / REJECTED
 
     def add(self, unit: int, rows: pa.Table) -> None:
-        """Rows of a unit, in the order of the file."""
+        """Add rows of a unit, in the order of the file."""
         if not rows.num_rows:
             return
         self._waiting.append(rows.append_column(UNIT, pa.array(np.full(rows.num_rows, unit, dtype=np.int32))))
@@ -330,7 +336,7 @@ class _Spool:
         self._chunks.append((path, bounds))
 
     def blocks(self) -> Iterator[pa.Table]:
-        """The rows of each bucket, by owner; those of an owner in the order of the file."""
+        """Yield the rows of each bucket, sorted by owner; those of an owner are in the order of the file."""
         if self._waiting:
             self._write_chunk()
         tables = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path, _ in self._chunks]
@@ -346,19 +352,19 @@ class _Spool:
             yield rows
 
     def song_blocks(self, ranges: int) -> Iterator[pa.Table]:
-        """The distinct songs in each range of keys, in the order in which they appear; with their place in it."""
+        """Return the distinct songs of each range of keys, with their place among the songs of the piece."""
         if self._waiting:
             self._write_chunk()
         songs = self._songs.table()
         places = pa.array(np.arange(len(songs), dtype=np.int64))
         songs = songs.set_column(songs.column_names.index(PLACE), PLACE, places)
         part = range_of(one_array(songs.column(KEY)).to_numpy(), ranges)
-        songs = songs.drop_columns([KEY])  # the ids tell them
+        songs = songs.drop_columns([KEY])  # can be computed from the ids
         return (songs.filter(pa.array(part == number)) for number in range(ranges))
 
 
 class _Counts:
-    """Adds up the batches of a unit."""
+    """Adds up the counts of the batches of a unit."""
 
     def __init__(self) -> None:
         self.read = self.usable = self.lines = 0
@@ -390,7 +396,7 @@ def _count(counts: dict[str, int], values: pa.ChunkedArray) -> None:
 
 
 def _rows(rows: pa.Table, *, with_lines: bool) -> pa.Table:
-    """Plays or playlist entries as ROWS."""
+    """Convert plays or playlist entries to ROWS."""
     plays = columns.USER in rows.column_names
     songs = one_array(rows.column(columns.SONG_ID)).dictionary_encode()
     keys = song_keys(songs.dictionary)[songs.indices.to_numpy()]
@@ -410,52 +416,55 @@ def _rows(rows: pa.Table, *, with_lines: bool) -> pa.Table:
 
 
 PLAYS_PER_ROW_GROUP = 500_000
-PIECES = "pieces"  # folder of the scratch folders in which every import reads
+PIECES = "pieces"  # folder of the pieces of all imports, next to the scratch folders
 
 
 class Staging:
-    """The scratch folder of one import or compaction: a killed one with the same inputs goes on in it."""
+    """The scratch folder of one import or compaction; a killed run is continued in it by a run with the same inputs."""
 
     def __init__(self, workspace: Workspace, print_id: str, pieces: Sequence[str] = ()) -> None:
-        """`pieces` are the names of the pieces of input, as `piece_names` gives them."""
+        """`pieces` are the names of the pieces of input, as `piece_names` returns them."""
         self.workspace = workspace
         self.folder = f"{IMPORT_STAGING}/{print_id}"
         self.fragments = FragmentStore(workspace, f"{IMPORT_STAGING}/{PIECES}", pieces)
 
     def out(self, path: str) -> str:
-        """Where the file that will be `path` waits for being published."""
+        """Return the path of a staged file that will be published as `path`."""
         return f"{self.folder}/out/{path.removeprefix(f'{DATASET}/')}"
 
     def counts_file(self, bucket: int) -> str:
-        """Plays of each song in one bucket, Parquet."""
+        """Path of the number of plays of each song in one bucket, Parquet."""
         return f"{self.folder}/counts/{bucket:05d}.parquet"
 
     def songs_file(self, key_range: int) -> str:
-        """Distinct songs in a range of keys, Parquet."""
+        """Path of the distinct songs in a range of keys, Parquet."""
         return f"{self.folder}/songs/{key_range:05d}.parquet"
 
     def bucket_file(self, bucket: int) -> str:
-        """The result of one bucket, JSON; where it is there, the bucket is done."""
+        """Path of the result of one bucket, JSON; the bucket is done if it exists."""
         return f"{self.folder}/buckets/{bucket:05d}.json"
 
     def bucket_results(self) -> dict[int, Any]:
-        """What the buckets came to that are done, by one listing and a small file each."""
+        """Return bucket -> result of all buckets that are done; takes one listing, and one small file per bucket."""
         paths = self.workspace.files(f"{self.folder}/buckets")
         return {int(posixpath.basename(path).split(".")[0]): self.workspace.read_json(path) for path in paths}
 
     def keep_manifest(self, dataset: DatasetManifest) -> dict[str, str]:
-        """Put the present manifest among the files of the next: its name below dataset/, and its checksum."""
+        """Add the current manifest to the files of the next data set; return its path below dataset/ -> checksum."""
         path = earlier_manifest(dataset.id)
         return {path.removeprefix(f"{DATASET}/"): self.workspace.write_json(self.out(path), asdict(dataset))}
 
     def publish(self, manifest: DatasetManifest) -> None:
-        """Make the staged files and those that the manifest keeps the data set; nothing else stays."""
+        """Publish the staged files and `manifest` as the data set, see `finish_publishing`."""
         self.workspace.write_json(self.out(DATASET_MANIFEST), asdict(manifest))
         finish_publishing(self.workspace)
 
 
 def write_histories(workspace: Workspace, path: str, batches: Iterable[Histories]) -> str:
-    """Write a bucket of histories, none where there are no users, in row groups of about 500,000 plays; its sha256."""
+    """Write the histories of a bucket in row groups of about 500,000 plays; return the sha256 of the file.
+
+    Without users, the file has no rows.
+    """
     with workspace.open_output(path) as stream:
         writer: pq.ParquetWriter | None = None
         try:
@@ -475,19 +484,19 @@ def write_histories(workspace: Workspace, path: str, batches: Iterable[Histories
 
 
 def piece_names(pieces: Sequence[str], buckets: int) -> list[str]:
-    """Names of pieces of a plan that are read into so many buckets."""
+    """Return the folder names of the pieces of a plan that are read into `buckets` buckets."""
     return [f"{buckets:04d}-{unit}" for unit in pieces]
 
 
 def buckets_read(workspace: Workspace, pieces: Sequence[str]) -> int:
-    """Into how many buckets an unfinished import has read some of the pieces of a plan; 0 where none has."""
+    """Return the number of buckets into which an unfinished import has read pieces of a plan; 0 if none has."""
     read = [name.split("-") for name in workspace.folders(f"{IMPORT_STAGING}/{PIECES}")]
     known = set(pieces)
     return max((int(buckets) for buckets, unit in read if unit in known), default=0)
 
 
 def discard_others(workspace: Workspace, staging: Staging) -> None:
-    """Delete what imports of other inputs have left, but for the pieces that this one reads too."""
+    """Delete the files of unfinished imports of other inputs, except pieces that this import also reads."""
     current_folders = {f"{IMPORT_STAGING}/{PIECES}", staging.folder}
     current_folders |= {f"{staging.fragments.folder}/{unit}" for unit in staging.fragments.names}
     for folder in (IMPORT_STAGING, f"{IMPORT_STAGING}/{PIECES}"):
@@ -497,10 +506,11 @@ def discard_others(workspace: Workspace, staging: Staging) -> None:
 
 
 def finish_publishing(workspace: Workspace) -> None:
-    """Publish an import whose files are complete; does nothing where none waits. May be repeated at any point.
+    """Publish an import whose files are complete; do nothing if there is none. May be repeated at any point.
 
-    Where the new data set begins with the one that is there, that is there for readers all the while; any other
-    is gone from before its first file is touched until the new one is whole.
+    If the new data set extends the current one, readers can read the current one all the time. Otherwise the
+    current manifest and the files that the new data set does not use are deleted first, and readers see no data set
+    until the new one is complete.
     """
     for name in workspace.folders(IMPORT_STAGING):
         staging = Staging(workspace, name)
@@ -523,9 +533,9 @@ def finish_publishing(workspace: Workspace) -> None:
 
 
 def _stays_whole(workspace: Workspace, staged: DatasetManifest) -> bool:
-    """True where all files of the data set that is there stay as they are, but for the song table, which grows.
+    """True if all files of the current data set stay unchanged, except for the song table, which grows.
 
-    Histories and users that the new manifest leaves out stay for those who read the old one.
+    Files of histories and users that the new manifest does not list are kept for readers of the old manifest.
     """
     if not workspace.exists(DATASET_MANIFEST):
         return False

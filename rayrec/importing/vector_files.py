@@ -1,4 +1,4 @@
-"""Files of vectors by song id: .npy with ids beside it, or .parquet. Nothing is ever unpickled."""
+"""Files of vectors by song id: .npy with a file of ids next to it, or .parquet. Pickled data is never loaded."""
 
 import json
 from pathlib import Path
@@ -15,16 +15,16 @@ from rayrec.importing.readers.tabular import open_parquet, read_columns
 from rayrec.storage.artifacts import fingerprint, sha256
 from rayrec.storage.workspace import Workspace
 
-VECTOR = "vector"  # the Parquet column
+VECTOR = "vector"  # name of the Parquet column
 
 
 def read_vector_file(path: str | Path) -> tuple[np.ndarray, pa.Array | None]:
-    """The rows of a local file, numbers (rows, D), and their song ids, strings; None where it has no ids.
+    """Return the vectors of a local file, numbers (rows, D), and their song ids, strings; None if it has no ids.
 
     A .parquet file has the columns song_id (string) and vector (lists of one length). A .npy file
-    has shape (rows, D), and the ids are in NAME.ids.txt (one id a line) or NAME.ids.json (a list) beside NAME.npy.
+    has shape (rows, D), and its ids are in NAME.ids.txt (one id per line) or NAME.ids.json (a list) next to NAME.npy.
 
-    Raises `InputError` for a file that cannot be read so, wrong numbers of rows and ids that occur twice.
+    Raises `InputError` for a file of another form, for different numbers of rows and ids, and for ids that occur twice.
     """
     path = Path(path)
     _require_file(path)
@@ -37,9 +37,9 @@ def read_vector_file(path: str | Path) -> tuple[np.ndarray, pa.Array | None]:
 
 
 def file_id(name: str) -> str:
-    """Twelve hex digits of the content of a local file and of the ids beside it.
+    """Return a fingerprint, twelve hex digits, of the content of a local file and of the file of its ids.
 
-    Raises `InputError` where there is no such file.
+    Raises `InputError` if the file does not exist.
     """
     path = Path(name).absolute()
     _require_file(path)
@@ -56,7 +56,7 @@ def _require_file(path: Path) -> None:
 def _read_npy(path: Path) -> tuple[np.ndarray, pa.Array | None]:
     try:
         raw = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy reads the header as Python: a damaged one may raise SyntaxError and more
+    except Exception as error:  # numpy parses the header as Python: a damaged one may raise SyntaxError or other errors
         raise InputError(
             f"vectors file {path} is not an array of numbers: {first_line(error)}; "
             "write it with numpy.save(..., allow_pickle=False)"
@@ -69,7 +69,7 @@ def _read_npy(path: Path) -> tuple[np.ndarray, pa.Array | None]:
 
 
 def _spelled(path: Path, ids: pa.Array) -> pa.Array:
-    """Ids as every import spells them. Raises `InputError` where a row has none."""
+    """Return ids in the spelling of all imports. Raises `InputError` if a row has no id."""
     problems = Problems(len(ids))
     with naming(str(path)):
         spelled = spell_ids(ids, problems, column=columns.SONG_ID, reason="no song id")
@@ -89,7 +89,7 @@ def _require_matrix(path: Path, raw: np.ndarray) -> None:
 
 
 def _ids_file(path: Path) -> Path | None:
-    """The file of the ids of NAME.npy; None where there is none."""
+    """Return the file of the ids of NAME.npy, or None if it does not exist."""
     beside = (path.with_suffix(suffix) for suffix in (".ids.txt", ".ids.json"))
     return next((file for file in beside if file.is_file()), None)
 
@@ -100,7 +100,7 @@ def _read_ids(path: Path) -> pa.Array | None:
         return None
     try:
         if file.suffix == ".txt":
-            lines = file.read_bytes().decode("utf-8-sig").split("\n")  # other line separators may be within an id
+            lines = file.read_bytes().decode("utf-8-sig").split("\n")  # an id may contain other line separators
             while lines and not lines[-1].strip():
                 lines.pop()
             return pa.array([line.removesuffix("\r") for line in lines], pa.string())
@@ -129,12 +129,12 @@ def _read_parquet(path: Path) -> tuple[np.ndarray, pa.Array]:
 
 
 def _matrix(path: Path, lists: pa.Array) -> np.ndarray:
-    """A column of lists of one length as an array (rows, D)."""
+    """Return a column of lists of one length as an array (rows, D)."""
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(is_kind(lists.type) for is_kind in kinds):
         raise InputError(f"vectors file {path}, column {VECTOR} is {lists.type}; expected lists of numbers")
     if pa.types.is_fixed_size_list(lists.type):
-        lists = lists.cast(pa.list_(lists.type.value_type))  # its flat values leave out null lists
+        lists = lists.cast(pa.list_(lists.type.value_type))  # flattening a fixed-size list leaves out null lists
     lengths = pc.unique(pc.list_value_length(lists)).to_pylist()
     if len(lengths) != 1 or lengths[0] in (None, 0):
         raise InputError(

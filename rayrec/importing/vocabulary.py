@@ -1,8 +1,8 @@
-"""The song vocabulary: which int32 row stands for which song, in the order of first import.
+"""The song vocabulary: the int32 row of each song, in the order of first import.
 
-Songs are told apart by a 64-bit key of their id while rows are still on the way, so that passes
-over plays never join on strings. They are merged by ranges of keys, each range by a worker of its own.
-Strings have 64-bit offsets here: 100 million ids take more than the 2 GiB that 32-bit ones reach.
+During an import a 64-bit key of the song id identifies a song, so that passes over plays never join on strings. Songs
+are merged by ranges of keys, each range by its own worker. Strings have 64-bit offsets here, because 100 million ids
+take more than the 2 GiB that 32-bit offsets can address.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,10 +17,10 @@ from rayrec.data.columns import one_array
 from rayrec.errors import RayrecError
 
 HASH_KEY = "rayrec song hash"  # 16 bytes
-KEY = "key"  # of the song, see `song_keys`
-PLACE = "place"  # of a song's first appearance: piece of input << 32 | place among the songs of the piece
-MERGE_ROWS = 1 << 20  # songs that wait to be merged
-ROWS_PER_ARRAY = 1 << 20  # of strings with 32-bit offsets
+KEY = "key"  # key of the song, see `song_keys`
+PLACE = "place"  # where a song first appears: piece of input << 32 | place among the songs of the piece
+MERGE_ROWS = 1 << 20  # a merge starts only if more songs than this are waiting
+ROWS_PER_ARRAY = 1 << 20  # rows of an array of strings with 32-bit offsets
 BUCKETS_PER_RANGE = 256
 
 SONGS = pa.schema(
@@ -41,21 +41,21 @@ def song_keys(song_ids: pa.Array) -> np.ndarray:
 
 
 def key_ranges(buckets: int) -> int:
-    """Ranges of keys in which the songs of an import into so many buckets of users are merged."""
+    """Return the number of ranges of keys in which an import into `buckets` buckets of users merges its songs."""
     return max(1, buckets // BUCKETS_PER_RANGE)
 
 
 def range_of(keys: np.ndarray, ranges: int) -> np.ndarray:
-    """int64: the range of each key, uint64."""
+    """int64: the range of each of the `keys`, uint64, from 0 to `ranges` - 1."""
     return ((keys >> np.uint64(32)) * np.uint64(ranges) >> np.uint64(32)).astype(np.int64)
 
 
 def first_songs(rows: pa.Table) -> pa.Table:
-    """SONGS: each song of some plays or entries once, in the order in which they appear.
+    """Return the distinct songs of plays or playlist entries, SONGS, in the order of first appearance.
 
-    Title and artist are the first ones that are given.
+    Title and artist of a song are its first non-null ones.
     """
-    # Not group_by: it does not keep the order of appearance, dictionary_encode does.
+    # dictionary_encode keeps the order of first appearance; group_by does not.
     encoded = one_array(rows.column(columns.SONG_ID)).dictionary_encode()
     codes, count = encoded.indices.to_numpy(), len(encoded.dictionary)
     titles, artists = (_first_values(rows.column(name), codes, count) for name in (columns.TITLE, columns.ARTIST))
@@ -65,9 +65,9 @@ def first_songs(rows: pa.Table) -> pa.Table:
 
 
 def merge_songs(tables: Sequence[pa.Table]) -> pa.Table:
-    """SONGS: each song of some tables of SONGS once, in the order in which they appear.
+    """Return the distinct songs of SONGS tables, SONGS, in the order of first appearance.
 
-    Raises `RayrecError` where two song ids have the same key.
+    Raises `RayrecError` if two song ids have the same key.
     """
     everything = pa.concat_tables(tables)
     encoded = one_array(everything.column(KEY)).dictionary_encode()
@@ -80,16 +80,16 @@ def merge_songs(tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def _first_values(values: pa.ChunkedArray, codes: np.ndarray, count: int) -> pa.Array:
-    """The first value that is not null of each of `count` groups; `codes`, int (R,), are the groups of the rows."""
+    """Return the first non-null value of each of `count` groups; `codes`, int (R,), are the groups of the rows."""
     column = one_array(values)
     valid_rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))[::-1]
     places = np.full(count, -1, dtype=np.int64)
-    places[codes[valid_rows]] = valid_rows  # from the last to the first: the first stays
+    places[codes[valid_rows]] = valid_rows  # in reverse order, so that the first row of a group overwrites later ones
     return column.take(pa.array(places, mask=places < 0))
 
 
 class SongMerger:
-    """Merges tables of SONGS as they come. Memory: the songs, and a bounded number that wait to be merged."""
+    """Merges SONGS tables as they are added. Memory: the distinct songs, and a bounded number of unmerged ones."""
 
     def __init__(self) -> None:
         self._songs = SONGS.empty_table()
@@ -100,12 +100,12 @@ class SongMerger:
         """Add a table, in the order of import."""
         self._waiting.append(table)
         self._waiting_rows += table.num_rows
-        # Merging costs as much as what is there: wait until that much is new.
+        # A merge costs as much as all songs merged so far, so it waits until there are as many new ones.
         if self._waiting_rows > max(MERGE_ROWS, len(self._songs)):
             self.table()
 
     def table(self) -> pa.Table:
-        """SONGS: all songs added so far."""
+        """Return all distinct songs added so far, SONGS."""
         if self._waiting:
             self._songs = merge_songs([self._songs, *self._waiting])
             self._waiting, self._waiting_rows = [], 0
@@ -113,10 +113,10 @@ class SongMerger:
 
 
 class Vocabulary:
-    """The song table: rows that exist already, then new songs by the place of their first appearance."""
+    """The song table: rows that exist already, then new songs in the order of first appearance."""
 
     def __init__(self, existing: pa.Table | None, new: Iterable[pa.Table]) -> None:
-        """`existing` is columns.SONGS_TABLE; `new` are SONGS of ranges of keys."""
+        """`existing` is a columns.SONGS_TABLE; `new` are SONGS tables, one per range of keys."""
         table = columns.SONGS_TABLE.empty_table() if existing is None else existing
         self._fixed = len(table)
         wide = [table.column(name).cast(pa.large_string()) for name in SONGS.names[1:4]]
@@ -138,7 +138,7 @@ class Vocabulary:
         self._songs = self._songs.filter(pa.array(mask))
 
     def table(self) -> pa.Table:
-        """columns.SONGS_TABLE, in pieces whose strings 32-bit offsets reach."""
+        """Return columns.SONGS_TABLE, in chunks small enough for strings with 32-bit offsets."""
         pieces = []
         for start in range(0, max(1, len(self._songs)), ROWS_PER_ARRAY):
             piece = self._songs.slice(start, ROWS_PER_ARRAY)
@@ -156,12 +156,12 @@ class SongRows:
 
     @classmethod
     def of(cls, keys: np.ndarray) -> "SongRows":
-        """From the key of every song row, uint64 (N,)."""
+        """Create it from the key of every song row, uint64 (N,)."""
         order = np.argsort(keys)
         return cls(keys[order], order.astype(np.int32))
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """int32: the row of each song, -1 where it is not in the vocabulary."""
+        """int32: the row of the song with each key, -1 if it is not in the vocabulary."""
         if not len(self.keys):
             return np.full(len(keys), -1, dtype=np.int32)
         places = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)

@@ -22,16 +22,16 @@ from rayrec.storage.artifacts import Times
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """An outside format."""
+    """An outside format that can be imported."""
 
     make: Callable[[ReadOptions], Reader]
-    patterns: tuple[str, ...]  # lower-case names of its files within a folder, without .gz or .bz2
-    mapped: bool = False  # columns are mapped, and rows may be plays or playlist entries
+    patterns: tuple[str, ...]  # patterns of the lower-case names of its files in a folder, without .gz or .bz2
+    mapped: bool = False  # columns are mapped to roles, and rows may be plays or playlist entries
     playlists: bool = False  # holds playlists, not plays
-    ends_with_line: bool = False  # a file whose last line has no end may have been cut
+    ends_with_line: bool = False  # each line has a line end: without the last one, the file may have been cut
     check_users: Callable[[Sequence[str], str], list[str]] | None = None  # see accounts.check_accounts
-    beside: tuple[str, ...] = ()  # reasons of rows that are no plays and may be many, such as podcasts
-    times: Times = "real"  # positions: plays come with their place in the line, and lines are in order
+    beside: tuple[str, ...] = ()  # reject reasons that `max_rejected` ignores: rows that are no plays, such as podcasts
+    times: Times = "real"  # positions: plays have no times, only their place in a line, and lines are in order
 
 
 FORMATS: dict[str, Format] = {

@@ -1,4 +1,4 @@
-"""Whose plays a personal export holds: who --user says, else who its records say, else the name of its folder."""
+"""The user of a personal export: the one given with --user, else the one its records name, else its folder name."""
 
 import posixpath
 import re
@@ -12,28 +12,32 @@ from rayrec.importing.readers import delimited
 from rayrec.importing.readers.delimited import DelimitedRows
 from rayrec.importing.readers.reader import Batch, ReadOptions, Unit, byte_ranges
 
-# Folders that services name, in lower case: they say nothing of the person.
+# Folder names that come from services, in lower case: they do not identify a user.
 EXPORT_FOLDERS = (
     *("spotify extended streaming history", "spotify account data", "my_spotify_data", "mydata"),
     *("takeout", "youtube and youtube music", "youtube", "history", "apple_media_services", "apple music activity"),
     *("apple media services information", "deezer-data", "tidal", "listens"),
 )
-YOUTUBE = re.compile(r"youtube\b.*\byoutube music")  # of Takeout, which translates the word between, and what is below
-TAKEOUT = re.compile(r"takeout-\d{8}t\d{6}z(-\d+)*")  # an archive, unpacked into a folder of its name
-YEARLY = re.compile(r"listens/\d{4}$")  # the folders of ListenBrainz's export
-COPY = re.compile(r"\s*(\(\d+\)|-?\d+)$")  # that a browser or system adds to a second folder of a name
+# A folder of Google Takeout, which translates the word between the two names; its subfolders belong to the export too.
+YOUTUBE = re.compile(r"youtube\b.*\byoutube music")
+TAKEOUT = re.compile(r"takeout-\d{8}t\d{6}z(-\d+)*")  # an archive that was unpacked into a folder with its name
+YEARLY = re.compile(r"listens/\d{4}$")  # folders of a ListenBrainz export
+COPY = re.compile(r"\s*(\(\d+\)|-?\d+)$")  # added by a browser or system to a second folder with the same name
 
 
 class Users:
-    """Says whose each record of a file is."""
+    """Determines the user of each record of a file."""
 
     def __init__(self, source: str, user: str, folder: str = "") -> None:
-        """`user` is the setting; `folder` the name of last resort."""
+        """`user` is the setting, or empty; `folder` is the user if neither the setting nor the record names one."""
         self.source, self.user, self.folder = source, user, folder
         self._named: set[str] = set()
 
     def of(self, named: str | None) -> str:
-        """The user of a record that names one, or none. Raises `InputError` where --user would merge several."""
+        """Return the user of a record; `named` is the user that the record names, or None.
+
+        Raises `InputError` if --user would merge several users.
+        """
         if not self.user:
             return named or self.folder
         if named is not None and named not in self._named:
@@ -47,17 +51,20 @@ class Users:
 
 
 def account_of(source: str) -> str:
-    """The name of the innermost folder of a file that is not named by a service."""
+    """Return the name of the innermost folder around a file whose name does not come from a service."""
     return posixpath.basename(account_folder(source))
 
 
 def account_folder(source: str) -> str:
-    """The path of that folder."""
+    """Return the path of the folder whose name `account_of` returns."""
     return _account_folder(source)[0]
 
 
 def _account_folder(source: str) -> tuple[str, str]:
-    """The folder that names a user, and the one in it, or itself, that is the export."""
+    """Return the folder whose name is the user, and the folder of the export.
+
+    The folder of the export is the service's folder directly in the first one, or the first one itself.
+    """
     path = source if "://" in source else Path(source).expanduser().resolve().as_posix()
     export = folder = posixpath.dirname(path)
     while _is_of_export(folder):
@@ -66,7 +73,7 @@ def _account_folder(source: str) -> tuple[str, str]:
 
 
 def _is_of_export(folder: str) -> bool:
-    """True for a folder that a service names."""
+    """True for a folder whose name comes from a service."""
     name = COPY.sub("", posixpath.basename(folder).lower())
     parent = COPY.sub("", posixpath.basename(posixpath.dirname(folder)).lower())
     return (
@@ -78,26 +85,29 @@ def _is_of_export(folder: str) -> bool:
 
 
 class AccountCsvReader(ABC):
-    """Reads a csv of one person's plays; the user is the `user` setting where there is one, else the file's folder."""
+    """Reads a csv file of one person's plays.
+
+    The user is the `user` setting, or the name of the file's folder if the setting is empty.
+    """
 
     def __init__(self, options: ReadOptions) -> None:
         self.options = options
 
     @abstractmethod
     def find(self, source: str, header: list[str]) -> dict[str, int]:
-        """The columns to read, name -> place in the header. Raises `InputError` where one is missing."""
+        """Return the columns to read: name -> position in the header. Raises `InputError` if one is missing."""
 
     @abstractmethod
     def batch(self, rows: DelimitedRows, user: str, source: str) -> Batch:
-        """The plays among some rows, by their names in `find`."""
+        """Convert rows to plays; the columns of `rows` have the names that `find` returns."""
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """Byte ranges."""
+        """Split the file into byte ranges. Raises `InputError` if a column is missing."""
         self.find(source, delimited.read_header(source, ","))
         return byte_ranges(source, size, unit_bytes)
 
     def read(self, unit: Unit) -> Iterator[Batch]:
-        """One batch per block of 16 MiB."""
+        """Yield one batch per block of 16 MiB."""
         user = self.options.user or account_of(unit.source)
         for rows in delimited.read_delimited(unit, ",", lambda header: self.find(unit.source, header)):
             yield self.batch(rows, user, unit.source)
@@ -108,12 +118,12 @@ def _nobody(source: str) -> str | None:
 
 
 def check_accounts(sources: Sequence[str], user: str, name_of: Callable[[str], str | None] = _nobody) -> list[str]:
-    """Notes on how the users of some exports are named.
+    """Return notes on how the users of exports are named.
 
-    `name_of` gives the user that a file names, None where it names none.
+    `name_of` returns the user that a file names, or None.
 
-    Raises `InputError` where names of folders would make one user of two people or two users of one, and where files
-    name several users, whom `user` would merge.
+    Raises `InputError` if folder names would give two people the same user or one person two users, and if files name
+    several users that `user` would merge.
     """
     if user:
         file_of = {name: source for source in reversed(sources) if (name := name_of(source))}

@@ -1,7 +1,7 @@
 """Apple Music: Apple Music Play Activity.csv of Apple Media Services. Written from public descriptions and samples.
 
-The file holds an event a row, in over a hundred columns that change from year to year; those of plays are taken. It has
-no ids of songs, and in exports since about 2021 hardly an artist: a song is `artist – title` where the row names an
+The file has one event per row, in over a hundred columns that change from year to year; only plays are imported. It has
+no song ids, and exports since about 2021 rarely name the artist: the song id is `artist – title` if the row names an
 artist, else `album – title`.
 """
 
@@ -16,37 +16,37 @@ from rayrec.importing.readers.accounts import AccountCsvReader
 from rayrec.importing.readers.delimited import DelimitedRows, flags_below, same
 from rayrec.importing.readers.reader import NO_SONG, STREAM_MS, Batch, required_columns, to_batch
 
-# Older names after the present ones; the first that a row fills counts.
+# Column names of current exports, then those of older ones; the first column with a value in a row is used.
 TITLES = ("Song Name", "Content Name")
 ARTISTS = ("Artist Name", "Container Artist Name")
 ALBUMS = ("Album Name", "Container Album Name")
 TIMES = ("Event Start Timestamp", "Event End Timestamp")
 DURATION, REASON, EVENT = "Play Duration Milliseconds", "End Reason Type", "Event Type"
 ITEM, MEDIA = "Item Type", "Media Type"
-SHOWS, VIDEO = "ORIGINAL_CONTENT_SHOWS", "VIDEO"  # of these columns: no songs
+SHOWS, VIDEO = "ORIGINAL_CONTENT_SHOWS", "VIDEO"  # values of these two columns for rows that are not songs
 FAILED = "FAILED_TO_LOAD"
-# End reasons of a part of a listen, which the listener goes on with or leaves off: none says that the song was skipped.
+# End reasons of interrupted plays, which the user may continue or not: none of them means that the song was skipped.
 PARTS = ("PLAYBACK_MANUALLY_PAUSED", "PLAYBACK_SUSPENDED", "SCRUB_BEGIN", "SCRUB_END", "EXITED_APPLICATION")
-PLAYS = ("PLAY_END", "PLAY", None)  # events; PLAY_START would count a play twice
+PLAYS = ("PLAY_END", "PLAY", None)  # event types of plays; PLAY_START would count a play twice
 OTHER_EVENT = "event is not a play"
 NOT_A_SONG = "video or show"
 
 
 class AppleMusicReader(AccountCsvReader):
-    """Reads Apple Music Play Activity.csv. Skipped are plays that a skip ended, or of under 30 seconds.
+    """Reads Apple Music Play Activity.csv. A play counts as skipped if a skip ended it or it lasted under 30 seconds.
 
-    A play that was paused, scrubbed in or left with the application is not skipped, however short.
+    A play that ended because the user paused it, moved within the song or left the application is never skipped.
     """
 
     def find(self, source: str, header: list[str]) -> dict[str, int]:
-        """As in `AccountCsvReader`."""
+        """See `AccountCsvReader`."""
         title = next((name for name in TITLES if name in header), TITLES[0])
         time = next((name for name in TIMES if name in header), TIMES[0])
         optional = (*TITLES, *ARTISTS, *ALBUMS, *TIMES, DURATION, REASON, EVENT, ITEM, MEDIA)
         return required_columns(source, header, (title, time), optional)
 
     def batch(self, rows: DelimitedRows, user: str, source: str) -> Batch:
-        """As in `AccountCsvReader`."""
+        """See `AccountCsvReader`."""
         values, count = rows.values, len(rows.indices)
         problems = Problems(count)
 

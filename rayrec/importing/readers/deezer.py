@@ -1,7 +1,7 @@
-"""Deezer: deezer-data_NUMBER.xlsx, which it sends a person on request. Written from public descriptions.
+"""Deezer: deezer-data_NUMBER.xlsx, which Deezer sends to a user on request. Written from public descriptions.
 
 The sheet of the listening history has the columns Song Title, Artist, ISRC, Album Title, Listening Time (seconds) and
-Date, which is taken as UTC. A song is its ISRC, else `artist – title`.
+Date, which is read as UTC. The song id is the ISRC, or `artist – title` without one.
 """
 
 import posixpath
@@ -18,26 +18,26 @@ from rayrec.importing.readers.accounts import account_of, check_accounts
 from rayrec.importing.readers.json_rows import Record, RowCollector, text
 from rayrec.importing.readers.reader import STREAM_MS, Batch, ReadOptions, Unit, open_source, required_columns
 
-SHEET = "_listeningHistory"  # its name ends so, after a number
+SHEET = "_listeningHistory"  # end of the name of the sheet, after a number
 TITLE, ARTIST, ISRC, SECONDS, DATE = "Song Title", "Artist", "ISRC", "Listening Time", "Date"
 ACCOUNT = re.compile(r"deezer-data_(\d+)", re.IGNORECASE)
 
 
 class DeezerReader:
-    """Reads deezer-data_NUMBER.xlsx. The line is the number of the row. A play of under 30 seconds counts as skipped.
+    """Reads deezer-data_NUMBER.xlsx. Line numbers are row numbers. A play of under 30 seconds counts as skipped.
 
-    The user is the `user` setting where there is one, else the number in the file's name, else the file's folder.
+    The user is the `user` setting if given, else the number in the file's name, else the name of the file's folder.
     """
 
     def __init__(self, options: ReadOptions) -> None:
         self.options = options
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """One unit per file."""
+        """Return one unit per file."""
         return [Unit(source=source)]
 
     def read(self, unit: Unit) -> Iterator[Batch]:
-        """One batch with the whole file. Raises `DamagedInputError` where a part of the archive is not whole."""
+        """Yield one batch with the whole file. Raises `DamagedInputError` if a part of the archive is damaged."""
         rows = RowCollector(columns.PLAYS, unit.source)
         user = self.options.user or _account(unit.source) or account_of(unit.source)
         header, *lines = _sheet(unit.source)
@@ -51,7 +51,7 @@ class DeezerReader:
 
 
 def check_deezer_accounts(sources: Sequence[str], user: str) -> list[str]:
-    """As `check_accounts`, for files whose names may say whose they are."""
+    """Same as `check_accounts`, for files whose names may contain the number of an account."""
     return check_accounts(sources, user, _account)
 
 
@@ -61,7 +61,7 @@ def _account(source: str) -> str | None:
 
 
 def _sheet(source: str) -> list[Sequence[Any]]:
-    """The rows of the listening history, the header first."""
+    """Return the rows of the listening history, the header first."""
     import openpyxl
 
     with open_source(source) as stream:
@@ -73,9 +73,9 @@ def _sheet(source: str) -> list[Sequence[Any]]:
             book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
             sheet = next((each for each in book.worksheets if each.title.endswith(SHEET)), None)
             if sheet is not None:
-                sheet.reset_dimensions()  # some writers give wrong ones, and rows beyond them would be passed over
+                sheet.reset_dimensions()  # some writers store wrong dimensions, and rows beyond them would be ignored
                 rows = list(sheet.iter_rows(values_only=True))
-        except Exception as error:  # openpyxl raises whatever a broken part leads to
+        except Exception as error:  # openpyxl raises exceptions of many types for a broken part
             raise DamagedInputError(
                 f"{source} is not a whole Excel file: {first_line(error)}; fetch it again"
             ) from error
@@ -90,7 +90,7 @@ def _play(play: dict[str, Any], user: str) -> dict[str, Any]:
     title, artist = text(play.get(TITLE)), text(play.get(ARTIST))
     seconds = play.get(SECONDS)
     skipped = None
-    if isinstance(seconds, int | float) and seconds >= 0:  # -1 is written where it is unknown
+    if isinstance(seconds, int | float) and seconds >= 0:  # -1 means unknown
         skipped = seconds * 1000 < STREAM_MS
     return {
         columns.USER: user,
@@ -103,7 +103,7 @@ def _play(play: dict[str, Any], user: str) -> dict[str, Any]:
 
 
 def _moment(value: Any) -> str | None:
-    """A date as Excel or a text holds it, with its zone."""
+    """Return a date cell, either an Excel date or text, as text with the zone UTC."""
     if isinstance(value, datetime):
         return value.isoformat(timespec="seconds") + "Z"
     words = text(value)

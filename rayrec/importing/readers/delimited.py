@@ -1,6 +1,6 @@
-"""Delimited text (csv, tsv): its header, and blocks of its lines as columns of strings.
+"""Delimited text (csv, tsv): reads the header, and blocks of lines as columns of strings.
 
-Every csv file of the project is read here. Every line is one row or is rejected; a value must not hold a line break.
+All csv files of the project are read here. A line is one row or is rejected; a value must not contain a line break.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,12 +48,12 @@ Delimiter = Annotated[Separator, AfterValidator(_one_character)]
 
 
 class DelimitedRows(NamedTuple):
-    """R rows out of a block, as `SourceRows`."""
+    """R rows of a block; implements `SourceRows`."""
 
     block: Block
-    values: dict[str, pa.Array]  # strings, null where empty; one array (R,) for each wanted column
-    indices: np.ndarray  # int64 (R,), the line of the block that each row stands on
-    rejected: pa.Table  # columns.REJECTED: lines that are no rows
+    values: dict[str, pa.Array]  # strings, null if empty; one array (R,) per wanted column
+    indices: np.ndarray  # int64 (R,), index within the block of the line of each row
+    rejected: pa.Table  # columns.REJECTED: lines that could not be parsed into rows
 
     @property
     def lines(self) -> np.ndarray:
@@ -62,16 +62,16 @@ class DelimitedRows(NamedTuple):
 
     @property
     def covered(self) -> int:
-        """Lines of the block."""
+        """Number of lines of the block."""
         return len(self.block)
 
     def texts(self, positions: np.ndarray) -> list[str]:
-        """The lines of the rows at some positions."""
+        """The lines of the rows at `positions`, as text."""
         return self.block.texts(self.indices[positions])
 
 
 def read_header(source: str, delimiter: str) -> list[str]:
-    """The column names of a file. Raises `InputError` for a file that has none or is no delimited text."""
+    """Return the column names of a file. Raises `InputError` if it has no header or is not delimited text."""
     head = require_text(source)
     if head.lstrip(b"\xef\xbb\xbf \r\n\t")[:2] in (b"[{", b'{"', b"[\n", b"{\n", b"[\r", b"{\r"):
         raise DamagedInputError(f"{source} is JSON; import it by the name of its format")
@@ -93,14 +93,14 @@ def read_header(source: str, delimiter: str) -> list[str]:
 
 
 def other_delimiter(header: Sequence[str], delimiter: str) -> str | None:
-    """What a header of a single column seems to be divided by instead."""
+    """Return the delimiter that a header of a single column seems to have instead of `delimiter`, or None."""
     counts = {other: header[0].count(other) for other in USUAL_DELIMITERS if other != delimiter}
     best = max(counts, key=lambda other: counts[other])
     return best if len(header) == 1 and counts[best] else None
 
 
 def require_delimiter(source: str, header: Sequence[str], delimiter: str) -> None:
-    """Raises `InputError` for a header that seems to be divided by another delimiter."""
+    """Raise `InputError` if the header seems to have another delimiter."""
     other = other_delimiter(header, delimiter)
     if other:
         raise InputError(
@@ -110,12 +110,15 @@ def require_delimiter(source: str, header: Sequence[str], delimiter: str) -> Non
 
 
 def spelled_delimiter(delimiter: str) -> str:
-    """A delimiter as a shell takes it."""
+    """Return a delimiter, quoted for a shell."""
     return "'\\t'" if delimiter == "\t" else repr(delimiter)
 
 
 def split_line(line: bytes, delimiter: str) -> list[bytes] | str:
-    """The values of one line, or why it has none: a quote opens a value only where the value begins."""
+    """Return the values of one line, or the reason why it cannot be split.
+
+    A quote opens a quoted value only if it is the first character of the value.
+    """
     values: list[bytes] = []
     between, place = delimiter.encode(), 0
     while True:
@@ -145,9 +148,9 @@ def split_line(line: bytes, delimiter: str) -> list[bytes] | str:
 def read_delimited(
     unit: Unit, delimiter: str, find: Callable[[list[str]], Mapping[str, int]]
 ) -> Iterator[DelimitedRows]:
-    """The rows of a unit of a file with a header, in blocks of 16 MiB.
+    """Yield the rows of a unit of a file with a header, in blocks of 16 MiB.
 
-    `find` says which columns are wanted: name -> position in the header.
+    `find` returns the wanted columns of a header: name -> position.
     """
     header = read_header(unit.source, delimiter)
     places = find(header)
@@ -165,13 +168,13 @@ def read_delimited(
 
 
 def same(values: pa.Array, text: str | None) -> np.ndarray:
-    """bool (R,): the values of a column of strings that are `text`, or null where that is None."""
+    """bool (R,): True for strings equal to `text`, or for null if `text` is None."""
     equal = values.is_null() if text is None else pc.fill_null(pc.equal(values, text), False)
     return np.asarray(equal.to_numpy(zero_copy_only=False))
 
 
 def flags_below(values: pa.Array, limit: float) -> pa.Array:
-    """bool (R,): whether a column of strings holds a number from 0 to below `limit`; null where it holds none."""
+    """bool (R,): True for strings that are numbers below `limit`; null for strings that are not numbers from 0 up."""
     is_number = pc.fill_null(pc.match_substring_regex(values, r"^\d{1,15}(\.\d*)?$"), False)
     numbers = pc.if_else(is_number, values, None).cast(pa.float64())
     return pc.less(numbers, limit)
@@ -187,11 +190,10 @@ def parse(
     source: str,
     skip: int = 0,
 ) -> DelimitedRows:
-    """The columns at `positions` of every line but the first `skip`.
+    """Return the columns at `positions` of all lines except the first `skip`.
 
-    Empty lines are passed over. Lines that are not UTF-8, do not close a quote (where `quoted`) or
-    have another number of values than `num_columns` are rejected, each by itself: one bad line
-    never swallows the next.
+    Empty lines are ignored. A line is rejected if it is not UTF-8, has an unclosed quote (if `quoted`), or has another
+    number of values than `num_columns`. A bad line never affects the next one.
     """
     faults = line_faults(block)
     repaired: dict[int, bytes] = {}
@@ -239,7 +241,7 @@ def _columns(
     column_names = [names[position] for position in positions.values()]
     table = pacsv.read_csv(
         pa.BufferReader(data),
-        # One thread: row numbers of bad rows are known only then, and other tasks use the other cores.
+        # pyarrow gives the row numbers of bad rows only with one thread; other tasks use the other cores.
         read_options=pacsv.ReadOptions(column_names=names, use_threads=False, block_size=len(data) + 1),
         parse_options=pacsv.ParseOptions(
             delimiter=delimiter, quote_char='"' if quoted else False, invalid_row_handler=skip_row
@@ -259,7 +261,10 @@ def _columns(
 
 
 def line_faults(block: Block) -> dict[int, str]:
-    """Lines that must not reach a parser, with the reason; looked for only where a block has any."""
+    """Return line index -> reason, for the lines of a block that must not reach a parser.
+
+    Single lines are checked only if a check of the whole block shows such a fault.
+    """
     faults: dict[int, str] = {}
     if not _is_utf8(block.data):
         faults |= {index: NOT_UTF8 for index in range(len(block)) if not _is_utf8(block.line(index))}
@@ -272,9 +277,9 @@ def line_faults(block: Block) -> dict[int, str]:
 
 
 def _unusual_quotes(block: Block, delimiter: str) -> list[int]:
-    """Lines whose quotes do not all open a value, close it, or stand doubled within it.
+    """Return the indices of lines with a quote that neither opens a value, nor closes it, nor is doubled within it.
 
-    Within a line the first quote opens, the second closes, and so on: a doubled one closes and opens again.
+    In a line the first quote opens a value, the second closes it, and so on; a doubled quote closes and opens again.
     """
     places = np.flatnonzero(block.bytes == QUOTE)
     if not len(places):
@@ -296,7 +301,7 @@ def _unusual_quotes(block: Block, delimiter: str) -> list[int]:
 
 
 def _per_line(block: Block, positions: np.ndarray) -> np.ndarray:
-    """int64 (L,): how many byte positions lie in each line."""
+    """int64 (L,): number of byte `positions` in each line."""
     return np.bincount(np.searchsorted(block.starts, positions, side="right") - 1, minlength=len(block))
 
 

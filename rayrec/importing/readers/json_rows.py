@@ -1,4 +1,4 @@
-"""JSON files: their records, whether one document or a line each, and the rows that come of them."""
+"""JSON files: reads their records, from one document or from one line each, and collects the rows made of them."""
 
 import json
 import re
@@ -25,38 +25,39 @@ from rayrec.importing.readers.reader import (
 )
 
 NOT_JSON = "not JSON"
-FIRST_LINE_BYTES = 1 << 20  # of a file of lines; a longer first line is a document
-BAD_BYTE = re.compile("[\udc80-\udcff]")  # what a byte that is not UTF-8 is decoded to
+FIRST_LINE_BYTES = 1 << 20  # longest first line of a file of JSON lines; a longer one is part of a document
+BAD_BYTE = re.compile("[\udc80-\udcff]")  # the characters to which bytes that are not UTF-8 are decoded
 
 
 class Record(NamedTuple):
     """One value of a JSON file."""
 
-    number: int  # line, or place in the document, from 1
+    number: int  # line number, or position in the document, from 1
     value: Any
-    reason: str = ""  # why it is none; `value` is its text then
+    reason: str = ""  # why the record is not valid; `value` is then its text
 
 
 class Records(NamedTuple):
-    """Some records of a unit."""
+    """Consecutive records of a unit."""
 
     records: list[Record]
-    covered: int  # lines or places, empty ones included
+    covered: int  # lines or positions read, including empty ones
 
 
 def plan_json(source: str, size: int, unit_bytes: int, *lists: str) -> list[Unit]:
-    """Byte ranges of a file of JSON lines; a document whole, since it cannot be cut. `lists` as in `read_records`.
+    """Split a file of JSON lines into byte ranges; a document cannot be split and is one unit.
 
-    Raises `DamagedInputError` for a file that begins as no JSON does.
+    `lists` are as in `read_records`. Raises `DamagedInputError` if the beginning of the file is not JSON.
     """
     return byte_ranges(source, size, unit_bytes) if _is_lines(source, lists) else [Unit(source=source)]
 
 
 def read_records(unit: Unit, *lists: str) -> Iterator[Records]:
-    """The records of a unit, lines in blocks of 16 MiB and documents whole.
+    """Yield the records of a unit: JSON lines in blocks of 16 MiB, a document at once.
 
-    A document is a list of records, or an object in which one of the paths `lists`, such as `payload.listens`, is one.
-    Bytes that are not UTF-8 cost their own record. Raises `DamagedInputError` for a document that is not whole.
+    A document is a list of records, or an object with such a list at one of the paths `lists`, such as
+    `payload.listens`. Bytes that are not UTF-8 affect only their own record. Raises `DamagedInputError` for a document
+    that is incomplete or has no such list.
     """
     if unit.stop is not None or _is_lines(unit.source, lists):
         for block in read_blocks(unit):
@@ -72,9 +73,9 @@ def read_records(unit: Unit, *lists: str) -> Iterator[Records]:
 
 
 def load_json(source: str) -> Any:
-    """The content of a JSON document; bytes that are not UTF-8 are kept as half surrogate pairs.
+    """Return the content of a JSON document; bytes that are not UTF-8 become lone surrogate characters.
 
-    Raises `DamagedInputError` where it is not whole.
+    Raises `DamagedInputError` if the document is incomplete or not JSON.
     """
     require_text(source)
     with open_plain(source) as stream:
@@ -89,7 +90,10 @@ def load_json(source: str) -> Any:
 
 
 def _is_lines(source: str, lists: tuple[str, ...]) -> bool:
-    """True for a file with a record a line: its first line is one by itself, or its second begins as one."""
+    """True for a file with one record per line: its first line is a whole record, or its second line begins like one.
+
+    `lists` are as in `read_records`: a first line that is an object with such a list is a document.
+    """
     head = require_text(source).removeprefix(BYTE_ORDER_MARK).lstrip()
     if head.startswith(b"["):
         return False
@@ -124,15 +128,14 @@ def _of_line(number: int, line: bytes) -> Record:
 
 
 def text(value: Any) -> str | None:
-    """A string or number out of JSON as text; None for all else and for the empty string."""
+    """Return a string or number from JSON as text; None for other values and for the empty string."""
     return (value.strip() or None) if isinstance(value, str) else spell_id(value)
 
 
 class RowCollector:
-    """Collects rows of one schema and hands them over as a batch.
+    """Collects rows of one schema and returns them as batches.
 
-    A row is a dict from columns to values as JSON holds them (missing ones are null); played_at is
-    in any form that `to_ms` reads.
+    A row is a dict of column -> JSON value; missing columns are null. played_at may have any form that `to_ms` reads.
     """
 
     def __init__(self, schema: pa.Schema, source: str) -> None:
@@ -146,7 +149,7 @@ class RowCollector:
         self._refused: list[tuple[int, str, str]] = []
 
     def add(self, row: dict[str, Any], record: Record, origin: Any = None) -> None:
-        """A row of a record, or of `origin` within it."""
+        """Add a row made of a record, or of the value `origin` within it."""
         if any(isinstance(value, str) and not value.isascii() and BAD_BYTE.search(value) for value in row.values()):
             self.refuse(record, NOT_UTF8, origin)
             return
@@ -155,11 +158,11 @@ class RowCollector:
         self._origins.append(record.value if origin is None else origin)
 
     def refuse(self, record: Record, reason: str, origin: Any = None) -> None:
-        """A row that is known to be of no use."""
+        """Reject a record, or the value `origin` within it, for `reason`."""
         self._refused.append((record.number, reason, _dump(record.value if origin is None else origin)))
 
     def batch(self, covered: int) -> Batch:
-        """Everything since the last batch; `covered` is how many lines or records that is."""
+        """Return all rows since the last batch; `covered` is the number of lines or records read for them."""
         problems = Problems(len(self._rows))
         data = {item.name: self._column(item) for item in self._schema if item.name not in ("source", "line")}
         owner, reason = (
@@ -200,5 +203,5 @@ class RowCollector:
 
 
 def _dump(value: Any) -> str:
-    """A JSON value as one line, for the file of rejected rows."""
+    """Return a JSON value as one line, for the file of rejected rows."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""Last.fm-1k, the public table of listening events of a thousand users (Celma 2010).
+"""Last.fm-1k, the public data set of plays of a thousand users (Celma 2010).
 
 Tab-separated, without header and quotes: user, time (ISO 8601 in UTC), artist id, artist name,
-track id (MusicBrainz, often empty), track name. A track without an id is known by its names.
+track id (MusicBrainz, often empty), track name. A track without an id gets the id `artist – title`.
 """
 
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ class LastfmReader:
         pass
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """Byte ranges."""
+        """Split the file into byte ranges."""
         require_text(source)
         return byte_ranges(source, size, unit_bytes)
 
     def read(self, unit: Unit) -> Iterator[Batch]:
-        """One batch per block of 16 MiB."""
+        """Yield one batch per block of 16 MiB."""
         for block in read_blocks(unit):
             rows = delimited.parse(
                 block, WANTED, num_columns=len(COLUMNS), delimiter="\t", quoted=False, source=unit.source

@@ -1,8 +1,8 @@
-"""ListenBrainz: dumps with one listen a line, and what a user can export, a list of listens or a folder.
+"""ListenBrainz: dumps with one listen per line, and exports of a user: a list of listens, or a folder.
 
-The folder holds user.json, feedback.jsonl, pinned_recording.jsonl and listens/YEAR/MONTH.jsonl, whose listens name no
-user. The song is the MusicBrainz recording that the listen was mapped to, else the one the player named,
-else ListenBrainz's own id of the recording (msid), else `artist – track`.
+The folder contains user.json, feedback.jsonl, pinned_recording.jsonl and listens/YEAR/MONTH.jsonl, whose listens name
+no user. The song id is the MusicBrainz recording that ListenBrainz mapped the listen to, else the recording that the
+player named, else ListenBrainz's own id of the recording (msid), else `artist – track`.
 """
 
 import posixpath
@@ -25,21 +25,21 @@ USER_NAME = re.compile(rb'"user_name"\s*:\s*(?:"([^"]*)")?')
 
 
 class ListenBrainzReader:
-    """Reads listens: JSON lines, a list, or what the API answers.
+    """Reads listens from JSON lines, a JSON list, or a response of the API.
 
-    The user is the `user` setting where there is one, else the one that the listen names; of a file whose listens have
-    no user_name the one of the export's user.json, else the export's folder.
+    The user is the `user` setting if given, else the user that the listen names. If the listens of a file have no
+    user_name, it is the user in the export's user.json, else the name of the export's folder.
     """
 
     def __init__(self, options: ReadOptions) -> None:
         self.options = options
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """Byte ranges of lines; a document whole."""
+        """Split a file of JSON lines into byte ranges; a JSON document is one unit."""
         return plan_json(source, size, unit_bytes, *LISTS)
 
     def read(self, unit: Unit) -> Iterator[Batch]:
-        """One batch per block of 16 MiB. Raises `InputError` where --user would merge several users."""
+        """Yield one batch per block of 16 MiB. Raises `InputError` if --user would merge several users."""
         rows = RowCollector(columns.PLAYS, unit.source)
         users = Users(unit.source, self.options.user, "" if self.options.user else _owner(unit.source))
         no_listen = BESIDE_LISTENS if _is_beside(unit.source) else NOT_A_LISTEN
@@ -56,7 +56,7 @@ class ListenBrainzReader:
 
 
 def check_listeners(sources: Sequence[str], user: str) -> list[str]:
-    """As `check_accounts`, for files of which some name the user."""
+    """Same as `check_accounts`, for files that may name the user; files without listens are left out."""
     return check_accounts([source for source in sources if not _is_beside(source)], user, _username)
 
 
@@ -65,18 +65,18 @@ def _is_beside(source: str) -> bool:
 
 
 def _owner(source: str) -> str:
-    """The user of listens that name none; empty in a file whose listens should."""
+    """Return the user of listens that name none; empty for a file whose listens have a user_name."""
     return "" if USER_NAME.search(require_text(source)) else _exported_by(source) or account_of(source)
 
 
 def _username(source: str) -> str | None:
-    """The first user that a file names, else the one of its export."""
+    """Return the first user that a file names, else the user that its export names, or None."""
     match = USER_NAME.search(require_text(source))
     return (match[1] or b"").decode("utf-8", errors="replace") if match else _exported_by(source)
 
 
 def _exported_by(source: str) -> str | None:
-    """The user that the user.json of a file's export names."""
+    """Return the user in the user.json of the export that a file belongs to, or None."""
     path = posixpath.join(account_folder(source), USER_FILE)
     content = load_json(path) if is_file(path) else None
     return text(content.get("username")) if isinstance(content, dict) else None

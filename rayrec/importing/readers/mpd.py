@@ -11,17 +11,17 @@ LAST_POSITION = 1 << 31
 
 
 class MpdReader:
-    """Reads mpd.slice.*.json. The line of a row is the number of its playlist in the slice."""
+    """Reads mpd.slice.*.json. The line number of a row is the number of its playlist in the slice."""
 
     def __init__(self, options: ReadOptions) -> None:
         pass
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """One unit per slice: it is small, and its JSON cannot be cut."""
+        """Return one unit per slice: it is small, and a JSON document cannot be split."""
         return plan_json(source, size, unit_bytes, "playlists")
 
     def read(self, unit: Unit) -> Iterator[Batch]:
-        """One batch with all playlists of the slice."""
+        """Yield one batch with all playlists of the slice."""
         rows = RowCollector(columns.PLAYLIST_ENTRIES, unit.source)
         for block in read_records(unit, "playlists"):
             for record in block.records:

@@ -1,7 +1,7 @@
-"""Music4All-Onion (Moscati et al. 2022): userid_trackid_timestamp.tsv.bz2, listens of Last.fm users.
+"""Music4All-Onion (Moscati et al. 2022): userid_trackid_timestamp.tsv.bz2, plays of Last.fm users.
 
-Columns: user_id, track_id, timestamp. Times are written without a zone and are UTC, as those of Last.fm. Written from
-its description.
+Columns: user_id, track_id, timestamp. Times have no zone and are in UTC, like those of Last.fm. Written from the
+description of the data set.
 """
 
 from collections.abc import Iterator
@@ -27,18 +27,18 @@ COLUMNS = USER, SONG, TIME = "user_id", "track_id", "timestamp"
 
 
 class Music4AllOnionReader:
-    """Reads userid_trackid_timestamp.tsv. Unpacked, it is read by many tasks."""
+    """Reads userid_trackid_timestamp.tsv. Only an uncompressed file can be read by many tasks."""
 
     def __init__(self, options: ReadOptions) -> None:
         pass
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """Byte ranges."""
+        """Split the file into byte ranges."""
         required_columns(source, delimited.read_header(source, "\t"), COLUMNS)
         return byte_ranges(source, size, unit_bytes)
 
     def read(self, unit: Unit) -> Iterator[Batch]:
-        """One batch per block of 16 MiB."""
+        """Yield one batch per block of 16 MiB."""
         for rows in delimited.read_delimited(unit, "\t", lambda header: required_columns(unit.source, header, COLUMNS)):
             problems = Problems(len(rows.indices))
             data = {

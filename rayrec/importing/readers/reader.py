@@ -1,7 +1,7 @@
-"""What readers of outside formats share: files, units of work, columns by name, batches of rows, rejected rows.
+"""Code shared by all readers of outside formats: files, units of work, column lookup, batches, rejected rows.
 
-Files are local paths and s3:// or gs:// URIs, plain, .gz or .bz2. Files of lines are read by byte ranges, in blocks of
-whole lines that know their numbers.
+A file is a local path or an s3:// or gs:// URI, uncompressed, .gz or .bz2. Text files are read by byte ranges, in
+blocks of whole lines; a block knows its line numbers.
 """
 
 import bz2
@@ -29,15 +29,15 @@ from rayrec.errors import DamagedInputError, InputError, first_line
 from rayrec.storage.artifacts import SKIP_BELOW
 from rayrec.storage.object_storage import require_no_credentials
 
-SHOWN_COLUMNS, SHOWN_NAME = 20, 40  # of a header, in a message
-TEXT_LIMIT = 1_000  # characters kept of a rejected row
+SHOWN_COLUMNS, SHOWN_NAME = 20, 40  # column names of a header in a message, and characters of each name
+TEXT_LIMIT = 1_000  # characters of a rejected row that are stored
 NO_USER = "no user"
 IN_FUTURE = "time is more than a day from now"
-STREAM_MS = 30_000  # from where on services count a stream; a shorter play counts as skipped
-DAY_SECONDS = 86_400  # that clocks and zones may be wrong
+STREAM_MS = 30_000  # minimum length that services count as a stream; a shorter play counts as skipped
+DAY_SECONDS = 86_400  # a play may be this far in the future, since clocks and time zones may be wrong
 NO_SONG = "no song"
 NO_PLAYLIST = "no playlist"
-# Names of columns as exports and public data sets spell them, best first; letters and digits alone, in lower case.
+# Role -> column names that exports and public data sets use for it, best first; only letters and digits, lower case.
 NAMES = {
     "user": ("user", "userid", "username", "uid", "listener", "listenerid", "account", "accountid", "profile"),
     "song": (
@@ -61,15 +61,15 @@ NAMES = {
     "position": ("position", "pos", "index", "order", "rank"),
 }
 ONE_USER = ", or for plays of one person give --user NAME in place of the user column"
-ALIKE = 0.7  # likeness of names, 1: equal, from which on one may be meant for the other
+ALIKE = 0.7  # minimum similarity of a column name to suggest it; 1: equal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
     """One piece of one file, read by one task.
 
-    `start` and `stop` are bytes of a line-based file (the lines that begin there) and row groups
-    of a Parquet file; a file that cannot be split is one unit without a `stop`.
+    In a text file, `start` and `stop` are byte offsets: the unit is the lines that begin between them. In a Parquet
+    file they are numbers of row groups. A file that cannot be split is one unit without a `stop`.
     """
 
     source: str  # path or URI of the file
@@ -79,52 +79,52 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """What a reader may need to know besides the file."""
+    """The settings of a reader."""
 
     playlists: bool = False  # rows are entries of playlists, not plays
-    columns: dict[str, str] = field(default_factory=dict)  # our name of a column -> its name in the file
+    columns: dict[str, str] = field(default_factory=dict)  # role -> name of its column in the file
     delimiter: str = ","  # between the values of a csv file
-    timezone: str = "UTC"  # IANA name, of times without a zone in a csv or Parquet file
-    skip_below: float = SKIP_BELOW  # share of a song: a play of which less was listened to counts as skipped
-    user: str = ""  # whose plays they are, where the format does not say
-    user_separator: str = ""  # between user and songs of a line of a sequence file; empty: lines name no user
-    song_separator: str = " "  # between the songs of such a line
+    timezone: str = "UTC"  # IANA name of the time zone of times without one in a csv or Parquet file
+    skip_below: float = SKIP_BELOW  # a play of less than this share of the song counts as skipped
+    user: str = ""  # user id of all plays; empty: the file names the users, or its folder does
+    user_separator: str = ""  # between the user and the songs in a line of a sequence file; empty: lines name no user
+    song_separator: str = " "  # between the songs in a line of a sequence file
 
 
 class Batch(NamedTuple):
-    """Some rows of a unit. Line numbers count from the start of the unit, the first line is 1."""
+    """Consecutive rows of a unit. Line numbers count from the start of the unit; the first line is 1."""
 
     rows: pa.Table  # columns.PLAYS or columns.PLAYLIST_ENTRIES
     rejected: pa.Table  # columns.REJECTED
     read: int  # rows read, good and bad
-    lines: int  # lines (or records) covered, empty ones and the header included
+    lines: int  # lines (or records) read, including empty ones and the header
 
 
 class SourceRows(Protocol):
-    """R rows of a table as they stand in a unit."""
+    """R rows of a unit, with the values as they are in the file."""
 
     @property
     def values(self) -> dict[str, pa.Array]:
-        """Columns (R,) by the names that were asked for."""
+        """The requested columns: name -> array (R,)."""
         ...
 
     @property
     def lines(self) -> np.ndarray:
-        """int64 (R,): line or record of each row, counted from the start of the unit."""
+        """int64 (R,): line or record number of each row, counted from the start of the unit."""
         ...
 
     @property
     def covered(self) -> int:
-        """Lines (or records) that were read for them."""
+        """Number of lines (or records) that were read for these rows."""
         ...
 
     @property
     def rejected(self) -> pa.Table:
-        """columns.REJECTED: lines that are no rows."""
+        """columns.REJECTED: lines that could not be parsed into rows."""
         ...
 
     def texts(self, positions: np.ndarray) -> list[str]:
-        """What stands in the file at some rows."""
+        """The text in the file of the rows at `positions`."""
         ...
 
 
@@ -132,19 +132,19 @@ class Reader(Protocol):
     """Reads one outside format."""
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """Units of about `unit_bytes` that cover a file of `size` bytes.
+        """Split a file of `size` bytes into units of about `unit_bytes`.
 
-        Raises `InputError` where the file can be seen to be of another format or lacks a column.
+        Raises `InputError` if the file is visibly of another format or lacks a column.
         """
         ...
 
     def read(self, unit: Unit) -> Iterator[Batch]:
-        """The rows of a unit, in the order of the file."""
+        """Yield the rows of a unit in batches, in the order of the file."""
         ...
 
 
 def rejected(source: str, lines: Sequence[int] | np.ndarray, reasons: Sequence[str], texts: Sequence[str]) -> pa.Table:
-    """Rows of columns.REJECTED."""
+    """Return a columns.REJECTED table with one row per item of `lines`, `reasons` and `texts`."""
     data = [
         pa.array([source] * len(reasons), pa.string()),
         pa.array(np.asarray(lines, dtype=np.int64)),
@@ -165,13 +165,13 @@ def batch(
     covered: int,
     also: pa.Table | None = None,
 ) -> Batch:
-    """The good rows under `schema`, the bad ones with reason and text.
+    """Return a batch: the good rows as a table with `schema`, the bad ones as rejected rows with reason and text.
 
-    `values` may lack nullable columns; `lines` is int64 (R,); `texts` gives the text of the rows at
-    some positions; `also` holds rows that were rejected before.
+    `values` may lack nullable columns. `lines`, int64 (R,), are the line numbers of the rows. `texts` returns the text
+    of the rows at given positions. `covered` is the number of lines read. `also` are lines that were rejected earlier.
     """
     if columns.PLAYED_AT in values:
-        # One play of 2090 would be the last of the data: splits and tastes count back from that.
+        # A play dated 2090 would be the end of the data, from which splits and taste vectors count back.
         problems.mark(np.asarray(values[columns.PLAYED_AT]) > (time.time() + DAY_SECONDS) * 1000, IN_FUTURE)
     bad = problems.bad
     positions = np.flatnonzero(bad)
@@ -195,7 +195,7 @@ def batch(
 def to_batch(
     rows: SourceRows, data: dict[str, pa.Array], problems: Problems, source: str, schema: pa.Schema = columns.PLAYS
 ) -> Batch:
-    """What was made of some rows: `data` by the names of `schema`, with what is wrong with them."""
+    """Return the batch of `rows`: `data` are their columns, named as in `schema`; rows in `problems` are rejected."""
     return batch(
         schema,
         data,
@@ -210,7 +210,7 @@ def to_batch(
 
 @contextmanager
 def naming(source: str) -> Iterator[None]:
-    """A with block whose `InputError` names the file."""
+    """Context manager that puts the name of the file before the message of an `InputError`."""
     try:
         yield
     except InputError as error:
@@ -226,9 +226,9 @@ def _repeated(text: str, count: int) -> pa.Array:
 def required_columns(
     source: str, header: Sequence[str], needed: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, int]:
-    """Position of each column that a format names; optional ones where they are there.
+    """Return column name -> position in the header, for all `needed` columns and the `optional` ones that exist.
 
-    Raises `InputError` for columns that are not there, all at once, and for one that is there twice.
+    Raises `InputError` that names all missing columns, and for a column name that occurs twice.
     """
     missing = [repr(name) for name in needed if name not in header]
     if missing:
@@ -242,10 +242,10 @@ def required_columns(
 def mapped_columns(
     source: str, header: Sequence[str], names: Mapping[str, str], roles: Sequence[str], needed: Sequence[str]
 ) -> dict[str, int]:
-    """Role -> position of its column: the one that `names` gives, else the one of the role's own name.
+    """Return role -> position of its column: the column that `names` gives, else the column with the role's name.
 
-    Raises `InputError` for an unknown role, for columns of roles that are `needed` or in `names` and are not there, all
-    at once with the nearest ones, and for one that is there twice.
+    Raises `InputError` for an unknown role, for missing columns of roles in `needed` or `names` (the message names all
+    of them, and similar columns of the file), and for a column name that occurs twice.
     """
     unknown = [role for role in names if role not in roles]
     if unknown:
@@ -264,7 +264,7 @@ def mapped_columns(
 
 
 def mapping_advice(missing: Mapping[str, str], header: Sequence[str]) -> str:
-    """How to map roles to columns: role -> name that was not found, and the columns that may be meant."""
+    """Return advice for a message: how to map the roles in `missing` (role -> missing name) to columns of `header`."""
     nearest = _nearest(missing, header)
     mapping = shlex.quote(",".join(f"{role}={nearest.get(role, 'NAME')}" for role in missing))
     advice = f"map {'it' if len(missing) == 1 else 'them'}{', perhaps' if nearest else ''} with --columns {mapping}"
@@ -272,9 +272,12 @@ def mapping_advice(missing: Mapping[str, str], header: Sequence[str]) -> str:
 
 
 def _nearest(missing: Mapping[str, str], header: Sequence[str]) -> dict[str, str]:
-    """Role -> the column whose name is most like one that exports use for it; no column twice, unlike ones left out."""
+    """Return role -> the column whose name is most similar to the names that exports use for the role.
+
+    No column is used twice, and roles without a similar column are left out.
+    """
     names = {plain_letters(name): name for name in reversed(header)}
-    names.pop("", None)  # of other letters alone
+    names.pop("", None)  # names without any ASCII letter or digit
     likeness: dict[tuple[str, str], float] = {}
     for role, wanted in missing.items():
         for spelled in (plain_letters(wanted), *NAMES.get(role, ())):
@@ -289,7 +292,7 @@ def _nearest(missing: Mapping[str, str], header: Sequence[str]) -> dict[str, str
 
 
 def plain_letters(name: str) -> str:
-    """The letters and digits of a column's name, in lower case."""
+    """The ASCII letters and digits of a column's name, in lower case."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
@@ -309,11 +312,11 @@ def shown_columns(names: Sequence[str]) -> str:
 COMPRESSED = (".gz", ".bz2")
 HEAD_BYTES = 64 << 10
 BLOCK_BYTES = 16 << 20
-TAIL_BYTES = 64 << 10  # read at a time to find the end of a range's last line
-LINE_LIMIT = 64 << 20  # a longer line says that this is no text file
+TAIL_BYTES = 64 << 10  # bytes per read while looking for a line end
+LINE_LIMIT = 64 << 20  # bytes of a line; a file with a longer one is not a text file
 NEWLINE, RETURN = 10, 13
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# How files begin that are no text in UTF-8, whatever their name.
+# First bytes of files that are not UTF-8 text, whatever their name.
 OTHER_FORMATS = {
     b"\x1f\x8b": "a gzip file; give it a name that ends in .gz",
     b"BZh": "a bzip2 file; give it a name that ends in .bz2",
@@ -333,13 +336,13 @@ class SourceFile(NamedTuple):
 
     source: str  # path or URI
     size: int  # bytes
-    changed: int  # ns since 1970
+    changed: int  # time of the last change, ns since 1970
 
 
 def find_files(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile]:
-    """The files that `paths` name: a file as it is, of a folder all files below that match a pattern, by name.
+    """Return the files at `paths`: for a folder, all files below it that match a pattern, sorted by path.
 
-    Raises `InputError` for a path that is not there and for a folder without a matching file.
+    Raises `InputError` for a path that does not exist and for a folder without a matching file.
     """
     files: dict[str, SourceFile] = {}
     for path in paths:
@@ -349,7 +352,7 @@ def find_files(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile
 
 
 def is_file(source: str) -> bool:
-    """True where there is a file. Raises `InputError` where that cannot be read."""
+    """True if `source` is an existing file. Raises `InputError` if the path cannot be read."""
     filesystem, path = _filesystem(source)
     try:
         return bool(filesystem.get_file_info(path).type == pafs.FileType.File)
@@ -362,7 +365,7 @@ def _unreadable(path: str, error: OSError) -> InputError:
 
 
 def is_compressed(source: str) -> bool:
-    """True for .gz and .bz2 files, which are read from the start only."""
+    """True for .gz and .bz2 files, which can only be read from the start."""
     return source.endswith(COMPRESSED)
 
 
@@ -373,7 +376,7 @@ def plain_name(source: str) -> str:
 
 @contextmanager
 def open_source(source: str) -> Iterator[pa.NativeFile]:
-    """The bytes of a file as they are, random access. Raises `InputError` where it cannot be opened."""
+    """Open a file for random access, without decompression. Raises `InputError` if it cannot be opened."""
     filesystem, path = _filesystem(source)
     try:
         stream = filesystem.open_input_file(path)
@@ -385,7 +388,10 @@ def open_source(source: str) -> Iterator[pa.NativeFile]:
 
 @contextmanager
 def open_plain(source: str) -> Iterator[IO[bytes]]:
-    """The content of a file from its start, unpacked where it is .gz or .bz2."""
+    """Open a file at its start; .gz and .bz2 files are decompressed.
+
+    Raises `InputError` if it cannot be opened, and `DamagedInputError` if a compressed file is damaged or incomplete.
+    """
     with open_source(source) as stream:
         if not is_compressed(source):
             yield cast(IO[bytes], stream)
@@ -403,7 +409,10 @@ def open_plain(source: str) -> Iterator[IO[bytes]]:
 
 
 def ends_with_line(file: SourceFile) -> bool:
-    """True where the last byte of a file is a line end; a compressed file knows its own end."""
+    """True if the last byte of a file is a line end.
+
+    Also true for an empty file, and for a compressed one: decompression fails if it was cut.
+    """
     if is_compressed(file.source) or not file.size:
         return True
     with open_source(file.source) as stream:
@@ -412,7 +421,7 @@ def ends_with_line(file: SourceFile) -> bool:
 
 
 def cut_note(files: Sequence[SourceFile]) -> list[str]:
-    """A note where the last line of text files has no end: nothing else says that one was cut."""
+    """Return a note if the last line of some text files has no line end, the only sign that a file was cut."""
     open_ended = [file.source for file in files if not ends_with_line(file)]
     if not open_ended:
         return []
@@ -421,13 +430,13 @@ def cut_note(files: Sequence[SourceFile]) -> list[str]:
 
 
 def head_of(source: str) -> bytes:
-    """The first 64 KiB of a file, uncompressed."""
+    """The first 64 KiB of a file, decompressed."""
     with open_plain(source) as stream:
         return stream.read(HEAD_BYTES)
 
 
 def require_text(source: str) -> bytes:
-    """As `head_of`. Raises `DamagedInputError` where the file is empty or plainly of another format."""
+    """Same as `head_of`. Raises `DamagedInputError` if the file is empty or clearly of another format."""
     head = head_of(source)
     if not head:
         raise DamagedInputError(f"{source} is empty; fetch it again")
@@ -468,7 +477,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _filesystem(source: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in source:
-        # Absolute, because workers have their own working folder.
+        # The path must be absolute, because each worker has its own working folder.
         return pafs.LocalFileSystem(), str(Path(source).expanduser().absolute())
     require_no_credentials(source)
     try:
@@ -485,7 +494,7 @@ class Block:
 
     def __init__(self, data: bytes, first: int) -> None:
         self.data = data
-        self.first = first  # number of the first line, from the start of the unit
+        self.first = first  # number of the first line, counted from the start of the unit
         self.bytes = np.frombuffer(data, dtype=np.uint8)
         breaks = np.flatnonzero(self.bytes == NEWLINE)
         if len(data) and data[-1] != NEWLINE:
@@ -502,16 +511,16 @@ class Block:
         return self.data[self.starts[index] : self.ends[index]]
 
     def texts(self, indices: Iterable[int | np.integer]) -> list[str]:
-        """Lines as text; bytes that are not UTF-8 are replaced."""
+        """The lines at `indices` as text; bytes that are not UTF-8 are replaced."""
         return [self.line(index).decode("utf-8", errors="replace") for index in indices]
 
     def numbers(self, indices: np.ndarray) -> np.ndarray:
-        """int64: line numbers, counted from the start of the unit."""
+        """int64: the numbers of the lines at `indices`, counted from the start of the unit."""
         return indices + self.first
 
 
 def byte_ranges(source: str, size: int, unit_bytes: int) -> list[Unit]:
-    """A line-based file in units of at most `unit_bytes`; a compressed one whole."""
+    """Split a text file into units of at most `unit_bytes`; a compressed file is one unit."""
     if is_compressed(source):
         return [Unit(source=source)]
     starts = range(0, size, unit_bytes)
@@ -519,7 +528,7 @@ def byte_ranges(source: str, size: int, unit_bytes: int) -> list[Unit]:
 
 
 def read_blocks(unit: Unit, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """The lines that begin within the unit's byte range, whole, in blocks of about `block_bytes`.
+    """Yield the lines that begin within the unit's byte range, in blocks of whole lines of about `block_bytes`.
 
     Raises `DamagedInputError` for a line longer than 64 MiB.
     """
@@ -549,7 +558,7 @@ def read_blocks(unit: Unit, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
 
 
 def _without_mark(data: bytes, unit: Unit, first: int) -> bytes:
-    """Lines without the byte order mark that the first of a file may begin with."""
+    """Return `data` without the byte order mark that may precede the first line of a file."""
     return data.removeprefix(BYTE_ORDER_MARK) if first == 1 and not unit.start else data
 
 
@@ -574,9 +583,9 @@ def _open_at(unit: Unit) -> Iterator[IO[bytes]]:
 
 
 def _skip_line(stream: IO[bytes], left: int) -> int:
-    """Go to the first line that begins in the range; return how many of its bytes were skipped.
+    """Move the stream to the first line that begins in the range; return how many bytes of the range were skipped.
 
-    The stream stands one byte before the range: a line break there means that the range begins with a line.
+    The stream is one byte before the range: if that byte is a line break, the range begins with a new line.
     """
     skipped = -1
     while skipped < left:

@@ -1,8 +1,7 @@
-"""Plays that are only in order: one history or session a line, `user<separator>song<separator>song ...`.
+"""Plays in order without times: one history or session per line, `user<separator>song<separator>song ...`.
 
-There are no times. Rows carry the place in their line instead, and the second pass of the import
-makes positions of it once all of a user's lines are together. Without a user separator each line is
-a user of its own, named `file:line`.
+Instead of a time, a row has its place in the line. The second pass of the import, which has all lines of a user, turns
+these places into positions. Without a user separator each line is a user of its own, named `file:line`.
 """
 
 import posixpath
@@ -19,23 +18,27 @@ from rayrec.importing.readers import reader
 from rayrec.importing.readers.delimited import line_faults
 from rayrec.importing.readers.reader import Batch, Block, ReadOptions, Unit, byte_ranges, read_blocks, require_text
 
-BLOCK_BYTES = 4 << 20  # a few characters can be a play: a row takes ten times its text in memory
+# Small, because a play may be only a few characters, and a row takes ten times as much memory as its text.
+BLOCK_BYTES = 4 << 20
 EMPTY_LINE = "empty line"
 
 
 class SequenceReader:
-    """Reads files of lines of songs."""
+    """Reads text files with one ordered list of songs per line."""
 
     def __init__(self, options: ReadOptions) -> None:
         self.options = options
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """Byte ranges; a file whole where line numbers are names, since only its start knows them."""
+        """Split the file into byte ranges if lines name their users.
+
+        Otherwise the file is one unit: users are named after line numbers, which are counted from its start.
+        """
         require_text(source)
         return byte_ranges(source, size, unit_bytes) if self.options.user_separator else [Unit(source=source)]
 
     def read(self, unit: Unit) -> Iterator[Batch]:
-        """One batch per block of 4 MiB; `played_at` is the place in the line, from 0."""
+        """Yield one batch per block of 4 MiB; `played_at` is the place in the line, from 0."""
         for block in read_blocks(unit, BLOCK_BYTES):
             yield self._batch(block, unit.source)
 
@@ -65,7 +68,7 @@ class SequenceReader:
         )
 
     def _take_apart(self, texts: pa.Array, block: Block, source: str, problems: Problems) -> tuple[pa.Array, pa.Array]:
-        """User and songs of each line, strings (L,)."""
+        """Return the user of each line and the songs of each line, both as strings (L,)."""
         separator = self.options.user_separator
         if not separator:
             numbers = pa.array(block.numbers(np.arange(len(block)))).cast(pa.string())
@@ -78,7 +81,7 @@ class SequenceReader:
 
 
 def _texts(block: Block, problems: Problems) -> pa.Array:
-    """The lines without space around them, strings (L,); those that are no text are marked and left empty."""
+    """Return the lines without surrounding spaces, strings (L,); lines that are not valid text are marked and empty."""
     bounds = np.append(np.stack([block.starts, block.ends], axis=1).ravel(), len(block.data)).astype(np.int32)
     between = pa.StringArray.from_buffers(2 * len(block), pa.py_buffer(bounds), pa.py_buffer(block.data))
     faults = line_faults(block)

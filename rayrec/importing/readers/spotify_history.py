@@ -1,9 +1,9 @@
-"""Spotify's extended streaming history, the JSON that a person can ask Spotify for.
+"""Spotify's extended streaming history: JSON files that Spotify sends to a user on request.
 
-`ts` is the moment at which the play ended, in UTC; it is taken as the time of the play. Contexts
-are `reason_start` (trackdone, clickrow, fwdbtn, backbtn, playbtn, remote, appload ...) and shuffle.
-Where `skipped` is not filled in, as in older files, a play counts as skipped if a forward or back
-button ended it or if it lasted under 30 seconds, from where on Spotify counts a stream.
+`ts` is the moment at which the play ended, in UTC; it is used as the time of the play. Contexts are the value of
+`reason_start` (trackdone, clickrow, fwdbtn, backbtn, playbtn, remote, appload ...) and shuffle. If `skipped` is empty,
+as in older files, a play counts as skipped if the forward or back button ended it, or if it lasted under 30 seconds,
+the minimum length that Spotify counts as a stream.
 """
 
 import re
@@ -34,20 +34,20 @@ USERNAME = re.compile(rb'"username"\s*:\s*"([^"]+)"')
 
 
 class SpotifyHistoryReader:
-    """Reads Streaming_History_*.json and endsong_*.json. The line is the number of the record.
+    """Reads Streaming_History_*.json and endsong_*.json. Line numbers are record numbers.
 
-    The user is the `user` setting where there is one, else `username` where the record has it, else the file's folder.
+    The user is the `user` setting if given, else the `username` of the record, else the name of the file's folder.
     """
 
     def __init__(self, options: ReadOptions) -> None:
         self.options = options
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """One unit per file: Spotify cuts them at some ten megabytes, and their JSON cannot be cut."""
+        """Return one unit per file: files have about ten megabytes, and a JSON document cannot be split."""
         return plan_json(source, size, unit_bytes)
 
     def read(self, unit: Unit) -> Iterator[Batch]:
-        """One batch with the whole file."""
+        """Yield one batch with the whole file."""
         rows = RowCollector(columns.PLAYS, unit.source)
         users = Users(unit.source, self.options.user, account_of(unit.source))
         for block in read_records(unit):
@@ -57,17 +57,17 @@ class SpotifyHistoryReader:
 
 
 def check_usernames(sources: Sequence[str], user: str) -> list[str]:
-    """As `check_accounts`, for files of which some name the user."""
+    """Same as `check_accounts`, for files that may name the user; files of Spotify's account data are left out."""
     return check_accounts([source for source in sources if not is_account_data(source)], user, _username)
 
 
 def is_account_data(source: str) -> bool:
-    """True for a StreamingHistory file of Spotify's account data, whose records give minutes and no song ids."""
+    """True for a StreamingHistory file of Spotify's account data, whose records have no exact times and no song ids."""
     return SHORT_RECORD.search(head_of(source)) is not None
 
 
 def _username(source: str) -> str | None:
-    """The first user that a file names."""
+    """Return the first user that a file names, or None."""
     match = USERNAME.search(require_text(source))
     return match[1].decode("utf-8", errors="replace") if match else None
 

@@ -1,10 +1,10 @@
-"""csv and Parquet files of plays or of playlist entries, with a mapping of their columns to ours.
+"""csv and Parquet files of plays or of playlist entries, whose columns are mapped to roles.
 
-Roles of a play: user, song, played_at, and where there are any contexts (a list, or names separated by `|`),
-skipped (true, false, 1 or 0), share_listened (0 to 1), ms_played, duration_ms, event_type (play, skip or like), liked
-(true, false, 1 or 0), title, artist. Roles of a playlist entry: playlist, position, song, and where there are any
-title, artist. A role that is not mapped has the column of its own name. Where song is mapped to `artist+title`, the
-file has no ids of songs, and each gets the one that `name_song` makes of the columns of those roles.
+Roles of a play: user, song, played_at, and optionally contexts (a list, or names separated by `|`), skipped (true,
+false, 1 or 0), share_listened (0 to 1), ms_played, duration_ms, event_type (play, skip or like), liked (true, false, 1
+or 0), title, artist. Roles of a playlist entry: playlist, position, song, and optionally title, artist. A role that is
+not mapped uses the column with its own name. If song is mapped to `artist+title`, the file has no song ids, and
+`name_song` makes the id of a song from the columns of these two roles.
 """
 
 import json
@@ -35,20 +35,20 @@ from rayrec.importing.readers.reader import (
 )
 
 ROWS_PER_BATCH = 1 << 18
-# A damaged footer may also hold names that are not UTF-8, which pyarrow raises as a ValueError.
+# A damaged footer may contain names that are not UTF-8, for which pyarrow raises a ValueError.
 UNREADABLE = (pa.ArrowException, OSError, ValueError)
 
 
 class ParquetRows(NamedTuple):
-    """R rows of a unit, as `SourceRows`."""
+    """R rows of a unit; implements `SourceRows`."""
 
     part: pa.RecordBatch
     names: Mapping[str, str]  # wanted name -> column of the file
-    first: int  # number of the first record, from the start of the unit
+    first: int  # number of the first record, counted from the start of the unit
 
     @property
     def values(self) -> dict[str, pa.Array]:
-        """Columns (R,) by their wanted names."""
+        """The wanted columns: name -> array (R,)."""
         return {name: self.part.column(column) for name, column in self.names.items()}
 
     @property
@@ -58,16 +58,16 @@ class ParquetRows(NamedTuple):
 
     @property
     def covered(self) -> int:
-        """R."""
+        """Number of rows, R."""
         return int(self.part.num_rows)
 
     @property
     def rejected(self) -> pa.Table:
-        """columns.REJECTED, none."""
+        """An empty columns.REJECTED table, since every record is a row."""
         return columns.REJECTED.empty_table()
 
     def texts(self, positions: np.ndarray) -> list[str]:
-        """The rows at some positions as JSON, for the file of rejected rows."""
+        """The rows at `positions` as JSON, for the file of rejected rows."""
         cells = [[_cell(column[row]) for column in self.part.columns] for row in positions.tolist()]
         return [
             json.dumps(dict(zip(self.part.schema.names, row, strict=True)), default=str, ensure_ascii=False)
@@ -76,7 +76,10 @@ class ParquetRows(NamedTuple):
 
 
 def plan_groups(source: str, unit_bytes: int, find: Callable[[list[str]], Mapping[str, int]]) -> list[Unit]:
-    """A file in units of row groups of about `unit_bytes`; `find`, as in `read_row_groups`, sees its columns first."""
+    """Split a file into units of row groups, of about `unit_bytes`.
+
+    `find`, as in `read_row_groups`, is called with the columns of the file first, and raises if one is missing.
+    """
     with open_source(source) as stream:
         file = open_parquet(source, stream)
         find(file.schema_arrow.names)
@@ -88,9 +91,9 @@ def plan_groups(source: str, unit_bytes: int, find: Callable[[list[str]], Mappin
 
 
 def read_row_groups(unit: Unit, find: Callable[[list[str]], Mapping[str, int]]) -> Iterator[ParquetRows]:
-    """The rows of a unit, which is some row groups, in batches of 262,144.
+    """Yield the rows of a unit of row groups in batches of 262,144.
 
-    `find` says which columns are wanted: name -> position among those of the file.
+    `find` returns the wanted columns among the columns of the file: name -> position.
     """
     with open_source(unit.source) as stream:
         file = open_parquet(unit.source, stream)
@@ -104,7 +107,7 @@ def read_row_groups(unit: Unit, find: Callable[[list[str]], Mapping[str, int]]) 
 
 
 def open_parquet(source: str, stream: pa.NativeFile) -> pq.ParquetFile:
-    """A Parquet file. Raises `DamagedInputError` where it is none or its footer is not whole."""
+    """Open a Parquet file. Raises `DamagedInputError` if it is not a Parquet file or its footer is damaged."""
     try:
         file = pq.ParquetFile(stream, page_checksum_verification=True)
         _ = file.schema_arrow.names
@@ -118,7 +121,10 @@ def open_parquet(source: str, stream: pa.NativeFile) -> pq.ParquetFile:
 def read_batches(
     source: str, file: pq.ParquetFile, groups: list[int] | None, names: list[str] | None
 ) -> Iterator[pa.RecordBatch]:
-    """Some columns of some row groups, or all. Raises `DamagedInputError` where a page is not whole."""
+    """Yield the columns `names` of the row groups `groups` in batches; None means all of them.
+
+    Raises `DamagedInputError` if a page is damaged.
+    """
     try:
         for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=names):
             batch.validate()
@@ -128,7 +134,7 @@ def read_batches(
 
 
 def read_columns(source: str, file: pq.ParquetFile, names: Sequence[str]) -> pa.Table:
-    """Some columns of all rows. Raises as `read_batches` does."""
+    """Return the columns `names` of all rows. Raises the same errors as `read_batches`."""
     try:
         table = file.read(columns=list(names))
         table.validate()
@@ -152,33 +158,33 @@ EVENT_ROLES = ("skipped", "share_listened", "ms_played", "duration_ms", "event_t
 PLAY_ROLES = ("user", "song", "played_at", "contexts", *EVENT_ROLES, "title", "artist")
 OPTIONAL_ROLES = ("contexts", *EVENT_ROLES, "title", "artist")
 NAMES_OF_SONG = ("title", "artist")
-MADE_OF_NAMES = "artist+title"  # in place of the column of song ids
+MADE_OF_NAMES = "artist+title"  # given in place of a column of song ids
 PLAYLIST_ROLES = ("playlist", "position", "song", "title", "artist")
 NOT_A_POSITION = "position is not a whole number"
 OTHER_EVENT = "event is neither a play, a skip nor a like"
-EVENTS = {"play": "play", "listen": "play", "skip": "skip", "like": "like"}  # spellings of types of events
+EVENTS = {"play": "play", "listen": "play", "skip": "skip", "like": "like"}  # event type in a file -> its meaning
 NUMBER = r"^(\d{1,15}(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?$"
 FLAGS = {"true": True, "1": True, "t": True, "yes": True, "false": False, "0": False, "f": False, "no": False}
 
 
 def roles(playlists: bool) -> tuple[str, ...]:
-    """What a column of a table can be mapped to."""
+    """The roles that columns of a table can have."""
     return PLAYLIST_ROLES if playlists else PLAY_ROLES
 
 
 class CsvReader:
-    """Reads csv files with a header line. A value must not hold a line break."""
+    """Reads csv files with a header line. A value must not contain a line break."""
 
     def __init__(self, options: ReadOptions) -> None:
         self.options = options
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """Byte ranges. Raises `InputError` for a file without a header or a mapped column."""
+        """Split the file into byte ranges. Raises `InputError` if it lacks a header or a mapped column."""
         self._positions(source, delimited.read_header(source, self.options.delimiter))
         return byte_ranges(source, size, unit_bytes)
 
     def read(self, unit: Unit) -> Iterator[Batch]:
-        """One batch per block of 16 MiB."""
+        """Yield one batch per block of 16 MiB."""
         for rows in delimited.read_delimited(unit, self.options.delimiter, partial(self._positions, unit.source)):
             yield convert(rows, self.options, unit.source)
 
@@ -194,19 +200,19 @@ class ParquetReader:
         self.options = options
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """Runs of row groups. Raises `InputError` for another format or a missing column."""
+        """Split the file into runs of row groups. Raises `InputError` for another format or a missing column."""
         return plan_groups(source, unit_bytes, lambda names: find_columns(source, names, self.options))
 
     def read(self, unit: Unit) -> Iterator[Batch]:
-        """Batches of 262,144 rows; the line is the number of the record."""
+        """Yield batches of 262,144 rows; line numbers are record numbers."""
         for rows in read_row_groups(unit, lambda names: find_columns(unit.source, names, self.options)):
             yield convert(rows, self.options, unit.source, rows.names)
 
 
 def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dict[str, int]:
-    """Role -> position of its column in the file; none of the user where the options name one.
+    """Return role -> position of its column in the file; the role user is not needed if the options name a user.
 
-    Raises `InputError` as `reader.mapped_columns` does, and where the options name a user and the file has users.
+    Raises `InputError` as `reader.mapped_columns` does, and if the options name a user but the file has a user column.
     """
     known, mapping = list(roles(options.playlists)), dict(options.columns)
     needed = [role for role in known if role not in OPTIONAL_ROLES and not (role == "user" and options.user)]
@@ -224,10 +230,11 @@ def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dic
 
 
 def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[str, str] | None = None) -> Batch:
-    """Columns by role, of strings or of the types of a Parquet file, to plays or playlist entries.
+    """Convert columns, given by role, to plays or playlist entries.
 
-    `names` are those of the columns in the file. Where there are columns of artist and title, a row without a song id
-    gets the id that `name_song` makes of them. Raises `InputError` for a column of a type that cannot hold its role.
+    The columns are strings, or of any type that a Parquet file may have. `names` maps roles to column names of the
+    file, for messages. If there are columns of artist and title, a row without a song id gets the id that `name_song`
+    makes of them. Raises `InputError` for a column of a type that is not valid for its role.
     """
     values, playlists = rows.values, options.playlists
     problems = Problems(len(rows.lines))
@@ -245,7 +252,7 @@ def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[
         names_of_song = {
             role: spell_texts(values[role], problems, column=name(role)) for role in NAMES_OF_SONG if role in values
         }
-        if len(names_of_song) == len(NAMES_OF_SONG):  # a file may know the ids of some songs alone
+        if len(names_of_song) == len(NAMES_OF_SONG):  # a file may have ids for only some of its songs
             given = values.get("song", pa.nulls(len(rows.lines), pa.string()))
             song_ids = as_strings(given, problems, column=name("song"))
             values = {**values, "song": name_songs(song_ids, names_of_song["artist"], names_of_song["title"])}
@@ -266,11 +273,11 @@ def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[
 def _events(
     values: Mapping[str, pa.Array], name: Callable[[str], str], problems: Problems, skip_below: float
 ) -> dict[str, pa.Array]:
-    """Which rows are skips and likes: columns.SKIPPED, LIKED and IS_PLAY where the file says anything of them.
+    """Return columns.SKIPPED, LIKED and IS_PLAY of the rows, each only if the file has such data.
 
-    Whether a play was skipped is what the first of these says that a row fills in: `skipped`, the share listened, the
-    milliseconds played of the song's duration or, without one, of the 30 seconds from where on services count a
-    stream. An event of type skip is skipped whatever they say.
+    The first of these columns with a value in a row decides whether a play was skipped: `skipped`; `share_listened`
+    (skipped below `skip_below`); `ms_played` (skipped below that share of `duration_ms` or, without a duration, below
+    30 seconds, the minimum length that services count as a stream). An event of type skip is skipped in any case.
     """
     count, data = len(problems.bad), {}
     skip_columns: list[pa.Array] = []
@@ -308,7 +315,10 @@ def _events(
 
 
 def read_numbers(values: pa.Array, problems: Problems, column: str, *, most: float | None = None) -> pa.Array:
-    """float64 (R,): a column of numbers from 0 on, null where there is none; others, and those above `most`, marked."""
+    """float64 (R,): a column of numbers of at least 0; null if there is no value.
+
+    Values that are not such numbers, or are above `most`, are marked in `problems`.
+    """
     values = plain(values)
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
         numbers = values.cast(pa.float64(), safe=False)
@@ -334,7 +344,10 @@ def _positions(values: pa.Array, problems: Problems, column: str) -> pa.Array:
 
 
 def read_flags(values: pa.Array, problems: Problems, column: str) -> pa.Array:
-    """bool (R,): a column of truth values, in any of the spellings of `FLAGS`, null where there is none."""
+    """bool (R,): a column of truth values in any of the spellings of `FLAGS`; null if there is no value.
+
+    Other values are marked in `problems`.
+    """
     values = plain(values)
     if pa.types.is_boolean(values.type):
         return values

@@ -1,7 +1,7 @@
-"""TIDAL: streaming.csv, which it sends a person on request. Written from public samples.
+"""TIDAL: streaming.csv, which TIDAL sends to a user on request. Written from public samples.
 
-Columns: artist_name, track_title, entry_date (day/month/year and minute, in the zone of time_zone, else UTC),
-stream_duration_ms, product_type, time_zone. There are no ids of songs: a song is `artist – title`.
+Columns: artist_name, track_title, entry_date (day/month/year hour:minute, in the zone of the column time_zone, else
+UTC), stream_duration_ms, product_type, time_zone. The file has no song ids; the id is `artist – title`.
 """
 
 import numpy as np
@@ -25,11 +25,11 @@ class TidalReader(AccountCsvReader):
     """Reads streaming.csv. A play of under 30 seconds counts as skipped."""
 
     def find(self, source: str, header: list[str]) -> dict[str, int]:
-        """As in `AccountCsvReader`."""
+        """See `AccountCsvReader`."""
         return required_columns(source, header, (ARTIST, TITLE, TIME), (ZONE, DURATION, TYPE))
 
     def batch(self, rows: DelimitedRows, user: str, source: str) -> Batch:
-        """As in `AccountCsvReader`."""
+        """See `AccountCsvReader`."""
         values, count = rows.values, len(rows.indices)
         problems = Problems(count)
         if TYPE in values:

@@ -1,8 +1,8 @@
-"""Yambda, Yandex's public data set of listens (2025): listens.parquet of a `flat` folder. Written from its description.
+"""Yambda, Yandex's public data set of plays (2025): listens.parquet in a `flat` folder. Written from its description.
 
 Columns: uid, timestamp (seconds since the start of the data), item_id, is_organic, played_ratio_pct,
-track_length_seconds. Contexts are organic and recommended; a track of which less than half was played, or another share
-that is set, counts as skipped, as the data set's authors count listens.
+track_length_seconds. Contexts are organic and recommended. A play of less than half of the track counts as skipped,
+because the authors of the data set count listens in this way; a setting gives another share.
 """
 
 from collections.abc import Iterator
@@ -34,17 +34,17 @@ OPTIONAL = ORGANIC, PERCENT = "is_organic", "played_ratio_pct"
 
 
 class YambdaReader:
-    """Reads listens.parquet; likes and dislikes are no plays."""
+    """Reads listens.parquet; the likes and dislikes of the data set are not plays and are not read."""
 
     def __init__(self, options: ReadOptions) -> None:
         self.options = options
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """Runs of row groups."""
+        """Split the file into runs of row groups."""
         return tabular.plan_groups(source, unit_bytes, partial(_find, source))
 
     def read(self, unit: Unit) -> Iterator[Batch]:
-        """Batches of 262,144 rows; the line is the number of the record."""
+        """Yield batches of 262,144 rows; line numbers are record numbers."""
         for rows in tabular.read_row_groups(unit, partial(_find, unit.source)):
             yield _batch(rows, unit.source, self.options.skip_below)
 

@@ -1,7 +1,7 @@
-"""YouTube Music out of Google Takeout: watch-history.json, a list of what was watched. Written from public samples.
+"""YouTube Music in Google Takeout: watch-history.json, a list of watched videos. Written from public samples.
 
-In other languages the file has other names. The song is the video's id, since the file has no other. What was watched
-on YouTube itself is no play of a song.
+In other languages the file has other names. The song id is the video id, the only id in the file. Videos watched on
+YouTube itself do not count as plays.
 """
 
 import posixpath
@@ -16,32 +16,32 @@ from rayrec.importing.readers.json_rows import Record, RowCollector, plan_json, 
 from rayrec.importing.readers.reader import NO_SONG, Batch, ReadOptions, Unit, head_of, plain_name
 
 NOT_MUSIC = "not of YouTube Music"
-AD = "From Google Ads"  # a detail of an entry
+AD = "From Google Ads"  # name of a detail of an entry that is an advertisement
 SEARCH = "a search"
 NOT_WATCHED = "not an entry of a watch history"
 MUSIC = "YouTube Music"
 FILE = "watch-history.json"
-SEARCHES = ("/results", "/search")  # paths of links
-TOPIC = " - Topic"  # ends the name of the channel that YouTube makes of an artist
+SEARCHES = ("/results", "/search")  # paths of links to searches
+TOPIC = " - Topic"  # end of the name of a channel that YouTube generates for an artist
 
 
 class YoutubeTakeoutReader:
-    """Reads watch histories; other JSON, which Takeout writes beside them, holds no units.
+    """Reads watch histories; other JSON files of Takeout are ignored.
 
-    In a language other than English, titles keep the verb that Takeout adds.
+    In languages other than English, titles keep the verb that Takeout puts before them (in English, "Watched").
 
-    The user is the `user` setting where there is one, else the file's folder.
+    The user is the `user` setting if given, else the name of the file's folder.
     """
 
     def __init__(self, options: ReadOptions) -> None:
         self.options = options
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """One unit per file, none for one that is no watch history."""
+        """Return one unit for a watch history, none for another file."""
         return plan_json(source, size, unit_bytes) if is_watch_history(source) else []
 
     def read(self, unit: Unit) -> Iterator[Batch]:
-        """One batch with the whole file."""
+        """Yield one batch with the whole file."""
         rows = RowCollector(columns.PLAYS, unit.source)
         user = Users(unit.source, self.options.user, account_of(unit.source)).of(None)
         for block in read_records(unit):
@@ -51,7 +51,7 @@ class YoutubeTakeoutReader:
 
 
 def is_watch_history(source: str) -> bool:
-    """True for a file of the English name and, since Takeout translates names, for one that begins as such a list."""
+    """True if a file has the English name or, since Takeout translates names, begins like a watch history."""
     if posixpath.basename(plain_name(source)).lower() == FILE:
         return True
     head = head_of(source)
@@ -59,7 +59,7 @@ def is_watch_history(source: str) -> bool:
 
 
 def check_watchers(sources: Sequence[str], user: str) -> list[str]:
-    """As `check_accounts`, of the watch histories alone. Raises `InputError` where none is one."""
+    """Same as `check_accounts`, for the watch histories only. Raises `InputError` if no file is a watch history."""
     histories = [source for source in sources if is_watch_history(source)]
     if sources and not histories:
         raise InputError(f"{sources[0]} is no watch history of Takeout in JSON; choose JSON for the history in Takeout")
@@ -90,9 +90,7 @@ def _add(record: Record, user: str, rows: RowCollector) -> None:
         columns.USER: user,
         columns.SONG_ID: song,
         columns.PLAYED_AT: text(entry.get("time")),
-        columns.TITLE: None
-        if link and link in title
-        else title,  # the link stands for the title of a video that was removed
+        columns.TITLE: None if link and link in title else title,  # a removed video has its link in place of its title
         columns.ARTIST: _channel(entry.get("subtitles")),
     }
     rows.add(row, record)
