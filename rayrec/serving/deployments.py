@@ -1,8 +1,8 @@
-"""The application on Ray Serve: `rayrec.serving.deployments:build` is what `serve deploy` and `rayrec serve` run.
+"""The application on Ray Serve: `serve deploy` and `rayrec serve` run `rayrec.serving.deployments:build`.
 
-One deployment hosts the network, the index and the rankers of the live release together with the HTTP app, in each of
-its replicas; what is large they map from one copy of the node. docs/design.md says why it is one. The routes know
-nothing of Ray.
+There is only one deployment; docs/design.md gives the reasons. Each of its replicas hosts the HTTP app together with
+the network, index and rankers of the live release. Large arrays are memory-mapped from one copy per node. The routes do
+not depend on Ray.
 """
 
 from collections.abc import Mapping
@@ -21,24 +21,24 @@ from rayrec.serving.serve_config import ServeConfig, is_loopback
 from rayrec.serving.service import open_service
 from rayrec.storage.workspace import Workspace
 
-# One thread for numeric work, none that spins while it waits for more, and freed memory given back.
+# One thread for numeric work, no threads that spin while they wait, and freed memory returned to the system.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "2"}
-WAITING_BEYOND = 2  # times the requests that a replica admits are sent to it: it refuses the others at once
+WAITING_BEYOND = 2  # Serve sends a replica up to 2 · max_waiting requests; it refuses those over max_waiting at once
 
 
 class DeploymentConfig(ServeConfig):
-    """The arguments of `build`, in a Serve config file under `args`."""
+    """The arguments of `build`: the section `args` of a Serve config file."""
 
     workspace: str = Field(description="Folder, s3:// or gs:// prefix of the workspace")
 
 
 def build(args: Mapping[str, Any]) -> Application:
-    """The application to run. Raises `InputError` for arguments that `DeploymentConfig` does not know."""
+    """Return the application for Serve to run. Raises `InputError` if `args` are not a valid `DeploymentConfig`."""
     config = from_mapping(DeploymentConfig, args, "args of rayrec.serving.deployments:build")
     bounds: dict[str, Any] = {
         "max_ongoing_requests": WAITING_BEYOND * config.max_waiting,
         "max_queued_requests": config.max_waiting,
-        "backpressure_config": {"retry_after_s": RETRY_AFTER_S},  # with the 503 that Serve gives beyond all of these
+        "backpressure_config": {"retry_after_s": RETRY_AFTER_S},  # sent with Serve's 503 for more requests
         "ray_actor_options": {"num_cpus": config.cpus, "runtime_env": {"env_vars": ENVIRONMENT}},
     }
     if config.max_replicas > config.replicas:
@@ -60,7 +60,7 @@ def build(args: Mapping[str, Any]) -> Application:
 @serve.deployment(name="recommendations", health_check_period_s=5, graceful_shutdown_timeout_s=10)
 @serve.ingress()
 class RecommendationServer:
-    """One replica: network, index and rankers of the live release behind the HTTP application."""
+    """One replica: the HTTP application with the network, index and rankers of the live release."""
 
     def __init__(self, config: DeploymentConfig) -> None:
         if is_loopback(config.host):
@@ -69,7 +69,7 @@ class RecommendationServer:
         self._service = open_service(Workspace(config.workspace), config, replica=replica)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """The app that Serve runs in this replica: `serve.ingress()` documents this name for it."""
+        """Return the app that Serve runs in this replica; `serve.ingress()` documents this method name."""
         return create_app(self._service)
 
     def __del__(self) -> None:

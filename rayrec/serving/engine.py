@@ -1,4 +1,4 @@
-"""Network, index and rankers as requests use them, and the bound on work in this process.
+"""The engine: network, index and rankers of a release, and the thread that runs them with a limit on waiting calls.
 
 U users, D numbers per vector.
 """
@@ -23,7 +23,7 @@ from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
 from rayrec.serving.problems import OverloadedError
 from rayrec.serving.telemetry import Metrics
 
-ROOM = 1_024  # rows by which tables of song vectors grow where songs are added online
+ROOM = 1_024  # extra rows that tables of song vectors get when they grow for songs that are added online
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,35 +32,35 @@ Vectors = Mapping[HorizonName, np.ndarray]  # float32 (U, D) each
 
 
 class Pool:
-    """One thread that does the numeric work of a process, and a bound on what waits for it.
+    """One thread for the numeric work of a process, with a limit on the calls that wait for it.
 
-    One thread because one BLAS and torch thread fills a core, and more of them on it make every request
-    slow; its own, so that health checks and refusals are answered while it works.
+    There is only one thread, because one thread of BLAS and torch fills a core, and more threads on that core slow down
+    every request. It is not the thread of the event loop, so that health checks and refusals are answered meanwhile.
     """
 
     def __init__(self, most: int) -> None:
-        """`most` calls may run or wait."""
+        """At most `most` calls may run or wait."""
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayrec-work")
         self._most = most
         self._lock = threading.Lock()
         self.waiting = 0  # calls that run or wait
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of a call on the pool's thread. Raises `OverloadedError` where too many wait.
+        """Call `work` on the pool's thread and return its result. Raises `OverloadedError` if too many calls wait.
 
-        A call whose caller is cancelled gives its place back at once, or as soon as its work has ended.
+        If the caller is cancelled, a waiting call is dropped at once; a running call keeps its place until it ends.
         """
         with self._lock:
             if self.waiting >= self._most:
                 raise OverloadedError(f"{self.waiting} requests are waiting here already; try again in a second")
             self.waiting += 1
-        context = copy_context()  # the stages are of this request
+        context = copy_context()  # so that `request_stages` of this request are set on the thread
         future = self._executor.submit(lambda: context.run(work, *args, **kwargs))
         future.add_done_callback(self._leave)
         return await asyncio.wrap_future(future)
 
     def wait_for(self, work: Callable[[], None]) -> None:
-        """Have the thread do something between two calls, from another thread."""
+        """Run `work` on the pool's thread between two calls, and wait until it ends. Call this from another thread."""
         self._executor.submit(work).result()
 
     def _leave(self, _: "Future[T]") -> None:
@@ -70,18 +70,18 @@ class Pool:
 
 @dataclass(frozen=True)
 class Parts:
-    """Network, index and rankers of one release, without a thread around them."""
+    """Network, index and rankers of one release. Its methods run in the thread of the caller."""
 
     recommender: BaseRecommender
     metrics: Metrics
 
     def states(self, plays: Histories, start: States | None = None) -> States:
-        """The network's states after plays, from no state or from `start`."""
+        """Return the network's states after plays, starting from `start`, or from the empty state."""
         with self.metrics.stage("encode"):
             return network_of(self.recommender).encoder.run(plays, start=start)[1]
 
     def vectors(self, states: States, at: np.ndarray, horizons: Sequence[HorizonName]) -> Vectors:
-        """The taste vectors, float32 (U, D), at the moments `at`, int64 (U,) ms UTC."""
+        """Return the taste vectors of each horizon, float32 (U, D), at the moments `at`, int64 (U,) ms UTC."""
         network = network_of(self.recommender)
         with self.metrics.stage("project"):
             heads = {name: network.head(name) for name in horizons}
@@ -91,40 +91,40 @@ class Parts:
     def answer_states(
         self, states: States, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]
     ) -> list[Chosen]:
-        """The songs of each user from states, and the plays that retrievers and features look at."""
+        """Choose songs for each user, from network states and from the plays that retrievers and features read."""
         vectors = self.vectors(states, at, HORIZONS)
         with self.metrics.stage("choose"):
             return choose(self.recommender, vectors, plays, at, all_options)
 
     def answer(self, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]) -> list[Chosen]:
-        """The songs of each user from all their plays."""
+        """Choose songs for each user, from all their plays."""
         return self.answer_states(self.states(plays), plays, at, all_options)
 
     def similar(self, song: int, k: int) -> Chosen:
-        """The k songs nearest to a song of the network."""
+        """Return the k songs nearest to a song of the network."""
         with self.metrics.stage("choose"):
             return similar(self.recommender, song, k)
 
     def with_added_songs(self, added: AddedSongs) -> "Parts":
-        """The same with songs that came later, in place of those before; the network changes with it."""
+        """Return parts that recommend `added` in place of the songs added before. This changes the network in place."""
         if isinstance(self.recommender, TwoStepRecommender):
             return replace(self, recommender=self.recommender.with_added_songs(added, room=ROOM))
         network_of(self.recommender).add_songs(added, room=ROOM)
         return self
 
     def layout(self, songs: np.ndarray) -> np.ndarray:
-        """float32 (n, 2): places on a plane of the network's songs, int (n,) rows."""
+        """Return the positions of songs of the network, int (n,) rows, on a plane: float32 (n, 2)."""
         return layout(network_of(self.recommender).song_vectors[songs])
 
 
 class Engine:
-    """The parts of one release as requests use them: each request is one call on the pool's thread."""
+    """Runs the parts of one release on the pool's thread, one call per request."""
 
     def __init__(self, parts: Parts, pool: Pool) -> None:
         self.parts, self._pool = parts, pool
 
     def add_songs(self, added: AddedSongs, on_added: Callable[[], None]) -> None:
-        """Recommend songs that came later, in place of those before; returns once that is done.
+        """Recommend `added` in place of the songs added before. Returns when this is done.
 
         `on_added` is called before the next answer is computed.
         """

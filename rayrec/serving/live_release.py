@@ -1,10 +1,10 @@
-"""The live release of a replica: loaded whole, followed by a watch, reported while a switch waits; its card; and arms.
+"""The live release of a replica: how it is loaded, watched, reported and switched; its model card; experiment arms.
 
-Arms of an experiment may name other releases. A request takes the release once, at its start, and uses nothing else to
-its end: no answer mixes the model of one release with the index of another. Reports are small files in the workspace:
-whoever can activate a release can read them, with Ray or without, from inside the cluster or outside. A switch changes
-the live release of a running application and waits until all of its replicas answer with it; where one refuses, the
-earlier one is made live again.
+A request takes its release once, at its start, and uses only that release, so no answer mixes the model of one release
+with the index of another. Arms of an experiment may name other releases than the live one. Reports are small files in
+the workspace, so anyone who can activate a release can read them, with or without Ray, inside or outside the cluster. A
+switch changes the live release of a running application and waits until all replicas answer with the new one; if a
+replica refuses it, the switch makes the earlier release live again.
 """
 
 import logging
@@ -33,15 +33,15 @@ from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest, read_dataset_manifest
 from rayrec.storage.workspace import REPLICAS, Workspace
 
-STALE_SECONDS = 6 * REPORT_SECONDS  # a report that has not changed for so long is of a dead replica
-FORGOTTEN_SECONDS = 3600.0  # of silence, after which a report is deleted
-RETRY_SECONDS = 60.0  # before a refused release is tried again, should it have been repaired
-READ_ATTEMPTS = 3  # of what storage fails to give
-READ_PAUSE_SECONDS = 1.0  # between two of them
-POLL_SECONDS = 0.2  # of a switch
-ANSWER_SECONDS = 5.0  # for one answer of the application
-EVALUATIONS = "reports"  # the kind of artifact
-ORDERING_PARTS = ("models", "retrieval", "rankers")  # kinds of parts that make the order of an answer
+STALE_SECONDS = 6 * REPORT_SECONDS  # a replica counts as dead if its report has not changed for this time
+FORGOTTEN_SECONDS = 3600.0  # a report that has not changed for this time is deleted
+RETRY_SECONDS = 60.0  # before a refused release is tried again, in case it was repaired
+READ_ATTEMPTS = 3  # if reading from storage fails
+READ_PAUSE_SECONDS = 1.0  # between two of these attempts
+POLL_SECONDS = 0.2  # between two checks of the replicas during a switch
+ANSWER_SECONDS = 5.0  # timeout of one request to the application
+EVALUATIONS = "reports"  # the artifact kind of evaluations
+ORDERING_PARTS = ("models", "retrieval", "rankers")  # kinds of parts that determine the order of an answer
 CARD_METRICS = ("served_recall@", "served_mrr@", "recall@", "mrr@")
 
 T = TypeVar("T")
@@ -51,12 +51,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LiveRelease:
-    """A release as requests use it; nothing of it changes but that songs are added online."""
+    """A loaded release that answers requests. It does not change, except that songs are added online."""
 
     release: Manifest
     catalog: ServedCatalog
     engine: Engine
-    online: OnlineSongs  # that come in beside those of the release
+    online: OnlineSongs  # songs that were added online, in addition to those of the release
 
     @property
     def id(self) -> str:
@@ -65,14 +65,14 @@ class LiveRelease:
 
     @property
     def model_id(self) -> str:
-        """The id of its model, whose states no other model may be fed."""
+        """The id of its model. The network states of a model must not be used with any other model."""
         return self.release.inputs["models"]
 
 
 def load_parts(workspace: Workspace, release_id: str) -> tuple[Manifest, BaseRecommender]:
-    """A release, the files that are loaded compared with their checksums, and its recommender.
+    """Return a release and its recommender. The loaded files are compared with their checksums first.
 
-    Raises as `load_checked_release` does, and `MismatchError` where the parts do not belong together.
+    Raises the errors of `load_checked_release`, and `MismatchError` if the parts do not belong together.
     """
     release = load_checked_release(workspace, release_id, releases.ANSWERING_KINDS)
     parts = release.inputs
@@ -80,10 +80,11 @@ def load_parts(workspace: Workspace, release_id: str) -> tuple[Manifest, BaseRec
 
 
 def load_checked_release(workspace: Workspace, release_id: str, kinds: Sequence[str]) -> Manifest:
-    """A release, its songs and its parts of some kinds compared with their checksums, once for a node.
+    """Return a release after its songs and its parts of `kinds` were compared with their checksums, once per node.
 
-    Tastes and plays are not: a replica loads none of them, and reading those of all users would keep it from
-    starting. Raises `NotFoundError` or `DamagedArtifactError` for a release that cannot be trusted.
+    Plays are not compared, and tastes only if `kinds` names them: a replica loads neither, and reading those of all
+    users would keep it from starting. Raises `NotFoundError` or `DamagedArtifactError` for a release that is unknown,
+    incomplete or damaged.
     """
     release = artifacts.load_manifest(workspace, releases.KIND, release_id)
     releases.verify_release(workspace, release, kinds, plays=False, once=True)
@@ -92,29 +93,30 @@ def load_checked_release(workspace: Workspace, release_id: str, kinds: Sequence[
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Where one replica stands."""
+    """What one replica does, for other processes to read."""
 
     replica: str
-    release: str | None  # that it answers with
-    change: str | None  # the activation that it acted on last
+    release: str | None  # the release that it answers with
+    change: str | None  # id of the last activation that it has handled
     loading: str | None  # the release that it is loading now
     refused: dict[str, str] | None  # the release that it could not load, with the reason
-    beat: int  # counts this replica's reports: it is alive as long as this changes
+    beat: int  # counter of this replica's reports: the replica is alive as long as this changes
     arms: list[str] = field(default_factory=list)  # ids of the releases that arms of its experiment name
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the fields as values that JSON can hold."""
         return asdict(self)
 
 
 class ReportWatch:
-    """Tells live replicas from dead ones by whether their reports change, whatever the clocks of their machines say."""
+    """Distinguishes live replicas from dead ones by whether their reports change, without using their clocks."""
 
     def __init__(self) -> None:
-        self._beats: dict[str, tuple[int, float]] = {}  # replica -> its last beat, when this process saw it first
+        # replica -> its last beat, and the time.monotonic() at which this process first saw that beat
+        self._beats: dict[str, tuple[int, float]] = {}
 
     def alive(self, reports: Sequence[Report]) -> list[Report]:
-        """Those that changed in the last `STALE_SECONDS` of this process's clock, or were not seen before."""
+        """Return the reports that are new, or changed in the last `STALE_SECONDS` by this process's clock."""
         now = time.monotonic()
         for report in reports:
             if self._beats.get(report.replica, (None,))[0] != report.beat:
@@ -122,12 +124,12 @@ class ReportWatch:
         return [report for report in reports if self.silence(report) <= STALE_SECONDS]
 
     def silence(self, report: Report) -> float:
-        """Seconds since a report that `alive` was given changed."""
+        """Return the seconds since a report last changed. `alive` must have received the report before."""
         return time.monotonic() - self._beats[report.replica][1]
 
 
 class Reports:
-    """Reads and writes the reports of a workspace."""
+    """Reads and writes the reports of replicas in a workspace."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
@@ -142,16 +144,16 @@ class Reports:
         self._workspace.delete(_path(replica))
 
     def alive(self) -> list[Report]:
-        """The reports of live replicas; a dead one counts as alive until it was watched for `STALE_SECONDS`.
+        """Return the reports of live replicas. A dead one counts as alive until it was watched for `STALE_SECONDS`.
 
-        Those that were silent for `FORGOTTEN_SECONDS` are deleted. Raises `StorageError` or `OSError` where a report
-        cannot be read: without it the others would look like all.
+        Reports that have not changed for `FORGOTTEN_SECONDS` are deleted. Raises `StorageError` or `OSError` if a
+        report cannot be read, since the list would look complete without it.
         """
         reports = []
         for path in self._workspace.files(REPLICAS):
             try:
                 reports.append(Report(**self._workspace.read_json(path)))
-            except (NotFoundError, DamagedArtifactError, TypeError):  # deleted in between, or not a report
+            except (NotFoundError, DamagedArtifactError, TypeError):  # deleted meanwhile, or not a report
                 continue
         alive = self._watch.alive(reports)
         for report in reports:
@@ -166,21 +168,21 @@ def _path(replica: str) -> str:
 
 @dataclass
 class ReleaseHolder:
-    """Holds the live release of one replica, and moves it after `releases/active`.
+    """Holds the live release of one replica, and follows `releases/active`.
 
-    A new release is loaded beside the live one, which answers meanwhile; one that cannot be trusted is
-    refused, and the old one stays. `report` tells the other replicas, and whoever waits for a switch.
+    While a new release is loaded, the old one answers. A release that cannot be loaded is refused, and the old one
+    stays. `report` informs the other replicas and processes that wait for a switch.
     """
 
     workspace: Workspace
-    load: Callable[[str], LiveRelease]  # by the id of the release
+    load: Callable[[str], LiveRelease]  # takes the id of a release
     reports: Reports
     replica: str
     watch_seconds: float
     on_switch: Callable[[LiveRelease], None] = lambda live: None
     arms: Sequence[str] = ()  # ids of the releases that arms of an experiment name
     _live: LiveRelease | None = None
-    _change: str | None = None  # the activation that was acted on last
+    _change: str | None = None  # id of the last activation that was handled
     _loading: str | None = None
     _beats: Iterator[int] = field(default_factory=lambda: count(1))
     _refused: dict[str, str] | None = None  # id and reason
@@ -190,7 +192,7 @@ class ReleaseHolder:
 
     @property
     def live(self) -> LiveRelease:
-        """The release to answer with. Raises `NotReadyError` where none is loaded yet."""
+        """The release to answer with. Raises `NotReadyError` if none is loaded yet."""
         live = self._live
         if live is None:
             why = f": {self._refused['reason']}" if self._refused else ""
@@ -199,11 +201,11 @@ class ReleaseHolder:
 
     @property
     def loaded(self) -> LiveRelease | None:
-        """The release to answer with; None where none is loaded."""
+        """The release to answer with; None if none is loaded."""
         return self._live
 
     def report(self) -> Report:
-        """Where this replica stands."""
+        """Return a new report of this replica."""
         return Report(
             replica=self.replica,
             release=None if self._live is None else self._live.id,
@@ -215,7 +217,7 @@ class ReleaseHolder:
         )
 
     def look(self) -> None:
-        """Compare with `releases/active`, once; load and swap, or refuse, where it names another release."""
+        """Read `releases/active` once. If it names another release, load it and switch to it, or refuse it."""
         active = releases.read_active(self.workspace)
         change, release_id = active["change"], active["active"]
         waited = time.monotonic() - self._refused_at > RETRY_SECONDS
@@ -223,7 +225,7 @@ class ReleaseHolder:
             return
         if self._live is None or self._live.id != release_id:
             self._switch(release_id)
-            if self._live is None:  # a fresh replica has no old release to stay with: go back to what was live before
+            if self._live is None:  # a new replica has no old release to keep: use one that was live before
                 self._go_back(active["history"])
         else:
             self._refused = None
@@ -231,7 +233,7 @@ class ReleaseHolder:
         self.reports.write(self.report())
 
     def start(self) -> None:
-        """Look now, then watch until `stop`; reports are written all the while, from another thread."""
+        """Call `look` now, then repeatedly until `stop`. Another thread writes reports all the time."""
         self._repeat(self._report_safely, REPORT_SECONDS)
         self._look_safely()
         self._repeat(self._look_safely, self.watch_seconds)
@@ -248,7 +250,7 @@ class ReleaseHolder:
         self._loading = release_id
         try:
             live = _read_again(lambda: self.load(release_id))
-        except Exception as error:  # whatever is wrong with it, the old one stays
+        except Exception as error:  # the old release stays, whatever the error is
             reason = str(error) if isinstance(error, RayrecError) else f"{type(error).__name__}: {error}"
             self._refused, self._refused_at = {"id": release_id, "reason": reason}, time.monotonic()
             log.error("release %s is refused: %s", release_id, reason)
@@ -257,7 +259,7 @@ class ReleaseHolder:
             self._loading = None
         self._refused = None
         self.on_switch(live)
-        self._live = live  # one reference, swapped at once
+        self._live = live  # a single assignment, so other threads see either the old or the new release
 
     def _go_back(self, history: list[str]) -> None:
         refused, refused_at = self._refused, self._refused_at
@@ -278,19 +280,19 @@ class ReleaseHolder:
     def _look_safely(self) -> None:
         try:
             self.look()
-        except Exception as error:  # a workspace out of reach for a while ends no watch
+        except Exception as error:  # a workspace that cannot be reached for a while must not end the watch
             log.warning("cannot look for the live release: %s", error)
 
     def _report_safely(self) -> None:
         try:
             self.reports.write(self.report())
-            self.reports.alive()  # so that dead replicas are known when somebody asks
+            self.reports.alive()  # watches the reports, so that dead replicas are known when a client asks
         except Exception as error:
             log.warning("cannot report: %s", error)
 
 
 def release_status(holder: ReleaseHolder) -> dict[str, Any]:
-    """What /v1/release says: this replica, the activated release, and the reports of all replicas."""
+    """Return the answer of /v1/release: this replica, the activated release, and the reports of all replicas."""
     active = releases.read_active(holder.workspace)
     own = holder.report()
     others = [report for report in holder.reports.alive() if report.replica != own.replica]
@@ -307,7 +309,10 @@ def release_status(holder: ReleaseHolder) -> dict[str, Any]:
 
 
 def model_card(workspace: Workspace, release: Manifest) -> ModelCard:
-    """The card of a release. The figures are those of its last report, else of the validation before its last fit."""
+    """Return the model card of a release.
+
+    The metrics are those of the release's last report, or without a report, of the validation before its last fit.
+    """
     dataset = read_dataset_manifest(workspace)
     timed = dataset.times == "real" and dataset.plays > 0
     report = last_evaluation(workspace, release)
@@ -336,7 +341,7 @@ def model_card(workspace: Workspace, release: Manifest) -> ModelCard:
 
 
 def report_page(workspace: Workspace, release: Manifest) -> bytes:
-    """The HTML of a release's last report. Raises `NotFoundError` where it has none."""
+    """Return the HTML page of a release's last report. Raises `NotFoundError` if it has none."""
     report = last_evaluation(workspace, release)
     if report is None:
         raise NotFoundError(f"Release {release.id} was not evaluated; run `rayrec evaluate`")
@@ -344,7 +349,7 @@ def report_page(workspace: Workspace, release: Manifest) -> bytes:
 
 
 def last_evaluation(workspace: Workspace, release: Manifest) -> Manifest | None:
-    """The last evaluation of what a release answers with; None where there is none."""
+    """Return the last evaluation of the parts that a release answers with; None if they were not evaluated."""
 
     def is_about(report: Manifest) -> bool:
         return all(report.inputs.get(kind) == release.inputs.get(kind) for kind in ORDERING_PARTS)
@@ -356,30 +361,30 @@ def last_evaluation(workspace: Workspace, release: Manifest) -> Manifest | None:
 class Assigned:
     """A request with the settings of its arm."""
 
-    sent: RecommendationsRequest  # as its client sent it
-    request: RecommendationsRequest
-    release: LiveRelease  # that answers
+    sent: RecommendationsRequest  # as the client sent it
+    request: RecommendationsRequest  # with the settings of the arm
+    release: LiveRelease  # the release that answers
     experiment: str | None = None
     arm: str | None = None
 
 
 class Arms:
-    """The arms of an application; without an experiment the live release answers all requests as they are."""
+    """The arms of an application's experiment. Without one, the live release answers all requests unchanged."""
 
     def __init__(self, experiment: Experiment | None, releases: Mapping[str, LiveRelease]) -> None:
-        """`releases` holds those that arms name, by id."""
+        """`releases` are the releases that arms name, by id."""
         self._experiment, self._releases = experiment, releases
 
     @property
     def releases(self) -> list[LiveRelease]:
-        """Those that arms name."""
+        """The releases that arms name."""
         return list(self._releases.values())
 
     def assign(self, request: RecommendationsRequest, live: LiveRelease) -> Assigned:
-        """A request as its user's arm has it.
+        """Return a request with the settings and the release of its user's arm.
 
-        A request outside of the experiment is answered as it is: one without a stored user, or one that sets anything
-        that the arms differ in.
+        The live release answers the unchanged request if the request has no stored user, if the user is in no arm, or
+        if the request itself sets a field that any arm sets.
         """
         experiment = self._experiment
         if experiment is None or not request.user_id or request.model_fields_set & experiment.varied:
@@ -401,18 +406,18 @@ class Arms:
 class SwitchWait:
     """How to wait for the replicas."""
 
-    url: str | None = None  # of the application; None: read the replicas' reports from the workspace
-    seconds: float | None = None  # at most; None: as long as live replicas load
-    absent_seconds: float = STALE_SECONDS  # without any live replica, or any answer of the application
+    url: str | None = None  # address of the application; None: read the replicas' reports from the workspace
+    seconds: float | None = None  # maximum wait; None: no limit while live replicas load
+    absent_seconds: float = STALE_SECONDS  # maximum time without a live replica or an answer of the application
     tell: Callable[[str], None] = lambda text: None  # called with the progress whenever it changes
 
 
 def switch(workspace: Workspace, change: Callable[[], Manifest], wait: SwitchWait) -> Manifest:
-    """Run `change`, which makes another release live, and return it once all live replicas answer with it.
+    """Run `change`, which makes another release live, and return that release once all live replicas answer with it.
 
-    Raises `RayrecError` where one refuses it, none is alive, the workspace cannot be read for as long as one may be
-    silent, or the time is over, after the earlier release was restored; also where another change comes between, which
-    is then left alone.
+    Raises `RayrecError` if a replica refuses the release, if for `wait.absent_seconds` no replica is alive or the
+    workspace cannot be read, or if `wait.seconds` are over; then it makes the earlier release live again first. It also
+    raises `RayrecError` if another process changes the live release meanwhile, and leaves that change in place.
     """
     before = releases.read_active(workspace)
     release = change()
@@ -436,7 +441,7 @@ def switch(workspace: Workspace, change: Callable[[], Manifest], wait: SwitchWai
 
 
 def _read_again(read: Callable[[], T]) -> T:
-    """What `read` returns, tried up to `READ_ATTEMPTS` times where storage fails."""
+    """Return the result of `read`, which is called up to `READ_ATTEMPTS` times if storage fails."""
     for _ in range(READ_ATTEMPTS - 1):
         try:
             return read()
@@ -455,7 +460,7 @@ def _wait(workspace: Workspace, release_id: str, change: str, wait: SwitchWait) 
             if releases.read_active(workspace)["change"] != change:
                 raise RayrecError(f"another change of the live release came before all replicas had {release_id}")
             alive = watch.alive(fetch_reports(wait.url)) if wait.url else reports_of.alive()
-        except ApiUnavailableError as error:  # not there, or not yet
+        except ApiUnavailableError as error:  # the application does not run, or not yet
             problem = str(error)
         except (StorageError, OSError) as error:
             problem = f"the workspace cannot be read: {error}"
@@ -476,7 +481,7 @@ def _wait(workspace: Workspace, release_id: str, change: str, wait: SwitchWait) 
 
 
 def _missing(alive: list[Report], release_id: str, change: str) -> str:
-    """What is missing until all replicas answer with a release, empty: nothing. Raises `RayrecError` for a refusal."""
+    """Describe which replicas do not answer with a release yet; empty if all do. Raises `RayrecError` for a refusal."""
     if not alive:
         return "no application runs on this workspace"
     for report in alive:
@@ -489,9 +494,9 @@ def _missing(alive: list[Report], release_id: str, change: str) -> str:
 
 
 def fetch_reports(url: str) -> list[Report]:
-    """The reports of all replicas of an application at a URL; the key comes from the environment.
+    """Return the reports of all replicas of the application at `url`. The API key comes from the environment.
 
-    Raises `ApiUnavailableError` where it does not answer, `RayrecError` where it refuses the key.
+    Raises `ApiUnavailableError` if the application does not answer, `RayrecError` if it refuses the key.
     """
     try:
         with Client(url, retry=Retry(retries=0, timeout=ANSWER_SECONDS)) as client:

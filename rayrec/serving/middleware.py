@@ -1,4 +1,4 @@
-"""What every HTTP request passes before the routes: its id, key, media type and size, its clock, and its client."""
+"""Middleware in front of the routes: request ids, API keys, media types, body sizes, timing, and disconnects."""
 
 import asyncio
 import hmac
@@ -27,32 +27,32 @@ from rayrec.serving.telemetry import end_span, request_span, request_stages, tra
 Role = Literal["read", "write", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
 GRANTS: dict[Role, tuple[Role, ...]] = {"read": ("read",), "write": ("write",), "admin": ROLES}  # admin may do all
-VARIABLE = "RAYREC_API_KEYS"  # of the application: role:key or role+role:key, separated by commas
-SHORTEST = 16  # characters of a key
-GZIP_BYTES = 1_000  # answers at least so long are compressed, where the client takes it
+VARIABLE = "RAYREC_API_KEYS"  # environment variable of the server: role:key or role+role:key, separated by commas
+SHORTEST = 16  # minimum characters of a key
+GZIP_BYTES = 1_000  # minimum size of an answer that is compressed, if the client accepts gzip
 ID_HEADER = "X-Request-ID"
 TIMING_HEADER = "Server-Timing"
 ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
-STATIC = re.compile(r"/|/openapi\.json|/docs(/[^/]*)?")  # pages and the document of the API, which hold no data
+STATIC = re.compile(r"/|/openapi\.json|/docs(/[^/]*)?")  # pages and the OpenAPI document, which hold no data
 HEALTH = ("/healthz", "/readyz")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)
 class Keys:
-    """The digests of all keys with their roles; none: everybody may do everything."""
+    """The digests of all API keys with their roles. Without any key, every client may do everything."""
 
-    digests: tuple[tuple[bytes, Role], ...] = ()  # one entry for each role of a key
+    digests: tuple[tuple[bytes, Role], ...] = ()  # one entry per role of a key
 
     @property
     def required(self) -> bool:
-        """Whether a request needs a key."""
+        """True if requests need a key."""
         return bool(self.digests)
 
     def roles(self, authorization: str | None) -> set[Role]:
-        """The roles of an Authorization header; none for a wrong or missing key.
+        """Return the roles of the key in an Authorization header; empty for a wrong or missing key.
 
-        All digests are compared, whichever fits, so that the time does not depend on the key.
+        The key is compared with all digests, even after a match, so that the time does not depend on the key.
         """
         scheme, _, key = (authorization or "").partition(" ")
         digest = sha256(key.strip().encode("utf-8", "replace")).digest()
@@ -64,10 +64,10 @@ class Keys:
 
 
 def load_keys(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> Keys:
-    """The keys of the environment and of the config's file.
+    """Return the keys from the environment variable and from the keys file of the config.
 
-    Raises `InputError` for what does not read as keys, and where there are none though others than this
-    machine may reach the application.
+    Raises `InputError` if the file cannot be read, if an entry is not a valid key, and if there are no keys although
+    other machines can reach the application.
     """
     entries = list(_entries(environment.get(VARIABLE, "").replace(",", "\n").splitlines(), VARIABLE))
     if config.keys_file:
@@ -104,14 +104,14 @@ if TYPE_CHECKING:
 
 
 def needed_role(method: str, path: str) -> Role:
-    """The role that a key needs for a request; every path that is not named is for readers."""
+    """Return the role that a key needs for a request; `read` for every path that is not named here."""
     if path == "/v1/plays" or (method == "POST" and path == "/v1/songs"):
         return "write"
     return "admin" if method == "DELETE" or path == "/metrics" else "read"
 
 
 def needs_no_key(method: str, path: str, config: ServeConfig) -> bool:
-    """Whether a request is answered without a key, though the application has keys."""
+    """True if a request is answered without a key even when the application has keys."""
     opened = STATIC.fullmatch(path) or (config.open_health and path in HEALTH)
     return method == "GET" and bool(opened or (config.open_metrics and path == "/metrics"))
 
@@ -123,7 +123,7 @@ class Middleware:
         self._app, self._service = GZipMiddleware(app, minimum_size=GZIP_BYTES, compresslevel=5), service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or answer it with a problem."""
+        """Pass a request on to the application, or answer it with a problem."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -135,7 +135,7 @@ class Middleware:
         request_id.set(own)
         stages: dict[str, float] = {}
         request_stages.set(stages)
-        head = method == "HEAD"  # as a GET whose body is not sent
+        head = method == "HEAD"  # handled as a GET, but the body is not sent
         scope = {**scope, "method": "GET"} if head else scope
 
         async def counted(message: Message) -> None:
@@ -153,14 +153,14 @@ class Middleware:
             try:
                 await self._pass(scope, headers, receive, counted)
             except Exception as error:
-                if status:  # the answer has begun; the server logs the error and breaks the connection
+                if status:  # the answer has started; the server logs the error and closes the connection
                     status = 500
                     raise
-                # The framework would answer outside of this middleware: uncounted, and without the headers.
+                # The framework would answer outside of this middleware, without its headers and its metrics.
                 span.record_exception(error)
                 await of_error(error)(scope, receive, counted)
             finally:
-                # 499, as nginx counts it: the client went away before there was an answer.
+                # 499, as in nginx: the client disconnected before the answer.
                 route, status, seconds = _route(scope), status or 499, time.perf_counter() - began
                 self._service.metrics.answered(route, status, seconds)
                 end_span(span, method, route, status)
@@ -208,7 +208,7 @@ class Middleware:
 
 
 def _refuse_media_type(headers: Headers) -> Response | None:
-    """A problem for a body that is no plain JSON."""
+    """Return a problem if the body is not plain JSON, by its headers; else None."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", kind):
         sent = f"is {kind[:100]}" if kind else "is missing"
@@ -221,7 +221,7 @@ def _refuse_media_type(headers: Headers) -> Response | None:
 
 
 async def _read(receive: Receive, limit: int) -> bytes | None:
-    """The whole body; None where it is too long."""
+    """Return the whole body; None if it is longer than `limit` bytes."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -230,13 +230,13 @@ async def _read(receive: Receive, limit: int) -> bytes | None:
         if size > limit:
             return None
         parts.append(part)
-        if not message.get("more_body", False):  # true of a disconnect, too
+        if not message.get("more_body", False):  # a disconnect message has no more_body
             return b"".join(parts)
 
 
 async def _while_connected(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-    """Run the app on a body that was read already, and no longer than its client waits for it."""
-    gone = asyncio.ensure_future(receive())  # after the body, all that can come is the disconnect
+    """Run the app on a body that was read already; cancel it if the client disconnects."""
+    gone = asyncio.ensure_future(receive())  # after the body only a disconnect can follow
     is_body_sent = False
 
     async def replay() -> Message:
@@ -253,17 +253,17 @@ async def _while_connected(app: ASGIApp, scope: Scope, body: bytes, receive: Rec
             work.cancel()
         with suppress(asyncio.CancelledError):
             await work
-    finally:  # also where this very call is cancelled, as Serve does for a client that left its proxy
+    finally:  # also if this call itself is cancelled, as Serve does when a client disconnects from its proxy
         work.cancel()
         gone.cancel()
 
 
 def server_timing(stages: Mapping[str, float], total: float) -> str:
-    """The header of a request's stages and of all of it, seconds each, in ms."""
+    """Return the Server-Timing header, in ms, for the seconds of each stage and the total seconds of a request."""
     return ", ".join(f"{name};dur={1000 * seconds:.2f}" for name, seconds in {**stages, "total": total}.items())
 
 
 def _route(scope: Scope) -> str:
-    """The route's template, for a label: a path would make one label for each user."""
+    """Return the template of the route, for labels: with the path there would be one label per user."""
     route = scope.get("route")
     return str(getattr(route, "path", "none"))

@@ -1,7 +1,10 @@
-"""Songs that are added while a release is live: taken in by every replica within a second, until a release has them.
+"""Songs that are added while a release is live. Every replica has them within a second, until a release contains them.
 
-The store holds their metadata and the sums of what was played around their plays. A replica reads what changed since it
-looked last, places the songs as `rayrec songs add` does, and puts them beside those of its release.
+The store holds, per song, its metadata, the number of its plays and the sums of the mean vectors around these plays. A
+replica reads the changes since its last read, computes vectors of the songs as `rayrec songs add` does, and uses the
+songs in addition to those of its release.
+
+D numbers per song vector.
 """
 
 import json
@@ -30,16 +33,17 @@ from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
-LOOK_SECONDS = 0.25  # between two looks into the store
-MAX_ONLINE_SONGS = 10_000  # that no release has; each search scores all of them
-CLOSE_SECONDS = 60.0  # that a release is live before songs that it has are closed: it may be switched back until then
+LOOK_SECONDS = 0.25  # between two reads of the store
+MAX_ONLINE_SONGS = 10_000  # added songs that no release contains; each search scores all of them
+# A replica closes songs that its release contains this long after loading it, since it may be switched back before.
+CLOSE_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SongToAdd:
-    """A song as a client adds it."""
+    """A song that a client adds."""
 
     song_id: str
     title: str | None = None
@@ -47,37 +51,37 @@ class SongToAdd:
     album: str | None = None
     released: str | None = None  # YYYY-MM-DD
     markets: list[str] | None = None
-    vector: list[float] | None = None  # content
+    vector: list[float] | None = None  # content vector
 
     def to_bytes(self) -> bytes:
-        """As a store holds it beside the id."""
+        """Return the fields as a store holds them, without the id, which the store holds separately."""
         fields = {name: value for name, value in vars(self).items() if value is not None and name != "song_id"}
         return json.dumps(fields, separators=(",", ":")).encode()
 
     @classmethod
     def of(cls, song: OnlineSong) -> "SongToAdd":
-        """From what a store holds."""
+        """Make the song from the entry of a store."""
         return cls(song_id=song.song_id, **json.loads(song.data))
 
     def later(self, row: int) -> LaterSong:
-        """As it is placed, at a row."""
+        """Return the song with its row, as `SongPlacer` takes it."""
         content = None if self.vector is None else np.array(self.vector, dtype=np.float32)
         return LaterSong(row=row, artist=self.artist, album=self.album, content=content)
 
 
 @dataclass
 class _OnlineState:
-    """The songs that a replica has taken in; arrays have an entry for each number, open or not."""
+    """The added songs that a replica has read. `row_of_number` has an entry for each number, even of closed songs."""
 
-    songs: dict[int, SongToAdd] = field(default_factory=dict)  # by number, those that the release has no vector of
-    row_of_number: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    plays: dict[int, np.ndarray] = field(default_factory=dict)  # by number: float64 (1 + 2 D,), plays and sums
-    beyond: list[int] = field(default_factory=list)  # numbers of the songs beyond the catalog, by row
-    placed: AddedSongs | None = None  # without plays
+    songs: dict[int, SongToAdd] = field(default_factory=dict)  # by number: songs without a vector in the release
+    row_of_number: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # -1: no row
+    plays: dict[int, np.ndarray] = field(default_factory=dict)  # by number: float64 (1 + 2 D,), plays and vector sums
+    beyond: list[int] = field(default_factory=list)  # numbers of the songs after the catalog's last row, in row order
+    placed: AddedSongs | None = None  # vectors of `songs` before their plays move them
 
 
 class OnlineSongs:
-    """The songs that were added online, in one replica's release."""
+    """The songs that were added online, as one replica uses them with one release."""
 
     def __init__(
         self,
@@ -87,7 +91,7 @@ class OnlineSongs:
         engine: Engine,
         store: Callable[[], StateStore | None],
     ) -> None:
-        """`store` gives the store where there is one; without any no songs were added."""
+        """`store` returns the store, or None if it does not exist, so that no song can have been added."""
         self._workspace, self._catalog, self._engine, self._store = workspace, catalog, engine, store
         self._model = release.inputs["models"]
         folder = artifacts.load_manifest(workspace, "models", self._model).folder
@@ -95,33 +99,33 @@ class OnlineSongs:
         inputs = f"{folder}/{INPUT_VECTORS}"
         self._inputs = workspace.read_array(inputs) if workspace.exists(inputs) else self._outputs
         self._of_release = network_of(engine.parts.recommender).added
-        self._first, self._known = len(catalog.known), catalog.known  # of the release alone
+        self._first, self._known = len(catalog.known), catalog.known  # of the release, without added songs
         self._placer: SongPlacer | None = None
         self._version, self._state = 0, _OnlineState()
-        self._contained: list[int] = []  # numbers of open songs that the release has
+        self._contained: list[int] = []  # numbers of open songs that the release contains
         self._lock = threading.Lock()
         self._began = time.monotonic()
 
     @property
     def content_dim(self) -> int:
-        """Numbers of a content vector; 0 where the catalog has none."""
+        """Length of a content vector; 0 if the catalog has none."""
         with self._lock:
             return self._made_placer().content_dim
 
     @property
     def count(self) -> int:
-        """Songs that were taken in."""
+        """Number of added songs in use, without those that the release contains."""
         return len(self._state.songs)
 
     def add(self, songs: Sequence[SongToAdd]) -> list[bool] | None:
-        """Add songs for every replica; which ones were added: those that are known already stay as they are.
+        """Add songs for every replica; return for each song whether it was added. Known songs stay unchanged.
 
-        None, and none is added, where there would be more than MAX_ONLINE_SONGS. When this returns they are stored and
-        taken in here. Raises `StoreUnavailableError` where the store does not answer.
+        Returns None and adds no song if there would be more than MAX_ONLINE_SONGS. When this returns, the songs are
+        stored and in use here. Raises `StoreUnavailableError` if the store does not answer.
         """
         self.refresh()
         store = self._store()
-        assert store is not None  # who adds songs has it made
+        assert store is not None  # the caller has created it
         rows, online = self._catalog.find([song.song_id for song in songs]), self._number_of_row(self._state)
         new = {
             song.song_id: song.to_bytes()
@@ -140,13 +144,13 @@ class OnlineSongs:
         return {int(state.row_of_number[number]): number for number in state.songs}
 
     def refresh(self) -> None:
-        """Take in what changed. Raises `StoreUnavailableError` where the store does not answer."""
+        """Apply the changes since the last read. Raises `StoreUnavailableError` if the store does not answer."""
         with self._lock:
             store = self._store()
             if store is None:
                 return
             version, changed = store.songs_since(self._version)
-            if version < self._version:  # of a store that was emptied
+            if version < self._version:  # the store was emptied
                 version, changed = store.songs_since(0)
                 self._state = _OnlineState()
             if changed:
@@ -157,15 +161,16 @@ class OnlineSongs:
                 self._contained = []
 
     def missing(self, stored: np.ndarray) -> bool:
-        """Whether stored rows, int32, name songs that were added after the last look."""
+        """Return True if stored rows, int32, contain songs that were added after the last read."""
         late = stored[stored >= FIRST_ONLINE]
         return bool(len(late)) and int(late.max()) - FIRST_ONLINE >= len(self._state.row_of_number)
 
     def first_plays(self, steps: Sequence[Step]) -> dict[int, bytes]:
-        """What the plays of steps add to the sums of songs, by number: plays, and what was played around them.
+        """Return what the plays of `steps` add to the sums of added songs, by number, as bytes of float64 (1 + 2 D,).
 
-        It is what `FirstPlays` reads of each window with them, less that of the window before. Nothing of the log is
-        read, so a play that is put among the oldest of a window may lack neighbors.
+        They are the number of plays, and the sums of the mean vectors around these plays: what `FirstPlays` reads from
+        each window with the new plays, minus what it reads from the window before. The log is not read, so a play that
+        is inserted among the oldest of a window may lack neighbors.
         """
         number_of_row = self._number_of_row(self._state)
         rows = np.array(sorted(number_of_row), dtype=np.int64)
@@ -182,14 +187,14 @@ class OnlineSongs:
         }
 
     def _read_plays(self, users: Sequence[Plays], rows: np.ndarray) -> np.ndarray:
-        """float64 (n, 1 + 2 D): plays of each song, with the sums of outputs and of inputs around them."""
+        """Return float64 (n, 1 + 2 D): the plays of each song, and the sums of outputs and of inputs around them."""
         histories = join_plays(users)
         histories = replace(histories, songs=self._catalog.rows_of_stored(histories.songs))
         read = FirstPlays.read([histories], rows, self._outputs, self._inputs)
         return np.concatenate([read.plays[:, None], read.outputs, read.inputs], axis=1)
 
     def count_plays(self, sums: Mapping[int, bytes]) -> None:
-        """Add what `first_plays` gave to the sums in the store."""
+        """Add the result of `first_plays` to the sums in the store."""
         store = self._store()
         if store is not None:
             store.count_song_plays(self._model, sums)
@@ -240,11 +245,11 @@ class OnlineSongs:
 
         if songs is None:
             name_songs()
-        else:  # at once: an answer may hold them from then on
+        else:  # both at once, since an answer may contain the songs from then on
             self._engine.add_songs(songs if self._of_release is None else self._of_release.joined(songs), name_songs)
 
     def _made_placer(self) -> SongPlacer:
-        """Made for the first song: it passes over all vectors, and may have to learn the map from content to them."""
+        """Return the placer. It is made for the first song only, since this reads all vectors and may fit a map."""
         if self._placer is None:
             catalog = self._catalog.catalog
             ids = columns.one_array(catalog.table.column(columns.SONG_ID))
@@ -254,10 +259,10 @@ class OnlineSongs:
 
     @staticmethod
     def _with_plays(online: _OnlineState, placed: AddedSongs) -> AddedSongs:
-        """The placed songs with a vector, drawn to what was played around their first plays.
+        """Return the placed songs with a vector, after their first plays have moved their output vectors.
 
-        What the network reads of a song stays as it was before its plays, so that states are the same whenever they
-        are computed.
+        The input vectors, which the network reads, stay as they were before any play, so that network states do not
+        depend on when they are computed.
         """
         number_of_row = OnlineSongs._number_of_row(online)
         dim = placed.outputs.shape[1]
@@ -271,7 +276,7 @@ class OnlineSongs:
 
 
 def _table(songs: Sequence[SongToAdd]) -> pa.Table:
-    """Columns of a catalog."""
+    """Return songs as a table with the columns of a catalog."""
     values: dict[str, list[Any]] = {
         columns.SONG_ID: [song.song_id for song in songs],
         columns.TITLE: [song.title for song in songs],
@@ -284,10 +289,10 @@ def _table(songs: Sequence[SongToAdd]) -> pa.Table:
 
 
 class OnlineWatch:
-    """Looks for songs that were added online, again and again, in a thread of its own."""
+    """Reads songs that were added online every `LOOK_SECONDS`, in its own thread."""
 
     def __init__(self, online: Callable[[], Sequence[OnlineSongs]]) -> None:
-        """`online` gives those of the releases that answer now."""
+        """`online` returns the added songs of each release that answers now."""
         self._online, self._stop, self._failed = online, threading.Event(), False
         self._thread = threading.Thread(target=self._repeat, daemon=True)
         self._thread.start()
@@ -303,7 +308,7 @@ class OnlineWatch:
                 for online in self._online():
                     online.refresh()
                 self._failed = False
-            except Exception as error:  # a store out of reach for a while ends no watch
+            except Exception as error:  # a store that cannot be reached for a while must not end the watch
                 if not self._failed:
                     log.warning("cannot look for songs that were added online: %s", error)
                 self._failed = True

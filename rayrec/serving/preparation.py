@@ -1,4 +1,4 @@
-"""What the replicas of a node share of a release, made before they load it by a process of low priority."""
+"""Prepares what the replicas of a node share of a release, in a process of low priority, before they load it."""
 
 import os
 import subprocess
@@ -13,18 +13,20 @@ from rayrec.storage.artifacts import Manifest
 from rayrec.storage.object_storage import made_once
 from rayrec.storage.workspace import SONGS_TABLE, Workspace
 
-SMALL_RELEASE = 16_000_000  # bytes that a replica reads itself sooner than a process has started
-# The priority comes before all imports, which take most of the time of a release of medium size.
+SMALL_RELEASE = 16_000_000  # bytes; a replica reads a smaller release faster than a process starts
+# Lower the priority before the imports, which take most of the time for a release of medium size.
 COMMAND = "import os, sys; os.nice(19); from rayrec.serving.preparation import make_shared; make_shared(*sys.argv[1:])"
 
 
 def prepare(workspace: Workspace, release_id: str) -> None:
-    """Compare the files of a release with their checksums and make the table of its catalog, once for this node.
+    """Compare the files of a release with their checksums and make the shared table of its catalog, once per node.
 
-    Replicas answer meanwhile, so a process of low priority does it, whose memory is free again when it ends. Whoever
-    comes second waits for it. Nothing is done for a small release, which takes a replica less time than the process.
+    A process of low priority does this work, since replicas answer requests meanwhile; its memory is free again when it
+    ends. If another replica has started such a process, this call waits for it. A small release is skipped: loading it
+    takes a replica less time than starting the process.
 
-    Raises `NotFoundError` for an unknown release, `RayrecError` with what the process said where it fails.
+    Raises `NotFoundError` for an unknown release, and `RayrecError` with the last line of the process's error output if
+    the process fails.
     """
     release = artifacts.load_manifest(workspace, releases.KIND, release_id)
     if answering_bytes(workspace, release) < SMALL_RELEASE:
@@ -46,7 +48,7 @@ def prepare(workspace: Workspace, release_id: str) -> None:
 
 
 def make_shared(uri: str, release_id: str) -> None:
-    """The work of the process; fails with a line that says why."""
+    """Do the work of the process that `prepare` starts. Exit with an error message of one line if it fails."""
     workspace = Workspace(uri)
     try:
         release, recommender = load_parts(workspace, release_id)
@@ -56,7 +58,7 @@ def make_shared(uri: str, release_id: str) -> None:
 
 
 def answering_bytes(workspace: Workspace, release: Manifest) -> int:
-    """Bytes of the files that a replica loads of a release: the songs and the parts that answer."""
+    """Return the bytes of the files that a replica loads for a release: the songs and the parts that answer."""
     paths = [SONGS_TABLE]
     for kind in releases.ANSWERING_KINDS:
         if kind in release.inputs:

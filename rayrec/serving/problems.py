@@ -1,4 +1,4 @@
-"""Every error as RFC 9457 problem details: ours, the framework's and unexpected ones."""
+"""Answers every error as RFC 9457 problem details: errors of rayrec, of the framework, and unexpected ones."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from rayrec.serving.schemas import error_list
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 1
 
-# The id of the request at work: the client's, or a new one.
+# The id of the current request: from the client, or a new one.
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 log = logging.getLogger(__name__)
@@ -63,14 +63,14 @@ SCHEMA: dict[str, Any] = {
         "errors": [{"where": "k", "detail": "Input should be less than or equal to 1000"}],
     },
 }
-TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # as RFC 9110 names them; http.HTTPStatus is older
+TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # as in RFC 9110; http.HTTPStatus has older names
 DOCUMENTED = (400, 401, 403, 404, 413, 415, 422, 500, 503)
 
 
 def problem(
     status: int, detail: str, *, errors: list[dict[str, str]] | None = None, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """A response with an error."""
+    """Return a response with an error."""
     body: dict[str, Any] = {"type": "about:blank", "title": title(status), "status": status, "detail": detail}
     if errors:
         body["errors"] = errors
@@ -78,17 +78,17 @@ def problem(
 
 
 def title(status: int) -> str:
-    """The name of a status."""
+    """Return the name of a status."""
     return TITLES.get(status) or HTTPStatus(status).phrase
 
 
 def field_errors(error: InputError) -> list[dict[str, str]]:
-    """The field that an error is about, where it names one."""
+    """Return the field that an error names, with its detail; an empty list if it names none."""
     return [{"where": error.where, "detail": error.detail}] if isinstance(error, FieldError) else []
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Responses for the OpenAPI document."""
+    """Return the error responses with these statuses, for the OpenAPI document."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     wait = {"Retry-After": {"description": "Seconds to wait before the next attempt.", "schema": {"type": "integer"}}}
     return {
@@ -98,14 +98,14 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Answer with a problem what is wrong with a request, and our own errors; any other reaches the middleware."""
+    """Make `app` answer invalid requests and rayrec's errors with a problem; other errors reach the middleware."""
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_http)
     app.exception_handler(RayrecError)(_ours)
 
 
 def of_error(error: Exception) -> Response:
-    """The problem that an error is, also where another deployment raised it and Ray wrapped it; others are logged."""
+    """Return the problem for an error, also if Ray has wrapped it. An unexpected error is logged and becomes a 500."""
     error = getattr(error, "cause", error)
     if isinstance(error, (OverloadedError, NotReadyError, StoreUnavailableError)):
         return problem(503, str(error), headers={"Retry-After": str(RETRY_AFTER_S)})

@@ -1,4 +1,4 @@
-"""From what a request holds to what the engine takes: rows instead of ids, one time line, one moment."""
+"""Converts requests into input of the engine: song rows instead of ids, plays in time order, one moment."""
 
 import binascii
 import json
@@ -37,27 +37,27 @@ _NO_SONGS = np.zeros(0, np.int32)
 
 @dataclass(frozen=True, kw_only=True)
 class UserQuery:
-    """One user's plays in the rows of a release, and the moment that the request is for."""
+    """One user's plays, as song rows of a release, and the moment that the request is for."""
 
     songs: np.ndarray  # int32 (P,), known songs only, in time order
     played_at: np.ndarray  # int64 (P,), ms UTC
     contexts: np.ndarray  # int32 (P,), bit sets
     skipped: np.ndarray  # bool (P,)
     at: int  # ms UTC
-    unknown: int = 0  # songs that are not in the catalog
-    earlier: int = 0  # plays of a stored user before these
-    earlier_songs: np.ndarray = field(default_factory=lambda: _NO_SONGS)  # int32, the songs of those plays
-    states: States | None = None  # of a stored user, after all plays
-    likes: Histories | None = None  # of a stored user: the songs liked, and when
+    unknown: int = 0  # number of songs that are not in the catalog
+    earlier: int = 0  # number of a stored user's plays before `songs`
+    earlier_songs: np.ndarray = field(default_factory=lambda: _NO_SONGS)  # int32 (any,), songs of those plays
+    states: States | None = None  # network state of a stored user after all plays
+    likes: Histories | None = None  # songs that a stored user liked, with the times
 
     @property
     def plays(self) -> int:
-        """All plays of known songs."""
+        """Number of all plays of known songs."""
         return self.earlier + len(self.songs)
 
 
 def read_history(history: Sequence[Play | str], moment: int | None, catalog: ServedCatalog) -> UserQuery:
-    """The history of a request. Raises `InputError` for times that are not for all plays, or after the request."""
+    """Return the query of a history. Raises `InputError` if only some plays have times, or one is after the request."""
     plays = [play if isinstance(play, Play) else Play.model_construct(song_id=play) for play in history]
     rows = catalog.find([play.song_id for play in plays])
     played_at, at = _times(plays, moment)
@@ -74,7 +74,10 @@ def read_history(history: Sequence[Play | str], moment: int | None, catalog: Ser
 
 
 def read_stored(user: StoredUser | None, moment: int | None) -> UserQuery:
-    """A stored user's plays. Raises `InputError` for a moment before the last of them: a state does not go back."""
+    """Return the query of a stored user; None is a user without plays.
+
+    Raises `InputError` if `moment` is before the user's last play, since a network state cannot go back in time.
+    """
     if user is None:
         at = now_ms() if moment is None else moment
         return UserQuery(songs=_NO_SONGS, played_at=_NO_SONGS, contexts=_NO_SONGS, skipped=_NO_SONGS, at=at)
@@ -96,34 +99,34 @@ def read_stored(user: StoredUser | None, moment: int | None) -> UserQuery:
 def read_query(
     request: UserOrHistory, user: StoredUser | None, moment: int | None, catalog: ServedCatalog
 ) -> UserQuery:
-    """The plays of a request's user, or of its history. Raises `InputError` as the reader of either does."""
+    """Return the query of a request. Raises `InputError` as `read_stored` or `read_history` does."""
     return read_stored(user, moment) if request.user_id else read_history(request.history, moment, catalog)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the songs of an answer stand in their ranking."""
+    """The part of a ranking that one answer contains."""
 
     request: str  # digest of the request, the same for all its pages
-    k: int  # songs of the answer
-    first: int = 0  # songs of the ranking before those of the answer
+    k: int  # number of songs in the answer
+    first: int = 0  # number of songs in the ranking before those of the answer
     at: int | None = None  # ms UTC, the moment of the first answer
 
     @property
     def end(self) -> int:
-        """Songs of the ranking up to the last of the answer."""
+        """Number of songs of the ranking up to and including the last song of the answer."""
         return self.first + self.k
 
     def next(self, songs: int, at: int | None = None) -> str:
-        """The cursor for what comes after so many songs."""
+        """Return the cursor for the songs that follow the first `songs` songs of this answer."""
         text = json.dumps([self.request, self.first + songs, at])
         return urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
 def read_place(request: RecommendationsRequest | SongsQuery) -> Place:
-    """The place that the cursor of a request names. Raises `FieldError` for a cursor that is not of this request."""
+    """Return the place that a request's cursor names. Raises `FieldError` if the cursor is not from this request."""
     history = request.history if isinstance(request, UserOrHistory) else []
-    songs = [play.song_id if isinstance(play, Play) else play for play in history]  # to dump the plays takes long
+    songs = [play.song_id if isinstance(play, Play) else play for play in history]  # faster than dumping the plays
     text = "\n".join([request.model_dump_json(exclude={"k", "cursor", "explain", "history"}), *songs])
     digest = sha256(text.encode()).hexdigest()[:16]
     if request.cursor is None:
@@ -143,11 +146,11 @@ def read_place(request: RecommendationsRequest | SongsQuery) -> Place:
 def read_options(
     request: RecommendationsRequest, query: UserQuery, place: Place, catalog: ServedCatalog
 ) -> tuple[AnswerOptions, int]:
-    """What to recommend at a place, and how many songs of `exclude` and `allow` are not in the catalog.
+    """Return the options of an answer, and the number of songs of `exclude` and `allow` that are not in the catalog.
 
-    The options are for the songs before it, too, and for one song behind it where another page may follow. Raises
-    `InputError` for days that do not exist, for attributes that the catalog does not hold, and for a page beyond the
-    first 1,000 songs, or of an answer with diversity or explore.
+    The options ask for all songs up to the end of `place`, and for one more if another page may follow. Raises
+    `InputError` for days that do not exist, for attributes that no song of the catalog has, for a page beyond the first
+    1,000 songs, and for a second page of an answer with diversity or explore.
     """
     if place.first and request.explore:
         raise FieldError("cursor", "an answer with explore has no further pages; leave out cursor or explore")
@@ -172,7 +175,7 @@ def read_options(
 
 
 def read_song(song: AddedSong, place: int) -> SongToAdd:
-    """A song as stores hold it. Raises `FieldError` for a release day that is not in the calendar."""
+    """Convert the song at index `place` of a request. Raises `FieldError` if its release day does not exist."""
     parse_day(song.released, f"songs.{place}.released")
     return SongToAdd(
         song_id=song.song_id,
@@ -186,7 +189,7 @@ def read_song(song: AddedSong, place: int) -> SongToAdd:
 
 
 def read_songs_to_rank(request: RankRequest, catalog: ServedCatalog) -> AnswerOptions:
-    """Options that put the songs of a request in order that have a vector, heard or not."""
+    """Return options that rank the songs of a request, heard or not. Songs without a vector are left out."""
     rows = np.unique(catalog.find(request.songs))
     rows = rows[rows >= 0]
     rows = rows[catalog.embedded(rows)]
@@ -194,7 +197,7 @@ def read_songs_to_rank(request: RankRequest, catalog: ServedCatalog) -> AnswerOp
 
 
 def _allowed(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[SongSet | None, int]:
-    """The songs that may be recommended, None for all; and how many of `allow` are unknown."""
+    """Return the songs that may be recommended, None for all; and the number of unknown songs in `allow`."""
     fitting = fitting_songs(request, catalog)
     if request.allow is None:
         return fitting, 0
@@ -203,7 +206,7 @@ def _allowed(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[S
 
 
 def fitting_songs(filters: SongFilters, catalog: ServedCatalog) -> SongSet | None:
-    """The songs that filters let through, None for all. Raises `FieldError` for values that fit no song."""
+    """Return the songs that pass the filters, None for all. Raises `FieldError` for a value that no song can have."""
     attributes = SongAttributes(
         artists=tuple(sorted(set(filters.artists))),
         released_from=parse_day(filters.released_from, "released_from"),
@@ -214,7 +217,7 @@ def fitting_songs(filters: SongFilters, catalog: ServedCatalog) -> SongSet | Non
 
 
 def query_histories(queries: Sequence[UserQuery]) -> Histories:
-    """The plays of queries, a row each."""
+    """Return the plays of queries, one row per query."""
 
     def together(parts: list[np.ndarray]) -> np.ndarray:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)  # most requests are about one user
@@ -231,7 +234,7 @@ def query_histories(queries: Sequence[UserQuery]) -> Histories:
 
 
 def _likes_of(queries: Sequence[UserQuery]) -> Histories | None:
-    """The likes of queries, a row each; None where there are none."""
+    """Return the likes of queries, one row per query; None if there are no likes."""
     if not any(query.likes is not None and query.likes.num_plays for query in queries):
         return None
     nothing = Histories.from_lists([[]], [[]])
@@ -239,7 +242,10 @@ def _likes_of(queries: Sequence[UserQuery]) -> Histories | None:
 
 
 def read_plays(sent: Sequence[NewPlay], catalog: ServedCatalog) -> tuple[dict[str, list[int]], dict[str, UserPlays]]:
-    """The places among those sent, and the plays and likes, of each user; without those of unknown songs."""
+    """Group plays and likes by user, without those of unknown songs.
+
+    Returns two mappings by user id: to the indices of the user's entries in `sent`, and to the plays and likes.
+    """
     rows, now = catalog.find([play.song_id for play in sent]), now_ms()
     times = np.array([now if play.played_at is None else play.played_at for play in sent], dtype=np.int64)
     places: dict[str, list[int]] = {}
@@ -263,9 +269,9 @@ def read_plays(sent: Sequence[NewPlay], catalog: ServedCatalog) -> tuple[dict[st
 
 
 def moment_after(latest: int, moment: int | None) -> int:
-    """ms UTC: the moment of a request about a user who played last at `latest`, by default now.
+    """Return the moment, in ms UTC, of a request about a user whose last play was at `latest`. The default is now.
 
-    Raises `InputError` for one before that play.
+    Raises `InputError` if `moment` is before that play.
     """
     if moment is None:
         return max(now_ms(), latest)  # a client's clock may run ahead of ours
@@ -275,7 +281,7 @@ def moment_after(latest: int, moment: int | None) -> int:
 
 
 def _times(plays: Sequence[Play], at: int | None) -> tuple[np.ndarray, int]:
-    """int64 (P,), ms UTC: when each was played, and the moment of the request."""
+    """Return when each play was played, int64 (P,), and the moment of the request, both in ms UTC."""
     times = [play.played_at for play in plays if play.played_at is not None]
     if times and len(times) < len(plays):
         detail = f"{len(times)} of {len(plays)} plays have a played_at; give it for all of them or for none"
@@ -285,7 +291,7 @@ def _times(plays: Sequence[Play], at: int | None) -> tuple[np.ndarray, int]:
         return moment - ASSUMED_GAP_MS * np.arange(len(plays) - 1, -1, -1, dtype=np.int64), moment
     played_at = np.array(times, dtype=np.int64)
     latest = int(played_at.max())
-    # A client's clock may run ahead of ours: without a moment of its own the request comes after its plays.
+    # A client's clock may run ahead of ours: a request without a moment is never before its own plays.
     moment = max(now_ms(), latest) if at is None else at
     if moment < latest:
         raise FieldError("at", "a song was played after the moment of the request; leave such plays out")
@@ -293,7 +299,7 @@ def _times(plays: Sequence[Play], at: int | None) -> tuple[np.ndarray, int]:
 
 
 def play_contexts(contexts: Sequence[str], catalog: ServedCatalog) -> int:
-    """The bit set of contexts by their names; names that the data set does not have are left out."""
+    """Return the bit set of the named contexts; names that the data set does not have are ignored."""
     bits = 0
     for name in contexts:
         if name in catalog.contexts:

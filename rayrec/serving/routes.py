@@ -1,4 +1,4 @@
-"""The HTTP application: a plain FastAPI app around a service, with or without Ray around it."""
+"""The HTTP application: a plain FastAPI app around a service, which runs with or without Ray."""
 
 from base64 import b64encode
 from collections.abc import Callable
@@ -55,7 +55,7 @@ from rayrec.serving.serve_config import MAX_K, ServeConfig
 from rayrec.serving.service import Service
 
 PAGE = "page.html"
-# Nothing from elsewhere, nothing sent elsewhere, no frame around it, and no script or style but those in the page.
+# The page has no contact with other hosts, cannot be framed, and runs only the script and style that it contains.
 POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -74,13 +74,13 @@ DOCS = """<!doctype html>
 """
 DOCS_SCRIPT = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", persistAuthorization: false});'
 DOCS_FILES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
-# Swagger UI sets styles of its own and draws its icons from data.
+# Swagger UI sets inline styles and draws its icons from data: URLs.
 DOCS_HEADERS = {
     **HEADERS,
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
-# A report holds no script; its bars are styled one by one.
+# A report has no script; its bars have inline styles.
 REPORT_HEADERS = {
     **HEADERS,
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
@@ -103,26 +103,26 @@ AtQuery = Annotated[Moment | None, Query(description="ISO 8601 with a zone, or u
 
 
 def page(service: Service) -> APIRouter:
-    """The page and the documentation. They hold no data and need no key; both let their reader enter one."""
+    """Routes of the page and the API documentation. They hold no data and need no key; a key can be entered in both."""
     router = APIRouter(include_in_schema=False)
     content = files("rayrec.serving").joinpath(PAGE).read_bytes()
     headers = {**HEADERS, "Content-Security-Policy": policy(content.decode())}
 
     @router.get("/")
     async def read() -> Response:
-        """The page."""
+        """Return the page."""
         return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
     static = files("fastapi_offline").joinpath("static")
 
     @router.get("/docs")
     async def docs() -> Response:
-        """Swagger UI over /openapi.json."""
+        """Return Swagger UI for /openapi.json."""
         return Response(DOCS, media_type="text/html; charset=utf-8", headers=DOCS_HEADERS)
 
     @router.get("/docs/{name}")
     async def docs_file(name: str) -> Response:
-        """A file of Swagger UI, from the package fastapi-offline."""
+        """Return a file of Swagger UI, from the package fastapi-offline."""
         if name == "start.js":
             return Response(DOCS_SCRIPT, media_type="text/javascript", headers=DOCS_HEADERS)
         if name not in DOCS_FILES:
@@ -133,7 +133,7 @@ def page(service: Service) -> APIRouter:
 
 
 def policy(html: str) -> str:
-    """The content security policy of a page with one script and one style: it names them by their digests."""
+    """Return the content security policy of a page. It allows the page's one script and one style by their digests."""
 
     def digest(tag: str) -> str:
         inside = html.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0]
@@ -143,16 +143,16 @@ def policy(html: str) -> str:
 
 
 class AnyId(Convertor[str]):
-    """An id in a path: any characters, slashes and line breaks too."""
+    """Convertor for an id in a path: any characters, including slashes and line breaks."""
 
     regex = r"[\s\S]+"
 
     def convert(self, value: str) -> str:
-        """The id as it is."""
+        """Return the id unchanged."""
         return value
 
     def to_string(self, value: str) -> str:
-        """The id as it is."""
+        """Return the id unchanged."""
         return value
 
 
@@ -160,16 +160,16 @@ register_url_convertor("any_id", AnyId())
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application. Endpoints need a key where the service has any, and every error is a problem."""
+    """Create the application. Endpoints need a key if the service has keys; every error is an RFC 9457 problem."""
     from importlib.metadata import version
 
-    # Not FastAPI's own pages: they load scripts from other machines.
+    # FastAPI's own documentation pages are off, since they load scripts from other hosts.
     app = FastAPI(title="rayrec", version=version("rayrec"), description=ABOUT, docs_url=None, redoc_url=None)
     for router in ROUTERS:
         app.include_router(router(service))
     add_handlers(app)
     app.add_middleware(Middleware, service=service)
-    if service.config.cors_origins:  # before the keys: a browser asks without one whether it may send it
+    if service.config.cors_origins:  # before the key check: a browser's preflight has no key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=service.config.cors_origins,
@@ -182,44 +182,55 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _recommendations_router(service: Service) -> APIRouter:
-    """Recommendations and taste vectors of given histories."""
+    """Routes of recommendations, rankings and taste vectors."""
     router = APIRouter(prefix="/v1", tags=["recommendations"], responses=documented(*DOCUMENTED))
 
     @router.post("/recommendations", response_model=Recommendations)
     async def recommend(request: RecommendationsRequest) -> Response:
-        """Recommend songs to one user."""
+        """Recommend songs to one user: a stored user or the user of a given history."""
         return as_json((await service.recommend(service.live, [request]))[0])
 
     @router.post("/recommendations/batch", response_model=RecommendationsBatch)
     async def recommend_batch(request: BatchRequest) -> Response:
-        """Recommend songs to many users, all by one release. A bad request fails alone."""
+        """Recommend songs to many users.
+
+        All answers are from one release, unless arms of an experiment name others. An invalid request gets an error
+        entry; the other requests are answered.
+        """
         live = service.live
         answers = await service.recommend(live, request.requests, alone=True)
         return as_json(RecommendationsBatch.model_construct(release=live.id, answers=answers))
 
     @router.post("/rank", response_model=RankedSongs)
     async def rank(request: RankRequest) -> Response:
-        """Put given songs in order for one user. Every song that the release knows comes once, heard or not."""
+        """Rank given songs for one user.
+
+        The answer contains every song that the release can score, once, whether the user has heard it or not.
+        """
         return as_json(await service.rank(service.live, request))
 
     @router.post("/tastes", response_model=Tastes)
     async def tastes(request: TastesRequest) -> Response:
-        """Compute the taste vectors of many users. A bad entry fails alone."""
+        """Compute the taste vectors of many histories.
+
+        An invalid history gets an error entry; the other histories are answered.
+        """
         return as_json(await service.tastes(service.live, request.users))
 
     return router
 
 
 def _users_router(service: Service) -> APIRouter:
-    """Stored users."""
+    """Routes of stored users."""
     router = APIRouter(prefix="/v1", tags=["users"], responses=documented(*DOCUMENTED))
 
     @router.post("/plays", response_model=PlaysTaken)
     async def plays(request: SentPlays) -> Response:
-        """Store one play or many, of any users; the next answer for a user reflects them.
+        """Store one or more plays, skips or likes of any users. The next answer for a user reflects them.
 
-        Plays may be sent again with the same event ids, and out of order: those among a user's latest 64 to 128 are
-        inserted by their time, older ones are rejected. An invalid play of many fails alone.
+        Plays may arrive out of order: a play among the latest 64 to 128 of its user is inserted by its time, an older
+        one is rejected. A play that is sent again with the same event id counts once. In a list of plays, an invalid
+        one does not affect the others.
         """
         return as_json(await service.take_plays(service.live, request.plays))
 
@@ -245,10 +256,10 @@ def _users_router(service: Service) -> APIRouter:
 
     @router.delete("/users/{user_id:any_id}", status_code=204, response_class=Response)
     async def forget(user_id: UserPath) -> Response:
-        """Delete a user, known or not.
+        """Delete a user. Deleting an unknown user is not an error.
 
-        From the answer on the user is unknown, and plays from before this moment are rejected; later plays are those of
-        a new user. `rayrec compact` erases the user's rows from the files of the workspace.
+        After the answer, the user is unknown. Plays from before the deletion are rejected, and later plays belong to a
+        new user. `rayrec compact` erases the user's rows from the files of the workspace.
         """
         await service.forget(service.live, user_id)
         return Response(status_code=204)
@@ -257,7 +268,7 @@ def _users_router(service: Service) -> APIRouter:
 
 
 def _songs_router(service: Service) -> APIRouter:
-    """The songs of the catalog."""
+    """Routes of the songs of the catalog."""
     router = APIRouter(prefix="/v1", tags=["songs"], responses=documented(401, 403, 422, 500, 503))
 
     @router.get("/songs", response_model=SongMatches)
@@ -267,10 +278,10 @@ def _songs_router(service: Service) -> APIRouter:
 
     @router.post("/songs", response_model=SongsAdded, responses=documented(400, 413, 415, 507))
     async def add(request: SentSongs) -> Response:
-        """Add one song or many until the next release, all or none; every replica recommends them within a second.
+        """Add one or more songs without a new release: either all or none. Every replica has them within a second.
 
-        The initial embedding comes from artist, album and content and is updated by the first plays, as in
-        `rayrec songs add`. The next release that has the song replaces it.
+        The initial embedding of a song is computed from its artist, album and content vector, and updated by its first
+        plays, as in `rayrec songs add`. The first release that contains the song replaces it.
         """
         return as_json(await service.add_songs(service.live, request.songs))
 
@@ -281,45 +292,45 @@ def _songs_router(service: Service) -> APIRouter:
 
     @router.get("/songs/new", response_model=NewSongs, responses=documented(404))
     async def new(query: Annotated[SongsQuery, Query()]) -> Response:
-        """List the newest songs: first played recently, or added to the release."""
+        """List the newest songs: added songs without plays, then the others by their first play, latest first."""
         return as_json(await service.new_songs(service.live, query))
 
     @router.get("/songs/{song_id:any_id}/similar", response_model=SimilarSongs, responses=documented(404))
     async def similar(song_id: SongPath, k: Count = 20) -> Response:
-        """Get songs like a song."""
+        """Get the songs most similar to a song."""
         return as_json(await service.similar_songs(service.live, song_id, k))
 
     @router.post("/map", response_model=SongPlaces, responses=documented(400, 413, 415))
     async def place(request: MapRequest) -> Response:
-        """Place songs on a map."""
+        """Get the positions of songs on a map, where similar songs are close together."""
         return as_json(await service.map_songs(service.live, request.songs))
 
     return router
 
 
 def _operations_router(service: Service) -> APIRouter:
-    """The state of the application."""
+    """Routes of health, release and metrics."""
     router = APIRouter(tags=["operations"], responses=documented(401, 403, 500))
 
     @router.get("/healthz", response_model=Health)
     async def healthz() -> Response:
-        """Answer whenever the replica is alive."""
+        """Check that the replica is alive."""
         return as_json(Health())
 
     @router.get("/readyz", response_model=Health, responses=documented(503))
     async def readyz() -> Response:
-        """Answer with the release where the replica has one loaded, else 503."""
+        """Check that the replica has loaded a release. The status is 503 if not."""
         return as_json(Health(release=service.live.id))
 
     @router.get("/v1/release", response_model=ReleaseStatus)
     async def release() -> Response:
-        """Show which release answers, here and in all replicas."""
-        # A look into the workspace, which may be a bucket far away.
+        """Get the release that answers, in this replica and in all others."""
+        # In another thread, since it reads the workspace, which may be a remote bucket.
         return as_json(ReleaseStatus(**await run_in_threadpool(release_status, service.holder)))
 
     @router.get("/v1/release/card", response_model=ModelCard)
     async def card() -> Response:
-        """Show what answers, what it was made from and how well it does."""
+        """Get the model card of the release: its parts, its data and its metrics."""
         return as_json(await run_in_threadpool(service.card, service.live))
 
     @router.get(
@@ -328,13 +339,13 @@ def _operations_router(service: Service) -> APIRouter:
         responses={200: {"content": {"text/html": {}}}, **documented(404)},
     )
     async def report() -> Response:
-        """Show the last evaluation of the release."""
+        """Get the report of the last evaluation of the release, as HTML."""
         content = await run_in_threadpool(service.report, service.live)
         return Response(content, media_type="text/html; charset=utf-8", headers=REPORT_HEADERS)
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        """Show the metrics of this replica for Prometheus."""
+        """Get the metrics of this replica in the text format of Prometheus."""
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
 
     return router
@@ -344,7 +355,7 @@ ROUTERS: tuple[Router, ...] = (_recommendations_router, _users_router, _songs_ro
 
 
 def _openapi(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
-    """The document with our own errors, the key and the role of each operation in it."""
+    """Return the OpenAPI document, with the Problem schema and the key and role that each operation needs."""
     if not app.openapi_schema:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         parts = document.setdefault("components", {})

@@ -1,7 +1,7 @@
-"""`rayrec serve`: the application on this machine, behind HAProxy, on a Ray of its own.
+"""`rayrec serve`: runs the application on this machine, behind HAProxy, in its own Ray instance.
 
-Behind HAProxy a request through Serve costs about what bare uvicorn does, a quarter of what Serve's own proxy takes.
-On loopback every port of every process is checked before the application counts as started, and while it runs.
+Behind HAProxy a request to Serve costs about as much as with uvicorn alone, and a quarter of the cost with Serve's own
+proxy. On loopback every port of every process is checked before the application counts as started and while it runs.
 """
 
 import csv
@@ -30,42 +30,44 @@ from rayrec.serving.serve_config import LOOPBACK, ServeConfig, is_loopback
 from rayrec.serving.telemetry import AccessLog
 from rayrec.storage.workspace import Workspace
 
-NAME = "rayrec"  # of the application in Serve
-# Above those of Ray's workers, below those of Serve's replicas and those that Linux gives to whoever asks for any.
+NAME = "rayrec"  # name of the application in Serve
+# Above the ports of Ray's workers, below those of Serve's replicas and the ephemeral ports of Linux.
 PORTS = range(20_000, 30_000)
-DRAIN_SECONDS = 2  # that Serve waits at least before it ends a replica
-REQUEST_SECONDS = 30  # for the requests at work when the application ends
-SETTLE_SECONDS = 3.0  # for sockets that are open for a moment only
-CHECK_SECONDS = (1.0,) * 60 + (60.0,)  # between checks of ports; the last goes on
-ADMIN_SOCKET = "admin"  # HAProxy's, in a folder that Serve names by the id of the node
+DRAIN_SECONDS = 2  # minimum time that Serve waits before it ends a replica
+REQUEST_SECONDS = 30  # maximum time for requests in progress when the application ends
+SETTLE_SECONDS = 3.0  # time after which an open port is an error: some sockets are open only for a moment
+CHECK_SECONDS = (1.0,) * 60 + (60.0,)  # between checks of ports; the last value repeats
+ADMIN_SOCKET = "admin"  # HAProxy's admin socket, in a folder that Serve names after the id of the node
 NODE_ID_DIGITS = 56
-SOCKET_PATH_BYTES = 97  # at most, of a socket that HAProxy listens on
-# How Serve runs, here and on a cluster, whose image (cluster/Dockerfile) sets the same; a test compares them.
+SOCKET_PATH_BYTES = 97  # maximum length of the path of a socket that HAProxy listens on
+# Settings of Serve. The image for clusters (cluster/Dockerfile) has the same settings; a test compares them.
 SERVE_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_WAIT_POLICY": "PASSIVE",
-    "RAY_worker_niceness": "0",  # else Ray's workers, replicas among them, give way to everything else
+    "RAY_worker_niceness": "0",  # by default Ray's workers, replicas included, have low priority
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_SECONDS),
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(REQUEST_SECONDS),
     "RAY_SERVE_HAPROXY_NBTHREAD": "2",
-    # A request whose replica dies goes to another one: all of ours may be sent twice.
+    # If a replica dies, HAProxy sends its request to another one: every request of this API may be sent twice.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three that fail, and a new HAProxy is started
-    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a line of log a request that Serve's Python would read; we count
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # after three failures Serve starts a new HAProxy
+    # Otherwise Serve reads one log line per request in Python; rayrec has its own metrics.
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
 }
 
 
 @contextmanager
 def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
-    """The URL of the application, which runs until the block ends.
+    """Run the application until the block ends; `with running(...) as url` gives its URL.
 
-    To be called in the main thread; the caller's handler of SIGTERM stays, but while Ray starts SIGTERM raises
-    `KeyboardInterrupt`. Raises `InputError` where keys are missing, the port is taken, the access log cannot be
-    written or the folder for temporary files has too long a path, `RayrecError` where Ray or Serve cannot start it.
+    Must be called in the main thread. The caller's handler of SIGTERM stays in place, but while Ray starts, SIGTERM
+    raises `KeyboardInterrupt`. Raises `InputError` if keys are missing, the port is taken, the access log cannot be
+    written, or the path of the folder for temporary files is too long. Raises `RayrecError` if Ray or Serve cannot
+    start the application, or if it should be for this machine only and a port is open to other machines.
     """
-    load_keys(config)  # before anything starts
+    load_keys(config)  # raises before anything starts
     if config.access_log:
         AccessLog(config.access_log).close()
     require_known_ray()
@@ -83,16 +85,16 @@ def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
 
 
 def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
-    """What Ray and Serve read as they are imported; `folder` is for HAProxy's files."""
+    """Return the environment variables that Ray and Serve read when imported; `folder` is for HAProxy's files."""
     figures, statistics, fallback = [port for port in free_ports(4) if port != config.port][:3]
     settings = {
         **SERVE_SETTINGS,
-        # As on a laptop: Ray's node is 127.0.0.1, and all its servers listen there.
+        # "0" as on a laptop: the address of Ray's node is 127.0.0.1, and all its servers listen there.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if is_loopback(config.host) else "1",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(figures),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
-        "RAY_SERVE_HAPROXY_LOG_TARGET": str(folder / "log.sock"),  # where nobody reads: no UDP port is opened
+        "RAY_SERVE_HAPROXY_LOG_TARGET": str(folder / "log.sock"),  # unread: avoids an open UDP port
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / ADMIN_SOCKET),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
@@ -103,7 +105,10 @@ def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
 
 
 def _haproxy_folder() -> Path:
-    """A new folder for HAProxy's files, for its owner alone, in the one where Ray has its own."""
+    """Create a folder for HAProxy's files, which only its owner can access, in the folder of Ray's temporary files.
+
+    Raises `InputError` if its path is too long for HAProxy's socket.
+    """
     parent = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
     os.makedirs(parent, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="rayrec-", dir=parent))
@@ -118,7 +123,7 @@ def _haproxy_folder() -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, nor will by chance: Ray's processes take any that the system gives them."""
+    """Return ports that no process listens on, outside of the range from which the system gives ports to processes."""
     ports: list[int] = []
     for port in SystemRandom().sample(PORTS, len(PORTS)):
         with socket.socket() as probe, suppress(OSError):
@@ -130,7 +135,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def require_free(host: str, port: int) -> None:
-    """Raise `InputError` where nothing can listen on an address."""
+    """Raise `InputError` if no server can listen on a host and port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -143,8 +148,10 @@ def require_free(host: str, port: int) -> None:
 
 
 def open_listeners(pid: int | None = None) -> list[str]:
-    """Address, port and process of every port of a process, this one unless given, and its children that is reached
-    from other machines, or may be: a process that may not be looked into counts."""
+    """List the ports of a process and its children that other machines can reach, with address and process name.
+
+    `pid` is the process; None is this one. A process whose ports may not be read is listed too: it may have open ports.
+    """
     command, reached = psutil.Process(pid), []
     for process in [command, *command.children(recursive=True)]:
         try:
@@ -155,7 +162,7 @@ def open_listeners(pid: int | None = None) -> list[str]:
                 if process.status() != psutil.STATUS_ZOMBIE:
                     reached.append(f"unknown ports of process {process.pid} ({process.name()}): access denied")
             continue
-        except psutil.NoSuchProcess:  # it has just ended; a zombie counts as such
+        except psutil.NoSuchProcess:  # it has just ended; psutil raises this for a zombie too
             continue
         for connection in connections:
             listens = connection.status == psutil.CONN_LISTEN or (
@@ -167,8 +174,10 @@ def open_listeners(pid: int | None = None) -> list[str]:
 
 
 def require_loopback(pid: int | None = None) -> None:
-    """Raise `RayrecError` where a port of a process, this one unless given, or of its children stays open to other
-    machines for `SETTLE_SECONDS`."""
+    """Raise `RayrecError` if a port of a process or its children stays open to other machines for `SETTLE_SECONDS`.
+
+    `pid` is the process; None is this one.
+    """
     deadline = time.monotonic() + SETTLE_SECONDS
     while reached := open_listeners(pid):
         if time.monotonic() > deadline:
@@ -180,9 +189,9 @@ def require_loopback(pid: int | None = None) -> None:
 
 
 def wait_for_interrupt(host: str) -> NoReturn:
-    """Wait until `KeyboardInterrupt`, with the ports checked by `require_loopback` where `host` is loopback.
+    """Wait until `KeyboardInterrupt`. If `host` is loopback, check the ports with `require_loopback` repeatedly.
 
-    Processes of Ray that start late, or again, open ports too. Raises `RayrecError` where one stays open.
+    Ray processes that start late, or restart, open ports too. Raises `RayrecError` if a port stays open.
     """
     pauses = chain(CHECK_SECONDS, repeat(CHECK_SECONDS[-1]))
     while True:
@@ -192,10 +201,10 @@ def wait_for_interrupt(host: str) -> NoReturn:
 
 
 def _finish_requests(folder: Path) -> None:
-    """Have HAProxy take no more connections, and wait for the requests at work: Serve itself would cut them off.
+    """Make HAProxy accept no more connections, and wait for the requests in progress, which Serve would cut off.
 
-    `folder` holds its admin socket. A soft stop would wait for idle connections too, and Serve replaces a HAProxy that
-    ends within 3 seconds.
+    `folder` holds HAProxy's admin socket. A soft stop of HAProxy does not work here: it also waits for idle
+    connections, and Serve replaces a HAProxy that has been stopping for 3 seconds.
     """
     for path in folder.rglob(ADMIN_SOCKET):
         with suppress(OSError):
@@ -209,7 +218,7 @@ def _finish_requests(folder: Path) -> None:
 
 
 def _statistics(path: Path) -> list[dict[str, str]]:
-    """A row for each frontend, backend and server of the HAProxy whose admin socket this is."""
+    """Return one row per frontend, backend and server of HAProxy; `path` is its admin socket."""
     return list(csv.DictReader(_ask_haproxy(path, "show stat").splitlines()))
 
 
@@ -234,7 +243,7 @@ def _application(workspace: Workspace, config: ServeConfig, folder: Path) -> Ite
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     quiet = LoggingConfig(log_level=logging.ERROR, enable_access_log=False)
-    # Reserved CPUs are for the scheduler of a cluster; here all replicas share what there is.
+    # Reserved CPUs are for the scheduler of a cluster; here all replicas share the CPUs of the machine.
     reserved = config.cpus * max(config.replicas, config.max_replicas)
     cpus = max(os.cpu_count() or 1, math.ceil(reserved))
     own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
@@ -242,21 +251,21 @@ def _application(workspace: Workspace, config: ServeConfig, folder: Path) -> Ite
     try:
         try:
             ray.init(**own, logging_level=logging.ERROR, log_to_driver=False)
-        except SystemExit as error:  # from Ray's handler of SIGTERM, which it sets first
+        except SystemExit as error:  # from the SIGTERM handler that Ray sets first
             raise KeyboardInterrupt from error
         except Exception as error:
             raise ray_not_started(error) from error
         finally:
-            signal.signal(signal.SIGTERM, handler)  # Ray's last one dumps the stack and aborts
+            signal.signal(signal.SIGTERM, handler)  # the handler that Ray leaves dumps the stack and aborts
         serve.start(http_options={"host": config.host, "port": config.port}, logging_config=quiet)
         arguments = {**to_mapping(config), "workspace": workspace.root if workspace.is_local else workspace.uri}
         serve.run(build(arguments), name=NAME, logging_config=quiet)
         yield
         _finish_requests(folder)
     finally:
-        # Ray prints on stdout that the controller has ended, and at times raises it.
+        # Ray prints on stdout that the controller has ended, and sometimes raises it as an error.
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            if ray.is_initialized():  # else Serve would start Ray
+            if ray.is_initialized():  # otherwise Serve would start Ray
                 with suppress(RayError):
                     serve.shutdown()
             ray.shutdown()

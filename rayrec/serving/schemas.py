@@ -1,4 +1,4 @@
-"""Requests and answers, as the OpenAPI document shows them."""
+"""Models of requests and answers. The OpenAPI document contains their docstrings and descriptions."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -31,15 +31,15 @@ LAST_MOMENT = END_MS - 1  # ms UTC
 PlayOutcome = Literal["taken", "repeated", "rejected", "unknown", "invalid"]
 EventType = Literal["play", "skip", "like"]
 SongOutcome = Literal["added", "known"]
-MAX_VECTOR = 4_096  # numbers of a content vector
+MAX_VECTOR = 4_096  # maximum length of a content vector
 MAX_FLOAT32 = float(np.finfo(np.float32).max)  # content vectors are float32: a larger number would be infinite
-AHEAD_MS = 24 * 3600 * 1000  # that a client's clock may be ahead: a play of the far future would block later ones
-MAX_ERRORS = 20  # of an answer
-TAG = "<"  # how the tags of unions begin: no part of a request, so they are left out where an error is located
+AHEAD_MS = 24 * 3600 * 1000  # limit for a client's clock: a play in the far future would block later plays
+MAX_ERRORS = 20  # per answer
+TAG = "<"  # first character of union tags: they are no part of a request, so the location of an error omits them
 
 
 def _moment(value: object) -> int:
-    """ms UTC of what a request gives as a moment."""
+    """Return a moment of a request in ms UTC."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)) or len(str(value)) > 40:
         raise ValueError("a time is ISO 8601 with a zone, or unix seconds or milliseconds")
     try:
@@ -55,7 +55,7 @@ def _play_moment(moment: int) -> int:
 
 
 def spelled_user(text: str) -> str:
-    """A user's id as every import spells it."""
+    """Return a user id spelled as in every import."""
     user_id = spell_id(text)
     if user_id is None:
         raise ValueError("a user id is text other than spaces, nan and inf")
@@ -63,7 +63,7 @@ def spelled_user(text: str) -> str:
 
 
 def spelled_song(text: str) -> str:
-    """A song's id as every import spells it."""
+    """Return a song id spelled as in every import."""
     song_id = spell_id(text)
     if song_id is None:
         raise ValueError("a song id is text other than spaces, nan and inf")
@@ -104,18 +104,18 @@ IsoMoment = Annotated[
 
 
 Item = TypeVar("Item")
-Items = Annotated[list[Item], Field(fail_fast=True)]  # only the first bad item is an error: there may be thousands
+Items = Annotated[list[Item], Field(fail_fast=True)]  # reports only the first invalid item: there may be thousands
 
 
 class KnownFields(BaseModel):
-    """What is sent: nothing beside the fields."""
+    """An object of a request. Unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def _few_unknown(cls, value: Any) -> Any:
-        """Refuse an object at once where most of its fields are unknown: each would be an error."""
+        """Refuse an object with many unknown fields at once, since each of them would be an error."""
         known = len(cls.model_fields)
         if isinstance(value, dict) and len(value) > known + MAX_ERRORS:
             raise ValueError(f"{len(value):,} fields came, only {known} are known; send those of /openapi.json")
@@ -123,13 +123,13 @@ class KnownFields(BaseModel):
 
 
 class RequestBody(KnownFields):
-    """A body, or an object in it: no value of another type than its field's, no NaN."""
+    """A body, or an object in it. A value must have the type of its field; NaN and infinity are errors."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class InvalidEntry(BaseModel):
-    """An invalid entry of a batch. The others are answered."""
+    """The answer to an invalid entry of a batch. The other entries are answered."""
 
     detail: str
     errors: list[dict[str, str]] = Field(description="Where in the entry, and what.")
@@ -142,13 +142,13 @@ def _keep_invalid(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         return InvalidEntry(detail="The entry is invalid; see `errors`", errors=error_list(error.errors()))
 
 
-ENTRY = WrapValidator(_keep_invalid)  # of a list of which a bad entry fails alone
+ENTRY = WrapValidator(_keep_invalid)  # for entries of a list: an invalid one does not make the request fail
 
 
 def error_list(errors: Any) -> list[dict[str, str]]:
-    """Where and what of pydantic's errors, the field as the client wrote it: `k`, `history.3.played_at`.
+    """Convert pydantic's errors. `where` is the field as the client wrote it, such as `k` or `history.3.played_at`.
 
-    An error of a whole request is at `body` or `query`.
+    For an error of the whole request, `where` is `body` or `query`.
     """
 
     def where(loc: Sequence[Any]) -> str:
@@ -165,7 +165,7 @@ def error_list(errors: Any) -> list[dict[str, str]]:
 
 
 class Play(RequestBody):
-    """A song that was played."""
+    """A play of a song."""
 
     song_id: SongId
     played_at: Moment | None = Field(default=None, description="When; for all plays of a history or for none.")
@@ -180,7 +180,7 @@ class Play(RequestBody):
     )
 
     def was_skipped(self, skip_below: float) -> bool:
-        """Whether it counts as skipped, as plays do of which less than a share was listened to."""
+        """Return True if the play was skipped, or if its `share_listened` is less than `skip_below`."""
         return self.skipped or (self.share_listened is not None and self.share_listened < skip_below)
 
 
@@ -207,7 +207,7 @@ At = Annotated[Moment | None, Field(description="The moment that the request is 
 
 
 class SongFilters(BaseModel):
-    """Which songs may come. A song must fit all that is given."""
+    """Filters for songs. A song must fit all filters that are given."""
 
     artists: Items[Annotated[str, Field(min_length=1, max_length=MAX_ID)]] = Field(
         default=[], max_length=100, description="Only songs of any of these artists, whatever case and accents."
@@ -220,7 +220,7 @@ class SongFilters(BaseModel):
 
 
 class Page(BaseModel):
-    """Which part of a ranking to answer with."""
+    """The part of a ranking to return."""
 
     k: int = Field(default=20, ge=1, le=MAX_K, description="How many songs.")
     cursor: str | None = Field(
@@ -232,11 +232,11 @@ class Page(BaseModel):
 
 
 class SongsQuery(SongFilters, Page, KnownFields):
-    """Which songs of the catalog to list."""
+    """Filters and page of a list of songs of the catalog."""
 
 
 class UserOrHistory(BaseModel):
-    """For whom a request is: a stored user, or the one of a history; and when."""
+    """The user of a request, who is a stored user or the user of a given history, and the moment of the request."""
 
     user_id: UserId = Field(default="", description="A user whose plays were loaded or sent before.")
     history: History = []
@@ -251,14 +251,14 @@ class UserOrHistory(BaseModel):
 
 
 class TasteQuery(RequestBody):
-    """A history, and the moment of its taste vectors."""
+    """A history, and the moment that its taste vectors are for."""
 
     history: History
     at: At = None
 
 
 class RecommendationsRequest(SongFilters, Page, UserOrHistory, RequestBody):
-    """For whom to recommend, and what: for a stored user, or for a history."""
+    """A request for recommendations, for a stored user (`user_id`) or for a given `history`."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -287,7 +287,7 @@ class RecommendationsRequest(SongFilters, Page, UserOrHistory, RequestBody):
 
 
 class UserRecommendationsQuery(SongsQuery):
-    """What to recommend to a stored user, as the query of a URL."""
+    """A request for recommendations for a stored user, as query parameters of a URL."""
 
     at: At = None
     horizon: Annotated[str, Field(max_length=40, description="short, long, or the weight of long from 0 to 1.")] = (
@@ -300,7 +300,7 @@ class UserRecommendationsQuery(SongsQuery):
     explain: Explain = False
 
     def request(self, user_id: str) -> RecommendationsRequest:
-        """The same as the body of a POST. Raises `ValidationError` for a horizon that is none."""
+        """Return the same request as the body of a POST. Raises `ValidationError` for an invalid horizon."""
         fields = {name: getattr(self, name) for name in self.model_fields_set} | {"user_id": user_id}
         if self.at is not None:
             fields["at"] = iso_moment(self.at)
@@ -308,7 +308,7 @@ class UserRecommendationsQuery(SongsQuery):
 
 
 class RankRequest(UserOrHistory, RequestBody):
-    """For whom to rank, and which songs."""
+    """Songs to rank, for a stored user (`user_id`) or for a given `history`."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -325,7 +325,7 @@ class RankRequest(UserOrHistory, RequestBody):
 
 
 class BatchRequest(RequestBody):
-    """Requests of many users."""
+    """Requests for recommendations for many users."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"requests": [{"history": ["song-12"]}, {"history": ["song-7"], "k": 5}]}]}
@@ -335,7 +335,7 @@ class BatchRequest(RequestBody):
 
 
 class TastesRequest(RequestBody):
-    """Histories of many users."""
+    """Histories of many users, to compute taste vectors from."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"users": [{"history": HISTORY_EXAMPLE}]}]})
 
@@ -371,7 +371,7 @@ class NewPlay(Play):
     )
 
     def was_skipped(self, skip_below: float) -> bool:
-        """Whether it counts as skipped, as plays do of which less than a share was listened to."""
+        """Return True if the event is a skip, or a play that counts as skipped as in `Play.was_skipped`."""
         return self.type == "skip" or super().was_skipped(skip_below)
 
     @model_validator(mode="after")
@@ -382,7 +382,7 @@ class NewPlay(Play):
 
 
 class NewPlays(RequestBody):
-    """Plays of any users; those of one user at one moment are taken in this order."""
+    """Plays of any users. Plays of one user at the same moment keep the order of this list."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"plays": [PLAY_EXAMPLE]}]})
 
@@ -398,13 +398,13 @@ class SentPlays(
         Annotated[Annotated[NewPlay, Tag("<play>")] | Annotated[NewPlays, Tag("<plays>")], Discriminator(_one_or_many)]
     ]
 ):
-    """One play, or many."""
+    """One play, or a list of plays."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [PLAY_EXAMPLE, {"plays": [PLAY_EXAMPLE]}]})
 
     @property
     def plays(self) -> list[NewPlay | InvalidEntry]:
-        """The plays, however they were sent."""
+        """The plays as a list, also if one play was sent without a list."""
         return [self.root] if isinstance(self.root, NewPlay) else list(self.root.plays)
 
 
@@ -417,7 +417,7 @@ SONG_EXAMPLE: dict[str, Any] = {
 
 
 class AddedSong(RequestBody):
-    """A song to add until the next release."""
+    """A song to add. It stays until a release contains it."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [SONG_EXAMPLE]})
 
@@ -440,7 +440,7 @@ class AddedSong(RequestBody):
 
 
 class AddedSongList(RequestBody):
-    """Songs to add, all or none."""
+    """Songs to add: either all or none are added."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"songs": [SONG_EXAMPLE]}]})
 
@@ -459,18 +459,18 @@ class SentSongs(
         ]
     ]
 ):
-    """One song, or many."""
+    """One song, or a list of songs."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [SONG_EXAMPLE, {"songs": [SONG_EXAMPLE]}]})
 
     @property
     def songs(self) -> list[AddedSong]:
-        """The songs, however they were sent."""
+        """The songs as a list, also if one song was sent without a list."""
         return [self.root] if isinstance(self.root, AddedSong) else self.root.songs
 
 
 class MapRequest(RequestBody):
-    """Songs to place."""
+    """Songs to place on the map."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"songs": ["song-12", "song-7", "song-3"]}]})
 
@@ -530,7 +530,7 @@ class AnsweredSongs(BaseModel):
 
 
 class Recommendations(AnsweredSongs):
-    """Songs, best first."""
+    """Recommended songs, best first."""
 
     arm: str | None = Field(default=None, description="Arm of the experiment that the user is in; null: of none.")
     cursor: Cursor = None
@@ -545,7 +545,7 @@ class RankedSongs(AnsweredSongs):
 
 
 class PopularSong(CatalogSong):
-    """A song that is played often."""
+    """A song with its number of plays."""
 
     plays: int = Field(description="Plays by all users, of those that the release was made of.")
 
@@ -568,7 +568,7 @@ class NewSong(CatalogSong):
 
 
 class NewSongs(BaseModel):
-    """The newest songs first: added ones without plays, then by the day of their first play."""
+    """The newest songs, newest first: added songs without plays, then the others by the day of their first play."""
 
     release: str
     songs: list[NewSong]
@@ -576,7 +576,7 @@ class NewSongs(BaseModel):
 
 
 class RecommendationsBatch(BaseModel):
-    """The answers in the order of the requests, all of one release, unless arms of an experiment have others."""
+    """The answers in the order of the requests. All are from one release, unless arms of an experiment name others."""
 
     release: str
     answers: list[Recommendations | InvalidEntry]
@@ -593,7 +593,7 @@ class Taste(BaseModel):
 
 
 class Tastes(BaseModel):
-    """The taste vectors in the order of the users, all of one release."""
+    """The taste vectors in the order of the users, all from one release."""
 
     release: str
     model: str = Field(description="Id of the model; vectors of two models cannot be compared.")
@@ -602,7 +602,7 @@ class Tastes(BaseModel):
 
 
 class PlaysTaken(BaseModel):
-    """What became of the plays and likes."""
+    """The outcomes of the plays and likes that were sent."""
 
     release: str = Field(description="Id of the release whose model took them.")
     taken: int = Field(description="Plays and likes that are part of their users' states now.")
@@ -617,7 +617,7 @@ class PlaysTaken(BaseModel):
 
 
 class SongsAdded(BaseModel):
-    """What became of songs that were sent."""
+    """The outcomes of the songs that were sent."""
 
     release: str = Field(description="Id of the release that they stand beside.")
     added: int = Field(description="Songs that are recommended from now on, in every replica within a second.")
@@ -660,7 +660,11 @@ class ListedPlays(BaseModel):
 
 
 class SongMatches(BaseModel):
-    """Songs whose title and artist hold all words of a query: exact matches first, then prefixes, then by plays."""
+    """Songs whose title and artist contain all words of a query.
+
+    Songs whose title or artist equals the query come first, then those whose title or artist begins with it, then all
+    others. In each of these groups, the most played songs come first.
+    """
 
     release: str
     count: int = Field(description="How many there are, of which these are the first.")
@@ -668,7 +672,7 @@ class SongMatches(BaseModel):
 
 
 class SimilarSongs(CatalogSong):
-    """A song, and songs like it, the nearest first."""
+    """A song, and the songs most similar to it, most similar first."""
 
     release: str
     plays: int = Field(description="Its plays in the plays that the model was fitted to.")
@@ -677,14 +681,14 @@ class SimilarSongs(CatalogSong):
 
 
 class MapPoint(CatalogSong):
-    """A song's place, both numbers within -1 and 1."""
+    """The position of a song on the map. Both coordinates are between -1 and 1."""
 
     x: float
     y: float
 
 
 class SongPlaces(BaseModel):
-    """Songs on the plane on which their embeddings differ most; songs like each other lie together."""
+    """Songs on the plane on which their embeddings differ most. Similar songs are close together."""
 
     release: str
     points: list[MapPoint]
@@ -711,7 +715,7 @@ class ReplicaReport(BaseModel):
 
 
 class ReleaseStatus(BaseModel):
-    """Which release answers."""
+    """The release that answers, in one replica and in all of them."""
 
     replica: str = Field(description="The replica that gave this answer.")
     release: str | None = Field(description="The release that it answers with.")
@@ -723,7 +727,7 @@ class ReleaseStatus(BaseModel):
 
 
 class DataSummary(BaseModel):
-    """The data set of a release as it is now, with the plays that were appended since."""
+    """The data set of a release in its present state, including plays that were appended after the release was made."""
 
     id: str
     source: str = Field(description="The format it was imported from; generated: synthetic plays.")
@@ -735,7 +739,7 @@ class DataSummary(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """What answers, what it was made from, and how well it does."""
+    """The model card of a release: its parts, its data and its metrics."""
 
     release: str
     created_at: str = Field(description="ISO 8601, UTC.")
@@ -753,12 +757,12 @@ class ModelCard(BaseModel):
 
 
 class Health(BaseModel):
-    """The application is there."""
+    """The replica is alive. Only /readyz gives the release."""
 
     status: Literal["ok"] = "ok"
     release: str | None = None
 
 
 def as_json(answer: BaseModel, status: int = 200) -> Response:
-    """A response of an answer that is already validated."""
+    """Return the JSON response of an answer that is already validated."""
     return Response(answer.model_dump_json(), status, media_type="application/json")

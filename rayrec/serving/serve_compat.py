@@ -1,7 +1,7 @@
-"""What this project needs of Ray Serve that Serve has no setting for. All of it reaches into one version of Serve.
+"""Changes to Ray Serve for which Serve has no setting. All of them depend on the private code of one version of Serve.
 
-`tests/unit/serving/test_serve_compat.py` fails where another version of Serve differs, and each function here refuses
-to run then: an open port that was meant to be closed must not be a surprise.
+`tests/unit/serving/test_serve_compat.py` fails if another version of Serve differs, and each function here refuses to
+run then, so that a port that should be closed is never open unnoticed.
 """
 
 import shlex
@@ -15,15 +15,15 @@ from rayrec.errors import RayrecError
 from rayrec.serving.problems import RETRY_AFTER_S, problem
 from rayrec.serving.serve_config import LOOPBACK
 
-RAY_VERSION = "2.60"  # whose private parts are known
+RAY_VERSION = "2.60"  # the version whose private code this module depends on
 TEMPLATES = "ca0ebced12fbca4f"  # first digits of the SHA-256 of Serve's templates of HAProxy's configuration
 
-METRICS_PORT, STATISTICS_PORT = 9101, 8404  # of HAProxy, where Serve is told no others
+METRICS_PORT, STATISTICS_PORT = 9101, 8404  # default ports of HAProxy in Serve
 
-# HAProxy is handed its configuration by Serve, whose template binds the metrics and statistics pages to all
-# interfaces, answers 500 where a replica went away, and 404 to everything before the proxy knows the application. Only
-# a request that HAProxy holds whole can be sent to another replica. Serve would start two tasks a request to see
-# whether its client is still there; the application's middleware sees that itself.
+# Serve writes HAProxy's configuration. Its template binds the metrics and statistics pages to all interfaces, answers
+# 500 if a replica is gone, and 404 to all requests before the proxy knows the application. The wrapper changes this. It
+# also lets HAProxy read each request whole, since only such a request can be sent to another replica, and tells Serve
+# not to watch for disconnects, which takes two tasks per request: the application's middleware does that itself.
 WRAPPER = """#!/bin/sh
 seen=
 for argument in "$@"; do
@@ -42,24 +42,24 @@ exec {binary} "$@"
 
 
 def require_known_ray() -> None:
-    """Raise `RayrecError` for a Ray whose private parts may differ."""
-    installed = version("ray")  # not imported: Ray reads its environment variables as it is
+    """Raise `RayrecError` if the installed Ray is not the version that this module depends on."""
+    installed = version("ray")  # not from `import ray`, since Ray reads its environment variables when imported
     if not installed.startswith(f"{RAY_VERSION}."):
         raise RayrecError(f"this rayrec runs Serve of Ray {RAY_VERSION}, not {installed}; install ray=={RAY_VERSION}.*")
 
 
 def templates_digest() -> str:
-    """The first digits of the SHA-256 of Serve's templates of HAProxy's configuration."""
+    """Return the first digits of the SHA-256 of Serve's templates of HAProxy's configuration, or "missing"."""
     path = Path(str(distribution("ray").locate_file("ray/serve/_private/haproxy_templates.py")))
     return sha256(path.read_bytes()).hexdigest()[: len(TEMPLATES)] if path.exists() else "missing"
 
 
 def write_haproxy_wrapper(folder: Path, closed_ports: Sequence[int] = (METRICS_PORT, STATISTICS_PORT)) -> Path:
-    """A program in `folder` for Serve to start instead of HAProxy: it mends the configuration, then starts HAProxy.
+    """Write a program into `folder` that changes HAProxy's configuration and then starts HAProxy; return its path.
 
-    `closed_ports`, of HAProxy's metrics and statistics, are reached from this machine alone. The build of the
-    image in cluster/ calls it too. Raises `RayrecError` where there is no HAProxy, and where Serve's configuration is
-    not the one that is known.
+    Serve starts this program instead of HAProxy. Only this machine can then reach `closed_ports`, the ports of
+    HAProxy's metrics and statistics. The build of the image in cluster/ calls this function too. Raises `RayrecError`
+    if HAProxy is not installed, or if Serve's template of the configuration is not the expected one.
     """
     if templates_digest() != TEMPLATES:
         raise RayrecError(
@@ -83,10 +83,10 @@ def write_haproxy_wrapper(folder: Path, closed_ports: Sequence[int] = (METRICS_P
 
 
 def bind_replica_port_to_loopback() -> None:
-    """Bind the port of a replica for calls between deployments to loopback; to be called in its constructor.
+    """Bind a replica's port for calls between deployments to loopback. Must be called in the replica's constructor.
 
-    Serve binds it to all interfaces and unpickles what comes in, right after the constructor. On a cluster the port
-    must be reached from other nodes; there RAY_USE_TLS with certificates of one's own closes it.
+    Right after the constructor, Serve would bind the port to all interfaces and unpickle what it receives there. On a
+    cluster other nodes must reach the port; protect it with RAY_USE_TLS and your own certificates there.
     """
     require_known_ray()
     from ray.serve._private import replica
@@ -103,7 +103,7 @@ def bind_replica_port_to_loopback() -> None:
 
 
 def _no_replica_response() -> bytes:
-    """The response of HAProxy where no replica answers."""
+    """Return the response that HAProxy sends if no replica answers."""
     response = problem(503, "No replica answers; try again in a second", headers={"Retry-After": str(RETRY_AFTER_S)})
     lines = ["HTTP/1.1 503 Service Unavailable", *(f"{name}: {value}" for name, value in response.headers.items())]
     return "\r\n".join([*lines, "", ""]).encode() + bytes(response.body)

@@ -1,4 +1,4 @@
-"""Settings of the serving application and the limits of its requests. Loads nothing heavy."""
+"""Settings of the serving application and limits of its requests. Quick to import."""
 
 import ipaddress
 from hashlib import blake2b
@@ -12,22 +12,22 @@ from rayrec.errors import InputError
 from rayrec.online.state_store import absolute_uri
 from rayrec.recommend.base import weight_of_long
 
-# What one request may hold. They stand in the OpenAPI document, so they are fixed.
-MAX_K = 1_000  # songs of an answer
-MAX_HISTORY = 10_000  # plays of a history
-MAX_BATCH = 256  # users of a call
-MAX_PLAYS = 1_000  # new plays of a call
-MAX_NEW_SONGS = 1_000  # songs to add of a call
-MAX_LISTED = 10_000  # songs of a list to leave out
+# Limits of one request. They are constants, since the OpenAPI document contains them.
+MAX_K = 1_000  # songs per answer
+MAX_HISTORY = 10_000  # plays per history
+MAX_BATCH = 256  # users per request
+MAX_PLAYS = 1_000  # new plays per request
+MAX_NEW_SONGS = 1_000  # songs to add per request
+MAX_LISTED = 10_000  # songs per list to exclude or to allow
 
-MAX_ARM_RELEASES = 2  # that arms of an experiment name: a replica holds them beside the live one
+MAX_ARM_RELEASES = 2  # releases that arms may name: a replica holds them in addition to the live one
 
 LOOPBACK = "127.0.0.1"
-REPORT_SECONDS = 5.0  # between two reports of a replica that has nothing new to say
+REPORT_SECONDS = 5.0  # between two reports of a replica if nothing changes
 
 
 class Arm(Settings):
-    """What users of one arm of an experiment get. What is left out is as for all other users."""
+    """Settings of one arm of an experiment. Without a value, a setting is the same as for all other users."""
 
     share: float = Field(gt=0, le=1, description="Share of the users")
     release: str | None = Field(None, min_length=1, description="Release that answers; default: the live one")
@@ -51,7 +51,7 @@ class Arm(Settings):
 
 
 class Experiment(Settings):
-    """Arms over the users of an application."""
+    """An experiment: each user of the application is in one of its arms, or in none."""
 
     name: str = Field(min_length=1, max_length=100, description="Of the experiment: another name draws users again")
     arms: dict[str, Arm] = Field({}, validate_default=True, description="Name and settings of each arm")
@@ -81,7 +81,10 @@ class Experiment(Settings):
         return tuple(dict.fromkeys(arm.release for arm in self.arms.values() if arm.release))
 
     def arm_of(self, user_id: str) -> str | None:
-        """The arm of a user: always the same while name, order and shares are; None for users outside of all arms."""
+        """Return the arm of a user; None for a user in no arm.
+
+        The arm stays the same as long as the name of the experiment and the order and shares of its arms do.
+        """
         digest = blake2b(f"{self.name}\0{user_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
         place = int.from_bytes(digest, "little") / 2**64
         for name, arm in self.arms.items():
@@ -97,7 +100,7 @@ class Experiment(Settings):
 
 
 def _section(cls: type[Settings], values: Any, where: str) -> Any:
-    """Settings of a section of a config file; settings as they are."""
+    """Make settings of a section of a config file; `values` that are settings already are returned unchanged."""
     if isinstance(values, cls):
         return values
     if not isinstance(values, dict):
@@ -106,7 +109,7 @@ def _section(cls: type[Settings], values: Any, where: str) -> Any:
 
 
 class ServeConfig(Settings):
-    """How the application runs."""
+    """Settings of the serving application."""
 
     host: str = Field("127.0.0.1", description="Address to listen on; any but loopback requires API keys")
     port: int = Field(8000, ge=0, le=65_535, description="Port to listen on; 0: any free port")
@@ -170,7 +173,7 @@ class ServeConfig(Settings):
     @field_validator("store")
     @classmethod
     def _absolute_store(cls, value: str | None) -> str | None:
-        return None if value is None else absolute_uri(value)  # replicas run in other folders
+        return None if value is None else absolute_uri(value)  # replicas have other working directories
 
     @model_validator(mode="after")
     def _replica_range(self) -> "ServeConfig":
@@ -190,7 +193,7 @@ class SwitchConfig(Settings):
 
 
 def is_loopback(host: str) -> bool:
-    """True for addresses that no other machine reaches."""
+    """True if only this machine can reach an address."""
     try:
         address = ipaddress.ip_address(host)
         return (getattr(address, "ipv4_mapped", None) or address).is_loopback

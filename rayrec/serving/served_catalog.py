@@ -23,26 +23,26 @@ from rayrec.storage.artifacts import Manifest, fingerprint
 from rayrec.storage.object_storage import mapped_table
 from rayrec.storage.workspace import SONGS_TABLE, Workspace
 
-NAMES_KEPT = 1 << 16  # of the songs that were described last: some 20 MB
+NAMES_KEPT = 1 << 16  # maximum number of songs in each cache: about 20 MB of names
 SongName = tuple[str, str | None, str | None]  # a song's id, title and artist
 
 
 class CatalogRows:
-    """Rows of songs by id: a search among hashes, which are memory-mapped; those of frequent songs are cached."""
+    """Finds song rows by id: a binary search in memory-mapped hashes, with a cache of the rows that were found."""
 
     def __init__(self, song_ids: pa.StringArray, hashes: np.ndarray, rows: np.ndarray) -> None:
-        """`hashes`, uint64 (N,) ascending, are those of the ids, and `rows`, int32 (N,), where these stand."""
+        """`hashes`, uint64 (N,) ascending, are the hashes of the ids; `rows`, int32 (N,), has the row of each hash."""
         self._ids, self._hashes, self._rows = song_ids, hashes, rows
         self._cache: dict[str, int] = {}
 
     def find(self, song_ids: Sequence[str]) -> list[int]:
-        """The row of each id, -1 for those that no song has."""
+        """Return the row of each id, -1 for an id that no song has."""
         cache = self._cache
         missing = [song_id for song_id in song_ids if song_id not in cache]
         rows_found = dict(zip(missing, self._searched(missing), strict=True)) if missing else {}
         rows = [rows_found[song_id] if song_id in rows_found else cache[song_id] for song_id in song_ids]
         if len(cache) + len(rows_found) > NAMES_KEPT:
-            self._cache = cache = {}  # another thread may read the one before
+            self._cache = cache = {}  # a new dict, since another thread may read the old one
         cache.update((song_id, row) for song_id, row in rows_found.items() if row >= 0)
         return rows
 
@@ -63,12 +63,12 @@ class CatalogRows:
 
 
 def id_hashes(song_ids: Sequence[str] | np.ndarray) -> np.ndarray:
-    """uint64 (n,): a hash of each id."""
+    """Return a hash of each id, uint64 (n,)."""
     return np.asarray(pd.util.hash_array(np.asarray(song_ids, dtype=object), categorize=False))
 
 
 class SongNames:
-    """Names of songs; those of frequent songs are cached, since Arrow is slow at single rows."""
+    """Looks up names of songs. Recently used names are cached, since Arrow is slow at reading single rows."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._columns = [catalog.table.column(name) for name in (columns.SONG_ID, columns.TITLE, columns.ARTIST)]
@@ -81,16 +81,16 @@ class SongNames:
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineCatalog:
-    """The songs that were added online: rows from `first` on, beside a few of the catalog that have no vector there."""
+    """The songs that were added online: rows from `first` on, and rows of the catalog that had no vector there."""
 
-    first: int  # songs of the release's catalog
-    catalog: Catalog  # of the rows from there on
-    rows: dict[str, int]  # id -> row, of those rows
-    row_of_number: np.ndarray  # int32, of each number in the store, also of songs that a release has; -1: no row
-    number_of_row: dict[int, int]
-    known: np.ndarray  # int64 (any,), rows of those that have a vector
-    search: SongSearch
-    masks: SongMasks  # of the songs before that row, too
+    first: int  # number of songs in the release's catalog
+    catalog: Catalog  # of the rows from `first` on
+    rows: dict[str, int]  # id -> row, for the rows from `first` on
+    row_of_number: np.ndarray  # int32, for each number in the store, also of songs that a release contains; -1: no row
+    number_of_row: dict[int, int]  # for songs that the release has no vector of
+    known: np.ndarray  # int64 (any,), rows of the added songs that have a vector
+    search: SongSearch  # in the rows from `first` on
+    masks: SongMasks  # of all songs, including those before `first`
 
     @classmethod
     def of(
@@ -102,9 +102,10 @@ class OnlineCatalog:
         known: np.ndarray,
         masks: SongMasks,
     ) -> "OnlineCatalog":
-        """From the table of the songs from row `first` on, and the numbers of the songs that no release has.
+        """Make it from the table of the songs from row `first` on.
 
-        `masks` are those of the songs before that row.
+        `open_numbers` are the numbers of the songs that the release has no vector of; `masks` are those of the songs
+        before row `first`.
         """
         catalog = Catalog(table)
         ids = catalog.song_ids(np.arange(len(catalog)))
@@ -120,14 +121,14 @@ class OnlineCatalog:
         )
 
     def name(self, row: int) -> SongName:
-        """Id, title and artist of a row from `first` on."""
+        """Return id, title and artist of a row from `first` on."""
         names = self.catalog.names(np.array([row - self.first]))[0]
         return names[columns.SONG_ID], names[columns.TITLE], names[columns.ARTIST]
 
 
 @dataclass(kw_only=True)
 class ServedCatalog:
-    """The catalog of a release, looked up by id as fast as by row; songs that are added online come in."""
+    """The catalog of a release, with fast look-ups by id and by row, and with the songs that were added online."""
 
     catalog: Catalog
     rows: CatalogRows
@@ -135,39 +136,39 @@ class ServedCatalog:
     skip_below: float  # share of a song below which a play of it counts as skipped
     plays: np.ndarray  # int64 (N,), plays of each song in the fit range of the model
     by_plays: np.ndarray  # int32 (any,), rows of songs with a vector by descending plays
-    starting: Starting  # what users without plays get
+    starting: Starting  # songs for users without plays
     first_days: np.ndarray | None  # int32 (N,), day of each song's first play as days since 1970 UTC, or NOT_PLAYED
-    by_age: np.ndarray  # int32 (any,), rows of songs that were played first or added, the newest first
-    lineage: str  # of the data set: rows of songs mean the same wherever it is the same
+    by_age: np.ndarray  # int32 (any,), rows of songs with a vector that have a first play or were added, newest first
+    lineage: str  # of the data set: song rows mean the same songs in all data sets of one lineage
     known: np.ndarray  # bool (N,), songs that the network has a vector of
-    dim: int  # numbers of such a vector
+    dim: int  # length of such a vector
     search: SongSearch
     masks: SongMasks
     names: SongNames
     online: OnlineCatalog | None = None
 
     def with_online(self, online: OnlineCatalog) -> None:
-        """Take songs in that were added online, in place of those taken in before."""
+        """Use `online` as the songs that were added online, in place of the earlier ones."""
         more = max(0, online.first + len(online.catalog) - len(self.known))
         known = np.pad(self.known, (0, more))
         known[online.known] = True
         self.plays = np.pad(self.plays, (0, more))
         if self.first_days is not None:
             self.first_days = np.pad(self.first_days, (0, more), constant_values=NOT_PLAYED)
-        self.known, self.online = known, online  # rows come last, for the requests that are at work
+        self.known, self.online = known, online  # after the arrays above: requests are in progress
         if self.first_days is not None:
             new = online.known[~np.isin(online.known, self.by_age)]
             self.by_age = np.concatenate([new[::-1].astype(np.int32), self.by_age])
 
     @property
     def num_rows(self) -> int:
-        """Songs of the catalog and those added online."""
+        """Number of songs in the catalog, including those added online."""
         return len(self.known)
 
     def find(self, song_ids: list[str]) -> np.ndarray:
-        """int32: the row of each id, -1 for unknown ones."""
+        """Return the row of each id, int32 (n,); -1 for an unknown id."""
         rows = np.array(self.rows.find(song_ids), dtype=np.int32)
-        # Nearly all ids come as they are spelled: only the others are spelled anew.
+        # Nearly all ids are sent in the catalog's spelling, so only the others are converted to it.
         unknown = np.flatnonzero(rows < 0)
         if len(unknown):
             spelled = [spell_id(song_ids[place]) or "" for place in unknown.tolist()]
@@ -179,7 +180,7 @@ class ServedCatalog:
         return rows
 
     def stored_rows(self, rows: np.ndarray) -> np.ndarray:
-        """int32: rows as stores hold them: the same in every replica and release of the data set."""
+        """Convert song rows, int32, to stored rows, which are the same in every replica and release of the data set."""
         online = self.online
         if online is None or not (rows >= online.first).any():
             return rows
@@ -189,16 +190,16 @@ class ServedCatalog:
         return stored
 
     def rows_of_stored(self, stored: np.ndarray) -> np.ndarray:
-        """int32: the rows of what `stored_rows` gave here or elsewhere; FIRST_ONLINE for songs that are not known here.
+        """Convert stored rows, int32, of any replica to song rows; FIRST_ONLINE for songs that are not known here.
 
-        Those are songs that were added online elsewhere, and songs of a newer release.
+        Unknown songs were added online on another replica, or belong to a newer release.
         """
-        late = np.flatnonzero(stored >= len(self.catalog))  # of the release: online songs have rows from there on, too
+        late = np.flatnonzero(stored >= len(self.catalog))  # the release's catalog, without the songs added online
         if not len(late):
             return stored
         online = self.online
         row_of_number = np.zeros(0, np.int32) if online is None else online.row_of_number
-        numbers = stored[late] - FIRST_ONLINE  # below 0 of songs of a newer release
+        numbers = stored[late] - FIRST_ONLINE  # negative for songs of a newer release
         known = (numbers >= 0) & (numbers < len(row_of_number))
         current_rows = np.append(row_of_number, -1)[np.where(known, numbers, -1)]
         rows = stored.copy()
@@ -206,15 +207,15 @@ class ServedCatalog:
         return rows
 
     def fitting(self, attributes: SongAttributes) -> SongSet:
-        """The songs that fit. Raises `FieldError` as `SongMasks` does, where no song fits."""
+        """Return the songs that have the attributes. Raises `FieldError` as `SongMasks` does, for values of no song."""
         return (self.masks if self.online is None else self.online.masks).fitting(attributes)
 
     def mask_lookups(self, outcome: str) -> int:
-        """How many sets of songs asked for so far were `hits`, kept from before, or `misses`."""
+        """Return how many look-ups in the cache of filtered songs were `hits` or `misses`, depending on `outcome`."""
         return (self.masks if self.online is None else self.online.masks).lookups(outcome)
 
     def search_names(self, query: str, limit: int) -> tuple[np.ndarray, int]:
-        """As `SongSearch.find`; of songs that fit equally well those added online come last."""
+        """As `SongSearch.find`. Among songs that match equally well, those added online come last."""
         online = self.online
         rows, count = self.search.find(query, limit)
         if online is None:
@@ -225,12 +226,12 @@ class ServedCatalog:
         return both[np.argsort(-fits, kind="stable")][:limit], count + more
 
     def embedded(self, rows: np.ndarray) -> np.ndarray:
-        """bool (n,): which of the song rows, int (n,), the network has a vector of; row -1 is no song."""
+        """Return bool (n,): True for song rows, int (n,), that the network has a vector of; False for row -1."""
         embedded: np.ndarray = (rows >= 0) & self.known[np.maximum(rows, 0)]
         return embedded
 
     def describe(self, rows: np.ndarray) -> list[SongName]:
-        """Id, title and artist of song rows."""
+        """Return id, title and artist of each song row."""
         online = self.online
         if online is None or not (rows >= online.first).any():
             return [self.names.of(row) for row in rows.tolist()]
@@ -238,7 +239,7 @@ class ServedCatalog:
 
 
 def load_served_catalog(workspace: Workspace, release: Manifest, recommender: BaseRecommender) -> ServedCatalog:
-    """The catalog of a release and its popular songs, in memory that the replicas of a node share."""
+    """Load the catalog of a release and its popular songs, in memory that the replicas of a node share."""
     dataset = Dataset(workspace)
     version = catalog_version(workspace, release)
     table = mapped_table(version, lambda: _catalog_table(workspace, dataset, release, recommender))
@@ -266,7 +267,7 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
 
 
 def catalog_version(workspace: Workspace, release: Manifest) -> str:
-    """Names what the shared table of a release's catalog is made of: another table has another version."""
+    """Return a digest of everything that the shared table of a release's catalog is made from."""
     dataset = Dataset(workspace)
     made_of = {kind: release.inputs.get(kind, "") for kind in ("models", "retrieval", "added_songs")}
     described = [description.id for description in dataset.descriptions()]
@@ -279,18 +280,18 @@ def catalog_version(workspace: Workspace, release: Manifest) -> str:
     )
 
 
-FORMAT = 2  # of the shared table: another one where its texts or columns are made otherwise
-# Columns of the shared table beside those of the catalog. Orders of some of the songs end with -1.
+FORMAT = 2  # version of the shared table; to be changed when its texts or columns are computed differently
+# Columns of the shared table, in addition to those of the catalog. A column that orders some songs is padded with -1.
 ID_HASH, ID_ROW, PLAYS, BY_PLAYS, PLACE, KNOWN = "id_hash", "id_row", "plays", "by_plays", "place", "known"
 WORTH, STARTING, FIRST_DAY, BY_AGE = "worth", "starting", "first_day", "by_age"
 
 
 def _catalog_table(workspace: Workspace, dataset: Dataset, release: Manifest, recommender: BaseRecommender) -> pa.Table:
-    """All of a served catalog that grows with the songs, a row a song."""
+    """Make the shared table: all data of a served catalog that grows with the songs, one row per song."""
     table = with_folded(dataset.catalog().table)
     songs = table.num_rows
     plays = model_play_counts(dataset, release.inputs["models"], recommender.num_songs)
-    plays = np.pad(plays, (0, songs - len(plays)))  # nobody has played later songs there
+    plays = np.pad(plays, (0, songs - len(plays)))  # later songs have no plays there
     by_plays = np.argsort(-plays, kind="stable").astype(np.int32)
     known = known_songs(recommender, songs)
     starting = starting_of(workspace, release.inputs, plays, known)
@@ -302,9 +303,9 @@ def _catalog_table(workspace: Workspace, dataset: Dataset, release: Manifest, re
         ID_HASH: hashes[by_hash],
         ID_ROW: by_hash.astype(np.int32),
         PLAYS: plays,
-        BY_PLAYS: by_plays[known[by_plays]],  # others are never recommended, however popular
+        BY_PLAYS: by_plays[known[by_plays]],  # songs without a vector are never recommended
         PLACE: popularity_places(plays),
-        KNOWN: known.view(np.uint8),  # a byte each, which needs no copy
+        KNOWN: known.view(np.uint8),  # one byte per song can be read without a copy
         WORTH: starting.worth,
         STARTING: starting.order,
     }
@@ -320,24 +321,24 @@ def _catalog_table(workspace: Workspace, dataset: Dataset, release: Manifest, re
 
 
 def _slices(values: pa.ChunkedArray, size: int = 100_000) -> Iterator[pa.Array]:
-    """A column in pieces of a bounded size."""
+    """Return a column in slices of at most `size` values."""
     return (columns.one_array(values.slice(begin, size)) for begin in range(0, max(1, len(values)), size))
 
 
 def _array(table: pa.Table, name: str) -> np.ndarray:
-    """A column without nulls, read-only and not copied."""
+    """Return a column without nulls as a read-only array, without copying it."""
     values: np.ndarray = columns.one_array(table.column(name)).to_numpy()
     return values
 
 
 def _order(table: pa.Table, name: str) -> np.ndarray:
-    """int32 (any,): an order of some of the songs."""
+    """Return the song rows of a column that orders some songs, int32 (any,), without its padding."""
     rows = _array(table, name)
     return rows[: np.count_nonzero(rows >= 0)]
 
 
 def _first_days(workspace: Workspace, release: Manifest, songs: int) -> np.ndarray | None:
-    """int32 (songs,): the day of each song's first play; None for a release without a retrieval, which knows them."""
+    """Return the day of each song's first play, int32 (songs,); None for a release without a retrieval."""
     if "retrieval" not in release.inputs:
         return None
     counted = read_first_days(
@@ -349,7 +350,10 @@ def _first_days(workspace: Workspace, release: Manifest, songs: int) -> np.ndarr
 
 
 def _by_age(first_days: np.ndarray, added: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """int32: rows of songs with a vector, added ones without plays first, then by first day; later rows first."""
+    """Return the rows of songs with a vector, int32, newest first: added songs without plays, then by first day.
+
+    Songs of the same day are in descending order of rows.
+    """
     comes = first_days < NOT_PLAYED
     comes[added] = True
     rows = np.flatnonzero(comes & known)[::-1]

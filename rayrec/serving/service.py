@@ -1,4 +1,4 @@
-"""What the routes answer with: the live release, its engine, stored users, keys, limits and metrics of one replica."""
+"""The service behind the routes of one replica: live release, engine, stored users, keys, limits and metrics."""
 
 import logging
 import os
@@ -96,11 +96,11 @@ from rayrec.storage.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-TOGETHER = 32  # users of a batch that are answered at once: other requests get their turn in between
+TOGETHER = 32  # users of a batch that are answered at once; other requests can run between two such groups
 
 
 class Service:
-    """One replica's work. Routes take `live` once and hand it to every call that answers their request."""
+    """Answers the requests of one replica. A route reads `live` once and passes it to every call for its request."""
 
     def __init__(
         self,
@@ -119,11 +119,11 @@ class Service:
 
     @property
     def live(self) -> LiveRelease:
-        """The release to answer with. Raises `NotReadyError` where none is loaded."""
+        """The release to answer with. Raises `NotReadyError` if none is loaded."""
         return self.holder.live
 
     def close(self) -> None:
-        """Stop the watch, delete the report of this replica, and close the store of users."""
+        """Stop the watches, delete the report of this replica, and close the store of users and the logs."""
         self._watch.stop()
         self.holder.stop()
         self.users.close()
@@ -135,7 +135,7 @@ class Service:
     async def recommend(
         self, live: LiveRelease, requests: Sequence[RecommendationsRequest | InvalidEntry], *, alone: bool = False
     ) -> list[Recommendations | InvalidEntry]:
-        """The answers to requests. With `alone` one that cannot be answered is an `InvalidEntry`, else it raises."""
+        """Return the answers to requests. An invalid request raises, or with `alone` gets an `InvalidEntry`."""
         self.metrics.batch(len(requests))
         answers: dict[int, Recommendations | InvalidEntry] = {}
         by_release: dict[str, list[tuple[int, Assigned]]] = {}
@@ -152,7 +152,7 @@ class Service:
         return [answers[row] for row in range(len(requests))]
 
     async def rank(self, live: LiveRelease, request: RankRequest) -> RankedSongs:
-        """Given songs in the order in which a user is likely to play them."""
+        """Rank the given songs by how likely the user is to play them."""
         self.metrics.batch(1)
         stored = await self._stored(live, [request])
         with self.metrics.stage("read"):
@@ -171,7 +171,7 @@ class Service:
             return ranked
 
     async def tastes(self, live: LiveRelease, users: Sequence[TasteQuery | InvalidEntry]) -> Tastes:
-        """The taste vectors of histories; one that cannot be read fails alone."""
+        """Return the taste vectors of histories. An invalid history gets an `InvalidEntry`."""
         self.metrics.batch(len(users))
         tastes: list[Taste | InvalidEntry] = []
         for begin in range(0, len(users), TOGETHER):
@@ -179,7 +179,7 @@ class Service:
         return Tastes.model_construct(release=live.id, model=live.model_id, dim=live.catalog.dim, tastes=tastes)
 
     async def popular_songs(self, live: LiveRelease, query: SongsQuery) -> PopularSongs:
-        """The most played songs."""
+        """Return one page of the most played songs."""
         catalog = live.catalog
         rows, cursor = await run_in_threadpool(_listed, catalog.by_plays, query, catalog)
         plays = catalog.plays[rows].tolist()
@@ -190,7 +190,7 @@ class Service:
         return PopularSongs(release=live.id, songs=songs, cursor=cursor)
 
     async def new_songs(self, live: LiveRelease, query: SongsQuery) -> NewSongs:
-        """The newest songs. Raises `NotFoundError` for a release that does not know when songs were played first."""
+        """Return one page of the newest songs. Raises `NotFoundError` if the release has no retrieval."""
         catalog = live.catalog
         if catalog.first_days is None:
             raise NotFoundError(
@@ -207,7 +207,7 @@ class Service:
         return NewSongs(release=live.id, songs=songs, cursor=cursor)
 
     async def take_plays(self, live: LiveRelease, sent: Sequence[NewPlay | InvalidEntry]) -> PlaysTaken:
-        """Take plays and likes of any users; when this returns they are stored."""
+        """Store plays and likes of any users; return the outcome of each. They are stored when this returns."""
         valid = [(place, event) for place, event in enumerate(sent) if isinstance(event, NewPlay)]
         outcomes: list[PlayOutcome] = ["invalid"] * len(sent)
         rows, plays = read_plays([play for _, play in valid], live.catalog)
@@ -244,7 +244,7 @@ class Service:
         )
 
     async def user_taste(self, live: LiveRelease, user_id: str, moment: int | None) -> UserTaste:
-        """A stored user's taste vectors. Raises `NotFoundError` for one who is not in the store."""
+        """Return the taste vectors of a stored user. Raises `NotFoundError` if the user is not in the store."""
         user = _known(user_id, (await self.users.read(live, [user_id]))[0])
         state = user.state
         at = moment_after(state.last_played_at, moment)
@@ -262,7 +262,7 @@ class Service:
         )
 
     async def user_plays(self, live: LiveRelease, user_id: str, k: int) -> ListedPlays:
-        """A stored user's last plays. Raises `NotFoundError` for one who is not in the store."""
+        """Return the last `k` plays of a stored user. Raises `NotFoundError` if the user is not in the store."""
         user = _known(user_id, (await self.users.read(live, [user_id]))[0])
         query, names = read_stored(user, None), list(live.catalog.contexts)
         plays = [
@@ -289,10 +289,10 @@ class Service:
         await self.users.forget(live, user_id, now_ms())
 
     async def add_songs(self, live: LiveRelease, sent: Sequence[AddedSong]) -> SongsAdded:
-        """Add songs until the next release; when this returns every other replica takes them in within a second.
+        """Add songs until the next release. Every other replica has them within a second after this returns.
 
-        Raises `HTTPException` 507 where there would be too many songs, and `FieldError` for a day that does not exist
-        and a vector of another length than the catalog's.
+        Raises `HTTPException` 507 if there would be more than `MAX_ONLINE_SONGS`, and `FieldError` for a release day
+        that does not exist or a content vector that differs in length from those of the catalog.
         """
         online = live.online
         songs = [read_song(song, place) for place, song in enumerate(sent)]
@@ -320,7 +320,7 @@ class Service:
         )
 
     async def find_songs(self, live: LiveRelease, query: str, limit: int) -> SongMatches:
-        """Songs by words of their title or artist."""
+        """Find songs by words of their title or artist."""
         rows, count = await run_in_threadpool(live.catalog.search_names, query, limit)
         songs = [
             CatalogSong(song_id=song_id, title=title, artist=artist)
@@ -329,7 +329,7 @@ class Service:
         return SongMatches(release=live.id, count=count, songs=songs)
 
     async def similar_songs(self, live: LiveRelease, song_id: str, k: int) -> SimilarSongs:
-        """Songs like a song. Raises `NotFoundError` for one that is not in the catalog."""
+        """Return the songs most similar to a song. Raises `NotFoundError` if the song is not in the catalog."""
         row = int(live.catalog.find([song_id])[0])
         if row < 0:
             raise NotFoundError(f"Song {song_id!r} is not in the catalog; find ids with /v1/songs?query=")
@@ -345,7 +345,7 @@ class Service:
         )
 
     async def map_songs(self, live: LiveRelease, song_ids: Sequence[str]) -> SongPlaces:
-        """Places of songs on a map."""
+        """Return the positions of songs on a map of their embeddings."""
         ids = list(dict.fromkeys(song_ids))
         rows = live.catalog.find(ids)
         embedded = live.catalog.embedded(rows)
@@ -360,11 +360,11 @@ class Service:
         return SongPlaces(release=live.id, points=points, unknown_songs=int((~embedded).sum()))
 
     def card(self, live: LiveRelease) -> ModelCard:
-        """What answers, what it was made from, and the figures of its last report."""
+        """Return the model card of the live release."""
         return model_card(self.holder.workspace, live.release)
 
     def report(self, live: LiveRelease) -> bytes:
-        """The page of the release's last report. Raises `NotFoundError` where it has none."""
+        """Return the HTML page of the release's last report. Raises `NotFoundError` if it has none."""
         return report_page(self.holder.workspace, live.release)
 
     async def _recommend(
@@ -379,11 +379,11 @@ class Service:
             for row, assigned in enumerate(requests):
                 request = assigned.request
                 try:
-                    place = read_place(assigned.sent)  # a page stays of its request as arms change
+                    place = read_place(assigned.sent)  # the arm must not change the cursor
                     user = stored.get(request.user_id)
                     moment = request.at if place.at is None else place.at
                     if place.at is not None and user is not None:
-                        moment = max(place.at, user.state.last_played_at)  # played since the page before
+                        moment = max(place.at, user.state.last_played_at)  # played since the last page
                     query = read_query(request, user, moment, live.catalog)
                     all_options[row] = read_options(request, query, place, live.catalog)
                     queries[row], places[row] = query, place
@@ -426,7 +426,7 @@ class Service:
         arm: str | None = None,
         first: int = 0,
     ) -> None:
-        """Add an answer to the impression log, where there is one; `user_id` is empty for a history."""
+        """Add an answer to the impression log, if there is one. `user_id` is empty if the request has a history."""
         if self.log is None:
             return
         row = {
@@ -446,13 +446,13 @@ class Service:
         self.log.add("answers", row)
 
     def _log_event(self, live: LiveRelease, event: NewPlay) -> None:
-        """Add a play, skip or like to the impression log, where there is one."""
+        """Add a play, skip or like to the impression log, if there is one."""
         if self.log is None:
             return
         row = {
             "event_id": event.event_id,
             "user_id": event.user_id,
-            "song_id": spell_id(event.song_id) or event.song_id,  # as answers have it
+            "song_id": spell_id(event.song_id) or event.song_id,  # spelled as in answers
             "type": event.type,
             "moment": (now := now_ms()),
             "played_at": now if event.played_at is None else event.played_at,
@@ -465,7 +465,7 @@ class Service:
     async def _stored(
         self, live: LiveRelease, requests: Sequence[UserOrHistory | InvalidEntry]
     ) -> dict[str, StoredUser]:
-        """What is known of the stored users that requests name, by id; those who are unknown are left out."""
+        """Return the stored users that requests name, by id; users who are not in the store are left out."""
         names = sorted({one.user_id for one in requests if isinstance(one, UserOrHistory)} - {""})
         users = await self.users.read(live, names) if names else []
         return {name: user for name, user in zip(names, users, strict=True) if user is not None}
@@ -473,7 +473,7 @@ class Service:
     async def _choose(
         self, live: LiveRelease, queries: Sequence[UserQuery], all_options: Sequence[AnswerOptions]
     ) -> list[Chosen]:
-        """The songs of each query: by taste, or the popular ones where no play is known."""
+        """Choose the songs of each query: by taste, or popular songs if no play is known."""
         played = [row for row, query in enumerate(queries) if len(query.songs)]
         with_states = [row for row in played if queries[row].states is not None]
         without = [row for row in played if queries[row].states is None]
@@ -532,9 +532,9 @@ class Service:
 def open_service(
     workspace: Workspace, config: ServeConfig, *, replica: str | None = None, keys: Keys | None = None
 ) -> Service:
-    """A service with model and index in this process, watching which release is live; `close` it in the end.
+    """Open a service with model and index in this process, which follows the live release. The caller closes it.
 
-    Raises `InputError` where it needs keys and has none.
+    Raises `InputError` if the service needs API keys and has none.
     """
     name = replica or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
     metrics, pool = Metrics(name), Pool(config.max_waiting)
@@ -552,7 +552,7 @@ def open_service(
         online = OnlineSongs(workspace, release, catalog, engine, store)
         try:
             online.refresh()
-        except (NotReadyError, StoreUnavailableError) as error:  # then the watch takes them in later
+        except (NotReadyError, StoreUnavailableError) as error:  # the watch reads them later
             log.warning("songs that were added online are not there yet: %s", error)
         return LiveRelease(release=release, catalog=catalog, engine=engine, online=online)
 
@@ -567,13 +567,13 @@ def make_service(
     users: StoredUsers,
     load: Callable[[str], LiveRelease],
 ) -> Service:
-    """A service whose releases `load` loads, by their id; it watches which one is live.
+    """Make a service that loads releases with `load`, which takes an id, and follows the live release.
 
-    Raises `RayrecError` where a release that an arm of the experiment names cannot be loaded, or the access log cannot
+    Raises `RayrecError` if a release that an arm of the experiment names cannot be loaded, or if the access log cannot
     be written.
     """
     access = AccessLog(config.access_log) if config.access_log else None
-    # One object for an arm's release and the live one where they are the same.
+    # If an arm names the release that is live, both use the same object.
     held = {release_id: load(release_id) for release_id in (config.experiment.releases if config.experiment else ())}
 
     def switched(live: LiveRelease) -> None:
@@ -600,7 +600,7 @@ def make_service(
 
 
 def use_one_thread() -> None:
-    """Keep torch to one thread: spinning threads of several replicas on the same cores starve each other."""
+    """Limit torch to one thread: spinning threads of several replicas on the same cores starve each other."""
     import torch
 
     torch.set_num_threads(1)
@@ -609,7 +609,7 @@ def use_one_thread() -> None:
 async def _engine_answer(
     live: LiveRelease, queries: Sequence[UserQuery], all_options: Sequence[AnswerOptions]
 ) -> list[Chosen]:
-    """The songs of users who have played: all of them with states, or all without."""
+    """Choose songs for users with plays. Either all queries have states, or none has."""
     at = np.array([query.at for query in queries], dtype=np.int64)
     states = [query.states for query in queries if query.states is not None]
     if not states:
@@ -622,7 +622,7 @@ async def _engine_answer(
 
 
 def _listed(order: np.ndarray, query: SongsQuery, catalog: ServedCatalog) -> tuple[np.ndarray, str | None]:
-    """int32: the songs of a page of an order, int32 rows, that filters let through; and the cursor of the next page."""
+    """Return one page of `order`, int32 song rows, after the filters of `query`; and the cursor of the next page."""
     place, fitting = read_place(query), fitting_songs(query, catalog)
     rows = order if fitting is None else first_of_order(order, fitting.holds, place.end + 1)
     shown = rows[place.first : place.end]
@@ -631,7 +631,7 @@ def _listed(order: np.ndarray, query: SongsQuery, catalog: ServedCatalog) -> tup
 
 
 def _day(day: int) -> str | None:
-    """YYYY-MM-DD of days since 1970 UTC; None for a song without plays."""
+    """Return `day`, counted in days since 1970 UTC, as YYYY-MM-DD; None for a song without plays."""
     return None if day == NOT_PLAYED else (EPOCH + timedelta(days=day)).date().isoformat()
 
 
@@ -655,7 +655,7 @@ def _recommended(catalog: ServedCatalog, chosen: Chosen) -> list[RecommendedSong
 
 
 def add_reasons(answer: AnsweredSongs, chosen: Chosen, played: np.ndarray, catalog: ServedCatalog) -> None:
-    """Add to an answer the reasons of its songs, and the last of the plays before it, int32 (P,) song rows."""
+    """Add the reasons of each song and the user's last plays to an answer. `played` are song rows, int32 (P,)."""
     last_plays = catalog.describe(played[-LAST_PLAYS:])
     answer.last_plays = [
         CatalogSong(song_id=song_id, title=title, artist=artist) for song_id, title, artist in last_plays

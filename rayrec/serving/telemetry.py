@@ -22,9 +22,9 @@ from rayrec.errors import InputError
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-# Seconds of the stages of the request at work, in its own context; None outside of requests.
+# Seconds per stage of the current request; each request has its own context. None outside of requests.
 request_stages: ContextVar[dict[str, float] | None] = ContextVar("request_stages", default=None)
-LABELS_KEPT = 1_000  # metrics under their labels that are kept at hand
+LABELS_KEPT = 1_000  # cached combinations of a metric and its labels
 
 
 class Metrics:
@@ -47,7 +47,7 @@ class Metrics:
         self._of = lru_cache(maxsize=LABELS_KEPT)(self._labelled)
 
     def _labelled(self, metric: MetricWrapperBase, *labels: str) -> Any:
-        """A metric under its labels; to look it up anew takes as long as to count."""
+        """Return a metric with its labels. `_of` caches the result, since this look-up takes as long as counting."""
         return metric.labels(self.replica, *labels)
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
@@ -60,13 +60,13 @@ class Metrics:
         return Histogram(f"rayrec_{name}", about, ("replica", *labels), registry=self._registry, buckets=buckets)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """A request has ended."""
+        """Count a request that has ended, and record its duration."""
         self._of(self._requests, route, str(status)).inc()
         self._of(self._latency, route).observe(seconds)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage of the work, and add it to those of the request at work."""
+        """Measure the time of a stage, and add it to the stages of the current request."""
         began = time.perf_counter()
         try:
             yield
@@ -78,11 +78,11 @@ class Metrics:
                 stages[name] = stages.get(name, 0.0) + seconds
 
     def batch(self, users: int) -> None:
-        """A call is for so many users."""
+        """Record the number of users of a call."""
         self._of(self._batch).observe(users)
 
     def path(self, name: str) -> None:
-        """An answer was retrieved in this way."""
+        """Count an answer by how its songs were retrieved."""
         self._of(self._paths, name).inc()
 
     def plays(self, outcome: str, count: int) -> None:
@@ -90,25 +90,25 @@ class Metrics:
         self._of(self._plays, outcome).inc(count)
 
     def logged(self, log: str, outcome: str, rows: int) -> None:
-        """Count rows of the impression log by what became of them."""
+        """Count rows of the impression log by outcome."""
         self._of(self._logged, log, outcome).inc(rows)
 
     def release(self, release_id: str, model_id: str) -> None:
-        """From now on this release answers."""
+        """Set the release that answers from now on."""
         self._release.clear()
         self._release.labels(self.replica, release_id, model_id).set(1)
 
     def watch_waiting(self, calls: Callable[[], float]) -> None:
-        """Call `calls` for how many calls run or wait, whenever the metrics are read."""
+        """Call `calls` whenever the metrics are read; it returns the number of calls that run or wait."""
         self._waiting.labels(self.replica).set_function(calls)
 
     def watch_cache(self, name: str, lookups: Callable[[str], float]) -> None:
-        """Call `lookups` for how many look-ups were hits or misses, whenever the metrics are read."""
+        """Call `lookups` whenever the metrics are read; it returns the number of `hits` or `misses` of the cache."""
         for outcome in ("hits", "misses"):
             self._cache.labels(self.replica, name, outcome).set_function(partial(lookups, outcome))
 
     def text(self) -> bytes:
-        """All metrics, as Prometheus reads them."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
 
@@ -117,9 +117,9 @@ TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 @contextmanager
 def request_span(method: str, headers: Mapping[str, str]) -> Iterator[trace.Span]:
-    """A span of the trace that the headers name, or of a new one.
+    """Open a span in the trace that the headers name, or in a new trace.
 
-    It goes where the process's tracer provider sends it, and nowhere without one.
+    The tracer provider of the process exports the span; without a provider nothing is exported.
     """
     tracer, caller = trace.get_tracer("rayrec"), propagate.extract(headers)
     with tracer.start_as_current_span(method, caller, kind=trace.SpanKind.SERVER) as span:
@@ -127,7 +127,7 @@ def request_span(method: str, headers: Mapping[str, str]) -> Iterator[trace.Span
 
 
 def end_span(span: trace.Span, method: str, route: str, status: int) -> None:
-    """Give a span the name of its route, and its status: from 500 on an error."""
+    """Name a span after its route and set its status; HTTP status 500 and above is an error."""
     if span.is_recording():
         span.update_name(f"{method} {route}")
         span.set_attributes({"http.request.method": method, "http.route": route, "http.response.status_code": status})
@@ -136,18 +136,18 @@ def end_span(span: trace.Span, method: str, route: str, status: int) -> None:
 
 
 def trace_id(headers: Mapping[str, str]) -> str | None:
-    """The id of the trace that the headers name."""
+    """Return the id of the trace that the headers name; None if they name none."""
     match = TRACEPARENT.fullmatch(headers.get("traceparent", ""))
     return match.group(1) if match else None
 
 
 class AccessLog:
-    """Writes a line for each request. It names routes, not paths: those hold ids of users."""
+    """Writes one JSON line per request, with the route instead of the path, since paths contain user ids."""
 
     def __init__(self, target: str) -> None:
-        """To a file, which may be moved away at any time, or with `-` to standard error.
+        """`target` is the path of a file, which may be moved at any time, or `-` for standard error.
 
-        Raises `InputError` for a file that cannot be written.
+        Raises `InputError` if the file cannot be written.
         """
         try:
             handler: logging.Handler = (
@@ -159,7 +159,7 @@ class AccessLog:
         self._log.addHandler(handler)
 
     def write(self, **fields: Any) -> None:
-        """Write a line; fields that are None are left out. A line that cannot be written is lost."""
+        """Write one line, without fields that are None. A line that cannot be written is lost."""
         known = {name: value for name, value in fields.items() if value is not None}
         self._log.info("%s", json.dumps({"at": iso_moment(now_ms()), **known}))
 

@@ -1,7 +1,8 @@
-"""Stored users: their plays and network states, read for an answer, moved on by new plays, deleted.
+"""Stored users: reads their plays and network states for an answer, updates them with new plays, and deletes them.
 
-A replica holds none of them between two requests: it reads, has the engine run, and writes on the version that it
-read, again where another replica was first. So any number of replicas may take plays of the same user.
+A replica keeps no user in memory between two requests. It reads a user from the store, runs the engine, and writes the
+result if the stored version is still the one that it read; otherwise it tries again. So any number of replicas may
+take plays of the same user.
 """
 
 import asyncio
@@ -51,39 +52,39 @@ from rayrec.serving.problems import NotReadyError
 from rayrec.serving.telemetry import Metrics
 from rayrec.storage.workspace import Workspace
 
-ATTEMPTS = 100  # writes of one user before the request is given up: each that fails was another's success
-PAUSE_SECONDS = 0.005  # at most, after the first attempt that another was faster than; then more
-THREADS = 8  # that wait for the store
+ATTEMPTS = 100  # to store the plays of a request before it fails; an attempt fails only if another write succeeded
+PAUSE_SECONDS = 0.005  # maximum pause after the first failed attempt; it grows with each attempt, up to ten times this
+THREADS = 8  # for calls to the store
 
 T = TypeVar("T")
-OnStored = Callable[[str, list[Outcome]], None]  # of a user id, and what became of each of that user's events
+OnStored = Callable[[str, list[Outcome]], None]  # takes a user id and the outcome of each event of that user
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserPlays:
-    """Plays and likes of one user as they were sent."""
+    """Plays and likes of one user, as a client sent them."""
 
     plays: Plays
-    events: Sequence[str]  # ids, one each
-    liked: np.ndarray  # bool (P,), those that are likes and no plays
+    events: Sequence[str]  # event ids, one per play or like
+    liked: np.ndarray  # bool (P,), True for likes, False for plays
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredUser:
-    """What is known of a stored user, by the live release's model."""
+    """A stored user: plays, likes, and the network state of the live release's model."""
 
     state: UserState
     states: States  # of the live model, after all plays
-    # Of this one user, in time order, with the likes: the last plays, `LAST_PLAYS` at least where there are as many.
+    # The user's last plays in time order, with the likes: at least `LAST_PLAYS` plays, or all if there are fewer.
     plays: Histories
-    heard: np.ndarray  # int32, songs of the plays before them
+    heard: np.ndarray  # int32 (any,), song rows of the plays before those
 
 
 @dataclass(frozen=True)
 class _Read:
-    """A user as read from the store; the log and the heard songs only where they were read."""
+    """A user as read from the store. `log` and `heard` are None if only the state was read."""
 
     version: int
     state: UserState
@@ -93,16 +94,16 @@ class _Read:
 
 
 class StoredUsers:
-    """The users of one store."""
+    """Reads, updates and deletes the users in a store."""
 
     def __init__(self, workspace: Workspace, uri: str | None, metrics: Metrics) -> None:
-        """`uri` as `store_uri` takes it; the store is opened at its first use."""
+        """`uri` is the address of the store, as `store_uri` takes it. The store is opened at its first use."""
         self._workspace, self._uri, self._metrics = workspace, uri, metrics
         self._executor = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="rayrec-store")
         self._stores: dict[str, StateStore] = {}  # by namespace
         self._opening = threading.Lock()
-        self._blanks: dict[str, States] = {}  # by model: the state before the first play
-        self._puts: set[asyncio.Task[set[str]]] = set()  # at work, perhaps for clients that have left
+        self._blanks: dict[str, States] = {}  # by model id: the network state before the first play
+        self._puts: set[asyncio.Task[set[str]]] = set()  # writes in progress, perhaps for disconnected clients
 
     def close(self) -> None:
         """Close the store."""
@@ -111,9 +112,9 @@ class StoredUsers:
             self._stores.popitem()[1].close()
 
     async def read(self, live: LiveRelease, user_ids: Sequence[str]) -> list[StoredUser | None]:
-        """What is known of each user; None for those who are not in the store, or were deleted.
+        """Return each of the users; None for one who is not in the store or was deleted.
 
-        Where the live model's state is missing or behind, it is computed from the user's plays, and stored.
+        If a user's state of the live model is missing or out of date, it is computed from the user's plays and stored.
         """
         store = await self._store(live)
         with self._metrics.stage("store"):
@@ -133,12 +134,12 @@ class StoredUsers:
     async def take(
         self, live: LiveRelease, sent: Mapping[str, UserPlays], on_stored: OnStored | None = None
     ) -> dict[str, list[Outcome]]:
-        """Take new plays and likes of users into their states; what became of each. Unknown users are added.
+        """Add new plays and likes to the states of users; return the outcome of each. Unknown users are added.
 
-        When this returns they are in the store. `on_stored` is called for each user right after those plays were
-        stored, by the thread that stored them, also where this raises afterwards or is cancelled. Raises
-        `StoreUnavailableError` where plays may not be stored: sent again with the same event ids, no play counts twice.
-        Where they were stored all the same, `on_stored` is not called for them.
+        The plays are in the store when this returns. `on_stored` is called for each user right after the user's plays
+        were stored, by the thread that stored them, even if this method raises afterwards or is cancelled. Raises
+        `StoreUnavailableError` if plays may be missing in the store; the client can send them again with the same event
+        ids, and no play counts twice. If such plays were stored after all, `on_stored` is not called for them.
         """
         store = await self._store(live)
         outcomes: dict[str, list[Outcome]] = {}
@@ -151,10 +152,10 @@ class StoredUsers:
         raise StoreUnavailableError(f"write conflict: the user changed during all {ATTEMPTS} attempts; try again")
 
     async def forget(self, live: LiveRelease, user_id: str, at: int) -> None:
-        """Delete a user. Plays up to `at`, ms UTC, are rejected from now on; no load brings the user back, nor does an
-        event of the last day that is sent again.
+        """Delete a user. Plays up to `at`, ms UTC, are rejected from now on.
 
-        The workspace learns of it too: the next compaction erases the user's rows from all files.
+        Neither `rayrec states load` nor an event of the last day that is sent again brings the user back. The workspace
+        records the deletion too: the next compaction erases the user's rows from all files.
         """
         store = await self._store(live)
         await self._call(mark_forgotten, self._workspace, [user_id], at)
@@ -163,7 +164,7 @@ class StoredUsers:
     async def _attempt(
         self, live: LiveRelease, store: StateStore, sent: Mapping[str, UserPlays], on_stored: OnStored | None
     ) -> dict[str, list[Outcome]]:
-        """One attempt to take plays; those of users whom another writer changed meanwhile are left out."""
+        """Try once to store plays. Return the outcomes by user, without users whom another writer changed meanwhile."""
         events = {user_id: [event_digest(event) for event in new.events] for user_id, new in sent.items()}
         users = await self._current(live, store, events)
         await self._take_in_songs(live, users.values())
@@ -176,14 +177,14 @@ class StoredUsers:
         changes: list[Change] = []
         for (user_id, step), state in zip(steps.items(), states, strict=True):
             if not step.changes:
-                continue  # all of it is in the store already
+                continue  # all events are in the store already
             change = await self._change(store, user_id, users[user_id].version, step, state)
             if change is not None:
                 new = [event for event, again in zip(events[user_id], repeated[user_id], strict=True) if not again]
                 changes.append(replace(change, events=new))
         put: set[str] = set()
         if changes:
-            # Shielded: a client that leaves does not keep the store from storing, and then plays are to be counted.
+            # Shielded, since the store finishes the write even if the client disconnects: the plays must be counted.
             work = asyncio.ensure_future(self._put(live, store, changes, steps, on_stored))
             self._puts.add(work)
             work.add_done_callback(self._puts.discard)
@@ -198,9 +199,9 @@ class StoredUsers:
         steps: Mapping[str, Step],
         on_stored: OnStored | None,
     ) -> set[str]:
-        """Store the changes of steps, and count their plays; the users whom no other writer changed meanwhile."""
+        """Store changes and count their plays; return the ids of users whom no other writer changed meanwhile."""
 
-        def put_and_tell() -> list[str]:  # in one thread, whose end `close` waits for
+        def put_and_tell() -> list[str]:  # runs in one thread, which `close` waits for
             done = store.put(changes)
             put = [change.user_id for change, stored in zip(changes, done, strict=True) if stored]
             if on_stored is not None:
@@ -217,7 +218,7 @@ class StoredUsers:
         return set(put)
 
     async def _take_in_songs(self, live: LiveRelease, users: Iterable[_Read]) -> None:
-        """Take in songs that other replicas were given, where users have played them."""
+        """Read the songs that were added on other replicas, if `users` have played any of them."""
         online = live.online
         if any(
             online.missing(plays.songs)
@@ -228,7 +229,7 @@ class StoredUsers:
             await self._call(online.refresh)
 
     async def _count_song_plays(self, live: LiveRelease, steps: Sequence[Step]) -> None:
-        """Let the plays of songs that were added online move their vectors."""
+        """Count the plays of songs that were added online; the counts move the vectors of these songs."""
         online = live.online
         if online.count:
             sums = await self._call(online.first_plays, steps)
@@ -238,7 +239,7 @@ class StoredUsers:
     async def _change(
         self, store: StateStore, user_id: str, version: int, step: Step, state: UserState
     ) -> Change | None:
-        """What to write of a step; None where the user has changed meanwhile."""
+        """Return the change that stores a step; None if another writer changed the user meanwhile."""
         heard = None
         if step.folds:
             (whole,) = await self._call(store.read, [user_id], plays=LAST_PLAYS)
@@ -253,7 +254,7 @@ class StoredUsers:
     async def _current(
         self, live: LiveRelease, store: StateStore, events: Mapping[str, Sequence[int]]
     ) -> dict[str, _Read]:
-        """Users with the live model's state up to date, new ones with that before the first play."""
+        """Return users with the live model's state up to date. New users get the state before the first play."""
         blank = await self._blank(live)
         with self._metrics.stage("store"):
             stored = await self._call(store.get, events)
@@ -270,7 +271,8 @@ class StoredUsers:
             wholes = await self._call(store.read, behind, plays=LAST_PLAYS)
             for user_id, whole in zip(behind, wholes, strict=True):
                 if whole is not None:
-                    # The events may be older than the plays: the put then fails, as it would have been counted twice.
+                    # Version and events stay those of the first read: if the user changed since then, the write fails,
+                    # and no play counts twice.
                     users[user_id] = replace(
                         _whole(whole), version=users[user_id].version, events=users[user_id].events
                     )
@@ -279,7 +281,7 @@ class StoredUsers:
         return users
 
     async def _catch_up(self, live: LiveRelease, users: Mapping[str, _Read]) -> dict[str, UserState]:
-        """The states of those users where the live model's is missing or behind, with it up to date."""
+        """Return up-to-date states of those users whose state of the live model is missing or out of date."""
         behind = {user_id: one for user_id, one in users.items() if one.state.current(live.model_id) is None}
         if not behind:
             return {}
@@ -288,7 +290,7 @@ class StoredUsers:
         return dict(zip(behind, await self._run(live, steps), strict=True))
 
     async def _run(self, live: LiveRelease, steps: Sequence[Step | CatchUp]) -> list[UserState]:
-        """The new states of steps, all in one batch of the live network."""
+        """Return the new state of each step. The live network runs over all steps in one batch."""
         if not any(step.runs for step in steps):
             return scatter(steps, None)
         plays, start = gather(steps)
@@ -298,21 +300,21 @@ class StoredUsers:
     async def _blank(self, live: LiveRelease) -> States:
         if live.model_id not in self._blanks:
             nothing = Histories.from_lists([[]], [[]])
-            self._blanks[live.model_id] = await live.engine.states(nothing)  # a few kB
+            self._blanks[live.model_id] = await live.engine.states(nothing)  # a few kB per model
         return self._blanks[live.model_id]
 
     def store(self, namespace: str) -> StateStore:
-        """The store of a data set. Raises `NotReadyError` where none can be opened."""
+        """Return the store of the data sets of lineage `namespace`. Raises `NotReadyError` if it cannot be opened."""
         with self._opening:
             if namespace not in self._stores:
                 try:
                     self._stores[namespace] = open_store(store_uri(self._workspace, self._uri), namespace)
-                except InputError as error:  # for whoever runs the application, not for its client
+                except InputError as error:  # an error in the server's settings, not in the client's request
                     raise NotReadyError(f"Users cannot be stored here: {error}") from error
             return self._stores[namespace]
 
     def store_that_is_there(self, namespace: str) -> StateStore | None:
-        """As `store`; None where nobody has made it yet, or the workspace can have none."""
+        """As `store`, but None if the store does not exist yet, or if the workspace cannot hold one."""
         if namespace in self._stores:
             return self._stores[namespace]
         try:
@@ -331,12 +333,12 @@ class StoredUsers:
 
 
 def _outcomes(step: Step) -> list[Outcome]:
-    """What became of each event of a step."""
+    """Return the outcome of each event of a step."""
     return [OUTCOMES[place] for place in step.outcomes]
 
 
 def _repeated(events: Sequence[int], known: frozenset[int]) -> np.ndarray:
-    """bool: the events that are stored already, or came before among these."""
+    """Return bool (events,): True for an event that is in `known`, the stored ones, or occurs earlier in `events`."""
     known_events = set(known)
     repeated = np.zeros(len(events), np.bool_)
     for place, event in enumerate(events):
@@ -356,7 +358,7 @@ def _stored_user(user_id: str, user: _Read, live: LiveRelease) -> StoredUser:
     plays, likes = (
         replace(stored, songs=rows_of_stored(stored.songs)) for stored in (Plays.joined(parts), user.state.likes)
     )
-    if len(plays) and plays.songs.max() >= FIRST_ONLINE:  # of songs that are not known here
+    if len(plays) and plays.songs.max() >= FIRST_ONLINE:  # FIRST_ONLINE marks songs that are not known here
         plays = plays.take(plays.songs < FIRST_ONLINE)
     likes = likes.take(likes.songs < FIRST_ONLINE)
     return StoredUser(
