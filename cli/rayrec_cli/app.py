@@ -1,6 +1,6 @@
-"""The Typer app: the options before every command, the fields of a stage's settings as flags, and what commands print.
+"""The Typer app: the options before every command, the settings of stages as flags, and the output of commands.
 
-Tables of 80 columns are for people, one JSON object for programs.
+Commands print tables of 80 columns for people, or one JSON object for programs.
 """
 
 import functools
@@ -41,12 +41,12 @@ ConfigOption = Annotated[
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Recompute even if the result exists.")]
 
-GAP = (0, 1, 0, 0)  # between columns, beside the box's own space
+GAP = (0, 1, 0, 0)  # padding between columns, in addition to that of the box
 
 
 @dataclass(frozen=True)
 class Globals:
-    """Options before the command."""
+    """Values of the options before the command."""
 
     workspace: str
     as_json: bool
@@ -54,19 +54,19 @@ class Globals:
 
 @dataclass(frozen=True)
 class Call:
-    """What every command receives in addition to its own options."""
+    """The values that every command receives in addition to its own options."""
 
     uri: str  # of the workspace, as given
     started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat())  # ISO 8601, UTC
 
     @functools.cached_property
     def workspace(self) -> Workspace:
-        """Opened at first use: not every command reads it on this machine."""
+        """The workspace, opened at first use, because not every command reads it on this machine."""
         return Workspace(self.uri)
 
     @property
     def existing_workspace(self) -> Workspace:
-        """The workspace, of commands that only look at it. Raises `NotFoundError` where nothing is there."""
+        """The workspace, for commands that only read it. Raises `NotFoundError` if it is empty."""
         if self.workspace.is_empty:
             raise NotFoundError(f"workspace {self.uri} holds nothing; check --workspace, or run `rayrec fit`")
         return self.workspace
@@ -74,12 +74,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Shown:
-    """The outcome of a command: `data` under --json, `views` one below the other otherwise."""
+    """The output of a command: `data` with --json, otherwise `views`, one below the other."""
 
     data: dict[str, Any]
     views: list[RenderableType] = field(default_factory=list)
-    exit_code: int = 0  # of the command line, where the work was done and its answer is no
-    error: RayrecError | None = None  # why the work was not done, where there is something to show beside it
+    exit_code: int = 0  # of the command line, if the work was done; not 0 for a negative result
+    error: RayrecError | None = None  # why the work was not done, if there is also output to show
 
 
 def command(
@@ -91,12 +91,12 @@ def command(
     arguments: Mapping[str, Any] | None = None,
     options_first: bool = False,
 ) -> Callable[[Callable[..., Shown]], Callable[..., Shown]]:
-    """Register `body(call, [config], **own options)` as a command that prints what it returns.
+    """Register `body(call, [config], **own options)` as a command that prints the `Shown` that it returns.
 
-    With `config`, each of its settings becomes a flag, or the positional argument that `arguments`
-    annotates; --config FILE reads them from the section named after the command, [bench.serve] for
-    `rayrec bench serve`, or from the top level of the file. With `options_first` all that follows the
-    first word without a dash belongs to the arguments, options of another command among it.
+    With `config`, each of its settings becomes a flag, or a positional argument if `arguments` has its annotation.
+    --config FILE reads settings from the section named after the command, [bench.serve] for `rayrec bench serve`, or
+    from the top level of the file. With `options_first`, everything after the first word without a dash is an argument,
+    even if it begins with a dash, so that another command with its options can be passed.
     """
 
     def register(body: Callable[..., Shown]) -> Callable[..., Shown]:
@@ -138,7 +138,7 @@ def command(
 
 
 def flag(name: str, field: FieldInfo) -> inspect.Parameter:
-    """The flag of one setting; its value is None where it is not given, so that a config file can set it."""
+    """Return the flag of one setting; its value is None if it is not given, so that a config file can set it."""
     hint = base_type(field.annotation)
     origin = typing.get_origin(hint)
     metavar = {typing.Literal: "|".join(map(str, typing.get_args(hint))), tuple: "A,B,...", dict: "A=B,..."}.get(origin)
@@ -155,7 +155,7 @@ def flag(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def _is_section(field: FieldInfo) -> bool:
-    """True for settings of their own, which a config file holds as a section and no flag can."""
+    """Return True if the field holds nested settings: a section of a config file, which no flag can set."""
     hint = base_type(field.annotation)
     return isinstance(hint, type) and issubclass(hint, Settings)
 
@@ -170,7 +170,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _help(field: FieldInfo) -> str:
-    """The description with the default, as click writes it."""
+    """Return the description of a setting with its default, in the format of click."""
     default = field.default
     if isinstance(default, bool):
         default = "yes" if default else "no"
@@ -181,9 +181,9 @@ def _help(field: FieldInfo) -> str:
 
 
 def _config(config: type[Settings], ctx: typer.Context, values: dict[str, Any], flags: list[str]) -> Settings:
-    """Take the flags out of `values` and lay them over the config file's."""
+    """Remove the flags from `values` and return the settings of the config file, overridden by these flags."""
     path, preset = values.pop("config"), values.pop("preset", None)
-    command_path = ctx.command_path  # as `rayrec bench serve`
+    command_path = ctx.command_path  # for example `rayrec bench serve`
     settings = {}
     if path:
         settings = _from_file(path, command_path.split()[1:], _with_settings(ctx.find_root().command), config)
@@ -200,7 +200,7 @@ def _config(config: type[Settings], ctx: typer.Context, values: dict[str, Any], 
 
 
 def _with_settings(group: Any) -> set[str]:
-    """The commands of a group that have settings, and the groups with such a command."""
+    """Return the names of a group's commands that have settings, and of its groups with such a command."""
     return {
         name
         for name, item in group.commands.items()
@@ -210,9 +210,12 @@ def _with_settings(group: Any) -> set[str]:
 
 
 def _from_file(path: str, words: list[str], sections: set[str], config: type[Settings]) -> dict[str, Any]:
-    """The section of a command, whose name may have several words; a file without sections is all of one command."""
+    """Return the settings of a command from a file: those of its section, or the whole file if it has no sections.
+
+    `words` is the name of the command, `sections` the names of all commands and groups that have settings.
+    """
     content = section = read_toml(path)
-    own = {  # settings of this command, of which some are named like a section: `train` of update
+    own = {  # settings of this command; some have the name of another section, such as `train` of update
         key
         for key, value in content.items()
         if key in config.model_fields and (_is_section(config.model_fields[key]) or not isinstance(value, dict))
@@ -230,7 +233,7 @@ def _from_file(path: str, words: list[str], sections: set[str], config: type[Set
 
 
 def _parse(value: Any, field: FieldInfo, flag_name: str) -> Any:
-    """The value of a flag; `a,b` and `a=b,c=d` become what they list. Raises `InputError`."""
+    """Return the value of a flag, parsed from `a,b` or `a=b,c=d` for a tuple or dict. Raises `InputError`."""
     hint = base_type(field.annotation)
     if typing.get_origin(hint) not in (tuple, dict):
         return value
@@ -263,14 +266,14 @@ DEFAULT_WORKSPACE = "./workspace"
 
 
 class InOrder(TyperGroup):
-    """Lists the commands in the order of use."""
+    """A group that lists its commands in the order of use."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The names in the order of ORDER."""
+        """Return the names in the order of ORDER."""
         return sorted(super().list_commands(ctx), key=ORDER.index)
 
 
-# Plain help: boxes leave a third of 80 columns to the text.
+# Plain help, because boxes leave only a third of 80 columns for the text.
 app = typer.Typer(
     name="rayrec",
     cls=InOrder,
@@ -321,7 +324,7 @@ def root(
 
 
 def error_data(error: BaseException, message: str | None = None, kind: str | None = None) -> dict[str, Any]:
-    """An error as --json prints it: what kind, what came, and what to do."""
+    """Return an error as --json prints it: its kind, its message, and a hint what to do."""
     text, _, hint = (str(error) if message is None else message).rpartition("; ")
     if not text:
         text, hint = hint, ""
@@ -340,19 +343,19 @@ def show(shown: Shown, *, as_json: bool) -> None:
         if position:
             console.print()
         if isinstance(view, str):
-            console.print(Text(view), soft_wrap=True)  # a command within it can be copied
+            console.print(Text(view), soft_wrap=True)  # without line breaks, so that commands in it can be copied
         else:
             console.print(view)
 
 
 def show_json(data: dict[str, Any]) -> None:
-    """One JSON object on stdout, escaped where the terminal or file takes no UTF-8."""
+    """Print one JSON object on stdout, as ASCII if the terminal or file does not accept UTF-8."""
     ascii_only = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8"
     sys.stdout.write(json.dumps(_finite(data), ensure_ascii=ascii_only, allow_nan=False) + "\n")
 
 
 def print_error(message: str) -> None:
-    """One line on stderr that begins with a capital letter, unless with a name."""
+    """Print one line on stderr. Its first letter becomes a capital, unless it begins with a name."""
     first = message.partition(" ")[0]
     if first.isalpha() and first.islower() and first != "rayrec":
         message = first.capitalize() + message[len(first) :]
@@ -360,7 +363,7 @@ def print_error(message: str) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not have: NaN and the infinite ones."""
+    """Return the value with None instead of NaN and infinite numbers, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -369,12 +372,12 @@ def _finite(value: Any) -> Any:
 
 
 def note(text: str) -> None:
-    """One line on stderr, for people who watch."""
+    """Print one line on stderr, as progress for people."""
     Console(stderr=True, highlight=False).print(escape(text))
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A value as people read it: 343,183 and 0.412; the integer part of a float gets its separators too."""
+    """Return a value as text for people, such as 343,183 and 0.412; large floats have separators too."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -385,7 +388,7 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def short(count: int) -> str:
-    """A round number as the head of a column: 10 k, 10 M; one that is not round in full."""
+    """Return a count as the header of a column: 10 k or 10 M if it is round, otherwise with all digits."""
     for unit, value in (("M", 1_000_000), ("k", 1_000)):
         if count >= value and count % value == 0:
             return f"{count // value:,} {unit}"
@@ -393,7 +396,7 @@ def short(count: int) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """Bytes as people read them: 1.4 MB."""
+    """Return bytes as text for people, such as 1.4 MB."""
     value = float(num_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -403,12 +406,12 @@ def size(num_bytes: int) -> str:
 
 
 def day(iso: str) -> str:
-    """The date and minute of an ISO 8601 time."""
+    """Return the date, hour and minute of an ISO 8601 time."""
     return iso[:16].replace("T", " ")
 
 
 def age(iso: str, now: datetime | None = None) -> str:
-    """How long ago an ISO 8601 time was, in the largest unit of which one has passed; empty for no time."""
+    """Return how long ago an ISO 8601 time was, in days, hours or minutes; empty text if `iso` is empty."""
     if not iso:
         return ""
     seconds = ((now or datetime.now(timezone.utc)) - datetime.fromisoformat(iso)).total_seconds()
@@ -422,15 +425,15 @@ def age(iso: str, now: datetime | None = None) -> str:
 def table(
     title: str, headers: Sequence[str], rows: Sequence[Sequence[Any]], *, left: Sequence[str] = ()
 ) -> RenderableType:
-    """A table whose columns are right-aligned, the first and those in `left` excepted.
+    """Return a table with right-aligned columns, except the first and those in `left`.
 
-    Where 80 columns are too few, the left ones are cut short; numbers never are.
+    If 80 columns are too few, texts in left-aligned columns are cut; numbers never are.
     """
     shown_table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=GAP)
     cells = [[value if isinstance(value, str) else number(value) for value in row] for row in rows]
     for index, header in enumerate(headers):
         is_left = index == 0 or header in left
-        # rich shrinks the columns that may wrap; it is the texts in them that forbid it
+        # rich shrinks only columns that may wrap; no_wrap of the texts in them prevents wrapping
         shown_table.add_column(header, justify="left" if is_left else "right", no_wrap=not is_left)
     for row in cells:
         shown_table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
@@ -438,9 +441,9 @@ def table(
 
 
 def figures(title: str, values: dict[str, Any]) -> RenderableType:
-    """Names and values, one a line; those that are no plain figures are left to a table of their own.
+    """Return a view of names and values, one per line. Lists and dicts are left out: they have tables of their own.
 
-    A value that is too long for 80 columns goes on in the next line; nothing is cut.
+    A value that is too long for 80 columns continues on the next line; nothing is cut.
     """
     plain = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
     shown_table = Table(box=None, show_header=False, pad_edge=False)
@@ -452,10 +455,10 @@ def figures(title: str, values: dict[str, Any]) -> RenderableType:
 
 
 def made_from(inputs: Mapping[str, str]) -> RenderableType:
-    """The ids of what a command worked on, by role, one a line."""
+    """Return a view of the ids of the artifacts that a command used, by role, one per line."""
     return figures("From", {noun(role): used for role, used in inputs.items()})
 
 
 def _titled(title: str, body: Table) -> RenderableType:
-    """The title on a line of its own: rich would wrap it to the width of the table."""
+    """Return a table below a title. The title has its own line, because rich would wrap it to the table's width."""
     return Group(Text(title, style="bold"), body) if title else body

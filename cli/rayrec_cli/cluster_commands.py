@@ -101,7 +101,7 @@ def _write(text: str) -> None:
 
 
 def _ended(end: Any, *, exit_code: int, follow: str | None = None) -> Shown:
-    """The state of a job, and the exit code of this command."""
+    """Return the output of the command: the state of a job, with `exit_code`."""
     data = {key: value for key, value in end.to_mapping().items() if value is not None}
     shown = {key: data[key] for key in ("status", "seconds", "exit_code") if key in data}
     hint = [] if follow is None else [f"Follow it with: {follow}"]
@@ -141,7 +141,7 @@ def estimate(
 
 
 def plan_views(plan: Any) -> list[RenderableType]:
-    """One line per stage, the storage, and what does not fit."""
+    """Return the views of a plan: one line per stage, storage, requests, server, and problems."""
     rows = []
     for item in plan.stages:
         needs, has = size(item.memory), size(item.memory_there)
@@ -168,7 +168,7 @@ def plan_views(plan: Any) -> list[RenderableType]:
 
 
 def _serving(plan: Any) -> dict[str, Any]:
-    """Replicas for the rate of requests, and the memory of their nodes."""
+    """Return the figures of the server: replicas for the rate of requests, and memory of their nodes."""
     return {
         "requests per second": plan.requests_per_second,
         "replicas": plan.replicas,
@@ -206,7 +206,7 @@ def _measured(name: str, call: Call, config: BenchConfig, quick: bool, save: str
 
 
 def _nested_figures(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same one level deep: `speedups train` for what lies within; a list of plain values is one text."""
+    """Return nested values on one level, with names such as `speedups train`; a list of plain values becomes a text."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, list) and not any(isinstance(each, dict | list) for each in value):
@@ -220,7 +220,7 @@ def _nested_figures(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def serve_loads(result: dict[str, Any]) -> list[RenderableType]:
-    """A table of loads for each catalog."""
+    """Return a table of loads for each catalog."""
     views: list[RenderableType] = []
     headers = ["application, request, clients", "requests/s", "p50 ms", "p99 ms", "errors"]
     for catalog in result["catalogs"]:
@@ -231,7 +231,7 @@ def serve_loads(result: dict[str, Any]) -> list[RenderableType]:
 
 
 def simulated(result: dict[str, Any]) -> list[RenderableType]:
-    """Hours of each stage and what they went to."""
+    """Return a table of the hours of each stage, with the shares of computing, waiting and loss."""
     headers = ["stage", "hours", "plan", "busy", "storage", "lost", "idle", "bottleneck", "lost node s"]
     names = ("stage", "hours", "plan_hours", "busy", "storage", "lost", "idle", "bottleneck", "lost_node_seconds")
     rows = [[stage[name] for name in names] for stage in result["stages"]]
@@ -240,7 +240,7 @@ def simulated(result: dict[str, Any]) -> list[RenderableType]:
 
 
 def answer_stages(result: dict[str, Any]) -> list[RenderableType]:
-    """CPU time and memory of each stage of an answer, a column pair for each catalog."""
+    """Return a table of CPU time and memory of each stage of an answer, with two columns per catalog."""
     catalogs = result["catalogs"]
     headers = [f"{name}\n{short(catalog['songs'])}" for catalog in catalogs for name in ("CPU ms", "kB")]
     rows = [
@@ -255,5 +255,5 @@ def _stage(figures_of_stage: dict[str, float]) -> tuple[float, int]:
     return figures_of_stage["cpu_ms"], round(figures_of_stage["bytes"] / 1000)
 
 
-BENCH_VIEWS = {"serve": serve_loads, "simulate": simulated, "answers": answer_stages}  # beside the figures
-BENCH_TABLES = {"serve": ("catalogs",), "simulate": ("stages",)}  # of the result, which a view of its own shows
+BENCH_VIEWS = {"serve": serve_loads, "simulate": simulated, "answers": answer_stages}  # in addition to the figures
+BENCH_TABLES = {"serve": ("catalogs",), "simulate": ("stages",)}  # keys of the result that one of BENCH_VIEWS shows

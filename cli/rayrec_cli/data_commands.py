@@ -31,8 +31,8 @@ TableArgument = Annotated[
     str | None, typer.Argument(metavar="FILE", help="csv (.gz or .bz2 too) or Parquet file with one row per song.")
 ]
 
-MOST_COLUMNS = 30  # of a file to inspect
-BEFORE_STREAMING = 946_684_800_000  # ms UTC, the year 2000
+MOST_COLUMNS = 30  # shown of a file that is inspected
+BEFORE_STREAMING = 946_684_800_000  # ms UTC, start of the year 2000
 
 AppendOption = Annotated[bool, typer.Option("--append", help="Add the plays to the data set as a new part.")]
 
@@ -78,7 +78,7 @@ def import_data(
 
 
 def too_many_rejected(error: TooManyRejectedError) -> Shown:
-    """The summary of an import that was refused, and why."""
+    """Return the output of a refused import: its summary and the error."""
     summary = error.summary.to_mapping()
     return Shown({**error_data(error), "import": summary}, _import_views(summary), error=error)
 
@@ -111,7 +111,7 @@ def inspect(
         values["times"] = inspection.time
     views: list[RenderableType] = [figures(f"{inspection.format}, {inspection.kind}", values)]
     if inspection.columns:
-        # Those that are taken for something first: exports may have a hundred columns more.
+        # Columns with a role come first, because exports may have a hundred other columns.
         shown = sorted(inspection.columns, key=lambda column: not column.role)[:MOST_COLUMNS]
         rows = [[column.name, column.role, column.type, column.example] for column in shown]
         views.append(
@@ -145,8 +145,8 @@ def compact_parts(call: Call, *, store: StoreOption = None) -> Shown:
     """Join the parts that import --append left, and erase deleted users.
 
     Other plays and all artifacts stay valid. Reads need fewer requests afterwards. The old files stay until rayrec
-    clean deletes them, without the rows of users whom rayrec forget or the server deleted. The store rewrites its
-    files: an SQLite file its write-ahead log, Redis its append-only file and snapshot.
+    clean deletes them; rows of users whom rayrec forget or the server deleted are erased from them, too. The store
+    rewrites its files: SQLite its write-ahead log, Redis its append-only file and snapshot.
     """
     from rayrec.jobs.compact import compact as job
     from rayrec.jobs.forget import open_own_store
@@ -178,9 +178,9 @@ def forget(
     store: StoreOption = None,
     compact: CompactOption = False,
 ) -> Shown:
-    """Delete users, known or not.
+    """Delete users; unknown IDs are accepted.
 
-    From now on answers are those of unknown users, and plays from before this moment are rejected; later plays are
+    From now on they are answered like unknown users, and plays from before this moment are rejected; later plays are
     those of new users. Their rows are erased from all files by the next rayrec compact, or by any job that reads users.
     """
     from rayrec.jobs.forget import forget_users
@@ -198,7 +198,7 @@ def forget(
 
 def _lines(path: Path) -> list[str]:
     try:
-        # spreadsheets put a byte order mark in front of the first user
+        # utf-8-sig, because spreadsheets put a byte order mark in front of the first user
         return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}; give a UTF-8 file with one user ID a line") from error
@@ -210,8 +210,8 @@ def _lines(path: Path) -> list[str]:
 def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument = None) -> Shown:
     """Import song metadata: titles, artists, albums, release dates, markets, content vectors.
 
-    It replaces the metadata that is there unless --append keeps it. The server can filter recommendations by it, and
-    `rayrec songs add` finds new songs by their artist, album and content.
+    It replaces existing metadata; with --append, songs that the file does not name keep theirs. The server can filter
+    recommendations by it, and `rayrec songs add` finds new songs by their artist, album and content.
     """
     counts = asdict(describe(call.workspace, config, path))
     views = [figures("Song metadata", counts), made_from(counts["inputs"])]
@@ -275,7 +275,7 @@ def _dataset(manifest: DatasetManifest) -> Shown:
 
 
 def _import_views(summary: Mapping[str, Any]) -> list[RenderableType]:
-    """What the last import read, file by file and reason by reason; nothing where no files were imported."""
+    """Return views of what the last import read and rejected; none if no files were imported."""
     if not summary:
         return []
     values: dict[str, Any] = {"files": summary["files"], "bytes": size(summary["bytes"])}
@@ -297,7 +297,7 @@ def _import_views(summary: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def _carried_over(split: Split | None, dataset: Dataset) -> tuple[str, bool]:
-    """What becomes of the current split when plays are appended, and whether it holds."""
+    """Return a text about the current split after plays were appended, and True if the split stays valid."""
     if split is None or not split.has_test:
         return "", True
     if holds_for(dataset, split):

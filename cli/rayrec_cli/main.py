@@ -34,23 +34,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (debug or sys.warnoptions):
         warnings.simplefilter("ignore")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a title that the terminal cannot show fails no work
+        if isinstance(stream, io.TextIOWrapper):  # a song title that the terminal cannot show must not stop a command
             stream.reconfigure(errors="backslashreplace")
     fail = _Failure(as_json="--json" in arguments, debug=debug)
     try:
         code = int(app(arguments, prog_name="rayrec", standalone_mode=False) or 0)
-        if code == INTERRUPTED:  # typer hands an interrupt over as an exit code
+        if code == INTERRUPTED:  # typer returns an interrupt as an exit code
             return fail(KeyboardInterrupt(), "Interrupted", INTERRUPTED, kind="interrupted")
         return code
     except (KeyboardInterrupt, typer.Abort) as error:
         return fail(error, "Interrupted", INTERRUPTED, kind="interrupted")
     except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone: no reader is left
+        sys.stderr.close()  # the reader of the output has ended: write nothing more
         return FAILED
     except Exception as error:
-        if hasattr(error, "format_message"):  # click's, which newer typers carry within them
+        if hasattr(error, "format_message"):  # an error of click, which newer versions of typer contain
             return _usage(error, fail)
-        # Ray wraps what a worker raised: as its cause, below a text that holds the whole traceback.
+        # Ray wraps an error of a worker: the error is the `cause`, and the text is the whole traceback.
         cause = getattr(error, "cause", error)
         if isinstance(cause, RayrecError):
             return fail(cause, str(cause), cause.exit_code)

@@ -42,11 +42,11 @@ from rayrec_cli.app import (
 
 UnlockOption = Annotated[bool, typer.Option("--yes", help="Delete the lock; without it only show it.")]
 
-# Main metrics of any kind of artifact, in the order of their importance.
+# Main metrics of all kinds of artifacts, in the order of their importance.
 HEADLINES = ("validation_recall@20", "recall@20", "coverage", "mean_cosine", "kind", "recall", "users")
-# What an artifact stands under: the first of its inputs that is shown.
+# Roles of inputs below which the tree shows an artifact: the first one that is in the tree.
 PARENTS = ("models", "songs", "split", "dataset")
-NAMED = ("dataset", "split", "from", "retrieval")  # inputs that a line names where those above it have others
+NAMED = ("dataset", "split", "from", "retrieval")  # inputs that a line names if the lines above it have others
 
 PARTS = ("dataset", "split", *PART_KINDS)
 
@@ -79,20 +79,20 @@ def status(call: Call) -> Shown:
 
 
 def lineage_tree(data: dict[str, Any]) -> RenderableType:
-    """The data set, below it its splits and artifacts, each below what it was made from."""
+    """Return a tree of the data set, its splits and artifacts, each below an input that it was made from."""
     return _LineageTree(data).root
 
 
 @dataclass(frozen=True)
 class _Branch:
-    """A line of the tree, and what it and those above it were made from."""
+    """A line of the tree, with the inputs and ids of this line and of the lines above it."""
 
     tree: Tree
     made_from: dict[str, str]  # role -> id
 
 
 class _LineageTree:
-    """Grows the tree; a line names those of its inputs that the lines above it do not."""
+    """Builds the tree; a line names those of its inputs that the lines above it do not name."""
 
     def __init__(self, data: dict[str, Any]) -> None:
         self.data, self.dataset = data, data["dataset"]
@@ -119,7 +119,7 @@ class _LineageTree:
             self.branches["dataset", each] = branch
 
     def _add(self, kind: str, item: dict[str, Any], facts: list[str]) -> None:
-        """Hang an artifact below the closest of its inputs that is in the tree."""
+        """Add an artifact below the first of its inputs in PARENTS that is in the tree."""
         inputs = dict(item["inputs"])
         if self.dataset is not None and inputs.get("dataset") == self.dataset["plays_id"]:
             inputs["dataset"] = self.dataset["id"]
@@ -145,7 +145,7 @@ class _LineageTree:
         self.branches[kind, item["id"]] = _Branch(tree, made_from | inputs)
 
     def _input(self, role: str, made_of: str) -> str:
-        """An input that the lines above do not name."""
+        """Return the text for an input that the lines above do not name."""
         if role == "from":
             return f"from model {made_of}"
         earlier = role == "dataset" and self.dataset is not None and made_of in self.dataset["ancestors"]
@@ -172,7 +172,7 @@ def verify_workspace(call: Call) -> Shown:
 
 
 def _headline(values: dict[str, Any]) -> str:
-    """The main metrics of an artifact."""
+    """Return the main metrics of an artifact as text."""
     headlines = [f"{name.replace('_', ' ')} {number(values[name])}" for name in HEADLINES if name in values]
     return ", ".join(headlines)
 
@@ -195,10 +195,10 @@ def unlock_workspace(call: Call, *, yes: UnlockOption = False) -> Shown:
 
 @command(app, "clean", config=CleanConfig, example="rayrec clean --keep 3 --yes")
 def clean_workspace(call: Call, config: CleanConfig, *, yes: YesOption = False) -> Shown:
-    """Show what no release needs, and with --yes delete it.
+    """Show files that no release needs, and with --yes delete them.
 
-    Old releases with their taste vectors, models, indexes and song embeddings, parts of the data set that
-    `rayrec compact` joined, and what killed jobs left. It is refused while a job writes to the workspace.
+    These are old releases with their taste vectors, models, indexes and song embeddings, parts of the data set that
+    `rayrec compact` joined, and files that killed jobs left. It is refused while a job writes to the workspace.
     """
     garbage = find_garbage(call.existing_workspace, config)
     if yes and garbage:
@@ -235,7 +235,7 @@ def create(
     )
     shown = _release(call, new_release)
     warnings = []
-    parts_without: dict[str, list[str]] = {}  # range of plays -> what was not trained on it
+    parts_without: dict[str, list[str]] = {}  # range of plays -> artifacts that were not trained on it
     for kind in ("songs", "models", "retrieval"):
         if kind in new_release.inputs:
             part = load_manifest(call.workspace, kind, new_release.inputs[kind])
@@ -272,7 +272,7 @@ def list_releases(call: Call) -> Shown:
 def activate(call: Call, config: SwitchConfig, *, release: ReleaseArgument) -> Shown:
     """Make a release live.
 
-    A running server switches without downtime: each replica loads the release beside the old one.
+    A running server switches without downtime: each replica loads the release in addition to the old one.
     """
     return _switched(call, lambda: releases.activate_release(call.workspace, release), config)
 
@@ -305,7 +305,7 @@ def load_user_states(
 ) -> Shown:
     """Load all users' states from a release into a store.
 
-    The release need not be live. Plays in the store that are newer stay. When run again, completed buckets are skipped.
+    The release need not be live. Newer plays in the store are kept. When run again, completed buckets are skipped.
     """
     from rayrec.online.load_states import load_states
     from rayrec.online.state_store import open_store, store_uri
@@ -344,29 +344,32 @@ def serve(call: Call, config: ServeConfig) -> Shown:
     try:
         require_one_faiss()
         for release in config.experiment.releases if config.experiment else ():
-            load_manifest(call.workspace, releases.KIND, release)  # before anything starts
+            load_manifest(call.workspace, releases.KIND, release)  # fails here, before the start, if it does not exist
         live = _load_missing_states(call, config.store)
         data["release"] = live.id
         note(f"Release {live.id} is live, of model {live.inputs['models']} and data set {live.inputs['dataset']}")
         with running(call.workspace, config) as url:
             data["url"] = url
-            note(f"Serving at {url} (Ctrl-C stops it)")  # short: whoever waits for the URL finds it in one line
-            with suppress(KeyboardInterrupt):  # requests at work are finished as the block ends
+            note(f"Serving at {url} (Ctrl-C stops it)")  # short: programs look for the URL in one line
+            with suppress(KeyboardInterrupt):  # requests in progress are finished when the block ends
                 wait_for_interrupt(config.host)
             note("Stopping")
-    except KeyboardInterrupt:  # while it started
+    except KeyboardInterrupt:  # during the start
         note("Stopping")
     return Shown(data, ["Stopped."])
 
 
 def _interrupt(*_: object) -> None:
-    """End as by Ctrl-C; SIGTERM once more does not cut the end short."""
+    """Stop as after Ctrl-C; another SIGTERM does not interrupt the stop."""
     signal.signal(signal.SIGTERM, lambda *_: None)
     raise KeyboardInterrupt
 
 
 def _load_missing_states(call: Call, store: str | None) -> Manifest:
-    """The live release, whose states are loaded unless the store has them. Raises `NotFoundError` without a release."""
+    """Load the user states of the live release if the store lacks them, and return the release.
+
+    Raises `NotFoundError` if no release is live.
+    """
     from rayrec.online.load_states import load_states
     from rayrec.online.state_store import open_store, store_uri
 

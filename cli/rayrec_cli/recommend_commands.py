@@ -20,8 +20,8 @@ from rayrec.storage.releases import ANSWERING_KINDS, KIND, default_parts, parts_
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.app import Call, ForceOption, Shown, app, command, figures, made_from, note, number, table
 
-SHOWN_IDS = 5  # of songs that are not in the catalog
-TEXT_WIDTH = 80  # of lines that people read
+SHOWN_IDS = 5  # of the songs that are not in the catalog
+TEXT_WIDTH = 80  # columns
 
 UserOption = Annotated[str | None, typer.Option("--user", metavar="ID", help="User ID.")]
 SongsOption = Annotated[
@@ -99,8 +99,8 @@ def recommend(
     """Recommend songs to a user, after given songs, or to all users.
 
     Songs given by --songs count as played three minutes apart, the last one at --at. Songs that are not in the catalog
-    are left out, and where no play is known, as of an unknown user, popular songs come. With --all the songs of every
-    user are written as Parquet, one row per user; a killed run continues with the buckets that are missing.
+    are left out. If no play is known, for example of an unknown user, popular songs are recommended. With --all the
+    songs for every user are written as Parquet, one row per user; a killed run continues with the missing buckets.
     """
     moment = None if at is None else parse_moment(at)
     if everybody:
@@ -138,13 +138,13 @@ def recommend(
 
 
 def _answered_by(parts: dict[str, str]) -> dict[str, str]:
-    """Role -> id of the release that answers, which names its parts, and its model; or of the parts themselves."""
+    """Return role -> id of the release that answers and of its model; without a release, of all parts that answer."""
     roles = (KIND, "models") if KIND in parts else ANSWERING_KINDS
     return {role: parts[role] for role in roles if role in parts}
 
 
 def _refuse_filters(config: RecommendConfig, options: dict[str, Any]) -> None:
-    """Raise `InputError` for what --all does not take."""
+    """Raise `InputError` if an option is given that --all does not accept."""
     unused = ("released_from", "released_to", "market", "diversity", "explain")
     given_names = [name for name, value in options.items() if value]
     given_names += [name for name in unused if getattr(config, name)]
@@ -154,7 +154,7 @@ def _refuse_filters(config: RecommendConfig, options: dict[str, Any]) -> None:
 
 
 def _recommend_all(call: Call, config: RecommendConfig, parts: dict[str, str], at: int | None, force: bool) -> Shown:
-    """Write the songs of every user."""
+    """Write the recommended songs for every user."""
     from rayrec.jobs.recommend_all import recommend_all as job
 
     manifest = job(call.workspace, config, parts, at=at, repeat=force)
@@ -171,7 +171,7 @@ def _recommend_all(call: Call, config: RecommendConfig, parts: dict[str, str], a
 
 
 def answer_view(recommended: Answer, who: str) -> list[RenderableType]:
-    """The last plays and the songs recommended after them."""
+    """Return views of the last plays and of the songs recommended after them."""
     title = f"Last plays of {who}, {recommended.plays:,} in all"
     played: list[RenderableType] = []
     if recommended.plays:
@@ -216,7 +216,7 @@ def evaluate(
         file = PrefixFile(path=prefixes, item_separator=item_separator, target_separator=target_separator)
         return _evaluate_prefixes(call, config, file, split, parts, force)
     chosen = choose_split(call.workspace, split) if split else _split_of(call.workspace, parts)
-    if chosen is not None and not chosen.has_test:  # a model for production: perhaps there is another split
+    if chosen is not None and not chosen.has_test:  # a model for production: try the current split
         chosen = choose_split(call.workspace)
     report = job(call.workspace, config, split=chosen, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **read_figures(call.workspace, report)}
@@ -228,7 +228,7 @@ def evaluate(
 
 
 def _split_of(workspace: Workspace, parts: Mapping[str, str]) -> Split | None:
-    """The split of a model, or the current one where plays were added that the model's does not hold for."""
+    """Return the split of a model, or the current one if plays were added for which the model's split is not valid."""
     split = load_split(workspace, parts["split"]) if "split" in parts else None
     return split if split is not None and holds_for(Dataset(workspace), split) else choose_split(workspace)
 
@@ -251,7 +251,7 @@ def _evaluate_prefixes(
     return Shown({**data, "inputs": report.inputs}, views)
 
 
-# Target, metric and title of each column; the first sorts the models.
+# Target, metric and title of each column; models are sorted by the first column.
 COLUMNS = (
     ("served", "recall", "served"),
     ("served", "mrr", "MRR"),
@@ -263,16 +263,17 @@ COLUMNS = (
 
 
 def _days_title(target: str) -> str:
-    """Of days0_7 "0-7 d"."""
+    """Return the title of a column of a target in days: "0-7 d" for days0_7."""
     return f"{target.removeprefix(DAYS).replace('_', '-')} d"
 
 
 def results_table(
     data: dict[str, Any], config: EvaluateConfig = DEFAULT_CONFIG, *, ablation: bool = False
 ) -> RenderableType:
-    """One line per model, the best recall as served first, with its interval where `config` computes some, at 20.
+    """Return a table of metrics with one line per model, the highest recall as served first.
 
-    Of an ablation: the default model and the same without each of its parts.
+    It has confidence intervals if `config` computes them. Metrics are at 20, or at the largest k if 20 was not
+    evaluated. With `ablation`, the lines are the default model and the same model without each of its parts.
     """
     usual = usual_k([row["k"] for row in data["results"]])
     results = [
@@ -302,7 +303,7 @@ def results_table(
 
 
 def about_scores(data: dict[str, Any]) -> list[str]:
-    """The calibration error of the default model, and the settings of each baseline that has some, in 80 columns."""
+    """Return texts on the default model's calibration error and on the settings of baselines, in 80 columns."""
     from rayrec.evaluation.report import settings_text
 
     titles = {target: title for target, metric, title in COLUMNS if metric == "recall"}
@@ -323,7 +324,7 @@ def about_scores(data: dict[str, Any]) -> list[str]:
 
 
 def _parts(call: Call, model: str | None) -> dict[str, str]:
-    """The parts of the model to evaluate, by default the current one whatever is live; nothing where there is none."""
+    """Return the parts of the model to evaluate, by default of the current one, live or not; empty without a model."""
     dataset = Dataset(call.workspace)
     if model is None:
         network = latest(call.workspace, "models", lambda manifest: dataset.descends_from(manifest.inputs["dataset"]))

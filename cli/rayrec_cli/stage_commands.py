@@ -53,7 +53,7 @@ RestartOption = Annotated[
     bool, typer.Option("--restart", help="Delete the unfinished training of these settings and start over.")
 ]
 
-FEW_QUERIES = 100  # below them the interval of a recall is about 0.2 wide
+FEW_QUERIES = 100  # with fewer queries the 95 % interval of recall is wider than about 0.2
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="TOML file with one section per stage.")]
 PlaysArgument = Annotated[
@@ -182,7 +182,7 @@ def tune(
 ) -> Shown:
     """Search settings of embeddings and network.
 
-    Each combination is trained before the validation range and evaluated on it. An interrupted search resumes.
+    Each combination is trained on plays before the validation range and evaluated on it. An interrupted search resumes.
     The best settings are printed as sections for `rayrec run`.
     """
     from rayrec.jobs.tune import tune as job
@@ -204,7 +204,7 @@ def tune(
 
 
 def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:
-    """The id, inputs and metrics of an artifact, and the plays it was trained on; lists of records become tables."""
+    """Return views of an artifact: id, inputs, metrics, and the plays it was trained on; lists of records as tables."""
     metrics = dict(manifest.metrics)
     remarks = {kind: metrics.pop(kind, None) for kind in ("warning", "note")}
     views: list[RenderableType] = [figures(title, {"id": manifest.id, **metrics}), made_from(manifest.inputs)]
@@ -222,7 +222,10 @@ def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:
 
 
 def _records(name: str, records: list[dict[str, Any]]) -> RenderableType:
-    """A table of records; of a list of texts the first is shown, the rest and lists of numbers are left to --json."""
+    """Return a table of records.
+
+    A list of texts shows only its first text, and lists of numbers are left out; --json has all of them.
+    """
     headers = [key for key, value in records[0].items() if not (isinstance(value, list) and _numbers(value))]
     texts = [header for header in headers if isinstance(records[0][header], str | list)]
     rows = [[_cell(record.get(header)) for header in headers] for record in records]
@@ -242,7 +245,7 @@ def _joined(value: Any) -> Any:
 
 
 def _setting(value: Any) -> Any:
-    """A setting as written: 1e-5 must not become 0.000."""
+    """Return a setting as a user writes it: 1e-5 must not become 0.000."""
     return f"{value:g}" if isinstance(value, float) else _joined(value)
 
 
@@ -265,7 +268,7 @@ def fit(call: Call, config: FitConfig, *, settings: SettingsOption = None, force
 
 
 def quality_views(result: Any) -> list[RenderableType]:
-    """The quality of a fit on the validation range; nothing where there is none."""
+    """Return views of the quality of a fit on the validation range; none if it was not measured."""
     if result.quality is None:
         return []
     quality, title = result.quality, f"Validation: recall@20 and MRR@20 on {result.split.validation_range}"
@@ -279,7 +282,7 @@ def quality_views(result: Any) -> list[RenderableType]:
 
 
 def _next_steps(call: Call, user: str) -> str:
-    """What to run after a fit."""
+    """Return a text with the commands to run after a fit."""
     commands = {
         f"recommend --user {shlex.quote(user)} -k 10": "songs for a user",
         "serve": "the HTTP server and its page",
@@ -301,7 +304,7 @@ def _next_steps(call: Call, user: str) -> str:
 def update(call: Call, config: UpdateConfig) -> Shown:
     """Add new plays to the live release, for every day.
 
-    Appends them, brings retrieval and taste vectors up to date, continues the training where many plays are new, and
+    Appends them, brings retrieval and taste vectors up to date, continues the training if many plays are new, and
     compares the new release with the live one on the newest plays. It goes live unless its recall@20 as served is
     lower by more than 0.005; then the exit code is 1.
     """
@@ -343,14 +346,14 @@ def run(call: Call, *, file: FileArgument, force: ForceOption = False) -> Shown:
 
 
 def note_stage(outcome: Any) -> None:
-    """Report a finished stage on stderr."""
+    """Print a finished stage on stderr."""
     why = ", unchanged" if outcome.status == "skipped" else f": {outcome.reason}" if outcome.reason else ""
     plays_text = f", trained on {outcome.trained_on}" if outcome.trained_on else ""
     note(f"{outcome.stage}: {outcome.status}{why} ({outcome.seconds:,.1f} s){plays_text}")
 
 
 def stages_table(outcomes: list[Any]) -> RenderableType:
-    """What became of each stage, a line for each of its inputs."""
+    """Return a table of the outcome of each stage, with one line per input."""
     rows = []
     for outcome in outcomes:
         inputs = [f"{noun(role)} {used}" for role, used in outcome.inputs.items()] or [""]
@@ -380,7 +383,7 @@ def demo(call: Call, *, force: ForceOption = False) -> Shown:
 
 
 def _page(call: Call) -> str:
-    """Where the page is, and the command that serves it."""
+    """Return a text with the address of the page and the command that serves it."""
     where = "" if call.uri == DEFAULT_WORKSPACE else f"--workspace {shlex.quote(call.uri)} "
     config = ServeConfig()
     return f"Page: run `rayrec {where}serve` and open http://{config.host}:{config.port}/"

@@ -1,1 +1,1 @@
-"""Benchmarks: each stage against a plain loop that does the same work, as a ratio within one run."""
+"""Benchmarks: stages against plain loops that do the same work, the server under load, and how both scale."""

@@ -1,7 +1,7 @@
-"""What an answer costs on catalogs of several sizes: CPU time and bytes by stage, private memory, recall.
+"""The cost of an answer on catalogs of several sizes: CPU time and bytes by stage, private memory, and recall.
 
-The world it answers from: generated plays, clustered vectors, and every artifact of a release. N songs, D numbers per
-vector, C candidates, F features.
+Each catalog has generated plays, clustered song vectors, and every artifact of a release. In shapes: N songs, D
+dimensions of a vector, K recommended songs.
 """
 
 import time
@@ -55,24 +55,24 @@ from rayrec.storage.releases import parts_of
 from rayrec.storage.workspace import Workspace
 
 K = 20
-WARM = 20  # answers before those that count
-TRACED = 20  # answers whose allocations are followed, which makes them slow
+WARM = 20  # answers before the measured ones
+TRACED = 20  # answers whose memory allocations are traced, which makes them slow
 Result = TypeVar("Result")
 MODEL = "answers"  # id of the model and its rankers
 PLAYS_PER_SONG = 3
-EXAMPLES = 400  # users whose last play teaches the rankers
-TREES = 100  # of each ranker: more than any data set of docs/evaluation.md grew
-AGAIN = 3.0  # weight of the songs just played, which a network that is not trained has to be given
-SPREAD = 0.7  # of song vectors around that of their artist, and of these around each other
+EXAMPLES = 400  # users whose last play is a training example of the rankers
+TREES = 100  # per ranker: more than the rankers have on any data set of docs/evaluation.md
+AGAIN = 3.0  # weight of the songs just played; set here, because the network is not trained
+SPREAD = 0.7  # standard deviation of song vectors around their artist, and of artists around their center
 
 
 def bench_answers(place: Workspace, config: AnswersBenchConfig) -> dict[str, Any]:
-    """One answer after the other, each of a user's whole history, by one core of a process that does nothing else.
+    """Measure answers, each computed from a user's whole history, one after the other on one core of a process.
 
-    For each catalog: cpu_ms of an answer and of each stage, to users who have been answered once, first_cpu_ms of the
-    first answer to each, which maps pages of files into the memory of the process, bytes that a stage holds at most,
-    private_mb of the process beside what it maps into memory, recall@20 of the next play with the index and with exact
-    search. cpu_growth compares the largest catalog with the smallest.
+    Figures of each catalog: cpu_ms of an answer and of each stage, for users who have been answered once; first_cpu_ms
+    of the first answer to each user, which maps pages of files into the memory of the process; the most bytes that a
+    stage holds; private_mb of the process, without files mapped into its memory; recall@20 of the next play with the
+    index and with exact search. cpu_growth compares the largest catalog with the smallest.
     """
     catalogs = []
     with progress("bench answers", 2 * len(config.songs)) as bar:
@@ -97,7 +97,7 @@ def bench_answers(place: Workspace, config: AnswersBenchConfig) -> dict[str, Any
 
 
 def measure_answers(dataset: Dataset, parts: dict[str, str], count: int) -> dict[str, Any]:
-    """The figures of one catalog, in a process that has loaded nothing yet."""
+    """Return the figures of one catalog. Must be called in a process that has loaded nothing else before."""
     import torch
 
     torch.set_num_threads(1)
@@ -107,7 +107,7 @@ def measure_answers(dataset: Dataset, parts: dict[str, str], count: int) -> dict
     users = [one_query(histories, queries, row) for row in range(len(queries))]
     for history, query in users[:WARM]:
         answer_one(two_step, history, query)
-    users = users[WARM:] or users  # a world of few users has none to spare
+    users = users[WARM:] or users  # without further users, the same ones are measured
     first, again = (_cpu_ms(two_step, users) for _ in range(2))
     private = anonymous_mb(psutil.Process())
     clock = StageCosts()
@@ -138,7 +138,7 @@ def measure_answers(dataset: Dataset, parts: dict[str, str], count: int) -> dict
 
 
 def _cpu_ms(two_step: TwoStepRecommender, users: list[tuple[Histories, Queries]]) -> float:
-    """CPU milliseconds of an answer."""
+    """Return the CPU milliseconds per answer."""
     began = time.process_time()
     for history, query in users:
         answer_one(two_step, history, query)
@@ -146,20 +146,20 @@ def _cpu_ms(two_step: TwoStepRecommender, users: list[tuple[Histories, Queries]]
 
 
 def one_query(histories: Histories, queries: Queries, row: int) -> tuple[Histories, Queries]:
-    """One user's plays before a query, and the query."""
+    """Return the plays before query number `row`, as a history of one user, and the query on that history."""
     plays_before = int(queries.seen[row])
     history = histories.take(queries.rows[row : row + 1]).span(0, plays_before)
     return history, Queries.at_end(history, int(queries.at[row]))
 
 
 def answer_one(two_step: TwoStepRecommender, history: Histories, query: Queries) -> np.ndarray:
-    """int32 (K,): new songs for one user, as a server answers."""
+    """Return int32 (K,): recommended songs that are new to one user, as a server answers."""
     return np.asarray(two_step.rank_queries(history, query, K, filters=without_heard(history)).songs[0])
 
 
 @dataclass
 class StageCosts:
-    """CPU seconds by stage, or with `traced` the most bytes that any answer held in it."""
+    """CPU seconds by stage, and with `traced` the most bytes that an answer held in each stage."""
 
     traced: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
@@ -167,7 +167,7 @@ class StageCosts:
     candidates: int = 0
 
     def __call__(self, name: str, work: Callable[[], Result]) -> Result:
-        """The result of a stage's work."""
+        """Do the work of the stage `name`, add its costs, and return its result."""
         if self.traced:
             tracemalloc.reset_peak()
             before, _ = tracemalloc.get_traced_memory()
@@ -181,7 +181,7 @@ class StageCosts:
 
 
 def answer_by_stage(two_step: TwoStepRecommender, history: Histories, query: Queries, stage: StageCosts) -> None:
-    """The work of `answer_one`, one stage after the other."""
+    """Do the work of `answer_one` one stage after the other, and measure each with `stage`."""
     source, filters = two_step.source, without_heard(history)
     vectors = stage("taste vectors", lambda: source.network.vectors_of(history, query, HORIZONS))
     short, long = (vectors[horizon] for horizon in HORIZONS)
@@ -208,22 +208,22 @@ def answer_by_stage(two_step: TwoStepRecommender, history: Histories, query: Que
 
 
 def recall(two_step: TwoStepRecommender, histories: Histories, queries: Queries) -> float:
-    """recall@K of the last play of each user."""
+    """Return recall@K of the last play of each user."""
     songs = two_step.rank_queries(histories, queries, K).songs
     return float((songs == histories.songs[histories.offsets[1:] - 1][:, None]).any(axis=1).mean())
 
 
 def with_index(two_step: TwoStepRecommender, index: SongIndex) -> TwoStepRecommender:
-    """The same with another index."""
+    """Return the same recommender with another index."""
     network = two_step.source.network.with_index(index)
     source = CandidateSource(network, two_step.source.retrieval, real_times=two_step.source.sources.real_times)
     return TwoStepRecommender(source, two_step.rankers)
 
 
 def answers_world(place: Workspace, config: WorldConfig, songs: int) -> tuple[Dataset, Manifest, float]:
-    """A catalog's data set, its live release, and the seconds that building took; 0 where it was there.
+    """Return a data set with `songs` songs, its live release, and the seconds to build them, 0 if they existed.
 
-    The release has all parts of the default recommender. Needs a running cluster.
+    The release has all parts of the default recommender. Needs a running Ray cluster.
     """
     began = time.perf_counter()
     users = round(max(config.plays, PLAYS_PER_SONG * songs) / config.plays_per_user)
@@ -242,7 +242,7 @@ def answers_world(place: Workspace, config: WorldConfig, songs: int) -> tuple[Da
 
 
 def _write_model(dataset: Dataset, seed: int) -> Manifest:
-    """A network of the default shape that is not trained: its taste vectors lie near the songs just played."""
+    """Write an untrained network of the default shape, whose taste vectors lie near the songs just played."""
     workspace, vectors = dataset.workspace, _song_vectors(dataset, seed)
     made_of = {"dataset": dataset.manifest.id}
     embedding = Manifest(kind="songs", id=MODEL, inputs=made_of)
@@ -258,7 +258,10 @@ def _write_model(dataset: Dataset, seed: int) -> Manifest:
 
 
 def _song_vectors(dataset: Dataset, seed: int) -> np.ndarray:
-    """float32 (N, D), normalized: songs around their artist, artists around one of as many points as their root."""
+    """Return float32 (N, D), normalized: songs lie around their artist, and artists around a few random centers.
+
+    There are as many centers as the square root of the number of artists.
+    """
     random = np.random.default_rng(seed)
     artist = dataset.catalog().codes(columns.ARTIST)
     artists = int(artist.max()) + 1
@@ -288,7 +291,7 @@ def _write_rankers(dataset: Dataset, model: Manifest, retrieval: Manifest) -> No
 
 
 def _grown(examples: RankingExamples, names: list[str]) -> Ranker:
-    """A ranker of exactly TREES trees, whether they all help or not."""
+    """Return a ranker of exactly TREES trees, without early stopping."""
     settings: dict[str, Any] = {"objective": "lambdarank", "num_leaves": 31, "num_threads": 1, "verbosity": -1}
     data = lightgbm.Dataset(examples.features, examples.right, group=examples.counts, feature_name=names)
     model = TreeModel(lightgbm.train(settings, data, num_boost_round=TREES))
@@ -296,7 +299,7 @@ def _grown(examples: RankingExamples, names: list[str]) -> Ranker:
 
 
 def last_play_queries(dataset: Dataset, users: int) -> tuple[Histories, Queries]:
-    """Some users with the queries that the last play of each answers."""
+    """Return at most `users` users with two or more plays, and the query before the last play of each."""
     histories = next(dataset.read_bucket(0, users))
     histories = histories.take(histories.lengths > 1)
     return histories, Queries.before_plays(histories, histories.offsets[1:] - 1)

@@ -1,6 +1,7 @@
 """`python -m rayrec.bench.bare_server WORKSPACE STORE`: the application on bare uvicorn, without Ray.
 
-Beside it /noop, an endpoint that does nothing. Prints its URL once it answers, and ends with its standard input.
+It also serves /noop, an endpoint that does nothing. It prints its URL once it answers requests, and exits when its
+standard input is closed.
 """
 
 import sys
@@ -14,11 +15,11 @@ from rayrec.storage.workspace import Workspace
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-WAITING = 1_000  # requests that are let in: the load is to be answered, not refused
+WAITING = 1_000  # requests that may wait: the server must answer the load, not refuse it
 
 
 def main(uri: str, store: str) -> None:
-    """Run until standard input ends."""
+    """Serve the workspace at `uri` with the user states at `store` until standard input is closed."""
     _bare(Workspace(uri), ServeConfig(port=0, store=store, max_waiting=WAITING))
 
 

@@ -1,4 +1,4 @@
-"""Settings of the benchmarks, a class each: how much work one does. Loads nothing heavy. Data are generated."""
+"""Settings of the benchmarks, one class per benchmark. All run on generated data. Imports no heavy library."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar
@@ -13,24 +13,24 @@ Config = TypeVar("Config", bound="BenchConfig")
 
 
 class BenchConfig(Settings):
-    """What all benchmarks have."""
+    """Settings that all benchmarks have."""
 
-    QUICK: ClassVar[Mapping[str, Any]] = {}  # sizes that show in a minute that it works; their figures say little
+    QUICK: ClassVar[Mapping[str, Any]] = {}  # sizes for a smoke test of about a minute
 
     seed: int = Field(0, ge=0, description="Random seed of the generated data and of the initial weights")
 
     @classmethod
     def quick(cls: type[Config]) -> Config:
-        """Small enough to see that it works."""
+        """Return settings with the sizes of a smoke test."""
         return cls(**cls.QUICK)
 
     def with_quick_sizes(self: Config) -> Config:
-        """The same, small where no size was given."""
+        """Return the same settings, with the sizes of a smoke test for all fields that were not set."""
         return type(self)(**{**self.QUICK, **{name: getattr(self, name) for name in self.model_fields_set}})
 
 
 class RoundsConfig(BenchConfig):
-    """What benchmarks have that compare two ways of doing the same."""
+    """Settings of benchmarks that compare two ways of doing the same work."""
 
     rounds: int = Field(5, ge=1, description="Alternating rounds; ratios are medians over them")
 
@@ -65,8 +65,8 @@ class TasteBenchConfig(RoundsConfig):
 class EmbedBenchConfig(RoundsConfig):
     """Song embeddings against gensim alone.
 
-    The stage writes the corpus too, gensim finds it ready. Both do the same work in alternating rounds of one run; the
-    ratio is the median over the rounds.
+    The time of the stage includes writing the corpus; gensim reads a finished corpus. Both train in alternating rounds
+    of one run; the ratio is the median over the rounds.
     """
 
     QUICK: ClassVar[Mapping[str, Any]] = {"rounds": 2, "users": 500, "songs": 500, "plays": 20.0, "epochs": 2}
@@ -78,9 +78,9 @@ class EmbedBenchConfig(RoundsConfig):
 
 
 class IndexBenchConfig(RoundsConfig):
-    """Nearest songs by the index against faiss alone.
+    """Search for nearest songs with the index against faiss alone.
 
-    With recall and speed of exact search.
+    Also measures recall, and the speed of exact search.
     """
 
     QUICK: ClassVar[Mapping[str, Any]] = {"rounds": 2, "songs": 2_000, "dim": 16, "queries": 200}
@@ -93,7 +93,8 @@ class IndexBenchConfig(RoundsConfig):
 class SongsBenchConfig(RoundsConfig):
     """A training step as the catalog grows.
 
-    For each kind of song table; the ratio is the largest catalog over the smallest.
+    Measured for each kind of song table. The ratio is plays per second with the largest catalog over those with the
+    smallest, both with a trained song table.
     """
 
     QUICK: ClassVar[Mapping[str, Any]] = {"rounds": 2, "songs": (500, 5_000), "steps": 2}
@@ -113,7 +114,8 @@ class SongsBenchConfig(RoundsConfig):
 class MemoryBenchConfig(BenchConfig):
     """Private memory of driver and workers as users and songs grow.
 
-    Of the taste job and of the training data path, on two numbers of users and on two of songs.
+    Measures the taste job and the data path of training with two numbers of users, and the taste job with two numbers
+    of songs.
     """
 
     QUICK: ClassVar[Mapping[str, Any]] = {"users": (200, 400), "songs": (500, 5_000), "plays": 10.0}
@@ -169,9 +171,10 @@ class ScaleBenchConfig(BenchConfig):
 
 
 class SimulateBenchConfig(BenchConfig):
-    """Hours of all stages on a large cluster, simulated.
+    """Simulate the hours of all stages on a large cluster.
 
-    From what the units of every stage cost on this machine, with what each stage waits for and what a lost node costs.
+    The simulation uses the CPU time of each unit of work, measured on this machine. It also shows what limits each
+    stage and how much longer the stage takes if a node is lost.
     """
 
     QUICK: ClassVar[Mapping[str, Any]] = {"measured_users": 200, "measured_songs": 500, "measured_plays": 20.0}
@@ -196,7 +199,7 @@ class SimulateBenchConfig(BenchConfig):
 
 
 class WorldConfig(BenchConfig):
-    """What benchmarks have that answer from a release: how much its users played."""
+    """Settings of benchmarks that answer from a generated release: its number of plays."""
 
     plays: int = Field(300_000, ge=1, description="Plays of a catalog; 3 for each song where that is more")
     plays_per_user: float = Field(60.0, ge=1, description="Mean plays per user")
@@ -205,7 +208,7 @@ class WorldConfig(BenchConfig):
 class AnswersBenchConfig(WorldConfig):
     """CPU time and memory of an answer by stage.
 
-    On catalogs of several sizes.
+    Measured on catalogs of several sizes.
     """
 
     QUICK: ClassVar[Mapping[str, Any]] = {"songs": (500, 2_000), "plays": 10_000, "plays_per_user": 20.0, "queries": 20}
@@ -294,6 +297,6 @@ WITH_RATES = ("train", "taste", "embed", "scale", "answers")  # benchmarks whose
 
 
 def check_name(name: str) -> None:
-    """Raises `InputError` for a benchmark that there is not."""
+    """Raise `InputError` if there is no benchmark called `name`."""
     if name not in CONFIGS:
         raise InputError(f"Unknown benchmark {name!r}; expected one of {', '.join(CONFIGS)}")

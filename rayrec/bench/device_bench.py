@@ -1,11 +1,12 @@
-"""Does a device compute what a CPU does, and how fast: `make gpu-check`, or `python -m rayrec.bench.device_bench`.
+"""Compare results and speed of a device with a CPU: `make gpu-check`, or `python -m rayrec.bench.device_bench`.
 
-Needs neither Ray nor a network. First every cell and objective learns a few steps on the CPU in float32 and on the
-device in float32 and bfloat16, and the weights are compared; and steps that were copied ahead, with what was copied.
-Then plays a second of training and of batch tastes on made-up histories, with and without bfloat16 and torch.compile,
-at 1, 4 and 16 times the default batch, as shares of what the device was measured to do in the same run; and how many
-times as many one process reads from files and prepares for steps. So that a GPU takes less than 8 minutes, compiled
-runs that would begin too late are left out.
+Needs neither Ray nor an internet connection. First every cell and objective is trained for a few steps on the CPU in
+float32 and on the device in float32 and bfloat16, and the weights are compared. Steps that are copied to the device
+ahead of time are compared with their originals. Then plays per second of training and of batch taste vectors are
+measured on random histories, with and without bfloat16 and torch.compile, at 1, 4 and 16 times the default batch. They
+are also printed as shares of the limits of the device, measured in the same run. The last figure is how many times as
+many plays one process reads from files and prepares for steps. Compiled runs that would begin too late are left out,
+so that a GPU takes less than 8 minutes.
 """
 
 import argparse
@@ -47,20 +48,20 @@ from rayrec.model.training_windows import ShardReader, plain_stream, window_leng
 from rayrec.storage.artifacts import DatasetManifest, write_dataset_manifest
 from rayrec.storage.workspace import Workspace, histories_file
 
-WARM_CALLS = 10  # in which libraries choose their kernels and compile them: not timed
-PRODUCT_ROWS = {"cuda": 8192, "cpu": 1024}  # of the square matrices that are multiplied
-COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # more than any cache holds
+WARM_CALLS = 10  # untimed calls, in which libraries choose and compile their kernels
+PRODUCT_ROWS = {"cuda": 8192, "cpu": 1024}  # rows of the square matrices that are multiplied
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # larger than any cache
 Work = Literal["train", "tastes"]
-WAYS = ((False, False), (True, False), (False, True), (True, True))  # of working: in bfloat16, compiled
-BATCHES = (1, 4, 16)  # times the default
-CHECKED_STEPS = 3  # of each cell and objective
-TOLERANCES = {False: 0.05, True: 0.2}  # in bfloat16: mean difference of a weight, as a share of what it was moved
-COPIED_STEPS = 8  # whose copies are checked
-PRODUCTS = 4  # of large matrices, that keep a device busy for longer than a step is prepared and copied
+WAYS = ((False, False), (True, False), (False, True), (True, True))  # in bfloat16 or not, compiled or not
+BATCHES = (1, 4, 16)  # multiples of the default batch
+CHECKED_STEPS = 3  # for each cell and objective
+TOLERANCES = {False: 0.05, True: 0.2}  # bfloat16 -> allowed mean difference of weights, as a share of their mean change
+COPIED_STEPS = 8  # steps whose copies are checked
+PRODUCTS = 4  # of large matrices: they keep a device busy for longer than it takes to prepare and copy a step
 
 
 def per_second(work: Callable[[], float], device: torch.device, seconds: float) -> float:
-    """What `work` says that it did, a second, over calls for about so many seconds."""
+    """Call `work` for about `seconds` seconds and return the sum of its results per second."""
     for _ in range(WARM_CALLS):
         work()
     done, began = 0.0, _now(device)
@@ -77,21 +78,21 @@ def _now(device: torch.device) -> float:
 
 
 def product_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """Floating point operations a second of products of large square matrices."""
+    """Return the floating-point operations per second of products of large square matrices."""
     rows = PRODUCT_ROWS[device.type]
     left, right = (torch.rand(rows, rows, device=device).to(dtype) for _ in range(2))
 
     def work() -> float:
         torch.mm(left, right)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # else calls would only queue up
+            torch.cuda.synchronize(device)  # otherwise the calls would only be queued
         return 2.0 * rows**3
 
     return per_second(work, device, seconds)
 
 
 def copy_bandwidth(device: torch.device, seconds: float) -> float:
-    """Bytes a second that a large copy reads and writes."""
+    """Return the bytes per second that a large copy reads and writes."""
     source = torch.zeros(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
 
@@ -115,7 +116,7 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if not func.is_view and "empty" not in str(func):  # neither views nor allocations touch memory
-            read = [value for name, value in kwargs.items() if name != "out"]  # that is the result
+            read = [value for name, value in kwargs.items() if name != "out"]  # `out` is the result
             leaves = tree_leaves((args, read, result))
             self.total += sum(
                 leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided
@@ -124,9 +125,10 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def asked(work: Callable[[], float]) -> tuple[float, float]:
-    """Operations of products, and bytes, for each unit that `work` says that it did. To be called on the CPU.
+    """Return floating-point operations of products and bytes read and written, per unit of work that `work` returns.
 
-    There every step of a recurrent network is a product of its own that can be counted; cuDNN hides them.
+    `work` must run on the CPU, where every step of a recurrent network is a separate product that can be counted; cuDNN
+    hides these products.
     """
     with FlopCounterMode(display=False) as flops, ByteCounter() as moved:
         units = work()
@@ -135,31 +137,31 @@ def asked(work: Callable[[], float]) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much the benchmark does."""
+    """The sizes of the benchmark."""
 
     songs: int = 100_000
     dim: int = 64
     users: int = 2_000
-    plays: int = 200  # mean of a user
-    seconds: float = 3.0  # of each measurement
-    compile_until: float = 390.0  # seconds after the start, after which no compiled run begins
-    plays_per_pass: int = PLAYS_PER_PASS  # of batch tastes
+    plays: int = 200  # mean per user
+    seconds: float = 3.0  # per measurement
+    compile_until: float = 390.0  # seconds since the start after which no compiled run begins
+    plays_per_pass: int = PLAYS_PER_PASS  # of batch taste vectors
     config: TrainConfig = field(default_factory=TrainConfig)
 
     def times(self, batch: int) -> "Size":
-        """The same with so many times as large a batch; learning rate and negatives grow by `--scale-with-batch`."""
+        """Return the sizes with a `batch` times larger batch; `--scale-with-batch` sets learning rate and negatives."""
         config = self.config.replace(batch=self.config.batch * batch, scale_with_batch=True)
         return replace(self, config=config, plays_per_pass=self.plays_per_pass * batch)
 
     @classmethod
     def quick(cls) -> "Size":
-        """To see that it works."""
+        """Return the sizes of a smoke test."""
         small = TrainConfig(hidden_dim=16, negatives=32, batch=8, window=20, long=(2, 5))
         return cls(songs=500, dim=8, users=30, plays=30, seconds=0.05, config=small)
 
 
 def measure_device(device: str, size: Size) -> dict[str, Any]:
-    """All figures as one object: device, limits, what was checked, and an entry for each way of working."""
+    """Return all figures: device, checks, limits, reading, and one entry per run with its work, precision and batch."""
     torch.set_num_threads(1)
     place, began = torch.device(device), time.perf_counter()
     figures: dict[str, Any] = {
@@ -196,15 +198,15 @@ def measure_device(device: str, size: Size) -> dict[str, Any]:
 
 
 def _needs(work: Work, size: Size) -> dict[str, float]:
-    """What a play asks of the device."""
+    """Return the floating-point operations and bytes per play."""
     flops, moved = asked(_work(work, "cpu", replace(size, users=min(size.users, 200)), bf16=False, compiled=False))
     return {"flops_per_play": flops, "unfused_bytes_per_play": moved}
 
 
 def checks(device: str) -> list[dict[str, Any]]:
-    """For each cell, objective and precision how far weights that learned a few steps on the device lie from a CPU's.
+    """Compare weights after a few steps on the device and on a CPU, for each cell, objective and precision.
 
-    `difference` is the mean over weights, as a share of how far the CPU moved them in float32.
+    `difference` is the mean difference of the weights, as a share of their mean change on the CPU in float32.
     """
     comparisons = []
     for cell, objective in product(get_args(Cell), get_args(Objective)):
@@ -224,10 +226,10 @@ def checks(device: str) -> list[dict[str, Any]]:
 
 
 def copies_whole(device: str, size: Size) -> bool:
-    """Whether steps that are copied ahead hold on the device what they hold on the host.
+    """Return True if steps that are copied ahead have the same values on the device as on the host.
 
-    First while the stream that reads them is busy, so that they are let go of before they are read: memory that is
-    given to other copies too early shows. Then while the stream that copies is busy: so does what is read too early.
+    First the stream that reads the steps is busy, so that steps are freed before they are read: this finds memory that
+    is given to other copies too early. Then the stream that copies is busy: this finds steps that are read too early.
     """
     place, histories = torch.device(device), random_histories(size)
     counts = np.bincount(histories.songs, minlength=size.songs)
@@ -236,7 +238,7 @@ def copies_whole(device: str, size: Size) -> bool:
     batches = list(islice(cycle(batches_of(histories, size.config)), COPIED_STEPS))
     matrix = torch.zeros(PRODUCT_ROWS[place.type], PRODUCT_ROWS[place.type], device=place)
     there: list[torch.Tensor] = []
-    for busy in (None, training.copies):  # None: the stream that reads
+    for busy in (None, training.copies):  # None: the current stream, which reads
         for step in training.prepared(batches, 0):
             with torch.cuda.stream(busy):
                 for _ in range(PRODUCTS):
@@ -249,7 +251,7 @@ def copies_whole(device: str, size: Size) -> bool:
 
 
 def learned(size: Size, device: str, steps: int, *, compiled: bool = False, bf16: bool = False) -> TasteModel:
-    """The network after a few steps on a device, on the CPU."""
+    """Train a new network for `steps` steps on a device and return it, moved to the CPU."""
     histories = random_histories(size)
     counts = np.bincount(histories.songs, minlength=size.songs)
     config = size.config.replace(compiled=compiled)
@@ -261,7 +263,7 @@ def learned(size: Size, device: str, steps: int, *, compiled: bool = False, bf16
 
 
 def reading(size: Size) -> float:
-    """Plays a second that one process reads from files and prepares for steps."""
+    """Return the plays per second that one process reads from files and prepares for steps."""
     config, histories = size.config, random_histories(size)
     with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
         dataset = write_random_histories(Workspace(folder), histories, size.songs)
@@ -276,7 +278,7 @@ def reading(size: Size) -> float:
 
 
 def write_random_histories(workspace: Workspace, histories: Histories, songs: int) -> Dataset:
-    """A data set of one bucket; its songs have no names."""
+    """Write a data set of one bucket, whose songs have no names."""
     workspace.write_table(histories_file(0, 0), histories.to_arrow())
     manifest = DatasetManifest(
         id="made-up",
@@ -303,7 +305,7 @@ def _measured(work: Work, device: torch.device, size: Size, *, bf16: bool, compi
 
 
 def _work(work: Work, device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[[], float]:
-    """A call of it does some of the work and says how many plays that took."""
+    """Return a function that does a part of the work at each call and returns the number of plays."""
     make_work = _steps if work == "train" else _tastes
     return make_work(device, size, bf16=bf16, compiled=compiled)
 
@@ -336,13 +338,13 @@ def _tastes(device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[
 
 
 def batches_of(histories: Histories, config: TrainConfig) -> list[Windows]:
-    """The batches of one epoch."""
+    """Return the batches of one epoch."""
     windows = cut_windows(histories, config.window, config.lookahead)
     return list(batches_in_memory(windows, config.batch, np.random.default_rng(0)))
 
 
 def network(size: Size) -> TasteModel:
-    """An untrained network of the shape that the settings ask for, with gaps as its features."""
+    """Return an untrained network of the shape in `size.config`, with the gaps between plays as its features."""
     config = size.config
     shape = config.network_shape(
         num_songs=size.songs, embedding_dim=size.dim, features=FeatureSpec(pause_hours=config.pause_hours)
@@ -353,7 +355,7 @@ def network(size: Size) -> TasteModel:
 
 
 def random_histories(size: Size) -> Histories:
-    """Users with half to one and a half times the mean of plays; few songs are played often."""
+    """Return users with half to one and a half times `size.plays` plays each; few songs are played often."""
     random = np.random.default_rng(0)
     lengths = random.integers(size.plays // 2, size.plays * 3 // 2 + 1, size=size.users)
     plays = int(lengths.sum())
@@ -366,13 +368,13 @@ def random_histories(size: Size) -> Histories:
 
 
 def main(words: list[str] | None = None) -> None:
-    """The command line: one table or JSON object; exit code 1 where the device does not compute what a CPU does."""
+    """Run the command line: print one table or JSON object; exit with 1 if the results differ from those of a CPU."""
     parser = argparse.ArgumentParser(prog="python -m rayrec.bench.device_bench", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="small, to see that it works")
     arguments = parser.parse_args(words)
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # what cannot be compiled is no news
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # hide messages about code that cannot be compiled
     figures = measure_device(arguments.device, Size.quick() if arguments.quick else Size())
     sys.stdout.write(json.dumps(figures) + "\n" if arguments.json else as_table(figures))
     if not (figures["copies_whole"] and all(check["same"] for check in figures["checks"])):
@@ -380,7 +382,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def as_table(figures: dict[str, Any]) -> str:
-    """The figures for people."""
+    """Return the figures as text for people."""
     lines = [f"{figures['name']}, torch {figures['torch']}", ""]
     for check in figures["checks"]:
         verdict = "as on a CPU" if check["same"] else "NOT AS ON A CPU"

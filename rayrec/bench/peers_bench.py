@@ -1,7 +1,7 @@
-"""Our network beside SASRec of RecTools: `make bench-peers`, or `python -m rayrec.bench.peers_bench`.
+"""Compare our network with SASRec of RecTools: `make bench-peers`, or `python -m rayrec.bench.peers_bench`.
 
-Both train on the same plays, an epoch each in turn, with one thread, and after each epoch answer the same queries of
-the test range. RecTools lives in a Python environment of its own, since it wants older libraries.
+Both train on the same plays with one thread, taking turns after each epoch. After each epoch they answer the same
+queries of the test range. RecTools runs in a separate Python environment, because it needs older libraries.
 """
 
 import argparse
@@ -48,25 +48,25 @@ OURS, SASREC = "rayrec", "RecTools SASRec"
 
 
 class Contestant(Protocol):
-    """A network that trains and answers on demand."""
+    """A network that is compared: it trains and answers when it is called."""
 
     def epoch(self) -> tuple[int, float]:
-        """Train for one epoch: targets learned from, and seconds."""
+        """Train for one epoch; return the number of targets learned from, and the seconds."""
         ...
 
     def answer(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Vectors of queries, float32 (Q, D), and of songs, float32 (N, D), to be compared by dot product."""
+        """Return vectors of the queries, float32 (Q, D), and of songs, float32 (N, D); dot products are the scores."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochFigures:
-    """How a network stands after an epoch. Recall and MRR at 20."""
+    """Speed of a network in an epoch, and recall@20 and MRR@20 after it."""
 
     model: str
     epoch: int  # from 1
-    plays: int  # targets learned from in it
-    seconds: float  # that it took
+    plays: int  # targets learned from in the epoch
+    seconds: float  # of the epoch
     plays_per_second: float
     served_recall: float  # of songs new to the user, among songs new to the user
     served_mrr: float
@@ -96,7 +96,7 @@ class OurNetwork:
         self._epochs = 0
 
     def epoch(self) -> tuple[int, float]:
-        """As in `Contestant`; reading and cutting included."""
+        """See `Contestant.epoch`; the seconds include reading plays and cutting windows."""
         reports: list[StepReport] = []
         began = time.perf_counter()
         reader = ShardReader(self._dataset, self._allowed, self._config, self._windows, Share())
@@ -106,14 +106,14 @@ class OurNetwork:
         return sum(report.plays for report in reports), seconds
 
     def answer(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in `Contestant`."""
+        """See `Contestant.answer`."""
         model = self._training.averaged()
         vectors = export_song_vectors(model, self._known)
         return validation_tastes(model, vectors, self._training.exchange, self._queries, Share()), vectors
 
 
 class SasRec:
-    """SASRec in a process of the other environment, for the with block."""
+    """SASRec in a process of the environment with RecTools; the process is killed at the end of the with block."""
 
     def __init__(self, python: str, dataset: Dataset, split: Split, settings: dict[str, Any], queries: Validation):
         self._folder = tempfile.TemporaryDirectory(prefix="rayrec-")
@@ -143,13 +143,13 @@ class SasRec:
         self._folder.cleanup()
 
     def epoch(self) -> tuple[int, float]:
-        """As in `Contestant`; RecTools' preparation of the data set, done anew for each epoch, not included."""
+        """See `Contestant.epoch`; the seconds do not include that RecTools prepares the data set before each epoch."""
         figures = self._ask("epoch")
         self.parameters = int(figures["parameters"])
         return int(figures["plays"]), float(figures["seconds"])
 
     def answer(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in `Contestant`."""
+        """See `Contestant.answer`."""
         self._ask("answer")
         folder = Path(self._folder.name)
         tastes, vectors = (np.load(folder / name) for name in ("tastes.npy", "song_vectors.npy"))
@@ -167,7 +167,7 @@ class SasRec:
 
 
 def queries_of_test_range(dataset: Dataset, split: Split, count: int, seed: int = 0) -> Validation:
-    """So many plays of the test range, drawn at random, that have an earlier play by the same user."""
+    """Draw at most `count` random plays of the test range that have an earlier play by the same user."""
     tested: list[Histories] = []
     for histories in dataset.read_all():
         rows = np.unique(histories.rows[split.is_test(histories)])
@@ -181,7 +181,7 @@ def queries_of_test_range(dataset: Dataset, split: Split, count: int, seed: int 
 
 
 def songs_before(queries: Validation, longest: int) -> dict[str, np.ndarray]:
-    """The last songs of each query, at most `longest`: int64 `songs`, flat, and where those of each query begin."""
+    """Return the last songs before each query, at most `longest`: int64 `songs`, flat, and `offsets` of each query."""
     test_queries = queries.queries
     lengths = np.minimum(test_queries.seen, longest)
     offsets = offsets_of(lengths)
@@ -190,7 +190,7 @@ def songs_before(queries: Validation, longest: int) -> dict[str, np.ndarray]:
 
 
 def compare_epochs(contestants: dict[str, Contestant], queries: Validation, epochs: int) -> list[EpochFigures]:
-    """Train by turns, and measure each after each epoch; the first of an epoch is the last of the next."""
+    """Train each network for one epoch in turn, and measure it after each epoch. Every epoch reverses the order."""
     figures = []
     for number in range(epochs):
         names = [*contestants] if number % 2 == 0 else [*contestants][::-1]
@@ -216,7 +216,7 @@ def compare_epochs(contestants: dict[str, Contestant], queries: Validation, epoc
 
 
 def as_markdown(figures: Sequence[EpochFigures]) -> str:
-    """A table of both, each after each of its epochs."""
+    """Return a Markdown table with one row per network and epoch."""
     lines = [
         "| model | epoch | seconds of all epochs | plays/s | served recall@20 | MRR@20 | all recall@20 | MRR@20 |",
         "|---|---|---|---|---|---|---|---|",
@@ -235,7 +235,7 @@ def as_markdown(figures: Sequence[EpochFigures]) -> str:
 
 
 def generated_data(folder: str, quick: bool) -> Workspace:
-    """A workspace with generated plays, a split and song embeddings."""
+    """Return a new workspace in `folder` with generated plays, a split and song embeddings."""
     workspace = Workspace(folder)
     users, songs, plays = (300, 200, 25) if quick else (10_000, 5_000, 60)
     artists = max(GenerateConfig().genres, songs // 8)
@@ -247,7 +247,7 @@ def generated_data(folder: str, quick: bool) -> Workspace:
 
 
 def main(words: list[str] | None = None) -> None:
-    """The command line: one table or JSON object."""
+    """Run the command line, which prints one table or JSON object."""
     parser = argparse.ArgumentParser(prog="python -m rayrec.bench.peers_bench", description=__doc__)
     parser.add_argument("--python", default=".venv-peers/bin/python", help="Python of an environment with RecTools")
     parser.add_argument("--workspace", help="with a data set, a split and song embeddings; default: generated plays")

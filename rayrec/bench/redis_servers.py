@@ -1,4 +1,4 @@
-"""Redis servers on loopback for benchmarks and tests: one alone, or a cluster with a replica of each primary."""
+"""Redis servers on loopback for benchmarks and tests: a single server, or a cluster with one replica per primary."""
 
 import random
 import shutil
@@ -13,36 +13,36 @@ from typing import Any
 from rayrec.errors import RayrecError
 
 SERVER, CLI = shutil.which("redis-server"), shutil.which("redis-cli")
-START_SECONDS = 60.0  # that a server, or a cluster, may take: on a busy machine nodes are slow to agree
+START_SECONDS = 60.0  # limit of a wait for a server or a cluster: on a busy machine nodes are slow to agree
 PRIMARIES = 3
-NODE_TIMEOUT_MS = 1_000  # of silence, after which a primary of a cluster is replaced
-PORTS = range(11_000, 18_000)  # of a cluster's nodes: they talk to each other on ports 10,000 higher
+NODE_TIMEOUT_MS = 1_000  # silence of a primary after which its replica replaces it
+PORTS = range(11_000, 18_000)  # of a cluster's nodes, which talk to each other on the ports 10,000 higher
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Return a free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class RedisServer:
-    """A Redis server on a free port of this machine; its data outlives its process."""
+    """A Redis server on this machine. Its data stay on disk when its process ends."""
 
     def __init__(self, folder: Path, *options: str, port: int | None = None) -> None:
-        """`options` are further ones of redis-server."""
+        """Keep the data in `folder`; `options` are more options of redis-server. Without `port`, choose a free one."""
         self._folder, self._options, self.port = folder, options, port or free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def uri(self) -> str:
-        """As stores are named."""
+        """The address of the server, as a store URI."""
         return f"redis://127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
-        """Start, and wait until it answers. Every write is on the disk before it is acknowledged.
+        """Start the server and wait until it answers. It writes every change to disk before it acknowledges it.
 
-        Raises `RayrecError` where redis-server is not installed, or does not start.
+        Raises `RayrecError` if redis-server is not installed or does not start.
         """
         if SERVER is None:
             raise RayrecError("redis-server was not found; install Redis 6 or later, or use SQLite")
@@ -52,11 +52,11 @@ class RedisServer:
         wait_until(self._answers, f"the Redis server at port {self.port} did not start")
 
     def empty(self) -> None:
-        """Forget everything."""
+        """Delete all data."""
         self.ask("FLUSHALL")
 
     def ask(self, *command: Any) -> Any:
-        """What the server answers to a command."""
+        """Send a command to the server and return its answer."""
         import redis
         from redis.backoff import NoBackoff
         from redis.retry import Retry
@@ -65,12 +65,12 @@ class RedisServer:
             return client.execute_command(*command)
 
     def send(self, number: int) -> None:
-        """Send a signal to the process."""
+        """Send the signal `number` to the process."""
         if self.process is not None:
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """As kill -9."""
+        """Kill the process with SIGKILL and wait until it has ended."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -86,23 +86,23 @@ class RedisServer:
 
 
 class RedisCluster:
-    """Three primaries and a replica of each; `nodes` begins with those that were primaries first."""
+    """Three primaries with one replica each; `nodes` begins with the initial primaries."""
 
     def __init__(self, nodes: list[RedisServer]) -> None:
-        """`nodes` run and are a cluster."""
+        """`nodes` are running servers that form a cluster."""
         self.nodes = nodes
 
     @property
     def uri(self) -> str:
-        """That of any node."""
+        """The store URI of the cluster: the address of its first node; any other node would do."""
         return self.nodes[0].uri
 
     def primaries(self) -> list[RedisServer]:
-        """Those that run and are primaries now."""
+        """Return the running nodes that are primaries now."""
         return [node for node in self.nodes if node.process is not None and node.ask("ROLE")[0] == b"master"]
 
     def fail_over(self, primary: RedisServer) -> None:
-        """Kill a primary, and return when its replica has taken over; it is down until it is started again."""
+        """Kill `primary` and wait until its replica has taken over. `primary` stays down until it is started again."""
         wait_until(lambda: primary.ask("ROLE")[2], f"the primary at port {primary.port} has no replica")
         primary.kill()
         wait_until(lambda: len(self.primaries()) == PRIMARIES, "no replica took over")
@@ -110,11 +110,11 @@ class RedisCluster:
 
 @contextmanager
 def redis_cluster(folder: Path) -> Iterator[RedisCluster]:
-    """A cluster until the block ends. Raises `RayrecError` where redis-server or redis-cli is not installed."""
+    """Run a cluster until the block ends. Raises `RayrecError` if redis-server or redis-cli is not installed."""
     if CLI is None:
         raise RayrecError("redis-cli was not found; install Redis 6 or later")
     options = ["--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT_MS)]
-    options += ["--cluster-require-full-coverage", "no"]  # users of the other nodes are served during a failover
+    options += ["--cluster-require-full-coverage", "no"]  # during a failover, the other nodes still serve their users
     nodes: list[RedisServer] = []
     try:
         for port in _free_ports(2 * PRIMARIES):
@@ -133,7 +133,7 @@ def redis_cluster(folder: Path) -> Iterator[RedisCluster]:
 
 
 def redis_cli(*arguments: str) -> str:
-    """What redis-cli prints. Raises `RayrecError` where it fails."""
+    """Run redis-cli and return its output. Raises `RayrecError` if it fails."""
     done = subprocess.run([str(CLI), *arguments], capture_output=True, text=True, timeout=120, check=False)
     if done.returncode != 0:
         raise RayrecError(f"redis-cli {' '.join(arguments)} failed: {done.stdout + done.stderr}")
@@ -141,7 +141,7 @@ def redis_cli(*arguments: str) -> str:
 
 
 def wait_until(condition: Callable[[], Any], message: str) -> None:
-    """Wait until a condition holds. Raises `RayrecError` with the message after `START_SECONDS`."""
+    """Wait until `condition()` is true. Raises `RayrecError` with `message` after `START_SECONDS`."""
     deadline = time.monotonic() + START_SECONDS
     while not condition():
         if time.monotonic() > deadline:

@@ -1,15 +1,16 @@
-"""Two ways of doing the same work, timed in alternating rounds, with their memory; and the file of measured rates.
+"""Compare two ways of doing the same work in alternating rounds, measure memory, and keep a file of measured rates.
 
-What counts is the ratio within a round. Machines share their cores and change their pace. Within a round both ways meet
-about the same machine, and every other round starts with the other way, so that a drift favors neither.
+The result is the ratio within a round, because the speed of a machine with shared cores changes over time. Within a
+round both ways run under about the same conditions. Every second round starts with the other way, so that a slow change
+of speed favors neither.
 
-Private memory is USS, the memory that would be freed if the process ended, without Ray's object store: that is one
-block of shared memory of a fixed size for the whole node, whose pages Linux books as private to the
-process that happened to touch them alone.
+Private memory is USS, the memory that is freed when the process ends, without Ray's object store. The object store is
+one block of shared memory of a fixed size per node; Linux counts a page of it as private to a process if no other
+process has used the page.
 
-The file of rates is JSON: `rates` (name -> work a second on one CPU), `machine` (what they were measured on)
-and `commit` (of the last measurement; null where rayrec is not a checkout). Each benchmark that is
-saved to it brings its own rates and leaves the others.
+The file of rates is JSON: `rates` (name -> work per second on one CPU), `machine` (where they were measured) and
+`commit` (of the last measurement; null if rayrec does not run from a git checkout). A benchmark that is saved to the
+file replaces its own rates and keeps all others.
 """
 
 import json
@@ -36,14 +37,14 @@ from rayrec.errors import InputError
 
 @dataclass(frozen=True)
 class Measured:
-    """Work done, in the benchmark's unit, and the seconds that it took."""
+    """An amount of work, in the benchmark's unit, and the seconds that it took."""
 
     work: float
     seconds: float
 
     @property
     def per_second(self) -> float:
-        """Work a second."""
+        """Work per second."""
         return self.work / max(self.seconds, 1e-9)
 
 
@@ -52,21 +53,21 @@ Way = Callable[[], Measured]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """What a benchmark found: our way against the plain loop."""
+    """The result of a benchmark that compares our way with the plain loop."""
 
     name: str
     unit: str  # of work: plays, users, queries, tokens
-    ratio: float  # ours / plain work a second, median over the rounds
-    ratio_low: float  # the lowest of any round
+    ratio: float  # our work per second over that of the plain loop, median over the rounds
+    ratio_low: float  # the lowest ratio of a round
     ratio_high: float
     per_second: float  # ours, median over the rounds
     plain_per_second: float
-    peak_mb: float  # private memory (USS) of all our processes together at its highest, MiB
+    peak_mb: float  # highest private memory (USS) of all our processes together, MiB
     rounds: int
     extra: dict[str, Any] = field(default_factory=dict)  # further figures of this benchmark
 
     def to_json(self) -> dict[str, Any]:
-        """One flat object; the further figures stand beside the common ones."""
+        """Return one flat dict with the common figures and those of `extra`."""
         common = asdict(self)
         extra = common.pop("extra")
         return {**common, **extra}
@@ -99,7 +100,7 @@ def compare(
 
 
 def measure(name: str, unit: str, ours: Way, plain: Way, *, rounds: int, **extra: Any) -> BenchResult:
-    """One round of ours for its memory, unmeasured otherwise, and then the rounds that count; with a bar."""
+    """Run `ours` once to measure its memory, then `compare` both ways. Shows a progress bar."""
     with progress(f"bench {name}", 2 * rounds + 1) as bar:
 
         def shown(way: Way) -> Measured:
@@ -114,11 +115,11 @@ def measure(name: str, unit: str, ours: Way, plain: Way, *, rounds: int, **extra
 
 Result = TypeVar("Result")
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # what Ray's workers are given too
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # also in the environment of Ray's workers
 
 
 class PlainProcess:
-    """Runs functions of importable modules, one at a time, in one process that stays up for the with block."""
+    """A separate process that runs functions of importable modules, one at a time, until the with block ends."""
 
     def __init__(self, nice: int) -> None:
         self._executor = ProcessPoolExecutor(
@@ -134,12 +135,12 @@ class PlainProcess:
         self._executor.shutdown()
 
     def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """The result of `work(*arguments)`; its errors come out here."""
+        """Run `work(*arguments)` in the process and return its result; its errors are raised here."""
         return self._executor.submit(work, *arguments).result()
 
 
 def niceness() -> int:
-    """How nice this process is."""
+    """Return the niceness (scheduling priority) of this process."""
     return os.nice(0)
 
 
@@ -150,25 +151,25 @@ def _level(nice: int) -> None:
 
 MIB = 1 << 20
 DRIVER, WORKER, OTHER = "driver", "worker", "other"
-OBJECT_STORE = "/plasma"  # in the path of the store's mapping
-WORKER_TITLE = "ray::"  # how the titles of processes begin that run Ray tasks and actors
+OBJECT_STORE = "/plasma"  # part of the path of the object store's memory mapping
+WORKER_TITLE = "ray::"  # start of the titles of processes that run Ray tasks and actors
 
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """One process as it was when we looked."""
+    """The memory of one process at one moment."""
 
     pid: int
-    role: str  # driver, worker (of Ray, at work or waiting) or other
+    role: str  # driver, worker (of Ray, busy or idle) or other
     private_mb: float
 
 
 class MemoryWatch:
-    """Samples in a thread for the length of a with block; the figures stand afterwards."""
+    """Samples the memory of processes in a thread during a with block; read the figures after the block."""
 
     def __init__(self, interval: float = 0.5) -> None:
-        self.total_mb = 0.0  # highest sum over all processes at one moment
-        self.peaks_mb: dict[str, float] = {}  # driver, worker, other -> highest of any such process
+        self.total_mb = 0.0  # highest sum over all processes at one moment, MiB
+        self.peaks_mb: dict[str, float] = {}  # role -> highest memory of any process of that role, MiB
         self._interval = interval
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_end, daemon=True)
@@ -190,14 +191,14 @@ class MemoryWatch:
                 return
 
     def record(self, processes: list[ProcessMemory]) -> None:
-        """Take in what one look found."""
+        """Update the peaks with the processes of one sample."""
         self.total_mb = max(self.total_mb, sum(process.private_mb for process in processes))
         for process in processes:
             self.peaks_mb[process.role] = max(self.peaks_mb.get(process.role, 0.0), process.private_mb)
 
 
 def sample() -> list[ProcessMemory]:
-    """This process, the driver, and every process below it on this machine."""
+    """Return the memory of this process, which is the driver, and of all its descendants on this machine."""
     processes = []
     this = psutil.Process()
     for process in (this, *this.children(recursive=True)):
@@ -206,17 +207,20 @@ def sample() -> list[ProcessMemory]:
             role = DRIVER if process == this else role
             processes.append(ProcessMemory(process.pid, role, _private(process) / MIB))
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue  # it ended while we looked
+            continue  # the process has ended meanwhile
     return processes
 
 
 def anonymous_mb(process: psutil.Process) -> float:
-    """MiB of a process without pages of files: these are shared by all who map them, even where it is one alone."""
+    """Return the memory of a process in MiB, without pages of files that it maps.
+
+    All processes that map a file share its pages, so they are left out even if only one process maps it.
+    """
     return float(sum(area.anonymous for area in process.memory_maps()) / MIB)
 
 
 def _private(process: psutil.Process) -> int:
-    """Bytes."""
+    """Return the private memory of a process in bytes; on Linux without Ray's object store."""
     private = int(process.memory_full_info().uss)
     if not psutil.LINUX:
         return private
@@ -225,13 +229,13 @@ def _private(process: psutil.Process) -> int:
 
 
 def growth(small: dict[str, float], large: dict[str, float]) -> dict[str, float]:
-    """By how much, as a share, each figure of a smaller run grew in a larger one."""
+    """Return by how much each figure is higher in the larger run, as a share: 0.1 means 10 % higher."""
     return {name: large[name] / small[name] - 1 for name in small}
 
 
 GIB = 1 << 30
 CPU_NAMES = Path("/proc/cpuinfo")
-# benchmark -> the rate that its `per_second` is, over the workers that it ran
+# benchmark -> name of the rate that is its `per_second` divided by its number of workers
 RATE_OF = {
     "train": "train_plays_per_second_per_cpu",
     "taste": "taste_plays_per_second_per_cpu",
@@ -240,7 +244,7 @@ RATE_OF = {
 
 
 def rates_of(result: dict[str, Any]) -> dict[str, float]:
-    """The rates in what a benchmark told: its own `rates`, or its work a second; empty for index and memory."""
+    """Return the rates of a benchmark's result: its `rates`, or its work per second and worker. May be empty."""
     if "rates" in result:
         return dict(result["rates"])
     name = RATE_OF.get(result["name"])
@@ -248,7 +252,7 @@ def rates_of(result: dict[str, Any]) -> dict[str, float]:
 
 
 def check_rates_file(path: str | Path) -> None:
-    """Raise `InputError` for a file that `save_rates` would refuse or could not write: before hours of measuring."""
+    """Raise `InputError` if `save_rates` would refuse the file or could not write it; call this before measuring."""
     target = Path(path)
     _read(target)
     written = _unfinished(target)
@@ -260,9 +264,9 @@ def check_rates_file(path: str | Path) -> None:
 
 
 def save_rates(path: str | Path, result: dict[str, Any]) -> None:
-    """Merge the rates of what a benchmark told into the file, which is made where there is none.
+    """Merge the rates of a benchmark's result into the file, which is created if it does not exist.
 
-    Raises `InputError` for a file that is none of ours or holds rates of another machine.
+    Raises `InputError` if the file is not a rates file or holds rates of another machine.
     """
     target = Path(path)
     rates = {**_read(target), **rates_of(result)}
@@ -273,12 +277,12 @@ def save_rates(path: str | Path, result: dict[str, Any]) -> None:
 
 
 def _unfinished(target: Path) -> Path:
-    """Where a file is written before it takes its place."""
+    """Return the temporary path at which a file is written before it is renamed to `target`."""
     return target.with_name(f".{target.name}.{os.getpid()}")
 
 
 def machine() -> dict[str, Any]:
-    """This machine: cpus, cpu (its name), memory_gib and system."""
+    """Return a description of this machine: cpus, cpu (its name), memory_gib and system."""
     names = CPU_NAMES.read_text(encoding="utf-8").splitlines() if CPU_NAMES.exists() else []
     named = [line.partition(":")[2].strip() for line in names if line.startswith("model name")]
     return {
@@ -290,7 +294,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The short commit of the checkout that rayrec runs from; None where it is none, or git is not there."""
+    """Return the short commit of the git checkout that rayrec runs from; None without a checkout or without git."""
     words = ["git", "-C", str(Path(rayrec.__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
@@ -299,7 +303,7 @@ def commit() -> str | None:
 
 
 def _read(path: Path) -> dict[str, float]:
-    """The rates that are there."""
+    """Return the rates in the file, empty if it does not exist. Raises `InputError` if the file cannot be used."""
     if not path.parent.is_dir():
         raise InputError(f"{path} cannot be written: folder {path.parent} does not exist")
     if path.is_dir():

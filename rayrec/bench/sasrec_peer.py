@@ -1,7 +1,8 @@
-"""SASRec of RecTools, one epoch at a time: what `peers_bench` runs in an environment that has RecTools and not rayrec.
+"""Trains SASRec of RecTools one epoch at a time. `peers_bench` runs it in an environment with RecTools, without rayrec.
 
-Called with a folder and settings as JSON; reads a word a line: `epoch` trains for one epoch, `answer` writes the
-vectors of songs and of queries into the folder. Each prints one JSON object a line.
+Its arguments are a folder and settings as JSON. It reads one word per line from standard input: `epoch` trains for one
+epoch, `answer` writes the vectors of songs and of queries into the folder. For each word it prints one line, a JSON
+object.
 """
 
 import json
@@ -20,11 +21,11 @@ from rectools.dataset import Dataset
 from rectools.models import SASRecModel
 
 QUERIES_AT_ONCE = 5_000
-SECOND = 10**9  # ns, between plays whose order alone counts
+SECOND = 10**9  # ns between two plays, of which only the order matters
 
 
 class EpochClock(Callback):  # type: ignore[misc]
-    """Takes the seconds of the last epoch: its batches and steps, without what comes before."""
+    """Measures the seconds of the last epoch: its batches and steps, without the preparation of the data."""
 
     def __init__(self) -> None:
         self.seconds = self._began = 0.0
@@ -37,7 +38,7 @@ class EpochClock(Callback):  # type: ignore[misc]
 
 
 class Peer:
-    """A SASRec model on the plays of a folder."""
+    """A SASRec model that is trained on the plays in a folder and answers the queries in it."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self._folder, self._clock = folder, EpochClock()
@@ -56,12 +57,15 @@ class Peer:
         self._model.fit_partial(self._dataset, min_epochs=1, max_epochs=1)
         clock = next(each for each in self._model.fit_trainer.callbacks if isinstance(each, EpochClock))
         frame = self._model.data_preparator.train_dataset.interactions.df
-        plays = len(frame) - frame[Columns.User].nunique()  # the first play of a user is no target
+        plays = len(frame) - frame[Columns.User].nunique()  # the first play of a user is not a target
         parameters = sum(value.numel() for value in self._model.lightning_model.parameters())
         return {"seconds": clock.seconds, "plays": plays, "parameters": parameters}
 
     def answer(self) -> dict[str, float]:
-        """Write `song_vectors.npy`, float32 (N, D), and `tastes.npy`, float32 (Q, D), zeros where nothing is known."""
+        """Write `song_vectors.npy`, float32 (N, D), and `tastes.npy`, float32 (Q, D).
+
+        Songs and queries that the model does not know get zeros.
+        """
         preparator, network = self._model.data_preparator, self._model.lightning_model
         count = len(self._ends) - 1
         tastes: np.ndarray = np.zeros((0, 0), dtype=np.float32)
@@ -85,13 +89,13 @@ class Peer:
 
 
 def _frame(users: np.ndarray, songs: np.ndarray) -> pd.DataFrame:
-    """Plays as RecTools wants them, in the order in which they are."""
+    """Return plays as a data frame of RecTools, in the given order."""
     moments = pd.to_datetime(np.arange(len(songs), dtype=np.int64) * SECOND)
     return pd.DataFrame({Columns.User: users, Columns.Item: songs, Columns.Weight: 1.0, Columns.Datetime: moments})
 
 
 def main() -> None:
-    """Serve until stdin ends."""
+    """Process the words on standard input until it ends."""
     folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""How the stages scale: with workers on one machine, with the number of plays, and memory with the number of users."""
+"""How the stages scale: time with workers on one machine and with plays, memory with users and with songs."""
 
 import os
 import time
@@ -31,24 +31,24 @@ from rayrec.storage.workspace import Workspace
 
 EXTRAPOLATED_PLAYS = 1e9
 MICROSECONDS = 1e6
-CHAIN = "chain"  # folder of the workspace that a run works in
-# Few, so that batches and pools are full in the smaller data too: what still grows, grows with the users.
+CHAIN = "chain"  # folder of the workspace in which the stages run
+# Few buckets, so that batches and pools are full in the smaller data set too: further growth comes from the users.
 MEMORY_BUCKETS = 4
-SONGS_WORKERS = 4  # of a node, which share a table of songs
+SONGS_WORKERS = 4  # on one node, which share a table of songs
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChainRun:
-    """What came of it."""
+    """Times and memory of one run of the stages."""
 
-    stages: dict[str, Measured]  # plays of import, embed (all epochs), train (steady, in one epoch) and taste
-    peaks_mb: dict[str, float]  # of the driver and of the largest worker, by role
+    stages: dict[str, Measured]  # plays and seconds; of embed in all epochs, of train in the steady part of one epoch
+    peaks_mb: dict[str, float]  # role -> MiB of the driver and of the largest worker
 
 
 def run_chain(plays: str, place: Workspace, workers: int, embed_epochs: int, batch: int, seed: int) -> ChainRun:
-    """Run the stages on the Parquet files of the folder `plays`, on a cluster of `workers` CPUs of its own.
+    """Run the stages on the Parquet files of the folder `plays`, on a new cluster of `workers` CPUs.
 
-    For a process of its own, which has no connection to Ray. The workspace is left empty.
+    Must be called in a separate process, which has no connection to Ray. Leaves the workspace empty.
     """
     os.environ.pop("RAY_ADDRESS", None)
     settings = EmbedConfig(source="histories", epochs=embed_epochs, workers=workers, seed=seed)
@@ -76,15 +76,15 @@ Stages = dict[str, Measured]  # stage -> plays and seconds
 
 
 def further(smaller: Measured, larger: Measured) -> float:
-    """Seconds of a further play."""
+    """Return the seconds per further play: the additional seconds of the larger run over its additional plays."""
     return (larger.seconds - smaller.seconds) / (larger.work - smaller.work)
 
 
 def speedups(by_workers: dict[int, tuple[Stages, Stages]]) -> dict[str, float | None]:
-    """Stage -> further plays a second of two workers, as a multiple of those of one.
+    """Return stage -> further plays per second of two workers, as a multiple of those of one worker.
 
-    From a smaller and a larger run with each number of workers. None where nobody ran two, or the larger took no
-    longer: both were over as soon as they had started.
+    `by_workers` has a smaller and a larger run for each number of workers. None if there is no run with two workers, or
+    if the larger run took no longer than the smaller, because both ended soon after their start.
     """
 
     def cost(stage: str, workers: int) -> float:
@@ -95,8 +95,10 @@ def speedups(by_workers: dict[int, tuple[Stages, Stages]]) -> dict[str, float | 
 
 
 def costs(by_size: list[Stages]) -> dict[str, dict[str, Any]]:
-    """Stage -> plays and microseconds_per_play of each run, smallest first, microseconds_per_further_play between
-    one and the next, and growth: by which share the last of these is above the one before (None with two sizes).
+    """Return stage -> its cost per play in runs of growing size, `by_size`, smallest first.
+
+    `plays` and `microseconds_per_play` are of each run, `microseconds_per_further_play` is between each run and the
+    next. `growth` is by which share the last of these differences is above the one before, None with two sizes.
     """
     by_stage = {}
     for stage in by_size[0]:
@@ -112,7 +114,7 @@ def costs(by_size: list[Stages]) -> dict[str, dict[str, Any]]:
 
 
 def extrapolated(by_stage: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Hours of one CPU for a billion plays at the cost of the last further play; nobody has measured them."""
+    """Return the hours of one CPU for a billion plays, extrapolated from the cost of the last further play."""
     hours = {
         stage: EXTRAPOLATED_PLAYS * cost["microseconds_per_further_play"][-1] / MICROSECONDS / 3600
         for stage, cost in by_stage.items()
@@ -121,14 +123,15 @@ def extrapolated(by_stage: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def bench_scale(place: Workspace, config: ScaleBenchConfig) -> dict[str, Any]:
-    """Import, embed, train and taste at each of `users` with one worker, and at the first and middle with more.
+    """Run import, embed, train and taste: with one worker at each size of `users`, with more at the first and middle.
 
-    By stage and number of workers: `throughput`, plays a second at the middle size, all told. By stage: `speedups`,
-    further plays a second of two workers against one; `cost`, microseconds a play, and a further play, of one worker,
-    and the growth of the latter. Embed makes all its epochs for each play. `word2vec`: its tokens a second alone by
-    threads; `memory` of the driver and of the largest worker by size; `rates` of the largest size, embed's of tokens
-    of all epochs; and what is `extrapolated`, marked so. Each run has a process and a cluster of its own. Training is
-    timed in its epoch, the others from start to end.
+    `throughput`, by stage and number of workers: plays per second of the whole run at the middle size. `speedups`, by
+    stage: further plays per second of two workers over those of one. `cost`, by stage: microseconds per play and per
+    further play with one worker, and the growth of the latter; for embed they include all its epochs. `word2vec`:
+    tokens per second of word2vec alone by number of threads. `memory`: MiB of the driver and of the largest worker by
+    size. `rates`: those of the largest size; that of embed counts the tokens of all epochs. `extrapolated`: hours for a
+    billion plays. Each run has its own process and cluster. Training is timed within its epoch, the other stages from
+    start to end.
     """
     with ray_cluster():
         datasets = [
@@ -156,7 +159,11 @@ def bench_scale(place: Workspace, config: ScaleBenchConfig) -> dict[str, Any]:
 def scale_figures(
     config: ScaleBenchConfig, by_workers: dict[int, tuple[ChainRun, ChainRun]], by_size: list[ChainRun]
 ) -> dict[str, Any]:
-    """The object that the benchmark tells, but for word2vec alone; by workers the runs on the first and middle size."""
+    """Return the figures of the benchmark, except those of word2vec alone.
+
+    `by_workers` has the runs on the first and the middle size for each number of workers, `by_size` those of one worker
+    on each size.
+    """
     cost = costs([run.stages for run in by_size])
     largest = by_size[-1]
     names = {**RATE_OF, "import": "import_plays_per_second_per_cpu"}
@@ -193,7 +200,7 @@ def _chain(plays: str, place: Workspace, workers: int, config: ScaleBenchConfig)
 
 
 def write_plays(dataset: Dataset) -> str:
-    """The folder in which the data set's plays lie as Parquet files, a row a play; written where it is not there."""
+    """Return the folder with the data set's plays as Parquet files, one row per play; write the missing files."""
     folder = "plays"
     workspace = dataset.workspace
     for bucket in range(dataset.manifest.buckets):
@@ -215,13 +222,13 @@ def write_plays(dataset: Dataset) -> str:
 
 
 def bench_memory(place: Workspace, config: MemoryBenchConfig) -> dict[str, Any]:
-    """Peak private memory of the driver and of the largest worker at two numbers of users.
+    """Measure the peak private memory of the driver and of the largest worker at two numbers of users.
 
-    Of the taste job and of the training data path, each in a driver and a cluster of its own, so
-    that no run inherits what another has grown to. `growth` is the largest share by which any of the
-    four figures grew. `songs_growth_mb`: MiB by which the largest of four taste workers of a node is larger with the
-    second of `songs` than with the first: the table of songs is one memory-mapped copy. Sees the processes of
-    this machine.
+    The taste job and the data path of training have a driver and a cluster of their own in each run, so that no run
+    starts with the memory of another. `growth` is the largest share by which the driver or worker of a job grew.
+    `songs_growth_mb` is by how many MiB the largest of four taste workers of a node is larger with the second number of
+    `songs` than with the first; the workers share one memory-mapped copy of the table of songs. Only processes on this
+    machine are measured.
     """
 
     def dataset_of(users: int, songs: int) -> Dataset:
@@ -274,15 +281,15 @@ def bench_memory(place: Workspace, config: MemoryBenchConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPass:
-    """What one job needed on one size of data."""
+    """Memory and time of one job on one data set."""
 
-    peaks_mb: dict[str, float]  # by role
+    peaks_mb: dict[str, float]  # role -> MiB
     total_mb: float
     seconds: float
 
 
 def taste_memory(workspace: Workspace, model: Manifest, workers: int | None = None) -> MemoryPass:
-    """What the taste job needs, with so many workers or one a CPU."""
+    """Run the taste job with `workers` workers, by default one per CPU, and return its memory and time."""
 
     def job() -> None:
         tastes = compute_tastes(workspace, TasteConfig(), model_id=model.id, repeat=True)
@@ -292,7 +299,7 @@ def taste_memory(workspace: Workspace, model: Manifest, workers: int | None = No
 
 
 def data_memory(workspace: Workspace) -> MemoryPass:
-    """What the data path of training needs."""
+    """Run the data path of training without a network, and return its memory and time."""
     return _watched(lambda: ray.get(ray.remote(count_window_plays).remote(Dataset(workspace), TrainConfig())))
 
 

@@ -1,8 +1,8 @@
-"""`rayrec bench serve`: the application through Ray Serve beside the same on bare uvicorn, under load, in one run.
+"""`rayrec bench serve`: compares the application behind Ray Serve with the same on bare uvicorn, under load.
 
-Rounds are cut into slices that alternate, and every ratio is one within a slice: machines share their cores and
-change their pace. wrk makes the load where it is installed, since a client in Python would be slower than what it
-measures; else httpx.
+Rounds are cut into short slices, in which the two take turns, and every ratio is computed within a slice, because the
+speed of a machine with shared cores changes over time. wrk generates the load if it is installed, because a client in
+Python would be slower than the server that it measures; otherwise httpx does.
 """
 
 import asyncio
@@ -42,49 +42,49 @@ from rayrec.jobs.runtime import ray_cluster
 from rayrec.serving.serve_config import MAX_PLAYS
 from rayrec.storage.workspace import Workspace
 
-PLAYS = 50  # of each history that is sent, and of each stored user, at most
-QUERIES = 200  # whose CPU time is taken
+PLAYS = 50  # at most, of each history that is sent and of each stored user
+QUERIES = 200  # queries whose CPU time is measured
 BODIES = 200  # different requests
 USERS = 100
-PLAY_ROUNDS = 8  # of plays after few and after many, for each round of the other loads: they are short
-START_SECONDS = 600.0  # that an application may take to load a release
-SLICE_SECONDS = 1.0  # of a load, before it is another's turn: what else a machine does changes from second to second
-# One thread for numeric work in each process, as the replicas have it.
+PLAY_ROUNDS = 8  # rounds of `bench_history_lengths` per round of the other loads, because they are short
+START_SECONDS = 600.0  # limit of the start of an application, which loads a release
+SLICE_SECONDS = 1.0  # of a load before the next one: other work on the machine changes from second to second
+# One thread for numeric work in each process, as in the replicas.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-REPLICA_TITLE = "ray::ServeReplica"  # how the titles of replicas' processes begin
-MEMORY_REPLICAS, MEMORY_SECONDS = (1, 4), 5.0  # replicas whose memory is compared, and seconds of load before
-LONG_USERS = 8  # that take turns
-GAP_MS = 200_000  # between two plays of a user
+REPLICA_TITLE = "ray::ServeReplica"  # start of the process titles of replicas
+MEMORY_REPLICAS, MEMORY_SECONDS = (1, 4), 5.0  # numbers of replicas to compare; seconds of load before measuring
+LONG_USERS = 8  # users with many plays, who take turns
+GAP_MS = 200_000  # ms between two plays of a user
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What a load found."""
+    """The result of one load."""
 
     answered: int
     seconds: float
     p50_ms: float
     p99_ms: float
-    errors: int  # connections that failed, timeouts, and answers of 400 and more
+    errors: int  # failed connections, timeouts, and answers with a status of 400 or higher
 
     @property
     def per_second(self) -> float:
-        """Requests answered a second, errors among them left out."""
+        """Requests answered per second, without errors."""
         return max(0, self.answered - self.errors) / max(self.seconds, 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What clients send, from the plays of users of a data set."""
+    """The requests that clients send, made from the plays of a data set."""
 
-    histories: list[dict[str, Any]]  # requests for recommendations, each of a history of its own
-    stored_plays: list[list[dict[str, Any]]]  # of each stored user
-    song_ids: list[str]  # of the catalog
+    histories: list[dict[str, Any]]  # requests for recommendations, each with another history
+    stored_plays: list[list[dict[str, Any]]]  # plays of each stored user, as the API takes them
+    song_ids: list[str]  # all songs of the catalog
     artists: list[str]
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Traffic":
-        """Of the first users who have played."""
+        """Make the requests from the first users of `dataset` who have plays."""
         users, catalog = concatenate(list(_first_users(dataset))), dataset.catalog()
         user_songs = [catalog.song_ids(songs[-PLAYS:]) for songs in np.split(users.songs, users.offsets[1:-1])]
         user_times = [times[-PLAYS:] for times in np.split(users.played_at, users.offsets[1:-1])]
@@ -105,17 +105,17 @@ class Traffic:
 
     @property
     def stored(self) -> list[dict[str, Any]]:
-        """Requests for recommendations to the stored users."""
+        """Requests for recommendations for the stored users."""
         return [{"user_id": f"user-{user}", "k": K} for user in range(len(self.stored_plays))]
 
     @property
     def filtered(self) -> list[dict[str, Any]]:
-        """The same for songs of one artist, each another."""
+        """The requests of `stored`, each with a filter to songs of another artist."""
         return [{**body, "artists": [artist]} for body, artist in zip(self.stored, cycle(self.artists), strict=False)]
 
 
 def _first_users(dataset: Dataset) -> Iterator[Histories]:
-    """Batches of users with plays: as many as requests need, all where there are fewer."""
+    """Yield batches of users with plays until there are at least `BODIES` users, or all users if there are fewer."""
     users = 0
     for bucket in range(dataset.manifest.buckets):
         for batch in dataset.read_bucket(bucket, BODIES):
@@ -127,7 +127,7 @@ def _first_users(dataset: Dataset) -> Iterator[Histories]:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement of a slice: a request, on one of the applications."""
+    """One measurement of a slice: one kind of request to one of the applications."""
 
     target: str  # bare or serve
     request: str  # history, stored or noop
@@ -135,22 +135,22 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As the figures spell it."""
+        """The name of the case in the figures."""
         return f"{self.target} {self.request} {self.clients}"
 
 
 def bench_serve(place: Workspace, config: ServeBenchConfig) -> dict[str, Any]:
-    """Requests a second, p50, p99 and errors at 1, 16 and 64 clients, for each size of the catalog.
+    """Measure requests per second, p50, p99 and errors for each number of clients and each catalog.
 
-    The release has the default recommender: network, retrieval and rankers. `p50_ratio` is Serve over bare at 1 client,
-    `throughput_ratio` Serve over bare at 16, both of recommendations for histories of at most 50 plays, medians over
-    slices of a second and the worst over catalogs.
-    `stored_over_noop_ms` is the p50 of a recommendation to a stored user, less that of an endpoint that does
-    nothing, on bare uvicorn. `answer_cpu_ms` is the CPU time of an answer as `rayrec bench answers` measures it on the
-    same release, and `stored_over_cpu_ms` what is left of the former without it.
-    `plays_cost_ratio` is what a play costs after 10,000 plays over what it costs after 10.
-    `replica_growth_mb` is by how much the private memory of a replica, one of 1 or of 4, grows from the smallest to the
-    largest catalog. `build_seconds` of a catalog is 0 where an earlier run has left its release.
+    The release has the default recommender: network, retrieval and rankers. `p50_ratio` is p50 of Serve over p50 of
+    bare uvicorn at 1 client, `throughput_ratio` requests per second of Serve over bare uvicorn at 16 clients. Both are
+    of recommendations for histories of at most 50 plays, medians over slices of one second, and the worst of all
+    catalogs. `stored_over_noop_ms` is the p50 of a recommendation to a stored user minus the p50 of an endpoint that
+    does nothing, on bare uvicorn. `answer_cpu_ms` is the CPU time of an answer from the same release, as
+    `rayrec bench answers` measures it; `stored_over_cpu_ms` is `stored_over_noop_ms` minus `answer_cpu_ms`.
+    `plays_cost_ratio` is the time to store a play after 10,000 plays over that after 10 plays. `replica_growth_mb` is
+    by how much the private memory of a replica grows from the smallest to the largest catalog, with 1 or with 4
+    replicas, whichever is more. `build_seconds` of a catalog is 0 if an earlier run has built its release.
     """
     catalogs = [_bench_catalog(place, songs, config) for songs in config.songs]
     return {
@@ -204,7 +204,7 @@ def _bench_catalog(place: Workspace, songs: int, config: ServeBenchConfig) -> di
 
 
 def replicas() -> list[psutil.Process]:
-    """The replicas below this process."""
+    """Return the running replicas among the descendants of this process."""
     running = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -216,9 +216,9 @@ def replicas() -> list[psutil.Process]:
 
 
 def _replica_mb(place: Workspace, traffic: Traffic, folder: Path) -> dict[str, float]:
-    """Private memory, MiB, of the largest replica where there are 1 and 4 of them, after answers to stored users.
+    """Return the private memory, MiB, of the largest of 1 and of 4 replicas, after answers to stored users.
 
-    Half of the requests have a filter, whose masks a replica keeps.
+    Half of the requests have a filter, because replicas keep the masks of filters in memory.
     """
     largest = {}
     for number in MEMORY_REPLICAS:
@@ -231,14 +231,14 @@ def _replica_mb(place: Workspace, traffic: Traffic, folder: Path) -> dict[str, f
 
 
 def _measure(urls: dict[str, str], traffic: Traffic, config: ServeBenchConfig, *, note: str) -> list[dict[str, Load]]:
-    """The loads of each slice of each round, by name; every other slice begins with the other application."""
+    """Return the loads of each slice by name of the case; every other slice runs the cases in reverse order."""
     bodies = {"history": traffic.histories, "stored": traffic.stored}
     cases = [Case(target, "history", clients) for clients in config.clients for target in ("bare", "serve")]
     cases += [Case("bare", "noop", 1), Case("bare", "stored", 1), Case("serve", "stored", 1)]
     slices: list[dict[str, Load]] = []
     count = config.rounds * max(1, round(config.seconds / SLICE_SECONDS))
     with progress(f"bench serve, {note}", (count + 1) * len(cases)) as bar:
-        for number in range(-1, count):  # one for caches and connections, which does not count
+        for number in range(-1, count):  # the first, -1, fills caches and opens connections; it does not count
             loads = {}
             for case in cases if number % 2 else cases[::-1]:
                 url = f"{urls[case.target]}/{'noop' if case.request == 'noop' else 'v1/recommendations'}"
@@ -249,7 +249,7 @@ def _measure(urls: dict[str, str], traffic: Traffic, config: ServeBenchConfig, *
 
 
 def summarize_slices(slices: list[dict[str, Load]]) -> dict[str, Any]:
-    """Medians over slices, of the loads and of the ratios within a slice."""
+    """Return medians over slices, of the loads and of the ratios within each slice."""
 
     def ratio(field: str, clients: int) -> float:
         pairs = [(one[f"serve history {clients}"], one[f"bare history {clients}"]) for one in slices]
@@ -291,9 +291,10 @@ def _plays_cost(url: str, traffic: Traffic, config: ServeBenchConfig) -> float:
 
 @contextmanager
 def application(kind: str, workspace: Workspace, store: str, replicas: int = 1) -> Iterator[str]:
-    """The URL of an application in a process of its own until the block ends: bare, or as `rayrec serve` runs it.
+    """Run an application in a separate process until the block ends, and yield its URL.
 
-    `store` is the address of the users' store. Raises `RayrecError` with its last line where it does not start.
+    `kind` is bare for bare uvicorn, or serve for `rayrec serve`; `store` is the address of the store of user states.
+    Raises `RayrecError` with the last line of its output if it does not start.
     """
     command = [sys.executable, "-m", "rayrec.bench.bare_server", workspace.uri, store]
     if kind == "serve":
@@ -307,7 +308,7 @@ def application(kind: str, workspace: Workspace, store: str, replicas: int = 1) 
     timer.start()
     try:
         url = _url(kind, process)
-        timer.cancel()  # it is for the start alone: an application that answers may run for longer
+        timer.cancel()  # the limit is only for the start
         yield url
     finally:
         timer.cancel()
@@ -315,7 +316,7 @@ def application(kind: str, workspace: Workspace, store: str, replicas: int = 1) 
 
 
 def _url(kind: str, process: "subprocess.Popen[str]") -> str:
-    """The URL that an application prints once it answers; later lines are read and dropped."""
+    """Return the URL that an application prints once it answers; a thread reads and drops later lines."""
     said, lines = "", process.stdout
     assert lines is not None
     for line in lines:
@@ -337,13 +338,13 @@ def _end(process: "subprocess.Popen[str]") -> None:
         process.kill()
 
 
-FEW, MANY = 10, 10_000  # plays of the users that are compared
+FEW, MANY = 10, 10_000  # plays per user in the two groups that are compared
 
-Post = Callable[[dict[str, Any]], None]  # sends one body to /v1/plays; raises where it is not taken
+Post = Callable[[dict[str, Any]], None]  # sends one body to /v1/plays; raises if it is not accepted
 
 
 class _UserTurns:
-    """Users whose plays are in the store, all of the same number of plays but for the last few."""
+    """Users with `plays` plays each in the store, who get more plays in turn."""
 
     def __init__(self, post: Post, songs: Sequence[str], name: str, users: int, plays: int, begin: int) -> None:
         self._songs = songs
@@ -361,7 +362,7 @@ class _UserTurns:
             post({"plays": waiting})
 
     def turns(self) -> Iterator[dict[str, Any]]:
-        """One play of each user in turn, for ever."""
+        """Return an endless iterator over new plays, one of each user in turn."""
         return (self._next(self._names[number % len(self._names)]) for number in count())
 
     def _next(self, user: str) -> dict[str, Any]:
@@ -378,10 +379,11 @@ class _UserTurns:
 def bench_history_lengths(
     post: Post, songs: Sequence[str], *, name: str, rounds: int = 10, plays: int = 50, few: int = FEW, many: int = MANY
 ) -> BenchResult:
-    """Plays a second of users with `many` plays over those with `few`, in alternating rounds of `plays` single calls.
+    """Compare plays per second of users with `many` plays to those of users with `few` plays.
 
-    `name` begins the ids of the users that this makes. Each user of few plays gets one more and no
-    other; those of many take turns, so that now and then the older plays of a full window leave it.
+    Rounds of `plays` calls of `post` alternate, with one play per call. The ids of the created users begin with `name`.
+    Each user with few plays gets only one more. The users with many plays take turns, so that sometimes the window of
+    latest plays of a user is full and its older plays leave it.
     """
     begin = time.time_ns() // 1_000_000 - (many + rounds * plays) * GAP_MS
     short = _UserTurns(post, songs, f"{name}-few", rounds * plays, few, begin).turns()
@@ -400,8 +402,8 @@ def bench_history_lengths(
     return compare("plays-by-history", "plays", way(long), way(short), rounds=rounds, few_plays=few, many_plays=many)
 
 
-THREADS = 2  # of wrk, where that many clients are there to share
-GRACE_SECONDS = 60.0  # before a load generator that does not end is ended
+THREADS = 2  # of wrk, if there are at least as many clients
+GRACE_SECONDS = 60.0  # after the end of a load, before a load generator that still runs is killed
 
 SCRIPT = """
 local bodies, place = {}, 0
@@ -426,12 +428,12 @@ end
 
 
 def generator() -> str:
-    """The name of the load generator that is used."""
+    """Return the name of the load generator: wrk if it is installed, else httpx."""
     return "wrk" if shutil.which("wrk") else "httpx"
 
 
 def put_under_load(url: str, bodies: Sequence[dict[str, Any]], clients: int, seconds: float) -> Load:
-    """POST the bodies in turn, or GET where there are none, from `clients` connections for some seconds."""
+    """Send requests over `clients` connections for `seconds`: POST the bodies in turn, or GET if there are none."""
     if generator() == "wrk":
         return _wrk(url, bodies, clients, seconds)
     return asyncio.run(_httpx(url, bodies, clients, seconds))

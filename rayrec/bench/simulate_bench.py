@@ -1,9 +1,9 @@
-"""`rayrec bench simulate`: hours of every stage on a large cluster, from what their units cost on this machine.
+"""`rayrec bench simulate`: hours of every stage on a large cluster, from the cost of its units on this machine.
 
-All stages run here on two sizes of generated data, and each unit's CPU time is noted. The cost of a unit at another
-size is the straight line through the two. A model of the cluster works through the units, one event after another:
-cores, object storage, nodes that are lost. It knows nothing of `rayrec plan` and its formulas, whose hours, with the
-rates of the same runs, stand beside its own.
+All stages run here on two sizes of generated data, and the CPU time of each unit of work is recorded. The cost of a
+unit at any other size lies on the straight line through the two. An event simulation of the cluster then processes the
+units, with its cores, its object storage and lost nodes. It does not use the formulas of `rayrec plan`; the hours of
+`rayrec plan`, computed with rates of the same runs, are reported next to its own.
 """
 
 import heapq
@@ -49,50 +49,50 @@ from rayrec.storage.workspace import HISTORIES, Workspace
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Units of one kind, which all begin when those of the kind before have ended."""
+    """Units of work of one kind, which begin when all units of the kind before have ended."""
 
     stage: str
     name: str
     units: int
-    cpu_seconds: float  # of a unit
-    setup_seconds: float = 0.0  # CPU time of a core's first unit: what its process loads
-    requests: float = 0.0  # of a unit to object storage, one after another
-    data_bytes: float = 0.0  # of a unit, from and to object storage
-    one_node: bool = False  # whether all units run on the cores of one node
-    per_node: int | None = None  # units at once on a node, where not one a core
+    cpu_seconds: float  # per unit
+    setup_seconds: float = 0.0  # additional CPU time of a core's first unit, whose process must load its data
+    requests: float = 0.0  # per unit, to object storage, one after another
+    data_bytes: float = 0.0  # per unit, from and to object storage
+    one_node: bool = False  # True if all units run on the cores of one node
+    per_node: int | None = None  # units at once on a node; by default one per core
     spread: float = 0.0  # standard deviation of the units' seconds over their mean
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedCluster:
-    """Nodes and the storage beside them."""
+    """The nodes of a cluster, and its object storage."""
 
     nodes: int
-    cores: int  # of a node
-    task_seconds: float = 0.005  # to hand a unit to a process and its result back
-    latency: float = 0.03  # seconds of a request to object storage
-    requests_per_second: float = 20_000.0  # that the storage answers, over all nodes
+    cores: int  # per node
+    task_seconds: float = 0.005  # to send a unit to a process and its result back
+    latency: float = 0.03  # seconds per request to object storage
+    requests_per_second: float = 20_000.0  # that the storage answers, for all nodes together
     node_bytes_per_second: float = 1.2e9  # between a node and the storage
-    losses_per_node_hour: float = 0.0  # of spot nodes
-    replace_seconds: float = 240.0  # until another node stands in for a lost one
+    losses_per_node_hour: float = 0.0  # of spot nodes, per node
+    replace_seconds: float = 240.0  # until a new node replaces a lost one
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedStage:
-    """What a stage took. Shares are of all cores over its whole time."""
+    """The time of a stage. Shares are of the time of all cores during the stage."""
 
     stage: str
     seconds: float
-    busy: float  # share that computed
-    storage: float  # share that waited for object storage
-    lost: float  # share whose work was lost with a node
+    busy: float  # share spent on computing
+    storage: float  # share spent on waiting for object storage
+    lost: float  # share spent on work that was lost with a node
     idle: float
     bottleneck: str  # cores, object storage, one node, workers (fewer than cores), or few units
-    lost_node_seconds: float  # that the stage takes longer where a node is lost in its middle
+    lost_node_seconds: float  # by which the stage takes longer if a node is lost in its middle
 
 
 def simulate(works: Sequence[Work], cluster: SimulatedCluster, seed: int = 0) -> list[SimulatedStage]:
-    """The stages in the order in which they first appear, each after the one before."""
+    """Simulate the stages of `works` one after the other, in the order in which they first appear."""
     random = np.random.default_rng(seed)
     stages = []
     for name in dict.fromkeys(work.stage for work in works):
@@ -137,7 +137,7 @@ def _bottleneck(kinds: Sequence[Work], runs: Sequence["_Run"], busy: float, stor
 
 @dataclass
 class _Run:
-    """Seconds of one kind of units, and core seconds by what they were spent on."""
+    """Seconds that the units of one kind took, and their core seconds by use."""
 
     seconds: float = 0.0
     busy: float = 0.0
@@ -146,13 +146,13 @@ class _Run:
 
 
 def _run(work: Work, cluster: SimulatedCluster, random: np.random.Generator, lost_at: float | None = None) -> _Run:
-    """Work through the units of one kind; `lost_at` is a moment at which the first node is lost."""
+    """Simulate the units of one kind; at second `lost_at`, if given, the first node is lost."""
     nodes = 1 if work.one_node else cluster.nodes
     queue = deque(np.maximum(0.1, 1 + work.spread * random.standard_normal(work.units)).tolist())
     cores = work.per_node or cluster.cores
     free = [(node, core) for core in range(cores) for node in range(nodes)][::-1]
-    running: dict[tuple[int, int], tuple[int, float, float]] = {}  # core -> number of the unit, its size, its start
-    ready: set[tuple[int, int]] = set()  # cores whose process has loaded what it needs
+    running: dict[tuple[int, int], tuple[int, float, float]] = {}  # core -> unit number, relative size, start
+    ready: set[tuple[int, int]] = set()  # cores whose process has loaded its data
     gone: set[int] = set()
     numbers, run = count(), _Run()
     events: list[tuple[float, int, str, tuple[int, int], int]] = []
@@ -168,7 +168,7 @@ def _run(work: Work, cluster: SimulatedCluster, random: np.random.Generator, los
         next_loss(0.0, node)
     if lost_at is not None:
         later(lost_at, "lost", (0, 0))
-    now = answered = 0.0  # when the storage will have answered all that it was asked
+    now = answered = 0.0  # when the storage will have answered all requests so far
     spent: dict[int, tuple[float, float]] = {}  # unit -> seconds of computing and of waiting
     while queue or running:
         while queue and free:
@@ -205,19 +205,19 @@ def _run(work: Work, cluster: SimulatedCluster, random: np.random.Generator, los
 
 
 BUCKETS = 8
-SIZES = (1, 4)  # times `simulate_measured_users`
-QUERIES = 400  # of evaluate and rank on the smaller data, four times as many on the larger
+SIZES = (1, 4)  # multiples of `measured_users` and `measured_songs`
+QUERIES = 400  # of evaluate and of rank on the smaller data set, four times as many on the larger
 TREES = 50
-PLAYS_PER_BUCKET = 2_000_000  # of a large import: 64 MiB of text
+PLAYS_PER_BUCKET = 2_000_000  # in a large import: 64 MiB of text
 GIB = 1 << 30
-FITS = ("selection", "final")  # of a run with a validation range
-FITTED = ("fit_vectors", "GroupCounter", "RangeMerger", "_build")  # workers whose units a run has once a fit
-CHECKED = ("import", "retrieval", "taste", "evaluate", "recommend")  # stages of units, which several nodes share
+FITS = ("selection", "final")  # fits of a run that has a validation range
+FITTED = ("fit_vectors", "GroupCounter", "RangeMerger", "_build")  # workers whose units run again in each fit
+CHECKED = ("import", "retrieval", "taste", "evaluate", "recommend")  # stages whose units are shared by several nodes
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataScale:
-    """How large the data of one run are."""
+    """The size of the data of one run."""
 
     users: int
     plays: int
@@ -225,7 +225,7 @@ class DataScale:
     buckets: int
     queries: int  # of evaluate
     rank_queries: int
-    pieces: int  # of input
+    pieces: int  # of the input of an import
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,15 +233,19 @@ class MeasuredRun:
     """One run of all stages on this machine."""
 
     size: DataScale
-    units: dict[str, list[UnitTime]]  # by worker; those of FITTED of both fits
-    seconds: dict[str, float]  # of each stage, start to end
+    units: dict[str, list[UnitTime]]  # worker -> its units; those of FITTED are of both fits
+    seconds: dict[str, float]  # stage -> seconds from start to end
     train_plays_per_second: float
-    history_bytes: float  # of a play at rest
+    history_bytes: float  # bytes per stored play
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """CPU seconds of a unit: `fixed` and `each` for what it holds; `spread` of units over their mean."""
+    """CPU seconds of a unit as a straight line: `fixed`, plus `each` per play, song, query or user in the unit.
+
+    `setup` is the additional CPU seconds of the first unit of a process, `spread` the standard deviation of the units
+    over their mean.
+    """
 
     fixed: float
     each: float
@@ -249,15 +253,16 @@ class Line:
     spread: float
 
     def at(self, amount: float) -> float:
-        """CPU seconds of a unit that holds so much."""
+        """Return the CPU seconds of a unit that holds `amount` plays, songs, queries or users."""
         return self.fixed + self.each * amount
 
 
 def bench_simulate(place: Workspace, config: SimulateBenchConfig) -> dict[str, Any]:
-    """Measure here, simulate there; and with `check` run on three local nodes and compare.
+    """Measure the stages on this machine and simulate them on a cluster; with `check`, compare with three local nodes.
 
-    `stages`: by stage hours, plan_hours (with the rates of the same runs), shares busy, storage, lost and idle of the
-    cores, bottleneck, and lost_node_seconds. `check`: seconds measured and simulated on three nodes, and their ratio.
+    `stages` has for each stage hours, plan_hours (of `rayrec plan` with the rates of the same runs), the shares busy,
+    storage, lost and idle of the cores' time, bottleneck and lost_node_seconds. `check` has measured and simulated
+    seconds on three local nodes, and their ratio.
     """
     runs = [_measured(place, config, times) for times in SIZES]
     lines = fit_lines(runs)
@@ -297,7 +302,11 @@ def bench_simulate(place: Workspace, config: SimulateBenchConfig) -> dict[str, A
 
 
 def fit_lines(runs: Sequence[MeasuredRun]) -> dict[str, Line]:
-    """The line of each worker's units through a smaller and a larger run; the two queries' workers aside, by plays."""
+    """Return for each worker the line through its units in the smaller and in the larger run.
+
+    For ExampleCollector and BucketEvaluator, whose lines are per query, the time to read plays is subtracted first;
+    `job_graph` adds it again.
+    """
     small, large = runs
     read = _slope("QueryCounter", small, large, 0.0)
     return {
@@ -320,7 +329,10 @@ def _line(name: str, small: MeasuredRun, large: MeasuredRun, read: float) -> Lin
 
 
 def _slope(name: str, small: MeasuredRun, large: MeasuredRun, read: float) -> float:
-    """CPU seconds of one more play, song, query or user in a unit; `read` seconds of a play are reading alone."""
+    """Return the CPU seconds of one more play, song, query or user in a unit.
+
+    `read` is the CPU seconds to read a play, which are subtracted first.
+    """
     means, amounts = [], []
     for run in (small, large):
         units = run.units[name]
@@ -330,12 +342,15 @@ def _slope(name: str, small: MeasuredRun, large: MeasuredRun, read: float) -> fl
 
 
 def _measured_amount(name: str, run: MeasuredRun) -> float:
-    """What a unit of a worker held in a run, where each fit divided all of it among its own units."""
+    """Return the amount that a unit of a worker held in a run; each fit divides the whole data among its own units."""
     return held(name, run.size, len(run.units[name]) / (len(FITS) if name in FITTED else 1))
 
 
 def held(worker: str, size: DataScale, units: float) -> float:
-    """What one of so many units of a worker holds: the songs, queries, users or plays that its time follows."""
+    """Return the amount that one of `units` units of a worker holds.
+
+    The amount is songs, queries, users or plays, whichever the time of the worker depends on.
+    """
     if worker in ("_build", "build_and_save", "SongRange"):
         return size.songs / units
     if worker == "RankerGrower":
@@ -356,17 +371,20 @@ def job_graph(
     *,
     epochs: int = 20,
 ) -> list[Work]:
-    """The units of every stage on data of a size, with a validation range: vectors, network, retrieval fitted twice."""
+    """Return the units of every stage on data of `size`.
+
+    There is a validation range, so that song embeddings, network and retrieval are fitted twice.
+    """
     measured, ranges = runs[-1], len(song_ranges(size.songs, size.plays))
     groups = len(bucket_groups(ranges, size.buckets))
     merges = len(bucket_groups(size.pieces, size.buckets))
     bucket_plays, bucket_bytes = size.plays / size.buckets, measured.history_bytes * size.plays / size.buckets
-    read = 2 + 3 * -(-bucket_plays // PLAYS_PER_ROW_GROUP)  # size, end, and three columns of each row group
+    read = 2 + 3 * -(-bucket_plays // PLAYS_PER_ROW_GROUP)  # requests per bucket: size, end, 3 columns per row group
     threads = min(cluster.cores, MAX_WORKERS)
 
     def work(stage: str, name: str, units: int, requests: float, data: float, **options: Any) -> Work:
         line = lines[name]
-        parts = size.buckets if name == "QueryCounter" else units  # which reads some of the buckets alone
+        parts = size.buckets if name == "QueryCounter" else units  # QueryCounter reads only some of the buckets
         extra = lines["QueryCounter"].each * bucket_plays if name in ("ExampleCollector", "BucketEvaluator") else 0.0
         return Work(
             stage=stage,
@@ -383,7 +401,7 @@ def job_graph(
     embed = lines["fit_vectors"].each * size.plays * epochs
     workers = max(number for number in divisors(TrainConfig().shards) if number <= cluster.nodes)
     trained = size.plays * epochs / measured.train_plays_per_second / workers
-    pieces = max(1, round(trained / (60 * TrainConfig().checkpoint_minutes)))  # between two checkpoints
+    pieces = max(1, round(trained / (60 * TrainConfig().checkpoint_minutes)))  # each ends with a checkpoint
     works = [
         work("import", "PieceImporter", size.pieces, 40, 40 * size.plays / size.pieces),
         work("import", "SongRange", key_ranges(size.buckets), 2 * size.pieces, 9 * size.songs),
@@ -424,13 +442,17 @@ def job_graph(
 
 
 def _driver_seconds(runs: Sequence[MeasuredRun], plays: int) -> dict[str, float]:
-    """Between the measured sizes by the line through them; beyond, as at the nearest: no driver reads the plays."""
+    """Return stage -> seconds of the driver on data of `plays` plays.
+
+    Interpolates between the measured sizes. Outside of them the seconds are those of the nearest size, because the
+    driver does not read plays.
+    """
     sizes, seconds = [run.size.plays for run in runs], [driver_seconds(run) for run in runs]
     return {stage: float(np.interp(plays, sizes, [run[stage] for run in seconds])) for stage in seconds[0]}
 
 
 def driver_seconds(measured: MeasuredRun) -> dict[str, float]:
-    """Stage -> seconds in which no unit worked, on one CPU: planning, starting processes, publishing."""
+    """Return stage -> seconds in which no unit ran, on one CPU: planning, starting processes, publishing."""
     of_stage = {
         "import": ("PieceImporter", "SongRange", "BucketMerger"),
         "retrieval": ("GroupCounter", "RangeMerger", "_build"),
@@ -449,7 +471,7 @@ def driver_seconds(measured: MeasuredRun) -> dict[str, float]:
 
 
 def _generated(place: Workspace, config: SimulateBenchConfig, times: int) -> Dataset:
-    """Data so many times as large as the smaller of the measured ones."""
+    """Return generated data, `times` times as large as the smaller of the measured data sets."""
     return bench_dataset(
         place,
         users=config.measured_users * times,
@@ -460,7 +482,7 @@ def _generated(place: Workspace, config: SimulateBenchConfig, times: int) -> Dat
 
 
 def _measured(place: Workspace, config: SimulateBenchConfig, times: int) -> MeasuredRun:
-    """All stages on one size of data, on a cluster of one CPU, from a process of its own."""
+    """Run all stages on one size of data, on a cluster of one CPU, from a separate process."""
     with ray_cluster():
         plays = write_plays(_generated(place, config, times))
     workspace = Workspace(f"{place.uri}/simulate-{times}")
@@ -471,9 +493,10 @@ def _measured(place: Workspace, config: SimulateBenchConfig, times: int) -> Meas
 def run_stages(
     plays: str, workspace: Workspace, queries: int, seed: int, cpus: int, address: str | None
 ) -> MeasuredRun:
-    """Run the stages on the Parquet files of the folder `plays` and note what each unit took.
+    """Run the stages on the Parquet files of the folder `plays` and measure the time of each unit.
 
-    For a process of its own. The workspace is left empty. On the cluster at `address`, or a local one of `cpus`.
+    Must be called in a separate process. Runs on the cluster at `address`, or on a local one with `cpus` CPUs. Leaves
+    the workspace empty.
     """
     os.environ.pop("RAY_ADDRESS", None)
     configs: dict[str, Settings] = {
@@ -532,7 +555,7 @@ def run_stages(
 def _check(
     place: Workspace, config: SimulateBenchConfig, lines: Mapping[str, Line], runs: Sequence[MeasuredRun]
 ) -> dict[str, Any]:
-    """Stages on three local nodes, a head without CPUs and two of one CPU each, and the simulation of the same."""
+    """Run stages on three local nodes, a head without CPUs and two nodes of one CPU each, and simulate the same."""
     from ray.cluster_utils import Cluster
 
     times = 2
@@ -547,7 +570,7 @@ def _check(
             local = driver.run(run_stages, plays, workspace, QUERIES * times, config.seed, 0, nodes.address)
     finally:
         nodes.shutdown()
-    # Local files answer at once and as fast as memory.
+    # Local files have no latency and are as fast as memory.
     cluster = SimulatedCluster(nodes=2, cores=1, latency=0.0, requests_per_second=1e9, node_bytes_per_second=1e12)
     works = [work for work in job_graph(local.size, lines, runs, cluster) if work.stage in CHECKED]
     simulated = sum(stage.seconds for stage in simulate(works, cluster, config.seed))
@@ -563,7 +586,7 @@ def _check(
 def _planned(
     size: DataScale, cluster: SimulatedCluster, measured: MeasuredRun, config: SimulateBenchConfig
 ) -> dict[str, float]:
-    """Hours of `rayrec plan` by stage, with the rates of the larger run."""
+    """Return stage -> hours of `rayrec plan`, with the rates of the larger run."""
 
     def rate(work: float, *workers: str) -> float:
         return work / max(1e-9, sum(unit.cpu_seconds for name in workers for unit in measured.units[name]))

@@ -1,4 +1,4 @@
-"""`rayrec bench soak`: mixed load while replicas are killed: failures, lost plays and growth of memory."""
+"""`rayrec bench soak`: failures, lost plays and memory growth under mixed load while replicas are killed."""
 
 import asyncio
 import random
@@ -24,34 +24,36 @@ from rayrec.jobs.runtime import ray_cluster
 from rayrec.online.user_state import LAST_PLAYS
 from rayrec.storage.workspace import Workspace
 
-PLAYED_AT, GAP_MS = 1_700_000_000_000, 200_000  # ms UTC of a user's first play, and between two
+PLAYED_AT, GAP_MS = 1_700_000_000_000, 200_000  # ms UTC of a client's first play; ms between two of its plays
 
 CLIENTS, REPLICAS = 16, 2
-SHARES = {"history": 0.6, "stored": 0.2, "plays": 0.2}  # of the requests
-SETTLED = 0.2  # of the time, after which memory must not grow
-READY_SECONDS = 20.0  # after which a new replica is taken to answer; before, the other one is left alone
+SHARES = {"history": 0.6, "stored": 0.2, "plays": 0.2}  # kind of request -> share of all requests
+SETTLED = 0.2  # share of the time at the start that memory growth ignores
+READY_SECONDS = 20.0  # age at which a replica counts as ready; no replica is killed unless two are ready
 
 
 @dataclass
 class SoakCounts:
-    """What the clients saw."""
+    """Requests, failures and plays, counted by the clients."""
 
     requests: Counter[str] = field(default_factory=Counter)
-    failed: Counter[str] = field(default_factory=Counter)  # for good, after the retry
+    failed: Counter[str] = field(default_factory=Counter)  # reason -> requests that failed after all retries
     plays: dict[str, dict[int, bool]] = field(default_factory=dict)  # user -> played_at, ms UTC -> acknowledged
-    play_seconds: list[float] = field(default_factory=list)  # of the acknowledged plays, with their retries
+    play_seconds: list[float] = field(default_factory=list)  # per acknowledged play, with its retries
 
 
 def soak(place: Workspace, config: SoakBenchConfig) -> dict[str, Any]:
-    """Load from 16 clients on two replicas, one of which is killed now and then.
+    """Put load from 16 clients on two replicas, one of which is killed every `kill_seconds`.
 
-    With a Redis Cluster as the store one of its primaries is killed halfway between, and started again when its
-    replica has taken over. A client retries after a connection error or a 503: once, and on Redis Cluster as often as
-    `rayrec.client` does by default, for a failover takes some seconds. `failure_share` is of the requests that failed
-    all the same. Each play sent has a moment of its own, by which it is looked for among the stored ones in the end:
-    `lost_plays` were acknowledged and are not there, `plays_counted_twice` are there once too often, acknowledged or
-    not. `memory_mb` is that of all processes halfway between the kills, when all replicas are there again, and
-    `memory_growth` its median in the second half of the time after the first fifth, over that in the first half.
+    With a Redis Cluster as the store, one of its primaries is killed halfway between two kills of replicas, and started
+    again once its replica has taken over. A client retries after a connection error or a status 502, 503 or 504: once,
+    or with Redis Cluster as often as `rayrec.client` does by default, because a failover takes some seconds.
+
+    `failure_share` is the share of requests that failed after all retries. The `played_at` of each sent play is unique
+    for its user and identifies the play among the stored ones at the end: `lost_plays` were acknowledged but are not
+    stored, `plays_counted_twice` are stored once too often, acknowledged or not. `memory_mb` is the private memory of
+    all processes of the application, sampled halfway between two kills, when all replicas run again. `memory_growth` is
+    the median of the second half of these samples over that of the first half, without the first fifth of all samples.
     """
     with ray_cluster():
         dataset, _, _ = answers_world(place, config, config.songs)
@@ -87,7 +89,7 @@ def soak(place: Workspace, config: SoakBenchConfig) -> dict[str, Any]:
 
 @contextmanager
 def _store(config: SoakBenchConfig, folder: Path) -> Iterator[tuple[str, RedisCluster | None]]:
-    """The address of a new store, and the cluster where it is one."""
+    """Yield the address of a new store, and its Redis Cluster, which is None for SQLite."""
     if config.store == "sqlite":
         yield f"sqlite:///{folder}/soak.db", None
         return
@@ -109,7 +111,11 @@ async def _run(
 
 
 async def _client(client: AsyncClient, number: int, traffic: Traffic, counts: SoakCounts, end: float) -> None:
-    """One client: a user of its own plays on, until the next one begins, everything else is read."""
+    """Send the requests of one client until `end`.
+
+    Its plays are of users of its own, who have `LAST_PLAYS` plays each, one user after the other. Its other requests
+    only read.
+    """
     choices, plays, stored = random.Random(number), 0, traffic.stored
     while time.monotonic() < end:
         kind = choices.choices(list(SHARES), list(SHARES.values()))[0]
@@ -129,7 +135,7 @@ async def _client(client: AsyncClient, number: int, traffic: Traffic, counts: So
 
 
 async def attempt(call: Awaitable[Any], counts: SoakCounts) -> bool:
-    """Whether a call, retried by the client, was answered with success."""
+    """Return True if a call succeeded, after the client's retries; count the failure otherwise."""
     try:
         await call
     except ApiUnavailableError as error:
@@ -142,7 +148,7 @@ async def attempt(call: Awaitable[Any], counts: SoakCounts) -> bool:
 
 
 async def _kill(config: SoakBenchConfig, end: float) -> int:
-    """Kill a replica now and then, while another one answers; how many."""
+    """Kill a replica every `kill_seconds` if another one is ready; return the number of kills."""
     killed = 0
     while time.monotonic() + config.kill_seconds < end:
         await asyncio.sleep(config.kill_seconds)
@@ -154,7 +160,7 @@ async def _kill(config: SoakBenchConfig, end: float) -> int:
 
 
 async def _fail_over(config: SoakBenchConfig, end: float, cluster: RedisCluster | None) -> int:
-    """Kill a primary of the cluster now and then, halfway between the kills of replicas; how many."""
+    """Kill a primary of the cluster regularly, about halfway between the kills of replicas; return how many."""
     failovers, choices = 0, random.Random(config.seed)
     await asyncio.sleep(config.kill_seconds / 2)
     while cluster is not None and time.monotonic() < end:
@@ -167,7 +173,7 @@ async def _fail_over(config: SoakBenchConfig, end: float, cluster: RedisCluster 
 
 
 async def _watch(config: SoakBenchConfig, end: float) -> list[float]:
-    """Private memory, MiB, of the application's processes, halfway between the kills."""
+    """Return samples of the private memory, MiB, of the application's processes, taken halfway between the kills."""
     used = []
     await asyncio.sleep(config.kill_seconds / 2)
     while time.monotonic() < end:
@@ -177,7 +183,7 @@ async def _watch(config: SoakBenchConfig, end: float) -> list[float]:
 
 
 def memory_growth(used: list[float]) -> float:
-    """The median memory of the second half of the samples over that of the first, without those of the first fifth."""
+    """Return the median of the second half of the samples over that of the first half, without the first fifth."""
     settled = used[int(SETTLED * len(used)) :]
     half = (len(settled) + 1) // 2
     return float(np.median(settled[-half:]) / max(np.median(settled[:half]), 1e-9))
@@ -188,12 +194,12 @@ def _memory() -> float:
 
 
 async def _compare_stored(url: str, counts: SoakCounts) -> tuple[int, int]:
-    """Of all users, as `compare_plays`."""
+    """Return the sums of `compare_plays` over all users."""
     lost = repeated = 0
     async with AsyncClient(url, retry=Retry(timeout=60)) as client:
         for user, sent in counts.plays.items():
             try:
-                stored = (await client.user_plays(user, LAST_PLAYS))["plays"]  # all: a user has no more
+                stored = (await client.user_plays(user, LAST_PLAYS))["plays"]  # all plays: no user has more
             except ApiError as error:
                 if error.status != 404:
                     raise
@@ -204,9 +210,10 @@ async def _compare_stored(url: str, counts: SoakCounts) -> tuple[int, int]:
 
 
 def compare_plays(sent: Mapping[int, bool], stored: Sequence[int]) -> tuple[int, int]:
-    """How many acknowledged plays of a user are not stored, and how many stored ones are more than was sent.
+    """Return how many acknowledged plays of a user are not stored, and how many stored plays exceed those sent.
 
-    `sent` says of each played_at, ms UTC, whether it was acknowledged; `stored` are those of the stored plays.
+    `sent` maps the played_at of each sent play, ms UTC, to True if the play was acknowledged; `stored` is the played_at
+    of each stored play.
     """
     times = Counter(stored)
     lost = sum(acknowledged and not times[at] for at, acknowledged in sent.items())

@@ -1,9 +1,9 @@
-"""The stages taste, embed, train and index against plain loops, and the cost of a training step by catalog size.
+"""The stages taste, embed, train and index against plain loops, and the speed of training steps by catalog size.
 
-A plain loop is the work of a stage as one process does it over the same files, without Ray. It uses the same network,
-batches and word2vec, and none of what the stages add: no tasks, no transport, no bookkeeping. Each is a function of
-plain values, so that another process can run it. Behind the loops stands what benchmarks run on: generated plays, an
-untrained network, a plain process beside Ray.
+A plain loop does the work of a stage in one process over the same files, without Ray. It uses the same network, batches
+and word2vec, but nothing that the stage adds: no tasks, no transport, no bookkeeping. Each plain loop is a function of
+plain values, so that another process can run it. This module also has what other benchmarks use: generated plays, an
+untrained network, and a process outside of Ray.
 """
 
 import tempfile
@@ -63,27 +63,27 @@ from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest, fingerprint
 from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
 
-POOL_PLAYS = 200_000  # plays whose windows are put in batches by length together
-WARM_STEPS = 5  # first steps of a round, in which buffers fill: not timed
+POOL_PLAYS = 200_000  # plays whose windows are sorted by length into batches together
+WARM_STEPS = 5  # first steps of a round, which fill buffers and are not timed
 EMBEDDING_DIM = 64
 SONGS_PER_ARTIST = 8
-SONGS_WITH_ARTISTS = 10_000  # larger catalogs have no more artists than one of so many
-PLAIN_TASTES = "plain-tastes"  # folder that the plain loop writes to
+SONGS_WITH_ARTISTS = 10_000  # a larger catalog has as many artists as a catalog of this size
+PLAIN_TASTES = "plain-tastes"  # folder for the taste vectors of the plain loop
 ORDER_TRAIN, ORDER_DATA, ORDER_END = "train", "data", "end"
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    """What both ways train, and on what."""
+    """The network, settings and data that both ways train with."""
 
     workspace: Workspace
     config: TrainConfig
     model: ModelConfig
-    counts: np.ndarray  # int64 (N,), plays by which negatives are drawn
+    counts: np.ndarray  # int64 (N,): plays per song, by which negatives are drawn
 
     def training(self) -> Training:
-        """A fresh network with random song vectors."""
+        """Return a `Training` of a new network with random song vectors."""
         torch.set_num_threads(1)
         torch.manual_seed(self.config.seed)
         empty = np.zeros((self.model.num_songs, self.model.embedding_dim), dtype=np.float32)
@@ -92,9 +92,9 @@ class TrainTask:
 
 
 def timed_steps(training: Training, batches: Iterable[Windows], epoch: int, seconds: float) -> Measured:
-    """Plays learned from in steady state: the first steps and the wait for the first batch do not count.
+    """Train for `seconds` and return the plays learned from, without the first steps and the wait for the first batch.
 
-    Ends early with the batches. Raises `InputError` where there are no more than the first steps.
+    Ends earlier if there are no more batches. Raises `InputError` if there are no batches after the first steps.
     """
     training.model.train()
     steps = enumerate(batches)
@@ -112,7 +112,7 @@ def timed_steps(training: Training, batches: Iterable[Windows], epoch: int, seco
 
 
 def timed_windows(batches: Iterable[Windows], seconds: float) -> Measured:
-    """Plays that arrive where no network eats them, from the second batch on."""
+    """Read batches for `seconds` without training and return their plays, from the second batch on."""
     arriving = iter(batches)
     next(arriving, None)
     plays, began = 0, time.perf_counter()
@@ -124,12 +124,12 @@ def timed_windows(batches: Iterable[Windows], seconds: float) -> Measured:
 
 
 def train_loop(task: TrainTask, epoch: int, seconds: float) -> Measured:
-    """Plays a second of plain PyTorch over the same Parquet files."""
+    """Measure training with plain PyTorch over the same Parquet files: plays and seconds."""
     return timed_steps(task.training(), plain_windows(task, epoch), epoch, seconds)
 
 
 def plain_windows(task: TrainTask, epoch: int) -> Iterator[Windows]:
-    """Batches of the same size and the same likeness of lengths, read and cut in this process."""
+    """Yield batches as the stage has them, of the same size and of windows of similar length, made in this process."""
     config = task.config
     rng = np.random.default_rng([config.seed, epoch])
     for pool in _pools(Dataset(task.workspace), rng):
@@ -150,7 +150,7 @@ def _pools(dataset: Dataset, rng: np.random.Generator) -> Iterator[Histories]:
 
 
 def taste_loop(workspace: Workspace, model: Manifest, folder: str, at: int, users: int) -> Measured:
-    """Plays a second of computing and storing the taste vectors of all users, `users` at a time."""
+    """Compute and store the taste vectors of all users, `users` at a time; return plays and seconds."""
     torch.set_num_threads(1)
     began, plays = time.perf_counter(), 0
     encoder = TasteEncoder(load_model(workspace, model.folder))
@@ -170,7 +170,7 @@ def taste_loop(workspace: Workspace, model: Manifest, folder: str, at: int, user
 
 
 def embed_loop(corpus: Path, config: EmbedConfig, workers: int, tokens: int) -> Measured:
-    """Tokens a second, over all epochs, of gensim alone from a corpus file that is ready."""
+    """Train gensim alone on a finished corpus file; return the tokens of all epochs, and seconds."""
     from gensim.models import Word2Vec
 
     settings: dict[str, Any] = {
@@ -192,7 +192,7 @@ def embed_loop(corpus: Path, config: EmbedConfig, workers: int, tokens: int) -> 
 
 
 def bench_dataset(place: Workspace, *, users: int, songs: int, plays: float, seed: int, **others: int) -> Dataset:
-    """Generated plays of a size, made now or by an earlier run; `plays` is their mean per user."""
+    """Return a generated data set, made now or by an earlier run; `plays` is the mean number of plays per user."""
     artists = max(GenerateConfig().genres, min(songs, SONGS_WITH_ARTISTS) // SONGS_PER_ARTIST)
     world = GenerateConfig(users=users, songs=songs, plays=plays, seed=seed, playlists=0, artists=artists, **others)
     workspace = Workspace(f"{place.uri}/{fingerprint('bench', to_mapping(world), {})}")
@@ -211,7 +211,7 @@ def train_task(dataset: Dataset, seed: int) -> TrainTask:
 
 
 def untrained_model(dataset: Dataset, seed: int) -> Manifest:
-    """A model of the default shape with random weights: as fast as a trained one."""
+    """Write a model of the default shape with random weights, which is as fast as a trained one."""
     manifest = Manifest(kind="models", id="bench", inputs={"dataset": dataset.manifest.id}, seed=seed)
     model = train_task(dataset, seed).training().model
     names = save_model(dataset.workspace, manifest.folder, model, np.ones(dataset.num_songs, dtype=np.bool_))
@@ -219,12 +219,15 @@ def untrained_model(dataset: Dataset, seed: int) -> Manifest:
 
 
 def plain_process() -> PlainProcess:
-    """A process as nice as the cluster's workers are."""
+    """Return a separate process with the niceness of the cluster's workers."""
     return PlainProcess(int(ray.get(ray.remote(niceness).remote())))
 
 
 def bench_taste(place: Workspace, config: TasteBenchConfig) -> dict[str, Any]:
-    """Plays a second of the taste job with one worker; the worker's start and the artifact's checksums count."""
+    """Compare plays per second of the taste job with one worker to a plain loop.
+
+    The time of the job includes the worker's start and the artifact's checksums.
+    """
     with ray_cluster():
         dataset = bench_dataset(place, users=config.users, songs=config.songs, plays=config.plays, seed=config.seed)
         workspace, model = dataset.workspace, untrained_model(dataset, config.seed)
@@ -246,7 +249,10 @@ def bench_taste(place: Workspace, config: TasteBenchConfig) -> dict[str, Any]:
 
 
 def bench_embed(place: Workspace, config: EmbedBenchConfig) -> dict[str, Any]:
-    """Tokens a second of the embed job, making the corpus and the health check included, against gensim alone."""
+    """Compare the embed job with gensim alone, in tokens per second.
+
+    The time of the job includes writing the corpus and the health check.
+    """
     with ray_cluster(), tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
         dataset = bench_dataset(place, users=config.users, songs=config.songs, plays=config.plays, seed=config.seed)
         settings = EmbedConfig(source="histories", epochs=config.epochs, seed=config.seed)
@@ -277,7 +283,7 @@ def bench_embed(place: Workspace, config: EmbedBenchConfig) -> dict[str, Any]:
 
 
 def word2vec_scaling(dataset: Dataset, threads_list: list[int], *, epochs: int, seed: int) -> dict[str, Any]:
-    """Tokens a second of word2vec by number of threads, without making the corpus and whatever comes after."""
+    """Return tokens per second of the epochs of word2vec alone, by number of threads."""
     settings = EmbedConfig(source="histories", epochs=epochs, seed=seed)
     with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
         sentences = word2vec.from_histories(dataset.read_all(), FitRange(), settings.session_gap_minutes)
@@ -295,7 +301,7 @@ def word2vec_scaling(dataset: Dataset, threads_list: list[int], *, epochs: int, 
 
 
 def timed_epochs(corpus: Corpus, config: EmbedConfig, threads: int) -> Measured:
-    """The epochs alone. A corpus too small for so many threads is trained with fewer."""
+    """Measure the epochs of word2vec alone. A small corpus is trained with fewer threads than `threads`."""
     run = Word2Vec(corpus, config, threads)
     began = time.perf_counter()
     epochs = sum(1 for _ in run.train())
@@ -303,9 +309,9 @@ def timed_epochs(corpus: Corpus, config: EmbedConfig, threads: int) -> Measured:
 
 
 def bench_train(place: Workspace, config: TrainBenchConfig) -> dict[str, Any]:
-    """Steady plays a second of Ray Data and Ray Train with one worker.
+    """Compare steady plays per second of Ray Data and Ray Train, with one worker, to plain PyTorch.
 
-    `feed` is what the data path alone delivers, as a multiple of what the network eats.
+    `feed` is plays per second of the data path alone, as a multiple of those of training.
     """
     with ray_cluster():
         dataset = bench_dataset(place, users=config.users, songs=config.songs, plays=config.plays, seed=config.seed)
@@ -326,7 +332,7 @@ def bench_train(place: Workspace, config: TrainBenchConfig) -> dict[str, Any]:
 
 
 class TrainingRounds:
-    """The driver's end: gives orders to the worker and waits for what it measured."""
+    """The driver's side of the rounds: sends orders to the worker and waits for its measurements."""
 
     def __init__(self, task: TrainTask, seconds: float) -> None:
         self._orders, self._answers = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
@@ -346,15 +352,15 @@ class TrainingRounds:
         self._thread.start()
 
     def train(self) -> Measured:
-        """Plays learned from, in steady state."""
+        """Run one round of training; see `timed_steps`."""
         return self._ask(ORDER_TRAIN)
 
     def data_path(self) -> Measured:
-        """Plays that arrive with no network to eat them."""
+        """Run one round of the data path without training; see `timed_windows`."""
         return self._ask(ORDER_DATA)
 
     def end(self) -> None:
-        """Let the worker go."""
+        """Stop the worker."""
         if self._thread.is_alive():
             self._orders.put(ORDER_END)
             self._thread.join()
@@ -364,7 +370,7 @@ class TrainingRounds:
     def _fit(self) -> None:
         try:
             self._error = self._trainer.fit().error
-        except Exception as error:  # told to whoever waits for an answer
+        except Exception as error:  # `_ask` raises it
             self._error = error
 
     def _ask(self, order: str) -> Measured:
@@ -381,7 +387,7 @@ class TrainingRounds:
 
 @contextmanager
 def rounds_of_training(task: TrainTask, seconds: float) -> Iterator[TrainingRounds]:
-    """A Ray Train worker for the length of the block; each of its rounds is timed for `seconds`."""
+    """Run a Ray Train worker until the block ends; each of its rounds is timed for `seconds`."""
     rounds = TrainingRounds(task, seconds)
     try:
         yield rounds
@@ -391,7 +397,7 @@ def rounds_of_training(task: TrainTask, seconds: float) -> Iterator[TrainingRoun
 
 
 def run_rounds(arguments: dict[str, Any]) -> None:
-    """What the worker runs: a fresh network and a fresh stream for every round."""
+    """Run the rounds that the driver orders, in the worker, each with a new network and a new stream."""
     quiet_data()
     task: TrainTask = arguments["task"]
     orders, answers, seconds = arguments["orders"], arguments["answers"], arguments["seconds"]
@@ -404,34 +410,34 @@ def run_rounds(arguments: dict[str, Any]) -> None:
             answers.put(timed_windows(stream.epoch(epoch), seconds))
         else:
             answers.put(timed_steps(task.training(), stream.epoch(epoch), epoch, seconds))
-        stream.close()  # left half-read, it would go on reading ahead
+        stream.close()  # a stream that is not read to its end would continue to read ahead
     ray.train.report({})
 
 
 def count_window_plays(dataset: Dataset, config: TrainConfig) -> int:
-    """Plays of an epoch of the training data path, which nothing learns from."""
+    """Return the plays of one epoch of the data path of training, without training."""
     reader = ShardReader(dataset, FitRange(), config, window_lengths(dataset, FitRange(), config), Share())
     return sum(int(windows.inputs.sum()) for windows in WindowStream(reader, range(1)).epoch(0))
 
 
 K = 100
 QUERIES_PER_CALL = 100
-CLUSTERS = 200  # songs of a catalog lie in clusters; vectors without any would flatter no index
+CLUSTERS = 200  # of song vectors, as in real catalogs; any index is worse on vectors without clusters
 DIM = 64
 TABLES: tuple["SongTable", ...] = ("trained", "mapped", "frozen")
-WARM_UP = 2  # steps; the first makes the optimizer's memory of all songs
+WARM_UP = 2  # untimed steps; the first allocates the optimizer's state of all songs
 
 
 def bench_index(config: IndexBenchConfig) -> BenchResult:
-    """Queries a second, 100 songs each, of the IVF index that we would choose; flat as further figures.
+    """Compare queries per second of our IVF index with those of faiss alone; also measure exact (flat) search.
 
-    One thread, 100 queries a call, and `single_` for one query a call. The plain side searches the
-    same faiss index for as many answers.
+    Each query asks for 100 songs. A call has 100 queries, or one in figures with `single` in their name, and uses
+    one thread. The plain side searches the same faiss index for the same number of songs.
     """
     vectors = song_vectors(config.songs, config.dim, config.seed)
     settings = IndexConfig(seed=config.seed)
     queries = sample_queries(vectors, settings.replace(queries=config.queries, seed=config.seed + 1))
-    few = queries[: min(1_000, len(queries))]  # flat search of all of them would take minutes
+    few = queries[: min(1_000, len(queries))]  # flat search of all queries would take minutes
     figures: dict[str, Any] = {"songs": config.songs}
     with MemoryWatch() as watch:
         built = {kind: SongIndex.build(vectors, settings.replace(kind=kind)) for kind in ("flat", "ivf")}
@@ -456,7 +462,7 @@ def bench_index(config: IndexBenchConfig) -> BenchResult:
 
 
 def song_vectors(songs: int, dim: int, seed: int) -> np.ndarray:
-    """float32 (songs, dim), normalized, in clusters."""
+    """Return random vectors, float32 (songs, dim), normalized, in clusters."""
     random = np.random.default_rng(seed)
     centers = random.normal(size=(CLUSTERS, dim)).astype(np.float32)
     vectors = centers[random.integers(CLUSTERS, size=songs)]
@@ -465,7 +471,7 @@ def song_vectors(songs: int, dim: int, seed: int) -> np.ndarray:
 
 
 def speed(search: Callable[[np.ndarray, int], Any], queries: np.ndarray, per_call: int) -> Measured:
-    """Queries answered by a search, and the seconds."""
+    """Answer all queries, `per_call` at a time; return their number, and seconds."""
     import_faiss().omp_set_num_threads(1)
     started = time.perf_counter()
     for start in range(0, len(queries), per_call):
@@ -474,7 +480,7 @@ def speed(search: Callable[[np.ndarray, int], Any], queries: np.ndarray, per_cal
 
 
 def _faiss_alone(index: SongIndex) -> Any:
-    """The faiss index within ours, read back from its file."""
+    """Return the faiss index inside `index`, read back from its file."""
     with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
         index.save(Workspace(folder), "index.faiss")
         return import_faiss().read_index(str(Path(folder) / "index.faiss"))
@@ -487,10 +493,10 @@ if TYPE_CHECKING:
 
 
 def bench_song_side(config: SongsBenchConfig) -> BenchResult:
-    """Plays a second of training with a trained table, the largest catalog against the smallest.
+    """Compare plays per second of training with the largest catalog to those with the smallest, with a trained table.
 
-    `{table}_{songs}_per_second` tells every kind of song table at every size. One process, one
-    thread, windows of songs drawn by Zipf's law.
+    `{table}_{songs}_per_second` are the plays per second of each kind of song table at each size. One process trains
+    with one thread, on windows of songs drawn by Zipf's law.
     """
     sizes = sorted(config.songs)
     figures: dict[str, float] = {}
@@ -505,7 +511,7 @@ def bench_song_side(config: SongsBenchConfig) -> BenchResult:
 
 
 class _SteadySteps:
-    """Takes the same few steps at each call, after a warm-up."""
+    """Takes the same training steps at each call, after a warm-up, and measures them."""
 
     def __init__(self, table: "SongTable", songs: int, config: SongsBenchConfig) -> None:
         from rayrec.model.train_config import TrainConfig
@@ -542,7 +548,7 @@ def _training(songs: int, settings: "TrainConfig") -> "Training":
 
 
 def _windows(songs: int, settings: "TrainConfig", seed: int) -> "Windows":
-    """One batch of full windows."""
+    """Return one batch of full windows."""
     from rayrec.data.histories import Histories
     from rayrec.data.windows import cut_windows
 

@@ -1,6 +1,7 @@
-"""`rayrec bench states`: all users of a release into a new store of each kind: seconds and CPU seconds.
+"""`rayrec bench states`: seconds and CPU seconds to load all users of a release into a new store of each kind.
 
-The users are generated: as many as there are templates play, the others repeat their plays and states under other ids.
+The users are generated. At most `TEMPLATES` users are simulated; all users of the release repeat their plays and taste
+vectors under other ids.
 """
 
 import resource
@@ -40,14 +41,14 @@ from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 
 TEMPLATES = 2_000
 USERS_PER_BUCKET = 20_000
-ID = "states"  # of the release and its parts
+ID = "states"  # id of the release and of its parts
 
 
 def bench_states(place: Workspace, config: StatesBenchConfig) -> dict[str, Any]:
-    """`rayrec states load` into an SQLite file, and into a Redis server that is started here if it is installed.
+    """Run `rayrec states load` into an SQLite file and, if redis-server is installed, into a Redis server started here.
 
-    For each store: seconds, cpu_seconds of all processes that load, server_cpu_seconds of the Redis server, and
-    user_bytes, those of a user. The Redis server writes every command to disk before it answers.
+    Figures of each store: seconds, users_per_second, cpu_seconds of all processes that load, server_cpu_seconds of the
+    Redis server, and user_bytes, the bytes per user. The Redis server writes every command to disk before it answers.
     """
     workspace = Workspace(f"{place.uri}/states-{config.users}-{config.seed}")
     began = time.perf_counter()
@@ -65,7 +66,7 @@ def bench_states(place: Workspace, config: StatesBenchConfig) -> dict[str, Any]:
 
 @contextmanager
 def _store(kind: str, folder: Path) -> Iterator[tuple[str, psutil.Process | None, Callable[[], int]]]:
-    """The address of a new store, its server's process, and what tells the bytes it holds."""
+    """Yield the address of a new store, the process of its server, and a function that returns its size in bytes."""
     folder.mkdir()
     if kind == "sqlite":
         yield f"sqlite:///{folder}/states.db", None, lambda: sum(file.stat().st_size for file in folder.iterdir())
@@ -103,7 +104,7 @@ def _load(workspace: Workspace, release: Manifest, uri: str, server: psutil.Proc
 
 
 def _client_cpu_seconds() -> float:
-    """Of this process and of those it started that have ended."""
+    """Return the CPU seconds of this process and of its child processes that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -116,7 +117,7 @@ def _cpu_seconds(process: psutil.Process | None) -> float:
 
 
 def _states_release(workspace: Workspace, config: StatesBenchConfig) -> Manifest:
-    """A release of generated users with their tastes; read where an earlier run made it."""
+    """Return a release of generated users with taste vectors; that of an earlier run is used again."""
     if not workspace.exists(f"releases/{ID}/manifest.json"):
         _write_states_release(workspace, config)
     return artifacts.load_manifest(workspace, "releases", ID)
@@ -141,7 +142,7 @@ def _write_states_release(workspace: Workspace, config: StatesBenchConfig) -> No
     bucket_of_user, names = bucket_of(user_ids, buckets), []
     with progress("Users", buckets) as bar:
         for bucket in range(buckets):
-            own = user_ids[bucket_of_user == bucket]  # ascending, as histories have to be
+            own = user_ids[bucket_of_user == bucket]  # ascending, as in all histories
             rows = np.arange(len(own)) % len(templates)
             workspace.write_table(
                 histories_file(0, bucket), replace(templates.take(rows), user_ids=own, totals=None).to_arrow()
@@ -168,7 +169,7 @@ def _write_manifest(workspace: Workspace, templates: Histories, *, users: int, s
 
 
 def _write_model(dataset: Dataset, config: StatesBenchConfig) -> tuple[TasteModel, Manifest]:
-    """A network of the default shape with random weights: its states are as large as those of a trained one."""
+    """Write a network of the default shape with random weights; its states have the size of trained ones."""
     torch.manual_seed(config.seed)
     vectors = torch.nn.functional.normalize(torch.randn(dataset.num_songs, EMBEDDING_DIM))
     model = TasteModel(model_config(dataset, TrainConfig(), EMBEDDING_DIM), vectors).eval()

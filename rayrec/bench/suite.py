@@ -1,4 +1,4 @@
-"""The benchmarks by name: each stage as users run it against its plain loop, and how stages scale."""
+"""All benchmarks by name, and the function that runs one of them."""
 
 import os
 import tempfile
@@ -32,24 +32,24 @@ BENCHES: dict[str, Callable[[Workspace, Any], dict[str, Any]]] = {
     "serve": bench_serve,
     "soak": soak,
 }
-OF_SERVER = ("serve", "soak")  # whose server starts in the environment that users start it in
+OF_SERVER = ("serve", "soak")  # their server starts in the environment of the user, unchanged
 
 
 def bench(
     name: str, workspace: Workspace | None = None, config: BenchConfig | None = None, *, save: str | None = None
 ) -> dict[str, Any]:
-    """Run one benchmark; its figures as one flat object.
+    """Run one benchmark and return its figures.
 
-    Generated data stay under bench/ of the workspace for the next run; without one they are
-    temporary. `config` is of the benchmark's class in CONFIGS. `save` names a file of rates to merge the
-    measured ones into. Raises `InputError` for another name and for a file of something else.
+    Generated data stay under bench/ of the workspace for the next run; without a workspace they are temporary. `config`
+    is an instance of the benchmark's class in CONFIGS. `save` is the path of a rates file into which the measured rates
+    are merged. Raises `InputError` for an unknown name and for a file that is not a rates file.
     """
     check_name(name)
     if save:
         check_rates_file(save)
     if name not in OF_SERVER:
-        # Before Ray starts: its workers as nice as the driver, like the plain loops, and these with the
-        # environment of its workers, which the allocator reads when a process starts.
+        # Set before Ray starts: its workers then have the niceness of the driver, like the plain loops, and the plain
+        # loops have the environment of Ray's workers, which the memory allocator reads when a process starts.
         os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.update(WORKER_ENVIRONMENT)
     with bench_place(workspace) as place:
@@ -61,7 +61,7 @@ def bench(
 
 @contextmanager
 def bench_place(workspace: Workspace | None) -> Iterator[Workspace]:
-    """Where generated data go."""
+    """Yield the workspace for generated data: bench/ of `workspace`, or a temporary folder."""
     if workspace is not None:
         yield Workspace(f"{workspace.uri}/bench")
         return
