@@ -1,1 +1,1 @@
-"""Recommenders: everything that answers (histories, at, k) with songs and scores."""
+"""Recommenders: models that return songs and scores for histories, a moment and a number of songs k."""

@@ -1,4 +1,4 @@
-"""Answer one request for recommendations: whose plays, at which moment; and the reasons for each song, in words."""
+"""Answer one request for recommendations, for a user or after given songs; the reasons for each song, in words."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from rayrec.storage.workspace import Workspace
 if TYPE_CHECKING:
     from rayrec.recommend.reranking import Chosen, Path, Starting
 
-LAST_PLAYS = 5  # shown beside reasons
+LAST_PLAYS = 5  # last plays that an answer shows
 
 
 class RecommendConfig(Settings):
-    """What to recommend."""
+    """Which songs to recommend, and how many."""
 
     k: int = Field(20, ge=1, description="Number of recommendations")
     horizon: HorizonName | float = Field(
@@ -61,17 +61,17 @@ class RecommendConfig(Settings):
     @classmethod
     def _known_horizon(cls, value: object) -> object:
         weight = weight_of_long(value)
-        return {0.0: "short", 1.0: "long"}.get(weight, weight)  # one spelling of each, so that one result is cached
+        return {0.0: "short", 1.0: "long"}.get(weight, weight)  # one spelling: equal requests share a cached answer
 
     @property
     def long_weight(self) -> float:
-        """From 0, the short horizon alone, to 1, the long one alone."""
+        """The weight of the long horizon, from 0 (only the short horizon) to 1 (only the long one)."""
         return weight_of_long(self.horizon)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedSong:
-    """A song as the outside world knows it."""
+    """A song by its id in the imported data, with title and artist."""
 
     song_id: str
     title: str | None
@@ -79,7 +79,7 @@ class NamedSong:
 
     @property
     def name(self) -> str:
-        """Artist and title, the title alone where no artist is known, the id where there is no title."""
+        """Artist and title; the title alone if no artist is known; the id if there is no title."""
         if not self.title:
             return self.song_id
         return f"{self.artist} – {self.title}" if self.artist else self.title
@@ -90,33 +90,33 @@ class ScoredSong(NamedSong):
     """One song of an answer."""
 
     score: float
-    reasons: list[str] | None = None  # why it was chosen, in words, where they were asked for
-    explored: bool | None = None  # whether it was drawn by chance, where exploring was asked for
-    probability: float | None = None  # with which an explored song is shown
+    reasons: list[str] | None = None  # why it was chosen, in words; None unless requested
+    explored: bool | None = None  # True if it was drawn at random; None unless the request explores
+    probability: float | None = None  # probability that an explored song is shown; None for other songs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """k songs, best first, and what they were chosen from: the fields of an answer over HTTP."""
+    """At most k songs, best first, with the last plays and how they were found; HTTP answers have the same fields."""
 
-    release: str | None  # id of the release that answered; None: parts that are no release
+    release: str | None  # id of the release that answered; None if the artifacts are not a release
     at: int  # ms UTC, the moment of the request
-    source: Literal["taste", "popular"]  # popular: no play is known, so songs are in order of their plays
+    source: Literal["taste", "popular"]  # popular: no play is known, so popular songs are recommended
     path: Path  # how songs were retrieved
-    plays: int  # plays of known songs before the request, all of them
+    plays: int  # number of plays of known songs before the request
     songs: list[ScoredSong]  # (k,), descending by score
-    last_plays: list[NamedSong]  # the last plays before it, the latest last
-    unknown_songs: int = 0  # songs given, to exclude and allowed that are not in the catalog
+    last_plays: list[NamedSong]  # the last plays before the request, oldest first
+    unknown_songs: int = 0  # number of given, excluded and allowed songs that are not in the catalog
     unknown_song_ids: list[str] = field(default_factory=list)  # their ids, each once
 
     @property
     def song_ids(self) -> list[str]:
-        """(k,), as the outside world knows the songs."""
+        """(k,), the ids of the songs in the imported data."""
         return [song.song_id for song in self.songs]
 
     @property
     def titles(self) -> list[str]:
-        """(k,), artist and title, the id where there is none."""
+        """(k,), artist and title of each song; the id of a song without a title."""
         return [song.name for song in self.songs]
 
     @property
@@ -125,7 +125,7 @@ class Answer:
         return [song.score for song in self.songs]
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON holds it, with the moment in ISO 8601."""
+        """Return the answer as a mapping for JSON, with the moment in ISO 8601."""
         return {**asdict(self), "at": iso_moment(self.at)}
 
 
@@ -143,15 +143,16 @@ def answer(
     allow: Sequence[str] | None = None,
     shown: int = LAST_PLAYS,
 ) -> Answer:
-    """Recommend to a user, or after `songs` as if just played, at time `at` (ms UTC), as the server does.
+    """Recommend to a user, or to a new user who has just played `songs`, at time `at` (ms UTC), as the server does.
 
-    `parts`, role -> id, are those of the recommender. Songs come without times: the last is taken as played at `at`,
-    each earlier one three minutes before the next. `artists`, names, and `allow`, song ids, keep to their songs; those
-    of `exclude` are left out. Ids that are not in the catalog are counted and left out. Where no play before `at` is
-    known, as of an unknown user, the recently most played songs come.
-    Raises `InputError` unless exactly one of user and songs is given, and for an unknown artist or market.
+    `parts`, role -> artifact id, are the artifacts of the recommender. `songs` have no times: the last one counts as
+    played at `at`, each earlier one three minutes before the next. If given, `artists` (names) and `allow` (song ids)
+    limit the answer to their songs; the songs of `exclude` (ids) are left out. Ids that are not in the catalog are
+    counted and ignored. `shown` is the number of last plays in the answer. If no play before `at` is known, for example
+    for an unknown user, the answer holds recently popular songs.
+    Raises `InputError` unless exactly one of `user` and `songs` is given, and for an unknown artist or market.
     """
-    from rayrec.recommend.reranking import AnswerOptions, choose_for_users  # brings torch: only once it is needed
+    from rayrec.recommend.reranking import AnswerOptions, choose_for_users  # imports torch: only when needed
 
     if (user is None) == (songs is None):
         raise InputError("recommendations are for a user or for songs; give --user ID or --songs ID,ID, one of them")
@@ -194,7 +195,7 @@ def _answer_filter(
     exclude: Sequence[str],
     allow: Sequence[str] | None,
 ) -> AnswerFilter:
-    """The songs that may come."""
+    """Return the filter for the songs that the answer may hold."""
     attributes = SongAttributes(
         artists=tuple(artists),
         released_from=parse_day(config.released_from, "released_from"),
@@ -209,7 +210,7 @@ def _answer_filter(
 
 
 def _scored_songs(catalog: Catalog, chosen: Chosen, last_title: str | None, explain: bool) -> list[ScoredSong]:
-    """The songs of an answer."""
+    """Return the chosen songs with their names and, if requested, reasons and probabilities."""
     scored = [
         ScoredSong(**names, score=score)
         for names, score in zip(catalog.names(chosen.songs), chosen.scores.tolist(), strict=True)
@@ -226,12 +227,13 @@ def _scored_songs(catalog: Catalog, chosen: Chosen, last_title: str | None, expl
 
 
 def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> BaseRecommender:
-    """What answers with some parts, role -> id, as `releases.default_parts` gives them.
+    """Load the recommender of the artifacts `parts`, role -> id, such as `releases.default_parts` returns.
 
-    `models` is needed. `added_songs` are recommended beside those of the model. With `retrieval` and `rankers`
-    candidates are retrieved and ranked, without them the songs nearest to the taste vector come first, searched through
-    `indexes` where that is given. Raises `MismatchError` for a model of a data set that this one does not descend from,
-    whose song rows may differ, and for an index, rankers or added songs of another model.
+    The role `models` is required. Songs of `added_songs` are recommended in addition to those of the model. With
+    `retrieval` and `rankers` the recommender retrieves and ranks candidates. Without them it returns the songs nearest
+    to the taste vector, and searches them with `indexes` if given. Raises `MismatchError` for a model of a data set
+    that `dataset` does not descend from, since song rows may differ, and for an index, rankers or added songs of
+    another model.
     """
     model_id = parts["models"]
     manifest = load_manifest(workspace, "models", model_id)
@@ -241,7 +243,7 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
             f"model {model_id} was made of data set {made_of}, the workspace holds data set {dataset.manifest.id}; "
             "run `rayrec embed`, `rayrec train`, `rayrec taste`, `rayrec index` and `rayrec release create` first"
         )
-    from rayrec.recommend.taste_recommender import TasteRecommender  # brings torch: only once it is needed
+    from rayrec.recommend.taste_recommender import TasteRecommender  # imports torch: only when needed
     from rayrec.recommend.two_step import load_two_step
 
     network = TasteRecommender.load(workspace, model_id, parts.get("indexes"), parts.get("added_songs"))
@@ -260,7 +262,7 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
 
 
 def load_starting(dataset: Dataset, recommender: BaseRecommender, parts: Mapping[str, str]) -> Starting:
-    """What comes first where no play is known, with the parts of a recommender, role -> id."""
+    """Return the order of songs for users without known plays; `parts`, role -> id, are the recommender's artifacts."""
     songs = dataset.num_songs
     plays = model_play_counts(dataset, parts["models"], recommender.num_songs)
     return starting_of(
@@ -269,11 +271,12 @@ def load_starting(dataset: Dataset, recommender: BaseRecommender, parts: Mapping
 
 
 def starting_of(workspace: Workspace, parts: Mapping[str, str], plays: np.ndarray, known: np.ndarray) -> Starting:
-    """What comes first of the songs with a vector, `known`, bool (N,), by the plays of late; `plays` are int64 (N,).
+    """Return the order of songs for users without known plays: by recent plays.
 
-    All plays count without a retrieval, which knows those of late.
+    `known`, bool (N,), is True for songs with a vector; other songs are left out. The recent plays come from the
+    retrieval in `parts`; without a retrieval all `plays`, int64 (N,), count.
     """
-    from rayrec.recommend.reranking import Starting  # brings torch, as below
+    from rayrec.recommend.reranking import Starting  # imports torch: only when needed
     from rayrec.recommend.stored_retrieval import read_popularity
 
     if "retrieval" not in parts:
@@ -284,7 +287,7 @@ def starting_of(workspace: Workspace, parts: Mapping[str, str], plays: np.ndarra
 
 
 def known_songs(recommender: BaseRecommender, songs: int) -> np.ndarray:
-    """bool (songs,): songs that the network has a vector of; those that came after it are none."""
+    """bool (songs,): True for songs with a vector in the network; False for songs that were imported after it."""
     from rayrec.recommend.reranking import network_of
 
     known: np.ndarray = np.arange(songs) < recommender.num_songs
@@ -295,7 +298,7 @@ def known_songs(recommender: BaseRecommender, songs: int) -> np.ndarray:
 def model_play_counts(dataset: Dataset, model_id: str, num_songs: int) -> np.ndarray:
     """int64 (N,): plays of each song in the fit range of a model.
 
-    For a model without these counts, those of the whole data set.
+    If the model does not store these counts, plays in the whole data set.
     """
     manifest = load_manifest(dataset.workspace, "models", model_id)
     if PLAY_COUNTS in manifest.files:
@@ -307,28 +310,31 @@ def model_play_counts(dataset: Dataset, model_id: str, num_songs: int) -> np.nda
 
 
 def histories_of_users(dataset: Dataset, user_ids: Sequence[str], at: int) -> Histories:
-    """The plays of users before `at` (ms UTC), in their order; none of an unknown user."""
+    """Return the plays of each user before `at` (ms UTC), in the order of `user_ids`; unknown users have no plays."""
     histories = dataset.histories(user_ids)
     return histories.keep(histories.played_at < at)
 
 
 def history_of_songs(catalog: Catalog, song_ids: Sequence[str], at: int) -> Histories:
-    """The songs of the catalog as if just played, those given three minutes apart, the last at `at` (ms UTC)."""
+    """Return a history of the given songs, three minutes apart, the last one at `at` (ms UTC).
+
+    Songs that are not in the catalog are left out; the times of the others do not change.
+    """
     rows = catalog.find(song_ids)
     played_at = at - ASSUMED_GAP_MS * np.arange(len(rows) - 1, -1, -1, dtype=np.int64)
     return Histories.from_lists([rows[rows >= 0]], [played_at[rows >= 0]])  # type: ignore[list-item]
 
 
-MOST_REASONS = 3  # reasons given for a song
-POPULAR_REASON = "it is among the most played songs"  # where nothing is known of the user
-NEAR_RANK = 0.1  # a rank feature, 1 / (1 + rank), that says a song is among the first ten
+MOST_REASONS = 3  # maximum reasons per song
+POPULAR_REASON = "it is among the most played songs"  # for users without known plays
+NEAR_RANK = 0.1  # lowest rank feature, 1 / (1 + rank), of a song among the first ten
 
 
 def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
-    """At most three reasons for one song, the strongest kind first.
+    """Return at most three reasons for one song, the strongest kind first.
 
-    `features` are by name, those of a catalog without artists may be missing; `last_title` is that of the song played
-    last, None where there is none.
+    `features` maps names to values; features that the data does not have, such as those of artists, may be missing.
+    `last_title` is the title of the song played last, None if it is not known.
     """
 
     def value(name: str) -> float:
@@ -368,7 +374,7 @@ def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
 
 
 def reasons_of(chosen: Chosen, last_title: str | None) -> list[list[str]]:
-    """The reasons for each song of an answer that was asked to explain; `last_title` as in `reasons`."""
+    """Return the reasons for each song of an answer with features; `last_title` is as in `reasons`."""
     if chosen.path == "popular":
         return [[POPULAR_REASON] for _ in chosen.songs]
     return [reasons(features, last_title) for features in chosen.features]
@@ -379,7 +385,7 @@ def _times(count: float) -> str:
 
 
 def _ago(features: Mapping[str, float]) -> str:
-    """When it was played last: hours or days ago where times are known, else in plays."""
+    """Return when the song was played last: in hours or days if times are known, otherwise in plays."""
     hours, plays = float(features.get("user_hours_since", 0.0)), float(features.get("user_plays_since", 0.0))
     if hours <= 0:
         return "last just now" if plays < 1 else f"last {plays + 1:.0f} plays ago"

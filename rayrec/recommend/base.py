@@ -1,10 +1,11 @@
-"""The one interface of everything that recommends, and what retrievers and features need of a batch of queries.
+"""The base classes of all recommenders, and the batch of queries that retrievers and features read.
 
-A recommender works by a score of each song, by candidates or by a vector. A batch of queries holds the plays before
-each and the songs in them, computed once.
+A recommender scores every song (`BaseRecommender`), only candidates (`CandidateRecommender`), or compares song vectors
+with a taste vector (`VectorRecommender`). A `QueryBatch` holds the plays before each query and the songs in them,
+computed once.
 
-Q queries, N songs, k answers, D dimensions, C candidates of all queries together, E plays of all queries together,
-P pairs of a query and a song that its user has played.
+Shapes: Q queries, U users, N songs, k answers, D dimensions, C candidates of all queries together, E plays of all
+queries together, P pairs of a query and a song that its user has played.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ HorizonName = Literal["short", "long"]
 
 
 def weight_of_long(horizon: object) -> float:
-    """The weight of the long horizon: 0 for "short", 1 for "long", any number from 0 to 1, or its text, for a mix.
+    """Return the weight of the long horizon: 0 for "short", 1 for "long", a number from 0 to 1 unchanged.
 
-    Raises `ValueError` for anything else.
+    The number mixes both horizons and may also be given as text. Raises `ValueError` for anything else.
     """
     if horizon in ("short", "long"):
         return float(horizon == "long")
@@ -46,35 +47,35 @@ def weight_of_long(horizon: object) -> float:
 
 
 Kind = Literal["baseline", "network"]
-# How an answer was found: the first of the index that qualify, a search of the index among those that
-# qualify, or a score for every song that qualifies.
+# How an answer was found. index: a search of the index, filtered afterwards; selector: a search of the index limited
+# to songs that pass the filter; exact: a score for every song that passes the filter.
 SearchPath = Literal["index", "selector", "exact"]
 
-# float32 scores held at once: those of as many queries as a cache holds (8 MiB), or of a few that share a pass over
-# the songs (64 MiB).
+# Maximum float32 scores in memory at once: 8 MiB, which fit into a CPU cache, or 64 MiB for at most FEW_QUERIES
+# queries, which share one pass over the songs.
 SCORES_IN_CACHE, SCORES_PER_CHUNK = 1 << 21, 1 << 24
 FEW_QUERIES = 64
 NO_SONG = -1  # fills answers of fewer than k songs
 
-LATEST_PLAYS = 5_000  # plays before a query that are looked at
-LATEST_LIKES = 1_000  # likes before a query that are looked at
+LATEST_PLAYS = 5_000  # latest plays before a query that retrievers and features read
+LATEST_LIKES = 1_000  # latest likes before a query that features read
 HOUR_MS = 3_600_000
 SESSION_GAP_MS = HOUR_MS // 2  # a longer pause ends a session
-ACTIVATION_DECAY = 0.5  # of base level activation in ACT-R: a play t ago counts t^-0.5
+ACTIVATION_DECAY = 0.5  # exponent of the base level of ACT-R: a play of age t counts t^-0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """The answers to Q queries, best first, filled with -1 and -inf where fewer than k songs qualify."""
+    """The answers to Q queries, best song first, padded with -1 and -inf if fewer than k songs pass the filter."""
 
     songs: np.ndarray  # int32 (Q, k), song rows
     scores: np.ndarray  # float32 (Q, k), descending
-    paths: tuple[SearchPath, ...]  # (Q,), how each was found
-    filled: np.ndarray  # int64 (Q,), songs at the end that no retriever proposed, where retrievers propose
+    paths: tuple[SearchPath, ...]  # (Q,), how each answer was found
+    filled: np.ndarray  # int64 (Q,), songs at the end that no retriever proposed; 0 without retrievers
 
     @classmethod
     def empty(cls, queries: int, k: int, path: SearchPath = "exact") -> Ranking:
-        """Answers without a song, to be filled in."""
+        """Return answers without songs, to be filled in by the caller."""
         return cls(
             songs=np.full((queries, k), NO_SONG, dtype=np.int32),
             scores=np.full((queries, k), -np.inf, dtype=np.float32),
@@ -84,30 +85,30 @@ class Ranking:
 
 
 class BaseRecommender(ABC):
-    """Scores songs for users at a moment.
+    """Base class of all recommenders: scores songs for users at a moment.
 
-    Subclasses give `score`; `rank` orders by it, and a subclass may rank faster as long as the
-    answer is the same. A score of -inf says that a song is never recommended.
+    Subclasses implement `score`, and `rank` sorts songs by it. A subclass may override `rank` with a faster method
+    that returns the same answer. A song with a score of -inf is never recommended.
     """
 
-    name: str  # as reports and `--models` spell it
+    name: str  # as in reports and `--models`
     kind: ClassVar[Kind] = "baseline"
-    horizons: tuple[HorizonName, ...] = ("short",)  # those whose answers differ
-    scores_are_chances: ClassVar[bool] = False  # that the song is the next play, on the short horizon
-    long_days: DaysHorizon | None = None  # what the long horizon was trained for, where that is days
+    horizons: tuple[HorizonName, ...] = ("short",)  # horizons that have answers of their own
+    scores_are_chances: ClassVar[bool] = False  # True if short-horizon scores are probabilities of the next play
+    long_days: DaysHorizon | None = None  # days that the long horizon predicts; None if it is not in days
     num_songs: int  # N
-    settings: Mapping[str, float] = {}  # those chosen for the data set, by name
-    without: str = ""  # the part that is left out, in an ablation
-    added_songs: np.ndarray = np.zeros(0, dtype=np.int64)  # rows of songs that it finds though no fit has seen a play
+    settings: Mapping[str, float] = {}  # settings chosen for the data set, by name
+    without: str = ""  # in an ablation, the part that is left out
+    added_songs: np.ndarray = np.zeros(0, dtype=np.int64)  # rows of songs that it recommends without a play in training
 
     @abstractmethod
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
-        """float32 (Q, N): the score of every song, from the plays before each query only."""
+        """float32 (Q, N): the score of every song, computed only from the plays before each query."""
 
     def score_chunks(
         self, histories: Histories, queries: Queries, horizon: HorizonName = "short"
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        """The rows of `score` in slices of the queries, so that few scores are held at once.
+        """Yield slices of the queries with their rows of `score`, so that few scores are in memory at once.
 
         A subclass may share work between the slices. The arrays may be read-only.
         """
@@ -124,11 +125,11 @@ class BaseRecommender(ABC):
         filters: Sequence[AnswerFilter] | None = None,
         hidden: np.ndarray | None = None,
     ) -> Ranking:
-        """The k best songs of each user among those that pass the user's filter, and how they were found.
+        """Return the k best songs of each user among those that pass the user's filter, and how they were found.
 
-        `at` (ms UTC) is the moment of the request, one for all users or one each. Exactly k
-        songs wherever as many qualify; equal scores in the order of song rows. `hidden`, float32 (U, state
-        layers, H), is where a taste network stands after the histories, if that is stored; others ignore it.
+        `at` (ms UTC) is the moment of the request: one for all users, or one per user. An answer has exactly k songs
+        if at least k pass the filter; songs with equal scores are sorted by row. `hidden`, float32 (U, state layers,
+        H), is the state of a taste network after the histories, if it is stored; other recommenders ignore it.
         Raises `InputError` for k below 1.
         """
         check_count(k)
@@ -152,10 +153,10 @@ class BaseRecommender(ABC):
         exclude_heard: bool = False,
         hidden: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `rank`, without filters but perhaps that of new songs.
+        """Return the k best songs of each user, without the songs of the history if `exclude_heard`.
 
-        Returns song rows int32 (U, k) and scores float32 (U, k), filled with -1 and -inf where
-        fewer than k songs qualify. Raises `InputError` for k below 1.
+        Other parameters are those of `rank`. Returns song rows int32 (U, k) and scores float32 (U, k), padded with -1
+        and -inf if fewer than k songs remain. Raises `InputError` for k below 1.
         """
         filters = without_heard(histories) if exclude_heard else None
         ranking = self.rank(histories, at, k, horizon=horizon, filters=filters, hidden=hidden)
@@ -170,10 +171,11 @@ class BaseRecommender(ABC):
         long_weight: float = 0.0,
         vectors: Mapping[HorizonName, np.ndarray] | None = None,
     ) -> list[dict[str, float]]:
-        """What is known of songs, int (n,) rows, for one user at `at` (ms UTC), by name of the feature.
+        """Return the features of each of `songs`, int (n,) rows, for one user at `at` (ms UTC): name -> value.
 
-        `reasons` puts it in words. A model without features knows nothing of them: {}. `long_weight` is that of the
-        answer, `vectors`, float32 (1, D) by horizon, the taste vectors where they are at hand.
+        `reasons` turns them into words. A recommender without features returns {} for each song. `long_weight` is the
+        weight of the long horizon in the answer. `vectors`, float32 (1, D) by horizon, are the taste vectors, if they
+        are already computed.
         """
         return [{} for _ in songs]
 
@@ -187,7 +189,7 @@ class BaseRecommender(ABC):
         exclude_heard: bool = False,
         hidden: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `recommend` for a single user: song rows int32 and scores float32, 1-D, at most k long."""
+        """As `recommend` for a single user: returns song rows int32 and scores float32, 1-D, at most k of each."""
         if len(history) != 1:
             raise ValueError(f"recommend_one takes the history of one user, got {len(history)}")
         songs, scores = self.recommend(history, at, k, horizon=horizon, exclude_heard=exclude_heard, hidden=hidden)
@@ -197,23 +199,23 @@ class BaseRecommender(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredCandidates:
-    """The candidates of some queries, C of all together, and their scores."""
+    """The candidates of a slice of queries, C in total, and their scores."""
 
-    rows: np.ndarray  # int64 (C,), the query, counted from the first of these
-    songs: np.ndarray  # int64 (C,), song rows, each once a query
-    # float32 (C,) for a horizon, and for answers without the songs that the user has heard (True) or with them.
+    rows: np.ndarray  # int64 (C,), the query of each candidate, from 0 for the first query of the slice
+    songs: np.ndarray  # int64 (C,), song rows, each at most once per query
+    # (horizon, True to leave out songs that the user has heard) -> float (C,), the scores.
     scores: Callable[[HorizonName, bool], np.ndarray]
-    retrievers: Mapping[str, np.ndarray]  # name -> int64, positions of the candidates that each retriever proposes
+    retrievers: Mapping[str, np.ndarray]  # name -> int64, positions of the candidates that the retriever proposes
 
 
 class CandidateRecommender(BaseRecommender):
-    """Scores a few candidates of each query instead of every song; a song that is no candidate has no score."""
+    """Base class of recommenders that score a few candidates of each query; other songs have no score."""
 
-    retrievers: tuple[str, ...]  # names of what proposes the candidates
+    retrievers: tuple[str, ...]  # names of the retrievers that propose the candidates
 
     @abstractmethod
     def candidate_chunks(self, histories: Histories, queries: Queries) -> Iterator[tuple[slice, ScoredCandidates]]:
-        """The candidates in slices of the queries, in order, so that few are held at once."""
+        """Yield slices of the queries, in order, with their candidates, so that few are in memory at once."""
 
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the scores of the candidates, -inf for all other songs. For small catalogs."""
@@ -224,22 +226,22 @@ class CandidateRecommender(BaseRecommender):
 
 
 def check_count(k: int) -> None:
-    """Raises `InputError` for a number of songs below 1."""
+    """Raise `InputError` if the number of songs is below 1."""
     if k < 1:
         raise InputError(f"k is {k}; ask for at least 1 song")
 
 
 def chunks_of(queries: int, num_songs: int) -> Iterator[slice]:
-    """The queries to score at once, one slice after the other."""
+    """Yield slices of the queries, in order, whose scores fit into memory together."""
     songs = max(1, num_songs)
     step = max(1, SCORES_IN_CACHE // songs, min(FEW_QUERIES, SCORES_PER_CHUNK // songs))
     return (slice(start, start + step) for start in range(0, queries, step))
 
 
 def top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows int32 (Q, k) and values float32 (Q, k) of the k best of scores (Q, N), best first.
+    """Return the rows int32 (Q, k) and values float32 (Q, k) of the k highest of `scores` (Q, N), best first.
 
-    Equal scores come in the order of song rows; songs at -inf do not come.
+    Equal scores are sorted by song row. Songs at -inf are left out; empty places hold -1 and -inf.
     """
     count, num_songs = scores.shape
     width = min(k, num_songs)
@@ -260,8 +262,7 @@ class VectorRecommender(BaseRecommender):
     """Scores songs by the cosine of their vector with the user's taste vector.
 
     `song_vectors` is float32 (N, D), L2-normalized; a row of zeros is a song without a vector, which
-    is never recommended. `index`, where there is one, holds the same vectors and answers
-    `rank` without scoring every song.
+    is never recommended. The optional `index` holds the same vectors; with it `rank` need not score every song.
     """
 
     def __init__(self, song_vectors: np.ndarray, index: SongIndex | None = None) -> None:
@@ -274,7 +275,7 @@ class VectorRecommender(BaseRecommender):
     def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, D): the taste vector of each query, L2-normalized.
 
-        A row of zeros says that nothing is known, and then no song is recommended.
+        A row of zeros means that nothing is known of the user; then no song is recommended.
         """
 
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
@@ -282,7 +283,7 @@ class VectorRecommender(BaseRecommender):
         return self.score_vectors(self.vectors(histories, queries, horizon))
 
     def score_vectors(self, vectors: np.ndarray) -> np.ndarray:
-        """float32 (Q, N): the cosine of each song with taste vectors, float32 (Q, D)."""
+        """float32 (Q, N): the cosine of each song with `vectors`, float32 (Q, D); -inf if either is a row of zeros."""
         scores = np.asarray(vectors @ self.song_vectors.T)
         scores[:, self.without_vector] = -np.inf
         scores[~vectors.any(axis=1)] = -np.inf
@@ -306,7 +307,7 @@ class VectorRecommender(BaseRecommender):
         filters: Sequence[AnswerFilter] | None = None,
         hidden: np.ndarray | None = None,
     ) -> Ranking:
-        """As in `BaseRecommender`; through the index where there is one."""
+        """As in `BaseRecommender`; uses the index if there is one."""
         if self.index is None:
             return super().rank(histories, at, k, horizon=horizon, filters=filters, hidden=hidden)
         check_count(k)
@@ -314,7 +315,7 @@ class VectorRecommender(BaseRecommender):
         return self.rank_vectors(vectors, k, filters)
 
     def rank_vectors(self, vectors: np.ndarray, k: int, filters: Sequence[AnswerFilter] | None = None) -> Ranking:
-        """As `rank`, from taste vectors, float32 (Q, D), that are at hand. Needs the index."""
+        """As `rank`, for taste `vectors`, float32 (Q, D), that are already computed. Needs the index."""
         if self.index is None:
             raise ValueError("vectors are ranked through an index, and there is none")
         ranking = self.index.rank(vectors, k, filters)
@@ -324,14 +325,14 @@ class VectorRecommender(BaseRecommender):
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:
-    """float32: rows of `vectors` scaled to length 1; rows of zeros stay."""
+    """float32: the rows of `vectors`, scaled to length 1; rows of zeros are unchanged."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.where(norms > 0, norms, 1), dtype=np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """E pairs of a query and a song, sorted by query and song, each once."""
+    """E different pairs of a query and a song, sorted by query and then by song."""
 
     num_songs: int
     rows: np.ndarray  # int64 (E,), the query
@@ -339,11 +340,11 @@ class Pairs:
 
     @property
     def keys(self) -> np.ndarray:
-        """int64 (E,), ascending: one number for each pair."""
+        """int64 (E,), ascending: a number that identifies each pair."""
         return np.asarray(self.rows * self.num_songs + self.songs)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """int64: the position of each key, -1 where the pair is not there."""
+        """int64: the position of the pair with each key, -1 if the pair is not contained."""
         own = self.keys
         if not len(own):
             return np.full(len(keys), -1, dtype=np.int64)
@@ -353,37 +354,37 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True)
 class UserSongs(Pairs):
-    """The songs that the user of each query has played before it, among the last 5,000 plays."""
+    """The songs among the last 5,000 plays before each query."""
 
-    plays: np.ndarray  # int64 (P,), how often
-    back: np.ndarray  # int64 (P,), plays since the last time, 0 for the song played last
-    hours: np.ndarray  # float32 (P,), from the last time to the query
-    base_level: np.ndarray  # float32 (P,), ACT-R: log of the sum of (plays since)^-0.5 over all times
-    base_level_hours: np.ndarray  # float32 (P,), the same with hours since
-    session_plays: np.ndarray  # int64 (P,), times in the session that is going on
-    skips: np.ndarray  # int64 (P,), times skipped
+    plays: np.ndarray  # int64 (P,), plays of the song
+    back: np.ndarray  # int64 (P,), number of plays after the song's last play, 0 for the song played last
+    hours: np.ndarray  # float32 (P,), hours from the song's last play to the query
+    base_level: np.ndarray  # float32 (P,), ACT-R: log of the sum of age^-0.5 over its plays, ages in plays
+    base_level_hours: np.ndarray  # float32 (P,), the same with ages in hours
+    session_plays: np.ndarray  # int64 (P,), plays of the song in the current session
+    skips: np.ndarray  # int64 (P,), how often the user skipped the song
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueryBatch:
-    """Some queries with their recent plays, oldest first, and the taste vectors where a network gave them.
+    """A batch of queries with their recent plays, oldest first, and their taste vectors.
 
-    Songs from `num_songs` on, which came after a fit, are left out.
+    Plays of songs with rows from `num_songs` on, which were added after the fit, are left out.
     """
 
     histories: Histories
     queries: Queries
     num_songs: int
-    offsets: np.ndarray  # int64 (Q + 1,), the plays of each query
+    offsets: np.ndarray  # int64 (Q + 1,), where the plays of each query begin
     rows: np.ndarray  # int64 (E,), the query of each play
     songs: np.ndarray  # int64 (E,)
-    back: np.ndarray  # int64 (E,), plays since, 0 for the last
+    back: np.ndarray  # int64 (E,), number of later plays before the query, 0 for the last play
     played_at: np.ndarray  # int64 (E,), ms UTC
-    in_session: np.ndarray  # bool (E,), in the session that the query goes on
-    repeated: np.ndarray  # bool (E,), an earlier one of these plays is of the same song
-    skipped: np.ndarray  # bool (E,), false where the data does not say
+    in_session: np.ndarray  # bool (E,), plays in the session that the query continues
+    repeated: np.ndarray  # bool (E,), True if an earlier play of the query is of the same song
+    skipped: np.ndarray  # bool (E,), all False if the data has no skips
     user_songs: UserSongs
-    liked: Pairs  # the songs that the user of each query had liked, the last 1,000 likes
+    liked: Pairs  # the songs of the user's last 1,000 likes before the query
     short_vectors: np.ndarray  # float32 (Q, D)
     long_vectors: np.ndarray  # float32 (Q, D)
 
@@ -401,10 +402,11 @@ class QueryBatch:
         long_vectors: np.ndarray,
         real_times: bool = True,
     ) -> QueryBatch:
-        """From histories, of which the plays that the queries have seen are used and no others.
+        """Create the batch from `histories`, using only the plays that the queries have seen.
 
-        Without `real_times` plays are as far apart as an import without times puts them, and a query comes so long
-        after the last one, whatever their times say: a ranker learns from them so, and a request comes years later.
+        Without `real_times` the times of plays and queries are replaced: the gaps between plays, and from the last
+        play to the query, are those of an import without times. Otherwise rankers would learn from short gaps, while
+        a request comes years after the last play.
         """
         ends = histories.offsets[queries.rows] + queries.seen
         counts = np.minimum(queries.seen, LATEST_PLAYS)
@@ -445,7 +447,7 @@ class QueryBatch:
 
     @property
     def last_songs(self) -> np.ndarray:
-        """int64 (Q,): the song played last, -1 where there is none."""
+        """int64 (Q,): the song played last, -1 without a play."""
         last = np.full(len(self), -1, dtype=np.int64)
         some = np.diff(self.offsets) > 0
         last[some] = self.songs[self.offsets[1:][some] - 1]
@@ -457,17 +459,17 @@ class QueryBatch:
         return ranges(self.offsets[1:] - counts, counts)
 
     def keys(self, rows: np.ndarray, songs: np.ndarray) -> np.ndarray:
-        """int64: one number for each pair of a query and a song, as `Pairs` spells them."""
+        """int64: the key of each pair of a query and a song, as in `Pairs.keys`."""
         return np.asarray(rows * self.num_songs + songs)
 
 
 def _in_session(offsets: np.ndarray, rows: np.ndarray, played_at: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """bool (E,): no pause of over 30 minutes lies between the play and the query."""
+    """bool (E,): True if no pause of more than 30 minutes lies between the play and the query."""
     return np.asarray(_sums_to_end(offsets, rows, _until_next(offsets, rows, played_at, at) > SESSION_GAP_MS) == 0)
 
 
 def _until_next(offsets: np.ndarray, rows: np.ndarray, played_at: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """int64 (E,): ms from each play to the next one of its query, from the last to the query."""
+    """int64 (E,): ms from each play to the next play of its query, or from the last play to the query."""
     following = np.append(played_at[1:], 0)
     last = offsets[1:][np.diff(offsets) > 0] - 1
     following[last] = at[rows[last]]
@@ -475,7 +477,7 @@ def _until_next(offsets: np.ndarray, rows: np.ndarray, played_at: np.ndarray, at
 
 
 def _sums_to_end(offsets: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """int64 (E,): the sum of the values of each play and those after it in its query."""
+    """int64 (E,): the sum of `values` over each play and the later plays of its query."""
     sums = np.concatenate([[0], np.cumsum(values)])
     return np.asarray(sums[offsets[1:]][rows] - sums[:-1])
 
@@ -490,9 +492,9 @@ def _user_songs(
     at: np.ndarray,
     num_songs: int,
 ) -> tuple[UserSongs, np.ndarray]:
-    """The songs of each query, and bool (E,): plays that repeat an earlier one."""
+    """Return the songs of each query, and bool (E,): True for plays of a song that was played earlier."""
     keys = rows * num_songs + songs
-    order = stable_order(keys)  # plays of one query and song together, in the order of time
+    order = stable_order(keys)  # groups plays of one query and song, in the order of time
     first = first_of_each(keys[order])
     last = order[np.append(first[1:], len(order)) - 1] if len(order) else order
     hours = np.maximum(0, at[rows] - played_at) / HOUR_MS
@@ -518,7 +520,7 @@ def _user_songs(
 
 
 def _liked(histories: Histories, queries: Queries, num_songs: int) -> Pairs:
-    """The songs that the user of each query liked before it."""
+    """Return the songs of the user's last 1,000 likes before each query."""
     likes = histories.likes
     if likes is None:
         return Pairs(num_songs=num_songs, rows=np.zeros(0, np.int64), songs=np.zeros(0, np.int64))

@@ -1,8 +1,9 @@
 """The baselines: popularity, user top, item kNN, sequential rules, weighted averages; how each is fitted and tuned.
 
-The weight-based ones are those of the paper: the last songs, each weighed by its age with a learned weight.
+The weighted baselines are those of the paper (De Boom et al. 2018): a sum of the last songs, with a learned weight for
+each age.
 
-Q queries, N songs, P plays, D dimensions, J weights.
+Shapes: Q queries, N songs, P plays, D dimensions, J weights.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,27 +22,28 @@ from rayrec.errors import InputError
 from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender, normalized
 from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender, last_plays
 
-SELECTION_PLAYS = 10_000  # of the validation range that are predicted
+SELECTION_PLAYS = 10_000  # plays of the validation range that are predicted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The validation range of a split, and what a trial fit may see before it."""
+    """The validation range of a split, and the plays before it that a trial fit may see."""
 
     dataset: Dataset
-    allowed: FitRange  # of trial fits
-    vectors: np.ndarray | None  # float32 (N, D), normalized, made of no more than that; None where there are none
-    histories: Histories  # users with plays in the validation range; nothing after it
-    plays: np.ndarray  # int64 (Q,), positions of these plays
+    allowed: FitRange  # the plays that trial fits may see
+    vectors: np.ndarray | None  # float32 (N, D), normalized, fitted on these plays only; None without embeddings
+    histories: Histories  # users with plays in the validation range; no plays after it
+    plays: np.ndarray  # int64 (Q,), positions of the plays in the validation range
 
     def batches(self) -> Iterator[Histories]:
-        """What a trial fit may see."""
+        """Yield the histories that a trial fit may see."""
         return (self.allowed.select(histories) for histories in self.dataset.read_all())
 
     def ahead(self, first: int, last: int) -> tuple[Queries, np.ndarray]:
-        """Queries whose targets are the plays, so many plays ahead, drawn from unif{first, last}; and their songs.
+        """Return queries whose targets are the plays, and the songs of the targets.
 
-        Plays of users who had fewer plays before are left out, and those of songs newer than the vectors.
+        A target is l plays ahead of its query, l drawn from unif{first, last}. Plays with fewer than l plays of the
+        user before them are left out, and plays of songs newer than the vectors.
         """
         num_songs = self.dataset.num_songs if self.vectors is None else len(self.vectors)
         ahead = np.random.default_rng(0).integers(first, last + 1, size=len(self.plays))
@@ -56,7 +58,7 @@ class Selection:
 def make_selection(
     dataset: Dataset, split: Split, vectors: np.ndarray | None, limit: int = SELECTION_PLAYS
 ) -> Selection | None:
-    """The first plays of the validation range in the order of the buckets, about `limit`; None where there are none."""
+    """Return about `limit` plays of the validation range, the first in the order of the buckets; None without plays."""
     histories = validation_histories(dataset, split, limit)
     plays = np.flatnonzero(split.is_validation(histories))
     if not len(plays):
@@ -64,18 +66,18 @@ def make_selection(
     return Selection(dataset=dataset, allowed=split.selection, vectors=vectors, histories=histories, plays=plays)
 
 
-WEIGHTS = 100  # last songs that are weighed
-OFFSETS = {"weighted-short": (1, 1), "weighted-long": (25, 50)}  # plays ahead of the target, as a network's horizons
+WEIGHTS = 100  # last songs that have a weight
+OFFSETS = {"weighted-short": (1, 1), "weighted-long": (25, 50)}  # offsets of targets, as the network's horizons
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # λ to choose from; a song's vector has the squared length 1
-USUAL_PENALTY = 1e-1  # λ where there is no validation range
-PLAYS_FOR_WEIGHTS = 2_000_000  # that are looked at: a hundred weights are sure long before
+USUAL_PENALTY = 1e-1  # λ without a validation range
+PLAYS_FOR_WEIGHTS = 2_000_000  # maximum plays read; a hundred weights need far fewer
 
 
 class AverageRecommender(VectorRecommender):
     """t_u = Σ_j γ^(n−j) s_j over the n plays so far, normalized (De Boom et al. 2018, their baseline).
 
-    `discount` is γ in (0, 1]: 1 is the plain average, near 0 only the last song counts. A play of a
-    song without a vector adds nothing, and the plays before it are discounted all the same.
+    `discount` is γ in (0, 1]: with 1 it is the plain average, near 0 only the last song counts. A play of a
+    song without a vector adds nothing, but the plays before it are still discounted.
     """
 
     def __init__(self, song_vectors: np.ndarray, discount: float) -> None:
@@ -87,7 +89,7 @@ class AverageRecommender(VectorRecommender):
         """float32 (Q, D): the discounted average of the songs before each query."""
         order = np.lexsort((queries.seen, queries.rows))
         rows, plays_before = queries.rows[order], queries.seen[order]
-        follows = np.concatenate([[False], rows[1:] == rows[:-1]])  # another query of the same user
+        follows = np.concatenate([[False], rows[1:] == rows[:-1]])  # True if the previous query is of the same user
         plays_since = plays_before - np.where(follows, np.concatenate([[0], plays_before[:-1]]), 0)
         sums = self._sums_of_recent(histories, rows, plays_before, plays_since)
         _carry(sums, follows, np.float32(self.discount) ** plays_since)
@@ -98,9 +100,9 @@ class AverageRecommender(VectorRecommender):
     def _sums_of_recent(
         self, histories: Histories, rows: np.ndarray, plays_before: np.ndarray, counts: np.ndarray
     ) -> np.ndarray:
-        """float32 (Q, D): the discounted sum over the last counts[q] plays before each query.
+        """float32 (Q, D): the discounted sum over the last `counts[q]` plays before each query q.
 
-        As one sparse product, so that no (P, D) array is made.
+        Computed as one sparse product, to avoid a (P, D) array.
         """
         ends = np.cumsum(counts)
         ages = np.repeat(ends, counts) - np.arange(counts.sum()) - 1  # plays between this one and the query
@@ -113,9 +115,9 @@ class AverageRecommender(VectorRecommender):
 
 
 def _carry(sums: np.ndarray, follows: np.ndarray, decay: np.ndarray) -> None:
-    """Add to each row of `sums`, in place, the finished row before it, decayed, where it `follows` that row.
+    """Add to each row of `sums`, in place, the final value of the previous row times `decay`, if the row `follows` it.
 
-    One step per query of the user who has the most, over all users at once.
+    Each step handles one query of every user, so the user with the most queries determines the number of steps.
     """
     starts = np.flatnonzero(~follows)
     lengths = np.diff(np.append(starts, len(follows)))
@@ -129,13 +131,13 @@ def _carry(sums: np.ndarray, follows: np.ndarray, decay: np.ndarray) -> None:
 class WeightedRecommender(VectorRecommender):
     """t_u = Σ_j w_j s_(n−j) over the last songs, normalized (De Boom et al. 2018: their b_WST and b_WLT).
 
-    A play of a song without a vector adds nothing, and the plays before it keep their weights.
+    A play of a song without a vector adds nothing, and does not change the weights of the plays before it.
     """
 
     def __init__(
         self, song_vectors: np.ndarray, weights: np.ndarray, name: str, penalty: float = USUAL_PENALTY
     ) -> None:
-        """`weights` float (J,): of the last song first, fitted under the penalty λ."""
+        """`weights`, float (J,), were fitted with the penalty λ; the weight of the last song is first."""
         super().__init__(song_vectors)
         self.weights = np.asarray(weights, dtype=np.float32)
         self.name, self.settings = name, {"penalty": penalty}
@@ -150,12 +152,11 @@ class WeightedRecommender(VectorRecommender):
         allowed: FitRange,
         penalty: float = USUAL_PENALTY,
     ) -> "WeightedRecommender":
-        """The weights w that minimize the mean of ‖t_u − s‖² over positions and targets s, plus λ‖w‖².
+        """Fit the weights w that minimize the mean of ‖t_u − s‖² over positions and targets s, plus λ‖w‖².
 
-        The squared distance [ours] and not L_cos, to which every multiple of w is alike, so that λ‖w‖²
-        would shrink w and choose nothing. w then solves J linear equations in sums that one pass
-        collects, however many plays there are. L_cos chooses λ: docs/method.md#baselines. Raises `LeakError`
-        for a play that `allowed` forbids.
+        The squared distance [ours] replaces L_cos, which is the same for every multiple of w, so that λ‖w‖² would only
+        shrink w. w is the solution of J linear equations, whose sums are collected in one pass over the plays. λ is
+        chosen by L_cos: docs/method.md#baselines. Raises `LeakError` for a play that `allowed` forbids.
         """
         sums = _fit_sums(batches, vectors, OFFSETS[name], allowed)
         return cls(vectors, sums.weights(penalty), name, penalty)
@@ -175,19 +176,19 @@ class WeightedRecommender(VectorRecommender):
 
 
 class LagSums:
-    """Products of the songs of a user that are so many plays apart: all that the weights depend on.
+    """Sums of the inner products of two songs of a user, by their distance in plays (the lag).
 
-    The equations of the weights sum over positions i and their targets the products
-    s_(i−j) · s_(i−k) and s_(i−j) · target. Both are products of two songs of a user a number of
-    plays apart, the lag, so these are summed once, by lag and by how many plays of the user follow
-    the later one: that says for how many positions and targets the pair counts.
+    The equations of the weights sum the products s_(i−j) · s_(i−k) and s_(i−j) · target over positions i and their
+    targets. Both are products of two songs of a user at some lag. So the products are summed once, by lag and by the
+    number of plays of the user after the later song, which gives the number of positions and targets that a product
+    counts for. The weights depend on nothing else.
     """
 
     def __init__(self, offsets: tuple[int, int], weights: int = WEIGHTS) -> None:
         self._offsets, self._count = offsets, weights
         lags = ends = weights + offsets[1]
-        self._sums = np.zeros((lags, ends))  # by lag and plays that follow, those of the last cell or more
-        self._pairs = 0  # of positions and targets
+        self._sums = np.zeros((lags, ends))  # by lag and number of later plays, at most `ends` - 1
+        self._pairs = 0  # number of pairs of a position and a target
         self.plays = 0
 
     def add(self, histories: Histories, vectors: np.ndarray) -> None:
@@ -206,9 +207,9 @@ class LagSums:
     def weights(self, penalty: float) -> np.ndarray:
         """float64 (J,): the solution of the equations for λ = `penalty`."""
         count = self._count
-        # A pair whose later song is the k-th last at position i has k more plays behind it than i has.
+        # If the later song of a pair is `age` plays before position i, `age` more plays follow it than follow i.
         behind = np.arange(self._sums.shape[1])
-        targets = np.stack([self._targets(behind - age) for age in range(count)])  # (J, plays that follow)
+        targets = np.stack([self._targets(behind - age) for age in range(count)])  # (J, number of later plays)
         gram = np.zeros((count, count))
         for lag in range(count):
             along = targets[: count - lag] @ self._sums[lag]
@@ -222,7 +223,7 @@ class LagSums:
         return solution
 
     def _targets(self, follow: np.ndarray) -> np.ndarray:
-        """How many targets a position has that so many plays follow."""
+        """Return the number of targets of a position that is followed by `follow` plays."""
         first, last = self._offsets
         return np.asarray(np.clip(follow - first + 1, 0, last - first + 1))
 
@@ -230,7 +231,7 @@ class LagSums:
 def fit_weighted(
     batches: Iterable[Histories], vectors: np.ndarray, name: str, allowed: FitRange, selection: Selection | None
 ) -> WeightedRecommender:
-    """The baseline `name` of OFFSETS, its λ the one with the smallest L_cos on the plays of `selection`."""
+    """Fit the baseline `name` of OFFSETS with the λ of smallest L_cos on the plays of `selection`."""
     penalty = USUAL_PENALTY
     if selection is not None and selection.vectors is not None:
         penalty = choose_penalty(selection, name)
@@ -238,7 +239,7 @@ def fit_weighted(
 
 
 def choose_penalty(selection: Selection, name: str) -> float:
-    """λ of PENALTIES under which the taste vectors lie nearest to the plays of `selection`, by L_cos."""
+    """Return the λ of PENALTIES whose taste vectors are nearest to the plays of `selection`, by L_cos."""
     vectors = selection.vectors
     if vectors is None:
         raise ValueError("the penalty is chosen on song embeddings, and the selection has none")
@@ -266,17 +267,17 @@ def _fit_sums(
     return sums
 
 
-RECENT_DAYS = 21.0  # whose plays popularity-recent counts, where no validation range chooses them
-LATEST = 1_000  # plays of a user that are counted, so that long histories cost no more
-MAX_DISTANCE = 10  # plays between a song and one that follows it
-DECAY = 1.0  # a pair of plays so many plays apart counts distance^-DECAY, where no validation range chooses it
-RULES_PER_SONG = 1_000  # kept, the strongest
-MAX_RULES = 20_000_000  # held at a time while counting: 160 MB
+RECENT_DAYS = 21.0  # last days whose plays popularity-recent counts, if no validation range chooses them
+LATEST = 1_000  # latest plays of a user that user-top counts, to limit the cost of long histories
+MAX_DISTANCE = 10  # maximum distance in plays from a song to one that follows it
+DECAY = 1.0  # a pair of plays counts distance^-DECAY, if no validation range chooses the exponent
+RULES_PER_SONG = 1_000  # strongest rules kept per song
+MAX_RULES = 20_000_000  # maximum rules in memory while counting: 160 MB
 DISCOUNTS = (0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 class PopularityRecommender(BaseRecommender):
-    """Scores a song by its plays in the fit range, or the end of it; a song not played there scores 0.
+    """Scores a song by its number of plays in the fit range, or in the last days of it; 0 without a play.
 
     `plays` is int64 (N,).
     """
@@ -289,7 +290,7 @@ class PopularityRecommender(BaseRecommender):
     def fit(
         cls, batches: Iterable[Histories], *, num_songs: int, allowed: FitRange, since: int | None = None
     ) -> "PopularityRecommender":
-        """Count the plays, those from `since` (ms UTC) on where it is given.
+        """Count the plays; if `since` (ms UTC) is given, only those from then on.
 
         Raises `LeakError` for a play that `allowed` forbids.
         """
@@ -306,9 +307,9 @@ class PopularityRecommender(BaseRecommender):
 
 
 class UserTopRecommender(BaseRecommender):
-    """How often the user has played each song of late: P-TopFreq of next-basket research (Li et al. 2023).
+    """Scores a song by how often the user has played it recently: P-TopFreq of next-basket research (Li et al. 2023).
 
-    Nothing is fitted: the plays before a query hold all that it needs.
+    Nothing is fitted, since scores depend only on the plays before a query.
     """
 
     name = "user-top"
@@ -317,7 +318,7 @@ class UserTopRecommender(BaseRecommender):
         self.num_songs = num_songs
 
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
-        """float32 (Q, N): times that each song is among the last 1,000 plays."""
+        """float32 (Q, N): how often each song is among the last 1,000 plays."""
         rows, songs, _ = last_plays(histories, queries, self.num_songs, LATEST)
         once = np.ones(len(rows), dtype=np.float32)
         counts: np.ndarray = coo_matrix((once, (rows, songs)), shape=(len(queries), self.num_songs)).toarray()
@@ -325,18 +326,18 @@ class UserTopRecommender(BaseRecommender):
 
 
 class ItemKnnRecommender(VectorRecommender):
-    """The taste vector is the vector of the last song played: item-to-item in the space of the songs."""
+    """Uses the vector of the last song played as the taste vector, so it recommends the nearest songs of that song."""
 
     name = "item-knn"
 
     def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
-        """float32 (Q, D): the last song's vector; zeros where there is no play, or the song has no vector."""
+        """float32 (Q, D): the last song's vector; zeros if there is no play, or the song has no vector."""
         last = last_songs(histories, queries, self.num_songs)
         return np.where(last[:, None] >= 0, self.song_vectors[last], np.float32(0))
 
 
 def last_songs(histories: Histories, queries: Queries, num_songs: int) -> np.ndarray:
-    """int64 (Q,): the last song played before each query, -1 where there is none among the first `num_songs`."""
+    """int64 (Q,): the last song played before each query; -1 without a play, or for a row from `num_songs` on."""
     last = np.full(len(queries), -1, dtype=np.int64)
     with_plays = queries.seen > 0
     last[with_plays] = histories.songs[histories.offsets[queries.rows[with_plays]] + queries.seen[with_plays] - 1]
@@ -347,7 +348,7 @@ def last_songs(histories: Histories, queries: Queries, num_songs: int) -> np.nda
 class SequentialRulesRecommender(BaseRecommender):
     """Scores a song by how often it followed the last song, weighted distance^-decay (SR; Ludewig and Jannach 2018).
 
-    `rules` is a sparse float32 (N, N): row the song, column what followed it. A song that never
+    `rules` is a sparse float32 (N, N): rows are songs, columns the songs that followed them. A song that never
     followed scores 0.
     """
 
@@ -369,11 +370,11 @@ class SequentialRulesRecommender(BaseRecommender):
         rules_per_song: int = RULES_PER_SONG,
         max_rules: int = MAX_RULES,
     ) -> "SequentialRulesRecommender":
-        """Count what follows what in each user's history.
+        """Count which songs follow which in each user's history.
 
-        The strongest `rules_per_song` of each song are kept, fewer where `max_rules` would be passed:
-        then the weaker ones go early, and with them a little of what they might have come to. Raises
-        `LeakError` for a play that `allowed` forbids.
+        The strongest `rules_per_song` rules of each song are kept, fewer if `max_rules` requires it. When there are
+        more than `max_rules` rules while counting, the weaker ones are dropped early, so their weights may be slightly
+        too low. Raises `LeakError` for a play that `allowed` forbids.
         """
         per_song = max(1, min(rules_per_song, max_rules // (2 * max(1, num_songs))))
         rules = count_rules(Histories.from_lists([], []), num_songs, max_distance, decay)
@@ -400,7 +401,7 @@ def count_rules(histories: Histories, num_songs: int, max_distance: int, decay: 
     """Sparse float32 (N, N): Σ distance^-decay over pairs of plays of one user at most `max_distance` apart."""
     rows, songs = histories.rows, histories.songs
     rules = csr_matrix((np.zeros(0, np.float32), (np.zeros(0, np.int32),) * 2), shape=(num_songs, num_songs))
-    for distance in range(1, max_distance + 1):  # one at a time, so that few pairs are held at once
+    for distance in range(1, max_distance + 1):  # one at a time, so that few pairs are in memory at once
         pairs = np.flatnonzero(rows[distance:] == rows[:-distance])
         weights = np.full(len(pairs), distance**-decay, dtype=np.float32)
         pair = (songs[pairs], songs[pairs + distance])
@@ -409,7 +410,7 @@ def count_rules(histories: Histories, num_songs: int, max_distance: int, decay: 
 
 
 def strongest(rules: csr_matrix, count: int) -> csr_matrix:
-    """The `count` largest entries of each row; of equal ones those with the lower column."""
+    """Return the `count` largest entries of each row; of equal entries those with lower columns."""
     rows = np.repeat(np.arange(rules.shape[0]), np.diff(rules.indptr))
     order = np.lexsort((rules.indices, -rules.data, rows))
     place = np.arange(rules.nnz) - rules.indptr[rows]  # within the sorted row
@@ -421,7 +422,7 @@ def strongest(rules: csr_matrix, count: int) -> csr_matrix:
     )
 
 
-Settings = Mapping[str, Any]  # numbers, of a baseline, by name; those that are left out have their defaults
+Settings = Mapping[str, Any]  # settings of a baseline, name -> number; missing ones have their defaults
 FromPlays = Callable[[Iterator[Histories], Dataset, FitRange, Settings], BaseRecommender]
 FromVectors = Callable[[np.ndarray], BaseRecommender]
 
@@ -433,7 +434,7 @@ def _popularity(
 
 
 def _recent(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> BaseRecommender:
-    """Where the data has no times, the last days are all of it."""
+    """Fit popularity-recent. If the data has no times, all plays count."""
     end = dataset.manifest.last_play + 1 if allowed.before is None else allowed.before
     days = settings.get("days", RECENT_DAYS)
     since = end - round(days * DAY_MS) if dataset.manifest.times == "real" else 0
@@ -481,7 +482,7 @@ FROM_VECTORS: dict[str, FromVectors] = {
     "item-knn": ItemKnnRecommender,
     **{f"average-{discount}": _average(discount) for discount in DISCOUNTS},
 }
-FROM_BOTH = tuple(OFFSETS)  # the weight-based ones
+FROM_BOTH = tuple(OFFSETS)  # the weighted baselines
 
 BASELINES: tuple[str, ...] = (*FROM_PLAYS, *FROM_VECTORS, *FROM_BOTH)
 
@@ -499,11 +500,11 @@ def fit_baselines(
     selection: Selection | None = None,
     settings: Mapping[str, Settings] | None = None,
 ) -> list[BaseRecommender]:
-    """Fit the named baselines on what `allowed` lets through of the data set, in the order of the names.
+    """Fit the named baselines on the plays of the data set that `allowed` permits, in the order of the names.
 
-    `vectors` is float32 (N, D), normalized, and must itself come from that range; it is needed by `item-knn`, the
-    averages and the weight-based ones, which share it. These last choose λ by `selection`, and take a usual one where
-    there is none. `settings` are those of the others, by baseline. Raises `InputError` for an unknown name.
+    `vectors`, float32 (N, D), normalized, must be fitted on the same range; `item-knn`, the averages and the weighted
+    baselines need them and share the array. The weighted baselines choose λ on `selection`, or use a default without
+    it. `settings` are those of the other baselines, by name. Raises `InputError` for an unknown name.
     """
     fitted: list[BaseRecommender] = []
     for name in names:

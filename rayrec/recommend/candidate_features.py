@@ -1,6 +1,6 @@
-"""Features of candidates: what the ranker knows of each proposed song and of the query.
+"""Features of candidates: the inputs of the ranker, for each candidate and its query.
 
-Q queries, C candidates of all queries together, F features.
+Shapes: Q queries, N songs, D dimensions, C candidates of all queries together, F features.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from rayrec.recommend.retrievers import Candidates
 from rayrec.recommend.stored_retrieval import NO_GROUP, NOT_PLAYED, Retrieval, SongGroups
 from rayrec.recommend.two_step_config import RankedPart, kept_features
 
-RECENT = 10  # plays among which artists and albums are counted
-REPEATS = 20  # plays among which repeats are counted
-LIFT_PLAYS = 5.0  # added to the plays of a song by which the strength of a rule is divided
-SKIP_PLAYS = 10.0  # plays skipped as often as all plays that are added to those of a song
-NEVER = -1.0  # plays or hours since a song, an artist or an album that the user has never played
+RECENT = 10  # number of last plays that count as recent
+REPEATS = 20  # number of last plays in which repeats are counted
+LIFT_PLAYS = 5.0  # added to a song's plays before the strength of a rule is divided by them
+SKIP_PLAYS = 10.0  # plays with the mean share of skips that are added to a song's plays, to smooth its share
+NEVER = -1.0  # value of plays or hours since a song, an artist or an album that the user has never played
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSources:
-    """What features are read from, beside the queries."""
+    """The data that features are computed from, apart from the queries."""
 
     retrieval: Retrieval
     song_vectors: np.ndarray  # float32 (N, D), normalized
     retrievers: tuple[str, ...]  # names, in the order of their features
-    scales: tuple[float, float] = (1.0, 1.0)  # that make logits of the cosines of the short and the long horizon
-    real_times: bool = True  # False where times say in which order plays came, and nothing else
-    without: RankedPart | None = None  # whose features are left out
+    scales: tuple[float, float] = (1.0, 1.0)  # turn cosines of the short and long horizon into logits
+    real_times: bool = True  # False if times only give the order of plays
+    without: RankedPart | None = None  # the part whose features are left out
 
     @property
     def names(self) -> list[str]:
@@ -141,7 +141,7 @@ class FeatureSources:
             put(batch.liked.find(candidates.keys) >= 0)
 
     def _age_days(self, batch: QueryBatch, candidates: Candidates) -> np.ndarray:
-        """float64 (C,): days since the first play of each candidate by anybody; NEVER where there was none."""
+        """float64 (C,): days since the first play of each candidate by any user; NEVER if there was none."""
         first = _looked_up(self.retrieval.plays.first_days, candidates.songs, NOT_PLAYED).astype(np.int64)
         days = batch.queries.at[candidates.rows] // DAY_MS - first
         return np.where(first == NOT_PLAYED, NEVER, np.maximum(0, days))
@@ -149,7 +149,7 @@ class FeatureSources:
     def _likeness_to_recent(
         self, batch: QueryBatch, rows: np.ndarray, vectors: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The largest and the mean cosine of each candidate with the last ten songs; 0 where there are none."""
+        """Return the largest and the mean cosine of each candidate with the last ten songs; 0 if there are none."""
         latest = batch.latest(RECENT)
         table = np.zeros((len(batch), RECENT, self.song_vectors.shape[1]), dtype=np.float32)
         table[batch.rows[latest], batch.back[latest]] = _looked_up(self.song_vectors, batch.songs[latest])
@@ -161,7 +161,7 @@ class FeatureSources:
         return cosines.max(axis=1), cosines.sum(axis=1) / known[rows]
 
     def _of_queries(self, batch: QueryBatch) -> list[np.ndarray]:
-        """OF_QUERIES, (Q,) each."""
+        """Return the features OF_QUERIES, and the recent share of skips if the data has skips, (Q,) each."""
         lengths = np.diff(batch.offsets)
         session = np.bincount(batch.rows, weights=batch.in_session, minlength=len(batch))
         last = np.where(lengths > 0, batch.offsets[1:] - 1, 0)
@@ -170,7 +170,7 @@ class FeatureSources:
             since = np.where(lengths > 0, (batch.queries.at - batch.played_at[last]) / HOUR_MS, NEVER)
         hour = (batch.queries.at // HOUR_MS) % 24
         return [
-            np.log1p(np.minimum(batch.queries.seen, LATEST_PLAYS)),  # a server reads no more than these
+            np.log1p(np.minimum(batch.queries.seen, LATEST_PLAYS)),  # a server reads at most this many plays
             session,
             since if self.real_times else np.zeros(len(batch)),
             _repeat_share(batch, lengths),
@@ -182,8 +182,10 @@ class FeatureSources:
         ]
 
     def _session_with_long_term(self, batch: QueryBatch) -> np.ndarray:
-        """float64 (Q,): the cosine of the mean of the session's last ten songs with the long-term taste vector; 0 where
-        no session has begun. It tells when the session counts for more than the past."""
+        """float64 (Q,): the cosine of the mean of the session's last ten songs with the long-horizon vector.
+
+        0 if no session has begun. The ranker can learn from it when the session matters more than older plays.
+        """
         latest = batch.latest(RECENT)
         latest = latest[batch.in_session[latest]]
         sums = np.zeros((len(batch), self.song_vectors.shape[1]))
@@ -214,8 +216,8 @@ OF_CANDIDATES = [
     "age_days",
     "rules_lift",
 ]
-# Skips and likes are features where the data has any. `skip_share` is how much more of a song's plays was skipped than
-# of all plays.
+# Features that exist only if the data has skips or likes. `skip_share` is the skipped share of a song's plays minus the
+# skipped share of all plays.
 OF_SKIPS = ["user_skips", "user_skip_share", "skip_share"]
 OF_LIKES = ["user_liked"]
 OF_GROUPS = ["of_last_song", "recent_share", "user_plays", "plays_since"]
@@ -232,7 +234,7 @@ OF_QUERIES = [
 
 
 def _looked_up(values: np.ndarray, songs: np.ndarray, otherwise: int = 0) -> np.ndarray:
-    """The values of songs; `otherwise` for songs, int, that are -1 or came after the values."""
+    """Return the values of `songs`, int; `otherwise` for songs that are -1 or beyond the end of `values`."""
     known = (songs >= 0) & (songs < len(values))
     rows = np.full((len(songs), *values.shape[1:]), otherwise, dtype=values.dtype)
     rows[known] = values[songs[known]]
@@ -248,14 +250,14 @@ def _proposed_by(candidates: Candidates) -> np.ndarray:
 
 
 def _repeat_share(batch: QueryBatch, counts: np.ndarray) -> np.ndarray:
-    """float64 (Q,): of the last plays, `counts` (Q,) but at most 20, the share that repeated an earlier one."""
+    """float64 (Q,): the share of repeats among the last `counts` plays, int (Q,), of each query, at most 20."""
     looked_at = batch.back < np.minimum(counts, REPEATS)[batch.rows]
     repeats = np.bincount(batch.rows, weights=batch.repeated & looked_at, minlength=len(batch))
     return np.asarray(repeats / np.maximum(1, np.minimum(counts, REPEATS)))
 
 
 def _skip_share(batch: QueryBatch, lengths: np.ndarray) -> np.ndarray:
-    """float64 (Q,): the share of the last ten plays that were skipped; `lengths`, int (Q,), are the plays known."""
+    """float64 (Q,): the share of the last ten plays that were skipped; `lengths`, int (Q,), counts the known plays."""
     latest = batch.latest(RECENT)
     skips = np.bincount(batch.rows[latest], weights=batch.skipped[latest], minlength=len(batch))
     return np.asarray(skips / np.maximum(1, np.minimum(lengths, RECENT)))
@@ -264,7 +266,10 @@ def _skip_share(batch: QueryBatch, lengths: np.ndarray) -> np.ndarray:
 def _group_features(
     batch: QueryBatch, candidates: Candidates, groups: SongGroups, put: Callable[[np.ndarray], None]
 ) -> np.ndarray:
-    """Put OF_GROUPS of the artists or the albums; float64 (Q,): how many different ones the last ten plays have."""
+    """Pass the features OF_GROUPS of artists or albums to `put`; return the number of groups in the last ten plays.
+
+    The number is float64 (Q,).
+    """
     group = _looked_up(groups.of_song, batch.songs, NO_GROUP).astype(np.int64)
     some = np.flatnonzero(group >= 0)
     width = max(1, len(groups.offsets))

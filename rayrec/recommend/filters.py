@@ -1,6 +1,6 @@
-"""Filters: which songs one answer may hold. The one way in which songs are filtered.
+"""Filters: which songs an answer may hold. All recommenders filter songs with `AnswerFilter`.
 
-N songs.
+Shapes: N songs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,20 +17,20 @@ from rayrec.data.catalog import ARTIST_NAME, Catalog, fold, with_folded
 from rayrec.data.histories import Histories
 from rayrec.errors import FieldError
 
-MASKS_KEPT = 64  # of those asked for last, at most
-MASKS_BYTES = 32_000_000  # that they take together, a byte a song each; one is kept whatever its size
-ORDERED_AT_ONCE = 10_000  # song rows of an order that are looked at together, at most
-FEW_SONGS = 5_000  # a set of no more is held as rows in place of a mask, and an index scores each of them
-MARKETS_SHOWN = 20  # where one is asked for that no song has
+MASKS_KEPT = 64  # maximum masks in the cache, the most recently used
+MASKS_BYTES = 32_000_000  # maximum bytes of the cache, one byte per song and mask; at least one mask is kept
+ORDERED_AT_ONCE = 10_000  # maximum song rows that `first_of_order` checks at once
+FEW_SONGS = 5_000  # a set of at most this size is stored as rows, not as a mask, and an index scores all its songs
+MARKETS_SHOWN = 20  # maximum markets in the error for a market that no song has
 
 
 @dataclass(frozen=True, kw_only=True)
 class SongAttributes:
-    """What songs must have to be recommended: all that is set here."""
+    """The attributes that a song needs to be recommended. A song must match all that are set."""
 
-    artists: tuple[str, ...] = ()  # any of these, whatever case or accents
-    released_from: date | None = None  # that day or later
-    released_to: date | None = None  # that day or earlier
+    artists: tuple[str, ...] = ()  # the song is by any of these; case and accents are ignored
+    released_from: date | None = None  # released on that day or later
+    released_to: date | None = None  # released on that day or earlier
     market: str | None = None  # where the song may be played
 
     def __bool__(self) -> bool:
@@ -38,7 +38,7 @@ class SongAttributes:
 
 
 def parse_day(text: str | None, where: str) -> date | None:
-    """The day of the field `where`, YYYY-MM-DD. Raises `FieldError` for one that is not in the calendar."""
+    """Return the date in `text`, YYYY-MM-DD. Raises `FieldError` for field `where` if there is no such day."""
     try:
         return None if text is None else date.fromisoformat(text)
     except ValueError as error:
@@ -46,10 +46,13 @@ def parse_day(text: str | None, where: str) -> date | None:
 
 
 class SongSet:
-    """Some songs, which never change, so that many answers share them: rows where they are few, a mask where many."""
+    """An immutable set of songs, which many answers can share. Small sets are stored as rows, large ones as a mask."""
 
     def __init__(self, *, rows: np.ndarray | None = None, mask: np.ndarray | None = None) -> None:
-        """Of song rows, int (n,) ascending, each once, or of a mask, bool (N,): one of them."""
+        """Create a set from `rows`, int (n,), ascending and without duplicates, or from `mask`, bool (N,).
+
+        Give exactly one of them; it becomes read-only.
+        """
         array = rows if mask is None else mask
         assert array is not None
         array.flags.writeable = False
@@ -58,12 +61,12 @@ class SongSet:
 
     @classmethod
     def of_rows(cls, rows: np.ndarray) -> "SongSet":
-        """Of song rows, int (any,), in any order and some perhaps twice; those below 0 are no songs."""
+        """Return the set of song `rows`, int (any,), in any order; duplicates and rows below 0 are dropped."""
         return cls(rows=np.unique(rows[rows >= 0]))
 
     @classmethod
     def of_mask(cls, mask: np.ndarray) -> "SongSet":
-        """Of the songs that are true in bool (N,), which is not copied."""
+        """Return the set of the songs that are True in `mask`, bool (N,), which is not copied."""
         few = np.count_nonzero(mask) <= FEW_SONGS
         return cls(rows=np.flatnonzero(mask)) if few else cls(mask=mask)
 
@@ -71,7 +74,7 @@ class SongSet:
         return self._count
 
     def holds(self, rows: np.ndarray) -> np.ndarray:
-        """bool (n,): which of the song rows, int (n,) from 0 on, are in the set."""
+        """bool (n,): True for song `rows`, int (n,), not negative, that are in the set."""
         if self.mask is not None:
             inside = rows < len(self.mask)
             return np.asarray(inside & self.mask[np.where(inside, rows, 0)])
@@ -81,14 +84,14 @@ class SongSet:
         return np.asarray(self.rows[np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)] == rows)
 
     def between(self, first: int, last: int) -> np.ndarray:
-        """int64 (n,), ascending: the songs from row `first` up to `last`."""
+        """int64 (n,), ascending: the songs of the set from row `first` up to, but not including, `last`."""
         if self.mask is not None:
             return first + np.flatnonzero(self.mask[first:last])
         assert self.rows is not None
         return np.asarray(self.rows[slice(*np.searchsorted(self.rows, [first, last]))], dtype=np.int64)
 
     def joined(self, later: "SongSet", first: int) -> "SongSet":
-        """With the songs of another set, whose rows count from row `first` on, behind all of this one."""
+        """Return the union with `later`, whose row 0 is row `first` here; all rows of this set are below `first`."""
         if self.mask is None and later.mask is None and len(self) + len(later) <= FEW_SONGS:
             return SongSet(rows=np.concatenate([self.between(0, first), first + later.between(0, later.end)]))
         mask = np.zeros(first + later.end, dtype=np.bool_)
@@ -98,7 +101,7 @@ class SongSet:
 
     @property
     def end(self) -> int:
-        """A row behind all songs of the set."""
+        """A row number higher than that of every song in the set."""
         if self.mask is not None:
             return len(self.mask)
         assert self.rows is not None
@@ -106,13 +109,16 @@ class SongSet:
 
     @cached_property
     def bits(self) -> np.ndarray:
-        """uint8 (N / 8,): the mask with a bit a song, the first in the lowest bit."""
+        """uint8 (N / 8,), rounded up: the mask with one bit per song, the first song in the lowest bit."""
         assert self.mask is not None
         return np.packbits(self.mask, bitorder="little")
 
 
 def listed_and_fitting(rows: np.ndarray | None, fitting: SongSet | None) -> SongSet | None:
-    """The songs of both: of the rows of a list, int (any,), -1 for unknown songs, and of those that fit; None: all."""
+    """Return the songs that are both in `rows`, int (any,), -1 for unknown songs, and in `fitting`.
+
+    None means all songs, as an argument and as the result.
+    """
     if rows is None:
         return fitting
     listed = SongSet.of_rows(rows)
@@ -123,15 +129,15 @@ def listed_and_fitting(rows: np.ndarray | None, fitting: SongSet | None) -> Song
 
 
 def masks_kept(num_songs: int) -> int:
-    """How many masks of a catalog are kept."""
+    """Return the maximum number of masks in the cache for a catalog of `num_songs` songs."""
     return max(1, min(MASKS_KEPT, MASKS_BYTES // max(1, num_songs)))
 
 
 class SongMasks:
-    """Answers which songs of a catalog fit what is wanted. Masks are kept, and safe to share between threads."""
+    """Finds the songs of a catalog that match attributes. Results are cached; threads may share an instance."""
 
     def __init__(self, catalog: Catalog, earlier: "SongMasks | None" = None) -> None:
-        """`earlier` are those of the songs before the ones of this catalog, whose rows go on behind them."""
+        """`earlier` are the masks of an earlier catalog; the rows of `catalog` follow the rows of that one."""
         table = with_folded(catalog.table)
         self.num_songs, self._earlier = len(catalog), earlier
         self._artists = columns.one_array(table.column(ARTIST_NAME))
@@ -141,14 +147,14 @@ class SongMasks:
         self.fitting = lru_cache(maxsize=masks_kept(all_songs))(self._fitting)
 
     def lookups(self, outcome: str) -> int:
-        """How many sets asked for so far were `hits`, kept from before, or `misses`."""
+        """Return the number of lookups so far that were `hits` in the cache, or `misses`."""
         return int(getattr(self.fitting.cache_info(), outcome))
 
     def _fitting(self, attributes: SongAttributes) -> SongSet:
-        """The songs that are known to fit.
+        """Return the songs that are known to match.
 
-        Raises `FieldError` for an artist or a market that no song has, and where release days or markets are asked
-        for and the catalog tells none.
+        Raises `FieldError` for an artist or a market that no song has, and for release days or markets if the catalog
+        has none.
         """
         if self._earlier is None:
             return self._of_catalog(attributes)
@@ -166,7 +172,7 @@ class SongMasks:
         return parts[0].joined(parts[1], self._earlier.num_songs)
 
     def _of_catalog(self, attributes: SongAttributes) -> SongSet:
-        """The songs of the own catalog that fit, by rows of it. Raises as `_fitting`."""
+        """Return the songs of this catalog that match, without the earlier one. Raises as `_fitting` does."""
         fits = np.ones(self.num_songs, dtype=np.bool_)
         if attributes.artists:
             fits &= self._by_artists(attributes.artists)
@@ -194,8 +200,8 @@ class SongMasks:
         return SongSet.of_mask(fits)
 
     def _by_artists(self, artists: tuple[str, ...]) -> np.ndarray:
-        """bool (N,): the songs of any of the artists."""
-        names = pa.array([fold(name) or None for name in artists], pa.string())  # none is the name of songs without
+        """bool (N,): True for songs by any of the artists."""
+        names = pa.array([fold(name) or None for name in artists], pa.string())  # "" would match songs without artist
         unknown = pc.index_in(names, value_set=self._artists.dictionary).is_null().to_pylist()
         if any(unknown):
             raise FieldError("artists", f"no song of the catalog is by {artists[unknown.index(True)]!r}")
@@ -209,7 +215,7 @@ class SongMasks:
 
 
 def _column(table: pa.Table, name: str) -> pa.Array | None:
-    """One array; None where the table has no such column."""
+    """Return the column as one array; None if the table has no such column."""
     return columns.one_array(table.column(name)) if name in table.column_names else None
 
 
@@ -222,26 +228,26 @@ NOTHING = np.zeros(0, dtype=np.int32)
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerFilter:
-    """The songs that one answer may hold: those allowed, without those excluded.
+    """The songs that an answer may hold: the allowed songs without the excluded ones.
 
-    Rows past the catalog of who answers, songs that came later, do no harm.
+    Rows beyond the catalog of the recommender, of songs that were imported later, are ignored.
     """
 
-    excluded: np.ndarray = field(default_factory=lambda: NOTHING)  # int (any,), song rows, some perhaps twice
+    excluded: np.ndarray = field(default_factory=lambda: NOTHING)  # int (any,), song rows, perhaps with duplicates
     allowed: SongSet | None = None  # None: every song
-    new_only: bool = False  # True where every song that the user has played is excluded
+    new_only: bool = False  # True if every song that the user has played is excluded
 
     def excluded_rows(self, num_songs: int) -> np.ndarray:
-        """int (any,), ascending: the excluded rows of a catalog, each once."""
+        """int (any,), ascending: the excluded rows below `num_songs`, each once."""
         return np.unique(self.excluded[self.excluded < num_songs])
 
     def qualify(self, rows: np.ndarray) -> np.ndarray:
-        """bool (n,): which of the song rows, int (n,), qualify, without a pass over the catalog."""
+        """bool (n,): True for song `rows`, int (n,), that pass the filter. The cost does not depend on the catalog."""
         qualifies = ~np.isin(rows, self.excluded)
         return np.asarray(qualifies if self.allowed is None else qualifies & self.allowed.holds(rows))
 
     def qualifying(self, num_songs: int, at_once: int) -> Iterator[np.ndarray]:
-        """int64 (n,) each, ascending: the songs of a catalog that qualify, about `at_once` after the other."""
+        """Yield the songs of a catalog that pass the filter, about `at_once` at a time: int64 (n,), ascending."""
         excluded = self.excluded_rows(num_songs)
         count = num_songs if self.allowed is None else len(self.allowed)
         step = max(at_once, at_once * num_songs // max(1, count))
@@ -252,7 +258,7 @@ class AnswerFilter:
             yield rows[~np.isin(rows, near, assume_unique=True)]
 
     def mask_scores(self, scores: np.ndarray) -> None:
-        """Set float (N,) scores of songs that do not qualify to -inf, in place."""
+        """Set the scores, float (N,), of songs that do not pass the filter to -inf, in place."""
         if self.allowed is not None:
             outside = np.ones(len(scores), dtype=np.bool_)
             outside[self.allowed.between(0, len(scores))] = False
@@ -261,9 +267,10 @@ class AnswerFilter:
 
 
 def first_of_order(order: np.ndarray, qualify: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
-    """The first `count` of song rows, int (any,), for which `qualify` is true: bool (n,) of int (n,).
+    """Return the first `count` of the song rows in `order`, int (any,), for which `qualify` is True.
 
-    Rows are looked at some at a time until there are enough, so that the cost grows with the songs left out before.
+    `qualify` maps song rows, int (n,), to bool (n,). Rows are checked in blocks until there are enough, so that the
+    cost grows with the number of songs skipped and not with the length of `order`.
     """
     songs, found = [order[:0]], 0
     begin, size = 0, 2 * count
@@ -276,7 +283,7 @@ def first_of_order(order: np.ndarray, qualify: Callable[[np.ndarray], np.ndarray
 
 
 def without_heard(histories: Histories, filters: Sequence[AnswerFilter] | None = None) -> list[AnswerFilter]:
-    """The filters of each user, with the songs of the user's history excluded as well."""
+    """Return the filter of each user, extended to exclude the songs of the user's history; None: no other filters."""
     heard = np.split(histories.songs, histories.offsets[1:-1]) if len(histories) else []
     if filters is None:
         return [AnswerFilter(excluded=songs, new_only=True) for songs in heard]

@@ -1,6 +1,6 @@
-"""The index: the songs of highest inner product with a query, exactly k of them, some left out.
+"""The index: finds the k songs of highest inner product with a query vector, among the songs that pass a filter.
 
-N songs, D numbers per vector, Q queries.
+Shapes: N songs, D dimensions, Q queries.
 """
 
 import tempfile
@@ -25,13 +25,13 @@ IndexKind = Literal["flat", "ivf"]
 
 FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu")
 INDEX_FILE = "index.faiss"
-STORED_AT_ONCE = 10_000  # vectors that `stored` gives out together
+STORED_AT_ONCE = 10_000  # vectors that `stored` yields at once
 SCORED_AT_ONCE = 256  # queries whose answers are scored together
 RECALL_DEPTH = 100  # recall is measured on the first 100 answers
-TIE_SLACK = 16  # extra answers fetched, so that songs of equal score at the end come in the order of rows
-SCORED_ROWS = 5_000  # songs that are scored together where all that qualify are
-MAX_OVERFETCH = 1_000  # songs to leave out that are made up for by fetching as many more answers
-MOST_LISTS = 0.25  # share of the lists beyond which scoring every song that qualifies is as fast
+TIE_SLACK = 16  # extra answers fetched, so that songs of equal score at the end can be sorted by row
+SCORED_ROWS = 5_000  # songs that are scored at once when all songs that pass the filter are scored
+MAX_OVERFETCH = 1_000  # up to this many excluded songs are compensated by fetching as many more answers
+MOST_LISTS = 0.25  # share of the lists above which scoring every song that passes the filter is as fast
 
 
 class IndexConfig(Settings):
@@ -49,14 +49,14 @@ class IndexConfig(Settings):
     seed: int = Field(0, ge=0, description="Random seed of the lists")
 
     def kind_for(self, songs: int) -> IndexKind:
-        """The type of index for a catalog of so many songs."""
+        """Return the type of index for a catalog of `songs` songs."""
         if self.kind == "auto":
             return "flat" if songs < self.flat_below else "ivf"
         return self.kind
 
 
 def import_faiss() -> Any:
-    """The module faiss. Raises `MissingDependencyError` that says which of its two packages to install."""
+    """Return the module faiss. Raises `MissingDependencyError`, which names the packages to install."""
     try:
         import faiss
     except ImportError as error:
@@ -67,7 +67,7 @@ def import_faiss() -> Any:
 
 
 def require_one_faiss() -> None:
-    """Raise `MissingDependencyError` where not exactly one of faiss's two packages is installed."""
+    """Raise `MissingDependencyError` unless exactly one of faiss's two packages is installed."""
     if all(list(Distribution.discover(name=name)) for name in FAISS_PACKAGES):
         raise MissingDependencyError(
             "faiss-cpu and faiss-gpu are both installed and write over each other's files; run "
@@ -78,22 +78,22 @@ def require_one_faiss() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexFigures:
-    """What was built and how well it finds."""
+    """The size and the recall of an index."""
 
     kind: IndexKind
     songs: int  # songs in the index: those that have a vector
     nlist: int  # ivf: lists; flat: 0
-    nprobe: int  # ivf: lists looked into by a query; flat: 0
+    nprobe: int  # ivf: lists that a query searches; flat: 0
     recall: float  # recall@100 against exact search on sampled queries; flat: 1
-    build_seconds: float  # building and measuring
+    build_seconds: float  # time to build the index and measure its recall
 
 
 class SongIndex:
-    """Searches songs by inner product; over normalized vectors that is the cosine.
+    """Searches songs by inner product, which is the cosine if the vectors are normalized.
 
-    Flat answers are exact. IVF answers are those of the lists it looks into; where these hold fewer
-    than k songs that qualify, or few songs qualify at all, every song that does is scored. The lists hold vectors
-    in half precision, since most of a search is reading them; scores are those of the vectors themselves.
+    A flat index is exact. An IVF index searches some of its lists; if these hold fewer than k songs that pass the
+    filter, or few songs pass it at all, every song that passes is scored instead. The lists hold vectors in half
+    precision, since reading them takes most of the time of a search; scores are computed with the original vectors.
     """
 
     def __init__(
@@ -104,9 +104,9 @@ class SongIndex:
         added: np.ndarray | None = None,
     ) -> None:
         self._index = index  # a faiss index whose ids are song rows
-        self.vectors = vectors  # float32 (N, D), those it was built over, and those added since
+        self.vectors = vectors  # float32 (N, D), of the songs in the index and of added songs
         self.figures = figures
-        self._added = np.zeros(0, dtype=np.int64) if added is None else added  # rows scored one by one beside the index
+        self._added = np.zeros(0, dtype=np.int64) if added is None else added  # rows that every search scores
         self._added_vectors = np.ascontiguousarray(vectors[self._added])
         self.songs = figures.songs + len(self._added)
 
@@ -114,10 +114,10 @@ class SongIndex:
     def build(
         cls, vectors: np.ndarray, config: IndexConfig, *, queries: np.ndarray | None = None, threads: int = 1
     ) -> "SongIndex":
-        """An index over float32 (N, D); songs whose row is zero are not in it.
+        """Build an index of `vectors`, float32 (N, D); songs with a row of zeros are not in it.
 
-        `queries`, float32 (Q, D), are what nprobe is chosen on; without them, a sample of
-        `sample_queries`. Raises `InputError` where no song has a vector.
+        `queries`, float32 (Q, D), are used to choose nprobe; the default is `sample_queries`. Raises `InputError` if no
+        song has a vector.
         """
         faiss = import_faiss()
         faiss.omp_set_num_threads(threads)
@@ -147,17 +147,17 @@ class SongIndex:
         return cls(index, vectors, figures)
 
     def with_added(self, rows: np.ndarray, vectors: np.ndarray) -> "SongIndex":
-        """The same index and songs that it lacks, int64 (n,) rows ascending, each of which every search scores.
+        """Return the same index with added songs, int64 (n,) `rows`, ascending; every search scores all of them.
 
-        They take the place of those added before. `vectors`, float32 (N, D), are those of all songs, rows of zeros of
-        those that are not to be found. Nothing is built anew.
+        They replace the songs added before. `vectors`, float32 (N, D), are those of all songs, with rows of zeros for
+        songs that must not be found. Nothing is rebuilt.
         """
         return SongIndex(self._index, vectors, self.figures, rows)
 
     def search(
         self, queries: np.ndarray, k: int, exclude: Sequence[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `rank`, where `exclude` holds the song rows, int (any,), that each query must not get.
+        """As `rank`, with filters that only exclude songs: `exclude` holds the song rows, int (any,), of each query.
 
         Returns songs int32 (Q, k) and scores float32 (Q, k).
         """
@@ -165,10 +165,10 @@ class SongIndex:
         return ranking.songs, ranking.scores
 
     def rank(self, queries: np.ndarray, k: int, filters: Sequence[AnswerFilter] | None = None) -> Ranking:
-        """The k songs of highest inner product with each of float32 (Q, D), best first, within its filters.
+        """Return the k songs of highest inner product with each of `queries`, float32 (Q, D), that pass its filter.
 
-        Songs without a vector never come. Fewer than k come only where fewer qualify; equal scores in the
-        order of song rows, except among more than 16 of them at the end.
+        Songs are in descending order of score. Songs without a vector are never returned, and fewer than k songs only
+        if fewer pass. Equal scores are sorted by song row, except if more than 16 songs at the end have the same score.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         filters = [_NO_FILTER] * len(queries) if filters is None else filters
@@ -184,7 +184,7 @@ class SongIndex:
     def _first_that_qualify(
         self, queries: np.ndarray, k: int, filters: Sequence[AnswerFilter], ranking: Ranking
     ) -> list[int]:
-        """Answer all queries that ban few songs and allow all others, in one search; returns those left over."""
+        """Answer queries that exclude few songs and allow all others, in one search; return the unanswered queries."""
         few = [
             answer_filter.allowed is None and len(answer_filter.excluded) <= MAX_OVERFETCH for answer_filter in filters
         ]
@@ -203,7 +203,10 @@ class SongIndex:
     def _rank_within(
         self, query: np.ndarray, k: int, answer_filter: AnswerFilter, songs: np.ndarray, scores: np.ndarray
     ) -> SearchPath:
-        """Answer one query, float32 (1, D), in place, (1, k), by a search among the songs that qualify or by all."""
+        """Answer one query, float32 (1, D), in place, (1, k), by a search limited to the songs that pass the filter.
+
+        If such a search is no faster, or finds fewer than k songs, scores all songs that pass.
+        """
         nprobe = self._deeper(k, self._qualify(answer_filter))
         if nprobe:
             nearest = self._select(query, k + TIE_SLACK, answer_filter, nprobe)
@@ -214,17 +217,20 @@ class SongIndex:
         return "exact"
 
     def _qualify(self, answer_filter: AnswerFilter) -> int:
-        """About how many songs qualify: of a set that is allowed as large a share has a vector as of all songs."""
+        """Estimate how many songs pass the filter and have a vector.
+
+        Assumes that the share of songs with a vector is the same in the allowed set as in the catalog.
+        """
         if answer_filter.allowed is not None:
             return -(-len(answer_filter.allowed) * self.songs // len(self.vectors))
         excluded = answer_filter.excluded_rows(len(self.vectors))
         return self.songs - int(np.count_nonzero(self.vectors[excluded].any(axis=1)))
 
     def _deeper(self, k: int, qualify: int) -> int:
-        """The lists to look into where `qualify` songs do; 0 where scoring all of these is as fast.
+        """Return how many lists to search if `qualify` songs pass the filter; 0 if scoring all of them is as fast.
 
-        If a share s of the songs qualifies, the k-th of them is the k/s-th of all: recall, measured on the
-        first 100, holds where the lists looked into grow with that depth.
+        If a share s of the songs passes, the k-th of them is about the (k/s)-th of all songs. nprobe was chosen for the
+        first 100 songs, so it must grow with that depth to keep the recall.
         """
         if self.figures.kind == "flat" or qualify <= FEW_SONGS:
             return 0
@@ -235,13 +241,16 @@ class SongIndex:
     def _select(
         self, query: np.ndarray, count: int, answer_filter: AnswerFilter, nprobe: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The first `count` songs that qualify in `nprobe` lists, and their scores; (1, count) each."""
+        """Return the best `count` songs in `nprobe` lists that pass the filter, and their scores; (1, count) each."""
         selector = _selector(answer_filter, len(self.vectors))
         parameters = import_faiss().SearchParametersIVF(sel=selector, nprobe=nprobe)
         return self._found(query, count, parameters, answer_filter.qualify(self._added))
 
     def _best_of_all(self, query: np.ndarray, k: int, answer_filter: AnswerFilter) -> tuple[np.ndarray, np.ndarray]:
-        """The first k by the scores of all songs that qualify, of which few at a time are held; (1, k) each."""
+        """Return the k best of all songs that pass the filter, and their scores, (1, k) each.
+
+        Songs are scored in blocks, so that few vectors are in memory at once.
+        """
         songs, scores = np.zeros((1, 0), dtype=np.int32), np.zeros((1, 0), dtype=np.float32)
         for rows in answer_filter.qualifying(len(self.vectors), SCORED_ROWS):
             vectors = self.vectors[rows]
@@ -256,9 +265,9 @@ class SongIndex:
     def _found(
         self, queries: np.ndarray, count: int, parameters: Any = None, let_through: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The first `count` songs of index and added ones for float32 (Q, D), and their scores; (Q, count) each.
+        """Return the best `count` songs of the index and of the added songs, and their scores; (Q, count) each.
 
-        Of the added ones those alone that are let through, bool, all where it is not given.
+        `queries` are float32 (Q, D). `let_through`, bool, is True for the added songs that may be returned; None: all.
         """
         songs, scores = self._of_index(queries, count, parameters)
         added = np.arange(len(self._added)) if let_through is None else np.flatnonzero(let_through)
@@ -281,7 +290,7 @@ class SongIndex:
         return songs, scores
 
     def stored(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """What the index holds, some at a time: song rows int64 (n,) and their vectors (n, D), float32 or float16."""
+        """Yield the contents of the index in blocks: song rows int64 (n,) and vectors (n, D), float32 or float16."""
         faiss = import_faiss()
         dim = self._index.d
         if self.figures.kind == "flat":
@@ -306,7 +315,7 @@ class SongIndex:
 
     @classmethod
     def load(cls, workspace: Workspace, manifest: Manifest, vectors: np.ndarray, *, threads: int = 1) -> "SongIndex":
-        """The index of a manifest, as `read` reads it."""
+        """Load the index of an artifact, see `read`."""
         figures = IndexFigures(**{name: manifest.metrics[name] for name in IndexFigures.__annotations__})
         path, checksum = manifest.path(INDEX_FILE), manifest.files.get(INDEX_FILE)
         return cls.read(workspace, path, figures, vectors, checksum=checksum, threads=threads)
@@ -322,15 +331,15 @@ class SongIndex:
         checksum: str | None = None,
         threads: int = 1,
     ) -> "SongIndex":
-        """What `save` wrote, over the vectors, float32 (N, D), that it was built over.
+        """Read a file that `save` wrote; `vectors`, float32 (N, D), must be those that the index was built from.
 
         IVF lists are memory-mapped. Raises `DamagedArtifactError` for a file that faiss cannot read
         or that does not fit the vectors.
         """
         faiss = import_faiss()
-        # One thread: workers and replicas share the machine, and spinning threads starve each other.
+        # One thread by default: workers and replicas share the machine, and busy-waiting threads slow each other down.
         faiss.omp_set_num_threads(threads)
-        # The flag came with faiss 1.10; mapped lists load at once and search as fast.
+        # The flag exists since faiss 1.10; memory-mapped lists load immediately and are searched as fast.
         mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if figures.kind == "ivf" else 0
         try:
             index = faiss.read_index(str(workspace.local_file(path, checksum)), mapped)
@@ -348,7 +357,7 @@ _NO_FILTER = AnswerFilter()
 
 
 def _selector(answer_filter: AnswerFilter, num_songs: int) -> Any:
-    """What lets the songs through that qualify; it may point into the filter."""
+    """Return a faiss selector of the songs that pass the filter; it may refer to memory of the filter."""
     faiss, allowed = import_faiss(), answer_filter.allowed
     if allowed is not None and allowed.rows is not None:
         rows = allowed.between(0, num_songs)
@@ -360,19 +369,19 @@ def _selector(answer_filter: AnswerFilter, num_songs: int) -> Any:
 
 
 def _padded(values: np.ndarray, k: int, filling: float) -> np.ndarray:
-    """(1, k): the values, (1, at most k), and behind them the filling."""
+    """(1, k): the values, (1, at most k), padded with `filling`."""
     return np.pad(values, ((0, 0), (0, k - values.shape[1])), constant_values=filling)
 
 
 def _first_allowed(
     songs: np.ndarray, scores: np.ndarray, excluded: list[np.ndarray], num_songs: int, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first k of each row, ordered by score and song row, without the excluded ones; filled with -1 and -inf."""
+    """Return the first k songs of each row, by score and song row, without excluded ones; padded with -1 and -inf."""
     queries = np.arange(len(songs))[:, None]
     pairs = np.repeat(np.arange(len(excluded)), [len(rows) for rows in excluded]) * num_songs + np.concatenate(excluded)
     keys = queries * num_songs + songs
     left_out = songs == NO_SONG
-    if len(pairs):  # ascending, so that each is looked up where it would stand
+    if len(pairs):  # ascending, so that binary search finds each key
         left_out |= pairs[np.minimum(np.searchsorted(pairs, keys), len(pairs) - 1)] == keys
     scores = np.where(left_out, -np.inf, scores)
     order = np.lexsort((songs, -scores))[:, :k]
@@ -385,7 +394,7 @@ def _first_allowed(
 
 
 def _lists(config: IndexConfig, songs: int) -> int:
-    """About 2 √songs lists, as a power of two: 2,048 for a million songs."""
+    """Return the number of lists: about 2 √songs, as a power of two, such as 2,048 for a million songs."""
     lists = config.nlist or 1 << round(np.log2(2 * np.sqrt(songs)))
     return max(1, min(lists, songs))
 
@@ -395,16 +404,16 @@ def _train_ivf(known: np.ndarray, rows: np.ndarray, nlist: int, seed: int) -> An
     dim, half = known.shape[1], faiss.ScalarQuantizer.QT_fp16
     index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, nlist, half, faiss.METRIC_INNER_PRODUCT, False)
     index.cp.seed = seed
-    index.cp.min_points_per_centroid = 1  # small catalogs are no reason for a warning
+    index.cp.min_points_per_centroid = 1  # no warning for small catalogs
     index.train(known)
     index.add_with_ids(known, rows)
     return index
 
 
 def sample_queries(vectors: np.ndarray, config: IndexConfig) -> np.ndarray:
-    """float32 (Q, D): normalized, half of them songs and half the middle of two songs.
+    """float32 (Q, D): normalized query vectors, half of them vectors of songs, half the middle of two songs.
 
-    A taste lies between songs, where neighbors fall into more lists than around a song itself.
+    A taste vector lies between songs, where its nearest songs are spread over more lists than those of a song.
     """
     random = np.random.default_rng(config.seed)
     first, second = random.integers(len(vectors), size=(2, config.queries))
@@ -414,29 +423,29 @@ def sample_queries(vectors: np.ndarray, config: IndexConfig) -> np.ndarray:
 
 
 def _nearest(index: Any, queries: np.ndarray) -> np.ndarray:
-    """int64 (Q, 100): the first answers, fewer where the index holds fewer songs."""
+    """int64 (Q, 100): the first 100 answers; fewer if the index holds fewer songs."""
     return np.asarray(index.search(queries, min(RECALL_DEPTH, index.ntotal))[1])
 
 
 def recall_against(exact: np.ndarray, approximate: np.ndarray) -> np.ndarray:
-    """float64 (Q,): the share of each query's exact answers, int (Q, n), among those found, int (Q, n)."""
-    # Distinct numbers for distinct queries, so that one call compares all.
+    """float64 (Q,): the share of each query's `exact` answers, int (Q, n), in its `approximate` ones, int (Q, n)."""
+    # The shift makes the numbers of different queries distinct, so that one call compares all queries.
     shift = np.arange(len(exact))[:, None] * (max(exact.max(), approximate.max()) + 2)
     return np.asarray(np.isin(exact + shift, (approximate + shift)[approximate != NO_SONG]).mean(axis=1))
 
 
 def _choose_nprobe(index: Any, queries: np.ndarray, exact: np.ndarray, target: float) -> float:
-    """Set the smallest nprobe that reaches the target; recall grows with nprobe. Returns the mean recall.
+    """Set the smallest nprobe whose recall reaches the target, and return the mean recall.
 
-    The target is reached where the mean is two standard errors above it (or is 1): on other
-    queries than these, the recall is then still as asked.
+    Recall grows with nprobe, so a binary search finds it. The mean must be two standard errors above the target, or 1,
+    so that other queries reach the target, too.
     """
 
     def recall(nprobe: int) -> np.ndarray:
         index.nprobe = nprobe
         return recall_against(exact, _nearest(index, queries))
 
-    low, high = 0, 1  # low falls short of the target
+    low, high = 0, 1  # the recall of `low` is below the target
     while high < index.nlist and not reaches(recall(high), target):
         low, high = high, min(2 * high, index.nlist)
     while high - low > 1:
@@ -446,6 +455,6 @@ def _choose_nprobe(index: Any, queries: np.ndarray, exact: np.ndarray, target: f
 
 
 def reaches(recalls: np.ndarray, target: float) -> bool:
-    """True where the mean of recalls, float (Q,), is two of its standard errors above the target, or all are 1."""
+    """True if the mean of recalls, float (Q,), is two of its standard errors above the target, or all are 1."""
     error = recalls.std() / np.sqrt(len(recalls))
     return bool(recalls.mean() - 2 * error >= target)

@@ -1,4 +1,4 @@
-"""Joins the counts of ranges of songs into those of all songs, in files: what is in memory does not grow with these."""
+"""Joins the counts of ranges of songs into the counts of all songs, in files, so that memory use stays bounded."""
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -9,7 +9,7 @@ import numpy as np
 from rayrec.data.ragged import first_of_each, offsets_of, ranges
 from rayrec.recommend.stored_retrieval import RECENT_DAYS, SKIPS, RetrievalCounts, counts_of_arrays
 
-SESSIONS_AT_ONCE = 200_000  # put in order together, about; those of one range of songs may be more
+SESSIONS_AT_ONCE = 200_000  # sessions that are sorted together, approximately; one range may hold more
 JOINED = {
     "rules.offsets": np.int64,
     "rules.followers": np.int32,
@@ -29,10 +29,10 @@ JOINED = {
     "sessions.song_sessions": np.int32,
     "sessions.song_places": np.uint8,
 }
-BY_RANGE = {  # as the ranges have them, one after another
+BY_RANGE = {  # arrays with the values of the ranges, one range after another
     "day_songs": np.int32,
     "day_plays": np.int64,
-    "ages": np.int64,  # -ended_at, so that each range has them in ascending order
+    "ages": np.int64,  # -ended_at, so that they are ascending within each range
     "keys": np.uint64,
     "offsets": np.int64,
     "songs": np.int32,
@@ -41,14 +41,14 @@ BY_RANGE = {  # as the ranges have them, one after another
 
 
 class _ArrayFiles:
-    """Arrays of one dimension that grow at their ends, each in a file of a folder."""
+    """One-dimensional arrays to which values can be appended, each in a file of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._files = {name: (folder / name).open("wb") for name in (*JOINED, *BY_RANGE)}
         self._dtypes = {name: np.dtype(dtype) for name, dtype in {**JOINED, **BY_RANGE}.items()}
 
     def length(self, name: str) -> int:
-        """Values in an array so far."""
+        """Return the number of values in an array so far."""
         return self._files[name].tell() // self._dtypes[name].itemsize
 
     def append(self, name: str, values: np.ndarray) -> None:
@@ -56,25 +56,25 @@ class _ArrayFiles:
         self._files[name].write(values.astype(self._dtypes[name], copy=False).tobytes())
 
     def append_offsets(self, name: str, offsets: np.ndarray, begin: int) -> None:
-        """Add groups at the end, the first of which begins at `begin`; int64 (groups + 1,) from 0."""
+        """Append the `offsets` of groups, int64 (groups + 1,) from 0, shifted so that the first group is at `begin`."""
         self.append(name, offsets[min(1, self.length(name)) :] + begin)
 
     def array(self, name: str) -> np.ndarray:
-        """The whole array, memory-mapped; it cannot grow any more."""
+        """Return the whole array, memory-mapped; no more values can be appended."""
         self._files[name].close()
         path, dtype = self._files[name].name, self._dtypes[name]
         return np.asarray(np.memmap(path, dtype, mode="r")) if Path(path).stat().st_size else np.zeros(0, dtype)
 
 
 def join_ranges(parts: Iterable[RetrievalCounts], folder: Path) -> RetrievalCounts:
-    """The counts of all songs from those of one or more ranges of songs, in the order of rows.
+    """Return the counts of all songs from the counts of one or more ranges of songs, given in the order of rows.
 
-    Of memory it takes that of a range, and of some hundred thousand sessions. The arrays of the result are mapped from
-    files in `folder`, an empty one, which must stay as long as they are in use.
+    The memory needed is that of one range and of a few hundred thousand sessions. The arrays of the result are
+    memory-mapped from files in `folder`, which must be empty before and must exist as long as they are in use.
     """
     files = _ArrayFiles(folder)
-    days: list[tuple[int, int, int]] = []  # each day of each range, and its entries
-    session_ends, entry_ends, newest = [0], [0], 0  # of each range
+    days: list[tuple[int, int, int]] = []  # day, begin and end of its entries, for each range
+    session_ends, entry_ends, newest = [0], [0], 0  # ends of each range
     for part in parts:
         first, newest = part.sessions.first_song, part.sessions.newest
         assert first == files.length("plays.plays")
@@ -124,7 +124,7 @@ def _append_sessions(files: _ArrayFiles, part: RetrievalCounts) -> None:
 
 
 def _order_days(files: _ArrayFiles, days: list[tuple[int, int, int]]) -> None:
-    """Write the play counts of the last days, day by day; a range may have ended before the last day of all."""
+    """Write the play counts of the last 28 days, day by day, back from the last day of all ranges together."""
     day_songs, day_plays = files.array("day_songs"), files.array("day_plays")
     last_day = max((day for day, _, _ in days), default=0)
     for day, begin, end in sorted(days):
@@ -135,9 +135,9 @@ def _order_days(files: _ArrayFiles, days: list[tuple[int, int, int]]) -> None:
 
 
 def _order_sessions(files: _ArrayFiles, ends: list[int], path: Path) -> np.ndarray:
-    """Write the sessions of all ranges, newest first and each once; int32, memory-mapped: the number of each there.
+    """Write the sessions of all ranges, newest first and each once; return their new numbers, int32, memory-mapped.
 
-    `ends` are those of the ranges, from 0 on.
+    `ends` are the ends of the ranges in the arrays, after a leading 0.
     """
     ages, keys, offsets, songs = (files.array(name) for name in ("ages", "keys", "offsets", "songs"))
     numbers: np.ndarray = np.memmap(path, np.int32, mode="w+", shape=max(1, ends[-1]))
@@ -156,10 +156,10 @@ def _order_sessions(files: _ArrayFiles, ends: list[int], path: Path) -> np.ndarr
 
 
 def _newest_first(ages: np.ndarray, keys: np.ndarray, ends: list[int]) -> Iterator[np.ndarray]:
-    """int64: the places of sessions, slice by slice, each slice older than the last; equal ones are in one slice.
+    """Yield the positions of sessions, int64, in slices, each older than the one before; equal sessions share a slice.
 
-    The bounds between slices are sessions from a sample of every range, so that no slice is over twice as large as it
-    should be.
+    The bounds between slices are sessions sampled from every range, so that no slice is more than twice as large as
+    intended.
     """
     step = max(1, SESSIONS_AT_ONCE // len(ends))
     sample = np.concatenate([np.arange(begin + step - 1, end, step) for begin, end in pairwise(ends)])

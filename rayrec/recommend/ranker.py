@@ -1,6 +1,6 @@
-"""The ranker: trees, or a weighted sum, that order candidates by their features, and the chance behind each score.
+"""The ranker: orders candidates by their features, with trees or a weighted sum, and turns scores into probabilities.
 
-Q queries, C candidates of all queries together, F features.
+Shapes: Q queries, C candidates of all queries together, F features.
 """
 
 from __future__ import annotations
@@ -18,55 +18,61 @@ from rayrec.data.ragged import first_of_each, offsets_of, places_in, ranges
 from rayrec.errors import DamagedArtifactError, TooFewQueriesError
 from rayrec.storage.workspace import Workspace
 
-TOP = 20  # places that training looks at
-SOME_QUERIES = 10_000  # to learn from, below which trees of few leaves are tried beside
+TOP = 20  # first places that count in NDCG and in training
+SOME_QUERIES = 10_000  # with fewer training queries, trees with few leaves are tried, too
 FEW_LEAVES = 4
-FEW_QUERIES = 2_000  # to learn from, below which linear models are tried, too
-PENALTIES = (1.0, 10.0, 100.0)  # of squared weights that are tried
-KNOTS = 60  # points of the curve from scores to chances
+FEW_QUERIES = 2_000  # with fewer training queries, linear models are tried, too
+PENALTIES = (1.0, 10.0, 100.0)  # factors of the squared weights that are tried
+KNOTS = 60  # points of the curve from shares to probabilities
 SHARPNESS = (0.25, 8.0)  # lowest and highest factor of the scores that is tried
-SLOPE = 0.01  # of the curve where it would be level
-ROWS_AT_ONCE = 1 << 14  # candidates that a linear model scores
-TREES_A_CHECK = 5  # a check takes as long as half a tree
-LEAST_LEAF = 50  # candidates, which a leaf may have to hold however few there are
-LEAF_PART = 200  # of larger leaves at least so many must fit into the candidates, or few candidates would grow no tree
+SLOPE = 0.01  # slope of the curve where it would be flat
+ROWS_AT_ONCE = 1 << 14  # candidates that a linear model scores at once
+TREES_A_CHECK = 5  # trees between checks; a check takes half as long as a tree
+LEAST_LEAF = 50  # candidates; for small data the minimum leaf size is not reduced below this
+LEAF_PART = 200  # the minimum leaf size is at most a 200th of the candidates, or few candidates would grow no tree
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankerSettings:
     """How trees are grown."""
 
-    trees: int = 600  # at most; fewer where the held-out users gain nothing more
+    trees: int = 600  # maximum; training stops when the held-out users gain nothing more
     leaves: int = 31
     learning_rate: float = 0.05
-    min_leaf: int = LEAST_LEAF  # candidates of a leaf, at least, where there are enough
-    feature_share: float = 0.6  # of the features, drawn for each tree
-    query_share: float = 1.0  # of the queries, drawn for each tree
-    patience: int = 30  # trees without a gain before growing stops
+    min_leaf: int = LEAST_LEAF  # minimum candidates per leaf, less if there are few, see LEAF_PART
+    feature_share: float = 0.6  # share of the features that is drawn for each tree
+    query_share: float = 1.0  # share of the queries that is drawn for each tree
+    patience: int = 30  # trees without a gain before training stops
     seed: int = 0
-    threads: int = 1  # that grow trees; their number changes nothing in these
+    threads: int = 1  # training threads; the result does not depend on their number
 
     def overlapping(self) -> RankerSettings:
-        """For queries that share right songs, of which many teach as little as few do: trees that differ more."""
+        """Return settings for queries that share right songs: larger leaves, and trees that differ more.
+
+        Many such queries add little information, and trees would memorize the users.
+        """
         return replace(self, min_leaf=1000, feature_share=0.3, query_share=0.3, patience=60)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankingExamples:
-    """Queries with their candidates. Of those held out some have none that is right: chances must count these."""
+    """Queries with their candidates, and which candidates are right.
+
+    Held-out queries may have no right candidate: the calibration of probabilities must count them.
+    """
 
     features: np.ndarray  # float32 (C, F)
     right: np.ndarray  # bool (C,)
     counts: np.ndarray  # int64 (Q,), candidates of each query, in order
-    held_out: np.ndarray  # bool (Q,), queries on which trees are counted and chances calibrated
-    drawn: np.ndarray  # bool (C,), candidates that teach: of the wrong ones a sample
+    held_out: np.ndarray  # bool (Q,), queries used to choose the number of trees and to calibrate
+    drawn: np.ndarray  # bool (C,), candidates to learn from: the right ones and a sample of the wrong ones
 
     def __len__(self) -> int:
         return len(self.counts)
 
     @classmethod
     def none(cls, features: int) -> RankingExamples:
-        """No queries."""
+        """Return examples without queries."""
         return cls(
             features=np.zeros((0, features), dtype=np.float32),
             right=np.zeros(0, dtype=bool),
@@ -87,12 +93,12 @@ class RankingExamples:
 
     @classmethod
     def joined(cls, parts: Sequence[RankingExamples]) -> RankingExamples:
-        """The queries of all parts, of several cuts in time for example."""
+        """Return the queries of all parts together."""
         names = [each.name for each in fields(cls)]
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
     def take(self, queries: np.ndarray) -> RankingExamples:
-        """The queries where `queries`, bool (Q,), is true."""
+        """Return the queries for which `queries`, bool (Q,), is True."""
         starts = offsets_of(self.counts)[:-1][queries]
         rows = ranges(starts, self.counts[queries])
         return RankingExamples(
@@ -105,7 +111,7 @@ class RankingExamples:
 
     @property
     def teaching(self) -> RankingExamples:
-        """The queries with a right candidate, and of their candidates those that teach."""
+        """The queries with a right candidate, with only the candidates to learn from, see `drawn`."""
         found = self.take(self.found)
         return RankingExamples(
             features=found.features[found.drawn],
@@ -118,23 +124,23 @@ class RankingExamples:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """From scores to chances: the softmax over a query's candidates, sharpened, then along a rising curve."""
+    """Turns scores into probabilities: a softmax over the candidates of a query, then an increasing curve."""
 
     sharpness: float  # factor of the scores before the softmax
-    shares: tuple[float, ...]  # ascending
-    chances: tuple[float, ...]  # ascending, one a share
+    shares: tuple[float, ...]  # softmax shares at the points of the curve, ascending
+    chances: tuple[float, ...]  # probabilities at the same points, ascending
 
     def __call__(self, rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """float64 (C,): the chance of each candidate; `rows`, int (C,) ascending, says of which query it is one."""
+        """float64 (C,): the probability of each candidate; `rows`, int (C,), ascending, are the candidates' queries."""
         return np.asarray(np.interp(self.shares_of(rows, scores), self.shares, self.chances))
 
     def shares_of(self, rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """float64 (C,): the share of each candidate in its query; they add up to 1."""
+        """float64 (C,): the softmax share of each candidate in its query; the shares of a query add up to 1."""
         return softmax_shares(rows, scores.astype(np.float64) * self.sharpness)
 
 
 class TreeModel:
-    """Boosted trees."""
+    """Boosted trees of LightGBM."""
 
     form = "trees"
 
@@ -143,23 +149,23 @@ class TreeModel:
 
     @property
     def trees(self) -> int:
-        """How many trees it has."""
+        """The number of trees."""
         return int(self._booster.num_trees())
 
     def importance(self) -> list[float]:
-        """The gain of each feature over all trees."""
+        """Return the total gain of each feature over all trees."""
         gains: list[float] = self._booster.feature_importance("gain").tolist()
         return gains
 
     def scores(self, features: np.ndarray, threads: int = 1) -> np.ndarray:
-        """float64 (C,), from float32 (C, F)."""
+        """float64 (C,): the score of each candidate, from its features, float32 (C, F)."""
         return np.asarray(self._booster.predict(np.ascontiguousarray(features), num_threads=threads))
 
     @classmethod
     def fit(
         cls, grown: RankingExamples, checked: RankingExamples, names: list[str], settings: RankerSettings
     ) -> TreeModel:
-        """Grow trees on some queries as long as others gain from them (lambdarank, Burges 2010)."""
+        """Train trees on `grown` until NDCG@20 on `checked` no longer improves (lambdarank, Burges 2010)."""
         data, parameters = _lightgbm_data(grown, names, settings)
         check = data.create_valid(checked.features, checked.right, group=checked.counts, params=parameters)
         booster = lightgbm.Booster(parameters, data).add_valid(check, "checked")
@@ -177,7 +183,7 @@ class TreeModel:
 
     @classmethod
     def grow(cls, grown: RankingExamples, names: list[str], settings: RankerSettings) -> TreeModel:
-        """Grow as many trees as the settings name, unchecked."""
+        """Train exactly `settings.trees` trees, without checks."""
         data, parameters = _lightgbm_data(grown, names, settings)
         booster = lightgbm.Booster(parameters, data)
         for _ in range(settings.trees):
@@ -185,13 +191,13 @@ class TreeModel:
         return cls(lightgbm.Booster(model_str=booster.model_to_string()))
 
     def save(self, workspace: Workspace, folder: str, name: str) -> list[str]:
-        """Write LightGBM's text form; the names of the files."""
+        """Write the model in LightGBM's text format; return the names of the files."""
         workspace.write_bytes(f"{folder}/{name}.trees.txt", self._booster.model_to_string().encode())
         return [f"{name}.trees.txt"]
 
     @classmethod
     def load(cls, workspace: Workspace, folder: str, name: str) -> TreeModel:
-        """What `save` wrote. Raises `DamagedArtifactError` where LightGBM cannot read it."""
+        """Read a model that `save` wrote. Raises `DamagedArtifactError` if LightGBM cannot read it."""
         text = workspace.read_bytes(f"{folder}/{name}.trees.txt").decode()
         try:
             return cls(lightgbm.Booster(model_str=text))
@@ -204,7 +210,7 @@ class TreeModel:
 def _lightgbm_data(
     grown: RankingExamples, names: list[str], settings: RankerSettings
 ) -> tuple[lightgbm.Dataset, dict[str, Any]]:
-    """What trees are grown on, and LightGBM's parameters."""
+    """Return the training data of the trees and LightGBM's parameters."""
     parameters: dict[str, Any] = {
         "objective": "lambdarank",
         "metric": "ndcg",
@@ -229,35 +235,35 @@ def _lightgbm_data(
 
 
 class LinearModel:
-    """A weighted sum of standardized features, none of which counts beyond the values that it was learned from."""
+    """A weighted sum of standardized features. Features are clipped to the range of the training data."""
 
     form = "linear"
 
     def __init__(self, weights: np.ndarray) -> None:
-        """`weights`, float64 (5, F), of each feature: mean, standard deviation, lowest and highest value, weight."""
+        """`weights`, float64 (5, F): mean, standard deviation, lowest, highest value and weight of each feature."""
         self._rows = weights
         self._mean, self._deviation, self._lowest, self._highest, self._weight = weights
 
     def importance(self) -> list[float]:
-        """The absolute weight of each feature."""
+        """Return the absolute weight of each feature."""
         return [abs(weight) for weight in self._weight.tolist()]
 
     def scores(self, features: np.ndarray, threads: int = 1) -> np.ndarray:
-        """float32 (C,), from float32 (C, F); a thread is enough."""
-        # A request years after the last play is like the latest that there was to learn from.
+        """float32 (C,): the score of each candidate, from its features, float32 (C, F); `threads` is ignored."""
+        # Clipping: a request years after the last play counts like the longest pause in the training data.
         lowest, highest = self._lowest.astype(np.float32), self._highest.astype(np.float32)
         of_values = self._weight / self._deviation
         scores = np.empty(len(features), dtype=np.float32)
-        for begin in range(0, len(features), ROWS_AT_ONCE):  # a batch of users is never copied whole
+        for begin in range(0, len(features), ROWS_AT_ONCE):  # limits the memory of copies
             some = slice(begin, begin + ROWS_AT_ONCE)
             scores[some] = np.clip(features[some], lowest, highest) @ of_values.astype(np.float32)
         return scores - np.float32(self._mean @ of_values)
 
     @classmethod
     def fit(cls, examples: RankingExamples, penalty: float) -> LinearModel:
-        """The weights under which the softmax over a query's candidates holds most of the right ones (McFadden 1974).
+        """Fit the weights that maximize the softmax likelihood of each query's right candidates (McFadden 1974).
 
-        `penalty` is the factor of the squared weights.
+        `penalty` is the factor of the squared weights in the loss.
         """
         features = examples.features.astype(np.float64)
         mean, deviation = features.mean(axis=0), features.std(axis=0) + 1e-9
@@ -277,19 +283,19 @@ class LinearModel:
             own = features.T @ weighted - means.T @ means
             return np.asarray(own + 2 * penalty * np.eye(len(own))) / queries
 
-        # By second derivatives: a few passes over the examples in place of a hundred.
+        # Second derivatives need a few passes over the examples instead of a hundred.
         start = np.zeros(features.shape[1])
         weight = minimize(loss, start, jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-5}).x
         return cls(np.stack([mean, deviation, lowest, highest, weight]))
 
     def save(self, workspace: Workspace, folder: str, name: str) -> list[str]:
-        """Write the weights; the names of the files."""
+        """Write the weights; return the names of the files."""
         workspace.write_array(f"{folder}/{name}.weights.npy", self._rows)
         return [f"{name}.weights.npy"]
 
     @classmethod
     def load(cls, workspace: Workspace, folder: str, name: str) -> LinearModel:
-        """What `save` wrote."""
+        """Read a model that `save` wrote."""
         return cls(np.array(workspace.read_array(f"{folder}/{name}.weights.npy")))
 
 
@@ -297,19 +303,19 @@ MODELS: dict[str, type[TreeModel] | type[LinearModel]] = {"trees": TreeModel, "l
 
 
 class Ranker:
-    """Orders candidates and says how likely each is right."""
+    """Orders candidates and estimates the probability that each is right."""
 
     def __init__(self, model: TreeModel | LinearModel, names: list[str], calibration: Calibration) -> None:
         self.model, self.names, self.calibration = model, names, calibration
 
     @property
     def form(self) -> str:
-        """trees or linear."""
+        """The form of the model, `trees` or `linear`."""
         return self.model.form
 
     @property
     def importance(self) -> dict[str, float]:
-        """The features that count most for the order, the first at the front."""
+        """The importance of each feature for the order, by name, most important first."""
         pairs = zip(self.names, self.model.importance(), strict=True)
         return dict(sorted(pairs, key=lambda pair: -pair[1]))
 
@@ -320,14 +326,14 @@ class Ranker:
         return self.model.scores(features).astype(np.float32)
 
     def save(self, workspace: Workspace, folder: str, name: str) -> list[str]:
-        """Write the model and a JSON file about it; the names of the files."""
+        """Write the model and a JSON file about it; return the names of the files."""
         about = {"form": self.form, "features": self.names, "calibration": asdict(self.calibration)}
         workspace.write_json(f"{folder}/{name}.json", about)
         return [f"{name}.json", *self.model.save(workspace, folder, name)]
 
     @classmethod
     def load(cls, workspace: Workspace, folder: str, name: str) -> Ranker:
-        """What `save` wrote. Raises `DamagedArtifactError` for trees that LightGBM cannot read."""
+        """Read a ranker that `save` wrote. Raises `DamagedArtifactError` for trees that LightGBM cannot read."""
         about = workspace.read_json(f"{folder}/{name}.json")
         curve = about["calibration"]
         calibration = Calibration(
@@ -338,19 +344,19 @@ class Ranker:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedRanker:
-    """What a fit gives."""
+    """The result of `fit_ranker`."""
 
-    ranker: Ranker  # learned from all queries
-    checked: Ranker  # the same, but learned without the queries held out, so that it can be measured on these
+    ranker: Ranker  # trained on all queries
+    checked: Ranker  # the same, trained without the held-out queries, so that it can be evaluated on them
 
 
 def fit_ranker(examples: RankingExamples, names: list[str], settings: RankerSettings | None = None) -> FittedRanker:
-    """Learn from the queries that are not held out, choose and calibrate on those that are, and learn again from all.
+    """Train models without the held-out queries, choose one and calibrate it on these, and train it again on all.
 
-    With fewer than 10,000 queries to learn from, trees of four leaves are tried, too; with fewer than 2,000, which
-    carry no trees, linear models as well. Kept is the simplest whose NDCG@20 on the queries held out is at most a
-    standard error below the best (Breiman et al. 1984). Raises `TooFewQueriesError` where there is nothing to learn
-    from or nothing to check on.
+    With fewer than 10,000 training queries, trees of four leaves are tried, too; with fewer than 2,000, where trees do
+    worse, also linear models. The choice is the simplest model whose NDCG@20 on the held-out queries is at most one
+    standard error below the best (Breiman et al. 1984). Raises `TooFewQueriesError` if there are no queries to train on
+    or none to check on.
     """
     settings = settings or RankerSettings()
     models = _models(examples, names, settings)
@@ -372,7 +378,7 @@ Learn = Callable[[RankingExamples], Model]
 
 
 def _models(examples: RankingExamples, names: list[str], settings: RankerSettings) -> list[tuple[Model, Learn]]:
-    """Models learned without the queries held out, the simplest first, each with how to learn it from more."""
+    """Return models trained without the held-out queries, simplest first, each with a function to train it on more."""
     grown, checked = (examples.take(examples.found & part) for part in (~examples.held_out, examples.held_out))
     if not len(grown) or not len(checked):
         raise TooFewQueriesError(
@@ -391,10 +397,10 @@ def _models(examples: RankingExamples, names: list[str], settings: RankerSetting
 
 
 def simplest_of_best(gains: Sequence[np.ndarray]) -> int:
-    """The first of several models that is at most a standard error below the best on the same queries.
+    """Return the position of the first model that is at most one standard error below the best on the same queries.
 
-    `gains`, float (Q,) each, are their figures on each query, those of the simplest model first. What chance decides on
-    held-out queries of the same days is lost on later ones.
+    `gains`, float (Q,) per model, are the metric on each query; the simplest model comes first. An advantage within
+    that error may be due to chance and is lost on later queries.
     """
     best = gains[int(np.argmax([gain.mean() for gain in gains]))]
     behind = [best - gain for gain in gains]
@@ -402,14 +408,14 @@ def simplest_of_best(gains: Sequence[np.ndarray]) -> int:
 
 
 def ndcg(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> float:
-    """Mean of `query_ndcg`."""
+    """Return the mean of `query_ndcg`."""
     return float(query_ndcg(rows, scores, right).mean())
 
 
 def query_ndcg(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """float64 (Q,): NDCG@20 of queries, each of which has a right candidate; equal scores count against the right ones.
+    """float64 (Q,): NDCG@20 of each query, which must have a right candidate; right candidates are last among ties.
 
-    `rows`, int (C,), are the queries, `scores` float (C,), `right` bool (C,).
+    `rows`, int (C,), are the queries of the candidates, `scores` float (C,), `right` bool (C,).
     """
     order = np.lexsort((right, -scores, rows))
     place = places_in(rows[order])
@@ -420,7 +426,7 @@ def query_ndcg(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> np.nd
 
 
 def softmax_shares(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """float64 (C,): exp(score) as a share of its query; `rows`, int (C,), are the queries, ascending."""
+    """float64 (C,): the softmax of the scores within each query; `rows`, int (C,), are the queries, ascending."""
     if not len(rows):
         return np.zeros(0)
     first = first_of_each(rows)
@@ -430,7 +436,7 @@ def softmax_shares(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> Calibration:
-    """The curve under which chances agree with how often candidates are right.
+    """Fit the calibration under which probabilities agree with how often candidates are right.
 
     `rows`, int (C,), are the queries of the candidates, ascending, `scores` float (C,), `right` bool (C,). Queries
     without a right candidate count as well.
@@ -443,9 +449,9 @@ def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> Calibr
     sharpness = float(np.exp(found.x))
     shares = softmax_shares(rows, scores * sharpness)
     order = np.argsort(shares, kind="stable")
-    # Bins hold as many right candidates each, so that the curve is as sure everywhere.
+    # Each bin holds equally many right candidates, so that the curve is equally reliable everywhere.
     bins = np.minimum(np.cumsum(right[order]) * KNOTS // max(1, int(right.sum())), KNOTS - 1)
-    # Equal shares are in one bin: a curve has one height there.
+    # Equal shares must be in the same bin, since the curve has one value for each share.
     begins = first_of_each(shares[order])
     sizes = np.diff(np.append(begins, len(order)))
     bins = np.repeat(bins[begins + sizes - 1], sizes)
@@ -455,7 +461,7 @@ def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> Calibr
     some = count > 0
     middle = np.maximum.accumulate(middle[some] / count[some])
     heights = _rising(hits[some] / count[some], count[some])
-    # A little of the share itself keeps the order where the curve is level, and beyond its last point.
+    # A small part of the share itself keeps the order where the curve is flat, and beyond its last point.
     heights = (1 - SLOPE) * heights + SLOPE * middle
     top = heights[-1] + SLOPE * (1 - middle[-1])
     return Calibration(
@@ -464,7 +470,7 @@ def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> Calibr
 
 
 def _rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The nearest non-decreasing values by weighted squares: pool adjacent violators."""
+    """Return the nearest non-decreasing values by weighted least squares, with pool adjacent violators."""
     blocks: list[list[float]] = []  # value, weight, length
     for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
         blocks.append([value, weight, 1.0])

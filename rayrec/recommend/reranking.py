@@ -1,6 +1,6 @@
-"""From ranked songs to an answer: diverse songs, explored ones, and those for a user of whom nothing is known.
+"""Turns ranked songs into an answer: diversity, exploration, and popular songs for users without known plays.
 
-P songs of a pool, k answers, D dimensions.
+Shapes: U users, N songs, P songs of a pool, k answers, D dimensions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,18 +19,18 @@ from rayrec.recommend.filters import AnswerFilter, first_of_order
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
 
-FEW_PLAYS = 20  # fewer plays than so many are few
-POOL = 500  # songs behind the answer among which those with few plays are looked for
-EVENLY = 0.5  # of the probabilities, the part that is the same for all songs of the pool; the rest follows the scores
+FEW_PLAYS = 20  # songs with fewer plays can be explored
+POOL = 500  # songs ranked after the answer, among which songs with few plays are explored
+EVENLY = 0.5  # part of a probability that is equal for all songs of the pool; the rest is proportional to the score
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explored:
-    """An answer of k songs, some of them explored; the others are the best, in their order."""
+    """An answer of k songs, some of them explored; the others are the best songs, in their order."""
 
     songs: np.ndarray  # int32 (k,)
     scores: np.ndarray  # float32 (k,)
-    probabilities: np.ndarray  # float64 (k,), with which an explored song is shown; NaN for the others
+    probabilities: np.ndarray  # float64 (k,), probability that an explored song is shown; NaN for other songs
 
 
 def with_explored(
@@ -41,10 +41,10 @@ def with_explored(
     places: np.ndarray,
     share: float,
 ) -> Explored:
-    """`explore` for one user at `at`, ms UTC.
+    """Return the answer for one user at `at` (ms UTC) with a `share` of explored songs, see `explore`.
 
-    `ranked` are song rows, int32 (n,), and scores, float32 (n,), of the answer and of POOL songs behind it; `places`,
-    int64 (k,), are the places among them of the answer without exploring.
+    `ranked` are song rows, int32 (n,), and scores, float32 (n,), of the answer and of POOL songs ranked after it.
+    `places`, int64 (k,), are the positions in `ranked` of the answer without exploration.
     """
     songs, scores = ranked
     few = few_plays(recommender, songs)
@@ -54,7 +54,10 @@ def with_explored(
 
 
 def few_plays(recommender: BaseRecommender, songs: np.ndarray) -> np.ndarray:
-    """bool (n,): songs, int (n,) rows, with fewer than FEW_PLAYS plays; a network alone knows those added to it."""
+    """bool (n,): True for `songs`, int (n,) rows, with fewer than FEW_PLAYS plays.
+
+    A recommender without retrieval has no play counts; for it, only the songs added to the network have few plays.
+    """
     if not isinstance(recommender, TwoStepRecommender):
         added = recommender.added_songs if isinstance(recommender, TasteRecommender) else np.zeros(0, np.int64)
         return np.isin(songs, added)
@@ -66,7 +69,7 @@ def few_plays(recommender: BaseRecommender, songs: np.ndarray) -> np.ndarray:
 
 
 def draw_of(history: Histories, at: int) -> float:
-    """In [0, 1): the same for the same last plays and moment, ms UTC, whoever asks and wherever."""
+    """Return a pseudo-random number in [0, 1) that depends only on the last 20 plays and the moment `at` (ms UTC)."""
     songs, played_at = history.songs[-20:].astype("<i4"), history.played_at[-20:].astype("<i8")
     digest = blake2b(songs.tobytes() + played_at.tobytes() + at.to_bytes(8, "little", signed=True), digest_size=8)
     return int.from_bytes(digest.digest(), "little") / 2.0**64
@@ -75,13 +78,14 @@ def draw_of(history: Histories, at: int) -> float:
 def explore(
     best: tuple[np.ndarray, np.ndarray], pool: tuple[np.ndarray, np.ndarray], share: float, draw: float
 ) -> Explored:
-    """Put songs of a pool into `share` of the places of an answer; `draw`, in [0, 1), says which.
+    """Put songs of a pool into a `share` of the places of an answer; `draw`, in [0, 1), is the random number.
 
-    `best` and `pool` are song rows, int32, and scores, float32: the k songs without exploring, and P others with few
-    plays. Of k places share · k are explored, rounded up or down by the draw, spread evenly. A song's probability is
-    half the same for all of the pool, half in proportion to its score, and at most 1: the pool is laid out on a line,
-    each song as long as its probability, and those are taken that the points draw, draw + 1, ... hit (systematic
-    sampling, Madow 1949), so each is taken with exactly that probability.
+    `best` and `pool` are song rows, int32, and scores, float32: the k songs without exploration, and P other songs with
+    few plays. share · k of the k places are explored, rounded up or down depending on `draw`, and evenly spread. Half
+    of a song's probability is equal for all songs of the pool, half is proportional to its score; it is at most 1.
+    Songs are drawn by systematic sampling (Madow 1949): the songs of the pool lie on a line, each as long as its
+    probability, and the songs at the points draw, draw + 1, ... are taken. So each song is taken with exactly its
+    probability.
     """
     (songs, scores), (others, other_scores) = best, pool
     chances = probabilities(other_scores, share * len(songs))
@@ -100,7 +104,7 @@ def explore(
 
 
 def probabilities(scores: np.ndarray, places: float) -> np.ndarray:
-    """float64 (P,): with which each song of a pool takes one of so many places; their sum is at most `places`."""
+    """float64 (P,): the probability of each song of a pool to be drawn for `places` places; the sum is at most that."""
     chances, left = np.zeros(len(scores)), np.ones(len(scores), dtype=bool)
     worth = np.maximum(np.nan_to_num(scores.astype(np.float64), neginf=0.0), 0.0)
     while left.any() and places > 0:
@@ -118,13 +122,13 @@ Path = SearchPath | Literal["popular"]  # how an answer was found; popular: by p
 
 
 def diversify(vectors: np.ndarray, k: int, diversity: float) -> np.ndarray:
-    """int64 (k,): which of P ranked songs to take, in the order of choice, by MMR (Carbonell and Goldstein 1998).
+    """int64 (k,): the positions of the songs to choose among P ranked songs, by MMR (Carbonell and Goldstein 1998).
 
-    `vectors`, float32 (P, D), are normalized and in the order of the ranking. Each choice is the song
-    of the highest (1 − diversity) · relevance − diversity · likeness. Relevance falls evenly from 1 for
-    the first place to 0 for the last, since the scores of recommenders differ in scale [ours]; likeness
-    is the largest cosine with a song chosen before. Diversity 0 keeps the order, 1 looks at likeness
-    alone. Of equal songs the one that ranks higher is taken. Fewer than k where P is smaller.
+    They are in the order of choice. `vectors`, float32 (P, D), are normalized and in the order of the ranking. Each
+    step chooses the song with the highest (1 − diversity) · relevance − diversity · likeness. Relevance falls linearly
+    from 1 for the first place to 0 for the last, since the scores of recommenders differ in scale [ours]. Likeness is
+    the largest cosine with a song that is already chosen. Diversity 0 keeps the order, 1 uses only likeness. Of equal
+    songs the one that ranks higher is chosen. If P is below k, the result has P positions.
     """
     songs = len(vectors)
     k = min(k, songs)
@@ -132,7 +136,7 @@ def diversify(vectors: np.ndarray, k: int, diversity: float) -> np.ndarray:
         return np.arange(k)
     relevance = (1 - diversity) * np.linspace(1, 0, songs, dtype=np.float32) if songs > 1 else np.ones(songs)
     chosen = np.zeros(k, dtype=np.int64)
-    likeness = np.full(songs, -np.inf, dtype=np.float32)  # no song is like none
+    likeness = np.full(songs, -np.inf, dtype=np.float32)  # no song is chosen yet
     worth = relevance.copy()
     for place in range(k):
         best = int(np.argmax(worth))
@@ -144,41 +148,41 @@ def diversify(vectors: np.ndarray, k: int, diversity: float) -> np.ndarray:
 
 
 def pool_size(k: int) -> int:
-    """How many songs to rank so that k diverse ones can be chosen among them."""
+    """Return the number of songs to rank, so that k diverse songs can be chosen among them."""
     return k + max(k, 100)
 
 
 class AnswerOptions(Settings):
-    """What one request asks for."""
+    """The options of one request."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    k: int = Field(ge=1)  # songs
+    k: int = Field(ge=1)  # number of songs
     long_weight: float = Field(0.0, ge=0, le=1)  # 0: the next songs; 1: songs for later; between: both, mixed
-    answer_filter: InstanceOf[AnswerFilter] = Field(default_factory=AnswerFilter)  # the songs that may come
+    answer_filter: InstanceOf[AnswerFilter] = Field(default_factory=AnswerFilter)  # the songs that an answer may hold
     diversity: float = Field(0.0, ge=0, le=1)  # 0: the best songs; 1: songs unlike each other
-    explore: float = Field(0.0, ge=0, le=1)  # share of the songs that have few plays and were drawn
-    explain: bool = False  # whether the answer holds what is known of each song
-    # int (any,), rows of songs that the recommender can score, to put in order instead of retrieving songs.
+    explore: float = Field(0.0, ge=0, le=1)  # share of the songs that are drawn from songs with few plays
+    explain: bool = False  # whether the answer holds the features of each song
+    # int (any,), song rows to rank instead of retrieving songs; the recommender must be able to score them.
     songs_to_rank: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What is known of one user at the moment of a request."""
+    """The taste vectors and plays of one user at the moment of a request."""
 
     vectors: Mapping[HorizonName, np.ndarray]  # float32 (D,) each, the taste vectors of both horizons
-    history: Histories  # of this one user: the plays that retrievers and features look at
+    history: Histories  # of this user only: the plays that retrievers and features read
     at: int  # ms UTC, the moment
 
     @property
     def batch_vectors(self) -> dict[HorizonName, np.ndarray]:
-        """float32 (1, D) by horizon: the taste vectors as those of a batch of one user."""
+        """float32 (1, D) by horizon: the taste vectors as a batch of one user."""
         return {horizon: vector[None] for horizon, vector in self.vectors.items()}
 
 
 def known_of(vectors: Mapping[HorizonName, np.ndarray], plays: Histories, at: np.ndarray) -> list[Known]:
-    """What is known of each of U users: taste vectors, float32 (U, D) by horizon, plays, and moments, int64 (U,)."""
+    """Return a `Known` per user, from taste `vectors`, float32 (U, D) by horizon, `plays`, and moments, int64 (U,)."""
     return [
         Known(
             vectors={horizon: values[row] for horizon, values in vectors.items()},
@@ -191,24 +195,24 @@ def known_of(vectors: Mapping[HorizonName, np.ndarray], plays: Histories, at: np
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The songs, best first; equal scores in the order of song rows. With diversity, in the order of choice."""
+    """The songs of an answer, best first; equal scores by song row. With diversity, in the order of choice."""
 
-    songs: np.ndarray  # int32 (n,), n = k wherever as many songs qualify
-    scores: np.ndarray  # float32 (n,), descending without diversity, but for those explored
+    songs: np.ndarray  # int32 (n,), n = k if at least k songs pass the filter
+    scores: np.ndarray  # float32 (n,), descending, except with diversity or explored songs
     path: Path
-    probabilities: np.ndarray | None = None  # float64 (n,), of explored songs; NaN for the others, None without any
-    # What is known of each song, by name of the feature, where the request asks for it: `reasons` puts it in words.
+    probabilities: np.ndarray | None = None  # float64 (n,), of explored songs; NaN for others; None if not exploring
+    # The features of each song, name -> value, if the request asks for reasons: `reasons` turns them into words.
     features: tuple[dict[str, float], ...] = ()
 
     def take(self, places: slice) -> "Chosen":
-        """Some of them, in their order."""
+        """Return the songs at `places`, in the same order."""
         songs, scores, features = self.songs[places], self.scores[places], self.features[places]
         probabilities = None if self.probabilities is None else self.probabilities[places]
         return replace(self, songs=songs, scores=scores, features=features, probabilities=probabilities)
 
 
 def network_of(recommender: BaseRecommender) -> TasteRecommender:
-    """The network within a recommender that has one."""
+    """Return the taste network of a recommender. Raises `TypeError` if it has none."""
     network = recommender.source.network if isinstance(recommender, TwoStepRecommender) else recommender
     if not isinstance(network, TasteRecommender):
         raise TypeError(f"{type(recommender).__name__} has no taste network to answer with")
@@ -222,15 +226,16 @@ def choose(
     at: np.ndarray,
     all_options: Sequence[AnswerOptions],
 ) -> list[Chosen]:
-    """The k best songs of each of U users, as `recommender` ranks them.
+    """Return the k best songs of each of U users, as `recommender` ranks them.
 
-    Taste vectors are float32 (U, D) by horizon, moments int64 (U,), ms UTC. At weight 0 and 1 these are the songs of
-    `recommender.recommend` on the horizon. Between them a network alone looks around the mean of its two taste
-    vectors; two-step recommendation mixes the chances of both. Diverse songs are chosen among the first of them,
-    explored ones among those behind. Users whose requests ask for as many songs of one horizon are ranked together.
+    `vectors` are the taste vectors, float32 (U, D) by horizon; `at` are the moments, int64 (U,), ms UTC. With a
+    `long_weight` of 0 or 1 the songs are those of `recommender.recommend` on the horizon. With a weight between, a
+    network without rankers searches around the weighted mean of its two taste vectors, and two-step recommendation
+    mixes the probabilities of both horizons. Diverse songs are chosen among the first ranked songs, explored songs
+    among those after the answer. Requests for the same number of songs and the same horizon are ranked together.
     """
     known = known_of(vectors, plays, at)
-    alike: dict[tuple[int, float, bool], list[int]] = {}  # what a pool is ranked by -> rows of the users
+    alike: dict[tuple[int, float, bool], list[int]] = {}  # songs, long weight, retrieved or not -> rows of the users
     for row, options in enumerate(all_options):
         size = _pool_size(options) + (POOL if options.explore else 0)
         alike.setdefault((size, options.long_weight, options.songs_to_rank is None), []).append(row)
@@ -247,12 +252,12 @@ def choose(
 
 
 def _pool_size(options: AnswerOptions) -> int:
-    """How many ranked songs an answer is chosen from, without those to explore."""
+    """Return the number of ranked songs that an answer is chosen from, without the songs to explore."""
     return pool_size(options.k) if options.diversity else options.k
 
 
 def _chosen_from(pool: Chosen, recommender: BaseRecommender, known: Known, options: AnswerOptions) -> Chosen:
-    """The songs of an answer among those of a pool, best first."""
+    """Return the songs of an answer, chosen from a ranked pool, best first."""
     places = np.arange(min(options.k, len(pool.songs)))
     if options.diversity:
         first = pool.songs[: _pool_size(options)]
@@ -278,7 +283,7 @@ def choose_for_users(
     all_options: Sequence[AnswerOptions],
     load_starting: Callable[[], "Starting"],
 ) -> list[Chosen]:
-    """The songs of each user at `at` (ms UTC): `choose`, or those of `choose_popular` where no play is known."""
+    """Return the songs of each user at `at` (ms UTC): from `choose`, or `choose_popular` if no play is known."""
     played = np.flatnonzero(histories.lengths)
     chosen: dict[int, Chosen] = {}
     if len(played):
@@ -295,7 +300,7 @@ def choose_for_users(
 
 
 def similar(recommender: BaseRecommender, song: int, k: int) -> Chosen:
-    """The k songs nearest to a song, int row, by cosine of the network's vectors; none to a song without a vector."""
+    """Return the k songs nearest to row `song` by cosine of the network's vectors; none for a song without a vector."""
     network = network_of(recommender)
     options = AnswerOptions(k=k, answer_filter=AnswerFilter(excluded=np.array([song])))
     (nearest,) = _nearest(network, network.song_vectors[song][None], [options])
@@ -303,7 +308,10 @@ def similar(recommender: BaseRecommender, song: int, k: int) -> Chosen:
 
 
 def _near(network: TasteRecommender, known: Sequence[Known], all_options: Sequence[AnswerOptions]) -> list[Chosen]:
-    """The songs of each user by a network alone; all ask for as many, and either all or none name those to rank."""
+    """Return the songs of each user by a network without rankers.
+
+    All options must have the same k, and either all or none of them `songs_to_rank`.
+    """
     vectors = np.stack([_mixed_vector(each, options) for each, options in zip(known, all_options, strict=True)])
     if all_options[0].songs_to_rank is None:
         return _nearest(network, vectors, all_options)
@@ -311,21 +319,21 @@ def _near(network: TasteRecommender, known: Sequence[Known], all_options: Sequen
 
 
 def _ordered(network: TasteRecommender, vector: np.ndarray, options: AnswerOptions) -> Chosen:
-    """The songs to rank by their likeness to a taste vector, float32 (D,)."""
+    """Return the songs to rank, ordered by inner product with a taste vector, float32 (D,)."""
     rows = options.songs_to_rank
     assert rows is not None
     return _in_order(rows, network.song_vectors[rows] @ vector, "exact", options)
 
 
 def _in_order(rows: np.ndarray, scores: np.ndarray, path: Path, options: AnswerOptions) -> Chosen:
-    """Song rows, int (n,), by descending scores, (n,), equal ones by row: those that pass the filter, at most k."""
+    """Return at most k of the song rows, int (n,), that pass the filter, by descending scores, (n,); ties by row."""
     order = np.lexsort((rows, -scores))
     order = order[options.answer_filter.qualify(rows[order])][: options.k]
     return Chosen(songs=rows[order].astype(np.int32), scores=scores[order].astype(np.float32), path=path)
 
 
 def _nearest(network: TasteRecommender, vectors: np.ndarray, all_options: Sequence[AnswerOptions]) -> list[Chosen]:
-    """The songs nearest to each vector, float32 (n, D); all options ask for as many."""
+    """Return the songs nearest to each of `vectors`, float32 (n, D); all options must have the same k."""
     if network.index is None:
         return [_best(network.score_vectors(vectors[row : row + 1])[0], each) for row, each in enumerate(all_options)]
     filters = [options.answer_filter for options in all_options]
@@ -334,10 +342,10 @@ def _nearest(network: TasteRecommender, vectors: np.ndarray, all_options: Sequen
 
 @dataclass(frozen=True, kw_only=True)
 class Starting:
-    """What comes first for a user of whom nothing is known: what is played of late, by many different artists."""
+    """The order of songs for users without known plays: recently popular songs by many different artists."""
 
-    worth: np.ndarray  # float64 (N,), plays of late; those of the second song of an artist halved, and so on
-    order: np.ndarray  # int32 (any,), rows of the songs that may come, by descending worth
+    worth: np.ndarray  # float64 (N,), recent plays, divided by 2 for an artist's second song, by 3 for the third, ...
+    order: np.ndarray  # int32 (any,), rows of the songs that an answer may hold, by descending worth
 
     @classmethod
     def of(
@@ -348,10 +356,11 @@ class Starting:
         recent_plays: np.ndarray | None = None,
         artist_of_song: np.ndarray | None = None,
     ) -> "Starting":
-        """From the plays of each song, (N,), and those of late, which may end before N; without these all plays count.
+        """Create the order from all `plays` of each song, (N,), and its `recent_plays`, which may be shorter than N.
 
-        `known`, bool (N,), are the songs that may come; `artist_of_song` is int, -1 where it is not known, and may end
-        before N. Of songs of equal worth those with more plays come first.
+        Without `recent_plays` all plays count. `known`, bool (N,), is True for songs that an answer may hold.
+        `artist_of_song` is int, -1 if unknown, and may be shorter than N. Of songs of equal worth those with more plays
+        come first.
         """
         songs = np.arange(len(plays))
         late, artists = plays, -1 - songs
@@ -369,18 +378,18 @@ class Starting:
 
 
 def choose_popular(starting: Starting, options: AnswerOptions) -> Chosen:
-    """The k songs that come first for a user of whom nothing is known."""
+    """Return the first k songs for a user without known plays; with `songs_to_rank`, those songs in that order."""
     worth, order = starting.worth, starting.order
     if options.songs_to_rank is not None:
         rows = options.songs_to_rank
-        played = rows < len(worth)  # others were added online: nothing is known of their plays
+        played = rows < len(worth)  # other songs were added online and have no play counts
         return _in_order(rows, np.where(played, worth[np.where(played, rows, 0)], 0.0), "popular", options)
     songs = first_of_order(order, options.answer_filter.qualify, options.k)
     return Chosen(songs=songs, scores=worth[songs].astype(np.float32), path="popular")
 
 
 def _mixed_vector(known: Known, options: AnswerOptions) -> np.ndarray:
-    """float32 (D,): the taste vector of the horizon."""
+    """float32 (D,): the taste vector of the horizon, or the weighted mean of both."""
     if options.long_weight in (0, 1):
         return known.vectors["long" if options.long_weight else "short"]
     short, long = known.vectors["short"], known.vectors["long"]
@@ -396,8 +405,10 @@ def _ranked(
     rows: np.ndarray,
     all_options: Sequence[AnswerOptions],
 ) -> list[Chosen]:
-    """The best candidates of some users, int (n,) `rows`, by the rankers; their requests differ in filters and in the
-    songs to rank alone."""
+    """Return the best candidates of the users at `rows`, int (n,), by the rankers.
+
+    Their requests may differ only in filters and in the songs to rank.
+    """
     some = plays if len(rows) == len(plays) else plays.take(rows)
     to_rank = [options.songs_to_rank for options in all_options if options.songs_to_rank is not None]
     ranking = recommender.rank_queries(
@@ -413,7 +424,7 @@ def _ranked(
 
 
 def _of_ranking(ranking: Ranking) -> list[Chosen]:
-    """The songs of each query, without the places that are empty."""
+    """Return the songs of each query, without empty places."""
     real = ranking.songs != NO_SONG
     return [
         Chosen(songs=songs[there], scores=scores[there], path=path)
@@ -422,7 +433,7 @@ def _of_ranking(ranking: Ranking) -> list[Chosen]:
 
 
 def _best(scores: np.ndarray, options: AnswerOptions) -> Chosen:
-    """The k best of scores, float32 (N,), which are overwritten."""
+    """Return the k best songs by `scores`, float32 (N,), that pass the filter. Overwrites `scores`."""
     options.answer_filter.mask_scores(scores)
     songs, values = top_k(scores[None], options.k)
     real = songs[0] != NO_SONG

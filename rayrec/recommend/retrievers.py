@@ -1,6 +1,6 @@
-"""Retrievers: each proposes a bounded number of songs for a query, at a cost that no size of catalog changes.
+"""Retrievers: each proposes a bounded number of songs for a query, at a cost that does not depend on the catalog size.
 
-Q queries, N songs, E proposed songs of all queries together.
+Shapes: Q queries, N songs, D dimensions, E proposed songs of all queries together.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from rayrec.recommend.two_step_config import RankedPart, RetrievalConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Proposals(Pairs):
-    """What a retriever proposes, sorted by query and song."""
+    """The songs that a retriever proposes, sorted by query and song."""
 
     scores: np.ndarray  # float32 (E,), above 0
-    ranks: np.ndarray  # int64 (E,), from 0, within the query
-    entries: int = 0  # of postings, rules and lists of songs that were read for all queries together
+    ranks: np.ndarray  # int64 (E,), rank within the query, from 0
+    entries: int = 0  # entries of postings, rules and song lists that were read for all queries together
 
     @classmethod
     def best(
@@ -38,7 +38,10 @@ class Proposals(Pairs):
         count: int,
         entries: int = 0,
     ) -> Proposals:
-        """The `count` best of each query, rows ascending; each pair once, equal scores in the order of song rows."""
+        """Return the `count` best songs of each query; equal scores are sorted by song row.
+
+        `rows`, the queries, must be ascending, and no pair of a query and a song may occur twice.
+        """
         best, ranks = best_of_each(rows, scores, songs, count)
         by_song = np.lexsort((songs[best], rows[best]))
         best = best[by_song]
@@ -62,13 +65,13 @@ class Proposals(Pairs):
         count: int,
         entries: int = 0,
     ) -> Proposals:
-        """As `best`, of rows in any order, where the scores of a pair that comes more than once add up."""
+        """As `best`, for `rows` in any order; the scores of a pair that occurs more than once are added."""
         pairs, sums = summed_pairs(rows, songs, scores, num_songs)
         return cls.best(pairs.rows, pairs.songs, sums, num_songs=num_songs, count=count, entries=entries)
 
 
 def summed_pairs(rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, num_songs: int) -> tuple[Pairs, np.ndarray]:
-    """Pairs of a query and a song, each once, and the sum of the scores of each."""
+    """Return the different pairs of a query and a song, and the sum of the scores of each pair."""
     keys = rows * num_songs + songs
     order = stable_order(keys)
     first = first_of_each(keys[order])
@@ -77,37 +80,37 @@ def summed_pairs(rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, num_so
 
 
 class Retriever(ABC):
-    """Proposes songs for queries from what is known of each and of its plays."""
+    """Base class of retrievers: proposes songs for each query of a batch."""
 
-    name: str  # as features and reports spell it
+    name: str  # as in features and reports
 
     @abstractmethod
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
-        """At most `count` songs a query with their scores."""
+        """Return at most `count` songs per query, with their scores."""
 
     def most_entries(self, count: int, config: RetrievalConfig) -> int:
-        """The bound of a query's work: entries read at most, of a retrieval with these settings, for `count` songs.
+        """Return the maximum number of entries that a query for `count` songs reads from a retrieval with `config`.
 
-        0 where a retriever reads the user's own plays alone, or an index, whose work its `nprobe` bounds.
+        0 if a retriever reads only the user's own plays, or only an index, whose cost is bounded by its `nprobe`.
         """
         return 0
 
 
 class TasteRetriever(Retriever):
-    """The songs nearest to the taste vector of a horizon, from the index."""
+    """Proposes the songs nearest to the taste vector of a horizon, with the index."""
 
     def __init__(
         self, index: SongIndex, horizon: HorizonName, scale: float, *, name: str = "", songs: np.ndarray | None = None
     ) -> None:
-        """`scale` makes logits of cosines: the inverse of the temperature that the network was trained with.
+        """`scale` turns cosines into logits: it is the inverse of the temperature that the network was trained with.
 
-        `songs`, int64 (n,), are the song rows of the index's rows where it is one of some songs.
+        `songs`, int64 (n,), maps the rows of the index to song rows, if the index holds only some of the songs.
         """
         self.name, self._index, self._horizon, self._scale = name or f"taste_{horizon}", index, horizon, scale
         self._songs = songs
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
-        """The `count` songs of highest cosine, scored exp(logit) over the best; none where nothing is known."""
+        """Return the `count` songs of highest cosine, scored exp(logit - highest logit); none for a vector of zeros."""
         vectors = batch.short_vectors if self._horizon == "short" else batch.long_vectors
         songs, cosines = self._index.search(vectors, count)
         known = np.logical_and(songs != NO_SONG, vectors.any(axis=1, keepdims=True))
@@ -119,27 +122,28 @@ class TasteRetriever(Retriever):
 
 @dataclass(frozen=True, kw_only=True)
 class SessionKnnSettings:
-    """V-STAN's weights (Ludewig et al. 2020)."""
+    """Settings of session kNN: V-STAN's weights (Ludewig et al. 2020)."""
 
-    last_plays: int = 10  # that sessions are compared with
-    neighbors: int = 200  # sessions that vote, the most similar
-    plays_decay: float = 2.0  # plays since, after which a play weighs 1/e
-    days_decay: float = 365.0  # days since, after which a session weighs 1/e
-    places_decay: float = 5.0  # places from the matched song, after which a song weighs 1/e
-    places: int = 20  # on both sides of the matched song that are looked at
-    just_played: float = 0.25  # weight of a song that is among the last plays
+    last_plays: int = 10  # number of last plays that are compared with sessions
+    neighbors: int = 200  # most similar sessions whose songs are scored
+    plays_decay: float = 2.0  # age of a play, in later plays, at which its weight is 1/e
+    days_decay: float = 365.0  # age of a session, in days, at which its weight is 1/e
+    places_decay: float = 5.0  # distance from the matched song, in places, at which a song's weight is 1/e
+    places: int = 20  # places on each side of the matched song whose songs are scored
+    just_played: float = 0.25  # factor of the score of a song that is among the last plays
 
 
-# Of what the user likes over the last 50 plays, in whatever order: fades five to ten times slower.
+# For the taste in the last 50 plays: weights fall about ten times more slowly, so the order of plays matters little.
 HISTORY_KNN = SessionKnnSettings(last_plays=50, neighbors=300, plays_decay=25.0, places_decay=50.0)
 
 
 class SessionRetriever(Retriever):
-    """Session kNN over the newest sessions of each of the last songs: V-STAN's weights, VMIS-kNN's postings.
+    """Session kNN over the newest sessions that hold one of the last songs: V-STAN's weights, VMIS-kNN's postings.
 
-    A session's similarity is the weight of the last plays that it shares, over the square root of its number of songs,
-    less the older it is. A song scores the similarity of the sessions that hold it, less the farther it stands from
-    the song that was matched last.
+    A session's similarity is the summed weight of the last plays that it shares, divided by the square root of its
+    number of songs, and falls with its age. A song's score is the summed similarity of the sessions that hold it; a
+    session counts less the farther the song is from the matched song, which is the song of the session that the user
+    played most recently.
     """
 
     def __init__(
@@ -148,7 +152,7 @@ class SessionRetriever(Retriever):
         self.name, self._sessions, self._settings = name, retrieval.sessions, settings or SessionKnnSettings()
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
-        """The `count` songs of most weight."""
+        """Return the `count` songs of highest score."""
         settings, sessions = self._settings, self._sessions
         plays = batch.latest(settings.last_plays)
         rows, songs, back = batch.rows[plays], batch.songs[plays], batch.back[plays]
@@ -174,7 +178,7 @@ class SessionRetriever(Retriever):
         nearest = nearest[places_in(row[nearest]) < settings.neighbors]
         row, session, match = row[nearest], session[nearest], match[nearest]
         similarity, lengths = similarity[nearest], lengths[nearest]
-        # The songs of the neighbors around the matched one.
+        # The songs of the neighbors near the matched song.
         left = np.maximum(0, match - settings.places)
         neighbor_counts = np.minimum(lengths, match + settings.places + 1) - left
         position = ranges(sessions.offsets[session] + left, neighbor_counts)
@@ -196,20 +200,20 @@ class SessionRetriever(Retriever):
         )
 
     def most_entries(self, count: int, config: RetrievalConfig) -> int:
-        """The sessions of the last plays, and the songs around the matched one in each neighbor."""
+        """The sessions of the songs of the last plays, and the songs near the matched song in each neighbor."""
         settings = self._settings
         return settings.last_plays * config.sessions_per_song + settings.neighbors * (2 * settings.places + 1)
 
 
 class RuleRetriever(Retriever):
-    """What followed the last song most often, weighted 1/distance; or what followed with no song between."""
+    """Proposes followers of the last song: within 10 plays, weighted 1/distance, or only direct ones (`at_once`)."""
 
     def __init__(self, retrieval: Retrieval, *, at_once: bool = False) -> None:
         self.name, self._rules = "next_rules" if at_once else "rules", retrieval.rules
         self._values, self._unit = (self._rules.at_once, 1) if at_once else (self._rules.weights, UNIT)
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
-        """The `count` strongest rules of the last song."""
+        """Return the songs of the `count` strongest rules of the last song."""
         last = batch.last_songs
         rows = np.flatnonzero((last >= 0) & (last < self._rules.num_songs))
         starts = self._rules.offsets[last[rows]]
@@ -229,18 +233,21 @@ class RuleRetriever(Retriever):
 
 @dataclass(frozen=True, kw_only=True)
 class RecentRulesSettings:
-    """How far back rules look."""
+    """Settings of `RecentRulesRetriever`: how many last plays count, and how much."""
 
     last_plays: int = 10
-    decay: float = 0.75  # of the weight of a song with each play since
-    followers: int = 40  # of each of the last songs, the strongest
+    decay: float = 0.75  # factor of a play's weight for each later play
+    followers: int = 40  # strongest followers that are read for each of the last songs
 
 
 HISTORY_RULES = RecentRulesSettings(last_plays=50, decay=0.97, followers=20)
 
 
 class RecentRulesRetriever(Retriever):
-    """What followed the last songs, those of each as shares, less the longer a song ago."""
+    """Proposes the songs that followed the last songs; followers of older plays weigh less.
+
+    The weight of a follower is relative to that of the strongest follower of the same song.
+    """
 
     def __init__(
         self, retrieval: Retrieval, settings: RecentRulesSettings | None = None, *, name: str = "recent_rules"
@@ -248,7 +255,7 @@ class RecentRulesRetriever(Retriever):
         self.name, self._rules, self._settings = name, retrieval.rules, settings or RecentRulesSettings()
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
-        """The `count` songs of most weight."""
+        """Return the `count` songs of highest weight."""
         settings = self._settings
         plays = batch.latest(settings.last_plays)
         plays = plays[batch.songs[plays] < self._rules.num_songs]
@@ -269,28 +276,28 @@ class RecentRulesRetriever(Retriever):
         )
 
     def most_entries(self, count: int, config: RetrievalConfig) -> int:
-        """The strongest followers of the last plays."""
+        """The strongest followers of the songs of the last plays."""
         return self._settings.last_plays * self._settings.followers
 
 
 class UserTopRetriever(Retriever):
-    """The user's own songs by ACT-R base level: those played often and lately."""
+    """Proposes the user's own songs by ACT-R base level: songs played often and recently."""
 
     name = "user_top"
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
-        """The `count` songs of highest activation."""
+        """Return the `count` songs of highest base level."""
         own = batch.user_songs
         return Proposals.best(own.rows, own.songs, np.exp(own.base_level), num_songs=batch.num_songs, count=count)
 
 
 class UserRulesRetriever(Retriever):
-    """What followed the last song when this user played it before."""
+    """Proposes the songs that followed the last song when this user played it earlier."""
 
     name = "user_rules"
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
-        """The `count` songs of most weight, Σ 1/distance up to 10 plays apart."""
+        """Return the `count` songs of highest weight: Σ 1/distance over pairs of plays at most 10 plays apart."""
         earlier = np.flatnonzero((batch.songs == batch.last_songs[batch.rows]) & (batch.back > 0))
         rows = batch.rows[earlier]
         reach = np.minimum(batch.back[earlier], MAX_DISTANCE)
@@ -301,7 +308,7 @@ class UserRulesRetriever(Retriever):
 
 
 class GroupRetriever(Retriever):
-    """The songs of the artists, or of the albums, of the last plays, the most played of each."""
+    """Proposes the most played songs of the artists, or of the albums, of the last plays."""
 
     last_plays, decay = 10, 0.7
 
@@ -309,12 +316,12 @@ class GroupRetriever(Retriever):
         self.name, self._groups, self._plays = name, groups, plays
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
-        """The `count` songs of most weight; none where the catalog knows no groups."""
+        """Return the `count` songs of highest weight; none if the catalog has no groups."""
         plays = batch.latest(self.last_plays)
         plays = plays[batch.songs[plays] < len(self._groups.of_song)]
         group = self._groups.of_song[batch.songs[plays]].astype(np.int64)
         plays, group = plays[group >= 0], group[group >= 0]
-        # Each group of a query once, with the weight of all its plays.
+        # Each group of a query once, with the summed weight of its plays.
         groups = max(1, len(self._groups.offsets))
         keys = batch.rows[plays] * groups + group
         order = stable_order(keys)
@@ -332,12 +339,12 @@ class GroupRetriever(Retriever):
         )
 
     def most_entries(self, count: int, config: RetrievalConfig) -> int:
-        """`count` songs of the group of each of the last plays."""
+        """`count` songs for the group of each of the last plays."""
         return self.last_plays * count
 
 
 class PopularRetriever(Retriever):
-    """What was played most of late, the same for everybody."""
+    """Proposes the songs that all users played most in the last 7 days, the same songs for every query."""
 
     name = "popular"
 
@@ -345,7 +352,7 @@ class PopularRetriever(Retriever):
         self._songs = retrieval.popular
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
-        """The first `count` songs."""
+        """Return the first `count` songs."""
         songs = np.asarray(self._songs[:count], dtype=np.int64)
         scores = 1.0 / np.arange(1, len(songs) + 1)
         rows = np.repeat(np.arange(len(batch)), len(songs))
@@ -391,9 +398,9 @@ def make_retrievers(
     scales: tuple[float, float] = (1.0, 1.0),
     without: RankedPart | None = None,
 ) -> list[Retriever]:
-    """All retrievers but those of `without`, and those of artists and albums where the catalog knows any.
+    """Return all retrievers except those of `without`; those of artists and albums only if the catalog has any.
 
-    `scales` make logits of the cosines of the short and the long horizon.
+    `scales` turn the cosines of the short and of the long horizon into logits.
     """
     plays = retrieval.plays.plays
     everything: list[Retriever] = [
@@ -422,9 +429,10 @@ def make_new_song_retrievers(
     scale: float = 1.0,
     without: RankedPart | None = None,
 ) -> list[Retriever]:
-    """Retrievers of songs without plays, int64 (n,) rows: by content, and of the artists and albums played last.
+    """Return the retrievers of songs without plays, int64 (n,) `rows`: by vector, by artist and by album.
 
-    `vectors`, float32 (N, D), are those of all songs; `retrieval` knows the artists and albums of these, too.
+    `vectors`, float32 (N, D), are the vectors of all songs. `retrieval` must hold the artists and albums of the songs
+    without plays, too.
     """
     index = SongIndex.build(vectors[rows], IndexConfig(kind="flat"))
     everything: list[Retriever] = [TasteRetriever(index, "short", scale, name="new_content", songs=rows)]
@@ -435,16 +443,16 @@ def make_new_song_retrievers(
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates(Pairs):
-    """The union of what all retrievers propose, sorted by query and song."""
+    """The union of the songs that all retrievers propose, sorted by query and song."""
 
-    proposals: dict[str, Proposals]  # by retriever
-    positions: dict[str, np.ndarray]  # int64, where each proposal stands among the candidates
+    proposals: dict[str, Proposals]  # by name of the retriever
+    positions: dict[str, np.ndarray]  # by name of the retriever, int64: position of each proposal in the candidates
 
     @classmethod
     def union(
         cls, batch: QueryBatch, proposals: dict[str, Proposals], extra_keys: np.ndarray | None = None
     ) -> Candidates:
-        """Of what retrievers propose for a batch, and of the pairs of `extra_keys`, int64."""
+        """Return the union of the proposals for a batch and of the pairs with the keys `extra_keys`, int64."""
         extra_keys = np.zeros(0, np.int64) if extra_keys is None else extra_keys
         keys = np.unique(np.concatenate([extra_keys, *(proposal.keys for proposal in proposals.values())]))
         rows, songs = np.divmod(keys, max(1, batch.num_songs))
@@ -463,9 +471,10 @@ def retrieve(
     counts: dict[str, int] | None = None,
     extra_keys: np.ndarray | None = None,
 ) -> Candidates:
-    """Ask all retrievers; `counts` are songs a query by the name of the retriever, those of COUNTS where not given.
+    """Return the candidates that all retrievers propose for a batch.
 
-    `extra_keys`, int64, are keys of pairs that are candidates whether a retriever proposes them or not.
+    `counts` are songs per query, by name of the retriever; the defaults are in COUNTS. The pairs with the keys
+    `extra_keys`, int64, are candidates even if no retriever proposes them.
     """
     counts = {**COUNTS, **(counts or {})}
     proposals = {retriever.name: retriever.propose(batch, counts[retriever.name]) for retriever in retrievers}

@@ -1,12 +1,12 @@
-"""What retrievers look up: play counts, rules, sessions and groups of songs, as flat arrays that merge and map.
+"""The data that retrievers read: play counts, rules, sessions and groups of songs, as flat arrays.
 
-They are fitted by buckets, merged, saved and memory-mapped as one `Retrieval`; a bucket leaves its counts of one range
-of songs as bytes for the merge of that range, and range_join.py joins the ranges. Of sessions the newest of each song
-are kept, and the songs of each of these, as VMIS-kNN keeps them.
+Each bucket is counted separately. Its counts are split by ranges of songs and stored as bytes; the counts of a range
+are merged over all buckets, and range_join.py joins the ranges. The result is saved and memory-mapped as one
+`Retrieval`. As in VMIS-kNN, only the newest sessions of each song are kept, with all their songs.
 
-N songs, T pairs of a day and a song played on it, S sessions, E songs of all sessions together, L entries of all songs
-together. Counts of a range of songs have the N songs of the range, from 0 on; followers and the songs of sessions are
-rows of the catalog in every range.
+Shapes: N songs, T pairs of a day and a song played on it, R rules, S sessions, E songs of all sessions together, L
+entries of all songs together, G groups. In counts of a range of songs, N is the number of songs of the range, numbered
+from 0; followers and the songs of sessions are always rows of the catalog.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from rayrec.embeddings.word2vec import cut_long, cut_sessions
 from rayrec.storage.workspace import Workspace
 
 NOT_PLAYED = np.iinfo(np.int32).max  # first day of a song without plays
-RECENT_DAYS = 28  # that count as of late, back from the day of the last play
-MAX_DISTANCE = 10  # plays between a song and one that follows it
-UNIT = 2520  # weight of a song that follows at once; 1/distance of it is whole for every distance, so sums are exact
-RULES_PER_SONG = 200  # followers of a song, the strongest
+RECENT_DAYS = 28  # days that count as recent, up to the day of the last play
+MAX_DISTANCE = 10  # maximum distance in plays from a song to one that follows it
+UNIT = 2520  # weight of a song that follows directly; all distances up to 10 divide it, so sums are exact
+RULES_PER_SONG = 200  # strongest followers kept per song
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlayCounts:
-    """Plays of each song, and those of the last 28 days by day, so that a later part moves the days on."""
+    """Plays of each song, in total and per day of the last 28 days, so that later parts can move this window."""
 
     plays: np.ndarray  # int64 (N,)
-    first_days: np.ndarray  # int32 (N,), day of the first play, days since 1970 UTC; NOT_PLAYED for a song without
+    first_days: np.ndarray  # int32 (N,), day of the first play, days since 1970 UTC; NOT_PLAYED without a play
     days: np.ndarray  # int32 (T,), days since 1970 UTC, ascending
     day_songs: np.ndarray  # int32 (T,), ascending within a day
     day_plays: np.ndarray  # int64 (T,)
-    skips: np.ndarray | None = None  # int64 (N,), plays that were skipped; None where the data does not say
+    skips: np.ndarray | None = None  # int64 (N,), plays that were skipped; None if the data has no skips
 
     @property
     def num_songs(self) -> int:
-        """N."""
+        """The number of songs, N."""
         return len(self.plays)
 
     @classmethod
     def fit(cls, histories: Histories, *, num_songs: int, real_times: bool = True) -> PlayCounts:
-        """Count the plays of histories; without `real_times` all are of one day.
+        """Count the plays of histories; without `real_times` all plays get the same day.
 
-        Where times are positions, the last days would be the ends of the longest histories.
+        If times are only positions, the last days would be the ends of the longest histories.
         """
         plays = np.bincount(histories.songs, minlength=num_songs).astype(np.int64)
         days = histories.played_at // DAY_MS if real_times else np.zeros(len(histories.songs), dtype=np.int64)
@@ -66,7 +66,7 @@ class PlayCounts:
 
     @classmethod
     def merge(cls, parts: Sequence[PlayCounts]) -> PlayCounts:
-        """The sums over all parts; a catalog may have grown between them."""
+        """Return the sums over all parts; the catalog may have grown between them."""
         plays = np.zeros(max(part.num_songs for part in parts), dtype=np.int64)
         first_days = np.full(len(plays), NOT_PLAYED, dtype=np.int32)
         for part in parts:
@@ -89,11 +89,11 @@ class PlayCounts:
         recent = np.zeros(self.num_songs, dtype=np.int64)
         for day in self.each_day():
             if self.days[day.start] > self.days[-1] - days:
-                recent[self.day_songs[day]] += self.day_plays[day]  # each song is there once
+                recent[self.day_songs[day]] += self.day_plays[day]  # each song occurs once per day
         return recent
 
     def each_day(self) -> Iterator[slice]:
-        """The entries of `days`, `day_songs` and `day_plays` of one day after the other."""
+        """Yield the slice of `days`, `day_songs` and `day_plays` of each day, in order."""
         begin = 0
         while begin < len(self.days):
             end = int(np.searchsorted(self.days, self.days[begin], side="right"))
@@ -101,7 +101,7 @@ class PlayCounts:
             begin = end
 
     def of_songs(self, first: int, last: int) -> PlayCounts:
-        """The part for the songs from row `first` up to `last`."""
+        """Return the counts of the songs from row `first` up to, but not including, `last`."""
         bounds = [day.start + np.searchsorted(self.day_songs[day], [first, last]) for day in self.each_day()]
         begins, ends = np.array(bounds, dtype=np.int64).reshape(-1, 2).T
         kept = ranges(begins, ends - begins)
@@ -116,7 +116,7 @@ class PlayCounts:
 
 
 def _of_rows(values: np.ndarray, first: int, last: int, beyond: int) -> np.ndarray:
-    """The values from row `first` up to `last`, those of rows that are not there `beyond`."""
+    """Return the values from row `first` up to, but not including, `last`; rows past the end get `beyond`."""
     of_rows = np.full(last - first, beyond, dtype=values.dtype)
     known = values[first:last]
     of_rows[: len(known)] = known
@@ -143,23 +143,23 @@ def _counted(
 class RuleCounts:
     """The followers of each song with their weights, Σ 2520 / distance, the strongest first.
 
-    Weights are whole numbers, so merging is exact in any order. `strongest` cuts each song's followers: do it
-    once, after all parts have been merged.
+    Weights are integers, so merging is exact in any order. `strongest` drops followers: call it once, after all parts
+    have been merged.
     """
 
     offsets: np.ndarray  # int64 (N + 1,)
     followers: np.ndarray  # int32 (R,), rows of the catalog
     weights: np.ndarray  # int64 (R,), descending within a song; equal ones by row
-    at_once: np.ndarray  # int64 (R,), times that the song followed with no other between
+    at_once: np.ndarray  # int64 (R,), how often the follower was the very next play
 
     @property
     def num_songs(self) -> int:
-        """N."""
+        """The number of songs, N."""
         return len(self.offsets) - 1
 
     @classmethod
     def fit(cls, histories: Histories, *, num_songs: int) -> RuleCounts:
-        """Count what follows what in each user's history, across pauses as well."""
+        """Count which songs follow which in each user's history, across pauses as well."""
         rows, songs = histories.rows, histories.songs.astype(np.int64)
         keys, weights, at_once = ([np.zeros(0, np.int64)] for _ in range(3))
         for distance in range(1, min(MAX_DISTANCE, len(songs) - 1) + 1):
@@ -172,7 +172,7 @@ class RuleCounts:
 
     @classmethod
     def merge(cls, parts: Sequence[RuleCounts]) -> RuleCounts:
-        """The sums over all parts; a catalog may have grown between them."""
+        """Return the sums over all parts; the catalog may have grown between them."""
         catalog_size = 1 + max(int(part.followers.max(initial=-1)) for part in parts)
         keys = [
             np.repeat(np.arange(part.num_songs), np.diff(part.offsets)) * catalog_size + part.followers
@@ -182,7 +182,7 @@ class RuleCounts:
         return _summed(np.concatenate(keys), weights, at_once, max(part.num_songs for part in parts), catalog_size)
 
     def strongest(self, count: int = RULES_PER_SONG) -> RuleCounts:
-        """The `count` strongest followers of each song."""
+        """Return the counts with only the `count` strongest followers of each song."""
         song = np.repeat(np.arange(self.num_songs), np.diff(self.offsets))
         first = np.flatnonzero(places_in(song) < count)
         return RuleCounts(
@@ -193,7 +193,7 @@ class RuleCounts:
         )
 
     def of_songs(self, first: int, last: int) -> RuleCounts:
-        """The part for the songs from row `first` up to `last`."""
+        """Return the counts of the songs from row `first` up to, but not including, `last`."""
         offsets = self.offsets[np.minimum(np.arange(first, last + 1), self.num_songs)]
         entries = slice(int(offsets[0]), int(offsets[-1]))
         return RuleCounts(
@@ -207,7 +207,7 @@ class RuleCounts:
 def _summed(
     keys: np.ndarray, weights: np.ndarray, at_once: np.ndarray, num_songs: int, catalog_size: int
 ) -> RuleCounts:
-    """Add up the weights and the counts of equal keys, song * catalog_size + follower."""
+    """Sum the weights and the counts of equal keys; a key is song * catalog_size + follower."""
     order = stable_order(keys)
     first = first_of_each(keys[order])
     weights, at_once = (
@@ -223,27 +223,27 @@ def _summed(
     )
 
 
-NEWEST = 50  # sessions kept for each song
-MAX_SESSION = 100  # songs; longer sessions, and histories without times, are cut into pieces
+NEWEST = 50  # newest sessions kept per song
+MAX_SESSION = 100  # maximum songs per session; longer sessions, and histories without times, are cut into pieces
 NO_GROUP = -1
-SONGS_PER_GROUP = 100  # songs of a group, the most played
+SONGS_PER_GROUP = 100  # most played songs kept per group
 
 
 @dataclass(frozen=True, kw_only=True)
 class SessionPostings:
-    """Sessions, newest first, and for each song the newest `newest` sessions that hold it.
+    """Sessions, newest first, and for each song the `newest` latest sessions that hold it.
 
-    A session holds each of its songs once, at its last place. Only sessions among the newest of one of their songs are
-    kept, so the arrays are the same whatever the buckets in which the histories came, and in whatever order.
+    A session holds each of its songs once, at its last place. Only sessions that are among the newest of one of their
+    songs are kept, so the arrays do not depend on the buckets of the histories or on their order.
     """
 
-    newest: int  # m, sessions kept for a song
-    keys: np.ndarray  # uint64 (S,), a hash of each session; breaks ties in time, and tells a session that came twice
+    newest: int  # maximum sessions kept per song
+    keys: np.ndarray  # uint64 (S,), a hash of each session; breaks ties in time and identifies duplicates
     ended_at: np.ndarray  # int64 (S,), ms UTC, descending
     offsets: np.ndarray  # int64 (S + 1,)
     songs: np.ndarray  # int32 (E,), rows of the catalog in the order of play
     song_offsets: np.ndarray  # int64 (N + 1,)
-    song_sessions: np.ndarray  # int32 (L,), newest first
+    song_sessions: np.ndarray  # int32 (L,), the sessions of each song, newest first
     song_places: np.ndarray  # uint8 (L,), the place of the song in the session, from 0
     first_song: int = 0  # row in the catalog of the first of the N songs
 
@@ -252,12 +252,12 @@ class SessionPostings:
 
     @property
     def num_songs(self) -> int:
-        """N."""
+        """The number of songs, N."""
         return len(self.song_offsets) - 1
 
     @classmethod
     def fit(cls, histories: Histories, *, num_songs: int, newest: int = NEWEST) -> SessionPostings:
-        """From histories, cut at pauses of over 30 minutes; sessions of a single song say nothing and are left out."""
+        """Cut histories into sessions at pauses of more than 30 minutes; sessions of a single song are left out."""
         songs, cuts = cut_long(cut_sessions(histories), MAX_SESSION)
         lengths = np.diff(cuts)
         session = np.repeat(np.arange(len(lengths)), lengths)
@@ -280,9 +280,9 @@ class SessionPostings:
 
     @classmethod
     def merge(cls, parts: Sequence[SessionPostings]) -> SessionPostings:
-        """What `fit` gives for the histories of all parts together; a catalog may have grown between them.
+        """Return the result of `fit` for the histories of all parts together; the catalog may have grown between them.
 
-        Parts of a range of songs must be of the same.
+        If the parts cover a range of songs, it must be the same range.
         """
         first = parts[0].first_song
         return _newest_sessions(
@@ -295,7 +295,7 @@ class SessionPostings:
         )
 
     def of_songs(self, first: int, last: int) -> SessionPostings:
-        """The part for the songs from row `first` up to `last`: their entries, with the whole sessions behind them."""
+        """Return the entries of the songs from row `first` up to (not including) `last`, with their whole sessions."""
         bounds = self.song_offsets[np.minimum([first, last], self.num_songs)]
         entries = slice(int(bounds[0]), int(bounds[1]))
         sessions = np.unique(self.song_sessions[entries])
@@ -313,10 +313,10 @@ def _newest_sessions(
     newest: int,
     within: tuple[int, int],
 ) -> SessionPostings:
-    """Order sessions, keep those among the newest of one of their songs `within` a range of rows and index them."""
+    """Sort sessions, keep those among the newest of one of their songs `within` a range of rows, and index them."""
     starts = offsets_of(counts)[:-1]
     order = np.lexsort((keys, -ended_at))
-    order = order[first_of_each(keys[order])]  # the same session twice has the same time, so it is adjacent
+    order = order[first_of_each(keys[order])]  # duplicates have the same time, so they are adjacent
     session, song, place = _entries(counts[order], songs[ranges(starts[order], counts[order])])
     song = song - within[0]
     inside = (song >= 0) & (song < within[1] - within[0])
@@ -341,7 +341,7 @@ def _newest_sessions(
 
 
 def _entries(counts: np.ndarray, songs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The session, the song and the place of each song of sessions."""
+    """Return the session, the song and the place in the session of each song of all sessions."""
     session = np.repeat(np.arange(len(counts)), counts)
     return session, songs, ranges(0, counts)
 
@@ -363,9 +363,9 @@ def _content_hash(songs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class SongGroups:
-    """The group of each song, and the songs of each group."""
+    """Groups of songs, such as artists or albums: the group of each song, and the songs of each group."""
 
-    of_song: np.ndarray  # int32 (N,), the group; -1 where it is not known
+    of_song: np.ndarray  # int32 (N,), the group; -1 if unknown
     offsets: np.ndarray  # int64 (G + 1,)
     songs: np.ndarray  # int32, the first 100 songs of each group by descending plays, equal ones by row
 
@@ -374,7 +374,7 @@ class SongGroups:
 
     @classmethod
     def build(cls, of_song: np.ndarray, plays: np.ndarray) -> SongGroups:
-        """From the group of each song, int (N,), -1 where it is not known, and its plays, int (N,)."""
+        """Create the groups from the group of each song, int (N,), -1 if unknown, and its plays, int (N,)."""
         known = np.flatnonzero(of_song >= 0)
         order = known[np.lexsort((known, -plays[known], of_song[known]))]
         order = order[places_in(of_song[order]) < SONGS_PER_GROUP]
@@ -386,9 +386,10 @@ class SongGroups:
         )
 
     def with_added(self, rows: np.ndarray, siblings: np.ndarray) -> SongGroups:
-        """With songs that came later, int64 (n,) rows, each in the group of its sibling, -1 where it has none.
+        """Return the groups with added songs, int64 (n,) `rows`, each in the group of its sibling.
 
-        Siblings are song rows; those without a group make new ones. The lists of songs stay as they are.
+        `siblings` are song rows, -1 for songs without one. Siblings without a group get new groups. The lists of songs
+        of each group are unchanged.
         """
         of_song = np.full(max(len(self.of_song), int(rows.max(initial=-1)) + 1), NO_GROUP, dtype=np.int32)
         of_song[: len(self.of_song)] = self.of_song
@@ -402,7 +403,7 @@ class SongGroups:
         return SongGroups(of_song=of_song, offsets=offsets, songs=self.songs)
 
     def listing(self, rows: np.ndarray) -> SongGroups:
-        """The same groups that list the songs at `rows`, int64 (n,) ascending, and no others, the last rows first."""
+        """Return the same groups that list only the songs at `rows`, int64 (n,), ascending; the highest rows first."""
         group = self.of_song[rows]
         order = np.lexsort((-rows, group))
         order = order[group[order] >= 0]
@@ -411,17 +412,17 @@ class SongGroups:
         return replace(self, offsets=offsets_of(counts), songs=rows[order].astype(np.int32))
 
 
-PLAYS_PER_RANGE = 20_000_000  # of one range of songs, so that the counts of a range fit into a task's memory
-POPULAR = 500  # songs kept in the list of those popular of late
-POPULAR_DAYS = 7  # plays of the last days that make a song popular of late
+PLAYS_PER_RANGE = 20_000_000  # plays per range of songs, so that the counts of a range fit into a task's memory
+POPULAR = 500  # maximum songs in the list of popular songs
+POPULAR_DAYS = 7  # last days whose plays order the list of popular songs
 SETTINGS_FILE = "retrieval.json"  # written last
-SELECTION_RETRIEVAL = "selection"  # folder in a retrieval artifact: the same without the validation range
-SKIPS = "plays.skips"  # array that is there where the data says what was skipped
+SELECTION_RETRIEVAL = "selection"  # folder in a retrieval artifact: a retrieval fitted without the validation range
+SKIPS = "plays.skips"  # array that exists only if the data has skips
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalCounts:
-    """What histories say, before anything is cut: parts of it merge exactly, in any order."""
+    """The sessions, rules and play counts of histories. Parts merge exactly, in any order, before `strongest`."""
 
     sessions: SessionPostings
     rules: RuleCounts
@@ -437,8 +438,9 @@ class RetrievalCounts:
         newest: int = NEWEST,
         real_times: bool = True,
     ) -> RetrievalCounts:
-        """From histories; without `real_times` their times are positions. Raises `LeakError` for a play that `allowed`
-        forbids.
+        """Count histories; without `real_times` their times are only positions.
+
+        Raises `LeakError` for a play that `allowed` forbids.
         """
         (allowed or FitRange()).require(histories)
         return cls(
@@ -449,7 +451,7 @@ class RetrievalCounts:
 
     @classmethod
     def merge(cls, parts: Sequence[RetrievalCounts]) -> RetrievalCounts:
-        """The same as `fit` on the histories of all parts together."""
+        """Return the result of `fit` for the histories of all parts together."""
         return cls(
             sessions=SessionPostings.merge([part.sessions for part in parts]),
             rules=RuleCounts.merge([part.rules for part in parts]),
@@ -457,9 +459,10 @@ class RetrievalCounts:
         )
 
     def of_songs(self, first: int, last: int) -> RetrievalCounts:
-        """What all songs' counts say of those from row `first` up to `last`; nothing of songs that were not counted.
+        """Return the counts of the songs from row `first` up to, but not including, `last`.
 
-        Such parts merge like the whole, and `join_ranges` makes the whole of the parts of all ranges.
+        Songs that were not counted have no entries. Such parts can be merged like counts of all songs, and
+        `join_ranges` joins the parts of all ranges.
         """
         return RetrievalCounts(
             sessions=self.sessions.of_songs(first, last),
@@ -468,32 +471,32 @@ class RetrievalCounts:
         )
 
     def strongest(self, rules_per_song: int = RULES_PER_SONG) -> RetrievalCounts:
-        """With the strongest rules of each song alone: once, after all parts have been merged."""
+        """Return the counts with only the strongest rules of each song; call it after all parts have been merged."""
         return replace(self, rules=self.rules.strongest(rules_per_song))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """Everything that retrievers look up beside the index: flat arrays, of which a query reads a few entries."""
+    """All data that retrievers read, apart from the index: flat arrays, of which a query reads a few entries."""
 
     sessions: SessionPostings
     rules: RuleCounts  # the strongest of each song
     plays: PlayCounts
     recent_plays: np.ndarray  # int64 (N,), plays of the last 28 days
-    popular: np.ndarray  # int32 (at most 500,), songs by plays in the last 7 days, then in all
+    popular: np.ndarray  # int32 (at most 500,), songs by plays in the last 7 days, then by all plays
     artists: SongGroups
     albums: SongGroups
-    skip_share: float = 0.0  # of all plays
-    has_likes: bool = False  # whether the data has any
+    skip_share: float = 0.0  # share of all plays that were skipped
+    has_likes: bool = False  # whether the data has likes
 
     @property
     def num_songs(self) -> int:
-        """N."""
+        """The number of songs, N."""
         return self.plays.num_songs
 
     @property
     def counts(self) -> RetrievalCounts:
-        """What was counted, to add later plays to it: sessions and plays exactly, of the rules the strongest."""
+        """The counts, to which later plays can be added: sessions and plays are exact, rules are only the strongest."""
         return RetrievalCounts(sessions=self.sessions, rules=self.rules, plays=self.plays)
 
     @classmethod
@@ -505,9 +508,9 @@ class Retrieval:
         album_of_song: np.ndarray | None = None,
         has_likes: bool = False,
     ) -> Retrieval:
-        """From merged counts of the strongest rules, and the artist and the album of each song, int (N,), -1 unknown.
+        """Create a retrieval from merged counts with the strongest rules, and the artist and the album of each song.
 
-        What is as large as rules, sessions or days is passed on and not copied.
+        Artists and albums are int (N,), -1 if unknown. The large arrays of rules, sessions and days are not copied.
         """
         plays = counts.plays
         unknown = np.full(plays.num_songs, NO_GROUP, dtype=np.int32)
@@ -535,7 +538,7 @@ class Retrieval:
         artist_of_song: np.ndarray | None = None,
         album_of_song: np.ndarray | None = None,
     ) -> Retrieval:
-        """In this process, batch by batch. Raises `LeakError` for a play that `allowed` forbids."""
+        """Fit a retrieval in this process, batch by batch. Raises `LeakError` for a play that `allowed` forbids."""
         nothing = Histories.from_lists([], [])
         counts, has_likes = RetrievalCounts.fit(nothing, num_songs=num_songs, newest=newest), False
         for histories in batches:
@@ -547,12 +550,12 @@ class Retrieval:
         )
 
     def with_added(self, rows: np.ndarray, artist_rows: np.ndarray, album_rows: np.ndarray) -> Retrieval:
-        """With the artists and albums of songs that came later, as `SongGroups.with_added` takes them."""
+        """Return the retrieval with the artists and albums of added songs, see `SongGroups.with_added`."""
         artists, albums = self.artists.with_added(rows, artist_rows), self.albums.with_added(rows, album_rows)
         return replace(self, artists=artists, albums=albums)
 
     def save(self, workspace: Workspace, folder: str) -> list[str]:
-        """Write .npy files and a JSON file of settings into a folder; the names of the files."""
+        """Write .npy files and a JSON file of settings into a folder; return the names of the files."""
         arrays = {name: value for name, value in _flat(self).items() if isinstance(value, np.ndarray)}
         for name, array in arrays.items():
             workspace.write_array(f"{folder}/{name}.npy", array)
@@ -563,7 +566,7 @@ class Retrieval:
 
     @classmethod
     def load(cls, workspace: Workspace, folder: str) -> Retrieval:
-        """What `save` wrote; memory-mapped on a local disk."""
+        """Read what `save` wrote; arrays on a local disk are memory-mapped."""
         settings: dict[str, Any] = workspace.read_json(f"{folder}/{SETTINGS_FILE}")
 
         def read(part: type, prefix: str, **others: Any) -> Any:
@@ -584,17 +587,17 @@ class Retrieval:
 
 
 def read_first_days(workspace: Workspace, folder: str) -> np.ndarray:
-    """int32 (N,): `PlayCounts.first_days` of what `Retrieval.save` wrote, without the rest of it."""
+    """int32 (N,): `PlayCounts.first_days` of a saved retrieval, without reading the rest of it."""
     return np.asarray(workspace.read_array(f"{folder}/plays.first_days.npy"))
 
 
 def read_popularity(workspace: Workspace, folder: str) -> tuple[np.ndarray, np.ndarray]:
-    """int64 (N,) and int32 (N,): plays of late and the artist of each song, of what `Retrieval.save` wrote."""
+    """int64 (N,) and int32 (N,): the recent plays and the artist of each song of a saved retrieval."""
     return workspace.read_array(f"{folder}/recent_plays.npy"), workspace.read_array(f"{folder}/artists.of_song.npy")
 
 
 def _flat(retrieval: Retrieval | RetrievalCounts) -> dict[str, Any]:
-    """The arrays by the names of their files."""
+    """Return the arrays and single values by the names of their files."""
     named: dict[str, Any] = {}
     for field in fields(retrieval):
         value = getattr(retrieval, field.name)
@@ -606,27 +609,30 @@ def _flat(retrieval: Retrieval | RetrievalCounts) -> dict[str, Any]:
 
 
 def song_ranges(songs: int, plays: int) -> list[tuple[int, int]]:
-    """First row and the row after the last of each range of songs, as many as keep their counts in a task's memory."""
+    """Return the first row and the row after the last of each range of songs.
+
+    There are enough ranges for the counts of each range to fit into the memory of a task.
+    """
     count = max(1, min(songs, -(-plays // PLAYS_PER_RANGE)))
     return list(pairwise(np.linspace(0, songs, count + 1).astype(int).tolist()))
 
 
 def pack_counts(counts: RetrievalCounts) -> bytes:
-    """Counts, of all songs or of a range, as bytes that grow with their songs and not with the catalog."""
+    """Serialize counts, of all songs or of a range; the size depends on their songs, not on the catalog."""
     about = np.array([counts.sessions.first_song, counts.sessions.newest], dtype=np.int64)
     arrays = {name: value for name, value in _flat(counts).items() if isinstance(value, np.ndarray)}
     return bytes(save({"about": about, **{name: np.ascontiguousarray(value) for name, value in arrays.items()}}))
 
 
 def unpack_counts(data: bytes) -> RetrievalCounts:
-    """What `pack_counts` stored."""
+    """Return the counts in bytes of `pack_counts`."""
     arrays = load(data)
     first_song, newest = arrays.pop("about").tolist()
     return counts_of_arrays(arrays, newest=newest, first_song=first_song)
 
 
 def counts_of_arrays(arrays: Mapping[str, np.ndarray], *, newest: int, first_song: int = 0) -> RetrievalCounts:
-    """Counts from their arrays by the names of files."""
+    """Return the counts whose arrays are given by the names of their files."""
 
     def of(name: str) -> dict[str, np.ndarray]:
         return {key.partition(".")[2]: value for key, value in arrays.items() if key.startswith(f"{name}.")}

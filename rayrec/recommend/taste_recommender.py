@@ -21,25 +21,25 @@ from rayrec.storage.workspace import Workspace
 
 
 class TasteRecommender(VectorRecommender):
-    """Answers with the taste network, against the song vectors that it was trained with."""
+    """Recommends with the taste network: compares its taste vectors with the song vectors that it was trained with."""
 
     name = "taste"
     kind: ClassVar[Kind] = "network"
     horizons: tuple[HorizonName, ...] = ("short", "long")
 
     def __init__(self, model: TasteModel, song_vectors: np.ndarray, index: SongIndex | None = None) -> None:
-        """`song_vectors` float32 (N, D) are those the model scores against, zero rows for unknown songs."""
+        """`song_vectors`, float32 (N, D), are compared with taste vectors; rows of zeros are unknown songs."""
         super().__init__(song_vectors, index)
         self.encoder = TasteEncoder(model)
         long = model.config.horizons.get("long")
         self.long_days = long if isinstance(long, DaysHorizon) else None
-        self.added: AddedSongs | None = None  # songs that came after the training
+        self.added: AddedSongs | None = None  # songs that were added after the training
 
     def add_songs(self, added: AddedSongs, *, room: int = 0) -> None:
-        """Recommend songs that no training has seen, in place of those added before, and read their plays.
+        """Recommend songs that the training has not seen, and read their plays. They replace songs added before.
 
-        The index grows by them alone. The table of vectors is copied where it has no rows for them, then with `room`
-        rows more; else they are put into it.
+        The index is not rebuilt. At the first call, or if the table of vectors has too few rows, the table is copied
+        and gets `room` spare rows; otherwise the vectors are written into the existing table.
         """
         vectors, before = self.song_vectors, self.added_songs
         count = max(len(vectors), int(added.rows.max(initial=-1)) + 1)
@@ -57,14 +57,17 @@ class TasteRecommender(VectorRecommender):
         self.added, self.added_songs = added, added.rows
 
     def scale(self, horizon: HorizonName) -> float:
-        """The factor that makes logits of cosines: the inverse of the temperature that the network was trained with."""
+        """Return the factor that turns cosines into logits: the inverse of the temperature of the training."""
         return self.encoder.model.config.logit_scales[self.head(horizon)]
 
     @classmethod
     def load(
         cls, workspace: Workspace, model_id: str, index_id: str | None = None, added_id: str | None = None
     ) -> "TasteRecommender":
-        """From the workspace. Raises `MismatchError` for an index or added songs of another model."""
+        """Load a network from the workspace, with its index and added songs if their ids are given.
+
+        Raises `MismatchError` for an index or added songs of another model.
+        """
         network = cls.from_folder(workspace, artifacts.load_manifest(workspace, "models", model_id).folder)
         if index_id is not None:
             index_manifest = artifacts.load_manifest(workspace, "indexes", index_id)
@@ -87,32 +90,32 @@ class TasteRecommender(VectorRecommender):
 
     @classmethod
     def from_folder(cls, workspace: Workspace, folder: str) -> "TasteRecommender":
-        """From the files of a network, finished or not yet an artifact; its vectors are memory-mapped."""
+        """Load a network from the files in `folder`, a finished artifact or not; its vectors are memory-mapped."""
         return cls(load_model(workspace, folder), workspace.read_array(f"{folder}/{SONG_VECTORS}"))
 
     def with_index(self, index: SongIndex) -> "TasteRecommender":
-        """The same network with another index over its song vectors."""
+        """Return the same network with another index over its song vectors."""
         other = copy(self)
         other.index = index
         return other
 
     def short_only(self) -> "TasteRecommender":
-        """The same network, answering for every horizon with its short one."""
+        """Return the same network that answers every horizon with its short one."""
         other = copy(self)
         other.name, other.horizons, other.long_days = f"{self.name}-short", ("short",), None
         return other
 
     def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
-        """float32 (Q, D): the taste vectors, from no more of each history than its queries need.
+        """float32 (Q, D): the taste vectors; plays that no query needs are not read.
 
-        A network of one horizon answers for both with it.
+        A network with one horizon uses it for both.
         """
         return self.vectors_of(histories, queries, (horizon,))[horizon]
 
     def vectors_of(
         self, histories: Histories, queries: Queries, horizons: Sequence[HorizonName]
     ) -> dict[HorizonName, np.ndarray]:
-        """As `vectors`, of several horizons by one run through the plays."""
+        """As `vectors`, for several horizons in one pass over the plays."""
         if queries.hidden is not None:
             return self._encoded(histories, queries, horizons)
         rows, inverse = np.unique(queries.rows, return_inverse=True)
@@ -139,11 +142,11 @@ class TasteRecommender(VectorRecommender):
         long_weight: float = 0.0,
         vectors: Mapping[HorizonName, np.ndarray] | None = None,
     ) -> list[dict[str, float]]:
-        """That all songs are near the taste vectors that were searched. See `BaseRecommender.explain`."""
+        """Return the same features for each song: it is near the taste vectors used. See `BaseRecommender.explain`."""
         near = {"taste_short_rank": float(long_weight < 1), "taste_long_rank": float(long_weight > 0)}
         return [near] * len(songs)
 
     def head(self, horizon: HorizonName) -> str:
-        """The head of the network that answers for a horizon."""
+        """Return the name of the network's head that answers for a horizon."""
         heads = list(self.encoder.model.config.horizons)
         return horizon if horizon in heads and horizon in self.horizons else heads[0]

@@ -1,7 +1,9 @@
-"""Retrieve, then rank: a few hundred candidates a query, put in order by what is known of each; and what rankers
-learn from: the queries of the validation range, with the songs that were played next or later.
+"""Two-step recommendation: retrieve a few hundred candidates per query, then rank them by their features.
 
-Q queries, N songs, C candidates of all queries together, k answers, T right songs.
+Also the training examples of rankers: queries of the validation range with the songs that were played next or later.
+
+Shapes: Q queries, U users, N songs, D dimensions, F features, C candidates of all queries together, k answers, T right
+songs.
 """
 
 from __future__ import annotations
@@ -40,19 +42,20 @@ from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step_config import ABLATED_PARTS
 from rayrec.storage.workspace import Workspace
 
-# next: the next play among all songs; served: a next play new to the user, among songs new to the user, since answers
-# leave out songs heard by default; long: the plays at offsets 25 to 50, or in the days that the network's is for.
+# What each ranker predicts. next: the next play, among all songs. served: the next play, among songs new to the user,
+# because answers leave out heard songs by default. long: the plays at offsets 25 to 50, or in the days of the network's
+# long horizon.
 RankerKind = Literal["next", "served", "long"]
 KINDS: tuple[RankerKind, ...] = get_args(RankerKind)
 HORIZONS: tuple[HorizonName, ...] = ("short", "long")
-NEGATIVES = 50  # wrong candidates of a query that a ranker learns from
+NEGATIVES = 50  # maximum wrong candidates per query that a ranker learns from
 QUERIES_AT_ONCE = 512
-PLAYS_AT_ONCE = 1 << 19  # before the queries that are answered together
+PLAYS_AT_ONCE = 1 << 19  # maximum plays before the queries that are answered together
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Candidates of some queries with their features; scores are chances."""
+    """The candidates of a batch of queries, with their features."""
 
     batch: QueryBatch
     candidates: Candidates
@@ -61,9 +64,9 @@ class Scored:
 
 
 class CandidateSource:
-    """Retrievers and features: everything of the two steps but the order.
+    """Retrievers and features: all of two-step recommendation except the rankers.
 
-    Training a ranker and answering with it share it, so that the features mean the same.
+    Training a ranker and answering with it use the same class, so that features mean the same in both.
     """
 
     def __init__(
@@ -75,11 +78,11 @@ class CandidateSource:
         without: str = "",
         counts: dict[str, int] | None = None,
     ) -> None:
-        """`without` names one of ABLATED_PARTS to leave out, `counts` how many songs a query retrievers propose.
+        """`without` names one of ABLATED_PARTS to leave out; `counts` are songs per query, by name of the retriever.
 
-        Where songs were added to the network, retrievers of their own propose them.
+        If songs were added to the network, separate retrievers propose them.
         """
-        added = network.added or None  # none where there are none
+        added = network.added or None  # None if no song was added
         if added is not None:
             retrieval = retrieval.with_added(added.rows, added.artist_rows, added.album_rows)
         index = network.index or SongIndex.build(network.song_vectors, IndexConfig())
@@ -91,7 +94,7 @@ class CandidateSource:
             self.retrievers += make_new_song_retrievers(
                 retrieval, network.song_vectors, added.rows, scale=scales[0], without=part
             )
-        self.num_songs = max(network.num_songs, retrieval.num_songs)  # either may know songs that came later
+        self.num_songs = max(network.num_songs, retrieval.num_songs)  # either may hold songs that were added later
         self._counts = counts
         self.sources = FeatureSources(
             retrieval=retrieval,
@@ -109,11 +112,11 @@ class CandidateSource:
         vectors: Mapping[HorizonName, np.ndarray] | None = None,
         songs_to_rank: Sequence[np.ndarray] | None = None,
     ) -> Iterator[tuple[slice, Scored]]:
-        """The queries in slices, few enough at once that little is held, with candidates and features.
+        """Yield slices of the queries with their candidates and features; slices are small, to save memory.
 
-        `vectors`, float32 (Q, D) by horizon, are the taste vectors where they are at hand. `songs_to_rank`, int song
-        rows for each query, are candidates beside those of the retrievers, so that features and chances mean the same,
-        and the only ones that an answer may hold.
+        `vectors`, float32 (Q, D) by horizon, are the taste vectors, if they are already computed. `songs_to_rank`, int
+        song rows for each query, are added to the candidates of the retrievers and are the only songs that an answer
+        may hold. The other candidates remain, so that features and probabilities keep their meaning.
         """
         vectors = vectors or self.network.vectors_of(histories, queries, HORIZONS)
         short, long = (vectors[horizon] for horizon in HORIZONS)
@@ -140,7 +143,7 @@ class CandidateSource:
 
 
 def _keys_of(batch: QueryBatch, songs: Sequence[np.ndarray]) -> np.ndarray:
-    """int64, ascending: the keys of the song rows of each query, each once; rows that are not known are left out."""
+    """int64, ascending: the keys of the pairs of each query and its `songs`, each once; unknown rows are left out."""
     rows = np.repeat(np.arange(len(songs)), [len(each) for each in songs])
     joined = np.concatenate([np.zeros(0, np.int64), *songs])
     known = (joined >= 0) & (joined < batch.num_songs)
@@ -148,7 +151,7 @@ def _keys_of(batch: QueryBatch, songs: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def query_slices(queries: Queries) -> Iterator[slice]:
-    """The queries to answer at once, one slice after the other."""
+    """Yield slices of the queries that are answered together, in order."""
     plays = np.minimum(queries.seen, LATEST_PLAYS) + 1
     by_plays, by_count = (np.cumsum(plays) - plays) // PLAYS_AT_ONCE, np.arange(len(queries)) // QUERIES_AT_ONCE
     changes = np.flatnonzero((np.diff(by_plays) != 0) | (np.diff(by_count) != 0)) + 1
@@ -158,12 +161,12 @@ def query_slices(queries: Queries) -> Iterator[slice]:
 
 
 class TwoStepRecommender(CandidateRecommender):
-    """Orders the candidates of all retrievers by learned rankers: for the next play, new songs and the long term.
+    """Ranks the candidates of all retrievers with trained rankers: for the next play, new songs and the long horizon.
 
-    A score of the short horizon is the chance that the song is the next play, whether songs that the user has heard are
-    left out or not. One of the long horizon is the chance that the song is among the distinct songs 25 to 50 plays
-    ahead, or in the days that the network's long horizon is for. Where the candidates that qualify are fewer than k,
-    the songs nearest to the taste vector fill the answer; their scores are 0.
+    A score of the short horizon is the probability that the song is the next play, with or without the songs that the
+    user has heard. A score of the long horizon is the probability that the song is among the distinct songs 25 to 50
+    plays ahead, or those in the days of the network's long horizon. If fewer than k candidates pass the filter, the
+    songs nearest to the taste vector fill the answer; their scores are 0.
     """
 
     name = "two-step"
@@ -172,7 +175,7 @@ class TwoStepRecommender(CandidateRecommender):
     scores_are_chances: ClassVar[bool] = True
 
     def __init__(self, source: CandidateSource, rankers: Mapping[RankerKind, Ranker]) -> None:
-        """`rankers` hold one for the next play, and may hold one for answers of new songs and one for the long term."""
+        """`rankers` must hold `next`, and may hold `served` and `long`."""
         self.source, self.rankers = source, rankers
         self.num_songs, self.added_songs = source.num_songs, source.network.added_songs
         self._columns = {kind: _columns(ranker.names, source.sources.names) for kind, ranker in rankers.items()}
@@ -181,14 +184,14 @@ class TwoStepRecommender(CandidateRecommender):
         self.long_days = source.network.long_days
 
     def without_part(self, part: str, rankers: Mapping[RankerKind, Ranker]) -> TwoStepRecommender:
-        """The same without one of ABLATED_PARTS, by rankers that were learned without it."""
+        """Return this recommender without one of ABLATED_PARTS; `rankers` must be trained without it."""
         source = CandidateSource(
             self.source.network, self.source.retrieval, real_times=self.source.sources.real_times, without=part
         )
         return TwoStepRecommender(source, rankers)
 
     def with_added_songs(self, added: AddedSongs, *, room: int = 0) -> TwoStepRecommender:
-        """The same with songs that came later, as `TasteRecommender.add_songs` takes them: the network changes."""
+        """Return this recommender with `added` songs, see `TasteRecommender.add_songs`; changes its network."""
         self.source.network.add_songs(added, room=room)
         source = CandidateSource(self.source.network, self.source.retrieval, real_times=self.source.sources.real_times)
         return TwoStepRecommender(source, self.rankers)
@@ -214,7 +217,7 @@ class TwoStepRecommender(CandidateRecommender):
         filters: Sequence[AnswerFilter] | None = None,
         hidden: np.ndarray | None = None,
     ) -> Ranking:
-        """As in `BaseRecommender`, without a score for every song."""
+        """As in `BaseRecommender`, but without scoring every song."""
         queries = Queries.at_end(histories, at, hidden)
         return self.rank_queries(histories, queries, k, long_weight=float(horizon == "long"), filters=filters)
 
@@ -229,12 +232,12 @@ class TwoStepRecommender(CandidateRecommender):
         vectors: Mapping[HorizonName, np.ndarray] | None = None,
         songs_to_rank: Sequence[np.ndarray] | None = None,
     ) -> Ranking:
-        """The k best songs of each query that pass its filter, exactly k wherever as many qualify.
+        """Return the k best songs of each query that pass its filter; exactly k if at least k songs pass.
 
-        `long_weight` is 0 for the order of the short horizon, 1 for that of the long one, and between them mixes both.
-        Paths say `index`, and `filled` how many, where songs near the taste vector fill an answer. `songs_to_rank`, int
-        song rows for each query, are put in order in place of what retrievers propose: a song that they propose, too,
-        scores as it does without `songs_to_rank`, or a little less where there are many others.
+        `long_weight` is 0 for the short horizon, 1 for the long one; values between mix both. If songs near the taste
+        vector fill an answer, its path is `index`, and `filled` is their number. `songs_to_rank`, int song rows for
+        each query, are ranked instead of the proposals of the retrievers. A song that retrievers propose, too, has the
+        same score as without `songs_to_rank`, or a slightly lower one if there are many other songs to rank.
         """
         check_count(k)
         ranking = Ranking.empty(len(queries), k, "exact")
@@ -249,7 +252,7 @@ class TwoStepRecommender(CandidateRecommender):
     def rank_scored(
         self, scored: Scored, k: int, filters: Sequence[AnswerFilter] | None = None, *, long_weight: float = 0.0
     ) -> Ranking:
-        """As `rank_queries`, of queries whose candidates and features are at hand."""
+        """As `rank_queries`, for queries whose candidates and features are already computed."""
         new_only = np.array([answer_filter.new_only for answer_filter in filters or ()] or [False] * len(scored.batch))
         chances = self.chances(scored, long_weight, new_only)
         songs, scores = _best(scored, chances, k, filters)
@@ -261,9 +264,9 @@ class TwoStepRecommender(CandidateRecommender):
         return Ranking(songs=songs, scores=scores, paths=tuple(paths), filled=filled)
 
     def chances(self, scored: Scored, long_weight: float, new_only: np.ndarray) -> np.ndarray:
-        """float64 (C,): the chance of each candidate; `new_only`, bool (Q,), says which queries want new songs alone.
+        """float64 (C,): the probability of each candidate; `new_only`, bool (Q,): which queries ask only for new songs.
 
-        Between the horizons it is the mean of each candidate's shares on them.
+        If `long_weight` is between 0 and 1, the weighted mean of the candidate's softmax shares on both horizons.
         """
         if "long" not in self.rankers:
             long_weight = 0.0
@@ -282,9 +285,9 @@ class TwoStepRecommender(CandidateRecommender):
         return np.asarray((1 - long_weight) * short + long_weight * self._of_ranker(scored, "long", shares=True))
 
     def _of_ranker(self, scored: Scored, kind: RankerKind, *, shares: bool) -> np.ndarray:
-        """float64 (C,): chances of one ranker, or what share of the scores of its query each candidate has."""
+        """float64 (C,): the probabilities by one ranker, or, with `shares`, the softmax shares within each query."""
         ranker, rows = self.rankers[kind], scored.candidates.rows
-        if kind == "served":  # it puts new songs alone in order
+        if kind == "served":  # this ranker orders only new songs
             new = scored.batch.user_songs.find(scored.candidates.keys) < 0
             values = np.zeros(len(rows))
             scores = ranker.scores(self._features(scored, kind)[new])
@@ -294,7 +297,7 @@ class TwoStepRecommender(CandidateRecommender):
         return np.asarray((ranker.calibration.shares_of if shares else ranker.calibration)(rows, scores))
 
     def _features(self, scored: Scored, kind: RankerKind) -> np.ndarray:
-        """float32 (C, F): the features that a ranker learned from, those that are not there as zeros."""
+        """float32 (C, F): the features that a ranker learned from; missing features are zeros."""
         columns = self._columns[kind]
         if columns is None:
             return scored.features
@@ -311,7 +314,7 @@ class TwoStepRecommender(CandidateRecommender):
         long_weight: float = 0.0,
         vectors: Mapping[HorizonName, np.ndarray] | None = None,
     ) -> list[dict[str, float]]:
-        """The features of songs as candidates; {} for a song that is not known. See `BaseRecommender.explain`."""
+        """Return the features of `songs` as candidates; {} for an unknown song. See `BaseRecommender.explain`."""
         features: list[dict[str, float]] = []
         for _, scored in self.source.batches(history, Queries.at_end(history, at), vectors, [songs]):
             rows = scored.candidates.find(np.asarray(songs, dtype=np.int64))
@@ -328,7 +331,7 @@ class TwoStepRecommender(CandidateRecommender):
         filters: Sequence[AnswerFilter] | None,
         long_weight: float,
     ) -> int:
-        """Put the songs nearest to the taste vector behind the candidates of one query, in place; how many."""
+        """Append the songs nearest to the taste vector to the answer of one query, in place; return their number."""
         vector = batch.short_vectors[row] if long_weight < 0.5 else batch.long_vectors[row]
         if not vector.any():
             return 0
@@ -342,14 +345,14 @@ class TwoStepRecommender(CandidateRecommender):
 
 
 class _Chances:
-    """The chances of the candidates of some queries, each kind of answer computed once."""
+    """The probabilities of a batch of candidates, computed once for each kind of answer."""
 
     def __init__(self, recommender: TwoStepRecommender, scored: Scored) -> None:
         self._recommender, self._scored = recommender, scored
         self._known: dict[tuple[HorizonName, bool], np.ndarray] = {}
 
     def __call__(self, horizon: HorizonName, exclude_heard: bool) -> np.ndarray:
-        """float64 (C,); the long horizon has one ranker for both."""
+        """float64 (C,): the probabilities; the long horizon uses one ranker, with or without heard songs."""
         key = horizon, exclude_heard and horizon == "short"
         if key not in self._known:
             new_only = np.full(len(self._scored.batch), exclude_heard)
@@ -358,7 +361,7 @@ class _Chances:
 
 
 def _columns(learned: Sequence[str], names: Sequence[str]) -> np.ndarray | None:
-    """int64: the column of each feature that a ranker learned from, -1 for one that is not there; None: the same."""
+    """int64: the column in `names` of each feature that a ranker learned from, -1 if missing; None if all are equal."""
     if list(learned) == list(names):
         return None
     places = {name: place for place, name in enumerate(names)}
@@ -368,13 +371,13 @@ def _columns(learned: Sequence[str], names: Sequence[str]) -> np.ndarray | None:
 def load_two_step(
     workspace: Workspace, network: TasteRecommender, retrieval: str, rankers: str, *, real_times: bool
 ) -> TwoStepRecommender:
-    """From a network, with its index where it has one, the folder of a retrieval and that of rankers."""
+    """Load a recommender from a network, with any index it has, and the folders of a retrieval and of rankers."""
     source = CandidateSource(network, Retrieval.load(workspace, retrieval), real_times=real_times)
     return TwoStepRecommender(source, load_rankers(workspace, rankers))
 
 
 def load_rankers(workspace: Workspace, folder: str) -> dict[RankerKind, Ranker]:
-    """The rankers in a folder; not every kind need be there."""
+    """Load the rankers in a folder; it need not hold every kind."""
     kinds = [kind for kind in KINDS if workspace.exists(f"{folder}/{kind}.json")]
     return {kind: Ranker.load(workspace, folder, kind) for kind in kinds}
 
@@ -382,7 +385,7 @@ def load_rankers(workspace: Workspace, folder: str) -> dict[RankerKind, Ranker]:
 def _best(
     scored: Scored, chances: np.ndarray, k: int, filters: Sequence[AnswerFilter] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Songs int32 (Q, k) and scores float32 (Q, k): the best candidates that qualify; equal ones by song row."""
+    """Return songs int32 (Q, k) and scores float32 (Q, k): the best candidates an answer may hold; ties by song row."""
     candidates, queries = scored.candidates, len(scored.batch)
     rows, songs = candidates.rows, candidates.songs
     may_come = scored.may_come
@@ -400,7 +403,7 @@ def _best(
 
 
 def _qualify(candidates: Candidates, filters: Sequence[AnswerFilter]) -> np.ndarray:
-    """bool (C,): candidates that pass the filter of their query."""
+    """bool (C,): True for candidates that pass the filter of their query."""
     excluded = [answer_filter.excluded for answer_filter in filters]
     rows = np.repeat(np.arange(len(filters)), [len(songs) for songs in excluded])
     songs = np.concatenate([np.zeros(0, np.int64), *excluded])
@@ -425,14 +428,14 @@ def examples_for(
     held_out: np.ndarray,
     vectors: Mapping[HorizonName, np.ndarray] | None = None,
 ) -> dict[RankerKind, RankingExamples]:
-    """What the ranker of each kind learns from: the candidates of queries, and which of them are right.
+    """Return the training examples of each kind of ranker: the candidates of queries, and which of them are right.
 
-    `answers` hold the right songs of each kind, int (T,), after the queries to which they belong, int (T,);
-    `held_out` is bool (Q,). For served, songs that the user has played are neither candidates nor right: a query held
-    out that such a song answers is a miss, so that chances are those of all next plays. The source must not have seen
-    the answers. Of each query at most NEGATIVES wrong candidates are drawn to learn from: more make learning longer and
-    the order no better; of queries held out the others are kept, to check on. `vectors` are the taste vectors where
-    they are at hand.
+    `answers` maps each kind to a pair of arrays: queries, int (T,), and the right songs of these queries, int (T,).
+    `held_out` is bool (Q,). For `served`, songs that the user has played are neither candidates nor right; a held-out
+    query whose right song is such a song counts as a miss, so that probabilities refer to all next plays. The source
+    must not have seen the answers. At most NEGATIVES wrong candidates per query are drawn for training: more take
+    longer and do not improve the order. Held-out queries keep all wrong candidates, for the check. `vectors` are the
+    taste vectors, if they are already computed.
     """
     parts = {kind: [RankingExamples.none(len(source.sources.names))] for kind in answers}
     for chunk, scored in source.batches(histories, queries, vectors):
@@ -450,7 +453,10 @@ def examples_for(
 
 
 def _drawn(scored: Scored, wrong: np.ndarray) -> np.ndarray:
-    """bool (C,): of each query NEGATIVES of its `wrong` candidates, bool (C,), by a hash of its time and the song."""
+    """bool (C,): True for NEGATIVES of the `wrong` candidates, bool (C,), of each query, drawn by a hash.
+
+    The hash depends on the time of the query and on the song.
+    """
     places = np.flatnonzero(wrong)
     rows, songs = scored.candidates.rows[places], scored.candidates.songs[places]
     mixed = (scored.batch.queries.at[rows] * 1_000_003 + songs).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -463,9 +469,10 @@ def _drawn(scored: Scored, wrong: np.ndarray) -> np.ndarray:
 def _examples_of(
     scored: Scored, keys: np.ndarray, allowed: np.ndarray, counted: np.ndarray, held_out: np.ndarray
 ) -> RankingExamples:
-    """The examples of some queries whose right songs have `keys`, int64; `allowed`, bool (C,), are candidates.
+    """Return the examples of a batch of queries; the pairs of a query and its right song have the keys `keys`, int64.
 
-    Queries that teach nothing are left out, but for those in `counted`, bool (Q,), which chances count.
+    `allowed`, bool (C,), is True for candidates that may be used. Queries without a right candidate are left out, apart
+    from those in `counted`, bool (Q,), which the calibration of probabilities needs.
     """
     rows, queries = scored.candidates.rows, len(scored.batch)
     hit = np.isin(scored.candidates.keys, keys, assume_unique=True) & allowed
@@ -483,15 +490,15 @@ def _examples_of(
     )
 
 
-LONG = Horizon(min_offset=25, max_offset=50)  # unless the network's long horizon is one of days
-HELD_OUT = 5  # one user in so many checks what the others' examples taught
-SELECTION_RANKERS = "selection"  # folder in an artifact of rankers: those that have not learned from these users
+LONG = Horizon(min_offset=25, max_offset=50)  # used unless the network's long horizon is in days
+HELD_OUT = 5  # one user in five is held out to check rankers trained on the others
+SELECTION_RANKERS = "selection"  # folder in an artifact of rankers: rankers trained without the held-out users
 
 
 def validation_queries(histories: Histories, split: Split, most: int) -> tuple[Histories, np.ndarray]:
-    """Histories that end with the validation range, and positions int64 (Q,) of at most `most` plays in it.
+    """Return histories up to the end of the validation range, and positions int64 (Q,) of at most `most` plays in it.
 
-    Each has an earlier play by the same user. Which are taken follows from user and time alone.
+    Each of these plays has an earlier play by the same user. The choice depends only on user and time.
     """
     final_histories = split.final.select(histories)
     inside = split.is_validation(final_histories)
@@ -506,16 +513,16 @@ def validation_queries(histories: Histories, split: Split, most: int) -> tuple[H
 
 
 def checks_rankers(user_ids: np.ndarray) -> np.ndarray:
-    """bool (U,): the users whose queries check what rankers learned from the others."""
+    """bool (U,): True for held-out users, whose queries check the rankers trained on the other users."""
     return np.asarray(user_hash(user_ids) % np.uint64(HELD_OUT) == 0)
 
 
 def collect_examples(
     sources: Mapping[str, CandidateSource], histories: Histories, plays: np.ndarray
 ) -> dict[str, dict[RankerKind, RankingExamples]]:
-    """The examples of each source and kind for the plays at positions `plays`, int (Q,), which no source has seen.
+    """Return the examples of each source and kind for the plays at positions `plays`, int (Q,).
 
-    The sources have one network.
+    No source may have seen these plays, and all sources must have the same network.
     """
     queries = Queries.before_plays(histories, plays)
     held_out = checks_rankers(histories.user_ids)[queries.rows]
@@ -532,18 +539,18 @@ def collect_examples(
 
 
 def pack_examples(examples: RankingExamples) -> bytes:
-    """As bytes, for whoever trains."""
+    """Serialize the examples to bytes, so that a training worker can read them from the workspace."""
     arrays = {field.name: np.ascontiguousarray(getattr(examples, field.name)) for field in fields(examples)}
     return bytes(save(arrays))
 
 
 def unpack_examples(data: bytes) -> RankingExamples:
-    """What `pack_examples` made."""
+    """Return the examples in bytes of `pack_examples`."""
     return RankingExamples(**load(data))
 
 
 def _play_hash(histories: Histories, plays: np.ndarray) -> np.ndarray:
-    """uint64: spreads plays evenly, whatever the order of the users."""
+    """uint64 (Q,): a hash of the user and time of each play, which does not depend on the order of the users."""
     rows = np.searchsorted(histories.offsets, plays, side="right") - 1
     mixed = user_hash(histories.user_ids)[rows] ^ (
         histories.played_at[plays].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)

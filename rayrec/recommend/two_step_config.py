@@ -1,4 +1,4 @@
-"""Settings of the two steps, and the parts of them that an ablation leaves out. Loads nothing heavy."""
+"""Settings of retrieval and ranking, and the parts that an ablation leaves out. Imports no large library."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class RetrievalConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RankedPart:
-    """What one part brings in."""
+    """The retrievers and features of one part that an ablation can leave out."""
 
     retrievers: tuple[str, ...]
-    features: tuple[str, ...]  # beginnings of the names of its features, beside those that retrievers score
+    features: tuple[str, ...]  # prefixes of the names of its features, in addition to those of its retrievers
 
 
-# The features of all plays of a query (its lengths, pauses and repeats) belong to no part.
+# Features of the query as a whole, such as history length, pauses and repeats, belong to no part.
 ABLATED_PARTS = {
     "network": RankedPart(retrievers=("taste_short", "taste_long", "new_content"), features=("cosine_", "logit_")),
     "sessions": RankedPart(retrievers=("sessions", "history_sessions"), features=()),
@@ -53,6 +53,6 @@ ABLATED_PARTS = {
 
 
 def kept_features(names: Iterable[str], part: RankedPart | None) -> list[int]:
-    """The places of the features that are left without a part."""
+    """Return the positions of the features that remain if `part` is left out; all positions if it is None."""
     left_out = part.features if part else ()
     return [place for place, name in enumerate(names) if not (left_out and name.startswith(left_out))]
