@@ -1,1 +1,1 @@
-"""Plays and playlists: outside formats in, canonical Parquet out, histories as flat arrays."""
+"""The data set of a workspace: schemas, histories as flat arrays, windows, catalog, splits, and generated plays."""

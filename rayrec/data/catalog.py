@@ -1,4 +1,4 @@
-"""The catalog: ids, titles and artists of the songs, what `rayrec describe` added, and the content vectors of songs.
+"""The catalog: ids, titles and artists of songs, their metadata from `rayrec describe`, and their content vectors.
 
 N songs, C numbers per content vector.
 """
@@ -23,17 +23,17 @@ from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 DESCRIPTIONS = "descriptions"  # the kind of artifact that `rayrec describe` writes
-DESCRIPTIONS_FILE = "descriptions.parquet"  # in its folder: columns.DESCRIPTIONS
-EXACT, PREFIX, INSIDE = 2, 1, 0  # how well a title or an artist fits
-MANY = 8  # a share of the songs of more than 1 in this many
-# Columns of `with_folded`: texts, and the artist once more as a dictionary.
+DESCRIPTIONS_FILE = "descriptions.parquet"  # file in its folder, with the schema columns.DESCRIPTIONS
+EXACT, PREFIX, INSIDE = 2, 1, 0  # how well a title or an artist matches a search
+MANY = 8  # rows are many if they are at least one in `MANY` of all songs
+# Columns that `with_folded` adds: three texts, and the artist also as a dictionary.
 FOLDED_TITLE, FOLDED_ARTIST, FOLDED_BOTH, ARTIST_NAME = "folded_title", "folded_artist", "folded_both", "artist_name"
-MOST_WORDS = 16  # of a query; the rest are not looked at
+MOST_WORDS = 16  # words of a search that are used; the rest are ignored
 SLICE = 1 << 17  # songs that are searched at once
 
 
 class Catalog:
-    """The songs: rows, ids, titles and artists; release days and markets where they were described."""
+    """The songs: rows, ids, titles and artists, and the metadata that `rayrec describe` stored of some songs."""
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table.combine_chunks()
@@ -42,17 +42,17 @@ class Catalog:
         return int(self.table.num_rows)
 
     def song_ids(self, rows: np.ndarray) -> list[str]:
-        """The outside ids of song rows."""
+        """Return the song ids of song rows."""
         ids: list[str] = self.table.column(columns.SONG_ID).take(pa.array(rows)).to_pylist()
         return ids
 
     def names(self, rows: np.ndarray) -> list[dict[str, Any]]:
-        """song_id, title and artist of song rows."""
+        """Return song_id, title and artist of song rows."""
         named = self.table.select([columns.SONG_ID, columns.TITLE, columns.ARTIST]).take(pa.array(rows))
         return list(named.to_pylist())
 
     def titles(self, rows: np.ndarray) -> list[str]:
-        """`Artist – Title` of song rows, or the id where there is no title."""
+        """Return `Artist – Title` of song rows, or the id of a song without a title."""
         picked = self.table.take(pa.array(rows)).to_pylist()
         return [
             " – ".join(part for part in (row[columns.ARTIST], row[columns.TITLE]) if part) or row[columns.SONG_ID]
@@ -62,25 +62,25 @@ class Catalog:
         ]
 
     def listed(self, text: str) -> list[str]:
-        """The song ids of a text such as `12,7`: the whole text where it is an id, else what its commas divide."""
+        """Return the song ids in a text such as `12,7`: the text if it is an id, otherwise its parts between commas."""
         known = pc.is_in(pa.array([spell_id(text)], pa.string()), value_set=self.table.column(columns.SONG_ID))
         return [text] if known[0].as_py() else [part for part in text.split(",") if part.strip()]
 
     def codes(self, name: str) -> np.ndarray:
-        """int32 (N,): a number for each different value of a column of strings, -1 where it is null or not there."""
+        """int32 (N,): a number for each distinct value of a column of strings, -1 for null or a missing column."""
         if name not in self.table.column_names:
             return np.full(len(self), -1, dtype=np.int32)
         encoded = columns.one_array(self.table.column(name)).dictionary_encode()
         return np.asarray(pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False), dtype=np.int32)
 
     def find(self, song_ids: Sequence[str]) -> np.ndarray:
-        """int32: the row of each outside id, -1 for unknown ones."""
+        """int32: the row of each song id, -1 for unknown ids."""
         spelled = pa.array(map(spell_id, song_ids), pa.string())
         song_rows = pc.index_in(spelled, value_set=self.table.column(columns.SONG_ID), skip_nulls=True)
         return np.asarray(pc.fill_null(song_rows, -1).to_numpy(zero_copy_only=False), dtype=np.int32)
 
     def rows(self, song_ids: Sequence[str]) -> np.ndarray:
-        """int32: the rows of outside ids. Raises `InputError` that names the unknown ones."""
+        """int32: the row of each song id. Raises `InputError`, which names the ids, if some are unknown."""
         song_rows = self.find(song_ids)
         unknown = [song_ids[place] for place in np.flatnonzero(song_rows < 0).tolist()]
         if unknown:
@@ -92,7 +92,7 @@ class Catalog:
 
 
 def described(songs: pa.Table, descriptions: pa.Table) -> pa.Table:
-    """The song table with release days and markets, and with the titles and artists that were told before its own."""
+    """Return the song table with the columns of the descriptions; described titles and artists replace its own."""
     ids = (table.column(columns.SONG_ID).combine_chunks() for table in (songs, descriptions))
     places = pc.index_in(next(ids), value_set=next(ids))
     for field in columns.DESCRIPTIONS:
@@ -109,32 +109,32 @@ def described(songs: pa.Table, descriptions: pa.Table) -> pa.Table:
 
 @lru_cache
 def _accents() -> str:
-    """A pattern of the marks that people leave out: accents, and the vowel points of Hebrew, Arabic and Syriac.
+    """Return a pattern of marks that people often do not type: accents, and vowel points of Hebrew, Arabic and Syriac.
 
-    Other marks are letters to their readers: vowel signs of India and South-East Asia, the strokes of Japanese kana.
+    Other marks are a part of letters, such as vowel signs of India and South-East Asia, and voicing marks of Japanese.
     """
     classes = ((char, unicodedata.combining(char)) for char in map(chr, range(sys.maxunicode + 1)))
     return f"[{''.join(char for char, place in classes if place >= 200 or 10 <= place <= 36)}]+"
 
 
 def fold(text: str) -> str:
-    """Text as it is compared: without accents, in lower case, spaces drawn together."""
+    """Return text in the form for comparisons: without accents, in lower case, with single spaces."""
     bare = re.sub(_accents(), "", unicodedata.normalize("NFKD", text))
     return " ".join(bare.casefold().split())
 
 
 def fold_all(texts: pa.Array) -> pa.Array:
-    """`fold` of every string; nulls become empty."""
+    """Return `fold` of every string; nulls become empty."""
     bare = pc.replace_substring_regex(pc.utf8_normalize(pc.fill_null(texts, ""), form="NFKD"), _accents(), "")
-    # Arrow has no casefold: beyond lower case it is ß, the final sigma and a few ligatures, which NFKD takes apart.
+    # Arrow has no casefold. It differs from lower case for ß, the final sigma and ligatures that NFKD has replaced.
     lower = pc.replace_substring(pc.replace_substring(pc.utf8_lower(bare), "ß", "ss"), "ς", "σ")
     return pc.utf8_trim_whitespace(pc.replace_substring_regex(lower, r"\s+", " "))
 
 
 def with_folded(table: pa.Table) -> pa.Table:
-    """A song table with the texts that searches and filters compare, where it does not have them.
+    """Return a song table with the texts that searches and filters compare, added unless they exist.
 
-    The title, or the id of a song without one, and the artist, both as `fold` has them, and the two together.
+    They are `fold` of the title (or of the id of a song without a title), `fold` of the artist, and both together.
     """
     if FOLDED_BOTH in table.column_names:
         return table
@@ -147,29 +147,29 @@ def with_folded(table: pa.Table) -> pa.Table:
 
 
 def popularity_places(popularity: np.ndarray) -> np.ndarray:
-    """int32 (N,): the place of each song, 0 the most popular; of songs with equal popularity the lower row is first."""
+    """int32 (N,): the popularity rank of each song, 0 for the most popular; equally popular songs are ranked by row."""
     places = np.empty(len(popularity), dtype=np.int32)
     places[np.argsort(-popularity, kind="stable")] = np.arange(len(popularity))
     return places
 
 
 class SongSearch:
-    """Searches titles and artists held in memory: a pass over all songs for each word of a query.
+    """Searches titles and artists in memory, by a pass over all songs.
 
-    A song without a title is found by its id. Songs that fit equally well come in the order of `places`, int32 (N,)
-    as `popularity_places` gives it; without it in the order of song rows.
+    A song without a title is found by its id. Songs that match equally well are in the order of `places`, int32 (N,)
+    from `popularity_places`; without it they are in the order of song rows.
     """
 
     def __init__(self, catalog: Catalog, places: np.ndarray | None = None) -> None:
         table, names = with_folded(catalog.table), (FOLDED_TITLE, FOLDED_ARTIST, FOLDED_BOTH)
         self._titles, self._artists, self._both = (one_array(table.column(name)) for name in names)
-        self._places = places  # no copy: of a served catalog they are memory-mapped
+        self._places = places  # not copied: in a served catalog they are memory-mapped
 
     def find(self, query: str, limit: int) -> tuple[np.ndarray, int]:
-        """The best `limit` song rows, int32, that hold every word of the query, and how many do.
+        """Return the best `limit` rows, int32, of songs with every word of the query, and the number of such songs.
 
-        First the songs whose title or artist is the query, then those where one begins with it, then
-        all others; within each the most played first. An empty query finds nothing.
+        Songs whose title or artist is the query come first, then songs whose title or artist begins with it, then
+        all others; each of these groups is in the order of `places`. An empty query finds nothing.
         """
         folded_query = fold(query)
         words = folded_query.split()[:MOST_WORDS]
@@ -182,28 +182,28 @@ class SongSearch:
     def _find_in(
         self, begin: int, words: list[str], folded_query: str, limit: int
     ) -> tuple[tuple[np.ndarray, np.ndarray], int]:
-        """The best rows, int32, of the slice from `begin` on and their worth, int64; and how many songs hold the words.
+        """Return the best rows, int32, of the slice from `begin` on, their sort keys, int64, and how many songs match.
 
-        What a search holds at one moment does not grow with the catalog.
+        With slices, the memory of a search does not grow with the catalog.
         """
         titles, artists, both = (texts.slice(begin, SLICE) for texts in (self._titles, self._artists, self._both))
         rows = _holding(both, words)
         fits = np.maximum(_fit(titles, rows, folded_query), _fit(artists, rows, folded_query)).astype(np.int64)
         song_rows = rows.to_numpy().astype(np.int64) + begin
         places = song_rows if self._places is None else self._places[song_rows].astype(np.int64)
-        worth = fits * (len(self._both) + 1) - places  # no two alike
+        worth = fits * (len(self._both) + 1) - places  # no two are equal
         best = _highest(worth, limit)
         return (song_rows[best].astype(np.int32), worth[best]), len(rows)
 
     def fits(self, query: str, rows: np.ndarray) -> np.ndarray:
-        """int64 (n,): how well the songs at `rows`, int32 (n,), fit a query that they hold, EXACT best."""
+        """int64 (n,): how well the songs at `rows`, int32 (n,), match a query that they contain; EXACT is best."""
         places, folded_query = pa.array(rows), fold(query)
         texts = (self._titles.take(places), self._artists.take(places))
         return np.asarray(np.maximum(*(_fit(text, None, folded_query) for text in texts)))
 
 
 def _holding(texts: pa.Array, words: list[str]) -> pa.Array:
-    """uint64: the rows of the texts that hold every word; the longest is looked for first, as few hold it."""
+    """uint64: the rows of the texts with every word; the longest word is searched first, because few texts have it."""
     longest, *others = sorted(words, key=len, reverse=True)
     rows = pc.indices_nonzero(pc.match_substring(texts, longest))
     for word in others:
@@ -212,17 +212,17 @@ def _holding(texts: pa.Array, words: list[str]) -> pa.Array:
 
 
 def _highest(values: np.ndarray, limit: int) -> np.ndarray:
-    """int64: where the highest values stand, at most `limit`, the highest first."""
+    """int64: the positions of the highest values, at most `limit`, highest first."""
     best = np.argpartition(-values, limit)[:limit] if limit < len(values) else np.arange(len(values))
     return best[np.argsort(-values[best])]
 
 
 def _fit(texts: pa.Array, rows: pa.Array | None, query: str) -> np.ndarray:
-    """int64: how well the text of each row, of all where none are given, fits."""
+    """int64: how well the text of each row matches the query; of all texts if `rows` is None."""
     if rows is not None and len(rows) * MANY < len(texts):
         texts, rows = texts.take(rows), None
     starts = pc.starts_with(texts, query).to_numpy(zero_copy_only=False)
-    if rows is not None:  # of many rows a pass over all texts is faster than a copy of theirs
+    if rows is not None:  # for many rows, a pass over all texts is faster than a copy of the rows' texts
         starts = starts[rows.to_numpy()]
     fits = np.where(starts, PREFIX, INSIDE)
     begin = np.flatnonzero(starts)
@@ -237,14 +237,14 @@ CONTENT_IDS = "content_ids.parquet"  # song_id of each row
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """The content vectors of a catalog's songs; only those that are asked for are read."""
+    """The content vectors of a catalog's songs; only requested vectors are read from the files."""
 
     parts: Sequence[np.ndarray]  # float32 (n, C) each, memory-mapped
-    places: np.ndarray  # int64 (N,), of each song among the rows of all parts; -1 without content
+    places: np.ndarray  # int64 (N,), position of each song among the rows of all parts; -1 without content
 
     @classmethod
     def load(cls, workspace: Workspace, descriptions: Sequence[Manifest], song_ids: pa.Array) -> "Content":
-        """Of the songs with these ids; where several descriptions have a song, the last counts."""
+        """Load the content of the songs with `song_ids`; if several descriptions have a song, the last one counts."""
         parts, start = [], 0
         places = np.full(len(song_ids), -1, dtype=np.int64)
         for description in descriptions:
@@ -258,11 +258,11 @@ class Content:
 
     @property
     def dim(self) -> int:
-        """C; 0 where no song has content."""
+        """C, the numbers per vector; 0 if no song has content."""
         return self.parts[0].shape[1] if self.parts else 0
 
     def vectors(self, songs: np.ndarray) -> np.ndarray:
-        """float32 (n, C): the content of songs, int (n,) rows; zeros where a song has none."""
+        """float32 (n, C): the content vectors of `songs`, int (n,) rows; zeros for a song without content."""
         rows_of_vectors = np.zeros((len(songs), self.dim), dtype=np.float32)
         places, start = self.places[songs], 0
         for part in self.parts:

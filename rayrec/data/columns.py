@@ -4,29 +4,29 @@ import pyarrow as pa
 
 USER = "user_id"
 SONG = "song"  # int32 row of the song in songs.parquet
-SONG_ID = "song_id"  # the string by which the outside world knows the song
+SONG_ID = "song_id"  # string id of the song outside of rayrec
 TITLE = "title"
 ARTIST = "artist"
 ALBUM = "album"
-RELEASED = "released"  # day
+RELEASED = "released"  # day of release
 MARKETS = "markets"  # names of the markets in which a song may be played
 SONGS = "songs"
 PLAYED_AT = "played_at"  # ms since 1970, UTC
 CONTEXTS = "contexts"  # bit i set: the play came from the i-th context of dataset.json
 SKIPPED = "skipped"
-LIKED = "liked"  # of a row: the user likes the song; of a history: the songs that were liked
+LIKED = "liked"  # in a row: whether the user likes the song; in a history: the liked songs
 LIKED_AT = "liked_at"  # ms since 1970, UTC
 IS_PLAY = "is_play"
-TOTAL = "total"  # plays the user has in all, where only the first of them are there
+TOTAL = "total"  # number of all plays of the user, if the history holds only the first of them
 PLAYLIST = "playlist_id"
-SONG_IDS = "song_ids"  # of recommendations, best first
-SCORES = "scores"  # one a song
-PROBABILITIES = "probabilities"  # with which each song stands where it does
+SONG_IDS = "song_ids"  # recommended songs, best first
+SCORES = "scores"  # one per song
+PROBABILITIES = "probabilities"  # that an explored song is shown; null for other songs
 
 # One play, as every reader of an outside format emits it. `contexts` are names until the set of
-# all contexts is known; `source` and `line` say where the row came from. Where the data has no
-# times, `played_at` is the place in the line until the import makes positions of it. A row that is
-# `liked` and is no play (`is_play` false, null means true) is a like alone.
+# all contexts is known; `source` and `line` say where the row came from. If the data has no times,
+# `played_at` is the position in the line until the import replaces it by an assumed time. A row with
+# `is_play` false (null means true) and `liked` true is a like without a play.
 PLAYS = pa.schema(
     [
         pa.field(USER, pa.string(), nullable=False),
@@ -56,7 +56,7 @@ PLAYLIST_ENTRIES = pa.schema(
     ]
 )
 
-# A row that could not be used, and why.
+# A rejected row, with the reason.
 REJECTED = pa.schema(
     [
         pa.field("source", pa.string(), nullable=False),
@@ -66,8 +66,8 @@ REJECTED = pa.schema(
     ]
 )
 
-# One row per user; the lists run in the order of time. `contexts`, `skipped`, `liked` and `liked_at`
-# are there only where the data has them.
+# One row per user; the lists are in the order of time. `contexts`, `skipped`, `liked` and `liked_at`
+# exist only if the data has them.
 HISTORIES = pa.schema(
     [
         pa.field(USER, pa.string(), nullable=False),
@@ -96,7 +96,7 @@ SONGS_TABLE = pa.schema(
     ]
 )
 
-# What is told of songs beside their plays; a song without a row, or with a null in it, tells nothing.
+# Metadata of songs. A song without a row, or a null, means that it is unknown.
 DESCRIPTIONS = pa.schema(
     [
         pa.field(SONG_ID, pa.string(), nullable=False),
@@ -110,7 +110,7 @@ DESCRIPTIONS = pa.schema(
 
 
 def one_array(values: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """One array out of a column of a table."""
+    """Return a column of a table as one array."""
     if not isinstance(values, pa.ChunkedArray):
         return values
     if values.num_chunks == 1:

@@ -1,8 +1,9 @@
 """The canonical data set of a workspace: its buckets of histories, its playlists, its catalog and its deleted users.
 
-Each import of plays leaves a part of the histories; readers see every user once. A part is written once and never
-changed, and has a file of every bucket, perhaps without rows. In a file users stand by ascending id, so that files are
-merged as they stream. Parts may be joined: then one file of a bucket holds the plays of several.
+Each import of plays adds a part to the histories; readers merge the parts and return every user once. A part is written
+once and never changed. It has one file per bucket, which may be empty. Users in a file are sorted by ascending id, so
+that files can be merged while they are read. `rayrec compact` joins parts: one file of a bucket then holds the plays of
+several parts.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,19 +28,19 @@ from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, Manifest, earlier_version, read_dataset_manifest, read_songs
 from rayrec.storage.workspace import FORGOTTEN, PLAYLISTS, Workspace
 
-PLAYS_PER_READ = 1_000_000  # plays decoded at once, about; a user's plays are never cut
-SONGS_COLUMN = 1  # of a histories file: behind the user's id
+PLAYS_PER_READ = 1_000_000  # approximate number of plays decoded at once; the plays of one user are never split
+SONGS_COLUMN = 1  # index of the songs in a histories file, after the user id
 
-WAITING = f"{FORGOTTEN}/waiting"  # an empty file for each deletion whose rows are not erased: digest and moment
-ERASED = f"{FORGOTTEN}/erased.json"  # digest -> ms UTC of the last deletion
-PURPOSE = b"rayrec forgotten"  # so that the digests are those of no other list
+WAITING = f"{FORGOTTEN}/waiting"  # one empty file, named DIGEST-MOMENT, per deletion whose rows are not erased yet
+ERASED = f"{FORGOTTEN}/erased.json"  # users whose rows are erased: digest -> ms UTC of the last deletion
+PURPOSE = b"rayrec forgotten"  # makes the digests differ from digests of the same ids in any other list
 
 
 def read_files(workspace: Workspace, paths: Sequence[str], users_per_batch: int) -> Iterator[Histories]:
-    """The users of some files of a bucket in batches, each user once, by ascending id.
+    """Yield the users of several files of a bucket in batches, each user once, by ascending id.
 
-    Memory: a batch of each file. A batch holds at most `users_per_batch` users, and fewer where they
-    have many plays. Raises `DamagedArtifactError` for a file whose users are not in that order.
+    Memory: one batch per file. A batch holds at most `users_per_batch` users, and fewer if they
+    have many plays. Raises `DamagedArtifactError` for a file whose users are not sorted by id.
     """
     if len(paths) <= 1:
         for path in paths:
@@ -47,21 +48,21 @@ def read_files(workspace: Workspace, paths: Sequence[str], users_per_batch: int)
         return
     streams = [_Rows(path, _read_file(workspace, path, users_per_batch)) for path in paths]
     while lasts := [last for stream in streams if (last := stream.last_id()) is not None]:
-        # Up to here every file has been read: no later batch holds these users.
+        # Every file has been read up to the lowest of these ids, so no later batch holds a user up to it.
         merged = merge_users([stream.take_up_to(min(lasts)) for stream in streams])
         for start in range(0, len(merged), users_per_batch):
             yield merged.take(np.arange(start, min(start + users_per_batch, len(merged))))
 
 
 def read_users(workspace: Workspace, path: str) -> np.ndarray:
-    """object (U,): the ids of the users of one file, in its order."""
+    """object (U,): the ids of the users in one file, in the order of the file."""
     return np.asarray(workspace.read_table(path, [columns.USER]).column(columns.USER).to_numpy())
 
 
 def read_overlap(workspace: Workspace, path: str, user_ids: np.ndarray, first: int, last: int) -> Iterator[Histories]:
-    """Of a file the row groups that may hold plays of some users from `first` up to and with `last`, ms UTC.
+    """Yield the row groups of a file that may hold plays of `user_ids` from `first` to `last` (ms UTC, inclusive).
 
-    `user_ids`, object (U,), are ascending.
+    `user_ids`, object (U,), must be ascending.
     """
     with workspace.open_input(path) as stream:
         file = pq.ParquetFile(stream)
@@ -77,7 +78,7 @@ def read_overlap(workspace: Workspace, path: str, user_ids: np.ndarray, first: i
 
 
 def _range(group: pq.RowGroupMetaData, name: str) -> tuple[Any, Any]:
-    """The least and the greatest value of a column of a row group; None where the file does not say."""
+    """Return the minimum and the maximum of a column of a row group; None for both if the file does not store them."""
     for place in range(group.num_columns):
         column = group.column(place)
         if column.path_in_schema.split(".")[0] == name:
@@ -87,7 +88,7 @@ def _range(group: pq.RowGroupMetaData, name: str) -> tuple[Any, Any]:
 
 
 def find_users(workspace: Workspace, path: str, user_ids: np.ndarray) -> Iterator[Histories]:
-    """The rows of some users of a file, out of the row groups that hold any; `user_ids`, object (U,), are ascending."""
+    """Yield the rows of `user_ids`, object (U,) ascending, in one file; row groups without these users are skipped."""
     with workspace.open_input(path) as stream:
         file = pq.ParquetFile(stream)
         for group in range(file.num_row_groups):
@@ -101,10 +102,11 @@ def find_users(workspace: Workspace, path: str, user_ids: np.ndarray) -> Iterato
 
 
 def merge_users(parts: Sequence[Histories]) -> Histories:
-    """Each user of the parts once, by ascending id, with all plays in the order of time.
+    """Return each user of the parts once, by ascending id, with all plays in the order of time.
 
-    Plays of the same moment stay in the order of the parts. What one part does not tell (contexts,
-    skips, likes) is none and false where another does. A like that two parts hold is one.
+    Plays of the same moment stay in the order of the parts. If only some parts have contexts, skips or likes,
+    the plays of the other parts count as without contexts, not skipped and not liked. A like that is in two parts is
+    kept once.
     """
     parts = [part for part in parts if len(part)]
     if len(parts) == 1:
@@ -115,7 +117,7 @@ def merge_users(parts: Sequence[Histories]) -> Histories:
 
 
 def _by_user(joined: Histories) -> Histories:
-    """The plays of rows that may be of the same user, in the order of users and time."""
+    """Merge the rows of each user into one, with users by ascending id and plays in the order of time."""
     user_ids, user = np.unique(joined.user_ids, return_inverse=True)
     owner = user[joined.rows]
     order = np.lexsort((joined.played_at, owner))
@@ -131,7 +133,7 @@ def _by_user(joined: Histories) -> Histories:
 
 
 def _distinct(likes: Histories) -> Histories:
-    """Likes by user and time without those of a song and a moment that came before."""
+    """Remove likes that repeat the user, the song and the moment of an earlier like."""
     order = np.lexsort((likes.songs, likes.played_at, likes.rows))
     keys = np.stack([likes.rows, likes.played_at, likes.songs])[:, order]
     first = np.ones(likes.num_plays, dtype=bool)
@@ -140,7 +142,7 @@ def _distinct(likes: Histories) -> Histories:
 
 
 def with_columns(histories: Histories, *, contexts: bool, skipped: bool, likes: bool) -> Histories:
-    """The histories with what is asked for: none and false where they do not tell."""
+    """Add each requested column that the histories lack: empty contexts, no skips, no likes."""
     if contexts and histories.contexts is None:
         histories = replace(histories, contexts=np.zeros(histories.num_plays, dtype=np.int32))
     if skipped and histories.skipped is None:
@@ -152,14 +154,14 @@ def with_columns(histories: Histories, *, contexts: bool, skipped: bool, likes: 
 
 
 class _Rows:
-    """The rows of one file, by ascending user id."""
+    """Reads the rows of one file and checks that they are sorted by ascending user id."""
 
     def __init__(self, path: str, batches: Iterator[Histories]) -> None:
         self._path, self._batches = path, batches
         self._batch = Histories.from_lists([], [])
 
     def last_id(self) -> str | None:
-        """The last user of the batch at hand, read where there is none; None at the end of the file."""
+        """Return the last user of the current batch, after reading a batch if needed; None at the end of the file."""
         if not len(self._batch):
             last, self._batch = self._last(), next(self._batches, self._batch)
             ids = self._batch.user_ids
@@ -170,7 +172,7 @@ class _Rows:
         return self._last()
 
     def take_up_to(self, user_id: str) -> Histories:
-        """The rows at hand up to a user."""
+        """Remove the rows up to and including `user_id` from the current batch, and return them."""
         end = int(np.searchsorted(self._batch.user_ids, user_id, side="right"))
         batch, self._batch = self._batch.take(np.arange(end)), self._batch.take(np.arange(end, len(self._batch)))
         return batch
@@ -189,9 +191,10 @@ def _read_file(workspace: Workspace, path: str, users_per_batch: int) -> Iterato
 
 
 def _spans(metadata: pq.FileMetaData) -> Iterator[list[int]]:
-    """Row groups that follow each other, as many as hold PLAYS_PER_READ plays: a batch never leaves its span.
+    """Yield lists of consecutive row groups that hold at most PLAYS_PER_READ plays together, or one large row group.
 
-    Row groups are cut by plays, so that a batch of users with long histories holds fewer of them.
+    A batch is read from one list only. Because row groups are cut by plays, a batch of users with long histories holds
+    fewer users.
     """
     held: list[int] = []
     plays = 0
@@ -207,7 +210,7 @@ def _spans(metadata: pq.FileMetaData) -> Iterator[list[int]]:
 
 
 def _alike(parts: Sequence[Histories]) -> list[Histories]:
-    """The parts with the same columns."""
+    """Return the parts with the same columns, and without totals."""
     has_contexts = any(part.contexts is not None for part in parts)
     has_skipped = any(part.skipped is not None for part in parts)
     has_likes = any(part.likes is not None for part in parts)
@@ -220,7 +223,7 @@ def _alike(parts: Sequence[Histories]) -> list[Histories]:
 class Dataset:
     """Reads the data set of a workspace, bucket by bucket.
 
-    Raises `NotFoundError` where nothing was imported and `DamagedArtifactError` for another schema version.
+    Raises `NotFoundError` if nothing was imported, and `DamagedArtifactError` if the schema version is another one.
     """
 
     def __init__(self, workspace: Workspace) -> None:
@@ -233,12 +236,12 @@ class Dataset:
 
     @property
     def num_songs(self) -> int:
-        """N: rows of the song table."""
+        """N: the number of rows of the song table."""
         return self.manifest.songs
 
     @property
     def lineage(self) -> str:
-        """The same for all data sets that agree on the rows of the songs they share."""
+        """An id that is equal for data sets in which each common song has the same row."""
         return self.manifest.lineage or self.manifest.id
 
     def bucket_of(self, user_ids: np.ndarray) -> np.ndarray:
@@ -246,51 +249,51 @@ class Dataset:
         return bucket_of(user_ids, self.manifest.buckets)
 
     def descends_from(self, dataset_id: str) -> bool:
-        """True for the data set itself and those that it begins with: what was made of them stays of use.
+        """True if `dataset_id` is this data set or an earlier version of it, whose artifacts can still be used.
 
-        Song rows agree, songs from their number on are new, and their plays are the first parts.
+        Songs of the earlier version keep their rows, new songs follow after them, and its plays are the first parts.
         """
         return self.manifest.descends_from(dataset_id)
 
     def earlier(self, dataset_id: str) -> DatasetManifest:
-        """The manifest of the data set itself or of one that it descends from."""
+        """Return the manifest of this data set or of one that it descends from."""
         return earlier_version(self.workspace, self.manifest, dataset_id)
 
     def read_bucket(self, bucket: int, users_per_batch: int = 5_000, *, first_part: int = 0) -> Iterator[Histories]:
-        """The histories of one bucket in batches, each user once, by ascending id.
+        """Yield the histories of one bucket in batches, each user once, by ascending id.
 
-        With `first_part` the plays of that part and later ones alone, of users who have any. A batch holds at most
-        `users_per_batch` users, fewer where histories are long: memory is bounded by 1 M plays of each
-        part and the longest history.
+        With `first_part`, read only the plays of that part and later ones, and only users who have such plays. A batch
+        holds at most `users_per_batch` users, fewer if histories are long: memory is bounded by 1 million plays per
+        part plus the longest history.
         """
         files = self.manifest.histories_files(bucket, first_part)
         for histories in read_files(self.workspace, files, users_per_batch):
-            if first_part and histories.likes is not None:  # some may only have liked songs since
+            if first_part and histories.likes is not None:  # drop users who have likes but no plays in these parts
                 histories = histories.take(histories.lengths > 0)
             yield self._with_columns(histories)
 
     def bucket_users(self, bucket: int, first_part: int = 0, *, parts: int | None = None) -> np.ndarray:
-        """object (U,), ascending: the users of a bucket with plays or likes in `first_part` up to `parts`."""
+        """object (U,), ascending: the users of a bucket with plays or likes in parts `first_part` to `parts` - 1."""
         files = self.manifest.histories_files(bucket, first_part, parts)
         ids = [read_users(self.workspace, path) for path in files]
         return np.unique(np.concatenate([np.zeros(0, dtype=object), *ids]))
 
     def read_all(self, users_per_batch: int = 5_000) -> Iterator[Histories]:
-        """The histories of all buckets in batches."""
+        """Yield the histories of all buckets in batches."""
         for bucket in range(self.manifest.buckets):
             yield from self.read_bucket(bucket, users_per_batch)
 
     def history(self, user_id: str) -> Histories:
-        """One user's history. Raises `NotFoundError` for a user who is not there."""
+        """Return one user's history. Raises `NotFoundError` for a user without plays and likes."""
         history = self.histories([user_id])
         if not (history.num_plays or (history.likes is not None and history.likes.num_plays)):
             raise NotFoundError(f"User {user_id!r} not found in the data set; check the ID or import the user's plays")
         return history
 
     def histories(self, user_ids: Sequence[str]) -> Histories:
-        """Those of users, in their order, without plays for one who is not there; a file is opened once.
+        """Return the histories of `user_ids`, in that order; unknown users have no plays. Each file is opened once.
 
-        Deleted users are not there, whether their plays are erased already or not.
+        Deleted users are unknown, even if their plays are not erased yet.
         """
         ids = np.array([spell_id(user_id) or user_id for user_id in user_ids], dtype=object)
         buckets = self.bucket_of(ids)
@@ -308,7 +311,7 @@ class Dataset:
         return self._with_columns(joined.take(np.array([row_of[user_id] for user_id in ids.tolist()], dtype=np.int64)))
 
     def _with_columns(self, histories: Histories) -> Histories:
-        """With the columns of the data set, also where an earlier part came without them."""
+        """Add the columns of the data set that the parts of these histories lack."""
         if self.manifest.parts == 1:
             return histories
         manifest = self.manifest
@@ -317,7 +320,7 @@ class Dataset:
         )
 
     def read_playlists(self, playlists_per_batch: int = 5_000) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Playlists in batches: songs int32 (P,) and offsets int64 (playlists + 1,)."""
+        """Yield playlists in batches: songs int32 (P,) and offsets int64 (playlists + 1,)."""
         for path in self.playlist_files():
             yield from self.read_playlist_file(path, playlists_per_batch)
 
@@ -328,7 +331,7 @@ class Dataset:
     def read_playlist_file(
         self, path: str, playlists_per_batch: int = 5_000
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The playlists of one file, as `read_playlists` gives them."""
+        """Yield the playlists of one file in the form of `read_playlists`."""
         with self.workspace.open_input(path) as stream:
             for batch in pq.ParquetFile(stream).iter_batches(batch_size=playlists_per_batch):
                 lists = batch.column(columns.SONGS)
@@ -336,9 +339,9 @@ class Dataset:
                 yield lists.flatten().to_numpy(), offsets - offsets[0]
 
     def catalog(self) -> Catalog:
-        """The song table, in memory, with what songs were described by.
+        """Return the song table, in memory, with the descriptions of songs.
 
-        Without songs that an unfinished import has put behind it.
+        Songs that an unfinished import has already appended to the table are left out.
         """
         table = read_songs(self.workspace, self.manifest)
         for description in self.descriptions():
@@ -346,9 +349,9 @@ class Dataset:
         return Catalog(table)
 
     def model(self, model_id: str | None = None) -> Manifest:
-        """A model of this data set, or of one that it descends from; the current one unless named.
+        """Return a model of this data set or of one that it descends from; the current model by default.
 
-        Raises `NotFoundError` where there is none, `MismatchError` for one of other data.
+        Raises `NotFoundError` if there is none, and `MismatchError` for a model of other data.
         """
         model = (
             artifacts.load_manifest(self.workspace, "models", model_id)
@@ -363,10 +366,10 @@ class Dataset:
         return model
 
     def newest_base(self, kind: str, fits: Callable[[Manifest], bool]) -> tuple[int, Manifest | None]:
-        """The artifact to continue from, and the part from which on plays are new to it; (0, None) where there is none.
+        """Return the first part that is new to the artifact to continue from, and that artifact; (0, None) without one.
 
-        It is the newest of those that know the most parts of this data set's plays. An artifact whose last part was
-        joined with later ones is not among them, since the new plays cannot be read alone.
+        It is the newest of the artifacts that know the most parts of this data set's plays. An artifact is left out if
+        its last part was joined with later ones, because the new plays cannot be read alone.
         """
         known = [
             (self.earlier(artifact.inputs["dataset"]).parts, artifact)
@@ -377,12 +380,12 @@ class Dataset:
         return max(reversed(readable), key=lambda each: each[0], default=(0, None))
 
     def descriptions(self) -> list[Manifest]:
-        """What songs were described by, of this data set or those that it descends from, oldest first."""
+        """Return the descriptions of songs, of this data set and of those that it descends from, oldest first."""
         manifests = artifacts.listing(self.workspace, DESCRIPTIONS)
         return [each for each in manifests if self.descends_from(each.inputs["dataset"])]
 
     def content(self) -> Content:
-        """The content vectors of the catalog's songs."""
+        """Return the content vectors of the catalog's songs."""
         table = read_songs(self.workspace, self.manifest, [columns.SONG_ID])
         return Content.load(self.workspace, self.descriptions(), columns.one_array(table.column(columns.SONG_ID)))
 
@@ -394,15 +397,15 @@ def bucket_of(user_ids: np.ndarray, buckets: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ForgottenUsers:
-    """Deleted users: hidden at once, and kept from coming back with old plays.
+    """Deleted users: they are hidden at once, and their old plays are never accepted again.
 
-    An entry is a digest of a user's id and the moment of the deletion. Plays up to that moment are never taken again,
-    by an import, a load or a request; later ones are those of a new user. New entries are empty files, so that any
-    process may add one without a lock. They wait there until a compaction has erased the users' rows, and then move to
-    one list.
+    An entry is a digest of a user's id and the moment of the deletion. Imports, loads and requests reject plays up to
+    that moment; later plays are those of a new user. A new entry is an empty file, so that any process can add one
+    without a lock. After a compaction has erased the users' rows, their entries move to one list.
 
-    The digest has no key: every replica and every later import must come to the same one, and a key that all of them
-    read would lie beside the list. It hides ids from whoever reads the list, not from one who guesses an id.
+    The digest has no key: every replica and every later import must compute the same digest, and a key that all of them
+    read would be stored next to the list. The digest hides an id from a reader of the list, but not from someone who
+    guesses the id.
     """
 
     moments: Mapping[str, int]  # digest of a user's id -> ms UTC of the last deletion
@@ -423,7 +426,7 @@ class ForgottenUsers:
         return deleted
 
     def scrub(self, value: Any) -> Any:
-        """A JSON value in which each text that is the id of a deleted user, or a path with it, is empty."""
+        """Return a JSON value with an empty text for each text that is a deleted user's id or a path with one."""
         if isinstance(value, str):
             return "" if self._is_named(value) else value
         if isinstance(value, Mapping):
@@ -432,7 +435,7 @@ class ForgottenUsers:
 
     def _is_named(self, text: str) -> bool:
         parts = [text, *text.split("/")]
-        # A file may be named after its user, with endings such as .csv.gz behind.
+        # A file may be named after its user, followed by extensions such as .csv.gz.
         parts += [part[:place] for part in parts for place, letter in enumerate(part) if letter == "." and place]
         return any(user_digest(user) in self.moments for part in parts if (user := spell_id(part)) is not None)
 
@@ -441,29 +444,29 @@ NOBODY = ForgottenUsers({})
 
 
 def user_digest(user_id: str) -> str:
-    """32 hex digits that stand for a user's id; the id cannot be read from them."""
+    """Return 32 hex digits that identify a user; the id cannot be derived from them."""
     return blake2b(user_id.encode("utf-8", "surrogatepass"), digest_size=16, person=PURPOSE).hexdigest()
 
 
 def mark_forgotten(workspace: Workspace, user_ids: Sequence[str], at: int) -> None:
-    """Add users to the list, known or not, deleted at a moment, ms UTC. From now on they are hidden."""
+    """Record that users, known or unknown, were deleted at the moment `at`, ms UTC. They are hidden from now on."""
     for user_id in user_ids:
         workspace.write_bytes(f"{WAITING}/{user_digest(user_id)}-{at}", b"")
 
 
 def read_waiting(workspace: Workspace) -> ForgottenUsers:
-    """The deleted users whose rows are not erased yet, by one listing."""
+    """Return the deleted users whose rows are not erased yet, from one listing of files."""
     return _latest(_entry(path) for path in workspace.files(WAITING))
 
 
 def read_forgotten(workspace: Workspace) -> ForgottenUsers:
-    """All deleted users."""
+    """Return all deleted users."""
     erased = workspace.read_json(ERASED) if workspace.exists(ERASED) else {}
     return _latest([*erased.items(), *read_waiting(workspace).moments.items()])
 
 
 def mark_erased(workspace: Workspace, waiting: ForgottenUsers) -> None:
-    """Note that the rows of users are erased. Entries that came meanwhile stay; may be repeated at any point."""
+    """Record that the rows of the users in `waiting` are erased. Newer entries stay. Safe to repeat if interrupted."""
     erased = workspace.read_json(ERASED) if workspace.exists(ERASED) else {}
     workspace.write_json(ERASED, dict(_latest([*erased.items(), *waiting.moments.items()]).moments))
     for path in workspace.files(WAITING):

@@ -1,6 +1,6 @@
-"""Histories: many users' plays as flat arrays plus offsets, the form in which plays travel; and ragged arrays.
+"""Histories, the plays of many users as flat arrays plus offsets; queries; and hashes of user ids.
 
-U users, P plays of all of them together, Q queries.
+U users, P plays of all users together, Q queries.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import pyarrow as pa
 from rayrec.data import columns
 from rayrec.data.ragged import offsets_of, ranges
 
-HASH_KEY = "rayrec user hash"  # 16 bytes; fixed for ever, since buckets on disk depend on it
+HASH_KEY = "rayrec user hash"  # 16 bytes; must never change, because buckets on disk depend on it
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -24,13 +24,13 @@ def user_hash(user_ids: Sequence[str] | np.ndarray, salt: str = "") -> np.ndarra
 
 
 def uniform_draws(hashes: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """float64 in [0, 1): one number for each hash and step, uint64 arrays that broadcast; always the same one."""
+    """float64 in [0, 1): one number for each hash and step, uint64 arrays that broadcast; the same in every run."""
     bits = _mixed(hashes + steps.astype(np.uint64) * _GOLDEN)
     return np.asarray((bits >> np.uint64(11)) * 2.0**-53)
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): a counter in, random bits out."""
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): turns a counter into random bits."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(values ^ (values >> np.uint64(31)))
@@ -38,7 +38,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Histories:
-    """The plays of U users in the order of time. Row u's plays stand at offsets[u]:offsets[u + 1]."""
+    """The plays of U users in the order of time. The plays of row u are at offsets[u]:offsets[u + 1]."""
 
     user_ids: np.ndarray  # object (U,), strings
     offsets: np.ndarray  # int64 (U + 1,), from 0 to P
@@ -46,8 +46,8 @@ class Histories:
     played_at: np.ndarray  # int64 (P,), ms since 1970 UTC, ascending within a user
     contexts: np.ndarray | None = None  # int32 (P,), bit sets
     skipped: np.ndarray | None = None  # bool (P,)
-    likes: "Histories | None" = None  # the songs that each of these users liked, and when, as plays of a like each
-    totals: np.ndarray | None = None  # int64 (U,), plays each user has in all, of which these are the first
+    likes: "Histories | None" = None  # the songs that each user liked, and when, with one play per like
+    totals: np.ndarray | None = None  # int64 (U,), number of all plays of each user, of which these are the first
 
     def __post_init__(self) -> None:
         if len(self.offsets) != len(self.user_ids) + 1:
@@ -68,22 +68,22 @@ class Histories:
 
     @property
     def num_plays(self) -> int:
-        """P."""
+        """P: the number of plays."""
         return int(self.offsets[-1])
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 (U,): plays of each user."""
+        """int64 (U,): the number of plays of each user."""
         return np.diff(self.offsets)
 
     @property
     def rows(self) -> np.ndarray:
-        """int64 (P,): the row of the user of each play."""
+        """int64 (P,): the user's row of each play."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
     @property
     def places(self) -> np.ndarray:
-        """int64 (P,): the place of each play in its user's history, from 0."""
+        """int64 (P,): the position of each play in its user's history, from 0."""
         places: np.ndarray = np.arange(self.num_plays) - np.repeat(self.offsets[:-1], self.lengths)
         return places
 
@@ -97,7 +97,7 @@ class Histories:
         skipped: Sequence[Sequence[bool]] | None = None,
         likes: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> "Histories":
-        """From one list per user, in the order of time; users are named 0, 1, 2 ... unless named.
+        """Create from one list per user, in the order of time; `user_ids` are 0, 1, 2 ... by default.
 
         `likes` are pairs of a song and the moment at which the user liked it, ms UTC.
         """
@@ -122,7 +122,7 @@ class Histories:
 
     @classmethod
     def from_arrow(cls, batch: pa.Table | pa.RecordBatch) -> "Histories":
-        """From rows of the histories schema, without a loop over rows."""
+        """Create from rows of the histories schema, without a loop over rows."""
         table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
         table = table.combine_chunks()
 
@@ -158,7 +158,7 @@ class Histories:
         )
 
     def to_arrow(self) -> pa.Table:
-        """Rows of the histories schema; contexts, skipped, likes and totals only where there are any."""
+        """Return rows of the histories schema; contexts, skipped, likes and totals only if they are not None."""
 
         def lists(values: np.ndarray, offsets: np.ndarray = self.offsets) -> pa.Array:
             return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
@@ -180,7 +180,7 @@ class Histories:
         return table if self.totals is None else table.append_column(columns.TOTAL, pa.array(self.totals))
 
     def keep(self, mask: np.ndarray) -> "Histories":
-        """The plays where `mask`, bool (P,), is true, and all likes; every user stays, some perhaps without plays."""
+        """Return the plays where `mask`, bool (P,), is true, and all likes; users without such plays stay."""
         counts = offsets_of(mask)
         return replace(
             self,
@@ -192,7 +192,7 @@ class Histories:
         )
 
     def span(self, first: int, last: int) -> "Histories":
-        """Of each user the plays from place `first` up to `last`; costs as much as these, however many there are."""
+        """Return each user's plays at positions `first` to `last` - 1; the cost does not depend on the other plays."""
         begin = np.minimum(self.offsets[:-1] + first, self.offsets[1:])
         lengths = np.minimum(self.offsets[:-1] + last, self.offsets[1:]) - begin
         offsets, plays = offsets_of(lengths), ranges(begin, lengths)
@@ -206,7 +206,7 @@ class Histories:
         )
 
     def take(self, rows: np.ndarray) -> "Histories":
-        """The users at `rows`, int (R,) or bool (U,), in that order."""
+        """Return the users at `rows`, int (R,) or bool (U,), in that order."""
         rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=np.int64)
         lengths = self.lengths[rows]
         offsets, plays = offsets_of(lengths), ranges(self.offsets[rows], lengths)
@@ -222,21 +222,21 @@ class Histories:
         )
 
     def before(self, cut: int | None) -> "Histories":
-        """The plays and likes before `cut` (ms UTC; None: all) of the users who have plays then."""
+        """Return the plays and likes before `cut` (ms UTC; None: all) of the users with such plays."""
         earlier = self if cut is None else self.keep(self.played_at < cut)
         if earlier.likes is not None and cut is not None:
             earlier = replace(earlier, likes=earlier.likes.keep(earlier.likes.played_at < cut))
         return earlier.take(earlier.lengths > 0)
 
     def last_songs(self, count: int) -> list[np.ndarray]:
-        """The last `count` songs of each user, int32, oldest first."""
+        """Return the last `count` songs of each user, int32, oldest first."""
         ends = self.offsets[1:]
         starts = np.maximum(self.offsets[:-1], ends - count)
         return [self.songs[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def concatenate(parts: Sequence[Histories]) -> Histories:
-    """One batch of the users of all parts. Contexts, skips, likes and totals stay where every part has them."""
+    """Return the users of all parts as one batch. Contexts, skips, likes and totals stay if every part has them."""
     parts = [part for part in parts if len(part)]
     if not parts:
         return Histories.from_lists([], [])
@@ -262,34 +262,34 @@ def concatenate(parts: Sequence[Histories]) -> Histories:
 
 @dataclass(frozen=True, kw_only=True)
 class Queries:
-    """Q requests for recommendations: each is asked of one user after a number of that user's plays.
+    """Q requests for recommendations, each for one user after a number of that user's plays.
 
-    The plays after that number are there in the histories but must not be used to answer.
+    The histories may hold later plays, which must not be used to answer.
     """
 
     rows: np.ndarray  # int64 (Q,), row of the user in the histories
-    seen: np.ndarray  # int64 (Q,), how many of the user's plays come before the request, at least 0
+    seen: np.ndarray  # int64 (Q,), number of the user's plays before the request, at least 0
     at: np.ndarray  # int64 (Q,), ms UTC, the moment of the request
-    # float32 (Q, state layers, H): where a taste network stands after the last of the plays seen, if that is
-    # stored. It then runs over no plays, and the histories may leave out early ones.
+    # float32 (Q, state layers, H): the state of a taste network after the last of the plays seen, if it is
+    # stored. The network then runs over no plays, and the histories may lack early plays.
     hidden: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, which: np.ndarray | slice) -> "Queries":
-        """Some of the queries."""
+        """Return the queries at `which`."""
         hidden = None if self.hidden is None else self.hidden[which]
         return Queries(rows=self.rows[which], seen=self.seen[which], at=self.at[which], hidden=hidden)
 
     @classmethod
     def at_end(cls, histories: Histories, at: int | np.ndarray, hidden: np.ndarray | None = None) -> "Queries":
-        """One query per user, after all plays, at time `at` (ms UTC), one for all or one each."""
+        """Return one query per user, after all plays, at the moment `at` (ms UTC), one for all users or one each."""
         moments = np.broadcast_to(np.asarray(at, dtype=np.int64), (len(histories),))
         return cls(rows=np.arange(len(histories)), seen=histories.lengths, at=moments, hidden=hidden)
 
     @classmethod
     def before_plays(cls, histories: Histories, plays: np.ndarray) -> "Queries":
-        """The queries whose answers are the plays at positions `plays`, int (Q,), of the flat arrays."""
+        """Return the queries whose targets are the plays at positions `plays`, int (Q,), of the flat arrays."""
         rows = np.searchsorted(histories.offsets, plays, side="right") - 1
         return cls(rows=rows, seen=plays - histories.offsets[rows], at=histories.played_at[plays])

@@ -1,8 +1,8 @@
-"""What a server answered and what users then did, as Parquet files that its replicas add to.
+"""The log of a server's answers and of what users did afterwards, as Parquet files that its replicas write.
 
-Two kinds of rows: answers (whom, when, by which release and arm, which songs) and events (plays, skips and likes that
-users sent afterwards). Each replica collects rows in memory and writes a file of them every few seconds, from a thread
-of its own: an answer never waits for a disk, and fails for none. Rows of deleted users are hidden from all readers at
+There are two kinds of rows: answers (user, time, release, arm and songs) and events (plays, skips and likes that users
+sent afterwards). Each replica collects rows in memory and writes them to a new file every few seconds, in a separate
+thread, so that no answer waits for a disk or fails because of one. Rows of deleted users are hidden from all readers at
 once, and left out of files written later; `erase_impressions` removes those in older files.
 """
 
@@ -27,14 +27,14 @@ from rayrec.errors import NotFoundError
 from rayrec.storage.workspace import IMPRESSIONS, Workspace
 
 Kind = Literal["answers", "events"]
-Outcome = Literal["written", "dropped", "expired"]  # dropped: never written; expired: deleted for newer ones
+Outcome = Literal["written", "dropped", "expired"]  # dropped: never written; expired: deleted to make room
 KINDS: tuple[Kind, ...] = get_args(Kind)
-FILE_ROWS = 10_000  # that are written without waiting longer
-MEMORY_BYTES = 64 << 20  # of rows that wait to be written, about
-ROW_BYTES, SONG_BYTES = 1_000, 80  # of one row in memory, and of each song in it, about
-RETRY_SECONDS = 1.0  # before rows that could not be written are tried again
-JOINED_BYTES = 64 << 20  # of a file that a compaction makes, at most
-PRUNE_SHARE = 1 / 64  # of the bound on disk: a replica that has written so much looks at the whole log again
+FILE_ROWS = 10_000  # waiting rows that are written at once, before the usual interval ends
+MEMORY_BYTES = 64 << 20  # limit of the rows that wait to be written, approximate
+ROW_BYTES, SONG_BYTES = 1_000, 80  # approximate size in memory of one row, and of each song in it
+RETRY_SECONDS = 1.0  # pause before rows that could not be written are tried again
+JOINED_BYTES = 64 << 20  # maximum size of a file that a compaction makes
+PRUNE_SHARE = 1 / 64  # share of the limit on disk that a replica writes before it checks the size of the log again
 
 _MOMENT = pa.timestamp("ms", tz="UTC")
 SCHEMAS: Mapping[Kind, pa.Schema] = {
@@ -42,16 +42,16 @@ SCHEMAS: Mapping[Kind, pa.Schema] = {
         [
             pa.field("recommendation_id", pa.string(), nullable=False),
             pa.field("request_id", pa.string()),
-            pa.field("user_id", pa.string()),  # null where the request had a history instead
-            pa.field("moment", _MOMENT, nullable=False),  # when it was answered
-            pa.field("at", _MOMENT, nullable=False),  # the moment that it is for
+            pa.field("user_id", pa.string()),  # null if the request had a history instead
+            pa.field("moment", _MOMENT, nullable=False),  # when the request was answered
+            pa.field("at", _MOMENT, nullable=False),  # the moment that the request is for
             pa.field("release", pa.string(), nullable=False),
             pa.field("experiment", pa.string()),
             pa.field("arm", pa.string()),
-            pa.field("first", pa.int32(), nullable=False),  # songs of the ranking before these
+            pa.field("first", pa.int32(), nullable=False),  # number of songs of earlier pages of the ranking
             pa.field("song_ids", pa.list_(pa.string()), nullable=False),
             pa.field("explored", pa.list_(pa.bool_())),  # which of the songs were drawn instead of ranked
-            pa.field("probability", pa.list_(pa.float64())),  # with which each stands in the answer
+            pa.field("probability", pa.list_(pa.float64())),  # that an explored song is shown; null for other songs
         ]
     ),
     "events": pa.schema(
@@ -60,7 +60,7 @@ SCHEMAS: Mapping[Kind, pa.Schema] = {
             pa.field("user_id", pa.string(), nullable=False),
             pa.field("song_id", pa.string(), nullable=False),
             pa.field("type", pa.string(), nullable=False),  # play, skip or like
-            pa.field("moment", _MOMENT, nullable=False),  # when it was sent
+            pa.field("moment", _MOMENT, nullable=False),  # when the event was sent
             pa.field("played_at", _MOMENT, nullable=False),
             pa.field("skipped", pa.bool_(), nullable=False),
             pa.field("share_listened", pa.float64()),
@@ -73,15 +73,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LogBounds:
-    """How much a log may hold."""
+    """The limits of a log."""
 
-    seconds: float  # between two files of a replica: a killed one loses the rows of this time at most
-    rows: int  # in the memory of a replica, beside `MEMORY_BYTES`
-    disk_bytes: int  # of all files; the oldest are deleted
+    seconds: float  # between two files of a replica; a killed replica loses at most the rows of this time
+    rows: int  # maximum in the memory of a replica, in addition to the limit `MEMORY_BYTES`
+    disk_bytes: int  # maximum of all files; the oldest files are deleted
 
 
 class ImpressionLog:
-    """Collects the rows of one replica and writes them. `add` never blocks and raises nothing."""
+    """Collects the rows of one replica and writes them. `add` never waits for a write and raises no errors."""
 
     def __init__(
         self,
@@ -90,25 +90,25 @@ class ImpressionLog:
         bounds: LogBounds,
         count: Callable[[Kind, Outcome, int], None] = lambda kind, outcome, rows: None,
     ) -> None:
-        """`writer` is unique among the replicas; `count` receives what became of how many rows."""
+        """`writer` is unique among the replicas; `count` receives a kind, an outcome and the number of its rows."""
         self._workspace, self._bounds, self._count = workspace, bounds, count
         self._writer = re.sub(r"[^A-Za-z0-9]+", "-", writer)
-        self._lock = threading.Lock()  # of the rows
-        self._writing = threading.Lock()  # of the files
-        self._rows: dict[Kind, deque[tuple[dict[str, Any], int]]] = {kind: deque() for kind in KINDS}  # with bytes
+        self._lock = threading.Lock()  # guards the rows
+        self._writing = threading.Lock()  # guards the files
+        self._rows: dict[Kind, deque[tuple[dict[str, Any], int]]] = {kind: deque() for kind in KINDS}  # with sizes
         self._bytes = self._files = 0
-        self._unseen = math.inf  # bytes written since the whole log was looked at
+        self._unseen = math.inf  # bytes written since the size of the log was checked
         self._due, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="rayrec-impressions", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        """Rows that are not written yet."""
+        """The number of rows that are not written yet."""
         return sum(map(len, self._rows.values()))
 
     def add(self, kind: Kind, row: dict[str, Any]) -> bool:
-        """Take a row of the kind's schema, moments as ms UTC; False where it is dropped because too many wait."""
+        """Add a row of the kind's schema, with moments in ms UTC; False if it is dropped because too many rows wait."""
         size = ROW_BYTES + SONG_BYTES * len(row.get("song_ids", ()))
         with self._lock:
             has_room = self.waiting < self._bounds.rows and self._bytes + size <= MEMORY_BYTES
@@ -122,7 +122,7 @@ class ImpressionLog:
         return has_room
 
     def flush(self) -> None:
-        """Write the rows that wait. Where a file fails its rows stay, and are written with the next."""
+        """Write the waiting rows. If a file cannot be written, its rows stay and are written with the next file."""
         with self._writing:
             for kind in KINDS:
                 self._write(kind)
@@ -132,7 +132,7 @@ class ImpressionLog:
                     self._count(kind, "expired", expired)
 
     def close(self) -> None:
-        """Write what waits, and end the thread."""
+        """Write the waiting rows and stop the thread."""
         self._closed.set()
         self._due.set()
         self._thread.join()
@@ -163,7 +163,7 @@ class ImpressionLog:
             closing = self._closed.is_set()
             try:
                 self.flush()
-            except Exception as error:  # whatever is wrong with the storage, requests are answered
+            except Exception as error:  # requests must be answered, whatever is wrong with the storage
                 log.warning("impressions cannot be written, %d rows wait: %s", self.waiting, error)
                 self._closed.wait(RETRY_SECONDS)
             if closing:
@@ -171,26 +171,26 @@ class ImpressionLog:
 
 
 def read_impressions(workspace: Workspace, kind: Kind, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """The rows of one kind, a table for each file, the oldest first, without those of deleted users."""
+    """Yield the rows of one kind, one table per file, oldest file first, without rows of deleted users."""
     forgotten = read_forgotten(workspace)
     needed = columns and list(dict.fromkeys([*columns, "user_id", "moment"]))
     for path in log_files(workspace, kind):
         try:
             table = _without(workspace.read_table(path, needed), forgotten)
-        except NotFoundError:  # deleted for newer ones since it was listed
+        except NotFoundError:  # deleted to make room since it was listed
             continue
         yield table.select(columns) if columns else table
 
 
 def log_files(workspace: Workspace, kind: Kind | None = None) -> dict[str, int]:
-    """The files of one kind, or of both, with their bytes, the oldest first."""
+    """Return the files of one kind, or of both kinds, with their sizes in bytes, oldest first."""
     sizes = workspace.sizes(f"{IMPRESSIONS}/{kind}" if kind else IMPRESSIONS)
     files = [path for path in sizes if path.endswith(".parquet")]
     return {path: sizes[path] for path in sorted(files, key=lambda path: path.rpartition("/")[2])}
 
 
 def prune(workspace: Workspace, most: int) -> dict[Kind, int]:
-    """Delete the oldest files until all together have at most so many bytes; how many rows of each kind."""
+    """Delete the oldest files until the log has at most `most` bytes; return the number of rows lost of each kind."""
     files = log_files(workspace)
     total, expired = sum(files.values()), dict.fromkeys(KINDS, 0)
     for path, size in files.items():
@@ -199,7 +199,7 @@ def prune(workspace: Workspace, most: int) -> dict[Kind, int]:
         try:
             with workspace.open_input(path) as stream:
                 rows = pq.ParquetFile(stream).metadata.num_rows
-        except NotFoundError:  # another replica was first
+        except NotFoundError:  # another replica has deleted it
             rows = 0
         workspace.delete(path)
         expired[_kind(path)] += rows
@@ -208,7 +208,7 @@ def prune(workspace: Workspace, most: int) -> dict[Kind, int]:
 
 
 def erase_impressions(workspace: Workspace) -> int:
-    """Delete the rows of deleted users from all files; how many."""
+    """Delete the rows of deleted users from all files; return their number."""
     forgotten, erased = read_forgotten(workspace), 0
     for path in log_files(workspace):
         try:
@@ -220,16 +220,16 @@ def erase_impressions(workspace: Workspace) -> int:
                 workspace.write_table(path, _without(workspace.read_table(path), forgotten))
             else:
                 workspace.delete(path)
-        except NotFoundError:  # deleted for newer ones since it was listed
+        except NotFoundError:  # deleted to make room since it was listed
             continue
         erased += users.num_rows - rows_left
     return erased
 
 
 def compact_impressions(workspace: Workspace) -> None:
-    """Join the files of each day before today into few.
+    """Join the files of each day before today into a few.
 
-    One caller at a time. A killed one may leave rows twice, under the same ids.
+    Only one process may do so at a time. If it is killed, some rows may be stored twice, with the same ids.
     """
     today = f"day={iso_moment(now_ms())[:10]}"
     for kind in KINDS:
@@ -238,7 +238,7 @@ def compact_impressions(workspace: Workspace) -> None:
             folder, group = path.rpartition("/")[0], 0
             while (folder, group) in groups and sum(groups[folder, group].values()) + size > JOINED_BYTES:
                 group += 1
-            if not folder.endswith(today):  # where replicas still write
+            if not folder.endswith(today):  # replicas still write to the folder of today
                 groups.setdefault((folder, group), {})[path] = size
         for files in groups.values():
             if len(files) > 1:
@@ -249,7 +249,7 @@ def _join(workspace: Workspace, paths: list[str]) -> None:
     """Put the rows of all files into the first one."""
     try:
         table = pa.concat_tables([workspace.read_table(path) for path in paths])
-    except NotFoundError:  # deleted for newer ones since they were listed
+    except NotFoundError:  # deleted to make room since they were listed
         return
     workspace.write_table(paths[0], table)
     for path in paths[1:]:
@@ -257,7 +257,7 @@ def _join(workspace: Workspace, paths: list[str]) -> None:
 
 
 def _without(table: pa.Table, forgotten: ForgottenUsers) -> pa.Table:
-    """A table without rows of deleted users from before their deletion."""
+    """Return a table without the rows of deleted users up to their deletion."""
     if not forgotten:
         return table
     users = table.column("user_id").combine_chunks().dictionary_encode()

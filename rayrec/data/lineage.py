@@ -1,4 +1,4 @@
-"""What a workspace holds, what was made from what, and what of it may be deleted."""
+"""The contents of a workspace, which artifact was made from which, and the files that may be deleted."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -48,10 +48,10 @@ DATASET_FIGURES = (
 
 
 def status(workspace: Workspace) -> dict[str, Any]:
-    """Plain values: the data set's figures or None, the splits, every artifact by kind, current and live ids.
+    """Return plain values: the data set's figures or None, the splits, every artifact by kind, current and live ids.
 
-    Times of plays are ms UTC, sizes bytes. An artifact's `figures` are the plain numbers that its stage reported. The
-    `created_at` of a split is when it was last requested.
+    Times of plays are in ms UTC, sizes in bytes. An artifact's `figures` are the numbers and texts that its stage
+    reported. The `created_at` of a split is the time of its last request.
     """
     active = releases.active_release(workspace)
     return {
@@ -84,7 +84,7 @@ def _dataset(workspace: Workspace) -> dict[str, Any] | None:
 
 
 def _file(workspace: Workspace, path: str) -> dict[str, Any]:
-    """Bytes and time of the last change of a file."""
+    """Return the size in bytes and the time of the last change of a file."""
     info = workspace.filesystem.get_file_info(workspace.full(path))
     changed = datetime.fromtimestamp((info.mtime_ns or 0) / 1e9, timezone.utc)
     return {"bytes": info.size, "created_at": changed.isoformat()}
@@ -111,19 +111,20 @@ class Garbage:
 
 
 class CleanConfig(Settings):
-    """What to keep."""
+    """What `rayrec clean` keeps."""
 
     keep: int = Field(3, ge=1, description="Releases requested last to keep beside the live one and the one before it")
     hours: float = Field(24.0, ge=0, description="Keep files changed within this many hours")
 
 
 def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
-    """What no release in use refers to: live, live before, reported by a replica, or among those requested last.
+    """Return the artifacts and files that no release in use refers to.
 
-    What was made after the newest release stays too, and what later commands start from; of the recommendations for all
-    users those of each model in use that were requested last. Everything stays for some hours, with what it was made
-    of: a reader may still use what was replaced. Raises `InputError` where there is no release, since nothing says then
-    what is of use.
+    A release is in use if it is live, if a rollback would make it live, if a replica reports it, or if it is among the
+    most recently requested ones. Artifacts made after the newest release are also kept, and so are the artifacts that
+    later commands start from, and the most recently requested recommendations for all users of each model in use.
+    Everything is kept for `config.hours` with the artifacts it was made from, because a reader may still use it. Raises
+    `InputError` if there is no release, because then nothing shows what is in use.
     """
     all_releases = releases.list_releases(workspace)
     if not all_releases:
@@ -133,9 +134,9 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
     limit = datetime.now(timezone.utc) - timedelta(hours=config.hours)
     last = artifacts.by_request(workspace, releases.KIND, [each.id for each in all_releases])[-config.keep :]
     state = releases.read_active(workspace)
-    # A rollback makes the last of the history live.
+    # A rollback makes the last release of the history live.
     names = {*last, state["active"], *state["history"][-1:], *_answering(workspace)}
-    # Something younger is on its way to a release of its own, and so may be what was found in the cache.
+    # Artifacts made later may go into the next release. So may older ones that a stage reused: see `_current`.
     before = min(limit, _moment(all_releases[-1]))
     kinds = (releases.KIND, artifacts.RECOMMENDATIONS, *releases.PART_KINDS)
     complete = {kind: {each.id: each for each in artifacts.listing(workspace, kind)} for kind in kinds}
@@ -158,11 +159,11 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
 
 @writes("clean")
 def delete_garbage(workspace: Workspace, garbage: Iterable[Garbage], config: CleanConfig) -> list[Garbage]:
-    """Delete of what `find_garbage` found all that is garbage still, by the same settings; what was deleted.
+    """Delete the items of `garbage` that `find_garbage` still returns for the same settings; return the deleted items.
 
-    No job may be running: it is refused, or this is. What came into use since is left alone, such as a release that was
-    made live. Releases go first, and of each artifact the manifest: what is left of a killed clean is unfinished.
-    Raises `InputError` where there is no release.
+    Items that are in use now are kept, such as a release that was made live. No job can run at the same time: the
+    one that starts second is refused. Releases are deleted first, and the manifest of an artifact before its files, so
+    that a killed clean leaves only unfinished artifacts. Raises `InputError` if there is no release.
     """
     found = {item.path for item in garbage}
     still = [item for item in find_garbage(workspace, config) if item.path in found]
@@ -177,7 +178,7 @@ def delete_garbage(workspace: Workspace, garbage: Iterable[Garbage], config: Cle
 
 
 def _answering(workspace: Workspace) -> set[str]:
-    """Ids of the releases that replicas answer with or load, for arms of an experiment, too, as they report."""
+    """Return the ids of the releases that replicas report to use or to load, including those of experiment arms."""
     ids: set[str] = set()
     for path in workspace.files(REPLICAS):
         try:
@@ -189,13 +190,13 @@ def _answering(workspace: Workspace) -> set[str]:
 
 
 def _current(workspace: Workspace) -> list[Manifest]:
-    """What releases are made of, each the artifact of its kind that was requested last."""
+    """Return the most recently requested artifact of each kind that releases are made of."""
     latest = (artifacts.latest(workspace, kind) for kind in releases.PART_KINDS)
     return [manifest for manifest in latest if manifest is not None]
 
 
 def _used(workspace: Workspace, kept: Iterable[Manifest]) -> set[tuple[str, str]]:
-    """Kind and id of some artifacts and of everything that they were made of, directly or not."""
+    """Return kind and id of the artifacts `kept` and of all artifacts that they were made from, directly or not."""
     used: set[tuple[str, str]] = set()
     todo = list(kept)
     while todo:
@@ -210,7 +211,7 @@ def _used(workspace: Workspace, kept: Iterable[Manifest]) -> set[tuple[str, str]
 
 
 def _last_recommendations(workspace: Workspace, used: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Kind and id of the recommendations of each model in use that were requested last."""
+    """Return kind and id of the most recently requested recommendations of each model in use."""
     made = {manifest.id: manifest for manifest in artifacts.listing(workspace, artifacts.RECOMMENDATIONS)}
     last = {
         made[each].inputs["models"]: each
@@ -220,7 +221,7 @@ def _last_recommendations(workspace: Workspace, used: set[tuple[str, str]]) -> s
 
 
 def _replaced_parts(workspace: Workspace, limit: datetime) -> list[Garbage]:
-    """Histories that were joined, and lists of users that a later part replaced."""
+    """Return the files of histories that joined ones replaced, and of lists of users that a later part replaced."""
     if not workspace.exists(DATASET_MANIFEST):
         return []
     dataset = read_dataset_manifest(workspace)

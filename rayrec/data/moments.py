@@ -1,9 +1,10 @@
-"""Moments: unix seconds, unix milliseconds or ISO 8601, to ms since 1970 UTC. The one way to read them.
+"""Reads moments from Unix seconds, Unix milliseconds and ISO 8601, and converts them to ms since 1970 UTC.
 
-Columns of plays may have days with the month in words, too, as Last.fm writes them.
+Columns of plays may also have dates with the month in words, as Last.fm writes them.
 
-One moment has a zone; in a column of plays those without one are of the time zone that the import names. Of the hour
-that a change of clocks repeats the first is taken, and a time that the change leaves out is moved forward to its end.
+A single moment must have a time zone. In a column of plays, times without a zone are in the time zone of the import's
+settings. If a clock change repeats a local time, the first of the two moments is taken; if it skips one, the time is
+moved forward to the end of the skipped hour.
 """
 
 import re
@@ -28,20 +29,20 @@ OUT_OF_RANGE = "time is not between 1970 and 2100"
 
 # Numbers below are seconds (until the year 5138), from here on milliseconds (since March 1973).
 FIRST_MILLISECONDS = 100_000_000_000
-FIRST_YEAR, LAST_YEAR = 1971, 2100  # of local times: a day off either end whatever the zone
+FIRST_YEAR, LAST_YEAR = 1971, 2100  # local times from the first to before the last year are accepted, in any zone
 END_MS = 4_102_444_800_000  # 2100-01-01
-ASSUMED_GAP_MS = 180_000  # between plays without times: about a song, so that no session gap falls within a line
-LINE_GAP_MS = 21 * ASSUMED_GAP_MS  # between two lines of a user's plays without times: a session gap does
+ASSUMED_GAP_MS = 180_000  # between plays without times: about the length of a song, so that a line is one session
+LINE_GAP_MS = 21 * ASSUMED_GAP_MS  # between two lines of a user's plays without times: starts a new session
 DAY_MS = 86_400_000
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 NUMBER = r"^[+-]?\d{1,18}(\.\d*)?$"
 ZONED = r"\d:?\d{2}(:?\d{2}([.,]\d+)?)?\s*([Zz]|UTC|[+-]\d{2}(:?\d{2})?)$"
 ISO = r"^\d{4}-?\d{2}-?\d{2}[T ]\d{2}:?\d{2}"
 DATE = r"\d{4}-?\d{2}-?\d{2}"
-DATE_ALONE = r"^\d{4}-\d{2}-\d{2}$"  # in a column of plays, where digits alone are a number
+DATE_ALONE = r"^\d{4}-\d{2}-\d{2}$"  # in a column of plays; eight digits without hyphens are a number there
 LOCAL = rf"{DATE_ALONE}|{ISO}(:?\d{{2}}([.,]\d+)?)?$"
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-# 14 Nov 2023: the month in words is the one way to write a day and a month that no country reads otherwise.
+# 14 Nov 2023. With the month in words, day and month cannot be confused, unlike in 11/12/2023.
 WRITTEN_DATE = rf"^(\d{{1,2}}) (?i:({'|'.join(MONTHS)})[a-z]{{0,6}}) (\d{{4}})$"
 WRITTEN = rf"{WRITTEN_DATE[:-1]}(,? (\d{{1,2}}):(\d{{2}})(:\d{{2}})?)?$"  # 14 Nov 2023, 23:05, as Last.fm shows times
 EXPECTED = "give ISO 8601 with a zone, such as 2015-01-20T18:30:00Z, or unix seconds or milliseconds"
@@ -55,15 +56,15 @@ _MOMENT = re.compile(
 
 
 def time_zone(name: str) -> ZoneInfo:
-    """The zone of an IANA name. Raises `InputError` for an unknown one."""
+    """Return the time zone of an IANA name. Raises `InputError` for an unknown one."""
     try:
         return ZoneInfo(name)
-    except (ValueError, OSError, KeyError):  # as zoneinfo says that there is no such zone
+    except (ValueError, OSError, KeyError):  # the errors of zoneinfo for an unknown zone
         raise InputError(f"unknown time zone {name!r}; give an IANA name such as Europe/Berlin or UTC") from None
 
 
 def known_zone(name: str | None) -> str | None:
-    """The name, of a setting. Raises `ValueError` for an unknown zone, as pydantic wants it."""
+    """Return the name of the zone of a setting, or None. Raises `ValueError`, for pydantic, if the zone is unknown."""
     try:
         return name if name is None else time_zone(name).key
     except InputError as error:
@@ -74,19 +75,19 @@ TimeZone = Annotated[str, AfterValidator(known_zone)]
 
 
 def now_ms() -> int:
-    """ms UTC."""
+    """Return the current time, ms UTC."""
     return round(datetime.now(timezone.utc).timestamp() * 1000)
 
 
 def iso_moment(moment: int) -> str:
-    """ISO 8601 of ms UTC, with milliseconds, as every answer spells a moment."""
+    """Return a moment, ms UTC, as ISO 8601 with milliseconds, the form in all answers."""
     return (EPOCH + timedelta(milliseconds=moment)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def parse_moment(value: str | int | float) -> int:
-    """ms UTC of one moment, as every command, setting and request gives it.
+    """Return a moment from a command, a setting or a request as ms UTC.
 
-    Raises `InputError` for what is none, has no zone, or is not between 1970 and 2100.
+    Raises `InputError` for a value that is not a time, has no zone, or is not between 1970 and 2100.
     """
     text = str(value).strip()
     if _NUMBER.match(text):
@@ -121,9 +122,9 @@ def _parse_iso(text: str) -> int:
 def to_ms(values: pa.Array, problems: Problems, *, column: str = "played_at", timezone: str = "UTC") -> np.ndarray:
     """int64 (R,): ms since 1970 UTC of a column of strings, numbers, dates or timestamps.
 
-    Each value is told seconds from milliseconds by its size (under 1e11: seconds). Times without a zone are of
-    `timezone`, an IANA name, and dates alone are its midnights. Values that cannot be read are marked in `problems` and
-    come out as 0. Raises `InputError` for a type that holds no times, which names `column`, and for an unknown zone.
+    Numbers below 1e11 are seconds, others milliseconds. Times without a zone are in `timezone`, an IANA name, and dates
+    without a time are midnight there. Rows that cannot be read are rejected in `problems` and become 0. Raises
+    `InputError`, which names `column`, for a type that cannot hold times, and `InputError` for an unknown zone.
     """
     zone = time_zone(timezone)
     values = plain(values)
@@ -148,10 +149,10 @@ def to_ms(values: pa.Array, problems: Problems, *, column: str = "played_at", ti
 
 
 def local_to_ms(texts: pa.Array, zones: pa.Array, problems: Problems, *, form: str) -> np.ndarray:
-    """int64 (R,): ms since 1970 UTC of local times, strings (R,) as `form` of strptime has them.
+    """int64 (R,): ms since 1970 UTC of local times, strings (R,) in the strptime format `form`.
 
-    `zones`, strings (R,), are names such as Europe/Berlin; null is UTC. Values that cannot be read are marked and
-    become 0.
+    `zones`, strings (R,), are names such as Europe/Berlin; null means UTC. Rows that cannot be read are rejected in
+    `problems` and become 0.
     """
     problems.mark(missing(texts), NO_TIME)
     moments = pd.Series(pd.to_datetime(pd.Series(_numpy(texts), dtype=object), errors="coerce", format=form))
@@ -171,12 +172,15 @@ def local_to_ms(texts: pa.Array, zones: pa.Array, problems: Problems, *, form: s
 
 
 def _placed(local: np.ndarray, zone: ZoneInfo) -> np.ndarray:
-    """int64 (R,): ms UTC of the times of a zone's clocks, int64 (R,) as if they were UTC; those far away stay."""
+    """int64 (R,): ms UTC of local times of a zone, given as int64 (R,) ms without the zone's offset.
+
+    Times far outside of 1970 to 2100 are returned unchanged.
+    """
     times = local.copy()
     rows = np.flatnonzero((local > -DAY_MS) & (local < END_MS + DAY_MS))
     if len(rows) and zone.key != "UTC":
         moments = pd.Series(local[rows].astype("datetime64[ms]"))
-        repeated = np.ones(len(rows), dtype=bool)  # the first of two
+        repeated = np.ones(len(rows), dtype=bool)  # True: take the first of two moments with the same local time
         moved = moments.dt.tz_localize(zone, ambiguous=repeated, nonexistent="shift_forward")
         times[rows] = moved.dt.tz_convert("UTC").dt.as_unit("ms").astype("int64").to_numpy()
     return times
@@ -187,7 +191,7 @@ def _numpy(values: pa.Array) -> np.ndarray:
 
 
 def _scale(numbers: np.ndarray) -> np.ndarray:
-    """Seconds to ms, in the type that came; ms stay."""
+    """Convert seconds to ms and leave ms unchanged; the type stays the same."""
     seconds = (numbers > -FIRST_MILLISECONDS) & (numbers < FIRST_MILLISECONDS)
     scaled: np.ndarray = np.where(seconds, np.where(seconds, numbers, 0) * 1000, numbers)
     return scaled
@@ -198,7 +202,7 @@ def _from_timestamps(values: pa.Array, problems: Problems, zone: ZoneInfo) -> np
     whole = values.cast(pa.int64())
     per_ms = {"s": 0.001, "ms": 1, "us": 1_000, "ns": 1_000_000}[values.type.unit]
     numbers = _numpy(pc.fill_null(whole, 0))
-    if per_ms < 1:  # seconds of years far away do not fit as ms
+    if per_ms < 1:  # seconds of distant years would overflow as ms
         times = np.clip(numbers, -DAY_MS // 1000, (END_MS + DAY_MS) // 1000) * 1000
     else:
         times = np.asarray(numbers // int(per_ms), dtype=np.int64)
@@ -224,7 +228,7 @@ def _from_strings(values: pa.Array, problems: Problems, zone: ZoneInfo) -> np.nd
         pass
     try:
         local = values.cast(pa.timestamp("ms")).cast(pa.int64())
-        if pc.all(pc.match_substring_regex(values, LOCAL)).as_py() is not False:  # Arrow reads hours alone, too
+        if pc.all(pc.match_substring_regex(values, LOCAL)).as_py() is not False:  # Arrow also accepts hours alone
             return _placed(_numpy(pc.fill_null(local, 0)), zone)
     except pa.ArrowInvalid:
         pass
@@ -232,7 +236,7 @@ def _from_strings(values: pa.Array, problems: Problems, zone: ZoneInfo) -> np.nd
 
 
 def _from_mixed_strings(values: pa.Array, problems: Problems, zone: ZoneInfo) -> np.ndarray:
-    """The slow way, for columns where not every value is a whole number or ISO to the millisecond."""
+    """int64 (R,): ms UTC of a column with other values than whole numbers and ISO 8601 to the millisecond; slower."""
     trimmed = pc.fill_null(pc.utf8_trim_whitespace(values), "")
     problems.mark(missing(trimmed), NO_TIME)
     written = _numpy(pc.match_substring_regex(trimmed, WRITTEN))
@@ -255,7 +259,7 @@ def _from_mixed_strings(values: pa.Array, problems: Problems, zone: ZoneInfo) ->
 
 
 def _iso_of_written(texts: pa.Array) -> pa.Array:
-    """ISO 8601 without a zone of times that `WRITTEN` matches, strings (R,); a day alone is its midnight."""
+    """Return times that `WRITTEN` matches, strings (R,), as ISO 8601 without a zone; a date alone becomes midnight."""
     parts = pd.Series(_numpy(texts), dtype=object).str.extract(WRITTEN)
     day, month, year, _, hour, minute, second = (parts[place] for place in range(7))
     number = month.str.lower().map({name: f"{place:02d}" for place, name in enumerate(MONTHS, 1)})
@@ -264,7 +268,7 @@ def _iso_of_written(texts: pa.Array) -> pa.Array:
 
 
 def _parsed(texts: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """int64 (R,) ms, UTC where there is no zone, and bool (R,) whether it could be read, of ISO 8601 or missing."""
+    """Read ISO 8601 or missing values, those without a zone as UTC: int64 (R,) ms, and bool (R,) which were read."""
     points = texts.str.replace(",", ".", regex=False)
     moments = pd.to_datetime(points, errors="coerce", utc=True, format="ISO8601")
     return moments.dt.as_unit("ms").astype("int64").to_numpy(), moments.notna().to_numpy()

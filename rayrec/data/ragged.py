@@ -1,4 +1,4 @@
-"""Values in groups, one group after another: where each begins, which places it has, and the best of each."""
+"""Values in groups, stored one group after another: offsets, positions within groups, and the best of each group."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,10 @@ import numpy as np
 
 
 def ranges(starts: np.ndarray | int, counts: np.ndarray) -> np.ndarray:
-    """int64: starts[0], starts[0] + 1, ... (counts[0] of them), then those of starts[1], and so on; one start is all
-    groups'."""
+    """int64: `counts[0]` consecutive numbers from `starts[0]` on, then `counts[1]` from `starts[1]` on, and so on.
+
+    A single start applies to all groups.
+    """
     counts = np.asarray(counts, dtype=np.int64)
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
@@ -22,7 +24,7 @@ def offsets_of(counts: np.ndarray | Sequence[int]) -> np.ndarray:
 
 
 def places_in(sorted_groups: np.ndarray) -> np.ndarray:
-    """int64: the place of each value within its run of equal values, from 0. Equal values must be adjacent."""
+    """int64: the position of each value within its run of equal values, from 0. Equal values must be adjacent."""
     count = len(sorted_groups)
     first = np.ones(count, dtype=bool)
     first[1:] = sorted_groups[1:] != sorted_groups[:-1]
@@ -38,9 +40,9 @@ def first_of_each(sorted_values: np.ndarray) -> np.ndarray:
 
 
 def stable_order(keys: np.ndarray) -> np.ndarray:
-    """int64: the order of a stable sort of keys, int64 of at least 0: what `np.argsort(kind="stable")` gives.
+    """int64: the result of `np.argsort(keys, kind="stable")` for keys that are int64 and not negative.
 
-    Keys and positions that share 63 bits are sorted together as plain numbers, about five times as fast.
+    If a key and its position fit in 63 bits, they are sorted as one number, about five times as fast.
     """
     bits = max(1, (len(keys) - 1).bit_length())
     if not len(keys) or int(keys.max()) >> (63 - bits):
@@ -51,9 +53,9 @@ def stable_order(keys: np.ndarray) -> np.ndarray:
 
 
 def highest_of_each(sorted_groups: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """int64, ascending: the positions of the `count` highest scores of each group, and of those equal to the last.
+    """int64, ascending: the positions of the `count` highest scores of each group, and of scores equal to the lowest.
 
-    Equal groups, int, must be adjacent. What is left is cheap to sort.
+    Equal values of `sorted_groups`, int, must be adjacent. The result is short and so cheap to sort.
     """
     first = first_of_each(sorted_groups)
     sizes = np.diff(np.append(first, len(sorted_groups)))
@@ -70,9 +72,9 @@ def highest_of_each(sorted_groups: np.ndarray, scores: np.ndarray, count: int) -
 def best_of_each(
     sorted_groups: np.ndarray, scores: np.ndarray, songs: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """int64 (n,) each: the positions of the `count` highest scores of each group, best first, and their places from 0.
+    """int64 (n,) each: the positions of the `count` highest scores of each group, best first, and their ranks from 0.
 
-    Equal scores come in the order of `songs`, int. Equal groups, int, must be adjacent.
+    Equal scores are sorted by `songs`, int. Equal values of `sorted_groups`, int, must be adjacent.
     """
     highest = highest_of_each(sorted_groups, scores, count)
     order = highest[np.lexsort((songs[highest], -scores[highest], sorted_groups[highest]))]

@@ -1,4 +1,4 @@
-"""How ids, text and listed values from outside are spelled: one rule each, in every file, command and request."""
+"""The stored form of ids, texts and listed values from outside, the same for every file, command and request."""
 
 import re
 from decimal import Decimal
@@ -17,13 +17,13 @@ TOO_LONG = f"id of more than {MAX_ID} characters"
 LIST_SEPARATOR = "|"
 # What numpy, pandas and polars write into a text file for a number that is missing or has overflowed.
 NOT_NUMBERS = ("nan", "NaN", "inf", "-inf")
-WITH_ZEROS = r"^-?\d+\.0+$"  # a whole number out of a column of floats
-WITH_EXPONENT = r"^-?\d(\.\d+)?[eE]\+\d{2,3}$"  # the same from 1e16 on
+WITH_ZEROS = r"^-?\d+\.0+$"  # a whole number from a column of floats
+WITH_EXPONENT = r"^-?\d(\.\d+)?[eE]\+\d{2,3}$"  # a whole number of at least 1e16 from a column of floats
 _WITH_ZEROS, _WITH_EXPONENT = re.compile(WITH_ZEROS, re.ASCII), re.compile(WITH_EXPONENT, re.ASCII)
 
 
 class Problems:
-    """Marks what is wrong with each of R rows; the first reason of a row stays."""
+    """Records why rows of a batch of R rows are rejected; only the first reason of a row is kept."""
 
     def __init__(self, rows: int) -> None:
         self._codes = np.zeros(rows, dtype=np.int16)
@@ -31,38 +31,38 @@ class Problems:
 
     @property
     def bad(self) -> np.ndarray:
-        """bool (R,): rows with a reason against them."""
+        """bool (R,): the rejected rows."""
         return self._codes > 0
 
     def mark(self, mask: np.ndarray, reason: str) -> None:
-        """Give the rows where `mask`, bool (R,), is true a reason to be rejected."""
+        """Reject the rows where `mask`, bool (R,), is true, for `reason`."""
         new = mask & ~self.bad
         if new.any():
             self._reasons.append(reason)
             self._codes[new] = len(self._reasons)
 
     def reasons(self) -> list[str]:
-        """The reasons of the bad rows, in order."""
+        """Return the reasons of the rejected rows, in the order of the rows."""
         return [self._reasons[code - 1] for code in self._codes[self.bad]]
 
 
 def missing(values: pa.Array) -> np.ndarray:
-    """bool (R,): null or empty strings."""
+    """bool (R,): the strings that are null or empty."""
     return np.asarray(pc.fill_null(pc.equal(values, ""), True).to_numpy(zero_copy_only=False))
 
 
 def clean(text: str) -> str:
-    """Text that UTF-8 can hold: half surrogate pairs, which JSON can escape, become question marks."""
+    """Return text that UTF-8 can encode: single surrogates, which JSON can escape, become question marks."""
     return text if text.isascii() else text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def spell_id(value: Any) -> str | None:
-    """An id as it is stored: without space around it, whole numbers without a fraction; None where there is none.
+    """Return an id in its stored form: without spaces around it, whole numbers without a fraction; None if not an id.
 
-    1, 1.0, "1" and " 1.0 " are all "1", because pandas makes floats of whole numbers with gaps. NaN and infinity are
-    no ids, as numbers or as text.
+    1, 1.0, "1" and " 1.0 " are all "1", because pandas converts whole numbers to floats if some are missing. NaN and
+    infinity, as numbers or as text, are not ids.
     """
-    if isinstance(value, np.generic):  # out of a column of pandas
+    if isinstance(value, np.generic):  # from a pandas column
         value = value.item()
     if isinstance(value, float):
         value = str(int(value)) if value.is_integer() else repr(value)
@@ -77,17 +77,20 @@ def spell_id(value: Any) -> str | None:
 
 
 def spell_text(value: Any) -> str | None:
-    """A title or a name as it is stored: as an id, but that `nan` is a title like another."""
+    """Return a title or a name in its stored form: text without spaces around it, other values as ids.
+
+    The text `nan` is a valid title.
+    """
     return (clean(value).strip() or None) if isinstance(value, str) else spell_id(value)
 
 
 def name_song(artist: str | None, title: str | None) -> str | None:
-    """The id of a song that has no other: `artist – title`; None without a title."""
+    """Return the id of a song without an id of its own: `artist – title`; None without a title."""
     return f"{artist or ''} – {title}" if title else None
 
 
 def name_songs(ids: pa.Array, artists: pa.Array, titles: pa.Array) -> pa.Array:
-    """The ids of songs, strings (R,); where one is null, empty or NaN, what `name_song` makes of artist and title."""
+    """Return the ids of songs, strings (R,); `name_song` of artist and title replaces null, empty and NaN ids."""
     titles = pc.if_else(pc.equal(titles, ""), None, titles)
     named = pc.binary_join_element_wise(pc.fill_null(artists, ""), titles, " – ")
     is_missing = pc.is_in(pc.utf8_trim_whitespace(ids), value_set=pa.array(["", *NOT_NUMBERS]))
@@ -95,9 +98,9 @@ def name_songs(ids: pa.Array, artists: pa.Array, titles: pa.Array) -> pa.Array:
 
 
 def spell_ids(values: pa.Array, problems: Problems, *, column: str, reason: str) -> pa.Array:
-    """A column as `spell_id` spells it, strings (R,). Values that are no ids are marked with `reason`.
+    """Return a column of ids in the form of `spell_id`, strings (R,). Rows without an id are rejected for `reason`.
 
-    Raises `InputError`, which names `column`, for a type that holds no ids, such as a list.
+    Raises `InputError`, which names `column`, for a type that cannot hold ids, such as a list.
     """
     texts = as_strings(values, problems, column=column)
     no_number = pc.fill_null(pc.is_in(texts, value_set=pa.array(NOT_NUMBERS)), False)
@@ -107,12 +110,12 @@ def spell_ids(values: pa.Array, problems: Problems, *, column: str, reason: str)
 
 
 def mark_long(ids: pa.Array, problems: Problems) -> None:
-    """Mark ids, strings (R,), that are too long to be given in a request."""
+    """Reject the rows whose ids, strings (R,), are too long for a request."""
     problems.mark(pc.fill_null(pc.greater(pc.utf8_length(ids), MAX_ID), False).to_numpy(zero_copy_only=False), TOO_LONG)
 
 
 def spell_texts(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
-    """A column of titles or names, strings (R,), null where there is none. Raises as `spell_ids` does."""
+    """Return a column of titles or names, strings (R,), null if missing. Raises the errors of `spell_ids`."""
     texts = as_strings(values, problems, column=column)
     if pa.types.is_floating(values.type):
         texts = pc.if_else(pc.is_in(texts, value_set=pa.array(NOT_NUMBERS)), None, texts)
@@ -120,7 +123,7 @@ def spell_texts(values: pa.Array, problems: Problems, *, column: str) -> pa.Arra
 
 
 def spell_lists(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
-    """A column of lists, or of texts with `|` between their values, as list<string> (R,); null where there is none.
+    """Return a column of lists, or of texts with `|` between values, as list<string> (R,); null if missing.
 
     Raises `InputError`, which names `column`, for another type.
     """
@@ -144,7 +147,7 @@ def spell_lists(values: pa.Array, problems: Problems, *, column: str) -> pa.Arra
 
 
 def plain(values: pa.Array) -> pa.Array:
-    """A column without its wrapping: dictionaries decoded, views of text and lists laid out."""
+    """Return a column as one array of a plain type: no extension type but UUID, no dictionary, no list view."""
     if isinstance(values, pa.ChunkedArray):
         values = one_array(values)
     if isinstance(values.type, pa.BaseExtensionType) and not _is_uuid(values.type):
@@ -152,13 +155,16 @@ def plain(values: pa.Array) -> pa.Array:
     if pa.types.is_dictionary(values.type):
         return plain(values.dictionary_decode())
     if _is_list_view(values.type):
-        # Not cast: pyarrow's cast of list views loses elements.
+        # No cast, because pyarrow's cast of list views loses elements.
         return plain(pa.array(values.to_pylist(), pa.list_(values.type.value_type)))
     return values
 
 
 def as_strings(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
-    """A column of text or numbers as strings (R,) without space around them, whole numbers without a fraction."""
+    """Return a column of text or numbers as strings (R,), without spaces around them, whole numbers without a fraction.
+
+    Rows that are not UTF-8 are rejected. Raises `InputError`, which names `column`, for another type.
+    """
     values = plain(values)
     kind = values.type
     if _is_uuid(kind):
@@ -175,7 +181,7 @@ def as_strings(values: pa.Array, problems: Problems, *, column: str) -> pa.Array
 
 
 def valid_text(values: pa.Array, problems: Problems) -> pa.Array:
-    """Text or bytes as strings (R,); values that are not UTF-8 are marked and null."""
+    """Return text or bytes as strings (R,); rows that are not UTF-8 are rejected, and their values are null."""
     try:
         texts = values.cast(pa.string())
         texts.validate(full=True)
@@ -217,7 +223,7 @@ def _of_decimal(value: Decimal) -> str:
 
 
 def _of_floats(values: pa.Array) -> pa.Array:
-    """Whole numbers without a fraction, NaN as null."""
+    """Return floats as strings: whole numbers without a fraction, NaN as null."""
     numbers = np.asarray(values.cast(pa.float64()).to_numpy(zero_copy_only=False))  # null becomes NaN
     whole = np.isfinite(numbers) & (numbers == np.floor(numbers)) & (np.abs(numbers) < 2**63)
     texts = np.empty(len(numbers), dtype=object)
@@ -230,7 +236,7 @@ def _of_floats(values: pa.Array) -> pa.Array:
 
 
 def _respelled(texts: pa.Array) -> pa.Array:
-    """Whole numbers in text without their fraction; looked for only where the text could hold one."""
+    """Remove the fraction or the exponent of whole numbers in a column of text."""
     numeric = pc.match_substring_regex(texts, f"{WITH_ZEROS}|{WITH_EXPONENT}")
     places = np.flatnonzero(pc.fill_null(numeric, False).to_numpy(zero_copy_only=False))
     if not len(places):

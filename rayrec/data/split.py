@@ -1,7 +1,7 @@
-"""The split: one cut in time for everybody, and perhaps a share of users and of songs held out entirely.
+"""The split: one cut in time for all users, and optionally a share of users and of songs that are held out entirely.
 
-Where the data has no times, each user's own sequence is cut instead. That protocol is the weaker
-one: fits see what others played later than the plays that are predicted.
+If the data has no times, each user's history is cut instead. This protocol is weaker: fits see plays of other users
+that are later than the predicted plays.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -23,16 +23,16 @@ from rayrec.storage.workspace import Workspace, split_file
 
 DAY_MS = 24 * 3600 * 1000
 MIN_TRAINING_SHARE = 0.01  # of all plays
-MIN_VALIDATION_DAYS = 7.0  # unless fewer are asked for
+MIN_VALIDATION_DAYS = 7.0  # unless the settings give fewer
 MAX_VALIDATION_SHARE = 0.1  # of the time before the test range
-VALIDATION_PLAYS = 40_000  # rankers learn from so many, and find more the more they have (docs/method.md)
-SAMPLED_PLAYS = 1_000_000  # of the first buckets, that plays a day are estimated from
-# What `hold_back_validation` holds back; why: docs/training.md.
-HELD_BACK_SHARE, MOST_HELD_BACK = 0.1, 0.2  # of all plays
+VALIDATION_PLAYS = 40_000  # plays that rankers learn from; more plays make better rankers (docs/method.md)
+SAMPLED_PLAYS = 1_000_000  # plays of the first buckets, from which the plays per day are estimated
+# Limits of `hold_back_validation`; docs/training.md gives the reasons.
+HELD_BACK_SHARE, MOST_HELD_BACK = 0.1, 0.2  # shares of all plays
 MIN_HELD_BACK = 30  # plays
-SHARE_DIGITS = 9  # 1 - 0.2 - 0.1 is to be 0.7, not a little more
+SHARE_DIGITS = 9  # shares are rounded, so that 1 - 0.2 - 0.1 is 0.7
 
-SELECTION_FOLDER = "selection"  # in an artifact: what was fitted without the validation range
+SELECTION_FOLDER = "selection"  # folder in an artifact: the network that was fitted without the validation range
 
 Protocol = Literal["time", "last-fraction"]
 WEAKER = "weaker than a split in time: training sees later plays of other users"
@@ -42,10 +42,10 @@ WEAKER = "weaker than a split in time: training sees later plays of other users"
 class FitRange:
     """The plays that a fit may see. The default, no limit, is for production, where nothing is tested."""
 
-    before: int | None = None  # ms UTC; plays at this moment or later are not to be seen
-    share: float | None = None  # of a user's n plays the first floor(n · share + 1/2) may be seen
-    held_out_share: float = 0.0  # of all users, by hash
-    held_out_seed: int = 0  # which users and songs
+    before: int | None = None  # ms UTC; the fit may not see plays at this moment or later
+    share: float | None = None  # the fit may see the first floor(n · share + 1/2) of each user's n plays
+    held_out_share: float = 0.0  # share of all users, by hash
+    held_out_seed: int = 0  # selects the users and songs that are held out
     held_out_songs: float = 0.0  # share of all songs, by hash
 
     def allowed_songs(self, songs: np.ndarray) -> np.ndarray:
@@ -63,10 +63,10 @@ class FitRange:
         return np.asarray(hashes / 2.0**64 >= self.held_out_share)
 
     def covers(self, histories: Histories) -> np.ndarray:
-        """bool (P,): the plays before the cut, be the user or the song held out or not.
+        """bool (P,): the plays before the cut, including those of held-out users and songs.
 
-        A user's number of plays is what `totals` says, else what is there: whole histories, then. Plays of songs that
-        are held out are not counted in it, nor in the places of the others.
+        The number of a user's plays is taken from `totals`; without it the plays are counted, and the histories must be
+        whole. Plays of held-out songs do not count in this number, nor in the positions of other plays.
         """
         covered: np.ndarray = np.ones(histories.num_plays, dtype=bool)
         if self.before is not None:
@@ -79,7 +79,10 @@ class FitRange:
         return covered
 
     def _counted(self, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
-        """int64 (P,) and (U,): each play's place, and each user's number, of plays of songs that are not held out."""
+        """int64 (P,) and (U,): each play's position and each user's number of plays, without those of held-out songs.
+
+        Positions count from 0 within a user's history.
+        """
         if self.held_out_songs == 0.0:
             return histories.places, histories.lengths
         before = offsets_of(self.allowed_songs(histories.songs))
@@ -87,9 +90,9 @@ class FitRange:
         return before[:-1] - np.repeat(starts, histories.lengths), before[histories.offsets[1:]] - starts
 
     def select(self, histories: Histories) -> Histories:
-        """The part of the histories that a fit may see; users with nothing left drop out.
+        """Return the plays that a fit may see; users without such plays are left out.
 
-        Under a share the result says how many plays each user has in all, so that `require` can tell.
+        With a `share`, the result has `totals`, the number of all plays of each user, which `require` needs.
         """
         allowed = histories.take(self.allowed_users(histories.user_ids))
         if self.share is not None and allowed.totals is None:
@@ -103,7 +106,7 @@ class FitRange:
         )
 
     def _covers_likes(self, histories: Histories) -> np.ndarray:
-        """bool (K,): the likes before the cut, under a share those up to a user's last play; of no song held out."""
+        """bool (K,): the likes of songs not held out, before the cut; with a `share` not after the user's last play."""
         likes = histories.likes
         assert likes is not None
         assert histories.lengths.all()
@@ -115,8 +118,10 @@ class FitRange:
         return covered
 
     def is_within(self, other: "FitRange") -> bool:
-        """True where every play that this range covers is covered by `other`, in one data set or, for cuts in time,
-        in data sets that descend from each other."""
+        """True if `other` covers every play that this range covers.
+
+        The two ranges must belong to one data set or, for cuts in time, to data sets that descend from each other.
+        """
         in_time = other.before is None or (self.before is not None and self.before <= other.before)
         in_share = other.share is None or (self.share is not None and self.share <= other.share)
         own, others = ((each.held_out_share, each.held_out_seed) for each in (self, other))
@@ -125,10 +130,10 @@ class FitRange:
         return in_time and in_share and in_users and (other.held_out_songs == 0.0 or songs == other_songs)
 
     def require(self, histories: Histories) -> None:
-        """Raises `LeakError` if the histories hold a play that a fit must not see. Every fit calls it.
+        """Raise `LeakError` if the histories hold a play that a fit must not see. Every fit calls this method.
 
-        A share cannot be seen in histories that are cut already. Those without the totals that
-        `select` leaves are therefore refused, and with them a user's plays are counted.
+        With a `share`, histories that are already cut do not show how many plays a user has. They must therefore have
+        the `totals` that `select` adds.
         """
         if self.share is not None and histories.num_plays and histories.totals is None:
             raise LeakError(
@@ -151,63 +156,63 @@ class FitRange:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Train before `validation_from`, validation before `test_from`, test from there on.
+    """Training plays before `validation_from`, validation plays before `test_from`, test plays from then on.
 
-    Under the protocol `last-fraction` the same within each user's plays, by their places.
+    With the protocol `last-fraction`, the plays of each user are cut by position in the same way.
     """
 
     id: str
-    dataset: str  # id of the data set it cuts
-    validation_from: int | None = None  # ms UTC; None under last-fraction
-    test_from: int | None = None  # ms UTC; None under last-fraction
-    held_out_share: float = 0.0  # of users, by hash, seen by no fit
+    dataset: str  # id of the data set that is split
+    validation_from: int | None = None  # ms UTC; None with last-fraction
+    test_from: int | None = None  # ms UTC; None with last-fraction
+    held_out_share: float = 0.0  # share of all users, by hash, whose plays no fit sees
     held_out_seed: int = 0
     held_out_songs: float = 0.0  # share of all songs, by hash, whose plays no fit sees
     protocol: Protocol = "time"
-    last_fraction: float | None = None  # of each user's plays, test
-    validation_fraction: float | None = None  # of each user's plays, before the test range
-    has_test: bool = True  # False: no play was in the test range, so that final fits saw all that there were
+    last_fraction: float | None = None  # test share of each user's plays
+    validation_fraction: float | None = None  # validation share of each user's plays, before the test share
+    has_test: bool = True  # False: the test range held no plays, so that final fits saw all plays of that time
 
     @property
     def has_validation(self) -> bool:
-        """False where the validation range is empty."""
+        """False if the validation range is empty."""
         return self.selection != self.final
 
     @property
     def selection(self) -> FitRange:
-        """What fits may see while settings and epochs are chosen: train alone."""
+        """The plays that fits may see while settings and epochs are chosen: the training range."""
         share = self._share_without((self.last_fraction or 0.0) + (self.validation_fraction or 0.0))
         return replace(self.held_out, before=self.validation_from, share=share)
 
     @property
     def final(self) -> FitRange:
-        """What the final fit may see: train and validation."""
+        """The plays that the final fit may see: the training and the validation range."""
         return replace(self.held_out, before=self.test_from, share=self._share_without(self.last_fraction or 0.0))
 
     @property
     def held_out(self) -> FitRange:
-        """All plays of users and songs not held out: tells seen from held-out users in the evaluation."""
+        """All plays of users and songs that are not held out; the evaluation uses it to identify held-out users."""
         return FitRange(
             held_out_share=self.held_out_share, held_out_seed=self.held_out_seed, held_out_songs=self.held_out_songs
         )
 
     def is_test(self, histories: Histories) -> np.ndarray:
-        """bool (P,): the plays of the test range, held-out users' too. Needs whole histories."""
+        """bool (P,): the plays of the test range, including those of held-out users. Needs whole histories."""
         return np.asarray(~self.final.covers(histories))
 
     def is_validation(self, histories: Histories) -> np.ndarray:
-        """bool (P,): the plays of the validation range. Needs whole histories, or what `select` left of them."""
+        """bool (P,): the plays of the validation range. Needs whole histories, or the result of `FitRange.select`."""
         return np.asarray(self.final.covers(histories) & ~self.selection.covers(histories))
 
     def validation_as_test(self) -> "Split":
-        """The split whose test range is this one's validation range, and whatever comes after it."""
+        """Return a split whose test range is the validation range of this split and all plays after it."""
         if self.protocol == "time":
             return replace(self, test_from=self.validation_from)
         fraction = (self.last_fraction or 0.0) + (self.validation_fraction or 0.0)
         return replace(self, last_fraction=fraction, validation_fraction=0.0)
 
     def figures(self) -> dict[str, Any]:
-        """Where it cuts, as plain values for outputs: moments in ms UTC or fractions."""
+        """Return where the split cuts, as plain values for outputs: moments in ms UTC, or fractions."""
         if self.protocol == "time":
             return {"validation_from": self.validation_from, "test_from": self.test_from}
         return {
@@ -238,7 +243,7 @@ class Split:
 
 
 class SplitConfig(Settings):
-    """How to split a data set: in time, or each user's own sequence where `last_fraction` is above 0."""
+    """How to split a data set: in time or, if `last_fraction` is above 0, within each user's history."""
 
     test_days: float = Field(30.0, ge=0, description="Length of the test range at the end of the data, in days")
     validation_days: float | None = Field(
@@ -270,9 +275,9 @@ class SplitConfig(Settings):
 
 
 def make_split(config: SplitConfig, *, dataset: str, first_play: int, last_play: int) -> Split:
-    """The split of a data set whose plays run from `first_play` to `last_play` (ms UTC).
+    """Return the split of a data set whose plays are from `first_play` to `last_play` (ms UTC).
 
-    Raises `InputError` where no training range is left.
+    Raises `InputError` if no training range is left.
     """
     if config.last_fraction:
         return _last_fraction_split(config, dataset)
@@ -310,7 +315,7 @@ def _last_fraction_split(config: SplitConfig, dataset: str) -> Split:
 
 
 def _split_id(config: SplitConfig, dataset: str, cut_by: tuple[str, str]) -> str:
-    """From the settings that matter: those of the other protocol do not."""
+    """Return the id of a split, computed from its settings without those of the other protocol."""
     settings = {
         name: value
         for name, value in to_mapping(config).items()
@@ -325,7 +330,7 @@ def save_split(workspace: Workspace, split: Split) -> None:
 
 
 def load_split(workspace: Workspace, split_id: str) -> Split:
-    """Raises `NotFoundError` where there is no such split."""
+    """Return a stored split. Raises `NotFoundError` if it does not exist."""
     if not workspace.exists(split_file(split_id)):
         raise NotFoundError(f"split {split_id!r} not found in workspace {workspace.uri}; run `rayrec split` first")
     raw: dict[str, Any] = workspace.read_json(split_file(split_id))
@@ -333,14 +338,14 @@ def load_split(workspace: Workspace, split_id: str) -> Split:
 
 
 def split_flag(split_id: str | None) -> str:
-    """The flag, after a space, with which a command takes a split, or none, whatever the current one is."""
+    """Return a space and the command-line flag that selects this split, or no split if `split_id` is empty."""
     return f" --split {split_id}" if split_id else " --no-split"
 
 
 def fit_range_of(dataset: Dataset, artifact: Manifest) -> FitRange:
-    """The plays that an artifact of the data set, or of one that it descends from, was fitted on.
+    """Return the plays that an artifact of `dataset`, or of a data set that it descends from, was fitted on.
 
-    Without a split these are all plays up to the last one of the data set that it was made of; where the data has no
+    Without a split, these are all plays up to the last play of the artifact's own data set or, if the data has no
     times, all plays of every user.
     """
     if "split" in artifact.inputs:
@@ -350,16 +355,17 @@ def fit_range_of(dataset: Dataset, artifact: Manifest) -> FitRange:
 
 
 def _seen(split: Split, artifact: Manifest) -> FitRange:
-    """The plays that an artifact made for a split was fitted on.
+    """Return the plays that an artifact made with a split was fitted on.
 
-    A network without a refit is the one of the selection phase; where nothing was chosen there is only a final phase.
+    A network without a refit comes from the selection phase. Artifacts for which nothing was selected have only a final
+    phase.
     """
     has_selection = any(name.startswith(f"{SELECTION_FOLDER}/") for name in artifact.files)
     return split.selection if has_selection and not artifact.config.get("refit", True) else split.final
 
 
 def left_out(workspace: Workspace, artifact: Manifest) -> str:
-    """The plays of its data set that an artifact was not fitted on, in words; empty where it was fitted on all."""
+    """Return in words the plays of its data set that an artifact was not fitted on; empty if it was fitted on all."""
     return _not_seen(load_split(workspace, artifact.inputs["split"]), artifact) if "split" in artifact.inputs else ""
 
 
@@ -370,7 +376,7 @@ def _not_seen(split: Split, artifact: Manifest) -> str:
 
 
 def trained_on(workspace: Workspace, artifact: Manifest) -> str:
-    """Which plays an artifact was fitted on, in words."""
+    """Return in words the plays that an artifact was fitted on."""
     if "split" not in artifact.inputs:
         return "all plays"
     split = load_split(workspace, artifact.inputs["split"])
@@ -382,14 +388,14 @@ def trained_on(workspace: Workspace, artifact: Manifest) -> str:
 
 
 def fit_range(split: Split | None) -> FitRange:
-    """What the final fits of a workspace may see: everything where there is no split, or one without a test range."""
+    """Return the plays that final fits may see: all plays if there is no split, or one without a test range."""
     return split.final if split is not None and split.has_test else FitRange()
 
 
 def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
-    """Cut the data set of the workspace and keep the split.
+    """Split the data set of the workspace, store the split and make it the current one.
 
-    Raises `InputError` where nothing is left to train on, and for a cut in time of data without times.
+    Raises `InputError` if no plays are left to train on, and for a split in time of data without times.
     """
     dataset = Dataset(workspace).manifest
     if dataset.times == "positions" and not config.last_fraction:
@@ -407,12 +413,12 @@ def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
 
 
 def hold_back_validation(dataset: Dataset, *, since: int | None = None) -> Split | None:
-    """Hold back the newest plays to choose by, without a test range, and keep the split; None where they are too few.
+    """Store and return a split with the newest plays for validation and no test range; None if they are too few.
 
-    For models that go live: everything is chosen on this range and then fitted again on all plays. It is as long as it
-    takes to hold 40,000 plays or a tenth of all, whichever is less, at least 7 days, and at most a fifth of all plays.
-    With `since` (ms UTC) it begins at the middle one of the plays from there on, or later. Without times it is the last
-    tenth of each user's plays.
+    For models that go live: all choices are made on this range, and then all models are fitted again on all plays. The
+    range holds 40,000 plays or a tenth of all, whichever is less. It is extended to at least 7 days, and holds at most
+    a fifth of all plays. With `since` (ms UTC) it begins at the median moment of the plays from `since` on, or later.
+    Without times it is the last tenth of each user's plays.
     """
     manifest = dataset.manifest
     if manifest.plays * HELD_BACK_SHARE < MIN_HELD_BACK:
@@ -443,9 +449,9 @@ def _held_back(dataset: Dataset, **cuts: Any) -> Split:
 
 
 def _sample_of_moments(dataset: Dataset) -> np.ndarray:
-    """int64: the moments (ms UTC) of the plays of the first buckets, about `SAMPLED_PLAYS`.
+    """int64: the moments (ms UTC) of about `SAMPLED_PLAYS` plays of the first buckets.
 
-    Users are in buckets by a hash, so the first buckets are a random sample of them.
+    A hash assigns users to buckets, so the first buckets are a random sample of the users.
     """
     parts: list[np.ndarray] = []
     for bucket in range(dataset.manifest.buckets):
@@ -456,9 +462,9 @@ def _sample_of_moments(dataset: Dataset) -> np.ndarray:
 
 
 def _validation_days(dataset: Dataset, test_days: float) -> float:
-    """How many days before the test range hold as many plays as rankers learn from, within limits.
+    """Return the number of days before the test range that hold `VALIDATION_PLAYS` plays, within limits.
 
-    Plays a day are estimated from the first buckets.
+    Plays per day are estimated from the first buckets.
     """
     manifest = dataset.manifest
     test_from = manifest.last_play + 1 - round(test_days * DAY_MS)
@@ -473,9 +479,9 @@ def _validation_days(dataset: Dataset, test_days: float) -> float:
 
 
 def _require_training_plays(workspace: Workspace, split: Split) -> None:
-    """Raise `InputError` where the training range holds less than 1 % of the plays.
+    """Raise `InputError` if the training range holds less than 1 % of the plays.
 
-    The range reaches from the first play on, and one play of a clock that was wrong makes it look long.
+    The range begins at the first play, so that a single play with a wrong date makes it look long.
     """
     if split.validation_from is None:
         raise AssertionError("a split in time has a moment from which on it validates")
@@ -486,7 +492,7 @@ def _require_training_plays(workspace: Workspace, split: Split) -> None:
         early += int(is_early.sum())
         later += int((~is_early).sum())
         if early >= MIN_TRAINING_SHARE * dataset.manifest.plays:
-            return  # in the first buckets, mostly
+            return  # usually in the first buckets
         first_later = min(first_later, histories.played_at[~is_early].min(initial=first_later))
     if later:
         raise InputError(
@@ -502,7 +508,7 @@ def _day(ms: int) -> str:
 
 
 def list_splits(workspace: Workspace) -> list[Split]:
-    """All splits, the one made (or made again) last at the end."""
+    """Return all splits, sorted by the time of their last request."""
     selector = pafs.FileSelector(workspace.full("splits"), allow_not_found=True)
     infos = [info for info in workspace.filesystem.get_file_info(selector) if info.base_name.endswith(".json")]
     infos.sort(key=lambda info: (info.mtime_ns or 0, info.base_name))
@@ -510,10 +516,10 @@ def list_splits(workspace: Workspace) -> list[Split]:
 
 
 def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split: bool = False) -> Split | None:
-    """The named split, else the one of the data set that was requested last, else none: fits then use all plays.
+    """Return the split `split_id`, by default the most recently requested one of the data set, or None if none exists.
 
-    A split in time also holds for the data sets that plays were appended to since: the new plays are in its test range.
-    Raises `NotFoundError` for an unknown id and `MismatchError` for a split that does not fit.
+    With None, fits use all plays. A split in time remains valid when plays are appended to its data set: the new plays
+    are in its test range. Raises `NotFoundError` for an unknown id, and `MismatchError` for a split of other data.
     """
     if no_split:
         if split_id is not None:
@@ -532,8 +538,8 @@ def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split:
 def holds_for(dataset: Dataset, split: Split) -> bool:
     """True if the split is of the data set or, in time, of one that it descends from.
 
-    A cut in time stays where it is when plays are appended; one at a share of each user's plays moves,
-    and what was learned before the one may be tested behind the other.
+    A cut in time does not move when plays are appended. A cut at a share of each user's plays moves: plays before one
+    cut, which fits have seen, may then be after the other cut, in the test range.
     """
     return split.dataset == dataset.manifest.plays_id or (
         split.protocol == "time" and dataset.descends_from(split.dataset)
@@ -551,9 +557,9 @@ def require_split_of(dataset: Dataset, split: Split) -> None:
 
 
 def validation_histories(dataset: Dataset, split: Split, limit: int) -> Histories:
-    """Histories of users with plays in the validation range, in the order of the buckets, nothing after the range.
+    """Return the histories, up to the end of the validation range, of users with plays in that range.
 
-    Users are taken until those plays are at least `limit`.
+    Users are read in the order of the buckets until they have at least `limit` plays in the validation range.
     """
     selected: list[Histories] = []
     plays = 0

@@ -1,23 +1,24 @@
-"""Generated plays: a planted world whose answers are known, at any size.
+"""Generated plays of any number, by rules from which the true probability of each next song is known.
 
-The world (ours). Songs belong to artists and artists to genres. A song has a successor in its
-artist's album order and another one in a playlist order that runs through its whole genre. A user
-has a long-term taste over a few genres. A session starts with a mood, one genre of that taste or
-now and then any other, and the mood of each next play is the genre of the play before. Each play
-comes from a context, which tends to stay and says how the song was found:
+The world (ours). Songs belong to artists, and artists to genres. A song has one successor in the album order of its
+artist, and another one in a playlist order that runs through its whole genre. A user has a long-term taste for a few
+genres. A session starts with a mood: one genre of that taste or, sometimes, any genre. The mood of each next play is
+the genre of the previous play. Each play has a context, which says how the song was found and often stays the same for
+the next play:
 
-- playlist, album: the successor in that order, with probability `follow`; else as radio
+- playlist, album: the successor in that order, with probability `follow`; otherwise as in radio
 - radio: a song of the mood, by Zipf popularity
 - search: a new mood, any genre; a song of it by Zipf popularity
-- collection: one of the user's own earlier plays, each as likely
+- collection: one of the user's own earlier plays, all equally likely
 
-The first play of a session has no song to follow: playlist, album and radio draw from its mood. With `opinions`
-each user likes some songs and dislikes as many, which nothing tells but what the user does: a disliked song is
-skipped and never comes from the collection again, a liked one is marked as liked when it is played first, and comes
-from the collection five times as often. So
-the state that decides a play is the taste, the earlier plays and their contexts, and whether the gap
-before it starts a session: all but the taste can be read off a history, and `Oracle` computes
-from it what a perfect predictor would say.
+The first play of a session follows no song: playlist, album and radio draw a song of its mood. With `opinions`, each
+user likes some songs and dislikes equally many. Only the user's actions show it: a disliked song is skipped and never
+drawn from the collection; a liked song is marked as liked when it is first played, and is drawn from the collection
+five times as often.
+
+A play thus depends on the taste, on the earlier plays and their contexts, and on whether the gap before it starts a
+session. All of these but the taste can be read from a history. `Oracle` computes from them the probabilities that a
+perfect predictor would give.
 
 U users in a block, L plays of the longest history among them, N songs, G genres, C contexts.
 """
@@ -50,34 +51,34 @@ SECOND = (
     "Weather Windows"
 ).split()
 SYLLABLES = "ba de fi go ha ja ke li mo na or pa qui ra sa to ul va we xi ya zo".split()
-ENSEMBLES = (  # one a genre, so that a reader sees in a list of names which songs belong together
+ENSEMBLES = (  # one per genre, so that a list of names shows which songs belong together
     "Quartet Choir Collective Orchestra Brothers Sound System Trio Machine Band Ensemble Sisters Project Family "
     "Society Express Club"
 ).split()
 CONTEXTS = ("playlist", "album", "search", "radio", "collection")
 PLAYLIST, ALBUM, SEARCH, RADIO, COLLECTION = range(5)
 STAY = np.array([0.85, 0.85, 0.1, 0.85, 0.6])  # probability that the next play of a session has the same context
-SWITCH = np.array([0.3, 0.25, 0.15, 0.15, 0.15])  # shares of the contexts where it does not
+SWITCH = np.array([0.3, 0.25, 0.15, 0.15, 0.15])  # otherwise the next context is drawn with these shares
 START = np.array([0.3, 0.15, 0.15, 0.2, 0.2])  # shares of the contexts of a session's first play
-TASTE = np.array([0.6, 0.3, 0.1])  # shares of a user's genres, dearest first
-LIKED_WEIGHT = 5.0  # of a play of a liked song in a user's collection; that of another is 1, of a disliked one 0
-LIKE_AFTER = 1_000  # ms after the play
+TASTE = np.array([0.6, 0.3, 0.1])  # shares of a user's genres, favorite first
+LIKED_WEIGHT = 5.0  # weight in a user's collection of a play of a liked song; of a disliked song 0, of others 1
+LIKE_AFTER = 1_000  # ms from a play to the like
 SKIP_ON_TASTE, SKIP_OFF_TASTE = 0.05, 0.35  # probability of a skip, by whether the genre is in the taste
-PLAYS_SIGMA, PLAYS_LIMIT = 0.7, 6  # lognormal spread of the plays of a user, and their limit in means
+PLAYS_SIGMA, PLAYS_LIMIT = 0.7, 6  # lognormal sigma of the plays per user, and their maximum in multiples of the mean
 PLAYLIST_LENGTHS = (10, 40)
-PLAYLIST_STEPS = np.array([0.4, 0.3])  # shares of playlist and album steps in a playlist; else a song of the genre
+PLAYLIST_STEPS = np.array([0.4, 0.3])  # shares of playlist and album successors in a playlist; others: any of the genre
 FIRST_MOMENT = 1_704_067_200_000  # 2024-01-01, ms UTC
 MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000  # ms
 SONG_LENGTHS = (2 * MINUTE, 6 * MINUTE)
-SKIPPED_AFTER = (5_000, 40_000)  # ms
-SESSION_GAP = 30 * MINUTE  # a longer gap starts a session; the world leaves at least an hour
-CELLS_PER_BLOCK = 1 << 20  # U × L at once, some 100 MiB of work space
+SKIPPED_AFTER = (5_000, 40_000)  # ms from the start of a song to its skip
+SESSION_GAP = 30 * MINUTE  # gaps from this length on start a session; generated sessions are at least an hour apart
+CELLS_PER_BLOCK = 1 << 20  # maximum U × L of a block, about 100 MiB of working memory
 _GOLDEN = 0x9E3779B97F4A7C15
 _STREAMS = {"taste": 1, "length": 2, "session": 3, "song": 4, "skip": 5, "time": 6, "playlist": 7, "opinion": 8}
 
 
 def song_titles(count: int, seed: int) -> np.ndarray:
-    """object (count,): titles such as `Velvet Harbour`, all different; after the pairs are used up, `..., Part 2`."""
+    """object (count,): different titles such as `Velvet Harbour`; once all pairs are used, with `, Part 2` added."""
     pairs = len(FIRST) * len(SECOND)
     order = np.random.default_rng(seed).permutation(pairs)[np.arange(count) % pairs]
     titles = np.array(FIRST, dtype=object)[order // len(SECOND)] + " "
@@ -86,9 +87,9 @@ def song_titles(count: int, seed: int) -> np.ndarray:
 
 
 def artist_names(genres: np.ndarray) -> np.ndarray:
-    """object (artists,): names such as `Kelimo Quartet`, all different; `genres`, int (artists,), give the last."""
+    """object (artists,): different names such as `Kelimo Quartet`; `genres`, int (artists,), decide the last word."""
     size = len(SYLLABLES)
-    # A step prime to the number of names spreads neighbors apart and still meets every name once.
+    # A step that is coprime to the number of names makes neighbors differ and still uses every name once.
     number = np.arange(len(genres)) * 7_919 % size**3
     syllables = np.array(SYLLABLES, dtype=object)
     names = syllables[number // size**2] + syllables[number // size % size] + syllables[number % size]
@@ -103,7 +104,7 @@ def _numbered(names: np.ndarray, repeats: np.ndarray, between: str) -> np.ndarra
 
 
 class GenerateConfig(Settings):
-    """The size and the character of a generated world."""
+    """The size of generated data and the rules of its plays."""
 
     users: int = Field(2_000, ge=1, description="Number of users")
     songs: int = Field(2_000, ge=1, description="Number of songs")
@@ -152,20 +153,20 @@ class GenerateConfig(Settings):
 
 
 class World:
-    """The songs and rules of one config. Users and playlists are made when asked for.
+    """The songs and rules of one config. Users and playlists are generated on request.
 
-    Each user has random numbers of its own, so any set of users can be made alone, in any order
-    and in any number of processes, and has the same plays.
+    Each user has separate random numbers, so that any set of users can be generated alone, in any order
+    and in any number of processes, and always has the same plays.
     """
 
-    genre: np.ndarray  # int32 (N,), of each song row
-    artist: np.ndarray  # int32 (N,)
-    share: np.ndarray  # float64 (N,), Zipf probability of a song among those of its genre
+    genre: np.ndarray  # int32 (N,), genre of each song row
+    artist: np.ndarray  # int32 (N,), artist of each song row
+    share: np.ndarray  # float64 (N,), Zipf probability of a song among the songs of its genre
     album_next: np.ndarray  # int32 (N,), the song that follows in the artist's order; the first follows the last
     playlist_next: np.ndarray  # int32 (N,), the same in the genre's playlist order
     song_ms: np.ndarray  # int64 (N,), length of each song
-    context_shares: np.ndarray  # float64 (C + 1, C): of the next context, by the last one; row C: a session's first
-    genre_shares: np.ndarray  # float64 (G,), how dear the genres are to all users together
+    context_shares: np.ndarray  # float64 (C + 1, C): next context given the last one; row C: a session's first context
+    genre_shares: np.ndarray  # float64 (G,), popularity of each genre over all users
 
     def __init__(self, config: GenerateConfig) -> None:
         self.config = config
@@ -187,7 +188,7 @@ class World:
         self.genre_shares = weights / weights.sum()
 
     def _popularity(self) -> tuple[np.ndarray, np.ndarray]:
-        """Each song's share of its genre, and genre + cumulative share in the order of `_ranked`."""
+        """Return each song's share of its genre, and genre + cumulative share in the order of `_ranked`."""
         genre = self.genre[self._ranked]
         weights = (1.0 + np.arange(len(genre)) - self._genre_starts[genre]) ** -self.config.zipf
         weights /= np.add.reduceat(weights, self._genre_starts[:-1])[genre]
@@ -217,16 +218,16 @@ class World:
         return pa.table(data, schema=columns.SONGS_TABLE)
 
     def tastes(self, users: np.ndarray) -> np.ndarray:
-        """int64 (U, 3): the genres of each user's long-term taste, dearest first; their shares are `TASTE`."""
+        """int64 (U, 3): the genres of each user's long-term taste, favorite first; their shares are `TASTE`."""
         keys = _keys(self.config.seed, "taste", users)
         # Gumbel top-k (Vieira 2014): a draw without replacement by genre_shares, all users at once.
         noise = -np.log(-np.log(_uniform(keys[:, None], np.arange(self.config.genres)) + 1e-300))
         return np.asarray(np.argsort(-(np.log(self.genre_shares) + noise), axis=1)[:, : len(TASTE)])
 
     def collection_weights(self, users: np.ndarray, songs: np.ndarray) -> np.ndarray:
-        """float64 (P,): how much a play counts in the collection, for users by index and song rows, int (P,) each.
+        """float64 (P,): the weight of each play in its user's collection; user indices and song rows are int (P,).
 
-        0 where the user dislikes the song, 5 where the user likes it, else 1.
+        0 if the user dislikes the song, 5 if the user likes it, otherwise 1.
         """
         if not self.config.opinions:
             return np.ones(songs.shape)
@@ -236,18 +237,18 @@ class World:
         return np.asarray(np.where(drawn < self.config.opinions, 0.0, liked))
 
     def histories(self, users: np.ndarray) -> Histories:
-        """The histories of users by index, int (U,), in that order; every user has at least one play."""
+        """Return the histories of users by index, int (U,), in that order; every user has at least one play."""
         return concatenate(list(self.blocks(users)))
 
     def blocks(self, users: np.ndarray, most: int = 5_000) -> Iterator[Histories]:
-        """The same, in batches of at most `most` users and of bounded memory."""
+        """Yield the result of `histories` in batches of at most `most` users and of bounded memory."""
         users = np.asarray(users, dtype=np.int64)
         size = max(1, min(most, CELLS_PER_BLOCK // self.config.max_plays))
         for start in range(0, len(users), size):
             yield self._block(users[start : start + size])
 
     def playlists(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Playlists by index, int (R,): songs int32 (P,) and offsets int64 (R + 1,); each a walk within one genre."""
+        """Return playlists by index, int (R,), each within one genre: songs int32 (P,) and offsets int64 (R + 1,)."""
         keys = _keys(self.config.seed, "playlist", np.asarray(indices, dtype=np.int64))
         low, high = PLAYLIST_LENGTHS
         lengths = (low + _uniform(keys, 0) * (high - low + 1)).astype(np.int64)
@@ -264,13 +265,13 @@ class World:
         return walk[np.arange(high) < lengths[:, None]], offsets_of(lengths)
 
     def _draw(self, genre: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        """int32: a song of each genre, by its share."""
+        """int32: one song of each value of `genre`, drawn by its share with a random number of `uniform`."""
         at = np.searchsorted(self._cumulative, genre + uniform, side="right")
         return np.asarray(self._ranked[np.minimum(at, self._genre_starts[genre + 1] - 1)])
 
     def _block(self, users: np.ndarray) -> Histories:
         lengths = self._lengths(users)
-        # The longest first: the users who still play at a step are then a slice, not a mask.
+        # Longest history first, so that the users who still play at a step are a slice.
         order = np.argsort(-lengths, kind="stable")
         users, lengths = users[order], lengths[order]
         played = np.arange(lengths.max(initial=0)) < lengths[:, None]
@@ -294,7 +295,7 @@ class World:
         return block.take(np.argsort(order))
 
     def _lengths(self, users: np.ndarray) -> np.ndarray:
-        """int64 (U,): plays of each user, lognormal with the configured mean."""
+        """int64 (U,): number of plays of each user, lognormal with the configured mean."""
         normal = ndtri(np.clip(_uniform(_keys(self.config.seed, "length", users), 0), 1e-12, None))
         plays = self.config.plays * np.exp(PLAYS_SIGMA * normal - PLAYS_SIGMA**2 / 2)
         return np.asarray(np.clip(np.rint(plays), 1, self.config.max_plays), dtype=np.int64)
@@ -309,12 +310,12 @@ class World:
     def _songs(
         self, users: np.ndarray, lengths: np.ndarray, starts: np.ndarray, tastes: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Songs int32 and contexts int64 (U, L), one step of all users at a time; users by length, longest first."""
+        """Return songs int32 and contexts int64 (U, L), computed step by step for all users, longest history first."""
         keys = _keys(self.config.seed, "song", users)
         shares = np.cumsum(self.context_shares, axis=1)[:, :-1]
         songs = np.zeros(starts.shape, dtype=np.int32)
         contexts = np.zeros(starts.shape, dtype=np.int64)
-        collected = np.zeros(starts.shape if self.config.opinions else (0, 0))  # weights of the plays up to each
+        collected = np.zeros(starts.shape if self.config.opinions else (0, 0))  # cumulative weights of the plays
         for step in range(starts.shape[1]):
             playing = slice(0, int(np.searchsorted(-lengths, -step)))
             start, last = starts[playing, step], songs[playing, step - 1]
@@ -342,7 +343,7 @@ class World:
         return songs, contexts
 
     def _moods(self, tastes: np.ndarray, which: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """The genre that a session starts with, from two uniforms per user."""
+        """Return the genre that each user's session starts with, from two uniform random numbers per user."""
         outside = which < self.config.outside
         inside = (which - self.config.outside) / max(1 - self.config.outside, 1e-9)
         place = np.searchsorted(np.cumsum(TASTE)[:-1], inside, side="right")
@@ -352,7 +353,7 @@ class World:
         return np.asarray((uniform * self.config.genres).astype(np.int64))
 
     def _skips(self, users: np.ndarray, songs: np.ndarray, tastes: np.ndarray) -> np.ndarray:
-        """bool (U, L)."""
+        """bool (U, L): the plays that are skipped."""
         on_taste = (self.genre[songs][:, :, None] == tastes[:, None, :]).any(axis=2)
         chance = np.where(on_taste, SKIP_ON_TASTE, SKIP_OFF_TASTE)
         keys = _keys(self.config.seed, "skip", users)
@@ -361,14 +362,18 @@ class World:
     def _times(
         self, users: np.ndarray, songs: np.ndarray, skipped: np.ndarray, starts: np.ndarray, played: np.ndarray
     ) -> np.ndarray:
-        """int64 (U, L), ms UTC: a song's length within a session, else an hour and a random share of what is left."""
+        """int64 (U, L): the time of each play, ms UTC.
+
+        A play starts when the song before it ends or is skipped. Before a new session there are another hour and a
+        random share of the time that the plays of the user leave free.
+        """
         keys = _keys(self.config.seed, "time", users)
         most, steps = self.config.max_plays, np.arange(songs.shape[1])
         low, high = SKIPPED_AFTER
         heard = np.where(skipped, low + _uniform(keys[:, None], steps) * (high - low), self.song_ms[songs])
         apart = starts & played & (steps > 0)
         gaps = apart * HOUR + np.concatenate([np.zeros((len(users), 1)), heard[:, :-1]], axis=1).astype(np.int64)
-        # Summed in the order of time, so that the padding of a block changes no last digit.
+        # A cumulative sum adds in the order of time, so that the padding of a block does not change the rounding.
         waits = np.cumsum(apart * -np.log1p(-_uniform(keys[:, None], most + steps)), axis=1)
         first, share = (_uniform(keys, 2 * most + channel) for channel in (0, 1))
         spare = np.maximum(self.config.days * DAY - (gaps * played).sum(axis=1), 0.0)
@@ -381,7 +386,7 @@ class World:
 
 
 def _likes(histories: Histories, liked: np.ndarray) -> Histories:
-    """A like after the first play of each song that its user likes; `liked`, bool (P,)."""
+    """Return a like after each user's first play of each liked song; `liked`, bool (P,), marks plays of such songs."""
     keys = histories.rows * (int(histories.songs.max(initial=0)) + 1) + histories.songs
     first: np.ndarray = np.zeros(len(keys), dtype=bool)
     first[np.unique(keys, return_index=True)[1]] = True
@@ -390,7 +395,7 @@ def _likes(histories: Histories, liked: np.ndarray) -> Histories:
 
 
 def _followers(order: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """int32 (N,): the song after each in `order`, which is sorted by group; a group's last is followed by its first."""
+    """int32 (N,): the song after each song in `order`, which is sorted by group; a group's first follows its last."""
     members = group[order]
     firsts = np.searchsorted(members, members)
     last = np.append(members[1:] != members[:-1], True)
@@ -401,13 +406,13 @@ def _followers(order: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def _keys(seed: int, stream: str, indices: np.ndarray) -> np.ndarray:
-    """uint64: the start of each user's (or playlist's) own sequence of random numbers in one stream."""
+    """uint64: the start of the separate random sequence of each user (or playlist) in one stream."""
     world = np.random.SeedSequence([seed, _STREAMS[stream]]).generate_state(1, np.uint64)[0]
     return _mix(_mix(indices.astype(np.uint64)) ^ world)
 
 
 def _uniform(keys: np.ndarray, counters: int | np.ndarray) -> np.ndarray:
-    """float64 in [0, 1): number `counters` of each sequence. SplitMix64 (Steele, Lea, Flood 2014), read by counter."""
+    """float64 in [0, 1): the numbers at positions `counters` of each sequence. SplitMix64 (Steele, Lea, Flood 2014)."""
     steps = np.asarray(counters, dtype=np.uint64).reshape(-1) * np.uint64(_GOLDEN)
     return np.asarray((_mix(keys + (steps if np.ndim(counters) else steps[0])) >> np.uint64(11)) * 2.0**-53)
 
@@ -423,7 +428,7 @@ CHANCES_PER_CHUNK = 1 << 22  # float64 probabilities held at once: 32 MiB
 
 
 class Oracle:
-    """The true probabilities of the next song."""
+    """Computes the true probabilities of the next song."""
 
     def __init__(self, world: World, *, know_contexts: bool = True) -> None:
         self.world = world
@@ -438,7 +443,7 @@ class Oracle:
         nothing = _weight_before(world, histories, queries) == 0
         genres = states.moods[:, world.genre] * world.share
         answer = heard.multiply(contexts[:, [COLLECTION]]).toarray()
-        # Who has heard nothing yet, or nothing but disliked songs, has no collection: the song comes from the mood.
+        # A user who has heard no songs, or only disliked ones, has no collection: the song comes from the mood.
         from_mood = contexts[:, [PLAYLIST, ALBUM, RADIO]].sum(axis=1)
         from_mood += np.where(nothing, contexts[:, COLLECTION], 0.0)
         followed = np.where(states.starts, 0.0, config.follow)
@@ -452,10 +457,10 @@ class Oracle:
         return np.asarray(answer, dtype=np.float32)
 
     def best_recall(self, k: int, users: np.ndarray | None = None, *, first_play: int = 0) -> float:
-        """The recall@k that no predictor with this knowledge can pass, over all plays of some users.
+        """Return the highest recall@k that a predictor with this knowledge can reach, over all plays of `users`.
 
-        The mean over plays, from each user's `first_play` on, of the k largest probabilities.
-        `users`, int (U,), are 200 by default.
+        It is the mean, over the plays from each user's `first_play` on, of the sum of the k largest probabilities.
+        `users`, int (U,), are the first 200 by default.
         """
         users = np.arange(min(200, self.world.config.users)) if users is None else users
         total, count = 0.0, 0
@@ -470,7 +475,7 @@ class Oracle:
         return total / max(1, count)
 
     def _next_contexts(self, histories: Histories, queries: Queries, starts: np.ndarray) -> np.ndarray:
-        """float64 (Q, C): the probability of each context for the play to come."""
+        """float64 (Q, C): the probability of each context for the next play."""
         if self.know_contexts:
             known = _context_numbers(histories)[_last_play(histories, queries)]
             return np.asarray(self.world.context_shares[np.where(starts, len(CONTEXTS), known)])
@@ -480,11 +485,11 @@ class Oracle:
 
 
 class _QueryStates:
-    """What the rules look at before each query's play."""
+    """The state before each query's play, from which the rules decide."""
 
-    starts: np.ndarray  # bool (Q,), whether it starts a session
-    last: np.ndarray  # int32 (Q,), the song before; 0 where there is none
-    moods: np.ndarray  # float64 (Q, G), the mood's distribution: the last song's genre, or the taste
+    starts: np.ndarray  # bool (Q,), whether the play starts a session
+    last: np.ndarray  # int32 (Q,), the song before the play; 0 if there is none
+    moods: np.ndarray  # float64 (Q, G), distribution of the mood: the last song's genre or, in a new session, the taste
 
     def __init__(self, world: World, histories: Histories, queries: Queries) -> None:
         before = _last_play(histories, queries)
@@ -501,13 +506,13 @@ class _QueryStates:
 
 
 def every_play(histories: Histories, first_play: int = 0) -> Queries:
-    """One query before every play, from each user's `first_play` on."""
+    """Return one query before every play, from each user's `first_play` on."""
     place = np.arange(histories.num_plays) - histories.offsets[histories.rows]
     return Queries.before_plays(histories, np.flatnonzero(place >= first_play))
 
 
 def infer_contexts(world: World, histories: Histories) -> np.ndarray:
-    """float64 (P, C): the probability of each play's context, given the songs up to and with that play.
+    """float64 (P, C): the probability of each play's context, given the songs up to and including that play.
 
     The forward pass of a hidden Markov model (Rabiner 1989): contexts are hidden, songs observed.
     """
@@ -525,7 +530,7 @@ def infer_contexts(world: World, histories: Histories) -> np.ndarray:
 
 
 def _likelihoods(world: World, histories: Histories, queries: Queries, states: _QueryStates) -> np.ndarray:
-    """float64 (P, C): the probability of each played song, had it come from each context."""
+    """float64 (P, C): the probability of each played song, given each context."""
     songs = histories.songs
     share, genre = world.share[songs], world.genre[songs]
     likely = np.empty((len(songs), len(CONTEXTS)))
@@ -541,12 +546,12 @@ def _likelihoods(world: World, histories: Histories, queries: Queries, states: _
 
 
 def _weights(world: World, histories: Histories) -> np.ndarray:
-    """float64 (P,): how much each play counts in its user's collection."""
+    """float64 (P,): the weight of each play in its user's collection."""
     return world.collection_weights(world.user_index(histories.user_ids)[histories.rows], histories.songs)
 
 
 def _weight_before(world: World, histories: Histories, queries: Queries) -> np.ndarray:
-    """float64 (Q,): of the plays before each query together."""
+    """float64 (Q,): the sum of the weights of the plays before each query."""
     sums = np.concatenate([[0], np.cumsum(_weights(world, histories))])
     starts = histories.offsets[queries.rows]
     return np.asarray(sums[starts + queries.seen] - sums[starts])
@@ -563,7 +568,7 @@ def _earlier_plays_of_song(histories: Histories) -> np.ndarray:
 
 
 def _last_play(histories: Histories, queries: Queries) -> np.ndarray:
-    """int64 (Q,): position of the play before each query in the flat arrays; where there is none, of some play."""
+    """int64 (Q,): position of the play before each query in the flat arrays; of an unrelated play if there is none."""
     return np.asarray(np.maximum(histories.offsets[queries.rows] + queries.seen - 1, 0))
 
 

@@ -1,11 +1,12 @@
-"""Windows: pieces of histories that the network learns from, in batches of like length. [ours]
+"""Windows: pieces of histories that the network learns from, in batches of similar length. [ours]
 
-Virtual shards say which windows make up which batch of an epoch, the same for any number of workers. The units of the
-data (buckets, or files of playlists) are put into lanes. A lane is read from its first unit to its last, and its
-windows are dealt to a number of shards; of W workers each reads the lanes of every W-th shard. The lengths of all
-windows are known before, so that every worker computes all batches and none needs what another reads. A worker's share
-of a batch is the windows of it that the worker reads; it may hold none. Where a batch has at least 64 windows for
-each worker, and the number of shards is a power of two, it holds the same share of what each worker reads.
+Virtual shards decide which windows form which batch of an epoch, independently of the number of workers. The units of
+the data (buckets, or files of playlists) are distributed over lanes. A lane is read from its first unit to its last,
+and its windows are distributed over several shards. Each of the W workers reads the lanes of every W-th shard. The
+lengths of all windows are known in advance, so every worker computes all batches and needs no data that another worker
+reads. A worker's share of a batch is the windows of the batch that this worker reads; the share may be empty. If a
+batch has at least 64 windows per worker, and the number of shards is a power of two, the batch takes the same fraction
+of the windows of each worker.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,30 +18,30 @@ import pyarrow as pa
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.ragged import offsets_of, ranges
 
-_COLUMNS = ("inputs", "previous_at", "places")  # of Windows beside the plays, one number a window
-NEVER = np.iinfo(np.int64).min  # the time of the play before the first one
-# Shards are in groups, and a batch takes the same share of each group's windows. The more groups, the more the lengths
-# in a batch differ.
-SHARD_GROUPS = 8  # of shards, or fewer where a pool has fewer than `GROUP_WINDOWS` in each
+_COLUMNS = ("inputs", "previous_at", "places")  # fields of Windows apart from the plays, one number per window
+NEVER = np.iinfo(np.int64).min  # a time before all others: the time of the play before the first one
+# Shards are in groups, and a batch takes the same fraction of each group's windows. The more groups, the more the
+# lengths in a batch differ.
+SHARD_GROUPS = 8  # number of groups; fewer if a pool has fewer than `GROUP_WINDOWS` windows per group
 GROUP_WINDOWS = 1 << 10
-WORKER_WINDOWS = 64  # of a batch: there are at least as many groups as it holds so many
-POOL_WINDOWS = 1 << 14  # of all shards together, whose windows are put in batches by length
+WORKER_WINDOWS = 64  # large batches have more groups: one per `WORKER_WINDOWS` windows of a batch
+POOL_WINDOWS = 1 << 14  # windows in a pool, over all shards; the windows of a pool are put in batches by length
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """W windows of a batch. Each holds its input plays and, behind them, the plays in which targets may lie."""
+    """W windows of a batch. Each holds its input plays, followed by the plays in which targets may lie."""
 
     plays: Histories  # one row per window; user ids are empty
-    inputs: np.ndarray  # int64 (W,): how many of the plays are inputs
-    previous_at: np.ndarray  # int64 (W,): ms UTC of the play before the window, NEVER where there is none
-    places: np.ndarray  # int64 (W,): of each window in its batch, over all workers
+    inputs: np.ndarray  # int64 (W,): number of plays that are inputs
+    previous_at: np.ndarray  # int64 (W,): ms UTC of the play before the window, NEVER if there is none
+    places: np.ndarray  # int64 (W,): position of each window in its batch, over all workers
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def take(self, rows: np.ndarray) -> "Windows":
-        """Some of the windows, in the order of `rows`."""
+        """Return the windows at `rows`, in that order."""
         return Windows(
             plays=self.plays.take(rows),
             inputs=self.inputs[rows],
@@ -49,7 +50,7 @@ class Windows:
         )
 
     def to_arrow(self) -> pa.Table:
-        """One row per window."""
+        """Return a table with one row per window."""
         table = self.plays.to_arrow()
         for name in _COLUMNS:
             table = table.append_column(name, pa.array(getattr(self, name)))
@@ -57,13 +58,13 @@ class Windows:
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "Windows":
-        """From the rows that `to_arrow` makes."""
+        """Return the windows of a table that `to_arrow` made."""
         numbers = {name: table.column(name).to_numpy() for name in _COLUMNS}
         return cls(plays=Histories.from_arrow(table), **numbers)
 
     @classmethod
     def joined(cls, parts: Sequence["Windows"]) -> "Windows":
-        """Those of all parts as one batch, in their order; none where there are no parts."""
+        """Return the windows of all parts as one batch, in the order of the parts; empty without parts."""
         parts = [part for part in parts if len(part)]
         numbers = {
             name: np.concatenate([np.zeros(0, dtype=np.int64), *(getattr(part, name) for part in parts)])
@@ -74,13 +75,13 @@ class Windows:
 
 
 def count_inputs(lengths: np.ndarray, window: int) -> np.ndarray:
-    """int64 (W,): the inputs of the windows that `cut_windows` makes of histories of so many plays, int (U,)."""
+    """int64 (W,): the number of inputs of each window that `cut_windows` makes of histories of `lengths`, int (U,)."""
     users, starts = _pieces(lengths, window)
     return np.asarray(np.minimum(window, lengths[users] - 1 - starts))
 
 
 def _pieces(lengths: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64 (W,): the user of each window, and the place where it starts in the user's history."""
+    """int64 (W,) each: the user of each window, and the position in the user's history where the window starts."""
     pieces = -(-np.maximum(lengths - 1, 0) // window)  # the last play of a history is only ever a target
     users = np.repeat(np.arange(len(lengths)), pieces)
     return users, ranges(0, pieces) * window
@@ -89,7 +90,7 @@ def _pieces(lengths: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
 def cut_windows(histories: Histories, window: int, lookahead: int) -> Windows:
     """Cut every history into windows of at most `window` inputs, each input in exactly one window.
 
-    Behind its inputs a window holds up to `lookahead` more plays. A last window of one play has
+    After its inputs a window holds up to `lookahead` more plays. A last window of one play has
     nothing to predict and is left out.
     """
     lengths = histories.lengths
@@ -116,10 +117,10 @@ def cut_windows(histories: Histories, window: int, lookahead: int) -> Windows:
 
 
 def batch_rows(inputs: np.ndarray, batch: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """The rows of each batch: windows of like length together, batches in random order.
+    """Return the rows of each batch. Windows in a batch have similar lengths; batches are in random order.
 
-    `inputs` int (W,) are the windows' lengths. Every batch has at least `batch` rows, the odd ones
-    spread over all; fewer windows than that are one batch.
+    `inputs`, int (W,), are the lengths of the windows. Every batch has at least `batch` rows, and the remainder is
+    spread over all batches. Fewer than `batch` windows form one batch.
     """
     if not len(inputs):
         return []
@@ -129,26 +130,26 @@ def batch_rows(inputs: np.ndarray, batch: int, rng: np.random.Generator) -> list
 
 
 def batches_in_memory(windows: Windows, batch: int, rng: np.random.Generator) -> Iterator[Windows]:
-    """The batches of windows that are all at hand."""
+    """Yield the batches of windows that are all in memory."""
     for rows in batch_rows(windows.inputs, batch, rng):
         yield replace(windows.take(rows), places=np.arange(len(rows)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowLengths:
-    """The inputs of every window of the data in the order in which units are read; a byte or two a window."""
+    """The number of inputs of every window of the data, in the order of the units; one or two bytes per window."""
 
     inputs: np.ndarray  # unsigned int (T,)
     offsets: np.ndarray  # int64 (units + 1,): where each unit's windows begin
 
     @property
     def units(self) -> int:
-        """How many units there are."""
+        """The number of units."""
         return len(self.offsets) - 1
 
     @classmethod
     def of_units(cls, inputs: list[np.ndarray]) -> "WindowLengths":
-        """From those of each unit."""
+        """Create from one array per unit with the number of inputs of each of its windows."""
         flat = np.concatenate([np.zeros(0, dtype=np.uint8), *inputs])
         return cls(
             inputs=flat.astype(np.min_scalar_type(int(flat.max(initial=0)))),
@@ -156,26 +157,26 @@ class WindowLengths:
         )
 
     def of_unit(self, unit: int) -> np.ndarray:
-        """Those of one unit."""
+        """Return the number of inputs of each window of one unit."""
         return self.inputs[self.offsets[unit] : self.offsets[unit + 1]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolBatches:
-    """The batches of a pool, by lane and then in the order in which its windows are read."""
+    """The batch of each of the P windows of a pool, by lane and then in the order in which the lane is read."""
 
     lanes: np.ndarray  # int64 (P,): the lane of each window
-    shards: np.ndarray  # int64 (P,): its shard
-    inputs: np.ndarray  # unsigned int (P,): its length
-    steps: np.ndarray  # int64 (P,): the number of its batch within the epoch
-    places: np.ndarray  # int64 (P,): its place in the batch
+    shards: np.ndarray  # int64 (P,): the shard of each window
+    inputs: np.ndarray  # unsigned int (P,): the length of each window
+    steps: np.ndarray  # int64 (P,): the number of each window's batch within the epoch
+    places: np.ndarray  # int64 (P,): the position of each window in its batch
 
 
 class EpochBatches:
-    """The batches of an epoch: a function of seed, epoch and the lengths of windows alone."""
+    """The batches of an epoch. They depend on the seed, the epoch and the window lengths, not on the workers."""
 
     def __init__(self, windows: WindowLengths, *, shards: int, batch: int, seed: int, epoch: int) -> None:
-        """`batch` is in windows over all workers. Batches hold at least as many; the odd windows are spread."""
+        """`batch` is the minimum number of windows per batch over all workers; batches share the remainder."""
         order = np.random.default_rng([seed, epoch]).permutation(windows.units)
         lanes = max(number for number in divisors(shards) if number <= max(1, windows.units))
         self.lanes: list[list[int]] = [order[lane::lanes].tolist() for lane in range(lanes)]
@@ -183,22 +184,22 @@ class EpochBatches:
         self._shards, self._batch, self._entropy = shards, batch, [seed, epoch]
         sizes = np.array([len(inputs) for inputs in self._inputs])
         self.pools = max(1, -(-int(sizes.sum()) // POOL_WINDOWS))
-        # int64 (lanes, pools + 1): every pool takes the same share of each lane, so that all end together
+        # int64 (lanes, pools + 1): every pool takes the same fraction of each lane, so that all lanes end together
         self._bounds = sizes[:, None] * np.arange(self.pools + 1) // self.pools
         of_pools = np.diff(self._bounds).sum(axis=0)
         self._first = np.append(0, np.cumsum(np.where(of_pools, np.maximum(1, of_pools // batch), 0)))
 
     @property
     def steps(self) -> int:
-        """How many batches there are."""
+        """The number of batches."""
         return int(self._first[-1])
 
     def lanes_of(self, rank: int, workers: int) -> list[int]:
-        """The lanes that hold shards of one of so many workers."""
+        """Return the lanes that hold the shards of worker `rank` of `workers`."""
         return sorted({shard % len(self.lanes) for shard in range(rank, self._shards, workers)})
 
     def pool(self, number: int) -> PoolBatches:
-        """Windows of like length together, batches in random order."""
+        """Return the batches of one pool. Windows in a batch have similar lengths; batches are in random order."""
         rng = np.random.default_rng([*self._entropy, number])
         bounds = self._bounds[:, number : number + 2].tolist()
         inputs = np.concatenate([self._inputs[lane][begin:end] for lane, (begin, end) in enumerate(bounds)])
@@ -208,7 +209,7 @@ class EpochBatches:
         shards = lanes + len(self.lanes) * dealt
         most = max(1, min(SHARD_GROUPS, len(inputs) // GROUP_WINDOWS), self._batch // WORKER_WINDOWS)
         groups = shards % max(number for number in divisors(self._shards) if number <= most)
-        # The shortest window of each group, the next of each, and so on: neighbors have about the same length.
+        # Take the shortest window of each group, then the next of each, and so on: neighbors have similar lengths.
         by_length = np.lexsort((rng.random(len(inputs)), inputs, groups))
         sizes = np.bincount(groups)
         ranks = ranges(0, sizes)

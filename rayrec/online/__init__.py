@@ -1,1 +1,1 @@
-"""A user's state between requests, and the stores that hold it. No HTTP, no Ray."""
+"""A user's state between requests, and the stores that hold it. The package uses neither HTTP nor Ray."""

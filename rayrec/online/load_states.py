@@ -1,4 +1,4 @@
-"""From the batch job's tastes to a store of user states: bucket by bucket, resumed where it was stopped.
+"""Loads the user states that the batch job computed into a store, bucket by bucket; a stopped load can be resumed.
 
 U users of a batch.
 """
@@ -43,24 +43,24 @@ from rayrec.online.user_state import FIRST_ONLINE, LAST_PLAYS, Plays, UserState,
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 
-USERS_AT_ONCE = 8_000  # in one transaction of the store: some 0.2 s of SQLite, which other writers wait for
-PIECE_PLAYS = 1_024  # of a piece of the log: an answer reads pieces until it has enough plays
+USERS_AT_ONCE = 8_000  # users per transaction of the store: about 0.2 s with SQLite, for which other writers wait
+PIECE_PLAYS = 1_024  # maximum plays per piece of the log; an answer reads pieces until it has enough plays
 MOST_PROCESSES = 8  # more would wait for the store
-USERS_WITHOUT_PROCESSES = 50_000  # whom one process loads in the time that it takes to start others
+USERS_WITHOUT_PROCESSES = 50_000  # users that one process loads in the time that it takes to start others
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadResult:
-    """What became of the users of a load, or of some of its buckets."""
+    """The result of a load, or of some of its buckets: numbers of users by what was done with them."""
 
     buckets: int = 0
     added: int = 0  # users who were not in the store
-    renewed: int = 0  # users who were: the model's state in the store is the batch's now
-    merged: int = 0  # of those, users with plays newer than the batch's, which were kept
-    unchanged: int = 0  # users who had a state of the model over these plays already
-    deleted: int = 0  # users who were deleted from the store, and stay so
-    kept_plays: int = 0  # the newer plays of those merged
-    seconds: float = 0.0  # of the load's; of buckets that were loaded at once each has its share
+    renewed: int = 0  # users who were in the store and got the batch's state of the model
+    merged: int = 0  # renewed users with plays newer than the batch's, which were kept
+    unchanged: int = 0  # users who already had a state of the model after the same plays
+    deleted: int = 0  # users who were deleted before, and are not added again
+    kept_plays: int = 0  # number of newer plays of the merged users
+    seconds: float = 0.0  # time of the load; buckets that were loaded in parallel each have a share of it
 
     def __add__(self, other: "LoadResult") -> "LoadResult":
         return LoadResult(
@@ -69,20 +69,21 @@ class LoadResult:
 
     @property
     def users(self) -> int:
-        """All of them but the deleted."""
+        """The number of users without the deleted ones."""
         return self.added + self.renewed + self.unchanged
 
 
 def load_states(
     dataset: Dataset, store: StateStore, release: Manifest, *, repeat: bool = False, processes: int | None = None
 ) -> LoadResult:
-    """Load the tastes of a release and the plays they were computed from; all that was loaded, this time or before.
+    """Load the user states of a release, and the plays they were computed from, into a store.
 
-    Each bucket is noted in the store when it is done, and left out by a later call; with `repeat` none is. A
-    user's plays in the store that are newer than the batch's stay, and so does another release's state: the release
-    need not be live. So many `processes` load a bucket each; by default one where there are few users, else as many as
-    there are CPUs. Raises `MismatchError` for a release of a data set that the workspace's does not descend from,
-    `DamagedArtifactError` for tastes that do not match their checksums.
+    Returns the result of all buckets, including those that earlier calls have loaded. The store records each bucket
+    that is done, and later calls skip it unless `repeat` is true. Plays in the store that are newer than the batch's
+    are kept, and so are the states of other releases; the release need not be live. `processes` is the number of
+    buckets that are loaded in parallel: by default 1 for few users, otherwise the number of CPUs, at most 8. Raises
+    `MismatchError` if the workspace's data set does not descend from the release's, and `DamagedArtifactError` for
+    tastes that do not match their checksums.
     """
     tastes = artifacts.load_manifest(dataset.workspace, "tastes", release.inputs["tastes"])
     if not dataset.descends_from(tastes.inputs["dataset"]):
@@ -104,13 +105,13 @@ def load_states(
             done[bucket] = result
             store.mark_loaded(tastes.id, bucket, json.dumps(asdict(result)))
             bar.advance()
-    return sum((done[bucket] for bucket in range(buckets)), LoadResult())  # in one order: seconds are no whole numbers
+    return sum((done[bucket] for bucket in range(buckets)), LoadResult())  # in a fixed order, since floats are added
 
 
 def _load_all(
     dataset: Dataset, store: StateStore, tastes: Manifest, buckets: Iterable[int], processes: int
 ) -> Iterator[tuple[int, LoadResult]]:
-    """Buckets as they are done, with what became of them. Raises `RayrecError` where a process is killed."""
+    """Yield each bucket and its result when it is done. Raises `RayrecError` if a process is killed."""
     if processes <= 1:
         with ThreadPoolExecutor(max_workers=1) as writer:
             loader = _Loader(dataset, store, tastes, writer, nullcontext())
@@ -133,14 +134,14 @@ def _load_all(
             pool.shutdown(cancel_futures=True)
 
 
-_of_process: list["_Loader"] = []  # of a process that loads for another one
+_of_process: list["_Loader"] = []  # in a child process, its one loader
 
 
 def _start_process(
     dataset: Dataset, store: StateStore, tastes: Manifest, turn: AbstractContextManager[Any] | None
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits: it lets buckets be finished
-    gc.disable()  # it would look through everything again and again, and nothing here refers to itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C, and lets running buckets finish
+    gc.disable()  # garbage collection would take time and find nothing, because no object here refers to itself
     _of_process.append(_Loader(dataset, store, tastes, ThreadPoolExecutor(max_workers=1), turn or nullcontext()))
 
 
@@ -159,16 +160,16 @@ class _Loader:
         writer: Executor,
         turn: AbstractContextManager[Any],
     ) -> None:
-        """`writer` has one thread, which alone puts users into the store, and holds `turn` meanwhile."""
+        """`writer` has one thread, the only one that puts users into the store; it holds `turn` to add new users."""
         self._dataset, self._store, self._tastes, self._writer, self._turn = dataset, store, tastes, writer, turn
-        self._forgotten = read_waiting(dataset.workspace)  # the rows of others are erased
+        self._forgotten = read_waiting(dataset.workspace)  # rows of other deleted users are already erased
         model = artifacts.load_manifest(dataset.workspace, "models", tastes.inputs["models"])
         self._model = model.id
         shape = ModelConfig.from_json(dataset.workspace.read_json(model.path(MODEL_CONFIG)))
         self._layers = shape.state_layers
 
     def load(self, bucket: int) -> LoadResult:
-        """Load one bucket."""
+        """Load one bucket and return its result."""
         began, total = time.monotonic(), LoadResult(buckets=1)
         writing: Future[LoadResult] | None = None
         for histories, table in self._batches(bucket):  # a batch is written while the next one is read and packed
@@ -181,7 +182,7 @@ class _Loader:
         return replace(total, seconds=round(time.monotonic() - began, 3))
 
     def _batches(self, bucket: int) -> Iterator[tuple[Histories, pa.Table]]:
-        """The histories of a bucket, without plays that were appended later, and the rows of tastes beside them."""
+        """Yield batches of a bucket: the histories that the tastes were computed from, and the rows of the tastes."""
         workspace = self._dataset.workspace
         path = tastes_file(self._tastes.folder, bucket)
         artifacts.verify(workspace, self._tastes, [path.removeprefix(f"{self._tastes.folder}/")])
@@ -203,7 +204,7 @@ class _Loader:
                 yield histories, table
 
     def _packed(self, histories: Histories, table: pa.Table) -> tuple[Histories, States, list[Change], int]:
-        """The users who are not deleted, what to write of each where the store lacks them all, and the deleted."""
+        """Return histories and states without deleted users, the changes that add all users, and the number deleted."""
         states, deleted = states_of(table, self._layers), self._forgotten.holds(histories.user_ids)
         if deleted.any():
             histories = histories.take(~deleted)
@@ -237,7 +238,7 @@ class _Loader:
         return (state if histories.likes is None else replace(state, likes=_likes(histories.likes, row))), plays
 
     def _new_users(self, histories: Histories, states: States) -> list[Change]:
-        """Users who are not in the store yet; those with one piece of plays, nearly all, are packed together."""
+        """Return the changes that add users. Users with one piece of plays, nearly all, are packed together."""
         lengths, user_ids = histories.lengths, histories.user_ids.tolist()
         in_one = (lengths > 0) & (lengths <= PIECE_PLAYS)
         short, short_states = histories, states
@@ -258,25 +259,28 @@ class _Loader:
         return changes
 
     def _merge(self, users: dict[str, tuple[UserState, Plays]]) -> tuple[LoadResult, list[str]]:
-        """Put the batch's states beside what the store holds, newer plays on top; and who changed meanwhile."""
+        """Merge the batch's states with the stored users, whose newer plays are kept.
+
+        Returns the result, and the users whom another writer changed meanwhile.
+        """
         changes: list[Change] = []
         newer_counts: list[int] = []
         unchanged = deleted = 0
         for user_id, whole in zip(users, self._store.read(list(users), plays=LAST_PLAYS), strict=True):
             loaded, plays = users[user_id]
-            assert whole is not None  # stores forget nobody: a deleted user leaves a mark
+            assert whole is not None  # a store keeps a state even of a deleted user
             stored = unpack_state(whole.stored.state)
             log = unpack_plays(whole.log)
             if len(plays) and plays.played_at[0] <= stored.forgotten_at:
                 deleted += 1
                 continue
             if len(log) < stored.left and stored.before_at > loaded.before_at and log.played_at[0] > loaded.before_at:
-                whole = self._store.read([user_id])[0] or whole  # more newer plays than the last ones
+                whole = self._store.read([user_id])[0] or whole  # the log has more newer plays than were read
                 stored, log = unpack_state(whole.stored.state), unpack_plays(whole.log)
             newer = Plays.joined([log, stored.window])
             newer = newer.take(newer.played_at > loaded.before_at)
             same, own = stored.plays - len(newer) == len(plays), stored.models.get(self._model)
-            # The batch has rows for songs that were added online, and reads them with their vectors of today.
+            # The batch replaces plays of songs that were added online, because it knows their rows and current vectors.
             same = same and not self._online_among(log, stored, newer)
             likes = join_likes([stored.likes, loaded.likes])
             knows_likes = all(
@@ -304,15 +308,18 @@ class _Loader:
 
     @staticmethod
     def _online_among(log: Plays, stored: UserState, newer: Plays) -> bool:
-        """Whether plays that the batch has, too, are of songs that were added online."""
+        """Return whether any play that the batch also has is of a song that was added online."""
         songs = np.concatenate([log.songs, stored.window.songs])
         return bool((songs[: len(songs) - len(newer)] >= FIRST_ONLINE).any())
 
     def _beside(self, user_id: str, whole: WholeUser, stored: UserState, loaded: UserState, log: Plays) -> Change:
-        """The store holds the batch's plays: only the model's state is added, and the log reaches at least so far."""
+        """Return the change for a user whose stored plays include the batch's: the batch's state of the model is added.
+
+        The log is extended to the last play of the batch, if it ends before.
+        """
         moved = stored.window.take(slice(max(0, loaded.left - stored.left)))
         after, own = stored, replace(loaded.models[self._model], restarts=stored.restarts, turn=stored.turn - 1)
-        if len(moved):  # states stand at the ends of logs: the log grows up to where the batch's stands
+        if len(moved):  # a model's state is that at the end of the log, so the log must reach the batch's last play
             after = replace(
                 stored,
                 window=stored.window.take(slice(len(moved), None)),
@@ -335,7 +342,7 @@ class _Loader:
         )
 
     def _instead(self, user_id: str, whole: WholeUser, stored: UserState, loaded: UserState, plays: Plays) -> Change:
-        """The store holds other plays of the batch's time: the log starts anew with the batch's and the newer ones."""
+        """Return the change for a user with other stored plays than the batch's: batch and newer plays replace them."""
         newer = plays.take(slice(loaded.left, None))
         leaving = over_window(newer.played_at)
         log = plays.take(slice(loaded.left + leaving))
@@ -355,13 +362,13 @@ class _Loader:
 
 
 def _likes(likes: Histories, row: int) -> Plays:
-    """The latest likes of one user."""
+    """Return the latest likes of one user."""
     own = slice(int(likes.offsets[row]), int(likes.offsets[row + 1]))
     return join_likes([Plays.of(likes.songs[own], likes.played_at[own])])
 
 
 def _whole_change(user_id: str, expected: int, state: UserState, log: Plays) -> Change:
-    """A user's log from its beginning, and the state after it."""
+    """Return the change that stores a user's whole log, and the state after it."""
     heard = None
     if state.left > LAST_PLAYS:
         state, songs = fold_heard(state, log.songs, np.zeros(0, np.int32))
@@ -384,13 +391,13 @@ def _pieces(plays: Plays) -> list[Piece]:
 
 
 class _Rows:
-    """Rows of a file, taken in pieces of any size."""
+    """Reads the rows of a file, in tables of any size."""
 
     def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
         self._batches, self._rest = batches, None
 
     def take(self, count: int) -> pa.Table:
-        """The next `count` rows, fewer at the end."""
+        """Return the next `count` rows, fewer at the end of the file."""
         parts: list[pa.Table] = [] if self._rest is None else [self._rest]
         while sum(part.num_rows for part in parts) < count and (batch := next(self._batches, None)) is not None:
             parts.append(pa.Table.from_batches([batch]))

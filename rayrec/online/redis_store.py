@@ -1,11 +1,11 @@
-"""User states in Redis, alone or as Redis Cluster: for replicas on many nodes.
+"""User states in Redis, a single server or Redis Cluster: for replicas on many nodes.
 
-All keys of a user share one hash tag, and no key belongs to all users: users spread over the nodes of a cluster. What
-survives is up to the server's settings. With `appendonly yes` and `appendfsync always` an acknowledged put is on the
-server's disk; with `everysec` the death of the server's machine may cost the last second, the death of its process
-alone nothing; without appendonly all since the last snapshot is lost. Opening the store logs a warning for anything but
-`always`. In a cluster a put returns once a replica has it, too, so the one that takes over lacks nothing that was
-acknowledged. A node whose replicas are down, or do not answer in time, goes on alone.
+All keys of a user share one hash tag, and no key belongs to all users, so that a cluster spreads users over its nodes.
+What survives a crash depends on the server's settings. With `appendonly yes` and `appendfsync always`, an acknowledged
+put is on the server's disk. With `everysec`, the death of the server's machine may lose the last second, the death of
+its process alone loses nothing. Without `appendonly`, all changes since the last snapshot are lost. Opening the store
+logs a warning unless `always` is set. In a cluster, a put returns after a replica has it too, so that a replica that
+takes over has all acknowledged puts. A node whose replicas are down, or do not answer in time, continues alone.
 """
 
 import logging
@@ -32,19 +32,20 @@ from rayrec.online.state_store import (
     user_key,
 )
 
-PASSWORD_VARIABLE = "RAYREC_REDIS_PASSWORD"  # rather than in the address, which Ray shows on its dashboard
-TIMEOUT_SECONDS = 5.0  # of connecting and of each answer
+PASSWORD_VARIABLE = "RAYREC_REDIS_PASSWORD"  # not in the address, because Ray shows the address on its dashboard
+TIMEOUT_SECONDS = 5.0  # for connecting and for each answer
 RETRIES = 4
 PREFIX = "rayrec:2"  # the digit is the format's version
-EVENT_SECONDS = 3 * DAY_SECONDS  # that a day's events are kept after the last of them
-PIPELINE = 1_000  # users of one pipeline
-REPLICA_MS = 500  # that a put waits for a replica, where its node has one
-ROLE_SECONDS = 5.0  # that a node of a cluster is believed to have replicas, or none
-NEW_USERS = 200  # of one call of a script, for which the server does nothing else: some milliseconds
+EVENT_SECONDS = 3 * DAY_SECONDS  # how long the events of a day are kept after the last of them
+PIPELINE = 1_000  # users per pipeline
+REPLICA_MS = 500  # how long a put waits for a replica, if its node has one
+ROLE_SECONDS = 5.0  # how long the knowledge whether a node of a cluster has replicas is used
+NEW_USERS = 200  # users per call of a script; the server does nothing else meanwhile, for some milliseconds
 
 # State, log, heard songs and events of a user change together or not at all.
-# KEYS: user, log, today's events. ARGV: expected version, number of the put, state, restart, heard, seconds, number of
-# events, events, then plays and data of each piece. A piece starts with its number of plays, as 4 bytes.
+# KEYS: user, log, today's events. ARGV: expected version, random id of the put, state, restart, heard, seconds to keep
+# events, number of events, events, then plays and data of each piece. A stored piece begins with its number of plays,
+# as 4 bytes.
 PUT = """
 local version = tonumber(redis.call('HGET', KEYS[1], 'v') or '0')
 if version ~= tonumber(ARGV[1]) then
@@ -62,8 +63,9 @@ end
 return 1
 """
 
-# New users with one piece each, some at a time, of one server: a call for each costs more than its work.
-# KEYS: all users, then their logs. ARGV: all states, then the pieces with their numbers of plays. 1 for each new user.
+# Adds new users with one piece each, several per call, because a call per user costs more than its work. Only for a
+# single server. KEYS: all users, then their logs. ARGV: all states, then the pieces with their numbers of plays.
+# Returns 1 for each added user, else 0.
 PUT_NEW = """
 local users, added = #ARGV / 2, {}
 local any = redis.call('EXISTS', unpack(KEYS, 1, users)) > 0
@@ -79,7 +81,7 @@ end
 return added
 """
 
-# KEYS: user, events of three days. ARGV: events. Version and state, then 1 for each event that is known.
+# KEYS: user, events of three days. ARGV: events. Returns version and state, then 1 for each known event, else 0.
 GET = """
 local stored = redis.call('HMGET', KEYS[1], 'v', 's')
 if not stored[1] then return {} end
@@ -92,7 +94,8 @@ end
 return stored
 """
 
-# KEYS: user, log. ARGV: plays to read at least, -1 for all. Version, state, heard songs, pieces from the last on.
+# KEYS: user, log. ARGV: minimum number of plays to read, -1 for all.
+# Returns version, state, heard songs, then pieces, newest first.
 READ = """
 local stored = redis.call('HMGET', KEYS[1], 'v', 's', 'h')
 if not stored[1] then return {} end
@@ -115,9 +118,10 @@ redis.call('HSET', KEYS[1], 'v', version + 1, 's', ARGV[1])
 return 1
 """
 
-# Songs that were added online. KEYS of all of them: counters, versions, ids by number, data, sums, numbers by id.
-# A song is open while it has data. Sums stand behind the name of their model and a zero byte.
-# ARGV: how many may be open, then id and data of each song. -1, or 1 for each song that was added.
+# Songs that were added online. KEYS of all these scripts: counters, versions, ids by number, data, sums, numbers by id.
+# A song is open while it has data. Sums are stored after the id of their model and a zero byte.
+# ARGV: maximum number of open songs, then id and data of each song. Returns -1 if they are too many, otherwise 1 for
+# each added song, else 0.
 ADD_SONGS = """
 local added, fresh = {}, 0
 for i = 2, #ARGV, 2 do
@@ -144,7 +148,7 @@ end
 return added
 """
 
-# ARGV: version. The version now, then number, id, data and sums of each song that changed since.
+# ARGV: version. Returns the current version, then number, id, data and sums of each song that changed since.
 SONGS_SINCE = """
 local version = redis.call('HGET', KEYS[1], 'version') or '0'
 local changed = {version}
@@ -158,7 +162,7 @@ end
 return changed
 """
 
-# ARGV: model, then number and what to add to the sums of each song.
+# ARGV: model, then the number of each song and the values to add to its sums.
 COUNT_SONG_PLAYS = """
 local version
 local head = ARGV[1] .. string.char(0)
@@ -182,7 +186,7 @@ end
 return 1
 """
 
-# ARGV: numbers.
+# ARGV: numbers of songs.
 CLOSE_SONGS = """
 local version = redis.call('HINCRBY', KEYS[1], 'version', 1)
 for _, number in ipairs(ARGV) do
@@ -194,7 +198,7 @@ return 1
 """
 
 READING = ("get", "read", "songs_since")  # scripts that change nothing
-ONCE = ("count_song_plays",)  # scripts that are never sent again: where an answer got lost they would count twice
+ONCE = ("count_song_plays",)  # scripts without retries: after a lost answer, a retry would count plays twice
 
 T = TypeVar("T")
 
@@ -202,27 +206,27 @@ log = logging.getLogger(__name__)
 
 
 class RedisStore(StateStore):
-    """A hash, a list and a set a day for each user."""
+    """A store in Redis. Each user has a hash, a list, and one set per day."""
 
     one_writer = False
 
     def __init__(self, client: Any, once: Any, namespace: str, uri: str) -> None:
-        """`client` is a redis.Redis or redis.RedisCluster that returns bytes, of the address `uri`.
+        """`client` is a redis.Redis or redis.RedisCluster at the address `uri` that returns bytes.
 
-        `once` is a redis.Redis of the same server that never sends a command again; a cluster needs none.
+        `once` is a redis.Redis of the same server without retries; it is not used with a cluster.
         """
         self._client, self._once, self._namespace, self._uri, self._shown = client, once, namespace, uri, _shown(uri)
-        self._nodes = getattr(client, "nodes_manager", None)  # of a cluster
-        self._replicated: dict[str, tuple[float, bool]] = {}  # by node: when it was asked, whether it has replicas
+        self._nodes = getattr(client, "nodes_manager", None)  # None for a single server
+        self._replicated: dict[str, tuple[float, bool]] = {}  # by node: time of the check, whether it has replicas
         self._scripts = {name: client.register_script(text) for name, text in _SCRIPTS.items()}
         self._answer(client.ping)
         self._warn_of_losses()
 
     @classmethod
     def from_uri(cls, uri: str, namespace: str) -> "RedisStore":
-        """From redis://host:port/number, of a server or of any node of a cluster.
+        """Open the store at redis://host:port/number, the address of a server or of any node of a cluster.
 
-        The password comes from RAYREC_REDIS_PASSWORD where the address has none.
+        The password comes from RAYREC_REDIS_PASSWORD if the address has none.
         """
         try:
             import redis
@@ -267,7 +271,7 @@ class RedisStore(StateStore):
         ]
 
     def put(self, changes: Sequence[Change], *, loading: bool = False) -> list[bool]:
-        """As in `StateStore`; each user by itself, and `loading` changes nothing."""
+        """As in `StateStore`; each user is changed separately, and `loading` has no effect."""
         new: list[int] = []
         if self._nodes is None and len({change.user_id for change in changes}) == len(changes) > 1:
             new = [place for place, change in enumerate(changes) if _is_short(change)]
@@ -281,13 +285,13 @@ class RedisStore(StateStore):
         return list(put.values())
 
     def forget(self, user_ids: Sequence[str], state: bytes) -> None:
-        """As in `StateStore`; the append-only file holds the deleted bytes until `rewrite`, or Redis itself, does."""
+        """As in `StateStore`; the append-only file holds the deleted bytes until `rewrite` or Redis rewrites it."""
         self._run("forget", [(self._keys(user_id), [state]) for user_id in user_ids])
 
     def rewrite(self) -> None:
-        """As in `StateStore`: the append-only file and the snapshot of the server, or of all nodes of a cluster.
+        """As in `StateStore`; rewrites the append-only file and the snapshot of the server or of all cluster nodes.
 
-        Needs the rights to BGREWRITEAOF, BGSAVE, CONFIG GET and INFO.
+        Needs the permission for BGREWRITEAOF, BGSAVE, CONFIG GET and INFO.
         """
         self._answer(self._rewrite_all)
 
@@ -330,13 +334,13 @@ class RedisStore(StateStore):
             client.close()
 
     def _of_songs(self, name: str, arguments: list[Any]) -> Any:
-        """What a script answers about the songs that were added online, whose keys share one hash tag."""
+        """Return the answer of a script for songs that were added online; their keys share one hash tag."""
         names = ("counters", "versions", "ids", "data", "sums", "numbers")
         keys = [f"{PREFIX}:songs:{{{self._namespace}}}:{each}" for each in names]
         return self._run(name, [(keys, arguments)])[0]
 
     def _servers(self) -> list[Any]:
-        """A client of each server that holds users, replicas too."""
+        """Return a client for each server that holds users, including replicas."""
         if self._nodes is None:
             return [self._client]
         return [self._client.get_redis_connection(node) for node in self._client.get_nodes()]
@@ -346,10 +350,10 @@ class RedisStore(StateStore):
             self._rewrite(server)
 
     def _rewrite(self, server: Any) -> None:
-        """Rewrite the files that one server keeps, and wait until it has."""
+        """Rewrite the files that one server keeps, and wait until it has finished."""
         for keeps, command, running, status in _FILES:
             if keeps(server):
-                _wait_while(server, running)  # one that began before holds what was deleted since
+                _wait_while(server, running)  # an earlier rewrite may still write data that was deleted meanwhile
                 command(server)
                 state = _wait_while(server, running)
                 if state[status] != "ok":
@@ -364,7 +368,7 @@ class RedisStore(StateStore):
         return f"{PREFIX}:load:{self._namespace}:{load}"
 
     def _run(self, name: str, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
-        """What a script answers to each call; many calls go in pipelines."""
+        """Return the answer of a script to each call; several calls are sent in pipelines."""
         script, retries = self._scripts[name], 0 if name in ONCE else RETRIES
         if self._nodes is not None and name not in READING:
             return [
@@ -372,16 +376,16 @@ class RedisStore(StateStore):
                 for part in _parts(calls)
                 for answer in self._answer(partial(self._write_to_nodes, script.script, part), retries)
             ]
-        if len(calls) == 1:  # a pipeline first asks whether the server has the script
+        if len(calls) == 1:  # a single call sends the hash of the script instead of its text
             client = self._client if retries else self._once
             return [self._answer(lambda: script(keys=calls[0][0], args=calls[0][1], client=client))]
         answers: list[Any] = []
         for part in _parts(calls):
 
             def send(part: Sequence[tuple[list[str], list[Any]]] = part) -> list[Any]:
-                pipeline = self._client.pipeline(transaction=False)  # one that failed has forgotten its calls
+                pipeline = self._client.pipeline(transaction=False)  # new for each try: a failed one loses its calls
                 for keys, arguments in part:
-                    # By its text: a node of a cluster that has just taken over does not have the script yet.
+                    # Send the text, because a cluster node that has just taken over does not have the script yet.
                     pipeline.execute_command("EVAL", script.script, len(keys), *keys, *arguments)
                 return list(pipeline.execute())
 
@@ -389,7 +393,7 @@ class RedisStore(StateStore):
         return answers
 
     def _write_to_nodes(self, text: str, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
-        """What a script answers to each call, after a replica of each node that was written to has it, too."""
+        """Return the answer of a script to each call, after a replica of each written node has the changes too."""
         from redis.exceptions import AskError, ClusterDownError, RedisError, TryAgainError
 
         commands = [["EVAL", text, len(keys), *keys, *arguments] for keys, arguments in calls]
@@ -403,7 +407,7 @@ class RedisStore(StateStore):
         for name, rows in rows_of.items():
             server = self._client.get_redis_connection(nodes[name])
             waits = self._has_replica(name, server)
-            pipeline = server.pipeline(transaction=False)  # on one connection: it waits for its own writes
+            pipeline = server.pipeline(transaction=False)  # one connection, because WAIT covers only its own writes
             for row in rows:
                 pipeline.execute_command(*commands[row])
             if waits:
@@ -413,7 +417,7 @@ class RedisStore(StateStore):
                 self._replicated[name] = (time.monotonic(), False)
                 log.warning("store %s: no replica of %s took a put within %d ms", self._shown, name, REPLICA_MS)
             for row, result in zip(rows, results, strict=True):
-                if isinstance(result, (AskError, TryAgainError, ClusterDownError)):  # slots move
+                if isinstance(result, (AskError, TryAgainError, ClusterDownError)):  # slots are moving to another node
                     result = self._client.execute_command(*commands[row])
                 if isinstance(result, RedisError):
                     raise result
@@ -421,7 +425,7 @@ class RedisStore(StateStore):
         return answers
 
     def _has_replica(self, name: str, server: Any) -> bool:
-        """Whether a node of a cluster has a replica, as far as it is known."""
+        """Return whether a node of a cluster has a replica; checked every `ROLE_SECONDS` at most."""
         asked_at, has = self._replicated.get(name, (0.0, False))
         if time.monotonic() - asked_at > ROLE_SECONDS:
             role = server.role()
@@ -430,10 +434,10 @@ class RedisStore(StateStore):
         return has
 
     def _answer(self, call: Callable[[], T], retries: int = RETRIES) -> T:
-        """What a call answers; `retries` are those of a cluster, elsewhere the client that is called has its own."""
+        """Return the answer of a call; `retries` are for a cluster, since the client of a single server has its own."""
         if self._nodes is None:
             return _unless_down(self._shown, call)
-        # The client's own retries stay with the node that is down: look for the one that has taken over.
+        # The client itself would only retry on the node that is down; find the node that has taken over.
         nodes = self._nodes
 
         def answer() -> T:
@@ -459,7 +463,8 @@ class RedisStore(StateStore):
             )
 
 
-# Of the append-only file and the snapshot: whether a server keeps it, how it is rewritten, and where INFO says how far.
+# For the append-only file and the snapshot: whether a server keeps it, the command that rewrites it, and the fields of
+# INFO that tell whether a rewrite is running and how the last one ended.
 _FILES: tuple[tuple[Callable[[Any], bool], Callable[[Any], Any], str, str], ...] = (
     (
         lambda server: server.config_get("appendonly").get("appendonly") == "yes",
@@ -490,7 +495,7 @@ _SCRIPTS = {
 
 
 def _wait_while(server: Any, running: str) -> Mapping[str, Any]:
-    """What a server says of its files once a rewrite has ended."""
+    """Wait until no rewrite is running or scheduled, and return the server's INFO about its files."""
     while True:
         state: Mapping[str, Any] = server.info("persistence")
         if not state[running] and not state.get("aof_rewrite_scheduled"):
@@ -499,8 +504,11 @@ def _wait_while(server: Any, running: str) -> Mapping[str, Any]:
 
 
 def _patience(retries: int) -> Any:
-    """Tries for a second at most. A put that went through already is known by its number; if another came after it, it
-    looks like a conflict, and the caller who reads again sees its plays."""
+    """Return the retries of a client, with pauses of about a second in total.
+
+    A retried put that the server had already applied is recognized by its id. If another put came after it, it looks
+    like a conflict: the caller reads the user again and sees that the plays are stored.
+    """
     from redis.backoff import ExponentialBackoff
     from redis.retry import Retry
 
@@ -508,7 +516,7 @@ def _patience(retries: int) -> Any:
 
 
 def _shown(uri: str) -> str:
-    """An address without its password."""
+    """Return an address without its password."""
     parts = urlsplit(uri)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
@@ -532,12 +540,12 @@ def _arguments(change: Change) -> list[Any]:
 
 
 def _is_short(change: Change) -> bool:
-    """Whether it makes a new user with one piece of plays, as nearly all are whom a load brings."""
+    """Return whether a change adds a new user with one piece of plays, as most changes of a load do."""
     return change.expected == NOT_THERE and len(change.append) == 1 and change.heard is None and not change.events
 
 
 def _new_users(changes: Sequence[Change], keys_of: Callable[[str], list[str]]) -> tuple[list[str], list[Any]]:
-    """Keys and arguments of PUT_NEW."""
+    """Return the keys and arguments of PUT_NEW."""
     users, logs = zip(*(keys_of(change.user_id) for change in changes), strict=True)
     pieces = [piece.plays.to_bytes(4, "big") + piece.data for change in changes for piece in change.append]
     return [*users, *logs], [*(change.state for change in changes), *pieces]

@@ -1,10 +1,10 @@
 """User states in one SQLite file: the embedded store, for the replicas of one node.
 
-Write-ahead log with synchronous=FULL: a commit has reached the disk when it returns, so it survives the death of
-the process and of the machine. Loads have connections of their own with synchronous=NORMAL, whose commits reach the
-disk with the next one of another connection, such as that of the mark of a bucket. Readers never wait for a writer;
-writers, of any process, take turns. The file must lie on a local disk: the write-ahead log needs memory that its
-processes share.
+The file has a write-ahead log with synchronous=FULL: a commit has reached the disk when it returns, so it survives the
+death of the process and of the machine. Loads have separate connections with synchronous=NORMAL. Their commits reach
+the disk with the next commit of another connection, such as the one that marks a bucket as loaded. Readers never wait
+for a writer; writers, of any process, take turns. The file must be on a local disk, because the processes share memory
+for the write-ahead log.
 """
 
 import sqlite3
@@ -30,16 +30,17 @@ from rayrec.online.state_store import (
     user_key,
 )
 
-FORMAT = 4  # of the tables, in user_version; 0 is a file that was just made
-WAIT_SECONDS = 10.0  # for other writers, at most
-PAGE_BYTES = 8_192  # a state takes 1.3 KB: of pages of 4 KB a third would stay empty
-CACHE_BYTES = 128 << 20  # of a connection that loads users: else a page is written as often as it is changed
-LOG_BYTES = 128 << 20  # that it lets the write-ahead log grow to
-VARIABLES = 32_000 if sqlite3.sqlite_version_info >= (3, 32) else 900  # of one statement: SQLite allows a few more
-FORGOTTEN_AT_ONCE = 500  # users of one transaction, which other writers wait for
-PIECES = 1 << 24  # of one user's log: each holds as many plays as leave a window, so nobody has as many
+FORMAT = 4  # version of the tables, in user_version; 0 in a new file
+WAIT_SECONDS = 10.0  # maximum wait for other writers
+PAGE_BYTES = 8_192  # a state takes 1.3 KB, so that a third of a page of 4 KB would stay empty
+CACHE_BYTES = 128 << 20  # of a connection that loads users; with less, changed pages are written many times
+LOG_BYTES = 128 << 20  # size of the write-ahead log at which such a connection copies it into the file
+VARIABLES = 32_000 if sqlite3.sqlite_version_info >= (3, 32) else 900  # per statement; SQLite allows a few more
+FORGOTTEN_AT_ONCE = 500  # users deleted in one transaction, during which other writers wait
+PIECES = 1 << 24  # more than one user's log can have, because each piece holds all plays that leave a window together
 
-# Users are numbered as they come, so that both tables grow at their ends. `piece` is number * PIECES + place.
+# Users are numbered in the order in which they are added, so that both tables grow at the end.
+# `piece` is number * PIECES + the position in the user's log.
 TABLES = """
 CREATE TABLE users (
     number INTEGER PRIMARY KEY, user BLOB NOT NULL UNIQUE, version INTEGER NOT NULL, state BLOB NOT NULL, heard BLOB);
@@ -57,20 +58,20 @@ CREATE INDEX changed_songs ON songs (namespace, version);
 """
 
 
-OF_USER = "piece >= ?1 AND piece < ?2"  # the log of one, with `_pieces`
+OF_USER = "piece >= ?1 AND piece < ?2"  # selects one user's log, with the values of `_pieces`
 
 
 class SqliteStore(StateStore):
-    """Each thread has a connection of its own, and another one if it loads users."""
+    """A store in an SQLite file. Each thread has a separate connection, and a second one if it loads users."""
 
     one_writer = True
 
     def __init__(self, path: str | Path, namespace: str) -> None:
-        """Raises `InputError` where the file cannot be opened or is none of ours."""
+        """Raises `InputError` if the file cannot be opened or was not made by rayrec."""
         self._path, self._namespace = Path(path), namespace
         self._own = threading.local()
         self._connections: list[sqlite3.Connection] = []
-        self._cleared = 0  # the day on which old events were deleted last
+        self._cleared = 0  # the last day on which old events were deleted
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._prepare()
@@ -84,7 +85,7 @@ class SqliteStore(StateStore):
 
     @classmethod
     def from_uri(cls, uri: str, namespace: str) -> "SqliteStore":
-        """From sqlite:///relative/path or sqlite:////absolute/path."""
+        """Open the store at sqlite:///relative/path or sqlite:////absolute/path."""
         parts = urlsplit(uri)
         path = unquote(parts.path)[1:]
         if parts.netloc or not path:
@@ -102,7 +103,7 @@ class SqliteStore(StateStore):
             return [self._read(connection, self._key(user_id), plays) for user_id in user_ids]
 
     def put(self, changes: Sequence[Change], *, loading: bool = False) -> list[bool]:
-        """As in `StateStore`; one transaction, and one wait for the disk, for all: none with `loading`."""
+        """As in `StateStore`; all changes are one transaction, with one wait for the disk, or none with `loading`."""
         keys = [self._key(change.user_id) for change in changes]
         with self._transaction("IMMEDIATE", loading=loading) as connection:
             self._clear_events(connection)
@@ -130,9 +131,9 @@ class SqliteStore(StateStore):
         self._empty_log()
 
     def rewrite(self) -> None:
-        """As in `StateStore`: deleted bytes are overwritten when they are deleted, what may be left is the log.
+        """As in `StateStore`. Deletions overwrite their bytes, so that only the write-ahead log may still hold some.
 
-        Events that nobody looks up any more go first.
+        Old events, which are not looked up any more, are deleted first.
         """
         with self._transaction("IMMEDIATE") as connection:
             self._clear_events(connection)
@@ -171,7 +172,7 @@ class SqliteStore(StateStore):
             return added
 
     def songs_since(self, version: int) -> tuple[int, list[OnlineSong]]:
-        """As in `StateStore`; where nothing changed one row of an index is read."""
+        """As in `StateStore`; reads only one row of an index if nothing changed."""
         with self._transaction("DEFERRED") as connection:
             now = self._songs_version(connection)
             if now == version:
@@ -218,7 +219,7 @@ class SqliteStore(StateStore):
             self._connections.pop().close()
 
     def _empty_log(self) -> bool:
-        """Empty the write-ahead log, where older pages stay; False where readers held it for too long."""
+        """Empty the write-ahead log, which keeps old pages; False if readers used it for too long."""
         with self._connection() as connection:
             ((busy, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return not busy
@@ -275,14 +276,14 @@ class SqliteStore(StateStore):
         return WholeUser(stored=stored, log=pieces[::-1], heard=heard)
 
     def _stored(self, connection: sqlite3.Connection, keys: Sequence[bytes]) -> Iterator[bytes]:
-        """Those of some users who are in the store."""
+        """Yield the keys of users who are in the store."""
         for begin in range(0, len(keys), VARIABLES):
             some = keys[begin : begin + VARIABLES]
             places = ", ".join("?" * len(some))
             yield from (key for (key,) in connection.execute(f"SELECT user FROM users WHERE user IN ({places})", some))
 
     def _put_new(self, connection: sqlite3.Connection, users: Mapping[bytes, Change]) -> None:
-        """Users who are not in the store, by their keys: in their order they change each page of an index once."""
+        """Insert users who are not in the store, sorted by key, so that each page of the index is changed only once."""
         users = dict(sorted(users.items()))
         (first,) = connection.execute("SELECT COALESCE(MAX(number), 0) + 1 FROM users").fetchone()
         rows = [(number, key, user.state, user.heard) for number, (key, user) in enumerate(users.items(), first)]
@@ -325,7 +326,7 @@ class SqliteStore(StateStore):
             )
 
     def _clear_events(self, connection: sqlite3.Connection) -> None:
-        """Delete the events of days that nobody looks up any more, once a day."""
+        """Delete the events of days that are not looked up any more, once per day."""
         today = event_days()[0]
         if self._cleared != today:
             connection.execute("DELETE FROM events WHERE day < ?", (today - 1,))
@@ -333,7 +334,7 @@ class SqliteStore(StateStore):
 
     @contextmanager
     def _connection(self, *, loading: bool = False) -> Iterator[sqlite3.Connection]:
-        """This thread's connection; what is run on it alone is a transaction of its own."""
+        """Yield this thread's connection. Without `_transaction`, each statement is a transaction by itself."""
         try:
             name = "loading" if loading else "connection"
             connection: sqlite3.Connection | None = getattr(self._own, name, None)
@@ -342,11 +343,11 @@ class SqliteStore(StateStore):
                     self._path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
                 )
                 self._connections.append(connection)
-                connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # of a new file
+                connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # has an effect only in a new file
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute(f"PRAGMA synchronous = {'NORMAL' if loading else 'FULL'}")
                 connection.execute("PRAGMA secure_delete = ON")  # a deleted user's bytes must not stay in free pages
-                if loading:  # hold all pages that thousands of users change, and copy them to their places late
+                if loading:  # cache all pages that thousands of users change, and copy the log into the file late
                     connection.execute(f"PRAGMA cache_size = -{CACHE_BYTES >> 10}")
                     connection.execute(f"PRAGMA wal_autocheckpoint = {LOG_BYTES // PAGE_BYTES}")
                 setattr(self._own, name, connection)
@@ -368,14 +369,17 @@ class SqliteStore(StateStore):
 
 
 def _pieces(connection: sqlite3.Connection, key: bytes) -> tuple[int, int]:
-    """Where a user's pieces begin in the log, and the next user's; numbers count from 1, so nothing is at 0."""
+    """Return where the pieces of a user begin in the log, and where those of the next user begin.
+
+    An unknown user has number 0, for which there are no pieces, because numbers begin at 1.
+    """
     row = connection.execute("SELECT number FROM users WHERE user = ?", (key,)).fetchone()
     number = 0 if row is None else int(row[0])
     return number * PIECES, (number + 1) * PIECES
 
 
 def _insert(connection: sqlite3.Connection, table: str, row: str, rows: Sequence[Sequence[Any]]) -> None:
-    """Insert rows, as many by one statement as it takes: another thread of Python can work while it runs."""
+    """Insert rows, as many per statement as possible, because other Python threads can work while a statement runs."""
     size = VARIABLES // row.count("?")
     for begin in range(0, len(rows), size):
         part = rows[begin : begin + size]

@@ -1,7 +1,8 @@
 """User states, logs of plays and sets of heard songs as bytes: a mark, a checksum, then msgpack with raw arrays.
 
-Reading runs no code. Bytes of another version or with a changed bit are refused. Numbers of network states are stored
-in three bytes each; arrays of plays are stored as differences, byte plane by byte plane, and compressed.
+Reading executes no code. Bytes of another version or with a changed bit are rejected. Numbers of network states are
+stored in three bytes each. Arrays of plays are stored by byte plane (the first bytes of all numbers, then all second
+bytes, and so on) and compressed; times are stored as differences.
 """
 
 import zlib
@@ -20,15 +21,15 @@ from rayrec.model.taste_table import States
 from rayrec.online.user_state import ModelState, Plays, UserState
 
 STATE_MARK, PLAYS_MARK, HEARD_MARK = b"RrS3", b"RrP2", b"RrH1"  # the digit is the format's version
-NUMBER_BYTES = 3  # of a network state: in half precision 4 of 100 users get the first 20 songs in another order
-NUMBER_BITS = 8 * NUMBER_BYTES - 1  # beside the sign
-BLOCK = 16  # numbers with one exponent: those of averages of many plays and of few are rarely in the same
+NUMBER_BYTES = 3  # per number of a network state; half precision reorders the first 20 songs of 4 % of the users
+NUMBER_BITS = 8 * NUMBER_BYTES - 1  # without the sign
+BLOCK = 16  # numbers that share an exponent; averages of many plays and of few plays are rarely in the same block
 CODEC = "lz4_raw"  # as small as zlib on such short arrays, in a seventh of its time
 REMEDY = "restore the store from a backup, or load the states into a new store with `rayrec states load`"
 
 
 def pack_state(state: UserState) -> bytes:
-    """A user's state as bytes."""
+    """Return a user's state as bytes."""
     models = []
     for model, own in state.models.items():
         shape = list(own.hidden.shape)
@@ -42,10 +43,9 @@ def pack_state(state: UserState) -> bytes:
 
 
 def pack_new_states(model: str, states: States, plays: np.ndarray, likes: Sequence[Plays] | None = None) -> list[bytes]:
-    """What `pack_state` makes of `UserState.start` for each user: `plays`, int (U,), are in their logs, and their likes
-    are `likes`, where there are any.
+    """Return for each of U users the result of `pack_state` for `UserState.start` with `plays`, int (U,), and `likes`.
 
-    All users together, without an object for each field of each.
+    All users are packed together, which avoids Python objects for the fields of each user.
     """
     users, layers, _ = states.hidden.shape
     liked = [] if likes is None else [bool(len(own)) for own in likes]
@@ -74,7 +74,7 @@ def pack_new_states(model: str, states: States, plays: np.ndarray, likes: Sequen
 
 
 def unpack_state(data: bytes) -> UserState:
-    """What `pack_state` packed. Raises `DamagedArtifactError` for anything else."""
+    """Return the state that `pack_state` packed. Raises `DamagedArtifactError` for other bytes."""
     fields = _open(STATE_MARK, data, "user state")
     try:
         before_at, forgotten_at, (left, folded, rejected, turn, restarts), window, models, *likes = fields
@@ -95,18 +95,18 @@ def unpack_state(data: bytes) -> UserState:
 
 
 def pack_plays(plays: Plays) -> bytes:
-    """A piece of a user's log as bytes."""
+    """Return a piece of a user's log as bytes."""
     return _seal(PLAYS_MARK, _play_arrays(plays))
 
 
 def pack_histories(histories: Histories) -> list[bytes]:
-    """What `pack_plays` makes of the plays of each user; everybody has some."""
+    """Return the result of `pack_plays` for each user; every user must have plays."""
     offsets = histories.offsets
     steps = np.diff(histories.played_at, prepend=np.int64(0))
     steps[offsets[:-1]] = 0
     numbers = [histories.songs.astype("<i4"), steps.astype("<i8")]
     numbers += [] if histories.contexts is None else [histories.contexts.astype("<i4")]
-    # Number by number, as many bytes each; turned around they are the planes of one user.
+    # One row with the bytes of all numbers per play. Transposed, a user's rows are the byte planes.
     table = np.concatenate([array.view(np.uint8).reshape(-1, array.itemsize) for array in numbers], axis=1)
     with_contexts, with_skips = (_any_of(values, offsets) for values in (histories.contexts, histories.skipped))
     firsts, bounds, codec = histories.played_at[offsets[:-1]].tolist(), offsets.tolist(), pa.Codec(CODEC)
@@ -122,7 +122,7 @@ def pack_histories(histories: Histories) -> list[bytes]:
 
 
 def unpack_plays(pieces: Sequence[bytes]) -> Plays:
-    """The plays of a log's pieces. Raises `DamagedArtifactError` for what `pack_plays` did not pack."""
+    """Return the plays of a log's pieces. Raises `DamagedArtifactError` for bytes that `pack_plays` did not make."""
     try:
         return Plays.joined([_plays(_open(PLAYS_MARK, piece, "log of plays")) for piece in pieces])
     except (KeyError, TypeError, ValueError, OSError) as error:
@@ -130,12 +130,12 @@ def unpack_plays(pieces: Sequence[bytes]) -> Plays:
 
 
 def pack_heard(songs: np.ndarray) -> bytes:
-    """A set of songs, int32 ascending, as bytes."""
+    """Return a set of songs, int32 ascending, as bytes."""
     return _seal(HEARD_MARK, [len(songs), _squeeze([np.diff(songs, prepend=0).astype("<u4")])])
 
 
 def unpack_heard(data: bytes | None) -> np.ndarray:
-    """int32, ascending: what `pack_heard` packed; empty for None. Raises `DamagedArtifactError` for anything else."""
+    """int32, ascending: the songs that `pack_heard` packed; empty for None. Raises `DamagedArtifactError` otherwise."""
     if data is None:
         return np.zeros(0, np.int32)
     try:
@@ -160,16 +160,16 @@ def _model_state(
 
 
 def _pack_layers(hidden: np.ndarray) -> list[bytes]:
-    """The bytes of each layer of a network state, without the zeros at its end."""
+    """Return the bytes of each layer of a network state, without zeros at the end."""
     return [row.tobytes().rstrip(b"\0") for row in _fixed_point(hidden)]
 
 
 def _fixed_point(layers: np.ndarray) -> np.ndarray:
-    """Layers, float32 (n, H), as bytes, uint8 (n, bytes): int8 exponents of blocks, then whole numbers of three bytes.
+    """Return layers, float32 (n, H), as uint8 (n, bytes): an int8 exponent per block, then three bytes per number.
 
-    A number x stands for x * 2 ** (exponent - NUMBER_BITS), where the exponent is the least that leaves room for all
-    of a block. Sums over all plays grow, and lose no more of what one more play adds than in single precision.
-    Raises `DivergedError` where a number is not finite.
+    The three bytes are an integer x with the value x * 2 ** (exponent - NUMBER_BITS); the exponent is the smallest one
+    for which all numbers of a block fit. Sums over all plays become large, but a new play is added to them as exactly
+    as in single precision. Raises `DivergedError` if a number is not finite.
     """
     if not np.isfinite(layers).all():
         raise DivergedError("a network state is not finite; train the model again, with a lower learning rate")
@@ -186,11 +186,11 @@ def _fixed_point(layers: np.ndarray) -> np.ndarray:
     return np.concatenate([exponents.astype(np.int8).view(np.uint8), digits], axis=1)
 
 
-Part = tuple[np.ndarray, np.ndarray]  # of the bytes of users: uint8 (U, n), of which int (U,) count, from the left
+Part = tuple[np.ndarray, np.ndarray]  # a field of U users: bytes, uint8 (U, n), and how many are used, int (U,)
 
 
 def _constant(users: int, data: bytes) -> Part:
-    """The same bytes for all users."""
+    """Return a field with the same bytes for all users."""
     return _bytes(np.broadcast_to(np.frombuffer(data, np.uint8), (users, len(data))))
 
 
@@ -199,7 +199,7 @@ def _bytes(values: np.ndarray) -> Part:
 
 
 def _layer_parts(hidden: np.ndarray) -> list[Part]:
-    """One layer of the states of users, float32 (U, H), as msgpack holds what `_pack_layers` makes of each."""
+    """Return one layer of the users' states, float32 (U, H), as the msgpack fields of `_pack_layers`."""
     data = _fixed_point(hidden)
     filled = data[:, ::-1] != 0
     sizes = np.where(filled.any(axis=1), data.shape[1] - filled.argmax(axis=1), 0)
@@ -207,12 +207,12 @@ def _layer_parts(hidden: np.ndarray) -> list[Part]:
 
 
 def _headers(sizes: np.ndarray) -> Part:
-    """How msgpack begins so many bytes, int (U,)."""
+    """Return the msgpack headers of byte strings of `sizes`, int (U,)."""
     return _coded(sizes, [(0xC4, 1, sizes < 1 << 8), (0xC5, 2, sizes < 1 << 16), (0xC6, 4, sizes < 1 << 32)])
 
 
 def _numbers(values: np.ndarray, missing: np.ndarray | None = None) -> Part:
-    """Numbers, int64 (U,), as msgpack holds them; nil where `missing`, bool (U,), says so."""
+    """Return numbers, int64 (U,), in msgpack; nil where `missing`, bool (U,), is true."""
     data, sizes = _coded(
         values,
         [
@@ -228,7 +228,11 @@ def _numbers(values: np.ndarray, missing: np.ndarray | None = None) -> Part:
 
 
 def _coded(values: np.ndarray, codes: list[tuple[int | None, int, np.ndarray]]) -> Part:
-    """Each number by the first of some codes that fits it, bool (U,): a byte, then so many of the number's own."""
+    """Return each number in the first of the `codes` that fits it.
+
+    A code is the byte that is written first (None: no such byte), the count of the number's own bytes, and bool (U,),
+    the numbers that it fits.
+    """
     digits = values.astype(">i8").view(np.uint8).reshape(-1, 8)
     data, sizes = np.zeros((len(values), 9), np.uint8), np.zeros(len(values), np.int64)
     for code, count, fits in codes:
@@ -241,7 +245,7 @@ def _coded(values: np.ndarray, codes: list[tuple[int | None, int, np.ndarray]]) 
 
 
 def _rows(parts: Sequence[Part]) -> list[bytes]:
-    """The bytes of each user, part by part: users whose parts have the same sizes at once."""
+    """Return the joined parts of each user. Users whose parts have the same sizes are joined together."""
     sizes_UP = np.stack([sizes for _, sizes in parts], axis=1)
     kinds, first = np.zeros(len(sizes_UP), np.int64), np.zeros(1, np.int64)
     for column in np.flatnonzero((sizes_UP != sizes_UP[:1]).any(axis=0)):
@@ -258,12 +262,12 @@ def _rows(parts: Sequence[Part]) -> list[bytes]:
 
 
 def _likes(likes: Plays) -> list[list[Any]]:
-    """The last field of a state, which only those of users with likes have."""
+    """Return a list with the last field of a state, which exists only for users with likes."""
     return [_play_arrays(likes)] if len(likes) else []
 
 
 def _any_of(values: np.ndarray | None, offsets: np.ndarray) -> list[bool]:
-    """Whether any value of each user is not zero."""
+    """Return for each user whether any value is not zero."""
     if values is None:
         return [False] * (len(offsets) - 1)
     counts = np.concatenate([[0], np.cumsum(values != 0)])[offsets]
@@ -272,7 +276,7 @@ def _any_of(values: np.ndarray | None, offsets: np.ndarray) -> list[bool]:
 
 
 def _packed_bits(values: np.ndarray | None, offsets: np.ndarray) -> list[bytes]:
-    """The bits of each user, filled up to whole bytes."""
+    """Return the bits of each user, padded to whole bytes."""
     if values is None:
         return []
     lengths = np.diff(offsets)
@@ -290,13 +294,13 @@ def _unpack_layers(layers: list[bytes], shape: list[int]) -> np.ndarray:
     size = num_blocks + NUMBER_BYTES * width
     data = np.frombuffer(b"".join(layer.ljust(size, b"\0") for layer in layers), np.uint8).reshape(count, size)
     exponents = np.repeat(data[:, :num_blocks].view(np.int8), BLOCK, axis=1)[:, :width].astype(np.int32)
-    digits = np.zeros((count, width, 4), np.uint8)  # the upper bytes, so that the sign is where int32 has it
+    digits = np.zeros((count, width, 4), np.uint8)  # the upper three bytes are set, so that the sign bit fits int32
     digits[..., 4 - NUMBER_BYTES :] = data[:, num_blocks:].reshape(count, width, NUMBER_BYTES)
     return np.asarray(np.ldexp(digits.view("<i4")[..., 0].astype(np.float32), exponents - 31))
 
 
 def _play_arrays(plays: Plays) -> list[Any]:
-    """Number, first time, whether there are contexts, then the arrays; skips are left out where there are none."""
+    """Return number of plays, first time, whether there are contexts, arrays, and skips (empty if none is skipped)."""
     times = np.diff(plays.played_at, prepend=plays.played_at[:1])
     numbers = [plays.songs.astype("<i4"), times.astype("<i8")]
     contexts = bool(plays.contexts.any())
@@ -319,7 +323,7 @@ def _plays(arrays: list[Any]) -> Plays:
 
 
 def _squeeze(arrays: list[np.ndarray]) -> bytes:
-    """Byte plane by byte plane: the high bytes of small numbers are all alike, and take no room compressed."""
+    """Compress arrays by byte plane: the high bytes of small numbers are all equal, and take almost no space."""
     planes = b"".join(array.view(np.uint8).reshape(-1, array.itemsize).T.tobytes() for array in arrays)
     compressed: bytes = pa.compress(planes, codec=CODEC, asbytes=True)
     return compressed

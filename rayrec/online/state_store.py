@@ -1,8 +1,9 @@
-"""The one interface of all stores of user states.
+"""The interface of all stores of user states.
 
-A store holds of each user the state and the set of heard songs, which are replaced whole, the log, to which pieces are
-added, and the events of the last days. State, set and pieces are bytes that it does not look into. What `put` has
-returned from survives the death of any process, as far as each store's own page says.
+For each user, a store holds the state and the set of heard songs, which are replaced as a whole; the log of plays, to
+which pieces are appended; and the events of the last days. State, set and pieces are bytes that the store does not
+interpret. Once `put` has returned, its changes survive the death of any process, within the limits that the module of
+each store describes.
 """
 
 import time
@@ -17,35 +18,35 @@ from urllib.parse import quote, unquote, urlsplit
 from rayrec.errors import InputError, RayrecError
 from rayrec.storage.workspace import STATES_FILE, Workspace
 
-NOT_THERE = 0  # the version of a user who is not in the store; real ones count from 1
+NOT_THERE = 0  # the version of a user who is not in the store; versions in the store begin at 1
 DAY_SECONDS = 86_400
 
 
 class StoreUnavailableError(RayrecError):
-    """The store cannot be reached, or not in time. What was sent may have been stored or not: send it again."""
+    """The store does not answer, or not in time. It is unknown whether the data was stored: send it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What a store holds of one user, without the log."""
+    """The stored data of one user, without the log and the heard songs."""
 
     version: int  # changes with every put
     state: bytes
-    events: frozenset[int] = frozenset()  # of the events that were looked up, those stored within the last day
+    events: frozenset[int] = frozenset()  # the requested events that were stored within the last day
 
 
 @dataclass(frozen=True, kw_only=True)
 class WholeUser:
-    """All of one user, of one moment."""
+    """The stored data of one user, all from the same moment."""
 
     stored: Stored
-    log: list[bytes]  # pieces, the one added first at the beginning
+    log: list[bytes]  # pieces, oldest first
     heard: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Plays to add to a log."""
+    """A piece of a log: plays that are appended together."""
 
     plays: int
     data: bytes
@@ -53,121 +54,126 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """What to put in place of what a store holds of one user."""
+    """A change of the stored data of one user."""
 
     user_id: str
     state: bytes
-    expected: int  # the version that it goes on from; NOT_THERE makes a new user
-    append: Sequence[Piece] = ()  # pieces to add to the log
-    restart: bool = False  # empty log and heard songs first
-    heard: bytes | None = None  # replaces the heard songs; None leaves them
-    events: Sequence[int] = ()  # int64 each: found by `get` for at least a day from now
+    expected: int  # the version that this change replaces; NOT_THERE adds a new user
+    append: Sequence[Piece] = ()  # pieces to append to the log
+    restart: bool = False  # empty the log and the heard songs first
+    heard: bytes | None = None  # replaces the heard songs; None keeps them
+    events: Sequence[int] = ()  # int64 each: `get` finds them for at least a day
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineSong:
     """A song that was added while a release was live."""
 
-    number: int  # among all songs that were ever added to the namespace, from 0: plays of it are stored under it
+    number: int  # from 0, among all songs ever added to the namespace; stored plays refer to the song by it
     song_id: str
-    data: bytes  # what is known of it; empty: a release has it, and it is kept for its number alone
-    model: str  # whose plays of it were summed last
-    sums: bytes  # float64 numbers; empty: no play was counted
+    data: bytes  # metadata; empty if the song is closed: a release has it, and only number and id are kept
+    model: str  # id of the model to which `sums` belong
+    sums: bytes  # float64 numbers, sums over the song's plays; empty if no play was counted
 
 
 class StateStore(ABC):
     """The users of one namespace, and the songs that were added online. Many processes may open the same store.
 
-    Safe to use from many threads; a copy that is pickled opens the store anew. Data sets whose rows of songs differ
-    must not share a namespace. Every method raises `StoreUnavailableError` where the store does not answer.
+    An instance can be used from many threads; a pickled copy opens the store again. Data sets in which songs have
+    different rows must not share a namespace. Every method raises `StoreUnavailableError` if the store does not answer.
     """
 
-    one_writer: ClassVar[bool]  # whether one process at a time can put users into it
+    one_writer: ClassVar[bool]  # whether only one process at a time can put users into the store
 
     @abstractmethod
     def get(self, users: Mapping[str, Sequence[int]]) -> list[Stored | None]:
-        """The states of users, and which of some events of each are stored; None for users who are not there."""
+        """Return the state of each user, with those of the given events that are stored; None for unknown users."""
 
     @abstractmethod
     def read(self, user_ids: Sequence[str], *, plays: int | None = None) -> list[WholeUser | None]:
-        """Users whole, each as of one moment; None for users who are not there.
+        """Return all stored data of each user, each from one moment; None for unknown users.
 
-        With `plays` only the last pieces of each log are read, as many as hold so many plays.
+        With `plays`, only the last pieces of each log are read, as many as are needed for this number of plays.
         """
 
     @abstractmethod
     def put(self, changes: Sequence[Change], *, loading: bool = False) -> list[bool]:
-        """Change the users whose versions are as expected, all of a user together; which ones were changed.
+        """Apply the changes of users who have the expected version; return for each change whether it was applied.
 
-        False, and nothing is changed of that user, where the version is another: somebody else was first. `loading` is
-        for thousands of users at a time: the death of the machine may undo them until a `mark_loaded` has returned.
+        A change is applied as a whole or not at all. It is not applied if the user has another version, because another
+        writer was first. `loading` is for thousands of users at a time: if the machine dies before the next
+        `mark_loaded` has returned, the changes may be lost.
         """
 
     @abstractmethod
     def forget(self, user_ids: Sequence[str], state: bytes) -> None:
-        """Delete all of some users, whatever the version, and leave `state` in its place. May be repeated.
+        """Delete all data of users, whatever their versions, and store `state` in its place. Safe to repeat.
 
-        Their events stay as long as others do: a play that is sent again must not bring the user back.
+        Their events are kept as long as those of other users, so that a play that is sent again does not bring the user
+        back.
         """
 
     @abstractmethod
     def rewrite(self) -> None:
-        """Rewrite what is on disk, so that nothing is left there of users who were deleted. Others may use it on."""
+        """Rewrite the files of the store, so that they hold no data of deleted users. The store stays usable."""
 
     @abstractmethod
     def loaded(self, load: str) -> dict[int, str]:
-        """Buckets that a load has finished, each with the text that was noted."""
+        """Return the buckets that a load has finished, each with the text given to `mark_loaded`."""
 
     @abstractmethod
     def mark_loaded(self, load: str, bucket: int, text: str) -> None:
-        """Note that a load has finished a bucket: all users it put before now survive as `put` promises."""
+        """Record that a load has finished a bucket. All users that it has put then survive the death of the machine."""
 
     @abstractmethod
     def add_songs(self, songs: Mapping[str, bytes], most: int) -> list[bool] | None:
-        """Add songs by id; which ones were added: those whose ids are there already stay as they are.
+        """Add songs by id; return which ones were added. Open songs with these ids stay unchanged.
 
-        None, and none is added, where there would be more than `most`. A song that was closed is opened again.
+        Returns None, and adds no song, if more than `most` songs would be open. A closed song is opened again.
         """
 
     @abstractmethod
     def songs_since(self, version: int) -> tuple[int, list[OnlineSong]]:
-        """The version of all songs, and those that changed after `version`, 0 for all, by ascending numbers."""
+        """Return the current version of the songs, and the songs changed after `version` (0: all), by ascending number.
+
+        Any change of a song increases the version.
+        """
 
     @abstractmethod
     def count_song_plays(self, model: str, sums: Mapping[int, bytes]) -> None:
-        """Add float64 numbers of equal length to the sums of songs, by number; those of another model give way.
+        """Add float64 numbers to the sums of songs, by number; sums of another model or length are replaced.
 
-        Songs that are closed are passed over.
+        Closed songs are skipped.
         """
 
     @abstractmethod
     def close_songs(self, numbers: Sequence[int]) -> None:
-        """Keep the numbers and ids of songs alone: a release has them."""
+        """Close songs that a release has by now: keep only their numbers and ids."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give connections back. Nothing else may be called after."""
+        """Close all connections. No other method may be called afterwards."""
 
 
 def user_key(namespace: str, user_id: str) -> bytes:
-    """16 bytes that stand for a user in a store: any id has the same length, and none can be read from it."""
+    """Return 16 bytes that identify a user in a store. The user's id cannot be derived from them."""
     return blake2b(f"{namespace}\0{user_id}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def event_days() -> tuple[int, int, int]:
-    """Today, counted from 1970, and the days beside it.
+    """Return today, in days since 1970, then yesterday and tomorrow.
 
-    Events stand by the day of their writer's clock. Yesterday's are looked up, so each is found for at least a day,
-    and tomorrow's, for a writer whose clock is ahead.
+    Events are stored under the day of the writer's clock. Events of yesterday are also looked up, so that each is found
+    for at least a day, and events of tomorrow, because a writer's clock may be ahead.
     """
     today = int(time.time()) // DAY_SECONDS
     return today, today - 1, today + 1
 
 
 def store_uri(workspace: Workspace, uri: str | None) -> str:
-    """The address that was given, else that of an SQLite file in the workspace.
+    """Return `uri`, or the address of an SQLite file in the workspace if `uri` is None.
 
-    Raises `InputError` where the workspace is a bucket and no address was given.
+    Raises `InputError` if `uri` is None and the workspace is in object storage.
     """
     if uri is not None:
         return uri
@@ -180,7 +186,7 @@ def store_uri(workspace: Workspace, uri: str | None) -> str:
 
 
 def absolute_uri(uri: str) -> str:
-    """The address of an SQLite file with its whole path; others as they are."""
+    """Return the address of an SQLite file with its absolute path; other addresses unchanged."""
     parts = urlsplit(uri)
     if parts.scheme != "sqlite" or parts.netloc or len(parts.path) < 2:
         return uri
@@ -188,15 +194,15 @@ def absolute_uri(uri: str) -> str:
 
 
 def store_exists(uri: str) -> bool:
-    """False for an SQLite file that is not there yet."""
+    """Return False for an SQLite file that does not exist yet, True for any other address."""
     parts = urlsplit(uri)
     return parts.scheme != "sqlite" or Path(unquote(parts.path)[1:]).exists()
 
 
 def open_store(uri: str, namespace: str) -> StateStore:
-    """The store at sqlite:///path or redis://host:port/number (rediss:// with TLS), made where it is new.
+    """Open the store at sqlite:///path or redis://host:port/number (rediss:// with TLS), and create it if it is new.
 
-    Raises `InputError` for another address, for one that holds something else, and where a package is missing.
+    Raises `InputError` for another address, for a file that is not a store, and if a package is missing.
     """
     scheme = urlsplit(uri).scheme
     if scheme == "sqlite":

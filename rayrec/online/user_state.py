@@ -1,13 +1,14 @@
-"""One user's state between requests: the latest plays, which may still change places, and where each model stands.
+"""One user's state between requests: the latest plays, whose order may still change, and each model's network state.
 
-Plays arrive one by one, not always in time order. The latest are held in a window, with the network's state from
-before it. A play in its turn costs one step of the network; a late one that still falls into the window is put in its
-place and the network runs over the window again. Plays older than the window are rejected. When the window has grown
-to twice its size its older half moves to the log, so a play costs the same however long the history is. Plays of one
-moment move together, and stay while later plays alone would not fill the window: more of that moment may come.
+Plays do not always arrive in time order. The latest plays are held in a window, with the network's state from before
+the window. A play that is later than all others costs one step of the network. An earlier play that still falls into
+the window is inserted, and the network runs over the window again. Plays older than the window are rejected. When the
+window has grown to twice its size, its older half moves to the log, so that the cost of a play does not depend on the
+length of the history. Plays of one moment move together. They stay in the window until the plays after them fill it,
+because more plays of that moment may arrive.
 
-Window and log belong to the user; each model has its own network state beside them, which says up to which plays it
-stands and is brought up to date from the log. So two releases can serve one user without undoing each other's work.
+Window and log belong to the user. Each model has a separate network state, which stores how many plays it has seen and
+is brought up to date from the log. So two releases can serve one user without undoing each other's work.
 
 P plays, L state layers, H hidden units.
 """
@@ -25,15 +26,15 @@ from rayrec.data.windows import NEVER
 from rayrec.model.taste_table import States
 from rayrec.recommend.base import LATEST_LIKES, LATEST_PLAYS
 
-WINDOW = 64  # plays held in the window, at least, where there are as many; at most twice that, but for one moment's
-MOST_OF_A_MOMENT = 4_096  # plays that the window holds where its oldest are of one moment
-LAST_PLAYS = LATEST_PLAYS  # of the log, that an answer or another model's state is computed from
-FIRST_ONLINE = 1 << 30  # from here on rows in stores are numbers of songs that were added online
-MODELS_KEPT = 2  # network states of one user: the live release's, and that of the one before or to come
+WINDOW = 64  # with more than twice as many plays in the window, all but the last `WINDOW` move to the log
+MOST_OF_A_MOMENT = 4_096  # maximum number of plays that stay in the window because the oldest are of one moment
+LAST_PLAYS = LATEST_PLAYS  # latest plays of the log from which an answer or another model's state is computed
+FIRST_ONLINE = 1 << 30  # a stored row from here on is FIRST_ONLINE + the number of a song that was added online
+MODELS_KEPT = 2  # network states per user: of the live release, and of the previous or the next one
 
 Outcome = Literal["taken", "repeated", "rejected"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-Run = Callable[[Histories, States], States]  # the network's states after plays, from the states before them
+Run = Callable[[Histories, States], States]  # returns the network's states after plays, from the states before them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class Plays:
         contexts: Sequence[int] | np.ndarray | None = None,
         skipped: Sequence[bool] | np.ndarray | None = None,
     ) -> "Plays":
-        """From lists of the same length; contexts and skips default to none."""
+        """Create from lists of the same length; by default without contexts and skips."""
         count = len(songs)
         return cls(
             songs=np.asarray(songs, dtype=np.int32),
@@ -73,7 +74,7 @@ class Plays:
 
     @classmethod
     def joined(cls, parts: "Sequence[Plays]") -> "Plays":
-        """The plays of all parts, one part after the other."""
+        """Return the plays of all parts, one part after the other."""
         if not parts:
             return cls.of([], [])
         if len(parts) == 1:
@@ -81,15 +82,15 @@ class Plays:
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in PLAY_FIELDS})
 
     def take(self, which: np.ndarray | slice) -> "Plays":
-        """Some of the plays, in the order of `which`."""
+        """Return the plays at `which`, in that order."""
         return Plays(**{name: getattr(self, name)[which] for name in PLAY_FIELDS})
 
     def last(self, count: int) -> "Plays":
-        """The last `count` plays, fewer where there are fewer."""
+        """Return the last `count` plays, or all plays if there are fewer."""
         return self.take(slice(max(0, len(self) - count), None))
 
     def history(self, user_id: str = "") -> Histories:
-        """The plays as a batch of one user."""
+        """Return the plays as histories of one user."""
         return join_plays([self], [user_id])
 
 
@@ -97,7 +98,7 @@ PLAY_FIELDS = tuple(Plays.__dataclass_fields__)
 
 
 def join_plays(users: Sequence[Plays], user_ids: Sequence[str] | None = None) -> Histories:
-    """One row for the plays of each user."""
+    """Return histories with one row per user."""
     plays = Plays.joined(users)
     return Histories(
         user_ids=np.array([""] * len(users) if user_ids is None else list(user_ids), dtype=object),
@@ -110,7 +111,7 @@ def join_plays(users: Sequence[Plays], user_ids: Sequence[str] | None = None) ->
 
 
 def join_likes(parts: Sequence[Plays]) -> Plays:
-    """The latest likes of all parts in time order, each song and moment once, as many as an answer looks at."""
+    """Return the latest likes of all parts in time order, each song and moment once, at most `LATEST_LIKES`."""
     likes = Plays.joined([part for part in parts if len(part)])
     if len(likes):
         likes = likes.take(np.unique(np.stack([likes.played_at, likes.songs]), axis=1, return_index=True)[1])
@@ -118,21 +119,21 @@ def join_likes(parts: Sequence[Plays]) -> Plays:
 
 
 def event_digest(event_id: str) -> int:
-    """int64 that stands for an event id among those of one user's last days, where no two meet by chance."""
+    """Return an int64 digest of an event id, in practice unique among the events of one user's last days."""
     data = event_id.encode("utf-8", "surrogatepass")
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelState:
-    """Where one model's network stands with one user."""
+    """The state of one model's network for one user."""
 
-    hidden: np.ndarray  # float32 (L, H), after all plays, where `turn` is the user's
+    hidden: np.ndarray  # float32 (L, H), after all plays, if `turn` is the user's
     before: np.ndarray  # float32 (L, H), after the first `left` plays
-    before_at: int  # ms UTC, when the last of those was played; NEVER where there were none
-    left: int
-    restarts: int  # of the log when this was computed: where they differ, it says nothing of today's log
-    turn: int
+    before_at: int  # ms UTC of the last of the first `left` plays; NEVER if there are none
+    left: int  # plays in the log when this was computed
+    restarts: int  # the user's `restarts` when this was computed; if they differ, the log has been replaced since
+    turn: int  # the user's `turn` when this was computed
 
     @property
     def start(self) -> States:
@@ -142,81 +143,81 @@ class ModelState:
 
 @dataclass(frozen=True, kw_only=True)
 class UserState:
-    """What is kept of one user beside the log."""
+    """The stored state of one user, apart from the log and the set of heard songs."""
 
     window: Plays = field(default_factory=lambda: Plays.of([], []))  # the latest plays, in time order
-    before_at: int = NEVER  # ms UTC, when the last play of the log was played
-    left: int = 0  # plays in the log
-    folded: int = 0  # of those, the first, whose songs are in the set of heard songs
-    rejected: int = 0  # plays that arrived too late
+    before_at: int = NEVER  # ms UTC of the last play of the log
+    left: int = 0  # number of plays in the log
+    folded: int = 0  # number of the log's first plays whose songs are in the set of heard songs
+    rejected: int = 0  # number of plays that arrived too late
     turn: int = 0  # counts the changes of the plays
     restarts: int = 0  # counts how often the log was replaced
     forgotten_at: int = NEVER  # ms UTC, when the user was deleted: plays up to then are rejected
-    models: Mapping[str, ModelState] = field(default_factory=dict)  # by model id, the one written last at the end
+    models: Mapping[str, ModelState] = field(default_factory=dict)  # by model id, the last written one at the end
     likes: Plays = field(default_factory=lambda: Plays.of([], []))  # the latest songs liked, and when, in time order
 
     @classmethod
     def start(cls, model: str, states: States, row: int = 0, plays: int = 0) -> "UserState":
-        """With nothing in the window: before the first play, or after `plays` that may not change any more."""
+        """Create a state with an empty window: before the first play, or after `plays` plays in the log."""
         hidden, before_at = states.hidden[row], int(states.last_played_at[row])
         own = ModelState(hidden=hidden, before=hidden, before_at=before_at, left=plays, restarts=0, turn=0)
         return cls(before_at=before_at, left=plays, models={model: own})
 
     @property
     def plays(self) -> int:
-        """Plays that were taken."""
+        """The number of accepted plays."""
         return self.left + len(self.window)
 
     @property
     def last_played_at(self) -> int:
-        """ms UTC; NEVER where there was no play."""
+        """ms UTC of the last play; NEVER if there is none."""
         return int(self.window.played_at[-1]) if len(self.window) else self.before_at
 
     @property
     def forgotten(self) -> bool:
-        """True where the user was deleted and has not played since."""
+        """True if the user was deleted and has not played since."""
         return self.forgotten_at != NEVER and not self.plays
 
     def current(self, model: str) -> ModelState | None:
-        """The state of a model, None where it does not stand after all of the plays."""
+        """Return the state of a model; None if it is missing or has not seen all plays."""
         own = self.models.get(model)
         return own if own is not None and own.turn == self.turn else None
 
     def states(self, model: str) -> States:
-        """The current state of a model as the encoder takes it."""
+        """Return the current state of a model in the form that the encoder takes."""
         own = self.current(model)
         if own is None:
             raise ValueError(f"the state of model {model} is not up to date")
         return States(hidden=own.hidden[None], last_played_at=np.array([self.last_played_at]))
 
     def with_model(self, model: str, own: ModelState) -> "UserState":
-        """The same with another state of a model; of the other models the one written last is kept."""
+        """Return this state with a new state of one model; of the other models, the last written one is kept."""
         others = [item for item in self.models.items() if item[0] != model]
         return replace(self, models=dict([*others[len(others) - MODELS_KEPT + 1 :], (model, own)]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Plays on their way into a state: over what the network has to run, from where, and what comes of it.
+    """A plan to add plays to a state, with the runs of the network that it needs.
 
-    The runs of any number of steps of any number of users are the rows of one batch.
+    The runs of many steps, of many users, can be the rows of one batch.
     """
 
     state: UserState  # before the step
     model: str
-    outcomes: np.ndarray  # int8 (arrived,), places in OUTCOMES of the plays and likes as they arrived
-    likes: Plays  # the likes taken
-    window: Plays  # with the plays taken, in time order
-    leaving: int  # the first plays of the window that move to the log
-    runs: tuple[tuple[States, Plays], ...]  # from a state over plays: to the new state, and to that before the window
+    outcomes: np.ndarray  # int8 (arrived,), index in OUTCOMES of each play and like, in the order of arrival
+    likes: Plays  # the accepted likes
+    window: Plays  # with the accepted plays, in time order
+    leaving: int  # number of the window's first plays that move to the log
+    runs: tuple[tuple[States, Plays], ...]  # from states, over plays: to the new state, to the state before the window
 
     def count(self, outcome: Outcome) -> int:
-        """How many of the plays and likes had an outcome."""
+        """Return how many of the plays and likes had the given outcome."""
         return int(np.count_nonzero(self.outcomes == OUTCOMES.index(outcome)))
 
     @property
     def changes(self) -> bool:
-        """False where the state stays as it is: every play and like was stored already."""
+        """False if every play and like was stored already, so that the state does not change."""
         return self.count("repeated") < len(self.outcomes)
 
     @property
@@ -226,11 +227,11 @@ class Step:
 
     @property
     def folds(self) -> bool:
-        """True where the log grows beyond the plays that an answer reads: songs of the older ones must be folded."""
+        """True if the log then holds more plays than an answer reads, so that `fold_heard` must be called."""
         return bool(self.leaving) and self.state.left + self.leaving - self.state.folded > LAST_PLAYS
 
     def finish(self, states: States) -> UserState:
-        """The new state, from the states in which this step's runs ended."""
+        """Return the new state, from the states after the runs of this step."""
         likes = join_likes([self.state.likes, self.likes]) if len(self.likes) else self.state.likes
         after = replace(self.state, rejected=self.state.rejected + self.count("rejected"), likes=likes)
         if not self.runs:
@@ -251,11 +252,11 @@ def plan_plays(
     repeated: np.ndarray | None = None,
     liked: np.ndarray | None = None,
 ) -> Step:
-    """How to take plays, in any order, into a state that is up to date for a model.
+    """Plan how to add plays, in any order, to a state that is up to date for a model.
 
-    `repeated`, bool (arrived,), are those whose event ids are stored already, `liked`, bool (arrived,), those that are
-    likes and no plays. A play is rejected where it was not played after the last play of the log, a like where the
-    user was deleted since.
+    `repeated`, bool (arrived,), marks plays whose event ids are stored already; `liked`, bool (arrived,), marks likes
+    that are no plays. A play is rejected unless it is after the last play of the log and after the user's deletion, a
+    like unless it is after the user's deletion.
     """
     own = state.current(model)
     if own is None:
@@ -290,17 +291,17 @@ def plan_plays(
 
 @dataclass(frozen=True, kw_only=True)
 class CatchUp:
-    """A model on its way to a state that other models, or other replicas, have moved on."""
+    """A plan to bring a model's state up to date after other models or other replicas have added plays."""
 
     state: UserState
     model: str
-    runs: tuple[tuple[States, Plays], ...]  # over all plays, and over those of the log
+    runs: tuple[tuple[States, Plays], ...]  # from states, over plays: to the end of the window, to the end of the log
 
     @classmethod
     def of(cls, state: UserState, model: str, blank: States, log: Plays) -> "CatchUp":
-        """From the model's own state where the log goes on from it, else from `blank`, before the first play.
+        """Start from the model's own state if the log continues it, else from `blank`, the state before the first play.
 
-        `log` holds the last plays of the log: all, or at least `LAST_PLAYS`.
+        `log` holds the last plays of the log: all of them, or at least `LAST_PLAYS`.
         """
         if len(log) < min(state.left, LAST_PLAYS):
             raise ValueError(f"{len(log)} plays of the log were read, it holds {state.left}")
@@ -310,7 +311,7 @@ class CatchUp:
         return cls(state=state, model=model, runs=((start, Plays.joined([since, state.window])), (start, since)))
 
     def finish(self, states: States) -> UserState:
-        """The state with the model up to date, from the states in which the runs ended."""
+        """Return the user's state with the model up to date, from the states after the runs."""
         state = self.state
         own = ModelState(
             hidden=states.hidden[0],
@@ -324,7 +325,7 @@ class CatchUp:
 
 
 def gather(steps: Sequence[Step | CatchUp]) -> tuple[Histories, States]:
-    """All runs of steps as one batch, at least one run: the plays, and the states from which to run over them."""
+    """Return all runs of steps, at least one, as one batch: the plays, and the states from which to run over them."""
     runs = [run for step in steps for run in step.runs]
     start = States(
         hidden=np.concatenate([states.hidden for states, _ in runs]),
@@ -334,7 +335,7 @@ def gather(steps: Sequence[Step | CatchUp]) -> tuple[Histories, States]:
 
 
 def scatter(steps: Sequence[Step | CatchUp], ended: States | None) -> list[UserState]:
-    """The new state of each step, from the states in which the batch of `gather` ended."""
+    """Return the new state of each step, from the states after the batch of `gather`."""
     after, row = [], 0
     for step in steps:
         rows = slice(row, row + len(step.runs))
@@ -344,16 +345,16 @@ def scatter(steps: Sequence[Step | CatchUp], ended: States | None) -> list[UserS
 
 
 def advance(run: Run, state: UserState, model: str, arrived: Plays) -> tuple[UserState, Step]:
-    """Take plays into a state, with a network at hand."""
+    """Add plays to a state with the network `run`; return the new state and the step."""
     step = plan_plays(state, model, arrived)
     return scatter([step], run(*gather([step])) if step.runs else None)[0], step
 
 
 def fold_heard(state: UserState, log_songs: np.ndarray, heard: np.ndarray) -> tuple[UserState, np.ndarray]:
-    """Add the songs of the log's older plays to the set of heard songs, int32 ascending; both new.
+    """Add the songs of the log's older plays to the set of heard songs, int32 ascending; return new state and set.
 
-    `log_songs`, int32, are the songs of the last plays of the log, all that are not folded among them. Half of
-    `LAST_PLAYS` stay outside of the set, so that it is written seldom.
+    `log_songs`, int32, are the songs of the last plays of the log, at least of all plays that are not in the set yet.
+    The last half of `LAST_PLAYS` plays stays out of the set, so that the set is rarely written.
     """
     folded = max(state.folded, state.left - LAST_PLAYS // 2)
     end = len(log_songs) - (state.left - folded)
@@ -369,10 +370,10 @@ def _rows(states: States, rows: slice) -> States:
 
 
 def over_window(played_at: np.ndarray) -> int:
-    """How many of the first plays, int64 (P,) ascending, leave the window.
+    """Return how many of the window's first plays move to the log; `played_at`, int64 (P,), is ascending.
 
-    Those of one moment stay together: in the window, where it holds at most `MOST_OF_A_MOMENT` plays then, else in the
-    log, where no more of that moment can follow.
+    Plays of one moment stay together. They stay in the window if it then holds at most `MOST_OF_A_MOMENT` plays.
+    Otherwise they move to the log, and more plays of that moment are rejected.
     """
     if len(played_at) <= 2 * WINDOW:
         return 0
