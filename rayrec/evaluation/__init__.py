@@ -1,1 +1,1 @@
-"""The evaluation: metrics, the protocol by which recommenders are compared, and the report of it."""
+"""The evaluation of recommenders: the protocol, the metrics and the report."""

@@ -1,12 +1,12 @@
-"""Sums from which all metrics come, with their intervals, and the metrics of taste vectors.
+"""Sums from which all metrics and their intervals are computed, and the metrics of taste vectors.
 
-Sums add up over any division of the users. Intervals come by bootstrap over users. Users fall by hash into 1,024 cells,
-and a sample of the bootstrap draws cells: each counts Poisson(1) times (Chamandy et al. 2012, "Estimating uncertainty
-for massive data streams"). Workers thus return sums by cell, whose size depends neither on the number of users nor on
-that of the samples, and two models are compared on the same users.
+Sums add up over any division of the users. Intervals are computed by a bootstrap over users. A hash assigns users to
+1,024 cells, and in each bootstrap sample each cell counts Poisson(1) times (Chamandy et al. 2012, "Estimating
+uncertainty for massive data streams"). So workers return sums by cell, whose size depends neither on the number of
+users nor on the number of samples, and two models are compared on the same users.
 
-Metrics of taste vectors are the mean cosine with the songs played later, and how often these are nearer than random
-songs.
+The metrics of taste vectors are the mean cosine with the songs played later, and how often these songs are nearer than
+random songs.
 
 M models, V views, G groups of users, U users, B samples, C bootstrap cells, K cut-offs or columns, T curves, S slices,
 R retrievers, N songs, Q queries, P pairs of a query and a later play, L offsets, D dimensions.
@@ -29,16 +29,16 @@ CELLS = 1024
 LAST = "last"  # leave one out: each user's last play alone
 VIEWS = (*TARGETS, LAST)
 SLICED = ("recall", "mrr")  # the metrics of breakdowns
-LISTED = ("popularity_rank", "repeats")  # the figures of what is recommended
-COVERAGE_SONGS = 1 << 15  # songs of the catalog, drawn where it has more, by which coverage is measured
-RETURN_BYTES = 1 << 19  # of the sums that a worker returns, so that with what else it returns it stays below 1 MB
+LISTED = ("popularity_rank", "repeats")  # the figures of recommended lists
+COVERAGE_SONGS = 1 << 15  # songs by which coverage is measured, drawn if the catalog has more
+RETURN_BYTES = 1 << 19  # bytes of sums that a worker returns, so that its whole result stays below 1 MB
 
 NEGATIVES = ("uniform", "zipf")
 PAIRED = ("next", "offsets25_50")  # the targets for which pairs are made
-ZIPF_EXPONENT = 1.0  # z: a song's chance falls with its popularity rank to this power
+ZIPF_EXPONENT = 1.0  # z: the probability of a song is proportional to 1 / rank^z, by its popularity rank
 PAIR_QUERIES_AT_ONCE = 1 << 12
-TIE = 1e-6  # cosines nearer to each other than rounding can tell; (a + b) is as near to a as to b
-PLACES = 1 << 32  # more than anyone's plays
+TIE = 1e-6  # cosines that differ by less are equal except for rounding, as those of a + b with a and with b
+PLACES = 1 << 32  # more than the plays of any user
 CURVE_QUERIES_AT_ONCE = 1 << 14
 
 Curve = tuple[VectorRecommender, HorizonName]
@@ -46,27 +46,27 @@ Curve = tuple[VectorRecommender, HorizonName]
 
 @dataclass(frozen=True, kw_only=True)
 class CellRange:
-    """The cells that one unit of work holds: `count` of `total` from `first` on."""
+    """The bootstrap cells of one unit of work: `count` of `total` cells, from `first` on."""
 
     total: int = CELLS
     first: int = 0
     count: int = CELLS
 
     def cells_of(self, user_ids: np.ndarray) -> np.ndarray:
-        """int64 (U,): the cell of each user, counted from `first`; not within [0, count) for users of other units."""
+        """int64 (U,): the cell of each user, counted from `first`; outside of [0, count) for users of other units."""
         hashes = user_hash(user_ids, salt="bootstrap cell ")
         return np.asarray((hashes % np.uint64(self.total)).astype(np.int64) - self.first)
 
     def holds(self, user_ids: np.ndarray) -> np.ndarray:
-        """bool (U,): the users whose cells are among these."""
+        """bool (U,): True for users whose cells are in this range."""
         cells = self.cells_of(user_ids)
         return np.asarray((cells >= 0) & (cells < self.count))
 
 
 def cell_ranges(units: int, most_cells: int) -> list[CellRange]:
-    """How to divide each of `units` shares of the users, so that all together have about 1,024 cells.
+    """Divide each of `units` shares of the users into ranges of cells; all units together have about 1,024 cells.
 
-    No range has more than `most_cells`. The ranges are those of one unit; every unit is divided alike.
+    No range has more than `most_cells`. Return the ranges of one unit; all units are divided in the same way.
     """
     count = max(1, min(-(-CELLS // units), most_cells))
     parts = -(-CELLS // (units * count))
@@ -74,7 +74,7 @@ def cell_ranges(units: int, most_cells: int) -> list[CellRange]:
 
 
 def bootstrap_weights(cells: int, samples: int, seed: int) -> np.ndarray:
-    """float64 (B + 1, C): how often each cell counts; once in row 0, Poisson(1) times in each sample below it."""
+    """float64 (B + 1, C): how often each cell counts, once in row 0 and Poisson(1) times in each sample after it."""
     weights = np.ones((samples + 1, cells))
     weights[1:] = np.random.default_rng(seed).poisson(1.0, size=(samples, cells))
     return weights
@@ -83,10 +83,10 @@ def bootstrap_weights(cells: int, samples: int, seed: int) -> np.ndarray:
 def means_with_intervals(
     sums: np.ndarray, counts: np.ndarray, confidence: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Value, low and high, float64 (K,) each, of the means sums / counts, both (B + 1, K), row 0 the data itself.
+    """Return value, low and high, float64 (K,) each, of the means `sums` / `counts`, both (B + 1, K).
 
-    NaN where nothing was counted. Samples that counted nothing are left out. Without samples low and
-    high are the value.
+    Row 0 holds the data itself, the other rows bootstrap samples. The result is NaN if nothing was counted. Samples
+    that counted nothing are left out. Without samples, low and high equal the value.
     """
     means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
     value, samples = means[0], means[1:]
@@ -100,25 +100,25 @@ def means_with_intervals(
 
 @dataclass
 class MetricAccumulator:
-    """Sums by bootstrap cell, or, as `resampled` returns them, of the data itself and of B bootstrap samples."""
+    """The sums of all metrics, by bootstrap cell; `resampled` turns them into those of the data and of B samples."""
 
     users: np.ndarray  # int64 (V, G): users with queries; V are VIEWS, then the targets in days
     queries: np.ndarray  # float64 (C, V, G)
     metrics: np.ndarray  # float64 (C, M, V, G, 3 · K): see metric_columns
     curve_sums: np.ndarray  # float64 (C, T, offsets): cosines
-    curve_counts: np.ndarray  # float64 (C, T, offsets): plays behind them
-    pairs_won: np.ndarray  # float64 (C, T, len(PAIRED), len(NEGATIVES))
-    pairs: np.ndarray  # the same shape
+    curve_counts: np.ndarray  # float64 (C, T, offsets): plays in `curve_sums`
+    pairs_won: np.ndarray  # float64 (C, T, len(PAIRED), len(NEGATIVES)): see `pair_sums`
+    pairs: np.ndarray  # the same shape: all pairs
     slice_metrics: np.ndarray  # float64 (C, M, S, len(SLICED))
     slice_queries: np.ndarray  # float64 (C, S)
     listed: np.ndarray  # uint8 (M, n / 8): bits of the songs drawn for coverage that are in any list
     list_sums: np.ndarray  # float64 (C, M, len(LISTED))
-    list_counts: np.ndarray  # float64 (C, M): places in the lists
-    lists: np.ndarray  # int64 (M,)
+    list_counts: np.ndarray  # float64 (C, M): number of songs in the lists
+    lists: np.ndarray  # int64 (M,): number of lists
     # float64 (C, M, OFFSETS and targets in days, R + 1): recall of the candidates, of all and by retriever
     retrieved: np.ndarray
-    candidates: np.ndarray  # float64 (C, M, R + 1): how many there were
-    chances: np.ndarray  # float64 (models whose scores are chances, len(CALIBRATED), CHANCE_BINS, CHANCE_SUMS)
+    candidates: np.ndarray  # float64 (C, M, R + 1): number of candidates
+    chances: np.ndarray  # float64 (calibrated models, len(CALIBRATED), CHANCE_BINS, CHANCE_SUMS): see `chance_sums`
 
     @classmethod
     def empty(
@@ -135,9 +135,9 @@ class MetricAccumulator:
         day_targets: int = 0,
         calibrated: int = 0,
     ) -> MetricAccumulator:
-        """The sums of no users; `songs` are those drawn for coverage. `day_targets` come behind the VIEWS.
+        """Return an accumulator of zeros; `songs` is the number of songs drawn for coverage.
 
-        `calibrated` is the number of models whose scores are chances.
+        `day_targets` come after the VIEWS. `calibrated` is the number of models whose scores are probabilities.
         """
         views, groups = len(VIEWS) + day_targets, len(GROUPS)
         pairs = (cells, curves, len(PAIRED), len(NEGATIVES))
@@ -163,16 +163,16 @@ class MetricAccumulator:
 
     @property
     def cells(self) -> int:
-        """C."""
+        """C, the number of cells."""
         return len(self.queries)
 
     @property
     def bytes_of_cell(self) -> int:
-        """Bytes of the sums of one cell."""
+        """The size of the sums of one cell in bytes."""
         return int(sum(getattr(self, name).nbytes for name in BY_CELL)) // max(1, self.cells)
 
     def add(self, other: MetricAccumulator, first_cell: int = 0) -> None:
-        """Add sums whose cells are these from `first_cell` on; cells beyond the last go on at the first."""
+        """Add `other` to the cells from `first_cell` on; cells beyond the last one continue at the first one."""
         places = (first_cell + np.arange(other.cells)) % max(1, self.cells)
         for name in BY_CELL:
             np.add.at(getattr(self, name), places, getattr(other, name))
@@ -182,7 +182,7 @@ class MetricAccumulator:
         self.chances += other.chances
 
     def resampled(self, samples: int, seed: int) -> MetricAccumulator:
-        """The sums of the data itself and of bootstrap samples along the first axis, B + 1 long."""
+        """Return the sums of the data itself and of bootstrap samples along the first axis, of length B + 1."""
         weights = bootstrap_weights(self.cells, samples, seed)
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         for name in BY_CELL:
@@ -197,7 +197,7 @@ BY_CELL: Sequence[str] = [
 
 
 def curves_of(recommenders: Sequence[BaseRecommender]) -> list[Curve]:
-    """One curve per horizon of each recommender that has vectors."""
+    """Return one curve per horizon of each recommender that has vectors."""
     vector_recommenders = [one for one in recommenders if isinstance(one, VectorRecommender)]
     return [(one, horizon) for one in vector_recommenders for horizon in one.horizons]
 
@@ -205,10 +205,10 @@ def curves_of(recommenders: Sequence[BaseRecommender]) -> list[Curve]:
 def cosine_sums(
     recommender: VectorRecommender, vectors: np.ndarray, histories: Histories, queries: Queries, offsets: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of cosines and their counts, float64 (U, L) each.
+    """Return sums of cosines and their counts, float64 (U, L) each.
 
-    The cosine of a query's taste vector, in float32 (Q, D), with the song l plays ahead, l from 1
-    to L, offset 1 being the next song. What has no vector, or lies beyond the history, is not counted.
+    The cosines are those of each query's taste vector, in `vectors`, float32 (Q, D), with the song l plays ahead, for l
+    from 1 (the next song) to L. Queries and songs without a vector, and plays beyond the history, are not counted.
     """
     sums, counts = np.zeros((2, len(histories), offsets))
     known_queries = np.flatnonzero(vectors.any(axis=1))
@@ -230,7 +230,7 @@ def cosine_sums(
 def song_cosines(
     recommender: VectorRecommender, vectors: np.ndarray, songs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (Q,), the cosines, 0 for songs without a vector; and bool (Q,), which songs have one."""
+    """Return the cosines, float32 (Q,), 0 for songs without a vector, and which songs have a vector, bool (Q,)."""
     known = songs < recommender.num_songs
     song_vectors = recommender.song_vectors[np.where(known, songs, 0)]
     cosines = np.einsum("qd,qd->q", vectors, song_vectors)
@@ -238,20 +238,20 @@ def song_cosines(
 
 
 class RandomSongs:
-    """Draws songs at random, the same one for the same pair however users are divided.
+    """Draws songs at random; a pair always gets the same song, however users are divided.
 
-    From the songs with a play in `song_plays`, (N,): all equally often, or by Zipf_z over their
-    popularity ranks, 1 being the most played.
+    Songs are drawn from those with a play in `song_plays`, (N,): all with the same probability, or by Zipf's law with
+    exponent z over their popularity ranks, where 1 is the most played song.
     """
 
     def __init__(self, song_plays: np.ndarray, seed: int) -> None:
         self.seed = seed
         self.by_rank = songs_by_popularity(song_plays)
         chances = np.arange(1, len(self.by_rank) + 1, dtype=np.float64) ** -ZIPF_EXPONENT
-        self._below = np.cumsum(chances)[:-1] / chances.sum()  # chance of any rank before each but the first
+        self._below = np.cumsum(chances)[:-1] / chances.sum()  # cumulative probability before ranks 2, 3, ...
 
     def draw(self, kind: str, hashes: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        """int64 (P,): a song for each pair, which uint64 hashes of users and steps tell apart."""
+        """int64 (P,): a song for each pair; pairs are identified by hashes of users and by steps, uint64 each."""
         uniform = uniform_draws(hashes, steps * np.uint64(len(NEGATIVES)) + np.uint64(NEGATIVES.index(kind)))
         if kind == "uniform":
             return np.asarray(self.by_rank[(uniform * len(self.by_rank)).astype(np.int64)])
@@ -259,13 +259,13 @@ class RandomSongs:
 
 
 def songs_by_popularity(song_plays: np.ndarray) -> np.ndarray:
-    """int64: the songs with a play in `song_plays`, (N,), the most played first, equal ones in the order of rows."""
+    """int64: the songs with a play in `song_plays`, (N,), the most played first, ties in the order of rows."""
     order = np.argsort(-np.asarray(song_plays, dtype=np.float64), kind="stable")
     return np.asarray(order[song_plays[order] > 0])
 
 
 def popularity_ranks(song_plays: np.ndarray) -> np.ndarray:
-    """float64 (N,): the popularity rank of each song, 1 the most played; those never played share the last rank."""
+    """float64 (N,): popularity rank of each song, 1 for the most played; songs without plays share the last rank."""
     by_rank = songs_by_popularity(song_plays)
     ranks = np.full(len(song_plays), len(by_rank) + 1, dtype=np.float64)
     ranks[by_rank] = np.arange(1, len(by_rank) + 1)
@@ -280,11 +280,11 @@ def pair_sums(
     target: str,
     negatives: RandomSongs,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs won and pairs, float64 (U, 2) each, by kind of NEGATIVES.
+    """Return the numbers of pairs won and of all pairs, float64 (U, 2) each, by kind of NEGATIVES.
 
-    A pair is a query, with its taste vector in float32 (Q, D), and a play at one of the target's
-    offsets; it is won where the cosine with the song played is above that with the negative, and ties
-    count against it. Pairs in which either song has no vector, or both are the same song, are not counted.
+    A pair is a query, with its taste vector in `vectors`, float32 (Q, D), and a play at one of the target's offsets. It
+    is won if the cosine with the song played is higher than that with a random song, the negative; a tie is not won.
+    Pairs in which one of the songs has no vector, or both are the same song, are not counted.
     """
     won, pairs = np.zeros((2, len(histories), len(NEGATIVES)))
     hashes = user_hash(histories.user_ids, salt=f"negatives {negatives.seed} ")

@@ -1,29 +1,30 @@
-"""The expected calibration error: how far scores that are chances lie from how often songs are the next play.
+"""The expected calibration error: how far scores that are probabilities differ from how often songs are the next play.
 
-Sums by narrow bins of the chance add up over any division of the users; the bins of the error are joined from them.
+Sums are kept for narrow bins of the probability, so that they add up over any division of the users. The bins of the
+error are joined from the narrow bins.
 
-A answered songs of all queries together.
+A recommended songs of all queries together.
 """
 
 import numpy as np
 
-CALIBRATED = ("served", "next")  # the targets: with heard songs left out, and of all songs; queries are all next plays
-CHANCE_BINS = 256  # narrow ones, between the fourth powers of 0, 1/256, 2/256 ...: most chances are small
-CHANCE_SUMS = 3  # of each narrow bin: answered songs, their chances, and how many of them are right
-ERROR_BINS = 15  # of the error, which hold about as many answered songs each
+CALIBRATED = ("served", "next")  # rankings without heard songs, and of all songs; both for all next plays
+CHANCE_BINS = 256  # narrow bins between the fourth powers of 0, 1/256, 2/256 ..., since most probabilities are small
+CHANCE_SUMS = 3  # per narrow bin: number of songs, sum of their probabilities, number of songs that are right
+ERROR_BINS = 15  # bins of the error, each with about the same number of songs
 
 
 def chance_sums(chances: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """float64 (CHANCE_BINS, CHANCE_SUMS), from the chances of answered songs, float (A,), and bool (A,), if right."""
+    """float64 (CHANCE_BINS, CHANCE_SUMS): sums of songs by their probability, float (A,); `right` is bool (A,)."""
     bins = np.minimum((CHANCE_BINS * np.sqrt(np.sqrt(chances))).astype(np.int64), CHANCE_BINS - 1)
     columns = (np.ones(len(bins)), chances, right)
     return np.stack([np.bincount(bins, weights=column, minlength=CHANCE_BINS) for column in columns], axis=1)
 
 
 def expected_calibration_error(sums: np.ndarray) -> float:
-    """The mean over bins of as many answered songs of |mean chance - share of right songs|; 0 without songs.
+    """Return the mean over bins of equal size of |mean probability - share of right songs|; 0 without songs.
 
-    `sums` are those of `chance_sums`. A narrow bin is never divided, so bins may differ a little in size.
+    `sums` is the result of `chance_sums`. A narrow bin is never divided, so bins may differ a little in size.
     """
     counts, chances, right = sums.T
     total = counts.sum()

@@ -1,12 +1,12 @@
 """Answer the queries of a batch of users, or given prefixes of songs, with every model and add up metrics.
 
-Each model scores each query once for each of its horizons; the ranks of all targets, and what is recommended, come from
-these scores. What is the same for all models is computed once for a block of users with their queries. An evaluator
-in files has arrays that all processes of a node map into memory: they are there once a node.
+Each model scores each query once per horizon; the ranks of all targets and the recommended songs follow from these
+scores. Values that are the same for all models are computed once per block of users. An evaluator can be stored in
+files; all processes of a node then map its arrays into memory, so that a node holds them only once.
 
-Published test sets are made of pairs of a prefix and the song that came next, one a line: `song song song<TAB>target`,
-songs by their outside ids. There are no times: songs count as played three minutes apart, the last one three minutes
-before the request.
+Published test sets consist of pairs of a prefix and the song that came next, one pair per line: `song song
+song<TAB>target`, with the song ids of the imported data. They have no times: songs count as played three minutes apart,
+the last one three minutes before the request.
 
 N songs, R retrievers, Q queries or pairs, U users, G groups of users, S slices, C bootstrap cells, K columns.
 """
@@ -76,23 +76,23 @@ from rayrec.recommend.index import INDEX_FILE, import_faiss
 from rayrec.storage.workspace import Workspace, stored_at
 
 ARRAYS_FILE = "arrays.bin"
-ALIGNED = 64  # bytes, at a multiple of which each array begins
+ALIGNED = 64  # bytes; each array begins at a multiple of it
 
 EvaluatorType = TypeVar("EvaluatorType")  # Evaluator or PrefixEvaluator
 
-PREFIX_BLOCK_BYTES = 1 << 18  # about 7,000 short lines, each with a weight in every bootstrap sample
-SHOWN_CHARACTERS = 60  # of a line that cannot be read
+PREFIX_BLOCK_BYTES = 1 << 18  # about 7,000 short lines
+SHOWN_CHARACTERS = 60  # shown of a line that cannot be read
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueryBlock:
-    """Users and queries, the target songs, and for whom and in what each query counts."""
+    """A block of users with their queries and target songs, and the cells, groups, views and slices of each query."""
 
     histories: Histories
     queries: Queries
     cells: np.ndarray  # int64 (U,), the bootstrap cell of each user
     num_cells: int  # C
-    groups: np.ndarray  # int64 (U,), the place in GROUPS of each user
+    groups: np.ndarray  # int64 (U,), the index in GROUPS of each user
     targets: dict[str, TargetSongs]  # of OFFSETS, then of targets in days
     counted: dict[str, np.ndarray]  # view -> bool (Q,), the queries that count in it
     slices: np.ndarray  # bool (S, Q)
@@ -113,9 +113,9 @@ class QueryBlock:
         days: Mapping[str, DaysHorizon],
         network: VectorRecommender | None = None,
     ) -> QueryBlock:
-        """The queries whose next plays are those at positions `plays`, int (Q,).
+        """Create the block of the queries whose next plays are at positions `plays`, int (Q,).
 
-        `known_songs` are as in `target_songs`, `days` as of `day_targets`, `network` as in `slice_masks`.
+        `known_songs` is as in `target_songs`, `days` is the result of `day_targets`, `network` is as in `slice_masks`.
         """
         queries = Queries.before_plays(histories, plays)
         drawn = user_hash(histories.user_ids, salt=f"curves {config.seed} ") / 2.0**64 < curve_share
@@ -142,7 +142,7 @@ class QueryBlock:
         )
 
     def sums(self, values: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """float64 (C, G, K): the sums of values (Q, K), those of the queries in the mask (Q,) alone."""
+        """float64 (C, G, K): the sums of `values`, (Q, K), by cell and group; with `mask`, (Q,), of its queries."""
         chosen = np.arange(len(self.queries)) if mask is None else np.flatnonzero(mask)
         users = self.queries.rows[chosen]
         keys = self.cells[users] * len(GROUPS) + self.groups[users]
@@ -151,7 +151,7 @@ class QueryBlock:
         return np.stack(columns, axis=1).reshape(self.num_cells, len(GROUPS), -1)
 
     def sums_of_users(self, values: np.ndarray) -> np.ndarray:
-        """float64 (C, ...): the sums of values (U, ...)."""
+        """float64 (C, ...): the sums of `values`, (U, ...), by cell."""
         sums = np.zeros((self.num_cells, *values.shape[1:]))
         np.add.at(sums, self.cells, values)
         return sums
@@ -163,11 +163,11 @@ QUERIES_PER_BLOCK = 1 << 16
 class Evaluator:
     """Evaluates recommenders on whole histories.
 
-    `song_plays` is (N,), how often each song was played in the fit range: a song without a play is a miss for every
-    model but one that it was added to. `query_share` in (0, 1] is the share of the queries, by a hash of user and play,
-    that are answered; `curve_share` in [0, 1] the share of users, by hash, who are drawn for the curves, the pairs and
-    what is recommended. `contexts` names the bits of the plays' contexts. `chosen_users` takes ids, object (U,), and
-    gives bool (U,), which of them are evaluated.
+    `song_plays`, (N,), is the number of plays of each song in the fit range. A song without a play is a miss for every
+    model, unless it was added to the model. `query_share` in (0, 1] is the share of the queries that are answered,
+    drawn by a hash of user and play. `curve_share` in [0, 1] is the share of users, drawn by hash, for the curves, the
+    pairs and the recommended lists. `contexts` names the bits of the plays' contexts. `chosen_users` takes user ids,
+    object (U,), and returns which of them are evaluated, bool (U,).
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class Evaluator:
         self.coverage_songs = coverage_songs(len(song_plays))
         self._negatives = RandomSongs(song_plays, config.seed)
         self._popularity_ranks = popularity_ranks(song_plays)
-        from rayrec.recommend.reranking import Starting  # brings torch, as those below: commands start without it
+        from rayrec.recommend.reranking import Starting  # these load torch, which slows the start
         from rayrec.recommend.taste_recommender import TasteRecommender
         from rayrec.recommend.two_step import TwoStepRecommender
 
@@ -209,11 +209,11 @@ class Evaluator:
             recent_plays=two_step.source.retrieval.recent_plays if two_step else None,
             artist_of_song=two_step.source.retrieval.artists.of_song if two_step else None,
         )
-        self._starting_ranks = np.full(len(song_plays), NOT_FOUND)  # of each song for a user without plays
+        self._starting_ranks = np.full(len(song_plays), NOT_FOUND)  # rank of each song for a user without plays
         self._starting_ranks[starting.order] = np.arange(1, len(starting.order) + 1)
 
     def empty(self, cells: int = CellRange().count) -> MetricAccumulator:
-        """The sums of no users."""
+        """Return an accumulator of zeros."""
         return MetricAccumulator.empty(
             cells=cells,
             models=len(self.recommenders),
@@ -229,11 +229,11 @@ class Evaluator:
 
     @property
     def cells_at_once(self) -> int:
-        """How many bootstrap cells one return value may hold."""
+        """The number of bootstrap cells that one return value can hold."""
         return max(1, RETURN_BYTES // self.empty(1).bytes_of_cell)
 
     def __call__(self, histories: Histories, cells: CellRange | None = None) -> MetricAccumulator:
-        """The sums of whole histories, of users in `cells` alone; users without a test play cost next to nothing."""
+        """Return the sums of whole histories, for users in `cells` only. Users without test plays cost very little."""
         cells = cells or CellRange()
         sums = self.empty(cells.count)
         histories = histories.take(cells.holds(histories.user_ids))
@@ -260,7 +260,7 @@ class Evaluator:
         return sums
 
     def _count_first_plays(self, sums: MetricAccumulator, histories: Histories, cells: CellRange) -> None:
-        """The first plays of users of whom nothing is known: all of them get the same songs, whatever the model."""
+        """Count the first plays of users without earlier plays; all of them get the same songs from every model."""
         place = slices_of(self.contexts).index(("known", "0"))
         users, songs = first_plays(histories, self.split, self.query_share)
         cell, ranks = cells.cells_of(histories.user_ids)[users], np.full(len(users), NOT_FOUND)
@@ -277,13 +277,14 @@ class Evaluator:
         return [columns.index((metric, usual_k(self.config.ks))) for metric in SLICED]
 
     def _count(self, sums: MetricAccumulator, block: QueryBlock) -> None:
-        """The queries behind each view and each slice, and the users with any."""
+        """Count the queries of each view and each slice, and the users who have any."""
         for place, view in enumerate(self.views):
             mask = block.counted[view]
             sums.queries[:, place] += block.sums(np.ones((len(mask), 1)), mask)[..., 0]
             groups = block.groups[np.unique(block.queries.rows[mask])]
             sums.users[place] += np.bincount(groups, minlength=len(GROUPS))
-        sums.slice_queries += block.sums(block.slices.T.astype(np.float64)).sum(axis=1)  # none is of no plays
+        # Slice known 0 gets nothing here, since each of these queries has an earlier play.
+        sums.slice_queries += block.sums(block.slices.T.astype(np.float64)).sum(axis=1)
 
     def _add_model(self, sums: MetricAccumulator, model: int, block: QueryBlock) -> None:
         recommender = self.recommenders[model]
@@ -325,7 +326,7 @@ class Evaluator:
     def _add_retrieved(
         self, sums: MetricAccumulator, model: int, block: QueryBlock, ranked: Ranked, names: Sequence[str]
     ) -> None:
-        """The share of the targets that are candidates, of all retrievers together and of each."""
+        """Add the shares of the targets that are candidates, of all retrievers together and of each one."""
         columns = [0, *(1 + self.retrievers.index(name) for name in names)]
         for name, proposed in ranked.proposed.items():
             target, place = block.targets[name], list(block.targets).index(name)
@@ -336,7 +337,7 @@ class Evaluator:
             sums.candidates[:, model, columns] += block.sums(ranked.candidates).sum(axis=1)
 
     def _add_curves(self, sums: MetricAccumulator, block: QueryBlock) -> None:
-        """Cosines and pairs of the drawn users."""
+        """Add the cosines and pairs of the drawn users."""
         histories, sampled = block.histories, block.queries.take(np.flatnonzero(block.drawn))
         for row, (recommender, horizon) in enumerate(self.curves):
             vectors = recommender.vectors(histories, sampled, horizon)
@@ -351,36 +352,36 @@ class Evaluator:
 
 
 def retrievers_of(recommenders: Sequence[BaseRecommender]) -> list[str]:
-    """The names of the retrievers of all candidate recommenders, each once."""
+    """Return the distinct names of the retrievers of all candidate recommenders."""
     named = (one.retrievers for one in recommenders if isinstance(one, CandidateRecommender))
     return list(dict.fromkeys(name for names in named for name in names))
 
 
 def count_calibrated(recommenders: Sequence[BaseRecommender]) -> int:
-    """How many recommenders have scores that are chances."""
+    """Return the number of recommenders whose scores are probabilities."""
     return sum(one.scores_are_chances for one in recommenders)
 
 
 def add_chances(sums: MetricAccumulator, recommenders: Sequence[BaseRecommender], model: int, ranked: Ranked) -> None:
-    """Add what the scores of a model, by its place among the recommenders, are compared with, if they are chances."""
+    """Add the calibration sums of recommender number `model`, if its scores are probabilities."""
     if ranked.chances:
         place = count_calibrated(recommenders[:model])
         sums.chances[place] += np.stack([ranked.chances[target] for target in CALIBRATED])
 
 
 def coverage_songs(num_songs: int) -> np.ndarray:
-    """int64, ascending: the songs by which coverage is measured: all of a small catalog, else some drawn at random."""
+    """int64, ascending: the songs by which coverage is measured, all of a small catalog, else a random sample."""
     if num_songs <= COVERAGE_SONGS:
         return np.arange(num_songs)
     return np.sort(np.random.default_rng(0).choice(num_songs, COVERAGE_SONGS, replace=False))
 
 
 class PrefixFile(Settings):
-    """A file of pairs and how its lines read. In separators \\t is a tab."""
+    """A file of pairs and the format of its lines. In separators \\t is a tab."""
 
-    path: str  # or URI; .gz too
+    path: str  # path or URI, also of a .gz file
     item_separator: str = Field(" ", min_length=1)  # between the songs of a prefix
-    target_separator: str = Field("\t", min_length=1)  # before the target, the last one of a line
+    target_separator: str = Field("\t", min_length=1)  # before the target; the last one in the line counts
 
     @field_validator("item_separator", "target_separator")
     @classmethod
@@ -396,7 +397,7 @@ class PrefixFile(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Prefixes:
-    """Pairs as songs of the catalog; what it does not know is one more song, the row behind its last."""
+    """Pairs as song rows; songs that the catalog does not know all get the row after its last one."""
 
     histories: Histories  # Q users, each named by its line
     targets: np.ndarray  # int64 (Q,)
@@ -408,15 +409,15 @@ class Prefixes:
 
     @property
     def counts(self) -> np.ndarray:
-        """int64 (3,): pairs, targets that the catalog does not know, songs of prefixes that it does not know."""
+        """int64 (3,): numbers of pairs, of targets unknown to the catalog, and of unknown songs in prefixes."""
         unknown = (self.targets, self.histories.songs)
         return np.array([len(self.targets), *(np.count_nonzero(songs == self.num_songs) for songs in unknown)])
 
 
 def read_prefixes(unit: Unit, file: PrefixFile, song_ids: pa.ChunkedArray) -> Iterator[Prefixes]:
-    """The pairs whose lines begin in a unit, in blocks; empty lines are passed over.
+    """Yield the pairs whose lines begin in a unit, in blocks; empty lines are skipped.
 
-    `song_ids` are the outside ids of the catalog, by row. Raises `InputError` for a line without a target.
+    `song_ids` are the song ids of the catalog, by row. Raises `InputError` for a line without a target.
     """
     for block in read_blocks(unit, PREFIX_BLOCK_BYTES):
         lines = pc.utf8_trim(pa.array(block.texts(range(len(block))), pa.string()), characters="\r\n \ufeff")
@@ -424,7 +425,7 @@ def read_prefixes(unit: Unit, file: PrefixFile, song_ids: pa.ChunkedArray) -> It
 
 
 def parse_prefixes(lines: pa.Array, file: PrefixFile, song_ids: pa.ChunkedArray) -> Prefixes:
-    """Lines, strings (Q,), as pairs. Raises `InputError` for a line without a target."""
+    """Parse lines, strings (Q,), into pairs. Raises `InputError` for a line without a target."""
     halves = pc.split_pattern(lines, file.target_separator, max_splits=1, reverse=True)
     whole = pc.list_value_length(halves).to_numpy() == 2
     if not whole.all():
@@ -453,7 +454,7 @@ def parse_prefixes(lines: pa.Array, file: PrefixFile, song_ids: pa.ChunkedArray)
 
 
 def _rows(names: pa.Array, song_ids: pa.ChunkedArray) -> np.ndarray:
-    """int64: the rows of outside ids, len(song_ids) where there is none."""
+    """int64: the rows of song ids; len(song_ids) for unknown ones."""
     rows = pc.fill_null(pc.index_in(names, value_set=song_ids), len(song_ids))
     return np.asarray(rows.to_numpy(zero_copy_only=False), dtype=np.int64)
 
@@ -461,9 +462,9 @@ def _rows(names: pa.Array, song_ids: pa.ChunkedArray) -> np.ndarray:
 class PrefixEvaluator:
     """Answers each pair as the query of a new user and adds up metrics.
 
-    `song_plays` is (N,), as for the `Evaluator`; a target without a play there, or unknown to the catalog, is a miss.
-    Prefixes begin at `begin` (ms UTC), which is after all plays that the models know where these have real times.
-    Pairs are what the bootstrap draws, by the text of their lines.
+    `song_plays`, (N,), is as in `Evaluator`; a target without a play there, or unknown to the catalog, is a miss.
+    Prefixes begin at `begin` (ms UTC); if the models know plays with real times, it must be after all of them. The
+    bootstrap draws pairs, identified by the text of their lines.
     """
 
     def __init__(
@@ -477,7 +478,7 @@ class PrefixEvaluator:
         self.recommenders, self.known_songs, self.config, self.begin = recommenders, song_plays > 0, config, begin
 
     def empty(self, cells: int = CellRange().count) -> MetricAccumulator:
-        """The sums of no pairs."""
+        """Return an accumulator of zeros."""
         return MetricAccumulator.empty(
             cells=cells,
             models=len(self.recommenders),
@@ -487,11 +488,11 @@ class PrefixEvaluator:
 
     @property
     def cells_at_once(self) -> int:
-        """How many bootstrap cells one return value may hold."""
+        """The number of bootstrap cells that one return value can hold."""
         return max(1, RETURN_BYTES // self.empty(1).bytes_of_cell)
 
     def __call__(self, prefixes: Prefixes, cells: CellRange | None = None) -> MetricAccumulator:
-        """The sums of some pairs."""
+        """Return the sums of the given pairs."""
         cells = cells or CellRange()
         sums, targets = self.empty(cells.count), self._targets(prefixes)
         histories = replace(prefixes.histories, played_at=self.begin + prefixes.histories.played_at)
@@ -510,7 +511,7 @@ class PrefixEvaluator:
 
     @staticmethod
     def _targets(prefixes: Prefixes) -> dict[str, TargetSongs]:
-        """The target of each pair, and as served where it is not a song of the prefix."""
+        """Return the target of each pair; as served, only of pairs whose target is not a song of the prefix."""
         histories, rows = prefixes.histories, np.arange(len(prefixes.histories))
         heard = HeardSongs(histories)(rows, histories.lengths, prefixes.targets)
         new = np.flatnonzero(~heard | (prefixes.targets == prefixes.num_songs))  # unknown songs share a row
@@ -528,16 +529,16 @@ class PrefixEvaluator:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatorFiles(Generic[EvaluatorType]):
-    """An evaluator without its arrays, a few KB whatever the catalog, and where the arrays lie."""
+    """An evaluator without its arrays, a few KB for any catalog, and the place of its arrays."""
 
     workspace: Workspace
-    folder: str  # of arrays and indexes that no artifact holds
+    folder: str  # holds the arrays and indexes that no artifact holds
     pickled: bytes
     sizes: tuple[int, ...]  # bytes of each array in the file of arrays
 
     def load(self) -> EvaluatorType:
-        """The evaluator. Its arrays are memory-mapped; on a bucket from the one copy of this node."""
-        # Copy on write, since torch knows no read-only tensors.
+        """Load the evaluator. Its arrays are memory-mapped; with object storage, from one local copy per node."""
+        # Copy on write, since torch does not support read-only tensors.
         mapped = np.memmap(self.workspace.local_file(f"{self.folder}/{ARRAYS_FILE}"), np.uint8, "c").data
         arrays, begin = [], 0
         for size in self.sizes:
@@ -551,9 +552,9 @@ class EvaluatorFiles(Generic[EvaluatorType]):
 def evaluator_files(
     workspace: Workspace, folder: str, evaluator: EvaluatorType
 ) -> Iterator[EvaluatorFiles[EvaluatorType]]:
-    """The files of an evaluator, for as long as the block lasts.
+    """Write an evaluator to files, which are deleted at the end of the `with` block.
 
-    Arrays that were mapped from files of the workspace are not written again.
+    Arrays that are mapped from files of the workspace are not written again.
     """
     stream = io.BytesIO()
     arrays: list[pickle.PickleBuffer] = []
@@ -572,24 +573,24 @@ def evaluator_files(
 
 
 def _padding(size: int) -> int:
-    """Bytes behind an array of so many, at least one: an empty file cannot be mapped."""
+    """Return the padding bytes after an array of `size` bytes, at least one, since an empty file cannot be mapped."""
     return ALIGNED - size % ALIGNED
 
 
 class _Pickler(pickle.Pickler):
-    """Gives arrays, tensors and indexes out as files instead of copying them into the pickle."""
+    """Keeps arrays, tensors and indexes out of the pickle, so that they are stored in files."""
 
     def __init__(
         self, workspace: Workspace, folder: str, stream: io.BytesIO, arrays: list[pickle.PickleBuffer]
     ) -> None:
-        import torch  # only once needed
+        import torch  # loaded only when needed
 
         super().__init__(stream, protocol=5, buffer_callback=arrays.append)
         self._workspace, self._folder, self._indexes = workspace, folder, 0
         self._tensor, self._index = torch.Tensor, import_faiss().Index
 
     def reducer_override(self, value: Any) -> Any:
-        """How to make a value again in another process, NotImplemented for those that pickle handles well."""
+        """Return how to rebuild a value in another process, or NotImplemented if pickle handles it well."""
         if isinstance(value, np.ndarray):
             return self._array(value)
         if type(value) is self._tensor and value.device.type == "cpu":
@@ -602,7 +603,7 @@ class _Pickler(pickle.Pickler):
         stored = stored_at(array)
         if stored is not None:
             return Workspace.read_array, stored
-        # A memory map itself would be copied into the pickle, a plain view of it is not.
+        # A memory map would be copied into the pickle, a plain view of it is not.
         return (np.asarray, (np.asarray(array),)) if isinstance(array, np.memmap) else NotImplemented
 
     def _save_index(self, index: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -1,9 +1,9 @@
-"""What users of each arm of an experiment played of the songs that it recommended: recall with intervals.
+"""The report of an experiment: for each arm, the share of played songs that it had recommended, with intervals.
 
-A play belongs to the answer that it names by its recommendation id, and to no arm where that is not an answer of the
-experiment to the same user. A play that names none belongs to the arm of the user's last answer in the days before it.
-It counts as recommended where that answer held the song, or for a play that names none any answer of the arm to the
-user in those days. Skipped plays do not count as played, and a song counts once for each user and arm.
+A play with a recommendation id belongs to the answer with this id, and to no arm if that is not an answer of the
+experiment to the same user. A play without an id belongs to the arm of the user's last answer in the `days` before
+it. A play with an id counts as recommended if its answer held the song; a play without an id, if any answer of the arm
+to the user in those days held it. Skipped plays do not count as played, and a song counts once per user and arm.
 
 U users, A arms, P plays, S recommended songs of all answers.
 """
@@ -27,9 +27,9 @@ from rayrec.evaluation.accumulator import CELLS, CellRange, bootstrap_weights, m
 from rayrec.storage.workspace import Workspace
 
 DAY_MS = 24 * 3600 * 1000
-PART_BYTES = 32 << 20  # of log files for each share of the users that is in memory at once
+PART_BYTES = 32 << 20  # bytes of log files per share of the users; one share is in memory at once
 CONFIDENCE = 0.95
-LEAST_USERS = 30  # with counted plays in an arm; of fewer a bootstrap over users gives no fair interval
+LEAST_USERS = 30  # users with counted plays in an arm; a bootstrap over fewer gives no reliable interval
 ANSWER_COLUMNS = ["recommendation_id", "user_id", "at", "release", "experiment", "arm", "first", "song_ids"]
 EVENT_COLUMNS = ["event_id", "user_id", "song_id", "type", "played_at", "skipped", "recommendation_id"]
 
@@ -52,23 +52,23 @@ class ExperimentReportConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ArmFigures:
-    """One arm. Intervals are of 95 %, by bootstrap over users.
+    """The figures of one arm, with 95 % intervals by a bootstrap over users.
 
-    `recall` and `difference` are None where nothing was played. An interval is None where fewer than 30 users of the
-    arm, or for the difference of either arm, have counted plays, or where all samples of the bootstrap are equal.
+    `recall` and `difference` are None if nothing was played. An interval is None if fewer than 30 users of the arm (for
+    the difference, of one of the two arms) have counted plays, or if all bootstrap samples are equal.
     """
 
     arm: str
-    releases: list[str]  # that answered
+    releases: list[str]  # releases that answered
     users: int
     users_with_plays: int  # users with counted plays
     answers: int
-    played: int  # songs that its users played after an answer, once for each user
-    recommended: int  # of these, those that had been recommended
-    recall: float | None  # the share of them
+    played: int  # songs that its users played after an answer, once per user
+    recommended: int  # those of them that had been recommended
+    recall: float | None  # recommended / played
     low: float | None
     high: float | None
-    difference: float | None  # of the recall to that of the control arm; None for that arm
+    difference: float | None  # recall minus that of the control arm; None for the control arm
     difference_low: float | None
     difference_high: float | None
     skips: int  # plays of recommended songs that were skipped
@@ -88,12 +88,12 @@ class ExperimentReport:
     arms: list[ArmFigures]
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the report as a mapping for JSON."""
         return asdict(self)
 
     @property
     def verdict(self) -> str:
-        """What the intervals say of each arm, in a sentence each."""
+        """One sentence per arm: its difference from the control arm, with the interval."""
         control, *others = self.arms
         return " ".join(_verdict(arm, control.arm) for arm in others) or "There is one arm; nothing to compare."
 
@@ -112,7 +112,7 @@ def _verdict(arm: ArmFigures, control: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Answers:
-    """Answers to a share of the users, and their songs."""
+    """The answers to a share of the users, and the songs in them."""
 
     ids: pa.Array  # string (n,), recommendation ids
     users: np.ndarray  # int64 (n,), rows of `user_ids`
@@ -125,14 +125,14 @@ class _Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class _Events:
-    """Plays, skips and likes of users who had answers, but for those that name another answer than these."""
+    """Plays, skips and likes of users who had answers, except those that name an answer outside of `_Answers`."""
 
     users: np.ndarray  # int64 (P,), rows of the user ids of the answers
     song_ids: pa.Array  # string (P,)
     at: np.ndarray  # int64 (P,), ms UTC
-    named: np.ndarray  # int64 (P,), the answer that each names, -1: it names none
+    named: np.ndarray  # int64 (P,), the answer that each event names; -1 if it names none
     skipped: np.ndarray  # bool (P,)
-    liked: np.ndarray  # bool (P,), likes, which are no plays
+    liked: np.ndarray  # bool (P,), True for likes, which are not plays
 
 
 @dataclass(kw_only=True)
@@ -152,19 +152,19 @@ class _Sums:
 
 @dataclass(frozen=True, kw_only=True)
 class _Overview:
-    """What the log holds of an experiment."""
+    """An experiment in the log: its arms with their releases, and the times of its answers."""
 
     name: str
     releases: dict[str, list[str]]  # by arm
-    first: int  # ms UTC of its answers
+    first: int  # ms UTC of the first and the last answer
     last: int
 
 
 def report_experiment(workspace: Workspace, config: ExperimentReportConfig) -> ExperimentReport:
-    """The arms of an experiment, from the impression log of a workspace and later plays.
+    """Return the report of an experiment, from the impression log of a workspace and later plays.
 
-    Memory is bounded: users are taken share by share, each in a pass over the log.
-    Raises `NotFoundError` where the log has no such experiment, `InputError` where it is not clear which one is meant.
+    Users are processed in shares, with one pass over the log for each, so memory is bounded. Raises `NotFoundError` if
+    the log has no such experiment or control arm, `InputError` if it has several experiments and none is named.
     """
     overview = _overview(workspace, config.name)
     arms = sorted(overview.releases)
@@ -222,7 +222,7 @@ def _overview(workspace: Workspace, name: str | None) -> _Overview:
 
 
 def _of_share(table: pa.Table, share: tuple[int, int]) -> pa.Table:
-    """The rows of one of equal shares of the users."""
+    """Return the rows of one of equal shares of the users; `share` is its number and the number of shares."""
     place, shares = share
     users = table.column("user_id").combine_chunks().dictionary_encode()
     own = user_hash(users.dictionary.to_pylist(), salt="experiment report ") % np.uint64(shares) == place
@@ -238,7 +238,7 @@ def _read_answers(
         tables.append(_of_share(table, share))
     table = pa.concat_tables(tables).combine_chunks()
     _, rows = np.unique(table.column("recommendation_id").to_numpy(), return_index=True)
-    table = table.take(np.sort(rows)).combine_chunks()  # files that a killed compaction left may hold rows twice
+    table = table.take(np.sort(rows)).combine_chunks()  # after a killed compaction, files may hold rows twice
     users = _one(table, "user_id").dictionary_encode()
     songs = _one(table, "song_ids")
     song_answers = pc.list_parent_indices(songs).to_numpy().astype(np.int64)
@@ -257,7 +257,7 @@ def _read_answers(
 
 
 def _one(table: pa.Table, name: str) -> Any:
-    """A column as one array."""
+    """Return a column as one array."""
     return table.column(name).combine_chunks()
 
 
@@ -272,7 +272,7 @@ def _logged_events(workspace: Workspace, answers: _Answers) -> _Events:
     named = pc.index_in(_one(table, "recommendation_id"), value_set=answers.ids)
     users = pc.index_in(_one(table, "user_id"), value_set=answers.user_ids)
     row, users = _numbers(named), _numbers(users)
-    # One that names an answer outside of the experiment, or to another user, is no effect of these answers.
+    # An event that names an answer outside of the experiment, or to another user, is not an effect of these answers.
     belongs = _flags(pc.is_null(_one(table, "recommendation_id"))) | ((row >= 0) & (answers.users[row] == users))
     table, users, row = table.filter(pa.array(belongs)), users[belongs], row[belongs]
     return _Events(
@@ -286,7 +286,7 @@ def _logged_events(workspace: Workspace, answers: _Answers) -> _Events:
 
 
 def _numbers(array: pa.Array) -> np.ndarray:
-    """int64, -1 for null."""
+    """Return the values as int64, -1 for null."""
     return np.asarray(pc.fill_null(array, -1).to_numpy(zero_copy_only=False)).astype(np.int64)
 
 
@@ -328,9 +328,9 @@ def _add(sums: _Sums, answers: _Answers, events: _Events, window: int) -> None:
     recent = (last >= 0) & (events.at - answers.at[last] <= window)
     source = np.where(events.named >= 0, events.named, np.where(recent, last, -1))
     counted = source >= 0
-    arms = answers.arms[source]  # of the events that count
+    arms = answers.arms[source]  # only valid for the counted events
 
-    # Of one answer a song is recommended where the answer holds it; of an arm where an answer of the last days does.
+    # An answer recommends a song if it holds the song; an arm, if one of its answers in the last days holds it.
     of_answer = answers.song_answers
     by_answer = np.isin(source * num_songs + songs, of_answer * num_songs + recommended)
     of_arm, event_arms = answers.users * num_arms + answers.arms, events.users * num_arms + arms
@@ -359,9 +359,9 @@ def _add(sums: _Sums, answers: _Answers, events: _Events, window: int) -> None:
 
 
 def latest_rows(keys: np.ndarray, at: np.ndarray, wanted_keys: np.ndarray, until: np.ndarray) -> np.ndarray:
-    """int64 (n,): the row, among those with `keys` and moments `at`, of the last moment of a wanted key up to another.
+    """int64 (n,): for each of `wanted_keys` the row with this key and the last moment up to `until`; -1 if none.
 
-    `keys` and `at` are int64 (m,), `wanted_keys` and `until` int64 (n,); keys count from 0. -1: no such row.
+    Rows have `keys` and moments `at`, int64 (m,) each; `wanted_keys` and `until` are int64 (n,). Keys count from 0.
     """
     if not len(keys):
         return np.full(len(wanted_keys), -1)
@@ -405,7 +405,10 @@ def _figures(sums: _Sums, overview: _Overview, config: ExperimentReportConfig) -
 
 
 def _difference(recalls: np.ndarray, place: int, enough: bool) -> tuple[float | None, float | None, float | None]:
-    """Value, low and high of an arm's recall less that of the first, from float64 (B + 1, A), row 0 the data itself."""
+    """Return value, low and high of an arm's recall minus that of the first arm.
+
+    `recalls` is float64 (B + 1, A); row 0 is the data itself.
+    """
     difference = recalls[:, place] - recalls[:, 0]
     if place == 0 or np.isnan(difference[0]):
         return None, None, None
@@ -416,7 +419,7 @@ def _difference(recalls: np.ndarray, place: int, enough: bool) -> tuple[float | 
 
 
 def _interval(low: float, high: float) -> tuple[float | None, float | None]:
-    """Its ends; None each where it has no width, as where all users have the same recall: that shows no certainty."""
+    """Return the rounded ends, or None for both if they are equal, since equal recall of all users is no certainty."""
     ends = _rounded(low), _rounded(high)
     return ends if ends[0] != ends[1] else (None, None)
 

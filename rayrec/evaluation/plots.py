@@ -1,4 +1,4 @@
-"""Plots of the report: mean cosine by offset, how the training went, and a map of the songs.
+"""Plots of the report: mean cosine by offset, loss and recall of the training, and a map of the songs.
 
 N songs, D dimensions.
 """
@@ -14,23 +14,23 @@ import numpy as np
 
 from rayrec.embeddings.vectors import principal_axes
 
-# Okabe and Ito's colors for the few curves that matter; the averages, which are one family, run
-# from dark to light along one hue of cividis. Both are told apart by color-blind readers and in gray.
+# Colors of Okabe and Ito for the few main curves; the averages, which are one family, run from dark
+# to light in cividis. Color-blind readers can distinguish both, also in gray.
 NETWORK_COLORS = ("#D55E00", "#CC79A7")
 OTHER_COLORS = ("#009E73", "#56B4E9", "#000000")
 LOSS_COLOR, RECALL_COLOR = "#0072B2", "#D55E00"
 FAMILY = "average-"
 MARKERS = "osD^vPX*<>"
 MARKED = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # offsets with a tick, a marker and an interval
-MAPPED = 2_000  # songs drawn, the most played
-NAMED = 12  # of them with their titles, in the legend
+MAPPED = 2_000  # songs on the map, the most played ones
+NAMED = 12  # songs of the map whose titles are in the legend
 TITLE_LETTERS = 40
 LEGEND: dict[str, Any] = {"frameon": False, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A PNG with the words around it."""
+    """A plot as PNG, with its title, note and alternative text."""
 
     file: str  # its name in the report's folder
     title: str
@@ -40,12 +40,12 @@ class Plot:
 
 
 def cosine_plot(curves: Sequence[dict[str, Any]]) -> Plot | None:
-    """The curves of `Figures.cosine_by_offset`, a line each with its intervals as bars; None where there is none."""
+    """Plot the curves of `Figures.cosine_by_offset`, one line each with intervals as bars; None without curves."""
     drawn = [curve for curve in curves if curve["offset"]]
     if not drawn:
         return None
     figure, axes = _canvas()
-    has_intervals = any(np.less(curve["low"], curve["high"]).any() for curve in drawn)  # none without samples
+    has_intervals = any(np.less(curve["low"], curve["high"]).any() for curve in drawn)  # False without samples
     shifts = np.geomspace(1 / 1.05, 1.05, len(drawn) + 2)[1:-1]
     for place, (curve, color, shift) in enumerate(zip(drawn, _colors(drawn), shifts, strict=True)):
         offsets, value, low, high = (np.asarray(curve[name]) for name in ("offset", "value", "low", "high"))
@@ -61,7 +61,7 @@ def cosine_plot(curves: Sequence[dict[str, Any]]) -> Plot | None:
             **look,
         )
         axes.vlines(offsets[marked] * shift, low[marked], high[marked], color=color, linewidth=1.2, alpha=0.55)
-    plays: dict[int, int] = {}  # behind each offset: the most of any curve
+    plays: dict[int, int] = {}  # by offset: the largest number of any curve
     for curve in drawn:
         for offset, count in zip(curve["offset"], curve["plays"], strict=True):
             plays[offset] = max(count, plays.get(offset, 0))
@@ -85,7 +85,7 @@ def cosine_plot(curves: Sequence[dict[str, Any]]) -> Plot | None:
 
 
 def curve_name(curve: dict[str, Any], curves: Sequence[dict[str, Any]]) -> str:
-    """The model's name, with the horizon where the model has several curves."""
+    """Return the model's name, with the horizon if the model has several curves."""
     several = sum(other["model"] == curve["model"] for other in curves) > 1
     return f"{curve['model']}, {curve['horizon']}" if several else str(curve["model"])
 
@@ -107,7 +107,7 @@ def _colors(curves: Sequence[dict[str, Any]]) -> list[Any]:
 
 
 def training_plot(epochs: Sequence[dict[str, Any]]) -> Plot | None:
-    """Loss and validation recall by epoch, from the lines of epochs.jsonl; None where there are none."""
+    """Plot loss and validation recall by epoch, from the lines of epochs.jsonl; None without lines."""
     if not epochs:
         return None
     recall = next((name for line in epochs for name in line if name.startswith("validation_recall")), None)
@@ -142,10 +142,10 @@ def training_plot(epochs: Sequence[dict[str, Any]]) -> Plot | None:
 
 
 def song_map(vectors: np.ndarray, plays: np.ndarray, titles: Sequence[str]) -> Plot | None:
-    """The most played songs on the two main axes of their vectors; None for fewer than three with a vector.
+    """Plot the most played songs on the two main axes of their vectors; None for fewer than three with a vector.
 
-    `vectors` float32 (N, D), `plays` (N,) how often each was played; `titles` those of the NAMED most played, in
-    that order: they are numbered on the map and listed in its legend.
+    `vectors` is float32 (N, D); `plays`, (N,), is the number of plays of each song. `titles` are those of the NAMED
+    most played songs, in this order; these songs are numbered on the map and listed in its legend.
     """
     songs = most_played(vectors, plays, MAPPED)
     if len(songs) < 3:
@@ -156,7 +156,7 @@ def song_map(vectors: np.ndarray, plays: np.ndarray, titles: Sequence[str]) -> P
     axes.scatter(*points.T, s=size, color=LOSS_COLOR, alpha=0.35, linewidths=0)
     for number, (point, title) in enumerate(zip(points, titles[:NAMED], strict=False), 1):
         short = title if len(title) <= TITLE_LETTERS else title[: TITLE_LETTERS - 1] + "…"
-        label = short.replace("$", r"\$")  # a title is no formula
+        label = short.replace("$", r"\$")  # else the title may be read as a formula
         axes.scatter(*point, marker=f"${number}$", s=90, color="black", linewidths=0.4, label=label)
     axes.set_xlabel(f"first axis, {share[0]:.0%} of the variance")
     axes.set_ylabel(f"second axis, {share[1]:.0%}")

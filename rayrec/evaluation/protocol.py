@@ -1,7 +1,7 @@
-"""The protocol: which plays are predicted, what the targets of each query are, and for which users they count.
+"""The evaluation protocol: which plays are predicted, the targets of each query, and the groups of users.
 
 Every play of the test range that has an earlier play by the same user gives a query, at the time of the play. Metrics
-are means over queries: sums and counts are carried, never means of means.
+are means over queries. Workers return sums and counts, so that means are never averaged.
 
 Q queries, U users, P plays, S slices, T target songs of all queries together.
 """
@@ -23,8 +23,8 @@ from rayrec.recommend.base import SESSION_GAP_MS, BaseRecommender, HorizonName, 
 
 USUAL_K = 20
 
-# served: the next play where it is a song new to the user, ranked among the songs that the user has not heard.
-# cold_songs: that of it which no fit has seen a play of; cold_among_cold: the same, ranked among such songs alone.
+# served: the next play if its song is new to the user, ranked among the songs that the user has not heard.
+# cold_songs: the same, if the song has no play in the fit range; cold_among_cold: ranked only among such songs.
 TARGETS = (
     *("served", "next", "next_new", "next_repeat", "next10", "offsets25_50", "served25_50"),
     *("cold_songs", "cold_among_cold"),
@@ -41,22 +41,22 @@ OFFSETS = {
 COLD = ("cold_songs", "cold_among_cold")  # targets without a play in the fit range
 SERVED = ("served", "served25_50", *COLD)  # songs that the user has heard are neither targets nor in the ranking
 LONG_TERM = ("offsets25_50", "served25_50")
-DAYS, SERVED_DAYS = "days", "served_days"  # how the names of the targets in days begin
+DAYS, SERVED_DAYS = "days", "served_days"  # how the names of targets in days begin
 
-COUNTED_BUCKETS = 16  # whose plays to predict are counted where a number of queries is drawn
+COUNTED_BUCKETS = 16  # buckets in which plays to predict are counted, to find the share that gives a number of queries
 GROUPS = ("seen", "new", "held_out")  # every user is in one; "all" is their sum
-BOUNDS = (1, 2, 5, 20, 100)  # the least plays of each class
+BOUNDS = (1, 2, 5, 20, 100)  # smallest number of plays in each class
 CLASSES = ("1", "2-4", "5-19", "20-99", "100+")
-KNOWN = (0, 1, 5)  # plays that are known of a user
-GAP_DAYS = (0, 1, 7, 30, 90)  # the least days of each class
+KNOWN = (0, 1, 5)  # numbers of known plays of a user
+GAP_DAYS = (0, 1, 7, 30, 90)  # smallest number of days in each class
 GAPS = ("under 1 day", "1-6 days", "7-29 days", "30-89 days", "90+ days")
-DRIFT_COSINES = (0.0, 0.25, 0.5)  # the least cosine of each class but the first
+DRIFT_COSINES = (0.0, 0.25, 0.5)  # smallest cosine in each class except the first
 DRIFTS = ("below 0", "0 to 0.25", "0.25 to 0.5", "0.5 or more")
-SESSION_SONGS = 10  # of a session, the last, that say where it lies
+SESSION_SONGS = 10  # last songs of a session, whose mean vector represents it
 
 
 class EvaluateConfig(Settings):
-    """What is measured, and how finely."""
+    """How to evaluate models."""
 
     models: tuple[str, ...] | None = Field(
         None, description="Models to compare, NAME=ID for another network; default: two-step, taste and all baselines"
@@ -88,7 +88,7 @@ class EvaluateConfig(Settings):
 
     @property
     def interval_title(self) -> str:
-        """The confidence level of the intervals, such as "95 %"; empty where none are computed."""
+        """The confidence level of the intervals, such as "95 %"; empty if no intervals are computed."""
         return f"{100 * self.confidence:g} %" if self.bootstrap_samples else ""
 
 
@@ -96,35 +96,35 @@ DEFAULT_CONFIG = EvaluateConfig()
 
 
 def usual_k(ks: Sequence[int]) -> int:
-    """The cut-off of comparisons, breakdowns and headlines: 20, or the deepest where 20 is not among them."""
+    """Return the cut-off of comparisons, breakdowns and headlines: 20, or the largest one if 20 is not in `ks`."""
     return USUAL_K if USUAL_K in ks else max(ks)
 
 
 def horizon_of(recommender: BaseRecommender, target: str) -> HorizonName:
-    """The long horizon for the long term where a recommender has one, else the short."""
+    """Return the horizon for a target: long for a long-term target if the recommender has this horizon, else short."""
     is_long_term = target in LONG_TERM or target.startswith((DAYS, SERVED_DAYS))
     return "long" if is_long_term and "long" in recommender.horizons else "short"
 
 
 def day_targets(recommenders: Sequence[BaseRecommender]) -> dict[str, DaysHorizon]:
-    """The targets of the long horizons that are in days: days0_7 of the next 7 days, and served_days0_7 as served."""
+    """Return the targets of long horizons in days, such as days0_7 (the next 7 days) and served_days0_7 (as served)."""
     horizons = {one.long_days for one in recommenders if one.long_days is not None}
     ordered = sorted(horizons, key=lambda days: (days.first_day, days.last_day))
     return {f"{kind}{days.first_day}_{days.last_day}": days for days in ordered for kind in (DAYS, SERVED_DAYS)}
 
 
 def plays_to_predict(histories: Histories, split: Split) -> np.ndarray:
-    """int64 (Q,): positions of the plays to predict, those of the test range with an earlier play."""
+    """int64 (Q,): positions of the plays to predict, those in the test range with an earlier play by the user."""
     has_earlier = np.ones(histories.num_plays, dtype=bool)
     has_earlier[histories.offsets[:-1][histories.lengths > 0]] = False
     return np.flatnonzero(has_earlier & split.is_test(histories))
 
 
 def drawn_plays(histories: Histories, split: Split, share: float) -> np.ndarray:
-    """int64 (Q,): positions of a share of the plays to predict, by a hash of user and place in the history.
+    """int64 (Q,): positions of a share of the plays to predict, drawn by a hash of user and place in the history.
 
-    A play is drawn or not whatever other users and models there are; those of a smaller share are among those of a
-    larger one.
+    Whether a play is drawn does not depend on other users or on models. The plays of a smaller share are a subset of
+    those of a larger share.
     """
     plays = plays_to_predict(histories, split)
     if share >= 1:
@@ -137,7 +137,7 @@ def drawn_plays(histories: Histories, split: Split, share: float) -> np.ndarray:
 def blocks(
     histories: Histories, split: Split, queries: int, share: float = 1.0
 ) -> Iterator[tuple[Histories, np.ndarray]]:
-    """The users who have plays to predict, with the positions of a share of these, in blocks of about `queries`."""
+    """Yield users with plays to predict, and the positions of a share of these plays, in blocks of about `queries`."""
     rows = histories.rows[drawn_plays(histories, split, share)]
     users, counts = np.unique(rows, return_counts=True)
     number = (np.cumsum(counts) - counts) // queries
@@ -148,7 +148,7 @@ def blocks(
 
 
 def user_groups(histories: Histories, split: Split) -> np.ndarray:
-    """int64 (U,): the place in GROUPS of each user: held out, else seen with a play before the test range, else new."""
+    """int64 (U,): index in GROUPS of each user: held_out, else seen with a play before the test range, else new."""
     earlier = np.bincount(histories.rows[~split.is_test(histories)], minlength=len(histories)) > 0
     groups = np.where(earlier, GROUPS.index("seen"), GROUPS.index("new"))
     allowed = split.held_out.allowed_users(histories.user_ids)
@@ -157,13 +157,13 @@ def user_groups(histories: Histories, split: Split) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSongs:
-    """The distinct songs that a ranking should hold, query by query."""
+    """The distinct target songs of the queries."""
 
-    rows: np.ndarray  # int64 (T,), the query, ascending
+    rows: np.ndarray  # int64 (T,), the query of each target, ascending
     songs: np.ndarray  # int64 (T,)
-    sizes: np.ndarray  # int64 (Q,), targets of each query; one without any is not counted
+    sizes: np.ndarray  # int64 (Q,), number of targets of each query; a query without targets is not counted
     served: bool = False  # ranked among the songs that the user has not heard
-    among_cold: bool = False  # of these, among those that no fit has seen a play of
+    among_cold: bool = False  # ranked only among those of these songs that have no play in the fit range
 
 
 def target_songs(
@@ -174,10 +174,10 @@ def target_songs(
     known_songs: np.ndarray | None = None,
     days: DaysHorizon | None = None,
 ) -> TargetSongs:
-    """The songs played at the offsets of a target of OFFSETS, or in `days`, as many of them as the histories hold.
+    """Return the songs played at the offsets of a target of OFFSETS, or in `days`, as far as the histories reach.
 
-    A song that is played twice there counts once. The targets of SERVED are songs new to the user at the query, those
-    of COLD songs without a play in the fit range; `known_songs`, bool (N,), have one.
+    A song that is played more than once there counts once. The targets of SERVED are songs new to the user at the
+    query; those of COLD are songs without a play in the fit range. `known_songs`, bool (N,), are the songs with one.
     """
     if days is None:
         rows, plays = plays_ahead(histories, queries, *OFFSETS[target])
@@ -202,14 +202,14 @@ def target_songs(
 
 
 def in_mask(mask: np.ndarray, songs: np.ndarray) -> np.ndarray:
-    """bool: the mask, bool (N,), at song rows; false for songs that came after it."""
+    """bool: the values of `mask`, bool (N,), at song rows; False for songs from row N on."""
     inside = songs < len(mask)
     inside[inside] = mask[songs[inside]]
     return np.asarray(inside)
 
 
 def plays_ahead(histories: Histories, queries: Queries, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """The plays at offsets `first` to `last` that the histories hold: their queries and positions, int64 each."""
+    """Return the queries and positions, int64 each, of the plays at offsets `first` to `last` in the histories."""
     start = histories.offsets[queries.rows] + queries.seen + first - 1
     count = np.clip(histories.offsets[queries.rows + 1] - start, 0, last - first + 1)
     rows = np.repeat(np.arange(len(queries)), count)
@@ -218,7 +218,7 @@ def plays_ahead(histories: Histories, queries: Queries, first: int, last: int) -
 
 
 class HeardSongs:
-    """Which songs a user has played before a moment."""
+    """Looks up whether users have played songs before a query."""
 
     def __init__(self, histories: Histories) -> None:
         self._num_songs = int(histories.songs.max(initial=0)) + 1
@@ -227,7 +227,7 @@ class HeardSongs:
         self._places = histories.places[plays]
 
     def __call__(self, rows: np.ndarray, plays_before: np.ndarray, songs: np.ndarray) -> np.ndarray:
-        """bool: whether songs are among the first `plays_before` plays of the users at `rows`, int each, one shape."""
+        """bool: True for songs in the first `plays_before` plays of the users at `rows`; int arrays of one shape."""
         if not len(self._keys):
             return np.zeros(np.shape(songs), dtype=bool)
         keys = rows * self._num_songs + songs
@@ -237,12 +237,12 @@ class HeardSongs:
 
 
 def slices_of(contexts: Sequence[str]) -> list[tuple[str, str]]:
-    """What each slice goes by and its name, S of them.
+    """Return the criterion and the name of each of the S slices.
 
-    history: the user's plays before the query. activity: how many plays of the user are predicted. known: a user of
-    whom exactly so many plays are known. gap: the pause before the session that the query goes on or begins. drift: the
-    cosine of the songs of this session with the long-term taste vector of the time before it, where both are there.
-    context: where the play to predict came from; a play of several counts in each.
+    history: the number of the user's plays before the query. activity: the number of the user's plays to predict.
+    known: users with exactly this number of known plays. gap: the pause before the session that the query continues or
+    begins. drift: the cosine of the songs of this session with the long-term taste vector before it, if both exist.
+    context: where the play to predict came from; a play with several contexts counts in each of them.
     """
     by_plays = [(by, name) for by in ("history", "activity") for name in CLASSES]
     others = [("known", str(plays)) for plays in KNOWN] + [("gap", name) for name in GAPS]
@@ -256,9 +256,9 @@ def slice_masks(
     contexts: Sequence[str],
     network: VectorRecommender | None = None,
 ) -> np.ndarray:
-    """bool (S, Q): the queries in each of the slices of `slices_of`; `predicted` is int (U,), plays to predict.
+    """bool (S, Q): the queries in each slice of `slices_of`; `predicted`, int (U,), are the plays to predict per user.
 
-    Without a network, whose vectors say how far sessions lie from long-term taste, no query is in a slice of drift.
+    The slices of drift need the taste vectors of `network`; without it they are empty.
     """
     activity = predicted[queries.rows]
     masks = [class_of(plays) == place for plays in (queries.seen, activity) for place in range(len(CLASSES))]
@@ -278,7 +278,7 @@ def slice_masks(
 
 
 def plays_before_session(histories: Histories, queries: Queries) -> np.ndarray:
-    """int64 (Q,): the user's plays before the session that the query goes on; all of them where it begins one."""
+    """int64 (Q,): the user's plays before the session that the query continues; all plays if it begins one."""
     begins = np.ones(histories.num_plays, dtype=bool)
     begins[1:] = np.diff(histories.played_at) > SESSION_GAP_MS
     begins[histories.offsets[:-1][histories.lengths > 0]] = True
@@ -289,13 +289,13 @@ def plays_before_session(histories: Histories, queries: Queries) -> np.ndarray:
 
 
 def _session_at(histories: Histories, queries: Queries, before: np.ndarray) -> np.ndarray:
-    """int64 (Q,), ms UTC: when the session of each query began, with the query where it has no play yet."""
+    """int64 (Q,), ms UTC: the beginning of each query's session; the query itself if the session has no play yet."""
     first = np.minimum(histories.offsets[queries.rows] + before, histories.num_plays - 1)
     return np.asarray(np.where(before < queries.seen, histories.played_at[first], queries.at))
 
 
 def gap_days(histories: Histories, queries: Queries, before: np.ndarray) -> np.ndarray:
-    """float64 (Q,): days between the session of each query and the last play before it; -1 where there is none."""
+    """float64 (Q,): days from the last play before each query's session to the session; -1 if there is no such play."""
     last = np.maximum(histories.offsets[queries.rows] + before - 1, 0)
     days = (_session_at(histories, queries, before) - histories.played_at[last]) / DAY_MS
     return np.where(before > 0, days, -1.0)
@@ -304,9 +304,9 @@ def gap_days(histories: Histories, queries: Queries, before: np.ndarray) -> np.n
 def session_cosines(
     network: VectorRecommender, histories: Histories, queries: Queries, before: np.ndarray
 ) -> np.ndarray:
-    """float64 (Q,): the cosine of the mean of the session's last ten songs with the long-term vector before it.
+    """float64 (Q,): the cosine of the mean of the session's last ten songs with the long-term taste before it.
 
-    NaN where the session has no song with a vector yet, or nothing lies before it.
+    NaN if the session has no song with a vector yet, or if there is no play before it.
     """
     cosines = np.full(len(queries), np.nan)
     rows = np.flatnonzero((before > 0) & (before < queries.seen))
@@ -318,7 +318,7 @@ def session_cosines(
         songs = histories.songs[(histories.offsets[queries.rows[rows]] + queries.seen[rows] - back)[inside]]
         known = songs < len(vectors)
         sums[np.flatnonzero(inside)[known]] += vectors[songs[known]]
-    # Queries of one session share the vector before it.
+    # Queries of one session share the long-term taste vector before it.
     sessions, which = np.unique(np.stack([queries.rows[rows], before[rows]]), axis=1, return_inverse=True)
     at = np.zeros(sessions.shape[1], dtype=np.int64)
     at[which.reshape(-1)] = _session_at(histories, queries, before)[rows]
@@ -329,7 +329,7 @@ def session_cosines(
 
 
 def first_plays(histories: Histories, split: Split, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Users, int64 (n,), whose first play is in the test range, a share of them by hash; and its song, int64 (n,)."""
+    """Return a share, by hash, of the users whose first play is in the test range, and its song, int64 (n,) each."""
     users = np.flatnonzero(histories.lengths > 0)
     plays = histories.offsets[:-1][users]
     drawn = uniform_draws(user_hash(histories.user_ids, salt="queries ")[users], np.zeros(len(users), np.int64)) < share
@@ -338,5 +338,5 @@ def first_plays(histories: Histories, split: Split, share: float) -> tuple[np.nd
 
 
 def class_of(plays: np.ndarray) -> np.ndarray:
-    """int64: the place in CLASSES of numbers of plays, at least 1 each."""
+    """int64: the index in CLASSES of numbers of plays, which must be at least 1."""
     return np.asarray(np.searchsorted(BOUNDS, plays, side="right") - 1)

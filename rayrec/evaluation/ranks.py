@@ -1,7 +1,7 @@
-"""Ranks of target songs in a recommender's ranking, the metrics that come from ranks, and baselines tuned by them.
+"""Ranks of target songs in a recommender's ranking, the metrics computed from ranks, and the tuning of baselines.
 
-A model that scores every song and one that scores a few candidates are ranked by the same rules: ties count against a
-target, a song at NaN or -inf is never found, and a song that is no candidate has no rank.
+The same rules hold for models that score every song and for models that score a few candidates: ties count against a
+target, a song with the score NaN or -inf is never found, and a song that is not a candidate has no rank.
 
 Q queries, N songs, C candidates of all queries together, T target songs, L listed songs, K cut-offs.
 """
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from rayrec.recommend.baselines import Selection, Settings
 
 METRICS = ("recall", "mrr", "ndcg")
-NOT_FOUND = np.iinfo(np.int64).max  # rank of a song that lies too deep, or that the ranking does not hold
-LIST_LENGTH = 20  # songs of a query that are looked at for coverage, popularity, repeats and calibration
-SCORES_AT_ONCE = 1 << 21  # where many songs tie for the last place, all of them are looked at
+NOT_FOUND = np.iinfo(np.int64).max  # rank of a song that is below the depth or not in the ranking
+LIST_LENGTH = 20  # first songs of a query, used for coverage, popularity, repeats and calibration
+SCORES_AT_ONCE = 1 << 21  # scores compared at once; if many songs tie for the last place, all are compared
 
-TUNING_QUERIES = 1_000  # of the validation range, by a hash of user and play
+TUNING_QUERIES = 1_000  # queries of the validation range, drawn by a hash of user and play
 TUNED_TARGETS = ("served", "next")
-MRR_WEIGHT = 0.2  # of MRR beside recall
+MRR_WEIGHT = 0.2  # weight of MRR relative to recall
 
-# The values that are tried of each setting, one setting after the other, the others as chosen so far.
+# The values to try for each setting. Settings are tuned one after another, the others as chosen so far.
 BASELINE_CHOICES: dict[str, dict[str, Sequence[float]]] = {
     "vstan": {
         "days_decay": (7.0, 30.0, 120.0, 365.0, 1825.0),
@@ -50,15 +50,15 @@ BASELINE_CHOICES: dict[str, dict[str, Sequence[float]]] = {
 
 
 class Ranked(NamedTuple):
-    """Where the targets stand, and the first songs of some queries."""
+    """The ranks of the targets, and the first songs of some queries."""
 
     ranks: dict[str, np.ndarray]  # target -> int64 (T,), NOT_FOUND beyond the depth
     listed_rows: np.ndarray  # int64 (L,), the query of each listed song
     listed_songs: np.ndarray  # int64 (L,)
-    # Of a candidate recommender with R retrievers, the union of all first and then each:
+    # For a candidate recommender with R retrievers; the first column is the union of all, then one column for each:
     proposed: dict[str, np.ndarray]  # target -> bool (T, R + 1), which of them propose the target song
-    candidates: np.ndarray | None  # float64 (Q, R + 1), how many candidates a query has
-    # Where scores are chances: CALIBRATED -> `chance_sums` of the first LIST_LENGTH songs of all queries.
+    candidates: np.ndarray | None  # float64 (Q, R + 1), number of candidates per query
+    # If scores are probabilities: CALIBRATED -> `chance_sums` of the first LIST_LENGTH songs of all queries.
     chances: dict[str, np.ndarray]
 
 
@@ -73,12 +73,12 @@ def rank_targets(
     horizons: Mapping[str, HorizonName] | None = None,
     listed: np.ndarray | None = None,
 ) -> Ranked:
-    """The rank of each target song, exact up to `depth`.
+    """Return the rank of each target song, exact up to `depth`.
 
-    `known_songs` is bool (N,): any other song is NOT_FOUND, however well it scores, unless it was added to the
-    recommender. `horizons` are those of the targets, the short one where it is not given. Of the queries in `listed`,
-    bool (Q,), the first LIST_LENGTH songs of the short horizon are returned too, of all songs. Scores that are chances
-    are compared with the next plays where both CALIBRATED are among the targets.
+    A song that is not in `known_songs`, bool (N,), is NOT_FOUND whatever its score, unless it was added to the
+    recommender. `horizons` are the horizons of the targets; the default is short. For the queries in `listed`, bool
+    (Q,), the result also holds the first LIST_LENGTH of all songs on the short horizon. Scores that are probabilities
+    are compared with the next plays if both targets of CALIBRATED are given.
     """
     horizon_of: dict[str, HorizonName] = {name: (horizons or {}).get(name, "short") for name in targets}
     first: tuple[HorizonName, ...] = () if listed is None else ("short",)
@@ -139,13 +139,13 @@ def rank_targets(
 
 
 def _entries(target: TargetSongs, known: np.ndarray, chunk: slice) -> np.ndarray:
-    """int64: positions of the known targets of the queries of a chunk."""
+    """int64: the positions of the known targets of a chunk's queries."""
     start, stop = np.searchsorted(target.rows, [chunk.start, chunk.stop])
     return np.asarray(start + np.flatnonzero(known[start:stop]))
 
 
 def rankable_songs(recommender: BaseRecommender, known_songs: np.ndarray) -> np.ndarray:
-    """bool (N,): songs that a recommender can find: those played in the fit range, and those added to it."""
+    """bool (N,): songs that a recommender can find: those played in the fit range and those added to it."""
     rankable = np.zeros(recommender.num_songs, dtype=bool)
     rankable[: len(known_songs)] = known_songs[: len(rankable)]
     rankable[recommender.added_songs] = True
@@ -157,22 +157,22 @@ class _Rankings(ABC):
 
     @abstractmethod
     def ranks(self, rows: np.ndarray, songs: np.ndarray) -> np.ndarray:
-        """int64 (T,): 1 + the other songs that score at least as much; NOT_FOUND beyond the depth."""
+        """int64 (T,): the ranks, 1 + number of other songs that score at least as high; NOT_FOUND below depth."""
 
     @abstractmethod
     def first(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Queries and songs, int64 (L,) each, and scores, float32 (L,): the `count` best of the queries at `rows`.
+        """Return queries and songs, int64 (L,) each, and scores, float32 (L,), of the `count` best of each of `rows`.
 
-        Equal ones come by song row.
+        Songs with equal scores are sorted by song row.
         """
 
     @abstractmethod
     def without_heard(
         self, histories: Histories, queries: Queries, rows: np.ndarray, among: np.ndarray | None = None
     ) -> _Rankings:
-        """The rankings of the queries at `rows`, ascending, without the songs that their users have heard.
+        """Return the rankings of the queries at `rows`, ascending, without the songs that their users have heard.
 
-        Of the songs in `among`, bool (N,), alone where it is given. Only these queries may then be read.
+        With `among`, bool (N,), only these songs are ranked. The result can be read for the queries at `rows` only.
         """
 
 
@@ -197,7 +197,7 @@ class DenseRankings(_Rankings):
     """Rankings by the score of every song, float32 (Q, N)."""
 
     def __init__(self, scores: np.ndarray, depth: int, rows: np.ndarray | None = None) -> None:
-        """`rows`, int64 ascending, are the queries of the scores where they are those of a part."""
+        """`rows`, int64, ascending, are the queries of the scores, if the scores belong to a part of the queries."""
         self._scores, self._depth, self._rows = scores, depth, rows
         self._best = best_scores(scores, depth + 1)
 
@@ -240,12 +240,12 @@ class CandidateRankings(_Rankings):
         heard: np.ndarray | None = None,
         among: np.ndarray | None = None,
     ) -> None:
-        """`heard`, int64, are the keys of songs that are left out: query · N + song; `among` as in `without_heard`."""
+        """`heard`, int64, are keys query · N + song of the songs to leave out; `among` is as in `without_heard`."""
         self._candidates, self._retrievers, self._horizon = candidates, retrievers, horizon
         self._size, self._num_songs, self._depth = size, num_songs, depth
         scores = candidates.scores(horizon, heard is not None)
         keys = candidates.rows * num_songs + candidates.songs
-        rankable = scores > -np.inf  # NaN is above nothing
+        rankable = scores > -np.inf  # False for NaN
         if heard is not None:
             rankable &= ~np.isin(keys, heard)
         if among is not None:
@@ -290,7 +290,7 @@ class CandidateRankings(_Rankings):
         )
 
     def counts(self) -> np.ndarray:
-        """float64 (Q, R + 1): candidates of each query, in all and by retriever."""
+        """float64 (Q, R + 1): number of candidates of each query, in total and by retriever."""
         rows = self._candidates.rows
         of_each = [rows, *(rows[self._candidates.retrievers[name]] for name in self._retrievers)]
         return np.stack([np.bincount(some, minlength=self._size) for some in of_each], axis=1).astype(np.float64)
@@ -304,22 +304,22 @@ class CandidateRankings(_Rankings):
 
 
 def best_scores(scores: np.ndarray, depth: int) -> np.ndarray:
-    """float32 (Q, min(depth, N)): the best scores of each row of float32 (Q, N), ascending. NaN counts as -inf."""
+    """float32 (Q, min(depth, N)): the best of each row of `scores`, float32 (Q, N), ascending. NaN counts as -inf."""
     depth = min(depth, scores.shape[1])
     floor = _floor(scores, depth)
-    flat = np.flatnonzero(scores > floor[:, None])  # NaN is above nothing
+    flat = np.flatnonzero(scores > floor[:, None])  # False for NaN
     rows, songs = np.divmod(flat, max(1, scores.shape[1]))
     count = np.bincount(rows, minlength=len(scores))
-    # What is above the floor, and the floor itself in all places that are left of the depth.
+    # The scores above the floor; the floor itself fills the remaining places.
     above = np.full((len(scores), depth + int(count.max(initial=0))), floor[:, None], dtype=np.float32)
     above[rows, np.arange(len(rows)) - (np.cumsum(count) - count)[rows]] = scores[rows, songs]
     return np.sort(np.partition(above, above.shape[1] - depth, axis=1)[:, above.shape[1] - depth :], axis=1)
 
 
 def _floor(scores: np.ndarray, depth: int) -> np.ndarray:
-    """float32 (Q,): a score that at least `depth` of each row reach, so that few need to be put in order.
+    """float32 (Q,): a score that at least `depth` scores of each row reach, so that only a few must be sorted.
 
-    The `depth` best of twice as many groups hold one each.
+    Each row is divided into 2 · `depth` groups. The result is the `depth`-th best of the best scores of the groups.
     """
     groups = 2 * depth
     width = scores.shape[1] // groups
@@ -331,15 +331,15 @@ def _floor(scores: np.ndarray, depth: int) -> np.ndarray:
 
 
 def ranks_of(scores: np.ndarray, rows: np.ndarray, songs: np.ndarray, best: np.ndarray) -> np.ndarray:
-    """int64 (T,): the rank, from 1, of song songs[t] among scores[rows[t]] of float32 (Q, N).
+    """int64 (T,): the rank, from 1, of song songs[t] in row rows[t] of `scores`, float32 (Q, N).
 
-    `best` are the `best_scores` of a depth above any cut-off; a song that is not among them is NOT_FOUND,
-    nor is one at -inf. Ties count against a song: 1 + the others that score at least as much.
+    `best` are the `best_scores` of a depth larger than any cut-off. A song that is not among them, or has the score
+    -inf, is NOT_FOUND. Ties count against a song: its rank is 1 + the number of others that score at least as high.
     """
     own = scores[rows, songs]
     near = np.flatnonzero((own >= best[rows, 0]) & (own > -np.inf))
-    reached = np.count_nonzero(best[rows[near]] >= own[near, None], axis=1)  # the song itself is the 1
-    # All of the best, and more lie below: others may tie with it among these.
+    reached = np.count_nonzero(best[rows[near]] >= own[near, None], axis=1)  # includes the song itself
+    # The song is the last of the best scores, and songs that are not among them may tie with it.
     whole = (reached == best.shape[1]) & (best.shape[1] < scores.shape[1])
     ranks = np.full(len(own), NOT_FOUND, dtype=np.int64)
     ranks[near] = np.where(whole, NOT_FOUND, reached)
@@ -347,10 +347,10 @@ def ranks_of(scores: np.ndarray, rows: np.ndarray, songs: np.ndarray, best: np.n
 
 
 def listed_songs(scores: np.ndarray, best: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and songs, int64 (L,) each, of the `count` best of each row of float32 (Q, N).
+    """Return the rows and songs, int64 (L,) each, of the `count` best scores of each row of `scores`, float32 (Q, N).
 
-    `best` are the `best_scores` of at least that depth. As in `BaseRecommender.recommend`, of equal
-    scores those come with the lower song row, and songs at -inf do not come.
+    `best` are the `best_scores` of at least this depth. As in `BaseRecommender.recommend`, lower song rows come first
+    among equal scores, and songs with the score -inf are left out.
     """
     last = best[:, -min(count, best.shape[1])]
     step = max(1, SCORES_AT_ONCE // max(1, scores.shape[1]))
@@ -370,16 +370,17 @@ def listed_songs(scores: np.ndarray, best: np.ndarray, count: int) -> tuple[np.n
 
 
 def metric_columns(ks: Sequence[int]) -> list[tuple[str, int]]:
-    """The metric and the cut-off of each column of `metrics_of`."""
+    """Return the metric and the cut-off of each column of `metrics_of`."""
     return [(metric, k) for metric in METRICS for k in ks]
 
 
 def metrics_of(ranks: np.ndarray, rows: np.ndarray, sizes: np.ndarray, ks: Sequence[int]) -> np.ndarray:
     """float64 (Q, 3 · K): recall, reciprocal rank and NDCG, each at every k.
 
-    `ranks` and `rows` are int64 (T,), the rank of each target song and its query; `sizes` is int64 (Q,), how many
-    target songs a query has. Recall at k is the share of them within the first k; MRR is 1 / the best rank there; NDCG
-    is Σ 1 / log2(rank + 1) over those there, divided by what min(k, size) targets in the first places would give.
+    `ranks` and `rows` are int64 (T,), the rank of each target song and its query; `sizes` is int64 (Q,), the number
+    of target songs of each query. Recall at k is the share of the targets among the first k; MRR is 1 / the best rank
+    there; NDCG is Σ 1 / log2(rank + 1) over those there, divided by the same sum for min(k, size) targets in the first
+    places.
     """
     queries = len(sizes)
     columns = np.zeros((len(METRICS), len(ks), queries))
@@ -396,7 +397,7 @@ def metrics_of(ranks: np.ndarray, rows: np.ndarray, sizes: np.ndarray, ks: Seque
 
 
 def tune_baseline(name: str, selection: Selection) -> Settings:
-    """The best settings for a baseline of BASELINE_CHOICES; trials are fitted on plays before the validation range."""
+    """Return the best settings for a baseline of BASELINE_CHOICES; trials are fitted before the validation range."""
     metric = TuningMetric(selection)
     trial = _trials(name, selection)
     chosen = dict(trial({}).settings)
@@ -410,8 +411,8 @@ def tune_baseline(name: str, selection: Selection) -> Settings:
 
 
 def _trials(name: str, selection: Selection) -> Callable[[Settings], BaseRecommender]:
-    """What fits a baseline under given settings; session kNN reads the sessions once for all trials."""
-    from rayrec.recommend.baselines import fit_baselines  # brings scipy.linalg: commands start without it
+    """Return a function that fits a baseline with given settings; session kNN reads sessions once for all trials."""
+    from rayrec.recommend.baselines import fit_baselines  # loads scipy.linalg, which slows the start of commands
 
     def fit(settings: Settings) -> BaseRecommender:
         return fit_baselines([name], selection.dataset, None, selection.allowed, settings={name: settings})[0]
@@ -427,7 +428,7 @@ def _trials(name: str, selection: Selection) -> Callable[[Settings], BaseRecomme
 
 
 class TuningMetric:
-    """Recall@20 plus a fifth of MRR@20, as served and of all next plays, added up, on the validation range."""
+    """Recall@20 + 0.2 · MRR@20 on the validation range, summed over the targets served and next."""
 
     def __init__(self, selection: Selection) -> None:
         histories = self._histories = selection.histories
@@ -445,7 +446,7 @@ class TuningMetric:
         return len(self._queries)
 
     def __call__(self, recommender: BaseRecommender) -> float:
-        """The metric of a recommender; 0 where there is no query."""
+        """Return the metric of a recommender; 0 if there is no query."""
         ranked = rank_targets(recommender, self._histories, self._queries, self._targets, self._known, depth=USUAL_K)
         total, columns = 0.0, metric_columns((USUAL_K,))
         for name, target in self._targets.items():

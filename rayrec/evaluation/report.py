@@ -53,7 +53,7 @@ AS_SERVED = "As served: plays of songs new to the user, ranked among the songs t
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A figure, its interval below it, and perhaps lines of text."""
+    """A figure with its interval below it, and optional lines of text."""
 
     text: str
     interval: str = ""
@@ -62,7 +62,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of a table."""
+    """A row of a table."""
 
     name: str
     cells: Sequence[Cell]
@@ -71,7 +71,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table with its title and what it shows."""
+    """A table with its title and a note on its content."""
 
     id: str
     title: str
@@ -82,7 +82,7 @@ class Table:
 
 
 def target_title(target: str) -> str:
-    """A target in words."""
+    """Return the title of a target."""
     if target in TARGET_TITLES:
         return TARGET_TITLES[target]
     kind, _, days = target.rpartition(DAYS)
@@ -91,7 +91,7 @@ def target_title(target: str) -> str:
 
 
 def by_target(results: Sequence[Entry], metric: str, k: int, default: str, *, only: Sequence[str] = ()) -> Table:
-    """One metric of every target, or of some, side by side, as served first, which sorts the models."""
+    """Return a table of one metric by target, or by targets in `only`, sorted by the first column, as served."""
     entries = [entry for entry in results if (entry["users"], entry["metric"], entry["k"]) == ("all", metric, k)]
     entries = sorted(
         (entry for entry in entries if not only or entry["target"] in only),
@@ -108,7 +108,7 @@ def by_target(results: Sequence[Entry], metric: str, k: int, default: str, *, on
 
 
 def by_metric(results: Sequence[Entry], target: str, group: str, k: int, default: str) -> Table | None:
-    """All metrics of one group of users at one cut-off, the best recall first."""
+    """Return a table of all metrics of one group of users at one cut-off, sorted by recall; None without entries."""
     entries = [entry for entry in results if (entry["target"], entry["users"], entry["k"]) == (target, group, k)]
     if not entries:
         return None
@@ -124,7 +124,7 @@ def by_metric(results: Sequence[Entry], target: str, group: str, k: int, default
 
 
 def differences(comparisons: Sequence[Entry], metric: str, drawn: str = "users") -> Table | None:
-    """The default model less each other one; `drawn` is what the bootstrap draws."""
+    """Return a table of the default model minus each other one; `drawn` names what the bootstrap draws."""
     entries = [entry for entry in comparisons if entry["metric"] == metric]
     if not entries:
         return None
@@ -143,7 +143,7 @@ def differences(comparisons: Sequence[Entry], metric: str, drawn: str = "users")
 
 
 def retrievers(retrieval: Sequence[Entry]) -> list[Table]:
-    """The recall of each retriever and of all together: the ceiling of the ranker."""
+    """Return a table per model: recall of each retriever, and of all together, the upper limit for the ranker."""
     tables = []
     for model in dict.fromkeys(entry["model"] for entry in retrieval):
         entries = [
@@ -175,7 +175,7 @@ def retrievers(retrieval: Sequence[Entry]) -> list[Table]:
 
 
 def pairwise(entries: Sequence[Entry], default: str) -> Table | None:
-    """Pairwise accuracy by target and negatives; a model with two horizons uses for each target the one for it."""
+    """Return a table of pairwise accuracy by target and negatives; of two horizons, the one for the target is used."""
     if not entries:
         return None
     return _table(
@@ -190,7 +190,7 @@ def pairwise(entries: Sequence[Entry], default: str) -> Table | None:
 
 
 def recommended(figures: Sequence[Entry], default: str) -> Table | None:
-    """Coverage, popularity and repeats of what is recommended."""
+    """Return a table of coverage, popularity and repeats of the recommended songs."""
     if not figures:
         return None
     rows = [
@@ -217,7 +217,7 @@ def recommended(figures: Sequence[Entry], default: str) -> Table | None:
 
 
 def breakdown(breakdowns: Sequence[Entry], by: str, default: str) -> Table | None:
-    """Recall of the next song in each slice."""
+    """Return a table of the recall of next plays in each slice of the criterion `by`."""
     entries = [entry for entry in breakdowns if entry["by"] == by and entry["metric"] == "recall"]
     if not entries:
         return None
@@ -233,7 +233,7 @@ def breakdown(breakdowns: Sequence[Entry], by: str, default: str) -> Table | Non
 
 
 def song_embeddings(figures: Sequence[Entry]) -> list[Table]:
-    """The health of the song embeddings, and the neighbors of the most played songs in them."""
+    """Return tables of the health of the song embeddings and of the nearest neighbors of the most played songs."""
     if not figures:
         return []
     rows = [
@@ -290,7 +290,7 @@ def song_embeddings(figures: Sequence[Entry]) -> list[Table]:
 
 
 def metric_title(metric: str) -> str:
-    """A metric as people write it."""
+    """Return the usual spelling of a metric."""
     return "Recall" if metric == "recall" else metric.upper()
 
 
@@ -305,7 +305,7 @@ def _table(
     order: Callable[[Entry], float] = lambda entry: -entry["value"],
     form: str = "{:.4f}",
 ) -> Table:
-    """Entries by model and by what `column` says, the lines in the order of their first column."""
+    """Return a table with one row per model and one column per result of `column`, sorted by the first column."""
     by_model: dict[str, dict[str, Entry]] = {}
     for entry in entries:
         by_model.setdefault(entry["model"], {})[column(entry)] = entry
@@ -323,13 +323,13 @@ def _table(
 
 
 def _cell(entry: Entry, form: str, name: str = "value", prefix: str = "") -> Cell:
-    """A figure of an entry with its interval, the fields low and high behind `prefix`, where it has one."""
+    """Return a figure of an entry, and its interval if it has one: the fields `prefix` + low and `prefix` + high."""
     ends = [form.format(entry[prefix + end]) for end in ("low", "high") if prefix + end in entry]
     return Cell(text=form.format(entry[name]), interval=" to ".join(ends))
 
 
 def _as_shown(figures: Mapping[str, Sequence[Entry]], config: EvaluateConfig) -> Mapping[str, Sequence[Entry]]:
-    """The figures without low and high where no intervals were computed, as both are then the figure itself."""
+    """Return the figures; if no intervals were computed, without low and high, which then equal the figure."""
     if config.bootstrap_samples:
         return figures
     return {
@@ -341,7 +341,7 @@ def _as_shown(figures: Mapping[str, Sequence[Entry]], config: EvaluateConfig) ->
 RESULTS = "results.json"
 PAGE = "report.html"
 CURVES = "cosine_by_offset"
-SONG_EMBEDDINGS = "song_vectors"  # the health of the embeddings behind the models: an entry for each table of them
+SONG_EMBEDDINGS = "song_vectors"  # the health of the song embeddings of the models, one entry per table
 LIBRARIES = ("torch", "numpy", "lightgbm")
 SHOWN_MODELS = 5  # in the chart and the first table
 
@@ -352,7 +352,7 @@ EVERY_PLAY = (
 
 @dataclass(frozen=True, kw_only=True)
 class Chapter:
-    """Tables and plots that are folded together."""
+    """Tables and plots in one section of the page that can be folded."""
 
     id: str
     title: str
@@ -374,10 +374,10 @@ def write_report(
 ) -> list[str]:
     """Write the report's files to a folder of the workspace and return their names.
 
-    `figures` are those of `figures_of`, or some of them, and the health of the song embeddings. `default` names the
-    model that `recommend` uses; `about` says what was evaluated, name by name, and `described` what was predicted
-    from what, for the head of the page. `config` holds the settings of the evaluation, whose bootstrap drew `drawn`:
-    users or pairs.
+    `figures` are those of `figures_of`, or some of them, and the health of the song embeddings. `default` is the name
+    of the model that `recommend` uses. `about` holds facts about the evaluation by name. `described` is a sentence for
+    the head of the page: which plays were predicted, and from which plays. `config` holds the settings of the
+    evaluation; `drawn` names what its bootstrap drew, users or pairs.
     """
     names, about = [RESULTS, PAGE], {**about, "versions": versions()}
     workspace.write_json(f"{folder}/{RESULTS}", {"default": default, "about": about, **figures})
@@ -392,10 +392,10 @@ def write_report(
 
 
 def read_figures(workspace: Workspace, report: Manifest) -> dict[str, Any]:
-    """The outcome of an evaluation, as `rayrec --json evaluate` prints it: the manifest's metrics, all but curves.
+    """Return the result of an evaluation as `rayrec --json evaluate` prints it.
 
-    The figures are those of results.json. Raises `DamagedArtifactError` where a file is missing or is not the one
-    that was written.
+    It holds the metrics of the manifest and the figures of results.json, except the curves. Raises
+    `DamagedArtifactError` if a file is missing or has changed since it was written.
     """
     verify(workspace, report)
     stored = workspace.read_json(report.path(RESULTS))
@@ -403,9 +403,9 @@ def read_figures(workspace: Workspace, report: Manifest) -> dict[str, Any]:
 
 
 def headline(figures: Mapping[str, Sequence[Entry]], default: str) -> dict[str, float]:
-    """recall@k and mrr@k by the model that `recommend` uses: served_recall@k and so on as served, then of all plays.
+    """Return recall@k and mrr@k of the model that `recommend` uses: served_recall@k and served_mrr@k, then all plays.
 
-    Nothing where the model was not evaluated.
+    Empty if the model was not evaluated.
     """
     usual = usual_k([entry["k"] for entry in figures["results"]])
     values = _values(figures["results"], usual)
@@ -420,10 +420,10 @@ def headline(figures: Mapping[str, Sequence[Entry]], default: str) -> dict[str, 
 def summary(
     figures: Mapping[str, Sequence[Entry]], default: str, config: EvaluateConfig = DEFAULT_CONFIG
 ) -> dict[str, Any]:
-    """What a report's manifest keeps of its figures: the verdict, the headline, and the headline of each model.
+    """Return the figures that a report's manifest holds: the verdict, the headline, and the headline of each model.
 
-    `by_model` holds a row a model, best first, with the interval of its first figure: low and high, None where the
-    settings `config` compute no intervals.
+    `by_model` holds one row per model, best first, with the interval of its first figure, low and high; both are None
+    if `config` computes no intervals.
     """
     figures = _as_shown(figures, config)
     usual = usual_k([entry["k"] for entry in figures["results"]])
@@ -453,7 +453,7 @@ def html_page(
     config: EvaluateConfig = DEFAULT_CONFIG,
     drawn: str = "users",
 ) -> str:
-    """The report as one HTML page that needs no other file: the verdict and a chart first, all figures folded.
+    """Return the report as one HTML page without other files: the verdict and a chart first, all figures folded.
 
     The arguments are those of `write_report`.
     """
@@ -496,7 +496,7 @@ def html_page(
 
 
 def settings_text(changed: Mapping[str, Any]) -> str:
-    """Settings and their values in a line, or that all are the defaults."""
+    """Return settings and their values in one line, or "defaults" if there are none."""
     return "; ".join(f"{name.replace('_', ' ')}: {_value_text(value)}" for name, value in changed.items()) or "defaults"
 
 
@@ -509,19 +509,19 @@ def _value_text(value: Any) -> str:
 
 
 def versions() -> str:
-    """Of rayrec, Python and the libraries that figures depend on."""
+    """Return the versions of rayrec, Python and the libraries on which figures depend."""
     packages = [f"{name} {version(name)}" for name in ("rayrec", *LIBRARIES)]
     return ", ".join([packages[0], f"Python {platform.python_version()}", *packages[1:]])
 
 
 def _of_models(figures: Mapping[str, Sequence[Entry]], models: Sequence[str]) -> dict[str, list[Entry]]:
-    """The figures that stand beside the results, of the models compared alone: an ablation has a chapter of its own."""
+    """Return the figures apart from the results, only of the models compared; an ablation has its own chapter."""
     names = ("retrieval", "breakdowns", "recommended", "leave_one_out")
     return {name: [entry for entry in figures.get(name, []) if entry["model"] in models] for name in names}
 
 
 def verdict(figures: Mapping[str, Sequence[Entry]], default: str) -> str:
-    """In a sentence: how much the default model finds, and by how much it beats the best baseline, or does not."""
+    """Return one sentence: how much the default model finds, and its difference from the best baseline."""
     k = usual_k([entry["k"] for entry in figures["results"]])
     values = _values(figures["results"], k)
     target = "served" if any(name == "served" for _, name, _ in values) else "next"
@@ -551,7 +551,7 @@ def verdict(figures: Mapping[str, Sequence[Entry]], default: str) -> str:
 
 
 def _values(results: Sequence[Entry], k: int) -> dict[tuple[str, str, str], Entry]:
-    """The entries of all users at a cut-off, by model, target and metric."""
+    """Return the entries of all users at a cut-off, by model, target and metric."""
     some = [entry for entry in results if (entry["users"], entry["k"]) == ("all", k)]
     return {(entry["model"], entry["target"], entry["metric"]): entry for entry in some}
 
@@ -564,9 +564,10 @@ def _chart(
     default: str,
     ranked: Sequence[str],
 ) -> dict[str, Any]:
-    """The bars of recall with their intervals, left and span, None without one, in per cent of the longest.
+    """Return the bars of recall with their intervals, in percent of the longest bar.
 
-    `models` are the first of `ranked`, all models from the best on, or all but one of these and the default model.
+    `left` and `span` of an interval are None if there is none. `ranked` are all models, best first. `models` are the
+    first of them; if the default model is not among these, it replaces the last one.
     """
     rows = [values[model, target, "recall"] for model in models]
     longest = max([max(entry["value"], entry.get("high", 0.0)) for entry in rows] + [1e-9])
@@ -594,11 +595,11 @@ def _chart(
 def _chapters(
     figures: Mapping[str, Sequence[Entry]], default: str, k: int, plots: Sequence[Plot], drawn: str
 ) -> list[Chapter]:
-    """Everything below the first page; a chapter without a table or a plot is left out."""
+    """Return the chapters below the first page; a chapter without a table or a plot is left out."""
     results = figures["results"]
     others = sorted({entry["k"] for entry in results} - {k})
     groups = [group for group in GROUP_TITLES if any(entry["users"] == group for entry in results)]
-    groups = groups if len(groups) > 2 else groups[:1]  # one group alone is the same users as all
+    groups = groups if len(groups) > 2 else groups[:1]  # a single group holds the same users as all
     targets = [target for target in ("served", "next") if any(entry["target"] == target for entry in results)]
     comparisons = figures.get("comparisons", [])
     ablated = {entry["other"] for entry in comparisons} - {entry["model"] for entry in results}

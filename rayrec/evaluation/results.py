@@ -1,4 +1,4 @@
-"""The figures of an evaluation, as plain values: what results.json holds."""
+"""The figures of an evaluation as plain values, the content of results.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rayrec.evaluation.protocol import GROUPS, OFFSETS, TARGETS, EvaluateConfig,
 from rayrec.evaluation.ranks import metric_columns
 from rayrec.recommend.base import BaseRecommender, CandidateRecommender
 
-DIGITS = 6  # of every figure
+DIGITS = 6  # decimal places of every figure
 # Targets and metrics of comparisons.
 COMPARED = (("served", "next", "next_repeat", "offsets25_50", "served25_50", "cold_songs"), ("recall", "mrr"))
 
@@ -34,7 +34,7 @@ Entry = dict[str, Any]
 
 
 def figures_of(sums: MetricAccumulator, evaluator: Evaluator, default: str) -> dict[str, list[Entry]]:
-    """All figures by name; `default` names the model that `recommend` uses. See the methods of `Figures` for each."""
+    """Return all figures by name, as the methods of `Figures` return them; `default` is the model of `recommend`."""
     figures = Figures(sums, evaluator.recommenders, evaluator.config, list(evaluator.days))
     return {
         "settings": settings_of(evaluator.recommenders),
@@ -51,12 +51,12 @@ def figures_of(sums: MetricAccumulator, evaluator: Evaluator, default: str) -> d
 
 
 def settings_of(recommenders: Sequence[BaseRecommender]) -> list[Entry]:
-    """The settings that were chosen for the data set: model, and each setting by its name."""
+    """Return the settings chosen for the data set: an entry per model, with model and each setting by name."""
     return [{"model": one.name, **one.settings} for one in recommenders if one.settings]
 
 
 class Figures:
-    """Means with their bootstrap intervals over users, low and high, from the sums of all users."""
+    """Computes means and their bootstrap intervals over users, low and high, from the sums of all users."""
 
     def __init__(
         self,
@@ -72,10 +72,10 @@ class Figures:
         self._columns, self._k = metric_columns(config.ks), usual_k(config.ks)
 
     def results(self, views: Sequence[str] | None = None) -> list[Entry]:
-        """One entry per model, target, group of users, metric and cut-off; groups without a query are left out.
+        """Return one entry per model, target, group of users, metric and cut-off; groups without a query are left out.
 
         Each has model, kind (baseline, network or ablation), users (all, seen, new or held_out), target, metric, k,
-        value, low, high, and plays (the queries) and users_count, which stand behind it.
+        value, low, high, and the numbers of queries (plays) and users (users_count) in it.
         """
         return [
             entry
@@ -86,7 +86,7 @@ class Figures:
         ]
 
     def leave_one_out(self) -> list[Entry]:
-        """As `results` for the last play of each user alone, target next: for comparison with publications."""
+        """Return `results` for only the last play of each user, with target next, for comparison with publications."""
         return self.results((LAST,))
 
     def _results_of(self, model: int, view: str, group: str) -> Iterator[Entry]:
@@ -104,10 +104,10 @@ class Figures:
             yield {**about, "metric": metric, "k": k, **_interval(figures, column), **behind}
 
     def comparisons(self, default: str) -> list[Entry]:
-        """The default model against each other one: difference (default's minus other's), low and high.
+        """Return the difference between the default model and each other model (default - other), low and high.
 
-        A paired bootstrap: each sample holds the same users for both models, so an interval without 0 says that the
-        difference is not due to the users drawn. Nothing where the default model is not among the recommenders.
+        The bootstrap is paired: each sample holds the same users for both models, so an interval without 0 shows that
+        the difference is not due to the users drawn. Empty if the default model is not among the recommenders.
         """
         names = [recommender.name for recommender in self._recommenders]
         if default not in names:
@@ -128,10 +128,10 @@ class Figures:
         return entries
 
     def calibration(self) -> list[Entry]:
-        """The expected calibration error of each model whose scores are chances, over the first 20 songs of a query.
+        """Return the expected calibration error of each model with probabilities, over the first 20 songs per query.
 
-        One entry per model and target of CALIBRATED, with model, target, value (the error), chance (the mean), right
-        (the share of the songs that are the next play) and songs (how many, of all queries together).
+        One entry per model and target of CALIBRATED, with model, target, value (the error), chance (the mean
+        probability), right (the share of the songs that are the next play) and songs (their number over all queries).
         """
         calibrated = [recommender.name for recommender in self._recommenders if recommender.scores_are_chances]
         entries: list[Entry] = []
@@ -146,10 +146,10 @@ class Figures:
         return entries
 
     def retrieval(self, retrievers: Sequence[str]) -> list[Entry]:
-        """How many of the target songs are candidates: the ceiling of what a ranker can find.
+        """Return the share of the target songs that are candidates, the upper limit of what a ranker can find.
 
         One entry per candidate recommender, target and retriever ("all": the union), with model, retriever, target,
-        candidates (mean number of a query), value (recall of all candidates), low and high.
+        candidates (mean number per query), value (recall of all candidates), low and high.
         """
         entries = []
         for model, recommender in enumerate(self._recommenders):
@@ -169,9 +169,9 @@ class Figures:
         return entries
 
     def breakdowns(self, contexts: Sequence[str]) -> list[Entry]:
-        """Recall and MRR of the next play by slice: model, by, slice, metric, k, value, low, high and plays.
+        """Return recall and MRR of the next play by slice: model, by, slice, metric, k, value, low, high and plays.
 
-        Empty slices are left out; `by` is as in `slices_of`.
+        Empty slices are left out; `by` is the criterion of `slices_of`.
         """
         entries = []
         for place, (by, name) in enumerate(slices_of(contexts)):
@@ -187,11 +187,11 @@ class Figures:
         return entries
 
     def recommended(self, coverage_songs: int) -> list[Entry]:
-        """What each model recommends to the users drawn, in lists of LIST_LENGTH songs: one entry a model.
+        """Return figures of the lists of LIST_LENGTH songs that models recommend to the users drawn, one per model.
 
         coverage is the share of the `coverage_songs` drawn from the catalog that is in any list; popularity_rank (1:
-        the most played song) and repeats (share of songs that the user had heard) are means over the places of the
-        lists, each with its low and high; lists is how many lists there were.
+        the most played song) and repeats (share of songs that the user had heard) are means over the songs of the
+        lists, each with its low and high; lists is the number of lists.
         """
         entries = []
         for model, recommender in enumerate(self._recommenders):
@@ -209,7 +209,7 @@ class Figures:
         return entries
 
     def pairwise(self, curves: Sequence[Curve]) -> list[Entry]:
-        """Pairwise accuracy: model, kind, horizon, target, negatives, value, low, high and pairs (how many)."""
+        """Return pairwise accuracy: model, kind, horizon, target, negatives, value, low, high, pairs (their number)."""
         entries = []
         for row, (recommender, horizon) in enumerate(curves):
             for place, target in enumerate(PAIRED):
@@ -223,7 +223,7 @@ class Figures:
         return entries
 
     def cosine_by_offset(self, curves: Sequence[Curve]) -> list[Entry]:
-        """One entry per curve: model, kind, horizon, and lists over the offsets that have a play behind them.
+        """Return one entry per curve: model, kind, horizon, and lists over the offsets that have at least one play.
 
         The lists are offset, value (the mean cosine), low, high and plays.
         """
@@ -242,7 +242,7 @@ class Figures:
         return entries
 
     def _means(self, sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Value, low and high of sums (B + 1, K) over the same counts, (B + 1,), in each column."""
+        """Return value, low and high of `sums`, (B + 1, K), each column divided by `counts`, (B + 1,)."""
         return means_with_intervals(sums, np.broadcast_to(counts[:, None], sums.shape), self._config.confidence)
 
 

@@ -1,1 +1,1 @@
-"""Taste vectors: the recurrent network that turns a history into them, its training and its inference."""
+"""The recurrent network that turns a history into taste vectors, its training and its inference."""

@@ -1,7 +1,8 @@
-"""Songs that a network has not learned, with the vectors that artist, album, content and first plays let expect.
+"""Added songs: songs that the network has not learned, with vectors estimated from attributes and first plays.
 
-A map learned on songs with plays gives the vector of one without them from what is known of it. N songs of the
-catalog, n added songs or songs of a call, D numbers per song vector, C per content vector.
+The attributes of a song are its artist, album and content. A map that is learned on songs with plays estimates the
+vector of a song without plays from them. N songs of the catalog, n added songs or songs of a call, D numbers per song
+vector, C per content vector.
 """
 
 from __future__ import annotations
@@ -20,44 +21,44 @@ from rayrec.data.catalog import Catalog, Content
 from rayrec.data.histories import Histories
 from rayrec.storage.workspace import Workspace
 
-STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # tried: songs that the mean above counts as
-PENALTIES = tuple(10.0**power for power in range(-4, 3))  # tried, of squared weights, in mean squares of the inputs
-MAP_SONGS = 50_000  # that a map is learned on, at most
-CHECKED = 5  # one song in so many checks the penalties
-SMALLEST_DEVIATION = 1e-6  # of a number of content vectors, below which it says nothing
+STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # values to try: the number of songs that the prior mean counts as
+PENALTIES = tuple(10.0**power for power in range(-4, 3))  # values to try, relative to the mean square of the inputs
+MAP_SONGS = 50_000  # songs that a map is learned on, at most
+CHECKED = 5  # one song in five is held out to choose the penalty
+SMALLEST_DEVIATION = 1e-6  # standard deviation of a number of content vectors, below which it is not used
 ROWS, OUTPUTS, AVERAGED, INPUTS = "rows.npy", "song_vectors.npy", "averaged_vectors.npy", "input_vectors.npy"
 ARTIST_ROWS, ALBUM_ROWS = "artist_rows.npy", "album_rows.npy"
 OUTPUT_MAP, INPUT_MAP = "song_map.safetensors", "input_map.safetensors"
-READ_WITH_PLAYS = ("averaged", "inputs")  # vectors that stay as they were when plays were read with them
-# Arrays of `AddedSongs` with an entry a song.
+READ_WITH_PLAYS = ("averaged", "inputs")  # vectors that stay unchanged after plays have been read with them
+# Arrays of `AddedSongs` with one entry per song.
 OF_SONGS = ("rows", "outputs", *READ_WITH_PLAYS, "artist_rows", "album_rows")
 FILES = (ROWS, OUTPUTS, AVERAGED, INPUTS, ARTIST_ROWS, ALBUM_ROWS, OUTPUT_MAP, INPUT_MAP)
 
-AROUND = 5  # plays before and behind the play of an added song that say where it belongs, weighted 1/distance
-PRIOR_PLAYS = 5.0  # plays that what is known of a song without plays counts as
+AROUND = 5  # plays before and after each play of an added song that its vector is drawn to, weighted 1/distance
+PRIOR_PLAYS = 5.0  # number of first plays that the estimate from the attributes counts as
 
 
 @dataclass(frozen=True, kw_only=True)
 class SongContent:
-    """What is known of n songs without their plays."""
+    """The attributes of n songs that are known without plays."""
 
-    artists: np.ndarray  # int64 (n,), a number of the artist, -1 where it is not known
-    albums: np.ndarray  # int64 (n,)
-    content: np.ndarray  # float32 (n, C), rows of zeros where there is none; C may be 0
+    artists: np.ndarray  # int64 (n,), code of the artist, -1 if unknown
+    albums: np.ndarray  # int64 (n,), code of the album, -1 if unknown
+    content: np.ndarray  # float32 (n, C), zeros for songs without content; C may be 0
 
     @property
     def known(self) -> np.ndarray:
-        """bool (n,): songs of which anything is known."""
+        """bool (n,): True for songs with a known artist or album, or with content."""
         return np.asarray((self.artists >= 0) | (self.albums >= 0) | self.content.any(axis=1))
 
     def take(self, rows: np.ndarray) -> SongContent:
-        """Some of the songs, int or bool."""
+        """Return the songs at `rows`, int or bool."""
         return SongContent(artists=self.artists[rows], albums=self.albums[rows], content=self.content[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupMeans:
-    """Sums of the vectors of songs by artist and by album, from which shrunk means come."""
+    """Sums of song vectors by artist and by album, from which shrunken means are computed."""
 
     artists: np.ndarray  # int64 (A,), ascending
     artist_sums: np.ndarray  # float64 (A, D)
@@ -68,7 +69,7 @@ class GroupMeans:
 
     @classmethod
     def of(cls, vectors: np.ndarray, songs: SongContent) -> GroupMeans:
-        """From float32 (n, D) and the groups of the same songs."""
+        """Sum `vectors`, float32 (n, D), by the artists and albums of the same songs."""
         artists, artist_sums, artist_counts = _sums(vectors, songs.artists)
         albums, album_sums, album_counts = _sums(vectors, songs.albums)
         return cls(
@@ -83,10 +84,10 @@ class GroupMeans:
     def shrunk(
         self, songs: SongContent, mean: np.ndarray, strengths: np.ndarray, own: np.ndarray | None = None
     ) -> np.ndarray:
-        """float64 (n, D): the mean of each song's album, drawn towards that of its artist, and this towards `mean`.
+        """float64 (n, D): the mean of each song's album, shrunk towards that of its artist, and this towards `mean`.
 
-        `strengths`, float64 (2,), say how many songs the priors of artist and album count as. `own`, float32 (n, D),
-        are the vectors of the songs where they are in the sums and are to be left out of their own means.
+        `strengths`, float64 (2,), are the numbers of songs that the priors of artist and album count as. `own`, float32
+        (n, D), are the vectors of the songs if the sums include them; each song is then left out of its own means.
         """
         expected = np.broadcast_to(mean, (len(songs.artists), len(mean)))
         for songs_groups, groups, sums, counts, strength in (
@@ -107,31 +108,32 @@ class GroupMeans:
 
 @dataclass(frozen=True, kw_only=True)
 class ContentMap:
-    """The expected vector of a song given its artist, album and content.
+    """A map from the artist, album and content of a song to its expected vector.
 
-    It is the shrunk mean of its album and artist, and where it has content a linear correction of it: a ridge
-    regression in closed form on the content and the mean. The less is known of a song, the shorter its vector: its
-    inner product with a taste vector is then the expected cosine.
+    The expected vector is the shrunken mean of album and artist. If the song has content, a linear correction is added:
+    a ridge regression, solved in closed form, on the content and the mean. The less is known about a song, the shorter
+    its vector is, so that the inner product with a taste vector is the expected cosine.
     """
 
-    mean: np.ndarray  # float64 (D,), of all songs that the map was learned on
-    strengths: np.ndarray  # float64 (2,), songs that the priors of artist and album count as
+    mean: np.ndarray  # float64 (D,), mean vector of all songs that the map was learned on
+    strengths: np.ndarray  # float64 (2,), numbers of songs that the priors of artist and album count as
     content_mean: np.ndarray  # float64 (C,)
-    content_scale: np.ndarray  # float64 (C,), 0 for a number that says nothing
-    # float64 (C + D + 1, D), of the content, of the mean of the groups, and a constant; 0 rows if C = 0
+    content_scale: np.ndarray  # float64 (C,), 1 / standard deviation; 0 for a number that is not used
+    # float64 (C + D + 1, D), of the content, the mean of the groups, and a constant; 0 rows if content is not used
     weights: np.ndarray
-    penalty: float  # of squared weights that predicted the songs held out best
-    explained: float  # share of the squared distance to `mean` that is explained, on songs held out
+    penalty: float  # penalty of squared weights with the smallest error on held-out songs
+    explained: float  # share of the squared distance to `mean` that is explained, on held-out songs
 
     @classmethod
     def fit(cls, vectors: np.ndarray, songs: SongContent) -> ContentMap:
-        """From the vectors of songs, float32 (n, D), and what is known of them without plays.
+        """Fit the map on the vectors of songs, float32 (n, D), and their attributes.
 
-        Strengths are chosen on each song from the others of its groups, the penalty on one song in five.
+        Strengths are chosen by the error of predicting each song from the other songs of its groups, the penalty by the
+        error on one song in five, which is held out.
         """
         mean = vectors.mean(axis=0, dtype=np.float64) if len(vectors) else np.zeros(vectors.shape[1])
         groups, strengths = GroupMeans.of(vectors, songs), np.array([STRENGTHS[-1], STRENGTHS[-1]])
-        for place in range(2):  # the artist's first, with the album's at its largest
+        for place in range(2):  # first the artist's strength, with the album's at its largest
             errors = []
             for strength in STRENGTHS:
                 strengths[place] = strength
@@ -156,7 +158,7 @@ class ContentMap:
 
     def _with_weights(self, vectors: np.ndarray, songs: SongContent, base: np.ndarray, spread: float) -> ContentMap:
         inputs, left = self._inputs(songs, base), vectors - base
-        checked = np.arange(len(vectors)) % CHECKED == 0  # song rows come in no order
+        checked = np.arange(len(vectors)) % CHECKED == 0  # song rows are in no particular order
         values, axes = np.linalg.eigh(inputs[~checked].T @ inputs[~checked])
         towards, checked_inputs = axes.T @ (inputs[~checked].T @ left[~checked]), inputs[checked] @ axes
         size = np.trace(inputs.T @ inputs) / inputs.shape[1]
@@ -168,7 +170,7 @@ class ContentMap:
         }
         penalty = min(errors, key=lambda each: errors[each])
         if errors[penalty] >= _error(left[checked], 0.0):
-            return self  # the content says nothing that artist and album do not
+            return self  # the content does not improve on artist and album
         ridge = inputs.T @ inputs + penalty * size * np.eye(inputs.shape[1])
         changed = {
             "weights": np.linalg.solve(ridge, inputs.T @ left),
@@ -182,9 +184,9 @@ class ContentMap:
         return np.concatenate([content, base - self.mean, np.ones((len(base), 1))], axis=1)
 
     def vectors(self, songs: SongContent, groups: GroupMeans) -> np.ndarray:
-        """float64 (n, D): the expected vectors of songs; zeros where nothing is known that tells them from others.
+        """float64 (n, D): the expected vectors of songs; zeros for songs with no known group and no usable content.
 
-        `groups` are the sums of at least the artists and albums of these songs.
+        `groups` must hold the sums of at least the artists and albums of these songs.
         """
         base = groups.shrunk(songs, self.mean, self.strengths)
         informed = np.isin(songs.artists, groups.artists) | np.isin(songs.albums, groups.albums)
@@ -195,19 +197,19 @@ class ContentMap:
         return np.where(informed[:, None], base, 0.0)
 
     def to_bytes(self) -> bytes:
-        """As safetensors."""
+        """Return the map in the safetensors format."""
         return bytes(save({item.name: np.atleast_1d(getattr(self, item.name)) for item in fields(self)}))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> ContentMap:
-        """What `to_bytes` made."""
+        """Load a map that `to_bytes` returned."""
         arrays = load(data)
         penalty, explained = (float(arrays.pop(name)[0]) for name in ("penalty", "explained"))
         return cls(**arrays, penalty=penalty, explained=explained)
 
 
 def _sums(vectors: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The groups, int64 (G,) ascending, without -1, their sums, float64 (G, D), and their numbers of songs, int64."""
+    """Return groups, int64 (G,), ascending, without -1, their sums, float64 (G, D), and numbers of songs, int64."""
     known = np.flatnonzero(groups >= 0)
     order = known[np.argsort(groups[known], kind="stable")]
     names, first, counts = np.unique(groups[order], return_index=True, return_counts=True)
@@ -217,12 +219,12 @@ def _sums(vectors: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _error(vectors: np.ndarray, expected: np.ndarray | float) -> float:
-    """The mean squared distance."""
+    """Return the mean squared distance between `vectors` and `expected`."""
     return float(np.square(vectors - expected).sum(axis=1).mean()) if len(vectors) else 0.0
 
 
 def songs_without_vector(outputs: np.ndarray, num_songs: int) -> np.ndarray:
-    """int64: rows below `num_songs` that float32 (N, D) has no vector of."""
+    """int64: the song rows below `num_songs` without a vector in `outputs`, float32 (N, D)."""
     present = np.zeros(num_songs, dtype=bool)
     present[: len(outputs)] = np.asarray(outputs.any(axis=1))[:num_songs]
     return np.flatnonzero(~present)
@@ -230,16 +232,16 @@ def songs_without_vector(outputs: np.ndarray, num_songs: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstPlays:
-    """What was played around the plays of songs that the network has not learned."""
+    """The vectors played around the plays of songs that the network has not learned."""
 
     rows: np.ndarray  # int64 (n,), song rows, ascending
-    plays: np.ndarray  # int64 (n,), of each song, with a known song around them
+    plays: np.ndarray  # int64 (n,), number of plays of each song with a known song around them
     outputs: np.ndarray  # float64 (n, D), sums over these plays of the mean vector around each
-    inputs: np.ndarray  # float64 (n, D), the same in the space that the network reads
+    inputs: np.ndarray  # float64 (n, D), the same for the vectors that the network reads
 
     @classmethod
     def none(cls, rows: np.ndarray, dim: int) -> FirstPlays:
-        """Nobody has played the songs."""
+        """Return the first plays of songs that nobody has played."""
         return cls(
             rows=rows,
             plays=np.zeros(len(rows), np.int64),
@@ -251,7 +253,10 @@ class FirstPlays:
     def read(
         cls, batches: Iterable[Histories], rows: np.ndarray, outputs: np.ndarray, inputs: np.ndarray
     ) -> FirstPlays:
-        """From the plays since the network was trained; `outputs` and `inputs`, float32 (N, D), are its tables."""
+        """Collect the first plays of the songs `rows` from the plays since the network was trained.
+
+        `outputs` and `inputs`, float32 (N, D), are the tables of the network.
+        """
         sums_so_far = cls.none(rows, outputs.shape[1])
         for histories in batches:
             played = np.flatnonzero(np.isin(histories.songs, rows))
@@ -279,18 +284,18 @@ class FirstPlays:
 
 @dataclass(frozen=True, kw_only=True)
 class AddedSongs:
-    """The rows of the added songs and their vectors; nothing of the songs that the network knows."""
+    """The added songs and their vectors, without the songs that the network knows."""
 
     rows: np.ndarray  # int64 (n,), song rows, ascending
-    outputs: np.ndarray  # float32 (n, D), that taste vectors are compared with, at most of length 1
-    averaged: np.ndarray  # float32 (n, D), `outputs` when plays were first read; zeros where they were read without
-    inputs: np.ndarray  # float32 (n, D), that the cells read; zeros where plays have been read without one
+    outputs: np.ndarray  # float32 (n, D), vectors that taste vectors are compared with, of length 1 at most
+    averaged: np.ndarray  # float32 (n, D), `outputs` when plays were first read; zeros if the song had no vector then
+    inputs: np.ndarray  # float32 (n, D), vectors that the cells read; zeros if plays were read while it had none
     artist_rows: np.ndarray  # int64 (n,), the first song of the catalog by the same artist; -1 for an unknown artist
     album_rows: np.ndarray  # int64 (n,), the first song of the same album
     output_map: ContentMap
     input_map: ContentMap
-    played: int = 0  # songs whose first plays were read
-    rows_read: int = 0  # rows of the network's tables that the vectors were made from, beside those of the maps
+    played: int = 0  # number of songs with first plays
+    rows_read: int = 0  # rows of the network's tables from which vectors were computed, apart from those of the maps
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -308,12 +313,12 @@ class AddedSongs:
         first_plays: FirstPlays | None = None,
         seed: int = 0,
     ) -> AddedSongs:
-        """All songs of the catalog that have no vector in `outputs`, float32 (N, D), and of which anything is known.
+        """Return all songs of the catalog without a vector in `outputs`, float32 (N, D), that can get a vector.
 
-        `inputs`, of the same shape, are the vectors of songs as the network reads them. `first_plays` of these songs
-        draw their vectors to what was played around them, the more the more there are. The maps of `earlier` are
-        taken over where the content is of the same kind. Of the songs that were there with it, the first `songs_then`,
-        the vectors that plays are read with stay as they were then.
+        `inputs`, of the same shape, are the vectors of songs as the network reads them. `first_plays` draw the vectors
+        of these songs towards the vectors played around them, the more plays, the closer. The maps of `earlier` are
+        reused if its content vectors have the same length. `earlier` was made for the first `songs_then` songs of the
+        catalog; the vectors with which plays of these songs are read stay unchanged.
         """
         described = _Described(catalog, content)
         rows = songs_without_vector(outputs, len(catalog))
@@ -356,11 +361,11 @@ class AddedSongs:
         )
 
     def take(self, kept: np.ndarray) -> AddedSongs:
-        """The songs where `kept`, bool (n,), is true, or those at the places `kept`, int."""
+        """Return the songs where `kept`, bool (n,), is true, or the songs at the places `kept`, int."""
         return replace(self, **{name: getattr(self, name)[kept] for name in OF_SONGS})
 
     def joined(self, other: AddedSongs) -> AddedSongs:
-        """These songs and those of another, none of which is among these."""
+        """Return these songs and those of `other`; no song may be in both."""
         order = np.argsort(np.concatenate([self.rows, other.rows]), kind="stable")
         both: dict[str, Any] = {
             name: np.concatenate([getattr(self, name), getattr(other, name)])[order] for name in OF_SONGS
@@ -368,7 +373,7 @@ class AddedSongs:
         return replace(self, **both)
 
     def fits(self, base: AddedSongs | None, songs_then: int) -> bool:
-        """True where plays read with `base`, among the first `songs_then` songs, would be read the same with these."""
+        """Return True if plays of the first `songs_then` songs are read the same with these songs as with `base`."""
         now = self.take(self.rows < songs_then)
         if base is None:
             return not any(getattr(now, name).any() for name in READ_WITH_PLAYS)
@@ -381,7 +386,7 @@ class AddedSongs:
         return bool(np.array_equal(tables[0], tables[1]))
 
     def save(self, workspace: Workspace, folder: str) -> dict[str, str]:
-        """Write FILES into a folder; name -> sha256."""
+        """Write FILES to a folder; return the SHA-256 of each file by name."""
         named = zip(FILES, OF_SONGS, strict=False)
         written = {file: workspace.write_array(f"{folder}/{file}", getattr(self, name)) for file, name in named}
         for name, each in ((OUTPUT_MAP, self.output_map), (INPUT_MAP, self.input_map)):
@@ -390,18 +395,18 @@ class AddedSongs:
 
     @classmethod
     def load(cls, workspace: Workspace, folder: str) -> AddedSongs:
-        """What `save` wrote."""
+        """Load the songs that `save` wrote."""
         arrays = [np.array(workspace.read_array(f"{folder}/{name}")) for name in FILES[: len(OF_SONGS)]]
         maps = [ContentMap.from_bytes(workspace.read_bytes(f"{folder}/{name}")) for name in FILES[len(OF_SONGS) :]]
         return cls(**dict(zip((*OF_SONGS, "output_map", "input_map"), [*arrays, *maps], strict=True)))  # type: ignore[arg-type]
 
 
-Maps = tuple[ContentMap, ContentMap]  # to the vectors that taste vectors are compared with, and that the network reads
+Maps = tuple[ContentMap, ContentMap]  # the maps to vectors of `outputs` and of `inputs`
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaterSong:
-    """What is known of a song that comes alone."""
+    """The attributes of a song that is added by itself."""
 
     row: int  # song row
     artist: str | None
@@ -410,7 +415,7 @@ class LaterSong:
 
 
 class SongPlacer:
-    """Places songs that come one after the other as `AddedSongs.make` places all of a catalog at once."""
+    """Estimates the vectors of songs that are added one after another; `AddedSongs.make` does so for a catalog."""
 
     def __init__(
         self,
@@ -420,7 +425,7 @@ class SongPlacer:
         content: Content,
         earlier: AddedSongs | None = None,
     ) -> None:
-        """As `AddedSongs.make`; without `earlier` the maps are learned here."""
+        """The arguments are those of `AddedSongs.make`; without `earlier`, the maps are learned here."""
         self._tables = outputs, inputs
         self._described = _Described(catalog, content)
         self._present = np.ones(len(catalog), dtype=bool)
@@ -434,9 +439,9 @@ class SongPlacer:
         self._first_rows: tuple[dict[int, int], dict[int, int]] = {}, {}  # by artist and by album
 
     def place(self, songs: Sequence[LaterSong]) -> AddedSongs:
-        """All of the songs, by ascending rows, without plays; rows of zeros where nothing of use is known of a song.
+        """Return all `songs`, sorted by row, with vectors estimated without plays; zeros if no vector can be estimated.
 
-        Content of another length than the catalog's says nothing.
+        Content whose length differs from that of the catalog is ignored.
         """
         artists, albums = (
             np.array([self._code(group, getattr(song, name)) for song in songs], dtype=np.int64)
@@ -463,7 +468,7 @@ class SongPlacer:
         ).take(np.argsort(rows))
 
     def _code(self, group: int, name: str | None) -> int:
-        """The number of an artist or album: the catalog's, or one behind those of the catalog; -1 for none."""
+        """Return the code of an artist or album: the catalog's, or a new one after the catalog's; -1 for no name."""
         if not name:
             return -1
         _, names, later = self._codes[group]
@@ -471,7 +476,7 @@ class SongPlacer:
         return later.setdefault(name, len(names) + len(later)) if place is None else place
 
     def _first(self, group: int, codes: np.ndarray, rows: Sequence[int]) -> np.ndarray:
-        """int64 (n,): the first song of the same artist or album, of the catalog where that has any; -1 for none."""
+        """int64 (n,): the first song of the same artist or album, from the catalog if possible; -1 for code -1."""
         of_catalog, _, _ = self._codes[group]
         first = self._first_rows[group]
         for code, row in zip(codes.tolist(), rows, strict=True):
@@ -482,9 +487,9 @@ class SongPlacer:
 
 
 def drawn(prior: np.ndarray, plays: np.ndarray, around: np.ndarray) -> np.ndarray:
-    """float64 (n, D): the vectors of songs without plays, (n, D), drawn to the means around their first plays.
+    """float64 (n, D): the vectors `prior`, (n, D), estimated without plays, drawn to the means around first plays.
 
-    `plays` are int (n,), `around`, float64 (n, D), the sums of these means.
+    `plays`, int (n,), are the numbers of first plays; `around`, float64 (n, D), are the sums of the means around them.
     """
     return np.asarray((PRIOR_PLAYS * prior + around) / (PRIOR_PLAYS + plays[:, None]))
 
@@ -492,14 +497,14 @@ def drawn(prior: np.ndarray, plays: np.ndarray, around: np.ndarray) -> np.ndarra
 def _without_plays(
     maps: Maps, tables: tuple[np.ndarray, np.ndarray], songs: SongContent, near: np.ndarray, neighbors: SongContent
 ) -> list[np.ndarray]:
-    """float32 (n, D) for each map: the vectors of songs, at most of length 1.
+    """float32 (n, D) for each map: the vectors of songs estimated without plays, of length 1 at most.
 
-    `near`, int64, are rows of all songs of their groups.
+    `near`, int64, are the rows of all songs with a vector of the same artists and albums; `neighbors` describes them.
     """
     placed = [
         each.vectors(songs, GroupMeans.of(table[near], neighbors)) for each, table in zip(maps, tables, strict=True)
     ]
-    # Content of another scale than the map was learned on gives long vectors, which would come first for everybody.
+    # Content with another scale than that of the learned map gives long vectors, which would come first for all users.
     return [(each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1.0)).astype(np.float32) for each in placed]
 
 
@@ -511,7 +516,7 @@ def _maps(
     earlier: AddedSongs | None,
     seed: int = 0,
 ) -> Maps:
-    """The maps of `earlier` where the content is of the same kind, else learned on the songs that are `present`."""
+    """Return the maps of `earlier` if its content has the same length, else maps learned on songs in `present`."""
     if earlier is not None and len(earlier.output_map.content_mean) == described.content_dim:
         return earlier.output_map, earlier.input_map
     learned = described.sample(np.flatnonzero(present), seed)
@@ -520,14 +525,14 @@ def _maps(
 
 
 def _names(catalog: Catalog, name: str) -> pa.Array:
-    """The different values of a column of strings, in the order of `Catalog.codes`; none where it is not there."""
+    """Return the distinct values of a string column in the order of `Catalog.codes`; none if the column is missing."""
     if name not in catalog.table.column_names:
         return pa.array([], pa.string())
     return columns.one_array(catalog.table.column(name)).dictionary_encode().dictionary
 
 
 class _Described:
-    """What is known of the songs of a catalog."""
+    """The attributes of the songs of a catalog."""
 
     def __init__(self, catalog: Catalog, content: Content) -> None:
         self.artists = catalog.codes(columns.ARTIST).astype(np.int64)
@@ -539,14 +544,14 @@ class _Described:
         return SongContent(artists=self.artists[rows], albums=self.albums[rows], content=self._content.vectors(rows))
 
     def near(self, songs: SongContent) -> np.ndarray:
-        """bool (N,): songs of the same artists and albums."""
+        """bool (N,): the songs of the catalog with the same artists or albums as `songs`."""
         is_near = np.zeros(len(self.artists), dtype=bool)
         for codes, groups in ((self.artists, songs.artists), (self.albums, songs.albums)):
             is_near |= (codes >= 0) & np.isin(codes, groups)
         return is_near
 
     def sample(self, rows: np.ndarray, seed: int) -> np.ndarray:
-        """Of song rows, about MAP_SONGS, by whole artists: means of half an artist would say less than they do."""
+        """Sample about MAP_SONGS song rows, by whole artists, since means over part of an artist are less exact."""
         if len(rows) <= MAP_SONGS:
             return rows
         groups = np.where(self.artists[rows] >= 0, self.artists[rows], -1 - rows)
@@ -555,7 +560,7 @@ class _Described:
         return np.sort(rows[np.argsort(order, kind="stable")[:MAP_SONGS]])
 
     def first_rows(self, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """int64 (n,): the first song of the catalog with the code of each song; -1 where it has none."""
+        """int64 (n,): the first song of the catalog with the same code as each song; -1 for songs without a code."""
         groups = np.unique(codes[rows])
         some = np.flatnonzero(np.isin(codes, groups))
         names, first = np.unique(codes[some], return_index=True)

@@ -1,4 +1,4 @@
-"""Stored networks and half-done trainings: safetensors, .npy and JSON, so that loading runs no code."""
+"""Stores networks and checkpoints of trainings as safetensors, .npy and JSON, so that loading runs no code."""
 
 import json
 import math
@@ -24,17 +24,17 @@ from rayrec.model.training import Training, TrainingState
 from rayrec.storage.workspace import Workspace
 
 WEIGHTS = "model.safetensors"
-SONG_VECTORS = "song_vectors.npy"  # that taste vectors are compared with
-INPUT_VECTORS = "input_vectors.npy"  # of songs as inputs, where they have a table of their own
-SONGS_AT_ONCE = 1 << 16  # that go through the map of song vectors
+SONG_VECTORS = "song_vectors.npy"  # vectors that taste vectors are compared with
+INPUT_VECTORS = "input_vectors.npy"  # vectors of songs as inputs, if they have a separate table
+SONGS_AT_ONCE = 1 << 16  # songs per part when vectors are mapped, written or read
 EPOCHS = "epochs.jsonl"
-TENSORBOARD = "tensorboard"  # folder of events
+TENSORBOARD = "tensorboard"  # folder of TensorBoard events
 COMMON, ROWS, PROGRESS = "common.safetensors", "rows-{rank:05}-of-{workers:05}.safetensors", "progress.json"
 BEST = "best"  # prefix of the weights of the best network so far
 
 
 def export_song_vectors(model: TasteModel, known: np.ndarray) -> Tensor:
-    """float32 (n, D): the normalized vectors that the model scores against; zero where not `known`, bool (n,)."""
+    """float32 (n, D): the normalized song vectors that the model scores; zeros for songs not in `known`, bool (n,)."""
     return torch.cat([*_exported(model.song_vectors, model, known, model.config.num_songs)])
 
 
@@ -42,7 +42,7 @@ def export_song_vectors(model: TasteModel, known: np.ndarray) -> Tensor:
 def _exported(
     vectors_of: Callable[[Tensor], Tensor], model: TasteModel, known: np.ndarray, most: int
 ) -> Iterator[Tensor]:
-    """Vectors of the model's songs, some at a time; in as many parts as a worker of `most` songs has, at least one."""
+    """Yield the vectors of the model's songs in parts: as many as `most` songs need, and at least one."""
     device = model.songs.weight.device
     for begin in range(0, max(1, most), SONGS_AT_ONCE):
         rows = torch.arange(begin, min(begin + SONGS_AT_ONCE, model.config.num_songs), device=device)
@@ -53,14 +53,15 @@ def _exported(
 def save_model(
     workspace: Workspace, folder: str, model: TasteModel, known: np.ndarray, share: Share | None = None
 ) -> list[str]:
-    """Write a network into a folder of the workspace; the names of its files.
+    """Write a network to a folder of the workspace and return the names of its files.
 
-    Where several workers each keep a part of the song tables, all call it, with a network of their own rows and which
-    of these are `known`, bool (n,). The first one writes, and holds no more than some rows of each at a time.
+    If the song tables are divided among several workers, all must call this function, each with a network of its own
+    rows; `known`, bool (n,), are the songs that the network knows among them. The first worker writes the files, and
+    holds only a few rows of each worker at a time.
     """
     share = share or Share()
     total = int(share.total(model.config.num_songs))
-    most = -(-total // share.workers)  # songs of a worker: all take part in every gather, also with no song left
+    most = -(-total // share.workers)  # songs per worker, at most: every worker takes part in each gather
     written = [WEIGHTS, SONG_VECTORS, MODEL_CONFIG]
     _write_rows(workspace, f"{folder}/{SONG_VECTORS}", _exported(model.song_vectors, model, known, most), total, share)
     if model.inputs is not None:
@@ -91,10 +92,10 @@ def _write_rows(workspace: Workspace, path: str, parts: Iterator[Tensor], total:
 
 
 def load_model(workspace: Workspace, folder: str, checksums: Mapping[str, str] | None = None) -> TasteModel:
-    """The network in the folder of a models artifact, ready for inference.
+    """Return the network in a folder of a models artifact, ready for inference.
 
-    Its song table is memory-mapped: the processes of a node share it. `checksums`, by file name, are compared
-    where files are fetched from object storage. Raises `DamagedArtifactError` where its parts do not fit together.
+    Its song table is memory-mapped, so the processes of a node share it. `checksums`, by file name, are verified when
+    files are fetched from object storage. Raises `DamagedArtifactError` if the files do not fit together.
     """
     known = checksums or {}
     config = ModelConfig.from_json(workspace.read_json(f"{folder}/{MODEL_CONFIG}"))
@@ -113,7 +114,7 @@ def load_model(workspace: Workspace, folder: str, checksums: Mapping[str, str] |
 
 
 def _read_table(workspace: Workspace, path: str, sha256: str | None, config: ModelConfig) -> Tensor:
-    # Copy on write, since torch knows no read-only tensors.
+    # Copy on write, since torch does not support read-only tensors.
     vectors = np.load(workspace.local_file(path, sha256), mmap_mode="c", allow_pickle=False)
     if vectors.shape != (config.num_songs, config.embedding_dim):
         raise DamagedArtifactError(
@@ -126,10 +127,10 @@ def _read_table(workspace: Workspace, path: str, sha256: str | None, config: Mod
 def save_training(
     folder: Path, state: TrainingState, best: dict[str, Tensor] | None, progress: dict[str, Any], share: Share
 ) -> None:
-    """Write one worker's part of where a training stands into a local folder.
+    """Write one worker's part of a training's checkpoint to a local folder.
 
-    `state` is what `Training.state` gave and `best` the weights of the best network so far, tables of this worker's
-    rows. The parts of all workers in one folder are a checkpoint.
+    `state` is the result of `Training.state`. `best` are the weights of the best network so far; its tables hold this
+    worker's rows. The parts of all workers in one folder form a checkpoint.
     """
     best_weights = {f"{BEST}/{name}": value for name, value in (best or {}).items()}
     rows = {name: value for name, value in best_weights.items() if name.removeprefix(f"{BEST}/") in TABLES}
@@ -142,8 +143,9 @@ def save_training(
 
 
 def load_training(folder: Path, training: Training) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-    """Put a training back where `save_training` left it, of any number of workers; the best weights so far, of this
-    worker's rows, and its progress. Raises `DamagedArtifactError` where a worker's part is missing.
+    """Restore a training from a checkpoint of any number of workers; return the best weights so far and the progress.
+
+    The tables of these weights hold this worker's rows. Raises `DamagedArtifactError` if a worker's part is missing.
     """
     common, rows = load_file(folder / COMMON), _rows_of(folder, training.share)
     training.load(TrainingState(common=common, rows=rows))
@@ -154,7 +156,7 @@ def load_training(folder: Path, training: Training) -> tuple[dict[str, Tensor] |
 
 
 def _rows_of(folder: Path, share: Share) -> dict[str, Tensor]:
-    """One worker's rows out of those that other workers wrote, some at a time."""
+    """Return this worker's rows, collected in parts from the files that all workers of the checkpoint wrote."""
     files = sorted(folder.glob("rows-*.safetensors"))
     if not files or files[-1].name != ROWS.format(rank=len(files) - 1, workers=len(files)):
         raise DamagedArtifactError(
@@ -169,8 +171,8 @@ def _rows_of(folder: Path, share: Share) -> dict[str, Tensor]:
     own: dict[str, Tensor] = {}
     for rank, path in enumerate(files):
         if (rank - share.rank) % math.gcd(len(files), share.workers):
-            continue  # no row of this worker is there
-        with safe_open(path, "np") as file:  # where numpy asks, a slice alone is read
+            continue  # the file has no row of this worker
+        with safe_open(path, "np") as file:  # the numpy interface reads only the slice
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
                 length = part.get_shape()[0]
@@ -190,13 +192,13 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_epochs(workspace: Workspace, folder: str, epochs: list[dict[str, Any]]) -> None:
-    """One JSON object a line and epoch, into a folder of the workspace."""
+    """Write one line with a JSON object per epoch to a file in a folder of the workspace."""
     lines = "".join(json.dumps(line) + "\n" for line in epochs)
     workspace.write_bytes(f"{folder}/{EPOCHS}", lines.encode())
 
 
 def write_tensorboard(workspace: Workspace, folder: str, epochs: list[dict[str, Any]]) -> bool:
-    """The numbers of each epoch as scalars named phase/figure; False, and nothing done, without TensorBoard."""
+    """Write the figures of each epoch as scalars named phase/figure. Without TensorBoard, do nothing; return False."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,12 +1,12 @@
-"""A whole fit: choose the number of epochs on the validation range, then train again on all that a fit may see.
+"""A complete fit: choose the number of epochs on the validation range, then train again on all plays it may see.
 
-Phases: `selection` trains on the train range and measures NDCG on the validation range after each
-epoch; `final` trains a fresh network for the best number of epochs on train and validation. Without
-a validation range there is only `final`, for the epochs that the config names.
+Phases: `selection` trains on the training range and measures NDCG on the validation range after each epoch; `final`
+trains a new network on both ranges for the best number of epochs. Without a validation range there is only `final`,
+with the number of epochs of the configuration.
 
-All training workers validate a network together: each computes the taste vectors of some users, and scores all plays
-against the songs whose vectors it keeps; the songs that score better than the right one are counted and added up.
-Q plays, U songs, n songs of a worker, D embedding.
+All training workers validate a network together. Each worker computes the taste vectors of some users, and scores the
+songs whose vectors it keeps for all plays to predict. The ranks follow from the numbers of songs that score at least as
+high as the target, summed over all workers. Q plays, U songs, n songs of a worker, D embedding dimensions.
 """
 
 import json
@@ -34,31 +34,31 @@ from rayrec.model.training import StepReport, Training
 
 Phase = Literal["selection", "final"]
 RECALL_AT = 20
-CHOSEN_BY = f"validation_ndcg@{RECALL_AT}"  # as served: recall alone prefers networks that put few songs first
+CHOSEN_BY = f"validation_ndcg@{RECALL_AT}"  # as served; recall alone prefers networks with few targets at the top
 VALIDATION_FIGURES = (f"validation_recall@{RECALL_AT}", f"validation_mrr@{RECALL_AT}", CHOSEN_BY)
-USERS_AT_ONCE = 1_000  # of a worker, the songs of whose histories it holds
+USERS_AT_ONCE = 1_000  # users per worker whose songs are in memory at once
 SCORES_AT_ONCE = 1 << 24
-SHORTEST_S = 1e-9  # of an epoch without steps
-ROWS_AT_ONCE = 1 << 14  # of each worker's table while the start of all is drawn
-STEPS_BETWEEN_READS = 50  # the loss is read from the device, and workers agree on the time for a checkpoint, this often
+SHORTEST_S = 1e-9  # seconds of an epoch without steps, to avoid a division by zero
+ROWS_AT_ONCE = 1 << 14  # rows of each worker's table that are drawn at once at the start
+STEPS_BETWEEN_READS = 50  # steps between reads of the loss from the device, and between checks for a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Plays to predict: one in the horizon of each query, from all plays before it by the same user."""
+    """The plays to predict: for each query one play in its horizon, predicted from all earlier plays by the user."""
 
     histories: Histories
-    plays: np.ndarray  # int64 (Q,), positions of the flat arrays: the plays before which is asked
-    horizon: AnyHorizon = NEXT_PLAY  # in which each query has a play
+    plays: np.ndarray  # int64 (Q,), positions in the flat arrays; each query comes just before this play
+    horizon: AnyHorizon = NEXT_PLAY  # each query must have a play in it
 
     @property
     def queries(self) -> Queries:
-        """What is asked, in the order of `plays`."""
+        """The queries, in the order of `plays`."""
         return Queries.before_plays(self.histories, self.plays)
 
     @property
     def answers(self) -> np.ndarray:
-        """int64 (Q,): the play to predict of each query; of a horizon of several one is drawn, always the same."""
+        """int64 (Q,): the play to predict for each query; if the horizon has several, one is drawn, always the same."""
         begin, end = self.horizon.spans(self.histories, self.queries)
         return np.asarray(begin + (np.random.default_rng(0).random(len(begin)) * (end - begin)).astype(np.int64))
 
@@ -66,13 +66,13 @@ class Validation:
 def validation_tastes(
     model: TasteModel, vectors_nD: Tensor, exchange: RowExchange, validation: Validation, share: Share
 ) -> Tensor:
-    """float32 (Q, D): the taste vectors at the plays to predict, on the model's device, the same on all workers.
+    """float32 (Q, D): the taste vectors at the queries, on the model's device, the same on all workers.
 
-    They are those of the network once it is saved. The song tables of `model` hold this worker's rows, and
-    `vectors_nD` is what `export_song_vectors` makes of them.
+    They equal those of the saved network. The song tables of `model` hold this worker's rows, and `vectors_nD` is the
+    result of `export_song_vectors` for these rows.
     """
     histories, queries = validation.histories, validation.queries
-    horizon = next(iter(model.config.horizons))  # short, where there is one
+    horizon = next(iter(model.config.horizons))  # short, if it exists
     device = model.songs.weight.device
     tastes = torch.zeros(len(queries), model.config.embedding_dim, device=device)
     users_of_all = USERS_AT_ONCE * share.workers
@@ -92,9 +92,10 @@ def validation_tastes(
 
 
 def network_over(model: TasteModel, vectors_nD: Tensor, exchange: RowExchange, songs: np.ndarray) -> TasteModel:
-    """The network as it is saved, over some songs, int64 (U,), of all workers, who call it together.
+    """Return the network as it is saved, with the rows of `songs`, int64 (U,), only. All workers must call it together.
 
-    It reads zeros for songs that it does not know, those without a vector in `vectors_nD`, as in `validation_tastes`.
+    The rows come from all workers; `vectors_nD` is as in `validation_tastes`. Unknown songs, those without a vector
+    there, have zeros in both tables.
     """
     tables = [exchange.rows_of(vectors_nD, songs)]
     if model.inputs is not None:
@@ -109,20 +110,20 @@ def network_over(model: TasteModel, vectors_nD: Tensor, exchange: RowExchange, s
 
 @dataclass(frozen=True, kw_only=True)
 class PlayRanks:
-    """Where each of Q plays stands; a play of a song that is never recommended stands behind the first `RECALL_AT`."""
+    """The ranks of Q plays; a play of a song that is never recommended has the rank `RECALL_AT` + 1."""
 
     among_all: np.ndarray  # int64 (Q,), from 1
-    among_unheard: np.ndarray  # int64 (Q,): as served, where songs that the user has heard are left out
-    is_new: np.ndarray  # bool (Q,): of a song that the user had not heard
+    among_unheard: np.ndarray  # int64 (Q,): as served, without the songs that the user has heard
+    is_new: np.ndarray  # bool (Q,): True if the user had not heard the song
 
     @classmethod
     def joined(cls, parts: Sequence["PlayRanks"]) -> "PlayRanks":
-        """Those of all parts."""
+        """Concatenate the ranks of all parts."""
         return cls(**{each.name: np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)})
 
 
 def rank_metrics(ranks: np.ndarray) -> tuple[float, float, float]:
-    """Recall, MRR and NDCG of ranks, int64 (Q,); zeros where there are none."""
+    """Return recall, MRR and NDCG at RECALL_AT of ranks, int64 (Q,); zeros if there are no ranks."""
     is_hit = ranks <= RECALL_AT
     gains = np.where(is_hit, 1 / np.log2(ranks + 1.0), 0.0)
     recall, mrr, ndcg = (float(values.sum() / max(1, len(ranks))) for values in (is_hit, is_hit / ranks, gains))
@@ -130,10 +131,10 @@ def rank_metrics(ranks: np.ndarray) -> tuple[float, float, float]:
 
 
 def validation_metrics(tastes_QD: Tensor, vectors_nD: Tensor, validation: Validation, share: Share) -> dict[str, float]:
-    """Figures of the plays to predict, the same on all workers; arguments as of `rank_plays`.
+    """Return the validation metrics, the same on all workers; the arguments are those of `rank_plays`.
 
-    The NDCG by which epochs are chosen is of the plays of songs new to the user, as served; of all plays where none is
-    new.
+    The NDCG that chooses the epoch is as served: it counts the plays of songs new to the user, or all plays if no song
+    is new.
     """
     ranks = rank_plays(tastes_QD, vectors_nD, validation, share)
     recall, mrr, ndcg = rank_metrics(ranks.among_all)
@@ -146,10 +147,10 @@ def validation_metrics(tastes_QD: Tensor, vectors_nD: Tensor, validation: Valida
 
 @torch.inference_mode()
 def rank_plays(tastes_QD: Tensor, vectors_nD: Tensor, validation: Validation, share: Share) -> PlayRanks:
-    """The ranks of the plays to predict among all songs by dot product, the same on all workers.
+    """Return the ranks of the plays to predict among all songs by dot product, the same on all workers.
 
-    `vectors_nD` are those of this worker's songs; a song that is not known has zeros and is never recommended. Ties
-    count against a play, and a score that is no number never finds one.
+    `vectors_nD` are the vectors of this worker's songs; an unknown song has zeros and is never recommended. Ties count
+    against a play, and a play whose score is not finite is never found.
     """
     histories, queries = validation.histories, validation.queries
     targets = histories.songs[validation.answers]
@@ -179,7 +180,7 @@ def rank_plays(tastes_QD: Tensor, vectors_nD: Tensor, validation: Validation, sh
 
 
 def _own(rows: np.ndarray, songs: np.ndarray, share: Share, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of pairs of a row and a song those whose song this worker keeps; the songs as places among its own."""
+    """Return the rows and songs of the pairs whose song this worker keeps; songs become places among its own."""
     own = songs % share.workers == share.rank
     return (
         torch.from_numpy(rows[own]).to(device),
@@ -188,12 +189,12 @@ def _own(rows: np.ndarray, songs: np.ndarray, share: Share, device: torch.device
 
 
 def _not_below(scores_Qn: Tensor, target_Q: Tensor) -> Tensor:
-    """int64 (Q,): how many songs do not score below the right one."""
+    """int64 (Q,): the number of songs that do not score below the target."""
     return (~(scores_Qn < target_Q[:, None])).sum(dim=1)
 
 
 def _heard(histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
-    """The songs that users had heard when they were asked for: rows of the queries, and songs."""
+    """Return the songs that users had heard at the queries, as pairs: rows of the queries, and songs."""
     counts = np.asarray(queries.seen)
     rows = np.repeat(np.arange(len(counts)), counts)
     return rows, histories.songs[ranges(histories.offsets[queries.rows], counts)]
@@ -201,13 +202,13 @@ def _heard(histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarr
 
 @dataclass(frozen=True, kw_only=True)
 class FitData:
-    """What one phase trains on, beside its windows."""
+    """The training data of one phase, apart from its windows."""
 
-    vectors: np.ndarray  # float32 (M, D), of the first M songs: zero rows for songs without one
+    vectors: np.ndarray  # float32 (M, D), vectors of the first M songs; zeros for songs without a vector
     counts: np.ndarray  # int64 (N,), plays of each song in the phase's fit range
 
     def known(self, share: Share) -> np.ndarray:
-        """bool (n,): which of a worker's songs can be recommended, played in the fit range or given a vector."""
+        """bool (n,): which of a worker's songs can be recommended: those with a play in the fit range or a vector."""
         known = share.own(self.counts) > 0
         has_vector = np.asarray(share.own(self.vectors).any(axis=1))
         known[: len(has_vector)] |= has_vector
@@ -216,44 +217,49 @@ class FitData:
 
 @dataclass(kw_only=True)
 class FitProgress:
-    """Where a fit stands: the next step to take, and what was found so far."""
+    """The progress of a fit: the next step to take, and the results so far."""
 
     phase: Phase
     epoch: int = 0
     step: int = 0
     best_epoch: int = -1
     best_ndcg: float = -1.0
-    loss: float = 0.0  # of the steps of the epoch in progress, added up
+    loss: float = 0.0  # sum over the steps of the current epoch so far
     plays: int = 0  # inputs of those steps, over all workers
-    targets: int = 0  # that they learned from, of all horizons and workers
-    seconds: float = 0.0  # that those steps took
+    targets: int = 0  # targets of those steps, of all horizons and workers
+    seconds: float = 0.0  # duration of those steps
     epochs: list[dict[str, Any]] = field(default_factory=list)  # figures of each finished epoch
 
 
 class Host(Protocol):
-    """What a fit asks of whoever runs it."""
+    """What a fit needs from its caller."""
 
     def windows(self, phase: Phase, epoch: int) -> Iterable[Windows]:
-        """This worker's share of the batches of an epoch, the same every time."""
+        """Return this worker's share of the batches of an epoch, the same on every call."""
         ...
 
     def stepped(self, phase: Phase, report: StepReport, loss: float) -> None:
-        """One step was taken; `loss` is the mean over the steps that were read from the device last."""
+        """Called after each step; `loss` is the mean over the steps whose losses were last read from the device."""
         ...
 
     def selected(self, model: TasteModel, known: np.ndarray) -> None:
-        """The selection phase is over; `model` is its best network over this worker's songs, of which it knows `known`,
-        bool (n,). Every worker calls it."""
+        """Called by every worker at the end of the selection phase.
+
+        `model` is the best network, over this worker's songs; `known`, bool (n,), are the songs that it knows.
+        """
         ...
 
     def checkpoint(self, progress: FitProgress, save: Callable[[Path], None]) -> bool:
-        """Keep where the fit stands; `save` writes this worker's part of it into a folder. Every worker calls it at the
-        same steps. False on all of them, and nothing is saved, while the checkpoint before is still being stored."""
+        """Store a checkpoint; `save` writes this worker's part of it to a folder.
+
+        Every worker calls this method at the same steps. It returns False on all workers, and saves nothing, while the
+        previous checkpoint is still being stored.
+        """
         ...
 
 
 class Fit:
-    """Runs the phases. All workers of a distributed fit run the same code in step."""
+    """Runs the phases of a fit. All workers of a distributed fit run the same code at the same time."""
 
     def __init__(
         self,
@@ -267,7 +273,7 @@ class Fit:
         device: str = "cpu",
         share: Share | None = None,
     ) -> None:
-        """With `start` both phases begin with the weights of that network, fit on some of the same plays."""
+        """With `start`, both phases begin with the weights of that network, which was fitted on some of the plays."""
         share = share or Share()
         self._model_config, self._config, self._data, self._host = model_config, config, data, host
         self._validation = validation
@@ -278,14 +284,15 @@ class Fit:
         self.training = self._new_training(self.progress.phase)
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint."""
+        """Continue from the checkpoint in `folder`."""
         self.progress = FitProgress(**json.loads((folder / "progress.json").read_text()))
         self.training = self._new_training(self.progress.phase)
         self._best, _ = load_training(folder, self.training)
 
     def run(self) -> TasteModel:
-        """The trained network over this worker's songs: of the final phase, or the best of the selection phase where
-        there is no refit.
+        """Run all phases and return the trained network over this worker's songs.
+
+        It is the network of the final phase, or the best one of the selection phase if there is no refit.
         """
         if self.progress.phase == "selection":
             self._select()
@@ -296,7 +303,7 @@ class Fit:
             if not self._config.refit:
                 return selected
             self._best = None
-            del selected, self.training  # a worker may have no room for the tables of both phases
+            del selected, self.training  # a worker may not have enough memory for the tables of both phases
             self.progress.phase, self.progress.epoch, self.progress.step = "final", 0, 0
             self.training = self._new_training("final")
         epochs = self.progress.best_epoch + 1 if self.progress.best_epoch >= 0 else self._config.epochs
@@ -356,7 +363,7 @@ class Fit:
         progress.loss, progress.plays, progress.targets, progress.seconds = 0.0, 0, 0, 0.0
 
     def _read(self, ledger: "_Ledger") -> None:
-        """Move what the steps since the last reading added up to into the progress. Raises `DivergedError`."""
+        """Add the sums since the last read to the progress. Raises `DivergedError` if the loss is not finite."""
         loss, plays, targets, seconds = ledger.read()
         progress = self.progress
         if not math.isfinite(loss):
@@ -367,7 +374,7 @@ class Fit:
         progress.seconds += seconds
 
     def _require_finite_weights(self) -> None:
-        """Raises `DivergedError`. A last step can break what no loss tells of any more."""
+        """Raise `DivergedError` if a weight is not finite. The loss does not show this if the last step caused it."""
         if self._share.total(float(not self.training.is_finite())):
             raise DivergedError(self._diverged("a weight"))
 
@@ -382,7 +389,7 @@ class Fit:
         return self._share.total(float(due)) > 0
 
     def _checkpoint(self) -> None:
-        state = self.training.state()  # of which each worker gives its part
+        state = self.training.state()  # this worker's part
 
         def save(folder: Path) -> None:
             save_training(folder, state, self._best, asdict(self.progress), self._share)
@@ -391,7 +398,7 @@ class Fit:
             self._saved_at = time.monotonic()
 
     def _validate(self) -> dict[str, float]:
-        """Figures of the network on the validation range, over all workers."""
+        """Return the metrics of the network on the validation range, over all workers."""
         if self._validation is None:
             return {CHOSEN_BY: 0.0}
         model = self.training.averaged()
@@ -410,13 +417,13 @@ class Fit:
 
 
 class _Ledger:
-    """Adds up on the device what steps report, so that a step does not wait for it."""
+    """Collects the reports of steps, with losses left on the device, so that a step does not wait for them."""
 
     def __init__(self, share: Share) -> None:
         self._share = share
         self._losses: list[Tensor] = []
         self._plays, self._targets, self._began = 0, 0, time.monotonic()
-        self.last_loss = 0.0  # mean over the steps of the last reading
+        self.last_loss = 0.0  # mean over the steps of the last read
 
     def add(self, report: StepReport) -> None:
         self._losses.append(report.loss)
@@ -424,7 +431,7 @@ class _Ledger:
         self._targets += report.targets
 
     def read(self) -> tuple[float, int, int, float]:
-        """Since the last reading: losses of all steps, plays and targets, added up over all workers, and seconds."""
+        """Return the sums since the last read: losses, plays and targets of all workers, and the seconds passed."""
         count = len(self._losses)
         local = float(torch.stack(self._losses).double().sum()) if count else 0.0
         loss, plays, targets = self._share.totals([local, self._plays, self._targets])
@@ -437,8 +444,10 @@ class _Ledger:
 def start_vectors(
     vectors: np.ndarray, seed: int, *, num_songs: int | None = None, share: Share | None = None
 ) -> np.ndarray:
-    """float32 (n, D): a worker's rows of the song vectors, (M, D), of the first M of `num_songs` songs. Songs without a
-    vector have a random one, so that they can be trained.
+    """float32 (n, D): a worker's rows of the first song table.
+
+    `vectors`, (M, D), are those of the first M of `num_songs` songs. Songs without a vector get a random one, so that
+    they can be trained.
     """
     share, total, dim = share or Share(), len(vectors) if num_songs is None else num_songs, vectors.shape[1]
     random = np.random.default_rng(seed)
@@ -456,13 +465,14 @@ def start_vectors(
 
 
 def carry_over(start: TasteModel, model: TasteModel, share: Share) -> None:
-    """Give a new network, of a worker's songs, the weights of a stored one, of all songs; songs that that one does not
-    know keep their rows.
+    """Copy the weights of a stored network of all songs, `start`, to `model`, a new network of a worker's songs.
+
+    Songs that `start` does not know keep their rows in `model`.
     """
     weights = {name: value for name, value in start.state_dict().items() if name not in TABLES}
     model.load_state_dict({**model.state_dict(), **weights})
     if model.config.song_table != "trained":
-        return  # the rows are the song vectors that both were given
+        return  # both networks were given the same song vectors
     for name in TABLES:
         if name in start.state_dict():
             rows = share.own(start.get_parameter(name).detach())

@@ -1,8 +1,7 @@
-"""Inference: from histories to taste vectors, in batches, in pieces, or onwards from a stored state.
+"""Inference: taste vectors from histories, in batches and in pieces, or continued from a stored state.
 
-Training aside, every taste vector comes from here: the batch job, the evaluation, and answers to
-single requests, so that they agree. U users, Q queries, D embedding, H hidden units, X
-numbers that the head sees.
+Apart from training, this module computes all taste vectors: those of the batch job, the evaluation and single
+requests, so that they agree. U users, Q queries, D embedding dimensions, H hidden units, X head inputs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from rayrec.model.network import TasteModel, gap_seconds, pad, scale_gap
 from rayrec.model.taste_table import States
 
 PLAYS_PER_PASS = 1 << 14  # padded plays that go through the network at once
-PIECE = 1024  # plays of one user in a pass; longer histories carry their state on
+PIECE = 1024  # plays per user and pass; the next pass over a longer history continues from its state
 
 
 class TasteEncoder:
@@ -27,7 +26,7 @@ class TasteEncoder:
     def __init__(
         self, model: TasteModel, device: torch.device | str = "cpu", *, plays_per_pass: int = PLAYS_PER_PASS
     ) -> None:
-        """At most `plays_per_pass` padded plays go through the network at once, and always one piece of a history."""
+        """At most `plays_per_pass` padded plays go through the network at once, but at least one piece of a history."""
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         self._plays_per_pass = plays_per_pass
@@ -44,12 +43,12 @@ class TasteEncoder:
     def run(
         self, histories: Histories, queries: Queries | None = None, start: States | None = None
     ) -> tuple[np.ndarray, States]:
-        """What the head sees at the queries, float32 (Q, X), and the states after all plays.
+        """Return the head inputs at the queries, float32 (Q, X), and the states after all plays.
 
-        `start` holds the states before the first of these plays; `queries` count from there.
+        `start` holds the states before the first play of `histories`. The plays seen by `queries` count from there.
         """
         start = start or self.no_states(len(histories))
-        hidden = torch.from_numpy(start.hidden.copy())  # (U, layers, H), moved on piece by piece
+        hidden = torch.from_numpy(start.hidden.copy())  # (U, layers, H), updated piece by piece
         watcher = _Asked(queries, self._seen_in(hidden))
         for rows in passes(histories.lengths, self._plays_per_pass):
             self._run_rows(histories, rows, start.last_played_at, hidden, watcher)
@@ -60,16 +59,16 @@ class TasteEncoder:
 
     @torch.inference_mode()
     def vectors(self, histories: Histories, queries: Queries, horizon: str, start: States | None = None) -> np.ndarray:
-        """float32 (Q, D), normalized: the taste vectors at the queries, from the plays before each only."""
+        """float32 (Q, D): the normalized taste vectors at the queries, each from the plays before its query only."""
         return self.vectors_of(histories, queries, (horizon,), start)[horizon]
 
     @torch.inference_mode()
     def vectors_of(
         self, histories: Histories, queries: Queries, horizons: Sequence[str], start: States | None = None
     ) -> dict[str, np.ndarray]:
-        """As `vectors`, of several horizons by one run through the plays.
+        """Return the same as `vectors` for several horizons, with one pass over the plays.
 
-        Queries that bring their hidden state are answered from it and the time of the last play before them.
+        Queries with a `hidden` state are answered from that state and the time of the last play before them.
         """
         start = start or self.no_states(len(histories))
         if queries.hidden is None:
@@ -83,25 +82,25 @@ class TasteEncoder:
         return {horizon: self.project(head_inputs, gap, horizon) for horizon in horizons}
 
     def tastes(self, states: States, at: int | np.ndarray, horizon: str) -> np.ndarray:
-        """float32 (U, D), normalized: the taste vectors at the moment `at` (ms UTC) from states alone."""
+        """float32 (U, D): the normalized taste vectors at the moment `at` (ms UTC), from states alone."""
         return self.tastes_of(states, at, (horizon,))[horizon]
 
     def tastes_of(self, states: States, at: int | np.ndarray, horizons: Sequence[str]) -> dict[str, np.ndarray]:
-        """As `tastes`, of several horizons."""
-        head_inputs = self._seen_in(torch.tensor(states.hidden)).numpy()  # a copy: what comes from a store is read-only
+        """Return the same as `tastes` for several horizons."""
+        head_inputs = self._seen_in(torch.tensor(states.hidden)).numpy()  # a copy, since stored states are read-only
         gap = gap_seconds(states.last_played_at, np.asarray(at))
         return {horizon: self.project(head_inputs, gap, horizon) for horizon in horizons}
 
     @torch.inference_mode()
     def project(self, seen: np.ndarray, gap: np.ndarray, horizon: str) -> np.ndarray:
-        """float32 (Q, D): from what the head sees (Q, X) and seconds since the last play (Q,)."""
+        """float32 (Q, D): the taste vectors for head inputs (Q, X) and seconds since the last play (Q,)."""
         request = torch.from_numpy(scale_gap(gap)).to(self.device)
         taste = self.model.head(torch.from_numpy(seen).to(self.device), request, horizon)
         return taste.float().cpu().numpy()
 
     @torch.inference_mode()
     def _seen_in(self, hidden: Tensor) -> Tensor:
-        """(U, X): what the head sees of states (U, layers, H)."""
+        """(U, X): the head inputs of states (U, layers, H)."""
         return self.model.seen_in(hidden.transpose(0, 1))
 
     def _run_rows(
@@ -121,7 +120,7 @@ class TasteEncoder:
 
 
 class _Asked:
-    """Collects what the head sees where queries ask for it."""
+    """Collects the head inputs after the last play that each query has seen."""
 
     def __init__(self, queries: Queries | None, initial_UX: Tensor) -> None:
         self._rows = np.zeros(0, np.int64) if queries is None else np.asarray(queries.rows)
@@ -142,7 +141,7 @@ class _Asked:
 
 
 def passes(lengths: np.ndarray, plays_per_pass: int = PLAYS_PER_PASS) -> Iterator[np.ndarray]:
-    """Rows with plays, those of like length together, so that a pass is small and little of it padding."""
+    """Yield the rows that have plays, grouped by similar length, so that a pass is small and has little padding."""
     order = np.argsort(lengths, kind="stable")
     order = order[lengths[order] > 0]
     widths = np.minimum(lengths[order], PIECE)

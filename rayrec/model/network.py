@@ -1,7 +1,7 @@
-"""The taste network, R(.; W) of the paper, and what it reads: padded plays with the context features c_j.
+"""The taste network, R(.; W) of the paper, and its input: padded plays with the context features c_j.
 
-Shapes: B rows, L plays, D embedding, H hidden units, F features, N songs, Q queries, K discounts,
-X = H + K·D numbers that the head sees.
+Shapes: B rows of plays, L plays, D embedding dimensions, H hidden units, F features, N songs, Q queries, K discounts,
+X = H + K·D head inputs (the numbers that the head reads after each play).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,40 +21,40 @@ from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
 from rayrec.model.train_config import FeatureSpec, ModelConfig
 
-LONGEST_GAP_S = 30 * 24 * 3600.0  # longer gaps, and no previous play at all, count as this one
+LONGEST_GAP_S = 30 * 24 * 3600.0  # longer gaps, and a missing previous play, count as this gap
 LOG_LONGEST_GAP = float(np.log1p(LONGEST_GAP_S))
 HOUR_MS = 3600 * 1000
-FIRST_HOUR = 3 * 24  # 1970 began on a Thursday; hour 0 of the week is Monday's first
-CHUNK = 16  # plays summed up by one product with a triangle; the sums are carried from chunk to chunk by another
-FASTEST, SLOWEST = -200.0, -1e-12  # logarithms of discounts: a play leaves nothing, or all
-NOT_YET = 1e18  # plays that leave nothing even of what fades slowest
+FIRST_HOUR = 3 * 24  # 1970 began on a Thursday; hour 0 of the week is the first hour of Monday
+CHUNK = 16  # plays per chunk: one matrix product adds up each chunk, another carries the sums from chunk to chunk
+FASTEST, SLOWEST = -200.0, -1e-12  # limits of log γ: one play later nothing of a play is left, or all of it
+NOT_YET = 1e18  # distance given to plays that are still to come: any discount turns it into weight 0
 SONG_TABLE, INPUT_TABLE = "songs.weight", "inputs.weight"  # the parameters that grow with the catalog
 TABLES = (SONG_TABLE, INPUT_TABLE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlayBatch:
-    """Rows of plays, padded on the right to the longest."""
+    """Rows of plays, padded on the right to the length of the longest row."""
 
     songs_BL: Tensor  # int64, 0 where padded
-    gap_BL: Tensor  # float32 in [0, 1], Δ to the previous play, scaled
-    position_BL: Tensor  # float64, by how many plays a play lies behind the one before the row; pauses may count
-    length_B: Tensor  # int64, plays of each row; on the CPU, where the packing of sequences wants it
+    gap_BL: Tensor  # float32 in [0, 1], scaled time Δ since the previous play
+    position_BL: Tensor  # float64, distance in plays from the play before the row; with `pause_hours`, pauses add to it
+    length_B: Tensor  # int64, plays per row; on the CPU, as `pack_padded_sequence` requires
     contexts_BL: Tensor | None = None  # int32 bit sets
     hour_BL: Tensor | None = None  # int64, hour of the week in [0, 168)
     skipped_BL: Tensor | None = None  # bool
 
     def to(self, device: torch.device) -> "PlayBatch":
-        """The batch on another device, lengths excepted."""
+        """Return the batch on another device, except the lengths, which stay on the CPU."""
         return self.each(lambda values: values.to(device, non_blocking=True), self.length_B)
 
     def shortened(self, length_B: Tensor) -> "PlayBatch":
-        """The first `length_B` plays of each row only; a column of padding where no row has any."""
+        """Return only the first `length_B` plays of each row; if no row has any, one column of padding."""
         longest = max(1, int(length_B.max())) if len(length_B) else 1
         return self.each(lambda values: values[:, :longest], length_B)
 
     def each(self, change: Callable[[Tensor], Tensor], length_B: Tensor) -> "PlayBatch":
-        """The batch with every tensor changed but the lengths, which are given anew."""
+        """Return the batch with `change` applied to every tensor except the lengths, which become `length_B`."""
 
         def optional(values: Tensor | None) -> Tensor | None:
             return None if values is None else change(values)
@@ -71,22 +71,22 @@ class PlayBatch:
 
 
 def scale_gap(seconds: np.ndarray) -> np.ndarray:
-    """float32: log(1 + seconds), clipped and scaled to [0, 1]. A negative gap counts as none."""
+    """float32: log(1 + seconds), clipped and scaled to [0, 1]. A negative gap counts as 0."""
     clipped = np.clip(seconds, 0.0, LONGEST_GAP_S)
     return np.asarray(np.log1p(clipped) / LOG_LONGEST_GAP, dtype=np.float32)
 
 
 def gap_seconds(since: np.ndarray, until: np.ndarray) -> np.ndarray:
-    """float64: seconds between two times in ms UTC; the longest gap where `since` is NEVER."""
+    """float64: seconds between two times in ms UTC; LONGEST_GAP_S if `since` is NEVER."""
     never = since == NEVER
     return np.where(never, LONGEST_GAP_S, (until - np.where(never, 0, since)) / 1000.0)
 
 
 def pad(plays: Histories, previous_at: np.ndarray, spec: FeatureSpec) -> PlayBatch:
-    """Pad the rows of `plays`; `previous_at` int64 (B,) is the time of the play before each row.
+    """Pad the rows of `plays` to one length; `previous_at`, int64 (B,), is the time of the play before each row.
 
-    Only the features that `spec` names are there. Contexts and skips that the plays do not tell
-    are none and false.
+    The batch holds only the features that `spec` names. If the plays have no contexts or skips, their values are 0
+    and False.
     """
     lengths = plays.lengths
     mask = np.arange(lengths.max(initial=1)) < lengths[:, None]
@@ -120,7 +120,7 @@ def pad(plays: Histories, previous_at: np.ndarray, spec: FeatureSpec) -> PlayBat
 
 
 def encode(batch: PlayBatch, spec: FeatureSpec) -> list[Tensor]:
-    """The features that a play has beside its song, float32, each (B, L, its width); F together."""
+    """Return the context features of plays, without their songs: float32 (B, L, width) each, whose widths total F."""
     parts: list[Tensor] = []
     if spec.contexts and batch.contexts_BL is not None:
         bits = torch.arange(len(spec.contexts), device=batch.contexts_BL.device)
@@ -137,15 +137,16 @@ def encode(batch: PlayBatch, spec: FeatureSpec) -> list[Tensor]:
 
 
 def log_discounts(discounts: Sequence[float]) -> Tensor:
-    """float32 (K,): log γ. Those of 0 and 1 are finite and below 0, so that any number of plays may be their factor."""
+    """float32 (K,): log γ. For γ = 0 and 1 it is clamped to a finite value below 0, so that it can be multiplied."""
     return torch.tensor(discounts).log().clamp(min=FASTEST, max=SLOWEST)
 
 
 def running_sums(songs_BLD: Tensor, position_BL: Tensor, log_discount_K: Tensor, start_BKD: Tensor) -> Tensor:
-    """(B, L, K, D): after every play i, Σ_j γ^(n_i − n_j) s_j over the plays j so far and `start_BKD`, those at n = 0.
+    """(B, L, K, D): the discounted sums after each play i, Σ_j γ^(n_i − n_j) s_j over the plays j up to i.
 
-    γ of the paper by its logarithm, and positions n as batches have them; 0 keeps the last song alone, 1 adds all of
-    them up [the recurrence is ours]. The number of operations does not grow with L.
+    `start_BKD` are the sums before the first play, at n = 0; they are discounted in the same way. γ is that of the
+    paper, given as its logarithm; positions n are those of `PlayBatch`. γ = 0 keeps only the last song, γ = 1 adds up
+    all songs [the recurrence is ours]. The number of tensor operations does not grow with L.
     """
     rows, length, dim = songs_BLD.shape
     chunks = -(-length // CHUNK)
@@ -154,7 +155,7 @@ def running_sums(songs_BLD: Tensor, position_BL: Tensor, log_discount_K: Tensor,
     position = torch.cat([position_BL, position_BL[:, -1:].expand(-1, fill)], dim=1).view(rows, chunks, CHUNK)
     left = _left(position.flatten(0, 1), log_discount_K, dtype)
     within = torch.bmm(left.flatten(1, 2), songs).view(rows, chunks, CHUNK, len(log_discount_K), dim)
-    # What stands before each chunk: the start, and the sums of the chunks before it, faded since.
+    # The sums before each chunk: the start and the sums of all earlier chunks, discounted since then.
     begin_BM = torch.cat([torch.zeros_like(position[:, :1, -1]), position[:, :-1, -1]], dim=1)
     before_BMKD = torch.cat([start_BKD.to(dtype).unsqueeze(1), within[:, :-1, -1]], dim=1)
     carried_BMKD = torch.einsum("bmkn,bnkd->bmkd", _left(begin_BM, log_discount_K, dtype), before_BMKD)
@@ -164,13 +165,13 @@ def running_sums(songs_BLD: Tensor, position_BL: Tensor, log_discount_K: Tensor,
 
 
 def _left(position: Tensor, log_discount_K: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., L, K, L): γ^(n_i − n_j), how much is left of play j after play i; 0 before it has happened."""
+    """(..., L, K, L): γ^(n_i − n_j), the weight of play j after play i; 0 if play j comes after play i."""
     since = threshold(position.unsqueeze(-1) - position.unsqueeze(-2), -0.5, NOT_YET).to(dtype)
     return (since.unsqueeze(-2) * log_discount_K.to(dtype).unsqueeze(-1)).exp_()
 
 
 def as_state(sums_BKD: Tensor, width: int) -> Tensor:
-    """(rows, B, H): the sums in rows of H = `width` numbers, the last one filled up with zeros."""
+    """(rows, B, H): the sums as rows of H = `width` numbers; the last row is filled up with zeros."""
     flat = sums_BKD.flatten(1)
     rows = -(-flat.shape[1] // width)
     filled = torch.nn.functional.pad(flat, (0, rows * width - flat.shape[1]))
@@ -178,7 +179,7 @@ def as_state(sums_BKD: Tensor, width: int) -> Tensor:
 
 
 def from_state(state_RBH: Tensor, count: int, dim: int) -> Tensor:
-    """(B, K, D): the sums that `as_state` put into rows."""
+    """(B, K, D): the sums in the rows that `as_state` returned."""
     rows = state_RBH.transpose(0, 1)
     return rows.flatten(1)[:, : count * dim].reshape(len(rows), count, dim)
 
@@ -186,11 +187,12 @@ def from_state(state_RBH: Tensor, count: int, dim: int) -> Tensor:
 class TasteModel(nn.Module):
     """GRU or LSTM, dense leaky-rectifier layer, one linear head per horizon [paper; the shared trunk is ours].
 
-    Step j sees x_j = s_j ⊕ c_j. The head also sees the time from the last play to the request and
-    discounted averages of the songs played, which are added to its output too, so that they are of the
-    vectors that tastes are compared with: songs near those just played are found without a way through the
-    hidden units. Where times are real, pauses discount them as plays do. The long horizon starts from the short
-    one [all ours]. Taste vectors and song vectors are compared by cosine.
+    Step j reads x_j = s_j ⊕ c_j. The head also reads the time from the last play to the request, and discounted
+    averages of the songs played. These averages are added to the output of the head as well, so that songs near those
+    just played are found without passing through the hidden units; therefore they average the vectors that taste
+    vectors are compared with, not the input vectors. If times are real, pauses discount the averages as plays do. The
+    taste vector of the long horizon starts from that of the short one [all ours]. Taste vectors and song vectors are
+    compared by cosine.
     """
 
     def __init__(
@@ -201,10 +203,10 @@ class TasteModel(nn.Module):
         *,
         shared: bool = False,
     ) -> None:
-        """`song_vectors` float32 (N, D) are the song table, or start it where it is trained.
+        """`song_vectors`, float32 (N, D), are the song table, or its first values if it is trained.
 
-        `input_vectors`, the same shape, are those of the songs as inputs where the network has a table of its own
-        for them; None: it starts as the song table. The tables are copies unless they are `shared`.
+        `input_vectors`, of the same shape, are the same for the separate table of songs as inputs, if the network has
+        one; None: that table starts as the song table. Tables are copies of these tensors unless `shared` is true.
         """
         super().__init__()
         for vectors in (song_vectors,) if input_vectors is None else (song_vectors, input_vectors):
@@ -212,17 +214,17 @@ class TasteModel(nn.Module):
                 raise ValueError(f"song embeddings {tuple(vectors.shape)} do not fit {config}")
         self.config = config
         count = len(config.averages)
-        # Training looks rows up itself and moves them on itself: the cost of a step does not grow with the catalog.
+        # Training looks up and updates rows itself, so that the cost of a step does not grow with the catalog.
         self.songs = _table(song_vectors, shared)
         self.inputs = None
         if config.input_table:
             started = song_vectors if input_vectors is None else input_vectors
             self.inputs = _table(started, shared and input_vectors is not None)
         self.map = SongMap(config.embedding_dim) if config.song_table == "mapped" else None
-        self.added_rows: Tensor | None = None  # int64 (n,), ascending: songs that came after the training
-        self.added_averaged: Tensor | None = None  # float32 (n, D), as averages have them
-        self.added_inputs: Tensor | None = None  # float32 (n, D), as the cells read them
-        self.exported = False  # whether the table holds what the map makes of it already, as a stored network's does
+        self.added_rows: Tensor | None = None  # int64 (n,), ascending: songs added after training
+        self.added_averaged: Tensor | None = None  # float32 (n, D), their vectors in the averages
+        self.added_inputs: Tensor | None = None  # float32 (n, D), their vectors as inputs of the cells
+        self.exported = False  # True if the song table already holds mapped vectors, as in a stored network
         # torch's LSTM has no peephole weights, which the paper's symbols include; Greff et al. 2015 found no gain.
         self.rnn = (nn.LSTM if config.cell == "lstm" else nn.GRU)(
             config.embedding_dim + config.features.dim,
@@ -252,15 +254,16 @@ class TasteModel(nn.Module):
         return self.song_vectors(songs) if self.inputs is None else normalize(self.inputs(songs), dim=-1)
 
     def add_songs(self, rows: Tensor, averaged: Tensor, inputs: Tensor) -> None:
-        """Let `trunk` read songs that no training has seen: rows int64 (n,), ascending, and their vectors.
+        """Let `trunk` read songs that are not in the tables: `rows`, int64 (n,), ascending, and their vectors.
 
-        `averaged` and `inputs`, float32 (n, D) each, are as `song_vectors` and `input_vectors` give those of others.
+        For these songs, `averaged` and `inputs`, float32 (n, D) each, replace the results of `song_vectors` and
+        `input_vectors`.
         """
         added = [values.to(self.songs.weight.device) for values in (rows, averaged, inputs)]
         self.added_rows, self.added_averaged, self.added_inputs = added if len(rows) else (None, None, None)
 
     def _played(self, songs_BL: Tensor, vectors_of: Callable[[Tensor], Tensor], added_nD: Tensor | None) -> Tensor:
-        """(B, L, D): vectors of songs, of those added as well; zeros for others from row N on."""
+        """(B, L, D): the vectors of songs, including added songs; zeros for all other songs from row N on."""
         known_BL = songs_BL < self.config.num_songs
         songs_BLD = vectors_of(songs_BL.where(known_BL, 0)) * known_BL.unsqueeze(-1)
         if self.added_rows is None or added_nD is None:
@@ -271,14 +274,14 @@ class TasteModel(nn.Module):
         return torch.where(added_BL.unsqueeze(-1), added_nD[place_BL], songs_BLD)
 
     def compared(self, rows: Tensor) -> Tensor:
-        """Rows of the song table, (..., D), as vectors that taste vectors are compared with."""
+        """Turn rows of the song table, (..., D), into the normalized vectors that taste vectors are compared with."""
         return normalize(rows if self.map is None else self.map(rows), dim=-1)
 
     def trunk(self, batch: PlayBatch, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What the head sees after every play (B, L, X), and the state after each row's last one (state layers, B, H).
+        """Return head inputs after every play, (B, L, X), and states after each row's last play, (state layers, B, H).
 
-        `state` is the one before the first play, zeros where None. Songs newer than the network, rows
-        from N on, count as a vector of zeros unless they were added.
+        `state` is the state before the first play; None means zeros. Songs newer than the network, rows from N on,
+        have a vector of zeros unless they were added.
         """
         songs_BLD = self._played(batch.songs_BL, self.input_vectors, self.added_inputs)
         if state is None:
@@ -302,12 +305,12 @@ class TasteModel(nn.Module):
         return _beside(hidden_BLH, sums_BLKD), torch.cat([last, as_state(ends, self.config.hidden_dim)])
 
     def seen_in(self, state: Tensor) -> Tensor:
-        """What the head sees of states alone (B, X), from (state layers, B, H)."""
+        """(B, X): the head inputs that follow from states alone, (state layers, B, H)."""
         hidden_BH = state[self.config.num_layers - 1]
         return _beside(hidden_BH, self._sums(state)) if self.config.averages else hidden_BH
 
     def head(self, seen: Tensor, request_gap: Tensor, horizon: str) -> Tensor:
-        """Normalized taste vectors (..., D) from what the trunk gives (..., X) and scaled gaps (...)."""
+        """Return normalized taste vectors (..., D) from head inputs (..., X) and scaled gaps to the request (...)."""
         return self._tastes(seen, request_gap, last=horizon)[horizon]
 
     def forward(
@@ -317,11 +320,11 @@ class TasteModel(nn.Module):
         songs_BLD: Tensor | None = None,
         averaged_BLD: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Normalized taste vectors (B, L, D) after every play, per horizon.
+        """Return normalized taste vectors (B, L, D) after every play, by horizon.
 
-        `songs_BLD` are the input vectors of the plays and `averaged_BLD` those that tastes are compared with, where a
-        training has looked them up. Padding on the right changes nothing before it, and unpacked sequences train up to
-        twice as fast.
+        Training passes the vectors that it has looked up: `songs_BLD`, the input vectors of the plays, and
+        `averaged_BLD`, the vectors of the same songs that taste vectors are compared with. Sequences are not packed,
+        since padding on the right does not change earlier results and unpacked sequences train up to twice as fast.
         """
         if songs_BLD is None or averaged_BLD is None:
             songs_BLD, averaged_BLD = self.input_vectors(batch.songs_BL), self.song_vectors(batch.songs_BL)
@@ -334,10 +337,10 @@ class TasteModel(nn.Module):
     def _tastes_of_windows(
         self, hidden_BLH: Tensor, request_gap_BL: Tensor, songs_BLD: Tensor, position_BL: Tensor
     ) -> dict[str, Tensor]:
-        """What `_tastes` makes of running sums from the first play on, in few operations that touch all averages."""
+        """Return the same as `_tastes` for whole windows, with few operations over the averages of all plays."""
         config, (rows, length, dim) = self.config, songs_BLD.shape
         if not config.features.pause_hours:
-            position_BL = position_BL[:1]  # the same for all rows
+            position_BL = position_BL[:1]  # without pauses, the same for all rows
         left = _left(position_BL, self.log_discount_K, songs_BLD.dtype).flatten(1, 2)
         again_HK = torch.stack([self.again[name] for name in config.horizons])
         widths = [config.hidden_dim, len(config.averages) * dim, int(config.features.request_gap)]
@@ -362,7 +365,7 @@ class TasteModel(nn.Module):
     def _dropped(self, values: Tensor) -> Tensor:
         if not self.training or not self.config.dropout:
             return values
-        dropped, _ = torch.native_dropout(values, self.config.dropout, True)  # a CPU's own has five operations
+        dropped, _ = torch.native_dropout(values, self.config.dropout, True)  # dropout() takes five operations on a CPU
         return dropped
 
     def _steps(self, songs_BLD: Tensor, batch: PlayBatch) -> Tensor:
@@ -373,7 +376,7 @@ class TasteModel(nn.Module):
         return from_state(rows, len(self.config.averages), self.config.embedding_dim)
 
     def _tastes(self, head_inputs: Tensor, request_gap: Tensor, last: str = "") -> dict[str, Tensor]:
-        """By horizon, up to and with `last` where it is given: a later one may build on those before it."""
+        """Return taste vectors by horizon, up to `last` inclusive if given; later horizons build on the first one."""
         directions = head_inputs[..., self.config.hidden_dim :]
         if self.config.features.request_gap:
             head_inputs = torch.cat([head_inputs, request_gap.unsqueeze(-1)], dim=-1)
@@ -395,9 +398,9 @@ class TasteModel(nn.Module):
 
 
 class SongMap(nn.Module):
-    """A map on top of given song vectors, (..., D) to (..., D), that starts as the identity [ours].
+    """A trained map of given song vectors, (..., D) to (..., D), that starts as the identity [ours].
 
-    It maps the vectors of songs that were not there at training too.
+    It can also map the vectors of songs that did not exist at training.
     """
 
     def __init__(self, dim: int) -> None:
@@ -406,25 +409,29 @@ class SongMap(nn.Module):
         nn.init.zeros_(self.outer.weight)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Vectors of the space that the network scores in."""
+        """Map vectors into the space in which the network scores songs."""
         moved: Tensor = self.outer(leaky_relu(self.inner(vectors)))
         return vectors + moved
 
 
 class _Averages(torch.autograd.Function):
-    """The directions of running sums, times a part of the dense layer, and times the weights that add them to tastes.
+    """Normalizes running sums and multiplies them by two weights: part of the dense layer, and the averages' weights.
 
-    Directions are as large as what the head sees, so that they are made and differentiated in as few operations as
-    can be: both products are one. N = B · L plays, O outputs of the dense layer, H horizons.
+    The first product is part of the dense layer's output; the second one is added to the taste vectors. The normalized
+    sums (directions) are as large as all head inputs, so the class uses as few operations as possible forward and
+    backward: both products are one matrix product. N = B · L plays, O outputs of the dense layer, H horizons.
     """
 
     @staticmethod
     def forward(
         ctx: Any, songs_BLD: Tensor, weight_OX: Tensor, again_HK: Tensor, left: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(N, O) and (N, H, D), float32 under autocast; `left` (B or 1, L · K, L): what is left of each play."""
+        """Return both products, (N, O) and (N, H, D), float32 under autocast.
+
+        `left`, (B or 1, L · K, L), are the weights that `_left` returns.
+        """
         device, (horizons, count), dim = songs_BLD.device.type, again_HK.shape, songs_BLD.shape[2]
-        if torch.is_autocast_enabled(device):  # sums of many plays want more digits than bfloat16 has
+        if torch.is_autocast_enabled(device):  # sums of many plays need more precision than bfloat16
             songs_BLD, weight_OX, again_HK = songs_BLD.float(), weight_OX.float(), again_HK.float()
         with torch.autocast(device, enabled=False):
             left = left.to(songs_BLD.dtype)
@@ -441,7 +448,7 @@ class _Averages(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """By songs, weight of the dense layer, and weights of the tastes."""
+        """Return the gradients by songs, by the weight of the dense layer, and by the weights of the averages."""
         sums, ones, directions, norms, weight, left = ctx.saved_tensors
         outputs, horizons, count, dim = ctx.shape
         with torch.autocast(sums.device.type, enabled=False):
@@ -455,13 +462,13 @@ class _Averages(torch.autograd.Function):
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Rows (n, D) of length 1, by the fused operation of weight normalization; not for rows of zeros."""
+    """Scale rows (n, D) to length 1, by the fused operation of weight normalization. No row may be zero."""
     directions, _ = scaled_rows(vectors.contiguous(), _ones(vectors))
     return directions
 
 
 def _ones(vectors: Tensor) -> Tensor:
-    """(n, 1): the lengths that rows (n, D) are to get."""
+    """(n, 1): ones, the lengths to which rows (n, D) are scaled."""
     rows = len(vectors)
     if torch.compiler.is_compiling():
         return vectors.new_ones(rows, 1)
@@ -469,14 +476,14 @@ def _ones(vectors: Tensor) -> Tensor:
 
 
 def _eye(vectors: Tensor) -> Tensor:
-    """(D, D): what leaves vectors (n, D) as they are."""
+    """(D, D): the identity matrix for vectors (n, D)."""
     if torch.compiler.is_compiling():
         return torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
     return _kept_eye(vectors.shape[1], vectors.dtype, vectors.device)
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept may be for a training
+@torch.inference_mode(False)  # training may use the cached tensor
 def _kept_eye(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.eye(dim, dtype=dtype, device=device)
 
@@ -488,11 +495,11 @@ def _kept_ones(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _table(vectors: Tensor, shared: bool) -> nn.Embedding:
-    """A table that is float32 (N, D), or starts as a copy of it."""
+    """Return a table that uses `vectors`, float32 (N, D), as its weight if `shared`, else a copy of them."""
     rows, dim = vectors.shape
     return nn.Embedding(rows, dim, _weight=vectors if shared else vectors.clone()).requires_grad_(False)
 
 
 def _beside(hidden: Tensor, sums: Tensor) -> Tensor:
-    """(..., X): hidden outputs (..., H) and, beside them, the directions of sums (..., K, D)."""
+    """(..., X): head inputs, the hidden outputs (..., H) followed by the normalized sums (..., K, D)."""
     return torch.cat([hidden, normalize(sums, dim=-1).flatten(-2)], dim=-1)

@@ -1,7 +1,7 @@
-"""Objectives: what a taste vector is trained for. All of them plug in here.
+"""The training objectives of taste vectors. `OBJECTIVES` lists all of them.
 
-Shapes: U songs of a step, H horizons, P positions that have a target, each of one horizon, T targets of a position at
-most, M targets that are there, K negatives, D embedding.
+Shapes: U songs of a step, H horizons, P positions with a target (each of one horizon), T targets per position at most,
+M existing targets, K negatives, D embedding dimensions.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-HITS = 0.003  # of the catalog: the first songs, whose popularity falls by Zipf's law rather than by their plays
+HITS = 0.003  # share of the catalog: up to about this popularity rank, songs are hits and get a higher prior
 HITS_POWER = 6.0
-SMALLEST = 1e-12  # under a root, whose slope at 0 has no end
-# Logits held at once, be there ever so many positions: what a core's caches hold, or enough to fill a GPU.
+SMALLEST = 1e-12  # lower limit under a square root, whose slope at 0 is infinite
+# Logits in memory at once, for any number of positions: those that fit into the caches of a core, or fill a GPU.
 CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 def log_popularity(counts: np.ndarray) -> np.ndarray:
-    """float32 (N,): log of a song's share of the plays, `counts` int (N,), times (1 + hits / rank)^6 [ours].
+    """float32 (N,): the log of each song's share of the plays times (1 + hits / rank)^6 [ours].
 
-    The second factor is for the few songs that everybody hears, of which shares alone say too little:
-    docs/method.md#taste-vectors-of-the-long-horizon.
+    `counts`, int (N,), are the plays of each song. The second factor raises the few songs that everybody plays, whose
+    popularity the share alone understates: docs/method.md#taste-vectors-of-the-long-horizon.
     """
     share = np.maximum(counts / max(1, counts.sum()), 1e-12)
     ranks = np.empty(len(counts))
@@ -33,30 +33,30 @@ def log_popularity(counts: np.ndarray) -> np.ndarray:
 
 
 def log_prior(counts: np.ndarray, correction: float) -> np.ndarray:
-    """float32 (N,): what is added to logits of likeness to make logits of chance; none where the correction is 1."""
+    """float32 (N,): the share 1 − `correction` of the log popularity, which training adds to the logits of songs."""
     return np.asarray((1 - correction) * log_popularity(counts), dtype=np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """The songs that taste vectors are trained for. Places are rows of the songs of the step."""
+    """The songs that taste vectors are trained to predict. Places are row numbers among the songs of the step."""
 
-    positions: Tensor  # int64 (P,), flat in (H, B, L inputs)
+    positions: Tensor  # int64 (P,), flat positions in (H, B, L inputs)
     horizons_PH: Tensor  # float32, 1 for the position's horizon, else 0
-    places_PT: Tensor  # int64, any where a position has fewer than T
-    weight_PT: Tensor  # float32, what a target counts for in the loss; 0 where there is none
-    weight_P1: Tensor  # float32, the same added up
-    missing_PT: Tensor  # float32, 0 where a target is there and no repetition of one before it in the row, else -inf
-    hits_PT: Tensor  # int64: the negative that is the same song; K + T where there is none
+    places_PT: Tensor  # int64, any valid place if a position has fewer than T targets
+    weight_PT: Tensor  # float32, weight of each target in the loss; 0 if there is no target
+    weight_P1: Tensor  # float32, the sums of the rows of `weight_PT`
+    missing_PT: Tensor  # float32, 0 for an existing target whose song is not earlier in the row, else -inf
+    hits_PT: Tensor  # int64: number of the negative with the same song; K + T if there is none
     prior_PT: Tensor  # float32: added to the logits of the targets
-    by_song_M: Tensor  # int64: the targets that are there, flat in (P, T), those of the same song together
-    positions_M: Tensor  # int64: their rows
-    songs_of_M: Tensor  # int64 (U + 1,): where those of each song begin
-    rows: list[int]  # (T,): up to which position any has more than so many targets
-    weight_H: Tensor  # float64, what the loss of each horizon counts for
+    by_song_M: Tensor  # int64: the existing targets, as flat positions in (P, T), grouped by song
+    positions_M: Tensor  # int64: the rows of these targets
+    songs_of_M: Tensor  # int64 (U + 1,): where the targets of each song begin in `by_song_M`
+    rows: list[int]  # (T,): for each column, the number of rows up to the last one with a target there
+    weight_H: Tensor  # float64, weight of the loss of each horizon
 
     def weighed(self, totals: np.ndarray) -> "Targets":
-        """The same where a target counts for one of as many as its horizon has, float (H,)."""
+        """Return the targets, each with the weight of its horizon divided by the horizon's `totals`, float (H,)."""
         each_H = self.weight_H / torch.from_numpy(np.maximum(1, totals))
         weight_P1 = self.horizons_PH @ each_H.to(self.horizons_PH.dtype)[:, None]
         weight_PT = (self.weight_PT > 0) * weight_P1
@@ -76,9 +76,9 @@ class Targets:
         weight_H: np.ndarray,
         count: int,
     ) -> "Targets":
-        """From songs and their places among the `count` songs of the step; each target counts for one.
+        """Create targets of weight 1 from songs and their places among the `count` songs of the step.
 
-        `negatives`, int64 (K,), are ascending.
+        `negatives`, int64 (K,), must be ascending.
         """
         among = np.minimum(np.searchsorted(negatives, songs_PT), max(0, len(negatives) - 1))
         is_hit = there_PT & (negatives[among] == songs_PT)
@@ -106,7 +106,7 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class Negatives:
-    """The songs that targets compete with in a step, each once."""
+    """The distinct songs that targets compete with in a step."""
 
     places_K: Tensor  # int64, rows of the songs of the step
     weight_KH: Tensor  # float32: added to their logits, by horizon
@@ -116,46 +116,47 @@ class NegativeSampler:
     """Draws songs by their popularity in the fit range, with replacement."""
 
     def __init__(self, counts: np.ndarray, count: int) -> None:
-        """`counts` int (N,) are the plays of each song; `count` songs are drawn by them."""
+        """`counts`, int (N,), are the plays of each song; `count` songs are drawn in proportion to them."""
         self._counts, self._total, self._count = counts, max(1, counts.sum()), count
         self._cumulative = np.cumsum(counts / self._total)
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Songs, int64 (K,), each once and ascending, and what is added to their logits, float32 (K,).
+        """Return the distinct songs drawn, int64 (K,), ascending, and corrections to add to their logits, float32 (K,).
 
-        A song that is drawn several times counts as many times. Each negative stands for the songs that were not
-        drawn, so its logit is corrected by how often it is expected.
+        A song that is drawn several times counts that many times. The negatives also represent the songs that were not
+        drawn, so each logit is corrected by the expected number of draws of its song (logQ correction).
         """
         points = rng.random(self._count) * self._cumulative[-1]
         drawn = np.searchsorted(self._cumulative, points, side="right")
         songs, times = np.unique(np.minimum(drawn, len(self._cumulative) - 1), return_counts=True)
-        # The expected number of times that a song is among those drawn, for the logQ correction.
+        # The expected number of draws of each song, for the logQ correction.
         expected = np.maximum(self._counts[songs] / self._total * self._count, 1e-12)
         return songs, np.log(times).astype(np.float32) - np.log(expected).astype(np.float32)
 
 
-# (songs of the step (U, D), taste vectors (P, D), their targets, negatives, scale of cosine logits (P,)) -> loss, added
-# up over targets by weight
+# (songs of the step (U, D), taste vectors (P, D), their targets, negatives, scale of cosine logits (P,)) -> the loss, a
+# weighted sum over the targets
 ObjectiveFunction = Callable[[Tensor, Tensor, Targets, Negatives, Tensor], Tensor]
 
 
 def cosine(songs_UD: Tensor, taste_PD: Tensor, targets: Targets, negatives: Negatives, scale_P: Tensor) -> Tensor:
-    """L_cos = 1 − cos(t, s) [paper], added up over targets."""
+    """L_cos = 1 − cos(t, s) [paper]: the weighted sum over the targets."""
     cosines_PT = (taste_PD.unsqueeze(1) * songs_UD[targets.places_PT]).sum(-1)
     return ((1.0 - cosines_PT) * targets.weight_PT).sum()
 
 
 def l2(songs_UD: Tensor, taste_PD: Tensor, targets: Targets, negatives: Negatives, scale_P: Tensor) -> Tensor:
-    """‖t − s‖2 [paper], added up over targets; on unit vectors, so that it weighs a far target less than L_cos does."""
+    """‖t − s‖2 [paper]: the weighted sum over the targets. On unit vectors, a far target counts less than in L_cos."""
     squared_PT = (taste_PD.unsqueeze(1) - songs_UD[targets.places_PT]).square().sum(-1)
     return (squared_PT.clamp(min=SMALLEST).sqrt() * targets.weight_PT).sum()
 
 
 def softmax(songs_UD: Tensor, taste_PD: Tensor, targets: Targets, negatives: Negatives, scale_P: Tensor) -> Tensor:
-    """Cross-entropy of the targets among themselves and the negatives, added up [ours].
+    """Cross-entropy of each target among the targets of its position and the negatives: the weighted sum [ours].
 
-    The targets of a position stand for themselves, each song once, and a negative that is one of them does not
-    count. Over all songs where all of them are the negatives, else an estimate of that.
+    Among these songs each song counts once: a target that occurs twice at a position counts once, and a negative that
+    is also a target there does not count. If the negatives are all songs, this is the softmax over the catalog, else
+    an estimate of it.
     """
     loss: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
         taste_PD * scale_P.unsqueeze(1), songs_UD, targets, negatives
@@ -164,16 +165,16 @@ def softmax(songs_UD: Tensor, taste_PD: Tensor, targets: Targets, negatives: Neg
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The cross-entropy, chunk by chunk: on a CPU neither logits nor chances of all positions are ever held.
+    """The cross-entropy, computed in chunks, so that a CPU never holds logits or probabilities of all positions.
 
-    The gradients are computed in the same pass, while a chunk's chances are in the caches. Products are in bfloat16
-    where autocast says so; sums stay float32. Few operations touch what is as large as all logits: that is what a
-    step costs on a GPU.
+    The gradients are computed in the same pass, while the probabilities of a chunk are in the caches. Under autocast,
+    products are in bfloat16 and sums stay float32. Only few operations run over tensors as large as all logits, since
+    they dominate the cost of a step on a GPU.
     """
 
     @staticmethod
     def forward(ctx: Any, query_PD: Tensor, songs_UD: Tensor, targets: Targets, negatives: Negatives) -> Tensor:
-        """The sum."""
+        """Return the weighted sum of the cross-entropies."""
         device = query_PD.device.type
         product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query_PD.dtype
         with torch.autocast(device, enabled=False):
@@ -184,7 +185,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """The gradients of the forward pass, times that of the sum."""
+        """Return the gradients computed in `forward`, multiplied by the gradient of the sum."""
         query, songs = ctx.saved_tensors
         return query * gradient, songs * gradient, None, None
 
@@ -196,15 +197,15 @@ def _cross_entropy(
     negatives: Negatives,
     product: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its gradients by queries and songs."""
+    """Return the loss and its gradients by queries (taste vectors times scale) and by songs."""
     (positions, each), count = targets.places_PT.shape, len(negatives.places_K)
     own_PT = _products(query_PD, songs_UD, targets) + targets.prior_PT
     counted_PT = own_PT + targets.missing_PT
     best_P1, best_at_P1 = counted_PT.max(dim=1, keepdim=True)
-    # A column behind the targets is where the hits of targets go that are no negatives.
+    # The column after the targets receives the hits of targets that are not among the negatives.
     others_PX = nn.functional.pad(counted_PT, (0, 1), value=-torch.inf)
     vectors_KD = songs_UD.index_select(0, negatives.places_K)
-    # The weights of the negatives by horizon are one more product each, so that all horizons are in one matrix.
+    # H more columns add the weights of the negatives, so that one product covers all horizons.
     left = torch.cat([query_PD, targets.horizons_PH], dim=1).to(product)
     right = torch.cat([vectors_KD, negatives.weight_KH], dim=1).to(product)
     vectors_KD = vectors_KD.to(product)
@@ -241,7 +242,7 @@ def _cross_entropy(
 
 
 def _products(query_PD: Tensor, songs_UD: Tensor, targets: Targets) -> Tensor:
-    """(P, T): queries times their targets, 0 from the last position on that has so many; a column at a time."""
+    """(P, T): dot products of queries and their targets, one column at a time; 0 after the last target of a column."""
     found_PT = query_PD.new_zeros(targets.places_PT.shape)
     for place, rows in enumerate(targets.rows):
         songs = songs_UD.index_select(0, targets.places_PT[:rows, place])
@@ -251,12 +252,12 @@ def _products(query_PD: Tensor, songs_UD: Tensor, targets: Targets) -> Tensor:
 
 
 def _weighed_sums(songs_UD: Tensor, places_PT: Tensor, weight_PT: Tensor) -> Tensor:
-    """(P, D): the songs at the places of each row, by weight, added up."""
+    """(P, D): the weighted sum of the songs at the places of each row."""
     return nn.functional.embedding_bag(places_PT, songs_UD, mode="sum", per_sample_weights=weight_PT)
 
 
 def _multiply(left: Tensor, right: Tensor, target: Tensor, *, add: bool = False) -> None:
-    """Put a product into the target, or add it; the target's numbers may be of another type."""
+    """Write `left` @ `right` to `target`, or add it; `target` may have another dtype."""
     if left.dtype == target.dtype:
         torch.addmm(target, left, right, beta=float(add), out=target)
     elif add:

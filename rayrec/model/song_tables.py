@@ -1,11 +1,11 @@
-"""Tables of song vectors that training workers keep between them: worker r mod W keeps row r.
+"""Tables of song vectors, divided among the training workers: worker r mod W keeps row r.
 
-Only the rows that a step looks up are read, and moved on by Adam: a step's cost does not depend on the size of the
-catalog. What each worker asks of each is agreed on the host, while the step before runs, in a process group of its own;
-so a step knows all sizes, and the host waits for no device.
+A step reads, and updates with Adam, only the rows that it looks up, so its cost does not depend on the size of the
+catalog. Workers exchange their requests for rows on the host, in a separate process group, while the previous step
+runs. So a step knows all sizes in advance, and the host never waits for a device.
 
-Shapes: n rows of songs that one worker keeps, U songs that a worker looks up, R rows that it is asked for by all
-workers, V of them each once, D embedding.
+Shapes: n rows of songs that one worker keeps, U songs that a worker looks up, R rows that all workers request from it,
+V distinct rows among these, D embedding dimensions.
 """
 
 import math
@@ -24,37 +24,39 @@ if TYPE_CHECKING:
 
 Rows = TypeVar("Rows", np.ndarray, Tensor)
 BETAS = (0.9, 0.999)  # Adam's decay of the mean of gradients and of their squares
-EPSILON = 1e-8  # Adam's
+EPSILON = 1e-8  # Adam's epsilon
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Which of how many workers this is."""
+    """The rank of this worker and the number of workers."""
 
     rank: int = 0
     workers: int = 1
 
     def total(self, value: float) -> float:
-        """The sum of a number over all workers."""
+        """Return the sum of `value` over all workers."""
         return self.totals([value])[0]
 
     def totals(self, values: Sequence[float]) -> list[float]:
-        """The sums of numbers over all workers."""
+        """Return the sum of each value over all workers."""
         if self.workers == 1:
             return [*values]
         tensor = torch.tensor(values, dtype=torch.float64)
         if dist.get_backend() == "nccl":
             tensor = tensor.cuda()
         dist.all_reduce(tensor)
-        return [*tensor.tolist()]  # read from the device at once
+        return [*tensor.tolist()]  # one read from the device
 
     def own(self, rows: Rows) -> Rows:
-        """This worker's of the rows of all: row r is worker r mod W's; a view."""
+        """Return this worker's part of all `rows`, as a view: worker r mod W keeps row r."""
         return rows[self.rank :: self.workers]
 
     def interleaved(self, rows: Tensor, total: int) -> Tensor | None:
-        """The first worker gets `total` rows in their order, (total, ...), from each worker's own (n, ...); the others
-        None. All workers take part."""
+        """Gather the rows of all workers in order, (total, ...), on the first worker; return None on the others.
+
+        `rows`, (n, ...), are this worker's own. All workers must call this method.
+        """
         if self.workers == 1:
             return rows
         longest = -(-total // self.workers)
@@ -71,24 +73,24 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class RowRequests:
-    """What one step of all workers asks of a table."""
+    """The rows of a table that workers request from each other in one step."""
 
-    sent: list[int]  # rows that this worker asks each for; U together
-    received: list[int]  # rows that each asks this worker for; R together
-    rows_R: Tensor  # int64, the places of those among this worker's rows
-    rows_V: Tensor  # int64, the same each once, ascending
-    places_R: Tensor  # int64, where each stands in rows_V
+    sent: list[int]  # number of rows that this worker requests from each worker; U in total
+    received: list[int]  # number of rows that each worker requests from this worker; R in total
+    rows_R: Tensor  # int64, the rows requested from this worker, as places among its rows
+    rows_V: Tensor  # int64, the distinct values of `rows_R`, ascending
+    places_R: Tensor  # int64, the place of each of `rows_R` in `rows_V`
 
 
 class RowExchange:
-    """One worker's end of the exchange. All workers make the same calls in the same order."""
+    """Exchanges rows with the other workers. All workers must make the same calls in the same order."""
 
     def __init__(self, share: Share) -> None:
         self._share = share
         self._host = dist.new_group(backend="gloo") if share.workers > 1 else None
 
     def agree(self, step: "TrainingStep", tables: list[str]) -> "TrainingStep":
-        """The step with the targets of all workers added up and the requests to some of its tables."""
+        """Return the step with the requests for rows of `tables`, and targets weighted by the counts of all workers."""
         if self._share.workers == 1:
             return step
         workers = self._share.workers
@@ -106,7 +108,7 @@ class RowExchange:
         return replace(step, targets=step.targets.weighed(totals), requests=requests)
 
     def rows_of(self, table_nD: Tensor, songs: np.ndarray) -> Tensor:
-        """(U, D): the rows of some songs, int64 (U,), from all workers; `table_nD` are this one's."""
+        """(U, D): the rows of `songs`, int64 (U,), fetched from all workers; `table_nD` holds this worker's rows."""
         device = table_nD.device
         if self._share.workers == 1:
             return table_nD.index_select(0, torch.from_numpy(songs).to(device))
@@ -138,48 +140,52 @@ class RowExchange:
 
 
 def fetch_rows(table_ND: Tensor, requests: RowRequests) -> Tensor:
-    """float32 (U, D): the rows that this worker asked for, from all workers; `table_ND` are its own."""
+    """float32 (U, D): the rows that this worker requested from all workers; `table_ND` holds its own rows."""
     found_UD = table_ND.new_empty(sum(requests.sent), table_ND.shape[1])
     dist.all_to_all_single(found_UD, table_ND.index_select(0, requests.rows_R), requests.sent, requests.received)
     return found_UD
 
 
 def return_gradients(gradient_UD: Tensor, requests: RowRequests) -> Tensor:
-    """float32 (V, D): the gradients of this worker's rows, added up over all workers; `gradient_UD` is its own part."""
+    """float32 (V, D): the gradients of this worker's rows, summed over all workers.
+
+    `gradient_UD` are the gradients of the rows that this worker looked up.
+    """
     found_RD = gradient_UD.new_empty(sum(requests.received), gradient_UD.shape[1])
     dist.all_to_all_single(found_RD, gradient_UD.contiguous(), requests.received, requests.sent)
     return found_RD.new_zeros(len(requests.rows_V), found_RD.shape[1]).index_add_(0, requests.places_R, found_RD)
 
 
 class Decay:
-    """The weight of earlier steps in an average whose steps are `part` of all of them old on average, step by step.
+    """The weight of all earlier steps in a running average of weights, step by step.
 
-    Step s counts for about s^(1 / part − 2): polynomial-decay averaging (Shamir and Zhang 2013, arXiv:1212.1824, whose
-    η this is). The start of a training does not stay in its average, and the longer it is, the more steps count.
+    The mean age of the steps in the average is `part` of the number of all steps. Step s counts for about s^η with
+    η = 1 / part − 2: polynomial-decay averaging (Shamir and Zhang 2013, arXiv:1212.1824). So the start of a training
+    fades out of its average, and the longer the training is, the more steps count.
     """
 
     def __init__(self, part: float) -> None:
-        """`part` in [0, 0.5], 0: no average."""
+        """`part` is in [0, 0.5]; 0 means no average."""
         self.part, self.taken, self.log_total = part, 0, 0.0
 
     def step(self) -> float:
-        """The factor of one more step."""
+        """Count one more step and return the weight of the average before it."""
         factor = (1 + self.taken) / (1 / self.part + self.taken)
         self.taken += 1
         self.log_total += math.log(factor) if factor else -math.inf
         return factor
 
     def state(self) -> Tensor:
-        """float64 (2,): where it stands, for a checkpoint."""
+        """float64 (2,): the number of steps and the log of the total decay, for a checkpoint."""
         return torch.tensor([self.taken, self.log_total], dtype=torch.float64)
 
     def load(self, state: Tensor) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` returned."""
         self.taken, self.log_total = int(state[0]), float(state[1])
 
 
 class SongTable:
-    """A worker's rows of a table that stays as it is. Of W workers each has every W-th row."""
+    """A worker's rows of a table that is not trained. Each of the W workers holds every W-th row."""
 
     learning_rate = 0.0
 
@@ -187,55 +193,56 @@ class SongTable:
         self._table = table_nD
 
     def look_up(self, songs_U: Tensor, requests: RowRequests | None) -> Tensor:
-        """float32 (U, D): the rows of songs, each of which comes once."""
+        """float32 (U, D): the rows of `songs_U`, which must be distinct."""
         return self._table.index_select(0, songs_U) if requests is None else fetch_rows(self._table, requests)
 
     def step(self, songs_U: Tensor, looked_up_UD: Tensor, requests: RowRequests | None) -> None:
-        """Move the rows that were looked up on by their gradient, of all workers together."""
+        """Update the rows that were looked up by their gradients of all workers; this class leaves them unchanged."""
 
     def averaged(self) -> Tensor:
-        """float32 (n, D): the rows as they were on average over the last steps."""
+        """float32 (n, D): the averages of the rows over the last steps."""
         return self._table
 
     def is_finite(self) -> bool:
-        """False where a number of this worker's rows is none."""
+        """Return False if this worker's rows contain NaN or infinity."""
         return bool(self._table.isfinite().all())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What a checkpoint keeps: what is the same for all workers, and what has an entry for each of these rows."""
+        """Return the tensors for a checkpoint: those that all workers share, and those with an entry per own row."""
         return {}, {}
 
     def load(self, common: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` returned."""
 
 
 class RowAdam(SongTable):
-    """Adam on the rows of a table that have a gradient; the others stay as they are, moments and all.
+    """Adam on the rows of a table that were looked up; all other rows and their moments stay unchanged.
 
-    With it, the average of the rows over the last steps. An average of a row that stays as it is moves in a way that is
-    known, so it too is brought up to date only when the row is looked up.
+    The class also keeps the average of the rows over the last steps. While a row stays unchanged, the change of its
+    average is known, so the average is updated only when the row is looked up.
     """
 
     def __init__(self, table_nD: Tensor, learning_rate: float, averaged_part: float) -> None:
-        """`table_nD` float32 (n, D) is changed in place; `learning_rate` may be changed between steps."""
+        """`table_nD`, float32 (n, D), is changed in place; `learning_rate` may be changed between steps."""
         super().__init__(table_nD)
         self.learning_rate = learning_rate
         self.steps = torch.zeros((), device=table_nD.device)
         self._decay = Decay(averaged_part)
-        # Means of gradients and of their squares, and the averages of rows if there are any: (2 or 3, n, D).
+        # Means of gradients and of their squares, and the averages of rows if they are computed: (2 or 3, n, D).
         self._kept = table_nD.new_zeros(3 if averaged_part else 2, *table_nD.shape)
         if averaged_part:
             self._kept[2] = table_nD
-            self._seen = torch.zeros(len(table_nD), dtype=torch.float64, device=table_nD.device)  # log decay till then
+            # The log of the total decay when each row was last looked up.
+            self._seen = torch.zeros(len(table_nD), dtype=torch.float64, device=table_nD.device)
 
     def look_up(self, songs_U: Tensor, requests: RowRequests | None) -> Tensor:
-        """The same as a leaf that takes a gradient."""
+        """Return the rows as in `SongTable`, as a leaf tensor that collects a gradient."""
         return super().look_up(songs_U, requests).requires_grad_()
 
     def step(self, songs_U: Tensor, looked_up_UD: Tensor, requests: RowRequests | None) -> None:
         """As in `SongTable`."""
         gradient_UD = looked_up_UD.grad
-        if gradient_UD is None:  # the rows are moved on by their momentum
+        if gradient_UD is None:  # momentum still moves the rows
             gradient_UD = torch.zeros_like(looked_up_UD)
         if requests is None:
             self._step(songs_U, looked_up_UD.detach(), gradient_UD)
@@ -255,7 +262,7 @@ class RowAdam(SongTable):
             [slots[0]],
             [slots[1]],
             [],
-            [self.steps],  # counted up
+            [self.steps],  # incremented in place
             fused=True,
             lr=self.learning_rate,
             beta1=BETAS[0],
@@ -276,7 +283,7 @@ class RowAdam(SongTable):
         return torch.lerp(self._table, self._kept[2], since)
 
     def _since(self, rows_V: Tensor) -> Tensor:
-        """float32 (V, 1): what is left of the averages of rows, which have stood still since they were looked up."""
+        """float32 (V, 1): the decay of the averages of rows since each row was last looked up."""
         return (self._decay.log_total - self._seen.index_select(0, rows_V)).exp_().float().unsqueeze(1)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

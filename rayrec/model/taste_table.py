@@ -1,4 +1,4 @@
-"""The taste vectors of all users at rest: one row per user, with the state from which a later run goes on."""
+"""Stored taste vectors: one row per user, with the network state from which a later run continues."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from rayrec.data.ragged import offsets_of
 from rayrec.errors import DamagedArtifactError
 
 if TYPE_CHECKING:
-    from rayrec.model.inference import TasteEncoder  # brings torch: readers of rows do without it
+    from rayrec.model.inference import TasteEncoder  # imports torch, which readers of rows do not need
 
 STATE = "state"  # column: float32 list, layers × H
-HEARD = "heard"  # column: int32 list, the songs played, each once, ascending
+HEARD = "heard"  # column: int32 list, the distinct songs played, ascending
 LAST_PLAYED_AT = "last_played_at"  # column: ms UTC
-PLAYS = "plays"  # column: plays that the state has seen
+PLAYS = "plays"  # column: number of plays in the state
 
 
 @dataclass(frozen=True, kw_only=True)
 class States:
-    """Where the network stands after each user's last play, U users."""
+    """The states of the network after the last play of each of U users."""
 
     # float32 (U, state layers, H): the outputs of the layers, the cells of an LSTM, the sums of the averages
     hidden: np.ndarray
@@ -37,36 +37,36 @@ class States:
 
 
 def taste_column(horizon: str) -> str:
-    """The column of a horizon's vectors, float32 lists of D."""
+    """Return the column name of a horizon's taste vectors, float32 lists of length D."""
     return f"taste_{horizon}"
 
 
 def tastes_file(folder: str, bucket: int) -> str:
-    """The Parquet file of one bucket of users in a tastes artifact."""
+    """Return the path of the Parquet file of one bucket of users in a tastes artifact."""
     return f"{folder}/bucket={bucket:05d}/tastes.parquet"
 
 
 @dataclass(kw_only=True)
 class TasteRows:
-    """The rows of U users before they are written: where the network stands, and what it has seen."""
+    """The rows of U users before they are written: network states, songs heard and numbers of plays."""
 
     user_ids: np.ndarray  # object (U,)
     hidden: np.ndarray  # float32 (U, state layers, H)
     last_played_at: np.ndarray  # int64 (U,), ms UTC
-    heard: pa.ListArray  # int32 lists: the songs of each user, each once, ascending
-    plays: np.ndarray  # int64 (U,)
+    heard: pa.ListArray  # int32 lists: the distinct songs of each user, ascending
+    plays: np.ndarray  # int64 (U,), number of plays in the state
 
     def states(self, place: np.ndarray) -> States:
-        """The states of some users."""
+        """Return the states of the users at `place`."""
         return States(hidden=self.hidden[place], last_played_at=self.last_played_at[place])
 
     def put(self, place: np.ndarray, states: States, plays: np.ndarray) -> None:
-        """Set the states of some users, and how many plays they have seen."""
+        """Set the states of the users at `place`, and the numbers of plays in these states."""
         self.hidden[place], self.last_played_at[place] = states.hidden, states.last_played_at
         self.plays[place] = plays
 
     def hear(self, place: np.ndarray, histories: Histories) -> None:
-        """Add the songs of `histories` to what the users at `place` have heard."""
+        """Add the songs of `histories` to the songs heard by the users at `place`."""
         known = self.heard.take(pa.array(place))
         lengths = np.diff(known.offsets.to_numpy())
         rows = np.concatenate([np.repeat(np.arange(len(place)), lengths), histories.rows])
@@ -77,7 +77,7 @@ class TasteRows:
 
 
 def taste_table(encoder: TasteEncoder, histories: Histories, at: int) -> pa.Table:
-    """One row per user: id, a vector for each horizon at the moment `at` (ms UTC), state, songs heard."""
+    """Return one row per user: id, a taste vector per horizon at `at` (ms UTC), state, songs heard, plays."""
     _, states = encoder.run(histories)
     rows = TasteRows(
         user_ids=histories.user_ids,
@@ -90,7 +90,7 @@ def taste_table(encoder: TasteEncoder, histories: Histories, at: int) -> pa.Tabl
 
 
 def rows_table(encoder: TasteEncoder, rows: TasteRows, at: int) -> pa.Table:
-    """The rows as they are stored, with the vectors at the moment `at` (ms UTC)."""
+    """Return the rows in the form in which they are stored, with the taste vectors at the moment `at` (ms UTC)."""
     states = States(hidden=rows.hidden, last_played_at=rows.last_played_at)
     vectors = encoder.tastes_of(states, at, list(encoder.model.config.horizons))
     return pa.table(
@@ -106,13 +106,16 @@ def rows_table(encoder: TasteEncoder, rows: TasteRows, at: int) -> pa.Table:
 
 
 def taste_writer(stream: Any, schema: pa.Schema) -> pq.ParquetWriter:
-    """Writes rows to a Parquet file. Numbers of vectors hardly repeat; their bytes, sorted by place, compress well."""
+    """Return a writer of rows to a Parquet file.
+
+    Values of vectors hardly repeat, but their bytes compress well if grouped by position within the value.
+    """
     vectors = [f"{field.name}.list.element" for field in schema if field.type == pa.list_(pa.float32())]
     return pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=False, use_byte_stream_split=vectors)
 
 
 def states_of(table: pa.Table, layers: int) -> States:
-    """The states of the users in rows that `taste_table` made."""
+    """Return the states of the users in rows that `taste_table` returned."""
     values = table.column(STATE).combine_chunks().flatten().to_numpy()
     width = len(values) // max(1, table.num_rows * layers)
     return States(
@@ -122,12 +125,12 @@ def states_of(table: pa.Table, layers: int) -> States:
 
 
 def heard_songs(histories: Histories) -> pa.ListArray:
-    """int32 lists: the songs of each user, each once, ascending."""
+    """int32 lists: the distinct songs of each user, ascending."""
     return heard_lists(histories.rows, histories.songs, len(histories))
 
 
 def heard_lists(rows: np.ndarray, songs: np.ndarray, users: int) -> pa.ListArray:
-    """int32 lists of `users`: the songs of each row, int (P,), each once, ascending."""
+    """int32 lists of `users` rows: the distinct songs of each row, ascending; `rows` and `songs` are int (P,)."""
     order = np.lexsort((songs, rows))
     rows, songs = rows[order], songs[order]
     first = np.ones(len(songs), dtype=bool)
@@ -144,11 +147,11 @@ def _fixed_lists(rows: np.ndarray) -> pa.ListArray:
 
 @dataclass(kw_only=True)
 class Counts:
-    """What became of users, and the work that it took."""
+    """How many users were computed in which way, and how many plays this took."""
 
     new: int = 0  # users without an earlier row
-    continued: int = 0  # users whose state went on with their new plays
-    recomputed: int = 0  # users computed from their first play on: a new one is older than their state
+    continued: int = 0  # users whose state was continued with their new plays
+    recomputed: int = 0  # users computed from their first play, since a new play is older than their state
     unchanged: int = 0  # users without new plays
     plays_computed: int = 0  # plays that went through the network
 
@@ -159,7 +162,7 @@ class Counts:
 def full_tables(
     encoder: TasteEncoder, dataset: Dataset, bucket: int, *, at: int, users: int, counts: Counts
 ) -> Iterator[pa.Table]:
-    """The rows of a bucket from the first play on."""
+    """Yield the rows of a bucket, computed from the first play of each user."""
     for histories in dataset.read_bucket(bucket, users):
         yield _from_start(encoder, histories, at, counts)
 
@@ -175,13 +178,13 @@ def continued_tables(
     users: int,
     counts: Counts,
 ) -> Iterator[pa.Table]:
-    """The rows of a bucket from the rows `base`, made before part `first_part`, and the plays that came since.
+    """Yield the rows of a bucket, computed from the earlier rows `base` and the plays of parts from `first_part` on.
 
-    Only the new parts are read, and the whole bucket where a user's new plays are older than the state.
-    Raises `DamagedArtifactError` where rows are not by ascending user id.
+    Only the new parts are read; the whole bucket is read only if new plays of a user are older than the user's state.
+    Raises `DamagedArtifactError` if the rows are not sorted by user id.
     """
     new = _Forward(dataset.read_bucket(bucket, users, first_part=first_part))
-    whole = _Forward(dataset.read_bucket(bucket, users))  # not opened before it is asked
+    whole = _Forward(dataset.read_bucket(bucket, users))  # reads nothing unless it is needed
     last = ""
     for table in base:
         rows = rows_of(table, encoder)
@@ -208,7 +211,7 @@ def continued_tables(
 
 
 def rows_of(table: pa.Table, encoder: TasteEncoder) -> TasteRows:
-    """Stored rows as arrays that can be brought up to date."""
+    """Return stored rows as arrays that can be updated."""
     states = states_of(table, encoder.model.config.state_layers)
     return TasteRows(
         user_ids=table.column(columns.USER).to_numpy(),
@@ -226,11 +229,11 @@ def _from_start(encoder: TasteEncoder, histories: Histories, at: int, counts: Co
 
 
 def _go_on(encoder: TasteEncoder, rows: TasteRows, new: Histories, counts: Counts) -> np.ndarray:
-    """Move the states on by new plays; object array: the users whose new plays are older, left as they were."""
+    """Continue states with new plays; return the ids of users whose new plays are older (left unchanged)."""
     if not len(new):
         return np.zeros(0, dtype=object)
     place = pd.Index(rows.user_ids).get_indexer(pd.Index(new.user_ids))
-    # Plays of the moment of the last one come behind it, as they do where parts are merged.
+    # New plays at the moment of the last play come after it, as they do when parts are merged.
     follows = new.played_at[new.offsets[:-1]] >= rows.last_played_at[place]
     some, place_of_some = new.take(follows), place[follows]
     _, states = encoder.run(some, start=rows.states(place_of_some))
@@ -251,20 +254,20 @@ def _start_again(encoder: TasteEncoder, rows: TasteRows, histories: Histories, c
 
 
 class _Forward:
-    """Finds users in a stream of batches by ascending id, without ever going back."""
+    """Finds users in a stream of batches that is sorted by user id, and reads the stream only once."""
 
     def __init__(self, batches: Iterator[Histories]) -> None:
         self._batches = batches
         self._rest: Histories | None = None
 
     def find(self, user_ids: np.ndarray) -> Iterator[Histories]:
-        """The histories of these users, ascending, batch by batch."""
+        """Yield the histories of `user_ids`, which must be ascending, batch by batch."""
         if len(user_ids):
             for batch in self.up_to(str(user_ids[-1])):
                 yield batch.take(np.isin(batch.user_ids, user_ids))
 
     def up_to(self, user_id: str) -> Iterator[Histories]:
-        """The histories of users up to this one that were not passed yet."""
+        """Yield the histories up to and including `user_id` that have not been read yet."""
         while (batch := self._next()) is not None:
             end = int(np.searchsorted(batch.user_ids, user_id, side="right"))
             if end:
@@ -274,7 +277,7 @@ class _Forward:
                 return
 
     def rest(self) -> Iterator[Histories]:
-        """Everything that was not passed yet."""
+        """Yield all histories that have not been read yet."""
         while (batch := self._next()) is not None:
             yield batch
 

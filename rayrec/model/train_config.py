@@ -1,4 +1,4 @@
-"""Settings of the taste network, its training and the batch job over all users. Loads no torch."""
+"""Settings of the taste network, its training and the batch job over all users. Does not import torch."""
 
 import math
 from collections.abc import Mapping
@@ -18,21 +18,21 @@ SongTable = Literal["trained", "mapped", "frozen"]
 Objective = Literal["sampled-softmax", "softmax", "cosine", "l2"]
 Cell = Literal["gru", "lstm"]
 Source = Literal["histories", "playlists"]
-REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards song vectors, as the paper's do
+REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards song vectors, as those of the paper
 
 
-MODEL_CONFIG = "model.json"  # of a models artifact: the shape of its network
-SELECTION_NETWORK = SELECTION_FOLDER  # folder in a models artifact: the network before it saw the validation range
+MODEL_CONFIG = "model.json"  # file in a models artifact: the shape of its network
+SELECTION_NETWORK = SELECTION_FOLDER  # folder in a models artifact: the network trained without the validation range
 PLAY_COUNTS = "play_counts.npy"  # int64 (N,): plays of each song in the range that the model was fit on
-PLAYS_IN_DAYS = 500  # after a query that a horizon in days may hold; windows hold so many behind their inputs
-USUAL_BATCH = 64  # windows, for which learning rates and negatives are chosen
-DIM_WITHOUT_EMBEDDINGS = 64  # where `dim` is not set
-LEAST_SCALE = 4.0  # of logits, however few songs there are for each choice; not tuned
+PLAYS_IN_DAYS = 500  # plays after a query that a horizon in days can include; windows hold as many after inputs
+USUAL_BATCH = 64  # windows per batch for which the default learning rates and negatives were chosen
+DIM_WITHOUT_EMBEDDINGS = 64  # embedding dimension if `dim` is not set
+LEAST_SCALE = 4.0  # lower limit of the scale of logits, for catalogs with few songs per choice; not tuned
 
 
 @dataclass(frozen=True, kw_only=True)
 class Horizon:
-    """The target of a position n is the song at n + l, l drawn from unif{min_offset, max_offset} [paper]."""
+    """A horizon in plays: the target of position n is the song n + l, l from unif{min_offset, max_offset} [paper]."""
 
     min_offset: int  # l_min, in plays, at least 1
     max_offset: int  # l_max, in plays
@@ -42,16 +42,16 @@ class Horizon:
 
     @property
     def lookahead(self) -> int:
-        """Plays after a position that targets may lie in."""
+        """The number of plays after a position that can hold targets."""
         return self.max_offset
 
     @property
     def choices(self) -> int:
-        """Plays that can be the target of a position, at most."""
+        """The largest number of plays that can be the target of a position."""
         return self.max_offset - self.min_offset + 1
 
     def spans(self, histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
-        """int64 (Q,) each: the positions of the first target play of each query, and behind the last one."""
+        """int64 (Q,) each: the position of the first target play of each query, and the position after the last one."""
         first = histories.offsets[queries.rows] + queries.seen
         ends = histories.offsets[queries.rows + 1]
         return np.minimum(first + self.min_offset - 1, ends), np.minimum(first + self.max_offset, ends)
@@ -59,12 +59,13 @@ class Horizon:
 
 @dataclass(frozen=True, kw_only=True)
 class DaysHorizon:
-    """The targets of a query are the plays from `first_day` to `last_day` days after it, of the next PLAYS_IN_DAYS.
+    """A horizon in days: the targets of a query are the plays from `first_day` to `last_day` days after it.
 
-    In training a position stands for a query at the moment of the next play, as in evaluation. [ours]
+    Only the next PLAYS_IN_DAYS plays can be targets. In training, a position is treated as a query at the moment of
+    the next play, as in evaluation [ours].
     """
 
-    first_day: int  # from 0, which is the query itself
+    first_day: int  # from 0, the moment of the query
     last_day: int  # exclusive: 0 and 7 are the seven days that begin with the query
 
     def __str__(self) -> str:
@@ -72,16 +73,16 @@ class DaysHorizon:
 
     @property
     def lookahead(self) -> int:
-        """As of `Horizon`."""
+        """As in `Horizon`."""
         return PLAYS_IN_DAYS
 
     @property
     def choices(self) -> int:
-        """As of `Horizon`."""
+        """As in `Horizon`."""
         return PLAYS_IN_DAYS
 
     def spans(self, histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
-        """As of `Horizon`."""
+        """As in `Horizon`."""
         first = histories.offsets[queries.rows] + queries.seen
         last = np.minimum(histories.offsets[queries.rows + 1], first + PLAYS_IN_DAYS)
         begin, end = (
@@ -92,7 +93,7 @@ class DaysHorizon:
 
 
 def _first_since(played_at: np.ndarray, begin: np.ndarray, end: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """int64 (Q,): the first position from `begin` up to `end` played at or after a moment, `end` where none is."""
+    """int64 (Q,): the first position in [begin, end) that was played at or after a moment; `end` if there is none."""
     while (begin < end).any():  # a binary search for all queries at once
         middle = (begin + end) // 2
         inside = begin < end
@@ -106,18 +107,19 @@ NEXT_PLAY = Horizon(min_offset=1, max_offset=1)
 
 
 def logit_scale(num_songs: int, horizon: AnyHorizon) -> float:
-    """The factor that makes logits of cosines, the inverse of the softmax temperature [ours].
+    """Return the factor that turns cosines into logits, the inverse of the softmax temperature [ours].
 
-    With it a song at cosine 1, the others at 0, has a chance of 1 / (choices + 1). It is not learned: a network makes
-    it ever larger to be surer of the plays that it has seen, and finds fewer of those that it has not. The fixed scale
-    of AdaCos (Zhang et al. 2019, arXiv:1905.00292) is the square root of 2 times as large.
+    With it, a song with cosine 1 has the probability 1 / (choices + 1) if all other songs have cosine 0. The factor is
+    not learned, since a network would increase it further and further to become more confident in the plays that it
+    has seen, and would then predict unseen plays less well. The fixed scale of AdaCos (Zhang et al. 2019,
+    arXiv:1905.00292) is larger by the factor √2.
     """
     return max(math.log(max(1, num_songs) / horizon.choices), LEAST_SCALE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """Which context features a step of the network sees beside the song, c_j [paper]; stored with the model."""
+    """The context features c_j that a step of the network reads besides the song [paper]; stored with the model."""
 
     contexts: tuple[str, ...] = ()  # names of the bits of the multi-hot, C
     gap: bool = True  # time since the previous play, Δ
@@ -125,11 +127,11 @@ class FeatureSpec:
     hour: bool = False  # one-hot hour of the day, UTC
     weekday: bool = False  # one-hot day of the week, UTC
     skipped: bool = False  # whether the play was skipped
-    pause_hours: float = 0.0  # without plays that fade averages as much as a play does [ours]; 0: only plays do
+    pause_hours: float = 0.0  # pause that discounts the averages as much as one play [ours]; 0: only plays do
 
     @property
     def dim(self) -> int:
-        """F: floats a play."""
+        """F, the number of floats per play."""
         return len(self.contexts) + self.gap + 24 * self.hour + 7 * self.weekday + self.skipped
 
 
@@ -145,24 +147,24 @@ class ModelConfig:
     features: FeatureSpec
     horizons: dict[str, AnyHorizon]
     song_table: SongTable
-    logit_scales: dict[str, float]  # by horizon: factors that make logits of cosines
+    logit_scales: dict[str, float]  # by horizon: the factor that turns cosines into logits
     cell: Cell
-    averages: tuple[float, ...]  # discounts γ of the averages that the head sees
-    input_table: bool  # whether songs as inputs have a table of their own
+    averages: tuple[float, ...]  # discounts γ of the averages that the head reads
+    input_table: bool  # True if songs as inputs have a separate table
 
     @property
     def recurrent_layers(self) -> int:
-        """Vectors of D_hid that the cells carry on: one a layer, two for an LSTM, outputs before cells."""
+        """The number of state vectors of the cells: one per layer, two for an LSTM (all outputs, then all cells)."""
         return self.num_layers * (2 if self.cell == "lstm" else 1)
 
     @property
     def state_layers(self) -> int:
-        """Vectors of D_hid that the network carries on: those of the cells, then the sums of the averages."""
+        """The number of state vectors of the network, D_hid each: those of the cells, then the sums of the averages."""
         return self.recurrent_layers + -(-len(self.averages) * self.embedding_dim // self.hidden_dim)
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "ModelConfig":
-        """From the JSON form that `dataclasses.asdict` gives."""
+        """Create the configuration from the JSON form that `dataclasses.asdict` returns."""
         features = FeatureSpec(**{**raw["features"], "contexts": tuple(raw["features"]["contexts"])})
         horizons = {
             name: DaysHorizon(**value) if "last_day" in value else Horizon(**value)
@@ -182,11 +184,11 @@ class TrainConfig(Settings):
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
-        # Trained until the validation NDCG falls; on long histories it still rises after twelve epochs.
+        # Trains until the validation NDCG falls; on long histories it still rises after twelve epochs.
         "best": {"epochs": 40, "patience": 3},
         # The paper's networks, on histories and on playlists, short- and long-term: frozen song vectors, cosine
-        # distance, one horizon, no averages. Its offsets of the long horizon are not known to us; these
-        # are the default's.
+        # distance, one horizon, no averages. The paper's offsets of the long horizon are unknown; the
+        # defaults are used.
         "r_hst": {**_PAPERS, "long": ()},
         "r_hlt": {**_PAPERS, "short": ()},
         "r_pst": {**_PAPERS, "source": "playlists", "long": ()},
@@ -300,7 +302,7 @@ class TrainConfig(Settings):
         return self
 
     def network_shape(self, *, num_songs: int, embedding_dim: int, features: FeatureSpec) -> ModelConfig:
-        """The shape of the network that these settings ask for."""
+        """Return the shape of the network for these settings."""
         return ModelConfig(
             num_songs=num_songs,
             embedding_dim=embedding_dim,
@@ -318,7 +320,7 @@ class TrainConfig(Settings):
 
     @property
     def horizons(self) -> dict[str, AnyHorizon]:
-        """The horizons by name, those that are there."""
+        """The configured horizons by name."""
         offsets = {"short": self.short, "long": () if self.long_days else self.long}
         horizons: dict[str, AnyHorizon] = {
             name: Horizon(min_offset=pair[0], max_offset=pair[1]) for name, pair in offsets.items() if pair
@@ -329,17 +331,17 @@ class TrainConfig(Settings):
 
     @property
     def scale(self) -> float:
-        """What learning rates and negatives are multiplied by: Adam's steps bear the root of the batch's growth."""
+        """The factor of learning rates and negatives: for Adam, the square root of the growth of the batch."""
         return math.sqrt(self.batch / USUAL_BATCH) if self.scale_with_batch else 1.0
 
     @property
     def has_input_table(self) -> bool:
-        """True where songs as inputs have a table of their own: where tables are trained at all."""
+        """True if songs as inputs have a separate table, which requires a trained song table."""
         return self.input_table and self.song_table == "trained"
 
     @property
     def lookahead(self) -> int:
-        """Plays behind a window's last input that targets may lie in."""
+        """The number of plays after a window's last input that can hold targets."""
         return max(horizon.lookahead for horizon in self.horizons.values())
 
 
@@ -362,5 +364,5 @@ class TasteConfig(Settings):
     @field_validator("at", mode="before")
     @classmethod
     def _to_ms(cls, value: Any) -> str | None:
-        """Unix ms, whatever way the time was given."""
+        """Convert the time from any accepted form to Unix ms, as text."""
         return None if value is None else str(parse_moment(value))

@@ -1,12 +1,12 @@
 """The training loop: plain PyTorch over an iterable of windows, on one device or as one of many workers.
 
-A step is prepared on the host: songs looked up, targets and negatives drawn, tensors padded. Whatever has a size that
-depends on the data is decided there, so that a step on a device never waits for an answer from it. A thread does so,
-and copies the step to the device, while the steps before it are taken. Everything random is a function of seed, epoch
-and step, so a resumed run goes on as if it had never stopped.
+A step is prepared on the host: its songs are collected, targets and negatives are drawn, tensors are padded. All sizes
+that depend on the data are computed there, so that the host never waits for a result from the device. A thread prepares
+the next steps and copies them to the device while earlier steps run. All random numbers are a function of seed, epoch
+and step, so a resumed run continues as if it had never stopped.
 
-Shapes: B windows, L plays, U songs of a step, D embedding, P positions that have a target, T targets of a position,
-K negatives, H horizons.
+Shapes: B windows, L plays, U songs of a step, D embedding dimensions, P positions with a target, T targets per
+position, K negatives, H horizons.
 """
 
 import copy
@@ -30,7 +30,7 @@ from rayrec.model.song_tables import Decay, RowAdam, RowExchange, RowRequests, S
 from rayrec.model.train_config import AnyHorizon, DaysHorizon, ModelConfig, TrainConfig
 
 AHEAD = 2  # steps that are prepared while one runs
-STOP_SECONDS = 5.0  # that a thread is waited for which may itself wait for another worker that failed
+STOP_SECONDS = 5.0  # time to wait for the thread to end, which may itself wait for a worker that failed
 LARGEST_GRADIENT = 1.0  # norm to which gradients are clipped
 
 T = TypeVar("T")
@@ -41,26 +41,26 @@ class TrainingStep:
     """One worker's share of a batch, ready for the device."""
 
     number: int  # within the epoch, from 0
-    seed: int  # of what is random in the step itself: dropout
-    windows: Windows  # that it was made of
+    seed: int  # of the random numbers in the step itself: dropout
+    windows: Windows  # from which the step was prepared
     batch: PlayBatch  # the input plays; songs_BL holds rows of the songs that are looked up as inputs
-    averaged_BL: Tensor  # int64: the songs that averages are of, as rows of the outputs; (B, 0) where they are songs_BL
-    request_gap_BL: Tensor  # float32: to the next play, scaled
-    songs: dict[str, Tensor]  # table -> int64 (U,), the songs looked up in it, each once, by worker that keeps the row
-    targets: Targets  # each counts for one of those that its horizon has over all workers
+    averaged_BL: Tensor  # int64: the songs that are averaged, as rows of the song table; (B, 0) if songs_BL is used
+    request_gap_BL: Tensor  # float32: scaled time to the next play
+    songs: dict[str, Tensor]  # table -> int64 (U,), the distinct songs looked up in it, grouped by their worker
+    targets: Targets  # weighted by 1 / number of its horizon's targets over all workers
     negatives: Negatives
-    counts: list[int]  # targets of each horizon
-    requests: dict[str, RowRequests] = field(default_factory=dict)  # table -> who asks whom; empty for one worker
-    copied: torch.cuda.Event | None = None  # happens on the device once the whole step is there; none on a CPU
+    counts: list[int]  # number of targets of each horizon
+    requests: dict[str, RowRequests] = field(default_factory=dict)  # table -> requests between workers
+    copied: torch.cuda.Event | None = None  # marks that the step has reached the device; None on a CPU
 
     @property
     def plays(self) -> int:
-        """Inputs."""
+        """The number of input plays."""
         return int(self.windows.inputs.sum())
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those that a step on a device has there."""
+        """The tensors that are on the device, for a step on a device."""
         found: list[Tensor] = []
 
         def note(tensor: Tensor) -> Tensor:
@@ -71,44 +71,45 @@ class TrainingStep:
         return found
 
     def to(self, device: torch.device, copies: torch.cuda.Stream | None) -> "TrainingStep":
-        """The step on another device, copied by the stream `copies` beside what other streams do there: `await_copies`
-        before it is used. Without a stream, on a CPU, the step itself."""
+        """Return the step copied to `device` on the stream `copies`, while other streams of the device continue.
+
+        Call `await_copies` before the step is used. Without a stream, on a CPU, return the step itself.
+        """
         if copies is None:
             return self
-        with torch.cuda.device(copies.device), torch.cuda.stream(copies):  # a thread begins with the first device
+        with torch.cuda.device(copies.device), torch.cuda.stream(copies):  # a new thread uses device 0
             moved: TrainingStep = _moved(
                 self, lambda tensor: tensor.contiguous().pin_memory().to(device, non_blocking=True)
             )
         return replace(moved, copied=copies.record_event())
 
     def await_copies(self) -> None:
-        """Let whatever the current stream does from now on wait until the step is on the device; the host waits for
-        nothing."""
+        """Make the current stream wait until the step is on the device; the host does not wait."""
         if self.copied is None:
             return
         stream = torch.cuda.current_stream(self.batch.songs_BL.device)
         stream.wait_event(self.copied)
         for tensor in self.tensors:
-            tensor.record_stream(stream)  # else later copies may take its memory while this stream still reads it
+            tensor.record_stream(stream)  # else later copies may reuse its memory while this stream still reads it
 
 
 class StepMaker:
-    """Prepares steps. What it draws is a function of seed, epoch and step, and of a window's place in its batch."""
+    """Prepares steps. Random draws are a function of seed, epoch, step, and a window's place in its batch."""
 
     def __init__(self, model: ModelConfig, config: TrainConfig, counts: np.ndarray, share: Share) -> None:
-        """`counts` int (N,) are each song's plays in the fit range; negatives are drawn by them."""
+        """`counts`, int (N,), are each song's plays in the fit range; negatives are drawn in proportion to them."""
         self._model, self._config, self._share, self._num_songs = model, config, share, len(counts)
         self._sampler = NegativeSampler(counts, round(config.negatives * config.scale))
-        self._priors: dict[str, np.ndarray] = {}  # by horizon, of those that have one
+        self._priors: dict[str, np.ndarray] = {}  # by horizon, for horizons with a prior
         if config.long_correction < 1:
             self._priors["long"] = log_prior(counts, config.long_correction)
 
     def make(self, windows: Windows, epoch: int, number: int) -> TrainingStep:
-        """The step of this worker's share of a batch."""
+        """Return the step for `windows`, this worker's share of a batch."""
         entropy = [self._config.seed, epoch, number]
         seed, *seeds = np.random.SeedSequence(entropy).generate_state(1 + len(self._model.horizons)).tolist()
         padded = pad(windows.plays, windows.previous_at, self._model.features)
-        inputs_B = torch.tensor(windows.inputs)  # a copy: what comes from Arrow is read-only
+        inputs_B = torch.tensor(windows.inputs)  # a copy, since Arrow's arrays are read-only
         batch = padded.shortened(inputs_B)
         width = batch.songs_BL.shape[1]
         songs = _without_padding(batch.songs_BL.numpy(), windows.inputs)
@@ -145,21 +146,21 @@ class StepMaker:
         )
 
     def _distinct(self, parts: Iterable[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The songs in all parts, int64, each once, by worker that keeps the row, and each part's places among them."""
+        """Return the distinct songs of all parts, int64, grouped by their worker, and each part's places in them."""
         flat = [np.asarray(part, dtype=np.int64).ravel() for part in parts]
         workers, songs = self._share.workers, np.concatenate(flat)
-        rows = -(-self._num_songs // workers)  # of a worker at most
+        rows = -(-self._num_songs // workers)  # per worker, at most
         keys, places = np.unique(songs % workers * rows + songs // workers, return_inverse=True)
         return keys % rows * workers + keys // rows, np.split(places.ravel(), np.cumsum(list(map(len, flat)))[:-1])
 
     def _prior(self, horizon: str, songs: np.ndarray) -> np.ndarray:
-        """float32, of the shape of `songs`: added to their logits on a horizon."""
+        """float32, of the shape of `songs`: the prior that is added to their logits on a horizon."""
         if horizon in self._priors:
             return np.asarray(self._priors[horizon][songs])
         return np.zeros(songs.shape, dtype=np.float32)
 
     def _negatives(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Songs, int64 (K,), ascending, and what is added to their logits, float32 (K,)."""
+        """Return the negative songs, int64 (K,), ascending, and corrections to add to their logits, float32 (K,)."""
         if self._config.objective == "softmax":
             return np.arange(self._num_songs), np.zeros(self._num_songs, dtype=np.float32)
         return self._sampler.draw(rng)
@@ -167,13 +168,13 @@ class StepMaker:
     def _targets(
         self, songs_BL: np.ndarray, windows: Windows, horizon: AnyHorizon, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Flat positions (P,) in (B, L inputs) with a target, target songs (P, T), and bool (P, T): which are there.
+        """Return positions (P,) with targets, flat in (B, L inputs), the target songs (P, T), and which exist (P, T).
 
-        A horizon of several offsets, or of days, draws T = `long_targets` of them for each position.
+        For a horizon of several offsets, or of days, T = `long_targets` targets are drawn for each position.
         """
         rows, longest = len(windows), max(1, int(windows.inputs.max(initial=0)))
         draws = 1 if horizon.choices == 1 else self._config.long_targets
-        # Drawn for the whole batch, whatever the number of workers, so that a window's targets do not depend on it.
+        # Drawn for the whole batch, so that the targets of a window do not depend on the number of workers.
         drawn = (int(windows.places.max(initial=-1)) + 1, self._config.window, draws)
         exists = np.arange(longest)[:, None] < windows.inputs[:, None, None]
         if isinstance(horizon, DaysHorizon):
@@ -188,7 +189,7 @@ class StepMaker:
         songs, exists = songs.reshape(rows * longest, draws), exists.reshape(rows * longest, draws)
         positions = np.flatnonzero(exists.any(axis=1))
         songs, exists = songs[positions], exists[positions]
-        # A song that is looked up is moved on by its momentum: what is not there names a target of its own position.
+        # Momentum moves every song that is looked up, so a missing target is replaced by another one of its position.
         first = np.take_along_axis(songs, exists.argmax(axis=1)[:, None], axis=1)
         return positions, np.where(exists, songs, first), exists
 
@@ -200,7 +201,7 @@ class StepMaker:
         inputs: int,
         count: int,
     ) -> Targets:
-        """Those of all horizons, of `inputs` positions each; first the horizon with the most targets of a position."""
+        """Join the targets of all horizons, of `inputs` positions each; those with most targets per position first."""
         most = max(songs.shape[1] for _, songs, _ in drawn.values())
         parts = []
         for number, ((name, (positions, songs, exists)), rows) in enumerate(zip(drawn.items(), places, strict=True)):
@@ -227,7 +228,7 @@ class StepMaker:
 
 
 def _in_days(windows: Windows, horizon: DaysHorizon, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64 (B, L) each: for each input the place in its window of the first play in the range, and how many are."""
+    """int64 (B, L) each: for each input, the place of the first play in the range, and the number of plays in it."""
     plays, shape = windows.plays, (len(windows), longest)
     first, count = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     rows, places = np.nonzero(np.arange(longest) < windows.inputs[:, None])
@@ -238,7 +239,7 @@ def _in_days(windows: Windows, horizon: DaysHorizon, longest: int) -> tuple[np.n
 
 
 def ahead(values: Iterator[T], depth: int = AHEAD) -> Iterator[T]:
-    """The same values in their order, made by a thread up to `depth` of them early; its error is raised here."""
+    """Yield `values` in order; a thread computes up to `depth` of them in advance, and its errors are raised here."""
     prepared: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -276,13 +277,13 @@ def ahead(values: Iterator[T], depth: int = AHEAD) -> Iterator[T]:
 
 
 def _without_padding(songs_BL: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-    """The songs with the row's first one where padded: a song that is looked up is moved on by its momentum."""
+    """Replace padding by the first song of the row, since momentum moves every song that is looked up."""
     inside = np.arange(songs_BL.shape[1]) < inputs[:, None]
     return np.where(inside, songs_BL, songs_BL[:, :1])
 
 
 def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """The same with every tensor moved, lengths of batches excepted, which packing wants on the CPU."""
+    """Apply `move` to every tensor in `value`, except the lengths of batches, which packing needs on the CPU."""
     if isinstance(value, Tensor):
         return move(value)
     if isinstance(value, dict):
@@ -296,48 +297,48 @@ def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one step did, this worker's share of it."""
+    """The figures of one step, for this worker's share of the batch."""
 
     epoch: int
     step: int  # within the epoch, from 0
-    plays: int  # inputs
-    targets: int  # of all horizons
-    loss: Tensor  # float32 (), on the device: this worker's part of the mean over all targets, horizons added
+    plays: int  # number of input plays
+    targets: int  # number of targets of all horizons
+    loss: Tensor  # float32 (), on the device: this worker's part of the mean over targets, summed over horizons
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """Where a training stands: weights, and what the optimizers remember."""
+    """The state of a training: the weights and the states of the optimizers."""
 
     common: dict[str, Tensor]  # the same for all workers
     rows: dict[str, Tensor]  # with an entry for each row of the song tables that this worker keeps
 
 
 class Training:
-    """One fit of one network. Pass epochs of windows to `epoch`."""
+    """The training of one network. Call `epoch` with the batches of each epoch."""
 
     def __init__(
         self, model: TasteModel, config: TrainConfig, counts: np.ndarray, *, device: str, share: Share
     ) -> None:
-        """`counts` int (N,) are each song's plays in the fit range; negatives are drawn by them.
+        """`counts`, int (N,), are each song's plays in the fit range; negatives are drawn in proportion to them.
 
-        The song tables of `model` hold this worker's rows alone: of W workers row r is in the r mod W-th one's.
+        The song tables of `model` hold only this worker's rows: worker r mod W keeps row r.
         """
         self.device = torch.device(device)
         self.bf16 = self.device.type == "cuda"  # products in bfloat16; weights and sums stay float32
         self.model = model.to(self.device)
         if config.compiled:
-            self.model.compile(dynamic=True)  # the same for windows of any length, which would else be compiled anew
+            self.model.compile(dynamic=True)  # one compilation for windows of any length
         self.config = config
         self.share = share
-        self.copies: torch.cuda.Stream | None = None  # of steps to the device
+        self.copies: torch.cuda.Stream | None = None  # stream that copies steps to the device
         if self.device.type == "cuda":
             self.copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._maker = StepMaker(model.config, config, counts, share)
         self._dense_names = [name for name, _ in model.named_parameters() if name not in TABLES]
         self._dense = [model.get_parameter(name) for name in self._dense_names]
         self.optimizer = torch.optim.Adam(self._dense, lr=config.learning_rate, fused=True)
-        self._taken = 0  # steps
+        self._taken = 0  # number of steps
         scales = [model.config.logit_scales[name] for name in model.config.horizons]
         self._scale_H = torch.tensor(scales, device=self.device)
         weights = {name: value.detach() for name, value in model.named_parameters() if name in TABLES}
@@ -353,9 +354,9 @@ class Training:
         return RowAdam(rows_nD, config.table_learning_rate, config.averaged_part)
 
     def averaged(self) -> TasteModel:
-        """The network whose weights are averages over the last steps, for whatever is validated or kept.
+        """Return the network with its weights averaged over the last steps, for validation and saving.
 
-        Its song tables hold this worker's rows.
+        Without averaging, return the network itself. Its song tables hold this worker's rows.
         """
         if not self._decay.part:
             return self.model
@@ -368,12 +369,12 @@ class Training:
         return model
 
     def is_finite(self) -> bool:
-        """False where a weight that this worker has moved is no number."""
+        """Return False if a weight that this worker updates is NaN or infinite."""
         dense = all(bool(value.isfinite().all()) for value in self._dense)
         return dense and all(table.is_finite() for table in self.tables.values())
 
     def state(self) -> TrainingState:
-        """Where the training stands, as a checkpoint keeps it, for any number of workers."""
+        """Return the state for a checkpoint, from which any number of workers can continue."""
         slots = self.optimizer.state_dict()["state"]
         common = {f"model/{name}": self.model.get_parameter(name).detach() for name in self._dense_names}
         common |= {f"optimizer/{index}/{key}": value for index, of in slots.items() for key, value in of.items()}
@@ -388,7 +389,7 @@ class Training:
         return TrainingState(common=common, rows=rows)
 
     def load(self, state: TrainingState) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` returned."""
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in _below("optimizer", state.common).items():
             number, _, key = name.partition("/")
@@ -407,23 +408,23 @@ class Training:
     def epoch(
         self, batches: Iterable[Windows], epoch: int, *, skip: int = 0, on_step: Callable[[StepReport], None]
     ) -> None:
-        """One pass; the first `skip` steps were taken before and are passed over."""
+        """Train for one epoch; the first `skip` batches are skipped, since their steps were already taken."""
         for report in self.steps(islice(batches, skip, None), epoch, first=skip):
             on_step(report)
 
     def steps(self, batches: Iterable[Windows], epoch: int, *, first: int = 0) -> Iterator[StepReport]:
-        """Take a step on each batch, the first of them numbered `first`, while a thread prepares those that follow."""
+        """Take a step on each batch, numbered from `first`, and yield its report; a thread prepares the next steps."""
         self.model.train()
         for step in self.prepared(batches, epoch, first=first):
             loss = self.take(step)
             yield StepReport(epoch=epoch, step=step.number, plays=step.plays, targets=sum(step.counts), loss=loss)
 
     def prepared(self, batches: Iterable[Windows], epoch: int, *, first: int = 0) -> Iterator[TrainingStep]:
-        """The steps that `take` takes: a thread makes them and copies them to the device while it works on others."""
+        """Yield the steps for `take`; a thread prepares them and copies them to the device in advance."""
         return ahead(self._prepared(windows, epoch, number) for number, windows in enumerate(batches, start=first))
 
     def step(self, windows: Windows, epoch: int, number: int) -> Tensor:
-        """One step by itself; its loss, on the device."""
+        """Prepare and take a single step; return its loss, on the device."""
         return self.take(self._prepared(windows, epoch, number))
 
     def _prepared(self, windows: Windows, epoch: int, number: int) -> TrainingStep:
@@ -431,7 +432,7 @@ class Training:
         return step.to(self.device, self.copies)
 
     def take(self, step: TrainingStep) -> Tensor:
-        """One step of the optimizers on this worker's share of a batch; its part of the mean loss, on the device."""
+        """Take an optimizer step on this worker's share of a batch; return its part of the mean loss, on the device."""
         torch.manual_seed(step.seed)
         self._set_learning_rates()
         step.await_copies()
@@ -451,7 +452,7 @@ class Training:
         return loss.detach()
 
     def _set_learning_rates(self) -> None:
-        """Those of the next step."""
+        """Set the learning rates of the next step."""
         self._taken += 1
         factor = self.config.scale * min(1.0, self._taken / max(1, self.config.warmup_steps))
         self.optimizer.param_groups[0]["lr"] = factor * self.config.learning_rate
@@ -459,7 +460,7 @@ class Training:
             table.learning_rate = factor * self.config.table_learning_rate
 
     def _loss(self, step: TrainingStep, rows: dict[str, Tensor]) -> Tensor:
-        """This worker's part of the losses of all horizons added, each the mean over the targets of all workers."""
+        """Return this worker's part of the sum over horizons of the mean loss over the targets of all workers."""
         if not sum(step.counts):  # this worker's share of the batch has no target
             return torch.zeros((), device=self.device)
         outputs_UD = unit(rows[SONG_TABLE] if self.model.map is None else self.model.map(rows[SONG_TABLE]))
@@ -475,7 +476,7 @@ class Training:
 
     def _add_up_gradients(self) -> None:
         """Sum the dense gradients over all workers and clip them."""
-        # What no target of any horizon depends on has none; the same for any number of workers.
+        # A weight on which no target depends has no gradient; zeros make the sum the same for any number of workers.
         gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in self._dense]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.share.add_up(flat)
@@ -486,6 +487,6 @@ class Training:
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose names begin with the prefix and a slash, by the rest of their names."""
+    """Return the tensors whose names begin with `prefix` and a slash, by the rest of their names."""
     prefix += "/"
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,5 +1,7 @@
-"""Where the network's training sequences come from: histories, playlists, or sessions that serve as playlists; and
-how they become a worker's share of the batches of an epoch."""
+"""The network's training sequences, and how they become each worker's share of the batches of an epoch.
+
+Sequences are histories, playlists, or, for data without playlists, sessions that are used as playlists.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -21,15 +23,15 @@ from rayrec.model.train_config import Source, TrainConfig
 
 Kind = Literal["histories", "playlists", "sessions"]
 USERS_PER_READ = 100  # few, since one worker may read from all lanes at once
-PLAYS_PER_CUT = 20_000  # whose windows, which hold plays several times, are held at once for a lane
+PLAYS_PER_CUT = 20_000  # plays per lane whose windows are in memory at once; windows hold plays several times
 STEP = "step"  # column: the number of a window's batch within the epoch
 
 
 class Sequences:
-    """Reads training sequences in units that are there to be read in any order: buckets, or files of playlists."""
+    """Reads training sequences in units that can be read in any order: buckets, or files of playlists."""
 
     def __init__(self, dataset: Dataset, source: Source) -> None:
-        """Playlists are the data set's own, or where it has none the sessions of its histories."""
+        """Playlists are those of the data set, or the sessions of its histories if it has no playlists."""
         self._dataset = dataset
         self.kind: Kind = "histories"
         if source == "playlists":
@@ -38,20 +40,20 @@ class Sequences:
 
     @property
     def units(self) -> int:
-        """How many units there are."""
+        """The number of units."""
         return len(self._files) if self.kind == "playlists" else self._dataset.manifest.buckets
 
     @property
     def plays(self) -> int:
-        """Plays, or entries of playlists, in all of them."""
+        """The number of plays, or of playlist entries, in all units."""
         manifest = self._dataset.manifest
         return manifest.playlist_entries if self.kind == "playlists" else manifest.plays
 
     def read(self, unit: int, allowed: FitRange, rows: int) -> Iterator[Histories]:
-        """The sequences of a unit, a row each, from `rows` users or playlists at a time.
+        """Yield the sequences of a unit, one per row, from `rows` users or playlists at a time.
 
-        None of them holds a play that `allowed` forbids; of playlists nobody can say, but for songs that are held out.
-        Raises `LeakError`.
+        Plays outside of `allowed` are left out. Playlists have no times and users, so that only their held-out songs
+        are left out. Raises `LeakError` if a play outside of `allowed` remains in a history.
         """
         for raw in self._raw(unit, rows):
             yield self._sequences(self._select(raw, allowed))
@@ -59,10 +61,10 @@ class Sequences:
     def count(
         self, unit: int, ranges: Sequence[FitRange], window: int, rows: int = 5_000
     ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """What the plays of a unit come to in each of several fit ranges.
+        """Count the plays and the windows of a unit in each of several fit ranges.
 
-        That is the songs played, int64, their plays, int64, and the inputs of all windows in the order of `read`.
-        Small where the catalog is large.
+        A count holds the songs with plays, int64, their numbers of plays, int64, and the numbers of inputs of all
+        windows, in the order of `read`. It leaves out songs without plays, so it stays small for a large catalog.
         """
         plays = [np.zeros(self._dataset.num_songs, dtype=np.int64) for _ in ranges]
         inputs = [[np.zeros(0, dtype=np.int64)] for _ in ranges]
@@ -85,7 +87,7 @@ class Sequences:
         if self.kind == "playlists":
             return raw.keep(allowed.allowed_songs(raw.songs))
         histories = allowed.select(raw)
-        allowed.require(histories)  # the last place where the users are known
+        allowed.require(histories)  # users are not known after this step
         return histories
 
     def _sequences(self, selected: Histories) -> Histories:
@@ -93,7 +95,7 @@ class Sequences:
 
 
 def as_histories(sentences: Sentences) -> Histories:
-    """Sequences of songs alone, a row each; places stand in for times."""
+    """Return sequences of songs as histories, one per row, with positions instead of times."""
     songs, offsets = sentences
     lengths = np.diff(offsets)
     return Histories(
@@ -105,40 +107,40 @@ def as_histories(sentences: Sentences) -> Histories:
 
 
 class WindowCounter:
-    """A bucket worker that counts plays by song, and windows, once for each of several fit ranges."""
+    """A bucket worker that counts the plays of each song, and the windows, in each of several fit ranges."""
 
     def __init__(self, dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) -> None:
         self._sequences, self._window, self._ranges = Sequences(dataset, config.source), config.window, ranges
 
     def __call__(self, unit: int) -> tuple[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-        """The unit, and what `Sequences.count` says of it."""
+        """Return the unit and the result of `Sequences.count` for it."""
         return unit, self._sequences.count(unit, self._ranges, self._window)
 
 
 def window_lengths(dataset: Dataset, allowed: FitRange, config: TrainConfig) -> WindowLengths:
-    """Those of the whole data, counted in this process."""
+    """Return the lengths of all windows of the data set, counted in this process."""
     sequences = Sequences(dataset, config.source)
     counted = [sequences.count(unit, [allowed], config.window)[0] for unit in range(sequences.units)]
     return WindowLengths.of_units([inputs for _, _, inputs in counted])
 
 
 class ShardReader:
-    """Reads one worker's lanes, in an order of each epoch, and puts their windows into its share of the batches."""
+    """Reads one worker's lanes, in a new order each epoch, and puts their windows into its share of the batches."""
 
     def __init__(
         self, dataset: Dataset, allowed: FitRange, config: TrainConfig, windows: WindowLengths, share: Share
     ) -> None:
-        """`windows` are those of the data set in the range that is `allowed`."""
+        """`windows` are the lengths of the data set's windows in the fit range `allowed`."""
         self._sequences, self._lengths = Sequences(dataset, config.source), windows
         self._allowed, self._config, self._share = allowed, config, share
 
     def batches(self, epoch: int) -> EpochBatches:
-        """The batches of an epoch, of all workers."""
+        """Return the batches of an epoch, over all workers."""
         config = self._config
         return EpochBatches(self._lengths, shards=config.shards, batch=config.batch, seed=config.seed, epoch=epoch)
 
     def tables(self, batches: EpochBatches) -> Iterator[pa.Table]:
-        """The worker's windows of one pool after the other, by batch, as rows that `split_batches` takes apart."""
+        """Yield the worker's windows, one table per pool, sorted by batch; `split_batches` cuts them into batches."""
         share = self._share
         lanes = batches.lanes_of(share.rank, share.workers)
         readers = {lane: _LaneReader(self._windows(batches.lanes[lane])) for lane in lanes}
@@ -155,7 +157,7 @@ class ShardReader:
             windows = replace(Windows.joined(parts).take(order), places=pool.places[rows[order]])
             if len(windows):
                 yield windows.to_arrow().append_column(STEP, pa.array(pool.steps[rows[order]]))
-            pa.default_memory_pool().release_unused()  # a reader lives as long as the training
+            pa.default_memory_pool().release_unused()  # the reader would keep it for the whole training
 
     def _windows(self, units: list[int]) -> Iterator[Windows]:
         for unit in units:
@@ -165,18 +167,18 @@ class ShardReader:
 
 
 def _cuts(histories: Histories) -> np.ndarray:
-    """Rows before which to cut, so that parts hold about `PLAYS_PER_CUT` plays."""
+    """Return the rows before which to cut, so that each part holds about `PLAYS_PER_CUT` plays."""
     return np.flatnonzero(np.diff(histories.offsets[:-1] // PLAYS_PER_CUT)) + 1
 
 
 class _LaneReader:
-    """Hands out the windows of a lane, as many at a time as are asked for."""
+    """Returns the windows of a lane in order, in portions of any size."""
 
     def __init__(self, windows: Iterator[Windows]) -> None:
         self._windows, self._rest = windows, Windows.joined([])
 
     def take(self, inputs: np.ndarray) -> Windows:
-        """The next windows, which are to have so many inputs, int (W,). Raises `MismatchError` where they have not."""
+        """Return the next W windows. Raises `MismatchError` if their numbers of inputs are not `inputs`, int (W,)."""
         held = [self._rest]
         while sum(map(len, held)) < len(inputs) and (windows := next(self._windows, None)) is not None:
             held.append(windows)
@@ -189,8 +191,10 @@ class _LaneReader:
 
 
 def split_batches(tables: Iterable[pa.Table], steps: int) -> Iterator[Windows]:
-    """A worker's share of each of so many batches, from the tables of `ShardReader`, wherever an engine joined or
-    cut them. The share of a batch of which the worker holds nothing has no windows."""
+    """Yield a worker's share of each of `steps` batches from the tables of `ShardReader`.
+
+    An engine may have joined or cut these tables. The share of a batch of which the worker holds nothing is empty.
+    """
     following, rest = 0, None
     for arrived in tables:
         table = arrived if rest is None else pa.concat_tables([rest, arrived])
@@ -214,6 +218,6 @@ def _nothing(batches: int) -> Iterator[Windows]:
 
 
 def plain_stream(reader: ShardReader, epoch: int) -> Iterator[Windows]:
-    """A worker's share of the batches of an epoch, read in this process: for training without a cluster."""
+    """Yield a worker's share of the batches of an epoch, read in this process, for training without a cluster."""
     batches = reader.batches(epoch)
     return split_batches(reader.tables(batches), batches.steps)
