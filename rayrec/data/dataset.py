@@ -167,7 +167,7 @@ class _Rows:
             ids = self._batch.user_ids
             if (ids[1:] <= ids[:-1]).any() or (last is not None and len(ids) and ids[0] <= last):
                 raise DamagedArtifactError(
-                    f"the users of {self._path} are not by ascending id, each once; import the data again"
+                    f"{self._path} is damaged: its users are not unique and sorted by id; import the data again"
                 )
         return self._last()
 
@@ -287,7 +287,7 @@ class Dataset:
         """Return one user's history. Raises `NotFoundError` for a user without plays and likes."""
         history = self.histories([user_id])
         if not (history.num_plays or (history.likes is not None and history.likes.num_plays)):
-            raise NotFoundError(f"User {user_id!r} not found in the data set; check the ID or import the user's plays")
+            raise NotFoundError(f"user {user_id!r} not found in the data set; check the ID or import the user's plays")
         return history
 
     def histories(self, user_ids: Sequence[str]) -> Histories:
@@ -360,7 +360,7 @@ class Dataset:
         )
         if not self.descends_from(model.inputs["dataset"]):
             raise MismatchError(
-                f"model {model.id} was trained on data set {model.inputs['dataset']}, the workspace has "
+                f"model {model.id} was trained on data set {model.inputs['dataset']}, but the workspace holds "
                 f"{self.manifest.id}; run `rayrec embed` and `rayrec train` first"
             )
         return model

@@ -52,16 +52,16 @@ class Histories:
     def __post_init__(self) -> None:
         if len(self.offsets) != len(self.user_ids) + 1:
             raise ValueError(
-                f"{len(self.user_ids)} users need {len(self.user_ids) + 1} offsets, got {len(self.offsets)}"
+                f"expected {len(self.user_ids) + 1} offsets for {len(self.user_ids)} users, got {len(self.offsets)}"
             )
         if self.totals is not None and len(self.totals) != len(self.user_ids):
-            raise ValueError(f"{len(self.user_ids)} users need as many totals, got {len(self.totals)}")
+            raise ValueError(f"expected {len(self.user_ids)} totals, one per user, got {len(self.totals)}")
         if self.likes is not None and len(self.likes) != len(self.user_ids):
-            raise ValueError(f"{len(self.user_ids)} users need likes of as many, got those of {len(self.likes)}")
+            raise ValueError(f"expected likes of {len(self.user_ids)} users, got likes of {len(self.likes)}")
         for name in ("songs", "played_at", "contexts", "skipped"):
             values = getattr(self, name)
             if values is not None and len(values) != self.offsets[-1]:
-                raise ValueError(f"{name} has {len(values)} values, the offsets say {self.offsets[-1]} plays")
+                raise ValueError(f"{name} has {len(values)} values, expected {self.offsets[-1]}, the last offset")
 
     def __len__(self) -> int:
         return len(self.user_ids)

@@ -164,7 +164,7 @@ class ImpressionLog:
             try:
                 self.flush()
             except Exception as error:  # requests must be answered, whatever is wrong with the storage
-                log.warning("impressions cannot be written, %d rows wait: %s", self.waiting, error)
+                log.warning("cannot write the impression log, %d rows are waiting: %s", self.waiting, error)
                 self._closed.wait(RETRY_SECONDS)
             if closing:
                 return

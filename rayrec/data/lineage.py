@@ -113,7 +113,12 @@ class Garbage:
 class CleanConfig(Settings):
     """What `rayrec clean` keeps."""
 
-    keep: int = Field(3, ge=1, description="Releases requested last to keep beside the live one and the one before it")
+    keep: int = Field(
+        3,
+        ge=1,
+        description="Number of most recently requested releases to keep, in addition to the live one and the one "
+        "before it",
+    )
     hours: float = Field(24.0, ge=0, description="Keep files changed within this many hours")
 
 
@@ -129,7 +134,8 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
     all_releases = releases.list_releases(workspace)
     if not all_releases:
         raise InputError(
-            f"workspace {workspace.uri} has no release, so nothing says what is of use; run `rayrec release create`"
+            f"workspace {workspace.uri} has no release, so it is unknown which files are in use; "
+            "run `rayrec release create`"
         )
     limit = datetime.now(timezone.utc) - timedelta(hours=config.hours)
     last = artifacts.by_request(workspace, releases.KIND, [each.id for each in all_releases])[-config.keep :]
@@ -151,7 +157,7 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
                 continue
             folder = f"{kind}/{name}"
             if name in complete[kind]:
-                garbage.append(Garbage(path=folder, bytes=workspace.size(folder), reason="in no release to keep"))
+                garbage.append(Garbage(path=folder, bytes=workspace.size(folder), reason="in no release that is kept"))
             elif _last_change(workspace, folder) < before:
                 garbage.append(Garbage(path=folder, bytes=workspace.size(folder), reason="unfinished"))
     return [*garbage, *_replaced_parts(workspace, limit)]
@@ -230,7 +236,7 @@ def _replaced_parts(workspace: Workspace, limit: datetime) -> list[Garbage]:
     if dataset.joined_at and datetime.fromisoformat(dataset.joined_at) < limit:
         folders.append(HISTORIES)
     return [
-        Garbage(path=path, bytes=size, reason="replaced by a later part" if folder == USERS else "joined")
+        Garbage(path=path, bytes=size, reason=f"replaced by a {'newer' if folder == USERS else 'joined'} file")
         for folder in folders
         for path, size in sorted(workspace.sizes(folder).items())
         if path not in needed

@@ -23,7 +23,7 @@ from rayrec.errors import InputError
 
 NO_TIME = "no time"
 NOT_A_TIME = "time is neither unix seconds, unix milliseconds nor ISO 8601"
-NOT_LOCAL = "time is not written as in this format"
+NOT_LOCAL = "time does not match the time pattern of this format"
 NOT_A_ZONE = "unknown time zone"
 OUT_OF_RANGE = "time is not between 1970 and 2100"
 
@@ -143,7 +143,7 @@ def to_ms(values: pa.Array, problems: Problems, *, column: str = "played_at", ti
     ):
         times = _from_strings(valid_text(values, problems), problems, zone)
     else:
-        raise InputError(f"column {column!r} holds {kind}; expected times: {EXPECTED}")
+        raise InputError(f"column {column!r} holds {kind}; expected times; {EXPECTED}")
     problems.mark((times < 0) | (times >= END_MS), OUT_OF_RANGE)
     return np.where(problems.bad, np.int64(0), times)
 

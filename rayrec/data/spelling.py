@@ -13,7 +13,7 @@ from rayrec.errors import InputError
 
 NOT_UTF8 = "not UTF-8"
 MAX_ID = 512  # characters of an id
-TOO_LONG = f"id of more than {MAX_ID} characters"
+TOO_LONG = f"id is longer than {MAX_ID} characters"
 LIST_SEPARATOR = "|"
 # What numpy, pandas and polars write into a text file for a number that is missing or has overflowed.
 NOT_NUMBERS = ("nan", "NaN", "inf", "-inf")
@@ -115,11 +115,27 @@ def mark_long(ids: pa.Array, problems: Problems) -> None:
 
 
 def spell_texts(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
-    """Return a column of titles or names, strings (R,), null if missing. Raises the errors of `spell_ids`."""
-    texts = as_strings(values, problems, column=column)
+    """Return a column of titles or names in the form of `spell_text`, strings (R,), null if missing.
+
+    Text only loses the spaces around it. Whole numbers of a numeric column are written without a fraction. Raises the
+    errors of `spell_ids`.
+    """
+    values = plain(values)
+    if _is_text(values.type):
+        texts = pc.utf8_trim_whitespace(valid_text(values, problems))
+    else:
+        texts = as_strings(values, problems, column=column)
     if pa.types.is_floating(values.type):
         texts = pc.if_else(pc.is_in(texts, value_set=pa.array(NOT_NUMBERS)), None, texts)
     return pc.if_else(pc.equal(texts, ""), None, texts)
+
+
+def spell_values(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
+    """As `spell_texts` for a column of numbers, flags, days or categories: `1.0` as text is `1`, too.
+
+    A CSV file has `1.0` if pandas wrote it from whole numbers of which some are missing.
+    """
+    return _respelled(spell_texts(values, problems, column=column))
 
 
 def spell_lists(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
@@ -130,13 +146,13 @@ def spell_lists(values: pa.Array, problems: Problems, *, column: str) -> pa.Arra
     values = plain(values)
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(is_kind(values.type) for is_kind in kinds):
-        texts = spell_texts(values, problems, column=column)
+        texts = spell_values(values, problems, column=column)
         lists = pc.split_pattern(texts, LIST_SEPARATOR)
     else:
         lists = values
     flat, parents = pc.list_flatten(lists), pc.list_parent_indices(lists).to_numpy()
     inner = Problems(len(flat))
-    names = spell_texts(flat, inner, column=column)
+    names = spell_values(flat, inner, column=column)
     broken = np.zeros(len(values), dtype=bool)
     broken[parents[inner.bad]] = True
     problems.mark(broken, NOT_UTF8)

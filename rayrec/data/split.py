@@ -151,7 +151,9 @@ class FitRange:
         if not self.allowed_songs(histories.songs).all():
             raise LeakError("training data holds songs that are held out; call FitRange.select on the histories first")
         if histories.likes is not None and not self._covers_likes(histories.take(histories.lengths > 0)).all():
-            raise LeakError("training data holds likes from after its cut; call FitRange.select on the histories first")
+            raise LeakError(
+                "training data holds likes at or after its cut; call FitRange.select on the histories first"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +235,11 @@ class Split:
     def validation_range(self) -> str:
         """The validation range in words."""
         if self.validation_from is not None:
-            end = f"to before {_day(self.test_from)}" if self.has_test and self.test_from is not None else "on"
+            end = (
+                f"up to but not including {_day(self.test_from)}"
+                if self.has_test and self.test_from is not None
+                else "on"
+            )
             return f"the plays from {_day(self.validation_from)} {end}, UTC"
         before = f" before the last {self.last_fraction:.3g}" if self.last_fraction else ""
         return f"the last {self.validation_fraction:.3g} of each user's plays{before}"
@@ -249,11 +255,14 @@ class SplitConfig(Settings):
     validation_days: float | None = Field(
         None,
         ge=0,
-        description="Length of the validation range before it, in days; if not given, at least 7, and as many more as "
-        "hold 40,000 plays, up to a tenth of the time before the test range",
+        description="Length of the validation range before the test range, in days. Default: as many days as hold "
+        "40,000 plays, but at least 7 and at most a tenth of the time before the test range",
     )
     last_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Test share at the end of each user's plays instead; weaker than a split in time"
+        0.0,
+        ge=0,
+        lt=1,
+        description="Test share at the end of each user's plays, in place of test_days; weaker than a split in time",
     )
     validation_fraction: float = Field(
         0.1, ge=0, lt=1, description="Validation share of each user's plays, before the test share"
@@ -384,7 +393,7 @@ def trained_on(workspace: Workspace, artifact: Manifest) -> str:
         return f"{split.validation_range} (split {split.id})"
     if not_seen := _not_seen(split, artifact):
         return f"all plays except {not_seen} (split {split.id})"
-    return f"all plays, after choosing on {split.validation_range} (split {split.id})"
+    return f"all plays, with settings chosen on {split.validation_range} (split {split.id})"
 
 
 def fit_range(split: Split | None) -> FitRange:
@@ -400,7 +409,7 @@ def split_dataset(workspace: Workspace, config: SplitConfig) -> Split:
     dataset = Dataset(workspace).manifest
     if dataset.times == "positions" and not config.last_fraction:
         raise InputError(
-            "The data set has no times, plays are only ordered; split each user's plays with --last-fraction 0.2"
+            "the data set has no times, only the order of plays; split each user's plays with --last-fraction 0.2"
         )
     if not config.last_fraction and config.validation_days is None:
         config = config.replace(validation_days=_validation_days(Dataset(workspace), config.test_days))
@@ -497,9 +506,9 @@ def _require_training_plays(workspace: Workspace, split: Split) -> None:
     if later:
         raise InputError(
             f"the training range, before {_day(split.validation_from)}, holds {early:,} of {early + later:,} plays: "
-            f"the first play is of {_day(dataset.manifest.first_play)}, the others are from {_day(first_later)} on; "
-            "ask for fewer test and validation days, or take plays of a wrong clock out of the files and import them "
-            "again with --force"
+            f"the first play is from {_day(dataset.manifest.first_play)}, the others are from {_day(first_later)} or "
+            "later; use fewer test and validation days, or remove plays with wrong dates from the files and import "
+            "them again with --force"
         )
 
 
@@ -523,7 +532,7 @@ def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split:
     """
     if no_split:
         if split_id is not None:
-            raise InputError(f"a split ({split_id}) and no split exclude each other; pass --split ID or --no-split")
+            raise InputError(f"--split {split_id} and --no-split cannot be combined; pass one of them")
         return None
     dataset = Dataset(workspace)
     if split_id is None:
@@ -551,7 +560,7 @@ def require_split_of(dataset: Dataset, split: Split) -> None:
     if holds_for(dataset, split):
         return
     raise MismatchError(
-        f"split {split.id} belongs to data set {split.dataset}, the workspace has {dataset.manifest.id}; "
+        f"split {split.id} belongs to data set {split.dataset}, but the workspace holds {dataset.manifest.id}; "
         "run `rayrec split` again"
     )
 

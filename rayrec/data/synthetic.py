@@ -108,15 +108,15 @@ class GenerateConfig(Settings):
 
     users: int = Field(2_000, ge=1, description="Number of users")
     songs: int = Field(2_000, ge=1, description="Number of songs")
-    artists: int = Field(250, ge=1, description="Number of artists, of about equally many songs each")
-    genres: int = Field(12, ge=len(TASTE), description="Number of genres, of about equally many artists each")
+    artists: int = Field(250, ge=1, description="Number of artists, each with about the same number of songs")
+    genres: int = Field(12, ge=len(TASTE), description="Number of genres, each with about the same number of artists")
     plays: float = Field(60.0, ge=1, description="Mean plays per user")
     playlists: int = Field(1_000, ge=0, description="Number of playlists")
     days: float = Field(120.0, gt=0, description="Length of the time range, in days")
-    buckets: int = Field(16, ge=1, description="Buckets of users, the unit of work of all later jobs")
+    buckets: int = Field(16, ge=1, description="Number of buckets of users; later jobs process one bucket at a time")
     session_plays: float = Field(10.0, ge=1, description="Mean plays per session")
     follow: float = Field(
-        0.85, ge=0, le=1, description="Probability that the next song of an album or playlist follows"
+        0.85, ge=0, le=1, description="Probability that a song of an album or playlist is followed by the next one"
     )
     outside: float = Field(
         0.1, ge=0, le=1, description="Probability that a session's genre is outside the user's taste"
@@ -126,8 +126,8 @@ class GenerateConfig(Settings):
         0.0,
         ge=0,
         le=0.5,
-        description="Share of the songs that each user likes, and of those that each dislikes: liked songs are marked "
-        "and played again more often, disliked ones are skipped and not played again",
+        description="Share of songs that each user likes, and the same share that each user dislikes; liked songs are "
+        "marked as liked and played again more often, disliked songs are skipped and not played again",
     )
     seed: int = Field(0, ge=0, description="Random seed")
 
@@ -574,7 +574,7 @@ def _last_play(histories: Histories, queries: Queries) -> np.ndarray:
 
 def _context_numbers(histories: Histories) -> np.ndarray:
     if histories.contexts is None:
-        raise ValueError("an oracle that knows contexts was given histories without contexts")
+        raise ValueError("this oracle needs contexts; the histories have none")
     return np.asarray(np.log2(histories.contexts), dtype=np.int64)
 
 

@@ -54,8 +54,8 @@ class SongVectors:
         broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if len(broken):
             raise InputError(
-                f"{len(broken)} of {len(rows)} song embeddings hold NaN or infinite numbers, the first row {broken[0]}"
-                "; give finite vectors, or zeros for a song without one"
+                f"{len(broken)} of {len(rows)} song embeddings contain NaN or infinite numbers, the first is row "
+                f"{broken[0]}; give finite vectors, or zeros for songs without a vector"
             )
         # Divide by the largest number first, since the square of a very small or large float32 is 0 or inf.
         largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
@@ -101,7 +101,7 @@ class SongVectors:
         """
         if selection and SELECTION not in manifest.files:
             raise InputError(
-                f"songs {manifest.id!r} have no vectors fitted without a validation range; "
+                f"song embeddings {manifest.id!r} have no version fitted without the validation range; "
                 "run `rayrec embed` with a split that has validation days"
             )
         return cls(workspace.read_array(manifest.path(SELECTION if selection else FINAL)))
@@ -157,7 +157,7 @@ def _warning(cosine: float) -> str | None:
     if cosine <= COLLAPSED:
         return None
     return (
-        f"song embeddings point nearly the same way: the mean cosine of random pairs is {cosine:.2f}, expected below "
+        f"song embeddings have collapsed: the mean cosine of random pairs is {cosine:.2f}, expected below "
         f"{COLLAPSED:g}; train for more epochs, with skip-gram and without subsampling"
     )
 

@@ -69,13 +69,15 @@ class EmbedConfig(Settings):
     )
     source: Source = Field(
         "auto",
-        description="Sentences to train on: playlists, or sessions of histories; auto: playlists if any",
+        description="Sentences to train on: playlists, or sessions of histories; auto: playlists if the data has any",
     )
     vectors: str | None = Field(
         None, description="Import embeddings from this .npy or .parquet file instead of training"
     )
     workers: int = Field(
-        0, ge=0, description="Training threads; 0 uses all CPUs of one node; above 1 results are not reproducible"
+        0,
+        ge=0,
+        description="Training threads; 0 uses all CPUs of one node; with more than 1, results are not reproducible",
     )
     seed: int = Field(0, ge=0, description="Random seed")
 
@@ -84,8 +86,8 @@ MINUTE_MS = 60_000
 MAX_SENTENCE = 10_000  # words; gensim ignores the rest of a longer sentence
 
 UNCUT = (
-    "made of playlists, which carry no times: no split can cut them, so they may hold what was played together in "
-    "the test range, and figures there may flatter"
+    "trained on playlists, which have no times: a split cannot cut them, so they may contain songs played together in "
+    "the test range, and test figures may be too high"
 )
 
 Sentences = tuple[np.ndarray, np.ndarray]  # songs int32 (P,), offsets int64 (S + 1,)
@@ -242,9 +244,9 @@ def _frequencies(corpus: Corpus, min_count: int) -> dict[str, int]:
     rows = np.flatnonzero(corpus.counts)
     if not (corpus.counts >= min_count).any():
         raise InputError(
-            f"nothing to train song embeddings on: {corpus.sentences} playlists or sessions of two or more songs, "
-            f"no song {min_count} times in them; if plays lie further apart than --session-gap-minutes (30 unless "
-            "given), raise it, for example to 1440; else lower --min-count or import more plays"
+            f"nothing to train song embeddings on: no song occurs {min_count} times in the {corpus.sentences} "
+            "playlists or sessions of two or more songs; raise --session-gap-minutes (default 30), for example to "
+            "1440, lower --min-count, or import more plays"
         )
     return dict(zip(map(str, rows.tolist()), corpus.counts[rows].tolist(), strict=True))
 
@@ -271,8 +273,8 @@ def read_outside(path: str | Path, catalog: Catalog) -> OutsideVectors:
     if song_ids is None:
         if len(raw) != len(catalog):
             raise InputError(
-                f"vectors file {path} has {len(raw)} rows, the catalog {len(catalog)} songs; "
-                f"give one row per song in the order of the catalog, or the ids in {Path(path).stem}.ids.txt beside it"
+                f"vectors file {path} has {len(raw)} rows, but the catalog has {len(catalog)} songs; give one row per "
+                f"song in the order of the catalog, or the ids in {Path(path).stem}.ids.txt next to it"
             )
         targets = np.arange(len(catalog))
     else:
@@ -287,7 +289,7 @@ def read_outside(path: str | Path, catalog: Catalog) -> OutsideVectors:
         raise InputError(f"vectors file {path}: {error}") from error
     if not vectors.known.any():
         raise InputError(
-            f"vectors file {path} has a vector for none of the {len(catalog)} songs of the catalog "
+            f"vectors file {path} has no vector for any of the {len(catalog)} songs in the catalog "
             f"({int((~known).sum())} of its {len(raw)} ids are unknown); check its song ids"
         )
     return OutsideVectors(vectors, len(raw), int((~known).sum()), int((~raw.any(axis=1)).sum()))
@@ -299,7 +301,9 @@ def choose_source(dataset: Dataset, config: EmbedConfig) -> str:
     Raises `InputError` if the config asks for playlists and the data set has none.
     """
     if config.source == "playlists" and not dataset.manifest.playlists:
-        raise InputError("embed source is playlists, but the data set has none; import some, or use histories")
+        raise InputError(
+            "the embedding source is playlists, but the data set has none; import playlists, or use histories"
+        )
     if config.source == "auto":
         return "playlists" if dataset.manifest.playlists else "histories"
     return config.source

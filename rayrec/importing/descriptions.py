@@ -21,7 +21,7 @@ from rayrec.data import columns
 from rayrec.data.catalog import CONTENT_FILE, CONTENT_IDS, DESCRIPTIONS, DESCRIPTIONS_FILE
 from rayrec.data.columns import one_array
 from rayrec.data.dataset import Dataset
-from rayrec.data.spelling import NOT_UTF8, Problems, plain, spell_ids, spell_lists, spell_texts
+from rayrec.data.spelling import NOT_UTF8, Problems, plain, spell_ids, spell_lists, spell_texts, spell_values
 from rayrec.errors import InputError
 from rayrec.importing.readers import delimited
 from rayrec.importing.readers.delimited import Delimiter
@@ -53,7 +53,7 @@ ROLES = {
 }
 DAY = r"^\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?)?$"
 FIRST_DAY, LAST_DAY = -719_162, 2_932_896  # years 1 to 9999, the range of Python's dates, in days since 1970
-NO_DAY = "release day is neither YYYY-MM-DD, YYYY-MM nor YYYY"
+NO_DAY = "release day is not YYYY-MM-DD, YYYY-MM or YYYY"
 IDS_SHOWN = 3  # ids of a file and of the catalog in a message, if none is in both
 DAY_OUT_OF_RANGE = "release day is not in the years 1 to 9999"
 
@@ -63,15 +63,15 @@ class DescribeConfig(Settings):
 
     columns: dict[str, str] = Field(
         {},
-        description=f"Column of each role, as role=column; roles: {', '.join(ROLES)}; default: same name",
+        description=f"Column of each role, as role=column; roles: {', '.join(ROLES)}; default: the name of the role",
     )
     delimiter: Delimiter = Field(",", description="csv: column delimiter; \\t for a tab")
     vectors: str | None = Field(
         None,
-        description="Content vectors, of audio, texts or tags: .parquet with song_id and vector, or NAME.npy with the "
-        "ids in NAME.ids.txt beside it",
+        description="Content vectors, of audio, text or tags: .parquet with columns song_id and vector, or NAME.npy "
+        "with song ids in NAME.ids.txt next to it",
     )
-    append: bool = Field(False, description="Keep the metadata that is there for songs that the files do not name")
+    append: bool = Field(False, description="Keep the existing metadata of songs that are not in the files")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str | None = No
     """
     dataset = Dataset(workspace)
     if path is None and config.vectors is None:
-        raise InputError("nothing describes the songs; give a table of songs, or content vectors with --vectors FILE")
+        raise InputError("no input; give a table of songs, or content vectors with --vectors FILE")
     metadata = SongMetadata(table=columns.DESCRIPTIONS.empty_table(), rejected={}, invalid={})
     if path is not None:
         metadata = read_descriptions(path, config.columns, config.delimiter)
@@ -127,13 +127,14 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str | None = No
         ids_of_files.append((str(config.vectors), vectors[0].cast(pa.string())))
     known = [pc.sum(pc.is_in(ids, value_set=catalog_ids)).as_py() or 0 for _, ids in ids_of_files]
     unmatched = [
-        f"no song of {source} is in the catalog: the file has {_some(ids)}, the catalog {_some(catalog_ids)}"
+        f"no song of {source} is in the catalog: the file has ids such as {_some(ids)}, the catalog "
+        f"{_some(catalog_ids)}"
         for (source, ids), count in zip(ids_of_files, known, strict=True)
         if not count
     ]
     if unmatched and not config.append:
         raise InputError(
-            f"{'; '.join(unmatched)}; check the column of the song ids, or pass --append if the songs are to be added"
+            f"{'; '.join(unmatched)}; check the column of song ids, or pass --append if you will add these songs later"
         )
     stored = store_descriptions(dataset, metadata.table, {**to_mapping(config), "path": path or ""}, vectors)
     table = dataset.catalog().table
@@ -175,21 +176,21 @@ def _read_content(dataset: Dataset, config: DescribeConfig) -> tuple[pa.Array, n
         ids = one_array(dataset.catalog().table.column(columns.SONG_ID))
         if len(raw) != len(ids):
             raise InputError(
-                f"vectors file {path} has {len(raw)} rows, the catalog {len(ids)} songs; give the ids of its rows in "
-                "NAME.ids.txt beside it"
+                f"vectors file {path} has {len(raw)} rows, but the catalog has {len(ids)} songs; give the ids of the "
+                "rows in NAME.ids.txt next to it"
             )
     vectors = np.asarray(raw, dtype=np.float32)
     broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(broken):
         raise InputError(
-            f"{len(broken)} of {len(vectors)} rows of vectors file {path} hold NaN or infinite numbers, the first row "
-            f"{broken[0] + 1}; leave such rows out"
+            f"{len(broken)} of {len(vectors)} rows of vectors file {path} contain NaN or infinite numbers, the first "
+            f"is row {broken[0] + 1}; remove these rows"
         )
     dim = dataset.content().dim
     if config.append and dim not in (0, vectors.shape[1]):
         raise InputError(
-            f"vectors file {path} has vectors of {vectors.shape[1]} numbers, those that are kept have {dim}; give "
-            "vectors of the same model, or replace all of them without --append"
+            f"vectors file {path} has vectors of {vectors.shape[1]} numbers, but the existing vectors have {dim}; "
+            "give vectors from the same model, or omit --append to replace all existing vectors"
         )
     return ids, vectors
 
@@ -294,7 +295,9 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
     elif path.endswith((".csv", ".tsv")):
         rows, rejected = _read_csv(source, names or {}, delimiter)
     else:
-        raise InputError(f"the file {source} is neither .csv nor .parquet; give a table of songs as one of them")
+        raise InputError(
+            f"the file {source} is not .csv, .tsv or .parquet; give a table of songs in one of these formats"
+        )
     named = {role: (names or {}).get(role, role) for role in rows}
     problems = Problems(len(rows["song"]))
     with naming(source):
@@ -302,7 +305,7 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
     rejected |= _counts(problems)
     usable = np.flatnonzero(~problems.bad)
     if not len(usable):
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in rejected.items()) or "it has none"
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in rejected.items()) or "the file has no rows"
         raise InputError(f"{source}: no row can be used: {reasons}; check the format and the delimiter")
     row_numbers = pa.array(usable[_first_of_each(ids.take(pa.array(usable)))])
     values = {columns.SONG_ID: ids.take(row_numbers)}
@@ -352,7 +355,7 @@ def _columns(source: str, header: list[str], names: Mapping[str, str]) -> dict[s
     """Return role -> position of its column in the file."""
     place_of = mapped_columns(source, header, names, list(ROLES), ["song"])
     if len(place_of) == 1:
-        raise InputError(f"{source} has no metadata column; expected one of {', '.join(list(ROLES)[1:])} in it")
+        raise InputError(f"{source} has no metadata column; expected at least one of {', '.join(list(ROLES)[1:])}")
     return place_of
 
 
@@ -375,7 +378,7 @@ def _days(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
     if pa.types.is_date(values.type) or pa.types.is_timestamp(values.type):
         days = values.cast(pa.date32(), safe=False)
     else:
-        texts = spell_texts(values, problems, column=column)
+        texts = spell_values(values, problems, column=column)
         fits = pc.fill_null(pc.match_substring_regex(texts, DAY), True)
         whole = pc.utf8_slice_codeunits(pc.binary_join_element_wise(texts, "-01-01", ""), 0, 10)
         problems.mark(~fits.to_numpy(zero_copy_only=False), NO_DAY)

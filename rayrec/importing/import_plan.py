@@ -44,42 +44,44 @@ class ImportConfig(Settings):
     format: str = Field(description=f"Format of the files: {', '.join(FORMATS)}")
     paths: tuple[str, ...] = Field(
         min_length=1,
-        description="Files or folders, .gz and .bz2 too, local, s3:// or gs://; all files of a folder are imported",
+        description="Files or folders, local, s3:// or gs://, also .gz and .bz2; all files in a folder are imported",
     )
-    kind: Kind = Field("plays", description="csv, parquet: what a row is, a play or a playlist entry")
+    kind: Kind = Field("plays", description="csv, parquet: whether a row is a play or a playlist entry")
     columns: dict[str, str] = Field(
         {},
         description="csv, parquet: column of each role, such as user=user_id,song=song_id,played_at=ts; "
-        "song=artist+title makes song IDs of the two",
+        "song=artist+title makes song IDs from artist and title",
     )
     delimiter: Delimiter = Field(",", description="csv: column delimiter; \\t for a tab")
-    timezone: TimeZone = Field("UTC", description="csv, parquet: time zone of times without one, such as Europe/Berlin")
+    timezone: TimeZone = Field(
+        "UTC", description="csv, parquet: time zone for times without a zone, such as Europe/Berlin"
+    )
     skip_below: float = Field(
         SKIP_BELOW,
         ge=0,
         le=1,
-        description="csv, parquet, yambda: share of a song below which a play of it counts as skipped",
+        description="csv, parquet, yambda: share of a song below which a play counts as skipped",
     )
-    user: str = Field("", description="User id of all plays, for files that name none")
+    user: str = Field("", description="User id of all plays, for files that do not name a user")
     user_separator: Separator = Field(
-        "", description="sequences: separator between the user and the songs; without it each line is a user"
+        "", description="sequences: separator between the user and the songs; if empty, each line is one user"
     )
     song_separator: Separator = Field(
         " ", min_length=1, description="sequences: separator between songs; \\t for a tab"
     )
     min_user_plays: int = Field(1, ge=1, description="Minimum plays per user (entries per playlist)")
-    min_song_plays: int = Field(1, ge=1, description="Minimum plays per song, counted over the users that are kept")
+    min_song_plays: int = Field(1, ge=1, description="Minimum plays per song, counted for the remaining users")
     buckets: int = Field(
         0,
         ge=0,
         le=MAX_BUCKETS,
-        description="Buckets of users, fixed at the first import; 0: one per 64 MiB, 16 to 4096",
+        description="Number of buckets of users, fixed at the first import; 0: one per 64 MiB of input, 16 to 4096",
     )
-    unit_mib: float = Field(64.0, gt=0, description="Input per task, in MiB of a file")
+    unit_mib: float = Field(64.0, gt=0, description="Input per task, in MiB of file size")
     max_rejected: float = Field(
-        0.5, ge=0, le=1, description="Share of the rows that may be rejected; above it nothing is imported"
+        0.5, ge=0, le=1, description="Maximum share of rejected rows; if it is exceeded, nothing is imported"
     )
-    skip_damaged: bool = Field(False, description="Skip files that cannot be read to their end, instead of failing")
+    skip_damaged: bool = Field(False, description="Skip files that cannot be read completely, instead of failing")
 
     @model_validator(mode="after")
     def _check_format(self) -> "ImportConfig":
@@ -87,15 +89,15 @@ class ImportConfig(Settings):
             raise ValueError(f"unknown format {self.format!r}; expected one of {', '.join(FORMATS)}")
         mapped = FORMATS[self.format].mapped
         if self.columns and not mapped:
-            raise ValueError(f"format {self.format} has fixed columns; leave the column mapping out")
+            raise ValueError(f"format {self.format} has fixed columns; omit the column mapping")
         if self.timezone != "UTC" and not mapped:
-            raise ValueError(f"format {self.format} has times of a known zone; leave the time zone out")
+            raise ValueError(f"format {self.format} has times in a known zone; omit the time zone")
         if self.kind == "playlists" and not (mapped or FORMATS[self.format].playlists):
-            raise ValueError(f"format {self.format} holds plays, not playlists; leave the kind out")
+            raise ValueError(f"format {self.format} contains plays, not playlists; omit the kind")
         known = roles(self.kind == "playlists")
         unknown = [role for role in self.columns if role not in known]
         if unknown:
-            raise ValueError(f"unknown column role {unknown[0]!r}; expected some of {', '.join(known)}")
+            raise ValueError(f"unknown column role {unknown[0]!r}; expected one of {', '.join(known)}")
         return self
 
     @property
@@ -177,8 +179,8 @@ def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) 
     names = Counter(posixpath.basename(file.source) for file in files)
     if config.times == "positions" and not config.user_separator and len(names) < len(files):
         raise InputError(
-            f"Two files are named {names.most_common(1)[0][0]}. Without users, IDs are made from file name and line; "
-            "rename one"
+            f"Two files are named {names.most_common(1)[0][0]}. Without users, user IDs are made from file name and "
+            "line number; rename one of them"
         )
     reader = config.reader()
     damaged = dict(damaged or {})
@@ -356,7 +358,7 @@ def summarize(
         lost = summary.rejected - summary.beside
         summary.warnings.append(f"{lost:,} of {read - summary.beside:,} rows ({summary.share:.1%}) were rejected.")
     if damaged:
-        left_out = f"{len(damaged):,} of {len(rows):,} files could not be read to their end and were left out."
+        left_out = f"{len(damaged):,} of {len(rows):,} files could not be read completely and were skipped."
         summary.warnings.append(left_out)
     return summary
 

@@ -157,7 +157,7 @@ def _require_appendable(workspace: Workspace, config: ImportConfig) -> DatasetMa
     if config.produces == "playlists":
         raise InputError("Playlists cannot be appended; replace all playlists with --force")
     if "positions" in (base.times, config.times):
-        raise InputError("Plays without times cannot be appended, their order is unknown; import all files together")
+        raise InputError("Plays without times cannot be appended: their order is unknown; import all files together")
     return base
 
 
@@ -171,8 +171,9 @@ def _require_room(workspace: Workspace, existing: DatasetManifest, kind: Kind) -
         return
     appended = ", some of them appended later" if kind == "plays" and existing.appended else ""
     raise InputError(
-        f"workspace {workspace.uri} holds {_rows_of(existing, kind)} {kind} from {existing.source} already{appended}; "
-        "use another --workspace, add plays with `rayrec update`, or replace all with --force"
+        f"workspace {workspace.uri} already contains {_rows_of(existing, kind)} {kind} from "
+        f"{existing.source}{appended}; use another --workspace, "
+        "add plays with `rayrec update`, or replace all with --force"
     )
 
 
@@ -312,7 +313,7 @@ class _Import:
                 {self._file_of(number, results[number]): failed[number].error for number in failed}
             )
         first, *more = dict.fromkeys(unit.error for unit in failed.values())
-        others = f" (and {len(more)} more like it)" if more else ""
+        others = f" (and {len(more)} more)" if more else ""
         raise kind(f"{first}{advice}{others}; completed work is kept for the next run")
 
     def _file_of(self, piece: int, result: PieceResult) -> str:
@@ -341,7 +342,7 @@ class _Import:
             lost, plays = summary.rejected - summary.beside, summary.read - summary.beside
             raise TooManyRejectedError(
                 f"{lost:,} of {plays:,} rows ({summary.share:.0%}) were rejected, more than "
-                f"{self.config.max_rejected:.0%}, and nothing was imported; check the format and the settings, "
+                f"{self.config.max_rejected:.0%}, so nothing was imported; check the format and the settings, "
                 "or allow more with --max-rejected",
                 summary,
             )

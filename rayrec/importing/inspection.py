@@ -66,8 +66,8 @@ TIME_OF_DAY = r"([01]\d|2[0-3]):[0-5]\d|\d{1,2}:\d{2}:\d{2}(\.\d+)?|\d{1,2}:\d{2
 TITLE = r".*[^!-~].*"  # has a space or a character outside ASCII, which ids rarely have
 TITLES = 0.1  # minimum share of values like TITLE in a column of titles; low, since many titles are one word
 FIRST_LINE_NOTE = (
-    "The first line looks like data, and an import takes it for the names of the columns: write a line of names, such "
-    "as artist,album,title,played_at, above it."
+    "The first line looks like data, not column names. Add a header line, such as artist,album,title,played_at, "
+    "above it."
 )
 
 
@@ -140,7 +140,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
         one_user = ONE_USER if "user" in missing else ""
         notes.append(f"No column looks like {' or '.join(missing)}: map it with --columns {missing[0]}=NAME{one_user}.")
     if column_of_role.get("song") == MADE_OF_NAMES:
-        notes.append("No column looks like song IDs: a song's ID is made of artist and title.")
+        notes.append("No column looks like song IDs: they are made from artist and title.")
     notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated.items()]
     if _looks_like_data(list(sample)):
         notes.append(FIRST_LINE_NOTE)
@@ -225,13 +225,13 @@ def _doubts(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -
     doubts: dict[str, str] = {}
     if _may_be_title(column_of_role, sample):
         doubts["song"] = (
-            f"Song IDs are from column {column_of_role['song']!r}, which may hold titles: songs of different artists "
-            "with one title become one. Name a column of IDs with --columns song=NAME."
+            f"Song IDs come from column {column_of_role['song']!r}, which may contain titles: songs of different "
+            "artists with the same title become one song. Select a column of IDs with --columns song=NAME."
         )
     if "played_at" in column_of_role and (time_of_day := _time_of_day(column_of_role["played_at"], sample)):
         doubts["played_at"] = (
-            f"Column {time_of_day!r} holds the time of day without the date: join date and time into one column, such "
-            "as 2026-01-20 18:24:00."
+            f"Column {time_of_day!r} contains the time of day without the date: combine date and time in one column, "
+            "such as 2026-01-20 18:24:00."
         )
     return doubts
 
@@ -239,9 +239,9 @@ def _doubts(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -
 def time_form(values: pa.Array, timezone: str = "UTC") -> str:
     """Describe how the times of a column are written; `timezone` is the zone of times without one."""
     if pa.types.is_timestamp(values.type):
-        return f"timestamps in {values.type.tz}" if values.type.tz else f"timestamps without a zone, read in {timezone}"
+        return f"timestamps in {values.type.tz}" if values.type.tz else f"timestamps without a zone, read as {timezone}"
     if _are_dates(values):
-        return f"dates alone, read as midnight in {timezone}"
+        return f"dates without times, read as midnight in {timezone}"
     texts = [str(value).strip() for value in values.drop_null()[:1000].to_pylist()]
     numbers = [float(text) for text in texts if re.fullmatch(r"[+-]?\d+(\.\d*)?", text)]
     if texts and len(numbers) * 2 > len(texts):
@@ -255,10 +255,10 @@ def time_form(values: pa.Array, timezone: str = "UTC") -> str:
         local = sum(re.match(f"{LOCAL}|{WRITTEN}", text) is not None for text in texts)
         some = "" if local == len(texts) else f" in {local:,} of {len(texts):,} values"
         if any(re.match(WRITTEN, text) for text in texts):
-            return f"day, month in words and year without a zone{some}, read in {timezone}"
-        return f"ISO 8601 without a zone{some}, read in {timezone}" if local else "ISO 8601 with a zone"
+            return f"day, month name and year without a zone{some}, read as {timezone}"
+        return f"ISO 8601 without a zone{some}, read as {timezone}" if local else "ISO 8601 with a zone"
     most = max(set(reasons), key=reasons.count)
-    return f"{most}, of {reasons.count(most):,} of {len(texts):,} values"
+    return f"{most} in {reasons.count(most):,} of {len(texts):,} values"
 
 
 def _are_dates(values: pa.Array) -> bool:
@@ -430,7 +430,7 @@ def guess_import(
     column_of_role = dict(columns or {})
     if chosen in FORMATS and not FORMATS[chosen].mapped:
         if FORMATS[chosen].playlists:
-            raise InputError(f"{paths[0]} holds playlists, not plays; see rayrec import --help")
+            raise InputError(f"{paths[0]} contains playlists, not plays; see `rayrec import --help`")
         return ImportConfig(format=chosen, paths=tuple(paths), columns=column_of_role, timezone=timezone, user=user)
     inspection = inspect_files(chosen, paths, timezone)
     left = {MADE_OF_NAMES, *(column.name for column in inspection.columns)} - set(column_of_role.values())
@@ -459,8 +459,10 @@ def guess_import(
 def describe_import(config: ImportConfig) -> str:
     """Describe in one line the format, the columns, the time zone and, if one was given, the user."""
     columns = ", ".join(f"{role} = {name}" for role, name in config.columns.items())
-    read_as = f"{config.format}: {columns}; times without a zone are {config.timezone}" if columns else config.format
-    return f"{read_as}; all plays are of user {config.user!r}" if config.user else read_as
+    read_as = (
+        f"{config.format}: {columns}; times without a zone are read as {config.timezone}" if columns else config.format
+    )
+    return f"{read_as}; all plays belong to user {config.user!r}" if config.user else read_as
 
 
 def guess_format(paths: Sequence[str]) -> str:
@@ -472,7 +474,7 @@ def guess_format(paths: Sequence[str]) -> str:
                 raise InputError(f"{files[0].source}: {ACCOUNT_DATA}")
             return name
     find_files(paths, ("*",))  # raises a clearer error for a missing path or an empty folder
-    raise InputError(f"the format of {paths[0]} is not known; pass --format, one of {', '.join(FORMATS)}")
+    raise InputError(f"the format of {paths[0]} is unknown; pass --format with one of {', '.join(FORMATS)}")
 
 
 def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile]:

@@ -50,7 +50,7 @@ def file_id(name: str) -> str:
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
-        raise InputError(f"vectors file {path} is not there; give a .npy or .parquet file")
+        raise InputError(f"vectors file {path} does not exist; give a .npy or .parquet file")
 
 
 def _read_npy(path: Path) -> tuple[np.ndarray, pa.Array | None]:
@@ -64,7 +64,9 @@ def _read_npy(path: Path) -> tuple[np.ndarray, pa.Array | None]:
     _require_matrix(path, raw)
     ids = _read_ids(path)
     if ids is not None and len(ids) != len(raw):
-        raise InputError(f"vectors file {path} has {len(raw)} rows, its ids file {len(ids)} ids; they must be as many")
+        raise InputError(
+            f"vectors file {path} has {len(raw)} rows, but its ids file has {len(ids)} ids; the numbers must be equal"
+        )
     return raw, None if ids is None else _spelled(path, ids)
 
 
@@ -75,8 +77,8 @@ def _spelled(path: Path, ids: pa.Array) -> pa.Array:
         spelled = spell_ids(ids, problems, column=columns.SONG_ID, reason="no song id")
     if problems.bad.any():
         raise InputError(
-            f"vectors file {path} has {int(problems.bad.sum())} rows with no song id, the first at row "
-            f"{int(problems.bad.argmax()) + 1}; leave such rows out"
+            f"vectors file {path} has {int(problems.bad.sum())} rows without a song id, the first is row "
+            f"{int(problems.bad.argmax()) + 1}; remove these rows"
         )
     return spelled
 
@@ -84,7 +86,7 @@ def _spelled(path: Path, ids: pa.Array) -> pa.Array:
 def _require_matrix(path: Path, raw: np.ndarray) -> None:
     if raw.ndim != 2 or raw.shape[1] == 0 or raw.dtype.kind not in "fiu":
         raise InputError(
-            f"vectors file {path} holds {raw.dtype} of shape {raw.shape}; expected numbers of shape (songs, D)"
+            f"vectors file {path} contains {raw.dtype} of shape {raw.shape}; expected numbers of shape (songs, D)"
         )
 
 
@@ -106,11 +108,11 @@ def _read_ids(path: Path) -> pa.Array | None:
             return pa.array([line.removesuffix("\r") for line in lines], pa.string())
         values = json.loads(file.read_text(encoding="utf-8-sig"))
         if not isinstance(values, list):
-            raise ValueError("it holds no list")
+            raise ValueError("not a list")
         return pa.array([spell_id(value) for value in values], pa.string())
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(
-            f"the ids beside {path} cannot be read: {error}; give one id a line, or a JSON list"
+            f"the ids file of {path} cannot be read: {error}; give one id per line, or a JSON list"
         ) from error
 
 
@@ -132,14 +134,14 @@ def _matrix(path: Path, lists: pa.Array) -> np.ndarray:
     """Return a column of lists of one length as an array (rows, D)."""
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(is_kind(lists.type) for is_kind in kinds):
-        raise InputError(f"vectors file {path}, column {VECTOR} is {lists.type}; expected lists of numbers")
+        raise InputError(f"vectors file {path}, column {VECTOR} has type {lists.type}; expected lists of numbers")
     if pa.types.is_fixed_size_list(lists.type):
         lists = lists.cast(pa.list_(lists.type.value_type))  # flattening a fixed-size list leaves out null lists
     lengths = pc.unique(pc.list_value_length(lists)).to_pylist()
     if len(lengths) != 1 or lengths[0] in (None, 0):
         raise InputError(
             f"vectors file {path}, column {VECTOR} has lists of lengths {sorted(map(str, lengths))[:5]}; "
-            "expected vectors of one length, none of them null"
+            "expected lists of one length, without nulls"
         )
     flat = pc.list_flatten(lists)
     values = np.asarray((flat.cast(pa.float64()) if pa.types.is_decimal(flat.type) else flat).to_numpy(False))
@@ -153,6 +155,6 @@ def _require_distinct(path: Path, song_ids: pa.Array) -> None:
     repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     if len(repeated):
         raise InputError(
-            f"vectors file {path} has {len(song_ids) - len(counts)} ids that occur before, such as "
+            f"vectors file {path} has {len(song_ids) - len(counts)} repeated ids, such as "
             f"{repeated[0].as_py()!r}; give each id once"
         )

@@ -224,8 +224,8 @@ def load_manifest(workspace: Workspace, kind: str, artifact_id: str) -> Manifest
     raw = workspace.read_json(path)
     if raw.get("format_version") != FORMAT_VERSION:
         raise DamagedArtifactError(
-            f"{path} has format version {raw.get('format_version')}, this rayrec reads {FORMAT_VERSION}; "
-            f"delete the folder {artifact_dir(kind, artifact_id)} and run `rayrec {MADE_BY[kind]}`"
+            f"{path} has format version {raw.get('format_version')}, but this version of rayrec reads "
+            f"{FORMAT_VERSION}; delete the folder {artifact_dir(kind, artifact_id)} and run `rayrec {MADE_BY[kind]}`"
         )
     return Manifest(**raw)
 
@@ -349,8 +349,8 @@ class DatasetManifest:
         spans = [(first, last) for first, last in self.spans if last >= first_part and first < parts]
         if spans and (spans[0][0] < first_part or spans[-1][1] >= parts):
             raise MismatchError(
-                f"parts {first_part} to {parts - 1} of the histories were joined with others by `rayrec compact`; "
-                "recompute what was made from them with --force"
+                f"parts {first_part} to {parts - 1} of the histories share files with other parts since "
+                "`rayrec compact`; recompute what was made from them with --force"
             )
         return [histories_file(first, bucket, last) for first, last in spans]
 
@@ -385,7 +385,7 @@ def read_dataset_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) ->
     if raw.get("schema_version") != SCHEMA_VERSION:
         raise DamagedArtifactError(
             f"{path} has schema version {raw.get('schema_version')}, "
-            f"this rayrec reads {SCHEMA_VERSION}; import the data again"
+            f"but this version of rayrec reads {SCHEMA_VERSION}; import the data again"
         )
     for name in ("joined", "part_times"):
         raw[name] = [tuple(pair) for pair in raw[name]]

@@ -45,9 +45,9 @@ def require_no_credentials(uri: str) -> None:
     user, _, host = parts.netloc.rpartition("@")
     if user and user != "anonymous":  # public buckets of gs:// are read as this user
         raise InputError(
-            f"{parts.scheme}://...@{host}{parts.path} holds credentials, which manifests and logs would show; name the "
-            "bucket alone, and give the role of the machine access, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
-            "in the environment of all nodes"
+            f"{parts.scheme}://...@{host}{parts.path} contains credentials, which manifests and logs would show; "
+            "remove them from the URI and give the machine's role access, or set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY in the environment of all nodes"
         )
 
 
@@ -98,7 +98,7 @@ class _S3Writer:
             from botocore.config import Config
         except ImportError as error:
             raise MissingDependencyError(
-                "a workspace on s3:// is locked through boto3, which is not installed; run pip install 'rayrec[aws]'"
+                "locking a workspace on s3:// needs boto3, which is not installed; run pip install 'rayrec[aws]'"
             ) from error
         options = s3_options(filesystem)
         endpoint = options.get("endpoint_override")
@@ -163,7 +163,7 @@ class GcsWriter:
             from googleapiclient.discovery import build
         except ImportError as error:
             raise MissingDependencyError(
-                "a workspace on gs:// is locked through Google's client, which is not installed; run "
+                "locking a workspace on gs:// needs Google's client, which is not installed; run "
                 "pip install 'rayrec[gcp]'"
             ) from error
         self._objects = build("storage", "v1", http=http, cache_discovery=False).objects()
@@ -208,7 +208,9 @@ class GcsWriter:
 
 
 def _failed(path: str, error: Exception) -> StorageError:
-    return StorageError(f"{path} could not be read or written: {error}; run again once the storage answers")
+    return StorageError(
+        f"{path} could not be read or written: {error}; run the command again when the storage is available"
+    )
 
 
 def upload(filesystem: pafs.FileSystem, local: Path, target: str) -> None:
@@ -247,22 +249,28 @@ def cached(filesystem: pafs.FileSystem, info: pafs.FileInfo, sha256: str | None 
         made_once(_version(filesystem, info), f"{info.base_name}.sha256", lambda beside: beside.write_text(digest))
 
     path = made_once(_version(filesystem, info), info.base_name, copy)
-    if sha256 is not None and _digest(filesystem, info) != sha256:
+    if sha256 is not None and (beside := _digest(filesystem, info)).read_text() != sha256:
+        # The bytes may have been damaged on their way here: the next copy gets a checksum of its own.
         path.unlink(missing_ok=True)
-        raise DamagedArtifactError(f"{info.path} does not match its checksum; run its command again with --force")
+        beside.unlink(missing_ok=True)
+        raise DamagedArtifactError(
+            f"{info.path} does not match its checksum; rerun the command that created it with --force"
+        )
     return path
 
 
 def checksum(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
     """Return the sha256 of a file. Only one process of the node reads a version of a large file."""
-    return _copy(filesystem, info.path, None) if info.size < SMALL else _digest(filesystem, info)
+    return _copy(filesystem, info.path, None) if info.size < SMALL else _digest(filesystem, info).read_text()
 
 
-def _digest(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
+def _digest(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> Path:
+    """Return the path of the cached sha256 of a file; the file is read if there is none of this version."""
+
     def read(target: Path) -> None:
         target.write_text(_copy(filesystem, info.path, None))
 
-    return made_once(_version(filesystem, info), f"{info.base_name}.sha256", read).read_text()
+    return made_once(_version(filesystem, info), f"{info.base_name}.sha256", read)
 
 
 def mapped_table(version: str, make: Callable[[], pa.Table]) -> pa.Table:

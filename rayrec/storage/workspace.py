@@ -287,7 +287,8 @@ class Workspace:
             return json.loads(self.read_bytes(path))
         except ValueError as error:
             raise DamagedArtifactError(
-                f"{path} is not JSON ({error}); restore it from a backup, or delete it and run its command again"
+                f"{path} is not JSON ({error}); restore it from a backup, or delete it and rerun the command that "
+                "created it"
             ) from error
 
     def write_json(self, path: str, value: Any) -> str:

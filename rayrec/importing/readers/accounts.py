@@ -44,7 +44,7 @@ class Users:
             self._named.add(named)
             if len(self._named) > 1:
                 raise InputError(
-                    f"{self.source} holds plays of several users, such as {' and '.join(sorted(self._named))}; "
+                    f"{self.source} contains plays of several users, such as {' and '.join(sorted(self._named))}; "
                     "--user would merge them; import without --user"
                 )
         return self.user
@@ -130,8 +130,8 @@ def check_accounts(sources: Sequence[str], user: str, name_of: Callable[[str], s
         if len(file_of) > 1:
             (one, first), (other, second) = sorted(file_of.items())[:2]
             raise InputError(
-                f"{first} holds plays of user {one!r} and {second} of {other!r}; --user would merge them; omit it, "
-                "or if they are one person's import each with --user, the second with --append"
+                f"{first} contains plays of user {one!r} and {second} of user {other!r}; --user would merge them; "
+                "omit --user, or if both belong to one person, import each with --user, the second with --append"
             )
         return []
     exports: dict[str, set[str]] = defaultdict(set)
@@ -146,15 +146,15 @@ def check_accounts(sources: Sequence[str], user: str, name_of: Callable[[str], s
     for account, folders in exports.items():
         if len(folders) > 1:
             raise InputError(
-                f"Folders {' and '.join(sorted(folders)[:3])} would both be imported as user {account!r}; the files "
-                "name no user. Give --user NAME if they are one person's, else import each folder with its own --user, "
-                "the second with --append"
+                f"Folders {' and '.join(sorted(folders)[:3])} would both be imported as user {account!r}, since the "
+                "files name no user; pass --user NAME if they belong to one person, otherwise import each folder with "
+                "its own --user, the second with --append"
             )
         mixed = sorted(folders & set(named))
         if mixed:
             raise InputError(
-                f"{mixed[0]} holds files that name the user, such as {named[mixed[0]]!r}, and files that do not; "
-                "give --user NAME, under which all of them are imported"
+                f"{mixed[0]} contains files that name the user, such as {named[mixed[0]]!r}, and files that do not; "
+                "pass --user NAME to import all of them as one user"
             )
     if not exports:
         return []

@@ -77,11 +77,11 @@ def _sheet(source: str) -> list[Sequence[Any]]:
                 rows = list(sheet.iter_rows(values_only=True))
         except Exception as error:  # openpyxl raises exceptions of many types for a broken part
             raise DamagedInputError(
-                f"{source} is not a whole Excel file: {first_line(error)}; fetch it again"
+                f"{source} is not a valid Excel file: {first_line(error)}; fetch it again"
             ) from error
     if sheet is None or not rows:
         raise DamagedInputError(
-            f"{source} has no sheet of a listening history, whose name ends in {SHEET}; check the format"
+            f"{source} has no listening history, a sheet whose name ends in {SHEET}; check the format"
         )
     return rows
 

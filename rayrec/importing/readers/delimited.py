@@ -74,19 +74,19 @@ def read_header(source: str, delimiter: str) -> list[str]:
     """Return the column names of a file. Raises `InputError` if it has no header or is not delimited text."""
     head = require_text(source)
     if head.lstrip(b"\xef\xbb\xbf \r\n\t")[:2] in (b"[{", b'{"', b"[\n", b"{\n", b"[\r", b"{\r"):
-        raise DamagedInputError(f"{source} is JSON; import it by the name of its format")
+        raise DamagedInputError(f"{source} is JSON, not csv; pass the format of the file, see `rayrec import --help`")
     line = header_line(source)
     if not line.strip():
         raise InputError(f"{source} begins with an empty line; expected a header with column names")
     if b"\r" in line:
         raise InputError(
-            f"{source} ends its lines with carriage returns alone, as old Macs did; "
-            "write it with line feeds, such as with `tr '\\r' '\\n'`"
+            f"{source} has carriage returns without line feeds as line ends; "
+            "convert them to line feeds, for example with `tr '\\r' '\\n'`"
         )
     try:
         values = split_line(line, delimiter)
         if isinstance(values, str):
-            raise InputError(f"the header of {source} cannot be read: {values}; write the column names again")
+            raise InputError(f"the header of {source} cannot be read: {values}; correct the column names")
         return [value.decode("utf-8").strip() for value in values]
     except UnicodeDecodeError as error:
         raise InputError(f"the header of {source} is {NOT_UTF8}; save the file as UTF-8") from error
@@ -104,7 +104,7 @@ def require_delimiter(source: str, header: Sequence[str], delimiter: str) -> Non
     other = other_delimiter(header, delimiter)
     if other:
         raise InputError(
-            f"{source} has one column, {shown_columns(header)!r}; its values seem to be divided by {other!r}: "
+            f"{source} has only one column, {shown_columns(header)!r}, but its delimiter seems to be {other!r}; "
             f"pass --delimiter {spelled_delimiter(other)}"
         )
 
@@ -220,7 +220,7 @@ def parse(
     def skip_row(row: pacsv.InvalidRow) -> str:
         position = indices[row.number - 1]
         bad_rows.append(row.number - 1)
-        faults[int(position)] = f"{row.actual_columns} values where the file has {row.expected_columns}"
+        faults[int(position)] = f"{row.actual_columns} values, but the file has {row.expected_columns} columns"
         return "skip"
 
     parsed = _columns(data, positions, num_columns, delimiter, quoted, skip_row)

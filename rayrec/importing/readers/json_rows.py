@@ -67,8 +67,8 @@ def read_records(unit: Unit, *lists: str) -> Iterator[Records]:
     content = load_json(unit.source)
     values = content if isinstance(content, list) else _listed(content, lists)
     if values is None:
-        places = "".join(f", nor has it one at {path!r}" for path in lists)
-        raise DamagedInputError(f"{unit.source} is JSON, but no list of records{places}; check the format")
+        places = " or ".join(["at the top level", *(f"at {path!r}" for path in lists)])
+        raise DamagedInputError(f"{unit.source} is JSON, but has no list of records {places}; check the format")
     yield Records([Record(number, value) for number, value in enumerate(values, start=1)], len(values))
 
 
@@ -84,7 +84,7 @@ def load_json(source: str) -> Any:
         return json.loads(data.decode("utf-8", errors="surrogateescape"))
     except (ValueError, RecursionError) as error:
         raise DamagedInputError(
-            f"{source} cannot be read to its end ({len(data):,} bytes): {str(error)[:200] or type(error).__name__}; "
+            f"{source} cannot be read completely ({len(data):,} bytes): {str(error)[:200] or type(error).__name__}; "
             "fetch it again"
         ) from error
 

@@ -17,7 +17,7 @@ from rayrec.importing.readers.json_rows import RowCollector, load_json, plan_jso
 from rayrec.importing.readers.reader import Batch, ReadOptions, Unit, is_file, plain_name, require_text
 
 NOT_A_LISTEN = "not a listen: no track_metadata"
-BESIDE_LISTENS = "user, feedback or pin beside the listens"
+BESIDE_LISTENS = "not a listen: user, feedback or pinned recording"
 LISTS = ("payload.listens", "listens")
 USER_FILE = "user.json"
 BESIDE_FILES = (USER_FILE, "feedback.jsonl", "pinned_recording.jsonl")

@@ -32,7 +32,7 @@ from rayrec.storage.object_storage import require_no_credentials
 SHOWN_COLUMNS, SHOWN_NAME = 20, 40  # column names of a header in a message, and characters of each name
 TEXT_LIMIT = 1_000  # characters of a rejected row that are stored
 NO_USER = "no user"
-IN_FUTURE = "time is more than a day from now"
+IN_FUTURE = "time is more than a day in the future"
 STREAM_MS = 30_000  # minimum length that services count as a stream; a shorter play counts as skipped
 DAY_SECONDS = 86_400  # a play may be this far in the future, since clocks and time zones may be wrong
 NO_SONG = "no song"
@@ -60,7 +60,7 @@ NAMES = {
     "playlist": ("playlist", "playlistid", "pid", "playlistname"),
     "position": ("position", "pos", "index", "order", "rank"),
 }
-ONE_USER = ", or for plays of one person give --user NAME in place of the user column"
+ONE_USER = ", or if all plays belong to one person, pass --user NAME instead of a user column"
 ALIKE = 0.7  # minimum similarity of a column name to suggest it; 1: equal
 
 
@@ -233,7 +233,7 @@ def required_columns(
     missing = [repr(name) for name in needed if name not in header]
     if missing:
         raise InputError(
-            f"{source} has no column {' or '.join(missing)}; it has {shown_columns(header)}; is it of this format?"
+            f"{source} has no column {' or '.join(missing)}; it has {shown_columns(header)}; check the format"
         )
     present = [*needed, *(name for name in dict.fromkeys(optional) if name in header and name not in needed)]
     return {name: _position(source, header, name) for name in present}
@@ -249,7 +249,7 @@ def mapped_columns(
     """
     unknown = [role for role in names if role not in roles]
     if unknown:
-        raise InputError(f"cannot map a column to {unknown[0]!r}; expected some of {', '.join(roles)}")
+        raise InputError(f"cannot map a column to {unknown[0]!r}; expected one of {', '.join(roles)}")
     column_of = {role: names.get(role, role) for role in roles}
     missing = {
         role: name for role, name in column_of.items() if name not in header and (role in names or role in needed)
@@ -267,7 +267,7 @@ def mapping_advice(missing: Mapping[str, str], header: Sequence[str]) -> str:
     """Return advice for a message: how to map the roles in `missing` (role -> missing name) to columns of `header`."""
     nearest = _nearest(missing, header)
     mapping = shlex.quote(",".join(f"{role}={nearest.get(role, 'NAME')}" for role in missing))
-    advice = f"map {'it' if len(missing) == 1 else 'them'}{', perhaps' if nearest else ''} with --columns {mapping}"
+    advice = f"map {'it' if len(missing) == 1 else 'them'}{', for example' if nearest else ''} with --columns {mapping}"
     return advice + (ONE_USER if "user" in missing and "user" not in nearest else "")
 
 
@@ -361,7 +361,7 @@ def is_file(source: str) -> bool:
 
 
 def _unreadable(path: str, error: OSError) -> InputError:
-    return InputError(f"the path {path} cannot be read: {first_line(error)}; check it and its rights")
+    return InputError(f"the path {path} cannot be read: {first_line(error)}; check the path and its permissions")
 
 
 def is_compressed(source: str) -> bool:
@@ -381,7 +381,9 @@ def open_source(source: str) -> Iterator[pa.NativeFile]:
     try:
         stream = filesystem.open_input_file(path)
     except OSError as error:
-        raise InputError(f"{source} cannot be opened: {first_line(error)}; check the path and the rights") from error
+        raise InputError(
+            f"{source} cannot be opened: {first_line(error)}; check the path and its permissions"
+        ) from error
     with stream:
         yield stream
 
@@ -404,7 +406,7 @@ def open_plain(source: str) -> Iterator[IO[bytes]]:
         except (OSError, EOFError, zlib.error) as error:  # BZ2File raises a bare OSError
             kind = "bzip2" if by_bzip2 else "gzip"
             raise DamagedInputError(
-                f"{source} is not a whole {kind} file: {first_line(error)}; fetch it again"
+                f"{source} is not a valid {kind} file: {first_line(error)}; fetch it again"
             ) from error
 
 
@@ -426,7 +428,7 @@ def cut_note(files: Sequence[SourceFile]) -> list[str]:
     if not open_ended:
         return []
     more = f" and {len(open_ended) - 1:,} more files" if len(open_ended) > 1 else ""
-    return [f"The last line of {open_ended[0]}{more} has no line end: the file may have been cut."]
+    return [f"The last line of {open_ended[0]}{more} has no line end: the file may be incomplete."]
 
 
 def head_of(source: str) -> bytes:
@@ -452,7 +454,7 @@ def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:
     try:
         info = filesystem.get_file_info(inner)
         if info.type == pafs.FileType.NotFound:
-            raise InputError(f"there is no file or folder {path}; give one to import")
+            raise InputError(f"file or folder {path} does not exist; give an existing one")
         if info.type == pafs.FileType.File:
             return [SourceFile(place, info.size, info.mtime_ns or 0)]
         below = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
@@ -465,7 +467,7 @@ def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:
     ]
     if not files:
         raise InputError(
-            f"folder {path} holds no file named {' or '.join(patterns)} (or .gz, .bz2); name the files instead"
+            f"folder {path} contains no file named {' or '.join(patterns)} (or .gz, .bz2); pass the file paths instead"
         )
     return files
 

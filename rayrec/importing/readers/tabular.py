@@ -20,7 +20,16 @@ import pyarrow.parquet as pq
 from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.moments import to_ms
-from rayrec.data.spelling import Problems, as_strings, name_songs, plain, spell_ids, spell_lists, spell_texts
+from rayrec.data.spelling import (
+    Problems,
+    as_strings,
+    name_songs,
+    plain,
+    spell_ids,
+    spell_lists,
+    spell_texts,
+    spell_values,
+)
 from rayrec.errors import DamagedInputError, InputError, first_line
 from rayrec.importing.readers import delimited, reader
 from rayrec.importing.readers.reader import (
@@ -161,7 +170,7 @@ NAMES_OF_SONG = ("title", "artist")
 MADE_OF_NAMES = "artist+title"  # given in place of a column of song ids
 PLAYLIST_ROLES = ("playlist", "position", "song", "title", "artist")
 NOT_A_POSITION = "position is not a whole number"
-OTHER_EVENT = "event is neither a play, a skip nor a like"
+OTHER_EVENT = "event is not a play, skip or like"
 EVENTS = {"play": "play", "listen": "play", "skip": "skip", "like": "like"}  # event type in a file -> its meaning
 NUMBER = r"^(\d{1,15}(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?$"
 FLAGS = {"true": True, "1": True, "t": True, "yes": True, "false": False, "0": False, "f": False, "no": False}
@@ -223,8 +232,7 @@ def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dic
     place_of = reader.mapped_columns(source, names, mapping, known, needed)
     if options.user and "user" in place_of:
         raise InputError(
-            f"{source} names users in column {names[place_of['user']]!r}; --user would merge them; "
-            "import without --user"
+            f"{source} has users in column {names[place_of['user']]!r}; --user would merge them; import without --user"
         )
     return place_of
 
@@ -325,19 +333,19 @@ def read_numbers(values: pa.Array, problems: Problems, column: str, *, most: flo
         numbers = pc.if_else(pc.is_nan(numbers), None, numbers)
         valid = pc.and_(pc.greater_equal(numbers, 0), pc.is_finite(numbers))
     else:
-        texts = spell_texts(values, problems, column=column)
+        texts = spell_values(values, problems, column=column)
         valid = pc.match_substring_regex(texts, NUMBER)
         numbers = pc.if_else(valid, texts, None).cast(pa.float64())
     if most is not None:
         valid = pc.and_kleene(valid, pc.less_equal(numbers, most))
     wrong = pc.invert(pc.fill_null(valid, True))
     limit = "of at least 0" if most is None else f"from 0 to {most:g}"
-    problems.mark(np.asarray(wrong.to_numpy(zero_copy_only=False)), f"{column} is no number {limit}")
+    problems.mark(np.asarray(wrong.to_numpy(zero_copy_only=False)), f"{column} is not a number {limit}")
     return numbers
 
 
 def _positions(values: pa.Array, problems: Problems, column: str) -> pa.Array:
-    texts = spell_texts(values, problems, column=column)
+    texts = spell_values(values, problems, column=column)
     valid = pc.fill_null(pc.match_substring_regex(texts, r"^\d{1,18}$"), False)
     problems.mark(~np.asarray(valid.to_numpy(zero_copy_only=False)), NOT_A_POSITION)
     return one_array(pc.if_else(valid, texts, "0").cast(pa.int64()))
@@ -351,8 +359,8 @@ def read_flags(values: pa.Array, problems: Problems, column: str) -> pa.Array:
     values = plain(values)
     if pa.types.is_boolean(values.type):
         return values
-    texts = pc.utf8_lower(spell_texts(values, problems, column=column))
+    texts = pc.utf8_lower(spell_values(values, problems, column=column))
     positions = pc.index_in(texts, value_set=pa.array(list(FLAGS)))
     unknown = pc.and_(positions.is_null(), texts.is_valid())
-    problems.mark(np.asarray(unknown.to_numpy(zero_copy_only=False)), f"{column} is none of true, false, 1, 0")
+    problems.mark(np.asarray(unknown.to_numpy(zero_copy_only=False)), f"{column} is not true, false, 1 or 0")
     return pa.array(list(FLAGS.values())).take(positions)

@@ -15,7 +15,7 @@ from rayrec.importing.readers.accounts import Users, account_of, check_accounts
 from rayrec.importing.readers.json_rows import Record, RowCollector, plan_json, read_records, text
 from rayrec.importing.readers.reader import NO_SONG, Batch, ReadOptions, Unit, head_of, plain_name
 
-NOT_MUSIC = "not of YouTube Music"
+NOT_MUSIC = "not a YouTube Music play"
 AD = "From Google Ads"  # name of a detail of an entry that is an advertisement
 SEARCH = "a search"
 NOT_WATCHED = "not an entry of a watch history"
@@ -62,7 +62,9 @@ def check_watchers(sources: Sequence[str], user: str) -> list[str]:
     """Same as `check_accounts`, for the watch histories only. Raises `InputError` if no file is a watch history."""
     histories = [source for source in sources if is_watch_history(source)]
     if sources and not histories:
-        raise InputError(f"{sources[0]} is no watch history of Takeout in JSON; choose JSON for the history in Takeout")
+        raise InputError(
+            f"{sources[0]} is not a JSON watch history; in Google Takeout, choose JSON as the format of the history"
+        )
     return check_accounts(histories, user)
 
 

@@ -93,14 +93,14 @@ def test_parts_join_in_order(histories: Histories) -> None:
 
 
 def test_arrays_that_do_not_fit_the_offsets_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 users need 3 offsets, got 2"):
+    with pytest.raises(ValueError, match="expected 3 offsets for 2 users, got 2"):
         Histories(
             user_ids=np.array(["a", "b"], dtype=object),
             offsets=np.array([0, 1]),
             songs=np.array([1]),
             played_at=np.array([1]),
         )
-    with pytest.raises(ValueError, match="played_at has 1 values, the offsets say 2 plays"):
+    with pytest.raises(ValueError, match="played_at has 1 values, expected 2, the last offset"):
         Histories.from_lists([[1, 2]], [[1]])
 
 

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrec.data.spelling import NOT_UTF8, Problems, spell_id, spell_ids, spell_lists, spell_texts
+from rayrec.data.spelling import (
+    NOT_UTF8,
+    Problems,
+    name_song,
+    name_songs,
+    spell_id,
+    spell_ids,
+    spell_lists,
+    spell_text,
+    spell_texts,
+    spell_values,
+)
 from rayrec.errors import InputError
 
 
@@ -56,7 +67,7 @@ def test_what_is_no_id_is_marked_in_text(values: pa.Array) -> None:
 
 
 def test_an_id_that_no_request_can_hold_is_marked() -> None:
-    assert ids(pa.array(["ü" * 512, "ü" * 513])) == (["ü" * 512, None], ["id of more than 512 characters"])
+    assert ids(pa.array(["ü" * 512, "ü" * 513])) == (["ü" * 512, None], ["id is longer than 512 characters"])
 
 
 def test_what_is_no_id_is_marked_among_numbers() -> None:
@@ -156,3 +167,47 @@ def test_titles_of_numbers_are_text_and_nan_is_a_title_only_as_text() -> None:
         None,
     ]
     assert spell_texts(pa.array(["nan", " A ", ""]), Problems(3), column="t").to_pylist() == ["nan", "A", None]
+
+
+TITLES = ["2.0", " 22.00 ", "-0.0", "1e+16", "Ärger 2.0", None]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array(TITLES),
+        pa.array(TITLES, pa.string_view()),
+        pa.array(TITLES).cast(pa.binary()),
+        pa.array(TITLES).dictionary_encode(),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_a_title_that_reads_as_a_number_stays_as_it_is_like_in_json(values: pa.Array) -> None:
+    spelled = spell_texts(values, Problems(6), column="title")
+    assert spelled.to_pylist() == ["2.0", "22.00", "-0.0", "1e+16", "Ärger 2.0", None]
+    assert spelled.to_pylist() == [spell_text(title) for title in TITLES]
+
+
+@pytest.mark.parametrize("values", [pa.array([2.0, 16.5, None]), pa.array([2.0, 16.5, None]).dictionary_encode()])
+def test_numbers_as_titles_are_the_same_from_parquet_and_json(values: pa.Array) -> None:
+    spelled = spell_texts(values, Problems(3), column="title").to_pylist()
+    assert spelled == ["2", "16.5", None] == [spell_text(title) for title in (2.0, 16.5, None)]
+
+
+def test_a_song_is_known_by_the_same_name_from_a_table_and_from_json() -> None:
+    artists = spell_texts(pa.array(["1975.0", None, " B "]), Problems(3), column="artist")
+    titles = spell_texts(pa.array(["2.0", "2.0", "2"]), Problems(3), column="title")
+    names = spell_ids(
+        name_songs(pa.nulls(3, pa.string()), artists, titles), Problems(3), column="title", reason="no song"
+    )
+    assert names.to_pylist() == ["1975.0 – 2.0", "– 2.0", "B – 2"]
+    assert names.to_pylist() == [
+        spell_id(name_song(artist, title))
+        for artist, title in zip(artists.to_pylist(), titles.to_pylist(), strict=True)
+    ]
+
+
+def test_values_lose_a_fraction_of_zeros_in_text_too() -> None:
+    values = pa.array(["1.0", " 1999.0", "1.0 1", "0.5", "", None])
+    assert spell_values(values, Problems(6), column="c").to_pylist() == ["1", "1999", "1.0 1", "0.5", None, None]
+    assert spell_lists(pa.array(["7.0", None]), Problems(2), column="contexts").to_pylist() == [["7"], None]

@@ -81,7 +81,7 @@ def test_the_split_requested_last_is_the_default_whatever_the_time_of_its_file(f
 
 
 def test_naming_a_split_and_none_at_once_is_refused(filled: Workspace) -> None:
-    with pytest.raises(InputError, match="exclude each other"):
+    with pytest.raises(InputError, match="--split a and --no-split cannot be combined"):
         choose_split(filled, "a", no_split=True)
     with pytest.raises(NotFoundError, match="'a'"):
         choose_split(filled, "a")

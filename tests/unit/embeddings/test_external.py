@@ -82,11 +82,11 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path, catalog: Catalog) -> 
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (RAW[:2], "has 2 rows, the catalog 3 songs"),
+        (RAW[:2], "has 2 rows, but the catalog has 3 songs"),
         (RAW[0], r"shape \(2,\)"),
         (RAW.astype("U4"), "expected numbers"),
         (RAW * [[1], [np.nan], [1]], "NaN"),
-        (RAW * 0, "for none of the 3 songs"),
+        (RAW * 0, "no vector for any of the 3 songs"),
     ],
 )
 def test_wrong_arrays_are_refused(array: np.ndarray, message: str, tmp_path: Path, catalog: Catalog) -> None:
@@ -97,7 +97,7 @@ def test_wrong_arrays_are_refused(array: np.ndarray, message: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("song_ids", "vectors", "message"),
     [
-        (["a", "a"], [[1.0], [2.0]], "occur before"),
+        (["a", "a"], [[1.0], [2.0]], "1 repeated ids"),
         (["a", "b"], [[1.0], [2.0, 3.0]], "one length"),
         (["a", "b"], [[1.0], None], "one length"),
         (["x", "y"], [[1.0], [2.0]], "2 of its 2 ids are unknown"),
@@ -115,7 +115,7 @@ def test_wrong_tables_are_refused(
 
 
 def test_a_missing_file_column_and_format_are_named(tmp_path: Path, catalog: Catalog) -> None:
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match="does not exist"):
         read_outside(tmp_path / "none.npy", catalog)
     (tmp_path / "vectors.csv").write_text("")
     with pytest.raises(InputError, match=r"ends in '\.csv'"):
@@ -130,7 +130,7 @@ def test_a_missing_file_column_and_format_are_named(tmp_path: Path, catalog: Cat
 
 def test_ids_must_be_as_many_as_rows(tmp_path: Path, catalog: Catalog) -> None:
     (tmp_path / "vectors.ids.txt").write_text("a\nb\n")
-    with pytest.raises(InputError, match="3 rows, its ids file 2 ids"):
+    with pytest.raises(InputError, match="3 rows, but its ids file has 2 ids"):
         read_outside(npy(tmp_path, RAW), catalog)
     (tmp_path / "vectors.ids.txt").unlink()
     (tmp_path / "vectors.ids.json").write_text("{")
@@ -208,12 +208,12 @@ def test_vectors_of_every_number_type_are_read(
 @pytest.mark.parametrize(
     ("name", "ids", "said"),
     [
-        ("txt", "a\n\nc\n", "1 rows with no song id, the first at row 2"),
-        ("json", '["a", null, "c"]', "1 rows with no song id, the first at row 2"),
-        ("json", '["a", NaN, "c"]', "1 rows with no song id"),
-        ("json", '{"a": 1}', "it holds no list"),
-        ("txt", "a\nb\n", "has 3 rows, its ids file 2 ids"),
-        ("txt", "a\na \nc\n", "1 ids that occur before, such as 'a'"),
+        ("txt", "a\n\nc\n", "1 rows without a song id, the first is row 2"),
+        ("json", '["a", null, "c"]', "1 rows without a song id, the first is row 2"),
+        ("json", '["a", NaN, "c"]', "1 rows without a song id"),
+        ("json", '{"a": 1}', "not a list"),
+        ("txt", "a\nb\n", "has 3 rows, but its ids file has 2 ids"),
+        ("txt", "a\na \nc\n", "1 repeated ids, such as 'a'"),
         ("json", "[" * 100_000, "cannot be read"),
     ],
 )

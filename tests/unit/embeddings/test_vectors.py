@@ -22,7 +22,7 @@ def test_very_short_and_very_long_vectors_are_scaled_too(scale: float) -> None:
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf, 1e300])
 def test_numbers_that_are_not_finite_are_refused_with_their_row(broken: float) -> None:
-    with pytest.raises(InputError, match="1 of 2 song embeddings hold NaN or infinite numbers, the first row 1"):
+    with pytest.raises(InputError, match="1 of 2 song embeddings contain NaN or infinite numbers, the first is row 1"):
         SongVectors.normalized(np.array([[1, 0], [0, broken]]))
 
 

@@ -93,7 +93,7 @@ def test_an_empty_corpus_is_refused_with_a_reason(tmp_path: Path) -> None:
     corpus = write_corpus([], tmp_path / "corpus", 5)
     with pytest.raises(
         InputError,
-        match=r"nothing to train song embeddings on: .*--session-gap-minutes .* raise it",
+        match=r"nothing to train song embeddings on: no song occurs 1 times .*; raise --session-gap-minutes",
     ):
         Word2Vec(corpus, EmbedConfig())
 

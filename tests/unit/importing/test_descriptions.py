@@ -49,9 +49,9 @@ def test_a_csv_without_an_end_of_its_last_line_and_one_with_another_delimiter_ar
 ) -> None:
     path = written(tmp_path, CSV.rstrip("\n"))
     told = describe(dataset.workspace, DescribeConfig(), path)
-    assert told.warnings == [f"The last line of {path} has no line end: the file may have been cut."]
+    assert told.warnings == [f"The last line of {path} has no line end: the file may be incomplete."]
     assert describe(dataset.workspace, DescribeConfig(), written(tmp_path, CSV)).warnings == []
-    with pytest.raises(InputError, match="divided by ';': pass --delimiter ';'"):
+    with pytest.raises(InputError, match="its delimiter seems to be ';'; pass --delimiter ';'"):
         read_descriptions(written(tmp_path, CSV.replace(",", ";")))
 
 
@@ -126,17 +126,17 @@ def test_what_was_told_of_other_songs_is_not_told_of_these(dataset: Dataset, tmp
 @pytest.mark.parametrize(
     ("text", "name", "said"),
     [
-        ("id,title\na,b\n", "songs.csv", "no column 'song'.*perhaps with --columns song=id"),
+        ("id,title\na,b\n", "songs.csv", "no column 'song'.*for example with --columns song=id"),
         ("song,mood\na,b\n", "songs.csv", "has no metadata"),
-        ("song,title\na\n", "songs.csv", "no row can be used: 1 × 1 values where the file has 2"),
-        ("song,title\n", "songs.csv", "no row can be used: it has none"),
+        ("song,title\na\n", "songs.csv", "no row can be used: 1 × 1 values, but the file has 2 columns"),
+        ("song,title\n", "songs.csv", "no row can be used: the file has no rows"),
         ("", "songs.csv", "is empty"),
         ('[{"song": "a", "title": "b"}]', "songs.csv", "is JSON"),
-        ("song,title\ra,b\r", "songs.csv", "carriage returns alone"),
+        ("song,title\ra,b\r", "songs.csv", "carriage returns without line feeds"),
         ("song,title,title\na,b,c\n", "songs.csv", "2 columns named 'title'"),
         ("song;title\na;b\n", "songs.csv", "pass --delimiter"),
         ("song,title\na,b\n", "songs.parquet", "is not a Parquet file"),
-        ("song,title\na,b\n", "songs.xls", "neither .csv nor .parquet"),
+        ("song,title\na,b\n", "songs.xls", "is not .csv, .tsv or .parquet"),
     ],
 )
 def test_what_is_wrong_is_named(dataset: Dataset, tmp_path: Path, text: str, name: str, said: str) -> None:
@@ -171,6 +171,17 @@ def test_whole_numbers_are_the_same_songs_in_every_file(workspace: Workspace, tm
         assert metadata.rejected == {"no song": 1}
 
 
+def test_years_are_release_days_and_titles_stay_text_in_a_frame_with_gaps(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"song": ["a", "b"], "title": ["2.0", "nan"], "released": [1999.0, np.nan]})
+    frame.to_csv(tmp_path / "a.csv", index=False)  # writes 1999.0
+    frame.to_parquet(tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        metadata = read_descriptions(str(tmp_path / name))
+        assert metadata.table.column(columns.TITLE).to_pylist() == ["2.0", "nan"]
+        assert metadata.table.column(columns.RELEASED).to_pylist() == [date(1999, 1, 1), None]
+        assert metadata.invalid == {}
+
+
 @pytest.mark.parametrize("name", ["songs.csv", "songs.parquet"])
 def test_a_value_that_is_none_costs_that_value_and_is_counted(dataset: Dataset, tmp_path: Path, name: str) -> None:
     days = ["2020-02-31", "spring", "0000", "1999", None, "2001-05-07"]
@@ -179,7 +190,7 @@ def test_a_value_that_is_none_costs_that_value_and_is_counted(dataset: Dataset, 
     pd.DataFrame(table).to_csv(path, index=False) if name.endswith("csv") else pq.write_table(pa.table(table), path)
     counts = describe(dataset.workspace, DescribeConfig(), str(path))
     assert (counts.described, counts.titles, counts.released) == (6, 6, 2)
-    assert (counts.rejected, counts.invalid) == ({}, {"release day is neither YYYY-MM-DD, YYYY-MM nor YYYY": 3})
+    assert (counts.rejected, counts.invalid) == ({}, {"release day is not YYYY-MM-DD, YYYY-MM or YYYY": 3})
     assert dataset.catalog().table.column(columns.RELEASED).to_pylist() == [None] * 3 + [
         date(1999, 1, 1),
         None,
@@ -259,7 +270,10 @@ def test_appended_metadata_leaves_what_other_songs_were_described_by(dataset: Da
 
 @pytest.mark.parametrize(
     ("dim", "first", "message"),
-    [(4, 0.0, r"vectors of 4 numbers, those that are kept have 3.*--append"), (3, np.nan, r"hold NaN .* first row 1;")],
+    [
+        (4, 0.0, r"vectors of 4 numbers, but the existing vectors have 3.*--append"),
+        (3, np.nan, r"contain NaN .* first is row 1;"),
+    ],
 )
 def test_content_that_cannot_be_used_is_refused(
     dataset: Dataset, tmp_path: Path, dim: int, first: float, message: str
@@ -274,7 +288,7 @@ def test_content_without_ids_is_of_the_songs_of_the_catalog(dataset: Dataset, tm
     np.save(tmp_path / "all.npy", np.eye(6, dtype=np.float32))
     assert describe(dataset.workspace, DescribeConfig(vectors=str(tmp_path / "all.npy"))).content == 6
     np.save(tmp_path / "few.npy", np.eye(4, dtype=np.float32))
-    with pytest.raises(InputError, match=r"has 4 rows, the catalog 6 songs.*NAME.ids.txt"):
+    with pytest.raises(InputError, match=r"has 4 rows, but the catalog has 6 songs.*NAME.ids.txt"):
         describe(dataset.workspace, DescribeConfig(vectors=str(tmp_path / "few.npy")))
 
 
@@ -284,10 +298,10 @@ def test_metadata_of_other_songs_alone_is_refused_and_what_was_there_stays(
     describe(dataset.workspace, DescribeConfig(vectors=content(tmp_path, ["song-4"])), written(tmp_path, CSV))
     others = written(tmp_path, "song,title\n" + "".join(f"SONG-{song},Other\n" for song in range(5)), "others.csv")
     vectors = content(tmp_path, ["SONG-0", "SONG-1"], name="others")
-    both = "the file has 'SONG-0', 'SONG-1', 'SONG-2', the catalog 'song-0', 'song-1', 'song-2'"
+    both = "the file has ids such as 'SONG-0', 'SONG-1', 'SONG-2', the catalog 'song-0', 'song-1', 'song-2'"
     for words in ([others], ["--vectors", vectors], [written(tmp_path, CSV), "--vectors", vectors]):
         assert main(["--workspace", dataset.workspace.uri, "describe", *words]) == 2
-        assert "is in the catalog: the file has 'SONG-0'" in capsys.readouterr().err
+        assert "is in the catalog: the file has ids such as 'SONG-0'" in capsys.readouterr().err
     with pytest.raises(InputError, match=f"no song of {others} is in the catalog: {both}; check the column"):
         describe(dataset.workspace, DescribeConfig(), others)
     assert dataset.catalog().table.column(columns.TITLE).to_pylist()[0] == "Zero"

@@ -73,8 +73,8 @@ def test_a_column_of_times_is_found_by_its_values_and_a_missing_one_is_said(tmp_
     assert found.rows == 0
     assert "--columns user=NAME,played_at=ts" in found.command
     assert found.notes == [
-        "No column looks like user: map it with --columns user=NAME, or for plays of one person "
-        "give --user NAME in place of the user column."
+        "No column looks like user: map it with --columns user=NAME, or if all plays "
+        "belong to one person, pass --user NAME instead of a user column."
     ]
 
 
@@ -92,17 +92,17 @@ def test_playlists_are_told_from_plays(tmp_path: Path) -> None:
         (["1711929600000"], "unix milliseconds"),
         (["1711929600000000"], "unix microseconds, which are rejected"),
         (["2024-04-01T00:00:00Z"], "ISO 8601 with a zone"),
-        (["2024-04-01 00:00:00"], "ISO 8601 without a zone, read in Asia/Tokyo"),
+        (["2024-04-01 00:00:00"], "ISO 8601 without a zone, read as Asia/Tokyo"),
         (
             ["2024-04-01 00:00:00", "2024-04-01T00:00:00Z"],
-            "ISO 8601 without a zone in 1 of 2 values, read in Asia/Tokyo",
+            "ISO 8601 without a zone in 1 of 2 values, read as Asia/Tokyo",
         ),
-        (["2024-04-01"], "dates alone, read as midnight in Asia/Tokyo"),
-        (["01 Apr 2024"], "dates alone, read as midnight in Asia/Tokyo"),
-        (["01 Apr 2024 23:05"], "day, month in words and year without a zone, read in Asia/Tokyo"),
+        (["2024-04-01"], "dates without times, read as midnight in Asia/Tokyo"),
+        (["01 Apr 2024"], "dates without times, read as midnight in Asia/Tokyo"),
+        (["01 Apr 2024 23:05"], "day, month name and year without a zone, read as Asia/Tokyo"),
         (
             ["soon", "2024-04-01T00:00:00Z"],
-            "time is neither unix seconds, unix milliseconds nor ISO 8601, of 1 of 2 values",
+            "time is neither unix seconds, unix milliseconds nor ISO 8601 in 1 of 2 values",
         ),
     ],
 )
@@ -112,9 +112,9 @@ def test_how_times_are_written_is_said(values: list[str], form: str) -> None:
 
 def test_the_time_zone_is_shown_and_in_the_command(tmp_path: Path) -> None:
     path = write(tmp_path / "p.csv", "user,song,played_at\na,b,2026-01-01 10:00:00\n")
-    assert inspect_files("csv", [path]).time == "ISO 8601 without a zone, read in UTC"
+    assert inspect_files("csv", [path]).time == "ISO 8601 without a zone, read as UTC"
     found = inspect_files("csv", [path], "Europe/Berlin")
-    assert (found.time, found.rejected) == ("ISO 8601 without a zone, read in Europe/Berlin", {})
+    assert (found.time, found.rejected) == ("ISO 8601 without a zone, read as Europe/Berlin", {})
     assert found.command.endswith("--timezone Europe/Berlin")
     with pytest.raises(InputError, match="unknown time zone 'Mars'"):
         inspect_files("csv", [path], "Mars")
@@ -144,7 +144,7 @@ def test_of_columns_named_as_times_the_first_that_can_be_read_is_taken(columns: 
 @pytest.mark.parametrize("values", ["2024-01-01,23:10:00", "31 Jan 2021, 23:10", "2024-01-01,9:05 PM"])
 def test_a_date_and_a_time_of_day_in_two_columns_must_be_joined(tmp_path: Path, values: str) -> None:
     path = write(tmp_path / "p.csv", f"user,song,date,time\na,b,{values}\n")
-    said = "Column 'time' holds the time of day without the date: join date and time into one column"
+    said = "Column 'time' contains the time of day without the date: combine date and time in one column"
     assert said in inspect_files("csv", [path]).doubts["played_at"]
     with pytest.raises(InputError, match=said):
         guess_import([path])
@@ -205,7 +205,7 @@ def test_songs_that_are_named_by_a_column_of_titles_alone_are_warned_of(tmp_path
     assert guess_import([path], on_note=notes.append).columns["song"] == "track"
     (note,) = notes
     assert note.startswith(
-        "Warning: Song IDs are from column 'track', which may hold titles: songs of different artists"
+        "Warning: Song IDs come from column 'track', which may contain titles: songs of different artists"
     )
     assert note.removeprefix("Warning: ") == inspect_files("csv", [path]).doubts["song"]
     guess_import([path], columns={"song": "track"}, on_note=notes.append)
@@ -231,7 +231,7 @@ def test_where_no_column_holds_ids_songs_are_known_by_artist_and_title(tmp_path:
     assert "song = artist+title" in describe_import(config)
     found = inspect_files("csv", [path])
     assert "song=artist+title,played_at=date,title=track" in found.command
-    assert "No column looks like song IDs: a song's ID is made of artist and title." in found.notes
+    assert "No column looks like song IDs: they are made from artist and title." in found.notes
     (batch,) = config.reader().read(plan_import(config).units[0])
     assert batch.rows["song_id"].to_pylist() == ["Radiohead – No Surprises", "Blur – Song 2"]
     assert batch.rows["title"].to_pylist() == ["No Surprises", "Song 2"]
@@ -368,7 +368,7 @@ def test_a_watch_history_is_found_among_the_other_files_of_takeout(tmp_path: Pat
     write(tmp_path / name, '[{"header": "YouTube", "title": "A", "titleUrl": "https://youtube.com/watch?v=a"}]')
     assert guess_format([str(tmp_path)]) == "youtube-takeout"
     inspection = inspect_files("youtube-takeout", [str(tmp_path)])
-    assert inspection.rejected == {"not of YouTube Music": 1}
+    assert inspection.rejected == {"not a YouTube Music play": 1}
 
 
 @pytest.mark.parametrize("name", ["StreamingHistory_music_0.json", "StreamingHistory0.json"])
@@ -386,7 +386,7 @@ def test_spotifys_account_data_is_no_history_and_the_right_one_is_named(tmp_path
 
 
 def test_json_of_no_known_content_is_no_format(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"the format of .*some\.json is not known; pass --format"):
+    with pytest.raises(InputError, match=r"the format of .*some\.json is unknown; pass --format"):
         guess_format([write(tmp_path / "some.json", '[{"song": "a"}]')])
 
 
@@ -407,7 +407,7 @@ def test_columns_are_guessed_by_name_and_those_given_come_first(tmp_path: Path) 
     assert config.columns == {"user": "listener", "song": "track", "played_at": "timestamp"}
     assert config.delimiter == ";"
     assert describe_import(config) == (
-        "csv: user = listener, song = track, played_at = timestamp; times without a zone are UTC"
+        "csv: user = listener, song = track, played_at = timestamp; times without a zone are read as UTC"
     )
     assert guess_import([path], timezone="Asia/Tokyo").timezone == "Asia/Tokyo"
     assert guess_import([path], columns={"song": "alt"}).columns["song"] == "alt"
@@ -415,16 +415,16 @@ def test_columns_are_guessed_by_name_and_those_given_come_first(tmp_path: Path) 
 
 def test_files_without_users_are_those_of_the_user_that_is_given(tmp_path: Path) -> None:
     path = write(tmp_path / "plays.csv", "artist,track,isrc,uts\nA,One,s1,1400000000\n")
-    with pytest.raises(InputError, match="user=NAME, or for plays of one person give --user NAME"):
+    with pytest.raises(InputError, match="user=NAME, or if all plays belong to one person, pass --user NAME"):
         guess_import([path])
     config = guess_import([path], user="ann")
     assert "user" not in config.columns
-    assert describe_import(config).endswith("; all plays are of user 'ann'")
+    assert describe_import(config).endswith("; all plays belong to user 'ann'")
     plan = plan_import(config)
     (batch,) = config.reader().read(plan.units[0])
     assert batch.rows["user_id"].to_pylist() == ["ann"]
     named = write(tmp_path / "named.csv", "listener,track,uts\nbob,s1,1400000000\n")
-    with pytest.raises(InputError, match="names users in column 'listener'; --user would merge them"):
+    with pytest.raises(InputError, match="has users in column 'listener'; --user would merge them"):
         plan_import(guess_import([named], user="ann"))
 
 
@@ -444,7 +444,7 @@ def test_all_missing_columns_are_named_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("plays.xlsx", "the format of .*plays.xlsx is not known; pass --format"), ("slice.json", "holds playlists, not")],
+    [("plays.xlsx", "the format of .*plays.xlsx is unknown; pass --format"), ("slice.json", "contains playlists, not")],
 )
 def test_what_holds_no_plays_is_refused(tmp_path: Path, name: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
@@ -452,5 +452,5 @@ def test_what_holds_no_plays_is_refused(tmp_path: Path, name: str, said: str) ->
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is no file or folder"):
+    with pytest.raises(InputError, match=r"file or folder .* does not exist"):
         guess_import([str(tmp_path / "none.csv")])

@@ -63,7 +63,7 @@ def test_rows_that_are_no_plays_are_rejected_with_a_reason(tmp_path: Path) -> No
 
 
 def test_another_workbook_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DamagedInputError, match="no sheet of a listening history"):
+    with pytest.raises(DamagedInputError, match="has no listening history, a sheet whose name ends in"):
         read(write(tmp_path / "d.xlsx", sheet="Plays"))
     with pytest.raises(InputError, match="no column 'Date'; it has Song Title, Artist"):
         read(write(tmp_path / "d.xlsx", header=["Song Title", "Artist"]))
@@ -87,5 +87,5 @@ def test_files_of_two_accounts_in_one_folder_are_two_users_and_one_without_a_nam
     plan = plan_import(ImportConfig(format="deezer", paths=(str(tmp_path),)))
     assert [read(Path(unit.source)).rows.column("user_id").to_pylist() for unit in plan.units] == [["1"], ["2"]]
     write(tmp_path / "deezer-data.xlsx", play("Jóga", "B", 40, "2024-07-02 22:34:59"))
-    with pytest.raises(InputError, match="holds files that name the user, such as '1', and files that do not"):
+    with pytest.raises(InputError, match="contains files that name the user, such as '1', and files that do not"):
         plan_import(ImportConfig(format="deezer", paths=(str(tmp_path),)))

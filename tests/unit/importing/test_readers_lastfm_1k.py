@@ -47,5 +47,5 @@ def test_bad_lines_are_rejected_with_a_reason(tmp_path: Path) -> None:
     assert [(row["line"], row["reason"]) for row in batch.rejected.to_pylist()] == [
         (4, "no time"),
         (5, "no song"),
-        (6, "4 values where the file has 6"),
+        (6, "4 values, but the file has 6 columns"),
     ]

@@ -123,7 +123,7 @@ def test_every_form_of_an_export_gives_all_its_listens(tmp_path: Path, form: str
 def test_a_list_that_is_cut_off_is_an_error_that_names_it(tmp_path: Path) -> None:
     text = json.dumps([listen(), listen()])
     for end in (1, 100, len(text) - 1):
-        with pytest.raises(DamagedInputError, match=r"ann\.json cannot be read to its end"):
+        with pytest.raises(DamagedInputError, match=r"ann\.json cannot be read completely"):
             read_text(tmp_path / "ann.json", text[:end])
     with pytest.raises(DamagedInputError, match="is empty"):
         read_text(tmp_path / "ann.json", "")

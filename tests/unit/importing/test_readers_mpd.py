@@ -66,13 +66,13 @@ def test_a_slice_that_is_cut_off_is_an_error_that_names_it(tmp_path: Path) -> No
     whole = json.dumps({"playlists": [{"pid": 0, "tracks": [track(0, "a")]}]})
     for text in (whole, json.dumps(json.loads(whole), indent=2)):
         for end in (len(text) - 40, len(text) - 1, 1):
-            with pytest.raises(DamagedInputError, match=r"cut\.json cannot be read to its end"):
+            with pytest.raises(DamagedInputError, match=r"cut\.json cannot be read completely"):
                 read(tmp_path / "cut.json", text[:end])
 
 
 def test_a_file_that_is_no_slice_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(
-        DamagedInputError, match=r"b\.json is JSON, but no list of records, nor has it one at 'playlists'"
+        DamagedInputError, match=r"b\.json is JSON, but has no list of records at the top level or at 'playlists'"
     ):
         read(tmp_path / "b.json", json.dumps({"tracks": []}, indent=2))
     with pytest.raises(DamagedInputError, match=r"empty\.json is empty"):

@@ -118,7 +118,7 @@ def test_a_user_setting_never_makes_one_of_the_users_of_two_files(tmp_path: Path
         read(file, [record(username=name)])
     assert accounts(*files) == accounts(*files[:2], user="carl") == []
     with pytest.raises(
-        InputError, match=r"endsong_0.json holds .* 'ann' and .*endsong_2.json of 'bea'; --user would merge"
+        InputError, match=r"endsong_0.json contains .* 'ann' and .*endsong_2.json of user 'bea'; --user would merge"
     ):
         accounts(*files, user="carl")
 
@@ -163,9 +163,9 @@ def test_one_person_whose_files_name_the_user_and_do_not_is_asked_for(tmp_path: 
 
 
 def test_a_file_that_is_no_history_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(DamagedInputError, match=r"a\.json cannot be read to its end"):
+    with pytest.raises(DamagedInputError, match=r"a\.json cannot be read completely"):
         read(tmp_path / "a.json", "[{")
-    with pytest.raises(DamagedInputError, match=r"b\.json is JSON, but no list of records"):
+    with pytest.raises(DamagedInputError, match=r"b\.json is JSON, but has no list of records at the top level;"):
         read(tmp_path / "b.json", json.dumps({"a": 1}, indent=2))
 
 

@@ -90,17 +90,17 @@ def test_each_bad_line_is_rejected_by_itself_with_its_number_and_text(tmp_path: 
     good, bad = read(write(tmp_path / "plays.csv", b"\n".join(lines)), ReadOptions())
     assert [(row["line"], row["song_id"]) for row in good] == [(2, "s1"), (14, "s2"), (16, "s3")]
     assert [(row["line"], row["reason"]) for row in bad] == [
-        (3, "2 values where the file has 4"),
+        (3, "2 values, but the file has 4 columns"),
         (5, "no user"),
         (6, "no song"),
         (7, "no time"),
         (8, "time is neither unix seconds, unix milliseconds nor ISO 8601"),
         (9, "time is neither unix seconds, unix milliseconds nor ISO 8601"),
-        (10, "skipped is none of true, false, 1, 0"),
+        (10, "skipped is not true, false, 1 or 0"),
         (11, "a quote is not closed on its line"),
         (12, "not UTF-8"),
         (13, "a carriage return within the line"),
-        (15, "5 values where the file has 4"),
+        (15, "5 values, but the file has 4 columns"),
     ]
     assert bad[1]["text"] == ",s1,1421163674,1"
     assert bad[7]["text"] == 'a,"s1,1421163674,1'
@@ -120,7 +120,7 @@ def test_byte_ranges_of_any_size_give_the_rows_and_lines_of_the_whole(tmp_path: 
     file = write(tmp_path / "plays.csv", "\N{BYTE ORDER MARK}user,song,played_at\r\n" + body + "bad\r\n")
     whole = read(file, ReadOptions())
     assert len(whole[0]) == 40
-    assert [row["reason"] for row in whole[1]] == ["1 values where the file has 3"]
+    assert [row["reason"] for row in whole[1]] == ["1 values, but the file has 3 columns"]
     assert whole[1][0]["line"] == 50
     assert read(file, ReadOptions(), unit_bytes=unit_bytes) == whole
 
@@ -148,7 +148,7 @@ def test_a_gzip_file_is_one_unit_with_the_same_rows(tmp_path: Path) -> None:
 def test_a_cut_off_gzip_file_is_an_input_error(tmp_path: Path) -> None:
     text = "user,song,played_at\n" + "".join(f"u{row},s,{10**9 + row * 7919}\n" for row in range(20_000))
     file = write(tmp_path / "plays.csv.gz", gzip.compress(text.encode(), mtime=0)[:-5000])
-    with pytest.raises(InputError, match="is not a whole gzip file"):
+    with pytest.raises(InputError, match="is not a valid gzip file"):
         read(file, ReadOptions())
 
 
@@ -233,8 +233,35 @@ def test_the_user_of_the_options_stands_in_for_a_column_of_users(tmp_path: Path)
     for format_name in ("csv", "parquet"):
         good, bad = read(tmp_path / f"p.{format_name}", ReadOptions(user="ann"), format_name)
         assert ([(row["user_id"], row["song_id"]) for row in good], bad) == ([("ann", "s1"), ("ann", "s2")], [])
-    with pytest.raises(InputError, match=r"no column 'user' for user; .* give --user NAME in place of the user column"):
+    with pytest.raises(InputError, match=r"no column 'user' for user; .* pass --user NAME instead of a user column"):
         read(tmp_path / "p.csv", ReadOptions())
+
+
+def test_numbers_flags_and_positions_of_a_frame_with_gaps_are_read_from_csv_and_parquet(tmp_path: Path) -> None:
+    plays = pd.DataFrame(
+        {
+            "user": ["u", "u", "u"],
+            "artist": ["A", "A", None],
+            "title": ["2.0", "2", "2.0"],
+            "played_at": [1, 2, 3],
+            "skipped": [1.0, 0.0, np.nan],
+        }
+    )
+    entries = pd.DataFrame({"playlist": ["p", "p", "p"], "position": [1.0, 0.0, np.nan], "song": ["a", "b", "c"]})
+    for name in ("csv", "parquet"):
+        for frame, stem in ((plays, "plays"), (entries, "lists")):  # the csv files have 1.0
+            path = tmp_path / f"{stem}.{name}"
+            frame.to_csv(path, index=False) if name == "csv" else frame.to_parquet(path)
+        good, bad = read(tmp_path / f"plays.{name}", ReadOptions(columns={"song": "artist+title"}), name)
+        assert [(row["song_id"], row["title"]) for row in good] == [
+            ("A – 2.0", "2.0"),
+            ("A – 2", "2"),
+            ("– 2.0", "2.0"),
+        ]
+        assert ([row["skipped"] for row in good], bad) == ([True, False, None], [])
+        good, bad = read(tmp_path / f"lists.{name}", ReadOptions(playlists=True), name)
+        assert [row["position"] for row in good] == [1, 0]
+        assert [row["reason"] for row in bad] == ["position is not a whole number"]
 
 
 def test_songs_without_an_id_are_known_by_artist_and_title(tmp_path: Path) -> None:
@@ -403,14 +430,14 @@ def test_uuids_of_parquet_are_spelled_as_everywhere(tmp_path: Path) -> None:
         (b"", "is empty"),
         (
             json.dumps([{"ts": "2015", "name": "x" * 300}] * 700).encode(),
-            "is JSON; import it by the name of its format",
+            "is JSON, not csv; pass the format of the file",
         ),
-        (b"user,song,played_at\ra,b,1421452800\r", "ends its lines with carriage returns alone"),
+        (b"user,song,played_at\ra,b,1421452800\r", "has carriage returns without line feeds as line ends"),
         ("user,song,played_at\n".encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
         (gzip.compress(b"user,song,played_at\n", mtime=0), r"is a gzip file; give it a name that ends in \.gz"),
         (b"PK\x03\x04....", "is a zip archive; unpack it"),
         (b"PAR1....", "is a Parquet file"),
-        (b"user;song;played_at\na;b;1\n", "its values seem to be divided by ';': pass --delimiter ';'"),
+        (b"user;song;played_at\na;b;1\n", "its delimiter seems to be ';'; pass --delimiter ';'"),
         (b"user\tsong\tplayed_at\na\tb\t1\n", r"pass --delimiter '\\t'"),
         (b",".join(b"column%d" % number for number in range(20_000)) + b"\n", "column19 and 19980 more; map them"),
         (b'"user,song,played_at\na,b,1\n', "the header of .* cannot be read: a quote is not closed"),

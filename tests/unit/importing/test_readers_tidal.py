@@ -50,9 +50,9 @@ def test_what_is_no_play_of_a_song_is_rejected_with_a_reason(tmp_path: Path) -> 
     assert batch.rejected.column("reason").to_pylist() == [
         "not a track",
         "no song",
-        "time is not written as in this format",
+        "time does not match the time pattern of this format",
         "unknown time zone",
-        "time is more than a day from now",
+        "time is more than a day in the future",
         "no time",
     ]
 

@@ -63,7 +63,7 @@ def test_an_ad_is_no_play_and_a_link_no_title(tmp_path: Path) -> None:
     ]
     batch = read(tmp_path / "watch-history.json", entries)
     assert [(row["song_id"], row["title"]) for row in batch.rows.to_pylist()] == [("gone", None)] * 2
-    assert [(row["line"], row["reason"]) for row in batch.rejected.to_pylist()] == [(1, "not of YouTube Music")]
+    assert [(row["line"], row["reason"]) for row in batch.rejected.to_pylist()] == [(1, "not a YouTube Music play")]
 
 
 def test_a_search_is_no_play(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_videos_ads_and_what_is_none_are_rejected_with_a_reason(tmp_path: Path) 
     batch = read(tmp_path / "watch-history.json", entries)
     assert batch.rows.column("song_id").to_pylist() == ["x"]
     assert [(row["line"], row["reason"]) for row in batch.rejected.to_pylist()] == [
-        (1, "not of YouTube Music"),
+        (1, "not a YouTube Music play"),
         (3, "no song"),
         (4, "no time"),
         (5, "not an entry of a watch history"),

@@ -47,7 +47,7 @@ class TestEveryKindOfColumn:
         rows: list[dict[str, object]] = [{"share_listened": share} for share in (0.49, 0.5, 1.0, 5e-05, None, 1.2)]
         batch = read(tmp_path, kind, rows)
         assert flags(batch, columns.SKIPPED) == [True, False, False, True, None]
-        assert reasons(batch) == ["share_listened is no number from 0 to 1"]
+        assert reasons(batch) == ["share_listened is not a number from 0 to 1"]
         assert flags(read(tmp_path, kind, rows, skip_below=0.2), columns.SKIPPED) == [False, False, False, True, None]
 
     def test_milliseconds_count_against_the_duration_and_without_one_against_thirty_seconds(
@@ -62,7 +62,7 @@ class TestEveryKindOfColumn:
         ]
         batch = read(tmp_path, kind, rows)
         assert flags(batch, columns.SKIPPED) == [True, False, True, False]
-        assert reasons(batch) == ["ms_played is no number of at least 0"]
+        assert reasons(batch) == ["ms_played is not a number of at least 0"]
 
     def test_what_a_row_says_of_the_skip_itself_comes_before_shares(self, tmp_path: Path, kind: str) -> None:
         batch = read(
@@ -82,7 +82,7 @@ class TestEveryKindOfColumn:
         assert flags(batch, columns.SKIPPED) == [None, True, None, None, None]
         assert flags(batch, columns.IS_PLAY) == [True, True, False, True, True]
         assert flags(batch, columns.LIKED) == [False, False, True, True, False]
-        assert reasons(batch) == ["event is neither a play, a skip nor a like"]
+        assert reasons(batch) == ["event is not a play, skip or like"]
 
     def test_where_nothing_is_liked_or_told_there_is_nothing(self, tmp_path: Path, kind: str) -> None:
         batch = read(tmp_path, kind, [{"event_type": "play", "liked": False}, {"event_type": None, "liked": None}])

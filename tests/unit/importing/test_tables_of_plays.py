@@ -26,8 +26,9 @@ START = 1711929600
 CONTEXTS = st.lists(st.none() | st.lists(st.sampled_from(["radio", " search", "ü", ""]), max_size=3), max_size=5)
 NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=6)
 IDS = st.one_of(NAMES, st.sampled_from(["7", "7.0", "nan", "", " a ", 'a"b', "a;b", "a,b", "a\tb", "ü", "007"]))
+TITLES = st.one_of(NAMES, st.sampled_from(["7.0", " 7.0", "-0.0", "1e+16", "nan"]))  # titles that read as numbers
 MOMENTS = st.integers(START, START + 9) | st.none()
-PLAYS = st.lists(st.tuples(IDS, IDS, MOMENTS, NAMES), min_size=1, max_size=6)
+PLAYS = st.lists(st.tuples(IDS, IDS, MOMENTS, TITLES), min_size=1, max_size=6)
 WHOLE = st.integers(-5, 1 << 60) | st.none()
 NUMBERS = st.lists(st.tuples(WHOLE, st.integers(0, 9), MOMENTS, NAMES), min_size=1, max_size=6)
 TEXTS = ("user", "song", "title")

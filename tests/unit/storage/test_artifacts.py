@@ -94,8 +94,8 @@ def test_another_format_version_is_refused_with_the_command_that_makes_the_artif
     made = put(workspace, "m")
     workspace.write_json(made.path("manifest.json"), {**asdict(made), "format_version": version})
     message = (
-        f"has format version {version}, this rayrec reads {FORMAT_VERSION}; delete the folder models/m and run "
-        "`rayrec train`"
+        f"has format version {version}, but this version of rayrec reads {FORMAT_VERSION}; "
+        "delete the folder models/m and run `rayrec train`"
     )
     with pytest.raises(DamagedArtifactError, match=message):
         load_manifest(workspace, "models", "m")
