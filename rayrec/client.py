@@ -222,7 +222,7 @@ class HealthAnswer(TypedDict):
 
 
 class CardAnswer(TypedDict):
-    """The release, the parts and data it was made from, and its quality."""
+    """The model card of a release: its parts, its data and its metrics."""
 
     release: str
     created_at: str
@@ -381,7 +381,7 @@ class Client(_Connection):
         event_id: str | None = None,
         **options: Any,
     ) -> PlaysAnswer:
-        """Store a play; the next answer for the user reflects it. Without `event_id` a new one is made."""
+        """Store a play; the next answer for the user reflects it. Without `event_id` a new one is generated."""
         return self.plays([_play(user_id, song_id, played_at, event_id, options)])
 
     def plays(self, plays: Sequence[Mapping[str, Any]]) -> PlaysAnswer:
@@ -440,7 +440,7 @@ class Client(_Connection):
         return cast(ReleaseAnswer, self._send(("GET", "/v1/release", {})))
 
     def card(self) -> CardAnswer:
-        """Return the parts and data that the release was made from, and its quality."""
+        """Return the model card of the release: its parts, its data and its metrics."""
         return cast(CardAnswer, self._send(("GET", "/v1/release/card", {})))
 
     def report(self) -> str:
@@ -485,6 +485,10 @@ class AsyncClient(_Connection):
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
         await self._http.aclose()
 
     async def recommend(

@@ -52,7 +52,7 @@ class Pool:
         """
         with self._lock:
             if self.waiting >= self._most:
-                raise OverloadedError(f"{self.waiting} requests are waiting here already; try again in a second")
+                raise OverloadedError(f"{self.waiting} requests are already waiting; try again in a second")
             self.waiting += 1
         context = copy_context()  # so that `request_stages` of this request are set on the thread
         future = self._executor.submit(lambda: context.run(work, *args, **kwargs))

@@ -281,14 +281,14 @@ class ReleaseHolder:
         try:
             self.look()
         except Exception as error:  # a workspace that cannot be reached for a while must not end the watch
-            log.warning("cannot look for the live release: %s", error)
+            log.warning("cannot check for a new live release: %s", error)
 
     def _report_safely(self) -> None:
         try:
             self.reports.write(self.report())
             self.reports.alive()  # watches the reports, so that dead replicas are known when a client asks
         except Exception as error:
-            log.warning("cannot report: %s", error)
+            log.warning("cannot write the report of this replica: %s", error)
 
 
 def release_status(holder: ReleaseHolder) -> dict[str, Any]:
@@ -431,12 +431,13 @@ def switch(workspace: Workspace, change: Callable[[], Manifest], wait: SwitchWai
                 releases.write_active(workspace, before["active"], before["history"])
         except (StorageError, OSError) as failed:
             raise RayrecError(
-                f"{error}; release {release.id} is still the live one, since the workspace cannot be changed: {failed};"
-                " run `rayrec release rollback --wait` once it can"
+                f"{error}; release {release.id} is still live, since the workspace cannot be changed: {failed}; run "
+                "`rayrec release rollback --wait` when it can be changed again"
             ) from error
         if not is_mine:
             raise
-        raise RayrecError(f"{error}; release {before['active'] or 'none'} is the live one again") from error
+        restored = f"release {before['active']} is live again" if before["active"] else "no release is live"
+        raise RayrecError(f"{error}; {restored}") from error
     return release
 
 
@@ -458,7 +459,7 @@ def _wait(workspace: Workspace, release_id: str, change: str, wait: SwitchWait) 
     while True:
         try:
             if releases.read_active(workspace)["change"] != change:
-                raise RayrecError(f"another change of the live release came before all replicas had {release_id}")
+                raise RayrecError(f"the live release was changed again before all replicas answered with {release_id}")
             alive = watch.alive(fetch_reports(wait.url)) if wait.url else reports_of.alive()
         except ApiUnavailableError as error:  # the application does not run, or not yet
             problem = str(error)
@@ -475,7 +476,7 @@ def _wait(workspace: Workspace, release_id: str, change: str, wait: SwitchWait) 
         now = time.monotonic()
         if now - present > wait.absent_seconds or (wait.seconds is not None and now - began > wait.seconds):
             raise RayrecError(
-                f"the replicas did not all take release {release_id} within {now - began:.0f} seconds: {problem}"
+                f"not all replicas switched to release {release_id} within {now - began:.0f} seconds: {problem}"
             )
         time.sleep(POLL_SECONDS)
 
@@ -503,5 +504,5 @@ def fetch_reports(url: str) -> list[Report]:
             return [Report(**report) for report in client.release()["replicas"]]
     except ApiError as error:
         if error.status in (401, 403):
-            raise RayrecError(f"{url} needs a key; set {KEY_VARIABLE} to one of role read or admin") from error
+            raise RayrecError(f"{url} needs a key; set {KEY_VARIABLE} to a key with the role read or admin") from error
         raise ApiUnavailableError(str(error)) from error

@@ -179,7 +179,7 @@ class Middleware:
         body = None if refusal else await _read(receive, self._service.config.max_body)
         if body is None:
             limit = self._service.config.max_body
-            refusal = refusal or problem(413, f"The body is over {limit} bytes; send smaller batches")
+            refusal = refusal or problem(413, f"The body is larger than {limit} bytes; send smaller batches")
         elif body:
             refusal = _refuse_media_type(headers)
         if body is None or refusal:
@@ -193,7 +193,7 @@ class Middleware:
         if not keys.required:
             client = scope.get("client")
             if client and not is_loopback(client[0]):
-                return problem(403, "This application runs without API keys and answers its own machine only")
+                return problem(403, "This application runs without API keys, so it answers only its own machine")
             return None
         if needs_no_key(scope["method"], path, config):
             return None

@@ -310,5 +310,5 @@ class OnlineWatch:
                 self._failed = False
             except Exception as error:  # a store that cannot be reached for a while must not end the watch
                 if not self._failed:
-                    log.warning("cannot look for songs that were added online: %s", error)
+                    log.warning("cannot read the songs that were added online: %s", error)
                 self._failed = True

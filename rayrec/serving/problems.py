@@ -42,14 +42,14 @@ SCHEMA: dict[str, Any] = {
         "type": {"type": "string", "const": "about:blank"},
         "title": {"type": "string", "description": "The name of the status."},
         "status": {"type": "integer"},
-        "detail": {"type": "string", "description": "What came, what was expected and what to do."},
+        "detail": {"type": "string", "description": "What was sent, what was expected and what to do."},
         "errors": {
             "type": "array",
             "items": {
                 "type": "object",
                 "required": ["where", "detail"],
                 "properties": {
-                    "where": {"type": "string", "description": "The field, as it was sent."},
+                    "where": {"type": "string", "description": "Name of the invalid field, as it was sent."},
                     "detail": {"type": "string"},
                 },
             },
@@ -120,7 +120,7 @@ def of_error(error: Exception) -> Response:
 async def _invalid(request: Request, error: Any) -> Response:
     errors = error.errors()
     if any(item["type"] == "json_invalid" for item in errors):
-        return problem(400, f"The body is not JSON: {errors[0].get('ctx', {}).get('error', 'it does not parse')}")
+        return problem(400, f"The body is not JSON: {errors[0].get('ctx', {}).get('error', 'it cannot be parsed')}")
     detail = "The request is invalid; see `errors` and /openapi.json"
     return problem(422, detail, errors=error_list(errors))
 

@@ -80,7 +80,13 @@ def read_stored(user: StoredUser | None, moment: int | None) -> UserQuery:
     """
     if user is None:
         at = now_ms() if moment is None else moment
-        return UserQuery(songs=_NO_SONGS, played_at=_NO_SONGS, contexts=_NO_SONGS, skipped=_NO_SONGS, at=at)
+        return UserQuery(
+            songs=_NO_SONGS,
+            played_at=np.zeros(0, np.int64),
+            contexts=np.zeros(0, np.int32),
+            skipped=np.zeros(0, np.bool_),
+            at=at,
+        )
     plays = user.plays
     count = len(plays.songs)
     return UserQuery(
@@ -135,11 +141,11 @@ def read_place(request: RecommendationsRequest | SongsQuery) -> Place:
         padded = request.cursor + "=" * (-len(request.cursor) % 4)
         of_request, first, at = json.loads(urlsafe_b64decode(padded.encode()))
     except (binascii.Error, ValueError, TypeError) as error:
-        raise FieldError("cursor", "Invalid cursor; send the value from an earlier response, or omit it") from error
+        raise FieldError("cursor", "invalid cursor; send the cursor of an earlier answer, or omit it") from error
     if of_request != digest:
-        raise FieldError("cursor", "the cursor is of another request; only k, explain and cursor may change")
+        raise FieldError("cursor", "the cursor belongs to another request; only k, explain and cursor may change")
     if not isinstance(first, int) or first < 0 or not (at is None or (isinstance(at, int) and 0 <= at < END_MS)):
-        raise FieldError("cursor", "Invalid cursor; send the value from an earlier response, or omit it")
+        raise FieldError("cursor", "invalid cursor; send the cursor of an earlier answer, or omit it")
     return Place(digest, request.k, first, at)
 
 
@@ -157,7 +163,7 @@ def read_options(
     if place.first and request.diversity:
         raise FieldError("cursor", "an answer with diversity has no further pages; leave out cursor or diversity")
     if place.first >= MAX_K:
-        raise FieldError("cursor", f"pages go up to song {MAX_K:,} of a ranking")
+        raise FieldError("cursor", f"the last page ends at song {MAX_K:,} of a ranking")
     excluded = catalog.find(request.exclude)
     parts = [excluded[excluded >= 0], *([query.songs, query.earlier_songs] if request.exclude_heard else [])]
     allowed, unknown = _allowed(request, catalog)
@@ -174,9 +180,9 @@ def read_options(
     return options, unknown + int((excluded < 0).sum())
 
 
-def read_song(song: AddedSong, place: int) -> SongToAdd:
-    """Convert the song at index `place` of a request. Raises `FieldError` if its release day does not exist."""
-    parse_day(song.released, f"songs.{place}.released")
+def read_song(song: AddedSong, where: str) -> SongToAdd:
+    """Convert a song of a request. Raises `FieldError` for its field `where` if its release day does not exist."""
+    parse_day(song.released, where)
     return SongToAdd(
         song_id=song.song_id,
         title=song.title,
@@ -276,7 +282,7 @@ def moment_after(latest: int, moment: int | None) -> int:
     if moment is None:
         return max(now_ms(), latest)  # a client's clock may run ahead of ours
     if moment < latest:
-        raise FieldError("at", f"the user has played after the moment of the request: at {iso_moment(latest)}")
+        raise FieldError("at", f"the user's last play, at {iso_moment(latest)}, is after the moment of the request")
     return moment
 
 
@@ -294,7 +300,7 @@ def _times(plays: Sequence[Play], at: int | None) -> tuple[np.ndarray, int]:
     # A client's clock may run ahead of ours: a request without a moment is never before its own plays.
     moment = max(now_ms(), latest) if at is None else at
     if moment < latest:
-        raise FieldError("at", "a song was played after the moment of the request; leave such plays out")
+        raise FieldError("at", "some plays of the history are after the moment of the request; leave them out")
     return played_at, moment
 
 

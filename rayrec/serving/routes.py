@@ -87,7 +87,7 @@ REPORT_HEADERS = {
     "form-action 'none'; frame-ancestors 'none'; sandbox",
 }
 Router = Callable[[Service], APIRouter]
-ABOUT = "Song recommendations from what users played, for the next songs or for a later time."
+ABOUT = "Song recommendations based on what users played, for the next songs or for a later time."
 MAX_QUERY = 200  # characters
 MAX_MATCHES = 100  # songs
 UserPath = Annotated[
@@ -97,8 +97,8 @@ UserPath = Annotated[
 ]
 SongPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, description="Id of a song, percent-encoded.")]
 Words = Annotated[str, Query(min_length=1, max_length=MAX_QUERY, description="Words of a title or an artist.")]
-Limit = Annotated[int, Query(ge=1, le=MAX_MATCHES, description="How many songs.")]
-Count = Annotated[int, Query(ge=1, le=MAX_K, description="How many songs.")]
+Limit = Annotated[int, Query(ge=1, le=MAX_MATCHES, description="Number of songs.")]
+Count = Annotated[int, Query(ge=1, le=MAX_K, description="Number of songs.")]
 AtQuery = Annotated[Moment | None, Query(description="ISO 8601 with a zone, or unix seconds or ms; default: now.")]
 
 
@@ -194,7 +194,7 @@ def _recommendations_router(service: Service) -> APIRouter:
     async def recommend_batch(request: BatchRequest) -> Response:
         """Recommend songs to many users.
 
-        All answers are from one release, unless arms of an experiment name others. An invalid request gets an error
+        All answers are from one release, unless arms of an experiment use others. An invalid request gets an error
         entry; the other requests are answered.
         """
         live = service.live
@@ -283,7 +283,7 @@ def _songs_router(service: Service) -> APIRouter:
         The initial embedding of a song is computed from its artist, album and content vector, and updated by its first
         plays, as in `rayrec songs add`. The first release that contains the song replaces it.
         """
-        return as_json(await service.add_songs(service.live, request.songs))
+        return as_json(await service.add_songs(service.live, request))
 
     @router.get("/songs/popular", response_model=PopularSongs)
     async def popular(query: Annotated[SongsQuery, Query()]) -> Response:

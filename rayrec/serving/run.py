@@ -131,7 +131,7 @@ def free_ports(count: int) -> list[int]:
             ports.append(port)
         if len(ports) == count:
             return ports
-    raise RayrecError(f"{count} free ports are needed; from {PORTS[0]} to {PORTS[-1]} only {len(ports)} are free")
+    raise RayrecError(f"{count} free ports are needed, but only {len(ports)} are free from {PORTS[0]} to {PORTS[-1]}")
 
 
 def require_free(host: str, port: int) -> None:
@@ -143,7 +143,7 @@ def require_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise InputError(
-                f"cannot listen on {host}, port {port}: {error.strerror}; give another --port, 0 for any free one"
+                f"cannot listen on {host}, port {port}: {error.strerror}; give another --port, or 0 for any free port"
             ) from error
 
 
@@ -182,7 +182,7 @@ def require_loopback(pid: int | None = None) -> None:
     while reached := open_listeners(pid):
         if time.monotonic() > deadline:
             raise RayrecError(
-                f"ports are open to other machines though the application is for this one: {', '.join(reached)}; "
+                f"these ports are open to other machines, although --host is a loopback address: {', '.join(reached)}; "
                 "the application was stopped"
             )
         time.sleep(0.2)

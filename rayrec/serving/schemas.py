@@ -41,7 +41,7 @@ TAG = "<"  # first character of union tags: they are no part of a request, so th
 def _moment(value: object) -> int:
     """Return a moment of a request in ms UTC."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)) or len(str(value)) > 40:
-        raise ValueError("a time is ISO 8601 with a zone, or unix seconds or milliseconds")
+        raise ValueError("expected ISO 8601 with a zone, or unix seconds or milliseconds")
     try:
         return parse_moment(f"{value:.3f}" if isinstance(value, float) else value)
     except InputError as error:
@@ -50,7 +50,7 @@ def _moment(value: object) -> int:
 
 def _play_moment(moment: int) -> int:
     if moment > now_ms() + AHEAD_MS:
-        raise ValueError(f"{iso_moment(moment)} is over a day from now; check the sender's clock")
+        raise ValueError(f"{iso_moment(moment)} is more than a day in the future; check the sender's clock")
     return moment
 
 
@@ -58,7 +58,7 @@ def spelled_user(text: str) -> str:
     """Return a user id spelled as in every import."""
     user_id = spell_id(text)
     if user_id is None:
-        raise ValueError("a user id is text other than spaces, nan and inf")
+        raise ValueError("a user id cannot be blank, nan or inf")
     return user_id
 
 
@@ -66,7 +66,7 @@ def spelled_song(text: str) -> str:
     """Return a song id spelled as in every import."""
     song_id = spell_id(text)
     if song_id is None:
-        raise ValueError("a song id is text other than spaces, nan and inf")
+        raise ValueError("a song id cannot be blank, nan or inf")
     return song_id
 
 
@@ -89,12 +89,14 @@ SongId = Annotated[Id, Field(description="Id of a song, as it was imported.")]
 Moment = Annotated[Any, AfterValidator(_moment), WithJsonSchema(MOMENT_SCHEMA)]
 Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="YYYY-MM-DD.")]
 Weight = Annotated[float, Field(ge=0, le=1)]
-Explain = Annotated[bool, Field(description="Give the reasons for each song, and the last plays that they speak of.")]
+Explain = Annotated[
+    bool, Field(description="Return reasons for each song, and the last plays that the reasons refer to.")
+]
 Explore = Annotated[
     Weight,
     Field(
-        description="Share of the songs that have fewer than 20 plays and are drawn by chance; each has its "
-        "probability in the answer. Above 0 there are no further pages."
+        description="Share of the answer that is drawn at random from songs with fewer than 20 plays; the answer "
+        "contains the probability of each. Above 0, the answer has no further pages."
     ),
 ]
 LongWeight = Annotated[Any, AfterValidator(weight_of_long), WithJsonSchema(HORIZON_SCHEMA)]
@@ -118,7 +120,7 @@ class KnownFields(BaseModel):
         """Refuse an object with many unknown fields at once, since each of them would be an error."""
         known = len(cls.model_fields)
         if isinstance(value, dict) and len(value) > known + MAX_ERRORS:
-            raise ValueError(f"{len(value):,} fields came, only {known} are known; send those of /openapi.json")
+            raise ValueError(f"got {len(value):,} fields, expected at most {known}; see /openapi.json")
         return value
 
 
@@ -132,7 +134,7 @@ class InvalidEntry(BaseModel):
     """The answer to an invalid entry of a batch. The other entries are answered."""
 
     detail: str
-    errors: list[dict[str, str]] = Field(description="Where in the entry, and what.")
+    errors: list[dict[str, str]] = Field(description="Field and reason of each error.")
 
 
 def _keep_invalid(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -168,15 +170,17 @@ class Play(RequestBody):
     """A play of a song."""
 
     song_id: SongId
-    played_at: Moment | None = Field(default=None, description="When; for all plays of a history or for none.")
-    contexts: Items[Annotated[str, Field(max_length=MAX_ID)]] = Field(
-        default=[], max_length=31, description="Where it was played from; unknown names are ignored."
+    played_at: Moment | None = Field(
+        default=None, description="When the song was played; give it for all plays of a history or for none."
     )
-    skipped: bool = Field(default=False, description="Whether it was skipped.")
+    contexts: Items[Annotated[str, Field(max_length=MAX_ID)]] = Field(
+        default=[], max_length=31, description="Where the play came from, such as radio; unknown names are ignored."
+    )
+    skipped: bool = Field(default=False, description="Whether the song was skipped.")
     share_listened: Weight | None = Field(
         default=None,
-        description="Share of the song that was listened to, 0 to 1. Under the share that the import of the data set "
-        "named with --skip-below, 0.5 by default, the play counts as skipped.",
+        description="Share of the song that was listened to, from 0 to 1. If it is below the --skip-below of the data "
+        "set's import (default: 0.5), the play counts as skipped.",
     )
 
     def was_skipped(self, skip_below: float) -> bool:
@@ -198,8 +202,8 @@ History = Annotated[
     Items[Annotated[Annotated[Play, Tag("<play>")] | Annotated[SongId, Tag("<song id>")], Discriminator(_kind)]],
     Field(
         max_length=MAX_HISTORY,
-        description="Songs played, the latest last, as plays or as bare ids. Without times they count as played "
-        "three minutes apart, the last at the moment of the request.",
+        description="Played songs, the latest last, as plays or as song ids. Without times they count as played "
+        "three minutes apart, the last one at the moment of the request.",
         examples=[HISTORY_EXAMPLE],
     ),
 ]
@@ -207,13 +211,13 @@ At = Annotated[Moment | None, Field(description="The moment that the request is 
 
 
 class SongFilters(BaseModel):
-    """Filters for songs. A song must fit all filters that are given."""
+    """Filters for songs. A song must pass all given filters."""
 
     artists: Items[Annotated[str, Field(min_length=1, max_length=MAX_ID)]] = Field(
-        default=[], max_length=100, description="Only songs of any of these artists, whatever case and accents."
+        default=[], max_length=100, description="Only songs of these artists; case and accents are ignored."
     )
-    released_from: Day | None = Field(default=None, description="Only songs released on that day or later.")
-    released_to: Day | None = Field(default=None, description="Only songs released on that day or earlier.")
+    released_from: Day | None = Field(default=None, description="Only songs released on this day or later.")
+    released_to: Day | None = Field(default=None, description="Only songs released on this day or earlier.")
     market: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(
         default=None, description="Only songs that are available in this market."
     )
@@ -222,12 +226,11 @@ class SongFilters(BaseModel):
 class Page(BaseModel):
     """The part of a ranking to return."""
 
-    k: int = Field(default=20, ge=1, le=MAX_K, description="How many songs.")
+    k: int = Field(default=20, ge=1, le=MAX_K, description="Number of songs.")
     cursor: str | None = Field(
         default=None,
         max_length=200,
-        description="The cursor of an earlier answer to the same request, for the songs after those of that answer; "
-        "k may differ.",
+        description="The cursor of an earlier answer to the same request, to get the songs that follow; k may differ.",
     )
 
 
@@ -279,8 +282,8 @@ class RecommendationsRequest(SongFilters, Page, UserOrHistory, RequestBody):
     )
     diversity: Weight = Field(
         default=0.0,
-        description="0: the best songs; up to 1: songs less like each other, in the order in which they were chosen. "
-        "Above 0 there are no further pages.",
+        description="0: the best songs; towards 1: songs that differ more from each other, in the order in which they "
+        "were chosen. Above 0, the answer has no further pages.",
     )
     explore: Explore = 0.0
     explain: Explain = False
@@ -295,7 +298,9 @@ class UserRecommendationsQuery(SongsQuery):
     )
     exclude_heard: bool = Field(default=True, description="Leave out the songs that the user has played.")
     exclude: Items[SongId] = Field(default=[], max_length=100, description="Songs to leave out.")
-    diversity: Weight = Field(default=0.0, description="0: the best songs; up to 1: songs less like each other.")
+    diversity: Weight = Field(
+        default=0.0, description="0: the best songs; towards 1: songs that differ more from each other."
+    )
     explore: Explore = 0.0
     explain: Explain = False
 
@@ -320,7 +325,7 @@ class RankRequest(UserOrHistory, RequestBody):
         }
     )
 
-    songs: Items[SongId] = Field(min_length=1, max_length=MAX_K, description="Songs to put in order, heard or not.")
+    songs: Items[SongId] = Field(min_length=1, max_length=MAX_K, description="Songs to rank, heard or not.")
     explain: Explain = False
 
 
@@ -356,15 +361,15 @@ class NewPlay(Play):
     model_config = ConfigDict(json_schema_extra={"examples": [PLAY_EXAMPLE]})
 
     event_id: Id = Field(
-        description="Unique to this play, and the same whenever it is sent again: it counts once. Ids are kept for at "
-        "least 24 hours."
+        description="Unique id of this play. A play that is sent again with the same id counts once. Ids are kept for "
+        "at least 24 hours."
     )
     user_id: UserId
     played_at: Annotated[Moment, AfterValidator(_play_moment)] | None = Field(default=None, description="Default: now.")
     type: EventType = Field(
         default="play",
-        description="play; skip: a play that was skipped; like: no play, so it changes neither history nor taste; the "
-        "ranker knows of it where it was trained on data with likes.",
+        description="play; skip: a play that was skipped; like: not a play, so it changes neither history nor taste "
+        "vectors; a ranker that was trained on data with likes uses it.",
     )
     recommendation_id: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(
         default=None, description="The recommendation_id of the answer that the song was chosen from."
@@ -377,7 +382,7 @@ class NewPlay(Play):
     @model_validator(mode="after")
     def _like_is_no_play(self) -> "NewPlay":
         if self.type == "like" and (self.skipped or self.share_listened is not None or self.contexts):
-            raise ValueError("a like is no play; leave out skipped, share_listened and contexts")
+            raise ValueError("a like is not a play; leave out skipped, share_listened and contexts")
         return self
 
 
@@ -424,18 +429,18 @@ class AddedSong(RequestBody):
     song_id: Annotated[SongId, AfterValidator(spelled_song)]
     title: Annotated[str, Field(max_length=MAX_ID)] | None = None
     artist: Annotated[str, Field(max_length=MAX_ID)] | None = Field(
-        default=None, description="As the catalog spells it; used for the initial embedding of the song."
+        default=None, description="Artist, spelled as in the catalog; used for the initial embedding of the song."
     )
     album: Annotated[str, Field(max_length=MAX_ID)] | None = None
     released: Day | None = Field(default=None, description="Release day.")
     markets: Items[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
-        default=None, max_length=500, description="Markets where it is available."
+        default=None, max_length=500, description="Markets in which the song is available."
     )
     vector: Items[Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]] | None = Field(
         default=None,
         min_length=1,
         max_length=MAX_VECTOR,
-        description="Content vector, of the model whose vectors `rayrec describe --vectors` was given.",
+        description="Content vector, from the same model as the vectors of `rayrec describe --vectors`.",
     )
 
 
@@ -468,6 +473,10 @@ class SentSongs(
         """The songs as a list, also if one song was sent without a list."""
         return [self.root] if isinstance(self.root, AddedSong) else self.root.songs
 
+    def where(self, place: int, field: str) -> str:
+        """Return the name of a field of the song at index `place` for an error, as the client sent it."""
+        return field if isinstance(self.root, AddedSong) else f"songs.{place}.{field}"
+
 
 class MapRequest(RequestBody):
     """Songs to place on the map."""
@@ -486,7 +495,7 @@ class CatalogSong(BaseModel):
 
 
 Cursor = Annotated[
-    str | None, Field(description="Send it with the same request for the songs after these; null: there are none.")
+    str | None, Field(description="Send it with the same request to get the songs that follow; null if there are none.")
 ]
 
 
@@ -495,35 +504,37 @@ class RecommendedSong(CatalogSong):
 
     score: float = Field(
         description="With rankers: the probability that the song is the next play or, on the long horizon, among the "
-        "later plays; 0 where the index filled the answer. With source popular, between the horizons or without "
-        "rankers: comparable within one answer only. Of similar songs: the cosine."
+        "later plays; 0 for a song that is not a candidate. Without rankers, with source popular, or with a horizon "
+        "between 0 and 1: comparable only within one answer. For similar songs: the cosine."
     )
     reasons: list[str] | None = Field(
-        default=None, description="With explain: why it was chosen, in words, one to three reasons."
+        default=None, description="With explain: one to three reasons for the song, in words."
     )
-    explored: bool | None = Field(default=None, description="With explore: whether it was drawn by chance.")
+    explored: bool | None = Field(default=None, description="With explore: whether the song was drawn at random.")
     probability: float | None = Field(
-        default=None, description="Of an explored song: the probability with which this request shows it."
+        default=None, description="Probability with which this request shows the explored song; null for other songs."
     )
 
 
 class AnsweredSongs(BaseModel):
     """Songs, best first."""
 
-    recommendation_id: str = Field(description="Of this answer. Send it with plays of its songs.")
+    recommendation_id: str = Field(description="Id of this answer. Send it with plays of its songs.")
     release: str = Field(description="Id of the release that answered.")
     at: IsoMoment = Field(description="The moment that the answer is for.")
     source: Literal["taste", "popular"] = Field(
-        description="taste: from the plays; popular: no play is known, so songs are in order of their plays."
+        description="taste: ranked by the user's plays; popular: the user has no known plays, so songs are ranked by "
+        "popularity."
     )
     path: Literal["index", "selector", "exact", "popular"] = Field(
-        description="How songs were retrieved. With rankers exact: candidates alone; index: songs near the taste "
-        "vector fill the places that candidates leave. Without, index: the first of the index that qualify; selector: "
-        "a search of it among those that qualify; exact: by scoring every song that qualifies. popular: by play counts."
+        description="How songs were retrieved. With rankers: exact: only candidates of the retrievers; index: songs "
+        "near the taste vector fill the places for which there are too few candidates. Without rankers: index: an "
+        "index search, filtered afterwards; selector: an index search among the songs that pass the filters; exact: a "
+        "score for every song that passes the filters. popular: by play counts."
     )
-    plays: int = Field(description="The user's plays of known songs.")
-    unknown_songs: int = Field(description="Songs of history, exclude and allow that are not in the catalog.")
-    songs: list[RecommendedSong] = Field(description="k of them, fewer only where fewer qualify.")
+    plays: int = Field(description="Number of the user's plays of known songs.")
+    unknown_songs: int = Field(description="Number of songs of history, exclude and allow that are not in the catalog.")
+    songs: list[RecommendedSong] = Field(description="k songs; fewer only if fewer songs qualify.")
     last_plays: list[CatalogSong] | None = Field(
         default=None, description="With explain: the user's last five plays of known songs, the latest last."
     )
@@ -532,7 +543,7 @@ class AnsweredSongs(BaseModel):
 class Recommendations(AnsweredSongs):
     """Recommended songs, best first."""
 
-    arm: str | None = Field(default=None, description="Arm of the experiment that the user is in; null: of none.")
+    arm: str | None = Field(default=None, description="Arm of the experiment that the user is in; null if none.")
     cursor: Cursor = None
 
 
@@ -540,14 +551,14 @@ class RankedSongs(AnsweredSongs):
     """The given songs, best first, each once."""
 
     unknown_song_ids: list[str] = Field(
-        description="Of the given ids those that are not in the catalog, or whose songs the release cannot score."
+        description="The given ids that are not in the catalog, or whose songs the release cannot score."
     )
 
 
 class PopularSong(CatalogSong):
     """A song with its number of plays."""
 
-    plays: int = Field(description="Plays by all users, of those that the release was made of.")
+    plays: int = Field(description="Number of plays by all users among the plays that the model was fitted to.")
 
 
 class PopularSongs(BaseModel):
@@ -562,7 +573,7 @@ class NewSong(CatalogSong):
     """A new song: first played recently, or added to the release."""
 
     first_played: str | None = Field(
-        description="Day, YYYY-MM-DD in UTC, on which anybody played it first; null for an added song without plays.",
+        description="Day of the first play by any user, YYYY-MM-DD in UTC; null for an added song without plays.",
         json_schema_extra={"format": "date"},
     )
 
@@ -576,7 +587,7 @@ class NewSongs(BaseModel):
 
 
 class RecommendationsBatch(BaseModel):
-    """The answers in the order of the requests. All are from one release, unless arms of an experiment name others."""
+    """The answers in the order of the requests. All are from one release, unless arms of an experiment use others."""
 
     release: str
     answers: list[Recommendations | InvalidEntry]
@@ -585,8 +596,8 @@ class RecommendationsBatch(BaseModel):
 class Taste(BaseModel):
     """A user's taste vectors, normalized."""
 
-    at: IsoMoment = Field(description="The moment that they are for.")
-    plays: int = Field(description="Plays of known songs used.")
+    at: IsoMoment = Field(description="The moment that the vectors are for.")
+    plays: int = Field(description="Number of plays used, without those of unknown songs.")
     unknown_songs: int
     short: list[float] = Field(description="Taste vector for the next songs.")
     long: list[float] = Field(description="Taste vector for songs of a later time.")
@@ -598,33 +609,41 @@ class Tastes(BaseModel):
     release: str
     model: str = Field(description="Id of the model; vectors of two models cannot be compared.")
     dim: int
-    tastes: list[Taste | InvalidEntry] = Field(description="One for each user, in their order.")
+    tastes: list[Taste | InvalidEntry] = Field(description="One per user, in the order of the request.")
 
 
 class PlaysTaken(BaseModel):
     """The outcomes of the plays and likes that were sent."""
 
-    release: str = Field(description="Id of the release whose model took them.")
-    taken: int = Field(description="Plays and likes that are part of their users' states now.")
-    repeated: int = Field(description="Those whose event ids were stored already; nothing changed.")
-    rejected: int = Field(
-        description="Plays older than the latest 64 to 128 of their user, and plays and likes from before a deletion."
+    release: str = Field(description="Id of the release whose model processed the plays.")
+    taken: int = Field(description="Number of plays and likes that were added to the states of their users.")
+    repeated: int = Field(
+        description="Number of plays and likes whose event ids were already stored; they change nothing."
     )
-    unknown_songs: int = Field(description="Plays and likes of songs that are not in the catalog; left out.")
-    invalid: int = Field(description="Invalid plays and likes; left out.")
-    outcomes: list[PlayOutcome] = Field(description="One for each play.")
-    errors: list[dict[str, str]] = Field(description="Where and what, of the invalid plays: the first 20.")
+    rejected: int = Field(
+        description="Number of plays older than the latest 64 to 128 plays of their user, and of plays and likes from "
+        "before the deletion of their user."
+    )
+    unknown_songs: int = Field(
+        description="Number of plays and likes of songs that are not in the catalog; they are ignored."
+    )
+    invalid: int = Field(description="Number of invalid plays and likes; they are ignored.")
+    outcomes: list[PlayOutcome] = Field(description="Outcome of each play and like, in the order of the request.")
+    errors: list[dict[str, str]] = Field(
+        description="Field and reason of each error in invalid plays and likes; at most 20."
+    )
 
 
 class SongsAdded(BaseModel):
     """The outcomes of the songs that were sent."""
 
-    release: str = Field(description="Id of the release that they stand beside.")
-    added: int = Field(description="Songs that are recommended from now on, in every replica within a second.")
-    online: int = Field(description="Songs that were added online and that the release does not have.")
-    limit: int = Field(description="The most that there may be of those.")
+    release: str = Field(description="Id of the release to which the songs are added.")
+    added: int = Field(description="Number of songs that were added; every replica recommends them within a second.")
+    online: int = Field(description="Number of songs that were added online and are not in the release.")
+    limit: int = Field(description="Maximum number of such songs.")
     outcomes: list[SongOutcome] = Field(
-        description="One for each song. known: the release has it, or it was added before; nothing changed."
+        description="Outcome of each song, in the order of the request. known: the song is in the release or was added "
+        "before, so nothing changed."
     )
 
 
@@ -634,10 +653,10 @@ class UserTaste(BaseModel):
     release: str
     model: str = Field(description="Id of the model; vectors of two models cannot be compared.")
     user_id: str
-    at: IsoMoment = Field(description="The moment that they are for.")
-    plays: int = Field(description="Plays used.")
-    last_played_at: IsoMoment | None = Field(description="When the last of them was played.")
-    rejected: int = Field(description="Plays that arrived too late to be inserted.")
+    at: IsoMoment = Field(description="The moment that the vectors are for.")
+    plays: int = Field(description="Number of plays used.")
+    last_played_at: IsoMoment | None = Field(description="The moment of the last of these plays.")
+    rejected: int = Field(description="Number of plays that arrived too late to be inserted.")
     short: list[float] = Field(description="Taste vector for the next songs.")
     long: list[float] = Field(description="Taste vector for songs of a later time.")
 
@@ -646,7 +665,7 @@ class PlayedSong(CatalogSong):
     """A play of a stored user."""
 
     played_at: IsoMoment
-    contexts: list[str] = Field(description="Where it was played from.")
+    contexts: list[str] = Field(description="Where the play came from.")
     skipped: bool
 
 
@@ -655,7 +674,7 @@ class ListedPlays(BaseModel):
 
     release: str
     user_id: str
-    count: int = Field(description="All plays of the user, of which these are the last.")
+    count: int = Field(description="Number of all plays of the user; `plays` holds the last ones.")
     plays: list[PlayedSong]
 
 
@@ -667,7 +686,7 @@ class SongMatches(BaseModel):
     """
 
     release: str
-    count: int = Field(description="How many there are, of which these are the first.")
+    count: int = Field(description="Number of all matches; `songs` holds the first ones.")
     songs: list[CatalogSong]
 
 
@@ -675,7 +694,7 @@ class SimilarSongs(CatalogSong):
     """A song, and the songs most similar to it, most similar first."""
 
     release: str
-    plays: int = Field(description="Its plays in the plays that the model was fitted to.")
+    plays: int = Field(description="Number of plays of this song among the plays that the model was fitted to.")
     path: str
     songs: list[RecommendedSong] = Field(description="With the cosine of the song embeddings as score.")
 
@@ -688,11 +707,11 @@ class MapPoint(CatalogSong):
 
 
 class SongPlaces(BaseModel):
-    """Songs on the plane on which their embeddings differ most. Similar songs are close together."""
+    """Songs on the plane along which their embeddings differ most. Similar songs are close together."""
 
     release: str
     points: list[MapPoint]
-    unknown_songs: int = Field(description="Songs that are not in the catalog, or have no embedding.")
+    unknown_songs: int = Field(description="Number of songs that are not in the catalog, or have no embedding.")
 
 
 class RefusedRelease(BaseModel):
@@ -707,11 +726,11 @@ class ReplicaReport(BaseModel):
 
     replica: str
     release: str | None
-    change: str | None = Field(description="The activation that it acted on last.")
+    change: str | None = Field(description="Id of the last activation that it handled.")
     loading: str | None = Field(description="The release that it is loading.")
     refused: RefusedRelease | None
-    beat: int = Field(description="Counts the reports of this replica.")
-    arms: list[str] = Field(description="The releases that arms of its experiment name.")
+    beat: int = Field(description="Counter of the reports of this replica.")
+    arms: list[str] = Field(description="Ids of the releases that arms of its experiment use.")
 
 
 class ReleaseStatus(BaseModel):
@@ -721,7 +740,7 @@ class ReleaseStatus(BaseModel):
     release: str | None = Field(description="The release that it answers with.")
     refused: RefusedRelease | None = Field(description="The release that it could not load, and why.")
     activated: str | None = Field(description="The release that was activated.")
-    change: str = Field(description="The activation.")
+    change: str = Field(description="Id of the last activation.")
     agreed: bool = Field(description="Whether all replicas answer with the activated release.")
     replicas: list[ReplicaReport]
 
@@ -730,11 +749,11 @@ class DataSummary(BaseModel):
     """The data set of a release in its present state, including plays that were appended after the release was made."""
 
     id: str
-    source: str = Field(description="The format it was imported from; generated: synthetic plays.")
+    source: str = Field(description="Format of the imported files; generated: synthetic plays.")
     users: int
     plays: int
     songs: int
-    first_play: IsoMoment | None = Field(description="null where the data set has no times.")
+    first_play: IsoMoment | None = Field(description="null if the data set has no times.")
     last_play: IsoMoment | None
 
 
@@ -743,17 +762,19 @@ class ModelCard(BaseModel):
 
     release: str
     created_at: str = Field(description="ISO 8601, UTC.")
-    version: str = Field(description="Of rayrec.")
-    parts: dict[str, str] = Field(description="The ids of what the release is made of, by kind.")
+    version: str = Field(description="Version of rayrec.")
+    parts: dict[str, str] = Field(description="Ids of the artifacts that the release consists of, by kind.")
     data: DataSummary
-    report: str | None = Field(description="Id of the last evaluation of these parts; null where there is none.")
-    verdict: str | None = Field(description="Of the report or validation, in a sentence.")
+    report: str | None = Field(description="Id of the last evaluation of these parts; null if there is none.")
+    verdict: str | None = Field(description="Summary of the report or validation in one sentence.")
     metrics: dict[str, float] = Field(
-        description="Of the report, else of the validation before the last fit; served_: songs new to the user, "
-        "without those heard."
+        description="Metrics of the last report, or of the validation before the last fit if there is no report. "
+        "served_: only plays of songs new to the user, ranked without the songs that the user has heard."
     )
-    queries: int | None = Field(description="Plays that were predicted for it.")
-    warning: str | None = Field(description="Of the report, for example that the test range leaked into the model.")
+    queries: int | None = Field(description="Number of plays that the report or validation predicted.")
+    warning: str | None = Field(
+        description="Warning of the report, for example that the test range leaked into the model."
+    )
 
 
 class Health(BaseModel):

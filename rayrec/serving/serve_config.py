@@ -33,9 +33,13 @@ class Arm(Settings):
     release: str | None = Field(None, min_length=1, description="Release that answers; default: the live one")
     horizon: float | None = Field(None, ge=0, le=1, description="short, long, or the weight of long")
     exclude_heard: bool | None = Field(None, description="Leave out the songs that the user has played")
-    diversity: float | None = Field(None, ge=0, le=1, description="0: the best songs; up to 1: songs less alike")
+    diversity: float | None = Field(
+        None, ge=0, le=1, description="0: the best songs; towards 1: songs that differ more from each other"
+    )
 
-    explore: float | None = Field(None, ge=0, le=1, description="Share of songs with few plays, drawn by chance")
+    explore: float | None = Field(
+        None, ge=0, le=1, description="Share of the answer drawn at random from songs with few plays"
+    )
 
     REQUEST: ClassVar[tuple[str, ...]] = ("horizon", "exclude_heard", "diversity", "explore")
 
@@ -53,7 +57,9 @@ class Arm(Settings):
 class Experiment(Settings):
     """An experiment: each user of the application is in one of its arms, or in none."""
 
-    name: str = Field(min_length=1, max_length=100, description="Of the experiment: another name draws users again")
+    name: str = Field(
+        min_length=1, max_length=100, description="Name of the experiment; a new name assigns users to arms again"
+    )
     arms: dict[str, Arm] = Field({}, validate_default=True, description="Name and settings of each arm")
 
     @field_validator("arms", mode="before")
@@ -70,8 +76,8 @@ class Experiment(Settings):
             raise ValueError(f"the shares of the arms add up to {total:g}; expected at most 1")
         if len(self.releases) > MAX_ARM_RELEASES:
             raise ValueError(
-                f"the arms name {len(self.releases)} releases; expected at most {MAX_ARM_RELEASES}, since a replica "
-                "holds them all"
+                f"the arms use {len(self.releases)} releases; expected at most {MAX_ARM_RELEASES}, since each replica "
+                "holds all of them"
             )
         return self
 
@@ -111,11 +117,13 @@ def _section(cls: type[Settings], values: Any, where: str) -> Any:
 class ServeConfig(Settings):
     """Settings of the serving application."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on; any but loopback requires API keys")
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on; any address other than loopback requires API keys"
+    )
     port: int = Field(8000, ge=0, le=65_535, description="Port to listen on; 0: any free port")
     replicas: int = Field(1, ge=1, description="Number of replicas; the minimum when autoscaling")
     max_replicas: int = Field(0, ge=0, description="Maximum number of replicas when autoscaling; 0: no autoscaling")
-    target_ongoing: int = Field(4, ge=1, description="Requests in progress per replica that autoscaling aims at")
+    target_ongoing: int = Field(4, ge=1, description="Target for autoscaling: requests in progress per replica")
     scale_up_seconds: float = Field(
         30.0,
         ge=0,
@@ -139,24 +147,33 @@ class ServeConfig(Settings):
     max_body: int = Field(4 << 20, ge=1, description="Maximum size of a request body, in bytes")
     max_waiting: int = Field(64, ge=1, description="Maximum requests in progress or queued per replica; more get 503")
     watch_seconds: float = Field(
-        1.0, gt=0, le=3600, description="Interval of checks for a new live release, in seconds"
+        1.0, gt=0, le=3600, description="Interval between checks for a new live release, in seconds"
     )
 
     log_impressions: bool = Field(
         False, description="Write answers and events to serving/impressions in the workspace, in Parquet files"
     )
     log_seconds: float = Field(
-        10.0, gt=0, le=3600, description="Interval of these files, in seconds: a killed replica loses that time's rows"
+        10.0,
+        gt=0,
+        le=3600,
+        description="Interval between files of the impression log, in seconds; a killed replica loses the rows of one "
+        "interval",
     )
     log_rows: int = Field(
-        50_000, ge=2, description="Maximum of rows in memory per replica, beside 64 MB; more are dropped"
+        50_000,
+        ge=2,
+        description="Maximum rows of the impression log in memory per replica, which hold at most 64 MB; further rows "
+        "are dropped",
     )
-    log_megabytes: int = Field(1024, ge=1, description="Maximum size of all these files; the oldest are deleted")
+    log_megabytes: int = Field(
+        1024, ge=1, description="Maximum size of the impression log, in MB; the oldest files are deleted"
+    )
     access_log: str | None = Field(
-        None, description="File of a JSON line per request; - for the standard error of the replica"
+        None, description="File for one JSON line per request; -: the standard error of the replica"
     )
     cors_origins: tuple[str, ...] = Field(
-        (), description="Web pages of other origins that may call the API, such as https://example.com; * for all"
+        (), description="Other origins whose web pages may call the API, such as https://example.com; *: all origins"
     )
     experiment: Experiment | None = Field(None, description="Experiment, as a section of the config file")
 
@@ -178,15 +195,21 @@ class ServeConfig(Settings):
     @model_validator(mode="after")
     def _replica_range(self) -> "ServeConfig":
         if self.max_replicas and self.max_replicas < self.replicas:
-            raise ValueError(f"max_replicas is {self.max_replicas}; give at least replicas, {self.replicas}, or 0")
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}; give at least {self.replicas}, the value of replicas, or 0"
+            )
         return self
 
 
 class SwitchConfig(Settings):
     """How to wait for a running server to change to another release."""
 
-    wait: bool = Field(False, description="Wait until all replicas use it; if one refuses it, restore the old one")
-    url: str | None = Field(None, description="Address of the server to wait for; its key is in RAYREC_API_KEY")
+    wait: bool = Field(
+        False, description="Wait until all replicas use the release; if one refuses it, restore the old one"
+    )
+    url: str | None = Field(
+        None, description="Address of the server to wait for; its API key is read from RAYREC_API_KEY"
+    )
     timeout: float | None = Field(
         None, gt=0, description="Maximum wait, in seconds; default: no limit while replicas load"
     )

@@ -56,7 +56,6 @@ from rayrec.serving.requests import (
     read_stored,
 )
 from rayrec.serving.schemas import (
-    AddedSong,
     AnsweredSongs,
     CatalogSong,
     InvalidEntry,
@@ -76,6 +75,7 @@ from rayrec.serving.schemas import (
     Recommendations,
     RecommendationsRequest,
     RecommendedSong,
+    SentSongs,
     SimilarSongs,
     SongMatches,
     SongOutcome,
@@ -194,7 +194,7 @@ class Service:
         catalog = live.catalog
         if catalog.first_days is None:
             raise NotFoundError(
-                f"Release {live.id} has no retrieval, which knows when songs were played first; "
+                f"Release {live.id} has no retrieval, which contains the day of each song's first play; "
                 "run `rayrec retrieval`, `rayrec rank` and `rayrec release create`"
             )
         rows, cursor = await run_in_threadpool(_listed, catalog.by_age, query, catalog)
@@ -288,31 +288,31 @@ class Service:
         """Delete a user; plays from before this moment are rejected from now on."""
         await self.users.forget(live, user_id, now_ms())
 
-    async def add_songs(self, live: LiveRelease, sent: Sequence[AddedSong]) -> SongsAdded:
+    async def add_songs(self, live: LiveRelease, sent: SentSongs) -> SongsAdded:
         """Add songs until the next release. Every other replica has them within a second after this returns.
 
         Raises `HTTPException` 507 if there would be more than `MAX_ONLINE_SONGS`, and `FieldError` for a release day
         that does not exist or a content vector that differs in length from those of the catalog.
         """
         online = live.online
-        songs = [read_song(song, place) for place, song in enumerate(sent)]
+        songs = [read_song(song, sent.where(place, "released")) for place, song in enumerate(sent.songs)]
         dims = {len(song.vector): place for place, song in enumerate(songs) if song.vector is not None}
         if dims:
             expected = await run_in_threadpool(lambda: online.content_dim)
             for dim, place in dims.items():
                 if dim != expected:
-                    known = f"have {expected} numbers" if expected else "are none"
+                    known = f"content vectors of {expected} numbers" if expected else "no content vectors"
                     raise FieldError(
-                        f"songs.{place}.vector",
-                        f"{dim} numbers; content vectors of the catalog {known}; give one of the same model, or none",
+                        sent.where(place, "vector"),
+                        f"got {dim} numbers, but the catalog has {known}; give a vector of the same model, or none",
                     )
         await run_in_threadpool(self.users.store, live.catalog.lineage)
         added = await run_in_threadpool(online.add, songs)
         if added is None:
             raise HTTPException(
                 507,
-                f"{online.count:,} songs were added since the release, with these they would be over "
-                f"{MAX_ONLINE_SONGS:,}; none was added: create a release that has them first",
+                f"{online.count:,} of at most {MAX_ONLINE_SONGS:,} songs are already added online, so none of the new "
+                "songs was added; create a release that contains the earlier songs first",
             )
         outcomes: list[SongOutcome] = ["added" if new else "known" for new in added]
         return SongsAdded.model_construct(
@@ -553,7 +553,7 @@ def open_service(
         try:
             online.refresh()
         except (NotReadyError, StoreUnavailableError) as error:  # the watch reads them later
-            log.warning("songs that were added online are not there yet: %s", error)
+            log.warning("songs that were added online cannot be read yet: %s", error)
         return LiveRelease(release=release, catalog=catalog, engine=engine, online=online)
 
     return make_service(workspace, config, keys or load_keys(config), metrics, users, load)
@@ -638,7 +638,7 @@ def _day(day: int) -> str | None:
 def _known(user_id: str, user: StoredUser | None) -> StoredUser:
     if user is None:
         raise NotFoundError(
-            f"User {user_id!r} is not in the store; send plays, or load the batch job's with `rayrec states load`"
+            f"User {user_id!r} is not in the store; send plays, or load states with `rayrec states load`"
         )
     return user
 

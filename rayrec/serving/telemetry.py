@@ -35,13 +35,17 @@ class Metrics:
     def __init__(self, replica: str) -> None:
         self.replica, self._registry = replica, CollectorRegistry()
         self._requests = self._counter("requests", "Requests answered.", "route", "status")
-        self._latency = self._histogram("request_seconds", "Whole requests, in the replica.", SECONDS, "route")
-        self._stages = self._histogram("stage_seconds", "Stages of a request's work.", SECONDS, "stage")
-        self._batch = self._histogram("batch_users", "Users of a call.", USERS)
+        self._latency = self._histogram(
+            "request_seconds", "Duration of whole requests in the replica, in seconds.", SECONDS, "route"
+        )
+        self._stages = self._histogram(
+            "stage_seconds", "Duration of each stage of a request, in seconds.", SECONDS, "stage"
+        )
+        self._batch = self._histogram("batch_users", "Number of users per call.", USERS)
         self._paths = self._counter("answers", "Answers by how their songs were retrieved.", "path")
         self._cache = self._gauge("cache_lookups", "Look-ups in a cache of the live release.", "cache", "outcome")
-        self._plays = self._counter("plays", "New plays by what became of them.", "outcome")
-        self._logged = self._counter("log_rows", "Rows of the impression log.", "log", "outcome")
+        self._plays = self._counter("plays", "New plays by outcome.", "outcome")
+        self._logged = self._counter("log_rows", "Rows of the impression log by outcome.", "log", "outcome")
         self._waiting = self._gauge("waiting", "Calls that run on the worker thread or wait for it.")
         self._release = self._gauge("release", "1 for the release that answers.", "release", "model")
         self._of = lru_cache(maxsize=LABELS_KEPT)(self._labelled)
@@ -154,7 +158,7 @@ class AccessLog:
                 logging.StreamHandler(sys.stderr) if target == "-" else logging.handlers.WatchedFileHandler(target)
             )
         except OSError as error:
-            raise InputError(f"access log {target} cannot be written: {error.strerror}; name another file") from error
+            raise InputError(f"access log {target} cannot be written: {error.strerror}; give another file") from error
         self._log = logging.Logger("rayrec.access", logging.INFO)
         self._log.addHandler(handler)
 

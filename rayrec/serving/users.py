@@ -310,7 +310,7 @@ class StoredUsers:
                 try:
                     self._stores[namespace] = open_store(store_uri(self._workspace, self._uri), namespace)
                 except InputError as error:  # an error in the server's settings, not in the client's request
-                    raise NotReadyError(f"Users cannot be stored here: {error}") from error
+                    raise NotReadyError(f"The store of user states cannot be opened: {error}") from error
             return self._stores[namespace]
 
     def store_that_is_there(self, namespace: str) -> StateStore | None:

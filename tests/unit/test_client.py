@@ -228,7 +228,7 @@ def test_ids_are_escaped_moments_have_a_zone_and_the_key_is_sent() -> None:
 
 def methods(kind: type) -> dict[str, inspect.Signature]:
     """The methods of a client that send requests."""
-    others = ("close",)
+    others = ("close", "aclose")
     found = inspect.getmembers(kind, inspect.isfunction)
     return {name: inspect.signature(body) for name, body in found if name[0] != "_" and name not in others}
 
@@ -282,6 +282,24 @@ async def _call_once(name: str, arguments: dict[str, Any]) -> None:
 def test_both_clients_have_the_same_methods() -> None:
     synchronous, asynchronous = methods(Client), methods(AsyncClient)
     assert synchronous == asynchronous
+
+
+def test_a_client_that_is_closed_sends_nothing_more() -> None:
+    async def call(url: str) -> None:
+        client = AsyncClient(url)
+        assert await client.health() == {"status": "ok"}
+        await client.aclose()
+        with pytest.raises(RuntimeError, match="closed"):
+            await client.health()
+
+    with server([status(200, {"status": "ok"})] * 2) as (url, bodies):
+        client = Client(url)
+        assert client.health() == {"status": "ok"}
+        client.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            client.health()
+        asyncio.run(call(url))
+    assert len(bodies) == 2
 
 
 def test_pages_are_texts_and_lists_are_sent_as_the_api_has_them() -> None:

@@ -129,7 +129,7 @@ def test_where_no_play_is_known_both_answer_with_the_same_popular_songs(both: An
     assert by_http["songs"]
     assert by_http["source"] == "popular"
     require_same(by_command, by_http)
-    assert "these are popular songs" in said
+    assert "popular songs are recommended" in said
 
 
 def test_unknown_songs_are_counted_by_both_and_named_by_the_command(both: Any) -> None:

@@ -317,7 +317,7 @@ def test_a_like_with_what_only_plays_have_is_refused(logged: Logged, more: dict[
     like = {"event_id": "like", "user_id": "ann", "song_id": "song-3", "type": "like", **more}
     response = logged.app.post("/v1/plays", like)
     assert response.status_code == 422
-    assert "a like is no play" in response.text
+    assert "a like is not a play" in response.text
 
 
 def test_a_log_that_cannot_be_written_fails_no_answer_and_is_counted(
@@ -351,7 +351,7 @@ def test_a_deleted_user_is_in_no_log(logged: Logged) -> None:
         ({"arms": {"a": {"share": 0}}}, "arm a: share is 0"),
         ({"arms": {"a": {"share": 1, "k": 5}}}, "arm a: unknown setting 'k'"),
         ({"arms": {}}, "expected arms.NAME.share"),
-        ({"arms": {str(n): {"share": 0.1, "release": str(n)} for n in range(3)}}, "name 3 releases"),
+        ({"arms": {str(n): {"share": 0.1, "release": str(n)} for n in range(3)}}, "use 3 releases"),
     ],
 )
 def test_a_wrong_experiment_is_refused(settings: dict[str, Any], message: str) -> None:

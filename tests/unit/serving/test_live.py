@@ -58,7 +58,7 @@ def test_waiting_ends_once_the_replica_answers_with_the_new_release(
 def test_a_broken_release_is_refused_and_the_old_one_restored(two: tuple[Workspace, str, str], opened: Service) -> None:
     workspace, first, second = two
     damage(workspace, second)
-    with pytest.raises(RayrecError, match=rf"refuses release {second}: .*checksum.*release {first} is the live one"):
+    with pytest.raises(RayrecError, match=rf"refuses release {second}: .*checksum.*release {first} is live again"):
         switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
     assert releases.read_active(workspace)["active"] == first
     assert opened.live.id == first
@@ -148,7 +148,7 @@ def test_a_replica_whose_report_cannot_be_read_is_waited_for(two: tuple[Workspac
     workspace, first, second = two
     Reports(workspace).write(report("lagging", release=first))
     failing = FailingWorkspace(workspace, "serving/replicas/lagging", range(1, 1_000))
-    with pytest.raises(RayrecError, match=rf"the workspace cannot be read: .*reset; release {first} is the live one"):
+    with pytest.raises(RayrecError, match=rf"the workspace cannot be read: .*reset; release {first} is live again"):
         switch(failing, lambda: releases.activate_release(workspace, second), SwitchWait(seconds=1))
     assert releases.read_active(workspace)["active"] == first
 
@@ -159,7 +159,7 @@ def test_where_the_earlier_release_cannot_be_restored_the_error_says_which_one_i
     workspace, _, second = two
     monkeypatch.setattr(live_release, "READ_PAUSE_SECONDS", 0.0)
     failing = FailingWorkspace(workspace, releases.ACTIVE, range(3, 1_000))
-    with pytest.raises(RayrecError, match=f"release {second} is still the live one.*connection reset.*rollback --wait"):
+    with pytest.raises(RayrecError, match=f"release {second} is still live, .*connection reset.*rollback --wait"):
         switch(failing, lambda: releases.activate_release(workspace, second), SwitchWait(absent_seconds=0.3))
 
 
@@ -194,7 +194,7 @@ def test_another_change_in_between_is_left_alone(two: tuple[Workspace, str, str]
 
     other = threading.Thread(target=meanwhile)
     other.start()
-    with pytest.raises(RayrecError, match="another change of the live release"):
+    with pytest.raises(RayrecError, match="the live release was changed again"):
         switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
     other.join()
     assert releases.read_active(workspace)["history"] == ["by another"]

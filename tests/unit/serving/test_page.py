@@ -184,7 +184,9 @@ def test_a_link_opens_what_was_shown(world: Workspace, browser: Any) -> None:
         page.get_by_label("Include songs already played").check()
         page.locator("#long .by", has_text="Artist 3").nth(6).wait_for()
         page.get_by_role("button", name="Copy link").click()
-        page.locator("#copy", has_text="is the link").or_(page.locator("#copy", has_text="Link copied")).wait_for()
+        page.locator("#copy", has_text="address of this page").or_(
+            page.locator("#copy", has_text="Link copied")
+        ).wait_for()
         link = page.url.removeprefix(url)
         with page_of(browser, url, link) as other:
             other.locator("#status", has_text="3 plays").wait_for()
@@ -205,11 +207,11 @@ def test_filters_keep_to_their_songs_and_say_where_none_fits(world: Workspace, b
         page.locator("#short .by", has_text="Artist 2").nth(9).wait_for()
         page.get_by_label("Only songs of this artist").fill("Abba")
         page.get_by_label("Only songs of this artist").press("Enter")
-        page.locator("#problem", has_text="no song of the catalog is by 'Abba'").wait_for()
+        page.locator("#problem", has_text="the catalog has no song by 'Abba'").wait_for()
         page.get_by_label("Only songs of this artist").fill("")
         page.get_by_label("Available in this market").fill("SE")
         page.get_by_label("Available in this market").press("Enter")
-        page.locator("#problem", has_text="no song of the catalog has markets").wait_for()
+        page.locator("#problem", has_text="the catalog has no markets").wait_for()
 
 
 def test_only_songs_released_in_the_span_are_recommended(world: Workspace, browser: Any) -> None:
@@ -258,7 +260,7 @@ def test_songs_with_few_plays_are_shown_on_request_with_their_chances(world: Wor
     with served(world) as url, page_of(browser, url, "#song=song-3") as page:
         page.locator("#short .score").first.wait_for()
         assert "few plays" not in page.locator("#short").inner_text()
-        page.get_by_label("Songs with few plays").fill("0.5")
+        page.get_by_label("Share of songs with few plays").fill("0.5")
         for horizon in ("short", "long"):
             drawn = page.locator(f"#{horizon} li", has_text="random pick among songs with few plays, probability")
             drawn.first.wait_for()
@@ -480,7 +482,7 @@ def test_a_song_more_goes_on_from_all_of_over_1000_plays(world: Workspace, brows
 
 def test_an_error_stays_until_its_own_request_succeeds(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url, "#song=song-3&artist=Abba") as page:
-        page.locator("#problem", has_text="no song of the catalog is by 'Abba'").wait_for()
+        page.locator("#problem", has_text="the catalog has no song by 'Abba'").wait_for()
         page.get_by_label("Find a song").fill("title 50")
         page.locator('#found li:first-child[data-song="song-50"]').wait_for()
         assert "Abba" in page.locator("#problem").inner_text()

@@ -15,7 +15,7 @@ from rayrec.serving import serve_compat
 def test_the_installed_ray_is_the_one_whose_private_parts_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     serve_compat.require_known_ray()
     monkeypatch.setattr(serve_compat, "version", lambda name: "2.61.0")
-    with pytest.raises(RayrecError, match=r"runs Serve of Ray 2.60, not 2.61.0"):
+    with pytest.raises(RayrecError, match=r"serving requires Ray 2.60, found 2.61.0"):
         serve_compat.require_known_ray()
 
 

@@ -22,6 +22,7 @@ from rayrec.recommend.answer import load_recommender, reasons
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.reranking import network_of
 from rayrec.recommend.two_step import TwoStepRecommender
+from rayrec.serving.requests import query_histories, read_stored
 from rayrec.serving.serve_config import MAX_PLAYS
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
@@ -270,6 +271,14 @@ def test_a_user_who_is_not_there_is_a_404_and_is_recommended_popular_songs(app: 
     assert answer["songs"] == recommend(app, history=[], k=7)["songs"]
 
 
+def test_the_plays_of_an_unknown_user_have_the_types_of_all_plays() -> None:
+    query = read_stored(None, AT)
+    each: tuple[Any, ...] = (query, query_histories([query, query]))
+    for plays in each:
+        assert (plays.songs.dtype, plays.played_at.dtype) == (np.int32, np.int64)
+        assert (plays.contexts.dtype, plays.skipped.dtype) == (np.int32, np.bool_)
+
+
 def test_stored_users_and_histories_go_in_one_batch(app: Client) -> None:
     for user in ("ann", "bob"):
         send(app, *events_of(user, 30, seed=len(user)))
@@ -347,7 +356,7 @@ PLAY = {"event_id": "e", "user_id": "ann", "song_id": "song-1"}
         ({**PLAY, "contexts": ["x"] * 32}, "contexts"),
         ({**PLAY, "played_at": -1}, "played_at"),
         ({**PLAY, "played_at": "yesterday"}, "played_at"),
-        ({**PLAY, "played_at": "2099-01-01T00:00:00Z"}, "over a day from now"),
+        ({**PLAY, "played_at": "2099-01-01T00:00:00Z"}, "more than a day in the future"),
         ({**PLAY, "played_at": "2999-01-01T00:00:00Z"}, "not between 1970 and 2100"),
         ({**PLAY, "more": 1}, "more"),
         ({"plays": []}, "plays"),
@@ -450,8 +459,10 @@ def test_a_store_out_of_reach_is_a_503_that_says_when_to_try_again(world: Worksp
 def test_where_users_cannot_be_stored_histories_are_answered_all_the_same(world: Workspace, store: str) -> None:
     with service(world, store=store) as opened:
         app = Client(opened)
-        require_problem(app.post("/v1/plays", PLAY), 503, "Users cannot be stored here")
-        require_problem(app.post("/v1/recommendations", {"user_id": "ann"}), 503, "Users cannot be stored here")
+        require_problem(app.post("/v1/plays", PLAY), 503, "The store of user states cannot be opened")
+        require_problem(
+            app.post("/v1/recommendations", {"user_id": "ann"}), 503, "The store of user states cannot be opened"
+        )
         assert len(recommend(app, history=["song-3"], k=3)["songs"]) == 3
 
 
