@@ -83,7 +83,7 @@ def ray_not_started(error: Exception, where: str = "Ray could not be started on 
     text = first_line(error).rstrip(".")
     if "AF_UNIX" in text:
         return InputError(
-            f"the folder for temporary files, {tempfile.gettempdir()}, has too long a path for Ray's sockets; "
+            f"the path of the folder for temporary files, {tempfile.gettempdir()}, is too long for Ray's sockets; "
             "set RAY_TMPDIR=/tmp"
         )
-    return RayrecError(f"{where}: {text}; check its logs below /tmp/ray, and the memory and CPUs that are free")
+    return RayrecError(f"{where}: {text}; check Ray's logs in /tmp/ray, and the free memory and CPUs")

@@ -155,7 +155,7 @@ class Recommender:
         if not histories.lengths.all():
             silent = [ids[row] for row in np.flatnonzero(histories.lengths == 0).tolist()]
             shown = ", ".join(map(repr, silent[:SHOWN_USERS])) + (", ..." if len(silent) > SHOWN_USERS else "")
-            _print(f"No play is known of {len(silent):,} of the users, who get popular songs: {shown}")
+            _print(f"No plays are known for {len(silent):,} of the users, who get popular songs: {shown}")
         counts = [len(each.songs) for each in chosen]
         table = self._named(dataset, np.concatenate([each.songs for each in chosen]))
         table.insert(0, "user_id", np.repeat(np.asarray(ids, dtype=object), counts))
@@ -196,7 +196,7 @@ class Recommender:
         if not histories.lengths.all():
             user = ids[int(np.argmin(histories.lengths))]
             raise NotFoundError(
-                f"no play of user {user!r} before {iso_moment(moment)} is known; check the ID and the moment"
+                f"user {user!r} has no known plays before {iso_moment(moment)}; check the ID and the moment"
             )
         vectors = network_of(recommender).vectors(histories, Queries.at_end(histories, moment), horizon)
         return pd.DataFrame(vectors, index=pd.Index(ids, name="user_id"))
@@ -223,7 +223,7 @@ class Recommender:
 
     def __getstate__(self) -> dict[str, Any]:
         if self._folder is not None:
-            raise TypeError("a copy would not hold the model, which is in a temporary folder; use save and rayrec.load")
+            raise TypeError("a Recommender in a temporary folder cannot be pickled or copied; use save and rayrec.load")
         return {**self.__dict__, "_loaded": None}
 
     def __repr__(self) -> str:
@@ -255,7 +255,7 @@ class Recommender:
 
         release, dataset = self._fitted(), Dataset(self.workspace)
         if not dataset.descends_from(release.inputs["dataset"]):
-            raise NotFoundError("the last fit, of other plays, did not end; call fit again")
+            raise NotFoundError("the last fit, on other plays, did not finish; call fit again")
         if self._loaded is None or (self._loaded[0], self._loaded[1].manifest.id) != (release, dataset.manifest.id):
             self._loaded = release, dataset, load_recommender(self.workspace, dataset, release.inputs)
         return self._loaded
@@ -295,7 +295,7 @@ class Recommender:
         from rayrec.jobs.runtime import require_one_node
 
         if self._folder is not None:
-            require_one_node('give Recommender(workspace="s3://bucket/prefix"), or a folder that all nodes share')
+            require_one_node('use Recommender(workspace="s3://bucket/prefix"), or a folder that all nodes share')
 
     def _listeners(self) -> dict[str, Any]:
         return {"on_stage": _print_stage, "on_note": _print} if self.progress else {}
@@ -308,7 +308,7 @@ def load(path: str | Path, *, progress: bool = True) -> Recommender:
     """
     model = Recommender(workspace=path, progress=progress)
     if active_release(model.workspace) is None:
-        raise NotFoundError(f"{path} holds no live release; save a fitted Recommender there, or run `rayrec fit`")
+        raise NotFoundError(f"{path} has no live release; save a fitted Recommender there, or run `rayrec fit`")
     return model
 
 
@@ -359,7 +359,9 @@ def _arrow(plays: Any) -> pa.Table:
 
 
 def _unreadable(error: Exception) -> InputError:
-    return InputError(f"the plays cannot be read: {first_line(error)}; drop the column, or make it text: astype(str)")
+    return InputError(
+        f"the plays cannot be read: {first_line(error)}; drop the column, or convert it to text with astype(str)"
+    )
 
 
 def _plain_frame(plays: pd.DataFrame) -> pd.DataFrame:
@@ -395,7 +397,7 @@ def _ids(users: Users) -> list[Any]:
     ids: list[Any] = users.to_pylist() if isinstance(users, (pa.Array, pa.ChunkedArray)) else list(users)
     for place, user in enumerate(ids):
         if spell_id(user) is None:
-            raise InputError(f"user {place} is {user!r}; expected an ID, text or a number")
+            raise InputError(f"users[{place}] is {user!r}; expected an ID (text or a number)")
     return ids
 
 

@@ -97,8 +97,8 @@ def evaluate(
     users, plays = sums.users[VIEWS.index("next")].sum(), sums.queries[:, VIEWS.index("next")].sum()
     if not users:
         raise InputError(
-            f"none of {split.test_range} has an earlier play by the same user, so there is nothing to predict; "
-            "run `rayrec split` with more test days or a larger last fraction"
+            f"no play of the test range ({split.test_range}) has an earlier play by the same user, so there is nothing "
+            "to predict; run `rayrec split` with more test days or a larger last fraction"
         )
     figures = figures_of(sums, evaluator, compared.default)
     figures["examples"] = examples_of(dataset, evaluator, compared.default)
@@ -309,7 +309,9 @@ def evaluate_prefixes(
     """
     started = time.monotonic()
     if config.queries:
-        raise InputError("--queries draws from the test range of a split; the pairs of a file are all evaluated")
+        raise InputError(
+            "--queries samples the test range of a split, but all pairs of a file are evaluated; omit --queries"
+        )
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
     (prefix_file,) = find_files([file.path], ["*"])[:1]
@@ -335,7 +337,7 @@ def evaluate_prefixes(
     units = byte_ranges(prefix_file.source, prefix_file.size, PREFIXES_AT_ONCE)
     sums, counts = evaluate_pairs(workspace, evaluator, file, units, f"{artifact_dir(KIND, report_id)}/run")
     if not counts[0]:
-        raise InputError(f"{file.path} has no pairs; expected lines of songs, a tab and the next song")
+        raise InputError(f"{file.path} has no pairs; expected lines with songs, a tab and the next song")
     computed = Figures(sums, recommenders, config)
     results = [entry for entry in computed.results(["served", "next"]) if entry["users"] == "all"]
     figures = {
@@ -496,7 +498,9 @@ def _named(workspace: Workspace, config: EvaluateConfig) -> tuple[list[str], dic
         name, equals, model_id = spelled.partition("=")
         if equals:
             if name in (*NETWORKS, *BASELINES, *others) or not name:
-                raise InputError(f"{spelled}: name another model differently, such as r_hst={model_id}")
+                raise InputError(
+                    f"{spelled}: the name {name!r} is empty or already used; use another name, such as other={model_id}"
+                )
             others[name] = load_manifest(workspace, "models", model_id)
         elif name not in (*NETWORKS, *BASELINES):
             raise InputError(
@@ -515,11 +519,13 @@ def require_split(part: Manifest, split: Split | None, dataset: Dataset, command
     made_of, split_id = part.inputs.get("split"), split.id if split else None
     if made_of == split_id and dataset.descends_from(part.inputs.get("dataset", dataset.manifest.id)):
         return
-    saw = f"was trained before the test range of split {made_of}" if made_of else "was trained on all plays"
+    saw = (
+        f"was trained on the plays before the test range of split {made_of}" if made_of else "was trained on all plays"
+    )
     saw += ", including the test range" if split_id and not made_of else ""
     advice = f"run `rayrec {command} --split {split_id}` first" if split_id else f"pass --split {made_of}"
     evaluated = f"split {split_id}" if split_id else "no split"
-    raise MismatchError(f"{noun(part.kind)} {part.id} {saw}, but the evaluation is of {evaluated}; {advice}")
+    raise MismatchError(f"{noun(part.kind)} {part.id} {saw}, but the evaluation uses {evaluated}; {advice}")
 
 
 def make_recommenders(
@@ -569,8 +575,8 @@ def rankers_of(workspace: Workspace, compared: ComparedModels) -> Manifest:
     """Return the rankers of two-step, for an ablation. Raises `InputError` if two-step is not among the models."""
     if TWO_STEP not in compared.names:
         raise InputError(
-            f"--ablation evaluates {TWO_STEP} without each of its parts, and it is not among the models; add it to "
-            "--models, after `rayrec retrieval` and `rayrec rank`"
+            f"--ablation evaluates {TWO_STEP} without each of its parts, but {TWO_STEP} is not among the models; run "
+            "`rayrec retrieval` and `rayrec rank`, then add it to --models"
         )
     return load_manifest(workspace, "rankers", compared.inputs["rankers"])
 

@@ -172,7 +172,9 @@ def _delete_unfinished_fits(workspace: Workspace) -> None:
         for name in workspace.folders(kind):
             folder = artifact_dir(kind, name)
             if not workspace.exists(f"{folder}/manifest.json"):
-                LOGGER.warning("%s was unfinished and held plays of deleted users: it starts over", folder)
+                LOGGER.warning(
+                    "%s was unfinished and had plays of deleted users: it is deleted and starts over", folder
+                )
                 workspace.delete(folder)
 
 
@@ -370,8 +372,8 @@ class _Manifests:
         for path, expected in files.items():
             if path in self._erased and self._erased[path].before != expected:
                 raise DamagedArtifactError(
-                    f"{path} does not match the checksum in its manifest; restore it, or run its command again with "
-                    "--force"
+                    f"{path} does not match the checksum in its manifest; restore the file, or run its command again "
+                    "with --force"
                 )
 
     def _renewed(self, files: Mapping[str, str], folder: str) -> dict[str, str]:

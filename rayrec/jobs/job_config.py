@@ -39,8 +39,8 @@ class PlaysConfig(Settings):
     )
     user: str | None = Field(
         None,
-        description="User ID of all plays, for files that name none; default: as the files say; for `update`, the one "
-        "that earlier imports of the format were given",
+        description="User ID of all plays, for files without user IDs; default: the IDs in the files; for `update`, "
+        "the ID that was given for earlier imports of the format",
     )
     max_rejected: float | None = Field(
         None,
@@ -61,14 +61,17 @@ class FitConfig(PlaysConfig):
 class UpdateConfig(PlaysConfig):
     """Settings of `update`: the new plays, when to train, and the store to load."""
 
-    train: bool = Field(False, description="Continue the training of the model, however few plays are new")
+    train: bool = Field(False, description="Continue the training of the model even if few plays are new")
     train_share: float = Field(
-        TRAIN_SHARE, ge=0, le=1, description="Share of plays newer than the model above which it is trained again"
+        TRAIN_SHARE,
+        ge=0,
+        le=1,
+        description="Continue the training if more than this share of the plays is newer than the model",
     )
     store: str | None = Field(
         None,
         description="Store of user states to load, sqlite:///PATH or redis://HOST:PORT/0; default: the workspace's own "
-        "if there is one",
+        "if it exists",
     )
 
 

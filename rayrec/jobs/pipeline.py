@@ -184,8 +184,8 @@ class Stages:
         self.split = hold_back_validation(dataset)
         if self.split is None:
             self.on_note(
-                f"{dataset.manifest.plays:,} are too few plays for a validation range: settings are not chosen, "
-                "quality is not measured, and recommendations come without rankers"
+                f"{dataset.manifest.plays:,} plays are too few for a validation range: training runs the maximum "
+                "number of epochs, quality is not measured, and no rankers are trained"
             )
         else:
             self.on_note(f"Validation range: {self.split.validation_range}; the final models use all plays")

@@ -199,17 +199,17 @@ def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval
     for manifest in (model, retrieval):
         if not dataset.descends_from(manifest.inputs["dataset"]):
             raise MismatchError(
-                f"the data set of {artifacts.noun(manifest.kind)} {manifest.id} is {manifest.inputs['dataset']}, "
-                f"the workspace holds {dataset.manifest.id}; run {ANEW[manifest.kind]} first"
+                f"{artifacts.noun(manifest.kind)} {manifest.id} was made from data set {manifest.inputs['dataset']}, "
+                f"but the workspace has {dataset.manifest.id}; run {ANEW[manifest.kind]} first"
             )
     split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
     if split is None or not workspace.exists(f"{model.path(SELECTION_NETWORK)}/model.safetensors"):
         if split is not None and "from" in model.inputs:
             start = model.inputs["from"]
             raise TooFewQueriesError(
-                f"model {model.id} continues model {start} and has no network that has not seen "
-                f"{split.validation_range}; split later plays off, which model {start} was not trained on, and train "
-                "again with --from, or train without --from"
+                f"model {model.id} continues model {start} and has no network trained without "
+                f"{split.validation_range}; make a split whose validation range has only plays that model {start} was "
+                "not trained on, and train again with --from, or train without --from"
             )
         raise TooFewQueriesError(
             f"model {model.id} has no validation range to train a ranker on; "
@@ -244,7 +244,7 @@ class _Task:
         """Return the joined examples of `buckets`. Raises `TooFewQueriesError` if there are no buckets."""
         if not buckets:
             raise TooFewQueriesError(
-                "the validation range holds no play to learn a ranker from; give a split with more days"
+                "the validation range has no play that a ranker can learn from; use a split with more validation days"
             )
         workspace = self.dataset.workspace
         pieces = (workspace.read_bytes(self.piece(bucket, without, kind)) for bucket in buckets)
@@ -317,6 +317,9 @@ class _Growing:
     without: str  # left-out part
     folder: str  # folder that the ranker is written to
     kind: RankerKind
+
+    def __str__(self) -> str:
+        return f"{self.kind} without {self.without}" if self.without else self.kind
 
     @property
     def checked(self) -> str:

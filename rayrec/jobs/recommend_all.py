@@ -74,9 +74,11 @@ def recommend_all(
     Raises `InputError` if reasons or a mix of horizons are requested, `MismatchError` for parts of another data set.
     """
     if config.explain:
-        raise InputError("reasons are given for one user at a time; leave out --explain, or give --user ID")
+        raise InputError("--explain works for one user at a time; omit it, or give --user ID")
     if config.long_weight not in (0, 1):
-        raise InputError(f"horizon is {config.horizon}; for all users expected short or long, a mix is for --user ID")
+        raise InputError(
+            f"horizon is {config.horizon}; for all users expected short or long; a mix of horizons needs --user ID"
+        )
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
     moment = dataset.manifest.last_play + 1 if at is None else at

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 import time
 import traceback
@@ -98,8 +99,8 @@ def require_cluster(address: str, timeout: float = CONNECT_SECONDS) -> None:
             raise ValueError("another program answers there")
     except (OSError, ValueError, OverflowError) as error:
         raise InputError(
-            f"RAY_ADDRESS={address} points to no Ray cluster: {error}; start one with `ray start --head`, give its "
-            "address, or unset RAY_ADDRESS to use this machine"
+            f"RAY_ADDRESS={address} points to no Ray cluster: {error}; start one with `ray start --head`, set "
+            "RAY_ADDRESS to the address of a running one, or unset it to use this machine"
         ) from error
 
 
@@ -110,7 +111,7 @@ def require_one_node(advice: str) -> None:
     with ray_cluster():
         nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     if nodes > 1:
-        raise InputError(f"Ray runs on {nodes} nodes, and the workspace is a temporary folder of one of them; {advice}")
+        raise InputError(f"Ray runs on {nodes} nodes, but the workspace is a temporary folder on one of them; {advice}")
 
 
 def quiet_data() -> None:
@@ -248,11 +249,20 @@ def run_buckets(
         for reference in running:
             ray.cancel(reference, force=True)
     if lost:
-        named = ", ".join(map(str, sorted(lost)[:10])) + (", ..." if len(lost) > 10 else "")
         raise RayrecError(
-            f"{called} {named} of {total} failed: the worker was killed {RETRIES + 1} times, probably out of memory. "
-            "Completed work is kept: run the command again with fewer workers or on nodes with more memory"
+            f"{called} {_listed(lost)} of {total} failed: the worker was killed {RETRIES + 1} times, probably out of "
+            "memory. Completed work is kept: run the command again with fewer workers or on nodes with more memory"
         )
+
+
+def _listed(units: list[Any]) -> str:
+    """Return the first 10 units in words, sorted by their text, with numbers in it in numeric order."""
+
+    def words(text: str) -> list[str | int]:
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
+
+    names = sorted(map(str, units), key=words)
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _timed(work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:

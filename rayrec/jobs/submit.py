@@ -174,7 +174,7 @@ def shared_workspace(uri: str) -> str:
     if "://" in uri or Path(uri).is_absolute():
         return uri
     raise InputError(
-        f"workspace {uri!r} is a folder of this machine; expected s3://bucket/prefix, gs://bucket/prefix or the "
+        f"workspace {uri!r} is a folder on this machine; expected s3://bucket/prefix, gs://bucket/prefix or the "
         "absolute path of a disk that all nodes share"
     )
 

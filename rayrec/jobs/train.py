@@ -146,8 +146,8 @@ def _require_shape(plan: TrainPlan, start: Manifest) -> None:
     for name, value in new_shape.items():
         if name not in ("num_songs", "logit_scales") and old_shape[name] != value:
             raise MismatchError(
-                f"model {start.id} has {name} {old_shape[name]}, this training {value}; give the settings of the "
-                "model, or train without --from"
+                f"model {start.id} has {name} {old_shape[name]}, but this training has {value}; use the settings of "
+                "the model, or train without --from"
             )
 
 
@@ -194,7 +194,7 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
     figures = dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
     if not figures.pop("targets"):
         raise RayrecError(
-            f"none of the {config.source} is long enough for a horizon of "
+            f"no training sequence (source: {config.source}) is long enough for a horizon of "
             f"{' or '.join(map(str, config.horizons.values()))}; use smaller offsets"
         )
     return figures

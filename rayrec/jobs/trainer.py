@@ -148,8 +148,8 @@ def table_dim(workspace: Workspace, config: TrainConfig, songs: Manifest | None)
     if songs is None:
         if config.song_table != "trained":
             raise InputError(
-                f"song_table {config.song_table} keeps the song embeddings that it is given, and there are none; run "
-                "`rayrec embed` first, or use song_table trained"
+                f"song_table {config.song_table} needs song embeddings, and the workspace has none; run `rayrec embed` "
+                "first, or use song_table trained"
             )
         return config.dim or DIM_WITHOUT_EMBEDDINGS
     dim = int(workspace.read_array(songs.path("vectors.npy")).shape[1])
@@ -523,10 +523,10 @@ class WorkerRequest:
         """Return the resources that the workers need, and those of the cluster, in words."""
         have, free = ray.cluster_resources(), ray.available_resources()
         parts = [
-            f"{amount:g} {name} each (the cluster has {have.get(name, 0):g}, free {free.get(name, 0):g})"
+            f"{amount:g} {name} each ({free.get(name, 0):g} of {have.get(name, 0):g} in the cluster are free)"
             for name, amount in self.resources.items()
         ]
-        return f"{self.workers} training worker{'s' * (self.workers > 1)} of {' and '.join(parts)}"
+        return f"{self.workers} training worker{'s' * (self.workers > 1)} with {' and '.join(parts)}"
 
 
 def run_workers(
@@ -565,7 +565,7 @@ def run_workers(
     except ControllerError as error:
         raise RayrecError(
             f"training did not start within {request.wait_minutes:g} minutes: it needs {request.describe()}; free "
-            "some, use fewer --workers or more --wait-minutes, and run `rayrec train --resume`"
+            "resources, use fewer --workers or more --wait-minutes, and run `rayrec train --resume`"
         ) from error
     except TrainingFailedError as error:
         cause = str(error).strip().splitlines()[-1]

@@ -122,7 +122,7 @@ def _try(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, Manifes
         model = train(workspace, trial.train, songs_id=songs.id, split=split, unfinished=unfinished)
         ndcg, epochs, seconds = (model.metrics[name] for name in (CHOSEN_BY, "epochs", "seconds"))
     except DivergedError as error:
-        LOGGER.warning("%s; the trial has no figure", error)
+        LOGGER.warning("%s; the trial has no result", error)
         model, ndcg, epochs, seconds = None, None, None, time.monotonic() - began
     if model is not None and ndcg is None:
         raise InputError(

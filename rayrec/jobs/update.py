@@ -165,10 +165,10 @@ class _Update:
         share = self._new_share()
         trains = config.train or share > config.train_share
         if trains and stages.split is None:
-            self.on_note("Too few new plays to choose a model by: it stays as it is")
+            self.on_note("Too few new plays to validate a model: the model stays unchanged")
             trains = False
         if trains:
-            self.on_note(f"{share:.1%} of the plays are newer than the model: training")
+            self.on_note(f"{share:.1%} of the plays are newer than the model: its training continues")
             self._train()
         else:
             self._keep_model()
@@ -307,8 +307,10 @@ def _verdict(quality: Quality | None, trained: bool) -> tuple[bool, str]:
     """Return whether the new release may go live, and the reason."""
     if quality is None:
         if trained:
-            return False, "the new plays contain no play to compare the models on"
+            return False, "none of the new plays can be used to compare the models"
         return True, "the model is the same, and the new plays are too few for a comparison"
     new, live = quality.value(NEW) or 0.0, quality.value(LIVE) or 0.0
-    compared = f"recall@20 as served on {quality.queries:,} new queries is {new:.3f}, the live release's {live:.3f}"
+    compared = (
+        f"recall@20 as served on {quality.queries:,} new queries is {new:.3f}, and {live:.3f} for the live release"
+    )
     return new >= live - TOLERANCE, compared

@@ -158,7 +158,9 @@ def check_dataset(audit: Audit, dataset: Dataset) -> None:
         for ancestor in manifest.ancestors:
             with audit.reading(DATASET_MANIFEST):
                 audit.require(
-                    dataset.earlier(ancestor).id == ancestor, DATASET_MANIFEST, f"ancestor {ancestor} is another"
+                    dataset.earlier(ancestor).id == ancestor,
+                    DATASET_MANIFEST,
+                    f"ancestor {ancestor} has another id in its manifest",
                 )
 
 
@@ -174,7 +176,9 @@ def _check_song_table(audit: Audit, dataset: Dataset) -> None:
     table = read_songs(audit.workspace, dataset.manifest)
     rows, ids = table.column(columns.SONG).to_numpy(), table.column(columns.SONG_ID)
     audit.require(
-        len(table) == dataset.num_songs, SONGS_TABLE, f"holds {len(table)} songs, the manifest says {dataset.num_songs}"
+        len(table) == dataset.num_songs,
+        SONGS_TABLE,
+        f"has {len(table)} songs, but the manifest says {dataset.num_songs}",
     )
     audit.require(bool((rows == np.arange(len(rows))).all()), SONGS_TABLE, "rows are not numbered 0, 1, 2 ...")
     audit.require(pc.count_distinct(ids).as_py() == len(table), SONGS_TABLE, "a song id occurs twice")
@@ -201,16 +205,17 @@ class _Totals:
             counted |= {"first_play": self.first, "last_play": self.last}
         elif self.plays:  # erasing users keeps the range, so that artifacts made for its end stay valid
             inside = manifest.first_play <= self.first and self.last <= manifest.last_play
-            audit.require(inside, DATASET_MANIFEST, "a play is outside of the range of times")
+            audit.require(inside, DATASET_MANIFEST, "a play is outside the time range of the manifest")
         for name, value in counted.items():
             expected = getattr(manifest, name)
-            audit.require(value == expected, DATASET_MANIFEST, f"has {name} {expected}, the histories hold {value}")
+            audit.require(value == expected, DATASET_MANIFEST, f"{name} is {expected}, but {value} in the histories")
         if manifest.read and not manifest.playlists:
             accounted = manifest.plays + manifest.likes + manifest.merged + sum(manifest.rejected.values())
             audit.require(
                 manifest.read == accounted,
                 DATASET_MANIFEST,
-                f"counts {manifest.read} rows read, but accounts for {accounted}",
+                f"says {manifest.read} rows were read, but plays, likes, duplicates and rejected rows total "
+                f"{accounted}",
             )
 
 
@@ -222,11 +227,12 @@ def _check_bucket(audit: Audit, dataset: Dataset, bucket: int, path: str, totals
         audit.require(len(users) == len(histories) and not users & checked_users, path, "a user occurs twice")
         checked_users |= users
         astray = histories.user_ids[bucket_of(histories.user_ids, dataset.manifest.buckets) != bucket]
-        audit.require(not len(astray), path, f"user {astray[:1]} belongs to another bucket")
+        if len(astray):
+            audit.problem(path, f"user {astray[0]} belongs to another bucket")
         known = not histories.num_plays or bool(
             (histories.songs.min() >= 0) & (histories.songs.max() < dataset.num_songs)
         )
-        audit.require(known, path, "a play is of a song that is not in the song table")
+        audit.require(known, path, "a play has a song that is not in the song table")
         same_user = np.diff(histories.rows) == 0
         ordered = (np.diff(histories.played_at) >= 0) | ~same_user
         audit.require(bool(ordered.all()), path, "plays are not sorted by time")
@@ -234,7 +240,7 @@ def _check_bucket(audit: Audit, dataset: Dataset, bucket: int, path: str, totals
         audit.require(
             bool(((liked >= 0) & (liked < dataset.num_songs)).all()),
             path,
-            "a like is of a song that is not in the song table",
+            "a like has a song that is not in the song table",
         )
 
 
@@ -245,10 +251,12 @@ def _check_playlists(audit: Audit, dataset: Dataset) -> None:
         for songs, offsets in dataset.read_playlists():
             playlists, entries = playlists + len(offsets) - 1, entries + len(songs)
             known = not len(songs) or bool((songs.min() >= 0) & (songs.max() < dataset.num_songs))
-            audit.require(known, path, "an entry is of a song that is not in the song table")
+            audit.require(known, path, "a playlist contains a song that is not in the song table")
         said = (dataset.manifest.playlists, dataset.manifest.playlist_entries)
         audit.require(
-            (playlists, entries) == said, path, f"holds {playlists} playlists of {entries} songs, expected {said}"
+            (playlists, entries) == said,
+            path,
+            f"has {playlists} playlists with {entries} songs, but the manifest says {said[0]} with {said[1]}",
         )
 
 
@@ -274,7 +282,8 @@ def check_artifacts(audit: Audit, dataset: Dataset | None) -> None:
             with audit.reading(path):
                 manifest = artifacts.load_manifest(audit.workspace, kind, name)
                 with audit.looking_at(kind, name, len(manifest.files)):
-                    audit.require((manifest.kind, manifest.id) == (kind, name), path, f"is of {manifest.id}")
+                    is_own = (manifest.kind, manifest.id) == (kind, name)
+                    audit.require(is_own, path, f"is the manifest of {manifest.kind} {manifest.id}")
                     audit.compare({manifest.path(file): digest for file, digest in manifest.files.items()})
                     _check_inputs(audit, manifest, dataset)
                     damaged = any(manifest.path(file) in audit.damaged for file in manifest.files)
@@ -286,9 +295,9 @@ def check_artifacts(audit: Audit, dataset: Dataset | None) -> None:
 def _check_inputs(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
     for role, made_of in manifest.inputs.items():
         if role == "dataset" and not (dataset and dataset.descends_from(made_of)):
-            audit.note(manifest.folder, f"was made of data set {made_of}, which no longer exists")
+            audit.note(manifest.folder, f"was made from data set {made_of}, which no longer exists")
         if role in KINDS and not audit.workspace.exists(f"{role}/{made_of}/manifest.json"):
-            audit.note(manifest.folder, f"was made of {role} {made_of}, which no longer exists")
+            audit.note(manifest.folder, f"was made from {role} {made_of}, which no longer exists")
 
 
 def _known(dataset: Dataset | None, manifest: Manifest) -> DatasetManifest | None:
@@ -304,7 +313,8 @@ def _check_vectors(audit: Audit, path: str, vectors: np.ndarray, songs: int | No
     audit.require(songs is None or len(vectors) == songs, path, f"has {len(vectors)} rows for {songs} songs")
     for start in range(0, len(vectors), ROWS):
         if not _are_normalized(vectors[start : start + ROWS]):
-            audit.problem(path, f"a row from {start} on is neither finite and of length 1 nor zeros")
+            last = min(start + ROWS, len(vectors)) - 1
+            audit.problem(path, f"rows {start} to {last} contain a row that is neither of length 1 nor all zeros")
             return
 
 
@@ -338,7 +348,7 @@ def _check_model(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> N
         if file.endswith(".safetensors"):
             for name, values in load_file(audit.workspace.local_file(manifest.path(file))).items():
                 finite = values.dtype.kind != "f" or bool(np.isfinite(values).all())
-                audit.require(finite, manifest.path(file), f"{name} holds a number that is not finite")
+                audit.require(finite, manifest.path(file), f"{name} contains NaN or infinity")
 
 
 def _check_added_songs(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
@@ -348,13 +358,17 @@ def _check_added_songs(audit: Audit, manifest: Manifest, dataset: Dataset | None
     rows = audit.workspace.read_array(manifest.path(ROWS))
     inside = not len(rows) or (rows[0] >= 0 and (known is None or rows[-1] < known.songs))
     audit.require(
-        bool((np.diff(rows) > 0).all() and inside), manifest.path(ROWS), "are not ascending rows of the songs"
+        bool((np.diff(rows) > 0).all() and inside),
+        manifest.path(ROWS),
+        "does not contain ascending row numbers of the song table",
     )
     for name in (OUTPUTS, AVERAGED, INPUTS):
         vectors = audit.workspace.read_array(manifest.path(name))
         fits = vectors.ndim == 2 and len(vectors) == len(rows) and bool(np.isfinite(vectors).all())
         audit.require(
-            fits, manifest.path(name), f"is {vectors.shape}, not a finite vector for each of {len(rows)} songs"
+            fits,
+            manifest.path(name),
+            f"has shape {vectors.shape}; expected a finite vector per song, {len(rows)} in all",
         )
 
 
@@ -385,12 +399,14 @@ def _check_tastes(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> 
             expected = set(dataset.bucket_users(bucket, parts=known.parts if whole else None))
             expected = expected if whole else expected & set(ids)
             missing, strange = len(expected.difference(ids)), len(set(ids) - expected)
-            audit.require(not (missing or strange), path, f"lacks {missing} users and has {strange} without plays")
+            audit.require(
+                not (missing or strange), path, f"{missing} users are missing, and {strange} users have no plays"
+            )
     if known:
         audit.require(
             (users, plays) == (known.users, known.plays),
             manifest.folder,
-            f"holds {users} users with {plays} plays, the data set {known.users} with {known.plays}",
+            f"has {users} users with {plays} plays, but the data set has {known.users} with {known.plays}",
         )
 
 
@@ -416,13 +432,20 @@ def _check_recommendations(audit: Audit, manifest: Manifest, dataset: Dataset | 
             fits = (
                 bool((lengths <= manifest.config["k"]).all()) and lengths.tolist() == np.diff(scores.offsets).tolist()
             )
-            audit.require(fits, path, f"a row has more than {manifest.config['k']} songs, or not a score for each")
+            audit.require(
+                fits, path, f"a row has more than {manifest.config['k']} songs, or not as many scores as songs"
+            )
             values, inside = scores.flatten().to_numpy(), np.diff(pc.list_parent_indices(scores).to_numpy()) == 0
             audit.require(not np.any(inside & (np.diff(values) > 0)), path, "songs are not sorted by score")
             counts["users"] += len(ids)
             counts["songs"] += len(values)
     expected = {name: manifest.metrics[name] for name in counts}
-    audit.require(counts == expected, manifest.folder, f"holds {counts}, its manifest says {expected}")
+    audit.require(
+        counts == expected,
+        manifest.folder,
+        f"has {counts['users']} users with {counts['songs']} songs, but its manifest says {expected['users']} with "
+        f"{expected['songs']}",
+    )
 
 
 def _batches(audit: Audit, path: str) -> Iterator[pa.Table]:
@@ -436,7 +459,7 @@ def _check_taste_rows(audit: Audit, path: str, table: pa.Table) -> None:
         if table.num_rows and (name.startswith("taste_") or name == "state"):
             values = table.column(name).combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
             if name == "state":
-                audit.require(bool(np.isfinite(values).all()), path, "a state holds a number that is not finite")
+                audit.require(bool(np.isfinite(values).all()), path, "a state contains NaN or infinity")
             else:
                 audit.require(_are_normalized(values), path, f"{name} holds a row that is not of length 1")
 
@@ -460,13 +483,13 @@ def _check_index(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> N
             audit.problem(path, f"differs from {vectors_path}")
             return
     expected = int(np.count_nonzero(vectors.any(axis=1)))
-    audit.require(count == expected, path, f"holds {count} songs, {vectors_path} has {expected} vectors")
+    audit.require(count == expected, path, f"has {count} songs, but {vectors_path} has {expected} vectors")
 
 
 def _check_release(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
     if dataset is None or not dataset.descends_from(manifest.inputs["dataset"]):
         if releases.is_active(audit.workspace, manifest.id):
-            audit.problem(manifest.folder, f"is live, and its data set {manifest.inputs['dataset']} is gone")
+            audit.problem(manifest.folder, f"is live, but its data set {manifest.inputs['dataset']} no longer exists")
         return
     files = releases.files_of(audit.workspace, manifest)
     # The manifests of parts are listed in no manifest: only the release has their checksums.
@@ -499,7 +522,7 @@ def verify_workspace(workspace: Workspace) -> Audit:
             try:
                 dataset = Dataset(workspace)
             except NotFoundError:
-                audit.note(DATASET_MANIFEST, "is missing: no data set, or one being replaced")
+                audit.note(DATASET_MANIFEST, "is missing: the workspace has no data set, or it is being replaced")
         if dataset is not None:
             check_dataset(audit, dataset)
             with audit.reading("splits"):
@@ -535,11 +558,15 @@ def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
         elif path.endswith(STORED):
             audit.problem(path, "is listed in no manifest")
     if erasing:
-        audit.note(SCRATCH, f"holds {erasing} files of an unfinished erasing; `rayrec compact` continues it")
+        audit.note(SCRATCH, f"has {erasing} files of an unfinished deletion of users; `rayrec compact` continues it")
     waiting = len(read_waiting(audit.workspace))
     if waiting:
-        audit.note(FORGOTTEN, f"lists {waiting} deleted users whose rows are not erased yet; `rayrec compact` does it")
+        audit.note(
+            FORGOTTEN, f"lists {waiting} deleted users whose rows are not erased yet; `rayrec compact` erases them"
+        )
     if replaced:
-        audit.note(DATASET, f"holds {replaced} files that later parts have replaced; `rayrec clean` deletes them")
+        audit.note(DATASET, f"has {replaced} files that later parts have replaced; `rayrec clean` deletes them")
     if staged:
-        audit.note(IMPORT_STAGING, f"holds {staged} files of an unfinished import; the next one reuses or deletes them")
+        audit.note(
+            IMPORT_STAGING, f"has {staged} files of an unfinished import; the next import reuses or deletes them"
+        )

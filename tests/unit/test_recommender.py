@@ -142,7 +142,7 @@ def test_users_without_a_known_play_get_popular_songs_and_are_named(
 
 
 def test_an_unknown_user_has_no_taste_and_an_unknown_song_nothing_like_it(model: Recommender) -> None:
-    with pytest.raises(NotFoundError, match="no play of user 'nobody'"):
+    with pytest.raises(NotFoundError, match="user 'nobody' has no known plays before"):
         model.taste(["u3", "nobody"])
     with pytest.raises(InputError, match="nothing"):
         model.similar("nothing")
@@ -247,7 +247,7 @@ def test_a_fit_replaces_no_plays_that_were_appended_by_hand(tmp_path: Path, monk
         frame(ring_plays(range(4 * number, 4 * number + 3), plays=12)).to_parquet(path)
         roles = {"user": "user_id", "song": "track", "played_at": "timestamp"}
         job(model.workspace, ImportConfig(format="parquet", paths=(path,), columns=roles))
-    with pytest.raises(InputError, match="holds 72 plays from parquet already, some of them appended later"):
+    with pytest.raises(InputError, match="already contains 72 plays from parquet, some of them appended later"):
         model.fit(frame(ring_plays(range(10, 14), plays=12)))
     assert Dataset(model.workspace).manifest.plays == 72
 
@@ -335,7 +335,7 @@ def test_every_kind_of_table_gives_the_same_plays(kind: Any, tmp_path: Path, mon
     ids=["mixed", "twice", "empty"],
 )
 def test_columns_that_cannot_be_read_are_bad_input(spoil: Any) -> None:
-    with pytest.raises(InputError, match=r"the plays cannot be read: .*; drop the column, or make it text"):
+    with pytest.raises(InputError, match=r"the plays cannot be read: .*; drop the column, or convert it to text"):
         Recommender(progress=False).fit(spoil(frame(ring_plays(range(3), plays=4))))
 
 
@@ -346,9 +346,9 @@ def test_users_come_in_any_column(model: Recommender, users: Any) -> None:
 
 @pytest.mark.parametrize("users", [["u1", np.nan], [None], ["u1", pd.NA], pd.DataFrame({"user": ["u1"]}), b"u1"])
 def test_users_that_are_no_ids_are_refused(model: Recommender, users: Any) -> None:
-    with pytest.raises(InputError, match=r"^users? (0|1|are a)"):
+    with pytest.raises(InputError, match=r"^users(\[0\]|\[1\]| are a)"):
         model.recommend(users)
-    with pytest.raises(InputError, match=r"^users? (0|1|are a)"):
+    with pytest.raises(InputError, match=r"^users(\[0\]|\[1\]| are a)"):
         model.taste(users)
 
 
@@ -363,7 +363,7 @@ def test_a_fit_of_other_plays_that_was_stopped_gives_no_wrong_songs(
         patch.setattr("rayrec.jobs.pipeline.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         model.fit(frame(ring_plays(range(20, 28), plays=10)))
     for each in (model, other, rayrec.load(tmp_path, progress=False)):
-        with pytest.raises(NotFoundError, match="the last fit, of other plays, did not end; call fit again"):
+        with pytest.raises(NotFoundError, match="the last fit, on other plays, did not finish; call fit again"):
             each.recommend("u1")
 
 
@@ -399,7 +399,7 @@ def test_a_temporary_folder_is_refused_where_ray_has_several_nodes(
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     plays = frame(ring_plays(range(3), plays=5))
     for work in (Recommender(progress=False).fit, Recommender(progress=False).update):
-        with pytest.raises(InputError, match=r"Ray runs on 2 nodes.*temporary folder.*give Recommender\(workspace="):
+        with pytest.raises(InputError, match=r"Ray runs on 2 nodes.*temporary folder.*use Recommender\(workspace="):
             work(plays)
     with pytest.raises(InputError, match="no live release"):
         Recommender(workspace=tmp_path / "shared", progress=False).update(plays)

@@ -408,7 +408,7 @@ class _Planner:
         return by_stage.get(stage, INDEX_REQUESTS)
 
     def storage(self) -> dict[str, int]:
-        """Return bytes in object storage by kind of data; the names of temporary data begin with "while"."""
+        """Return bytes in object storage by kind of data; the names of temporary data begin with "temporary"."""
         floats = len(TrainConfig().horizons) * self.config.dim + self.config.hidden_dim + self.average_floats
         checkpoint = checkpoint_bytes(self.data.songs, self.config.dim)
         return {
@@ -420,8 +420,8 @@ class _Planner:
             "tastes": tastes_bytes(self.data.users, int(self.data.plays * NEW_SONG_SHARE), floats=floats),
             "index": index_bytes(self.data.songs, self.config.dim),
             "recommendations": recommendations_bytes(self.data.users, self.config.k),
-            "while it imports": int(self.data.plays * ROW_BYTES) + histories_bytes(self.data.plays),
-            "while it trains": 2 * checkpoint + self.data.songs * 8 * self.config.fits,
+            "temporary, import": int(self.data.plays * ROW_BYTES) + histories_bytes(self.data.plays),
+            "temporary, train": 2 * checkpoint + self.data.songs * 8 * self.config.fits,
         }
 
     def states_bytes(self) -> int:
@@ -473,8 +473,8 @@ class _Planner:
             )
         if not self.config.gpu and workers > self.most_cpus:
             yield (
-                f"train has {workers} workers, and the CPU nodes ({self.nodes}) have {self.most_cpus} CPUs, less than "
-                "one for each: use fewer --workers or more --nodes"
+                f"train has {workers} workers, and the CPU nodes ({self.nodes}) have {self.most_cpus} CPUs, fewer "
+                "than one per worker: use fewer --workers or more --nodes"
             )
         if self.config.gpu and self.gpu is None:
             yield f"--gpu needs a node type with a GPU, and cluster {self.cluster.name} has no node type with a GPU"
@@ -491,24 +491,24 @@ class _Planner:
         """Yield problems with the disk of `embed`, the memory of the head node and the memory of GPUs."""
         if self.large.disk is not None and disk > 0.8 * self.large.disk:
             yield (
-                f"embed writes a corpus of {gib(disk)} to the disk of one {self.large.name}, which has "
-                f"{gib(self.large.disk)}; give it a larger disk, or import embeddings with embed --vectors"
+                f"embed writes a corpus of {gib(disk)} to the disk of a {self.large.name} node, which has "
+                f"{gib(self.large.disk)}; use a larger disk, or import embeddings with `rayrec embed --vectors FILE`"
             )
         driver = IDLE_WORKER + vocabulary_memory(self.data.songs)
         for head in (node for node in self.cluster.nodes if node.head):
             if driver > head.memory:
                 yield (
-                    f"the driver of an import holds the songs, {gib(driver)}, and {head.name} has {gib(head.memory)}; "
-                    "give the head more memory"
+                    f"import needs {gib(driver)} of memory on the head node for the songs, and {head.name} has "
+                    f"{gib(head.memory)}; give the head more memory"
                 )
         if self.config.gpu and self.gpu is not None and self.gpu.gpu_memory is not None:
             workers = self.train_workers()
             needed = GPU_SLACK + training_gpu_memory(self.data.songs, self.config.dim, workers)
             if needed > self.gpu.gpu_memory:
                 yield (
-                    f"train keeps the song tables, their moments and averages on {workers} GPUs, {gib(needed)} on "
-                    f"each, and one of {self.gpu.name} has {gib(self.gpu.gpu_memory)}: use more or larger GPUs, or a "
-                    "smaller --dim"
+                    f"train needs {gib(needed)} of memory on each of {workers} GPUs for song tables, optimizer state "
+                    f"and averages, and a GPU of a {self.gpu.name} node has {gib(self.gpu.gpu_memory)}: use more or "
+                    "larger GPUs, or a smaller --dim"
                 )
 
     def serving_problems(self, serving: ServingPlan | None) -> Iterator[str]:
@@ -517,8 +517,8 @@ class _Planner:
             return
         if serving.node_memory > serving.memory_there:
             yield (
-                f"one replica of the server needs {gib(serving.node_memory)} of memory on a {self.tight.name}, which "
-                f"has {gib(serving.memory_there)}: use nodes with more memory or a smaller --dim"
+                f"one replica of the server needs {gib(serving.node_memory)} of memory on a {self.tight.name} node, "
+                f"which has {gib(serving.memory_there)}: use nodes with more memory or a smaller --dim"
             )
         elif serving.nodes > self.nodes:
             yield (
@@ -530,15 +530,23 @@ class _Planner:
         """Return notes on assumptions behind the figures of the plan."""
         texts = []
         if any(stage.rate_from == BUILT_IN_FROM for stage in stages):
-            texts.append(f"rates were measured on {BUILT_IN_FROM}; measure yours with rayrec bench scale --save FILE")
+            texts.append(
+                f"the rates were measured on {BUILT_IN_FROM}; measure your own with `rayrec bench scale --save FILE`"
+            )
         if self.config.gpu and TRAIN_ON_GPU not in self.rates:
             texts.append(f"no GPU rate ({TRAIN_ON_GPU}): each GPU counts as one CPU")
         if ANSWERS not in self.rates:
-            texts.append("no rate of answers: rayrec bench answers --save FILE measures it, for the server's replicas")
+            texts.append(
+                "no measured rate of answers, so the server is not planned; measure it with "
+                "`rayrec bench answers --save FILE`"
+            )
         if not self.data.looked_at:
-            texts.append(f"the largest bucket is assumed to be {ASSUMED_SKEW} times the mean; --workspace measures it")
+            texts.append(
+                f"the largest bucket is assumed to have {ASSUMED_SKEW} times the mean number of plays; "
+                "to measure it, plan for an existing data set with --workspace"
+            )
         if self.config.gpu and self.gpu is not None and self.gpu.gpu_memory is None:
-            texts.append(f"{self.gpu.name} does not name its GPU: GPU memory is not checked")
+            texts.append(f"node type {self.gpu.name} does not name its GPU model, so GPU memory is not checked")
         return texts
 
     def rate(self, name: str) -> float:
@@ -593,10 +601,10 @@ class _Planner:
 
 
 ADVICE: dict[str, str] = {
-    "import": "more --buckets, fewer CPUs a node or more memory",
+    "import": "more --buckets, fewer CPUs per node or more memory",
     "embed": "a smaller --dim or more memory",
-    "train": "more nodes, so that each trains fewer rows of the song tables, a smaller --dim or more memory",
-    "taste": "fewer CPUs a node, a smaller --dim or more memory",
+    "train": "more nodes (each then trains fewer rows of the song tables), a smaller --dim or more memory",
+    "taste": "fewer CPUs per node, a smaller --dim or more memory",
 }
 
 
@@ -616,13 +624,13 @@ def _too_little(stage: StagePlan) -> Iterator[str]:
     if stage.memory > stage.memory_there:
         advice = ADVICE.get(stage.stage, "more memory")
         yield (
-            f"{stage.stage} needs {gib(stage.memory)} of memory on a {stage.node}, which has "
+            f"{stage.stage} needs {gib(stage.memory)} of memory on a {stage.node} node, which has "
             f"{gib(stage.memory_there)}: use {advice}"
         )
     store_there = int(stage.memory_there * STORE_SHARE / (1 - STORE_SHARE))
     if stage.store > store_there:
         yield (
-            f"{stage.stage} puts {gib(stage.store)} into the object store of a {stage.node}, which has "
+            f"{stage.stage} puts {gib(stage.store)} into the object store of a {stage.node} node, which has "
             f"{gib(store_there)}: give the node more memory"
         )
 

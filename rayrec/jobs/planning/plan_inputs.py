@@ -98,7 +98,7 @@ def _longest(dataset: Dataset, bucket: int) -> list[tuple[str, int]]:
 class PlanConfig(Settings):
     """The size of the data and the settings of the stages; the defaults are those of the stages."""
 
-    users: int | None = Field(None, ge=1, description="Number of users, if there is no data set yet")
+    users: int | None = Field(None, ge=1, description="Number of users, if no data set exists yet")
     plays: int | None = Field(None, ge=1, description="Number of plays of all users")
     songs: int | None = Field(None, ge=1, description="Number of songs")
     dim: int = Field(_EMBED.dim, ge=1, description="Embedding dimension")
@@ -176,7 +176,7 @@ def read_rates(path: str) -> dict[str, float]:
         raise InputError(f"{path} has no rates; expected a file written by `rayrec bench scale --save FILE`") from error
     slow = [name for name, rate in rates.items() if not rate > 0]
     if slow:
-        raise InputError(f"{path} has {slow[0]} {rates[slow[0]]}; expected a number above 0")
+        raise InputError(f"{slow[0]} in {path} is {rates[slow[0]]}; expected a number above 0")
     return rates
 
 
@@ -230,7 +230,8 @@ def read_cluster(path: str) -> ClusterFile:
                 return _kuberay(path, spec)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise InputError(
-                f"cluster file {path} is not valid: {type(error).__name__} {error}; compare it with cluster/"
+                f"cluster file {path} is not valid: {type(error).__name__} {error}; compare it with the files in "
+                "cluster/"
             ) from error
     raise InputError(
         f"cluster file {path} has neither available_node_types nor a RayCluster; expected a file such as "
@@ -245,7 +246,8 @@ def _launcher(path: str, config: dict[str, Any]) -> ClusterFile:
         resources, head = kind.get("resources") or {}, name == config.get("head_node_type")
         if "memory" not in resources:
             raise InputError(
-                f"cluster file {path}: {name} has no memory; add it to its resources, in bytes, 0.7 of the machine's"
+                f"cluster file {path}: node type {name} has no `memory` resource; add 70 % of the machine's memory, "
+                "in bytes"
             )
         nodes.append(
             NodeType(
@@ -293,7 +295,7 @@ def _pod_node(name: str, group: dict[str, Any], most: int, *, head: bool = False
     container = group["template"]["spec"]["containers"][0]
     limits = {**container["resources"].get("requests", {}), **container["resources"].get("limits", {})}
     if "memory" not in limits:
-        raise InputError(f"group {name} has no memory limit, and Ray takes a node's memory from it; add one")
+        raise InputError(f"group {name} has no memory limit, which Ray uses as the memory of a node; add one")
     started = group.get("rayStartParams") or {}
     cpus = int(started.get("num-cpus", int(quantity(limits.get("cpu", 0)))))
     named = {**_json(started.get("resources", "")), **(group.get("resources") or {})}

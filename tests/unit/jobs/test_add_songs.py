@@ -102,7 +102,7 @@ def test_verify_finds_nothing_wrong_with_added_songs_unless_there_is(
         made.path("manifest.json"), asdict(replace(made, files={**made.files, "song_vectors.npy": digest}))
     )
     (found,) = [each for each in verify_workspace(workspace).problems if "added" in each.path]
-    assert "not a finite vector" in found.text
+    assert "expected a finite vector per song" in found.text
 
 
 def test_songs_for_all_users_are_computed_anew_once_songs_were_added(

@@ -63,8 +63,8 @@ def test_a_model_is_continued_on_appended_plays_and_ranked_on_those_that_it_has_
     run(seen, ["retrieval"], capsys)
     error = run(seen, ["rank", "--trees", "5"], capsys, code=2)["error"]
     said = f"{error['message']}; {error['hint']}"
-    assert f"model {third['id']} continues model {first['id']} and has no network that has not seen the plays" in said
-    assert f"split later plays off, which model {first['id']} was not trained on" in said
+    assert f"model {third['id']} continues model {first['id']} and has no network trained without the plays" in said
+    assert f"whose validation range has only plays that model {first['id']} was not trained on" in said
     assert (Workspace(seen).folders("rankers")) == []
 
 

@@ -39,7 +39,7 @@ def _compared(*, split: bool = True, **sources: str) -> ComparedModels:
 def test_parts_made_of_playlists_are_named_where_a_split_evaluates_them(part: str, named: str) -> None:
     warning = _compared(**{part: "playlists"}).warning  # type: ignore[arg-type]
     assert warning is not None
-    assert warning.startswith(f"{named}: made of playlists, which carry no times")
+    assert warning.startswith(f"{named}: trained on playlists, which have no times")
     assert _compared(split=False, **{part: "playlists"}).warning is None
 
 

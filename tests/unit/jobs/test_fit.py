@@ -62,7 +62,7 @@ def test_a_file_becomes_a_live_release_that_answers_with_rankers(
     assert validation["figures"]["served_recall@20"] == result.quality.value("two-step")
     assert validation["verdict"].startswith("two-step finds ")
     columns = "csv: user = user_id, song = track, played_at = timestamp, title = title, artist = artist"
-    assert notes[0] == f"Reading as {columns}; times without a zone are UTC"
+    assert notes[0] == f"Reading as {columns}; times without a zone are read as UTC"
     assert notes[1].startswith("Validation range: the plays from ")
     assert len(result.answer.songs) == 5
 
@@ -157,7 +157,9 @@ def test_a_play_is_enough_to_be_told_what_is_missing(
     ):
         fitted(workspace, str(path))
     path.write_text(f"user,sng,tme\nann,s1,{BEGIN}\n")
-    with pytest.raises(InputError, match=r"looks like song.*user, sng, tme; map it, perhaps with --columns song=sng"):
+    with pytest.raises(
+        InputError, match=r"looks like song.*user, sng, tme; map it, for example with --columns song=sng"
+    ):
         fitted(workspace, str(path))
     with pytest.raises(InputError, match="unknown section 'tain'"):
         fit(workspace, FitConfig(paths=(str(path),)), settings={"tain": {}})

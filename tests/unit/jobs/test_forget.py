@@ -457,7 +457,7 @@ def test_a_training_that_was_stopped_before_a_deletion_starts_over_without_a_que
     forget_users(four_days, GONE[:1])
     with caplog.at_level("WARNING"):
         assert train_network(four_days, split).metrics["epochs"] == 1
-    assert "was unfinished and held plays of deleted users: it starts over" in caplog.text
+    assert "was unfinished and had plays of deleted users: it is deleted and starts over" in caplog.text
 
 
 def test_an_unfinished_fit_stays_where_nobody_was_deleted_since(four_days: Workspace) -> None:

@@ -79,12 +79,12 @@ def test_a_slice_that_is_cut_off_stops_the_import_and_is_named(
     write(tmp_path / "mpd" / "mpd.slice.20-39.json", mpd_slice(20)[:-40])
     done = rayrec("import", "mpd", tmp_path / "mpd")
     assert (done.code, done.data["error"]["kind"]) == (2, "damaged_input")
-    assert "mpd.slice.20-39.json cannot be read to its end" in done.data["error"]["message"]
+    assert "mpd.slice.20-39.json cannot be read completely" in done.data["error"]["message"]
     assert not workspace.exists("dataset/dataset.json")
     skipped = rayrec("import", "mpd", tmp_path / "mpd", "--skip-damaged")
     assert (skipped.code, skipped.data["playlists"], skipped.data["rejected"]) == (0, 20, 0)
     assert list(skipped.data["import"]["damaged"]) == [str(tmp_path / "mpd" / "mpd.slice.20-39.json")]
-    assert skipped.data["import"]["warnings"] == ["1 of 2 files could not be read to their end and were left out."]
+    assert skipped.data["import"]["warnings"] == ["1 of 2 files could not be read completely and were skipped."]
 
 
 def two_files(folder: Path) -> str:
@@ -198,7 +198,7 @@ def test_two_exports_of_one_person_are_one_user_under_the_name_that_is_given(
     refused = rayrec("import", "spotify-history", tmp_path)
     assert (refused.code, refused.data["error"]["hint"]) == (
         2,
-        "give --user NAME, under which all of them are imported",
+        "pass --user NAME to import all of them as one user",
     )
     done = rayrec("import", "spotify-history", tmp_path, "--user", "ann")
     assert (done.code, users(workspace), done.data["merged"]) == (0, {"ann": 20}, 10)
@@ -237,7 +237,7 @@ def test_the_summary_shows_what_is_off(rayrec: Any, tmp_path: Path) -> None:
     assert reason["source"] == str(tmp_path / "p" / "2.csv")
     assert reason["share"] == pytest.approx(4 / 407)
     assert summary["warnings"] == [
-        f"The last line of {tmp_path / 'p' / '3.csv'} has no line end: the file may have been cut."
+        f"The last line of {tmp_path / 'p' / '3.csv'} has no line end: the file may be incomplete."
     ]
 
 
@@ -254,7 +254,7 @@ def test_many_rejected_rows_warn_and_more_than_are_allowed_import_nothing(
     if code:
         assert done.data["error"]["kind"] == "too_many_rejected"
         assert done.err.startswith(
-            "rayrec: 120 of 220 rows (55%) were rejected, more than 50%, and nothing was imported"
+            "rayrec: 120 of 220 rows (55%) were rejected, more than 50%, so nothing was imported"
         )
         shown = rayrec("import", "csv", file, as_json=False)
         assert (shown.code, "no song" in shown.out, "line 102: u1,,5" in " ".join(shown.out.split())) == (2, True, True)
@@ -263,12 +263,12 @@ def test_many_rejected_rows_warn_and_more_than_are_allowed_import_nothing(
 def test_missing_columns_are_named_at_once_with_the_nearest_ones(rayrec: Any, tmp_path: Path) -> None:
     file = write(tmp_path / "p.csv", f"user,sng,tme\nann,s1,{START}\n")
     wanted = "'song' for song or 'played_at' for played_at; it has user, sng, tme"
-    advice = "map them, perhaps with --columns song=sng,played_at=tme"
+    advice = "map them, for example with --columns song=sng,played_at=tme"
     refused = rayrec("import", "csv", file)
     assert (refused.code, refused.data["error"]["hint"]) == (2, advice)
     assert refused.data["error"]["message"] == f"{file} has no column {wanted}"
     mapped = rayrec("import", "csv", file, "--columns", "user=listener,song=sng")
-    assert mapped.data["error"]["hint"] == "map them, perhaps with --columns user=user,played_at=tme"
+    assert mapped.data["error"]["hint"] == "map them, for example with --columns user=user,played_at=tme"
     assert rayrec("import", "csv", file, "--columns", "song=sng,played_at=tme").data["plays"] == 1
 
 
@@ -311,7 +311,7 @@ def test_spotifys_account_data_beside_the_extended_history_changes_nothing(
 def test_json_that_is_no_watch_history_stops_the_import(rayrec: Any, tmp_path: Path) -> None:
     refused = rayrec("import", "youtube-takeout", write(tmp_path / "ann" / "abos.json", "[{}]"))
     assert refused.code == 2
-    assert refused.data["error"]["message"].endswith("abos.json is no watch history of Takeout in JSON")
+    assert refused.data["error"]["message"].endswith("abos.json is not a JSON watch history")
 
 
 def test_files_left_out_are_named_with_the_whole_reason(rayrec: Any, tmp_path: Path) -> None:
@@ -344,5 +344,7 @@ def test_a_train_range_of_one_play_of_1970_is_refused(rayrec: Any, tmp_path: Pat
     assert rayrec("import", "csv", file).code == 0
     done = rayrec("split")
     assert (done.code, done.data["error"]["kind"]) == (2, "input")
-    assert "holds 1 of 301 plays: the first play is of 1970-01-01, the others are from 2024-04-01 on" in done.err
+    assert (
+        "holds 1 of 301 plays: the first play is from 1970-01-01, the others are from 2024-04-01 or later" in done.err
+    )
     assert rayrec("split", "--test-days", "7", "--validation-days", "2").code == 0

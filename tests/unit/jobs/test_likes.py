@@ -85,7 +85,7 @@ def test_a_like_is_no_play_and_a_skip_is_one(imported: Workspace) -> None:
     assert skipped.tolist() == [False, True, False]
     assert (manifest.plays, manifest.users, manifest.likes, manifest.merged, manifest.read) == (3, 2, 2, 1, 8)
     assert manifest.rejected == {
-        "event is neither a play, a skip nor a like": 1,
+        "event is not a play, skip or like": 1,
         "like of a user without plays": 1,
     }
     require_sound(imported)

@@ -63,7 +63,7 @@ def test_of_too_few_plays_for_a_validation_range_a_release_without_rankers_is_ma
     heard: list[Outcome] = []
     path = write_rows(tmp_path / "plays.csv", ring_plays(range(4), plays=10))
     run(workspace, _sections(path), on_stage=heard.append, on_note=notes.append)
-    assert notes[0].startswith("40 are too few plays for a validation range")
+    assert notes[0].startswith("40 plays are too few for a validation range")
     left_out = {outcome.stage: outcome.reason for outcome in heard if outcome.status == "left out"}
     assert left_out == dict.fromkeys(("retrieval", "rank"), "rankers need a validation range")
     live = active_release(workspace)
@@ -83,7 +83,7 @@ def test_a_changed_first_file_replaces_no_appended_plays_unless_forced(
     Stages(workspace).run("import", config)  # read anew: nothing else is lost
     append_plays(workspace, config.replace(paths=(day,)))
     os.utime(first, (1, 1))
-    with pytest.raises(InputError, match=r"holds 52 plays from csv already, some of them appended later; .*--force"):
+    with pytest.raises(InputError, match=r"already contains 52 plays from csv, some of them appended later; .*--force"):
         Stages(workspace).run("import", config)
     assert Dataset(workspace).manifest.plays == 52
     Stages(workspace, force=True).run("import", config)

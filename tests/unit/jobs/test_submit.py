@@ -62,16 +62,16 @@ def test_a_workspace_that_nodes_share_is_passed_on(uri: str) -> None:
 
 
 def test_a_folder_of_this_machine_is_no_workspace_of_a_cluster() -> None:
-    with pytest.raises(InputError, match="is a folder of this machine"):
+    with pytest.raises(InputError, match="is a folder on this machine"):
         shared_workspace("./workspace")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "Missing argument COMMAND"),
-        (["--attach", "a", "train"], "Missing argument COMMAND"),
-        (["--attach", "a", "--stop", "b"], "Missing argument COMMAND"),
+        ([], "Pass exactly one of COMMAND, --attach ID and --stop ID"),
+        (["--attach", "a", "train"], "Pass exactly one of COMMAND, --attach ID and --stop ID"),
+        (["--attach", "a", "--stop", "b"], "Pass exactly one of COMMAND, --attach ID and --stop ID"),
         (["trian"], "Command 'trian' cannot be submitted"),
         (["submit", "train"], "Command 'submit' cannot be submitted"),
         (["train"], "Missing cluster address; pass --address"),

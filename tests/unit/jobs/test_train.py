@@ -40,5 +40,6 @@ def test_a_catalog_of_one_song_can_be_trained_though_there_is_nothing_to_tell_ap
 
 def test_histories_too_short_for_every_horizon_are_refused(workspace: Workspace, tmp_path: Path) -> None:
     import_ring(workspace, tmp_path, songs=60)
-    with pytest.raises(RayrecError, match="none of the histories is long enough for a horizon of 40 to 50 plays later"):
+    expected = r"no training sequence \(source: histories\) is long enough for a horizon of 40 to 50 plays later"
+    with pytest.raises(RayrecError, match=expected):
         train(workspace, CONFIG.replace(short=(), long=(40, 50)))

@@ -124,7 +124,7 @@ def test_the_dimension_is_that_of_the_embeddings_and_64_without(imported: Worksp
 
 @pytest.mark.parametrize("song_table", ["mapped", "frozen"])
 def test_a_song_table_that_keeps_its_embeddings_is_refused_without_any(imported: Workspace, song_table: str) -> None:
-    with pytest.raises(InputError, match=f"song_table {song_table} keeps .* run `rayrec embed` first"):
+    with pytest.raises(InputError, match=f"song_table {song_table} needs song embeddings, .* run `rayrec embed` first"):
         train(imported, TrainConfig(**PLAIN, song_table=song_table))
 
 

@@ -308,7 +308,7 @@ def test_the_user_is_the_one_that_all_imports_of_the_format_were_given(
     notes: list[str] = []
     update(workspace, UpdateConfig(paths=(history("export", 9),)), on_note=notes.append)
     assert len(Dataset(workspace).history(user).songs) == (24 if user == "ann" else 12) + 12 * others.count("ann")
-    assert ("all plays are of user 'ann'" in notes[0]) == (user == "ann")
+    assert ("all plays belong to user 'ann'" in notes[0]) == (user == "ann")
     update(workspace, UpdateConfig(paths=(history("third", 10),), user="cyd"))
     assert len(Dataset(workspace).history("cyd").songs) == 12
     update(workspace, UpdateConfig(paths=(history("dan", 11),), user=""))  # as the files say: by their folder

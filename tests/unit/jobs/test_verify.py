@@ -232,15 +232,15 @@ def leave_a_stray_file(workspace: Workspace) -> None:
 @pytest.mark.parametrize(
     ("plant", "expected"),
     [
-        (drop_a_taste, "bucket=00000/tastes.parquet lacks 1 users"),
+        (drop_a_taste, "bucket=00000/tastes.parquet 1 users are missing"),
         (repeat_a_taste, "bucket=00001/tastes.parquet a user occurs twice"),
         (stretch_a_taste, "taste_short holds a row that is not of length 1"),
-        (break_song_vectors, "songs/by-hand/vectors.npy a row from 0 on is neither finite"),
+        (break_song_vectors, "songs/by-hand/vectors.npy rows 0 to 59 contain a row that is neither of length 1"),
         (index_other_vectors, "indexes/i/index.faiss differs from models/m/song_vectors.npy"),
         (move_a_user, "bucket=00001 user"),
         (repeat_a_user, "bucket=00000 a user occurs twice"),
         (disorder_plays, "bucket=00000 plays are not sorted by time"),
-        (say_other_plays, "dataset/dataset.json has plays 12, the histories hold"),
+        (say_other_plays, "dataset/dataset.json plays is 12, but"),
         (describe_a_song_twice, "descriptions.parquet a song is described twice"),
         (leave_a_stray_file, "models/m/forgotten.npy is listed in no manifest"),
     ],
@@ -250,6 +250,13 @@ def test_a_planted_fault_is_found_where_it_is(
 ) -> None:
     plant(sound)
     assert [line for line in problems(sound) if expected in line], problems(sound)
+
+
+def test_a_user_in_another_bucket_is_named_by_the_id_alone(sound: Workspace) -> None:
+    (user,) = sound.read_table(histories_file(0, 0)).column(columns.USER).to_pylist()[:1]
+    move_a_user(sound)
+    found = [line for line in problems(sound) if "histories" in line and "another bucket" in line]
+    assert found == [f"dataset/histories/part=*/bucket=00001 user {user} belongs to another bucket"]
 
 
 def test_what_unfinished_jobs_leave_is_a_note(sound: Workspace) -> None:
@@ -273,7 +280,7 @@ def test_an_empty_workspace_is_sound(workspace: Workspace) -> None:
 def test_a_live_release_whose_data_set_was_replaced_is_a_problem(sound: Workspace) -> None:
     manifest = sound.read_json("dataset/dataset.json")
     sound.write_json("dataset/dataset.json", {**manifest, "id": "other"})
-    assert ["its data set data is gone" in line for line in problems(sound)] == [True]
+    assert ["its data set data no longer exists" in line for line in problems(sound)] == [True]
 
 
 def test_exit_codes_and_json_tell_what_is_wrong(sound: Workspace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,7 @@ def test_a_cluster_without_autoscaling_has_the_nodes_it_has(tmp_path: Path) -> N
     [
         ("cluster: [", "is not YAML"),
         ("kind: Deployment", "neither available_node_types nor a RayCluster"),
-        ("cluster_name: a\navailable_node_types: {a: {resources: {CPU: 4}}}", "a has no memory"),
+        ("cluster_name: a\navailable_node_types: {a: {resources: {CPU: 4}}}", "node type a has no `memory` resource"),
         ("kind: RayCluster\nspec: {headGroupSpec: {}}", "is not valid"),
     ],
 )

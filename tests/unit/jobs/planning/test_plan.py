@@ -181,11 +181,16 @@ def test_built_in_rates_fill_in_and_are_marked() -> None:
 @pytest.mark.parametrize(
     ("data", "cluster", "config", "message"),
     [
-        ({"largest_bucket": 10**8}, SMALL, {}, "import needs .* more --buckets"),
-        ({"songs": 3 * 10**8}, SMALL, {}, "taste needs .* on a cpu"),
-        ({"songs": 10**8}, SMALL, {}, "the driver of an import holds the songs"),
-        ({"plays": 10**11}, SMALL, {}, "embed writes a corpus of .* to the disk of one cpu"),
-        ({"songs": 4 * 10**7}, SMALL, {"gpu": True}, "moments and averages on 4 GPUs, .* use more or larger GPUs"),
+        ({"largest_bucket": 10**8}, SMALL, {}, "import needs .* on a cpu node, .* more --buckets, fewer CPUs per node"),
+        ({"songs": 3 * 10**8}, SMALL, {}, "taste needs .* on a cpu node"),
+        ({"songs": 10**8}, SMALL, {}, "import needs .* of memory on the head node for the songs, and head has 8.0 GiB"),
+        ({"plays": 10**11}, SMALL, {}, "embed writes a corpus of .* to the disk of a cpu node"),
+        (
+            {"songs": 4 * 10**7},
+            SMALL,
+            {"gpu": True},
+            "on each of 4 GPUs for song tables, optimizer state and averages, .* use more or larger",
+        ),
         ({}, replace(SMALL, nodes=[HEAD, CPU]), {"gpu": True}, "has no node type with a GPU"),
         ({}, SMALL, {"batch": 2, "workers": 4}, "batch is 2, less than one window for each of 4"),
         ({}, SMALL, {"workers": 16, "nodes": 1}, "train has 16 workers, and the CPU nodes \\(1\\) have 8 CPUs"),
@@ -225,7 +230,7 @@ def test_cpus_for_training_are_those_of_the_largest_nodes() -> None:
         (100.0, 1, DATA.songs, None),
         (2_000.0, 4, DATA.songs, None),
         (2_000.0, 3, DATA.songs, "the server needs 4 nodes for 2000 requests per second, and the plan has 3"),
-        (100.0, 1, 2 * 10**8, "one replica of the server needs .* on a cpu, which has 64.0 GiB"),
+        (100.0, 1, 2 * 10**8, "one replica of the server needs .* on a cpu node, which has 64.0 GiB"),
     ],
 )
 def test_a_server_that_does_not_fit_on_the_nodes_is_a_problem(
