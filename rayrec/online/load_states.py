@@ -88,7 +88,7 @@ def load_states(
     tastes = artifacts.load_manifest(dataset.workspace, "tastes", release.inputs["tastes"])
     if not dataset.descends_from(tastes.inputs["dataset"]):
         raise MismatchError(
-            f"tastes {tastes.id} were computed from data set {tastes.inputs['dataset']}, the workspace holds "
+            f"tastes {tastes.id} were computed from data set {tastes.inputs['dataset']}, but the workspace holds "
             f"{dataset.manifest.id}; run `rayrec taste` and `rayrec release create`"
         )
     buckets = dataset.manifest.buckets
@@ -127,8 +127,8 @@ def _load_all(
                 yield loading[done], replace(result, seconds=round(result.seconds / processes, 3))
         except BrokenProcessPool as error:
             raise RayrecError(
-                "a process that loads users was killed, probably out of memory. Completed work is kept: run this "
-                "again on a machine with more memory"
+                "a process that loads users was killed, probably out of memory. Completed work is kept: run the "
+                "command again on a machine with more memory"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

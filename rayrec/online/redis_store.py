@@ -357,7 +357,9 @@ class RedisStore(StateStore):
                 command(server)
                 state = _wait_while(server, running)
                 if state[status] != "ok":
-                    raise StoreUnavailableError(f"store {self._shown} could not rewrite its files; see its log")
+                    raise StoreUnavailableError(
+                        f"store {self._shown} could not rewrite its files; see the server's log"
+                    )
 
     def _keys(self, user_id: str, days: Sequence[int] = (), *, log: bool = True) -> list[str]:
         tag = urlsafe_b64encode(user_key(self._namespace, user_id))[:22].decode()
@@ -415,7 +417,7 @@ class RedisStore(StateStore):
             results = pipeline.execute(raise_on_error=False)
             if waits and results.pop() == 0:
                 self._replicated[name] = (time.monotonic(), False)
-                log.warning("store %s: no replica of %s took a put within %d ms", self._shown, name, REPLICA_MS)
+                log.warning("store %s: no replica of %s confirmed a write within %d ms", self._shown, name, REPLICA_MS)
             for row, result in zip(rows, results, strict=True):
                 if isinstance(result, (AskError, TryAgainError, ClusterDownError)):  # slots are moving to another node
                     result = self._client.execute_command(*commands[row])
@@ -455,8 +457,8 @@ class RedisStore(StateStore):
             return
         if settings.get("appendonly") != "yes" or settings.get("appendfsync") != "always":
             log.warning(
-                "store %s runs with appendonly %s, appendfsync %s: acknowledged plays may be lost with its machine; "
-                "set appendonly yes and appendfsync always",
+                "store %s runs with appendonly %s, appendfsync %s: acknowledged plays may be lost if its machine "
+                "fails; set appendonly yes and appendfsync always",
                 self._shown,
                 settings.get("appendonly"),
                 settings.get("appendfsync"),

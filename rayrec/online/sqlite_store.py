@@ -77,7 +77,8 @@ class SqliteStore(StateStore):
             self._prepare()
         except (OSError, sqlite3.DatabaseError) as error:
             raise InputError(
-                f"store {self._path} cannot be opened: {error}; name a file that rayrec made, or a new one"
+                f"store {self._path} cannot be opened: {error}; give a store made by rayrec, or a path that does not "
+                "exist yet"
             ) from error
 
     def __reduce__(self) -> tuple[type["SqliteStore"], tuple[Path, str]]:
@@ -89,7 +90,7 @@ class SqliteStore(StateStore):
         parts = urlsplit(uri)
         path = unquote(parts.path)[1:]
         if parts.netloc or not path:
-            raise InputError(f"store {uri!r} names no file; give sqlite:///PATH, four slashes where it is absolute")
+            raise InputError(f"store {uri!r} has no path; give sqlite:///relative/path or sqlite:////absolute/path")
         return cls(path, namespace)
 
     def get(self, users: Mapping[str, Sequence[int]]) -> list[Stored | None]:

@@ -179,8 +179,8 @@ def store_uri(workspace: Workspace, uri: str | None) -> str:
         return uri
     if not workspace.is_local:
         raise InputError(
-            f"workspace {workspace.uri} is a bucket, which holds no SQLite file; name a store: sqlite:///PATH, "
-            "or redis://HOST:PORT/0 for replicas on many nodes"
+            f"workspace {workspace.uri} is in object storage, which cannot hold an SQLite file; give a store: "
+            "sqlite:///PATH, or redis://HOST:PORT/0 for replicas on many nodes"
         )
     return absolute_uri(f"sqlite:///{quote(workspace.full(STATES_FILE))}")
 
@@ -213,4 +213,4 @@ def open_store(uri: str, namespace: str) -> StateStore:
         from rayrec.online.redis_store import RedisStore
 
         return RedisStore.from_uri(uri, namespace)
-    raise InputError(f"store {uri!r} is not known; give sqlite:///PATH or redis://HOST:PORT/0")
+    raise InputError(f"unknown store address {uri!r}; give sqlite:///PATH or redis://HOST:PORT/0")

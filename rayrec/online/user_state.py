@@ -304,7 +304,9 @@ class CatchUp:
         `log` holds the last plays of the log: all of them, or at least `LAST_PLAYS`.
         """
         if len(log) < min(state.left, LAST_PLAYS):
-            raise ValueError(f"{len(log)} plays of the log were read, it holds {state.left}")
+            raise ValueError(
+                f"expected the last {min(state.left, LAST_PLAYS)} of {state.left} plays of the log, got {len(log)}"
+            )
         start, since, own = blank, log, state.models.get(model)
         if own is not None and own.restarts == state.restarts and state.left - own.left <= len(log):
             start, since = own.start, log.last(state.left - own.left)

@@ -41,19 +41,21 @@ class RecommendConfig(Settings):
     k: int = Field(20, ge=1, description="Number of recommendations")
     horizon: HorizonName | float = Field(
         "short",
-        description="short: the next songs; long: songs for later; a number from 0 to 1: both, long with this weight",
+        description="short: next songs; long: later songs; 0 to 1: a mix of both with this weight for long",
     )
     exclude_heard: bool = Field(True, description="Leave out the songs that the user has played")
     released_from: str | None = Field(None, description="Only songs released on that day, YYYY-MM-DD, or later")
     released_to: str | None = Field(None, description="Only songs released on that day, YYYY-MM-DD, or earlier")
     market: str | None = Field(None, description="Only songs that are available in this market")
-    diversity: float = Field(0.0, ge=0, le=1, description="0: the best songs; up to 1: songs less like each other")
+    diversity: float = Field(
+        0.0, ge=0, le=1, description="0: the best songs; towards 1: songs that differ more from each other"
+    )
     explore: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Share of the songs that have fewer than 20 plays and are drawn by chance, for each of which the "
-        "answer holds its probability",
+        description="Share of the answer drawn at random from songs with fewer than 20 plays; the answer gives the "
+        "probability of each of them",
     )
     explain: bool = Field(False, description="Give the reasons for each song")
 
@@ -155,7 +157,7 @@ def answer(
     from rayrec.recommend.reranking import AnswerOptions, choose_for_users  # imports torch: only when needed
 
     if (user is None) == (songs is None):
-        raise InputError("recommendations are for a user or for songs; give --user ID or --songs ID,ID, one of them")
+        raise InputError("give exactly one of --user ID and --songs ID,ID")
     catalog = dataset.catalog()
     history = (
         histories_of_users(dataset, [user], at) if user is not None else history_of_songs(catalog, songs or (), at)
@@ -240,7 +242,7 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
     made_of = manifest.inputs.get("dataset")
     if made_of is None or not dataset.descends_from(made_of):
         raise MismatchError(
-            f"model {model_id} was made of data set {made_of}, the workspace holds data set {dataset.manifest.id}; "
+            f"model {model_id} was trained on data set {made_of}, but the workspace holds {dataset.manifest.id}; "
             "run `rayrec embed`, `rayrec train`, `rayrec taste`, `rayrec index` and `rayrec release create` first"
         )
     from rayrec.recommend.taste_recommender import TasteRecommender  # imports torch: only when needed
@@ -252,7 +254,7 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
     rankers = load_manifest(workspace, "rankers", parts["rankers"])
     if rankers.inputs["models"] != model_id:
         raise MismatchError(
-            f"rankers {rankers.id} were learned with model {rankers.inputs['models']}, not with {model_id}; "
+            f"rankers {rankers.id} were trained with model {rankers.inputs['models']}, not {model_id}; "
             f"run `rayrec rank --model {model_id}` first"
         )
     retrieval = load_manifest(workspace, "retrieval", parts["retrieval"])
@@ -361,7 +363,7 @@ def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
     elif value("recent_rules_rank") >= NEAR_RANK:
         said.append("one of the songs played most often soon after your last songs")
     if value("sessions_rank") >= NEAR_RANK:
-        said.append("it is in sessions like yours")
+        said.append("users with similar sessions played it")
     elif value("history_sessions_rank") >= NEAR_RANK:
         said.append("users with similar taste play it")
     if value("taste_short_rank") >= NEAR_RANK:

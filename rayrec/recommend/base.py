@@ -191,7 +191,7 @@ class BaseRecommender(ABC):
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `recommend` for a single user: returns song rows int32 and scores float32, 1-D, at most k of each."""
         if len(history) != 1:
-            raise ValueError(f"recommend_one takes the history of one user, got {len(history)}")
+            raise ValueError(f"recommend_one expects the history of one user, got {len(history)} histories")
         songs, scores = self.recommend(history, at, k, horizon=horizon, exclude_heard=exclude_heard, hidden=hidden)
         real = songs[0] != NO_SONG
         return songs[0][real], scores[0][real]
@@ -228,7 +228,7 @@ class CandidateRecommender(BaseRecommender):
 def check_count(k: int) -> None:
     """Raise `InputError` if the number of songs is below 1."""
     if k < 1:
-        raise InputError(f"k is {k}; ask for at least 1 song")
+        raise InputError(f"k is {k}; expected at least 1")
 
 
 def chunks_of(queries: int, num_songs: int) -> Iterator[slice]:
@@ -317,7 +317,7 @@ class VectorRecommender(BaseRecommender):
     def rank_vectors(self, vectors: np.ndarray, k: int, filters: Sequence[AnswerFilter] | None = None) -> Ranking:
         """As `rank`, for taste `vectors`, float32 (Q, D), that are already computed. Needs the index."""
         if self.index is None:
-            raise ValueError("vectors are ranked through an index, and there is none")
+            raise ValueError("rank_vectors needs an index; this recommender has none")
         ranking = self.index.rank(vectors, k, filters)
         silent = ~vectors.any(axis=1)
         ranking.songs[silent], ranking.scores[silent] = NO_SONG, -np.inf

@@ -242,7 +242,7 @@ def choose_penalty(selection: Selection, name: str) -> float:
     """Return the λ of PENALTIES whose taste vectors are nearest to the plays of `selection`, by L_cos."""
     vectors = selection.vectors
     if vectors is None:
-        raise ValueError("the penalty is chosen on song embeddings, and the selection has none")
+        raise ValueError("choosing the penalty needs song embeddings; the selection has none")
     sums = _fit_sums(selection.batches(), vectors, OFFSETS[name], selection.allowed)
     queries, targets = selection.ahead(*OFFSETS[name])
     target_vectors = vectors[targets]
@@ -512,7 +512,7 @@ def fit_baselines(
         if name in FROM_PLAYS:
             fitted.append(FROM_PLAYS[name](batches, dataset, allowed, (settings or {}).get(name, {})))
         elif name not in BASELINES:
-            raise InputError(f"there is no baseline {name!r}; there are: {', '.join(BASELINES)}")
+            raise InputError(f"unknown baseline {name!r}; expected one of {', '.join(BASELINES)}")
         elif vectors is None:
             raise InputError(f"{name} requires song embeddings; run `rayrec embed` first")
         elif name in FROM_VECTORS:

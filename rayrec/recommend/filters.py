@@ -42,7 +42,7 @@ def parse_day(text: str | None, where: str) -> date | None:
     try:
         return None if text is None else date.fromisoformat(text)
     except ValueError as error:
-        raise FieldError(where, f"day {text!r} is not in the calendar; give YYYY-MM-DD") from error
+        raise FieldError(where, f"{text!r} is not a valid date; expected YYYY-MM-DD") from error
 
 
 class SongSet:
@@ -192,7 +192,9 @@ class SongMasks:
             here = _true(pc.equal(names, market))
             if not here.any():
                 shown = ", ".join(sorted(pc.unique(names).drop_null().to_pylist())[:MARKETS_SHOWN])
-                raise FieldError("market", f"no song is available in market {attributes.market!r}; there are {shown}")
+                raise FieldError(
+                    "market", f"no song is available in market {attributes.market!r}; available markets: {shown}"
+                )
             rows = pc.list_parent_indices(markets).to_numpy()[here]
             in_market = np.zeros(self.num_songs, dtype=np.bool_)
             in_market[rows] = True
@@ -204,13 +206,13 @@ class SongMasks:
         names = pa.array([fold(name) or None for name in artists], pa.string())  # "" would match songs without artist
         unknown = pc.index_in(names, value_set=self._artists.dictionary).is_null().to_pylist()
         if any(unknown):
-            raise FieldError("artists", f"no song of the catalog is by {artists[unknown.index(True)]!r}")
+            raise FieldError("artists", f"the catalog has no song by {artists[unknown.index(True)]!r}")
         codes = pc.is_in(self._artists.dictionary, value_set=names).to_numpy(zero_copy_only=False)
         return np.asarray(codes[self._artists.indices.to_numpy()])
 
     def _described(self, values: pa.Array | None, where: str, what: str) -> pa.Array:
         if values is None or values.null_count == len(values):
-            raise FieldError(where, f"no song of the catalog has {what}; give a table that does to `rayrec describe`")
+            raise FieldError(where, f"the catalog has no {what}; add them with `rayrec describe`")
         return values
 
 

@@ -43,9 +43,9 @@ class IndexConfig(Settings):
     flat_below: int = Field(200_000, ge=0, description="auto: catalog size below which search is exact")
     nlist: int = Field(0, ge=0, description="ivf: number of lists; 0: chosen by catalog size")
     target_recall: float = Field(
-        0.99, gt=0, le=1, description="ivf: recall@100 against exact search that nprobe must reach"
+        0.99, gt=0, le=1, description="ivf: minimum recall@100 compared with exact search; nprobe is chosen to reach it"
     )
-    queries: int = Field(1_000, ge=1, description="ivf: taste vectors that recall is measured on")
+    queries: int = Field(1_000, ge=1, description="ivf: number of taste vectors on which recall is measured")
     seed: int = Field(0, ge=0, description="Random seed of the lists")
 
     def kind_for(self, songs: int) -> IndexKind:
@@ -70,7 +70,7 @@ def require_one_faiss() -> None:
     """Raise `MissingDependencyError` unless exactly one of faiss's two packages is installed."""
     if all(list(Distribution.discover(name=name)) for name in FAISS_PACKAGES):
         raise MissingDependencyError(
-            "faiss-cpu and faiss-gpu are both installed and write over each other's files; run "
+            "faiss-cpu and faiss-gpu are both installed and overwrite each other's files; run "
             "`pip uninstall faiss-cpu faiss-gpu`, then install one of them"
         )
     import_faiss()
@@ -173,7 +173,7 @@ class SongIndex:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         filters = [_NO_FILTER] * len(queries) if filters is None else filters
         if len(filters) != len(queries):
-            raise ValueError(f"{len(queries)} queries need as many filters, got {len(filters)}")
+            raise ValueError(f"expected {len(queries)} filters, one per query, got {len(filters)}")
         ranking = Ranking.empty(len(queries), k, "index")
         paths = list(ranking.paths)
         for query in self._first_that_qualify(queries, k, filters, ranking):
@@ -344,11 +344,11 @@ class SongIndex:
         try:
             index = faiss.read_index(str(workspace.local_file(path, checksum)), mapped)
         except RuntimeError as error:
-            raise DamagedArtifactError(f"{path} is not an index that faiss reads; run `rayrec index` again") from error
+            raise DamagedArtifactError(f"faiss cannot read {path}; run `rayrec index` again") from error
         if index.d != vectors.shape[1] or index.ntotal != figures.songs:
             raise DamagedArtifactError(
-                f"{path} holds {index.ntotal} vectors of {index.d} numbers, expected {figures.songs} of "
-                f"{vectors.shape[1]}; run `rayrec index` again"
+                f"{path} holds {index.ntotal} vectors of dimension {index.d}, expected {figures.songs} of "
+                f"dimension {vectors.shape[1]}; run `rayrec index` again"
             )
         return cls(index, vectors, figures)
 

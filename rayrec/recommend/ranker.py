@@ -382,8 +382,8 @@ def _models(examples: RankingExamples, names: list[str], settings: RankerSetting
     grown, checked = (examples.take(examples.found & part) for part in (~examples.held_out, examples.held_out))
     if not len(grown) or not len(checked):
         raise TooFewQueriesError(
-            f"too few queries with the right song among the candidates: {len(grown)} for training, {len(checked)} for "
-            "checking; use more validation days"
+            f"too few queries whose target song is among the candidates: {len(grown)} for training, "
+            f"{len(checked)} held out; use more validation days"
         )
     models: list[tuple[Model, Learn]] = []  # the simplest first
     if len(grown) < FEW_QUERIES:

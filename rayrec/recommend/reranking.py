@@ -215,7 +215,7 @@ def network_of(recommender: BaseRecommender) -> TasteRecommender:
     """Return the taste network of a recommender. Raises `TypeError` if it has none."""
     network = recommender.source.network if isinstance(recommender, TwoStepRecommender) else recommender
     if not isinstance(network, TasteRecommender):
-        raise TypeError(f"{type(recommender).__name__} has no taste network to answer with")
+        raise TypeError(f"expected a recommender with a taste network, got {type(recommender).__name__}")
     return network
 
 

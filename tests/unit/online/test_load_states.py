@@ -390,7 +390,7 @@ def test_a_bucket_workspace_must_name_its_store(workspace: Workspace, monkeypatc
     assert store_uri(workspace, None) == f"sqlite:///{workspace.full('serving/states.sqlite')}"
     monkeypatch.setattr(Workspace, "is_local", False)
     assert store_uri(workspace, "redis://here:1/0") == "redis://here:1/0"
-    with pytest.raises(InputError, match="is a bucket, which holds no SQLite file; name a store"):
+    with pytest.raises(InputError, match="is in object storage, which cannot hold an SQLite file; give a store"):
         store_uri(workspace, None)
 
 

@@ -267,7 +267,7 @@ def test_a_log_that_was_replaced_is_run_over_from_the_first_play(encoder: TasteE
     caught_up, ran = catch_up(encoder, restarted, "m", step.left)
     require_batch(encoder, caught_up, plays)
     assert ran == len(plays) + state.left
-    with pytest.raises(ValueError, match="2 plays of the log were read, it holds 10"):
+    with pytest.raises(ValueError, match="expected the last 10 of 10 plays of the log, got 2"):
         catch_up(encoder, restarted, "m", step.left.take(slice(2)))
 
 

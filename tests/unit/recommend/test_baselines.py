@@ -86,7 +86,7 @@ def test_every_name_makes_the_recommender_of_that_name(workspace: Workspace) -> 
 
 def test_unknown_names_and_missing_vectors_are_refused(workspace: Workspace) -> None:
     dataset = write_dataset(workspace, random_histories(10, 6), 6)
-    with pytest.raises(InputError, match="no baseline 'popular'; there are: popularity"):
+    with pytest.raises(InputError, match="unknown baseline 'popular'; expected one of popularity"):
         fit_baselines(["popular"], dataset, None, FitRange())
     with pytest.raises(InputError, match="item-knn requires song embeddings"):
         fit_baselines(["item-knn"], dataset, None, FitRange())

@@ -222,7 +222,7 @@ def test_no_users_get_no_answers(recommender: BaseRecommender) -> None:
 
 
 def test_a_count_below_one_is_refused(recommender: BaseRecommender, histories: Histories) -> None:
-    with pytest.raises(InputError, match="k is 0; ask for at least 1"):
+    with pytest.raises(InputError, match="k is 0; expected at least 1"):
         recommender.recommend(histories, NOW, 0)
 
 
