@@ -431,8 +431,8 @@ def parse_prefixes(lines: pa.Array, file: PrefixFile, song_ids: pa.ChunkedArray)
     if not whole.all():
         line = lines[int(np.argmin(whole))].as_py()
         raise InputError(
-            f"{file.path} has a line without {file.target_separator!r} before a target: {line[:SHOWN_CHARACTERS]!r}; "
-            "expected the songs of a prefix and then the song that followed"
+            f"{file.path} has a line without the target separator {file.target_separator!r}: "
+            f"{line[:SHOWN_CHARACTERS]!r}; expected the songs of a prefix, the separator and the target song"
         )
     flat = pc.list_flatten(halves)
     prefixes, targets = flat.take(pa.array(np.arange(0, len(flat), 2))), flat.take(pa.array(np.arange(1, len(flat), 2)))

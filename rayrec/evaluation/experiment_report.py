@@ -39,12 +39,14 @@ class ExperimentReportConfig(Settings):
 
     name: str | None = Field(None, min_length=1, description="Experiment; default: the only one in the log")
     control: str | None = Field(
-        None, min_length=1, description="Arm to compare the others with; default: control, else the first by name"
+        None,
+        min_length=1,
+        description="Arm to compare the others with; default: control, else the first in alphabetical order",
     )
     plays: Literal["log", "dataset"] = Field(
-        "log", description="Where plays are: log: those sent to /v1/plays; dataset: those of the data set"
+        "log", description="Source of the plays; log: those sent to /v1/plays, dataset: those of the data set"
     )
-    days: float = Field(7.0, gt=0, le=365, description="Days after an answer in which plays count as its effect")
+    days: float = Field(7.0, gt=0, le=365, description="Days after an answer in which plays are attributed to it")
     k: int | None = Field(None, ge=1, description="Count only the first k songs of a ranking; default: all")
     samples: int = Field(1000, ge=100, le=100_000, description="Bootstrap samples")
     seed: int = Field(0, ge=0, description="Random seed of the bootstrap")
@@ -95,18 +97,18 @@ class ExperimentReport:
     def verdict(self) -> str:
         """One sentence per arm: its difference from the control arm, with the interval."""
         control, *others = self.arms
-        return " ".join(_verdict(arm, control.arm) for arm in others) or "There is one arm; nothing to compare."
+        return " ".join(_verdict(arm, control.arm) for arm in others) or "There is only one arm; nothing to compare."
 
 
 def _verdict(arm: ArmFigures, control: str) -> str:
     if arm.difference is None or arm.difference_low is None or arm.difference_high is None:
         return (
-            f"{arm.arm}: no comparison, since an arm has fewer than {LEAST_USERS} users with plays, or recall is the "
-            "same for all users."
+            f"{arm.arm}: no comparison, because one of the arms has fewer than {LEAST_USERS} users with plays or "
+            "recall is the same for all users."
         )
     interval = f"{arm.difference:+.4f} ({arm.difference_low:+.4f} to {arm.difference_high:+.4f})"
     if arm.difference_low <= 0 <= arm.difference_high:
-        return f"{arm.arm}: no difference to {control} is certain, {interval}."
+        return f"{arm.arm}: no significant difference from {control}, {interval}."
     return f"{arm.arm}: recall is {'higher' if arm.difference > 0 else 'lower'} than in {control}, {interval}."
 
 
@@ -170,9 +172,7 @@ def report_experiment(workspace: Workspace, config: ExperimentReportConfig) -> E
     arms = sorted(overview.releases)
     control = config.control or ("control" if "control" in arms else arms[0])
     if control not in arms:
-        raise NotFoundError(
-            f"experiment {overview.name} has no answers of an arm {control!r}; it has {', '.join(arms)}"
-        )
+        raise NotFoundError(f"experiment {overview.name} has no answers of arm {control!r}; it has {', '.join(arms)}")
     arms = [control, *(arm for arm in arms if arm != control)]
     sums = _Sums(arms=arms)
     shares = -(-sum(log_files(workspace).values()) // PART_BYTES)
@@ -209,11 +209,12 @@ def _overview(workspace: Workspace, name: str | None) -> _Overview:
             moments.setdefault(row["experiment"], []).extend(ends)
     if not releases:
         raise NotFoundError(
-            f"the impression log of {workspace.uri} holds no answers of an experiment; serve with an experiment and "
+            f"the impression log of {workspace.uri} has no answers of an experiment; serve with an experiment and "
             "--log-impressions"
         )
     if name is None and len(releases) > 1:
-        raise InputError(f"the log holds {len(releases)} experiments; give --name: {', '.join(sorted(releases))}")
+        names = ", ".join(sorted(releases))
+        raise InputError(f"the log holds {len(releases)} experiments; set --name to one of {names}")
     name = name or next(iter(releases))
     if name not in releases:
         raise NotFoundError(f"the log has no experiment {name!r}; it has {', '.join(sorted(releases))}")

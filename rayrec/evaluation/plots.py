@@ -69,7 +69,7 @@ def cosine_plot(curves: Sequence[dict[str, Any]]) -> Plot | None:
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick}\n{plays[tick]:,}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("plays ahead of the query (1 is the next song); below it, how many plays are behind the mean")
+    axes.set_xlabel("plays ahead of the query (1 is the next play); below: number of plays in the mean")
     axes.set_ylabel("mean cosine with the taste vector")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -77,7 +77,7 @@ def cosine_plot(curves: Sequence[dict[str, Any]]) -> Plot | None:
     return Plot(
         file="cosine_by_offset.png",
         title="Taste vectors and songs played later",
-        note="Mean cosine of the taste vector with the song so many plays ahead, each model with its own song "
+        note="Mean cosine of the taste vector with the song played that many plays later; each model uses its own song "
         f"embeddings.{' The bars are bootstrap intervals over users.' if has_intervals else ''}",
         alt="Mean cosine by offset, one line per model",
         png=_png(figure),
@@ -116,7 +116,7 @@ def training_plot(epochs: Sequence[dict[str, Any]]) -> Plot | None:
         lines = [line for line in epochs if line["phase"] == phase]
         if lines:
             x, y = [line["epoch"] + 1 for line in lines], [line["loss"] for line in lines]
-            name = "loss, to choose the epochs" if phase == "selection" else "loss, of the network kept"
+            name = "loss, selection phase" if phase == "selection" else "loss, final network"
             axes.plot(x, y, color=LOSS_COLOR, linestyle=style, marker=marker, markersize=5, label=name)
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss")
@@ -135,7 +135,8 @@ def training_plot(epochs: Sequence[dict[str, Any]]) -> Plot | None:
     return Plot(
         file="training.png",
         title="Training",
-        note="The validation range gives the number of epochs; then a network is trained again on both ranges.",
+        note="The selection phase chooses the number of epochs on the validation range; the final network is trained "
+        "on the training and validation ranges.",
         alt="Loss and validation recall by epoch",
         png=_png(figure),
     )
@@ -158,17 +159,18 @@ def song_map(vectors: np.ndarray, plays: np.ndarray, titles: Sequence[str]) -> P
         short = title if len(title) <= TITLE_LETTERS else title[: TITLE_LETTERS - 1] + "…"
         label = short.replace("$", r"\$")  # else the title may be read as a formula
         axes.scatter(*point, marker=f"${number}$", s=90, color="black", linewidths=0.4, label=label)
-    axes.set_xlabel(f"first axis, {share[0]:.0%} of the variance")
-    axes.set_ylabel(f"second axis, {share[1]:.0%}")
+    axes.set_xlabel(f"first component, {share[0]:.0%} of the variance")
+    axes.set_ylabel(f"second component, {share[1]:.0%} of the variance")
     axes.spines[["top", "right"]].set_visible(False)
     if titles:
         axes.legend(**{**LEGEND, "ncols": 2}, fontsize=8)
     note = (
-        f"The {len(songs):,} most played songs with an embedding, on the two axes along which these differ most; "
-        f"the larger, the more played. Two axes of {vectors.shape[1]} show {share.sum():.0%} of the variance: "
-        "songs that lie together here may lie apart in the others."
+        f"The {len(songs):,} most played songs with an embedding, on the first two principal components of their "
+        f"embeddings. Larger points have more plays. These 2 of {vectors.shape[1]} components explain "
+        f"{share.sum():.0%} of the variance: songs that are close here may be far apart in the others."
     )
-    return Plot(file="songs.png", title="Map of the songs", note=note, alt="Songs on two axes", png=_png(figure))
+    alt = "Songs on the first two principal components"
+    return Plot(file="songs.png", title="Map of the songs", note=note, alt=alt, png=_png(figure))
 
 
 def most_played(vectors: np.ndarray, plays: np.ndarray, count: int) -> np.ndarray:

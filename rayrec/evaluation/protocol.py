@@ -59,12 +59,12 @@ class EvaluateConfig(Settings):
     """How to evaluate models."""
 
     models: tuple[str, ...] | None = Field(
-        None, description="Models to compare, NAME=ID for another network; default: two-step, taste and all baselines"
+        None, description="Models to compare; NAME=ID adds another network; default: two-step, taste and all baselines"
     )
     ablation: bool = Field(
         False,
-        description="Also evaluate two-step without network, sessions, rules, own plays and artists, with a ranker "
-        "trained for each",
+        description="Also evaluate two-step without one part at a time (network, sessions, rules, own plays, "
+        "artists), each time with a newly trained ranker",
     )
     ks: tuple[PositiveInt, ...] = Field((10, 20, 100), description="Cutoffs k of recall, MRR and NDCG")
     queries: int = Field(
@@ -72,7 +72,7 @@ class EvaluateConfig(Settings):
     )
     bootstrap_samples: int = Field(1000, ge=0, description="Bootstrap samples over users; 0 computes no intervals")
     confidence: float = Field(0.95, gt=0, lt=1, description="Confidence level of the intervals")
-    offsets: int = Field(100, ge=0, description="Offsets of the cosine curve, in plays ahead; 0 computes no curve")
+    offsets: int = Field(100, ge=0, description="Largest offset of the cosine curve, in plays; 0 computes no curve")
     max_curve_users: int = Field(
         5_000, ge=0, description="Users sampled for the cosine curve, pairwise accuracy and recommendation statistics"
     )
@@ -83,7 +83,7 @@ class EvaluateConfig(Settings):
         if self.models is not None and not self.models:
             raise ValueError("models is empty; expected at least one name, or no value for all models")
         if not self.ks or len(set(self.ks)) < len(self.ks):
-            raise ValueError(f"ks is {list(self.ks)}; expected different cutoffs such as 10, 20, 100")
+            raise ValueError(f"ks is {list(self.ks)}; expected distinct cutoffs such as 10, 20, 100")
         return self
 
     @property

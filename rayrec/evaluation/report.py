@@ -24,30 +24,30 @@ GROUP_TITLES = {
     "all": "All users",
     "seen": "Users with plays before the test range",
     "new": "New users: no play before the test range",
-    "held_out": "Users held out of every fit",
+    "held_out": "Users held out of all training",
 }
 TARGET_TITLES = {
     "served": "as served",
     "next": "all next plays",
     "next_repeat": "repeats",
-    "next_new": "new songs, among all",
-    "next10": "the next 10",
+    "next_new": "new songs, ranked among all",
+    "next10": "next 10 plays",
     "offsets25_50": "25 to 50 plays ahead",
-    "served25_50": "25 to 50 ahead, as served",
-    "cold_songs": "songs without a play before",
-    "cold_among_cold": "songs without plays, ranked only against each other",
+    "served25_50": "25 to 50 plays ahead, as served",
+    "cold_songs": "songs without earlier plays",
+    "cold_among_cold": "songs without earlier plays, ranked only against each other",
 }  # in the order of the columns; the first sorts the models
 SUMMARY = ("served", "next", "next_repeat", "offsets25_50")
 BY_TITLES = {
-    "history": "By plays of the user before the query",
-    "activity": "By plays of the user in the test range",
-    "known": "By number of known plays; 0: same list for all users",
-    "gap": "By the pause before the session",
-    "drift": "By the cosine of the session with the long-term taste before it",
-    "context": "By context of the play",
+    "history": "By number of plays of the user before the query",
+    "activity": "By number of plays of the user in the test range",
+    "known": "By number of known plays of the user; with 0, all users get the same list",
+    "gap": "By length of the pause before the session",
+    "drift": "By cosine between the session and the long-term taste before it",
+    "context": "By playback context",
 }
-VECTOR_TITLES = {"songs": "as embedded", "models": "as the network scores them"}
-NEGATIVE_TITLES = {"uniform": "any song", "zipf": "popular songs"}
+VECTOR_TITLES = {"songs": "from the embed stage", "models": "from the network"}
+NEGATIVE_TITLES = {"uniform": "random songs", "zipf": "popular songs"}
 AS_SERVED = "As served: plays of songs new to the user, ranked among the songs that the user has not heard."
 
 
@@ -100,7 +100,7 @@ def by_target(results: Sequence[Entry], metric: str, k: int, default: str, *, on
     return _table(
         f"targets-{metric}-{k}-{len(only or TARGET_TITLES)}",
         f"{metric_title(metric)}@{k} by target",
-        f"{AS_SERVED} Models with a long horizon use it for the songs 25 to 50 plays or some days ahead.",
+        f"{AS_SERVED} Models with a long horizon use it for targets 25 to 50 plays or some days ahead.",
         entries,
         lambda entry: target_title(entry["target"]),
         default=default,
@@ -115,7 +115,7 @@ def by_metric(results: Sequence[Entry], target: str, group: str, k: int, default
     users = f" of {entries[0]['users_count']:,} users" if "users_count" in entries[0] else ""
     return _table(
         f"metrics-{target}-{group}-{k}",
-        f"{GROUP_TITLES[group]}: {target_title(target)}, first {k}",
+        f"{GROUP_TITLES[group]}: {target_title(target)}, top {k}",
         f"{entries[0]['plays']:,} plays{users}.",
         entries,
         lambda entry: f"{metric_title(entry['metric'])}@{entry['k']}",
@@ -130,10 +130,10 @@ def differences(comparisons: Sequence[Entry], metric: str, drawn: str = "users")
         return None
     note = f"{entries[0]['model']} minus the other model, on the same queries."
     if "low" in entries[0]:
-        note += f" Where the interval does not hold 0, the difference is not due to the {drawn} drawn."
+        note += f" If the interval excludes 0, the difference is statistically significant (bootstrap over {drawn})."
     return _table(
         f"differences-{metric}",
-        f"Differences of {metric_title(metric)}@{entries[0]['k']}",
+        f"Differences in {metric_title(metric)}@{entries[0]['k']}",
         note,
         [{**entry, "model": entry["other"], "value": entry["difference"]} for entry in entries],
         lambda entry: target_title(entry["target"]),
@@ -154,8 +154,8 @@ def retrievers(retrieval: Sequence[Entry]) -> list[Table]:
         recalls = _table(
             f"retrievers-{model}",
             f"Recall of the retrievers of {model}",
-            "The share of the target songs that are among the candidates of a retriever, and of all together: no "
-            "ranker can find more. Candidates: mean number for a query.",
+            "Share of the target songs that are among the candidates of a retriever, or of all retrievers together, "
+            "which is the upper limit for a ranker. Candidates: mean number per query.",
             entries,
             lambda entry: target_title(entry["target"]),
         )
@@ -181,8 +181,8 @@ def pairwise(entries: Sequence[Entry], default: str) -> Table | None:
     return _table(
         "pairwise",
         "Pairwise accuracy",
-        "How often a song played later is nearer to the taste vector than a song drawn at random: of all songs alike, "
-        "or by popularity (Zipf). 0.5 is chance. Drawn users.",
+        "How often a song played later is closer to the taste vector than a random song, drawn uniformly or by "
+        "popularity (Zipf). 0.5 is chance. Computed for a sample of users.",
         entries,
         lambda entry: f"{target_title(entry['target'])}, against {NEGATIVE_TITLES[entry['negatives']]}",
         default=default,
@@ -208,9 +208,9 @@ def recommended(figures: Sequence[Entry], default: str) -> Table | None:
     return Table(
         id="recommended",
         title="Coverage, popularity and repeats",
-        note=f"The first 20 of all songs for {figures[0]['lists']:,} queries of drawn users. Coverage: the share of "
-        "the catalog that is in any list. Popularity rank: 1 is the most played song. Repeats: songs that the user had "
-        "heard.",
+        note=f"The top 20 of all songs for {figures[0]['lists']:,} queries of a sample of users. Coverage: share of "
+        "the catalog that is in at least one list. Popularity rank: 1 is the most played song. Repeats: share of songs "
+        "that the user had heard.",
         head=("coverage", "mean popularity rank", "repeats"),
         rows=rows,
     )
@@ -252,8 +252,9 @@ def song_embeddings(figures: Sequence[Entry]) -> list[Table]:
         Table(
             id="embeddings",
             title="Song embeddings",
-            note=f"Mean cosine: of random pairs of songs; above {COLLAPSED:g} they point nearly the same way. "
-            "Directions in use: all where the vectors spread alike along each, few where most do not separate songs.",
+            note=f"Mean cosine: mean over random pairs of songs; above {COLLAPSED:g}, all point nearly the same way. "
+            "Directions in use: effective number of dimensions; all if the vectors vary equally in every dimension, "
+            "few if most dimensions do not separate songs.",
             head=("songs with a vector", "share of the catalog", "mean cosine", "directions in use"),
             rows=rows,
             first="embeddings",
@@ -544,7 +545,8 @@ def verdict(figures: Mapping[str, Sequence[Entry]], default: str) -> str:
                 return f"{lead}."
             low, high = 100 * entry["low"], 100 * entry["high"]
             if low <= 0 <= high:
-                return f"{recall_text}: no clear difference from the best baseline, {best} ({low:+.1f} to {high:+.1f})."
+                span = f"{low:+.1f} to {high:+.1f}"
+                return f"{recall_text}: no significant difference from the best baseline, {best} ({span})."
             span = f"{min(abs(low), abs(high)):.1f} to {max(abs(low), abs(high)):.1f}"
             return f"{lead} (interval {span})."
     return f"{recall_text}; the best baseline, {best}, finds {100 * recalls[best]['value']:.0f}."
@@ -583,8 +585,8 @@ def _chart(
         for entry in rows
     ]
     best = len(models) if models[-1] in ranked[: len(models)] else len(models) - 1
-    added = f" and {default}, which recommend uses" if best < len(models) else ""
-    note = f"The {best} best of {len(ranked)} models{added}; all are in the tables below."
+    added = f" and {default} (used by recommend)" if best < len(models) else ""
+    note = f"The {best} best of {len(ranked)} models{added}; the tables below list all."
     return {
         "title": f"Recall@{k}, {target_title(target)}",
         "bars": bars,
@@ -619,7 +621,7 @@ def _chapters(
         ),
         Chapter(
             id="ablation",
-            title="Ablation: without each part",
+            title="Ablation: without one part at a time",
             tables=_some(
                 differences([entry for entry in comparisons if entry["other"] in ablated], metric, drawn)
                 for metric in ("recall", "mrr")
@@ -632,7 +634,7 @@ def _chapters(
         ),
         Chapter(
             id="users",
-            title="By group of users and cut-off",
+            title="By user group and cutoff",
             tables=_some(
                 [
                     *(by_metric(results, target, group, k, default) for target in targets for group in groups),
@@ -652,7 +654,7 @@ def _chapters(
         ),
         Chapter(
             id="last-plays",
-            title="Leave one out: the last play of each user alone",
+            title="Leave one out: only the last play of each user",
             tables=_some([by_metric(figures.get("leave_one_out", []), "next", "all", k, default)]),
         ),
         Chapter(

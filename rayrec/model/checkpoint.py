@@ -106,7 +106,7 @@ def load_model(workspace: Workspace, folder: str, checksums: Mapping[str, str] |
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or set(missing) - set(TABLES):
         raise DamagedArtifactError(
-            f"{folder}/{WEIGHTS} lacks {missing} and has {unexpected}, which the network does not know; "
+            f"{folder}/{WEIGHTS} does not fit the network: missing {missing}, unexpected {unexpected}; "
             "train the model again"
         )
     model.exported = True
@@ -118,7 +118,7 @@ def _read_table(workspace: Workspace, path: str, sha256: str | None, config: Mod
     vectors = np.load(workspace.local_file(path, sha256), mmap_mode="c", allow_pickle=False)
     if vectors.shape != (config.num_songs, config.embedding_dim):
         raise DamagedArtifactError(
-            f"{path} is {vectors.shape}, the model expects {(config.num_songs, config.embedding_dim)}; "
+            f"{path} has shape {vectors.shape}; expected {(config.num_songs, config.embedding_dim)}; "
             "train the model again"
         )
     return torch.from_numpy(vectors)
@@ -160,7 +160,7 @@ def _rows_of(folder: Path, share: Share) -> dict[str, Tensor]:
     files = sorted(folder.glob("rows-*.safetensors"))
     if not files or files[-1].name != ROWS.format(rank=len(files) - 1, workers=len(files)):
         raise DamagedArtifactError(
-            f"the checkpoint {folder} holds the rows of {len(files)} workers, which are not all; run "
+            f"checkpoint {folder} is incomplete: it holds the rows of only {len(files)} workers; run "
             "`rayrec train --restart`"
         )
     totals: dict[str, int] = defaultdict(int)

@@ -211,7 +211,8 @@ class TasteModel(nn.Module):
         super().__init__()
         for vectors in (song_vectors,) if input_vectors is None else (song_vectors, input_vectors):
             if tuple(vectors.shape) != (config.num_songs, config.embedding_dim):
-                raise ValueError(f"song embeddings {tuple(vectors.shape)} do not fit {config}")
+                expected = (config.num_songs, config.embedding_dim)
+                raise ValueError(f"song embeddings have shape {tuple(vectors.shape)}; expected {expected}")
         self.config = config
         count = len(config.averages)
         # Training looks up and updates rows itself, so that the cost of a step does not grow with the catalog.

@@ -190,7 +190,7 @@ def continued_tables(
         rows = rows_of(table, encoder)
         if (rows.user_ids[1:] <= rows.user_ids[:-1]).any() or (len(table) and rows.user_ids[0] <= last):
             raise DamagedArtifactError(
-                "the rows of the earlier tastes are not by ascending user id; run `rayrec taste --full`"
+                "the rows of the earlier taste vectors are not sorted by user id; run `rayrec taste --full`"
             )
         last = str(rows.user_ids[-1]) if len(table) else last
         unchanged, added = len(table), []

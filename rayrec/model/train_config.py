@@ -197,26 +197,28 @@ class TrainConfig(Settings):
 
     source: Source = Field(
         "histories",
-        description="Training sequences; playlists have no times and contexts, and are sessions if there are none",
+        description="Training sequences; playlists have no times or contexts, and sessions replace them if the data "
+        "has none",
     )
     cell: Cell = Field("gru", description="Recurrent cell")
     hidden_dim: int = Field(128, ge=1, description="Hidden size")
     num_layers: int = Field(1, ge=1, description="Number of recurrent layers")
     dropout: float = Field(0.25, ge=0, lt=1, description="Dropout probability")
     averages: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
-        (0.0, 0.5, 0.9, 0.99), description="Discounts of the averages of played songs that the head sees; empty: none"
+        (0.0, 0.5, 0.9, 0.99),
+        description="Discount factors of the averages of played songs that the head reads; empty: no averages",
     )
     pause_hours: float = Field(
         1.0,
         ge=0,
-        description="Hours without plays that fade the averages as much as a play does, where times are real and gaps "
-        "are used; 0: only plays fade them",
+        description="Pause in hours that discounts the averages as much as one play (needs real times and gaps); "
+        "0: only plays discount them",
     )
     song_table: SongTable = Field(
-        "trained", description="Song embeddings: trained, mapped by a trained linear layer, or frozen"
+        "trained", description="Song embeddings: trained, mapped by a small trained network, or frozen"
     )
     dim: int | None = Field(
-        None, ge=1, description="Embedding dimension; default: that of the song embeddings, 64 without them"
+        None, ge=1, description="Embedding dimension; default: that of the song embeddings, or 64 without them"
     )
     input_table: bool = Field(
         True,
@@ -227,28 +229,35 @@ class TrainConfig(Settings):
         0.4,
         ge=0,
         le=0.5,
-        description="Average the weights over about this last part of all steps so far; 0: keep those of the last step",
+        description="Average the weights over about this last fraction of the steps so far; 0: use those of the last "
+        "step",
     )
     objective: Objective = Field(
-        "sampled-softmax", description="Training objective; softmax is over all songs, cosine and l2 are the paper's"
+        "sampled-softmax",
+        description="Training objective; softmax uses all songs as negatives, cosine and l2 are those of the paper",
     )
     negatives: int = Field(1024, ge=1, description="Negative samples per step, drawn by popularity")
-    long_targets: int = Field(4, ge=1, description="Sampled targets per position on a horizon of several offsets")
+    long_targets: int = Field(4, ge=1, description="Sampled targets per position if the horizon has several offsets")
     long_correction: float = Field(
-        0.75, ge=0, le=1, description="Popularity kept by the long horizon's taste vectors, from 0 (none) to 1 (full)"
+        0.75,
+        ge=0,
+        le=1,
+        description="Share of popularity kept in the long horizon's taste vectors, from 0 (none) to 1 (full)",
     )
     short: tuple[int, ...] = Field((1, 1), description="Offsets min,max of the short horizon, in plays; empty: none")
     long: tuple[int, ...] = Field((25, 50), description="Offsets min,max of the long horizon, in plays; empty: none")
-    long_weight: float = Field(0.3, gt=0, description="Weight of the long horizon's loss beside that of the short one")
+    long_weight: float = Field(
+        0.3, gt=0, description="Weight of the long horizon's loss relative to that of the short one"
+    )
     long_days: tuple[int, ...] = Field(
         (),
-        description="Days first,last of the long horizon instead, counted from the request: 0,7 for the next 7 days; "
-        "the first 500 plays count",
+        description="Long horizon as days first,last after the request instead of plays: 0,7 for the next 7 days; "
+        "only the next 500 plays count",
     )
-    contexts: bool = Field(True, description="Use playback contexts where the data has them")
+    contexts: bool = Field(True, description="Use playback contexts if the data has them")
     gaps: bool = Field(True, description="Use the time since the previous play and until the request")
     hours: bool = Field(False, description="Use the hour of day and the day of week, UTC")
-    skips: bool = Field(True, description="Use whether a play was skipped where the data has it")
+    skips: bool = Field(True, description="Use whether a play was skipped, if the data has this")
     window: int = Field(100, ge=1, description="Sequence length of truncated backpropagation, in plays")
     batch: int = Field(64, ge=1, description="Batch size in windows, over all workers")
     learning_rate: float = Field(0.001, gt=0, description="Adam learning rate")
@@ -256,19 +265,23 @@ class TrainConfig(Settings):
     scale_with_batch: bool = Field(
         False, description="Multiply learning rates and negatives by the square root of batch / 64"
     )
-    epochs: int = Field(12, ge=1, description="Number of epochs, with a validation range the maximum")
+    epochs: int = Field(12, ge=1, description="Number of epochs; with a validation range, the maximum")
     patience: int = Field(2, ge=1, description="Epochs without improved validation NDCG before training stops")
     refit: bool = Field(True, description="Train again on training and validation range with the best number of epochs")
     validation_plays: int = Field(
         10_000, ge=0, description="Plays of the validation range that are predicted per epoch"
     )
     shards: int = Field(
-        64, ge=1, description="Parts that the data is read in, the same for any number of workers that divides it"
+        64,
+        ge=1,
+        description="Number of parts in which the data is read; must be divisible by the number of workers, which does "
+        "not change the parts",
     )
     workers: int = Field(1, ge=0, description="Training workers; 0 trains in this process")
     gpu: bool = Field(False, description="Give each worker a GPU")
     compiled: bool = Field(
-        False, description="Fuse the network with torch.compile; the first steps take up to minutes, the others less"
+        False,
+        description="Compile the network with torch.compile; the first steps take up to minutes, later ones are faster",
     )
     checkpoint_minutes: float = Field(10.0, ge=0, description="Minutes between checkpoints within an epoch")
     wait_minutes: float = Field(15.0, gt=0, description="Minutes to wait for free CPUs or GPUs")
@@ -296,7 +309,9 @@ class TrainConfig(Settings):
                 f"long_days is {list(self.long_days)}; expected two days first,last with 0 <= first < last, or none"
             )
         if self.long_days and self.source == "playlists":
-            raise ValueError("long_days needs times, which playlists have none of; expected source histories, or long")
+            raise ValueError(
+                "long_days needs times, which playlists do not have; use source histories, or long instead of long_days"
+            )
         if not self.horizons:
             raise ValueError("short and long are both empty; expected at least one horizon")
         return self
@@ -350,7 +365,7 @@ class TasteConfig(Settings):
 
     at: str | None = Field(
         None,
-        description="Time that the taste vectors are for, ISO 8601 with zone or Unix time; default: the last play",
+        description="Time for which to compute taste vectors, ISO 8601 with zone or Unix time; default: the last play",
     )
     full: bool = Field(
         False, description="Process all plays instead of continuing from the states of earlier taste vectors"

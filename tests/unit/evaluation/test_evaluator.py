@@ -173,7 +173,7 @@ def test_separators_must_tell_songs_apart(settings: dict[str, str], message: str
 
 
 def test_a_line_without_a_target_is_refused_by_its_text() -> None:
-    with pytest.raises(InputError, match=r"pairs.txt has a line without .* before a target: 'a b c'"):
+    with pytest.raises(InputError, match=r"pairs.txt has a line without the target separator .*: 'a b c'"):
         _parse(["a\tb", "a b c"])
 
 

@@ -90,7 +90,7 @@ def test_equal_arms_are_not_told_apart(planted: Planted) -> None:
     plant_arms(planted, 100, {"a": 0.4, "b": 0.4})
     report = planted.report()
     assert report.arms[1].difference_low < 0 < report.arms[1].difference_high  # type: ignore[operator]
-    assert report.verdict.startswith("b: no difference to a is certain")
+    assert report.verdict.startswith("b: no significant difference from a,")
 
 
 def test_arms_of_fewer_than_30_users_with_plays_are_not_compared(planted: Planted) -> None:
@@ -100,7 +100,7 @@ def test_arms_of_fewer_than_30_users_with_plays_are_not_compared(planted: Plante
     assert (better.users, better.users_with_plays) == (30, 29)
     assert better.difference == pytest.approx(0.8, abs=0.15)
     assert (control.low, better.high, better.difference_low, better.difference_high) == (None, None, None, None)
-    assert planted.report().verdict.startswith("better: no comparison, since an arm has fewer than 30 users")
+    assert planted.report().verdict.startswith("better: no comparison, because one of the arms has fewer than 30 users")
     for user in ("c", "b"):
         planted.answer(user, "control" if user == "c" else "better", ["one"])
         planted.event(user, "one", NOW + HOUR)
@@ -115,7 +115,7 @@ def test_an_interval_without_width_is_none(planted: Planted) -> None:
     control, worse = planted.report().arms
     assert (control.recall, control.low, control.high) == (1.0, None, None)
     assert (worse.difference, worse.difference_low, worse.difference_high) == (-1.0, None, None)
-    assert planted.report().verdict.startswith("worse: no comparison, since")
+    assert planted.report().verdict.startswith("worse: no comparison, because")
 
 
 def test_shares_of_the_users_one_by_one_come_to_the_same_as_all_at_once(
@@ -225,7 +225,7 @@ def test_what_is_not_in_the_log_is_an_error_that_says_what_is(planted: Planted) 
         planted.report()
     planted.answer("ann", "a", ["one"])
     planted.answer("ann", "b", ["one"], experiment="y")
-    with pytest.raises(InputError, match="2 experiments; give --name: x, y"):
+    with pytest.raises(InputError, match="2 experiments; set --name to one of x, y"):
         planted.report()
     with pytest.raises(NotFoundError, match="'z'; it has x, y"):
         planted.report(name="z")

@@ -103,7 +103,7 @@ def _difference(other: str, value: float, margin: float) -> dict[str, Any]:
     [
         (_difference("vstan", 0.03, 0.01), "3.0 more than the best baseline, vstan (interval 2.0 to 4.0)."),
         (_difference("vstan", -0.03, 0.01), "3.0 fewer than the best baseline, vstan (interval 2.0 to 4.0)."),
-        (_difference("vstan", 0.01, 0.02), "no clear difference from the best baseline, vstan (-1.0 to +3.0)."),
+        (_difference("vstan", 0.01, 0.02), "no significant difference from the best baseline, vstan (-1.0 to +3.0)."),
     ],
 )
 def test_the_verdict_is_the_default_model_against_the_best_baseline(difference: dict[str, Any], expected: str) -> None:
@@ -118,11 +118,11 @@ def test_the_verdict_is_the_default_model_against_the_best_baseline(difference: 
 def test_the_chart_shows_the_five_best_models_and_always_the_default() -> None:
     rows = [_served(f"model-{number}", number / 10) for number in range(1, 9)]
     page = html_page({"results": rows}, default="model-1", about={})
-    chart = page[page.index('class="bars"') : page.index("The 4 best of 8 models and model-1, which recommend uses;")]
+    chart = page[page.index('class="bars"') : page.index("The 4 best of 8 models and model-1 (used by recommend);")]
     assert re.findall(r'class="name">([^<]+)<', chart) == ["model-8", "model-7", "model-6", "model-5", "model-1"]
     widths = [float(width) for width in re.findall(r'class="bar[^"]*" style="width: ([0-9.]+)%', chart)]
     assert widths == pytest.approx([100 * value / 0.81 for value in (0.8, 0.7, 0.6, 0.5, 0.1)], abs=0.01)
-    assert "The 5 best of 8 models; all" in html_page({"results": rows}, default="model-4", about={})
+    assert "The 5 best of 8 models; the tables" in html_page({"results": rows}, default="model-4", about={})
     assert "best of" not in html_page({"results": rows[:5]}, default="model-1", about={})
 
 
@@ -153,7 +153,7 @@ def test_the_page_shows_the_health_of_each_table_of_song_embeddings(results: lis
     tables = [{**entry, "vectors": role, "id": "x", "neighbors": [near]} for role in ("songs", "models")]
     page = html_page({"results": results, "song_vectors": tables}, default="weak", about={})
     assert page.count("<td>9.3 of 64</td>") == 2
-    assert "Neighbors of the most played songs, as embedded" in page
+    assert "Neighbors of the most played songs, from the embed stage" in page
     assert "A &lt;b&gt;</th><td>1,234</td><td><div>C (0.91)</div><div>D &amp; E (0.50)</div></td>" in page
     assert "Song embeddings" not in html_page({"results": results}, default="weak", about={})
 
@@ -257,7 +257,7 @@ def test_the_page_says_which_intervals_were_computed(settings: dict[str, Any], d
     figures = {"results": rows, "comparisons": [_difference("vstan", 0.12, 0.01)]}
     page = html_page(figures, default="taste", about={}, config=EvaluateConfig(**settings), drawn=drawn)
     assert f"Figures are {expected}" in _text(page)
-    assert (f"not due to the {drawn} drawn" in page) == ("intervals" in expected)
+    assert (f"significant (bootstrap over {drawn})" in page) == ("intervals" in expected)
 
 
 def test_without_samples_no_interval_is_shown_and_the_results_are_kept_as_they_are(workspace: Workspace) -> None:

@@ -90,7 +90,7 @@ def test_all_workers_take_part_in_every_gather_of_rows_those_with_none_left_too(
 def test_song_vectors_of_another_network_are_noticed(workspace: Workspace) -> None:
     save_model(workspace, MANIFEST.folder, network(), KNOWN)
     workspace.write_array(MANIFEST.path("song_vectors.npy"), np.zeros((3, 8), np.float32))
-    with pytest.raises(DamagedArtifactError, match=r"is \(3, 8\), the model expects \(60, 8\); train the model again"):
+    with pytest.raises(DamagedArtifactError, match=r"has shape \(3, 8\); expected \(60, 8\); train the model again"):
         load_model(workspace, MANIFEST.folder)
 
 

@@ -208,7 +208,7 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(folder: Path, tmp_path: Path)
         if "rows-00000" not in path.name:
             (tmp_path / path.name).write_bytes(path.read_bytes())
     fit, _ = fit_of(Share(), None)
-    with pytest.raises(DamagedArtifactError, match="holds the rows of 3 workers, which are not all"):
+    with pytest.raises(DamagedArtifactError, match="is incomplete: it holds the rows of only 3 workers"):
         fit.resume(tmp_path)
 
 

@@ -61,7 +61,7 @@ def test_days_take_the_place_of_the_long_offsets() -> None:
 
 
 def test_playlists_have_no_days() -> None:
-    with pytest.raises(InputError, match="long_days needs times, which playlists have none of"):
+    with pytest.raises(InputError, match="long_days needs times, which playlists do not have"):
         TrainConfig(long_days=(0, 7), source="playlists")
 
 
