@@ -68,7 +68,7 @@ class Call:
     def existing_workspace(self) -> Workspace:
         """The workspace, for commands that only read it. Raises `NotFoundError` if it is empty."""
         if self.workspace.is_empty:
-            raise NotFoundError(f"workspace {self.uri} holds nothing; check --workspace, or run `rayrec fit`")
+            raise NotFoundError(f"workspace {self.uri} is empty; check --workspace, or run `rayrec fit`")
         return self.workspace
 
 
@@ -283,13 +283,15 @@ app = typer.Typer(
 )
 release_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Create, list and activate releases.")
 app.add_typer(release_app, name="release")
-songs_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Add songs that came after the training.")
+songs_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Add songs that have no plays in training.")
 app.add_typer(songs_app, name="songs")
 states_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Manage the user states of the server.")
 app.add_typer(states_app, name="states")
-experiment_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare arms of an experiment.")
+experiment_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Compare the arms of an experiment.")
 app.add_typer(experiment_app, name="experiment")
-bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure stages and the server.")
+bench_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Run benchmarks of the stages and of the server."
+)
 app.add_typer(bench_app, name="bench")
 
 

@@ -22,18 +22,22 @@ AddressOption = Annotated[
 ]
 PythonOption = Annotated[
     str | None,
-    typer.Option("--python", metavar="PATH", help="Python interpreter on the cluster. [default: the image's]"),
+    typer.Option("--python", metavar="PATH", help="Python interpreter on the cluster. [default: that of the image]"),
 ]
 FilesOption = Annotated[
-    str | None, typer.Option("--files", metavar="DIR", help="Folder to upload and run the command in.")
+    str | None, typer.Option("--files", metavar="DIR", help="Folder to upload; the command runs in it.")
 ]
-DetachOption = Annotated[bool, typer.Option("--detach", help="Print the job ID and return while it runs.")]
+DetachOption = Annotated[
+    bool, typer.Option("--detach", help="Print the job ID and return without waiting for the job.")
+]
 AttachOption = Annotated[str | None, typer.Option("--attach", metavar="ID", help="Follow a submitted job.")]
 ClusterOption = Annotated[
-    str, typer.Option("--cluster", metavar="FILE", help="Cluster file of ray up or KubeRay RayCluster.")
+    str,
+    typer.Option("--cluster", metavar="FILE", help="Cluster file for ray up, or KubeRay manifest with a RayCluster."),
 ]
 RatesOption = Annotated[
-    str | None, typer.Option("--rates", metavar="FILE", help="Measured rates of rayrec bench scale --save FILE.")
+    str | None,
+    typer.Option("--rates", metavar="FILE", help="File of measured rates, from rayrec bench scale --save FILE."),
 ]
 StopOption = Annotated[str | None, typer.Option("--stop", metavar="ID", help="Stop a job.")]
 
@@ -69,7 +73,7 @@ def submit(
     """
     words = words or []
     if (bool(words), attach is not None, stop is not None).count(True) != 1:
-        raise InputError("Missing argument COMMAND, --attach ID or --stop ID; see rayrec submit --help")
+        raise InputError("pass exactly one of COMMAND, --attach ID and --stop ID; see rayrec submit --help")
     if words and (words[0] not in ORDER or words[0] in ELSEWHERE):
         known = ", ".join(name for name in ORDER if name not in ELSEWHERE)
         raise InputError(f"Command {words[0]!r} cannot be submitted; expected one of {known}")
@@ -84,14 +88,14 @@ def submit(
         job = cluster.submit(words, workspace=workspace, python=python or IMAGE_PYTHON, files=files)
         if detach:
             return _ended(cluster.look(job), exit_code=0, follow=f"rayrec submit --attach {job}")
-        note(f"job {job} on {cluster.address}")
+        note(f"Submitted job {job} to {cluster.address}")
     try:
         end = cluster.follow(job, _write)
     except KeyboardInterrupt:
         note(f"The job keeps running; follow it with: rayrec submit --attach {job}")
         raise
     if end.exit_code == NOT_FOUND and python is None:
-        note(f"The cluster has no {IMAGE_PYTHON}; pass its interpreter with --python")
+        note(f"The cluster has no {IMAGE_PYTHON}; pass the path of its interpreter with --python")
     return _ended(end, exit_code=end.exit_code or 0)
 
 
@@ -123,7 +127,8 @@ def estimate(
 ) -> Shown:
     """Estimate time, memory and storage of the stages on a cluster.
 
-    For the data set of the workspace, or for --users, --plays and --songs. Exit code 1 if a stage does not fit.
+    Uses the data set of the workspace, or the sizes given by --users, --plays and --songs. Exit code 1 if a stage does
+    not fit.
     """
     from rayrec.jobs.planning.plan import make_plan
 
@@ -146,22 +151,26 @@ def plan_views(plan: Any) -> list[RenderableType]:
     for item in plan.stages:
         needs, has = size(item.memory), size(item.memory_there)
         rows.append([item.stage, item.node, item.nodes, item.workers, needs, has, item.batches, item.hours])
-    headers = ["stage", "node", "nodes", "workers", "needs", "has", "batches", "hours"]
+    headers = ["stage", "node", "nodes", "workers", "memory", "available", "batches", "hours"]
     stored = {name: size(count) for name, count in plan.storage.items()}
-    stored["on embed's disk"] = size(plan.disk)
+    stored["local disk for embed"] = size(plan.disk)
     stored["store of user states"] = size(plan.states)
     views: list[RenderableType] = [
         table(f"{plan.data.plays:,} plays on cluster {plan.cluster}", headers, rows, left=["node"]),
         figures("Storage", stored),
     ]
     requests = {item.stage: item.requests for item in plan.stages if item.requests is not None}
-    views.append(figures("Requests of object storage", requests))
+    views.append(figures("Requests to object storage", requests))
     stores = {item.stage: size(item.store) for item in plan.stages if item.store}
-    views.append(figures("Object store of a node", stores))
+    views.append(figures("Ray object store per node", stores))
     if plan.serving is not None:
         views.append(figures("Server", _serving(plan.serving)))
     for name, pairs in plan.skew.items():
-        views.append(table(name.replace("_", " ").capitalize(), ["which", "plays"], pairs))
+        views.append(
+            table(
+                name.replace("_", " ").capitalize(), ["bucket" if name == "largest_buckets" else "user", "plays"], pairs
+            )
+        )
     views.extend(f"Does not fit: {problem}" for problem in plan.problems)
     views.extend(f"Note: {text}" for text in plan.notes)
     return views
@@ -173,9 +182,9 @@ def _serving(plan: Any) -> dict[str, Any]:
         "requests per second": plan.requests_per_second,
         "replicas": plan.replicas,
         "nodes": plan.nodes,
-        "private memory of a replica": size(plan.replica_memory),
-        "shared memory of a node": size(plan.shared_memory),
-        "memory of a node": size(plan.node_memory),
+        "private memory per replica": size(plan.replica_memory),
+        "shared memory per node": size(plan.shared_memory),
+        "memory per node": size(plan.node_memory),
     }
 
 
@@ -232,7 +241,7 @@ def serve_loads(result: dict[str, Any]) -> list[RenderableType]:
 
 def simulated(result: dict[str, Any]) -> list[RenderableType]:
     """Return a table of the hours of each stage, with the shares of computing, waiting and loss."""
-    headers = ["stage", "hours", "plan", "busy", "storage", "lost", "idle", "bottleneck", "lost node s"]
+    headers = ["stage", "hours", "plan", "busy", "storage", "lost", "idle", "bottleneck", "+s per loss"]
     names = ("stage", "hours", "plan_hours", "busy", "storage", "lost", "idle", "bottleneck", "lost_node_seconds")
     rows = [[stage[name] for name in names] for stage in result["stages"]]
     title = f"{result['plays']:,} plays on {result['nodes']} nodes of {result['cores']} cores, simulated"
@@ -247,7 +256,7 @@ def answer_stages(result: dict[str, Any]) -> list[RenderableType]:
         [stage, *(value for one in catalogs for value in _stage(one["stages"][stage]))]
         for stage in catalogs[0]["stages"]
     ]
-    title = "An answer by stage and number of songs; memory is the most at one moment"
+    title = "An answer by stage and number of songs; kB is the peak memory"
     return [table(title, ["stage", *headers], rows)]
 
 

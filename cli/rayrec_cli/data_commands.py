@@ -103,7 +103,7 @@ def inspect(
     values: dict[str, Any] = {
         "files": inspection.files,
         "bytes": size(inspection.bytes),
-        "rows looked at": inspection.rows,
+        "rows read": inspection.rows,
     }
     if inspection.delimiter:
         values["delimiter"] = spelled_delimiter(inspection.delimiter)
@@ -114,9 +114,7 @@ def inspect(
         # Columns with a role come first, because exports may have a hundred other columns.
         shown = sorted(inspection.columns, key=lambda column: not column.role)[:MOST_COLUMNS]
         rows = [[column.name, column.role, column.type, column.example] for column in shown]
-        views.append(
-            table("Columns", ["column", "taken for", "type", "example"], rows, left=["taken for", "type", "example"])
-        )
+        views.append(table("Columns", ["column", "role", "type", "example"], rows, left=["role", "type", "example"]))
         if len(shown) < len(inspection.columns):
             views.append(
                 f"{len(inspection.columns) - len(shown):,} more columns are not shown; --json lists all of them."
@@ -127,26 +125,29 @@ def inspect(
     return Shown(inspection.to_mapping(), [*views, *inspection.doubts.values(), *inspection.notes, inspection.command])
 
 
-UserOption = Annotated[list[str] | None, typer.Option("--user", metavar="ID", help="User ID; repeat it for several.")]
-UsersOption = Annotated[Path | None, typer.Option("--users", metavar="FILE", help="File of user IDs, one a line.")]
+UserOption = Annotated[
+    list[str] | None, typer.Option("--user", metavar="ID", help="User ID; repeat the option for several users.")
+]
+UsersOption = Annotated[Path | None, typer.Option("--users", metavar="FILE", help="File of user IDs, one per line.")]
 StoreOption = Annotated[
     str | None,
     typer.Option(
         "--store",
         metavar="URI",
-        help="sqlite:///PATH or redis://HOST:PORT/0. [default: the file in the workspace, where there is one]",
+        help="sqlite:///PATH or redis://HOST:PORT/0. [default: the file in the workspace, if it exists]",
     ),
 ]
-CompactOption = Annotated[bool, typer.Option("--compact", help="Run rayrec compact after it.")]
+CompactOption = Annotated[bool, typer.Option("--compact", help="Run rayrec compact afterwards.")]
 
 
 @command(app, "compact", example="rayrec compact")
 def compact_parts(call: Call, *, store: StoreOption = None) -> Shown:
-    """Join the parts that import --append left, and erase deleted users.
+    """Join the parts of the data set and erase deleted users.
 
-    Other plays and all artifacts stay valid. Reads need fewer requests afterwards. The old files stay until rayrec
-    clean deletes them; rows of users whom rayrec forget or the server deleted are erased from them, too. The store
-    rewrites its files: SQLite its write-ahead log, Redis its append-only file and snapshot.
+    Parts are added by import --append. Other plays and all artifacts stay valid. Reads need fewer requests afterwards.
+    The old files stay until rayrec clean deletes them; rows of users whom rayrec forget or the server deleted are
+    erased from them, too. The store of user states also rewrites its files: SQLite its write-ahead log, Redis its
+    append-only file and snapshot.
     """
     from rayrec.jobs.compact import compact as job
     from rayrec.jobs.forget import open_own_store
@@ -161,9 +162,7 @@ def compact_parts(call: Call, *, store: StoreOption = None) -> Shown:
     before, after = len(compaction.spans_before), len(compaction.spans)
     data = {"id": compaction.dataset.id, "files_per_bucket": after, "files_per_bucket_before": before}
     joined = compaction.spans != compaction.spans_before
-    views: list[RenderableType] = [
-        f"{before} files a bucket became {after}." if joined else "There is nothing to join."
-    ]
+    views: list[RenderableType] = [f"Joined {before} files per bucket into {after}." if joined else "No parts to join."]
     if compaction.erased.users:
         views.append(f"{compaction.erased.users:,} deleted users were erased from {compaction.erased.files:,} files.")
     return Shown({**data, "parts": compaction.dataset.parts, "erased": asdict(compaction.erased)}, views)
@@ -180,8 +179,9 @@ def forget(
 ) -> Shown:
     """Delete users; unknown IDs are accepted.
 
-    From now on they are answered like unknown users, and plays from before this moment are rejected; later plays are
-    those of new users. Their rows are erased from all files by the next rayrec compact, or by any job that reads users.
+    From now on they get recommendations like unknown users. Their plays from before this moment are rejected; later
+    plays count as those of new users. The next rayrec compact, or any job that reads users, erases their rows from all
+    files.
     """
     from rayrec.jobs.forget import forget_users
 
@@ -201,21 +201,22 @@ def _lines(path: Path) -> list[str]:
         # utf-8-sig, because spreadsheets put a byte order mark in front of the first user
         return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}; give a UTF-8 file with one user ID a line") from error
+        raise InputError(f"{path} cannot be read: {error}; pass a UTF-8 file with one user ID per line") from error
 
 
 @command(
     app, "describe", config=DescribeConfig, example="rayrec describe songs.csv --columns song=id,released=release_date"
 )
 def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument = None) -> Shown:
-    """Import song metadata: titles, artists, albums, release dates, markets, content vectors.
+    """Import song metadata, such as artists and release dates.
 
-    It replaces existing metadata; with --append, songs that the file does not name keep theirs. The server can filter
-    recommendations by it, and `rayrec songs add` finds new songs by their artist, album and content.
+    Reads titles, artists, albums, release dates, markets and content vectors. Replaces existing metadata; with
+    --append, songs that are not in the file keep theirs. The server can filter recommendations by the metadata, and
+    `rayrec songs add` estimates embeddings of new songs from artist, album and content.
     """
     counts = asdict(describe(call.workspace, config, path))
     views = [figures("Song metadata", counts), made_from(counts["inputs"])]
-    for name, title in (("rejected", "Rejected rows"), ("invalid", "Values left out of their rows")):
+    for name, title in (("rejected", "Rejected rows"), ("invalid", "Invalid values, left empty")):
         if counts[name]:
             views.append(table(title, ["reason", name], list(counts[name].items())))
     return Shown(counts, [*views, *(f"Warning: {warning}" for warning in counts["warnings"])])
@@ -225,8 +226,8 @@ def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument = 
 def split(call: Call, config: SplitConfig) -> Shown:
     """Split the data set into training, validation and test range.
 
-    In time, or with --last-fraction within each user's plays. Shares of users and of songs can be held out entirely.
-    Use --held-out-songs to measure recall on songs without training data.
+    Splits by time, or with --last-fraction within each user's plays. Shares of users and of songs can be held out
+    entirely. Use --held-out-songs to measure recall on songs without training data.
     """
     new_split = split_dataset(call.workspace, config)
     cuts = {name.replace("_", " "): _cut(value) for name, value in new_split.figures().items()}
@@ -257,7 +258,7 @@ def _dataset(manifest: DatasetManifest) -> Shown:
         else {**values, "first play": _moment(manifest.first_play), "last play": _moment(manifest.last_play)}
     )
     if manifest.times == "positions":
-        shown = {**values, "times": "none, plays are only ordered"}
+        shown = {**values, "times": "none, only the order of plays is known"}
     times = {"first_play": manifest.first_play, "last_play": manifest.last_play}
     data = {**values, **times, "times": manifest.times, "reasons": manifest.rejected, "import": manifest.last_import}
     views = [figures("Data set", shown), *_import_views(manifest.last_import)]
@@ -268,8 +269,8 @@ def _dataset(manifest: DatasetManifest) -> Shown:
         views.append("Rejected rows are stored with line and reason in dataset/rejected.")
     if manifest.times == "real" and manifest.plays > 0 and manifest.first_play < BEFORE_STREAMING:
         views.append(
-            f"Warning: the first play is of {_moment(manifest.first_play)}: a clock may have been wrong. Such a play "
-            "widens the time range that `rayrec split` cuts."
+            f"Warning: the first play is of {_moment(manifest.first_play)}, possibly from a wrong clock. Such a play "
+            "lengthens the time range that `rayrec split` divides."
         )
     return Shown(data, views)
 
@@ -281,7 +282,7 @@ def _import_views(summary: Mapping[str, Any]) -> list[RenderableType]:
     values: dict[str, Any] = {"files": summary["files"], "bytes": size(summary["bytes"])}
     if summary["rows_per_file"] and summary["files"] > 1:
         least, median, most = (number(count) for count in summary["rows_per_file"])
-        values["rows a file (least, median, most)"] = f"{least}, {median}, {most}"
+        values["rows per file (least, median, most)"] = f"{least}, {median}, {most}"
     views: list[RenderableType] = [figures("Files", values)]
     if summary["outliers"]:
         views.append(table("Files that differ from the others", ["file", "rows"], list(summary["outliers"].items())))

@@ -70,9 +70,10 @@ ReleaseOption = Annotated[str | None, typer.Option("--release", metavar="ID", he
 
 @command(app, "status", example="rayrec status")
 def status(call: Call) -> Shown:
-    """Show what the workspace holds as a tree: what was made from what.
+    """Show the data set and artifacts of the workspace as a tree.
 
-    The artifacts that later commands start from are marked as current, the release that answers as live.
+    Each artifact is below an input that it was made from. The artifacts that later commands start from are marked as
+    current; the release that the server uses is marked as live.
     """
     data = look(call.existing_workspace)
     return Shown(data, [lineage_tree(data)])
@@ -179,18 +180,20 @@ def _headline(values: dict[str, Any]) -> str:
 
 @command(app, "unlock", example="rayrec --workspace s3://bucket/prefix unlock --yes")
 def unlock_workspace(call: Call, *, yes: UnlockOption = False) -> Shown:
-    """Show the lock of a workspace on object storage, and delete it with --yes.
+    """Show the lock of a workspace, and delete it with --yes.
 
-    A killed run leaves its lock. Make sure that the run has ended: two runs at once damage what they write.
-    On a local disk the lock ends with its process.
+    A killed run leaves its lock on object storage. Make sure that the run has ended: two runs at once damage what they
+    write. On a local disk the lock ends with its process.
     """
     holder = lock_holder(call.existing_workspace)
     if holder is None:
         return Shown({"holder": None, "deleted": False}, ["The workspace is not locked."])
     if yes:
         unlock(call.workspace)
-    advice = "Deleted." if yes else "If it has ended, run the command again with --yes."
-    return Shown({"holder": asdict(holder), "deleted": yes}, [f"The workspace is locked by {holder}. {advice}"])
+        text = f"Deleted the lock of {holder}."
+    else:
+        text = f"The workspace is locked by {holder}. If that run has ended, run the command again with --yes."
+    return Shown({"holder": asdict(holder), "deleted": yes}, [text])
 
 
 @command(app, "clean", config=CleanConfig, example="rayrec clean --keep 3 --yes")
@@ -210,10 +213,10 @@ def clean_workspace(call: Call, config: CleanConfig, *, yes: YesOption = False) 
         "items": [{"path": item.path, "bytes": item.bytes, "reason": item.reason} for item in garbage],
     }
     if not garbage:
-        return Shown(data, ["There is nothing to delete."])
+        return Shown(data, ["Nothing to delete."])
     rows = [[item.path, size(item.bytes), item.reason] for item in garbage]
     said = f"Deleted {size(total)}." if yes else f"{size(total)} can be deleted: run the same command with --yes."
-    return Shown(data, [table("", ["path", "size", "why"], rows, left=["path", "why"]), said])
+    return Shown(data, [table("", ["path", "size", "reason"], rows, left=["path", "reason"]), said])
 
 
 @command(release_app, "create", example="rayrec release create")
@@ -243,7 +246,7 @@ def create(
     for plays, parts in parts_without.items():
         if plays:
             named = ", ".join(parts)
-            warnings.append(f"not trained on {plays}: {named}; `rayrec fit` trains on all plays in the end")
+            warnings.append(f"not trained on {plays}: {named}; `rayrec fit` trains the final models on all plays")
     made_of = load_manifest(call.workspace, "tastes", new_release.inputs["tastes"]).inputs["dataset"]
     if made_of != Dataset(call.workspace).manifest.plays_id:
         warnings.append("the taste vectors lack new plays; run `rayrec taste` and `rayrec release create`")
@@ -347,7 +350,7 @@ def serve(call: Call, config: ServeConfig) -> Shown:
             load_manifest(call.workspace, releases.KIND, release)  # fails here, before the start, if it does not exist
         live = _load_missing_states(call, config.store)
         data["release"] = live.id
-        note(f"Release {live.id} is live, of model {live.inputs['models']} and data set {live.inputs['dataset']}")
+        note(f"Live release {live.id}: model {live.inputs['models']}, data set {live.inputs['dataset']}")
         with running(call.workspace, config) as url:
             data["url"] = url
             note(f"Serving at {url} (Ctrl-C stops it)")  # short: programs look for the URL in one line
@@ -399,9 +402,9 @@ def _release(call: Call, release: Manifest) -> Shown:
 
 @command(experiment_app, "report", config=ExperimentReportConfig, example="rayrec experiment report --days 7")
 def report(call: Call, config: ExperimentReportConfig) -> Shown:
-    """Compare the arms of an experiment by what users played after the answers.
+    """Compare the arms of an experiment by the plays after answers.
 
-    Recall is the share of the songs played after an answer that had been recommended, with 95 % intervals by
+    Of the songs played after an answer, recall is the share that the answer recommended, with 95 % intervals by
     bootstrap over users. Reads the impression log that `rayrec serve --log-impressions` writes.
     """
     comparison = report_experiment(call.workspace, config)

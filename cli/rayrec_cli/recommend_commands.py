@@ -29,12 +29,12 @@ SongsOption = Annotated[
     typer.Option(
         "--songs",
         metavar="ID,ID",
-        help="Recommend after these songs instead, as if just played; repeat it for ids with commas.",
+        help="Recommend after these songs instead, as if just played; repeat the option for IDs with commas.",
     ),
 ]
 ArtistsOption = Annotated[
     list[str] | None,
-    typer.Option("--artists", metavar="NAME", help="Only songs of this artist; repeat it for several."),
+    typer.Option("--artists", metavar="NAME", help="Only songs of this artist; repeat the option for several."),
 ]
 ExcludeOption = Annotated[list[str] | None, typer.Option("--exclude", metavar="ID,ID", help="Songs to leave out.")]
 AllowOption = Annotated[
@@ -50,7 +50,7 @@ AtOption = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", metavar="ID", help="Model. [default: the live one, else current]")
+    str | None, typer.Option("--model", metavar="ID", help="Model. [default: that of the live release, else current]")
 ]
 EvaluatedOption = Annotated[
     str | None, typer.Option("--model", metavar="ID", help="Model to evaluate. [default: current]")
@@ -59,14 +59,14 @@ SplitOption = Annotated[
     str | None, typer.Option("--split", metavar="ID", help="Split to evaluate on. [default: the model's]")
 ]
 PrefixesOption = Annotated[
-    str | None, typer.Option("--prefixes", metavar="FILE", help="Predict the targets of this file of prefixes instead.")
+    str | None, typer.Option("--prefixes", metavar="FILE", help="Predict the targets in this file of prefixes instead.")
 ]
 ItemSeparatorOption = Annotated[
     str,
     typer.Option(
         "--item-separator",
         metavar="TEXT",
-        help="Separator of songs in a prefix. [default: a space]",
+        help="Separator between songs in a prefix. [default: a space]",
         show_default=False,
     ),
 ]
@@ -132,7 +132,7 @@ def recommend(
         note(f"{recommended.unknown_songs:,} songs are not in the catalog and were left out: {shown}")
     who = "these songs" if user is None else f"user {user}"
     if recommended.source == "popular":
-        note(f"No play of {who} is known: these are popular songs")
+        note(f"No play of {who} is known; popular songs are recommended")
     inputs = {"dataset": dataset.manifest.id, **_answered_by(parts)}
     return Shown({**recommended.to_mapping(), "inputs": inputs}, [*answer_view(recommended, who), made_from(inputs)])
 
@@ -150,7 +150,7 @@ def _refuse_filters(config: RecommendConfig, options: dict[str, Any]) -> None:
     given_names += [name for name in unused if getattr(config, name)]
     if given_names:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given_names)
-        raise InputError(f"--all is for all users and songs; leave out {flags}")
+        raise InputError(f"--all recommends to all users from all songs; leave out {flags}")
 
 
 def _recommend_all(call: Call, config: RecommendConfig, parts: dict[str, str], at: int | None, force: bool) -> Shown:
@@ -172,7 +172,7 @@ def _recommend_all(call: Call, config: RecommendConfig, parts: dict[str, str], a
 
 def answer_view(recommended: Answer, who: str) -> list[RenderableType]:
     """Return views of the last plays and of the songs recommended after them."""
-    title = f"Last plays of {who}, {recommended.plays:,} in all"
+    title = f"Last plays of {who}, {recommended.plays:,} in total"
     played: list[RenderableType] = []
     if recommended.plays:
         played = [table(title, ["song"], [[song.name] for song in recommended.last_plays])]
@@ -203,8 +203,8 @@ def evaluate(
 ) -> Shown:
     """Compare two-step, the network and baselines on the test range.
 
-    Predicts every play of the test range after a user's first, over the full catalog. With --prefixes the targets are
-    those of a file: per line song IDs, a tab and the ID of the next song.
+    Predicts every play of the test range after a user's first, over the full catalog. With --prefixes it predicts the
+    targets in a file instead; each line has song IDs, a tab and the ID of the next song.
     """
     from rayrec.evaluation.report import read_figures
     from rayrec.jobs.evaluate import evaluate as job

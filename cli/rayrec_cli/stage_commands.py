@@ -42,12 +42,15 @@ NoSplitOption = Annotated[bool, typer.Option("--no-split", help="Train on all pl
 SongsOption = Annotated[str | None, typer.Option("--songs", metavar="ID", help="Song embeddings. [default: current]")]
 ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model. [default: current]")]
 FromOption = Annotated[
-    str | None, typer.Option("--from", metavar="ID", help="Start from the weights of this model; new songs get rows.")
+    str | None,
+    typer.Option(
+        "--from", metavar="ID", help="Start from the weights of this model; new songs are added to its song table."
+    ),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint.")]
 
 SpaceArgument = Annotated[
-    str, typer.Argument(metavar="FILE", help="TOML file with [embed] and [train]; a list is a choice of values.")
+    str, typer.Argument(metavar="FILE", help="TOML file with [embed] and [train]; a list gives the values to try.")
 ]
 RestartOption = Annotated[
     bool, typer.Option("--restart", help="Delete the unfinished training of these settings and start over.")
@@ -62,7 +65,9 @@ PlaysArgument = Annotated[
 ]
 SettingsOption = Annotated[
     str | None,
-    typer.Option("--settings", metavar="FILE", help="TOML file with a section of settings for any stage."),
+    typer.Option(
+        "--settings", metavar="FILE", help="TOML file of settings with one section per stage, such as [train]."
+    ),
 ]
 
 
@@ -77,7 +82,7 @@ def embed(
 ) -> Shown:
     """Train or import song embeddings.
 
-    word2vec on playlists or sessions, or vectors from a file.
+    Trains word2vec on playlists or sessions, or reads vectors from a file.
     """
     from rayrec.jobs.embed import embed as job
 
@@ -121,7 +126,7 @@ def retrieval(
     no_split: NoSplitOption = False,
     force: ForceOption = False,
 ) -> Shown:
-    """Fit the retrievers: sessions, sequential rules and play counts."""
+    """Fit the retrievers: sessions, sequential rules, play counts."""
     from rayrec.jobs.retrieval import fit_retrieval as job
 
     chosen = choose_split(call.workspace, split, no_split=no_split)
@@ -152,8 +157,8 @@ def add_songs(call: Call, *, model: ModelOption = None, force: ForceOption = Fal
     """Estimate embeddings of new songs from artist, album and content.
 
     For songs without plays in training, including songs known only from `rayrec describe`. The network and the index
-    do not change: run rayrec taste and rayrec release create after it, and the new songs are recommended. rayrec
-    rank learns where to put them, and rayrec evaluate measures how well they are found.
+    do not change. Run rayrec taste and rayrec release create afterwards; then the new songs are recommended. rayrec
+    rank learns how to rank them, and rayrec evaluate measures how well they are recommended.
     """
     from rayrec.jobs.add_songs import add_songs as job
 
@@ -180,7 +185,7 @@ def index(call: Call, config: IndexConfig, *, model: ModelOption = None, force: 
 def tune(
     call: Call, config: TuneConfig, *, file: SpaceArgument, split: SplitOption = None, force: ForceOption = False
 ) -> Shown:
-    """Search settings of embeddings and network.
+    """Search for the best settings of embeddings and network.
 
     Each combination is trained on plays before the validation range and evaluated on it. An interrupted search resumes.
     The best settings are printed as sections for `rayrec run`.
@@ -251,10 +256,10 @@ def _setting(value: Any) -> Any:
 
 @command(app, "fit", config=FitConfig, arguments={"paths": PlaysArgument}, example="rayrec fit plays.csv")
 def fit(call: Call, config: FitConfig, *, settings: SettingsOption = None, force: ForceOption = False) -> Shown:
-    """From files of plays to recommendations: import, train, measure, release.
+    """Import plays, train, evaluate and release in one command.
 
-    Format and columns are guessed. The newest plays are used for validation; then everything is fitted on all plays and
-    goes live.
+    Format and columns are guessed. The newest plays are used for validation; then all models are trained on all plays,
+    and their release goes live.
     """
     from rayrec.jobs.fit import fit as job
 
@@ -275,8 +280,8 @@ def quality_views(result: Any) -> list[RenderableType]:
     rows = [[name, value, f"{low:.3f}–{high:.3f}", *others] for name, value, low, high, *others in quality.table()]
     few = f" Fewer than {FEW_QUERIES} plays: the estimate is unreliable." if quality.queries < FEW_QUERIES else ""
     text = (
-        f"Measured with models that had not seen this range, on {quality.queries:,} plays of songs new to the user "
-        f"(served) and on all plays.{few} The release was then fitted on all plays."
+        f"Measured with models that were not trained on this range, on {quality.queries:,} plays of songs new to the "
+        f"user (served) and on all plays.{few} The models of the release were then trained on all plays."
     )
     return [table(title, ["model", "served", "95 %", "MRR", "all", "MRR"], rows), text]
 
@@ -287,7 +292,7 @@ def _next_steps(call: Call, user: str) -> str:
         f"recommend --user {shlex.quote(user)} -k 10": "songs for a user",
         "serve": "the HTTP server and its page",
         "update NEW_PLAYS": "every day, with the new plays",
-        "run FILE": "own settings, and a test range",
+        "run FILE": "with own settings and a test range",
     }
     width = max(map(len, commands))
     where = [] if call.uri == DEFAULT_WORKSPACE else [f"  export RAYREC_WORKSPACE={shlex.quote(call.uri)}"]
@@ -302,11 +307,11 @@ def _next_steps(call: Call, user: str) -> str:
     example="rayrec update plays/day=2026-01-20",
 )
 def update(call: Call, config: UpdateConfig) -> Shown:
-    """Add new plays to the live release, for every day.
+    """Add new plays and make a new release, for daily use.
 
-    Appends them, brings retrieval and taste vectors up to date, continues the training if many plays are new, and
-    compares the new release with the live one on the newest plays. It goes live unless its recall@20 as served is
-    lower by more than 0.005; then the exit code is 1.
+    Appends the plays, updates retrieval and taste vectors, continues the training if many plays are new, and compares
+    the new release with the live one on the newest plays. It goes live unless its recall@20 as served is lower by more
+    than 0.005; then the exit code is 1.
     """
     from rayrec.jobs.update import update as job
 
@@ -322,10 +327,10 @@ def update(call: Call, config: UpdateConfig) -> Shown:
     ]
     if result.outcomes:
         views.append(stages_table(result.outcomes))
-    state = "is live" if result.live else "is not live, the earlier one stays"
+    state = "is live" if result.live else "is not live; the earlier release stays live"
     views.append(f"Release {result.release} {state}: {result.reason}.")
     if not result.live:
-        views.append(f"`rayrec release activate {result.release}` makes it live nevertheless.")
+        views.append(f"`rayrec release activate {result.release}` makes it live anyway.")
     return Shown(result.to_mapping(), views, exit_code=0 if result.live else 1)
 
 

@@ -79,11 +79,11 @@ def bench_answers(place: Workspace, config: AnswersBenchConfig) -> dict[str, Any
         for songs in config.songs:
             with ray_cluster():
                 dataset, release, seconds = answers_world(place, config, songs)
-            bar.advance(note=f"{songs:,} songs are built")
+            bar.advance(note=f"catalog of {songs:,} songs built")
             with PlainProcess(niceness()) as plain:
                 figures = plain.run(measure_answers, dataset, release.inputs, config.queries)
             catalogs.append({"songs": songs, "build_seconds": round(seconds, 1), **figures})
-            bar.advance(note=f"{songs:,} songs are measured")
+            bar.advance(note=f"catalog of {songs:,} songs measured")
     smallest, largest = catalogs[0], catalogs[-1]
     return {
         "name": "answers",

@@ -1,6 +1,6 @@
 """Settings of the benchmarks, one class per benchmark. All run on generated data. Imports no heavy library."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, PositiveInt, model_validator
@@ -10,6 +10,13 @@ from rayrec.errors import InputError
 
 SoakStore = Literal["sqlite", "redis-cluster"]
 Config = TypeVar("Config", bound="BenchConfig")
+
+
+def _check_ascending(name: str, sizes: Sequence[int], *, at_least: int) -> None:
+    """Raise `ValueError` unless `sizes` are `at_least` numbers or more (1 or 2), each larger than the one before."""
+    if len(sizes) < at_least or list(sizes) != sorted(set(sizes)):
+        expected = "one or more" if at_least == 1 else "two or more"
+        raise ValueError(f"{name} is {list(sizes)}; expected {expected} integers, smallest first")
 
 
 class BenchConfig(Settings):
@@ -32,11 +39,11 @@ class BenchConfig(Settings):
 class RoundsConfig(BenchConfig):
     """Settings of benchmarks that compare two ways of doing the same work."""
 
-    rounds: int = Field(5, ge=1, description="Alternating rounds; ratios are medians over them")
+    rounds: int = Field(5, ge=1, description="Number of alternating rounds; ratios are medians over them")
 
 
 class TrainBenchConfig(RoundsConfig):
-    """Training on Ray Data and Ray Train against plain PyTorch.
+    """Compare training on Ray Data and Ray Train with plain PyTorch.
 
     Both do the same work in alternating rounds of one run; the ratio is the median over the rounds.
     """
@@ -46,11 +53,11 @@ class TrainBenchConfig(RoundsConfig):
     users: int = Field(20_000, ge=1, description="Number of users")
     songs: int = Field(10_000, ge=1, description="Number of songs")
     plays: float = Field(60.0, ge=1, description="Mean plays per user")
-    seconds: float = Field(10.0, gt=0, description="Timed seconds of each side per round, at most one epoch")
+    seconds: float = Field(10.0, gt=0, description="Seconds of training timed per side and round, at most one epoch")
 
 
 class TasteBenchConfig(RoundsConfig):
-    """Taste vectors of all users against one plain process.
+    """Compare the stage taste with a plain loop in one process.
 
     Both do the same work in alternating rounds of one run; the ratio is the median over the rounds.
     """
@@ -63,7 +70,7 @@ class TasteBenchConfig(RoundsConfig):
 
 
 class EmbedBenchConfig(RoundsConfig):
-    """Song embeddings against gensim alone.
+    """Compare the stage embed with gensim alone.
 
     The time of the stage includes writing the corpus; gensim reads a finished corpus. Both train in alternating rounds
     of one run; the ratio is the median over the rounds.
@@ -71,14 +78,14 @@ class EmbedBenchConfig(RoundsConfig):
 
     QUICK: ClassVar[Mapping[str, Any]] = {"rounds": 2, "users": 500, "songs": 500, "plays": 20.0, "epochs": 2}
 
-    users: int = Field(10_000, ge=1, description="Number of users; each of their sessions is a sentence")
+    users: int = Field(10_000, ge=1, description="Number of users; each of their sessions is a sentence of the corpus")
     songs: int = Field(10_000, ge=1, description="Number of songs")
     plays: float = Field(60.0, ge=1, description="Mean plays per user")
     epochs: int = Field(10, ge=1, description="Number of epochs")
 
 
 class IndexBenchConfig(RoundsConfig):
-    """Search for nearest songs with the index against faiss alone.
+    """Compare search for nearest songs in the index with faiss alone.
 
     Also measures recall, and the speed of exact search.
     """
@@ -91,9 +98,9 @@ class IndexBenchConfig(RoundsConfig):
 
 
 class SongsBenchConfig(RoundsConfig):
-    """A training step as the catalog grows.
+    """Measure the speed of training steps as the catalog grows.
 
-    Measured for each kind of song table. The ratio is plays per second with the largest catalog over those with the
+    Measures each kind of song table. The ratio is plays per second with the largest catalog over those with the
     smallest, both with a trained song table.
     """
 
@@ -112,19 +119,21 @@ class SongsBenchConfig(RoundsConfig):
 
 
 class MemoryBenchConfig(BenchConfig):
-    """Private memory of driver and workers as users and songs grow.
+    """Measure the memory of driver and workers as the data grows.
 
-    Measures the taste job and the data path of training with two numbers of users, and the taste job with two numbers
-    of songs.
+    Measures private memory: of the taste job and the data path of training with two numbers of users, and of the taste
+    job with two numbers of songs.
     """
 
     QUICK: ClassVar[Mapping[str, Any]] = {"users": (200, 400), "songs": (500, 5_000), "plays": 10.0}
 
     users: tuple[PositiveInt, ...] = Field(
-        (50_000, 500_000), description="Users of the small and the large data set; their songs are the fewer of --songs"
+        (50_000, 500_000),
+        description="Numbers of users of the small and the large data set, both with the first number of --songs",
     )
     songs: tuple[PositiveInt, ...] = Field(
-        (10_000, 2_000_000), description="Songs of the small and the large catalog, played by the fewer of --users"
+        (10_000, 2_000_000),
+        description="Numbers of songs of the small and the large catalog, both with the first number of --users",
     )
     plays: float = Field(20.0, ge=1, description="Mean plays per user")
 
@@ -137,7 +146,7 @@ class MemoryBenchConfig(BenchConfig):
 
 
 class ScaleBenchConfig(BenchConfig):
-    """Import, embed, train and taste as data and workers grow."""
+    """Measure import, embed, train and taste as data and workers grow."""
 
     QUICK: ClassVar[Mapping[str, Any]] = {
         "users": (100, 400),
@@ -149,22 +158,24 @@ class ScaleBenchConfig(BenchConfig):
     }
 
     users: tuple[PositiveInt, ...] = Field(
-        (1_000, 10_000, 100_000), description="Users of each data set, smallest first; all stages run on each"
+        (1_000, 10_000, 100_000), description="Number of users of each data set, smallest first; all stages run on each"
     )
     workers: tuple[PositiveInt, ...] = Field(
         (1, 2, 4),
-        description="Workers on the small and the middle data set, 1 first; counts above the CPUs are skipped",
+        description="Numbers of workers on the smallest and the middle data set, 1 first; "
+        "numbers above the CPU count are skipped",
     )
     songs: int = Field(10_000, ge=1, description="Number of songs")
     plays: float = Field(60.0, ge=1, description="Mean plays per user")
-    embed_epochs: int = Field(2, ge=1, description="Epochs of embed")
-    word2vec_epochs: int = Field(10, ge=1, description="Epochs of word2vec alone, timed by number of threads")
-    batch: int = Field(256, ge=1, description="Windows per training step over all workers, whatever their number")
+    embed_epochs: int = Field(2, ge=1, description="Epochs of the stage embed")
+    word2vec_epochs: int = Field(
+        10, ge=1, description="Epochs of word2vec alone, timed with each number of --workers as threads"
+    )
+    batch: int = Field(256, ge=1, description="Windows per training step, summed over all workers")
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "ScaleBenchConfig":
-        if len(self.users) < 2 or list(self.users) != sorted(set(self.users)):
-            raise ValueError(f"users is {list(self.users)}; expected two or more integers, smallest first")
+        _check_ascending("users", self.users, at_least=2)
         if self.workers[:1] != (1,) or list(self.workers) != sorted(self.workers):
             raise ValueError(f"workers is {list(self.workers)}; expected ascending integers, 1 first")
         return self
@@ -180,49 +191,57 @@ class SimulateBenchConfig(BenchConfig):
     QUICK: ClassVar[Mapping[str, Any]] = {"measured_users": 200, "measured_songs": 500, "measured_plays": 20.0}
 
     users: int = Field(100_000_000, ge=1, description="Number of users")
-    plays: int = Field(20_000_000_000, ge=1, description="Number of plays of all users")
+    plays: int = Field(20_000_000_000, ge=1, description="Number of plays, of all users together")
     songs: int = Field(10_000_000, ge=1, description="Number of songs")
-    nodes: int = Field(64, ge=1, description="Nodes of the cluster")
-    cores: int = Field(16, ge=1, description="Cores per node")
-    epochs: int = Field(10, ge=1, description="Epochs of embed and of train")
-    latency: float = Field(0.03, ge=0, description="Seconds per request of object storage")
+    nodes: int = Field(64, ge=1, description="Number of nodes of the cluster")
+    cores: int = Field(16, ge=1, description="Number of cores per node")
+    epochs: int = Field(10, ge=1, description="Epochs of the stages embed and train")
+    latency: float = Field(0.03, ge=0, description="Seconds per request to object storage")
     requests_per_second: float = Field(20_000.0, gt=0, description="Requests per second that object storage answers")
-    losses: float = Field(0.0, ge=0, description="Losses per hour of each spot node")
+    losses: float = Field(0.0, ge=0, description="Mean number of losses per node and hour, as with spot nodes")
     measured_users: int = Field(
-        2_000, ge=1, description="Users of the smaller of the data sets measured here; 4 times in the larger"
+        2_000, ge=1, description="Users of the smaller data set measured here; the larger has 4 times as many"
     )
     measured_songs: int = Field(
-        10_000, ge=1, description="Songs of the smaller of the data sets measured here; 4 times in the larger"
+        10_000, ge=1, description="Songs of the smaller data set measured here; the larger has 4 times as many"
     )
     measured_plays: float = Field(60.0, ge=1, description="Mean plays per user in the data sets measured here")
-    check: bool = Field(False, description="Also run the stages on three local nodes and compare")
+    check: bool = Field(
+        False, description="Also run stages on three local nodes and compare their time with the simulated time"
+    )
 
 
 class WorldConfig(BenchConfig):
     """Settings of benchmarks that answer from a generated release: its number of plays."""
 
-    plays: int = Field(300_000, ge=1, description="Plays of a catalog; 3 for each song where that is more")
+    plays: int = Field(300_000, ge=1, description="Plays per catalog; raised to 3 per song if that is more")
     plays_per_user: float = Field(60.0, ge=1, description="Mean plays per user")
 
 
 class AnswersBenchConfig(WorldConfig):
-    """CPU time and memory of an answer by stage.
+    """Measure CPU time and memory of an answer by stage.
 
-    Measured on catalogs of several sizes.
+    Uses catalogs of several sizes.
     """
 
     QUICK: ClassVar[Mapping[str, Any]] = {"songs": (500, 2_000), "plays": 10_000, "plays_per_user": 20.0, "queries": 20}
 
     songs: tuple[PositiveInt, ...] = Field(
-        (10_000, 1_000_000), description="Songs of each catalog, smallest first; 10000000 takes 15 minutes to build"
+        (10_000, 1_000_000),
+        description="Number of songs of each catalog, smallest first; 10000000 songs take 15 minutes to build",
     )
-    queries: int = Field(200, ge=1, description="Users who are answered, one after the other")
+    queries: int = Field(200, ge=1, description="Number of users to recommend songs to, one after the other")
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "AnswersBenchConfig":
+        _check_ascending("songs", self.songs, at_least=1)
+        return self
 
 
 class ServeBenchConfig(RoundsConfig, WorldConfig):
-    """The server behind Ray Serve against uvicorn alone.
+    """Compare the server on Ray Serve with uvicorn alone.
 
-    The same application on both, at several numbers of clients, with the default recommender.
+    Both run the same application with the default recommender, and are measured at several numbers of clients.
     """
 
     QUICK: ClassVar[Mapping[str, Any]] = {
@@ -235,30 +254,37 @@ class ServeBenchConfig(RoundsConfig, WorldConfig):
         "plays_per_user": 20.0,
     }
 
-    songs: tuple[PositiveInt, ...] = Field((10_000, 1_000_000), description="Songs of each catalog")
-    clients: tuple[PositiveInt, ...] = Field((1, 16, 64), description="Concurrent clients; must include 1 and 16")
+    songs: tuple[PositiveInt, ...] = Field(
+        (10_000, 1_000_000), description="Number of songs of each catalog, smallest first"
+    )
+    clients: tuple[PositiveInt, ...] = Field(
+        (1, 16, 64), description="Numbers of concurrent clients; must include 1 and 16"
+    )
     seconds: float = Field(5.0, gt=0, description="Seconds of each load per round, in slices of 1 second")
-    many_plays: int = Field(10_000, ge=1, description="Plays of the users compared with users of 10 plays")
+    many_plays: int = Field(
+        10_000, ge=1, description="Plays per user in the group that is compared with users of 10 plays"
+    )
 
     @model_validator(mode="after")
-    def _check_clients(self) -> "ServeBenchConfig":
+    def _check_sizes(self) -> "ServeBenchConfig":
+        _check_ascending("songs", self.songs, at_least=1)
         if not {1, 16} <= set(self.clients):
-            raise ValueError(f"clients is {list(self.clients)}; expected 1 and 16 among them")
+            raise ValueError(f"clients is {list(self.clients)}; expected integers that include 1 and 16")
         return self
 
 
 class StatesBenchConfig(BenchConfig):
-    """Loading the states of many users into SQLite and into Redis."""
+    """Measure the loading of many user states into SQLite and Redis."""
 
     QUICK: ClassVar[Mapping[str, Any]] = {"users": 5_000}
 
-    users: int = Field(1_000_000, ge=1, description="Users who are loaded into each kind of store")
+    users: int = Field(1_000_000, ge=1, description="Number of users to load into each kind of store")
     songs: int = Field(10_000, ge=1, description="Number of songs")
     plays: float = Field(60.0, ge=1, description="Mean plays per user")
 
 
 class SoakBenchConfig(WorldConfig):
-    """The server under mixed load while replicas are killed.
+    """Test the server under mixed load while replicas are killed.
 
     Counts failures and lost plays, and measures the growth of memory.
     """
@@ -271,11 +297,11 @@ class SoakBenchConfig(WorldConfig):
         "plays_per_user": 20.0,
     }
 
-    songs: int = Field(10_000, ge=1, description="Songs of the catalog")
+    songs: int = Field(10_000, ge=1, description="Number of songs")
     minutes: float = Field(10.0, gt=0, description="Minutes of load")
-    kill_seconds: float = Field(60.0, gt=0, description="Seconds between two killed replicas")
+    kill_seconds: float = Field(60.0, gt=0, description="Seconds between kills of a replica")
     store: SoakStore = Field(
-        "sqlite", description="Store of users; redis-cluster starts one, whose primaries are killed too"
+        "sqlite", description="Store of user states; redis-cluster starts a Redis Cluster and also kills its primaries"
     )
 
 

@@ -4,9 +4,9 @@ Needs neither Ray nor an internet connection. First every cell and objective is 
 float32 and on the device in float32 and bfloat16, and the weights are compared. Steps that are copied to the device
 ahead of time are compared with their originals. Then plays per second of training and of batch taste vectors are
 measured on random histories, with and without bfloat16 and torch.compile, at 1, 4 and 16 times the default batch. They
-are also printed as shares of the limits of the device, measured in the same run. The last figure is how many times as
-many plays one process reads from files and prepares for steps. Compiled runs that would begin too late are left out,
-so that a GPU takes less than 8 minutes.
+are also printed as shares of the limits of the device, measured in the same run. The last figure is the number of plays
+that one process reads from files and prepares for steps while one play is trained. Compiled runs that would begin too
+late are skipped, so that a GPU takes less than 8 minutes.
 """
 
 import argparse
@@ -183,7 +183,7 @@ def measure_device(device: str, size: Size) -> dict[str, Any]:
     for (bf16, compiled), work, batch in product(WAYS, works, BATCHES):
         run: dict[str, Any] = {"work": work, "bfloat16": bf16, "compiled": compiled, "batch": batch}
         if compiled and time.perf_counter() - began >= size.compile_until:
-            run["error"] = f"left out: {size.compile_until:,.0f} seconds were over"
+            run["error"] = f"skipped: {size.compile_until:,.0f} seconds had passed"
         else:
             run |= _measured(work, place, size.times(batch), bf16=bf16, compiled=compiled)
         if plays := run.get("plays_per_second"):
@@ -370,9 +370,13 @@ def random_histories(size: Size) -> Histories:
 def main(words: list[str] | None = None) -> None:
     """Run the command line: print one table or JSON object; exit with 1 if the results differ from those of a CPU."""
     parser = argparse.ArgumentParser(prog="python -m rayrec.bench.device_bench", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to measure, cuda or cpu; default: cuda if available",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="small, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="small sizes, for a smoke test")
     arguments = parser.parse_args(words)
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # hide messages about code that cannot be compiled
     figures = measure_device(arguments.device, Size.quick() if arguments.quick else Size())
@@ -385,11 +389,11 @@ def as_table(figures: dict[str, Any]) -> str:
     """Return the figures as text for people."""
     lines = [f"{figures['name']}, torch {figures['torch']}", ""]
     for check in figures["checks"]:
-        verdict = "as on a CPU" if check["same"] else "NOT AS ON A CPU"
+        verdict = "same as on a CPU" if check["same"] else "NOT THE SAME AS ON A CPU"
         name = f"{check['cell']:5} {check['objective']:16} {_precision(check):9}"
         lines.append(f"{name} {verdict} (difference {check['difference']:.2%})")
-    lines += [f"steps copied ahead {'arrive whole' if figures['copies_whole'] else 'DO NOT ARRIVE WHOLE'}", ""]
-    lines.append("work   batch precision compiled      plays/s  of FLOP/s  of bandwidth  read/trained")
+    lines += [f"steps copied ahead of time are {'complete' if figures['copies_whole'] else 'NOT COMPLETE'}", ""]
+    lines.append("work   batch precision compiled      plays/s  of FLOP/s  of bandwidth    read/train")
     for run in figures["runs"]:
         ways = f"{run['work']:6} x{run['batch']:<4} {_precision(run):9} {'yes' if run['compiled'] else 'no':8}"
         if "error" in run:
@@ -399,10 +403,10 @@ def as_table(figures: dict[str, Any]) -> str:
         lines.append(line + (f" {run['read_over_trained']:13.2f}" if "read_over_trained" in run else ""))
     lines += [
         "",
-        "read/trained: plays that one process reads from files and prepares in the time in which one is trained;",
+        "read/train: plays that one process reads from files and prepares, per play trained in the same time",
     ]
     rates = zip(BATCHES, figures["reading_plays_per_second"], strict=True)
-    lines.append("plays/s so read: " + ", ".join(f"x{batch} {rate:,.0f}" for batch, rate in rates) + "\n")
+    lines.append("plays/s of reading: " + ", ".join(f"x{batch} {rate:,.0f}" for batch, rate in rates) + "\n")
     return "\n".join(lines)
 
 

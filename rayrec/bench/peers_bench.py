@@ -80,7 +80,9 @@ class OurNetwork:
     def __init__(self, dataset: Dataset, split: Split, config: TrainConfig, queries: Validation) -> None:
         songs = artifacts.newest(dataset.workspace, "songs")
         if songs.inputs.get("split") != split.id:
-            raise MismatchError(f"song embeddings {songs.id} are not of split {split.id}; run `rayrec embed` first")
+            raise MismatchError(
+                f"song embeddings {songs.id} were not trained on split {split.id}; run `rayrec embed` first"
+            )
         self.embed_seconds = float(songs.metrics["seconds"])
         vectors = np.asarray(dataset.workspace.read_array(songs.path("vectors.npy")))
         counts = np.zeros(dataset.num_songs, dtype=np.int64)
@@ -218,7 +220,7 @@ def compare_epochs(contestants: dict[str, Contestant], queries: Validation, epoc
 def as_markdown(figures: Sequence[EpochFigures]) -> str:
     """Return a Markdown table with one row per network and epoch."""
     lines = [
-        "| model | epoch | seconds of all epochs | plays/s | served recall@20 | MRR@20 | all recall@20 | MRR@20 |",
+        "| model | epoch | total seconds | plays/s | served recall@20 | MRR@20 | all recall@20 | MRR@20 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(each.model for each in figures):
@@ -249,15 +251,17 @@ def generated_data(folder: str, quick: bool) -> Workspace:
 def main(words: list[str] | None = None) -> None:
     """Run the command line, which prints one table or JSON object."""
     parser = argparse.ArgumentParser(prog="python -m rayrec.bench.peers_bench", description=__doc__)
-    parser.add_argument("--python", default=".venv-peers/bin/python", help="Python of an environment with RecTools")
-    parser.add_argument("--workspace", help="with a data set, a split and song embeddings; default: generated plays")
+    parser.add_argument(
+        "--python", default=".venv-peers/bin/python", help="Python interpreter of an environment with RecTools"
+    )
+    parser.add_argument("--workspace", help="workspace with song embeddings of a split; default: generated plays")
     parser.add_argument("--split", help="split of the data set; default: the newest")
-    parser.add_argument("--epochs", type=int, default=5, help="epochs of each; default: 5")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs per model; default: 5")
     parser.add_argument("--queries", type=int, default=8_000, help="plays of the test range to predict; default: 8000")
     parser.add_argument("--ours", type=json.loads, default={}, help="settings of `rayrec train` as JSON")
     parser.add_argument("--theirs", type=json.loads, default={}, help="arguments of SASRecModel as JSON")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="small, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="small sizes, for a smoke test")
     arguments = parser.parse_args(words)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
@@ -282,7 +286,9 @@ def main(words: list[str] | None = None) -> None:
         json.dump(report, sys.stdout)
         sys.stdout.write("\n")
         return
-    sys.stdout.write(f"{as_markdown(figures)}\n\nembed, which {OURS} starts from: {ours.embed_seconds:.0f} s\n")
+    sys.stdout.write(
+        f"{as_markdown(figures)}\n\nsong embeddings, from which {OURS} starts: {ours.embed_seconds:.0f} s\n"
+    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class RedisServer:
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder), "--save", ""]
         durable = ["--appendonly", "yes", "--appendfsync", "always"]
         self.process = subprocess.Popen([SERVER, *options, *durable, *self._options], stdout=subprocess.DEVNULL)
-        wait_until(self._answers, f"the Redis server at port {self.port} did not start")
+        wait_until(self._answers, f"the Redis server on port {self.port} did not start")
 
     def empty(self) -> None:
         """Delete all data."""
@@ -103,9 +103,11 @@ class RedisCluster:
 
     def fail_over(self, primary: RedisServer) -> None:
         """Kill `primary` and wait until its replica has taken over. `primary` stays down until it is started again."""
-        wait_until(lambda: primary.ask("ROLE")[2], f"the primary at port {primary.port} has no replica")
+        wait_until(lambda: primary.ask("ROLE")[2], f"the primary on port {primary.port} has no replica")
         primary.kill()
-        wait_until(lambda: len(self.primaries()) == PRIMARIES, "no replica took over")
+        wait_until(
+            lambda: len(self.primaries()) == PRIMARIES, f"no replica took over from the primary on port {primary.port}"
+        )
 
 
 @contextmanager
@@ -124,8 +126,14 @@ def redis_cluster(folder: Path) -> Iterator[RedisCluster]:
             nodes[-1].start()
         places = [f"127.0.0.1:{node.port}" for node in nodes]
         redis_cli("--cluster", "create", *places, "--cluster-replicas", "1", "--cluster-yes")
-        wait_until(lambda: all(node.ask("CLUSTER INFO")["cluster_state"] == "ok" for node in nodes), "no cluster")
-        wait_until(lambda: all(node.ask("ROLE")[2] for node in nodes[:PRIMARIES]), "a primary has no replica")
+        wait_until(
+            lambda: all(node.ask("CLUSTER INFO")["cluster_state"] == "ok" for node in nodes),
+            "the Redis Cluster did not become ready",
+        )
+        wait_until(
+            lambda: all(node.ask("ROLE")[2] for node in nodes[:PRIMARIES]),
+            "a primary of the Redis Cluster has no replica yet",
+        )
         yield RedisCluster(nodes)
     finally:
         for node in nodes:

@@ -107,7 +107,7 @@ def timed_steps(training: Training, batches: Iterable[Windows], epoch: int, seco
         if time.perf_counter() - began >= seconds:
             break
     if not plays:
-        raise InputError(f"a round of training needs more than {WARM_STEPS} batches; give more users")
+        raise InputError(f"a round of training needs more than {WARM_STEPS} batches; increase --users")
     return Measured(plays, time.perf_counter() - began)
 
 
@@ -380,7 +380,7 @@ class TrainingRounds:
                 answer: Measured = self._answers.get(timeout=SECONDS_BETWEEN_LOOKS)
             except Empty:
                 if not self._thread.is_alive():
-                    raise RayrecError(f"Ray Train ended before its round was done: {self._error}") from self._error
+                    raise RayrecError(f"Ray Train ended before the end of its round: {self._error}") from self._error
             else:
                 return answer
 

@@ -54,11 +54,11 @@ def test_each_way_of_working_is_told_with_its_shares(
         [run["work"], f"x{run['batch']}", "bfloat16" if run["bfloat16"] else "float32"] for run in told["runs"]
     ]
     assert lines[0][-1] == f"{told['runs'][0]['read_over_trained']:.2f}"
-    assert table.count("as on a CPU") == len(told["checks"]) == 16
+    assert table.count(" same as on a CPU ") == len(told["checks"]) == 16
     assert {(check["cell"], check["objective"], check["bfloat16"]) for check in told["checks"]} == set(
         product(get_args(Cell), get_args(Objective), (False, True))
     )
-    assert "steps copied ahead arrive whole" in table
+    assert "steps copied ahead of time are complete" in table
 
 
 def test_a_larger_batch_has_more_negatives_by_its_root_and_larger_passes() -> None:
@@ -98,7 +98,7 @@ def test_a_device_that_computes_something_else_is_told_by_name_and_exit_code(
         device_bench.main(["--device", "cpu", *form])
     if not form:
         precision = "bfloat16 " if bf16 else "float32  "
-        assert f"gru   softmax          {precision} NOT AS ON A CPU" in capsys.readouterr().out
+        assert f"gru   softmax          {precision} NOT THE SAME AS ON A CPU" in capsys.readouterr().out
 
 
 def test_steps_that_do_not_arrive_whole_are_told_by_name_and_exit_code(
@@ -114,7 +114,7 @@ def test_steps_that_do_not_arrive_whole_are_told_by_name_and_exit_code(
     monkeypatch.setattr(device_bench, "measure_device", lambda *_: {**TOLD, "checks": [], "copies_whole": False})
     with pytest.raises(SystemExit):
         device_bench.main(["--device", "cpu"])
-    assert "steps copied ahead DO NOT ARRIVE WHOLE" in capsys.readouterr().out
+    assert "steps copied ahead of time are NOT COMPLETE" in capsys.readouterr().out
 
 
 def test_compiled_runs_that_would_begin_too_late_are_left_out_with_a_line_that_says_so() -> None:
@@ -126,7 +126,7 @@ def test_compiled_runs_that_would_begin_too_late_are_left_out_with_a_line_that_s
     late = [run for run in told["runs"] if run["compiled"]]
     assert len(late) == len(told["runs"]) / 2 == 8
     assert not any(run["compiled"] for run in told["runs"][:8])  # what is sure to be measured comes first
-    assert device_bench.as_table(told).count("left out: 0 seconds were over") == 8
+    assert device_bench.as_table(told).count("skipped: 0 seconds had passed") == 8
 
 
 def test_a_way_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ class TestTrainLoop:
 
     def test_too_few_batches_are_refused(self, task: TrainTask) -> None:
         every = list(stage_benches.plain_windows(task, epoch=0))[: stage_benches.WARM_STEPS]
-        with pytest.raises(InputError, match="give more users"):
+        with pytest.raises(InputError, match="increase --users"):
             stage_benches.timed_steps(task.training(), iter(every), 0, seconds=1)
 
     def test_it_trains_the_network(self, task: TrainTask) -> None:

@@ -1,8 +1,10 @@
 """Speed-ups and costs of runs whose figures are planted."""
 
+import re
+
 import pytest
 
-from rayrec.bench.bench_config import ScaleBenchConfig
+from rayrec.bench.bench_config import AnswersBenchConfig, ScaleBenchConfig, ServeBenchConfig
 from rayrec.bench.rounds import Measured
 from rayrec.bench.scale_bench import ChainRun, costs, extrapolated, scale_figures, speedups
 from rayrec.errors import InputError
@@ -64,3 +66,21 @@ def test_a_play_costs_embed_all_its_epochs_and_the_rate_is_of_tokens_an_epoch() 
 def test_sizes_out_of_order_are_refused(changes: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(InputError, match="first"):
         ScaleBenchConfig(**changes)
+
+
+@pytest.mark.parametrize("config", [AnswersBenchConfig, ServeBenchConfig])
+@pytest.mark.parametrize("songs", [(), (2_000, 500), (500, 500), (500, 2_000, 1_000)])
+def test_catalogs_that_are_not_smallest_first_are_refused(
+    config: type[AnswersBenchConfig] | type[ServeBenchConfig], songs: tuple[int, ...]
+) -> None:
+    expected = rf"songs is {re.escape(str(list(songs)))}; expected one or more integers, smallest first"
+    with pytest.raises(InputError, match=expected):
+        config(songs=songs)
+
+
+@pytest.mark.parametrize("config", [AnswersBenchConfig, ServeBenchConfig])
+@pytest.mark.parametrize("songs", [(500,), (500, 2_000, 10_000)])
+def test_one_catalog_and_catalogs_that_are_smallest_first_are_accepted(
+    config: type[AnswersBenchConfig] | type[ServeBenchConfig], songs: tuple[int, ...]
+) -> None:
+    assert config(songs=songs).songs == songs

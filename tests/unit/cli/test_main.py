@@ -49,8 +49,8 @@ def filled(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["import", "csv", "/no/such/file.csv"], "there is no file or folder /no/such/file.csv"),
-        (["import", "csv", "nosuch"], "(?-i:There is no file or folder nosuch)"),
+        (["import", "csv", "/no/such/file.csv"], "file or folder /no/such/file.csv does not exist"),
+        (["import", "csv", "nosuch"], "(?-i:File or folder nosuch does not exist)"),
         (["import", "lastfm", "PLAYS"], "unknown format 'lastfm'; expected one of apple-music, csv"),
         (["import", "csv", "PLAYS", "--columns", "user=name"], "no column 'name'"),
         (["import", "csv", "PLAYS", "--columns", "user"], "--columns is 'user'; expected name = value pairs"),
@@ -58,7 +58,7 @@ def filled(tmp_path: Path) -> str:
         (["import", "csv", "PLAYS", "--timezone", "Mars/Olympus"], "unknown time zone 'Mars/Olympus'; give an IANA"),
         (["inspect", "csv", "PLAYS", "--timezone", "Mars/Olympus"], "unknown time zone 'Mars/Olympus'; give an IANA"),
         (["fit", "PLAYS", "--timezone", "+02:00"], r"unknown time zone '\+02:00'; give an IANA"),
-        (["import", "mpd", "PLAYS", "--timezone", "Asia/Tokyo"], "times of a known zone; leave the time zone out"),
+        (["import", "mpd", "PLAYS", "--timezone", "Asia/Tokyo"], "times in a known zone; omit the time zone"),
         (["import", "csv", "PLAYS", "--buckets", "many"], "'--buckets': 'many'|valid integer"),
         (["generate", "--users", "0"], "users is 0"),
         (["split"], "has no data set; run `rayrec import`"),
@@ -86,14 +86,14 @@ def filled(tmp_path: Path) -> str:
         (["release", "activate", "nope"], "release 'nope' not found in workspace"),
         (["release", "rollback"], "no earlier release to roll back to"),
         (["release", "verify", "nope"], "release 'nope' not found in workspace"),
-        (["fit", "/no/such.csv"], "there is no file or folder /no/such.csv"),
+        (["fit", "/no/such.csv"], "file or folder /no/such.csv does not exist"),
         (["fit", "PLAYS", "--columns", "usr=user_id"], "unknown column role 'usr'"),
         (["fit", "PLAYS", "--settings", "/no/such.toml"], "/no/such.toml cannot be read"),
         (["--workspace", "FILLED", "update", "PLAYS"], "no live release; run `rayrec fit` first"),
         (["--workspace", "FILLED", "serve", "--port", "0"], "no live release; run `rayrec fit`"),
         (["run", "/no/such.toml"], "/no/such.toml cannot be read"),
         (["bench", "everything"], "No such command 'everything'"),
-        (["bench", "serve", "--clients", "1,64"], r"clients is \[1, 64\]; expected 1 and 16 among them"),
+        (["bench", "serve", "--clients", "1,64"], r"clients is \[1, 64\]; expected integers that include 1 and 16"),
         (["--workspace", "PLAYS", "status"], "is a file; expected a folder"),
         (["--workspace", "gopher://host/x", "status"], "gopher"),
         (["--workspace", "FILLED", "demo"], "holds another data set"),
@@ -149,7 +149,7 @@ def test_a_workspace_that_holds_nothing_is_wrong_use_and_stays_so(
         assert main(["--json", "--workspace", str(folder), *command.split()]) == 2
         error = json.loads(capsys.readouterr().out)["error"]
         assert error["kind"] == "not_found"
-        assert error["message"] == f"workspace {folder} holds nothing"
+        assert error["message"] == f"workspace {folder} is empty"
         assert error["hint"] == "check --workspace, or run `rayrec fit`"
         (tmp_path / "new").mkdir(exist_ok=True)
     assert not (tmp_path / "typo").exists()

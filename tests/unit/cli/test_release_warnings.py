@@ -72,5 +72,5 @@ def test_each_part_that_was_fitted_without_some_plays_is_named(
     workspace: Workspace,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    advice = "; `rayrec fit` trains on all plays in the end"
+    advice = "; `rayrec fit` trains the final models on all plays"
     assert warned(workspace, capsys, refit, **splits) == [text + advice for text in expected]

@@ -173,5 +173,5 @@ def test_serve_names_the_release_before_it_starts(
             stopped.setattr("rayrec.serving.run.running", lambda *_: (_ for _ in ()).throw(InputError("stop here")))
             assert main(["--workspace", str(folder / "workspace"), "serve"]) == 2
         said = " ".join(capsys.readouterr().err.split())
-        assert f"Release {live.id} is live" in said
+        assert f"Live release {live.id}: " in said
         require_printed({role: live.inputs[role] for role in ("models", "dataset")}, said)
