@@ -114,7 +114,7 @@ def full_report() -> str:
         **{kind: f"{number:012x}" for number, kind in enumerate(("dataset", "split", "models", "rankers"), 1)},
         "settings of the network": "hidden dim: 256; averages: 0, 0.5, 0.9; long days: 0, 7; epochs: 40; patience: 3",
         "settings of the rankers": "defaults",
-        "warning": "the song embeddings: made of playlists, which carry no times, so that no split can cut them",
+        "warning": "the song embeddings: trained on playlists, which have no times: a split cannot cut them",
         "versions": "rayrec 0.1.0, Python 3.12.3, torch 2.9.0, numpy 2.3.4, lightgbm 4.6.0",
     }
     return html_page(figures, default="two-step", about=about, plots=_plots())

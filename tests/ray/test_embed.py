@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_refused(planted: Workspace) -> None:
         embed(planted, CONFIG, split=replace(SPLIT, dataset="other"))
     with pytest.raises(InputError, match="has none"):
         embed(planted, CONFIG.replace(source="playlists"))
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match="does not exist"):
         embed(planted, EmbedConfig(vectors="nowhere.npy"))
 
 

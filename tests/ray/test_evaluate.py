@@ -106,7 +106,7 @@ def test_a_network_of_another_split_is_refused(dataset: Dataset) -> None:
     made_of = {"dataset": "by-hand", "split": "another", "songs": "by-hand"}
     publish(dataset.workspace, Manifest(kind="models", id="m", inputs=made_of), [])
     with pytest.raises(
-        MismatchError, match=r"model m was trained before the test range of split another.*rayrec train"
+        MismatchError, match=r"model m was trained on the plays before the test range of split another.*rayrec train"
     ):
         evaluate(dataset.workspace, EvaluateConfig(), split=SPLIT)
 
@@ -159,7 +159,7 @@ def test_networks_of_several_models_stand_on_one_table_under_their_names(dataset
 
 
 def test_another_model_needs_a_name_of_its_own(dataset: Dataset) -> None:
-    with pytest.raises(InputError, match="popularity=first: name another model differently"):
+    with pytest.raises(InputError, match="popularity=first: the name 'popularity' is empty or already used"):
         evaluate(dataset.workspace, EvaluateConfig(models=("popularity=first",)), split=SPLIT)
     with pytest.raises(NotFoundError, match="nowhere"):
         evaluate(dataset.workspace, EvaluateConfig(models=("mine=nowhere",)), split=SPLIT)

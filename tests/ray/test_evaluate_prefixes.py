@@ -85,7 +85,7 @@ def test_pairs_are_evaluated_from_the_command_line(
     assert (told["pairs"], told["protocol"]) == (200, "prefixes")
     assert {entry["model"] for entry in told["results"]} == {"popularity"}
     assert main([*arguments, "--target-separator", "|"]) == 2
-    assert "a line without '|' before a target" in capsys.readouterr().err
+    assert "a line without the target separator '|'" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("cluster")
@@ -99,8 +99,8 @@ def test_vectors_made_for_a_split_are_refused_without_it(workspace: Workspace, f
     made = random_histories(20, NUM_SONGS, seed=1)
     write_dataset(workspace, made.take(made.lengths > 0), NUM_SONGS)
     write_song_vectors(workspace, random_vectors(NUM_SONGS), {"dataset": "by-hand", "split": "cut"})
-    with pytest.raises(MismatchError, match=r"before the test range of split cut.*of no split; pass --split cut"):
+    with pytest.raises(MismatchError, match=r"before the test range of split cut.*uses no split; pass --split cut"):
         evaluate_prefixes(workspace, SETTINGS, file)
     other = Split(id="other", dataset="by-hand", validation_from=1, test_from=2)
-    with pytest.raises(MismatchError, match=r"before the test range of split cut.*evaluation is of split other"):
+    with pytest.raises(MismatchError, match=r"before the test range of split cut.*evaluation uses split other"):
         evaluate_prefixes(workspace, SETTINGS, file, split=other)

@@ -157,7 +157,7 @@ def test_the_same_import_again_does_nothing_and_another_one_is_refused(
 ) -> None:
     file, workspace, manifest = imported
     assert import_data(workspace, csv_config(file)) == manifest
-    with pytest.raises(InputError, match=r"holds \d+ plays from csv already; .* --force"):
+    with pytest.raises(InputError, match=r"already contains \d+ plays from csv; .* --force"):
         import_data(workspace, csv_config(file, min_user_plays=2))
     assert Dataset(workspace).manifest == manifest
 
@@ -388,7 +388,7 @@ def test_times_of_clocks_that_are_wrong_are_rejected_beyond_tomorrow_and_kept_in
     file = write(tmp_path / "a.csv", ["user,song,played_at", *lines])
     manifest = import_data(workspace, csv_config(file, max_rejected=1.0))
     assert manifest.rejected == {
-        "time is more than a day from now": 2,
+        "time is more than a day in the future": 2,
         "time is not between 1970 and 2100": 2,
     }
     assert sorted(content(workspace)) == ["u0", "u1", "u2"]

@@ -82,7 +82,7 @@ def test_reasons_for_all_users_are_refused(world: Workspace) -> None:
 
 
 def test_a_mix_of_horizons_for_all_users_is_refused(world: Workspace) -> None:
-    with pytest.raises(InputError, match=r"horizon is 0\.3; for all users expected short or long"):
+    with pytest.raises(InputError, match=r"horizon is 0\.3; for all users expected short or long; a mix"):
         recommend_all(world, CONFIG.replace(horizon=0.3), releases.default_parts(world))
 
 

@@ -75,7 +75,7 @@ def test_a_cluster_lets_nobody_in_without_its_token(head: Head, tmp_path: Path) 
 def test_an_image_without_rayrec_is_a_hint_and_no_riddle(head: Head, tmp_path: Path) -> None:
     missing = submit(head, "--workspace", str(tmp_path), "status")
     assert missing.returncode == 127
-    assert "The cluster has no /opt/rayrec/bin/python; pass its interpreter with --python" in missing.stderr
+    assert "The cluster has no /opt/rayrec/bin/python; pass the path of its interpreter with --python" in missing.stderr
 
 
 def test_where_no_cluster_answers_the_address_is_named(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_network_of_playlists_sees_songs_alone_and_says_that_no_split_cut_them
     config = TrainConfig(**TrainConfig.PRESETS["r_pst"]).replace(hidden_dim=8, window=20, epochs=1, workers=0)
     made = train(world, config, split=split)
     assert made.metrics["source"] == "playlists"
-    assert "no split can cut them" in made.metrics["warning"]
+    assert "a split cannot cut them" in made.metrics["warning"]
     entries = Dataset(world).manifest.playlist_entries
     assert made.metrics["plays"] == entries - Dataset(world).manifest.playlists  # all but the last of each
     recommender = TasteRecommender.load(world, made.id)
@@ -148,7 +148,8 @@ def test_a_network_of_playlists_sees_songs_alone_and_says_that_no_split_cut_them
 
 def test_playlists_shorter_than_the_horizon_are_no_training(world: Workspace, split: Split) -> None:
     config = TrainConfig(**TrainConfig.PRESETS["r_plt"]).replace(hidden_dim=8, long=(60, 70), epochs=1, workers=0)
-    with pytest.raises(RayrecError, match="none of the playlists is long enough for a horizon of 60 to 70 plays later"):
+    expected = r"no training sequence \(source: playlists\) is long enough for a horizon of 60 to 70 plays later"
+    with pytest.raises(RayrecError, match=expected):
         train(world, config, split=split)
 
 
@@ -313,7 +314,7 @@ def test_a_training_from_a_model_takes_a_quarter_of_its_epochs_where_it_saw_the_
     early = split_dataset(world, SplitConfig(test_days=30, validation_days=10))
     with pytest.raises(LeakError, match="was fit on plays of the test range"):
         train(world, CONFIG, split=early, from_id=in_process.id)
-    with pytest.raises(MismatchError, match="hidden_dim 8, this training 12"):
+    with pytest.raises(MismatchError, match="hidden_dim 8, but this training has 12"):
         train(world, CONFIG.replace(hidden_dim=12), split=split, from_id=in_process.id)
 
 

@@ -61,15 +61,17 @@ def test_workers_that_find_no_cpu_are_given_up_with_what_they_need(
     with held(2), caplog.at_level(logging.WARNING), pytest.raises(RayrecError) as raised:
         run(workspace, WorkerRequest(workers=2, cpus=1.0, wait_minutes=0.1))
     assert time.monotonic() - began < 240  # Ray Train alone would go on
-    need = "2 training workers of 1 CPU each (the cluster has 2, free 0)"
-    assert f"did not start within 0.1 minutes: it needs {need}; free some" in str(raised.value)
+    need = "2 training workers with 1 CPU each (0 of 2 in the cluster are free)"
+    assert f"did not start within 0.1 minutes: it needs {need}; free resources" in str(raised.value)
     told = [record.getMessage() for record in caplog.records if record.name == trainer.__name__]
     assert told[0] == f"training waits at most 0.1 minutes for resources: {need}"
     assert not workspace.exists("done.json")
 
 
 def test_a_gpu_that_no_node_has_is_named(workspace: Workspace) -> None:
-    with pytest.raises(RayrecError, match=r"1 training worker of 1 CPU each .* and 1 GPU each \(the cluster has 0"):
+    with pytest.raises(
+        RayrecError, match=r"1 training worker with 1 CPU each .* and 1 GPU each \(0 of 0 in the cluster"
+    ):
         run(workspace, WorkerRequest(workers=1, cpus=1.0, gpus=1, wait_minutes=0.05))
 
 
