@@ -1,4 +1,4 @@
-"""The benchmark without Ray: what it counts, what it tells, and that a GPU computes what a CPU does."""
+"""The device benchmark, without Ray: what it counts and prints, and that a GPU computes the same as a CPU."""
 
 import json
 from dataclasses import replace
@@ -47,7 +47,7 @@ def test_each_way_of_working_is_told_with_its_shares(
             read = told["reading_plays_per_second"][run["batch"] - 1]
             assert run["read_over_trained"] == pytest.approx(read / run["plays_per_second"])
     small, large = (run["flops_per_play"] for run in told["runs"][:2])
-    assert large > small  # more negatives
+    assert large > small  # the larger batch has more negatives
     table = device_bench.as_table(told)
     lines = [line.split() for line in table.splitlines() if line.startswith(("train ", "tastes "))]
     assert [line[:3] for line in lines] == [
@@ -83,7 +83,7 @@ def test_a_device_that_computes_something_else_is_told_by_name_and_exit_code(
     def broken(size: Size, device: str, steps: int, **options: bool) -> TasteModel:
         calls[0] += 1
         made = learned(size, device, steps, **options)
-        if calls[0] == call:  # the device's turn at the second objective of the first cell, in either precision
+        if calls[0] == call:  # training on the device, second objective of the first cell, either precision
             assert options == {"bf16": bf16}
             with torch.no_grad():
                 made.dense.weight += 0.1
@@ -125,7 +125,7 @@ def test_compiled_runs_that_would_begin_too_late_are_left_out_with_a_line_that_s
     }
     late = [run for run in told["runs"] if run["compiled"]]
     assert len(late) == len(told["runs"]) / 2 == 8
-    assert not any(run["compiled"] for run in told["runs"][:8])  # what is sure to be measured comes first
+    assert not any(run["compiled"] for run in told["runs"][:8])  # plain runs come first: they are always measured
     assert device_bench.as_table(told).count("skipped: 0 seconds had passed") == 8
 
 
@@ -156,7 +156,7 @@ def test_bytes_are_those_read_and_those_written() -> None:
 
 
 def test_the_operations_of_a_play_are_those_of_its_matrices() -> None:
-    """Histories of one length, so that nothing is padded; every matrix product counted by hand."""
+    """All histories have one length, so that nothing is padded. The matrix products are counted by hand."""
     size = replace(Size.quick(), users=4)
     size = replace(size, config=size.config.replace(averages=()))
     config, histories = size.config, random_histories(size)
@@ -193,7 +193,7 @@ def test_histories_are_made_up_alike_each_time() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_training_takes_the_steps_of_another() -> None:
-    """Without dropout, of which compiled code may draw others."""
+    """Without dropout, because compiled code may draw other random numbers."""
     size = replace(Size.quick(), config=Size.quick().config.replace(dropout=0.0))
     plain, compiled = (device_bench.learned(size, "cpu", 3, compiled=choice) for choice in (False, True))
     for name, value in plain.state_dict().items():
@@ -212,14 +212,14 @@ class TestOnAGpu:
             encoder = TasteEncoder(network(Size.quick()), device)
             _, states = encoder.run(histories)
             found[device] = encoder.tastes(states, int(histories.played_at.max()), "short")
-        np.testing.assert_allclose(found["cuda"], found["cpu"], atol=1e-3)  # TF32 in cuDNN
+        np.testing.assert_allclose(found["cuda"], found["cpu"], atol=1e-3)  # cuDNN computes in TF32
 
     @pytest.mark.parametrize("bf16", [False, True])
     def test_a_training_takes_the_steps_of_a_cpu(self, bf16: bool) -> None:
         size = replace(Size.quick(), config=Size.quick().config.replace(dropout=0.0))
         there = device_bench.learned(size, "cuda", 3, bf16=bf16).state_dict()
         here = device_bench.learned(size, "cpu", 3).state_dict()
-        learned = TrainConfig().learning_rate * 3  # of Adam: each step moves a weight by about the learning rate
+        learned = TrainConfig().learning_rate * 3  # Adam moves a weight by about the learning rate per step
         for name, value in here.items():
             assert (there[name] - value).abs().mean() < 0.2 * learned, name
 

@@ -1,4 +1,4 @@
-"""The load generators against a server that counts, and the summarize_slices against figures by hand."""
+"""The load generators against a server that counts requests, and the summaries against figures computed by hand."""
 
 import asyncio
 import shutil
@@ -23,7 +23,7 @@ from rayrec.storage.workspace import Workspace
 
 
 class Counting(BaseHTTPRequestHandler):
-    """Takes down what it is sent; every POST to /bad is answered with 503."""
+    """Records the requests that it gets; answers every request to /bad with 503."""
 
     protocol_version = "HTTP/1.1"
     seen: list[tuple[str, str, bytes]] = []  # noqa: RUF012
@@ -138,9 +138,9 @@ def test_a_call_that_fails_after_its_retries_is_counted_by_reason(
         ([1, 2], (0, 0)),
         ([1, 2, 3], (0, 0)),  # the third was stored, and its answer lost
         ([1], (1, 0)),
-        ([1, 1, 3], (1, 1)),  # as many as were acknowledged: totals would not show it
+        ([1, 1, 3], (1, 1)),  # three, as many as were sent: totals would not show the faults
         ([1, 2, 3, 3], (0, 1)),
-        ([1, 2, 4], (0, 1)),  # nobody has sent it
+        ([1, 2, 4], (0, 1)),  # play 4 was never sent
         ([], (2, 0)),
     ],
 )
@@ -155,8 +155,8 @@ def test_every_acknowledged_play_must_be_stored_once_and_no_other_twice(
     [
         ([100.0], 1.0),
         ([100.0, 110.0], 1.1),
-        ([10.0, 50.0, *[100.0] * 8], 1.0),  # it fills up at first
-        ([0.0, 0.0, 100.0, 70.0, 100.0, 100.0, 120.0, 120.0, 90.0, 120.0], 1.2),  # twice a replica was young
+        ([10.0, 50.0, *[100.0] * 8], 1.0),  # memory fills up at first
+        ([0.0, 0.0, 100.0, 70.0, 100.0, 100.0, 120.0, 120.0, 90.0, 120.0], 1.2),  # 70 and 90: a replica was new
     ],
 )
 def test_memory_grows_by_what_the_second_half_holds_over_the_first(used: list[float], grown: float) -> None:

@@ -1,4 +1,4 @@
-"""Our network beside another library's: both meet the same queries and are measured by the same ranks."""
+"""Our network compared with another library's: both answer the same queries and are measured by the same metrics."""
 
 import json
 import os
@@ -19,7 +19,7 @@ PYTHON = Path(__file__).parents[3] / ".venv-peers" / "bin" / "python"
 
 
 class Rising:
-    """Answers nothing right at first, and everything after its second epoch."""
+    """A model whose answers are all wrong after its first epoch, and all right from its second epoch on."""
 
     def __init__(self, turns: list[str], name: str, targets: np.ndarray) -> None:
         self._turns, self._name, self._targets, self._epochs = turns, name, targets, 0

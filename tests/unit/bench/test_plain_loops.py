@@ -1,4 +1,4 @@
-"""The plain loops do the whole work, and time only what they say."""
+"""The plain loops do all the work of their stage, and time only the work that they count."""
 
 import time
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def task(workspace: Workspace) -> TrainTask:
 
 
 class Clock:
-    """A clock that moves by one second a look, and by what is told it."""
+    """A clock that advances by one second at each look, and by what a test adds to `now`."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""The bench of plays by the length of the history: who sends what, and that it works on the application."""
+"""The benchmark of plays by length of the history: which plays it sends, and that the application takes them."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The harness: ratios of planted ways of working, by construction and not by a clock."""
+"""The benchmark harness: ratios of planted measurements, which are known without a clock."""
 
 import json
 import mmap
@@ -35,7 +35,7 @@ from rayrec.errors import InputError
 
 
 def paced(speeds: Iterator[float], log: list[str], name: str) -> Way:
-    """A way that does 100 units at each of the given speeds in turn."""
+    """Return a way that does 100 units of work per run, each run at the next of `speeds`, and logs `name`."""
 
     def run() -> Measured:
         log.append(name)
@@ -125,7 +125,7 @@ def test_it_is_as_nice_as_asked_in_another_process_with_one_thread() -> None:
 
 class TestWatch:
     def test_private_memory_of_the_driver_is_seen(self) -> None:
-        # A process of its own: this one may give back what earlier tests held while we look.
+        # In a new process, because this one may release memory of earlier tests during the measurement.
         code = f"""
 import time
 import numpy as np

@@ -1,4 +1,4 @@
-"""Speed-ups and costs of runs whose figures are planted."""
+"""Speed-ups and costs that are computed from runs with planted figures."""
 
 import re
 
@@ -11,7 +11,7 @@ from rayrec.errors import InputError
 
 
 def with_start(plays: float, *, start: float = 5.0, each: float = 2e-6) -> dict[str, Measured]:
-    """A stage that takes 5 s to start and 2 microseconds a play."""
+    """Return a run of one stage that takes `start` seconds to start and `each` seconds per play."""
     return {"taste": Measured(plays, start + plays * each)}
 
 

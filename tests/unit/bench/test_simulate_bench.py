@@ -1,4 +1,4 @@
-"""The simulated cluster on cases worked out by hand, and what goes into it."""
+"""The simulated cluster on cases computed by hand, and the work and costs that it simulates."""
 
 from importlib import import_module
 from pkgutil import iter_modules
@@ -78,7 +78,8 @@ def test_kinds_and_stages_follow_each_other() -> None:
 def test_a_lost_node_costs_its_units_and_the_time_without_it() -> None:
     cluster = SimulatedCluster(nodes=2, cores=1, task_seconds=0.0, latency=0.0, replace_seconds=4.0)
     stage = one(Work(stage="s", name="w", units=20, cpu_seconds=2.0), cluster)
-    # Lost at 10, at the end of its fifth unit: 11 units are left. The other does two until 14, then both do nine.
+    # One node is lost at 10 s, at the end of its fifth unit, which is lost too: 11 units are left.
+    # The other node does two of them until 14 s, then both do nine.
     assert stage.seconds == pytest.approx(20)
     assert stage.lost_node_seconds == pytest.approx(14 + 5 * 2 - 20)
 
@@ -104,14 +105,14 @@ BY_PLAYS = {
     "RangeMerger": 1e-6,
     "BucketTastes": 5e-6,
 }
-FITTED = ("fit_vectors", "GroupCounter", "RangeMerger", "_build")  # workers of both fits, each over all of the data
+FITTED = ("fit_vectors", "GroupCounter", "RangeMerger", "_build")  # run in both fits, over all data
 BY_SONGS = {"SongRange": 1e-6, "_build": 2e-6, "build_and_save": 1e-6}
 READ, QUERY, USER = 1e-7, 0.02, 0.004
 FIXED = 0.1
 
 
 def planted(times: int) -> MeasuredRun:
-    """A run with a validation range whose units cost what the constants above say."""
+    """Return a run with a validation range on data of `times` the size; its units cost what the constants above say."""
     size = DataScale(
         users=1_000 * times,
         plays=60_000 * times,
@@ -205,12 +206,13 @@ def test_the_hours_of_large_data_follow_the_lines(runs: list[MeasuredRun]) -> No
     assert found["taste"].seconds == pytest.approx(DRIVER + rounds * (FIXED + 5e-6 * 10**9 / 512) + 0.5)
     assert found["recommend"].seconds == pytest.approx(DRIVER + rounds * (FIXED + USER * 10**6 / 512) + 0.5)
     reading, answering = READ * 10**9 / 512, QUERY * 100_000 / 512
-    counted = reading + 0.5  # of a few buckets, at once
+    counted = reading + 0.5  # the queries of a few buckets, all at once
     assert found["evaluate"].seconds == pytest.approx(DRIVER + counted + rounds * (reading + answering) + 0.5)
     assert found["embed"].seconds == pytest.approx(2 * 4 * 4e-6 * 10**9 / 8, rel=0.01)
     assert found["train"].seconds == pytest.approx(2 * 4 * 10**9 / 10_000 / 16, rel=0.01)
-    assert found["train"].bottleneck == "workers"  # one a node
-    # What follows the last checkpoint, ten minutes at most, and the wait for another node shared by sixteen.
+    assert found["train"].bottleneck == "workers"  # one worker per node
+    # A lost node costs the work since the last checkpoint, about ten minutes at most, and a share of the wait for a
+    # new node. The bound is generous.
     assert found["train"].lost_node_seconds < 2 * 600 + 240
     assert found["embed"].bottleneck == "one node"
 

@@ -1,4 +1,4 @@
-"""The benchmark of loading states: everybody is loaded, into each kind of store."""
+"""The benchmark of loading states: all users are loaded into each kind of store."""
 
 from stores import needs_redis
 

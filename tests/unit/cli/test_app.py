@@ -1,4 +1,4 @@
-"""Flags come from settings and override a TOML file; people see what fits into 80 columns, and programs JSON."""
+"""Flags are made from settings and override a TOML file; output is text of 80 columns for people, or JSON."""
 
 import io
 import json
@@ -123,7 +123,7 @@ def many(seen: list) -> typer.Typer:
         ctx.obj = Globals(workspace="", as_json=False)
 
     class Other(Settings):
-        """Settings of which one is named like a command, and one like a group."""
+        """Settings, one of them named like a command and one like a group."""
 
         go: bool = Field(False, description="Go there first")
         group: Sample | None = Field(None, description="A section")
@@ -285,7 +285,7 @@ def test_the_figures_of_a_benchmark_show_what_lies_within_others(monkeypatch: py
 
 
 def results(*targets: str) -> dict:
-    """Models in one order as served, and in the opposite one by any other target."""
+    """Return results whose models have one order by the target `next` and the opposite order by all other targets."""
     return {
         "default": "taste",
         "results": [

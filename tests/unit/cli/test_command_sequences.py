@@ -1,4 +1,4 @@
-"""In any order of commands each starts from what was asked for last, and what an error advises helps."""
+"""In any order of commands, each uses the artifacts requested last, and the commands that errors advise help."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from rayrec_cli.main import main
 pytestmark = pytest.mark.usefixtures("commands_without_ray")
 
 USERS, SONGS, DAYS = 14, 12, 14
-TINY = {  # command -> what makes it fast
+TINY = {  # command -> arguments that make it fast
     "import": ["csv", "PLAYS", "--columns", "user=user_id,song=track,played_at=timestamp", "--buckets", "2"],
     "split": ["--test-days", "3", "--validation-days", "3"],
     "embed": ["--dim", "4", "--epochs", "1", "--workers", "1"],
@@ -65,7 +65,7 @@ STEPS = [
     "evaluate",
     "recommend",
 ]
-# Command -> kind of artifact.
+# Command -> kind of the artifact that it makes.
 MAKES = {
     "embed": "songs",
     "train": "models",
@@ -75,12 +75,12 @@ MAKES = {
     "taste": "tastes",
     "index": "indexes",
 }
-BY_SPLIT = ("embed", "train", "retrieval")  # which fit on the plays that a split allows
+BY_SPLIT = ("embed", "train", "retrieval")  # these fit on the plays that a split allows
 OF_MODEL = ("added_songs", "rankers", "tastes", "indexes")
 
 
 def day_of_plays(day: int) -> list[str]:
-    """Rows of HEAD: each user plays four songs of a ring."""
+    """Return CSV rows with the columns of HEAD for one day: each user plays four successive songs of a ring."""
     return [
         f"u{user},s{(user + 4 * day + place) % SONGS},{BEGIN + day * DAY + 240 * place},Song,Artist\n"
         for user in range(USERS)
@@ -90,29 +90,29 @@ def day_of_plays(day: int) -> list[str]:
 
 @dataclass
 class Expected:
-    """The small model: what must be current after the commands so far."""
+    """The expected state of the workspace after the commands so far."""
 
     dataset: str = ""  # id
-    plays: str = ""  # id of the data set of these plays before parts were joined
-    versions: set[str] = field(default_factory=set)  # ids of the data set and those that it descends from
-    models: dict[str, str] = field(default_factory=dict)  # id -> its data set, in the order of the last request
-    split: dict[str, Any] | None = None  # as its command prints it
+    plays: str = ""  # id of the data set with these plays before parts were joined
+    versions: set[str] = field(default_factory=set)  # ids of the data set and of its ancestors
+    models: dict[str, str] = field(default_factory=dict)  # id -> id of its data set; the model requested last is last
+    split: dict[str, Any] | None = None  # as `rayrec split` prints it
     current: dict[str, str] = field(default_factory=dict)  # kind -> id
     of_model: dict[tuple[str, str], str] = field(
         default_factory=dict
-    )  # kind and model -> id of the part asked for last
-    split_of: dict[str, str | None] = field(default_factory=dict)  # model or retrieval -> split
+    )  # kind and model -> id of the artifact requested last
+    split_of: dict[str, str | None] = field(default_factory=dict)  # id of a model or retrieval -> id of its split
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)  # by id
     live: list[str] = field(default_factory=list)  # ids of releases, the live one last
-    days: set[int] = field(default_factory=set)  # appended
+    days: set[int] = field(default_factory=set)  # days appended so far
 
 
 class Session:
-    """Runs command lines in one workspace, follows what errors advise, and compares each outcome with what must be."""
+    """Runs command lines in one workspace, follows the advice of errors, and compares outcomes with those expected."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.expected = folder, Expected()
-        self.lines: list[str] = []  # run so far, with what became of them
+        self.lines: list[str] = []  # command lines so far, with exit codes and errors
         self.write("plays", [row for day in range(DAYS) for row in day_of_plays(day)])
         self.write("other", [row for day in range(1, DAYS + 1) for row in day_of_plays(day)])
         for number in (1, 2):
@@ -122,7 +122,7 @@ class Session:
         (self.folder / f"{name}.csv").write_text(HEAD + "".join(rows))
 
     def run(self, line: str) -> tuple[int, dict[str, Any]]:
-        """Exit code, and what --json prints."""
+        """Run a command line, and return its exit code and its JSON output."""
         name = command_of(line)
         given = line.split()
         words = [*given, *([] if name == "import" and len(given) > 1 else TINY.get(name, []))]
@@ -135,7 +135,7 @@ class Session:
         elif name == "split" and "--last-fraction" in given:
             words = given
         elif name == "split":
-            words = ["split", *TINY["split"], *given[1:]]  # the last of a flag counts
+            words = ["split", *TINY["split"], *given[1:]]  # the last value of a repeated flag counts
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(["--json", "--workspace", str(self.folder / "workspace"), *words])
@@ -148,7 +148,7 @@ class Session:
         return code, data
 
     def follow(self, line: str, depth: int = 0) -> bool:
-        """Run a command, and what its errors advise, until it works or advises nothing; whether it works."""
+        """Run a command and what its errors advise, until it succeeds or an error has no advice; return its success."""
         assert depth < 8, "advice without an end"
         seen: set[str] = set()
         while True:
@@ -165,12 +165,12 @@ class Session:
                 assert self.follow(each, depth + 1), "what was advised does not work"
 
     def compare(self, line: str, data: dict[str, Any]) -> None:
-        """Assert that a command started from what must be current, and take in what it made."""
+        """Assert that a command used the expected inputs, and update the expected state with its result."""
         expected, name = self.expected, command_of(line)
         if line == "import --force":
             expected.dataset = expected.plays = data["id"]
             expected.versions = {data["id"]}
-            expected.days = {1}  # of the other plays
+            expected.days = {1}  # other.csv has the plays of day1.csv
             expected.splits = {each["id"]: each for each in expected.splits.values() if each["dataset"] == data["id"]}
             expected.split = list(expected.splits.values())[-1] if expected.splits else None
         elif name == "import":
@@ -180,7 +180,7 @@ class Session:
                 expected.dataset = expected.plays = data["id"]
                 expected.versions.add(data["id"])
                 expected.days |= {int(line[-1])} if "--append" in line else set()
-                if expected.split and expected.split["protocol"] != "time":  # each user's last plays are others now
+                if expected.split and expected.split["protocol"] != "time":  # their last plays have changed
                     assert "run `rayrec split --last-fraction" in data["warnings"][0]
                     holding = [split for split in expected.splits.values() if split["protocol"] == "time"]
                     expected.split = holding[-1] if holding else None
@@ -190,7 +190,7 @@ class Session:
             expected.versions.add(data["id"])
         elif name == "split":
             expected.split = data
-            expected.splits.pop(data["id"], None)  # made again: the last one
+            expected.splits.pop(data["id"], None)  # made again, it becomes the last one
             expected.splits[data["id"]] = data
         elif name in MAKES:
             self._compare_artifact(line, name, MAKES[name], data)
@@ -255,13 +255,13 @@ class Session:
 
 
 def command_of(line: str) -> str:
-    """The command of a line, with its group."""
+    """Return the command of a line, with its group."""
     first, *rest = line.split()
     return f"{first} {rest[0]}" if first in ("songs", "release") else first
 
 
 def advised(text: str) -> list[str]:
-    """The commands that an error says to run, in order; of alternatives the first."""
+    """Return the commands that an error advises to run, in order; of alternatives only the first."""
     _, found, rest = text.partition("run `rayrec ")
     alternatives = re.split(r"` or `", f"`rayrec {rest}") if found else [""]
     commands = re.findall(r"`rayrec ([^`]+)`", alternatives[0] + "`")
@@ -269,7 +269,7 @@ def advised(text: str) -> list[str]:
 
 
 def wanted_split(line: str, expected: Expected) -> str | None:
-    """The split that a fit must have used."""
+    """Return the id of the split that a fit must have used, or None for all plays."""
     named = re.search(r"--split (\S+)", line)
     if named:
         return named[1]
@@ -277,7 +277,7 @@ def wanted_split(line: str, expected: Expected) -> str | None:
 
 
 def seen_range(data: dict[str, Any], split: dict[str, Any] | None) -> bool:
-    """Whether a fit says which plays it saw."""
+    """Return True if the result of a fit names the plays that it was trained on."""
     if split is None:
         return bool(data["trained_on"] == "all plays")
     if split["test_from"] is None:

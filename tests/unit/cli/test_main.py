@@ -1,4 +1,4 @@
-"""Exit codes, one clear line for bad input, and a stdout that belongs to the outcome alone."""
+"""Exit codes, one clear line for bad input, and a stdout that holds only the result."""
 
 import json
 import os
@@ -182,7 +182,7 @@ def test_an_error_of_ours_that_ray_wrapped_is_told_as_it_was_raised(
     filled: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class WrappedError(Exception):
-        """As Ray's RayTaskError: the traceback as text, the error as `cause`."""
+        """Like Ray's RayTaskError: its text is the traceback, and `cause` is the error."""
 
         cause = NotFoundError("there is no such song")
 
@@ -354,7 +354,7 @@ def test_a_real_process_keeps_stdout_and_stderr_apart(filled: str) -> None:
 
 
 def help_text(capsys: pytest.CaptureFixture[str]) -> str:
-    """The help of every command, as a terminal of 80 columns shows it."""
+    """Return the help of every command, as a terminal of 80 columns shows it."""
     pages = []
     for words in [[], *([name] for name in COMMANDS), *([group, name] for group in GROUPS for name in GROUPS[group])]:
         assert main([*words, "--help"]) == 0

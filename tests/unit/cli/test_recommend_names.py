@@ -1,4 +1,4 @@
-"""`rayrec recommend` and the HTTP API are one contract: flags, fields and songs have the same names."""
+"""`rayrec recommend` and the HTTP API use the same names for flags, fields of requests and fields of songs."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from rayrec.recommend.answer import ScoredSong
 from rayrec.serving.schemas import RecommendationsRequest, RecommendedSong
 from rayrec_cli.main import app
 
-OF_HTTP = {"history", "cursor"}  # the command takes --songs, and gives one answer
+OF_HTTP = {"history", "cursor"}  # the command has --songs instead, and no further pages
 
 
 def test_each_field_of_a_request_is_a_flag() -> None:

@@ -19,7 +19,7 @@ FROM_10, FROM_7 = "the plays from 1970-01-11 on, UTC", "the plays from 1970-01-0
 def warned(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], refit: bool, **splits: dict[str, str]
 ) -> list[str]:
-    """The warnings of a release of a model whose parts have such splits."""
+    """Return the warnings of `release create`; `splits` has the split of each kind of part that was fitted with one."""
     write_dataset_manifest(workspace, DatasetManifest(id="d", source="", buckets=1, parts=1, users=0, plays=0, songs=0))
     save_split(workspace, Split(id="tested", dataset="d", validation_from=7 * DAY, test_from=10 * DAY))
     save_split(workspace, Split(id="all", dataset="d", validation_from=7 * DAY, test_from=20 * DAY, has_test=False))

@@ -1,4 +1,4 @@
-"""Every command that makes or uses something prints the ids of what it started from."""
+"""Every command that makes or uses artifacts prints the ids of its inputs."""
 
 import contextlib
 import io
@@ -63,12 +63,12 @@ STAGES = [  # in the order in which they build on each other; files are in the f
     ["recommend", "--user", "u1", "--at", LAST],
     ["recommend", "--all", "-k", "3"],
 ]
-PRINTED = tuple[dict[str, Any], str]  # with --json, and without
+PRINTED = tuple[dict[str, Any], str]  # output with --json, and without
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of plays and settings, and a workspace with the plays."""
+    """A folder with files of plays and settings, and a workspace with the plays imported."""
     folder = tmp_path_factory.mktemp("inputs")
     write_rows(folder / "plays.csv", ring_plays(range(60)))
     write_rows(folder / "day.csv", ring_plays(range(60), plays=10, begin=20, days=1))
@@ -90,7 +90,7 @@ TOML_EVALUATE = 'models = ["taste", "popularity"]\nbootstrap_samples = 0\noffset
 
 
 def run(workspace: Path, words: list[str], most: int = 0) -> str:
-    """What a command prints; its exit code is at most `most`."""
+    """Run a command and return its stdout; its exit code must be at most `most`."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(["--workspace", str(workspace), *words])
@@ -99,7 +99,7 @@ def run(workspace: Path, words: list[str], most: int = 0) -> str:
 
 
 def both(folder: Path, words: list[str], workspace: str = "workspace") -> PRINTED:
-    """What a command prints as JSON, then as text; the second time most find their result."""
+    """Return a command's output as JSON and as text; most commands find the result of the first run in the second."""
     words = [str(folder / word) if (folder / word).is_file() else word for word in words]
     return json.loads(run(folder / workspace, ["--json", *words])), run(folder / workspace, words)
 
@@ -121,7 +121,7 @@ def test_each_stage_prints_the_ids_of_its_inputs(folder: Path, printed: list[PRI
     inputs = data.get("inputs") or {name: data[name] for name in ("dataset", "models", "tastes", "indexes")}
     require_printed({role: used for role, used in inputs.items() if role != "descriptions"}, text)
     manifest = Dataset(Workspace(folder / "workspace")).manifest
-    if "index" not in STAGES[number]:  # made from the model alone
+    if "index" not in STAGES[number]:  # an index is made from the model alone
         assert inputs["dataset"] in (manifest.id, *manifest.ancestors)
 
 
@@ -159,7 +159,7 @@ def test_commands_of_many_stages_print_the_inputs_of_each(folder: Path, words: l
 
 def test_an_update_prints_what_its_release_is_made_of(folder: Path) -> None:
     run(folder / "updated", ["fit", str(folder / "plays.csv"), "--settings", str(folder / "settings.toml")])
-    text = run(folder / "updated", ["update", str(folder / "day.csv")], 1)  # perhaps not live
+    text = run(folder / "updated", ["update", str(folder / "day.csv")], 1)  # 1 if the release is not made live
     require_printed(listing(Workspace(folder / "updated"), "releases")[-1].inputs, text)
 
 
@@ -168,7 +168,7 @@ def test_serve_names_the_release_before_it_starts(
 ) -> None:
     live = active_release(Workspace(folder / "workspace"))
     assert live is not None
-    for _ in range(2):  # the second time the states are loaded
+    for _ in range(2):  # the second time the states are already loaded
         with monkeypatch.context() as stopped:
             stopped.setattr("rayrec.serving.run.running", lambda *_: (_ for _ in ()).throw(InputError("stop here")))
             assert main(["--workspace", str(folder / "workspace"), "serve"]) == 2

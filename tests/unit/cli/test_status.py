@@ -1,4 +1,4 @@
-"""`rayrec status` shows what was made from what, what is current and what is live."""
+"""`rayrec status` shows which inputs each artifact was made from, and which artifacts are current or live."""
 
 import io
 from datetime import datetime, timedelta, timezone
@@ -29,7 +29,7 @@ def put(workspace: Workspace, kind: str, name: str, **inputs: str) -> None:
 
 
 def lines(workspace: Workspace) -> list[tuple[int, str]]:
-    """Depth and text of each line of the tree."""
+    """Return depth and text of each line of the tree."""
     console = Console(file=io.StringIO(), width=200)
     console.print(lineage_tree(status(workspace)))
     drawn = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -37,7 +37,7 @@ def lines(workspace: Workspace) -> list[tuple[int, str]]:
 
 
 def find(shown: list[tuple[int, str]], start: str) -> tuple[int, str, str]:
-    """Depth, text and parent's text of the line that begins so."""
+    """Return depth, text and the parent's text of the one line that begins with `start`."""
     (at,) = [number for number, (_, text) in enumerate(shown) if text.startswith(start)]
     depth, text = shown[at]
     return depth, text, next(above for level, above in reversed(shown[:at]) if level == depth - 1)
@@ -72,7 +72,7 @@ def test_what_was_made_from_a_data_set_that_is_gone_says_so(workspace: Workspace
 
 
 def test_after_an_append_a_continued_model_names_what_the_lines_above_it_do_not(tmp_path: Path) -> None:
-    """Fit, append, and a training that is continued: its embeddings are those of the first fit."""
+    """After a fit and an append, a continued training uses the song embeddings of the first fit."""
     workspace, two_days = Workspace(tmp_path), (datetime.now(timezone.utc) - timedelta(days=2, hours=1)).isoformat()
     figures: dict[str, Any] = {"source": "csv", "buckets": 1, "users": 1, "plays": 2, "songs": 2}
     now = DatasetManifest(id="d2", ancestors=["d1"], parts=2, created_at=two_days, **figures)

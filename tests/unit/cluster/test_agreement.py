@@ -1,4 +1,4 @@
-"""Values that stand in several files are the same in all of them."""
+"""Values that occur in several files agree."""
 
 import re
 import shlex
@@ -52,7 +52,7 @@ def test_gpu_machines_have_the_gpu_image_and_the_others_have_not(name: str) -> N
 
 
 def test_serve_runs_on_a_cluster_as_it_does_under_rayrec_serve() -> None:
-    """Behind HAProxy, started through the wrapper that both stages of the image write."""
+    """Serve runs behind HAProxy, which it starts through the wrapper that both stages of the image write."""
     parser = DockerfileParser(fileobj=(CLUSTER / "Dockerfile").open("rb"))
     variables = [shlex.split(item["value"]) for item in parser.structure if item["instruction"] == "ENV"]
     image = dict(each.split("=", 1) for group in variables for each in group)

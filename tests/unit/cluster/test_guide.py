@@ -1,4 +1,4 @@
-"""The guide speaks of files, commands and options that are there."""
+"""All files, commands and options that the guide in cluster/README.md names exist."""
 
 import re
 import shlex
@@ -15,7 +15,7 @@ NAMED = sorted(set(re.findall(r"`((?:kuberay/)?[A-Za-z-]+\.yaml|Dockerfile)`", T
 
 
 def options(words: list[str]) -> tuple[set[str], list[str]]:
-    """The options that a command knows, and the words behind its name."""
+    """Return the options of the command that `words` begin with, and the words after its name."""
     found = typer.main.get_command(app)
     while words and not words[0].startswith("-") and hasattr(found, "commands"):
         found = found.commands[words.pop(0)]

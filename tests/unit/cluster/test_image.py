@@ -1,4 +1,4 @@
-"""The image: what hadolint asks of any, and what this one promises: two targets, no root, every version pinned."""
+"""The Dockerfile passes hadolint, has two targets, does not run as root, and pins all versions."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ INSTRUCTIONS: list[dict[str, Any]] = [item for item in PARSER.structure if item[
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
-    """Instructions by stage."""
+    """Return the instructions of each stage, by the stage's name."""
     found: dict[str, list[tuple[str, str]]] = {}
     for item in INSTRUCTIONS:
         if item["instruction"] == "FROM":

@@ -1,4 +1,4 @@
-"""The manifests for Kubernetes pass the schemas of KubeRay and of Kubernetes, and keep their promises."""
+"""The Kubernetes manifests pass the schemas of KubeRay and of Kubernetes, and have safe and consistent settings."""
 
 import gzip
 import json
@@ -32,7 +32,7 @@ KUBERNETES_KINDS = {
 
 
 def faults(item: dict[str, Any]) -> list[str]:
-    """What a schema finds wrong with an object, each with its place."""
+    """Return the schema's errors for an object, each with its place in the object."""
     kind = item["kind"]
     if item["apiVersion"] == "ray.io/v1":
         where = f"kuberay.json#/$defs/{kind}"
@@ -129,7 +129,7 @@ def test_the_cron_job_submits_commands_that_are_there_to_the_cluster_that_stays(
     assert environment["RAY_AUTH_MODE"]["value"] == cluster["spec"]["authOptions"]["mode"]
     assert environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": name, "key": "auth_token"}
     head = {item["name"] for item in pods(cluster["spec"])[0]["containers"][0]["env"]}
-    assert "RAYREC_REDIS_PASSWORD" in head  # of the store that the update loads, where submitted commands run
+    assert "RAYREC_REDIS_PASSWORD" in head  # for the store that `update` loads; submitted commands run on the head
     (script,) = container["args"]
     group = typer.main.get_command(app)
     for line in script.split(" && "):
@@ -140,7 +140,7 @@ def test_the_cron_job_submits_commands_that_are_there_to_the_cluster_that_stays(
 
 
 def test_kuberay_submits_the_whole_entrypoint_as_one_command() -> None:
-    """KubeRay writes it unquoted into the command line of the pod that submits it, in front of `; fi ; ...`."""
+    """KubeRay writes the entrypoint unquoted into the submitting pod's command line, in front of `; fi ; ...`."""
     specs = [item["spec"] for _, item in every_manifest() if item["kind"] in ("RayJob", "RayCronJob")]
     assert len(specs) == 3
     for spec in specs:

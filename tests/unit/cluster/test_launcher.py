@@ -1,4 +1,4 @@
-"""The files of `ray up` pass Ray's own checks, and keep the promises that README.md makes of them."""
+"""The files for `ray up` pass Ray's own checks, and have the settings that README.md describes."""
 
 import json
 from copy import deepcopy
@@ -15,7 +15,7 @@ SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").r
 
 
 def node_types(name: str) -> dict[str, Any]:
-    """The node types of a file."""
+    """Return the node types of a file."""
     found: dict[str, Any] = launcher(name)["available_node_types"]
     return found
 
@@ -25,7 +25,7 @@ def test_ray_takes_the_file(name: str) -> None:
     jsonschema.validate(launcher(name), SCHEMA)
     prepared = prepare_config(deepcopy(launcher(name)))
     validate_config(prepared)
-    assert prepared["head_setup_commands"] == prepared["worker_setup_commands"] == []  # nothing of Ray's defaults
+    assert prepared["head_setup_commands"] == prepared["worker_setup_commands"] == []  # Ray adds no default commands
 
 
 def test_the_check_sees_a_word_that_ray_does_not_know() -> None:

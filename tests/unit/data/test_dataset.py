@@ -1,4 +1,4 @@
-"""Parts of the histories: merged as they stream, each user once, in bounded batches."""
+"""Parts of the histories are merged while they are read: each user once, in bounded batches."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from rayrec.storage.workspace import Workspace, histories_file
 
 
 def rows_of(histories: Histories) -> dict[str, list[tuple[int, int]]]:
-    """User -> (moment, song) of every play; fails where a user is there twice."""
+    """User -> (moment, song) of every play; fails if a user occurs twice."""
     assert len(set(histories.user_ids)) == len(histories)
     spans = zip(histories.offsets[:-1], histories.offsets[1:], strict=True)
     return {
@@ -22,7 +22,7 @@ def rows_of(histories: Histories) -> dict[str, list[tuple[int, int]]]:
 
 
 def cut_into_parts(histories: Histories, count: int, seed: int) -> list[Histories]:
-    """Each play in one of the parts at random; in each part the users by ascending id, without empty rows."""
+    """Put each play into a random part. Each part is sorted by user id and omits users without plays in it."""
     histories = histories.take(np.argsort(histories.user_ids))
     part = np.random.default_rng(seed).integers(count, size=histories.num_plays)
     kept = [histories.keep(part == number) for number in range(count)]

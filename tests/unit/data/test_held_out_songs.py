@@ -1,4 +1,4 @@
-"""Songs held out of every fit: none of their plays is seen, and the cuts of all other plays stay where they are."""
+"""Songs held out of every fit: a fit sees none of their plays, and the cuts of all other plays do not move."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def test_a_cut_of_each_users_plays_is_the_same_before_and_after_held_out_songs_a
     whole = histories.keep(kept & ~split.is_test(histories))
     whole = whole.take(whole.lengths > 0)
     np.testing.assert_array_equal(seen.songs, whole.songs)
-    # What was dropped in between does not move the validation range.
+    # The dropped plays do not move the validation range.
     validation = histories.keep(kept & split.is_validation(histories)).songs
     np.testing.assert_array_equal(seen.songs[split.is_validation(seen)], validation)
     earlier = split.selection.select(histories)

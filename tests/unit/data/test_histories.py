@@ -19,7 +19,7 @@ def histories() -> Histories:
 
 
 def lists(histories: Histories) -> dict[str, list[list[int]]]:
-    """Everything in the histories, as a list for each user."""
+    """All fields of the histories, with one list per user."""
     fields = {"songs": histories.songs, "at": histories.played_at, "contexts": histories.contexts}
     fields["skipped"] = histories.skipped
     cuts = histories.offsets[1:-1]
@@ -119,7 +119,7 @@ def test_queries_at_the_end_have_seen_everything(histories: Histories) -> None:
 
 
 def test_the_hash_of_a_user_never_changes() -> None:
-    """Buckets on disk depend on it: these numbers must stay."""
+    """The buckets on disk depend on the hash: these numbers must stay."""
     hashes = user_hash(["ann", "bob", "Zoë"])
     assert hashes.dtype == np.uint64
     assert [int(value) % 1000 for value in hashes] == [139, 66, 193]

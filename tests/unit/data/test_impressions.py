@@ -1,4 +1,4 @@
-"""The impression log: what is added can be read, it is bounded, and it never fails whoever adds to it."""
+"""The impression log: added rows can be read, its size is bounded, and adding a row never raises an error."""
 
 import time
 from collections import Counter
@@ -57,7 +57,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 class Counted:
-    """A log that is written when the test says so, with what it counted."""
+    """A log that is written only when the test flushes or closes it, and the outcomes that it counted."""
 
     def __init__(self, workspace: Workspace, *, rows: int = 100, disk_bytes: int = 1 << 30, writer: str = "a") -> None:
         self.outcomes: Counter[tuple[str, str]] = Counter()
@@ -220,7 +220,7 @@ def test_a_deleted_user_is_hidden_at_once_and_then_in_no_file(workspace: Workspa
         made.log.add("answers", answer(number, user))  # type: ignore[arg-type]
     made.log.add("events", event(1, "secret-user"))
     made.log.flush()
-    made.log.add("answers", answer(3, "secret-user"))  # still in memory as the user is deleted
+    made.log.add("answers", answer(3, "secret-user"))  # still in memory when the user is deleted
     mark_forgotten(workspace, ["secret-user"], NOW + 100)
     assert ids(workspace) == ["r0", "r2"]
     made.log.flush()
@@ -231,6 +231,6 @@ def test_a_deleted_user_is_hidden_at_once_and_then_in_no_file(workspace: Workspa
     for path in everything:
         assert b"secret-user" not in path.read_bytes()
         assert "secret-user" not in path.name
-    made.log.add("answers", answer(200, "secret-user"))  # came back after the deletion
+    made.log.add("answers", answer(200, "secret-user"))  # the user came back after the deletion
     made.log.flush()
     assert ids(workspace) == ["r0", "r2", "r200"]

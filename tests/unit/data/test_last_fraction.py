@@ -1,4 +1,4 @@
-"""The cut of each user's own sequence: which plays fall where, and that a fit refuses the rest."""
+"""The split at a fraction of each user's plays: which plays are in which range, and that a fit refuses the others."""
 
 import json
 
@@ -33,7 +33,7 @@ def by_user(histories: Histories, mask: np.ndarray) -> list[list[int]]:
 
 def test_each_user_is_cut_by_the_own_number_of_plays() -> None:
     histories, split = sequences(10, 5, 3, 1), cut()
-    # test begins at floor(0.8 n + 1/2), validation at floor(0.7 n + 1/2): 8 and 7, 4 and 4, 2 and 2, 1 and 1
+    # Test begins at play floor(0.8 n + 1/2), validation at floor(0.7 n + 1/2): 8 and 7, 4 and 4, 2 and 2, 1 and 1.
     assert by_user(histories, split.is_test(histories)) == [[0] * 8 + [1, 1], [0, 0, 0, 0, 1], [0, 0, 1], [0]]
     assert by_user(histories, split.is_validation(histories)) == [[0] * 7 + [1, 0, 0], [0] * 5, [0] * 3, [0]]
 

@@ -1,4 +1,4 @@
-"""Cleaning: what no release to keep needs is named with its size, and only that is deleted."""
+"""Cleaning: artifacts that no kept release needs are listed with their sizes, and only these are deleted."""
 
 import os
 from dataclasses import asdict, replace
@@ -19,7 +19,7 @@ def make(workspace: Workspace, kind: str, name: str, **inputs: str) -> Manifest:
 
 
 def release(workspace: Workspace, night: int, *, activate: bool = True) -> Manifest:
-    """A release of one night: a new data set and new tastes, the same model."""
+    """A release of one night: new taste vectors of the same model."""
     tastes = make(workspace, "tastes", f"t{night}", dataset="d", models="m")
     return releases.create_release(workspace, model_id="m", tastes_id=tastes.id, index_id="i", activate=activate)
 
@@ -176,7 +176,7 @@ def test_a_release_that_went_live_since_it_was_found_is_not_deleted(nights: Work
     live = releases.active_release(nights)
     assert live is not None
     releases.verify_release(nights, live)
-    assert nights.exists("tastes/t3")  # garbage by now, but not in the list
+    assert nights.exists("tastes/t3")  # garbage by now, but not in the list `garbage`
 
 
 def test_joined_parts_stay_for_their_readers_for_some_hours(nights: Workspace) -> None:

@@ -47,7 +47,7 @@ def convert(values: pa.Array, timezone: str = "UTC") -> tuple[list[int], list[st
 )
 def test_every_way_to_write_a_moment_gives_the_same_ms(text: str, expected: int) -> None:
     assert convert(pa.array([text])) == ([expected], [])
-    # Beside a value of another form, the column takes the slow way: the answer must not change.
+    # Next to a value of another form, the column takes the slow path: the result must not change.
     assert convert(pa.array([text, "x", "1241478537", "2009-05-04T23:08:57Z"]))[0] == [expected, 0, MOMENT, MOMENT]
 
 
@@ -164,7 +164,7 @@ MOMENTS = st.one_of(
 @given(MOMENTS)
 @example("2009-05-04T23:08:57,5Z")
 def test_a_command_reads_a_moment_as_an_import_does(text: str) -> None:
-    """But a command wants a zone, where an import takes the one that it was given."""
+    """Except for times without a zone: a command refuses them, an import applies its time zone setting."""
     times, reasons = convert(pa.array([text, "x"]))
     if len(reasons) == 1 and convert(pa.array([text, "x"]), "Asia/Tokyo")[0] != times:
         with pytest.raises(InputError, match="no zone"):
@@ -190,7 +190,7 @@ def test_columns_of_other_types_are_named() -> None:
         ("2026-01-01 10:00:00", "Europe/Berlin", "2026-01-01T09:00Z"),
         ("2026-07-01T10:00:00.250", "Europe/Berlin", "2026-07-01T08:00:00.25Z"),
         ("2026-07-01 10:00", "America/New_York", "2026-07-01T14:00Z"),
-        ("2026-07-01", "Asia/Tokyo", "2026-06-30T15:00Z"),  # its midnight
+        ("2026-07-01", "Asia/Tokyo", "2026-06-30T15:00Z"),  # midnight in Tokyo
         ("2026-03-29 01:59:59", "Europe/Berlin", "2026-03-29T00:59:59Z"),
         ("2026-03-29 02:00:00", "Europe/Berlin", "2026-03-29T01:00Z"),  # does not come: moved to 03:00
         ("2026-03-29 02:59:59", "Europe/Berlin", "2026-03-29T01:00Z"),

@@ -1,4 +1,4 @@
-"""The oracle: it knows the world's rules, so nothing passes it, and what it says comes true."""
+"""The oracle knows the rules of the generated world: no model can beat it, and its probabilities are correct."""
 
 from itertools import product
 
@@ -25,7 +25,7 @@ def queries(histories: Histories) -> Queries:
 
 
 def hits(scores: np.ndarray, songs: np.ndarray, k: int) -> np.ndarray:
-    """bool (Q,): whether the song played is among the k best."""
+    """bool (Q,): True if the played song is among the k best."""
     return np.asarray((np.argpartition(-scores, k, axis=1)[:, :k] == songs[:, None]).any(axis=1))
 
 
@@ -113,7 +113,7 @@ class TestInferredContexts:
         np.testing.assert_allclose(infer_contexts(world, history)[-1], weights / weights.sum(), rtol=1e-4)
 
     def _likelihood(self, world: World, history: Histories, way: tuple[int, ...]) -> float:
-        """P(contexts, songs) along one way, from the oracle that is told the contexts one play at a time."""
+        """P(contexts, songs) for the contexts `way`, from an oracle that knows the context of each play."""
         shares, total = world.context_shares, 1.0
         starts = np.diff(history.played_at, prepend=0) >= 30 * 60_000
         for place, context in enumerate(way):

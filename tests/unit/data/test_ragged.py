@@ -1,4 +1,4 @@
-"""Sorting and cutting by group give what the plain way gives."""
+"""Sorting and cutting by group give the same as plain sorts and loops."""
 
 import numpy as np
 import pytest

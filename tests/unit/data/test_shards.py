@@ -1,4 +1,4 @@
-"""Batches of an epoch: the same for any number of workers, each window once, and of like length."""
+"""Batches of an epoch: the same for any number of workers, with each window once and windows of similar length."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_every_window_stands_in_one_batch_and_batches_are_full(units: int, batch
     assert len(sizes) == epoch.steps
     assert batch <= sizes.min() <= sizes.max() < 2 * batch
     for pool in found[:-1]:
-        assert pool.steps.max() < found[-1].steps.min()  # pool after pool
+        assert pool.steps.max() < found[-1].steps.min()  # the last pool comes after all others
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
@@ -76,7 +76,7 @@ def test_workers_have_shards_of_their_own_and_read_as_few_lanes_as_they_can(unit
     ],
 )
 def test_workers_have_their_share_of_every_step(workers: int, batch: int, windows: int) -> None:
-    """Any number of them where a batch holds enough windows for each; up to 8, given data, whatever the batch."""
+    """Any number of workers if a batch has WORKER_WINDOWS per worker; otherwise up to 8, with enough data."""
     for pool in pools(epoch_of(lengths(64, windows), batch=batch)):
         share_W = np.bincount(pool.shards % workers, minlength=workers) / len(pool.shards)
         for step in np.unique(pool.steps).tolist():

@@ -102,7 +102,7 @@ def test_an_empty_catalog_finds_nothing() -> None:
 @settings(max_examples=200)
 @given(st.text(st.characters(categories=["L", "M", "N", "P"], include_characters=" \t\n"), max_size=20))
 def test_one_text_folds_as_a_column_does(text: str) -> None:
-    # Characters whose casefold is no lower case of theirs and no letter that people type are left out.
+    # Characters whose casefold is not their lower case are left out, except for ß and ς.
     kept = "".join(
         char
         for char in text

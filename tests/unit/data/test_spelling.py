@@ -1,4 +1,4 @@
-"""Ids, texts and lists from outside are spelled by one rule each, whatever the file holds them as."""
+"""Ids, texts and lists of input files are spelled by one rule each, for every column type."""
 
 from decimal import Decimal
 from typing import Any

@@ -1,4 +1,4 @@
-"""The time cut: what a fit may see, and that it refuses the rest."""
+"""The split in time: which plays a fit may see, and that it refuses all others."""
 
 from collections.abc import Sequence
 
@@ -163,7 +163,7 @@ def test_which_plays_an_artifact_was_trained_on_is_said_in_words(workspace: Work
     selected, tested = ["selection/model.safetensors"], "all plays except the plays from 1970-01-21 on"
     assert of("models", "tested", selected, refit=False).startswith("all plays except the plays from 1970-01-11 on")
     assert of("models", "tested", selected, refit=True).startswith(tested)
-    assert of("models", "tested", refit=False).startswith(tested)  # nothing was chosen: it learned from both ranges
+    assert of("models", "tested", refit=False).startswith(tested)  # fitted on validation plays too
     assert of("rankers", "tested") == "the plays from 1970-01-11 up to but not including 1970-01-21, UTC (split tested)"
     assert of("models", "all") == "all plays, with settings chosen on the plays from 1970-01-11 on, UTC (split all)"
     assert of("retrieval", "parts").startswith("all plays except the last 0.2 of each user's plays (weaker")

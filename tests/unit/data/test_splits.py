@@ -1,4 +1,4 @@
-"""Which split a command works with."""
+"""Which split a command uses."""
 
 import os
 
@@ -100,7 +100,7 @@ def test_the_validation_range_grows_until_it_holds_enough_plays_up_to_a_tenth_of
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, wanted: int, days: int
 ) -> None:
     monkeypatch.setattr(split_module, "VALIDATION_PLAYS", wanted)
-    # Ten users with a play each day for 200 days, of which the last 30 are for the test; 16 are a tenth of the others.
+    # Ten users with one play per day on 200 days. The last 30 days are for the test; 16 days are a tenth of the others.
     moments = [day * DAY_MS + DAY_MS // 2 for day in range(200)]
     write_dataset(workspace, Histories.from_lists([[1] * 200] * 10, [moments] * 10), num_songs=2)
     made = split_dataset(workspace, SplitConfig(test_days=30))

@@ -1,4 +1,4 @@
-"""The generated world: its plays follow its rules, and depend on nothing else."""
+"""The generated world: its plays follow its rules and depend only on the settings and the user."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def histories(world: World) -> Histories:
-    """All 2,000 users, some 120,000 plays."""
+    """The histories of all 2,000 users, about 120,000 plays."""
     return world.histories(np.arange(world.config.users))
 
 
@@ -49,7 +49,7 @@ def contexts(histories: Histories) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def starts(histories: Histories) -> np.ndarray:
-    """bool (P,): the plays that start a session, read off the gaps."""
+    """bool (P,): True for plays that start a session, derived from the gaps between plays."""
     gaps = np.diff(histories.played_at, prepend=0)
     first = np.zeros(histories.num_plays, dtype=bool)
     first[histories.offsets[:-1]] = True

@@ -1,4 +1,4 @@
-"""Windows hold every input once, and those of like length stand together in a batch."""
+"""Windows hold every input once, and a batch holds windows of similar length."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ WINDOW, LOOKAHEAD = 4, 3
 
 @pytest.fixture(scope="module")
 def histories() -> Histories:
-    """Users of 0 to 30 plays; every song number is unique, so that plays can be told apart."""
+    """Users of 0 to 30 plays; every song number is unique, so that it identifies a play."""
     made = random_histories(40, 10, seed=5)
     return Histories(
         user_ids=made.user_ids,

@@ -1,4 +1,4 @@
-"""Songs on a plane."""
+"""The layout of songs on a plane, and principal axes."""
 
 import numpy as np
 from worlds import random_vectors

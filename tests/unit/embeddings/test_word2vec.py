@@ -58,7 +58,7 @@ def test_training_by_epochs_equals_one_call_of_gensim(tmp_path: Path) -> None:
     path = tmp_path / "corpus"
     config = EmbedConfig(
         dim=8, epochs=3, window=2, center=False
-    )  # several batches an epoch, so that the falling rate shows
+    )  # several batches per epoch, so that the falling learning rate matters
     run = Word2Vec(write_corpus([two_clusters(4_000)], path, 20), config)
     list(run.train())
     gensim = Gensim(

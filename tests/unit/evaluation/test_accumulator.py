@@ -1,4 +1,4 @@
-"""The bootstrap draws and widens as it must; pairwise accuracy against drawn negatives, and cosines by offset."""
+"""Bootstrap weights and intervals, pairwise accuracy against drawn negatives, and cosines by offset."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def _users(count: int, prefix: str = "user") -> np.ndarray:
 def _interval(
     values: np.ndarray, counts: np.ndarray, *, samples: int, confidence: float, prefix: str = "user"
 ) -> tuple[float, float, float]:
-    """The mean of values by user over counts by user, (U,) each, with its interval."""
+    """The sum of `values` over the sum of `counts`, (U,) by user, and the bounds of its interval."""
     cells = CellRange().cells_of(_users(len(values), prefix))
     weights = bootstrap_weights(CELLS, samples, seed=0)
     sums, behind = (weights @ np.bincount(cells, weights=some, minlength=CELLS) for some in (values, counts))
@@ -84,7 +84,7 @@ def test_users_with_many_alike_plays_widen_the_interval_as_clusters_do() -> None
     right = (np.random.default_rng(1).random(users) < 0.3) * float(plays_each)  # all of a user's plays or none
     _, low, high = _interval(right, np.full(users, plays_each), samples=2_000, confidence=0.95)
     of_users = 2 * 1.96 * np.sqrt(0.3 * 0.7 / users)
-    assert high - low == pytest.approx(of_users, rel=0.1)  # and not a fifth of it, as of single plays
+    assert high - low == pytest.approx(of_users, rel=0.1)  # independent plays would give a fifth of this width
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -133,7 +133,7 @@ def test_a_pair_is_won_where_the_song_played_is_nearer() -> None:
     won, pairs = _sums(histories, "next", vectors)
     uniform, zipf = NEGATIVES.index("uniform"), NEGATIVES.index("zipf")
     assert pairs[0, uniform] == won[0, uniform] == 7
-    assert won[0, zipf] < 7  # the most popular songs are the nearest, or even the song itself: no pair then
+    assert won[0, zipf] < 7  # a popular negative is near too, or is the song itself, which makes no pair
 
 
 def test_every_query_and_offset_makes_a_pair() -> None:
@@ -143,16 +143,16 @@ def test_every_query_and_offset_makes_a_pair() -> None:
         max(0, min(50, length - seen) - 24) for length in histories.lengths for seen in range(1, max(1, length))
     )
     assert 0.9 * counted < pairs[:, 0].sum() < counted  # one in forty negatives is the song itself
-    assert won.sum() / pairs.sum() == pytest.approx(0.5, abs=0.03)  # nothing to be known
+    assert won.sum() / pairs.sum() == pytest.approx(0.5, abs=0.03)  # the vectors are random
 
 
 def test_a_tie_counts_against_the_song_played_be_it_broken_by_rounding() -> None:
-    nearest = np.nextafter(np.float32(0.6), np.float32(1))  # the next larger number that there is
+    nearest = np.nextafter(np.float32(0.6), np.float32(1))  # the next larger float32
     vectors = np.array([[1, 0], [nearest, 0.8], [0.6, 0.8]], dtype=np.float32)
     histories = Histories.from_lists([[0, 1]] * 50, [[0, 1]] * 50)
     won, pairs = _sums(histories, "next", vectors)
     assert pairs[:, 0].sum() > 20
-    assert won.sum() == 0  # against song 0 itself, which is nearer, and against 2, which is as near
+    assert won.sum() == 0  # against song 0, which is nearer, and against song 2, which is as near
 
 
 def test_songs_without_a_vector_make_no_pair() -> None:
@@ -160,7 +160,7 @@ def test_songs_without_a_vector_make_no_pair() -> None:
     vectors[1] = 0
     histories = Histories.from_lists([[0, 1, 0, 7, 2]], [range(5)])
     _, pairs = _sums(histories, "next", vectors)
-    # After 0 comes 1 and after 1 nothing is known; of (0, 7) and (7, 2) song 7 is not there.
+    # Song 1 has no vector, neither as a target nor as the last song; song 7 is not in the catalog.
     assert pairs.sum() == 0
 
 
@@ -177,7 +177,7 @@ def test_division_of_users_and_queries_changes_no_pair(monkeypatch: pytest.Monke
 
 
 def _circle(songs: int, degrees: float) -> np.ndarray:
-    """Song s lies at s · degrees."""
+    """float32 (N, 2): vectors on a circle; song s lies at the angle s · `degrees`."""
     angles = np.deg2rad(degrees) * np.arange(songs)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
@@ -194,7 +194,7 @@ def _cosine_sums(
 
 def test_the_cosine_at_an_offset_is_that_with_the_song_so_many_plays_ahead() -> None:
     histories = _walk(6, 4)
-    queries = Queries.before_plays(histories, np.array([2, 7]))  # after 2 plays of the first, 1 of the second
+    queries = Queries.before_plays(histories, np.array([2, 7]))  # after 2 plays of the first user and 1 of the second
     sums, counts = _cosine_sums(ItemKnnRecommender(_circle(6, 10)), histories, queries, 5)
     np.testing.assert_array_equal(counts, [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
     steps = np.cos(np.deg2rad(10 * np.arange(1, 6)))

@@ -31,11 +31,11 @@ class Known(CandidateRecommender):
     scores_are_chances: ClassVar[bool] = True
 
     def __init__(self, chances: tuple[float, float, float], new_chances: tuple[float, float]) -> None:
-        """`new_chances` are those of songs 0 and 1 where heard songs are left out."""
+        """`new_chances` are the chances of songs 0 and 1 if heard songs are left out."""
         self._chances, self._new_chances = np.array(chances), np.array([*new_chances, 0.0])
 
     def candidate_chunks(self, histories: Histories, queries: Queries) -> Iterator[tuple[slice, ScoredCandidates]]:
-        """Two slices."""
+        """Yield the candidates in two slices."""
         half = len(queries) // 2
         for begin, end in ((0, half), (half, len(queries))):
             yield slice(begin, end), self._candidates(end - begin)
@@ -62,8 +62,8 @@ def _histories() -> Histories:
     ("chances", "new_chances", "next_error", "served_error"),
     [
         ((0.3, 0.2, 0.5), (0.3, 0.2), 0.0, 0.0),
-        ((0.1, 0.2, 0.6), (0.6, 0.4), 0.3 / 3, 0.5 / 2),  # of new songs, as if no heard one were played
-        ((0.1, 0.4, 0.5), (0.2, 0.3), 0.4 / 3, 0.2 / 2),  # their mean is right
+        ((0.1, 0.2, 0.6), (0.6, 0.4), 0.3 / 3, 0.5 / 2),  # new_chances add up to 1, as if nobody played a heard song
+        ((0.1, 0.4, 0.5), (0.2, 0.3), 0.4 / 3, 0.2 / 2),  # new_chances are right on average only
     ],
 )
 def test_a_recommender_of_known_chances_has_the_known_error(
@@ -94,14 +94,14 @@ def test_given_pairs_have_the_same_error_as_histories() -> None:
 
 def test_errors_of_low_and_high_chances_do_not_make_up_for_each_other() -> None:
     chances = (np.arange(100_000) + 0.5) / 100_000
-    right = 1 - chances  # expected values in place of draws
+    right = 1 - chances  # expected values instead of draws
     assert chances.mean() == pytest.approx(right.mean())
     assert expected_calibration_error(chance_sums(chances, right)) == pytest.approx(0.5, abs=0.01)  # |2 chance - 1|
     assert expected_calibration_error(chance_sums(chances, chances)) == pytest.approx(0, abs=1e-9)
 
 
 def test_small_chances_are_told_apart() -> None:
-    """As those of most places of an answer are: all lie below 0.01."""
+    """Most songs of an answer have a chance below 0.01, as all songs have here."""
     chances = 10 ** np.linspace(-4, -2, 100_000)
     right = np.where(chances < 0.001, 2, 0.75) * chances
     expected = np.where(chances < 0.001, 1, 0.25) * chances

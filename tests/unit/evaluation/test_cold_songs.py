@@ -24,7 +24,7 @@ SPLIT = Split(
     held_out_songs=0.2,
     held_out_seed=1,
 )
-OF_ARTIST, OF_GENRE = 3, 40  # cut-offs: about the cold songs of an artist, and more than the cold songs of a genre
+OF_ARTIST, OF_GENRE = 3, 40  # cut-offs: about the number of cold songs per artist, and more than the number per genre
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def plays(histories: Histories) -> np.ndarray:
 
 
 def vectors_of(world: World) -> np.ndarray:
-    """float32 (N, 30): what the rules of the world make of a song: near its artist, and less so its genre."""
+    """float32 (N, 30): song vectors by the world's rules: near those of the artist, less near those of the genre."""
     random = np.random.default_rng(0)
     of_genre, of_artist = random.normal(size=(CONFIG.genres, 30)), random.normal(size=(CONFIG.artists, 30))
     vectors = of_genre[world.genre] + 0.7 * of_artist[world.artist] + 0.2 * random.normal(size=(CONFIG.songs, 30))
@@ -51,7 +51,7 @@ def vectors_of(world: World) -> np.ndarray:
 
 
 def with_added(world: World, plays: np.ndarray, *, artists: bool, content: bool) -> ItemKnnRecommender:
-    """Neighbors of the last song among songs with plays and those that could be added."""
+    """Item kNN over the songs with plays and the cold songs that were added by artist, by content, or by both."""
     table = world.songs_table()
     if not artists:
         column = table.column_names.index(columns.ARTIST)
@@ -89,7 +89,7 @@ def recalls(
 
 
 def cold_plays(histories: Histories, plays: np.ndarray) -> np.ndarray:
-    """int64: positions of the plays to predict of songs without plays in the fit range, as users first hear them."""
+    """int64: positions of the plays to predict that are a user's first play of a song with no play in the fit range."""
     keys = histories.rows * CONFIG.songs + histories.songs
     first = np.zeros(histories.num_plays, dtype=bool)
     first[np.unique(keys, return_index=True)[1]] = True
@@ -108,8 +108,9 @@ def test_by_its_artist_a_song_is_found_where_it_follows_a_play_of_the_artist(
     cold = cold_plays(histories, plays)
     artist = world.artist[histories.songs]
     following = float((artist[cold] == artist[cold - 1]).mean())
-    # Two plays in a row are of one artist where an album goes on: as often as the context is album within a session,
-    # times the chance that the album is followed. Songs that are new to a user come less from collections, more so.
+    # Two plays in a row are of one artist if an album continues: the share of the album context within a session,
+    # times the chance that the album is followed. For songs new to a user, of which fewer come from collections,
+    # the share is higher.
     shares = stationary_contexts(world)
     assert following > CONFIG.follow * shares[ALBUM] * (1 - 1 / CONFIG.session_plays)
     cold_of_artist = np.bincount(world.artist[plays == 0], minlength=CONFIG.artists)
@@ -125,7 +126,7 @@ def test_with_content_a_song_is_found_as_one_with_plays_is(
     with_plays = ItemKnnRecommender(vectors_of(world))
     with_plays.added_songs = np.flatnonzero(plays == 0)
     best = recalls(with_plays, histories, plays)
-    # Content tells the genre, and all cold songs of a genre stand within the deeper cut-off: nothing is lost there.
+    # Content gives the genre, and all cold songs of a genre fit within the deeper cut-off, so that none is lost there.
     assert np.bincount(world.genre[plays == 0]).max() <= OF_GENRE
     assert abs(found["cold_among_cold", OF_GENRE] - best["cold_among_cold", OF_GENRE]) < 0.03
     genre = world.genre[histories.songs]

@@ -1,4 +1,4 @@
-"""Evaluators in files give the same sums and send little; pairs of a prefix and a target read as they are written."""
+"""Evaluators loaded from files give the same sums and send little to workers; pairs of prefix and target are read."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -43,7 +43,7 @@ FOLDER = "reports/r/run"
 
 
 def _evaluator(workspace: Workspace, histories: Histories, num_songs: int, *, index: str = "flat") -> Evaluator:
-    """Of two-step, network and baselines, whose arrays lie in files as those of artifacts do."""
+    """An evaluator of a two-step recommender, a network and baselines, with their arrays in files, as in artifacts."""
     known = [SPLIT.final.select(histories)]
     Retrieval.fit(known, num_songs=num_songs).save(workspace, "retrieval")
     model = network(model_config(num_songs=num_songs, input_table=True))
@@ -95,7 +95,7 @@ def test_songs_rank_in_the_order_of_answers_with_heard_songs_and_without_them(wo
     firsts = []
     for served in (False, True):
         answers = two_step.recommend(histories, at, 40, exclude_heard=served)
-        rows, places = np.nonzero((answers[0] >= 0) & (answers[1] > 0))  # those that were proposed
+        rows, places = np.nonzero((answers[0] >= 0) & (answers[1] > 0))  # only songs that were proposed
         songs, scores = (values[rows, places] for values in answers)
         known = evaluator.known_songs[songs]
         targets = TargetSongs(
@@ -191,7 +191,7 @@ def test_shards_of_a_file_hold_every_pair_once(tmp_path: Path) -> None:
 
 
 def test_figures_are_those_worked_out_by_hand_and_unknown_songs_are_misses() -> None:
-    # b is the most popular, then a; c is in the catalog without a play, d rare. x is nowhere.
+    # b is the most popular, then a; c is in the catalog without a play, d is rare, and x is not in the catalog.
     plays = np.array([3, 5, 0, 1])
     popular = PopularityRecommender(np.array([3, 5, 9, 1]))
     vectors = np.array([[1, 0], [0.8, 0.6], [0, 1], [-1, 0]], dtype=np.float32)
@@ -204,14 +204,14 @@ def test_figures_are_those_worked_out_by_hand_and_unknown_songs_are_misses() -> 
         for row in Figures(sums, models, config).results(["next"])
         if row["users"] == "all"
     }
-    # Popularity ranks c, b, a, d: b is second twice. Neighbors of a: a, b, c, d; of what is unknown: nothing.
+    # Popularity ranks c, b, a, d, so b is second twice. Item kNN ranks a, b, c, d after a, and nothing after x.
     assert values["popularity", "recall", 1] == 0
     assert values["popularity", "recall", 2] == pytest.approx(2 / 5)
     assert values["popularity", "mrr", 2] == pytest.approx(1 / 5)
     assert values["item-knn", "recall", 1] == pytest.approx(1 / 5)
     assert values["item-knn", "recall", 2] == pytest.approx(2 / 5)
     assert values["item-knn", "ndcg", 2] == pytest.approx((1 + 1 / np.log2(3)) / 5, abs=1e-6)
-    # As served without the song of the prefix: b is found by popularity after a and after x, by neighbors after a.
+    # As served, the songs of the prefix are left out: popularity finds b after a and after x, item kNN only after a.
     differences = {
         (entry["target"], entry["metric"]): entry["difference"]
         for entry in Figures(sums, models, config).comparisons("item-knn")
@@ -243,7 +243,7 @@ def test_an_unknown_target_is_a_miss_as_served_even_after_an_unknown_song() -> N
 
 
 class Asked(PopularityRecommender):
-    """Keeps when the last play came and when it was asked."""
+    """Popularity that records the times of the plays and of the queries of its last call."""
 
     moments: tuple[list[int], list[int]] = ([], [])
 

@@ -20,7 +20,7 @@ DAY = 24 * HOUR
 
 
 class Planted:
-    """Answers and events by hand."""
+    """An impression log with planted answers and events."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
@@ -28,7 +28,7 @@ class Planted:
         self._count = 0
 
     def answer(self, user: str, arm: str | None, songs: list[str], at: int = NOW, **fields: Any) -> str:
-        """Songs that a user got; the id of the answer."""
+        """Log an answer with `songs` for a user, and return its id."""
         self._count += 1
         name = f"r{self._count}"
         row = {"recommendation_id": name, "user_id": user, "moment": at, "at": at, "release": f"of-{arm}", "first": 0}
@@ -37,18 +37,18 @@ class Planted:
         return name
 
     def event(self, user: str, song: str, at: int, **fields: Any) -> None:
-        """Something that a user did."""
+        """Log an event of a user."""
         self._count += 1
         row = {"event_id": f"e{self._count}", "user_id": user, "song_id": song, "type": "play", "moment": at}
         self._log.add("events", {**row, "played_at": at, "skipped": False, **fields})
 
     def report(self, **settings: Any) -> ExperimentReport:
-        """The report, once all of it is written."""
+        """Write the logged rows and return the report."""
         self._log.flush()
         return report_experiment(self.workspace, ExperimentReportConfig(**settings))
 
     def arm(self, name: str = "a", **settings: Any) -> ArmFigures:
-        """The figures of an arm."""
+        """The figures of the arm `name`."""
         return next(arm for arm in self.report(**settings).arms if arm.arm == name)
 
 
@@ -58,7 +58,7 @@ def planted(tmp_path: Path) -> Planted:
 
 
 def plant_arms(planted: Planted, users: int, shares: dict[str, float]) -> None:
-    """Users of each arm, who play 5 of 20 songs; a share of those had been recommended."""
+    """Users of each arm get 20 songs and play 5; the arm's share is the chance that a played song is one of the 20."""
     random = np.random.default_rng(0)
     for row in range(users):
         for arm, share in shares.items():
@@ -95,7 +95,7 @@ def test_equal_arms_are_not_told_apart(planted: Planted) -> None:
 
 def test_arms_of_fewer_than_30_users_with_plays_are_not_compared(planted: Planted) -> None:
     plant_arms(planted, 29, {"control": 0.1, "better": 0.9})
-    planted.answer("silent", "better", ["one"])  # a user without plays is none of the 30
+    planted.answer("silent", "better", ["one"])  # a user without plays does not count towards the 30
     control, better = planted.report().arms
     assert (better.users, better.users_with_plays) == (30, 29)
     assert better.difference == pytest.approx(0.8, abs=0.15)
@@ -129,7 +129,7 @@ def test_shares_of_the_users_one_by_one_come_to_the_same_as_all_at_once(
 
 def test_a_play_counts_in_the_days_after_an_answer_alone(planted: Planted) -> None:
     planted.answer("ann", "a", ["one", "two"])
-    planted.event("ann", "one", NOW - HOUR)  # before it
+    planted.event("ann", "one", NOW - HOUR)  # before the answer
     planted.event("ann", "one", NOW + 3 * DAY)  # too late
     planted.event("ann", "two", NOW)  # at the moment of the answer
     planted.event("ann", "three", NOW + DAY)
@@ -151,9 +151,9 @@ def test_a_song_counts_once_for_a_user_however_often_it_is_played_and_recommende
 def test_a_play_that_names_an_answer_belongs_to_it_and_to_no_other(planted: Planted) -> None:
     named = planted.answer("ann", "a", ["one"])
     planted.answer("ann", "b", ["two"], NOW + HOUR)
-    planted.event("ann", "two", NOW + 2 * HOUR, recommendation_id=named)  # that answer did not hold it
+    planted.event("ann", "two", NOW + 2 * HOUR, recommendation_id=named)  # that answer did not hold the song
     planted.event("ann", "one", NOW + 30 * DAY, recommendation_id=named)  # after the window
-    planted.event("ann", "one", NOW + 2 * HOUR)  # names none: belongs to the last answer, of b
+    planted.event("ann", "one", NOW + 2 * HOUR)  # names no answer: belongs to the last answer, of b
     first, second = planted.report(control="a").arms
     assert (first.played, first.recommended) == (2, 1)
     assert (second.played, second.recommended) == (1, 0)

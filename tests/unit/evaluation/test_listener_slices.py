@@ -1,4 +1,4 @@
-"""Slices of new listeners and of sessions that begin after a pause or away from the long-term taste: planted worlds."""
+"""Slices on planted plays: new listeners, sessions after a pause, and sessions far from the long-term taste."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ DAY = 20_000 * DAY_MS
 
 
 class MeanOfSongs(VectorRecommender):
-    """Its taste vector is the mean of all songs before the query."""
+    """A recommender whose taste vector is the mean of all songs before the query."""
 
     name = "mean"
 
@@ -43,7 +43,7 @@ class MeanOfSongs(VectorRecommender):
 
 @pytest.fixture
 def world() -> tuple[Histories, Queries]:
-    """A year of song 0, a session of song 1 a hundred days later, and one of song 0 three days after that."""
+    """A session of song 0, one of song 1 a hundred days later, and one of song 0 three days after that."""
     songs = [0, 0, 0, 1, 1, 0, 0]
     times = [0, MINUTE, 2 * MINUTE, 100 * DAY_MS, 100 * DAY_MS + MINUTE, 103 * DAY_MS, 103 * DAY_MS + MINUTE]
     histories = Histories.from_lists([songs], [[DAY + time for time in times]])
@@ -78,13 +78,13 @@ def test_what_a_session_is_compared_with_ends_before_it(world: tuple[Histories, 
     histories, queries = world
     network = MeanOfSongs(np.eye(2, dtype=np.float32))
     cosines = session_cosines(network, histories, queries, plays_before_session(histories, queries))
-    assert np.isnan(cosines[[0, 1, 2, 4]]).all()  # the first session, and queries that begin one
+    assert np.isnan(cosines[[0, 1, 2, 4]]).all()  # the first session, and the first query of each later one
     assert cosines[3] == pytest.approx(0)
     assert cosines[5] == pytest.approx(3 / np.sqrt(3**2 + 2**2))
 
 
 def test_users_without_plays_are_a_slice_of_their_own_that_changes_no_other_figure() -> None:
-    # Three users begin in the test range: with song 0, the most played, with song 1, and with one that nobody knows.
+    # Three users begin in the test range: with song 0, the most played, with song 1, and with the unknown song 3.
     histories = Histories.from_lists(
         [[0, 0, 0, 1], [0, 2], [1], [3, 0]], [[1, 2, 3, 4], [11, 12], [13], [14, 15]], ["old", "a", "b", "c"]
     )
@@ -113,11 +113,11 @@ def test_users_without_plays_are_a_slice_of_their_own_that_changes_no_other_figu
 
 def test_users_without_plays_get_what_is_played_of_late_by_many_artists() -> None:
     plays = np.array([900, 100, 50, 40, 30, 0])
-    late = np.array([0, 60, 50, 40, 25])  # of the sixth, which came later, nothing is known
+    late = np.array([0, 60, 50, 40, 25])  # the sixth song came later and has no count
     artists = np.array([0, 1, 1, 1, 2])
     known = np.array([True, True, True, True, True, False])
     starting = Starting.of(plays, known, recent_plays=late, artist_of_song=artists)
     chosen = choose_popular(starting, AnswerOptions(k=4))
-    assert chosen.songs.tolist() == [1, 2, 4, 3]  # 60, 50 / 2 with more plays in all than the 25, 25, 40 / 3
+    assert chosen.songs.tolist() == [1, 2, 4, 3]  # 60, 50 / 2, 25, 40 / 3; the tie goes to the song with more plays
     assert chosen.scores.tolist() == pytest.approx([60, 25, 25, 40 / 3])
     assert Starting.of(plays, known).order.tolist() == [0, 1, 2, 3, 4]

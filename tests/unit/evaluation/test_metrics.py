@@ -20,7 +20,7 @@ NAN, INF = np.nan, np.inf
         ([0, 5, 5, 1], 2, 2),
         ([NAN, 1, NAN], 1, 1),  # NaN is -inf
         ([NAN, 1, 0], 0, NOT_FOUND),
-        ([-INF, -INF, 4], 0, NOT_FOUND),  # such a song is never recommended
+        ([-INF, -INF, 4], 0, NOT_FOUND),  # a song with -inf is never recommended
         ([-INF, NAN, -INF], 1, NOT_FOUND),
     ],
 )
@@ -81,7 +81,7 @@ def test_metrics_of_one_right_answer_are_those_of_the_textbook() -> None:
 
 
 def test_metrics_of_several_right_answers_are_those_worked_out_by_hand() -> None:
-    # Right answers at 1, 3 and never: within 2 one of three; within 5 two of three.
+    # The right answers have the ranks 1, 3 and none: one of three is within 2, two of three are within 5.
     ranks, rows = np.array([3, NOT_FOUND, 1]), np.array([1, 1, 1])
     nothing, found = metrics_of(ranks, rows, np.array([0, 3]), (2, 5))
     ideal_2, ideal_3 = 1 + 1 / np.log2(3), 1 + 1 / np.log2(3) + 0.5

@@ -1,4 +1,4 @@
-"""Plots of a model: drawn from what is there, and only where there is something to draw."""
+"""Plots of a model: drawn from the available figures, and only if there is something to draw."""
 
 from typing import Any
 

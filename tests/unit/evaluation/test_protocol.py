@@ -76,10 +76,10 @@ def test_users_are_seen_new_or_held_out(world: Histories) -> None:
 
 
 def test_figures_of_each_group_are_those_worked_out_by_hand(world: Histories) -> None:
-    # Popularity 5, 4, 3, 9: song 3 was never played before the cut and scores by accident.
+    # Popularity 5, 4, 3, 9: song 3 scores highest, although it was never played before the cut.
     evaluator = _evaluator([PopularityRecommender(np.array([5, 4, 3, 9]))])
     results = Figures(evaluator(world), evaluator.recommenders, evaluator.config).results(["next"])
-    # Ranks: seen asks for songs 1 and 2, ranks 3 and 4; new asks for 1 and 0, ranks 3 and 2.
+    # User "seen" plays songs 1 and 2, which rank 3 and 4; user "new" plays songs 1 and 0, which rank 3 and 2.
     found = {(entry["users"], entry["metric"], entry["k"]): entry for entry in results}
     assert found["new", "recall", 2]["value"] == 0.5
     assert found["new", "mrr", 2]["value"] == 0.25
@@ -240,7 +240,7 @@ def test_users_without_test_plays_are_not_scored() -> None:
     evaluator = _evaluator([Silent(np.ones(4))])
     _assert_same(evaluator(Histories.from_lists([[0, 1], [2]], [[1, 2], [3]])), evaluator.empty())
     sums = evaluator(Histories.from_lists([[0, 1], [2]], [[1, 2], [500]]))
-    assert (sums.queries.sum(), sums.slice_queries.sum()) == (0, 1)  # of whom nothing was known, which asks no model
+    assert (sums.queries.sum(), sums.slice_queries.sum()) == (0, 1)  # no model scores a user without earlier plays
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Ranks and lists are those that recommend serves; settings of baselines follow the validation range."""
+"""Ranks and lists of an evaluation equal those that recommend serves; baselines are tuned on the validation range."""
 
 from collections.abc import Callable, Iterator
 
@@ -47,7 +47,7 @@ def test_a_song_that_no_fit_has_seen_is_a_miss_however_well_it_scores() -> None:
         4,
         NOT_FOUND,
         NOT_FOUND,
-    ]  # of the songs 0, 3, 7, then 0, 7, then 7
+    ]  # ranks of the songs 0, 3, 7, then of 0, 7, then of 7
 
 
 def test_ranks_and_lists_are_those_that_recommend_serves() -> None:
@@ -97,7 +97,7 @@ class PlannedScores(BaseRecommender):
 
 
 class PlannedCandidates(CandidateRecommender):
-    """The songs with a score as candidates, two queries a chunk."""
+    """Proposes the songs with a score as candidates, in chunks of two queries."""
 
     name = "planned-candidates"
     retrievers = ("even", "small")
@@ -136,7 +136,7 @@ def test_as_served_songs_that_the_user_has_heard_are_not_in_the_ranking(kind: ty
     queries = Queries.before_plays(histories, np.arange(1, 6))
     ranks = _ranked(planned, histories, queries, np.ones(6, bool)).ranks
     assert ranks["next"].tolist() == [4, 2, 1, 5, NOT_FOUND]  # 3 ties with 2, and ties count against
-    # Without 0, then without 0 and 3, then without 0, 3 and 1: 2 stands before 4.
+    # The ranking leaves out 0, then 0 and 3, then 0, 3 and 1 (there song 2 ranks before 4).
     assert ranks["served"].tolist() == [3, 1, 2, NOT_FOUND]
 
 
@@ -185,14 +185,14 @@ def test_a_candidate_without_a_number_is_never_found() -> None:
 
 
 def test_recall_of_retrievers_is_the_share_of_targets_that_each_proposes() -> None:
-    # Candidates are the songs 0 to 4; even proposes 0, 2 and 4, small 0, 1 and 2.
+    # Candidates are the songs 0 to 4; retriever "even" proposes 0, 2 and 4, retriever "small" 0, 1 and 2.
     planned = PlannedCandidates([5, 4, 3, 2, 1, -INF])
     histories = Histories.from_lists([[0, 1, 3, 4, 5, 0]], [range(6)])
     config = EvaluateConfig(ks=(1,), bootstrap_samples=20, offsets=0)
     evaluator = Evaluator([planned], split=EVERYTHING, song_plays=np.ones(6), config=config)
     entries = Figures(evaluator(histories), [planned], config).retrieval(evaluator.retrievers)
     found = {(entry["target"], entry["retriever"]): (entry["value"], entry["candidates"]) for entry in entries}
-    # All next plays are 1, 3, 4, 5 and 0; those of songs new to the user 1, 3, 4 and 5.
+    # The next plays are 1, 3, 4, 5 and 0; the next plays of songs new to the user are 1, 3, 4 and 5.
     assert found["next", "all"] == (4 / 5, 5)
     assert found["next", "even"] == (2 / 5, 3)
     assert found["next", "small"] == (2 / 5, 3)
@@ -207,7 +207,7 @@ SPLIT = Split(id="s", dataset="by-hand", validation_from=VALIDATION, test_from=T
 
 
 def _selection(workspace: Workspace, sessions: Callable[[np.random.Generator, int], list[int]]) -> Selection:
-    """A world of one session a user, on a day from 0 to 120; `sessions` gives its songs from the day."""
+    """A selection on one session per user, on a day from 0 to 119; `sessions` returns the songs for a day."""
     random = np.random.default_rng(0)
     days = random.integers(0, 120, size=600)
     songs = [sessions(random, int(day)) for day in days]
@@ -219,7 +219,7 @@ def _selection(workspace: Workspace, sessions: Callable[[np.random.Generator, in
 
 
 def _changing(random: np.random.Generator, day: int) -> list[int]:
-    """A song of the first ten and then those that follow it in this fortnight, and never again."""
+    """One of the first ten songs, then the four songs that follow it in this fortnight only."""
     first = int(random.integers(10))
     return [first, *(10 + 39 * first + 4 * (day // 14) + random.permutation(4)).tolist()]
 
@@ -248,7 +248,7 @@ def test_rules_fade_fast_where_what_comes_often_later_hides_what_comes_next(work
         first = 3 * int(random.integers(20))
         return [first, first + 1, *[first + 2] * 7]
 
-    # By 1/distance the third song outweighs the second after the first: 1/2 + 1/3 + ... + 1/8 > 1.
+    # With weights 1/distance, the third song outweighs the second as a follower of the first: 1/2 + ... + 1/8 > 1.
     assert tune_baseline("sequential-rules", _selection(workspace, hidden)) == {"decay": 2.0}
 
 

@@ -108,7 +108,7 @@ def _difference(other: str, value: float, margin: float) -> dict[str, Any]:
 )
 def test_the_verdict_is_the_default_model_against_the_best_baseline(difference: dict[str, Any], expected: str) -> None:
     rows = [_served("popularity", 0.1), _served("vstan", 0.39), _served("taste", 0.42, "network")]
-    rows += [_served("hybrid", 0.5, "network")]  # no baseline
+    rows += [_served("hybrid", 0.5, "network")]  # not a baseline
     figures = {"results": rows, "comparisons": [_difference("popularity", 0.3, 0.01), difference]}
     assert verdict(figures, "taste") == f"taste finds 42 of 100 next new songs in its first 20: {expected}"
     assert f"<h1>{html.escape(verdict(figures, 'taste'))}</h1>" in html_page(figures, default="taste", about={})
@@ -171,7 +171,8 @@ def test_the_page_needs_no_other_file_and_escapes_what_it_shows(results: list[di
     assert "<script" not in page
     links = re.findall(r'href="#([^"]+)"', page)
     assert links
-    assert set(links) <= set(re.findall(r'<details><summary>[^<]+</summary><div id="([^"]+)"', page))  # opened by it
+    # Every link leads to a chapter, which the browser then opens.
+    assert set(links) <= set(re.findall(r'<details><summary>[^<]+</summary><div id="([^"]+)"', page))
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 
@@ -213,7 +214,7 @@ def test_every_kind_of_figure_has_its_table(results: list[dict[str, Any]]) -> No
     assert "5-19: 4,321" in page
     assert "3,210<small>3,000 to 3,400</small>" in page
     assert "0.6000" in page[page.index("Leave one out") :]
-    assert "<td>–</td>" in page  # strong has no long term
+    assert "<td>–</td>" in page  # "strong" has no figure for the long term
 
 
 def test_what_a_model_loses_without_a_part_stands_in_a_table_of_its_own() -> None:

@@ -1,4 +1,4 @@
-"""The report in a real browser: at both widths and in both color schemes it can be read and moved about in."""
+"""The report in a real browser: readable and navigable at both widths and in both color schemes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from planted_reports import full_report
 
 from rayrec.evaluation.report import html_page
 
-SMALLEST = 12  # px of text that can be read
+SMALLEST = 12  # px, the smallest text size that is readable
 FONT_SIZES = """
 const sizes = {};
 const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
@@ -70,7 +70,7 @@ def test_a_report_fits_its_window_and_can_be_read(browser: Any, url: str, width:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         sizes = page.evaluate(FONT_SIZES)
         assert not {where: size for where, size in sizes.items() if size < SMALLEST}
-        assert page.evaluate(CONTRAST) >= 4.5  # as WCAG AA has it
+        assert page.evaluate(CONTRAST) >= 4.5  # the minimum of WCAG AA
         assert not page.locator("img:not([alt])").count()
 
 

@@ -23,11 +23,11 @@ NUM_SONGS = 25
 SPLIT = Split(id="s", dataset="d", validation_from=1, test_from=CUT, held_out_share=0.2)
 CONFIG = EvaluateConfig(ks=(3, 20), bootstrap_samples=30, offsets=2)
 CONTEXTS = ("radio", "album")
-LONG_TERM = ("25_50", "days0_1")  # how the names of targets end that the long horizon answers
+LONG_TERM = ("25_50", "days0_1")  # endings of the names of targets that the long horizon answers
 
 
 class TwoHorizons(ItemKnnRecommender):
-    """Answers the long term with the opposite of the last song."""
+    """Item kNN whose taste vector for the long horizon is the opposite of the last song's vector."""
 
     name = "taste"
     kind = "network"  # type: ignore[misc]
@@ -55,7 +55,7 @@ def evaluator(histories: Histories) -> Evaluator:
     popularity = PopularityRecommender.fit(fit_on, num_songs=NUM_SONGS, allowed=allowed)
     rules = SequentialRulesRecommender.fit(fit_on, num_songs=NUM_SONGS, allowed=allowed, rules_per_song=6)
     plays = np.array(popularity.plays)
-    plays[3] = 0  # as if no fit had seen it
+    plays[3] = 0  # as if no fit had seen song 3
     recommenders: Sequence[BaseRecommender] = [TwoHorizons(random_vectors(NUM_SONGS)), popularity, rules]
     recommenders[0].added_songs = np.array([3])
     return Evaluator(recommenders, split=SPLIT, song_plays=plays, config=CONFIG, contexts=CONTEXTS)
@@ -112,7 +112,7 @@ class Asked:
             "next_repeat": [song for song in self.future[:1] if song in past],
             "next10": self.future[:10],
             "offsets25_50": self.future[24:50],
-            "days0_1": self.future,  # which is less than a day
+            "days0_1": self.future,  # all plays lie within one day
             "served_days0_1": new,
             "cold_songs": cold,
             "cold_among_cold": cold,
@@ -209,7 +209,7 @@ def test_differences_are_those_of_the_means_and_their_intervals_are_paired(
         assert (row["model"], row["k"]) == ("taste", 20)
         difference = values[("taste", *key)]["value"] - values[(row["other"], *key)]["value"]
         assert row["difference"] == pytest.approx(difference, abs=3e-6)
-    # Against itself under another name a model differs by nothing in every sample, however wide both intervals are.
+    # A model compared with itself under another name differs by 0 in every sample, however wide its intervals are.
     twin = ItemKnnRecommender(random_vectors(NUM_SONGS))
     both = Evaluator([evaluator.recommenders[0], twin], split=SPLIT, song_plays=np.ones(NUM_SONGS), config=CONFIG)
     compared = figures_of(both(histories), both, "taste")["comparisons"]

@@ -28,7 +28,7 @@ class Both(ItemKnnRecommender):
 
 
 class InDays(Both):
-    """Answers its long horizon, of some days."""
+    """A recommender whose long horizon covers the days from `first` to `last`."""
 
     def __init__(self, first: int, last: int) -> None:
         super().__init__(random_vectors(3))
@@ -121,12 +121,12 @@ def test_as_served_the_targets_are_songs_new_to_the_user_at_the_query() -> None:
     assert served.sizes.tolist() == [1, 0, 1, 0]
     long = Histories.from_lists([[0, *range(100, 130), 0, 7, 7]], [range(34)])
     later = _targets(long, Queries(rows=np.array([0]), seen=np.array([3]), at=np.zeros(1, int)), "served25_50")
-    assert later.songs.tolist() == [7, 126, 127, 128, 129]  # and not 0, which the user had heard
+    assert later.songs.tolist() == [7, 126, 127, 128, 129]  # without song 0, which the user had heard
 
 
 def test_cold_targets_are_next_songs_new_to_the_user_that_no_fit_has_seen() -> None:
     histories = Histories.from_lists([[0, 1, 2, 1, 3, 9]], [range(6)])
-    known = np.array([True, False, True, False])  # song 9 came later still
+    known = np.array([True, False, True, False])  # song 9 is newer than the fitted catalog
     queries = _all_queries(histories)
     for target in COLD:
         cold = _targets(histories, queries, target, known)

@@ -1,4 +1,4 @@
-"""A damaged file never ends in a traceback, and never loses a row in silence."""
+"""A damaged file never ends in a traceback, and no row of it is lost without a reason."""
 
 import bz2
 import gzip
@@ -121,14 +121,14 @@ def dumped(value: Any, **form: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Sample:
-    """A whole file of a format."""
+    """An undamaged file of one format."""
 
     format: str
     name: str
     make: Callable[[], bytes]
-    whole_or_nothing: bool = False  # a cut is always seen
-    checked: bool = False  # has a checksum: what is read of a damaged file is right
-    header: int = 0  # lines that are no rows
+    whole_or_nothing: bool = False  # every cut is detected
+    checked: bool = False  # has a checksum: if a damaged file can be read, its rows are right
+    header: int = 0  # number of lines that are not rows
     separator: str = ","
 
 
@@ -190,13 +190,13 @@ def outcome(
 
 
 def rows_in(sample: Sample, content: bytes) -> int:
-    """Lines of a file that must be rows or rejected: those that are not empty."""
+    """Number of non-empty lines of a file: each must become a row or a rejected row."""
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return sum(1 for line in lines[sample.header :] if line.removesuffix(b"\r"))
 
 
 def mutate(whole: bytes, random: np.random.Generator) -> tuple[str, bytes]:
-    """A cut, a flipped bit, a byte in place of another, bytes taken out, doubled or put in."""
+    """Return the kind of damage and the bytes: a cut, a changed bit or byte, or bytes removed, doubled or inserted."""
     place = int(random.integers(len(whole)))
     length = int(random.integers(1, 20))
     kind = random.choice(["cut", "flip", "byte", "hole", "double", "zeros"])
@@ -248,7 +248,7 @@ def song_table(ids: str, **values: list[Any]) -> bytes:
 
 
 def check_song_files(folder: Path, count: int) -> None:
-    """Song metadata and vectors are read, or the file is named."""
+    """Damaged files of song metadata and vectors are read, or the error names the file."""
     vectors = [[float(row), 1.0] for row in range(5)]
     array = io.BytesIO()
     np.save(array, np.array(vectors))

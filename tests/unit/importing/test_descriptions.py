@@ -1,4 +1,4 @@
-"""What a table tells of songs joins the catalog by song id."""
+"""The metadata of a table of songs is joined to the catalog by song id."""
 
 import gzip
 from dataclasses import replace
@@ -62,7 +62,7 @@ def test_songs_are_described_by_id(dataset: Dataset, tmp_path: Path, name: str) 
     assert (told.titles, told.artists, told.released, told.markets) == (6, 6, 3, 1)
     table = dataset.catalog().table
     assert table.column(columns.SONG_ID).to_pylist() == [f"song-{row}" for row in range(6)]
-    # The first row of a song counts, and what is not told leaves what was known.
+    # The first row of a song counts, and an empty value leaves the known value unchanged.
     assert table.column(columns.TITLE).to_pylist() == ["Zero", "Title 1", "Title 2", "Three", "Title 4", "Title 5"]
     assert table.column(columns.ARTIST).to_pylist()[:4] == ["Ann", "Di", "Artist 2", "Artist 3"]
     assert table.column(columns.RELEASED).to_pylist() == [
@@ -103,7 +103,7 @@ def test_a_second_table_takes_the_place_of_the_first(dataset: Dataset, tmp_path:
 
 
 def test_each_content_of_one_file_has_an_id_of_its_own(dataset: Dataset, tmp_path: Path) -> None:
-    """Retrieval, added songs and the server's catalog are cached by it."""
+    """Retrieval, added songs and the server's catalog are cached by this id."""
     tables = ["song,artist\nsong-0,Ann\n", "song,artist\nsong-0,Bo\n", "song,artist\nsong-0,Cy\n"]
     of_tables = [describe(dataset.workspace, DescribeConfig(), written(tmp_path, text)).id for text in tables]
     assert len(set(of_tables)) == 3
@@ -263,7 +263,7 @@ def test_appended_metadata_leaves_what_other_songs_were_described_by(dataset: Da
         dataset.content().vectors(np.array([4, 1, 5])), [[0, 1, 2], [103, 104, 105], [100, 101, 102]]
     )
     assert len(dataset.descriptions()) == 2
-    describe(dataset.workspace, DescribeConfig(), later)  # in place of both
+    describe(dataset.workspace, DescribeConfig(), later)  # replaces both
     assert len(dataset.descriptions()) == 1
     assert dataset.content().dim == 0
 

@@ -110,7 +110,7 @@ def test_files_of_one_name_are_refused_where_users_are_named_by_file(tmp_path: P
 
 
 def importer(workspace: Workspace, paths: list[Path], *, buckets: int = 4, **settings: Any) -> PieceImporter:
-    """A worker whose only piece holds some files, a unit each."""
+    """A worker with a single piece that holds all of `paths`, one unit per file."""
     config = ImportConfig(format="csv", paths=tuple(map(str, paths)), **settings)
     units = [Unit(source=str(path), stop=path.stat().st_size if path.exists() else 10) for path in paths]
     return PieceImporter(Staging(workspace, "x", ["0004-u"]), config, units, [list(range(len(units)))], buckets)
@@ -244,7 +244,7 @@ def test_publishing_goes_on_from_wherever_it_was_killed(workspace: Workspace, mo
         monkeypatch.setattr(Workspace, "move", failing_move)
         with pytest.raises(KeyboardInterrupt):
             finish_publishing(workspace)
-        assert not workspace.exists(DATASET_MANIFEST)  # half a data set is none
+        assert not workspace.exists(DATASET_MANIFEST)  # a half-published data set has no manifest
         monkeypatch.setattr(Workspace, "move", move)
         finish_publishing(workspace)
         assert read_dataset_manifest(workspace) == made

@@ -1,4 +1,4 @@
-"""Names and first rows of files: format and columns are guessed, what is given comes first, nothing is imported."""
+"""Format and columns are guessed from file names and first rows; given settings come first; nothing is imported."""
 
 import json
 import shlex
@@ -49,7 +49,7 @@ def test_columns_delimiter_times_and_the_command_are_guessed_of_a_csv(tmp_path: 
         *("rayrec", "import", "csv", path, "--columns", columns, "--delimiter", ";"),
     ]
     pairs = dict(pair.split("=") for pair in columns.split(","))
-    plan_import(ImportConfig(format="csv", paths=(path,), columns=pairs, delimiter=";"))  # the command fits the file
+    plan_import(ImportConfig(format="csv", paths=(path,), columns=pairs, delimiter=";"))  # the command works
 
 
 def test_types_of_a_parquet_file_are_shown(tmp_path: Path) -> None:
@@ -128,10 +128,10 @@ def test_a_column_of_dates_is_no_time_of_plays_beside_one_of_moments(tmp_path: P
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        ({"uts": "1711929600", "utc_time": "31 Dec 2025, 21:38"}, "uts"),  # of Last.fm
+        ({"uts": "1711929600", "utc_time": "31 Dec 2025, 21:38"}, "uts"),  # columns of a Last.fm export
         ({"time": "23:10:00", "unix": "1711929600"}, "unix"),
         ({"timestamp": "soon", "date": "2026-01-01 10:00:00"}, "date"),
-        ({"timestamp": "31 Dec 2025, 21:38", "first sold": "1999-01-01"}, "timestamp"),  # no time of the play
+        ({"timestamp": "31 Dec 2025, 21:38", "first sold": "1999-01-01"}, "timestamp"),  # no time of plays
         ({"timestamp": "soon", "one": "1711929600", "other": "1711929600"}, "timestamp"),
     ],
 )
@@ -183,12 +183,12 @@ def test_titles_and_artists_are_found_by_names_that_hold_the_words() -> None:
         ("user,artist,track,spotify_track_uri,timestamp", "spotify_track_uri", "track"),
         ("user,artist,song,track_artist_id,isrc,track_mbid,timestamp", "isrc", "song"),
         ("user,artist,track,mbid,timestamp", "mbid", "track"),
-        ("user,artist,track,track_name,mbid,timestamp", "track", "track_name"),  # the titles are elsewhere
+        ("user,artist,track,track_name,mbid,timestamp", "track", "track_name"),  # track_name holds the titles
         ("user,song,track_id,timestamp", "song", None),
         ("user,artist,song,song_genre_id,recording_label_id,playlist_item_id,track_paid,timestamp", "song", None),
     ],
 )
-@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view()], ids=str)  # csv, pandas, polars
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view()], ids=str)  # of csv, pandas, polars
 def test_beside_an_artist_a_column_of_ids_comes_before_one_that_may_hold_titles(
     text: pa.DataType, header: str, song: str, title: str | None
 ) -> None:
@@ -197,7 +197,7 @@ def test_beside_an_artist_a_column_of_ids_comes_before_one_that_may_hold_titles(
 
 
 def test_songs_that_are_named_by_a_column_of_titles_alone_are_warned_of(tmp_path: Path) -> None:
-    """Two songs `Intro` would be one."""
+    """Two songs named `Intro` would become one."""
     head = "user,artist,album,{},timestamp\n"
     rows = "".join(f"ann,{artist},X,Intro,{START}\n" for artist in "AB")
     notes: list[str] = []
@@ -282,7 +282,7 @@ def test_a_column_of_titles_under_the_name_of_the_role_is_no_id(tmp_path: Path, 
 
 
 def test_songs_keep_the_ids_of_the_earlier_import(tmp_path: Path) -> None:
-    """Files of an update never get ids of another kind unasked."""
+    """Files of an update get ids of another kind only if the columns are given."""
     path = write(tmp_path / "p.csv", LASTFM.replace("No Surprises", "Airbag").replace("Song 2", "Beetlebum"))
     made = {"user": "user", "song": "artist+title", "played_at": "date", "title": "track", "artist": "artist"}
     assert guess_import([path], user="ann", earlier_columns=made).columns["song"] == "artist+title"

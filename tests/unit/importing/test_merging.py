@@ -28,7 +28,7 @@ def part(
     liked: list[bool | None] | None = None,
     is_play: list[bool | None] | None = None,
 ) -> pa.Table:
-    """Rows (owner, song key, order), lines counted from 1."""
+    """A table of the rows (owner, song key, order), with lines counted from 1."""
     data = [
         pa.array([row[0] for row in rows], pa.string()),
         pa.array([row[1] for row in rows], pa.uint64()),
@@ -42,12 +42,12 @@ def part(
 
 
 def sorted_plays(parts: list[Any], *, in_lines: bool = False) -> tuple[MergedRows, int]:
-    """The plays among some rows, and how many duplicates were merged."""
+    """The sorted plays of `parts`, and the number of duplicates that were merged."""
     found = sort_rows(parts, in_lines=in_lines)
     return found.plays, found.merged
 
 
-SONGS = SongRows.of(np.array([10, 11, 12], dtype=np.uint64))  # keys of rows 0, 1, 2
+SONGS = SongRows.of(np.array([10, 11, 12], dtype=np.uint64))  # keys of the songs 0, 1 and 2
 
 
 def test_rows_are_sorted_by_owner_and_time_and_ties_stay_in_the_order_of_import() -> None:
@@ -98,7 +98,7 @@ def test_rare_users_and_songs_are_dropped_with_reason_source_and_line() -> None:
     )
     kept, dropped = drop_rare(rows, SONGS, 2, ("user", "song"))
     assert [kept.owners[owner] for owner in kept.owner] == ["a", "a"]
-    # b has one play; song 99 is not in the vocabulary; without it c has one play too.
+    # b has one play; song 99 is not in the vocabulary; without song 99, c has one play too.
     assert dropped.counts() == {"user": 2, "song": 2}
     assert [(row["source"], row["line"], row["reason"], row["text"]) for row in dropped.table(["f"]).to_pylist()] == [
         ("f", 3, "user", "b 1"),
@@ -139,7 +139,7 @@ def test_playlists_run_in_the_order_of_positions() -> None:
 
 
 def line(number: int, owner: str, *keys: int) -> pa.Table:
-    """One line of a file of sequences."""
+    """The rows of one line of a file of sequences, with the line number `number`."""
     rows = part(*((owner, key, place) for place, key in enumerate(keys)))
     lines = pa.array([number] * len(keys), pa.int64())
     return rows.set_column(rows.schema.get_field_index("line"), ROWS.field("line"), lines)

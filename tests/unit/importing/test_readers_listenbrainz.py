@@ -137,7 +137,7 @@ def test_a_user_setting_wins_and_never_makes_one_of_two_users(tmp_path: Path) ->
 
 
 def exported(folder: Path, name: str | None = "ann") -> list[str]:
-    """The files of an export as ListenBrainz packs it; without user.json where `name` is None."""
+    """Write the files of an export as ListenBrainz packs it, without user.json if `name` is None; return paths."""
     listens = [listen(listened_at=1704067200.0 + row, inserted_at=1704067300.0) for row in range(3)]
     for each in listens:
         each["track_metadata"]["recording_msid"] = each.pop("recording_msid")

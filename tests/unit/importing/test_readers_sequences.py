@@ -21,7 +21,7 @@ def read(path: Path, content: str | bytes, unit_bytes: int = 1 << 20, **options:
 
 
 def plays(batches: list[Batch]) -> list[tuple[str, str, int, int]]:
-    """(user, song, place, line)."""
+    """(user, song, place in the line, line) of each play."""
     rows = pa.concat_tables([batch.rows for batch in batches]).to_pylist()
     return [(row["user_id"], row["song_id"], row["played_at"], row["line"]) for row in rows]
 

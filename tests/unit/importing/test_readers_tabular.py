@@ -22,7 +22,7 @@ MAPPING = {"user": "user_id", "song": "song_id", "played_at": "ts"}
 
 
 def read(path: Path, options: ReadOptions, format_name: str = "csv", unit_bytes: int = 1 << 20) -> tuple[list, list]:
-    """Good rows and rejected rows of all units, lines as the file counts them."""
+    """The good and the rejected rows of all units, with line numbers of the whole file."""
     reader = FORMATS[format_name].make(options)
     good, bad, before = [], [], 0
     for unit in reader.plan(str(path), path.stat().st_size, unit_bytes):
@@ -73,7 +73,7 @@ def test_each_bad_line_is_rejected_by_itself_with_its_number_and_text(tmp_path: 
         b"user,song,played_at,skipped",
         b"a,s1,1421163674,1",  # 2: good
         b"a,s1",  # 3: too few values
-        b"",  # 4: empty, passed over
+        b"",  # 4: empty, skipped
         b",s1,1421163674,1",  # 5
         b"a,,1421163674,1",  # 6
         b"a,s1,,1",  # 7
@@ -114,7 +114,7 @@ def test_times_without_a_zone_are_of_the_zone_of_the_options(tmp_path: Path) -> 
         assert [row["played_at"] for row in good] == [1421163674000 + hours * 3_600_000, 1421163674000]
 
 
-@pytest.mark.parametrize("unit_bytes", [1, 7, 16, 24, 31, 64, 1000])  # 24: the header, to the byte
+@pytest.mark.parametrize("unit_bytes", [1, 7, 16, 24, 31, 64, 1000])  # 24: exactly the bytes of the header
 def test_byte_ranges_of_any_size_give_the_rows_and_lines_of_the_whole(tmp_path: Path, unit_bytes: int) -> None:
     body = "".join(f"u{row % 3},s{row},{1421163674 + row}\r\n" + ("\r\n" if row % 5 == 0 else "") for row in range(40))
     file = write(tmp_path / "plays.csv", "\N{BYTE ORDER MARK}user,song,played_at\r\n" + body + "bad\r\n")
@@ -249,7 +249,7 @@ def test_numbers_flags_and_positions_of_a_frame_with_gaps_are_read_from_csv_and_
     )
     entries = pd.DataFrame({"playlist": ["p", "p", "p"], "position": [1.0, 0.0, np.nan], "song": ["a", "b", "c"]})
     for name in ("csv", "parquet"):
-        for frame, stem in ((plays, "plays"), (entries, "lists")):  # the csv files have 1.0
+        for frame, stem in ((plays, "plays"), (entries, "lists")):  # in csv, 1 is written as 1.0
             path = tmp_path / f"{stem}.{name}"
             frame.to_csv(path, index=False) if name == "csv" else frame.to_parquet(path)
         good, bad = read(tmp_path / f"plays.{name}", ReadOptions(columns={"song": "artist+title"}), name)
@@ -471,7 +471,7 @@ def test_a_damaged_gzip_file_is_an_error_at_every_byte(tmp_path: Path, damage: s
             found = read(write(tmp_path / "plays.csv.gz", bytes(content)), ReadOptions())
         except DamagedInputError:
             continue
-        assert (damage, found) == ("flip", expected)  # a date, or bits that nothing uses
+        assert (damage, found) == ("flip", expected)  # the flipped bit is of the gzip date or unused
 
 
 @pytest.mark.parametrize(

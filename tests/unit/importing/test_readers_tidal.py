@@ -28,7 +28,7 @@ def test_times_are_local_to_the_zone_of_their_row_and_utc_without_one(tmp_path: 
         "Barrie,Canyons,25/10/2026 02:30,x,TRACK,Germany,Europe/Berlin",
     )
     rows = batch.rows.to_pylist()
-    # 00:06 on the 9th, 07:11, and of the hour that comes twice the first: 00:30, all in UTC.
+    # In UTC: 00:06 on 9 March; 07:11; 00:30, since 02:30 occurs twice when the clocks go back and the first one counts.
     assert [row["played_at"] for row in rows] == [1646784360000, 1745565060000, 1792888200000]
     assert [row["skipped"] for row in rows] == [False, True, None]
     assert [(row["user_id"], row["song_id"]) for row in rows][:1] == [("ann", "WZRD – Teleport 2 Me, Jamie")]

@@ -1,4 +1,4 @@
-"""What rows say of skips and likes, in every spelling, and what an import makes of it."""
+"""Skips and likes in every kind of column, and the flags that an import derives from them."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ START = 1_711_929_600
 
 
 def read(folder: Path, kind: str, rows: list[dict[str, object]], **settings: object) -> Batch:
-    """What a csv or Parquet file of some plays of user u, a second apart, comes to."""
+    """Write plays of user u, one second apart, to a csv or Parquet file, and read it."""
     names = ["user", "song", "played_at", *dict.fromkeys(name for row in rows for name in row)]
     whole = [{"user": "u", "song": f"s{place}", "played_at": START + place, **row} for place, row in enumerate(rows)]
     table = pa.table({name: [row.get(name) for row in whole] for name in names})

@@ -1,4 +1,4 @@
-"""One table of plays, whatever wrote it down: the same plays, and the same reasons against the others."""
+"""One table of plays gives the same plays and the same reject reasons, whichever library and type it is written in."""
 
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.reader import ReadOptions
 
 START = 1711929600
-# Line breaks are left out: a csv value must not hold one.
+# Without line breaks: a csv value must not contain one.
 CONTEXTS = st.lists(st.none() | st.lists(st.sampled_from(["radio", " search", "ü", ""]), max_size=3), max_size=5)
 NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=6)
 IDS = st.one_of(NAMES, st.sampled_from(["7", "7.0", "nan", "", " a ", 'a"b', "a;b", "a,b", "a\tb", "ü", "007"]))
@@ -89,7 +89,7 @@ PARQUET_WRITERS: dict[str, Writer] = {
 
 
 def pyarrow_lists(table: pa.Table, path: Path, kind: pa.DataType) -> None:
-    """Contexts in a type of list."""
+    """Write the contexts as lists of the type `kind`."""
     flat = table.column("contexts").combine_chunks()
     if pa.types.is_dictionary(kind.value_type):
         typed = pa.ListArray.from_arrays(flat.offsets, flat.values.dictionary_encode(), mask=flat.is_null())
@@ -135,7 +135,7 @@ def read(format_name: str, path: Path, delimiter: str = ",") -> Found:
 
 
 def expected(plays: list[tuple[Any, ...]]) -> Found:
-    """What plain Python makes of the table."""
+    """The plays and the counts of reject reasons, computed in plain Python."""
     good: Counter[tuple[str, str, int, str | None]] = Counter()
     bad: Counter[str] = Counter()
     for user, song, moment, title in plays:
@@ -192,7 +192,7 @@ def same_from_parquet(plays: list[tuple[Any, ...]], form: str, writer: str) -> N
 
 def same_contexts(contexts: list[list[str] | None], writer: str) -> None:
     if "fixed_size" in writer:
-        # Without null: pyarrow cannot read back what it writes of those.
+        # Without null: pyarrow cannot read back the fixed-size lists with null that it writes.
         contexts = [(names * 2)[:2] for names in contexts if names]
     if not contexts:
         return
@@ -211,7 +211,7 @@ def same_contexts(contexts: list[list[str] | None], writer: str) -> None:
 
 
 def same_from_numbers(plays: list[tuple[Any, ...]]) -> None:
-    """A pandas frame with gaps in a column of whole numbers, as csv and Parquet and back."""
+    """A pandas frame with missing values in a column of whole numbers gives the same plays from csv and Parquet."""
     with TemporaryDirectory() as folder:
         frame = pd.DataFrame(plays, columns=["user", "song", "played_at", "title"])
         frame["user"] = frame["user"].astype(float)
@@ -226,7 +226,7 @@ def same_from_listens(plays: list[tuple[Any, ...]], in_lines: bool) -> None:
     listens = [
         {"user_name": user, "listened_at": at, "recording_msid": song, "track_metadata": {"track_name": title}}
         for user, song, at, title in plays
-        if spell_id(song)  # a listen without an id is known by its title
+        if spell_id(song)  # a listen without a song id would get its title as id
     ]
     kept = [play for play in plays if spell_id(play[1])]
     if not listens:

@@ -19,7 +19,7 @@ def songs(*ids: str, titles: list[str | None] | None = None) -> pa.Table:
 
 
 def vocabulary_of(*tables: pa.Table, existing: pa.Table | None = None) -> Vocabulary:
-    """Of tables that follow each other in the order of import."""
+    """The vocabulary of `tables`, which are given in the order of import."""
     placed = []
     for number, table in enumerate(tables):
         places = pa.array(np.arange(len(table), dtype=np.int64) + (number << 32))
@@ -93,7 +93,7 @@ def test_every_key_falls_into_a_range() -> None:
 
 
 def test_song_keys_never_change() -> None:
-    # Staged fragments of a killed import depend on them.
+    # Staged fragments of a killed import depend on the keys.
     assert song_keys(pa.array(["spotify:track:a"])).tolist() == [5665356852961450735]
 
 

@@ -1,4 +1,4 @@
-"""The nightly way of a new song: described, added, released and recommended, with nothing trained or built again."""
+"""New songs of a night are described, added, released and recommended; nothing is trained or built again."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
-NEW = 5  # songs that are described and nobody has played
+NEW = 5  # number of described songs that nobody has played
 FIRST = NUM_SONGS
 
 
@@ -59,7 +59,7 @@ def test_described_songs_are_recommended_from_the_next_release_on(
     recommender = load_recommender(workspace, dataset, release.inputs)
     assert isinstance(recommender, TwoStepRecommender)
     assert recommender.added_songs.tolist() == [WITHOUT_VECTOR, *range(FIRST, FIRST + NEW)]
-    # A listener of one artist is proposed the new song by that artist, and can get the new songs alone.
+    # A user who plays one artist is proposed the new song by that artist; a filter can allow the new songs only.
     artist = 2
     history = Histories.from_lists([[artist + 7 * place for place in range(9)]], [[AT - 60_000] * 9])
     retrieval = Retrieval.fit(
@@ -85,7 +85,7 @@ def test_both_releases_stay_whole(workspace: Workspace, released: Manifest, tmp_
     before = load_recommender(workspace, dataset, released.inputs)
     assert before.num_songs == NUM_SONGS
     plays_id = dataset.manifest.plays_id
-    assert plays_id == released.inputs["dataset"]  # the plays are the same, and so is what was made of them
+    assert plays_id == released.inputs["dataset"]  # the plays are the same, so artifacts made from them stay valid
     assert dataset.descends_from(released.inputs["dataset"])
 
 
@@ -156,7 +156,7 @@ def test_adding_to_a_catalog_five_times_as_large_writes_as_much(tmp_path: Path) 
         describe(workspace, DescribeConfig(append=True), str(tmp_path / "new.csv"))
         made = add_songs(workspace)
         releases.create_release(workspace)
-        assert made.metrics["songs"] == 1_000 + 1  # and the one of the catalog that had no vector
+        assert made.metrics["songs"] == 1_000 + 1  # and the catalog's song that had no vector
         assert len(Dataset(workspace).catalog()) == num_songs + 1_000
         after = workspace.sizes("")
         changed = [path for path in after if moments.get(path) != Path(workspace.full(path)).stat().st_mtime_ns]
@@ -186,7 +186,7 @@ def test_tastes_go_on_from_earlier_ones_after_songs_were_added_that_nobody_had_p
     assert tastes_before(Dataset(workspace), model) is not None
     describe_new_songs(workspace, tmp_path)
     added = add_songs(workspace)
-    # The song that had no vector has been played: its plays would be read otherwise now.
+    # The song that had no vector has been played: the network would read its plays differently now.
     assert tastes_before(Dataset(workspace), model, added) is None
     tastes = Manifest(
         kind="tastes",
@@ -212,7 +212,7 @@ def test_content_that_nobody_played_comes_into_the_catalog(
     made = add_songs(workspace)
     dataset = Dataset(workspace)
     assert dataset.catalog().table.column(columns.SONG_ID).to_pylist()[FIRST:] == ids[NUM_SONGS:]
-    # Vectors of the untrained network are random: whether content tells anything is not known here.
+    # The network is untrained and its vectors are random, so this test cannot check whether content helps.
     assert made.metrics["new_songs"] == 3
 
 

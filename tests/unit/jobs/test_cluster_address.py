@@ -1,4 +1,4 @@
-"""An address where no Ray cluster is costs seconds and one line, not a quarter of an hour."""
+"""An address without a Ray cluster gives a one-line error within seconds, not after a quarter of an hour."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from rayrec.jobs.runtime import HTTP2_GREETING, ray_cluster, require_cluster
 
 @contextmanager
 def listening(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """The address of a server that treats each connection so."""
+    """Run a server that calls `answer` with each connection, and yield its address."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -45,7 +45,7 @@ def free_port() -> int:
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_an_address_with_nothing_there_is_told_at_once(scheme: str) -> None:
     address = f"{scheme}127.0.0.1:{free_port()}"
-    job = "from rayrec.jobs.runtime import ray_cluster\nwith ray_cluster():\n    pass"  # this process may be connected
+    job = "from rayrec.jobs.runtime import ray_cluster\nwith ray_cluster():\n    pass"  # Ray may be connected here
     ended = subprocess.run(
         [sys.executable, "-c", job],
         env={**os.environ, "RAY_ADDRESS": address},

@@ -1,4 +1,4 @@
-"""Joining parts: the plays stay, readers and tastes are not disturbed, a killed run goes on."""
+"""Joining parts keeps the plays and does not disturb readers and taste vectors; a killed run is continued."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(folder: Path, number: int, *, rows: int = 200, users: int = 40) -> ImportConfig:
-    """Plays of one day; each day brings some new users, and some songs are new."""
+    """Write the plays of day `number`; each day has some new users and some new songs."""
     random = np.random.default_rng(number)
     lines = [
         f"u{random.integers(users + 5 * number)},s{random.integers(60 + number)},"
@@ -160,7 +160,7 @@ def test_tastes_stay_and_go_on_and_live_releases_verify(five_parts: Workspace, t
     append_plays(five_parts, config_of(tmp_path, 5))
     new = Dataset(five_parts).manifest.plays - artifacts.load_manifest(five_parts, "tastes", tastes.id).metrics["plays"]
     compact(five_parts)
-    assert Dataset(five_parts).manifest.spans == [(0, 4), (5, 5)]  # the next tastes go on from part 5
+    assert Dataset(five_parts).manifest.spans == [(0, 4), (5, 5)]  # the next taste vectors continue from part 5
     later = compute_tastes(five_parts, TasteConfig())
     assert later.metrics["base"] == tastes.id
     assert later.metrics["plays_computed"] <= 2 * new

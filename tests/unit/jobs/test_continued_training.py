@@ -1,4 +1,4 @@
-"""`rayrec train --from` on appended plays by hand, as docs/training.md says it."""
+"""`rayrec train --from` on appended plays, with the commands that docs/training.md describes."""
 
 import json
 import shutil
@@ -26,13 +26,13 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(workspace: Path, words: list[str], capsys: pytest.CaptureFixture[str], *, code: int = 0) -> dict[str, Any]:
-    """What a command prints as JSON."""
+    """Run a command and return the JSON that it prints."""
     assert main(["--workspace", str(workspace), "--json", *words]) == code
     return dict(json.loads(capsys.readouterr().out))
 
 
 def import_plays(workspace: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Import plays of 150 users; the path of a file of those of six days more."""
+    """Import plays of 150 users; return the path of a file with their plays of six more days."""
     plays = write_rows(folder / "plays.csv", ring_plays(range(150), **RING))
     run(workspace, ["import", "csv", plays, *COLUMNS, "--buckets", "2"], capsys)
     return write_rows(folder / "days.csv", ring_plays(range(150), plays=20, begin=20, days=6, **RING))
@@ -47,13 +47,13 @@ def test_a_model_is_continued_on_appended_plays_and_ranked_on_those_that_it_has_
     run(workspace, ["embed", "--dim", "8", "--epochs", "2", "--workers", "1"], capsys)
     first = run(workspace, TRAIN, capsys)
     run(workspace, ["import", "csv", days, *COLUMNS, "--append"], capsys)
-    seen = shutil.copytree(workspace, tmp_path / "seen")  # where nothing is split anew
+    seen = shutil.copytree(workspace, tmp_path / "seen")  # a copy that gets no new split
 
     split = run(workspace, SPLIT, capsys)
     second = run(workspace, [*TRAIN, "--from", first["id"]], capsys)
     assert second["inputs"]["songs"] == first["inputs"]["songs"]
     assert second["inputs"]["split"] == split["id"] != first["inputs"]["split"]
-    assert second["validation_recall@20"] > 0.5  # of the successor among the first twenty; by chance a third
+    assert second["validation_recall@20"] > 0.5  # the successor is in the first 20 of 60 songs; by chance a third
     run(workspace, ["retrieval"], capsys)
     assert run(workspace, ["rank", "--trees", "5"], capsys)["inputs"]["models"] == second["id"]
 
@@ -83,7 +83,7 @@ def test_nothing_is_chosen_on_plays_that_the_model_to_start_from_learned_though_
     stored = Workspace(workspace).files(f"models/{second['id']}")
     assert not [name for name in stored if "/selection/" in name]
 
-    chosen = run(workspace, [*TRAIN, "--no-refit"], capsys)  # of the train range alone
+    chosen = run(workspace, [*TRAIN, "--no-refit"], capsys)  # trained on the train range only
     third = run(workspace, [*TRAIN, "--from", chosen["id"]], capsys)
     assert third["validation_recall@20"] > 0.5
 
@@ -98,7 +98,7 @@ def test_a_model_without_a_split_has_seen_the_plays_of_its_own_data_set_and_no_l
     run(workspace, ["import", "csv", days, *COLUMNS, "--append"], capsys)
     run(workspace, ["split", "--test-days", "2", "--validation-days", "3"], capsys)
     assert run(workspace, [*TRAIN, "--from", first["id"]], capsys)["validation_recall@20"] > 0.5
-    run(workspace, ["split", "--test-days", "2", "--validation-days", "6"], capsys)  # two of them before the append
+    run(workspace, ["split", "--test-days", "2", "--validation-days", "6"], capsys)  # two of the 6 before the append
     assert run(workspace, [*TRAIN, "--from", first["id"]], capsys)["validation_recall@20"] is None
     run(workspace, ["split", "--test-days", "8", "--validation-days", "3"], capsys)
     error = run(workspace, [*TRAIN, "--from", first["id"]], capsys, code=1)["error"]

@@ -1,4 +1,4 @@
-"""What an evaluation says of the parts that it compares, and which split it refuses."""
+"""The warnings of an evaluation about the models that it compares, and the split that it refuses."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from rayrec.storage.workspace import Workspace
 
 
 def _compared(*, split: bool = True, **sources: str) -> ComparedModels:
-    """The network `model`, another one `r_pst` and the song embeddings, each made of so-and-so."""
+    """The network `model`, another network `r_pst` and the song embeddings, each trained on its source in `sources`."""
     made = {
         name: Manifest(kind="models", id=name, metrics={"source": sources.get(name, "histories")})
         for name in ("model", "r_pst", "songs")
@@ -51,7 +51,7 @@ def test_there_is_nothing_to_warn_of_where_the_split_cut_everything() -> None:
 def test_a_split_that_only_held_plays_back_to_choose_by_is_refused_after_an_append_too(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Baselines see all plays there, those appended too, which would be the ones to predict."""
+    """With such a split baselines see all plays, including the appended plays, which are the ones to predict."""
     without_ray(monkeypatch)
     config = EvaluateConfig(models=("popularity",), bootstrap_samples=0, offsets=0)
     plays, days = (write_rows(tmp_path / f"{begin}.csv", ring_plays(range(60), begin=begin)) for begin in (0, 20))

@@ -1,4 +1,4 @@
-"""`rayrec fit`: everything chosen on the newest plays, then fitted on all of them; too few plays end nothing."""
+"""`rayrec fit`: settings are chosen on the newest plays, then models are fitted on all; too few plays are no error."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def fitted(workspace: Workspace, path: str, **options: Any) -> FitResult:
 
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, str, FitResult, list[str]]:
-    """A workspace after a fit of 60 users of a ring, the file, the result and what was said on the way."""
+    """A workspace after a fit of 60 users of a ring, the file of plays, the result and the notes of the fit."""
     folder, notes = tmp_path_factory.mktemp("fit"), []
     path = write_rows(folder / "plays.csv", ring_plays(range(60)))
     with pytest.MonkeyPatch.context() as patch:
@@ -94,7 +94,7 @@ def test_quality_is_that_of_rankers_that_have_not_learned_from_the_users_it_is_m
     model, retrieval, rankers = (load_manifest(workspace, kind, live.inputs[kind]) for kind in PARTS)
     for path in workspace.files(rankers.folder):
         if SELECTION_RANKERS not in path and path.endswith(".json"):
-            workspace.delete(path)  # the rankers that answer, which have learned from all users
+            workspace.delete(path)  # the rankers that answer requests: they were trained on all users
     parts = served_before(Dataset(workspace), model, retrieval, rankers, "two-step")
     measured = parts.load(Dataset(workspace), IndexConfig())
     assert isinstance(measured, TwoStepRecommender)
@@ -128,7 +128,7 @@ def test_a_second_fit_skips_everything_and_other_files_are_refused(
 @pytest.mark.parametrize(
     ("rows", "left_out"),
     [
-        (ring_plays(range(4), plays=10), ["retrieval", "rank"]),  # nothing to hold back
+        (ring_plays(range(4), plays=10), ["retrieval", "rank"]),  # too few plays to hold back
         (ring_plays(range(1), plays=400, songs=300), ["rank"]),  # no second user to check rankers on
     ],
 )
@@ -142,7 +142,7 @@ def test_too_few_plays_for_rankers_are_said_and_end_nothing(
     live = active_release(workspace)
     assert live is not None
     assert "rankers" not in live.inputs
-    assert (len(result.answer.songs) == 5) == (len({row.split(",")[0] for row in rows}) > 1)  # else all are heard
+    assert (len(result.answer.songs) == 5) == (len({row.split(",")[0] for row in rows}) > 1)  # one user has heard all
     assert (result.quality is None) == ("retrieval" in left_out)
 
 
@@ -185,7 +185,7 @@ def test_rejected_rows_are_warned_of_and_too_many_end_the_fit_with_the_summary(
     words = ["--json", "--workspace", workspace.uri, "fit", path, "--settings", str(settings)]
     assert main(words) == code
     told = capsys.readouterr()
-    data, said = json.loads(told.out), "".join(told.err.split())  # whose lines may end within a path
+    data, said = json.loads(told.out), "".join(told.err.split())  # a line of stderr may break within a path
     assert len(data["import"]["warnings"]) == warned
     share = f"{bad} of {40 + bad} rows ({bad / (40 + bad):.1%}) were rejected."
     wanted = f"Warning: {share} no song: {path}, line 42: u1,,{BEGIN},,One"

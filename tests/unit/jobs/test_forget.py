@@ -1,4 +1,4 @@
-"""Deleted users: unknown at once, in no file after a compaction, and not back by plays from before."""
+"""Deleted users are unknown at once, in no file after a compaction, and not restored by plays from before."""
 
 import csv
 import json
@@ -45,7 +45,7 @@ from rayrec_cli.main import main
 
 START = 1_700_000_000
 DAY = 86_400
-LATER = 4_000_000_000  # after the tests run, which is when users are deleted; imports reject it
+LATER = 4_000_000_000  # after the deletions, which happen when the tests run; imports reject such a future time
 GONE = ("Zoë, “Jr.” 🎧/#4711", "planted-4711", "7'; DROP TABLE--4711")
 OTHERS = tuple(f"user-{number}" for number in range(20))
 
@@ -56,7 +56,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plays_of(folder: Path, day: int, name: str | None = None) -> ImportConfig:
-    """Plays of one day by everybody, and rows by the planted users that cannot be used."""
+    """Write plays of all users on day `day`, and rows of the users to delete (`GONE`) that an import rejects."""
     random = np.random.default_rng(day)
     path = folder / f"{name or day}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def world(template: Path, tmp_path: Path) -> Workspace:
 
 
 def build(workspace: Workspace, folder: Path) -> None:
-    """Two releases over parts that were joined, states in the workspace's store, songs of every user."""
+    """Two releases, joined parts, states in the workspace's store, recommendations of all users, an impression log."""
     import_data(workspace, plays_of(folder, 0))
     dataset = Dataset(workspace)
     write_song_vectors(workspace, random_vectors(dataset.num_songs), {"dataset": dataset.manifest.id})
@@ -95,7 +95,7 @@ def build(workspace: Workspace, folder: Path) -> None:
     compute_tastes(workspace, TasteConfig(), repeat=True)
     recommend_all(workspace, RecommendConfig(k=5), releases.default_parts(workspace))
     for day in (1, 2):
-        # Named after a user, as exports of one account may be.
+        # The folder has the id of a user as its name, as the export of one account may have.
         append_plays(workspace, plays_of(folder, day, f"{GONE[1]}/{day}"))
     compute_tastes(workspace, TasteConfig())
     release = releases.create_release(workspace)
@@ -112,7 +112,7 @@ def build(workspace: Workspace, folder: Path) -> None:
 
 
 def content(path: Path) -> bytes:
-    """All bytes that a file holds, as they are and with what is packed in it laid open."""
+    """The bytes of a file, followed by its decoded content if it is Parquet, SQLite, .npy or JSON."""
     data = path.read_bytes()
     if path.suffix == ".parquet":
         file = pq.ParquetFile(path)
@@ -133,7 +133,7 @@ def content(path: Path) -> bytes:
 
 
 def files_naming(folder: Path, user: str) -> list[str]:
-    """The files below a folder that hold a user's id in some spelling, or have it in their name."""
+    """The files below a folder that contain a user's id in some encoding, or have the id in their name."""
     spellings = [user.encode(), user.encode("utf-16-le"), json.dumps(user)[1:-1].encode(), repr(user)[1:-1].encode()]
     found = []
     for path in sorted(folder.rglob("*")):
@@ -154,7 +154,7 @@ def rows_of(workspace: Workspace, path: Callable[[int], str]) -> list[dict[str, 
 
 
 def all_rows(workspace: Workspace) -> dict[str, list[dict[str, Any]]]:
-    """What tastes and recommendations say of the other users."""
+    """The rows of the other users in all taste vectors, recommendations and histories."""
     found = {
         made.folder: rows_of(workspace, lambda bucket, made=made: tastes_file(made.folder, bucket))
         for made in artifacts.listing(workspace, "tastes")
@@ -167,7 +167,7 @@ def all_rows(workspace: Workspace) -> dict[str, list[dict[str, Any]]]:
 
 
 def answers(workspace: Workspace) -> list[Any]:
-    """What the server answers the other users."""
+    """The songs that the server recommends to the other users."""
     with service(workspace) as opened:
         app = Client(opened)
         at = (START + 9 * DAY) * 1000
@@ -176,7 +176,7 @@ def answers(workspace: Workspace) -> list[Any]:
 
 
 def delete_all(workspace: Workspace, folder: Path) -> None:
-    """One by the command, one by a file of users, one over HTTP."""
+    """Delete the users in `GONE`: one by the command, one by a file of users, one over HTTP."""
     listed = folder / "users.txt"
     listed.write_text(f"{GONE[2]}\n\n", encoding="utf-8-sig")  # with the byte order mark of a spreadsheet
     command = ["--workspace", workspace.uri, "forget", "--user", GONE[0], "--users", str(listed)]
@@ -254,7 +254,7 @@ def test_a_deleted_user_is_unknown_at_once(
     store.close()
     songs = recommend_all(world, RecommendConfig(k=3), releases.default_parts(world))
     assert songs.metrics["users"] == len(OTHERS)
-    assert files_naming(root(world), GONE[0]) == []  # a job that reads users erases them first
+    assert files_naming(root(world), GONE[0]) == []  # a job that reads users erases deleted users first
 
 
 def test_plays_from_before_bring_nobody_back_and_later_ones_are_a_new_users(
@@ -290,10 +290,10 @@ def test_plays_from_before_bring_nobody_back_and_later_ones_are_a_new_users(
 
 @needs_redis
 def test_redis_keeps_no_bytes_of_a_deleted_user(world: Workspace, tmp_path: Path) -> None:
-    """Neither in memory nor in its files: the append-only file holds them until `compact`."""
+    """This holds for its memory and its files; the append-only file keeps the bytes until `compact`."""
     folder = tmp_path / "redis"
     folder.mkdir()
-    server = RedisServer(folder, "--rdbcompression", "no")  # so that bytes are found in the base of that file, too
+    server = RedisServer(folder, "--rdbcompression", "no")  # so that bytes can be found in the base file, too
     server.start()
     try:
         store = open_store(server.uri, Dataset(world).lineage)
@@ -329,7 +329,7 @@ def user_bytes(store: StateStore, user: str) -> tuple[bytes, ...]:
 
 
 def count_in(folder: Path, parts: tuple[bytes, ...]) -> float:
-    """In how many files of a folder some bytes are, on average of all parts."""
+    """Number of files of a folder that contain a part, averaged over `parts`."""
     files = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     return sum(part in data for data in files for part in parts) / len(parts)
 
@@ -369,7 +369,7 @@ def test_a_killed_run_is_finished_by_the_next(
 
 
 def test_what_killed_jobs_left_is_erased_too(world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buckets of unfinished tastes, pieces of an unfinished import, and half a file."""
+    """The leftovers are buckets of unfinished taste vectors, pieces of an unfinished import, and half a file."""
     done: list[int] = []
 
     def dies(worker: Any, bucket: int, plain: Any = taste.BucketTastes.__call__) -> Any:
@@ -411,7 +411,7 @@ def four_days(workspace: Workspace, tmp_path: Path) -> Workspace:
 
 
 def unfinished_fits(workspace: Workspace) -> Split:
-    """A training and a retrieval that were killed."""
+    """Start a training and a retrieval that are killed, and return their split."""
     split = split_dataset(workspace, SplitConfig(test_days=1, validation_days=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rayrec.jobs.train.train_worker", killed)

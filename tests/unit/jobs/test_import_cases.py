@@ -1,4 +1,4 @@
-"""What real users bring, through the command line: the right data set, or one line that says what is wrong."""
+"""Files that real users import by the command line: the result is a correct data set, or a one-line error."""
 
 import gzip
 import json
@@ -51,7 +51,7 @@ def rayrec(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def users(workspace: Workspace) -> dict[str, int]:
-    """User -> plays."""
+    """User -> number of plays."""
     batches = list(Dataset(workspace).read_all())
     return {user: int(count) for batch in batches for user, count in zip(batch.user_ids, np.diff(batch.offsets))}  # noqa: B905
 
@@ -88,7 +88,7 @@ def test_a_slice_that_is_cut_off_stops_the_import_and_is_named(
 
 
 def two_files(folder: Path) -> str:
-    """30 plays of user a and 50 of user b, as Parquet."""
+    """Write 30 plays of user a and 50 of user b as two Parquet files, and return their folder."""
     for name, rows in (("a", 30), ("b", 50)):
         frame = pd.DataFrame({"user": [name] * rows, "song": range(rows), "played_at": range(START, START + rows)})
         frame.to_parquet(write(folder / f"{name}.parquet", b""))
@@ -96,7 +96,7 @@ def two_files(folder: Path) -> str:
 
 
 def second_file_fails(patch: pytest.MonkeyPatch, message: str) -> None:
-    """What only a reading shows."""
+    """Make the second of `two_files` fail with an error that only reading its rows can show."""
     iter_batches = pq.ParquetFile.iter_batches
 
     def failing(file: pq.ParquetFile, *arguments: Any, **options: Any) -> Any:
@@ -143,7 +143,7 @@ def test_a_killed_import_that_leaves_a_damaged_file_out_merges_no_bucket_twice(
     with pytest.raises(KeyboardInterrupt):
         import_data(workspace, config)
     assert import_data(workspace, config).plays == 30
-    assert sorted(merged) == sorted([*range(8), merged[4]])  # the fifth was begun twice
+    assert sorted(merged) == sorted([*range(8), merged[4]])  # the fifth bucket was begun twice
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_where_all_rows_are_rejected_the_summary_shows_an_example_too(rayrec: An
 
 
 def test_what_a_format_holds_beside_plays_is_no_reason_to_stop(rayrec: Any, tmp_path: Path) -> None:
-    """Of a watch history most is no music."""
+    """Most entries of a watch history are no music."""
     entry = {"titleUrl": "https://www.youtube.com/watch?v=a", "title": "Watched A"}
     music = [{**entry, "header": "YouTube Music", "time": f"2022-04-25T18:09:{row:02}Z"} for row in range(4)]
     history = [*music, {**music[0], "time": None}, *[{**entry, "header": "YouTube"}] * 95]

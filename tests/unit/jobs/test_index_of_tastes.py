@@ -1,4 +1,4 @@
-"""Each index of lists over a network is chosen on taste vectors of users, and a stored one is not built again."""
+"""nprobe of each IVF index over a network is chosen on taste vectors of users; a stored index is not built again."""
 
 import shutil
 from dataclasses import asdict
@@ -52,7 +52,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture
 def chosen_on(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray | None]:
-    """What nprobe is chosen on in each index of lists that is built in a test."""
+    """The queries on which nprobe is chosen, for each IVF index that is built in a test."""
     without_ray(monkeypatch)
     passed: list[np.ndarray | None] = []
     build = SongIndex.build
@@ -69,7 +69,7 @@ def chosen_on(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray | None]:
 
 
 def _require_tastes(queries: np.ndarray | None, workspace: Workspace, network_folder: str) -> None:
-    """That they are the taste vectors of users at the end of their histories."""
+    """Require that `queries` are taste vectors of users at the end of their histories."""
     assert queries is not None
     assert queries.shape == (LISTS.queries, 8)
     network = TasteRecommender.from_folder(workspace, network_folder)
@@ -81,7 +81,7 @@ def _require_tastes(queries: np.ndarray | None, workspace: Workspace, network_fo
 
 
 def _two_step(workspace: Workspace) -> TwoStepRecommender:
-    """As `evaluate` makes it."""
+    """The two-step recommender that `evaluate` makes."""
     dataset, model = Dataset(workspace), newest(workspace, "models")
     split = load_split(workspace, model.inputs["split"])
     compared = evaluate.choose_models(workspace, dataset, EvaluateConfig(models=("two-step",)), split, None)
@@ -127,7 +127,7 @@ def test_an_evaluation_searches_the_index_that_is_stored(
     stored = build_index(workspace, LISTS)
     assert len(chosen_on) == 1
     figures = _two_step(workspace).source.index.figures
-    assert len(chosen_on) == 1  # no other was built
+    assert len(chosen_on) == 1  # no other index was built
     assert figures == IndexFigures(**{name: stored.metrics[name] for name in asdict(figures)})
     evaluated = EvaluateConfig(models=("two-step",), bootstrap_samples=0, offsets=0, max_curve_users=5)
     split = load_split(workspace, newest(workspace, "models").inputs["split"])

@@ -69,7 +69,7 @@ def imported(workspace: Workspace, tmp_path: Path) -> Workspace:
             f"ann,s1,{START + 2},like,",
             f"ann,s3,{START + 9},like,",
             f"bob,s2,{START + 3},,true",
-            f"cid,s2,{START + 4},like,",  # who plays nothing
+            f"cid,s2,{START + 4},like,",  # cid plays nothing
             f"bob,s1,{START + 5},dislike,",
         ),
     )
@@ -103,7 +103,7 @@ def test_appended_likes_stand_beside_the_earlier_plays_and_are_kept_when_parts_a
     assert likes(imported) == expected
     dataset = Dataset(imported)
     newest = [batch for bucket in range(2) for batch in dataset.read_bucket(bucket, first_part=2)]
-    assert {user for batch in newest for user in batch.user_ids} == {"cid"}  # who has plays since
+    assert {user for batch in newest for user in batch.user_ids} == {"cid"}  # the only user with plays since part 2
     require_sound(imported)
     plays = of_users(whole(imported), ["s1", "s2", "s3", "s4"])
     assert compact(imported).spans == [(0, 3)]
@@ -137,7 +137,7 @@ def test_users_and_songs_with_too_few_plays_take_their_likes_with_them(workspace
         *(f"{user},s{song},{START + song},play," for user in ("ann", "bob") for song in (1, 2)),
         f"cid,s1,{START},play,true",
         f"ann,s1,{START + 5},like,",
-        f"ann,s9,{START + 6},like,",  # which nobody plays
+        f"ann,s9,{START + 6},like,",  # nobody plays s9
         f"cid,s1,{START + 7},like,",
     )
     made = import_data(workspace, config.replace(min_user_plays=2, min_song_plays=2))

@@ -1,4 +1,4 @@
-"""Units whose workers are killed again and again are named in the error, whatever they are."""
+"""The error names the units whose workers are killed repeatedly, whatever the type of the units."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`rayrec run` without a test range: chosen on the newest plays, fitted on all of them, with rankers."""
+"""`rayrec run` without a test range: settings and rankers use the newest plays, the model is fitted on all plays."""
 
 import os
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_a_changed_first_file_replaces_no_appended_plays_unless_forced(
     config = ImportConfig(format="csv", paths=(first,), columns=COLUMNS, buckets=2)
     Stages(workspace).run("import", config)
     os.utime(first, (0, 0))
-    Stages(workspace).run("import", config)  # read anew: nothing else is lost
+    Stages(workspace).run("import", config)  # imported again: no other plays can be lost
     append_plays(workspace, config.replace(paths=(day,)))
     os.utime(first, (1, 1))
     with pytest.raises(InputError, match=r"already contains 52 plays from csv, some of them appended later; .*--force"):

@@ -1,4 +1,4 @@
-"""The retrieval stage: whatever the groups of buckets and the ranges of songs, it finds what one process would."""
+"""The retrieval stage gives the result of a single process for any groups of buckets and ranges of songs."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -42,7 +42,7 @@ def arrays(retrieval: Retrieval) -> dict[str, np.ndarray]:
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, *, ranges: int, groups: int, plays: int) -> None:
-    """As many ranges of songs and groups of buckets as very large data would have."""
+    """Make the stage use `ranges` ranges of songs and `groups` groups of buckets, as for very large data."""
     monkeypatch.setattr(stored_retrieval, "PLAYS_PER_RANGE", -(-plays // ranges))
     monkeypatch.setattr(import_plan, "READS", ranges * groups)
 
@@ -88,11 +88,11 @@ def test_a_killed_job_counts_no_group_again(workspace: Workspace, monkeypatch: p
     monkeypatch.setattr(Dataset, "read_bucket", counted)
     again = fit_retrieval(workspace, SETTINGS, repeat=True)
     assert read == []
-    assert again.files == expected.files  # their checksums
+    assert again.files == expected.files  # name -> checksum
 
 
 def test_parts_merge_like_with_like() -> None:
-    """A part is copied as often as the logarithm of their number, and not once for each that follows it."""
+    """Each part is copied about log2(number of parts) times, and not once for each part that follows it."""
     histories = random_histories(64, SONGS, seed=3)
     parts = [RetrievalCounts.fit(histories.take(np.arange(64) == user), num_songs=SONGS) for user in range(64)]
     copied = 0
@@ -158,7 +158,7 @@ def test_the_files_are_the_same_whatever_the_groups_and_ranges_after_an_append_t
 
 
 def add_plays(workspace: Workspace, path: Path, rows: list[list[Any]]) -> None:
-    """Import plays, or append them where some are there."""
+    """Import plays, or append them if the workspace has plays already."""
     path.write_text("\n".join(["user,song,played_at", *(",".join(map(str, row)) for row in rows)]) + "\n")
     config = ImportConfig(format="csv", paths=(str(path),), buckets=BUCKETS)
     if workspace.exists("dataset"):
@@ -168,7 +168,7 @@ def add_plays(workspace: Workspace, path: Path, rows: list[list[Any]]) -> None:
 
 
 def followers(workspace: Workspace, retrieval: Manifest, song: str) -> dict[str, float]:
-    """How often each song came straight after one, by the rules that are kept; one at distance 2 counts half."""
+    """Follower -> weight in the stored rules of `song`: 1 per play straight after it, 0.5 per play at distance 2."""
     catalog, rules = Dataset(workspace).catalog(), Retrieval.load(workspace, retrieval.folder).rules
     ids, (row,) = catalog.table.column("song_id").to_pylist(), catalog.rows([song])
     entries = slice(int(rules.offsets[row]), int(rules.offsets[row + 1]))
@@ -177,20 +177,20 @@ def followers(workspace: Workspace, retrieval: Manifest, song: str) -> dict[str,
 
 
 def sessions(workspace: Workspace, retrieval: Manifest) -> set[str]:
-    """The songs of each session."""
+    """The song ids of each session, joined to one text."""
     ids = Dataset(workspace).catalog().table.column("song_id").to_pylist()
     kept = Retrieval.load(workspace, retrieval.folder).sessions
     return {"".join(ids[song] for song in songs) for songs in np.split(kept.songs, kept.offsets[1:-1])}
 
 
 def pairs(user: str, first: str, second: str, count: int, *, start: int) -> list[list[Any]]:
-    """Two plays of each of so many users, a minute apart."""
+    """Plays of `first` and, a minute later, `second` by each of `count` users."""
     users = [f"{user}{number}" for number in range(count)]
     return [[user, song, start + 60 * place] for user in users for place, song in enumerate((first, second))]
 
 
 def test_a_follower_that_was_cut_starts_at_0_in_an_appended_part(workspace: Workspace, tmp_path: Path) -> None:
-    """b followed a three times, c two, two and four times; one follower of each song is kept."""
+    """In three parts, b follows a 3, 0 and 0 times, and c follows a 2, 2 and 4 times; one rule per song is kept."""
     settings = RetrievalConfig(rules_per_song=1)
     add_plays(workspace, tmp_path / "0.csv", [
         *pairs("u", "a", "b", 3, start=START), *pairs("v", "a", "c", 2, start=START),
@@ -199,19 +199,19 @@ def test_a_follower_that_was_cut_starts_at_0_in_an_appended_part(workspace: Work
     assert followers(workspace, first, "a") == {"b": 3.0}
     add_plays(workspace, tmp_path / "1.csv", pairs("w", "a", "c", 2, start=START + DAY))
     second = fit_retrieval(workspace, settings)
-    assert followers(workspace, second, "a") == {"b": 3.0}  # though c came four times
+    assert followers(workspace, second, "a") == {"b": 3.0}  # though c has come four times
     add_plays(workspace, tmp_path / "2.csv", pairs("x", "a", "c", 4, start=START + 2 * DAY))
     third = fit_retrieval(workspace, settings)
     whole = fit_retrieval(workspace, settings.replace(full=True))
     assert [second.metrics["base"], third.metrics["base"], whole.metrics["base"]] == [first.id, second.id, ""]
-    assert followers(workspace, third, "a") == {"c": 4.0}  # those of the last part
+    assert followers(workspace, third, "a") == {"c": 4.0}  # counted in the last part only
     assert followers(workspace, whole, "a") == {"c": 8.0}
 
 
 def test_a_session_that_goes_on_in_an_appended_part_is_two_and_its_rules_end_between_them(
     workspace: Workspace, tmp_path: Path
 ) -> None:
-    """One user plays d, e and minutes later, in the next part, f, g; another plays h and then i."""
+    """One user plays d, e in the first part and, a minute later, f, g in the second; another plays h, i likewise."""
     add_plays(workspace, tmp_path / "0.csv", [
         ["on", "d", START], ["on", "e", START + 60], ["once", "h", START],
     ])  # fmt: skip

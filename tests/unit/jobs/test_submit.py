@@ -1,4 +1,4 @@
-"""Following a job's log, and what is refused before a cluster is asked."""
+"""Following a job's log, and wrong use that is refused without contacting a cluster."""
 
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ LOG = ["read 1\n", "read 2\nread 3\n", "done\n"]
 
 
 class BreakingServer:
-    """Stands for Ray's client: its log stream breaks after so many pieces, each time it is opened."""
+    """Replaces Ray's client: the i-th time that the log stream is opened, it breaks after `breaks[i]` pieces."""
 
     def __init__(self, breaks: list[int]) -> None:
         self.breaks = breaks
@@ -29,13 +29,13 @@ class BreakingServer:
             raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
 
     def get_job_info(self, job: str) -> SimpleNamespace:
-        """A job that ends when its log has been seen whole."""
+        """The job, which ends (as failed) once no more breaks are left."""
         status = JobStatus.RUNNING if self.breaks else JobStatus.FAILED
         return SimpleNamespace(status=status, driver_exit_code=3, message="", start_time=1_000, end_time=4_500)
 
 
 def followed(breaks: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[str, submit.JobEnd]:
-    """What a follower reads and is told at the end."""
+    """Follow a job; return the log text that was read, and how the job ended."""
     monkeypatch.setattr(submit, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(submit, "JobSubmissionClient", lambda address: BreakingServer(breaks))
     cluster = Cluster("http://here:8265")

@@ -1,4 +1,4 @@
-"""`rayrec train` of data at the edge of what can be learned."""
+"""`rayrec train` on data that has almost nothing to learn."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def import_ring(workspace: Workspace, folder: Path, *, songs: int) -> None:
-    """Ten users with 40 plays each of the songs of a ring."""
+    """Import plays of a ring of `songs` songs: ten users with 40 plays each."""
     path = write_rows(folder / "plays.csv", ring_plays(range(10), songs=songs))
     columns = {"user": "user_id", "song": "track", "played_at": "timestamp"}
     import_data(workspace, ImportConfig(format="csv", paths=(path,), columns=columns, buckets=2))

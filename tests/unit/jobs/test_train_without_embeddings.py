@@ -1,4 +1,4 @@
-"""A network that was trained without song embeddings, and all that follows from it."""
+"""A network that was trained without song embeddings, and all later stages."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ PLAIN: dict[str, Any] = {"workers": 0, "hidden_dim": 16, "epochs": 1, "negatives
 
 
 def run(workspace: Workspace, line: str, *words: str) -> tuple[dict[str, Any], str]:
-    """What a command that works prints as JSON, then as text; the second time most find their result."""
+    """Run a command twice, and return its JSON and its text. The second time most commands find their result."""
     printed = []
     for flags in (["--json"], []):
         out, err = io.StringIO(), io.StringIO()
@@ -48,7 +48,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture(scope="module")
 def trained(imported: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, dict[str, Any], str]:
-    """The same with a model, and what the training of it printed."""
+    """A copy of `imported` with a trained model, and the JSON and the text that the training printed."""
     workspace = Workspace(shutil.copytree(imported.root, tmp_path_factory.mktemp("trained") / "workspace"))
     settings = "--workers 0 --hidden-dim 16 --epochs 8 --negatives 32 --batch 8 --learning-rate 0.01"
     return workspace, *run(workspace, f"train --dim 24 --table-learning-rate 0.02 {settings}")
@@ -83,7 +83,7 @@ def test_it_learns_what_follows_a_song_and_every_later_stage_works(
         history = f"s{last - 2},s{last - 1},s{last}"
         answer, _ = run(workspace, "recommend -k 3 --at", str(BEGIN + 21 * DAY), "--songs", history)
         successors += f"s{(last + 1) % SONGS}" in {song["song_id"] for song in answer["songs"]}
-    assert successors >= 8  # of ten; by chance fewer than one
+    assert successors >= 8  # of ten; fewer than one by chance
     assert run(workspace, "verify")[0]["problems"] == []
     status, _ = run(workspace, "status")
     assert (status["songs"], status["active"]) == ([], release["id"])

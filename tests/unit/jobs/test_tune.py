@@ -25,7 +25,7 @@ DAY_MS = 86_400_000
 
 @pytest.fixture
 def split(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Split:
-    """Of a small data set, with trainings that diverge at learning rates above 0.01 in place of the real ones."""
+    """The split of a small data set. A fake `train` replaces the real one and diverges at learning rates above 0.01."""
     times = np.arange(20) * DAY_MS
     histories = Histories.from_lists(
         songs=[np.arange(20) % 5] * 4, played_at=[times] * 4, user_ids=[f"user-{row}" for row in range(4)]

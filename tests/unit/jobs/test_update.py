@@ -1,4 +1,4 @@
-"""`rayrec update`: new plays go live where they help, and stay out where they make answers worse."""
+"""`rayrec update`: a release with new plays goes live, unless it makes recommendations worse."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ COLUMNS = {"user": "user_id", "song": "track", "played_at": "timestamp", "title"
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a workspace after a fit of 150 users of a ring, 20 days."""
+    """The folder of a workspace after a fit of 150 users of a ring, with plays of 20 days."""
     folder = tmp_path_factory.mktemp("update")
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
@@ -55,7 +55,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fitted(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """A copy of it."""
+    """A copy of the workspace in `first`."""
     without_ray(monkeypatch)
     shutil.copytree(first, tmp_path / "workspace")
     return Workspace(tmp_path / "workspace")
@@ -137,7 +137,7 @@ def test_the_same_plays_again_change_nothing(fitted: Workspace, tmp_path: Path) 
 
 
 def test_a_new_model_that_finds_less_is_kept_out(fitted: Workspace, tmp_path: Path) -> None:
-    """Nobody by whom rankers are checked has played: the new release is without, and the network alone finds less."""
+    """No user held out to check rankers has new plays: the new release has no rankers, and its network finds less."""
     before = live_of(fitted)
     names = np.array([f"u{user}" for user in range(150)], dtype=object)
     users = np.flatnonzero(~checks_rankers(names)).tolist()
@@ -152,7 +152,7 @@ def test_a_new_model_that_finds_less_is_kept_out(fitted: Workspace, tmp_path: Pa
     assert not result.live
     assert f"{live:.3f}" in result.reason
     assert live_of(fitted) == before
-    assert load_manifest(fitted, "releases", result.release)  # to look at, or to activate nevertheless
+    assert load_manifest(fitted, "releases", result.release)  # kept, so that users can activate it
 
 
 @pytest.mark.slow  # trains twice
@@ -200,7 +200,7 @@ def test_rejected_rows_are_warned_of_and_too_many_end_the_update_with_the_summar
         assert main([*words, "--max-rejected", "0.9"]) == 0
         said = capsys.readouterr().err
     wanted = f"Warning: {share} no song: {path}, line 8: u1,,{BEGIN}"
-    assert "".join(wanted.split()) in "".join(said.split())  # whose lines may end within a path
+    assert "".join(wanted.split()) in "".join(said.split())  # a line of stderr may break within a path
 
 
 def test_times_without_a_zone_and_skips_are_read_as_in_the_fit_unless_another_zone_is_named(
@@ -263,7 +263,7 @@ def test_a_model_of_too_few_plays_for_a_split_is_trained_further_on_plays_that_i
     made = load_manifest(workspace, "releases", result.release)
     model = load_manifest(workspace, "models", made.inputs["models"])
     assert model.inputs["from"] == before.inputs["models"]
-    assert model.metrics["validation_recall@20"] is not None  # its epochs were chosen on the new plays
+    assert model.metrics["validation_recall@20"] is not None  # epochs were chosen on new plays
 
 
 def test_columns_are_those_of_the_fit_where_the_files_have_them(
@@ -278,7 +278,7 @@ def test_columns_are_those_of_the_fit_where_the_files_have_them(
         (tmp_path / f"{name}.csv").write_text(f"{line}u0,Title {song},{song},{BEGIN + DAY * (number + 1)}\n")
     fit(workspace, FitConfig(paths=(str(tmp_path / "plays.csv"),), columns={"song": "track_id"}), settings=SETTINGS)
     assert updated(workspace, str(tmp_path / "day1.csv")).appended.songs == 0
-    assert updated(workspace, str(tmp_path / "day2.csv")).appended.songs == 1  # without the column: guessed
+    assert updated(workspace, str(tmp_path / "day2.csv")).appended.songs == 1  # no column track_id: guessed
     assert updated(workspace, str(tmp_path / "day3.csv"), columns={"song": "song"}).appended.songs == 1
     songs, row = Dataset(workspace).history("u0").songs.tolist(), Dataset(workspace).catalog().rows
     assert songs[12:] == row(["s1", "Title s1", "Title s2"]).tolist()
@@ -311,5 +311,5 @@ def test_the_user_is_the_one_that_all_imports_of_the_format_were_given(
     assert ("all plays belong to user 'ann'" in notes[0]) == (user == "ann")
     update(workspace, UpdateConfig(paths=(history("third", 10),), user="cyd"))
     assert len(Dataset(workspace).history("cyd").songs) == 12
-    update(workspace, UpdateConfig(paths=(history("dan", 11),), user=""))  # as the files say: by their folder
+    update(workspace, UpdateConfig(paths=(history("dan", 11),), user=""))  # the folder names the user
     assert len(Dataset(workspace).history("dan").songs) == 12

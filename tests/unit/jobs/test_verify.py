@@ -1,4 +1,4 @@
-"""The audit finds each planted fault, names where it is, and finds none in a sound workspace."""
+"""The audit finds each planted fault, names its place, and finds no fault in a sound workspace."""
 
 import shutil
 from collections.abc import Callable
@@ -30,7 +30,7 @@ AT = 10**7
 
 
 def build(workspace: Workspace, kind: str = "flat") -> Workspace:
-    """A workspace with everything that a release needs, all of it sound."""
+    """Write everything that a release needs, without a fault."""
     histories = random_histories(30, NUM_SONGS, seed=3)
     histories = histories.take(histories.lengths > 0)
     songs = {
@@ -69,7 +69,7 @@ def build(workspace: Workspace, kind: str = "flat") -> Workspace:
 
 
 def put_dataset_manifest(workspace: Workspace, **changes: int) -> None:
-    """The manifest of what is there; `changes` are what it says wrongly."""
+    """Write a manifest that fits the stored histories, apart from the wrong values in `changes`."""
     paths = [path.removeprefix("dataset/") for path in workspace.files("dataset") if path.endswith(".parquet")]
     found = list(_plain_histories(workspace))
     said = {
@@ -147,7 +147,7 @@ def test_a_byte_changed_or_a_file_gone_is_named_whatever_the_file(sound: Workspa
 
 
 def remake(workspace: Workspace, kind: str, name: str) -> None:
-    """Checksum an artifact's files as they are now, so that only their content can tell."""
+    """Store the checksums of an artifact's changed files, so that only their content shows the fault."""
     manifest = load_manifest(workspace, kind, name)
     publish(workspace, manifest, manifest.files)
     workspace.delete("releases")

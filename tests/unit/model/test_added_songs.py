@@ -1,4 +1,4 @@
-"""Songs that came after the training: vectors of artists, albums and content, read and recommended as all others."""
+"""Songs that came after the training: vectors from artist, album and content, read and recommended as all others."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def no_content(songs: int = SONGS) -> Content:
 
 
 def clustered(seed: int = 0) -> np.ndarray:
-    """float32 (60, 8): the songs of each of six artists, ten each, in the order of rows, near to one another."""
+    """float32 (60, 8): vectors of ten songs for each of six artists, in row order, near to one another per artist."""
     near = np.repeat(np.eye(DIM)[:6], KNOWN // 6, axis=0)
     vectors = near + 0.1 * np.random.default_rng(seed).normal(size=(KNOWN, DIM))
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
@@ -53,7 +53,7 @@ def added() -> AddedSongs:
 
 
 def test_a_song_is_nearest_to_the_songs_of_its_artist(added: AddedSongs) -> None:
-    # Of the songs by nobody and by an unknown artist nothing is known.
+    # Nothing is known of the last two songs: one is by an artist without other songs, the other has no artist.
     assert added.rows.tolist() == list(range(KNOWN, KNOWN + 10))
     for row, output, read in zip(added.rows.tolist(), added.outputs, added.inputs, strict=True):
         artist = (row - KNOWN) % 6
@@ -88,7 +88,7 @@ def test_content_places_a_song_without_an_artist() -> None:
 
 
 def test_vectors_are_at_most_of_length_1_whatever_the_scale_of_the_content() -> None:
-    """At once or one by one; a content vector of ten thousand times the usual scale, and one of the largest numbers."""
+    """Placed at the start or later; one content vector has 10,000 times the usual scale, one the largest float32."""
     random = np.random.default_rng(2)
     content = random.normal(size=(SONGS, 6)).astype(np.float32)
     vectors = (content @ random.normal(size=(6, DIM))).astype(np.float32)
@@ -122,7 +122,7 @@ def test_what_is_read_grows_with_the_artists_of_the_new_songs_and_not_with_the_c
 
 
 def test_songs_keep_the_vectors_that_their_plays_were_read_with(added: AddedSongs) -> None:
-    described = [*ARTISTS, *LATER[:10], "artist-1", None]  # song 70 had an artist that nobody knew
+    described = [*ARTISTS, *LATER[:10], "artist-1", None]  # song 70 had an unknown artist before
     histories = Histories.from_lists([[50, 51, 60, 52]] * 3, [range(4)] * 3)  # the first plays of song 60
     more = AddedSongs.make(
         clustered(),
@@ -150,7 +150,7 @@ def test_songs_keep_the_vectors_that_their_plays_were_read_with(added: AddedSong
 
 
 def test_first_plays_place_a_song_of_which_nothing_else_is_known_and_the_more_the_more_there_are() -> None:
-    # Song 70 is played among the songs of the fifth artist, by more and more users; song 71 alone.
+    # Song 70 is played among songs of the fifth artist, by 1, 2 and 4 users; song 71 is played alone.
     histories = Histories.from_lists([[40, 41, 70, 42]] * 4 + [[71]], [range(4)] * 4 + [range(1)])
     lengths, before = [], 0.0
     for users in (1, 2, 4):
@@ -165,7 +165,7 @@ def test_first_plays_place_a_song_of_which_nothing_else_is_known_and_the_more_th
         lengths.append(np.linalg.norm(made.outputs[0]))
         assert lengths[-1] > before
         before = lengths[-1]
-    # A mean of vectors near one another, shrunk to n / (n + 5) by n plays.
+    # The vector is a mean of vectors near one another, multiplied by n / (n + 5) for n plays.
     assert lengths == pytest.approx([length * lengths[0] * 6 for length in (1 / 6, 2 / 7, 4 / 9)], rel=1e-5)
 
 
@@ -226,7 +226,7 @@ def test_an_index_with_added_songs_answers_as_one_that_was_built_with_them(kind:
     for excluded in (None, exclude):
         songs, scores = grown.search(queries, 10, excluded)
         expected_songs, expected_scores = whole.search(queries, 10, excluded)
-        assert (songs == expected_songs).mean() > 0.97  # of inverted lists recall is a promise for most queries
+        assert (songs == expected_songs).mean() > 0.97  # an IVF index promises its recall for most queries only
         np.testing.assert_allclose(scores[:, 0], expected_scores[:, 0], atol=1e-5)
     assert np.isin(songs, rows).any()
     everything, _ = grown.search(queries[:2], 400)
@@ -236,7 +236,7 @@ def test_an_index_with_added_songs_answers_as_one_that_was_built_with_them(kind:
 def test_added_songs_that_are_banned_stay_out_of_long_lists_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "FEW_SONGS", 10)
     monkeypatch.setattr(index_module, "MOST_LISTS", 1.0)
-    monkeypatch.setattr(index_module, "MAX_OVERFETCH", 5)  # more excluded songs than that are skipped by the search
+    monkeypatch.setattr(index_module, "MAX_OVERFETCH", 5)  # if more songs are excluded, the search itself skips them
     vectors, rows = random_vectors(400, DIM, seed=5), np.arange(360, 400)
     config = IndexConfig(kind="ivf", nlist=8, queries=50, target_recall=0.1)
     grown = SongIndex.build(vectors[:360], config).with_added(rows, vectors)

@@ -1,4 +1,4 @@
-"""Tastes that go on from earlier ones equal those computed from the first play on, at the cost of the new plays."""
+"""Taste vectors continued from a stored state equal those computed from all plays, at the cost of the new plays."""
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ AT = 400 * MINUTE
 
 
 def add_part(dataset: Dataset, histories: Histories) -> Dataset:
-    """The data set of one bucket with one more part."""
+    """Add `histories` as one more part to a data set of one bucket, and return the data set."""
     part = dataset.manifest.parts
     histories = histories.take(histories.lengths > 0)
     ordered = histories.take(np.argsort(histories.user_ids))
@@ -28,7 +28,7 @@ def add_part(dataset: Dataset, histories: Histories) -> Dataset:
 
 
 def later(histories: Histories, names: list[str], *, from_minute: int, seed: int) -> Histories:
-    """New plays of some users, from a moment on."""
+    """New plays of the users `names`, from `from_minute` on."""
     random = np.random.default_rng(seed)
     lengths = random.integers(1, 9, size=len(names))
     return Histories.from_lists(
@@ -77,7 +77,7 @@ def test_rows_equal_a_full_run_and_each_user_is_in_the_right_count(
     names = list(histories.user_ids)
     add_part(dataset, later(histories, [*names[3:20:2], "new-a"], from_minute=300, seed=1))
     add_part(dataset, later(histories, [names[3], names[30], "new-b", "new-a"], from_minute=350, seed=2))
-    add_part(dataset, later(histories, [names[5], names[31]], from_minute=-5, seed=3))  # older than the state
+    add_part(dataset, later(histories, [names[5], names[31]], from_minute=-5, seed=3))  # older than the stored state
 
     counts, full = Counts(), Counts()
     tables = list(continued_tables(encoder, dataset, 0, base, first_part=1, at=AT, users=users, counts=counts))

@@ -1,4 +1,4 @@
-"""Networks at rest: what comes back is what was saved."""
+"""Stored networks and trainings: after loading they equal those that were saved."""
 
 import subprocess
 import sys
@@ -56,16 +56,16 @@ def test_exported_song_vectors_are_normalized_and_zero_where_unknown() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedShare(Share):
-    """A worker that is alone in the process and keeps what it gives to each gather."""
+    """A worker that is alone in the process and records the rows that it gives to each gather."""
 
     gathers: list[tuple[torch.Tensor, int]] = field(default_factory=list)
 
     def total(self, value: float) -> float:
-        """The songs of all workers."""
+        """Return the number of songs of all workers."""
         return NUM_SONGS
 
     def interleaved(self, rows: torch.Tensor, total: int) -> torch.Tensor | None:
-        """Nothing comes from the others."""
+        """Record `rows` and return None: no rows come from other workers."""
         self.gathers.append((rows, total))
         return None
 
@@ -82,7 +82,7 @@ def test_all_workers_take_part_in_every_gather_of_rows_those_with_none_left_too(
     rounds = -(-NUM_SONGS // (workers * at_once))
     for share in shares:
         assert [total for _, total in share.gathers] == [total for _, total in shares[0].gathers]
-        assert len(share.gathers) == 2 * rounds  # of the two tables
+        assert len(share.gathers) == 2 * rounds  # for each of the two tables
     gathered = [rows for parts in zip(*(share.gathers for share in shares), strict=True) for rows, _ in parts]
     assert sum(map(len, gathered)) == 2 * NUM_SONGS
 

@@ -11,7 +11,7 @@ DIM, CONTENT = 16, 12
 def planted(
     songs: int, *, of_artist: float, of_album: float, of_content: float, noise: float, seed: int = 0
 ) -> tuple[np.ndarray, SongContent]:
-    """Vectors that are sums of an artist's, an album's, a linear image of the content and noise of given variances."""
+    """Song vectors: sums of artist and album vectors, a linear image of the content, and noise, of given variances."""
     random = np.random.default_rng(seed)
     albums = random.integers(0, songs // 8, size=songs)
     artists = albums // 4
@@ -53,7 +53,8 @@ def test_content_and_groups_explain_the_share_of_the_variance_that_was_planted()
     vectors, songs = planted(3_000, of_artist=0.3, of_album=0.2, of_content=0.4, noise=0.1)
     made, groups = fitted(vectors, songs, slice(0, 2_500))
     found = explained(made.vectors(songs.take(np.arange(2_500, 3_000)), groups), vectors[2_500:])
-    # Of 1 in all the noise, 0.1, cannot be known; of artist and album, means of few songs miss about a sixth.
+    # Of the total variance 1, the noise of 0.1 cannot be explained, and artist and album means over few songs miss
+    # about a sixth of theirs.
     assert 0.78 < found < 0.9
     assert abs(made.explained - found) < 0.05
 
@@ -66,8 +67,8 @@ def test_a_song_without_content_gets_what_artist_and_album_say_and_the_more_the_
     whole = explained(made.vectors(later, groups), vectors[2_500:])
     by_artist = SongContent(artists=later.artists, albums=np.full(500, -1), content=later.content)
     artist_alone = explained(made.vectors(by_artist, groups), vectors[2_500:])
-    # The best that can be known is 0.7 of album and artist, and of the artist alone 0.4 and a quarter of the album's
-    # 0.3: an artist has four albums, and the song's own is one of them.
+    # Artist and album explain at most 0.7. The artist alone explains at most 0.4 and a quarter of the album's 0.3:
+    # an artist has four albums, one of which is the song's own.
     assert 0.6 < whole < 0.7
     assert 0.4 < artist_alone < 0.475
     few = GroupMeans.of(vectors[:300], silent.take(np.arange(300)))

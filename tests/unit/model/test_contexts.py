@@ -1,4 +1,4 @@
-"""What contexts are worth: in a world where they decide, the network gains by them what the world's rules predict."""
+"""Contexts in a world where they decide the next song: the network gains from them what the world's rules predict."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ CONFIG = TrainConfig(
     long=(),
     epochs=7,
     learning_rate=0.01,
-    averaged_part=0.1,  # so short a training has not much to average
+    averaged_part=0.1,  # a training this short has few steps to average
 )
 
 
@@ -42,10 +42,10 @@ class Recall:
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    """Sessions of two plays on average, half of them albums and half playlists, each to its end.
+    """Sessions of two plays on average; half follow an album, half a playlist, until the session ends.
 
-    The first song of a session is one of its mood whatever the context, so that only the context
-    tells which order the second one follows.
+    The first song of a session depends on its mood and not on its context, so that only the context
+    shows which order the second song follows.
     """
     world = World(GenerateConfig(songs=NUM_SONGS, artists=6, genres=3, plays=30, session_plays=2, follow=1))
     start: np.ndarray = np.zeros(len(CONTEXTS))
@@ -56,14 +56,14 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def predicted(world: World) -> Recall:
-    """What no predictor can pass that sees the contexts, or does not."""
+    """The best recall that any predictor can reach, with and without the contexts."""
     aware, blind = (Oracle(world, know_contexts=known) for known in (True, False))
     return Recall(aware.best_recall(1, HELD_OUT, first_play=1), blind.best_recall(1, HELD_OUT, first_play=1))
 
 
 @pytest.fixture(scope="module")
 def learned(world: World) -> Recall:
-    """What two networks reach on users that they have not seen, one of them with contexts."""
+    """The recall of two networks, with and without contexts, on users outside the training."""
     learn_from, evaluate_on = world.histories(LEARNED), world.histories(HELD_OUT)
     return Recall(*(learned_recall(learn_from, evaluate_on, names) for names in (CONTEXTS, ())))
 
@@ -83,7 +83,7 @@ def learned_recall(learn_from: Histories, evaluate_on: Histories, contexts: tupl
 
 
 def test_the_rules_predict_a_margin_that_no_sample_hides(predicted: Recall) -> None:
-    """A session's second play is one in four, and told by its context where a guess between two orders is not."""
+    """One play in four is the second of its session: certain with its context, a guess between two orders without."""
     assert predicted.margin == pytest.approx(0.25 * 0.5, abs=0.02)
 
 

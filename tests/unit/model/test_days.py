@@ -1,4 +1,4 @@
-"""A horizon in days: what is played a week later is planted, and no number of plays ahead tells of it."""
+"""A horizon in days: the plays a week later are planted, at no fixed number of plays ahead."""
 
 import numpy as np
 import torch
@@ -12,14 +12,14 @@ from rayrec.model.epochs import Fit, FitData, Validation
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.train_config import DaysHorizon, TrainConfig
 
-GROUPS, EACH = 5, 4  # groups of songs that are played on the first day of a week, and songs of each
+GROUPS, EACH = 5, 4  # groups of songs that are played on the first day of a week, and songs per group
 PLANTED = GROUPS * EACH
 MINUTE = 60_000
 A_WEEK_LATER = DaysHorizon(first_day=6, last_day=8)
 
 
 def weekly_histories(users: int, weeks: int = 5, seed: int = 0) -> Histories:
-    """Users who play one group of songs each week, a week later the next group, and in between any number of others."""
+    """Users who play one group on the first day of each week, the next group a week later, and other songs between."""
     random = np.random.default_rng(seed)
     songs: list[list[int]] = []
     played_at: list[list[int]] = []
@@ -38,13 +38,13 @@ def weekly_histories(users: int, weeks: int = 5, seed: int = 0) -> Histories:
 
 
 def asked_on_the_first_day(histories: Histories) -> np.ndarray:
-    """int64 (Q,): plays of planted songs after another one of the same day, which tells the group."""
+    """int64 (Q,): plays of planted songs that follow another planted song of the same day, which shows the group."""
     planted = histories.songs < PLANTED
     return np.flatnonzero(planted & np.append(False, planted[:-1]) & (histories.places > 0))
 
 
 def found_a_week_later(**horizons: tuple[int, ...]) -> float:
-    """The share of the next week's songs among the four nearest to the long taste vector of users not learned from."""
+    """The share of next week's group in the four songs nearest to the long taste vector, for users outside the fit."""
     config = TrainConfig(
         hidden_dim=24,
         window=40,

@@ -107,7 +107,7 @@ def test_without_a_validation_range_the_fit_runs_the_epochs_it_was_told(plays: d
 
 
 def figures(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
-    """Let the validation find these figures, epoch by epoch."""
+    """Replace the validation: it returns `values`, one per epoch."""
     coming = iter(values)
     monkeypatch.setattr(Fit, "_validate", lambda _: {CHOSEN_BY: next(coming)})
 
@@ -178,7 +178,7 @@ def test_a_resumed_fit_ends_where_an_undisturbed_one_ends(
     assert resumed.progress.phase == phase
     assert same(resumed.run(), wanted)
     kept = len(undisturbed_host.reports) - len(resumed_host.reports)
-    assert 1 <= len(crashing.reports) - kept <= 2  # no more is lost than since the last checkpoint
+    assert 1 <= len(crashing.reports) - kept <= 2  # only steps since the last checkpoint are lost
     assert (resumed.progress.best_epoch, resumed.progress.best_ndcg) == (
         undisturbed.progress.best_epoch,
         undisturbed.progress.best_ndcg,
@@ -186,7 +186,7 @@ def test_a_resumed_fit_ends_where_an_undisturbed_one_ends(
 
 
 def figures_of(fit: Fit) -> list[tuple[Any, ...]]:
-    """What each epoch reported, seconds aside."""
+    """The figures that each epoch reported, except for times."""
     counted = ("phase", "epoch", "plays", "targets")
     return [(*(line[name] for name in counted), round(line["loss"], 5)) for line in fit.progress.epochs]
 
@@ -194,7 +194,7 @@ def figures_of(fit: Fit) -> list[tuple[Any, ...]]:
 def test_a_fit_resumed_after_any_step_reports_the_plays_and_losses_of_an_undisturbed_one(
     plays: dict[Phase, Histories], validation: Validation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the last step of an epoch and of the last epoch too."""
+    """This includes the last step of an epoch, and the last step of the last epoch."""
     monkeypatch.setattr(epochs_module, "STEPS_BETWEEN_READS", 1)
     monkeypatch.setattr(Fit, "_validate", lambda fit: {CHOSEN_BY: [0.1, 0.3][fit.progress.epoch - 1]})
     config = settings(epochs=2, checkpoint_minutes=0.0)
@@ -267,13 +267,13 @@ def test_songs_are_known_by_a_play_or_by_a_vector() -> None:
 
 
 def metrics_of(model: TasteModel, vectors: np.ndarray, validation: Validation) -> dict[str, float]:
-    """The figures of a network on plays, among songs with these vectors."""
+    """The validation metrics of a network whose songs have `vectors`."""
     tastes = TasteEncoder(model).vectors(validation.histories, validation.queries, "short")
     return validation_metrics(torch.from_numpy(tastes), torch.from_numpy(vectors), validation, Share())
 
 
 def hits(model: TasteModel, vectors: np.ndarray, validation: Validation) -> int:
-    """How many plays are among the first 20."""
+    """The number of validation plays whose song ranks among the first 20."""
     return round(metrics_of(model, vectors, validation)[f"validation_recall@{RECALL_AT}"] * len(validation.plays))
 
 
@@ -287,7 +287,7 @@ def test_validation_reads_songs_as_the_saved_network_does_unknown_ones_too(
     with torch.no_grad():
         for weight in (*model.again.values(), *(model.map.parameters() if model.map else ())):
             weight.uniform_(-1, 1)
-    known = np.arange(NUM_SONGS) % 5 > 0  # some songs of every history are not
+    known = np.arange(NUM_SONGS) % 5 > 0  # every history has unknown songs
     vectors = export_song_vectors(model, known)
     tastes = validation_tastes(model, vectors, RowExchange(Share()), validation, Share())
     save_model(workspace, "models/m", model, known)
@@ -297,7 +297,7 @@ def test_validation_reads_songs_as_the_saved_network_does_unknown_ones_too(
 
 
 def test_ties_and_unknown_songs_are_no_hits() -> None:
-    """Against a vector that is equally near to all 30 songs, no play is found; nor is an unknown song."""
+    """If all 30 songs are equally near to the taste vector, no play counts as found; an unknown song never does."""
     config = settings()
     model = TasteModel(replace(model_config(config), num_songs=30), torch.ones(30, 8))
     histories = Histories.from_lists([[1, 2, 3]], [[1, 2, 3]])
@@ -324,7 +324,7 @@ def test_a_score_that_is_not_a_number_is_no_hit() -> None:
 
 
 def test_epochs_are_chosen_by_new_songs_among_those_not_heard() -> None:
-    """Vectors that are compared by the last song alone: the ranking is known."""
+    """The taste vector is that of the last song, so that the ranking is known."""
     config = settings(averages=(0.0,))
     model = TasteModel(replace(model_config(config), num_songs=4), torch.eye(8)[:4])
     with torch.no_grad():
@@ -333,7 +333,7 @@ def test_epochs_are_chosen_by_new_songs_among_those_not_heard() -> None:
     vectors = np.concatenate([vectors, np.zeros((4, 4), np.float32)], axis=1)
     histories = Histories.from_lists([[1, 0, 2, 0]], [[1, 2, 3, 4]])
     asked = Validation(histories=histories, plays=np.array([2, 3]))
-    # Song 2 after 0 is third of all, behind 0 and 1, which were heard. Song 0 after 2 is second, and not new.
+    # Song 2 after song 0 ranks third, behind 0 and 1, which were heard. Song 0 after 2 ranks second and is not new.
     assert metrics_of(model, vectors, asked) == {
         f"validation_recall@{RECALL_AT}": 1.0,
         f"validation_mrr@{RECALL_AT}": pytest.approx((1 / 3 + 1 / 2) / 2),
@@ -349,11 +349,11 @@ def test_the_steps_of_an_average_are_a_given_part_of_all_of_them_old(part: float
     weights = (1 - factors) * np.append(np.cumprod(factors[:0:-1])[::-1], 1)
     weights /= weights.sum()
     assert float(weights @ ages) / steps == pytest.approx(part, abs=0.02)
-    assert weights[: steps // 10].sum() < 0.11  # the start does not stay
+    assert weights[: steps // 10].sum() < 0.11  # the first steps have little weight
 
 
 def test_the_network_kept_is_the_average_of_the_last_steps(plays: dict[Phase, Histories]) -> None:
-    """Of the dense weights and of rows that are brought up to date only when they are looked up."""
+    """Both for dense weights and for rows of tables, which are updated only when they are looked up."""
     config = settings(epochs=1, averaged_part=0.2)
     host = MemoryHost(plays, config)
     fit = fit_of(config, {"final": plays["final"]}, None, host)
@@ -379,7 +379,7 @@ def test_a_network_starts_from_another_and_new_songs_keep_their_rows(plays: dict
     config = settings(epochs=2)
     before = fit_of(config, {"final": plays["final"]}, None, MemoryHost(plays, config)).run()
     with torch.no_grad():
-        before.songs.weight[7] = 0  # as a stored network has it for a song that it does not know
+        before.songs.weight[7] = 0  # a stored network has zeros for a song that it does not know
     fresh = TasteModel(replace(before.config, num_songs=NUM_SONGS + 5), torch.from_numpy(random_vectors(NUM_SONGS + 5)))
     began = fresh.songs.weight.clone()
     carry_over(before, fresh, Share())

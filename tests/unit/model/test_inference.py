@@ -1,4 +1,4 @@
-"""Inference: batch equals single, and a carried state equals one pass over the whole history."""
+"""Inference: a batch gives what each user gives alone, and a carried state equals one pass over the whole history."""
 
 import time
 from dataclasses import replace
@@ -37,7 +37,7 @@ def encoder(request: pytest.FixtureRequest) -> TasteEncoder:
 
 @pytest.fixture(params=[1024, 7], ids=["whole", "in pieces"])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Plays in a pass: with 7, most histories of the tests are longer and carry their state on."""
+    """The number of plays in one pass; with 7, most histories need several passes, which hand over their state."""
     monkeypatch.setattr(inference, "PIECE", request.param)
     return int(request.param)
 
@@ -189,7 +189,7 @@ def test_passes_are_bounded_and_hold_every_user_with_plays_once(plays_per_pass: 
     assert sorted(np.concatenate(passes).tolist()) == np.flatnonzero(lengths).tolist()
     for rows in passes:
         assert len(rows) * min(lengths[rows].max(), inference.PIECE) <= plays_per_pass
-        assert lengths[rows[-1]] == lengths[rows].max()  # pieces of shorter ones are looked up within its plays
+        assert lengths[rows[-1]] == lengths[rows].max()  # shorter histories are looked up within the longest
 
 
 def test_states_can_be_made_by_hand() -> None:
@@ -214,5 +214,5 @@ def test_a_very_long_history_costs_what_its_plays_cost(plays: int) -> None:
         return time.process_time() - began
 
     seconds(2_000)
-    # Ten times the plays, ten times the time; a look at all plays for every piece made it a hundred times.
+    # Ten times the plays take about ten times as long; reading all plays for every piece would take a hundred times.
     assert seconds(plays) < 25 * seconds(plays // 10)

@@ -1,4 +1,4 @@
-"""The factor that makes logits of cosines, which is no weight of the network."""
+"""The factor that turns cosines into logits, which is not a trained weight."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The network: padding changes nothing, and training sees what inference sees."""
+"""The network: padding changes nothing, and training computes the same as inference."""
 
 from itertools import product
 from typing import get_args
@@ -72,7 +72,7 @@ def test_averages_are_of_the_vectors_that_tastes_are_compared_with(histories: Hi
     model.inputs.weight.neg_()
     for head in model.heads.values():
         head.weight.zero_()
-        head.bias.copy_(torch.eye(len(head.bias))[0] * 1e-6)  # a direction alone, which the average outweighs
+        head.bias.copy_(torch.eye(len(head.bias))[0] * 1e-6)  # only a direction, which the average outweighs
     model.again["short"].fill_(1e6)
     batch = padded(model, histories)
     last = batch.songs_BL[torch.arange(len(histories)), batch.length_B - 1]

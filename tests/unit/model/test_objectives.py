@@ -43,7 +43,7 @@ ALL = Negatives(places_K=torch.arange(NUM_SONGS), weight_KH=torch.zeros(NUM_SONG
 
 
 def targets_of(songs: list[int] | list[list[int]], negatives: Negatives, prior: np.ndarray | None = None) -> Targets:
-    """Targets of positions in their order, -1 where a position has fewer than others."""
+    """The targets of position 0, 1, ...; in `songs`, -1 fills up positions with fewer targets than others."""
     songs_PT = np.array(songs).reshape(len(songs), -1)
     safe = songs_PT.clip(min=0)
     return Targets.of(
@@ -104,7 +104,7 @@ def test_softmax_is_over_all_songs_where_all_are_negatives(taste: Tensor) -> Non
 
 
 def plain(songs: Tensor, taste: Tensor, targets: Targets, negatives: Negatives, scale: Tensor) -> Tensor:
-    """The same loss with all logits at once, left to autograd."""
+    """The loss of `softmax`, with all logits at once and gradients by autograd."""
     query = taste * scale.unsqueeze(1)
     own = (query.unsqueeze(1) * songs[targets.places_PT]).sum(-1) + targets.prior_PT
     others = query @ songs[negatives.places_K].T + targets.horizons_PH @ negatives.weight_KH.T
@@ -115,7 +115,7 @@ def plain(songs: Tensor, taste: Tensor, targets: Targets, negatives: Negatives, 
 
 @pytest.mark.parametrize("chunk", [1_000_000, 100])
 def test_gradients_of_chunks_equal_those_of_all_logits_at_once(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two horizons, whose targets and negatives have weights of their own."""
+    """The two horizons have different weights for their targets and negatives."""
     monkeypatch.setattr(objectives, "CHUNK_LOGITS", {"cpu": chunk})
     generator = torch.Generator().manual_seed(5)
     taste = torch.nn.functional.normalize(torch.randn(40, 8, generator=generator), dim=-1)
@@ -157,7 +157,7 @@ def test_products_in_bfloat16_stay_near_those_in_float32(taste: Tensor) -> None:
 def test_negatives_come_as_often_as_songs_were_played() -> None:
     songs, weights = NegativeSampler(COUNTS, 200_000).draw(np.random.default_rng(0))
     expected = COUNTS[songs] / COUNTS.sum() * 200_000
-    drawn = np.exp(weights) * expected  # log of how often it was drawn, less log of how often it is expected
+    drawn = np.exp(weights) * expected  # weights: log of the number of draws, minus log of the expected number
     assert 0 not in songs
     assert drawn.sum() == pytest.approx(200_000, rel=1e-4)
     assert (np.abs(drawn - expected) <= 5 * np.sqrt(expected)).all()
@@ -182,7 +182,7 @@ def test_the_gradient_reaches_the_songs_that_take_part(name: str, taste: Tensor)
 
 @pytest.mark.parametrize("correction", [0.0, 0.5, 1.0])
 def test_a_prior_is_added_to_the_logits_before_they_are_compared(correction: float, taste: Tensor) -> None:
-    """Over all songs, and estimated from so many that each is drawn."""
+    """Both over all songs, and estimated from a sample so large that it has every song."""
     counts = COUNTS + 1
     prior = log_prior(counts, correction)
     every = replace(ALL, weight_KH=torch.from_numpy(prior)[:, None])
@@ -196,7 +196,7 @@ def test_a_prior_is_added_to_the_logits_before_they_are_compared(correction: flo
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_several_targets_of_a_position_cost_what_they_cost_alone(name: str, taste: Tensor) -> None:
-    """With nearly all songs drawn the estimate of the sum over songs is the same, whoever is the target."""
+    """Nearly all songs are drawn, so that the estimate of the sum over songs does not depend on the target."""
     negatives = drawn_by(COUNTS + 1, 400_000)
     together = torch.tensor([[3, 9, -1], [4, -1, -1], [7, 7, 5], [-1, 8, 2], [1, 0, 6]])
     rows, places = torch.nonzero(together >= 0, as_tuple=True)

@@ -1,4 +1,4 @@
-"""The popularity prior against its formula, and what it is for: hits."""
+"""The popularity prior against its formula, and its purpose: it raises hits, the most played songs."""
 
 import numpy as np
 import pytest

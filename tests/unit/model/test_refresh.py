@@ -22,7 +22,7 @@ RECALL = f"validation_recall@{RECALL_AT}"
 
 @pytest.mark.slow
 def test_on_appended_plays_a_training_from_a_model_reaches_the_recall_of_a_full_one_in_a_quarter_of_the_time() -> None:
-    """Of its time until its best epoch, in epochs over the same plays."""
+    """A quarter of the full training's epochs until its best epoch; both trainings read the same plays."""
     torch.set_num_threads(1)
     histories = World(WORLD).histories(np.arange(WORLD.users))
     validation_from = int(histories.played_at.max()) - VALIDATION_DAYS * DAY

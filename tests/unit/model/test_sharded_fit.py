@@ -1,4 +1,4 @@
-"""A whole fit on several workers, from its start to the model's files: what one makes, and no worker holds a table."""
+"""A whole fit on several workers, to the model's files: the model of one worker, and no worker holds a whole table."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from rayrec.model.song_tables import RowExchange, Share
 from rayrec.model.train_config import TrainConfig
 from rayrec.storage.workspace import Workspace
 
-SONGS, PLAYED, KNOWN, DIM = 8_001, 40, 100, 8  # an odd number of songs: not all workers keep as many
+SONGS, PLAYED, KNOWN, DIM = 8_001, 40, 100, 8  # an odd number of songs: workers keep unequal numbers
 CUT = 15 * 60_000
 CONFIG = TrainConfig(
     hidden_dim=16,
@@ -45,18 +45,18 @@ CONFIG = TrainConfig(
     dropout=0.0,
     checkpoint_minutes=0.0,
 )
-WRITTEN = 250  # songs at once; the last worker of two or four has written its own one round before the first
+WRITTEN = 250  # songs per round; of two or four workers, the last one is finished a round before the first
 SMALL = {(checkpoint, "SONGS_AT_ONCE"): WRITTEN, (fitting, "ROWS_AT_ONCE"): 300, (fitting, "STEPS_BETWEEN_READS"): 2}
 SMALL |= {
     (fitting, "SCORES_AT_ONCE"): 20_000,
     (fitting, "USERS_AT_ONCE"): 3,
-}  # some workers have no user of the last 37
+}  # 37 users: some workers have no user in the last round
 PART_WAY = 3  # checkpoint from which a fit is resumed, in the second epoch
 WAYS = {1: ("fresh", "resumed from 4"), 2: ("fresh", "resumed from 1"), 4: ("fresh", "resumed from 2")}
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[misc]
-    """The most numbers of any tensor that an operation reads or writes, and the most rows of a table."""
+    """Records the most elements of any tensor that an operation reads or writes, and the most rows of any matrix."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -76,15 +76,15 @@ def fit_of(share: Share, folder: Path | None) -> tuple[Fit, Validation]:
     plays: dict[Phase, Histories] = {"selection": histories.before(CUT), "final": histories}
     asked = Validation(histories=histories, plays=np.flatnonzero(histories.played_at >= CUT))
     host = MemoryHost(plays, CONFIG, folder, share=share)
-    vectors = random_vectors(SONGS - 1, DIM)  # the last song is newer than they are
-    vectors[KNOWN:] = 0  # these start from random rows, and are not recommended
+    vectors = random_vectors(SONGS - 1, DIM)  # the last song is newer than the vectors
+    vectors[KNOWN:] = 0  # these songs start from random rows, and are not recommended
     data = {phase: FitData(vectors=vectors, counts=np.bincount(histories.songs, minlength=SONGS)) for phase in plays}
     shape = replace(model_config(CONFIG), num_songs=SONGS)
     return Fit(shape, CONFIG, data, host, validation=asked, share=share), asked
 
 
 def fit_all(share: Share, folder: Path, ways: Sequence[str]) -> None:
-    """A fit from its start, and one that goes on from what another number of workers left; their files."""
+    """For each of `ways`, write the files of a fit from its start, or resumed from another number of workers."""
     torch.set_num_threads(1)
     for way in ways:
         made = Path(f"{folder}/{share.workers} {way}")
@@ -112,7 +112,7 @@ def _one_of(rank: int, workers: int, folder: str, ways: Sequence[str]) -> None:
         setattr(module, name, value)
     fit_all(Share(rank=rank, workers=workers), Path(folder), ways)
     dist.barrier()
-    os._exit(0)  # threads of gloo that outlive the group abort an interpreter that ends in good order
+    os._exit(0)  # gloo's threads outlive the group and abort an interpreter that exits normally
 
 
 def spawn(workers: int, folder: Path, ways: Sequence[str]) -> None:
@@ -121,7 +121,7 @@ def spawn(workers: int, folder: Path, ways: Sequence[str]) -> None:
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The files of a fit on one worker and of one on four, by number of workers and way."""
+    """The folder with the files of a fit on one worker and one on four, by number of workers and way."""
     made = tmp_path_factory.mktemp("fits")
     with pytest.MonkeyPatch.context() as patch:
         for (module, name), value in SMALL.items():
@@ -133,7 +133,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def all_fits(fresh: Path) -> Path:
-    """The same with those on two workers, and those that were resumed."""
+    """The folder of `fresh`, to which the fits on two workers and all resumed fits are added."""
     spawn(2, fresh, WAYS[2])
     spawn(4, fresh, WAYS[4][1:])
     fit_all(Share(), fresh, WAYS[1][1:])
@@ -142,7 +142,7 @@ def all_fits(fresh: Path) -> Path:
 
 @pytest.fixture
 def folder(request: pytest.FixtureRequest, fresh: Path) -> Path:
-    """The fits that a test looks at."""
+    """The folder of `all_fits` for a test marked as slow, of `fresh` for others."""
     return request.getfixturevalue("all_fits") if request.node.get_closest_marker("slow") else fresh
 
 
@@ -175,15 +175,15 @@ def test_a_fit_makes_the_same_model_on_any_number_of_workers_and_resumed_with_an
 def test_no_worker_holds_a_table_whole_from_the_start_to_the_model_file(
     folder: Path, workers: int, number: int
 ) -> None:
-    """In starting, steps, validation, checkpoints, resuming and export."""
+    """This covers the start, steps, validation, checkpoints, resuming and export."""
     whole = told(folder, ALL_WAYS[0], 0)
-    assert whole["numbers"] == 3 * SONGS * DIM  # moments and averages of a table
+    assert whole["numbers"] == 3 * SONGS * DIM  # two moments and the average of a table
     assert whole["rows"] == SONGS
     for rank in range(workers):
         part = told(folder, f"{workers} {WAYS[workers][number]}", rank)
         own = len(range(rank, SONGS, workers))
         assert part["numbers"] == 3 * own * DIM
-        assert part["rows"] == max(own, WRITTEN * workers)  # some rows of each worker are written at a time
+        assert part["rows"] == max(own, WRITTEN * workers)  # WRITTEN rows of each worker are written at a time
 
 
 @pytest.mark.parametrize("workers", [4, pytest.param(2, marks=slow)])
@@ -225,7 +225,7 @@ def test_the_start_of_a_table_is_the_same_for_any_number_of_workers(monkeypatch:
 
 
 def test_a_network_of_few_songs_answers_as_the_whole_one() -> None:
-    """As validation asks it."""
+    """Validation uses such a network."""
     torch.manual_seed(0)
     model = TasteModel(model_config(CONFIG, num_songs=PLAYED), torch.from_numpy(random_vectors(PLAYED)))
     songs = np.array([3, 5, 8])

@@ -1,4 +1,4 @@
-"""What a step of many workers sends: rows and gradients to where they are kept, and one sum beside them."""
+"""What a step of many workers sends: rows and gradients to the workers that keep them, and one sum in addition."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ SHARE = Share(rank=0, workers=WORKERS)
 
 def test_a_step_of_eight_workers_with_60_000_rows_each_sends_at_most_35_mb(monkeypatch: pytest.MonkeyPatch) -> None:
     wire, rows, dim = Wire(monkeypatch), 60_000, 64
-    songs = torch.arange(rows).reshape(-1, WORKERS).T.flatten()  # by worker that keeps them
+    songs = torch.arange(rows).reshape(-1, WORKERS).T.flatten()  # grouped by the worker that keeps them
     windows = next(MemoryHost({"final": cycling_histories(20)}, SMALL).windows("final", 0))
     small = StepMaker(model_config(SMALL), SMALL, np.ones(NUM_SONGS), SHARE).make(windows, 0, 0)
     step = RowExchange(SHARE).agree(replace(small, songs={"songs.weight": songs}), ["songs.weight"])
@@ -39,7 +39,7 @@ def test_a_step_adds_up_once_beside_the_exchange_of_rows(monkeypatch: pytest.Mon
     loss = training.step(windows, 0, 0)
     assert torch.isfinite(loss)
     assert wire.calls.count("all_reduce") == 1
-    # What is asked of whom, then for each of the two tables the rows asked for, the rows and their gradients.
+    # The numbers of rows requested of each worker; then, for each of two tables, the requests, the rows, the gradients.
     assert wire.calls.count("all_to_all") == 1 + 2 * 3
     wire.calls.clear()
     training.step(windows.take(np.arange(0)), 0, 1)  # a share without windows makes the same calls

@@ -1,4 +1,4 @@
-"""What a step at the default settings asks of a device: operations, large ones, bytes, and answers to the host."""
+"""The cost of a step at the default settings: operations, large operations, bytes, and reads by the host."""
 
 from typing import Any
 
@@ -24,8 +24,8 @@ from rayrec.model.training import StepMaker, StepReport, Training
 
 SONGS, DIM = 5_000, 64
 LARGE = 1_000_000  # elements
-OPERATIONS, LARGE_OPERATIONS = 150, 15  # outside the recurrent cell, whose steps cuDNN runs as one
-BYTES = 1e9  # that these operations read and write, as if nothing were fused, in float32
+OPERATIONS, LARGE_OPERATIONS = 150, 15  # without the recurrent cell, whose steps cuDNN runs as one
+BYTES = 1e9  # read and written by these operations in float32, if none are fused
 READS = ("_local_scalar_dense", "nonzero")  # operations that the host waits for
 FREE = ("detach", "empty", "profiler")  # start nothing on a device: views, allocations, marks in a profile
 
@@ -40,7 +40,7 @@ class Counter(TorchDispatchMode):  # type: ignore[misc]
 
     @property
     def reads(self) -> int:
-        """Answers that the host waited for."""
+        """The number of operations that the host waited for."""
         return sum(any(read in name for read in READS) for name in self.names)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,7 +54,7 @@ class Counter(TorchDispatchMode):  # type: ignore[misc]
 
 
 class OneProduct(nn.Module):
-    """Stands in for the recurrent cell."""
+    """One matrix product that replaces the recurrent cell, which is outside of the budget."""
 
     def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class OneProduct(nn.Module):
 def test_a_step_at_the_default_settings_keeps_its_budget_and_reads_nothing_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(objectives.CHUNK_LOGITS, "cpu", objectives.CHUNK_LOGITS["cuda"])  # as many chunks as there
+    monkeypatch.setitem(objectives.CHUNK_LOGITS, "cpu", objectives.CHUNK_LOGITS["cuda"])  # as many chunks as on CUDA
     torch.set_num_threads(1)
     config = TrainConfig()
     random = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def test_a_step_at_the_default_settings_keeps_its_budget_and_reads_nothing_back(
     model.train()
     maker = StepMaker(shape, config, counts, Share())
     step, following = (maker.make(full, 0, number) for number in range(2))
-    training.take(step)  # the optimizers make their moments in the first step
+    training.take(step)  # the optimizers allocate their moments in the first step
     with Counter() as counter, ByteCounter() as moved:
         training.take(following)
     assert counter.reads == 0
@@ -101,7 +101,7 @@ def test_a_step_at_the_default_settings_keeps_its_budget_and_reads_nothing_back(
 
 
 class ReadsByStep(MemoryHost):
-    """Notes how many answers a fit had waited for when it had taken each step."""
+    """Records after each step how many operations the host has waited for so far."""
 
     def __init__(self, counter: Counter, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -114,7 +114,7 @@ class ReadsByStep(MemoryHost):
 
 @pytest.mark.parametrize("workers", [1, WORKERS])
 def test_a_fit_reads_from_the_device_at_every_50th_step_alone(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once the losses, and the sums over the workers that agree on them."""
+    """The host reads the losses, and with several workers also the sums by which they agree on the losses."""
     torch.set_num_threads(1)
     if workers > 1:
         Wire(monkeypatch)

@@ -1,4 +1,4 @@
-"""Taste vectors at rest: the rows hold what the encoder says, and a state that goes on."""
+"""Stored taste vectors: each row holds the encoder's vectors, and a state from which the encoder continues."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The training loop: same seed same loss, targets where they belong, several processes equal one."""
+"""The training loop: equal seeds give equal losses, targets lie in their range, several processes equal one."""
 
 import os
 import threading
@@ -63,7 +63,7 @@ def histories() -> Histories:
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.3, "num_layers": 2}, {"song_table": "frozen"}])
 def test_the_same_seed_gives_the_same_losses_bit_for_bit(histories: Histories, changes: dict[str, object]) -> None:
     first = losses(settings(**changes), histories)
-    torch.rand(7)  # whatever else draws numbers in between
+    torch.rand(7)  # draws of other code in between must not matter
     assert losses(settings(**changes), histories) == first
     assert losses(settings(seed=1, **changes), histories) != first
 
@@ -83,7 +83,7 @@ def test_the_loss_falls_on_plays_that_can_be_learned(
 ) -> None:
     found = losses(settings(objective=objective, song_table=table), histories, epochs=8)
     steps = len(found) // 8
-    # a distance falls as the square root of what a cosine distance does
+    # an L2 distance falls only as the square root of a cosine distance
     share = 0.9 if objective == "l2" else 0.8
     assert np.mean(found[-steps:]) < share * np.mean(found[:steps])
 
@@ -145,7 +145,7 @@ def test_with_four_times_the_usual_batch_rates_and_negatives_are_doubled(histori
 def targets_of(
     windows: Windows, config: TrainConfig, horizon: str, seed: int, share: Share | None = None
 ) -> np.ndarray:
-    """int64 (W, L, T): for each input play the songs at its targets, -1 where it has none."""
+    """int64 (W, L, T): the target songs of each input play, -1 where it has none."""
     songs = int(windows.plays.songs.max()) + 1
     maker = StepMaker(model_config(config), config.replace(seed=seed), np.ones(songs), share or Share())
     step = maker.make(windows, 0, 0)
@@ -161,7 +161,7 @@ def targets_of(
 
 
 def counted(histories: Histories) -> Histories:
-    """The same users, whose n-th song of all is song n, so that a song tells its place."""
+    """`histories` with song n at the n-th play of all users together, so that a song shows its position."""
     return Histories(
         user_ids=histories.user_ids,
         offsets=histories.offsets,
@@ -187,20 +187,20 @@ def test_targets_lie_between_the_offsets_and_never_past_the_history(
     assert ((offset[has] >= bounds[0]) & (offset[has] <= bounds[1])).all()
     assert (targets < ends).all()
     assert not has[~inside].any()
-    assert has[inside & (own + bounds[1] < ends)].all()  # those that cannot miss
+    assert has[inside & (own + bounds[1] < ends)].all()  # positions where no draw can lie past the end
     if bounds == (2, 5):
         assert set(offset[has].tolist()) == {2, 3, 4, 5}
 
 
 def spread(histories: Histories, seed: int = 0) -> Histories:
-    """The same plays over some days, several of them at one moment."""
+    """`histories` with the plays spread over some days, several of them at the same moment."""
     gaps = np.random.default_rng(seed).choice([0, HOUR, 7 * HOUR, 30 * HOUR], size=histories.num_plays)
     played_at = np.cumsum(gaps)
     return replace(histories, played_at=played_at - played_at[histories.offsets[:-1]][histories.rows])
 
 
 def in_range(histories: Histories, play: int, days: tuple[int, int]) -> list[int]:
-    """The plays in the range of a query for the play after this one, of the user's next 500, one by one."""
+    """The plays within `days` of the play after `play`, among the user's next 500 plays, by a plain loop."""
     end = int(histories.offsets[np.searchsorted(histories.offsets, play, side="right")])
     times = histories.played_at
     return [
@@ -230,14 +230,14 @@ def test_targets_in_days_are_the_plays_in_the_range_and_a_position_without_any_h
     wanted = {play: in_range(plays, play, days) for play in drawn}
     for play, found in drawn.items():
         assert found <= (set(wanted[play]) or {-1}), play
-    # 48 draws of each leave out few of those that there are.
+    # 48 draws per position miss few of the plays in the range.
     held = sum(len(set(wanted[play])) for play in drawn)
     assert sum(len(found - {-1}) for found in drawn.values()) >= 0.95 * held
     assert (held == 0) == (days == (40, 50))
 
 
 def test_a_horizon_in_days_ends_with_the_500th_play() -> None:
-    """Of 1,200 plays in one day, those behind the window's last input are there for it to reach."""
+    """One user has 1,200 plays in a day; a window also holds the 500 plays after its last input."""
     many = Histories.from_lists([list(range(1200))], [list(range(1200))])
     config = settings(long_days=(0, 1), window=100)
     windows = cut_windows(many, config.window, config.lookahead)
@@ -261,8 +261,8 @@ def test_the_targets_of_a_window_do_not_depend_on_the_number_of_workers(
         np.testing.assert_array_equal(part, whole[rows, : part.shape[1]])
 
 
-# Name -> settings and users; 45 users make 11 windows to a batch, so that the shares of two workers are
-# uneven, and one user makes one window, which leaves all workers but the first none.
+# Name -> settings and number of users. 45 users make 11 windows per batch, so that two workers have uneven shares;
+# one user makes one window, so that all workers but the first have none.
 TRAININGS: dict[str, tuple[dict[str, object], int]] = {
     **{cell: ({"cell": cell}, 45) for cell in get_args(Cell)},
     "frozen": ({"song_table": "frozen"}, 45),
@@ -274,7 +274,7 @@ RESUMED = "resumed"
 
 
 def _one_of(rank: int, workers: int, folder: str) -> None:
-    """A process of a real gloo group; leaves its weights in the folder."""
+    """Run as one process of a real gloo group, and save the weights in `folder`."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting{workers}", rank=rank, world_size=workers)
@@ -282,14 +282,14 @@ def _one_of(rank: int, workers: int, folder: str) -> None:
     for name, (changes, users) in TRAININGS.items():
         torch.save(_trained(settings(**changes), users, share).averaged().state_dict(), _weights(folder, name, share))
     made = training(settings(), share)
-    load_training(Path(folder), made)  # of one worker
+    load_training(Path(folder), made)  # a checkpoint of one worker
     _learn(made, settings(), 45, share, range(2, 3))
     torch.save(made.averaged().state_dict(), _weights(folder, RESUMED, share))
     parts = Path(folder) / str(workers)
     parts.mkdir(exist_ok=True)
     save_training(parts, made.state(), None, {}, share)
     dist.barrier()
-    os._exit(0)  # threads of gloo that outlive the group abort an interpreter that ends in good order
+    os._exit(0)  # gloo's threads outlive the group and abort an interpreter that exits normally
 
 
 def _weights(folder: str | Path, name: str, share: Share) -> Path:
@@ -297,7 +297,7 @@ def _weights(folder: str | Path, name: str, share: Share) -> Path:
 
 
 def _trained(config: TrainConfig, users: int, share: Share, epochs: int = 3) -> Training:
-    """Three epochs, so that the optimizers' momentum counts."""
+    """Train for `epochs`, by default three, so that the optimizers' momentum has an effect."""
     made = training(config, share)
     _learn(made, config, users, share, range(epochs))
     return made
@@ -311,7 +311,7 @@ def _learn(made: Training, config: TrainConfig, users: int, share: Share, epochs
 
 
 def _whole(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The weights of all workers, who are to agree on all but the tables, of which each has its rows."""
+    """Join the weights of all workers: each has its own rows of the tables, and all other weights must be equal."""
     whole = dict(parts[0])
     for name in whole:
         values = [part[name] for part in parts]
@@ -360,15 +360,15 @@ def test_values_made_ahead_come_in_order_and_an_error_where_it_happened() -> Non
 
 
 class LateStream:
-    """Stands in for a CUDA stream: what it copies arrives when somebody waits for it, and not before."""
+    """Replaces a CUDA stream: a copy has its values only after somebody has waited for it."""
 
     device = torch.device("cpu")
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.under_way: list[tuple[Tensor, Tensor]] = []
         self.copied: list[Tensor] = []
-        self.kept: list[Tensor] = []  # whose memory is given to no other copies while this stream may read them
-        self.threads: set[str] = set()  # that asked for copies
+        self.kept: list[Tensor] = []  # tensors whose memory is not reused while this stream may read them
+        self.threads: set[str] = set()  # names of the threads that made copies
         monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self)
@@ -400,7 +400,7 @@ def test_a_thread_copies_steps_ahead_and_they_are_used_once_they_have_arrived(
     config = settings()
     alone = losses(config, histories)
     made, reports = training(config), list[StepReport]()
-    assert made.copies is None  # on a CPU
+    assert made.copies is None  # a CPU needs no stream for copies
     stream = LateStream(monkeypatch)
     made.copies = stream  # type: ignore[assignment]
     made.epoch(MemoryHost({"final": histories}, config).windows("final", 0), 0, on_step=reports.append)
@@ -410,7 +410,7 @@ def test_a_thread_copies_steps_ahead_and_they_are_used_once_they_have_arrived(
 
 
 def test_padding_looks_up_no_song(histories: Histories) -> None:
-    """A song that is looked up is moved on by its momentum, even where its gradient is zero."""
+    """Otherwise momentum would move the padding song, even with a gradient of zero."""
     config = settings()
     some = histories.keep(histories.songs % 7 != 0)
     windows = cut_windows(some.take(some.lengths > 1), config.window, config.lookahead)
@@ -423,5 +423,5 @@ def test_padding_looks_up_no_song(histories: Histories) -> None:
     outputs = step.songs["songs.weight"]
     there = step.targets.weight_PT > 0
     named = [outputs[step.targets.places_PT[there]], outputs[step.negatives.places_K]]
-    assert not there.all()  # a draw that is missing names no song of its own
+    assert not there.all()  # a missing draw must not add a song
     assert set(outputs.tolist()) == set(torch.cat(named).tolist())

@@ -1,4 +1,4 @@
-"""Figures of each epoch at rest."""
+"""The stored figures of each epoch."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Training sequences: playlists as they are, or sessions that the cut still binds."""
+"""Training sequences: whole playlists, or histories and sessions, which end at the cut."""
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,7 @@ def without(workspace: Workspace) -> Dataset:
 
 @pytest.fixture
 def dataset(without: Dataset) -> Dataset:
-    """The same with three playlists in two files."""
+    """The data set of `without`, with three playlists in two files."""
     for number, lists in enumerate((PLAYLISTS[:2], PLAYLISTS[2:])):
         ids = [f"{number}-{row}" for row in range(len(lists))]
         values = {columns.PLAYLIST: pa.array(ids), columns.SONGS: pa.array(lists, pa.list_(pa.int32()))}
@@ -57,7 +57,7 @@ def test_playlists_are_read_in_their_order_file_by_file(dataset: Dataset) -> Non
     assert (sequences.kind, sequences.units, sequences.plays) == ("playlists", 2, 9)
     assert _read(sequences) == PLAYLISTS
     (first,) = sequences.read(0, FitRange(before=1), 1_000)
-    assert first.played_at.tolist() == [0, 1, 2, 0, 1]  # places, so that order is all that they tell
+    assert first.played_at.tolist() == [0, 1, 2, 0, 1]  # positions, because playlists have an order but no times
     assert first.contexts is None
 
 

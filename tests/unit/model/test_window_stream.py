@@ -1,4 +1,4 @@
-"""From buckets to batches: the same for any number of workers, each of which reads its part."""
+"""From buckets to batches: equal batches for any number of workers, each of which reads only its part."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ BUCKETS = 4
 
 @pytest.fixture
 def histories() -> Histories:
-    """Every play has a song of its own."""
+    """Random histories in which every play is of a different song."""
     made = random_histories(60, 10, seed=9)
     return replace(made, songs=np.arange(made.num_plays, dtype=np.int32))
 
@@ -145,7 +145,7 @@ def test_batches_stay_whole_wherever_an_engine_cuts_or_joins_the_tables(
     dataset: Dataset, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rayrec.data.windows.POOL_WINDOWS", 20)  # several pools
-    made = reader(dataset, share=Share(rank=5, workers=16))  # some batches hold nothing of this worker
+    made = reader(dataset, share=Share(rank=5, workers=16))  # some batches have no window for this worker
     batches_of_epoch = made.batches(0)
     tables, steps = list(made.tables(batches_of_epoch)), batches_of_epoch.steps
     assert len(tables) > 3

@@ -1,4 +1,4 @@
-"""From the batch job's tastes to the store: everybody, once, and with the plays that came since."""
+"""Loading the batch job's states into the store: every user once, with the plays that arrived online since."""
 
 import json
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ def answer(app: Client, user: str, at: int, k: int = 8) -> list[str]:
 
 
 def read(store: StateStore, user: str) -> tuple[UserState, Plays]:
-    """State and log of a user."""
+    """Return the state and the log of a user."""
     (whole,) = store.read([user])
     assert whole is not None
     return unpack_state(whole.stored.state), unpack_plays(whole.log)
@@ -93,7 +93,7 @@ def test_every_user_is_loaded_with_state_and_plays(world: Workspace, store: Stat
 def test_stored_users_get_the_20_songs_of_their_whole_histories_in_order_in_99_of_100_cases(
     workspace: Workspace, uri: str, ranked: bool
 ) -> None:
-    """Of a trained network. In half precision it would be 96 of 100."""
+    """The network is trained. With states stored in half precision, it would be 96 of 100 cases."""
     histories = jumping_histories(400, NUM_SONGS)
     dataset = write_dataset(workspace, histories, NUM_SONGS)
     write_song_vectors(workspace, np.ones((NUM_SONGS, 8), np.float32), {"dataset": "by-hand"})
@@ -107,7 +107,7 @@ def test_stored_users_get_the_20_songs_of_their_whole_histories_in_order_in_99_o
     at = int(users.played_at.max()) + 60_000
     whole, from_stored = (recommender.recommend(users, at, 20, hidden=given)[0] for given in (None, hidden))
     follows = (users.songs[users.offsets[1:] - 1] + 1) % NUM_SONGS
-    assert (whole == follows[:, None]).any(axis=1).mean() > 0.8  # it has learned something
+    assert (whole == follows[:, None]).any(axis=1).mean() > 0.8  # the network has learned something
     assert (whole == from_stored).all(axis=1).mean() >= 0.99
     store.close()
 
@@ -115,7 +115,7 @@ def test_stored_users_get_the_20_songs_of_their_whole_histories_in_order_in_99_o
 def test_a_user_with_more_plays_than_are_read_gets_the_songs_of_the_whole_history(
     workspace: Workspace, uri: str
 ) -> None:
-    num_songs = 20_000  # so that there are new ones, which a ranker learns from
+    num_songs = 20_000  # so many that users still have new songs, from which a ranker learns
     histories = jumping_histories(16, num_songs, shortest=LAST_PLAYS + 500, longest=LAST_PLAYS + 3_000)
     histories = replace(histories, played_at=histories.played_at + BEGIN)
     dataset = write_dataset(workspace, histories, num_songs)
@@ -142,7 +142,7 @@ def plays_of(histories: Histories, row: int) -> Plays:
 def test_everybody_is_stored_to_the_bytes_that_each_alone_is_packed_to(
     workspace: Workspace, uri: str, processes: int
 ) -> None:
-    """Users without plays, with likes and skips, with several pieces, and with more plays than an answer reads."""
+    """Users without plays, with likes and skips, with several pieces of log, with more plays than an answer reads."""
     random, lengths = np.random.default_rng(0), [*range(0, 40, 3), 1_500, LAST_PLAYS + 500]
     histories = Histories.from_lists(
         [random.integers(NUM_SONGS, size=length) for length in lengths],  # type: ignore[misc]
@@ -223,7 +223,7 @@ def test_a_load_that_was_stopped_goes_on_with_the_buckets_left(
 def test_plays_newer_than_the_batch_stay_and_states_go_on_from_it(
     world: Workspace, store: StateStore, uri: str
 ) -> None:
-    """A user of the batch listens on, another release is made and loaded; a new user is nobody's business."""
+    """A user of the batch and a new user play songs online; then the states of another release are loaded."""
     loaded_users = load_states(Dataset(world), store, live(world)).users
     histories = [history for history in everybody(world) if history.num_plays > 3][:2]
     (ann, bob), at = (history.user_ids[0] for history in histories), AT + 10**6
@@ -243,7 +243,7 @@ def test_plays_newer_than_the_batch_stay_and_states_go_on_from_it(
     state, log = read(store, ann)
     assert list(state.models) == ["model1", "model2"]
     np.testing.assert_array_equal(log.songs, whole.songs[: len(log)])
-    with service(world, store=uri) as opened:  # whose release is still the first
+    with service(world, store=uri) as opened:  # the first release is still live
         assert answer(Client(opened), ann, at) == before
     releases.activate_release(world, second.id)
     with service(world, store=uri) as opened:
@@ -280,7 +280,7 @@ def test_a_play_that_comes_during_the_merge_is_not_lost(
 
 
 def test_states_of_two_releases_stand_side_by_side(world: Workspace, store: StateStore, uri: str) -> None:
-    """The live release takes plays after the other's states were loaded: both answer as the batch job would."""
+    """Plays arrive after the states of a second release were loaded: both releases answer as the batch job would."""
     load_states(Dataset(world), store, live(world))
     history = next(each for each in everybody(world) if each.num_plays > 3)
     user, at = history.user_ids[0], AT + 10**6
@@ -379,7 +379,7 @@ def test_the_command_loads_the_live_release_and_tells_what_it_did(
     assert (told["users"], told["added"], told["buckets"]) == (users, users, BUCKETS)
     assert told["users_per_second"] > 0
     assert told["release"] == live(world).id
-    with service(world) as opened:  # whose store is the workspace's own where none is named
+    with service(world) as opened:  # without a named store, it uses the workspace's own
         user = next(everybody(world)).user_ids[0]
         assert Client(opened).get(f"/v1/users/{user}/taste").status_code == 200
     assert main(["--workspace", world.uri, "states", "load", "--store", "nonsense"]) == 2

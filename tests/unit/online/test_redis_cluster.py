@@ -28,7 +28,7 @@ def cluster(tmp_path: Path) -> Iterator[RedisCluster]:
 
 
 def write_once(store: StateStore, versions: dict[str, int]) -> None:
-    """One more version of every user, again where the store does not answer."""
+    """Write one more version of every user, and repeat until the store has stored all of them."""
     target = versions[USERS[0]] + 1
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
@@ -48,7 +48,7 @@ def write_once(store: StateStore, versions: dict[str, int]) -> None:
                 versions[user] += put
         except StoreUnavailableError:
             time.sleep(0.1)
-        for user, stored in zip(USERS, read_again(store), strict=True):  # what was put before an answer got lost
+        for user, stored in zip(USERS, read_again(store), strict=True):  # a put may be done though its answer got lost
             versions[user] = NOT_THERE if stored is None else stored.version
         if set(versions.values()) == {target}:
             return
@@ -60,7 +60,7 @@ def read_again(store: StateStore) -> list[Any]:
 
 
 def again(call: Callable[[], T]) -> T:
-    """The answer of the store, however long it takes to come back."""
+    """Return the result of `call`, repeated for up to START_SECONDS until the store answers."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -96,7 +96,7 @@ def test_users_spread_over_nodes_survive_a_resharding(cluster: RedisCluster) -> 
         assert whole is not None
         assert [int(piece) for piece in whole.log] == list(range(1, count + 1))
     store.forget([USERS[0]], b"mark")
-    store.rewrite()  # of all nodes
+    store.rewrite()  # on all nodes
     assert store.read(USERS[:1])[0].log == []  # type: ignore[union-attr]
     store.close()
 
@@ -129,7 +129,7 @@ def test_online_songs_and_marks_of_loads_survive_the_failure_of_the_node_that_ho
     store.close_songs([1])
     written = store.songs_since(0)
     assert [(song.song_id, song.data, song.model) for song in written[1]] == [("a", b"1", "m"), ("b", b"", "")]
-    for pattern in ("*songs*", "*load*"):  # all songs have one place, and all marks of a load
+    for pattern in ("*songs*", "*load*"):  # all songs are on one node, as are all marks of a load
         (holder,) = [node for node in cluster.primaries() if node.ask("KEYS", pattern)]
         cluster.fail_over(holder)
         holder.start()
@@ -182,5 +182,5 @@ def test_a_node_goes_on_without_its_replica(cluster: RedisCluster) -> None:
     began = time.monotonic()
     for version in range(1, 6):
         assert store.put([Change(user_id="ann", state=b"2", expected=version)]) == [True]
-    assert time.monotonic() - began < 5 * REPLICA_MS / 1000  # it waits once
+    assert time.monotonic() - began < 5 * REPLICA_MS / 1000  # only one put waits for a replica
     store.close()

@@ -1,4 +1,4 @@
-"""States and logs come back from their bytes as they were, or not at all."""
+"""States and logs come back from their bytes unchanged; bytes that are damaged are refused."""
 
 from dataclasses import replace
 
@@ -144,7 +144,7 @@ def test_many_users_are_packed_to_the_bytes_that_each_alone_is(told: tuple[str, 
     alone = [UserState.start("model", states, row, plays=len(plays)) for row, plays in enumerate(users)]
     packed = pack_new_states("model", states, histories.lengths)
     assert packed == [pack_state(state) for state in alone]
-    assert len(msgpack.unpackb(packed[0][8:])) == 5  # a user without likes takes no byte for them
+    assert len(msgpack.unpackb(packed[0][8:])) == 5  # no bytes are stored for likes if a user has none
     likes = [some_plays(row, bare=True) for row in range(len(users))]
     assert pack_new_states("model", states, histories.lengths, likes) == [
         pack_state(replace(state, likes=own)) for state, own in zip(alone, likes, strict=True)

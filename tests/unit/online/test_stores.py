@@ -1,4 +1,4 @@
-"""One suite for all stores of user states."""
+"""Tests that all stores of user states must pass, and tests of single stores."""
 
 import random
 import sqlite3
@@ -33,7 +33,7 @@ WRITERS, PUTS = 3, 25
 
 @pytest.fixture
 def namespace(request: pytest.FixtureRequest) -> str:
-    """Another one for each test: one Redis server serves them all."""
+    """A separate namespace for each test, because all tests share one Redis server."""
     return str(request.node.name)
 
 
@@ -254,7 +254,7 @@ def test_events_are_found_for_a_day_and_not_for_three(store: StateStore, monkeyp
         assert ann is not None
         assert bob is not None
         assert (ann.events, bob.events) == (known, set())
-    assert put(store, "ann", b"2", expected=1)  # on which the store may clear old events
+    assert put(store, "ann", b"2", expected=1)  # a put, on which the store may clear old events
 
 
 def test_a_thousand_events_of_one_user_are_kept(store: StateStore) -> None:
@@ -352,7 +352,7 @@ def test_no_byte_of_a_deleted_user_stays_in_the_files_of_redis(tmp_path: Path) -
     server.start()
     try:
         store = open_store(server.uri, "n")
-        secret = random.Random(0).randbytes(500)  # which no compression shortens
+        secret = random.Random(0).randbytes(500)  # random, so that compression does not shorten it
         for user in ("ann", "bob"):
             put(store, user, secret + user.encode(), expected=NOT_THERE, append=secret)
         with package.Redis("127.0.0.1", server.port) as client:
@@ -378,7 +378,7 @@ def test_what_one_opening_wrote_the_next_one_reads(store: StateStore, uri: str, 
 
 
 def add_lines(store: StateStore, writer: int) -> None:
-    """Add to one user's log as often as PUTS, each time on the version just read."""
+    """Append PUTS lines to one user's log, each on the version just read, and again if another writer was faster."""
     for turn in range(PUTS):
         done = False
         while not done:
@@ -393,7 +393,7 @@ def require_all_lines(store: StateStore) -> None:
     assert (whole.stored.version, int(whole.stored.state)) == (WRITERS * PUTS, WRITERS * PUTS)
     found = [piece.decode() for piece in whole.log]
     assert sorted(found) == sorted(f"{writer}-{turn}" for writer in range(WRITERS) for turn in range(PUTS))
-    for writer in range(WRITERS):  # each writer's own in the order of writing
+    for writer in range(WRITERS):  # each writer's lines are in the order of writing
         assert [line for line in found if line.startswith(f"{writer}-")] == [f"{writer}-{turn}" for turn in range(PUTS)]
 
 
@@ -474,7 +474,7 @@ def test_what_redis_acknowledged_survives_the_kill_of_its_server(tmp_path: Path)
             get(store, "ann")
         server.start()
         assert contents(store, "ann") == (40, b"40", [b"x"] * 40)
-        assert put(store, "ann", b"41", expected=40)  # the script is not there any more, and sent again
+        assert put(store, "ann", b"41", expected=40)  # the restarted server lacks the script: it is sent again
     finally:
         store.close()
         server.kill()
@@ -499,7 +499,7 @@ def test_a_redis_that_may_forget_is_warned_of(tmp_path: Path, caplog: pytest.Log
 def test_an_sqlite_commit_waits_for_the_disk_and_only_loads_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Thousands of plays at once, which a server takes, change nothing of it. 2 is FULL, 1 is NORMAL."""
+    """A put of thousands of users waits too, unless it is part of a load. `synchronous` is 2 for FULL, 1 for NORMAL."""
     opened: list[sqlite3.Connection] = []
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda *place, **how: opened.append(connect(*place, **how)) or opened[-1])

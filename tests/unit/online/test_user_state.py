@@ -1,4 +1,4 @@
-"""The online state equals the batch's over the same plays, whatever their order, for each of two models."""
+"""The online state equals the batch job's over the same plays, in any order, for each of two models."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,7 +39,7 @@ ENCODERS = {
 
 @pytest.fixture(autouse=True)
 def short_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 to 8 plays are held back, so that few plays go far beyond them."""
+    """Make the window hold only 4 to 8 plays, so that tests with few plays reach far beyond it."""
     monkeypatch.setattr(user_state, "WINDOW", 4)
     monkeypatch.setattr(user_state, "MOST_OF_A_MOMENT", 20)
 
@@ -58,7 +58,7 @@ def nobody(encoder: TasteEncoder) -> UserState:
 
 
 def random_plays(count: int, seed: int = 0) -> Plays:
-    """In the order of time, no two at one moment."""
+    """Return random plays in time order, no two of them at one moment."""
     random = np.random.default_rng(seed)
     return Plays.of(
         random.integers(0, NUM_SONGS + 3, count),  # three songs are newer than the network
@@ -69,7 +69,7 @@ def random_plays(count: int, seed: int = 0) -> Plays:
 
 
 def require_batch(encoder: TasteEncoder, state: UserState, plays: Plays, model: str = "m") -> None:
-    """The state is where the network ends after the plays, all in one pass, in the order of time."""
+    """Check that the state equals the network's after one pass over the plays in time order."""
     ordered = plays.take(np.argsort(plays.played_at, kind="stable"))
     wanted = encoder.run(ordered.history())[1]
     own = state.current(model)
@@ -107,14 +107,14 @@ def test_plays_in_turn_cost_one_step_each_however_long_the_history(encoder: Tast
         assert len(state.window) <= 8
     require_batch(encoder, state, plays)
     assert len(ran) == 100
-    assert set(ran) == {1, 1 + 5}  # now and then the older plays of a full window leave it
+    assert set(ran) == {1, 1 + 5}  # a new play, at times with the 5 oldest plays, which leave a full window
     assert sum(ran) <= 2 * 100
 
 
 @given(data=st.data())
 @settings(max_examples=60)
 def test_any_order_within_the_window_gives_the_state_of_the_batch(data: st.DataObject) -> None:
-    """Plays moved by less than the window, in calls of any size."""
+    """Plays are out of order by less than the window and come in calls of any size."""
     encoder = ENCODERS[data.draw(st.sampled_from(sorted(ENCODERS)))]
     plays = random_plays(data.draw(st.integers(1, 30)), seed=data.draw(st.integers(0, 9)))
     moved = [place + data.draw(st.floats(0, 3.9)) for place in range(len(plays))]
@@ -178,7 +178,7 @@ def test_plays_of_one_moment_keep_the_order_in_which_they_came_and_leave_togethe
 
 
 def test_plays_of_one_moment_do_not_push_out_others_of_it(encoder: TasteEncoder) -> None:
-    """However many came before, at once or one by one, until later plays fill the window."""
+    """Plays of one moment stay in the window, whether sent at once or one by one, until later plays fill it."""
     plays = Plays.of(np.arange(12), np.full(12, 10))
     state, _ = post(encoder, nobody(encoder), [plays])
     assert (state.left, len(state.window)) == (0, 12)
@@ -224,7 +224,7 @@ def other_encoder() -> TasteEncoder:
 
 
 def catch_up(encoder: TasteEncoder, state: UserState, model: str, log: Plays) -> tuple[UserState, int]:
-    """With the model up to date, and how many plays its network ran over."""
+    """Return the state with the model up to date, and the number of plays that its network ran over."""
     step = CatchUp.of(state, model, encoder.no_states(1), log)
     plays, start = gather([step])
     return scatter([step], run(encoder)(plays, start))[0], plays.num_plays

@@ -1,4 +1,4 @@
-"""One request for recommendations: whose plays count, at which moment, and in whose words it is answered."""
+"""One request for recommendations: which plays count, at which moment, and what the answer says."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,9 +36,9 @@ PARTS = {"releases": "live1", "models": "model1"}
 
 
 class Following(TasteRecommender):
-    """Recommends the song after the last one played, then the ones after that, round the catalog.
+    """Recommends the songs that follow the last one played in the catalog, whose last song is followed by its first.
 
-    Each song has a dimension of its own, in which the taste vector points the less, the later the song comes.
+    Each song has its own dimension; the later a song comes, the smaller the taste vector is in its dimension.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ def ask(dataset: Dataset, config: RecommendConfig | None = None, **asked: Any) -
 
 @pytest.fixture
 def dataset(workspace: Workspace) -> Dataset:
-    """Six songs s0 to s5, the first titled; user ann played 0, 1, 2 at 100, 200, 300. The model saw 5 oftenest."""
+    """Six songs s0 to s5, only s0 has a title; user ann played 0, 1, 2 at 100, 200, 300. Song 5 has the most plays."""
     songs = {
         columns.SONG: np.arange(6, dtype=np.int32),
         columns.SONG_ID: [f"s{row}" for row in range(6)],

@@ -76,7 +76,7 @@ def test_songs_that_came_later_are_kept_together_with_those_before_them() -> Non
     assert masks.fitting(abba).between(0, 99).tolist() == [1, 3, 6, 8]
     assert masks.fitting(abba) is masks.fitting(abba)
     assert earlier.fitting(abba).between(0, 99).tolist() == [1, 3]
-    assert masks.fitting(SongAttributes(market="SE")).between(0, 99).tolist() == [0, 4]  # the later ones have none
+    assert masks.fitting(SongAttributes(market="SE")).between(0, 99).tolist() == [0, 4]  # later songs have no markets
     with pytest.raises(FieldError, match="the catalog has no song by 'nobody'"):
         masks.fitting(SongAttributes(artists=("nobody",)))
 

@@ -1,4 +1,4 @@
-"""Each baseline against answers worked out by hand, and none of them sees what it must not."""
+"""Each baseline against answers worked out by hand; no fit reads plays outside its range."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -107,7 +107,7 @@ def test_recent_popularity_counts_the_last_days_before_the_cut(workspace: Worksp
     dataset = write_dataset(workspace, plays, 5)
     (fitted,) = fit_baselines(["popularity-recent"], dataset, None, FitRange(before=cut))
     np.testing.assert_array_equal(_score(fitted, [0]), [0, 1, 1, 0, 0])
-    (whole,) = fit_baselines(["popularity-recent"], dataset, None, FitRange())  # the last play of all is the end
+    (whole,) = fit_baselines(["popularity-recent"], dataset, None, FitRange())  # the days end with the last play
     np.testing.assert_array_equal(_score(whole, [0]), [0, 0, 1, 1, 0])
 
 
@@ -138,7 +138,7 @@ def test_rules_reach_ten_plays_far_and_never_from_user_to_user() -> None:
 def test_only_the_strongest_rules_of_each_song_are_kept() -> None:
     rules = count_rules(_songs([0, 1, 0, 1, 0, 2, 0, 3]), 4, 1)
     kept = strongest(rules, 2).toarray()
-    np.testing.assert_array_equal(kept[0], [0, 2, 1, 0])  # of equal weights the lower song
+    np.testing.assert_array_equal(kept[0], [0, 2, 1, 0])  # of equal weights, that of the lower song is kept
     np.testing.assert_array_equal(kept[1:], rules.toarray()[1:])
 
 

@@ -1,4 +1,4 @@
-"""The features of candidates are what a look at the history says."""
+"""The features of candidates against values read from the history."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def _features(
 
 
 def _one(songs: list[int], minutes: list[float], at: float) -> dict[int, dict[str, float]]:
-    """The features by song for one user who played songs at minutes, asked at a minute."""
+    """The features by song, at minute `at`, for one user who played `songs` at `minutes`."""
     histories = Histories.from_lists([songs], [[round(minute * MINUTE) for minute in minutes]])
     _, candidates, features = _features(histories, Queries.at_end(histories, round(at * MINUTE)))
     return {
@@ -102,7 +102,7 @@ def test_cosines_are_known_for_every_candidate_whoever_proposed_it() -> None:
 
 
 def test_plays_before_the_latest_5000_change_nothing() -> None:
-    """Evaluations, batch jobs and the server, which reads no more than these, see the same."""
+    """So evaluations and batch jobs give the same features as the server, which reads only the latest plays."""
     random, count = np.random.default_rng(5), LATEST_PLAYS + 700
     songs, played_at = random.integers(0, NUM_SONGS, count), np.cumsum(random.integers(1, HOUR, count))
     answers = []
@@ -180,7 +180,7 @@ def test_skips_and_likes_are_counted_up_to_the_query_and_no_further() -> None:
 def test_data_without_skips_and_likes_has_no_features_of_them_and_no_files(workspace: Workspace) -> None:
     histories = random_histories(10, NUM_SONGS)
     marked = with_opinions(histories, NUM_SONGS)
-    _, _, features = _features(marked, Queries.at_end(marked, 10**9))  # a retrieval of data without them
+    _, _, features = _features(marked, Queries.at_end(marked, 10**9))  # the retrieval's data has no skips and likes
     assert not [name for name in features if "skip" in name or "like" in name]
     for number, past in enumerate((histories, marked)):
         fitted = Retrieval.fit([past], num_songs=NUM_SONGS)

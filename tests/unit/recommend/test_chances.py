@@ -1,4 +1,4 @@
-"""Scores are the chance to be the next play, whether songs that the user has heard are left out or not."""
+"""A score is the chance of a song to be the next play, with or without songs that the user has heard."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ REPEATS = 0.6  # share of the last plays that are songs which their users have h
 
 
 def _users(count: int, seed: int) -> Histories:
-    """Users who play song n + 1 after song n, and last of all mostly their first song again."""
+    """Users who play song n + 1 after song n; a share REPEATS of them plays the first song again as the last."""
     random = np.random.default_rng(seed)
     starts, repeats = random.integers(NUM_SONGS, size=count), random.random(count) < REPEATS
     songs = [
@@ -29,7 +29,7 @@ def _users(count: int, seed: int) -> Histories:
 
 
 def _last_plays(histories: Histories) -> tuple[Queries, np.ndarray, np.ndarray]:
-    """The queries that the last play of each user answers, these songs, and bool (Q,), which of them were heard."""
+    """The query before each user's last play, the songs of these plays, and bool (Q,): True for songs heard before."""
     plays = histories.offsets[1:] - 1
     songs = histories.songs[plays]
     return Queries.before_plays(histories, plays), songs, songs == histories.songs[histories.offsets[:-1]]
@@ -50,10 +50,10 @@ def test_held_out_queries_that_a_heard_song_answers_count_as_misses_among_new_so
     assert 20 < (heard & held_out).sum() < held_out.sum() - 10
     assert examples.held_out.sum() == held_out.sum()
     assert examples.found.sum() == (~heard).sum()
-    assert examples.found[~examples.held_out].all()  # a miss teaches nothing
+    assert examples.found[~examples.held_out].all()  # no ranker learns from a miss
     is_miss = np.isin(examples.rows, np.flatnonzero(~examples.found))
     assert is_miss.any()
-    assert not examples.features[is_miss, source.sources.names.index("user_plays")].any()  # of new songs alone
+    assert not examples.features[is_miss, source.sources.names.index("user_plays")].any()  # only new songs
 
 
 def test_chances_of_new_songs_are_those_of_all_next_plays(source: CandidateSource) -> None:
@@ -68,9 +68,9 @@ def test_chances_of_new_songs_are_those_of_all_next_plays(source: CandidateSourc
     queries, songs, heard = _last_plays(histories)
     before = histories.keep(histories.places < PLAYS)
     filters = without_heard(before)
-    for kinds in (("next",), ("next", "served")):  # with and without a ranker of new songs
+    for kinds in (("next",), ("next", "served")):  # without and with a ranker of new songs
         recommender = TwoStepRecommender(source, {kind: rankers[kind] for kind in kinds})  # type: ignore[misc]
         ranking = recommender.rank_queries(histories, queries, 1, filters=filters)
         right = ranking.songs[:, 0] == songs
-        assert right.mean() == pytest.approx((~heard).mean(), abs=0.02)  # the first new song is the one that follows
+        assert right.mean() == pytest.approx((~heard).mean(), abs=0.02)  # right if the user did not repeat a song
         assert ranking.scores.mean() == pytest.approx(right.mean(), abs=0.07), kinds

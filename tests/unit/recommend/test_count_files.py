@@ -1,4 +1,4 @@
-"""Counts of a range of songs as bytes: what comes back is what went in, and its size follows the range."""
+"""Counts of a range of songs as bytes: they are equal after unpacking, and their size grows with the range only."""
 
 from itertools import pairwise
 from pathlib import Path

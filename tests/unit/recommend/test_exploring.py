@@ -1,4 +1,4 @@
-"""Exploring: songs with few plays are shown with exactly the probability that the answer holds."""
+"""Exploring: songs with few plays are shown with exactly the probability that the answer reports."""
 
 from collections.abc import Callable
 
@@ -49,7 +49,7 @@ def test_each_song_is_shown_as_often_as_its_probability_says(share: float) -> No
     np.testing.assert_allclose(shown / len(draws), expected, atol=0.03)
     assert expected.sum() == pytest.approx(min(4, 10 * share))
     assert sizes <= {int(min(4, 10 * share)), int(min(4, np.ceil(10 * share)))}
-    assert (np.diff(expected) <= 1e-12).all()  # the better a song, the more
+    assert (np.diff(expected) <= 1e-12).all()  # better songs are shown more often
     assert expected.min() > 0
 
 

@@ -1,4 +1,4 @@
-"""AnswerFilter: exactly k songs of those that qualify, whichever way they are found."""
+"""AnswerFilter: an answer has exactly k of the qualifying songs, whichever search path finds them."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from rayrec.recommend.index import IndexConfig, SongIndex
 
 @st.composite
 def filters(draw: st.DrawFn, num_songs: int) -> AnswerFilter:
-    """Perhaps songs that are allowed, by rows or by a mask, perhaps songs left out, of which some may not exist."""
+    """A filter with or without allowed songs, as rows or as a mask, and excluded songs, some of which may not exist."""
     excluded = draw(st.lists(st.integers(0, num_songs + 3), max_size=2 * num_songs))
     mask = draw(st.none() | st.lists(st.booleans(), min_size=num_songs, max_size=num_songs))
     allowed = None if mask is None else SongSet(mask=np.array(mask, dtype=np.bool_))
@@ -29,7 +29,7 @@ def filters(draw: st.DrawFn, num_songs: int) -> AnswerFilter:
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
-    """Few songs with vectors of small whole numbers: scores are exact and ties are many."""
+    """A few songs with vectors of small whole numbers, so that scores are exact and ties are frequent."""
     num_songs, dim, asked = draw(st.integers(1, 16)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     row = st.lists(st.integers(-2, 2), min_size=dim, max_size=dim)
     vectors = draw(st.lists(row, min_size=num_songs, max_size=num_songs))
@@ -39,7 +39,8 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "queries": np.array(draw(st.lists(row, min_size=asked, max_size=asked)), np.float32),
         "k": draw(st.integers(1, 30)),
         "filters": draw(st.lists(filters(num_songs), min_size=asked, max_size=asked)),
-        # All ways to an answer, however small the catalog: none or all of the songs are few, no or all bans are many.
+        # These limits reach all search paths in a small catalog: allowed songs are always or never few, and excluded
+        # songs are always or never many.
         "few": draw(st.sampled_from([0, 100])),
         "overfetch": draw(st.sampled_from([0, 3, 1_000])),
     }
@@ -193,7 +194,7 @@ def test_a_set_of_songs_is_the_same_as_rows_and_as_a_mask() -> None:
         assert songs.between(10, 30).tolist() == [row for row in rows if 10 <= row < 30]
         for later in sets:
             assert songs.joined(later, 60).between(0, 200).tolist() == [*rows, *(60 + rows)]
-    assert sets[0].bits is sets[0].bits  # made once for all answers
+    assert sets[0].bits is sets[0].bits  # computed once for all answers
     assert np.unpackbits(sets[0].bits, bitorder="little")[:50].astype(bool).tolist() == mask.tolist()
 
 

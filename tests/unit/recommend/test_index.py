@@ -45,7 +45,7 @@ def brute_force(
 
 @st.composite
 def searches(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, list[np.ndarray]]:
-    """Few songs with small whole numbers, so that scores are exact and ties are many."""
+    """A few songs with vectors of small whole numbers, so that scores are exact and ties are frequent."""
     num_songs, dim, asked = draw(st.integers(1, 16)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     numbers = st.integers(-2, 2)
     vectors = draw(st.lists(st.lists(numbers, min_size=dim, max_size=dim), min_size=num_songs, max_size=num_songs))
@@ -81,7 +81,7 @@ def test_many_songs_left_out_still_give_the_true_best(
 ) -> None:
     monkeypatch.setattr(index_module, "MAX_OVERFETCH", limit)
     vectors, queries = unit_vectors(2_000), unit_vectors(3, seed=1)
-    # The nearest ones, the worst case for over-fetching, and of one query only.
+    # One query excludes its nearest songs, the worst case for over-fetching; the others exclude none or one.
     exclude = [np.argsort(-(vectors @ queries[0]))[:excluded], np.zeros(0, np.int64), np.array([7, 7])]
     songs, scores = SongIndex.build(vectors, FLAT).search(queries, 20, exclude)
     expected_songs, expected_scores = brute_force(vectors, queries, 20, exclude)

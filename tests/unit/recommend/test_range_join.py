@@ -1,4 +1,4 @@
-"""Ranges of songs joined in files: the bytes of the artifact are those of one fit of all plays in memory."""
+"""Ranges of songs joined in files: the artifact has the same bytes as one fit of all plays in memory."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -20,26 +20,26 @@ MINUTE = 60_000
 
 
 def world() -> Histories:
-    """Sessions of 300 users in 40 days, of which many end at the same time; songs from 40 on are not played late."""
+    """Sessions of 300 users in 40 days, many with the same end; songs from 40 on are not played after day 35."""
     random = np.random.default_rng(5)
     histories = random_histories(300, NUM_SONGS, longest=60)
     days = random.integers(0, 40, size=len(histories))
     pauses = np.cumsum(random.random(histories.num_plays) < 0.2) * 60 * MINUTE
     pauses -= np.repeat(pauses[np.minimum(histories.offsets[:-1], histories.num_plays - 1)], histories.lengths)
-    played_at = np.repeat(days * DAY_MS, histories.lengths) + pauses  # in a session all at once
+    played_at = np.repeat(days * DAY_MS, histories.lengths) + pauses  # all plays of a session have the same time
     late = (played_at > 35 * DAY_MS) & (histories.songs >= 40)
     return with_opinions(replace(histories, played_at=np.where(late, played_at - 20 * DAY_MS, played_at)), NUM_SONGS)
 
 
 def in_order(histories: Histories) -> Histories:
-    """With each user's plays by time."""
+    """`histories` with the plays of each user ordered by time."""
     order = np.lexsort((histories.played_at, histories.rows))
     skipped = None if histories.skipped is None else histories.skipped[order]
     return replace(histories, songs=histories.songs[order], played_at=histories.played_at[order], skipped=skipped)
 
 
 def file_bytes(counts: RetrievalCounts, folder: Path) -> dict[str, bytes]:
-    """The files of the artifact by their names."""
+    """The contents of the artifact's files, by name."""
     workspace = Workspace(folder)
     artists = np.random.default_rng(0).integers(-1, 5, size=NUM_SONGS)
     names = Retrieval.build(counts, artist_of_song=artists).save(workspace, "retrieval")

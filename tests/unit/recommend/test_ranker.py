@@ -25,7 +25,7 @@ NAMES = ["planted", "noise", "of_query"]
 
 
 def _examples(queries: int, seed: int = 0) -> RankingExamples:
-    """One right candidate a query, drawn by a softmax over the planted feature."""
+    """One right candidate per query, drawn by a softmax over the planted feature."""
     random = np.random.default_rng(seed)
     planted = random.normal(size=(queries, CANDIDATES)) * 2
     chances = np.exp(planted) / np.exp(planted).sum(axis=1, keepdims=True)
@@ -80,17 +80,17 @@ def test_chances_count_queries_without_a_right_candidate() -> None:
     never = replace(never, right=np.zeros_like(never.right), held_out=np.ones(len(never), dtype=bool))
     always, half = (
         fit_ranker(part, NAMES, RankerSettings(trees=20)).ranker
-        for part in (examples, RankingExamples.joined([examples, never]))  # as many held out as have an answer
+        for part in (examples, RankingExamples.joined([examples, never]))  # half of the held-out queries have no answer
     )
     of_all, of_half = (ranker.calibration(other.rows, ranker.scores(other.features)) for ranker in (always, half))
     assert of_half.sum() / of_all.sum() == pytest.approx(0.5, abs=0.1)
 
 
 def test_candidates_of_equal_scores_have_the_chance_that_they_are_right_together() -> None:
-    """A third of the queries has its first candidate right, whose score is always far above that of the other."""
+    """In a third of the queries the first candidate is right; its score is always far above that of the second."""
     rows, scores = np.repeat(np.arange(300), 2), np.tile([90.0, 0.0], 300)
     right = np.zeros(600, dtype=bool)
-    right[400::2] = True  # the last ones
+    right[400::2] = True  # in the last 100 queries
     chances = calibrate(rows, scores, right)(rows, scores)
     assert chances[::2] == pytest.approx(np.full(300, 1 / 3), abs=0.01)
     assert chances[1::2].max() < 0.01
@@ -147,7 +147,7 @@ def test_without_queries_to_check_on_the_error_says_so() -> None:
 
 
 def test_a_ranker_learns_from_the_queries_held_out_too_once_it_is_chosen() -> None:
-    """Only they hold the song whose feature is negative: who has not seen them cannot know that it is right."""
+    """Only there, a negative feature marks the right candidate: a ranker without these queries cannot know this."""
     examples = _many_weak(5_000, seed=0)
     only_there = np.zeros(len(examples.right), dtype=np.float32)
     only_there[examples.right & examples.held_out[examples.rows]] = -1
@@ -164,7 +164,7 @@ def test_a_ranker_learns_from_the_queries_held_out_too_once_it_is_chosen() -> No
 
 
 def test_candidates_that_were_not_drawn_teach_nothing() -> None:
-    """Those of the queries held out that were not drawn have a planted value that no other has."""
+    """Candidates of held-out queries that were not drawn have a planted value that no other candidate has."""
     examples = _examples(100)
     random = np.random.default_rng(1)
     drawn = examples.right | ~examples.held_out[examples.rows] | (random.random(len(examples.right)) < 0.5)
@@ -183,7 +183,7 @@ def test_softmax_shares_add_up_to_one_within_each_query() -> None:
 
 
 def _many_weak(queries: int, seed: int) -> RankingExamples:
-    """Ten features that each say a little of what is right: a sum finds it from few queries, trees do not."""
+    """Ten features that each say little about the right candidate: from few queries a sum learns it, trees do not."""
     random = np.random.default_rng(seed)
     features = random.normal(size=(queries, CANDIDATES, 10))
     score = 0.8 * features.sum(axis=2)
@@ -211,12 +211,12 @@ def test_few_queries_get_the_weighted_sum_that_trees_cannot_learn_from_them(tmp_
     loaded = Ranker.load(workspace, "rankers/one", "long")
     np.testing.assert_array_equal(loaded.scores(other.features), ranker.scores(other.features))
     assert loaded.form == "linear"
-    far = np.full_like(other.features, 1e6)  # as the years since the last play of somebody who comes back
+    far = np.full_like(other.features, 1e6)  # such as the time since the last play of a user who returns after years
     assert np.ptp(ranker.scores(np.concatenate([far[:1], other.features]))) < 100
 
 
 def test_trees_do_not_memorize_the_users_of_queries_that_overlap() -> None:
-    """One song is right for all queries of a user: trees that see all of them memorize it by features of the user."""
+    """One candidate is right in all queries of a user: trees that see all queries memorize it by user features."""
     random = np.random.default_rng(0)
     users, of_each = 80, 200
     shape = (users, of_each, CANDIDATES)
@@ -244,7 +244,7 @@ def test_trees_do_not_memorize_the_users_of_queries_that_overlap() -> None:
 
 
 def test_few_queries_that_overlap_grow_trees_all_the_same() -> None:
-    """A thousand candidates in every leaf would leave no tree."""
+    """With a minimum of a thousand candidates per leaf, no tree could grow."""
     examples = _examples(100)
     grown, checked = (examples.take(part) for part in (~examples.held_out, examples.held_out))
     trees = TreeModel.fit(grown, checked, NAMES, RankerSettings(trees=100).overlapping())
@@ -266,5 +266,5 @@ def test_of_models_that_chance_cannot_tell_apart_the_simplest_is_kept() -> None:
     a_little_below, far_below = best + noise - noise.mean() - 0.005, best + noise - noise.mean() - 0.03
     assert simplest_of_best([far_below, a_little_below, best]) == 1  # the standard error is 0.01
     assert simplest_of_best([far_below, best, a_little_below]) == 1
-    assert simplest_of_best([best, best + 0.01]) == 1  # surely better, by however little
+    assert simplest_of_best([best, best + 0.01]) == 1  # better in every query, even if by little
     assert simplest_of_best([best, best]) == 0

@@ -1,4 +1,4 @@
-"""What rankers learn from: the songs that were played in the horizon of each query."""
+"""The examples of rankers: the songs that were played in the horizon of each query."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def _source(long: AnyHorizon, histories: Histories) -> CandidateSource:
 
 @pytest.mark.parametrize("long", [DAYS, PLAYS])
 def test_the_long_ranker_learns_the_plays_that_the_long_horizon_is_for(long: AnyHorizon) -> None:
-    """Those of its days, or at offsets 25 to 50 where it counts in plays."""
+    """The plays within its days; if the horizon counts in plays, the plays at offsets 25 to 50."""
     histories = random_histories(12, NUM_SONGS, longest=70, seed=2)
     times = np.cumsum(np.random.default_rng(0).choice([0, DAY_MS // 5], size=histories.num_plays))
     histories = Histories(
@@ -88,7 +88,7 @@ TIMES = {
 
 
 def _planted() -> Histories:
-    """Users named by when they played; every play is of a song of its own."""
+    """Users named after the times of their plays; every play is of a different song."""
     ends = np.cumsum([len(times) for times in TIMES.values()])
     songs = [list(range(end - len(times), end)) for end, times in zip(ends, TIMES.values(), strict=True)]
     return Histories.from_lists(songs, list(TIMES.values()), list(TIMES))
@@ -124,7 +124,7 @@ def test_rankers_are_asked_for_the_plays_of_the_validation_range_that_have_one_b
     planted = _planted()
     histories, plays = validation_queries(planted, split, 100)
     assert _asked(histories, plays) == expected
-    # What they are given ends with the range, and holds the earlier plays of these users.
+    # The histories end with each user's last play in the range, and hold the earlier plays of these users.
     of_user = dict(zip(planted.user_ids.tolist(), np.split(planted.songs, planted.offsets[1:-1]), strict=True))
     assert set(histories.user_ids) == set(_asked(histories, plays))
     for row, user in enumerate(histories.user_ids):

@@ -1,4 +1,4 @@
-"""One suite for everything that recommends. A new recommender joins it by a line in MAKERS."""
+"""One test suite for all recommenders. A line in MAKERS adds a new recommender."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,7 +93,7 @@ MAKERS: dict[str, Maker] = {
 
 @pytest.fixture(scope="module")
 def histories() -> Histories:
-    """Users with a play or more."""
+    """Users with at least one play."""
     made = random_histories(30, NUM_SONGS, seed=3)
     return made.take(made.lengths > 0)
 
@@ -128,10 +128,10 @@ def test_a_batch_answers_as_each_user_alone(recommender: BaseRecommender, histor
         alone, alone_scores = recommender.recommend_one(histories.take(np.array([row])), NOW, 6)
         together, together_scores = songs[row][songs[row] >= 0], scores[row][songs[row] >= 0]
         np.testing.assert_allclose(alone_scores, together_scores, rtol=1e-5, atol=1e-6)
-        # Songs that tie but for rounding may change places.
+        # Songs whose scores differ only by rounding may change places.
         steps = np.diff(together_scores, prepend=np.inf, append=-np.inf)
         clear = (-steps[:-1] > 1e-5) & (-steps[1:] > 1e-5)
-        clear[-1:] = False  # the next one, which did not fit in, may tie too
+        clear[-1:] = False  # the last song may tie with the next one, which is outside the answer
         np.testing.assert_array_equal(alone[clear], together[clear])
 
 
@@ -161,7 +161,7 @@ def test_songs_heard_stay_out_when_asked(recommender: BaseRecommender, histories
     songs, _ = recommender.recommend(histories, NOW, NUM_SONGS, exclude_heard=True)
     assert all(not heard[row] & set(songs[row]) for row in range(len(histories)))
     if isinstance(recommender, TwoStepRecommender):
-        return  # songs new to the user have a ranker of their own, whose order is another
+        return  # another ranker, with another order, ranks songs new to the user
     everything, _ = recommender.recommend(histories, NOW, NUM_SONGS)
     for row in range(len(histories)):
         kept = [song for song in everything[row] if song >= 0 and song not in heard[row]]

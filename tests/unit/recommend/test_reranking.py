@@ -1,4 +1,4 @@
-"""One user's songs, between the horizons too: the rankings written out, over all songs."""
+"""The songs chosen for a user, also between the two horizons, against rankings computed over all songs."""
 
 from typing import Any
 
@@ -44,12 +44,12 @@ def chosen_for(recommender: BaseRecommender, plays: Histories, options: list[Ans
 
 
 def by_definition(recommender: BaseRecommender, weight: float) -> np.ndarray:
-    """float32 (N,): what each song scores with this weight for the long horizon."""
+    """float32 (N,): the score of each song, with `weight` for the long horizon."""
     network, queries = network_of(recommender), Queries.at_end(HISTORY, AT)
     short, long = (network.vectors(HISTORY, queries, horizon)[0] for horizon in ("short", "long"))
     if isinstance(recommender, TwoStepRecommender):
         soon, later = (recommender.score(HISTORY, queries, horizon)[0] for horizon in ("short", "long"))
-        soon, later = np.maximum(soon, 0), np.maximum(later, 0)  # -inf is no number to weigh
+        soon, later = np.maximum(soon, 0), np.maximum(later, 0)  # 0 instead of -inf, which cannot be weighted
         scores = soon if weight == 0 else later if weight == 1 else _mixed(recommender, weight)
     else:
         mixed = (1 - weight) * short + weight * long
@@ -116,7 +116,7 @@ def test_users_of_a_batch_get_what_each_alone_gets_and_are_ranked_once_for_each_
         assert one.songs.tolist() == other.songs.tolist()
         np.testing.assert_allclose(one.scores, other.scores, rtol=1e-5)
         assert (one.path, len(one.features)) == (other.path, len(other.features))
-    assert ranked == ([3, 1, 1, 1] if is_two_step else [3, 1, 1])  # a network alone puts given songs in order by itself
+    assert ranked == ([3, 1, 1, 1] if is_two_step else [3, 1, 1])  # a network orders given songs without this call
 
 
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"long_weight": 1.1}, {"long_weight": -0.1}, {"diversity": 2.0}])

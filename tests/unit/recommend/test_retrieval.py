@@ -1,4 +1,4 @@
-"""What retrievers look up: the same whatever the buckets, the newest sessions of each song, exact counts."""
+"""The data that retrievers look up: independent of buckets, with each song's newest sessions and exact counts."""
 
 from dataclasses import fields, replace
 from itertools import permutations
@@ -99,7 +99,7 @@ def test_a_part_of_a_grown_catalog_merges_into_the_last() -> None:
 
 
 def test_each_song_keeps_its_newest_sessions() -> None:
-    # Song 0 stands in ten sessions, one a day; beside it a song of that session alone.
+    # Song 0 is in ten sessions, one per day, each with a second song that is in no other session.
     histories = Histories.from_lists(
         [[0, 1 + day] for day in range(10)],
         [[day * DAY_MS, day * DAY_MS + MINUTE] for day in range(10)],
@@ -107,7 +107,7 @@ def test_each_song_keeps_its_newest_sessions() -> None:
     sessions = SessionPostings.fit(histories, num_songs=11, newest=3)
     of_first = sessions.song_sessions[sessions.song_offsets[0] : sessions.song_offsets[1]]
     assert (sessions.ended_at[of_first] // DAY_MS).tolist() == [9, 8, 7]
-    for song in range(1, 11):  # an old session stays where it is among the newest of its other song
+    for song in range(1, 11):  # an old session stays if it is among the newest of its other song
         (session,) = sessions.song_sessions[sessions.song_offsets[song] : sessions.song_offsets[song + 1]]
         assert sessions.songs[sessions.offsets[session] : sessions.offsets[session + 1]].tolist() == [0, song]
 

@@ -1,4 +1,4 @@
-"""Each retriever finds what was planted for it, at a cost that is bounded."""
+"""Each retriever finds the songs planted for it, at a bounded cost."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def _batch(histories: Histories, queries: Queries, num_songs: int = NUM_SONGS) -
 
 
 def _asked(songs: list[int], num_songs: int = NUM_SONGS) -> QueryBatch:
-    """One user who has just played songs, a minute apart."""
+    """A batch of one user who has just played `songs`, one minute apart."""
     histories = Histories.from_lists([songs], [[NOW + MINUTE * place for place in range(len(songs))]])
     return _batch(histories, Queries.at_end(histories, NOW + MINUTE * len(songs)), num_songs)
 
@@ -50,7 +50,7 @@ def _all(retrieval: Retrieval, num_songs: int = NUM_SONGS) -> dict[str, Retrieve
 
 def test_session_knn_scores_as_vstan_over_all_sessions_does() -> None:
     played = random_histories(60, NUM_SONGS, longest=12)
-    once = played.keep(_first_plays(played))  # a song stands in one place of a session, so places agree
+    once = played.keep(_first_plays(played))  # a session has each song once, so that positions agree
     histories = random_histories(25, NUM_SONGS, longest=15, seed=3)
     queries = Queries.at_end(histories, NOW)
     vstan = VstanRecommender.fit([once], num_songs=NUM_SONGS, allowed=FitRange()).score(histories, queries)
@@ -75,7 +75,7 @@ def test_a_song_known_only_outside_the_buckets_read_last_is_found() -> None:
 
 
 def _crowd(users: int, num_songs: int) -> Histories:
-    """Users who all play songs 0 to 3, each with twelve songs of the user's own after every one of them."""
+    """Users who all play songs 0 to 3, and after each of these songs twelve songs of their own."""
     lists = []
     for user in range(users):
         own = 4 + (48 * user + np.arange(48)) % (num_songs - 4)
@@ -88,13 +88,13 @@ def test_the_work_of_a_query_is_bounded_however_many_users_there_are() -> None:
     read: dict[int, dict[str, int]] = {}
     for users in (3, 900, 2_000):
         counts = RetrievalCounts.fit(_crowd(users, num_songs), num_songs=num_songs, newest=config.sessions_per_song)
-        groups = np.arange(num_songs) % 4  # of more songs than any list holds
+        groups = np.arange(num_songs) % 4  # each group has more songs than any list holds
         strongest = counts.strongest(config.rules_per_song)
         retrieval = Retrieval.build(strongest, artist_of_song=groups, album_of_song=groups)
         if users > 3:  # the songs that all play have more followers and sessions than are kept
             assert np.diff(counts.rules.offsets)[:4].min() > 2 * config.rules_per_song
             assert users > 2 * config.sessions_per_song
-        # The user's last 50 plays are of these four songs: as much is known of each as can be.
+        # The user's last 50 plays are of these four songs, of which as much is stored as is kept for any song.
         batch = _asked([0, 1, 2, 3] * 20, num_songs)
         retrievers = _all(retrieval, num_songs).values()
         read[users] = {retriever.name: retriever.propose(batch, count).entries for retriever in retrievers}
@@ -209,7 +209,7 @@ def test_new_songs_are_proposed_by_artist_by_album_and_by_vector_and_no_others_a
     retrieval = Retrieval.fit(
         [random_histories(20, NUM_SONGS)], num_songs=NUM_SONGS, artist_of_song=artists, album_of_song=albums
     )
-    # 7 was there without plays; 41 is of an artist of whom no other song is known, 43 of none.
+    # 7 was in the catalog without plays; 41 and 42 are of an artist without earlier songs, 43 has no artist.
     rows = np.array([7, 40, 41, 42, 43, 44])
     artist_rows, album_rows = np.array([2, 2, 41, 41, -1, 3]), np.array([6, -1, -1, 41, -1, -1])
     known = retrieval.with_added(rows, artist_rows, album_rows)
@@ -222,7 +222,7 @@ def test_new_songs_are_proposed_by_artist_by_album_and_by_vector_and_no_others_a
 
     assert proposed("new_artists", [12]) == [7, 40]  # 12 is of the artist of 2
     assert proposed("new_artists", [41]) == [41, 42]
-    assert proposed("new_artists", [13, 12]) == [7, 40, 44]  # that of 13 is the artist of 3, played earlier
+    assert proposed("new_artists", [13, 12]) == [7, 40, 44]  # 13, played earlier, is of the artist of 3
     assert proposed("new_artists", [43]) == []
     assert proposed("new_albums", [6]) == [7]
     assert proposed("new_albums", [41]) == []  # 41 itself was described without an album
@@ -231,7 +231,7 @@ def test_new_songs_are_proposed_by_artist_by_album_and_by_vector_and_no_others_a
     assert proposed("new_content", [1]) == near.tolist()
     few = by_name["new_content"].propose(batch, 2)
     assert set(few.songs.tolist()) == set(near[:2].tolist())
-    # Retrievers of known songs see the artists of the new ones, and propose what they did.
+    # Retrievers of known songs see the artists of new songs, and propose the same songs as without new songs.
     for name in ("artists", "albums"):
         old, new = (_all(each)[name].propose(_asked([12, 6], 45), 40) for each in (retrieval, known))
         assert _ordered(old) == _ordered(new)

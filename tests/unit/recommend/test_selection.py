@@ -1,4 +1,4 @@
-"""What settings are chosen by is the validation range, and trial fits see nothing of it."""
+"""Settings are chosen on the validation range, and trial fits see none of its plays."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Retrieve, then rank: one answer for one user and for many, exactly k within filters, at a bounded cost."""
+"""Retrieve, then rank: equal answers alone and in a batch, exactly k songs within filters, at a bounded cost."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -38,7 +38,7 @@ Answers = dict[RankerKind, tuple[np.ndarray, np.ndarray]]
 NUM_SONGS = 60
 MINUTE = 60_000
 NOW = 10**9
-YEARS = 50 * 365 * 24 * 60 * MINUTE  # ms UTC: when somebody asks today
+YEARS = 50 * 365 * 24 * 60 * MINUTE  # ms UTC, about the time of a request today
 
 
 def _network(num_songs: int = NUM_SONGS) -> TasteRecommender:
@@ -63,7 +63,7 @@ def _network(num_songs: int = NUM_SONGS) -> TasteRecommender:
 
 
 def _network_with_added_songs(artists: np.ndarray, albums: np.ndarray) -> TasteRecommender:
-    """A network of NUM_SONGS songs to which three were added, the songs of the first three artists and albums."""
+    """A network of NUM_SONGS songs with three added songs, one for each of the first three artists and albums."""
     unlearned = ContentMap(
         mean=np.zeros(8),
         strengths=np.ones(2),
@@ -90,7 +90,7 @@ def _network_with_added_songs(artists: np.ndarray, albums: np.ndarray) -> TasteR
 
 
 def _cycling(users: int, seed: int) -> Histories:
-    """Users who play song n + 1 after song n most of the time, and any other song else."""
+    """Users who play song n + 1 after song n most of the time, otherwise a random song."""
     random = np.random.default_rng(seed)
     lists = []
     for _ in range(users):
@@ -104,7 +104,7 @@ def _cycling(users: int, seed: int) -> Histories:
 
 
 def _last_plays(histories: Histories) -> tuple[Queries, np.ndarray]:
-    """The queries that the last play of each user answers, and these songs."""
+    """The query before the last play of each user, and the songs of these plays."""
     plays = histories.offsets[1:] - 1
     return Queries.before_plays(histories, plays), histories.songs[plays]
 
@@ -116,7 +116,7 @@ def recommender() -> TwoStepRecommender:
     queries, targets = _last_plays(checked)
     held_out = np.arange(len(queries)) % 4 == 0
     rows = np.arange(len(queries))
-    # The right songs of the long horizon, and of answers of new songs alone, are others.
+    # The right songs differ for the long horizon and for answers of new songs, so that each ranker has its own order.
     answers: Answers = {
         "next": (rows, targets),
         "served": (rows, (targets + 3) % NUM_SONGS),
@@ -169,7 +169,7 @@ def test_exactly_k_songs_come_within_filters_and_the_index_fills_what_is_missing
         assert (np.diff(scores) <= 0).all()
     more = recommender.rank_queries(histories, queries, 6, filters=filters)
     assert (more.songs[:, 4:] == NO_SONG).all()
-    # Where few songs are proposed, the answer says how many were filled in.
+    # If few songs are proposed, the answer says how many songs the index filled in.
     few = _proposing(recommender, 1)
     filled = few.rank_queries(histories, queries, 4, filters=filters)
     assert np.sort(filled.songs, axis=1).tolist() == [[3, 27, 41, 55]] * len(queries)
@@ -187,7 +187,7 @@ def test_exactly_k_songs_come_within_filters_and_the_index_fills_what_is_missing
 
 
 def _proposing(recommender: TwoStepRecommender, count: int) -> TwoStepRecommender:
-    """The same where each retriever proposes so few songs."""
+    """`recommender`, with retrievers that propose `count` songs each."""
     source = CandidateSource(
         recommender.source.network, recommender.source.retrieval, counts=dict.fromkeys(COUNTS, count)
     )
@@ -223,7 +223,7 @@ def test_given_songs_are_put_in_order_whether_a_retriever_proposes_them_or_not(r
     proposed = [songs[scores > 0] for songs, scores in zip(usual.songs, usual.scores, strict=True)]
     assert max(map(len, proposed)) < NUM_SONGS / 2
     same = narrow.rank_queries(histories, queries, NUM_SONGS, songs_to_rank=proposed)
-    every = np.arange(NUM_SONGS + 5)  # the last are not known
+    every = np.arange(NUM_SONGS + 5)  # the last five songs are unknown
     whole = narrow.rank_queries(histories, queries, len(every), songs_to_rank=[every] * len(queries))
     for row, songs in enumerate(proposed):
         assert same.songs[row, : len(songs)].tolist() == songs.tolist()
@@ -232,7 +232,7 @@ def test_given_songs_are_put_in_order_whether_a_retriever_proposes_them_or_not(r
         assert sorted(whole.songs[row, :NUM_SONGS].tolist()) == list(range(NUM_SONGS))
         assert (whole.songs[row, NUM_SONGS:] == NO_SONG).all()
         assert (whole.scores[row, :NUM_SONGS] > 0).all()
-    # What follows most often is first among all songs, too: by chance it would be of 1 query in 60.
+    # The most frequent follower is first among all songs, too; by chance it would be in 1 query of 60.
     last = histories.songs[histories.offsets[1:] - 1]
     assert (whole.songs[:, 0] == (last + 1) % NUM_SONGS).mean() > 0.6
 
@@ -334,8 +334,8 @@ def large_starting(large_parts: tuple[TasteRecommender, Retrieval, Histories]) -
     return Starting.of(retrieval.plays.plays, np.ones(LARGE, dtype=np.bool_), artist_of_song=ARTISTS)
 
 
-# More songs are asked for than are proposed, so that all of these filters fill from the index; what is kept from answer
-# to answer, as the songs of an artist are, is not counted.
+# k is larger than the number of proposed songs, so that the index fills the answers with all of these filters. Arrays
+# that are kept between answers, such as the songs of an artist, do not count.
 LISTED, OF_ARTIST = np.arange(7, LARGE, 30_000), SongSet.of_mask(ARTISTS == 3)
 FILTERS: dict[str, tuple[int, Callable[[], AnswerFilter]]] = {
     "none": (20, AnswerFilter),
@@ -453,7 +453,7 @@ def test_a_ranker_learns_from_some_wrong_candidates_of_a_query_and_is_checked_on
     assert checked.counts.min() > 20
     again = examples_for(recommender.source, histories, queries, answers, held_out=held_out)["next"]
     np.testing.assert_array_equal(again.features, made.features)
-    # Users are drawn for apart: what one query gives does not hang on the queries beside it.
+    # Wrong candidates are drawn for each query separately: its examples do not depend on the other queries.
     one = queries.take(np.flatnonzero(~held_out)[:1])
     alone = examples_for(
         recommender.source, histories, one, {"next": (np.array([0]), targets[1:2])}, held_out=held_out[1:2]
@@ -472,7 +472,7 @@ def test_examples_of_new_songs_hold_none_that_were_heard(recommender: TwoStepRec
 
 
 def test_by_skips_and_likes_the_ranker_finds_more_of_the_songs_that_users_return_to() -> None:
-    """Of users that it has not learned from, who return to songs they like and never to those they dislike."""
+    """Checked on users outside the training; users return to songs that they like and never to disliked ones."""
     world = World(GenerateConfig(users=600, songs=300, artists=50, genres=6, plays=50, opinions=0.3, seed=3))
     histories = world.histories(np.arange(600))
     assert histories.contexts is not None
@@ -505,7 +505,7 @@ def test_without_times_features_do_not_depend_on_when_plays_and_requests_come() 
     positions = 3 * MINUTE * (np.arange(stored.num_plays) - np.repeat(stored.offsets[:-1], stored.lengths))
     as_trained = replace(stored, played_at=positions)
     late = positions.copy()
-    late[stored.offsets[1:] - 1] = YEARS  # the last play came to the server, which writes when
+    late[stored.offsets[1:] - 1] = YEARS  # the last play came through the server, which stores its time
     vectors = {horizon: random_vectors(5, 8) for horizon in HORIZONS}  # a network of such data reads no times either
     ((_, expected),) = source.batches(as_trained, Queries.at_end(as_trained, 3 * MINUTE * stored.lengths), vectors)
     assert expected.batch.in_session.all()
@@ -516,7 +516,7 @@ def test_without_times_features_do_not_depend_on_when_plays_and_requests_come() 
 
 
 def test_without_times_a_session_begins_with_its_line_and_goes_on_however_late_a_play_comes() -> None:
-    minutes = [0, 3, 66, 69, 10**7]  # two lines of an import, and a play that came to the server
+    minutes = [0, 3, 66, 69, 10**7]  # two lines of an imported file, and a play sent to the server
     histories = Histories.from_lists([[1, 2, 3, 4, 5]], [[minute * MINUTE for minute in minutes]])
     queries = Queries(rows=np.zeros(3, np.int64), seen=np.array([2, 4, 5]), at=np.array([66 * MINUTE, YEARS, YEARS]))
     vectors = {"short_vectors": random_vectors(3, 8), "long_vectors": random_vectors(3, 8)}

@@ -1,4 +1,4 @@
-"""Own plays against counts by hand."""
+"""The user top baseline against counts worked out by hand."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Session neighbors against scores worked out by hand."""
+"""V-SKNN against scores worked out by hand."""
 
 from collections.abc import Iterable
 
@@ -17,7 +17,7 @@ NUM_SONGS = 10
 
 
 def _sessions(*lists: list[int]) -> Histories:
-    """One user a session."""
+    """One user per session, with plays a minute apart."""
     return Histories.from_lists(list(lists), [[place * MINUTE for place in range(len(one))] for one in lists])
 
 
@@ -31,7 +31,7 @@ def _score(recommender: VsknnRecommender, songs: list[int]) -> np.ndarray:
 
 
 def _row(**scores: float) -> np.ndarray:
-    """float (N,): zero but for song3=0.5 and the like."""
+    """float64 (N,): zeros except for `scores`, given as song3=0.5."""
     row = np.zeros(NUM_SONGS)
     for name, score in scores.items():
         row[int(name.removeprefix("song"))] = score
@@ -40,7 +40,7 @@ def _row(**scores: float) -> np.ndarray:
 
 def test_a_session_weighs_what_it_shares_over_the_root_of_its_songs() -> None:
     fitted = _fit(_sessions([1, 2, 3, 4], [0, 9]))
-    # shared: 2, the last, weighs 1, and 1 before it 0.8; four songs damp by 2
+    # Shared songs: 2, the last play, weighs 1, and 1, the play before, 0.8; the root of four songs divides by 2.
     np.testing.assert_allclose(_score(fitted, [1, 2]), _row(song1=0.9, song2=0.9, song3=0.9, song4=0.9), rtol=1e-6)
 
 
@@ -72,7 +72,7 @@ def test_only_the_plays_before_a_query_are_compared() -> None:
 def test_a_pause_of_over_thirty_minutes_begins_another_session() -> None:
     plays = Histories.from_lists([[1, 2, 3, 4, 5]], [[0, 30 * MINUTE, 60 * MINUTE + 1, 61 * MINUTE, 200 * MINUTE]])
     kept = _fit(plays).sessions.toarray()
-    np.testing.assert_array_equal(kept, [_row(song1=1, song2=1), _row(song3=1, song4=1)])  # 5 alone says nothing
+    np.testing.assert_array_equal(kept, [_row(song1=1, song2=1), _row(song3=1, song4=1)])  # 5 alone is left out
 
 
 def test_users_share_no_session() -> None:
@@ -93,7 +93,7 @@ def test_sessions_as_near_as_the_last_of_the_nearest_count_too() -> None:
 
 
 def test_two_hundred_sessions_count_unless_chosen_otherwise() -> None:
-    # Session n holds song 0, song n and n more: none as near as another.
+    # Session n holds song 0 and n + 1 more songs, so that no two sessions are equally near.
     lists = [[0, *range(1, 2 + n)] for n in range(250)]
     scores = _score(_fit(_sessions(*lists), num_songs=251, max_sessions=250), [0])
     assert scores[200] > 0

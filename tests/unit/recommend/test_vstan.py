@@ -15,7 +15,7 @@ USUAL = VstanSettings()
 
 
 def _sessions(*lists: list[int], days: list[float] | None = None) -> Histories:
-    """One user a session, which ends at 0 or so many days."""
+    """One user per session, which ends at the time in `days`, by default at 0."""
     days = days or [0.0] * len(lists)
     times = [
         [round(day * DAY_MS) - (len(one) - 1 - place) * MINUTE for place in range(len(one))]

@@ -1,4 +1,4 @@
-"""The weight-based baselines: the planted weights come back, and the sums are those of the equations."""
+"""The weighted baselines: fits find the planted weights, and their sums solve the equations."""
 
 import numpy as np
 import pytest
@@ -22,11 +22,11 @@ from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 30
 SPLIT = Split(id="s", dataset="by-hand", validation_from=1_500_000, test_from=2_500_000)
-PLANTED = np.array([0.3, 0.0, 0.8, -0.4])  # of the last song first
+PLANTED = np.array([0.3, 0.0, 0.8, -0.4])  # the weight of the last song comes first
 
 
 def _planted(users: int, length: int) -> tuple[Histories, np.ndarray]:
-    """Users whose next song lies nearest to their last four by the planted weights, with some noise."""
+    """Users whose next song is nearest to the sum of their last four by the planted weights, plus some noise."""
     vectors = random_vectors(3_000, dim=6)
     random = np.random.default_rng(1)
     songs = random.integers(0, len(vectors), size=(users, length))

@@ -1,4 +1,4 @@
-"""Keys: how they are read, compared and asked for."""
+"""API keys: how they are read and compared, and which requests need one."""
 
 import hmac
 import logging

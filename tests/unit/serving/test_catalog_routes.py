@@ -1,4 +1,4 @@
-"""Songs over HTTP: found, filtered, diverse, explained, like others, and on a map."""
+"""Songs over HTTP: search, filters, diversity, explanations, similar songs, and the map."""
 
 from collections.abc import Iterator
 from datetime import date
@@ -27,7 +27,7 @@ KEY = "r" * 20
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Every song has a release day, one a day from 2000 on; every third is for Sweden."""
+    """Song N is released N days after 2000-01-01. Every third song is available in Sweden, the others in Germany."""
     workspace = Workspace(tmp_path_factory.mktemp("songs") / "workspace")
     write_world(workspace)
     first = date(2000, 1, 1).toordinal()
@@ -148,7 +148,7 @@ def test_without_plays_the_reason_is_popularity(app: Client) -> None:
 def test_songs_are_found_by_title_and_artist(app: Client) -> None:
     found = app.get("/v1/songs", params={"query": "title 12"}).json()
     assert found["songs"][0]["song_id"] == "song-12"
-    assert found["count"] == 12  # 12, 112 and 120 to 129
+    assert found["count"] == 12  # the titles 12, 112, and 120 to 129
     by_artist = app.get("/v1/songs", params={"query": "ARTIST 3", "limit": 5}).json()
     assert len(by_artist["songs"]) == 5
     assert {song["artist"] for song in by_artist["songs"]} == {"Artist 3"}
@@ -178,7 +178,7 @@ ODD_IDS = [
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """The first songs have odd ids."""
+    """A client of a release whose first songs with embeddings have the ids ODD_IDS."""
     workspace = Workspace(tmp_path_factory.mktemp("odd") / "workspace")
     write_world(workspace)
     with_vector = [row for row in range(len(ODD_IDS) + 1) if row != WITHOUT_VECTOR]

@@ -1,4 +1,4 @@
-"""`rayrec recommend` and HTTP are one contract: the same request to the same release has the same answer."""
+"""`rayrec recommend` and the HTTP API give the same answer to the same request to the same release."""
 
 import json
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from rayrec_cli.main import main
 
 HISTORY = ["song-3", "song-50", "song-3", "song-9"]
 SONGS = (["--songs", ",".join(HISTORY)], {"history": HISTORY})
-OF_HTTP = {"recommendation_id", "arm", "cursor"}  # what the log, experiments and pages need
-HALF = 5e-3  # relative: stored states have half precision
-# What is asked beside songs or a user: flags and fields.
+OF_HTTP = {"recommendation_id", "arm", "cursor"}  # only in HTTP: for the log, experiments and further pages
+HALF = 5e-3  # relative tolerance for answers from stored states, which are rounded
+# Name of a case -> flags and fields of a request, in addition to the songs or the user.
 ASKED: dict[str, tuple[list[str], dict[str, Any]]] = {
     "nothing else": ([], {}),
     "heard songs too": (["--no-exclude-heard"], {"exclude_heard": False}),
@@ -45,7 +45,7 @@ ASKED: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", params=["two-step", "network"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Songs of 28 days and two markets; the states of all users are loaded."""
+    """A workspace with songs of 28 release days and two markets, and with the loaded states of all users."""
     folder = tmp_path_factory.mktemp("contract")
     workspace = Workspace(folder / "workspace")
     write_world(workspace)
@@ -68,7 +68,7 @@ def app(world: Workspace) -> Iterator[Client]:
 
 @pytest.fixture
 def both(world: Workspace, app: Client, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Asks by command and by HTTP."""
+    """A function that sends one request by command and by HTTP; it returns both answers and the command's stderr."""
 
     def ask(flags: list[str], body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
         words = ["--workspace", world.uri, "--json", "recommend", "--at", str(AT), "-k", "12", *flags]
@@ -82,9 +82,9 @@ def both(world: Workspace, app: Client, capsys: pytest.CaptureFixture[str]) -> A
 
 
 def require_same(by_command: dict[str, Any], by_http: dict[str, Any], rel: float = 1e-4) -> None:
-    """Every field that both have is the same, scores and probabilities nearly."""
+    """Check that the HTTP answer, except OF_HTTP, equals the command's; floats of songs may differ by a share `rel`."""
     assert set(by_http) - OF_HTTP <= set(by_command)
-    if by_http["last_plays"] is None:  # without explain HTTP leaves them out
+    if by_http["last_plays"] is None:  # HTTP omits the last plays without `explain`
         del by_http["last_plays"]
     plain = set(by_http) - OF_HTTP - {"songs"}
     assert {name: by_command[name] for name in plain} == {name: by_http[name] for name in plain}

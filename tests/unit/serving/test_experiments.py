@@ -99,7 +99,7 @@ def test_a_user_is_always_in_the_same_arm_and_arms_have_their_shares_of_users() 
     assert counts[None] == pytest.approx(2_000, abs=200)
     other = [Experiment(name="y", arms=ARMS).arm_of(user) for user in users]
     both = sum(a == b for a, b in zip(arms, other, strict=True))
-    assert both == pytest.approx(3_600, abs=200)  # drawn again: 0.4² + 0.4² + 0.2² of the users stay
+    assert both == pytest.approx(3_600, abs=200)  # another name draws again: 0.4² + 0.4² + 0.2² keep their arm
 
 
 def test_answers_name_the_arm_and_have_its_settings(logged: Logged) -> None:
@@ -124,7 +124,7 @@ def test_requests_that_set_what_the_arms_differ_in_and_histories_are_outside(log
 
 
 def probable(songs: list[dict[str, Any]]) -> dict[str, float]:
-    """Songs by id with their scores; of scores near to 0 a batch and a single request may order others differently."""
+    """Return the score of each song id. Scores near 0 are left out: a batch may order such songs differently."""
     return {song["song_id"]: song["score"] for song in songs if song["score"] > 1e-6}
 
 
@@ -156,7 +156,7 @@ def test_an_arm_may_answer_with_another_release(world: Workspace, tmp_path: Path
     activate_release(world, other)
     try:
         with service(world, store=f"sqlite:///{tmp_path}/states.sqlite") as opened:
-            for user in own:  # as if that release were the live one
+            for user in own:  # the arm has answered as if its release were live
                 body = {"user_id": user, "at": AT + 10_000, "k": 5}
                 answer = Client(opened).post("/v1/recommendations", body).json()
                 assert answer["release"] == other
@@ -186,7 +186,7 @@ def test_pages_of_a_ranking_go_on_within_an_arm(world: Workspace, tmp_path: Path
         assert [row["first"] for row in paged.rows("answers")] == [0, 0, 3]
         assert first["recommendation_id"] != second["recommendation_id"]
     arms["longer"]["horizon"] = 0.2
-    with Logged(world, tmp_path / "later", **config(arms)) as later:  # the cursor is of the client's request
+    with Logged(world, tmp_path / "later", **config(arms)) as later:  # a cursor does not depend on the arm's settings
         assert len(later.recommend("user-2", k=3, cursor=first["cursor"])["songs"]) == 3
 
 
@@ -246,7 +246,7 @@ def test_plays_are_in_the_log_once_with_the_answer_that_they_name(logged: Logged
 def test_plays_that_were_stored_by_a_request_that_fails_are_in_the_log_once(
     logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another writer changes the second user meanwhile, and then the store is out of reach."""
+    """The put of the second user conflicts with another writer, and then the store does not answer."""
     put, get, gets = SqliteStore.put, SqliteStore.get, list[Any]()
 
     def conflicting_put(self: Any, changes: list[Change]) -> list[bool]:

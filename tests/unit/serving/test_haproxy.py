@@ -1,4 +1,4 @@
-"""HAProxy as Serve is told to start it: its pages on loopback; a replica that goes away is no error of the client's."""
+"""HAProxy as Serve starts it: its own pages are on loopback only; requests of a lost replica are retried or get 503."""
 
 import socketserver
 import threading
@@ -12,7 +12,7 @@ import pytest
 from rayrec.serving.run import environment, free_ports
 from rayrec.serving.serve_config import ServeConfig
 
-# As Serve writes it, shortened.
+# HAProxy's configuration as Serve writes it, shortened.
 CONFIGURATION = """
 defaults
     mode http
@@ -46,7 +46,7 @@ Running = tuple[psutil.Popen, str]
 
 
 class Dies(socketserver.BaseRequestHandler):
-    """Reads a request with a body of JSON and hangs up, as the kernel does for a process that is killed."""
+    """Reads a request with a JSON body and closes the connection, as the kernel does for a killed process."""
 
     def handle(self) -> None:
         self.read()
@@ -59,7 +59,7 @@ class Dies(socketserver.BaseRequestHandler):
 
 
 class Lives(Dies):
-    """Answers a request with itself."""
+    """Answers a request with the bytes of that request."""
 
     def handle(self) -> None:
         request = self.read()
@@ -69,7 +69,7 @@ class Lives(Dies):
 
 @pytest.fixture(scope="module")
 def haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """HAProxy and its URL."""
+    """A running HAProxy process and its URL."""
     folder = tmp_path_factory.mktemp("haproxy")
     told, (port, nobody) = environment(ServeConfig(), folder), free_ports(2)
     figures = int(told["RAY_SERVE_HAPROXY_METRICS_PORT"])
@@ -96,7 +96,7 @@ def test_its_own_pages_are_on_loopback_alone_and_the_application_where_it_was_as
     process, url = haproxy
     listening = [connection for connection in process.net_connections() if connection.status == psutil.CONN_LISTEN]
     addresses = {connection.laddr.port: connection.laddr.ip for connection in listening}
-    assert addresses.pop(int(url.rsplit(":", 1)[1])) == "0.0.0.0"  # as its configuration says
+    assert addresses.pop(int(url.rsplit(":", 1)[1])) == "0.0.0.0"  # the application's port, as configured
     assert [*addresses.values()] == ["127.0.0.1"]
 
 

@@ -1,4 +1,4 @@
-"""Acknowledged plays survive kill -9: of a replica, and of the store's own process. Real processes over HTTP."""
+"""Acknowledged plays survive `kill -9` of a replica and of the store's server, in real processes over HTTP."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ class Replica:
         self.process = subprocess.Popen([sys.executable, "-c", REPLICA, world.root, store, str(port)])
 
     def wait(self) -> None:
-        """Until it answers."""
+        """Wait until the replica is ready."""
         deadline = time.monotonic() + 120
         while True:
             try:
@@ -59,7 +59,7 @@ class Replica:
             time.sleep(0.2)
 
     def kill(self) -> None:
-        """As kill -9."""
+        """Kill the process as `kill -9` does."""
         self.process.kill()
         self.process.wait()
 
@@ -95,7 +95,7 @@ def test_plays_survive_the_kill_of_the_store(world: Workspace, tmp_path: Path) -
     server = RedisServer(tmp_path)
     server.start()
 
-    restart = threading.Timer(1.0, server.start)  # meanwhile the replica answers 503
+    restart = threading.Timer(1.0, server.start)  # until then the replica answers 503
 
     def killed(place: int) -> None:
         if place == KILLED_AT:

@@ -1,4 +1,4 @@
-"""Following the live release: what is loaded, when it is swapped, what is refused, and what its card says."""
+"""Replicas follow the live release: they load it, switch to it or refuse it; and the release's card."""
 
 import errno
 import threading
@@ -75,7 +75,7 @@ def test_the_status_tells_what_was_refused_and_why(two: tuple[Workspace, str, st
         assert status["refused"]["id"] == second
         assert "checksum" in status["refused"]["reason"]
         assert Client(opened).post("/v1/recommendations", {"history": ["song-1"]}).json()["release"] == first
-        damage(workspace, second)  # the same bit once more: repaired
+        damage(workspace, second)  # changes the same bit again, which repairs the file
         releases.activate_release(workspace, second)
         opened.holder.look()
         assert Client(opened).get("/v1/release").json()["refused"] is None
@@ -121,14 +121,14 @@ def test_waiting_is_for_all_replicas(two: tuple[Workspace, str, str], opened: Se
 
 
 class FailingWorkspace(Workspace):
-    """Of files whose path begins as `path` some reads fail, counted from 1."""
+    """A workspace where some reads of paths that begin with `path` fail: those numbered in `failing`, from 1."""
 
     def __init__(self, workspace: Workspace, path: str, failing: Container[int]) -> None:
         super().__init__(workspace.root)
         self._path, self._failing, self._reads = path, failing, 0
 
     def read_bytes(self, path: str) -> bytes:
-        """A file's content."""
+        """Return a file's content, or raise `OSError` for a failing read."""
         if path.startswith(self._path):
             self._reads += 1
             if self._reads in self._failing:
@@ -136,7 +136,7 @@ class FailingWorkspace(Workspace):
         return super().read_bytes(path)
 
 
-@pytest.mark.parametrize("read", [2, 3])  # right after the change, and while the replica loads
+@pytest.mark.parametrize("read", [2, 3])  # the read right after the change, and one while the replica loads
 def test_a_read_that_fails_once_rolls_nothing_back(two: tuple[Workspace, str, str], opened: Service, read: int) -> None:
     workspace, _, second = two
     failing = FailingWorkspace(workspace, releases.ACTIVE, {read})
@@ -224,7 +224,7 @@ def test_a_replica_is_alive_as_long_as_its_report_changes(
     for name in ("alive", "dead"):
         writer.write(report(name))
     workspace.write_bytes("serving/replicas/junk.json", b"{")
-    assert {each.replica for each in reports.alive()} == {"alive", "dead"}  # nobody has watched them yet
+    assert {each.replica for each in reports.alive()} == {"alive", "dead"}  # no earlier look to compare with
     time.sleep(0.3)
     writer.write(report("alive", beat=2))
     assert [each.replica for each in reports.alive()] == ["alive"]
@@ -238,7 +238,7 @@ def test_a_replica_is_alive_as_long_as_its_report_changes(
 def test_no_clock_of_another_machine_matters(
     two: tuple[Workspace, str, str], opened: Service, ahead: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The replica's wall clock is an hour off: it is waited for all the same."""
+    """`switch` waits for the replica although the wall clock (`time.time`) is an hour off."""
     workspace, _, second = two
     plain = time.time
     monkeypatch.setattr(time, "time", lambda: plain() + ahead)
@@ -249,14 +249,14 @@ def test_no_clock_of_another_machine_matters(
 def test_a_replica_that_loads_for_long_is_waited_for(
     two: tuple[Workspace, str, str], opened: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loading takes longer than a silent replica is waited for."""
+    """Loading takes 2 s, longer than the 0.5 s after which a replica without new reports counts as dead."""
     workspace, _, second = two
     monkeypatch.setattr(live_release, "STALE_SECONDS", 0.5)
     monkeypatch.setattr(live_release, "REPORT_SECONDS", 0.1)
     load = opened.holder.load
     monkeypatch.setattr(opened.holder, "load", lambda release_id: time.sleep(2) or load(release_id))
     told: list[str] = []
-    with service(workspace, watch_seconds=0.05):  # a second replica, whose reports are frequent
+    with service(workspace, watch_seconds=0.05):  # a second replica, which reports often
         writing = threading.Event()
 
         def report_often() -> None:

@@ -1,4 +1,4 @@
-"""Limits on what is sent and on what waits, clients that go away, and crashes."""
+"""Limits on request bodies and on waiting requests, clients that disconnect, and crashes."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ def opened(world: Workspace) -> Iterator[Service]:
 
 
 class Slow:
-    """Stands before the work of a release and lets it begin when it is told to."""
+    """Delays the answers of a release until `may` is set; `begun` is the number of answers that have begun."""
 
     def __init__(self, opened: Service, monkeypatch: pytest.MonkeyPatch) -> None:
         self.may, self.begun = threading.Event(), 0
@@ -50,7 +50,7 @@ class Slow:
 
 
 class Call:
-    """One request, message by message: it ends when the application does, or when its client goes away."""
+    """One ASGI request: the client disconnects when `gone` is set; `sent` has the messages of the response."""
 
     def __init__(self, app: Any, body: bytes = BODY) -> None:
         self.gone, self.sent = asyncio.Event(), []  # type: ignore[var-annotated]

@@ -1,4 +1,4 @@
-"""What operators see of requests: the access log, traces; and which web pages may send them."""
+"""The access log and traces of requests, and which web pages may send requests (CORS)."""
 
 import json
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_pages_of_named_origins_may_call_the_api_and_others_not(world: Workspace
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == PAGE["Origin"]
         assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
-        refused = app.post("/v1/recommendations", BODY, headers=PAGE)  # the page may read why
+        refused = app.post("/v1/recommendations", BODY, headers=PAGE)  # the page may read the error
         assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, PAGE["Origin"])
         other = app.post("/v1/recommendations", BODY, headers={"Origin": "https://other.example", **key})
         assert "access-control-allow-origin" not in other.headers

@@ -1,4 +1,4 @@
-"""Songs that are added while a release is live: recommended at once, everywhere, as the nightly job would have them."""
+"""Songs added while a release is live: all replicas recommend them within a second, with the nightly job's vectors."""
 
 import time
 from collections.abc import Iterator
@@ -30,13 +30,13 @@ from rayrec.storage.workspace import Workspace
 
 ARTIST = 3
 OF_ARTIST = [f"song-{ARTIST + 7 * place}" for place in range(6)]
-OF_EACH = -(-NUM_SONGS // 7) + 1  # songs of an artist, with one that is added
-TOLERANCE = 1e-5  # of a number of a vector
+OF_EACH = -(-NUM_SONGS // 7) + 1  # maximum number of songs of an artist, including one added song
+TOLERANCE = 1e-5  # absolute, per number of a vector
 
 
 @pytest.fixture
 def world(workspace: Workspace) -> Workspace:
-    """Every listener plays songs of one artist, and the rankers have learned it."""
+    """A workspace where each user plays songs of one artist only, which the rankers of its release have learned."""
     random = np.random.default_rng(0)
     histories = Histories.from_lists(
         [(7 * random.integers(0, NUM_SONGS // 7, size=25) + user % 7).tolist() for user in range(70)],
@@ -101,7 +101,7 @@ def test_an_added_song_is_recommended_to_listeners_of_its_artist_and_nothing_els
     }
     assert "new-1" in recommended(app, OF_ARTIST, k=OF_EACH)
     assert recommended(app, ["song-1", "song-8", "song-15"], k=20) == others
-    # It is a song as others: found, filtered, ranked, listed, placed and played.
+    # All endpoints treat it like other songs: filters, search, new songs, similar songs and rankings.
     assert recommended(app, OF_ARTIST, artists=[f"Artist {ARTIST}"], k=50).count("new-1") == 1
     assert "new-1" not in recommended(app, OF_ARTIST, artists=["Artist 1"])
     assert recommended(app, OF_ARTIST, allow=["new-1", "song-0"], k=2).count("new-1") == 1
@@ -112,7 +112,7 @@ def test_an_added_song_is_recommended_to_listeners_of_its_artist_and_nothing_els
     for history in (OF_ARTIST, []):
         ranked = app.post("/v1/rank", {"history": history, "songs": ["new-1", "song-2"]}).json()
         assert ranked["unknown_song_ids"] == []
-    assert [(song["song_id"], song["score"]) for song in ranked["songs"]][1] == ("new-1", 0.0)  # nobody has played it
+    assert [(song["song_id"], song["score"]) for song in ranked["songs"]][1] == ("new-1", 0.0)  # it has no plays
 
 
 def test_every_replica_takes_it_in_within_a_second_and_a_restarted_one_has_it(world: Workspace) -> None:
@@ -188,7 +188,7 @@ def test_songs_are_added_with_a_key_to_write(world: Workspace) -> None:
     ],
 )
 def test_a_field_that_is_wrong_is_named(opened: Service, song: dict[str, Any], where: str) -> None:
-    """As the client sent it: alone, or in a list."""
+    """The song is sent alone and in a list; the error names the field's place in the sent body."""
     alone, listed = new_song(1) | song, {"songs": [new_song(2), new_song(1) | song]}
     for body, name in ((alone, where), (listed, f"songs.1.{where}")):
         response = Client(opened).post("/v1/songs", body)
@@ -210,7 +210,7 @@ def test_vectors_equal_those_of_the_nightly_job_over_the_same_metadata_and_plays
         for user in range(3)
     }
     before = vector(opened, "new-0")
-    for begin in (0, 12, 24):  # plays arrive in pieces, those of a piece out of order
+    for begin in (0, 12, 24):  # the plays arrive in three batches, each in reverse order
         for user, songs in users.items():
             places = list(range(begin, min(begin + 12, len(songs))))[::-1]
             sent = [play(user, songs[place], AT + 60_000 * place) for place in places]
@@ -242,7 +242,7 @@ def test_a_release_that_has_the_song_takes_its_place_and_plays_of_it_stay(
 ) -> None:
     monkeypatch.setattr(online_songs, "CLOSE_SECONDS", 0.0)
     path = tmp_path / "new.csv"
-    # The catalog of the next release numbers the songs in another order.
+    # The next release numbers the new songs in another order than the online additions.
     path.write_text("song,title,artist\nother,Other,Artist 1\nnew-1,New 1,Artist 3\n")
     with service(world, watch_seconds=0.05) as each:
         app = Client(each)
@@ -304,7 +304,7 @@ def test_a_play_that_the_store_cannot_count_for_its_song_is_taken_all_the_same(
 def test_an_older_release_leaves_out_plays_of_songs_that_a_newer_one_has_and_loses_none(
     world: Workspace, tmp_path: Path, online: bool
 ) -> None:
-    """In the older release the row of the newer one's song is nobody's, or that of a song that was added online."""
+    """In the older release, the row of the newer release's song belongs to no song, or to a song added online."""
     path = tmp_path / "new.csv"
     path.write_text("song,title,artist\nother,Other,Artist 1\n")
     with service(world, watch_seconds=3600) as older:
@@ -326,11 +326,11 @@ def test_an_older_release_leaves_out_plays_of_songs_that_a_newer_one_has_and_los
             assert played(app) == ["song-1", "song-2"]
             answer = app.post("/v1/recommendations", {"user_id": "ann", "k": NUM_SONGS + 1, "explain": True}).json()
             assert [song["song_id"] for song in answer["last_plays"]] == ["song-1", "song-2"]
-            assert ("new-1" in [song["song_id"] for song in answer["songs"]]) == online  # it is not heard
+            assert ("new-1" in [song["song_id"] for song in answer["songs"]]) == online  # the user has not heard it
             assert app.post("/v1/plays", play("ann", "song-3", AT + 4)).json()["taken"] == 1
             assert played(app) == ["song-1", "song-2", "song-3"]
             assert played(Client(newer)) == ["song-1", "other", "song-2", "song-3"]
-            if online:  # nobody has played it
+            if online:  # the added song has no plays
                 store = older.users.store(older.live.catalog.lineage)
                 assert [song.sums for song in store.songs_since(0)[1]] == [b""]
                 np.testing.assert_array_equal(vector(older, "new-1"), before)

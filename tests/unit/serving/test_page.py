@@ -27,7 +27,7 @@ EVIL = "<img src=x onerror=\"document.title='broken'\"> Title 9"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """One song has a title that is markup; song N was released in the year 1900 + N."""
+    """The title of song 9 is HTML markup; song N was released in the year 1900 + N."""
     folder = tmp_path_factory.mktemp("page")
     workspace = Workspace(folder / "workspace")
     write_world(workspace)
@@ -94,7 +94,7 @@ def test_songs_are_found_played_and_answered_on_both_time_scales(
             score if float(score) >= 0.001 else "<0.001" for score in scores
         ]
         first, search = page.locator("#short").bounding_box(), page.locator("#query").bounding_box()
-        assert (first["y"] + first["height"] <= search["y"]) == (width == 400)  # beside it on a wide screen
+        assert (first["y"] + first["height"] <= search["y"]) == (width == 400)  # on a wide screen they are side by side
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert (light_of_ground(page) < 0.2) == (scheme == "dark")
         take_picture(page, f"page-{width}-{scheme}")
@@ -112,7 +112,7 @@ def test_titles_are_text_whatever_they_hold(world: Workspace, browser: Any) -> N
 
 
 def store_plays(url: str, user: str, songs: tuple[int, ...]) -> None:
-    """Store plays of a user, a millisecond after each other."""
+    """Store plays of a user, each one millisecond after the previous one."""
     plays = [
         {"user_id": user, "song_id": f"song-{song}", "played_at": AT + place, "event_id": f"{user} {place}"}
         for place, song in enumerate(songs)
@@ -122,7 +122,7 @@ def store_plays(url: str, user: str, songs: tuple[int, ...]) -> None:
 
 
 def answer(page: Any, held: list[Any], **response: Any) -> None:
-    """Let the one request that a route holds be answered, and the page take the answer in."""
+    """Answer the one request in `held`, by `response` or by the server, and wait until the page has processed it."""
     (route,) = held
     with page.expect_response(route.request.url):
         route.fulfill(**response) if response else route.continue_()
@@ -142,7 +142,7 @@ def test_it_opens_with_an_example_user_and_the_popular_songs(world: Workspace, b
         assert page.locator("#found-title").inner_text() == "Popular songs"
         popular = [song["song_id"] for song in httpx.get(f"{url}/v1/songs/popular").json()["songs"]]
         assert listed(page, "found") == popular
-        page.locator("#found").get_by_title("Play").nth(1).click()  # the example ends with a song of one's own
+        page.locator("#found").get_by_title("Play").nth(1).click()  # a played song replaces the example user
         page.locator("#status", has_text="1 play").wait_for()
         assert listed(page, "history") == popular[1:2]
         page.get_by_role("button", name="Start over").click()
@@ -162,7 +162,7 @@ def test_a_stored_user_is_listed_and_a_song_more_goes_on_from_it(world: Workspac
         page.locator("#status", has_text="3 plays").wait_for()
         assert listed(page, "history") == ["song-12", "song-50", "song-3"]
         assert not {"song-12", "song-50", "song-3"} & {*listed(page, "short"), *listed(page, "long")}
-        assert "song-12" not in str(httpx.get(f"{url}/v1/users/ann/plays").json())  # nothing is sent to the store
+        assert "song-12" not in str(httpx.get(f"{url}/v1/users/ann/plays").json())  # the page stores no play
         page.get_by_role("button", name="Remove Artist 5 – Title 12").click()
         page.locator("#status", has_text="2 plays").wait_for()
         page.get_by_label("User ID").fill("nobody")
@@ -296,7 +296,7 @@ def test_a_touch_names_a_song_of_the_map(world: Workspace, browser: Any) -> None
         assert len(labels) == 1
         assert labels[0] == page.locator("#spot").inner_text()
         height = page.locator("#map text").filter(has_text="Artist").bounding_box()["height"]
-        assert height >= 12  # px, to be read
+        assert height >= 12  # px: large enough to read
 
 
 def test_the_mouse_names_a_song_of_the_map_and_a_line_of_a_list_marks_its_song(world: Workspace, browser: Any) -> None:
@@ -380,7 +380,7 @@ def test_all_is_done_by_keyboard(world: Workspace, browser: Any) -> None:
         page.get_by_label("Find a song").focus()
         page.keyboard.type("title 12")
         page.locator('#found li:first-child[data-song="song-12"]').wait_for()
-        page.keyboard.press("Tab")  # to the song's details
+        page.keyboard.press("Tab")  # moves the focus to the button for the song's details
         page.keyboard.press("Enter")
         page.locator("#song-title", has_text="Title 12").wait_for()
         page.keyboard.press("Escape")
@@ -395,7 +395,7 @@ def test_the_page_can_be_used_before_it_is_loaded(world: Workspace, browser: Any
     with served(world) as url, page_of(browser, url) as page:
         held: list[Any] = []
         page.locator("#card").wait_for()
-        page.route("**/v1/songs/popular?k=1", lambda route: held.append(route))  # of which the example is made
+        page.route("**/v1/songs/popular?k=1", lambda route: held.append(route))  # the example user is made from it
         page.reload()
         find_and_play(page, "title 3", "Play Artist 3 – Title 3")
         page.locator("#status", has_text="1 play").wait_for()
@@ -404,7 +404,7 @@ def test_the_page_can_be_used_before_it_is_loaded(world: Workspace, browser: Any
         page.locator("#card").wait_for()
         page.locator("#status", has_text="1 play").wait_for()
         assert page.locator("#history li").get_attribute("data-song") == "song-3"
-        assert page.evaluate("document.activeElement.closest('#found')") is not None  # the focus stays where it was
+        assert page.evaluate("document.activeElement.closest('#found')") is not None  # the focus stays in the list
 
 
 def test_where_keys_are_needed_the_page_asks_for_one(world: Workspace, browser: Any) -> None:

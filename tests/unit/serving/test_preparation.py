@@ -1,4 +1,4 @@
-"""What replicas share of a release is made once a node, by a process of its own."""
+"""The data of a release that replicas share is made once per node, by a separate process."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ def release(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on starting one fails."""
+    """Make every later start of a process fail."""
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
 
 
@@ -37,8 +37,8 @@ def test_one_process_makes_the_catalog_for_all_replicas(
 ) -> None:
     prepare(workspace, release.id)
     no_process(monkeypatch)
-    prepare(workspace, release.id)  # of the second replica
-    monkeypatch.setattr(served_catalog, "with_folded", None)  # with which a table begins
+    prepare(workspace, release.id)  # as the second replica does
+    monkeypatch.setattr(served_catalog, "with_folded", None)  # so that making another table fails
     recommender = load_recommender(workspace, Dataset(workspace), release.inputs)
     catalog = load_served_catalog(workspace, release, recommender)
     assert catalog.find(["song-3", "nothing"]).tolist() == [3, -1]
@@ -48,7 +48,7 @@ def test_a_damaged_release_is_refused_with_what_the_process_found(workspace: Wor
     damage(workspace, release.id)
     with pytest.raises(RayrecError, match=r"cannot be prepared: .*model.safetensors does not match the checksum"):
         prepare(workspace, release.id)
-    damage(workspace, release.id)  # the same bit: repaired
+    damage(workspace, release.id)  # changes the same bit again, which repairs the file
     prepare(workspace, release.id)
 
 

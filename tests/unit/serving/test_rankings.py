@@ -1,4 +1,4 @@
-"""Rankings over HTTP: given songs in order, further pages, popular songs and new ones."""
+"""Rankings over HTTP: rankings of given songs, further pages, popular songs and new songs."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
 SONGS = ["song-3", "song-50", "song-3", "song-9"]
-SPREAD = 60  # the plays of the world are so many times as far apart as usual: over weeks
+SPREAD = 60  # factor on the time between plays, so that they span weeks
 AT = BEGIN + 40_000_000 * SPREAD  # ms UTC, after all plays
 
 
@@ -50,7 +50,7 @@ def app(world: Workspace) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace, Client]]:
-    """A release of the network alone, without retrieval and rankers."""
+    """A workspace whose release has only the network, without retrieval and rankers, and a client of it."""
     workspace = Workspace(tmp_path_factory.mktemp("plain") / "workspace")
     write_weeks(workspace)
     write_release(workspace, ranked=False)
@@ -116,7 +116,7 @@ def test_songs_that_nothing_retrieves_are_ranked_among_the_others(app: Client) -
     assert values == sorted(values, reverse=True)
     retrieved = [song for song, score in scores(recommended).items() if score > 0]
     assert [song for song in ids(ranked) if song in retrieved] == retrieved
-    # Without plays nearly nothing is known of a song: at the end, but with a chance of its own.
+    # A song without plays has almost no features: it comes last, but its score is above 0.
     assert 0 < min(values) < values[0]
 
 
@@ -196,7 +196,7 @@ def test_the_pages_of_a_ranking_are_the_ranking(app: Client, history: list[str])
         body = {"history": history, "k": k, **({"cursor": cursor} if cursor else {})}
         pages.append(app.post("/v1/recommendations", body).json())
         cursor = pages[-1]["cursor"]
-    assert len({page["at"] for page in pages}) == 1  # the moment of the first
+    assert len({page["at"] for page in pages}) == 1  # all pages have the `at` of the first
     exact = post(app, "recommendations", history=history, k=60, at=ms(pages[0]["at"]))
     assert [song for page in pages for song in page["songs"]] == exact["songs"]
 
@@ -314,5 +314,5 @@ def test_added_songs_are_the_newest_and_can_be_ranked(tmp_path: Path) -> None:
     assert [song["first_played"] is None for song in newest] == [True, True, True, False]
     assert set(ids(ranked)) == {"song-3", "new-b", f"song-{WITHOUT_VECTOR}"}
     assert popular[-3:] == ["new-a", "new-b", "new-c"]
-    assert len(popular) == NUM_SONGS + 3  # no song is without a vector any more
+    assert len(popular) == NUM_SONGS + 3  # now every song has a vector
     assert ids(without_plays) == ["song-3", "new-b"]

@@ -1,4 +1,4 @@
-"""The application without Ray: what it answers, and what it refuses."""
+"""The application without Ray: its answers, and the requests that it refuses."""
 
 import json
 import re
@@ -220,7 +220,7 @@ def test_a_moment_is_iso_8601_or_unix_seconds_or_ms(app: Client, moment: Any) ->
 def test_what_is_no_moment_is_refused_by_name(app: Client, moment: Any) -> None:
     content = json.dumps({"history": [{"song_id": "song-3", "played_at": 5}], "at": moment})
     response = app.post("/v1/recommendations", content=content, headers={"Content-Type": "application/json"})
-    if moment is None:  # as if it were left out
+    if moment is None:  # null counts as absent
         assert response.status_code == 200
     else:
         assert [error["where"] for error in require_problem(response, 422)["errors"]] == ["at"]

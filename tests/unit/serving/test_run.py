@@ -1,4 +1,4 @@
-"""What the local application is told before it starts."""
+"""Settings and checks of the local application: HAProxy's files, ports, loopback, and the start of Ray."""
 
 import os
 import socket
@@ -64,7 +64,7 @@ def test_free_ports_are_none_that_a_process_of_ray_may_be_given_before_they_are_
     assert all(19_999 < port < min(given, 30_000) for port in free_ports(50))
 
 
-SERVER = (  # listens on the host that it is given, from the moment on when it is told to
+SERVER = (  # after a line on stdin, listens on the given host and prints the port
     "import socket, sys; input(); s = socket.create_server((sys.argv[1], 0)); print(s.getsockname()[1], flush=True); "
     "input()"
 )
@@ -111,7 +111,7 @@ def test_a_process_whose_ports_may_not_be_seen_counts_as_open_and_one_that_has_e
         process.stdin.close()
         while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
-        require_loopback(process.pid)  # nobody has asked for its exit status yet
+        require_loopback(process.pid)  # a zombie: its exit status has not been read yet
 
 
 def test_a_port_that_opens_while_the_application_runs_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def test_a_port_that_opens_while_the_application_runs_ends_it(monkeypatch: pytes
 
     def require_loopback_and_open() -> None:
         require_loopback()
-        if next(checks) == 5:  # after the start
+        if next(checks) == 5:  # the application has started by then
             print(file=process.stdin, flush=True)
 
     monkeypatch.setattr(run, "require_loopback", require_loopback_and_open)
@@ -178,7 +178,7 @@ def test_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, wo
 def test_haproxy_listens_in_the_folder_of_ray_if_the_path_of_its_socket_is_short_enough(
     monkeypatch: pytest.MonkeyPatch, workspace: Workspace
 ) -> None:
-    """HAProxy refuses longer ones. Serve puts the socket into a folder named by the id of a node, of 56 digits."""
+    """HAProxy refuses longer paths. Serve puts the socket into a folder named after the node's id of 56 digits."""
     paths: list[Path] = []
 
     def keep(config: ServeConfig, folder: Path) -> dict[str, str]:
@@ -188,7 +188,7 @@ def test_haproxy_listens_in_the_folder_of_ray_if_the_path_of_its_socket_is_short
     monkeypatch.setenv("RAYREC_API_KEYS", "read:reader-0123456789")
     monkeypatch.setattr(run, "environment", keep)
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="") as short:
-        fits, too_long = (f"{short}/".ljust(length, "x") for length in (18, 19))  # not there yet, as Ray allows
+        fits, too_long = (f"{short}/".ljust(length, "x") for length in (18, 19))  # need not exist, as for Ray
         monkeypatch.setenv("RAY_TMPDIR", fits)
         with pytest.raises(RayrecError, match="far enough"), running(workspace, ServeConfig()):
             pass

@@ -1,4 +1,4 @@
-"""What reaches into Serve fits the Serve that is installed; where it fails, read what changed and mend the module."""
+"""`serve_compat` fits the installed Serve. If a test fails, read what changed in Serve and adapt the module."""
 
 import inspect
 import subprocess
@@ -30,7 +30,7 @@ def test_serves_template_of_haproxy_is_the_known_one(tmp_path: Path, monkeypatch
 
 
 def test_only_haproxys_own_pages_are_held_to_loopback(tmp_path: Path) -> None:
-    """The application's port stays where it was asked for."""
+    """The application's own port stays on the address in the configuration."""
     config = tmp_path / "haproxy.cfg"
     config.write_text("frontend a\n    bind :7001\nfrontend b\n    bind *:8000\nlisten c\n  bind *:7002\n")
     wrapper = serve_compat.write_haproxy_wrapper(tmp_path, (7001, 7002))

@@ -1,4 +1,4 @@
-"""Songs of a release by id, in memory that the replicas of a node share."""
+"""The lookup of a release's songs by id, in memory that the replicas of a node share."""
 
 from pathlib import Path
 
@@ -59,6 +59,6 @@ def test_two_replicas_map_one_file_and_a_changed_song_table_is_another(
     assert first.find(ids).tolist() == second.find(ids).tolist() == list(range(first.num_rows))
     np.testing.assert_array_equal(first.by_plays, second.by_plays)
     songs = Path(workspace.full("dataset/songs.parquet"))
-    songs.write_bytes(songs.read_bytes())  # at another moment
+    songs.write_bytes(songs.read_bytes())  # same content, new modification time
     load_served_catalog(workspace, release, recommender)
     assert len(list((tmp_path / "cache").glob("*-table.arrow"))) == 2

@@ -1,4 +1,4 @@
-"""Plays of stored users against a model of what must be stored: each event once, whatever happens meanwhile."""
+"""Plays of stored users, compared with a simple model of the store: each event counts once, whatever happens."""
 
 import asyncio
 import random
@@ -38,7 +38,7 @@ from rayrec.storage.workspace import Workspace
 ENCODERS = {name: TasteEncoder(network(model_config(), seed=seed)) for seed, name in enumerate(("m1", "m2"))}
 BEGIN = 1_700_000_000_000
 USERS = ("ann", "bob")
-STORED = 1e-6  # of the largest number of a network state
+STORED = 1e-6  # tolerance, as a share of the largest number of a network state
 
 
 class NetworkEngine:
@@ -48,13 +48,13 @@ class NetworkEngine:
         self._encoder = encoder
 
     async def states(self, plays: Histories, start: States | None = None) -> States:
-        """The states after plays."""
+        """Return the network states after `plays`."""
         await asyncio.sleep(0)
         return self._encoder.run(plays, start=start)[1]
 
 
 def release(model: str) -> Any:
-    """As much of a live release as stored users need."""
+    """Return an imitation of a live release, with only the attributes that `StoredUsers` needs."""
     engine = NetworkEngine(ENCODERS[model])
     catalog = SimpleNamespace(lineage="n", rows_of_stored=lambda stored: stored)
     online = SimpleNamespace(missing=lambda stored: False, count=0)
@@ -67,7 +67,7 @@ def replica(workspace: Workspace, uri: str) -> StoredUsers:
 
 @dataclass
 class Event:
-    """A play as a client holds it until it is acknowledged, and after."""
+    """A play, as clients keep it to send it once or several times."""
 
     id: str
     user: str
@@ -77,29 +77,29 @@ class Event:
 
 @dataclass
 class World:
-    """Clients, two replicas over one store, and what the store must hold."""
+    """Clients, two replicas with one store, and the events that the store must hold."""
 
     workspace: Workspace
     uri: str
     seed: int
     events: dict[str, Event] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)  # acknowledged as taken
-    stored: set[str] = field(default_factory=set)  # acknowledged at all
+    stored: set[str] = field(default_factory=set)  # acknowledged with any outcome
     model: str = "m1"
-    moment: int = BEGIN  # of the last batch whose plays had one
-    lost: bool = False  # whether the next answer of the store gets lost
-    steps_to_live: int = 0  # of the first replica: at so many beginnings and ends of calls of a store it is killed
+    moment: int = BEGIN  # of the last batch whose plays are all of one moment
+    lost: bool = False  # True if the next answer of the store gets lost
+    steps_to_live: int = 0  # begins and ends of store calls until the first replica is killed; 0: never
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.store = open_store(self.uri, "n")
         self.replicas = [replica(self.workspace, self.uri) for _ in range(2)]
-        self.at_work: list[set[asyncio.Task[Any]]] = [set(), set()]  # of each replica
+        self.at_work: list[set[asyncio.Task[Any]]] = [set(), set()]  # tasks of each replica
         self.dead: list[StoredUsers] = []
         self.counting = threading.Lock()
 
     def new_events(self) -> list[Event]:
-        """A batch of any size, in turn or late, or 300 plays of one moment, which may be that of a batch before."""
+        """Return 1 to 400 plays, in order or late, or 300 plays of one moment, perhaps that of an earlier batch."""
         if self.random.random() < 0.3:
             self.moment = self.random.choice([self.moment, self._now()])
             return [self._new_event(self.moment) for _ in range(300)]
@@ -115,12 +115,15 @@ class World:
         return event
 
     def retries(self) -> list[Event]:
-        """Events that were sent before, acknowledged or not."""
+        """Return random events that were sent before, acknowledged or not."""
         ids = list(self.events)
         return [self.events[self.random.choice(ids)] for _ in range(self.random.randint(1, 300))] if ids else []
 
     def send(self, batches: Sequence[list[Event]]) -> None:
-        """All batches at the same moment, by turns to one replica and the other; no two with other new plays."""
+        """Send all batches at once, alternately to both replicas, and check the outcomes.
+
+        Batches with new plays must all be the same batch.
+        """
 
         async def all_at_once() -> list[Any]:
             self.loop = asyncio.get_running_loop()
@@ -145,7 +148,7 @@ class World:
             self.dead.pop().close()
 
     async def _take(self, place: int, events: list[Event]) -> tuple[list[Event], list[str]]:
-        """As a client that sends a batch until it has an answer, to the other replica where one dies."""
+        """Send a batch until it is answered, to the other replica if one dies; return its events and their outcomes."""
         by_user: dict[str, list[Event]] = {}
         for event in events:
             by_user.setdefault(event.user, []).append(event)
@@ -166,7 +169,7 @@ class World:
         return [event for own in by_user.values() for event in own], [o for user in by_user for o in outcomes[user]]
 
     def step(self) -> None:
-        """A call of a store begins or ends, in a thread of a replica."""
+        """Count the begin or the end of a store call, and kill the first replica when `steps_to_live` reaches 0."""
         with self.counting:
             if self.steps_to_live:
                 self.steps_to_live -= 1
@@ -174,20 +177,20 @@ class World:
                     self.loop.call_soon_threadsafe(self._kill_at_work)
 
     def _kill_at_work(self) -> None:
-        """The first replica dies with all of its work; what its store was told already may still be done."""
+        """Kill the first replica with all its tasks; store calls that have begun may still finish."""
         for work in self.at_work[0]:
             work.cancel()
         self.dead.append(self.replicas[0])
         self.replicas[0] = replica(self.workspace, self.uri)
 
     def restart_a_replica(self) -> None:
-        """Without work; a new one takes its place."""
+        """Replace a replica that has no task in progress by a new one."""
         place = self.random.randrange(2)
         self.replicas[place].close()
         self.replicas[place] = replica(self.workspace, self.uri)
 
     def check(self) -> None:
-        """The store holds every event once, and both models stand where the batch job would."""
+        """Check that the store holds every event once, and that both models' states equal those of a batch run."""
         for user, whole in zip(USERS, self.store.read(USERS), strict=True):
             own = [event for event in self.events.values() if event.user == user]
             if whole is None:
@@ -212,7 +215,7 @@ class World:
         self.store.close()
 
     def _held(self, user: str) -> Plays:
-        """All plays of a user that the store holds."""
+        """Return all plays of a user in the store."""
         (whole,) = self.store.read([user])
         if whole is None:
             return Plays.of([], [])
@@ -220,7 +223,7 @@ class World:
 
 
 def sent_plays(plays: Plays, events: Sequence[str]) -> UserPlays:
-    """Plays as a request brings them, none of them a like."""
+    """Return plays as they come from a request, none of them a like."""
     return UserPlays(plays=plays, events=events, liked=np.zeros(len(events), dtype=bool))
 
 
@@ -234,7 +237,7 @@ def test_an_event_counts_once_whatever_happens(
     workspace: Workspace, uri: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of any size and of one moment, retries, late plays, two writers at once, lost answers, replicas that are
-    killed at work, restarts, changes of release."""
+    killed while they work, restarts, changes of release."""
     world = World(workspace, uri, seed)
     for kind in (SqliteStore, RedisStore):
 
@@ -257,12 +260,12 @@ def test_an_event_counts_once_whatever_happens(
         monkeypatch.setattr(kind, "get", get_in_steps)
     now = state_store.time.time()
     for turn in range(25):
-        monkeypatch.setattr(state_store.time, "time", lambda turn=turn: now + turn * 50 * 60)  # 21 hours in all
+        monkeypatch.setattr(state_store.time, "time", lambda turn=turn: now + turn * 50 * 60)  # 21 hours in total
         action = world.random.choice(["new", "new", "retry", "race", "lose", "kill", "kill", "restart", "release"])
         if action == "restart":
             world.restart_a_replica()
         elif action == "kill":
-            world.steps_to_live = world.random.randint(1, 4)  # before and after the put
+            world.steps_to_live = world.random.randint(1, 4)  # before or after a get or a put
             world.send([world.new_events(), world.random.choice([[], world.retries()])])
             assert not world.steps_to_live
         elif action == "release":
@@ -279,7 +282,7 @@ def test_an_event_counts_once_whatever_happens(
 
 
 def test_the_same_batch_sent_again_is_repeated_and_other_events_are_not(workspace: Workspace, uri: str) -> None:
-    """200 plays without times, so all of one moment, then the same again, then 1,000 others of the same songs."""
+    """200 plays without times, so all of one moment; then the same events again; then 1,000 other events."""
     users = replica(workspace, uri)
 
     def take(names: Sequence[str]) -> Counter[str]:
@@ -299,7 +302,7 @@ def test_a_user_with_many_plays_is_read_by_the_last_of_them_and_no_song_is_forgo
 ) -> None:
     users, count = replica(workspace, uri), 3 * LAST_PLAYS
     songs = np.random.default_rng(0).integers(0, 50, count)
-    songs[:10] = np.arange(50, 60)  # heard at the beginning alone
+    songs[:10] = np.arange(50, 60)  # heard only at the beginning
     for begin in range(0, count, 1_000):
         place = np.arange(begin, begin + 1_000)
         plays = Plays.of(songs[place], BEGIN + place * 60_000)
@@ -311,7 +314,7 @@ def test_a_user_with_many_plays_is_read_by_the_last_of_them_and_no_song_is_forgo
         assert known.state.plays == count
         assert LAST_PLAYS <= known.plays.num_plays <= LAST_PLAYS + 1_200
         assert set(known.heard) | set(known.plays.songs) == set(songs)
-        # The first model saw every play; the second one starts from those that are read.
+        # The first model saw every play; the state of the second one is computed from the plays that are read.
         seen = Plays.of(songs, BEGIN + np.arange(count) * 60_000).history() if model == "m1" else known.plays
         batch = ENCODERS[model].run(seen)[1]
         np.testing.assert_allclose(
@@ -323,7 +326,7 @@ def test_a_user_with_many_plays_is_read_by_the_last_of_them_and_no_song_is_forgo
 def test_ten_million_plays_are_read_like_six_thousand_but_for_a_set_of_two_bytes_a_song(
     workspace: Workspace, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The user of ten million plays has heard a million songs of five million."""
+    """The user with ten million plays has heard a million songs of a catalog of five million."""
     users, store, size = replica(workspace, uri), open_store(uri, "n"), 1_024
     songs = np.random.default_rng(0).integers(0, 50, size)
     heard_songs = {

@@ -1,4 +1,4 @@
-"""Stored users over HTTP, without Ray: the online state equals the batch's, and answers follow the plays."""
+"""Stored users over HTTP, without Ray: the online state equals the batch job's, and answers reflect new plays."""
 
 import asyncio
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
 MINUTE = 60_000
-TASTE = 1e-5  # of each number of a taste vector: states are stored to 24 bits
+TASTE = 1e-5  # absolute, per number of a taste vector: states are stored with 24 bits per number
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def encoder(world: Workspace, model: str = "model1") -> TasteEncoder:
 
 
 def history_of(events: list[dict[str, Any]]) -> Histories:
-    """What an import makes of plays: in the order of time."""
+    """Return the history that an import makes of the events: their plays in time order."""
     events = sorted(events, key=lambda event: event["played_at"])
     return Histories.from_lists(
         [[int(event["song_id"].removeprefix("song-")) for event in events]],
@@ -107,7 +107,7 @@ def require_problem(response: Any, status: int, told: str) -> None:
 
 
 def require_taste_of_batch(world: Workspace, found: dict[str, Any], events: list[dict[str, Any]], at: int) -> None:
-    """The vectors are those of the batch job's table over the same plays, and of its state."""
+    """Check that the vectors equal those in the batch job's table over the same plays, and those of its states."""
     made_of = encoder(world, found["model"])
     table = taste_table(made_of, history_of(events), at)
     for horizon in ("short", "long"):
@@ -119,7 +119,7 @@ def require_taste_of_batch(world: Workspace, found: dict[str, Any], events: list
 
 
 def test_the_online_state_is_what_the_batch_job_computes_over_the_same_plays(app: Client, world: Workspace) -> None:
-    """Over 300 plays, one by one, in calls of many, out of order and sent twice."""
+    """300 plays arrive alone and in batches, out of order, some of them twice."""
     events, random = events_of("ann", 300), np.random.default_rng(2)
     order = np.argsort(np.arange(300) + random.uniform(0, user_state.WINDOW / 2, 300), kind="stable")
     place, sent = 0, {"taken": 0, "repeated": 0, "rejected": 0}
@@ -143,7 +143,7 @@ def test_the_online_state_is_what_the_batch_job_computes_over_the_same_plays(app
 def test_a_stored_user_is_recommended_what_the_whole_history_is(
     app: Client, world: Workspace, horizon: Any, exclude_heard: bool
 ) -> None:
-    """By retrieval and rankers, which look at the songs played; more plays than the window holds."""
+    """Retrieval and rankers use the songs played, and the user has more plays than the window holds."""
     events = events_of("ann", 200, seed=4)
     send(app, *events)
     at = events[-1]["played_at"] + MINUTE
@@ -157,7 +157,7 @@ def test_a_stored_user_is_recommended_what_the_whole_history_is(
 
 
 def test_skips_and_likes_online_are_those_that_an_import_of_the_same_events_has(world: Workspace, uri: str) -> None:
-    """Before and behind the window, sent twice, and of a user who has not played yet."""
+    """Likes from before, between and after the plays, some sent twice; the first one before the user has any play."""
     events = events_of("ann", 200, seed=6)
     likes = [
         {"type": "like", "event_id": f"like-{place}", "user_id": "ann", "song_id": song, "played_at": at}
@@ -298,7 +298,7 @@ def test_stored_users_and_histories_go_in_one_batch(app: Client) -> None:
 
 
 def test_the_state_of_another_model_is_computed_anew_and_kept(world: Workspace, uri: str) -> None:
-    """A release with another network goes live: its states come from the plays, not from the old network's."""
+    """A release with another network goes live: its states come from the plays, not from the old network's states."""
     events = events_of("ann", 160, seed=9)
     at = events[-1]["played_at"] + MINUTE
     with service(world, store=uri) as opened:
@@ -317,7 +317,7 @@ def test_the_state_of_another_model_is_computed_anew_and_kept(world: Workspace, 
             assert [song["song_id"] for song in answer["songs"]] == [f"song-{row}" for row in rows]
     finally:
         releases.rollback(world)
-    with service(world, store=uri) as opened:  # and back again, read first
+    with service(world, store=uri) as opened:  # back to the first release, with a read before any new play
         require_taste_of_batch(world, taste(Client(opened), "ann", at), events, at)
 
 
@@ -401,7 +401,7 @@ def test_users_of_any_id_have_every_endpoint(app: Client, user: str) -> None:
 
 
 def test_a_user_and_a_song_are_one_however_their_ids_are_spelled(app: Client) -> None:
-    """As pandas makes 7.0 of 7 in a column with gaps, and imports make 7 of it again."""
+    """In a column with gaps, pandas turns 7 into 7.0. Imports and the API turn it into 7 again."""
     for number, (user, song) in enumerate([("7", "song-3"), (" 7.0", "song-3 "), ("7.00", "\tsong-5")]):
         send(app, {**PLAY, "user_id": user, "song_id": song, "event_id": f"e{number}"})
     found = app.get("/v1/users/7.0/taste").json()

@@ -1,4 +1,4 @@
-"""Artifacts: found again by what they were made of, complete or not there, and checked."""
+"""Artifacts: found again by their settings and inputs, absent until complete, and verified by checksums."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -120,7 +120,7 @@ def test_the_same_work_finds_its_result_or_its_unfinished_files(workspace: Works
 def test_repeating_makes_the_next_attempt_and_later_work_finds_the_last(workspace: Workspace) -> None:
     put(workspace, "p")
     assert new_id(workspace, "models", "p", repeat=True) == ("p.2", False)
-    assert new_id(workspace, "models", "p", repeat=False) == ("p", True)  # an attempt not finished does not count
+    assert new_id(workspace, "models", "p", repeat=False) == ("p", True)  # an unfinished attempt does not count
     put(workspace, "p.2")
     assert new_id(workspace, "models", "p", repeat=False) == ("p.2", True)
     assert new_id(workspace, "models", "p", repeat=True) == ("p.3", False)

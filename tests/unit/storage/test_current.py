@@ -1,4 +1,4 @@
-"""What later stages start from is what was requested last, whatever the order in which it was made."""
+"""Later stages start from the artifact that was requested last, whatever the order in which artifacts were made."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +31,7 @@ STEPS = st.tuples(st.sampled_from([*COMMANDS, "release", "rollback"]), st.intege
 
 
 def stage(workspace: Workspace, kind: str, setting: int, repeat: bool = False) -> Manifest:
-    """A stage as the jobs are built: its input is the current one, the same work is found again."""
+    """A stage that works like the jobs: its input is the current artifact, and a result that exists is found again."""
     inputs = {"dataset": "d1"}
     source = SOURCE[kind]
     if source is not None:
@@ -62,7 +62,7 @@ def test_in_any_order_of_commands_each_starts_from_the_last_result_and_advice_he
         write_dataset_manifest(
             workspace, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=1, songs=1)
         )
-        last: dict[str, str] = {}  # the small model: kind -> id of what was requested last
+        last: dict[str, str] = {}  # the expected state: kind -> id of the artifact that was requested last
         live: list[str] = []
         for kind, setting, repeat in steps:
             if kind == "rollback":
@@ -70,7 +70,7 @@ def test_in_any_order_of_commands_each_starts_from_the_last_result_and_advice_he
                     live.pop()
                     assert rollback(workspace).id == live[-1]
             elif kind == "release":
-                for _ in COMMANDS:  # each advice brings the release one part nearer
+                for _ in COMMANDS:  # each advice leads to one more part of the release
                     advice = advised(lambda: create_release(workspace))
                     if advice is None:
                         break

@@ -1,4 +1,4 @@
-"""Files of object storage on the local disk: one copy a node, made once, of the version that is there."""
+"""Files of object storage on the local disk: one copy per node, made once, of the current version."""
 
 import hashlib
 import os
@@ -79,7 +79,7 @@ def test_bytes_that_were_damaged_on_their_way_are_fetched_again(remote: Workspac
     whole, times = path.read_bytes(), (1_700_000_000, 1_700_000_000)
     for content in (whole[:-1] + b"x", whole):
         path.write_bytes(content)
-        os.utime(path, times)  # the same version for whoever looks at size and time
+        os.utime(path, times)  # by size and time, the version is the same
         if content != whole:
             with pytest.raises(DamagedArtifactError):
                 remote.read_array("a.npy", hashlib.sha256(whole).hexdigest())

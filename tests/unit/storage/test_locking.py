@@ -1,4 +1,4 @@
-"""Two runs at once: the second is refused and told of the first; what a killed run left blocks nobody."""
+"""Two runs at once: the second is refused and the error names the first; the lock of a killed run blocks nobody."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ with exclusive(Workspace(sys.argv[1]), "train"):
 
 @pytest.fixture
 def other_run(workspace: Workspace) -> Iterator[subprocess.Popen]:
-    """A process that holds the workspace."""
+    """A process that holds the lock of the workspace."""
     with subprocess.Popen([sys.executable, "-c", HOLD, workspace.uri], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
@@ -117,16 +117,16 @@ def test_the_demo_takes_it_too() -> None:
 
 
 def test_google_storage_is_locked_by_generation() -> None:
-    """Against the answers that the JSON API gives."""
+    """The HTTP client is fake and replays answers of the JSON API."""
     http = pytest.importorskip("googleapiclient.http", reason="no googleapiclient: pip install 'rayrec[gcp]'")
     found = [
         ({"status": "200"}, '{"generation": "5"}'),  # created
-        ({"status": "412"}, "{}"),  # is there already
+        ({"status": "412"}, "{}"),  # exists already
         ({"status": "200"}, '{"generation": "5"}'),
         ({"status": "200"}, "content"),
-        ({"status": "404"}, "{}"),  # none is there
+        ({"status": "404"}, "{}"),  # does not exist
         ({"status": "200"}, '{"generation": "6"}'),  # replaced
-        ({"status": "412"}, "{}"),  # another one came first
+        ({"status": "412"}, "{}"),  # another writer came first
         ({"status": "403"}, '{"error": {"message": "no rights"}}'),
     ]
     sequence = http.HttpMockSequence(found)

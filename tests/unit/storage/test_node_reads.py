@@ -1,4 +1,4 @@
-"""What replicas of a node load together: each byte is read once, and large arrays are nobody's own."""
+"""Replicas of a node that load together: each byte is read once, and large arrays take no private memory."""
 
 import subprocess
 import sys
@@ -38,7 +38,7 @@ print(read() - read_before, private() - private_before)
 
 
 def write_sparse_model(workspace: Workspace, size: int) -> Manifest:
-    """A model whose vectors are `size` bytes of zeros that take no room on the disk."""
+    """A model whose vectors are `size` bytes of zeros that take no space on disk."""
     manifest = Manifest(kind="models", id="large", inputs={})
     workspace.write_array(manifest.path("vectors.npy"), np.zeros(1, np.float32))
     path = Path(workspace.full(manifest.path("vectors.npy")))

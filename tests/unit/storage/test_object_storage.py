@@ -1,4 +1,4 @@
-"""On object storage: whole files or none, patience with failures, a clear error where they do not end."""
+"""Object storage: files are whole or absent, failed requests are repeated, and lasting failures give a clear error."""
 
 import subprocess
 import sys
@@ -151,7 +151,7 @@ def test_a_lock_whose_put_is_sent_again_since_its_answer_was_lost_is_held(
         pool.submit(_take, remote).result()
     assert not remote.exists(LOCK_HOLDER)
     leave_lock(remote)
-    _take(remote)  # over what a dead run left
+    _take(remote)  # replaces the lock of a dead run
     assert not remote.exists(LOCK_HOLDER)
 
 
@@ -162,5 +162,5 @@ def _take(workspace: Workspace) -> None:
 
 def test_a_lock_that_another_run_took_meanwhile_is_not_given_back(remote: Workspace) -> None:
     with exclusive(remote, "taste"):
-        remote.write_json(LOCK_HOLDER, OTHER)  # after an unlock
+        remote.write_json(LOCK_HOLDER, OTHER)  # as another run does after an unlock
     assert remote.read_json(LOCK_HOLDER) == OTHER

@@ -1,4 +1,4 @@
-"""Releases: parts that belong together, one id, going live and back, and finding damage."""
+"""Releases: parts that belong together, one id, activation and rollback, and finding damage."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,7 +38,7 @@ def put(workspace: Workspace, kind: str, part_id: str, **inputs: str) -> Manifes
 
 
 def put_model(workspace: Workspace, number: int, dataset: str = "data1") -> None:
-    """Song vectors, a model, its tastes and its index, ids ending in `number`."""
+    """Write song embeddings, a model, its taste vectors and its index, with ids that end in `number`."""
     put(workspace, "songs", f"songs{number}", dataset=dataset)
     put(workspace, "models", f"model{number}", dataset=dataset, songs=f"songs{number}", split="split1")
     put(workspace, "tastes", f"tastes{number}", dataset=dataset, models=f"model{number}")

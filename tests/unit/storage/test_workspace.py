@@ -1,4 +1,4 @@
-"""The workspace: whole files or none, paths below one root, and messages where something is missing."""
+"""The workspace: files are whole or absent, paths are below one root, and missing files give clear errors."""
 
 import os
 import pickle
@@ -157,7 +157,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there_and_no_rests(workspace: W
 
 
 def test_what_is_written_survives_a_power_cut(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file is synced before it takes its name, its folder after, and each new folder in the one that holds it."""
+    """A file is synced before it gets its name, its folder after that, and so is the parent of each new folder."""
     root = Path(workspace.root)
     done: list[tuple[str, str]] = []
     fsync, rename = os.fsync, Path.replace

@@ -1,4 +1,4 @@
-"""What nodes a cluster may have, read from the files that launch it."""
+"""The nodes that a cluster may have, read from the files that launch it."""
 
 from pathlib import Path
 

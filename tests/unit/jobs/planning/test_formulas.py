@@ -1,4 +1,4 @@
-"""The formulas against counts: jobs run here on generated plays, and what they ask of the storage is counted."""
+"""The formulas are compared with counts: jobs run here on generated plays, and their requests and bytes are counted."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +76,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_sessions(path: Path, plays: int, *, songs: int, users: int, first: int = START) -> Path:
-    """Plays as a service logs them: by time, in sessions of 10, songs by Zipf's law; 34 bytes each."""
+    """Write plays as a service logs them: by time, in sessions of 10 plays, songs by Zipf's law; 34 bytes per play."""
     random = np.random.default_rng(plays)
     sessions = plays // 10
     user = np.repeat(random.integers(users, size=sessions), 10)
@@ -90,9 +90,9 @@ def write_sessions(path: Path, plays: int, *, songs: int, users: int, first: int
 
 
 def shuffle_bytes(plays: int, songs_of_pieces: int) -> float:
-    """The budget of bytes that an import reads beside its input.
+    """Bytes that an import may read in addition to its input: for its plays, and 9 bytes per song of each piece.
 
-    Beside those of plays it is 9 bytes for each of `songs_of_pieces`, the distinct songs of each piece, added up.
+    `songs_of_pieces` is the number of distinct songs of a piece, summed over all pieces.
     """
     return plays * ROW_BYTES + songs_of_pieces * 9.0
 
@@ -136,7 +136,7 @@ def test_bytes_of_a_shuffle_in_blocks_as_large_as_those_of_20_billion_plays(
 
 
 def write_parts(workspace: Workspace, parts: int, *, users: int = 300, days: int = 100, buckets: int = 4) -> Dataset:
-    """The same plays, one a user and day, in so many parts by time."""
+    """Write a data set of one play per user and day, in `parts` parts by time. The plays do not depend on `parts`."""
     moments = np.arange(days) * DAY_MS + START * 1_000
     files = {}
     whole = Histories.from_lists(
@@ -184,7 +184,7 @@ def test_an_append_costs_the_same_after_1_and_after_100_parts(
             made = append_plays(workspace, config)
         assert made.plays == made.dataset.plays - 30_000 > 140_000
         assert made.users == 150
-        # Those of an import, and to read the users of each bucket and its file of the part that the plays overlap.
+        # Requests of an import, and to read each bucket's users and its histories in the part that the plays overlap.
         reads = SMALL_PARQUET * 4 * (1 + overlap)
         budget = import_requests(ImportSize(pieces=1, buckets=4)) + reads
         assert counts.total == pytest.approx(budget, rel=0.15)
@@ -196,7 +196,7 @@ def test_an_append_costs_the_same_after_1_and_after_100_parts(
 def taste_counts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *, users: int, buckets: int = 4, parts: int = 1
 ) -> CountingFileSystem:
-    """What the tastes of all users ask of the storage."""
+    """Count the requests and bytes of the job that computes the taste vectors of all users."""
     workspace = Workspace(folder)
     dataset = write_parts(workspace, parts, users=users, days=10, buckets=buckets)
     names = save_model(workspace, "models/m", network(model_config(num_songs=50)), np.ones(50, dtype=np.bool_))
@@ -251,7 +251,7 @@ def test_bytes_of_songs_with_titles_and_artists(workspace: Workspace, tmp_path: 
 
 
 def write_listeners(path: Path, *, users: int, plays: int, songs: int) -> Path:
-    """Each user's plays over 60 days, songs by Zipf's law."""
+    """Write `plays` plays per user over 60 days, songs by Zipf's law."""
     random = np.random.default_rng(users)
     lines = []
     for user in range(users):
@@ -350,7 +350,7 @@ def test_bytes_of_a_corpus(tmp_path: Path, plays: int, songs: int) -> None:
 
 
 class Anything(BaseRecommender):
-    """Songs at random."""
+    """Recommends random songs."""
 
     name = "anything"
 

@@ -1,4 +1,4 @@
-"""Formulas of memory against workers that run here, each in a process of its own whose memory is watched."""
+"""The formulas of memory are compared with workers that run here, each in its own process with measured memory."""
 
 import os
 import resource
@@ -74,7 +74,7 @@ START = 1_700_000_000_000  # ms UTC
 
 
 def write_world(workspace: Workspace, *, users: int, plays: int, songs: int, dim: int, hidden_dim: int) -> Manifest:
-    """A bucket of users with as many plays each, songs by Zipf's law, and an untrained model of them."""
+    """Write one bucket of users with equally many plays, songs by Zipf's law, and an untrained model; return it."""
     random = np.random.default_rng(users)
     each = plays // users
     histories = Histories(
@@ -104,7 +104,7 @@ def write_world(workspace: Workspace, *, users: int, plays: int, songs: int, dim
 
 
 def watch_evaluator_files(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """From now on the bytes of the files of each evaluator, beside the network's table of outputs and the retrieval."""
+    """A list that gets the bytes of the files of each evaluator, without the network's outputs and the retrieval."""
     sizes: list[int] = []
 
     @contextmanager
@@ -118,7 +118,7 @@ def watch_evaluator_files(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def range_sizes(dataset: Dataset, fitted: Manifest) -> tuple[int, int]:
-    """Bytes of the largest range of songs in a retrieval as it is merged, and the sessions of all ranges."""
+    """Bytes of the largest merged range of songs of a retrieval, and the number of sessions, summed over all ranges."""
     counts = Retrieval.load(dataset.workspace, fitted.folder).counts
     parts = [counts.of_songs(*bounds) for bounds in song_ranges(dataset.num_songs, dataset.manifest.plays)]
     return max(len(pack_counts(part)) for part in parts), sum(len(part.sessions) for part in parts)
@@ -215,15 +215,15 @@ def test_memory_of_taste_and_train_with_narrow_tables_and_a_wide_state(
 
 
 def fit_many_songs(rank: int, workers: int, songs: int, dim: int, folder: str) -> int:
-    """What a training worker does: two epochs with validation, then the last fit. Few of the songs are played.
+    """Do what a training worker does: two epochs with validation, then the last fit. Few of the songs are played.
 
-    The most bytes that the process ever held: no sampling from outside sees the short peaks.
+    Return the peak memory of the process in bytes. Sampling from outside would miss short peaks.
     """
     if workers > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         meeting = f"file://{folder}/{workers} workers, {songs} songs"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
-    fitting.SCORES_AT_ONCE = 1 << 18  # whose memory, which does not grow with the songs, would hide other peaks
+    fitting.SCORES_AT_ONCE = 1 << 18  # else scores, whose memory does not grow with the songs, hide other peaks
     share = Share(rank=rank, workers=workers)
     config = TrainConfig(hidden_dim=8, window=12, batch=16, negatives=30, long=(2, 5), epochs=2, patience=2)
     histories = cycling_histories(37)

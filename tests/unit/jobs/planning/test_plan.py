@@ -1,4 +1,4 @@
-"""A plan's figures, worked out by hand, and what it refuses."""
+"""A plan's figures, compared with values computed by hand, and the problems that it reports."""
 
 import json
 import re
@@ -33,19 +33,19 @@ ROOT = Path(__file__).parents[4]
 
 
 def planned(config: PlanConfig | None = None, data: DataSize = DATA, cluster: ClusterFile = SMALL) -> Plan:
-    """A plan with rates of a thousand a second."""
+    """A plan with rates of 1,000 plays or tokens per second and CPU."""
     return make_plan(data, cluster, config or PlanConfig(), RATES)
 
 
 def stage(plan: Plan, name: str) -> StagePlan:
-    """One of its stages."""
+    """The stage `name` of a plan."""
     return next(item for item in plan.stages if item.stage == name)
 
 
 def test_stages_over_users_take_all_cpus_and_hours_by_their_rate() -> None:
     found = stage(planned(), "taste")
     assert (found.nodes, found.workers, found.batches) == (4, 32, 64)
-    assert found.hours == pytest.approx(3_125 / 3600)  # 100 million plays at 32,000 a second
+    assert found.hours == pytest.approx(3_125 / 3600)  # 100 million plays at 32,000 per second
 
 
 def test_no_more_cpus_work_than_there_are_buckets() -> None:
@@ -56,7 +56,7 @@ def test_no_more_cpus_work_than_there_are_buckets() -> None:
 
 def test_the_workers_of_a_node_share_the_song_table() -> None:
     few, many = (stage(planned(data=replace(DATA, songs=songs)), "taste").memory for songs in (10**6, 10**7))
-    assert many - few == 9 * 10**6 * 64 * 4  # once for eight workers
+    assert many - few == 9 * 10**6 * 64 * 4  # once per node, shared by its eight workers
 
 
 def test_requests_are_as_many_as_buckets_and_ranges_need() -> None:
@@ -79,7 +79,7 @@ def test_an_evaluation_takes_longer_for_more_queries_and_for_slower_reading() ->
 def test_recommendations_of_all_users_take_all_cpus_and_are_stored() -> None:
     rates = {**RATES, "recommend_users_per_second_per_cpu": 100.0}
     ten, twenty = (make_plan(DATA, SMALL, PlanConfig(k=k), rates) for k in (10, 20))
-    assert stage(ten, "recommend").hours == pytest.approx(312.5 / 3600)  # a million users, 3,200 a second
+    assert stage(ten, "recommend").hours == pytest.approx(312.5 / 3600)  # a million users at 3,200 per second
     assert 10**8 < ten.storage["recommendations"] < twenty.storage["recommendations"] < 10**9
 
 
@@ -127,14 +127,14 @@ def test_replicas_answer_a_rate_of_requests_and_are_idle_a_third_of_the_time(
 def test_training_without_gpus_holds_the_tables_over_the_nodes_and_a_batch_on_each_worker() -> None:
     found = stage(planned(PlanConfig(workers=4)), "train")
     assert (found.node, found.nodes, found.workers) == ("cpu", 4, 4)
-    assert found.hours == pytest.approx(600_000 / 3600)  # 24 epochs of 100 million plays at 4,000 a second
+    assert found.hours == pytest.approx(600_000 / 3600)  # 24 epochs of 100 million plays at 4,000 per second
     packed = stage(planned(PlanConfig(workers=8)), "train")
     assert (packed.nodes, packed.hours) == (4, pytest.approx(300_000 / 3600))
     songs = 100 * DATA.songs
     many, packed_many = (stage(planned(PlanConfig(workers=n), replace(DATA, songs=songs)), "train") for n in (4, 8))
     tables = many.memory - found.memory
-    assert tables > 2 * 4 * (songs - DATA.songs) * 64 * 4 / 4  # two tables, moments and average; a quarter a node
-    counted = 20 * (songs - DATA.songs)  # of all songs on each worker: here a second one on each node
+    assert tables > 2 * 4 * (songs - DATA.songs) * 64 * 4 / 4  # two tables, moments and average; a quarter per node
+    counted = 20 * (songs - DATA.songs)  # for all songs on each worker: each node has a second worker here
     assert packed_many.memory - packed.memory == pytest.approx(tables + counted, rel=0.001)
 
 
@@ -160,7 +160,7 @@ def test_training_on_gpus_has_a_worker_a_gpu_and_says_that_their_rate_is_unknown
     assert any("no GPU rate" in note for note in plan.notes)
     rates = {**RATES, "train_plays_per_second_per_gpu": 50_000.0}
     known = stage(make_plan(DATA, SMALL, PlanConfig(gpu=True), rates), "train")
-    assert known.hours == pytest.approx(12_000 / 3600)  # 24 epochs of 100 million plays at 200,000 a second
+    assert known.hours == pytest.approx(12_000 / 3600)  # 24 epochs of 100 million plays at 200,000 per second
 
 
 def test_without_a_validation_range_there_is_one_fit() -> None:
@@ -245,7 +245,7 @@ def test_a_server_that_does_not_fit_on_the_nodes_is_a_problem(
 
 @pytest.mark.parametrize(("gpus", "problems"), [(8, 0), (4, 0), (2, 1), (1, 1)])
 def test_a_hundred_million_songs_are_trained_on_eight_gpus_of_80_gb_and_not_on_one(gpus: int, problems: int) -> None:
-    """25.6 GB a table: two of them with two moments and an average, and four more while it validates."""
+    """A table has 25.6 GB. Training holds two, each with two moments and an average; validation adds four tables."""
     machine = NodeType(name="gpus", cpus=96, gpus=gpus, memory=1_000 * GIB, disk=None, gpu_memory=80 * 10**9, most=1)
     plan = planned(
         PlanConfig(gpu=True), replace(DATA, songs=10**8), replace(SMALL, nodes=[HEAD, CPU, machine], most_nodes=5)
