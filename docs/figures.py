@@ -1,7 +1,7 @@
 """Measure the tables of README.md and docs/evaluation.md again: python docs/figures.py; `make figures` runs it.
 
-RAYREC_REAL_DATA names the folder that holds the data sets. A table whose data are not there stays as it is. The
-workspaces are in build/figures, so a second run repeats only what changed.
+RAYREC_REAL_DATA names the folder that holds the data sets. A table without its data stays unchanged. The
+workspaces are in build/figures, so a second run repeats only the stages that changed.
 """
 
 import difflib
@@ -33,12 +33,12 @@ LONG_HISTORIES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """A table and the commands that its figures come from, each after `rayrec --workspace FOLDER`."""
+    """A table, and the commands that compute its figures, without `rayrec --workspace FOLDER` in front."""
 
-    name: str  # as the mark in the page spells it
-    data: str  # in the folder RAYREC_REAL_DATA
+    name: str  # name of the table in the mark of the page
+    data: str  # path in the folder RAYREC_REAL_DATA
     commands: tuple[str, ...]  # the last one prints the figures; {data} is the path of the data, {folder} its folder
-    seeds: tuple[int, ...] = (0, 1, 2)  # all commands run for each, in a workspace of its own; {seed} stands for it
+    seeds: tuple[int, ...] = (0, 1, 2)  # all commands run once per {seed}, in separate workspaces
 
 
 TABLES = (
@@ -78,7 +78,7 @@ TABLES = (
         ),
     ),
 )
-# Title, target and metric of each column; a table has those of which there are figures.
+# Title, target and metric of each column; a table omits columns without figures.
 COLUMNS = (
     ("served recall@20", "served", "recall"),
     ("MRR@20", "served", "mrr"),
@@ -90,7 +90,7 @@ COLUMNS = (
 
 
 def measure(figures: Figures, data: Path, seed: int) -> list[dict[str, Any]]:
-    """Run the commands; the results of the evaluation."""
+    """Run the commands; return the results of the evaluation."""
     workspace = ROOT / "build" / "figures" / f"{figures.name}-{seed}"
     printed = ""
     for command in figures.commands:
@@ -103,7 +103,7 @@ def measure(figures: Figures, data: Path, seed: int) -> list[dict[str, Any]]:
 
 
 def markdown_table(runs: Sequence[Sequence[dict[str, Any]]], models: Sequence[str] = MODELS) -> str:
-    """One row per model, over all users, at 20: means over the runs, with lowest and highest where these differ."""
+    """Return a table with one row per model, over all users, k = 20: mean over runs, and the range if they differ."""
     values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for row in (row for results in runs for row in results if row["users"] == "all" and row["k"] == K):
         values[row["model"], row["target"], row["metric"]].append(row["value"])
@@ -119,12 +119,12 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def mark(name: str) -> str:
-    """The line before the table of that name."""
+    """Return the line of a page that precedes the table `name`."""
     return f"<!-- figures: {name} -->"
 
 
 def replaced(text: str, name: str, table: str) -> str:
-    """The page with another table between the marks of that name. Raises `ValueError` where it has no such marks."""
+    """Return the page with `table` between the marks of `name`. Raises `ValueError` unless it has them exactly once."""
     pattern = rf"({re.escape(mark(name))}\n).*?(\n<!-- end -->)"
     found, count = re.subn(pattern, lambda marks: marks[1] + table + marks[2], text, flags=re.DOTALL)
     if count != 1:
@@ -133,7 +133,7 @@ def replaced(text: str, name: str, table: str) -> str:
 
 
 def main() -> None:
-    """Measure all tables whose data are here and show what changed."""
+    """Measure all tables with data, write them into the pages, and print the changes."""
     folder = Path(os.environ.get("RAYREC_REAL_DATA", ""))
     for figures in TABLES:
         if not (folder / figures.data).is_file():

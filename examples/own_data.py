@@ -1,6 +1,6 @@
 """From a file of your own plays to recommendations: python examples/own_data.py plays.csv USER [FOLDER]
 
-A CSV or Parquet file with a user, a song and a time in each row, or any other format that `rayrec fit` knows.
+The file is CSV or Parquet with a user, a song and a time in each row, or has another format that `rayrec fit` reads.
 """
 
 import sys
@@ -14,7 +14,7 @@ def main(plays: str, user: str, folder: str = "./model") -> None:
         for name, recall, *_ in model.quality.table():
             print(f"{name} finds {recall:.0%} of the next new songs among its first 20")
     print(model.recommend(users=[user], k=5).to_string(index=False))
-    model.save(folder)  # rayrec.load(folder) opens it, and so does rayrec --workspace FOLDER serve
+    model.save(folder)  # use it with rayrec.load(folder) or rayrec --workspace FOLDER serve
 
 
 if __name__ == "__main__":

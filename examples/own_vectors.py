@@ -1,8 +1,8 @@
 """Song embeddings of your own, here from audio: python examples/own_vectors.py audio-folder workspace
 
-The workspace holds a data set; the folder holds one WAV file a song, named by the song's id. The
-features below are simple on purpose, energies of frequency bands: put your own model in their place.
-What rayrec wants is a table: vectors.npy, float (songs, D), and vectors.ids.txt, an id a line.
+The workspace holds a data set; the folder holds one WAV file per song, named by the song's id. The features below,
+energies of frequency bands, are simple on purpose: replace them by those of your own model. rayrec reads two files:
+vectors.npy, float (songs, D), and vectors.ids.txt, with one song id per line.
 """
 
 import sys
@@ -14,17 +14,17 @@ import numpy as np
 
 import rayrec
 
-BANDS = 24  # of equal width in the logarithm of frequency
-FRAME = 2048  # samples
+BANDS = 24  # frequency bands of equal width on a logarithmic scale
+FRAME = 2048  # samples per frame
 
 
 def features(path: Path) -> np.ndarray:
-    """float32 (2 · BANDS,): mean and spread over time of the log energy in each band."""
+    """Return float32 (2 · BANDS,): mean and standard deviation over time of the log energy in each band."""
     with wave.open(str(path)) as file:
         if file.getsampwidth() != 2:
             raise SystemExit(f"{path} has {8 * file.getsampwidth()} bits a sample; this example reads 16")
         samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)[:: file.getnchannels()]
-    samples = np.pad(samples, (0, max(0, FRAME - len(samples))))  # a short one is a frame that ends in silence
+    samples = np.pad(samples, (0, max(0, FRAME - len(samples))))  # fill a short file with silence up to one frame
     frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME) / 32768
     power = np.abs(np.fft.rfft(frames * np.hanning(FRAME), axis=1)) ** 2
     edges = np.unique(np.geomspace(2, power.shape[1], BANDS + 1).astype(int))
@@ -37,7 +37,7 @@ def main(audio: str, folder: str) -> None:
     if not files:
         raise SystemExit(f"{audio} holds no .wav files")
     raw = np.stack([features(path) for path in files])
-    # Centred and scaled: rayrec compares by cosine, for which a common offset makes all songs alike.
+    # Center and scale: rayrec compares by cosine, and with a common offset all songs would look alike.
     vectors = (raw - raw.mean(axis=0)) / (raw.std(axis=0) + 1e-6)
     with tempfile.TemporaryDirectory() as temporary:
         table = Path(temporary) / "vectors.npy"

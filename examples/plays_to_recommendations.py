@@ -1,7 +1,7 @@
 # %% [markdown]
-# From plays to recommendations, cell by cell: open it in an editor that knows `# %%`, or run it whole with
-# `python examples/plays_to_recommendations.py [workspace]`. It takes under a minute on two cores; the plays come
-# from a planted world, in which a song has a successor in its album and each user a taste over few genres.
+# From plays to recommendations, cell by cell: open this file in an editor that supports `# %%` cells, or run it with
+# `python examples/plays_to_recommendations.py [workspace]`. It takes under a minute on two cores. The plays are
+# generated: each song has a successor in its album, and each user likes a few genres.
 
 # %% A workspace: a folder here, s3://bucket/prefix on a cluster
 import sys
@@ -11,10 +11,10 @@ import ray
 import rayrec
 
 workspace = rayrec.Workspace(sys.argv[1] if len(sys.argv) > 1 else "./workspace-notebook")
-# One Ray for all cells; without it each stage starts one of its own. On a cluster: ray.init("ray://HOST:10001")
+# Start Ray once for all cells; otherwise each stage starts it. On a cluster: ray.init("ray://HOST:10001")
 ray.init("local", ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level="error")
 
-# %% Plays. Of your own: rayrec.import_data(workspace, rayrec.ImportConfig(format="csv", paths=("plays.csv",)))
+# %% Plays. To use your own: rayrec.import_data(workspace, rayrec.ImportConfig(format="csv", paths=("plays.csv",)))
 world = rayrec.GenerateConfig(users=600, songs=120, artists=24, genres=6, plays=40.0, buckets=2, follow=0.6, zipf=1.2)
 plays = rayrec.generate(workspace, world)
 print(f"{plays.plays:,} plays of {plays.users:,} users over {plays.songs:,} songs")
@@ -35,7 +35,7 @@ print(f"validation recall@20 {model.metrics['validation_recall@20']:.3f} after {
 retrieval = rayrec.fit_retrieval(workspace, rayrec.RetrievalConfig(), split=split)
 rankers = rayrec.fit_rankers(workspace, rayrec.RankConfig(), model_id=model.id, retrieval_id=retrieval.id)
 
-# %% What it is worth: the next play of the last days, over the full catalog, beside baselines
+# %% Evaluate: rank the next plays of the test range over the full catalog, and compare with baselines
 compared = ("two-step", "taste", "sequential-rules", "popularity")
 report = rayrec.evaluate(
     workspace,
@@ -47,7 +47,7 @@ for row in rayrec.read_figures(workspace, report)["results"]:
     if (row["metric"], row["k"], row["users"], row["target"]) == ("recall", 20, "all", "next"):
         print(f"{row['model']:20} recall@20 {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})")
 
-# %% Taste vectors of all users and an index make it a release
+# %% Taste vectors of all users and an index complete the release
 tastes = rayrec.compute_tastes(workspace, rayrec.TasteConfig(), model_id=model.id)
 index = rayrec.build_index(workspace, rayrec.IndexConfig(), model_id=model.id)
 release = rayrec.create_release(

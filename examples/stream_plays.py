@@ -1,8 +1,8 @@
 """Send the plays of a Kafka topic to rayrec: python examples/stream_plays.py --help
 
-Needs `pip install confluent-kafka`. Messages are JSON objects as POST /v1/plays takes them. Offsets are committed once
-the server has stored the plays: after a crash some are sent again, and count once, since each has an event id.
-Any other stream works alike: give `forward` whatever has `consume` and `commit`.
+Needs `pip install confluent-kafka`. Each message is a play as a JSON object, as in POST /v1/plays. Offsets are
+committed after the server has stored the plays. After a crash some plays are sent again; they count once, because
+each has an event id. For another kind of stream, give `forward` an object with the methods `consume` and `commit`.
 """
 
 import argparse
@@ -12,22 +12,22 @@ from typing import Any, Protocol
 
 from rayrec.client import Client, PlaysAnswer
 
-BATCH = 500  # plays of a request, at most 1,000
-WAIT_SECONDS = 1.0  # for a batch to fill
+BATCH = 500  # plays per request, at most 1,000
+WAIT_SECONDS = 1.0  # longest wait for a full batch
 
 
 class Stream(Protocol):
-    """What is needed of a consumer, as confluent_kafka.Consumer has it."""
+    """The methods of confluent_kafka.Consumer that `forward` uses."""
 
     def consume(self, num_messages: int, timeout: float) -> list[Any]:
-        """The next messages, as many as came within `timeout` seconds."""
+        """Return the next messages: at most `num_messages`, those that arrive within `timeout` seconds."""
 
     def commit(self, *, asynchronous: bool) -> Any:
-        """Note that all messages so far are done with."""
+        """Mark all messages so far as processed."""
 
 
 def forward(stream: Stream, client: Client) -> PlaysAnswer | None:
-    """Send one batch of messages, then commit it; None where none came."""
+    """Send one batch of messages, then commit it; return None if no message came."""
     messages = stream.consume(BATCH, WAIT_SECONDS)
     for message in messages:
         if message.error():
@@ -42,14 +42,14 @@ def forward(stream: Stream, client: Client) -> PlaysAnswer | None:
 
 
 def read_play(message: Any) -> dict[str, Any]:
-    """The play of a message; where it has no event id, its place in the topic is one."""
+    """Return the play of a message; without an event id, its place in the topic becomes the event id."""
     place = f"{message.topic()}-{message.partition()}-{message.offset()}"
     try:
-        play = json.loads(message.value() or b"")  # a tombstone of Kafka has no value
+        play = json.loads(message.value() or b"")  # a Kafka tombstone has no value
     except ValueError:
         play = None
     if not isinstance(play, dict):
-        play = {}  # refused by the server, alone, with the reason
+        play = {}  # the server refuses only this play, and gives the reason
     return {"event_id": place, **play}
 
 

@@ -1,4 +1,4 @@
-"""Chromium for tests of pages, which may ask nothing of the internet; RAYREC_SCREENSHOTS=DIR keeps pictures of them."""
+"""Chromium for tests of pages, which must not use the internet; RAYREC_SCREENSHOTS=DIR saves screenshots."""
 
 import os
 import re
@@ -15,7 +15,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser without a window; a test is skipped where there is none."""
+    """Start a browser without a window; skip the test if Playwright or Chromium is missing."""
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'rayrec[dev]'")
     if not Path(CHROMIUM).exists():
         pytest.skip(f"no {CHROMIUM}: install Debian's package chromium")
@@ -27,7 +27,7 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def page_of(browser: Any, url: str, link: str = "", **options: Any) -> Iterator[Any]:
-    """A page; every request to elsewhere, every error in the console and every thrown one is a failure."""
+    """Open a page; fail on requests to other hosts, uncaught errors and violations of the Content Security Policy."""
     context = browser.new_context(**options)
     page = context.new_page()
     wrong: list[str] = []
@@ -42,12 +42,12 @@ def page_of(browser: Any, url: str, link: str = "", **options: Any) -> Iterator[
 
 
 def take_picture(page: Any, name: str) -> None:
-    """Keep a picture of the whole page where RAYREC_SCREENSHOTS names a folder."""
+    """Save a screenshot of the whole page if RAYREC_SCREENSHOTS names a folder."""
     if folder := os.environ.get("RAYREC_SCREENSHOTS"):
         page.screenshot(path=f"{folder}/{name}.png", full_page=True)
 
 
 def light_of_ground(page: Any) -> float:
-    """From 0 (black) to 1 (white): the background of the page."""
+    """Return the brightness of the page's background, from 0 (black) to 1 (white)."""
     color = page.evaluate("getComputedStyle(document.body).backgroundColor")
     return sum(map(int, re.findall(r"\d+", color)[:3])) / (3 * 255)

@@ -1,4 +1,4 @@
-"""The files of cluster/, read."""
+"""Functions that read the files in cluster/."""
 
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,23 @@ MANIFESTS = sorted(path.name for path in (CLUSTER / "kuberay").glob("*.yaml"))
 
 
 def launcher(name: str) -> dict[str, Any]:
-    """A file of `ray up`."""
+    """Return the content of a file for `ray up`."""
     loaded: dict[str, Any] = yaml.safe_load((CLUSTER / name).read_text())
     return loaded
 
 
 def manifests(name: str) -> list[dict[str, Any]]:
-    """The objects of a file for Kubernetes."""
+    """Return the objects of a Kubernetes file."""
     return list(yaml.safe_load_all((CLUSTER / "kuberay" / name).read_text()))
 
 
 def every_manifest() -> list[tuple[str, dict[str, Any]]]:
-    """File and object, of all files for Kubernetes."""
+    """Return (file name, object) for each object of all Kubernetes files."""
     return [(name, item) for name in MANIFESTS for item in manifests(name)]
 
 
 def ray_clusters() -> list[tuple[str, dict[str, Any]]]:
-    """File and RayClusterSpec, wherever one stands."""
+    """Return (file name, RayClusterSpec) for each Kubernetes object that contains a RayClusterSpec."""
     places = {
         "RayCluster": lambda spec: spec,
         "RayJob": lambda spec: spec["rayClusterSpec"],
@@ -39,12 +39,12 @@ def ray_clusters() -> list[tuple[str, dict[str, Any]]]:
 
 
 def pods(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pod specs of a RayClusterSpec, the head's first."""
+    """Return the pod specs of a RayClusterSpec, the head's first."""
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     return [group["template"]["spec"] for group in groups]
 
 
 def serve_config() -> dict[str, Any]:
-    """The config of the HTTP API."""
+    """Return the Serve configuration of the HTTP API."""
     loaded: dict[str, Any] = yaml.safe_load((CLUSTER / "serve.yaml").read_text())
     return loaded

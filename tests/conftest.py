@@ -15,7 +15,7 @@ settings.load_profile("here")
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What processes of a node share is made anew for each run, also in the processes that tests start."""
+    """Use a new local cache for each test run, also in the processes that tests start."""
     os.environ[CACHE_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -27,7 +27,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real plays; tests that want it skip where RAYREC_REAL_DATA is unset."""
+    """The folder of real plays; skips the test if RAYREC_REAL_DATA is not set."""
     folder = os.environ.get("RAYREC_REAL_DATA")
     if not folder:
         pytest.skip("no real plays: set RAYREC_REAL_DATA to their folder")

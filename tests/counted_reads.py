@@ -1,6 +1,6 @@
-"""A workspace that writes down what is read of each file that is opened in it, in whatever process that is.
+"""A workspace that logs how many bytes of each file are read, in any process.
 
-Ray's processes cannot import test modules: a test under Ray calls `ship` first.
+Ray's workers cannot import test modules, so a test with Ray calls `ship` first.
 """
 
 import io
@@ -15,7 +15,7 @@ from rayrec.storage.workspace import Workspace
 
 
 def ship() -> None:
-    """Send this module along with what is pickled."""
+    """Make pickled objects of this module carry its code."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
@@ -27,13 +27,13 @@ class CountedFile(io.FileIO):
         self._log, self._bytes = log, 0
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As of any file."""
+        """Read like any file, and count the bytes."""
         data = super().read(size)
         self._bytes += len(data)
         return data
 
     def close(self) -> None:
-        """Write it down."""
+        """Write the number of bytes to the log, and close the file."""
         if not self.closed:
             with Path(self._log).open("a", encoding="utf-8") as log:
                 log.write(json.dumps([self.name, self._bytes]) + "\n")
@@ -41,7 +41,7 @@ class CountedFile(io.FileIO):
 
 
 class CountedWorkspace(Workspace):
-    """A local workspace with a log, a file outside of it."""
+    """A local workspace that logs its reads in the file `log`, which is outside of it."""
 
     def __init__(self, uri: str | Path, log: str | Path) -> None:
         super().__init__(uri)
@@ -51,11 +51,11 @@ class CountedWorkspace(Workspace):
         return CountedWorkspace, (self.root, self._log)
 
     def open_input(self, path: str) -> pa.NativeFile:
-        """A file whose reads are counted."""
+        """Open a file whose reads are counted."""
         return CountedFile(self.full(path), self._log)
 
     def reads(self) -> list[tuple[str, int]]:
-        """Files opened so far and the bytes read of each; they are forgotten."""
+        """Return (file, bytes read) of each file opened since the last call, and delete the log."""
         log = Path(self._log)
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
         log.unlink(missing_ok=True)

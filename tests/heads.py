@@ -1,4 +1,4 @@
-"""A real Ray head of its own on this machine, with a dashboard and a token."""
+"""Starts a separate Ray head on this machine, with a dashboard and a token, and nodes that join it."""
 
 import os
 import secrets
@@ -20,15 +20,15 @@ START_SECONDS = 120
 
 @dataclass(frozen=True)
 class Head:
-    """Where it listens and what opens it."""
+    """The addresses of a running head, and its token."""
 
-    url: str
+    url: str  # of the dashboard and the job server
     token: Path  # file that holds the token
     address: str  # host:port that drivers and nodes connect to
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
+    """Return `count` ports on which no process listens now."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -40,8 +40,8 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def ray_head(cpus: int = 2) -> Iterator[Head]:
-    """Start it with `ray start --head --block` and end it with all that it started."""
-    # A short path: the sockets below it may have 107 characters.
+    """Run `ray start --head --block` during a block; at its end, stop all processes of the head."""
+    # A short path, because the path of a Unix socket has at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="rr-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         token = Path(folder) / "token"
         token.write_text(secrets.token_hex(32))
@@ -61,7 +61,7 @@ def ray_head(cpus: int = 2) -> Iterator[Head]:
 
 @contextmanager
 def ray_node(head: Head, cpus: int = 1) -> Iterator[None]:
-    """A node that joins the head from another address of this machine, as one on another machine would."""
+    """Run a node during a block; it joins from another address of this machine, like a node on another machine."""
     ports = dict(zip(NODE_PORTS, free_ports(len(NODE_PORTS)), strict=True))
     options = (f"--address={head.address}", "--node-ip-address=127.0.0.2", *_flags(cpus, ports))
     with _started(options, head.token, head.token.with_name("node-out")):
@@ -70,7 +70,7 @@ def ray_node(head: Head, cpus: int = 1) -> Iterator[None]:
 
 @contextmanager
 def _started(options: Sequence[str], token: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`ray start --block`, ended with all that it started."""
+    """Run `ray start --block` during a block; at its end, stop all processes that it started."""
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", *options]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
@@ -88,7 +88,7 @@ def _started(options: Sequence[str], token: Path, out: Path) -> Iterator[subproc
 
 
 def _flags(cpus: int, ports: dict[str, int]) -> list[str]:
-    # Workers at any free ports: two nodes of one machine would else hand out the same.
+    # Workers use any free ports: otherwise two nodes on one machine would assign the same ports.
     sizes = [f"--num-cpus={cpus}", "--object-store-memory=200000000", "--min-worker-port=0", "--max-worker-port=0"]
     return sizes + [f"--{name}={port}" for name, port in ports.items()]
 
@@ -101,7 +101,7 @@ NODE_PORTS = (
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], out: Path) -> None:
-    """Until the job server answers, with a refusal as we show no token."""
+    """Wait until the job server answers; it refuses the request, which has no token."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
         try:

@@ -1,4 +1,4 @@
-"""Imports in this process: the job as it is, with a plain loop in the place of the cluster."""
+"""Imports in this process: the real job, with a plain loop in place of the cluster."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from rayrec.jobs import import_data as job
 
 
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the end of the test `import_data` and `append_plays` run without Ray."""
+    """Make `import_data` and `append_plays` run without Ray until the end of the test."""
 
     def run(make_worker: Any, units: Iterable[int], *, arguments: dict[str, Any], called: str) -> Iterator[Any]:
         worker = make_worker(**arguments)

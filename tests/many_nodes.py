@@ -1,7 +1,7 @@
-"""A cluster of three nodes in a process of its own, from which a node is removed while a stage runs.
+"""All stages on a cluster of three nodes, from which a node is removed while a stage runs.
 
-A test process has one connection to Ray, that of the fixture `cluster`: so these functions run in a
-`PlainProcess`. The nodes are Ray's own, one CPU each; the workspace is a folder that all of them see.
+A test process can have only one connection to Ray, and the fixture `cluster` uses it: so these functions run in
+a `PlainProcess`. Each node is started by `ray.cluster_utils` and has one CPU; all nodes see the workspace's folder.
 """
 
 import json
@@ -42,14 +42,14 @@ from rayrec.recommend.index import IndexConfig
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
-LOG = "RAYREC_TEST_LOG"  # environment variable: the folder in which units are noted, on all nodes
-PAUSE = 0.4  # seconds that a unit takes longer, so that a node can be removed meanwhile
+LOG = "RAYREC_TEST_LOG"  # environment variable with the folder in which the workers of all nodes log their units
+PAUSE = 0.4  # seconds added to each unit, so that a node can be removed meanwhile
 BUCKETS = 12
 TRAIN = CONFIG.replace(workers=2)
 
 
 def write_plays(folder: Path, files: int = 8) -> None:
-    """Plays of 20 users a file, as csv."""
+    """Write CSV files with the plays of 20 users each."""
     for file in range(files):
         lines = ["user,song,played_at"]
         for user in range(20):
@@ -63,7 +63,7 @@ def import_config(folder: Path) -> ImportConfig:
 
 
 class Stages:
-    """The stages on one workspace, in their order."""
+    """Runs the stages on one workspace; the methods are called in the order below."""
 
     def __init__(self, plays: Path, workspace: Workspace) -> None:
         self.plays, self.workspace = plays, workspace
@@ -93,7 +93,7 @@ class Stages:
 
 @contextmanager
 def three_nodes(log: Path) -> Iterator[Cluster]:
-    """Ray connected to a new cluster; its nodes know the folder of notes."""
+    """Connect Ray to a new cluster of three nodes, whose workers log to the folder `log`."""
     log.mkdir(parents=True, exist_ok=True)
     os.environ[LOG] = str(log)
     sizes = {"num_cpus": 1, "object_store_memory": 150 << 20}
@@ -108,25 +108,25 @@ def three_nodes(log: Path) -> Iterator[Cluster]:
 
 
 def note(kind: str, unit: int, event: str) -> None:
-    """One line in this process's file."""
+    """Append an event of a unit to the log file of this process."""
     line = [kind, unit, event, ray.get_runtime_context().get_node_id(), time.time()]
     with Path(os.environ[LOG], f"units-{os.getpid()}.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(line) + "\n")
 
 
 def notes(kind: str) -> list[tuple[int, str, str, float]]:
-    """Unit, event, node and time, in order of time."""
+    """Return (unit, event, node id, time) of all events of a kind, in order of time."""
     files = Path(os.environ[LOG]).glob("units-*.jsonl")
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return sorted(((unit, *rest) for found, unit, *rest in lines if found == kind), key=lambda line: line[-1])
 
 
 def noted(worker: type[Any], kind: str) -> type[Any]:
-    """The bucket worker, slower, noting when it begins a unit and when it has done it."""
+    """Return a slower version of a bucket worker, which logs the begin and the end of each unit."""
 
     class Noted(worker):  # type: ignore[misc]
         def __call__(self, unit: Any) -> Any:
-            number = unit[0] if isinstance(unit, tuple) else unit  # of a group of buckets, here one each
+            number = unit[0] if isinstance(unit, tuple) else unit  # the bucket of a group; each group has one here
             note(kind, number, "begin")
             time.sleep(PAUSE)
             result = super().__call__(unit)
@@ -137,7 +137,7 @@ def noted(worker: type[Any], kind: str) -> type[Any]:
 
 
 def remove_when(cluster: Cluster, ready: Callable[[], str | None], removed: list[tuple[str, float]]) -> None:
-    """In a thread: remove the node that `ready` names, once it names one; then bring a new one."""
+    """Start a thread that removes the node whose id `ready` returns, once it returns one, and adds it to `removed`."""
 
     def wait() -> None:
         while True:
@@ -152,7 +152,7 @@ def remove_when(cluster: Cluster, ready: Callable[[], str | None], removed: list
 
 
 def busy_node(cluster: Cluster, kind: str, done: int) -> str | None:
-    """A node beside the head that has a unit in its hands, once so many are done."""
+    """Return a node, not the head, that works on a unit, once `done` units have ended; otherwise None."""
     lines = notes(kind)
     if sum(event == "end" for _, event, _, _ in lines) < done:
         return None
@@ -163,7 +163,7 @@ def busy_node(cluster: Cluster, kind: str, done: int) -> str | None:
 
 
 def repeated(kind: str, units: int, removed: tuple[str, float]) -> dict[str, Any]:
-    """Which units were begun more than once, and which were in the hands of the node when it was removed."""
+    """Return the units begun more than once (`again`), and the unfinished units of the removed node (`held`)."""
     lines, (node, at) = notes(kind), removed
     begun = Counter(unit for unit, event, _, _ in lines if event == "begin")
     ended = {unit for unit, event, _, when in lines if event == "end" and when <= at}
@@ -173,7 +173,7 @@ def repeated(kind: str, units: int, removed: tuple[str, float]) -> dict[str, Any
 
 
 def lose_nodes(plays: str, folder: str, log: str) -> dict[str, Any]:
-    """All stages; a node is lost during the import, the training and the tastes, and a new one comes after each."""
+    """Run all stages; a node is lost during import, training and tastes, and a new node joins after each of them."""
     patch, found = pytest.MonkeyPatch(), dict[str, Any]()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     patch.setattr(import_run, "PieceImporter", noted(PieceImporter, "read"))
@@ -206,7 +206,7 @@ def lose_nodes(plays: str, folder: str, log: str) -> dict[str, Any]:
 
 
 def training_node(cluster: Cluster, steps: Path) -> str | None:
-    """The node of a training worker that has taken a few steps of the second epoch, the head excepted."""
+    """Return a node, not the head, whose training worker has taken step 3 of the second epoch; otherwise None."""
     others = {node.node_id for node in cluster.worker_nodes}
     for file in steps.glob("*.jsonl"):
         for line in map(json.loads, file.read_text().splitlines()):
@@ -216,7 +216,7 @@ def training_node(cluster: Cluster, steps: Path) -> str | None:
 
 
 def undisturbed(plays: str, folder: str) -> dict[str, Any]:
-    """The same stages on one node of two CPUs."""
+    """Run the same stages on one node with two CPUs, without a loss."""
     stages = Stages(Path(plays), Workspace(folder))
     with ray_cluster(num_cpus=2):
         for stage in (stages.bring_in, stages.embed, stages.train, stages.taste, stages.finish):

@@ -40,7 +40,7 @@ def model_config(
     averages: tuple[float, ...] = (0.0, 0.5, 1.0),
     input_table: bool = False,
 ) -> ModelConfig:
-    """The shape that `config` asks for, or a small one."""
+    """Return the model configuration for `config`, or one of a small network."""
     horizons: dict[str, AnyHorizon] = {
         "short": Horizon(min_offset=1, max_offset=1),
         "long": Horizon(min_offset=2, max_offset=4),
@@ -63,7 +63,7 @@ def model_config(
 
 
 def network(config: ModelConfig | None = None, seed: int = 0) -> TasteModel:
-    """An untrained network, ready for inference."""
+    """Return an untrained network, ready for inference."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     config = config or model_config()
@@ -71,7 +71,7 @@ def network(config: ModelConfig | None = None, seed: int = 0) -> TasteModel:
 
 
 def with_other_inputs(model: TasteModel) -> TasteModel:
-    """The network; where songs as inputs have a table of their own, with other vectors in it."""
+    """Put other vectors into the separate input table of a network, if it has one; return the network."""
     if model.inputs is not None:
         with torch.no_grad():
             model.inputs.weight.copy_(torch.from_numpy(random_vectors(*model.inputs.weight.shape, seed=9)))
@@ -79,7 +79,7 @@ def with_other_inputs(model: TasteModel) -> TasteModel:
 
 
 def trained_network(histories: Histories, num_songs: int, *, epochs: int = 3, seed: int = 0) -> TasteModel:
-    """A small network that has learned from all plays of some histories, ready for inference."""
+    """Return a small network trained on all plays of `histories`, ready for inference."""
     config = TrainConfig(
         hidden_dim=16, window=30, batch=16, negatives=40, long=(2, 4), learning_rate=0.01, dropout=0.0, seed=seed
     )
@@ -93,7 +93,7 @@ def trained_network(histories: Histories, num_songs: int, *, epochs: int = 3, se
 
 
 def part_of(model: TasteModel, share: Share) -> TasteModel:
-    """A worker's copy of a network, whose tables hold its rows alone."""
+    """Return a worker's copy of a network, whose tables hold only the rows of this worker."""
     tables = [share.own(model.get_parameter(name).detach()) for name in TABLES if name in model.state_dict()]
     part = TasteModel(replace(model.config, num_songs=len(tables[0])), *tables)
     dense = {name: value for name, value in model.state_dict().items() if name not in TABLES}
@@ -102,7 +102,7 @@ def part_of(model: TasteModel, share: Share) -> TasteModel:
 
 
 def jumping_histories(users: int, num_songs: int, *, shortest: int = 20, longest: int = 60) -> Histories:
-    """Users who play song n + 1 after song n, a minute later, or in one of eight cases any song an hour later."""
+    """Users who play song n + 1 one minute after song n, or in one of eight cases any song one hour later."""
     random = np.random.default_rng(6)
     songs, played_at = [], []
     for length in random.integers(shortest, longest + 1, size=users):
@@ -125,11 +125,11 @@ def cycling_histories(users: int, *, num_songs: int = NUM_SONGS, shortest: int =
 
 
 class Crash(Exception):  # noqa: N818
-    """What a host under test dies of."""
+    """Raised by a host to simulate a crash."""
 
 
 class MemoryHost:
-    """Cuts the windows of each phase's histories, and keeps the last checkpoint in a folder."""
+    """Host of a fit: cuts windows from the histories of each phase, and records steps and checkpoints."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class MemoryHost:
         share: Share | None = None,
         crash_after: tuple[Phase, int] | None = None,
     ) -> None:
-        """With `crash_after` the host dies of the step of that number, counted over all epochs of the phase."""
+        """With `crash_after` = (phase, n), the host crashes after step n of the phase, counted over all epochs."""
         self._plays, self._config, self._folder = plays, config, folder
         self._share, self._crash_after = share or Share(), crash_after
         self.reports: list[tuple[Phase, StepReport]] = []
@@ -156,18 +156,18 @@ class MemoryHost:
             yield batch.take(np.arange(self._share.rank, len(batch), self._share.workers))
 
     def stepped(self, phase: Phase, report: StepReport, loss: float) -> None:
-        """Remember the step."""
+        """Record the step; crash after the step of `crash_after`."""
         self.reports.append((phase, report))
         taken = sum(each == phase for each, _ in self.reports)
         if self._crash_after == (phase, taken):
             raise Crash
 
     def selected(self, model: TasteModel, known: np.ndarray) -> None:
-        """Remember which network was the best of the selection phase."""
+        """Keep a copy of the best network of the selection phase."""
         self.best = {name: value.clone() for name, value in model.state_dict().items()}
 
     def checkpoint(self, progress: FitProgress, save: Callable[[Path], None]) -> bool:
-        """Write a folder of its own for each checkpoint."""
+        """Save a checkpoint in a folder of its own; return False if the host has no folder."""
         if self._folder is not None:
             target = self._folder / str(len(self.checkpoints))
             target.mkdir(parents=True, exist_ok=True)

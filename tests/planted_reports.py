@@ -1,4 +1,4 @@
-"""Reports of planted figures: a small one about the parts of a release, and one with all that a report can hold."""
+"""Reports with planted figures: a small one for the parts of a release, and one with every kind of figure."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from rayrec.storage.workspace import Workspace
 def plant_report(
     workspace: Workspace, parts: dict[str, str], *, recall: float = 0.42, report_id: str = "planted"
 ) -> None:
-    """A report that says recall@20 as served is `recall`, MRR@20 is 0.2, and that the test range leaked."""
+    """Publish a report with `recall` as served recall@20, an MRR@20 of 0.2 and a warning that the test range leaked."""
     about = {"model": "two-step", "kind": "network", "users": "all", "target": "served", "k": 20}
     values = {"recall": recall, "mrr": 0.2}
     rows = [
@@ -44,7 +44,7 @@ TITLES = [f"The Artist of the Long Name – A Title that Takes Some Space, Part 
 
 
 def full_report() -> str:
-    """The page of a report with every kind of figure: nine models, all targets, an ablation, three plots."""
+    """Return the page of a report with every kind of figure: nine models, all targets, an ablation, three plots."""
     kinds = {name: "network" if name in NETWORKS else "baseline" for name in RECALLS}
     targets = [*TARGET_TITLES, "days0_7", "served_days0_7"]
     results = [

@@ -14,7 +14,7 @@ SMALL = RankerSettings(trees=6, leaves=4, min_leaf=5, patience=6)
 def fit_rankers(
     network: TasteRecommender, histories: Histories, artist_of_song: np.ndarray | None = None
 ) -> tuple[Retrieval, dict[RankerKind, Ranker]]:
-    """A retrieval of all plays, and rankers taught by the last play of each user."""
+    """Fit a retrieval on all plays, and rankers on the last play of each user."""
     retrieval = Retrieval.fit([histories], num_songs=network.num_songs, artist_of_song=artist_of_song)
     source = CandidateSource(network, retrieval)
     plays = histories.offsets[1:][histories.lengths > 1] - 1

@@ -1,4 +1,4 @@
-"""Plays whose answer is known: songs stand in a ring, and after each one mostly comes the next."""
+"""Plays with a known answer: the songs form a ring, and each song is mostly followed by the next one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 BEGIN = 1_700_000_000  # Unix seconds
 DAY = 24 * 3600
-SESSION, PAUSE = 10, 240  # plays of a session, and seconds between them
+SESSION, PAUSE = 10, 240  # plays per session, and seconds between plays
 HEAD = "user_id,track,timestamp,title,artist\n"
 
 
@@ -21,7 +21,7 @@ def ring_plays(
     days: float = 20.0,
     seed: int = 0,
 ) -> list[str]:
-    """Rows of HEAD: each user plays through the ring, from day `begin` on for about `days` days."""
+    """Return CSV rows under HEAD: each user plays through the ring for about `days` days from day `begin` on."""
     random = np.random.default_rng([seed, users[0], int(begin)])
     rows = []
     for user in users:
@@ -35,6 +35,6 @@ def ring_plays(
 
 
 def write_rows(path: Path, rows: list[str]) -> str:
-    """The rows as a csv file; its path."""
+    """Write the rows to a CSV file; return its path."""
     path.write_text(HEAD + "".join(rows))
     return str(path)

@@ -1,4 +1,4 @@
-"""Plays sent until they are acknowledged, whatever is killed meanwhile; and whether each is stored once."""
+"""Sends plays until they are acknowledged, while processes are killed; checks that each play is stored once."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,11 +15,11 @@ from rayrec.storage.workspace import Workspace
 
 PLAYS = 120
 USERS = ("ann", "bob")
-PATIENCE = 240.0  # seconds until a play must be acknowledged: a replica starts anew meanwhile
+PATIENCE = 240.0  # seconds within which a play must be acknowledged: a replica may restart meanwhile
 
 
 def send_all(urls: list[str], at_turn: Callable[[int], None], headers: Mapping[str, str] | None = None) -> None:
-    """Send each play to the replicas in turn, again to the next one until it is acknowledged."""
+    """Send each play to one replica after another until one acknowledges it; call `at_turn(place)` before each play."""
     with httpx.Client(timeout=20, headers=headers) as client:
         for place in range(PLAYS):
             at_turn(place)
@@ -39,7 +39,7 @@ def send_all(urls: list[str], at_turn: Callable[[int], None], headers: Mapping[s
 
 
 def play(place: int) -> dict[str, Any]:
-    """One of the plays."""
+    """Return the play with number `place`."""
     return {
         "event_id": f"event-{place}",
         "user_id": USERS[place % 2],
@@ -49,7 +49,7 @@ def play(place: int) -> dict[str, Any]:
 
 
 def require_each_play_once(world: Workspace, store: str) -> None:
-    """A store holds all of the plays, in their order, each once."""
+    """Fail unless the store holds all plays in order, each once."""
     opened = open_store(store, Dataset(world).lineage)
     try:
         for number, user in enumerate(USERS):

@@ -1,4 +1,4 @@
-"""`rayrec serve` as people run it: the command in a process of its own, with keys, on a free port."""
+"""Runs the command `rayrec serve` in a process of its own, with keys, on a free port."""
 
 import os
 import re
@@ -19,30 +19,30 @@ READ, ADMIN = "reader-0123456789", "admin-0123456789a"
 
 @dataclass
 class Served:
-    """A running command."""
+    """A running `rayrec serve`."""
 
     workspace: Workspace
     process: "subprocess.Popen[str]"
     url: str
 
     def processes(self, name: str = "") -> list[psutil.Process]:
-        """The command's processes that live and whose command line holds a name."""
+        """Return the live processes of the command whose command line contains `name`."""
         command, found = psutil.Process(self.process.pid), []
         for process in [command, *command.children(recursive=True)]:
             try:
                 if name in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except psutil.Error:  # it has just ended
+            except psutil.Error:  # the process has just ended
                 continue
         return found
 
     def listening(self) -> dict[tuple[str, int], str]:
-        """Address and port -> command, of every TCP and UDP port that the command's processes have open to others."""
+        """Return (address, port) -> command line, for each TCP and UDP port on which the command's processes listen."""
         found = {}
         for process in self.processes():
             try:
                 connections, command = process.net_connections(kind="inet"), " ".join(process.cmdline())
-            except psutil.Error:  # it has just ended
+            except psutil.Error:  # the process has just ended
                 continue
             for connection in connections:
                 if not connection.raddr and connection.laddr:
@@ -52,12 +52,12 @@ class Served:
 
 @contextmanager
 def started(workspace: Workspace, *options: str) -> Iterator[Served]:
-    """A running `rayrec serve`, until the block ends."""
+    """Run `rayrec serve` until the block ends."""
     process = run(workspace, "serve", "--port", "0", "--watch-seconds", "0.2", *options)
     try:
         assert process.stderr is not None
         lines = []
-        for line in process.stderr:  # after those about the states
+        for line in process.stderr:  # lines about the users' states come first
             lines.append(line)
             found = re.search(r"^Serving at (http://[\d.]+:\d+)", line)
             if found:
@@ -75,18 +75,18 @@ def started(workspace: Workspace, *options: str) -> Iterator[Served]:
 
 
 def run(workspace: Workspace, *arguments: str, key: str = "") -> "subprocess.Popen[str]":
-    """Any command, started."""
+    """Start a rayrec command."""
     command = [sys.executable, "-m", "rayrec_cli.main", "--workspace", workspace.root, *arguments]
     environment = {**os.environ, "RAYREC_API_KEYS": f"read:{READ},admin:{ADMIN}", "RAYREC_API_KEY": key}
     for name in ("RAY_ADDRESS",):
         environment.pop(name, None)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # As in a terminal: tests that run in the background of a shell would hand down that interrupts are ignored.
+    # If the tests run in the background of a shell, child processes would inherit that interrupts are ignored.
     return subprocess.Popen(command, env=environment, **pipes, preexec_fn=_hear_interrupts)
 
 
 def with_key(key: str) -> dict[str, str]:
-    """The header of a request."""
+    """Return the header that sends an API key."""
     return {"Authorization": f"Bearer {key}"}
 
 

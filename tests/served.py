@@ -1,4 +1,4 @@
-"""A small world ready to be served: a data set, releases over it, and the application around them."""
+"""A small world for tests of the server: a data set, its releases, and the application."""
 
 import asyncio
 from collections.abc import Iterator
@@ -33,15 +33,15 @@ from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 200
 BEGIN = 1_700_000_000_000  # ms UTC, before all plays of the world
-AT = BEGIN + 40_000_000  # ms UTC, after all of them
-WITHOUT_VECTOR = 7  # a song that is never recommended
+AT = BEGIN + 40_000_000  # ms UTC, after all plays of the world
+WITHOUT_VECTOR = 7  # row of a song without an embedding, which is never recommended
 
 
 def write_world(
     workspace: Workspace, *, users: int = 60, num_songs: int = NUM_SONGS, opinions: bool = False
 ) -> Histories:
-    """A data set of random plays, with `opinions` some of them skipped, and songs liked; with song vectors."""
-    histories = random_histories(users, min(num_songs, NUM_SONGS))  # so that rankers find songs that are played again
+    """Write a data set of random plays with song embeddings; with `opinions` it has skipped plays and liked songs."""
+    histories = random_histories(users, min(num_songs, NUM_SONGS))  # few songs, so that they repeat
     histories = histories.take(histories.lengths > 0)
     histories = replace(histories, played_at=histories.played_at + BEGIN)
     histories = with_opinions(histories, num_songs) if opinions else histories
@@ -61,10 +61,10 @@ def write_release(
     activate: bool = True,
     artists: bool = False,
 ) -> Manifest:
-    """A release of `model`, or of an untrained network whose seed is `seed`, over the data set of a workspace.
+    """Create a release of `model`, or of an untrained network with the seed `seed`, over the data set of a workspace.
 
-    With `ranked` it has a retrieval and rankers, which know the artists of songs with `artists`, without them the
-    network answers alone.
+    With `ranked` it has a retrieval and rankers; without them the network answers alone. With `artists` the retrieval
+    knows the artists of songs.
     """
     dataset = Dataset(workspace)
     histories = list(dataset.read_all())
@@ -75,7 +75,7 @@ def write_release(
         codes = dataset.catalog().codes(columns.ARTIST) if artists else None
         _write_rankers(workspace, made, name, concatenate(histories), codes)
     _write_index(workspace, made, name, kind)
-    encoder = TasteEncoder(load_model(workspace, made.folder))  # which knows no vector of some songs
+    encoder = TasteEncoder(load_model(workspace, made.folder))  # as stored: one song has no vector
     tastes = Manifest(kind="tastes", id=f"tastes{name}", inputs={"dataset": dataset.manifest.id, "models": made.id})
     for bucket in range(dataset.manifest.buckets):
         for batch in dataset.read_bucket(bucket):
@@ -85,7 +85,7 @@ def write_release(
 
 
 def damage(workspace: Workspace, release_id: str) -> None:
-    """Change one bit of the model of a release; a second time, repair it."""
+    """Flip one bit of the model of a release; a second call repairs it."""
     release = load_manifest(workspace, "releases", release_id)
     path = load_manifest(workspace, "models", release.inputs["models"]).path("model.safetensors")
     content = workspace.read_bytes(path)
@@ -125,7 +125,7 @@ def _write_index(workspace: Workspace, model: Manifest, name: str, kind: str) ->
 
 @contextmanager
 def service(workspace: Workspace, keys: Keys | None = None, **settings: Any) -> Iterator[Service]:
-    """A replica in this process, without Ray."""
+    """Run a replica in this process, without Ray, until the block ends."""
     opened = open_service(workspace, ServeConfig(**settings), keys=keys)
     try:
         yield opened
@@ -134,7 +134,7 @@ def service(workspace: Workspace, keys: Keys | None = None, **settings: Any) -> 
 
 
 def ms(text: str) -> int:
-    """ms UTC of a moment as answers hold it."""
+    """Return ms UTC of a moment in the format of answers, which ends in Z."""
     assert text.endswith("Z")
     return round(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() * 1000)
 
@@ -148,15 +148,15 @@ class Client:
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        """The response to a GET."""
+        """Return the response to a GET."""
         return self.request("GET", path, **options)
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
-        """The response to a POST of JSON."""
+        """Return the response to a POST of JSON."""
         return self.request("POST", path, **({} if body is None else {"json": body}), **options)
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """The response to any request."""
+        """Return the response to any request."""
         return asyncio.run(self.send(method, path, options))
 
     async def send(self, method: str, path: str, options: dict[str, Any]) -> httpx.Response:

@@ -14,7 +14,7 @@ from rayrec.storage.workspace import Workspace
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -22,7 +22,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(workspace: Workspace, **settings: Any) -> Iterator[str]:
-    """The URL of an application that runs until the block ends; needs a connection to Ray."""
+    """Run an application until the block ends; yield its URL. Needs a connection to Ray."""
     port = free_port()
     quiet = LoggingConfig(log_level=logging.ERROR, enable_access_log=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)

@@ -1,4 +1,4 @@
-"""What tests that want a real Redis skip for where there is none; answers of Redis that get lost."""
+"""Marks that skip a test if Redis is not installed; a block in which answers of Redis get lost."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ needs_redis_cli = pytest.mark.skipif(
 
 @contextmanager
 def lost_answers(monkeypatch: pytest.MonkeyPatch, most: float = math.inf) -> Iterator[None]:
-    """In this block the connection breaks whenever Redis answers a script with 1, `most` times: the script has run."""
+    """Break the connection when Redis answers 1, at most `most` times: the script has run, but its answer is lost."""
     from redis.connection import Connection
     from redis.exceptions import ConnectionError as BrokenConnectionError
 

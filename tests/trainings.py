@@ -1,4 +1,4 @@
-"""A small generated data set with song vectors, and a training of it that takes seconds."""
+"""A small generated data set with song embeddings, and settings of a training that takes seconds."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ CONFIG = TrainConfig(
     long=(2, 5),
     epochs=2,
     learning_rate=0.01,
-    dropout=0.0,  # whose masks depend on the number of workers
+    dropout=0.0,  # dropout masks depend on the number of workers
     validation_plays=200,
     checkpoint_minutes=0.0,
     workers=1,
@@ -26,7 +26,7 @@ CONFIG = TrainConfig(
 
 
 def make_world(folder: Path) -> tuple[Workspace, Split]:
-    """The data set in a new workspace; needs a cluster."""
+    """Generate the data set in a new workspace; needs a cluster."""
     from rayrec.jobs.generate import generate
 
     workspace = Workspace(folder)
@@ -37,6 +37,6 @@ def make_world(folder: Path) -> tuple[Workspace, Split]:
 
 
 def only_split(workspace: Workspace) -> Split:
-    """The split of `make_world`, in another process."""
+    """Return the split that `make_world` made, for use in another process."""
     (split,) = list_splits(workspace)
     return split

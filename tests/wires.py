@@ -1,4 +1,4 @@
-"""A process group without processes: one worker of eight, for tests that count what it sends."""
+"""A fake process group: this process is one worker of eight, for tests that count the bytes that it sends."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ WORKERS = 8
 
 
 class Wire:
-    """Stands in for the process group of eight workers: all others ask this one what it asks itself."""
+    """Replaces the process group of eight workers: all others send this worker the same requests as it sends."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
@@ -38,4 +38,4 @@ class Wire:
 
     def _all_reduce(self, tensor: Tensor) -> None:
         self.calls.append("all_reduce")
-        self.sent += 2 * (WORKERS - 1) / WORKERS * tensor.nbytes  # in a ring
+        self.sent += 2 * (WORKERS - 1) / WORKERS * tensor.nbytes  # all-reduce in a ring

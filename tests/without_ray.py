@@ -1,4 +1,4 @@
-"""Jobs over buckets in this process, one bucket after another: for tests of what they read and write."""
+"""Runs jobs over buckets in this process, one bucket after another, for tests of their reads and writes."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -34,13 +34,13 @@ JOBS = (
 )
 
 REQUESTS = {"move": 2}  # a copy and a delete
-IN_WORKER: list[bool] = []  # not empty while a worker works: all else is the driver's
+IN_WORKER: list[bool] = []  # not empty while a worker runs; other reads are those of the driver
 
 
 def run_here(
     make_worker: Callable[..., Any], units: Iterable[int], *, arguments: dict[str, Any], **_: Any
 ) -> Iterator[Any]:
-    """What `run_buckets` does, by one worker."""
+    """Do the work of `run_buckets` with one worker in this process."""
 
     def working(work: Callable[[], Any]) -> Any:
         IN_WORKER.append(True)
@@ -55,7 +55,7 @@ def run_here(
 
 
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All stages run here from now on, trainings where they ask for no workers."""
+    """Make all stages run in this process from now on; trainings only with `workers=0`."""
     here: dict[str, Any] = {
         "run_buckets": run_here,
         "ray_cluster": nullcontext,
@@ -69,18 +69,18 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class CountingFileSystem:
-    """What is asked of the file system of workspaces, as requests of an object storage and bytes read.
+    """Counts the requests that workspaces would send to an object storage, and the bytes that they read.
 
-    Opening a file to read asks for its size, as S3 does; each read, listing, writing and deleting is a request.
+    Opening a file to read is a request for its size, as on S3; each read, listing, write and deletion is a request.
     """
 
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
         self.bytes_read = self.driver_bytes_read = 0
-        self.path_bytes: Counter[str] = Counter()  # read
+        self.path_bytes: Counter[str] = Counter()  # bytes read, by path
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Count from now on."""
+        """Count all requests and reads from now on."""
         open_input = Workspace.open_input
 
         def counted_input(workspace: Workspace, path: str) -> pa.NativeFile:
@@ -100,12 +100,12 @@ class CountingFileSystem:
 
     @property
     def total(self) -> int:
-        """All requests."""
+        """Number of all requests."""
         return self.requests.total()
 
 
 class _CountedReads:
-    """A file whose reads are counted."""
+    """A file whose reads are added to `counts`."""
 
     def __init__(self, file: pa.NativeFile, path: str, counts: CountingFileSystem) -> None:
         self._file, self._path, self._counts = file, path, counts

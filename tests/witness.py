@@ -1,4 +1,4 @@
-"""A training worker that writes down the windows it learns from, step by step, and dies where it is told to.
+"""A training worker that logs the windows of each step, and can be killed at a given step.
 
 Workers cannot import test modules: a test that uses it calls `ship` first.
 """
@@ -26,40 +26,40 @@ from rayrec.data.windows import Windows
 from rayrec.jobs.trainer import LOOK_INTERVAL
 from rayrec.model.training import TrainingStep
 
-STEPS_BETWEEN_READS = 2  # so that checkpoints come often; with checkpoint_minutes=0 one comes each time
+STEPS_BETWEEN_READS = 2  # small, for frequent checkpoints: with checkpoint_minutes=0 there is one each time
 
 Step = tuple[str, int, int]  # phase, epoch, step
 
 
 @dataclass(frozen=True)
 class Death:
-    """Where a process is killed, as the out-of-memory killer does it: once only."""
+    """A planned kill of a process by SIGKILL, as by the out-of-memory killer; it happens only once."""
 
-    at: Step
+    at: Step  # the kill comes before this step
     driver: int = 0  # the process to kill; 0: the training worker itself
-    rank: int = 0  # the worker that does it
-    marker: str = ""  # file that says that it has been done
+    rank: int = 0  # rank of the worker that does the kill
+    marker: str = ""  # file that exists once the kill was done
 
 
 def ship() -> None:
-    """Send this module along with what is pickled."""
+    """Make pickled objects of this module carry its code."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, log: Path, death: Death | None = None, pause: float = 0.0) -> None:
-    """Let the trainings from now on write to the folder `log`, and each step take so many seconds longer."""
+    """Make trainings from now on log to the folder `log`, with each step `pause` seconds longer."""
     from rayrec.jobs import train as job
 
     ship()
     log.mkdir(parents=True, exist_ok=True)
-    monkeypatch.setenv(LOOK_INTERVAL, "1")  # so that more checkpoints come than are taken in
-    if not hasattr(job, "_undisturbed"):  # where a training runs in this process, it meets the patched module
+    monkeypatch.setenv(LOOK_INTERVAL, "1")  # several checkpoints come between two checks
+    if not hasattr(job, "_undisturbed"):  # a training in this process finds the module already patched
         monkeypatch.setattr(job, "_undisturbed", job.train_worker, raising=False)
     monkeypatch.setattr(job, "train_worker", partial(train_worker, str(log), death, pause))
 
 
 def train_worker(log: str, death: Death | None, pause: float, arguments: dict[str, Any]) -> None:
-    """What every training worker runs."""
+    """Run the original training worker, with logging and the planned kill."""
     from rayrec.jobs import train as job
     from rayrec.jobs.trainer import WorkerHost
     from rayrec.model import epochs as fitting
@@ -108,7 +108,7 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
 
 
 def wait_for_checkpoint() -> None:
-    """Return, in a training worker, once Ray Train has taken a checkpoint."""
+    """Wait, in a training worker, until Ray Train has stored a checkpoint; at most about 30 seconds."""
     committed = ray.train.CheckpointConsistencyMode.COMMITTED
     for _ in range(300):
         if ray.train.get_all_reported_checkpoints(committed, timeout_s=0.0):
@@ -117,19 +117,19 @@ def wait_for_checkpoint() -> None:
 
 
 def die(death: Death) -> None:
-    """Kill, once Ray Train has taken the last checkpoint; returns where it has been done before."""
+    """Do the kill once Ray Train has stored a checkpoint; return at once if it was done before."""
     marker = Path(death.marker)
     if marker.exists():
         return
     wait_for_checkpoint()
-    time.sleep(0.5)  # a later checkpoint may be under way
+    time.sleep(0.5)  # a later checkpoint may be in progress
     marker.write_text("killed")
     os.kill(death.driver or os.getpid(), signal.SIGKILL)
-    time.sleep(60)  # this process goes with the driver's cluster
+    time.sleep(60)  # until this process ends with the cluster of the driver
 
 
 def prints_of(windows: Windows) -> list[int]:
-    """A fingerprint of each window's input plays; none of a window without inputs."""
+    """Return a fingerprint of the input plays of each window that has any."""
     plays, found = windows.plays, []
     for begin, count in zip(plays.offsets[:-1].tolist(), windows.inputs.tolist(), strict=True):
         if count:
@@ -140,12 +140,12 @@ def prints_of(windows: Windows) -> list[int]:
 
 @dataclass(frozen=True)
 class Seen:
-    """What all workers of a training, its restarts included, learned from."""
+    """The logs of all workers of a training, its restarts included."""
 
-    windows: dict[Step, list[int]]  # of the last time that a step was taken, over all workers, sorted
+    windows: dict[Step, list[int]]  # sorted, of all workers, for the last time that a step was taken
     times: dict[Step, int]  # how often each step was taken
-    workers: dict[Step, set[int]]  # by how many
-    saved: list[Step]  # where the checkpoints of the first workers stood: the next step to take, in order of time
+    workers: dict[Step, set[int]]  # the numbers of workers that took each step
+    saved: list[Step]  # the next step of each checkpoint of the process that saved first, in order of time
 
     @property
     def again(self) -> list[Step]:
@@ -161,7 +161,7 @@ class Seen:
 
 
 def read_log(log: Path) -> Seen:
-    """What stands in the folder."""
+    """Read the logs in a folder."""
     files = [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(log.glob("*.jsonl"))]
     saves = [saves for lines in files if (saves := [line for line in lines if "saved" in line])]
     first_saves = min(saves, key=lambda lines: lines[0]["time"], default=[])

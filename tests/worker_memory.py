@@ -1,6 +1,6 @@
-"""What the workers of jobs hold for themselves while they work, and what goes to them through the object store.
+"""Measures the private memory of the workers of jobs, and the bytes that they get through the object store.
 
-Jobs run in this process, each of their workers in a process of its own that is sampled from outside.
+Jobs run in this process; each worker runs in a process of its own, whose memory is sampled from outside.
 """
 
 import gc
@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Memory of a process that no file backs: what is mapped from files is there once for all processes of a node.
+    """Return the bytes of a process's memory that no file backs: mapped files exist once for all processes of a node.
 
     0 for a process that has just ended.
     """
@@ -39,14 +39,14 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def growth(work: Callable[..., Any], *arguments: Any) -> tuple[int, int, Any]:
-    """Bytes that a fresh process holds before `work(*arguments)`, by how many it exceeds them then, and the result."""
+    """Run `work(*arguments)` in a fresh process; return its bytes before, the growth up to the peak, the result."""
     os.environ.update(WORKER_ENVIRONMENT)
-    context = get_context("forkserver")  # which imports once what workers import, and is forked
+    context = get_context("forkserver")  # imports the packages of workers once, then forks
     context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,))
     process.start()
-    theirs.close()  # else the death of the process would go unnoticed
+    theirs.close()  # so that the end of the process is noticed
     assert process.pid is not None
     ours.send((work, arguments))
     ours.recv()
@@ -73,11 +73,11 @@ def _serve(connection: Connection) -> None:
 
 
 def answer_requests(uri: str, store: str, songs: int) -> None:
-    """What a replica of the server does: answers for histories, filtered ones among them, and searches of songs."""
+    """Do the work of a replica: recommend for histories, with and without an artist filter, and search songs."""
     from served import Client, service
 
     histories = np.random.default_rng(0).integers(songs, size=(100, 50)).tolist()
-    artists = [f"Artist {number}" for number in range(7)]  # as `write_dataset` names them
+    artists = [f"Artist {number}" for number in range(7)]  # the names that `write_dataset` gives
     some = [[artist for bit, artist in enumerate(artists) if number >> bit & 1] for number in range(1, 101)]
     with service(Workspace(uri), store=store) as opened:
         client = Client(opened)
@@ -98,15 +98,15 @@ def _listed(work: Callable[..., Iterator[Any]], *arguments: Any) -> list[Any]:
 
 
 class WatchedWorkers:
-    """Bytes by the name of a worker's class, or of the function of a task that has a node to itself."""
+    """Bytes of the workers of jobs, by the name of the worker's class or of the function given to `run_on_node`."""
 
     def __init__(self) -> None:
-        self.idle = 0  # of a process that has imported what workers import
-        self.private: dict[str, int] = {}  # at the peak, above an idle process
-        self.stored: dict[str, int] = {}  # in the object store: arguments of all workers, and all results
+        self.idle = 0  # of a process that has only imported the packages of workers
+        self.private: dict[str, int] = {}  # at the peak, in addition to those of an idle process
+        self.stored: dict[str, int] = {}  # in the object store: the arguments and the largest result
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Run the workers of jobs so from now on."""
+        """Measure the workers of all jobs from now on."""
         here: dict[str, Any] = {
             "run_buckets": self._run_buckets,
             "run_on_node": self._run_on_node,
@@ -138,7 +138,7 @@ class WatchedWorkers:
 
 
 def pickled_bytes(value: Any) -> int:
-    """What a value takes in the object store."""
+    """Return the bytes that a value takes in the object store."""
     arrays: list[pickle.PickleBuffer] = []
     data = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
     return len(data) + sum(array.raw().nbytes for array in arrays)

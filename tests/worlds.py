@@ -1,4 +1,4 @@
-"""Small data sets written by hand, and song vectors to go with them."""
+"""Small data sets written by hand, and song embeddings for them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +21,7 @@ def write_dataset(
     buckets: int = 4,
     times: Literal["real", "positions"] = "real",
 ) -> Dataset:
-    """The histories as the canonical data set of a workspace."""
+    """Write the histories as the data set of a workspace."""
     histories = histories.take(np.argsort(histories.user_ids))
     bucket = bucket_of(histories.user_ids, buckets)
     for number in range(buckets):
@@ -55,7 +55,7 @@ def write_dataset(
 
 
 def rename_songs(workspace: Workspace, song_ids: Mapping[int, str]) -> None:
-    """Give songs of a data set, by their rows, other ids."""
+    """Change ids of songs in a data set; `song_ids` maps rows of the catalog to new ids."""
     songs = workspace.read_table(SONGS_TABLE)
     renamed = [song_ids.get(row, song_id) for row, song_id in enumerate(songs.column(columns.SONG_ID).to_pylist())]
     place = songs.column_names.index(columns.SONG_ID)
@@ -65,14 +65,14 @@ def rename_songs(workspace: Workspace, song_ids: Mapping[int, str]) -> None:
 
 
 def write_song_vectors(workspace: Workspace, vectors: np.ndarray, inputs: dict[str, str]) -> Manifest:
-    """The vectors, float32 (N, D), as a songs artifact made of `inputs`."""
+    """Publish vectors, float32 (N, D), as a `songs` artifact whose inputs are `inputs`."""
     manifest = Manifest(kind="songs", id="by-hand", inputs=inputs)
     workspace.write_array(manifest.path("vectors.npy"), vectors)
     return publish(workspace, manifest, ["vectors.npy"])
 
 
 def random_histories(users: int, num_songs: int, *, longest: int = 30, seed: int = 0) -> Histories:
-    """Users with 0 to `longest` plays each, one a minute on average, who start within the first `longest` minutes."""
+    """Users with 0 to `longest` plays each, one per minute on average, who start within the first `longest` minutes."""
     random = np.random.default_rng(seed)
     lengths = random.integers(0, longest + 1, size=users)
     starts = random.integers(0, longest * 60_000, size=users)
@@ -87,7 +87,7 @@ def random_histories(users: int, num_songs: int, *, longest: int = 30, seed: int
 
 
 def with_opinions(histories: Histories, num_songs: int, *, seed: int = 0) -> Histories:
-    """The same with every third play skipped by chance, and up to five likes of each user, of any songs."""
+    """Return the histories with a random third of the plays skipped, and up to five likes of random songs per user."""
     random = np.random.default_rng(seed)
     first, last = int(histories.played_at.min()), int(histories.played_at.max())
     likes = [
@@ -100,6 +100,6 @@ def with_opinions(histories: Histories, num_songs: int, *, seed: int = 0) -> His
 
 
 def random_vectors(num_songs: int, dim: int = 8, seed: int = 0) -> np.ndarray:
-    """float32 (N, D), normalized."""
+    """Return random vectors, float32 (N, D), normalized."""
     vectors = np.random.default_rng(seed).normal(size=(num_songs, dim))
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)

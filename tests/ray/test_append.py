@@ -1,4 +1,4 @@
-"""Appends end to end on a local cluster: new plays become a new part, and nothing that was there changes."""
+"""Appends end to end on a local cluster: new plays become a new part, and the earlier files stay unchanged."""
 
 import csv
 from pathlib import Path
@@ -61,7 +61,7 @@ def config_of(path: Path, rows: list[Play], **changes: Any) -> ImportConfig:
 
 
 def content(workspace: Workspace) -> dict[str, list[tuple[Any, ...]]]:
-    """User -> (ms, song id, contexts, skipped) of every play; fails where a user is there twice."""
+    """Return user -> (ms, song id, contexts, skipped) of every play; fail if a user occurs twice."""
     dataset = Dataset(workspace)
     ids, names = dataset.catalog().table.column("song_id").to_pylist(), dataset.manifest.contexts
     found: dict[str, list[tuple[Any, ...]]] = {}
@@ -85,7 +85,7 @@ def content(workspace: Workspace) -> dict[str, list[tuple[Any, ...]]]:
 def test_parts_hold_what_one_import_of_all_files_holds(tmp_path: Path, workspace: Workspace) -> None:
     days = [
         plays(900, 1),
-        plays(500, 2, start=START + 15_000, users=70, songs=100),  # overlaps: some plays are older than the last
+        plays(500, 2, start=START + 15_000, users=70, songs=100),  # overlaps the first file in time
         [["new", "only-new", START - 5, "podcast", 1], *plays(300, 3, start=START + 90_000, users=90, songs=120)],
     ]
     first = import_data(workspace, config_of(tmp_path / "0.csv", days[0]))
@@ -230,7 +230,7 @@ def test_contexts_and_skips_that_come_later_are_none_and_false_before(tmp_path: 
 
 @pytest.fixture
 def released(tmp_path: Path, workspace: Workspace) -> str:
-    """A release of an untrained network over a data set; its id."""
+    """The id of a release of an untrained network over a small data set."""
     dataset = import_data(workspace, config_of(tmp_path / "a.csv", plays(600, 1)))
     vectors = write_song_vectors(workspace, random_vectors(dataset.songs), {"dataset": dataset.id})
     names = save_model(
@@ -286,7 +286,7 @@ def test_a_model_is_evaluated_on_plays_that_were_appended_but_not_by_a_cut_that_
     assert report.inputs["dataset"] == Dataset(workspace).manifest.id != first.id
     assert report.metrics["plays"] > 200
     assert choose_split(workspace, cuts[0].id) == cuts[0]
-    assert choose_split(workspace) == cuts[0]  # carried over: the appended plays are in its test range
+    assert choose_split(workspace) == cuts[0]  # still valid: the appended plays are in its test range
     with pytest.raises(MismatchError, match="run `rayrec split` again"):
         choose_split(workspace, cuts[1].id)
     with pytest.raises(MismatchError, match="run `rayrec split` again"):
@@ -328,7 +328,7 @@ def test_tastes_go_on_from_earlier_ones_and_equal_a_full_run(
 def test_a_retrieval_goes_on_from_an_earlier_one_without_reading_earlier_parts(
     tmp_path: Path, workspace: Workspace
 ) -> None:
-    """The users of the second part are others, so no session and no rule goes across the end of the first."""
+    """The second part has other users than the first, so no session and no rule spans both parts."""
     import_data(workspace, config_of(tmp_path / "0.csv", plays(900, 1)))
     first = fit_retrieval(workspace, RetrievalConfig())
     later = [[f"other-{user}", *play] for user, *play in plays(500, 2, start=START + 15_000, songs=100)]
@@ -346,7 +346,7 @@ def test_a_retrieval_goes_on_from_an_earlier_one_without_reading_earlier_parts(
 
 
 def tastes_of(workspace: Workspace, manifest: artifacts.Manifest) -> dict[str, dict[str, Any]]:
-    """User -> the other columns; fails where a user is there twice."""
+    """Return user -> the other columns of the taste vectors' table; fail if a user occurs twice."""
     rows = [
         row for bucket in range(4) for row in workspace.read_table(tastes_file(manifest.folder, bucket)).to_pylist()
     ]
@@ -360,7 +360,7 @@ def test_tastes_that_were_killed_go_on_with_the_buckets_left_and_count_them_all(
 ) -> None:
     append_plays(workspace, config_of(tmp_path / "b.csv", plays(120, 2, start=START + 90_000, users=30)))
     whole = compute_tastes(workspace, TasteConfig())
-    workspace.delete(whole.path("manifest.json"))  # as a killed job leaves it
+    workspace.delete(whole.path("manifest.json"))  # as if the job had been killed
     workspace.delete(tastes_file(whole.folder, 2))
     again = compute_tastes(workspace, TasteConfig())
     assert again.metrics["buckets_computed"] == 1

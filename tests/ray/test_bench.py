@@ -1,4 +1,4 @@
-"""Every benchmark once on a tiny world: that it runs, and the shape of what it tells."""
+"""Every benchmark runs once on a tiny world, and returns the expected figures."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def check_common(told: dict[str, Any], name: str, unit: str) -> None:
 class TestBench:
     @pytest.fixture
     def place(self, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-        """One for all tests: generated data of the same size are made once."""
+        """One workspace for all tests, so that data sets of the same size are generated once."""
         return Workspace(tmp_path_factory.getbasetemp() / "bench-data")
 
     def test_taste_counts_plays_against_the_plain_loop(self, place: Workspace) -> None:
@@ -152,10 +152,10 @@ class TestBench:
         assert figures["stored_over_cpu_ms"] == pytest.approx(over_noop - figures["answer_cpu_ms"])
         assert 0 < figures["answer_cpu_ms"] < catalog["loads"]["bare history 1"]["p50_ms"]
         assert catalog["replica_mb"].keys() == {"1", "4"}
-        assert figures["replica_growth_mb"] == 0  # of one catalog
+        assert figures["replica_growth_mb"] == 0  # there is only one catalog
         assert figures.keys() >= {"p50_ratio", "throughput_ratio", "plays_cost_ratio", "load_generator"}
         with bench_place(place) as kept:
-            assert answers_world(kept, ServeBenchConfig.quick(), 500)[2] == 0  # its release is there for the next run
+            assert answers_world(kept, ServeBenchConfig.quick(), 500)[2] == 0  # 0 seconds: its release exists already
 
     def test_an_unknown_name_is_refused(self) -> None:
         with pytest.raises(InputError, match="Unknown benchmark 'speed'"):

@@ -20,7 +20,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers canno
 
 
 class Adder:
-    """Adds its number to every unit; refuses unit 3."""
+    """Adds the sum of `number` to every unit; with `refuse` it raises an error at unit 3."""
 
     def __init__(self, number: np.ndarray, *, refuse: bool = False) -> None:
         self.number, self.refuse = number, refuse
@@ -52,7 +52,7 @@ def test_an_error_of_ours_comes_out_as_it_was_raised() -> None:
 
 
 class Working:
-    """Says from when to when it worked at a unit."""
+    """Works 0.3 s at each unit and returns when it began and ended."""
 
     def __call__(self, unit: int) -> tuple[float, float]:
         began = time.time()
@@ -67,7 +67,7 @@ def test_a_node_works_at_no_more_units_than_its_memory_holds(share: float) -> No
 
 
 class Computing:
-    """Computes for a tenth of a second, and for three as it is made."""
+    """Uses 0.1 s of CPU time per unit, and 0.3 s when it is created."""
 
     def __init__(self) -> None:
         compute(0.3)
@@ -89,14 +89,14 @@ def test_the_cpu_time_of_every_unit_is_noted_and_that_of_making_a_worker_apart()
     assert [each.worker for each in times] == ["Computing"] * 6
     assert all(0.1 <= each.cpu_seconds < 0.2 for each in times)
     made = [each.setup_seconds for each in times if each.setup_seconds >= 0.3]
-    assert 1 <= len(made) <= 2  # one a process
+    assert 1 <= len(made) <= 2  # one per worker process
     assert sum(each.setup_seconds for each in times) - sum(made) < 0.1
     list(run_buckets(Computing, range(2), arguments={}))
     assert len(times) == 6
 
 
 class Dying:
-    """Is killed at some units, as the out-of-memory killer does it, so many times."""
+    """Kills its process, as the out-of-memory killer does, in the first `deadly[unit]` attempts at a unit."""
 
     def __init__(self, folder: str, deadly: dict[int, int]) -> None:
         self.folder, self.deadly = Path(folder), deadly
@@ -110,7 +110,7 @@ class Dying:
 
 
 def begun(folder: Path) -> Counter[int]:
-    """How often each unit was begun."""
+    """Return how often each unit was begun."""
     return Counter(int(line) for file in folder.iterdir() for line in file.read_text().split())
 
 
@@ -131,7 +131,7 @@ def test_a_unit_that_kills_every_worker_is_named_and_the_others_are_done(tmp_pat
 
 
 class Buggy:
-    """Has a bug at unit 1."""
+    """Has a bug: it divides by zero at unit 1."""
 
     def __call__(self, unit: int) -> float:
         return 1 / (unit - 1)

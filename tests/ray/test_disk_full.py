@@ -1,6 +1,6 @@
-"""A stage on a disk that fills: it says so and ends with 1, nothing half is read, and with room it goes on and ends.
+"""A stage on a full disk reports it and exits with 1, leaves no partial result, and completes once there is space.
 
-The disk is a file system in memory, in a mount namespace of its own, for which this takes the rights.
+The disk is a file system in memory in its own mount namespace; the tests are skipped if they may not create one.
 """
 
 import os
@@ -25,8 +25,8 @@ from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
 
 NAMESPACE = ("unshare", "--mount", "--map-root-user")
 RAYREC = f"{sys.executable} -c 'import sys; from rayrec_cli.main import main; sys.exit(main())'"
-# The stage and an audit on a small disk, both again on a large one; at last the workspace is brought out. $1: where
-# to mount; $2: the workspace before; $3: bytes of the small disk; $4: where it is brought out to; then the stage.
+# Runs the stage and `rayrec verify` on a small disk, then both again on a large one, and copies the workspace out.
+# $1: mount point; $2: workspace to start from; $3: bytes of the small disk; $4: target of the copy; rest: the stage.
 SCRIPT = f"""
 disk=$1 before=$2 small=$3 after=$4
 shift 4
@@ -42,11 +42,11 @@ done
 cp -r $disk/place $after
 """
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-SPARE = 300_000  # bytes that the small disk has left when the stage begins
+SPARE = 300_000  # bytes that are free on the small disk when the stage begins
 
 
 def can_mount() -> bool:
-    """Whether a mount namespace is to be had here."""
+    """Return True if this machine permits a mount namespace."""
     if shutil.which("unshare") is None:
         return False
     words = [*NAMESPACE, "mount", "-t", "tmpfs", "none", "/mnt"]
@@ -54,12 +54,12 @@ def can_mount() -> bool:
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """In pages, as a file system in memory counts."""
+    """Return the bytes of all files in whole pages, as a file system in memory counts them."""
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
 
 
 class Runs:
-    """A stage run on a small and then on a large disk: exit codes, last lines, files there, and the workspace after."""
+    """Runs a stage on a small, then on a large disk; holds exit codes, last error line, files and final workspace."""
 
     def __init__(self, folder: Path, before: Path, *stage: str) -> None:
         (folder / "disk").mkdir()
@@ -77,7 +77,7 @@ class Runs:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """For one run; skips where no disk can be made."""
+    """A temporary folder for one run; skips the test if no disk can be mounted."""
     if not can_mount():
         pytest.skip("no mounting in a namespace: run it where `unshare --mount --map-root-user` is permitted")
     return tmp_path

@@ -1,4 +1,4 @@
-"""`rayrec run` killed at planted moments: nothing half-written is read, and a second run ends as one would have."""
+"""`rayrec run` killed at planted moments: nothing half-written is read, and the result is that of one whole run."""
 
 import os
 import random
@@ -46,7 +46,7 @@ bootstrap_samples = 20
 max_curve_users = 20
 models = ["taste", "popularity"]
 """
-# What the run has just written when it is killed, stage by stage; of each one moment, drawn by the seed.
+# Stage -> patterns of files: the run is killed when it has written a file of one pattern, drawn by the seed.
 MOMENTS = {
     "read": ("dataset/.staging/pieces/*", "dataset/.staging/pieces/*/result.json"),
     "merge": ("dataset/.staging/*/buckets/*.json", "dataset/dataset.json"),
@@ -76,7 +76,7 @@ def start(workspace: Path, file: Path) -> subprocess.Popen[bytes]:
 
 
 def kill_at(workspace: Path, file: Path, moment: str) -> bool:
-    """Start the run and kill it when something new is there at `moment`; False where it ended before that."""
+    """Start the run and kill it when a new file matches `moment`; return False if the run ended before."""
     before = set(workspace.glob(moment))
     with start(workspace, file) as driver:
         while driver.poll() is None:
@@ -93,7 +93,7 @@ def kill_at(workspace: Path, file: Path, moment: str) -> bool:
 
 
 def check_sound(workspace: Workspace) -> None:
-    """Whatever can be found can be read whole."""
+    """Fail unless every artifact and the data set, if any, are complete and undamaged."""
     for kind in (*KINDS, "releases"):
         for manifest in artifacts.listing(workspace, kind):
             artifacts.verify(workspace, manifest)
@@ -123,14 +123,14 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(tmp_path: Path) 
         if kill_at(place, file, draw.choice(moments)):
             survived.append(stage)
         check_sound(killed)
-    assert set(MOMENTS) - set(survived) <= {"end"}  # the last files of a run may come too late to kill it
+    assert set(MOMENTS) - set(survived) <= {"end"}  # a run may end before it can be killed at its last files
     with start(place, file) as driver:
         _, told = driver.communicate(timeout=600)
     assert driver.returncode == 0, told.decode()
     check_sound(killed)
     assert ids(killed) == ids(whole)
     (released,), (wanted_release,) = (releases.list_releases(each) for each in (killed, whole))
-    assert released.inputs == wanted_release.inputs  # its id knows when its parts were made
+    assert released.inputs == wanted_release.inputs  # ids differ: they depend on when the parts were made
     assert Dataset(killed).manifest.id == Dataset(whole).manifest.id
     for name in ("model.safetensors", "song_vectors.npy"):
         (model,) = ids(whole)["models"]

@@ -26,8 +26,8 @@ CONFIG = EmbedConfig(dim=16, epochs=5, workers=1)
 
 
 def planted_histories(users: int = 120) -> Histories:
-    """Sessions of songs 0..9 or of songs 10..19, before any cut; then song 20 with 21 in the
-    validation range, and 22 with 23 in the test range."""
+    """Histories of songs 0..9 or of songs 10..19 before any cut, then of songs 20 and 21 in the
+    validation range, and of songs 22 and 23 in the test range."""
     random = np.random.default_rng(0)
     songs = random.integers(0, 10, size=(users, 20)) + 10 * (np.arange(users) % 2)[:, None]
     late = np.tile([20, 21, 22, 23], (users, 1))
@@ -42,7 +42,7 @@ def planted_histories(users: int = 120) -> Histories:
 
 @pytest.fixture
 def planted(workspace: Workspace) -> Workspace:
-    """A data set of two buckets."""
+    """A workspace with the planted histories as a data set of two buckets."""
     histories = planted_histories()
     buckets = bucket_of(histories.user_ids, 2)
     for bucket in range(2):
@@ -86,7 +86,7 @@ def test_the_same_settings_are_not_embedded_again_unless_repeated(planted: Works
     assert embed(planted, CONFIG) == first
     again = embed(planted, CONFIG, repeat=True)
     assert again.id == f"{first.id}.2"
-    # One thread and one seed: the repetition finds the same vectors.
+    # With one thread and one seed, the repetition gives the same vectors.
     assert again.files == first.files
     assert embed(planted, CONFIG.replace(seed=1)).files != first.files
 

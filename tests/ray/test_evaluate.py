@@ -25,7 +25,7 @@ from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 30
 SPLIT = Split(id="cut", dataset="by-hand", validation_from=400_000, test_from=700_000, held_out_share=0.1)
-# After two plays the plain average is as near to the one song as to the other, and rounding decides.
+# `average-1.0` is left out: after two plays the plain average is equally near to both songs, and rounding decides.
 MODELS = tuple(name for name in BASELINES if name != "average-1.0")
 SETTINGS = EvaluateConfig(models=MODELS, bootstrap_samples=100, offsets=10)
 MADE_OF = {"dataset": "by-hand", "split": "cut"}
@@ -55,12 +55,12 @@ def test_the_job_over_buckets_equals_one_pass_in_one_process(dataset: Dataset, h
     evaluator = Evaluator(fitted, split=SPLIT, song_plays=popularity.plays, config=SETTINGS)
     expected = figures_of(evaluator(histories), evaluator, "item-knn")
     assert len(stored["results"]) == len(MODELS) * 7 * 4 * 9
-    stored["comparisons"] = expected.pop("comparisons")  # of the network, which is not here
+    stored["comparisons"] = expected.pop("comparisons")  # the job compares with `two-step`, which is not evaluated
     (health,) = stored["song_vectors"]
     assert (health["vectors"], health["coverage"], health["dim"]) == ("songs", 1.0, 8)
     assert health["neighbors"][0]["plays"] == popularity.plays.max()
-    assert stored["retrieval"] == expected.pop("retrieval") == []  # none of these models has candidates
-    assert stored["calibration"] == expected.pop("calibration") == []  # nor scores that are chances
+    assert stored["retrieval"] == expected.pop("retrieval") == []  # no model here proposes candidates
+    assert stored["calibration"] == expected.pop("calibration") == []  # or has scores that are probabilities
     for name, entries in expected.items():
         assert len(stored[name]) == len(entries) > 0, name
         for found, wanted in zip(stored[name], entries, strict=True):
@@ -71,7 +71,7 @@ def _assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         if key.endswith(("low", "high")):
-            continue  # the job has other cells of users for its bootstrap
+            continue  # the job groups users into other cells for its bootstrap
         if isinstance(value, str):
             assert found[key] == value
         else:
@@ -83,11 +83,11 @@ def test_a_report_is_complete_found_again_and_repeated_on_purpose(dataset: Datas
     settings = EvaluateConfig(models=("popularity",), bootstrap_samples=10)
     first = evaluate(dataset.workspace, settings, split=SPLIT)
     verify(dataset.workspace, load_manifest(dataset.workspace, "reports", first.id))
-    assert first.metrics["default"] == "two-step"  # what a training makes unless told otherwise
+    assert first.metrics["default"] == "two-step"  # the default recommender of a trained model
     found = read_figures(dataset.workspace, first)
     assert {entry["model"] for entry in found["results"]} == {"popularity"}
-    assert found["song_vectors"] == []  # popularity needs none
-    assert "results" not in first.metrics  # a manifest is read whenever the workspace is looked at
+    assert found["song_vectors"] == []  # popularity uses no song embeddings
+    assert "results" not in first.metrics  # manifests stay small: each look at the workspace reads them
     assert first.inputs == MADE_OF
     assert evaluate(dataset.workspace, settings, split=SPLIT) == first
     again = evaluate(dataset.workspace, settings, split=SPLIT, repeat=True)
@@ -150,11 +150,11 @@ def test_networks_of_several_models_stand_on_one_table_under_their_names(dataset
     for target in ("next", "offsets25_50"):
         assert found["again", target] == found["taste", target] != found["r_hst", target]
     assert found["taste-short", "next"] == found["taste", "next"]
-    assert found["taste-short", "offsets25_50"] != found["taste", "offsets25_50"]  # the long horizon's is another
+    assert found["taste-short", "offsets25_50"] != found["taste", "offsets25_50"]  # differs for the long horizon
     cosines = {(entry["model"], entry["horizon"]) for entry in figures["pairwise"]}
     assert ("taste-short", "long") not in cosines
     assert told.metrics["recall@20"] == found["taste", "next"]
-    (health,) = figures["song_vectors"]  # none of these models asks for the vectors as embedded
+    (health,) = figures["song_vectors"]  # no model here uses the vectors that `embed` wrote
     assert (health["vectors"], health["id"], health["songs_with_vector"]) == ("models", "first", NUM_SONGS)
 
 

@@ -1,4 +1,4 @@
-"""Given pairs evaluated on a local cluster, and from the command line."""
+"""Evaluation of (prefix, target) pairs from a file, on a local cluster and from the command line."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_the_job_over_shards_equals_one_pass_in_one_process(
     results = read_figures(dataset.workspace, manifest)["results"]
     assert len(results) == len(expected) == len(MODELS) * 18
     for found, wanted in zip(results, expected, strict=True):
-        same = [name for name in found if name not in ("low", "high")]  # the cells of the bootstrap are others
+        same = [name for name in found if name not in ("low", "high")]  # its bootstrap has other cells
         assert {name: found[name] for name in same} == pytest.approx({name: wanted[name] for name in same}, abs=2e-6)
         assert found["low"] <= found["value"] <= found["high"]
     counts = [manifest.metrics[name] for name in ("pairs", "unknown_targets", "unknown_items")]

@@ -1,4 +1,4 @@
-"""The examples run as they stand, on small planted data."""
+"""The examples run on small planted data."""
 
 import runpy
 import wave
@@ -19,11 +19,11 @@ from rayrec.storage.artifacts import listing
 from rayrec.storage.releases import active_release
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-WITH_COMMA = "Earth, Wind & Fire – Song 3"  # an id as readers make it of artist and title
+WITH_COMMA = "Earth, Wind & Fire – Song 3"  # an id that readers build from artist and title
 
 
 def example(name: str) -> SimpleNamespace:
-    """What an example defines, without running it."""
+    """Return the names that an example defines, without running its main function."""
     return SimpleNamespace(**runpy.run_path(str(EXAMPLES / name), run_name="example"))
 
 
@@ -57,7 +57,7 @@ def test_own_data_goes_from_a_csv_to_recommendations(
 
 
 def write_tone(path: Path, pitch: float, seed: int) -> None:
-    """Two seconds of a tone with a little noise."""
+    """Write a WAV file with two seconds of a tone of `pitch` Hz and a little noise."""
     rate = 16_000
     moments = np.arange(2 * rate) / rate
     signal = 0.4 * np.sin(2 * np.pi * pitch * moments) + 0.02 * np.random.default_rng(seed).normal(size=len(moments))
@@ -75,7 +75,7 @@ def test_songs_that_sound_alike_get_vectors_that_are_near(
     songs = [list(range(num_songs))] * 5
     times = [[60_000 * play for play in range(num_songs)]] * 5
     write_dataset(workspace, Histories.from_lists(songs, times), num_songs)
-    for song in range(num_songs):  # even songs are low, odd ones high
+    for song in range(num_songs):  # even songs are low tones, odd songs are high tones
         write_tone(tmp_path / f"song-{song}.wav", (200 if song % 2 == 0 else 3_000) * (1 + song / 100), song)
     example("own_vectors.py").main(str(tmp_path), workspace.uri)
     told = capsys.readouterr().out

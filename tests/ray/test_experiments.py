@@ -1,4 +1,4 @@
-"""An experiment through `rayrec serve`, as people run it, to the report."""
+"""An experiment, from `rayrec serve` to the report."""
 
 import json
 import time
@@ -25,13 +25,13 @@ arms.diverse = { share = 0.5, diversity = 0.9 }
 
 @pytest.mark.slow
 def test_arms_are_named_and_logged_and_a_killed_replica_loses_no_row_that_was_due(tmp_path: Path) -> None:
-    """Rows of over a second before the kill are in the log, and so are all after a clean end."""
+    """The log has the rows from more than a second before the kill, and all rows of the replica that ends cleanly."""
     world, file = Workspace(tmp_path / "workspace"), tmp_path / "serve.toml"
     write_world(world)
     write_release(world)
     file.write_text(CONFIG)
-    arms: dict[str, str] = {}  # by recommendation id
-    begun: dict[str, float] = {}
+    arms: dict[str, str] = {}  # by user id
+    begun: dict[str, float] = {}  # seconds, by recommendation id
     with (
         started(world, "--config", str(file)) as served,
         httpx.Client(base_url=served.url, headers=with_key(ADMIN), timeout=30) as client,

@@ -1,4 +1,4 @@
-"""From plays to recommendations on Ray: the commands as people type them, and the block of the README."""
+"""From plays to recommendations on Ray: `rayrec fit` and `rayrec update`, and the Python block of the README."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def test_a_file_is_fitted_and_updated_by_two_commands(
     assert len(result("recommend", "--user", "u69", "-k", "3")["songs"]) == 3
 
 
-# `rayrec` with its arguments, and how often it starts Ray.
+# Runs `rayrec` with the arguments of the script, and prints how often it starts Ray.
 COUNTED = """
 import sys
 

@@ -36,7 +36,7 @@ def write(path: Path, lines: list[str]) -> Path:
 
 
 def random_plays(path: Path, rows: int = 3_000) -> Path:
-    """Plays of 40 users with contexts, skips, duplicates and bad rows among them."""
+    """Write plays of 40 users with contexts, skips, duplicates and bad rows; return the path."""
     random = np.random.default_rng(5)
     lines = ["user,song,played_at,contexts,skipped,title"]
     for row in range(rows):
@@ -55,7 +55,7 @@ def csv_config(*paths: Path, **changes: Any) -> ImportConfig:
 
 
 def content(workspace: Workspace) -> dict[str, list[tuple[str, int]]]:
-    """User -> (song id, ms) of every play."""
+    """Return user -> (song id, ms) of every play."""
     dataset = Dataset(workspace)
     ids = dataset.catalog().table.column("song_id").to_pylist()
     found = {}
@@ -74,7 +74,7 @@ def rejected(workspace: Workspace) -> list[tuple[int, str]]:
 
 
 def figures(manifest: DatasetManifest) -> DatasetManifest:
-    """What does not depend on when and how it was made."""
+    """Return the manifest without the fields that depend on when and how it was made."""
     return replace(manifest, config={}, created_at="", id="", files={}, last_import={})
 
 
@@ -191,7 +191,7 @@ def test_a_killed_import_leaves_no_data_set_and_goes_on_where_it_was(
         with pytest.raises(KeyboardInterrupt):
             import_data(workspace, config)
     assert not workspace.exists("dataset/dataset.json")
-    # Were a finished unit read again, it would find nothing but bad rows now.
+    # Spoil the file, but keep its size and time: a finished unit that is read again would have only bad rows.
     state, header = file.stat(), len(file.read_text().splitlines()[0]) + 1
     file.write_text(file.read_text()[:header] + "x" * (state.st_size - header))
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
@@ -216,7 +216,7 @@ def test_minimum_counts_keep_what_they_promise_and_set_the_rest_aside(tmp_path: 
     plays = [("a", "s1"), ("a", "s2"), ("a", "s1"), ("b", "s1"), ("b", "s1"), ("b", "s2"), ("c", "s3"), ("d", "s4")]
     plays += [("d", "s4"), ("d", "s1"), ("d", "s1"), ("d", "s1"), ("a", "s1"), ("c", "s3"), ("c", "s3")]
     lines = [f"{user},{song},{START + row}" for row, (user, song) in enumerate(plays)]
-    lines += [lines[6]] * 5  # duplicates count once: s3 has three plays, all of c
+    lines += [lines[6]] * 5  # duplicates count once: s3 has three plays, all of user c
     file = write(tmp_path / "a.csv", ["user,song,played_at", *lines])
     manifest = import_data(workspace, csv_config(file, min_user_plays=3, min_song_plays=3))
     kept = content(workspace)
@@ -339,7 +339,7 @@ def test_a_damaged_parquet_file_among_a_thousand_is_named_and_the_others_are_not
     assert not workspace.exists("dataset/dataset.json")
     audit = verify_workspace(workspace)
     assert (audit.problems, [note.path for note in audit.notes]) == ([], ["dataset/dataset.json", "dataset/.staging"])
-    for path in folder.iterdir():  # were one of the others read again, it would be damaged now
+    for path in folder.iterdir():  # damage all files: reading one of the others again would fail
         state = path.stat()
         damage(path)
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
@@ -350,7 +350,7 @@ def test_a_damaged_parquet_file_among_a_thousand_is_named_and_the_others_are_not
 
 
 def damage(path: Path) -> None:
-    """Change a byte within a page of a Parquet file; its footer stays whole."""
+    """Change a byte within a page of a Parquet file; its footer stays valid."""
     content = bytearray(path.read_bytes())
     content[60] ^= 255
     path.write_bytes(content)
@@ -359,7 +359,7 @@ def damage(path: Path) -> None:
 def test_a_damaged_file_that_is_left_out_leaves_the_number_of_buckets_and_units_of_the_others(
     tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with 100 GB, where a file less would be a bucket less and everything would be read again."""
+    """With 100 GB, one file less would give one bucket less, and then all files would be read again."""
     sizes = iter([20, 19, 19])
     monkeypatch.setattr(import_run, "choose_buckets", lambda size: next(sizes))
     folder = tmp_path / "files"
@@ -373,7 +373,7 @@ def test_a_damaged_file_that_is_left_out_leaves_the_number_of_buckets_and_units_
         import_data(workspace, config)
     (folder / "1.parquet").unlink()
     damage(folder / "2.parquet")
-    with pytest.raises(InputError, match=r"2.parquet is damaged"):  # changed since, so it is read again
+    with pytest.raises(InputError, match=r"2.parquet is damaged"):  # the damage changed it, so it is read again
         import_data(workspace, config)
     (folder / "2.parquet").unlink()
     assert import_data(workspace, config).buckets == 20

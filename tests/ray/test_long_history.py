@@ -1,4 +1,4 @@
-"""One user with ten million plays among others with fifty: imported and computed, in memory that is stated."""
+"""One user with ten million plays among users with fifty: import and tastes stay below a stated memory limit."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +24,11 @@ LONG, OTHERS, SHORT, NUM_SONGS = 10_000_000, 200, 50, 60
 ROWS_PER_GROUP = 1_000_000
 START = 1_400_000_000_000
 BUCKETS = 4
-BYTES_PER_PLAY = 400  # of the longest history, that the worker which merges it may need
+BYTES_PER_PLAY = 400  # memory limit of a worker, per play of the longest history
 
 
 def write_plays(path: Path) -> None:
-    """The long history's plays 10 s apart, the others' somewhere among them."""
+    """Write the long history with plays 10 s apart, and the short ones within the same period."""
     schema = pa.schema([("user", pa.string()), ("song", pa.string()), ("played_at", pa.int64())])
     songs = pa.array([f"s{song}" for song in range(NUM_SONGS)])
     with pq.ParquetWriter(path, schema) as writer:

@@ -1,4 +1,4 @@
-"""A driver, a head and a node as processes with addresses and ports of their own, and a token between them."""
+"""A driver, a head and a node as processes with their own addresses and ports, which share a token."""
 
 import json
 import os

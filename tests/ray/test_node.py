@@ -1,4 +1,4 @@
-"""One task on one node."""
+"""`run_on_node`: one task on one node."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def squares(last: int) -> Iterator[int]:
 
 
 def killed(folder: str, times: int) -> Iterator[int]:
-    """Its worker dies so many times, as the out-of-memory killer leaves it."""
+    """Yield 1 and 2, but kill the worker in between in the first `times` attempts, as the out-of-memory killer does."""
     yield 1
     begun = len(list(Path(folder).iterdir()))
     (Path(folder) / str(begun)).touch()

@@ -1,4 +1,4 @@
-"""A cluster that loses a node during the import, the training and the tastes does the work once and right."""
+"""A cluster that loses a node during import, training and tastes gives right results, and repeats only lost work."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 @dataclass(frozen=True)
 class Runs:
-    """What came of the stages with and without losses."""
+    """Results and workspaces of the stages, with lost nodes (`lossy`) and without (`whole`)."""
 
     lossy: dict[str, Any]
     whole: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Stages on a local S3 server whose requests fail now and then, or whose run is killed: everything comes out whole."""
+"""Stages on a local S3 server give complete results even if some requests fail, or if the run is killed."""
 
 import os
 import signal
@@ -54,7 +54,7 @@ def test_a_run_on_storage_that_fails_now_and_then_is_whole(server: S3Server) -> 
     assert {outcome.status for outcome in run(workspace, TINY)} == {"skipped"}
 
 
-# An append on another machine, as its lock tells.
+# Runs `rayrec` with a lock that names another machine, `elsewhere`.
 DRIVER = """
 import sys
 from types import SimpleNamespace
@@ -74,7 +74,7 @@ def write_plays(folder: Path, first_user: int, files: int = 6) -> ImportConfig:
 
 
 def content(workspace: Workspace) -> dict[str, list[tuple[int, str]]]:
-    """User -> moment and song of every play; fails where a user is there twice."""
+    """Return user -> (ms, song id) of every play; fail if a user occurs twice."""
     dataset = Dataset(workspace)
     ids = dataset.catalog().table.column("song_id").to_pylist()
     found: dict[str, list[tuple[int, str]]] = {}
@@ -94,7 +94,7 @@ def test_an_append_killed_with_its_lock_in_hand_is_refused_until_it_is_unlocked_
 ) -> None:
     workspace = Workspace(server.uri("killed"))
     base = import_data(workspace, write_plays(tmp_path / "base", 0))
-    more = write_plays(tmp_path / "more", 10)  # some users are there already
+    more = write_plays(tmp_path / "more", 10)  # users 10 to 19 are in the data set already
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment.pop("RAY_ADDRESS", None)
     command = ["--workspace", workspace.uri, "import", "csv", str(tmp_path / "more"), "--append", "--buckets", "2"]
@@ -119,4 +119,4 @@ def test_an_append_killed_with_its_lock_in_hand_is_refused_until_it_is_unlocked_
     assert made.dataset.parts == base.parts + 1
     audit = verify_workspace(workspace)
     assert audit.problems == []
-    assert [note.path for note in audit.notes] == ["dataset"]  # what the append has replaced is kept until a clean
+    assert [note.path for note in audit.notes] == ["dataset"]  # replaced files are kept until `rayrec clean`

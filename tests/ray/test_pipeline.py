@@ -1,4 +1,4 @@
-"""All stages at once on a tiny world, and the command line on what they leave behind."""
+"""The whole pipeline on a tiny world, and commands on the workspace that it leaves."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ STAGES = ["generate", "split", "embed", "train", "retrieval", "rank", "taste", "
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> tuple[Workspace, list[Outcome]]:
-    """A workspace after a run of TINY, and what the run said."""
+    """A workspace after a run of TINY, and the outcomes of the run."""
     workspace = Workspace(tmp_path_factory.mktemp("run") / "workspace")
     return workspace, run(workspace, TINY)
 
@@ -78,7 +78,7 @@ def test_a_changed_setting_repeats_its_stage_and_what_follows(tmp_path: Path, cl
     assert [outcome.stage for outcome in ranked if outcome.status == "done"] == ["rank", "evaluate", "release"]
     ids = {outcome.stage: outcome.id for outcome in ranked}
     report = artifacts.load_manifest(workspace, "reports", ids["evaluate"])
-    assert report.inputs["rankers"] == ids["rank"]  # and not those of the release that was live
+    assert report.inputs["rankers"] == ids["rank"]  # not the rankers of the live release
     again = run(workspace, {**TINY, "train": {**TINY["train"], "hidden_dim": 4}})
     done = [outcome.stage for outcome in again if outcome.status == "done"]
     assert done == ["train", "rank", "taste", "index", "evaluate", "release"]
@@ -111,7 +111,7 @@ def test_files_that_changed_are_imported_anew_and_other_data_never_replaced(tmp_
 
 
 def command(workspace: Workspace, capsys: pytest.CaptureFixture[str], *words: str) -> Any:
-    """What a command prints under --json."""
+    """Run a command with --json; return its parsed output."""
     assert main(["--workspace", workspace.uri, "--json", *words]) == 0
     told = capsys.readouterr()
     assert told.out.count("\n") == 1
@@ -143,7 +143,7 @@ def test_the_command_line_answers_from_the_live_release(
 
 
 def flags(stage: str) -> list[str]:
-    """A section of TINY as flags."""
+    """Return the settings of a stage in TINY as command-line flags."""
     words = []
     for name, value in TINY[stage].items():
         words += [f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, list) else str(value)]
@@ -157,7 +157,7 @@ def test_people_see_tables_of_80_columns(
     for words in (["recommend", "--songs", "song-000001"], ["evaluate", *flags("evaluate")], ["status"], ["index"]):
         assert main(["--workspace", made[0].uri, *words]) == 0
         told = capsys.readouterr().out
-        # a path is never broken: it can be longer
+        # a line with a path may be longer: paths are never broken
         assert all(len(line) <= 80 for line in told.splitlines() if made[0].root[:10] not in line)
 
 

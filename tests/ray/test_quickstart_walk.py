@@ -1,4 +1,4 @@
-"""The quickstart's stages work on real plays as they are written."""
+"""The commands of the quickstart work unchanged on real plays."""
 
 import os
 import re
@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "quickstart.md"
 
 
 def stages() -> list[str]:
-    """The commands of the block that runs the stages one by one."""
+    """Return the commands of the block that runs each stage with its own command."""
     blocks = re.findall(r"^```\w*\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     (block,) = (block for block in blocks if "rayrec import csv plays.csv" in block)
     return re.findall(r"^\$ (.*)$", block.replace("\\\n", " "), flags=re.MULTILINE)

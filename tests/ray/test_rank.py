@@ -1,4 +1,4 @@
-"""Retrieval and rankers as jobs: buckets and ranges of songs join to one, rankers learn from the validation range."""
+"""Retrieval and ranker jobs: counts of buckets and song ranges merge, rankers learn from the validation range."""
 
 import shutil
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def retrieval(world: Workspace, split: Split) -> Manifest:
 
 
 def arrays(value: Any) -> dict[str, np.ndarray]:
-    """All arrays of a retrieval by name."""
+    """Return all arrays of a retrieval by dotted field name."""
     found: dict[str, np.ndarray] = {}
     for field in fields(value):
         part = getattr(value, field.name)
@@ -78,7 +78,7 @@ def arrays(value: Any) -> dict[str, np.ndarray]:
 
 
 def expected(world: Workspace, split: Split) -> Retrieval:
-    """The same fitted in this process, from all plays that a final fit may see."""
+    """Return a retrieval fitted in this process, on all plays that a final fit may use."""
     dataset = Dataset(world)
     catalog = dataset.catalog()
     return Retrieval.fit(
@@ -120,8 +120,8 @@ def test_a_job_that_was_killed_reads_no_bucket_again(
         return {path: Path(world.full(path)).stat().st_mtime_ns for path in paths}
 
     pieces = pieces_left()
-    assert len(pieces) == Dataset(world).manifest.buckets + 1  # a piece for each bucket, and what they join to
-    assert pieces_left() == pieces  # none was written again
+    assert len(pieces) == Dataset(world).manifest.buckets + 1  # a piece per bucket, and their merged counts
+    assert pieces_left() == pieces  # no file was written again
     made = fit_retrieval(world, settings, split=split)
     assert made.metrics["sessions"] > 0
 
@@ -149,13 +149,13 @@ def test_rankers_learn_from_the_validation_range_and_answer(
 
 @pytest.fixture
 def elsewhere(world: Workspace, tmp_path: Path) -> Workspace:
-    """A copy of the workspace, to damage."""
+    """A copy of the workspace that a test may damage."""
     shutil.copytree(world.full(""), tmp_path / "workspace")
     return Workspace(tmp_path / "workspace")
 
 
 def change_songs(workspace: Workspace, is_changed: Callable[[Histories], np.ndarray]) -> int:
-    """Make another song of each play that is to be changed, bool (P,) of histories; how many there were."""
+    """Change the songs of the plays for which `is_changed`, bool (P,), is True; return the number of these plays."""
     changed = 0
     for bucket in range(Dataset(workspace).manifest.buckets):
         path = histories_file(0, bucket)
@@ -168,7 +168,7 @@ def change_songs(workspace: Workspace, is_changed: Callable[[Histories], np.ndar
 
 
 def rankers_again(workspace: Workspace, model: Manifest, retrieval: Manifest) -> dict[str, str]:
-    """The files of the rankers with their checksums, learned again."""
+    """Train the rankers again; return their files with checksums."""
     return fit_rankers(workspace, FEW_TREES, model_id=model.id, retrieval_id=retrieval.id, repeat=True).files
 
 
@@ -198,7 +198,7 @@ def test_rankers_learn_without_the_final_network_and_the_final_retrieval(
     assert rankers_again(elsewhere, model, retrieval) == before.files
 
 
-@pytest.mark.slow  # trains the rankers of five parts
+@pytest.mark.slow  # trains rankers without each of five parts
 def test_an_ablation_evaluates_rankers_trained_without_each_part(
     world: Workspace, split: Split, model: Manifest, retrieval: Manifest
 ) -> None:

@@ -1,4 +1,4 @@
-"""The songs of all users on a local cluster: those of single requests, resumed bucket by bucket."""
+"""Recommendations for all users on a local cluster: equal to single requests, resumed bucket by bucket."""
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ CONFIG = RecommendConfig(k=7)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A world with a release; the song vectors of its data set are by hand."""
+    """A world with a release; its song embeddings are written by hand."""
     workspace = Workspace(tmp_path_factory.mktemp("all") / "workspace")
     write_world(workspace)
     write_release(workspace)
@@ -52,7 +52,7 @@ def test_every_user_gets_the_songs_of_a_single_request_and_only_missing_buckets_
     assert problems == []
 
     first = recommendations_file(made.folder, 0)
-    world.delete(made.path("manifest.json"))  # as a killed job leaves it
+    world.delete(made.path("manifest.json"))  # as if the job had been killed
     world.delete(first)
     again = recommend_all(world, CONFIG, parts, at=AT)
     assert (again.id, again.metrics["buckets_computed"], again.files) == (made.id, 1, made.files)
@@ -71,7 +71,7 @@ def test_songs_that_no_retriever_proposed_are_counted(world: Workspace, explore:
     made = recommend_all(world, config, parts, at=AT)
     scores = np.concatenate(rows_of(world, made).column("scores").to_pylist())
     assert 0 < made.metrics["filled_songs"] == (scores == 0).sum() < len(scores)
-    world.delete(made.path("manifest.json"))  # as a killed job leaves it
+    world.delete(made.path("manifest.json"))  # as if the job had been killed
     again = recommend_all(world, config, parts, at=AT)
     assert (again.metrics["filled_songs"], again.metrics["buckets_computed"]) == (made.metrics["filled_songs"], 0)
 

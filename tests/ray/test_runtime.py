@@ -1,4 +1,4 @@
-"""What jobs set for their processes."""
+"""Settings that jobs make for their processes: huge pages for large tensors."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def asks_for_huge_pages() -> bool:
-    """Whether memory of a large tensor, made now, is marked for huge pages in this process."""
+    """Return True if the memory of a new large tensor in this process is marked for huge pages."""
     import torch
 
     tensor = torch.zeros(1 << 24)

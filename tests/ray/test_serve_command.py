@@ -1,4 +1,4 @@
-"""`rayrec serve` as people run it: behind HAProxy, on loopback alone, with keys, until it is told to end."""
+"""The command `rayrec serve`: behind HAProxy, on loopback only, with keys, until it is stopped."""
 
 import asyncio
 import ipaddress
@@ -21,7 +21,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
-ODD_SONGS = ("AC/DC – Song 4, Part 4", "..", "a%2Fb")  # as readers make them of artists and titles, and worse
+ODD_SONGS = ("AC/DC – Song 4, Part 4", "..", "a%2Fb")  # ids with characters that URLs must escape
 BODY = {"history": ["song-3", "song-50"], "at": AT, "k": 5}
 
 
@@ -38,7 +38,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """With room for few requests."""
+    """A server that lets only few requests wait."""
     workspace = Workspace(tmp_path_factory.mktemp("busy") / "workspace")
     write_world(workspace)
     write_release(workspace)
@@ -62,7 +62,7 @@ def test_every_port_is_on_loopback(served: Served) -> None:
 
 
 def test_replicas_give_way_to_nobody(served: Served) -> None:
-    """Ray would run them at a niceness of 15."""
+    """By default Ray runs its workers at a niceness of 15."""
     assert [process.nice() for process in served.processes("ServeReplica")] == [psutil.Process().nice()]
 
 
@@ -110,7 +110,7 @@ def test_behind_haproxy_requests_are_answered_and_errors_are_problems(served: Se
 
 
 def test_behind_haproxy_songs_and_users_have_any_ids(served: Served) -> None:
-    """HAProxy must pass %2F and %2E%2E on as they are: decoded, they would be other paths."""
+    """HAProxy must pass %2F and %2E%2E on undecoded: decoded, they would lead to other paths."""
     with httpx.Client(base_url=served.url, headers=with_key(ADMIN), timeout=60) as client:
         for name in ODD_SONGS:
             place = quote(name, safe="").replace(".", "%2E")
@@ -160,14 +160,13 @@ def test_a_release_is_activated_and_rolled_back_while_it_runs(served: Served) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["SIGTERM", "SIGINT"])
 def test_requests_at_work_are_answered_before_it_ends_cleanly(by: str, tmp_path: Path) -> None:
-    """As `docker stop` and systemd end it."""
+    """`docker stop` and systemd stop the server by a signal."""
     workspace = Workspace(tmp_path / "workspace")
     write_world(workspace)
     write_release(workspace)
-    body = {
-        "requests": [{**BODY, "history": ["song-3"] * 4_000}] * 100
-    }  # longer work than Serve's patience with a HAProxy
-    with started(workspace) as running, httpx.Client(headers=with_key(READ)) as idle:  # whose connection stays open
+    # Longer work than the time after which Serve replaces a stopping HAProxy.
+    body = {"requests": [{**BODY, "history": ["song-3"] * 4_000}] * 100}
+    with started(workspace) as running, httpx.Client(headers=with_key(READ)) as idle:  # stays connected
         idle.post(f"{running.url}/v1/recommendations", json=BODY).raise_for_status()
         answers: list[httpx.Response] = []
         url = f"{running.url}/v1/recommendations/batch"
@@ -175,7 +174,7 @@ def test_requests_at_work_are_answered_before_it_ends_cleanly(by: str, tmp_path:
             target=lambda: answers.append(httpx.post(url, json=body, headers=with_key(READ), timeout=60))
         )
         asking.start()
-        time.sleep(1.5)  # until the server has all of it, on a busy machine too
+        time.sleep(1.5)  # even on a busy machine the server then has the whole request
         running.process.send_signal(getattr(signal, by))
         asking.join()
         answered = time.monotonic()

@@ -1,4 +1,4 @@
-"""Acknowledged plays survive kill -9 of whatever stands between the client and the store in `rayrec serve`."""
+"""Acknowledged plays survive kill -9 of any process between the client and the store of `rayrec serve`."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from served import AT, write_release, write_world
 
 from rayrec.storage.workspace import Workspace
 
-# Which process is killed before which of the plays: the one behind the proxy, the proxy, what keeps the proxy alive.
+# Number of a play -> the process killed before it: the replica, the proxy, the process that restarts the proxy.
 KILLED_AT = {30: "ServeReplica", 60: "haproxy -db", 90: "HAProxyManager"}
 
 

@@ -63,7 +63,7 @@ def test_replicas_are_added_under_load_and_removed_after_it_without_a_failed_req
 
 
 def _address() -> str:
-    """An address of this machine that others reach; skips the test where it has none."""
+    """Return an address of this machine that other machines can reach; skip the test if there is none."""
     for addresses in psutil.net_if_addrs().values():
         for address in addresses:
             if address.family == socket.AF_INET and not address.address.startswith("127."):

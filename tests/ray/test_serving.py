@@ -1,4 +1,4 @@
-"""The application through a real Serve, over HTTP."""
+"""The application on a real Ray Serve, over HTTP."""
 
 from collections.abc import Iterator
 
@@ -51,7 +51,7 @@ def test_over_http_the_answer_is_what_evaluate_ranks(url: str, world: Workspace,
 
 @pytest.mark.parametrize("horizon", ["short", "long"])
 def test_over_http_a_song_stands_where_evaluate_ranks_it(url: str, world: Workspace, horizon: HorizonName) -> None:
-    """The song that a user played at a moment, asked for at that moment, from the plays before it."""
+    """Each query is at the moment of a play, from the plays before it; the song of that play is ranked."""
     histories = next(iter(Dataset(world).read_all()))
     plays = np.flatnonzero((histories.places > 3) & (histories.songs != WITHOUT_VECTOR))[::20][:6]
     queries = Queries.before_plays(histories, plays)

@@ -1,4 +1,4 @@
-"""Releases change under load: nothing fails, nothing is mixed, and what is broken stays out."""
+"""Releases change under load: no request fails, no answer mixes releases, and a broken release is refused."""
 
 import asyncio
 import re
@@ -52,7 +52,7 @@ def by_model(world: Workspace) -> dict[str, str]:
 
 
 def expected(world: Workspace, model: str) -> list[str]:
-    """What a release answers with its retrieval and rankers; by those of another release it would be other songs."""
+    """Return the song ids that a release recommends; with rankers of another release they would differ."""
     recommender = load_recommender(world, Dataset(world), releases.default_parts(world, model))
     history = history_of_songs(Dataset(world).catalog(), BODY["history"], AT)  # type: ignore[arg-type]
     rows, _ = recommender.recommend_one(history, AT, 20, horizon="long")
@@ -61,7 +61,7 @@ def expected(world: Workspace, model: str) -> list[str]:
 
 @dataclass
 class Load:
-    """Clients that ask without a pause until they are stopped."""
+    """Clients that send requests without a pause until they are stopped."""
 
     url: str
     answers: list[tuple[float, float, int, dict[str, Any]]] = field(
@@ -80,13 +80,13 @@ class Load:
             self.answers.append((began, time.perf_counter() - began, response.status_code, response.json()))
 
     async def during(self, work: Any, *arguments: Any) -> tuple[float, float]:
-        """Run blocking work under the load; when it began and ended."""
+        """Run blocking work under the load; return when it began and ended."""
         began = time.perf_counter()
         await asyncio.to_thread(work, *arguments)
         return began, time.perf_counter()
 
     def p99_ms(self, begin: float, end: float) -> float:
-        """Of the answers that were waited for at any moment from `begin` to `end`."""
+        """Return the p99 latency in ms of the requests that were in progress at any moment from `begin` to `end`."""
         times = [seconds for began, seconds, *_ in self.answers if began < end and began + seconds > begin]
         return float(np.percentile(times, 99)) * 1000
 
@@ -107,7 +107,7 @@ def test_releases_change_under_load_without_a_failure_or_a_mixed_answer(world: W
         clients = asyncio.ensure_future(load.run())
         await asyncio.sleep(2)
         for work in (*(partial(change, model) for model in ("model2", "model1") * 3), partial(change, "model2"), back):
-            await asyncio.sleep(1)  # to compare the switch with
+            await asyncio.sleep(1)  # a second without a switch, to compare with
             spans.append(await load.during(work))
         await asyncio.sleep(0.5)
         load.stopped = True
@@ -143,7 +143,7 @@ def test_a_broken_release_is_refused_by_all_and_no_request_notices(world: Worksp
     try:
         asyncio.run(scenario())
     finally:
-        damage(world, ids["model3"])  # the same bit: repaired
+        damage(world, ids["model3"])  # flips the same bit, which repairs the file
     assert {(status, answer["release"]) for _, _, status, answer in load.answers} == {(200, before)}
     assert httpx.get(f"{url}/v1/release").json()["activated"] == before
 
@@ -151,7 +151,7 @@ def test_a_broken_release_is_refused_by_all_and_no_request_notices(world: Worksp
 def test_the_metrics_tell_stages_batches_look_ups_paths_and_the_release(world: Workspace, url: str) -> None:
     body = {"requests": [{**BODY, "artists": ["Artist 1"]}] * 3}
     texts = []
-    for _ in range(20):  # by turns one of two replicas answers
+    for _ in range(20):  # two replicas take turns in answering
         assert httpx.post(f"{url}/v1/recommendations/batch", json=body).status_code == 200
         texts.append(httpx.get(f"{url}/metrics").text)
     for line in (
@@ -168,7 +168,7 @@ def test_the_metrics_tell_stages_batches_look_ups_paths_and_the_release(world: W
 
 
 def p99_ratio(load: Load, spans: list[tuple[float, float]]) -> float:
-    """p99 of the answers during a span over that of as long before it, at least a second; the median over spans."""
+    """Return the median over spans of: p99 in the span / p99 in the equally long time before it, at least 1 s."""
     ratios = []
     for begin, end in spans:
         before = load.p99_ms(begin - max(1.0, end - begin), begin)
@@ -181,9 +181,9 @@ SIZE = 10_000_000_000
 
 
 def write_large_release(world: Workspace, name: str, size: int) -> str:
-    """The id of a release as `model1`'s with an array of `size` bytes, nearly all of them behind those that are used.
+    """Create a release like that of `model1`, but with an array of `size` bytes; return its id.
 
-    They are zeros that take no room on the disk.
+    Nearly all of these bytes are unused zeros at the end of the array, which take no space on the disk.
     """
     small = load_manifest(world, "retrieval", "retrieval1")
     large = replace(small, id=name)
@@ -199,7 +199,7 @@ def write_large_release(world: Workspace, name: str, size: int) -> str:
 
 
 def read_by_replicas() -> int:
-    """Bytes that the replicas, and the processes that they started and waited for, have read from files."""
+    """Return the bytes that the replicas, and the processes that they started and waited for, have read from files."""
     return sum(replica.io_counters().read_chars for replica in replicas())
 
 
@@ -231,9 +231,8 @@ def test_two_replicas_take_a_release_of_10_gb_under_load_and_read_each_byte_once
     assert all([song["song_id"] for song in answer["songs"]] == right for *_, answer in load.answers)
     assert SIZE <= read[0] < 1.01 * SIZE
     ((begin, end),) = spans
-    seconds = [
-        (at, at + 1.0) for at in np.arange(begin, end)
-    ]  # a median over seconds, not one figure of a busy machine
+    # The median over seconds: a single p99 depends on the load of the machine.
+    seconds = [(at, at + 1.0) for at in np.arange(begin, end)]
     before = median(load.p99_ms(at, at + 1.0) for at in np.arange(begin - 8.0, begin - 1.0))
     during = median(load.p99_ms(*second) for second in seconds)
     print(f"\n{end - begin:.1f} s; {read[0]:,} bytes; p99 before {before:.1f} ms, during {during:.1f} ms")

@@ -1,4 +1,4 @@
-"""Data several times as large as Ray's object store: they stream through it, and what it spills stays bounded."""
+"""Data several times as large as Ray's object store stream through it, and the spilled bytes stay bounded."""
 
 import threading
 from pathlib import Path
@@ -24,9 +24,9 @@ from rayrec.model.training_windows import ShardReader, window_lengths
 from rayrec.storage.artifacts import verify
 from rayrec.storage.workspace import Workspace
 
-STORE = 80 << 20  # bytes, about the least that Ray starts with
+STORE = 80 << 20  # bytes, about the minimum with which Ray starts
 USERS, PLAYS, NUM_SONGS = 4_000, 1_500, 40
-# The smallest network there is: this is about what flows to it. Each window brings four times its plays behind it.
+# A tiny network: the test is about the data that stream to it. Each window of 20 plays comes with 80 later plays.
 CONFIG = TrainConfig(
     hidden_dim=2,
     negatives=4,
@@ -42,7 +42,7 @@ CONFIG = TrainConfig(
 
 
 def write_plays(folder: Path) -> str:
-    """Files of 500 users each, a play every minute."""
+    """Write files of 500 users each, with one play per minute and user; return the folder."""
     folder.mkdir()
     for number, first in enumerate(range(0, USERS, 500)):
         row = np.arange(500 * PLAYS)
@@ -54,7 +54,7 @@ def write_plays(folder: Path) -> str:
 
 
 class SpillWatch(threading.Thread):
-    """The most bytes that ever lay in a folder."""
+    """Records the most bytes that a folder holds at any moment."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(daemon=True)
@@ -81,7 +81,7 @@ def _size(path: Path) -> int:
 
 
 def stages(plays: str, workspace: str, spills: str) -> dict[str, Any]:
-    """Import, train and taste with a small store; ids of what was made, and the peak of what was spilled by stage."""
+    """Run import, train and taste with a small store; return the artifacts and the peak of spilled bytes by stage."""
     place, found = Workspace(workspace), dict[str, Any]()
     Path(spills).mkdir()
     with ray_cluster(num_cpus=2, object_store_memory=STORE, object_spilling_directory=spills):
@@ -101,7 +101,7 @@ def stages(plays: str, workspace: str, spills: str) -> dict[str, Any]:
 
 
 def streamed(workspace: Workspace) -> int:
-    """Bytes of the tables of windows that a training is handed in an epoch, all of them together."""
+    """Return the total bytes of the tables of windows that a training reads in one epoch."""
     dataset = Dataset(workspace)
     lengths = window_lengths(dataset, FitRange(), CONFIG)
     reader = ShardReader(dataset, FitRange(), CONFIG, lengths, Share())
@@ -119,9 +119,9 @@ def test_data_larger_than_the_object_store_stream_through_it(tmp_path: Path, rec
     record_property("spilled_mb", {stage: found[stage] / 2**20 for stage in ("import", "train", "taste")})
     assert size > 3 * STORE
     assert found["train"] < size / 4
-    assert max(found["import"], found["taste"]) < STORE / 4  # these keep their data out of the store
+    assert max(found["import"], found["taste"]) < STORE / 4  # these stages keep their data out of the store
     assert Dataset(workspace).manifest.plays == USERS * PLAYS
-    assert found["model"].metrics["plays"] == USERS * (PLAYS - 1)  # a last play is no input
+    assert found["model"].metrics["plays"] == USERS * (PLAYS - 1)  # a user's last play is no input
     assert (found["tastes"].metrics["users"], found["tastes"].metrics["plays"]) == (USERS, USERS * PLAYS)
     for made in (found["model"], found["tastes"]):
         verify(workspace, made)

@@ -19,7 +19,7 @@ from rayrec.storage.workspace import Workspace
 
 BUCKETS = 4
 AT = 200 * MINUTE
-CONFIG = TasteConfig(at="1970-01-01T03:20:00Z", users=7)  # AT
+CONFIG = TasteConfig(at="1970-01-01T03:20:00Z", users=7)  # the moment AT
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def histories() -> Histories:
 
 @pytest.fixture
 def dataset(workspace: Workspace, histories: Histories) -> Dataset:
-    """A data set and a model of it."""
+    """A data set and an untrained model of it."""
     names = save_model(workspace, "models/m", network(model_config(layers=2)), np.ones(NUM_SONGS, dtype=bool))
     publish(workspace, Manifest(kind="models", id="m", inputs={"dataset": "by-hand", "songs": "s"}), names)
     return write_dataset(workspace, histories, NUM_SONGS, buckets=BUCKETS)
@@ -64,7 +64,7 @@ def test_only_the_buckets_that_are_missing_are_computed(dataset: Dataset) -> Non
     whole = compute_tastes(workspace, CONFIG)
     assert whole.metrics["buckets_computed"] == BUCKETS
     wanted = rows_of(workspace, whole)
-    workspace.delete(whole.path("manifest.json"))  # as a killed job leaves it
+    workspace.delete(whole.path("manifest.json"))  # as if the job had been killed
     workspace.delete(tastes_file(whole.folder, 2))
     kept = {bucket: workspace.read_bytes(tastes_file(whole.folder, bucket)) for bucket in (0, 1, 3)}
     again = compute_tastes(workspace, CONFIG)

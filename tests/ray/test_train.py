@@ -47,7 +47,7 @@ CONFIG = SMALL.replace(workers=0, checkpoint_minutes=10.0)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Workspace:
-    """A small generated data set, split, with song vectors."""
+    """A workspace with a small generated data set."""
     workspace = Workspace(tmp_path_factory.mktemp("train") / "workspace")
     generate(workspace, GenerateConfig(users=150, songs=NUM_SONGS, artists=12, genres=4, plays=25, days=60, buckets=3))
     return workspace
@@ -62,7 +62,7 @@ def split(world: Workspace) -> Split:
 
 @pytest.fixture(scope="module")
 def in_process(world: Workspace, split: Split) -> Manifest:
-    """A model trained without a worker."""
+    """A model trained in this process, without Ray workers."""
     return train(world, CONFIG, split=split)
 
 
@@ -76,7 +76,7 @@ def test_epochs_are_chosen_by_plays_that_have_one_in_the_horizon() -> None:
     histories = Histories.from_lists([range(6)], [[day * DAY_MS for day in days]])  # type: ignore[list-item]
     before = FitRange(before=DAY_MS)
     validation = load_validation(histories.to_arrow(), before, 10, DaysHorizon(first_day=1, last_day=2))
-    assert validation.plays.tolist() == [1, 2, 4]  # a day after the 3rd nothing was played, and nothing after the 10th
+    assert validation.plays.tolist() == [1, 2, 4]  # days 3 and 10 have no plays one day later
     assert validation.answers.tolist() == [2, 3, 5]
     assert load_validation(histories.to_arrow(), before, 10).answers.tolist() == [1, 2, 3, 4, 5]
 
@@ -108,7 +108,7 @@ def test_a_model_is_complete_and_answers(world: Workspace, split: Split, in_proc
 def test_a_compiled_training_learns_the_same(
     world: Workspace, split: Split, in_process: Manifest, tmp_path: Path
 ) -> None:
-    copied = Workspace(shutil.copytree(world.root, tmp_path / "copied"))  # where no other test finds the second model
+    copied = Workspace(shutil.copytree(world.root, tmp_path / "copied"))  # other tests must not find this model
     made = train(copied, CONFIG.replace(compiled=True), split=split, repeat=True)
     assert made.metrics["loss"] == pytest.approx(in_process.metrics["loss"], rel=1e-3)
     assert made.metrics["validation_recall@20"] == pytest.approx(in_process.metrics["validation_recall@20"], abs=0.02)
@@ -138,7 +138,7 @@ def test_a_network_of_playlists_sees_songs_alone_and_says_that_no_split_cut_them
     assert made.metrics["source"] == "playlists"
     assert "a split cannot cut them" in made.metrics["warning"]
     entries = Dataset(world).manifest.playlist_entries
-    assert made.metrics["plays"] == entries - Dataset(world).manifest.playlists  # all but the last of each
+    assert made.metrics["plays"] == entries - Dataset(world).manifest.playlists  # all but each playlist's last
     recommender = TasteRecommender.load(world, made.id)
     assert load_model(world, made.folder).config.features.dim == 0
     histories = next(Dataset(world).read_bucket(0))
@@ -154,7 +154,7 @@ def test_playlists_shorter_than_the_horizon_are_no_training(world: Workspace, sp
 
 
 def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
-    """A training worker whose process is lost."""
+    """Train, but exit in the second epoch, once the checkpoint of the first one is stored."""
     from rayrec.jobs import trainer as here
 
     stepped = here.WorkerHost.stepped
@@ -170,7 +170,7 @@ def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
 
 
 def _notes_its_first_step(arguments: dict[str, Any]) -> None:
-    """A training worker that writes down where it began."""
+    """Train, and write the number of workers and the phase, epoch and step of the first step to a file."""
     from rayrec.jobs import trainer as here
 
     stepped = here.WorkerHost.stepped
@@ -217,7 +217,7 @@ def test_ray_data_streams_the_batches_of_the_plain_loop_none_past_the_cut(world:
         reader = ShardReader(dataset, split.selection, CONFIG, lengths, Share(rank=rank, workers=2))
         stream = WindowStream(reader, range(3, 9))
         for epoch in (3, 4, 6):
-            if epoch == 4:  # left half-read
+            if epoch == 4:  # stop after two batches
                 assert len(list(islice(stream.epoch(epoch), 2))) == 2
                 continue
             streamed, plain = list(stream.epoch(epoch)), list(plain_stream(reader, epoch))
@@ -232,7 +232,7 @@ def test_ray_data_streams_the_batches_of_the_plain_loop_none_past_the_cut(world:
 
 
 def _notes_its_streams(arguments: dict[str, Any]) -> None:
-    """A training worker that writes down what streams it opens."""
+    """Train, and write the epochs of each stream that is opened to a file."""
     from rayrec.jobs import trainer as here
 
     opened = here.WindowStream
@@ -249,14 +249,14 @@ def _notes_its_streams(arguments: dict[str, Any]) -> None:
 def test_all_epochs_of_a_phase_come_from_one_stream(
     world: Workspace, split: Split, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Each stream starts processes, whose imports take 3 CPU seconds."""
+    """One stream per epoch would be slow: each stream starts processes whose imports take 3 CPU seconds."""
     register_pickle_by_value(sys.modules[__name__])
     shutil.copytree(world.root, tmp_path / "workspace")
     monkeypatch.setattr(job, "train_worker", _notes_its_streams)
     config = CONFIG.replace(workers=1, epochs=3, patience=3)
     made = train(Workspace(tmp_path / "workspace"), config, split=split, repeat=True)
     assert made.metrics["epochs"] >= 1
-    assert (tmp_path / "workspace" / "streams").read_text() == "0 3\n0 3\n"  # to choose the epoch, and the last fit
+    assert (tmp_path / "workspace" / "streams").read_text() == "0 3\n0 3\n"  # selection, then the final fit
 
 
 def test_the_plays_to_predict_lie_in_the_validation_range_alone(world: Workspace, split: Split) -> None:
@@ -265,7 +265,7 @@ def test_the_plays_to_predict_lie_in_the_validation_range_alone(world: Workspace
     assert at.max() < split.test_from
     assert (at[validation.plays] >= split.validation_from).all()
     assert 0 < len(validation.plays) <= 50
-    assert not set(validation.plays.tolist()) & set(validation.histories.offsets.tolist())  # none is a first play
+    assert not set(validation.plays.tolist()) & set(validation.histories.offsets.tolist())  # no user's first play
 
 
 def test_song_vectors_of_another_split_or_data_set_are_refused(world: Workspace, split: Split) -> None:
@@ -327,7 +327,7 @@ def test_a_training_that_diverges_publishes_nothing(world: Workspace, split: Spl
 
 @pytest.fixture
 def stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainings are lost in the second epoch and leave a checkpoint of the first one."""
+    """Make trainings exit in the second epoch; they leave a checkpoint of the first one."""
     register_pickle_by_value(sys.modules[__name__])
     ship()
     monkeypatch.setattr(trainer, "WORKER_FAILURES", 0)
@@ -340,7 +340,7 @@ def test_an_unfinished_training_asks_for_the_flags_that_resume_or_restart_it(
     world: Workspace, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copied = Workspace(shutil.copytree(world.root, tmp_path / "workspace"))
-    copied.delete("steps")  # of another test
+    copied.delete("steps")  # written by another test
     values = changed_settings(TrainConfig, to_mapping(CONFIG.replace(workers=1, seed=5)))
     (tmp_path / "train.toml").write_text(to_toml({"train": values}))
     words = ["--workspace", copied.uri, "train", "--config", str(tmp_path / "train.toml"), "--split", split.id]
@@ -386,5 +386,5 @@ def test_a_run_resumes_a_training_that_was_stopped(
         run(workspace, stages)
     monkeypatch.setattr(job, "train_worker", _notes_its_first_step)
     outcomes = {outcome.stage: outcome.status for outcome in run(workspace, stages)}
-    assert workspace.read_json("steps/0.json") == [1, "selection", 1, 0]  # on plays of a range that `run` holds back
+    assert workspace.read_json("steps/0.json") == [1, "selection", 1, 0]  # `run` holds back a range for the selection
     assert (outcomes["embed"], outcomes["train"], outcomes["release"]) == ("skipped", "done", "done")

@@ -1,4 +1,4 @@
-"""A training that is killed learns from the same plays as an undisturbed one and ends where it ends."""
+"""A killed training learns from the same plays as an undisturbed one, and ends with the same network."""
 
 import os
 import shutil
@@ -20,13 +20,13 @@ from rayrec.jobs.train import train
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
-TOLERANCE = 1e-4  # of weights, where another number of workers adds up gradients in another order
-PAUSE = 0.2  # seconds that a step takes longer, so that checkpoints are stored meanwhile
+TOLERANCE = 1e-4  # of weights: another number of workers adds gradients in another order
+PAUSE = 0.2  # seconds added to each step, so that checkpoints are stored meanwhile
 
 
 @dataclass(frozen=True)
 class World:
-    """A data set, and what an undisturbed training of it saw and made."""
+    """A data set, and the model and the logged windows of an undisturbed training."""
 
     workspace: Workspace
     split: Split
@@ -50,7 +50,7 @@ def weights(workspace: Workspace, manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def difference(world: World, workspace: Workspace, manifest: Manifest) -> float:
-    """The largest, of any weight."""
+    """Return the largest difference of any weight from the undisturbed training."""
     wanted, found = weights(world.workspace, world.made), weights(workspace, manifest)
     assert found.keys() == wanted.keys()
     return max(float(np.abs(found[name] - wanted[name]).max()) for name in wanted)
@@ -66,7 +66,7 @@ def test_an_epoch_sees_every_window_once(world: World) -> None:
 
 
 def check_seen(world: World, seen: Seen, died_at: tuple[str, int, int]) -> None:
-    """The same windows in the same steps, and none again but those since the last checkpoint but one."""
+    """Fail unless all steps saw the undisturbed windows, and only steps since the last checkpoint but one repeat."""
     assert seen.windows == world.seen.windows
     assert len(seen.saved) >= 2
     assert set(seen.again) <= seen.may_be_taken_again

@@ -1,4 +1,4 @@
-"""Training workers that find no room: what is waited for is said, and not for ever."""
+"""Training workers without free resources: a message names the resources, and the wait has a time limit."""
 
 import logging
 import sys
@@ -24,7 +24,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers canno
 
 @ray.remote
 class Holder:
-    """Has the CPUs of the cluster."""
+    """Occupies CPUs of the cluster."""
 
     def ready(self) -> bool:
         return True
@@ -32,7 +32,7 @@ class Holder:
 
 @contextmanager
 def held(cpus: int, seconds: float = 600.0) -> Iterator[None]:
-    """Somebody else's work on the cluster, for at most so long."""
+    """Occupy `cpus` CPUs of the cluster during a block, for at most `seconds`."""
     holder: Any = Holder.options(num_cpus=cpus).remote()  # type: ignore[attr-defined]
     ray.get(holder.ready.remote())
     timer = threading.Timer(seconds, ray.kill, [holder])
@@ -60,7 +60,7 @@ def test_workers_that_find_no_cpu_are_given_up_with_what_they_need(
     began = time.monotonic()
     with held(2), caplog.at_level(logging.WARNING), pytest.raises(RayrecError) as raised:
         run(workspace, WorkerRequest(workers=2, cpus=1.0, wait_minutes=0.1))
-    assert time.monotonic() - began < 240  # Ray Train alone would go on
+    assert time.monotonic() - began < 240  # Ray Train alone would wait without limit
     need = "2 training workers with 1 CPU each (0 of 2 in the cluster are free)"
     assert f"did not start within 0.1 minutes: it needs {need}; free resources" in str(raised.value)
     told = [record.getMessage() for record in caplog.records if record.name == trainer.__name__]

@@ -1,4 +1,4 @@
-"""A sweep finds what the planted world rewards, and goes on where it was killed."""
+"""A sweep finds the settings that the planted world rewards, and continues after it was killed."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ DEADLINE = 240  # seconds
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Workspace:
-    """A small generated data set, split, with a sweep's file beside it."""
+    """A small generated data set with a split."""
     folder = tmp_path_factory.mktemp("tune")
     workspace = Workspace(folder / "workspace")
     generate(workspace, GenerateConfig(users=150, songs=80, artists=12, genres=4, plays=25, days=60, buckets=2))
@@ -84,7 +84,7 @@ def test_a_killed_sweep_goes_on_and_finds_the_network_that_learns(world: Workspa
     heard: list[int] = []
     made = tune(world, TuneConfig(), space, split=split, on_trial=lambda row, _: heard.append(row["trial"]))
     assert heard == list(range(len(kept) + 1, TRIALS + 1))
-    assert made.metrics["trials"][: len(kept)] == kept  # the seconds too: they were not done again
+    assert made.metrics["trials"][: len(kept)] == kept  # the seconds too, so they were not repeated
     recalls = {(row["embed.dim"], row["train.learning_rate"]): row[CHOSEN_BY] for row in made.metrics["trials"]}
     assert len(recalls) == TRIALS
     assert min(recalls[dim, 0.02] for dim in (8, 16)) > max(recalls[dim, 1e-9] for dim in (8, 16))
@@ -94,7 +94,7 @@ def test_a_killed_sweep_goes_on_and_finds_the_network_that_learns(world: Workspa
 
 @pytest.mark.slow
 def test_a_sweep_leaves_a_table_the_best_settings_and_no_models(world: Workspace, space: str) -> None:
-    made = tune(world, TuneConfig(), space, split=_split(world))  # the same one: it is there
+    made = tune(world, TuneConfig(), space, split=_split(world))  # the sweep of the test before
     assert load_manifest(world, "tunings", made.id) == made
     assert set(made.files) == {"trials.json", "trials.csv", "best.toml"}
     lines = world.read_bytes(made.path("trials.csv")).decode().splitlines()

@@ -1,4 +1,4 @@
-"""What `pip install rayrec` gives to somebody who has no clone: the demo runs and its result is served."""
+"""`pip install rayrec` without a clone of the repository: the demo runs, and its release can be served."""
 
 import os
 import re
@@ -17,7 +17,7 @@ KEY = "reader-0123456789"
 
 @contextmanager
 def serving(rayrec: Path, folder: Path, environment: dict[str, str]) -> Iterator[str]:
-    """The URL of `rayrec serve` over the workspace `demo`, until the block ends."""
+    """Run `rayrec serve` over the workspace `demo` until the block ends; yield its URL."""
     command = [rayrec, "--workspace", "demo", "serve", "--port", "0"]
     process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
     try:
@@ -31,7 +31,7 @@ def serving(rayrec: Path, folder: Path, environment: dict[str, str]) -> Iterator
         else:
             raise AssertionError("".join(said))
     finally:
-        process.terminate()  # not SIGINT, which what a script starts in the background ignores
+        process.terminate()  # not SIGINT, which background processes of a script ignore
         assert process.wait(60) == 0
 
 

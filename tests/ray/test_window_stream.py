@@ -1,4 +1,4 @@
-"""What the tasks of Ray Data read for each training worker."""
+"""Files and bytes that the tasks of Ray Data read for each training worker."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_each_worker_opens_its_part_of_the_files_once_and_reads_its_part_of_the_
     lengths = window_lengths(dataset, FitRange(), CONFIG)
 
     def read(rank: int, workers: int) -> tuple[list[str], int]:
-        """Files opened and bytes read for one epoch of a worker."""
+        """Return the files opened and the bytes read for one epoch of the worker `rank`."""
         reader = ShardReader(dataset, FitRange(), CONFIG, lengths, Share(rank=rank, workers=workers))
         counted.reads()
         stream = WindowStream(reader, range(1))

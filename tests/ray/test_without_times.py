@@ -1,4 +1,4 @@
-"""Every stage on plays that are only in order."""
+"""Every stage on plays without times, of which only the order is known."""
 
 import json
 
@@ -17,12 +17,12 @@ from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
 USERS, SONGS = 60, 12
-LAST_SONG = "encore"  # what everybody plays last, and at no other time
+LAST_SONG = "encore"  # the song that every user plays last, and only then
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> tuple[Workspace, dict[str, Outcome]]:
-    """Users who play the songs 0, 1, 2 ... round and round, each from another song on."""
+    """A pipeline run on users who play the songs 0, 1, 2 ... in a circle, starting at song `user % SONGS`."""
     folder = tmp_path_factory.mktemp("sequences")
     lines = [" ".join([*(str((user + step) % SONGS) for step in range(19)), LAST_SONG]) for user in range(USERS)]
     (folder / "plays.txt").write_text("\n".join(lines))
@@ -55,7 +55,7 @@ def test_the_end_of_each_sequence_is_evaluated_and_the_report_says_so(
         for entry in json.loads(workspace.read_bytes(f"{report}/results.json"))["results"]
         if (entry["users"], entry["target"], entry["metric"]) == ("all", "next", "recall")
     }
-    assert value["sequential-rules", 1] == 0.75  # three of four: nobody can foresee the last song
+    assert value["sequential-rules", 1] == 0.75  # 3 of 4 test plays: the last song cannot be predicted
     assert value["popularity", 1] < 0.2
     assert 0 < value["taste", 10] <= 0.75
     assert b"weaker than a split in time" in workspace.read_bytes(f"{report}/report.html")

@@ -1,4 +1,4 @@
-"""The two stores of user states, an SQLite file and a real Redis server; commands whose stages run in the process."""
+"""Fixtures: stores of user states in SQLite and in a real Redis server; commands whose stages run without Ray."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from rayrec.bench.redis_servers import RedisServer
 
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One server for the tests of a module."""
+    """One Redis server for all tests of a module."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     server.start()
     yield server
@@ -20,7 +20,7 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 @pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty store."""
+    """The URI of an empty store of user states, in SQLite and in Redis."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/states.sqlite"
     server: RedisServer = request.getfixturevalue("redis")
@@ -30,7 +30,7 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def commands_without_ray() -> Iterator[None]:
-    """`main` runs commands whose stages run here, not on Ray."""
+    """Make the stages of commands run in this process, not on Ray."""
     from typer.main import get_command
     from without_ray import without_ray
 
@@ -38,5 +38,5 @@ def commands_without_ray() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        patch.setattr("rayrec_cli.main.app", get_command(app))  # Typer would make all commands anew at each call
+        patch.setattr("rayrec_cli.main.app", get_command(app))  # Typer would build all commands at each call
         yield

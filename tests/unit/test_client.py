@@ -1,4 +1,4 @@
-"""The HTTP client against servers that break, refuse and answer."""
+"""The HTTP clients against servers that hang up, refuse or answer."""
 
 import asyncio
 import inspect
@@ -21,7 +21,7 @@ from rayrec.client import ApiError, ApiUnavailableError, AsyncClient, Client, Re
 from rayrec.serving.routes import create_app
 from rayrec.storage.workspace import Workspace
 
-# What a method needs beside its required arguments, which are sampled by their names.
+# Optional arguments that a method needs in a call; its required arguments come from SAMPLES, by name.
 ALSO = {"recommend": {"user_id": "ann"}, "rank": {"user_id": "ann"}}
 SAMPLES: dict[str, Any] = {
     "user_id": "ann",
@@ -42,7 +42,7 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def server(answers: list[Callable[[BaseHTTPRequestHandler], None]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A server that gives each answer once, and what it received."""
+    """Run a server that gives each answer once; yield its URL and the list of the requests that it received."""
     bodies: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -59,7 +59,7 @@ def server(answers: list[Callable[[BaseHTTPRequestHandler], None]]) -> Iterator[
             answers.pop(0)(self)
 
         def log_message(self, *words: Any) -> None:
-            """Says nothing."""
+            """Log nothing."""
 
     made = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=made.serve_forever, daemon=True)
@@ -72,7 +72,7 @@ def server(answers: list[Callable[[BaseHTTPRequestHandler], None]]) -> Iterator[
 
 
 def status(code: int, body: dict[str, Any]) -> Callable[[BaseHTTPRequestHandler], None]:
-    """An answer."""
+    """Return an answer with a status code and a JSON body."""
 
     def give(handler: BaseHTTPRequestHandler) -> None:
         content = json.dumps(body).encode()
@@ -86,7 +86,7 @@ def status(code: int, body: dict[str, Any]) -> Callable[[BaseHTTPRequestHandler]
 
 
 def hang_up(handler: BaseHTTPRequestHandler) -> None:
-    """Close the connection without a word."""
+    """Close the connection without an answer."""
     handler.connection.close()
 
 
@@ -227,7 +227,7 @@ def test_ids_are_escaped_moments_have_a_zone_and_the_key_is_sent() -> None:
 
 
 def methods(kind: type) -> dict[str, inspect.Signature]:
-    """The methods of a client that send requests."""
+    """Return name -> signature of the methods of a client class that send requests."""
     others = ("close", "aclose")
     found = inspect.getmembers(kind, inspect.isfunction)
     return {name: inspect.signature(body) for name, body in found if name[0] != "_" and name not in others}

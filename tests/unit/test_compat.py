@@ -1,4 +1,4 @@
-"""The private parts in compat.py give known answers in the versions that are installed."""
+"""The private functions of other packages that compat.py uses give known answers in the installed versions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from rayrec import compat
 
 @contextmanager
 def known(package: str, what: str) -> Iterator[None]:
-    """Fail with what to do where the block fails."""
+    """If the block fails, raise an error that says what to do."""
     try:
         yield
     except Exception as error:
@@ -31,7 +31,7 @@ def test_an_s3_file_system_gives_back_the_options_that_it_was_made_with() -> Non
     with known("pyarrow", "pickles S3FileSystem"):
         options = compat.s3_options(pafs.S3FileSystem(**given))
         assert {name: options[name] for name in given} == given
-        assert "request_timeout" not in options  # was not set
+        assert "request_timeout" not in options  # not in `given`
         assert pafs.S3FileSystem(**{**options, "proxy_options": None}).region == "north"
     with known("pyarrow", "parses S3 URIs"):
         parsed, path = pafs.FileSystem.from_uri("s3://key:secret@bucket/a/b?region=south&endpoint_override=host:1")

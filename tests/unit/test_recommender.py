@@ -37,7 +37,7 @@ COLUMNS = ["user_id", "rank", "song_id", "title", "artist", "score"]
 
 
 def frame(rows: list[str]) -> pd.DataFrame:
-    """The rows as people have them: times of pandas without a zone."""
+    """Return the rows as a DataFrame with pandas timestamps without a time zone."""
     table = pd.DataFrame([row.strip().split(",") for row in rows], columns=HEAD.strip().split(","))
     table["timestamp"] = pd.to_datetime(table["timestamp"].astype("int64"), unit="s")
     return table
@@ -138,7 +138,7 @@ def test_users_without_a_known_play_get_popular_songs_and_are_named(
     early = model.recommend("u3", k=5, at=pd.Timestamp("2020-01-01"))  # before the first play
     popular = shown[shown["user_id"] == "nobody"].reset_index(drop=True)
     assert early.drop(columns="user_id").equals(popular.drop(columns="user_id"))
-    assert popular["score"].min() > 1  # plays of late
+    assert popular["score"].min() > 1  # scores are numbers of recent plays
 
 
 def test_an_unknown_user_has_no_taste_and_an_unknown_song_nothing_like_it(model: Recommender) -> None:
@@ -184,7 +184,7 @@ def test_a_table_that_a_killed_run_left_goes_with_a_compaction_or_the_next_run(
     def kill() -> None:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
             patch.setattr("rayrec.jobs.fit.guess_import", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-            patch.setattr(Workspace, "delete", lambda *_: None)  # nothing is tidied up
+            patch.setattr(Workspace, "delete", lambda *_: None)  # a killed process deletes nothing
             model.fit(pd.DataFrame({"user": ["planted-4711"] * 9}))
         assert holding()
 
@@ -198,7 +198,7 @@ def test_a_table_that_a_killed_run_left_goes_with_a_compaction_or_the_next_run(
     forget_users(model.workspace, ["planted-4711"])
     compute_tastes(model.workspace, TasteConfig())
     assert holding() == []
-    kill()  # with plays that were sent after the deletion
+    kill()  # a run after the deletion leaves the user's plays again
     compact(model.workspace)
     assert holding() == []
 
@@ -281,7 +281,7 @@ def test_plays_of_an_update_that_is_not_used_are_known_at_once(
     model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without_ray(monkeypatch)
-    monkeypatch.setattr("rayrec.jobs.update.TOLERANCE", -2.0)  # no recall is as high
+    monkeypatch.setattr("rayrec.jobs.update.TOLERANCE", -2.0)  # no recall can be high enough
     model.save(tmp_path / "saved")
     loaded = rayrec.load(tmp_path / "saved", progress=False)
     with pytest.raises(NotFoundError, match="u70"):
@@ -374,7 +374,7 @@ def test_a_model_in_a_temporary_folder_is_copied_by_saving_alone(model: Recommen
     with pytest.raises(NotFoundError, match="call fit first"):
         Recommender().save(tmp_path / "nothing")
     kept = rayrec.load(model.save(tmp_path / "kept"), progress=False)
-    assert not any(map(kept.workspace.exists, (LOCK, LOCK_HOLDER)))  # elsewhere it would wait for the one who saved it
+    assert not any(map(kept.workspace.exists, (LOCK, LOCK_HOLDER)))  # a copied lock would block the copy
     again = pickle.loads(pickle.dumps(kept))
     pd.testing.assert_frame_equal(
         again.recommend("u1", at="2030-01-01T00:00:00Z"), kept.recommend("u1", at="2030-01-01T00:00:00Z")

@@ -1,4 +1,4 @@
-"""Whoever reads that a test was skipped learns what is missing and how to have it run."""
+"""The reason of every skip says what is missing and how to enable the test."""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ SKIPPING = {"skip", "skipif", "importorskip"}
 
 
 def reasons(path: Path) -> Iterator[tuple[int, str]]:
-    """The line and the reason of every skip of a file; an empty reason where there is none."""
+    """Yield line and reason of every skip in a file; the reason is empty if the skip has none."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in SKIPPING:
             named = [item.value for item in node.keywords if item.arg == "reason"]

@@ -17,7 +17,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "stream_plays.py"
 
 
 class Topic:
-    """A topic of one partition, which hands out again what was not committed once its consumer was restarted."""
+    """A topic with one partition; after a restart of the consumer it delivers uncommitted messages again."""
 
     def __init__(self, values: list[bytes | None]) -> None:
         self._values, self.committed, self._next = values, 0, 0
@@ -46,7 +46,7 @@ class Topic:
 
 
 class Sender:
-    """A client whose answers are lost as often as the test says, after the server has stored the plays."""
+    """A client whose first `lost` answers get lost, after the server has stored the plays."""
 
     def __init__(self, app: Client, lost: int) -> None:
         self._app, self._lost = app, lost

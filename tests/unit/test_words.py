@@ -1,4 +1,4 @@
-"""What users read is in the words of the field: no string that they can meet holds a banned word."""
+"""Texts for users use the terms of the field: no string that they can see contains a banned word."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = [path for folder in ("rayrec", "cli") for path in sorted((ROOT / folder).rglob("*.py"))]
-# Files whose docstrings are texts of the OpenAPI document or help of the command line.
+# Files whose docstrings are shown in the OpenAPI document or in the help of the command line.
 SHOWN = {ROOT / "rayrec" / name for name in ("serving/schemas.py", "serving/routes.py", "bench/bench_config.py")}
 TEXTS = [
     *sorted((ROOT / "rayrec").rglob("*.html")),
@@ -30,25 +30,25 @@ PATTERN = re.compile(rf"\b({'|'.join(BANNED)})\b", re.IGNORECASE)
 
 
 def literal(node: ast.AST) -> str:
-    """The text of a string or an f-string, each expression of which is one `{}`."""
+    """Return the text of a string or an f-string, with `{}` for each expression; "" for other nodes."""
     if isinstance(node, ast.JoinedStr):
         return "".join(literal(part) if isinstance(part, ast.Constant) else "{}" for part in node.values)
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
 def is_command(node: ast.AST) -> bool:
-    """True for a function whose docstring is the help of a command."""
+    """Return True for a function whose docstring is the help of a command."""
     names = [call.func for call in getattr(node, "decorator_list", []) if isinstance(call, ast.Call)]
     return any(isinstance(name, ast.Name) and name.id == "command" for name in names)
 
 
 def sentences(source: str, docstrings: bool = False) -> Iterator[tuple[int, str]]:
-    """Line and text of every string of several words; of the docstrings those of commands alone, or all."""
+    """Yield line and text of each string of several words; unless `docstrings`, skip docstrings that are no help."""
     tree = ast.parse(source)
     hidden: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, DOCUMENTED) and not docstrings and not is_command(node):
-            for item in node.body:  # the docstring, and texts that stand under a field
+            for item in node.body:  # the docstring, and strings below fields
                 if isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant):
                     hidden.add(id(item.value))
         if isinstance(node, ast.JoinedStr):
