@@ -1,4 +1,4 @@
-"""A local S3 server, in a process of its own, that fails now and then when it is asked to."""
+"""A local S3 server in a process of its own, which can fail a share of the requests."""
 
 import json
 import os
@@ -45,21 +45,21 @@ KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REG
 
 
 class S3Server:
-    """The server's address, and its faults."""
+    """The address of the server, and the control of its failures."""
 
     def __init__(self, port: int) -> None:
         self.port = port
 
     def uri(self, prefix: str) -> str:
-        """A workspace on it."""
+        """Return the URI of a workspace on the server."""
         return f"s3://bucket/{prefix}?endpoint_override=127.0.0.1:{self.port}&scheme=http&allow_bucket_creation=true"
 
     def fail(self, share: float) -> None:
-        """From now on this share of all requests is answered by 500 or 503, at once or after 4 seconds."""
+        """From now on, answer this share of all requests with 500 or 503, at once or after 4 seconds."""
         self._ask(json.dumps({"share": share}).encode())
 
     def counts(self) -> dict[str, int]:
-        """Requests asked and failed so far."""
+        """Return the numbers of requests received (`asked`) and failed so far."""
         return self._ask(None)
 
     def _ask(self, body: bytes | None) -> dict[str, int]:
@@ -71,7 +71,7 @@ class S3Server:
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """A server with an empty bucket; its keys stand in the environment, for workers started meanwhile too."""
+    """Run a server with an empty bucket during a block, with its keys in the environment of this and new processes."""
     before = dict(os.environ)
     os.environ.update(KEYS, AWS_EC2_METADATA_DISABLED="true")
     with subprocess.Popen(

@@ -1,5 +1,6 @@
-"""The board that carries a worker's progress to the driver's bar."""
+"""The board: an actor that passes the progress of training workers to the driver's progress bar."""
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -25,11 +26,18 @@ def test_the_bar_moves_with_what_workers_write_and_shows_the_last_validation(
     assert sum(amount for amount, _ in told) == 40.0
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_board_that_is_lost_ends_the_bar_and_not_the_job() -> None:
     board = new_board()
     ray.kill(board)
     with shown(board, "Training", 100.0):
-        time.sleep(1.0)  # the bar looks twice a second
+        assert _is_drawing()
+        _wait_for(lambda: not _is_drawing())
+        assert not _is_drawing()
+
+
+def _is_drawing() -> bool:
+    return any(thread.name.endswith("(draw)") for thread in threading.enumerate())
 
 
 def _wait_for(ready: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -1,4 +1,4 @@
-"""Commands as jobs on a real head: its dashboard, its job server, its token."""
+"""Commands as jobs on a real Ray head with a dashboard, a job server and a token."""
 
 import json
 import os
@@ -15,13 +15,13 @@ WORLD = "users = 300\nsongs = 100\nartists = 20\ngenres = 4\nplays = 10.0\nbucke
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A head with two CPUs that asks for a token."""
+    """A head with two CPUs that requires a token."""
     with ray_head() as started:
         yield started
 
 
 def submit(head: Head, *words: str, token: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`rayrec --json submit` in a process of its own, as users run it: Ray reads a token once a process."""
+    """Run `rayrec --json submit` in its own process, because Ray reads a token only once per process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token or head.token)}
     command = [sys.executable, "-m", "rayrec_cli.main", "--json", "submit", "--address", head.url, *words]
@@ -75,7 +75,9 @@ def test_a_cluster_lets_nobody_in_without_its_token(head: Head, tmp_path: Path) 
 def test_an_image_without_rayrec_is_a_hint_and_no_riddle(head: Head, tmp_path: Path) -> None:
     missing = submit(head, "--workspace", str(tmp_path), "status")
     assert missing.returncode == 127
-    assert "The cluster has no /opt/rayrec/bin/python; pass the path of its interpreter with --python" in missing.stderr
+    assert "The cluster has no /opt/rayrec/bin/python; pass the path of its interpreter with --python" in " ".join(
+        missing.stderr.split()
+    )
 
 
 def test_where_no_cluster_answers_the_address_is_named(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ SONGS: list[tuple[str | None, str | None]] = [
     (None, None),
     ("Hollow", None),
 ]
-TEXTS = st.text("ab ", max_size=4) | st.none()
 
 
 def catalog(songs: list[tuple[str | None, str | None]] = SONGS) -> Catalog:

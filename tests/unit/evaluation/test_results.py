@@ -157,6 +157,7 @@ def test_results_equal_plain_loops(figures: dict[str, Any], asked: dict[str, lis
 def test_leave_one_out_asks_for_the_last_play_of_each_user(
     figures: dict[str, Any], asked: dict[str, list[Asked]]
 ) -> None:
+    assert {row["model"] for row in figures["leave_one_out"]} == set(asked)
     for row in figures["leave_one_out"]:
         if row["users"] == "all":
             last = [one for one in asked[row["model"]] if len(one.future) == 1]
@@ -189,6 +190,7 @@ def test_what_is_recommended_equals_plain_loops(
     counts = np.bincount(FitRange(before=CUT).select(histories).songs, minlength=NUM_SONGS)
     counts[3] = 0
     by_plays = sorted(np.flatnonzero(counts), key=lambda song: (-counts[song], song))
+    assert {row["model"] for row in figures["recommended"]} == set(asked)
     for row in figures["recommended"]:
         lists = [np.argsort(-one.scores["short"], kind="stable")[:20].tolist() for one in asked[row["model"]]]
         ranks = [by_plays.index(song) + 1 if counts[song] else len(by_plays) + 1 for songs in lists for song in songs]

@@ -484,6 +484,7 @@ def test_the_list_holds_no_id_in_clear(world: Workspace, tmp_path: Path) -> None
     delete_all(world, tmp_path)
     for folder in ("waiting", "."):
         listed = root(world) / "forgotten" / folder
+        assert any(path.is_file() for path in listed.rglob("*"))
         for user in GONE:
             assert files_naming(listed, user) == []
         compact(world)

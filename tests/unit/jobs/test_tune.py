@@ -112,7 +112,7 @@ def test_drawn_trials_are_different_ones_and_the_same_for_a_seed() -> None:
     assert _trials(SPACE, trials=50) == _trials(SPACE)
 
 
-def test_trials_are_neither_refitted_nor_given_a_memory() -> None:
+def test_trials_are_not_refitted() -> None:
     assert not any(trial.train.refit for trial in _trials(SPACE))
 
 

@@ -24,7 +24,6 @@ from rayrec.recommend.answer import (
 )
 from rayrec.recommend.base import HorizonName
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, Manifest, publish, write_dataset_manifest
 from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 
@@ -264,4 +263,3 @@ def test_a_model_of_another_data_set_is_refused_by_both_names(dataset: Dataset) 
         load_recommender(dataset.workspace, dataset, {"models": "old"})
     with pytest.raises(NotFoundError, match="none-such"):
         load_recommender(dataset.workspace, dataset, {"models": "none-such"})
-    assert artifacts.listing(dataset.workspace, "models")

@@ -91,8 +91,6 @@ def test_more_than_may_wait_get_a_503_that_says_when_to_try_again(
     async def scenario() -> None:
         calls = [Call(app) for _ in range(5)]
         await until(lambda: sum(call.status == 503 for call in calls) == 3)
-        health = Client(opened)._transport
-        assert health is not None
         slow.may.set()
         await asyncio.gather(*(call.task for call in calls))
         assert sorted(call.status for call in calls) == [200, 200, 503, 503, 503]  # type: ignore[type-var]
