@@ -171,7 +171,7 @@ def test_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, wo
     monkeypatch.setenv("RAYREC_API_KEYS", "read:reader-0123456789")
     monkeypatch.setattr(run, "environment", lambda config, folder: {})
     monkeypatch.setattr(ray, "init", fail)
-    with pytest.raises(InputError, match="set RAY_TMPDIR=/tmp"), running(workspace, ServeConfig()):
+    with pytest.raises(InputError, match="set RAY_TMPDIR=/tmp"), running(workspace, ServeConfig(port=0)):
         pass
 
 
@@ -190,13 +190,13 @@ def test_haproxy_listens_in_the_folder_of_ray_if_the_path_of_its_socket_is_short
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="") as short:
         fits, too_long = (f"{short}/".ljust(length, "x") for length in (18, 19))  # need not exist, as for Ray
         monkeypatch.setenv("RAY_TMPDIR", fits)
-        with pytest.raises(RayrecError, match="far enough"), running(workspace, ServeConfig()):
+        with pytest.raises(RayrecError, match="far enough"), running(workspace, ServeConfig(port=0)):
             pass
         (socket_path,) = paths
         assert socket_path.parent.parent == Path(fits)
         assert len(str(socket_path.parent / ("0" * 56) / socket_path.name)) == 97
         monkeypatch.setenv("RAY_TMPDIR", too_long)
         wanted = f"{too_long}, has a path that is 1 bytes too long for HAProxy's socket; set RAY_TMPDIR=/tmp"
-        with pytest.raises(InputError, match=wanted), running(workspace, ServeConfig()):
+        with pytest.raises(InputError, match=wanted), running(workspace, ServeConfig(port=0)):
             pass
         assert os.listdir(too_long) == []
