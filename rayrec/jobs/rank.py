@@ -310,9 +310,9 @@ class ExampleCollector:
         return bucket, self._queries_each - left
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class _Growing:
-    """One ranker to train."""
+    """One ranker to train; sorted and shown as text if its worker is lost."""
 
     without: str  # left-out part
     folder: str  # folder that the ranker is written to

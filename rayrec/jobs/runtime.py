@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import socket
 import time
 import traceback
@@ -249,20 +248,11 @@ def run_buckets(
         for reference in running:
             ray.cancel(reference, force=True)
     if lost:
+        named = ", ".join(map(str, sorted(lost)[:10])) + (", ..." if len(lost) > 10 else "")
         raise RayrecError(
-            f"{called} {_listed(lost)} of {total} failed: the worker was killed {RETRIES + 1} times, probably out of "
+            f"{called} {named} of {total} failed: the worker was killed {RETRIES + 1} times, probably out of "
             "memory. Completed work is kept: run the command again with fewer workers or on nodes with more memory"
         )
-
-
-def _listed(units: list[Any]) -> str:
-    """Return the first 10 units in words, sorted by their text, with numbers in it in numeric order."""
-
-    def words(text: str) -> list[str | int]:
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
-
-    names = sorted(map(str, units), key=words)
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _timed(work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:

@@ -249,10 +249,10 @@ def cached(filesystem: pafs.FileSystem, info: pafs.FileInfo, sha256: str | None 
         made_once(_version(filesystem, info), f"{info.base_name}.sha256", lambda beside: beside.write_text(digest))
 
     path = made_once(_version(filesystem, info), info.base_name, copy)
-    if sha256 is not None and (beside := _digest(filesystem, info)).read_text() != sha256:
+    if sha256 is not None and _digest(filesystem, info) != sha256:
         # The bytes may have been damaged on their way here: the next copy gets a checksum of its own.
         path.unlink(missing_ok=True)
-        beside.unlink(missing_ok=True)
+        path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
         raise DamagedArtifactError(
             f"{info.path} does not match its checksum; rerun the command that created it with --force"
         )
@@ -261,16 +261,16 @@ def cached(filesystem: pafs.FileSystem, info: pafs.FileInfo, sha256: str | None 
 
 def checksum(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
     """Return the sha256 of a file. Only one process of the node reads a version of a large file."""
-    return _copy(filesystem, info.path, None) if info.size < SMALL else _digest(filesystem, info).read_text()
+    return _copy(filesystem, info.path, None) if info.size < SMALL else _digest(filesystem, info)
 
 
-def _digest(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> Path:
-    """Return the path of the cached sha256 of a file; the file is read if there is none of this version."""
+def _digest(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
+    """Return the cached sha256 of a file; the file is read if there is none of this version."""
 
     def read(target: Path) -> None:
         target.write_text(_copy(filesystem, info.path, None))
 
-    return made_once(_version(filesystem, info), f"{info.base_name}.sha256", read)
+    return made_once(_version(filesystem, info), f"{info.base_name}.sha256", read).read_text()
 
 
 def mapped_table(version: str, make: Callable[[], pa.Table]) -> pa.Table:

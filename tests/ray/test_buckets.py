@@ -13,6 +13,7 @@ import pytest
 import ray.cloudpickle
 
 from rayrec.errors import DamagedArtifactError, RayrecError
+from rayrec.jobs.rank import _Growing
 from rayrec.jobs.runtime import RETRIES, node_memory, run_buckets, unit_times
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -128,6 +129,19 @@ def test_a_unit_that_kills_every_worker_is_named_and_the_others_are_done(tmp_pat
     with pytest.raises(RayrecError, match=r"bucket 1, 4 of 6 failed: .* killed 4 times, .* memory"):
         next(results)
     assert begun(tmp_path)[1] == begun(tmp_path)[4] == RETRIES + 1
+
+
+class AlwaysDying:
+    """Kills its process at every unit."""
+
+    def __call__(self, unit: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_rankers_whose_workers_are_killed_are_named_by_what_they_rank() -> None:
+    units = [_Growing("artists", "folder", "served"), _Growing("", "folder", "next")]
+    with pytest.raises(RayrecError, match=r"ranker next, served without artists of 2 failed: .* killed 4 times"):
+        list(run_buckets(AlwaysDying, units, arguments={}, called="ranker"))
 
 
 class Buggy:
