@@ -89,16 +89,16 @@ COLUMNS = (
 )
 
 
-def measure(figures: Figures, data: Path, seed: int) -> list[dict[str, Any]]:
+def measure(table: Figures, data_path: Path, seed: int) -> list[dict[str, Any]]:
     """Run the commands; return the results of the evaluation."""
-    workspace = ROOT / "build" / "figures" / f"{figures.name}-{seed}"
-    printed = ""
-    for command in figures.commands:
-        words = [word.format(data=data, folder=data.parent, seed=seed) for word in shlex.split(command)]
-        print("rayrec", *words, file=sys.stderr)
-        call = [sys.executable, "-m", "rayrec_cli.main", "--workspace", str(workspace), "--json", *words]
-        printed = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout
-    results: list[dict[str, Any]] = json.loads(printed)["results"]
+    workspace = ROOT / "build" / "figures" / f"{table.name}-{seed}"
+    output = ""
+    for command in table.commands:
+        arguments = [word.format(data=data_path, folder=data_path.parent, seed=seed) for word in shlex.split(command)]
+        print("rayrec", *arguments, file=sys.stderr)
+        command_line = [sys.executable, "-m", "rayrec_cli.main", "--workspace", str(workspace), "--json", *arguments]
+        output = subprocess.run(command_line, check=True, stdout=subprocess.PIPE, text=True).stdout
+    results: list[dict[str, Any]] = json.loads(output)["results"]
     return results
 
 
@@ -114,7 +114,7 @@ def markdown_table(runs: Sequence[Sequence[dict[str, Any]]], models: Sequence[st
 
 
 def _cell(values: Sequence[float]) -> str:
-    low, high = (f"{bound(values):.3f}" for bound in (min, max))
+    low, high = (f"{extreme(values):.3f}" for extreme in (min, max))
     return f"{fmean(values):.3f}" if low == high else f"{fmean(values):.3f} ({low}–{high})"
 
 
@@ -126,29 +126,31 @@ def mark(name: str) -> str:
 def replaced(text: str, name: str, table: str) -> str:
     """Return the page with `table` between the marks of `name`. Raises `ValueError` unless it has them exactly once."""
     pattern = rf"({re.escape(mark(name))}\n).*?(\n<!-- end -->)"
-    found, count = re.subn(pattern, lambda marks: marks[1] + table + marks[2], text, flags=re.DOTALL)
+    new_text, count = re.subn(pattern, lambda match: match[1] + table + match[2], text, flags=re.DOTALL)
     if count != 1:
         raise ValueError(f"{count} tables are marked {name!r}; expected 1")
-    return found
+    return new_text
 
 
 def main() -> None:
     """Measure all tables with data, write them into the pages, and print the changes."""
     folder = Path(os.environ.get("RAYREC_REAL_DATA", ""))
-    for figures in TABLES:
-        if not (folder / figures.data).is_file():
-            print(f"{figures.name}: no {figures.data} in RAYREC_REAL_DATA; its table stays", file=sys.stderr)
+    for table in TABLES:
+        if not (folder / table.data).is_file():
+            print(f"{table.name}: no {table.data} in RAYREC_REAL_DATA; its table stays", file=sys.stderr)
             continue
-        runs = [measure(figures, folder / figures.data, seed) for seed in figures.seeds]
-        table = markdown_table(runs)
+        runs = [measure(table, folder / table.data, seed) for seed in table.seeds]
+        markdown = markdown_table(runs)
         for page in PAGES:
-            before = page.read_text(encoding="utf-8")
-            if mark(figures.name) not in before:
+            old_text = page.read_text(encoding="utf-8")
+            if mark(table.name) not in old_text:
                 continue
-            after = replaced(before, figures.name, table)
-            page.write_text(after, encoding="utf-8")
-            changes = difflib.unified_diff(before.splitlines(), after.splitlines(), page.name, page.name, lineterm="")
-            print("\n".join(changes))
+            new_text = replaced(old_text, table.name, markdown)
+            page.write_text(new_text, encoding="utf-8")
+            diff_lines = difflib.unified_diff(
+                old_text.splitlines(), new_text.splitlines(), page.name, page.name, lineterm=""
+            )
+            print("\n".join(diff_lines))
 
 
 if __name__ == "__main__":

@@ -68,9 +68,9 @@ def cli_page() -> str:
         "Progress and log messages go to stderr, results to stdout. With `--json` stdout holds one JSON object and\n"
         "nothing else. Exit codes: 0 done, 1 failed, 2 wrong use or bad input. `--config FILE` reads the settings of\n"
         "a command from a TOML file; flags override the file.\n",
-        f"## rayrec\n\n{_options(root)}",
+        f"## rayrec\n\n{_options_table(root)}",
     ]
-    parts += [_command(name, command) for name, command in _commands(root, "rayrec")]
+    parts += [_command_section(name, command) for name, command in _commands(root, "rayrec")]
     return "\n".join(parts)
 
 
@@ -83,73 +83,73 @@ def _commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield f"{path} {name}", command
 
 
-def _command(path: str, command: Any) -> str:
+def _command_section(path: str, command: Any) -> str:
     text, _, example = inspect.cleandoc(command.help or "").partition("\b\nExample:")
-    arguments = [item for item in command.params if item.param_type_name == "argument"]
-    usage = " ".join([path, "[OPTIONS]", *(item.metavar or item.name.upper() for item in arguments)])
-    lines = [f"## {path}\n", f"{_escaped(text.strip())}\n", f"```\n{usage}\n```\n"]
+    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    usage = " ".join([path, "[OPTIONS]", *(parameter.metavar or parameter.name.upper() for parameter in arguments)])
+    lines = [f"## {path}\n", f"{_escape(text.strip())}\n", f"```\n{usage}\n```\n"]
     if example.strip():
         lines.append(f"Example: `{example.strip()}`\n")
-    return "\n".join([*lines, _options(command)])
+    return "\n".join([*lines, _options_table(command)])
 
 
-def _options(command: Any) -> str:
+def _options_table(command: Any) -> str:
     """Return a table of the arguments and options of a command."""
     rows = []
-    for item in command.params:
-        record = item.get_help_record(_context(command))
-        if record is not None:
-            names, text = record
-            rows.append(f"| `{names.replace('|', chr(92) + '|')}` | {_escaped(' '.join(text.split()))} |")
+    for parameter in command.params:
+        help_record = parameter.get_help_record(_click_context(command))
+        if help_record is not None:
+            names, text = help_record
+            rows.append(f"| `{names.replace('|', chr(92) + '|')}` | {_escape(' '.join(text.split()))} |")
     return "\n".join(["| option | meaning |", "|---|---|", *rows, ""])
 
 
-def _context(command: Any) -> Any:
+def _click_context(command: Any) -> Any:
     return command.context_class(command, info_name=command.name)
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     """Return the text with the special characters of Markdown escaped."""
     return re.sub(r"([|<*_\[\]\\])", r"\\\1", text)
 
 
 def python_page() -> str:
     """Return the page of all names that `rayrec` exports."""
-    kinds = {"Stages": rayrec.STAGES, "Beside the stages": rayrec.HELPERS, "Settings": rayrec.SETTINGS}
-    basic = [name for name in rayrec.__all__ if not any(name in names for names in kinds.values())]
+    names_by_section = {"Stages": rayrec.STAGES, "Beside the stages": rayrec.HELPERS, "Settings": rayrec.SETTINGS}
+    other_names = [name for name in rayrec.__all__ if not any(name in names for names in names_by_section.values())]
     parts = [
         f"{NOTE}# Python\n",
         "All public names are those of `rayrec`. Each stage is a function of a workspace and a settings class, whose\n"
         "fields are the flags of the [command](cli.md). `import rayrec` loads neither Ray nor torch.\n",
         "| command | function |\n|---|---|",
         *(
-            f"| [rayrec {command}](cli.md#rayrec-{command.replace(' ', '-')}) | {_links(names)} |"
+            f"| [rayrec {command}](cli.md#rayrec-{command.replace(' ', '-')}) | {_markdown_links(names)} |"
             for command, names in COMMANDS.items()
         ),
         *(f"| rayrec {command} | none: {reason} |" for command, reason in COMMAND_LINE_ONLY.items()),
         "",
     ]
-    for title, names in {"Package rayrec": basic, **kinds}.items():
+    for title, names in {"Package rayrec": other_names, **names_by_section}.items():
         parts.append(f"## {title}\n")
         for name in names:
-            item = getattr(rayrec, name)
-            if inspect.isclass(item) and issubclass(item, Settings):
-                parts.append(_settings(name, item))
-            elif inspect.isclass(item):
-                parts.append(_class(name, item))
-            elif callable(item):
-                parts.append(_function(name, item))
+            exported = getattr(rayrec, name)
+            if inspect.isclass(exported) and issubclass(exported, Settings):
+                parts.append(_settings_section(name, exported))
+            elif inspect.isclass(exported):
+                parts.append(_class_section(name, exported))
+            elif callable(exported):
+                parts.append(_function_section(name, exported))
     return "\n".join(parts)
 
 
-def _links(names: Iterable[str]) -> str:
+def _markdown_links(names: Iterable[str]) -> str:
     return ", ".join(f"[{name}](#{name.lower()})" for name in names)
 
 
-def _settings(name: str, settings: type[Settings]) -> str:
+def _settings_section(name: str, settings: type[Settings]) -> str:
     """Return the section of a settings class: its stages, fields and presets; cli.md explains the fields as flags."""
     signatures = {stage: str(inspect.signature(getattr(rayrec, stage))) for stage in rayrec.STAGES}
-    stages = _links(stage for stage, signature in signatures.items() if re.search(rf"\b{name}\b", signature))
+    stages = _markdown_links(stage for stage, signature in signatures.items() if re.search(rf"\b{name}\b", signature))
     fields = ", ".join(f"`{field}`" for field in settings.model_fields)
     presets = ", ".join(f"`{preset}`" for preset in settings.PRESETS)
     lines = [f"### {name}\n", f"{inspect.getdoc(settings)}\n", f"Settings of {stages}: {fields}.\n"]
@@ -158,17 +158,19 @@ def _settings(name: str, settings: type[Settings]) -> str:
     return "\n".join(lines)
 
 
-def _class(name: str, item: type) -> str:
-    public = [
+def _class_section(name: str, class_object: type) -> str:
+    signatures = [
         _signature(f"{name}.{member}", value)
-        for member, value in vars(item).items()
-        if not member.startswith("_") and callable(getattr(item, member)) and not issubclass(item, Exception)
+        for member, value in vars(class_object).items()
+        if not member.startswith("_")
+        and callable(getattr(class_object, member))
+        and not issubclass(class_object, Exception)
     ]
-    methods = "```python\n" + "\n".join(public) + "\n```\n" if public else ""
-    return "\n".join([f"### {name}\n", f"{inspect.getdoc(item)}\n", methods])
+    methods_text = "```python\n" + "\n".join(signatures) + "\n```\n" if signatures else ""
+    return "\n".join([f"### {name}\n", f"{inspect.getdoc(class_object)}\n", methods_text])
 
 
-def _function(name: str, function: Callable[..., Any]) -> str:
+def _function_section(name: str, function: Callable[..., Any]) -> str:
     text = inspect.getdoc(function) or ""
     return "\n".join([f"### {name}\n", f"```python\n{_signature(f'rayrec.{name}', function)}\n```\n", f"{text}\n"])
 

@@ -27,25 +27,27 @@ def features(path: Path) -> np.ndarray:
     samples = np.pad(samples, (0, max(0, FRAME - len(samples))))  # fill a short file with silence up to one frame
     frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME) / 32768
     power = np.abs(np.fft.rfft(frames * np.hanning(FRAME), axis=1)) ** 2
-    edges = np.unique(np.geomspace(2, power.shape[1], BANDS + 1).astype(int))
-    energy = np.log(np.add.reduceat(power, edges[:-1], axis=1) + 1e-9)
+    band_edges = np.unique(np.geomspace(2, power.shape[1], BANDS + 1).astype(int))
+    energy = np.log(np.add.reduceat(power, band_edges[:-1], axis=1) + 1e-9)
     return np.concatenate([energy.mean(axis=0), energy.std(axis=0)]).astype(np.float32)
 
 
-def main(audio: str, folder: str) -> None:
-    files = sorted(Path(audio).glob("*.wav"))
-    if not files:
-        raise SystemExit(f"{audio} holds no .wav files")
-    raw = np.stack([features(path) for path in files])
+def main(audio_folder: str, workspace_folder: str) -> None:
+    paths = sorted(Path(audio_folder).glob("*.wav"))
+    if not paths:
+        raise SystemExit(f"{audio_folder} holds no .wav files")
+    features_by_song = np.stack([features(path) for path in paths])
     # Center and scale: rayrec compares by cosine, and with a common offset all songs would look alike.
-    vectors = (raw - raw.mean(axis=0)) / (raw.std(axis=0) + 1e-6)
-    with tempfile.TemporaryDirectory() as temporary:
-        table = Path(temporary) / "vectors.npy"
-        np.save(table, vectors, allow_pickle=False)
-        table.with_suffix(".ids.txt").write_text("\n".join(path.stem for path in files))
-        made = rayrec.embed(rayrec.Workspace(folder), rayrec.EmbedConfig(vectors=str(table)))
-    print(f"song embeddings {made.id}: {made.metrics['coverage']:.0%} of the plays are of songs that have one")
-    for row in made.metrics["neighbors"]:
+    vectors = (features_by_song - features_by_song.mean(axis=0)) / (features_by_song.std(axis=0) + 1e-6)
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        vectors_path = Path(temporary_folder) / "vectors.npy"
+        np.save(vectors_path, vectors, allow_pickle=False)
+        vectors_path.with_suffix(".ids.txt").write_text("\n".join(path.stem for path in paths))
+        embeddings = rayrec.embed(rayrec.Workspace(workspace_folder), rayrec.EmbedConfig(vectors=str(vectors_path)))
+    print(
+        f"song embeddings {embeddings.id}: {embeddings.metrics['coverage']:.0%} of the plays are of songs that have one"
+    )
+    for row in embeddings.metrics["neighbors"]:
         print(f"  {row['song']}: {', '.join(row['neighbors'][:3])}")
     print("next: rayrec train, which starts from them, or rayrec train --song-table frozen, which keeps them")
 

@@ -15,20 +15,27 @@ workspace = rayrec.Workspace(sys.argv[1] if len(sys.argv) > 1 else "./workspace-
 ray.init("local", ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level="error")
 
 # %% Plays. To use your own: rayrec.import_data(workspace, rayrec.ImportConfig(format="csv", paths=("plays.csv",)))
-world = rayrec.GenerateConfig(users=600, songs=120, artists=24, genres=6, plays=40.0, buckets=2, follow=0.6, zipf=1.2)
-plays = rayrec.generate(workspace, world)
-print(f"{plays.plays:,} plays of {plays.users:,} users over {plays.songs:,} songs")
+generate_config = rayrec.GenerateConfig(
+    users=600, songs=120, artists=24, genres=6, plays=40.0, buckets=2, follow=0.6, zipf=1.2
+)
+manifest = rayrec.generate(workspace, generate_config)
+print(f"{manifest.plays:,} plays of {manifest.users:,} users over {manifest.songs:,} songs")
 
 # %% Split: the last days are for validation and test, and no training uses the test range
 split = rayrec.split_dataset(workspace, rayrec.SplitConfig(test_days=20.0, validation_days=7.0))
 
 # %% Song embeddings by word2vec over sessions
-songs = rayrec.embed(workspace, rayrec.EmbedConfig(dim=16, epochs=5, workers=1), split=split)
-print(f"coverage {songs.metrics['coverage']:.2f}, mean cosine of random pairs {songs.metrics['mean_cosine']:.2f}")
+embeddings = rayrec.embed(workspace, rayrec.EmbedConfig(dim=16, epochs=5, workers=1), split=split)
+print(
+    f"coverage {embeddings.metrics['coverage']:.2f}, "
+    f"mean cosine of random pairs {embeddings.metrics['mean_cosine']:.2f}"
+)
 
 # %% The network. workers=0 trains in this process, which suits a notebook
-settings = rayrec.TrainConfig(hidden_dim=32, negatives=64, batch=16, learning_rate=0.01, epochs=3, window=50, workers=0)
-model = rayrec.train(workspace, settings, songs_id=songs.id, split=split)
+train_config = rayrec.TrainConfig(
+    hidden_dim=32, negatives=64, batch=16, learning_rate=0.01, epochs=3, window=50, workers=0
+)
+model = rayrec.train(workspace, train_config, songs_id=embeddings.id, split=split)
 print(f"validation recall@20 {model.metrics['validation_recall@20']:.3f} after {model.metrics['epochs']} epochs")
 
 # %% Retrieval proposes candidates, and rankers order them
@@ -36,10 +43,10 @@ retrieval = rayrec.fit_retrieval(workspace, rayrec.RetrievalConfig(), split=spli
 rankers = rayrec.fit_rankers(workspace, rayrec.RankConfig(), model_id=model.id, retrieval_id=retrieval.id)
 
 # %% Evaluate: rank the next plays of the test range over the full catalog, and compare with baselines
-compared = ("two-step", "taste", "sequential-rules", "popularity")
+model_names = ("two-step", "taste", "sequential-rules", "popularity")
 report = rayrec.evaluate(
     workspace,
-    rayrec.EvaluateConfig(models=compared, ks=(10, 20), bootstrap_samples=100),
+    rayrec.EvaluateConfig(models=model_names, ks=(10, 20), bootstrap_samples=100),
     split=split,
     model_id=model.id,
 )
@@ -48,10 +55,10 @@ for row in rayrec.read_figures(workspace, report)["results"]:
         print(f"{row['model']:20} recall@20 {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})")
 
 # %% Taste vectors of all users and an index complete the release
-tastes = rayrec.compute_tastes(workspace, rayrec.TasteConfig(), model_id=model.id)
+taste_vectors = rayrec.compute_tastes(workspace, rayrec.TasteConfig(), model_id=model.id)
 index = rayrec.build_index(workspace, rayrec.IndexConfig(), model_id=model.id)
 release = rayrec.create_release(
-    workspace, model_id=model.id, tastes_id=tastes.id, index_id=index.id, rankers_id=rankers.id
+    workspace, model_id=model.id, tastes_id=taste_vectors.id, index_id=index.id, rankers_id=rankers.id
 )
 print(f"release {release.id} is live")
 

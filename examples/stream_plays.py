@@ -42,15 +42,15 @@ def forward(stream: Stream, client: Client) -> PlaysAnswer | None:
 
 
 def read_play(message: Any) -> dict[str, Any]:
-    """Return the play of a message; without an event id, its place in the topic becomes the event id."""
-    place = f"{message.topic()}-{message.partition()}-{message.offset()}"
+    """Return the play of a message; without an event id, its position in the topic becomes the event id."""
+    position = f"{message.topic()}-{message.partition()}-{message.offset()}"
     try:
         play = json.loads(message.value() or b"")  # a Kafka tombstone has no value
     except ValueError:
         play = None
     if not isinstance(play, dict):
         play = {}  # the server refuses only this play, and gives the reason
-    return {"event_id": place, **play}
+    return {"event_id": position, **play}
 
 
 def main() -> None:

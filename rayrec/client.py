@@ -290,36 +290,36 @@ class _Connection:
             "trust_env": False,
         }
 
-    def _waits(self) -> Iterator[float]:
+    def _retry_waits(self) -> Iterator[float]:
         """Yield the seconds to wait before each retry."""
         for attempt in range(self._retry.retries):
-            longest = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt)
-            yield longest * (0.5 + random.random() / 2)  # random, so that many clients do not retry at the same time
+            max_wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt)
+            yield max_wait * (0.5 + random.random() / 2)  # random, so that many clients do not retry at the same time
 
     @staticmethod
-    def _result(answer: "httpx.Response | httpx.TransportError", wait: float | None, url: str) -> Any:
+    def _read_response(response: "httpx.Response | httpx.TransportError", wait: float | None, url: str) -> Any:
         """Return the JSON or text of an answer, or `_RETRY` if the request must be sent again.
 
         `wait` is None after the last attempt. Raises `ApiError` and `ApiUnavailableError`.
         """
-        if isinstance(answer, httpx.TransportError):
+        if isinstance(response, httpx.TransportError):
             if wait is None:
-                raise ApiUnavailableError(f"{url} does not answer: {answer!r}; check that it runs") from answer
+                raise ApiUnavailableError(f"{url} does not answer: {response!r}; check that it runs") from response
             return _RETRY
-        if answer.status_code in RETRIED and wait is not None:
+        if response.status_code in RETRIED and wait is not None:
             return _RETRY
-        if answer.status_code >= 400:
-            raise ApiError(_problem(answer), answer.headers.get("X-Request-ID"))
-        if answer.headers.get("Content-Type", "").startswith("text/"):
-            return answer.text
-        return answer.json() if answer.content else {}
+        if response.status_code >= 400:
+            raise ApiError(_read_problem(response), response.headers.get("X-Request-ID"))
+        if response.headers.get("Content-Type", "").startswith("text/"):
+            return response.text
+        return response.json() if response.content else {}
 
 
-class _Again:
+class _RetryMarker:
     """Type of `_RETRY`, which means that the request is sent again."""
 
 
-_RETRY = _Again()
+_RETRY = _RetryMarker()
 
 
 class Client(_Connection):
@@ -382,7 +382,7 @@ class Client(_Connection):
         **options: Any,
     ) -> PlaysAnswer:
         """Store a play; the next answer for the user reflects it. Without `event_id` a new one is generated."""
-        return self.plays([_play(user_id, song_id, played_at, event_id, options)])
+        return self.plays([_play_fields(user_id, song_id, played_at, event_id, options)])
 
     def plays(self, plays: Sequence[Mapping[str, Any]]) -> PlaysAnswer:
         """Store up to 1,000 plays. Each has user_id, song_id, event_id and, unless it is played now, played_at.
@@ -461,16 +461,16 @@ class Client(_Connection):
 
     def _send(self, call: Call) -> Any:
         method, path, options = call
-        for wait in (*self._waits(), None):
-            answer: httpx.Response | httpx.TransportError
+        for wait in (*self._retry_waits(), None):
+            response: httpx.Response | httpx.TransportError
             try:
-                answer = self._http.request(method, path, **options)
+                response = self._http.request(method, path, **options)
             except httpx.TransportError as error:
-                answer = error
-            result = self._result(answer, wait, self._url)
+                response = error
+            result = self._read_response(response, wait, self._url)
             if result is not _RETRY:
                 return result
-            time.sleep(_wait(answer, wait))
+            time.sleep(_seconds_to_wait(response, wait))
         raise AssertionError("the last attempt returns or raises")
 
 
@@ -528,7 +528,7 @@ class AsyncClient(_Connection):
         **options: Any,
     ) -> PlaysAnswer:
         """As in `Client`."""
-        return await self.plays([_play(user_id, song_id, played_at, event_id, options)])
+        return await self.plays([_play_fields(user_id, song_id, played_at, event_id, options)])
 
     async def plays(self, plays: Sequence[Mapping[str, Any]]) -> PlaysAnswer:
         """As in `Client`."""
@@ -600,71 +600,75 @@ class AsyncClient(_Connection):
 
     async def _send(self, call: Call) -> Any:
         method, path, options = call
-        for wait in (*self._waits(), None):
-            answer: httpx.Response | httpx.TransportError
+        for wait in (*self._retry_waits(), None):
+            response: httpx.Response | httpx.TransportError
             try:
-                answer = await self._http.request(method, path, **options)
+                response = await self._http.request(method, path, **options)
             except httpx.TransportError as error:
-                answer = error
-            result = self._result(answer, wait, self._url)
+                response = error
+            result = self._read_response(response, wait, self._url)
             if result is not _RETRY:
                 return result
-            await asyncio.sleep(_wait(answer, wait))
+            await asyncio.sleep(_seconds_to_wait(response, wait))
         raise AssertionError("the last attempt returns or raises")
 
 
 def _request_call(name: str, user_id: str | None, history: Sequence[Any] | None, options: Mapping[str, Any]) -> Call:
     if (user_id is None) == (history is None):
         raise ValueError("give either a user_id or a history")
-    who = {"user_id": user_id} if history is None else {"history": list(history)}
-    return "POST", f"/v1/{name}", {"json": {**who, **_fields(options)}}
+    user_fields = {"user_id": user_id} if history is None else {"history": list(history)}
+    return "POST", f"/v1/{name}", {"json": {**user_fields, **_request_fields(options)}}
 
 
 def _plays_call(plays: Sequence[Mapping[str, Any]]) -> Call:
-    return "POST", "/v1/plays", {"json": {"plays": [_fields(play) for play in plays]}}
+    return "POST", "/v1/plays", {"json": {"plays": [_request_fields(play) for play in plays]}}
 
 
 def _batch_call(requests: Sequence[Mapping[str, Any]]) -> Call:
-    return "POST", "/v1/recommendations/batch", {"json": {"requests": [_fields(request) for request in requests]}}
+    return (
+        "POST",
+        "/v1/recommendations/batch",
+        {"json": {"requests": [_request_fields(request) for request in requests]}},
+    )
 
 
 def _tastes_call(users: Sequence[Mapping[str, Any]]) -> Call:
-    return "POST", "/v1/tastes", {"json": {"users": [_fields(user) for user in users]}}
+    return "POST", "/v1/tastes", {"json": {"users": [_request_fields(user) for user in users]}}
 
 
 def _get_call(path: str, options: Mapping[str, Any]) -> Call:
-    return "GET", path, {"params": _fields(options)}
+    return "GET", path, {"params": _request_fields(options)}
 
 
-def _user_call(user_id: str, what: str, options: Mapping[str, Any]) -> Call:
-    return _get_call(f"/v1/users/{_escaped(user_id)}/{what}", options)
+def _user_call(user_id: str, resource: str, options: Mapping[str, Any]) -> Call:
+    return _get_call(f"/v1/users/{_escape(user_id)}/{resource}", options)
 
 
 def _similar_call(song_id: str, k: int) -> Call:
-    return _get_call(f"/v1/songs/{_escaped(song_id)}/similar", {"k": k})
+    return _get_call(f"/v1/songs/{_escape(song_id)}/similar", {"k": k})
 
 
-def _fields(options: Mapping[str, Any]) -> dict[str, Any]:
+def _request_fields(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options in the form of the API: without None values, with moments as text or numbers."""
     return {
-        name: _moment(value) if name in ("at", "played_at") else value
+        name: _encode_moment(value) if name in ("at", "played_at") else value
         for name, value in options.items()
         if value is not None
     }
 
 
 def _forget_call(user_id: str) -> Call:
-    return "DELETE", f"/v1/users/{_escaped(user_id)}", {}
+    return "DELETE", f"/v1/users/{_escape(user_id)}", {}
 
 
-def _play(
+def _play_fields(
     user_id: str, song_id: str, played_at: Moment | None, event_id: str | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     event_id = event_id or str(uuid.uuid4())
     return {"event_id": event_id, "user_id": user_id, "song_id": song_id, **options, "played_at": played_at}
 
 
-def _moment(at: Moment) -> str | int:
+def _encode_moment(at: Moment) -> str | int:
     if not isinstance(at, datetime):
         return at
     if at.tzinfo is None:
@@ -672,22 +676,22 @@ def _moment(at: Moment) -> str | int:
     return at.isoformat()
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     """Return an id as part of a path; dots are escaped too, since path segments of dots are removed on the way."""
     return quote(text, safe="").replace(".", "%2E")
 
 
-def _wait(answer: httpx.Response | httpx.TransportError, wait: float | None) -> float:
+def _seconds_to_wait(response: httpx.Response | httpx.TransportError, wait: float | None) -> float:
     """Return the seconds to wait: the server's Retry-After header if it has one, or else `wait`."""
     try:
-        seconds = float(answer.headers["Retry-After"]) if isinstance(answer, httpx.Response) else 0.0
+        seconds = float(response.headers["Retry-After"]) if isinstance(response, httpx.Response) else 0.0
     except (KeyError, ValueError):
         seconds = 0.0
     return min(LONGEST_WAIT_SECONDS, seconds or wait or 0.0)
 
 
-def _problem(answer: httpx.Response) -> dict[str, Any]:
+def _read_problem(response: httpx.Response) -> dict[str, Any]:
     try:
-        return dict(answer.json())
+        return dict(response.json())
     except ValueError:  # the answer may come from a proxy in front of the server
-        return {"status": answer.status_code, "title": answer.reason_phrase, "detail": answer.text[:200]}
+        return {"status": response.status_code, "title": response.reason_phrase, "detail": response.text[:200]}

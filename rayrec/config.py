@@ -41,17 +41,17 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise InputError(_message(type(self), values, error)) from None
+            raise InputError(_error_message(type(self), values, error)) from None
 
     def replace(self: Config, **changes: Any) -> Config:
         """Return a copy with changed settings, which is validated like a new object."""
-        checked = type(self)(**{**dict(self), **changes})
+        validated = type(self)(**{**dict(self), **changes})
         # Keep unchanged values: a moment in 1970 that was parsed to ms would be parsed again as seconds.
-        return checked.model_copy(update={name: value for name, value in self if name not in changes})
+        return validated.model_copy(update={name: value for name, value in self if name not in changes})
 
 
-def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
-    """Create settings from plain values of TOML or JSON; `where` is the start of error messages.
+def from_mapping(cls: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    """Create settings from plain values of TOML or JSON; `source` is the start of error messages.
 
     The key `preset` is replaced by the settings of that name in PRESETS; other keys override them. Raises `InputError`
     for an unknown preset and for invalid settings.
@@ -60,30 +60,30 @@ def from_mapping(cls: type[Config], values: Mapping[str, Any], where: str) -> Co
     if "preset" in values and cls.PRESETS:
         name = values.pop("preset")
         if name not in cls.PRESETS:
-            raise InputError(f"{where}: unknown preset {name!r}; expected one of {', '.join(cls.PRESETS)}")
+            raise InputError(f"{source}: unknown preset {name!r}; expected one of {', '.join(cls.PRESETS)}")
         values = {**cls.PRESETS[name], **values}
     try:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{source}: {error}") from None
 
 
 def to_mapping(config: Settings) -> dict[str, Any]:
     """Return settings as plain values for JSON."""
-    return {name: _plain(value) for name, value in config}
+    return {name: _plain_value(value) for name, value in config}
 
 
 def changed_settings(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the items of `values`, which `to_mapping` returned, that differ from the defaults of `cls`."""
-    defaults = {name: _plain(field.default) for name, field in cls.model_fields.items()}
+    defaults = {name: _plain_value(field.default) for name, field in cls.model_fields.items()}
     return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 
-def _plain(value: Any) -> Any:
+def _plain_value(value: Any) -> Any:
     if isinstance(value, Settings):
         return to_mapping(value)
     if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: _plain_value(item) for name, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -97,14 +97,14 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"config file {path} is not TOML: {error}") from error
 
 
-def section_of(sections: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+def section_of(sections: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
     """Return a copy of one section, empty if it does not exist.
 
-    Raises `InputError`, with a message that starts with `where`, if the name has a value instead of a section.
+    Raises `InputError`, with a message that starts with `source`, if the name has a value instead of a section.
     """
     section = sections.get(name, {})
     if not isinstance(section, Mapping):
-        raise InputError(f"{where}: {name} = {section!r}; expected a section [{name}]")
+        raise InputError(f"{source}: {name} = {section!r}; expected a section [{name}]")
     return dict(section)
 
 
@@ -124,13 +124,13 @@ def expected_value(field: FieldInfo) -> str:
     if origin is tuple:
         item, *metadata = typing.get_args(options[0]) or (options[0],)
         constraints = [part for entry in metadata for part in getattr(entry, "metadata", [entry])]
-        filled = "non-empty " if _min_length(field) else ""
-        return _bounded(f"a {filled}list of {_NOUNS[item][1]}", constraints, joint=", each ")
+        qualifier = "non-empty " if _min_length(field) else ""
+        return _with_bounds(f"a {qualifier}list of {_NOUNS[item][1]}", constraints, joint=", each ")
     if origin is dict:
         return "name = value pairs"
     if hint is str and _min_length(field):
         return "a non-empty string"
-    return _bounded(_NOUNS[hint][0], field.metadata, joint=" ")
+    return _with_bounds(_NOUNS[hint][0], field.metadata, joint=" ")
 
 
 _NOUNS = {
@@ -145,19 +145,19 @@ def _min_length(field: FieldInfo) -> int:
     return max((getattr(constraint, "min_length", 0) for constraint in field.metadata), default=0)
 
 
-def _bounded(noun: str, constraints: Iterable[Any], *, joint: str) -> str:
+def _with_bounds(noun: str, constraints: Iterable[Any], *, joint: str) -> str:
     """Return the noun followed by the bounds that its constraints set."""
-    words = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
+    word_of_bound = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = [
         f"{word} {getattr(constraint, name):g}"
         for constraint in constraints
-        for name, word in words.items()
+        for name, word in word_of_bound.items()
         if getattr(constraint, name, None) is not None
     ]
     return noun + (joint + " and ".join(bounds) if bounds else "")
 
 
-def _message(cls: type[Settings], values: Mapping[str, Any], error: ValidationError) -> str:
+def _error_message(cls: type[Settings], values: Mapping[str, Any], error: ValidationError) -> str:
     """Return a line about the first problem: the setting, its value and the expected values."""
     problem = error.errors(include_url=False)[0]
     kind, name = problem["type"], str(problem["loc"][0]) if problem["loc"] else ""
@@ -166,8 +166,10 @@ def _message(cls: type[Settings], values: Mapping[str, Any], error: ValidationEr
     if kind == "missing":
         return f"{name} is missing; expected {expected_value(cls.model_fields[name])}"
     value = values.get(name)
-    shown = f"{name} is {list(value) if isinstance(value, tuple) else value!r}; " if name else ""
+    given_text = f"{name} is {list(value) if isinstance(value, tuple) else value!r}; " if name else ""
     if kind == "value_error":  # raised by a validator of the class
-        return shown + str(problem["ctx"]["error"])
+        return given_text + str(problem["ctx"]["error"])
     expected = expected_value(cls.model_fields[name])
-    return f"{shown}expected {expected.replace('number', 'finite number') if kind == 'finite_number' else expected}"
+    return (
+        f"{given_text}expected {expected.replace('number', 'finite number') if kind == 'finite_number' else expected}"
+    )

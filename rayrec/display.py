@@ -25,18 +25,18 @@ class Progress:
 
     def __init__(self, title: str, total: float | None) -> None:
         self._title, self._total = title, total
-        self._done = 0.0
+        self._completed = 0.0
         self._note = ""
-        self._started = self._told = time.monotonic()
+        self._started = self._last_line_at = time.monotonic()
         self._lines = os.environ.get(LINES_VARIABLE) == "1" and not sys.stderr.isatty()
         self._bars: Bars | None = None
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
         """Add `amount` to the completed work; `note` is shown after the bar and stays until the next note."""
-        self._done += amount
+        self._completed += amount
         self._note = self._note if note is None else note
         if self._lines:
-            self._tell_now_and_then()
+            self._print_line_if_due()
             return
         if self._bars is None and sys.stderr.isatty() and time.monotonic() - self._started > DELAY_SECONDS:
             self._bars = Bars(
@@ -52,15 +52,17 @@ class Progress:
             self._bars.add_task(self._title, total=self._total, note="")
             self._bars.start()
         if self._bars is not None:
-            self._bars.update(self._bars.task_ids[0], completed=self._done, note=self._note)
+            self._bars.update(self._bars.task_ids[0], completed=self._completed, note=self._note)
 
-    def _tell_now_and_then(self) -> None:
+    def _print_line_if_due(self) -> None:
         now = time.monotonic()
-        if now - self._told < LINE_SECONDS:
+        if now - self._last_line_at < LINE_SECONDS:
             return
-        self._told = now
-        of = "" if self._total is None else f" of {self._total:,.0f} ({self._done / max(self._total, 1):.0%})"
-        line = f"{self._title}: {self._done:,.0f}{of}, {now - self._started:,.0f} s {self._note}"
+        self._last_line_at = now
+        total_text = (
+            "" if self._total is None else f" of {self._total:,.0f} ({self._completed / max(self._total, 1):.0%})"
+        )
+        line = f"{self._title}: {self._completed:,.0f}{total_text}, {now - self._started:,.0f} s {self._note}"
         print(line.rstrip(), file=sys.stderr, flush=True)
 
     def close(self) -> None:

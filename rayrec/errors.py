@@ -78,7 +78,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def ray_not_started(error: Exception, where: str = "Ray could not be started on this machine") -> RayrecError:
+def ray_not_started(error: Exception, summary: str = "Ray could not be started on this machine") -> RayrecError:
     """Return the error to raise after an error of `ray.init`, which raises many types of exceptions."""
     text = first_line(error).rstrip(".")
     if "AF_UNIX" in text:
@@ -86,4 +86,4 @@ def ray_not_started(error: Exception, where: str = "Ray could not be started on 
             f"the path of the folder for temporary files, {tempfile.gettempdir()}, is too long for Ray's sockets; "
             "set RAY_TMPDIR=/tmp"
         )
-    return RayrecError(f"{where}: {text}; check Ray's logs in /tmp/ray, and the free memory and CPUs")
+    return RayrecError(f"{summary}: {text}; check Ray's logs in /tmp/ray, and the free memory and CPUs")

@@ -85,10 +85,16 @@ class Recommender:
 
         self._require_reachable()
         self._loaded = None  # the data set changes, even if this fit does not end
-        with exclusive(self.workspace, "fit"), _SentPlays(self.workspace, plays) as sent:
-            config = FitConfig(**sent, columns=dict(columns or {}), timezone=timezone)
+        with exclusive(self.workspace, "fit"), _SentPlays(self.workspace, plays) as plays_settings:
+            config = FitConfig(**plays_settings, columns=dict(columns or {}), timezone=timezone)
             sections = {"train": self.settings}
-            result = fit(self.workspace, config, settings=sections, force=self._replaces(config), **self._listeners())
+            result = fit(
+                self.workspace,
+                config,
+                settings=sections,
+                force=self._replaces_dataset(config),
+                **self._progress_callbacks(),
+            )
         self.quality = result.quality
         return self
 
@@ -110,9 +116,9 @@ class Recommender:
 
         self._require_reachable()
         self._loaded = None  # the data set changes, even if the live release stays
-        with exclusive(self.workspace, "update"), _SentPlays(self.workspace, plays) as sent:
-            config = UpdateConfig(**sent, columns=dict(columns or {}), timezone=timezone, train=train)
-            result = update(self.workspace, config, **self._listeners())
+        with exclusive(self.workspace, "update"), _SentPlays(self.workspace, plays) as plays_settings:
+            config = UpdateConfig(**plays_settings, columns=dict(columns or {}), timezone=timezone, train=train)
+            result = update(self.workspace, config, **self._progress_callbacks())
         if result.live:
             self.quality = result.quality
         else:
@@ -140,27 +146,31 @@ class Recommender:
         from rayrec.recommend.filters import AnswerFilter, without_heard
         from rayrec.recommend.reranking import AnswerOptions, choose_for_users
 
-        release, dataset, recommender = self._answering()
-        moment, ids = _moment(at), _ids(users)
-        histories = self._histories(dataset, ids, moment)
-        filters = without_heard(histories) if exclude_heard else [AnswerFilter()] * len(ids)
+        release, dataset, recommender = self._load_live_release()
+        at_ms, user_ids = _to_ms(at), _list_ids(users)
+        histories = self._histories(dataset, user_ids, at_ms)
+        filters = without_heard(histories) if exclude_heard else [AnswerFilter()] * len(user_ids)
         try:
             weight = weight_of_long(horizon)
         except ValueError as error:
             raise InputError(f"horizon is {horizon!r}; {error}") from None
-        options = [AnswerOptions(k=k, long_weight=weight, answer_filter=each) for each in filters]
-        chosen = choose_for_users(
-            recommender, histories, moment, options, lambda: load_starting(dataset, recommender, release.inputs)
+        options = [AnswerOptions(k=k, long_weight=weight, answer_filter=item) for item in filters]
+        selections = choose_for_users(
+            recommender, histories, at_ms, options, lambda: load_starting(dataset, recommender, release.inputs)
         )
         if not histories.lengths.all():
-            silent = [ids[row] for row in np.flatnonzero(histories.lengths == 0).tolist()]
-            shown = ", ".join(map(repr, silent[:SHOWN_USERS])) + (", ..." if len(silent) > SHOWN_USERS else "")
-            _print(f"No plays are known for {len(silent):,} of the users, who get popular songs: {shown}")
-        counts = [len(each.songs) for each in chosen]
-        table = self._named(dataset, np.concatenate([each.songs for each in chosen]))
-        table.insert(0, "user_id", np.repeat(np.asarray(ids, dtype=object), counts))
+            users_without_plays = [user_ids[row] for row in np.flatnonzero(histories.lengths == 0).tolist()]
+            shown_ids = ", ".join(map(repr, users_without_plays[:SHOWN_USERS])) + (
+                ", ..." if len(users_without_plays) > SHOWN_USERS else ""
+            )
+            _print(
+                f"No plays are known for {len(users_without_plays):,} of the users, who get popular songs: {shown_ids}"
+            )
+        counts = [len(item.songs) for item in selections]
+        table = self._song_table(dataset, np.concatenate([item.songs for item in selections]))
+        table.insert(0, "user_id", np.repeat(np.asarray(user_ids, dtype=object), counts))
         table.insert(1, "rank", np.concatenate([np.arange(1, count + 1) for count in counts]))
-        table["score"] = np.concatenate([each.scores for each in chosen])
+        table["score"] = np.concatenate([item.scores for item in selections])
         return table
 
     def similar(self, song: str, k: int = 10) -> pd.DataFrame:
@@ -170,15 +180,15 @@ class Recommender:
         """
         from rayrec.recommend.reranking import network_of, similar
 
-        _, dataset, recommender = self._answering()
+        _, dataset, recommender = self._load_live_release()
         row = int(dataset.catalog().rows([song])[0])
         vectors = network_of(recommender).song_vectors
         if row >= len(vectors) or not vectors[row].any():
             raise InputError(f"song {song!r} is newer than the network; call update with train=True first")
-        chosen = similar(recommender, row, k)
-        table = self._named(dataset, chosen.songs)
+        selection = similar(recommender, row, k)
+        table = self._song_table(dataset, selection.songs)
         table.insert(0, "rank", np.arange(1, len(table) + 1))
-        table["score"] = chosen.scores
+        table["score"] = selection.scores
         return table
 
     def taste(self, users: Users, *, at: Moment | None = None, horizon: HorizonName = "short") -> pd.DataFrame:
@@ -190,23 +200,23 @@ class Recommender:
 
         if horizon not in ("short", "long"):
             raise InputError(f"horizon is {horizon!r}; expected short or long")
-        _, dataset, recommender = self._answering()
-        moment, ids = _moment(at), _ids(users)
-        histories = self._histories(dataset, ids, moment)
+        _, dataset, recommender = self._load_live_release()
+        at_ms, user_ids = _to_ms(at), _list_ids(users)
+        histories = self._histories(dataset, user_ids, at_ms)
         if not histories.lengths.all():
-            user = ids[int(np.argmin(histories.lengths))]
+            user = user_ids[int(np.argmin(histories.lengths))]
             raise NotFoundError(
-                f"user {user!r} has no known plays before {iso_moment(moment)}; check the ID and the moment"
+                f"user {user!r} has no known plays before {iso_moment(at_ms)}; check the ID and the moment"
             )
-        vectors = network_of(recommender).vectors(histories, Queries.at_end(histories, moment), horizon)
-        return pd.DataFrame(vectors, index=pd.Index(ids, name="user_id"))
+        vectors = network_of(recommender).vectors(histories, Queries.at_end(histories, at_ms), horizon)
+        return pd.DataFrame(vectors, index=pd.Index(user_ids, name="user_id"))
 
     def save(self, path: str | Path) -> Path | str:
         """Copy everything to a folder or an s3:// or gs:// prefix, which `rayrec.load` and `rayrec serve` can open.
 
         Raises `InputError` if the target is not empty, and `NotFoundError` before a fit.
         """
-        self._fitted()
+        self._require_release()
         target = Workspace(path)
         if target.exists("") and target.files(""):
             raise InputError(f"{path} is not empty; save to another folder")
@@ -239,21 +249,21 @@ class Recommender:
         quality = "" if self.quality is None else self.quality._repr_html_()
         return html_figures("Recommender", values) + quality
 
-    def _fitted(self) -> Manifest:
+    def _require_release(self) -> Manifest:
         """Return the live release. Raises `NotFoundError` before a fit."""
         release = active_release(self.workspace)
         if release is None:
             raise NotFoundError("this Recommender is not fitted; call fit first")
         return release
 
-    def _answering(self) -> tuple[Manifest, Dataset, BaseRecommender]:
+    def _load_live_release(self) -> tuple[Manifest, Dataset, BaseRecommender]:
         """Return the live release, its data set and its recommender, which are loaded once.
 
         Raises `NotFoundError` before a fit, and after a fit on other plays that did not end.
         """
         from rayrec.recommend.answer import load_recommender
 
-        release, dataset = self._fitted(), Dataset(self.workspace)
+        release, dataset = self._require_release(), Dataset(self.workspace)
         if not dataset.descends_from(release.inputs["dataset"]):
             raise NotFoundError("the last fit, on other plays, did not finish; call fit again")
         if self._loaded is None or (self._loaded[0], self._loaded[1].manifest.id) != (release, dataset.manifest.id):
@@ -270,13 +280,15 @@ class Recommender:
         return histories_of_users(dataset, users, at)
 
     @staticmethod
-    def _named(dataset: Dataset, rows: np.ndarray) -> pd.DataFrame:
+    def _song_table(dataset: Dataset, rows: np.ndarray) -> pd.DataFrame:
         """Return a table with song_id, title and artist of song rows."""
         table = dataset.catalog().table.select([names.SONG_ID, names.TITLE, names.ARTIST])
-        picked = table.take(pa.array(np.asarray(rows, dtype=np.int64))).rename_columns(["song_id", "title", "artist"])
-        return picked.to_pandas()
+        song_table = table.take(pa.array(np.asarray(rows, dtype=np.int64))).rename_columns(
+            ["song_id", "title", "artist"]
+        )
+        return song_table.to_pandas()
 
-    def _replaces(self, config: FitConfig) -> bool:
+    def _replaces_dataset(self, config: FitConfig) -> bool:
         """Return True if a fit replaces the data set: after a completed fit, or one on other plays that did not end.
 
         A fit on the same plays that did not end is continued.
@@ -286,9 +298,11 @@ class Recommender:
         if not self.workspace.exists(DATASET_MANIFEST):
             return False
         manifest = Dataset(self.workspace).manifest
-        imported: Any = manifest.config.get("plays")
+        imported_plays: Any = manifest.config.get("plays")
         # A fit that did not end has appended nothing, so the user imported appended plays; they must not be replaced.
-        return not manifest.appended and (not isinstance(imported, dict) or tuple(imported["paths"]) != config.paths)
+        return not manifest.appended and (
+            not isinstance(imported_plays, dict) or tuple(imported_plays["paths"]) != config.paths
+        )
 
     def _require_reachable(self) -> None:
         """Raise `InputError` if the workspace is a temporary folder, which workers on other nodes cannot read."""
@@ -297,7 +311,7 @@ class Recommender:
         if self._folder is not None:
             require_one_node('use Recommender(workspace="s3://bucket/prefix"), or a folder that all nodes share')
 
-    def _listeners(self) -> dict[str, Any]:
+    def _progress_callbacks(self) -> dict[str, Any]:
         return {"on_stage": _print_stage, "on_note": _print} if self.progress else {}
 
 
@@ -325,7 +339,7 @@ class _SentPlays:
         self._workspace.delete(SENT_PLAYS)  # files of a killed run; no other run writes at this time
         if isinstance(self._plays, str | Path):
             return {"paths": (str(self._plays),)}
-        table = _arrow(self._plays)
+        table = _arrow_table(self._plays)
         digest = hashlib.sha256()
         for batch in table.to_batches():
             digest.update(batch.serialize())
@@ -333,7 +347,7 @@ class _SentPlays:
         try:
             self._workspace.write_table(self._file, table)
         except pa.ArrowException as error:
-            raise _unreadable(error) from error
+            raise _unreadable_error(error) from error
         # The format is given, since it cannot be guessed from a URI that ends with options.
         return {"paths": (self._workspace.uri_of(self._file),), "format": "parquet"}
 
@@ -342,23 +356,23 @@ class _SentPlays:
             self._workspace.delete(self._file)
 
 
-def _arrow(plays: Any) -> pa.Table:
+def _arrow_table(plays: Any) -> pa.Table:
     """Convert plays to an Arrow table. Raises `InputError` for other objects, and for unreadable column types."""
     try:
         if isinstance(plays, pd.DataFrame):
-            return _decoded(pa.Table.from_pandas(_plain_frame(plays), preserve_index=False))
+            return _decode_dictionaries(pa.Table.from_pandas(_plain_frame(plays), preserve_index=False))
         if isinstance(plays, pa.Table):
-            return _decoded(plays)
+            return _decode_dictionaries(plays)
         if hasattr(plays, "__arrow_c_stream__"):
-            return _decoded(pa.table(plays))
+            return _decode_dictionaries(pa.table(plays))
     except (pa.ArrowException, TypeError, ValueError) as error:
-        raise _unreadable(error) from error
+        raise _unreadable_error(error) from error
     raise InputError(
         f"plays are a {type(plays).__name__}; expected a pandas or polars DataFrame, an Arrow table or a path"
     )
 
 
-def _unreadable(error: Exception) -> InputError:
+def _unreadable_error(error: Exception) -> InputError:
     return InputError(
         f"the plays cannot be read: {first_line(error)}; drop the column, or convert it to text with astype(str)"
     )
@@ -374,34 +388,35 @@ def _plain_frame(plays: pd.DataFrame) -> pd.DataFrame:
     return plays.assign(**periods) if periods else plays
 
 
-def _decoded(table: pa.Table) -> pa.Table:
+def _decode_dictionaries(table: pa.Table) -> pa.Table:
     """Return a table in which dictionary-encoded columns are replaced by their values."""
-    for place, field in enumerate(table.schema):
+    for index, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
-            text = pa.types.is_string_view(field.type.value_type)  # categories of polars, which Arrow cannot decode
-            kind = pa.large_string() if text else field.type.value_type
+            # Polars stores categories as string views, which Arrow cannot decode.
+            is_string_view = pa.types.is_string_view(field.type.value_type)
+            value_type = pa.large_string() if is_string_view else field.type.value_type
             chunks = [
-                pa.DictionaryArray.from_arrays(chunk.indices, chunk.dictionary.cast(kind)).dictionary_decode()
-                for chunk in table.column(place).chunks
+                pa.DictionaryArray.from_arrays(chunk.indices, chunk.dictionary.cast(value_type)).dictionary_decode()
+                for chunk in table.column(index).chunks
             ]
-            table = table.set_column(place, field.name, pa.chunked_array(chunks, kind))
+            table = table.set_column(index, field.name, pa.chunked_array(chunks, value_type))
     return table
 
 
-def _ids(users: Users) -> list[Any]:
+def _list_ids(users: Users) -> list[Any]:
     """Return the ids of one or more users as a list. Raises `InputError` for a value that is not an id."""
     if isinstance(users, (pd.DataFrame, Mapping, bytes)):
         raise InputError(f"users are a {type(users).__name__}; expected an ID, or a list or column of IDs")
     if isinstance(users, (str, int, float, np.generic)):
         users = [users]
     ids: list[Any] = users.to_pylist() if isinstance(users, (pa.Array, pa.ChunkedArray)) else list(users)
-    for place, user in enumerate(ids):
+    for index, user in enumerate(ids):
         if spell_id(user) is None:
-            raise InputError(f"users[{place}] is {user!r}; expected an ID (text or a number)")
+            raise InputError(f"users[{index}] is {user!r}; expected an ID (text or a number)")
     return ids
 
 
-def _moment(at: Moment | None) -> int:
+def _to_ms(at: Moment | None) -> int:
     """Return a moment in ms UTC, by default now; a pandas timestamp or datetime without a zone is UTC."""
     if at is None:
         return now_ms()
@@ -409,10 +424,10 @@ def _moment(at: Moment | None) -> int:
         at = at.item()
     if isinstance(at, str | int | float):
         return parse_moment(at)
-    stamp = pd.Timestamp(at)
-    if pd.isna(stamp):
+    timestamp = pd.Timestamp(at)
+    if pd.isna(timestamp):
         raise InputError(f"at is {at!r}; expected a moment, such as 2026-01-20T18:30:00Z")
-    return int((stamp if stamp.tz is not None else stamp.tz_localize("UTC")).timestamp() * 1000)
+    return int((timestamp if timestamp.tz is not None else timestamp.tz_localize("UTC")).timestamp() * 1000)
 
 
 def _print(text: str) -> None:

@@ -100,11 +100,13 @@ def command(
     """
 
     def register(body: Callable[..., Shown]) -> Callable[..., Shown]:
-        own = list(inspect.signature(body, eval_str=True).parameters.values())[1 if config is None else 2 :]
-        positional = [_parameter(key, kind, None) for key, kind in (arguments or {}).items()]
+        own_parameters = list(inspect.signature(body, eval_str=True).parameters.values())[1 if config is None else 2 :]
+        positional = [_parameter(key, annotation, None) for key, annotation in (arguments or {}).items()]
         fields = {} if config is None else config.model_fields
-        named = {key: field for key, field in fields.items() if not (_is_section(field) or key in (arguments or {}))}
-        flags = [*positional, *(flag(key, field) for key, field in named.items())]
+        flag_fields = {
+            key: field for key, field in fields.items() if not (_is_section(field) or key in (arguments or {}))
+        }
+        flags = [*positional, *(flag(key, field) for key, field in flag_fields.items())]
 
         @functools.wraps(body)
         def run(ctx: typer.Context, **values: Any) -> int:
@@ -113,23 +115,28 @@ def command(
             as_json = values.pop("json") or global_options.as_json
             with redirect_stdout(sys.stderr):  # what libraries print is not the result
                 if config is not None:
-                    values["config"] = _config(config, ctx, values, [item.name for item in flags])
-                shown = body(call, **values)
-            show(shown, as_json=as_json)
-            if shown.error is not None:
-                print_error(str(shown.error))
-                return shown.error.exit_code
-            return shown.exit_code
+                    values["config"] = _read_config(config, ctx, values, [parameter.name for parameter in flags])
+                output = body(call, **values)
+            show(output, as_json=as_json)
+            if output.error is not None:
+                print_error(str(output.error))
+                return output.error.exit_code
+            return output.exit_code
 
-        shared = [_parameter("workspace", WorkspaceOption, None), _parameter("json", JsonOption, False)]
+        shared_parameters = [_parameter("workspace", WorkspaceOption, None), _parameter("json", JsonOption, False)]
         if config is not None:
-            shared.insert(0, _parameter("config", ConfigOption, None))
+            shared_parameters.insert(0, _parameter("config", ConfigOption, None))
             if config.PRESETS:
-                shared.insert(0, _parameter("preset", _preset_option(config), None))
+                shared_parameters.insert(0, _parameter("preset", _preset_option(config), None))
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-        parameters = [context, *(item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own), *flags, *shared]
+        parameters = [
+            context,
+            *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own_parameters),
+            *flags,
+            *shared_parameters,
+        ]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {item.name: item.annotation for item in parameters}
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         settings = {"allow_interspersed_args": not options_first}
         app.command(name, help=f"{inspect.getdoc(body)}\n\n\b\nExample:\n  {example}", context_settings=settings)(run)
         return body
@@ -142,16 +149,16 @@ def flag(name: str, field: FieldInfo) -> inspect.Parameter:
     hint = base_type(field.annotation)
     origin = typing.get_origin(hint)
     metavar = {typing.Literal: "|".join(map(str, typing.get_args(hint))), tuple: "A,B,...", dict: "A=B,..."}.get(origin)
-    kind = hint if origin is None else str
-    spelled = name.replace("_", "-")
-    names = [f"--{spelled}/--no-{spelled}"] if kind is bool else [f"--{spelled}"]
-    if len(spelled) == 1:
-        names.append(f"-{spelled}")
+    value_type = hint if origin is None else str
+    flag_name = name.replace("_", "-")
+    names = [f"--{flag_name}/--no-{flag_name}"] if value_type is bool else [f"--{flag_name}"]
+    if len(flag_name) == 1:
+        names.append(f"-{flag_name}")
     choices = list(map(str, typing.get_args(hint))) if origin is typing.Literal else []
     option = typer.Option(
-        *names, metavar=metavar, help=_help(field), show_default=False, autocompletion=lambda: choices
+        *names, metavar=metavar, help=_help_text(field), show_default=False, autocompletion=lambda: choices
     )
-    return _parameter(name, Annotated[kind | None, option], None)
+    return _parameter(name, Annotated[value_type | None, option], None)
 
 
 def _is_section(field: FieldInfo) -> bool:
@@ -169,58 +176,60 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _help(field: FieldInfo) -> str:
+def _help_text(field: FieldInfo) -> str:
     """Return the description of a setting with its default, in the format of click."""
     default = field.default
     if isinstance(default, bool):
         default = "yes" if default else "no"
     elif isinstance(default, tuple):
         default = ",".join(map(str, default))
-    shown = not field.is_required() and default is not None and str(default).strip() and default != {}
-    return f"{field.description}." + (f" [default: {default}]" if shown else "")
+    is_shown = not field.is_required() and default is not None and str(default).strip() and default != {}
+    return f"{field.description}." + (f" [default: {default}]" if is_shown else "")
 
 
-def _config(config: type[Settings], ctx: typer.Context, values: dict[str, Any], flags: list[str]) -> Settings:
+def _read_config(config: type[Settings], ctx: typer.Context, values: dict[str, Any], flags: list[str]) -> Settings:
     """Remove the flags from `values` and return the settings of the config file, overridden by these flags."""
     path, preset = values.pop("config"), values.pop("preset", None)
     command_path = ctx.command_path  # for example `rayrec bench serve`
     settings = {}
     if path:
-        settings = _from_file(path, command_path.split()[1:], _with_settings(ctx.find_root().command), config)
+        settings = _settings_from_file(
+            path, command_path.split()[1:], _names_with_settings(ctx.find_root().command), config
+        )
     if preset is not None:
         settings["preset"] = preset
-    for item in flags:
-        value = values.pop(item)
+    for name in flags:
+        value = values.pop(name)
         if value not in (None, []):
-            settings[item] = _parse(value, config.model_fields[item], f"--{item.replace('_', '-')}")
-    missing = [key for key, field in config.model_fields.items() if field.is_required() and key not in settings]
-    if missing:
-        raise InputError(f"Missing argument {missing[0].upper()}; see {command_path} --help")
+            settings[name] = _parse_flag(value, config.model_fields[name], f"--{name.replace('_', '-')}")
+    missing_names = [key for key, field in config.model_fields.items() if field.is_required() and key not in settings]
+    if missing_names:
+        raise InputError(f"Missing argument {missing_names[0].upper()}; see {command_path} --help")
     return from_mapping(config, settings, command_path)
 
 
-def _with_settings(group: Any) -> set[str]:
+def _names_with_settings(group: Any) -> set[str]:
     """Return the names of a group's commands that have settings, and of its groups with such a command."""
     return {
         name
-        for name, item in group.commands.items()
-        if any(option.name == "config" for option in item.params)
-        or (hasattr(item, "commands") and _with_settings(item))
+        for name, subcommand in group.commands.items()
+        if any(option.name == "config" for option in subcommand.params)
+        or (hasattr(subcommand, "commands") and _names_with_settings(subcommand))
     }
 
 
-def _from_file(path: str, words: list[str], sections: set[str], config: type[Settings]) -> dict[str, Any]:
+def _settings_from_file(path: str, words: list[str], sections: set[str], config: type[Settings]) -> dict[str, Any]:
     """Return the settings of a command from a file: those of its section, or the whole file if it has no sections.
 
     `words` is the name of the command, `sections` the names of all commands and groups that have settings.
     """
     content = section = read_toml(path)
-    own = {  # settings of this command; some have the name of another section, such as `train` of update
+    own_keys = {  # settings of this command; some have the name of another section, such as `train` of update
         key
         for key, value in content.items()
         if key in config.model_fields and (_is_section(config.model_fields[key]) or not isinstance(value, dict))
     }
-    if not set(content) <= sections or (words[0] not in content and set(content) <= own):
+    if not set(content) <= sections or (words[0] not in content and set(content) <= own_keys):
         return content
     for depth, word in enumerate(words, 1):
         name = ".".join(words[:depth])
@@ -232,7 +241,7 @@ def _from_file(path: str, words: list[str], sections: set[str], config: type[Set
     return dict(section)
 
 
-def _parse(value: Any, field: FieldInfo, flag_name: str) -> Any:
+def _parse_flag(value: Any, field: FieldInfo, flag_name: str) -> Any:
     """Return the value of a flag, parsed from `a,b` or `a=b,c=d` for a tuple or dict. Raises `InputError`."""
     hint = base_type(field.annotation)
     if typing.get_origin(hint) not in (tuple, dict):
@@ -240,13 +249,13 @@ def _parse(value: Any, field: FieldInfo, flag_name: str) -> Any:
     parts: Any = [part.strip() for part in (value.split(",") if isinstance(value, str) else value) if part.strip()]
     try:
         if typing.get_origin(hint) is dict:
-            parts = dict(map(_pair, parts))
+            parts = dict(map(_parse_pair, parts))
         return TypeAdapter(hint).validate_python(parts)
     except (ValidationError, ValueError):
         raise InputError(f"{flag_name} is {value!r}; expected {expected_value(field)}, separated by commas") from None
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _parse_pair(text: str) -> tuple[str, str]:
     name, _, value = (part.strip() for part in text.partition("="))
     if not (name and value):
         raise ValueError(text)
@@ -295,7 +304,7 @@ bench_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 
-def _version(show: bool) -> None:
+def _print_version(show: bool) -> None:
     if show:
         from importlib.metadata import version
 
@@ -313,7 +322,7 @@ def root(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Music recommendations from play histories: import, train, evaluate, release, serve.
@@ -439,7 +448,7 @@ def table(
         shown_table.add_column(header, justify="left" if is_left else "right", no_wrap=not is_left)
     for row in cells:
         shown_table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
-    return _titled(title, shown_table)
+    return _with_title(title, shown_table)
 
 
 def figures(title: str, values: dict[str, Any]) -> RenderableType:
@@ -447,20 +456,20 @@ def figures(title: str, values: dict[str, Any]) -> RenderableType:
 
     A value that is too long for 80 columns continues on the next line; nothing is cut.
     """
-    plain = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
+    plain_values = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
     shown_table = Table(box=None, show_header=False, pad_edge=False)
     shown_table.add_column(no_wrap=True)
     shown_table.add_column(justify="right", overflow="fold")
-    for name, value in plain.items():
+    for name, value in plain_values.items():
         shown_table.add_row(Text("  " + name.replace("_", " ")), Text(number(value)))
-    return _titled(title, shown_table)
+    return _with_title(title, shown_table)
 
 
 def made_from(inputs: Mapping[str, str]) -> RenderableType:
     """Return a view of the ids of the artifacts that a command used, by role, one per line."""
-    return figures("From", {noun(role): used for role, used in inputs.items()})
+    return figures("From", {noun(role): artifact_id for role, artifact_id in inputs.items()})
 
 
-def _titled(title: str, body: Table) -> RenderableType:
+def _with_title(title: str, body: Table) -> RenderableType:
     """Return a table below a title. The title has its own line, because rich would wrap it to the table's width."""
     return Group(Text(title, style="bold"), body) if title else body

@@ -75,28 +75,28 @@ def submit(
     if (bool(words), attach is not None, stop is not None).count(True) != 1:
         raise InputError("pass exactly one of COMMAND, --attach ID and --stop ID; see rayrec submit --help")
     if words and (words[0] not in ORDER or words[0] in ELSEWHERE):
-        known = ", ".join(name for name in ORDER if name not in ELSEWHERE)
-        raise InputError(f"Command {words[0]!r} cannot be submitted; expected one of {known}")
+        allowed_commands = ", ".join(name for name in ORDER if name not in ELSEWHERE)
+        raise InputError(f"Command {words[0]!r} cannot be submitted; expected one of {allowed_commands}")
     from rayrec.jobs.submit import IMAGE_PYTHON, NOT_FOUND, Cluster
 
     cluster = Cluster(address)
     if stop is not None:
-        return _ended(cluster.stop(stop), exit_code=0)
+        return _job_output(cluster.stop(stop), exit_code=0)
     job = attach
     if job is None:
         workspace = None if any(word.split("=")[0] == "--workspace" for word in words) else call.uri
         job = cluster.submit(words, workspace=workspace, python=python or IMAGE_PYTHON, files=files)
         if detach:
-            return _ended(cluster.look(job), exit_code=0, follow=f"rayrec submit --attach {job}")
+            return _job_output(cluster.look(job), exit_code=0, follow=f"rayrec submit --attach {job}")
         note(f"Submitted job {job} to {cluster.address}")
     try:
-        end = cluster.follow(job, _write)
+        job_state = cluster.follow(job, _write)
     except KeyboardInterrupt:
         note(f"The job keeps running; follow it with: rayrec submit --attach {job}")
         raise
-    if end.exit_code == NOT_FOUND and python is None:
+    if job_state.exit_code == NOT_FOUND and python is None:
         note(f"The cluster has no {IMAGE_PYTHON}; pass the path of its interpreter with --python")
-    return _ended(end, exit_code=end.exit_code or 0)
+    return _job_output(job_state, exit_code=job_state.exit_code or 0)
 
 
 def _write(text: str) -> None:
@@ -104,12 +104,12 @@ def _write(text: str) -> None:
     sys.stderr.flush()
 
 
-def _ended(end: Any, *, exit_code: int, follow: str | None = None) -> Shown:
+def _job_output(job_state: Any, *, exit_code: int, follow: str | None = None) -> Shown:
     """Return the output of the command: the state of a job, with `exit_code`."""
-    data = {key: value for key, value in end.to_mapping().items() if value is not None}
-    shown = {key: data[key] for key in ("status", "seconds", "exit_code") if key in data}
+    data = {key: value for key, value in job_state.to_mapping().items() if value is not None}
+    shown_values = {key: data[key] for key in ("status", "seconds", "exit_code") if key in data}
     hint = [] if follow is None else [f"Follow it with: {follow}"]
-    return Shown(data, [figures(f"Job {end.job}", shown), *hint], exit_code=exit_code)
+    return Shown(data, [figures(f"Job {job_state.job}", shown_values), *hint], exit_code=exit_code)
 
 
 @command(
@@ -132,39 +132,41 @@ def estimate(
     """
     from rayrec.jobs.planning.plan import make_plan
 
-    known = read_cluster(cluster)
+    cluster_file = read_cluster(cluster)
     skew: dict[str, Any] = {}
     if config.users and config.plays and config.songs:
-        data = DataSize.assumed(config.users, config.plays, config.songs, config.buckets)
+        data_size = DataSize.assumed(config.users, config.plays, config.songs, config.buckets)
     else:
         dataset = Dataset(call.workspace)
         data_skew = measure_skew(dataset)
-        data = DataSize.of(dataset.manifest, data_skew)
+        data_size = DataSize.of(dataset.manifest, data_skew)
         skew = {"largest_buckets": data_skew.largest_buckets, "longest_histories": data_skew.longest_histories}
-    planned = make_plan(data, known, config, read_rates(rates) if rates else None, skew)
-    return Shown(planned.to_mapping(), plan_views(planned), exit_code=1 if planned.problems else 0)
+    plan = make_plan(data_size, cluster_file, config, read_rates(rates) if rates else None, skew)
+    return Shown(plan.to_mapping(), plan_views(plan), exit_code=1 if plan.problems else 0)
 
 
 def plan_views(plan: Any) -> list[RenderableType]:
     """Return the views of a plan: one line per stage, storage, requests, server, and problems."""
     rows = []
-    for item in plan.stages:
-        needs, has = size(item.memory), size(item.memory_there)
-        rows.append([item.stage, item.node, item.nodes, item.workers, needs, has, item.batches, item.hours])
+    for stage in plan.stages:
+        needed, available = size(stage.memory), size(stage.memory_there)
+        rows.append(
+            [stage.stage, stage.node, stage.nodes, stage.workers, needed, available, stage.batches, stage.hours]
+        )
     headers = ["stage", "node", "nodes", "workers", "memory", "available", "batches", "hours"]
-    stored = {name: size(count) for name, count in plan.storage.items()}
-    stored["local disk for embed"] = size(plan.disk)
-    stored["store of user states"] = size(plan.states)
+    storage_sizes = {name: size(count) for name, count in plan.storage.items()}
+    storage_sizes["local disk for embed"] = size(plan.disk)
+    storage_sizes["store of user states"] = size(plan.states)
     views: list[RenderableType] = [
         table(f"{plan.data.plays:,} plays on cluster {plan.cluster}", headers, rows, left=["node"]),
-        figures("Storage", stored),
+        figures("Storage", storage_sizes),
     ]
-    requests = {item.stage: item.requests for item in plan.stages if item.requests is not None}
+    requests = {stage.stage: stage.requests for stage in plan.stages if stage.requests is not None}
     views.append(figures("Requests to object storage", requests))
-    stores = {item.stage: size(item.store) for item in plan.stages if item.store}
-    views.append(figures("Ray object store per node", stores))
+    object_stores = {stage.stage: size(stage.store) for stage in plan.stages if stage.store}
+    views.append(figures("Ray object store per node", object_stores))
     if plan.serving is not None:
-        views.append(figures("Server", _serving(plan.serving)))
+        views.append(figures("Server", _server_figures(plan.serving)))
     for name, pairs in plan.skew.items():
         views.append(
             table(
@@ -176,7 +178,7 @@ def plan_views(plan: Any) -> list[RenderableType]:
     return views
 
 
-def _serving(plan: Any) -> dict[str, Any]:
+def _server_figures(plan: Any) -> dict[str, Any]:
     """Return the figures of the server: replicas for the rate of requests, and memory of their nodes."""
     return {
         "requests per second": plan.requests_per_second,
@@ -190,10 +192,10 @@ def _serving(plan: Any) -> dict[str, Any]:
 
 def _register_bench(name: str, config_class: type[BenchConfig]) -> None:
     def run(call: Call, config: BenchConfig, *, quick: QuickOption = False) -> Shown:
-        return _measured(name, call, config, quick)
+        return _run_bench(name, call, config, quick)
 
     def run_and_save(call: Call, config: BenchConfig, *, quick: QuickOption = False, save: SaveOption = None) -> Shown:
-        return _measured(name, call, config, quick, save)
+        return _run_bench(name, call, config, quick, save)
 
     body = run_and_save if name in WITH_RATES else run
     body.__doc__ = config_class.__doc__
@@ -204,25 +206,27 @@ for _name, _config in CONFIGS.items():
     _register_bench(_name, _config)
 
 
-def _measured(name: str, call: Call, config: BenchConfig, quick: bool, save: str | None = None) -> Shown:
+def _run_bench(name: str, call: Call, config: BenchConfig, quick: bool, save: str | None = None) -> Shown:
     from rayrec.bench.suite import bench
 
     result = bench(name, call.workspace, config.with_quick_sizes() if quick else config, save=save)
-    whole = {key: value for key, value in result.items() if key not in BENCH_TABLES.get(name, ())}
+    plain_values = {key: value for key, value in result.items() if key not in BENCH_TABLES.get(name, ())}
     return Shown(
-        result, [figures(f"bench {name}", _nested_figures(whole)), *BENCH_VIEWS.get(name, lambda _: [])(result)]
+        result, [figures(f"bench {name}", _flatten_values(plain_values)), *BENCH_VIEWS.get(name, lambda _: [])(result)]
     )
 
 
-def _nested_figures(values: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested values on one level, with names such as `speedups train`; a list of plain values becomes a text."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, list) and not any(isinstance(each, dict | list) for each in value):
+        if isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
             flat[name] = ", ".join(map(number, value))
         elif isinstance(value, dict | list):
-            parts = value if isinstance(value, dict) else {str(place): each for place, each in enumerate(value, 1)}
-            flat |= {f"{name} {part}": each for part, each in _nested_figures(parts).items()}
+            parts = (
+                value if isinstance(value, dict) else {str(position): item for position, item in enumerate(value, 1)}
+            )
+            flat |= {f"{name} {part_name}": item for part_name, item in _flatten_values(parts).items()}
         else:
             flat[name] = value
     return flat
@@ -253,15 +257,15 @@ def answer_stages(result: dict[str, Any]) -> list[RenderableType]:
     catalogs = result["catalogs"]
     headers = [f"{name}\n{short(catalog['songs'])}" for catalog in catalogs for name in ("CPU ms", "kB")]
     rows = [
-        [stage, *(value for one in catalogs for value in _stage(one["stages"][stage]))]
+        [stage, *(value for result_of_catalog in catalogs for value in _stage_cost(result_of_catalog["stages"][stage]))]
         for stage in catalogs[0]["stages"]
     ]
     title = "An answer by stage and number of songs; kB is the peak memory"
     return [table(title, ["stage", *headers], rows)]
 
 
-def _stage(figures_of_stage: dict[str, float]) -> tuple[float, int]:
-    return figures_of_stage["cpu_ms"], round(figures_of_stage["bytes"] / 1000)
+def _stage_cost(stage_values: dict[str, float]) -> tuple[float, int]:
+    return stage_values["cpu_ms"], round(stage_values["bytes"] / 1000)
 
 
 BENCH_VIEWS = {"serve": serve_loads, "simulate": simulated, "answers": answer_stages}  # in addition to the figures

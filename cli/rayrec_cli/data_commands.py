@@ -42,7 +42,7 @@ def generate(call: Call, config: GenerateConfig, *, force: ForceOption = False) 
     """Generate a synthetic data set."""
     from rayrec.jobs.generate import generate as job
 
-    return _dataset(job(call.workspace, config, repeat=force))
+    return _dataset_output(job(call.workspace, config, repeat=force))
 
 
 @command(
@@ -70,9 +70,9 @@ def import_data(
         raise InputError("--append adds plays and --force replaces them; pass only one of them")
     try:
         if not append:
-            return _dataset(job(call.workspace, config, repeat=force))
+            return _dataset_output(job(call.workspace, config, repeat=force))
         split = choose_split(call.workspace)
-        return _appended(append_plays(call.workspace, config), _carried_over(split, Dataset(call.workspace)))
+        return _append_output(append_plays(call.workspace, config), _split_validity(split, Dataset(call.workspace)))
     except TooManyRejectedError as error:
         return too_many_rejected(error)
 
@@ -112,12 +112,13 @@ def inspect(
     views: list[RenderableType] = [figures(f"{inspection.format}, {inspection.kind}", values)]
     if inspection.columns:
         # Columns with a role come first, because exports may have a hundred other columns.
-        shown = sorted(inspection.columns, key=lambda column: not column.role)[:MOST_COLUMNS]
-        rows = [[column.name, column.role, column.type, column.example] for column in shown]
+        shown_columns = sorted(inspection.columns, key=lambda column: not column.role)[:MOST_COLUMNS]
+        rows = [[column.name, column.role, column.type, column.example] for column in shown_columns]
         views.append(table("Columns", ["column", "role", "type", "example"], rows, left=["role", "type", "example"]))
-        if len(shown) < len(inspection.columns):
+        if len(shown_columns) < len(inspection.columns):
             views.append(
-                f"{len(inspection.columns) - len(shown):,} more columns are not shown; --json lists all of them."
+                f"{len(inspection.columns) - len(shown_columns):,} more columns are not shown; --json lists "
+                "all of them."
             )
     if inspection.rejected:
         views.append(table("Rows that would be rejected", ["reason", "rows"], list(inspection.rejected.items())))
@@ -153,16 +154,18 @@ def compact_parts(call: Call, *, store: StoreOption = None) -> Shown:
     from rayrec.jobs.forget import open_own_store
 
     compaction = job(call.workspace)
-    opened = open_own_store(call.workspace, store, compaction.dataset.lineage or compaction.dataset.id)
-    if opened is not None:
+    opened_store = open_own_store(call.workspace, store, compaction.dataset.lineage or compaction.dataset.id)
+    if opened_store is not None:
         try:
-            opened.rewrite()
+            opened_store.rewrite()
         finally:
-            opened.close()
-    before, after = len(compaction.spans_before), len(compaction.spans)
-    data = {"id": compaction.dataset.id, "files_per_bucket": after, "files_per_bucket_before": before}
-    joined = compaction.spans != compaction.spans_before
-    views: list[RenderableType] = [f"Joined {before} files per bucket into {after}." if joined else "No parts to join."]
+            opened_store.close()
+    files_before, files_after = len(compaction.spans_before), len(compaction.spans)
+    data = {"id": compaction.dataset.id, "files_per_bucket": files_after, "files_per_bucket_before": files_before}
+    has_joined = compaction.spans != compaction.spans_before
+    views: list[RenderableType] = [
+        f"Joined {files_before} files per bucket into {files_after}." if has_joined else "No parts to join."
+    ]
     if compaction.erased.users:
         views.append(f"{compaction.erased.users:,} deleted users were erased from {compaction.erased.files:,} files.")
     return Shown({**data, "parts": compaction.dataset.parts, "erased": asdict(compaction.erased)}, views)
@@ -185,18 +188,18 @@ def forget(
     """
     from rayrec.jobs.forget import forget_users
 
-    ids = [*(user or []), *(_lines(users) if users else [])]
+    ids = [*(user or []), *(_read_lines(users) if users else [])]
     if not ids:
         raise InputError("No user was given; pass --user ID or --users FILE")
     count = forget_users(call.workspace, ids, store=store)
-    deleted = f"{count:,} users deleted."
+    deletion_text = f"{count:,} users deleted."
     if not compact:
-        return Shown({"users": count}, [deleted, "`rayrec compact` erases their rows from all files."])
-    done = compact_parts(call, store=store)
-    return Shown({"users": count, "compact": done.data}, [deleted, *done.views])
+        return Shown({"users": count}, [deletion_text, "`rayrec compact` erases their rows from all files."])
+    compaction = compact_parts(call, store=store)
+    return Shown({"users": count, "compact": compaction.data}, [deletion_text, *compaction.views])
 
 
-def _lines(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
     try:
         # utf-8-sig, because spreadsheets put a byte order mark in front of the first user
         return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
@@ -230,16 +233,16 @@ def split(call: Call, config: SplitConfig) -> Shown:
     entirely. Use --held-out-songs to measure recall on songs without training data.
     """
     new_split = split_dataset(call.workspace, config)
-    cuts = {name.replace("_", " "): _cut(value) for name, value in new_split.figures().items()}
+    cuts = {name.replace("_", " "): _format_cut(value) for name, value in new_split.figures().items()}
     values = {"split": new_split.id, **cuts, "users held out": f"{new_split.held_out_share:.1%}"}
     if new_split.held_out_songs:
         values["songs held out"] = f"{new_split.held_out_songs:.1%}"
-    weaker = [f"This protocol is {WEAKER}."] if new_split.protocol == "last-fraction" else []
+    protocol_notes = [f"This protocol is {WEAKER}."] if new_split.protocol == "last-fraction" else []
     inputs = {"dataset": new_split.dataset}
-    return Shown({**asdict(new_split), "inputs": inputs}, [figures("", values), made_from(inputs), *weaker])
+    return Shown({**asdict(new_split), "inputs": inputs}, [figures("", values), made_from(inputs), *protocol_notes])
 
 
-def _dataset(manifest: DatasetManifest) -> Shown:
+def _dataset_output(manifest: DatasetManifest) -> Shown:
     rejected = sum(manifest.rejected.values())
     values: dict[str, Any] = {
         "id": manifest.id,
@@ -252,25 +255,29 @@ def _dataset(manifest: DatasetManifest) -> Shown:
         "merged": manifest.merged,
         "rejected": rejected,
     }
-    shown = (
+    shown_values = (
         values
         if not manifest.plays
-        else {**values, "first play": _moment(manifest.first_play), "last play": _moment(manifest.last_play)}
+        else {
+            **values,
+            "first play": _format_moment(manifest.first_play),
+            "last play": _format_moment(manifest.last_play),
+        }
     )
     if manifest.times == "positions":
-        shown = {**values, "times": "none, only the order of plays is known"}
+        shown_values = {**values, "times": "none, only the order of plays is known"}
     times = {"first_play": manifest.first_play, "last_play": manifest.last_play}
     data = {**values, **times, "times": manifest.times, "reasons": manifest.rejected, "import": manifest.last_import}
-    views = [figures("Data set", shown), *_import_views(manifest.last_import)]
-    dropped = {reason: rows for reason, rows in manifest.rejected.items() if "fewer than" in reason}
-    if dropped:
-        views.append(table("Rows left out", ["reason", "rows"], list(dropped.items())))
+    views = [figures("Data set", shown_values), *_import_views(manifest.last_import)]
+    left_out_rows = {reason: rows for reason, rows in manifest.rejected.items() if "fewer than" in reason}
+    if left_out_rows:
+        views.append(table("Rows left out", ["reason", "rows"], list(left_out_rows.items())))
     if rejected:
         views.append("Rejected rows are stored with line and reason in dataset/rejected.")
     if manifest.times == "real" and manifest.plays > 0 and manifest.first_play < BEFORE_STREAMING:
         views.append(
-            f"Warning: the first play is of {_moment(manifest.first_play)}, possibly from a wrong clock. Such a play "
-            "lengthens the time range that `rayrec split` divides."
+            f"Warning: the first play is of {_format_moment(manifest.first_play)}, possibly from a wrong clock. Such a "
+            "play lengthens the time range that `rayrec split` divides."
         )
     return Shown(data, views)
 
@@ -290,14 +297,14 @@ def _import_views(summary: Mapping[str, Any]) -> list[RenderableType]:
         views.append("\n".join(["Files left out", *summary["damaged"].values()]))
     rejected = summary["reasons"]
     if rejected:
-        rows = [[each["reason"], each["rows"], f"{each['share']:.1%}"] for each in rejected]
+        rows = [[rejection["reason"], rejection["rows"], f"{rejection['share']:.1%}"] for rejection in rejected]
         views.append(table("Rejected rows", ["reason", "rows", "share"], rows))
         views.append("\n".join(rejected_examples(summary)))
     views += [f"Warning: {warning}" for warning in summary["warnings"]]
     return views
 
 
-def _carried_over(split: Split | None, dataset: Dataset) -> tuple[str, bool]:
+def _split_validity(split: Split | None, dataset: Dataset) -> tuple[str, bool]:
     """Return a text about the current split after plays were appended, and True if the split stays valid."""
     if split is None or not split.has_test:
         return "", True
@@ -306,31 +313,38 @@ def _carried_over(split: Split | None, dataset: Dataset) -> tuple[str, bool]:
     return f"split {split.id} is not valid for the new plays; run `rayrec split --last-fraction N` again", False
 
 
-def _appended(appended: Any, carried_over: tuple[str, bool]) -> Shown:
-    new = {"plays": appended.plays, "users": appended.users, "songs": appended.songs}
-    likes = {"likes": appended.likes} if appended.dataset.has_likes else {}
-    outcomes = {"read": appended.read, **likes, "merged": appended.merged, "rejected": sum(appended.rejected.values())}
-    views: list[Any] = [figures("Appended", {f"new {name}": count for name, count in new.items()} | outcomes)]
+def _append_output(appended: Any, split_validity: tuple[str, bool]) -> Shown:
+    new_counts = {"plays": appended.plays, "users": appended.users, "songs": appended.songs}
+    like_counts = {"likes": appended.likes} if appended.dataset.has_likes else {}
+    outcome_counts = {
+        "read": appended.read,
+        **like_counts,
+        "merged": appended.merged,
+        "rejected": sum(appended.rejected.values()),
+    }
+    views: list[Any] = [
+        figures("Appended", {f"new {name}": count for name, count in new_counts.items()} | outcome_counts)
+    ]
     if not (appended.plays or appended.likes):
         views.append("No new plays: the data set is unchanged.")
-    if (files := len(appended.dataset.spans)) > PARTS_BEFORE_COMPACT:
-        views.append(f"Each bucket of users has {files} files; `rayrec compact` joins them.")
-    text, holds = carried_over
+    if (file_count := len(appended.dataset.spans)) > PARTS_BEFORE_COMPACT:
+        views.append(f"Each bucket of users has {file_count} files; `rayrec compact` joins them.")
+    text, is_valid = split_validity
     if text:
-        views.append(text if holds else f"Warning: {text}.")
-    shown = _dataset(appended.dataset)
+        views.append(text if is_valid else f"Warning: {text}.")
+    dataset_output = _dataset_output(appended.dataset)
     data = {
-        **shown.data,
-        **({} if holds else {"warnings": [text]}),
-        "appended": {**new, **outcomes, "reasons": appended.rejected},
+        **dataset_output.data,
+        **({} if is_valid else {"warnings": [text]}),
+        "appended": {**new_counts, **outcome_counts, "reasons": appended.rejected},
         "import": appended.last_import,
     }
-    return Shown(data, [*views, *_import_views(appended.last_import), shown.views[0]])
+    return Shown(data, [*views, *_import_views(appended.last_import), dataset_output.views[0]])
 
 
-def _cut(value: int | float | str) -> str:
-    return _moment(value) if isinstance(value, int) else str(value)
+def _format_cut(value: int | float | str) -> str:
+    return _format_moment(value) if isinstance(value, int) else str(value)
 
 
-def _moment(ms: int) -> str:
+def _format_moment(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

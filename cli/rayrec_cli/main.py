@@ -38,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     fail = _Failure(as_json="--json" in arguments, debug=debug)
     try:
-        code = int(app(arguments, prog_name="rayrec", standalone_mode=False) or 0)
-        if code == INTERRUPTED:  # typer returns an interrupt as an exit code
+        exit_code = int(app(arguments, prog_name="rayrec", standalone_mode=False) or 0)
+        if exit_code == INTERRUPTED:  # typer returns an interrupt as an exit code
             return fail(KeyboardInterrupt(), "Interrupted", INTERRUPTED, kind="interrupted")
-        return code
+        return exit_code
     except (KeyboardInterrupt, typer.Abort) as error:
         return fail(error, "Interrupted", INTERRUPTED, kind="interrupted")
     except BrokenPipeError:
@@ -49,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except Exception as error:
         if hasattr(error, "format_message"):  # an error of click, which newer versions of typer contain
-            return _usage(error, fail)
+            return _report_usage_error(error, fail)
         # Ray wraps an error of a worker: the error is the `cause`, and the text is the whole traceback.
         cause = getattr(error, "cause", error)
         if isinstance(cause, RayrecError):
             return fail(cause, str(cause), cause.exit_code)
         # A bug, or a failed machine.
-        last = str(cause).strip().splitlines()[-1:] or [""]
-        message = f"{type(cause).__name__}: {last[0]}; run again with --debug for the traceback"
+        last_lines = str(cause).strip().splitlines()[-1:] or [""]
+        message = f"{type(cause).__name__}: {last_lines[0]}; run again with --debug for the traceback"
         return fail(cause, message, FAILED, kind="internal")
 
 
@@ -67,23 +67,23 @@ class _Failure:
     as_json: bool
     debug: bool
 
-    def __call__(self, error: BaseException, message: str, code: int, kind: str | None = None) -> int:
+    def __call__(self, error: BaseException, message: str, exit_code: int, kind: str | None = None) -> int:
         if self.debug and kind != "interrupted":
             traceback.print_exc()
         if self.as_json:
             show_json(error_data(error, message, kind))
         print_error(message)
-        return code
+        return exit_code
 
 
-def _usage(error: Any, fail: _Failure) -> int:
+def _report_usage_error(error: Any, fail: _Failure) -> int:
     context = getattr(error, "ctx", None)
     message = error.format_message()
     if not message.strip() or message.startswith("Usage:"):  # no command: the message is the help
         print(message, file=sys.stderr)
         return WRONG_USE
-    where = context.command_path if context is not None else "rayrec"
-    return fail(error, f"{message.rstrip('.')}; see {where} --help", WRONG_USE, kind="usage")
+    command_path = context.command_path if context is not None else "rayrec"
+    return fail(error, f"{message.rstrip('.')}; see {command_path} --help", WRONG_USE, kind="usage")
 
 
 if __name__ == "__main__":

@@ -104,11 +104,11 @@ class _LineageTree:
         else:
             self._add_dataset(self.dataset)
         for split in data["splits"]:
-            cut = split.get("protocol") or "in time"
-            self._add("split", {**split, "inputs": {"dataset": split["dataset"]}}, [cut])
+            protocol = split.get("protocol") or "in time"
+            self._add("split", {**split, "inputs": {"dataset": split["dataset"]}}, [protocol])
         for kind in KINDS:
-            for item in data[kind]:
-                self._add(kind, item, [_headline(item["figures"])])
+            for artifact in data[kind]:
+                self._add(kind, artifact, [_headline(artifact["figures"])])
 
     def _add_dataset(self, dataset: dict[str, Any]) -> None:
         counts = ", ".join(f"{number(dataset[name])} {name}" for name in ("plays", "users", "songs"))
@@ -116,41 +116,41 @@ class _LineageTree:
         facts = [f"{counts}{rejected}", size(dataset["bytes"]), age(dataset["created_at"])]
         line = "  ".join(filter(None, [f"data set {dataset['id']}", *facts]))
         branch = _Branch(self.root.add(Text(line)), {"dataset": dataset["id"]})
-        for each in (*dataset["ancestors"], dataset["plays_id"], dataset["id"]):
-            self.branches["dataset", each] = branch
+        for dataset_id in (*dataset["ancestors"], dataset["plays_id"], dataset["id"]):
+            self.branches["dataset", dataset_id] = branch
 
-    def _add(self, kind: str, item: dict[str, Any], facts: list[str]) -> None:
+    def _add(self, kind: str, artifact: dict[str, Any], facts: list[str]) -> None:
         """Add an artifact below the first of its inputs in PARENTS that is in the tree."""
-        inputs = dict(item["inputs"])
+        inputs = dict(artifact["inputs"])
         if self.dataset is not None and inputs.get("dataset") == self.dataset["plays_id"]:
             inputs["dataset"] = self.dataset["id"]
         parents = (self.branches.get((role, inputs.get(role, ""))) for role in PARENTS)
         parent = next(filter(None, parents), _Branch(self.root, {}))
-        made_from = {**parent.made_from, "split" if kind == "split" else kind: item["id"]}
-        words = [
-            self._input(role, inputs[role])
+        made_from = {**parent.made_from, "split" if kind == "split" else kind: artifact["id"]}
+        input_texts = [
+            self._input_text(role, inputs[role])
             for role in NAMED
             if inputs.get(role, made_from.get(role)) != made_from.get(role)
         ]
         if kind in FITTED and "split" in made_from and "split" not in inputs:
-            words.append("no split")
+            input_texts.append("no split")
             del made_from["split"]
         marks = []
-        if item["id"] == self.data["current"].get("splits" if kind == "split" else kind) and kind != "releases":
+        if artifact["id"] == self.data["current"].get("splits" if kind == "split" else kind) and kind != "releases":
             marks.append("current")
-        if kind == "releases" and item["id"] == self.data["active"]:
+        if kind == "releases" and artifact["id"] == self.data["active"]:
             marks.append("live")
-        facts = [*words, *facts, size(item["bytes"]), age(item["created_at"])]
-        line = "  ".join([f"{noun(kind)} {item['id']}", *filter(None, facts), *(f"[{mark}]" for mark in marks)])
+        facts = [*input_texts, *facts, size(artifact["bytes"]), age(artifact["created_at"])]
+        line = "  ".join([f"{noun(kind)} {artifact['id']}", *filter(None, facts), *(f"[{mark}]" for mark in marks)])
         tree = parent.tree.add(Text(line, style="bold" if marks else ""))
-        self.branches[kind, item["id"]] = _Branch(tree, made_from | inputs)
+        self.branches[kind, artifact["id"]] = _Branch(tree, made_from | inputs)
 
-    def _input(self, role: str, made_of: str) -> str:
+    def _input_text(self, role: str, input_id: str) -> str:
         """Return the text for an input that the lines above do not name."""
         if role == "from":
-            return f"from model {made_of}"
-        earlier = role == "dataset" and self.dataset is not None and made_of in self.dataset["ancestors"]
-        return f"{'of earlier ' if earlier else 'of ' if role == 'dataset' else ''}{noun(role)} {made_of}"
+            return f"from model {input_id}"
+        is_earlier = role == "dataset" and self.dataset is not None and input_id in self.dataset["ancestors"]
+        return f"{'of earlier ' if is_earlier else 'of ' if role == 'dataset' else ''}{noun(role)} {input_id}"
 
 
 @command(app, "verify", example="rayrec verify")
@@ -163,11 +163,11 @@ def verify_workspace(call: Call) -> Shown:
     from rayrec.jobs.verify import verify_workspace as job
 
     audit = job(call.existing_workspace)
-    rows = [[item.kind, item.id, item.files, item.problems or "ok"] for item in audit.checked]
+    rows = [[artifact.kind, artifact.id, artifact.files, artifact.problems or "ok"] for artifact in audit.checked]
     views: list[Any] = [table("Checked", ["kind", "id", "files", "problems"], rows, left=["id"])]
     for title, findings in (("Problems", audit.problems), ("Notes", audit.notes)):
         if findings:
-            views.append("\n".join([f"{title}:", *(f"  {each.path} {each.text}" for each in findings)]))
+            views.append("\n".join([f"{title}:", *(f"  {finding.path} {finding.text}" for finding in findings)]))
     views.append("No problems found." if audit.is_sound else f"{len(audit.problems)} problems found.")
     return Shown(audit.to_mapping(), views, exit_code=0 if audit.is_sound else 1)
 
@@ -215,8 +215,8 @@ def clean_workspace(call: Call, config: CleanConfig, *, yes: YesOption = False) 
     if not garbage:
         return Shown(data, ["Nothing to delete."])
     rows = [[item.path, size(item.bytes), item.reason] for item in garbage]
-    said = f"Deleted {size(total)}." if yes else f"{size(total)} can be deleted: run the same command with --yes."
-    return Shown(data, [table("", ["path", "size", "reason"], rows, left=["path", "reason"]), said])
+    summary = f"Deleted {size(total)}." if yes else f"{size(total)} can be deleted: run the same command with --yes."
+    return Shown(data, [table("", ["path", "size", "reason"], rows, left=["path", "reason"]), summary])
 
 
 @command(release_app, "create", example="rayrec release create")
@@ -236,39 +236,42 @@ def create(
     new_release = releases.create_release(
         call.workspace, model_id=model, tastes_id=tastes, index_id=index, activate=activate
     )
-    shown = _release(call, new_release)
+    output = _release_output(call, new_release)
     warnings = []
     parts_without: dict[str, list[str]] = {}  # range of plays -> artifacts that were not trained on it
     for kind in ("songs", "models", "retrieval"):
         if kind in new_release.inputs:
             part = load_manifest(call.workspace, kind, new_release.inputs[kind])
             parts_without.setdefault(left_out(call.workspace, part), []).append(f"{noun(kind)} {part.id}")
-    for plays, parts in parts_without.items():
-        if plays:
-            named = ", ".join(parts)
-            warnings.append(f"not trained on {plays}: {named}; `rayrec fit` trains the final models on all plays")
-    made_of = load_manifest(call.workspace, "tastes", new_release.inputs["tastes"]).inputs["dataset"]
-    if made_of != Dataset(call.workspace).manifest.plays_id:
+    for missing_plays, parts in parts_without.items():
+        if missing_plays:
+            part_names = ", ".join(parts)
+            warnings.append(
+                f"not trained on {missing_plays}: {part_names}; `rayrec fit` trains the final models on all plays"
+            )
+    tastes_dataset_id = load_manifest(call.workspace, "tastes", new_release.inputs["tastes"]).inputs["dataset"]
+    if tastes_dataset_id != Dataset(call.workspace).manifest.plays_id:
         warnings.append("the taste vectors lack new plays; run `rayrec taste` and `rayrec release create`")
-    data = {**shown.data, **({"warnings": warnings} if warnings else {})}
-    return Shown(data, [*shown.views, *(f"Warning: {warning}." for warning in warnings)])
+    data = {**output.data, **({"warnings": warnings} if warnings else {})}
+    return Shown(data, [*output.views, *(f"Warning: {warning}." for warning in warnings)])
 
 
 @command(release_app, "list", example="rayrec release list")
 def list_releases(call: Call) -> Shown:
     """List all releases, oldest first."""
     active = releases.active_release(call.existing_workspace)
-    live = None if active is None else active.id
+    live_id = None if active is None else active.id
     all_releases = releases.list_releases(call.workspace)
     rows = [
-        ["→" if item.id == live else "", item.id, item.inputs["models"], day(item.created_at)] for item in all_releases
+        ["→" if release.id == live_id else "", release.id, release.inputs["models"], day(release.created_at)]
+        for release in all_releases
     ]
     data = [
-        {"id": item.id, "active": item.id == live, "created_at": item.created_at, **item.inputs}
-        for item in all_releases
+        {"id": release.id, "active": release.id == live_id, "created_at": release.created_at, **release.inputs}
+        for release in all_releases
     ]
     view = table("Releases", ["", "id", "model", "created (UTC)"], rows, left=["id", "model", "created (UTC)"])
-    return Shown({"releases": data, "active": live}, [view if all_releases else "No releases."])
+    return Shown({"releases": data, "active": live_id}, [view if all_releases else "No releases."])
 
 
 @command(release_app, "activate", config=SwitchConfig, example="rayrec release activate 3f2a9c51d07b --wait")
@@ -277,21 +280,23 @@ def activate(call: Call, config: SwitchConfig, *, release: ReleaseArgument) -> S
 
     A running server switches without downtime: each replica loads the release in addition to the old one.
     """
-    return _switched(call, lambda: releases.activate_release(call.workspace, release), config)
+    return _switch_release(call, lambda: releases.activate_release(call.workspace, release), config)
 
 
 @command(release_app, "rollback", config=SwitchConfig, example="rayrec release rollback --wait")
 def rollback(call: Call, config: SwitchConfig) -> Shown:
     """Make the previously live release live again."""
-    return _switched(call, lambda: releases.rollback(call.workspace), config)
+    return _switch_release(call, lambda: releases.rollback(call.workspace), config)
 
 
-def _switched(call: Call, change: Callable[[], Manifest], config: SwitchConfig) -> Shown:
+def _switch_release(call: Call, change: Callable[[], Manifest], config: SwitchConfig) -> Shown:
     if not (config.wait or config.url):
-        return _release(call, change())
+        return _release_output(call, change())
     from rayrec.serving.live_release import SwitchWait, switch
 
-    return _release(call, switch(call.workspace, change, SwitchWait(url=config.url, seconds=config.timeout, tell=note)))
+    return _release_output(
+        call, switch(call.workspace, change, SwitchWait(url=config.url, seconds=config.timeout, tell=note))
+    )
 
 
 @command(release_app, "verify", example="rayrec release verify 3f2a9c51d07b")
@@ -313,21 +318,26 @@ def load_user_states(
     from rayrec.online.load_states import load_states
     from rayrec.online.state_store import open_store, store_uri
 
-    chosen = (
+    selected_release = (
         releases.active_release(call.workspace)
         if release is None
         else load_manifest(call.workspace, "releases", release)
     )
-    if chosen is None:
+    if selected_release is None:
         raise InputError("No release is live; pass --release ID or run `rayrec release activate ID`")
     dataset = Dataset(call.workspace)
-    opened = open_store(store_uri(call.workspace, store), dataset.lineage)
+    opened_store = open_store(store_uri(call.workspace, store), dataset.lineage)
     try:
-        loaded = load_states(dataset, opened, chosen, repeat=force)
+        load_counts = load_states(dataset, opened_store, selected_release, repeat=force)
     finally:
-        opened.close()
-    rate = round(loaded.users / loaded.seconds) if loaded.seconds else None
-    counts = {"release": chosen.id, **asdict(loaded), "users": loaded.users, "users_per_second": rate}
+        opened_store.close()
+    rate = round(load_counts.users / load_counts.seconds) if load_counts.seconds else None
+    counts = {
+        "release": selected_release.id,
+        **asdict(load_counts),
+        "users": load_counts.users,
+        "users_per_second": rate,
+    }
     return Shown(counts, [figures("User states", counts)])
 
 
@@ -382,17 +392,17 @@ def _load_missing_states(call: Call, store: str | None) -> Manifest:
             f"workspace {call.workspace.uri} has no live release; run `rayrec fit` or `rayrec release create` first"
         )
     dataset = Dataset(call.workspace)
-    opened = open_store(store_uri(call.workspace, store), dataset.lineage)
+    opened_store = open_store(store_uri(call.workspace, store), dataset.lineage)
     try:
-        if len(opened.loaded(release.inputs["tastes"])) < dataset.manifest.buckets:
+        if len(opened_store.loaded(release.inputs["tastes"])) < dataset.manifest.buckets:
             note(f"Loading the users' states of release {release.id} into the store")
-            note(f"{load_states(dataset, opened, release).users:,} users loaded")
+            note(f"{load_states(dataset, opened_store, release).users:,} users loaded")
     finally:
-        opened.close()
+        opened_store.close()
     return release
 
 
-def _release(call: Call, release: Manifest) -> Shown:
+def _release_output(call: Call, release: Manifest) -> Shown:
     active = releases.active_release(call.workspace)
     is_live = active is not None and active.id == release.id
     parts = {name: release.inputs[name] for name in PARTS if name in release.inputs}

@@ -102,42 +102,42 @@ def recommend(
     are left out. If no play is known, for example of an unknown user, popular songs are recommended. With --all the
     songs for every user are written as Parquet, one row per user; a killed run continues with the missing buckets.
     """
-    moment = None if at is None else parse_moment(at)
+    at_ms = None if at is None else parse_moment(at)
     if everybody:
         _refuse_filters(config, {"user": user, "songs": songs, "artists": artists, "exclude": exclude, "allow": allow})
     dataset = Dataset(call.workspace)
     parts = default_parts(call.workspace, model)
     if everybody:
-        return _recommend_all(call, config, parts, moment, force)
+        return _recommend_all(call, config, parts, at_ms, force)
     catalog = dataset.catalog()
 
-    def listed(texts: list[str] | None) -> list[str] | None:
+    def split_ids(texts: list[str] | None) -> list[str] | None:
         return [song for text in texts for song in catalog.listed(text)] if texts else None
 
     recommender = load_recommender(call.workspace, dataset, parts)
-    recommended = answer(
+    result = answer(
         dataset,
         recommender,
         config,
         parts=parts,
-        at=now_ms() if moment is None else moment,
+        at=now_ms() if at_ms is None else at_ms,
         user=user,
-        songs=listed(songs),
+        songs=split_ids(songs),
         artists=artists or (),
-        exclude=listed(exclude) or (),
-        allow=listed(allow),
+        exclude=split_ids(exclude) or (),
+        allow=split_ids(allow),
     )
-    if recommended.unknown_songs:
-        shown = ", ".join(recommended.unknown_song_ids[:SHOWN_IDS])
-        note(f"{recommended.unknown_songs:,} songs are not in the catalog and were left out: {shown}")
-    who = "these songs" if user is None else f"user {user}"
-    if recommended.source == "popular":
-        note(f"No play of {who} is known; popular songs are recommended")
-    inputs = {"dataset": dataset.manifest.id, **_answered_by(parts)}
-    return Shown({**recommended.to_mapping(), "inputs": inputs}, [*answer_view(recommended, who), made_from(inputs)])
+    if result.unknown_songs:
+        shown_ids = ", ".join(result.unknown_song_ids[:SHOWN_IDS])
+        note(f"{result.unknown_songs:,} songs are not in the catalog and were left out: {shown_ids}")
+    subject = "these songs" if user is None else f"user {user}"
+    if result.source == "popular":
+        note(f"No play of {subject} is known; popular songs are recommended")
+    inputs = {"dataset": dataset.manifest.id, **_answering_parts(parts)}
+    return Shown({**result.to_mapping(), "inputs": inputs}, [*answer_view(result, subject), made_from(inputs)])
 
 
-def _answered_by(parts: dict[str, str]) -> dict[str, str]:
+def _answering_parts(parts: dict[str, str]) -> dict[str, str]:
     """Return role -> id of the release that answers and of its model; without a release, of all parts that answer."""
     roles = (KIND, "models") if KIND in parts else ANSWERING_KINDS
     return {role: parts[role] for role in roles if role in parts}
@@ -145,9 +145,9 @@ def _answered_by(parts: dict[str, str]) -> dict[str, str]:
 
 def _refuse_filters(config: RecommendConfig, options: dict[str, Any]) -> None:
     """Raise `InputError` if an option is given that --all does not accept."""
-    unused = ("released_from", "released_to", "market", "diversity", "explain")
+    refused_settings = ("released_from", "released_to", "market", "diversity", "explain")
     given_names = [name for name, value in options.items() if value]
-    given_names += [name for name in unused if getattr(config, name)]
+    given_names += [name for name in refused_settings if getattr(config, name)]
     if given_names:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given_names)
         raise InputError(f"--all recommends to all users from all songs; leave out {flags}")
@@ -166,27 +166,29 @@ def _recommend_all(call: Call, config: RecommendConfig, parts: dict[str, str], a
         "k": manifest.config["k"],
         **manifest.metrics,
     }
-    inputs = {**manifest.inputs, **_answered_by(parts)}
+    inputs = {**manifest.inputs, **_answering_parts(parts)}
     return Shown({**data, "inputs": inputs}, [figures("Recommendations for all users", data), made_from(inputs)])
 
 
 def answer_view(recommended: Answer, who: str) -> list[RenderableType]:
     """Return views of the last plays and of the songs recommended after them."""
     title = f"Last plays of {who}, {recommended.plays:,} in total"
-    played: list[RenderableType] = []
+    last_plays_views: list[RenderableType] = []
     if recommended.plays:
-        played = [table(title, ["song"], [[song.name] for song in recommended.last_plays])]
-    head, rows = (
+        last_plays_views = [table(title, ["song"], [[song.name] for song in recommended.last_plays])]
+    headers, rows = (
         ["#", "song", "score"],
         [[rank, song.name, song.score] for rank, song in enumerate(recommended.songs, 1)],
     )
     if any(song.explored for song in recommended.songs):
-        head = [*head, "explored with probability"]
+        headers = [*headers, "explored with probability"]
         rows = [[*row, song.probability or ""] for row, song in zip(rows, recommended.songs, strict=True)]
-    chosen = "Popular songs" if recommended.source == "popular" else "Recommended"
-    views = [*played, table(chosen, head, rows, left=["song"])]
-    explained = [f"{rank}. {'; '.join(song.reasons)}" for rank, song in enumerate(recommended.songs, 1) if song.reasons]
-    return [*views, "\n".join(["Reasons", *explained])] if explained else views
+    songs_title = "Popular songs" if recommended.source == "popular" else "Recommended"
+    views = [*last_plays_views, table(songs_title, headers, rows, left=["song"])]
+    reason_lines = [
+        f"{rank}. {'; '.join(song.reasons)}" for rank, song in enumerate(recommended.songs, 1) if song.reasons
+    ]
+    return [*views, "\n".join(["Reasons", *reason_lines])] if reason_lines else views
 
 
 @command(app, "evaluate", config=EvaluateConfig, example="rayrec evaluate --models taste,popularity,sequential-rules")
@@ -209,45 +211,57 @@ def evaluate(
     from rayrec.evaluation.report import read_figures
     from rayrec.jobs.evaluate import evaluate as job
 
-    parts = _parts(call, model)
+    parts = _parts_to_evaluate(call, model)
     if prefixes is not None:
         if config.ablation:
             raise InputError("--ablation evaluates the test range; leave out --prefixes")
-        file = PrefixFile(path=prefixes, item_separator=item_separator, target_separator=target_separator)
-        return _evaluate_prefixes(call, config, file, split, parts, force)
-    chosen = choose_split(call.workspace, split) if split else _split_of(call.workspace, parts)
-    if chosen is not None and not chosen.has_test:  # a model for production: try the current split
-        chosen = choose_split(call.workspace)
-    report = job(call.workspace, config, split=chosen, model_id=parts.get("models"), repeat=force)
+        prefix_file = PrefixFile(path=prefixes, item_separator=item_separator, target_separator=target_separator)
+        return _evaluate_prefixes(call, config, prefix_file, split, parts, force)
+    selected_split = choose_split(call.workspace, split) if split else _split_for_evaluation(call.workspace, parts)
+    if selected_split is not None and not selected_split.has_test:  # a model for production: try the current split
+        selected_split = choose_split(call.workspace)
+    report = job(call.workspace, config, split=selected_split, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **read_figures(call.workspace, report)}
     warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []
-    where = f"Report: {call.workspace.full(report.path('report.html'))}"
+    report_line = f"Report: {call.workspace.full(report.path('report.html'))}"
     ablation = [results_table(data, config, ablation=True)] if config.ablation else []
-    views = [results_table(data, config), *ablation, *about_scores(data), *warnings, made_from(report.inputs), where]
+    views = [
+        results_table(data, config),
+        *ablation,
+        *about_scores(data),
+        *warnings,
+        made_from(report.inputs),
+        report_line,
+    ]
     return Shown({**data, "inputs": report.inputs}, views)
 
 
-def _split_of(workspace: Workspace, parts: Mapping[str, str]) -> Split | None:
+def _split_for_evaluation(workspace: Workspace, parts: Mapping[str, str]) -> Split | None:
     """Return the split of a model, or the current one if plays were added for which the model's split is not valid."""
     split = load_split(workspace, parts["split"]) if "split" in parts else None
     return split if split is not None and holds_for(Dataset(workspace), split) else choose_split(workspace)
 
 
 def _evaluate_prefixes(
-    call: Call, config: EvaluateConfig, file: PrefixFile, split: str | None, parts: Mapping[str, str], force: bool
+    call: Call,
+    config: EvaluateConfig,
+    prefix_file: PrefixFile,
+    split: str | None,
+    parts: Mapping[str, str],
+    force: bool,
 ) -> Shown:
     """Evaluate on the pairs of a file; the models may have been trained on all plays."""
     from rayrec.evaluation.report import read_figures
     from rayrec.jobs.evaluate import evaluate_prefixes as job
 
-    of_model = _split_of(call.workspace, parts) if "split" in parts else None
-    chosen = choose_split(call.workspace, split) if split else of_model
-    report = job(call.workspace, config, file, split=chosen, model_id=parts.get("models"), repeat=force)
+    model_split = _split_for_evaluation(call.workspace, parts) if "split" in parts else None
+    selected_split = choose_split(call.workspace, split) if split else model_split
+    report = job(call.workspace, config, prefix_file, split=selected_split, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **read_figures(call.workspace, report)}
     counts = {name: data[name] for name in ("pairs", "unknown_targets", "unknown_items")}
-    where = f"Report: {call.workspace.full(report.path('report.html'))}"
+    report_line = f"Report: {call.workspace.full(report.path('report.html'))}"
     pairs = figures("Pairs of prefix and target", counts)
-    views = [results_table(data, config), *about_scores(data), pairs, made_from(report.inputs), where]
+    views = [results_table(data, config), *about_scores(data), pairs, made_from(report.inputs), report_line]
     return Shown({**data, "inputs": report.inputs}, views)
 
 
@@ -275,29 +289,29 @@ def results_table(
     It has confidence intervals if `config` computes them. Metrics are at 20, or at the largest k if 20 was not
     evaluated. With `ablation`, the lines are the default model and the same model without each of its parts.
     """
-    usual = usual_k([row["k"] for row in data["results"]])
+    k = usual_k([row["k"] for row in data["results"]])
     results = [
         row
         for row in data["results"]
-        if (row["users"], row["k"]) == ("all", usual)
+        if (row["users"], row["k"]) == ("all", k)
         and ((row["kind"] == ABLATION) == ablation or (ablation and row["model"] == data["default"]))
     ]
     values = {(row["model"], row["target"], row["metric"]): row for row in results}
     targets = list(dict.fromkeys(row["target"] for row in results))
-    in_days = [(target, "recall", _days_title(target)) for target in targets if target.startswith(DAYS)]
-    columns = [column for column in (*COLUMNS, *in_days) if column[0] in targets]
-    first = columns[0][:2]
-    models = sorted({row["model"] for row in results}, key=lambda name: -values[(name, *first)]["value"])
+    day_columns = [(target, "recall", _days_title(target)) for target in targets if target.startswith(DAYS)]
+    columns = [column for column in (*COLUMNS, *day_columns) if column[0] in targets]
+    sort_column = columns[0][:2]
+    models = sorted({row["model"] for row in results}, key=lambda name: -values[(name, *sort_column)]["value"])
     rows = []
     for name in models:
         cells = [number(values[(name, *column[:2])]["value"]) for column in columns]
-        shown = f"{name} *" if name == data["default"] else name
-        interval = [_interval(values[(name, *first)])] if config.interval_title else []
-        rows.append([shown, cells[0], *interval, *cells[1:]])
+        model_title = f"{name} *" if name == data["default"] else name
+        interval = [_interval(values[(name, *sort_column)])] if config.interval_title else []
+        rows.append([model_title, cells[0], *interval, *cells[1:]])
     titles = [title for _, _, title in columns]
-    title = f"Recall@{usual} and MRR@{usual} over the full catalog (* is used by `recommend`)"
+    title = f"Recall@{k} and MRR@{k} over the full catalog (* is used by `recommend`)"
     if ablation:
-        title = f"Ablation: recall@{usual} and MRR@{usual} without each part"
+        title = f"Ablation: recall@{k} and MRR@{k} without each part"
     interval_titles = [config.interval_title] if config.interval_title else []
     return table(title, ["model", titles[0], *interval_titles, *titles[1:]], rows)
 
@@ -323,7 +337,7 @@ def about_scores(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def _parts(call: Call, model: str | None) -> dict[str, str]:
+def _parts_to_evaluate(call: Call, model: str | None) -> dict[str, str]:
     """Return the parts of the model to evaluate, by default of the current one, live or not; empty without a model."""
     dataset = Dataset(call.workspace)
     if model is None:

@@ -86,8 +86,8 @@ def embed(
     """
     from rayrec.jobs.embed import embed as job
 
-    chosen = choose_split(call.workspace, split, no_split=no_split)
-    return artifact_view(call, job(call.workspace, config, split=chosen, repeat=force), "Song embeddings")
+    selected_split = choose_split(call.workspace, split, no_split=no_split)
+    return artifact_view(call, job(call.workspace, config, split=selected_split, repeat=force), "Song embeddings")
 
 
 @command(app, "train", config=TrainConfig, example="rayrec train --epochs 8 --hidden-dim 128")
@@ -110,9 +110,9 @@ def train(
     if resume and restart:
         raise InputError("--resume and --restart exclude each other; pass only one of them")
     unfinished: Unfinished = "resume" if resume else "restart" if restart else "ask"
-    chosen = choose_split(call.workspace, split, no_split=no_split)
+    selected_split = choose_split(call.workspace, split, no_split=no_split)
     model = job(
-        call.workspace, config, songs_id=songs, split=chosen, from_id=start, unfinished=unfinished, repeat=force
+        call.workspace, config, songs_id=songs, split=selected_split, from_id=start, unfinished=unfinished, repeat=force
     )
     return artifact_view(call, model, "Model")
 
@@ -129,8 +129,8 @@ def retrieval(
     """Fit the retrievers: sessions, sequential rules, play counts."""
     from rayrec.jobs.retrieval import fit_retrieval as job
 
-    chosen = choose_split(call.workspace, split, no_split=no_split)
-    return artifact_view(call, job(call.workspace, config, split=chosen, repeat=force), "Retrieval")
+    selected_split = choose_split(call.workspace, split, no_split=no_split)
+    return artifact_view(call, job(call.workspace, config, split=selected_split, repeat=force), "Retrieval")
 
 
 @command(app, "rank", config=RankConfig, example="rayrec rank")
@@ -197,14 +197,18 @@ def tune(
         outcome = "diverged" if row[CHOSEN_BY] is None else f"{CHOSEN_BY} {row[CHOSEN_BY]:.4f}"
         note(f"trial {row['trial']} of {trials}: {outcome} ({row['seconds']:,.1f} s)")
 
-    chosen = choose_split(call.workspace, split)
-    tuning = job(call.workspace, config, file, split=chosen, repeat=force, on_trial=report)
-    ranked = sorted(tuning.metrics["trials"], key=lambda row: 1.0 if row[CHOSEN_BY] is None else -row[CHOSEN_BY])
-    columns = [name for name in ranked[0] if name not in ("settings", "songs", "songs_made")]
-    rows = [[(_setting if "." in name else _joined)(row[name]) for name in columns] for row in ranked]
-    saved = f"Table: {call.workspace.full(tuning.path('trials.csv'))}"
-    heads = [name.removeprefix("validation_") for name in columns]
-    views = [table("Trials, best first", heads, rows), saved, f"Best settings:\n\n{to_toml(tuning.metrics['best'])}"]
+    selected_split = choose_split(call.workspace, split)
+    tuning = job(call.workspace, config, file, split=selected_split, repeat=force, on_trial=report)
+    ranked_trials = sorted(tuning.metrics["trials"], key=lambda row: 1.0 if row[CHOSEN_BY] is None else -row[CHOSEN_BY])
+    columns = [name for name in ranked_trials[0] if name not in ("settings", "songs", "songs_made")]
+    rows = [[(_format_setting if "." in name else _join_list)(row[name]) for name in columns] for row in ranked_trials]
+    table_text = f"Table: {call.workspace.full(tuning.path('trials.csv'))}"
+    headers = [name.removeprefix("validation_") for name in columns]
+    views = [
+        table("Trials, best first", headers, rows),
+        table_text,
+        f"Best settings:\n\n{to_toml(tuning.metrics['best'])}",
+    ]
     return Shown({"id": tuning.id, "inputs": tuning.inputs, **tuning.metrics}, [*views, made_from(tuning.inputs)])
 
 
@@ -215,7 +219,7 @@ def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:
     views: list[RenderableType] = [figures(title, {"id": manifest.id, **metrics}), made_from(manifest.inputs)]
     for name, value in metrics.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            views.append(_records(name, value))
+            views.append(_records_table(name, value))
     data = {"id": manifest.id, "inputs": manifest.inputs, **manifest.metrics}
     if manifest.kind in FITTED:
         data["trained_on"] = trained_on(call.workspace, manifest)
@@ -226,18 +230,18 @@ def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:
     return Shown(data, views)
 
 
-def _records(name: str, records: list[dict[str, Any]]) -> RenderableType:
+def _records_table(name: str, records: list[dict[str, Any]]) -> RenderableType:
     """Return a table of records.
 
     A list of texts shows only its first text, and lists of numbers are left out; --json has all of them.
     """
-    headers = [key for key, value in records[0].items() if not (isinstance(value, list) and _numbers(value))]
+    headers = [key for key, value in records[0].items() if not (isinstance(value, list) and _are_numbers(value))]
     texts = [header for header in headers if isinstance(records[0][header], str | list)]
     rows = [[_cell(record.get(header)) for header in headers] for record in records]
     return table(name.replace("_", " ").capitalize(), headers, rows, left=texts)
 
 
-def _numbers(values: list[Any]) -> bool:
+def _are_numbers(values: list[Any]) -> bool:
     return all(isinstance(value, int | float) for value in values)
 
 
@@ -245,13 +249,13 @@ def _cell(value: Any) -> Any:
     return str(next(iter(value), "")) if isinstance(value, list) else value
 
 
-def _joined(value: Any) -> Any:
+def _join_list(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _setting(value: Any) -> Any:
+def _format_setting(value: Any) -> Any:
     """Return a setting as a user writes it: 1e-5 must not become 0.000."""
-    return f"{value:g}" if isinstance(value, float) else _joined(value)
+    return f"{value:g}" if isinstance(value, float) else _join_list(value)
 
 
 @command(app, "fit", config=FitConfig, arguments={"paths": PlaysArgument}, example="rayrec fit plays.csv")
@@ -277,11 +281,14 @@ def quality_views(result: Any) -> list[RenderableType]:
     if result.quality is None:
         return []
     quality, title = result.quality, f"Validation: recall@20 and MRR@20 on {result.split.validation_range}"
-    rows = [[name, value, f"{low:.3f}–{high:.3f}", *others] for name, value, low, high, *others in quality.table()]
-    few = f" Fewer than {FEW_QUERIES} plays: the estimate is unreliable." if quality.queries < FEW_QUERIES else ""
+    rows = [
+        [name, value, f"{low:.3f}–{high:.3f}", *other_values]
+        for name, value, low, high, *other_values in quality.table()
+    ]
+    warning = f" Fewer than {FEW_QUERIES} plays: the estimate is unreliable." if quality.queries < FEW_QUERIES else ""
     text = (
         f"Measured with models that were not trained on this range, on {quality.queries:,} plays of songs new to the "
-        f"user (served) and on all plays.{few} The models of the release were then trained on all plays."
+        f"user (served) and on all plays.{warning} The models of the release were then trained on all plays."
     )
     return [table(title, ["model", "served", "95 %", "MRR", "all", "MRR"], rows), text]
 
@@ -295,8 +302,14 @@ def _next_steps(call: Call, user: str) -> str:
         "run FILE": "with own settings and a test range",
     }
     width = max(map(len, commands))
-    where = [] if call.uri == DEFAULT_WORKSPACE else [f"  export RAYREC_WORKSPACE={shlex.quote(call.uri)}"]
-    return "\n".join(["Next:", *where, *(f"  rayrec {words:{width}}  {what}" for words, what in commands.items())])
+    workspace_lines = [] if call.uri == DEFAULT_WORKSPACE else [f"  export RAYREC_WORKSPACE={shlex.quote(call.uri)}"]
+    return "\n".join(
+        [
+            "Next:",
+            *workspace_lines,
+            *(f"  rayrec {arguments:{width}}  {description}" for arguments, description in commands.items()),
+        ]
+    )
 
 
 @command(
@@ -320,10 +333,10 @@ def update(call: Call, config: UpdateConfig) -> Shown:
     except TooManyRejectedError as error:
         return too_many_rejected(error)
     appended = result.appended
-    new = {"new plays": appended.plays, "new users": appended.users, "new songs": appended.songs}
-    states = {} if result.states is None else {"states loaded": result.states.users}
+    new_counts = {"new plays": appended.plays, "new users": appended.users, "new songs": appended.songs}
+    state_counts = {} if result.states is None else {"states loaded": result.states.users}
     views: list[RenderableType] = [
-        figures("Update", {**new, "merged": appended.merged, "trained": result.trained, **states})
+        figures("Update", {**new_counts, "merged": appended.merged, "trained": result.trained, **state_counts})
     ]
     if result.outcomes:
         views.append(stages_table(result.outcomes))
@@ -352,18 +365,18 @@ def run(call: Call, *, file: FileArgument, force: ForceOption = False) -> Shown:
 
 def note_stage(outcome: Any) -> None:
     """Print a finished stage on stderr."""
-    why = ", unchanged" if outcome.status == "skipped" else f": {outcome.reason}" if outcome.reason else ""
+    reason = ", unchanged" if outcome.status == "skipped" else f": {outcome.reason}" if outcome.reason else ""
     plays_text = f", trained on {outcome.trained_on}" if outcome.trained_on else ""
-    note(f"{outcome.stage}: {outcome.status}{why} ({outcome.seconds:,.1f} s){plays_text}")
+    note(f"{outcome.stage}: {outcome.status}{reason} ({outcome.seconds:,.1f} s){plays_text}")
 
 
 def stages_table(outcomes: list[Any]) -> RenderableType:
     """Return a table of the outcome of each stage, with one line per input."""
     rows = []
     for outcome in outcomes:
-        inputs = [f"{noun(role)} {used}" for role, used in outcome.inputs.items()] or [""]
+        inputs = [f"{noun(role)} {artifact_id}" for role, artifact_id in outcome.inputs.items()] or [""]
         rows.append([outcome.stage, outcome.status, outcome.id, f"{outcome.seconds:,.1f}", inputs[0]])
-        rows += [["", "", "", "", each] for each in inputs[1:]]
+        rows += [["", "", "", "", text] for text in inputs[1:]]
     return table("Stages", ["stage", "status", "id", "seconds", "from"], rows, left=["status", "id", "from"])
 
 
@@ -382,13 +395,13 @@ def demo(call: Call, *, force: ForceOption = False) -> Shown:
         results_table(result.evaluation),
         *answer_view(result.answer, result.user),
         f"Report: {result.report}",
-        _page(call),
+        _page_text(call),
     ]
     return Shown(result.to_mapping(), views)
 
 
-def _page(call: Call) -> str:
+def _page_text(call: Call) -> str:
     """Return a text with the address of the page and the command that serves it."""
-    where = "" if call.uri == DEFAULT_WORKSPACE else f"--workspace {shlex.quote(call.uri)} "
+    workspace_option = "" if call.uri == DEFAULT_WORKSPACE else f"--workspace {shlex.quote(call.uri)} "
     config = ServeConfig()
-    return f"Page: run `rayrec {where}serve` and open http://{config.host}:{config.port}/"
+    return f"Page: run `rayrec {workspace_option}serve` and open http://{config.host}:{config.port}/"

@@ -66,7 +66,7 @@ AGAIN = 3.0  # weight of the songs just played; set here, because the network is
 SPREAD = 0.7  # standard deviation of song vectors around their artist, and of artists around their center
 
 
-def bench_answers(place: Workspace, config: AnswersBenchConfig) -> dict[str, Any]:
+def bench_answers(bench_workspace: Workspace, config: AnswersBenchConfig) -> dict[str, Any]:
     """Measure answers, each computed from a user's whole history, one after the other on one core of a process.
 
     Figures of each catalog: cpu_ms of an answer and of each stage, for users who have been answered once; first_cpu_ms
@@ -78,11 +78,11 @@ def bench_answers(place: Workspace, config: AnswersBenchConfig) -> dict[str, Any
     with progress("bench answers", 2 * len(config.songs)) as bar:
         for songs in config.songs:
             with ray_cluster():
-                dataset, release, seconds = answers_world(place, config, songs)
+                dataset, release, build_seconds = answers_world(bench_workspace, config, songs)
             bar.advance(note=f"catalog of {songs:,} songs built")
-            with PlainProcess(niceness()) as plain:
-                figures = plain.run(measure_answers, dataset, release.inputs, config.queries)
-            catalogs.append({"songs": songs, "build_seconds": round(seconds, 1), **figures})
+            with PlainProcess(niceness()) as process:
+                metrics = process.run(measure_answers, dataset, release.inputs, config.queries)
+            catalogs.append({"songs": songs, "build_seconds": round(build_seconds, 1), **metrics})
             bar.advance(note=f"catalog of {songs:,} songs measured")
     smallest, largest = catalogs[0], catalogs[-1]
     return {
@@ -96,53 +96,53 @@ def bench_answers(place: Workspace, config: AnswersBenchConfig) -> dict[str, Any
     }
 
 
-def measure_answers(dataset: Dataset, parts: dict[str, str], count: int) -> dict[str, Any]:
+def measure_answers(dataset: Dataset, parts: dict[str, str], query_count: int) -> dict[str, Any]:
     """Return the figures of one catalog. Must be called in a process that has loaded nothing else before."""
     import torch
 
     torch.set_num_threads(1)
     two_step = load_recommender(dataset.workspace, dataset, parts)
     assert isinstance(two_step, TwoStepRecommender)
-    histories, queries = last_play_queries(dataset, count + WARM)
-    users = [one_query(histories, queries, row) for row in range(len(queries))]
-    for history, query in users[:WARM]:
+    histories, queries = last_play_queries(dataset, query_count + WARM)
+    user_queries = [one_query(histories, queries, row) for row in range(len(queries))]
+    for history, query in user_queries[:WARM]:
         answer_one(two_step, history, query)
-    users = users[WARM:] or users  # without further users, the same ones are measured
-    first, again = (_cpu_ms(two_step, users) for _ in range(2))
-    private = anonymous_mb(psutil.Process())
-    clock = StageCosts()
-    for history, query in users:
-        answer_by_stage(two_step, history, query, clock)
+    user_queries = user_queries[WARM:] or user_queries  # without further users, the same ones are measured
+    first_cpu_ms, repeated_cpu_ms = (_cpu_ms(two_step, user_queries) for _ in range(2))
+    private_mb = anonymous_mb(psutil.Process())
+    stage_costs = StageCosts()
+    for history, query in user_queries:
+        answer_by_stage(two_step, history, query, stage_costs)
     tracemalloc.start()
-    traced = StageCosts(traced=True)
-    for history, query in users[:TRACED]:
-        answer_by_stage(two_step, history, query, traced)
+    traced_costs = StageCosts(traced=True)
+    for history, query in user_queries[:TRACED]:
+        answer_by_stage(two_step, history, query, traced_costs)
     tracemalloc.stop()
     stages = {
-        name: {"cpu_ms": 1000 * seconds / len(users), "bytes": traced.most_bytes[name]}
-        for name, seconds in clock.seconds.items()
+        name: {"cpu_ms": 1000 * seconds / len(user_queries), "bytes": traced_costs.most_bytes[name]}
+        for name, seconds in stage_costs.seconds.items()
     }
     recall_with_index = recall(two_step, histories, queries)
-    exact = SongIndex.build(two_step.source.network.song_vectors, IndexConfig(kind="flat"))
+    exact_index = SongIndex.build(two_step.source.network.song_vectors, IndexConfig(kind="flat"))
     return {
-        "cpu_ms": again,
-        "first_cpu_ms": first,
-        "candidates": clock.candidates / len(users),
+        "cpu_ms": repeated_cpu_ms,
+        "first_cpu_ms": first_cpu_ms,
+        "candidates": stage_costs.candidates / len(user_queries),
         "stages": stages,
-        "private_mb": private,
+        "private_mb": private_mb,
         "recall": recall_with_index,
-        "exact_recall": recall(with_index(two_step, exact), histories, queries),
+        "exact_recall": recall(with_index(two_step, exact_index), histories, queries),
         "index": two_step.source.index.figures.kind,
         "nprobe": two_step.source.index.figures.nprobe,
     }
 
 
-def _cpu_ms(two_step: TwoStepRecommender, users: list[tuple[Histories, Queries]]) -> float:
+def _cpu_ms(two_step: TwoStepRecommender, user_queries: list[tuple[Histories, Queries]]) -> float:
     """Return the CPU milliseconds per answer."""
-    began = time.process_time()
-    for history, query in users:
+    started = time.process_time()
+    for history, query in user_queries:
         answer_one(two_step, history, query)
-    return 1000 * (time.process_time() - began) / len(users)
+    return 1000 * (time.process_time() - started) / len(user_queries)
 
 
 def one_query(histories: Histories, queries: Queries, row: int) -> tuple[Histories, Queries]:
@@ -170,41 +170,41 @@ class StageCosts:
         """Do the work of the stage `name`, add its costs, and return its result."""
         if self.traced:
             tracemalloc.reset_peak()
-            before, _ = tracemalloc.get_traced_memory()
-        began = time.process_time()
+            bytes_before, _ = tracemalloc.get_traced_memory()
+        started = time.process_time()
         result = work()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - started
         if self.traced:
-            held = tracemalloc.get_traced_memory()[1] - before
-            self.most_bytes[name] = max(self.most_bytes.get(name, 0), held)
+            held_bytes = tracemalloc.get_traced_memory()[1] - bytes_before
+            self.most_bytes[name] = max(self.most_bytes.get(name, 0), held_bytes)
         return result
 
 
-def answer_by_stage(two_step: TwoStepRecommender, history: Histories, query: Queries, stage: StageCosts) -> None:
-    """Do the work of `answer_one` one stage after the other, and measure each with `stage`."""
+def answer_by_stage(two_step: TwoStepRecommender, history: Histories, query: Queries, stage_costs: StageCosts) -> None:
+    """Do the work of `answer_one` one stage after the other, and measure each with `stage_costs`."""
     source, filters = two_step.source, without_heard(history)
-    vectors = stage("taste vectors", lambda: source.network.vectors_of(history, query, HORIZONS))
-    short, long = (vectors[horizon] for horizon in HORIZONS)
-    batch = stage(
+    vectors = stage_costs("taste vectors", lambda: source.network.vectors_of(history, query, HORIZONS))
+    short_vectors, long_vectors = (vectors[horizon] for horizon in HORIZONS)
+    batch = stage_costs(
         "plays",
         lambda: QueryBatch.of(
             history,
             query,
             source.num_songs,
-            short_vectors=short,
-            long_vectors=long,
+            short_vectors=short_vectors,
+            long_vectors=long_vectors,
             real_times=source.sources.real_times,
         ),
     )
     proposals = {
-        retriever.name: stage(retriever.name, partial(retriever.propose, batch, COUNTS[retriever.name]))
+        retriever.name: stage_costs(retriever.name, partial(retriever.propose, batch, COUNTS[retriever.name]))
         for retriever in source.retrievers
     }
-    candidates = stage("union", lambda: Candidates.union(batch, proposals))
-    features = stage("features", lambda: source.sources.features(batch, candidates))
-    scored = Scored(batch=batch, candidates=candidates, features=features)
-    stage("ranker", lambda: two_step.rank_scored(scored, K, filters))
-    stage.candidates += len(candidates.rows)
+    candidates = stage_costs("union", lambda: Candidates.union(batch, proposals))
+    features = stage_costs("features", lambda: source.sources.features(batch, candidates))
+    scored_candidates = Scored(batch=batch, candidates=candidates, features=features)
+    stage_costs("ranker", lambda: two_step.rank_scored(scored_candidates, K, filters))
+    stage_costs.candidates += len(candidates.rows)
 
 
 def recall(two_step: TwoStepRecommender, histories: Histories, queries: Queries) -> float:
@@ -220,14 +220,14 @@ def with_index(two_step: TwoStepRecommender, index: SongIndex) -> TwoStepRecomme
     return TwoStepRecommender(source, two_step.rankers)
 
 
-def answers_world(place: Workspace, config: WorldConfig, songs: int) -> tuple[Dataset, Manifest, float]:
+def answers_world(bench_workspace: Workspace, config: WorldConfig, songs: int) -> tuple[Dataset, Manifest, float]:
     """Return a data set with `songs` songs, its live release, and the seconds to build them, 0 if they existed.
 
     The release has all parts of the default recommender. Needs a running Ray cluster.
     """
-    began = time.perf_counter()
+    started = time.perf_counter()
     users = round(max(config.plays, PLAYS_PER_SONG * songs) / config.plays_per_user)
-    dataset = bench_dataset(place, users=users, songs=songs, plays=config.plays_per_user, seed=config.seed)
+    dataset = bench_dataset(bench_workspace, users=users, songs=songs, plays=config.plays_per_user, seed=config.seed)
     workspace = dataset.workspace
     release = releases.active_release(workspace)
     if release is not None:
@@ -238,23 +238,23 @@ def answers_world(place: Workspace, config: WorldConfig, songs: int) -> tuple[Da
     _write_rankers(dataset, model, retrieval)
     compute_tastes(workspace, TasteConfig(), model_id=model.id)
     release = releases.create_release(workspace, model_id=model.id)
-    return dataset, release, time.perf_counter() - began
+    return dataset, release, time.perf_counter() - started
 
 
 def _write_model(dataset: Dataset, seed: int) -> Manifest:
     """Write an untrained network of the default shape, whose taste vectors lie near the songs just played."""
     workspace, vectors = dataset.workspace, _song_vectors(dataset, seed)
-    made_of = {"dataset": dataset.manifest.id}
-    embedding = Manifest(kind="songs", id=MODEL, inputs=made_of)
-    workspace.write_array(embedding.path("vectors.npy"), vectors)
-    artifacts.publish(workspace, embedding, ["vectors.npy"])
+    inputs = {"dataset": dataset.manifest.id}
+    embeddings = Manifest(kind="songs", id=MODEL, inputs=inputs)
+    workspace.write_array(embeddings.path("vectors.npy"), vectors)
+    artifacts.publish(workspace, embeddings, ["vectors.npy"])
     torch.manual_seed(seed)
     model = TasteModel(model_config(dataset, TrainConfig(), EMBEDDING_DIM), torch.from_numpy(vectors))
     for weights in model.again.values():
         weights.data.fill_(AGAIN)
-    manifest = Manifest(kind="models", id=MODEL, inputs={**made_of, "songs": embedding.id}, seed=seed)
-    names = save_model(workspace, manifest.folder, model.eval(), np.ones(len(vectors), dtype=np.bool_))
-    return artifacts.publish(workspace, manifest, names)
+    manifest = Manifest(kind="models", id=MODEL, inputs={**inputs, "songs": embeddings.id}, seed=seed)
+    file_names = save_model(workspace, manifest.folder, model.eval(), np.ones(len(vectors), dtype=np.bool_))
+    return artifacts.publish(workspace, manifest, file_names)
 
 
 def _song_vectors(dataset: Dataset, seed: int) -> np.ndarray:
@@ -262,15 +262,15 @@ def _song_vectors(dataset: Dataset, seed: int) -> np.ndarray:
 
     There are as many centers as the square root of the number of artists.
     """
-    random = np.random.default_rng(seed)
-    artist = dataset.catalog().codes(columns.ARTIST)
-    artists = int(artist.max()) + 1
+    rng = np.random.default_rng(seed)
+    song_artists = dataset.catalog().codes(columns.ARTIST)
+    artist_count = int(song_artists.max()) + 1
 
-    def around(centers: np.ndarray) -> np.ndarray:
-        return np.asarray(centers + SPREAD * random.normal(size=centers.shape).astype(np.float32))
+    def scatter(centers: np.ndarray) -> np.ndarray:
+        return np.asarray(centers + SPREAD * rng.normal(size=centers.shape).astype(np.float32))
 
-    points = random.normal(size=(max(1, int(artists**0.5)), EMBEDDING_DIM)).astype(np.float32)
-    vectors = around(around(points[random.integers(len(points), size=artists)])[artist])
+    random_centers = rng.normal(size=(max(1, int(artist_count**0.5)), EMBEDDING_DIM)).astype(np.float32)
+    vectors = scatter(scatter(random_centers[rng.integers(len(random_centers), size=artist_count)])[song_artists])
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 
 
@@ -279,22 +279,24 @@ def _write_rankers(dataset: Dataset, model: Manifest, retrieval: Manifest) -> No
     network = TasteRecommender.load(workspace, model.id, parts_of(workspace, model)["indexes"])
     source = CandidateSource(network, Retrieval.load(workspace, retrieval.folder))
     histories, queries = last_play_queries(dataset, EXAMPLES)
-    rows, songs = np.arange(len(queries)), histories.songs[histories.offsets[1:] - 1]
-    kinds: dict[RankerKind, tuple[np.ndarray, np.ndarray]] = {kind: (rows, songs) for kind in KINDS if kind != "served"}
-    examples = examples_for(source, histories, queries, kinds, held_out=np.zeros(len(rows), dtype=np.bool_))
+    rows, last_songs = np.arange(len(queries)), histories.songs[histories.offsets[1:] - 1]
+    targets_by_kind: dict[RankerKind, tuple[np.ndarray, np.ndarray]] = {
+        kind: (rows, last_songs) for kind in KINDS if kind != "served"
+    }
+    examples = examples_for(source, histories, queries, targets_by_kind, held_out=np.zeros(len(rows), dtype=np.bool_))
     inputs = {"dataset": dataset.manifest.id, "models": model.id, "retrieval": retrieval.id}
     manifest = Manifest(kind="rankers", id=MODEL, inputs=inputs)
-    names = []
-    for kind, part in examples.items():
-        names += _grown(part, source.sources.names).save(workspace, manifest.folder, kind)
-    artifacts.publish(workspace, manifest, names)
+    file_names = []
+    for kind, kind_examples in examples.items():
+        file_names += _train_ranker(kind_examples, source.sources.names).save(workspace, manifest.folder, kind)
+    artifacts.publish(workspace, manifest, file_names)
 
 
-def _grown(examples: RankingExamples, names: list[str]) -> Ranker:
+def _train_ranker(examples: RankingExamples, names: list[str]) -> Ranker:
     """Return a ranker of exactly TREES trees, without early stopping."""
     settings: dict[str, Any] = {"objective": "lambdarank", "num_leaves": 31, "num_threads": 1, "verbosity": -1}
-    data = lightgbm.Dataset(examples.features, examples.right, group=examples.counts, feature_name=names)
-    model = TreeModel(lightgbm.train(settings, data, num_boost_round=TREES))
+    training_data = lightgbm.Dataset(examples.features, examples.right, group=examples.counts, feature_name=names)
+    model = TreeModel(lightgbm.train(settings, training_data, num_boost_round=TREES))
     return Ranker(model, names, calibrate(examples.rows, model.scores(examples.features), examples.right))
 
 

@@ -20,41 +20,43 @@ WAITING = 1_000  # requests that may wait: the server must answer the load, not 
 
 def main(uri: str, store: str) -> None:
     """Serve the workspace at `uri` with the user states at `store` until standard input is closed."""
-    _bare(Workspace(uri), ServeConfig(port=0, store=store, max_waiting=WAITING))
+    _run_server(Workspace(uri), ServeConfig(port=0, store=store, max_waiting=WAITING))
 
 
-def _bare(workspace: Workspace, config: ServeConfig) -> None:
+def _run_server(workspace: Workspace, config: ServeConfig) -> None:
     import uvicorn
     from fastapi import FastAPI
 
     from rayrec.serving.routes import create_app
     from rayrec.serving.service import open_service
 
-    noop = FastAPI(openapi_url=None)
+    noop_app = FastAPI(openapi_url=None)
 
-    @noop.get("/noop")
-    async def nothing() -> dict[str, str]:
+    @noop_app.get("/noop")
+    async def answer_noop() -> dict[str, str]:
         return {"status": "ok"}
 
     service = open_service(workspace, config)
     app: ASGIApp = create_app(service)
 
-    async def both(scope: "Scope", receive: "Receive", send: "Send") -> None:
-        await (noop if scope.get("path") == "/noop" else app)(scope, receive, send)
+    async def route_request(scope: "Scope", receive: "Receive", send: "Send") -> None:
+        await (noop_app if scope.get("path") == "/noop" else app)(scope, receive, send)
 
-    server = uvicorn.Server(uvicorn.Config(both, host=config.host, port=0, log_level="error", access_log=False))
+    server = uvicorn.Server(
+        uvicorn.Config(route_request, host=config.host, port=0, log_level="error", access_log=False)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started and thread.is_alive():
         time.sleep(0.05)
-    _tell(f"http://{config.host}:{server.servers[0].sockets[0].getsockname()[1]}")
+    _print_url(f"http://{config.host}:{server.servers[0].sockets[0].getsockname()[1]}")
     sys.stdin.read()
     server.should_exit = True
     thread.join(10)
     service.close()
 
 
-def _tell(url: str) -> None:
+def _print_url(url: str) -> None:
     print(url, flush=True)
 
 

@@ -12,10 +12,10 @@ SoakStore = Literal["sqlite", "redis-cluster"]
 Config = TypeVar("Config", bound="BenchConfig")
 
 
-def _check_ascending(name: str, sizes: Sequence[int], *, at_least: int) -> None:
-    """Raise `ValueError` unless `sizes` are `at_least` numbers or more (1 or 2), each larger than the one before."""
-    if len(sizes) < at_least or list(sizes) != sorted(set(sizes)):
-        expected = "one or more" if at_least == 1 else "two or more"
+def _check_ascending(name: str, sizes: Sequence[int], *, min_count: int) -> None:
+    """Raise `ValueError` unless `sizes` are `min_count` numbers or more (1 or 2), each larger than the one before."""
+    if len(sizes) < min_count or list(sizes) != sorted(set(sizes)):
+        expected = "one or more" if min_count == 1 else "two or more"
         raise ValueError(f"{name} is {list(sizes)}; expected {expected} integers, smallest first")
 
 
@@ -175,7 +175,7 @@ class ScaleBenchConfig(BenchConfig):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "ScaleBenchConfig":
-        _check_ascending("users", self.users, at_least=2)
+        _check_ascending("users", self.users, min_count=2)
         if self.workers[:1] != (1,) or list(self.workers) != sorted(self.workers):
             raise ValueError(f"workers is {list(self.workers)}; expected ascending integers, 1 first")
         return self
@@ -234,7 +234,7 @@ class AnswersBenchConfig(WorldConfig):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "AnswersBenchConfig":
-        _check_ascending("songs", self.songs, at_least=1)
+        _check_ascending("songs", self.songs, min_count=1)
         return self
 
 
@@ -267,7 +267,7 @@ class ServeBenchConfig(RoundsConfig, WorldConfig):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "ServeBenchConfig":
-        _check_ascending("songs", self.songs, at_least=1)
+        _check_ascending("songs", self.songs, min_count=1)
         if not {1, 16} <= set(self.clients):
             raise ValueError(f"clients is {list(self.clients)}; expected integers that include 1 and 16")
         return self

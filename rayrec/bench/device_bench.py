@@ -64,11 +64,11 @@ def per_second(work: Callable[[], float], device: torch.device, seconds: float) 
     """Call `work` for about `seconds` seconds and return the sum of its results per second."""
     for _ in range(WARM_CALLS):
         work()
-    done, began = 0.0, _now(device)
+    amount, started = 0.0, _now(device)
     while True:
-        done += work()
-        if time.perf_counter() - began >= seconds:
-            return done / (_now(device) - began)
+        amount += work()
+        if time.perf_counter() - started >= seconds:
+            return amount / (_now(device) - started)
 
 
 def _now(device: torch.device) -> float:
@@ -82,13 +82,13 @@ def product_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> f
     rows = PRODUCT_ROWS[device.type]
     left, right = (torch.rand(rows, rows, device=device).to(dtype) for _ in range(2))
 
-    def work() -> float:
+    def multiply() -> float:
         torch.mm(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # otherwise the calls would only be queued
         return 2.0 * rows**3
 
-    return per_second(work, device, seconds)
+    return per_second(multiply, device, seconds)
 
 
 def copy_bandwidth(device: torch.device, seconds: float) -> float:
@@ -96,13 +96,13 @@ def copy_bandwidth(device: torch.device, seconds: float) -> float:
     source = torch.zeros(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
 
-    def work() -> float:
+    def copy_once() -> float:
         target.copy_(source)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return 2.0 * source.nbytes
 
-    return per_second(work, device, seconds)
+    return per_second(copy_once, device, seconds)
 
 
 class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -116,8 +116,8 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if not func.is_view and "empty" not in str(func):  # neither views nor allocations touch memory
-            read = [value for name, value in kwargs.items() if name != "out"]  # `out` is the result
-            leaves = tree_leaves((args, read, result))
+            named_inputs = [value for name, value in kwargs.items() if name != "out"]  # `out` is the result
+            leaves = tree_leaves((args, named_inputs, result))
             self.total += sum(
                 leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided
             )
@@ -130,9 +130,9 @@ def asked(work: Callable[[], float]) -> tuple[float, float]:
     `work` must run on the CPU, where every step of a recurrent network is a separate product that can be counted; cuDNN
     hides these products.
     """
-    with FlopCounterMode(display=False) as flops, ByteCounter() as moved:
+    with FlopCounterMode(display=False) as flop_counter, ByteCounter() as byte_counter:
         units = work()
-    return flops.get_total_flops() / units, moved.total / units
+    return flop_counter.get_total_flops() / units, byte_counter.total / units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,44 +163,48 @@ class Size:
 def measure_device(device: str, size: Size) -> dict[str, Any]:
     """Return all figures: device, checks, limits, reading, and one entry per run with its work, precision and batch."""
     torch.set_num_threads(1)
-    place, began = torch.device(device), time.perf_counter()
-    figures: dict[str, Any] = {
+    torch_device, started = torch.device(device), time.perf_counter()
+    result: dict[str, Any] = {
         "device": device,
-        "name": torch.cuda.get_device_name(place) if place.type == "cuda" else "one CPU thread",
+        "name": torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "one CPU thread",
         "torch": torch.__version__,
         "checks": checks(device),
         "copies_whole": copies_whole(device, size),
         "limits": {
-            "float32_flops": product_flops(place, torch.float32, size.seconds),
-            "bfloat16_flops": product_flops(place, torch.bfloat16, size.seconds),
-            "bytes_per_second": copy_bandwidth(place, size.seconds),
+            "float32_flops": product_flops(torch_device, torch.float32, size.seconds),
+            "bfloat16_flops": product_flops(torch_device, torch.bfloat16, size.seconds),
+            "bytes_per_second": copy_bandwidth(torch_device, size.seconds),
         },
     }
-    works: tuple[Work, ...] = ("train", "tastes")
-    needs = {each: _needs(each[0], size.times(each[1])) for each in product(works, BATCHES)}
-    read = {batch: reading(size.times(batch)) for batch in BATCHES}
+    work_kinds: tuple[Work, ...] = ("train", "tastes")
+    costs_per_play = {key: _costs_per_play(key[0], size.times(key[1])) for key in product(work_kinds, BATCHES)}
+    reading_rates = {batch: reading(size.times(batch)) for batch in BATCHES}
     runs: list[dict[str, Any]] = []
-    for (bf16, compiled), work, batch in product(WAYS, works, BATCHES):
+    for (bf16, compiled), work, batch in product(WAYS, work_kinds, BATCHES):
         run: dict[str, Any] = {"work": work, "bfloat16": bf16, "compiled": compiled, "batch": batch}
-        if compiled and time.perf_counter() - began >= size.compile_until:
+        if compiled and time.perf_counter() - started >= size.compile_until:
             run["error"] = f"skipped: {size.compile_until:,.0f} seconds had passed"
         else:
-            run |= _measured(work, place, size.times(batch), bf16=bf16, compiled=compiled)
-        if plays := run.get("plays_per_second"):
-            run |= needs[work, batch]
-            limit = figures["limits"]["bfloat16_flops" if bf16 else "float32_flops"]
-            run["share_of_flops"] = plays * run["flops_per_play"] / limit
-            run["share_of_bytes"] = plays * run["unfused_bytes_per_play"] / figures["limits"]["bytes_per_second"]
+            run |= _measure_rate(work, torch_device, size.times(batch), bf16=bf16, compiled=compiled)
+        if plays_per_second := run.get("plays_per_second"):
+            run |= costs_per_play[work, batch]
+            flops_limit = result["limits"]["bfloat16_flops" if bf16 else "float32_flops"]
+            run["share_of_flops"] = plays_per_second * run["flops_per_play"] / flops_limit
+            run["share_of_bytes"] = (
+                plays_per_second * run["unfused_bytes_per_play"] / result["limits"]["bytes_per_second"]
+            )
             if work == "train":
-                run["read_over_trained"] = read[batch] / plays
+                run["read_over_trained"] = reading_rates[batch] / plays_per_second
         runs.append(run)
-    return {**figures, "reading_plays_per_second": [*read.values()], "runs": runs}
+    return {**result, "reading_plays_per_second": [*reading_rates.values()], "runs": runs}
 
 
-def _needs(work: Work, size: Size) -> dict[str, float]:
+def _costs_per_play(work: Work, size: Size) -> dict[str, float]:
     """Return the floating-point operations and bytes per play."""
-    flops, moved = asked(_work(work, "cpu", replace(size, users=min(size.users, 200)), bf16=False, compiled=False))
-    return {"flops_per_play": flops, "unfused_bytes_per_play": moved}
+    flops, moved_bytes = asked(
+        _create_work(work, "cpu", replace(size, users=min(size.users, 200)), bf16=False, compiled=False)
+    )
+    return {"flops_per_play": flops, "unfused_bytes_per_play": moved_bytes}
 
 
 def checks(device: str) -> list[dict[str, Any]]:
@@ -210,18 +214,22 @@ def checks(device: str) -> list[dict[str, Any]]:
     """
     comparisons = []
     for cell, objective in product(get_args(Cell), get_args(Objective)):
-        table: SongTable = "frozen" if objective in REGRESSIONS else "trained"
-        config = Size.quick().config.replace(cell=cell, objective=objective, song_table=table, dropout=0.0)
+        song_table: SongTable = "frozen" if objective in REGRESSIONS else "trained"
+        config = Size.quick().config.replace(cell=cell, objective=objective, song_table=song_table, dropout=0.0)
         size = replace(Size.quick(), config=config)
-        began, on_cpu = network(size).state_dict(), learned(size, "cpu", CHECKED_STEPS).state_dict()
-        names = [name for name in began if not torch.equal(on_cpu[name], began[name])]
-        moved = torch.cat([(on_cpu[name] - began[name]).abs().flatten() for name in names]).mean()
+        initial_weights, cpu_weights = network(size).state_dict(), learned(size, "cpu", CHECKED_STEPS).state_dict()
+        names = [name for name in initial_weights if not torch.equal(cpu_weights[name], initial_weights[name])]
+        mean_change = torch.cat([(cpu_weights[name] - initial_weights[name]).abs().flatten() for name in names]).mean()
         for bf16, tolerance in TOLERANCES.items():
-            on_device = learned(size, device, CHECKED_STEPS, bf16=bf16).state_dict()
-            apart = torch.cat([(on_cpu[name] - on_device[name]).abs().flatten() for name in names]).mean()
-            share = float(apart / moved)
+            device_weights = learned(size, device, CHECKED_STEPS, bf16=bf16).state_dict()
+            mean_difference = torch.cat(
+                [(cpu_weights[name] - device_weights[name]).abs().flatten() for name in names]
+            ).mean()
+            relative_difference = float(mean_difference / mean_change)
             comparison = {"cell": cell, "objective": objective, "bfloat16": bf16}
-            comparisons.append({**comparison, "difference": share, "same": share < tolerance})
+            comparisons.append(
+                {**comparison, "difference": relative_difference, "same": relative_difference < tolerance}
+            )
     return comparisons
 
 
@@ -231,23 +239,28 @@ def copies_whole(device: str, size: Size) -> bool:
     First the stream that reads the steps is busy, so that steps are freed before they are read: this finds memory that
     is given to other copies too early. Then the stream that copies is busy: this finds steps that are read too early.
     """
-    place, histories = torch.device(device), random_histories(size)
+    torch_device, histories = torch.device(device), random_histories(size)
     counts = np.bincount(histories.songs, minlength=size.songs)
     training = Training(network(size), size.config, counts, device=device, share=Share())
-    maker = StepMaker(training.model.config, size.config, counts, Share())
+    step_maker = StepMaker(training.model.config, size.config, counts, Share())
     batches = list(islice(cycle(batches_of(histories, size.config)), COPIED_STEPS))
-    matrix = torch.zeros(PRODUCT_ROWS[place.type], PRODUCT_ROWS[place.type], device=place)
-    there: list[torch.Tensor] = []
-    for busy in (None, training.copies):  # None: the current stream, which reads
+    matrix = torch.zeros(PRODUCT_ROWS[torch_device.type], PRODUCT_ROWS[torch_device.type], device=torch_device)
+    device_tensors: list[torch.Tensor] = []
+    for busy_stream in (None, training.copies):  # None: the current stream, which reads
         for step in training.prepared(batches, 0):
-            with torch.cuda.stream(busy):
+            with torch.cuda.stream(busy_stream):
                 for _ in range(PRODUCTS):
                     torch.mm(matrix, matrix)
             step.await_copies()
-            there += [tensor.clone() for tensor in step.tensors]
+            device_tensors += [tensor.clone() for tensor in step.tensors]
             del step
-    here = [tensor for number, windows in enumerate(batches) for tensor in maker.make(windows, 0, number).tensors]
-    return all(torch.equal(copied.cpu(), tensor) for copied, tensor in zip(there, 2 * here, strict=True))
+    host_tensors = [
+        tensor for number, windows in enumerate(batches) for tensor in step_maker.make(windows, 0, number).tensors
+    ]
+    return all(
+        torch.equal(device_tensor.cpu(), tensor)
+        for device_tensor, tensor in zip(device_tensors, 2 * host_tensors, strict=True)
+    )
 
 
 def learned(size: Size, device: str, steps: int, *, compiled: bool = False, bf16: bool = False) -> TasteModel:
@@ -267,14 +280,16 @@ def reading(size: Size) -> float:
     config, histories = size.config, random_histories(size)
     with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
         dataset = write_random_histories(Workspace(folder), histories, size.songs)
-        maker = StepMaker(network(size).config, config, np.bincount(histories.songs, minlength=size.songs), Share())
+        step_maker = StepMaker(
+            network(size).config, config, np.bincount(histories.songs, minlength=size.songs), Share()
+        )
         lengths = window_lengths(dataset, FitRange(), config)
-        began, plays = time.perf_counter(), 0
-        while time.perf_counter() - began < size.seconds:
+        started, plays = time.perf_counter(), 0
+        while time.perf_counter() - started < size.seconds:
             reader = ShardReader(dataset, FitRange(), config, lengths, Share())
             for number, windows in enumerate(plain_stream(reader, 0)):
-                plays += maker.make(windows, 0, number).plays
-        return plays / (time.perf_counter() - began)
+                plays += step_maker.make(windows, 0, number).plays
+        return plays / (time.perf_counter() - started)
 
 
 def write_random_histories(workspace: Workspace, histories: Histories, songs: int) -> Dataset:
@@ -295,22 +310,22 @@ def write_random_histories(workspace: Workspace, histories: Histories, songs: in
     return Dataset(workspace)
 
 
-def _measured(work: Work, device: torch.device, size: Size, *, bf16: bool, compiled: bool) -> dict[str, Any]:
+def _measure_rate(work: Work, device: torch.device, size: Size, *, bf16: bool, compiled: bool) -> dict[str, Any]:
     torch.compiler.reset()
     try:
-        call = _work(work, str(device), size, bf16=bf16, compiled=compiled)
-        return {"plays_per_second": per_second(call, device, size.seconds)}
+        run_work = _create_work(work, str(device), size, bf16=bf16, compiled=compiled)
+        return {"plays_per_second": per_second(run_work, device, size.seconds)}
     except RuntimeError as error:  # no compiler for the device, or no such kernel in bfloat16
         return {"error": str(error).strip().splitlines()[0]}
 
 
-def _work(work: Work, device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[[], float]:
+def _create_work(work: Work, device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[[], float]:
     """Return a function that does a part of the work at each call and returns the number of plays."""
-    make_work = _steps if work == "train" else _tastes
+    make_work = _train_work if work == "train" else _taste_work
     return make_work(device, size, bf16=bf16, compiled=compiled)
 
 
-def _steps(device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[[], float]:
+def _train_work(device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[[], float]:
     histories, config = random_histories(size), size.config.replace(compiled=compiled)
     counts = np.bincount(histories.songs, minlength=size.songs)
     training = Training(network(size), config, counts, device=device, share=Share())
@@ -319,7 +334,7 @@ def _steps(device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[[
     return lambda: float(next(reports).plays)
 
 
-def _tastes(device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[[], float]:
+def _taste_work(device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[[], float]:
     histories = random_histories(size)
     encoder = TasteEncoder(network(size), device, plays_per_pass=size.plays_per_pass)
     at = int(histories.played_at.max())
@@ -327,14 +342,14 @@ def _tastes(device: str, size: Size, *, bf16: bool, compiled: bool) -> Callable[
         encoder.model.rnn.compile(dynamic=True)
         encoder.model.dense.compile(dynamic=True)
 
-    def call() -> float:
+    def compute_tastes() -> float:
         with torch.autocast(encoder.device.type, dtype=torch.bfloat16, enabled=bf16):
             _, states = encoder.run(histories)
             for horizon in encoder.model.config.horizons:
                 encoder.tastes(states, at, horizon)
         return float(histories.num_plays)
 
-    return call
+    return compute_tastes
 
 
 def batches_of(histories: Histories, config: TrainConfig) -> list[Windows]:
@@ -356,18 +371,18 @@ def network(size: Size) -> TasteModel:
 
 def random_histories(size: Size) -> Histories:
     """Return users with half to one and a half times `size.plays` plays each; few songs are played often."""
-    random = np.random.default_rng(0)
-    lengths = random.integers(size.plays // 2, size.plays * 3 // 2 + 1, size=size.users)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(size.plays // 2, size.plays * 3 // 2 + 1, size=size.users)
     plays = int(lengths.sum())
     return Histories(
         user_ids=np.array([f"user-{row}" for row in range(size.users)], dtype=object),
         offsets=offsets_of(lengths),
-        songs=(size.songs * random.random(plays) ** 3).astype(np.int32),
-        played_at=np.cumsum(random.integers(1_000, 400_000, size=plays)),
+        songs=(size.songs * rng.random(plays) ** 3).astype(np.int32),
+        played_at=np.cumsum(rng.integers(1_000, 400_000, size=plays)),
     )
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the command line: print one table or JSON object; exit with 1 if the results differ from those of a CPU."""
     parser = argparse.ArgumentParser(prog="python -m rayrec.bench.device_bench", description=__doc__)
     parser.add_argument(
@@ -377,41 +392,43 @@ def main(words: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a smoke test")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # hide messages about code that cannot be compiled
-    figures = measure_device(arguments.device, Size.quick() if arguments.quick else Size())
-    sys.stdout.write(json.dumps(figures) + "\n" if arguments.json else as_table(figures))
-    if not (figures["copies_whole"] and all(check["same"] for check in figures["checks"])):
+    result = measure_device(arguments.device, Size.quick() if arguments.quick else Size())
+    sys.stdout.write(json.dumps(result) + "\n" if arguments.json else as_table(result))
+    if not (result["copies_whole"] and all(check["same"] for check in result["checks"])):
         sys.exit(1)
 
 
-def as_table(figures: dict[str, Any]) -> str:
+def as_table(result: dict[str, Any]) -> str:
     """Return the figures as text for people."""
-    lines = [f"{figures['name']}, torch {figures['torch']}", ""]
-    for check in figures["checks"]:
+    lines = [f"{result['name']}, torch {result['torch']}", ""]
+    for check in result["checks"]:
         verdict = "same as on a CPU" if check["same"] else "NOT THE SAME AS ON A CPU"
-        name = f"{check['cell']:5} {check['objective']:16} {_precision(check):9}"
-        lines.append(f"{name} {verdict} (difference {check['difference']:.2%})")
-    lines += [f"steps copied ahead of time are {'complete' if figures['copies_whole'] else 'NOT COMPLETE'}", ""]
+        check_label = f"{check['cell']:5} {check['objective']:16} {_precision(check):9}"
+        lines.append(f"{check_label} {verdict} (difference {check['difference']:.2%})")
+    lines += [f"steps copied ahead of time are {'complete' if result['copies_whole'] else 'NOT COMPLETE'}", ""]
     lines.append("work   batch precision compiled      plays/s  of FLOP/s  of bandwidth    read/train")
-    for run in figures["runs"]:
-        ways = f"{run['work']:6} x{run['batch']:<4} {_precision(run):9} {'yes' if run['compiled'] else 'no':8}"
+    for run in result["runs"]:
+        run_label = f"{run['work']:6} x{run['batch']:<4} {_precision(run):9} {'yes' if run['compiled'] else 'no':8}"
         if "error" in run:
-            lines.append(f"{ways} {run['error']}")
+            lines.append(f"{run_label} {run['error']}")
             continue
-        line = f"{ways} {run['plays_per_second']:12,.0f} {run['share_of_flops']:10.1%} {run['share_of_bytes']:13.1%}"
+        line = (
+            f"{run_label} {run['plays_per_second']:12,.0f} {run['share_of_flops']:10.1%} {run['share_of_bytes']:13.1%}"
+        )
         lines.append(line + (f" {run['read_over_trained']:13.2f}" if "read_over_trained" in run else ""))
     lines += [
         "",
         "read/train: plays that one process reads from files and prepares, per play trained in the same time",
     ]
-    rates = zip(BATCHES, figures["reading_plays_per_second"], strict=True)
+    rates = zip(BATCHES, result["reading_plays_per_second"], strict=True)
     lines.append("plays/s of reading: " + ", ".join(f"x{batch} {rate:,.0f}" for batch, rate in rates) + "\n")
     return "\n".join(lines)
 
 
-def _precision(line: dict[str, Any]) -> str:
-    return "bfloat16" if line["bfloat16"] else "float32"
+def _precision(entry: dict[str, Any]) -> str:
+    return "bfloat16" if entry["bfloat16"] else "float32"
 
 
 if __name__ == "__main__":

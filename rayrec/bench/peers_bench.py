@@ -78,40 +78,40 @@ class OurNetwork:
     """The network of `rayrec train`, trained in this process."""
 
     def __init__(self, dataset: Dataset, split: Split, config: TrainConfig, queries: Validation) -> None:
-        songs = artifacts.newest(dataset.workspace, "songs")
-        if songs.inputs.get("split") != split.id:
+        embeddings = artifacts.newest(dataset.workspace, "songs")
+        if embeddings.inputs.get("split") != split.id:
             raise MismatchError(
-                f"song embeddings {songs.id} were not trained on split {split.id}; run `rayrec embed` first"
+                f"song embeddings {embeddings.id} were not trained on split {split.id}; run `rayrec embed` first"
             )
-        self.embed_seconds = float(songs.metrics["seconds"])
-        vectors = np.asarray(dataset.workspace.read_array(songs.path("vectors.npy")))
-        counts = np.zeros(dataset.num_songs, dtype=np.int64)
+        self.embed_seconds = float(embeddings.metrics["seconds"])
+        vectors = np.asarray(dataset.workspace.read_array(embeddings.path("vectors.npy")))
+        play_counts = np.zeros(dataset.num_songs, dtype=np.int64)
         for histories in dataset.read_all():
-            counts += np.bincount(split.final.select(histories).songs, minlength=len(counts))
-        self._dataset, self._allowed, self._config, self._queries = dataset, split.final, config, queries
-        self._windows = window_lengths(dataset, split.final, config)
-        self._known = FitData(vectors=vectors, counts=counts).known(Share())
+            play_counts += np.bincount(split.final.select(histories).songs, minlength=len(play_counts))
+        self._dataset, self._fit_range, self._config, self._queries = dataset, split.final, config, queries
+        self._window_lengths = window_lengths(dataset, split.final, config)
+        self._is_known = FitData(vectors=vectors, counts=play_counts).known(Share())
         torch.manual_seed(config.seed)
-        rows = start_vectors(vectors, config.seed, num_songs=len(counts))
-        model = TasteModel(model_config(dataset, config, rows.shape[1]), torch.from_numpy(rows))
-        self._training = Training(model, config, counts, device="cpu", share=Share())
-        self._epochs = 0
+        initial_vectors = start_vectors(vectors, config.seed, num_songs=len(play_counts))
+        model = TasteModel(model_config(dataset, config, initial_vectors.shape[1]), torch.from_numpy(initial_vectors))
+        self._training = Training(model, config, play_counts, device="cpu", share=Share())
+        self._epochs_done = 0
 
     def epoch(self) -> tuple[int, float]:
         """See `Contestant.epoch`; the seconds include reading plays and cutting windows."""
         reports: list[StepReport] = []
-        began = time.perf_counter()
-        reader = ShardReader(self._dataset, self._allowed, self._config, self._windows, Share())
-        self._training.epoch(plain_stream(reader, self._epochs), self._epochs, on_step=reports.append)
-        seconds = time.perf_counter() - began
-        self._epochs += 1
+        started = time.perf_counter()
+        reader = ShardReader(self._dataset, self._fit_range, self._config, self._window_lengths, Share())
+        self._training.epoch(plain_stream(reader, self._epochs_done), self._epochs_done, on_step=reports.append)
+        seconds = time.perf_counter() - started
+        self._epochs_done += 1
         return sum(report.plays for report in reports), seconds
 
     def answer(self) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Contestant.answer`."""
         model = self._training.averaged()
-        vectors = export_song_vectors(model, self._known)
-        return validation_tastes(model, vectors, self._training.exchange, self._queries, Share()), vectors
+        song_vectors = export_song_vectors(model, self._is_known)
+        return validation_tastes(model, song_vectors, self._training.exchange, self._queries, Share()), song_vectors
 
 
 class SasRec:
@@ -122,8 +122,8 @@ class SasRec:
         folder = Path(self._folder.name)
         plays = concatenate([split.final.select(histories) for histories in dataset.read_all()])
         np.savez(folder / "plays.npz", users=plays.rows, songs=plays.songs, num_songs=dataset.num_songs)
-        longest = int(settings.get("session_max_len", 100))
-        recent_songs = songs_before(queries, longest)
+        max_length = int(settings.get("session_max_len", 100))
+        recent_songs = songs_before(queries, max_length)
         np.savez(folder / "queries.npz", songs=recent_songs["songs"], offsets=recent_songs["offsets"])
         self._process = subprocess.Popen(
             [python, str(PEER), str(folder), json.dumps(settings)],
@@ -138,7 +138,7 @@ class SasRec:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._process.kill()
         self._process.wait()
@@ -146,21 +146,21 @@ class SasRec:
 
     def epoch(self) -> tuple[int, float]:
         """See `Contestant.epoch`; the seconds do not include that RecTools prepares the data set before each epoch."""
-        figures = self._ask("epoch")
-        self.parameters = int(figures["parameters"])
-        return int(figures["plays"]), float(figures["seconds"])
+        reply = self._run_command("epoch")
+        self.parameters = int(reply["parameters"])
+        return int(reply["plays"]), float(reply["seconds"])
 
     def answer(self) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Contestant.answer`."""
-        self._ask("answer")
+        self._run_command("answer")
         folder = Path(self._folder.name)
-        tastes, vectors = (np.load(folder / name) for name in ("tastes.npy", "song_vectors.npy"))
-        return torch.from_numpy(tastes), torch.from_numpy(vectors)
+        taste_vectors, song_vectors = (np.load(folder / name) for name in ("tastes.npy", "song_vectors.npy"))
+        return torch.from_numpy(taste_vectors), torch.from_numpy(song_vectors)
 
-    def _ask(self, word: str) -> dict[str, Any]:
+    def _run_command(self, command: str) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(f"{word}\n")
+        self._process.stdin.write(f"{command}\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith("{"):
@@ -170,41 +170,41 @@ class SasRec:
 
 def queries_of_test_range(dataset: Dataset, split: Split, count: int, seed: int = 0) -> Validation:
     """Draw at most `count` random plays of the test range that have an earlier play by the same user."""
-    tested: list[Histories] = []
+    test_histories: list[Histories] = []
     for histories in dataset.read_all():
         rows = np.unique(histories.rows[split.is_test(histories)])
-        tested.append(histories.take(rows))
-    histories = concatenate(tested)
+        test_histories.append(histories.take(rows))
+    histories = concatenate(test_histories)
     is_first = np.zeros(histories.num_plays, dtype=bool)
     is_first[histories.offsets[:-1]] = True
-    plays = np.flatnonzero(split.is_test(histories) & ~is_first)
-    drawn = np.random.default_rng(seed).permutation(len(plays))[:count]
-    return Validation(histories=histories, plays=plays[np.sort(drawn)])
+    play_positions = np.flatnonzero(split.is_test(histories) & ~is_first)
+    sample = np.random.default_rng(seed).permutation(len(play_positions))[:count]
+    return Validation(histories=histories, plays=play_positions[np.sort(sample)])
 
 
-def songs_before(queries: Validation, longest: int) -> dict[str, np.ndarray]:
-    """Return the last songs before each query, at most `longest`: int64 `songs`, flat, and `offsets` of each query."""
+def songs_before(queries: Validation, max_length: int) -> dict[str, np.ndarray]:
+    """Return the last songs before each query, at most `max_length`: int64 `songs`, flat, and `offsets` per query."""
     test_queries = queries.queries
-    lengths = np.minimum(test_queries.seen, longest)
+    lengths = np.minimum(test_queries.seen, max_length)
     offsets = offsets_of(lengths)
-    places = ranges(queries.plays - lengths, lengths)
-    return {"songs": queries.histories.songs[places].astype(np.int64), "offsets": offsets}
+    positions = ranges(queries.plays - lengths, lengths)
+    return {"songs": queries.histories.songs[positions].astype(np.int64), "offsets": offsets}
 
 
 def compare_epochs(contestants: dict[str, Contestant], queries: Validation, epochs: int) -> list[EpochFigures]:
     """Train each network for one epoch in turn, and measure it after each epoch. Every epoch reverses the order."""
-    figures = []
-    for number in range(epochs):
-        names = [*contestants] if number % 2 == 0 else [*contestants][::-1]
+    results = []
+    for epoch in range(epochs):
+        names = [*contestants] if epoch % 2 == 0 else [*contestants][::-1]
         for name in names:
             plays, seconds = contestants[name].epoch()
             ranks = rank_plays(*contestants[name].answer(), queries, Share())
             served_recall, served_mrr, _ = rank_metrics(ranks.among_unheard[ranks.is_new])
             recall, mrr, _ = rank_metrics(ranks.among_all)
-            figures.append(
+            results.append(
                 EpochFigures(
                     model=name,
-                    epoch=number + 1,
+                    epoch=epoch + 1,
                     plays=plays,
                     seconds=seconds,
                     plays_per_second=plays / max(seconds, 1e-9),
@@ -214,23 +214,23 @@ def compare_epochs(contestants: dict[str, Contestant], queries: Validation, epoc
                     mrr=mrr,
                 )
             )
-    return figures
+    return results
 
 
-def as_markdown(figures: Sequence[EpochFigures]) -> str:
+def as_markdown(results: Sequence[EpochFigures]) -> str:
     """Return a Markdown table with one row per network and epoch."""
     lines = [
         "| model | epoch | total seconds | plays/s | served recall@20 | MRR@20 | all recall@20 | MRR@20 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in dict.fromkeys(each.model for each in figures):
+    for name in dict.fromkeys(result.model for result in results):
         seconds = 0.0
-        for each in figures:
-            if each.model == name:
-                seconds += each.seconds
-                values = (each.served_recall, each.served_mrr, each.recall, each.mrr)
+        for result in results:
+            if result.model == name:
+                seconds += result.seconds
+                values = (result.served_recall, result.served_mrr, result.recall, result.mrr)
                 lines.append(
-                    f"| {name} | {each.epoch} | {seconds:.0f} | {each.plays_per_second:,.0f} | "
+                    f"| {name} | {result.epoch} | {seconds:.0f} | {result.plays_per_second:,.0f} | "
                     f"{' | '.join(f'{value:.3f}' for value in values)} |"
                 )
     return "\n".join(lines)
@@ -248,7 +248,7 @@ def generated_data(folder: str, quick: bool) -> Workspace:
     return workspace
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the command line, which prints one table or JSON object."""
     parser = argparse.ArgumentParser(prog="python -m rayrec.bench.peers_bench", description=__doc__)
     parser.add_argument(
@@ -262,7 +262,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--theirs", type=json.loads, default={}, help="arguments of SASRecModel as JSON")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a smoke test")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
         workspace = Workspace(arguments.workspace) if arguments.workspace else generated_data(folder, arguments.quick)
@@ -270,24 +270,24 @@ def main(words: list[str] | None = None) -> None:
         assert split is not None
         dataset, config = Dataset(workspace), TrainConfig(**{**arguments.ours, "workers": 0})
         queries = queries_of_test_range(dataset, split, 200 if arguments.quick else arguments.queries)
-        ours = OurNetwork(dataset, split, config, queries)
-        with SasRec(arguments.python, dataset, split, arguments.theirs, queries) as theirs:
-            contestants: dict[str, Contestant] = {OURS: ours, SASREC: theirs}
-            figures = compare_epochs(contestants, queries, 2 if arguments.quick else arguments.epochs)
+        our_network = OurNetwork(dataset, split, config, queries)
+        with SasRec(arguments.python, dataset, split, arguments.theirs, queries) as sasrec:
+            contestants: dict[str, Contestant] = {OURS: our_network, SASREC: sasrec}
+            results = compare_epochs(contestants, queries, 2 if arguments.quick else arguments.epochs)
     report = {
         "queries": len(queries.plays),
-        "embed_seconds": ours.embed_seconds,
+        "embed_seconds": our_network.embed_seconds,
         "ours": to_mapping(config),
         "theirs": arguments.theirs,
-        "parameters": theirs.parameters,
-        "epochs": [asdict(each) for each in figures],
+        "parameters": sasrec.parameters,
+        "epochs": [asdict(result) for result in results],
     }
     if arguments.json:
         json.dump(report, sys.stdout)
         sys.stdout.write("\n")
         return
     sys.stdout.write(
-        f"{as_markdown(figures)}\n\nsong embeddings, from which {OURS} starts: {ours.embed_seconds:.0f} s\n"
+        f"{as_markdown(results)}\n\nsong embeddings, from which {OURS} starts: {our_network.embed_seconds:.0f} s\n"
     )
 
 

@@ -47,9 +47,11 @@ class RedisServer:
         if SERVER is None:
             raise RayrecError("redis-server was not found; install Redis 6 or later, or use SQLite")
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder), "--save", ""]
-        durable = ["--appendonly", "yes", "--appendfsync", "always"]
-        self.process = subprocess.Popen([SERVER, *options, *durable, *self._options], stdout=subprocess.DEVNULL)
-        wait_until(self._answers, f"the Redis server on port {self.port} did not start")
+        durability_options = ["--appendonly", "yes", "--appendfsync", "always"]
+        self.process = subprocess.Popen(
+            [SERVER, *options, *durability_options, *self._options], stdout=subprocess.DEVNULL
+        )
+        wait_until(self._is_ready, f"the Redis server on port {self.port} did not start")
 
     def empty(self) -> None:
         """Delete all data."""
@@ -64,10 +66,10 @@ class RedisServer:
         with redis.Redis("127.0.0.1", self.port, retry=Retry(NoBackoff(), 0), socket_timeout=10) as client:
             return client.execute_command(*command)
 
-    def send(self, number: int) -> None:
-        """Send the signal `number` to the process."""
+    def send(self, signal_number: int) -> None:
+        """Send the signal `signal_number` to the process."""
         if self.process is not None:
-            self.process.send_signal(number)
+            self.process.send_signal(signal_number)
 
     def kill(self) -> None:
         """Kill the process with SIGKILL and wait until it has ended."""
@@ -76,7 +78,7 @@ class RedisServer:
             self.process.wait()
             self.process = None
 
-    def _answers(self) -> bool:
+    def _is_ready(self) -> bool:
         from redis.exceptions import RedisError
 
         try:
@@ -120,12 +122,12 @@ def redis_cluster(folder: Path) -> Iterator[RedisCluster]:
     nodes: list[RedisServer] = []
     try:
         for port in _free_ports(2 * PRIMARIES):
-            place = folder / str(port)
-            place.mkdir(parents=True)
-            nodes.append(RedisServer(place, *options, port=port))
+            node_folder = folder / str(port)
+            node_folder.mkdir(parents=True)
+            nodes.append(RedisServer(node_folder, *options, port=port))
             nodes[-1].start()
-        places = [f"127.0.0.1:{node.port}" for node in nodes]
-        redis_cli("--cluster", "create", *places, "--cluster-replicas", "1", "--cluster-yes")
+        addresses = [f"127.0.0.1:{node.port}" for node in nodes]
+        redis_cli("--cluster", "create", *addresses, "--cluster-replicas", "1", "--cluster-yes")
         wait_until(
             lambda: all(node.ask("CLUSTER INFO")["cluster_state"] == "ok" for node in nodes),
             "the Redis Cluster did not become ready",
@@ -142,10 +144,10 @@ def redis_cluster(folder: Path) -> Iterator[RedisCluster]:
 
 def redis_cli(*arguments: str) -> str:
     """Run redis-cli and return its output. Raises `RayrecError` if it fails."""
-    done = subprocess.run([str(CLI), *arguments], capture_output=True, text=True, timeout=120, check=False)
-    if done.returncode != 0:
-        raise RayrecError(f"redis-cli {' '.join(arguments)} failed: {done.stdout + done.stderr}")
-    return done.stdout
+    completed = subprocess.run([str(CLI), *arguments], capture_output=True, text=True, timeout=120, check=False)
+    if completed.returncode != 0:
+        raise RayrecError(f"redis-cli {' '.join(arguments)} failed: {completed.stdout + completed.stderr}")
+    return completed.stdout
 
 
 def wait_until(condition: Callable[[], Any], message: str) -> None:
@@ -160,10 +162,10 @@ def wait_until(condition: Callable[[], Any], message: str) -> None:
 def _free_ports(count: int) -> list[int]:
     ports: list[int] = []
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-        with socket.socket() as probe, socket.socket() as bus:
+        with socket.socket() as probe, socket.socket() as bus_probe:
             try:
                 probe.bind(("127.0.0.1", port))
-                bus.bind(("127.0.0.1", port + 10_000))
+                bus_probe.bind(("127.0.0.1", port + 10_000))
             except OSError:
                 continue
         ports.append(port)

@@ -74,42 +74,42 @@ class BenchResult:
 
 
 def compare(
-    name: str, unit: str, ours: Way, plain: Way, *, rounds: int, peak_mb: float = 0.0, **extra: Any
+    name: str, unit: str, our_way: Way, plain_way: Way, *, rounds: int, peak_mb: float = 0.0, **extra: Any
 ) -> BenchResult:
     """Run both ways `rounds` times, ours first in even rounds and the plain loop first in odd ones."""
     pairs = []
-    for number in range(rounds):
-        if number % 2 == 0:
-            mine, theirs = ours(), plain()
+    for round_number in range(rounds):
+        if round_number % 2 == 0:
+            our_run, plain_run = our_way(), plain_way()
         else:
-            theirs, mine = plain(), ours()
-        pairs.append((mine, theirs))
-    ratios = [mine.per_second / max(theirs.per_second, 1e-9) for mine, theirs in pairs]
+            plain_run, our_run = plain_way(), our_way()
+        pairs.append((our_run, plain_run))
+    ratios = [our_run.per_second / max(plain_run.per_second, 1e-9) for our_run, plain_run in pairs]
     return BenchResult(
         name=name,
         unit=unit,
         ratio=median(ratios),
         ratio_low=min(ratios),
         ratio_high=max(ratios),
-        per_second=median(mine.per_second for mine, _ in pairs),
-        plain_per_second=median(theirs.per_second for _, theirs in pairs),
+        per_second=median(our_run.per_second for our_run, _ in pairs),
+        plain_per_second=median(plain_run.per_second for _, plain_run in pairs),
         peak_mb=peak_mb,
         rounds=rounds,
         extra=extra,
     )
 
 
-def measure(name: str, unit: str, ours: Way, plain: Way, *, rounds: int, **extra: Any) -> BenchResult:
-    """Run `ours` once to measure its memory, then `compare` both ways. Shows a progress bar."""
+def measure(name: str, unit: str, our_way: Way, plain_way: Way, *, rounds: int, **extra: Any) -> BenchResult:
+    """Run `our_way` once to measure its memory, then `compare` both ways. Shows a progress bar."""
     with progress(f"bench {name}", 2 * rounds + 1) as bar:
 
-        def shown(way: Way) -> Measured:
+        def run_with_progress(way: Way) -> Measured:
             bar.advance()
             return way()
 
         with MemoryWatch() as watch:
-            shown(ours)
-        ways = partial(shown, ours), partial(shown, plain)
+            run_with_progress(our_way)
+        ways = partial(run_with_progress, our_way), partial(run_with_progress, plain_way)
         return compare(name, unit, *ways, rounds=rounds, peak_mb=watch.total_mb, **extra)
 
 
@@ -123,20 +123,20 @@ class PlainProcess:
 
     def __init__(self, nice: int) -> None:
         self._executor = ProcessPoolExecutor(
-            max_workers=1, mp_context=get_context("spawn"), initializer=_level, initargs=(nice,)
+            max_workers=1, mp_context=get_context("spawn"), initializer=_prepare_process, initargs=(nice,)
         )
 
     def __enter__(self) -> "PlainProcess":
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._executor.shutdown()
 
-    def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Run `work(*arguments)` in the process and return its result; its errors are raised here."""
-        return self._executor.submit(work, *arguments).result()
+    def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Run `function(*arguments)` in the process and return its result; its errors are raised here."""
+        return self._executor.submit(function, *arguments).result()
 
 
 def niceness() -> int:
@@ -144,7 +144,7 @@ def niceness() -> int:
     return os.nice(0)
 
 
-def _level(nice: int) -> None:
+def _prepare_process(nice: int) -> None:
     os.environ.update(ONE_THREAD)
     os.nice(max(0, nice - niceness()))
 
@@ -171,7 +171,7 @@ class MemoryWatch:
         self.total_mb = 0.0  # highest sum over all processes at one moment, MiB
         self.peaks_mb: dict[str, float] = {}  # role -> highest memory of any process of that role, MiB
         self._interval = interval
-        self._end = threading.Event()
+        self._end_event = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_end, daemon=True)
 
     def __enter__(self) -> "MemoryWatch":
@@ -179,15 +179,15 @@ class MemoryWatch:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._end.set()
+        self._end_event.set()
         self._thread.join()
 
     def _sample_until_end(self) -> None:
         while True:
             self.record(sample())
-            if self._end.wait(self._interval):
+            if self._end_event.wait(self._interval):
                 return
 
     def record(self, processes: list[ProcessMemory]) -> None:
@@ -200,12 +200,12 @@ class MemoryWatch:
 def sample() -> list[ProcessMemory]:
     """Return the memory of this process, which is the driver, and of all its descendants on this machine."""
     processes = []
-    this = psutil.Process()
-    for process in (this, *this.children(recursive=True)):
+    current_process = psutil.Process()
+    for process in (current_process, *current_process.children(recursive=True)):
         try:
             role = WORKER if " ".join(process.cmdline()).startswith(WORKER_TITLE) else OTHER
-            role = DRIVER if process == this else role
-            processes.append(ProcessMemory(process.pid, role, _private(process) / MIB))
+            role = DRIVER if process == current_process else role
+            processes.append(ProcessMemory(process.pid, role, _private_bytes(process) / MIB))
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue  # the process has ended meanwhile
     return processes
@@ -216,16 +216,16 @@ def anonymous_mb(process: psutil.Process) -> float:
 
     All processes that map a file share its pages, so they are left out even if only one process maps it.
     """
-    return float(sum(area.anonymous for area in process.memory_maps()) / MIB)
+    return float(sum(mapping.anonymous for mapping in process.memory_maps()) / MIB)
 
 
-def _private(process: psutil.Process) -> int:
+def _private_bytes(process: psutil.Process) -> int:
     """Return the private memory of a process in bytes; on Linux without Ray's object store."""
-    private = int(process.memory_full_info().uss)
+    private_bytes = int(process.memory_full_info().uss)
     if not psutil.LINUX:
-        return private
-    store = [area for area in process.memory_maps() if OBJECT_STORE in area.path]
-    return private - sum(area.private_clean + area.private_dirty for area in store)
+        return private_bytes
+    store_mappings = [mapping for mapping in process.memory_maps() if OBJECT_STORE in mapping.path]
+    return private_bytes - sum(mapping.private_clean + mapping.private_dirty for mapping in store_mappings)
 
 
 def growth(small: dict[str, float], large: dict[str, float]) -> dict[str, float]:
@@ -254,11 +254,11 @@ def rates_of(result: dict[str, Any]) -> dict[str, float]:
 def check_rates_file(path: str | Path) -> None:
     """Raise `InputError` if `save_rates` would refuse the file or could not write it; call this before measuring."""
     target = Path(path)
-    _read(target)
-    written = _unfinished(target)
+    _read_rates(target)
+    temporary_path = _temporary_path(target)
     try:
-        written.touch()
-        written.unlink()
+        temporary_path.touch()
+        temporary_path.unlink()
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}; pass another file to --save") from error
 
@@ -269,25 +269,25 @@ def save_rates(path: str | Path, result: dict[str, Any]) -> None:
     Raises `InputError` if the file is not a rates file or holds rates of another machine.
     """
     target = Path(path)
-    rates = {**_read(target), **rates_of(result)}
+    rates = {**_read_rates(target), **rates_of(result)}
     content = {"rates": dict(sorted(rates.items())), "machine": machine(), "commit": commit()}
-    written = _unfinished(target)
-    written.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    written.replace(target)
+    temporary_path = _temporary_path(target)
+    temporary_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary_path.replace(target)
 
 
-def _unfinished(target: Path) -> Path:
+def _temporary_path(target: Path) -> Path:
     """Return the temporary path at which a file is written before it is renamed to `target`."""
     return target.with_name(f".{target.name}.{os.getpid()}")
 
 
 def machine() -> dict[str, Any]:
     """Return a description of this machine: cpus, cpu (its name), memory_gib and system."""
-    names = CPU_NAMES.read_text(encoding="utf-8").splitlines() if CPU_NAMES.exists() else []
-    named = [line.partition(":")[2].strip() for line in names if line.startswith("model name")]
+    cpu_info_lines = CPU_NAMES.read_text(encoding="utf-8").splitlines() if CPU_NAMES.exists() else []
+    cpu_names = [line.partition(":")[2].strip() for line in cpu_info_lines if line.startswith("model name")]
     return {
         "cpus": os.cpu_count(),
-        "cpu": named[0] if named else platform.processor(),
+        "cpu": cpu_names[0] if cpu_names else platform.processor(),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -295,14 +295,14 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str | None:
     """Return the short commit of the git checkout that rayrec runs from; None without a checkout or without git."""
-    words = ["git", "-C", str(Path(rayrec.__file__).parent), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(Path(rayrec.__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def _read(path: Path) -> dict[str, float]:
+def _read_rates(path: Path) -> dict[str, float]:
     """Return the rates in the file, empty if it does not exist. Raises `InputError` if the file cannot be used."""
     if not path.parent.is_dir():
         raise InputError(f"{path} cannot be written: folder {path.parent} does not exist")
@@ -312,11 +312,11 @@ def _read(path: Path) -> dict[str, float]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        rates, where = dict(content["rates"]), dict(content["machine"])
+        rates, file_machine = dict(content["rates"]), dict(content["machine"])
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; pass another file to --save") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a rates file; pass another file to --save") from error
-    if where != machine():
-        raise InputError(f"{path} holds rates of another machine ({where}); pass another file to --save")
+    if file_machine != machine():
+        raise InputError(f"{path} holds rates of another machine ({file_machine}); pass another file to --save")
     return rates

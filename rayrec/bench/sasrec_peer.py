@@ -28,13 +28,13 @@ class EpochClock(Callback):  # type: ignore[misc]
     """Measures the seconds of the last epoch: its batches and steps, without the preparation of the data."""
 
     def __init__(self) -> None:
-        self.seconds = self._began = 0.0
+        self.seconds = self._started = 0.0
 
     def on_train_epoch_start(self, *_: Any) -> None:
-        self._began = time.perf_counter()
+        self._started = time.perf_counter()
 
     def on_train_epoch_end(self, *_: Any) -> None:
-        self.seconds = time.perf_counter() - self._began
+        self.seconds = time.perf_counter() - self._started
 
 
 class Peer:
@@ -43,23 +43,25 @@ class Peer:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self._folder, self._clock = folder, EpochClock()
         plays, queries = np.load(folder / "plays.npz"), np.load(folder / "queries.npz")
-        self._songs = int(plays["num_songs"])
-        self._queries, self._ends = queries["songs"], queries["offsets"]
-        self._dataset = Dataset.construct(_frame(plays["users"], plays["songs"]))
-        self._model = SASRecModel(get_trainer_func=self._trainer, **settings)
+        self._song_count = int(plays["num_songs"])
+        self._queries, self._offsets = queries["songs"], queries["offsets"]
+        self._dataset = Dataset.construct(_plays_frame(plays["users"], plays["songs"]))
+        self._model = SASRecModel(get_trainer_func=self._create_trainer, **settings)
 
-    def _trainer(self) -> Trainer:
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-        return Trainer(accelerator="cpu", devices=1, enable_checkpointing=False, callbacks=[self._clock], **quiet)
+    def _create_trainer(self) -> Trainer:
+        quiet_options = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        return Trainer(
+            accelerator="cpu", devices=1, enable_checkpointing=False, callbacks=[self._clock], **quiet_options
+        )
 
     def epoch(self) -> dict[str, float]:
         """Train for one epoch."""
         self._model.fit_partial(self._dataset, min_epochs=1, max_epochs=1)
-        clock = next(each for each in self._model.fit_trainer.callbacks if isinstance(each, EpochClock))
-        frame = self._model.data_preparator.train_dataset.interactions.df
-        plays = len(frame) - frame[Columns.User].nunique()  # the first play of a user is not a target
-        parameters = sum(value.numel() for value in self._model.lightning_model.parameters())
-        return {"seconds": clock.seconds, "plays": plays, "parameters": parameters}
+        clock = next(callback for callback in self._model.fit_trainer.callbacks if isinstance(callback, EpochClock))
+        interactions = self._model.data_preparator.train_dataset.interactions.df
+        plays = len(interactions) - interactions[Columns.User].nunique()  # the first play of a user is not a target
+        parameter_count = sum(weights.numel() for weights in self._model.lightning_model.parameters())
+        return {"seconds": clock.seconds, "plays": plays, "parameters": parameter_count}
 
     def answer(self) -> dict[str, float]:
         """Write `song_vectors.npy`, float32 (N, D), and `tastes.npy`, float32 (Q, D).
@@ -67,31 +69,33 @@ class Peer:
         Songs and queries that the model does not know get zeros.
         """
         preparator, network = self._model.data_preparator, self._model.lightning_model
-        count = len(self._ends) - 1
-        tastes: np.ndarray = np.zeros((0, 0), dtype=np.float32)
-        vectors = tastes
-        for begin in range(0, count, QUERIES_AT_ONCE):
-            ends = self._ends[begin : begin + QUERIES_AT_ONCE + 1]
-            users = np.repeat(np.arange(begin, begin + len(ends) - 1), np.diff(ends))
-            histories = Dataset.construct(_frame(users, self._queries[ends[0] : ends[-1]]))
-            known = preparator.transform_dataset_u2i(histories, np.unique(users))
-            loader = preparator.get_dataloader_recommend(known, 256)
-            of_queries, of_songs = network._get_user_item_embeddings(loader, "cpu")
-            if not begin:
-                tastes = np.zeros((count, of_queries.shape[1]), dtype=np.float32)
-                vectors = np.zeros((self._songs, of_queries.shape[1]), dtype=np.float32)
-                rows = preparator.get_known_items_sorted_internal_ids()
-                vectors[preparator.get_known_item_ids().astype(np.int64)] = of_songs.numpy()[rows]
-            tastes[known.user_id_map.get_external_sorted_by_internal().astype(np.int64)] = of_queries.numpy()
-        np.save(self._folder / "song_vectors.npy", vectors)
-        np.save(self._folder / "tastes.npy", tastes)
-        return {"queries": count}
+        query_count = len(self._offsets) - 1
+        taste_vectors: np.ndarray = np.zeros((0, 0), dtype=np.float32)
+        song_vectors = taste_vectors
+        for start in range(0, query_count, QUERIES_AT_ONCE):
+            offsets = self._offsets[start : start + QUERIES_AT_ONCE + 1]
+            users = np.repeat(np.arange(start, start + len(offsets) - 1), np.diff(offsets))
+            histories = Dataset.construct(_plays_frame(users, self._queries[offsets[0] : offsets[-1]]))
+            known_dataset = preparator.transform_dataset_u2i(histories, np.unique(users))
+            loader = preparator.get_dataloader_recommend(known_dataset, 256)
+            query_vectors, known_song_vectors = network._get_user_item_embeddings(loader, "cpu")
+            if not start:
+                taste_vectors = np.zeros((query_count, query_vectors.shape[1]), dtype=np.float32)
+                song_vectors = np.zeros((self._song_count, query_vectors.shape[1]), dtype=np.float32)
+                known_rows = preparator.get_known_items_sorted_internal_ids()
+                song_vectors[preparator.get_known_item_ids().astype(np.int64)] = known_song_vectors.numpy()[known_rows]
+            taste_vectors[known_dataset.user_id_map.get_external_sorted_by_internal().astype(np.int64)] = (
+                query_vectors.numpy()
+            )
+        np.save(self._folder / "song_vectors.npy", song_vectors)
+        np.save(self._folder / "tastes.npy", taste_vectors)
+        return {"queries": query_count}
 
 
-def _frame(users: np.ndarray, songs: np.ndarray) -> pd.DataFrame:
+def _plays_frame(users: np.ndarray, songs: np.ndarray) -> pd.DataFrame:
     """Return plays as a data frame of RecTools, in the given order."""
-    moments = pd.to_datetime(np.arange(len(songs), dtype=np.int64) * SECOND)
-    return pd.DataFrame({Columns.User: users, Columns.Item: songs, Columns.Weight: 1.0, Columns.Datetime: moments})
+    timestamps = pd.to_datetime(np.arange(len(songs), dtype=np.int64) * SECOND)
+    return pd.DataFrame({Columns.User: users, Columns.Item: songs, Columns.Weight: 1.0, Columns.Datetime: timestamps})
 
 
 def main() -> None:
@@ -102,8 +106,8 @@ def main() -> None:
     seed_everything(0, verbose=False)
     peer = Peer(folder, settings)
     for line in sys.stdin:
-        figures = {"epoch": peer.epoch, "answer": peer.answer}[line.strip()]()
-        print(json.dumps(figures), flush=True)
+        reply = {"epoch": peer.epoch, "answer": peer.answer}[line.strip()]()
+        print(json.dumps(reply), flush=True)
 
 
 if __name__ == "__main__":

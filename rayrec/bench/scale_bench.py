@@ -45,31 +45,35 @@ class ChainRun:
     peaks_mb: dict[str, float]  # role -> MiB of the driver and of the largest worker
 
 
-def run_chain(plays: str, place: Workspace, workers: int, embed_epochs: int, batch: int, seed: int) -> ChainRun:
-    """Run the stages on the Parquet files of the folder `plays`, on a new cluster of `workers` CPUs.
+def run_chain(
+    plays_folder: str, workspace: Workspace, workers: int, embed_epochs: int, batch: int, seed: int
+) -> ChainRun:
+    """Run the stages on the Parquet files in `plays_folder`, on a new cluster of `workers` CPUs.
 
     Must be called in a separate process, which has no connection to Ray. Leaves the workspace empty.
     """
     os.environ.pop("RAY_ADDRESS", None)
     settings = EmbedConfig(source="histories", epochs=embed_epochs, workers=workers, seed=seed)
     with ray_cluster(num_cpus=workers), MemoryWatch() as watch:
-        began = time.perf_counter()
-        dataset = import_data(place, ImportConfig(format="parquet", paths=(plays,)))
-        stages = {"import": Measured(dataset.plays, time.perf_counter() - began)}
-        stages["embed"] = _timed(lambda: embed(place, settings), lambda artifact: float(artifact.metrics["tokens"]))
-        model = train(place, TrainConfig(epochs=1, workers=workers, batch=batch, seed=seed))
-        stages["train"] = Measured(model.metrics["plays"], model.metrics["plays"] / model.metrics["plays_per_second"])
-        stages["taste"] = _timed(
-            lambda: compute_tastes(place, TasteConfig()), lambda artifact: float(artifact.metrics["plays"])
+        started = time.perf_counter()
+        dataset = import_data(workspace, ImportConfig(format="parquet", paths=(plays_folder,)))
+        stages = {"import": Measured(dataset.plays, time.perf_counter() - started)}
+        stages["embed"] = _measure_stage(
+            lambda: embed(workspace, settings), lambda artifact: float(artifact.metrics["tokens"])
         )
-    place.delete("")
+        model = train(workspace, TrainConfig(epochs=1, workers=workers, batch=batch, seed=seed))
+        stages["train"] = Measured(model.metrics["plays"], model.metrics["plays"] / model.metrics["plays_per_second"])
+        stages["taste"] = _measure_stage(
+            lambda: compute_tastes(workspace, TasteConfig()), lambda artifact: float(artifact.metrics["plays"])
+        )
+    workspace.delete("")
     return ChainRun(stages=stages, peaks_mb=watch.peaks_mb)
 
 
-def _timed(stage: Callable[[], Manifest], work: Callable[[Manifest], float]) -> Measured:
-    began = time.perf_counter()
+def _measure_stage(stage: Callable[[], Manifest], count_work: Callable[[Manifest], float]) -> Measured:
+    started = time.perf_counter()
     artifact = stage()
-    return Measured(work(artifact), time.perf_counter() - began)
+    return Measured(count_work(artifact), time.perf_counter() - started)
 
 
 Stages = dict[str, Measured]  # stage -> plays and seconds
@@ -90,8 +94,11 @@ def speedups(by_workers: dict[int, tuple[Stages, Stages]]) -> dict[str, float | 
     def cost(stage: str, workers: int) -> float:
         return further(*(stages[stage] for stages in by_workers[workers])) if workers in by_workers else 0.0
 
-    pairs = {stage: (cost(stage, 1), cost(stage, 2)) for stage in by_workers[1][0]}
-    return {stage: one / two if min(one, two) > 0 else None for stage, (one, two) in pairs.items()}
+    cost_pairs = {stage: (cost(stage, 1), cost(stage, 2)) for stage in by_workers[1][0]}
+    return {
+        stage: one_worker / two_workers if min(one_worker, two_workers) > 0 else None
+        for stage, (one_worker, two_workers) in cost_pairs.items()
+    }
 
 
 def costs(by_size: list[Stages]) -> dict[str, dict[str, Any]]:
@@ -103,12 +110,12 @@ def costs(by_size: list[Stages]) -> dict[str, dict[str, Any]]:
     by_stage = {}
     for stage in by_size[0]:
         runs = [run[stage] for run in by_size]
-        each = [MICROSECONDS * further(smaller, larger) for smaller, larger in pairwise(runs)]
+        further_costs = [MICROSECONDS * further(smaller, larger) for smaller, larger in pairwise(runs)]
         by_stage[stage] = {
             "plays": [run.work for run in runs],
             "microseconds_per_play": [MICROSECONDS / run.per_second for run in runs],
-            "microseconds_per_further_play": each,
-            "growth": each[-1] / each[-2] - 1 if len(each) > 1 else None,
+            "microseconds_per_further_play": further_costs,
+            "growth": further_costs[-1] / further_costs[-2] - 1 if len(further_costs) > 1 else None,
         }
     return by_stage
 
@@ -122,7 +129,7 @@ def extrapolated(by_stage: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"extrapolated": True, "plays": EXTRAPOLATED_PLAYS, "cpu_hours": hours}
 
 
-def bench_scale(place: Workspace, config: ScaleBenchConfig) -> dict[str, Any]:
+def bench_scale(bench_workspace: Workspace, config: ScaleBenchConfig) -> dict[str, Any]:
     """Run import, embed, train and taste: with one worker at each size of `users`, with more at the first and middle.
 
     `throughput`, by stage and number of workers: plays per second of the whole run at the middle size. `speedups`, by
@@ -135,25 +142,30 @@ def bench_scale(place: Workspace, config: ScaleBenchConfig) -> dict[str, Any]:
     """
     with ray_cluster():
         datasets = [
-            bench_dataset(place, users=users, songs=config.songs, plays=config.plays, seed=config.seed)
+            bench_dataset(bench_workspace, users=users, songs=config.songs, plays=config.plays, seed=config.seed)
             for users in config.users
         ]
-        sizes = [write_plays(dataset) for dataset in datasets]
-    middle = len(sizes) // 2
+        plays_folders = [write_plays(dataset) for dataset in datasets]
+    middle = len(plays_folders) // 2
     worker_counts = [workers for workers in config.workers if workers <= (os.cpu_count() or 1)]
-    with progress("bench scale", len(sizes) + 2 * len(worker_counts) - 1) as bar:
+    with progress("bench scale", len(plays_folders) + 2 * len(worker_counts) - 1) as bar:
 
-        def chain(plays: str, workers: int) -> ChainRun:
+        def measure_chain(plays_folder: str, workers: int) -> ChainRun:
             bar.advance()
-            return _chain(plays, place, workers, config)
+            return _measure_chain(plays_folder, bench_workspace, workers, config)
 
-        by_size = [chain(plays, 1) for plays in sizes]
+        by_size = [measure_chain(plays_folder, 1) for plays_folder in plays_folders]
         by_workers = {1: (by_size[0], by_size[middle])}
         for workers in worker_counts[1:]:
-            by_workers[workers] = (chain(sizes[0], workers), chain(sizes[middle], workers))
+            by_workers[workers] = (
+                measure_chain(plays_folders[0], workers),
+                measure_chain(plays_folders[middle], workers),
+            )
         bar.advance()
-        words = word2vec_scaling(datasets[middle], worker_counts, epochs=config.word2vec_epochs, seed=config.seed)
-    return scale_figures(config, by_workers, by_size) | {"word2vec": words}
+        word2vec_rates = word2vec_scaling(
+            datasets[middle], worker_counts, epochs=config.word2vec_epochs, seed=config.seed
+        )
+    return scale_figures(config, by_workers, by_size) | {"word2vec": word2vec_rates}
 
 
 def scale_figures(
@@ -164,9 +176,9 @@ def scale_figures(
     `by_workers` has the runs on the first and the middle size for each number of workers, `by_size` those of one worker
     on each size.
     """
-    cost = costs([run.stages for run in by_size])
+    stage_costs = costs([run.stages for run in by_size])
     largest = by_size[-1]
-    names = {**RATE_OF, "import": "import_plays_per_second_per_cpu"}
+    rate_names = {**RATE_OF, "import": "import_plays_per_second_per_cpu"}
     return {
         "name": "scale",
         "unit": "plays",
@@ -174,29 +186,34 @@ def scale_figures(
         "users": list(config.users),
         "workers": sorted(by_workers),
         "throughput": {
-            stage: {str(number): run.stages[stage].per_second for number, (_, run) in sorted(by_workers.items())}
+            stage: {str(workers): run.stages[stage].per_second for workers, (_, run) in sorted(by_workers.items())}
             for stage in largest.stages
         },
-        "speedups": speedups({number: (small.stages, large.stages) for number, (small, large) in by_workers.items()}),
-        "cost": cost,
-        "growth": max((each["growth"] for each in cost.values() if each["growth"] is not None), default=None),
+        "speedups": speedups({workers: (small.stages, large.stages) for workers, (small, large) in by_workers.items()}),
+        "cost": stage_costs,
+        "growth": max(
+            (stage_cost["growth"] for stage_cost in stage_costs.values() if stage_cost["growth"] is not None),
+            default=None,
+        ),
         "memory": {
             "peaks_mb": [run.peaks_mb for run in by_size],
             "growth": growth(by_size[0].peaks_mb, largest.peaks_mb),
         },
         "rates": {
-            names[stage]: measured.per_second * (config.embed_epochs if stage == "embed" else 1)
+            rate_names[stage]: measured.per_second * (config.embed_epochs if stage == "embed" else 1)
             for stage, measured in largest.stages.items()
         },
-        "extrapolated": extrapolated(cost),
+        "extrapolated": extrapolated(stage_costs),
     }
 
 
-def _chain(plays: str, place: Workspace, workers: int, config: ScaleBenchConfig) -> ChainRun:
-    folder = Workspace(f"{place.uri}/{CHAIN}")
-    folder.delete("")
+def _measure_chain(plays_folder: str, bench_workspace: Workspace, workers: int, config: ScaleBenchConfig) -> ChainRun:
+    chain_workspace = Workspace(f"{bench_workspace.uri}/{CHAIN}")
+    chain_workspace.delete("")
     with PlainProcess(0) as driver:
-        return driver.run(run_chain, plays, folder, workers, config.embed_epochs, config.batch, config.seed)
+        return driver.run(
+            run_chain, plays_folder, chain_workspace, workers, config.embed_epochs, config.batch, config.seed
+        )
 
 
 def write_plays(dataset: Dataset) -> str:
@@ -221,7 +238,7 @@ def write_plays(dataset: Dataset) -> str:
     return workspace.full(folder)
 
 
-def bench_memory(place: Workspace, config: MemoryBenchConfig) -> dict[str, Any]:
+def bench_memory(bench_workspace: Workspace, config: MemoryBenchConfig) -> dict[str, Any]:
     """Measure the peak private memory of the driver and of the largest worker at two numbers of users.
 
     The taste job and the data path of training have a driver and a cluster of their own in each run, so that no run
@@ -233,49 +250,51 @@ def bench_memory(place: Workspace, config: MemoryBenchConfig) -> dict[str, Any]:
 
     def dataset_of(users: int, songs: int) -> Dataset:
         return bench_dataset(
-            place, users=users, songs=songs, plays=config.plays, seed=config.seed, buckets=MEMORY_BUCKETS
+            bench_workspace, users=users, songs=songs, plays=config.plays, seed=config.seed, buckets=MEMORY_BUCKETS
         )
 
     with ray_cluster():
         datasets = [dataset_of(users, config.songs[0]) for users in config.users]
         models = [untrained_model(dataset, config.seed) for dataset in datasets]
-    peaks: list[dict[str, float]] = [{}, {}]
-    totals, seconds = [], 0.0
-    catalogs: list[float] = []
+    peaks_mb: list[dict[str, float]] = [{}, {}]
+    totals_mb, taste_seconds = [], 0.0
+    catalog_peaks_mb: list[float] = []
     with progress("bench memory", 2 * len(datasets) + len(config.songs)) as bar:
-        for size, (dataset, model) in enumerate(zip(datasets, models, strict=True)):
-            passes = {
+        for size_index, (dataset, model) in enumerate(zip(datasets, models, strict=True)):
+            jobs = {
                 "taste": partial(taste_memory, dataset.workspace, model),
                 "data": partial(data_memory, dataset.workspace),
             }
-            for name, job in passes.items():
+            for name, job in jobs.items():
                 with PlainProcess(0) as driver:
-                    needs = driver.run(job)
-                peaks[size] |= {f"{name} {role}": needs.peaks_mb[role] for role in (rounds.DRIVER, rounds.WORKER)}
-                totals.append(needs.total_mb)
-                seconds = needs.seconds if name == "taste" else seconds
+                    memory_pass = driver.run(job)
+                peaks_mb[size_index] |= {
+                    f"{name} {role}": memory_pass.peaks_mb[role] for role in (rounds.DRIVER, rounds.WORKER)
+                }
+                totals_mb.append(memory_pass.total_mb)
+                taste_seconds = memory_pass.seconds if name == "taste" else taste_seconds
                 bar.advance()
         for songs in config.songs:
             with ray_cluster():
                 dataset = dataset_of(config.users[0], songs)
                 model = untrained_model(dataset, config.seed)
             with PlainProcess(0) as driver:
-                needs = driver.run(partial(taste_memory, dataset.workspace, model, workers=SONGS_WORKERS))
-            catalogs.append(needs.peaks_mb[rounds.WORKER])
+                memory_pass = driver.run(partial(taste_memory, dataset.workspace, model, workers=SONGS_WORKERS))
+            catalog_peaks_mb.append(memory_pass.peaks_mb[rounds.WORKER])
             bar.advance()
-    grown = rounds.growth(*peaks)
+    growth_by_role = rounds.growth(*peaks_mb)
     return {
         "name": "memory",
         "unit": "users",
-        "growth": max(grown.values()),
-        "growth_by_role": grown,
+        "growth": max(growth_by_role.values()),
+        "growth_by_role": growth_by_role,
         "users": list(config.users),
-        "peaks_mb": peaks,
+        "peaks_mb": peaks_mb,
         "songs": list(config.songs),
-        "songs_peaks_mb": catalogs,
-        "songs_growth_mb": catalogs[1] - catalogs[0],
-        "per_second": config.users[1] / max(seconds, 1e-9),
-        "peak_mb": max(totals),
+        "songs_peaks_mb": catalog_peaks_mb,
+        "songs_growth_mb": catalog_peaks_mb[1] - catalog_peaks_mb[0],
+        "per_second": config.users[1] / max(taste_seconds, 1e-9),
+        "peak_mb": max(totals_mb),
     }
 
 
@@ -292,20 +311,20 @@ def taste_memory(workspace: Workspace, model: Manifest, workers: int | None = No
     """Run the taste job with `workers` workers, by default one per CPU, and return its memory and time."""
 
     def job() -> None:
-        tastes = compute_tastes(workspace, TasteConfig(), model_id=model.id, repeat=True)
-        workspace.delete(tastes.folder)
+        artifact = compute_tastes(workspace, TasteConfig(), model_id=model.id, repeat=True)
+        workspace.delete(artifact.folder)
 
-    return _watched(job, workers)
+    return _measure_job(job, workers)
 
 
 def data_memory(workspace: Workspace) -> MemoryPass:
     """Run the data path of training without a network, and return its memory and time."""
-    return _watched(lambda: ray.get(ray.remote(count_window_plays).remote(Dataset(workspace), TrainConfig())))
+    return _measure_job(lambda: ray.get(ray.remote(count_window_plays).remote(Dataset(workspace), TrainConfig())))
 
 
-def _watched(job: Callable[[], Any], workers: int | None = None) -> MemoryPass:
+def _measure_job(job: Callable[[], Any], workers: int | None = None) -> MemoryPass:
     with ray_cluster(num_cpus=workers), MemoryWatch() as watch:
-        began = time.perf_counter()
+        started = time.perf_counter()
         job()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
     return MemoryPass(peaks_mb=watch.peaks_mb, total_mb=watch.total_mb, seconds=seconds)

@@ -85,19 +85,26 @@ class Traffic:
     @classmethod
     def of(cls, dataset: Dataset) -> "Traffic":
         """Make the requests from the first users of `dataset` who have plays."""
-        users, catalog = concatenate(list(_first_users(dataset))), dataset.catalog()
-        user_songs = [catalog.song_ids(songs[-PLAYS:]) for songs in np.split(users.songs, users.offsets[1:-1])]
-        user_times = [times[-PLAYS:] for times in np.split(users.played_at, users.offsets[1:-1])]
+        histories, catalog = concatenate(list(_first_users(dataset))), dataset.catalog()
+        user_song_ids = [
+            catalog.song_ids(songs[-PLAYS:]) for songs in np.split(histories.songs, histories.offsets[1:-1])
+        ]
+        user_times = [times[-PLAYS:] for times in np.split(histories.played_at, histories.offsets[1:-1])]
         stored_plays = [
             [
-                {"event_id": f"{user}-{place}", "user_id": f"user-{user}", "song_id": song, "played_at": at}
-                for place, (song, at) in enumerate(zip(songs, times.tolist(), strict=True))
+                {
+                    "event_id": f"{user}-{position}",
+                    "user_id": f"user-{user}",
+                    "song_id": song_id,
+                    "played_at": played_at,
+                }
+                for position, (song_id, played_at) in enumerate(zip(songs, times.tolist(), strict=True))
             ]
-            for user, (songs, times) in enumerate(zip(user_songs[:USERS], user_times[:USERS], strict=True))
+            for user, (songs, times) in enumerate(zip(user_song_ids[:USERS], user_times[:USERS], strict=True))
         ]
         artists = pc.unique(catalog.table.column(columns.ARTIST)).drop_null().slice(0, USERS).to_pylist()
         return cls(
-            histories=[{"history": songs, "k": K} for songs in user_songs[:BODIES]],
+            histories=[{"history": songs, "k": K} for songs in user_song_ids[:BODIES]],
             stored_plays=stored_plays,
             song_ids=catalog.song_ids(np.arange(len(catalog))),
             artists=artists,
@@ -116,12 +123,12 @@ class Traffic:
 
 def _first_users(dataset: Dataset) -> Iterator[Histories]:
     """Yield batches of users with plays until there are at least `BODIES` users, or all users if there are fewer."""
-    users = 0
+    user_count = 0
     for bucket in range(dataset.manifest.buckets):
         for batch in dataset.read_bucket(bucket, BODIES):
             yield batch.take(batch.lengths > 0)
-            users += int((batch.lengths > 0).sum())
-            if users >= BODIES:
+            user_count += int((batch.lengths > 0).sum())
+            if user_count >= BODIES:
                 return
 
 
@@ -139,7 +146,7 @@ class Case:
         return f"{self.target} {self.request} {self.clients}"
 
 
-def bench_serve(place: Workspace, config: ServeBenchConfig) -> dict[str, Any]:
+def bench_serve(bench_workspace: Workspace, config: ServeBenchConfig) -> dict[str, Any]:
     """Measure requests per second, p50, p99 and errors for each number of clients and each catalog.
 
     The release has the default recommender: network, retrieval and rankers. `p50_ratio` is p50 of Serve over p50 of
@@ -152,7 +159,7 @@ def bench_serve(place: Workspace, config: ServeBenchConfig) -> dict[str, Any]:
     by how much the private memory of a replica grows from the smallest to the largest catalog, with 1 or with 4
     replicas, whichever is more. `build_seconds` of a catalog is 0 if an earlier run has built its release.
     """
-    catalogs = [_bench_catalog(place, songs, config) for songs in config.songs]
+    catalogs = [_bench_catalog(bench_workspace, songs, config) for songs in config.songs]
     return {
         "name": "serve",
         "unit": "requests",
@@ -163,7 +170,8 @@ def bench_serve(place: Workspace, config: ServeBenchConfig) -> dict[str, Any]:
         "stored_over_cpu_ms": max(result["stored_over_cpu_ms"] for result in catalogs),
         "plays_cost_ratio": max(result["plays_cost_ratio"] for result in catalogs),
         "replica_growth_mb": max(
-            catalogs[-1]["replica_mb"][count] - catalogs[0]["replica_mb"][count] for count in catalogs[0]["replica_mb"]
+            catalogs[-1]["replica_mb"][replica_count] - catalogs[0]["replica_mb"][replica_count]
+            for replica_count in catalogs[0]["replica_mb"]
         ),
         "per_second": min(result["loads"]["serve history 16"]["per_second"] for result in catalogs),
         "errors": sum(result["errors"] for result in catalogs),
@@ -173,11 +181,11 @@ def bench_serve(place: Workspace, config: ServeBenchConfig) -> dict[str, Any]:
     }
 
 
-def _bench_catalog(place: Workspace, songs: int, config: ServeBenchConfig) -> dict[str, Any]:
+def _bench_catalog(bench_workspace: Workspace, songs: int, config: ServeBenchConfig) -> dict[str, Any]:
     with ray_cluster():
-        dataset, release, seconds = answers_world(place, config, songs)
-    with PlainProcess(niceness()) as plain:
-        cpu_ms = plain.run(measure_answers, dataset, release.inputs, QUERIES)["cpu_ms"]
+        dataset, release, build_seconds = answers_world(bench_workspace, config, songs)
+    with PlainProcess(niceness()) as process:
+        cpu_ms = process.run(measure_answers, dataset, release.inputs, QUERIES)["cpu_ms"]
     workspace, traffic = dataset.workspace, Traffic.of(dataset)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rayrec-store-")))
@@ -187,64 +195,67 @@ def _bench_catalog(place: Workspace, songs: int, config: ServeBenchConfig) -> di
         }
         for url in urls.values():
             store_users(url, traffic)
-        loads = summarize_slices(_measure(urls, traffic, config, note=f"{songs:,} songs"))
-        cost = _plays_cost(urls["bare"], traffic, config)
-    with tempfile.TemporaryDirectory(prefix="rayrec-store-") as stores:
-        memory = _replica_mb(workspace, traffic, Path(stores))
+        loads = summarize_slices(_measure_slices(urls, traffic, config, label=f"{songs:,} songs"))
+        cost_ratio = _plays_cost_ratio(urls["bare"], traffic, config)
+    with tempfile.TemporaryDirectory(prefix="rayrec-store-") as store_folder:
+        replica_mb = _replica_mb(workspace, traffic, Path(store_folder))
     return {
         "songs": songs,
-        "build_seconds": round(seconds, 1),
+        "build_seconds": round(build_seconds, 1),
         **loads,
         "answer_cpu_ms": cpu_ms,
         "stored_over_cpu_ms": loads["stored_over_noop_ms"] - cpu_ms,
-        "plays_cost_ratio": cost,
-        "replica_mb": memory,
+        "plays_cost_ratio": cost_ratio,
+        "replica_mb": replica_mb,
         "parts": sorted(release.inputs),
     }
 
 
 def replicas() -> list[psutil.Process]:
     """Return the running replicas among the descendants of this process."""
-    running = []
+    running_replicas = []
     for process in psutil.Process().children(recursive=True):
         try:
             if " ".join(process.cmdline()).startswith(REPLICA_TITLE) and process.status() != psutil.STATUS_ZOMBIE:
-                running.append(process)
+                running_replicas.append(process)
         except psutil.Error:
             continue
-    return running
+    return running_replicas
 
 
-def _replica_mb(place: Workspace, traffic: Traffic, folder: Path) -> dict[str, float]:
+def _replica_mb(workspace: Workspace, traffic: Traffic, folder: Path) -> dict[str, float]:
     """Return the private memory, MiB, of the largest of 1 and of 4 replicas, after answers to stored users.
 
     Half of the requests have a filter, because replicas keep the masks of filters in memory.
     """
-    largest = {}
-    for number in MEMORY_REPLICAS:
-        with application("serve", place, f"sqlite:///{folder}/memory-{number}.db", number) as url:
+    largest_mb = {}
+    for replica_count in MEMORY_REPLICAS:
+        with application("serve", workspace, f"sqlite:///{folder}/memory-{replica_count}.db", replica_count) as url:
             store_users(url, traffic)
             bodies = [*traffic.stored, *traffic.filtered]
-            put_under_load(f"{url}/v1/recommendations", bodies, 2 * number, MEMORY_SECONDS)
-            largest[str(number)] = max(map(rounds.anonymous_mb, replicas()))
-    return largest
+            put_under_load(f"{url}/v1/recommendations", bodies, 2 * replica_count, MEMORY_SECONDS)
+            largest_mb[str(replica_count)] = max(map(rounds.anonymous_mb, replicas()))
+    return largest_mb
 
 
-def _measure(urls: dict[str, str], traffic: Traffic, config: ServeBenchConfig, *, note: str) -> list[dict[str, Load]]:
+def _measure_slices(
+    urls: dict[str, str], traffic: Traffic, config: ServeBenchConfig, *, label: str
+) -> list[dict[str, Load]]:
     """Return the loads of each slice by name of the case; every other slice runs the cases in reverse order."""
     bodies = {"history": traffic.histories, "stored": traffic.stored}
     cases = [Case(target, "history", clients) for clients in config.clients for target in ("bare", "serve")]
     cases += [Case("bare", "noop", 1), Case("bare", "stored", 1), Case("serve", "stored", 1)]
     slices: list[dict[str, Load]] = []
-    count = config.rounds * max(1, round(config.seconds / SLICE_SECONDS))
-    with progress(f"bench serve, {note}", (count + 1) * len(cases)) as bar:
-        for number in range(-1, count):  # the first, -1, fills caches and opens connections; it does not count
+    slice_count = config.rounds * max(1, round(config.seconds / SLICE_SECONDS))
+    with progress(f"bench serve, {label}", (slice_count + 1) * len(cases)) as bar:
+        for slice_number in range(-1, slice_count):
+            # The first, -1, fills caches and opens connections; it does not count.
             loads = {}
-            for case in cases if number % 2 else cases[::-1]:
+            for case in cases if slice_number % 2 else cases[::-1]:
                 url = f"{urls[case.target]}/{'noop' if case.request == 'noop' else 'v1/recommendations'}"
                 loads[case.name] = put_under_load(url, bodies.get(case.request, []), case.clients, SLICE_SECONDS)
                 bar.advance()
-            slices += [loads] if number >= 0 else []
+            slices += [loads] if slice_number >= 0 else []
     return slices
 
 
@@ -252,20 +263,22 @@ def summarize_slices(slices: list[dict[str, Load]]) -> dict[str, Any]:
     """Return medians over slices, of the loads and of the ratios within each slice."""
 
     def ratio(field: str, clients: int) -> float:
-        pairs = [(one[f"serve history {clients}"], one[f"bare history {clients}"]) for one in slices]
+        pairs = [
+            (slice_loads[f"serve history {clients}"], slice_loads[f"bare history {clients}"]) for slice_loads in slices
+        ]
         return float(median(getattr(serve, field) / max(getattr(bare, field), 1e-9) for serve, bare in pairs))
 
     fields = ("per_second", "p50_ms", "p99_ms")
     loads = {
-        name: {field: round(median(getattr(one[name], field) for one in slices), 3) for field in fields}
-        | {"errors": sum(one[name].errors for one in slices)}
+        name: {field: round(median(getattr(slice_loads[name], field) for slice_loads in slices), 3) for field in fields}
+        | {"errors": sum(slice_loads[name].errors for slice_loads in slices)}
         for name in slices[0]
     }
-    stored = [one["bare stored 1"].p50_ms - one["bare noop 1"].p50_ms for one in slices]
+    differences_ms = [slice_loads["bare stored 1"].p50_ms - slice_loads["bare noop 1"].p50_ms for slice_loads in slices]
     return {
         "p50_ratio": ratio("p50_ms", 1),
         "throughput_ratio": ratio("per_second", 16),
-        "stored_over_noop_ms": median(stored),
+        "stored_over_noop_ms": median(differences_ms),
         "errors": sum(load["errors"] for load in loads.values()),
         "loads": loads,
     }
@@ -278,14 +291,14 @@ def store_users(url: str, traffic: Traffic) -> None:
             client.plays(plays)
 
 
-def _plays_cost(url: str, traffic: Traffic, config: ServeBenchConfig) -> float:
-    names, rounds = traffic.song_ids[:1_000], PLAY_ROUNDS * config.rounds
+def _plays_cost_ratio(url: str, traffic: Traffic, config: ServeBenchConfig) -> float:
+    song_ids, round_count = traffic.song_ids[:1_000], PLAY_ROUNDS * config.rounds
     with Client(url, retry=Retry(timeout=60)) as client:
 
         def post(body: dict[str, Any]) -> None:
             client.plays(body.get("plays", [body]))
 
-        result = bench_history_lengths(post, names, name="length", rounds=rounds, many=config.many_plays)
+        result = bench_history_lengths(post, song_ids, name="length", rounds=round_count, many=config.many_plays)
     return 1 / float(result.ratio)
 
 
@@ -307,28 +320,28 @@ def application(kind: str, workspace: Workspace, store: str, replicas: int = 1) 
     timer = threading.Timer(START_SECONDS, process.kill)
     timer.start()
     try:
-        url = _url(kind, process)
+        url = _read_url(kind, process)
         timer.cancel()  # the limit is only for the start
         yield url
     finally:
         timer.cancel()
-        _end(process)
+        _stop(process)
 
 
-def _url(kind: str, process: "subprocess.Popen[str]") -> str:
+def _read_url(kind: str, process: "subprocess.Popen[str]") -> str:
     """Return the URL that an application prints once it answers; a thread reads and drops later lines."""
-    said, lines = "", process.stdout
+    last_line, lines = "", process.stdout
     assert lines is not None
     for line in lines:
         match = re.search(r"http://127\.0\.0\.1:\d+", line)
         if match:
             threading.Thread(target=lambda: [None for _ in lines], daemon=True).start()
             return match[0]
-        said = line.strip() or said
-    raise RayrecError(f"the {kind} application did not start: {said or 'no output'}")
+        last_line = line.strip() or last_line
+    raise RayrecError(f"the {kind} application did not start: {last_line or 'no output'}")
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
+def _stop(process: "subprocess.Popen[str]") -> None:
     if process.stdin:
         process.stdin.close()
     process.terminate()
@@ -343,41 +356,50 @@ FEW, MANY = 10, 10_000  # plays per user in the two groups that are compared
 Post = Callable[[dict[str, Any]], None]  # sends one body to /v1/plays; raises if it is not accepted
 
 
-class _UserTurns:
+class _PlayingUsers:
     """Users with `plays` plays each in the store, who get more plays in turn."""
 
-    def __init__(self, post: Post, songs: Sequence[str], name: str, users: int, plays: int, begin: int) -> None:
-        self._songs = songs
-        self._names = [f"{name}-{number}" for number in range(users)]
-        self._begin = begin
-        self._taken = dict.fromkeys(self._names, 0)
-        waiting: list[dict[str, Any]] = []
-        for user in self._names:
+    def __init__(
+        self, post: Post, song_ids: Sequence[str], id_prefix: str, users: int, plays: int, first_played_at: int
+    ) -> None:
+        self._song_ids = song_ids
+        self._user_ids = [f"{id_prefix}-{number}" for number in range(users)]
+        self._first_played_at = first_played_at
+        self._play_counts = dict.fromkeys(self._user_ids, 0)
+        pending_plays: list[dict[str, Any]] = []
+        for user_id in self._user_ids:
             for _ in range(plays):
-                waiting.append(self._next(user))
-                if len(waiting) == MAX_PLAYS:
-                    post({"plays": waiting})
-                    waiting = []
-        if waiting:
-            post({"plays": waiting})
+                pending_plays.append(self._next_play(user_id))
+                if len(pending_plays) == MAX_PLAYS:
+                    post({"plays": pending_plays})
+                    pending_plays = []
+        if pending_plays:
+            post({"plays": pending_plays})
 
-    def turns(self) -> Iterator[dict[str, Any]]:
+    def new_plays(self) -> Iterator[dict[str, Any]]:
         """Return an endless iterator over new plays, one of each user in turn."""
-        return (self._next(self._names[number % len(self._names)]) for number in count())
+        return (self._next_play(self._user_ids[number % len(self._user_ids)]) for number in count())
 
-    def _next(self, user: str) -> dict[str, Any]:
-        place = self._taken[user]
-        self._taken[user] += 1
+    def _next_play(self, user_id: str) -> dict[str, Any]:
+        play_number = self._play_counts[user_id]
+        self._play_counts[user_id] += 1
         return {
-            "event_id": f"{user}-{place}",
-            "user_id": user,
-            "song_id": self._songs[(place * 7919 + len(user)) % len(self._songs)],
-            "played_at": self._begin + place * GAP_MS,
+            "event_id": f"{user_id}-{play_number}",
+            "user_id": user_id,
+            "song_id": self._song_ids[(play_number * 7919 + len(user_id)) % len(self._song_ids)],
+            "played_at": self._first_played_at + play_number * GAP_MS,
         }
 
 
 def bench_history_lengths(
-    post: Post, songs: Sequence[str], *, name: str, rounds: int = 10, plays: int = 50, few: int = FEW, many: int = MANY
+    post: Post,
+    song_ids: Sequence[str],
+    *,
+    name: str,
+    rounds: int = 10,
+    plays: int = 50,
+    few: int = FEW,
+    many: int = MANY,
 ) -> BenchResult:
     """Compare plays per second of users with `many` plays to those of users with `few` plays.
 
@@ -385,21 +407,29 @@ def bench_history_lengths(
     Each user with few plays gets only one more. The users with many plays take turns, so that sometimes the window of
     latest plays of a user is full and its older plays leave it.
     """
-    begin = time.time_ns() // 1_000_000 - (many + rounds * plays) * GAP_MS
-    short = _UserTurns(post, songs, f"{name}-few", rounds * plays, few, begin).turns()
-    long = _UserTurns(post, songs, f"{name}-many", LONG_USERS, many, begin).turns()
+    first_played_at = time.time_ns() // 1_000_000 - (many + rounds * plays) * GAP_MS
+    short_history_plays = _PlayingUsers(post, song_ids, f"{name}-few", rounds * plays, few, first_played_at).new_plays()
+    long_history_plays = _PlayingUsers(post, song_ids, f"{name}-many", LONG_USERS, many, first_played_at).new_plays()
 
-    def way(turns: Iterator[dict[str, Any]]) -> Callable[[], Measured]:
-        def measured() -> Measured:
-            bodies = [next(turns) for _ in range(plays)]
-            began = time.perf_counter()
+    def create_way(new_plays: Iterator[dict[str, Any]]) -> Callable[[], Measured]:
+        def post_plays() -> Measured:
+            bodies = [next(new_plays) for _ in range(plays)]
+            started = time.perf_counter()
             for body in bodies:
                 post(body)
-            return Measured(plays, time.perf_counter() - began)
+            return Measured(plays, time.perf_counter() - started)
 
-        return measured
+        return post_plays
 
-    return compare("plays-by-history", "plays", way(long), way(short), rounds=rounds, few_plays=few, many_plays=many)
+    return compare(
+        "plays-by-history",
+        "plays",
+        create_way(long_history_plays),
+        create_way(short_history_plays),
+        rounds=rounds,
+        few_plays=few,
+        many_plays=many,
+    )
 
 
 THREADS = 2  # of wrk, if there are at least as many clients
@@ -435,46 +465,48 @@ def generator() -> str:
 def put_under_load(url: str, bodies: Sequence[dict[str, Any]], clients: int, seconds: float) -> Load:
     """Send requests over `clients` connections for `seconds`: POST the bodies in turn, or GET if there are none."""
     if generator() == "wrk":
-        return _wrk(url, bodies, clients, seconds)
-    return asyncio.run(_httpx(url, bodies, clients, seconds))
+        return _load_with_wrk(url, bodies, clients, seconds)
+    return asyncio.run(_load_with_httpx(url, bodies, clients, seconds))
 
 
-def _wrk(url: str, bodies: Sequence[dict[str, Any]], clients: int, seconds: float) -> Load:
+def _load_with_wrk(url: str, bodies: Sequence[dict[str, Any]], clients: int, seconds: float) -> Load:
     with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
-        script, lines = Path(folder) / "load.lua", Path(folder) / "bodies"
-        script.write_text(SCRIPT)
-        lines.write_text("".join(json.dumps(body) + "\n" for body in bodies))
+        lua_path, bodies_path = Path(folder) / "load.lua", Path(folder) / "bodies"
+        lua_path.write_text(SCRIPT)
+        bodies_path.write_text("".join(json.dumps(body) + "\n" for body in bodies))
         command = ["wrk", "--threads", str(min(THREADS, clients)), "--connections", str(clients), "--timeout", "30s"]
-        command += ["--duration", f"{max(1, round(seconds))}s", "--script", str(script), url, "--", str(lines)]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds + GRACE_SECONDS, check=False)
-    if ended.returncode:
-        raise RayrecError(f"wrk failed on {url}: {(ended.stderr or ended.stdout).strip()[:300]}")
-    return Load(**json.loads(ended.stdout.strip().splitlines()[-1]))
+        command += ["--duration", f"{max(1, round(seconds))}s", "--script", str(lua_path), url, "--", str(bodies_path)]
+        completed = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds + GRACE_SECONDS, check=False
+        )
+    if completed.returncode:
+        raise RayrecError(f"wrk failed on {url}: {(completed.stderr or completed.stdout).strip()[:300]}")
+    return Load(**json.loads(completed.stdout.strip().splitlines()[-1]))
 
 
-async def _httpx(url: str, bodies: Sequence[dict[str, Any]], clients: int, seconds: float) -> Load:
+async def _load_with_httpx(url: str, bodies: Sequence[dict[str, Any]], clients: int, seconds: float) -> Load:
     import httpx
 
-    contents, turn = [json.dumps(body).encode() for body in bodies], count()
-    took: list[float] = []
-    errors, begin = 0, time.perf_counter()
+    contents, body_numbers = [json.dumps(body).encode() for body in bodies], count()
+    latencies: list[float] = []
+    errors, started = 0, time.perf_counter()
 
-    async def client(connection: httpx.AsyncClient) -> None:
+    async def send_requests(client: httpx.AsyncClient) -> None:
         nonlocal errors
-        while (began := time.perf_counter()) < begin + seconds:
-            content = contents[next(turn) % len(contents)] if contents else None
+        while (request_started := time.perf_counter()) < started + seconds:
+            content = contents[next(body_numbers) % len(contents)] if contents else None
             try:
-                response = await connection.request(
+                response = await client.request(
                     "POST" if contents else "GET", url, content=content, headers={"Content-Type": "application/json"}
                 )
                 errors += response.status_code >= 400
             except httpx.HTTPError:
                 errors += 1
-            took.append(time.perf_counter() - began)
+            latencies.append(time.perf_counter() - request_started)
 
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    async with httpx.AsyncClient(limits=limits, timeout=30, trust_env=False) as connection:
-        await asyncio.gather(*(client(connection) for _ in range(clients)))
-    p50, p99 = np.percentile(took, [50, 99]) * 1e3
-    seconds = time.perf_counter() - begin
-    return Load(answered=len(took), seconds=seconds, p50_ms=float(p50), p99_ms=float(p99), errors=errors)
+    async with httpx.AsyncClient(limits=limits, timeout=30, trust_env=False) as client:
+        await asyncio.gather(*(send_requests(client) for _ in range(clients)))
+    p50, p99 = np.percentile(latencies, [50, 99]) * 1e3
+    seconds = time.perf_counter() - started
+    return Load(answered=len(latencies), seconds=seconds, p50_ms=float(p50), p99_ms=float(p99), errors=errors)

@@ -93,21 +93,27 @@ class SimulatedStage:
 
 def simulate(works: Sequence[Work], cluster: SimulatedCluster, seed: int = 0) -> list[SimulatedStage]:
     """Simulate the stages of `works` one after the other, in the order in which they first appear."""
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     stages = []
     for name in dict.fromkeys(work.stage for work in works):
-        kinds = [work for work in works if work.stage == name]
-        runs = [_run(work, cluster, random) for work in kinds]
+        stage_works = [work for work in works if work.stage == name]
+        runs = [_simulate_units(work, cluster, rng) for work in stage_works]
         seconds = sum(run.seconds for run in runs)
-        cores = cluster.nodes * cluster.cores * max(seconds, 1e-9)
-        busy, storage, lost = (sum(getattr(run, part) for run in runs) / cores for part in ("busy", "storage", "lost"))
-        later = 0.0
+        core_seconds = cluster.nodes * cluster.cores * max(seconds, 1e-9)
+        busy, storage, lost = (
+            sum(getattr(run, field) for run in runs) / core_seconds for field in ("busy", "storage", "lost")
+        )
+        lost_node_seconds = 0.0
         if cluster.nodes > 1:
-            calm = replace(cluster, losses_per_node_hour=0.0)
-            longest = max(range(len(kinds)), key=lambda place: runs[place].seconds)
-            whole = _run(kinds[longest], calm, np.random.default_rng(seed)).seconds
-            hit = _run(kinds[longest], calm, np.random.default_rng(seed), lost_at=whole / 2).seconds
-            later = max(0.0, hit - whole)
+            stable_cluster = replace(cluster, losses_per_node_hour=0.0)
+            longest_index = max(range(len(stage_works)), key=lambda index: runs[index].seconds)
+            normal_seconds = _simulate_units(
+                stage_works[longest_index], stable_cluster, np.random.default_rng(seed)
+            ).seconds
+            seconds_with_loss = _simulate_units(
+                stage_works[longest_index], stable_cluster, np.random.default_rng(seed), lost_at=normal_seconds / 2
+            ).seconds
+            lost_node_seconds = max(0.0, seconds_with_loss - normal_seconds)
         idle = max(0.0, 1 - busy - storage - lost)
         stages.append(
             SimulatedStage(
@@ -117,18 +123,18 @@ def simulate(works: Sequence[Work], cluster: SimulatedCluster, seed: int = 0) ->
                 storage=storage,
                 lost=lost,
                 idle=idle,
-                bottleneck=_bottleneck(kinds, runs, busy, storage),
-                lost_node_seconds=later,
+                bottleneck=_bottleneck(stage_works, runs, busy, storage),
+                lost_node_seconds=lost_node_seconds,
             )
         )
     return stages
 
 
-def _bottleneck(kinds: Sequence[Work], runs: Sequence["_Run"], busy: float, storage: float) -> str:
-    alone = sum(run.seconds for work, run in zip(kinds, runs, strict=True) if work.one_node)
-    if alone > 0.5 * sum(run.seconds for run in runs):
+def _bottleneck(stage_works: Sequence[Work], runs: Sequence["_Run"], busy: float, storage: float) -> str:
+    one_node_seconds = sum(run.seconds for work, run in zip(stage_works, runs, strict=True) if work.one_node)
+    if one_node_seconds > 0.5 * sum(run.seconds for run in runs):
         return "one node"
-    if all(work.per_node for work in kinds):
+    if all(work.per_node for work in stage_works):
         return "workers"
     if busy + storage < 0.5:
         return "few units"
@@ -145,61 +151,65 @@ class _Run:
     lost: float = 0.0
 
 
-def _run(work: Work, cluster: SimulatedCluster, random: np.random.Generator, lost_at: float | None = None) -> _Run:
+def _simulate_units(
+    work: Work, cluster: SimulatedCluster, rng: np.random.Generator, lost_at: float | None = None
+) -> _Run:
     """Simulate the units of one kind; at second `lost_at`, if given, the first node is lost."""
     nodes = 1 if work.one_node else cluster.nodes
-    queue = deque(np.maximum(0.1, 1 + work.spread * random.standard_normal(work.units)).tolist())
-    cores = work.per_node or cluster.cores
-    free = [(node, core) for core in range(cores) for node in range(nodes)][::-1]
-    running: dict[tuple[int, int], tuple[int, float, float]] = {}  # core -> unit number, relative size, start
-    ready: set[tuple[int, int]] = set()  # cores whose process has loaded its data
-    gone: set[int] = set()
-    numbers, run = count(), _Run()
+    queued_sizes = deque(np.maximum(0.1, 1 + work.spread * rng.standard_normal(work.units)).tolist())
+    cores_per_node = work.per_node or cluster.cores
+    free_cores = [(node, core) for core in range(cores_per_node) for node in range(nodes)][::-1]
+    running_units: dict[tuple[int, int], tuple[int, float, float]] = {}  # core -> unit number, relative size, start
+    ready_cores: set[tuple[int, int]] = set()  # cores whose process has loaded its data
+    lost_nodes: set[int] = set()
+    event_numbers, run = count(), _Run()
     events: list[tuple[float, int, str, tuple[int, int], int]] = []
 
-    def later(moment: float, kind: str, core: tuple[int, int], unit: int = -1) -> None:
-        heapq.heappush(events, (moment, next(numbers), kind, core, unit))
+    def schedule(event_time: float, kind: str, core: tuple[int, int], unit: int = -1) -> None:
+        heapq.heappush(events, (event_time, next(event_numbers), kind, core, unit))
 
-    def next_loss(now: float, node: int) -> None:
+    def schedule_loss(now: float, node: int) -> None:
         if cluster.losses_per_node_hour:
-            later(now + random.exponential(3600 / cluster.losses_per_node_hour), "lost", (node, 0))
+            schedule(now + rng.exponential(3600 / cluster.losses_per_node_hour), "lost", (node, 0))
 
     for node in range(nodes):
-        next_loss(0.0, node)
+        schedule_loss(0.0, node)
     if lost_at is not None:
-        later(lost_at, "lost", (0, 0))
-    now = answered = 0.0  # when the storage will have answered all requests so far
-    spent: dict[int, tuple[float, float]] = {}  # unit -> seconds of computing and of waiting
-    while queue or running:
-        while queue and free:
-            core, size = free.pop(), queue.popleft()
-            computing = cluster.task_seconds + size * work.cpu_seconds + (0 if core in ready else work.setup_seconds)
-            answered = max(answered, now) + work.requests / cluster.requests_per_second
+        schedule(lost_at, "lost", (0, 0))
+    now = answered_at = 0.0  # when the storage will have answered all requests so far
+    unit_seconds: dict[int, tuple[float, float]] = {}  # unit -> seconds of computing and of waiting
+    while queued_sizes or running_units:
+        while queued_sizes and free_cores:
+            core, size = free_cores.pop(), queued_sizes.popleft()
+            compute_seconds = (
+                cluster.task_seconds + size * work.cpu_seconds + (0 if core in ready_cores else work.setup_seconds)
+            )
+            answered_at = max(answered_at, now) + work.requests / cluster.requests_per_second
             transfer = work.data_bytes * size / (cluster.node_bytes_per_second / cluster.cores)
-            waiting = max(work.requests * cluster.latency, answered - now) + transfer
-            unit = next(numbers)
-            running[core], spent[unit] = (unit, size, now), (computing, waiting)
-            later(now + computing + waiting, "end", core, unit)
+            wait_seconds = max(work.requests * cluster.latency, answered_at - now) + transfer
+            unit = next(event_numbers)
+            running_units[core], unit_seconds[unit] = (unit, size, now), (compute_seconds, wait_seconds)
+            schedule(now + compute_seconds + wait_seconds, "end", core, unit)
         now, _, kind, core, unit = heapq.heappop(events)
-        if kind == "end" and core in running and running[core][0] == unit:
-            del running[core]
-            computing, waiting = spent.pop(unit)
-            run.busy, run.storage = run.busy + computing, run.storage + waiting
-            ready.add(core)
-            free.append(core)
-        elif kind == "lost" and core[0] not in gone:
-            gone.add(core[0])
-            for place in [place for place in running if place[0] == core[0]]:
-                unit, size, began = running.pop(place)
-                run.lost += now - began
-                queue.appendleft(size)
-            free = [place for place in free if place[0] != core[0]]
-            ready = {place for place in ready if place[0] != core[0]}
-            later(now + cluster.replace_seconds, "back", core)
+        if kind == "end" and core in running_units and running_units[core][0] == unit:
+            del running_units[core]
+            compute_seconds, wait_seconds = unit_seconds.pop(unit)
+            run.busy, run.storage = run.busy + compute_seconds, run.storage + wait_seconds
+            ready_cores.add(core)
+            free_cores.append(core)
+        elif kind == "lost" and core[0] not in lost_nodes:
+            lost_nodes.add(core[0])
+            for core_id in [core_id for core_id in running_units if core_id[0] == core[0]]:
+                unit, size, started = running_units.pop(core_id)
+                run.lost += now - started
+                queued_sizes.appendleft(size)
+            free_cores = [core_id for core_id in free_cores if core_id[0] != core[0]]
+            ready_cores = {core_id for core_id in ready_cores if core_id[0] != core[0]}
+            schedule(now + cluster.replace_seconds, "back", core)
         elif kind == "back":
-            gone.discard(core[0])
-            free += [(core[0], place) for place in range(cores)]
-            next_loss(now, core[0])
+            lost_nodes.discard(core[0])
+            free_cores += [(core[0], core_id) for core_id in range(cores_per_node)]
+            schedule_loss(now, core[0])
     run.seconds = now
     return run
 
@@ -257,14 +267,14 @@ class Line:
         return self.fixed + self.each * amount
 
 
-def bench_simulate(place: Workspace, config: SimulateBenchConfig) -> dict[str, Any]:
+def bench_simulate(bench_workspace: Workspace, config: SimulateBenchConfig) -> dict[str, Any]:
     """Measure the stages on this machine and simulate them on a cluster; with `check`, compare with three local nodes.
 
     `stages` has for each stage hours, plan_hours (of `rayrec plan` with the rates of the same runs), the shares busy,
     storage, lost and idle of the cores' time, bottleneck and lost_node_seconds. `check` has measured and simulated
     seconds on three local nodes, and their ratio.
     """
-    runs = [_measured(place, config, times) for times in SIZES]
+    runs = [_measure_run(bench_workspace, config, multiple) for multiple in SIZES]
     lines = fit_lines(runs)
     size = DataScale(
         users=config.users,
@@ -283,8 +293,8 @@ def bench_simulate(place: Workspace, config: SimulateBenchConfig) -> dict[str, A
         losses_per_node_hour=config.losses,
     )
     works = job_graph(size, lines, runs, cluster, epochs=config.epochs)
-    simulated = simulate(works, cluster, config.seed)
-    planned = _planned(size, cluster, runs[-1], config)
+    simulated_stages = simulate(works, cluster, config.seed)
+    planned_hours = _planned_hours(size, cluster, runs[-1], config)
     result: dict[str, Any] = {
         "name": "simulate",
         "unit": "hours",
@@ -293,11 +303,11 @@ def bench_simulate(place: Workspace, config: SimulateBenchConfig) -> dict[str, A
         "songs": size.songs,
         "nodes": cluster.nodes,
         "cores": cluster.cores,
-        "hours": sum(stage.seconds for stage in simulated) / 3600,
-        "stages": [_row(stage, planned) for stage in simulated],
+        "hours": sum(stage.seconds for stage in simulated_stages) / 3600,
+        "stages": [_row(stage, planned_hours) for stage in simulated_stages],
     }
     if config.check:
-        result["check"] = _check(place, config, lines, runs)
+        result["check"] = _check(bench_workspace, config, lines, runs)
     return result
 
 
@@ -308,42 +318,42 @@ def fit_lines(runs: Sequence[MeasuredRun]) -> dict[str, Line]:
     `job_graph` adds it again.
     """
     small, large = runs
-    read = _slope("QueryCounter", small, large, 0.0)
+    read_seconds = _slope("QueryCounter", small, large, 0.0)
     return {
-        name: _line(name, small, large, read if name in ("ExampleCollector", "BucketEvaluator") else 0.0)
-        for name in large.units
-        if name in small.units
+        worker: _line(worker, small, large, read_seconds if worker in ("ExampleCollector", "BucketEvaluator") else 0.0)
+        for worker in large.units
+        if worker in small.units
     }
 
 
-def _line(name: str, small: MeasuredRun, large: MeasuredRun, read: float) -> Line:
-    each = _slope(name, small, large, read)
-    costs = np.array([unit.cpu_seconds for unit in large.units[name]])
-    amount, plays = _measured_amount(name, large), large.size.plays / len(costs)
+def _line(worker: str, small: MeasuredRun, large: MeasuredRun, read_seconds: float) -> Line:
+    slope = _slope(worker, small, large, read_seconds)
+    costs = np.array([unit.cpu_seconds for unit in large.units[worker]])
+    amount, unit_plays = _measured_amount(worker, large), large.size.plays / len(costs)
     return Line(
-        fixed=max(0.0, float(costs.mean()) - each * amount - read * plays),
-        each=each,
-        setup=max(unit.setup_seconds for unit in large.units[name]),
+        fixed=max(0.0, float(costs.mean()) - slope * amount - read_seconds * unit_plays),
+        each=slope,
+        setup=max(unit.setup_seconds for unit in large.units[worker]),
         spread=float(costs.std() / max(costs.mean(), 1e-9)),
     )
 
 
-def _slope(name: str, small: MeasuredRun, large: MeasuredRun, read: float) -> float:
+def _slope(worker: str, small: MeasuredRun, large: MeasuredRun, read_seconds: float) -> float:
     """Return the CPU seconds of one more play, song, query or user in a unit.
 
-    `read` is the CPU seconds to read a play, which are subtracted first.
+    `read_seconds` is the CPU seconds to read a play, which are subtracted first.
     """
     means, amounts = [], []
     for run in (small, large):
-        units = run.units[name]
-        means.append(float(np.mean([unit.cpu_seconds for unit in units])) - read * run.size.plays / len(units))
-        amounts.append(_measured_amount(name, run))
+        units = run.units[worker]
+        means.append(float(np.mean([unit.cpu_seconds for unit in units])) - read_seconds * run.size.plays / len(units))
+        amounts.append(_measured_amount(worker, run))
     return max(0.0, (means[1] - means[0]) / max(amounts[1] - amounts[0], 1e-9))
 
 
-def _measured_amount(name: str, run: MeasuredRun) -> float:
+def _measured_amount(worker: str, run: MeasuredRun) -> float:
     """Return the amount that a unit of a worker held in a run; each fit divides the whole data among its own units."""
-    return held(name, run.size, len(run.units[name]) / (len(FITS) if name in FITTED else 1))
+    return held(worker, run.size, len(run.units[worker]) / (len(FITS) if worker in FITTED else 1))
 
 
 def held(worker: str, size: DataScale, units: float) -> float:
@@ -375,70 +385,77 @@ def job_graph(
 
     There is a validation range, so that song embeddings, network and retrieval are fitted twice.
     """
-    measured, ranges = runs[-1], len(song_ranges(size.songs, size.plays))
-    groups = len(bucket_groups(ranges, size.buckets))
-    merges = len(bucket_groups(size.pieces, size.buckets))
-    bucket_plays, bucket_bytes = size.plays / size.buckets, measured.history_bytes * size.plays / size.buckets
-    read = 2 + 3 * -(-bucket_plays // PLAYS_PER_ROW_GROUP)  # requests per bucket: size, end, 3 columns per row group
+    largest_run, range_count = runs[-1], len(song_ranges(size.songs, size.plays))
+    group_count = len(bucket_groups(range_count, size.buckets))
+    merge_count = len(bucket_groups(size.pieces, size.buckets))
+    bucket_plays, bucket_bytes = size.plays / size.buckets, largest_run.history_bytes * size.plays / size.buckets
+    # Requests per bucket: size, end, 3 columns per row group.
+    read_requests = 2 + 3 * -(-bucket_plays // PLAYS_PER_ROW_GROUP)
     threads = min(cluster.cores, MAX_WORKERS)
 
-    def work(stage: str, name: str, units: int, requests: float, data: float, **options: Any) -> Work:
+    def work(stage: str, name: str, units: int, requests: float, data_bytes: float, **options: Any) -> Work:
         line = lines[name]
-        parts = size.buckets if name == "QueryCounter" else units  # QueryCounter reads only some of the buckets
-        extra = lines["QueryCounter"].each * bucket_plays if name in ("ExampleCollector", "BucketEvaluator") else 0.0
+        amount_units = size.buckets if name == "QueryCounter" else units  # QueryCounter reads only some of the buckets
+        read_seconds = (
+            lines["QueryCounter"].each * bucket_plays if name in ("ExampleCollector", "BucketEvaluator") else 0.0
+        )
         return Work(
             stage=stage,
             name=name,
             units=units,
-            cpu_seconds=line.at(held(name, size, parts)) + extra,
+            cpu_seconds=line.at(held(name, size, amount_units)) + read_seconds,
             setup_seconds=line.setup,
             spread=line.spread,
             requests=requests,
-            data_bytes=data,
+            data_bytes=data_bytes,
             **options,
         )
 
-    embed = lines["fit_vectors"].each * size.plays * epochs
-    workers = max(number for number in divisors(TrainConfig().shards) if number <= cluster.nodes)
-    trained = size.plays * epochs / measured.train_plays_per_second / workers
-    pieces = max(1, round(trained / (60 * TrainConfig().checkpoint_minutes)))  # each ends with a checkpoint
+    embed_seconds = lines["fit_vectors"].each * size.plays * epochs
+    train_workers = max(divisor for divisor in divisors(TrainConfig().shards) if divisor <= cluster.nodes)
+    train_seconds = size.plays * epochs / largest_run.train_plays_per_second / train_workers
+    train_pieces = max(1, round(train_seconds / (60 * TrainConfig().checkpoint_minutes)))  # each ends with a checkpoint
     works = [
         work("import", "PieceImporter", size.pieces, 40, 40 * size.plays / size.pieces),
         work("import", "SongRange", key_ranges(size.buckets), 2 * size.pieces, 9 * size.songs),
-        work("import", "BucketMerger", merges, 2 * size.pieces, 9 * size.plays / merges),
+        work("import", "BucketMerger", merge_count, 2 * size.pieces, 9 * size.plays / merge_count),
     ]
     for fit in FITS:
         works += [
-            Work(stage="embed", name=fit, units=threads, cpu_seconds=embed / threads, one_node=True),
+            Work(stage="embed", name=fit, units=threads, cpu_seconds=embed_seconds / threads, one_node=True),
             Work(
                 stage="train",
                 name=fit,
-                units=workers * pieces,
-                cpu_seconds=trained / pieces,
-                requests=epochs * read * size.buckets / workers / pieces,
-                data_bytes=epochs * bucket_bytes * size.buckets / workers / pieces,
+                units=train_workers * train_pieces,
+                cpu_seconds=train_seconds / train_pieces,
+                requests=epochs * read_requests * size.buckets / train_workers / train_pieces,
+                data_bytes=epochs * bucket_bytes * size.buckets / train_workers / train_pieces,
                 per_node=1,
             ),
             work(
-                "retrieval", "GroupCounter", groups, read * size.buckets / groups, bucket_bytes * size.buckets / groups
+                "retrieval",
+                "GroupCounter",
+                group_count,
+                read_requests * size.buckets / group_count,
+                bucket_bytes * size.buckets / group_count,
             ),
-            work("retrieval", "RangeMerger", ranges, 2 * groups, 12 * 10 * size.plays / ranges),
-            work("retrieval", "_build", 1, 2 * ranges, 0, one_node=True),
+            work("retrieval", "RangeMerger", range_count, 2 * group_count, 12 * 10 * size.plays / range_count),
+            work("retrieval", "_build", 1, 2 * range_count, 0, one_node=True),
         ]
     works += [
-        work("rank", "ExampleCollector", size.buckets, read + 4, bucket_bytes),
+        work("rank", "ExampleCollector", size.buckets, read_requests + 4, bucket_bytes),
         work("rank", "RankerGrower", len(RANKERS), 2 * size.buckets, 0),
-        work("taste", "BucketTastes", size.buckets, read + 1, bucket_bytes),
+        work("taste", "BucketTastes", size.buckets, read_requests + 1, bucket_bytes),
         work("index", "build_and_save", 1, 16, 0, one_node=True),
-        work("evaluate", "QueryCounter", min(size.buckets, COUNTED_BUCKETS), read, bucket_bytes),
-        work("evaluate", "BucketEvaluator", size.buckets, 3 * read, 3 * bucket_bytes),
-        work("recommend", "BucketRecommendations", size.buckets, read + 2, bucket_bytes),
+        work("evaluate", "QueryCounter", min(size.buckets, COUNTED_BUCKETS), read_requests, bucket_bytes),
+        work("evaluate", "BucketEvaluator", size.buckets, 3 * read_requests, 3 * bucket_bytes),
+        work("recommend", "BucketRecommendations", size.buckets, read_requests + 2, bucket_bytes),
     ]
-    driver = [
+    driver_works = [
         Work(stage=stage, name="driver", units=1, cpu_seconds=seconds, one_node=True)
         for stage, seconds in _driver_seconds(runs, size.plays).items()
     ]
-    return [*works, *driver]
+    return [*works, *driver_works]
 
 
 def _driver_seconds(runs: Sequence[MeasuredRun], plays: int) -> dict[str, float]:
@@ -447,13 +464,16 @@ def _driver_seconds(runs: Sequence[MeasuredRun], plays: int) -> dict[str, float]
     Interpolates between the measured sizes. Outside of them the seconds are those of the nearest size, because the
     driver does not read plays.
     """
-    sizes, seconds = [run.size.plays for run in runs], [driver_seconds(run) for run in runs]
-    return {stage: float(np.interp(plays, sizes, [run[stage] for run in seconds])) for stage in seconds[0]}
+    play_counts, seconds_by_run = [run.size.plays for run in runs], [driver_seconds(run) for run in runs]
+    return {
+        stage: float(np.interp(plays, play_counts, [run[stage] for run in seconds_by_run]))
+        for stage in seconds_by_run[0]
+    }
 
 
-def driver_seconds(measured: MeasuredRun) -> dict[str, float]:
+def driver_seconds(run: MeasuredRun) -> dict[str, float]:
     """Return stage -> seconds in which no unit ran, on one CPU: planning, starting processes, publishing."""
-    of_stage = {
+    workers_of_stage = {
         "import": ("PieceImporter", "SongRange", "BucketMerger"),
         "retrieval": ("GroupCounter", "RangeMerger", "_build"),
         "taste": ("BucketTastes",),
@@ -463,44 +483,44 @@ def driver_seconds(measured: MeasuredRun) -> dict[str, float]:
     return {
         stage: max(
             0.0,
-            measured.seconds[stage]
-            - sum(unit.cpu_seconds + unit.setup_seconds for name in names for unit in measured.units.get(name, [])),
+            run.seconds[stage]
+            - sum(unit.cpu_seconds + unit.setup_seconds for worker in workers for unit in run.units.get(worker, [])),
         )
-        for stage, names in of_stage.items()
+        for stage, workers in workers_of_stage.items()
     }
 
 
-def _generated(place: Workspace, config: SimulateBenchConfig, times: int) -> Dataset:
-    """Return generated data, `times` times as large as the smaller of the measured data sets."""
+def _generated_dataset(bench_workspace: Workspace, config: SimulateBenchConfig, multiple: int) -> Dataset:
+    """Return generated data, `multiple` times as large as the smaller of the measured data sets."""
     return bench_dataset(
-        place,
-        users=config.measured_users * times,
-        songs=config.measured_songs * times,
+        bench_workspace,
+        users=config.measured_users * multiple,
+        songs=config.measured_songs * multiple,
         plays=config.measured_plays,
         seed=config.seed,
     )
 
 
-def _measured(place: Workspace, config: SimulateBenchConfig, times: int) -> MeasuredRun:
+def _measure_run(bench_workspace: Workspace, config: SimulateBenchConfig, multiple: int) -> MeasuredRun:
     """Run all stages on one size of data, on a cluster of one CPU, from a separate process."""
     with ray_cluster():
-        plays = write_plays(_generated(place, config, times))
-    workspace = Workspace(f"{place.uri}/simulate-{times}")
+        plays_folder = write_plays(_generated_dataset(bench_workspace, config, multiple))
+    workspace = Workspace(f"{bench_workspace.uri}/simulate-{multiple}")
     with PlainProcess(0) as driver:
-        return driver.run(run_stages, plays, workspace, QUERIES * times, config.seed, 1, None)
+        return driver.run(run_stages, plays_folder, workspace, QUERIES * multiple, config.seed, 1, None)
 
 
 def run_stages(
-    plays: str, workspace: Workspace, queries: int, seed: int, cpus: int, address: str | None
+    plays_folder: str, workspace: Workspace, queries: int, seed: int, cpus: int, address: str | None
 ) -> MeasuredRun:
-    """Run the stages on the Parquet files of the folder `plays` and measure the time of each unit.
+    """Run the stages on the Parquet files in `plays_folder` and measure the time of each unit.
 
     Must be called in a separate process. Runs on the cluster at `address`, or on a local one with `cpus` CPUs. Leaves
     the workspace empty.
     """
     os.environ.pop("RAY_ADDRESS", None)
     configs: dict[str, Settings] = {
-        "import": ImportConfig(format="parquet", paths=(plays,), buckets=BUCKETS),
+        "import": ImportConfig(format="parquet", paths=(plays_folder,), buckets=BUCKETS),
         "split": SplitConfig(),
         "embed": EmbedConfig(epochs=1, source="histories", seed=seed),
         "train": TrainConfig(epochs=1, seed=seed),
@@ -513,95 +533,99 @@ def run_stages(
     }
     units: defaultdict[str, list[UnitTime]] = defaultdict(list)
     seconds: dict[str, float] = {}
-    rate = 1.0
+    train_rate = 1.0
     workspace.delete("")
 
     @contextmanager
-    def timed(stage: str) -> Iterator[None]:
-        began = time.perf_counter()
-        with unit_times() as times:
+    def measure_stage(stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        with unit_times() as stage_units:
             yield
-        seconds[stage] = time.perf_counter() - began
-        for unit in times:
+        seconds[stage] = time.perf_counter() - started
+        for unit in stage_units:
             units[unit.worker].append(unit)
 
     options = {} if address else {"num_cpus": cpus}
     with ray_cluster(address, **options), progress("Stages", len(configs)) as bar:
         stages = Stages(workspace)
         for name, config in configs.items():
-            with timed(name):
+            with measure_stage(name):
                 outcome = stages.run(name, config)
-            rate = float(outcome.figures.get("plays_per_second", rate)) if name == "train" else rate
+            train_rate = float(outcome.figures.get("plays_per_second", train_rate)) if name == "train" else train_rate
             bar.advance()
-        live = active_release(workspace)
-        assert live is not None
-        with timed("recommend"):
-            recommend_all(workspace, RecommendConfig(k=100), live.inputs)
-        manifest = stages.outcomes[0].figures
+        release = active_release(workspace)
+        assert release is not None
+        with measure_stage("recommend"):
+            recommend_all(workspace, RecommendConfig(k=100), release.inputs)
+        import_metrics = stages.outcomes[0].figures
     size = DataScale(
-        users=manifest["users"],
-        plays=manifest["plays"],
-        songs=manifest["songs"],
+        users=import_metrics["users"],
+        plays=import_metrics["plays"],
+        songs=import_metrics["songs"],
         buckets=BUCKETS,
         queries=queries,
         rank_queries=queries,
         pieces=len(units["PieceImporter"]),
     )
-    stored = workspace.size(HISTORIES) / max(1, size.plays)
+    bytes_per_play = workspace.size(HISTORIES) / max(1, size.plays)
     workspace.delete("")
-    return MeasuredRun(size=size, units=dict(units), seconds=seconds, train_plays_per_second=rate, history_bytes=stored)
+    return MeasuredRun(
+        size=size, units=dict(units), seconds=seconds, train_plays_per_second=train_rate, history_bytes=bytes_per_play
+    )
 
 
 def _check(
-    place: Workspace, config: SimulateBenchConfig, lines: Mapping[str, Line], runs: Sequence[MeasuredRun]
+    bench_workspace: Workspace, config: SimulateBenchConfig, lines: Mapping[str, Line], runs: Sequence[MeasuredRun]
 ) -> dict[str, Any]:
     """Run stages on three local nodes, a head without CPUs and two nodes of one CPU each, and simulate the same."""
     from ray.cluster_utils import Cluster
 
-    times = 2
+    multiple = 2
     with ray_cluster():
-        plays = write_plays(_generated(place, config, times))
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        plays_folder = write_plays(_generated_dataset(bench_workspace, config, multiple))
+    local_cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         for _ in range(2):
-            nodes.add_node(num_cpus=1)
-        workspace = Workspace(f"{place.uri}/simulate-check")
+            local_cluster.add_node(num_cpus=1)
+        workspace = Workspace(f"{bench_workspace.uri}/simulate-check")
         with PlainProcess(0) as driver:
-            local = driver.run(run_stages, plays, workspace, QUERIES * times, config.seed, 0, nodes.address)
+            local_run = driver.run(
+                run_stages, plays_folder, workspace, QUERIES * multiple, config.seed, 0, local_cluster.address
+            )
     finally:
-        nodes.shutdown()
+        local_cluster.shutdown()
     # Local files have no latency and are as fast as memory.
     cluster = SimulatedCluster(nodes=2, cores=1, latency=0.0, requests_per_second=1e9, node_bytes_per_second=1e12)
-    works = [work for work in job_graph(local.size, lines, runs, cluster) if work.stage in CHECKED]
-    simulated = sum(stage.seconds for stage in simulate(works, cluster, config.seed))
-    real = sum(local.seconds[stage] for stage in CHECKED)
+    works = [work for work in job_graph(local_run.size, lines, runs, cluster) if work.stage in CHECKED]
+    simulated_seconds = sum(stage.seconds for stage in simulate(works, cluster, config.seed))
+    measured_seconds = sum(local_run.seconds[stage] for stage in CHECKED)
     return {
         "stages": list(CHECKED),
-        "measured_seconds": real,
-        "simulated_seconds": simulated,
-        "ratio": simulated / real,
+        "measured_seconds": measured_seconds,
+        "simulated_seconds": simulated_seconds,
+        "ratio": simulated_seconds / measured_seconds,
     }
 
 
-def _planned(
-    size: DataScale, cluster: SimulatedCluster, measured: MeasuredRun, config: SimulateBenchConfig
+def _planned_hours(
+    size: DataScale, cluster: SimulatedCluster, run: MeasuredRun, config: SimulateBenchConfig
 ) -> dict[str, float]:
     """Return stage -> hours of `rayrec plan`, with the rates of the larger run."""
 
     def rate(work: float, *workers: str) -> float:
-        return work / max(1e-9, sum(unit.cpu_seconds for name in workers for unit in measured.units[name]))
+        return work / max(1e-9, sum(unit.cpu_seconds for worker in workers for unit in run.units[worker]))
 
-    of = measured.size
+    measured_size = run.size
     rates = {
-        "import_plays_per_second_per_cpu": rate(of.plays, "PieceImporter", "SongRange", "BucketMerger"),
-        "embed_tokens_per_second_per_cpu": rate(len(FITS) * of.plays, "fit_vectors"),
-        "train_plays_per_second_per_cpu": measured.train_plays_per_second,
-        "retrieval_plays_per_second_per_cpu": rate(len(FITS) * of.plays, "GroupCounter", "RangeMerger"),
-        "taste_plays_per_second_per_cpu": rate(of.plays, "BucketTastes"),
-        "read_plays_per_second_per_cpu": rate(of.plays, "QueryCounter"),
-        "rank_queries_per_second_per_cpu": rate(of.rank_queries, "ExampleCollector", "RankerGrower"),
-        "evaluate_queries_per_second_per_cpu": rate(of.queries, "BucketEvaluator"),
-        "recommend_users_per_second_per_cpu": rate(of.users, "BucketRecommendations"),
+        "import_plays_per_second_per_cpu": rate(measured_size.plays, "PieceImporter", "SongRange", "BucketMerger"),
+        "embed_tokens_per_second_per_cpu": rate(len(FITS) * measured_size.plays, "fit_vectors"),
+        "train_plays_per_second_per_cpu": run.train_plays_per_second,
+        "retrieval_plays_per_second_per_cpu": rate(len(FITS) * measured_size.plays, "GroupCounter", "RangeMerger"),
+        "taste_plays_per_second_per_cpu": rate(measured_size.plays, "BucketTastes"),
+        "read_plays_per_second_per_cpu": rate(measured_size.plays, "QueryCounter"),
+        "rank_queries_per_second_per_cpu": rate(measured_size.rank_queries, "ExampleCollector", "RankerGrower"),
+        "evaluate_queries_per_second_per_cpu": rate(measured_size.queries, "BucketEvaluator"),
+        "recommend_users_per_second_per_cpu": rate(measured_size.users, "BucketRecommendations"),
     }
     node = NodeType(
         name="node",
@@ -623,11 +647,11 @@ def _planned(
     return {stage.stage: stage.hours for stage in plan.stages if stage.hours is not None}
 
 
-def _row(stage: SimulatedStage, planned: Mapping[str, float]) -> dict[str, Any]:
+def _row(stage: SimulatedStage, planned_hours: Mapping[str, float]) -> dict[str, Any]:
     row = asdict(stage)
     return {
         "stage": row.pop("stage"),
         "hours": row.pop("seconds") / 3600,
-        "plan_hours": planned.get(stage.stage),
+        "plan_hours": planned_hours.get(stage.stage),
         **row,
     }

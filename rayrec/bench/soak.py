@@ -42,7 +42,7 @@ class SoakCounts:
     play_seconds: list[float] = field(default_factory=list)  # per acknowledged play, with its retries
 
 
-def soak(place: Workspace, config: SoakBenchConfig) -> dict[str, Any]:
+def soak(bench_workspace: Workspace, config: SoakBenchConfig) -> dict[str, Any]:
     """Put load from 16 clients on two replicas, one of which is killed every `kill_seconds`.
 
     With a Redis Cluster as the store, one of its primaries is killed halfway between two kills of replicas, and started
@@ -56,39 +56,39 @@ def soak(place: Workspace, config: SoakBenchConfig) -> dict[str, Any]:
     the median of the second half of these samples over that of the first half, without the first fifth of all samples.
     """
     with ray_cluster():
-        dataset, _, _ = answers_world(place, config, config.songs)
+        dataset, _, _ = answers_world(bench_workspace, config, config.songs)
     workspace, traffic = dataset.workspace, Traffic.of(dataset)
     with (
         tempfile.TemporaryDirectory(prefix="rayrec-store-") as folder,
-        _store(config, Path(folder)) as (uri, cluster),
+        _temporary_store(config, Path(folder)) as (uri, cluster),
         application("serve", workspace, uri, REPLICAS) as url,
     ):
         store_users(url, traffic)
-        counts, watched = asyncio.run(_run(url, traffic, config, cluster))
-        lost, repeated = asyncio.run(_compare_stored(url, counts))
-    total, failed = counts.requests.total(), counts.failed.total()
+        counts, run_metrics = asyncio.run(_run_load(url, traffic, config, cluster))
+        lost_count, repeated_count = asyncio.run(_compare_stored(url, counts))
+    request_count, failed_count = counts.requests.total(), counts.failed.total()
     return {
         "name": "soak",
         "unit": "requests",
         "store": config.store,
         "minutes": config.minutes,
-        "requests": total,
-        "per_second": total / (60 * config.minutes),
+        "requests": request_count,
+        "per_second": request_count / (60 * config.minutes),
         "by_kind": dict(counts.requests),
-        "failed": failed,
+        "failed": failed_count,
         "failed_by_reason": dict(counts.failed),
-        "failure_share": failed / max(1, total),
+        "failure_share": failed_count / max(1, request_count),
         "slowest_play_ms": round(1000 * max(counts.play_seconds, default=0.0), 1),
         "median_play_ms": round(1000 * float(np.median(counts.play_seconds or [0.0])), 1),
-        "acknowledged_plays": sum(sum(sent.values()) for sent in counts.plays.values()),
-        "lost_plays": lost,
-        "plays_counted_twice": repeated,
-        **watched,
+        "acknowledged_plays": sum(sum(sent_plays.values()) for sent_plays in counts.plays.values()),
+        "lost_plays": lost_count,
+        "plays_counted_twice": repeated_count,
+        **run_metrics,
     }
 
 
 @contextmanager
-def _store(config: SoakBenchConfig, folder: Path) -> Iterator[tuple[str, RedisCluster | None]]:
+def _temporary_store(config: SoakBenchConfig, folder: Path) -> Iterator[tuple[str, RedisCluster | None]]:
     """Yield the address of a new store, and its Redis Cluster, which is None for SQLite."""
     if config.store == "sqlite":
         yield f"sqlite:///{folder}/soak.db", None
@@ -97,41 +97,53 @@ def _store(config: SoakBenchConfig, folder: Path) -> Iterator[tuple[str, RedisCl
         yield cluster.uri, cluster
 
 
-async def _run(
+async def _run_load(
     url: str, traffic: Traffic, config: SoakBenchConfig, cluster: RedisCluster | None
 ) -> tuple[SoakCounts, dict[str, Any]]:
-    counts, end = SoakCounts(), time.monotonic() + 60 * config.minutes
+    counts, end_time = SoakCounts(), time.monotonic() + 60 * config.minutes
     retries = 1 if cluster is None else Retry().retries
     async with AsyncClient(url, retry=Retry(retries=retries, timeout=30)) as client:
-        work = asyncio.gather(*(_client(client, number, traffic, counts, end) for number in range(CLIENTS)))
-        killed, failovers, used, _ = await asyncio.gather(
-            _kill(config, end), _fail_over(config, end, cluster), _watch(config, end), work
+        client_runs = asyncio.gather(
+            *(_run_client(client, number, traffic, counts, end_time) for number in range(CLIENTS))
         )
-    return counts, {"killed": killed, "failovers": failovers, "memory_mb": used, "memory_growth": memory_growth(used)}
+        kill_count, failover_count, samples_mb, _ = await asyncio.gather(
+            _kill_replicas(config, end_time),
+            _fail_over_primaries(config, end_time, cluster),
+            _sample_memory(config, end_time),
+            client_runs,
+        )
+    return counts, {
+        "killed": kill_count,
+        "failovers": failover_count,
+        "memory_mb": samples_mb,
+        "memory_growth": memory_growth(samples_mb),
+    }
 
 
-async def _client(client: AsyncClient, number: int, traffic: Traffic, counts: SoakCounts, end: float) -> None:
-    """Send the requests of one client until `end`.
+async def _run_client(
+    client: AsyncClient, client_number: int, traffic: Traffic, counts: SoakCounts, end_time: float
+) -> None:
+    """Send the requests of one client until `end_time`.
 
     Its plays are of users of its own, who have `LAST_PLAYS` plays each, one user after the other. Its other requests
     only read.
     """
-    choices, plays, stored = random.Random(number), 0, traffic.stored
-    while time.monotonic() < end:
-        kind = choices.choices(list(SHARES), list(SHARES.values()))[0]
+    rng, play_count, stored_requests = random.Random(client_number), 0, traffic.stored
+    while time.monotonic() < end_time:
+        kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
         counts.requests[kind] += 1
         if kind == "history":
-            await attempt(client.recommend(**choices.choice(traffic.histories)), counts)
+            await attempt(client.recommend(**rng.choice(traffic.histories)), counts)
         elif kind == "stored":
-            await attempt(client.recommend(**choices.choice(stored)), counts)
+            await attempt(client.recommend(**rng.choice(stored_requests)), counts)
         else:
-            user, played_at = f"soak-{number}-{plays // LAST_PLAYS}", PLAYED_AT + plays * GAP_MS
-            play = {"event_id": f"{user}-{plays}", "user_id": user, "song_id": choices.choice(traffic.song_ids)}
-            call = client.plays([{**play, "played_at": played_at}])
-            began, acknowledged = time.monotonic(), await attempt(call, counts)
-            counts.plays.setdefault(user, {})[played_at] = acknowledged
-            counts.play_seconds += [time.monotonic() - began] if acknowledged else []
-            plays += 1
+            user_id, played_at = f"soak-{client_number}-{play_count // LAST_PLAYS}", PLAYED_AT + play_count * GAP_MS
+            play = {"event_id": f"{user_id}-{play_count}", "user_id": user_id, "song_id": rng.choice(traffic.song_ids)}
+            request = client.plays([{**play, "played_at": played_at}])
+            started, acknowledged = time.monotonic(), await attempt(request, counts)
+            counts.plays.setdefault(user_id, {})[played_at] = acknowledged
+            counts.play_seconds += [time.monotonic() - started] if acknowledged else []
+            play_count += 1
 
 
 async def attempt(call: Awaitable[Any], counts: SoakCounts) -> bool:
@@ -147,74 +159,74 @@ async def attempt(call: Awaitable[Any], counts: SoakCounts) -> bool:
     return True
 
 
-async def _kill(config: SoakBenchConfig, end: float) -> int:
+async def _kill_replicas(config: SoakBenchConfig, end_time: float) -> int:
     """Kill a replica every `kill_seconds` if another one is ready; return the number of kills."""
-    killed = 0
-    while time.monotonic() + config.kill_seconds < end:
+    kill_count = 0
+    while time.monotonic() + config.kill_seconds < end_time:
         await asyncio.sleep(config.kill_seconds)
-        running = replicas()
-        if sum(time.time() - replica.create_time() > READY_SECONDS for replica in running) > 1:
-            random.choice(running).kill()
-            killed += 1
-    return killed
+        running_replicas = replicas()
+        if sum(time.time() - replica.create_time() > READY_SECONDS for replica in running_replicas) > 1:
+            random.choice(running_replicas).kill()
+            kill_count += 1
+    return kill_count
 
 
-async def _fail_over(config: SoakBenchConfig, end: float, cluster: RedisCluster | None) -> int:
+async def _fail_over_primaries(config: SoakBenchConfig, end_time: float, cluster: RedisCluster | None) -> int:
     """Kill a primary of the cluster regularly, about halfway between the kills of replicas; return how many."""
-    failovers, choices = 0, random.Random(config.seed)
+    failover_count, rng = 0, random.Random(config.seed)
     await asyncio.sleep(config.kill_seconds / 2)
-    while cluster is not None and time.monotonic() < end:
-        primary = choices.choice(await asyncio.to_thread(cluster.primaries))
+    while cluster is not None and time.monotonic() < end_time:
+        primary = rng.choice(await asyncio.to_thread(cluster.primaries))
         await asyncio.to_thread(cluster.fail_over, primary)
         await asyncio.to_thread(primary.start)
-        failovers += 1
+        failover_count += 1
         await asyncio.sleep(config.kill_seconds)
-    return failovers
+    return failover_count
 
 
-async def _watch(config: SoakBenchConfig, end: float) -> list[float]:
+async def _sample_memory(config: SoakBenchConfig, end_time: float) -> list[float]:
     """Return samples of the private memory, MiB, of the application's processes, taken halfway between the kills."""
-    used = []
+    samples_mb = []
     await asyncio.sleep(config.kill_seconds / 2)
-    while time.monotonic() < end:
-        used.append(await asyncio.to_thread(_memory))
+    while time.monotonic() < end_time:
+        samples_mb.append(await asyncio.to_thread(_memory_mb))
         await asyncio.sleep(config.kill_seconds)
-    return used or [await asyncio.to_thread(_memory)]
+    return samples_mb or [await asyncio.to_thread(_memory_mb)]
 
 
-def memory_growth(used: list[float]) -> float:
+def memory_growth(samples_mb: list[float]) -> float:
     """Return the median of the second half of the samples over that of the first half, without the first fifth."""
-    settled = used[int(SETTLED * len(used)) :]
-    half = (len(settled) + 1) // 2
-    return float(np.median(settled[-half:]) / max(np.median(settled[:half]), 1e-9))
+    settled_mb = samples_mb[int(SETTLED * len(samples_mb)) :]
+    half_length = (len(settled_mb) + 1) // 2
+    return float(np.median(settled_mb[-half_length:]) / max(np.median(settled_mb[:half_length]), 1e-9))
 
 
-def _memory() -> float:
+def _memory_mb() -> float:
     return sum(process.private_mb for process in rounds.sample() if process.role != rounds.DRIVER)
 
 
 async def _compare_stored(url: str, counts: SoakCounts) -> tuple[int, int]:
     """Return the sums of `compare_plays` over all users."""
-    lost = repeated = 0
+    lost_count = repeated_count = 0
     async with AsyncClient(url, retry=Retry(timeout=60)) as client:
-        for user, sent in counts.plays.items():
+        for user_id, sent_plays in counts.plays.items():
             try:
-                stored = (await client.user_plays(user, LAST_PLAYS))["plays"]  # all plays: no user has more
+                stored_plays = (await client.user_plays(user_id, LAST_PLAYS))["plays"]  # all plays: no user has more
             except ApiError as error:
                 if error.status != 404:
                     raise
-                stored = []
-            differences = compare_plays(sent, [parse_moment(play["played_at"]) for play in stored])
-            lost, repeated = lost + differences[0], repeated + differences[1]
-    return lost, repeated
+                stored_plays = []
+            differences = compare_plays(sent_plays, [parse_moment(play["played_at"]) for play in stored_plays])
+            lost_count, repeated_count = lost_count + differences[0], repeated_count + differences[1]
+    return lost_count, repeated_count
 
 
-def compare_plays(sent: Mapping[int, bool], stored: Sequence[int]) -> tuple[int, int]:
+def compare_plays(sent_plays: Mapping[int, bool], stored_times: Sequence[int]) -> tuple[int, int]:
     """Return how many acknowledged plays of a user are not stored, and how many stored plays exceed those sent.
 
-    `sent` maps the played_at of each sent play, ms UTC, to True if the play was acknowledged; `stored` is the played_at
-    of each stored play.
+    `sent_plays` maps the played_at of each sent play, ms UTC, to True if the play was acknowledged; `stored_times` is
+    the played_at of each stored play.
     """
-    times = Counter(stored)
-    lost = sum(acknowledged and not times[at] for at, acknowledged in sent.items())
-    return lost, sum(count - (at in sent) for at, count in times.items())
+    stored_counts = Counter(stored_times)
+    lost_count = sum(acknowledged and not stored_counts[played_at] for played_at, acknowledged in sent_plays.items())
+    return lost_count, sum(count - (played_at in sent_plays) for played_at, count in stored_counts.items())

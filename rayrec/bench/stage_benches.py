@@ -86,8 +86,8 @@ class TrainTask:
         """Return a `Training` of a new network with random song vectors."""
         torch.set_num_threads(1)
         torch.manual_seed(self.config.seed)
-        empty = np.zeros((self.model.num_songs, self.model.embedding_dim), dtype=np.float32)
-        model = TasteModel(self.model, torch.from_numpy(start_vectors(empty, self.config.seed)))
+        zero_vectors = np.zeros((self.model.num_songs, self.model.embedding_dim), dtype=np.float32)
+        model = TasteModel(self.model, torch.from_numpy(start_vectors(zero_vectors, self.config.seed)))
         return Training(model, self.config, self.counts, device="cpu", share=Share())
 
 
@@ -100,27 +100,27 @@ def timed_steps(training: Training, batches: Iterable[Windows], epoch: int, seco
     steps = enumerate(batches)
     for step, windows in islice(steps, WARM_STEPS):
         training.step(windows, epoch, step)
-    plays, began = 0, time.perf_counter()
+    plays, started = 0, time.perf_counter()
     for step, windows in steps:
         training.step(windows, epoch, step)
         plays += int(windows.inputs.sum())
-        if time.perf_counter() - began >= seconds:
+        if time.perf_counter() - started >= seconds:
             break
     if not plays:
         raise InputError(f"a round of training needs more than {WARM_STEPS} batches; increase --users")
-    return Measured(plays, time.perf_counter() - began)
+    return Measured(plays, time.perf_counter() - started)
 
 
 def timed_windows(batches: Iterable[Windows], seconds: float) -> Measured:
     """Read batches for `seconds` without training and return their plays, from the second batch on."""
-    arriving = iter(batches)
-    next(arriving, None)
-    plays, began = 0, time.perf_counter()
-    for windows in arriving:
+    batch_iterator = iter(batches)
+    next(batch_iterator, None)
+    plays, started = 0, time.perf_counter()
+    for windows in batch_iterator:
         plays += int(windows.inputs.sum())
-        if time.perf_counter() - began >= seconds:
+        if time.perf_counter() - started >= seconds:
             break
-    return Measured(plays, time.perf_counter() - began)
+    return Measured(plays, time.perf_counter() - started)
 
 
 def train_loop(task: TrainTask, epoch: int, seconds: float) -> Measured:
@@ -138,21 +138,21 @@ def plain_windows(task: TrainTask, epoch: int) -> Iterator[Windows]:
 
 
 def _pools(dataset: Dataset, rng: np.random.Generator) -> Iterator[Histories]:
-    held: list[Histories] = []
+    pool_parts: list[Histories] = []
     for bucket in rng.permutation(dataset.manifest.buckets).tolist():
         for histories in dataset.read_bucket(bucket):
-            held.append(histories)
-            if sum(part.num_plays for part in held) >= POOL_PLAYS:
-                yield concatenate(held)
-                held = []
-    if held:
-        yield concatenate(held)
+            pool_parts.append(histories)
+            if sum(part.num_plays for part in pool_parts) >= POOL_PLAYS:
+                yield concatenate(pool_parts)
+                pool_parts = []
+    if pool_parts:
+        yield concatenate(pool_parts)
 
 
 def taste_loop(workspace: Workspace, model: Manifest, folder: str, at: int, users: int) -> Measured:
     """Compute and store the taste vectors of all users, `users` at a time; return plays and seconds."""
     torch.set_num_threads(1)
-    began, plays = time.perf_counter(), 0
+    started, plays = time.perf_counter(), 0
     encoder = TasteEncoder(load_model(workspace, model.folder))
     dataset = Dataset(workspace)
     for bucket in range(dataset.manifest.buckets):
@@ -166,7 +166,7 @@ def taste_loop(workspace: Workspace, model: Manifest, folder: str, at: int, user
                 plays += histories.num_plays
             if writer is not None:
                 writer.close()
-    return Measured(plays, time.perf_counter() - began)
+    return Measured(plays, time.perf_counter() - started)
 
 
 def embed_loop(corpus: Path, config: EmbedConfig, workers: int, tokens: int) -> Measured:
@@ -186,18 +186,22 @@ def embed_loop(corpus: Path, config: EmbedConfig, workers: int, tokens: int) -> 
         "seed": config.seed,
         "workers": workers,
     }
-    began = time.perf_counter()
+    started = time.perf_counter()
     Word2Vec(corpus_file=str(corpus), **settings)
-    return Measured(tokens * config.epochs, time.perf_counter() - began)
+    return Measured(tokens * config.epochs, time.perf_counter() - started)
 
 
-def bench_dataset(place: Workspace, *, users: int, songs: int, plays: float, seed: int, **others: int) -> Dataset:
+def bench_dataset(
+    bench_workspace: Workspace, *, users: int, songs: int, plays: float, seed: int, **options: int
+) -> Dataset:
     """Return a generated data set, made now or by an earlier run; `plays` is the mean number of plays per user."""
     artists = max(GenerateConfig().genres, min(songs, SONGS_WITH_ARTISTS) // SONGS_PER_ARTIST)
-    world = GenerateConfig(users=users, songs=songs, plays=plays, seed=seed, playlists=0, artists=artists, **others)
-    workspace = Workspace(f"{place.uri}/{fingerprint('bench', to_mapping(world), {})}")
+    generate_config = GenerateConfig(
+        users=users, songs=songs, plays=plays, seed=seed, playlists=0, artists=artists, **options
+    )
+    workspace = Workspace(f"{bench_workspace.uri}/{fingerprint('bench', to_mapping(generate_config), {})}")
     if not workspace.exists(DATASET_MANIFEST):
-        generate(workspace, world)
+        generate(workspace, generate_config)
     return Dataset(workspace)
 
 
@@ -214,8 +218,8 @@ def untrained_model(dataset: Dataset, seed: int) -> Manifest:
     """Write a model of the default shape with random weights, which is as fast as a trained one."""
     manifest = Manifest(kind="models", id="bench", inputs={"dataset": dataset.manifest.id}, seed=seed)
     model = train_task(dataset, seed).training().model
-    names = save_model(dataset.workspace, manifest.folder, model, np.ones(dataset.num_songs, dtype=np.bool_))
-    return artifacts.publish(dataset.workspace, manifest, names)
+    file_names = save_model(dataset.workspace, manifest.folder, model, np.ones(dataset.num_songs, dtype=np.bool_))
+    return artifacts.publish(dataset.workspace, manifest, file_names)
 
 
 def plain_process() -> PlainProcess:
@@ -223,58 +227,62 @@ def plain_process() -> PlainProcess:
     return PlainProcess(int(ray.get(ray.remote(niceness).remote())))
 
 
-def bench_taste(place: Workspace, config: TasteBenchConfig) -> dict[str, Any]:
+def bench_taste(bench_workspace: Workspace, config: TasteBenchConfig) -> dict[str, Any]:
     """Compare plays per second of the taste job with one worker to a plain loop.
 
     The time of the job includes the worker's start and the artifact's checksums.
     """
     with ray_cluster():
-        dataset = bench_dataset(place, users=config.users, songs=config.songs, plays=config.plays, seed=config.seed)
+        dataset = bench_dataset(
+            bench_workspace, users=config.users, songs=config.songs, plays=config.plays, seed=config.seed
+        )
         workspace, model = dataset.workspace, untrained_model(dataset, config.seed)
         settings = TasteConfig(concurrency=1)
 
-        def ours() -> Measured:
-            began = time.perf_counter()
+        def run_stage() -> Measured:
+            started = time.perf_counter()
             artifact = compute_tastes(workspace, settings, model_id=model.id, repeat=True)
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - started
             workspace.delete(artifact.folder)
             return Measured(artifact.metrics["plays"], seconds)
 
         arguments = (workspace, model, PLAIN_TASTES, dataset.manifest.last_play, settings.users)
-        with plain_process() as plain:
-            plays = partial(plain.run, taste_loop, *arguments)
-            result = measure("taste", "plays", ours, plays, rounds=config.rounds, users=config.users)
+        with plain_process() as process:
+            run_plain_loop = partial(process.run, taste_loop, *arguments)
+            result = measure("taste", "plays", run_stage, run_plain_loop, rounds=config.rounds, users=config.users)
         workspace.delete(PLAIN_TASTES)
     return result.to_json()
 
 
-def bench_embed(place: Workspace, config: EmbedBenchConfig) -> dict[str, Any]:
+def bench_embed(bench_workspace: Workspace, config: EmbedBenchConfig) -> dict[str, Any]:
     """Compare the embed job with gensim alone, in tokens per second.
 
     The time of the job includes writing the corpus and the health check.
     """
     with ray_cluster(), tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
-        dataset = bench_dataset(place, users=config.users, songs=config.songs, plays=config.plays, seed=config.seed)
+        dataset = bench_dataset(
+            bench_workspace, users=config.users, songs=config.songs, plays=config.plays, seed=config.seed
+        )
         settings = EmbedConfig(source="histories", epochs=config.epochs, seed=config.seed)
         sentences = word2vec.from_histories(dataset.read_all(), FitRange(), settings.session_gap_minutes)
         corpus = write_corpus(sentences, Path(folder) / "corpus", dataset.num_songs)
         workers = max(1, min(node_cpus(), corpus.tokens // TOKENS_PER_WORKER))
         settings = settings.replace(workers=workers)
 
-        def ours() -> Measured:
-            began = time.perf_counter()
+        def run_stage() -> Measured:
+            started = time.perf_counter()
             artifact = embed(dataset.workspace, settings, repeat=True)
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - started
             dataset.workspace.delete(artifact.folder)
             return Measured(artifact.metrics["tokens"] * settings.epochs, seconds)
 
-        with plain_process() as plain:
-            tokens = partial(plain.run, embed_loop, corpus.path, settings, workers, corpus.tokens)
+        with plain_process() as process:
+            run_plain_loop = partial(process.run, embed_loop, corpus.path, settings, workers, corpus.tokens)
             result = measure(
                 "embed",
                 "tokens",
-                ours,
-                tokens,
+                run_stage,
+                run_plain_loop,
                 rounds=config.rounds,
                 workers=workers,
                 corpus_tokens=corpus.tokens,
@@ -282,61 +290,63 @@ def bench_embed(place: Workspace, config: EmbedBenchConfig) -> dict[str, Any]:
     return result.to_json()
 
 
-def word2vec_scaling(dataset: Dataset, threads_list: list[int], *, epochs: int, seed: int) -> dict[str, Any]:
+def word2vec_scaling(dataset: Dataset, thread_counts: list[int], *, epochs: int, seed: int) -> dict[str, Any]:
     """Return tokens per second of the epochs of word2vec alone, by number of threads."""
     settings = EmbedConfig(source="histories", epochs=epochs, seed=seed)
     with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
         sentences = word2vec.from_histories(dataset.read_all(), FitRange(), settings.session_gap_minutes)
         corpus = write_corpus(sentences, Path(folder) / "corpus", dataset.num_songs)
         rates = {}
-        for threads in threads_list:
-            with PlainProcess(0) as plain:
-                rates[str(threads)] = plain.run(timed_epochs, corpus, settings, threads).per_second
-    first = rates[str(threads_list[0])]
+        for threads in thread_counts:
+            with PlainProcess(0) as process:
+                rates[str(threads)] = process.run(timed_epochs, corpus, settings, threads).per_second
+    first_rate = rates[str(thread_counts[0])]
     return {
         "corpus_tokens": corpus.tokens,
         "tokens_per_second": rates,
-        "speedup": {threads: rate / first for threads, rate in rates.items()},
+        "speedup": {threads: rate / first_rate for threads, rate in rates.items()},
     }
 
 
 def timed_epochs(corpus: Corpus, config: EmbedConfig, threads: int) -> Measured:
     """Measure the epochs of word2vec alone. A small corpus is trained with fewer threads than `threads`."""
-    run = Word2Vec(corpus, config, threads)
-    began = time.perf_counter()
-    epochs = sum(1 for _ in run.train())
-    return Measured(corpus.tokens * epochs, time.perf_counter() - began)
+    training = Word2Vec(corpus, config, threads)
+    started = time.perf_counter()
+    epochs = sum(1 for _ in training.train())
+    return Measured(corpus.tokens * epochs, time.perf_counter() - started)
 
 
-def bench_train(place: Workspace, config: TrainBenchConfig) -> dict[str, Any]:
+def bench_train(bench_workspace: Workspace, config: TrainBenchConfig) -> dict[str, Any]:
     """Compare steady plays per second of Ray Data and Ray Train, with one worker, to plain PyTorch.
 
     `feed` is plays per second of the data path alone, as a multiple of those of training.
     """
     with ray_cluster():
-        dataset = bench_dataset(place, users=config.users, songs=config.songs, plays=config.plays, seed=config.seed)
+        dataset = bench_dataset(
+            bench_workspace, users=config.users, songs=config.songs, plays=config.plays, seed=config.seed
+        )
         task = train_task(dataset, config.seed)
-        epochs = iter(range(config.rounds))
-        with rounds_of_training(task, config.seconds) as ray_side, plain_process() as plain:
-            feed = ray_side.data_path()
+        epoch_numbers = iter(range(config.rounds))
+        with rounds_of_training(task, config.seconds) as ray_rounds, plain_process() as process:
+            data_path = ray_rounds.data_path()
             result = measure(
                 "train",
                 "plays",
-                ray_side.train,
-                lambda: plain.run(train_loop, task, next(epochs), config.seconds),
+                ray_rounds.train,
+                lambda: process.run(train_loop, task, next(epoch_numbers), config.seconds),
                 rounds=config.rounds,
                 users=config.users,
-                data_per_second=feed.per_second,
+                data_per_second=data_path.per_second,
             )
-    return {**result.to_json(), "feed": feed.per_second / result.per_second}
+    return {**result.to_json(), "feed": data_path.per_second / result.per_second}
 
 
 class TrainingRounds:
     """The driver's side of the rounds: sends orders to the worker and waits for its measurements."""
 
     def __init__(self, task: TrainTask, seconds: float) -> None:
-        self._orders, self._answers = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
-        arguments = {"task": task, "seconds": seconds, "orders": self._orders, "answers": self._answers}
+        self._orders, self._results = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
+        arguments = {"task": task, "seconds": seconds, "orders": self._orders, "answers": self._results}
         self._trainer = TorchTrainer(
             run_rounds,
             train_loop_config=arguments,
@@ -353,36 +363,36 @@ class TrainingRounds:
 
     def train(self) -> Measured:
         """Run one round of training; see `timed_steps`."""
-        return self._ask(ORDER_TRAIN)
+        return self._run_round(ORDER_TRAIN)
 
     def data_path(self) -> Measured:
         """Run one round of the data path without training; see `timed_windows`."""
-        return self._ask(ORDER_DATA)
+        return self._run_round(ORDER_DATA)
 
     def end(self) -> None:
         """Stop the worker."""
         if self._thread.is_alive():
             self._orders.put(ORDER_END)
             self._thread.join()
-        for queue in (self._orders, self._answers):
+        for queue in (self._orders, self._results):
             queue.shutdown()
 
     def _fit(self) -> None:
         try:
             self._error = self._trainer.fit().error
-        except Exception as error:  # `_ask` raises it
+        except Exception as error:  # `_run_round` raises it
             self._error = error
 
-    def _ask(self, order: str) -> Measured:
+    def _run_round(self, order: str) -> Measured:
         self._orders.put(order)
         while True:
             try:
-                answer: Measured = self._answers.get(timeout=SECONDS_BETWEEN_LOOKS)
+                result: Measured = self._results.get(timeout=SECONDS_BETWEEN_LOOKS)
             except Empty:
                 if not self._thread.is_alive():
                     raise RayrecError(f"Ray Train ended before the end of its round: {self._error}") from self._error
             else:
-                return answer
+                return result
 
 
 @contextmanager
@@ -400,16 +410,16 @@ def run_rounds(arguments: dict[str, Any]) -> None:
     """Run the rounds that the driver orders, in the worker, each with a new network and a new stream."""
     quiet_data()
     task: TrainTask = arguments["task"]
-    orders, answers, seconds = arguments["orders"], arguments["answers"], arguments["seconds"]
+    orders, results, seconds = arguments["orders"], arguments["answers"], arguments["seconds"]
     dataset = Dataset(task.workspace)
     lengths = window_lengths(dataset, FitRange(), task.config)
     reader = ShardReader(dataset, FitRange(), task.config, lengths, Share())
     for epoch, order in enumerate(iter(orders.get, ORDER_END)):
         stream = WindowStream(reader, range(epoch, epoch + 1))
         if order == ORDER_DATA:
-            answers.put(timed_windows(stream.epoch(epoch), seconds))
+            results.put(timed_windows(stream.epoch(epoch), seconds))
         else:
-            answers.put(timed_steps(task.training(), stream.epoch(epoch), epoch, seconds))
+            results.put(timed_steps(task.training(), stream.epoch(epoch), epoch, seconds))
         stream.close()  # a stream that is not read to its end would continue to read ahead
     ray.train.report({})
 
@@ -437,36 +447,36 @@ def bench_index(config: IndexBenchConfig) -> BenchResult:
     vectors = song_vectors(config.songs, config.dim, config.seed)
     settings = IndexConfig(seed=config.seed)
     queries = sample_queries(vectors, settings.replace(queries=config.queries, seed=config.seed + 1))
-    few = queries[: min(1_000, len(queries))]  # flat search of all queries would take minutes
-    figures: dict[str, Any] = {"songs": config.songs}
+    query_subset = queries[: min(1_000, len(queries))]  # flat search of all queries would take minutes
+    metrics: dict[str, Any] = {"songs": config.songs}
     with MemoryWatch() as watch:
-        built = {kind: SongIndex.build(vectors, settings.replace(kind=kind)) for kind in ("flat", "ivf")}
-    for kind, index in built.items():
-        figures[f"{kind}_build_seconds"] = index.figures.build_seconds
-        figures[f"{kind}_recall"] = index.figures.recall
-        figures[f"{kind}_per_second"] = speed(index.search, few, QUERIES_PER_CALL).per_second
-        figures[f"{kind}_single_per_second"] = speed(index.search, few, 1).per_second
-    ivf = built["ivf"]
-    alone = _faiss_alone(ivf)
+        indexes = {kind: SongIndex.build(vectors, settings.replace(kind=kind)) for kind in ("flat", "ivf")}
+    for kind, index in indexes.items():
+        metrics[f"{kind}_build_seconds"] = index.figures.build_seconds
+        metrics[f"{kind}_recall"] = index.figures.recall
+        metrics[f"{kind}_per_second"] = speed(index.search, query_subset, QUERIES_PER_CALL).per_second
+        metrics[f"{kind}_single_per_second"] = speed(index.search, query_subset, 1).per_second
+    ivf = indexes["ivf"]
+    faiss_index = _faiss_index(ivf)
     return compare(
         "index",
         "queries",
         lambda: speed(ivf.search, queries, QUERIES_PER_CALL),
-        lambda: speed(alone.search, queries, QUERIES_PER_CALL),
+        lambda: speed(faiss_index.search, queries, QUERIES_PER_CALL),
         rounds=config.rounds,
         peak_mb=watch.total_mb,
         nlist=ivf.figures.nlist,
         nprobe=ivf.figures.nprobe,
-        **figures,
+        **metrics,
     )
 
 
 def song_vectors(songs: int, dim: int, seed: int) -> np.ndarray:
     """Return random vectors, float32 (songs, dim), normalized, in clusters."""
-    random = np.random.default_rng(seed)
-    centers = random.normal(size=(CLUSTERS, dim)).astype(np.float32)
-    vectors = centers[random.integers(CLUSTERS, size=songs)]
-    vectors += random.normal(size=(songs, dim)).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    centers = rng.normal(size=(CLUSTERS, dim)).astype(np.float32)
+    vectors = centers[rng.integers(CLUSTERS, size=songs)]
+    vectors += rng.normal(size=(songs, dim)).astype(np.float32)
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 
 
@@ -479,7 +489,7 @@ def speed(search: Callable[[np.ndarray, int], Any], queries: np.ndarray, per_cal
     return Measured(len(queries), time.perf_counter() - started)
 
 
-def _faiss_alone(index: SongIndex) -> Any:
+def _faiss_index(index: SongIndex) -> Any:
     """Return the faiss index inside `index`, read back from its file."""
     with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
         index.save(Workspace(folder), "index.faiss")
@@ -499,15 +509,17 @@ def bench_song_side(config: SongsBenchConfig) -> BenchResult:
     with one thread, on windows of songs drawn by Zipf's law.
     """
     sizes = sorted(config.songs)
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     with MemoryWatch() as watch:
         for table in TABLES:
             for songs in sizes:
-                ways = _SteadySteps(table, songs, config)
-                rates = [ways().per_second for _ in range(config.rounds)]
-                figures[f"{table}_{songs}_per_second"] = median(rates)
-    small, large = (_SteadySteps("trained", songs, config) for songs in (sizes[0], sizes[-1]))
-    return compare("songs", "plays", large, small, rounds=config.rounds, peak_mb=watch.total_mb, dim=DIM, **figures)
+                steady_steps = _SteadySteps(table, songs, config)
+                rates = [steady_steps().per_second for _ in range(config.rounds)]
+                metrics[f"{table}_{songs}_per_second"] = median(rates)
+    small_steps, large_steps = (_SteadySteps("trained", songs, config) for songs in (sizes[0], sizes[-1]))
+    return compare(
+        "songs", "plays", large_steps, small_steps, rounds=config.rounds, peak_mb=watch.total_mb, dim=DIM, **metrics
+    )
 
 
 class _SteadySteps:
@@ -524,10 +536,10 @@ class _SteadySteps:
             self._training.step(self._windows, 0, step)
 
     def __call__(self) -> Measured:
-        began = time.perf_counter()
+        started = time.perf_counter()
         for step in range(self._steps):
             self._training.step(self._windows, 1, step)
-        return Measured(float(self._windows.inputs.sum()) * self._steps, time.perf_counter() - began)
+        return Measured(float(self._windows.inputs.sum()) * self._steps, time.perf_counter() - started)
 
 
 def _training(songs: int, settings: "TrainConfig") -> "Training":
@@ -552,10 +564,10 @@ def _windows(songs: int, settings: "TrainConfig", seed: int) -> "Windows":
     from rayrec.data.histories import Histories
     from rayrec.data.windows import cut_windows
 
-    random = np.random.default_rng(seed)
-    plays = settings.window + settings.lookahead
-    rows = np.minimum(random.zipf(1.2, size=(settings.batch, plays)), songs) - 1
-    times = np.broadcast_to(np.arange(plays) * 180_000, rows.shape)
+    rng = np.random.default_rng(seed)
+    play_count = settings.window + settings.lookahead
+    rows = np.minimum(rng.zipf(1.2, size=(settings.batch, play_count)), songs) - 1
+    times = np.broadcast_to(np.arange(play_count) * 180_000, rows.shape)
     windows = cut_windows(Histories.from_lists(list(rows), list(times)), settings.window, settings.lookahead)
-    full = np.flatnonzero(windows.inputs == settings.window)[: settings.batch]
-    return windows.take(full)
+    full_rows = np.flatnonzero(windows.inputs == settings.window)[: settings.batch]
+    return windows.take(full_rows)

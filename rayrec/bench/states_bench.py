@@ -44,28 +44,28 @@ USERS_PER_BUCKET = 20_000
 ID = "states"  # id of the release and of its parts
 
 
-def bench_states(place: Workspace, config: StatesBenchConfig) -> dict[str, Any]:
+def bench_states(bench_workspace: Workspace, config: StatesBenchConfig) -> dict[str, Any]:
     """Run `rayrec states load` into an SQLite file and, if redis-server is installed, into a Redis server started here.
 
     Figures of each store: seconds, users_per_second, cpu_seconds of all processes that load, server_cpu_seconds of the
     Redis server, and user_bytes, the bytes per user. The Redis server writes every command to disk before it answers.
     """
-    workspace = Workspace(f"{place.uri}/states-{config.users}-{config.seed}")
-    began = time.perf_counter()
+    workspace = Workspace(f"{bench_workspace.uri}/states-{config.users}-{config.seed}")
+    started = time.perf_counter()
     release = _states_release(workspace, config)
-    figures: dict[str, Any] = {"name": "states", "unit": "users", "users": config.users}
-    figures["build_seconds"] = round(time.perf_counter() - began, 1)
+    result: dict[str, Any] = {"name": "states", "unit": "users", "users": config.users}
+    result["build_seconds"] = round(time.perf_counter() - started, 1)
     with tempfile.TemporaryDirectory(prefix="rayrec-store-") as folder:
         for store in ("sqlite", "redis") if SERVER else ("sqlite",):
-            with _store(store, Path(folder) / store) as (uri, server, size):
-                loaded = _load(workspace, release, uri, server)
-                loaded["user_bytes"] = size() / config.users
-            figures |= {f"{store}_{name}": value for name, value in loaded.items()}
-    return figures
+            with _temporary_store(store, Path(folder) / store) as (uri, server, store_bytes):
+                metrics = _measure_load(workspace, release, uri, server)
+                metrics["user_bytes"] = store_bytes() / config.users
+            result |= {f"{store}_{name}": value for name, value in metrics.items()}
+    return result
 
 
 @contextmanager
-def _store(kind: str, folder: Path) -> Iterator[tuple[str, psutil.Process | None, Callable[[], int]]]:
+def _temporary_store(kind: str, folder: Path) -> Iterator[tuple[str, psutil.Process | None, Callable[[], int]]]:
     """Yield the address of a new store, the process of its server, and a function that returns its size in bytes."""
     folder.mkdir()
     if kind == "sqlite":
@@ -76,44 +76,44 @@ def _store(kind: str, folder: Path) -> Iterator[tuple[str, psutil.Process | None
     server.start()
     assert server.process is not None
     try:
-        empty = int(server.ask("INFO", "memory")["used_memory"])
+        empty_bytes = int(server.ask("INFO", "memory")["used_memory"])
         yield (
             server.uri,
             psutil.Process(server.process.pid),
-            lambda: int(server.ask("INFO", "memory")["used_memory"]) - empty,
+            lambda: int(server.ask("INFO", "memory")["used_memory"]) - empty_bytes,
         )
     finally:
         server.kill()
 
 
-def _load(workspace: Workspace, release: Manifest, uri: str, server: psutil.Process | None) -> dict[str, Any]:
+def _measure_load(workspace: Workspace, release: Manifest, uri: str, server: psutil.Process | None) -> dict[str, Any]:
     dataset = Dataset(workspace)
     store = open_store(uri, dataset.lineage)
-    began, cpu = time.perf_counter(), _client_cpu_seconds()
-    server_cpu = _cpu_seconds(server)
-    loaded = load_states(dataset, store, release)
+    started, cpu_before = time.perf_counter(), _client_cpu_seconds()
+    server_cpu_before = _cpu_seconds(server)
+    load_result = load_states(dataset, store, release)
     store.close()
-    seconds = time.perf_counter() - began
-    assert loaded.added == dataset.manifest.users, asdict(loaded)
+    seconds = time.perf_counter() - started
+    assert load_result.added == dataset.manifest.users, asdict(load_result)
     return {
         "seconds": seconds,
-        "users_per_second": loaded.users / seconds,
-        "cpu_seconds": _client_cpu_seconds() - cpu,
-        "server_cpu_seconds": _cpu_seconds(server) - server_cpu,
+        "users_per_second": load_result.users / seconds,
+        "cpu_seconds": _client_cpu_seconds() - cpu_before,
+        "server_cpu_seconds": _cpu_seconds(server) - server_cpu_before,
     }
 
 
 def _client_cpu_seconds() -> float:
     """Return the CPU seconds of this process and of its child processes that have ended."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    usages = [resource.getrusage(target) for target in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _cpu_seconds(process: psutil.Process | None) -> float:
     if process is None:
         return 0.0
-    times = process.cpu_times()
-    return float(times.user + times.system)
+    cpu_times = process.cpu_times()
+    return float(cpu_times.user + cpu_times.system)
 
 
 def _states_release(workspace: Workspace, config: StatesBenchConfig) -> Manifest:
@@ -135,26 +135,27 @@ def _write_states_release(workspace: Workspace, config: StatesBenchConfig) -> No
     buckets = -(-len(user_ids) // USERS_PER_BUCKET)
     workspace.write_table(SONGS_TABLE, world.songs_table())
     dataset = _write_manifest(workspace, templates, users=len(user_ids), songs=config.songs, buckets=buckets)
-    model, network = _write_model(dataset, config)
-    table = taste_table(TasteEncoder(model), templates, dataset.manifest.last_play)
-    made_of = {"dataset": dataset.manifest.id, "models": network.id}
-    tastes = Manifest(kind="tastes", id=ID, inputs=made_of)
-    bucket_of_user, names = bucket_of(user_ids, buckets), []
+    model, model_manifest = _write_model(dataset, config)
+    template_table = taste_table(TasteEncoder(model), templates, dataset.manifest.last_play)
+    inputs = {"dataset": dataset.manifest.id, "models": model_manifest.id}
+    tastes_manifest = Manifest(kind="tastes", id=ID, inputs=inputs)
+    user_buckets, file_names = bucket_of(user_ids, buckets), []
     with progress("Users", buckets) as bar:
         for bucket in range(buckets):
-            own = user_ids[bucket_of_user == bucket]  # ascending, as in all histories
-            rows = np.arange(len(own)) % len(templates)
+            bucket_user_ids = user_ids[user_buckets == bucket]  # ascending, as in all histories
+            rows = np.arange(len(bucket_user_ids)) % len(templates)
             workspace.write_table(
-                histories_file(0, bucket), replace(templates.take(rows), user_ids=own, totals=None).to_arrow()
+                histories_file(0, bucket),
+                replace(templates.take(rows), user_ids=bucket_user_ids, totals=None).to_arrow(),
             )
-            path = tastes_file(tastes.folder, bucket)
-            own_table = table.take(rows).set_column(0, columns.USER, pa.array(own, pa.string()))
-            with workspace.open_output(path) as stream, taste_writer(stream, own_table.schema) as writer:
-                writer.write_table(own_table)
-            names.append(path.removeprefix(f"{tastes.folder}/"))
+            path = tastes_file(tastes_manifest.folder, bucket)
+            bucket_table = template_table.take(rows).set_column(0, columns.USER, pa.array(bucket_user_ids, pa.string()))
+            with workspace.open_output(path) as stream, taste_writer(stream, bucket_table.schema) as writer:
+                writer.write_table(bucket_table)
+            file_names.append(path.removeprefix(f"{tastes_manifest.folder}/"))
             bar.advance()
-    artifacts.publish(workspace, tastes, names)
-    artifacts.publish(workspace, Manifest(kind="releases", id=ID, inputs={**made_of, "tastes": tastes.id}), [])
+    artifacts.publish(workspace, tastes_manifest, file_names)
+    artifacts.publish(workspace, Manifest(kind="releases", id=ID, inputs={**inputs, "tastes": tastes_manifest.id}), [])
 
 
 def _write_manifest(workspace: Workspace, templates: Histories, *, users: int, songs: int, buckets: int) -> Dataset:
@@ -174,5 +175,5 @@ def _write_model(dataset: Dataset, config: StatesBenchConfig) -> tuple[TasteMode
     vectors = torch.nn.functional.normalize(torch.randn(dataset.num_songs, EMBEDDING_DIM))
     model = TasteModel(model_config(dataset, TrainConfig(), EMBEDDING_DIM), vectors).eval()
     manifest = Manifest(kind="models", id=ID, inputs={"dataset": dataset.manifest.id}, seed=config.seed)
-    names = save_model(dataset.workspace, manifest.folder, model, np.ones(dataset.num_songs, dtype=np.bool_))
-    return model, artifacts.publish(dataset.workspace, manifest, names)
+    file_names = save_model(dataset.workspace, manifest.folder, model, np.ones(dataset.num_songs, dtype=np.bool_))
+    return model, artifacts.publish(dataset.workspace, manifest, file_names)

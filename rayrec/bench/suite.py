@@ -22,8 +22,8 @@ BENCHES: dict[str, Callable[[Workspace, Any], dict[str, Any]]] = {
     "train": bench_train,
     "taste": bench_taste,
     "embed": bench_embed,
-    "index": lambda place, config: bench_index(config).to_json(),
-    "songs": lambda place, config: bench_song_side(config).to_json(),
+    "index": lambda bench_workspace, config: bench_index(config).to_json(),
+    "songs": lambda bench_workspace, config: bench_song_side(config).to_json(),
     "memory": bench_memory,
     "scale": bench_scale,
     "simulate": bench_simulate,
@@ -52,8 +52,8 @@ def bench(
         # loops have the environment of Ray's workers, which the memory allocator reads when a process starts.
         os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.update(WORKER_ENVIRONMENT)
-    with bench_place(workspace) as place:
-        result = BENCHES[name](place, config or CONFIGS[name]())
+    with bench_place(workspace) as bench_workspace:
+        result = BENCHES[name](bench_workspace, config or CONFIGS[name]())
     if save:
         save_rates(save, result)
     return result

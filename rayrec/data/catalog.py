@@ -48,23 +48,23 @@ class Catalog:
 
     def names(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """Return song_id, title and artist of song rows."""
-        named = self.table.select([columns.SONG_ID, columns.TITLE, columns.ARTIST]).take(pa.array(rows))
-        return list(named.to_pylist())
+        table = self.table.select([columns.SONG_ID, columns.TITLE, columns.ARTIST]).take(pa.array(rows))
+        return list(table.to_pylist())
 
     def titles(self, rows: np.ndarray) -> list[str]:
         """Return `Artist – Title` of song rows, or the id of a song without a title."""
-        picked = self.table.take(pa.array(rows)).to_pylist()
+        songs = self.table.take(pa.array(rows)).to_pylist()
         return [
             " – ".join(part for part in (row[columns.ARTIST], row[columns.TITLE]) if part) or row[columns.SONG_ID]
             if row[columns.TITLE]
             else row[columns.SONG_ID]
-            for row in picked
+            for row in songs
         ]
 
     def listed(self, text: str) -> list[str]:
         """Return the song ids in a text such as `12,7`: the text if it is an id, otherwise its parts between commas."""
-        known = pc.is_in(pa.array([spell_id(text)], pa.string()), value_set=self.table.column(columns.SONG_ID))
-        return [text] if known[0].as_py() else [part for part in text.split(",") if part.strip()]
+        is_known = pc.is_in(pa.array([spell_id(text)], pa.string()), value_set=self.table.column(columns.SONG_ID))
+        return [text] if is_known[0].as_py() else [part for part in text.split(",") if part.strip()]
 
     def codes(self, name: str) -> np.ndarray:
         """int32 (N,): a number for each distinct value of a column of strings, -1 for null or a missing column."""
@@ -75,14 +75,14 @@ class Catalog:
 
     def find(self, song_ids: Sequence[str]) -> np.ndarray:
         """int32: the row of each song id, -1 for unknown ids."""
-        spelled = pa.array(map(spell_id, song_ids), pa.string())
-        song_rows = pc.index_in(spelled, value_set=self.table.column(columns.SONG_ID), skip_nulls=True)
+        spelled_ids = pa.array(map(spell_id, song_ids), pa.string())
+        song_rows = pc.index_in(spelled_ids, value_set=self.table.column(columns.SONG_ID), skip_nulls=True)
         return np.asarray(pc.fill_null(song_rows, -1).to_numpy(zero_copy_only=False), dtype=np.int32)
 
     def rows(self, song_ids: Sequence[str]) -> np.ndarray:
         """int32: the row of each song id. Raises `InputError`, which names the ids, if some are unknown."""
         song_rows = self.find(song_ids)
-        unknown = [song_ids[place] for place in np.flatnonzero(song_rows < 0).tolist()]
+        unknown = [song_ids[position] for position in np.flatnonzero(song_rows < 0).tolist()]
         if unknown:
             raise InputError(
                 f"{len(unknown)} of {len(song_ids)} songs are not in the catalog: {', '.join(map(str, unknown[:5]))}; "
@@ -94,11 +94,11 @@ class Catalog:
 def described(songs: pa.Table, descriptions: pa.Table) -> pa.Table:
     """Return the song table with the columns of the descriptions; described titles and artists replace its own."""
     ids = (table.column(columns.SONG_ID).combine_chunks() for table in (songs, descriptions))
-    places = pc.index_in(next(ids), value_set=next(ids))
+    description_rows = pc.index_in(next(ids), value_set=next(ids))
     for field in columns.DESCRIPTIONS:
         if field.name == columns.SONG_ID:
             continue
-        values = descriptions.column(field.name).combine_chunks().take(places)
+        values = descriptions.column(field.name).combine_chunks().take(description_rows)
         if field.name in songs.column_names:
             values = pc.coalesce(values, songs.column(field.name))
             songs = songs.set_column(songs.column_names.index(field.name), field, values)
@@ -114,20 +114,22 @@ def _accents() -> str:
     Other marks are a part of letters, such as vowel signs of India and South-East Asia, and voicing marks of Japanese.
     """
     classes = ((char, unicodedata.combining(char)) for char in map(chr, range(sys.maxunicode + 1)))
-    return f"[{''.join(char for char, place in classes if place >= 200 or 10 <= place <= 36)}]+"
+    return f"[{''.join(char for char, char_class in classes if char_class >= 200 or 10 <= char_class <= 36)}]+"
 
 
 def fold(text: str) -> str:
     """Return text in the form for comparisons: without accents, in lower case, with single spaces."""
-    bare = re.sub(_accents(), "", unicodedata.normalize("NFKD", text))
-    return " ".join(bare.casefold().split())
+    without_accents = re.sub(_accents(), "", unicodedata.normalize("NFKD", text))
+    return " ".join(without_accents.casefold().split())
 
 
 def fold_all(texts: pa.Array) -> pa.Array:
     """Return `fold` of every string; nulls become empty."""
-    bare = pc.replace_substring_regex(pc.utf8_normalize(pc.fill_null(texts, ""), form="NFKD"), _accents(), "")
+    without_accents = pc.replace_substring_regex(
+        pc.utf8_normalize(pc.fill_null(texts, ""), form="NFKD"), _accents(), ""
+    )
     # Arrow has no casefold. It differs from lower case for ß, the final sigma and ligatures that NFKD has replaced.
-    lower = pc.replace_substring(pc.replace_substring(pc.utf8_lower(bare), "ß", "ss"), "ς", "σ")
+    lower = pc.replace_substring(pc.replace_substring(pc.utf8_lower(without_accents), "ß", "ss"), "ς", "σ")
     return pc.utf8_trim_whitespace(pc.replace_substring_regex(lower, r"\s+", " "))
 
 
@@ -148,87 +150,95 @@ def with_folded(table: pa.Table) -> pa.Table:
 
 def popularity_places(popularity: np.ndarray) -> np.ndarray:
     """int32 (N,): the popularity rank of each song, 0 for the most popular; equally popular songs are ranked by row."""
-    places = np.empty(len(popularity), dtype=np.int32)
-    places[np.argsort(-popularity, kind="stable")] = np.arange(len(popularity))
-    return places
+    ranks = np.empty(len(popularity), dtype=np.int32)
+    ranks[np.argsort(-popularity, kind="stable")] = np.arange(len(popularity))
+    return ranks
 
 
 class SongSearch:
     """Searches titles and artists in memory, by a pass over all songs.
 
-    A song without a title is found by its id. Songs that match equally well are in the order of `places`, int32 (N,)
-    from `popularity_places`; without it they are in the order of song rows.
+    A song without a title is found by its id. Songs that match equally well are in the order of `popularity_ranks`,
+    int32 (N,) from `popularity_places`; without it they are in the order of song rows.
     """
 
-    def __init__(self, catalog: Catalog, places: np.ndarray | None = None) -> None:
+    def __init__(self, catalog: Catalog, popularity_ranks: np.ndarray | None = None) -> None:
         table, names = with_folded(catalog.table), (FOLDED_TITLE, FOLDED_ARTIST, FOLDED_BOTH)
-        self._titles, self._artists, self._both = (one_array(table.column(name)) for name in names)
-        self._places = places  # not copied: in a served catalog they are memory-mapped
+        self._titles, self._artists, self._combined = (one_array(table.column(name)) for name in names)
+        self._popularity_ranks = popularity_ranks  # not copied: in a served catalog they are memory-mapped
 
     def find(self, query: str, limit: int) -> tuple[np.ndarray, int]:
         """Return the best `limit` rows, int32, of songs with every word of the query, and the number of such songs.
 
         Songs whose title or artist is the query come first, then songs whose title or artist begins with it, then
-        all others; each of these groups is in the order of `places`. An empty query finds nothing.
+        all others; each of these groups is in the order of `popularity_ranks`. An empty query finds nothing.
         """
         folded_query = fold(query)
         words = folded_query.split()[:MOST_WORDS]
-        if not words or not len(self._both):
+        if not words or not len(self._combined):
             return np.zeros(0, np.int32), 0
-        slices = [self._find_in(begin, words, folded_query, limit) for begin in range(0, len(self._both), SLICE)]
-        rows, worth = (np.concatenate(parts) for parts in zip(*(best for best, _ in slices), strict=True))
-        return rows[_highest(worth, limit)], sum(count for _, count in slices)
+        slices = [
+            self._find_in_slice(start, words, folded_query, limit) for start in range(0, len(self._combined), SLICE)
+        ]
+        rows, sort_keys = (np.concatenate(parts) for parts in zip(*(best for best, _ in slices), strict=True))
+        return rows[_highest_positions(sort_keys, limit)], sum(count for _, count in slices)
 
-    def _find_in(
-        self, begin: int, words: list[str], folded_query: str, limit: int
+    def _find_in_slice(
+        self, start: int, words: list[str], folded_query: str, limit: int
     ) -> tuple[tuple[np.ndarray, np.ndarray], int]:
-        """Return the best rows, int32, of the slice from `begin` on, their sort keys, int64, and how many songs match.
+        """Return the best rows, int32, of the slice from `start` on, their sort keys, int64, and how many songs match.
 
         With slices, the memory of a search does not grow with the catalog.
         """
-        titles, artists, both = (texts.slice(begin, SLICE) for texts in (self._titles, self._artists, self._both))
-        rows = _holding(both, words)
-        fits = np.maximum(_fit(titles, rows, folded_query), _fit(artists, rows, folded_query)).astype(np.int64)
-        song_rows = rows.to_numpy().astype(np.int64) + begin
-        places = song_rows if self._places is None else self._places[song_rows].astype(np.int64)
-        worth = fits * (len(self._both) + 1) - places  # no two are equal
-        best = _highest(worth, limit)
-        return (song_rows[best].astype(np.int32), worth[best]), len(rows)
+        titles, artists, combined = (
+            texts.slice(start, SLICE) for texts in (self._titles, self._artists, self._combined)
+        )
+        rows = _rows_with_words(combined, words)
+        match_levels = np.maximum(
+            _match_levels(titles, rows, folded_query), _match_levels(artists, rows, folded_query)
+        ).astype(np.int64)
+        song_rows = rows.to_numpy().astype(np.int64) + start
+        ranks = song_rows if self._popularity_ranks is None else self._popularity_ranks[song_rows].astype(np.int64)
+        sort_keys = match_levels * (len(self._combined) + 1) - ranks  # no two are equal
+        best = _highest_positions(sort_keys, limit)
+        return (song_rows[best].astype(np.int32), sort_keys[best]), len(rows)
 
     def fits(self, query: str, rows: np.ndarray) -> np.ndarray:
         """int64 (n,): how well the songs at `rows`, int32 (n,), match a query that they contain; EXACT is best."""
-        places, folded_query = pa.array(rows), fold(query)
-        texts = (self._titles.take(places), self._artists.take(places))
-        return np.asarray(np.maximum(*(_fit(text, None, folded_query) for text in texts)))
+        row_array, folded_query = pa.array(rows), fold(query)
+        texts = (self._titles.take(row_array), self._artists.take(row_array))
+        return np.asarray(np.maximum(*(_match_levels(text, None, folded_query) for text in texts)))
 
 
-def _holding(texts: pa.Array, words: list[str]) -> pa.Array:
+def _rows_with_words(texts: pa.Array, words: list[str]) -> pa.Array:
     """uint64: the rows of the texts with every word; the longest word is searched first, because few texts have it."""
-    longest, *others = sorted(words, key=len, reverse=True)
+    longest, *other_words = sorted(words, key=len, reverse=True)
     rows = pc.indices_nonzero(pc.match_substring(texts, longest))
-    for word in others:
+    for word in other_words:
         rows = rows.filter(pc.match_substring(texts.take(rows), word))
     return rows
 
 
-def _highest(values: np.ndarray, limit: int) -> np.ndarray:
+def _highest_positions(values: np.ndarray, limit: int) -> np.ndarray:
     """int64: the positions of the highest values, at most `limit`, highest first."""
     best = np.argpartition(-values, limit)[:limit] if limit < len(values) else np.arange(len(values))
     return best[np.argsort(-values[best])]
 
 
-def _fit(texts: pa.Array, rows: pa.Array | None, query: str) -> np.ndarray:
+def _match_levels(texts: pa.Array, rows: pa.Array | None, query: str) -> np.ndarray:
     """int64: how well the text of each row matches the query; of all texts if `rows` is None."""
     if rows is not None and len(rows) * MANY < len(texts):
         texts, rows = texts.take(rows), None
-    starts = pc.starts_with(texts, query).to_numpy(zero_copy_only=False)
+    is_prefix = pc.starts_with(texts, query).to_numpy(zero_copy_only=False)
     if rows is not None:  # for many rows, a pass over all texts is faster than a copy of the rows' texts
-        starts = starts[rows.to_numpy()]
-    fits = np.where(starts, PREFIX, INSIDE)
-    begin = np.flatnonzero(starts)
-    same = pc.equal(texts.take(pa.array(begin if rows is None else rows.to_numpy()[begin])), query)
-    fits[begin[same.to_numpy(zero_copy_only=False)]] = EXACT
-    return fits
+        is_prefix = is_prefix[rows.to_numpy()]
+    match_levels = np.where(is_prefix, PREFIX, INSIDE)
+    prefix_positions = np.flatnonzero(is_prefix)
+    is_exact = pc.equal(
+        texts.take(pa.array(prefix_positions if rows is None else rows.to_numpy()[prefix_positions])), query
+    )
+    match_levels[prefix_positions[is_exact.to_numpy(zero_copy_only=False)]] = EXACT
+    return match_levels
 
 
 CONTENT_FILE = "content.npy"  # float32 (n, C) in the folder of a description
@@ -246,15 +256,15 @@ class Content:
     def load(cls, workspace: Workspace, descriptions: Sequence[Manifest], song_ids: pa.Array) -> "Content":
         """Load the content of the songs with `song_ids`; if several descriptions have a song, the last one counts."""
         parts, start = [], 0
-        places = np.full(len(song_ids), -1, dtype=np.int64)
+        positions = np.full(len(song_ids), -1, dtype=np.int64)
         for description in descriptions:
             if CONTENT_FILE in description.files:
                 ids = workspace.read_table(description.path(CONTENT_IDS)).column(columns.SONG_ID).combine_chunks()
                 rows = pc.fill_null(pc.index_in(song_ids, value_set=ids), -1).to_numpy(zero_copy_only=False)
-                places = np.where(rows >= 0, start + rows.astype(np.int64), places)
+                positions = np.where(rows >= 0, start + rows.astype(np.int64), positions)
                 parts.append(workspace.read_array(description.path(CONTENT_FILE), description.files[CONTENT_FILE]))
                 start += len(ids)
-        return cls(parts=parts, places=places)
+        return cls(parts=parts, places=positions)
 
     @property
     def dim(self) -> int:
@@ -263,10 +273,10 @@ class Content:
 
     def vectors(self, songs: np.ndarray) -> np.ndarray:
         """float32 (n, C): the content vectors of `songs`, int (n,) rows; zeros for a song without content."""
-        rows_of_vectors = np.zeros((len(songs), self.dim), dtype=np.float32)
-        places, start = self.places[songs], 0
+        vectors = np.zeros((len(songs), self.dim), dtype=np.float32)
+        positions, start = self.places[songs], 0
         for part in self.parts:
-            here = np.flatnonzero((places >= start) & (places < start + len(part)))
-            rows_of_vectors[here] = part[places[here] - start]
+            in_part = np.flatnonzero((positions >= start) & (positions < start + len(part)))
+            vectors[in_part] = part[positions[in_part] - start]
             start += len(part)
-        return rows_of_vectors
+        return vectors

@@ -46,10 +46,10 @@ def read_files(workspace: Workspace, paths: Sequence[str], users_per_batch: int)
         for path in paths:
             yield from _read_file(workspace, path, users_per_batch)
         return
-    streams = [_Rows(path, _read_file(workspace, path, users_per_batch)) for path in paths]
-    while lasts := [last for stream in streams if (last := stream.last_id()) is not None]:
+    readers = [_RowReader(path, _read_file(workspace, path, users_per_batch)) for path in paths]
+    while last_ids := [last_id for reader in readers if (last_id := reader.last_id()) is not None]:
         # Every file has been read up to the lowest of these ids, so no later batch holds a user up to it.
-        merged = merge_users([stream.take_up_to(min(lasts)) for stream in streams])
+        merged = merge_users([reader.take_up_to(min(last_ids)) for reader in readers])
         for start in range(0, len(merged), users_per_batch):
             yield merged.take(np.arange(start, min(start + users_per_batch, len(merged))))
 
@@ -66,21 +66,21 @@ def read_overlap(workspace: Workspace, path: str, user_ids: np.ndarray, first: i
     """
     with workspace.open_input(path) as stream:
         file = pq.ParquetFile(stream)
-        for number in range(file.num_row_groups):
-            group = file.metadata.row_group(number)
-            low, high = _range(group, columns.USER)
-            begin, end = _range(group, columns.PLAYED_AT)
-            if begin is not None and (begin > last or end < first):
+        for group_index in range(file.num_row_groups):
+            group = file.metadata.row_group(group_index)
+            low, high = _column_range(group, columns.USER)
+            earliest, latest = _column_range(group, columns.PLAYED_AT)
+            if earliest is not None and (earliest > last or latest < first):
                 continue
             if low is not None and np.searchsorted(user_ids, low) == np.searchsorted(user_ids, high, side="right"):
                 continue
-            yield Histories.from_arrow(file.read_row_group(number))
+            yield Histories.from_arrow(file.read_row_group(group_index))
 
 
-def _range(group: pq.RowGroupMetaData, name: str) -> tuple[Any, Any]:
+def _column_range(group: pq.RowGroupMetaData, name: str) -> tuple[Any, Any]:
     """Return the minimum and the maximum of a column of a row group; None for both if the file does not store them."""
-    for place in range(group.num_columns):
-        column = group.column(place)
+    for index in range(group.num_columns):
+        column = group.column(index)
         if column.path_in_schema.split(".")[0] == name:
             stats = column.statistics
             return (stats.min, stats.max) if stats is not None and stats.has_min_max else (None, None)
@@ -91,14 +91,14 @@ def find_users(workspace: Workspace, path: str, user_ids: np.ndarray) -> Iterato
     """Yield the rows of `user_ids`, object (U,) ascending, in one file; row groups without these users are skipped."""
     with workspace.open_input(path) as stream:
         file = pq.ParquetFile(stream)
-        for group in range(file.num_row_groups):
-            low, high = _range(file.metadata.row_group(group), columns.USER)
+        for group_index in range(file.num_row_groups):
+            low, high = _column_range(file.metadata.row_group(group_index), columns.USER)
             if low is not None and np.searchsorted(user_ids, low) == np.searchsorted(user_ids, high, side="right"):
                 continue
-            ids = file.read_row_group(group, columns=[columns.USER]).column(columns.USER)
-            held = pc.is_in(ids, value_set=pa.array(user_ids, ids.type))
-            if pc.any(held).as_py():
-                yield Histories.from_arrow(file.read_row_group(group).filter(held))
+            ids = file.read_row_group(group_index, columns=[columns.USER]).column(columns.USER)
+            is_requested = pc.is_in(ids, value_set=pa.array(user_ids, ids.type))
+            if pc.any(is_requested).as_py():
+                yield Histories.from_arrow(file.read_row_group(group_index).filter(is_requested))
 
 
 def merge_users(parts: Sequence[Histories]) -> Histories:
@@ -111,34 +111,34 @@ def merge_users(parts: Sequence[Histories]) -> Histories:
     parts = [part for part in parts if len(part)]
     if len(parts) == 1:
         return parts[0]
-    joined = concatenate(_alike(parts))
-    merged = _by_user(joined)
-    return merged if joined.likes is None else replace(merged, likes=_distinct(_by_user(joined.likes)))
+    combined = concatenate(_with_same_columns(parts))
+    merged = _merge_by_user(combined)
+    return merged if combined.likes is None else replace(merged, likes=_unique_likes(_merge_by_user(combined.likes)))
 
 
-def _by_user(joined: Histories) -> Histories:
+def _merge_by_user(histories: Histories) -> Histories:
     """Merge the rows of each user into one, with users by ascending id and plays in the order of time."""
-    user_ids, user = np.unique(joined.user_ids, return_inverse=True)
-    owner = user[joined.rows]
-    order = np.lexsort((joined.played_at, owner))
-    counts = np.bincount(owner, minlength=len(user_ids))
+    user_ids, user_rows = np.unique(histories.user_ids, return_inverse=True)
+    play_users = user_rows[histories.rows]
+    order = np.lexsort((histories.played_at, play_users))
+    counts = np.bincount(play_users, minlength=len(user_ids))
     return Histories(
         user_ids=user_ids,
         offsets=offsets_of(counts),
-        songs=joined.songs[order],
-        played_at=joined.played_at[order],
-        contexts=None if joined.contexts is None else joined.contexts[order],
-        skipped=None if joined.skipped is None else joined.skipped[order],
+        songs=histories.songs[order],
+        played_at=histories.played_at[order],
+        contexts=None if histories.contexts is None else histories.contexts[order],
+        skipped=None if histories.skipped is None else histories.skipped[order],
     )
 
 
-def _distinct(likes: Histories) -> Histories:
+def _unique_likes(likes: Histories) -> Histories:
     """Remove likes that repeat the user, the song and the moment of an earlier like."""
     order = np.lexsort((likes.songs, likes.played_at, likes.rows))
     keys = np.stack([likes.rows, likes.played_at, likes.songs])[:, order]
-    first = np.ones(likes.num_plays, dtype=bool)
-    first[order[1:]] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
-    return likes.keep(first)
+    is_first = np.ones(likes.num_plays, dtype=bool)
+    is_first[order[1:]] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
+    return likes.keep(is_first)
 
 
 def with_columns(histories: Histories, *, contexts: bool, skipped: bool, likes: bool) -> Histories:
@@ -148,12 +148,12 @@ def with_columns(histories: Histories, *, contexts: bool, skipped: bool, likes: 
     if skipped and histories.skipped is None:
         histories = replace(histories, skipped=np.zeros(histories.num_plays, dtype=np.bool_))
     if likes and histories.likes is None:
-        nothing = [()] * len(histories)
-        histories = replace(histories, likes=Histories.from_lists(nothing, nothing, histories.user_ids.tolist()))
+        empty = [()] * len(histories)
+        histories = replace(histories, likes=Histories.from_lists(empty, empty, histories.user_ids.tolist()))
     return histories
 
 
-class _Rows:
+class _RowReader:
     """Reads the rows of one file and checks that they are sorted by ascending user id."""
 
     def __init__(self, path: str, batches: Iterator[Histories]) -> None:
@@ -163,13 +163,13 @@ class _Rows:
     def last_id(self) -> str | None:
         """Return the last user of the current batch, after reading a batch if needed; None at the end of the file."""
         if not len(self._batch):
-            last, self._batch = self._last(), next(self._batches, self._batch)
+            previous_id, self._batch = self._last_of_batch(), next(self._batches, self._batch)
             ids = self._batch.user_ids
-            if (ids[1:] <= ids[:-1]).any() or (last is not None and len(ids) and ids[0] <= last):
+            if (ids[1:] <= ids[:-1]).any() or (previous_id is not None and len(ids) and ids[0] <= previous_id):
                 raise DamagedArtifactError(
                     f"{self._path} is damaged: its users are not unique and sorted by id; import the data again"
                 )
-        return self._last()
+        return self._last_of_batch()
 
     def take_up_to(self, user_id: str) -> Histories:
         """Remove the rows up to and including `user_id` from the current batch, and return them."""
@@ -177,39 +177,39 @@ class _Rows:
         batch, self._batch = self._batch.take(np.arange(end)), self._batch.take(np.arange(end, len(self._batch)))
         return batch
 
-    def _last(self) -> str | None:
+    def _last_of_batch(self) -> str | None:
         return str(self._batch.user_ids[-1]) if len(self._batch) else None
 
 
 def _read_file(workspace: Workspace, path: str, users_per_batch: int) -> Iterator[Histories]:
     with workspace.open_input(path) as stream:
         file = pq.ParquetFile(stream)
-        for groups in _spans(file.metadata):
+        for groups in _row_group_runs(file.metadata):
             for batch in file.iter_batches(batch_size=users_per_batch, row_groups=groups):
                 if batch.num_rows:
                     yield Histories.from_arrow(batch)
 
 
-def _spans(metadata: pq.FileMetaData) -> Iterator[list[int]]:
+def _row_group_runs(metadata: pq.FileMetaData) -> Iterator[list[int]]:
     """Yield lists of consecutive row groups that hold at most PLAYS_PER_READ plays together, or one large row group.
 
     A batch is read from one list only. Because row groups are cut by plays, a batch of users with long histories holds
     fewer users.
     """
-    held: list[int] = []
+    groups: list[int] = []
     plays = 0
     for group in range(metadata.num_row_groups):
-        values = metadata.row_group(group).column(SONGS_COLUMN).num_values
-        if held and plays + values > PLAYS_PER_READ:
-            yield held
-            held, plays = [], 0
-        held.append(group)
-        plays += values
-    if held:
-        yield held
+        group_plays = metadata.row_group(group).column(SONGS_COLUMN).num_values
+        if groups and plays + group_plays > PLAYS_PER_READ:
+            yield groups
+            groups, plays = [], 0
+        groups.append(group)
+        plays += group_plays
+    if groups:
+        yield groups
 
 
-def _alike(parts: Sequence[Histories]) -> list[Histories]:
+def _with_same_columns(parts: Sequence[Histories]) -> list[Histories]:
     """Return the parts with the same columns, and without totals."""
     has_contexts = any(part.contexts is not None for part in parts)
     has_skipped = any(part.skipped is not None for part in parts)
@@ -302,13 +302,15 @@ class Dataset:
             for path in self.manifest.histories_files(bucket):
                 parts += find_users(self.workspace, path, np.unique(ids[buckets == bucket]))
         merged = merge_users(parts)
-        deleted = read_waiting(self.workspace).holds(merged.user_ids)
-        merged = merged.take(~deleted)
-        missing = np.setdiff1d(ids, merged.user_ids).tolist()
-        nothing = [()] * len(missing)
-        joined = concatenate(_alike([merged, Histories.from_lists(nothing, nothing, missing)]))
-        row_of = {user_id: row for row, user_id in enumerate(joined.user_ids.tolist())}
-        return self._with_columns(joined.take(np.array([row_of[user_id] for user_id in ids.tolist()], dtype=np.int64)))
+        is_deleted = read_waiting(self.workspace).holds(merged.user_ids)
+        merged = merged.take(~is_deleted)
+        missing_ids = np.setdiff1d(ids, merged.user_ids).tolist()
+        empty = [()] * len(missing_ids)
+        all_histories = concatenate(_with_same_columns([merged, Histories.from_lists(empty, empty, missing_ids)]))
+        row_of = {user_id: row for row, user_id in enumerate(all_histories.user_ids.tolist())}
+        return self._with_columns(
+            all_histories.take(np.array([row_of[user_id] for user_id in ids.tolist()], dtype=np.int64))
+        )
 
     def _with_columns(self, histories: Histories) -> Histories:
         """Add the columns of the data set that the parts of these histories lack."""
@@ -371,18 +373,18 @@ class Dataset:
         It is the newest of the artifacts that know the most parts of this data set's plays. An artifact is left out if
         its last part was joined with later ones, because the new plays cannot be read alone.
         """
-        known = [
+        candidates = [
             (self.earlier(artifact.inputs["dataset"]).parts, artifact)
             for artifact in artifacts.listing(self.workspace, kind)
             if self.descends_from(artifact.inputs["dataset"]) and fits(artifact)
         ]
-        readable = [(parts, artifact) for parts, artifact in known if self.manifest.splits_at(parts)]
-        return max(reversed(readable), key=lambda each: each[0], default=(0, None))
+        readable = [(parts, artifact) for parts, artifact in candidates if self.manifest.splits_at(parts)]
+        return max(reversed(readable), key=lambda candidate: candidate[0], default=(0, None))
 
     def descriptions(self) -> list[Manifest]:
         """Return the descriptions of songs, of this data set and of those that it descends from, oldest first."""
         manifests = artifacts.listing(self.workspace, DESCRIPTIONS)
-        return [each for each in manifests if self.descends_from(each.inputs["dataset"])]
+        return [manifest for manifest in manifests if self.descends_from(manifest.inputs["dataset"])]
 
     def content(self) -> Content:
         """Return the content vectors of the catalog's songs."""
@@ -415,29 +417,29 @@ class ForgottenUsers:
 
     def until(self, user_ids: Iterable[str]) -> np.ndarray:
         """int64 (U,): ms UTC of each user's last deletion, NEVER for users who were not deleted."""
-        users = list(user_ids)
+        ids = list(user_ids)
         if not self.moments:
-            return np.full(len(users), NEVER)
-        return np.array([self.moments.get(user_digest(user), NEVER) for user in users], dtype=np.int64)
+            return np.full(len(ids), NEVER)
+        return np.array([self.moments.get(user_digest(user_id), NEVER) for user_id in ids], dtype=np.int64)
 
     def holds(self, user_ids: Iterable[str]) -> np.ndarray:
         """bool (U,): which users were deleted."""
-        deleted: np.ndarray = self.until(user_ids) != NEVER
-        return deleted
+        is_deleted: np.ndarray = self.until(user_ids) != NEVER
+        return is_deleted
 
     def scrub(self, value: Any) -> Any:
         """Return a JSON value with an empty text for each text that is a deleted user's id or a path with one."""
         if isinstance(value, str):
-            return "" if self._is_named(value) else value
+            return "" if self._names_deleted_user(value) else value
         if isinstance(value, Mapping):
             return {self.scrub(key): self.scrub(item) for key, item in value.items()}
         return [self.scrub(item) for item in value] if isinstance(value, list | tuple) else value
 
-    def _is_named(self, text: str) -> bool:
+    def _names_deleted_user(self, text: str) -> bool:
         parts = [text, *text.split("/")]
         # A file may be named after its user, followed by extensions such as .csv.gz.
-        parts += [part[:place] for part in parts for place, letter in enumerate(part) if letter == "." and place]
-        return any(user_digest(user) in self.moments for part in parts if (user := spell_id(part)) is not None)
+        parts += [part[:index] for part in parts for index, letter in enumerate(part) if letter == "." and index]
+        return any(user_digest(user_id) in self.moments for part in parts if (user_id := spell_id(part)) is not None)
 
 
 NOBODY = ForgottenUsers({})
@@ -456,32 +458,32 @@ def mark_forgotten(workspace: Workspace, user_ids: Sequence[str], at: int) -> No
 
 def read_waiting(workspace: Workspace) -> ForgottenUsers:
     """Return the deleted users whose rows are not erased yet, from one listing of files."""
-    return _latest(_entry(path) for path in workspace.files(WAITING))
+    return _latest_deletions(_parse_entry(path) for path in workspace.files(WAITING))
 
 
 def read_forgotten(workspace: Workspace) -> ForgottenUsers:
     """Return all deleted users."""
     erased = workspace.read_json(ERASED) if workspace.exists(ERASED) else {}
-    return _latest([*erased.items(), *read_waiting(workspace).moments.items()])
+    return _latest_deletions([*erased.items(), *read_waiting(workspace).moments.items()])
 
 
 def mark_erased(workspace: Workspace, waiting: ForgottenUsers) -> None:
     """Record that the rows of the users in `waiting` are erased. Newer entries stay. Safe to repeat if interrupted."""
     erased = workspace.read_json(ERASED) if workspace.exists(ERASED) else {}
-    workspace.write_json(ERASED, dict(_latest([*erased.items(), *waiting.moments.items()]).moments))
+    workspace.write_json(ERASED, dict(_latest_deletions([*erased.items(), *waiting.moments.items()]).moments))
     for path in workspace.files(WAITING):
-        digest, at = _entry(path)
+        digest, at = _parse_entry(path)
         if at <= waiting.moments.get(digest, NEVER):
             workspace.delete(path)
 
 
-def _entry(path: str) -> tuple[str, int]:
+def _parse_entry(path: str) -> tuple[str, int]:
     digest, _, at = path.rpartition("/")[2].partition("-")
     return digest, int(at)
 
 
-def _latest(entries: Iterable[tuple[str, int]]) -> ForgottenUsers:
-    moments: dict[str, int] = {}
+def _latest_deletions(entries: Iterable[tuple[str, int]]) -> ForgottenUsers:
+    last_deletions: dict[str, int] = {}
     for digest, at in entries:
-        moments[digest] = max(at, moments.get(digest, NEVER))
-    return ForgottenUsers(moments)
+        last_deletions[digest] = max(at, last_deletions.get(digest, NEVER))
+    return ForgottenUsers(last_deletions)

@@ -25,11 +25,11 @@ def user_hash(user_ids: Sequence[str] | np.ndarray, salt: str = "") -> np.ndarra
 
 def uniform_draws(hashes: np.ndarray, steps: np.ndarray) -> np.ndarray:
     """float64 in [0, 1): one number for each hash and step, uint64 arrays that broadcast; the same in every run."""
-    bits = _mixed(hashes + steps.astype(np.uint64) * _GOLDEN)
+    bits = _mix(hashes + steps.astype(np.uint64) * _GOLDEN)
     return np.asarray((bits >> np.uint64(11)) * 2.0**-53)
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def _mix(values: np.ndarray) -> np.ndarray:
     """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): turns a counter into random bits."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -84,8 +84,8 @@ class Histories:
     @property
     def places(self) -> np.ndarray:
         """int64 (P,): the position of each play in its user's history, from 0."""
-        places: np.ndarray = np.arange(self.num_plays) - np.repeat(self.offsets[:-1], self.lengths)
-        return places
+        positions: np.ndarray = np.arange(self.num_plays) - np.repeat(self.offsets[:-1], self.lengths)
+        return positions
 
     @classmethod
     def from_lists(
@@ -102,21 +102,23 @@ class Histories:
         `likes` are pairs of a song and the moment at which the user liked it, ms UTC.
         """
 
-        def flat(lists: Sequence[Sequence[int]], dtype: type) -> np.ndarray:
+        def flatten(lists: Sequence[Sequence[int]], dtype: type) -> np.ndarray:
             return np.concatenate([np.asarray(values, dtype=dtype) for values in lists] or [np.zeros(0, dtype)])
 
-        names = [str(row) for row in range(len(songs))] if user_ids is None else list(user_ids)
+        ids = [str(row) for row in range(len(songs))] if user_ids is None else list(user_ids)
         return cls(
-            user_ids=np.array(names, dtype=object),
+            user_ids=np.array(ids, dtype=object),
             offsets=offsets_of([len(values) for values in songs]),
-            songs=flat(songs, np.int32),
-            played_at=flat(played_at, np.int64),
-            contexts=None if contexts is None else flat(contexts, np.int32),
-            skipped=None if skipped is None else flat(skipped, np.bool_),
+            songs=flatten(songs, np.int32),
+            played_at=flatten(played_at, np.int64),
+            contexts=None if contexts is None else flatten(contexts, np.int32),
+            skipped=None if skipped is None else flatten(skipped, np.bool_),
             likes=None
             if likes is None
             else cls.from_lists(
-                [[song for song, _ in own] for own in likes], [[at for _, at in own] for own in likes], names
+                [[song for song, _ in user_likes] for user_likes in likes],
+                [[at for _, at in user_likes] for user_likes in likes],
+                ids,
             ),
         )
 
@@ -126,11 +128,11 @@ class Histories:
         table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
         table = table.combine_chunks()
 
-        def offsets_of(name: str) -> np.ndarray:
+        def list_offsets(name: str) -> np.ndarray:
             offsets = table.column(name).chunk(0).offsets.to_numpy().astype(np.int64)
             return np.asarray(offsets - offsets[0])
 
-        def values(name: str) -> np.ndarray | None:
+        def flat_values(name: str) -> np.ndarray | None:
             if name not in table.column_names or table.num_rows == 0:
                 return None
             column = table.column(name).chunk(0)
@@ -138,21 +140,21 @@ class Histories:
                 return None
             return np.asarray(column.flatten().to_numpy(zero_copy_only=False))
 
-        songs, played_at = values(columns.SONGS), values(columns.PLAYED_AT)
+        songs, played_at = flat_values(columns.SONGS), flat_values(columns.PLAYED_AT)
         if songs is None or played_at is None:
             return cls.from_lists([], [])
         user_ids = table.column(columns.USER).chunk(0).to_numpy(zero_copy_only=False)
-        liked, liked_at = values(columns.LIKED), values(columns.LIKED_AT)
+        liked, liked_at = flat_values(columns.LIKED), flat_values(columns.LIKED_AT)
         likes = None
         if liked is not None and liked_at is not None:
-            likes = cls(user_ids=user_ids, offsets=offsets_of(columns.LIKED), songs=liked, played_at=liked_at)
+            likes = cls(user_ids=user_ids, offsets=list_offsets(columns.LIKED), songs=liked, played_at=liked_at)
         return cls(
             user_ids=user_ids,
-            offsets=offsets_of(columns.SONGS),
+            offsets=list_offsets(columns.SONGS),
             songs=songs,
             played_at=played_at,
-            contexts=values(columns.CONTEXTS),
-            skipped=values(columns.SKIPPED),
+            contexts=flat_values(columns.CONTEXTS),
+            skipped=flat_values(columns.SKIPPED),
             likes=likes,
             totals=table.column(columns.TOTAL).to_numpy() if columns.TOTAL in table.column_names else None,
         )
@@ -160,31 +162,31 @@ class Histories:
     def to_arrow(self) -> pa.Table:
         """Return rows of the histories schema; contexts, skipped, likes and totals only if they are not None."""
 
-        def lists(values: np.ndarray, offsets: np.ndarray = self.offsets) -> pa.Array:
+        def list_array(values: np.ndarray, offsets: np.ndarray = self.offsets) -> pa.Array:
             return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
 
         data = {
             columns.USER: pa.array(self.user_ids, pa.string()),
-            columns.SONGS: lists(self.songs),
-            columns.PLAYED_AT: lists(self.played_at),
+            columns.SONGS: list_array(self.songs),
+            columns.PLAYED_AT: list_array(self.played_at),
         }
         if self.contexts is not None:
-            data[columns.CONTEXTS] = lists(self.contexts)
+            data[columns.CONTEXTS] = list_array(self.contexts)
         if self.skipped is not None:
-            data[columns.SKIPPED] = lists(self.skipped)
+            data[columns.SKIPPED] = list_array(self.skipped)
         if self.likes is not None:
-            data[columns.LIKED] = lists(self.likes.songs, self.likes.offsets)
-            data[columns.LIKED_AT] = lists(self.likes.played_at, self.likes.offsets)
+            data[columns.LIKED] = list_array(self.likes.songs, self.likes.offsets)
+            data[columns.LIKED_AT] = list_array(self.likes.played_at, self.likes.offsets)
         schema = pa.schema([columns.HISTORIES.field(name) for name in data])
         table = pa.table(data, schema=schema)
         return table if self.totals is None else table.append_column(columns.TOTAL, pa.array(self.totals))
 
     def keep(self, mask: np.ndarray) -> "Histories":
         """Return the plays where `mask`, bool (P,), is true, and all likes; users without such plays stay."""
-        counts = offsets_of(mask)
+        kept_before = offsets_of(mask)
         return replace(
             self,
-            offsets=counts[self.offsets],
+            offsets=kept_before[self.offsets],
             songs=self.songs[mask],
             played_at=self.played_at[mask],
             contexts=None if self.contexts is None else self.contexts[mask],
@@ -193,9 +195,9 @@ class Histories:
 
     def span(self, first: int, last: int) -> "Histories":
         """Return each user's plays at positions `first` to `last` - 1; the cost does not depend on the other plays."""
-        begin = np.minimum(self.offsets[:-1] + first, self.offsets[1:])
-        lengths = np.minimum(self.offsets[:-1] + last, self.offsets[1:]) - begin
-        offsets, plays = offsets_of(lengths), ranges(begin, lengths)
+        starts = np.minimum(self.offsets[:-1] + first, self.offsets[1:])
+        lengths = np.minimum(self.offsets[:-1] + last, self.offsets[1:]) - starts
+        offsets, plays = offsets_of(lengths), ranges(starts, lengths)
         return replace(
             self,
             offsets=offsets,
@@ -223,10 +225,10 @@ class Histories:
 
     def before(self, cut: int | None) -> "Histories":
         """Return the plays and likes before `cut` (ms UTC; None: all) of the users with such plays."""
-        earlier = self if cut is None else self.keep(self.played_at < cut)
-        if earlier.likes is not None and cut is not None:
-            earlier = replace(earlier, likes=earlier.likes.keep(earlier.likes.played_at < cut))
-        return earlier.take(earlier.lengths > 0)
+        selected = self if cut is None else self.keep(self.played_at < cut)
+        if selected.likes is not None and cut is not None:
+            selected = replace(selected, likes=selected.likes.keep(selected.likes.played_at < cut))
+        return selected.take(selected.lengths > 0)
 
     def last_songs(self, count: int) -> list[np.ndarray]:
         """Return the last `count` songs of each user, int32, oldest first."""
@@ -242,7 +244,7 @@ def concatenate(parts: Sequence[Histories]) -> Histories:
         return Histories.from_lists([], [])
     starts = np.cumsum([0] + [part.num_plays for part in parts])
 
-    def joined(name: str) -> np.ndarray | None:
+    def concatenate_field(name: str) -> np.ndarray | None:
         arrays = [getattr(part, name) for part in parts]
         return None if any(array is None for array in arrays) else np.concatenate(arrays)
 
@@ -253,10 +255,10 @@ def concatenate(parts: Sequence[Histories]) -> Histories:
         offsets=np.concatenate([np.zeros(1, np.int64), *offsets]),
         songs=np.concatenate([part.songs for part in parts]),
         played_at=np.concatenate([part.played_at for part in parts]),
-        contexts=joined("contexts"),
-        skipped=joined("skipped"),
+        contexts=concatenate_field("contexts"),
+        skipped=concatenate_field("skipped"),
         likes=concatenate(likes) if len(likes) == len(parts) else None,
-        totals=joined("totals"),
+        totals=concatenate_field("totals"),
     )
 
 
@@ -277,16 +279,16 @@ class Queries:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, which: np.ndarray | slice) -> "Queries":
-        """Return the queries at `which`."""
-        hidden = None if self.hidden is None else self.hidden[which]
-        return Queries(rows=self.rows[which], seen=self.seen[which], at=self.at[which], hidden=hidden)
+    def take(self, selected: np.ndarray | slice) -> "Queries":
+        """Return the queries at `selected`."""
+        hidden = None if self.hidden is None else self.hidden[selected]
+        return Queries(rows=self.rows[selected], seen=self.seen[selected], at=self.at[selected], hidden=hidden)
 
     @classmethod
     def at_end(cls, histories: Histories, at: int | np.ndarray, hidden: np.ndarray | None = None) -> "Queries":
         """Return one query per user, after all plays, at the moment `at` (ms UTC), one for all users or one each."""
-        moments = np.broadcast_to(np.asarray(at, dtype=np.int64), (len(histories),))
-        return cls(rows=np.arange(len(histories)), seen=histories.lengths, at=moments, hidden=hidden)
+        timestamps = np.broadcast_to(np.asarray(at, dtype=np.int64), (len(histories),))
+        return cls(rows=np.arange(len(histories)), seen=histories.lengths, at=timestamps, hidden=hidden)
 
     @classmethod
     def before_plays(cls, histories: Histories, plays: np.ndarray) -> "Queries":

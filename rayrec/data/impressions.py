@@ -36,15 +36,15 @@ RETRY_SECONDS = 1.0  # pause before rows that could not be written are tried aga
 JOINED_BYTES = 64 << 20  # maximum size of a file that a compaction makes
 PRUNE_SHARE = 1 / 64  # share of the limit on disk that a replica writes before it checks the size of the log again
 
-_MOMENT = pa.timestamp("ms", tz="UTC")
+_TIMESTAMP = pa.timestamp("ms", tz="UTC")
 SCHEMAS: Mapping[Kind, pa.Schema] = {
     "answers": pa.schema(
         [
             pa.field("recommendation_id", pa.string(), nullable=False),
             pa.field("request_id", pa.string()),
             pa.field("user_id", pa.string()),  # null if the request had a history instead
-            pa.field("moment", _MOMENT, nullable=False),  # when the request was answered
-            pa.field("at", _MOMENT, nullable=False),  # the moment that the request is for
+            pa.field("moment", _TIMESTAMP, nullable=False),  # when the request was answered
+            pa.field("at", _TIMESTAMP, nullable=False),  # the moment that the request is for
             pa.field("release", pa.string(), nullable=False),
             pa.field("experiment", pa.string()),
             pa.field("arm", pa.string()),
@@ -60,8 +60,8 @@ SCHEMAS: Mapping[Kind, pa.Schema] = {
             pa.field("user_id", pa.string(), nullable=False),
             pa.field("song_id", pa.string(), nullable=False),
             pa.field("type", pa.string(), nullable=False),  # play, skip or like
-            pa.field("moment", _MOMENT, nullable=False),  # when the event was sent
-            pa.field("played_at", _MOMENT, nullable=False),
+            pa.field("moment", _TIMESTAMP, nullable=False),  # when the event was sent
+            pa.field("played_at", _TIMESTAMP, nullable=False),
             pa.field("skipped", pa.bool_(), nullable=False),
             pa.field("share_listened", pa.float64()),
             pa.field("recommendation_id", pa.string()),
@@ -93,11 +93,11 @@ class ImpressionLog:
         """`writer` is unique among the replicas; `count` receives a kind, an outcome and the number of its rows."""
         self._workspace, self._bounds, self._count = workspace, bounds, count
         self._writer = re.sub(r"[^A-Za-z0-9]+", "-", writer)
-        self._lock = threading.Lock()  # guards the rows
-        self._writing = threading.Lock()  # guards the files
+        self._rows_lock = threading.Lock()  # guards the rows
+        self._files_lock = threading.Lock()  # guards the files
         self._rows: dict[Kind, deque[tuple[dict[str, Any], int]]] = {kind: deque() for kind in KINDS}  # with sizes
-        self._bytes = self._files = 0
-        self._unseen = math.inf  # bytes written since the size of the log was checked
+        self._waiting_bytes = self._file_count = 0
+        self._unchecked_bytes = math.inf  # bytes written since the size of the log was checked
         self._due, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="rayrec-impressions", daemon=True)
         self._thread.start()
@@ -110,11 +110,11 @@ class ImpressionLog:
     def add(self, kind: Kind, row: dict[str, Any]) -> bool:
         """Add a row of the kind's schema, with moments in ms UTC; False if it is dropped because too many rows wait."""
         size = ROW_BYTES + SONG_BYTES * len(row.get("song_ids", ()))
-        with self._lock:
-            has_room = self.waiting < self._bounds.rows and self._bytes + size <= MEMORY_BYTES
+        with self._rows_lock:
+            has_room = self.waiting < self._bounds.rows and self._waiting_bytes + size <= MEMORY_BYTES
             if has_room:
                 self._rows[kind].append((row, size))
-                self._bytes += size
+                self._waiting_bytes += size
         if not has_room:
             self._count(kind, "dropped", 1)
         if self.waiting >= min(FILE_ROWS, self._bounds.rows // 2):
@@ -123,11 +123,11 @@ class ImpressionLog:
 
     def flush(self) -> None:
         """Write the waiting rows. If a file cannot be written, its rows stay and are written with the next file."""
-        with self._writing:
+        with self._files_lock:
             for kind in KINDS:
                 self._write(kind)
-            if self._unseen >= PRUNE_SHARE * self._bounds.disk_bytes:
-                self._unseen = 0.0
+            if self._unchecked_bytes >= PRUNE_SHARE * self._bounds.disk_bytes:
+                self._unchecked_bytes = 0.0
                 for kind, expired in prune(self._workspace, self._bounds.disk_bytes).items():
                     self._count(kind, "expired", expired)
 
@@ -140,43 +140,43 @@ class ImpressionLog:
             self._count(kind, "dropped", len(rows))
 
     def _write(self, kind: Kind) -> None:
-        with self._lock:
+        with self._rows_lock:
             rows = list(self._rows[kind])
         table = pa.Table.from_pylist([row for row, _ in rows], schema=SCHEMAS[kind])
-        table = _without(table, read_forgotten(self._workspace)) if rows else table
+        table = _without_deleted(table, read_forgotten(self._workspace)) if rows else table
         if table.num_rows:
-            first = pc.min(table.column("moment")).value
-            day = (EPOCH + timedelta(milliseconds=first)).date().isoformat()
-            path = f"{IMPRESSIONS}/{kind}/day={day}/{first:013d}-{self._writer}-{self._files:06d}.parquet"
+            first_ms = pc.min(table.column("moment")).value
+            day = (EPOCH + timedelta(milliseconds=first_ms)).date().isoformat()
+            path = f"{IMPRESSIONS}/{kind}/day={day}/{first_ms:013d}-{self._writer}-{self._file_count:06d}.parquet"
             self._workspace.write_table(path, table)
-            self._files += 1
-            self._unseen += self._workspace.size(path)
-        with self._lock:
+            self._file_count += 1
+            self._unchecked_bytes += self._workspace.size(path)
+        with self._rows_lock:
             for _ in rows:
-                self._bytes -= self._rows[kind].popleft()[1]
+                self._waiting_bytes -= self._rows[kind].popleft()[1]
         self._count(kind, "written", table.num_rows)
 
     def _run(self) -> None:
         while True:
             self._due.wait(self._bounds.seconds)
             self._due.clear()
-            closing = self._closed.is_set()
+            is_closing = self._closed.is_set()
             try:
                 self.flush()
             except Exception as error:  # requests must be answered, whatever is wrong with the storage
                 log.warning("cannot write the impression log, %d rows are waiting: %s", self.waiting, error)
                 self._closed.wait(RETRY_SECONDS)
-            if closing:
+            if is_closing:
                 return
 
 
 def read_impressions(workspace: Workspace, kind: Kind, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """Yield the rows of one kind, one table per file, oldest file first, without rows of deleted users."""
     forgotten = read_forgotten(workspace)
-    needed = columns and list(dict.fromkeys([*columns, "user_id", "moment"]))
+    needed_columns = columns and list(dict.fromkeys([*columns, "user_id", "moment"]))
     for path in log_files(workspace, kind):
         try:
-            table = _without(workspace.read_table(path, needed), forgotten)
+            table = _without_deleted(workspace.read_table(path, needed_columns), forgotten)
         except NotFoundError:  # deleted to make room since it was listed
             continue
         yield table.select(columns) if columns else table
@@ -189,12 +189,12 @@ def log_files(workspace: Workspace, kind: Kind | None = None) -> dict[str, int]:
     return {path: sizes[path] for path in sorted(files, key=lambda path: path.rpartition("/")[2])}
 
 
-def prune(workspace: Workspace, most: int) -> dict[Kind, int]:
-    """Delete the oldest files until the log has at most `most` bytes; return the number of rows lost of each kind."""
+def prune(workspace: Workspace, max_bytes: int) -> dict[Kind, int]:
+    """Delete the oldest files until the log has at most `max_bytes`; return the number of rows lost of each kind."""
     files = log_files(workspace)
     total, expired = sum(files.values()), dict.fromkeys(KINDS, 0)
     for path, size in files.items():
-        if total <= most:
+        if total <= max_bytes:
             break
         try:
             with workspace.open_input(path) as stream:
@@ -213,16 +213,16 @@ def erase_impressions(workspace: Workspace) -> int:
     for path in log_files(workspace):
         try:
             users = workspace.read_table(path, ["user_id", "moment"])
-            rows_left = _without(users, forgotten).num_rows
-            if rows_left == users.num_rows:
+            remaining_rows = _without_deleted(users, forgotten).num_rows
+            if remaining_rows == users.num_rows:
                 continue
-            if rows_left:
-                workspace.write_table(path, _without(workspace.read_table(path), forgotten))
+            if remaining_rows:
+                workspace.write_table(path, _without_deleted(workspace.read_table(path), forgotten))
             else:
                 workspace.delete(path)
         except NotFoundError:  # deleted to make room since it was listed
             continue
-        erased += users.num_rows - rows_left
+        erased += users.num_rows - remaining_rows
     return erased
 
 
@@ -242,10 +242,10 @@ def compact_impressions(workspace: Workspace) -> None:
                 groups.setdefault((folder, group), {})[path] = size
         for files in groups.values():
             if len(files) > 1:
-                _join(workspace, list(files))
+                _merge_files(workspace, list(files))
 
 
-def _join(workspace: Workspace, paths: list[str]) -> None:
+def _merge_files(workspace: Workspace, paths: list[str]) -> None:
     """Put the rows of all files into the first one."""
     try:
         table = pa.concat_tables([workspace.read_table(path) for path in paths])
@@ -256,13 +256,13 @@ def _join(workspace: Workspace, paths: list[str]) -> None:
         workspace.delete(path)
 
 
-def _without(table: pa.Table, forgotten: ForgottenUsers) -> pa.Table:
+def _without_deleted(table: pa.Table, forgotten: ForgottenUsers) -> pa.Table:
     """Return a table without the rows of deleted users up to their deletion."""
     if not forgotten:
         return table
     users = table.column("user_id").combine_chunks().dictionary_encode()
-    until = pa.array(forgotten.until(users.dictionary.to_pylist()), pa.int64())
-    limits = pc.fill_null(pc.take(until, users.indices), NEVER)
+    deletion_times = pa.array(forgotten.until(users.dictionary.to_pylist()), pa.int64())
+    limits = pc.fill_null(pc.take(deletion_times, users.indices), NEVER)
     return table.filter(pc.greater(table.column("moment").cast(pa.int64()).combine_chunks(), limits))
 
 

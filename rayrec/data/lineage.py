@@ -56,7 +56,7 @@ def status(workspace: Workspace) -> dict[str, Any]:
     active = releases.active_release(workspace)
     return {
         "workspace": workspace.uri,
-        "dataset": _dataset(workspace),
+        "dataset": _dataset_status(workspace),
         "splits": [
             {
                 "id": split.id,
@@ -64,40 +64,40 @@ def status(workspace: Workspace) -> dict[str, Any]:
                 **split.figures(),
                 "held_out_share": split.held_out_share,
                 "held_out_songs": split.held_out_songs,
-                **_file(workspace, split_file(split.id)),
+                **_file_status(workspace, split_file(split.id)),
             }
             for split in list_splits(workspace)
         ],
-        **{kind: [_artifact(workspace, item) for item in artifacts.listing(workspace, kind)] for kind in KINDS},
+        **{kind: [_artifact_status(workspace, item) for item in artifacts.listing(workspace, kind)] for kind in KINDS},
         "current": artifacts.current_ids(workspace),
         "active": None if active is None else active.id,
     }
 
 
-def _dataset(workspace: Workspace) -> dict[str, Any] | None:
+def _dataset_status(workspace: Workspace) -> dict[str, Any] | None:
     try:
         manifest = Dataset(workspace).manifest
     except NotFoundError:
         return None
-    figures = {name: getattr(manifest, name) for name in DATASET_FIGURES}
-    return {**figures, "rejected": sum(manifest.rejected.values()), "bytes": workspace.size("dataset")}
+    values = {name: getattr(manifest, name) for name in DATASET_FIGURES}
+    return {**values, "rejected": sum(manifest.rejected.values()), "bytes": workspace.size("dataset")}
 
 
-def _file(workspace: Workspace, path: str) -> dict[str, Any]:
+def _file_status(workspace: Workspace, path: str) -> dict[str, Any]:
     """Return the size in bytes and the time of the last change of a file."""
     info = workspace.filesystem.get_file_info(workspace.full(path))
-    changed = datetime.fromtimestamp((info.mtime_ns or 0) / 1e9, timezone.utc)
-    return {"bytes": info.size, "created_at": changed.isoformat()}
+    changed_at = datetime.fromtimestamp((info.mtime_ns or 0) / 1e9, timezone.utc)
+    return {"bytes": info.size, "created_at": changed_at.isoformat()}
 
 
-def _artifact(workspace: Workspace, manifest: Manifest) -> dict[str, Any]:
-    figures = {name: value for name, value in manifest.metrics.items() if isinstance(value, int | float | str)}
+def _artifact_status(workspace: Workspace, manifest: Manifest) -> dict[str, Any]:
+    metrics = {name: value for name, value in manifest.metrics.items() if isinstance(value, int | float | str)}
     return {
         "id": manifest.id,
         "created_at": manifest.created_at,
         "bytes": workspace.size(manifest.folder),
         "inputs": manifest.inputs,
-        "figures": figures,
+        "figures": metrics,
     }
 
 
@@ -137,30 +137,37 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
             f"workspace {workspace.uri} has no release, so it is unknown which files are in use; "
             "run `rayrec release create`"
         )
-    limit = datetime.now(timezone.utc) - timedelta(hours=config.hours)
-    last = artifacts.by_request(workspace, releases.KIND, [each.id for each in all_releases])[-config.keep :]
+    cutoff = datetime.now(timezone.utc) - timedelta(hours=config.hours)
+    last_ids = artifacts.by_request(workspace, releases.KIND, [manifest.id for manifest in all_releases])[
+        -config.keep :
+    ]
     state = releases.read_active(workspace)
     # A rollback makes the last release of the history live.
-    names = {*last, state["active"], *state["history"][-1:], *_answering(workspace)}
-    # Artifacts made later may go into the next release. So may older ones that a stage reused: see `_current`.
-    before = min(limit, _moment(all_releases[-1]))
+    used_release_ids = {*last_ids, state["active"], *state["history"][-1:], *_reported_release_ids(workspace)}
+    # Artifacts made later may go into the next release. So may older ones that a stage reused: see `_current_parts`.
+    artifact_cutoff = min(cutoff, _created_at(all_releases[-1]))
     kinds = (releases.KIND, artifacts.RECOMMENDATIONS, *releases.PART_KINDS)
-    complete = {kind: {each.id: each for each in artifacts.listing(workspace, kind)} for kind in kinds}
-    young = [each for of_kind in complete.values() for each in of_kind.values() if _moment(each) >= before]
-    kept = [each for each in all_releases if each.id in names]
-    used = _used(workspace, [*kept, *young, *_current(workspace)])
-    used |= _last_recommendations(workspace, used)
+    manifests = {kind: {manifest.id: manifest for manifest in artifacts.listing(workspace, kind)} for kind in kinds}
+    recent = [
+        manifest
+        for kind_manifests in manifests.values()
+        for manifest in kind_manifests.values()
+        if _created_at(manifest) >= artifact_cutoff
+    ]
+    kept_releases = [manifest for manifest in all_releases if manifest.id in used_release_ids]
+    used_artifacts = _used_artifacts(workspace, [*kept_releases, *recent, *_current_parts(workspace)])
+    used_artifacts |= _last_recommendations(workspace, used_artifacts)
     garbage = []
     for kind in kinds:
-        for name in workspace.folders(kind):
-            if (kind, name) in used:
+        for artifact_id in workspace.folders(kind):
+            if (kind, artifact_id) in used_artifacts:
                 continue
-            folder = f"{kind}/{name}"
-            if name in complete[kind]:
+            folder = f"{kind}/{artifact_id}"
+            if artifact_id in manifests[kind]:
                 garbage.append(Garbage(path=folder, bytes=workspace.size(folder), reason="in no release that is kept"))
-            elif _last_change(workspace, folder) < before:
+            elif _last_change(workspace, folder) < artifact_cutoff:
                 garbage.append(Garbage(path=folder, bytes=workspace.size(folder), reason="unfinished"))
-    return [*garbage, *_replaced_parts(workspace, limit)]
+    return [*garbage, *_replaced_parts(workspace, cutoff)]
 
 
 @writes("clean")
@@ -171,19 +178,21 @@ def delete_garbage(workspace: Workspace, garbage: Iterable[Garbage], config: Cle
     one that starts second is refused. Releases are deleted first, and the manifest of an artifact before its files, so
     that a killed clean leaves only unfinished artifacts. Raises `InputError` if there is no release.
     """
-    found = {item.path for item in garbage}
-    still = [item for item in find_garbage(workspace, config) if item.path in found]
-    gone = {item.path.partition("/")[2] for item in still if item.path.startswith(f"{releases.KIND}/")}
+    paths = {item.path for item in garbage}
+    unused = [item for item in find_garbage(workspace, config) if item.path in paths]
+    deleted_ids = {item.path.partition("/")[2] for item in unused if item.path.startswith(f"{releases.KIND}/")}
     state = releases.read_active(workspace)
-    if gone & set(state["history"]):
-        releases.write_active(workspace, state["active"], [name for name in state["history"] if name not in gone])
-    for item in still:
+    if deleted_ids & set(state["history"]):
+        releases.write_active(
+            workspace, state["active"], [release_id for release_id in state["history"] if release_id not in deleted_ids]
+        )
+    for item in unused:
         workspace.delete(f"{item.path}/manifest.json")
         workspace.delete(item.path)
-    return still
+    return unused
 
 
-def _answering(workspace: Workspace) -> set[str]:
+def _reported_release_ids(workspace: Workspace) -> set[str]:
     """Return the ids of the releases that replicas report to use or to load, including those of experiment arms."""
     ids: set[str] = set()
     for path in workspace.files(REPLICAS):
@@ -195,62 +204,66 @@ def _answering(workspace: Workspace) -> set[str]:
     return ids
 
 
-def _current(workspace: Workspace) -> list[Manifest]:
+def _current_parts(workspace: Workspace) -> list[Manifest]:
     """Return the most recently requested artifact of each kind that releases are made of."""
     latest = (artifacts.latest(workspace, kind) for kind in releases.PART_KINDS)
     return [manifest for manifest in latest if manifest is not None]
 
 
-def _used(workspace: Workspace, kept: Iterable[Manifest]) -> set[tuple[str, str]]:
-    """Return kind and id of the artifacts `kept` and of all artifacts that they were made from, directly or not."""
+def _used_artifacts(workspace: Workspace, manifests: Iterable[Manifest]) -> set[tuple[str, str]]:
+    """Return kind and id of the artifacts `manifests` and of all that they were made from, directly or not."""
     used: set[tuple[str, str]] = set()
-    todo = list(kept)
-    while todo:
-        manifest = todo.pop()
+    pending = list(manifests)
+    while pending:
+        manifest = pending.pop()
         if (manifest.kind, manifest.id) in used:
             continue
         used.add((manifest.kind, manifest.id))
-        for kind, made_of in manifest.inputs.items():
-            if kind in releases.PART_KINDS and workspace.exists(f"{kind}/{made_of}/manifest.json"):
-                todo.append(artifacts.load_manifest(workspace, kind, made_of))
+        for kind, input_id in manifest.inputs.items():
+            if kind in releases.PART_KINDS and workspace.exists(f"{kind}/{input_id}/manifest.json"):
+                pending.append(artifacts.load_manifest(workspace, kind, input_id))
     return used
 
 
-def _last_recommendations(workspace: Workspace, used: set[tuple[str, str]]) -> set[tuple[str, str]]:
+def _last_recommendations(workspace: Workspace, used_artifacts: set[tuple[str, str]]) -> set[tuple[str, str]]:
     """Return kind and id of the most recently requested recommendations of each model in use."""
-    made = {manifest.id: manifest for manifest in artifacts.listing(workspace, artifacts.RECOMMENDATIONS)}
-    last = {
-        made[each].inputs["models"]: each
-        for each in artifacts.by_request(workspace, artifacts.RECOMMENDATIONS, list(made))
+    manifests = {manifest.id: manifest for manifest in artifacts.listing(workspace, artifacts.RECOMMENDATIONS)}
+    last_by_model = {
+        manifests[artifact_id].inputs["models"]: artifact_id
+        for artifact_id in artifacts.by_request(workspace, artifacts.RECOMMENDATIONS, list(manifests))
     }
-    return {(artifacts.RECOMMENDATIONS, each) for model, each in last.items() if ("models", model) in used}
+    return {
+        (artifacts.RECOMMENDATIONS, artifact_id)
+        for model_id, artifact_id in last_by_model.items()
+        if ("models", model_id) in used_artifacts
+    }
 
 
-def _replaced_parts(workspace: Workspace, limit: datetime) -> list[Garbage]:
+def _replaced_parts(workspace: Workspace, cutoff: datetime) -> list[Garbage]:
     """Return the files of histories that joined ones replaced, and of lists of users that a later part replaced."""
     if not workspace.exists(DATASET_MANIFEST):
         return []
     dataset = read_dataset_manifest(workspace)
-    needed = _needed(dataset)
+    needed_paths = _needed_paths(dataset)
     folders = [USERS]
-    if dataset.joined_at and datetime.fromisoformat(dataset.joined_at) < limit:
+    if dataset.joined_at and datetime.fromisoformat(dataset.joined_at) < cutoff:
         folders.append(HISTORIES)
     return [
         Garbage(path=path, bytes=size, reason=f"replaced by a {'newer' if folder == USERS else 'joined'} file")
         for folder in folders
         for path, size in sorted(workspace.sizes(folder).items())
-        if path not in needed
+        if path not in needed_paths
     ]
 
 
-def _needed(dataset: DatasetManifest) -> set[str]:
-    needed = {f"{DATASET}/{path}" for path in dataset.files}
+def _needed_paths(dataset: DatasetManifest) -> set[str]:
+    needed_paths = {f"{DATASET}/{path}" for path in dataset.files}
     for bucket in range(dataset.buckets):
-        needed |= {*dataset.histories_files(bucket), dataset.current_users_file(bucket)}
-    return needed
+        needed_paths |= {*dataset.histories_files(bucket), dataset.current_users_file(bucket)}
+    return needed_paths
 
 
-def _moment(manifest: Manifest) -> datetime:
+def _created_at(manifest: Manifest) -> datetime:
     return datetime.fromisoformat(manifest.created_at)
 
 

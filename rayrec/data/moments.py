@@ -48,7 +48,7 @@ WRITTEN = rf"{WRITTEN_DATE[:-1]}(,? (\d{{1,2}}):(\d{{2}})(:\d{{2}})?)?$"  # 14 N
 EXPECTED = "give ISO 8601 with a zone, such as 2015-01-20T18:30:00Z, or unix seconds or milliseconds"
 
 _NUMBER = re.compile(NUMBER, re.ASCII)
-_MOMENT = re.compile(
+_ISO_TIME = re.compile(
     r"(\d{4})(-?)(\d{2})\2(\d{2})[T ](\d{2})(:?)(\d{2})(?:\6(\d{2})(?:[.,](\d+))?)?\s*"
     r"(?:[Zz]|UTC|([+-](?:[01]\d|2[0-3]))(?::?([0-5]\d))?)",
     re.ASCII,
@@ -101,14 +101,14 @@ def parse_moment(value: str | int | float) -> int:
 
 
 def _parse_iso(text: str) -> int:
-    parts = _MOMENT.fullmatch(text)
-    if parts is None:
+    match = _ISO_TIME.fullmatch(text)
+    if match is None:
         if re.fullmatch(DATE, text):
             raise InputError(f"time {text!r} has no time of day and no zone; {EXPECTED}")
         if re.match(ISO, text) and not re.search(ZONED, text):
             raise InputError(f"time {text!r} has no zone; {EXPECTED}")
         raise InputError(f"time {text!r} is not a time; {EXPECTED}")
-    year, _, month, day, hour, _, minute, second, fraction, zone_hours, zone_minutes = parts.groups()
+    year, _, month, day, hour, _, minute, second, fraction, zone_hours, zone_minutes = match.groups()
     try:
         local = datetime(int(year), int(month), int(day), int(hour), int(minute), int(second or 0), tzinfo=timezone.utc)
     except ValueError as error:
@@ -128,22 +128,22 @@ def to_ms(values: pa.Array, problems: Problems, *, column: str = "played_at", ti
     """
     zone = time_zone(timezone)
     values = plain(values)
-    kind = values.type
-    if pa.types.is_timestamp(kind):
+    data_type = values.type
+    if pa.types.is_timestamp(data_type):
         times = _from_timestamps(values, problems, zone)
-    elif pa.types.is_date(kind):
+    elif pa.types.is_date(data_type):
         times = _from_timestamps(values.cast(pa.date32()).cast(pa.timestamp("s")), problems, zone)
-    elif pa.types.is_integer(kind):
-        problems.mark(_numpy(values.is_null()), NO_TIME)
-        times = _scale(_numpy(pc.fill_null(values.cast(pa.int64(), safe=False), 0)))
-    elif pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+    elif pa.types.is_integer(data_type):
+        problems.mark(_to_numpy(values.is_null()), NO_TIME)
+        times = _seconds_to_ms(_to_numpy(pc.fill_null(values.cast(pa.int64(), safe=False), 0)))
+    elif pa.types.is_floating(data_type) or pa.types.is_decimal(data_type):
         times = _from_floats(values, problems)
-    elif pa.types.is_null(kind) or any(
-        is_text(kind) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    elif pa.types.is_null(data_type) or any(
+        is_text(data_type) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     ):
         times = _from_strings(valid_text(values, problems), problems, zone)
     else:
-        raise InputError(f"column {column!r} holds {kind}; expected times; {EXPECTED}")
+        raise InputError(f"column {column!r} holds {data_type}; expected times; {EXPECTED}")
     problems.mark((times < 0) | (times >= END_MS), OUT_OF_RANGE)
     return np.where(problems.bad, np.int64(0), times)
 
@@ -155,23 +155,25 @@ def local_to_ms(texts: pa.Array, zones: pa.Array, problems: Problems, *, form: s
     `problems` and become 0.
     """
     problems.mark(missing(texts), NO_TIME)
-    moments = pd.Series(pd.to_datetime(pd.Series(_numpy(texts), dtype=object), errors="coerce", format=form))
-    moments = moments.where((moments.dt.year >= FIRST_YEAR) & (moments.dt.year < LAST_YEAR))
-    problems.mark(moments.isna().to_numpy(), NOT_LOCAL)
+    timestamps = pd.Series(pd.to_datetime(pd.Series(_to_numpy(texts), dtype=object), errors="coerce", format=form))
+    timestamps = timestamps.where((timestamps.dt.year >= FIRST_YEAR) & (timestamps.dt.year < LAST_YEAR))
+    problems.mark(timestamps.isna().to_numpy(), NOT_LOCAL)
     times: np.ndarray = np.zeros(len(texts), dtype=np.int64)
-    for zone in pc.unique(zones).to_pylist():
-        rows = np.flatnonzero(_numpy(zones.is_null() if zone is None else pc.fill_null(pc.equal(zones, zone), False)))
+    for zone_name in pc.unique(zones).to_pylist():
+        rows = np.flatnonzero(
+            _to_numpy(zones.is_null() if zone_name is None else pc.fill_null(pc.equal(zones, zone_name), False))
+        )
         rows = rows[~problems.bad[rows]]
         try:
-            place = time_zone(zone or "UTC")
+            zone = time_zone(zone_name or "UTC")
         except InputError:
             problems.mark(np.isin(np.arange(len(texts)), rows), NOT_A_ZONE)
             continue
-        times[rows] = _placed(moments.iloc[rows].dt.as_unit("ms").astype("int64").to_numpy(), place)
+        times[rows] = _local_to_utc(timestamps.iloc[rows].dt.as_unit("ms").astype("int64").to_numpy(), zone)
     return np.where(problems.bad, np.int64(0), times)
 
 
-def _placed(local: np.ndarray, zone: ZoneInfo) -> np.ndarray:
+def _local_to_utc(local: np.ndarray, zone: ZoneInfo) -> np.ndarray:
     """int64 (R,): ms UTC of local times of a zone, given as int64 (R,) ms without the zone's offset.
 
     Times far outside of 1970 to 2100 are returned unchanged.
@@ -179,57 +181,57 @@ def _placed(local: np.ndarray, zone: ZoneInfo) -> np.ndarray:
     times = local.copy()
     rows = np.flatnonzero((local > -DAY_MS) & (local < END_MS + DAY_MS))
     if len(rows) and zone.key != "UTC":
-        moments = pd.Series(local[rows].astype("datetime64[ms]"))
-        repeated = np.ones(len(rows), dtype=bool)  # True: take the first of two moments with the same local time
-        moved = moments.dt.tz_localize(zone, ambiguous=repeated, nonexistent="shift_forward")
-        times[rows] = moved.dt.tz_convert("UTC").dt.as_unit("ms").astype("int64").to_numpy()
+        timestamps = pd.Series(local[rows].astype("datetime64[ms]"))
+        take_first = np.ones(len(rows), dtype=bool)  # True: take the first of two moments with the same local time
+        zoned = timestamps.dt.tz_localize(zone, ambiguous=take_first, nonexistent="shift_forward")
+        times[rows] = zoned.dt.tz_convert("UTC").dt.as_unit("ms").astype("int64").to_numpy()
     return times
 
 
-def _numpy(values: pa.Array) -> np.ndarray:
+def _to_numpy(values: pa.Array) -> np.ndarray:
     return np.asarray(values.to_numpy(zero_copy_only=False))
 
 
-def _scale(numbers: np.ndarray) -> np.ndarray:
+def _seconds_to_ms(numbers: np.ndarray) -> np.ndarray:
     """Convert seconds to ms and leave ms unchanged; the type stays the same."""
-    seconds = (numbers > -FIRST_MILLISECONDS) & (numbers < FIRST_MILLISECONDS)
-    scaled: np.ndarray = np.where(seconds, np.where(seconds, numbers, 0) * 1000, numbers)
+    is_seconds = (numbers > -FIRST_MILLISECONDS) & (numbers < FIRST_MILLISECONDS)
+    scaled: np.ndarray = np.where(is_seconds, np.where(is_seconds, numbers, 0) * 1000, numbers)
     return scaled
 
 
 def _from_timestamps(values: pa.Array, problems: Problems, zone: ZoneInfo) -> np.ndarray:
-    problems.mark(_numpy(values.is_null()), NO_TIME)
-    whole = values.cast(pa.int64())
+    problems.mark(_to_numpy(values.is_null()), NO_TIME)
+    integers = values.cast(pa.int64())
     per_ms = {"s": 0.001, "ms": 1, "us": 1_000, "ns": 1_000_000}[values.type.unit]
-    numbers = _numpy(pc.fill_null(whole, 0))
+    numbers = _to_numpy(pc.fill_null(integers, 0))
     if per_ms < 1:  # seconds of distant years would overflow as ms
         times = np.clip(numbers, -DAY_MS // 1000, (END_MS + DAY_MS) // 1000) * 1000
     else:
         times = np.asarray(numbers // int(per_ms), dtype=np.int64)
-    return _placed(times, zone) if values.type.tz is None else times
+    return _local_to_utc(times, zone) if values.type.tz is None else times
 
 
 def _from_floats(values: pa.Array, problems: Problems) -> np.ndarray:
-    numbers = _numpy(values.cast(pa.float64()))  # null becomes NaN
+    numbers = _to_numpy(values.cast(pa.float64()))  # null becomes NaN
     problems.mark(np.isnan(numbers), NO_TIME)
-    ms: np.ndarray = np.clip(np.nan_to_num(np.rint(_scale(numbers))), -1, END_MS)
+    ms: np.ndarray = np.clip(np.nan_to_num(np.rint(_seconds_to_ms(numbers))), -1, END_MS)
     return ms.astype(np.int64)
 
 
 def _from_strings(values: pa.Array, problems: Problems, zone: ZoneInfo) -> np.ndarray:
     problems.mark(missing(values), NO_TIME)
     try:
-        return _scale(_numpy(pc.fill_null(values.cast(pa.int64()), 0)))
+        return _seconds_to_ms(_to_numpy(pc.fill_null(values.cast(pa.int64()), 0)))
     except pa.ArrowInvalid:
         pass
     try:
-        return _numpy(pc.fill_null(values.cast(pa.timestamp("ms", "UTC")).cast(pa.int64()), 0))
+        return _to_numpy(pc.fill_null(values.cast(pa.timestamp("ms", "UTC")).cast(pa.int64()), 0))
     except pa.ArrowInvalid:
         pass
     try:
         local = values.cast(pa.timestamp("ms")).cast(pa.int64())
         if pc.all(pc.match_substring_regex(values, LOCAL)).as_py() is not False:  # Arrow also accepts hours alone
-            return _placed(_numpy(pc.fill_null(local, 0)), zone)
+            return _local_to_utc(_to_numpy(pc.fill_null(local, 0)), zone)
     except pa.ArrowInvalid:
         pass
     return _from_mixed_strings(values, problems, zone)
@@ -239,36 +241,38 @@ def _from_mixed_strings(values: pa.Array, problems: Problems, zone: ZoneInfo) ->
     """int64 (R,): ms UTC of a column with other values than whole numbers and ISO 8601 to the millisecond; slower."""
     trimmed = pc.fill_null(pc.utf8_trim_whitespace(values), "")
     problems.mark(missing(trimmed), NO_TIME)
-    written = _numpy(pc.match_substring_regex(trimmed, WRITTEN))
-    if written.any():
-        trimmed = pc.replace_with_mask(trimmed, pa.array(written), _iso_of_written(trimmed.filter(pa.array(written))))
-    numeric = _numpy(pc.match_substring_regex(trimmed, NUMBER))
-    local = _numpy(pc.match_substring_regex(trimmed, LOCAL))
-    zoned = _numpy(pc.match_substring_regex(trimmed, ISO)) & _numpy(pc.match_substring_regex(trimmed, ZONED))
-    texts = pd.Series(_numpy(trimmed), dtype=object)
-    numbers = pd.to_numeric(texts.where(numeric), errors="coerce").fillna(0).to_numpy(dtype=np.float64)
-    iso = texts.where(zoned).str.replace("UTC", "Z", regex=False).str.replace("z", "Z", regex=False)
-    moments, readable = _parsed(iso)
-    times = np.where(numeric, np.rint(_scale(numbers)), np.where(readable, moments, 0)).astype(np.int64)
-    if local.any():
-        moments, of_a_day = _parsed(texts.where(local))
-        times[of_a_day] = _placed(moments[of_a_day], zone)
-        readable = readable | of_a_day
-    problems.mark(~numeric & ~readable, NOT_A_TIME)
+    is_written = _to_numpy(pc.match_substring_regex(trimmed, WRITTEN))
+    if is_written.any():
+        trimmed = pc.replace_with_mask(
+            trimmed, pa.array(is_written), _written_to_iso(trimmed.filter(pa.array(is_written)))
+        )
+    is_number = _to_numpy(pc.match_substring_regex(trimmed, NUMBER))
+    is_local = _to_numpy(pc.match_substring_regex(trimmed, LOCAL))
+    is_zoned = _to_numpy(pc.match_substring_regex(trimmed, ISO)) & _to_numpy(pc.match_substring_regex(trimmed, ZONED))
+    texts = pd.Series(_to_numpy(trimmed), dtype=object)
+    numbers = pd.to_numeric(texts.where(is_number), errors="coerce").fillna(0).to_numpy(dtype=np.float64)
+    iso = texts.where(is_zoned).str.replace("UTC", "Z", regex=False).str.replace("z", "Z", regex=False)
+    timestamps, is_readable = _parse_iso_column(iso)
+    times = np.where(is_number, np.rint(_seconds_to_ms(numbers)), np.where(is_readable, timestamps, 0)).astype(np.int64)
+    if is_local.any():
+        timestamps, is_readable_local = _parse_iso_column(texts.where(is_local))
+        times[is_readable_local] = _local_to_utc(timestamps[is_readable_local], zone)
+        is_readable = is_readable | is_readable_local
+    problems.mark(~is_number & ~is_readable, NOT_A_TIME)
     return times
 
 
-def _iso_of_written(texts: pa.Array) -> pa.Array:
+def _written_to_iso(texts: pa.Array) -> pa.Array:
     """Return times that `WRITTEN` matches, strings (R,), as ISO 8601 without a zone; a date alone becomes midnight."""
-    parts = pd.Series(_numpy(texts), dtype=object).str.extract(WRITTEN)
-    day, month, year, _, hour, minute, second = (parts[place] for place in range(7))
-    number = month.str.lower().map({name: f"{place:02d}" for place, name in enumerate(MONTHS, 1)})
+    parts = pd.Series(_to_numpy(texts), dtype=object).str.extract(WRITTEN)
+    day, month, year, _, hour, minute, second = (parts[index] for index in range(7))
+    month_numbers = month.str.lower().map({name: f"{index:02d}" for index, name in enumerate(MONTHS, 1)})
     time_of_day = hour.fillna("0").str.zfill(2) + ":" + minute.fillna("00") + second.fillna(":00")
-    return pa.array(year + "-" + number + "-" + day.str.zfill(2) + "T" + time_of_day, pa.string())
+    return pa.array(year + "-" + month_numbers + "-" + day.str.zfill(2) + "T" + time_of_day, pa.string())
 
 
-def _parsed(texts: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+def _parse_iso_column(texts: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """Read ISO 8601 or missing values, those without a zone as UTC: int64 (R,) ms, and bool (R,) which were read."""
-    points = texts.str.replace(",", ".", regex=False)
-    moments = pd.to_datetime(points, errors="coerce", utc=True, format="ISO8601")
-    return moments.dt.as_unit("ms").astype("int64").to_numpy(), moments.notna().to_numpy()
+    texts_with_points = texts.str.replace(",", ".", regex=False)
+    timestamps = pd.to_datetime(texts_with_points, errors="coerce", utc=True, format="ISO8601")
+    return timestamps.dt.as_unit("ms").astype("int64").to_numpy(), timestamps.notna().to_numpy()

@@ -26,9 +26,9 @@ def offsets_of(counts: np.ndarray | Sequence[int]) -> np.ndarray:
 def places_in(sorted_groups: np.ndarray) -> np.ndarray:
     """int64: the position of each value within its run of equal values, from 0. Equal values must be adjacent."""
     count = len(sorted_groups)
-    first = np.ones(count, dtype=bool)
-    first[1:] = sorted_groups[1:] != sorted_groups[:-1]
-    starts = np.flatnonzero(first)
+    is_first = np.ones(count, dtype=bool)
+    is_first[1:] = sorted_groups[1:] != sorted_groups[:-1]
+    starts = np.flatnonzero(is_first)
     return np.asarray(np.arange(count) - np.repeat(starts, np.diff(np.append(starts, count))))
 
 
@@ -57,15 +57,15 @@ def highest_of_each(sorted_groups: np.ndarray, scores: np.ndarray, count: int) -
 
     Equal values of `sorted_groups`, int, must be adjacent. The result is short and so cheap to sort.
     """
-    first = first_of_each(sorted_groups)
-    sizes = np.diff(np.append(first, len(sorted_groups)))
-    large = np.flatnonzero(sizes > count)
-    if not len(large):
+    starts = first_of_each(sorted_groups)
+    sizes = np.diff(np.append(starts, len(sorted_groups)))
+    large_groups = np.flatnonzero(sizes > count)
+    if not len(large_groups):
         return np.arange(len(scores))
     is_highest = np.ones(len(scores), dtype=bool)
-    for begin, size in zip(first[large].tolist(), sizes[large].tolist(), strict=True):
-        group = scores[begin : begin + size]
-        is_highest[begin : begin + size] = group >= np.partition(group, size - count)[size - count]
+    for start, size in zip(starts[large_groups].tolist(), sizes[large_groups].tolist(), strict=True):
+        group = scores[start : start + size]
+        is_highest[start : start + size] = group >= np.partition(group, size - count)[size - count]
     return np.flatnonzero(is_highest)
 
 
@@ -78,6 +78,6 @@ def best_of_each(
     """
     highest = highest_of_each(sorted_groups, scores, count)
     order = highest[np.lexsort((songs[highest], -scores[highest], sorted_groups[highest]))]
-    places = places_in(sorted_groups[order])
-    inside = places < count
-    return order[inside], places[inside]
+    ranks = places_in(sorted_groups[order])
+    is_kept = ranks < count
+    return order[is_kept], ranks[is_kept]

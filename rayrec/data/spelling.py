@@ -36,10 +36,10 @@ class Problems:
 
     def mark(self, mask: np.ndarray, reason: str) -> None:
         """Reject the rows where `mask`, bool (R,), is true, for `reason`."""
-        new = mask & ~self.bad
-        if new.any():
+        is_new = mask & ~self.bad
+        if is_new.any():
             self._reasons.append(reason)
-            self._codes[new] = len(self._reasons)
+            self._codes[is_new] = len(self._reasons)
 
     def reasons(self) -> list[str]:
         """Return the reasons of the rejected rows, in the order of the rows."""
@@ -73,7 +73,7 @@ def spell_id(value: Any) -> str | None:
     text = clean(value).strip()
     if not text or text in NOT_NUMBERS:
         return None
-    return _whole(text)
+    return _normalize_whole_number(text)
 
 
 def spell_text(value: Any) -> str | None:
@@ -92,9 +92,9 @@ def name_song(artist: str | None, title: str | None) -> str | None:
 def name_songs(ids: pa.Array, artists: pa.Array, titles: pa.Array) -> pa.Array:
     """Return the ids of songs, strings (R,); `name_song` of artist and title replaces null, empty and NaN ids."""
     titles = pc.if_else(pc.equal(titles, ""), None, titles)
-    named = pc.binary_join_element_wise(pc.fill_null(artists, ""), titles, " – ")
+    names = pc.binary_join_element_wise(pc.fill_null(artists, ""), titles, " – ")
     is_missing = pc.is_in(pc.utf8_trim_whitespace(ids), value_set=pa.array(["", *NOT_NUMBERS]))
-    return pc.coalesce(pc.if_else(is_missing, None, ids), named)
+    return pc.coalesce(pc.if_else(is_missing, None, ids), names)
 
 
 def spell_ids(values: pa.Array, problems: Problems, *, column: str, reason: str) -> pa.Array:
@@ -103,8 +103,8 @@ def spell_ids(values: pa.Array, problems: Problems, *, column: str, reason: str)
     Raises `InputError`, which names `column`, for a type that cannot hold ids, such as a list.
     """
     texts = as_strings(values, problems, column=column)
-    no_number = pc.fill_null(pc.is_in(texts, value_set=pa.array(NOT_NUMBERS)), False)
-    problems.mark(missing(texts) | no_number.to_numpy(zero_copy_only=False), reason)
+    is_not_a_number = pc.fill_null(pc.is_in(texts, value_set=pa.array(NOT_NUMBERS)), False)
+    problems.mark(missing(texts) | is_not_a_number.to_numpy(zero_copy_only=False), reason)
     mark_long(texts, problems)
     return texts
 
@@ -135,7 +135,7 @@ def spell_values(values: pa.Array, problems: Problems, *, column: str) -> pa.Arr
 
     A CSV file has `1.0` if pandas wrote it from whole numbers of which some are missing.
     """
-    return _respelled(spell_texts(values, problems, column=column))
+    return _normalize_whole_numbers(spell_texts(values, problems, column=column))
 
 
 def spell_lists(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
@@ -144,22 +144,22 @@ def spell_lists(values: pa.Array, problems: Problems, *, column: str) -> pa.Arra
     Raises `InputError`, which names `column`, for another type.
     """
     values = plain(values)
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(is_kind(values.type) for is_kind in kinds):
+    list_checks = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_list(values.type) for is_list in list_checks):
         texts = spell_values(values, problems, column=column)
         lists = pc.split_pattern(texts, LIST_SEPARATOR)
     else:
         lists = values
-    flat, parents = pc.list_flatten(lists), pc.list_parent_indices(lists).to_numpy()
-    inner = Problems(len(flat))
-    names = spell_values(flat, inner, column=column)
-    broken = np.zeros(len(values), dtype=bool)
-    broken[parents[inner.bad]] = True
-    problems.mark(broken, NOT_UTF8)
-    valid = ~(missing(names) | inner.bad)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(parents[valid], minlength=len(values)))]).astype(np.int32)
-    absent = lists.is_null().to_numpy(zero_copy_only=False)
-    return pa.ListArray.from_arrays(pa.array(offsets), names.filter(pa.array(valid)), mask=pa.array(absent))
+    flat_values, parents = pc.list_flatten(lists), pc.list_parent_indices(lists).to_numpy()
+    inner_problems = Problems(len(flat_values))
+    names = spell_values(flat_values, inner_problems, column=column)
+    is_broken = np.zeros(len(values), dtype=bool)
+    is_broken[parents[inner_problems.bad]] = True
+    problems.mark(is_broken, NOT_UTF8)
+    is_valid = ~(missing(names) | inner_problems.bad)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(parents[is_valid], minlength=len(values)))]).astype(np.int32)
+    is_null = lists.is_null().to_numpy(zero_copy_only=False)
+    return pa.ListArray.from_arrays(pa.array(offsets), names.filter(pa.array(is_valid)), mask=pa.array(is_null))
 
 
 def plain(values: pa.Array) -> pa.Array:
@@ -182,18 +182,20 @@ def as_strings(values: pa.Array, problems: Problems, *, column: str) -> pa.Array
     Rows that are not UTF-8 are rejected. Raises `InputError`, which names `column`, for another type.
     """
     values = plain(values)
-    kind = values.type
-    if _is_uuid(kind):
+    data_type = values.type
+    if _is_uuid(data_type):
         return pa.array([None if value is None else str(value) for value in values.to_pylist()], pa.string())
-    if pa.types.is_integer(kind) or pa.types.is_null(kind):
+    if pa.types.is_integer(data_type) or pa.types.is_null(data_type):
         return values.cast(pa.string())
-    if pa.types.is_decimal(kind):
-        return pa.array([None if value is None else _of_decimal(value) for value in values.to_pylist()], pa.string())
-    if pa.types.is_floating(kind):
-        return _of_floats(values)
-    if not _is_text(kind):
-        raise InputError(f"column {column!r} holds {kind}; expected text or numbers")
-    return _respelled(pc.utf8_trim_whitespace(valid_text(values, problems)))
+    if pa.types.is_decimal(data_type):
+        return pa.array(
+            [None if value is None else _decimal_to_string(value) for value in values.to_pylist()], pa.string()
+        )
+    if pa.types.is_floating(data_type):
+        return _floats_to_strings(values)
+    if not _is_text(data_type):
+        raise InputError(f"column {column!r} holds {data_type}; expected text or numbers")
+    return _normalize_whole_numbers(pc.utf8_trim_whitespace(valid_text(values, problems)))
 
 
 def valid_text(values: pa.Array, problems: Problems) -> pa.Array:
@@ -203,66 +205,68 @@ def valid_text(values: pa.Array, problems: Problems) -> pa.Array:
         texts.validate(full=True)
         return one_array(texts)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raw = values.cast(pa.binary()).to_pylist()
-    texts = [None if value is None else _decoded(value) for value in raw]
+        raw_values = values.cast(pa.binary()).to_pylist()
+    texts = [None if value is None else _decode_utf8(value) for value in raw_values]
     problems.mark(
-        np.array([value is not None and text is None for value, text in zip(raw, texts, strict=True)], dtype=bool),
+        np.array(
+            [value is not None and text is None for value, text in zip(raw_values, texts, strict=True)], dtype=bool
+        ),
         NOT_UTF8,
     )
     return pa.array(texts, pa.string())
 
 
-def _decoded(value: bytes) -> str | None:
+def _decode_utf8(value: bytes) -> str | None:
     try:
         return value.decode("utf-8")
     except UnicodeDecodeError:
         return None
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _is_text(data_type: pa.DataType) -> bool:
     types = pa.types
     checks = [types.is_string, types.is_large_string, types.is_binary, types.is_large_binary]
     checks += [types.is_fixed_size_binary, types.is_string_view, types.is_binary_view]
-    return any(check(kind) for check in checks)
+    return any(check(data_type) for check in checks)
 
 
-def _is_uuid(kind: pa.DataType) -> bool:
-    return getattr(kind, "extension_name", "") == "arrow.uuid"
+def _is_uuid(data_type: pa.DataType) -> bool:
+    return getattr(data_type, "extension_name", "") == "arrow.uuid"
 
 
-def _is_list_view(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
+def _is_list_view(data_type: pa.DataType) -> bool:
+    return bool(pa.types.is_list_view(data_type) or pa.types.is_large_list_view(data_type))
 
 
-def _of_decimal(value: Decimal) -> str:
+def _decimal_to_string(value: Decimal) -> str:
     return str(int(value)) if value == value.to_integral_value() else str(value)
 
 
-def _of_floats(values: pa.Array) -> pa.Array:
+def _floats_to_strings(values: pa.Array) -> pa.Array:
     """Return floats as strings: whole numbers without a fraction, NaN as null."""
     numbers = np.asarray(values.cast(pa.float64()).to_numpy(zero_copy_only=False))  # null becomes NaN
-    whole = np.isfinite(numbers) & (numbers == np.floor(numbers)) & (np.abs(numbers) < 2**63)
+    is_whole = np.isfinite(numbers) & (numbers == np.floor(numbers)) & (np.abs(numbers) < 2**63)
     texts = np.empty(len(numbers), dtype=object)
-    texts[whole] = numbers[whole].astype(np.int64).astype(str)
-    texts[~whole] = [
+    texts[is_whole] = numbers[is_whole].astype(np.int64).astype(str)
+    texts[~is_whole] = [
         None if np.isnan(value) else str(int(value)) if value.is_integer() else repr(value)
-        for value in numbers[~whole].tolist()
+        for value in numbers[~is_whole].tolist()
     ]
     return pa.array(texts, pa.string())
 
 
-def _respelled(texts: pa.Array) -> pa.Array:
+def _normalize_whole_numbers(texts: pa.Array) -> pa.Array:
     """Remove the fraction or the exponent of whole numbers in a column of text."""
-    numeric = pc.match_substring_regex(texts, f"{WITH_ZEROS}|{WITH_EXPONENT}")
-    places = np.flatnonzero(pc.fill_null(numeric, False).to_numpy(zero_copy_only=False))
-    if not len(places):
+    is_whole = pc.match_substring_regex(texts, f"{WITH_ZEROS}|{WITH_EXPONENT}")
+    rows = np.flatnonzero(pc.fill_null(is_whole, False).to_numpy(zero_copy_only=False))
+    if not len(rows):
         return texts
-    spelled = texts.to_numpy(zero_copy_only=False).copy()
-    spelled[places] = [_whole(text) for text in spelled[places]]
-    return pa.array(spelled, pa.string())
+    new_texts = texts.to_numpy(zero_copy_only=False).copy()
+    new_texts[rows] = [_normalize_whole_number(text) for text in new_texts[rows]]
+    return pa.array(new_texts, pa.string())
 
 
-def _whole(text: str) -> str:
+def _normalize_whole_number(text: str) -> str:
     if _WITH_ZEROS.match(text):
         return text.split(".")[0] if text[0] != "-" or text.strip("-0.") else "0"
     if _WITH_EXPONENT.match(text):

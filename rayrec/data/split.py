@@ -68,26 +68,26 @@ class FitRange:
         The number of a user's plays is taken from `totals`; without it the plays are counted, and the histories must be
         whole. Plays of held-out songs do not count in this number, nor in the positions of other plays.
         """
-        covered: np.ndarray = np.ones(histories.num_plays, dtype=bool)
+        is_covered: np.ndarray = np.ones(histories.num_plays, dtype=bool)
         if self.before is not None:
-            covered &= histories.played_at < self.before
+            is_covered &= histories.played_at < self.before
         if self.share is not None:
-            places, counts = self._counted(histories)
+            positions, counts = self._positions_and_counts(histories)
             totals = counts if histories.totals is None else histories.totals
             fit_counts = np.floor(totals * self.share + 0.5).astype(np.int64)
-            covered &= places < np.repeat(fit_counts, histories.lengths)
-        return covered
+            is_covered &= positions < np.repeat(fit_counts, histories.lengths)
+        return is_covered
 
-    def _counted(self, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+    def _positions_and_counts(self, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
         """int64 (P,) and (U,): each play's position and each user's number of plays, without those of held-out songs.
 
         Positions count from 0 within a user's history.
         """
         if self.held_out_songs == 0.0:
             return histories.places, histories.lengths
-        before = offsets_of(self.allowed_songs(histories.songs))
-        starts = before[histories.offsets[:-1]]
-        return before[:-1] - np.repeat(starts, histories.lengths), before[histories.offsets[1:]] - starts
+        counts_before = offsets_of(self.allowed_songs(histories.songs))
+        starts = counts_before[histories.offsets[:-1]]
+        return counts_before[:-1] - np.repeat(starts, histories.lengths), counts_before[histories.offsets[1:]] - starts
 
     def select(self, histories: Histories) -> Histories:
         """Return the plays that a fit may see; users without such plays are left out.
@@ -96,7 +96,7 @@ class FitRange:
         """
         allowed = histories.take(self.allowed_users(histories.user_ids))
         if self.share is not None and allowed.totals is None:
-            allowed = replace(allowed, totals=self._counted(allowed)[1])
+            allowed = replace(allowed, totals=self._positions_and_counts(allowed)[1])
         selected = allowed.keep(self.covers(allowed) & self.allowed_songs(allowed.songs))
         selected = selected.take(selected.lengths > 0)
         return (
@@ -110,12 +110,12 @@ class FitRange:
         likes = histories.likes
         assert likes is not None
         assert histories.lengths.all()
-        covered = self.allowed_songs(likes.songs)
+        is_covered = self.allowed_songs(likes.songs)
         if self.before is not None:
-            covered &= likes.played_at < self.before
+            is_covered &= likes.played_at < self.before
         if self.share is not None:
-            covered &= likes.played_at <= histories.played_at[histories.offsets[1:] - 1][likes.rows]
-        return covered
+            is_covered &= likes.played_at <= histories.played_at[histories.offsets[1:] - 1][likes.rows]
+        return is_covered
 
     def is_within(self, other: "FitRange") -> bool:
         """True if `other` covers every play that this range covers.
@@ -124,10 +124,15 @@ class FitRange:
         """
         in_time = other.before is None or (self.before is not None and self.before <= other.before)
         in_share = other.share is None or (self.share is not None and self.share <= other.share)
-        own, others = ((each.held_out_share, each.held_out_seed) for each in (self, other))
-        songs, other_songs = ((each.held_out_songs, each.held_out_seed) for each in (self, other))
-        in_users = other.held_out_share == 0.0 or own == others
-        return in_time and in_share and in_users and (other.held_out_songs == 0.0 or songs == other_songs)
+        held_out_users, other_held_out_users = ((fit.held_out_share, fit.held_out_seed) for fit in (self, other))
+        held_out_songs, other_held_out_songs = ((fit.held_out_songs, fit.held_out_seed) for fit in (self, other))
+        in_users = other.held_out_share == 0.0 or held_out_users == other_held_out_users
+        return (
+            in_time
+            and in_share
+            and in_users
+            and (other.held_out_songs == 0.0 or held_out_songs == other_held_out_songs)
+        )
 
     def require(self, histories: Histories) -> None:
         """Raise `LeakError` if the histories hold a play that a fit must not see. Every fit calls this method.
@@ -139,11 +144,11 @@ class FitRange:
             raise LeakError(
                 "training data lacks the total number of plays per user; call FitRange.select on the histories first"
             )
-        late = int((~self.covers(histories)).sum())
-        if late:
+        late_plays = int((~self.covers(histories)).sum())
+        if late_plays:
             cut = f"{self.before} (ms UTC)" if self.share is None else f"{self.share:.3g} (of each user's plays)"
             raise LeakError(
-                f"training data holds {late} plays at or after its cut {cut}; "
+                f"training data holds {late_plays} plays at or after its cut {cut}; "
                 "call FitRange.select on the histories first"
             )
         if self.held_out_share and not self.allowed_users(histories.user_ids).all():
@@ -241,8 +246,8 @@ class Split:
                 else "on"
             )
             return f"the plays from {_day(self.validation_from)} {end}, UTC"
-        before = f" before the last {self.last_fraction:.3g}" if self.last_fraction else ""
-        return f"the last {self.validation_fraction:.3g} of each user's plays{before}"
+        before_test = f" before the last {self.last_fraction:.3g}" if self.last_fraction else ""
+        return f"the last {self.validation_fraction:.3g} of each user's plays{before_test}"
 
     def _share_without(self, fraction: float) -> float | None:
         return None if self.protocol == "time" else round(1.0 - fraction, SHARE_DIGITS)
@@ -323,12 +328,12 @@ def _last_fraction_split(config: SplitConfig, dataset: str) -> Split:
     )
 
 
-def _split_id(config: SplitConfig, dataset: str, cut_by: tuple[str, str]) -> str:
+def _split_id(config: SplitConfig, dataset: str, cut_settings: tuple[str, str]) -> str:
     """Return the id of a split, computed from its settings without those of the other protocol."""
     settings = {
         name: value
         for name, value in to_mapping(config).items()
-        if name in (*cut_by, "held_out_users", "held_out_songs", "seed")
+        if name in (*cut_settings, "held_out_users", "held_out_songs", "seed")
     }
     return fingerprint("split", settings, {"dataset": dataset})
 
@@ -358,12 +363,12 @@ def fit_range_of(dataset: Dataset, artifact: Manifest) -> FitRange:
     times, all plays of every user.
     """
     if "split" in artifact.inputs:
-        return _seen(load_split(dataset.workspace, artifact.inputs["split"]), artifact)
-    made_of = dataset.earlier(artifact.inputs["dataset"])
-    return FitRange(before=made_of.last_play + 1) if made_of.times == "real" else FitRange(share=1.0)
+        return _fitted_range(load_split(dataset.workspace, artifact.inputs["split"]), artifact)
+    fitted_dataset = dataset.earlier(artifact.inputs["dataset"])
+    return FitRange(before=fitted_dataset.last_play + 1) if fitted_dataset.times == "real" else FitRange(share=1.0)
 
 
-def _seen(split: Split, artifact: Manifest) -> FitRange:
+def _fitted_range(split: Split, artifact: Manifest) -> FitRange:
     """Return the plays that an artifact made with a split was fitted on.
 
     A network without a refit comes from the selection phase. Artifacts for which nothing was selected have only a final
@@ -375,11 +380,15 @@ def _seen(split: Split, artifact: Manifest) -> FitRange:
 
 def left_out(workspace: Workspace, artifact: Manifest) -> str:
     """Return in words the plays of its data set that an artifact was not fitted on; empty if it was fitted on all."""
-    return _not_seen(load_split(workspace, artifact.inputs["split"]), artifact) if "split" in artifact.inputs else ""
+    return (
+        _describe_unseen(load_split(workspace, artifact.inputs["split"]), artifact)
+        if "split" in artifact.inputs
+        else ""
+    )
 
 
-def _not_seen(split: Split, artifact: Manifest) -> str:
-    if _seen(split, artifact) != split.final:
+def _describe_unseen(split: Split, artifact: Manifest) -> str:
+    if _fitted_range(split, artifact) != split.final:
         return split.validation_as_test().test_range
     return split.test_range if split.has_test else ""
 
@@ -391,8 +400,8 @@ def trained_on(workspace: Workspace, artifact: Manifest) -> str:
     split = load_split(workspace, artifact.inputs["split"])
     if artifact.kind == "rankers":
         return f"{split.validation_range} (split {split.id})"
-    if not_seen := _not_seen(split, artifact):
-        return f"all plays except {not_seen} (split {split.id})"
+    if unseen_plays := _describe_unseen(split, artifact):
+        return f"all plays except {unseen_plays} (split {split.id})"
     return f"all plays, with settings chosen on {split.validation_range} (split {split.id})"
 
 
@@ -433,31 +442,35 @@ def hold_back_validation(dataset: Dataset, *, since: int | None = None) -> Split
     if manifest.plays * HELD_BACK_SHARE < MIN_HELD_BACK:
         return None
     if manifest.times == "positions":
-        split = _held_back(dataset, protocol="last-fraction", last_fraction=0.0, validation_fraction=HELD_BACK_SHARE)
+        split = _held_back_split(
+            dataset, protocol="last-fraction", last_fraction=0.0, validation_fraction=HELD_BACK_SHARE
+        )
     else:
-        moments = _sample_of_moments(dataset)
-        fewest = min(HELD_BACK_SHARE, VALIDATION_PLAYS / manifest.plays)
-        longest, shortest = (int(np.quantile(moments, 1 - part, method="lower")) for part in (MOST_HELD_BACK, fewest))
-        begin = max(longest, min(shortest, manifest.last_play + 1 - round(MIN_VALIDATION_DAYS * DAY_MS)))
+        timestamps = _sample_timestamps(dataset)
+        usual_share = min(HELD_BACK_SHARE, VALIDATION_PLAYS / manifest.plays)
+        earliest_start, latest_start = (
+            int(np.quantile(timestamps, 1 - share, method="lower")) for share in (MOST_HELD_BACK, usual_share)
+        )
+        start = max(earliest_start, min(latest_start, manifest.last_play + 1 - round(MIN_VALIDATION_DAYS * DAY_MS)))
         if since is not None:
-            new = moments[moments >= since]
-            begin = max(begin, int(np.median(new)) if len(new) else manifest.last_play + 1)
-        held_back = np.count_nonzero(moments >= begin) * manifest.plays / len(moments)
-        if begin <= manifest.first_play or held_back < MIN_HELD_BACK:
+            new_timestamps = timestamps[timestamps >= since]
+            start = max(start, int(np.median(new_timestamps)) if len(new_timestamps) else manifest.last_play + 1)
+        held_back_plays = np.count_nonzero(timestamps >= start) * manifest.plays / len(timestamps)
+        if start <= manifest.first_play or held_back_plays < MIN_HELD_BACK:
             return None
-        split = _held_back(dataset, validation_from=begin, test_from=manifest.last_play + 1)
+        split = _held_back_split(dataset, validation_from=start, test_from=manifest.last_play + 1)
     save_split(dataset.workspace, split)
     make_current(dataset.workspace, "splits", split.id)
     return split
 
 
-def _held_back(dataset: Dataset, **cuts: Any) -> Split:
-    of = dataset.manifest.plays_id
-    split_id = fingerprint("split", {"held_back": cuts}, {"dataset": of})
-    return Split(id=split_id, dataset=of, has_test=False, **cuts)
+def _held_back_split(dataset: Dataset, **cuts: Any) -> Split:
+    plays_id = dataset.manifest.plays_id
+    split_id = fingerprint("split", {"held_back": cuts}, {"dataset": plays_id})
+    return Split(id=split_id, dataset=plays_id, has_test=False, **cuts)
 
 
-def _sample_of_moments(dataset: Dataset) -> np.ndarray:
+def _sample_timestamps(dataset: Dataset) -> np.ndarray:
     """int64: the moments (ms UTC) of about `SAMPLED_PLAYS` plays of the first buckets.
 
     A hash assigns users to buckets, so the first buckets are a random sample of the users.
@@ -477,14 +490,18 @@ def _validation_days(dataset: Dataset, test_days: float) -> float:
     """
     manifest = dataset.manifest
     test_from = manifest.last_play + 1 - round(test_days * DAY_MS)
-    most = int(MAX_VALIDATION_SHARE * (test_from - manifest.first_play) / DAY_MS)
-    if most <= MIN_VALIDATION_DAYS:
+    max_days = int(MAX_VALIDATION_SHARE * (test_from - manifest.first_play) / DAY_MS)
+    if max_days <= MIN_VALIDATION_DAYS:
         return MIN_VALIDATION_DAYS
-    moments = _sample_of_moments(dataset)
-    days = (test_from - 1 - moments) // DAY_MS  # 0: the last day before the test range
-    plays = np.bincount(days[(days >= 0) & (days < most)], minlength=most) * manifest.plays / max(1, len(moments))
-    needed = np.searchsorted(np.cumsum(plays), VALIDATION_PLAYS) + 1
-    return float(np.clip(needed, MIN_VALIDATION_DAYS, most))
+    timestamps = _sample_timestamps(dataset)
+    days = (test_from - 1 - timestamps) // DAY_MS  # 0: the last day before the test range
+    plays_per_day = (
+        np.bincount(days[(days >= 0) & (days < max_days)], minlength=max_days)
+        * manifest.plays
+        / max(1, len(timestamps))
+    )
+    needed_days = np.searchsorted(np.cumsum(plays_per_day), VALIDATION_PLAYS) + 1
+    return float(np.clip(needed_days, MIN_VALIDATION_DAYS, max_days))
 
 
 def _require_training_plays(workspace: Workspace, split: Split) -> None:
@@ -495,20 +512,20 @@ def _require_training_plays(workspace: Workspace, split: Split) -> None:
     if split.validation_from is None:
         raise AssertionError("a split in time has a moment from which on it validates")
     dataset = Dataset(workspace)
-    early, later, first_later = 0, 0, dataset.manifest.last_play
+    early_plays, later_plays, first_later_play = 0, 0, dataset.manifest.last_play
     for histories in dataset.read_all():
         is_early = histories.played_at < split.validation_from
-        early += int(is_early.sum())
-        later += int((~is_early).sum())
-        if early >= MIN_TRAINING_SHARE * dataset.manifest.plays:
+        early_plays += int(is_early.sum())
+        later_plays += int((~is_early).sum())
+        if early_plays >= MIN_TRAINING_SHARE * dataset.manifest.plays:
             return  # usually in the first buckets
-        first_later = min(first_later, histories.played_at[~is_early].min(initial=first_later))
-    if later:
+        first_later_play = min(first_later_play, histories.played_at[~is_early].min(initial=first_later_play))
+    if later_plays:
         raise InputError(
-            f"the training range, before {_day(split.validation_from)}, holds {early:,} of {early + later:,} plays: "
-            f"the first play is from {_day(dataset.manifest.first_play)}, the others are from {_day(first_later)} or "
-            "later; use fewer test and validation days, or remove plays with wrong dates from the files and import "
-            "them again with --force"
+            f"the training range, before {_day(split.validation_from)}, holds {early_plays:,} of "
+            f"{early_plays + later_plays:,} plays: the first play is from {_day(dataset.manifest.first_play)}, "
+            f"the others are from {_day(first_later_play)} or later; use fewer test and validation days, or remove "
+            "plays with wrong dates from the files and import them again with --force"
         )
 
 
@@ -536,9 +553,9 @@ def choose_split(workspace: Workspace, split_id: str | None = None, *, no_split:
         return None
     dataset = Dataset(workspace)
     if split_id is None:
-        fitting = {split.id: split for split in list_splits(workspace) if holds_for(dataset, split)}
-        chosen = last_requested(workspace, "splits", list(fitting))
-        return None if chosen is None else fitting[chosen]
+        matching = {split.id: split for split in list_splits(workspace) if holds_for(dataset, split)}
+        last_id = last_requested(workspace, "splits", list(matching))
+        return None if last_id is None else matching[last_id]
     split = load_split(workspace, split_id)
     require_split_of(dataset, split)
     return split
@@ -574,9 +591,11 @@ def validation_histories(dataset: Dataset, split: Split, limit: int) -> Historie
     plays = 0
     for histories in dataset.read_all():
         final_histories = split.final.select(histories)
-        recent = np.bincount(final_histories.rows[split.is_validation(final_histories)], minlength=len(final_histories))
-        selected.append(final_histories.take(recent > 0))
-        plays += int(recent.sum())
+        validation_counts = np.bincount(
+            final_histories.rows[split.is_validation(final_histories)], minlength=len(final_histories)
+        )
+        selected.append(final_histories.take(validation_counts > 0))
+        plays += int(validation_counts.sum())
         if plays >= limit:
             break
     return concatenate(selected)

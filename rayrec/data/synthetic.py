@@ -79,28 +79,28 @@ _STREAMS = {"taste": 1, "length": 2, "session": 3, "song": 4, "skip": 5, "time":
 
 def song_titles(count: int, seed: int) -> np.ndarray:
     """object (count,): different titles such as `Velvet Harbour`; once all pairs are used, with `, Part 2` added."""
-    pairs = len(FIRST) * len(SECOND)
-    order = np.random.default_rng(seed).permutation(pairs)[np.arange(count) % pairs]
+    pair_count = len(FIRST) * len(SECOND)
+    order = np.random.default_rng(seed).permutation(pair_count)[np.arange(count) % pair_count]
     titles = np.array(FIRST, dtype=object)[order // len(SECOND)] + " "
     titles = titles + np.array(SECOND, dtype=object)[order % len(SECOND)]
-    return _numbered(titles, np.arange(count) // pairs, ", Part ")
+    return _with_numbers(titles, np.arange(count) // pair_count, ", Part ")
 
 
 def artist_names(genres: np.ndarray) -> np.ndarray:
     """object (artists,): different names such as `Kelimo Quartet`; `genres`, int (artists,), decide the last word."""
     size = len(SYLLABLES)
     # A step that is coprime to the number of names makes neighbors differ and still uses every name once.
-    number = np.arange(len(genres)) * 7_919 % size**3
+    numbers = np.arange(len(genres)) * 7_919 % size**3
     syllables = np.array(SYLLABLES, dtype=object)
-    names = syllables[number // size**2] + syllables[number // size % size] + syllables[number % size]
-    capital = np.array([name.capitalize() for name in names], dtype=object)
-    words = np.array(ENSEMBLES, dtype=object)[genres % len(ENSEMBLES)]
-    return _numbered(capital + " " + words, np.arange(len(genres)) // size**3, " ")
+    names = syllables[numbers // size**2] + syllables[numbers // size % size] + syllables[numbers % size]
+    capitalized = np.array([name.capitalize() for name in names], dtype=object)
+    last_words = np.array(ENSEMBLES, dtype=object)[genres % len(ENSEMBLES)]
+    return _with_numbers(capitalized + " " + last_words, np.arange(len(genres)) // size**3, " ")
 
 
-def _numbered(names: np.ndarray, repeats: np.ndarray, between: str) -> np.ndarray:
-    again = np.array([f"{between}{repeat + 1}" if repeat else "" for repeat in repeats], dtype=object)
-    return np.asarray(names + again)
+def _with_numbers(names: np.ndarray, repeats: np.ndarray, separator: str) -> np.ndarray:
+    suffixes = np.array([f"{separator}{repeat + 1}" if repeat else "" for repeat in repeats], dtype=object)
+    return np.asarray(names + suffixes)
 
 
 class GenerateConfig(Settings):
@@ -138,11 +138,11 @@ class GenerateConfig(Settings):
                 f"genres is {self.genres}, artists {self.artists} and songs {self.songs}; "
                 "expected genres <= artists <= songs"
             )
-        needed = self.max_plays * (SONG_LENGTHS[1] + 2 * HOUR / self.session_plays) / DAY
-        if self.days < needed:
+        needed_days = self.max_plays * (SONG_LENGTHS[1] + 2 * HOUR / self.session_plays) / DAY
+        if self.days < needed_days:
             raise ValueError(
-                f"days is {self.days:g}; expected at least {int(needed) + 1} for users with up to {self.max_plays} "
-                "plays; give more days or fewer plays"
+                f"days is {self.days:g}; expected at least {int(needed_days) + 1} for users with up to "
+                f"{self.max_plays} plays; give more days or fewer plays"
             )
         return self
 
@@ -173,29 +173,29 @@ class World:
         rng = np.random.default_rng([config.seed, 1])
         count = config.songs
         # Song rows are shuffled, so that a row's number says nothing about its artist or rank.
-        place = rng.permutation(count)
-        self.artist = (place * config.artists // count).astype(np.int32)
+        positions = rng.permutation(count)
+        self.artist = (positions * config.artists // count).astype(np.int32)
         self.genre = (self.artist * config.genres // config.artists).astype(np.int32)
-        self._ranked = np.lexsort((rng.random(count), self.genre)).astype(np.int32)
-        self._genre_starts = np.searchsorted(self.genre[self._ranked], np.arange(config.genres + 1))
-        self.share, self._cumulative = self._popularity()
-        self.album_next = _followers(np.lexsort((place, self.artist)), self.artist)
-        self.playlist_next = _followers(np.lexsort((rng.random(count), self.genre)), self.genre)
+        self._songs_by_rank = np.lexsort((rng.random(count), self.genre)).astype(np.int32)
+        self._genre_starts = np.searchsorted(self.genre[self._songs_by_rank], np.arange(config.genres + 1))
+        self.share, self._cumulative_shares = self._popularity()
+        self.album_next = _successors(np.lexsort((positions, self.artist)), self.artist)
+        self.playlist_next = _successors(np.lexsort((rng.random(count), self.genre)), self.genre)
         self.song_ms = rng.integers(*SONG_LENGTHS, size=count)
-        moves = np.diag(STAY) + (1 - STAY)[:, None] * SWITCH
-        self.context_shares = np.vstack([moves, START])
+        transitions = np.diag(STAY) + (1 - STAY)[:, None] * SWITCH
+        self.context_shares = np.vstack([transitions, START])
         weights = 1 / np.sqrt(1 + rng.permutation(config.genres))
         self.genre_shares = weights / weights.sum()
 
     def _popularity(self) -> tuple[np.ndarray, np.ndarray]:
         """Return each song's share of its genre, and genre + cumulative share in the order of `_ranked`."""
-        genre = self.genre[self._ranked]
+        genre = self.genre[self._songs_by_rank]
         weights = (1.0 + np.arange(len(genre)) - self._genre_starts[genre]) ** -self.config.zipf
         weights /= np.add.reduceat(weights, self._genre_starts[:-1])[genre]
-        running = np.cumsum(weights)
+        cumulative = np.cumsum(weights)
         share = np.empty(len(genre))
-        share[self._ranked] = weights
-        return share, running - np.concatenate([[0.0], running])[self._genre_starts[genre]] + genre
+        share[self._songs_by_rank] = weights
+        return share, cumulative - np.concatenate([[0.0], cumulative])[self._genre_starts[genre]] + genre
 
     def user_ids(self, users: np.ndarray) -> np.ndarray:
         """object (U,): the ids of users by index, such as `user-000123`."""
@@ -232,9 +232,9 @@ class World:
         if not self.config.opinions:
             return np.ones(songs.shape)
         keys = _keys(self.config.seed, "opinion", users)
-        drawn = (_mix(keys + songs.astype(np.uint64) * np.uint64(_GOLDEN)) >> np.uint64(11)) * 2.0**-53
-        liked = np.where(drawn >= 1 - self.config.opinions, LIKED_WEIGHT, 1.0)
-        return np.asarray(np.where(drawn < self.config.opinions, 0.0, liked))
+        draws = (_mix(keys + songs.astype(np.uint64) * np.uint64(_GOLDEN)) >> np.uint64(11)) * 2.0**-53
+        weights = np.where(draws >= 1 - self.config.opinions, LIKED_WEIGHT, 1.0)
+        return np.asarray(np.where(draws < self.config.opinions, 0.0, weights))
 
     def histories(self, users: np.ndarray) -> Histories:
         """Return the histories of users by index, int (U,), in that order; every user has at least one play."""
@@ -245,53 +245,53 @@ class World:
         users = np.asarray(users, dtype=np.int64)
         size = max(1, min(most, CELLS_PER_BLOCK // self.config.max_plays))
         for start in range(0, len(users), size):
-            yield self._block(users[start : start + size])
+            yield self._generate_block(users[start : start + size])
 
     def playlists(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return playlists by index, int (R,), each within one genre: songs int32 (P,) and offsets int64 (R + 1,)."""
         keys = _keys(self.config.seed, "playlist", np.asarray(indices, dtype=np.int64))
-        low, high = PLAYLIST_LENGTHS
-        lengths = (low + _uniform(keys, 0) * (high - low + 1)).astype(np.int64)
+        min_length, max_length = PLAYLIST_LENGTHS
+        lengths = (min_length + _uniform(keys, 0) * (max_length - min_length + 1)).astype(np.int64)
         genre = np.searchsorted(np.cumsum(self.genre_shares)[:-1], _uniform(keys, 1), side="right")
-        walk = np.zeros((len(keys), high), dtype=np.int32)
-        for step in range(high):
-            choice = np.searchsorted(np.cumsum(PLAYLIST_STEPS), _uniform(keys, 2 + 2 * step), side="right")
-            song = self._draw(genre, _uniform(keys, 3 + 2 * step))
+        songs = np.zeros((len(keys), max_length), dtype=np.int32)
+        for step in range(max_length):
+            choices = np.searchsorted(np.cumsum(PLAYLIST_STEPS), _uniform(keys, 2 + 2 * step), side="right")
+            song = self._draw_songs(genre, _uniform(keys, 3 + 2 * step))
             if step:
-                last = walk[:, step - 1]
-                song = np.where(choice == 0, self.playlist_next[last], song)
-                song = np.where(choice == 1, self.album_next[last], song)
-            walk[:, step] = song
-        return walk[np.arange(high) < lengths[:, None]], offsets_of(lengths)
+                last_songs = songs[:, step - 1]
+                song = np.where(choices == 0, self.playlist_next[last_songs], song)
+                song = np.where(choices == 1, self.album_next[last_songs], song)
+            songs[:, step] = song
+        return songs[np.arange(max_length) < lengths[:, None]], offsets_of(lengths)
 
-    def _draw(self, genre: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    def _draw_songs(self, genre: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         """int32: one song of each value of `genre`, drawn by its share with a random number of `uniform`."""
-        at = np.searchsorted(self._cumulative, genre + uniform, side="right")
-        return np.asarray(self._ranked[np.minimum(at, self._genre_starts[genre + 1] - 1)])
+        positions = np.searchsorted(self._cumulative_shares, genre + uniform, side="right")
+        return np.asarray(self._songs_by_rank[np.minimum(positions, self._genre_starts[genre + 1] - 1)])
 
-    def _block(self, users: np.ndarray) -> Histories:
+    def _generate_block(self, users: np.ndarray) -> Histories:
         lengths = self._lengths(users)
         # Longest history first, so that the users who still play at a step are a slice.
         order = np.argsort(-lengths, kind="stable")
         users, lengths = users[order], lengths[order]
-        played = np.arange(lengths.max(initial=0)) < lengths[:, None]
-        starts = self._session_starts(users, played.shape[1])
+        is_played = np.arange(lengths.max(initial=0)) < lengths[:, None]
+        session_starts = self._session_starts(users, is_played.shape[1])
         tastes = self.tastes(users)
-        songs, contexts = self._songs(users, lengths, starts, tastes)
-        skipped = self._skips(users, songs, tastes)
+        songs, contexts = self._songs_and_contexts(users, lengths, session_starts, tastes)
+        is_skipped = self._is_skipped(users, songs, tastes)
         if self.config.opinions:
             weights = self.collection_weights(np.repeat(users, songs.shape[1]), songs.reshape(-1)).reshape(songs.shape)
-            skipped |= weights == 0
+            is_skipped |= weights == 0
         block = Histories(
             user_ids=self.user_ids(users),
             offsets=offsets_of(lengths),
-            songs=songs[played],
-            played_at=self._times(users, songs, skipped, starts, played)[played],
-            contexts=(1 << contexts[played]).astype(np.int32),
-            skipped=skipped[played],
+            songs=songs[is_played],
+            played_at=self._play_times(users, songs, is_skipped, session_starts, is_played)[is_played],
+            contexts=(1 << contexts[is_played]).astype(np.int32),
+            skipped=is_skipped[is_played],
         )
         if self.config.opinions:
-            block = replace(block, likes=_likes(block, weights[played] == LIKED_WEIGHT))
+            block = replace(block, likes=_likes(block, weights[is_played] == LIKED_WEIGHT))
         return block.take(np.argsort(order))
 
     def _lengths(self, users: np.ndarray) -> np.ndarray:
@@ -307,60 +307,68 @@ class World:
         starts[:, :1] = True
         return np.asarray(starts)
 
-    def _songs(
-        self, users: np.ndarray, lengths: np.ndarray, starts: np.ndarray, tastes: np.ndarray
+    def _songs_and_contexts(
+        self, users: np.ndarray, lengths: np.ndarray, session_starts: np.ndarray, tastes: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return songs int32 and contexts int64 (U, L), computed step by step for all users, longest history first."""
         keys = _keys(self.config.seed, "song", users)
-        shares = np.cumsum(self.context_shares, axis=1)[:, :-1]
-        songs = np.zeros(starts.shape, dtype=np.int32)
-        contexts = np.zeros(starts.shape, dtype=np.int64)
-        collected = np.zeros(starts.shape if self.config.opinions else (0, 0))  # cumulative weights of the plays
-        for step in range(starts.shape[1]):
-            playing = slice(0, int(np.searchsorted(-lengths, -step)))
-            start, last = starts[playing, step], songs[playing, step - 1]
-            state = np.where(start, len(CONTEXTS), contexts[playing, step - 1])
-            draws = [_uniform(keys[playing], 6 * step + channel) for channel in range(6)]
-            context = (draws[0][:, None] >= shares[state]).sum(axis=1)
-            mood = np.where(start, self._moods(tastes[playing], draws[1], draws[2]), self.genre[last])
-            mood = np.where(context == SEARCH, self._any_genre(draws[2]), mood)
-            song = self._draw(mood, draws[3])
-            following = ~start & (draws[4] < self.config.follow)
-            song = np.where(following & (context == ALBUM), self.album_next[last], song)
-            song = np.where(following & (context == PLAYLIST), self.playlist_next[last], song)
+        cumulative_shares = np.cumsum(self.context_shares, axis=1)[:, :-1]
+        songs = np.zeros(session_starts.shape, dtype=np.int32)
+        contexts = np.zeros(session_starts.shape, dtype=np.int64)
+        # Cumulative weights of the plays.
+        weight_sums = np.zeros(session_starts.shape if self.config.opinions else (0, 0))
+        for step in range(session_starts.shape[1]):
+            active = slice(0, int(np.searchsorted(-lengths, -step)))
+            starts_session, last_songs = session_starts[active, step], songs[active, step - 1]
+            state = np.where(starts_session, len(CONTEXTS), contexts[active, step - 1])
+            draws = [_uniform(keys[active], 6 * step + channel) for channel in range(6)]
+            context = (draws[0][:, None] >= cumulative_shares[state]).sum(axis=1)
+            mood = np.where(
+                starts_session, self._session_moods(tastes[active], draws[1], draws[2]), self.genre[last_songs]
+            )
+            mood = np.where(context == SEARCH, self._random_genre(draws[2]), mood)
+            song = self._draw_songs(mood, draws[3])
+            is_successor = ~starts_session & (draws[4] < self.config.follow)
+            song = np.where(is_successor & (context == ALBUM), self.album_next[last_songs], song)
+            song = np.where(is_successor & (context == PLAYLIST), self.playlist_next[last_songs], song)
             if step:
-                place, any_left = (draws[5] * step).astype(np.int64), np.ones(len(start), dtype=bool)
+                positions, has_collection = (draws[5] * step).astype(np.int64), np.ones(len(starts_session), dtype=bool)
                 if self.config.opinions:
-                    up_to = collected[playing, :step]
-                    place = (up_to <= (draws[5] * up_to[:, -1])[:, None]).sum(axis=1)
-                    any_left = place < step
-                heard = songs[np.arange(len(start)), np.minimum(place, step - 1)]
-                song = np.where((context == COLLECTION) & any_left, heard, song)
-            songs[playing, step], contexts[playing, step] = song, context
+                    earlier_sums = weight_sums[active, :step]
+                    positions = (earlier_sums <= (draws[5] * earlier_sums[:, -1])[:, None]).sum(axis=1)
+                    has_collection = positions < step
+                collection_songs = songs[np.arange(len(starts_session)), np.minimum(positions, step - 1)]
+                song = np.where((context == COLLECTION) & has_collection, collection_songs, song)
+            songs[active, step], contexts[active, step] = song, context
             if self.config.opinions:
-                weights = self.collection_weights(users[playing], song)
-                collected[playing, step] = weights + (collected[playing, step - 1] if step else 0)
+                weights = self.collection_weights(users[active], song)
+                weight_sums[active, step] = weights + (weight_sums[active, step - 1] if step else 0)
         return songs, contexts
 
-    def _moods(self, tastes: np.ndarray, which: np.ndarray, other: np.ndarray) -> np.ndarray:
+    def _session_moods(self, tastes: np.ndarray, outside_draws: np.ndarray, genre_draws: np.ndarray) -> np.ndarray:
         """Return the genre that each user's session starts with, from two uniform random numbers per user."""
-        outside = which < self.config.outside
-        inside = (which - self.config.outside) / max(1 - self.config.outside, 1e-9)
-        place = np.searchsorted(np.cumsum(TASTE)[:-1], inside, side="right")
-        return np.where(outside, self._any_genre(other), tastes[np.arange(len(tastes)), place])
+        is_outside = outside_draws < self.config.outside
+        taste_draws = (outside_draws - self.config.outside) / max(1 - self.config.outside, 1e-9)
+        taste_indices = np.searchsorted(np.cumsum(TASTE)[:-1], taste_draws, side="right")
+        return np.where(is_outside, self._random_genre(genre_draws), tastes[np.arange(len(tastes)), taste_indices])
 
-    def _any_genre(self, uniform: np.ndarray) -> np.ndarray:
+    def _random_genre(self, uniform: np.ndarray) -> np.ndarray:
         return np.asarray((uniform * self.config.genres).astype(np.int64))
 
-    def _skips(self, users: np.ndarray, songs: np.ndarray, tastes: np.ndarray) -> np.ndarray:
+    def _is_skipped(self, users: np.ndarray, songs: np.ndarray, tastes: np.ndarray) -> np.ndarray:
         """bool (U, L): the plays that are skipped."""
-        on_taste = (self.genre[songs][:, :, None] == tastes[:, None, :]).any(axis=2)
-        chance = np.where(on_taste, SKIP_ON_TASTE, SKIP_OFF_TASTE)
+        is_on_taste = (self.genre[songs][:, :, None] == tastes[:, None, :]).any(axis=2)
+        probabilities = np.where(is_on_taste, SKIP_ON_TASTE, SKIP_OFF_TASTE)
         keys = _keys(self.config.seed, "skip", users)
-        return np.asarray(_uniform(keys[:, None], np.arange(songs.shape[1])) < chance)
+        return np.asarray(_uniform(keys[:, None], np.arange(songs.shape[1])) < probabilities)
 
-    def _times(
-        self, users: np.ndarray, songs: np.ndarray, skipped: np.ndarray, starts: np.ndarray, played: np.ndarray
+    def _play_times(
+        self,
+        users: np.ndarray,
+        songs: np.ndarray,
+        is_skipped: np.ndarray,
+        session_starts: np.ndarray,
+        is_played: np.ndarray,
     ) -> np.ndarray:
         """int64 (U, L): the time of each play, ms UTC.
 
@@ -368,47 +376,51 @@ class World:
         random share of the time that the plays of the user leave free.
         """
         keys = _keys(self.config.seed, "time", users)
-        most, steps = self.config.max_plays, np.arange(songs.shape[1])
-        low, high = SKIPPED_AFTER
-        heard = np.where(skipped, low + _uniform(keys[:, None], steps) * (high - low), self.song_ms[songs])
-        apart = starts & played & (steps > 0)
-        gaps = apart * HOUR + np.concatenate([np.zeros((len(users), 1)), heard[:, :-1]], axis=1).astype(np.int64)
+        max_plays, steps = self.config.max_plays, np.arange(songs.shape[1])
+        min_ms, max_ms = SKIPPED_AFTER
+        listened_ms = np.where(
+            is_skipped, min_ms + _uniform(keys[:, None], steps) * (max_ms - min_ms), self.song_ms[songs]
+        )
+        is_new_session = session_starts & is_played & (steps > 0)
+        gaps = is_new_session * HOUR + np.concatenate([np.zeros((len(users), 1)), listened_ms[:, :-1]], axis=1).astype(
+            np.int64
+        )
         # A cumulative sum adds in the order of time, so that the padding of a block does not change the rounding.
-        waits = np.cumsum(apart * -np.log1p(-_uniform(keys[:, None], most + steps)), axis=1)
-        first, share = (_uniform(keys, 2 * most + channel) for channel in (0, 1))
-        spare = np.maximum(self.config.days * DAY - (gaps * played).sum(axis=1), 0.0)
+        waits = np.cumsum(is_new_session * -np.log1p(-_uniform(keys[:, None], max_plays + steps)), axis=1)
+        delay, unused_share = (_uniform(keys, 2 * max_plays + channel) for channel in (0, 1))
+        spare_ms = np.maximum(self.config.days * DAY - (gaps * is_played).sum(axis=1), 0.0)
         # Most users begin early and play until near the end; some come late, some leave.
-        first = spare * 0.9 * first**3
-        scale = (spare - first) * (1 - share**3) / np.maximum(waits[:, -1], 1e-9)
+        delay = spare_ms * 0.9 * delay**3
+        scale = (spare_ms - delay) * (1 - unused_share**3) / np.maximum(waits[:, -1], 1e-9)
         return np.asarray(
-            FIRST_MOMENT + np.cumsum(gaps, axis=1) + (first[:, None] + waits * scale[:, None]).astype(np.int64)
+            FIRST_MOMENT + np.cumsum(gaps, axis=1) + (delay[:, None] + waits * scale[:, None]).astype(np.int64)
         )
 
 
-def _likes(histories: Histories, liked: np.ndarray) -> Histories:
-    """Return a like after each user's first play of each liked song; `liked`, bool (P,), marks plays of such songs."""
+def _likes(histories: Histories, is_liked: np.ndarray) -> Histories:
+    """Return a like after each user's first play of each liked song; `is_liked`, bool (P,): plays of such songs."""
     keys = histories.rows * (int(histories.songs.max(initial=0)) + 1) + histories.songs
-    first: np.ndarray = np.zeros(len(keys), dtype=bool)
-    first[np.unique(keys, return_index=True)[1]] = True
-    marked = replace(histories, contexts=None, skipped=None).keep(first & liked)
-    return replace(marked, played_at=marked.played_at + LIKE_AFTER)
+    is_first: np.ndarray = np.zeros(len(keys), dtype=bool)
+    is_first[np.unique(keys, return_index=True)[1]] = True
+    likes = replace(histories, contexts=None, skipped=None).keep(is_first & is_liked)
+    return replace(likes, played_at=likes.played_at + LIKE_AFTER)
 
 
-def _followers(order: np.ndarray, group: np.ndarray) -> np.ndarray:
+def _successors(order: np.ndarray, group: np.ndarray) -> np.ndarray:
     """int32 (N,): the song after each song in `order`, which is sorted by group; a group's first follows its last."""
-    members = group[order]
-    firsts = np.searchsorted(members, members)
-    last = np.append(members[1:] != members[:-1], True)
-    after = np.where(last, order[firsts], np.roll(order, -1))
-    followers = np.empty(len(order), dtype=np.int32)
-    followers[order] = after
-    return followers
+    ordered_groups = group[order]
+    group_starts = np.searchsorted(ordered_groups, ordered_groups)
+    is_last = np.append(ordered_groups[1:] != ordered_groups[:-1], True)
+    next_songs = np.where(is_last, order[group_starts], np.roll(order, -1))
+    successors = np.empty(len(order), dtype=np.int32)
+    successors[order] = next_songs
+    return successors
 
 
 def _keys(seed: int, stream: str, indices: np.ndarray) -> np.ndarray:
     """uint64: the start of the separate random sequence of each user (or playlist) in one stream."""
-    world = np.random.SeedSequence([seed, _STREAMS[stream]]).generate_state(1, np.uint64)[0]
-    return _mix(_mix(indices.astype(np.uint64)) ^ world)
+    stream_seed = np.random.SeedSequence([seed, _STREAMS[stream]]).generate_state(1, np.uint64)[0]
+    return _mix(_mix(indices.astype(np.uint64)) ^ stream_seed)
 
 
 def _uniform(keys: np.ndarray, counters: int | np.ndarray) -> np.ndarray:
@@ -438,23 +450,23 @@ class Oracle:
         """float32 (Q, N): the probability of each song to be played at the moment of each query."""
         world, config = self.world, self.world.config
         states = _QueryStates(world, histories, queries)
-        contexts = self._next_contexts(histories, queries, states.starts)
-        heard = _heard(world, histories, queries)
-        nothing = _weight_before(world, histories, queries) == 0
-        genres = states.moods[:, world.genre] * world.share
-        answer = heard.multiply(contexts[:, [COLLECTION]]).toarray()
+        contexts = self._next_contexts(histories, queries, states.starts_session)
+        collection_shares = _collection_shares(world, histories, queries)
+        has_no_collection = _weights_before(world, histories, queries) == 0
+        mood_probabilities = states.moods[:, world.genre] * world.share
+        probabilities = collection_shares.multiply(contexts[:, [COLLECTION]]).toarray()
         # A user who has heard no songs, or only disliked ones, has no collection: the song comes from the mood.
         from_mood = contexts[:, [PLAYLIST, ALBUM, RADIO]].sum(axis=1)
-        from_mood += np.where(nothing, contexts[:, COLLECTION], 0.0)
-        followed = np.where(states.starts, 0.0, config.follow)
+        from_mood += np.where(has_no_collection, contexts[:, COLLECTION], 0.0)
+        follow_probability = np.where(states.starts_session, 0.0, config.follow)
         rows = np.arange(len(queries))
         for context, successor in ((PLAYLIST, world.playlist_next), (ALBUM, world.album_next)):
-            weight = contexts[:, context] * followed
-            answer[rows, successor[states.last]] += weight
+            weight = contexts[:, context] * follow_probability
+            probabilities[rows, successor[states.last_songs]] += weight
             from_mood -= weight
-        answer += genres * from_mood[:, None]
-        answer += contexts[:, [SEARCH]] * (world.share / config.genres)
-        return np.asarray(answer, dtype=np.float32)
+        probabilities += mood_probabilities * from_mood[:, None]
+        probabilities += contexts[:, [SEARCH]] * (world.share / config.genres)
+        return np.asarray(probabilities, dtype=np.float32)
 
     def best_recall(self, k: int, users: np.ndarray | None = None, *, first_play: int = 0) -> float:
         """Return the highest recall@k that a predictor with this knowledge can reach, over all plays of `users`.
@@ -468,47 +480,47 @@ class Oracle:
             queries = every_play(histories, first_play)
             step = max(1, CHANCES_PER_CHUNK // self.world.config.songs)
             for start in range(0, len(queries), step):
-                chance = self.probabilities(histories, queries.take(slice(start, start + step)))
-                best = np.partition(chance, -k, axis=1)[:, -k:] if k < chance.shape[1] else chance
+                probabilities = self.probabilities(histories, queries.take(slice(start, start + step)))
+                best = np.partition(probabilities, -k, axis=1)[:, -k:] if k < probabilities.shape[1] else probabilities
                 total += float(best.sum(dtype=np.float64))
             count += len(queries)
         return total / max(1, count)
 
-    def _next_contexts(self, histories: Histories, queries: Queries, starts: np.ndarray) -> np.ndarray:
+    def _next_contexts(self, histories: Histories, queries: Queries, starts_session: np.ndarray) -> np.ndarray:
         """float64 (Q, C): the probability of each context for the next play."""
         if self.know_contexts:
-            known = _context_numbers(histories)[_last_play(histories, queries)]
-            return np.asarray(self.world.context_shares[np.where(starts, len(CONTEXTS), known)])
-        inferred = infer_contexts(self.world, histories)[_last_play(histories, queries)]
-        moves, first = self.world.context_shares[:-1], self.world.context_shares[-1]
-        return np.asarray(np.where(starts[:, None], first, inferred @ moves))
+            last_contexts = _context_indices(histories)[_last_play_positions(histories, queries)]
+            return np.asarray(self.world.context_shares[np.where(starts_session, len(CONTEXTS), last_contexts)])
+        context_probabilities = infer_contexts(self.world, histories)[_last_play_positions(histories, queries)]
+        transitions, first_shares = self.world.context_shares[:-1], self.world.context_shares[-1]
+        return np.asarray(np.where(starts_session[:, None], first_shares, context_probabilities @ transitions))
 
 
 class _QueryStates:
     """The state before each query's play, from which the rules decide."""
 
-    starts: np.ndarray  # bool (Q,), whether the play starts a session
-    last: np.ndarray  # int32 (Q,), the song before the play; 0 if there is none
+    starts_session: np.ndarray  # bool (Q,), whether the play starts a session
+    last_songs: np.ndarray  # int32 (Q,), the song before the play; 0 if there is none
     moods: np.ndarray  # float64 (Q, G), distribution of the mood: the last song's genre or, in a new session, the taste
 
     def __init__(self, world: World, histories: Histories, queries: Queries) -> None:
-        before = _last_play(histories, queries)
-        none = queries.seen == 0
-        self.starts = none | (queries.at - histories.played_at[before] >= SESSION_GAP)
-        self.last = np.where(none, 0, histories.songs[before])
+        last_plays = _last_play_positions(histories, queries)
+        has_no_plays = queries.seen == 0
+        self.starts_session = has_no_plays | (queries.at - histories.played_at[last_plays] >= SESSION_GAP)
+        self.last_songs = np.where(has_no_plays, 0, histories.songs[last_plays])
         config = world.config
         tastes = world.tastes(world.user_index(histories.user_ids))[queries.rows]
         self.moods = np.full((len(queries), config.genres), config.outside / config.genres)
         np.put_along_axis(self.moods, tastes, self.moods[:, :1] + (1 - config.outside) * TASTE, axis=1)
-        following = np.flatnonzero(~self.starts)
-        self.moods[following] = 0.0
-        self.moods[following, world.genre[self.last[following]]] = 1.0
+        in_session = np.flatnonzero(~self.starts_session)
+        self.moods[in_session] = 0.0
+        self.moods[in_session, world.genre[self.last_songs[in_session]]] = 1.0
 
 
 def every_play(histories: Histories, first_play: int = 0) -> Queries:
     """Return one query before every play, from each user's `first_play` on."""
-    place = np.arange(histories.num_plays) - histories.offsets[histories.rows]
-    return Queries.before_plays(histories, np.flatnonzero(place >= first_play))
+    positions = np.arange(histories.num_plays) - histories.offsets[histories.rows]
+    return Queries.before_plays(histories, np.flatnonzero(positions >= first_play))
 
 
 def infer_contexts(world: World, histories: Histories) -> np.ndarray:
@@ -518,31 +530,38 @@ def infer_contexts(world: World, histories: Histories) -> np.ndarray:
     """
     queries = every_play(histories)
     states = _QueryStates(world, histories, queries)
-    likely = _likelihoods(world, histories, queries, states)
-    moves, first = world.context_shares[:-1], world.context_shares[-1]
-    inferred = np.zeros((histories.num_plays, len(CONTEXTS)))
+    likelihoods = _likelihoods(world, histories, queries, states)
+    transitions, first_shares = world.context_shares[:-1], world.context_shares[-1]
+    probabilities = np.zeros((histories.num_plays, len(CONTEXTS)))
     for step in range(histories.lengths.max(initial=0)):
         plays = histories.offsets[:-1][histories.lengths > step] + step
-        before = np.where(states.starts[plays, None], first, inferred[plays - (step > 0)] @ moves)
-        joint = before * likely[plays]
-        inferred[plays] = joint / joint.sum(axis=1, keepdims=True)
-    return inferred
+        prior = np.where(
+            states.starts_session[plays, None], first_shares, probabilities[plays - (step > 0)] @ transitions
+        )
+        joint = prior * likelihoods[plays]
+        probabilities[plays] = joint / joint.sum(axis=1, keepdims=True)
+    return probabilities
 
 
 def _likelihoods(world: World, histories: Histories, queries: Queries, states: _QueryStates) -> np.ndarray:
     """float64 (P, C): the probability of each played song, given each context."""
     songs = histories.songs
     share, genre = world.share[songs], world.genre[songs]
-    likely = np.empty((len(songs), len(CONTEXTS)))
-    likely[:, RADIO] = states.moods[np.arange(len(songs)), genre] * share
-    likely[:, SEARCH] = share / world.config.genres
+    likelihoods = np.empty((len(songs), len(CONTEXTS)))
+    likelihoods[:, RADIO] = states.moods[np.arange(len(songs)), genre] * share
+    likelihoods[:, SEARCH] = share / world.config.genres
     for context, successor in ((PLAYLIST, world.playlist_next), (ALBUM, world.album_next)):
-        follow = np.where(states.starts, 0.0, world.config.follow)
-        likely[:, context] = follow * (successor[states.last] == songs) + (1 - follow) * likely[:, RADIO]
-    before = _weight_before(world, histories, queries)
-    earlier = _earlier_plays_of_song(histories) * _weights(world, histories)
-    likely[:, COLLECTION] = np.where(before == 0, likely[:, RADIO], earlier / np.where(before == 0, 1, before))
-    return likely
+        follow_probability = np.where(states.starts_session, 0.0, world.config.follow)
+        likelihoods[:, context] = (
+            follow_probability * (successor[states.last_songs] == songs)
+            + (1 - follow_probability) * likelihoods[:, RADIO]
+        )
+    weights_before = _weights_before(world, histories, queries)
+    song_weights = _earlier_play_counts(histories) * _weights(world, histories)
+    likelihoods[:, COLLECTION] = np.where(
+        weights_before == 0, likelihoods[:, RADIO], song_weights / np.where(weights_before == 0, 1, weights_before)
+    )
+    return likelihoods
 
 
 def _weights(world: World, histories: Histories) -> np.ndarray:
@@ -550,40 +569,42 @@ def _weights(world: World, histories: Histories) -> np.ndarray:
     return world.collection_weights(world.user_index(histories.user_ids)[histories.rows], histories.songs)
 
 
-def _weight_before(world: World, histories: Histories, queries: Queries) -> np.ndarray:
+def _weights_before(world: World, histories: Histories, queries: Queries) -> np.ndarray:
     """float64 (Q,): the sum of the weights of the plays before each query."""
-    sums = np.concatenate([[0], np.cumsum(_weights(world, histories))])
+    weight_sums = np.concatenate([[0], np.cumsum(_weights(world, histories))])
     starts = histories.offsets[queries.rows]
-    return np.asarray(sums[starts + queries.seen] - sums[starts])
+    return np.asarray(weight_sums[starts + queries.seen] - weight_sums[starts])
 
 
-def _earlier_plays_of_song(histories: Histories) -> np.ndarray:
+def _earlier_play_counts(histories: Histories) -> np.ndarray:
     """int64 (P,): how often the user had played the song before each play."""
     keys = histories.rows * (int(histories.songs.max(initial=0)) + 1) + histories.songs
     order = np.argsort(keys, kind="stable")
-    ranked = keys[order]
+    sorted_keys = keys[order]
     counts = np.empty(len(keys), dtype=np.int64)
-    counts[order] = np.arange(len(keys)) - np.searchsorted(ranked, ranked)
+    counts[order] = np.arange(len(keys)) - np.searchsorted(sorted_keys, sorted_keys)
     return counts
 
 
-def _last_play(histories: Histories, queries: Queries) -> np.ndarray:
+def _last_play_positions(histories: Histories, queries: Queries) -> np.ndarray:
     """int64 (Q,): position of the play before each query in the flat arrays; of an unrelated play if there is none."""
     return np.asarray(np.maximum(histories.offsets[queries.rows] + queries.seen - 1, 0))
 
 
-def _context_numbers(histories: Histories) -> np.ndarray:
+def _context_indices(histories: Histories) -> np.ndarray:
     if histories.contexts is None:
         raise ValueError("this oracle needs contexts; the histories have none")
     return np.asarray(np.log2(histories.contexts), dtype=np.int64)
 
 
-def _heard(world: World, histories: Histories, queries: Queries) -> sp.csr_array:
+def _collection_shares(world: World, histories: Histories, queries: Queries) -> sp.csr_array:
     """float64 (Q, N), sparse: each song's share of the collection before each query."""
     starts = histories.offsets[queries.rows]
     offsets = offsets_of(queries.seen)
     plays = ranges(starts, queries.seen)
-    before = _weight_before(world, histories, queries)
-    weights = _weights(world, histories)[plays] * np.repeat(1 / np.where(before == 0, 1, before), queries.seen)
+    weights_before = _weights_before(world, histories, queries)
+    weights = _weights(world, histories)[plays] * np.repeat(
+        1 / np.where(weights_before == 0, 1, weights_before), queries.seen
+    )
     shape = (len(queries), world.config.songs)
     return sp.csr_array((weights, histories.songs[plays], offsets), shape=shape)

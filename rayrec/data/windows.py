@@ -59,32 +59,32 @@ class Windows:
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "Windows":
         """Return the windows of a table that `to_arrow` made."""
-        numbers = {name: table.column(name).to_numpy() for name in _COLUMNS}
-        return cls(plays=Histories.from_arrow(table), **numbers)
+        arrays = {name: table.column(name).to_numpy() for name in _COLUMNS}
+        return cls(plays=Histories.from_arrow(table), **arrays)
 
     @classmethod
     def joined(cls, parts: Sequence["Windows"]) -> "Windows":
         """Return the windows of all parts as one batch, in the order of the parts; empty without parts."""
         parts = [part for part in parts if len(part)]
-        numbers = {
+        arrays = {
             name: np.concatenate([np.zeros(0, dtype=np.int64), *(getattr(part, name) for part in parts)])
             for name in ("inputs", "previous_at")
         }
         plays = concatenate([part.plays for part in parts])
-        return cls(plays=plays, places=np.arange(len(plays)), **numbers)
+        return cls(plays=plays, places=np.arange(len(plays)), **arrays)
 
 
 def count_inputs(lengths: np.ndarray, window: int) -> np.ndarray:
     """int64 (W,): the number of inputs of each window that `cut_windows` makes of histories of `lengths`, int (U,)."""
-    users, starts = _pieces(lengths, window)
+    users, starts = _window_starts(lengths, window)
     return np.asarray(np.minimum(window, lengths[users] - 1 - starts))
 
 
-def _pieces(lengths: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+def _window_starts(lengths: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
     """int64 (W,) each: the user of each window, and the position in the user's history where the window starts."""
-    pieces = -(-np.maximum(lengths - 1, 0) // window)  # the last play of a history is only ever a target
-    users = np.repeat(np.arange(len(lengths)), pieces)
-    return users, ranges(0, pieces) * window
+    window_counts = -(-np.maximum(lengths - 1, 0) // window)  # the last play of a history is only ever a target
+    users = np.repeat(np.arange(len(lengths)), window_counts)
+    return users, ranges(0, window_counts) * window
 
 
 def cut_windows(histories: Histories, window: int, lookahead: int) -> Windows:
@@ -94,13 +94,17 @@ def cut_windows(histories: Histories, window: int, lookahead: int) -> Windows:
     nothing to predict and is left out.
     """
     lengths = histories.lengths
-    users, starts = _pieces(lengths, window)
+    users, starts = _window_starts(lengths, window)
     inputs = np.minimum(window, lengths[users] - 1 - starts)
-    held = np.minimum(inputs + lookahead, lengths[users] - starts)
-    begin = histories.offsets[users] + starts
-    offsets = offsets_of(held)
-    plays = ranges(begin, held)
-    before = np.where(starts > 0, histories.played_at[np.maximum(begin - 1, 0)], NEVER) if len(begin) else begin
+    window_lengths = np.minimum(inputs + lookahead, lengths[users] - starts)
+    first_plays = histories.offsets[users] + starts
+    offsets = offsets_of(window_lengths)
+    plays = ranges(first_plays, window_lengths)
+    previous_at = (
+        np.where(starts > 0, histories.played_at[np.maximum(first_plays - 1, 0)], NEVER)
+        if len(first_plays)
+        else first_plays
+    )
     return Windows(
         plays=Histories(
             user_ids=np.full(len(users), "", dtype=object),
@@ -111,7 +115,7 @@ def cut_windows(histories: Histories, window: int, lookahead: int) -> Windows:
             skipped=None if histories.skipped is None else histories.skipped[plays],
         ),
         inputs=inputs,
-        previous_at=before,
+        previous_at=previous_at,
         places=np.arange(len(users)),
     )
 
@@ -126,7 +130,7 @@ def batch_rows(inputs: np.ndarray, batch: int, rng: np.random.Generator) -> list
         return []
     order = np.lexsort((rng.random(len(inputs)), inputs))
     batches = np.array_split(order, max(1, len(order) // batch))
-    return [batches[number] for number in rng.permutation(len(batches))]
+    return [batches[index] for index in rng.permutation(len(batches))]
 
 
 def batches_in_memory(windows: Windows, batch: int, rng: np.random.Generator) -> Iterator[Windows]:
@@ -153,7 +157,7 @@ class WindowLengths:
         flat = np.concatenate([np.zeros(0, dtype=np.uint8), *inputs])
         return cls(
             inputs=flat.astype(np.min_scalar_type(int(flat.max(initial=0)))),
-            offsets=offsets_of([len(each) for each in inputs]),
+            offsets=offsets_of([len(unit_inputs) for unit_inputs in inputs]),
         )
 
     def of_unit(self, unit: int) -> np.ndarray:
@@ -177,22 +181,22 @@ class EpochBatches:
 
     def __init__(self, windows: WindowLengths, *, shards: int, batch: int, seed: int, epoch: int) -> None:
         """`batch` is the minimum number of windows per batch over all workers; batches share the remainder."""
-        order = np.random.default_rng([seed, epoch]).permutation(windows.units)
-        lanes = max(number for number in divisors(shards) if number <= max(1, windows.units))
-        self.lanes: list[list[int]] = [order[lane::lanes].tolist() for lane in range(lanes)]
+        unit_order = np.random.default_rng([seed, epoch]).permutation(windows.units)
+        lanes = max(divisor for divisor in divisors(shards) if divisor <= max(1, windows.units))
+        self.lanes: list[list[int]] = [unit_order[lane::lanes].tolist() for lane in range(lanes)]
         self._inputs = [np.concatenate([windows.of_unit(unit) for unit in units]) for units in self.lanes]
         self._shards, self._batch, self._entropy = shards, batch, [seed, epoch]
-        sizes = np.array([len(inputs) for inputs in self._inputs])
-        self.pools = max(1, -(-int(sizes.sum()) // POOL_WINDOWS))
+        lane_sizes = np.array([len(inputs) for inputs in self._inputs])
+        self.pools = max(1, -(-int(lane_sizes.sum()) // POOL_WINDOWS))
         # int64 (lanes, pools + 1): every pool takes the same fraction of each lane, so that all lanes end together
-        self._bounds = sizes[:, None] * np.arange(self.pools + 1) // self.pools
-        of_pools = np.diff(self._bounds).sum(axis=0)
-        self._first = np.append(0, np.cumsum(np.where(of_pools, np.maximum(1, of_pools // batch), 0)))
+        self._bounds = lane_sizes[:, None] * np.arange(self.pools + 1) // self.pools
+        pool_sizes = np.diff(self._bounds).sum(axis=0)
+        self._step_offsets = np.append(0, np.cumsum(np.where(pool_sizes, np.maximum(1, pool_sizes // batch), 0)))
 
     @property
     def steps(self) -> int:
         """The number of batches."""
-        return int(self._first[-1])
+        return int(self._step_offsets[-1])
 
     def lanes_of(self, rank: int, workers: int) -> list[int]:
         """Return the lanes that hold the shards of worker `rank` of `workers`."""
@@ -202,26 +206,29 @@ class EpochBatches:
         """Return the batches of one pool. Windows in a batch have similar lengths; batches are in random order."""
         rng = np.random.default_rng([*self._entropy, number])
         bounds = self._bounds[:, number : number + 2].tolist()
-        inputs = np.concatenate([self._inputs[lane][begin:end] for lane, (begin, end) in enumerate(bounds)])
-        counts = [end - begin for begin, end in bounds]
+        inputs = np.concatenate([self._inputs[lane][start:end] for lane, (start, end) in enumerate(bounds)])
+        counts = [end - start for start, end in bounds]
         lanes = np.repeat(np.arange(len(self.lanes)), counts)
-        dealt = np.concatenate([np.arange(count) for count in counts]) % (self._shards // len(self.lanes))
-        shards = lanes + len(self.lanes) * dealt
-        most = max(1, min(SHARD_GROUPS, len(inputs) // GROUP_WINDOWS), self._batch // WORKER_WINDOWS)
-        groups = shards % max(number for number in divisors(self._shards) if number <= most)
+        shard_in_lane = np.concatenate([np.arange(count) for count in counts]) % (self._shards // len(self.lanes))
+        shards = lanes + len(self.lanes) * shard_in_lane
+        max_groups = max(1, min(SHARD_GROUPS, len(inputs) // GROUP_WINDOWS), self._batch // WORKER_WINDOWS)
+        groups = shards % max(number for number in divisors(self._shards) if number <= max_groups)
         # Take the shortest window of each group, then the next of each, and so on: neighbors have similar lengths.
         by_length = np.lexsort((rng.random(len(inputs)), inputs, groups))
-        sizes = np.bincount(groups)
-        ranks = ranges(0, sizes)
-        share = (ranks + 0.5) / np.repeat(sizes, sizes)
-        order = by_length[np.lexsort((groups[by_length], share))]
-        first, count = int(self._first[number]), int(self._first[number + 1] - self._first[number])
+        group_sizes = np.bincount(groups)
+        ranks = ranges(0, group_sizes)
+        relative_ranks = (ranks + 0.5) / np.repeat(group_sizes, group_sizes)
+        order = by_length[np.lexsort((groups[by_length], relative_ranks))]
+        first_step, count = (
+            int(self._step_offsets[number]),
+            int(self._step_offsets[number + 1] - self._step_offsets[number]),
+        )
         steps, places = np.empty(len(order), dtype=np.int64), np.empty(len(order), dtype=np.int64)
         for step, rows in zip(rng.permutation(count).tolist(), np.array_split(order, max(1, count)), strict=False):
-            steps[rows], places[rows] = first + step, np.arange(len(rows))
+            steps[rows], places[rows] = first_step + step, np.arange(len(rows))
         return PoolBatches(lanes=lanes, shards=shards, inputs=inputs, steps=steps, places=places)
 
 
 def divisors(number: int) -> list[int]:
     """All divisors of a number from 1 on, ascending."""
-    return [each for each in range(1, number + 1) if number % each == 0]
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

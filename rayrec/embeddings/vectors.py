@@ -51,11 +51,11 @@ class SongVectors:
         """Normalize rows of any length; zero rows stay zero. Raises `InputError` if a number is not finite."""
         with np.errstate(over="ignore"):  # numbers too large for float32 become infinite and are refused below
             rows = np.array(raw, dtype=np.float32)
-        broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-        if len(broken):
+        broken_rows = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(broken_rows):
             raise InputError(
-                f"{len(broken)} of {len(rows)} song embeddings contain NaN or infinite numbers, the first is row "
-                f"{broken[0]}; give finite vectors, or zeros for songs without a vector"
+                f"{len(broken_rows)} of {len(rows)} song embeddings contain NaN or infinite numbers, the first is row "
+                f"{broken_rows[0]}; give finite vectors, or zeros for songs without a vector"
             )
         # Divide by the largest number first, since the square of a very small or large float32 is 0 or inf.
         largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
@@ -69,11 +69,13 @@ class SongVectors:
         word2vec leaves a direction that all songs share, which is larger the more its negatives favor rare songs. Next
         to it the differences between songs are small (Mu and Viswanath 2018, arXiv:1702.01417).
         """
-        known = self.known
-        moved = self.vectors - np.where(known[:, None], self.vectors[known].mean(axis=0, dtype=np.float64), 0)
-        lengths = np.linalg.norm(moved, axis=1, keepdims=True)
-        apart = lengths > SMALLEST_LENGTH
-        rows = np.where(apart, moved / np.where(apart, lengths, 1), self.vectors)
+        has_vector = self.known
+        shifted = self.vectors - np.where(
+            has_vector[:, None], self.vectors[has_vector].mean(axis=0, dtype=np.float64), 0
+        )
+        lengths = np.linalg.norm(shifted, axis=1, keepdims=True)
+        has_direction = lengths > SMALLEST_LENGTH
+        rows = np.where(has_direction, shifted / np.where(has_direction, lengths, 1), self.vectors)
         return SongVectors(rows.astype(np.float32))
 
     def nearest(self, song: int, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -109,13 +111,13 @@ class SongVectors:
 
 def mean_cosine(vectors: SongVectors, seed: int = 0) -> float:
     """Return the mean cosine of random pairs of different songs that have vectors; 0 if fewer than two songs do."""
-    known = np.flatnonzero(vectors.known)
-    if len(known) < 2:
+    song_rows = np.flatnonzero(vectors.known)
+    if len(song_rows) < 2:
         return 0.0
-    random = np.random.default_rng(seed)
-    first = random.integers(len(known), size=PAIRS)
-    second = (first + random.integers(1, len(known), size=PAIRS)) % len(known)
-    left, right = vectors.vectors[known[first]], vectors.vectors[known[second]]
+    rng = np.random.default_rng(seed)
+    first = rng.integers(len(song_rows), size=PAIRS)
+    second = (first + rng.integers(1, len(song_rows), size=PAIRS)) % len(song_rows)
+    left, right = vectors.vectors[song_rows[first]], vectors.vectors[song_rows[second]]
     return float(np.einsum("pd,pd->p", left, right).mean())
 
 
@@ -126,12 +128,14 @@ def check_health(vectors: SongVectors, counts: np.ndarray, catalog: Catalog, see
     (share of songs with a vector), songs_with_vector, mean_cosine, neighbors (a list of {song, plays, neighbors:
     titles, cosines}), warning (one line, or None).
     """
-    known = vectors.known
+    has_vector = vectors.known
     cosine = mean_cosine(vectors, seed)
-    most_played = np.argsort(-np.where(known, counts, -1), kind="stable")[: min(MOST_PLAYED, int(known.sum()))]
+    most_played = np.argsort(-np.where(has_vector, counts, -1), kind="stable")[
+        : min(MOST_PLAYED, int(has_vector.sum()))
+    ]
     return {
-        "coverage": float(known.mean()) if len(known) else 0.0,
-        "songs_with_vector": int(known.sum()),
+        "coverage": float(has_vector.mean()) if len(has_vector) else 0.0,
+        "songs_with_vector": int(has_vector.sum()),
         "mean_cosine": cosine,
         "neighbors": [_neighbors(vectors, int(song), int(counts[song]), catalog) for song in most_played],
         "warning": _warning(cosine),
@@ -144,11 +148,11 @@ def directions(vectors: SongVectors, seed: int = 0) -> float:
     This is the participation ratio of physics: D if all directions are used equally, 1 if the vectors lie on a line.
     It is 0 if fewer than two songs have a vector. It is computed on a sample of at most `PAIRS` songs.
     """
-    known = np.flatnonzero(vectors.known)
-    if len(known) < 2:
+    song_rows = np.flatnonzero(vectors.known)
+    if len(song_rows) < 2:
         return 0.0
-    drawn = np.random.default_rng(seed).permutation(known)[:PAIRS]
-    variances = np.linalg.eigvalsh(np.cov(vectors.vectors[drawn], rowvar=False, dtype=np.float64)).clip(min=0)
+    sample = np.random.default_rng(seed).permutation(song_rows)[:PAIRS]
+    variances = np.linalg.eigvalsh(np.cov(vectors.vectors[sample], rowvar=False, dtype=np.float64)).clip(min=0)
     return float(variances.sum() ** 2 / max(np.square(variances).sum(), 1e-24))
 
 
@@ -179,13 +183,13 @@ def principal_axes(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     an axis is chosen so that the song furthest from 0 is on the positive side: the same vectors give the same picture.
     """
     centered = vectors - vectors.mean(axis=0, dtype=np.float64) if len(vectors) else vectors.astype(np.float64)
-    left, strength, _ = np.linalg.svd(centered, full_matrices=False)
-    places, shares = np.zeros((len(vectors), 2)), np.zeros(2)
-    count = min(2, len(strength))
-    places[:, :count] = (left * strength)[:, :count]
-    shares[:count] = strength[:count] ** 2 / max(float((strength**2).sum()), 1e-12)
-    furthest = places[np.abs(places).argmax(axis=0), [0, 1]] if len(places) else np.ones(2)
-    return places * np.where(furthest < 0, -1, 1), shares
+    left_vectors, singular_values, _ = np.linalg.svd(centered, full_matrices=False)
+    coordinates, shares = np.zeros((len(vectors), 2)), np.zeros(2)
+    count = min(2, len(singular_values))
+    coordinates[:, :count] = (left_vectors * singular_values)[:, :count]
+    shares[:count] = singular_values[:count] ** 2 / max(float((singular_values**2).sum()), 1e-12)
+    furthest = coordinates[np.abs(coordinates).argmax(axis=0), [0, 1]] if len(coordinates) else np.ones(2)
+    return coordinates * np.where(furthest < 0, -1, 1), shares
 
 
 def layout(vectors: np.ndarray) -> np.ndarray:
@@ -193,5 +197,5 @@ def layout(vectors: np.ndarray) -> np.ndarray:
 
     The axes are those of `principal_axes`.
     """
-    places, _ = principal_axes(vectors)
-    return (places / max(float(np.abs(places).max(initial=0)), 1e-9)).astype(np.float32)
+    coordinates, _ = principal_axes(vectors)
+    return (coordinates / max(float(np.abs(coordinates).max(initial=0)), 1e-9)).astype(np.float32)

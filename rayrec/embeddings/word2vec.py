@@ -100,10 +100,10 @@ TOKENS_PER_WORKER = 50_000
 
 def cut_sessions(histories: Histories, gap_minutes: float = 30.0) -> Sentences:
     """Cut the plays of each user into sessions, at pauses longer than `gap_minutes`."""
-    starts = np.zeros(histories.num_plays + 1, dtype=bool)
-    starts[1:-1] = np.diff(histories.played_at) > gap_minutes * MINUTE_MS
-    starts[histories.offsets] = True
-    return histories.songs, np.flatnonzero(starts)
+    is_start = np.zeros(histories.num_plays + 1, dtype=bool)
+    is_start[1:-1] = np.diff(histories.played_at) > gap_minutes * MINUTE_MS
+    is_start[histories.offsets] = True
+    return histories.songs, np.flatnonzero(is_start)
 
 
 def cut_long(sentences: Sentences, limit: int = MAX_SENTENCE) -> Sentences:
@@ -112,10 +112,10 @@ def cut_long(sentences: Sentences, limit: int = MAX_SENTENCE) -> Sentences:
     lengths = np.diff(offsets)
     if not len(lengths) or lengths.max() <= limit:
         return sentences
-    pieces = np.maximum(1, -(-lengths // limit))
-    sentence = np.repeat(np.arange(len(lengths)), pieces)
-    number = ranges(0, pieces)
-    return songs, np.append(offsets[sentence] + number * limit, offsets[-1])
+    part_counts = np.maximum(1, -(-lengths // limit))
+    sentence_indices = np.repeat(np.arange(len(lengths)), part_counts)
+    part_numbers = ranges(0, part_counts)
+    return songs, np.append(offsets[sentence_indices] + part_numbers * limit, offsets[-1])
 
 
 def drop_single(sentences: Sentences) -> Sentences:
@@ -172,14 +172,14 @@ class Corpus:
 def write_corpus(sentences: Iterable[Sentences], path: Path, num_songs: int) -> Corpus:
     """Write sentences to a file and count their songs; memory holds one batch at a time."""
     counts = np.zeros(num_songs, dtype=np.int64)
-    written = 0
+    num_sentences = 0
     with path.open("wb") as stream:
         for songs, offsets in sentences:
             if len(songs):
                 counts += np.bincount(songs, minlength=num_songs)
-                written += len(offsets) - 1
+                num_sentences += len(offsets) - 1
                 stream.write(_text(songs, offsets))
-    return Corpus(path, counts, written)
+    return Corpus(path, counts, num_sentences)
 
 
 def _text(songs: np.ndarray, offsets: np.ndarray) -> pa.Buffer:
@@ -276,23 +276,23 @@ def read_outside(path: str | Path, catalog: Catalog) -> OutsideVectors:
                 f"vectors file {path} has {len(raw)} rows, but the catalog has {len(catalog)} songs; give one row per "
                 f"song in the order of the catalog, or the ids in {Path(path).stem}.ids.txt next to it"
             )
-        targets = np.arange(len(catalog))
+        catalog_rows = np.arange(len(catalog))
     else:
         rows = pc.index_in(song_ids, value_set=catalog.table.column(columns.SONG_ID))
-        targets = np.asarray(pc.fill_null(rows, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
-    known = targets >= 0
-    placed = np.zeros((len(catalog), raw.shape[1]), dtype=raw.dtype)
-    placed[targets[known]] = raw[known]
+        catalog_rows = np.asarray(pc.fill_null(rows, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
+    is_known = catalog_rows >= 0
+    catalog_vectors = np.zeros((len(catalog), raw.shape[1]), dtype=raw.dtype)
+    catalog_vectors[catalog_rows[is_known]] = raw[is_known]
     try:
-        vectors = SongVectors.normalized(placed)
+        vectors = SongVectors.normalized(catalog_vectors)
     except InputError as error:
         raise InputError(f"vectors file {path}: {error}") from error
     if not vectors.known.any():
         raise InputError(
             f"vectors file {path} has no vector for any of the {len(catalog)} songs in the catalog "
-            f"({int((~known).sum())} of its {len(raw)} ids are unknown); check its song ids"
+            f"({int((~is_known).sum())} of its {len(raw)} ids are unknown); check its song ids"
         )
-    return OutsideVectors(vectors, len(raw), int((~known).sum()), int((~raw.any(axis=1)).sum()))
+    return OutsideVectors(vectors, len(raw), int((~is_known).sum()), int((~raw.any(axis=1)).sum()))
 
 
 def choose_source(dataset: Dataset, config: EmbedConfig) -> str:
@@ -320,7 +320,9 @@ def fit_vectors(
     dataset = Dataset(workspace)
     source = choose_source(dataset, config)
     with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
-        corpus = write_corpus(_sentences(dataset, source, config, allowed), Path(folder) / "corpus", dataset.num_songs)
+        corpus = write_corpus(
+            _read_sentences(dataset, source, config, allowed), Path(folder) / "corpus", dataset.num_songs
+        )
         run = Word2Vec(corpus, config, workers)
         for _ in run.train():
             yield None
@@ -334,7 +336,7 @@ def fit_vectors(
     }
 
 
-def _sentences(dataset: Dataset, source: str, config: EmbedConfig, allowed: FitRange) -> Iterator[Sentences]:
+def _read_sentences(dataset: Dataset, source: str, config: EmbedConfig, allowed: FitRange) -> Iterator[Sentences]:
     if source == "playlists":
         return from_playlists(dataset.read_playlists(), allowed)
     histories = (allowed.select(batch) for batch in dataset.read_all())

@@ -63,14 +63,14 @@ class CellRange:
         return np.asarray((cells >= 0) & (cells < self.count))
 
 
-def cell_ranges(units: int, most_cells: int) -> list[CellRange]:
+def cell_ranges(units: int, max_cells: int) -> list[CellRange]:
     """Divide each of `units` shares of the users into ranges of cells; all units together have about 1,024 cells.
 
-    No range has more than `most_cells`. Return the ranges of one unit; all units are divided in the same way.
+    No range has more than `max_cells`. Return the ranges of one unit; all units are divided in the same way.
     """
-    count = max(1, min(-(-CELLS // units), most_cells))
-    parts = -(-CELLS // (units * count))
-    return [CellRange(total=parts * count, first=part * count, count=count) for part in range(parts)]
+    count = max(1, min(-(-CELLS // units), max_cells))
+    num_ranges = -(-CELLS // (units * count))
+    return [CellRange(total=num_ranges * count, first=index * count, count=count) for index in range(num_ranges)]
 
 
 def bootstrap_weights(cells: int, samples: int, seed: int) -> np.ndarray:
@@ -91,10 +91,10 @@ def means_with_intervals(
     means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
     value, samples = means[0], means[1:]
     low, high = value.copy(), value.copy()
-    filled = ~np.isnan(value) & (counts[1:] > 0).any(axis=0)
-    if filled.any():
+    has_value = ~np.isnan(value) & (counts[1:] > 0).any(axis=0)
+    if has_value.any():
         tail = (1 - confidence) / 2
-        low[filled], high[filled] = np.nanquantile(samples[:, filled], [tail, 1 - tail], axis=0)
+        low[has_value], high[has_value] = np.nanquantile(samples[:, has_value], [tail, 1 - tail], axis=0)
     return value, low, high
 
 
@@ -140,24 +140,24 @@ class MetricAccumulator:
         `day_targets` come after the VIEWS. `calibrated` is the number of models whose scores are probabilities.
         """
         views, groups = len(VIEWS) + day_targets, len(GROUPS)
-        pairs = (cells, curves, len(PAIRED), len(NEGATIVES))
-        columns = retrievers + 1 if retrievers else 0
+        pair_shape = (cells, curves, len(PAIRED), len(NEGATIVES))
+        retriever_columns = retrievers + 1 if retrievers else 0
         return cls(
             users=np.zeros((views, groups), dtype=np.int64),
             queries=np.zeros((cells, views, groups)),
             metrics=np.zeros((cells, models, views, groups, len(METRICS) * ks)),
             curve_sums=np.zeros((cells, curves, offsets)),
             curve_counts=np.zeros((cells, curves, offsets)),
-            pairs_won=np.zeros(pairs),
-            pairs=np.zeros(pairs),
+            pairs_won=np.zeros(pair_shape),
+            pairs=np.zeros(pair_shape),
             slice_metrics=np.zeros((cells, models, slices, len(SLICED))),
             slice_queries=np.zeros((cells, slices)),
             listed=np.zeros((models, -(-songs // 8)), dtype=np.uint8),
             list_sums=np.zeros((cells, models, len(LISTED))),
             list_counts=np.zeros((cells, models)),
             lists=np.zeros(models, dtype=np.int64),
-            retrieved=np.zeros((cells, models, len(OFFSETS) + day_targets, columns)),
-            candidates=np.zeros((cells, models, columns)),
+            retrieved=np.zeros((cells, models, len(OFFSETS) + day_targets, retriever_columns)),
+            candidates=np.zeros((cells, models, retriever_columns)),
             chances=np.zeros((calibrated, len(CALIBRATED), CHANCE_BINS, CHANCE_SUMS)),
         )
 
@@ -173,9 +173,9 @@ class MetricAccumulator:
 
     def add(self, other: MetricAccumulator, first_cell: int = 0) -> None:
         """Add `other` to the cells from `first_cell` on; cells beyond the last one continue at the first one."""
-        places = (first_cell + np.arange(other.cells)) % max(1, self.cells)
+        cell_indices = (first_cell + np.arange(other.cells)) % max(1, self.cells)
         for name in BY_CELL:
-            np.add.at(getattr(self, name), places, getattr(other, name))
+            np.add.at(getattr(self, name), cell_indices, getattr(other, name))
         self.users += other.users
         self.lists += other.lists
         self.listed |= other.listed
@@ -186,8 +186,8 @@ class MetricAccumulator:
         weights = bootstrap_weights(self.cells, samples, seed)
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         for name in BY_CELL:
-            sums = values[name]
-            values[name] = (weights @ sums.reshape(self.cells, -1)).reshape(samples + 1, *sums.shape[1:])
+            cell_sums = values[name]
+            values[name] = (weights @ cell_sums.reshape(self.cells, -1)).reshape(samples + 1, *cell_sums.shape[1:])
         return MetricAccumulator(**values)
 
 
@@ -198,8 +198,8 @@ BY_CELL: Sequence[str] = [
 
 def curves_of(recommenders: Sequence[BaseRecommender]) -> list[Curve]:
     """Return one curve per horizon of each recommender that has vectors."""
-    vector_recommenders = [one for one in recommenders if isinstance(one, VectorRecommender)]
-    return [(one, horizon) for one in vector_recommenders for horizon in one.horizons]
+    vector_recommenders = [recommender for recommender in recommenders if isinstance(recommender, VectorRecommender)]
+    return [(recommender, horizon) for recommender in vector_recommenders for horizon in recommender.horizons]
 
 
 def cosine_sums(
@@ -211,19 +211,19 @@ def cosine_sums(
     from 1 (the next song) to L. Queries and songs without a vector, and plays beyond the history, are not counted.
     """
     sums, counts = np.zeros((2, len(histories), offsets))
-    known_queries = np.flatnonzero(vectors.any(axis=1))
-    for start in range(0, len(known_queries), CURVE_QUERIES_AT_ONCE):
-        block = known_queries[start : start + CURVE_QUERIES_AT_ONCE]
-        rows = queries.rows[block]
-        plays = histories.offsets[rows] + queries.seen[block]
-        for ahead in range(offsets):
-            in_history = plays + ahead < histories.offsets[rows + 1]
-            block, rows, plays = block[in_history], rows[in_history], plays[in_history]
-            if not len(block):
+    rows_with_vector = np.flatnonzero(vectors.any(axis=1))
+    for start in range(0, len(rows_with_vector), CURVE_QUERIES_AT_ONCE):
+        block_rows = rows_with_vector[start : start + CURVE_QUERIES_AT_ONCE]
+        user_rows = queries.rows[block_rows]
+        plays = histories.offsets[user_rows] + queries.seen[block_rows]
+        for steps_ahead in range(offsets):
+            in_history = plays + steps_ahead < histories.offsets[user_rows + 1]
+            block_rows, user_rows, plays = block_rows[in_history], user_rows[in_history], plays[in_history]
+            if not len(block_rows):
                 break
-            cosines, known = song_cosines(recommender, vectors[block], histories.songs[plays + ahead])
-            sums[:, ahead] += np.bincount(rows, weights=cosines, minlength=len(histories))
-            counts[:, ahead] += np.bincount(rows, weights=known, minlength=len(histories))
+            cosines, has_vector = song_cosines(recommender, vectors[block_rows], histories.songs[plays + steps_ahead])
+            sums[:, steps_ahead] += np.bincount(user_rows, weights=cosines, minlength=len(histories))
+            counts[:, steps_ahead] += np.bincount(user_rows, weights=has_vector, minlength=len(histories))
     return sums, counts
 
 
@@ -231,10 +231,10 @@ def song_cosines(
     recommender: VectorRecommender, vectors: np.ndarray, songs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the cosines, float32 (Q,), 0 for songs without a vector, and which songs have a vector, bool (Q,)."""
-    known = songs < recommender.num_songs
-    song_vectors = recommender.song_vectors[np.where(known, songs, 0)]
+    has_row = songs < recommender.num_songs
+    song_vectors = recommender.song_vectors[np.where(has_row, songs, 0)]
     cosines = np.einsum("qd,qd->q", vectors, song_vectors)
-    return np.where(known, cosines, 0), known & song_vectors.any(axis=1)
+    return np.where(has_row, cosines, 0), has_row & song_vectors.any(axis=1)
 
 
 class RandomSongs:
@@ -247,15 +247,15 @@ class RandomSongs:
     def __init__(self, song_plays: np.ndarray, seed: int) -> None:
         self.seed = seed
         self.by_rank = songs_by_popularity(song_plays)
-        chances = np.arange(1, len(self.by_rank) + 1, dtype=np.float64) ** -ZIPF_EXPONENT
-        self._below = np.cumsum(chances)[:-1] / chances.sum()  # cumulative probability before ranks 2, 3, ...
+        weights = np.arange(1, len(self.by_rank) + 1, dtype=np.float64) ** -ZIPF_EXPONENT
+        self._cumulative = np.cumsum(weights)[:-1] / weights.sum()  # cumulative probability before ranks 2, 3, ...
 
     def draw(self, kind: str, hashes: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """int64 (P,): a song for each pair; pairs are identified by hashes of users and by steps, uint64 each."""
-        uniform = uniform_draws(hashes, steps * np.uint64(len(NEGATIVES)) + np.uint64(NEGATIVES.index(kind)))
+        draws = uniform_draws(hashes, steps * np.uint64(len(NEGATIVES)) + np.uint64(NEGATIVES.index(kind)))
         if kind == "uniform":
-            return np.asarray(self.by_rank[(uniform * len(self.by_rank)).astype(np.int64)])
-        return np.asarray(self.by_rank[np.searchsorted(self._below, uniform, side="right")])
+            return np.asarray(self.by_rank[(draws * len(self.by_rank)).astype(np.int64)])
+        return np.asarray(self.by_rank[np.searchsorted(self._cumulative, draws, side="right")])
 
 
 def songs_by_popularity(song_plays: np.ndarray) -> np.ndarray:
@@ -286,20 +286,22 @@ def pair_sums(
     is won if the cosine with the song played is higher than that with a random song, the negative; a tie is not won.
     Pairs in which one of the songs has no vector, or both are the same song, are not counted.
     """
-    won, pairs = np.zeros((2, len(histories), len(NEGATIVES)))
+    won_counts, pair_counts = np.zeros((2, len(histories), len(NEGATIVES)))
     hashes = user_hash(histories.user_ids, salt=f"negatives {negatives.seed} ")
-    known_queries = np.flatnonzero(vectors.any(axis=1)) if len(negatives.by_rank) else np.zeros(0, dtype=np.int64)
-    for start in range(0, len(known_queries), PAIR_QUERIES_AT_ONCE):
-        block = known_queries[start : start + PAIR_QUERIES_AT_ONCE]
-        rows, plays = plays_ahead(histories, queries.take(block), *OFFSETS[target])
-        rows = block[rows]
+    rows_with_vector = np.flatnonzero(vectors.any(axis=1)) if len(negatives.by_rank) else np.zeros(0, dtype=np.int64)
+    for start in range(0, len(rows_with_vector), PAIR_QUERIES_AT_ONCE):
+        block_rows = rows_with_vector[start : start + PAIR_QUERIES_AT_ONCE]
+        rows, plays = plays_ahead(histories, queries.take(block_rows), *OFFSETS[target])
+        rows = block_rows[rows]
         users, songs = queries.rows[rows], histories.songs[plays]
         steps = (queries.seen[rows] * PLACES + plays - histories.offsets[users]).astype(np.uint64)
-        near, known = song_cosines(recommender, vectors[rows], songs)
-        for place, kind in enumerate(NEGATIVES):
-            others = negatives.draw(kind, hashes[users], steps)
-            far, drawn = song_cosines(recommender, vectors[rows], others)
-            counted = known & drawn & (others != songs)
-            pairs[:, place] += np.bincount(users, weights=counted, minlength=len(histories))
-            won[:, place] += np.bincount(users, weights=counted & (near > far + TIE), minlength=len(histories))
-    return won, pairs
+        positive_cosines, positive_has_vector = song_cosines(recommender, vectors[rows], songs)
+        for kind_index, kind in enumerate(NEGATIVES):
+            negative_songs = negatives.draw(kind, hashes[users], steps)
+            negative_cosines, negative_has_vector = song_cosines(recommender, vectors[rows], negative_songs)
+            is_counted = positive_has_vector & negative_has_vector & (negative_songs != songs)
+            pair_counts[:, kind_index] += np.bincount(users, weights=is_counted, minlength=len(histories))
+            won_counts[:, kind_index] += np.bincount(
+                users, weights=is_counted & (positive_cosines > negative_cosines + TIE), minlength=len(histories)
+            )
+    return won_counts, pair_counts

@@ -14,22 +14,22 @@ CHANCE_SUMS = 3  # per narrow bin: number of songs, sum of their probabilities, 
 ERROR_BINS = 15  # bins of the error, each with about the same number of songs
 
 
-def chance_sums(chances: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """float64 (CHANCE_BINS, CHANCE_SUMS): sums of songs by their probability, float (A,); `right` is bool (A,)."""
-    bins = np.minimum((CHANCE_BINS * np.sqrt(np.sqrt(chances))).astype(np.int64), CHANCE_BINS - 1)
-    columns = (np.ones(len(bins)), chances, right)
+def chance_sums(probabilities: np.ndarray, is_right: np.ndarray) -> np.ndarray:
+    """float64 (CHANCE_BINS, CHANCE_SUMS): sums of songs by their probability, float (A,); `is_right` is bool (A,)."""
+    bins = np.minimum((CHANCE_BINS * np.sqrt(np.sqrt(probabilities))).astype(np.int64), CHANCE_BINS - 1)
+    columns = (np.ones(len(bins)), probabilities, is_right)
     return np.stack([np.bincount(bins, weights=column, minlength=CHANCE_BINS) for column in columns], axis=1)
 
 
-def expected_calibration_error(sums: np.ndarray) -> float:
+def expected_calibration_error(bin_sums: np.ndarray) -> float:
     """Return the mean over bins of equal size of |mean probability - share of right songs|; 0 without songs.
 
-    `sums` is the result of `chance_sums`. A narrow bin is never divided, so bins may differ a little in size.
+    `bin_sums` is the result of `chance_sums`. A narrow bin is never divided, so bins may differ a little in size.
     """
-    counts, chances, right = sums.T
+    counts, probability_sums, right_counts = bin_sums.T
     total = counts.sum()
     if not total:
         return 0.0
     middles = (np.cumsum(counts) - counts / 2) / total
     bins = np.minimum((ERROR_BINS * middles).astype(np.int64), ERROR_BINS - 1)
-    return float(np.abs(np.bincount(bins, weights=chances - right)).sum() / total)
+    return float(np.abs(np.bincount(bins, weights=probability_sums - right_counts)).sum() / total)

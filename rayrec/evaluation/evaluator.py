@@ -118,16 +118,16 @@ class QueryBlock:
         `known_songs` is as in `target_songs`, `days` is the result of `day_targets`, `network` is as in `slice_masks`.
         """
         queries = Queries.before_plays(histories, plays)
-        drawn = user_hash(histories.user_ids, salt=f"curves {config.seed} ") / 2.0**64 < curve_share
-        heard = HeardSongs(histories)
-        repeat = heard(queries.rows, queries.seen, histories.songs[plays])
+        is_sampled = user_hash(histories.user_ids, salt=f"curves {config.seed} ") / 2.0**64 < curve_share
+        heard_songs = HeardSongs(histories)
+        is_repeat = heard_songs(queries.rows, queries.seen, histories.songs[plays])
         targets = {
-            name: target_songs(histories, queries, name, heard, known_songs, days.get(name))
+            name: target_songs(histories, queries, name, heard_songs, known_songs, days.get(name))
             for name in (*OFFSETS, *days)
         }
-        counted = {name: target.sizes > 0 for name, target in targets.items()}
-        last = plays == histories.offsets[queries.rows + 1] - 1
-        predicted = np.bincount(histories.rows[plays_to_predict(histories, split)], minlength=len(histories))
+        counted_masks = {name: target.sizes > 0 for name, target in targets.items()}
+        is_last = plays == histories.offsets[queries.rows + 1] - 1
+        predicted_counts = np.bincount(histories.rows[plays_to_predict(histories, split)], minlength=len(histories))
         return cls(
             histories=histories,
             queries=queries,
@@ -135,26 +135,26 @@ class QueryBlock:
             num_cells=cells.count,
             groups=user_groups(histories, split),
             targets=targets,
-            counted={**counted, "next_new": ~repeat, "next_repeat": repeat, LAST: last},
-            slices=slice_masks(histories, queries, predicted, contexts, network),
-            drawn=drawn[queries.rows],
-            heard=heard,
+            counted={**counted_masks, "next_new": ~is_repeat, "next_repeat": is_repeat, LAST: is_last},
+            slices=slice_masks(histories, queries, predicted_counts, contexts, network),
+            drawn=is_sampled[queries.rows],
+            heard=heard_songs,
         )
 
     def sums(self, values: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """float64 (C, G, K): the sums of `values`, (Q, K), by cell and group; with `mask`, (Q,), of its queries."""
-        chosen = np.arange(len(self.queries)) if mask is None else np.flatnonzero(mask)
-        users = self.queries.rows[chosen]
+        selected_rows = np.arange(len(self.queries)) if mask is None else np.flatnonzero(mask)
+        users = self.queries.rows[selected_rows]
         keys = self.cells[users] * len(GROUPS) + self.groups[users]
         size = self.num_cells * len(GROUPS)
-        columns = [np.bincount(keys, weights=column, minlength=size) for column in values[chosen].T]
+        columns = [np.bincount(keys, weights=column, minlength=size) for column in values[selected_rows].T]
         return np.stack(columns, axis=1).reshape(self.num_cells, len(GROUPS), -1)
 
     def sums_of_users(self, values: np.ndarray) -> np.ndarray:
         """float64 (C, ...): the sums of `values`, (U, ...), by cell."""
-        sums = np.zeros((self.num_cells, *values.shape[1:]))
-        np.add.at(sums, self.cells, values)
-        return sums
+        cell_sums = np.zeros((self.num_cells, *values.shape[1:]))
+        np.add.at(cell_sums, self.cells, values)
+        return cell_sums
 
 
 QUERIES_PER_BLOCK = 1 << 16
@@ -200,17 +200,19 @@ class Evaluator:
         from rayrec.recommend.taste_recommender import TasteRecommender
         from rayrec.recommend.two_step import TwoStepRecommender
 
-        two_step = next((one for one in recommenders if isinstance(one, TwoStepRecommender)), None)
-        networks = [one for one in recommenders if isinstance(one, TasteRecommender)]
+        two_step = next(
+            (recommender for recommender in recommenders if isinstance(recommender, TwoStepRecommender)), None
+        )
+        networks = [recommender for recommender in recommenders if isinstance(recommender, TasteRecommender)]
         self._network = two_step.source.network if two_step else next(iter(networks), None)
-        starting = Starting.of(
+        starting_songs = Starting.of(
             song_plays,
             self.known_songs,
             recent_plays=two_step.source.retrieval.recent_plays if two_step else None,
             artist_of_song=two_step.source.retrieval.artists.of_song if two_step else None,
         )
         self._starting_ranks = np.full(len(song_plays), NOT_FOUND)  # rank of each song for a user without plays
-        self._starting_ranks[starting.order] = np.arange(1, len(starting.order) + 1)
+        self._starting_ranks[starting_songs.order] = np.arange(1, len(starting_songs.order) + 1)
 
     def empty(self, cells: int = CellRange().count) -> MetricAccumulator:
         """Return an accumulator of zeros."""
@@ -235,14 +237,14 @@ class Evaluator:
     def __call__(self, histories: Histories, cells: CellRange | None = None) -> MetricAccumulator:
         """Return the sums of whole histories, for users in `cells` only. Users without test plays cost very little."""
         cells = cells or CellRange()
-        sums = self.empty(cells.count)
+        accumulator = self.empty(cells.count)
         histories = histories.take(cells.holds(histories.user_ids))
         if self.chosen_users is not None:
             histories = histories.take(self.chosen_users(histories.user_ids))
-        self._count_first_plays(sums, histories, cells)
-        for users, plays in blocks(histories, self.split, QUERIES_PER_BLOCK, self.query_share):
+        self._count_first_plays(accumulator, histories, cells)
+        for block_histories, plays in blocks(histories, self.split, QUERIES_PER_BLOCK, self.query_share):
             block = QueryBlock.of(
-                users,
+                block_histories,
                 plays,
                 self.split,
                 self.config,
@@ -253,40 +255,40 @@ class Evaluator:
                 self.days,
                 self._network,
             )
-            self._count(sums, block)
+            self._count_queries(accumulator, block)
             for model in range(len(self.recommenders)):
-                self._add_model(sums, model, block)
-            self._add_curves(sums, block)
-        return sums
+                self._add_model(accumulator, model, block)
+            self._add_curves(accumulator, block)
+        return accumulator
 
-    def _count_first_plays(self, sums: MetricAccumulator, histories: Histories, cells: CellRange) -> None:
+    def _count_first_plays(self, accumulator: MetricAccumulator, histories: Histories, cells: CellRange) -> None:
         """Count the first plays of users without earlier plays; all of them get the same songs from every model."""
-        place = slices_of(self.contexts).index(("known", "0"))
+        slice_index = slices_of(self.contexts).index(("known", "0"))
         users, songs = first_plays(histories, self.split, self.query_share)
-        cell, ranks = cells.cells_of(histories.user_ids)[users], np.full(len(users), NOT_FOUND)
-        known = in_mask(self.known_songs, songs)
-        ranks[known] = self._starting_ranks[songs[known]]
-        values = metrics_of(ranks, np.arange(len(users)), np.ones(len(users), np.int64), self.config.ks)
-        np.add.at(sums.slice_queries[:, place], cell, 1.0)
-        chosen = values[:, self._sliced_columns()]
+        user_cells, ranks = cells.cells_of(histories.user_ids)[users], np.full(len(users), NOT_FOUND)
+        is_known = in_mask(self.known_songs, songs)
+        ranks[is_known] = self._starting_ranks[songs[is_known]]
+        metrics = metrics_of(ranks, np.arange(len(users)), np.ones(len(users), np.int64), self.config.ks)
+        np.add.at(accumulator.slice_queries[:, slice_index], user_cells, 1.0)
+        sliced_metrics = metrics[:, self._sliced_columns()]
         for model in range(len(self.recommenders)):
-            np.add.at(sums.slice_metrics[:, model, place], cell, chosen)
+            np.add.at(accumulator.slice_metrics[:, model, slice_index], user_cells, sliced_metrics)
 
     def _sliced_columns(self) -> list[int]:
         columns = metric_columns(self.config.ks)
         return [columns.index((metric, usual_k(self.config.ks))) for metric in SLICED]
 
-    def _count(self, sums: MetricAccumulator, block: QueryBlock) -> None:
+    def _count_queries(self, accumulator: MetricAccumulator, block: QueryBlock) -> None:
         """Count the queries of each view and each slice, and the users who have any."""
-        for place, view in enumerate(self.views):
+        for view_index, view in enumerate(self.views):
             mask = block.counted[view]
-            sums.queries[:, place] += block.sums(np.ones((len(mask), 1)), mask)[..., 0]
+            accumulator.queries[:, view_index] += block.sums(np.ones((len(mask), 1)), mask)[..., 0]
             groups = block.groups[np.unique(block.queries.rows[mask])]
-            sums.users[place] += np.bincount(groups, minlength=len(GROUPS))
+            accumulator.users[view_index] += np.bincount(groups, minlength=len(GROUPS))
         # Slice known 0 gets nothing here, since each of these queries has an earlier play.
-        sums.slice_queries += block.sums(block.slices.T.astype(np.float64)).sum(axis=1)
+        accumulator.slice_queries += block.sums(block.slices.T.astype(np.float64)).sum(axis=1)
 
-    def _add_model(self, sums: MetricAccumulator, model: int, block: QueryBlock) -> None:
+    def _add_model(self, accumulator: MetricAccumulator, model: int, block: QueryBlock) -> None:
         recommender = self.recommenders[model]
         ranked = rank_targets(
             recommender,
@@ -302,71 +304,77 @@ class Evaluator:
             name: metrics_of(ranked.ranks[name], target.rows, target.sizes, self.config.ks)
             for name, target in block.targets.items()
         }
-        self._add_lists(sums, model, block, ranked)
-        add_chances(sums, self.recommenders, model, ranked)
+        self._add_lists(accumulator, model, block, ranked)
+        add_chances(accumulator, self.recommenders, model, ranked)
         if isinstance(recommender, CandidateRecommender):
-            self._add_retrieved(sums, model, block, ranked, recommender.retrievers)
-        for place, view in enumerate(self.views):
-            sums.metrics[:, model, place] += block.sums(metrics.get(view, metrics["next"]), block.counted[view])
-        chosen = metrics["next"][:, self._sliced_columns()]
-        for place, mask in enumerate(block.slices):
-            sums.slice_metrics[:, model, place] += block.sums(chosen, mask).sum(axis=1)
+            self._add_retrieved(accumulator, model, block, ranked, recommender.retrievers)
+        for index, view in enumerate(self.views):
+            accumulator.metrics[:, model, index] += block.sums(metrics.get(view, metrics["next"]), block.counted[view])
+        sliced_metrics = metrics["next"][:, self._sliced_columns()]
+        for index, mask in enumerate(block.slices):
+            accumulator.slice_metrics[:, model, index] += block.sums(sliced_metrics, mask).sum(axis=1)
 
-    def _add_lists(self, sums: MetricAccumulator, model: int, block: QueryBlock, ranked: Ranked) -> None:
+    def _add_lists(self, accumulator: MetricAccumulator, model: int, block: QueryBlock, ranked: Ranked) -> None:
         rows, songs = ranked.listed_rows, ranked.listed_songs
         repeats = block.heard(block.queries.rows[rows], block.queries.seen[rows], songs)
-        per_query = np.zeros((len(block.queries), 1 + len(LISTED)))
-        np.add.at(per_query, rows, np.stack([np.ones(len(songs)), self._popularity_ranks[songs], repeats], axis=1))
-        by_cell = block.sums(per_query).sum(axis=1)
-        sums.list_counts[:, model] += by_cell[:, 0]
-        sums.list_sums[:, model] += by_cell[:, 1:]
-        sums.listed[model] |= np.packbits(np.isin(self.coverage_songs, songs))
-        sums.lists[model] += np.count_nonzero(block.drawn)
+        query_sums = np.zeros((len(block.queries), 1 + len(LISTED)))
+        np.add.at(query_sums, rows, np.stack([np.ones(len(songs)), self._popularity_ranks[songs], repeats], axis=1))
+        cell_sums = block.sums(query_sums).sum(axis=1)
+        accumulator.list_counts[:, model] += cell_sums[:, 0]
+        accumulator.list_sums[:, model] += cell_sums[:, 1:]
+        accumulator.listed[model] |= np.packbits(np.isin(self.coverage_songs, songs))
+        accumulator.lists[model] += np.count_nonzero(block.drawn)
 
     def _add_retrieved(
-        self, sums: MetricAccumulator, model: int, block: QueryBlock, ranked: Ranked, names: Sequence[str]
+        self, accumulator: MetricAccumulator, model: int, block: QueryBlock, ranked: Ranked, retrievers: Sequence[str]
     ) -> None:
         """Add the shares of the targets that are candidates, of all retrievers together and of each one."""
-        columns = [0, *(1 + self.retrievers.index(name) for name in names)]
-        for name, proposed in ranked.proposed.items():
-            target, place = block.targets[name], list(block.targets).index(name)
+        columns = [0, *(1 + self.retrievers.index(name) for name in retrievers)]
+        for name, is_proposed in ranked.proposed.items():
+            target, target_index = block.targets[name], list(block.targets).index(name)
             shares = np.zeros((len(block.queries), len(columns)))
-            np.add.at(shares, target.rows, proposed / target.sizes[target.rows][:, None])
-            sums.retrieved[:, model, place, columns] += block.sums(shares, target.sizes > 0).sum(axis=1)
+            np.add.at(shares, target.rows, is_proposed / target.sizes[target.rows][:, None])
+            accumulator.retrieved[:, model, target_index, columns] += block.sums(shares, target.sizes > 0).sum(axis=1)
         if ranked.candidates is not None:
-            sums.candidates[:, model, columns] += block.sums(ranked.candidates).sum(axis=1)
+            accumulator.candidates[:, model, columns] += block.sums(ranked.candidates).sum(axis=1)
 
-    def _add_curves(self, sums: MetricAccumulator, block: QueryBlock) -> None:
+    def _add_curves(self, accumulator: MetricAccumulator, block: QueryBlock) -> None:
         """Add the cosines and pairs of the drawn users."""
-        histories, sampled = block.histories, block.queries.take(np.flatnonzero(block.drawn))
-        for row, (recommender, horizon) in enumerate(self.curves):
-            vectors = recommender.vectors(histories, sampled, horizon)
-            cosines, counts = cosine_sums(recommender, vectors, histories, sampled, self.config.offsets)
-            sums.curve_sums[:, row] += block.sums_of_users(cosines)
-            sums.curve_counts[:, row] += block.sums_of_users(counts)
-            for place, target in enumerate(PAIRED):
+        histories, sampled_queries = block.histories, block.queries.take(np.flatnonzero(block.drawn))
+        for curve_index, (recommender, horizon) in enumerate(self.curves):
+            vectors = recommender.vectors(histories, sampled_queries, horizon)
+            cosines, counts = cosine_sums(recommender, vectors, histories, sampled_queries, self.config.offsets)
+            accumulator.curve_sums[:, curve_index] += block.sums_of_users(cosines)
+            accumulator.curve_counts[:, curve_index] += block.sums_of_users(counts)
+            for target_index, target in enumerate(PAIRED):
                 if horizon_of(recommender, target) == horizon:
-                    won, pairs = pair_sums(recommender, vectors, histories, sampled, target, self._negatives)
-                    sums.pairs_won[:, row, place] += block.sums_of_users(won)
-                    sums.pairs[:, row, place] += block.sums_of_users(pairs)
+                    pairs_won, pairs = pair_sums(
+                        recommender, vectors, histories, sampled_queries, target, self._negatives
+                    )
+                    accumulator.pairs_won[:, curve_index, target_index] += block.sums_of_users(pairs_won)
+                    accumulator.pairs[:, curve_index, target_index] += block.sums_of_users(pairs)
 
 
 def retrievers_of(recommenders: Sequence[BaseRecommender]) -> list[str]:
     """Return the distinct names of the retrievers of all candidate recommenders."""
-    named = (one.retrievers for one in recommenders if isinstance(one, CandidateRecommender))
-    return list(dict.fromkeys(name for names in named for name in names))
+    name_lists = (
+        recommender.retrievers for recommender in recommenders if isinstance(recommender, CandidateRecommender)
+    )
+    return list(dict.fromkeys(name for names in name_lists for name in names))
 
 
 def count_calibrated(recommenders: Sequence[BaseRecommender]) -> int:
     """Return the number of recommenders whose scores are probabilities."""
-    return sum(one.scores_are_chances for one in recommenders)
+    return sum(recommender.scores_are_chances for recommender in recommenders)
 
 
-def add_chances(sums: MetricAccumulator, recommenders: Sequence[BaseRecommender], model: int, ranked: Ranked) -> None:
+def add_chances(
+    accumulator: MetricAccumulator, recommenders: Sequence[BaseRecommender], model: int, ranked: Ranked
+) -> None:
     """Add the calibration sums of recommender number `model`, if its scores are probabilities."""
     if ranked.chances:
-        place = count_calibrated(recommenders[:model])
-        sums.chances[place] += np.stack([ranked.chances[target] for target in CALIBRATED])
+        index = count_calibrated(recommenders[:model])
+        accumulator.chances[index] += np.stack([ranked.chances[target] for target in CALIBRATED])
 
 
 def coverage_songs(num_songs: int) -> np.ndarray:
@@ -410,8 +418,8 @@ class Prefixes:
     @property
     def counts(self) -> np.ndarray:
         """int64 (3,): numbers of pairs, of targets unknown to the catalog, and of unknown songs in prefixes."""
-        unknown = (self.targets, self.histories.songs)
-        return np.array([len(self.targets), *(np.count_nonzero(songs == self.num_songs) for songs in unknown)])
+        song_arrays = (self.targets, self.histories.songs)
+        return np.array([len(self.targets), *(np.count_nonzero(songs == self.num_songs) for songs in song_arrays)])
 
 
 def read_prefixes(unit: Unit, file: PrefixFile, song_ids: pa.ChunkedArray) -> Iterator[Prefixes]:
@@ -427,9 +435,9 @@ def read_prefixes(unit: Unit, file: PrefixFile, song_ids: pa.ChunkedArray) -> It
 def parse_prefixes(lines: pa.Array, file: PrefixFile, song_ids: pa.ChunkedArray) -> Prefixes:
     """Parse lines, strings (Q,), into pairs. Raises `InputError` for a line without a target."""
     halves = pc.split_pattern(lines, file.target_separator, max_splits=1, reverse=True)
-    whole = pc.list_value_length(halves).to_numpy() == 2
-    if not whole.all():
-        line = lines[int(np.argmin(whole))].as_py()
+    has_target = pc.list_value_length(halves).to_numpy() == 2
+    if not has_target.all():
+        line = lines[int(np.argmin(has_target))].as_py()
         raise InputError(
             f"{file.path} has a line without the target separator {file.target_separator!r}: "
             f"{line[:SHOWN_CHARACTERS]!r}; expected the songs of a prefix, the separator and the target song"
@@ -445,17 +453,17 @@ def parse_prefixes(lines: pa.Array, file: PrefixFile, song_ids: pa.ChunkedArray)
     histories = Histories(
         user_ids=lines.to_numpy(zero_copy_only=False),
         offsets=offsets,
-        songs=_rows(songs.filter(pa.array(is_filled)), song_ids).astype(np.int32),
+        songs=_song_rows(songs.filter(pa.array(is_filled)), song_ids).astype(np.int32),
         played_at=ASSUMED_GAP_MS * (np.arange(offsets[-1]) - offsets[rows]),
     )
     return Prefixes(
-        histories=histories, targets=_rows(pc.utf8_trim_whitespace(targets), song_ids), num_songs=len(song_ids)
+        histories=histories, targets=_song_rows(pc.utf8_trim_whitespace(targets), song_ids), num_songs=len(song_ids)
     )
 
 
-def _rows(names: pa.Array, song_ids: pa.ChunkedArray) -> np.ndarray:
+def _song_rows(ids: pa.Array, song_ids: pa.ChunkedArray) -> np.ndarray:
     """int64: the rows of song ids; len(song_ids) for unknown ones."""
-    rows = pc.fill_null(pc.index_in(names, value_set=song_ids), len(song_ids))
+    rows = pc.fill_null(pc.index_in(ids, value_set=song_ids), len(song_ids))
     return np.asarray(rows.to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
@@ -494,33 +502,33 @@ class PrefixEvaluator:
     def __call__(self, prefixes: Prefixes, cells: CellRange | None = None) -> MetricAccumulator:
         """Return the sums of the given pairs."""
         cells = cells or CellRange()
-        sums, targets = self.empty(cells.count), self._targets(prefixes)
+        accumulator, targets = self.empty(cells.count), self._targets(prefixes)
         histories = replace(prefixes.histories, played_at=self.begin + prefixes.histories.played_at)
         queries = Queries.at_end(histories, self.begin + ASSUMED_GAP_MS * histories.lengths)
-        cell, group = cells.cells_of(histories.user_ids), GROUPS.index("new")
+        pair_cells, group_index = cells.cells_of(histories.user_ids), GROUPS.index("new")
         for name, target in targets.items():
-            sums.users[VIEWS.index(name), group] = np.count_nonzero(target.sizes)
-            np.add.at(sums.queries[:, VIEWS.index(name), group], cell, target.sizes)
+            accumulator.users[VIEWS.index(name), group_index] = np.count_nonzero(target.sizes)
+            np.add.at(accumulator.queries[:, VIEWS.index(name), group_index], pair_cells, target.sizes)
         for model, recommender in enumerate(self.recommenders):
             ranked = rank_targets(recommender, histories, queries, targets, self.known_songs, depth=max(self.config.ks))
-            add_chances(sums, self.recommenders, model, ranked)
+            add_chances(accumulator, self.recommenders, model, ranked)
             for name, target in targets.items():
                 metrics = metrics_of(ranked.ranks[name], target.rows, target.sizes, self.config.ks)
-                np.add.at(sums.metrics[:, model, VIEWS.index(name), group], cell, metrics)
-        return sums
+                np.add.at(accumulator.metrics[:, model, VIEWS.index(name), group_index], pair_cells, metrics)
+        return accumulator
 
     @staticmethod
     def _targets(prefixes: Prefixes) -> dict[str, TargetSongs]:
         """Return the target of each pair; as served, only of pairs whose target is not a song of the prefix."""
         histories, rows = prefixes.histories, np.arange(len(prefixes.histories))
-        heard = HeardSongs(histories)(rows, histories.lengths, prefixes.targets)
-        new = np.flatnonzero(~heard | (prefixes.targets == prefixes.num_songs))  # unknown songs share a row
+        is_heard = HeardSongs(histories)(rows, histories.lengths, prefixes.targets)
+        new_rows = np.flatnonzero(~is_heard | (prefixes.targets == prefixes.num_songs))  # unknown songs share a row
         sizes = np.ones(len(rows), dtype=np.int64)
         return {
             "served": TargetSongs(
-                rows=new,
-                songs=prefixes.targets[new],
-                sizes=np.bincount(new, minlength=len(rows)),
+                rows=new_rows,
+                songs=prefixes.targets[new_rows],
+                sizes=np.bincount(new_rows, minlength=len(rows)),
                 served=True,
             ),
             "next": TargetSongs(rows=rows, songs=prefixes.targets, sizes=sizes),
@@ -540,10 +548,10 @@ class EvaluatorFiles(Generic[EvaluatorType]):
         """Load the evaluator. Its arrays are memory-mapped; with object storage, from one local copy per node."""
         # Copy on write, since torch does not support read-only tensors.
         mapped = np.memmap(self.workspace.local_file(f"{self.folder}/{ARRAYS_FILE}"), np.uint8, "c").data
-        arrays, begin = [], 0
+        arrays, start = [], 0
         for size in self.sizes:
-            arrays.append(mapped[begin : begin + size])
-            begin += size + _padding(size)
+            arrays.append(mapped[start : start + size])
+            start += size + _padding(size)
         evaluator: EvaluatorType = pickle.loads(self.pickled, buffers=arrays)
         return evaluator
 
@@ -586,33 +594,33 @@ class _Pickler(pickle.Pickler):
         import torch  # loaded only when needed
 
         super().__init__(stream, protocol=5, buffer_callback=arrays.append)
-        self._workspace, self._folder, self._indexes = workspace, folder, 0
-        self._tensor, self._index = torch.Tensor, import_faiss().Index
+        self._workspace, self._folder, self._num_indexes = workspace, folder, 0
+        self._tensor_type, self._index_type = torch.Tensor, import_faiss().Index
 
     def reducer_override(self, value: Any) -> Any:
         """Return how to rebuild a value in another process, or NotImplemented if pickle handles it well."""
         if isinstance(value, np.ndarray):
-            return self._array(value)
-        if type(value) is self._tensor and value.device.type == "cpu":
+            return self._reduce_array(value)
+        if type(value) is self._tensor_type and value.device.type == "cpu":
             return _to_tensor, (value.detach().numpy(),)
-        if isinstance(value, self._index):
+        if isinstance(value, self._index_type):
             return self._save_index(value)
         return NotImplemented
 
-    def _array(self, array: np.ndarray) -> Any:
-        stored = stored_at(array)
-        if stored is not None:
-            return Workspace.read_array, stored
+    def _reduce_array(self, array: np.ndarray) -> Any:
+        location = stored_at(array)
+        if location is not None:
+            return Workspace.read_array, location
         # A memory map would be copied into the pickle, a plain view of it is not.
         return (np.asarray, (np.asarray(array),)) if isinstance(array, np.memmap) else NotImplemented
 
     def _save_index(self, index: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        self._indexes += 1
-        path = f"{self._folder}/{self._indexes}/{INDEX_FILE}"
+        self._num_indexes += 1
+        path = f"{self._folder}/{self._num_indexes}/{INDEX_FILE}"
         with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
-            local = Path(folder) / INDEX_FILE
-            import_faiss().write_index(index, str(local))
-            self._workspace.put_file(local, path)
+            local_path = Path(folder) / INDEX_FILE
+            import_faiss().write_index(index, str(local_path))
+            self._workspace.put_file(local_path, path)
         return _read_index, (self._workspace, path)
 
 

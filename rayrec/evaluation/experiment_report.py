@@ -96,8 +96,10 @@ class ExperimentReport:
     @property
     def verdict(self) -> str:
         """One sentence per arm: its difference from the control arm, with the interval."""
-        control, *others = self.arms
-        return " ".join(_verdict(arm, control.arm) for arm in others) or "There is only one arm; nothing to compare."
+        control, *other_arms = self.arms
+        return (
+            " ".join(_verdict(arm, control.arm) for arm in other_arms) or "There is only one arm; nothing to compare."
+        )
 
 
 def _verdict(arm: ArmFigures, control: str) -> str:
@@ -132,13 +134,13 @@ class _Events:
     users: np.ndarray  # int64 (P,), rows of the user ids of the answers
     song_ids: pa.Array  # string (P,)
     at: np.ndarray  # int64 (P,), ms UTC
-    named: np.ndarray  # int64 (P,), the answer that each event names; -1 if it names none
+    named_answers: np.ndarray  # int64 (P,), the answer that each event names; -1 if it names none
     skipped: np.ndarray  # bool (P,)
     liked: np.ndarray  # bool (P,), True for likes, which are not plays
 
 
 @dataclass(kw_only=True)
-class _Sums:
+class _Totals:
     """Sums over users."""
 
     arms: list[str]
@@ -158,8 +160,8 @@ class _Overview:
 
     name: str
     releases: dict[str, list[str]]  # by arm
-    first: int  # ms UTC of the first and the last answer
-    last: int
+    first_answer_at: int  # ms UTC
+    last_answer_at: int
 
 
 def report_experiment(workspace: Workspace, config: ExperimentReportConfig) -> ExperimentReport:
@@ -174,7 +176,7 @@ def report_experiment(workspace: Workspace, config: ExperimentReportConfig) -> E
     if control not in arms:
         raise NotFoundError(f"experiment {overview.name} has no answers of arm {control!r}; it has {', '.join(arms)}")
     arms = [control, *(arm for arm in arms if arm != control)]
-    sums = _Sums(arms=arms)
+    totals = _Totals(arms=arms)
     shares = -(-sum(log_files(workspace).values()) // PART_BYTES)
     for share in range(shares):
         answers = _read_answers(workspace, overview.name, arms, config.k, (share, shares))
@@ -183,30 +185,30 @@ def report_experiment(workspace: Workspace, config: ExperimentReportConfig) -> E
         events = (
             _logged_events(workspace, answers)
             if config.plays == "log"
-            else _dataset_plays(workspace, answers, overview.first)
+            else _dataset_plays(workspace, answers, overview.first_answer_at)
         )
-        _add(sums, answers, events, round(config.days * DAY_MS))
+        _add_share(totals, answers, events, round(config.days * DAY_MS))
     return ExperimentReport(
         experiment=overview.name,
         plays=config.plays,
         days=config.days,
         k=config.k,
-        first_answer=iso_moment(overview.first),
-        last_answer=iso_moment(overview.last),
-        arms=_figures(sums, overview, config),
+        first_answer=iso_moment(overview.first_answer_at),
+        last_answer=iso_moment(overview.last_answer_at),
+        arms=_arm_figures(totals, overview, config),
     )
 
 
 def _overview(workspace: Workspace, name: str | None) -> _Overview:
     releases: dict[str, dict[str, set[str]]] = {}  # by experiment and arm
-    moments: dict[str, list[int]] = {}
+    answer_times: dict[str, list[int]] = {}
     for table in read_impressions(workspace, "answers", ["experiment", "arm", "release", "at"]):
         table = table.filter(pc.is_valid(table.column("arm")))
         for row in table.group_by(["experiment", "arm", "release"]).aggregate([("at", "min_max")]).to_pylist():
             arms = releases.setdefault(row["experiment"], {})
             arms.setdefault(row["arm"], set()).add(row["release"])
             ends = [round(1000 * row["at_min_max"][end].timestamp()) for end in ("min", "max")]
-            moments.setdefault(row["experiment"], []).extend(ends)
+            answer_times.setdefault(row["experiment"], []).extend(ends)
     if not releases:
         raise NotFoundError(
             f"the impression log of {workspace.uri} has no answers of an experiment; serve with an experiment and "
@@ -218,16 +220,21 @@ def _overview(workspace: Workspace, name: str | None) -> _Overview:
     name = name or next(iter(releases))
     if name not in releases:
         raise NotFoundError(f"the log has no experiment {name!r}; it has {', '.join(sorted(releases))}")
-    by_arm = {arm: sorted(release_ids) for arm, release_ids in releases[name].items()}
-    return _Overview(name=name, releases=by_arm, first=min(moments[name]), last=max(moments[name]))
+    releases_by_arm = {arm: sorted(release_ids) for arm, release_ids in releases[name].items()}
+    return _Overview(
+        name=name,
+        releases=releases_by_arm,
+        first_answer_at=min(answer_times[name]),
+        last_answer_at=max(answer_times[name]),
+    )
 
 
-def _of_share(table: pa.Table, share: tuple[int, int]) -> pa.Table:
+def _rows_of_share(table: pa.Table, share: tuple[int, int]) -> pa.Table:
     """Return the rows of one of equal shares of the users; `share` is its number and the number of shares."""
-    place, shares = share
+    share_index, shares = share
     users = table.column("user_id").combine_chunks().dictionary_encode()
-    own = user_hash(users.dictionary.to_pylist(), salt="experiment report ") % np.uint64(shares) == place
-    return table.filter(pc.take(pa.array(own), users.indices))
+    is_in_share = user_hash(users.dictionary.to_pylist(), salt="experiment report ") % np.uint64(shares) == share_index
+    return table.filter(pc.take(pa.array(is_in_share), users.indices))
 
 
 def _read_answers(
@@ -236,127 +243,139 @@ def _read_answers(
     tables = []
     for table in read_impressions(workspace, "answers", ANSWER_COLUMNS):
         table = table.filter((pc.field("experiment") == experiment) & pc.field("user_id").is_valid())
-        tables.append(_of_share(table, share))
+        tables.append(_rows_of_share(table, share))
     table = pa.concat_tables(tables).combine_chunks()
     _, rows = np.unique(table.column("recommendation_id").to_numpy(), return_index=True)
     table = table.take(np.sort(rows)).combine_chunks()  # after a killed compaction, files may hold rows twice
-    users = _one(table, "user_id").dictionary_encode()
-    songs = _one(table, "song_ids")
+    users = _column(table, "user_id").dictionary_encode()
+    songs = _column(table, "song_ids")
     song_answers = pc.list_parent_indices(songs).to_numpy().astype(np.int64)
-    starts = np.concatenate([[0], np.cumsum(np.bincount(song_answers, minlength=len(table)))])
-    places = np.arange(len(song_answers)) - starts[song_answers] + _one(table, "first").to_numpy()[song_answers]
-    in_first_k = np.ones(len(places), np.bool_) if k is None else places < k
+    answer_starts = np.concatenate([[0], np.cumsum(np.bincount(song_answers, minlength=len(table)))])
+    positions = (
+        np.arange(len(song_answers)) - answer_starts[song_answers] + _column(table, "first").to_numpy()[song_answers]
+    )
+    in_first_k = np.ones(len(positions), np.bool_) if k is None else positions < k
     return _Answers(
-        ids=_one(table, "recommendation_id"),
+        ids=_column(table, "recommendation_id"),
         users=users.indices.to_numpy().astype(np.int64),
         user_ids=users.dictionary,
-        arms=pc.index_in(_one(table, "arm"), value_set=pa.array(arms)).to_numpy().astype(np.int64),
-        at=_one(table, "at").cast(pa.int64()).to_numpy(),
+        arms=pc.index_in(_column(table, "arm"), value_set=pa.array(arms)).to_numpy().astype(np.int64),
+        at=_column(table, "at").cast(pa.int64()).to_numpy(),
         song_answers=song_answers[in_first_k],
         song_ids=songs.flatten().filter(pa.array(in_first_k)),
     )
 
 
-def _one(table: pa.Table, name: str) -> Any:
+def _column(table: pa.Table, name: str) -> Any:
     """Return a column as one array."""
     return table.column(name).combine_chunks()
 
 
 def _logged_events(workspace: Workspace, answers: _Answers) -> _Events:
-    own = [
+    tables = [
         table.filter(pc.is_in(table.column("user_id"), value_set=answers.user_ids))
         for table in read_impressions(workspace, "events", EVENT_COLUMNS)
     ]
-    table = pa.concat_tables([SCHEMAS["events"].empty_table().select(EVENT_COLUMNS), *own])
+    table = pa.concat_tables([SCHEMAS["events"].empty_table().select(EVENT_COLUMNS), *tables])
     keys = table.select(["user_id", "event_id"]).to_pandas()
     table = table.filter(pa.array(~keys.duplicated().to_numpy(dtype=np.bool_))).combine_chunks()
-    named = pc.index_in(_one(table, "recommendation_id"), value_set=answers.ids)
-    users = pc.index_in(_one(table, "user_id"), value_set=answers.user_ids)
-    row, users = _numbers(named), _numbers(users)
+    named_answers = pc.index_in(_column(table, "recommendation_id"), value_set=answers.ids)
+    users = pc.index_in(_column(table, "user_id"), value_set=answers.user_ids)
+    answer_rows, users = _to_int64(named_answers), _to_int64(users)
     # An event that names an answer outside of the experiment, or to another user, is not an effect of these answers.
-    belongs = _flags(pc.is_null(_one(table, "recommendation_id"))) | ((row >= 0) & (answers.users[row] == users))
-    table, users, row = table.filter(pa.array(belongs)), users[belongs], row[belongs]
+    is_attributable = _to_bool(pc.is_null(_column(table, "recommendation_id"))) | (
+        (answer_rows >= 0) & (answers.users[answer_rows] == users)
+    )
+    table, users, answer_rows = (
+        table.filter(pa.array(is_attributable)),
+        users[is_attributable],
+        answer_rows[is_attributable],
+    )
     return _Events(
         users=users,
-        song_ids=_one(table, "song_id"),
-        at=_one(table, "played_at").cast(pa.int64()).to_numpy(),
-        named=row,
-        skipped=_flags(_one(table, "skipped")),
-        liked=_flags(pc.equal(_one(table, "type"), "like")),
+        song_ids=_column(table, "song_id"),
+        at=_column(table, "played_at").cast(pa.int64()).to_numpy(),
+        named_answers=answer_rows,
+        skipped=_to_bool(_column(table, "skipped")),
+        liked=_to_bool(pc.equal(_column(table, "type"), "like")),
     )
 
 
-def _numbers(array: pa.Array) -> np.ndarray:
+def _to_int64(array: pa.Array) -> np.ndarray:
     """Return the values as int64, -1 for null."""
     return np.asarray(pc.fill_null(array, -1).to_numpy(zero_copy_only=False)).astype(np.int64)
 
 
-def _flags(array: pa.Array) -> np.ndarray:
+def _to_bool(array: pa.Array) -> np.ndarray:
     return np.asarray(array.to_numpy(zero_copy_only=False)).astype(np.bool_)
 
 
-def _dataset_plays(workspace: Workspace, answers: _Answers, first: int) -> _Events:
+def _dataset_plays(workspace: Workspace, answers: _Answers, first_answer_at: int) -> _Events:
     dataset = Dataset(workspace)
     catalog = dataset.catalog()
-    users, songs, at, skipped = [], [], [], []
+    users, songs, played_at, skipped = [], [], [], []
     for histories in dataset.read_all():
-        rows = _numbers(pc.index_in(pa.array(histories.user_ids, pa.string()), value_set=answers.user_ids))
-        in_time = (rows[histories.rows] >= 0) & (histories.played_at >= first)
-        users.append(rows[histories.rows][in_time])
-        songs.append(histories.songs[in_time])
-        at.append(histories.played_at[in_time])
+        rows = _to_int64(pc.index_in(pa.array(histories.user_ids, pa.string()), value_set=answers.user_ids))
+        is_in_time = (rows[histories.rows] >= 0) & (histories.played_at >= first_answer_at)
+        users.append(rows[histories.rows][is_in_time])
+        songs.append(histories.songs[is_in_time])
+        played_at.append(histories.played_at[is_in_time])
         skipped.append(
-            np.zeros(int(in_time.sum()), np.bool_) if histories.skipped is None else histories.skipped[in_time]
+            np.zeros(int(is_in_time.sum()), np.bool_) if histories.skipped is None else histories.skipped[is_in_time]
         )
     rows = np.concatenate(songs)
     return _Events(
         users=np.concatenate(users),
         song_ids=pa.array(catalog.song_ids(rows), pa.string()),
-        at=np.concatenate(at),
-        named=np.full(len(rows), -1),
+        at=np.concatenate(played_at),
+        named_answers=np.full(len(rows), -1),
         skipped=np.concatenate(skipped),
         liked=np.zeros(len(rows), np.bool_),
     )
 
 
-def _add(sums: _Sums, answers: _Answers, events: _Events, window: int) -> None:
-    """Add a share of the users to the sums; `window` is in ms."""
-    num_arms = len(sums.arms)
+def _add_share(totals: _Totals, answers: _Answers, events: _Events, window_ms: int) -> None:
+    """Add a share of the users to the totals; `window_ms` is the time after an answer in which plays count for it."""
+    num_arms = len(totals.arms)
     encoded = pa.concat_arrays([answers.song_ids, events.song_ids]).dictionary_encode()
     num_songs, rows = len(encoded.dictionary) + 1, encoded.indices.to_numpy().astype(np.int64)
-    recommended, songs = rows[: len(answers.song_ids)], rows[len(answers.song_ids) :]
-    last = latest_rows(answers.users, answers.at, events.users, events.at)
-    recent = (last >= 0) & (events.at - answers.at[last] <= window)
-    source = np.where(events.named >= 0, events.named, np.where(recent, last, -1))
-    counted = source >= 0
-    arms = answers.arms[source]  # only valid for the counted events
+    recommended_songs, event_songs = rows[: len(answers.song_ids)], rows[len(answers.song_ids) :]
+    last_answers = latest_rows(answers.users, answers.at, events.users, events.at)
+    is_recent = (last_answers >= 0) & (events.at - answers.at[last_answers] <= window_ms)
+    source_answers = np.where(events.named_answers >= 0, events.named_answers, np.where(is_recent, last_answers, -1))
+    is_counted = source_answers >= 0
+    arms = answers.arms[source_answers]  # only valid for the counted events
 
     # An answer recommends a song if it holds the song; an arm, if one of its answers in the last days holds it.
-    of_answer = answers.song_answers
-    by_answer = np.isin(source * num_songs + songs, of_answer * num_songs + recommended)
-    of_arm, event_arms = answers.users * num_arms + answers.arms, events.users * num_arms + arms
-    keys = np.concatenate([of_arm[of_answer] * num_songs + recommended, event_arms * num_songs + songs])
-    keys = np.unique(keys, return_inverse=True)[1].reshape(-1)
-    last_answer = latest_rows(keys[: len(recommended)], answers.at[of_answer], keys[len(recommended) :], events.at)
-    by_arm = (last_answer >= 0) & (events.at - answers.at[of_answer][last_answer] <= window)
-    hits = counted & np.where(events.named >= 0, by_answer, by_arm)
+    song_answers = answers.song_answers
+    is_in_answer = np.isin(source_answers * num_songs + event_songs, song_answers * num_songs + recommended_songs)
+    answer_keys, event_keys = answers.users * num_arms + answers.arms, events.users * num_arms + arms
+    song_keys = np.concatenate(
+        [answer_keys[song_answers] * num_songs + recommended_songs, event_keys * num_songs + event_songs]
+    )
+    song_keys = np.unique(song_keys, return_inverse=True)[1].reshape(-1)
+    last_recommended = latest_rows(
+        song_keys[: len(recommended_songs)], answers.at[song_answers], song_keys[len(recommended_songs) :], events.at
+    )
+    is_in_arm = (last_recommended >= 0) & (events.at - answers.at[song_answers][last_recommended] <= window_ms)
+    is_hit = is_counted & np.where(events.named_answers >= 0, is_in_answer, is_in_arm)
 
-    played = counted & ~events.skipped & ~events.liked
-    pairs, rows = np.unique(event_arms[played] * num_songs + songs[played], return_inverse=True)
-    hit = np.bincount(rows.reshape(-1), hits[played], minlength=len(pairs)) > 0
-    users, of = np.divmod(pairs // num_songs, num_arms)
+    is_played = is_counted & ~events.skipped & ~events.liked
+    pairs, rows = np.unique(event_keys[is_played] * num_songs + event_songs[is_played], return_inverse=True)
+    has_hit = np.bincount(rows.reshape(-1), is_hit[is_played], minlength=len(pairs)) > 0
+    users, pair_arms = np.divmod(pairs // num_songs, num_arms)
     cells = CellRange().cells_of(answers.user_ids.to_numpy(zero_copy_only=False))[users]
-    np.add.at(sums.played, (cells, of), 1)
-    np.add.at(sums.recommended, (cells, of), hit)
+    np.add.at(totals.played, (cells, pair_arms), 1)
+    np.add.at(totals.recommended, (cells, pair_arms), has_hit)
 
-    def counts(of: np.ndarray) -> np.ndarray:
-        return np.bincount(of, minlength=num_arms)
+    def count_by_arm(arm_indices: np.ndarray) -> np.ndarray:
+        return np.bincount(arm_indices, minlength=num_arms)
 
-    sums.counts["users"] += counts(np.unique(of_arm) % num_arms)
-    sums.counts["users_with_plays"] += counts(np.unique(pairs // num_songs) % num_arms)
-    sums.counts["answers"] += counts(answers.arms)
-    sums.counts["skips"] += counts(arms[hits & events.skipped])
-    sums.counts["likes"] += counts(arms[hits & events.liked])
+    totals.counts["users"] += count_by_arm(np.unique(answer_keys) % num_arms)
+    totals.counts["users_with_plays"] += count_by_arm(np.unique(pairs // num_songs) % num_arms)
+    totals.counts["answers"] += count_by_arm(answers.arms)
+    totals.counts["skips"] += count_by_arm(arms[is_hit & events.skipped])
+    totals.counts["likes"] += count_by_arm(arms[is_hit & events.liked])
 
 
 def latest_rows(keys: np.ndarray, at: np.ndarray, wanted_keys: np.ndarray, until: np.ndarray) -> np.ndarray:
@@ -366,64 +385,70 @@ def latest_rows(keys: np.ndarray, at: np.ndarray, wanted_keys: np.ndarray, until
     """
     if not len(keys):
         return np.full(len(wanted_keys), -1)
-    moments, ranks = np.unique(np.concatenate([at, until]), return_inverse=True)
+    timestamps, ranks = np.unique(np.concatenate([at, until]), return_inverse=True)
     ranks = ranks.reshape(-1)
     order = np.lexsort((ranks[: len(keys)], keys))
-    places = np.searchsorted(
-        (keys * len(moments) + ranks[: len(keys)])[order], wanted_keys * len(moments) + ranks[len(keys) :], side="right"
+    positions = np.searchsorted(
+        (keys * len(timestamps) + ranks[: len(keys)])[order],
+        wanted_keys * len(timestamps) + ranks[len(keys) :],
+        side="right",
     )
-    rows = order[np.maximum(places - 1, 0)]
-    return np.where((places > 0) & (keys[rows] == wanted_keys), rows, -1)
+    rows = order[np.maximum(positions - 1, 0)]
+    return np.where((positions > 0) & (keys[rows] == wanted_keys), rows, -1)
 
 
-def _figures(sums: _Sums, overview: _Overview, config: ExperimentReportConfig) -> list[ArmFigures]:
+def _arm_figures(totals: _Totals, overview: _Overview, config: ExperimentReportConfig) -> list[ArmFigures]:
     weights = bootstrap_weights(CELLS, config.samples, config.seed)
-    recommended, played = weights @ sums.recommended, weights @ sums.played
+    recommended, played = weights @ totals.recommended, weights @ totals.played
     values = means_with_intervals(recommended, played, CONFIDENCE)
     recalls = np.divide(recommended, played, out=np.full(played.shape, np.nan), where=played > 0)
-    enough = sums.counts["users_with_plays"] >= LEAST_USERS
+    has_enough_users = totals.counts["users_with_plays"] >= LEAST_USERS
     arms = []
-    for place, arm in enumerate(sums.arms):
-        value, *ends = (each[place] for each in values)
-        low, high = _interval(*ends) if enough[place] else (None, None)
-        difference, difference_low, difference_high = _difference(recalls, place, bool(enough[0] and enough[place]))
+    for arm_index, arm in enumerate(totals.arms):
+        value, *ends = (series[arm_index] for series in values)
+        low, high = _interval(*ends) if has_enough_users[arm_index] else (None, None)
+        difference, difference_low, difference_high = _difference(
+            recalls, arm_index, bool(has_enough_users[0] and has_enough_users[arm_index])
+        )
         arms.append(
             ArmFigures(
                 arm=arm,
                 releases=overview.releases[arm],
-                played=int(sums.played[:, place].sum()),
-                recommended=int(sums.recommended[:, place].sum()),
-                recall=_rounded(value),
+                played=int(totals.played[:, arm_index].sum()),
+                recommended=int(totals.recommended[:, arm_index].sum()),
+                recall=_round_or_none(value),
                 low=low,
                 high=high,
                 difference=difference,
                 difference_low=difference_low,
                 difference_high=difference_high,
-                **{name: int(counts[place]) for name, counts in sums.counts.items()},
+                **{name: int(counts[arm_index]) for name, counts in totals.counts.items()},
             )
         )
     return arms
 
 
-def _difference(recalls: np.ndarray, place: int, enough: bool) -> tuple[float | None, float | None, float | None]:
+def _difference(
+    recalls: np.ndarray, arm_index: int, has_enough_users: bool
+) -> tuple[float | None, float | None, float | None]:
     """Return value, low and high of an arm's recall minus that of the first arm.
 
     `recalls` is float64 (B + 1, A); row 0 is the data itself.
     """
-    difference = recalls[:, place] - recalls[:, 0]
-    if place == 0 or np.isnan(difference[0]):
+    difference = recalls[:, arm_index] - recalls[:, 0]
+    if arm_index == 0 or np.isnan(difference[0]):
         return None, None, None
-    if not enough:
-        return _rounded(difference[0]), None, None
+    if not has_enough_users:
+        return _round_or_none(difference[0]), None, None
     tail = (1 - CONFIDENCE) / 2
-    return _rounded(difference[0]), *_interval(*np.nanquantile(difference[1:], [tail, 1 - tail]))
+    return _round_or_none(difference[0]), *_interval(*np.nanquantile(difference[1:], [tail, 1 - tail]))
 
 
 def _interval(low: float, high: float) -> tuple[float | None, float | None]:
     """Return the rounded ends, or None for both if they are equal, since equal recall of all users is no certainty."""
-    ends = _rounded(low), _rounded(high)
+    ends = _round_or_none(low), _round_or_none(high)
     return ends if ends[0] != ends[1] else (None, None)
 
 
-def _rounded(value: float) -> float | None:
+def _round_or_none(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 6)

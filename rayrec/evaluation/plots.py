@@ -41,28 +41,28 @@ class Plot:
 
 def cosine_plot(curves: Sequence[dict[str, Any]]) -> Plot | None:
     """Plot the curves of `Figures.cosine_by_offset`, one line each with intervals as bars; None without curves."""
-    drawn = [curve for curve in curves if curve["offset"]]
-    if not drawn:
+    plotted_curves = [curve for curve in curves if curve["offset"]]
+    if not plotted_curves:
         return None
     figure, axes = _canvas()
-    has_intervals = any(np.less(curve["low"], curve["high"]).any() for curve in drawn)  # False without samples
-    shifts = np.geomspace(1 / 1.05, 1.05, len(drawn) + 2)[1:-1]
-    for place, (curve, color, shift) in enumerate(zip(drawn, _colors(drawn), shifts, strict=True)):
-        offsets, value, low, high = (np.asarray(curve[name]) for name in ("offset", "value", "low", "high"))
-        bold = curve["kind"] == "network"
-        marked = np.isin(offsets, MARKED)
-        look = {"color": color, "marker": MARKERS[place % len(MARKERS)], "markersize": 7 if bold else 5}
+    has_intervals = any(np.less(curve["low"], curve["high"]).any() for curve in plotted_curves)  # False without samples
+    shifts = np.geomspace(1 / 1.05, 1.05, len(plotted_curves) + 2)[1:-1]
+    for index, (curve, color, shift) in enumerate(zip(plotted_curves, _colors(plotted_curves), shifts, strict=True)):
+        offsets, values, low, high = (np.asarray(curve[name]) for name in ("offset", "value", "low", "high"))
+        is_network = curve["kind"] == "network"
+        is_marked = np.isin(offsets, MARKED)
+        style = {"color": color, "marker": MARKERS[index % len(MARKERS)], "markersize": 7 if is_network else 5}
         axes.plot(
             offsets,
-            value,
-            linewidth=2.6 if bold else 1.2,
-            markevery=np.flatnonzero(marked).tolist(),
-            label=curve_name(curve, drawn),
-            **look,
+            values,
+            linewidth=2.6 if is_network else 1.2,
+            markevery=np.flatnonzero(is_marked).tolist(),
+            label=curve_name(curve, plotted_curves),
+            **style,
         )
-        axes.vlines(offsets[marked] * shift, low[marked], high[marked], color=color, linewidth=1.2, alpha=0.55)
+        axes.vlines(offsets[is_marked] * shift, low[is_marked], high[is_marked], color=color, linewidth=1.2, alpha=0.55)
     plays: dict[int, int] = {}  # by offset: the largest number of any curve
-    for curve in drawn:
+    for curve in plotted_curves:
         for offset, count in zip(curve["offset"], curve["plays"], strict=True):
             plays[offset] = max(count, plays.get(offset, 0))
     ticks = [offset for offset in MARKED if offset in plays]
@@ -86,23 +86,27 @@ def cosine_plot(curves: Sequence[dict[str, Any]]) -> Plot | None:
 
 def curve_name(curve: dict[str, Any], curves: Sequence[dict[str, Any]]) -> str:
     """Return the model's name, with the horizon if the model has several curves."""
-    several = sum(other["model"] == curve["model"] for other in curves) > 1
-    return f"{curve['model']}, {curve['horizon']}" if several else str(curve["model"])
+    has_several_curves = sum(other_curve["model"] == curve["model"] for other_curve in curves) > 1
+    return f"{curve['model']}, {curve['horizon']}" if has_several_curves else str(curve["model"])
 
 
 def _colors(curves: Sequence[dict[str, Any]]) -> list[Any]:
     from matplotlib import colormaps
 
-    family = [row for row, curve in enumerate(curves) if curve["model"].startswith(FAMILY)]
-    shades = colormaps["cividis"](np.linspace(0.0, 0.82, max(1, len(family))))
+    family_indices = [index for index, curve in enumerate(curves) if curve["model"].startswith(FAMILY)]
+    shades = colormaps["cividis"](np.linspace(0.0, 0.82, max(1, len(family_indices))))
     colors: list[Any] = []
-    for row, curve in enumerate(curves):
-        if row in family:
-            colors.append(tuple(shades[family.index(row)]))
+    for index, curve in enumerate(curves):
+        if index in family_indices:
+            colors.append(tuple(shades[family_indices.index(index)]))
         else:
-            choices = NETWORK_COLORS if curve["kind"] == "network" else OTHER_COLORS
-            before = sum(other["kind"] == curve["kind"] for at, other in enumerate(curves[:row]) if at not in family)
-            colors.append(choices[before % len(choices)])
+            palette = NETWORK_COLORS if curve["kind"] == "network" else OTHER_COLORS
+            num_before = sum(
+                other_curve["kind"] == curve["kind"]
+                for other_index, other_curve in enumerate(curves[:index])
+                if other_index not in family_indices
+            )
+            colors.append(palette[num_before % len(palette)])
     return colors
 
 
@@ -110,7 +114,7 @@ def training_plot(epochs: Sequence[dict[str, Any]]) -> Plot | None:
     """Plot loss and validation recall by epoch, from the lines of epochs.jsonl; None without lines."""
     if not epochs:
         return None
-    recall = next((name for line in epochs for name in line if name.startswith("validation_recall")), None)
+    recall_name = next((name for line in epochs for name in line if name.startswith("validation_recall")), None)
     figure, axes = _canvas()
     for phase, style, marker in (("selection", "-", "o"), ("final", "--", "s")):
         lines = [line for line in epochs if line["phase"] == phase]
@@ -122,15 +126,15 @@ def training_plot(epochs: Sequence[dict[str, Any]]) -> Plot | None:
     axes.set_ylabel("training loss")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25, linewidth=0.6)
-    validated = [line for line in epochs if recall and line.get(recall) is not None]
+    validated_lines = [line for line in epochs if recall_name and line.get(recall_name) is not None]
     handles, labels = axes.get_legend_handles_labels()
-    if recall and validated:
-        other = axes.twinx()
-        x, y = [line["epoch"] + 1 for line in validated], [line[recall] for line in validated]
-        name = recall.replace("_", " ") + " (right)"
-        handles += other.plot(x, y, color=RECALL_COLOR, linestyle=":", marker="D", markersize=5, linewidth=2)
+    if recall_name and validated_lines:
+        recall_axes = axes.twinx()
+        x, y = [line["epoch"] + 1 for line in validated_lines], [line[recall_name] for line in validated_lines]
+        name = recall_name.replace("_", " ") + " (right)"
+        handles += recall_axes.plot(x, y, color=RECALL_COLOR, linestyle=":", marker="D", markersize=5, linewidth=2)
         labels.append(name)
-        other.set_ylabel(recall.replace("_", " "))
+        recall_axes.set_ylabel(recall_name.replace("_", " "))
     axes.legend(handles, labels, **LEGEND)
     return Plot(
         file="training.png",
@@ -151,23 +155,23 @@ def song_map(vectors: np.ndarray, plays: np.ndarray, titles: Sequence[str]) -> P
     songs = most_played(vectors, plays, MAPPED)
     if len(songs) < 3:
         return None
-    points, share = principal_axes(vectors[songs])
+    points, variance_shares = principal_axes(vectors[songs])
     figure, axes = _canvas()
-    size = 4 + 60 * plays[songs] / max(1, plays[songs].max())
-    axes.scatter(*points.T, s=size, color=LOSS_COLOR, alpha=0.35, linewidths=0)
+    sizes = 4 + 60 * plays[songs] / max(1, plays[songs].max())
+    axes.scatter(*points.T, s=sizes, color=LOSS_COLOR, alpha=0.35, linewidths=0)
     for number, (point, title) in enumerate(zip(points, titles[:NAMED], strict=False), 1):
-        short = title if len(title) <= TITLE_LETTERS else title[: TITLE_LETTERS - 1] + "…"
-        label = short.replace("$", r"\$")  # else the title may be read as a formula
+        short_title = title if len(title) <= TITLE_LETTERS else title[: TITLE_LETTERS - 1] + "…"
+        label = short_title.replace("$", r"\$")  # else the title may be read as a formula
         axes.scatter(*point, marker=f"${number}$", s=90, color="black", linewidths=0.4, label=label)
-    axes.set_xlabel(f"first component, {share[0]:.0%} of the variance")
-    axes.set_ylabel(f"second component, {share[1]:.0%} of the variance")
+    axes.set_xlabel(f"first component, {variance_shares[0]:.0%} of the variance")
+    axes.set_ylabel(f"second component, {variance_shares[1]:.0%} of the variance")
     axes.spines[["top", "right"]].set_visible(False)
     if titles:
         axes.legend(**{**LEGEND, "ncols": 2}, fontsize=8)
     note = (
         f"The {len(songs):,} most played songs with an embedding, on the first two principal components of their "
         f"embeddings. Larger points have more plays. These 2 of {vectors.shape[1]} components explain "
-        f"{share.sum():.0%} of the variance: songs that are close here may be far apart in the others."
+        f"{variance_shares.sum():.0%} of the variance: songs that are close here may be far apart in the others."
     )
     alt = "Songs on the first two principal components"
     return Plot(file="songs.png", title="Map of the songs", note=note, alt=alt, png=_png(figure))
@@ -175,8 +179,8 @@ def song_map(vectors: np.ndarray, plays: np.ndarray, titles: Sequence[str]) -> P
 
 def most_played(vectors: np.ndarray, plays: np.ndarray, count: int) -> np.ndarray:
     """int64: the most played songs that have a vector, at most `count`, the most played first."""
-    known = np.flatnonzero(vectors.any(axis=1))
-    return np.asarray(known[np.argsort(-plays[known], kind="stable")][:count])
+    songs_with_vector = np.flatnonzero(vectors.any(axis=1))
+    return np.asarray(songs_with_vector[np.argsort(-plays[songs_with_vector], kind="stable")][:count])
 
 
 def _canvas() -> tuple[Any, Any]:

@@ -108,9 +108,9 @@ def horizon_of(recommender: BaseRecommender, target: str) -> HorizonName:
 
 def day_targets(recommenders: Sequence[BaseRecommender]) -> dict[str, DaysHorizon]:
     """Return the targets of long horizons in days, such as days0_7 (the next 7 days) and served_days0_7 (as served)."""
-    horizons = {one.long_days for one in recommenders if one.long_days is not None}
-    ordered = sorted(horizons, key=lambda days: (days.first_day, days.last_day))
-    return {f"{kind}{days.first_day}_{days.last_day}": days for days in ordered for kind in (DAYS, SERVED_DAYS)}
+    horizons = {recommender.long_days for recommender in recommenders if recommender.long_days is not None}
+    sorted_horizons = sorted(horizons, key=lambda days: (days.first_day, days.last_day))
+    return {f"{kind}{days.first_day}_{days.last_day}": days for days in sorted_horizons for kind in (DAYS, SERVED_DAYS)}
 
 
 def plays_to_predict(histories: Histories, split: Split) -> np.ndarray:
@@ -140,19 +140,19 @@ def blocks(
     """Yield users with plays to predict, and the positions of a share of these plays, in blocks of about `queries`."""
     rows = histories.rows[drawn_plays(histories, split, share)]
     users, counts = np.unique(rows, return_counts=True)
-    number = (np.cumsum(counts) - counts) // queries
-    for cut in np.split(users, np.flatnonzero(np.diff(number)) + 1):
-        if len(cut):
-            block = histories.take(cut)
+    block_numbers = (np.cumsum(counts) - counts) // queries
+    for block_users in np.split(users, np.flatnonzero(np.diff(block_numbers)) + 1):
+        if len(block_users):
+            block = histories.take(block_users)
             yield block, drawn_plays(block, split, share)
 
 
 def user_groups(histories: Histories, split: Split) -> np.ndarray:
     """int64 (U,): index in GROUPS of each user: held_out, else seen with a play before the test range, else new."""
-    earlier = np.bincount(histories.rows[~split.is_test(histories)], minlength=len(histories)) > 0
-    groups = np.where(earlier, GROUPS.index("seen"), GROUPS.index("new"))
-    allowed = split.held_out.allowed_users(histories.user_ids)
-    return np.where(allowed, groups, GROUPS.index("held_out"))
+    has_earlier = np.bincount(histories.rows[~split.is_test(histories)], minlength=len(histories)) > 0
+    groups = np.where(has_earlier, GROUPS.index("seen"), GROUPS.index("new"))
+    is_allowed = split.held_out.allowed_users(histories.user_ids)
+    return np.where(is_allowed, groups, GROUPS.index("held_out"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ def target_songs(
     histories: Histories,
     queries: Queries,
     target: str,
-    heard: HeardSongs,
+    heard_songs: HeardSongs,
     known_songs: np.ndarray | None = None,
     days: DaysHorizon | None = None,
 ) -> TargetSongs:
@@ -182,38 +182,38 @@ def target_songs(
     if days is None:
         rows, plays = plays_ahead(histories, queries, *OFFSETS[target])
     else:
-        begin, end = days.spans(histories, queries)
-        rows, plays = np.repeat(np.arange(len(queries)), end - begin), ranges(begin, end - begin)
+        starts, ends = days.spans(histories, queries)
+        rows, plays = np.repeat(np.arange(len(queries)), ends - starts), ranges(starts, ends - starts)
     songs = histories.songs[plays].astype(np.int64)
     if days is not None or OFFSETS[target][0] < OFFSETS[target][1]:
         num_songs = int(histories.songs.max(initial=0)) + 1
         rows, songs = np.divmod(np.unique(rows * num_songs + songs), num_songs)
-    served = target in SERVED or target.startswith(SERVED_DAYS)
-    if served:
-        new = ~heard(queries.rows[rows], queries.seen[rows], songs)
-        rows, songs = rows[new], songs[new]
+    is_served = target in SERVED or target.startswith(SERVED_DAYS)
+    if is_served:
+        is_new = ~heard_songs(queries.rows[rows], queries.seen[rows], songs)
+        rows, songs = rows[is_new], songs[is_new]
     if target in COLD:
         assert known_songs is not None
-        cold = ~in_mask(known_songs, songs)
-        rows, songs = rows[cold], songs[cold]
+        is_cold = ~in_mask(known_songs, songs)
+        rows, songs = rows[is_cold], songs[is_cold]
     sizes = np.bincount(rows, minlength=len(queries))
     among_cold = target == "cold_among_cold"
-    return TargetSongs(rows=rows, songs=songs, sizes=sizes, served=served, among_cold=among_cold)
+    return TargetSongs(rows=rows, songs=songs, sizes=sizes, served=is_served, among_cold=among_cold)
 
 
 def in_mask(mask: np.ndarray, songs: np.ndarray) -> np.ndarray:
     """bool: the values of `mask`, bool (N,), at song rows; False for songs from row N on."""
-    inside = songs < len(mask)
-    inside[inside] = mask[songs[inside]]
-    return np.asarray(inside)
+    is_inside = songs < len(mask)
+    is_inside[is_inside] = mask[songs[is_inside]]
+    return np.asarray(is_inside)
 
 
 def plays_ahead(histories: Histories, queries: Queries, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the queries and positions, int64 each, of the plays at offsets `first` to `last` in the histories."""
-    start = histories.offsets[queries.rows] + queries.seen + first - 1
-    count = np.clip(histories.offsets[queries.rows + 1] - start, 0, last - first + 1)
-    rows = np.repeat(np.arange(len(queries)), count)
-    plays = ranges(start, count)
+    starts = histories.offsets[queries.rows] + queries.seen + first - 1
+    counts = np.clip(histories.offsets[queries.rows + 1] - starts, 0, last - first + 1)
+    rows = np.repeat(np.arange(len(queries)), counts)
+    plays = ranges(starts, counts)
     return rows, plays
 
 
@@ -224,16 +224,16 @@ class HeardSongs:
         self._num_songs = int(histories.songs.max(initial=0)) + 1
         keys = histories.rows * self._num_songs + histories.songs
         self._keys, plays = np.unique(keys, return_index=True)  # the first play of each user and song
-        self._places = histories.places[plays]
+        self._first_positions = histories.places[plays]
 
     def __call__(self, rows: np.ndarray, plays_before: np.ndarray, songs: np.ndarray) -> np.ndarray:
         """bool: True for songs in the first `plays_before` plays of the users at `rows`; int arrays of one shape."""
         if not len(self._keys):
             return np.zeros(np.shape(songs), dtype=bool)
         keys = rows * self._num_songs + songs
-        position = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        played = (self._keys[position] == keys) & (songs < self._num_songs)
-        return np.asarray(played & (self._places[position] < plays_before))
+        indices = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        has_played = (self._keys[indices] == keys) & (songs < self._num_songs)
+        return np.asarray(has_played & (self._first_positions[indices] < plays_before))
 
 
 def slices_of(contexts: Sequence[str]) -> list[tuple[str, str]]:
@@ -244,87 +244,101 @@ def slices_of(contexts: Sequence[str]) -> list[tuple[str, str]]:
     begins. drift: the cosine of the songs of this session with the long-term taste vector before it, if both exist.
     context: where the play to predict came from; a play with several contexts counts in each of them.
     """
-    by_plays = [(by, name) for by in ("history", "activity") for name in CLASSES]
-    others = [("known", str(plays)) for plays in KNOWN] + [("gap", name) for name in GAPS]
-    return by_plays + others + [("drift", name) for name in DRIFTS] + [("context", name) for name in contexts]
+    play_count_slices = [(criterion, name) for criterion in ("history", "activity") for name in CLASSES]
+    other_slices = [("known", str(plays)) for plays in KNOWN] + [("gap", name) for name in GAPS]
+    return (
+        play_count_slices
+        + other_slices
+        + [("drift", name) for name in DRIFTS]
+        + [("context", name) for name in contexts]
+    )
 
 
 def slice_masks(
     histories: Histories,
     queries: Queries,
-    predicted: np.ndarray,
+    predicted_counts: np.ndarray,
     contexts: Sequence[str],
     network: VectorRecommender | None = None,
 ) -> np.ndarray:
-    """bool (S, Q): the queries in each slice of `slices_of`; `predicted`, int (U,), are the plays to predict per user.
+    """bool (S, Q): the queries in each slice of `slices_of`.
 
-    The slices of drift need the taste vectors of `network`; without it they are empty.
+    `predicted_counts`, int (U,), are the numbers of plays to predict per user. The slices of drift need the taste
+    vectors of `network`; without it they are empty.
     """
-    activity = predicted[queries.rows]
-    masks = [class_of(plays) == place for plays in (queries.seen, activity) for place in range(len(CLASSES))]
+    activity = predicted_counts[queries.rows]
+    masks = [class_of(plays) == index for plays in (queries.seen, activity) for index in range(len(CLASSES))]
     masks += [queries.seen == plays for plays in KNOWN]
-    before = plays_before_session(histories, queries)
-    gaps = np.searchsorted(GAP_DAYS, gap_days(histories, queries, before), side="right")
-    masks += [gaps == place for place in range(1, len(GAPS) + 1)]
-    drifts = np.zeros(len(queries), dtype=np.int64)
+    plays_before = plays_before_session(histories, queries)
+    gap_classes = np.searchsorted(GAP_DAYS, gap_days(histories, queries, plays_before), side="right")
+    masks += [gap_classes == index for index in range(1, len(GAPS) + 1)]
+    drift_classes = np.zeros(len(queries), dtype=np.int64)
     if network is not None:
-        cosines = session_cosines(network, histories, queries, before)
-        drifts = np.where(np.isnan(cosines), 0, 1 + np.searchsorted(DRIFT_COSINES, cosines, side="right"))
-    masks += [drifts == place for place in range(1, len(DRIFTS) + 1)]
-    target = histories.offsets[queries.rows] + queries.seen
-    bits = np.zeros(len(queries), np.int32) if histories.contexts is None else histories.contexts[target]
-    masks += [(bits >> bit) & 1 == 1 for bit in range(len(contexts))]
+        cosines = session_cosines(network, histories, queries, plays_before)
+        drift_classes = np.where(np.isnan(cosines), 0, 1 + np.searchsorted(DRIFT_COSINES, cosines, side="right"))
+    masks += [drift_classes == index for index in range(1, len(DRIFTS) + 1)]
+    target_positions = histories.offsets[queries.rows] + queries.seen
+    context_bits = (
+        np.zeros(len(queries), np.int32) if histories.contexts is None else histories.contexts[target_positions]
+    )
+    masks += [(context_bits >> bit) & 1 == 1 for bit in range(len(contexts))]
     return np.stack(masks)
 
 
 def plays_before_session(histories: Histories, queries: Queries) -> np.ndarray:
     """int64 (Q,): the user's plays before the session that the query continues; all plays if it begins one."""
-    begins = np.ones(histories.num_plays, dtype=bool)
-    begins[1:] = np.diff(histories.played_at) > SESSION_GAP_MS
-    begins[histories.offsets[:-1][histories.lengths > 0]] = True
-    first = np.maximum.accumulate(np.where(begins, np.arange(histories.num_plays), 0))
-    last = histories.offsets[queries.rows] + queries.seen - 1
-    goes_on = queries.at - histories.played_at[last] <= SESSION_GAP_MS
-    return np.asarray(np.where(goes_on, first[last] - histories.offsets[queries.rows], queries.seen))
+    is_session_start = np.ones(histories.num_plays, dtype=bool)
+    is_session_start[1:] = np.diff(histories.played_at) > SESSION_GAP_MS
+    is_session_start[histories.offsets[:-1][histories.lengths > 0]] = True
+    session_starts = np.maximum.accumulate(np.where(is_session_start, np.arange(histories.num_plays), 0))
+    last_positions = histories.offsets[queries.rows] + queries.seen - 1
+    is_same_session = queries.at - histories.played_at[last_positions] <= SESSION_GAP_MS
+    return np.asarray(
+        np.where(is_same_session, session_starts[last_positions] - histories.offsets[queries.rows], queries.seen)
+    )
 
 
-def _session_at(histories: Histories, queries: Queries, before: np.ndarray) -> np.ndarray:
+def _session_started_at(histories: Histories, queries: Queries, plays_before: np.ndarray) -> np.ndarray:
     """int64 (Q,), ms UTC: the beginning of each query's session; the query itself if the session has no play yet."""
-    first = np.minimum(histories.offsets[queries.rows] + before, histories.num_plays - 1)
-    return np.asarray(np.where(before < queries.seen, histories.played_at[first], queries.at))
+    first_positions = np.minimum(histories.offsets[queries.rows] + plays_before, histories.num_plays - 1)
+    return np.asarray(np.where(plays_before < queries.seen, histories.played_at[first_positions], queries.at))
 
 
-def gap_days(histories: Histories, queries: Queries, before: np.ndarray) -> np.ndarray:
+def gap_days(histories: Histories, queries: Queries, plays_before: np.ndarray) -> np.ndarray:
     """float64 (Q,): days from the last play before each query's session to the session; -1 if there is no such play."""
-    last = np.maximum(histories.offsets[queries.rows] + before - 1, 0)
-    days = (_session_at(histories, queries, before) - histories.played_at[last]) / DAY_MS
-    return np.where(before > 0, days, -1.0)
+    last_positions = np.maximum(histories.offsets[queries.rows] + plays_before - 1, 0)
+    days = (_session_started_at(histories, queries, plays_before) - histories.played_at[last_positions]) / DAY_MS
+    return np.where(plays_before > 0, days, -1.0)
 
 
 def session_cosines(
-    network: VectorRecommender, histories: Histories, queries: Queries, before: np.ndarray
+    network: VectorRecommender, histories: Histories, queries: Queries, plays_before: np.ndarray
 ) -> np.ndarray:
     """float64 (Q,): the cosine of the mean of the session's last ten songs with the long-term taste before it.
 
     NaN if the session has no song with a vector yet, or if there is no play before it.
     """
     cosines = np.full(len(queries), np.nan)
-    rows = np.flatnonzero((before > 0) & (before < queries.seen))
+    rows = np.flatnonzero((plays_before > 0) & (plays_before < queries.seen))
     if not len(rows):
         return cosines
-    vectors, sums = network.song_vectors, np.zeros((len(rows), network.song_vectors.shape[1]))
-    for back in range(1, SESSION_SONGS + 1):
-        inside = queries.seen[rows] - back >= before[rows]
-        songs = histories.songs[(histories.offsets[queries.rows[rows]] + queries.seen[rows] - back)[inside]]
-        known = songs < len(vectors)
-        sums[np.flatnonzero(inside)[known]] += vectors[songs[known]]
+    vectors, vector_sums = network.song_vectors, np.zeros((len(rows), network.song_vectors.shape[1]))
+    for plays_back in range(1, SESSION_SONGS + 1):
+        is_in_session = queries.seen[rows] - plays_back >= plays_before[rows]
+        songs = histories.songs[
+            (histories.offsets[queries.rows[rows]] + queries.seen[rows] - plays_back)[is_in_session]
+        ]
+        has_vector = songs < len(vectors)
+        vector_sums[np.flatnonzero(is_in_session)[has_vector]] += vectors[songs[has_vector]]
     # Queries of one session share the long-term taste vector before it.
-    sessions, which = np.unique(np.stack([queries.rows[rows], before[rows]]), axis=1, return_inverse=True)
-    at = np.zeros(sessions.shape[1], dtype=np.int64)
-    at[which.reshape(-1)] = _session_at(histories, queries, before)[rows]
-    long = network.vectors(histories, Queries(rows=sessions[0], seen=sessions[1], at=at), "long")[which.reshape(-1)]
-    norms = np.linalg.norm(sums, axis=1) * np.linalg.norm(long, axis=1)
-    cosines[rows[norms > 0]] = (sums * long).sum(axis=1)[norms > 0] / norms[norms > 0]
+    sessions, session_rows = np.unique(np.stack([queries.rows[rows], plays_before[rows]]), axis=1, return_inverse=True)
+    started_at = np.zeros(sessions.shape[1], dtype=np.int64)
+    started_at[session_rows.reshape(-1)] = _session_started_at(histories, queries, plays_before)[rows]
+    long_vectors = network.vectors(histories, Queries(rows=sessions[0], seen=sessions[1], at=started_at), "long")[
+        session_rows.reshape(-1)
+    ]
+    norms = np.linalg.norm(vector_sums, axis=1) * np.linalg.norm(long_vectors, axis=1)
+    cosines[rows[norms > 0]] = (vector_sums * long_vectors).sum(axis=1)[norms > 0] / norms[norms > 0]
     return cosines
 
 
@@ -332,9 +346,11 @@ def first_plays(histories: Histories, split: Split, share: float) -> tuple[np.nd
     """Return a share, by hash, of the users whose first play is in the test range, and its song, int64 (n,) each."""
     users = np.flatnonzero(histories.lengths > 0)
     plays = histories.offsets[:-1][users]
-    drawn = uniform_draws(user_hash(histories.user_ids, salt="queries ")[users], np.zeros(len(users), np.int64)) < share
-    chosen = split.is_test(histories)[plays] & drawn
-    return users[chosen], histories.songs[plays[chosen]].astype(np.int64)
+    is_sampled = (
+        uniform_draws(user_hash(histories.user_ids, salt="queries ")[users], np.zeros(len(users), np.int64)) < share
+    )
+    is_selected = split.is_test(histories)[plays] & is_sampled
+    return users[is_selected], histories.songs[plays[is_selected]].astype(np.int64)
 
 
 def class_of(plays: np.ndarray) -> np.ndarray:

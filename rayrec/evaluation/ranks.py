@@ -80,68 +80,77 @@ def rank_targets(
     (Q,), the result also holds the first LIST_LENGTH of all songs on the short horizon. Scores that are probabilities
     are compared with the next plays if both targets of CALIBRATED are given.
     """
-    horizon_of: dict[str, HorizonName] = {name: (horizons or {}).get(name, "short") for name in targets}
-    first: tuple[HorizonName, ...] = () if listed is None else ("short",)
-    needed = list(dict.fromkeys([*first, *horizon_of.values()]))
+    target_horizons: dict[str, HorizonName] = {name: (horizons or {}).get(name, "short") for name in targets}
+    list_horizons: tuple[HorizonName, ...] = () if listed is None else ("short",)
+    needed_horizons = list(dict.fromkeys([*list_horizons, *target_horizons.values()]))
     ranks = {name: np.full(len(target.songs), NOT_FOUND, dtype=np.int64) for name, target in targets.items()}
-    rankable, cold = rankable_songs(recommender, known_songs), np.ones(recommender.num_songs, dtype=bool)
-    cold[: len(known_songs)] &= ~known_songs[: len(cold)]
-    known = {name: in_mask(rankable, target.songs) for name, target in targets.items()}
-    lists = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
-    proposed: dict[str, np.ndarray] = {}
-    counts: np.ndarray | None = None
+    is_rankable, is_cold = rankable_songs(recommender, known_songs), np.ones(recommender.num_songs, dtype=bool)
+    is_cold[: len(known_songs)] &= ~known_songs[: len(is_cold)]
+    rankable_masks = {name: in_mask(is_rankable, target.songs) for name, target in targets.items()}
+    list_parts = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
+    proposed_masks: dict[str, np.ndarray] = {}
+    candidate_counts: np.ndarray | None = None
     if isinstance(recommender, CandidateRecommender):
         columns = 1 + len(recommender.retrievers)
-        proposed = {name: np.zeros((len(target.songs), columns), dtype=bool) for name, target in targets.items()}
-        counts = np.zeros((len(queries), columns))
-    chances: dict[str, np.ndarray] = {}
+        proposed_masks = {name: np.zeros((len(target.songs), columns), dtype=bool) for name, target in targets.items()}
+        candidate_counts = np.zeros((len(queries), columns))
+    probability_sums: dict[str, np.ndarray] = {}
     next_songs = np.full(len(queries), NO_SONG)
     if recommender.scores_are_chances and targets.keys() >= set(CALIBRATED):
-        chances = {name: np.zeros((CHANCE_BINS, CHANCE_SUMS)) for name in CALIBRATED}
+        probability_sums = {name: np.zeros((CHANCE_BINS, CHANCE_SUMS)) for name in CALIBRATED}
         next_songs[targets["next"].rows] = targets["next"].songs
-    for chunk, horizon, ranking in _rankings(recommender, histories, queries, needed, max(depth, LIST_LENGTH)):
-        new_songs = None  # the ranking without heard songs, of all queries
-        if chances and horizon == "short":
-            every = np.arange(chunk.stop - chunk.start)
-            new_songs = ranking.without_heard(histories, queries.take(chunk), every)
-            for name, answers in {"served": new_songs, "next": ranking}.items():
-                rows, songs, scores = answers.first(every, LIST_LENGTH)
-                chances[name] += chance_sums(scores, songs == next_songs[chunk][rows])
-        kinds: dict[tuple[bool, bool], list[str]] = {}
+    for chunk, horizon, ranking in _rankings(recommender, histories, queries, needed_horizons, max(depth, LIST_LENGTH)):
+        unheard_ranking = None  # the ranking without heard songs, of all queries
+        if probability_sums and horizon == "short":
+            all_rows = np.arange(chunk.stop - chunk.start)
+            unheard_ranking = ranking.without_heard(histories, queries.take(chunk), all_rows)
+            for name, list_ranking in {"served": unheard_ranking, "next": ranking}.items():
+                rows, songs, scores = list_ranking.first(all_rows, LIST_LENGTH)
+                probability_sums[name] += chance_sums(scores, songs == next_songs[chunk][rows])
+        names_by_kind: dict[tuple[bool, bool], list[str]] = {}
         for name, target in targets.items():
-            if horizon_of[name] == horizon:
-                kinds.setdefault((target.served, target.among_cold), []).append(name)
-        for (served, among_cold), some in kinds.items():
-            entries = {name: _entries(targets[name], known[name], chunk) for name in some}
-            if not any(len(positions) for positions in entries.values()):
+            if target_horizons[name] == horizon:
+                names_by_kind.setdefault((target.served, target.among_cold), []).append(name)
+        for (is_served, among_cold), names in names_by_kind.items():
+            positions_by_name = {
+                name: _positions_of_chunk(targets[name], rankable_masks[name], chunk) for name in names
+            }
+            if not any(len(positions) for positions in positions_by_name.values()):
                 continue
-            unheard = ranking
-            if served and new_songs is not None and not among_cold:
-                unheard = new_songs
-            elif served:
-                rows = np.unique(np.concatenate([targets[name].rows[entries[name]] for name in some])) - chunk.start
-                unheard = ranking.without_heard(histories, queries.take(chunk), rows, cold if among_cold else None)
-            for name, positions in entries.items():
+            target_ranking = ranking
+            if is_served and unheard_ranking is not None and not among_cold:
+                target_ranking = unheard_ranking
+            elif is_served:
+                rows = (
+                    np.unique(np.concatenate([targets[name].rows[positions_by_name[name]] for name in names]))
+                    - chunk.start
+                )
+                target_ranking = ranking.without_heard(
+                    histories, queries.take(chunk), rows, is_cold if among_cold else None
+                )
+            for name, positions in positions_by_name.items():
                 target = targets[name]
-                ranks[name][positions] = unheard.ranks(target.rows[positions] - chunk.start, target.songs[positions])
-        if counts is not None and isinstance(ranking, CandidateRankings):
-            counts[chunk] = ranking.counts()
-            for name in (name for some in kinds.values() for name in some):
+                ranks[name][positions] = target_ranking.ranks(
+                    target.rows[positions] - chunk.start, target.songs[positions]
+                )
+        if candidate_counts is not None and isinstance(ranking, CandidateRankings):
+            candidate_counts[chunk] = ranking.counts()
+            for name in (name for names in names_by_kind.values() for name in names):
                 target = targets[name]
-                positions = _entries(target, known[name], chunk)
+                positions = _positions_of_chunk(target, rankable_masks[name], chunk)
                 rows, songs = target.rows[positions] - chunk.start, target.songs[positions]
-                proposed[name][positions] = ranking.proposed(rows, songs)
+                proposed_masks[name][positions] = ranking.proposed(rows, songs)
         if listed is not None and horizon == "short":
             rows, songs, _ = ranking.first(np.flatnonzero(listed[chunk]), LIST_LENGTH)
-            lists.append((chunk.start + rows, songs))
-    rows, songs = (np.concatenate(parts) for parts in zip(*lists, strict=True))
-    return Ranked(ranks, rows, songs, proposed, counts, chances)
+            list_parts.append((chunk.start + rows, songs))
+    rows, songs = (np.concatenate(parts) for parts in zip(*list_parts, strict=True))
+    return Ranked(ranks, rows, songs, proposed_masks, candidate_counts, probability_sums)
 
 
-def _entries(target: TargetSongs, known: np.ndarray, chunk: slice) -> np.ndarray:
+def _positions_of_chunk(target: TargetSongs, is_rankable: np.ndarray, chunk: slice) -> np.ndarray:
     """int64: the positions of the known targets of a chunk's queries."""
     start, stop = np.searchsorted(target.rows, [chunk.start, chunk.stop])
-    return np.asarray(start + np.flatnonzero(known[start:stop]))
+    return np.asarray(start + np.flatnonzero(is_rankable[start:stop]))
 
 
 def rankable_songs(recommender: BaseRecommender, known_songs: np.ndarray) -> np.ndarray:
@@ -168,11 +177,11 @@ class _Rankings(ABC):
 
     @abstractmethod
     def without_heard(
-        self, histories: Histories, queries: Queries, rows: np.ndarray, among: np.ndarray | None = None
+        self, histories: Histories, queries: Queries, rows: np.ndarray, song_mask: np.ndarray | None = None
     ) -> _Rankings:
         """Return the rankings of the queries at `rows`, ascending, without the songs that their users have heard.
 
-        With `among`, bool (N,), only these songs are ranked. The result can be read for the queries at `rows` only.
+        With `song_mask`, bool (N,), only these songs are ranked. The result can be read for the queries at `rows` only.
         """
 
 
@@ -203,26 +212,26 @@ class DenseRankings(_Rankings):
 
     def ranks(self, rows: np.ndarray, songs: np.ndarray) -> np.ndarray:
         """As in `_Rankings`."""
-        return ranks_of(self._scores, self._places(rows), songs, self._best)
+        return ranks_of(self._scores, self._score_rows(rows), songs, self._best)
 
     def first(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As in `_Rankings`."""
-        places = self._places(rows)
-        query_of_song, songs = listed_songs(self._scores[places], self._best[places], count)
-        return rows[query_of_song], songs, self._scores[places[query_of_song], songs]
+        score_rows = self._score_rows(rows)
+        query_of_song, songs = listed_songs(self._scores[score_rows], self._best[score_rows], count)
+        return rows[query_of_song], songs, self._scores[score_rows[query_of_song], songs]
 
-    def _places(self, rows: np.ndarray) -> np.ndarray:
+    def _score_rows(self, rows: np.ndarray) -> np.ndarray:
         return rows if self._rows is None else np.searchsorted(self._rows, rows)
 
     def without_heard(
-        self, histories: Histories, queries: Queries, rows: np.ndarray, among: np.ndarray | None = None
+        self, histories: Histories, queries: Queries, rows: np.ndarray, song_mask: np.ndarray | None = None
     ) -> DenseRankings:
         """As in `_Rankings`."""
         scores = np.array(self._scores[rows])
-        if among is not None:
-            scores[:, ~among] = -np.inf
-        places, songs, _ = last_plays(histories, queries.take(rows), scores.shape[1], histories.num_plays)
-        scores[places, songs] = -np.inf
+        if song_mask is not None:
+            scores[:, ~song_mask] = -np.inf
+        score_rows, songs, _ = last_plays(histories, queries.take(rows), scores.shape[1], histories.num_plays)
+        scores[score_rows, songs] = -np.inf
         return DenseRankings(scores, self._depth, rows)
 
 
@@ -234,28 +243,31 @@ class CandidateRankings(_Rankings):
         candidates: ScoredCandidates,
         retrievers: Sequence[str],
         horizon: HorizonName,
-        size: int,
+        num_queries: int,
         num_songs: int,
         depth: int,
-        heard: np.ndarray | None = None,
-        among: np.ndarray | None = None,
+        heard_keys: np.ndarray | None = None,
+        song_mask: np.ndarray | None = None,
     ) -> None:
-        """`heard`, int64, are keys query · N + song of the songs to leave out; `among` is as in `without_heard`."""
+        """`heard_keys`, int64, are keys query · N + song of the songs to leave out.
+
+        `song_mask` is as in `without_heard`.
+        """
         self._candidates, self._retrievers, self._horizon = candidates, retrievers, horizon
-        self._size, self._num_songs, self._depth = size, num_songs, depth
-        scores = candidates.scores(horizon, heard is not None)
+        self._num_queries, self._num_songs, self._depth = num_queries, num_songs, depth
+        scores = candidates.scores(horizon, heard_keys is not None)
         keys = candidates.rows * num_songs + candidates.songs
-        rankable = scores > -np.inf  # False for NaN
-        if heard is not None:
-            rankable &= ~np.isin(keys, heard)
-        if among is not None:
-            rankable &= among[candidates.songs]
-        some = np.flatnonzero(rankable)
-        some = some[highest_of_each(candidates.rows[some], scores[some], depth)]
-        order = some[np.lexsort((candidates.songs[some], -scores[some], candidates.rows[some]))]
+        is_rankable = scores > -np.inf  # False for NaN
+        if heard_keys is not None:
+            is_rankable &= ~np.isin(keys, heard_keys)
+        if song_mask is not None:
+            is_rankable &= song_mask[candidates.songs]
+        selected = np.flatnonzero(is_rankable)
+        selected = selected[highest_of_each(candidates.rows[selected], scores[selected], depth)]
+        order = selected[np.lexsort((candidates.songs[selected], -scores[selected], candidates.rows[selected]))]
         self._rows, self._songs, self._scores = candidates.rows[order], candidates.songs[order], scores[order]
         self._keys = keys[order]
-        self._starts = np.searchsorted(self._rows, np.arange(size + 1))
+        self._starts = np.searchsorted(self._rows, np.arange(num_queries + 1))
 
     def ranks(self, rows: np.ndarray, songs: np.ndarray) -> np.ndarray:
         """As in `_Rankings`."""
@@ -264,55 +276,64 @@ class CandidateRankings(_Rankings):
             return ranks
         order = np.argsort(self._keys)
         target_keys = rows * self._num_songs + songs
-        position = order[np.minimum(np.searchsorted(self._keys, target_keys, sorter=order), len(order) - 1)]
-        is_candidate = self._keys[position] == target_keys
+        positions = order[np.minimum(np.searchsorted(self._keys, target_keys, sorter=order), len(order) - 1)]
+        is_candidate = self._keys[positions] == target_keys
         # A run of equal scores ends where the next score or query begins; a tied song has the rank of the last of them.
-        last = np.append((np.diff(self._rows) != 0) | (np.diff(self._scores) != 0), True)
-        ends = np.flatnonzero(last) + 1
-        ends = ends[np.searchsorted(ends, position[is_candidate], side="right")]
+        is_last = np.append((np.diff(self._rows) != 0) | (np.diff(self._scores) != 0), True)
+        ends = np.flatnonzero(is_last) + 1
+        ends = ends[np.searchsorted(ends, positions[is_candidate], side="right")]
         ranks[is_candidate] = ends - self._starts[rows[is_candidate]]
         return ranks
 
     def first(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As in `_Rankings`."""
-        within = np.arange(len(self._rows)) - self._starts[self._rows] < count
-        within &= np.isin(self._rows, rows)
-        return self._rows[within], self._songs[within], self._scores[within]
+        is_within = np.arange(len(self._rows)) - self._starts[self._rows] < count
+        is_within &= np.isin(self._rows, rows)
+        return self._rows[is_within], self._songs[is_within], self._scores[is_within]
 
     def without_heard(
-        self, histories: Histories, queries: Queries, rows: np.ndarray, among: np.ndarray | None = None
+        self, histories: Histories, queries: Queries, rows: np.ndarray, song_mask: np.ndarray | None = None
     ) -> CandidateRankings:
         """As in `_Rankings`."""
-        places, songs, _ = last_plays(histories, queries.take(rows), self._num_songs, histories.num_plays)
-        heard = np.unique(rows[places] * self._num_songs + songs)
+        query_rows, songs, _ = last_plays(histories, queries.take(rows), self._num_songs, histories.num_plays)
+        heard_keys = np.unique(rows[query_rows] * self._num_songs + songs)
         return CandidateRankings(
-            self._candidates, self._retrievers, self._horizon, self._size, self._num_songs, self._depth, heard, among
+            self._candidates,
+            self._retrievers,
+            self._horizon,
+            self._num_queries,
+            self._num_songs,
+            self._depth,
+            heard_keys,
+            song_mask,
         )
 
     def counts(self) -> np.ndarray:
         """float64 (Q, R + 1): number of candidates of each query, in total and by retriever."""
         rows = self._candidates.rows
-        of_each = [rows, *(rows[self._candidates.retrievers[name]] for name in self._retrievers)]
-        return np.stack([np.bincount(some, minlength=self._size) for some in of_each], axis=1).astype(np.float64)
+        row_arrays = [rows, *(rows[self._candidates.retrievers[name]] for name in self._retrievers)]
+        return np.stack(
+            [np.bincount(proposed_rows, minlength=self._num_queries) for proposed_rows in row_arrays], axis=1
+        ).astype(np.float64)
 
     def proposed(self, rows: np.ndarray, songs: np.ndarray) -> np.ndarray:
         """bool (T, R + 1): whether each song is a candidate, and which retrievers propose it."""
         keys = self._candidates.rows * self._num_songs + self._candidates.songs
         target_keys = rows * self._num_songs + songs
-        of_each = [keys, *(keys[self._candidates.retrievers[name]] for name in self._retrievers)]
-        return np.stack([np.isin(target_keys, some) for some in of_each], axis=1)
+        key_arrays = [keys, *(keys[self._candidates.retrievers[name]] for name in self._retrievers)]
+        return np.stack([np.isin(target_keys, proposed_keys) for proposed_keys in key_arrays], axis=1)
 
 
 def best_scores(scores: np.ndarray, depth: int) -> np.ndarray:
     """float32 (Q, min(depth, N)): the best of each row of `scores`, float32 (Q, N), ascending. NaN counts as -inf."""
     depth = min(depth, scores.shape[1])
     floor = _floor(scores, depth)
-    flat = np.flatnonzero(scores > floor[:, None])  # False for NaN
-    rows, songs = np.divmod(flat, max(1, scores.shape[1]))
-    count = np.bincount(rows, minlength=len(scores))
+    flat_indices = np.flatnonzero(scores > floor[:, None])  # False for NaN
+    rows, songs = np.divmod(flat_indices, max(1, scores.shape[1]))
+    counts = np.bincount(rows, minlength=len(scores))
     # The scores above the floor; the floor itself fills the remaining places.
-    above = np.full((len(scores), depth + int(count.max(initial=0))), floor[:, None], dtype=np.float32)
-    above[rows, np.arange(len(rows)) - (np.cumsum(count) - count)[rows]] = scores[rows, songs]
+    above = np.full((len(scores), depth + int(counts.max(initial=0))), floor[:, None], dtype=np.float32)
+    above[rows, np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]] = scores[rows, songs]
     return np.sort(np.partition(above, above.shape[1] - depth, axis=1)[:, above.shape[1] - depth :], axis=1)
 
 
@@ -336,13 +357,14 @@ def ranks_of(scores: np.ndarray, rows: np.ndarray, songs: np.ndarray, best: np.n
     `best` are the `best_scores` of a depth larger than any cut-off. A song that is not among them, or has the score
     -inf, is NOT_FOUND. Ties count against a song: its rank is 1 + the number of others that score at least as high.
     """
-    own = scores[rows, songs]
-    near = np.flatnonzero((own >= best[rows, 0]) & (own > -np.inf))
-    reached = np.count_nonzero(best[rows[near]] >= own[near, None], axis=1)  # includes the song itself
+    target_scores = scores[rows, songs]
+    near_targets = np.flatnonzero((target_scores >= best[rows, 0]) & (target_scores > -np.inf))
+    # The number of best scores that are at least as high, including the song itself.
+    num_reached = np.count_nonzero(best[rows[near_targets]] >= target_scores[near_targets, None], axis=1)
     # The song is the last of the best scores, and songs that are not among them may tie with it.
-    whole = (reached == best.shape[1]) & (best.shape[1] < scores.shape[1])
-    ranks = np.full(len(own), NOT_FOUND, dtype=np.int64)
-    ranks[near] = np.where(whole, NOT_FOUND, reached)
+    may_tie = (num_reached == best.shape[1]) & (best.shape[1] < scores.shape[1])
+    ranks = np.full(len(target_scores), NOT_FOUND, dtype=np.int64)
+    ranks[near_targets] = np.where(may_tie, NOT_FOUND, num_reached)
     return ranks
 
 
@@ -352,20 +374,20 @@ def listed_songs(scores: np.ndarray, best: np.ndarray, count: int) -> tuple[np.n
     `best` are the `best_scores` of at least this depth. As in `BaseRecommender.recommend`, lower song rows come first
     among equal scores, and songs with the score -inf are left out.
     """
-    last = best[:, -min(count, best.shape[1])]
+    lowest_scores = best[:, -min(count, best.shape[1])]
     step = max(1, SCORES_AT_ONCE // max(1, scores.shape[1]))
     rows, songs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for start in range(0, len(scores), step):
-        chunk, least = scores[start : start + step], last[start : start + step]
-        row, song = np.nonzero((chunk >= least[:, None]) & (chunk > -np.inf))
-        tied = chunk[row, song] == least[row]
-        starts = np.searchsorted(row, np.arange(len(chunk)))
-        ties_before = np.cumsum(tied) - tied
-        places = ties_before - np.append(ties_before, 0)[np.minimum(starts, len(tied))][row]
-        room = count - np.bincount(row, weights=~tied, minlength=len(chunk))
-        is_listed = ~tied | (places < room[row])
-        rows.append(row[is_listed] + start)
-        songs.append(song[is_listed])
+        chunk, chunk_lowest = scores[start : start + step], lowest_scores[start : start + step]
+        chunk_rows, chunk_songs = np.nonzero((chunk >= chunk_lowest[:, None]) & (chunk > -np.inf))
+        is_tied = chunk[chunk_rows, chunk_songs] == chunk_lowest[chunk_rows]
+        starts = np.searchsorted(chunk_rows, np.arange(len(chunk)))
+        ties_before = np.cumsum(is_tied) - is_tied
+        tie_positions = ties_before - np.append(ties_before, 0)[np.minimum(starts, len(is_tied))][chunk_rows]
+        free_counts = count - np.bincount(chunk_rows, weights=~is_tied, minlength=len(chunk))
+        is_listed = ~is_tied | (tie_positions < free_counts[chunk_rows])
+        rows.append(chunk_rows[is_listed] + start)
+        songs.append(chunk_songs[is_listed])
     return np.concatenate(rows), np.concatenate(songs)
 
 
@@ -382,35 +404,35 @@ def metrics_of(ranks: np.ndarray, rows: np.ndarray, sizes: np.ndarray, ks: Seque
     there; NDCG is Σ 1 / log2(rank + 1) over those there, divided by the same sum for min(k, size) targets in the first
     places.
     """
-    queries = len(sizes)
-    columns = np.zeros((len(METRICS), len(ks), queries))
+    num_queries = len(sizes)
+    columns = np.zeros((len(METRICS), len(ks), num_queries))
     ideals = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, max(ks) + 2)))])
-    for place, k in enumerate(ks):
-        within = ranks <= k
-        rank, row = ranks[within].astype(np.float64), rows[within]
-        recall, reciprocal, gain = columns[:, place]
-        recall += np.bincount(row, minlength=queries) / np.maximum(sizes, 1)
-        np.maximum.at(reciprocal, row, 1 / rank)
+    for index, k in enumerate(ks):
+        is_within = ranks <= k
+        found_ranks, found_rows = ranks[is_within].astype(np.float64), rows[is_within]
+        recall, reciprocal, gain = columns[:, index]
+        recall += np.bincount(found_rows, minlength=num_queries) / np.maximum(sizes, 1)
+        np.maximum.at(reciprocal, found_rows, 1 / found_ranks)
         ideal = ideals[np.clip(sizes, 1, k)]
-        gain += np.bincount(row, weights=1 / np.log2(rank + 1), minlength=queries) / ideal
-    return np.asarray(columns.reshape(len(METRICS) * len(ks), queries).T)
+        gain += np.bincount(found_rows, weights=1 / np.log2(found_ranks + 1), minlength=num_queries) / ideal
+    return np.asarray(columns.reshape(len(METRICS) * len(ks), num_queries).T)
 
 
 def tune_baseline(name: str, selection: Selection) -> Settings:
     """Return the best settings for a baseline of BASELINE_CHOICES; trials are fitted before the validation range."""
     metric = TuningMetric(selection)
-    trial = _trials(name, selection)
-    chosen = dict(trial({}).settings)
-    best = metric(trial(chosen))
+    fit_trial = _trial_fitter(name, selection)
+    best_settings = dict(fit_trial({}).settings)
+    best_score = metric(fit_trial(best_settings))
     for setting, values in BASELINE_CHOICES[name].items():
         for value in values:
-            settings = {**chosen, setting: value}
-            if settings != chosen and (score := metric(trial(settings))) > best:
-                best, chosen = score, settings
-    return chosen
+            settings = {**best_settings, setting: value}
+            if settings != best_settings and (score := metric(fit_trial(settings))) > best_score:
+                best_score, best_settings = score, settings
+    return best_settings
 
 
-def _trials(name: str, selection: Selection) -> Callable[[Settings], BaseRecommender]:
+def _trial_fitter(name: str, selection: Selection) -> Callable[[Settings], BaseRecommender]:
     """Return a function that fits a baseline with given settings; session kNN reads sessions once for all trials."""
     from rayrec.recommend.baselines import fit_baselines  # loads scipy.linalg, which slows the start of commands
 
@@ -436,18 +458,20 @@ class TuningMetric:
         plays_before = selection.plays - histories.offsets[rows]
         hashes = user_hash(histories.user_ids, salt="queries ")
         order = np.argsort(uniform_draws(hashes[rows], plays_before), kind="stable")
-        drawn = np.sort(selection.plays[order[plays_before[order] > 0][:TUNING_QUERIES]])
-        self._queries = Queries.before_plays(histories, drawn)
-        heard = HeardSongs(histories)
-        self._targets = {name: target_songs(histories, self._queries, name, heard) for name in TUNED_TARGETS}
-        self._known = np.ones(selection.dataset.num_songs, dtype=bool)
+        sampled_plays = np.sort(selection.plays[order[plays_before[order] > 0][:TUNING_QUERIES]])
+        self._queries = Queries.before_plays(histories, sampled_plays)
+        heard_songs = HeardSongs(histories)
+        self._targets = {name: target_songs(histories, self._queries, name, heard_songs) for name in TUNED_TARGETS}
+        self._known_songs = np.ones(selection.dataset.num_songs, dtype=bool)
 
     def __len__(self) -> int:
         return len(self._queries)
 
     def __call__(self, recommender: BaseRecommender) -> float:
         """Return the metric of a recommender; 0 if there is no query."""
-        ranked = rank_targets(recommender, self._histories, self._queries, self._targets, self._known, depth=USUAL_K)
+        ranked = rank_targets(
+            recommender, self._histories, self._queries, self._targets, self._known_songs, depth=USUAL_K
+        )
         total, columns = 0.0, metric_columns((USUAL_K,))
         for name, target in self._targets.items():
             metrics = metrics_of(ranked.ranks[name], target.rows, target.sizes, (USUAL_K,))

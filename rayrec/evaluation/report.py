@@ -137,8 +137,8 @@ def differences(comparisons: Sequence[Entry], metric: str, drawn: str = "users")
         note,
         [{**entry, "model": entry["other"], "value": entry["difference"]} for entry in entries],
         lambda entry: target_title(entry["target"]),
-        order=lambda entry: entry["value"],
-        form="{:+.4f}",
+        sort_key=lambda entry: entry["value"],
+        number_format="{:+.4f}",
     )
 
 
@@ -189,9 +189,9 @@ def pairwise(entries: Sequence[Entry], default: str) -> Table | None:
     )
 
 
-def recommended(figures: Sequence[Entry], default: str) -> Table | None:
+def recommended(entries: Sequence[Entry], default: str) -> Table | None:
     """Return a table of coverage, popularity and repeats of the recommended songs."""
-    if not figures:
+    if not entries:
         return None
     rows = [
         Row(
@@ -203,12 +203,12 @@ def recommended(figures: Sequence[Entry], default: str) -> Table | None:
                 _cell(entry, "{:.3f}", "repeats", "repeats_"),
             ],
         )
-        for entry in sorted(figures, key=lambda entry: -entry["coverage"])
+        for entry in sorted(entries, key=lambda entry: -entry["coverage"])
     ]
     return Table(
         id="recommended",
         title="Coverage, popularity and repeats",
-        note=f"The top 20 of all songs for {figures[0]['lists']:,} queries of a sample of users. Coverage: share of "
+        note=f"The top 20 of all songs for {entries[0]['lists']:,} queries of a sample of users. Coverage: share of "
         "the catalog that is in at least one list. Popularity rank: 1 is the most played song. Repeats: share of songs "
         "that the user had heard.",
         head=("coverage", "mean popularity rank", "repeats"),
@@ -232,9 +232,9 @@ def breakdown(breakdowns: Sequence[Entry], by: str, default: str) -> Table | Non
     )
 
 
-def song_embeddings(figures: Sequence[Entry]) -> list[Table]:
+def song_embeddings(entries: Sequence[Entry]) -> list[Table]:
     """Return tables of the health of the song embeddings and of the nearest neighbors of the most played songs."""
-    if not figures:
+    if not entries:
         return []
     rows = [
         Row(
@@ -246,7 +246,7 @@ def song_embeddings(figures: Sequence[Entry]) -> list[Table]:
                 Cell(text=f"{entry['directions']:.1f} of {entry['dim']}"),
             ],
         )
-        for entry in figures
+        for entry in entries
     ]
     tables = [
         Table(
@@ -260,8 +260,8 @@ def song_embeddings(figures: Sequence[Entry]) -> list[Table]:
             first="embeddings",
         )
     ]
-    for entry in figures:
-        near = [
+    for entry in entries:
+        neighbor_rows = [
             Row(
                 name=song["song"],
                 cells=[
@@ -283,7 +283,7 @@ def song_embeddings(figures: Sequence[Entry]) -> list[Table]:
                 title=f"Neighbors of the most played songs, {VECTOR_TITLES[entry['vectors']]}",
                 note="The nearest songs, with their cosines.",
                 head=("plays", "neighbors"),
-                rows=near,
+                rows=neighbor_rows,
                 first="song",
             )
         )
@@ -300,42 +300,49 @@ def _table(
     title: str,
     note: str,
     entries: Sequence[Entry],
-    column: Callable[[Entry], str],
+    column_of: Callable[[Entry], str],
     *,
     default: str = "",
-    order: Callable[[Entry], float] = lambda entry: -entry["value"],
-    form: str = "{:.4f}",
+    sort_key: Callable[[Entry], float] = lambda entry: -entry["value"],
+    number_format: str = "{:.4f}",
 ) -> Table:
-    """Return a table with one row per model and one column per result of `column`, sorted by the first column."""
+    """Return a table with one row per model and one column per result of `column_of`, sorted by the first column."""
     by_model: dict[str, dict[str, Entry]] = {}
     for entry in entries:
-        by_model.setdefault(entry["model"], {})[column(entry)] = entry
-    head = list(dict.fromkeys(column(entry) for entry in entries))
-    ranked = sorted(by_model, key=lambda model: order(by_model[model][head[0]]) if head[0] in by_model[model] else 0)
+        by_model.setdefault(entry["model"], {})[column_of(entry)] = entry
+    head = list(dict.fromkeys(column_of(entry) for entry in entries))
+    sorted_models = sorted(
+        by_model, key=lambda model: sort_key(by_model[model][head[0]]) if head[0] in by_model[model] else 0
+    )
     rows = [
         Row(
             name=model,
             default=model == default,
-            cells=[_cell(by_model[model][name], form) if name in by_model[model] else Cell(text="–") for name in head],
+            cells=[
+                _cell(by_model[model][name], number_format) if name in by_model[model] else Cell(text="–")
+                for name in head
+            ],
         )
-        for model in ranked
+        for model in sorted_models
     ]
     return Table(id=identifier, title=title, note=note, head=head, rows=rows)
 
 
-def _cell(entry: Entry, form: str, name: str = "value", prefix: str = "") -> Cell:
+def _cell(entry: Entry, number_format: str, name: str = "value", prefix: str = "") -> Cell:
     """Return a figure of an entry, and its interval if it has one: the fields `prefix` + low and `prefix` + high."""
-    ends = [form.format(entry[prefix + end]) for end in ("low", "high") if prefix + end in entry]
-    return Cell(text=form.format(entry[name]), interval=" to ".join(ends))
+    ends = [number_format.format(entry[prefix + end]) for end in ("low", "high") if prefix + end in entry]
+    return Cell(text=number_format.format(entry[name]), interval=" to ".join(ends))
 
 
-def _as_shown(figures: Mapping[str, Sequence[Entry]], config: EvaluateConfig) -> Mapping[str, Sequence[Entry]]:
+def _drop_empty_intervals(
+    statistics: Mapping[str, Sequence[Entry]], config: EvaluateConfig
+) -> Mapping[str, Sequence[Entry]]:
     """Return the figures; if no intervals were computed, without low and high, which then equal the figure."""
     if config.bootstrap_samples:
-        return figures
+        return statistics
     return {
         kind: [{name: entry[name] for name in entry if not name.endswith(("low", "high"))} for entry in entries]
-        for kind, entries in figures.items()
+        for kind, entries in statistics.items()
     }
 
 
@@ -364,7 +371,7 @@ class Chapter:
 def write_report(
     workspace: Workspace,
     folder: str,
-    figures: Mapping[str, Sequence[Entry]],
+    statistics: Mapping[str, Sequence[Entry]],
     *,
     default: str,
     about: dict[str, str],
@@ -375,21 +382,21 @@ def write_report(
 ) -> list[str]:
     """Write the report's files to a folder of the workspace and return their names.
 
-    `figures` are those of `figures_of`, or some of them, and the health of the song embeddings. `default` is the name
-    of the model that `recommend` uses. `about` holds facts about the evaluation by name. `described` is a sentence for
-    the head of the page: which plays were predicted, and from which plays. `config` holds the settings of the
+    `statistics` are those of `figures_of`, or some of them, and the health of the song embeddings. `default` is the
+    name of the model that `recommend` uses. `about` holds facts about the evaluation by name. `described` is a sentence
+    for the head of the page: which plays were predicted, and from which plays. `config` holds the settings of the
     evaluation; `drawn` names what its bootstrap drew, users or pairs.
     """
-    names, about = [RESULTS, PAGE], {**about, "versions": versions()}
-    workspace.write_json(f"{folder}/{RESULTS}", {"default": default, "about": about, **figures})
+    file_names, about = [RESULTS, PAGE], {**about, "versions": versions()}
+    workspace.write_json(f"{folder}/{RESULTS}", {"default": default, "about": about, **statistics})
     for plot in plots:
         workspace.write_bytes(f"{folder}/{plot.file}", plot.png)
-        names.append(plot.file)
+        file_names.append(plot.file)
     page = html_page(
-        figures, default=default, about=about, described=described, plots=plots, config=config, drawn=drawn
+        statistics, default=default, about=about, described=described, plots=plots, config=config, drawn=drawn
     )
     workspace.write_bytes(f"{folder}/{PAGE}", page.encode())
-    return names
+    return file_names
 
 
 def read_figures(workspace: Workspace, report: Manifest) -> dict[str, Any]:
@@ -399,19 +406,19 @@ def read_figures(workspace: Workspace, report: Manifest) -> dict[str, Any]:
     `DamagedArtifactError` if a file is missing or has changed since it was written.
     """
     verify(workspace, report)
-    stored = workspace.read_json(report.path(RESULTS))
-    return {**report.metrics, **{name: stored[name] for name in stored if name not in ("about", CURVES)}}
+    results = workspace.read_json(report.path(RESULTS))
+    return {**report.metrics, **{name: results[name] for name in results if name not in ("about", CURVES)}}
 
 
-def headline(figures: Mapping[str, Sequence[Entry]], default: str) -> dict[str, float]:
+def headline(statistics: Mapping[str, Sequence[Entry]], default: str) -> dict[str, float]:
     """Return recall@k and mrr@k of the model that `recommend` uses: served_recall@k and served_mrr@k, then all plays.
 
     Empty if the model was not evaluated.
     """
-    usual = usual_k([entry["k"] for entry in figures["results"]])
-    values = _values(figures["results"], usual)
+    k = usual_k([entry["k"] for entry in statistics["results"]])
+    values = _entries_by_model(statistics["results"], k)
     return {
-        f"{prefix}{metric}@{usual}": values[default, target, metric]["value"]
+        f"{prefix}{metric}@{k}": values[default, target, metric]["value"]
         for target, prefix in (("served", "served_"), ("next", ""))
         for metric in ("recall", "mrr")
         if (default, target, metric) in values
@@ -419,33 +426,33 @@ def headline(figures: Mapping[str, Sequence[Entry]], default: str) -> dict[str, 
 
 
 def summary(
-    figures: Mapping[str, Sequence[Entry]], default: str, config: EvaluateConfig = DEFAULT_CONFIG
+    statistics: Mapping[str, Sequence[Entry]], default: str, config: EvaluateConfig = DEFAULT_CONFIG
 ) -> dict[str, Any]:
     """Return the figures that a report's manifest holds: the verdict, the headline, and the headline of each model.
 
     `by_model` holds one row per model, best first, with the interval of its first figure, low and high; both are None
     if `config` computes no intervals.
     """
-    figures = _as_shown(figures, config)
-    usual = usual_k([entry["k"] for entry in figures["results"]])
-    values = _values(figures["results"], usual)
+    statistics = _drop_empty_intervals(statistics, config)
+    k = usual_k([entry["k"] for entry in statistics["results"]])
+    values = _entries_by_model(statistics["results"], k)
     target = "served" if any(name == "served" for _, name, _ in values) else "next"
     recalls = {model: row for (model, name, metric), row in values.items() if (name, metric) == (target, "recall")}
-    best_first = sorted(recalls, key=lambda model: -recalls[model]["value"])
+    sorted_models = sorted(recalls, key=lambda model: -recalls[model]["value"])
     rows = [
         {
             "model": model,
-            **headline(figures, model),
+            **headline(statistics, model),
             "low": recalls[model].get("low"),
             "high": recalls[model].get("high"),
         }
-        for model in best_first
+        for model in sorted_models
     ]
-    return {"verdict": verdict(figures, default), **headline(figures, default), "by_model": rows}
+    return {"verdict": verdict(statistics, default), **headline(statistics, default), "by_model": rows}
 
 
 def html_page(
-    figures: Mapping[str, Sequence[Entry]],
+    statistics: Mapping[str, Sequence[Entry]],
     *,
     default: str,
     about: dict[str, str],
@@ -458,22 +465,22 @@ def html_page(
 
     The arguments are those of `write_report`.
     """
-    figures = _as_shown(figures, config)
-    compared = [entry for entry in figures["results"] if entry["kind"] != ABLATION]
-    k = usual_k([entry["k"] for entry in compared])
-    first = next(target for target in TARGETS if any(entry["target"] == target for entry in compared))
-    values = _values(compared, k)
-    models = list(dict.fromkeys(entry["model"] for entry in compared))
-    ranked = sorted(models, key=lambda model: -values[model, first, "recall"]["value"])
-    shown = ranked[:SHOWN_MODELS]
-    in_days = dict.fromkeys(entry["target"] for entry in compared if entry["target"].startswith(DAYS))
-    if default in ranked and default not in shown:
-        shown = [*shown[:-1], default]
+    statistics = _drop_empty_intervals(statistics, config)
+    results = [entry for entry in statistics["results"] if entry["kind"] != ABLATION]
+    k = usual_k([entry["k"] for entry in results])
+    first_target = next(target for target in TARGETS if any(entry["target"] == target for entry in results))
+    values = _entries_by_model(results, k)
+    models = list(dict.fromkeys(entry["model"] for entry in results))
+    sorted_models = sorted(models, key=lambda model: -values[model, first_target, "recall"]["value"])
+    shown_models = sorted_models[:SHOWN_MODELS]
+    day_targets = dict.fromkeys(entry["target"] for entry in results if entry["target"].startswith(DAYS))
+    if default in sorted_models and default not in shown_models:
+        shown_models = [*shown_models[:-1], default]
     facts = {noun(name): value for name, value in about.items() if name not in ("warning", "versions")}
-    for entry in figures.get("settings", []):
-        chosen = {name: value for name, value in entry.items() if name != "model"}
-        facts[f"settings of {entry['model']}"] = settings_text(chosen)
-    errors = [entry for entry in figures.get("calibration", []) if entry["model"] == default]
+    for entry in statistics.get("settings", []):
+        settings = {name: value for name, value in entry.items() if name != "model"}
+        facts[f"settings of {entry['model']}"] = settings_text(settings)
+    errors = [entry for entry in statistics.get("calibration", []) if entry["model"] == default]
     if errors:
         texts = [f"{target_title(entry['target'])}: {entry['value']:.4f}" for entry in errors]
         facts[f"expected calibration error of {default}"] = "; ".join(texts)
@@ -482,23 +489,31 @@ def html_page(
     environment = jinja2.Environment(loader=jinja2.PackageLoader("rayrec.evaluation"), autoescape=True)
     return environment.get_template("report.html.j2").render(
         title=about.get("test range") or about.get("file") or "the test range",
-        verdict=verdict(figures, default),
+        verdict=verdict(statistics, default),
         warning=about.get("warning"),
         described=described,
         intervals=f", with {config.interval_title} bootstrap intervals over {drawn}" if config.interval_title else "",
-        chart=_chart(shown, values, first, k, default, ranked),
+        chart=_chart(shown_models, values, first_target, k, default, sorted_models),
         summary=by_target(
-            [entry for entry in compared if entry["model"] in shown], "recall", k, default, only=(*SUMMARY, *in_days)
+            [entry for entry in results if entry["model"] in shown_models],
+            "recall",
+            k,
+            default,
+            only=(*SUMMARY, *day_targets),
         ),
-        examples=figures.get("examples", []),
+        examples=statistics.get("examples", []),
         facts=facts.items(),
-        chapters=_chapters({**figures, **_of_models(figures, models), "results": compared}, default, k, plots, drawn),
+        chapters=_chapters(
+            {**statistics, **_entries_of_models(statistics, models), "results": results}, default, k, plots, drawn
+        ),
     )
 
 
-def settings_text(changed: Mapping[str, Any]) -> str:
+def settings_text(settings: Mapping[str, Any]) -> str:
     """Return settings and their values in one line, or "defaults" if there are none."""
-    return "; ".join(f"{name.replace('_', ' ')}: {_value_text(value)}" for name, value in changed.items()) or "defaults"
+    return (
+        "; ".join(f"{name.replace('_', ' ')}: {_value_text(value)}" for name, value in settings.items()) or "defaults"
+    )
 
 
 def _value_text(value: Any) -> str:
@@ -515,47 +530,52 @@ def versions() -> str:
     return ", ".join([packages[0], f"Python {platform.python_version()}", *packages[1:]])
 
 
-def _of_models(figures: Mapping[str, Sequence[Entry]], models: Sequence[str]) -> dict[str, list[Entry]]:
+def _entries_of_models(statistics: Mapping[str, Sequence[Entry]], models: Sequence[str]) -> dict[str, list[Entry]]:
     """Return the figures apart from the results, only of the models compared; an ablation has its own chapter."""
-    names = ("retrieval", "breakdowns", "recommended", "leave_one_out")
-    return {name: [entry for entry in figures.get(name, []) if entry["model"] in models] for name in names}
+    kinds = ("retrieval", "breakdowns", "recommended", "leave_one_out")
+    return {name: [entry for entry in statistics.get(name, []) if entry["model"] in models] for name in kinds}
 
 
-def verdict(figures: Mapping[str, Sequence[Entry]], default: str) -> str:
+def verdict(statistics: Mapping[str, Sequence[Entry]], default: str) -> str:
     """Return one sentence: how much the default model finds, and its difference from the best baseline."""
-    k = usual_k([entry["k"] for entry in figures["results"]])
-    values = _values(figures["results"], k)
+    k = usual_k([entry["k"] for entry in statistics["results"]])
+    values = _entries_by_model(statistics["results"], k)
     target = "served" if any(name == "served" for _, name, _ in values) else "next"
-    what = "next new songs" if target == "served" else "next songs"
+    song_kind = "next new songs" if target == "served" else "next songs"
     recalls = {model: row for (model, name, metric), row in values.items() if (name, metric) == (target, "recall")}
     baselines = [model for model, row in recalls.items() if row["kind"] == "baseline" and model != default]
-    best = max(baselines, key=lambda model: recalls[model]["value"], default=None)
+    best_model = max(baselines, key=lambda model: recalls[model]["value"], default=None)
     if default not in recalls:
-        best = max(recalls, key=lambda model: recalls[model]["value"])
-        return f"{best} finds {100 * recalls[best]['value']:.0f} of 100 {what} in its first {k}."
-    recall_text = f"{default} finds {100 * recalls[default]['value']:.0f} of 100 {what} in its first {k}"
-    if best is None:
+        best_model = max(recalls, key=lambda model: recalls[model]["value"])
+        return f"{best_model} finds {100 * recalls[best_model]['value']:.0f} of 100 {song_kind} in its first {k}."
+    recall_text = f"{default} finds {100 * recalls[default]['value']:.0f} of 100 {song_kind} in its first {k}"
+    if best_model is None:
         return f"{recall_text}."
-    key = {"other": best, "target": target, "metric": "recall", "k": k}
-    for entry in figures.get("comparisons", []):
-        if key.items() <= entry.items():
-            more = 100 * entry["difference"]
-            lead = f"{recall_text}: {abs(more):.1f} {'more' if more >= 0 else 'fewer'} than the best baseline, {best}"
+    expected_fields = {"other": best_model, "target": target, "metric": "recall", "k": k}
+    for entry in statistics.get("comparisons", []):
+        if expected_fields.items() <= entry.items():
+            difference = 100 * entry["difference"]
+            text = (
+                f"{recall_text}: {abs(difference):.1f} {'more' if difference >= 0 else 'fewer'} than the best "
+                f"baseline, {best_model}"
+            )
             if "low" not in entry:
-                return f"{lead}."
+                return f"{text}."
             low, high = 100 * entry["low"], 100 * entry["high"]
             if low <= 0 <= high:
-                span = f"{low:+.1f} to {high:+.1f}"
-                return f"{recall_text}: no significant difference from the best baseline, {best} ({span})."
-            span = f"{min(abs(low), abs(high)):.1f} to {max(abs(low), abs(high)):.1f}"
-            return f"{lead} (interval {span})."
-    return f"{recall_text}; the best baseline, {best}, finds {100 * recalls[best]['value']:.0f}."
+                interval_text = f"{low:+.1f} to {high:+.1f}"
+                return (
+                    f"{recall_text}: no significant difference from the best baseline, {best_model} ({interval_text})."
+                )
+            interval_text = f"{min(abs(low), abs(high)):.1f} to {max(abs(low), abs(high)):.1f}"
+            return f"{text} (interval {interval_text})."
+    return f"{recall_text}; the best baseline, {best_model}, finds {100 * recalls[best_model]['value']:.0f}."
 
 
-def _values(results: Sequence[Entry], k: int) -> dict[tuple[str, str, str], Entry]:
+def _entries_by_model(results: Sequence[Entry], k: int) -> dict[tuple[str, str, str], Entry]:
     """Return the entries of all users at a cut-off, by model, target and metric."""
-    some = [entry for entry in results if (entry["users"], entry["k"]) == ("all", k)]
-    return {(entry["model"], entry["target"], entry["metric"]): entry for entry in some}
+    selected_results = [entry for entry in results if (entry["users"], entry["k"]) == ("all", k)]
+    return {(entry["model"], entry["target"], entry["metric"]): entry for entry in selected_results}
 
 
 def _chart(
@@ -564,47 +584,47 @@ def _chart(
     target: str,
     k: int,
     default: str,
-    ranked: Sequence[str],
+    sorted_models: Sequence[str],
 ) -> dict[str, Any]:
     """Return the bars of recall with their intervals, in percent of the longest bar.
 
-    `left` and `span` of an interval are None if there is none. `ranked` are all models, best first. `models` are the
-    first of them; if the default model is not among these, it replaces the last one.
+    `left` and `span` of an interval are None if there is none. `sorted_models` are all models, best first. `models` are
+    the first of them; if the default model is not among these, it replaces the last one.
     """
     rows = [values[model, target, "recall"] for model in models]
-    longest = max([max(entry["value"], entry.get("high", 0.0)) for entry in rows] + [1e-9])
+    max_value = max([max(entry["value"], entry.get("high", 0.0)) for entry in rows] + [1e-9])
     bars = [
         {
             "name": entry["model"],
             "default": entry["model"] == default,
-            "width": round(100 * entry["value"] / longest, 2),
-            "left": round(100 * entry["low"] / longest, 2) if "low" in entry else None,
-            "span": round(100 * (entry["high"] - entry["low"]) / longest, 2) if "low" in entry else None,
+            "width": round(100 * entry["value"] / max_value, 2),
+            "left": round(100 * entry["low"] / max_value, 2) if "low" in entry else None,
+            "span": round(100 * (entry["high"] - entry["low"]) / max_value, 2) if "low" in entry else None,
             "text": f"{entry['value']:.3f}",
         }
         for entry in rows
     ]
-    best = len(models) if models[-1] in ranked[: len(models)] else len(models) - 1
-    added = f" and {default} (used by recommend)" if best < len(models) else ""
-    note = f"The {best} best of {len(ranked)} models{added}; the tables below list all."
+    num_best = len(models) if models[-1] in sorted_models[: len(models)] else len(models) - 1
+    default_text = f" and {default} (used by recommend)" if num_best < len(models) else ""
+    note = f"The {num_best} best of {len(sorted_models)} models{default_text}; the tables below list all."
     return {
         "title": f"Recall@{k}, {target_title(target)}",
         "bars": bars,
-        "note": note if len(ranked) > len(models) else "",
+        "note": note if len(sorted_models) > len(models) else "",
     }
 
 
 def _chapters(
-    figures: Mapping[str, Sequence[Entry]], default: str, k: int, plots: Sequence[Plot], drawn: str
+    statistics: Mapping[str, Sequence[Entry]], default: str, k: int, plots: Sequence[Plot], drawn: str
 ) -> list[Chapter]:
     """Return the chapters below the first page; a chapter without a table or a plot is left out."""
-    results = figures["results"]
-    others = sorted({entry["k"] for entry in results} - {k})
+    results = statistics["results"]
+    other_ks = sorted({entry["k"] for entry in results} - {k})
     groups = [group for group in GROUP_TITLES if any(entry["users"] == group for entry in results)]
     groups = groups if len(groups) > 2 else groups[:1]  # a single group holds the same users as all
     targets = [target for target in ("served", "next") if any(entry["target"] == target for entry in results)]
-    comparisons = figures.get("comparisons", [])
-    ablated = {entry["other"] for entry in comparisons} - {entry["model"] for entry in results}
+    comparisons = statistics.get("comparisons", [])
+    ablated_models = {entry["other"] for entry in comparisons} - {entry["model"] for entry in results}
     chapters = [
         Chapter(
             id="all-models",
@@ -614,55 +634,59 @@ def _chapters(
         Chapter(
             id="differences",
             title="Differences from the other models",
-            tables=_some(
-                differences([entry for entry in comparisons if entry["other"] not in ablated], metric, drawn)
+            tables=_drop_missing(
+                differences([entry for entry in comparisons if entry["other"] not in ablated_models], metric, drawn)
                 for metric in ("recall", "mrr")
             ),
         ),
         Chapter(
             id="ablation",
             title="Ablation: without one part at a time",
-            tables=_some(
-                differences([entry for entry in comparisons if entry["other"] in ablated], metric, drawn)
+            tables=_drop_missing(
+                differences([entry for entry in comparisons if entry["other"] in ablated_models], metric, drawn)
                 for metric in ("recall", "mrr")
             ),
         ),
         Chapter(
             id="retrieval",
             title="Recall of the retrievers",
-            tables=retrievers(figures.get("retrieval", [])),
+            tables=retrievers(statistics.get("retrieval", [])),
         ),
         Chapter(
             id="users",
             title="By user group and cutoff",
-            tables=_some(
+            tables=_drop_missing(
                 [
                     *(by_metric(results, target, group, k, default) for target in targets for group in groups),
-                    *(by_metric(results, target, "all", cut, default) for target in targets for cut in others),
+                    *(
+                        by_metric(results, target, "all", other_k, default)
+                        for target in targets
+                        for other_k in other_ks
+                    ),
                 ]
             ),
         ),
         Chapter(
             id="slices",
             title="By history, activity and context",
-            tables=_some(breakdown(figures.get("breakdowns", []), by, default) for by in BY_TITLES),
+            tables=_drop_missing(breakdown(statistics.get("breakdowns", []), by, default) for by in BY_TITLES),
         ),
         Chapter(
             id="lists",
             title="What is recommended: coverage, popularity, repeats",
-            tables=_some([recommended(figures.get("recommended", []), default)]),
+            tables=_drop_missing([recommended(statistics.get("recommended", []), default)]),
         ),
         Chapter(
             id="last-plays",
             title="Leave one out: only the last play of each user",
-            tables=_some([by_metric(figures.get("leave_one_out", []), "next", "all", k, default)]),
+            tables=_drop_missing([by_metric(statistics.get("leave_one_out", []), "next", "all", k, default)]),
         ),
         Chapter(
             id="vectors",
             title="Taste vectors and song embeddings",
             tables=[
-                *_some([pairwise(figures.get("pairwise", []), default)]),
-                *song_embeddings(figures.get(SONG_EMBEDDINGS, [])),
+                *_drop_missing([pairwise(statistics.get("pairwise", []), default)]),
+                *song_embeddings(statistics.get(SONG_EMBEDDINGS, [])),
             ],
         ),
         Chapter(
@@ -683,5 +707,5 @@ def _chapters(
     return [chapter for chapter in chapters if chapter.tables or chapter.plots]
 
 
-def _some(tables: Any) -> list[Table]:
+def _drop_missing(tables: Any) -> list[Table]:
     return [table for table in tables if table is not None]

@@ -35,24 +35,24 @@ Entry = dict[str, Any]
 
 def figures_of(sums: MetricAccumulator, evaluator: Evaluator, default: str) -> dict[str, list[Entry]]:
     """Return all figures by name, as the methods of `Figures` return them; `default` is the model of `recommend`."""
-    figures = Figures(sums, evaluator.recommenders, evaluator.config, list(evaluator.days))
+    statistics = Figures(sums, evaluator.recommenders, evaluator.config, list(evaluator.days))
     return {
         "settings": settings_of(evaluator.recommenders),
-        "results": figures.results(),
-        "comparisons": figures.comparisons(default),
-        "calibration": figures.calibration(),
-        "retrieval": figures.retrieval(evaluator.retrievers),
-        "pairwise": figures.pairwise(evaluator.curves),
-        "breakdowns": figures.breakdowns(evaluator.contexts),
-        "recommended": figures.recommended(len(evaluator.coverage_songs)),
-        "leave_one_out": figures.leave_one_out(),
-        "cosine_by_offset": figures.cosine_by_offset(evaluator.curves),
+        "results": statistics.results(),
+        "comparisons": statistics.comparisons(default),
+        "calibration": statistics.calibration(),
+        "retrieval": statistics.retrieval(evaluator.retrievers),
+        "pairwise": statistics.pairwise(evaluator.curves),
+        "breakdowns": statistics.breakdowns(evaluator.contexts),
+        "recommended": statistics.recommended(len(evaluator.coverage_songs)),
+        "leave_one_out": statistics.leave_one_out(),
+        "cosine_by_offset": statistics.cosine_by_offset(evaluator.curves),
     }
 
 
 def settings_of(recommenders: Sequence[BaseRecommender]) -> list[Entry]:
     """Return the settings chosen for the data set: an entry per model, with model and each setting by name."""
-    return [{"model": one.name, **one.settings} for one in recommenders if one.settings]
+    return [{"model": recommender.name, **recommender.settings} for recommender in recommenders if recommender.settings]
 
 
 class Figures:
@@ -90,18 +90,18 @@ class Figures:
         return self.results((LAST,))
 
     def _results_of(self, model: int, view: str, group: str) -> Iterator[Entry]:
-        place = self._views.index(view)
+        view_index = self._views.index(view)
         groups = list(range(len(GROUPS))) if group == "all" else [GROUPS.index(group)]
-        queries = self._sums.queries[:, place, groups].sum(axis=1)
+        queries = self._sums.queries[:, view_index, groups].sum(axis=1)
         if queries[0] == 0:
             return
-        figures = self._means(self._sums.metrics[:, model, place, groups].sum(axis=1), queries)
+        means = self._means(self._sums.metrics[:, model, view_index, groups].sum(axis=1), queries)
         recommender, target = self._recommenders[model], "next" if view == LAST else view
         kind = ABLATION if recommender.without else recommender.kind
-        about = {"model": recommender.name, "kind": kind, "users": group, "target": target}
-        behind = {"plays": int(queries[0]), "users_count": int(self._sums.users[place, groups].sum())}
+        labels = {"model": recommender.name, "kind": kind, "users": group, "target": target}
+        counts = {"plays": int(queries[0]), "users_count": int(self._sums.users[view_index, groups].sum())}
         for column, (metric, k) in enumerate(self._columns):
-            yield {**about, "metric": metric, "k": k, **_interval(figures, column), **behind}
+            yield {**labels, "metric": metric, "k": k, **_interval(means, column), **counts}
 
     def comparisons(self, default: str) -> list[Entry]:
         """Return the difference between the default model and each other model (default - other), low and high.
@@ -113,18 +113,20 @@ class Figures:
         if default not in names:
             return []
         entries = []
-        for other in (name for name in names if name != default):
+        for other_model in (name for name in names if name != default):
             for target in (*COMPARED[0], *self._days):
-                place = self._views.index(target)
-                queries = self._sums.queries[:, place].sum(axis=1)
+                view_index = self._views.index(target)
+                queries = self._sums.queries[:, view_index].sum(axis=1)
                 if queries[0] == 0:
                     continue
-                own, theirs = (self._sums.metrics[:, names.index(name), place].sum(axis=1) for name in (default, other))
-                figures = self._means(own - theirs, queries)
-                about = {"model": default, "other": other, "users": "all", "target": target}
+                default_metrics, other_metrics = (
+                    self._sums.metrics[:, names.index(name), view_index].sum(axis=1) for name in (default, other_model)
+                )
+                means = self._means(default_metrics - other_metrics, queries)
+                labels = {"model": default, "other": other_model, "users": "all", "target": target}
                 for metric in COMPARED[1]:
-                    interval = _interval(figures, self._columns.index((metric, self._k)), "difference")
-                    entries.append({**about, "metric": metric, "k": self._k, **interval})
+                    interval = _interval(means, self._columns.index((metric, self._k)), "difference")
+                    entries.append({**labels, "metric": metric, "k": self._k, **interval})
         return entries
 
     def calibration(self) -> list[Entry]:
@@ -135,14 +137,16 @@ class Figures:
         """
         calibrated = [recommender.name for recommender in self._recommenders if recommender.scores_are_chances]
         entries: list[Entry] = []
-        for model, of_targets in zip(calibrated, self._sums.chances, strict=True):
-            for target, sums in zip(CALIBRATED, of_targets, strict=True):
-                songs, chances, right = sums.sum(axis=0)
-                if songs:
+        for model, target_sums in zip(calibrated, self._sums.chances, strict=True):
+            for target, sums in zip(CALIBRATED, target_sums, strict=True):
+                num_songs, probability_sum, right_count = sums.sum(axis=0)
+                if num_songs:
                     error = round(expected_calibration_error(sums), DIGITS)
-                    chance, share = (round(float(each / songs), DIGITS) for each in (chances, right))
-                    means = {"chance": chance, "right": share, "songs": int(songs)}
-                    entries.append({"model": model, "target": target, "value": error, **means})
+                    mean_probability, right_share = (
+                        round(float(total / num_songs), DIGITS) for total in (probability_sum, right_count)
+                    )
+                    fields = {"chance": mean_probability, "right": right_share, "songs": int(num_songs)}
+                    entries.append({"model": model, "target": target, "value": error, **fields})
         return entries
 
     def retrieval(self, retrievers: Sequence[str]) -> list[Entry]:
@@ -155,17 +159,17 @@ class Figures:
         for model, recommender in enumerate(self._recommenders):
             if not isinstance(recommender, CandidateRecommender):
                 continue
-            every = self._sums.queries[:, VIEWS.index("next")].sum(axis=1)
-            for place, target in enumerate((*OFFSETS, *self._days)):
+            next_queries = self._sums.queries[:, VIEWS.index("next")].sum(axis=1)
+            for target_index, target in enumerate((*OFFSETS, *self._days)):
                 queries = self._sums.queries[:, self._views.index(target)].sum(axis=1)
                 if queries[0] == 0:
                     continue
-                figures = self._means(self._sums.retrieved[:, model, place], queries)
+                means = self._means(self._sums.retrieved[:, model, target_index], queries)
                 for column, retriever in enumerate(("all", *retrievers)):
                     if retriever in ("all", *recommender.retrievers):
-                        candidates = round(float(self._sums.candidates[0, model, column] / every[0]), 2)
-                        about = {"model": recommender.name, "retriever": retriever, "target": target}
-                        entries.append({**about, "candidates": candidates, **_interval(figures, column)})
+                        candidates = round(float(self._sums.candidates[0, model, column] / next_queries[0]), 2)
+                        labels = {"model": recommender.name, "retriever": retriever, "target": target}
+                        entries.append({**labels, "candidates": candidates, **_interval(means, column)})
         return entries
 
     def breakdowns(self, contexts: Sequence[str]) -> list[Entry]:
@@ -174,16 +178,22 @@ class Figures:
         Empty slices are left out; `by` is the criterion of `slices_of`.
         """
         entries = []
-        for place, (by, name) in enumerate(slices_of(contexts)):
-            queries = self._sums.slice_queries[:, place]
+        for slice_index, (criterion, name) in enumerate(slices_of(contexts)):
+            queries = self._sums.slice_queries[:, slice_index]
             if queries[0] == 0:
                 continue
             for model, recommender in enumerate(self._recommenders):
-                figures = self._means(self._sums.slice_metrics[:, model, place], queries)
+                means = self._means(self._sums.slice_metrics[:, model, slice_index], queries)
                 for column, metric in enumerate(SLICED):
-                    about = {"model": recommender.name, "by": by, "slice": name, "target": "next", "metric": metric}
-                    behind = {"plays": int(queries[0])}
-                    entries.append({**about, "k": self._k, **_interval(figures, column), **behind})
+                    labels = {
+                        "model": recommender.name,
+                        "by": criterion,
+                        "slice": name,
+                        "target": "next",
+                        "metric": metric,
+                    }
+                    counts = {"plays": int(queries[0])}
+                    entries.append({**labels, "k": self._k, **_interval(means, column), **counts})
         return entries
 
     def recommended(self, coverage_songs: int) -> list[Entry]:
@@ -198,12 +208,12 @@ class Figures:
             counts = self._sums.list_counts[:, model]
             if not counts[0]:
                 continue
-            figures = self._means(self._sums.list_sums[:, model], counts)
+            means = self._means(self._sums.list_sums[:, model], counts)
             entry: Entry = {"model": recommender.name, "kind": recommender.kind}
-            listed = int(np.unpackbits(self._sums.listed[model]).sum())
-            entry["coverage"] = round(listed / max(1, coverage_songs), DIGITS)
+            num_listed = int(np.unpackbits(self._sums.listed[model]).sum())
+            entry["coverage"] = round(num_listed / max(1, coverage_songs), DIGITS)
             for column, name in enumerate(LISTED):
-                value, low, high = _interval(figures, column).values()
+                value, low, high = _interval(means, column).values()
                 entry |= {name: value, f"{name}_low": low, f"{name}_high": high}
             entries.append({**entry, "lists": int(self._sums.lists[model])})
         return entries
@@ -211,15 +221,17 @@ class Figures:
     def pairwise(self, curves: Sequence[Curve]) -> list[Entry]:
         """Return pairwise accuracy: model, kind, horizon, target, negatives, value, low, high, pairs (their number)."""
         entries = []
-        for row, (recommender, horizon) in enumerate(curves):
-            for place, target in enumerate(PAIRED):
-                pairs = self._sums.pairs[:, row, place]
-                figures = means_with_intervals(self._sums.pairs_won[:, row, place], pairs, self._config.confidence)
-                about = {"model": recommender.name, "kind": recommender.kind, "horizon": horizon, "target": target}
+        for curve_index, (recommender, horizon) in enumerate(curves):
+            for target_index, target in enumerate(PAIRED):
+                pairs = self._sums.pairs[:, curve_index, target_index]
+                means = means_with_intervals(
+                    self._sums.pairs_won[:, curve_index, target_index], pairs, self._config.confidence
+                )
+                labels = {"model": recommender.name, "kind": recommender.kind, "horizon": horizon, "target": target}
                 for column, negatives in enumerate(NEGATIVES):
                     if pairs[0, column]:
-                        behind = {"pairs": int(pairs[0, column])}
-                        entries.append({**about, "negatives": negatives, **_interval(figures, column), **behind})
+                        counts = {"pairs": int(pairs[0, column])}
+                        entries.append({**labels, "negatives": negatives, **_interval(means, column), **counts})
         return entries
 
     def cosine_by_offset(self, curves: Sequence[Curve]) -> list[Entry]:
@@ -228,17 +240,17 @@ class Figures:
         The lists are offset, value (the mean cosine), low, high and plays.
         """
         entries: list[Entry] = []
-        for row, (recommender, horizon) in enumerate(curves if self._config.offsets else []):
-            counts = self._sums.curve_counts[:, row]
-            figures = means_with_intervals(self._sums.curve_sums[:, row], counts, self._config.confidence)
-            filled = np.flatnonzero(counts[0])
+        for curve_index, (recommender, horizon) in enumerate(curves if self._config.offsets else []):
+            counts = self._sums.curve_counts[:, curve_index]
+            means = means_with_intervals(self._sums.curve_sums[:, curve_index], counts, self._config.confidence)
+            filled_offsets = np.flatnonzero(counts[0])
             values = {
-                name: np.round(figure[filled], DIGITS).tolist()
-                for name, figure in zip(("value", "low", "high"), figures, strict=True)
+                name: np.round(series[filled_offsets], DIGITS).tolist()
+                for name, series in zip(("value", "low", "high"), means, strict=True)
             }
-            about = {"model": recommender.name, "kind": recommender.kind, "horizon": horizon}
-            plays = counts[0, filled].astype(int).tolist()
-            entries.append({**about, "offset": (filled + 1).tolist(), **values, "plays": plays})
+            labels = {"model": recommender.name, "kind": recommender.kind, "horizon": horizon}
+            plays = counts[0, filled_offsets].astype(int).tolist()
+            entries.append({**labels, "offset": (filled_offsets + 1).tolist(), **values, "plays": plays})
         return entries
 
     def _means(self, sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -246,6 +258,6 @@ class Figures:
         return means_with_intervals(sums, np.broadcast_to(counts[:, None], sums.shape), self._config.confidence)
 
 
-def _interval(figures: tuple[np.ndarray, np.ndarray, np.ndarray], column: int, name: str = "value") -> dict[str, float]:
+def _interval(means: tuple[np.ndarray, np.ndarray, np.ndarray], column: int, name: str = "value") -> dict[str, float]:
     names = (name, "low", "high")
-    return {key: round(float(figure[column]), DIGITS) for key, figure in zip(names, figures, strict=True)}
+    return {key: round(float(series[column]), DIGITS) for key, series in zip(names, means, strict=True)}

@@ -125,46 +125,47 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str | None = No
     ids_of_files = [] if path is None else [(path, one_array(metadata.table.column(columns.SONG_ID)))]
     if vectors is not None:
         ids_of_files.append((str(config.vectors), vectors[0].cast(pa.string())))
-    known = [pc.sum(pc.is_in(ids, value_set=catalog_ids)).as_py() or 0 for _, ids in ids_of_files]
-    unmatched = [
-        f"no song of {source} is in the catalog: the file has ids such as {_some(ids)}, the catalog "
-        f"{_some(catalog_ids)}"
-        for (source, ids), count in zip(ids_of_files, known, strict=True)
+    matched_counts = [pc.sum(pc.is_in(ids, value_set=catalog_ids)).as_py() or 0 for _, ids in ids_of_files]
+    unmatched_messages = [
+        f"no song of {source} is in the catalog: the file has ids such as {_id_examples(ids)}, the catalog "
+        f"{_id_examples(catalog_ids)}"
+        for (source, ids), count in zip(ids_of_files, matched_counts, strict=True)
         if not count
     ]
-    if unmatched and not config.append:
+    if unmatched_messages and not config.append:
         raise InputError(
-            f"{'; '.join(unmatched)}; check the column of song ids, or pass --append if you will add these songs later"
+            f"{'; '.join(unmatched_messages)}; check the column of song ids, or pass --append if you will add these "
+            "songs later"
         )
-    stored = store_descriptions(dataset, metadata.table, {**to_mapping(config), "path": path or ""}, vectors)
+    stored_manifest = store_descriptions(dataset, metadata.table, {**to_mapping(config), "path": path or ""}, vectors)
     table = dataset.catalog().table
-    described = 0 if path is None else known[0]
+    described_count = 0 if path is None else matched_counts[0]
 
-    def given(name: str) -> int:
+    def count_values(name: str) -> int:
         return len(table) - int(table.column(name).null_count)
 
     return Described(
-        id=stored.id,
-        inputs=stored.inputs,
+        id=stored_manifest.id,
+        inputs=stored_manifest.inputs,
         songs=len(table),
-        described=described,
-        unknown=len(metadata.table) - described,
-        titles=given(columns.TITLE),
-        artists=given(columns.ARTIST),
-        albums=given(columns.ALBUM),
-        released=given(columns.RELEASED),
-        markets=given(columns.MARKETS),
+        described=described_count,
+        unknown=len(metadata.table) - described_count,
+        titles=count_values(columns.TITLE),
+        artists=count_values(columns.ARTIST),
+        albums=count_values(columns.ALBUM),
+        released=count_values(columns.RELEASED),
+        markets=count_values(columns.MARKETS),
         content=int((dataset.content().places >= 0).sum()),
         rejected=metadata.rejected,
         invalid=metadata.invalid,
         warnings=[
-            *(f"{text}." for text in unmatched),
+            *(f"{message}." for message in unmatched_messages),
             *([] if path is None or plain_name(path).endswith(".parquet") else cut_note(find_files([path], ()))),
         ],
     )
 
 
-def _some(ids: pa.Array) -> str:
+def _id_examples(ids: pa.Array) -> str:
     return ", ".join(map(repr, ids[:IDS_SHOWN].to_pylist()))
 
 
@@ -180,11 +181,11 @@ def _read_content(dataset: Dataset, config: DescribeConfig) -> tuple[pa.Array, n
                 "rows in NAME.ids.txt next to it"
             )
     vectors = np.asarray(raw, dtype=np.float32)
-    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if len(broken):
+    invalid_rows = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(invalid_rows):
         raise InputError(
-            f"{len(broken)} of {len(vectors)} rows of vectors file {path} contain NaN or infinite numbers, the first "
-            f"is row {broken[0] + 1}; remove these rows"
+            f"{len(invalid_rows)} of {len(vectors)} rows of vectors file {path} contain NaN or infinite numbers, the "
+            f"first is row {invalid_rows[0] + 1}; remove these rows"
         )
     dim = dataset.content().dim
     if config.append and dim not in (0, vectors.shape[1]):
@@ -207,25 +208,25 @@ def store_descriptions(
     metadata is kept too.
     """
     workspace, inputs = dataset.workspace, {"dataset": dataset.manifest.id}
-    appends = bool(config.get("append"))
-    before = artifacts.listing(workspace, DESCRIPTIONS)
-    if appends and before:
-        inputs["descriptions"] = before[-1].id
+    is_append = bool(config.get("append"))
+    existing = artifacts.listing(workspace, DESCRIPTIONS)
+    if is_append and existing:
+        inputs["descriptions"] = existing[-1].id
     # The id depends on the content: later stages are cached by it, and the number of a deleted attempt is used again.
     print_id = artifacts.fingerprint("describe", config, {**inputs, "content": _digest(table, vectors)})
-    made_id, _ = artifacts.new_id(workspace, DESCRIPTIONS, print_id, repeat=True)
-    manifest = Manifest(kind=DESCRIPTIONS, id=made_id, config=config, inputs=inputs)
+    metadata_id, _ = artifacts.new_id(workspace, DESCRIPTIONS, print_id, repeat=True)
+    manifest = Manifest(kind=DESCRIPTIONS, id=metadata_id, config=config, inputs=inputs)
     workspace.write_table(manifest.path(DESCRIPTIONS_FILE), table)
-    names = [DESCRIPTIONS_FILE]
+    file_names = [DESCRIPTIONS_FILE]
     if vectors is not None:
         workspace.write_array(manifest.path(CONTENT_FILE), vectors[1])
         workspace.write_table(manifest.path(CONTENT_IDS), pa.table({columns.SONG_ID: vectors[0]}))
-        names += [CONTENT_FILE, CONTENT_IDS]
-    stored = artifacts.publish(workspace, manifest, names)
-    for each in [] if appends else before:
-        workspace.delete(each.path("manifest.json"))  # first: an artifact without a manifest does not exist
-        workspace.delete(each.folder)
-    return stored
+        file_names += [CONTENT_FILE, CONTENT_IDS]
+    stored_manifest = artifacts.publish(workspace, manifest, file_names)
+    for replaced in [] if is_append else existing:
+        workspace.delete(replaced.path("manifest.json"))  # first: an artifact without a manifest does not exist
+        workspace.delete(replaced.folder)
+    return stored_manifest
 
 
 def _digest(table: pa.Table, vectors: tuple[pa.Array, np.ndarray] | None) -> str:
@@ -247,22 +248,25 @@ def take_in_described_songs(dataset: Dataset) -> int:
     """
     workspace, base = dataset.workspace, dataset.manifest
     songs = read_songs(workspace, base, [columns.SONG_ID])
-    parts = [pa.array([], pa.string())]
+    id_chunks = [pa.array([], pa.string())]
     for description in dataset.descriptions():
-        names = [DESCRIPTIONS_FILE, *([CONTENT_IDS] if CONTENT_FILE in description.files else [])]
-        for name in names:
+        file_names = [DESCRIPTIONS_FILE, *([CONTENT_IDS] if CONTENT_FILE in description.files else [])]
+        for name in file_names:
             column = workspace.read_table(description.path(name), [columns.SONG_ID]).column(columns.SONG_ID)
-            parts.append(columns.one_array(column).cast(pa.string()))
-    described = pc.unique(pa.concat_arrays(parts))
-    known = pc.is_in(described, value_set=columns.one_array(songs.column(columns.SONG_ID)).cast(pa.string()))
-    new = described.filter(pc.invert(known))
-    if not len(new):
+            id_chunks.append(columns.one_array(column).cast(pa.string()))
+    described_ids = pc.unique(pa.concat_arrays(id_chunks))
+    is_known = pc.is_in(described_ids, value_set=columns.one_array(songs.column(columns.SONG_ID)).cast(pa.string()))
+    new_ids = described_ids.filter(pc.invert(is_known))
+    if not len(new_ids):
         return 0
-    rows = pa.array(np.arange(base.songs, base.songs + len(new), dtype=np.int32))
-    nothing = pa.nulls(len(new), pa.string())  # titles and artists come from the descriptions
-    table, path = pa.table([rows, new, nothing, nothing], schema=columns.SONGS_TABLE), later_songs_file(base.songs)
-    total = base.songs + len(new)
-    staging = Staging(workspace, artifacts.fingerprint("described songs", {"songs": total}, {"dataset": base.id}))
+    song_rows = pa.array(np.arange(base.songs, base.songs + len(new_ids), dtype=np.int32))
+    null_texts = pa.nulls(len(new_ids), pa.string())  # titles and artists come from the descriptions
+    table, path = (
+        pa.table([song_rows, new_ids, null_texts, null_texts], schema=columns.SONGS_TABLE),
+        later_songs_file(base.songs),
+    )
+    song_count = base.songs + len(new_ids)
+    staging = Staging(workspace, artifacts.fingerprint("described songs", {"songs": song_count}, {"dataset": base.id}))
     digest = workspace.write_table(staging.out(path), table)
     files = base.files | {path.removeprefix(f"{DATASET}/"): digest} | staging.keep_manifest(base)
     manifest = replace(
@@ -271,13 +275,13 @@ def take_in_described_songs(dataset: Dataset) -> int:
         lineage=base.lineage or base.id,
         ancestors=[*base.ancestors, base.id],
         joined_from=base.plays_id,  # the plays are the same
-        songs=total,
+        songs=song_count,
         files=dict(sorted(files.items())),
         created_at=datetime.now(timezone.utc).isoformat(),
     )
     staging.publish(manifest)
     dataset.manifest = manifest
-    return len(new)
+    return len(new_ids)
 
 
 def read_descriptions(source: str, names: Mapping[str, str] | None = None, delimiter: str = ",") -> SongMetadata:
@@ -291,54 +295,58 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
     rejected: dict[str, int] = {}
     invalid: dict[str, int] = {}
     if path.endswith(".parquet"):
-        rows = _read_parquet(source, names or {})
+        role_columns = _read_parquet(source, names or {})
     elif path.endswith((".csv", ".tsv")):
-        rows, rejected = _read_csv(source, names or {}, delimiter)
+        role_columns, rejected = _read_csv(source, names or {}, delimiter)
     else:
         raise InputError(
             f"the file {source} is not .csv, .tsv or .parquet; give a table of songs in one of these formats"
         )
-    named = {role: (names or {}).get(role, role) for role in rows}
-    problems = Problems(len(rows["song"]))
+    column_names = {role: (names or {}).get(role, role) for role in role_columns}
+    problems = Problems(len(role_columns["song"]))
     with naming(source):
-        ids = spell_ids(rows["song"], problems, column=named["song"], reason=NO_SONG)
-    rejected |= _counts(problems)
-    usable = np.flatnonzero(~problems.bad)
-    if not len(usable):
+        ids = spell_ids(role_columns["song"], problems, column=column_names["song"], reason=NO_SONG)
+    rejected |= _reason_counts(problems)
+    usable_rows = np.flatnonzero(~problems.bad)
+    if not len(usable_rows):
         reasons = ", ".join(f"{count} × {reason}" for reason, count in rejected.items()) or "the file has no rows"
         raise InputError(f"{source}: no row can be used: {reasons}; check the format and the delimiter")
-    row_numbers = pa.array(usable[_first_of_each(ids.take(pa.array(usable)))])
+    row_numbers = pa.array(usable_rows[_first_rows(ids.take(pa.array(usable_rows)))])
     values = {columns.SONG_ID: ids.take(row_numbers)}
-    readers = {"released": _days, "markets": spell_lists}
-    for role in [role for role in ROLES if role in rows and role != "song"]:
+    readers = {"released": _read_days, "markets": spell_lists}
+    for role in [role for role in ROLES if role in role_columns and role != "song"]:
         problems = Problems(len(row_numbers))
         with naming(source):
-            read = readers.get(role, spell_texts)(plain(rows[role]).take(row_numbers), problems, column=named[role])
-        bad = pa.array(problems.bad)
-        values[ROLES[role]] = pc.if_else(bad, pa.scalar(None, read.type), read) if problems.bad.any() else read
-        for reason, count in _counts(problems).items():
+            column = readers.get(role, spell_texts)(
+                plain(role_columns[role]).take(row_numbers), problems, column=column_names[role]
+            )
+        is_bad = pa.array(problems.bad)
+        values[ROLES[role]] = pc.if_else(is_bad, pa.scalar(None, column.type), column) if problems.bad.any() else column
+        for reason, count in _reason_counts(problems).items():
             invalid[f"{role}: {reason}" if reason == NOT_UTF8 else reason] = count
-    table = [values.get(item.name, pa.nulls(len(row_numbers), item.type)) for item in columns.DESCRIPTIONS]
-    return SongMetadata(table=pa.table(table, schema=columns.DESCRIPTIONS), rejected=rejected, invalid=invalid)
+    arrays = [values.get(item.name, pa.nulls(len(row_numbers), item.type)) for item in columns.DESCRIPTIONS]
+    return SongMetadata(table=pa.table(arrays, schema=columns.DESCRIPTIONS), rejected=rejected, invalid=invalid)
 
 
 def _read_csv(source: str, names: Mapping[str, str], delimiter: str) -> tuple[dict[str, pa.Array], dict[str, int]]:
     """Return role -> column, and reject reason -> number of lines."""
 
-    def find(header: list[str]) -> dict[str, int]:
+    def find_positions(header: list[str]) -> dict[str, int]:
         delimited.require_delimiter(source, header, delimiter)
-        return _columns(source, header, names)
+        return _find_columns(source, header, names)
 
     parts: list[pa.Table] = []
-    rejected: list[pa.ChunkedArray] = []
-    for rows in delimited.read_delimited(Unit(source=source), delimiter, find):
+    reject_reasons: list[pa.ChunkedArray] = []
+    for rows in delimited.read_delimited(Unit(source=source), delimiter, find_positions):
         parts.append(pa.table(rows.values))
-        rejected.append(rows.rejected.column("reason"))
+        reject_reasons.append(rows.rejected.column("reason"))
     table = pa.concat_tables(parts)
-    reasons = pc.value_counts(pa.chunked_array([chunk for column in rejected for chunk in column.chunks], pa.string()))
+    reason_counts = pc.value_counts(
+        pa.chunked_array([chunk for column in reject_reasons for chunk in column.chunks], pa.string())
+    )
     return (
         {role: one_array(table.column(role)) for role in table.column_names},
-        {pair["values"]: pair["counts"] for pair in reasons.to_pylist()},
+        {pair["values"]: pair["counts"] for pair in reason_counts.to_pylist()},
     )
 
 
@@ -346,31 +354,31 @@ def _read_parquet(source: str, names: Mapping[str, str]) -> dict[str, pa.Array]:
     with open_plain(source) as stream:
         file = open_parquet(source, pa.BufferReader(stream.read()))
     header = file.schema_arrow.names
-    column_of = {role: header[place] for role, place in _columns(source, header, names).items()}
+    column_of = {role: header[position] for role, position in _find_columns(source, header, names).items()}
     table = read_columns(source, file, list(column_of.values()))
     return {role: one_array(table.column(name)) for role, name in column_of.items()}
 
 
-def _columns(source: str, header: list[str], names: Mapping[str, str]) -> dict[str, int]:
+def _find_columns(source: str, header: list[str], names: Mapping[str, str]) -> dict[str, int]:
     """Return role -> position of its column in the file."""
-    place_of = mapped_columns(source, header, names, list(ROLES), ["song"])
-    if len(place_of) == 1:
+    position_of = mapped_columns(source, header, names, list(ROLES), ["song"])
+    if len(position_of) == 1:
         raise InputError(f"{source} has no metadata column; expected at least one of {', '.join(list(ROLES)[1:])}")
-    return place_of
+    return position_of
 
 
-def _first_of_each(ids: pa.Array) -> np.ndarray:
+def _first_rows(ids: pa.Array) -> np.ndarray:
     """int64: the row of the first occurrence of each id, ascending."""
     codes = np.asarray(ids.dictionary_encode().indices)
     return np.sort(np.unique(codes, return_index=True)[1])
 
 
-def _counts(problems: Problems) -> dict[str, int]:
+def _reason_counts(problems: Problems) -> dict[str, int]:
     reasons = problems.reasons()
     return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
 
 
-def _days(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
+def _read_days(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
     """date32 (R,): release days; for a month or a year, its first day.
 
     Values that are not dates, or not in the years 1 to 9999, are marked in `problems`.
@@ -379,14 +387,14 @@ def _days(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
         days = values.cast(pa.date32(), safe=False)
     else:
         texts = spell_values(values, problems, column=column)
-        fits = pc.fill_null(pc.match_substring_regex(texts, DAY), True)
-        whole = pc.utf8_slice_codeunits(pc.binary_join_element_wise(texts, "-01-01", ""), 0, 10)
-        problems.mark(~fits.to_numpy(zero_copy_only=False), NO_DAY)
-        days = _cast_days(pc.if_else(fits, whole, None), problems)
-    numbers = pc.fill_null(days.cast(pa.int32()), 0).to_numpy(zero_copy_only=False)
-    outside = (numbers < FIRST_DAY) | (numbers > LAST_DAY)
-    problems.mark(outside, DAY_OUT_OF_RANGE)
-    return pc.if_else(pa.array(outside), pa.scalar(None, pa.date32()), days)
+        is_valid = pc.fill_null(pc.match_substring_regex(texts, DAY), True)
+        full_dates = pc.utf8_slice_codeunits(pc.binary_join_element_wise(texts, "-01-01", ""), 0, 10)
+        problems.mark(~is_valid.to_numpy(zero_copy_only=False), NO_DAY)
+        days = _cast_days(pc.if_else(is_valid, full_dates, None), problems)
+    day_numbers = pc.fill_null(days.cast(pa.int32()), 0).to_numpy(zero_copy_only=False)
+    is_out_of_range = (day_numbers < FIRST_DAY) | (day_numbers > LAST_DAY)
+    problems.mark(is_out_of_range, DAY_OUT_OF_RANGE)
+    return pc.if_else(pa.array(is_out_of_range), pa.scalar(None, pa.date32()), days)
 
 
 def _cast_days(texts: pa.Array, problems: Problems) -> pa.Array:
@@ -394,12 +402,12 @@ def _cast_days(texts: pa.Array, problems: Problems) -> pa.Array:
     try:
         return texts.cast(pa.date32())
     except pa.ArrowInvalid:
-        days = [_day(text) for text in texts.to_pylist()]
+        days = [_parse_day(text) for text in texts.to_pylist()]
     problems.mark(np.array([day is None for day in days], dtype=bool) & texts.is_valid().to_numpy(False), NO_DAY)
     return pa.array(days, pa.date32())
 
 
-def _day(text: str | None) -> date | None:
+def _parse_day(text: str | None) -> date | None:
     try:
         return None if text is None else date.fromisoformat(text)
     except ValueError:

@@ -87,17 +87,17 @@ class ImportConfig(Settings):
     def _check_format(self) -> "ImportConfig":
         if self.format not in FORMATS:
             raise ValueError(f"unknown format {self.format!r}; expected one of {', '.join(FORMATS)}")
-        mapped = FORMATS[self.format].mapped
-        if self.columns and not mapped:
+        is_mapped = FORMATS[self.format].mapped
+        if self.columns and not is_mapped:
             raise ValueError(f"format {self.format} has fixed columns; omit the column mapping")
-        if self.timezone != "UTC" and not mapped:
+        if self.timezone != "UTC" and not is_mapped:
             raise ValueError(f"format {self.format} has times in a known zone; omit the time zone")
-        if self.kind == "playlists" and not (mapped or FORMATS[self.format].playlists):
+        if self.kind == "playlists" and not (is_mapped or FORMATS[self.format].playlists):
             raise ValueError(f"format {self.format} contains plays, not playlists; omit the kind")
-        known = roles(self.kind == "playlists")
-        unknown = [role for role in self.columns if role not in known]
-        if unknown:
-            raise ValueError(f"unknown column role {unknown[0]!r}; expected one of {', '.join(known)}")
+        known_roles = roles(self.kind == "playlists")
+        unknown_roles = [role for role in self.columns if role not in known_roles]
+        if unknown_roles:
+            raise ValueError(f"unknown column role {unknown_roles[0]!r}; expected one of {', '.join(known_roles)}")
         return self
 
     @property
@@ -161,11 +161,11 @@ class ImportPlan:
     def line_offsets(self, lines: Sequence[int]) -> list[int]:
         """Return the number of lines before each unit in its file; `lines` is the number of lines of each unit."""
         offsets: list[int] = []
-        before, last_file = 0, -1
+        lines_before, last_file = 0, -1
         for file, count in zip(self.unit_files, lines, strict=True):
-            before = before if file == last_file else 0
-            offsets.append(before)
-            before, last_file = before + count, file
+            lines_before = lines_before if file == last_file else 0
+            offsets.append(lines_before)
+            lines_before, last_file = lines_before + count, file
         return offsets
 
 
@@ -176,17 +176,17 @@ def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) 
     damaged (unless it may be skipped) or lacks a header or a column, and files whose names would mix up their users.
     """
     files = find_files(config.paths, FORMATS[config.format].patterns)
-    names = Counter(posixpath.basename(file.source) for file in files)
-    if config.times == "positions" and not config.user_separator and len(names) < len(files):
+    name_counts = Counter(posixpath.basename(file.source) for file in files)
+    if config.times == "positions" and not config.user_separator and len(name_counts) < len(files):
         raise InputError(
-            f"Two files are named {names.most_common(1)[0][0]}. Without users, user IDs are made from file name and "
-            "line number; rename one of them"
+            f"Two files are named {name_counts.most_common(1)[0][0]}. Without users, user IDs are made from file name "
+            "and line number; rename one of them"
         )
     reader = config.reader()
     damaged = dict(damaged or {})
     units: list[Unit] = []
     unit_files: list[int] = []
-    for number, file in enumerate(files):
+    for file_index, file in enumerate(files):
         if file.source in damaged:
             continue
         try:
@@ -196,19 +196,21 @@ def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) 
                 raise DamagedInputError(f"{error}{OR_SKIP}") from error
             damaged[file.source], file_units = str(error), []
         units.extend(file_units)
-        unit_files.extend([number] * len(file_units))
-    described = [list(file) for file in files]
-    plan_id = fingerprint("import", {**to_mapping(config), "files": described}, {})
-    how = {name: value for name, value in to_mapping(config).items() if name not in NOT_OF_READING}
-    how["lines"] = config.needs_lines
+        unit_files.extend([file_index] * len(file_units))
+    file_fields = [list(file) for file in files]
+    plan_id = fingerprint("import", {**to_mapping(config), "files": file_fields}, {})
+    reading_settings = {name: value for name, value in to_mapping(config).items() if name not in NOT_OF_READING}
+    reading_settings["lines"] = config.needs_lines
     unit_names = [
-        fingerprint("unit", how, {"unit": repr((files[file], unit.start, unit.stop))})
+        fingerprint("unit", reading_settings, {"unit": repr((files[file], unit.start, unit.stop))})
         for file, unit in zip(unit_files, units, strict=True)
     ]
-    shares = Counter(unit_files)
-    pieces = pieces_of([files[file].size / shares[file] for file in unit_files])
+    units_per_file = Counter(unit_files)
+    pieces = pieces_of([files[file].size / units_per_file[file] for file in unit_files])
     piece_names = [
-        unit_names[piece[0]] if len(piece) == 1 else fingerprint("piece", {"units": [unit_names[n] for n in piece]}, {})
+        unit_names[piece[0]]
+        if len(piece) == 1
+        else fingerprint("piece", {"units": [unit_names[index] for index in piece]}, {})
         for piece in pieces
     ]
     return ImportPlan(
@@ -224,9 +226,9 @@ def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) 
 
 
 def _notes(config: ImportConfig, files: Sequence[SourceFile]) -> list[str]:
-    kind = FORMATS[config.format]
-    notes = kind.check_users([file.source for file in files], config.user) if kind.check_users else []
-    return [*notes, *cut_note(files)] if kind.ends_with_line else notes
+    file_format = FORMATS[config.format]
+    notes = file_format.check_users([file.source for file in files], config.user) if file_format.check_users else []
+    return [*notes, *cut_note(files)] if file_format.ends_with_line else notes
 
 
 def pieces_of(sizes: Sequence[float]) -> list[list[int]]:
@@ -234,9 +236,10 @@ def pieces_of(sizes: Sequence[float]) -> list[list[int]]:
     if len(sizes) <= UNGROUPED_UNITS:
         return [[unit] for unit in range(len(sizes))]
     ends = np.cumsum(sizes)
-    piece = np.minimum(ends / max(1, ends[-1]) * MAX_PIECES, MAX_PIECES - 1).astype(np.int64)
+    piece_numbers = np.minimum(ends / max(1, ends[-1]) * MAX_PIECES, MAX_PIECES - 1).astype(np.int64)
     return [
-        unit_numbers.tolist() for unit_numbers in np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(piece)) + 1)
+        unit_numbers.tolist()
+        for unit_numbers in np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(piece_numbers)) + 1)
     ]
 
 
@@ -247,8 +250,8 @@ def bucket_groups(pieces: int, buckets: int) -> list[tuple[int, int]]:
     retrieval counts one group, and later tasks read a range of songs of every group. With few pieces, a group is one
     bucket.
     """
-    size = max(1, -(-pieces * buckets // READS))
-    return [(first, min(first + size, buckets) - 1) for first in range(0, buckets, size)]
+    group_size = max(1, -(-pieces * buckets // READS))
+    return [(first, min(first + group_size, buckets) - 1) for first in range(0, buckets, group_size)]
 
 
 def choose_buckets(size: int) -> int:
@@ -315,27 +318,32 @@ class TooManyRejectedError(InputError):
 
 
 def summarize(
-    plan: ImportPlan, units: Sequence[UnitResult], rejected: Iterable[tuple[int, pa.Table]], beside: Sequence[str] = ()
+    plan: ImportPlan,
+    units: Sequence[UnitResult],
+    rejected: Iterable[tuple[int, pa.Table]],
+    non_play_reasons: Sequence[str] = (),
 ) -> ImportSummary:
     """Summarize the results of all units.
 
-    `rejected` are unit numbers and rejected rows, columns.REJECTED, with lines from the start of the unit. `beside` are
-    the reject reasons of other content that the format holds in addition to plays.
+    `rejected` are unit numbers and rejected rows, columns.REJECTED, with lines from the start of the unit. The
+    rows rejected for `non_play_reasons` are other content that the format holds in addition to plays.
     """
     damaged = plan.damaged
-    rows: dict[str, int] = {file.source: 0 for file in plan.files}
-    counts: dict[str, int] = {}
+    rows_by_file: dict[str, int] = {file.source: 0 for file in plan.files}
+    rejected_counts: dict[str, int] = {}
     for file, unit in zip(plan.unit_files, units, strict=True):
-        rows[plan.files[file].source] += unit.usable
+        rows_by_file[plan.files[file].source] += unit.usable
         for reason, count in unit.rejected.items():
-            counts[reason] = counts.get(reason, 0) + count
-    read = sum(unit.read for unit in units)
-    examples = _examples(plan, units, rejected, set(counts))
+            rejected_counts[reason] = rejected_counts.get(reason, 0) + count
+    rows_read = sum(unit.read for unit in units)
+    examples = _examples(plan, units, rejected, set(rejected_counts))
     reasons = [
-        RejectedRows(reason=reason, rows=counts[reason], share=counts[reason] / read, **examples[reason])
-        for reason in sorted(counts, key=lambda reason: -counts[reason])
+        RejectedRows(
+            reason=reason, rows=rejected_counts[reason], share=rejected_counts[reason] / rows_read, **examples[reason]
+        )
+        for reason in sorted(rejected_counts, key=lambda reason: -rejected_counts[reason])
     ]
-    usable_rows = {source: count for source, count in rows.items() if source not in damaged}
+    usable_rows = {source: count for source, count in rows_by_file.items() if source not in damaged}
     median = statistics.median(usable_rows.values()) if usable_rows else 0
     outliers = {
         source: count
@@ -343,11 +351,11 @@ def summarize(
         if len(usable_rows) > 2 and (count * OUTLIER <= median or count >= median * OUTLIER)
     }
     summary = ImportSummary(
-        files=len(rows),
+        files=len(rows_by_file),
         bytes=sum(file.size for file in plan.files),
-        read=read,
-        rejected=sum(counts.values()),
-        beside=sum(counts.get(reason, 0) for reason in beside),
+        read=rows_read,
+        rejected=sum(rejected_counts.values()),
+        beside=sum(rejected_counts.get(reason, 0) for reason in non_play_reasons),
         reasons=reasons,
         rows_per_file=[min(usable_rows.values()), round(median), max(usable_rows.values())] if usable_rows else [],
         outliers=dict(sorted(outliers.items(), key=lambda item: item[1])[:OUTLIERS_SHOWN]),
@@ -355,17 +363,23 @@ def summarize(
         warnings=list(plan.notes),
     )
     if summary.share > FEW_REJECTED:
-        lost = summary.rejected - summary.beside
-        summary.warnings.append(f"{lost:,} of {read - summary.beside:,} rows ({summary.share:.1%}) were rejected.")
+        rejected_plays = summary.rejected - summary.beside
+        summary.warnings.append(
+            f"{rejected_plays:,} of {rows_read - summary.beside:,} rows ({summary.share:.1%}) were rejected."
+        )
     if damaged:
-        left_out = f"{len(damaged):,} of {len(rows):,} files could not be read completely and were skipped."
-        summary.warnings.append(left_out)
+        damaged_warning = (
+            f"{len(damaged):,} of {len(rows_by_file):,} files could not be read completely and were skipped."
+        )
+        summary.warnings.append(damaged_warning)
     return summary
 
 
 def rejected_examples(summary: Mapping[str, Any]) -> list[str]:
     """Return one line per reject reason, with the first such row; `summary` comes from `ImportSummary.to_mapping`."""
-    return [f"{each['reason']}: {each['source']}, line {each['line']}: {each['text']}" for each in summary["reasons"]]
+    return [
+        f"{entry['reason']}: {entry['source']}, line {entry['line']}: {entry['text']}" for entry in summary["reasons"]
+    ]
 
 
 def import_notes(summary: Mapping[str, Any]) -> list[str]:
@@ -385,13 +399,13 @@ def _examples(
     offsets = plan.line_offsets([unit.lines for unit in units])
     if not reasons:
         return examples
-    for number, table in rejected:
+    for unit_number, table in rejected:
         for reason in reasons - set(examples):
-            index = table.column("reason").index(reason).as_py()
-            if index >= 0:
-                row = table.slice(index, 1).to_pylist()[0]
+            row_index = table.column("reason").index(reason).as_py()
+            if row_index >= 0:
+                row = table.slice(row_index, 1).to_pylist()[0]
                 text = str(row["text"])[:TEXT_SHOWN]
-                examples[reason] = {"source": row["source"], "line": row["line"] + offsets[number], "text": text}
+                examples[reason] = {"source": row["source"], "line": row["line"] + offsets[unit_number], "text": text}
         if reasons <= set(examples):
             break
     return examples

@@ -106,16 +106,16 @@ class ImportRun:
         """
         plan = self.plan
         while True:
-            task = _Import(self.workspace, self.config, plan, self.base, run_units, append=self.append)
+            import_task = _Import(self.workspace, self.config, plan, self.base, run_units, append=self.append)
             try:
-                dataset = task.run()
+                dataset = import_task.run()
             except _DamagedFilesError as error:
                 plan = plan_import(self.config, {**plan.damaged, **error.files})
                 continue
             base = self.base
-            names = ("plays", "users", "songs") if base is None or dataset.id != base.id else ()
-            new = {name: getattr(dataset, name) - (getattr(base, name) if base else 0) for name in names}
-            return ImportResult(dataset=dataset, **task.came_to, **new)
+            count_names = ("plays", "users", "songs") if base is None or dataset.id != base.id else ()
+            new_counts = {name: getattr(dataset, name) - (getattr(base, name) if base else 0) for name in count_names}
+            return ImportResult(dataset=dataset, **import_task.result_fields, **new_counts)
 
 
 def prepare_import(workspace: Workspace, config: ImportConfig, *, repeat: bool = False) -> ImportRun | DatasetManifest:
@@ -128,8 +128,8 @@ def prepare_import(workspace: Workspace, config: ImportConfig, *, repeat: bool =
     if existing is not None and not repeat:
         if _was_made_by(existing, config, plan):
             return existing
-        _require_room(workspace, existing, config.produces)
-    base = existing if existing is not None and _rows_of(existing, _other(config.produces)) else None
+        _require_no_rows(workspace, existing, config.produces)
+    base = existing if existing is not None and _row_count(existing, _other_kind(config.produces)) else None
     return ImportRun(workspace=workspace, config=config, plan=plan, base=base)
 
 
@@ -137,7 +137,7 @@ def prepare_append(workspace: Workspace, config: ImportConfig) -> ImportRun | Da
     """Return the import to run, or the data set if it already holds these files; errors are those of `append_plays`."""
     base = _require_appendable(workspace, config)
     plan = plan_import(config)
-    if plan.id in [each["plan"] for each in base.appended] or _was_made_by(base, config, plan):
+    if plan.id in [entry["plan"] for entry in base.appended] or _was_made_by(base, config, plan):
         return base
     return ImportRun(workspace=workspace, config=config, plan=plan, base=base, append=True)
 
@@ -166,22 +166,22 @@ def _was_made_by(existing: DatasetManifest, config: ImportConfig, plan: ImportPl
     return isinstance(earlier_import, dict) and earlier_import.get("plan") == plan.id
 
 
-def _require_room(workspace: Workspace, existing: DatasetManifest, kind: Kind) -> None:
-    if not _rows_of(existing, kind):
+def _require_no_rows(workspace: Workspace, existing: DatasetManifest, kind: Kind) -> None:
+    if not _row_count(existing, kind):
         return
-    appended = ", some of them appended later" if kind == "plays" and existing.appended else ""
+    appended_text = ", some of them appended later" if kind == "plays" and existing.appended else ""
     raise InputError(
-        f"workspace {workspace.uri} already contains {_rows_of(existing, kind)} {kind} from "
-        f"{existing.source}{appended}; use another --workspace, "
+        f"workspace {workspace.uri} already contains {_row_count(existing, kind)} {kind} from "
+        f"{existing.source}{appended_text}; use another --workspace, "
         "add plays with `rayrec update`, or replace all with --force"
     )
 
 
-def _rows_of(manifest: DatasetManifest, kind: Kind) -> int:
+def _row_count(manifest: DatasetManifest, kind: Kind) -> int:
     return manifest.plays if kind == "plays" else manifest.playlists
 
 
-def _other(kind: Kind) -> Kind:
+def _other_kind(kind: Kind) -> Kind:
     return "playlists" if kind == "plays" else "plays"
 
 
@@ -209,34 +209,34 @@ class _Import:
         inputs["damaged"] = repr(sorted(plan.damaged))  # a killed run may have left out files that are whole now
         print_id = fingerprint("staging", {"plan": plan.id}, inputs)
         self.staging = Staging(workspace, print_id, piece_names(plan.piece_names, self.buckets))
-        self.came_to: dict[str, Any] = {}  # read, merged, rejected, last_import
+        self.result_fields: dict[str, Any] = {}  # read, merged, rejected, last_import
         self.forgotten = read_forgotten(workspace)
 
     def run(self) -> DatasetManifest:
-        pieces = self._read_pieces()
+        piece_results = self._read_pieces()
         discard_others(self.workspace, self.staging)  # only now are the damaged files known
-        units = [unit for piece in pieces for unit in piece.units]
-        summary = self._summarize(pieces)
-        offsets = np.array([piece.rows for piece in pieces])
-        merge = self._merge_settings(units)
-        vocabulary = self._vocabulary(pieces, merge, offsets)
-        songs = self.workspace.write_table(self.staging.out(SONGS_TABLE), vocabulary.table())
-        buckets = self._merge_buckets(vocabulary, merge, offsets)
-        dropped = _added(bucket["dropped"] for bucket in buckets)
-        self.came_to = {
-            "read": sum(unit.read for unit in units),
-            "merged": sum(bucket["merged"] for bucket in buckets),
-            "likes": sum(bucket["likes"] for bucket in buckets),
-            "rejected": _added([*(unit.rejected for unit in units), dropped]),
+        unit_results = [unit for piece_result in piece_results for unit in piece_result.units]
+        summary = self._summarize(piece_results)
+        offsets = np.array([piece_result.rows for piece_result in piece_results])
+        merge_settings = self._merge_settings(unit_results)
+        vocabulary = self._vocabulary(piece_results, merge_settings, offsets)
+        songs_digest = self.workspace.write_table(self.staging.out(SONGS_TABLE), vocabulary.table())
+        bucket_results = self._merge_buckets(vocabulary, merge_settings, offsets)
+        dropped_counts = _sum_counts(bucket_result["dropped"] for bucket_result in bucket_results)
+        self.result_fields = {
+            "read": sum(unit.read for unit in unit_results),
+            "merged": sum(bucket_result["merged"] for bucket_result in bucket_results),
+            "likes": sum(bucket_result["likes"] for bucket_result in bucket_results),
+            "rejected": _sum_counts([*(unit.rejected for unit in unit_results), dropped_counts]),
             "last_import": summary.to_mapping(),
         }
-        if not any(bucket["rows"] or bucket["likes"] for bucket in buckets):
-            if self.append and self.base and self.came_to["merged"]:
+        if not any(bucket_result["rows"] or bucket_result["likes"] for bucket_result in bucket_results):
+            if self.append and self.base and self.result_fields["merged"]:
                 self.workspace.delete(IMPORT_STAGING)
                 return self.base
-            self._refuse(dropped, self.came_to["read"])
-        written = {SONGS_TABLE: songs, **self._write_rejected(pieces, merge)}
-        manifest = self._manifest(merge, buckets, len(vocabulary.keys), written)
+            self._raise_no_rows(dropped_counts, self.result_fields["read"])
+        written_files = {SONGS_TABLE: songs_digest, **self._write_rejected(piece_results, merge_settings)}
+        manifest = self._manifest(merge_settings, bucket_results, len(vocabulary.keys), written_files)
         self.staging.publish(manifest)
         return manifest
 
@@ -248,286 +248,314 @@ class _Import:
         best_count, existing_count = choose_buckets(self.plan.size), buckets_read(self.workspace, self.plan.piece_names)
         return existing_count if best_count <= 2 * existing_count and existing_count <= 2 * best_count else best_count
 
-    def _merge_settings(self, units: list[UnitResult]) -> MergeSettings:
-        before = self.base if self.append and self.base else None
+    def _merge_settings(self, unit_results: list[UnitResult]) -> MergeSettings:
+        base = self.base if self.append and self.base else None
         return MergeSettings(
             pieces=self.plan.pieces,
-            offsets=self.plan.line_offsets([unit.lines for unit in units]),
+            offsets=self.plan.line_offsets([unit.lines for unit in unit_results]),
             files=self.plan.unit_files,
             sources=[file.source for file in self.plan.files],
-            contexts=choose_contexts(_added(unit.contexts for unit in units), before.contexts if before else []),
-            has_skipped=any(unit.has_skipped for unit in units) or (before is not None and before.has_skipped),
-            has_likes=any(unit.has_likes for unit in units) or (before is not None and before.has_likes),
+            contexts=choose_contexts(
+                _sum_counts(unit.contexts for unit in unit_results), base.contexts if base else []
+            ),
+            has_skipped=any(unit.has_skipped for unit in unit_results) or (base is not None and base.has_skipped),
+            has_likes=any(unit.has_likes for unit in unit_results) or (base is not None and base.has_likes),
             in_lines=self.config.times == "positions",
-            base=before,
+            base=base,
             forgotten=self.forgotten,
         )
 
     def _run(
-        self, title: str, make_worker: Callable[..., Callable[[Any], Any]], todo: list[Any], **arguments: Any
+        self, title: str, make_worker: Callable[..., Callable[[Any], Any]], pending: list[Any], **arguments: Any
     ) -> list[Any]:
-        """Return the results of workers for all units of `todo`, in any order."""
+        """Return the results of workers for all units of `pending`, in any order."""
         worker_arguments = {"staging": self.staging, "config": self.config, **arguments}
-        called = "piece of input" if make_worker is PieceImporter else "bucket"
-        return list(self._run_units(title, make_worker, todo, arguments=worker_arguments, called=called))
+        unit_name = "piece of input" if make_worker is PieceImporter else "bucket"
+        return list(self._run_units(title, make_worker, pending, arguments=worker_arguments, called=unit_name))
 
     def _run_groups(
-        self, title: str, make_worker: Callable[..., Callable[[Any], Any]], todo: set[int], **arguments: Any
+        self, title: str, make_worker: Callable[..., Callable[[Any], Any]], pending: set[int], **arguments: Any
     ) -> Any:
-        """Process the buckets in `todo`; return bucket -> result."""
+        """Process the buckets in `pending`; return bucket -> result."""
         groups = bucket_groups(len(self.plan.pieces), self.buckets)
-        left = [group for group in groups if not todo.isdisjoint(range(group[0], group[1] + 1))]
-        return dict(pair for group in self._run(title, make_worker, left, buckets=todo, **arguments) for pair in group)
+        pending_groups = [group for group in groups if not pending.isdisjoint(range(group[0], group[1] + 1))]
+        return dict(
+            pair
+            for group in self._run(title, make_worker, pending_groups, buckets=pending, **arguments)
+            for pair in group
+        )
 
     def _read_pieces(self) -> list[PieceResult]:
         """Run the first pass; return the results of all pieces."""
-        store, numbers = self.staging.fragments, range(len(self.plan.pieces))
-        done = store.pieces_done()
-        todo = [piece for piece in numbers if piece not in done]
-        how = {"units": self.plan.units, "pieces": self.plan.pieces, "buckets": self.buckets}
-        new_results = dict(self._run("read", PieceImporter, todo, **how))
-        results = [new_results[piece] if piece in new_results else store.result(piece) for piece in numbers]
-        self._require_whole(results)
-        units = [unit for result in results for unit in result.units]
-        if not any(unit.read for unit in units):
-            self._refuse({}, 0)
+        store, pieces = self.staging.fragments, range(len(self.plan.pieces))
+        done_pieces = store.pieces_done()
+        pending = [piece for piece in pieces if piece not in done_pieces]
+        worker_arguments = {"units": self.plan.units, "pieces": self.plan.pieces, "buckets": self.buckets}
+        new_results = dict(self._run("read", PieceImporter, pending, **worker_arguments))
+        results = [new_results[piece] if piece in new_results else store.result(piece) for piece in pieces]
+        self._require_all_read(results)
+        unit_results = [unit for result in results for unit in result.units]
+        if not any(unit.read for unit in unit_results):
+            self._raise_no_rows({}, 0)
         return results
 
-    def _require_whole(self, results: list[PieceResult]) -> None:
+    def _require_all_read(self, results: list[PieceResult]) -> None:
         """Raise `InputError` if a unit could not be read; the results of the other pieces are kept for the next run.
 
         Raises `_DamagedFilesError` instead if the settings allow to leave these files out.
         """
-        failed = {number: result.units[-1] for number, result in enumerate(results) if result.units[-1].error}
-        if not failed:
+        failed_units = {piece: result.units[-1] for piece, result in enumerate(results) if result.units[-1].error}
+        if not failed_units:
             return
-        damaged = all(unit.damaged for unit in failed.values())
-        kind, advice = (DamagedInputError, OR_SKIP) if damaged else (InputError, "")
-        if len(failed) == len(results) and not (damaged and self.config.skip_damaged):
+        all_damaged = all(unit.damaged for unit in failed_units.values())
+        error_type, advice = (DamagedInputError, OR_SKIP) if all_damaged else (InputError, "")
+        if len(failed_units) == len(results) and not (all_damaged and self.config.skip_damaged):
             self.workspace.delete(IMPORT_STAGING)
-            raise kind(f"{failed[0].error}{advice}")
-        for number in failed:
-            self.staging.fragments.forget(number)
-        if damaged and self.config.skip_damaged:
+            raise error_type(f"{failed_units[0].error}{advice}")
+        for piece in failed_units:
+            self.staging.fragments.forget(piece)
+        if all_damaged and self.config.skip_damaged:
             raise _DamagedFilesError(
-                {self._file_of(number, results[number]): failed[number].error for number in failed}
+                {self._file_of(piece, results[piece]): failed_units[piece].error for piece in failed_units}
             )
-        first, *more = dict.fromkeys(unit.error for unit in failed.values())
-        others = f" (and {len(more)} more)" if more else ""
-        raise kind(f"{first}{advice}{others}; completed work is kept for the next run")
+        first_error, *other_errors = dict.fromkeys(unit.error for unit in failed_units.values())
+        others_text = f" (and {len(other_errors)} more)" if other_errors else ""
+        raise error_type(f"{first_error}{advice}{others_text}; completed work is kept for the next run")
 
     def _file_of(self, piece: int, result: PieceResult) -> str:
         """Return the file of the last unit of a piece that was read."""
         unit = self.plan.pieces[piece][len(result.units) - 1]
         return self.plan.files[self.plan.unit_files[unit]].source
 
-    def _summarize(self, pieces: list[PieceResult]) -> ImportSummary:
+    def _summarize(self, results: list[PieceResult]) -> ImportSummary:
         """Return the summary. Raises `TooManyRejectedError` if more rows were rejected than the settings allow."""
         rejected = (
-            (self.plan.pieces[number][place], table)
-            for number, piece in enumerate(pieces)
-            for place, table in self._rejected_rows(number, piece)
+            (self.plan.pieces[piece][unit_index], table)
+            for piece, result in enumerate(results)
+            for unit_index, table in self._rejected_rows(piece, result)
         )
-        units = [unit for piece in pieces for unit in piece.units]
-        summary = summarize(self.plan, units, rejected, FORMATS[self.config.format].beside)
+        unit_results = [unit for result in results for unit in result.units]
+        summary = summarize(self.plan, unit_results, rejected, FORMATS[self.config.format].beside)
         if summary.rejected == summary.read:
             self.workspace.delete(IMPORT_STAGING)
-            counts = ", ".join(f"{each.rows:,} × {each.reason}" for each in summary.reasons)
-            where = ", ".join(self.config.paths[:3])
+            reasons_text = ", ".join(f"{entry.rows:,} × {entry.reason}" for entry in summary.reasons)
+            paths = ", ".join(self.config.paths[:3])
             raise TooManyRejectedError(
-                f"{where}: all {summary.read:,} rows are rejected: {counts}; check the format and the settings",
+                f"{paths}: all {summary.read:,} rows are rejected: {reasons_text}; check the format and the settings",
                 summary,
             )
         if summary.share > self.config.max_rejected:
-            lost, plays = summary.rejected - summary.beside, summary.read - summary.beside
+            rejected_plays, plays = summary.rejected - summary.beside, summary.read - summary.beside
             raise TooManyRejectedError(
-                f"{lost:,} of {plays:,} rows ({summary.share:.0%}) were rejected, more than "
+                f"{rejected_plays:,} of {plays:,} rows ({summary.share:.0%}) were rejected, more than "
                 f"{self.config.max_rejected:.0%}, so nothing was imported; check the format and the settings, "
                 "or allow more with --max-rejected",
                 summary,
             )
         return summary
 
-    def _vocabulary(self, pieces: list[PieceResult], merge: MergeSettings, offsets: np.ndarray) -> Vocabulary:
+    def _vocabulary(
+        self, piece_results: list[PieceResult], merge_settings: MergeSettings, offsets: np.ndarray
+    ) -> Vocabulary:
         ranges = range(key_ranges(self.buckets))
         existing_files = set(self.workspace.files(self.staging.folder))
-        todo = [number for number in ranges if self.staging.songs_file(number) not in existing_files]
-        self._run("songs", SongRange, todo, offsets=np.array([piece.songs for piece in pieces]))
-        new = (self.workspace.read_table(self.staging.songs_file(number)) for number in ranges)
-        vocabulary = Vocabulary(read_songs(self.workspace, self.base) if self.base else None, new)
+        pending_ranges = [number for number in ranges if self.staging.songs_file(number) not in existing_files]
+        self._run(
+            "songs", SongRange, pending_ranges, offsets=np.array([piece_result.songs for piece_result in piece_results])
+        )
+        new_songs = (self.workspace.read_table(self.staging.songs_file(number)) for number in ranges)
+        vocabulary = Vocabulary(read_songs(self.workspace, self.base) if self.base else None, new_songs)
         if self.config.min_user_plays > 1 or self.config.min_song_plays > 1:
-            left = {number for number in range(self.buckets) if self.staging.counts_file(number) not in existing_files}
-            self._run_groups("count songs", KeyCounter, left, merge=merge, offsets=offsets)
+            pending_buckets = {
+                number for number in range(self.buckets) if self.staging.counts_file(number) not in existing_files
+            }
+            self._run_groups("count songs", KeyCounter, pending_buckets, merge=merge_settings, offsets=offsets)
             vocabulary.keep(self._song_counts(vocabulary.keys) >= self.config.min_song_plays)
         return vocabulary
 
     def _song_counts(self, keys: np.ndarray) -> np.ndarray:
         """int64 (N,): number of plays of each song by users with enough plays."""
-        rows, totals = SongRows.of(keys), np.zeros(len(keys), dtype=np.int64)
+        song_rows, totals = SongRows.of(keys), np.zeros(len(keys), dtype=np.int64)
         for bucket in range(self.buckets):
             table = self.workspace.read_table(self.staging.counts_file(bucket))
-            totals[rows.find(table.column(KEY).to_numpy())] += table.column("count").to_numpy()
+            totals[song_rows.find(table.column(KEY).to_numpy())] += table.column("count").to_numpy()
         return totals
 
-    def _merge_buckets(self, vocabulary: Vocabulary, merge: MergeSettings, offsets: np.ndarray) -> list[dict[str, Any]]:
+    def _merge_buckets(
+        self, vocabulary: Vocabulary, merge_settings: MergeSettings, offsets: np.ndarray
+    ) -> list[dict[str, Any]]:
         """Run the second pass; return the results of all buckets."""
         results = self.staging.bucket_results()
-        todo = {number for number in range(self.buckets) if number not in results}
-        songs = SongRows.of(vocabulary.keys)
-        arguments = {"merge": merge, "offsets": offsets, "keys": songs.keys, "rows": songs.rows}
-        results |= self._run_groups("merge", BucketMerger, todo, **arguments)
-        return [results[number] for number in range(self.buckets)]
+        pending = {bucket for bucket in range(self.buckets) if bucket not in results}
+        song_rows = SongRows.of(vocabulary.keys)
+        arguments = {"merge": merge_settings, "offsets": offsets, "keys": song_rows.keys, "rows": song_rows.rows}
+        results |= self._run_groups("merge", BucketMerger, pending, **arguments)
+        return [results[bucket] for bucket in range(self.buckets)]
 
-    def _write_rejected(self, pieces: list[PieceResult], merge: MergeSettings) -> dict[str, str]:
+    def _write_rejected(self, results: list[PieceResult], merge_settings: MergeSettings) -> dict[str, str]:
         """Write all rows rejected in the first pass to one file, with lines of their files; return path -> checksum."""
-        if not any(unit.rejected for piece in pieces for unit in piece.units):
+        if not any(unit.rejected for result in results for unit in result.units):
             return {}
-        path = rejected_rows_file(self.config.produces, merge.part, "rejected")
+        path = rejected_rows_file(self.config.produces, merge_settings.part, "rejected")
         with (
             self.workspace.open_output(self.staging.out(path)) as stream,
             pq.ParquetWriter(stream, columns.REJECTED, compression="zstd") as writer,
         ):
-            for number, piece in enumerate(pieces):
-                for place, table in self._rejected_rows(number, piece):
-                    offset = merge.offsets[merge.pieces[number][place]]
+            for piece, result in enumerate(results):
+                for unit_index, table in self._rejected_rows(piece, result):
+                    offset = merge_settings.offsets[merge_settings.pieces[piece][unit_index]]
                     lines = pa.array(table.column("line").to_numpy() + offset)
                     writer.write_table(table.set_column(1, columns.REJECTED.field("line"), lines))
         return {path: stream.sha256}
 
-    def _rejected_rows(self, number: int, piece: PieceResult) -> Iterator[tuple[int, pa.Table]]:
+    def _rejected_rows(self, piece: int, result: PieceResult) -> Iterator[tuple[int, pa.Table]]:
         """Yield the place of each unit in a piece, and its rejected rows, columns.REJECTED.
 
         If users were deleted, texts are left out: a text may name a deleted user, which cannot be detected since only
         digests of user ids are stored.
         """
-        for place, table in self.staging.fragments.rejected(number, piece):
+        for unit_index, table in self.staging.fragments.rejected(piece, result):
             if self.forgotten:
                 field = columns.REJECTED.field("text")
-                empty = pa.array([""] * table.num_rows, field.type)
-                table = table.set_column(columns.REJECTED.names.index("text"), field, empty)
-            yield place, table
+                empty_texts = pa.array([""] * table.num_rows, field.type)
+                table = table.set_column(columns.REJECTED.names.index("text"), field, empty_texts)
+            yield unit_index, table
 
-    def _refuse(self, reasons: dict[str, int], read: int) -> None:
+    def _raise_no_rows(self, reasons: dict[str, int], rows_read: int) -> None:
         self.workspace.delete(IMPORT_STAGING)
-        where = ", ".join(self.config.paths[:3])
-        if not read:
-            raise InputError(f"{where}: no rows to import; check the files")
-        counts = ", ".join(
+        paths = ", ".join(self.config.paths[:3])
+        if not rows_read:
+            raise InputError(f"{paths}: no rows to import; check the files")
+        reasons_text = ", ".join(
             f"{count} × {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
         )
-        raise InputError(f"{where}: all {read} rows are rejected: {counts}; check the settings")
+        raise InputError(f"{paths}: all {rows_read} rows are rejected: {reasons_text}; check the settings")
 
     def _manifest(
-        self, merge: MergeSettings, buckets: list[dict[str, Any]], songs: int, written: dict[str, str]
+        self,
+        merge_settings: MergeSettings,
+        bucket_results: list[dict[str, Any]],
+        song_count: int,
+        written_files: dict[str, str],
     ) -> DatasetManifest:
         base = self.base or DatasetManifest(
             id="", source="", buckets=self.buckets, parts=0, users=0, plays=0, songs=0, created_at=""
         )
-        for bucket in buckets:
-            written = written | bucket["files"]
-        replaced = {
-            base.current_users_file(number).removeprefix(f"{DATASET}/")
-            for number in range(self.buckets)
-            if users_file(merge.part, number) in written
+        for bucket_result in bucket_results:
+            written_files = written_files | bucket_result["files"]
+        replaced_files = {
+            base.current_users_file(bucket).removeprefix(f"{DATASET}/")
+            for bucket in range(self.buckets)
+            if users_file(merge_settings.part, bucket) in written_files
         }
         unchanged_files = {
-            name: digest for name, digest in base.files.items() if self._stays(name) and name not in replaced
+            name: digest for name, digest in base.files.items() if self._is_kept(name) and name not in replaced_files
         }
-        files = {**unchanged_files, **{name.removeprefix(f"{DATASET}/"): written[name] for name in written}}
-        made_id = fingerprint("dataset", {"files": dict(sorted(files.items()))}, {})
-        figures = self._appended(merge, base, buckets) if self.append else self._replaced(merge, base, buckets)
-        if figures["ancestors"]:
+        files = {**unchanged_files, **{name.removeprefix(f"{DATASET}/"): written_files[name] for name in written_files}}
+        dataset_id = fingerprint("dataset", {"files": dict(sorted(files.items()))}, {})
+        changed_fields = (
+            self._appended_fields(merge_settings, base, bucket_results)
+            if self.append
+            else self._replaced_fields(merge_settings, base, bucket_results)
+        )
+        if changed_fields["ancestors"]:
             files |= self.staging.keep_manifest(base)
         return replace(
             base,
-            id=made_id,
+            id=dataset_id,
             lineage=base.lineage or base.id,
             joined_from="",
-            source=_joined(base.source, self.config.format),
-            songs=songs,
+            source=_combine_sources(base.source, self.config.format),
+            songs=song_count,
             files=dict(sorted(files.items())),
             created_at=datetime.now(timezone.utc).isoformat(),
-            **figures,
+            **changed_fields,
         )
 
-    def _appended(self, merge: MergeSettings, base: DatasetManifest, buckets: list[dict[str, Any]]) -> dict[str, Any]:
+    def _appended_fields(
+        self, merge_settings: MergeSettings, base: DatasetManifest, bucket_results: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         """Return the fields of the manifest that an append changes."""
-        figures = self._figures(merge, buckets)
-        new = {name: figures[name] for name in ("plays", "users")}
-        came_to = {**new, **{name: self.came_to[name] for name in ("read", "merged", "likes")}}
-        this_import = {**to_mapping(self.config), "plan": self.plan.id, "part": merge.part, **came_to}
+        manifest_fields = self._manifest_fields(merge_settings, bucket_results)
+        new_counts = {name: manifest_fields[name] for name in ("plays", "users")}
+        added_counts = {**new_counts, **{name: self.result_fields[name] for name in ("read", "merged", "likes")}}
+        this_import = {**to_mapping(self.config), "plan": self.plan.id, "part": merge_settings.part, **added_counts}
         return {
-            **figures,
-            **{name: getattr(base, name) + count for name, count in came_to.items()},
-            "rejected": _added([base.rejected, self.came_to["rejected"]]),
-            "last_import": self.came_to["last_import"],
-            "first_play": min(base.first_play, figures["first_play"]),
-            "last_play": max(base.last_play, figures["last_play"]),
+            **manifest_fields,
+            **{name: getattr(base, name) + count for name, count in added_counts.items()},
+            "rejected": _sum_counts([base.rejected, self.result_fields["rejected"]]),
+            "last_import": self.result_fields["last_import"],
+            "first_play": min(base.first_play, manifest_fields["first_play"]),
+            "last_play": max(base.last_play, manifest_fields["last_play"]),
             "ancestors": [*base.ancestors, base.id],
             "appended": [*base.appended, this_import],
         }
 
-    def _replaced(self, merge: MergeSettings, base: DatasetManifest, buckets: list[dict[str, Any]]) -> dict[str, Any]:
+    def _replaced_fields(
+        self, merge_settings: MergeSettings, base: DatasetManifest, bucket_results: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         """Return the fields of the manifest that change if all plays, or all playlists, are added or replaced."""
-        other: str = _other(self.config.produces)
-        beside = {other: base.config[other]} if other in base.config else {}
+        other_kind: str = _other_kind(self.config.produces)
+        other_config = {other_kind: base.config[other_kind]} if other_kind in base.config else {}
         this_import = {**to_mapping(self.config), "plan": self.plan.id}
         # Artifacts made from replaced plays are no longer valid; new playlists leave artifacts valid.
-        goes_on = bool(base.id) and (self.config.produces == "playlists" or not base.plays)
+        extends_base = bool(base.id) and (self.config.produces == "playlists" or not base.plays)
         return {
-            **self._figures(merge, buckets),
-            **self.came_to,
-            "ancestors": [*base.ancestors, base.id] if goes_on else [],
+            **self._manifest_fields(merge_settings, bucket_results),
+            **self.result_fields,
+            "ancestors": [*base.ancestors, base.id] if extends_base else [],
             "appended": base.appended if self.config.produces == "playlists" else [],
-            "config": {**beside, str(self.config.produces): this_import},
+            "config": {**other_config, str(self.config.produces): this_import},
         }
 
-    def _figures(self, merge: MergeSettings, buckets: list[dict[str, Any]]) -> dict[str, Any]:
-        rows, owners = (sum(bucket[name] for bucket in buckets) for name in ("rows", "owners"))
+    def _manifest_fields(self, merge_settings: MergeSettings, bucket_results: list[dict[str, Any]]) -> dict[str, Any]:
+        row_count, owner_count = (
+            sum(bucket_result[name] for bucket_result in bucket_results) for name in ("rows", "owners")
+        )
         if self.config.produces == "playlists":
-            return {"playlists": owners, "playlist_entries": rows}
-        filled = [bucket for bucket in buckets if bucket["rows"]]
-        earlier = merge.base
-        nothing = earlier.last_play if earlier else 0  # for a part with likes only
-        first = min((bucket["first"] for bucket in filled), default=nothing)
-        last = max((bucket["last"] for bucket in filled), default=nothing)
+            return {"playlists": owner_count, "playlist_entries": row_count}
+        filled_results = [bucket_result for bucket_result in bucket_results if bucket_result["rows"]]
+        base = merge_settings.base
+        default_time = base.last_play if base else 0  # for a part with likes only
+        first_play = min((bucket_result["first"] for bucket_result in filled_results), default=default_time)
+        last_play = max((bucket_result["last"] for bucket_result in filled_results), default=default_time)
         return {
-            "plays": rows,
-            "users": owners,
-            "parts": merge.part + 1,
-            "part_times": [*(earlier.part_times if earlier else []), (first, last)],
-            "joined": earlier.joined if earlier else [],
+            "plays": row_count,
+            "users": owner_count,
+            "parts": merge_settings.part + 1,
+            "part_times": [*(base.part_times if base else []), (first_play, last_play)],
+            "joined": base.joined if base else [],
             "users_parts": [
-                merge.part
-                if users_file(merge.part, number) in bucket["files"] or earlier is None
-                else (earlier.users_parts or [0] * self.buckets)[number]
-                for number, bucket in enumerate(buckets)
+                merge_settings.part
+                if users_file(merge_settings.part, bucket) in bucket_result["files"] or base is None
+                else (base.users_parts or [0] * self.buckets)[bucket]
+                for bucket, bucket_result in enumerate(bucket_results)
             ],
-            "first_play": first,
-            "last_play": last,
+            "first_play": first_play,
+            "last_play": last_play,
             "times": self.config.times,
-            "contexts": merge.contexts,
-            "has_skipped": merge.has_skipped,
-            "has_likes": merge.has_likes,
+            "contexts": merge_settings.contexts,
+            "has_skipped": merge_settings.has_skipped,
+            "has_likes": merge_settings.has_likes,
         }
 
-    def _stays(self, name: str) -> bool:
+    def _is_kept(self, name: str) -> bool:
         """True for a file of the base data set that is kept: all files in an append, else those of the other rows."""
         if self.append or name.startswith("earlier/"):
             return True
-        other = _other(self.config.produces)
-        folders = ("histories/", "users/") if other == "plays" else ("playlists/",)
-        return name.startswith((*folders, f"{REJECTED_ROWS.removeprefix(f'{DATASET}/')}/{other}-"))
+        other_kind = _other_kind(self.config.produces)
+        folders = ("histories/", "users/") if other_kind == "plays" else ("playlists/",)
+        return name.startswith((*folders, f"{REJECTED_ROWS.removeprefix(f'{DATASET}/')}/{other_kind}-"))
 
 
-def _joined(before: str, source: str) -> str:
+def _combine_sources(earlier_sources: str, new_source: str) -> str:
     """Return the formats that a data set came from, each once."""
-    return " + ".join(dict.fromkeys([*filter(None, before.split(" + ")), source]))
+    return " + ".join(dict.fromkeys([*filter(None, earlier_sources.split(" + ")), new_source]))
 
 
-def _added(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+def _sum_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
     totals: dict[str, int] = {}
-    for count in counts:
-        for name, number in count.items():
-            totals[name] = totals.get(name, 0) + number
+    for counts in parts:
+        for name, count in counts.items():
+            totals[name] = totals.get(name, 0) + count
     return totals

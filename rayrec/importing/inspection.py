@@ -112,50 +112,59 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
     `timezone` is the IANA name of the time zone of times without one in csv and Parquet files.
     """
     ImportConfig(format=format_name, paths=tuple(paths), timezone=timezone)  # checks the arguments
-    kind = FORMATS[format_name]
-    files = find_files(paths, kind.patterns)
+    file_format = FORMATS[format_name]
+    files = find_files(paths, file_format.patterns)
     size = sum(file.size for file in files)
-    notes = kind.check_users([file.source for file in files], "") if kind.check_users else []
-    notes += cut_note(files) if kind.ends_with_line else []
-    if not kind.mapped:
-        batches = _sample(kind, files, ReadOptions(playlists=kind.playlists))
-        produces = "playlists" if kind.playlists else "plays"
-        command = _command(format_name, produces, paths, {}, "")
-        return Inspection(**_rows(batches), **command, files=len(files), bytes=size, notes=notes)
-    delimiter = _delimiter(files[0].source) if format_name == "csv" else ""
-    names, sample = _csv_sample(files[0], delimiter) if format_name == "csv" else _parquet_sample(files[0])
-    repeated = {name: count for name, count in Counter(names).items() if count > 1}
-    produces, column_of_role = guess_roles(sample)
-    is_playlists = produces == "playlists"
-    required = [role for role in roles(is_playlists) if role not in OPTIONAL_ROLES]
-    missing = [role for role in required if role not in column_of_role]
+    notes = file_format.check_users([file.source for file in files], "") if file_format.check_users else []
+    notes += cut_note(files) if file_format.ends_with_line else []
+    if not file_format.mapped:
+        batches = _sample_batches(file_format, files, ReadOptions(playlists=file_format.playlists))
+        row_kind = "playlists" if file_format.playlists else "plays"
+        command = _command_fields(format_name, row_kind, paths, {}, "")
+        return Inspection(**_row_fields(batches), **command, files=len(files), bytes=size, notes=notes)
+    delimiter = _guess_delimiter(files[0].source) if format_name == "csv" else ""
+    column_names, sample = _csv_sample(files[0], delimiter) if format_name == "csv" else _parquet_sample(files[0])
+    repeated_names = {name: count for name, count in Counter(column_names).items() if count > 1}
+    row_kind, column_of_role = guess_roles(sample)
+    is_playlists = row_kind == "playlists"
+    required_roles = [role for role in roles(is_playlists) if role not in OPTIONAL_ROLES]
+    missing_roles = [role for role in required_roles if role not in column_of_role]
     options = ReadOptions(playlists=is_playlists, columns=column_of_role, delimiter=delimiter or ",", timezone=timezone)
-    batches = [] if missing or repeated.keys() & set(column_of_role.values()) else _sample(kind, files, options)
-    by_name = {name: role for role, name in column_of_role.items()}
+    batches = (
+        []
+        if missing_roles or repeated_names.keys() & set(column_of_role.values())
+        else _sample_batches(file_format, files, options)
+    )
+    role_of_column = {name: role for role, name in column_of_role.items()}
     columns = [
-        Column(name=name, role=by_name.get(name, ""), type=_type(values), example=_example(values))
+        Column(name=name, role=role_of_column.get(name, ""), type=_type_name(values), example=_example(values))
         for name, values in sample.items()
     ]
-    if missing:
-        one_user = ONE_USER if "user" in missing else ""
-        notes.append(f"No column looks like {' or '.join(missing)}: map it with --columns {missing[0]}=NAME{one_user}.")
+    if missing_roles:
+        one_user_advice = ONE_USER if "user" in missing_roles else ""
+        notes.append(
+            f"No column looks like {' or '.join(missing_roles)}: map it with --columns "
+            f"{missing_roles[0]}=NAME{one_user_advice}."
+        )
     if column_of_role.get("song") == MADE_OF_NAMES:
         notes.append("No column looks like song IDs: they are made from artist and title.")
-    notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated.items()]
+    notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated_names.items()]
     if _looks_like_data(list(sample)):
         notes.append(FIRST_LINE_NOTE)
-    column_of = {
-        role: column_of_role.get(role, "NAME") for role in roles(is_playlists) if role in [*column_of_role, *missing]
+    command_columns = {
+        role: column_of_role.get(role, "NAME")
+        for role in roles(is_playlists)
+        if role in [*column_of_role, *missing_roles]
     }
     return Inspection(
-        **_rows(batches),
-        **_command(format_name, produces, paths, column_of, delimiter, timezone),
+        **_row_fields(batches),
+        **_command_fields(format_name, row_kind, paths, command_columns, delimiter, timezone),
         files=len(files),
         bytes=size,
         delimiter=delimiter,
         columns=columns,
         mapping=column_of_role,
-        missing=missing,
+        missing=missing_roles,
         time=time_form(sample[column_of_role["played_at"]], timezone) if "played_at" in column_of_role else "",
         doubts=_doubts(column_of_role, sample),
         notes=notes,
@@ -167,57 +176,63 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
     plain_names = {plain_letters(name): name for name in reversed(sample)}
     column_of_role: dict[str, str] = {}
     for role, names in NAMES.items():
-        match = next((plain_names[name] for name in names if name in plain_names), None)
-        if match is not None and match not in column_of_role.values():
-            column_of_role[role] = match
+        column = next((plain_names[name] for name in names if name in plain_names), None)
+        if column is not None and column not in column_of_role.values():
+            column_of_role[role] = column
     if "event_type" in column_of_role and _share_of_events(sample[column_of_role["event_type"]]) < 0.5:
         del column_of_role["event_type"]  # most of its values are not event types of plays
     for role, pattern in PATTERNS.items():
-        fitting = [name for plain, name in plain_names.items() if re.search(pattern, plain)]
-        if role not in column_of_role and len(fitting) == 1 and fitting[0] not in column_of_role.values():
-            column_of_role[role] = fitting[0]
-    if "playlist" not in column_of_role and (played_at := _guess_time(column_of_role, sample)):
-        column_of_role["played_at"] = played_at
+        matching_columns = [name for plain_column, name in plain_names.items() if re.search(pattern, plain_column)]
+        if (
+            role not in column_of_role
+            and len(matching_columns) == 1
+            and matching_columns[0] not in column_of_role.values()
+        ):
+            column_of_role[role] = matching_columns[0]
+    if "playlist" not in column_of_role and (time_column := _guess_time(column_of_role, sample)):
+        column_of_role["played_at"] = time_column
     if _may_be_title(column_of_role, sample):
-        spelled = (name for name in (*NAMES["song"], *map(plain_letters, sample)) if name in plain_names)
-        song_id = next((plain_names[name] for name in spelled if re.search(SONG_ID, name)), None)
-        if song_id is not None:
-            column_of_role |= {"title": column_of_role["song"], "song": song_id}
+        candidates = (name for name in (*NAMES["song"], *map(plain_letters, sample)) if name in plain_names)
+        id_column = next((plain_names[name] for name in candidates if re.search(SONG_ID, name)), None)
+        if id_column is not None:
+            column_of_role |= {"title": column_of_role["song"], "song": id_column}
         elif _share_of_matches(sample[column_of_role["song"]], TITLE) >= TITLES:
             column_of_role["title"] = column_of_role.pop("song")
     if "song" not in column_of_role and all(role in column_of_role for role in NAMES_OF_SONG):
         column_of_role["song"] = MADE_OF_NAMES
-    produces = "playlists" if "playlist" in column_of_role and "played_at" not in column_of_role else "plays"
-    return produces, {role: column_of_role[role] for role in roles(produces == "playlists") if role in column_of_role}
+    row_kind = "playlists" if "playlist" in column_of_role and "played_at" not in column_of_role else "plays"
+    return row_kind, {role: column_of_role[role] for role in roles(row_kind == "playlists") if role in column_of_role}
 
 
 def _guess_time(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> str:
     """Return the column of the times of plays, guessed from names and values; empty if no column looks like one."""
     plain_names: dict[str, str] = {plain_letters(name): name for name in reversed(list(sample))}
-    taken = {name for role, name in column_of_role.items() if role != "played_at"}
-    named = [plain_names[name] for name in NAMES["played_at"] if name in plain_names]
-    readable = next((name for name in named if name not in taken and _share_of_times(sample[name]) > 0.5), None)
-    if readable is not None:
-        return readable
-    times = [name for name in sample if name not in taken and _share_of_times(sample[name]) > 0.9]
-    if named or len(times) > 1:  # a column of dates is then likely a release date
-        times = [name for name in times if not _are_dates(sample[name])]
-    return times[0] if len(times) == 1 else column_of_role.get("played_at", "")
+    taken_columns = {name for role, name in column_of_role.items() if role != "played_at"}
+    named_columns = [plain_names[name] for name in NAMES["played_at"] if name in plain_names]
+    time_column = next(
+        (name for name in named_columns if name not in taken_columns and _share_of_times(sample[name]) > 0.5), None
+    )
+    if time_column is not None:
+        return time_column
+    time_columns = [name for name in sample if name not in taken_columns and _share_of_times(sample[name]) > 0.9]
+    if named_columns or len(time_columns) > 1:  # a column of dates is then likely a release date
+        time_columns = [name for name in time_columns if not _are_dates(sample[name])]
+    return time_columns[0] if len(time_columns) == 1 else column_of_role.get("played_at", "")
 
 
-def _time_of_day(played_at: str, sample: Mapping[str, pa.Array]) -> str:
-    """Return the column of times of day, if `played_at` holds dates alone or no times; empty if there is none."""
-    if _share_of_times(sample[played_at]) > 0.5 and not _are_dates(sample[played_at]):
+def _find_time_of_day(time_column: str, sample: Mapping[str, pa.Array]) -> str:
+    """Return the column of times of day, if `time_column` holds dates alone or no times; empty if there is none."""
+    if _share_of_times(sample[time_column]) > 0.5 and not _are_dates(sample[time_column]):
         return ""
-    named = (name for name in sample if plain_letters(name) in NAMES["played_at"])
-    return next((name for name in named if _share_of_matches(sample[name], TIME_OF_DAY) > 0.9), "")
+    named_columns = (name for name in sample if plain_letters(name) in NAMES["played_at"])
+    return next((name for name in named_columns if _share_of_matches(sample[name], TIME_OF_DAY) > 0.9), "")
 
 
 def _may_be_title(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> bool:
     """True if the column used for song ids may hold titles, which songs of different artists can share."""
-    song = column_of_role.get("song", "")
-    is_named_so = plain_letters(song) in TITLE_OR_ID and _type(sample[song]) == "text"
-    return is_named_so and "artist" in column_of_role and "title" not in column_of_role
+    song_column = column_of_role.get("song", "")
+    has_title_name = plain_letters(song_column) in TITLE_OR_ID and _type_name(sample[song_column]) == "text"
+    return has_title_name and "artist" in column_of_role and "title" not in column_of_role
 
 
 def _doubts(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> dict[str, str]:
@@ -228,7 +243,7 @@ def _doubts(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -
             f"Song IDs come from column {column_of_role['song']!r}, which may contain titles: songs of different "
             "artists with the same title become one song. Select a column of IDs with --columns song=NAME."
         )
-    if "played_at" in column_of_role and (time_of_day := _time_of_day(column_of_role["played_at"], sample)):
+    if "played_at" in column_of_role and (time_of_day := _find_time_of_day(column_of_role["played_at"], sample)):
         doubts["played_at"] = (
             f"Column {time_of_day!r} contains the time of day without the date: combine date and time in one column, "
             "such as 2026-01-20 18:24:00."
@@ -252,13 +267,13 @@ def time_form(values: pa.Array, timezone: str = "UTC") -> str:
     to_ms(pa.array(texts, pa.string()), problems)
     reasons = problems.reasons()
     if not reasons:
-        local = sum(re.match(f"{LOCAL}|{WRITTEN}", text) is not None for text in texts)
-        some = "" if local == len(texts) else f" in {local:,} of {len(texts):,} values"
+        local_count = sum(re.match(f"{LOCAL}|{WRITTEN}", text) is not None for text in texts)
+        share_text = "" if local_count == len(texts) else f" in {local_count:,} of {len(texts):,} values"
         if any(re.match(WRITTEN, text) for text in texts):
-            return f"day, month name and year without a zone{some}, read as {timezone}"
-        return f"ISO 8601 without a zone{some}, read as {timezone}" if local else "ISO 8601 with a zone"
-    most = max(set(reasons), key=reasons.count)
-    return f"{most} in {reasons.count(most):,} of {len(texts):,} values"
+            return f"day, month name and year without a zone{share_text}, read as {timezone}"
+        return f"ISO 8601 without a zone{share_text}, read as {timezone}" if local_count else "ISO 8601 with a zone"
+    most_frequent = max(set(reasons), key=reasons.count)
+    return f"{most_frequent} in {reasons.count(most_frequent):,} of {len(texts):,} values"
 
 
 def _are_dates(values: pa.Array) -> bool:
@@ -297,19 +312,19 @@ def _share_of_events(values: pa.Array) -> float:
     return sum(text in EVENTS for text in texts) / max(1, len(texts))
 
 
-def _sample(kind: Format, files: Sequence[SourceFile], options: ReadOptions) -> list[Batch]:
+def _sample_batches(file_format: Format, files: Sequence[SourceFile], options: ReadOptions) -> list[Batch]:
     """Return the first batch of each of the first five files."""
-    reader = kind.make(options)
+    reader = file_format.make(options)
     units = [reader.plan(file.source, file.size, SAMPLE_BYTES)[:1] for file in files[:SAMPLE_FILES]]
-    return [batch for first in units for unit in first for batch in _first(reader.read(unit))]
+    return [batch for file_units in units for unit in file_units for batch in _first_batch(reader.read(unit))]
 
 
-def _first(batches: Any) -> list[Batch]:
+def _first_batch(batches: Any) -> list[Batch]:
     batch = next(iter(batches), None)
     return [] if batch is None else [batch]
 
 
-def _rows(batches: Sequence[Batch]) -> dict[str, Any]:
+def _row_fields(batches: Sequence[Batch]) -> dict[str, Any]:
     rejected: dict[str, int] = {}
     examples: dict[str, str] = {}
     for batch in batches:
@@ -320,28 +335,31 @@ def _rows(batches: Sequence[Batch]) -> dict[str, Any]:
     return {"rows": sum(batch.read for batch in batches), "rejected": rejected, "examples": examples}
 
 
-def _command(
+def _command_fields(
     format_name: str,
-    produces: str,
+    row_kind: str,
     paths: Sequence[str],
     column_of_role: dict[str, str],
     delimiter: str,
     timezone: str = "UTC",
 ) -> dict[str, Any]:
-    words = ["rayrec", "import", format_name, *map(shlex.quote, paths)]
-    if produces == "playlists" and FORMATS[format_name].mapped:
-        words += ["--kind", "playlists"]
-    named = {role: name for role, name in column_of_role.items() if role != name}
-    if named:
-        words += ["--columns", shlex.quote(",".join(f"{role}={name}" for role, name in named.items()))]
+    command_words = ["rayrec", "import", format_name, *map(shlex.quote, paths)]
+    if row_kind == "playlists" and FORMATS[format_name].mapped:
+        command_words += ["--kind", "playlists"]
+    renamed_columns = {role: name for role, name in column_of_role.items() if role != name}
+    if renamed_columns:
+        command_words += [
+            "--columns",
+            shlex.quote(",".join(f"{role}={name}" for role, name in renamed_columns.items())),
+        ]
     if delimiter not in ("", ","):
-        words += ["--delimiter", spelled_delimiter(delimiter)]
+        command_words += ["--delimiter", spelled_delimiter(delimiter)]
     if timezone != "UTC":
-        words += ["--timezone", timezone]
-    return {"format": format_name, "kind": produces, "command": " ".join(words)}
+        command_words += ["--timezone", timezone]
+    return {"format": format_name, "kind": row_kind, "command": " ".join(command_words)}
 
 
-def _delimiter(source: str) -> str:
+def _guess_delimiter(source: str) -> str:
     header = delimited.read_header(source, ",")
     return delimited.other_delimiter(header, ",") or ","
 
@@ -349,9 +367,9 @@ def _delimiter(source: str) -> str:
 def _csv_sample(file: SourceFile, delimiter: str) -> tuple[list[str], dict[str, pa.Array]]:
     """Return the names of the header, and the first values of each column."""
     header = delimited.read_header(file.source, delimiter)
-    first = byte_ranges(file.source, file.size, SAMPLE_BYTES)[0]
-    block = next(iter(read_blocks(first, SAMPLE_BYTES)))
-    positions = {name: place for place, name in reversed(list(enumerate(header)))}
+    first_unit = byte_ranges(file.source, file.size, SAMPLE_BYTES)[0]
+    block = next(iter(read_blocks(first_unit, SAMPLE_BYTES)))
+    positions = {name: position for position, name in reversed(list(enumerate(header)))}
     rows = delimited.parse(
         block, positions, num_columns=len(header), delimiter=delimiter, quoted=True, source=file.source, skip=1
     )
@@ -360,14 +378,16 @@ def _csv_sample(file: SourceFile, delimiter: str) -> tuple[list[str], dict[str, 
 
 def _parquet_sample(file: SourceFile) -> tuple[list[str], dict[str, pa.Array]]:
     with open_source(file.source) as stream:
-        parquet = open_parquet(file.source, stream)
-        batch = next(read_batches(file.source, parquet, None, None), None)
+        parquet_file = open_parquet(file.source, stream)
+        batch = next(read_batches(file.source, parquet_file, None, None), None)
         if batch is None:
-            return parquet.schema_arrow.names, {item.name: pa.nulls(0, item.type) for item in parquet.schema_arrow}
+            return parquet_file.schema_arrow.names, {
+                item.name: pa.nulls(0, item.type) for item in parquet_file.schema_arrow
+            }
     return batch.schema.names, dict(zip(batch.schema.names, batch.columns, strict=True))
 
 
-def _type(values: pa.Array) -> str:
+def _type_name(values: pa.Array) -> str:
     if pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type):  # as pandas and polars write text
         values = values.cast(pa.string())
     if values.type != pa.string():
@@ -375,11 +395,11 @@ def _type(values: pa.Array) -> str:
     known_values = values.drop_null()
     if not len(known_values):
         return "empty"
-    numeric = pc.match_substring_regex(known_values, r"^\s*[+-]?\d+(\.\d*)?\s*$")
-    if pc.all(numeric).as_py():
+    is_number = pc.match_substring_regex(known_values, r"^\s*[+-]?\d+(\.\d*)?\s*$")
+    if pc.all(is_number).as_py():
         return "numbers"
-    flags = pc.is_in(pc.utf8_lower(known_values), value_set=pa.array(list(FLAGS)))
-    return "true or false" if pc.all(flags).as_py() else "text"
+    is_flag = pc.is_in(pc.utf8_lower(known_values), value_set=pa.array(list(FLAGS)))
+    return "true or false" if pc.all(is_flag).as_py() else "text"
 
 
 def _example(values: pa.Array) -> str:
@@ -426,29 +446,36 @@ def guess_import(
     Raises `InputError` for files of an unknown format or of playlists, if a required column is not found, and if date
     and time seem to be in two columns.
     """
-    chosen = format_name or guess_format(paths)
-    column_of_role = dict(columns or {})
-    if chosen in FORMATS and not FORMATS[chosen].mapped:
-        if FORMATS[chosen].playlists:
+    selected_format = format_name or guess_format(paths)
+    given_columns = dict(columns or {})
+    if selected_format in FORMATS and not FORMATS[selected_format].mapped:
+        if FORMATS[selected_format].playlists:
             raise InputError(f"{paths[0]} contains playlists, not plays; see `rayrec import --help`")
-        return ImportConfig(format=chosen, paths=tuple(paths), columns=column_of_role, timezone=timezone, user=user)
-    inspection = inspect_files(chosen, paths, timezone)
-    left = {MADE_OF_NAMES, *(column.name for column in inspection.columns)} - set(column_of_role.values())
-    column_of_role = {role: name for role, name in (earlier_columns or {}).items() if name in left} | column_of_role
-    by_role = {role: name for role, name in inspection.mapping.items() if role in roles(False)}
-    if earlier_columns is not None and by_role.get("song") == MADE_OF_NAMES:  # else songs get other ids than before
-        del by_role["song"]
-    by_role = {role: name for role, name in by_role.items() if name not in column_of_role.values()} | column_of_role
+        return ImportConfig(
+            format=selected_format, paths=tuple(paths), columns=given_columns, timezone=timezone, user=user
+        )
+    inspection = inspect_files(selected_format, paths, timezone)
+    remaining_columns = {MADE_OF_NAMES, *(column.name for column in inspection.columns)} - set(given_columns.values())
+    given_columns = {
+        role: name for role, name in (earlier_columns or {}).items() if name in remaining_columns
+    } | given_columns
+    column_of_role = {role: name for role, name in inspection.mapping.items() if role in roles(False)}
+    # Song ids made of names would differ from those of the earlier import.
+    if earlier_columns is not None and column_of_role.get("song") == MADE_OF_NAMES:
+        del column_of_role["song"]
+    column_of_role = {
+        role: name for role, name in column_of_role.items() if name not in given_columns.values()
+    } | given_columns
     config = ImportConfig(
-        format=chosen,
+        format=selected_format,
         paths=tuple(paths),
-        columns=by_role,
+        columns=column_of_role,
         delimiter=inspection.delimiter or ",",
         timezone=timezone,
         user=user,
     )
-    _require_columns(inspection, paths[0], by_role if not user else {"user": "", **by_role})
-    doubts = {role: text for role, text in inspection.doubts.items() if role not in column_of_role}
+    _require_columns(inspection, paths[0], column_of_role if not user else {"user": "", **column_of_role})
+    doubts = {role: text for role, text in inspection.doubts.items() if role not in given_columns}
     if "played_at" in doubts:
         raise InputError(f"{paths[0]}: {doubts['played_at'].removesuffix('.')}")
     if "song" in doubts:
@@ -459,16 +486,16 @@ def guess_import(
 def describe_import(config: ImportConfig) -> str:
     """Describe in one line the format, the columns, the time zone and, if one was given, the user."""
     columns = ", ".join(f"{role} = {name}" for role, name in config.columns.items())
-    read_as = (
+    description = (
         f"{config.format}: {columns}; times without a zone are read as {config.timezone}" if columns else config.format
     )
-    return f"{read_as}; all plays belong to user {config.user!r}" if config.user else read_as
+    return f"{description}; all plays belong to user {config.user!r}" if config.user else description
 
 
 def guess_format(paths: Sequence[str]) -> str:
     """Return the format of files or folders. Raises `InputError` if it is unknown, and for Spotify's account data."""
     for name in ORDER:
-        files = _matching(paths, FORMATS[name].patterns)
+        files = _find_matching_files(paths, FORMATS[name].patterns)
         if files and _looks_like(name, files):
             if name == "spotify-history" and all(is_account_data(file.source) for file in files):
                 raise InputError(f"{files[0].source}: {ACCOUNT_DATA}")
@@ -477,7 +504,7 @@ def guess_format(paths: Sequence[str]) -> str:
     raise InputError(f"the format of {paths[0]} is unknown; pass --format with one of {', '.join(FORMATS)}")
 
 
-def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile]:
+def _find_matching_files(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile]:
     """Return the files of all paths if each named file and a file in each folder match a pattern; else []."""
     try:
         files = find_files(paths, patterns)
@@ -487,31 +514,31 @@ def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile]
     return files if all(any(fnmatch(name, pattern) for pattern in patterns) for name in names) else []
 
 
-def _looks_like(name: str, files: Sequence[SourceFile]) -> bool:
+def _looks_like(format_name: str, files: Sequence[SourceFile]) -> bool:
     """False if the content of the files is of another format that uses the same names."""
-    if name == "yambda":
+    if format_name == "yambda":
         with open_source(files[0].source) as stream:
             return YAMBDA_COLUMN in pq.read_schema(stream).names
-    if name == "youtube-takeout":
+    if format_name == "youtube-takeout":
         return any(is_watch_history(file.source) for file in files[:LOOKED_AT])
-    if name == "listenbrainz":  # other formats also use .json, but not its other endings
+    if format_name == "listenbrainz":  # other formats also use .json, but not its other endings
         is_json = all(plain_name(file.source).lower().endswith(".json") for file in files)
-        return not is_json or any(_is_marked(name, file) for file in files[:LOOKED_AT])
-    return name not in MARKS or _is_marked(name, files[0])
+        return not is_json or any(_has_mark(format_name, file) for file in files[:LOOKED_AT])
+    return format_name not in MARKS or _has_mark(format_name, files[0])
 
 
-def _is_marked(name: str, file: SourceFile) -> bool:
-    return re.search(MARKS[name], head_of(file.source)) is not None
+def _has_mark(format_name: str, file: SourceFile) -> bool:
+    return re.search(MARKS[format_name], head_of(file.source)) is not None
 
 
-def _require_columns(inspection: Inspection, path: str, by_role: Mapping[str, str]) -> None:
+def _require_columns(inspection: Inspection, path: str, column_of_role: Mapping[str, str]) -> None:
     """Raise `InputError` if roles lack a column; it names them, the columns of the file, and similar columns."""
-    missing = {role: role for role in roles(False) if role not in OPTIONAL_ROLES and role not in by_role}
-    if missing:
-        names = [column.name for column in inspection.columns]
-        left = [name for name in names if name not in by_role.values()]
-        first_line = f". {FIRST_LINE_NOTE[:-1]}" if FIRST_LINE_NOTE in inspection.notes else ""
+    missing_roles = {role: role for role in roles(False) if role not in OPTIONAL_ROLES and role not in column_of_role}
+    if missing_roles:
+        column_names = [column.name for column in inspection.columns]
+        remaining_columns = [name for name in column_names if name not in column_of_role.values()]
+        first_line_note = f". {FIRST_LINE_NOTE[:-1]}" if FIRST_LINE_NOTE in inspection.notes else ""
         raise InputError(
-            f"{path} has no column that looks like {' or '.join(missing)}; it has {shown_columns(names)}; "
-            f"{mapping_advice(missing, left)}{first_line}"
+            f"{path} has no column that looks like {' or '.join(missing_roles)}; it has {shown_columns(column_names)}; "
+            f"{mapping_advice(missing_roles, remaining_columns)}{first_line_note}"
         )

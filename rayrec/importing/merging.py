@@ -88,9 +88,9 @@ class PlaysAndLikes:
         """
         if not forgotten:
             return self
-        until = forgotten.until(self.plays.owners)
+        deletion_times = forgotten.until(self.plays.owners)
         plays, liked_plays, likes = (
-            rows.keep(rows.order > until[rows.owner]) for rows in (self.plays, self.liked_plays, self.likes)
+            rows.keep(rows.order > deletion_times[rows.owner]) for rows in (self.plays, self.liked_plays, self.likes)
         )
         return replace(self, plays=plays, liked_plays=liked_plays, likes=likes)
 
@@ -105,100 +105,102 @@ def sort_rows(
     `in_lines` is true, the order of a row is its place in a line: the lines of an owner stay in the order of import,
     and no row is a duplicate.
     """
-    listed = [(files, offsets, rows) for files, offsets, rows in parts if rows.num_rows]
-    if not listed:
-        nothing = _no_rows(np.zeros(0, object))
-        return PlaysAndLikes(plays=nothing, liked_plays=nothing, likes=nothing)
-    table = pa.concat_tables([rows for _, _, rows in listed]).combine_chunks()
-    source, line = (np.concatenate(values) for values in zip(*(_lines(*part) for part in listed), strict=True))
+    filled_parts = [(files, offsets, rows) for files, offsets, rows in parts if rows.num_rows]
+    if not filled_parts:
+        no_rows = _no_rows(np.zeros(0, object))
+        return PlaysAndLikes(plays=no_rows, liked_plays=no_rows, likes=no_rows)
+    table = pa.concat_tables([rows for _, _, rows in filled_parts]).combine_chunks()
+    source, line = (
+        np.concatenate(values) for values in zip(*(_files_and_lines(*part) for part in filled_parts), strict=True)
+    )
     encoded = one_array(table.column(OWNER)).dictionary_encode()
-    names = encoded.dictionary.to_numpy(zero_copy_only=False)
-    ascending = np.argsort(names)
-    rank = np.empty(len(names), dtype=np.int64)
-    rank[ascending] = np.arange(len(names))
-    owner = rank[encoded.indices.to_numpy()]
-    moment = table.column(ORDER).to_numpy()
-    sequence = np.lexsort((moment, line, source, owner) if in_lines else (moment, owner))
+    owner_ids = encoded.dictionary.to_numpy(zero_copy_only=False)
+    sorted_owners = np.argsort(owner_ids)
+    ranks = np.empty(len(owner_ids), dtype=np.int64)
+    ranks[sorted_owners] = np.arange(len(owner_ids))
+    owner = ranks[encoded.indices.to_numpy()]
+    order_values = table.column(ORDER).to_numpy()
+    row_order = np.lexsort((order_values, line, source, owner) if in_lines else (order_values, owner))
     skipped = pc.fill_null(one_array(table.column(columns.SKIPPED)), False).to_numpy(zero_copy_only=False)
     rows = MergedRows(
-        owners=names[ascending],
-        owner=owner[sequence],
-        order=moment[sequence],
-        key=table.column(KEY).to_numpy()[sequence],
-        contexts=one_array(table.column(columns.CONTEXTS)).take(pa.array(sequence)),
-        skipped=skipped[sequence],
-        source=source[sequence],
-        line=line[sequence],
+        owners=owner_ids[sorted_owners],
+        owner=owner[row_order],
+        order=order_values[row_order],
+        key=table.column(KEY).to_numpy()[row_order],
+        contexts=one_array(table.column(columns.CONTEXTS)).take(pa.array(row_order)),
+        skipped=skipped[row_order],
+        source=source[row_order],
+        line=line[row_order],
     )
-    nothing = _no_rows(rows.owners)
+    no_rows = _no_rows(rows.owners)
     if in_lines:
-        return PlaysAndLikes(plays=rows, liked_plays=nothing, likes=nothing)
+        return PlaysAndLikes(plays=rows, liked_plays=no_rows, likes=no_rows)
     if table.column(columns.LIKED).null_count == len(table):
         plays = _distinct(rows)
-        return PlaysAndLikes(plays=plays, liked_plays=nothing, likes=nothing, merged=len(rows) - len(plays))
+        return PlaysAndLikes(plays=plays, liked_plays=no_rows, likes=no_rows, merged=len(rows) - len(plays))
     liked, is_play = (
-        pc.fill_null(one_array(table.column(name)), missing).to_numpy(zero_copy_only=False)[sequence]
-        for name, missing in ((columns.LIKED, False), (columns.IS_PLAY, True))
+        pc.fill_null(one_array(table.column(name)), default).to_numpy(zero_copy_only=False)[row_order]
+        for name, default in ((columns.LIKED, False), (columns.IS_PLAY, True))
     )
     plays, liked_plays, likes = (_distinct(rows.keep(mask)) for mask in (is_play, is_play & liked, ~is_play & liked))
     return PlaysAndLikes(plays=plays, liked_plays=liked_plays, likes=likes, merged=len(rows) - len(plays) - len(likes))
 
 
 def _distinct(rows: MergedRows) -> MergedRows:
-    return rows.keep(_first_of_each(rows)) if len(rows) else rows
+    return rows.keep(_is_first_of_each(rows)) if len(rows) else rows
 
 
-def _lines(files: Sequence[int], offsets: Sequence[int], rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+def _files_and_lines(files: Sequence[int], offsets: Sequence[int], rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Return the file number and the line of each row, two int64 (R,) arrays; zeros if lines were not kept."""
     if rows.column(LINE).null_count:
         return np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
-    unit = rows.column(UNIT).to_numpy()
-    return np.asarray(files, dtype=np.int64)[unit], np.asarray(offsets)[unit] + rows.column(LINE).to_numpy()
+    units = rows.column(UNIT).to_numpy()
+    return np.asarray(files, dtype=np.int64)[units], np.asarray(offsets)[units] + rows.column(LINE).to_numpy()
 
 
-def _first_of_each(rows: MergedRows) -> np.ndarray:
+def _is_first_of_each(rows: MergedRows) -> np.ndarray:
     """bool (R,): True for rows that are not duplicates of earlier ones."""
-    by_song = np.lexsort((rows.key, rows.order, rows.owner))
-    owner, order, key = rows.owner[by_song], rows.order[by_song], rows.key[by_song]
-    repeated = (owner[1:] == owner[:-1]) & (order[1:] == order[:-1]) & (key[1:] == key[:-1])
-    first = np.ones(len(rows), dtype=bool)
-    first[by_song[1:]] = ~repeated
-    return first
+    song_order = np.lexsort((rows.key, rows.order, rows.owner))
+    owner, order, key = rows.owner[song_order], rows.order[song_order], rows.key[song_order]
+    is_repeated = (owner[1:] == owner[:-1]) & (order[1:] == order[:-1]) & (key[1:] == key[:-1])
+    is_first = np.ones(len(rows), dtype=bool)
+    is_first[song_order[1:]] = ~is_repeated
+    return is_first
 
 
 def to_positions(rows: MergedRows) -> MergedRows:
     """Replace the places of rows in lines by positions, in ms: an owner's first row is at 0, each next row of the line
     is 3 minutes later, and the first row of the owner's next line is 63 minutes after the row before it."""
-    same_owner = rows.owner[1:] == rows.owner[:-1]
-    same_line = same_owner & (rows.source[1:] == rows.source[:-1]) & (rows.line[1:] == rows.line[:-1])
+    is_same_owner = rows.owner[1:] == rows.owner[:-1]
+    is_same_line = is_same_owner & (rows.source[1:] == rows.source[:-1]) & (rows.line[1:] == rows.line[:-1])
     steps = np.zeros(len(rows), dtype=np.int64)
-    steps[1:] = np.where(same_line, ASSUMED_GAP_MS, LINE_GAP_MS) * same_owner
+    steps[1:] = np.where(is_same_line, ASSUMED_GAP_MS, LINE_GAP_MS) * is_same_owner
     times = np.cumsum(steps)
-    first = np.searchsorted(rows.owner, rows.owner)
-    return replace(rows, order=times - times[first])
+    first_rows = np.searchsorted(rows.owner, rows.owner)
+    return replace(rows, order=times - times[first_rows])
 
 
 def _no_rows(owners: np.ndarray) -> MergedRows:
-    whole, keys = np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    no_integers, no_keys = np.zeros(0, np.int64), np.zeros(0, np.uint64)
     return MergedRows(
         owners=owners,
-        owner=whole,
-        order=whole,
-        key=keys,
+        owner=no_integers,
+        order=no_integers,
+        key=no_keys,
         contexts=pa.array([], pa.list_(pa.string())),
         skipped=np.zeros(0, bool),
-        source=whole,
-        line=whole,
+        source=no_integers,
+        line=no_integers,
     )
 
 
-def song_counts(rows: MergedRows, min_rows: int, known: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def song_counts(rows: MergedRows, min_rows: int, is_known: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return the songs of owners with at least `min_rows` rows: their keys, uint64, and numbers of rows, int64.
 
-    Owners in `known`, bool (O,), already have plays in the data set and count with any number of rows.
+    Owners with `is_known`, bool (O,), already have plays in the data set and count with any number of rows.
     """
-    enough = ((rows.counts() >= min_rows) | _none_unless(known, rows))[rows.owner]
-    keys, counts = np.unique(rows.key[enough], return_counts=True)
+    has_enough = ((rows.counts() >= min_rows) | _is_known_owner(is_known, rows))[rows.owner]
+    keys, counts = np.unique(rows.key[has_enough], return_counts=True)
     return keys, counts
 
 
@@ -238,67 +240,67 @@ class Dropped:
 
 
 def drop_rare(
-    rows: MergedRows, song_rows: SongRows, min_rows: int, reasons: tuple[str, str], known: np.ndarray | None = None
+    rows: MergedRows, song_rows: SongRows, min_rows: int, reasons: tuple[str, str], is_known: np.ndarray | None = None
 ) -> tuple[MergedRows, Dropped]:
     """Return the rows whose song is in the vocabulary and whose owner has at least `min_rows` of them, and the others.
 
-    `reasons` are the reasons for dropping an owner and a song with too few rows. Owners in `known`, bool (O,), already
-    have plays in the data set and are kept with any number of rows.
+    `reasons` are the reasons for dropping an owner and a song with too few rows. Owners with `is_known`, bool (O,),
+    already have plays in the data set and are kept with any number of rows.
     """
     dropped = Dropped()
-    too_few, too_rare = reasons
+    few_rows_reason, rare_song_reason = reasons
 
     def drop_owners(rows: MergedRows) -> MergedRows:
-        enough = ((rows.counts() >= min_rows) | _none_unless(known, rows))[rows.owner]
-        dropped.add(rows.keep(~enough), too_few)
-        return rows.keep(enough)
+        has_enough = ((rows.counts() >= min_rows) | _is_known_owner(is_known, rows))[rows.owner]
+        dropped.add(rows.keep(~has_enough), few_rows_reason)
+        return rows.keep(has_enough)
 
     rows = drop_owners(rows)
-    in_vocabulary = song_rows.find(rows.key) >= 0
-    dropped.add(rows.keep(~in_vocabulary), too_rare)
-    return drop_owners(rows.keep(in_vocabulary)), dropped
+    is_in_vocabulary = song_rows.find(rows.key) >= 0
+    dropped.add(rows.keep(~is_in_vocabulary), rare_song_reason)
+    return drop_owners(rows.keep(is_in_vocabulary)), dropped
 
 
 def usable_likes(
-    rows: PlaysAndLikes, with_plays: np.ndarray, song_rows: SongRows, too_rare: str, dropped: Dropped
+    rows: PlaysAndLikes, has_plays: np.ndarray, song_rows: SongRows, rare_song_reason: str, dropped: Dropped
 ) -> PlaysAndLikes:
-    """Return `rows` with only the likes of songs in the vocabulary by owners in `with_plays`, bool (O,).
+    """Return `rows` with only the likes of songs in the vocabulary by owners with `has_plays`, bool (O,).
 
     Other likes in rows that are no plays are added to `dropped`.
     """
-    likes, liked_plays = (part.keep(with_plays[part.owner]) for part in (rows.likes, rows.liked_plays))
-    dropped.add(rows.likes.keep(~with_plays[rows.likes.owner]), LIKE_ALONE)
-    dropped.add(likes.keep(song_rows.find(likes.key) < 0), too_rare)
+    likes, liked_plays = (part.keep(has_plays[part.owner]) for part in (rows.likes, rows.liked_plays))
+    dropped.add(rows.likes.keep(~has_plays[rows.likes.owner]), LIKE_ALONE)
+    dropped.add(likes.keep(song_rows.find(likes.key) < 0), rare_song_reason)
     likes, liked_plays = (part.keep(song_rows.find(part.key) >= 0) for part in (likes, liked_plays))
     return replace(rows, likes=likes, liked_plays=liked_plays)
 
 
 def all_likes(rows: PlaysAndLikes) -> MergedRows:
     """Return the likes in rows that are no plays and in plays, without duplicates (same owner, song and time)."""
-    both = (rows.likes, rows.liked_plays)
+    parts = (rows.likes, rows.liked_plays)
     if not len(rows.liked_plays):
         return rows.likes
     owner, order, key, skipped, source, line = (
-        np.concatenate([getattr(part, name) for part in both])
+        np.concatenate([getattr(part, name) for part in parts])
         for name in ("owner", "order", "key", "skipped", "source", "line")
     )
-    by_time = np.lexsort((order, owner))
-    joined = MergedRows(
+    time_order = np.lexsort((order, owner))
+    likes = MergedRows(
         owners=rows.plays.owners,
-        owner=owner[by_time],
-        order=order[by_time],
-        key=key[by_time],
-        contexts=pa.concat_arrays([part.contexts for part in both]).take(pa.array(by_time)),
-        skipped=skipped[by_time],
-        source=source[by_time],
-        line=line[by_time],
+        owner=owner[time_order],
+        order=order[time_order],
+        key=key[time_order],
+        contexts=pa.concat_arrays([part.contexts for part in parts]).take(pa.array(time_order)),
+        skipped=skipped[time_order],
+        source=source[time_order],
+        line=line[time_order],
     )
-    return _distinct(joined)
+    return _distinct(likes)
 
 
-def _none_unless(known: np.ndarray | None, rows: MergedRows) -> np.ndarray:
-    """bool (O,): `known`, or False for all owners if it is None."""
-    return np.zeros(len(rows.owners), dtype=bool) if known is None else known
+def _is_known_owner(is_known: np.ndarray | None, rows: MergedRows) -> np.ndarray:
+    """bool (O,): `is_known`, or False for all owners if it is None."""
+    return np.zeros(len(rows.owners), dtype=bool) if is_known is None else is_known
 
 
 def rows_among(rows: MergedRows, songs: np.ndarray, histories: Histories) -> np.ndarray:
@@ -306,14 +308,14 @@ def rows_among(rows: MergedRows, songs: np.ndarray, histories: Histories) -> np.
 
     `songs`, int32 (R,), are the song rows of `rows`, -1 for new songs.
     """
-    place = pd.Index(rows.owners).get_indexer(pd.Index(histories.user_ids))
-    plays = histories.take(place >= 0)
+    owner_indices = pd.Index(rows.owners).get_indexer(pd.Index(histories.user_ids))
+    plays = histories.take(owner_indices >= 0)
     plays = plays.keep((plays.played_at >= rows.order.min()) & (plays.played_at <= rows.order.max()))
-    owner = place[place >= 0][plays.rows]
-    owner_rows = np.flatnonzero(np.isin(rows.owner, owner))
-    mine = pd.MultiIndex.from_arrays([rows.owner[owner_rows], rows.order[owner_rows], songs[owner_rows]])
-    is_among: np.ndarray = mine.isin(pd.MultiIndex.from_arrays([owner, plays.played_at, plays.songs]))
-    return np.asarray(owner_rows[is_among])
+    play_owners = owner_indices[owner_indices >= 0][plays.rows]
+    owner_rows = np.flatnonzero(np.isin(rows.owner, play_owners))
+    row_keys = pd.MultiIndex.from_arrays([rows.owner[owner_rows], rows.order[owner_rows], songs[owner_rows]])
+    is_in_histories: np.ndarray = row_keys.isin(pd.MultiIndex.from_arrays([play_owners, plays.played_at, plays.songs]))
+    return np.asarray(owner_rows[is_in_histories])
 
 
 def to_histories(
@@ -329,15 +331,15 @@ def to_histories(
     `likes`, None if the data has no likes, have the same `owners` as `rows`. `contexts` are the names of the context
     bits, at most 31.
     """
-    present = rows.counts() > 0
+    has_rows = rows.counts() > 0
     if likes is not None:
-        present |= likes.counts() > 0
-    owners, offsets = _spans(rows, present)
-    liked = None
+        has_rows |= likes.counts() > 0
+    owners, offsets = _owner_spans(rows, has_rows)
+    liked_histories = None
     if likes is not None:
-        liked = Histories(
+        liked_histories = Histories(
             user_ids=owners,
-            offsets=_spans(likes, present)[1],
+            offsets=_owner_spans(likes, has_rows)[1],
             songs=song_rows.find(likes.key),
             played_at=likes.order,
         )
@@ -348,38 +350,38 @@ def to_histories(
         played_at=rows.order,
         contexts=context_bits(rows.contexts, contexts) if contexts else None,
         skipped=rows.skipped if has_skipped else None,
-        likes=liked,
+        likes=liked_histories,
     )
 
 
 def to_playlists(rows: MergedRows, song_rows: SongRows) -> pa.Table:
     """Convert rows to columns.PLAYLISTS, one row per playlist."""
-    owners, offsets = _spans(rows, rows.counts() > 0)
+    owners, offsets = _owner_spans(rows, rows.counts() > 0)
     songs = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(song_rows.find(rows.key)))
     return pa.table([pa.array(owners, pa.string()), songs], schema=columns.PLAYLISTS)
 
 
-def _spans(rows: MergedRows, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the owners in `present`, bool (O,), and the offsets of their rows, int64."""
-    counts = rows.counts()[present]
-    return rows.owners[present], offsets_of(counts)
+def _owner_spans(rows: MergedRows, is_kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the owners with `is_kept`, bool (O,), and the offsets of their rows, int64."""
+    counts = rows.counts()[is_kept]
+    return rows.owners[is_kept], offsets_of(counts)
 
 
 def context_bits(names: pa.Array, contexts: list[str]) -> np.ndarray:
     """int32 (R,): the contexts of each row as bits; bit i is `contexts[i]`, and other names are left out."""
-    bit = pc.index_in(pc.list_flatten(names), value_set=pa.array(contexts, pa.string()))
-    row = pc.list_parent_indices(names).to_numpy()
-    known = bit.is_valid().to_numpy(zero_copy_only=False)
-    place = pc.fill_null(bit, 0).to_numpy()[known]
+    bit_numbers = pc.index_in(pc.list_flatten(names), value_set=pa.array(contexts, pa.string()))
+    row_numbers = pc.list_parent_indices(names).to_numpy()
+    is_known = bit_numbers.is_valid().to_numpy(zero_copy_only=False)
+    known_bits = pc.fill_null(bit_numbers, 0).to_numpy()[is_known]
     bits = np.zeros(len(names), dtype=np.int32)
-    np.bitwise_or.at(bits, row[known], np.left_shift(np.int32(1), place.astype(np.int32)))
+    np.bitwise_or.at(bits, row_numbers[is_known], np.left_shift(np.int32(1), known_bits.astype(np.int32)))
     return bits
 
 
-def choose_contexts(counts: dict[str, int], before: Sequence[str] = ()) -> list[str]:
-    """Return the names of the context bits, at most 31: those in `before`, then new ones, the most frequent first."""
-    new = sorted(counts.keys() - set(before), key=lambda name: (-counts[name], name))
-    return [*before, *new][:MAX_CONTEXTS]
+def choose_contexts(counts: dict[str, int], existing: Sequence[str] = ()) -> list[str]:
+    """Return the names of the context bits, at most 31: those in `existing`, then new ones, the most frequent first."""
+    new_names = sorted(counts.keys() - set(existing), key=lambda name: (-counts[name], name))
+    return [*existing, *new_names][:MAX_CONTEXTS]
 
 
 def joined_spans(parts: int, cuts: Iterable[int]) -> Spans:
@@ -388,7 +390,7 @@ def joined_spans(parts: int, cuts: Iterable[int]) -> Spans:
     A cut is the number of a part: plays from it on must be readable alone, for artifacts that continue from there.
     """
     bounds = sorted({0, parts, *(cut for cut in cuts if 0 < cut < parts)})
-    return [(first, after - 1) for first, after in pairwise(bounds)]
+    return [(first, next_first - 1) for first, next_first in pairwise(bounds)]
 
 
 class BucketJoiner:
@@ -402,7 +404,7 @@ class BucketJoiner:
         files = {}
         for first, last in self.spans:
             path = histories_file(first, bucket, last)
-            earlier = self.dataset.manifest.histories_files(bucket, first, last + 1)
+            earlier_files = self.dataset.manifest.histories_files(bucket, first, last + 1)
             batches = (
                 with_columns(
                     histories,
@@ -410,7 +412,7 @@ class BucketJoiner:
                     skipped=self.dataset.manifest.has_skipped,
                     likes=self.dataset.manifest.has_likes,
                 )
-                for histories in read_files(self.dataset.workspace, earlier, USERS_PER_READ)
+                for histories in read_files(self.dataset.workspace, earlier_files, USERS_PER_READ)
             )
             files[path] = write_histories(self.dataset.workspace, self.staging.out(path), batches)
         self.dataset.workspace.write_json(self.staging.bucket_file(bucket), files)
@@ -437,7 +439,7 @@ class MergeSettings:
         """The number of the part of the histories that is written."""
         return self.base.parts if self.base else 0
 
-    def rows_of(self, group: BucketGroup, bucket: int) -> PlaysAndLikes:
+    def rows_of(self, group_rows: BucketGroup, bucket: int) -> PlaysAndLikes:
         """Return the sorted rows of a bucket, including those of deleted users."""
         parts = (
             (
@@ -445,7 +447,7 @@ class MergeSettings:
                 [self.offsets[unit] for unit in self.pieces[piece]],
                 rows,
             )
-            for piece, rows in group.read(bucket)
+            for piece, rows in group_rows.read(bucket)
         )
         return sort_rows(parts, in_lines=self.in_lines)
 
@@ -495,10 +497,12 @@ class _GroupWorker:
         """Process the buckets of a group (first and last) that are not done; return each bucket with its result."""
         first, last = group
         with tempfile.TemporaryFile(prefix="rayrec-") as spool:
-            rows = self.staging.fragments.read_group(self.offsets, first, last, spool)
-            return [(bucket, self.run(bucket, rows)) for bucket in range(first, last + 1) if bucket in self.buckets]
+            group_rows = self.staging.fragments.read_group(self.offsets, first, last, spool)
+            return [
+                (bucket, self.run(bucket, group_rows)) for bucket in range(first, last + 1) if bucket in self.buckets
+            ]
 
-    def run(self, bucket: int, group: BucketGroup) -> Any:
+    def run(self, bucket: int, group_rows: BucketGroup) -> Any:
         """Process one bucket and return its result."""
         raise NotImplementedError
 
@@ -506,11 +510,11 @@ class _GroupWorker:
 class KeyCounter(_GroupWorker):
     """Counts the plays of each song in a bucket."""
 
-    def run(self, bucket: int, group: BucketGroup) -> None:
+    def run(self, bucket: int, group_rows: BucketGroup) -> None:
         """Write the counts of one bucket."""
-        rows = self.merge.rows_of(group, bucket).without_forgotten(self.merge.forgotten).plays
-        earlier = EarlierParts(self.staging.workspace, self.merge.base, bucket)
-        keys, counts = song_counts(rows, self.config.min_user_plays, earlier.knows(rows.owners))
+        rows = self.merge.rows_of(group_rows, bucket).without_forgotten(self.merge.forgotten).plays
+        earlier_parts = EarlierParts(self.staging.workspace, self.merge.base, bucket)
+        keys, counts = song_counts(rows, self.config.min_user_plays, earlier_parts.knows(rows.owners))
         table = pa.table({KEY: pa.array(keys, pa.uint64()), "count": pa.array(counts, pa.int64())})
         self.staging.workspace.write_table(self.staging.counts_file(bucket), table)
 
@@ -534,18 +538,18 @@ class EarlierParts:
         Only files of parts whose time range overlaps that of the rows are read, and of these files only row groups that
         may hold plays of the same users in that time range.
         """
-        known = rows.keep(self.knows(rows.owners)[rows.owner])
-        if self.base is None or not len(known):
+        known_rows = rows.keep(self.knows(rows.owners)[rows.owner])
+        if self.base is None or not len(known_rows):
             return rows
-        first, last = int(known.order.min()), int(known.order.max())
+        first, last = int(known_rows.order.min()), int(known_rows.order.max())
         files = self.base.files_between(self.bucket, first, last)
         row_songs = songs.find(rows.key)
-        repeated: np.ndarray = np.zeros(len(rows), dtype=bool)
-        owners = known.owners[np.unique(known.owner)]
+        is_repeated: np.ndarray = np.zeros(len(rows), dtype=bool)
+        owners = known_rows.owners[np.unique(known_rows.owner)]
         for path in files:
             for histories in read_overlap(self.workspace, path, owners, first, last):
-                repeated[rows_among(rows, row_songs, histories)] = True
-        return rows.keep(~repeated)
+                is_repeated[rows_among(rows, row_songs, histories)] = True
+        return rows.keep(~is_repeated)
 
 
 class BucketMerger(_GroupWorker):
@@ -564,34 +568,36 @@ class BucketMerger(_GroupWorker):
         super().__init__(staging, config, merge, offsets, buckets)
         self.songs = SongRows(keys, rows)
 
-    def run(self, bucket: int, group: BucketGroup) -> dict[str, Any]:
+    def run(self, bucket: int, group_rows: BucketGroup) -> dict[str, Any]:
         """Write the files of one bucket, then its result."""
-        earlier = EarlierParts(self.staging.workspace, self.merge.base, bucket)
-        everything = self.merge.rows_of(group, bucket)
-        remaining = everything.without_forgotten(self.merge.forgotten)
-        of_deleted = len(everything) - len(remaining)
-        known = earlier.knows(remaining.plays.owners)
-        distinct = earlier.without(remaining.plays, self.songs)
-        merged = everything.merged + len(remaining.plays) - len(distinct)
-        rows, dropped = drop_rare(distinct, self.songs, self.config.min_user_plays, self.config.drop_reasons, known)
+        earlier_parts = EarlierParts(self.staging.workspace, self.merge.base, bucket)
+        all_rows = self.merge.rows_of(group_rows, bucket)
+        remaining = all_rows.without_forgotten(self.merge.forgotten)
+        deleted_count = len(all_rows) - len(remaining)
+        is_known = earlier_parts.knows(remaining.plays.owners)
+        distinct_rows = earlier_parts.without(remaining.plays, self.songs)
+        merged_count = all_rows.merged + len(remaining.plays) - len(distinct_rows)
+        rows, dropped = drop_rare(
+            distinct_rows, self.songs, self.config.min_user_plays, self.config.drop_reasons, is_known
+        )
         rows = to_positions(rows) if self.merge.in_lines else rows
-        is_new = (rows.counts() > 0) & ~known
-        too_rare = self.config.drop_reasons[1]
-        liked = usable_likes(remaining, (rows.counts() > 0) | known, self.songs, too_rare, dropped)
-        files = self._write_rows(bucket, rows, all_likes(liked) if self.merge.has_likes else None)
+        is_new = (rows.counts() > 0) & ~is_known
+        rare_song_reason = self.config.drop_reasons[1]
+        kept_likes = usable_likes(remaining, (rows.counts() > 0) | is_known, self.songs, rare_song_reason, dropped)
+        files = self._write_rows(bucket, rows, all_likes(kept_likes) if self.merge.has_likes else None)
         if self.config.produces == "plays" and (is_new.any() or not self.merge.part):
             path = users_file(self.merge.part, bucket)
-            user_ids = np.union1d(earlier.users, rows.owners[is_new])
+            user_ids = np.union1d(earlier_parts.users, rows.owners[is_new])
             files[path] = self._write_table(path, pa.table({columns.USER: pa.array(user_ids, pa.string())}))
         if dropped.rows:
             path = rejected_rows_file(self.config.produces, self.merge.part, f"{bucket:05d}")
             files[path] = self._write_table(path, dropped.table(self.merge.sources))
         result = {
             "rows": len(rows),
-            "likes": len(liked.likes),
+            "likes": len(kept_likes.likes),
             "owners": int(is_new.sum()),
-            "merged": merged,
-            "dropped": dropped.counts() | ({FORGOTTEN_USER: of_deleted} if of_deleted else {}),
+            "merged": merged_count,
+            "dropped": dropped.counts() | ({FORGOTTEN_USER: deleted_count} if deleted_count else {}),
             "first": int(rows.order.min()) if len(rows) else 0,
             "last": int(rows.order.max()) if len(rows) else 0,
             "files": files,

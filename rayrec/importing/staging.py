@@ -137,28 +137,28 @@ class FragmentStore:
         and line of each row are kept only if `with_lines`. If a unit cannot be read, the result has its error and
         later units are not read.
         """
-        counts: list[_Counts] = []
+        unit_counts: list[_Counts] = []
         with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
             spool = _Spool(Path(folder), buckets, with_lines=with_lines)
-            for number, batches in enumerate(units):
-                counts.append(_Counts())
+            for unit_index, batches in enumerate(units):
+                unit_counts.append(_Counts())
                 try:
                     for batch in batches:
-                        counts[-1].add(batch)
-                        spool.reject(number, batch.rejected)
-                        spool.add(number, batch.rows)
+                        unit_counts[-1].add(batch)
+                        spool.reject(unit_index, batch.rejected)
+                        spool.add(unit_index, batch.rows)
                 except InputError as error:
-                    counts[-1].error, counts[-1].damaged = str(error), isinstance(error, DamagedInputError)
+                    unit_counts[-1].error, unit_counts[-1].damaged = str(error), isinstance(error, DamagedInputError)
                     break
-            rejected = spool.rejected()
+            rejected_path = spool.rejected()
             result = PieceResult(
-                units=[unit.result() for unit in counts],
+                units=[unit.result() for unit in unit_counts],
                 rows=np.zeros(buckets + 1, dtype=np.int64),
                 songs=np.zeros(key_ranges(buckets) + 1, dtype=np.int64),
             )
-            if rejected is not None:
-                self.workspace.put_file(rejected, self.rejected_file(piece))
-            if not counts[-1].error:
+            if rejected_path is not None:
+                self.workspace.put_file(rejected_path, self.rejected_file(piece))
+            if not unit_counts[-1].error:
                 result = replace(
                     result,
                     rows=self._write_blocks(self.rows_file(piece), spool.blocks()),
@@ -181,19 +181,19 @@ class FragmentStore:
 
     def read_songs(self, piece: int, offsets: np.ndarray, key_range: int) -> pa.Table | None:
         """Return a piece's songs in a range of keys, SONGS, in order of first appearance; None if there are none."""
-        begin, end = offsets[key_range : key_range + 2].tolist()
-        if begin == end:
+        start, end = offsets[key_range : key_range + 2].tolist()
+        if start == end:
             return None
-        stored = pq.read_table(pa.BufferReader(self._read(self.songs_file(piece), begin, end)))
-        song_ids = one_array(stored.column(columns.SONG_ID).cast(SONGS.field(columns.SONG_ID).type))
-        places = one_array(stored.column(PLACE)).to_numpy() + (piece << 32)
+        stored_songs = pq.read_table(pa.BufferReader(self._read(self.songs_file(piece), start, end)))
+        song_ids = one_array(stored_songs.column(columns.SONG_ID).cast(SONGS.field(columns.SONG_ID).type))
+        positions = one_array(stored_songs.column(PLACE)).to_numpy() + (piece << 32)
         data = {
-            item.name: stored.column(item.name).cast(item.type)
-            if item.name in stored.column_names
-            else pa.nulls(len(stored), item.type)
+            item.name: stored_songs.column(item.name).cast(item.type)
+            if item.name in stored_songs.column_names
+            else pa.nulls(len(stored_songs), item.type)
             for item in SONGS
         }
-        return pa.table({**data, KEY: pa.array(song_keys(song_ids)), PLACE: pa.array(places)}, schema=SONGS)
+        return pa.table({**data, KEY: pa.array(song_keys(song_ids)), PLACE: pa.array(positions)}, schema=SONGS)
 
     def rejected(self, piece: int, result: PieceResult) -> Iterator[tuple[int, pa.Table]]:
         """Yield the place of a unit in the piece and some of its rejected rows, columns.REJECTED.
@@ -213,38 +213,38 @@ class FragmentStore:
 
         `offsets`, int64 (pieces, buckets + 1), are the `rows` of the results of the pieces.
         """
-        places = np.zeros((len(offsets), last - first + 2), dtype=np.int64)
-        for piece, row in enumerate(offsets):
-            begin, end = int(row[first]), int(row[last + 1])
-            places[piece] = row[first : last + 2] - begin + spool.tell()
-            if begin < end:
-                spool.write(self._read(self.rows_file(piece), begin, end))
+        block_offsets = np.zeros((len(offsets), last - first + 2), dtype=np.int64)
+        for piece, piece_offsets in enumerate(offsets):
+            start, end = int(piece_offsets[first]), int(piece_offsets[last + 1])
+            block_offsets[piece] = piece_offsets[first : last + 2] - start + spool.tell()
+            if start < end:
+                spool.write(self._read(self.rows_file(piece), start, end))
         spool.flush()
-        return BucketGroup(first, spool, places)
+        return BucketGroup(first, spool, block_offsets)
 
-    def _read(self, path: str, begin: int, end: int) -> bytes:
+    def _read(self, path: str, start: int, end: int) -> bytes:
         with self.workspace.open_input(path) as stream:
-            stream.seek(begin)
-            return bytes(stream.read(end - begin))
+            stream.seek(start)
+            return bytes(stream.read(end - start))
 
 
 class BucketGroup:
     """The rows of consecutive buckets, on the local disk."""
 
-    def __init__(self, first: int, spool: IO[bytes], places: np.ndarray) -> None:
-        self._first, self._spool, self._places = first, spool, places
+    def __init__(self, first: int, spool: IO[bytes], block_offsets: np.ndarray) -> None:
+        self._first, self._spool, self._block_offsets = first, spool, block_offsets
 
     def read(self, bucket: int) -> Iterator[tuple[int, pa.Table]]:
         """Yield each piece that has rows of a bucket, with these rows, ROWS.
 
         The rows of an owner are in the order of the file.
         """
-        place = bucket - self._first
-        for piece, row in enumerate(self._places):
-            begin, end = int(row[place]), int(row[place + 1])
-            if begin < end:
-                self._spool.seek(begin)
-                yield piece, _read_block(self._spool.read(end - begin))
+        index = bucket - self._first
+        for piece, piece_offsets in enumerate(self._block_offsets):
+            start, end = int(piece_offsets[index]), int(piece_offsets[index + 1])
+            if start < end:
+                self._spool.seek(start)
+                yield piece, _read_block(self._spool.read(end - start))
 
 
 def _write_block(block: pa.Table, stream: OutputFile) -> None:
@@ -263,14 +263,16 @@ def _write_block(block: pa.Table, stream: OutputFile) -> None:
     stream.write(sink.getvalue())
 
 
-def _packed(rows: pa.Table) -> pa.Table:
+def _encode_times(rows: pa.Table) -> pa.Table:
     """Replace the times of rows by their differences from row to row, in seconds if that is exact."""
     order = one_array(rows.column(ORDER)).to_numpy()
     steps = np.diff(order, prepend=np.int64(0))
-    name = SECONDS if not (order % STEPS[SECONDS]).any() else MILLISECONDS
-    steps //= STEPS[name]
-    narrow = steps.astype(np.int32)
-    return rows.set_column(rows.column_names.index(ORDER), name, pa.array(narrow if (narrow == steps).all() else steps))
+    column_name = SECONDS if not (order % STEPS[SECONDS]).any() else MILLISECONDS
+    steps //= STEPS[column_name]
+    steps_int32 = steps.astype(np.int32)
+    return rows.set_column(
+        rows.column_names.index(ORDER), column_name, pa.array(steps_int32 if (steps_int32 == steps).all() else steps)
+    )
 
 
 def _read_block(data: bytes) -> pa.Table:
@@ -293,7 +295,7 @@ class _Spool:
 
     def __init__(self, folder: Path, buckets: int, *, with_lines: bool) -> None:
         self._folder, self._buckets, self._with_lines = folder, buckets, with_lines
-        self._waiting: list[pa.Table] = []
+        self._pending_tables: list[pa.Table] = []
         self._chunks: list[tuple[Path, np.ndarray]] = []  # file, int64 (buckets + 1,): the first row of each bucket
         self._songs = SongMerger()
         self._rejected: pq.ParquetWriter | None = None
@@ -301,10 +303,10 @@ class _Spool:
     def reject(self, unit: int, rows: pa.Table) -> None:
         """Add rejected rows of a unit."""
         if rows.num_rows:
-            numbered = rows.append_column(UNIT, pa.array(np.full(rows.num_rows, unit, dtype=np.int32)))
+            rejected_rows = rows.append_column(UNIT, pa.array(np.full(rows.num_rows, unit, dtype=np.int32)))
             path = str(self._folder / REJECTED)
-            self._rejected = self._rejected or pq.ParquetWriter(path, numbered.schema, compression="zstd")
-            self._rejected.write_table(numbered)
+            self._rejected = self._rejected or pq.ParquetWriter(path, rejected_rows.schema, compression="zstd")
+            self._rejected.write_table(rejected_rows)
 
     def rejected(self) -> Path | None:
         """Close the file of all rejected rows and return it; None if there are none."""
@@ -317,50 +319,52 @@ class _Spool:
         """Add rows of a unit, in the order of the file."""
         if not rows.num_rows:
             return
-        self._waiting.append(rows.append_column(UNIT, pa.array(np.full(rows.num_rows, unit, dtype=np.int32))))
-        if sum(table.num_rows for table in self._waiting) >= ROWS_PER_CHUNK:
+        self._pending_tables.append(rows.append_column(UNIT, pa.array(np.full(rows.num_rows, unit, dtype=np.int32))))
+        if sum(table.num_rows for table in self._pending_tables) >= ROWS_PER_CHUNK:
             self._write_chunk()
 
     def _write_chunk(self) -> None:
-        rows = pa.concat_tables(self._waiting).combine_chunks()
-        self._waiting = []
+        rows = pa.concat_tables(self._pending_tables).combine_chunks()
+        self._pending_tables = []
         self._songs.add(first_songs(rows))
-        chunk = _rows(rows, with_lines=self._with_lines)
+        chunk = _to_rows(rows, with_lines=self._with_lines)
         owners = one_array(chunk.column(OWNER)).dictionary_encode()
-        bucket = bucket_of(owners.dictionary.to_numpy(zero_copy_only=False), self._buckets)[owners.indices.to_numpy()]
-        order = np.argsort(bucket, kind="stable")
-        bounds = np.searchsorted(bucket[order], np.arange(self._buckets + 1))
+        row_buckets = bucket_of(owners.dictionary.to_numpy(zero_copy_only=False), self._buckets)[
+            owners.indices.to_numpy()
+        ]
+        row_order = np.argsort(row_buckets, kind="stable")
+        bucket_starts = np.searchsorted(row_buckets[row_order], np.arange(self._buckets + 1))
         path = self._folder / f"{len(self._chunks)}.arrow"
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, ROWS) as writer:
-            writer.write_table(chunk.take(pa.array(order)).combine_chunks())
-        self._chunks.append((path, bounds))
+            writer.write_table(chunk.take(pa.array(row_order)).combine_chunks())
+        self._chunks.append((path, bucket_starts))
 
     def blocks(self) -> Iterator[pa.Table]:
         """Yield the rows of each bucket, sorted by owner; those of an owner are in the order of the file."""
-        if self._waiting:
+        if self._pending_tables:
             self._write_chunk()
         tables = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path, _ in self._chunks]
         for bucket in range(self._buckets):
             parts = [
-                table.slice(bounds[bucket], bounds[bucket + 1] - bounds[bucket])
-                for table, (_, bounds) in zip(tables, self._chunks, strict=True)
+                table.slice(bucket_starts[bucket], bucket_starts[bucket + 1] - bucket_starts[bucket])
+                for table, (_, bucket_starts) in zip(tables, self._chunks, strict=True)
             ]
             rows = pa.concat_tables(parts) if parts else ROWS.empty_table()
             if rows.num_rows:
                 owners = one_array(rows.column(OWNER)).to_numpy(zero_copy_only=False)
-                rows = _packed(rows.take(pa.array(np.argsort(owners, kind="stable"))))
+                rows = _encode_times(rows.take(pa.array(np.argsort(owners, kind="stable"))))
             yield rows
 
-    def song_blocks(self, ranges: int) -> Iterator[pa.Table]:
+    def song_blocks(self, range_count: int) -> Iterator[pa.Table]:
         """Return the distinct songs of each range of keys, with their place among the songs of the piece."""
-        if self._waiting:
+        if self._pending_tables:
             self._write_chunk()
         songs = self._songs.table()
-        places = pa.array(np.arange(len(songs), dtype=np.int64))
-        songs = songs.set_column(songs.column_names.index(PLACE), PLACE, places)
-        part = range_of(one_array(songs.column(KEY)).to_numpy(), ranges)
+        positions = pa.array(np.arange(len(songs), dtype=np.int64))
+        songs = songs.set_column(songs.column_names.index(PLACE), PLACE, positions)
+        range_numbers = range_of(one_array(songs.column(KEY)).to_numpy(), range_count)
         songs = songs.drop_columns([KEY])  # can be computed from the ids
-        return (songs.filter(pa.array(part == number)) for number in range(ranges))
+        return (songs.filter(pa.array(range_numbers == key_range)) for key_range in range(range_count))
 
 
 class _Counts:
@@ -378,9 +382,9 @@ class _Counts:
         self.read += batch.read
         self.usable += batch.rows.num_rows
         self.lines += batch.lines
-        _count(self.rejected, batch.rejected.column("reason"))
+        _add_counts(self.rejected, batch.rejected.column("reason"))
         if columns.CONTEXTS in batch.rows.column_names:
-            _count(self.contexts, pc.list_flatten(batch.rows.column(columns.CONTEXTS)))
+            _add_counts(self.contexts, pc.list_flatten(batch.rows.column(columns.CONTEXTS)))
             skipped = batch.rows.column(columns.SKIPPED)
             self.has_skipped |= skipped.null_count < len(skipped)
             self.has_likes |= bool(pc.any(batch.rows.column(columns.LIKED)).as_py())
@@ -389,24 +393,24 @@ class _Counts:
         return UnitResult(**vars(self))
 
 
-def _count(counts: dict[str, int], values: pa.ChunkedArray) -> None:
+def _add_counts(counts: dict[str, int], values: pa.ChunkedArray) -> None:
     for pair in pc.value_counts(values).to_pylist():
         if pair["values"]:
             counts[pair["values"]] = counts.get(pair["values"], 0) + pair["counts"]
 
 
-def _rows(rows: pa.Table, *, with_lines: bool) -> pa.Table:
+def _to_rows(rows: pa.Table, *, with_lines: bool) -> pa.Table:
     """Convert plays or playlist entries to ROWS."""
-    plays = columns.USER in rows.column_names
+    is_plays = columns.USER in rows.column_names
     songs = one_array(rows.column(columns.SONG_ID)).dictionary_encode()
     keys = song_keys(songs.dictionary)[songs.indices.to_numpy()]
     data = {
-        OWNER: rows.column(columns.USER if plays else columns.PLAYLIST),
+        OWNER: rows.column(columns.USER if is_plays else columns.PLAYLIST),
         KEY: pa.array(keys),
-        ORDER: rows.column(columns.PLAYED_AT if plays else "position"),
-        columns.CONTEXTS: rows.column(columns.CONTEXTS) if plays else pa.nulls(len(keys), pa.list_(pa.string())),
+        ORDER: rows.column(columns.PLAYED_AT if is_plays else "position"),
+        columns.CONTEXTS: rows.column(columns.CONTEXTS) if is_plays else pa.nulls(len(keys), pa.list_(pa.string())),
         **{
-            name: rows.column(name) if plays else pa.nulls(len(keys), pa.bool_())
+            name: rows.column(name) if is_plays else pa.nulls(len(keys), pa.bool_())
             for name in (columns.SKIPPED, columns.LIKED, columns.IS_PLAY)
         },
         UNIT: rows.column(UNIT) if with_lines else pa.nulls(len(keys), pa.int32()),
@@ -471,9 +475,11 @@ def write_histories(workspace: Workspace, path: str, batches: Iterable[Histories
             for histories in batches:
                 table = histories.to_arrow()
                 writer = writer or pq.ParquetWriter(stream, table.schema, compression="zstd")
-                groups = histories.offsets[:-1] // PLAYS_PER_ROW_GROUP
-                starts = [row for row in range(len(groups)) if row == 0 or groups[row] != groups[row - 1]]
-                for start, stop in zip(starts, [*starts[1:], len(groups)], strict=False):
+                group_numbers = histories.offsets[:-1] // PLAYS_PER_ROW_GROUP
+                starts = [
+                    row for row in range(len(group_numbers)) if row == 0 or group_numbers[row] != group_numbers[row - 1]
+                ]
+                for start, stop in zip(starts, [*starts[1:], len(group_numbers)], strict=False):
                     writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
         finally:
             if writer is not None:
@@ -485,20 +491,20 @@ def write_histories(workspace: Workspace, path: str, batches: Iterable[Histories
 
 def piece_names(pieces: Sequence[str], buckets: int) -> list[str]:
     """Return the folder names of the pieces of a plan that are read into `buckets` buckets."""
-    return [f"{buckets:04d}-{unit}" for unit in pieces]
+    return [f"{buckets:04d}-{piece}" for piece in pieces]
 
 
 def buckets_read(workspace: Workspace, pieces: Sequence[str]) -> int:
     """Return the number of buckets into which an unfinished import has read pieces of a plan; 0 if none has."""
-    read = [name.split("-") for name in workspace.folders(f"{IMPORT_STAGING}/{PIECES}")]
-    known = set(pieces)
-    return max((int(buckets) for buckets, unit in read if unit in known), default=0)
+    folder_parts = [name.split("-") for name in workspace.folders(f"{IMPORT_STAGING}/{PIECES}")]
+    known_pieces = set(pieces)
+    return max((int(buckets) for buckets, piece in folder_parts if piece in known_pieces), default=0)
 
 
 def discard_others(workspace: Workspace, staging: Staging) -> None:
     """Delete the files of unfinished imports of other inputs, except pieces that this import also reads."""
     current_folders = {f"{IMPORT_STAGING}/{PIECES}", staging.folder}
-    current_folders |= {f"{staging.fragments.folder}/{unit}" for unit in staging.fragments.names}
+    current_folders |= {f"{staging.fragments.folder}/{piece}" for piece in staging.fragments.names}
     for folder in (IMPORT_STAGING, f"{IMPORT_STAGING}/{PIECES}"):
         for name in workspace.folders(folder):
             if f"{folder}/{name}" not in current_folders:
@@ -514,36 +520,36 @@ def finish_publishing(workspace: Workspace) -> None:
     """
     for name in workspace.folders(IMPORT_STAGING):
         staging = Staging(workspace, name)
-        staged_manifest = staging.out(DATASET_MANIFEST)
-        if not workspace.exists(staged_manifest):
+        manifest_path = staging.out(DATASET_MANIFEST)
+        if not workspace.exists(manifest_path):
             continue
-        staged = read_dataset_manifest(workspace, staged_manifest)
-        if not _stays_whole(workspace, staged):
+        manifest = read_dataset_manifest(workspace, manifest_path)
+        if not _keeps_current_files(workspace, manifest):
             workspace.delete(DATASET_MANIFEST)
             workspace.delete(GENERATING)
             for path in workspace.files(DATASET):
-                if not path.startswith(f"{IMPORT_STAGING}/") and path.removeprefix(f"{DATASET}/") not in staged.files:
+                if not path.startswith(f"{IMPORT_STAGING}/") and path.removeprefix(f"{DATASET}/") not in manifest.files:
                     workspace.delete(path)
-        waiting = set(workspace.files(f"{staging.folder}/out"))
-        for path in staged.files:
-            if staging.out(path) in waiting:
+        staged_files = set(workspace.files(f"{staging.folder}/out"))
+        for path in manifest.files:
+            if staging.out(path) in staged_files:
                 workspace.move(staging.out(path), f"{DATASET}/{path}")
-        workspace.move(staged_manifest, DATASET_MANIFEST)
+        workspace.move(manifest_path, DATASET_MANIFEST)
         workspace.delete(IMPORT_STAGING)
 
 
-def _stays_whole(workspace: Workspace, staged: DatasetManifest) -> bool:
+def _keeps_current_files(workspace: Workspace, manifest: DatasetManifest) -> bool:
     """True if all files of the current data set stay unchanged, except for the song table, which grows.
 
     Files of histories and users that the new manifest does not list are kept for readers of the old manifest.
     """
     if not workspace.exists(DATASET_MANIFEST):
         return False
-    current = read_dataset_manifest(workspace)
-    songs = SONGS_TABLE.removeprefix(f"{DATASET}/")
-    left_out = ("histories/", "users/")
-    return current.id in staged.ancestors and all(
-        staged.files.get(path) == digest or (path not in staged.files and path.startswith(left_out))
-        for path, digest in current.files.items()
-        if path != songs
+    current_manifest = read_dataset_manifest(workspace)
+    songs_file = SONGS_TABLE.removeprefix(f"{DATASET}/")
+    unlisted_folders = ("histories/", "users/")
+    return current_manifest.id in manifest.ancestors and all(
+        manifest.files.get(path) == digest or (path not in manifest.files and path.startswith(unlisted_folders))
+        for path, digest in current_manifest.files.items()
+        if path != songs_file
     )

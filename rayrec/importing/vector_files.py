@@ -67,20 +67,20 @@ def _read_npy(path: Path) -> tuple[np.ndarray, pa.Array | None]:
         raise InputError(
             f"vectors file {path} has {len(raw)} rows, but its ids file has {len(ids)} ids; the numbers must be equal"
         )
-    return raw, None if ids is None else _spelled(path, ids)
+    return raw, None if ids is None else _spell_song_ids(path, ids)
 
 
-def _spelled(path: Path, ids: pa.Array) -> pa.Array:
+def _spell_song_ids(path: Path, ids: pa.Array) -> pa.Array:
     """Return ids in the spelling of all imports. Raises `InputError` if a row has no id."""
     problems = Problems(len(ids))
     with naming(str(path)):
-        spelled = spell_ids(ids, problems, column=columns.SONG_ID, reason="no song id")
+        spelled_ids = spell_ids(ids, problems, column=columns.SONG_ID, reason="no song id")
     if problems.bad.any():
         raise InputError(
             f"vectors file {path} has {int(problems.bad.sum())} rows without a song id, the first is row "
             f"{int(problems.bad.argmax()) + 1}; remove these rows"
         )
-    return spelled
+    return spelled_ids
 
 
 def _require_matrix(path: Path, raw: np.ndarray) -> None:
@@ -92,8 +92,8 @@ def _require_matrix(path: Path, raw: np.ndarray) -> None:
 
 def _ids_file(path: Path) -> Path | None:
     """Return the file of the ids of NAME.npy, or None if it does not exist."""
-    beside = (path.with_suffix(suffix) for suffix in (".ids.txt", ".ids.json"))
-    return next((file for file in beside if file.is_file()), None)
+    candidates = (path.with_suffix(suffix) for suffix in (".ids.txt", ".ids.json"))
+    return next((file for file in candidates if file.is_file()), None)
 
 
 def _read_ids(path: Path) -> pa.Array | None:
@@ -126,14 +126,14 @@ def _read_parquet(path: Path) -> tuple[np.ndarray, pa.Array]:
                 f"expected {columns.SONG_ID} (string) and {VECTOR} (list of numbers)"
             )
         table = read_columns(str(path), file, [columns.SONG_ID, VECTOR])
-    ids = _spelled(path, table.column(columns.SONG_ID).combine_chunks())
-    return _matrix(path, plain(table.column(VECTOR))), ids
+    ids = _spell_song_ids(path, table.column(columns.SONG_ID).combine_chunks())
+    return _to_matrix(path, plain(table.column(VECTOR))), ids
 
 
-def _matrix(path: Path, lists: pa.Array) -> np.ndarray:
+def _to_matrix(path: Path, lists: pa.Array) -> np.ndarray:
     """Return a column of lists of one length as an array (rows, D)."""
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(is_kind(lists.type) for is_kind in kinds):
+    type_checks = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_kind(lists.type) for is_kind in type_checks):
         raise InputError(f"vectors file {path}, column {VECTOR} has type {lists.type}; expected lists of numbers")
     if pa.types.is_fixed_size_list(lists.type):
         lists = lists.cast(pa.list_(lists.type.value_type))  # flattening a fixed-size list leaves out null lists
@@ -143,8 +143,10 @@ def _matrix(path: Path, lists: pa.Array) -> np.ndarray:
             f"vectors file {path}, column {VECTOR} has lists of lengths {sorted(map(str, lengths))[:5]}; "
             "expected lists of one length, without nulls"
         )
-    flat = pc.list_flatten(lists)
-    values = np.asarray((flat.cast(pa.float64()) if pa.types.is_decimal(flat.type) else flat).to_numpy(False))
+    flat_values = pc.list_flatten(lists)
+    values = np.asarray(
+        (flat_values.cast(pa.float64()) if pa.types.is_decimal(flat_values.type) else flat_values).to_numpy(False)
+    )
     raw = values.reshape(-1, lengths[0])
     _require_matrix(path, raw)
     return raw
@@ -152,9 +154,9 @@ def _matrix(path: Path, lists: pa.Array) -> np.ndarray:
 
 def _require_distinct(path: Path, song_ids: pa.Array) -> None:
     counts = pc.value_counts(song_ids)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    if len(repeated):
+    repeated_ids = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    if len(repeated_ids):
         raise InputError(
             f"vectors file {path} has {len(song_ids) - len(counts)} repeated ids, such as "
-            f"{repeated[0].as_py()!r}; give each id once"
+            f"{repeated_ids[0].as_py()!r}; give each id once"
         )

@@ -59,8 +59,8 @@ def first_songs(rows: pa.Table) -> pa.Table:
     encoded = one_array(rows.column(columns.SONG_ID)).dictionary_encode()
     codes, count = encoded.indices.to_numpy(), len(encoded.dictionary)
     titles, artists = (_first_values(rows.column(name), codes, count) for name in (columns.TITLE, columns.ARTIST))
-    places = pa.array(np.arange(count, dtype=np.int64))
-    data = [pa.array(song_keys(encoded.dictionary)), encoded.dictionary, titles, artists, places]
+    positions = pa.array(np.arange(count, dtype=np.int64))
+    data = [pa.array(song_keys(encoded.dictionary)), encoded.dictionary, titles, artists, positions]
     return pa.table(dict(zip(SONGS.names, data, strict=True))).cast(SONGS)
 
 
@@ -69,12 +69,12 @@ def merge_songs(tables: Sequence[pa.Table]) -> pa.Table:
 
     Raises `RayrecError` if two song ids have the same key.
     """
-    everything = pa.concat_tables(tables)
-    encoded = one_array(everything.column(KEY)).dictionary_encode()
+    all_songs = pa.concat_tables(tables)
+    encoded = one_array(all_songs.column(KEY)).dictionary_encode()
     codes, count = encoded.indices.to_numpy(), len(encoded.dictionary)
-    values = {name: _first_values(everything.column(name), codes, count) for name in SONGS.names[1:]}
+    values = {name: _first_values(all_songs.column(name), codes, count) for name in SONGS.names[1:]}
     song_ids = values[columns.SONG_ID]
-    if not pc.all(pc.equal(song_ids.take(pa.array(codes)), one_array(everything.column(columns.SONG_ID)))).as_py():
+    if not pc.all(pc.equal(song_ids.take(pa.array(codes)), one_array(all_songs.column(columns.SONG_ID)))).as_py():
         raise RayrecError("two song ids have the same 64-bit key; please report this with the two ids")
     return pa.table([encoded.dictionary, *values.values()], schema=SONGS)
 
@@ -83,9 +83,10 @@ def _first_values(values: pa.ChunkedArray, codes: np.ndarray, count: int) -> pa.
     """Return the first non-null value of each of `count` groups; `codes`, int (R,), are the groups of the rows."""
     column = one_array(values)
     valid_rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))[::-1]
-    places = np.full(count, -1, dtype=np.int64)
-    places[codes[valid_rows]] = valid_rows  # in reverse order, so that the first row of a group overwrites later ones
-    return column.take(pa.array(places, mask=places < 0))
+    first_rows = np.full(count, -1, dtype=np.int64)
+    # In reverse order, so that the first row of a group overwrites later ones.
+    first_rows[codes[valid_rows]] = valid_rows
+    return column.take(pa.array(first_rows, mask=first_rows < 0))
 
 
 class SongMerger:
@@ -93,22 +94,22 @@ class SongMerger:
 
     def __init__(self) -> None:
         self._songs = SONGS.empty_table()
-        self._waiting: list[pa.Table] = []
-        self._waiting_rows = 0
+        self._pending_tables: list[pa.Table] = []
+        self._pending_rows = 0
 
     def add(self, table: pa.Table) -> None:
         """Add a table, in the order of import."""
-        self._waiting.append(table)
-        self._waiting_rows += table.num_rows
+        self._pending_tables.append(table)
+        self._pending_rows += table.num_rows
         # A merge costs as much as all songs merged so far, so it waits until there are as many new ones.
-        if self._waiting_rows > max(MERGE_ROWS, len(self._songs)):
+        if self._pending_rows > max(MERGE_ROWS, len(self._songs)):
             self.table()
 
     def table(self) -> pa.Table:
         """Return all distinct songs added so far, SONGS."""
-        if self._waiting:
-            self._songs = merge_songs([self._songs, *self._waiting])
-            self._waiting, self._waiting_rows = [], 0
+        if self._pending_tables:
+            self._songs = merge_songs([self._songs, *self._pending_tables])
+            self._pending_tables, self._pending_rows = [], 0
         return self._songs
 
 
@@ -118,13 +119,13 @@ class Vocabulary:
     def __init__(self, existing: pa.Table | None, new: Iterable[pa.Table]) -> None:
         """`existing` is a columns.SONGS_TABLE; `new` are SONGS tables, one per range of keys."""
         table = columns.SONGS_TABLE.empty_table() if existing is None else existing
-        self._fixed = len(table)
-        wide = [table.column(name).cast(pa.large_string()) for name in SONGS.names[1:4]]
-        keys = [song_keys(chunk) for chunk in wide[0].chunks if len(chunk)]
-        keys_array = pa.array(np.concatenate([np.zeros(0, np.uint64), *keys]))
-        before = pa.table([keys_array, *wide, pa.array(np.full(len(table), -1))], schema=SONGS)
-        added = pa.concat_tables([SONGS.empty_table(), *new]).sort_by(PLACE)
-        self._songs = merge_songs([before, added])
+        self._existing_count = len(table)
+        text_columns = [table.column(name).cast(pa.large_string()) for name in SONGS.names[1:4]]
+        key_chunks = [song_keys(chunk) for chunk in text_columns[0].chunks if len(chunk)]
+        keys_array = pa.array(np.concatenate([np.zeros(0, np.uint64), *key_chunks]))
+        existing_songs = pa.table([keys_array, *text_columns, pa.array(np.full(len(table), -1))], schema=SONGS)
+        new_songs = pa.concat_tables([SONGS.empty_table(), *new]).sort_by(PLACE)
+        self._songs = merge_songs([existing_songs, new_songs])
 
     @property
     def keys(self) -> np.ndarray:
@@ -134,18 +135,18 @@ class Vocabulary:
     def keep(self, mask: np.ndarray) -> None:
         """Drop the new songs where `mask`, bool (N,), is false; rows that existed before stay."""
         mask = mask.copy()
-        mask[: self._fixed] = True
+        mask[: self._existing_count] = True
         self._songs = self._songs.filter(pa.array(mask))
 
     def table(self) -> pa.Table:
         """Return columns.SONGS_TABLE, in chunks small enough for strings with 32-bit offsets."""
-        pieces = []
+        chunks = []
         for start in range(0, max(1, len(self._songs)), ROWS_PER_ARRAY):
-            piece = self._songs.slice(start, ROWS_PER_ARRAY)
-            rows = pa.array(np.arange(start, start + len(piece), dtype=np.int32))
-            data = [rows, *(piece.column(name).cast(pa.string()) for name in SONGS.names[1:4])]
-            pieces.append(pa.table(data, schema=columns.SONGS_TABLE))
-        return pa.concat_tables(pieces)
+            chunk = self._songs.slice(start, ROWS_PER_ARRAY)
+            rows = pa.array(np.arange(start, start + len(chunk), dtype=np.int32))
+            data = [rows, *(chunk.column(name).cast(pa.string()) for name in SONGS.names[1:4])]
+            chunks.append(pa.table(data, schema=columns.SONGS_TABLE))
+        return pa.concat_tables(chunks)
 
 
 class SongRows:
@@ -164,5 +165,5 @@ class SongRows:
         """int32: the row of the song with each key, -1 if it is not in the vocabulary."""
         if not len(self.keys):
             return np.full(len(keys), -1, dtype=np.int32)
-        places = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        return np.where(self.keys[places] == keys, self.rows[places], np.int32(-1))
+        positions = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return np.where(self.keys[positions] == keys, self.rows[positions], np.int32(-1))

@@ -44,25 +44,25 @@ def add_songs(workspace: Workspace, *, model_id: str | None = None, repeat: bool
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
     model = dataset.model(model_id)
-    began = time.monotonic()
+    started = time.monotonic()
     new_songs = take_in_described_songs(dataset)
     descriptions = dataset.descriptions()
     inputs = {"dataset": dataset.manifest.id, "models": model.id}
     if descriptions:
         inputs["descriptions"] = descriptions[-1].id
-    earlier = artifacts.latest(workspace, KIND, lambda songs: songs.inputs["models"] == model.id)
-    print_id = artifacts.fingerprint(KIND, {}, inputs)
-    added_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
+    earlier_songs = artifacts.latest(workspace, KIND, lambda candidate: candidate.inputs["models"] == model.id)
+    fingerprint_id = artifacts.fingerprint(KIND, {}, inputs)
+    added_id, complete = artifacts.new_id(workspace, KIND, fingerprint_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, KIND, added_id)
     with progress("Added songs"):
         split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
-        songs = added_since(dataset, model, fit_range(split), earlier)
+        songs = added_since(dataset, model, fit_range(split), earlier_songs)
     manifest = Manifest(kind=KIND, id=added_id, inputs=inputs)
     checksums = songs.save(workspace, manifest.folder)
     content = dataset.content()
     metrics = {
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(time.monotonic() - started, 1),
         "new_songs": new_songs,
         "songs": len(songs),
         "with_content": int((content.places[songs.rows] >= 0).sum()),
@@ -75,17 +75,17 @@ def add_songs(workspace: Workspace, *, model_id: str | None = None, repeat: bool
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums, checksums)
 
 
-def added_since(dataset: Dataset, model: Manifest, allowed: FitRange, earlier: Manifest | None) -> AddedSongs:
+def added_since(dataset: Dataset, model: Manifest, allowed: FitRange, earlier_songs: Manifest | None) -> AddedSongs:
     """Return the songs to add to a model, estimated with the plays since its training that `allowed` permits.
 
-    `earlier` is the artifact of the songs that were added to the model before, or None.
+    `earlier_songs` is the artifact of the songs that were added to the model before, or None.
     """
     return added_to(
         dataset,
         model.folder,
         plays=_plays_since(dataset, model, allowed),
-        earlier=None if earlier is None else AddedSongs.load(dataset.workspace, earlier.folder),
-        songs_then=0 if earlier is None else dataset.earlier(earlier.inputs["dataset"]).songs,
+        earlier=None if earlier_songs is None else AddedSongs.load(dataset.workspace, earlier_songs.folder),
+        songs_then=0 if earlier_songs is None else dataset.earlier(earlier_songs.inputs["dataset"]).songs,
     )
 
 
@@ -102,18 +102,18 @@ def added_to(
     `plays` are the plays since the network's training; `earlier` and `songs_then` are as in `AddedSongs.make`.
     """
     workspace = dataset.workspace
-    outputs = workspace.read_array(f"{folder}/{SONG_VECTORS}")
+    output_vectors = workspace.read_array(f"{folder}/{SONG_VECTORS}")
     path = f"{folder}/{INPUT_VECTORS}"
-    inputs = workspace.read_array(path) if workspace.exists(path) else outputs
-    rows = songs_without_vector(outputs, dataset.num_songs)
+    input_vectors = workspace.read_array(path) if workspace.exists(path) else output_vectors
+    rows = songs_without_vector(output_vectors, dataset.num_songs)
     return AddedSongs.make(
-        outputs,
-        inputs,
+        output_vectors,
+        input_vectors,
         dataset.catalog(),
         dataset.content(),
         earlier=earlier,
         songs_then=songs_then,
-        first_plays=FirstPlays.read(plays, rows, outputs, inputs),
+        first_plays=FirstPlays.read(plays, rows, output_vectors, input_vectors),
     )
 
 

@@ -38,8 +38,8 @@ def build_index(
     model = load_manifest(workspace, "models", model_id) if model_id else newest(workspace, "models")
     require_one_faiss()
     inputs = {"models": model.id}
-    stage_id = fingerprint("index", to_mapping(config), inputs)
-    index_id, complete = new_id(workspace, "indexes", stage_id, repeat=repeat)
+    fingerprint_id = fingerprint("index", to_mapping(config), inputs)
+    index_id, complete = new_id(workspace, "indexes", fingerprint_id, repeat=repeat)
     if complete:
         return reuse(workspace, "indexes", index_id)
     manifest = Manifest(kind="indexes", id=index_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
@@ -47,8 +47,8 @@ def build_index(
     with ray_cluster(), progress("index"):
         cpus = node_cpus()
         arguments = (workspace, config, model, manifest.path(INDEX_FILE), cpus)
-        (figures,) = run_on_node(build_and_save, *arguments, cpus=cpus)
-    metrics = {**asdict(figures), "seconds": time.perf_counter() - started}
+        (index_metrics,) = run_on_node(build_and_save, *arguments, cpus=cpus)
+    metrics = {**asdict(index_metrics), "seconds": time.perf_counter() - started}
     return publish(workspace, replace(manifest, metrics=metrics), [INDEX_FILE])
 
 
@@ -89,12 +89,12 @@ def sampled_tastes(dataset: Dataset, network: TasteRecommender, count: int) -> n
     """
     from rayrec.recommend.two_step import HORIZONS
 
-    vectors, users_left = [], -(-count // len(HORIZONS))
+    vectors, remaining_users = [], -(-count // len(HORIZONS))
     for bucket in range(dataset.manifest.buckets):
-        for histories in dataset.read_bucket(bucket, min(users_left, USERS_AT_ONCE)):
+        for histories in dataset.read_bucket(bucket, min(remaining_users, USERS_AT_ONCE)):
             ends = Queries.at_end(histories, histories.played_at[histories.offsets[1:] - 1])
             vectors.append(np.concatenate(list(network.vectors_of(histories, ends, HORIZONS).values())))
-            users_left -= len(histories)
-            if users_left <= 0:
+            remaining_users -= len(histories)
+            if remaining_users <= 0:
                 return np.concatenate(vectors)[:count]
     return np.concatenate(vectors) if vectors else None

@@ -46,51 +46,60 @@ def compact(workspace: Workspace) -> Compacted:
     erased = erase_forgotten(workspace)
     dataset = Dataset(workspace)
     base = dataset.manifest
-    spans = joined_spans(base.parts, _cuts(dataset))
-    new = [span for span in spans if span not in base.spans]
-    if not new:
+    spans = joined_spans(base.parts, _cut_parts(dataset))
+    new_spans = [span for span in spans if span not in base.spans]
+    if not new_spans:
         return Compacted(dataset=base, spans_before=base.spans, spans=base.spans, erased=erased)
     staging = Staging(workspace, fingerprint("compact", {"spans": spans}, {"dataset": base.id}))
-    written = staging.bucket_results()
-    todo = [bucket for bucket in range(base.buckets) if bucket not in written]
-    with ray_cluster(), progress("compact", len(todo)) as bar:
-        arguments = {"staging": staging, "dataset": dataset, "spans": new}
-        for bucket, files in run_buckets(BucketJoiner, todo, arguments=arguments):
-            written[bucket] = files
+    bucket_files = staging.bucket_results()
+    pending_buckets = [bucket for bucket in range(base.buckets) if bucket not in bucket_files]
+    with ray_cluster(), progress("compact", len(pending_buckets)) as bar:
+        arguments = {"staging": staging, "dataset": dataset, "spans": new_spans}
+        for bucket, files in run_buckets(BucketJoiner, pending_buckets, arguments=arguments):
+            bucket_files[bucket] = files
             bar.advance()
-    manifest = _manifest(base, spans, written, staging)
+    manifest = _manifest(base, spans, bucket_files, staging)
     staging.publish(manifest)
     return Compacted(dataset=manifest, spans_before=base.spans, spans=manifest.spans, erased=erased)
 
 
-def _cuts(dataset: Dataset) -> set[int]:
+def _cut_parts(dataset: Dataset) -> set[int]:
     """Return the parts at which files are cut: no file may hold plays from before such a part and from it on."""
     tastes = artifacts.listing(dataset.workspace, "tastes")
-    fitting = [each for each in tastes if dataset.descends_from(each.inputs["dataset"])]
+    matching_tastes = [item for item in tastes if dataset.descends_from(item.inputs["dataset"])]
     all_releases, state = list_releases(dataset.workspace), read_active(dataset.workspace)
-    kept = {state["active"], *state["history"][-1:], *(release.id for release in all_releases[-NEWEST_RELEASES:])}
-    used = {release.inputs["tastes"] for release in all_releases if release.id in kept}
-    parts = {each.id: dataset.earlier(each.inputs["dataset"]).parts for each in fitting}
-    newest: dict[str, int] = {}
-    for each in fitting:
-        model = each.inputs["models"]
-        newest[model] = max(newest.get(model, 0), parts[each.id])
-    return {*newest.values(), *(parts[each] for each in used if each in parts)}
+    kept_release_ids = {
+        state["active"],
+        *state["history"][-1:],
+        *(release.id for release in all_releases[-NEWEST_RELEASES:]),
+    }
+    used_tastes_ids = {release.inputs["tastes"] for release in all_releases if release.id in kept_release_ids}
+    part_counts = {item.id: dataset.earlier(item.inputs["dataset"]).parts for item in matching_tastes}
+    newest_part_counts: dict[str, int] = {}
+    for item in matching_tastes:
+        model_id = item.inputs["models"]
+        newest_part_counts[model_id] = max(newest_part_counts.get(model_id, 0), part_counts[item.id])
+    return {
+        *newest_part_counts.values(),
+        *(part_counts[item] for item in used_tastes_ids if item in part_counts),
+    }
 
 
 def _manifest(
-    base: DatasetManifest, spans: Spans, written: dict[int, dict[str, str]], staging: Staging
+    base: DatasetManifest, spans: Spans, bucket_files: dict[int, dict[str, str]], staging: Staging
 ) -> DatasetManifest:
-    new = {path.removeprefix(f"{DATASET}/"): digest for files in written.values() for path, digest in files.items()}
-    joined = [span for span in spans if span[0] < span[1]]
-    manifest = replace(base, joined=joined)
+    new_files = {
+        path.removeprefix(f"{DATASET}/"): digest for files in bucket_files.values() for path, digest in files.items()
+    }
+    multi_part_spans = [span for span in spans if span[0] < span[1]]
+    manifest = replace(base, joined=multi_part_spans)
     current_files = {path for bucket in range(base.buckets) for path in manifest.histories_files(bucket)}
-    histories = HISTORIES.removeprefix(f"{DATASET}/")
+    histories_folder = HISTORIES.removeprefix(f"{DATASET}/")
     files = {
         path: digest
         for path, digest in base.files.items()
-        if not path.startswith(f"{histories}/") or f"{DATASET}/{path}" in current_files
-    } | new
+        if not path.startswith(f"{histories_folder}/") or f"{DATASET}/{path}" in current_files
+    } | new_files
     return replace(
         manifest,
         id=fingerprint("dataset", {"files": dict(sorted(files.items())), "parts": spans}, {}),

@@ -44,40 +44,40 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
         inputs["split"] = split.id
     if config.vectors is not None:
         inputs["vectors"] = file_id(config.vectors)
-    stage_id = artifacts.fingerprint("embed", to_mapping(config), inputs)
-    songs_id, complete = artifacts.new_id(workspace, "songs", stage_id, repeat=repeat)
+    fingerprint_id = artifacts.fingerprint("embed", to_mapping(config), inputs)
+    songs_id, complete = artifacts.new_id(workspace, "songs", fingerprint_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, "songs", songs_id)
     manifest = Manifest(kind="songs", id=songs_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     started = time.perf_counter()
-    fits = {FINAL: fit_range(split)}
+    fit_ranges = {FINAL: fit_range(split)}
     if split is not None and split.has_validation:
-        fits[SELECTION] = split.selection
+        fit_ranges[SELECTION] = split.selection
     if config.vectors is None:
         word2vec.choose_source(dataset, config)  # raises here, before a cluster is started
-        fit_figures = _fit_all(workspace, config, manifest, fits)
+        fit_metrics = _fit_all(workspace, config, manifest, fit_ranges)
     else:
-        paths = [manifest.path(name) for name in fits]
-        fit_figures = word2vec.take_vectors(workspace, config, fits[FINAL], paths)
-    counts = fit_figures.pop("counts")
+        paths = [manifest.path(name) for name in fit_ranges]
+        fit_metrics = word2vec.take_vectors(workspace, config, fit_ranges[FINAL], paths)
+    counts = fit_metrics.pop("counts")
     vectors = SongVectors(workspace.read_array(manifest.path(FINAL)))
-    metrics = {**fit_figures, **check_health(vectors, counts, dataset.catalog(), config.seed)}
+    metrics = {**fit_metrics, **check_health(vectors, counts, dataset.catalog(), config.seed)}
     metrics["seconds"] = time.perf_counter() - started
-    return artifacts.publish(workspace, replace(manifest, metrics=metrics), fits)
+    return artifacts.publish(workspace, replace(manifest, metrics=metrics), fit_ranges)
 
 
 def _fit_all(
-    workspace: Workspace, config: EmbedConfig, manifest: Manifest, fits: dict[str, FitRange]
+    workspace: Workspace, config: EmbedConfig, manifest: Manifest, fit_ranges: dict[str, FitRange]
 ) -> dict[str, Any]:
     """Fit one range after another, with one progress bar over all epochs; return the figures of the final fit."""
-    final_figures: dict[str, Any] = {}
-    with ray_cluster(), progress("Song embeddings, epochs", total=len(fits) * config.epochs) as bar:
+    final_metrics: dict[str, Any] = {}
+    with ray_cluster(), progress("Song embeddings, epochs", total=len(fit_ranges) * config.epochs) as bar:
         cpus = min(config.workers or node_cpus(), node_cpus())
-        for name, allowed in fits.items():
+        for name, allowed in fit_ranges.items():
             arguments = (workspace, config, allowed, config.workers or cpus, manifest.path(name))
-            for figures in run_on_node(word2vec.fit_vectors, *arguments, cpus=cpus):
-                if figures is None:
+            for fit_metrics in run_on_node(word2vec.fit_vectors, *arguments, cpus=cpus):
+                if fit_metrics is None:
                     bar.advance()
                 elif name == FINAL:
-                    final_figures = figures
-    return final_figures
+                    final_metrics = fit_metrics
+    return final_metrics

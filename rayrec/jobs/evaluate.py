@@ -83,79 +83,94 @@ def evaluate(
     started = time.monotonic()
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
-    compared = choose_models(workspace, dataset, config, split, model_id)
+    compared_models = choose_models(workspace, dataset, config, split, model_id)
     settings = to_mapping(config)
-    report_id, complete = new_id(workspace, KIND, fingerprint("evaluate", settings, compared.inputs), repeat=repeat)
+    report_id, complete = new_id(
+        workspace, KIND, fingerprint("evaluate", settings, compared_models.inputs), repeat=repeat
+    )
     if complete:
         return reuse(workspace, KIND, report_id)
-    run = f"{artifact_dir(KIND, report_id)}/run"
+    run_folder = f"{artifact_dir(KIND, report_id)}/run"
     with ray_cluster():
-        without = fit_ablations(dataset, rankers_of(workspace, compared), run) if config.ablation else {}
-        evaluator = make_evaluator(workspace, dataset, config, split, compared, without)
-        sums = evaluate_buckets(workspace, evaluator, dataset.manifest.buckets, f"{run}/evaluator")
-    workspace.delete(run)
-    users, plays = sums.users[VIEWS.index("next")].sum(), sums.queries[:, VIEWS.index("next")].sum()
-    if not users:
+        ablation_folders = (
+            fit_ablations(dataset, rankers_of(workspace, compared_models), run_folder) if config.ablation else {}
+        )
+        evaluator = make_evaluator(workspace, dataset, config, split, compared_models, ablation_folders)
+        metric_sums = evaluate_buckets(workspace, evaluator, dataset.manifest.buckets, f"{run_folder}/evaluator")
+    workspace.delete(run_folder)
+    user_count, play_count = (
+        metric_sums.users[VIEWS.index("next")].sum(),
+        metric_sums.queries[:, VIEWS.index("next")].sum(),
+    )
+    if not user_count:
         raise InputError(
             f"no play of the test range ({split.test_range}) has an earlier play by the same user, so there is nothing "
             "to predict; run `rayrec split` with more test days or a larger last fraction"
         )
-    figures = figures_of(sums, evaluator, compared.default)
-    figures["examples"] = examples_of(dataset, evaluator, compared.default)
-    figures[SONG_EMBEDDINGS] = health_of(dataset, compared, evaluator.song_plays)
+    results = figures_of(metric_sums, evaluator, compared_models.default)
+    results["examples"] = examples_of(dataset, evaluator, compared_models.default)
+    results[SONG_EMBEDDINGS] = health_of(dataset, compared_models, evaluator.song_plays)
     manifest = Manifest(
         kind=KIND,
         id=report_id,
         config=settings,
-        inputs=compared.inputs,
+        inputs=compared_models.inputs,
         seed=config.seed,
         metrics={
-            "default": compared.default,
+            "default": compared_models.default,
             "protocol": split.protocol,
-            **({"warning": compared.warning} if compared.warning else {}),
-            **summary(figures, compared.default, config),
-            "users": int(users),
-            "plays": int(plays),
+            **({"warning": compared_models.warning} if compared_models.warning else {}),
+            **summary(results, compared_models.default, config),
+            "users": int(user_count),
+            "plays": int(play_count),
             "seconds": round(time.monotonic() - started, 1),
         },
     )
-    about = {"protocol": split.protocol, "test range": split.test_range, **compared.inputs}
-    about |= settings_of_parts(workspace, compared, config)
-    about |= {"warning": compared.warning} if compared.warning else {}
-    plots = [*filter(None, [cosine_plot(figures[CURVES])]), *plots_of(dataset, compared, evaluator.song_plays)]
-    names = write_report(
-        workspace, manifest.folder, figures, default=compared.default, about=about, plots=plots, config=config
+    report_info = {"protocol": split.protocol, "test range": split.test_range, **compared_models.inputs}
+    report_info |= settings_of_parts(workspace, compared_models, config)
+    report_info |= {"warning": compared_models.warning} if compared_models.warning else {}
+    plots = [*filter(None, [cosine_plot(results[CURVES])]), *plots_of(dataset, compared_models, evaluator.song_plays)]
+    file_names = write_report(
+        workspace,
+        manifest.folder,
+        results,
+        default=compared_models.default,
+        about=report_info,
+        plots=plots,
+        config=config,
     )
-    return publish(workspace, manifest, names)
+    return publish(workspace, manifest, file_names)
 
 
-def settings_of_parts(workspace: Workspace, compared: ComparedModels, config: EvaluateConfig) -> dict[str, str]:
+def settings_of_parts(workspace: Workspace, compared_models: ComparedModels, config: EvaluateConfig) -> dict[str, str]:
     """Return the settings that differ from the defaults, in one line per part of the models and for the evaluation."""
     parts: dict[str, tuple[type[Settings], Manifest]] = {}
-    if compared.songs:
-        parts["the song embeddings"] = EmbedConfig, compared.songs
-    networks = {"the network": compared.model} if compared.model else {}
-    parts |= {name: (TrainConfig, network) for name, network in {**networks, **compared.others}.items()}
+    if compared_models.songs:
+        parts["the song embeddings"] = EmbedConfig, compared_models.songs
+    networks = {"the network": compared_models.model} if compared_models.model else {}
+    parts |= {name: (TrainConfig, network) for name, network in {**networks, **compared_models.others}.items()}
     for kind, settings_class in (("retrieval", RetrievalConfig), ("rankers", RankConfig)):
-        if kind in compared.inputs:
-            part = load_manifest(workspace, kind, compared.inputs[kind])
+        if kind in compared_models.inputs:
+            part = load_manifest(workspace, kind, compared_models.inputs[kind])
             parts[f"the {noun(kind)}"] = settings_class, part
-    texts = {name: settings_text(changed_settings(cls, part.config)) for name, (cls, part) in parts.items()}
+    texts = {
+        name: settings_text(changed_settings(config_class, part.config)) for name, (config_class, part) in parts.items()
+    }
     texts["the evaluation"] = settings_text(changed_settings(EvaluateConfig, to_mapping(config)))
     return {f"settings of {name}": text for name, text in texts.items()}
 
 
-def plots_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[Plot]:
+def plots_of(dataset: Dataset, compared_models: ComparedModels, song_plays: np.ndarray) -> list[Plot]:
     """Return plots of the network's training and song embeddings; without a network, of the baselines' embeddings."""
     workspace, plots = dataset.workspace, []
-    if compared.model and EPOCHS in compared.model.files:
-        lines = workspace.read_bytes(compared.model.path(EPOCHS)).splitlines()
+    if compared_models.model and EPOCHS in compared_models.model.files:
+        lines = workspace.read_bytes(compared_models.model.path(EPOCHS)).splitlines()
         plots.append(training_plot([json.loads(line) for line in lines]))
-    for path in [*vector_paths(compared).values()][-1:]:
+    for path in [*vector_paths(compared_models).values()][-1:]:
         vectors = np.asarray(workspace.read_array(path))
-        known = song_plays[: len(vectors)]
-        titles = dataset.catalog().titles(most_played(vectors, known, NAMED))
-        plots.append(song_map(vectors, known, titles))
+        vector_plays = song_plays[: len(vectors)]
+        titles = dataset.catalog().titles(most_played(vectors, vector_plays, NAMED))
+        plots.append(song_map(vectors, vector_plays, titles))
     return [plot for plot in plots if plot is not None]
 
 
@@ -164,48 +179,48 @@ def examples_of(dataset: Dataset, evaluator: Evaluator, default: str) -> list[di
 
     Songs that the user has heard are left out. Each example has last_plays and songs, both as titles.
     """
-    named = [recommender for recommender in evaluator.recommenders if recommender.name == default]
+    default_recommenders = [recommender for recommender in evaluator.recommenders if recommender.name == default]
     catalog, examples = dataset.catalog(), []
-    for histories in dataset.read_all() if named else ():
+    for histories in dataset.read_all() if default_recommenders else ():
         plays = plays_to_predict(histories, evaluator.split)
-        rows, first = np.unique(histories.rows[plays], return_index=True)
-        for row, play in zip(rows.tolist(), plays[first].tolist(), strict=True):
+        rows, first_indices = np.unique(histories.rows[plays], return_index=True)
+        for row, play in zip(rows.tolist(), plays[first_indices].tolist(), strict=True):
             plays_before = play - histories.offsets[row]
             if plays_before < EXAMPLE_PLAYS:
                 continue
             history = histories.take(np.array([row])).span(0, plays_before)
-            songs, _ = named[0].recommend_one(
+            songs, _ = default_recommenders[0].recommend_one(
                 history, int(histories.played_at[play]), EXAMPLE_SONGS, exclude_heard=True
             )
-            last = history.songs[-EXAMPLE_PLAYS:]
-            examples.append({"last_plays": catalog.titles(last), "songs": catalog.titles(songs)})
+            last_songs = history.songs[-EXAMPLE_PLAYS:]
+            examples.append({"last_plays": catalog.titles(last_songs), "songs": catalog.titles(songs)})
             if len(examples) == EXAMPLES:
                 return examples
     return examples
 
 
-def health_of(dataset: Dataset, compared: ComparedModels, song_plays: np.ndarray) -> list[dict[str, Any]]:
+def health_of(dataset: Dataset, compared_models: ComparedModels, song_plays: np.ndarray) -> list[dict[str, Any]]:
     """Return the health of the song embeddings: one entry for those of the embed stage, one for the network's.
 
     Each entry has vectors ("songs" or "models"), id, dim, directions and the figures of `check_health` without its
     warning. `song_plays`, int (N,), are the plays by which `check_health` selects the most played songs.
     """
     entries = []
-    for role, path in vector_paths(compared).items():
+    for role, path in vector_paths(compared_models).items():
         vectors = SongVectors(np.asarray(dataset.workspace.read_array(path)))
-        figures = check_health(vectors, song_plays[: len(vectors)], dataset.catalog())
-        del figures["warning"]  # its advice is for word2vec; the report shows the limit
-        about = {"vectors": role, "id": compared.inputs[role], "dim": vectors.dim}
-        entries.append({**about, "directions": directions(vectors), **figures})
+        health = check_health(vectors, song_plays[: len(vectors)], dataset.catalog())
+        del health["warning"]  # its advice is for word2vec; the report shows the limit
+        source_info = {"vectors": role, "id": compared_models.inputs[role], "dim": vectors.dim}
+        entries.append({**source_info, "directions": directions(vectors), **health})
     return entries
 
 
-def vector_paths(compared: ComparedModels) -> dict[str, str]:
+def vector_paths(compared_models: ComparedModels) -> dict[str, str]:
     """Return role -> path of the existing song embeddings: those of the embed stage, then the network's."""
     from rayrec.model.checkpoint import SONG_VECTORS as TRAINED  # imports torch, so only when needed
 
-    paths = {"songs": compared.songs.path(FINAL)} if compared.songs else {}
-    return {**paths, "models": compared.model.path(TRAINED)} if compared.model else paths
+    paths = {"songs": compared_models.songs.path(FINAL)} if compared_models.songs else {}
+    return {**paths, "models": compared_models.model.path(TRAINED)} if compared_models.model else paths
 
 
 def make_evaluator(
@@ -213,11 +228,14 @@ def make_evaluator(
     dataset: Dataset,
     config: EvaluateConfig,
     split: Split,
-    compared: ComparedModels,
-    without: Mapping[str, str] | None = None,
+    compared_models: ComparedModels,
+    ablation_folders: Mapping[str, str] | None = None,
 ) -> Evaluator:
-    """Return an evaluator of the models of `compared`, and of two-step without parts (part -> folder of rankers)."""
-    recommenders, song_plays = make_recommenders(workspace, dataset, compared, split, without)
+    """Return an evaluator of `compared_models`, and of two-step without each part of `ablation_folders`.
+
+    `ablation_folders` maps a part to the folder of its rankers.
+    """
+    recommenders, song_plays = make_recommenders(workspace, dataset, compared_models, split, ablation_folders)
     return Evaluator(
         recommenders,
         split=split,
@@ -234,17 +252,17 @@ def evaluate_buckets(workspace: Workspace, evaluator: Evaluator, buckets: int, f
     All workers of a node memory-map the evaluator's arrays. During the evaluation `folder` holds the arrays that no
     artifact holds.
     """
-    sums = evaluator.empty()
+    metric_sums = evaluator.empty()
     ranges = cell_ranges(buckets, evaluator.cells_at_once)
     units = buckets * len(ranges)
     with ray_cluster(), progress("evaluate", units) as bar:
         evaluator.query_share = query_share(workspace, evaluator, buckets)
-        with evaluator_files(workspace, folder, evaluator) as stored:
-            arguments = {"workspace": workspace, "stored": stored, "ranges": ranges}
-            for unit, part in run_buckets(BucketEvaluator, range(units), arguments=arguments):
-                sums.add(part, first_cell=unit * part.cells)
+        with evaluator_files(workspace, folder, evaluator) as stored_files:
+            arguments = {"workspace": workspace, "stored": stored_files, "ranges": ranges}
+            for unit, unit_sums in run_buckets(BucketEvaluator, range(units), arguments=arguments):
+                metric_sums.add(unit_sums, first_cell=unit * unit_sums.cells)
                 bar.advance()
-    return sums
+    return metric_sums
 
 
 def query_share(workspace: Workspace, evaluator: Evaluator, buckets: int) -> float:
@@ -254,10 +272,10 @@ def query_share(workspace: Workspace, evaluator: Evaluator, buckets: int) -> flo
     """
     if not evaluator.config.queries:
         return 1.0
-    counted = np.unique(np.linspace(0, buckets - 1, min(buckets, COUNTED_BUCKETS)).astype(int)).tolist()
+    sampled_buckets = np.unique(np.linspace(0, buckets - 1, min(buckets, COUNTED_BUCKETS)).astype(int)).tolist()
     arguments = {"workspace": workspace, "split": evaluator.split}
-    counts = sum(run_buckets(QueryCounter, counted, arguments=arguments))
-    return float(min(1.0, evaluator.config.queries / max(1.0, counts * buckets / len(counted))))
+    query_count = sum(run_buckets(QueryCounter, sampled_buckets, arguments=arguments))
+    return float(min(1.0, evaluator.config.queries / max(1.0, query_count * buckets / len(sampled_buckets))))
 
 
 class QueryCounter:
@@ -280,12 +298,12 @@ class BucketEvaluator:
 
     def __call__(self, unit: int) -> tuple[int, MetricAccumulator]:
         """Return `unit` and the sums of its users. `unit` is the bucket times the number of ranges, plus the range."""
-        bucket, part = divmod(int(unit), len(self.ranges))
-        cells = self.ranges[part]
-        sums = self.evaluator.empty(cells.count)
+        bucket, range_index = divmod(int(unit), len(self.ranges))
+        cells = self.ranges[range_index]
+        metric_sums = self.evaluator.empty(cells.count)
         for histories in self.dataset.read_bucket(bucket, USERS_PER_BATCH):
-            sums.add(self.evaluator(histories, cells))
-        return int(unit), sums
+            metric_sums.add(self.evaluator(histories, cells))
+        return int(unit), metric_sums
 
 
 @writes("evaluate --prefixes")
@@ -315,67 +333,71 @@ def evaluate_prefixes(
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
     (prefix_file,) = find_files([file.path], ["*"])[:1]
-    compared = choose_models(workspace, dataset, config, split, model_id)
+    compared_models = choose_models(workspace, dataset, config, split, model_id)
     settings = {
         **to_mapping(config),
         "prefixes": {**to_mapping(file), "size": prefix_file.size, "changed": prefix_file.changed},
     }
     report_id, complete = new_id(
-        workspace, KIND, fingerprint("evaluate prefixes", settings, compared.inputs), repeat=repeat
+        workspace, KIND, fingerprint("evaluate prefixes", settings, compared_models.inputs), repeat=repeat
     )
     if complete:
         return reuse(workspace, KIND, report_id)
-    recommenders, song_plays = make_recommenders(workspace, dataset, compared, split)
-    fitted_before = fit_range(split).before
-    begin = dataset.manifest.last_play + 1 if fitted_before is None else fitted_before
+    recommenders, song_plays = make_recommenders(workspace, dataset, compared_models, split)
+    fit_end = fit_range(split).before
+    start_time = dataset.manifest.last_play + 1 if fit_end is None else fit_end
     evaluator = PrefixEvaluator(
         recommenders,
         song_plays=song_plays,
         config=config,
-        begin=begin if dataset.manifest.times == "real" else 0,
+        begin=start_time if dataset.manifest.times == "real" else 0,
     )
     units = byte_ranges(prefix_file.source, prefix_file.size, PREFIXES_AT_ONCE)
-    sums, counts = evaluate_pairs(workspace, evaluator, file, units, f"{artifact_dir(KIND, report_id)}/run")
+    metric_sums, counts = evaluate_pairs(workspace, evaluator, file, units, f"{artifact_dir(KIND, report_id)}/run")
     if not counts[0]:
         raise InputError(f"{file.path} has no pairs; expected lines with songs, a tab and the next song")
-    computed = Figures(sums, recommenders, config)
-    results = [entry for entry in computed.results(["served", "next"]) if entry["users"] == "all"]
-    figures = {
+    metrics = Figures(metric_sums, recommenders, config)
+    result_rows = [entry for entry in metrics.results(["served", "next"]) if entry["users"] == "all"]
+    results = {
         "settings": settings_of(recommenders),
-        "results": [{name: value for name, value in entry.items() if name != "users_count"} for entry in results],
-        "comparisons": computed.comparisons(compared.default),
-        "calibration": computed.calibration(),
-        SONG_EMBEDDINGS: health_of(dataset, compared, song_plays),
+        "results": [{name: value for name, value in entry.items() if name != "users_count"} for entry in result_rows],
+        "comparisons": metrics.comparisons(compared_models.default),
+        "calibration": metrics.calibration(),
+        SONG_EMBEDDINGS: health_of(dataset, compared_models, song_plays),
     }
-    pairs = dict(zip(("pairs", "unknown_targets", "unknown_items"), counts.tolist(), strict=True))
+    pair_counts = dict(zip(("pairs", "unknown_targets", "unknown_items"), counts.tolist(), strict=True))
     seconds = round(time.monotonic() - started, 1)
     manifest = Manifest(
         kind=KIND,
         id=report_id,
         config=settings,
-        inputs=compared.inputs,
+        inputs=compared_models.inputs,
         seed=config.seed,
         metrics={
-            "default": compared.default,
+            "default": compared_models.default,
             "protocol": "prefixes",
-            **summary(figures, compared.default, config),
-            **pairs,
+            **summary(results, compared_models.default, config),
+            **pair_counts,
             "seconds": seconds,
         },
     )
-    about = {"protocol": "prefixes", "file": file.path, **{name: f"{count:,}" for name, count in pairs.items()}}
-    about |= compared.inputs | settings_of_parts(workspace, compared, config)
-    names = write_report(
+    report_info = {
+        "protocol": "prefixes",
+        "file": file.path,
+        **{name: f"{count:,}" for name, count in pair_counts.items()},
+    }
+    report_info |= compared_models.inputs | settings_of_parts(workspace, compared_models, config)
+    file_names = write_report(
         workspace,
         manifest.folder,
-        figures,
-        default=compared.default,
-        about=about,
+        results,
+        default=compared_models.default,
+        about=report_info,
         described=ABOUT_PREFIXES,
         config=config,
         drawn="pairs",
     )
-    return publish(workspace, manifest, names)
+    return publish(workspace, manifest, file_names)
 
 
 def evaluate_pairs(
@@ -385,16 +407,26 @@ def evaluate_pairs(
 
     The counts, int64 (3,), are those of `Prefixes.counts`; `folder` is as in `evaluate_buckets`.
     """
-    sums, counts = evaluator.empty(), np.zeros(3, dtype=np.int64)
+    metric_sums, counts = evaluator.empty(), np.zeros(3, dtype=np.int64)
     ranges = cell_ranges(len(units), evaluator.cells_at_once)
     tasks = len(units) * len(ranges)
-    with ray_cluster(), progress("evaluate", tasks) as bar, evaluator_files(workspace, folder, evaluator) as stored:
-        arguments = {"workspace": workspace, "stored": stored, "file": file, "units": list(units), "ranges": ranges}
-        for task, part, pairs in run_buckets(UnitEvaluator, range(tasks), arguments=arguments):
-            sums.add(part, first_cell=task * part.cells)
-            counts += pairs
+    with (
+        ray_cluster(),
+        progress("evaluate", tasks) as bar,
+        evaluator_files(workspace, folder, evaluator) as stored_files,
+    ):
+        arguments = {
+            "workspace": workspace,
+            "stored": stored_files,
+            "file": file,
+            "units": list(units),
+            "ranges": ranges,
+        }
+        for task, task_sums, task_counts in run_buckets(UnitEvaluator, range(tasks), arguments=arguments):
+            metric_sums.add(task_sums, first_cell=task * task_sums.cells)
+            counts += task_counts
             bar.advance()
-    return sums, counts
+    return metric_sums, counts
 
 
 class UnitEvaluator:
@@ -416,14 +448,14 @@ class UnitEvaluator:
 
         `task` is the unit times the number of ranges, plus the range.
         """
-        unit, part = divmod(int(task), len(self.ranges))
-        cells = self.ranges[part]
-        sums, counts = self.evaluator.empty(cells.count), np.zeros(3, dtype=np.int64)
+        unit, range_index = divmod(int(task), len(self.ranges))
+        cells = self.ranges[range_index]
+        metric_sums, counts = self.evaluator.empty(cells.count), np.zeros(3, dtype=np.int64)
         for prefixes in read_prefixes(self.units[unit], self.file, self.song_ids):
-            some = prefixes.take(np.flatnonzero(cells.holds(prefixes.histories.user_ids)))
-            sums.add(self.evaluator(some, cells))
-            counts += some.counts
-        return int(task), sums, counts
+            selected_prefixes = prefixes.take(np.flatnonzero(cells.holds(prefixes.histories.user_ids)))
+            metric_sums.add(self.evaluator(selected_prefixes, cells))
+            counts += selected_prefixes.counts
+        return int(task), metric_sums, counts
 
 
 TWO_STEP, TASTE, TASTE_SHORT = "two-step", "taste", "taste-short"
@@ -447,8 +479,8 @@ class ComparedModels:
         if "split" not in self.inputs:
             return None
         parts = {"the network": self.model, **self.others, "the song embeddings": self.songs}
-        uncut = [name for name, part in parts.items() if part and part.metrics.get("source") == "playlists"]
-        return f"{', '.join(uncut)}: {UNCUT}" if uncut else None
+        uncut_parts = [name for name, part in parts.items() if part and part.metrics.get("source") == "playlists"]
+        return f"{', '.join(uncut_parts)}: {UNCUT}" if uncut_parts else None
 
 
 def choose_models(
@@ -459,56 +491,56 @@ def choose_models(
     `NAME=ID` in `config.models` is the network of models artifact `ID` under the name `NAME`. Raises `InputError` for
     an unknown model, `NotFoundError` if an artifact does not exist, `MismatchError` for an artifact of another split.
     """
-    named, others = _named(workspace, config)
+    model_names, other_networks = _named_models(workspace, config)
     if split is not None:
         require_split_of(dataset, split)
     inputs, model, songs, default = {"dataset": dataset.manifest.id}, None, None, TWO_STEP
     if split is not None:
         inputs["split"] = split.id
-    if config.models is None or set(NETWORKS) & set(named):
+    if config.models is None or set(NETWORKS) & set(model_names):
         model = load_manifest(workspace, "models", model_id) if model_id else newest(workspace, "models")
         inputs["models"] = model.id
         parts = parts_of(workspace, model)
         default = TWO_STEP if "rankers" in parts else TASTE
-        if TWO_STEP in named and default != TWO_STEP:
+        if TWO_STEP in model_names and default != TWO_STEP:
             raise InputError(
                 f"model {model.id} has no rankers; run `rayrec retrieval` and `rayrec rank --model {model.id}` first"
             )
         inputs |= {kind: parts[kind] for kind in ("added_songs", "indexes", "retrieval", "rankers") if kind in parts}
-    for network in (*([model] if model else []), *others.values()):
+    for network in (*([model] if model else []), *other_networks.values()):
         require_split(network, split, dataset, "train")
-    inputs |= {f"models {name}": other.id for name, other in others.items()}
-    names = tuple(dict.fromkeys(named or (default, TASTE, *BASELINES)))
-    trained = next((part for part in (model, *others.values()) if part is not None), None)
-    songs_id = trained.inputs.get("songs") if trained else None
-    if not named and songs_id is None:  # a network that was trained without song embeddings
+    inputs |= {f"models {name}": manifest.id for name, manifest in other_networks.items()}
+    names = tuple(dict.fromkeys(model_names or (default, TASTE, *BASELINES)))
+    first_network = next((part for part in (model, *other_networks.values()) if part is not None), None)
+    songs_id = first_network.inputs.get("songs") if first_network else None
+    if not model_names and songs_id is None:  # a network that was trained without song embeddings
         names = tuple(name for name in names if not needs_vectors([name]))
     if needs_vectors(names):
         songs = load_manifest(workspace, "songs", songs_id) if songs_id else newest(workspace, "songs")
         require_split(songs, split, dataset, "embed")
         inputs["songs"] = songs.id
-    return ComparedModels(names=names, default=default, model=model, others=others, songs=songs, inputs=inputs)
+    return ComparedModels(names=names, default=default, model=model, others=other_networks, songs=songs, inputs=inputs)
 
 
-def _named(workspace: Workspace, config: EvaluateConfig) -> tuple[list[str], dict[str, Manifest]]:
+def _named_models(workspace: Workspace, config: EvaluateConfig) -> tuple[list[str], dict[str, Manifest]]:
     """Return the names of the models in `config`, and name -> artifact of those given as NAME=ID."""
     names: list[str] = []
-    others: dict[str, Manifest] = {}
-    for spelled in config.models or ():
-        name, equals, model_id = spelled.partition("=")
-        if equals:
-            if name in (*NETWORKS, *BASELINES, *others) or not name:
+    other_networks: dict[str, Manifest] = {}
+    for entry in config.models or ():
+        name, separator, model_id = entry.partition("=")
+        if separator:
+            if name in (*NETWORKS, *BASELINES, *other_networks) or not name:
                 raise InputError(
-                    f"{spelled}: the name {name!r} is empty or already used; use another name, such as other={model_id}"
+                    f"{entry}: the name {name!r} is empty or already used; use another name, such as other={model_id}"
                 )
-            others[name] = load_manifest(workspace, "models", model_id)
+            other_networks[name] = load_manifest(workspace, "models", model_id)
         elif name not in (*NETWORKS, *BASELINES):
             raise InputError(
                 f"Unknown model {name!r}; expected {', '.join((*NETWORKS, *BASELINES))}, or NAME=ID for "
                 "the network of another model"
             )
         names.append(name)
-    return names, others
+    return names, other_networks
 
 
 def require_split(part: Manifest, split: Split | None, dataset: Dataset, command: str) -> None:
@@ -516,52 +548,61 @@ def require_split(part: Manifest, split: Split | None, dataset: Dataset, command
 
     The part may be made from the data set, or from one that it descends from. The message suggests `command`.
     """
-    made_of, split_id = part.inputs.get("split"), split.id if split else None
-    if made_of == split_id and dataset.descends_from(part.inputs.get("dataset", dataset.manifest.id)):
+    part_split_id, split_id = part.inputs.get("split"), split.id if split else None
+    if part_split_id == split_id and dataset.descends_from(part.inputs.get("dataset", dataset.manifest.id)):
         return
-    saw = (
-        f"was trained on the plays before the test range of split {made_of}" if made_of else "was trained on all plays"
+    training_text = (
+        f"was trained on the plays before the test range of split {part_split_id}"
+        if part_split_id
+        else "was trained on all plays"
     )
-    saw += ", including the test range" if split_id and not made_of else ""
-    advice = f"run `rayrec {command} --split {split_id}` first" if split_id else f"pass --split {made_of}"
-    evaluated = f"split {split_id}" if split_id else "no split"
-    raise MismatchError(f"{noun(part.kind)} {part.id} {saw}, but the evaluation uses {evaluated}; {advice}")
+    training_text += ", including the test range" if split_id and not part_split_id else ""
+    advice = f"run `rayrec {command} --split {split_id}` first" if split_id else f"pass --split {part_split_id}"
+    evaluation_text = f"split {split_id}" if split_id else "no split"
+    raise MismatchError(
+        f"{noun(part.kind)} {part.id} {training_text}, but the evaluation uses {evaluation_text}; {advice}"
+    )
 
 
 def make_recommenders(
     workspace: Workspace,
     dataset: Dataset,
-    compared: ComparedModels,
+    compared_models: ComparedModels,
     split: Split | None,
-    without: Mapping[str, str] | None = None,
+    ablation_folders: Mapping[str, str] | None = None,
 ) -> tuple[list[BaseRecommender], np.ndarray]:
     """Fit the baselines and load the networks; return the recommenders and int64 (N,), the plays of each song.
 
     The recommenders are in the order of the names, then the ablations. Baselines are fitted on the plays that final
     fits may see, which are also the plays counted. Their settings are chosen on the validation range, if the split has
-    one. `without` maps each part that two-step is evaluated without to the folder of its rankers.
+    one. `ablation_folders` maps each part that two-step is evaluated without to the folder of its rankers.
     """
-    vectors = np.asarray(workspace.read_array(compared.songs.path(FINAL))) if compared.songs else None
+    vectors = np.asarray(workspace.read_array(compared_models.songs.path(FINAL))) if compared_models.songs else None
     allowed, selection = fit_range(split), None
     if split is not None and split.has_validation:
-        songs = compared.songs
-        early = np.asarray(workspace.read_array(songs.path(SELECTION))) if songs and SELECTION in songs.files else None
-        selection = make_selection(dataset, split, early)
-    fitted: dict[str, BaseRecommender] = {}
-    baselines = dict.fromkeys(["popularity", *(name for name in compared.names if name in BASELINES)])
+        songs = compared_models.songs
+        selection_vectors = (
+            np.asarray(workspace.read_array(songs.path(SELECTION))) if songs and SELECTION in songs.files else None
+        )
+        selection = make_selection(dataset, split, selection_vectors)
+    recommenders: dict[str, BaseRecommender] = {}
+    baselines = dict.fromkeys(["popularity", *(name for name in compared_models.names if name in BASELINES)])
     with progress("fit baselines", len(baselines)) as bar:
         for name in baselines:
             settings = {name: tune_baseline(name, selection)} if selection and name in BASELINE_CHOICES else {}
-            fitted[name] = fit_baselines([name], dataset, vectors, allowed, selection, settings)[0]
+            recommenders[name] = fit_baselines([name], dataset, vectors, allowed, selection, settings)[0]
             bar.advance(note=name)
-    fitted |= _networks(workspace, dataset, compared)
-    popularity = fitted["popularity"]
+    recommenders |= _networks(workspace, dataset, compared_models)
+    popularity = recommenders["popularity"]
     assert isinstance(popularity, PopularityRecommender)
-    ablated = [_ablated(workspace, fitted[TWO_STEP], part, folder) for part, folder in (without or {}).items()]
-    return [*(fitted[name] for name in compared.names), *ablated], popularity.plays
+    ablated_recommenders = [
+        _ablated_recommender(workspace, recommenders[TWO_STEP], part, folder)
+        for part, folder in (ablation_folders or {}).items()
+    ]
+    return [*(recommenders[name] for name in compared_models.names), *ablated_recommenders], popularity.plays
 
 
-def _ablated(workspace: Workspace, two_step: BaseRecommender, part: str, folder: str) -> BaseRecommender:
+def _ablated_recommender(workspace: Workspace, two_step: BaseRecommender, part: str, folder: str) -> BaseRecommender:
     """Return two-step without `part`, with the rankers in `folder`, under the name `without PART`."""
     from rayrec.recommend.two_step import TwoStepRecommender, load_rankers
 
@@ -571,17 +612,17 @@ def _ablated(workspace: Workspace, two_step: BaseRecommender, part: str, folder:
     return model
 
 
-def rankers_of(workspace: Workspace, compared: ComparedModels) -> Manifest:
+def rankers_of(workspace: Workspace, compared_models: ComparedModels) -> Manifest:
     """Return the rankers of two-step, for an ablation. Raises `InputError` if two-step is not among the models."""
-    if TWO_STEP not in compared.names:
+    if TWO_STEP not in compared_models.names:
         raise InputError(
             f"--ablation evaluates {TWO_STEP} without each of its parts, but {TWO_STEP} is not among the models; run "
             "`rayrec retrieval` and `rayrec rank`, then add it to --models"
         )
-    return load_manifest(workspace, "rankers", compared.inputs["rankers"])
+    return load_manifest(workspace, "rankers", compared_models.inputs["rankers"])
 
 
-def _networks(workspace: Workspace, dataset: Dataset, compared: ComparedModels) -> dict[str, BaseRecommender]:
+def _networks(workspace: Workspace, dataset: Dataset, compared_models: ComparedModels) -> dict[str, BaseRecommender]:
     """Return name -> network of an evaluation, and two-step if the model has rankers.
 
     Two-step searches the index that was built of the model; if there is none, one is built here.
@@ -590,18 +631,18 @@ def _networks(workspace: Workspace, dataset: Dataset, compared: ComparedModels) 
     from rayrec.recommend.two_step import load_two_step
 
     networks: dict[str, BaseRecommender] = {}
-    for name, other in compared.others.items():
-        added = parts_of(workspace, other).get("added_songs")
-        networks[name] = TasteRecommender.load(workspace, other.id, added_id=added)
+    for name, model in compared_models.others.items():
+        added_id = parts_of(workspace, model).get("added_songs")
+        networks[name] = TasteRecommender.load(workspace, model.id, added_id=added_id)
         networks[name].name = name
-    if compared.model is None:
+    if compared_models.model is None:
         return networks
-    parts = compared.inputs
-    network = TasteRecommender.load(workspace, parts["models"], parts.get("indexes"), parts.get("added_songs"))
+    part_ids = compared_models.inputs
+    network = TasteRecommender.load(workspace, part_ids["models"], part_ids.get("indexes"), part_ids.get("added_songs"))
     networks |= {TASTE: network, TASTE_SHORT: network.short_only()}
-    if "rankers" in parts:
+    if "rankers" in part_ids:
         network.index = network.index or index_network(dataset, network, IndexConfig())
-        folders = (load_manifest(workspace, kind, parts[kind]).folder for kind in ("retrieval", "rankers"))
+        folders = (load_manifest(workspace, kind, part_ids[kind]).folder for kind in ("retrieval", "rankers"))
         real_times = dataset.manifest.times == "real"
         networks[TWO_STEP] = load_two_step(workspace, network, *folders, real_times=real_times)
     return networks

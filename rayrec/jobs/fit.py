@@ -81,22 +81,22 @@ class Quality:
 
     def value(self, model: str, target: str = "served", metric: str = "recall") -> float | None:
         """Return one figure; None if it has no queries."""
-        row_of = {"model": model, "target": target, "metric": metric}
-        return next((row["value"] for row in self.results if row_of.items() <= row.items()), None)
+        criteria = {"model": model, "target": target, "metric": metric}
+        return next((row["value"] for row in self.results if criteria.items() <= row.items()), None)
 
     def table(self) -> list[list[Any]]:
         """Return one row per model: name, recall@20 as served, low, high, MRR@20, and both of all next plays."""
-        served = [row for row in self.results if row["target"] == "served" and row["metric"] == "recall"]
-        others = (("served", "mrr"), ("next", "recall"), ("next", "mrr"))
+        served_rows = [row for row in self.results if row["target"] == "served" and row["metric"] == "recall"]
+        other_figures = (("served", "mrr"), ("next", "recall"), ("next", "mrr"))
         return [
             [
                 row["model"],
                 row["value"],
                 row["low"],
                 row["high"],
-                *(self.value(row["model"], target, metric) for target, metric in others),
+                *(self.value(row["model"], target, metric) for target, metric in other_figures),
             ]
-            for row in sorted(served, key=lambda row: -row["value"])
+            for row in sorted(served_rows, key=lambda row: -row["value"])
         ]
 
     def summary(self, model: str, shown: str) -> dict[str, Any]:
@@ -107,13 +107,13 @@ class Quality:
         entries = {"results": self.results, "comparisons": self.comparisons}
         if shown != model:
             entries = {"results": [{**row, "model": shown} for row in self.results if row["model"] == model]}
-        named = {"served_": "served", "": "next"}
+        target_by_prefix = {"served_": "served", "": "next"}
         return {
             "verdict": verdict(entries, shown),
             "queries": self.queries,
             "figures": {
                 f"{prefix}{metric}@{USUAL_K}": value
-                for prefix, target in named.items()
+                for prefix, target in target_by_prefix.items()
                 for metric in ("recall", "mrr")
                 if (value := self.value(model, target, metric)) is not None
             },
@@ -152,10 +152,10 @@ def measure_quality(
         curve_share=0.0,
         chosen_users=checks_rankers if checking_users else None,
     )
-    sums = evaluate_buckets(dataset.workspace, evaluator, dataset.manifest.buckets, SHARED)
-    figures = Figures(sums, models, config)
-    results = [row for row in figures.results(TARGETS) if row["users"] == "all" and row["metric"] in ("recall", "mrr")]
-    comparisons = [row for row in figures.comparisons(models[0].name) if row["target"] in TARGETS]
+    metric_sums = evaluate_buckets(dataset.workspace, evaluator, dataset.manifest.buckets, SHARED)
+    metrics = Figures(metric_sums, models, config)
+    results = [row for row in metrics.results(TARGETS) if row["users"] == "all" and row["metric"] in ("recall", "mrr")]
+    comparisons = [row for row in metrics.comparisons(models[0].name) if row["target"] in TARGETS]
     return Quality(results=results, comparisons=comparisons)
 
 
@@ -214,13 +214,13 @@ def fit(
     changed; `TooManyRejectedError` if more rows are rejected than `max_rejected` allows.
     """
     require_one_faiss()  # before any work
-    sections = _checked(settings or {})
+    sections = _checked_sections(settings or {})
     if config.epochs is not None:
         sections["train"]["epochs"] = config.epochs
     for name, value in (("max_rejected", config.max_rejected), ("user", config.user)):
         if value is not None:
             sections["import"][name] = value
-    plays = guess_import(
+    import_config = guess_import(
         config.paths,
         format_name=config.format,
         columns=config.columns,
@@ -228,11 +228,11 @@ def fit(
         timezone=config.timezone or "UTC",
         on_note=on_note,
     )
-    plays = plays.replace(**sections["import"])
-    on_note(f"Reading as {describe_import(plays)}")
+    import_config = import_config.replace(**sections["import"])
+    on_note(f"Reading as {describe_import(import_config)}")
     with ray_cluster():
         stages = Stages(workspace, force=force, on_stage=on_stage, on_note=on_note)
-        stages.run("import", plays)
+        stages.run("import", import_config)
         stages.hold_back()
         dataset = Dataset(workspace)
         configs = stage_configs(dataset, sections)
@@ -241,21 +241,21 @@ def fit(
         assert isinstance(index, IndexConfig)
         quality = _quality(dataset, stages, index) if stages.split is not None else None
         if quality is not None:
-            default = "two-step" if "rank" in stages.artifact_ids else "taste"
-            stages.release_metrics = {VALIDATION: quality.summary(default, default)}
+            model_name = "two-step" if "rank" in stages.artifact_ids else "taste"
+            stages.release_metrics = {VALIDATION: quality.summary(model_name, model_name)}
         for name in ("taste", "index", "release"):
             stages.run(name, configs[name])
     release = artifacts.load_manifest(workspace, "releases", stages.artifact_ids["release"])
-    user, shown = example_answer(workspace, default_parts(workspace))
+    user, example = example_answer(workspace, default_parts(workspace))
     return FitResult(
-        read_as=describe_import(plays),
+        read_as=describe_import(import_config),
         last_import=dataset.manifest.last_import,
         outcomes=stages.outcomes,
         release=release.id,
         split=stages.split,
         quality=quality,
         user=user,
-        answer=shown,
+        answer=example,
     )
 
 
@@ -298,24 +298,26 @@ def session_gap(dataset: Dataset) -> float:
 
     It is 30, or longer than any history if most plays have no other play of the user within 30 minutes.
     """
-    plays = near = 0
+    plays = close_plays = 0
     for histories in dataset.read_all():
         same_user = histories.rows[1:] == histories.rows[:-1]
-        follows = same_user & (np.diff(histories.played_at) <= SESSION_MINUTES * 60_000)
-        near += int((np.append(follows, False) | np.append(False, follows)).sum()) if len(histories.rows) else 0
+        is_close = same_user & (np.diff(histories.played_at) <= SESSION_MINUTES * 60_000)
+        close_plays += (
+            int((np.append(is_close, False) | np.append(False, is_close)).sum()) if len(histories.rows) else 0
+        )
         plays += histories.num_plays
         if plays >= SAMPLED_PLAYS:
             break
-    return SESSION_MINUTES if near >= IN_SESSIONS * plays else WHOLE_HISTORY_MINUTES
+    return SESSION_MINUTES if close_plays >= IN_SESSIONS * plays else WHOLE_HISTORY_MINUTES
 
 
 def train_defaults(dataset: DatasetManifest) -> dict[str, Any]:
     """Return training settings for the size of a data set: small data gets smaller batches and no Ray Train workers."""
-    usual = TrainConfig()
-    windows = dataset.users + dataset.plays // usual.window
-    batch = min(usual.batch, max(SMALLEST_BATCH, windows // STEPS_PER_EPOCH))
+    defaults = TrainConfig()
+    window_count = dataset.users + dataset.plays // defaults.window
+    batch = min(defaults.batch, max(SMALLEST_BATCH, window_count // STEPS_PER_EPOCH))
     values: dict[str, Any] = {"workers": 0} if dataset.plays <= PLAYS_WITHOUT_WORKERS else {}
-    return values | ({"batch": batch} if batch < usual.batch else {})
+    return values | ({"batch": batch} if batch < defaults.batch else {})
 
 
 def served_before(
@@ -361,11 +363,13 @@ def _quality(dataset: Dataset, stages: Stages, index: IndexConfig) -> Quality | 
 PARTS = (("models", "train"), ("retrieval", "retrieval"))  # kind of an artifact, and the stage that makes it
 
 
-def _checked(settings: Sections) -> dict[str, dict[str, Any]]:
+def _checked_sections(settings: Sections) -> dict[str, dict[str, Any]]:
     """Return the settings of every section. Raises `InputError` for unknown sections or settings and invalid values."""
-    unknown = sorted(set(settings) - set(SECTIONS))
-    if unknown:
-        raise InputError(f"the settings have an unknown section {unknown[0]!r}; expected {', '.join(SECTIONS)}")
+    unknown_sections = sorted(set(settings) - set(SECTIONS))
+    if unknown_sections:
+        raise InputError(
+            f"the settings have an unknown section {unknown_sections[0]!r}; expected {', '.join(SECTIONS)}"
+        )
     sections = {name: section_of(settings, name, "settings") for name in SECTIONS}
     for name, section in sections.items():
         if name != "import":

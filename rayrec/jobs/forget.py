@@ -85,20 +85,20 @@ def forget_users(workspace: Workspace, user_ids: Sequence[str], *, store: str | 
     the users get the answers of unknown users, and their plays from before this moment are rejected. Their rows stay
     in files until `erase_forgotten` has run. Raises `InputError` for an invalid user ID.
     """
-    ids = [spell_id(user_id) for user_id in user_ids]
-    for raw_id, user_id in zip(user_ids, ids, strict=True):
+    spelled_ids = [spell_id(user_id) for user_id in user_ids]
+    for raw_id, user_id in zip(user_ids, spelled_ids, strict=True):
         if user_id is None:
             raise InputError(f"{raw_id!r} is not a valid user ID; expected text that is not empty")
-    known, at = list(dict.fromkeys(filter(None, ids))), now_ms()
+    unique_ids, at = list(dict.fromkeys(filter(None, spelled_ids))), now_ms()
     dataset = Dataset(workspace)
-    mark_forgotten(workspace, known, at)
-    opened = open_own_store(workspace, store, dataset.lineage)
-    if opened is not None:
+    mark_forgotten(workspace, unique_ids, at)
+    state_store = open_own_store(workspace, store, dataset.lineage)
+    if state_store is not None:
         try:
-            opened.forget(known, pack_state(UserState(forgotten_at=at)))
+            state_store.forget(unique_ids, pack_state(UserState(forgotten_at=at)))
         finally:
-            opened.close()
-    return len(known)
+            state_store.close()
+    return len(unique_ids)
 
 
 def open_own_store(workspace: Workspace, store: str | None, lineage: str) -> StateStore | None:
@@ -117,39 +117,43 @@ def erase_forgotten(workspace: Workspace, *, reading: Sequence[str] = ()) -> Era
     retrievers or rankers. The paths `reading`, which the caller is about to import, are kept. Raises
     `DamagedArtifactError` for a file that did not match its checksum before the erasure.
     """
-    waiting = read_waiting(workspace)
-    if not waiting and not workspace.exists(READY):
+    waiting_users = read_waiting(workspace)
+    if not waiting_users and not workspace.exists(READY):
         return Erased()
     return _erase(workspace, reading)
 
 
 @writes("compact")
-def _erase(workspace: Workspace, reading: Sequence[str]) -> Erased:
+def _erase(workspace: Workspace, kept_paths: Sequence[str]) -> Erased:
     finish_publishing(workspace)
     _finish(workspace)
-    waiting = read_waiting(workspace)
-    if not waiting:
+    waiting_users = read_waiting(workspace)
+    if not waiting_users:
         return Erased()
     workspace.delete(IMPORT_STAGING)
     _delete_unfinished_fits(workspace)
-    _delete_sent_plays(workspace, reading)
+    _delete_sent_plays(workspace, kept_paths)
     folders = [*USER_TABLES, REJECTED_ROWS]
     paths = [path for folder in folders for path in workspace.files(folder) if path.endswith(".parquet")]
     for folder in (DATASET, *USER_TABLES):
         _delete_temporary(workspace, folder)
-    erased: dict[str, ErasedFile] = {}
+    erased_files: dict[str, ErasedFile] = {}
     with ray_cluster(), progress("Deleted users", len(paths)) as bar:
-        arguments = {"workspace": workspace, "forgotten": waiting}
+        arguments = {"workspace": workspace, "forgotten": waiting_users}
         for result in run_buckets(FileEraser, paths, arguments=arguments, called="file"):
             if result is not None:
-                erased[result.path] = result
+                erased_files[result.path] = result
             bar.advance()
-    logged = erase_impressions(workspace)
-    _Manifests(workspace, waiting, erased).write()
-    workspace.write_json(READY, dict(waiting.moments))
+    impression_rows = erase_impressions(workspace)
+    _ManifestWriter(workspace, waiting_users, erased_files).write()
+    workspace.write_json(READY, dict(waiting_users.moments))
     _finish(workspace)
-    held = [each for each in erased.values() if each.users]
-    return Erased(users=len(waiting), rows=logged + sum(len(each.users) for each in held), files=len(held))
+    files_with_users = [file for file in erased_files.values() if file.users]
+    return Erased(
+        users=len(waiting_users),
+        rows=impression_rows + sum(len(file.users) for file in files_with_users),
+        files=len(files_with_users),
+    )
 
 
 def _finish(workspace: Workspace) -> None:
@@ -162,7 +166,7 @@ def _finish(workspace: Workspace) -> None:
     workspace.delete(SCRATCH)
 
 
-def _out(path: str) -> str:
+def _scratch_path(path: str) -> str:
     return f"{SCRATCH}/out/{path}"
 
 
@@ -178,11 +182,11 @@ def _delete_unfinished_fits(workspace: Workspace) -> None:
                 workspace.delete(folder)
 
 
-def _delete_sent_plays(workspace: Workspace, reading: Sequence[str]) -> None:
-    """Delete the tables of plays that killed calls of fit and update in Python left, except the paths in `reading`."""
+def _delete_sent_plays(workspace: Workspace, kept_paths: Sequence[str]) -> None:
+    """Delete the tables of plays that killed calls of fit and update in Python left, except `kept_paths`."""
     _delete_temporary(workspace, SENT_PLAYS)
     for path in workspace.files(SENT_PLAYS):
-        if workspace.uri_of(path) not in reading:
+        if workspace.uri_of(path) not in kept_paths:
             workspace.delete(path)
 
 
@@ -213,17 +217,17 @@ class FileEraser:
     def __call__(self, path: str) -> ErasedFile | None:
         """Write the new version of one file into the scratch folder; return None if the file does not change."""
         if path.startswith(f"{REJECTED_ROWS}/"):
-            return self._without_texts(path)
+            return self._empty_texts(path)
         with self._workspace.open_input(path) as stream:
             file = pq.ParquetFile(stream)
-            group_masks = [self._kept(file, group) for group in range(file.num_row_groups)]
+            group_masks = [self._kept_rows(file, group) for group in range(file.num_row_groups)]
             if all(mask.all() for mask in group_masks):
                 return None
-            users, after = self._write(path, file, group_masks)
-        before = artifacts.sha256(self._workspace, path)
-        return ErasedFile(path=path, before=before, after=after, users=users)
+            users, new_checksum = self._write(path, file, group_masks)
+        old_checksum = artifacts.sha256(self._workspace, path)
+        return ErasedFile(path=path, before=old_checksum, after=new_checksum, users=users)
 
-    def _kept(self, file: pq.ParquetFile, group: int) -> np.ndarray:
+    def _kept_rows(self, file: pq.ParquetFile, group: int) -> np.ndarray:
         """bool (U,): the rows of a row group that stay."""
         ids = file.read_row_group(group, columns=[columns.USER]).column(columns.USER)
         mask: np.ndarray = ~self._forgotten.holds(pc.fill_null(ids, "").to_pylist())
@@ -231,28 +235,28 @@ class FileEraser:
 
     def _write(self, path: str, file: pq.ParquetFile, masks: list[np.ndarray]) -> tuple[dict[str, int], str]:
         users: dict[str, int] = {}
-        figure, column = next(how for folder, how in USER_TABLES.items() if path.startswith(f"{folder}/"))
+        metric, column = next(entry for folder, entry in USER_TABLES.items() if path.startswith(f"{folder}/"))
         metadata = file.metadata.metadata or {}
         schema = file.schema_arrow.remove_metadata()
         with (
-            self._workspace.open_output(_out(path)) as stream,
+            self._workspace.open_output(_scratch_path(path)) as stream,
             pq.ParquetWriter(stream, schema, compression="zstd") as writer,
         ):
             for group, mask in enumerate(masks):
                 table = file.read_row_group(group).replace_schema_metadata(None)
-                gone = table.filter(pa.array(~mask))
-                digests = map(user_digest, gone.column(columns.USER).to_pylist())
-                users |= dict(zip(digests, _amounts(gone, column), strict=True))
-                left = table.filter(pa.array(mask))
-                if left.num_rows:
-                    writer.write_table(left, row_group_size=left.num_rows)
+                deleted_rows = table.filter(pa.array(~mask))
+                digests = map(user_digest, deleted_rows.column(columns.USER).to_pylist())
+                users |= dict(zip(digests, _amounts(deleted_rows, column), strict=True))
+                remaining_rows = table.filter(pa.array(mask))
+                if remaining_rows.num_rows:
+                    writer.write_table(remaining_rows, row_group_size=remaining_rows.num_rows)
             if BUCKET_COUNTS in metadata:
                 counts = Counter(json.loads(metadata[BUCKET_COUNTS]))
-                counts.subtract({"users": len(users), figure: sum(users.values())})
+                counts.subtract({"users": len(users), metric: sum(users.values())})
                 writer.add_key_value_metadata({BUCKET_COUNTS.decode(): json.dumps(counts)})
         return users, stream.sha256
 
-    def _without_texts(self, path: str) -> ErasedFile | None:
+    def _empty_texts(self, path: str) -> ErasedFile | None:
         """Empty the texts of all rejected rows, and file names with a deleted user's id; keep reason and line.
 
         The list of deleted users holds digests of ids, and a text cannot be searched for a digest.
@@ -260,15 +264,17 @@ class FileEraser:
         table = self._workspace.read_table(path)
         sources = table.column("source").combine_chunks().dictionary_encode()
         names = pa.array(self._forgotten.scrub(sources.dictionary.to_pylist()), pa.string())
-        data = {"source": names.take(sources.indices), "text": pa.array([""] * len(table), pa.string())}
-        clean = table
-        for name, values in data.items():
-            place = columns.REJECTED.names.index(name)
-            clean = clean.set_column(place, columns.REJECTED.field(name), values)
-        if clean.equals(table):
+        new_columns = {"source": names.take(sources.indices), "text": pa.array([""] * len(table), pa.string())}
+        clean_table = table
+        for name, values in new_columns.items():
+            column_index = columns.REJECTED.names.index(name)
+            clean_table = clean_table.set_column(column_index, columns.REJECTED.field(name), values)
+        if clean_table.equals(table):
             return None
-        before = artifacts.sha256(self._workspace, path)
-        return ErasedFile(path=path, before=before, after=self._workspace.write_table(_out(path), clean))
+        old_checksum = artifacts.sha256(self._workspace, path)
+        return ErasedFile(
+            path=path, before=old_checksum, after=self._workspace.write_table(_scratch_path(path), clean_table)
+        )
 
 
 def _amounts(rows: pa.Table, column: str) -> list[int]:
@@ -276,18 +282,19 @@ def _amounts(rows: pa.Table, column: str) -> list[int]:
     if not column:
         return [0] * rows.num_rows
     values = rows.column(column)
-    lists = pa.types.is_list(values.type)
-    amounts: list[int] = (pc.list_value_length(values) if lists else values).to_pylist()
+    is_list = pa.types.is_list(values.type)
+    amounts: list[int] = (pc.list_value_length(values) if is_list else values).to_pylist()
     return amounts
 
 
-class _Manifests:
+class _ManifestWriter:
     """Writes the new manifests of data sets, artifacts and releases whose files were rewritten."""
 
-    def __init__(self, workspace: Workspace, forgotten: ForgottenUsers, erased: Mapping[str, ErasedFile]) -> None:
-        self._workspace, self._forgotten, self._erased = workspace, forgotten, erased
-        self._digests = {path: each.after for path, each in erased.items()}  # sha256 of all new files, also manifests
-        self._of_tastes: dict[str, Counter[str]] = {}  # data set -> users and plays lost by its taste vectors
+    def __init__(self, workspace: Workspace, forgotten: ForgottenUsers, erased_files: Mapping[str, ErasedFile]) -> None:
+        self._workspace, self._forgotten, self._erased_files = workspace, forgotten, erased_files
+        # sha256 of all new files, also manifests
+        self._digests = {path: file.after for path, file in erased_files.items()}
+        self._losses_by_dataset: dict[str, Counter[str]] = {}  # data set -> users and plays lost by its taste vectors
 
     def write(self) -> None:
         """Write changed manifests into the scratch folder. Raises `DamagedArtifactError` as `erase_forgotten` does."""
@@ -303,15 +310,15 @@ class _Manifests:
     def _write_artifact(self, manifest: Manifest) -> None:
         files = {manifest.path(name): digest for name, digest in manifest.files.items()}
         self._require_sound(files)
-        changed = [self._erased[path] for path in files if path in self._erased]
-        if not changed:
+        changed_files = [self._erased_files[path] for path in files if path in self._erased_files]
+        if not changed_files:
             return
-        lost = _lost(changed, USER_TABLES[manifest.kind][0])
+        losses = _count_losses(changed_files, USER_TABLES[manifest.kind][0])
         if manifest.kind == "tastes":
-            self._of_tastes.setdefault(manifest.inputs["dataset"], lost)
-        metrics = {name: value - lost[name] if name in lost else value for name, value in manifest.metrics.items()}
-        renewed = replace(manifest, metrics=metrics, files=self._renewed(manifest.files, manifest.folder))
-        self._write_json(manifest.path("manifest.json"), asdict(renewed))
+            self._losses_by_dataset.setdefault(manifest.inputs["dataset"], losses)
+        metrics = {name: value - losses[name] if name in losses else value for name, value in manifest.metrics.items()}
+        new_manifest = replace(manifest, metrics=metrics, files=self._new_checksums(manifest.files, manifest.folder))
+        self._write_json(manifest.path("manifest.json"), asdict(new_manifest))
 
     def _write_datasets(self, dataset: DatasetManifest) -> None:
         self._require_sound({f"{DATASET}/{name}": digest for name, digest in dataset.files.items()})
@@ -320,72 +327,73 @@ class _Manifests:
             for first, last in dataset.spans
             for bucket in range(dataset.buckets)
         }
-        histories = {path: each for path, each in self._erased.items() if path in last_part}
-        present = [earlier_manifest(name) for name in dataset.ancestors]
-        others = sorted(set(self._workspace.files(EARLIER)) - set(present))
-        for path in [*others, *present]:  # in this order, since each holds the checksums of the earlier ones
+        erased_histories = {path: file for path, file in self._erased_files.items() if path in last_part}
+        ancestor_paths = [earlier_manifest(name) for name in dataset.ancestors]
+        other_paths = sorted(set(self._workspace.files(EARLIER)) - set(ancestor_paths))
+        # In this order, since each manifest holds the checksums of the earlier ones.
+        for path in [*other_paths, *ancestor_paths]:
             manifest = read_dataset_manifest(self._workspace, path)
-            if path in others or dataset.splits_at(manifest.parts):
-                mine = [each for name, each in histories.items() if last_part[name] < manifest.parts]
-                lost = Counter() if path in others else _lost(mine, "plays")
+            if path in other_paths or dataset.splits_at(manifest.parts):
+                manifest_files = [file for name, file in erased_histories.items() if last_part[name] < manifest.parts]
+                losses = Counter() if path in other_paths else _count_losses(manifest_files, "plays")
             else:  # joined with later parts: their plays cannot be distinguished
-                lost = self._of_tastes.get(manifest.plays_id, Counter())
-            self._write_dataset(path, manifest, lost)
-        self._write_dataset(DATASET_MANIFEST, dataset, _lost(histories.values(), "plays"))
+                losses = self._losses_by_dataset.get(manifest.plays_id, Counter())
+            self._write_dataset(path, manifest, losses)
+        self._write_dataset(DATASET_MANIFEST, dataset, _count_losses(erased_histories.values(), "plays"))
 
-    def _write_dataset(self, path: str, manifest: DatasetManifest, lost: Counter[str]) -> None:
+    def _write_dataset(self, path: str, manifest: DatasetManifest, losses: Counter[str]) -> None:
         rejected = dict(manifest.rejected)
-        if lost["plays"]:
-            rejected[FORGOTTEN_USER] = rejected.get(FORGOTTEN_USER, 0) + lost["plays"]
+        if losses["plays"]:
+            rejected[FORGOTTEN_USER] = rejected.get(FORGOTTEN_USER, 0) + losses["plays"]
         last_import: dict[str, Any] = self._forgotten.scrub(manifest.last_import)
         if "reasons" in last_import:
-            last_import["reasons"] = [{**each, "text": ""} for each in last_import["reasons"]]
-        renewed = replace(
+            last_import["reasons"] = [{**reason, "text": ""} for reason in last_import["reasons"]]
+        new_manifest = replace(
             manifest,
-            users=manifest.users - lost["users"],
-            plays=manifest.plays - lost["plays"],
+            users=manifest.users - losses["users"],
+            plays=manifest.plays - losses["plays"],
             rejected=rejected,
             config=self._forgotten.scrub(manifest.config),
             appended=self._forgotten.scrub(manifest.appended),
             last_import=last_import,
-            files=self._renewed(manifest.files, DATASET),
+            files=self._new_checksums(manifest.files, DATASET),
         )
-        if renewed != manifest:
-            self._write_json(path, asdict(renewed))
+        if new_manifest != manifest:
+            self._write_json(path, asdict(new_manifest))
 
     def _write_release(self, release: Manifest, dataset: DatasetManifest | None) -> None:
-        path, made_of = release.path(CHECKSUMS), release.inputs["dataset"]
+        path, dataset_id = release.path(CHECKSUMS), release.inputs["dataset"]
         checksums = dict(self._workspace.read_json(path))
-        renewed = self._renewed(checksums, "")
-        if dataset is not None and made_of != dataset.id and DATASET_MANIFEST in checksums:
-            known = dataset.descends_from(made_of)
-            digest = self._digests.get(earlier_manifest(made_of)) if known else None
-            renewed[DATASET_MANIFEST] = digest or checksums[DATASET_MANIFEST]
-        if renewed == checksums:
+        new_checksums = self._new_checksums(checksums, "")
+        if dataset is not None and dataset_id != dataset.id and DATASET_MANIFEST in checksums:
+            is_known = dataset.descends_from(dataset_id)
+            digest = self._digests.get(earlier_manifest(dataset_id)) if is_known else None
+            new_checksums[DATASET_MANIFEST] = digest or checksums[DATASET_MANIFEST]
+        if new_checksums == checksums:
             return
-        self._write_json(path, renewed)
-        new_release = replace(release, files=self._renewed(release.files, release.folder))
+        self._write_json(path, new_checksums)
+        new_release = replace(release, files=self._new_checksums(release.files, release.folder))
         self._write_json(release.path("manifest.json"), asdict(new_release))
 
     def _require_sound(self, files: Mapping[str, str]) -> None:
         """Raise `DamagedArtifactError` for a file that was damaged before: it must not get a new checksum."""
         for path, expected in files.items():
-            if path in self._erased and self._erased[path].before != expected:
+            if path in self._erased_files and self._erased_files[path].before != expected:
                 raise DamagedArtifactError(
                     f"{path} does not match the checksum in its manifest; restore the file, or run its command again "
                     "with --force"
                 )
 
-    def _renewed(self, files: Mapping[str, str], folder: str) -> dict[str, str]:
+    def _new_checksums(self, files: Mapping[str, str], folder: str) -> dict[str, str]:
         """Return `files`, path below `folder` -> sha256, with the checksums after the erasure."""
         return {name: self._digests.get(posixpath.join(folder, name), digest) for name, digest in files.items()}
 
     def _write_json(self, path: str, value: dict[str, Any]) -> None:
-        self._digests[path] = self._workspace.write_json(_out(path), value)
+        self._digests[path] = self._workspace.write_json(_scratch_path(path), value)
 
 
-def _lost(files: Iterable[ErasedFile], figure: str) -> Counter[str]:
-    """Return the number of different users erased from `files`, and how much of `figure` was erased with them."""
-    lost = list(files)
-    users = {user for each in lost for user in each.users}
-    return Counter({"users": len(users), figure: sum(sum(each.users.values()) for each in lost)})
+def _count_losses(erased_files: Iterable[ErasedFile], metric: str) -> Counter[str]:
+    """Return the number of different users in `erased_files`, and how much of `metric` was erased with them."""
+    file_list = list(erased_files)
+    users = {user for file in file_list for user in file.users}
+    return Counter({"users": len(users), metric: sum(sum(file.users.values()) for file in file_list)})

@@ -43,7 +43,7 @@ def generate(workspace: Workspace, config: GenerateConfig, *, repeat: bool = Fal
     playlist_files, entries = _write_playlists(workspace, world)
     bucket_results = []
     with ray_cluster(), progress("generate", config.buckets) as bar:
-        arguments = {"workspace": workspace, "config": config, "buckets": _buckets(world)}
+        arguments = {"workspace": workspace, "config": config, "buckets": _user_buckets(world)}
         for result in run_buckets(BucketGenerator, range(config.buckets), arguments=arguments):
             bucket_results.append(result)
             bar.advance()
@@ -71,10 +71,10 @@ class BucketGenerator:
     def _write(self, path: str, users_path: str, users: np.ndarray) -> dict[str, str]:
         user_ids = self.world.user_ids(users)
         users = users[np.argsort(user_ids)]
-        ids = pa.table({columns.USER: pa.array(np.sort(user_ids), pa.string())})
-        files = {users_path: self.workspace.write_table(users_path, ids)}
-        left_out = () if self.world.config.opinions else (columns.LIKED, columns.LIKED_AT)
-        schema = pa.schema([item for item in columns.HISTORIES if item.name not in left_out])
+        user_table = pa.table({columns.USER: pa.array(np.sort(user_ids), pa.string())})
+        files = {users_path: self.workspace.write_table(users_path, user_table)}
+        omitted_names = () if self.world.config.opinions else (columns.LIKED, columns.LIKED_AT)
+        schema = pa.schema([field for field in columns.HISTORIES if field.name not in omitted_names])
         with (
             self.workspace.open_output(path) as stream,
             pq.ParquetWriter(stream, schema, compression="zstd") as writer,
@@ -106,8 +106,8 @@ def _manifest(
     plays, likes = (sum(result[name] for result in bucket_results) for name in ("plays", "likes"))
     for result in bucket_results:
         files = files | result["files"]
-    times = [(result["first_play"], result["last_play"]) for result in bucket_results if result["plays"]]
-    first_play, last_play = min(first for first, _ in times), max(last for _, last in times)
+    play_times = [(result["first_play"], result["last_play"]) for result in bucket_results if result["plays"]]
+    first_play, last_play = min(first for first, _ in play_times), max(last for _, last in play_times)
     return DatasetManifest(
         id=fingerprint("generate", to_mapping(config), {}),
         source="generated",
@@ -132,39 +132,41 @@ def _manifest(
     )
 
 
-def _buckets(world: World) -> np.ndarray:
+def _user_buckets(world: World) -> np.ndarray:
     """Return uint32 (users,): the bucket of each user by index. Users are hashed `USERS_PER_RANGE` at a time."""
     users = np.arange(world.config.users)
     ranges = (users[start : start + USERS_PER_RANGE] for start in range(0, len(users), USERS_PER_RANGE))
-    return np.concatenate([bucket_of(world.user_ids(some), world.config.buckets).astype(np.uint32) for some in ranges])
+    return np.concatenate(
+        [bucket_of(world.user_ids(user_range), world.config.buckets).astype(np.uint32) for user_range in ranges]
+    )
 
 
 def _write_playlists(workspace: Workspace, world: World) -> tuple[dict[str, str], int]:
     """Write the playlists; return path -> sha256 of their files, and the number of entries in them."""
     files, entries = {}, 0
-    for number, start in enumerate(range(0, world.config.playlists, PLAYLISTS_PER_FILE)):
+    for file_number, start in enumerate(range(0, world.config.playlists, PLAYLISTS_PER_FILE)):
         indices = np.arange(start, min(start + PLAYLISTS_PER_FILE, world.config.playlists))
         songs, offsets = world.playlists(indices)
-        data = {
+        arrays = {
             columns.PLAYLIST: pa.array([f"playlist-{index:06d}" for index in indices.tolist()]),
             columns.SONGS: pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(songs)),
         }
-        path = f"{PLAYLISTS}/playlists-{number:05d}.parquet"
-        files[path] = workspace.write_table(path, pa.table(data, schema=columns.PLAYLISTS))
+        path = f"{PLAYLISTS}/playlists-{file_number:05d}.parquet"
+        files[path] = workspace.write_table(path, pa.table(arrays, schema=columns.PLAYLISTS))
         entries += len(songs)
     return files, entries
 
 
 def _summary(workspace: Workspace, path: str) -> dict[str, int]:
     """Return users, plays, likes and time range (ms UTC) of a histories file, which is read batch by batch."""
-    users = plays = likes = last = 0
-    first: int | None = None
+    users = plays = likes = last_play = 0
+    first_play: int | None = None
     with workspace.open_input(path) as stream:
         for batch in pq.ParquetFile(stream).iter_batches(columns=[columns.PLAYED_AT, columns.LIKED]):
             likes += len(batch.column(1).flatten()) if batch.num_columns > 1 else 0
-            moments = batch.column(0).flatten().to_numpy()
-            users, plays = users + batch.num_rows, plays + len(moments)
-            if len(moments):
-                first = int(moments.min()) if first is None else min(first, int(moments.min()))
-                last = max(last, int(moments.max()))
-    return {"users": users, "plays": plays, "likes": likes, "first_play": first or 0, "last_play": last}
+            play_times = batch.column(0).flatten().to_numpy()
+            users, plays = users + batch.num_rows, plays + len(play_times)
+            if len(play_times):
+                first_play = int(play_times.min()) if first_play is None else min(first_play, int(play_times.min()))
+                last_play = max(last_play, int(play_times.max()))
+    return {"users": users, "plays": plays, "likes": likes, "first_play": first_play or 0, "last_play": last_play}

@@ -29,7 +29,7 @@ def import_data(workspace: Workspace, config: ImportConfig, *, repeat: bool = Fa
     finish_publishing(workspace)
     erase_forgotten(workspace, reading=config.paths)
     prepared = prepare_import(workspace, config, repeat=repeat)
-    return _run(prepared).dataset if isinstance(prepared, ImportRun) else prepared
+    return _run_import(prepared).dataset if isinstance(prepared, ImportRun) else prepared
 
 
 @writes("import --append")
@@ -45,12 +45,12 @@ def append_plays(workspace: Workspace, config: ImportConfig) -> ImportResult:
     finish_publishing(workspace)
     erase_forgotten(workspace, reading=config.paths)
     prepared = prepare_append(workspace, config)
-    return _run(prepared) if isinstance(prepared, ImportRun) else ImportResult(dataset=prepared)
+    return _run_import(prepared) if isinstance(prepared, ImportRun) else ImportResult(dataset=prepared)
 
 
-def _run(prepared: ImportRun) -> ImportResult:
+def _run_import(import_run: ImportRun) -> ImportResult:
     with ray_cluster():
-        return prepared.run(_run_units)
+        return import_run.run(_run_units)
 
 
 def _run_units(

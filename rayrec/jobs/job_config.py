@@ -99,24 +99,27 @@ class Trial:
     train: TrainConfig
 
 
-def read_trials(sections: Mapping[str, Any], config: TuneConfig, where: str) -> list[Trial]:
+def read_trials(sections: Mapping[str, Any], config: TuneConfig, file_name: str) -> list[Trial]:
     """Return the trials of the sections [embed] and [train], in which a list holds the values to try.
 
-    For a setting whose value is a list, such as `short`, a list of lists holds the values to try. `where` names the
+    For a setting whose value is a list, such as `short`, a list of lists holds the values to try. `file_name` names the
     file in messages. Raises `InputError` for unknown sections and settings, for settings that a sweep sets itself, for
     invalid combinations, and if nothing varies.
     """
-    unknown = sorted(set(sections) - set(SECTIONS))
-    if unknown:
-        raise InputError(f"{where} has an unknown section {unknown[0]!r}; expected {', '.join(SECTIONS)}")
+    unknown_sections = sorted(set(sections) - set(SECTIONS))
+    if unknown_sections:
+        raise InputError(f"{file_name} has an unknown section {unknown_sections[0]!r}; expected {', '.join(SECTIONS)}")
     choices = {
-        (section, name): _values(section, name, value, where)
+        (section, name): _values(section, name, value, file_name)
         for section in SECTIONS
-        for name, value in _section(sections, section, where).items()
+        for name, value in _section(sections, section, file_name).items()
     }
     if all(len(values) == 1 for values in choices.values()):
-        raise InputError(f"{where} has nothing to search; give a setting a list of values, such as dim = [32, 64]")
-    return [_trial(choices, picked, where) for picked in _combinations([len(v) for v in choices.values()], config)]
+        raise InputError(f"{file_name} has nothing to search; give a setting a list of values, such as dim = [32, 64]")
+    return [
+        _trial(choices, positions, file_name)
+        for positions in _combinations([len(options) for options in choices.values()], config)
+    ]
 
 
 def to_toml(settings: Values) -> str:
@@ -129,44 +132,46 @@ def to_toml(settings: Values) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _section(sections: Mapping[str, Any], section: str, where: str) -> dict[str, Any]:
-    values = section_of(sections, section, where)
-    decided = sorted(set(values) & set(OWN.get(section, {})))
-    if decided:
-        raise InputError(f"{where} [{section}] has {decided[0]}, which the search sets itself; remove it")
+def _section(sections: Mapping[str, Any], section: str, file_name: str) -> dict[str, Any]:
+    values = section_of(sections, section, file_name)
+    fixed_names = sorted(set(values) & set(OWN.get(section, {})))
+    if fixed_names:
+        raise InputError(f"{file_name} [{section}] has {fixed_names[0]}, which the search sets itself; remove it")
     return values
 
 
-def _values(section: str, name: str, value: Any, where: str) -> list[Any]:
+def _values(section: str, name: str, value: Any, file_name: str) -> list[Any]:
     """Return the values to try: those of a list, or a plain value as the only one."""
     field = SECTIONS[section].model_fields.get(name)
-    several = field is not None and typing.get_origin(field.annotation) is tuple
-    is_choice = isinstance(value, list) and (not several or (bool(value) and isinstance(value[0], list)))
+    is_tuple = field is not None and typing.get_origin(field.annotation) is tuple
+    is_choice = isinstance(value, list) and (not is_tuple or (bool(value) and isinstance(value[0], list)))
     if is_choice and not value:
-        raise InputError(f"{where} [{section}] {name} is an empty list; expected at least one value")
+        raise InputError(f"{file_name} [{section}] {name} is an empty list; expected at least one value")
     return value if is_choice else [value]
 
 
 def _combinations(sizes: list[int], config: TuneConfig) -> Iterator[tuple[int, ...]]:
     """Yield a position in each list of values per trial; if all trials run, the last list varies fastest."""
     total = prod(sizes)
-    numbers = np.arange(total)
+    combination_numbers = np.arange(total)
     if 0 < config.trials < total:
-        numbers = np.random.default_rng(config.seed).choice(total, size=config.trials, replace=False)
-    for number in numbers:
-        yield tuple(int(place) for place in np.unravel_index(number, sizes))
+        combination_numbers = np.random.default_rng(config.seed).choice(total, size=config.trials, replace=False)
+    for number in combination_numbers:
+        yield tuple(int(position) for position in np.unravel_index(number, sizes))
 
 
-def _trial(choices: dict[tuple[str, str], list[Any]], picked: tuple[int, ...], where: str) -> Trial:
+def _trial(choices: dict[tuple[str, str], list[Any]], positions: tuple[int, ...], file_name: str) -> Trial:
     settings: Values = {section: {} for section in SECTIONS}
     varied = {}
-    for ((section, name), values), place in zip(choices.items(), picked, strict=True):
-        settings[section][name] = values[place]
+    for ((section, name), values), position in zip(choices.items(), positions, strict=True):
+        settings[section][name] = values[position]
         if len(values) > 1:
-            varied[f"{section}.{name}"] = values[place]
+            varied[f"{section}.{name}"] = values[position]
     settings_text = ", ".join(f"{name} = {value}" for name, value in varied.items())
     embed, train = (
-        from_mapping(kind, settings[section] | OWN.get(section, {}), f"{where} [{section}] with {settings_text}")
-        for section, kind in SECTIONS.items()
+        from_mapping(
+            config_class, settings[section] | OWN.get(section, {}), f"{file_name} [{section}] with {settings_text}"
+        )
+        for section, config_class in SECTIONS.items()
     )
     return Trial(settings=settings, varied=varied, embed=embed, train=train)

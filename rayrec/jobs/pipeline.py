@@ -123,37 +123,45 @@ def read_configs(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     Raises `InputError` for unknown sections or settings, and if `source` has both import and generate.
     """
     sections = dict(source) if isinstance(source, Mapping) else read_toml(source)
-    where = "the pipeline" if isinstance(source, Mapping) else str(source)
+    source_name = "the pipeline" if isinstance(source, Mapping) else str(source)
     folder = Path() if isinstance(source, Mapping) else Path(source).parent
-    unknown = sorted(set(sections) - set(CONFIGS))
-    if unknown:
-        raise InputError(f"{where} has an unknown section {unknown[0]!r}; expected {', '.join(CONFIGS)}")
+    unknown_sections = sorted(set(sections) - set(CONFIGS))
+    if unknown_sections:
+        raise InputError(f"{source_name} has an unknown section {unknown_sections[0]!r}; expected {', '.join(CONFIGS)}")
     if "import" in sections and "generate" in sections:
-        raise InputError(f"{where} has both [import] and [generate]; keep one of them")
+        raise InputError(f"{source_name} has both [import] and [generate]; keep one of them")
     configs = {}
-    for name, config in CONFIGS.items():
+    for name, config_class in CONFIGS.items():
         if name in sections or name not in OPTIONAL:
-            configs[name] = from_mapping(config, _section(sections, name, where, folder), f"{where} [{name}]")
+            configs[name] = from_mapping(
+                config_class, _section(sections, name, source_name, folder), f"{source_name} [{name}]"
+            )
     return configs
 
 
-def _section(sections: dict[str, Any], name: str, where: str, folder: Path) -> dict[str, Any]:
+def _section(sections: dict[str, Any], name: str, source_name: str, folder: Path) -> dict[str, Any]:
     """Return the settings of a section; relative paths are resolved against the folder of the file."""
-    section = section_of(sections, name, where)
+    section = section_of(sections, name, source_name)
     key = PATHS.get(name)
     if key in section:
         value = section[key]
-        section[key] = [_beside(folder, item) for item in value] if isinstance(value, list) else _beside(folder, value)
+        section[key] = (
+            [_absolute_path(folder, path) for path in value]
+            if isinstance(value, list)
+            else _absolute_path(folder, value)
+        )
     return section
 
 
-def _beside(folder: Path, path: Any) -> Any:
+def _absolute_path(folder: Path, path: Any) -> Any:
     """Return an absolute path, so that a file is the same input wherever the run is started; a URI stays unchanged."""
     return str((folder / path).resolve()) if isinstance(path, str) and "://" not in path else path
 
 
-def _same_paths(one: Sequence[str], other: Sequence[str]) -> bool:
-    return [_beside(Path(), path) for path in one] == [_beside(Path(), path) for path in other]
+def _same_paths(earlier_paths: Sequence[str], new_paths: Sequence[str]) -> bool:
+    return [_absolute_path(Path(), path) for path in earlier_paths] == [
+        _absolute_path(Path(), path) for path in new_paths
+    ]
 
 
 class Stages:
@@ -193,20 +201,20 @@ class Stages:
     def run(self, name: str, config: Settings | None = None) -> Outcome:
         """Run a stage; songs has no config. The stage rank is left out if it has too few queries to learn from."""
         started = time.monotonic()
-        existing = self._existing(name)
+        existing_ids = self._existing_ids(name)
         try:
             artifact: Manifest | DatasetManifest | Split = getattr(self, f"_{name}")(config)
         except TooFewQueriesError as error:
             return self.leave_out(name, str(error).partition("; ")[0], round(time.monotonic() - started, 2))
         self.artifact_ids[name] = artifact.id
-        return self._ended(
+        return self._record(
             Outcome(
                 stage=name,
-                status="skipped" if artifact.id in existing and not self.force else "done",
+                status="skipped" if artifact.id in existing_ids and not self.force else "done",
                 id=artifact.id,
                 seconds=round(time.monotonic() - started, 2),
-                inputs=_inputs(artifact),
-                figures=_figures(artifact),
+                inputs=_inputs_of(artifact),
+                figures=_metrics_of(artifact),
                 trained_on=self._trained_on(artifact),
             )
         )
@@ -218,14 +226,14 @@ class Stages:
 
     def leave_out(self, name: str, reason: str, seconds: float = 0.0) -> Outcome:
         """Record that a stage is not run, and why."""
-        return self._ended(Outcome(stage=name, status="left out", id="", seconds=seconds, reason=reason))
+        return self._record(Outcome(stage=name, status="left out", id="", seconds=seconds, reason=reason))
 
-    def _ended(self, outcome: Outcome) -> Outcome:
+    def _record(self, outcome: Outcome) -> Outcome:
         self.outcomes.append(outcome)
         self.on_stage(outcome)
         return outcome
 
-    def _existing(self, name: str) -> set[str]:
+    def _existing_ids(self, name: str) -> set[str]:
         if name in ("import", "generate"):
             dataset = self._dataset()
             return {dataset.id} if dataset else set()
@@ -237,20 +245,20 @@ class Stages:
         # Changed files are imported again. Other data, also appended plays, are replaced only with `force`.
         dataset = self._dataset()
         earlier_import: Any = dataset.config.get(config.produces) if dataset else None
-        changed = isinstance(earlier_import, dict) and _same_paths(earlier_import["paths"], config.paths)
-        changed = changed and earlier_import["plan"] != plan_import(config).id
-        changed = changed and not (config.produces == "plays" and dataset is not None and dataset.appended)
-        imported = import_data(self.workspace, config, repeat=self.force or changed)
-        for note in import_notes(imported.last_import):
-            self.on_note(note)
-        return imported
+        is_changed = isinstance(earlier_import, dict) and _same_paths(earlier_import["paths"], config.paths)
+        is_changed = is_changed and earlier_import["plan"] != plan_import(config).id
+        is_changed = is_changed and not (config.produces == "plays" and dataset is not None and dataset.appended)
+        new_manifest = import_data(self.workspace, config, repeat=self.force or is_changed)
+        for message in import_notes(new_manifest.last_import):
+            self.on_note(message)
+        return new_manifest
 
     def _generate(self, config: GenerateConfig) -> DatasetManifest:
         dataset = self._dataset()
-        generated = dataset is not None and dataset.source == "generated"
-        if dataset and generated and dataset.config == to_mapping(config) and not self.force:
+        is_generated = dataset is not None and dataset.source == "generated"
+        if dataset and is_generated and dataset.config == to_mapping(config) and not self.force:
             return dataset
-        return generate(self.workspace, config, repeat=self.force or generated)
+        return generate(self.workspace, config, repeat=self.force or is_generated)
 
     def _dataset(self) -> DatasetManifest | None:
         try:
@@ -330,14 +338,14 @@ KINDS = {
 }
 
 
-def _inputs(artifact: Manifest | DatasetManifest | Split) -> dict[str, str]:
+def _inputs_of(artifact: Manifest | DatasetManifest | Split) -> dict[str, str]:
     """Return role -> id of the inputs of an artifact; empty for a data set, which is made from files or a seed."""
     if isinstance(artifact, Split):
         return {"dataset": artifact.dataset}
     return artifact.inputs if isinstance(artifact, Manifest) else {}
 
 
-def _figures(artifact: Manifest | DatasetManifest | Split) -> dict[str, Any]:
+def _metrics_of(artifact: Manifest | DatasetManifest | Split) -> dict[str, Any]:
     if isinstance(artifact, Manifest):
         return artifact.metrics
     if isinstance(artifact, DatasetManifest):
@@ -403,21 +411,21 @@ def demo(
     Raises `InputError` if the workspace holds other data, which is never replaced, and `MissingDependencyError` without
     faiss.
     """
-    _require_room(workspace)
+    _require_demo_workspace(workspace)
     outcomes = run(workspace, DEMO_PIPELINE, force=force, on_stage=on_stage)
-    ids = {outcome.stage: outcome.id for outcome in outcomes}
-    user, shown = example_answer(workspace, releases.default_parts(workspace, ids["train"]), k=10)
-    report = artifacts.load_manifest(workspace, "reports", ids["evaluate"])
+    artifact_ids = {outcome.stage: outcome.id for outcome in outcomes}
+    user, example = example_answer(workspace, releases.default_parts(workspace, artifact_ids["train"]), k=10)
+    report = artifacts.load_manifest(workspace, "reports", artifact_ids["evaluate"])
     return Demo(
         outcomes=outcomes,
         evaluation=read_figures(workspace, report),
         report=workspace.full(report.path("report.html")),
         user=user,
-        answer=shown,
+        answer=example,
     )
 
 
-def _require_room(workspace: Workspace) -> None:
+def _require_demo_workspace(workspace: Workspace) -> None:
     try:
         manifest = Dataset(workspace).manifest
     except NotFoundError:
@@ -440,15 +448,15 @@ def example_answer(workspace: Workspace, parts: Mapping[str, str], k: int = EXAM
 
 def _example_user(dataset: Dataset) -> tuple[str, int]:
     """Return the first user with `MIN_PLAYS` plays, else the one with most, and the time of the last play (ms UTC)."""
-    most, example = 0, ("", 0)
+    most_plays, example = 0, ("", 0)
     for batch in dataset.read_all():
         if not len(batch):
             continue
-        enough = (batch.lengths >= MIN_PLAYS).nonzero()[0]
-        row = int(enough[0]) if len(enough) else int(batch.lengths.argmax())
-        if batch.lengths[row] > most:
-            most = int(batch.lengths[row])
+        enough_rows = (batch.lengths >= MIN_PLAYS).nonzero()[0]
+        row = int(enough_rows[0]) if len(enough_rows) else int(batch.lengths.argmax())
+        if batch.lengths[row] > most_plays:
+            most_plays = int(batch.lengths[row])
             example = str(batch.user_ids[row]), int(batch.played_at[batch.offsets[row + 1] - 1])
-        if len(enough):
+        if len(enough_rows):
             break
     return example

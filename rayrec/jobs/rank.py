@@ -76,28 +76,28 @@ def fit_rankers(
     )
     split = _split_of(workspace, dataset, model, retrieval)
     inputs = {"dataset": dataset.manifest.id, "split": split.id, "models": model.id, "retrieval": retrieval.id}
-    added = artifacts.latest(workspace, "added_songs", lambda manifest: manifest.inputs["models"] == model.id)
+    added_songs = artifacts.latest(workspace, "added_songs", lambda manifest: manifest.inputs["models"] == model.id)
     # Added songs are not an input of the artifact, since rankers also rank songs that are added later.
-    print_id = artifacts.fingerprint(
-        "rank", to_mapping(config), inputs | ({"added_songs": added.id} if added is not None else {})
+    fingerprint_id = artifacts.fingerprint(
+        "rank", to_mapping(config), inputs | ({"added_songs": added_songs.id} if added_songs is not None else {})
     )
-    rankers_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
+    rankers_id, complete = artifacts.new_id(workspace, KIND, fingerprint_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, KIND, rankers_id)
     manifest = Manifest(kind=KIND, id=rankers_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     started = time.monotonic()
-    parts = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
-    task = _Task(dataset, config, split, *parts, manifest.path("run"), added=added is not None)
+    input_folders = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
+    task = _Task(dataset, config, split, *input_folders, manifest.path("run"), has_added_songs=added_songs is not None)
     with ray_cluster():
-        examples = _collect(task)
+        examples = _collect_examples(task)
         try:
-            names, figures = _grow(task, {EVERYTHING: manifest.folder}, examples)[EVERYTHING]
+            file_names, ranker_metrics = _train_rankers(task, {EVERYTHING: manifest.folder}, examples)[EVERYTHING]
         except TooFewQueriesError:
             workspace.delete(manifest.folder)
             raise
-    workspace.delete(task.run)
-    metrics = {**figures, "queries": examples.queries, "seconds": round(time.monotonic() - started, 1)}
-    return artifacts.publish(workspace, replace(manifest, metrics=metrics), names)
+    workspace.delete(task.run_folder)
+    metrics = {**ranker_metrics, "queries": examples.queries, "seconds": round(time.monotonic() - started, 1)}
+    return artifacts.publish(workspace, replace(manifest, metrics=metrics), file_names)
 
 
 def fit_ablations(dataset: Dataset, rankers: Manifest, folder: str) -> dict[str, str]:
@@ -111,17 +111,17 @@ def fit_ablations(dataset: Dataset, rankers: Manifest, folder: str) -> dict[str,
         artifacts.load_manifest(workspace, kind, rankers.inputs[kind]) for kind in ("models", "retrieval")
     )
     split = _split_of(workspace, dataset, model, retrieval)
-    described = retrieval.metrics["artists"] or retrieval.metrics["albums"]
-    parts = tuple(part for part in ABLATED_PARTS if part != "artists" or described)
+    has_artists_or_albums = retrieval.metrics["artists"] or retrieval.metrics["albums"]
+    parts = tuple(part for part in ABLATED_PARTS if part != "artists" or has_artists_or_albums)
     config = RankConfig(**rankers.config)
-    added = (
+    has_added_songs = (
         artifacts.latest(workspace, "added_songs", lambda manifest: manifest.inputs["models"] == model.id) is not None
     )
-    learned_from = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
-    task = _Task(dataset, config, split, *learned_from, f"{folder}/run", parts, added)
+    input_folders = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
+    task = _Task(dataset, config, split, *input_folders, f"{folder}/run", parts, has_added_songs)
     folders = {part: f"{folder}/{part}" for part in parts}
-    _grow(task, folders, _collect(task))
-    workspace.delete(task.run)
+    _train_rankers(task, folders, _collect_examples(task))
+    workspace.delete(task.run_folder)
     return folders
 
 
@@ -134,39 +134,43 @@ class _Examples:
     features: dict[str, list[str]]  # left-out part -> names of the features
 
 
-def _collect(task: _Task) -> _Examples:
+def _collect_examples(task: _Task) -> _Examples:
     """Collect the examples of all buckets."""
-    if task.added:
-        songs = added_to(task.dataset, task.network)
+    if task.has_added_songs:
+        songs = added_to(task.dataset, task.network_folder)
         # Without held-out songs: they are never right here, so rankers would learn that no new song is right.
         songs = songs.take(task.split.final.allowed_songs(songs.rows))
-        songs.save(task.dataset.workspace, f"{task.run}/added_songs")
+        songs.save(task.dataset.workspace, f"{task.run_folder}/added_songs")
     cpus = node_cpus()
     features, *_ = run_on_node(_build_index, task, cpus, cpus=cpus)
     buckets = range(task.dataset.manifest.buckets)
-    queries: dict[int, int] = {}
+    query_counts: dict[int, int] = {}
     with progress("Ranking examples", len(buckets)) as bar:
         for bucket, count in run_buckets(ExampleCollector, buckets, arguments={"task": task}):
-            queries[bucket] = count
+            query_counts[bucket] = count
             bar.advance()
-    return _Examples(sum(queries.values()), sorted(bucket for bucket in queries if queries[bucket]), features)
+    return _Examples(
+        sum(query_counts.values()), sorted(bucket for bucket in query_counts if query_counts[bucket]), features
+    )
 
 
-def _grow(task: _Task, folders: dict[str, str], examples: _Examples) -> dict[str, tuple[list[str], dict[str, Any]]]:
+def _train_rankers(
+    task: _Task, folders: dict[str, str], examples: _Examples
+) -> dict[str, tuple[list[str], dict[str, Any]]]:
     """Train the rankers of all kinds for each of `folders`, in parallel; return part -> names of files, and figures.
 
     `folders` maps each left-out part to the folder of its rankers.
     """
-    units = [_Growing(without, folder, kind) for kind in KINDS for without, folder in folders.items()]
+    units = [_Growing(left_out_part, folder, kind) for kind in KINDS for left_out_part, folder in folders.items()]
     cpus = node_cpus()
     threads = min(cpus, MOST_THREADS, max(FEWEST_THREADS, cpus // len(units)))
-    shape = task.dataset.workspace.read_json(f"{task.network}/{MODEL_CONFIG}")
-    memory = ranking_memory(shape["num_songs"], shape["embedding_dim"], examples.queries)
-    files: dict[str, list[str]] = {without: [] for without in folders}
-    figures: dict[str, dict[str, Any]] = {without: {} for without in folders}
+    model_shape = task.dataset.workspace.read_json(f"{task.network_folder}/{MODEL_CONFIG}")
+    memory = ranking_memory(model_shape["num_songs"], model_shape["embedding_dim"], examples.queries)
+    file_names: dict[str, list[str]] = {left_out_part: [] for left_out_part in folders}
+    metrics: dict[str, dict[str, Any]] = {left_out_part: {} for left_out_part in folders}
     arguments = {"task": task, "examples": examples}
     with progress("Rankers", len(units)) as bar:
-        grown = run_buckets(
+        results = run_buckets(
             RankerGrower,
             units,
             arguments=arguments | {"threads": threads},
@@ -174,22 +178,29 @@ def _grow(task: _Task, folders: dict[str, str], examples: _Examples) -> dict[str
             memory=memory,
             called="ranker",
         )
-        for unit, names, about in grown:
-            files[unit.without] += names
-            figures[unit.without] |= {unit.kind: about} if about else {}
+        for unit, ranker_files, ranker_metrics in results:
+            file_names[unit.left_out] += ranker_files
+            metrics[unit.left_out] |= {unit.kind: ranker_metrics} if ranker_metrics else {}
             bar.advance(note=unit.kind)
-        both = [unit for unit in units if unit.kind == "served" and "served" in figures[unit.without]]
-        for unit, better in run_buckets(OrderCheck, both, arguments=arguments, memory=memory, called="ranker"):
-            if not better:  # the ranker of all next plays orders new songs at least as well
-                del figures[unit.without]["served"]
-                own = [name for name in files[unit.without] if name.rpartition("/")[2].startswith("served.")]
-                files[unit.without] = [name for name in files[unit.without] if name not in own]
-                for name in own:
+        served_units = [unit for unit in units if unit.kind == "served" and "served" in metrics[unit.left_out]]
+        for unit, is_better in run_buckets(
+            OrderCheck, served_units, arguments=arguments, memory=memory, called="ranker"
+        ):
+            if not is_better:  # the ranker of all next plays orders new songs at least as well
+                del metrics[unit.left_out]["served"]
+                served_files = [
+                    name for name in file_names[unit.left_out] if name.rpartition("/")[2].startswith("served.")
+                ]
+                file_names[unit.left_out] = [name for name in file_names[unit.left_out] if name not in served_files]
+                for name in served_files:
                     task.dataset.workspace.delete(f"{unit.folder}/{name}")
-    in_order: dict[str, dict[str, Any]] = {
-        without: {kind: about[kind] for kind in KINDS if kind in about} for without, about in figures.items()
+    ordered_metrics: dict[str, dict[str, Any]] = {
+        left_out_part: {kind: ranker_metrics[kind] for kind in KINDS if kind in ranker_metrics}
+        for left_out_part, ranker_metrics in metrics.items()
     }
-    return {without: (sorted(files[without]), in_order[without]) for without in folders}
+    return {
+        left_out_part: (sorted(file_names[left_out_part]), ordered_metrics[left_out_part]) for left_out_part in folders
+    }
 
 
 ANEW = {"models": "`rayrec embed` and `rayrec train`", "retrieval": "`rayrec retrieval`"}  # kind -> commands
@@ -205,11 +216,11 @@ def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval
     split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
     if split is None or not workspace.exists(f"{model.path(SELECTION_NETWORK)}/model.safetensors"):
         if split is not None and "from" in model.inputs:
-            start = model.inputs["from"]
+            start_id = model.inputs["from"]
             raise TooFewQueriesError(
-                f"model {model.id} continues model {start} and has no network trained without "
-                f"{split.validation_range}; make a split whose validation range has only plays that model {start} was "
-                "not trained on, and train again with --from, or train without --from"
+                f"model {model.id} continues model {start_id} and has no network trained without "
+                f"{split.validation_range}; make a split whose validation range has only plays that model {start_id} "
+                "was not trained on, and train again with --from, or train without --from"
             )
         raise TooFewQueriesError(
             f"model {model.id} has no validation range to train a ranker on; "
@@ -230,49 +241,49 @@ class _Task:
     dataset: Dataset
     config: RankConfig
     split: Split
-    network: str  # folder of the network that has not seen the validation range
-    retrieval: str  # folder of the retrieval that has not seen it either
-    run: str  # folder of the intermediate files
-    without: tuple[str, ...] = (EVERYTHING,)  # parts to leave out, one at a time
-    added: bool = False  # True if songs were added to the network; they are stored in the folder `run`
+    network_folder: str  # folder of the network that has not seen the validation range
+    retrieval_folder: str  # folder of the retrieval that has not seen it either
+    run_folder: str  # folder of the intermediate files
+    left_out: tuple[str, ...] = (EVERYTHING,)  # parts to leave out, one at a time
+    has_added_songs: bool = False  # True if songs were added to the network; they are stored in `run_folder`
 
-    def piece(self, bucket: int, without: str, kind: RankerKind) -> str:
-        """Return the path of the examples of one bucket and kind of ranker, collected without the part `without`."""
-        return f"{self.run}/bucket={bucket:05d}/{without or 'all'}.{kind}.safetensors"
+    def examples_path(self, bucket: int, left_out_part: str, kind: RankerKind) -> str:
+        """Return the path of the examples of one bucket and kind of ranker, collected without `left_out_part`."""
+        return f"{self.run_folder}/bucket={bucket:05d}/{left_out_part or 'all'}.{kind}.safetensors"
 
-    def joined(self, buckets: Sequence[int], without: str, kind: RankerKind) -> RankingExamples:
+    def read_examples(self, buckets: Sequence[int], left_out_part: str, kind: RankerKind) -> RankingExamples:
         """Return the joined examples of `buckets`. Raises `TooFewQueriesError` if there are no buckets."""
         if not buckets:
             raise TooFewQueriesError(
                 "the validation range has no play that a ranker can learn from; use a split with more validation days"
             )
         workspace = self.dataset.workspace
-        pieces = (workspace.read_bytes(self.piece(bucket, without, kind)) for bucket in buckets)
-        return RankingExamples.joined([unpack_examples(piece) for piece in pieces])
+        packed_examples = (workspace.read_bytes(self.examples_path(bucket, left_out_part, kind)) for bucket in buckets)
+        return RankingExamples.joined([unpack_examples(packed) for packed in packed_examples])
 
     @property
-    def index(self) -> str:
+    def index_path(self) -> str:
         """The path of the index of the network's songs, which all workers read."""
-        return f"{self.run}/{INDEX_FILE}"
+        return f"{self.run_folder}/{INDEX_FILE}"
 
     def network_and_songs(self) -> TasteRecommender:
         """Return the network that has not seen the validation range, with the added songs, without an index."""
         workspace = self.dataset.workspace
-        network = TasteRecommender.from_folder(workspace, self.network)
-        if self.added:
-            network.add_songs(AddedSongs.load(workspace, f"{self.run}/added_songs"))
+        network = TasteRecommender.from_folder(workspace, self.network_folder)
+        if self.has_added_songs:
+            network.add_songs(AddedSongs.load(workspace, f"{self.run_folder}/added_songs"))
         return network
 
     def sources(self) -> dict[str, CandidateSource]:
         """Return left-out part -> retrievers and features that have not seen the validation range."""
         workspace, network = self.dataset.workspace, self.network_and_songs()
-        figures = IndexFigures(**workspace.read_json(f"{self.index}.json"))
-        network.index = SongIndex.read(workspace, self.index, figures, network.song_vectors)
-        retrieval = Retrieval.load(workspace, self.retrieval)
+        index_metrics = IndexFigures(**workspace.read_json(f"{self.index_path}.json"))
+        network.index = SongIndex.read(workspace, self.index_path, index_metrics, network.song_vectors)
+        retrieval = Retrieval.load(workspace, self.retrieval_folder)
         real_times = self.dataset.manifest.times == "real"
         return {
-            without: CandidateSource(network, retrieval, real_times=real_times, without=without)
-            for without in self.without
+            left_out_part: CandidateSource(network, retrieval, real_times=real_times, without=left_out_part)
+            for left_out_part in self.left_out
         }
 
 
@@ -282,9 +293,9 @@ def _build_index(task: _Task, threads: int) -> Iterator[dict[str, list[str]]]:
     With a shared index no worker needs the memory and time to build its own.
     """
     index = index_network(task.dataset, task.network_and_songs(), IndexConfig(), threads=threads)
-    index.save(task.dataset.workspace, task.index)
-    task.dataset.workspace.write_json(f"{task.index}.json", asdict(index.figures))
-    yield {without: source.sources.names for without, source in task.sources().items()}
+    index.save(task.dataset.workspace, task.index_path)
+    task.dataset.workspace.write_json(f"{task.index_path}.json", asdict(index.figures))
+    yield {left_out_part: source.sources.names for left_out_part, source in task.sources().items()}
 
 
 class ExampleCollector:
@@ -292,37 +303,39 @@ class ExampleCollector:
 
     def __init__(self, task: _Task) -> None:
         self._task, self._sources = task, task.sources()
-        self._queries_each = -(-task.config.queries // task.dataset.manifest.buckets)
+        self._queries_per_bucket = -(-task.config.queries // task.dataset.manifest.buckets)
 
     def __call__(self, bucket: int) -> tuple[int, int]:
         """Write the examples of a bucket; return its number and the number of queries."""
-        task, left = self._task, self._queries_each
-        parts: list[dict[str, dict[RankerKind, RankingExamples]]] = []
+        task, remaining_queries = self._task, self._queries_per_bucket
+        batch_examples: list[dict[str, dict[RankerKind, RankingExamples]]] = []
         for batch in task.dataset.read_bucket(bucket):
-            histories, plays = validation_queries(batch, task.split, left)
-            left -= len(plays)
+            histories, plays = validation_queries(batch, task.split, remaining_queries)
+            remaining_queries -= len(plays)
             if len(plays):
-                parts.append(collect_examples(self._sources, histories, plays))
-        for without in task.without if parts else ():
+                batch_examples.append(collect_examples(self._sources, histories, plays))
+        for left_out_part in task.left_out if batch_examples else ():
             for kind in KINDS:
-                joined = RankingExamples.joined([part[without][kind] for part in parts])
-                task.dataset.workspace.write_bytes(task.piece(bucket, without, kind), pack_examples(joined))
-        return bucket, self._queries_each - left
+                bucket_examples = RankingExamples.joined([examples[left_out_part][kind] for examples in batch_examples])
+                task.dataset.workspace.write_bytes(
+                    task.examples_path(bucket, left_out_part, kind), pack_examples(bucket_examples)
+                )
+        return bucket, self._queries_per_bucket - remaining_queries
 
 
 @dataclass(frozen=True, order=True)
 class _Growing:
     """One ranker to train; sorted and shown as text if its worker is lost."""
 
-    without: str  # left-out part
+    left_out: str  # left-out part
     folder: str  # folder that the ranker is written to
     kind: RankerKind
 
     def __str__(self) -> str:
-        return f"{self.kind} without {self.without}" if self.without else self.kind
+        return f"{self.kind} without {self.left_out}" if self.left_out else self.kind
 
     @property
-    def checked(self) -> str:
+    def checked_folder(self) -> str:
         """The folder of the ranker that has not learned from the held-out queries."""
         return f"{self.folder}/{SELECTION_RANKERS}"
 
@@ -336,16 +349,21 @@ class RankerGrower:
     def __call__(self, unit: _Growing) -> tuple[_Growing, list[str], dict[str, Any]]:
         """Train and write a ranker; return `unit`, file names and figures, both empty if it has too few queries."""
         task = self._task
-        examples = task.joined(self._examples.buckets, unit.without, unit.kind)
-        fitted = _fitted(unit.kind, examples, self._examples.features[unit.without], task.config, self._threads)
-        if fitted is None:
+        examples = task.read_examples(self._examples.buckets, unit.left_out, unit.kind)
+        fitted_ranker = _train_ranker(
+            unit.kind, examples, self._examples.features[unit.left_out], task.config, self._threads
+        )
+        if fitted_ranker is None:
             return unit, [], {}
-        workspace, ranker = task.dataset.workspace, fitted.ranker
-        checked = fitted.checked.save(workspace, unit.checked, unit.kind)
+        workspace, ranker = task.dataset.workspace, fitted_ranker.ranker
+        checked_files = fitted_ranker.checked.save(workspace, unit.checked_folder, unit.kind)
         is_found = examples.found[examples.held_out]
         return (
             unit,
-            [*ranker.save(workspace, unit.folder, unit.kind), *(f"{SELECTION_RANKERS}/{name}" for name in checked)],
+            [
+                *ranker.save(workspace, unit.folder, unit.kind),
+                *(f"{SELECTION_RANKERS}/{name}" for name in checked_files),
+            ],
             {
                 "form": ranker.form,
                 "candidates_hold_the_answer": round(float(is_found.mean()), 4),
@@ -362,25 +380,32 @@ class OrderCheck:
 
     def __call__(self, unit: _Growing) -> tuple[_Growing, bool]:
         """Return `unit`, and True if its ranker has the higher NDCG@20 on the held-out queries of its kind."""
-        workspace, examples = self._task.dataset.workspace, self._task.joined(self._buckets, unit.without, unit.kind)
-        checked = examples.take(examples.held_out & examples.found)
-        own, other = (
-            ndcg(checked.rows, Ranker.load(workspace, unit.checked, kind).scores(checked.features), checked.right)
+        workspace, examples = (
+            self._task.dataset.workspace,
+            self._task.read_examples(self._buckets, unit.left_out, unit.kind),
+        )
+        checked_examples = examples.take(examples.held_out & examples.found)
+        unit_ndcg, next_ndcg = (
+            ndcg(
+                checked_examples.rows,
+                Ranker.load(workspace, unit.checked_folder, kind).scores(checked_examples.features),
+                checked_examples.right,
+            )
             for kind in (unit.kind, "next")
         )
-        return unit, own > other
+        return unit, unit_ndcg > next_ndcg
 
 
-def _fitted(
+def _train_ranker(
     kind: RankerKind, examples: RankingExamples, features: list[str], config: RankConfig, threads: int
 ) -> FittedRanker | None:
     """Train a ranker; return None if the kind is served or long and has too few queries.
 
     A validation range may reach too few plays ahead for the long horizon, or hold only songs that its users had heard.
     """
-    checked = int((examples.held_out & examples.found).sum())
-    fewest = {"next": 0, "served": 1, "long": config.min_long_queries}[kind]
-    if min(checked, int(examples.found.sum()) - checked) < fewest:
+    checked_queries = int((examples.held_out & examples.found).sum())
+    min_queries = {"next": 0, "served": 1, "long": config.min_long_queries}[kind]
+    if min(checked_queries, int(examples.found.sum()) - checked_queries) < min_queries:
         return None
     settings = RankerSettings(
         trees=config.trees,

@@ -81,16 +81,18 @@ def recommend_all(
         )
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
-    moment = dataset.manifest.last_play + 1 if at is None else at
+    timestamp = dataset.manifest.last_play + 1 if at is None else at
     inputs = {"dataset": dataset.manifest.plays_id, **{role: parts[role] for role in ANSWERING_KINDS if role in parts}}
-    settings = {**to_mapping(config.replace(explain=False)), "at": moment}
-    made_id, complete = artifacts.new_id(workspace, KIND, artifacts.fingerprint(KIND, settings, inputs), repeat=repeat)
+    settings = {**to_mapping(config.replace(explain=False)), "at": timestamp}
+    artifact_id, complete = artifacts.new_id(
+        workspace, KIND, artifacts.fingerprint(KIND, settings, inputs), repeat=repeat
+    )
     if complete:
-        return artifacts.reuse(workspace, KIND, made_id)
+        return artifacts.reuse(workspace, KIND, artifact_id)
     load_recommender(workspace, dataset, parts)  # raises here if the parts do not fit, not in every worker
-    manifest = Manifest(kind=KIND, id=made_id, config=settings, inputs=inputs)
-    began = time.monotonic()
-    task = _Task(dataset, config, dict(parts), moment, manifest.folder)
+    manifest = Manifest(kind=KIND, id=artifact_id, config=settings, inputs=inputs)
+    started = time.monotonic()
+    task = _Task(dataset, config, dict(parts), timestamp, manifest.folder)
     buckets = range(dataset.manifest.buckets)
     checksums: dict[str, str] = {}
     counts: Counter[str] = Counter()
@@ -100,7 +102,7 @@ def recommend_all(
             checksums[path.removeprefix(f"{manifest.folder}/")] = result.sha256
             counts.update(result.counts)
             bar.advance()
-    metrics = {"seconds": round(time.monotonic() - began, 1), **counts}
+    metrics = {"seconds": round(time.monotonic() - started, 1), **counts}
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums, checksums)
 
 
@@ -149,10 +151,10 @@ class BucketRecommendations:
             workspace.open_output(path) as stream,
             pq.ParquetWriter(stream, schema_of(task.config), compression="zstd") as writer,
         ):
-            for table, filled in self._tables(bucket):
+            for table, filled_count in self._tables(bucket):
                 writer.write_table(table)
                 counts["users"] += table.num_rows
-                counts["filled_songs"] += filled
+                counts["filled_songs"] += filled_count
                 counts["songs"] += len(table.column(columns.SCORES).combine_chunks().flatten())
             writer.add_key_value_metadata({BUCKET_COUNTS.decode(): json.dumps(counts)})
         return BucketRows(bucket=bucket, sha256=stream.sha256, counts={**counts, "buckets_computed": 1})
@@ -164,9 +166,9 @@ class BucketRecommendations:
             self._recommender = load_recommender(dataset.workspace, dataset, task.parts)
             self._song_ids = columns.one_array(dataset.catalog().table.column(columns.SONG_ID))
         for histories in dataset.read_bucket(bucket, USERS_AT_ONCE):
-            known = histories.before(task.at)
-            if len(known):
-                yield self._table(self._recommender, known)
+            earlier_histories = histories.before(task.at)
+            if len(earlier_histories):
+                yield self._table(self._recommender, earlier_histories)
 
     def _table(self, recommender: BaseRecommender, histories: Histories) -> tuple[pa.Table, int]:
         config = self._task.config
@@ -177,19 +179,22 @@ class BucketRecommendations:
             horizon="long" if config.long_weight else "short",
             filters=without_heard(histories) if config.exclude_heard else None,
         )
-        real = ranking.songs != NO_SONG
-        songs, scores = ranking.songs[real], ranking.scores[real]
-        counts, explored, filled = real.sum(axis=1), [], int(ranking.filled.sum())
+        is_song = ranking.songs != NO_SONG
+        songs, scores = ranking.songs[is_song], ranking.scores[is_song]
+        counts, explored, filled_count = is_song.sum(axis=1), [], int(ranking.filled.sum())
         if config.explore:
             explored = [
-                self._explored(recommender, histories.take(np.array([row])), ranking, row) for row in range(len(counts))
+                self._explore(recommender, histories.take(np.array([row])), ranking, row) for row in range(len(counts))
             ]
-            songs, scores = (np.concatenate([getattr(one, name) for one in explored]) for name in ("songs", "scores"))
-            proposed = counts - ranking.filled
-            filled = sum(
-                int(np.isin(one.songs, ranking.songs[row, proposed[row] :]).sum()) for row, one in enumerate(explored)
+            songs, scores = (
+                np.concatenate([getattr(result, name) for result in explored]) for name in ("songs", "scores")
             )
-            counts = np.array([len(one.songs) for one in explored])
+            proposed_counts = counts - ranking.filled
+            filled_count = sum(
+                int(np.isin(result.songs, ranking.songs[row, proposed_counts[row] :]).sum())
+                for row, result in enumerate(explored)
+            )
+            counts = np.array([len(result.songs) for result in explored])
         offsets = pa.array(offsets_of(counts).astype(np.int32))
         song_ids = self._song_ids.take(pa.array(songs))
         arrays = [
@@ -198,12 +203,12 @@ class BucketRecommendations:
             pa.ListArray.from_arrays(offsets, pa.array(scores, pa.float32())),
         ]
         if config.explore:
-            chances = pa.array(np.concatenate([one.probabilities for one in explored]), from_pandas=True)
-            arrays.append(pa.ListArray.from_arrays(offsets, chances))
-        return pa.table(arrays, schema=schema_of(config)), filled
+            probabilities = pa.array(np.concatenate([result.probabilities for result in explored]), from_pandas=True)
+            arrays.append(pa.ListArray.from_arrays(offsets, probabilities))
+        return pa.table(arrays, schema=schema_of(config)), filled_count
 
-    def _explored(self, recommender: BaseRecommender, history: Histories, ranking: Ranking, row: int) -> Explored:
-        config, real = self._task.config, ranking.songs[row] != NO_SONG
-        ranked = ranking.songs[row][real], ranking.scores[row][real]
-        places = np.arange(min(config.k, int(real.sum())))
-        return with_explored(recommender, history, self._task.at, ranked, places, config.explore)
+    def _explore(self, recommender: BaseRecommender, history: Histories, ranking: Ranking, row: int) -> Explored:
+        config, is_song = self._task.config, ranking.songs[row] != NO_SONG
+        ranked = ranking.songs[row][is_song], ranking.scores[row][is_song]
+        positions = np.arange(min(config.k, int(is_song.sum())))
+        return with_explored(recommender, history, self._task.at, ranked, positions, config.explore)

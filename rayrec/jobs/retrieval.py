@@ -71,40 +71,42 @@ def fit_retrieval(
     if split is not None:
         require_split_of(dataset, split)
         inputs["split"] = split.id
-    described = dataset.descriptions()
-    if described:
-        inputs["descriptions"] = described[-1].id
-    print_id = artifacts.fingerprint(KIND, to_mapping(config), inputs)
-    retrieval_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
+    descriptions = dataset.descriptions()
+    if descriptions:
+        inputs["descriptions"] = descriptions[-1].id
+    fingerprint_id = artifacts.fingerprint(KIND, to_mapping(config), inputs)
+    retrieval_id, complete = artifacts.new_id(workspace, KIND, fingerprint_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, KIND, retrieval_id)
     manifest = Manifest(kind=KIND, id=retrieval_id, config=to_mapping(config), inputs=inputs)
     first_part, base = 0, None
     if not (config.full or repeat):
-        first_part, base = dataset.newest_base(KIND, lambda other: _is_like(workspace, other, manifest))
+        first_part, base = dataset.newest_base(KIND, lambda candidate: _is_continuable(workspace, candidate, manifest))
     started = time.monotonic()
-    names: list[str] = []
+    file_names: list[str] = []
     with ray_cluster():
         if split is not None and split.has_validation:
             folder = manifest.path(SELECTION_RETRIEVAL)
             if not workspace.exists(f"{folder}/{SETTINGS_FILE}"):
-                before = _selection_base(dataset, split, base)
-                from_part = first_part if before else 0
-                write_retrieval(dataset, config, split.selection, folder, base=before, first_part=from_part)
-            names = [path.removeprefix(f"{manifest.folder}/") for path in workspace.files(folder)]
+                selection_base = _selection_base(dataset, split, base)
+                selection_part = first_part if selection_base else 0
+                write_retrieval(
+                    dataset, config, split.selection, folder, base=selection_base, first_part=selection_part
+                )
+            file_names = [path.removeprefix(f"{manifest.folder}/") for path in workspace.files(folder)]
         base_folder = base.folder if base else ""
-        written, figures = write_retrieval(
+        final_names, fit_metrics = write_retrieval(
             dataset, config, fit_range(split), manifest.folder, base=base_folder, first_part=first_part
         )
-        names += written
-    metrics = {**figures, "seconds": round(time.monotonic() - started, 1), "base": base.id if base else ""}
-    return artifacts.publish(workspace, replace(manifest, metrics=metrics), names)
+        file_names += final_names
+    metrics = {**fit_metrics, "seconds": round(time.monotonic() - started, 1), "base": base.id if base else ""}
+    return artifacts.publish(workspace, replace(manifest, metrics=metrics), file_names)
 
 
-def _is_like(workspace: Workspace, earlier: Manifest, new: Manifest) -> bool:
+def _is_continuable(workspace: Workspace, earlier_retrieval: Manifest, new_retrieval: Manifest) -> bool:
     """Return True if two retrievals have the same settings, and have the same split or may both see all plays."""
-    settings = [{**each.config, "full": False} for each in (earlier, new)]
-    splits = [each.inputs.get("split") for each in (earlier, new)]
+    settings = [{**manifest.config, "full": False} for manifest in (earlier_retrieval, new_retrieval)]
+    splits = [manifest.inputs.get("split") for manifest in (earlier_retrieval, new_retrieval)]
     if settings[0] != settings[1]:
         return False
     return splits[0] == splits[1] or all(
@@ -118,8 +120,8 @@ def _selection_base(dataset: Dataset, split: Split, base: Manifest | None) -> st
         return ""
     if base.inputs.get("split") == split.id:
         return base.path(SELECTION_RETRIEVAL)
-    before_range = dataset.earlier(base.inputs["dataset"]).last_play < (split.validation_from or 0)
-    return base.folder if before_range else ""
+    ends_before_range = dataset.earlier(base.inputs["dataset"]).last_play < (split.validation_from or 0)
+    return base.folder if ends_before_range else ""
 
 
 def write_retrieval(
@@ -139,27 +141,27 @@ def write_retrieval(
     workspace, run = dataset.workspace, f"{folder}/run"
     ranges = song_ranges(dataset.num_songs, dataset.manifest.plays)
     groups = bucket_groups(len(ranges), dataset.manifest.buckets)
-    pieces = f"{run}/{base.replace('/', '-') or 'all'}"
-    task = _Task(dataset, config, allowed, pieces, ranges, groups, base, first_part)
+    pieces_folder = f"{run}/{base.replace('/', '-') or 'all'}"
+    task = _Task(dataset, config, allowed, pieces_folder, ranges, groups, base, first_part)
     with progress("Retrieval", len(groups) + len(ranges)) as bar:
         offsets = np.zeros((len(groups), len(ranges) + 1), dtype=np.int64)
-        for counted in run_buckets(GroupCounter, range(len(groups)), arguments={"task": task}, called="group"):
-            offsets[counted.group] = counted.offsets
+        for counted_group in run_buckets(GroupCounter, range(len(groups)), arguments={"task": task}, called="group"):
+            offsets[counted_group.group] = counted_group.offsets
             bar.advance()
         arguments = {"task": task, "offsets": offsets}
-        largest = int(np.diff(offsets, axis=1).sum(axis=0).max())
-        merging = run_buckets(
+        largest_range_bytes = int(np.diff(offsets, axis=1).sum(axis=0).max())
+        merged_ranges = run_buckets(
             RangeMerger,
             range(len(ranges)),
             arguments=arguments,
-            memory=MEMORY_PER_PACKED_BYTE * largest,
+            memory=MEMORY_PER_PACKED_BYTE * largest_range_bytes,
             called="range",
         )
-        for _ in merging:
+        for _ in merged_ranges:
             bar.advance()
-    (names, figures), *_ = run_on_node(_build, task, folder, cpus=1)
+    (file_names, metrics), *_ = run_on_node(_build, task, folder, cpus=1)
     workspace.delete(run)
-    return names, figures
+    return file_names, metrics
 
 
 @dataclass(frozen=True)
@@ -169,19 +171,19 @@ class _Task:
     dataset: Dataset
     config: RetrievalConfig
     allowed: FitRange
-    pieces: str  # folder of the intermediate files
+    pieces_folder: str  # folder of the intermediate files
     song_ranges: list[tuple[int, int]]  # first row, and the row after the last
     groups: list[tuple[int, int]]  # first and last bucket of each group
-    base: str  # folder of the retrieval that plays are added to, or ""
+    base_folder: str  # folder of the retrieval that plays are added to, or ""
     first_part: int  # first part of the plays to count
 
-    def piece(self, group: int) -> str:
+    def piece_path(self, group: int) -> str:
         """Return the path of the piece of a group: its counts, ordered by range of songs and then by bucket."""
-        return f"{self.pieces}/group={group:05d}.counts"
+        return f"{self.pieces_folder}/group={group:05d}.counts"
 
-    def merged(self, song_range: int) -> str:
+    def merged_path(self, song_range: int) -> str:
         """Return the path of the counts of all buckets for one range of songs."""
-        return f"{self.pieces}/merged/range={song_range:05d}.safetensors"
+        return f"{self.pieces_folder}/merged/range={song_range:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -201,35 +203,37 @@ class GroupCounter:
     def __call__(self, group: int) -> CountedGroup:
         """Write the piece of a group, unless it exists."""
         task, workspace = self._task, self._task.dataset.workspace
-        path = task.piece(group)
+        path = task.piece_path(group)
         offsets = np.zeros(len(task.song_ranges) + 1, dtype="<i8")
         if workspace.exists(path):
             with workspace.open_input(path) as stream:
                 return CountedGroup(group, np.frombuffer(stream.read(offsets.nbytes), dtype=offsets.dtype))
         first, last = task.groups[group]
         with tempfile.TemporaryFile() as spool:  # the piece is ordered by range, memory holds one bucket
-            places = [self._spool(bucket, spool) for bucket in range(first, last + 1)]
-            sizes = [sum(place[number][1] for place in places) for number in range(len(task.song_ranges))]
+            bucket_spans = [self._spool(bucket, spool) for bucket in range(first, last + 1)]
+            sizes = [
+                sum(spans[range_index][1] for spans in bucket_spans) for range_index in range(len(task.song_ranges))
+            ]
             offsets[:] = offsets.nbytes + np.concatenate([[0], np.cumsum(sizes)])
             with workspace.open_output(path) as stream:
                 stream.write(offsets.tobytes())
-                for number in range(len(task.song_ranges)):
-                    for place in places:
-                        spool.seek(place[number][0])
-                        stream.write(spool.read(place[number][1]))
+                for range_index in range(len(task.song_ranges)):
+                    for spans in bucket_spans:
+                        spool.seek(spans[range_index][0])
+                        stream.write(spool.read(spans[range_index][1]))
         return CountedGroup(group, offsets)
 
     def _spool(self, bucket: int, spool: IO[bytes]) -> list[tuple[int, int]]:
         """Write a bucket's counts into `spool`; return the position and the number of bytes of each range."""
-        task, places = self._task, []
+        task, spans = self._task, []
         counts = self._count(Histories.from_lists([], []))
         for histories in task.dataset.read_bucket(bucket, first_part=task.first_part):
             counts = RetrievalCounts.merge([counts, self._count(task.allowed.select(histories))])
         for first, last in task.song_ranges:
             data = pack_counts(counts.of_songs(first, last))
-            places.append((spool.tell(), LENGTH.size + len(data)))
+            spans.append((spool.tell(), LENGTH.size + len(data)))
             spool.write(LENGTH.pack(len(data)) + data)
-        return places
+        return spans
 
     def _count(self, histories: Histories) -> RetrievalCounts:
         task = self._task
@@ -251,60 +255,63 @@ class RangeMerger:
     def __init__(self, task: _Task, offsets: np.ndarray) -> None:
         self._task, self._offsets = task, offsets
 
-    def __call__(self, number: int) -> int:
+    def __call__(self, range_index: int) -> int:
         """Write one range's merged counts with each song's strongest rules; return 1, or 0 if the file exists."""
         task, workspace = self._task, self._task.dataset.workspace
-        if workspace.exists(task.merged(number)):
+        if workspace.exists(task.merged_path(range_index)):
             return 0
-        merged = merge_counts(self._parts(number))
-        if task.base:
-            earlier = Retrieval.load(workspace, task.base).counts.of_songs(*task.song_ranges[number])
-            merged = RetrievalCounts.merge([merged, earlier])
-        workspace.write_bytes(task.merged(number), pack_counts(merged.strongest(task.config.rules_per_song)))
+        counts = merge_counts(self._parts(range_index))
+        if task.base_folder:
+            base_counts = Retrieval.load(workspace, task.base_folder).counts.of_songs(*task.song_ranges[range_index])
+            counts = RetrievalCounts.merge([counts, base_counts])
+        workspace.write_bytes(task.merged_path(range_index), pack_counts(counts.strongest(task.config.rules_per_song)))
         return 1
 
-    def _parts(self, number: int) -> Iterator[RetrievalCounts]:
+    def _parts(self, range_index: int) -> Iterator[RetrievalCounts]:
         task = self._task
         for group in range(len(task.groups)):
-            begin, end = self._offsets[group, number : number + 2].tolist()
-            with task.dataset.workspace.open_input(task.piece(group)) as stream:
-                stream.seek(begin)
-                data = stream.read(end - begin)
-            place = 0
-            while place < len(data):
-                (size,) = LENGTH.unpack_from(data, place)
-                yield unpack_counts(data[place + LENGTH.size : place + LENGTH.size + size])
-                place += LENGTH.size + size
+            start, end = self._offsets[group, range_index : range_index + 2].tolist()
+            with task.dataset.workspace.open_input(task.piece_path(group)) as stream:
+                stream.seek(start)
+                data = stream.read(end - start)
+            position = 0
+            while position < len(data):
+                (size,) = LENGTH.unpack_from(data, position)
+                yield unpack_counts(data[position + LENGTH.size : position + LENGTH.size + size])
+                position += LENGTH.size + size
 
 
 def merge_counts(parts: Iterable[RetrievalCounts]) -> RetrievalCounts:
     """Merge one or more parts, two of the same size at a time: each is merged about log2(number of parts) times."""
-    waiting: list[tuple[int, RetrievalCounts]] = []  # number of parts merged into it, largest first
+    pending: list[tuple[int, RetrievalCounts]] = []  # number of parts merged into it, largest first
     for part in parts:
-        waiting.append((1, part))
-        while len(waiting) > 1 and waiting[-2][0] == waiting[-1][0]:
-            (count, one), (_, other) = waiting.pop(), waiting.pop()
-            waiting.append((2 * count, RetrievalCounts.merge([other, one])))
-    return RetrievalCounts.merge([part for _, part in waiting])
+        pending.append((1, part))
+        while len(pending) > 1 and pending[-2][0] == pending[-1][0]:
+            (count, newer), (_, older) = pending.pop(), pending.pop()
+            pending.append((2 * count, RetrievalCounts.merge([older, newer])))
+    return RetrievalCounts.merge([part for _, part in pending])
 
 
 def _build(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]:
     """Join the ranges, add the groups of songs, write the artifact's files; yield file names and figures."""
     workspace = task.dataset.workspace
-    ranges = (unpack_counts(workspace.read_bytes(task.merged(number))) for number in range(len(task.song_ranges)))
-    with tempfile.TemporaryDirectory(prefix="rayrec-") as joined:
-        counts, catalog = join_ranges(ranges, Path(joined)), task.dataset.catalog()
+    ranges = (
+        unpack_counts(workspace.read_bytes(task.merged_path(range_index)))
+        for range_index in range(len(task.song_ranges))
+    )
+    with tempfile.TemporaryDirectory(prefix="rayrec-") as joined_folder:
+        counts, catalog = join_ranges(ranges, Path(joined_folder)), task.dataset.catalog()
         retrieval = Retrieval.build(
             counts,
             artist_of_song=catalog.codes(columns.ARTIST),
             album_of_song=catalog.codes(columns.ALBUM),
             has_likes=task.dataset.manifest.has_likes,
         )
-        figures = {
+        metrics = {
             "plays": int(retrieval.plays.plays.sum()),
             "sessions": len(retrieval.sessions),
             "rules": len(retrieval.rules.followers),
             "artists": len(retrieval.artists.offsets) - 1,
             "albums": len(retrieval.albums.offsets) - 1,
         }
-        yield retrieval.save(workspace, folder), figures
+        yield retrieval.save(workspace, folder), metrics

@@ -69,8 +69,8 @@ def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
             **local,
         )
     except Exception as error:
-        where = [f"the Ray cluster at {address} cannot be used"] if address else []
-        raise ray_not_started(error, *where) from error
+        details = [f"the Ray cluster at {address} cannot be used"] if address else []
+        raise ray_not_started(error, *details) from error
     quiet_data()
     try:
         yield
@@ -93,8 +93,8 @@ def require_cluster(address: str, timeout: float = CONNECT_SECONDS) -> None:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout) as connection:
             connection.settimeout(timeout)
             connection.sendall(HTTP2_GREETING)
-            answer = connection.recv(9)
-        if answer[3:4] != HTTP2_SETTINGS:
+            response = connection.recv(9)
+        if response[3:4] != HTTP2_SETTINGS:
             raise ValueError("another program answers there")
     except (OSError, ValueError, OverflowError) as error:
         raise InputError(
@@ -137,11 +137,11 @@ class BucketWorker(Protocol):
 # The worker that this process constructed last. The tasks of a job run in the same processes, and constructing a
 # worker, which may load a model, can take longer than a unit. Units are tasks instead of actors: a pool of actors on
 # all free CPUs hangs if a node is lost, while Ray runs tasks again.
-_made: dict[str, BucketWorker] = {}
+_cached_worker: dict[str, BucketWorker] = {}
 
 
 @dataclass(frozen=True)
-class _Failed:
+class _Failure:
     """An error in a worker that is not a `RayrecError`."""
 
     trace: str
@@ -156,37 +156,39 @@ class UnitTime:
     setup_seconds: float = 0.0  # CPU time of the worker's constructor, if this unit was its first
 
 
-_times: list[UnitTime] | None = None
+_recorded_times: list[UnitTime] | None = None
 
 
 @contextmanager
 def unit_times() -> Iterator[list[UnitTime]]:
     """Context manager that gives a list of the times of all units that end in its block, for benchmarks."""
-    global _times
+    global _recorded_times
     times: list[UnitTime] = []
-    _times = times
+    _recorded_times = times
     try:
         yield times
     finally:
-        _times = None
+        _recorded_times = None
 
 
-def _run_unit(make_worker: Callable[..., BucketWorker], stored: list[ray.ObjectRef], unit: Any) -> tuple[Any, UnitTime]:
-    key, began = stored[0].hex(), time.process_time()
-    ready = began
+def _run_unit(
+    make_worker: Callable[..., BucketWorker], stored_arguments: list[ray.ObjectRef], unit: Any
+) -> tuple[Any, UnitTime]:
+    key, started = stored_arguments[0].hex(), time.process_time()
+    setup_ended = started
     try:
-        if key not in _made:
-            _made.clear()
-            _made[key] = make_worker(**ray.get(stored[0]))
-            ready = time.process_time()
-        result = _made[key](unit)
+        if key not in _cached_worker:
+            _cached_worker.clear()
+            _cached_worker[key] = make_worker(**ray.get(stored_arguments[0]))
+            setup_ended = time.process_time()
+        result = _cached_worker[key](unit)
     except RayrecError as error:
         result = error  # returned as a value: of a raised error Ray keeps only the text
     except Exception:
-        result = _Failed(traceback.format_exc())
-    seconds = time.process_time() - ready
+        result = _Failure(traceback.format_exc())
+    seconds = time.process_time() - setup_ended
     name = getattr(make_worker, "__name__", type(make_worker).__name__)
-    return result, UnitTime(worker=name, cpu_seconds=seconds, setup_seconds=ready - began)
+    return result, UnitTime(worker=name, cpu_seconds=seconds, setup_seconds=setup_ended - started)
 
 
 def run_buckets(
@@ -208,12 +210,12 @@ def run_buckets(
     a copy. A unit whose worker dies is repeated at most `RETRIES` times. If units still fail, raises `RayrecError`
     after all other units are done; `called` is the word for a unit in its message.
     """
-    left = list(units)
-    total = len(left)
-    if not left:
+    remaining_units = list(units)
+    total = len(remaining_units)
+    if not remaining_units:
         return
     # In a list, because Ray would resolve a bare reference for each task.
-    stored = [ray.put(arguments)]
+    stored_arguments = [ray.put(arguments)]
     task = ray.remote(_run_unit).options(
         num_cpus=cpus,
         num_gpus=num_gpus,
@@ -221,48 +223,48 @@ def run_buckets(
         max_retries=RETRIES,
         scheduling_strategy="SPREAD",
     )
-    at_once = min(concurrency or MAX_WAITING, total)  # tasks without a free CPU wait, and an autoscaler sees them
-    running: dict[ray.ObjectRef, Any] = {}
-    lost: list[Any] = []
-    left.reverse()
+    max_running = min(concurrency or MAX_WAITING, total)  # tasks without a free CPU wait, and an autoscaler sees them
+    running_units: dict[ray.ObjectRef, Any] = {}
+    lost_units: list[Any] = []
+    remaining_units.reverse()
     try:
-        while left or running:
-            while left and len(running) < at_once:
-                unit = left.pop()
-                running[task.remote(make_worker, stored, unit)] = unit
-            (done, *_), _ = ray.wait(list(running))
-            unit = running.pop(done)
+        while remaining_units or running_units:
+            while remaining_units and len(running_units) < max_running:
+                unit = remaining_units.pop()
+                running_units[task.remote(make_worker, stored_arguments, unit)] = unit
+            (finished, *_), _ = ray.wait(list(running_units))
+            unit = running_units.pop(finished)
             try:
-                result, spent = ray.get(done)
+                result, unit_time = ray.get(finished)
             except RayError:  # its worker or node was lost more than RETRIES times
-                lost.append(unit)
+                lost_units.append(unit)
                 continue
             if isinstance(result, RayrecError):
                 raise result
-            if isinstance(result, _Failed):
+            if isinstance(result, _Failure):
                 raise RuntimeError(f"{called} {unit} failed in its worker:\n{result.trace}")
-            if _times is not None:
-                _times.append(spent)
+            if _recorded_times is not None:
+                _recorded_times.append(unit_time)
             yield result
     finally:
-        for reference in running:
+        for reference in running_units:
             ray.cancel(reference, force=True)
-    if lost:
-        named = ", ".join(map(str, sorted(lost)[:10])) + (", ..." if len(lost) > 10 else "")
+    if lost_units:
+        unit_names = ", ".join(map(str, sorted(lost_units)[:10])) + (", ..." if len(lost_units) > 10 else "")
         raise RayrecError(
-            f"{called} {named} of {total} failed: the worker was killed {RETRIES + 1} times, probably out of "
+            f"{called} {unit_names} of {total} failed: the worker was killed {RETRIES + 1} times, probably out of "
             "memory. Completed work is kept: run the command again with fewer workers or on nodes with more memory"
         )
 
 
-def _timed(work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+def _with_unit_time(work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
     """Return a function that yields the items of `work`, then a `UnitTime`."""
 
     @wraps(work)
     def run(*arguments: Any) -> Iterator[Any]:
-        began = time.process_time()
+        started = time.process_time()
         yield from work(*arguments)
-        yield UnitTime(worker=work.__name__, cpu_seconds=time.process_time() - began)
+        yield UnitTime(worker=work.__name__, cpu_seconds=time.process_time() - started)
 
     return run
 
@@ -283,14 +285,14 @@ def run_on_node(work: Callable[..., Iterator[Any]], *arguments: Any, cpus: int) 
     A `RayrecError` in the task is raised unchanged, without Ray's wrapper. Raises `RayrecError` if its worker dies more
     than `RETRIES` times.
     """
-    task = ray.remote(_timed(work)).options(num_cpus=cpus, num_returns="streaming", max_retries=RETRIES)
+    task = ray.remote(_with_unit_time(work)).options(num_cpus=cpus, num_returns="streaming", max_retries=RETRIES)
     try:
         for reference in task.remote(*arguments):
             item = ray.get(reference)
             if not isinstance(item, UnitTime):
                 yield item
-            elif _times is not None:
-                _times.append(item)
+            elif _recorded_times is not None:
+                _recorded_times.append(item)
     except RayTaskError as error:
         if isinstance(error.cause, RayrecError):
             raise error.cause from error

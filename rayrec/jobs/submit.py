@@ -64,7 +64,7 @@ class Cluster:
                 "`ray dashboard cluster/aws.yaml` and `kubectl port-forward` forward that port"
             )
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
-        with _refusals(self.address), _only_address(self.address):
+        with _convert_errors(self.address), _set_address(self.address):
             self._client = JobSubmissionClient(self.address)
 
     def submit(
@@ -87,14 +87,14 @@ class Cluster:
             raise InputError(f"python {python!r} is not absolute; expected the path of the interpreter on the cluster")
         if files is not None and not Path(files).is_dir():
             raise InputError(f"files {files!r} is not a folder; expected the folder that the command reads")
-        named = [] if workspace is None else ["--workspace", shared_workspace(workspace)]
+        workspace_options = [] if workspace is None else ["--workspace", shared_workspace(workspace)]
         environment: dict[str, Any] = {"env_vars": {LINES_VARIABLE: "1"}}
         if files is not None:
             environment["working_dir"] = files
-        with _refusals(self.address):
+        with _convert_errors(self.address):
             return str(
                 self._client.submit_job(
-                    entrypoint="exec " + shlex.join([python, "-m", "rayrec_cli.main", *named, *words]),
+                    entrypoint="exec " + shlex.join([python, "-m", "rayrec_cli.main", *workspace_options, *words]),
                     submission_id=f"rayrec-{words[0]}-{uuid.uuid4().hex[:8]}",
                     runtime_env=environment,
                     metadata={"command": shlex.join(["rayrec", *words])},
@@ -109,16 +109,16 @@ class Cluster:
         """
         log, breaks = _Log(self._client, job, write), 0
         while True:
-            shown = log.shown
+            shown_before = log.shown_characters
             try:
                 end = self.look(job)
-                if end.exit_code is not None and log.whole:
+                if end.exit_code is not None and log.is_complete:
                     return end
                 asyncio.run(log.copy())
             except InputError:
                 raise
             except (RayrecError, OSError, RuntimeError, ClientError) as error:
-                breaks = 1 if log.shown > shown else breaks + 1
+                breaks = 1 if log.shown_characters > shown_before else breaks + 1
                 if breaks > MOST_BREAKS:
                     raise RayrecError(
                         f"the log of {job} was interrupted {breaks} times: {error}; the job keeps running, "
@@ -128,21 +128,21 @@ class Cluster:
 
     def look(self, job: str) -> JobEnd:
         """Return the current state of a job. Raises `NotFoundError` for an unknown job."""
-        with _refusals(self.address, job):
+        with _convert_errors(self.address, job):
             info = self._client.get_job_info(job)
-        ended = info.status.is_terminal()
+        has_ended = info.status.is_terminal()
         seconds = ((info.end_time or time.time() * 1000) - (info.start_time or 0)) / 1000 if info.start_time else 0.0
         return JobEnd(
             job=job,
             status=str(info.status),
-            exit_code=_exit_code(info.status, info.driver_exit_code) if ended else None,
+            exit_code=_exit_code(info.status, info.driver_exit_code) if has_ended else None,
             message=str(info.message or "").split(", last available logs")[0],
             seconds=round(seconds, 1),
         )
 
     def stop(self, job: str) -> JobEnd:
         """Stop a job and return its final state. Raises `NotFoundError` for an unknown job."""
-        with _refusals(self.address, job):
+        with _convert_errors(self.address, job):
             self._client.stop_job(job)
         while (end := self.look(job)).exit_code is None:
             time.sleep(POLL_SECONDS)
@@ -154,19 +154,19 @@ class _Log:
 
     def __init__(self, client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> None:
         self._client, self._job, self._write = client, job, write
-        self.shown = 0  # characters passed to `write`
-        self.whole = False  # True if the server has closed the stream after the whole log
+        self.shown_characters = 0  # characters passed to `write`
+        self.is_complete = False  # True if the server has closed the stream after the whole log
 
     async def copy(self) -> None:
         """Pass on new text until the stream ends. Each stream begins with the job's first line."""
-        length = 0
+        stream_length = 0
         async for text in self._client.tail_job_logs(self._job):
-            fresh = text[max(0, self.shown - length) :]
-            length += len(text)
-            self.shown = max(self.shown, length)
-            if fresh:
-                self._write(fresh)
-        self.whole = True
+            new_text = text[max(0, self.shown_characters - stream_length) :]
+            stream_length += len(text)
+            self.shown_characters = max(self.shown_characters, stream_length)
+            if new_text:
+                self._write(new_text)
+        self.is_complete = True
 
 
 def shared_workspace(uri: str) -> str:
@@ -179,30 +179,30 @@ def shared_workspace(uri: str) -> str:
     )
 
 
-def _exit_code(status: JobStatus, of_command: int | None) -> int:
+def _exit_code(status: JobStatus, command_exit_code: int | None) -> int:
     if status == JobStatus.SUCCEEDED:
         return 0
     if status == JobStatus.STOPPED:
         return STOPPED
-    return of_command or 1  # `of_command` is None if the command never ran or its node was lost
+    return command_exit_code or 1  # None if the command never ran or its node was lost
 
 
 @contextmanager
-def _only_address(address: str) -> Iterator[None]:
+def _set_address(address: str) -> Iterator[None]:
     """Set `RAY_API_SERVER_ADDRESS` to `address` in a block, because Ray prefers it to the address passed to it."""
-    before = os.environ.get(API_SERVER)
+    previous_address = os.environ.get(API_SERVER)
     os.environ[API_SERVER] = address
     try:
         yield
     finally:
-        if before is None:
+        if previous_address is None:
             del os.environ[API_SERVER]
         else:
-            os.environ[API_SERVER] = before
+            os.environ[API_SERVER] = previous_address
 
 
 @contextmanager
-def _refusals(address: str, job: str | None = None) -> Iterator[None]:
+def _convert_errors(address: str, job: str | None = None) -> Iterator[None]:
     """Convert Ray's errors in a block to rayrec's errors with one-line messages."""
     try:
         yield

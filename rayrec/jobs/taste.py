@@ -43,23 +43,23 @@ def compute_tastes(
     dataset = Dataset(workspace)
     model = dataset.model(model_id)
     inputs = {"dataset": dataset.manifest.plays_id, "models": model.id}
-    added = artifacts.latest(workspace, "added_songs", lambda other: other.inputs["models"] == model.id)
-    if added is not None:
-        inputs["added_songs"] = added.id
+    added_songs = artifacts.latest(workspace, "added_songs", lambda candidate: candidate.inputs["models"] == model.id)
+    if added_songs is not None:
+        inputs["added_songs"] = added_songs.id
     at = dataset.manifest.last_play if config.at is None else int(config.at)
-    print_id = artifacts.fingerprint("taste", {"at": at}, inputs)
-    tastes_id, complete = artifacts.new_id(workspace, "tastes", print_id, repeat=repeat)
+    fingerprint_id = artifacts.fingerprint("taste", {"at": at}, inputs)
+    tastes_id, complete = artifacts.new_id(workspace, "tastes", fingerprint_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, "tastes", tastes_id)
-    base = None if config.full or repeat else tastes_before(dataset, model, added)
+    base = None if config.full or repeat else tastes_before(dataset, model, added_songs)
     manifest = Manifest(kind="tastes", id=tastes_id, config={**to_mapping(config), "at": at}, inputs=inputs)
-    began = time.monotonic()
+    started = time.monotonic()
     buckets = range(dataset.manifest.buckets)
     files = set(workspace.files(manifest.folder))
-    done = {bucket for bucket in buckets if tastes_file(manifest.folder, bucket) in files}
+    done_buckets = {bucket for bucket in buckets if tastes_file(manifest.folder, bucket) in files}
     checksums: dict[str, str] = {}
     counts: Counter[str] = Counter()
-    computed = 0
+    computed_plays = 0
     with ray_cluster(), progress("Taste vectors", len(buckets)) as bar:
         arguments = {
             "workspace": workspace,
@@ -68,8 +68,8 @@ def compute_tastes(
             "at": at,
             "config": config,
             "base": base,
-            "added": added,
-            "done": done,
+            "added": added_songs,
+            "done": done_buckets,
         }
         results = run_buckets(
             BucketTastes, buckets, arguments=arguments, num_gpus=float(config.gpu), concurrency=config.concurrency
@@ -78,45 +78,47 @@ def compute_tastes(
             path = tastes_file(manifest.folder, result.bucket)
             checksums[path.removeprefix(f"{manifest.folder}/")] = result.sha256
             counts.update(result.counts)
-            computed += 0 if result.bucket in done else result.counts["plays_computed"]
+            computed_plays += 0 if result.bucket in done_buckets else result.counts["plays_computed"]
             bar.advance()
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - started
     metrics = {
         "seconds": round(seconds, 1),
         **counts,
-        "plays_per_second": round(computed / seconds),
-        "buckets_computed": len(buckets) - len(done),
+        "plays_per_second": round(computed_plays / seconds),
+        "buckets_computed": len(buckets) - len(done_buckets),
         "base": base.id if base else "",
     }
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), checksums, checksums)
 
 
-def tastes_before(dataset: Dataset, model: Manifest, added: Manifest | None = None) -> Manifest | None:
+def tastes_before(dataset: Dataset, model: Manifest, added_songs: Manifest | None = None) -> Manifest | None:
     """Return the taste vectors of the model to continue from, as in `Dataset.newest_base`; None if there are none.
 
-    Taste vectors are not continued if the network, with the songs `added` to it, would now read their plays in another
-    way.
+    Taste vectors are not continued if the network, with `added_songs`, would now read their plays in another way.
     """
     _, base = dataset.newest_base(
-        "tastes", lambda other: other.inputs["models"] == model.id and _reads_the_same(dataset, other, added)
+        "tastes",
+        lambda candidate: (
+            candidate.inputs["models"] == model.id and _reads_plays_the_same(dataset, candidate, added_songs)
+        ),
     )
     return base
 
 
-def _reads_the_same(dataset: Dataset, tastes: Manifest, added: Manifest | None) -> bool:
-    """Return True if the network, with the songs `added`, still reads the plays of `tastes` in the same way."""
-    then = tastes.inputs.get("added_songs")
-    if then == (added.id if added else None):
+def _reads_plays_the_same(dataset: Dataset, tastes: Manifest, added_songs: Manifest | None) -> bool:
+    """Return True if the network, with `added_songs`, still reads the plays of `tastes` in the same way."""
+    old_id = tastes.inputs.get("added_songs")
+    if old_id == (added_songs.id if added_songs else None):
         return True
-    if added is None:
+    if added_songs is None:
         return False
     from rayrec.model.added_songs import AddedSongs
 
-    now, base = (
-        None if each is None else AddedSongs.load(dataset.workspace, artifact_dir("added_songs", each))
-        for each in (added.id, then)
+    new_songs, old_songs = (
+        None if artifact_id is None else AddedSongs.load(dataset.workspace, artifact_dir("added_songs", artifact_id))
+        for artifact_id in (added_songs.id, old_id)
     )
-    return now is not None and now.fits(base, dataset.earlier(tastes.inputs["dataset"]).songs)
+    return new_songs is not None and new_songs.fits(old_songs, dataset.earlier(tastes.inputs["dataset"]).songs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,15 +158,15 @@ class BucketTastes:
             network.add_songs(*map(torch.from_numpy, (songs.rows, songs.averaged, songs.inputs)))
         self._encoder = TasteEncoder(network, "cuda" if config.gpu else "cpu")
         self._dataset, self._folder, self._at, self._config, self._base = Dataset(workspace), folder, at, config, base
-        self._done = done
+        self._done_buckets = done
 
     def __call__(self, bucket: int) -> BucketResult:
         """Write the bucket's file, unless an earlier run has written it."""
         from rayrec.model.taste_table import Counts, taste_writer
 
         path = tastes_file(self._folder, bucket)
-        if bucket in self._done:
-            return self._written(bucket, path)
+        if bucket in self._done_buckets:
+            return self._read_result(bucket, path)
         counts = Counts()
         users = plays = 0
         with self._dataset.workspace.open_output(path) as stream:
@@ -181,7 +183,7 @@ class BucketTastes:
                 writer.close()
         return BucketResult(bucket=bucket, sha256=stream.sha256, counts=totals)
 
-    def _written(self, bucket: int, path: str) -> BucketResult:
+    def _read_result(self, bucket: int, path: str) -> BucketResult:
         """Return the result of a bucket whose file exists."""
         with self._dataset.workspace.open_input(path) as stream:
             counts = json.loads(pq.ParquetFile(stream).metadata.metadata[BUCKET_COUNTS])
@@ -191,19 +193,19 @@ class BucketTastes:
         from rayrec.data.histories import Histories
         from rayrec.model.taste_table import continued_tables, full_tables, taste_table
 
-        how = {"at": self._at, "users": self._config.users, "counts": counts}
+        options = {"at": self._at, "users": self._config.users, "counts": counts}
         if self._base is None:
-            tables = full_tables(self._encoder, self._dataset, bucket, **how)
+            tables = full_tables(self._encoder, self._dataset, bucket, **options)
         else:
             first_part = self._dataset.earlier(self._base.inputs["dataset"]).parts
             tables = continued_tables(
-                self._encoder, self._dataset, bucket, self._base_tables(bucket), first_part=first_part, **how
+                self._encoder, self._dataset, bucket, self._base_tables(bucket), first_part=first_part, **options
             )
-        empty = True
+        is_empty = True
         for table in tables:
-            empty = False
+            is_empty = False
             yield table
-        if empty:
+        if is_empty:
             yield taste_table(self._encoder, Histories.from_lists([], []), self._at)
 
     def _base_tables(self, bucket: int) -> Iterator[pa.Table]:

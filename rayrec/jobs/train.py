@@ -80,19 +80,21 @@ def train(
     songs = artifacts.load_manifest(workspace, "songs", songs_id) if songs_id else None
     if songs is None and start is None:
         songs = artifacts.latest(workspace, "songs")
-    parts: dict[str, Manifest | Split | None] = {"songs": songs, "split": split}
-    inputs = {"dataset": dataset.manifest.id} | {role: part.id for role, part in parts.items() if part is not None}
+    input_artifacts: dict[str, Manifest | Split | None] = {"songs": songs, "split": split}
+    inputs = {"dataset": dataset.manifest.id} | {
+        role: artifact.id for role, artifact in input_artifacts.items() if artifact is not None
+    }
     if start is not None:
         inputs["from"] = start.id
     elif songs is not None:
-        _require_fit(songs, inputs)
+        _require_same_inputs(songs, inputs)
     dim = table_dim(workspace, config, songs)
-    print_id = artifacts.fingerprint("train", _fingerprinted(config), inputs)
-    model_id, complete = artifacts.new_id(workspace, "models", print_id, repeat=repeat)
+    fingerprint_id = artifacts.fingerprint("train", _learning_settings(config), inputs)
+    model_id, complete = artifacts.new_id(workspace, "models", fingerprint_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, "models", model_id)
     manifest = Manifest(kind="models", id=model_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
-    began = time.monotonic()
+    started = time.monotonic()
     if unfinished == "restart" or not has_checkpoint(workspace, manifest.folder):
         workspace.delete(manifest.folder)
     elif unfinished == "ask":
@@ -107,10 +109,14 @@ def train(
         if start is not None:
             _require_shape(plan, start)
             if plan.validation is None:
-                quarter = -(-int(start.metrics["epochs"]) // 4)
-                plan = replace(plan, config=config.replace(epochs=min(config.epochs, quarter)))
-        figures = _fit(plan)
-    metrics = {"seconds": round(time.monotonic() - began, 1), **figures, **_source_figures(dataset, config, split)}
+                quarter_epochs = -(-int(start.metrics["epochs"]) // 4)
+                plan = replace(plan, config=config.replace(epochs=min(config.epochs, quarter_epochs)))
+        fit_metrics = _fit(plan)
+    metrics = {
+        "seconds": round(time.monotonic() - started, 1),
+        **fit_metrics,
+        **_source_metrics(dataset, config, split),
+    }
     if songs is None and start is None:
         metrics["note"] = RANDOM_START
     workspace.move(plan.counts["final"], manifest.path(PLAY_COUNTS))  # popular songs for users without a taste vector
@@ -118,8 +124,8 @@ def train(
         for path in workspace.files(selected_folder(plan)):
             workspace.move(path, manifest.path(f"{SELECTION_NETWORK}/{path.rpartition('/')[2]}"))
     workspace.delete(manifest.path("run"))
-    names = [name.removeprefix(manifest.folder + "/") for name in workspace.files(manifest.folder)]
-    return artifacts.publish(workspace, Manifest(**{**asdict(manifest), "metrics": metrics}), names)
+    file_names = [name.removeprefix(manifest.folder + "/") for name in workspace.files(manifest.folder)]
+    return artifacts.publish(workspace, Manifest(**{**asdict(manifest), "metrics": metrics}), file_names)
 
 
 def _require_start(dataset: Dataset, start: Manifest, split: Split | None) -> None:
@@ -131,8 +137,8 @@ def _require_start(dataset: Dataset, start: Manifest, split: Split | None) -> No
         )
     if split is None:
         return
-    moved = split.protocol == "last-fraction" and dataset.manifest.id != start.inputs["dataset"]
-    if moved or not fit_range_of(dataset, start).is_within(split.final):
+    has_test_range_moved = split.protocol == "last-fraction" and dataset.manifest.id != start.inputs["dataset"]
+    if has_test_range_moved or not fit_range_of(dataset, start).is_within(split.final):
         raise LeakError(
             f"model {start.id} was fit on plays of the test range of split {split.id}; start from a model that was fit "
             "before that range, or train without --from"
@@ -141,8 +147,8 @@ def _require_start(dataset: Dataset, start: Manifest, split: Split | None) -> No
 
 def _require_shape(plan: TrainPlan, start: Manifest) -> None:
     """Raise `MismatchError` if the settings or the data need a network of another shape than the start model."""
-    shape = ModelConfig.from_json(plan.workspace.read_json(start.path(MODEL_CONFIG)))
-    new_shape, old_shape = asdict(plan.model), asdict(shape)
+    start_shape = ModelConfig.from_json(plan.workspace.read_json(start.path(MODEL_CONFIG)))
+    new_shape, old_shape = asdict(plan.model), asdict(start_shape)
     for name, value in new_shape.items():
         if name not in ("num_songs", "logit_scales") and old_shape[name] != value:
             raise MismatchError(
@@ -151,13 +157,13 @@ def _require_shape(plan: TrainPlan, start: Manifest) -> None:
             )
 
 
-def _source_figures(dataset: Dataset, config: TrainConfig, split: Split | None) -> dict[str, Any]:
+def _source_metrics(dataset: Dataset, config: TrainConfig, split: Split | None) -> dict[str, Any]:
     """Return the kind of the training sequences, and a warning if a split cannot cut them."""
     kind = Sequences(dataset, config.source).kind
     return {"source": kind} | ({"warning": UNCUT} if split is not None and kind == "playlists" else {})
 
 
-def _require_fit(songs: Manifest, inputs: dict[str, str]) -> None:
+def _require_same_inputs(songs: Manifest, inputs: dict[str, str]) -> None:
     for role in ("dataset", "split"):
         if songs.inputs.get(role) != inputs.get(role):
             raise MismatchError(
@@ -166,14 +172,14 @@ def _require_fit(songs: Manifest, inputs: dict[str, str]) -> None:
             )
 
 
-def _fingerprinted(config: TrainConfig) -> dict[str, Any]:
+def _learning_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that change what is learned. The others may differ when a training is resumed."""
-    placement = ("workers", "gpu", "compiled", "checkpoint_minutes", "wait_minutes")
-    return {name: value for name, value in to_mapping(config).items() if name not in placement}
+    excluded_names = ("workers", "gpu", "compiled", "checkpoint_minutes", "wait_minutes")
+    return {name: value for name, value in to_mapping(config).items() if name not in excluded_names}
 
 
 def _fit(plan: TrainPlan) -> dict[str, Any]:
-    config, plays = plan.config, float(plan.workspace.read_array(plan.counts["final"]).sum())
+    config, play_count = plan.config, float(plan.workspace.read_array(plan.counts["final"]).sum())
     if config.workers:
         board = new_board()
         request = WorkerRequest(
@@ -182,22 +188,22 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
             gpus=int(config.gpu),
             wait_minutes=config.wait_minutes,
         )
-        with shown(board, "Training", plays):
+        with shown(board, "Training", play_count):
             run_workers(train_worker, {"plan": plan, "board": board}, request, plan.workspace, plan.folder)
     else:
-        with progress("Training", plays) as bar:
+        with progress("Training", play_count) as bar:
             train_worker({"plan": plan, "board": LocalBoard(bar)})
     if plan.workspace.exists(diverged_file(plan)):
         message = plan.workspace.read_json(diverged_file(plan))
         plan.workspace.delete(plan.folder)  # its checkpoints would diverge again
         raise DivergedError(message)
-    figures = dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
-    if not figures.pop("targets"):
+    metrics = dict(json.loads(plan.workspace.read_bytes(f"{plan.folder}/figures.json")))
+    if not metrics.pop("targets"):
         raise RayrecError(
             f"no training sequence (source: {config.source}) is long enough for a horizon of "
             f"{' or '.join(map(str, config.horizons.values()))}; use smaller offsets"
         )
-    return figures
+    return metrics
 
 
 def worker_cpus(workers: int) -> float:

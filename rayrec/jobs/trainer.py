@@ -100,32 +100,32 @@ def plan_training(
     workspace = dataset.workspace
     ranges: dict[Phase, FitRange] = {"final": FitRange() if split is None else split.final}
     vectors: dict[Phase, str] = {} if songs is None else {"final": songs.path("vectors.npy")}
-    unseen = split is not None and (start is None or fit_range_of(dataset, start).is_within(split.selection))
-    if split is not None and unseen and split.has_validation and config.validation_plays:
+    is_unseen = split is not None and (start is None or fit_range_of(dataset, start).is_within(split.selection))
+    if split is not None and is_unseen and split.has_validation and config.validation_plays:
         ranges["selection"] = split.selection
         if songs is not None:
-            chosen = "selection_vectors.npy" if "selection_vectors.npy" in songs.files else "vectors.npy"
-            vectors["selection"] = songs.path(chosen)
+            vectors_file = "selection_vectors.npy" if "selection_vectors.npy" in songs.files else "vectors.npy"
+            vectors["selection"] = songs.path(vectors_file)
     counts: dict[Phase, str] = {phase: manifest.path(f"run/{phase}_counts.npy") for phase in ranges}
     windows: dict[Phase, tuple[str, str]] = {
         phase: (manifest.path(f"run/{phase}_inputs.npy"), manifest.path(f"run/{phase}_offsets.npy")) for phase in ranges
     }
     if not all(workspace.exists(path) for path in counts.values()):
-        counted = _count(dataset, config, list(ranges.values()))
-        for phase, (plays, lengths) in zip(ranges, counted, strict=True):
-            inputs, offsets = windows[phase]
-            workspace.write_array(inputs, lengths.inputs)
-            workspace.write_array(offsets, lengths.offsets)
+        range_counts = _count_plays(dataset, config, list(ranges.values()))
+        for phase, (plays, lengths) in zip(ranges, range_counts, strict=True):
+            inputs_path, offsets_path = windows[phase]
+            workspace.write_array(inputs_path, lengths.inputs)
+            workspace.write_array(offsets_path, lengths.offsets)
             workspace.write_array(counts[phase], plays)
-    validation = None
+    validation_path = None
     if split is not None and "selection" in ranges:
-        validation = manifest.path("run/validation.parquet")
-        if not workspace.exists(validation):
+        validation_path = manifest.path("run/validation.parquet")
+        if not workspace.exists(validation_path):
             table = validation_histories(dataset, split, config.validation_plays).to_arrow()
-            workspace.write_table(validation, table)
-        table, horizon = workspace.read_table(validation), first_horizon(config)
+            workspace.write_table(validation_path, table)
+        table, horizon = workspace.read_table(validation_path), first_horizon(config)
         if not len(load_validation(table, ranges["selection"], 1, horizon).plays):
-            validation = None  # nothing to choose by: train for the epochs of the config
+            validation_path = None  # nothing to choose by: train for the epochs of the config
     return TrainPlan(
         workspace=workspace,
         folder=manifest.folder,
@@ -135,7 +135,7 @@ def plan_training(
         vectors=vectors,
         counts=counts,
         windows=windows,
-        validation=validation,
+        validation=validation_path,
         start=None if start is None else start.folder,
     )
 
@@ -171,15 +171,15 @@ def read_vectors(plan: TrainPlan, phase: Phase) -> np.ndarray:
 def model_config(dataset: Dataset, config: TrainConfig, embedding_dim: int) -> ModelConfig:
     """Return the shape of the network for a data set, without the features that the data set does not have."""
     has_context = config.source == "histories"  # playlists hold only songs in order
-    timed = has_context and dataset.manifest.times == "real"  # positions as times have no gaps or hours
+    has_times = has_context and dataset.manifest.times == "real"  # positions as times have no gaps or hours
     features = FeatureSpec(
         contexts=tuple(dataset.manifest.contexts) if config.contexts and has_context else (),
-        gap=config.gaps and timed,
-        request_gap=config.gaps and timed,
-        hour=config.hours and timed,
-        weekday=config.hours and timed,
+        gap=config.gaps and has_times,
+        request_gap=config.gaps and has_times,
+        hour=config.hours and has_times,
+        weekday=config.hours and has_times,
         skipped=config.skips and has_context and dataset.manifest.has_skipped,
-        pause_hours=config.pause_hours if config.gaps and timed else 0.0,
+        pause_hours=config.pause_hours if config.gaps and has_times else 0.0,
     )
     return config.network_shape(num_songs=dataset.num_songs, embedding_dim=embedding_dim, features=features)
 
@@ -190,24 +190,28 @@ def read_windows(plan: TrainPlan, phase: Phase) -> WindowLengths:
     return WindowLengths(inputs=inputs, offsets=offsets)
 
 
-def _count(dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) -> list[tuple[np.ndarray, WindowLengths]]:
+def _count_plays(
+    dataset: Dataset, config: TrainConfig, ranges: list[FitRange]
+) -> list[tuple[np.ndarray, WindowLengths]]:
     """Return for each range the plays of each song, int64 (N,), and the window lengths.
 
     Raises `RayrecError` if the first range has no plays.
     """
-    units = Sequences(dataset, config.source).units
+    unit_count = Sequences(dataset, config.source).units
     totals = [np.zeros(dataset.num_songs, dtype=np.int64) for _ in ranges]
-    inputs = [[np.zeros(0, dtype=np.int64)] * units for _ in ranges]
+    input_lengths = [[np.zeros(0, dtype=np.int64)] * unit_count for _ in ranges]
     arguments = {"dataset": dataset, "config": config, "ranges": ranges}
-    with progress("Counting plays", units) as bar:
-        for unit, counts in run_buckets(WindowCounter, range(units), arguments=arguments):
-            for number, (songs, plays, windows) in enumerate(counts):
-                totals[number][songs] += plays
-                inputs[number][unit] = windows
+    with progress("Counting plays", unit_count) as bar:
+        for unit, counts in run_buckets(WindowCounter, range(unit_count), arguments=arguments):
+            for range_index, (songs, plays, windows) in enumerate(counts):
+                totals[range_index][songs] += plays
+                input_lengths[range_index][unit] = windows
             bar.advance()
     if not totals[0].any():
         raise RayrecError("the split leaves no plays to train on; use fewer test and validation days")
-    return [(total, WindowLengths.of_units(each)) for total, each in zip(totals, inputs, strict=True)]
+    return [
+        (total, WindowLengths.of_units(unit_lengths)) for total, unit_lengths in zip(totals, input_lengths, strict=True)
+    ]
 
 
 def first_horizon(config: TrainConfig) -> AnyHorizon:
@@ -218,11 +222,11 @@ def first_horizon(config: TrainConfig) -> AnyHorizon:
 def load_validation(table: pa.Table, selection: FitRange, limit: int, horizon: AnyHorizon = NEXT_PLAY) -> Validation:
     """Return at most `limit` plays outside `selection` whose user has an earlier play, and a play in the horizon."""
     histories = Histories.from_arrow(table)
-    first = np.zeros(histories.num_plays, dtype=bool)
-    first[histories.offsets[:-1]] = True
-    plays = np.flatnonzero(~selection.covers(histories) & ~first)
-    begin, end = horizon.spans(histories, Queries.before_plays(histories, plays))
-    return Validation(histories=histories, plays=plays[begin < end][:limit], horizon=horizon)
+    is_first = np.zeros(histories.num_plays, dtype=bool)
+    is_first[histories.offsets[:-1]] = True
+    plays = np.flatnonzero(~selection.covers(histories) & ~is_first)
+    starts, ends = horizon.spans(histories, Queries.before_plays(histories, plays))
+    return Validation(histories=histories, plays=plays[starts < ends][:limit], horizon=horizon)
 
 
 def read_validation(plan: TrainPlan) -> Validation:
@@ -283,23 +287,26 @@ def train_worker(arguments: dict[str, Any]) -> None:
         return
     save_model(plan.workspace, plan.folder, model, fit.known, share)
     if share.rank == 0:
-        figures = fit_figures(fit.progress)
-        plan.workspace.write_json(f"{plan.folder}/figures.json", figures)
+        metrics = fit_figures(fit.progress)
+        plan.workspace.write_json(f"{plan.folder}/figures.json", metrics)
         write_epochs(plan.workspace, plan.folder, fit.progress.epochs)
         write_tensorboard(plan.workspace, plan.folder, fit.progress.epochs)
 
 
-def fit_figures(done: FitProgress) -> dict[str, Any]:
+def fit_figures(fit_progress: FitProgress) -> dict[str, Any]:
     """Return the figures of a finished fit."""
-    selected = [line for line in done.epochs if line["phase"] == "selection"]
-    last = done.epochs[-1]
+    selection_epochs = [epoch for epoch in fit_progress.epochs if epoch["phase"] == "selection"]
+    last_epoch = fit_progress.epochs[-1]
     return {
-        "epochs": done.best_epoch + 1 if done.best_epoch >= 0 else last["epoch"] + 1,
-        "loss": last["loss"],
-        "plays": last["plays"],
-        "targets": last["targets"],
-        "plays_per_second": round(last["plays_per_second"]),
-        **{name: selected[done.best_epoch].get(name) if selected else None for name in VALIDATION_FIGURES},
+        "epochs": fit_progress.best_epoch + 1 if fit_progress.best_epoch >= 0 else last_epoch["epoch"] + 1,
+        "loss": last_epoch["loss"],
+        "plays": last_epoch["plays"],
+        "targets": last_epoch["targets"],
+        "plays_per_second": round(last_epoch["plays_per_second"]),
+        **{
+            name: selection_epochs[fit_progress.best_epoch].get(name) if selection_epochs else None
+            for name in VALIDATION_FIGURES
+        },
     }
 
 
@@ -308,25 +315,25 @@ class WorkerHost:
 
     def __init__(self, plan: TrainPlan, share: Share, *, board: Any) -> None:
         self._plan, self._share = plan, share
-        in_ray = bool(plan.config.workers)
+        has_workers = bool(plan.config.workers)
         self._show, self._show_validation = board.show, board.show_validation
-        if in_ray:
+        if has_workers:
             self._show, self._show_validation = self._show.remote, self._show_validation.remote
-        self._plays, self._shown_at, self._began = 0, 0.0, time.monotonic()
+        self._plays, self._shown_at, self._started = 0, 0.0, time.monotonic()
         self._stream: WindowStream | None = None
-        self._streamed: Phase | None = None  # phase of the stream
+        self._stream_phase: Phase | None = None  # phase of the stream
         self._checkpoint = ""  # name of the last checkpoint given to Ray Train
 
     def windows(self, phase: Phase, epoch: int) -> Iterator[Windows]:
         """Return this worker's share of each batch of an epoch."""
         config = self._plan.config
-        self._plays, self._began = 0, time.monotonic()
+        self._plays, self._started = 0, time.monotonic()
         if not config.workers:
             return plain_stream(self._reader(phase), epoch)
-        if self._stream is None or self._streamed != phase:
+        if self._stream is None or self._stream_phase != phase:
             if self._stream is not None:
                 self._stream.close()
-            self._stream, self._streamed = WindowStream(self._reader(phase), range(epoch, config.epochs)), phase
+            self._stream, self._stream_phase = WindowStream(self._reader(phase), range(epoch, config.epochs)), phase
         return self._stream.epoch(epoch)
 
     def _reader(self, phase: Phase) -> ShardReader:
@@ -339,9 +346,9 @@ class WorkerHost:
         self._plays += report.plays
         now = time.monotonic()
         if self._share.rank == 0 and now - self._shown_at > 0.3:
-            rate = self._plays * self._share.workers / (now - self._began)
-            note = f"{phase} epoch {report.epoch + 1} loss {loss:.3f} {rate:,.0f} plays/s"
-            self._show(self._plays * self._share.workers, note)
+            rate = self._plays * self._share.workers / (now - self._started)
+            status_line = f"{phase} epoch {report.epoch + 1} loss {loss:.3f} {rate:,.0f} plays/s"
+            self._show(self._plays * self._share.workers, status_line)
             self._shown_at = now
 
     def selected(self, model: TasteModel, known: np.ndarray) -> None:
@@ -353,10 +360,10 @@ class WorkerHost:
 
         Return False if there are no workers, or if Ray Train is still storing the previous checkpoint.
         """
-        figures = progress.epochs[-1] if progress.epochs else {"epoch": progress.epoch}
+        metrics = progress.epochs[-1] if progress.epochs else {"epoch": progress.epoch}
         if not self._share.rank:
             write_epochs(self._plan.workspace, self._plan.folder, progress.epochs)
-            recall = figures.get(f"validation_recall@{RECALL_AT}")
+            recall = metrics.get(f"validation_recall@{RECALL_AT}")
             if recall is not None:
                 self._show_validation(f"recall@{RECALL_AT} {recall:.3f}")
         if not self._plan.config.workers:
@@ -369,7 +376,7 @@ class WorkerHost:
         folder = tempfile.mkdtemp(prefix="rayrec-")
         save(Path(folder))
         ray.train.report(
-            figures,
+            metrics,
             checkpoint=ray.train.Checkpoint.from_directory(folder),
             checkpoint_dir_name=self._checkpoint,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
@@ -383,8 +390,10 @@ class WorkerHost:
         """
         if self._share.rank or not self._checkpoint:
             return False
-        stored = ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED, timeout_s=0.0)
-        return all(Path(each.checkpoint.path).name != self._checkpoint for each in stored)
+        reported_checkpoints = ray.train.get_all_reported_checkpoints(
+            ray.train.CheckpointConsistencyMode.COMMITTED, timeout_s=0.0
+        )
+        return all(Path(reported.checkpoint.path).name != self._checkpoint for reported in reported_checkpoints)
 
 
 class WindowStream:
@@ -397,7 +406,7 @@ class WindowStream:
     def __init__(self, reader: ShardReader, epochs: range) -> None:
         """Nothing is read before the first batch of an epoch is requested."""
 
-        def tables(rows: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        def read_tables(rows: dict[str, np.ndarray]) -> Iterator[pa.Table]:
             epoch = int(rows[EPOCH][0])
             for table in reader.tables(reader.batches(epoch)):
                 yield table.append_column(EPOCH, pa.array(np.full(len(table), epoch, dtype=np.int32)))
@@ -409,33 +418,33 @@ class WindowStream:
         # The task requests no CPU: it is far cheaper than the training that it feeds, and would otherwise wait forever
         # if the workers hold all CPUs, for example after the loss of a node.
         stream = ray.data.from_items([{EPOCH: epoch} for epoch in epochs], override_num_blocks=len(epochs)).map_batches(
-            tables, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=1)
+            read_tables, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=1)
         )
         self._reader = reader
-        self._arriving = iter(stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
-        self._table: pa.Table | None = None  # arrived, but not used yet
+        self._incoming_tables = iter(stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+        self._pending_table: pa.Table | None = None  # arrived, but not used yet
 
     def epoch(self, epoch: int) -> Iterator[Windows]:
         """Yield the batches of an epoch. Call it in ascending order of epochs; unread earlier batches are skipped."""
-        return split_batches(self._of(epoch), self._reader.batches(epoch).steps)
+        return split_batches(self._epoch_tables(epoch), self._reader.batches(epoch).steps)
 
     def close(self) -> None:
         """Stop the tasks that read ahead."""
-        self._arriving.close()
+        self._incoming_tables.close()
 
-    def _of(self, epoch: int) -> Iterator[pa.Table]:
-        while (table := self._arrived()) is not None:
-            of_table = table.column(EPOCH)[0].as_py()  # all rows of a table have the same epoch
-            if of_table > epoch:
+    def _epoch_tables(self, epoch: int) -> Iterator[pa.Table]:
+        while (table := self._next_table()) is not None:
+            table_epoch = table.column(EPOCH)[0].as_py()  # all rows of a table have the same epoch
+            if table_epoch > epoch:
                 return
-            self._table = None
-            if of_table == epoch:
+            self._pending_table = None
+            if table_epoch == epoch:
                 yield table
 
-    def _arrived(self) -> pa.Table | None:
-        if self._table is None:
-            self._table = next((table for table in self._arriving if len(table)), None)
-        return self._table
+    def _next_table(self) -> pa.Table | None:
+        if self._pending_table is None:
+            self._pending_table = next((table for table in self._incoming_tables if len(table)), None)
+        return self._pending_table
 
 
 @ray.remote
@@ -443,11 +452,11 @@ class Board:
     """An actor that a worker writes its progress to and that the driver reads."""
 
     def __init__(self) -> None:
-        self._plays, self._note, self._validation = 0.0, "", ""
+        self._plays, self._status_line, self._validation = 0.0, "", ""
 
-    def show(self, plays: float, note: str) -> None:
-        """Set the number of plays done in the current epoch, and a short note."""
-        self._plays, self._note = plays, note
+    def show(self, plays: float, status_line: str) -> None:
+        """Set the number of plays done in the current epoch, and a short status line."""
+        self._plays, self._status_line = plays, status_line
 
     def show_validation(self, text: str) -> None:
         """Set the text about the last validation."""
@@ -455,19 +464,19 @@ class Board:
 
     def look(self) -> tuple[float, str]:
         """Return the plays done, and the text to show next to the progress bar."""
-        return self._plays, f"{self._note} {self._validation}".strip()
+        return self._plays, f"{self._status_line} {self._validation}".strip()
 
 
 class LocalBoard:
     """The board of a training in this process: it updates a progress bar at once."""
 
     def __init__(self, bar: Progress) -> None:
-        self._bar, self._drawn, self._validation = bar, 0.0, ""
+        self._bar, self._shown_plays, self._validation = bar, 0.0, ""
 
-    def show(self, plays: float, note: str) -> None:
+    def show(self, plays: float, status_line: str) -> None:
         """As in `Board`."""
-        self._bar.advance(plays - self._drawn, f"{note} {self._validation}".strip())
-        self._drawn = plays
+        self._bar.advance(plays - self._shown_plays, f"{status_line} {self._validation}".strip())
+        self._shown_plays = plays
 
     def show_validation(self, text: str) -> None:
         """As in `Board`."""
@@ -476,8 +485,8 @@ class LocalBoard:
 
 def new_board() -> Any:
     """Return a board on the driver's node, because another node may be lost during the job."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return Board.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return Board.options(num_cpus=0, scheduling_strategy=driver_node).remote()  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -487,14 +496,14 @@ def shown(board: Any, title: str, total: float) -> Iterator[None]:
 
     def draw() -> None:
         with progress(title, total) as bar:
-            drawn = 0.0
+            shown_plays = 0.0
             while not stop.wait(0.5):
                 try:
-                    plays, note = ray.get(board.look.remote())
+                    plays, status_line = ray.get(board.look.remote())
                 except RayActorError:
                     return  # a lost board must not fail the training
-                bar.advance(plays - drawn, note)
-                drawn = plays
+                bar.advance(plays - shown_plays, status_line)
+                shown_plays = plays
 
     thread = threading.Thread(target=draw, daemon=True)
     thread.start()
@@ -521,9 +530,9 @@ class WorkerRequest:
 
     def describe(self) -> str:
         """Return the resources that the workers need, and those of the cluster, in words."""
-        have, free = ray.cluster_resources(), ray.available_resources()
+        total, available = ray.cluster_resources(), ray.available_resources()
         parts = [
-            f"{amount:g} {name} each ({free.get(name, 0):g} of {have.get(name, 0):g} in the cluster are free)"
+            f"{amount:g} {name} each ({available.get(name, 0):g} of {total.get(name, 0):g} in the cluster are free)"
             for name, amount in self.resources.items()
         ]
         return f"{self.workers} training worker{'s' * (self.workers > 1)} with {' and '.join(parts)}"
@@ -588,17 +597,17 @@ def _report_waiting(request: WorkerRequest) -> Iterator[None]:
     """Log the resources that the workers need, once each time that they have to wait for them."""
     ended = threading.Event()
 
-    def look() -> None:
+    def warn_if_waiting() -> None:
         was_waiting = False
         while not ended.wait(SECONDS_BEFORE_TELLING):
-            waits = _waits(request)
-            if waits and not was_waiting:
+            is_waiting = _is_waiting(request)
+            if is_waiting and not was_waiting:
                 LOGGER.warning(
                     "training waits at most %g minutes for resources: %s", request.wait_minutes, request.describe()
                 )
-            was_waiting = waits
+            was_waiting = is_waiting
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=warn_if_waiting, daemon=True)
     thread.start()
     try:
         yield
@@ -606,7 +615,7 @@ def _report_waiting(request: WorkerRequest) -> Iterator[None]:
         ended.set()
 
 
-def _waits(request: WorkerRequest) -> bool:
+def _is_waiting(request: WorkerRequest) -> bool:
     """Return True while Ray has found no room for workers with these resources."""
     bundles = [request.resources] * request.workers
     return any(

@@ -59,35 +59,35 @@ def tune(
     trials = read_trials(read_toml(file), config, file)
     settings = {**to_mapping(config), "settings": [trial.settings for trial in trials]}
     inputs = {"dataset": dataset.manifest.id, "split": split.id}
-    print_id = artifacts.fingerprint("tune", settings, inputs)
-    tuning_id, complete = artifacts.new_id(workspace, KIND, print_id, repeat=repeat)
+    fingerprint_id = artifacts.fingerprint("tune", settings, inputs)
+    tuning_id, complete = artifacts.new_id(workspace, KIND, fingerprint_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, KIND, tuning_id)
     manifest = Manifest(kind=KIND, id=tuning_id, config=settings, inputs=inputs, seed=config.seed)
-    before = artifacts.current_ids(workspace)
+    previous_ids = artifacts.current_ids(workspace)
     try:
-        rows = _run(workspace, manifest, trials, split, on_trial)
+        rows = _run_trials(workspace, manifest, trials, split, on_trial)
     finally:
         for kind in ("songs", "models"):  # later stages must not start from artifacts of trials
-            if kind in before:
-                artifacts.make_current(workspace, kind, before[kind])
-    measured = [row for row in rows if row[CHOSEN_BY] is not None]
-    if not measured:
+            if kind in previous_ids:
+                artifacts.make_current(workspace, kind, previous_ids[kind])
+    measured_rows = [row for row in rows if row[CHOSEN_BY] is not None]
+    if not measured_rows:
         raise DivergedError("no trial has a finite loss; give smaller learning rates")
-    best = max(measured, key=lambda row: row[CHOSEN_BY])
-    _forget_songs(workspace, rows, best)
+    best_row = max(measured_rows, key=lambda row: row[CHOSEN_BY])
+    _forget_songs(workspace, rows, best_row)
     workspace.write_bytes(manifest.path(CSV), _csv(rows).encode())
-    workspace.write_bytes(manifest.path(BEST), to_toml(best["settings"]).encode())
+    workspace.write_bytes(manifest.path(BEST), to_toml(best_row["settings"]).encode())
     metrics = {
         "trials": rows,
-        "best": best["settings"],
-        "best_ndcg": best[CHOSEN_BY],
+        "best": best_row["settings"],
+        "best_ndcg": best_row[CHOSEN_BY],
         "seconds": round(sum(row["seconds"] for row in rows), 1),
     }
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), [TABLE, CSV, BEST])
 
 
-def _run(
+def _run_trials(
     workspace: Workspace,
     manifest: Manifest,
     trials: list[Trial],
@@ -98,9 +98,9 @@ def _run(
     path = manifest.path(TABLE)
     rows: list[Row] = workspace.read_json(path) if workspace.exists(path) else []
     with ray_cluster():
-        for number, trial in enumerate(trials[len(rows) :], start=len(rows) + 1):
-            row, model = _try(workspace, trial, split)
-            rows.append({"trial": number, **row})
+        for trial_number, trial in enumerate(trials[len(rows) :], start=len(rows) + 1):
+            row, model = _run_trial(workspace, trial, split)
+            rows.append({"trial": trial_number, **row})
             workspace.write_json(path, rows)
             if model is not None:  # only now, so that an interrupted sweep finds it again
                 workspace.delete(model.folder)
@@ -108,22 +108,22 @@ def _run(
     return rows
 
 
-def _try(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, Manifest | None]:
+def _run_trial(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, Manifest | None]:
     """Run a trial; return its row, and its model if the sweep trained it. A trial that diverged has no NDCG.
 
     Trials share song embeddings of the same settings, and an interrupted training continues.
     """
-    songs_before = {one.id for one in artifacts.listing(workspace, "songs")}
-    models_before = {one.id for one in artifacts.listing(workspace, "models")}
+    songs_before = {manifest.id for manifest in artifacts.listing(workspace, "songs")}
+    models_before = {manifest.id for manifest in artifacts.listing(workspace, "models")}
     songs = embed(workspace, trial.embed, split=split)
     unfinished: Unfinished = "resume" if trial.train.workers else "restart"
-    began = time.monotonic()
+    started = time.monotonic()
     try:
         model = train(workspace, trial.train, songs_id=songs.id, split=split, unfinished=unfinished)
         ndcg, epochs, seconds = (model.metrics[name] for name in (CHOSEN_BY, "epochs", "seconds"))
     except DivergedError as error:
         LOGGER.warning("%s; the trial has no result", error)
-        model, ndcg, epochs, seconds = None, None, None, time.monotonic() - began
+        model, ndcg, epochs, seconds = None, None, None, time.monotonic() - started
     if model is not None and ndcg is None:
         raise InputError(
             "no play in the validation range has an earlier play by the same user; use more validation days"
@@ -143,8 +143,8 @@ def _try(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, Manifes
 
 def _forget_songs(workspace: Workspace, rows: list[Row], best: Row) -> None:
     """Delete the song embeddings that the sweep made, except those of the best trial."""
-    for songs in {row["songs"] for row in rows if row["songs_made"]} - {best["songs"]}:
-        workspace.delete(Manifest(kind="songs", id=songs).folder)
+    for songs_id in {row["songs"] for row in rows if row["songs_made"]} - {best["songs"]}:
+        workspace.delete(Manifest(kind="songs", id=songs_id).folder)
 
 
 def _csv(rows: list[Row]) -> str:

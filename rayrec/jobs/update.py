@@ -99,119 +99,139 @@ def update(
     and `TooManyRejectedError` if more rows are rejected than `max_rejected` allows.
     """
     require_one_faiss()  # before any work
-    live = active_release(workspace)
-    if live is None:
+    live_release = active_release(workspace)
+    if live_release is None:
         raise InputError(f"workspace {workspace.uri} has no live release; run `rayrec fit` first")
-    plays = _as_imported(config, Dataset(workspace).manifest, on_note)
-    on_note(f"Reading as {describe_import(plays)}")
+    import_config = _import_config(config, Dataset(workspace).manifest, on_note)
+    on_note(f"Reading as {describe_import(import_config)}")
     with ray_cluster():
-        appended = append_plays(workspace, plays)
-        for note in import_notes(appended.last_import):
-            on_note(note)
+        import_result = append_plays(workspace, import_config)
+        for message in import_notes(import_result.last_import):
+            on_note(message)
         dataset = Dataset(workspace)
-        if dataset.manifest.plays_id == dataset.earlier(live.inputs["dataset"]).plays_id:
+        if dataset.manifest.plays_id == dataset.earlier(live_release.inputs["dataset"]).plays_id:
             reason = "no play is newer than the live release"
             return UpdateResult(
-                outcomes=[], appended=appended, trained=False, release=live.id, live=True, reason=reason
+                outcomes=[], appended=import_result, trained=False, release=live_release.id, live=True, reason=reason
             )
-        on_note(f"{appended.plays:,} new plays, {appended.users:,} new users, {appended.songs:,} new songs")
-        return _Update(dataset, live, on_stage, on_note).run(appended, config)
+        on_note(
+            f"{import_result.plays:,} new plays, {import_result.users:,} new users, {import_result.songs:,} new songs"
+        )
+        return _Update(dataset, live_release, on_stage, on_note).run(import_result, config)
 
 
-def _as_imported(config: UpdateConfig, manifest: DatasetManifest, on_note: Callable[[str], None]) -> ImportConfig:
+def _import_config(config: UpdateConfig, manifest: DatasetManifest, on_note: Callable[[str], None]) -> ImportConfig:
     """Return the settings to read the files: those of the first import of plays, unless `config` gives others."""
-    first: Any = manifest.config.get("plays")
-    if not isinstance(first, dict):  # the plays were generated
-        first = {}
-    was_mapped = "format" in first and FORMATS[first["format"]].mapped
-    chosen = config.format or guess_format(config.paths)
-    imports: list[Any] = [each for each in (first, *manifest.appended) if each.get("format") == chosen]
-    users = {each["user"] for each in imports}
-    earlier_user = users.pop() if len(users) == 1 else ""  # with several users, the user of these files is unknown
-    plays = guess_import(
+    first_import: Any = manifest.config.get("plays")
+    if not isinstance(first_import, dict):  # the plays were generated
+        first_import = {}
+    was_mapped = "format" in first_import and FORMATS[first_import["format"]].mapped
+    format_name = config.format or guess_format(config.paths)
+    imports: list[Any] = [
+        earlier_import
+        for earlier_import in (first_import, *manifest.appended)
+        if earlier_import.get("format") == format_name
+    ]
+    user_ids = {earlier_import["user"] for earlier_import in imports}
+    # With several users, the user of these files is unknown.
+    earlier_user = user_ids.pop() if len(user_ids) == 1 else ""
+    import_config = guess_import(
         config.paths,
-        format_name=chosen,
+        format_name=format_name,
         columns=config.columns,
-        earlier_columns={role: first["columns"].get(role, role) for role in roles(False)} if was_mapped else {},
+        earlier_columns={role: first_import["columns"].get(role, role) for role in roles(False)} if was_mapped else {},
         user=earlier_user if config.user is None else config.user,
         timezone=config.timezone or "UTC",
         on_note=on_note,
     )
-    plays = plays.replace(skip_below=manifest.skip_below)
-    if config.timezone is None and FORMATS[plays.format].mapped:
-        plays = plays.replace(timezone=first.get("timezone", plays.timezone))
-    if config.user is None and "user" in plays.columns:  # these files name users, unlike the earlier ones
-        plays = plays.replace(user="")
-    return plays if config.max_rejected is None else plays.replace(max_rejected=config.max_rejected)
+    import_config = import_config.replace(skip_below=manifest.skip_below)
+    if config.timezone is None and FORMATS[import_config.format].mapped:
+        import_config = import_config.replace(timezone=first_import.get("timezone", import_config.timezone))
+    if config.user is None and "user" in import_config.columns:  # these files name users, unlike the earlier ones
+        import_config = import_config.replace(user="")
+    return import_config if config.max_rejected is None else import_config.replace(max_rejected=config.max_rejected)
 
 
 class _Update:
     """One update of a live release to the plays of a data set."""
 
     def __init__(
-        self, dataset: Dataset, live: Manifest, on_stage: Callable[[Outcome], None], on_note: Callable[[str], None]
+        self,
+        dataset: Dataset,
+        live_release: Manifest,
+        on_stage: Callable[[Outcome], None],
+        on_note: Callable[[str], None],
     ) -> None:
-        self.dataset, self.workspace, self.live, self.on_note = dataset, dataset.workspace, live, on_note
+        self.dataset, self.workspace, self.live_release, self.on_note = (
+            dataset,
+            dataset.workspace,
+            live_release,
+            on_note,
+        )
         self.stages = Stages(dataset.workspace, on_stage=on_stage)
-        self.model = artifacts.load_manifest(dataset.workspace, "models", live.inputs["models"])
-        self.retrieval, self.rankers, self.added = (
-            artifacts.load_manifest(dataset.workspace, kind, live.inputs[kind]) if kind in live.inputs else None
+        self.model = artifacts.load_manifest(dataset.workspace, "models", live_release.inputs["models"])
+        self.retrieval, self.rankers, self.added_songs = (
+            artifacts.load_manifest(dataset.workspace, kind, live_release.inputs[kind])
+            if kind in live_release.inputs
+            else None
             for kind in ("retrieval", "rankers", "added_songs")
         )
 
-    def run(self, appended: ImportResult, config: UpdateConfig) -> UpdateResult:
+    def run(self, import_result: ImportResult, config: UpdateConfig) -> UpdateResult:
         stages, workspace = self.stages, self.workspace
-        stages.split = hold_back_validation(self.dataset, since=self._seen_until())
-        share = self._new_share()
-        trains = config.train or share > config.train_share
-        if trains and stages.split is None:
+        stages.split = hold_back_validation(self.dataset, since=self._unseen_from())
+        new_share = self._share_of_new_plays()
+        is_trained = config.train or new_share > config.train_share
+        if is_trained and stages.split is None:
             self.on_note("Too few new plays to validate a model: the model stays unchanged")
-            trains = False
-        if trains:
-            self.on_note(f"{share:.1%} of the plays are newer than the model: its training continues")
+            is_trained = False
+        if is_trained:
+            self.on_note(f"{new_share:.1%} of the plays are newer than the model: its training continues")
             self._train()
         else:
             self._keep_model()
         self.dataset = Dataset(workspace)  # described songs have come into its catalog
-        quality = self._check(trains)
+        quality = self._measure_quality(is_trained)
         if quality is not None:
-            shown = "two-step" if "rank" in stages.artifact_ids else "taste"
-            stages.release_metrics = {VALIDATION: quality.summary(NEW, shown)}
-        holds, reason = _verdict(quality, trains)
+            model_name = "two-step" if "rank" in stages.artifact_ids else "taste"
+            stages.release_metrics = {VALIDATION: quality.summary(NEW, model_name)}
+        is_accepted, reason = _verdict(quality, is_trained)
         for name, settings in (("taste", TasteConfig()), ("index", IndexConfig())):
             stages.run(name, settings)
         stages.run("release", ReleaseConfig(activate=False))
         release = artifacts.load_manifest(workspace, "releases", stages.artifact_ids["release"])
         states = None
-        if holds:
+        if is_accepted:
             states = self._load_states(release, config.store)
             activate_release(workspace, release.id)
         if len(self.dataset.manifest.spans) > PARTS_BEFORE_COMPACT:
             compact(workspace)
         return UpdateResult(
             outcomes=stages.outcomes,
-            appended=appended,
-            trained=trains,
+            appended=import_result,
+            trained=is_trained,
             release=release.id,
-            live=holds,
+            live=is_accepted,
             reason=reason,
             quality=quality,
             states=states,
         )
 
-    def _seen_until(self) -> int:
+    def _unseen_from(self) -> int:
         """Return the moment (ms UTC) from which on no part of the live release has seen a play."""
-        ends = []
+        unseen_starts = []
         for part in filter(None, (self.model, self.retrieval)):
             split = load_split(self.workspace, part.inputs["split"]) if "split" in part.inputs else None
-            cut = fit_range(split).before  # None without a test range: it saw all plays
-            ends.append(self.dataset.earlier(part.inputs["dataset"]).last_play + 1 if cut is None else cut)
-        return max(ends)
+            test_start = fit_range(split).before  # None without a test range: it saw all plays
+            unseen_starts.append(
+                self.dataset.earlier(part.inputs["dataset"]).last_play + 1 if test_start is None else test_start
+            )
+        return max(unseen_starts)
 
-    def _new_share(self) -> float:
+    def _share_of_new_plays(self) -> float:
         """Return the share of all plays that were added after the data set of the model."""
-        before = self.dataset.earlier(self.model.inputs["dataset"]).plays
-        return 1 - before / self.dataset.manifest.plays
+        plays_before = self.dataset.earlier(self.model.inputs["dataset"]).plays
+        return 1 - plays_before / self.dataset.manifest.plays
 
     def _train(self) -> None:
         """Continue the training of the live model; if the data needs a network of another shape, train a new model."""
@@ -244,7 +264,7 @@ class _Update:
             self.stages.artifact_ids["rank"] = self.rankers.id
             self.stages.run("retrieval", from_mapping(RetrievalConfig, self.retrieval.config, "retrieval"))
 
-    def _check(self, trained: bool) -> Quality | None:
+    def _measure_quality(self, is_trained: bool) -> Quality | None:
         """Compare the new release, fitted without the newest plays, with the live one on them; None without queries.
 
         Only the networks are compared if the live release has no rankers and the model is not trained again.
@@ -256,30 +276,36 @@ class _Update:
             artifacts.load_manifest(workspace, kind, artifact_ids[stage]) if stage in artifact_ids else None
             for kind, stage in (("retrieval", "retrieval"), ("rankers", "rank"))
         )
-        live = ServedParts(
+        live_parts = ServedParts(
             name=LIVE,
             network=self.model.folder,
             retrieval=self.retrieval.folder if self.retrieval else None,
             rankers=self.rankers.folder if self.rankers else None,
-            added=AddedSongs.load(workspace, self.added.folder) if self.added else None,
+            added=AddedSongs.load(workspace, self.added_songs.folder) if self.added_songs else None,
         )
-        if trained:
+        if is_trained:
             assert retrieval is not None  # _train fits one
             model = artifacts.load_manifest(workspace, "models", artifact_ids["train"])
             if not workspace.exists(model.path(SELECTION_NETWORK)):
                 return None  # no play of the range has an earlier play by the same user
-            new = served_before(self.dataset, model, retrieval, rankers, NEW)
+            new_parts = served_before(self.dataset, model, retrieval, rankers, NEW)
         else:
-            selection = retrieval.path(SELECTION_RETRIEVAL) if retrieval else None
-            added = added_since(self.dataset, self.model, split.selection, self.added)
-            kept = rankers.folder if rankers else None  # the live release's
-            new = ServedParts(name=NEW, network=self.model.folder, retrieval=selection, rankers=kept, added=added)
+            selection_folder = retrieval.path(SELECTION_RETRIEVAL) if retrieval else None
+            added_songs = added_since(self.dataset, self.model, split.selection, self.added_songs)
+            rankers_folder = rankers.folder if rankers else None  # the live release's
+            new_parts = ServedParts(
+                name=NEW,
+                network=self.model.folder,
+                retrieval=selection_folder,
+                rankers=rankers_folder,
+                added=added_songs,
+            )
         quality = measure_quality(
             self.dataset,
-            [part.load(self.dataset, IndexConfig()) for part in (new, live)],
+            [part.load(self.dataset, IndexConfig()) for part in (new_parts, live_parts)],
             split=split.validation_as_test(),
             song_plays=self._plays_before(split, retrieval),
-            checking_users=trained and rankers is not None,
+            checking_users=is_trained and rankers is not None,
         )
         return quality if quality.queries else None
 
@@ -289,28 +315,29 @@ class _Update:
             folder = retrieval.path(SELECTION_RETRIEVAL)
             return np.asarray(Retrieval.load(self.workspace, folder).plays.plays)
         batches = (split.selection.select(batch) for batch in self.dataset.read_all())
-        counted = PopularityRecommender.fit(batches, num_songs=self.dataset.num_songs, allowed=split.selection)
-        return counted.plays
+        popularity = PopularityRecommender.fit(batches, num_songs=self.dataset.num_songs, allowed=split.selection)
+        return popularity.plays
 
     def _load_states(self, release: Manifest, store: str | None) -> LoadResult | None:
         """Load the states into `store`; if it is None, into the workspace's own store, if there is one."""
         if store is None and not self.workspace.exists(STATES_FILE):
             return None
-        opened = open_store(store_uri(self.workspace, store), self.dataset.lineage)
+        state_store = open_store(store_uri(self.workspace, store), self.dataset.lineage)
         try:
-            return load_states(self.dataset, opened, release)
+            return load_states(self.dataset, state_store, release)
         finally:
-            opened.close()
+            state_store.close()
 
 
-def _verdict(quality: Quality | None, trained: bool) -> tuple[bool, str]:
+def _verdict(quality: Quality | None, is_trained: bool) -> tuple[bool, str]:
     """Return whether the new release may go live, and the reason."""
     if quality is None:
-        if trained:
+        if is_trained:
             return False, "none of the new plays can be used to compare the models"
         return True, "the model is the same, and the new plays are too few for a comparison"
-    new, live = quality.value(NEW) or 0.0, quality.value(LIVE) or 0.0
-    compared = (
-        f"recall@20 as served on {quality.queries:,} new queries is {new:.3f}, and {live:.3f} for the live release"
+    new_recall, live_recall = quality.value(NEW) or 0.0, quality.value(LIVE) or 0.0
+    comparison = (
+        f"recall@20 as served on {quality.queries:,} new queries is {new_recall:.3f}, and {live_recall:.3f} for the "
+        "live release"
     )
-    return new >= live - TOLERANCE, compared
+    return new_recall >= live_recall - TOLERANCE, comparison

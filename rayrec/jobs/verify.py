@@ -125,9 +125,9 @@ class Audit:
     @contextmanager
     def looking_at(self, kind: str, item: str, files: int) -> Iterator[None]:
         """Context manager for the checks of one item; adds the item to `checked`."""
-        before = len(self.problems)
+        problems_before = len(self.problems)
         yield
-        self.checked.append(Checked(kind=kind, id=item, files=files, problems=len(self.problems) - before))
+        self.checked.append(Checked(kind=kind, id=item, files=files, problems=len(self.problems) - problems_before))
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -189,33 +189,33 @@ class _Totals:
 
     def __init__(self) -> None:
         self.users = self.plays = 0
-        self.first, self.last = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+        self.first_play, self.last_play = np.iinfo(np.int64).max, np.iinfo(np.int64).min
 
     def add(self, histories: Histories) -> None:
         self.users += len(histories)
         self.plays += histories.num_plays
         if histories.num_plays:
-            self.first = min(self.first, int(histories.played_at.min()))
-            self.last = max(self.last, int(histories.played_at.max()))
+            self.first_play = min(self.first_play, int(histories.played_at.min()))
+            self.last_play = max(self.last_play, int(histories.played_at.max()))
 
     def compare(self, audit: Audit, dataset: Dataset) -> None:
         manifest = dataset.manifest
-        counted = {"users": self.users, "plays": self.plays}
+        counts = {"users": self.users, "plays": self.plays}
         if self.plays and FORGOTTEN_USER not in manifest.rejected:
-            counted |= {"first_play": self.first, "last_play": self.last}
+            counts |= {"first_play": self.first_play, "last_play": self.last_play}
         elif self.plays:  # erasing users keeps the range, so that artifacts made for its end stay valid
-            inside = manifest.first_play <= self.first and self.last <= manifest.last_play
-            audit.require(inside, DATASET_MANIFEST, "a play is outside the time range of the manifest")
-        for name, value in counted.items():
+            is_within = manifest.first_play <= self.first_play and self.last_play <= manifest.last_play
+            audit.require(is_within, DATASET_MANIFEST, "a play is outside the time range of the manifest")
+        for name, value in counts.items():
             expected = getattr(manifest, name)
             audit.require(value == expected, DATASET_MANIFEST, f"{name} is {expected}, but {value} in the histories")
         if manifest.read and not manifest.playlists:
-            accounted = manifest.plays + manifest.likes + manifest.merged + sum(manifest.rejected.values())
+            accounted_rows = manifest.plays + manifest.likes + manifest.merged + sum(manifest.rejected.values())
             audit.require(
-                manifest.read == accounted,
+                manifest.read == accounted_rows,
                 DATASET_MANIFEST,
                 f"says {manifest.read} rows were read, but plays, likes, duplicates and rejected rows total "
-                f"{accounted}",
+                f"{accounted_rows}",
             )
 
 
@@ -226,19 +226,19 @@ def _check_bucket(audit: Audit, dataset: Dataset, bucket: int, path: str, totals
         users = set(histories.user_ids.tolist())
         audit.require(len(users) == len(histories) and not users & checked_users, path, "a user occurs twice")
         checked_users |= users
-        astray = histories.user_ids[bucket_of(histories.user_ids, dataset.manifest.buckets) != bucket]
-        if len(astray):
-            audit.problem(path, f"user {astray[0]} belongs to another bucket")
-        known = not histories.num_plays or bool(
+        misplaced_ids = histories.user_ids[bucket_of(histories.user_ids, dataset.manifest.buckets) != bucket]
+        if len(misplaced_ids):
+            audit.problem(path, f"user {misplaced_ids[0]} belongs to another bucket")
+        all_known = not histories.num_plays or bool(
             (histories.songs.min() >= 0) & (histories.songs.max() < dataset.num_songs)
         )
-        audit.require(known, path, "a play has a song that is not in the song table")
+        audit.require(all_known, path, "a play has a song that is not in the song table")
         same_user = np.diff(histories.rows) == 0
-        ordered = (np.diff(histories.played_at) >= 0) | ~same_user
-        audit.require(bool(ordered.all()), path, "plays are not sorted by time")
-        liked = np.zeros(0, np.int32) if histories.likes is None else histories.likes.songs
+        is_ordered = (np.diff(histories.played_at) >= 0) | ~same_user
+        audit.require(bool(is_ordered.all()), path, "plays are not sorted by time")
+        liked_songs = np.zeros(0, np.int32) if histories.likes is None else histories.likes.songs
         audit.require(
-            bool(((liked >= 0) & (liked < dataset.num_songs)).all()),
+            bool(((liked_songs >= 0) & (liked_songs < dataset.num_songs)).all()),
             path,
             "a like has a song that is not in the song table",
         )
@@ -250,19 +250,19 @@ def _check_playlists(audit: Audit, dataset: Dataset) -> None:
         playlists = entries = 0
         for songs, offsets in dataset.read_playlists():
             playlists, entries = playlists + len(offsets) - 1, entries + len(songs)
-            known = not len(songs) or bool((songs.min() >= 0) & (songs.max() < dataset.num_songs))
-            audit.require(known, path, "a playlist contains a song that is not in the song table")
-        said = (dataset.manifest.playlists, dataset.manifest.playlist_entries)
+            all_known = not len(songs) or bool((songs.min() >= 0) & (songs.max() < dataset.num_songs))
+            audit.require(all_known, path, "a playlist contains a song that is not in the song table")
+        expected = (dataset.manifest.playlists, dataset.manifest.playlist_entries)
         audit.require(
-            (playlists, entries) == said,
+            (playlists, entries) == expected,
             path,
-            f"has {playlists} playlists with {entries} songs, but the manifest says {said[0]} with {said[1]}",
+            f"has {playlists} playlists with {entries} songs, but the manifest says {expected[0]} with {expected[1]}",
         )
 
 
 def check_artifacts(audit: Audit, dataset: Dataset | None) -> None:
     """Check every artifact of every kind: its files, its inputs and its content."""
-    content: dict[str, Callable[[Audit, Manifest, Dataset | None], None]] = {
+    content_checks: dict[str, Callable[[Audit, Manifest, Dataset | None], None]] = {
         DESCRIPTIONS: _check_descriptions,
         "songs": _check_embeddings,
         "models": _check_model,
@@ -273,44 +273,46 @@ def check_artifacts(audit: Audit, dataset: Dataset | None) -> None:
         "releases": _check_release,
     }
     for kind in KINDS:
-        for name in audit.workspace.folders(kind):
-            path = f"{kind}/{name}/manifest.json"
+        for artifact_id in audit.workspace.folders(kind):
+            path = f"{kind}/{artifact_id}/manifest.json"
             if not audit.workspace.exists(path):
-                audit.note(f"{kind}/{name}", "is unfinished; run its command again, or delete it")
+                audit.note(f"{kind}/{artifact_id}", "is unfinished; run its command again, or delete it")
                 continue
             audit.covered.add(path)
             with audit.reading(path):
-                manifest = artifacts.load_manifest(audit.workspace, kind, name)
-                with audit.looking_at(kind, name, len(manifest.files)):
-                    is_own = (manifest.kind, manifest.id) == (kind, name)
-                    audit.require(is_own, path, f"is the manifest of {manifest.kind} {manifest.id}")
+                manifest = artifacts.load_manifest(audit.workspace, kind, artifact_id)
+                with audit.looking_at(kind, artifact_id, len(manifest.files)):
+                    is_matching = (manifest.kind, manifest.id) == (kind, artifact_id)
+                    audit.require(is_matching, path, f"is the manifest of {manifest.kind} {manifest.id}")
                     audit.compare({manifest.path(file): digest for file, digest in manifest.files.items()})
                     _check_inputs(audit, manifest, dataset)
-                    damaged = any(manifest.path(file) in audit.damaged for file in manifest.files)
-                    if kind in content and not damaged:
+                    is_damaged = any(manifest.path(file) in audit.damaged for file in manifest.files)
+                    if kind in content_checks and not is_damaged:
                         with audit.reading(manifest.folder):
-                            content[kind](audit, manifest, dataset)
+                            content_checks[kind](audit, manifest, dataset)
 
 
 def _check_inputs(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
-    for role, made_of in manifest.inputs.items():
-        if role == "dataset" and not (dataset and dataset.descends_from(made_of)):
-            audit.note(manifest.folder, f"was made from data set {made_of}, which no longer exists")
-        if role in KINDS and not audit.workspace.exists(f"{role}/{made_of}/manifest.json"):
-            audit.note(manifest.folder, f"was made from {role} {made_of}, which no longer exists")
+    for role, input_id in manifest.inputs.items():
+        if role == "dataset" and not (dataset and dataset.descends_from(input_id)):
+            audit.note(manifest.folder, f"was made from data set {input_id}, which no longer exists")
+        if role in KINDS and not audit.workspace.exists(f"{role}/{input_id}/manifest.json"):
+            audit.note(manifest.folder, f"was made from {role} {input_id}, which no longer exists")
 
 
-def _known(dataset: Dataset | None, manifest: Manifest) -> DatasetManifest | None:
+def _source_manifest(dataset: Dataset | None, manifest: Manifest) -> DatasetManifest | None:
     """Return the manifest of the data set that an artifact was made from; None if it is unknown."""
-    made_of = manifest.inputs.get("dataset", "")
-    return dataset.earlier(made_of) if dataset and dataset.descends_from(made_of) else None
+    dataset_id = manifest.inputs.get("dataset", "")
+    return dataset.earlier(dataset_id) if dataset and dataset.descends_from(dataset_id) else None
 
 
-def _check_vectors(audit: Audit, path: str, vectors: np.ndarray, songs: int | None) -> None:
+def _check_vectors(audit: Audit, path: str, vectors: np.ndarray, song_count: int | None) -> None:
     """Check that `vectors` are float32 (N, D) with one row per song, each finite and of length 1, or zeros."""
-    fits = vectors.ndim == 2 and vectors.dtype == np.float32
-    audit.require(fits, path, f"is {vectors.dtype} {vectors.shape}, not float32 (N, D)")
-    audit.require(songs is None or len(vectors) == songs, path, f"has {len(vectors)} rows for {songs} songs")
+    is_valid = vectors.ndim == 2 and vectors.dtype == np.float32
+    audit.require(is_valid, path, f"is {vectors.dtype} {vectors.shape}, not float32 (N, D)")
+    audit.require(
+        song_count is None or len(vectors) == song_count, path, f"has {len(vectors)} rows for {song_count} songs"
+    )
     for start in range(0, len(vectors), ROWS):
         if not _are_normalized(vectors[start : start + ROWS]):
             last = min(start + ROWS, len(vectors)) - 1
@@ -326,47 +328,47 @@ def _are_normalized(vectors: np.ndarray) -> bool:
 def _check_descriptions(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
     path = manifest.path(DESCRIPTIONS_FILE)
     table = audit.workspace.read_table(path, columns=columns.DESCRIPTIONS.names)
-    twice = len(table) - pc.count_distinct(table.column(columns.SONG_ID)).as_py()
-    audit.require(not twice, path, "a song is described twice")
+    duplicates = len(table) - pc.count_distinct(table.column(columns.SONG_ID)).as_py()
+    audit.require(not duplicates, path, "a song is described twice")
 
 
 def _check_embeddings(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
-    known = _known(dataset, manifest)
+    source = _source_manifest(dataset, manifest)
     for file in manifest.files:
         if file.endswith(".npy"):
             vectors = audit.workspace.read_array(manifest.path(file))
-            _check_vectors(audit, manifest.path(file), vectors, known.songs if known else None)
+            _check_vectors(audit, manifest.path(file), vectors, source.songs if source else None)
 
 
 def _check_model(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
     from safetensors.numpy import load_file
 
-    known = _known(dataset, manifest)
+    source = _source_manifest(dataset, manifest)
     path = manifest.path(MODEL_VECTORS)
-    _check_vectors(audit, path, audit.workspace.read_array(path), known.songs if known else None)
+    _check_vectors(audit, path, audit.workspace.read_array(path), source.songs if source else None)
     for file in manifest.files:
         if file.endswith(".safetensors"):
             for name, values in load_file(audit.workspace.local_file(manifest.path(file))).items():
-                finite = values.dtype.kind != "f" or bool(np.isfinite(values).all())
-                audit.require(finite, manifest.path(file), f"{name} contains NaN or infinity")
+                is_finite = values.dtype.kind != "f" or bool(np.isfinite(values).all())
+                audit.require(is_finite, manifest.path(file), f"{name} contains NaN or infinity")
 
 
 def _check_added_songs(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
     from rayrec.model.added_songs import AVERAGED, INPUTS, OUTPUTS, ROWS
 
-    known = _known(dataset, manifest)
+    source = _source_manifest(dataset, manifest)
     rows = audit.workspace.read_array(manifest.path(ROWS))
-    inside = not len(rows) or (rows[0] >= 0 and (known is None or rows[-1] < known.songs))
+    is_within = not len(rows) or (rows[0] >= 0 and (source is None or rows[-1] < source.songs))
     audit.require(
-        bool((np.diff(rows) > 0).all() and inside),
+        bool((np.diff(rows) > 0).all() and is_within),
         manifest.path(ROWS),
         "does not contain ascending row numbers of the song table",
     )
     for name in (OUTPUTS, AVERAGED, INPUTS):
         vectors = audit.workspace.read_array(manifest.path(name))
-        fits = vectors.ndim == 2 and len(vectors) == len(rows) and bool(np.isfinite(vectors).all())
+        is_valid = vectors.ndim == 2 and len(vectors) == len(rows) and bool(np.isfinite(vectors).all())
         audit.require(
-            fits,
+            is_valid,
             manifest.path(name),
             f"has shape {vectors.shape}; expected a finite vector per song, {len(rows)} in all",
         )
@@ -377,42 +379,44 @@ def _check_tastes(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> 
 
     Users and plays must be those of the histories.
     """
-    known = _known(dataset, manifest)
+    source = _source_manifest(dataset, manifest)
     users = plays = 0
     for file in manifest.files:
         path = manifest.path(file)
         bucket = int(posixpath.dirname(file).rpartition("=")[2])
         audit.bar.advance(note=path[-60:])
-        user_ids: list[np.ndarray] = [np.zeros(0, dtype=object)]
+        id_chunks: list[np.ndarray] = [np.zeros(0, dtype=object)]
         for table in _batches(audit, path):
-            user_ids.append(table.column(columns.USER).to_numpy())
+            id_chunks.append(table.column(columns.USER).to_numpy())
             plays += int(table.column("plays").to_numpy().sum())
             _check_taste_rows(audit, path, table)
-        ids = np.concatenate(user_ids)
-        users += len(ids)
-        audit.require(len(set(ids)) == len(ids), path, "a user occurs twice")
-        if known and dataset:
-            astray = len(ids) > 0 and bool((bucket_of(ids, known.buckets) != bucket).any())
-            audit.require(not astray, path, "a user belongs to another bucket")
+        user_ids = np.concatenate(id_chunks)
+        users += len(user_ids)
+        audit.require(len(set(user_ids)) == len(user_ids), path, "a user occurs twice")
+        if source and dataset:
+            is_misplaced = len(user_ids) > 0 and bool((bucket_of(user_ids, source.buckets) != bucket).any())
+            audit.require(not is_misplaced, path, "a user belongs to another bucket")
             # If later parts were joined with these, the histories hold later users too.
-            whole = dataset.manifest.splits_at(known.parts)
-            expected = set(dataset.bucket_users(bucket, parts=known.parts if whole else None))
-            expected = expected if whole else expected & set(ids)
-            missing, strange = len(expected.difference(ids)), len(set(ids) - expected)
+            is_separate = dataset.manifest.splits_at(source.parts)
+            expected = set(dataset.bucket_users(bucket, parts=source.parts if is_separate else None))
+            expected = expected if is_separate else expected & set(user_ids)
+            missing_count, unexpected_count = len(expected.difference(user_ids)), len(set(user_ids) - expected)
             audit.require(
-                not (missing or strange), path, f"{missing} users are missing, and {strange} users have no plays"
+                not (missing_count or unexpected_count),
+                path,
+                f"{missing_count} users are missing, and {unexpected_count} users have no plays",
             )
-    if known:
+    if source:
         audit.require(
-            (users, plays) == (known.users, known.plays),
+            (users, plays) == (source.users, source.plays),
             manifest.folder,
-            f"has {users} users with {plays} plays, but the data set has {known.users} with {known.plays}",
+            f"has {users} users with {plays} plays, but the data set has {source.users} with {source.plays}",
         )
 
 
 def _check_recommendations(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
     """Check that each user occurs once, in the right bucket, with at most k songs, best first, and their scores."""
-    known = _known(dataset, manifest)
+    source = _source_manifest(dataset, manifest)
     counts = {"users": 0, "songs": 0}
     for file in manifest.files:
         path = manifest.path(file)
@@ -420,24 +424,26 @@ def _check_recommendations(audit: Audit, manifest: Manifest, dataset: Dataset | 
         audit.bar.advance(note=path[-60:])
         checked_users: set[str] = set()  # of one bucket only, to bound the memory
         for table in _batches(audit, path):
-            ids = table.column(columns.USER).to_numpy()
+            user_ids = table.column(columns.USER).to_numpy()
             audit.require(
-                len(set(ids)) == len(ids) and not checked_users.intersection(ids), path, "a user occurs twice"
+                len(set(user_ids)) == len(user_ids) and not checked_users.intersection(user_ids),
+                path,
+                "a user occurs twice",
             )
-            checked_users.update(ids)
-            astray = known is not None and bool((bucket_of(ids, known.buckets) != bucket).any())
-            audit.require(not astray, path, "a user belongs to another bucket")
+            checked_users.update(user_ids)
+            is_misplaced = source is not None and bool((bucket_of(user_ids, source.buckets) != bucket).any())
+            audit.require(not is_misplaced, path, "a user belongs to another bucket")
             songs, scores = (table.column(name).combine_chunks() for name in (columns.SONG_IDS, columns.SCORES))
             lengths = pc.list_value_length(songs).to_numpy()
-            fits = (
+            is_valid = (
                 bool((lengths <= manifest.config["k"]).all()) and lengths.tolist() == np.diff(scores.offsets).tolist()
             )
             audit.require(
-                fits, path, f"a row has more than {manifest.config['k']} songs, or not as many scores as songs"
+                is_valid, path, f"a row has more than {manifest.config['k']} songs, or not as many scores as songs"
             )
-            values, inside = scores.flatten().to_numpy(), np.diff(pc.list_parent_indices(scores).to_numpy()) == 0
-            audit.require(not np.any(inside & (np.diff(values) > 0)), path, "songs are not sorted by score")
-            counts["users"] += len(ids)
+            values, same_row = scores.flatten().to_numpy(), np.diff(pc.list_parent_indices(scores).to_numpy()) == 0
+            audit.require(not np.any(same_row & (np.diff(values) > 0)), path, "songs are not sorted by score")
+            counts["users"] += len(user_ids)
             counts["songs"] += len(values)
     expected = {name: manifest.metrics[name] for name in counts}
     audit.require(
@@ -475,11 +481,11 @@ def _check_index(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> N
     vectors = audit.workspace.read_array(vectors_path)
     index = SongIndex.load(audit.workspace, manifest, vectors)
     count = 0
-    for songs, stored in index.stored():
+    for songs, stored_vectors in index.stored():
         count += len(songs)
-        precision = float(np.finfo(stored.dtype).eps)
-        known = bool(((songs >= 0) & (songs < len(vectors))).all())
-        if not known or not np.allclose(vectors[songs], stored, rtol=precision, atol=1e-7):
+        precision = float(np.finfo(stored_vectors.dtype).eps)
+        all_known = bool(((songs >= 0) & (songs < len(vectors))).all())
+        if not all_known or not np.allclose(vectors[songs], stored_vectors, rtol=precision, atol=1e-7):
             audit.problem(path, f"differs from {vectors_path}")
             return
     expected = int(np.count_nonzero(vectors.any(axis=1)))
@@ -499,9 +505,9 @@ def _check_release(audit: Audit, manifest: Manifest, dataset: Dataset | None) ->
     for kind in releases.PART_KINDS:
         if kind in releases.OPTIONAL_KINDS and kind not in manifest.inputs:
             continue
-        part = f"{kind}/{manifest.inputs[kind]}"
-        if not audit.workspace.exists(f"{part}/manifest.json"):
-            audit.problem(manifest.folder, f"{part} is missing")
+        part_folder = f"{kind}/{manifest.inputs[kind]}"
+        if not audit.workspace.exists(f"{part_folder}/manifest.json"):
+            audit.problem(manifest.folder, f"{part_folder} is missing")
             continue
         parts[kind] = artifacts.load_manifest(audit.workspace, kind, manifest.inputs[kind])
     with audit.reading(manifest.folder):
@@ -536,37 +542,40 @@ def verify_workspace(workspace: Workspace) -> Audit:
 
 def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
     """Check the files that no manifest lists: problems if they look like artifacts, notes if a job left them."""
-    ancestors = [dataset.earlier(name) for name in dataset.manifest.ancestors] if dataset else []
-    earlier = {f"{DATASET}/{path}" for manifest in ancestors for path in manifest.files}
-    unfinished = tuple(f"{note.path}/" for note in audit.notes)
+    ancestor_manifests = [dataset.earlier(ancestor_id) for ancestor_id in dataset.manifest.ancestors] if dataset else []
+    earlier_files = {f"{DATASET}/{path}" for manifest in ancestor_manifests for path in manifest.files}
+    unfinished_folders = tuple(f"{note.path}/" for note in audit.notes)
     selector = pafs.FileSelector(audit.workspace.root, allow_not_found=True, recursive=True)
-    staged = replaced = erasing = 0
+    staged_count = replaced_count = erasing_count = 0
     for info in audit.workspace.filesystem.get_file_info(selector):
         path = posixpath.relpath(info.path, audit.workspace.root)
-        if info.type != pafs.FileType.File or path in audit.covered or path.startswith(unfinished):
+        if info.type != pafs.FileType.File or path in audit.covered or path.startswith(unfinished_folders):
             continue
         if path.startswith(f"{IMPORT_STAGING}/"):
-            staged += 1
+            staged_count += 1
         elif path.startswith(f"{SCRATCH}/"):
-            erasing += 1
+            erasing_count += 1
         elif path in (CURRENT, LOCK, LOCK_HOLDER) or path.startswith(f"{IMPRESSIONS}/"):
             continue
         elif "/." in f"/{path}":
             audit.note(path, "is a leftover temporary file; it can be deleted")
-        elif path in earlier:
-            replaced += 1
+        elif path in earlier_files:
+            replaced_count += 1
         elif path.endswith(STORED):
             audit.problem(path, "is listed in no manifest")
-    if erasing:
-        audit.note(SCRATCH, f"has {erasing} files of an unfinished deletion of users; `rayrec compact` continues it")
-    waiting = len(read_waiting(audit.workspace))
-    if waiting:
+    if erasing_count:
         audit.note(
-            FORGOTTEN, f"lists {waiting} deleted users whose rows are not erased yet; `rayrec compact` erases them"
+            SCRATCH, f"has {erasing_count} files of an unfinished deletion of users; `rayrec compact` continues it"
         )
-    if replaced:
-        audit.note(DATASET, f"has {replaced} files that later parts have replaced; `rayrec clean` deletes them")
-    if staged:
+    waiting_count = len(read_waiting(audit.workspace))
+    if waiting_count:
         audit.note(
-            IMPORT_STAGING, f"has {staged} files of an unfinished import; the next import reuses or deletes them"
+            FORGOTTEN,
+            f"lists {waiting_count} deleted users whose rows are not erased yet; `rayrec compact` erases them",
+        )
+    if replaced_count:
+        audit.note(DATASET, f"has {replaced_count} files that later parts have replaced; `rayrec clean` deletes them")
+    if staged_count:
+        audit.note(
+            IMPORT_STAGING, f"has {staged_count} files of an unfinished import; the next import reuses or deletes them"
         )

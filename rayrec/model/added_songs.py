@@ -70,8 +70,8 @@ class GroupMeans:
     @classmethod
     def of(cls, vectors: np.ndarray, songs: SongContent) -> GroupMeans:
         """Sum `vectors`, float32 (n, D), by the artists and albums of the same songs."""
-        artists, artist_sums, artist_counts = _sums(vectors, songs.artists)
-        albums, album_sums, album_counts = _sums(vectors, songs.albums)
+        artists, artist_sums, artist_counts = _sums_by_group(vectors, songs.artists)
+        albums, album_sums, album_counts = _sums_by_group(vectors, songs.albums)
         return cls(
             artists=artists,
             artist_sums=artist_sums,
@@ -90,18 +90,18 @@ class GroupMeans:
         (n, D), are the vectors of the songs if the sums include them; each song is then left out of its own means.
         """
         expected = np.broadcast_to(mean, (len(songs.artists), len(mean)))
-        for songs_groups, groups, sums, counts, strength in (
+        for song_groups, groups, sums, counts, strength in (
             (songs.artists, self.artists, self.artist_sums, self.artist_counts, strengths[0]),
             (songs.albums, self.albums, self.album_sums, self.album_counts, strengths[1]),
         ):
             if not len(groups):
                 continue
-            place = np.minimum(np.searchsorted(groups, songs_groups), len(groups) - 1)
-            in_group = (groups[place] == songs_groups) & (songs_groups >= 0)
-            total = np.where(in_group[:, None], sums[place], 0.0)
-            count = np.where(in_group, counts[place], 0).astype(np.float64)
+            positions = np.minimum(np.searchsorted(groups, song_groups), len(groups) - 1)
+            is_in_group = (groups[positions] == song_groups) & (song_groups >= 0)
+            total = np.where(is_in_group[:, None], sums[positions], 0.0)
+            count = np.where(is_in_group, counts[positions], 0).astype(np.float64)
             if own is not None:
-                total, count = total - np.where(in_group[:, None], own, 0.0), count - in_group
+                total, count = total - np.where(is_in_group[:, None], own, 0.0), count - is_in_group
             expected = (total + strength * expected) / (count + strength)[:, None]
         return np.array(expected, dtype=np.float64)
 
@@ -133,16 +133,16 @@ class ContentMap:
         """
         mean = vectors.mean(axis=0, dtype=np.float64) if len(vectors) else np.zeros(vectors.shape[1])
         groups, strengths = GroupMeans.of(vectors, songs), np.array([STRENGTHS[-1], STRENGTHS[-1]])
-        for place in range(2):  # first the artist's strength, with the album's at its largest
+        for index in range(2):  # first the artist's strength, with the album's at its largest
             errors = []
             for strength in STRENGTHS:
-                strengths[place] = strength
+                strengths[index] = strength
                 errors.append(_error(vectors, groups.shrunk(songs, mean, strengths, own=vectors)))
-            strengths[place] = STRENGTHS[int(np.argmin(errors))]
-        base = groups.shrunk(songs, mean, strengths, own=vectors)
-        spread, error = _error(vectors, mean), _error(vectors, base)
+            strengths[index] = STRENGTHS[int(np.argmin(errors))]
+        group_means = groups.shrunk(songs, mean, strengths, own=vectors)
+        spread, error = _error(vectors, mean), _error(vectors, group_means)
         scale = songs.content.std(axis=0, dtype=np.float64) if len(vectors) else np.zeros(songs.content.shape[1])
-        by_groups = cls(
+        group_map = cls(
             mean=mean,
             strengths=strengths,
             content_mean=songs.content.mean(axis=0, dtype=np.float64) if len(vectors) else scale,
@@ -151,50 +151,58 @@ class ContentMap:
             penalty=0.0,
             explained=1 - error / spread if spread else 0.0,
         )
-        with_content = np.flatnonzero(songs.content.any(axis=1))
-        if len(with_content) <= CHECKED:
-            return by_groups
-        return by_groups._with_weights(vectors[with_content], songs.take(with_content), base[with_content], spread)
+        content_rows = np.flatnonzero(songs.content.any(axis=1))
+        if len(content_rows) <= CHECKED:
+            return group_map
+        return group_map._with_weights(
+            vectors[content_rows], songs.take(content_rows), group_means[content_rows], spread
+        )
 
-    def _with_weights(self, vectors: np.ndarray, songs: SongContent, base: np.ndarray, spread: float) -> ContentMap:
-        inputs, left = self._inputs(songs, base), vectors - base
-        checked = np.arange(len(vectors)) % CHECKED == 0  # song rows are in no particular order
-        values, axes = np.linalg.eigh(inputs[~checked].T @ inputs[~checked])
-        towards, checked_inputs = axes.T @ (inputs[~checked].T @ left[~checked]), inputs[checked] @ axes
-        size = np.trace(inputs.T @ inputs) / inputs.shape[1]
+    def _with_weights(
+        self, vectors: np.ndarray, songs: SongContent, group_means: np.ndarray, spread: float
+    ) -> ContentMap:
+        inputs, residuals = self._inputs(songs, group_means), vectors - group_means
+        is_held_out = np.arange(len(vectors)) % CHECKED == 0  # song rows are in no particular order
+        eigenvalues, eigenvectors = np.linalg.eigh(inputs[~is_held_out].T @ inputs[~is_held_out])
+        projected_residuals, held_out_inputs = (
+            eigenvectors.T @ (inputs[~is_held_out].T @ residuals[~is_held_out]),
+            inputs[is_held_out] @ eigenvectors,
+        )
+        input_scale = np.trace(inputs.T @ inputs) / inputs.shape[1]
         errors = {
             penalty: _error(
-                left[checked], checked_inputs @ (towards / (np.maximum(values, 0) + penalty * size)[:, None])
+                residuals[is_held_out],
+                held_out_inputs @ (projected_residuals / (np.maximum(eigenvalues, 0) + penalty * input_scale)[:, None]),
             )
             for penalty in PENALTIES
         }
-        penalty = min(errors, key=lambda each: errors[each])
-        if errors[penalty] >= _error(left[checked], 0.0):
+        penalty = min(errors, key=lambda candidate: errors[candidate])
+        if errors[penalty] >= _error(residuals[is_held_out], 0.0):
             return self  # the content does not improve on artist and album
-        ridge = inputs.T @ inputs + penalty * size * np.eye(inputs.shape[1])
-        changed = {
-            "weights": np.linalg.solve(ridge, inputs.T @ left),
+        ridge = inputs.T @ inputs + penalty * input_scale * np.eye(inputs.shape[1])
+        fitted = {
+            "weights": np.linalg.solve(ridge, inputs.T @ residuals),
             "penalty": penalty,
             "explained": 1 - errors[penalty] / spread,
         }
-        return ContentMap(**{**{item.name: getattr(self, item.name) for item in fields(self)}, **changed})
+        return ContentMap(**{**{item.name: getattr(self, item.name) for item in fields(self)}, **fitted})
 
-    def _inputs(self, songs: SongContent, base: np.ndarray) -> np.ndarray:
+    def _inputs(self, songs: SongContent, group_means: np.ndarray) -> np.ndarray:
         content = (songs.content - self.content_mean) * self.content_scale
-        return np.concatenate([content, base - self.mean, np.ones((len(base), 1))], axis=1)
+        return np.concatenate([content, group_means - self.mean, np.ones((len(group_means), 1))], axis=1)
 
     def vectors(self, songs: SongContent, groups: GroupMeans) -> np.ndarray:
         """float64 (n, D): the expected vectors of songs; zeros for songs with no known group and no usable content.
 
         `groups` must hold the sums of at least the artists and albums of these songs.
         """
-        base = groups.shrunk(songs, self.mean, self.strengths)
-        informed = np.isin(songs.artists, groups.artists) | np.isin(songs.albums, groups.albums)
+        expected = groups.shrunk(songs, self.mean, self.strengths)
+        is_informed = np.isin(songs.artists, groups.artists) | np.isin(songs.albums, groups.albums)
         if len(self.weights):
-            with_content = np.flatnonzero(songs.content.any(axis=1))
-            base[with_content] += self._inputs(songs.take(with_content), base[with_content]) @ self.weights
-            informed[with_content] = True
-        return np.where(informed[:, None], base, 0.0)
+            content_rows = np.flatnonzero(songs.content.any(axis=1))
+            expected[content_rows] += self._inputs(songs.take(content_rows), expected[content_rows]) @ self.weights
+            is_informed[content_rows] = True
+        return np.where(is_informed[:, None], expected, 0.0)
 
     def to_bytes(self) -> bytes:
         """Return the map in the safetensors format."""
@@ -208,14 +216,14 @@ class ContentMap:
         return cls(**arrays, penalty=penalty, explained=explained)
 
 
-def _sums(vectors: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _sums_by_group(vectors: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return groups, int64 (G,), ascending, without -1, their sums, float64 (G, D), and numbers of songs, int64."""
-    known = np.flatnonzero(groups >= 0)
-    order = known[np.argsort(groups[known], kind="stable")]
-    names, first, counts = np.unique(groups[order], return_index=True, return_counts=True)
-    if not len(names):
-        return names, np.zeros((0, vectors.shape[1])), counts
-    return names, np.add.reduceat(vectors[order].astype(np.float64), first, axis=0), counts
+    grouped_rows = np.flatnonzero(groups >= 0)
+    order = grouped_rows[np.argsort(groups[grouped_rows], kind="stable")]
+    group_codes, starts, counts = np.unique(groups[order], return_index=True, return_counts=True)
+    if not len(group_codes):
+        return group_codes, np.zeros((0, vectors.shape[1])), counts
+    return group_codes, np.add.reduceat(vectors[order].astype(np.float64), starts, axis=0), counts
 
 
 def _error(vectors: np.ndarray, expected: np.ndarray | float) -> float:
@@ -225,9 +233,9 @@ def _error(vectors: np.ndarray, expected: np.ndarray | float) -> float:
 
 def songs_without_vector(outputs: np.ndarray, num_songs: int) -> np.ndarray:
     """int64: the song rows below `num_songs` without a vector in `outputs`, float32 (N, D)."""
-    present = np.zeros(num_songs, dtype=bool)
-    present[: len(outputs)] = np.asarray(outputs.any(axis=1))[:num_songs]
-    return np.flatnonzero(~present)
+    has_vector = np.zeros(num_songs, dtype=bool)
+    has_vector[: len(outputs)] = np.asarray(outputs.any(axis=1))[:num_songs]
+    return np.flatnonzero(~has_vector)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,29 +265,33 @@ class FirstPlays:
 
         `outputs` and `inputs`, float32 (N, D), are the tables of the network.
         """
-        sums_so_far = cls.none(rows, outputs.shape[1])
+        first_plays = cls.none(rows, outputs.shape[1])
         for histories in batches:
-            played = np.flatnonzero(np.isin(histories.songs, rows))
-            if not len(played):
+            positions = np.flatnonzero(np.isin(histories.songs, rows))
+            if not len(positions):
                 continue
-            user, weights = histories.rows, np.zeros(len(played))
-            sums = np.zeros((2, len(played), outputs.shape[1]))
+            user_rows, weights = histories.rows, np.zeros(len(positions))
+            sums = np.zeros((2, len(positions), outputs.shape[1]))
             for distance in (*range(-AROUND, 0), *range(1, AROUND + 1)):
-                other = np.clip(played + distance, 0, histories.num_plays - 1)
-                song = histories.songs[other]
-                near = (other == played + distance) & (user[other] == user[played]) & (song < len(outputs))
-                song = np.where(near, song, 0)
-                near &= outputs[song].any(axis=1)
-                weight = near / abs(distance)
+                neighbor_positions = np.clip(positions + distance, 0, histories.num_plays - 1)
+                neighbor_songs = histories.songs[neighbor_positions]
+                is_near = (
+                    (neighbor_positions == positions + distance)
+                    & (user_rows[neighbor_positions] == user_rows[positions])
+                    & (neighbor_songs < len(outputs))
+                )
+                neighbor_songs = np.where(is_near, neighbor_songs, 0)
+                is_near &= outputs[neighbor_songs].any(axis=1)
+                weight = is_near / abs(distance)
                 weights += weight
                 for total, table in zip(sums, (outputs, inputs), strict=True):
-                    total += weight[:, None] * table[song]
-            some = weights > 0
-            place = np.searchsorted(rows, histories.songs[played])[some]
-            np.add.at(sums_so_far.plays, place, 1)
-            for total, part in zip((sums_so_far.outputs, sums_so_far.inputs), sums, strict=True):
-                np.add.at(total, place, part[some] / weights[some, None])
-        return sums_so_far
+                    total += weight[:, None] * table[neighbor_songs]
+            has_neighbors = weights > 0
+            song_indices = np.searchsorted(rows, histories.songs[positions])[has_neighbors]
+            np.add.at(first_plays.plays, song_indices, 1)
+            for total, part in zip((first_plays.outputs, first_plays.inputs), sums, strict=True):
+                np.add.at(total, song_indices, part[has_neighbors] / weights[has_neighbors, None])
+        return first_plays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,78 +332,80 @@ class AddedSongs:
         reused if its content vectors have the same length. `earlier` was made for the first `songs_then` songs of the
         catalog; the vectors with which plays of these songs are read stay unchanged.
         """
-        described = _Described(catalog, content)
+        attributes = _CatalogAttributes(catalog, content)
         rows = songs_without_vector(outputs, len(catalog))
-        present = np.ones(len(catalog), dtype=bool)
-        present[rows] = False
+        has_vector = np.ones(len(catalog), dtype=bool)
+        has_vector[rows] = False
         first_plays = first_plays or FirstPlays.none(rows, outputs.shape[1])
-        usable = described.of(rows).known | (first_plays.plays > 0)
-        rows, plays = rows[usable], first_plays.plays[usable]
-        maps = _maps(described, present, outputs, inputs, earlier, seed)
-        songs = described.of(rows)
-        near = np.flatnonzero(present & described.near(songs))
-        expected, read = (
-            drawn(prior, plays, around)
-            for prior, around in zip(
-                _without_plays(maps, (outputs, inputs), songs, near, described.of(near)),
-                (first_plays.outputs[usable], first_plays.inputs[usable]),
+        is_usable = attributes.of(rows).known | (first_plays.plays > 0)
+        rows, plays = rows[is_usable], first_plays.plays[is_usable]
+        maps = _choose_maps(attributes, has_vector, outputs, inputs, earlier, seed)
+        songs = attributes.of(rows)
+        near_rows = np.flatnonzero(has_vector & attributes.near_mask(songs))
+        estimated_outputs, estimated_inputs = (
+            drawn(prior, plays, neighbor_sums)
+            for prior, neighbor_sums in zip(
+                _estimate_without_plays(maps, (outputs, inputs), songs, near_rows, attributes.of(near_rows)),
+                (first_plays.outputs[is_usable], first_plays.inputs[is_usable]),
                 strict=True,
             )
         )
-        averaged = expected.copy()
+        averaged = estimated_outputs.copy()
         if earlier is not None:
-            rows_then = rows[rows < songs_then]
-            place = np.minimum(np.searchsorted(earlier.rows, rows_then), max(0, len(earlier) - 1))
-            same = earlier.rows[place] == rows_then if len(earlier) else np.zeros(len(rows_then), dtype=bool)
-            for vectors, vectors_then in ((averaged, earlier.averaged), (read, earlier.inputs)):
-                vectors[: len(rows_then)][~same] = 0.0
-                vectors[: len(rows_then)][same] = vectors_then[place[same]]
-        some = expected.any(axis=1)
+            earlier_rows = rows[rows < songs_then]
+            positions = np.minimum(np.searchsorted(earlier.rows, earlier_rows), max(0, len(earlier) - 1))
+            is_in_earlier = (
+                earlier.rows[positions] == earlier_rows if len(earlier) else np.zeros(len(earlier_rows), dtype=bool)
+            )
+            for vectors, earlier_vectors in ((averaged, earlier.averaged), (estimated_inputs, earlier.inputs)):
+                vectors[: len(earlier_rows)][~is_in_earlier] = 0.0
+                vectors[: len(earlier_rows)][is_in_earlier] = earlier_vectors[positions[is_in_earlier]]
+        has_estimate = estimated_outputs.any(axis=1)
         return cls(
-            rows=rows[some],
-            outputs=expected[some].astype(np.float32),
-            averaged=averaged[some].astype(np.float32),
-            inputs=read[some].astype(np.float32),
-            artist_rows=described.first_rows(described.artists, rows[some]),
-            album_rows=described.first_rows(described.albums, rows[some]),
+            rows=rows[has_estimate],
+            outputs=estimated_outputs[has_estimate].astype(np.float32),
+            averaged=averaged[has_estimate].astype(np.float32),
+            inputs=estimated_inputs[has_estimate].astype(np.float32),
+            artist_rows=attributes.first_rows(attributes.artists, rows[has_estimate]),
+            album_rows=attributes.first_rows(attributes.albums, rows[has_estimate]),
             output_map=maps[0],
             input_map=maps[1],
-            played=int((plays[some] > 0).sum()),
-            rows_read=len(near),
+            played=int((plays[has_estimate] > 0).sum()),
+            rows_read=len(near_rows),
         )
 
-    def take(self, kept: np.ndarray) -> AddedSongs:
-        """Return the songs where `kept`, bool (n,), is true, or the songs at the places `kept`, int."""
-        return replace(self, **{name: getattr(self, name)[kept] for name in OF_SONGS})
+    def take(self, selected: np.ndarray) -> AddedSongs:
+        """Return the songs where `selected`, bool (n,), is true, or the songs at the positions `selected`, int."""
+        return replace(self, **{name: getattr(self, name)[selected] for name in OF_SONGS})
 
     def joined(self, other: AddedSongs) -> AddedSongs:
         """Return these songs and those of `other`; no song may be in both."""
         order = np.argsort(np.concatenate([self.rows, other.rows]), kind="stable")
-        both: dict[str, Any] = {
+        merged: dict[str, Any] = {
             name: np.concatenate([getattr(self, name), getattr(other, name)])[order] for name in OF_SONGS
         }
-        return replace(self, **both)
+        return replace(self, **merged)
 
     def fits(self, base: AddedSongs | None, songs_then: int) -> bool:
         """Return True if plays of the first `songs_then` songs are read the same with these songs as with `base`."""
-        now = self.take(self.rows < songs_then)
+        current = self.take(self.rows < songs_then)
         if base is None:
-            return not any(getattr(now, name).any() for name in READ_WITH_PLAYS)
-        then = base.take(base.rows < songs_then)
-        known = np.union1d(now.rows, then.rows)
-        tables = [np.zeros((len(known), len(READ_WITH_PLAYS), self.inputs.shape[1]), np.float32) for _ in range(2)]
-        for table, songs in zip(tables, (now, then), strict=True):
+            return not any(getattr(current, name).any() for name in READ_WITH_PLAYS)
+        earlier = base.take(base.rows < songs_then)
+        all_rows = np.union1d(current.rows, earlier.rows)
+        tables = [np.zeros((len(all_rows), len(READ_WITH_PLAYS), self.inputs.shape[1]), np.float32) for _ in range(2)]
+        for table, songs in zip(tables, (current, earlier), strict=True):
             vectors = np.stack([getattr(songs, name) for name in READ_WITH_PLAYS], axis=1)
-            table[np.searchsorted(known, songs.rows)] = vectors
+            table[np.searchsorted(all_rows, songs.rows)] = vectors
         return bool(np.array_equal(tables[0], tables[1]))
 
     def save(self, workspace: Workspace, folder: str) -> dict[str, str]:
         """Write FILES to a folder; return the SHA-256 of each file by name."""
-        named = zip(FILES, OF_SONGS, strict=False)
-        written = {file: workspace.write_array(f"{folder}/{file}", getattr(self, name)) for file, name in named}
-        for name, each in ((OUTPUT_MAP, self.output_map), (INPUT_MAP, self.input_map)):
-            written[name] = workspace.write_bytes(f"{folder}/{name}", each.to_bytes())
-        return written
+        pairs = zip(FILES, OF_SONGS, strict=False)
+        checksums = {file: workspace.write_array(f"{folder}/{file}", getattr(self, name)) for file, name in pairs}
+        for name, content_map in ((OUTPUT_MAP, self.output_map), (INPUT_MAP, self.input_map)):
+            checksums[name] = workspace.write_bytes(f"{folder}/{name}", content_map.to_bytes())
+        return checksums
 
     @classmethod
     def load(cls, workspace: Workspace, folder: str) -> AddedSongs:
@@ -427,14 +441,14 @@ class SongPlacer:
     ) -> None:
         """The arguments are those of `AddedSongs.make`; without `earlier`, the maps are learned here."""
         self._tables = outputs, inputs
-        self._described = _Described(catalog, content)
-        self._present = np.ones(len(catalog), dtype=bool)
-        self._present[songs_without_vector(outputs, len(catalog))] = False
-        self._maps = _maps(self._described, self._present, outputs, inputs, earlier)
+        self._attributes = _CatalogAttributes(catalog, content)
+        self._has_vector = np.ones(len(catalog), dtype=bool)
+        self._has_vector[songs_without_vector(outputs, len(catalog))] = False
+        self._maps = _choose_maps(self._attributes, self._has_vector, outputs, inputs, earlier)
         self.content_dim = content.dim
         self._codes: list[tuple[np.ndarray, pa.Array, dict[str, int]]] = [
-            (self._described.artists, _names(catalog, columns.ARTIST), {}),
-            (self._described.albums, _names(catalog, columns.ALBUM), {}),
+            (self._attributes.artists, _distinct_names(catalog, columns.ARTIST), {}),
+            (self._attributes.albums, _distinct_names(catalog, columns.ALBUM), {}),
         ]
         self._first_rows: tuple[dict[int, int], dict[int, int]] = {}, {}  # by artist and by album
 
@@ -444,94 +458,101 @@ class SongPlacer:
         Content whose length differs from that of the catalog is ignored.
         """
         artists, albums = (
-            np.array([self._code(group, getattr(song, name)) for song in songs], dtype=np.int64)
+            np.array([self._code_of(group, getattr(song, name)) for song in songs], dtype=np.int64)
             for group, name in enumerate(("artist", "album"))
         )
         content = np.zeros((len(songs), self.content_dim), dtype=np.float32)
-        for place, song in enumerate(songs):
+        for position, song in enumerate(songs):
             if song.content is not None and len(song.content) == self.content_dim:
-                content[place] = song.content
-        known = SongContent(artists=artists, albums=albums, content=content)
-        near = np.flatnonzero(self._present & self._described.near(known))
-        outputs, inputs = _without_plays(self._maps, self._tables, known, near, self._described.of(near))
+                content[position] = song.content
+        song_content = SongContent(artists=artists, albums=albums, content=content)
+        near_rows = np.flatnonzero(self._has_vector & self._attributes.near_mask(song_content))
+        outputs, inputs = _estimate_without_plays(
+            self._maps, self._tables, song_content, near_rows, self._attributes.of(near_rows)
+        )
         rows = [song.row for song in songs]
         return AddedSongs(
             rows=np.array(rows, dtype=np.int64),
             outputs=outputs,
             averaged=outputs,
             inputs=inputs,
-            artist_rows=self._first(0, artists, rows),
-            album_rows=self._first(1, albums, rows),
+            artist_rows=self._first_rows_of(0, artists, rows),
+            album_rows=self._first_rows_of(1, albums, rows),
             output_map=self._maps[0],
             input_map=self._maps[1],
-            rows_read=len(near),
+            rows_read=len(near_rows),
         ).take(np.argsort(rows))
 
-    def _code(self, group: int, name: str | None) -> int:
+    def _code_of(self, group: int, name: str | None) -> int:
         """Return the code of an artist or album: the catalog's, or a new one after the catalog's; -1 for no name."""
         if not name:
             return -1
-        _, names, later = self._codes[group]
-        place: int | None = pc.index_in(pa.scalar(name, pa.string()), value_set=names).as_py()
-        return later.setdefault(name, len(names) + len(later)) if place is None else place
+        _, names, new_codes = self._codes[group]
+        position: int | None = pc.index_in(pa.scalar(name, pa.string()), value_set=names).as_py()
+        return new_codes.setdefault(name, len(names) + len(new_codes)) if position is None else position
 
-    def _first(self, group: int, codes: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+    def _first_rows_of(self, group: int, codes: np.ndarray, rows: Sequence[int]) -> np.ndarray:
         """int64 (n,): the first song of the same artist or album, from the catalog if possible; -1 for code -1."""
-        of_catalog, _, _ = self._codes[group]
-        first = self._first_rows[group]
+        catalog_codes, _, _ = self._codes[group]
+        first_rows = self._first_rows[group]
         for code, row in zip(codes.tolist(), rows, strict=True):
-            if code >= 0 and code not in first:
-                same = of_catalog == code
-                first[code] = int(np.argmax(same)) if same.any() else row
-        return np.array([first.get(code, -1) for code in codes.tolist()], dtype=np.int64)
+            if code >= 0 and code not in first_rows:
+                is_same = catalog_codes == code
+                first_rows[code] = int(np.argmax(is_same)) if is_same.any() else row
+        return np.array([first_rows.get(code, -1) for code in codes.tolist()], dtype=np.int64)
 
 
-def drawn(prior: np.ndarray, plays: np.ndarray, around: np.ndarray) -> np.ndarray:
+def drawn(prior: np.ndarray, plays: np.ndarray, neighbor_sums: np.ndarray) -> np.ndarray:
     """float64 (n, D): the vectors `prior`, (n, D), estimated without plays, drawn to the means around first plays.
 
-    `plays`, int (n,), are the numbers of first plays; `around`, float64 (n, D), are the sums of the means around them.
+    `plays`, int (n,), are the numbers of first plays; `neighbor_sums`, float64 (n, D), are the sums of the means around
+    them.
     """
-    return np.asarray((PRIOR_PLAYS * prior + around) / (PRIOR_PLAYS + plays[:, None]))
+    return np.asarray((PRIOR_PLAYS * prior + neighbor_sums) / (PRIOR_PLAYS + plays[:, None]))
 
 
-def _without_plays(
-    maps: Maps, tables: tuple[np.ndarray, np.ndarray], songs: SongContent, near: np.ndarray, neighbors: SongContent
+def _estimate_without_plays(
+    maps: Maps, tables: tuple[np.ndarray, np.ndarray], songs: SongContent, near_rows: np.ndarray, neighbors: SongContent
 ) -> list[np.ndarray]:
     """float32 (n, D) for each map: the vectors of songs estimated without plays, of length 1 at most.
 
-    `near`, int64, are the rows of all songs with a vector of the same artists and albums; `neighbors` describes them.
+    `near_rows`, int64, are the rows of all songs with a vector of the same artists and albums; `neighbors` describes
+    them.
     """
-    placed = [
-        each.vectors(songs, GroupMeans.of(table[near], neighbors)) for each, table in zip(maps, tables, strict=True)
+    estimates = [
+        each.vectors(songs, GroupMeans.of(table[near_rows], neighbors))
+        for each, table in zip(maps, tables, strict=True)
     ]
     # Content with another scale than that of the learned map gives long vectors, which would come first for all users.
-    return [(each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1.0)).astype(np.float32) for each in placed]
+    return [
+        (each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1.0)).astype(np.float32) for each in estimates
+    ]
 
 
-def _maps(
-    described: _Described,
-    present: np.ndarray,
+def _choose_maps(
+    attributes: _CatalogAttributes,
+    has_vector: np.ndarray,
     outputs: np.ndarray,
     inputs: np.ndarray,
     earlier: AddedSongs | None,
     seed: int = 0,
 ) -> Maps:
-    """Return the maps of `earlier` if its content has the same length, else maps learned on songs in `present`."""
-    if earlier is not None and len(earlier.output_map.content_mean) == described.content_dim:
+    """Return the maps of `earlier` if its content has the same length, else maps learned on songs in `has_vector`."""
+    if earlier is not None and len(earlier.output_map.content_mean) == attributes.content_dim:
         return earlier.output_map, earlier.input_map
-    learned = described.sample(np.flatnonzero(present), seed)
-    content = described.of(learned)
-    return ContentMap.fit(outputs[learned], content), ContentMap.fit(inputs[learned], content)
+    sampled_rows = attributes.sample(np.flatnonzero(has_vector), seed)
+    content = attributes.of(sampled_rows)
+    return ContentMap.fit(outputs[sampled_rows], content), ContentMap.fit(inputs[sampled_rows], content)
 
 
-def _names(catalog: Catalog, name: str) -> pa.Array:
+def _distinct_names(catalog: Catalog, column: str) -> pa.Array:
     """Return the distinct values of a string column in the order of `Catalog.codes`; none if the column is missing."""
-    if name not in catalog.table.column_names:
+    if column not in catalog.table.column_names:
         return pa.array([], pa.string())
-    return columns.one_array(catalog.table.column(name)).dictionary_encode().dictionary
+    return columns.one_array(catalog.table.column(column)).dictionary_encode().dictionary
 
 
-class _Described:
+class _CatalogAttributes:
     """The attributes of the songs of a catalog."""
 
     def __init__(self, catalog: Catalog, content: Content) -> None:
@@ -543,7 +564,7 @@ class _Described:
     def of(self, rows: np.ndarray) -> SongContent:
         return SongContent(artists=self.artists[rows], albums=self.albums[rows], content=self._content.vectors(rows))
 
-    def near(self, songs: SongContent) -> np.ndarray:
+    def near_mask(self, songs: SongContent) -> np.ndarray:
         """bool (N,): the songs of the catalog with the same artists or albums as `songs`."""
         is_near = np.zeros(len(self.artists), dtype=bool)
         for codes, groups in ((self.artists, songs.artists), (self.albums, songs.albums)):
@@ -555,16 +576,16 @@ class _Described:
         if len(rows) <= MAP_SONGS:
             return rows
         groups = np.where(self.artists[rows] >= 0, self.artists[rows], -1 - rows)
-        names, places = np.unique(groups, return_inverse=True)
-        order = np.random.default_rng(seed).permutation(len(names))[places]
+        group_codes, group_positions = np.unique(groups, return_inverse=True)
+        order = np.random.default_rng(seed).permutation(len(group_codes))[group_positions]
         return np.sort(rows[np.argsort(order, kind="stable")[:MAP_SONGS]])
 
     def first_rows(self, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """int64 (n,): the first song of the catalog with the same code as each song; -1 for songs without a code."""
         groups = np.unique(codes[rows])
-        some = np.flatnonzero(np.isin(codes, groups))
-        names, first = np.unique(codes[some], return_index=True)
-        if not len(names):
+        candidates = np.flatnonzero(np.isin(codes, groups))
+        group_codes, first_positions = np.unique(codes[candidates], return_index=True)
+        if not len(group_codes):
             return np.full(len(rows), -1, dtype=np.int64)
-        first_of_group = some[first[np.searchsorted(names, codes[rows])]]
+        first_of_group = candidates[first_positions[np.searchsorted(group_codes, codes[rows])]]
         return np.where(codes[rows] >= 0, first_of_group, -1).astype(np.int64)

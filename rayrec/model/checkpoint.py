@@ -33,59 +33,65 @@ COMMON, ROWS, PROGRESS = "common.safetensors", "rows-{rank:05}-of-{workers:05}.s
 BEST = "best"  # prefix of the weights of the best network so far
 
 
-def export_song_vectors(model: TasteModel, known: np.ndarray) -> Tensor:
-    """float32 (n, D): the normalized song vectors that the model scores; zeros for songs not in `known`, bool (n,)."""
-    return torch.cat([*_exported(model.song_vectors, model, known, model.config.num_songs)])
+def export_song_vectors(model: TasteModel, is_known: np.ndarray) -> Tensor:
+    """float32 (n, D): the normalized song vectors that the model scores; zeros where not `is_known`, bool (n,)."""
+    return torch.cat([*_export_parts(model.song_vectors, model, is_known, model.config.num_songs)])
 
 
 @torch.inference_mode()
-def _exported(
-    vectors_of: Callable[[Tensor], Tensor], model: TasteModel, known: np.ndarray, most: int
+def _export_parts(
+    vectors_of: Callable[[Tensor], Tensor], model: TasteModel, is_known: np.ndarray, max_songs: int
 ) -> Iterator[Tensor]:
-    """Yield the vectors of the model's songs in parts: as many as `most` songs need, and at least one."""
+    """Yield the vectors of the model's songs in parts: as many as `max_songs` songs need, and at least one."""
     device = model.songs.weight.device
-    for begin in range(0, max(1, most), SONGS_AT_ONCE):
-        rows = torch.arange(begin, min(begin + SONGS_AT_ONCE, model.config.num_songs), device=device)
-        known_n1 = torch.from_numpy(known[begin : begin + SONGS_AT_ONCE, None]).to(device)
-        yield vectors_of(rows).float().where(known_n1, 0.0)
+    for start in range(0, max(1, max_songs), SONGS_AT_ONCE):
+        rows = torch.arange(start, min(start + SONGS_AT_ONCE, model.config.num_songs), device=device)
+        is_known_n1 = torch.from_numpy(is_known[start : start + SONGS_AT_ONCE, None]).to(device)
+        yield vectors_of(rows).float().where(is_known_n1, 0.0)
 
 
 def save_model(
-    workspace: Workspace, folder: str, model: TasteModel, known: np.ndarray, share: Share | None = None
+    workspace: Workspace, folder: str, model: TasteModel, is_known: np.ndarray, share: Share | None = None
 ) -> list[str]:
     """Write a network to a folder of the workspace and return the names of its files.
 
     If the song tables are divided among several workers, all must call this function, each with a network of its own
-    rows; `known`, bool (n,), are the songs that the network knows among them. The first worker writes the files, and
-    holds only a few rows of each worker at a time.
+    rows; `is_known`, bool (n,), is True for the songs among them that the network knows. The first worker writes the
+    files, and holds only a few rows of each worker at a time.
     """
     share = share or Share()
     total = int(share.total(model.config.num_songs))
-    most = -(-total // share.workers)  # songs per worker, at most: every worker takes part in each gather
-    written = [WEIGHTS, SONG_VECTORS, MODEL_CONFIG]
-    _write_rows(workspace, f"{folder}/{SONG_VECTORS}", _exported(model.song_vectors, model, known, most), total, share)
+    max_songs = -(-total // share.workers)  # songs per worker, at most: every worker takes part in each gather
+    file_names = [WEIGHTS, SONG_VECTORS, MODEL_CONFIG]
+    _write_rows(
+        workspace,
+        f"{folder}/{SONG_VECTORS}",
+        _export_parts(model.song_vectors, model, is_known, max_songs),
+        total,
+        share,
+    )
     if model.inputs is not None:
-        inputs = _exported(model.input_vectors, model, known, most)
+        inputs = _export_parts(model.input_vectors, model, is_known, max_songs)
         _write_rows(workspace, f"{folder}/{INPUT_VECTORS}", inputs, total, share)
-        written.append(INPUT_VECTORS)
+        file_names.append(INPUT_VECTORS)
     if not share.rank:
         weights = {name: value for name, value in model.state_dict().items() if name not in TABLES}
-        workspace.write_bytes(f"{folder}/{WEIGHTS}", save(_on_cpu(weights)))
+        workspace.write_bytes(f"{folder}/{WEIGHTS}", save(_copy_to_cpu(weights)))
         workspace.write_json(f"{folder}/{MODEL_CONFIG}", asdict(replace(model.config, num_songs=total)))
-    return written
+    return file_names
 
 
 def _write_rows(workspace: Workspace, path: str, parts: Iterator[Tensor], total: int, share: Share) -> None:
     """Write the rows of all workers as one .npy file, float32 (total, D)."""
     with ExitStack() as stack:
         stream = None if share.rank else stack.enter_context(workspace.open_output(path))
-        left = total
-        for number, part in enumerate(parts):
-            rows = share.interleaved(part, min(left, SONGS_AT_ONCE * share.workers))
-            left -= SONGS_AT_ONCE * share.workers
+        remaining = total
+        for index, part in enumerate(parts):
+            rows = share.interleaved(part, min(remaining, SONGS_AT_ONCE * share.workers))
+            remaining -= SONGS_AT_ONCE * share.workers
             if stream is None or rows is None:
                 continue
-            if not number:
+            if not index:
                 header = {"descr": "<f4", "fortran_order": False, "shape": (total, rows.shape[1])}
                 np.lib.format.write_array_header_1_0(stream, header)
             stream.write(rows.cpu().contiguous().numpy().data)
@@ -97,12 +103,12 @@ def load_model(workspace: Workspace, folder: str, checksums: Mapping[str, str] |
     Its song table is memory-mapped, so the processes of a node share it. `checksums`, by file name, are verified when
     files are fetched from object storage. Raises `DamagedArtifactError` if the files do not fit together.
     """
-    known = checksums or {}
+    checksum_of = checksums or {}
     config = ModelConfig.from_json(workspace.read_json(f"{folder}/{MODEL_CONFIG}"))
     names = [SONG_VECTORS, INPUT_VECTORS] if config.input_table else [SONG_VECTORS]
-    tables = [_read_table(workspace, f"{folder}/{name}", known.get(name), config) for name in names]
+    tables = [_read_table(workspace, f"{folder}/{name}", checksum_of.get(name), config) for name in names]
     model = TasteModel(config, *tables, shared=True)
-    weights = load_file(workspace.local_file(f"{folder}/{WEIGHTS}", known.get(WEIGHTS)))
+    weights = load_file(workspace.local_file(f"{folder}/{WEIGHTS}", checksum_of.get(WEIGHTS)))
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or set(missing) - set(TABLES):
         raise DamagedArtifactError(
@@ -125,20 +131,20 @@ def _read_table(workspace: Workspace, path: str, sha256: str | None, config: Mod
 
 
 def save_training(
-    folder: Path, state: TrainingState, best: dict[str, Tensor] | None, progress: dict[str, Any], share: Share
+    folder: Path, state: TrainingState, best_weights: dict[str, Tensor] | None, progress: dict[str, Any], share: Share
 ) -> None:
     """Write one worker's part of a training's checkpoint to a local folder.
 
-    `state` is the result of `Training.state`. `best` are the weights of the best network so far; its tables hold this
+    `state` is the result of `Training.state`. `best_weights` are those of the best network so far; its tables hold this
     worker's rows. The parts of all workers in one folder form a checkpoint.
     """
-    best_weights = {f"{BEST}/{name}": value for name, value in (best or {}).items()}
-    rows = {name: value for name, value in best_weights.items() if name.removeprefix(f"{BEST}/") in TABLES}
+    prefixed_weights = {f"{BEST}/{name}": value for name, value in (best_weights or {}).items()}
+    best_rows = {name: value for name, value in prefixed_weights.items() if name.removeprefix(f"{BEST}/") in TABLES}
     name = ROWS.format(rank=share.rank, workers=share.workers)
-    save_file(_on_cpu(state.rows | rows), folder / name)
+    save_file(_copy_to_cpu(state.rows | best_rows), folder / name)
     if not share.rank:
-        common = {name: value for name, value in best_weights.items() if name not in rows}
-        save_file(_on_cpu(state.common | common), folder / COMMON)
+        best_common = {name: value for name, value in prefixed_weights.items() if name not in best_rows}
+        save_file(_copy_to_cpu(state.common | best_common), folder / COMMON)
         (folder / PROGRESS).write_text(json.dumps(progress, allow_nan=False))
 
 
@@ -147,7 +153,7 @@ def load_training(folder: Path, training: Training) -> tuple[dict[str, Tensor] |
 
     The tables of these weights hold this worker's rows. Raises `DamagedArtifactError` if a worker's part is missing.
     """
-    common, rows = load_file(folder / COMMON), _rows_of(folder, training.share)
+    common, rows = load_file(folder / COMMON), _load_worker_rows(folder, training.share)
     training.load(TrainingState(common=common, rows=rows))
     best_weights = {
         name.removeprefix(f"{BEST}/"): value for name, value in (common | rows).items() if name.startswith(BEST)
@@ -155,7 +161,7 @@ def load_training(folder: Path, training: Training) -> tuple[dict[str, Tensor] |
     return best_weights or None, json.loads((folder / PROGRESS).read_text())
 
 
-def _rows_of(folder: Path, share: Share) -> dict[str, Tensor]:
+def _load_worker_rows(folder: Path, share: Share) -> dict[str, Tensor]:
     """Return this worker's rows, collected in parts from the files that all workers of the checkpoint wrote."""
     files = sorted(folder.glob("rows-*.safetensors"))
     if not files or files[-1].name != ROWS.format(rank=len(files) - 1, workers=len(files)):
@@ -168,32 +174,32 @@ def _rows_of(folder: Path, share: Share) -> dict[str, Tensor]:
         with safe_open(path, "np") as file:
             for name in file.keys():  # noqa: SIM118
                 totals[name] += file.get_slice(name).get_shape()[0]
-    own: dict[str, Tensor] = {}
+    worker_rows: dict[str, Tensor] = {}
     for rank, path in enumerate(files):
         if (rank - share.rank) % math.gcd(len(files), share.workers):
             continue  # the file has no row of this worker
         with safe_open(path, "np") as file:  # the numpy interface reads only the slice
             for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                length = part.get_shape()[0]
-                for begin in range(0, length, SONGS_AT_ONCE):
-                    values = torch.from_numpy(part[begin : min(begin + SONGS_AT_ONCE, length)])
-                    rows = rank + len(files) * torch.arange(begin, begin + len(values))
-                    here = rows % share.workers == share.rank
-                    if name not in own:
+                stored_rows = file.get_slice(name)
+                length = stored_rows.get_shape()[0]
+                for start in range(0, length, SONGS_AT_ONCE):
+                    values = torch.from_numpy(stored_rows[start : min(start + SONGS_AT_ONCE, length)])
+                    rows = rank + len(files) * torch.arange(start, start + len(values))
+                    is_kept = rows % share.workers == share.rank
+                    if name not in worker_rows:
                         count = len(range(share.rank, totals[name], share.workers))
-                        own[name] = values.new_empty(count, *values.shape[1:])
-                    own[name][rows[here] // share.workers] = values[here]
-    return own
+                        worker_rows[name] = values.new_empty(count, *values.shape[1:])
+                    worker_rows[name][rows[is_kept] // share.workers] = values[is_kept]
+    return worker_rows
 
 
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cpu().contiguous() for name, value in tensors.items()}
 
 
 def write_epochs(workspace: Workspace, folder: str, epochs: list[dict[str, Any]]) -> None:
     """Write one line with a JSON object per epoch to a file in a folder of the workspace."""
-    lines = "".join(json.dumps(line) + "\n" for line in epochs)
+    lines = "".join(json.dumps(epoch) + "\n" for epoch in epochs)
     workspace.write_bytes(f"{folder}/{EPOCHS}", lines.encode())
 
 
@@ -203,13 +209,13 @@ def write_tensorboard(workspace: Workspace, folder: str, epochs: list[dict[str, 
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return False
-    with tempfile.TemporaryDirectory(prefix="rayrec-") as local:
-        writer = SummaryWriter(local)
-        for line in epochs:
-            for name, value in line.items():
+    with tempfile.TemporaryDirectory(prefix="rayrec-") as local_folder:
+        writer = SummaryWriter(local_folder)
+        for epoch in epochs:
+            for name, value in epoch.items():
                 if isinstance(value, (int, float)) and name != "epoch":
-                    writer.add_scalar(f"{line['phase']}/{name}", value, line["epoch"])
+                    writer.add_scalar(f"{epoch['phase']}/{name}", value, epoch["epoch"])
         writer.close()
-        for path in sorted(Path(local).iterdir()):
+        for path in sorted(Path(local_folder).iterdir()):
             workspace.put_file(path, f"{folder}/{TENSORBOARD}/{path.name}")
     return True

@@ -59,8 +59,8 @@ class Validation:
     @property
     def answers(self) -> np.ndarray:
         """int64 (Q,): the play to predict for each query; if the horizon has several, one is drawn, always the same."""
-        begin, end = self.horizon.spans(self.histories, self.queries)
-        return np.asarray(begin + (np.random.default_rng(0).random(len(begin)) * (end - begin)).astype(np.int64))
+        starts, ends = self.horizon.spans(self.histories, self.queries)
+        return np.asarray(starts + (np.random.default_rng(0).random(len(starts)) * (ends - starts)).astype(np.int64))
 
 
 def validation_tastes(
@@ -74,21 +74,21 @@ def validation_tastes(
     histories, queries = validation.histories, validation.queries
     horizon = next(iter(model.config.horizons))  # short, if it exists
     device = model.songs.weight.device
-    tastes = torch.zeros(len(queries), model.config.embedding_dim, device=device)
-    users_of_all = USERS_AT_ONCE * share.workers
-    for begin in range(0, len(histories), users_of_all):
-        users = share.own(np.arange(begin, min(begin + users_of_all, len(histories))))
-        some = histories.take(users)
-        songs = np.unique(some.songs).astype(np.int64)
+    taste_vectors = torch.zeros(len(queries), model.config.embedding_dim, device=device)
+    users_at_once = USERS_AT_ONCE * share.workers
+    for start in range(0, len(histories), users_at_once):
+        user_rows = share.own(np.arange(start, min(start + users_at_once, len(histories))))
+        batch = histories.take(user_rows)
+        songs = np.unique(batch.songs).astype(np.int64)
         encoder = TasteEncoder(network_over(model, vectors_nD, exchange, songs), device)
-        query_rows = np.flatnonzero(np.isin(queries.rows, users))
+        query_rows = np.flatnonzero(np.isin(queries.rows, user_rows))
         if len(query_rows):
-            places = np.searchsorted(songs, some.songs).astype(np.int32)
-            of_users = replace(queries.take(query_rows), rows=np.searchsorted(users, queries.rows[query_rows]))
-            vectors = encoder.vectors(replace(some, songs=places), of_users, horizon)
-            tastes[torch.from_numpy(query_rows).to(device)] = torch.from_numpy(vectors).to(device)
-    share.add_up(tastes)
-    return tastes
+            song_positions = np.searchsorted(songs, batch.songs).astype(np.int32)
+            batch_queries = replace(queries.take(query_rows), rows=np.searchsorted(user_rows, queries.rows[query_rows]))
+            vectors = encoder.vectors(replace(batch, songs=song_positions), batch_queries, horizon)
+            taste_vectors[torch.from_numpy(query_rows).to(device)] = torch.from_numpy(vectors).to(device)
+    share.add_up(taste_vectors)
+    return taste_vectors
 
 
 def network_over(model: TasteModel, vectors_nD: Tensor, exchange: RowExchange, songs: np.ndarray) -> TasteModel:
@@ -119,7 +119,7 @@ class PlayRanks:
     @classmethod
     def joined(cls, parts: Sequence["PlayRanks"]) -> "PlayRanks":
         """Concatenate the ranks of all parts."""
-        return cls(**{each.name: np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)})
+        return cls(**{item.name: np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(cls)})
 
 
 def rank_metrics(ranks: np.ndarray) -> tuple[float, float, float]:
@@ -130,13 +130,15 @@ def rank_metrics(ranks: np.ndarray) -> tuple[float, float, float]:
     return recall, mrr, ndcg
 
 
-def validation_metrics(tastes_QD: Tensor, vectors_nD: Tensor, validation: Validation, share: Share) -> dict[str, float]:
+def validation_metrics(
+    taste_vectors_QD: Tensor, vectors_nD: Tensor, validation: Validation, share: Share
+) -> dict[str, float]:
     """Return the validation metrics, the same on all workers; the arguments are those of `rank_plays`.
 
     The NDCG that chooses the epoch is as served: it counts the plays of songs new to the user, or all plays if no song
     is new.
     """
-    ranks = rank_plays(tastes_QD, vectors_nD, validation, share)
+    ranks = rank_plays(taste_vectors_QD, vectors_nD, validation, share)
     recall, mrr, ndcg = rank_metrics(ranks.among_all)
     return {
         f"validation_recall@{RECALL_AT}": recall,
@@ -146,7 +148,7 @@ def validation_metrics(tastes_QD: Tensor, vectors_nD: Tensor, validation: Valida
 
 
 @torch.inference_mode()
-def rank_plays(tastes_QD: Tensor, vectors_nD: Tensor, validation: Validation, share: Share) -> PlayRanks:
+def rank_plays(taste_vectors_QD: Tensor, vectors_nD: Tensor, validation: Validation, share: Share) -> PlayRanks:
     """Return the ranks of the plays to predict among all songs by dot product, the same on all workers.
 
     `vectors_nD` are the vectors of this worker's songs; an unknown song has zeros and is never recommended. Ties count
@@ -155,45 +157,45 @@ def rank_plays(tastes_QD: Tensor, vectors_nD: Tensor, validation: Validation, sh
     histories, queries = validation.histories, validation.queries
     targets = histories.songs[validation.answers]
     unknown_n = ~vectors_nD.any(dim=1)
-    longest = -(-int(share.total(len(vectors_nD))) // share.workers)
-    step = max(1, SCORES_AT_ONCE // max(1, longest))
-    nothing: np.ndarray = np.zeros(0, dtype=np.int64)
-    parts = [PlayRanks(among_all=nothing, among_unheard=nothing, is_new=nothing.astype(bool))]
-    for begin in range(0, len(tastes_QD), step):
-        some_targets = targets[begin : begin + step]
-        scores_Qn = tastes_QD[begin : begin + step] @ vectors_nD.T
+    max_songs = -(-int(share.total(len(vectors_nD))) // share.workers)
+    queries_at_once = max(1, SCORES_AT_ONCE // max(1, max_songs))
+    empty: np.ndarray = np.zeros(0, dtype=np.int64)
+    parts = [PlayRanks(among_all=empty, among_unheard=empty, is_new=empty.astype(bool))]
+    for start in range(0, len(taste_vectors_QD), queries_at_once):
+        target_songs = targets[start : start + queries_at_once]
+        scores_Qn = taste_vectors_QD[start : start + queries_at_once] @ vectors_nD.T
         scores_Qn[:, unknown_n] = -torch.inf
-        rows, places = _own(np.arange(len(some_targets)), some_targets, share, scores_Qn.device)
-        target_Q = scores_Qn.new_zeros(len(some_targets))
-        target_Q[rows] = scores_Qn[rows, places]
-        share.add_up(target_Q)
-        among_all_Q = _not_below(scores_Qn, target_Q)
-        heard_by, heard = _heard(histories, queries.take(slice(begin, begin + step)))
-        scores_Qn[_own(heard_by, heard, share, scores_Qn.device)] = -torch.inf
-        ranks_2Q = torch.stack([among_all_Q, _not_below(scores_Qn, target_Q)])
+        rows, columns = _worker_pairs(np.arange(len(target_songs)), target_songs, share, scores_Qn.device)
+        target_scores_Q = scores_Qn.new_zeros(len(target_songs))
+        target_scores_Q[rows] = scores_Qn[rows, columns]
+        share.add_up(target_scores_Q)
+        among_all_Q = _count_not_below(scores_Qn, target_scores_Q)
+        heard_rows, heard_songs = _heard_songs(histories, queries.take(slice(start, start + queries_at_once)))
+        scores_Qn[_worker_pairs(heard_rows, heard_songs, share, scores_Qn.device)] = -torch.inf
+        ranks_2Q = torch.stack([among_all_Q, _count_not_below(scores_Qn, target_scores_Q)])
         share.add_up(ranks_2Q)
-        among_all, among_unheard = ranks_2Q.where(target_Q.isfinite(), RECALL_AT + 1).cpu().numpy()
-        is_new: np.ndarray = np.ones(len(some_targets), dtype=bool)
-        is_new[heard_by[heard == some_targets[heard_by]]] = False
+        among_all, among_unheard = ranks_2Q.where(target_scores_Q.isfinite(), RECALL_AT + 1).cpu().numpy()
+        is_new: np.ndarray = np.ones(len(target_songs), dtype=bool)
+        is_new[heard_rows[heard_songs == target_songs[heard_rows]]] = False
         parts.append(PlayRanks(among_all=among_all, among_unheard=among_unheard, is_new=is_new))
     return PlayRanks.joined(parts)
 
 
-def _own(rows: np.ndarray, songs: np.ndarray, share: Share, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the rows and songs of the pairs whose song this worker keeps; songs become places among its own."""
-    own = songs % share.workers == share.rank
+def _worker_pairs(rows: np.ndarray, songs: np.ndarray, share: Share, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the rows and songs of the pairs whose song this worker keeps; songs become positions among its own."""
+    is_kept = songs % share.workers == share.rank
     return (
-        torch.from_numpy(rows[own]).to(device),
-        torch.from_numpy(songs[own].astype(np.int64) // share.workers).to(device),
+        torch.from_numpy(rows[is_kept]).to(device),
+        torch.from_numpy(songs[is_kept].astype(np.int64) // share.workers).to(device),
     )
 
 
-def _not_below(scores_Qn: Tensor, target_Q: Tensor) -> Tensor:
+def _count_not_below(scores_Qn: Tensor, target_scores_Q: Tensor) -> Tensor:
     """int64 (Q,): the number of songs that do not score below the target."""
-    return (~(scores_Qn < target_Q[:, None])).sum(dim=1)
+    return (~(scores_Qn < target_scores_Q[:, None])).sum(dim=1)
 
 
-def _heard(histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
+def _heard_songs(histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
     """Return the songs that users had heard at the queries, as pairs: rows of the queries, and songs."""
     counts = np.asarray(queries.seen)
     rows = np.repeat(np.arange(len(counts)), counts)
@@ -209,10 +211,10 @@ class FitData:
 
     def known(self, share: Share) -> np.ndarray:
         """bool (n,): which of a worker's songs can be recommended: those with a play in the fit range or a vector."""
-        known = share.own(self.counts) > 0
+        is_known = share.own(self.counts) > 0
         has_vector = np.asarray(share.own(self.vectors).any(axis=1))
-        known[: len(has_vector)] |= has_vector
-        return known
+        is_known[: len(has_vector)] |= has_vector
+        return is_known
 
 
 @dataclass(kw_only=True)
@@ -277,8 +279,8 @@ class Fit:
         share = share or Share()
         self._model_config, self._config, self._data, self._host = model_config, config, data, host
         self._validation = validation
-        self._device, self._share, self._start = device, share, start
-        self._best: dict[str, Tensor] | None = None
+        self._device, self._share, self._start_model = device, share, start
+        self._best_weights: dict[str, Tensor] | None = None
         self._saved_at = time.monotonic()
         self.progress = FitProgress(phase="final" if validation is None else "selection")
         self.training = self._new_training(self.progress.phase)
@@ -287,7 +289,7 @@ class Fit:
         """Continue from the checkpoint in `folder`."""
         self.progress = FitProgress(**json.loads((folder / "progress.json").read_text()))
         self.training = self._new_training(self.progress.phase)
-        self._best, _ = load_training(folder, self.training)
+        self._best_weights, _ = load_training(folder, self.training)
 
     def run(self) -> TasteModel:
         """Run all phases and return the trained network over this worker's songs.
@@ -296,20 +298,20 @@ class Fit:
         """
         if self.progress.phase == "selection":
             self._select()
-            if self._best is not None:
-                self.training.model.load_state_dict(self._best)
-            selected = self.training.averaged() if self._best is None else self.training.model
-            self._host.selected(selected, self.known)
+            if self._best_weights is not None:
+                self.training.model.load_state_dict(self._best_weights)
+            selected_model = self.training.averaged() if self._best_weights is None else self.training.model
+            self._host.selected(selected_model, self.known)
             if not self._config.refit:
-                return selected
-            self._best = None
-            del selected, self.training  # a worker may not have enough memory for the tables of both phases
+                return selected_model
+            self._best_weights = None
+            del selected_model, self.training  # a worker may not have enough memory for the tables of both phases
             self.progress.phase, self.progress.epoch, self.progress.step = "final", 0, 0
             self.training = self._new_training("final")
         epochs = self.progress.best_epoch + 1 if self.progress.best_epoch >= 0 else self._config.epochs
         while self.progress.epoch < epochs:
-            self._epoch()
-            self._checkpoint()
+            self._run_epoch()
+            self._save_checkpoint()
         return self.training.averaged()
 
     @property
@@ -319,34 +321,34 @@ class Fit:
 
     def _select(self) -> None:
         progress = self.progress
-        while progress.epoch < self._config.epochs and not self._out_of_patience():
-            self._epoch()
-            figures = self._validate()
-            progress.epochs[-1] |= figures
-            if figures[CHOSEN_BY] > progress.best_ndcg:
-                progress.best_ndcg, progress.best_epoch = figures[CHOSEN_BY], progress.epoch - 1
-                self._best = _copied(self.training.averaged())
-            self._checkpoint()
+        while progress.epoch < self._config.epochs and not self._is_out_of_patience():
+            self._run_epoch()
+            metrics = self._validate()
+            progress.epochs[-1] |= metrics
+            if metrics[CHOSEN_BY] > progress.best_ndcg:
+                progress.best_ndcg, progress.best_epoch = metrics[CHOSEN_BY], progress.epoch - 1
+                self._best_weights = _copy_weights(self.training.averaged())
+            self._save_checkpoint()
 
-    def _out_of_patience(self) -> bool:
+    def _is_out_of_patience(self) -> bool:
         return self.progress.epoch - self.progress.best_epoch > self._config.patience
 
-    def _epoch(self) -> None:
+    def _run_epoch(self) -> None:
         progress, ledger = self.progress, _Ledger(self._share)
 
         def on_step(report: StepReport) -> None:
             ledger.add(report)
             if report.step % STEPS_BETWEEN_READS == 0:
-                self._read(ledger)
+                self._add_to_progress(ledger)
             progress.step = report.step + 1
             self._host.stepped(progress.phase, report, ledger.last_loss)
-            if progress.step % STEPS_BETWEEN_READS == 0 and self._time_to_save():
-                self._read(ledger)
-                self._checkpoint()
+            if progress.step % STEPS_BETWEEN_READS == 0 and self._is_time_to_save():
+                self._add_to_progress(ledger)
+                self._save_checkpoint()
 
         windows = self._host.windows(progress.phase, progress.epoch)
         self.training.epoch(windows, progress.epoch, skip=progress.step, on_step=on_step)
-        self._read(ledger)
+        self._add_to_progress(ledger)
         self._require_finite_weights()
         progress.epochs.append(
             {
@@ -362,12 +364,12 @@ class Fit:
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss, progress.plays, progress.targets, progress.seconds = 0.0, 0, 0, 0.0
 
-    def _read(self, ledger: "_Ledger") -> None:
+    def _add_to_progress(self, ledger: "_Ledger") -> None:
         """Add the sums since the last read to the progress. Raises `DivergedError` if the loss is not finite."""
         loss, plays, targets, seconds = ledger.read()
         progress = self.progress
         if not math.isfinite(loss):
-            raise DivergedError(self._diverged("the loss"))
+            raise DivergedError(self._divergence_message("the loss"))
         progress.loss += loss
         progress.plays += plays
         progress.targets += targets
@@ -376,23 +378,23 @@ class Fit:
     def _require_finite_weights(self) -> None:
         """Raise `DivergedError` if a weight is not finite. The loss does not show this if the last step caused it."""
         if self._share.total(float(not self.training.is_finite())):
-            raise DivergedError(self._diverged("a weight"))
+            raise DivergedError(self._divergence_message("a weight"))
 
-    def _diverged(self, what: str) -> str:
+    def _divergence_message(self, subject: str) -> str:
         return (
-            f"training diverged: {what} is not finite in epoch {self.progress.epoch + 1}, at or before step "
+            f"training diverged: {subject} is not finite in epoch {self.progress.epoch + 1}, at or before step "
             f"{self.progress.step + 1}; lower the learning rate (now {self._config.learning_rate:g})"
         )
 
-    def _time_to_save(self) -> bool:
-        due = time.monotonic() - self._saved_at > self._config.checkpoint_minutes * 60
-        return self._share.total(float(due)) > 0
+    def _is_time_to_save(self) -> bool:
+        is_due = time.monotonic() - self._saved_at > self._config.checkpoint_minutes * 60
+        return self._share.total(float(is_due)) > 0
 
-    def _checkpoint(self) -> None:
+    def _save_checkpoint(self) -> None:
         state = self.training.state()  # this worker's part
 
         def save(folder: Path) -> None:
-            save_training(folder, state, self._best, asdict(self.progress), self._share)
+            save_training(folder, state, self._best_weights, asdict(self.progress), self._share)
 
         if self._host.checkpoint(self.progress, save):
             self._saved_at = time.monotonic()
@@ -403,16 +405,16 @@ class Fit:
             return {CHOSEN_BY: 0.0}
         model = self.training.averaged()
         vectors = export_song_vectors(model, self.known)
-        tastes = validation_tastes(model, vectors, self.training.exchange, self._validation, self._share)
-        return validation_metrics(tastes, vectors, self._validation, self._share)
+        taste_vectors = validation_tastes(model, vectors, self.training.exchange, self._validation, self._share)
+        return validation_metrics(taste_vectors, vectors, self._validation, self._share)
 
     def _new_training(self, phase: Phase) -> Training:
         torch.manual_seed(self._config.seed)
         data, share = self._data[phase], self._share
         vectors = start_vectors(data.vectors, self._config.seed, num_songs=len(data.counts), share=share)
         model = TasteModel(replace(self._model_config, num_songs=len(vectors)), torch.from_numpy(vectors))
-        if self._start is not None:
-            carry_over(self._start, model, share)
+        if self._start_model is not None:
+            carry_over(self._start_model, model, share)
         return Training(model, self._config, data.counts, device=self._device, share=share)
 
 
@@ -422,7 +424,7 @@ class _Ledger:
     def __init__(self, share: Share) -> None:
         self._share = share
         self._losses: list[Tensor] = []
-        self._plays, self._targets, self._began = 0, 0, time.monotonic()
+        self._plays, self._targets, self._started = 0, 0, time.monotonic()
         self.last_loss = 0.0  # mean over the steps of the last read
 
     def add(self, report: StepReport) -> None:
@@ -432,12 +434,12 @@ class _Ledger:
 
     def read(self) -> tuple[float, int, int, float]:
         """Return the sums since the last read: losses, plays and targets of all workers, and the seconds passed."""
-        count = len(self._losses)
-        local = float(torch.stack(self._losses).double().sum()) if count else 0.0
-        loss, plays, targets = self._share.totals([local, self._plays, self._targets])
-        seconds = time.monotonic() - self._began
-        self.last_loss = loss / max(1, count)
-        self._losses, self._plays, self._targets, self._began = [], 0, 0, time.monotonic()
+        num_steps = len(self._losses)
+        local_loss = float(torch.stack(self._losses).double().sum()) if num_steps else 0.0
+        loss, plays, targets = self._share.totals([local_loss, self._plays, self._targets])
+        seconds = time.monotonic() - self._started
+        self.last_loss = loss / max(1, num_steps)
+        self._losses, self._plays, self._targets, self._started = [], 0, 0, time.monotonic()
         return loss, int(plays), int(targets), seconds
 
 
@@ -450,18 +452,18 @@ def start_vectors(
     they can be trained.
     """
     share, total, dim = share or Share(), len(vectors) if num_songs is None else num_songs, vectors.shape[1]
-    random = np.random.default_rng(seed)
-    own = np.empty((len(range(share.rank, total, share.workers)), dim), dtype=np.float32)
+    rng = np.random.default_rng(seed)
+    worker_rows = np.empty((len(range(share.rank, total, share.workers)), dim), dtype=np.float32)
     step = ROWS_AT_ONCE * share.workers
-    for begin in range(0, total, step):
-        rows: np.ndarray = np.zeros((min(step, total - begin), dim), dtype=np.float32)
-        vector_rows = vectors[begin : begin + step]
+    for start in range(0, total, step):
+        rows: np.ndarray = np.zeros((min(step, total - start), dim), dtype=np.float32)
+        vector_rows = vectors[start : start + step]
         rows[: len(vector_rows)] = vector_rows
-        missing = ~rows.any(axis=1)
-        drawn = random.normal(size=(int(missing.sum()), dim))
-        rows[missing] = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
-        own[begin // share.workers :][:ROWS_AT_ONCE] = share.own(rows)
-    return own
+        is_missing = ~rows.any(axis=1)
+        random_vectors = rng.normal(size=(int(is_missing.sum()), dim))
+        rows[is_missing] = random_vectors / np.linalg.norm(random_vectors, axis=1, keepdims=True)
+        worker_rows[start // share.workers :][:ROWS_AT_ONCE] = share.own(rows)
+    return worker_rows
 
 
 def carry_over(start: TasteModel, model: TasteModel, share: Share) -> None:
@@ -476,9 +478,9 @@ def carry_over(start: TasteModel, model: TasteModel, share: Share) -> None:
     for name in TABLES:
         if name in start.state_dict():
             rows = share.own(start.get_parameter(name).detach())
-            known = rows.any(dim=1).nonzero().squeeze(1)
-            model.get_parameter(name).detach().index_copy_(0, known, rows[known])
+            known_rows = rows.any(dim=1).nonzero().squeeze(1)
+            model.get_parameter(name).detach().index_copy_(0, known_rows, rows[known_rows])
 
 
-def _copied(model: TasteModel) -> dict[str, Tensor]:
+def _copy_weights(model: TasteModel) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}

@@ -48,14 +48,14 @@ class TasteEncoder:
         `start` holds the states before the first play of `histories`. The plays seen by `queries` count from there.
         """
         start = start or self.no_states(len(histories))
-        hidden = torch.from_numpy(start.hidden.copy())  # (U, layers, H), updated piece by piece
-        watcher = _Asked(queries, self._seen_in(hidden))
+        hidden = torch.from_numpy(start.hidden.copy())  # (U, layers, H), updated chunk by chunk
+        collector = _Asked(queries, self._head_inputs(hidden))
         for rows in passes(histories.lengths, self._plays_per_pass):
-            self._run_rows(histories, rows, start.last_played_at, hidden, watcher)
-        last = start.last_played_at.copy()
-        some = histories.lengths > 0
-        last[some] = histories.played_at[histories.offsets[1:][some] - 1]
-        return watcher.seen_QX.numpy(), States(hidden=hidden.numpy(), last_played_at=last)
+            self._run_rows(histories, rows, start.last_played_at, hidden, collector)
+        last_played_at = start.last_played_at.copy()
+        has_plays = histories.lengths > 0
+        last_played_at[has_plays] = histories.played_at[histories.offsets[1:][has_plays] - 1]
+        return collector.head_inputs_QX.numpy(), States(hidden=hidden.numpy(), last_played_at=last_played_at)
 
     @torch.inference_mode()
     def vectors(self, histories: Histories, queries: Queries, horizon: str, start: States | None = None) -> np.ndarray:
@@ -74,11 +74,11 @@ class TasteEncoder:
         if queries.hidden is None:
             head_inputs, _ = self.run(histories, queries, start)
         else:
-            head_inputs = self._seen_in(torch.from_numpy(np.asarray(queries.hidden, dtype=np.float32))).numpy()
-        index = histories.offsets[queries.rows] + queries.seen - 1
-        played = histories.played_at[np.maximum(index, 0)] if histories.num_plays else index
-        before = np.where(queries.seen > 0, played, start.last_played_at[queries.rows])
-        gap = gap_seconds(before, queries.at)
+            head_inputs = self._head_inputs(torch.from_numpy(np.asarray(queries.hidden, dtype=np.float32))).numpy()
+        last_positions = histories.offsets[queries.rows] + queries.seen - 1
+        played_at = histories.played_at[np.maximum(last_positions, 0)] if histories.num_plays else last_positions
+        last_played_at = np.where(queries.seen > 0, played_at, start.last_played_at[queries.rows])
+        gap = gap_seconds(last_played_at, queries.at)
         return {horizon: self.project(head_inputs, gap, horizon) for horizon in horizons}
 
     def tastes(self, states: States, at: int | np.ndarray, horizon: str) -> np.ndarray:
@@ -87,57 +87,60 @@ class TasteEncoder:
 
     def tastes_of(self, states: States, at: int | np.ndarray, horizons: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the same as `tastes` for several horizons."""
-        head_inputs = self._seen_in(torch.tensor(states.hidden)).numpy()  # a copy, since stored states are read-only
+        # A copy, since stored states are read-only.
+        head_inputs = self._head_inputs(torch.tensor(states.hidden)).numpy()
         gap = gap_seconds(states.last_played_at, np.asarray(at))
         return {horizon: self.project(head_inputs, gap, horizon) for horizon in horizons}
 
     @torch.inference_mode()
-    def project(self, seen: np.ndarray, gap: np.ndarray, horizon: str) -> np.ndarray:
+    def project(self, head_inputs: np.ndarray, gap: np.ndarray, horizon: str) -> np.ndarray:
         """float32 (Q, D): the taste vectors for head inputs (Q, X) and seconds since the last play (Q,)."""
-        request = torch.from_numpy(scale_gap(gap)).to(self.device)
-        taste = self.model.head(torch.from_numpy(seen).to(self.device), request, horizon)
-        return taste.float().cpu().numpy()
+        request_gap = torch.from_numpy(scale_gap(gap)).to(self.device)
+        taste_vectors = self.model.head(torch.from_numpy(head_inputs).to(self.device), request_gap, horizon)
+        return taste_vectors.float().cpu().numpy()
 
     @torch.inference_mode()
-    def _seen_in(self, hidden: Tensor) -> Tensor:
+    def _head_inputs(self, hidden: Tensor) -> Tensor:
         """(U, X): the head inputs of states (U, layers, H)."""
         return self.model.seen_in(hidden.transpose(0, 1))
 
     def _run_rows(
-        self, histories: Histories, rows: np.ndarray, last_before: np.ndarray, hidden: Tensor, asked: "_Asked"
+        self, histories: Histories, rows: np.ndarray, last_played_at: np.ndarray, hidden: Tensor, collector: "_Asked"
     ) -> None:
         plays = histories.take(rows)
-        for begin in range(0, int(plays.lengths.max()), PIECE):
-            piece = plays.span(begin, begin + PIECE)
-            active = np.flatnonzero(piece.lengths > 0)
-            previous = last_before[rows] if begin == 0 else plays.played_at[plays.offsets[:-1] + begin - 1]
-            batch = pad(piece.take(active), previous[active], self.model.config.features).to(self.device)
-            users = torch.from_numpy(rows[active])
-            state = hidden[users].transpose(0, 1).contiguous().to(self.device)
-            seen_BLX, last = self.model.trunk(batch, state)
-            hidden[users] = last.transpose(0, 1).float().cpu()
-            asked.collect(rows[active], begin, seen_BLX)
+        for chunk_start in range(0, int(plays.lengths.max()), PIECE):
+            chunk = plays.span(chunk_start, chunk_start + PIECE)
+            active = np.flatnonzero(chunk.lengths > 0)
+            previous_at = (
+                last_played_at[rows] if chunk_start == 0 else plays.played_at[plays.offsets[:-1] + chunk_start - 1]
+            )
+            batch = pad(chunk.take(active), previous_at[active], self.model.config.features).to(self.device)
+            user_rows = torch.from_numpy(rows[active])
+            state = hidden[user_rows].transpose(0, 1).contiguous().to(self.device)
+            head_inputs_BLX, last_state = self.model.trunk(batch, state)
+            hidden[user_rows] = last_state.transpose(0, 1).float().cpu()
+            collector.collect(rows[active], chunk_start, head_inputs_BLX)
 
 
 class _Asked:
     """Collects the head inputs after the last play that each query has seen."""
 
-    def __init__(self, queries: Queries | None, initial_UX: Tensor) -> None:
+    def __init__(self, queries: Queries | None, initial_inputs_UX: Tensor) -> None:
         self._rows = np.zeros(0, np.int64) if queries is None else np.asarray(queries.rows)
-        self._last = np.zeros(0, np.int64) if queries is None else np.asarray(queries.seen) - 1
+        self._last_positions = np.zeros(0, np.int64) if queries is None else np.asarray(queries.seen) - 1
         self._order = np.argsort(self._rows, kind="stable")
         self._sorted_rows = self._rows[self._order]
-        self.seen_QX = initial_UX[torch.from_numpy(self._rows)].clone()
+        self.head_inputs_QX = initial_inputs_UX[torch.from_numpy(self._rows)].clone()
 
-    def collect(self, rows: np.ndarray, begin: int, seen_BLX: Tensor) -> None:
-        first = np.searchsorted(self._sorted_rows, rows, side="left")
-        counts = np.searchsorted(self._sorted_rows, rows, side="right") - first
-        which = self._order[ranges(first, counts)]
-        step = self._last[which] - begin
-        here = (step >= 0) & (step < seen_BLX.shape[1])
-        batch_row = np.repeat(np.arange(len(rows)), counts)[here]
-        picked = seen_BLX[torch.from_numpy(batch_row), torch.from_numpy(step[here])]
-        self.seen_QX[torch.from_numpy(which[here])] = picked.float().cpu()
+    def collect(self, rows: np.ndarray, chunk_start: int, head_inputs_BLX: Tensor) -> None:
+        starts = np.searchsorted(self._sorted_rows, rows, side="left")
+        counts = np.searchsorted(self._sorted_rows, rows, side="right") - starts
+        query_indices = self._order[ranges(starts, counts)]
+        positions = self._last_positions[query_indices] - chunk_start
+        is_in_chunk = (positions >= 0) & (positions < head_inputs_BLX.shape[1])
+        batch_rows = np.repeat(np.arange(len(rows)), counts)[is_in_chunk]
+        head_inputs = head_inputs_BLX[torch.from_numpy(batch_rows), torch.from_numpy(positions[is_in_chunk])]
+        self.head_inputs_QX[torch.from_numpy(query_indices[is_in_chunk])] = head_inputs.float().cpu()
 
 
 def passes(lengths: np.ndarray, plays_per_pass: int = PLAYS_PER_PASS) -> Iterator[np.ndarray]:
@@ -147,6 +150,6 @@ def passes(lengths: np.ndarray, plays_per_pass: int = PLAYS_PER_PASS) -> Iterato
     widths = np.minimum(lengths[order], PIECE)
     end = len(order)
     while end > 0:
-        begin = max(0, end - max(1, plays_per_pass // int(widths[end - 1])))
-        yield order[begin:end]
-        end = begin
+        start = max(0, end - max(1, plays_per_pass // int(widths[end - 1])))
+        yield order[start:end]
+        end = start

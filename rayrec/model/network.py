@@ -53,20 +53,20 @@ class PlayBatch:
         longest = max(1, int(length_B.max())) if len(length_B) else 1
         return self.each(lambda values: values[:, :longest], length_B)
 
-    def each(self, change: Callable[[Tensor], Tensor], length_B: Tensor) -> "PlayBatch":
-        """Return the batch with `change` applied to every tensor except the lengths, which become `length_B`."""
+    def each(self, transform: Callable[[Tensor], Tensor], length_B: Tensor) -> "PlayBatch":
+        """Return the batch with `transform` applied to every tensor except the lengths, which become `length_B`."""
 
-        def optional(values: Tensor | None) -> Tensor | None:
-            return None if values is None else change(values)
+        def transform_optional(values: Tensor | None) -> Tensor | None:
+            return None if values is None else transform(values)
 
         return PlayBatch(
-            songs_BL=change(self.songs_BL),
-            gap_BL=change(self.gap_BL),
-            position_BL=change(self.position_BL),
+            songs_BL=transform(self.songs_BL),
+            gap_BL=transform(self.gap_BL),
+            position_BL=transform(self.position_BL),
             length_B=length_B,
-            contexts_BL=optional(self.contexts_BL),
-            hour_BL=optional(self.hour_BL),
-            skipped_BL=optional(self.skipped_BL),
+            contexts_BL=transform_optional(self.contexts_BL),
+            hour_BL=transform_optional(self.hour_BL),
+            skipped_BL=transform_optional(self.skipped_BL),
         )
 
 
@@ -78,8 +78,8 @@ def scale_gap(seconds: np.ndarray) -> np.ndarray:
 
 def gap_seconds(since: np.ndarray, until: np.ndarray) -> np.ndarray:
     """float64: seconds between two times in ms UTC; LONGEST_GAP_S if `since` is NEVER."""
-    never = since == NEVER
-    return np.where(never, LONGEST_GAP_S, (until - np.where(never, 0, since)) / 1000.0)
+    is_never = since == NEVER
+    return np.where(is_never, LONGEST_GAP_S, (until - np.where(is_never, 0, since)) / 1000.0)
 
 
 def pad(plays: Histories, previous_at: np.ndarray, spec: FeatureSpec) -> PlayBatch:
@@ -91,31 +91,31 @@ def pad(plays: Histories, previous_at: np.ndarray, spec: FeatureSpec) -> PlayBat
     lengths = plays.lengths
     mask = np.arange(lengths.max(initial=1)) < lengths[:, None]
 
-    def padded(values: np.ndarray, dtype: type) -> Tensor:
+    def pad_values(values: np.ndarray, dtype: type) -> Tensor:
         array: np.ndarray = np.zeros(mask.shape, dtype=dtype)
         array[mask] = values
         return torch.from_numpy(array)
 
-    def optional(values: np.ndarray | None, dtype: type) -> Tensor:
-        return padded(np.zeros(plays.num_plays, dtype) if values is None else values, dtype)
+    def pad_optional(values: np.ndarray | None, dtype: type) -> Tensor:
+        return pad_values(np.zeros(plays.num_plays, dtype) if values is None else values, dtype)
 
-    before = np.empty_like(plays.played_at)
-    before[1:] = plays.played_at[:-1]
+    previous_played_at = np.empty_like(plays.played_at)
+    previous_played_at[1:] = plays.played_at[:-1]
     starts = plays.offsets[:-1][lengths > 0]
-    before[starts] = previous_at[lengths > 0]
+    previous_played_at[starts] = previous_at[lengths > 0]
     hours = (plays.played_at // HOUR_MS + FIRST_HOUR) % 168
-    seconds = gap_seconds(before, plays.played_at).clip(0, LONGEST_GAP_S)
+    seconds = gap_seconds(previous_played_at, plays.played_at).clip(0, LONGEST_GAP_S)
     steps = np.ones(mask.shape)
     if spec.pause_hours:
         steps[mask] += seconds / (3600 * spec.pause_hours)
     return PlayBatch(
-        songs_BL=padded(plays.songs, np.int64),
-        gap_BL=padded(scale_gap(seconds), np.float32),
+        songs_BL=pad_values(plays.songs, np.int64),
+        gap_BL=pad_values(scale_gap(seconds), np.float32),
         position_BL=torch.from_numpy(steps.cumsum(axis=1)),
         length_B=torch.from_numpy(lengths),
-        contexts_BL=optional(plays.contexts, np.int32) if spec.contexts else None,
-        hour_BL=padded(hours, np.int64) if spec.hour or spec.weekday else None,
-        skipped_BL=optional(plays.skipped, np.bool_) if spec.skipped else None,
+        contexts_BL=pad_optional(plays.contexts, np.int32) if spec.contexts else None,
+        hour_BL=pad_values(hours, np.int64) if spec.hour or spec.weekday else None,
+        skipped_BL=pad_optional(plays.skipped, np.bool_) if spec.skipped else None,
     )
 
 
@@ -150,32 +150,36 @@ def running_sums(songs_BLD: Tensor, position_BL: Tensor, log_discount_K: Tensor,
     """
     rows, length, dim = songs_BLD.shape
     chunks = -(-length // CHUNK)
-    fill, dtype = chunks * CHUNK - length, songs_BLD.dtype
-    songs = torch.nn.functional.pad(songs_BLD, (0, 0, 0, fill)).view(rows * chunks, CHUNK, dim)
-    position = torch.cat([position_BL, position_BL[:, -1:].expand(-1, fill)], dim=1).view(rows, chunks, CHUNK)
-    left = _left(position.flatten(0, 1), log_discount_K, dtype)
-    within = torch.bmm(left.flatten(1, 2), songs).view(rows, chunks, CHUNK, len(log_discount_K), dim)
+    padding, dtype = chunks * CHUNK - length, songs_BLD.dtype
+    songs = torch.nn.functional.pad(songs_BLD, (0, 0, 0, padding)).view(rows * chunks, CHUNK, dim)
+    position = torch.cat([position_BL, position_BL[:, -1:].expand(-1, padding)], dim=1).view(rows, chunks, CHUNK)
+    play_weights = _play_weights(position.flatten(0, 1), log_discount_K, dtype)
+    chunk_sums = torch.bmm(play_weights.flatten(1, 2), songs).view(rows, chunks, CHUNK, len(log_discount_K), dim)
     # The sums before each chunk: the start and the sums of all earlier chunks, discounted since then.
-    begin_BM = torch.cat([torch.zeros_like(position[:, :1, -1]), position[:, :-1, -1]], dim=1)
-    before_BMKD = torch.cat([start_BKD.to(dtype).unsqueeze(1), within[:, :-1, -1]], dim=1)
-    carried_BMKD = torch.einsum("bmkn,bnkd->bmkd", _left(begin_BM, log_discount_K, dtype), before_BMKD)
-    since = (position - begin_BM.unsqueeze(-1)).unsqueeze(-1)
-    sums = torch.addcmul(within, torch.exp(log_discount_K * since).to(dtype).unsqueeze(-1), carried_BMKD.unsqueeze(2))
+    chunk_start_BM = torch.cat([torch.zeros_like(position[:, :1, -1]), position[:, :-1, -1]], dim=1)
+    sums_before_BMKD = torch.cat([start_BKD.to(dtype).unsqueeze(1), chunk_sums[:, :-1, -1]], dim=1)
+    carried_BMKD = torch.einsum(
+        "bmkn,bnkd->bmkd", _play_weights(chunk_start_BM, log_discount_K, dtype), sums_before_BMKD
+    )
+    distance = (position - chunk_start_BM.unsqueeze(-1)).unsqueeze(-1)
+    sums = torch.addcmul(
+        chunk_sums, torch.exp(log_discount_K * distance).to(dtype).unsqueeze(-1), carried_BMKD.unsqueeze(2)
+    )
     return sums.flatten(1, 2)[:, :length]
 
 
-def _left(position: Tensor, log_discount_K: Tensor, dtype: torch.dtype) -> Tensor:
+def _play_weights(position: Tensor, log_discount_K: Tensor, dtype: torch.dtype) -> Tensor:
     """(..., L, K, L): γ^(n_i − n_j), the weight of play j after play i; 0 if play j comes after play i."""
-    since = threshold(position.unsqueeze(-1) - position.unsqueeze(-2), -0.5, NOT_YET).to(dtype)
-    return (since.unsqueeze(-2) * log_discount_K.to(dtype).unsqueeze(-1)).exp_()
+    distance = threshold(position.unsqueeze(-1) - position.unsqueeze(-2), -0.5, NOT_YET).to(dtype)
+    return (distance.unsqueeze(-2) * log_discount_K.to(dtype).unsqueeze(-1)).exp_()
 
 
 def as_state(sums_BKD: Tensor, width: int) -> Tensor:
     """(rows, B, H): the sums as rows of H = `width` numbers; the last row is filled up with zeros."""
     flat = sums_BKD.flatten(1)
     rows = -(-flat.shape[1] // width)
-    filled = torch.nn.functional.pad(flat, (0, rows * width - flat.shape[1]))
-    return filled.reshape(len(flat), rows, width).transpose(0, 1)
+    padded = torch.nn.functional.pad(flat, (0, rows * width - flat.shape[1]))
+    return padded.reshape(len(flat), rows, width).transpose(0, 1)
 
 
 def from_state(state_RBH: Tensor, count: int, dim: int) -> Tensor:
@@ -214,13 +218,13 @@ class TasteModel(nn.Module):
                 expected = (config.num_songs, config.embedding_dim)
                 raise ValueError(f"song embeddings have shape {tuple(vectors.shape)}; expected {expected}")
         self.config = config
-        count = len(config.averages)
+        num_averages = len(config.averages)
         # Training looks up and updates rows itself, so that the cost of a step does not grow with the catalog.
-        self.songs = _table(song_vectors, shared)
+        self.songs = _new_table(song_vectors, shared)
         self.inputs = None
         if config.input_table:
-            started = song_vectors if input_vectors is None else input_vectors
-            self.inputs = _table(started, shared and input_vectors is not None)
+            initial_inputs = song_vectors if input_vectors is None else input_vectors
+            self.inputs = _new_table(initial_inputs, shared and input_vectors is not None)
         self.map = SongMap(config.embedding_dim) if config.song_table == "mapped" else None
         self.added_rows: Tensor | None = None  # int64 (n,), ascending: songs added after training
         self.added_averaged: Tensor | None = None  # float32 (n, D), their vectors in the averages
@@ -234,15 +238,15 @@ class TasteModel(nn.Module):
             batch_first=True,
             dropout=config.dropout if config.num_layers > 1 else 0.0,
         )
-        head_width = config.hidden_dim + count * config.embedding_dim + int(config.features.request_gap)
+        head_width = config.hidden_dim + num_averages * config.embedding_dim + int(config.features.request_gap)
         self.dense = nn.Linear(head_width, config.hidden_dim)
         self.heads = nn.ModuleDict(
             {name: nn.Linear(config.hidden_dim, config.embedding_dim) for name in config.horizons}
         )
-        if count:
+        if num_averages:
             self.log_discount_K: Tensor
             self.register_buffer("log_discount_K", log_discounts(config.averages), persistent=False)
-            self.again = nn.ParameterDict({name: torch.zeros(count) for name in config.horizons})
+            self.again = nn.ParameterDict({name: torch.zeros(num_averages) for name in config.horizons})
             self.linked = nn.ParameterDict({name: torch.ones(()) for name in [*config.horizons][1:]})
 
     def song_vectors(self, songs: Tensor) -> Tensor:
@@ -263,16 +267,18 @@ class TasteModel(nn.Module):
         added = [values.to(self.songs.weight.device) for values in (rows, averaged, inputs)]
         self.added_rows, self.added_averaged, self.added_inputs = added if len(rows) else (None, None, None)
 
-    def _played(self, songs_BL: Tensor, vectors_of: Callable[[Tensor], Tensor], added_nD: Tensor | None) -> Tensor:
+    def _played_vectors(
+        self, songs_BL: Tensor, vectors_of: Callable[[Tensor], Tensor], added_nD: Tensor | None
+    ) -> Tensor:
         """(B, L, D): the vectors of songs, including added songs; zeros for all other songs from row N on."""
-        known_BL = songs_BL < self.config.num_songs
-        songs_BLD = vectors_of(songs_BL.where(known_BL, 0)) * known_BL.unsqueeze(-1)
+        is_known_BL = songs_BL < self.config.num_songs
+        songs_BLD = vectors_of(songs_BL.where(is_known_BL, 0)) * is_known_BL.unsqueeze(-1)
         if self.added_rows is None or added_nD is None:
             return songs_BLD
         songs_BL = songs_BL.to(self.added_rows.dtype)
-        place_BL = torch.searchsorted(self.added_rows, songs_BL.contiguous()).clamp(max=len(self.added_rows) - 1)
-        added_BL = self.added_rows[place_BL] == songs_BL
-        return torch.where(added_BL.unsqueeze(-1), added_nD[place_BL], songs_BLD)
+        added_index_BL = torch.searchsorted(self.added_rows, songs_BL.contiguous()).clamp(max=len(self.added_rows) - 1)
+        is_added_BL = self.added_rows[added_index_BL] == songs_BL
+        return torch.where(is_added_BL.unsqueeze(-1), added_nD[added_index_BL], songs_BLD)
 
     def compared(self, rows: Tensor) -> Tensor:
         """Turn rows of the song table, (..., D), into the normalized vectors that taste vectors are compared with."""
@@ -284,35 +290,37 @@ class TasteModel(nn.Module):
         `state` is the state before the first play; None means zeros. Songs newer than the network, rows from N on,
         have a vector of zeros unless they were added.
         """
-        songs_BLD = self._played(batch.songs_BL, self.input_vectors, self.added_inputs)
+        songs_BLD = self._played_vectors(batch.songs_BL, self.input_vectors, self.added_inputs)
         if state is None:
             state = songs_BLD.new_zeros(self.config.state_layers, len(songs_BLD), self.config.hidden_dim)
         packed = pack_padded_sequence(
-            self._steps(songs_BLD, batch), batch.length_B, batch_first=True, enforce_sorted=False
+            self._step_inputs(songs_BLD, batch), batch.length_B, batch_first=True, enforce_sorted=False
         )
         recurrent = state[: self.config.recurrent_layers]
         if self.config.cell == "gru":
-            output, last = self.rnn(packed, recurrent.contiguous())
+            output, last_state = self.rnn(packed, recurrent.contiguous())
         else:
-            output, pair = self.rnn(packed, tuple(part.contiguous() for part in recurrent.chunk(2)))
-            last = torch.cat(pair)
+            output, last_states = self.rnn(packed, tuple(part.contiguous() for part in recurrent.chunk(2)))
+            last_state = torch.cat(last_states)
         hidden_BLH, _ = pad_packed_sequence(output, batch_first=True)
         if not self.config.averages:
-            return hidden_BLH, last
+            return hidden_BLH, last_state
         if self.inputs is not None:
-            songs_BLD = self._played(batch.songs_BL, self.song_vectors, self.added_averaged)
-        sums_BLKD = running_sums(songs_BLD, batch.position_BL, self.log_discount_K, self._sums(state))
-        ends = sums_BLKD[torch.arange(len(sums_BLKD)), batch.length_B.to(sums_BLKD.device) - 1]
-        return _beside(hidden_BLH, sums_BLKD), torch.cat([last, as_state(ends, self.config.hidden_dim)])
+            songs_BLD = self._played_vectors(batch.songs_BL, self.song_vectors, self.added_averaged)
+        sums_BLKD = running_sums(songs_BLD, batch.position_BL, self.log_discount_K, self._state_sums(state))
+        last_sums = sums_BLKD[torch.arange(len(sums_BLKD)), batch.length_B.to(sums_BLKD.device) - 1]
+        return _join_head_inputs(hidden_BLH, sums_BLKD), torch.cat(
+            [last_state, as_state(last_sums, self.config.hidden_dim)]
+        )
 
     def seen_in(self, state: Tensor) -> Tensor:
         """(B, X): the head inputs that follow from states alone, (state layers, B, H)."""
         hidden_BH = state[self.config.num_layers - 1]
-        return _beside(hidden_BH, self._sums(state)) if self.config.averages else hidden_BH
+        return _join_head_inputs(hidden_BH, self._state_sums(state)) if self.config.averages else hidden_BH
 
-    def head(self, seen: Tensor, request_gap: Tensor, horizon: str) -> Tensor:
+    def head(self, head_inputs: Tensor, request_gap: Tensor, horizon: str) -> Tensor:
         """Return normalized taste vectors (..., D) from head inputs (..., X) and scaled gaps to the request (...)."""
-        return self._tastes(seen, request_gap, last=horizon)[horizon]
+        return self._taste_vectors(head_inputs, request_gap, last_horizon=horizon)[horizon]
 
     def forward(
         self,
@@ -329,73 +337,75 @@ class TasteModel(nn.Module):
         """
         if songs_BLD is None or averaged_BLD is None:
             songs_BLD, averaged_BLD = self.input_vectors(batch.songs_BL), self.song_vectors(batch.songs_BL)
-        hidden_BLH, _ = self.rnn(self._dropped(self._steps(songs_BLD, batch)))
-        hidden_BLH = self._dropped(hidden_BLH)
+        hidden_BLH, _ = self.rnn(self._apply_dropout(self._step_inputs(songs_BLD, batch)))
+        hidden_BLH = self._apply_dropout(hidden_BLH)
         if not self.config.averages:
-            return self._tastes(hidden_BLH, request_gap_BL)
-        return self._tastes_of_windows(hidden_BLH, request_gap_BL, averaged_BLD, batch.position_BL)
+            return self._taste_vectors(hidden_BLH, request_gap_BL)
+        return self._taste_vectors_of_windows(hidden_BLH, request_gap_BL, averaged_BLD, batch.position_BL)
 
-    def _tastes_of_windows(
+    def _taste_vectors_of_windows(
         self, hidden_BLH: Tensor, request_gap_BL: Tensor, songs_BLD: Tensor, position_BL: Tensor
     ) -> dict[str, Tensor]:
         """Return the same as `_tastes` for whole windows, with few operations over the averages of all plays."""
         config, (rows, length, dim) = self.config, songs_BLD.shape
         if not config.features.pause_hours:
             position_BL = position_BL[:1]  # without pauses, the same for all rows
-        left = _left(position_BL, self.log_discount_K, songs_BLD.dtype).flatten(1, 2)
-        again_HK = torch.stack([self.again[name] for name in config.horizons])
+        play_weights = _play_weights(position_BL, self.log_discount_K, songs_BLD.dtype).flatten(1, 2)
+        average_weights_HK = torch.stack([self.again[name] for name in config.horizons])
         widths = [config.hidden_dim, len(config.averages) * dim, int(config.features.request_gap)]
-        of_hidden, of_averages, of_gap = torch.split(self.dense.weight, widths, dim=1)
-        dense, again_NHD = _Averages.apply(  # type: ignore[no-untyped-call]
-            songs_BLD, of_averages, again_HK, left
+        hidden_weight, averages_weight, gap_weight = torch.split(self.dense.weight, widths, dim=1)
+        dense, weighted_averages_NHD = _Averages.apply(  # type: ignore[no-untyped-call]
+            songs_BLD, averages_weight, average_weights_HK, play_weights
         )
         head_inputs = hidden_BLH.flatten(0, 1)
         if config.features.request_gap:
             head_inputs = torch.cat([head_inputs, request_gap_BL.reshape(-1, 1)], dim=1)
-        dense = leaky_relu(dense + linear(head_inputs, torch.cat([of_hidden, of_gap], dim=1), self.dense.bias))
+        dense = leaky_relu(dense + linear(head_inputs, torch.cat([hidden_weight, gap_weight], dim=1), self.dense.bias))
         heads = [self.heads[name] for name in config.horizons]
-        tastes = linear(dense, *(torch.cat([getattr(head, name) for head in heads]) for name in ("weight", "bias")))
-        tastes_NHD = unit(tastes.view(-1, dim)).view(-1, len(heads), dim) + again_NHD
-        taste_of: dict[str, Tensor] = {}
-        for name, taste in zip(config.horizons, tastes_NHD.unbind(1), strict=True):
+        head_outputs = linear(
+            dense, *(torch.cat([getattr(head, name) for head in heads]) for name in ("weight", "bias"))
+        )
+        taste_vectors_NHD = unit(head_outputs.view(-1, dim)).view(-1, len(heads), dim) + weighted_averages_NHD
+        tastes_by_horizon: dict[str, Tensor] = {}
+        for name, taste_vectors in zip(config.horizons, taste_vectors_NHD.unbind(1), strict=True):
             if name in self.linked:
-                taste = torch.addcmul(taste, self.linked[name], next(iter(taste_of.values())))
-            taste_of[name] = unit(taste)
-        return {name: taste.view(rows, length, dim) for name, taste in taste_of.items()}
+                taste_vectors = torch.addcmul(taste_vectors, self.linked[name], next(iter(tastes_by_horizon.values())))
+            tastes_by_horizon[name] = unit(taste_vectors)
+        return {name: taste_vectors.view(rows, length, dim) for name, taste_vectors in tastes_by_horizon.items()}
 
-    def _dropped(self, values: Tensor) -> Tensor:
+    def _apply_dropout(self, values: Tensor) -> Tensor:
         if not self.training or not self.config.dropout:
             return values
         dropped, _ = torch.native_dropout(values, self.config.dropout, True)  # dropout() takes five operations on a CPU
         return dropped
 
-    def _steps(self, songs_BLD: Tensor, batch: PlayBatch) -> Tensor:
+    def _step_inputs(self, songs_BLD: Tensor, batch: PlayBatch) -> Tensor:
         return torch.cat([songs_BLD, *encode(batch, self.config.features)], dim=-1)
 
-    def _sums(self, state: Tensor) -> Tensor:
+    def _state_sums(self, state: Tensor) -> Tensor:
         rows = state[self.config.recurrent_layers :]
         return from_state(rows, len(self.config.averages), self.config.embedding_dim)
 
-    def _tastes(self, head_inputs: Tensor, request_gap: Tensor, last: str = "") -> dict[str, Tensor]:
-        """Return taste vectors by horizon, up to `last` inclusive if given; later horizons build on the first one."""
+    def _taste_vectors(self, head_inputs: Tensor, request_gap: Tensor, last_horizon: str = "") -> dict[str, Tensor]:
+        """Return taste vectors by horizon, ending with `last_horizon` if given; later horizons build on the first."""
         directions = head_inputs[..., self.config.hidden_dim :]
         if self.config.features.request_gap:
             head_inputs = torch.cat([head_inputs, request_gap.unsqueeze(-1)], dim=-1)
         dense = leaky_relu(self.dense(head_inputs))
-        tastes: dict[str, Tensor] = {}
+        tastes_by_horizon: dict[str, Tensor] = {}
         for name in self.config.horizons:
-            taste = self.heads[name](dense)
+            taste_vectors = self.heads[name](dense)
             if self.config.averages:
                 averages = directions.reshape(
                     *directions.shape[:-1], len(self.config.averages), self.config.embedding_dim
                 )
-                taste = normalize(taste, dim=-1) + (self.again[name].unsqueeze(-1) * averages).sum(-2)
+                taste_vectors = normalize(taste_vectors, dim=-1) + (self.again[name].unsqueeze(-1) * averages).sum(-2)
                 if name in self.linked:
-                    taste = taste + self.linked[name] * next(iter(tastes.values()))
-            tastes[name] = normalize(taste, dim=-1)
-            if name == last:
+                    taste_vectors = taste_vectors + self.linked[name] * next(iter(tastes_by_horizon.values()))
+            tastes_by_horizon[name] = normalize(taste_vectors, dim=-1)
+            if name == last_horizon:
                 break
-        return tastes
+        return tastes_by_horizon
 
 
 class SongMap(nn.Module):
@@ -411,8 +421,8 @@ class SongMap(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Map vectors into the space in which the network scores songs."""
-        moved: Tensor = self.outer(leaky_relu(self.inner(vectors)))
-        return vectors + moved
+        correction: Tensor = self.outer(leaky_relu(self.inner(vectors)))
+        return vectors + correction
 
 
 class _Averages(torch.autograd.Function):
@@ -425,41 +435,45 @@ class _Averages(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, songs_BLD: Tensor, weight_OX: Tensor, again_HK: Tensor, left: Tensor
+        ctx: Any, songs_BLD: Tensor, weight_OX: Tensor, average_weights_HK: Tensor, play_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return both products, (N, O) and (N, H, D), float32 under autocast.
 
-        `left`, (B or 1, L · K, L), are the weights that `_left` returns.
+        `play_weights`, (B or 1, L · K, L), are the weights that `_play_weights` returns.
         """
-        device, (horizons, count), dim = songs_BLD.device.type, again_HK.shape, songs_BLD.shape[2]
+        device, (horizons, count), dim = songs_BLD.device.type, average_weights_HK.shape, songs_BLD.shape[2]
         if torch.is_autocast_enabled(device):  # sums of many plays need more precision than bfloat16
-            songs_BLD, weight_OX, again_HK = songs_BLD.float(), weight_OX.float(), again_HK.float()
+            songs_BLD, weight_OX, average_weights_HK = songs_BLD.float(), weight_OX.float(), average_weights_HK.float()
         with torch.autocast(device, enabled=False):
-            left = left.to(songs_BLD.dtype)
-            sums = torch.bmm(left.expand(len(songs_BLD), -1, -1), songs_BLD).view(-1, dim)
+            play_weights = play_weights.to(songs_BLD.dtype)
+            sums = torch.bmm(play_weights.expand(len(songs_BLD), -1, -1), songs_BLD).view(-1, dim)
             ones = _ones(sums)
             directions, norms = scaled_rows(sums, ones)
-            each_HDKD = again_HK[:, None, :, None] * _eye(sums)[:, None]
-            weight = torch.cat([weight_OX, each_HDKD.view(horizons * dim, count * dim)])
-            ctx.save_for_backward(sums, ones, directions, norms, weight, left)
+            diagonal_weights_HDKD = average_weights_HK[:, None, :, None] * _eye(sums)[:, None]
+            weight = torch.cat([weight_OX, diagonal_weights_HDKD.view(horizons * dim, count * dim)])
+            ctx.save_for_backward(sums, ones, directions, norms, weight, play_weights)
             ctx.shape = (len(weight_OX), horizons, count, dim)
-            dense_NO, again_N = torch.mm(directions.view(-1, count * dim), weight.T).tensor_split([len(weight_OX)], 1)
-            return dense_NO, again_N.view(-1, horizons, dim)
+            dense_NO, weighted_averages_N = torch.mm(directions.view(-1, count * dim), weight.T).tensor_split(
+                [len(weight_OX)], 1
+            )
+            return dense_NO, weighted_averages_N.view(-1, horizons, dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Return the gradients by songs, by the weight of the dense layer, and by the weights of the averages."""
-        sums, ones, directions, norms, weight, left = ctx.saved_tensors
+        sums, ones, directions, norms, weight, play_weights = ctx.saved_tensors
         outputs, horizons, count, dim = ctx.shape
         with torch.autocast(sums.device.type, enabled=False):
-            grad = torch.cat([each.flatten(1) for each in gradients], dim=1)
+            grad = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
             grad_weight = torch.mm(grad.T, directions.view(-1, count * dim))
-            grad_again_HK = grad_weight[outputs:].view(horizons, dim, count, dim).diagonal(dim1=1, dim2=3).sum(-1)
+            grad_average_weights_HK = (
+                grad_weight[outputs:].view(horizons, dim, count, dim).diagonal(dim1=1, dim2=3).sum(-1)
+            )
             grad_sums = scaled_rows_gradient(torch.mm(grad, weight).view(-1, dim), sums, ones, norms)
-            grad_sums = grad_sums.view(-1, left.shape[-1] * count, dim)
-            grad_songs = torch.bmm(left.mT.expand(len(grad_sums), -1, -1), grad_sums)
-        return grad_songs, grad_weight[:outputs], grad_again_HK, None
+            grad_sums = grad_sums.view(-1, play_weights.shape[-1] * count, dim)
+            grad_songs = torch.bmm(play_weights.mT.expand(len(grad_sums), -1, -1), grad_sums)
+        return grad_songs, grad_weight[:outputs], grad_average_weights_HK, None
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -473,34 +487,34 @@ def _ones(vectors: Tensor) -> Tensor:
     rows = len(vectors)
     if torch.compiler.is_compiling():
         return vectors.new_ones(rows, 1)
-    return _kept_ones(1 << rows.bit_length(), vectors.dtype, vectors.device)[:rows]
+    return _cached_ones(1 << rows.bit_length(), vectors.dtype, vectors.device)[:rows]
 
 
 def _eye(vectors: Tensor) -> Tensor:
     """(D, D): the identity matrix for vectors (n, D)."""
     if torch.compiler.is_compiling():
         return torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
-    return _kept_eye(vectors.shape[1], vectors.dtype, vectors.device)
+    return _cached_eye(vectors.shape[1], vectors.dtype, vectors.device)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # training may use the cached tensor
-def _kept_eye(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _cached_eye(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.eye(dim, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _kept_ones(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _cached_ones(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones(rows, 1, dtype=dtype, device=device)
 
 
-def _table(vectors: Tensor, shared: bool) -> nn.Embedding:
+def _new_table(vectors: Tensor, shared: bool) -> nn.Embedding:
     """Return a table that uses `vectors`, float32 (N, D), as its weight if `shared`, else a copy of them."""
     rows, dim = vectors.shape
     return nn.Embedding(rows, dim, _weight=vectors if shared else vectors.clone()).requires_grad_(False)
 
 
-def _beside(hidden: Tensor, sums: Tensor) -> Tensor:
+def _join_head_inputs(hidden: Tensor, sums: Tensor) -> Tensor:
     """(..., X): head inputs, the hidden outputs (..., H) followed by the normalized sums (..., K, D)."""
     return torch.cat([hidden, normalize(sums, dim=-1).flatten(-2)], dim=-1)

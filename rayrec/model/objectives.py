@@ -57,8 +57,8 @@ class Targets:
 
     def weighed(self, totals: np.ndarray) -> "Targets":
         """Return the targets, each with the weight of its horizon divided by the horizon's `totals`, float (H,)."""
-        each_H = self.weight_H / torch.from_numpy(np.maximum(1, totals))
-        weight_P1 = self.horizons_PH @ each_H.to(self.horizons_PH.dtype)[:, None]
+        target_weight_H = self.weight_H / torch.from_numpy(np.maximum(1, totals))
+        weight_P1 = self.horizons_PH @ target_weight_H.to(self.horizons_PH.dtype)[:, None]
         weight_PT = (self.weight_PT > 0) * weight_P1
         return replace(self, weight_PT=weight_PT, weight_P1=weight_PT.sum(dim=1, keepdim=True))
 
@@ -80,10 +80,10 @@ class Targets:
 
         `negatives`, int64 (K,), must be ascending.
         """
-        among = np.minimum(np.searchsorted(negatives, songs_PT), max(0, len(negatives) - 1))
-        is_hit = there_PT & (negatives[among] == songs_PT)
-        same = (songs_PT[:, :, None] == songs_PT[:, None, :]) & there_PT[:, None, :]
-        first = there_PT & ~np.tril(same, -1).any(axis=-1)
+        negative_indices = np.minimum(np.searchsorted(negatives, songs_PT), max(0, len(negatives) - 1))
+        is_hit = there_PT & (negatives[negative_indices] == songs_PT)
+        is_same = (songs_PT[:, :, None] == songs_PT[:, None, :]) & there_PT[:, None, :]
+        is_first = there_PT & ~np.tril(is_same, -1).any(axis=-1)
         by_song = np.flatnonzero(there_PT)
         by_song = by_song[np.argsort(places_PT.ravel()[by_song], kind="stable")]
         counts = np.bincount(places_PT.ravel()[by_song], minlength=count)
@@ -93,8 +93,8 @@ class Targets:
             places_PT=torch.from_numpy(places_PT),
             weight_PT=torch.from_numpy(there_PT.astype(np.float32)),
             weight_P1=torch.from_numpy(there_PT.sum(axis=1, keepdims=True).astype(np.float32)),
-            missing_PT=torch.from_numpy(np.where(first, 0, -np.inf).astype(np.float32)),
-            hits_PT=torch.from_numpy(np.where(is_hit, among, len(negatives) + songs_PT.shape[1])),
+            missing_PT=torch.from_numpy(np.where(is_first, 0, -np.inf).astype(np.float32)),
+            hits_PT=torch.from_numpy(np.where(is_hit, negative_indices, len(negatives) + songs_PT.shape[1])),
             prior_PT=torch.from_numpy(prior_PT),
             by_song_M=torch.from_numpy(by_song),
             positions_M=torch.from_numpy(by_song // songs_PT.shape[1]),
@@ -127,11 +127,11 @@ class NegativeSampler:
         drawn, so each logit is corrected by the expected number of draws of its song (logQ correction).
         """
         points = rng.random(self._count) * self._cumulative[-1]
-        drawn = np.searchsorted(self._cumulative, points, side="right")
-        songs, times = np.unique(np.minimum(drawn, len(self._cumulative) - 1), return_counts=True)
+        samples = np.searchsorted(self._cumulative, points, side="right")
+        songs, draw_counts = np.unique(np.minimum(samples, len(self._cumulative) - 1), return_counts=True)
         # The expected number of draws of each song, for the logQ correction.
-        expected = np.maximum(self._counts[songs] / self._total * self._count, 1e-12)
-        return songs, np.log(times).astype(np.float32) - np.log(expected).astype(np.float32)
+        expected_counts = np.maximum(self._counts[songs] / self._total * self._count, 1e-12)
+        return songs, np.log(draw_counts).astype(np.float32) - np.log(expected_counts).astype(np.float32)
 
 
 # (songs of the step (U, D), taste vectors (P, D), their targets, negatives, scale of cosine logits (P,)) -> the loss, a
@@ -139,19 +139,23 @@ class NegativeSampler:
 ObjectiveFunction = Callable[[Tensor, Tensor, Targets, Negatives, Tensor], Tensor]
 
 
-def cosine(songs_UD: Tensor, taste_PD: Tensor, targets: Targets, negatives: Negatives, scale_P: Tensor) -> Tensor:
+def cosine(
+    songs_UD: Tensor, taste_vectors_PD: Tensor, targets: Targets, negatives: Negatives, scale_P: Tensor
+) -> Tensor:
     """L_cos = 1 − cos(t, s) [paper]: the weighted sum over the targets."""
-    cosines_PT = (taste_PD.unsqueeze(1) * songs_UD[targets.places_PT]).sum(-1)
+    cosines_PT = (taste_vectors_PD.unsqueeze(1) * songs_UD[targets.places_PT]).sum(-1)
     return ((1.0 - cosines_PT) * targets.weight_PT).sum()
 
 
-def l2(songs_UD: Tensor, taste_PD: Tensor, targets: Targets, negatives: Negatives, scale_P: Tensor) -> Tensor:
+def l2(songs_UD: Tensor, taste_vectors_PD: Tensor, targets: Targets, negatives: Negatives, scale_P: Tensor) -> Tensor:
     """‖t − s‖2 [paper]: the weighted sum over the targets. On unit vectors, a far target counts less than in L_cos."""
-    squared_PT = (taste_PD.unsqueeze(1) - songs_UD[targets.places_PT]).square().sum(-1)
+    squared_PT = (taste_vectors_PD.unsqueeze(1) - songs_UD[targets.places_PT]).square().sum(-1)
     return (squared_PT.clamp(min=SMALLEST).sqrt() * targets.weight_PT).sum()
 
 
-def softmax(songs_UD: Tensor, taste_PD: Tensor, targets: Targets, negatives: Negatives, scale_P: Tensor) -> Tensor:
+def softmax(
+    songs_UD: Tensor, taste_vectors_PD: Tensor, targets: Targets, negatives: Negatives, scale_P: Tensor
+) -> Tensor:
     """Cross-entropy of each target among the targets of its position and the negatives: the weighted sum [ours].
 
     Among these songs each song counts once: a target that occurs twice at a position counts once, and a negative that
@@ -159,7 +163,7 @@ def softmax(songs_UD: Tensor, taste_PD: Tensor, targets: Targets, negatives: Neg
     an estimate of it.
     """
     loss: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        taste_PD * scale_P.unsqueeze(1), songs_UD, targets, negatives
+        taste_vectors_PD * scale_P.unsqueeze(1), songs_UD, targets, negatives
     )
     return loss
 
@@ -176,9 +180,9 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, query_PD: Tensor, songs_UD: Tensor, targets: Targets, negatives: Negatives) -> Tensor:
         """Return the weighted sum of the cross-entropies."""
         device = query_PD.device.type
-        product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query_PD.dtype
+        product_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query_PD.dtype
         with torch.autocast(device, enabled=False):
-            loss, *gradients = _cross_entropy(query_PD, songs_UD, targets, negatives, product)
+            loss, *gradients = _cross_entropy(query_PD, songs_UD, targets, negatives, product_dtype)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -195,63 +199,69 @@ def _cross_entropy(
     songs_UD: Tensor,
     targets: Targets,
     negatives: Negatives,
-    product: torch.dtype,
+    product_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss and its gradients by queries (taste vectors times scale) and by songs."""
-    (positions, each), count = targets.places_PT.shape, len(negatives.places_K)
-    own_PT = _products(query_PD, songs_UD, targets) + targets.prior_PT
-    counted_PT = own_PT + targets.missing_PT
-    best_P1, best_at_P1 = counted_PT.max(dim=1, keepdim=True)
+    (num_positions, targets_per_position), num_negatives = targets.places_PT.shape, len(negatives.places_K)
+    target_logits_PT = _products(query_PD, songs_UD, targets) + targets.prior_PT
+    distinct_logits_PT = target_logits_PT + targets.missing_PT
+    max_logits_P1, max_columns_P1 = distinct_logits_PT.max(dim=1, keepdim=True)
     # The column after the targets receives the hits of targets that are not among the negatives.
-    others_PX = nn.functional.pad(counted_PT, (0, 1), value=-torch.inf)
+    padded_logits_PX = nn.functional.pad(distinct_logits_PT, (0, 1), value=-torch.inf)
     vectors_KD = songs_UD.index_select(0, negatives.places_K)
     # H more columns add the weights of the negatives, so that one product covers all horizons.
-    left = torch.cat([query_PD, targets.horizons_PH], dim=1).to(product)
-    right = torch.cat([vectors_KD, negatives.weight_KH], dim=1).to(product)
-    vectors_KD = vectors_KD.to(product)
-    weighed_PD = (query_PD * targets.weight_P1).to(product)
-    rows = max(1, min(positions, CHUNK_LOGITS[query_PD.device.type] // (count + each + 1)))
-    logits, chances = (own_PT.new_empty(rows, count + each + 1) for _ in range(2))
-    grad_query, own_chances = torch.empty_like(query_PD), torch.empty_like(own_PT)
-    grad_vectors = query_PD.new_empty(count, query_PD.shape[1])
-    for begin in range(0, positions, rows):
-        here = slice(begin, begin + rows)
-        chunk, chance = (buffer[: min(rows, positions - begin)] for buffer in (logits, chances))
-        _multiply(left[here], right.T, chunk[:, :count])
-        chunk[:, count:] = others_PX[here]
-        chunk.scatter_(1, targets.hits_PT[here], -torch.inf)
-        torch.softmax(chunk, dim=1, out=chance)
-        own_chances[here] = chance[:, count : count + each]
-        of_negatives = chance[:, :count].to(product)
-        _multiply(of_negatives, vectors_KD, grad_query[here])
-        _multiply(of_negatives.T, weighed_PD[here], grad_vectors, add=begin > 0)
-    smallest = torch.finfo(own_chances.dtype).tiny
-    total_P1 = best_P1 - own_chances.gather(1, best_at_P1).clamp_(min=smallest).log_()
-    loss = torch.dot((total_P1 - own_PT).flatten(), targets.weight_PT.flatten())
-    grad_own_PT = own_chances.mul_(targets.weight_P1).sub_(targets.weight_PT)
-    grad_query.mul_(targets.weight_P1).add_(_weighed_sums(songs_UD, targets.places_PT, grad_own_PT))
+    extended_queries = torch.cat([query_PD, targets.horizons_PH], dim=1).to(product_dtype)
+    extended_negatives = torch.cat([vectors_KD, negatives.weight_KH], dim=1).to(product_dtype)
+    vectors_KD = vectors_KD.to(product_dtype)
+    weighted_queries_PD = (query_PD * targets.weight_P1).to(product_dtype)
+    chunk_rows = max(
+        1, min(num_positions, CHUNK_LOGITS[query_PD.device.type] // (num_negatives + targets_per_position + 1))
+    )
+    logit_buffer, probability_buffer = (
+        target_logits_PT.new_empty(chunk_rows, num_negatives + targets_per_position + 1) for _ in range(2)
+    )
+    grad_query, target_probabilities = torch.empty_like(query_PD), torch.empty_like(target_logits_PT)
+    grad_negatives = query_PD.new_empty(num_negatives, query_PD.shape[1])
+    for start in range(0, num_positions, chunk_rows):
+        chunk = slice(start, start + chunk_rows)
+        logits, probabilities = (
+            buffer[: min(chunk_rows, num_positions - start)] for buffer in (logit_buffer, probability_buffer)
+        )
+        _multiply(extended_queries[chunk], extended_negatives.T, logits[:, :num_negatives])
+        logits[:, num_negatives:] = padded_logits_PX[chunk]
+        logits.scatter_(1, targets.hits_PT[chunk], -torch.inf)
+        torch.softmax(logits, dim=1, out=probabilities)
+        target_probabilities[chunk] = probabilities[:, num_negatives : num_negatives + targets_per_position]
+        negative_probabilities = probabilities[:, :num_negatives].to(product_dtype)
+        _multiply(negative_probabilities, vectors_KD, grad_query[chunk])
+        _multiply(negative_probabilities.T, weighted_queries_PD[chunk], grad_negatives, add=start > 0)
+    smallest = torch.finfo(target_probabilities.dtype).tiny
+    log_sum_P1 = max_logits_P1 - target_probabilities.gather(1, max_columns_P1).clamp_(min=smallest).log_()
+    loss = torch.dot((log_sum_P1 - target_logits_PT).flatten(), targets.weight_PT.flatten())
+    grad_logits_PT = target_probabilities.mul_(targets.weight_P1).sub_(targets.weight_PT)
+    grad_query.mul_(targets.weight_P1).add_(_weighted_sums(songs_UD, targets.places_PT, grad_logits_PT))
     grad_songs = nn.functional.embedding_bag(
         targets.positions_M,
         query_PD,
         targets.songs_of_M,
         mode="sum",
-        per_sample_weights=grad_own_PT.flatten().index_select(0, targets.by_song_M),
+        per_sample_weights=grad_logits_PT.flatten().index_select(0, targets.by_song_M),
         include_last_offset=True,
     )
-    return loss, grad_query, grad_songs.index_add_(0, negatives.places_K, grad_vectors)
+    return loss, grad_query, grad_songs.index_add_(0, negatives.places_K, grad_negatives)
 
 
 def _products(query_PD: Tensor, songs_UD: Tensor, targets: Targets) -> Tensor:
     """(P, T): dot products of queries and their targets, one column at a time; 0 after the last target of a column."""
-    found_PT = query_PD.new_zeros(targets.places_PT.shape)
-    for place, rows in enumerate(targets.rows):
-        songs = songs_UD.index_select(0, targets.places_PT[:rows, place])
-        column = found_PT[:rows, place].view(rows, 1, 1)
-        torch.bmm(query_PD[:rows].unsqueeze(1), songs.unsqueeze(2), out=column)
-    return found_PT
+    products_PT = query_PD.new_zeros(targets.places_PT.shape)
+    for column, rows in enumerate(targets.rows):
+        songs = songs_UD.index_select(0, targets.places_PT[:rows, column])
+        column_products = products_PT[:rows, column].view(rows, 1, 1)
+        torch.bmm(query_PD[:rows].unsqueeze(1), songs.unsqueeze(2), out=column_products)
+    return products_PT
 
 
-def _weighed_sums(songs_UD: Tensor, places_PT: Tensor, weight_PT: Tensor) -> Tensor:
+def _weighted_sums(songs_UD: Tensor, places_PT: Tensor, weight_PT: Tensor) -> Tensor:
     """(P, D): the weighted sum of the songs at the places of each row."""
     return nn.functional.embedding_bag(places_PT, songs_UD, mode="sum", per_sample_weights=weight_PT)
 

@@ -59,8 +59,8 @@ class Share:
         """
         if self.workers == 1:
             return rows
-        longest = -(-total // self.workers)
-        padded = torch.nn.functional.pad(rows, [0, 0] * (rows.dim() - 1) + [0, longest - len(rows)])
+        max_rows = -(-total // self.workers)
+        padded = torch.nn.functional.pad(rows, [0, 0] * (rows.dim() - 1) + [0, max_rows - len(rows)])
         parts = None if self.rank else [torch.empty_like(padded) for _ in range(self.workers)]
         dist.gather(padded.contiguous(), parts)
         return None if parts is None else torch.stack(parts, dim=1).flatten(0, 1)[:total]
@@ -94,15 +94,17 @@ class RowExchange:
         if self._share.workers == 1:
             return step
         workers = self._share.workers
-        songs_of = [step.songs[name].numpy() for name in tables]
-        sent = np.array([self._counts(songs) for songs in songs_of], dtype=np.int64).reshape(len(tables), workers)
-        outgoing = np.concatenate([sent.T, np.tile(step.counts, (workers, 1))], axis=1)
+        songs_of_tables = [step.songs[name].numpy() for name in tables]
+        sent_counts = np.array([self._counts_by_worker(songs) for songs in songs_of_tables], dtype=np.int64).reshape(
+            len(tables), workers
+        )
+        outgoing = np.concatenate([sent_counts.T, np.tile(step.counts, (workers, 1))], axis=1)
         incoming = torch.empty(outgoing.shape, dtype=torch.int64)
         dist.all_to_all_single(incoming, torch.from_numpy(outgoing), group=self._host)
-        received = incoming[:, : len(tables)].T.tolist()
+        received_counts = incoming[:, : len(tables)].T.tolist()
         requests = {
-            name: self._requests(songs // workers, sent[number].tolist(), received[number])
-            for number, (name, songs) in enumerate(zip(tables, songs_of, strict=True))
+            name: self._exchange_requests(songs // workers, sent_counts[index].tolist(), received_counts[index])
+            for index, (name, songs) in enumerate(zip(tables, songs_of_tables, strict=True))
         }
         totals = incoming[:, len(tables) :].sum(dim=0).numpy()
         return replace(step, targets=step.targets.weighed(totals), requests=requests)
@@ -114,25 +116,25 @@ class RowExchange:
             return table_nD.index_select(0, torch.from_numpy(songs).to(device))
         workers = self._share.workers
         order = np.argsort(songs % workers, kind="stable")
-        sent = torch.from_numpy(self._counts(songs))
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self._host)
-        requests = self._requests(songs[order] // workers, sent.tolist(), received.tolist())
-        by_worker_UD = fetch_rows(table_nD, replace(requests, rows_R=requests.rows_R.to(device)))
-        return by_worker_UD.index_select(0, torch.from_numpy(np.argsort(order)).to(device))
+        sent_counts = torch.from_numpy(self._counts_by_worker(songs))
+        received_counts = torch.empty_like(sent_counts)
+        dist.all_to_all_single(received_counts, sent_counts, group=self._host)
+        requests = self._exchange_requests(songs[order] // workers, sent_counts.tolist(), received_counts.tolist())
+        rows_by_worker_UD = fetch_rows(table_nD, replace(requests, rows_R=requests.rows_R.to(device)))
+        return rows_by_worker_UD.index_select(0, torch.from_numpy(np.argsort(order)).to(device))
 
-    def _counts(self, songs: np.ndarray) -> np.ndarray:
+    def _counts_by_worker(self, songs: np.ndarray) -> np.ndarray:
         """int64 (W,): how many of the songs each worker keeps."""
         return np.bincount(songs % self._share.workers, minlength=self._share.workers)
 
-    def _requests(self, rows_U: np.ndarray, sent: list[int], received: list[int]) -> RowRequests:
-        rows_R = torch.empty(sum(received), dtype=torch.int32)
+    def _exchange_requests(self, rows_U: np.ndarray, sent_counts: list[int], received_counts: list[int]) -> RowRequests:
+        rows_R = torch.empty(sum(received_counts), dtype=torch.int32)
         rows_sent = torch.from_numpy(rows_U.astype(np.int32))
-        dist.all_to_all_single(rows_R, rows_sent, received, sent, group=self._host)
+        dist.all_to_all_single(rows_R, rows_sent, received_counts, sent_counts, group=self._host)
         rows_V, places_R = np.unique(rows_R.numpy(), return_inverse=True)
         return RowRequests(
-            sent=sent,
-            received=received,
+            sent=sent_counts,
+            received=received_counts,
             rows_R=rows_R.long(),
             rows_V=torch.from_numpy(rows_V).long(),
             places_R=torch.from_numpy(places_R),
@@ -141,9 +143,9 @@ class RowExchange:
 
 def fetch_rows(table_ND: Tensor, requests: RowRequests) -> Tensor:
     """float32 (U, D): the rows that this worker requested from all workers; `table_ND` holds its own rows."""
-    found_UD = table_ND.new_empty(sum(requests.sent), table_ND.shape[1])
-    dist.all_to_all_single(found_UD, table_ND.index_select(0, requests.rows_R), requests.sent, requests.received)
-    return found_UD
+    rows_UD = table_ND.new_empty(sum(requests.sent), table_ND.shape[1])
+    dist.all_to_all_single(rows_UD, table_ND.index_select(0, requests.rows_R), requests.sent, requests.received)
+    return rows_UD
 
 
 def return_gradients(gradient_UD: Tensor, requests: RowRequests) -> Tensor:
@@ -151,9 +153,11 @@ def return_gradients(gradient_UD: Tensor, requests: RowRequests) -> Tensor:
 
     `gradient_UD` are the gradients of the rows that this worker looked up.
     """
-    found_RD = gradient_UD.new_empty(sum(requests.received), gradient_UD.shape[1])
-    dist.all_to_all_single(found_RD, gradient_UD.contiguous(), requests.received, requests.sent)
-    return found_RD.new_zeros(len(requests.rows_V), found_RD.shape[1]).index_add_(0, requests.places_R, found_RD)
+    gradients_RD = gradient_UD.new_empty(sum(requests.received), gradient_UD.shape[1])
+    dist.all_to_all_single(gradients_RD, gradient_UD.contiguous(), requests.received, requests.sent)
+    return gradients_RD.new_zeros(len(requests.rows_V), gradients_RD.shape[1]).index_add_(
+        0, requests.places_R, gradients_RD
+    )
 
 
 class Decay:
@@ -229,11 +233,11 @@ class RowAdam(SongTable):
         self.steps = torch.zeros((), device=table_nD.device)
         self._decay = Decay(averaged_part)
         # Means of gradients and of their squares, and the averages of rows if they are computed: (2 or 3, n, D).
-        self._kept = table_nD.new_zeros(3 if averaged_part else 2, *table_nD.shape)
+        self._slots = table_nD.new_zeros(3 if averaged_part else 2, *table_nD.shape)
         if averaged_part:
-            self._kept[2] = table_nD
+            self._slots[2] = table_nD
             # The log of the total decay when each row was last looked up.
-            self._seen = torch.zeros(len(table_nD), dtype=torch.float64, device=table_nD.device)
+            self._log_total_at_lookup = torch.zeros(len(table_nD), dtype=torch.float64, device=table_nD.device)
 
     def look_up(self, songs_U: Tensor, requests: RowRequests | None) -> Tensor:
         """Return the rows as in `SongTable`, as a leaf tensor that collects a gradient."""
@@ -251,10 +255,10 @@ class RowAdam(SongTable):
             self._step(requests.rows_V, rows_VD, return_gradients(gradient_UD, requests))
 
     def _step(self, rows_V: Tensor, values_VD: Tensor, gradient_VD: Tensor) -> None:
-        slots = self._kept.index_select(1, rows_V)
+        slots = self._slots.index_select(1, rows_V)
         if self._decay.part:
-            torch.lerp(values_VD, slots[2], self._since(rows_V), out=slots[2])
-            self._seen.index_fill_(0, rows_V, self._decay.log_total)
+            torch.lerp(values_VD, slots[2], self._decay_since_lookup(rows_V), out=slots[2])
+            self._log_total_at_lookup.index_fill_(0, rows_V, self._decay.log_total)
             self._decay.step()
         adam(
             [values_VD],
@@ -273,34 +277,34 @@ class RowAdam(SongTable):
             maximize=False,
         )
         self._table.index_copy_(0, rows_V, values_VD)
-        self._kept.index_copy_(1, rows_V, slots)
+        self._slots.index_copy_(1, rows_V, slots)
 
     def averaged(self) -> Tensor:
         """As in `SongTable`."""
         if not self._decay.part:
             return self._table
-        since = self._since(torch.arange(len(self._table), device=self._table.device))
-        return torch.lerp(self._table, self._kept[2], since)
+        decay = self._decay_since_lookup(torch.arange(len(self._table), device=self._table.device))
+        return torch.lerp(self._table, self._slots[2], decay)
 
-    def _since(self, rows_V: Tensor) -> Tensor:
+    def _decay_since_lookup(self, rows_V: Tensor) -> Tensor:
         """float32 (V, 1): the decay of the averages of rows since each row was last looked up."""
-        return (self._decay.log_total - self._seen.index_select(0, rows_V)).exp_().float().unsqueeze(1)
+        return (self._decay.log_total - self._log_total_at_lookup.index_select(0, rows_V)).exp_().float().unsqueeze(1)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """As in `SongTable`."""
         common = {"steps": self.steps}
         if self._decay.part:
             common["decay"] = self._decay.state()
-        return common, self._slots()
+        return common, self._named_slots()
 
     def load(self, common: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
         """As in `SongTable`."""
-        for name, values in self._slots().items():
+        for name, values in self._named_slots().items():
             values.copy_(rows[name])
         self.steps.copy_(common["steps"])
         if self._decay.part:
             self._decay.load(common["decay"])
 
-    def _slots(self) -> dict[str, Tensor]:
-        slots = dict(zip(("mean", "square", "average"), self._kept, strict=False))
-        return {"table": self._table} | slots | ({"seen": self._seen} if self._decay.part else {})
+    def _named_slots(self) -> dict[str, Tensor]:
+        slots = dict(zip(("mean", "square", "average"), self._slots, strict=False))
+        return {"table": self._table} | slots | ({"seen": self._log_total_at_lookup} if self._decay.part else {})

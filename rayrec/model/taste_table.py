@@ -56,23 +56,25 @@ class TasteRows:
     heard: pa.ListArray  # int32 lists: the distinct songs of each user, ascending
     plays: np.ndarray  # int64 (U,), number of plays in the state
 
-    def states(self, place: np.ndarray) -> States:
-        """Return the states of the users at `place`."""
-        return States(hidden=self.hidden[place], last_played_at=self.last_played_at[place])
+    def states(self, positions: np.ndarray) -> States:
+        """Return the states of the users at `positions`."""
+        return States(hidden=self.hidden[positions], last_played_at=self.last_played_at[positions])
 
-    def put(self, place: np.ndarray, states: States, plays: np.ndarray) -> None:
-        """Set the states of the users at `place`, and the numbers of plays in these states."""
-        self.hidden[place], self.last_played_at[place] = states.hidden, states.last_played_at
-        self.plays[place] = plays
+    def put(self, positions: np.ndarray, states: States, plays: np.ndarray) -> None:
+        """Set the states of the users at `positions`, and the numbers of plays in these states."""
+        self.hidden[positions], self.last_played_at[positions] = states.hidden, states.last_played_at
+        self.plays[positions] = plays
 
-    def hear(self, place: np.ndarray, histories: Histories) -> None:
-        """Add the songs of `histories` to the songs heard by the users at `place`."""
-        known = self.heard.take(pa.array(place))
-        lengths = np.diff(known.offsets.to_numpy())
-        rows = np.concatenate([np.repeat(np.arange(len(place)), lengths), histories.rows])
-        merged = heard_lists(rows, np.concatenate([known.flatten().to_numpy(), histories.songs]), len(place))
+    def hear(self, positions: np.ndarray, histories: Histories) -> None:
+        """Add the songs of `histories` to the songs heard by the users at `positions`."""
+        earlier_songs = self.heard.take(pa.array(positions))
+        lengths = np.diff(earlier_songs.offsets.to_numpy())
+        rows = np.concatenate([np.repeat(np.arange(len(positions)), lengths), histories.rows])
+        merged = heard_lists(
+            rows, np.concatenate([earlier_songs.flatten().to_numpy(), histories.songs]), len(positions)
+        )
         order = np.arange(len(self.user_ids))
-        order[place] = len(order) + np.arange(len(place))
+        order[positions] = len(order) + np.arange(len(positions))
         self.heard = pa.concat_arrays([self.heard, merged]).take(pa.array(order))
 
 
@@ -133,11 +135,11 @@ def heard_lists(rows: np.ndarray, songs: np.ndarray, users: int) -> pa.ListArray
     """int32 lists of `users` rows: the distinct songs of each row, ascending; `rows` and `songs` are int (P,)."""
     order = np.lexsort((songs, rows))
     rows, songs = rows[order], songs[order]
-    first = np.ones(len(songs), dtype=bool)
-    first[1:] = (rows[1:] != rows[:-1]) | (songs[1:] != songs[:-1])
-    counts = np.bincount(rows[first], minlength=users)
+    is_first = np.ones(len(songs), dtype=bool)
+    is_first[1:] = (rows[1:] != rows[:-1]) | (songs[1:] != songs[:-1])
+    counts = np.bincount(rows[is_first], minlength=users)
     offsets = offsets_of(counts).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(songs[first]))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(songs[is_first]))
 
 
 def _fixed_lists(rows: np.ndarray) -> pa.ListArray:
@@ -164,7 +166,7 @@ def full_tables(
 ) -> Iterator[pa.Table]:
     """Yield the rows of a bucket, computed from the first play of each user."""
     for histories in dataset.read_bucket(bucket, users):
-        yield _from_start(encoder, histories, at, counts)
+        yield _compute_table(encoder, histories, at, counts)
 
 
 def continued_tables(
@@ -183,31 +185,31 @@ def continued_tables(
     Only the new parts are read; the whole bucket is read only if new plays of a user are older than the user's state.
     Raises `DamagedArtifactError` if the rows are not sorted by user id.
     """
-    new = _Forward(dataset.read_bucket(bucket, users, first_part=first_part))
-    whole = _Forward(dataset.read_bucket(bucket, users))  # reads nothing unless it is needed
-    last = ""
+    new_reader = _ForwardReader(dataset.read_bucket(bucket, users, first_part=first_part))
+    full_reader = _ForwardReader(dataset.read_bucket(bucket, users))  # reads nothing unless it is needed
+    last_user_id = ""
     for table in base:
         rows = rows_of(table, encoder)
-        if (rows.user_ids[1:] <= rows.user_ids[:-1]).any() or (len(table) and rows.user_ids[0] <= last):
+        if (rows.user_ids[1:] <= rows.user_ids[:-1]).any() or (len(table) and rows.user_ids[0] <= last_user_id):
             raise DamagedArtifactError(
                 "the rows of the earlier taste vectors are not sorted by user id; run `rayrec taste --full`"
             )
-        last = str(rows.user_ids[-1]) if len(table) else last
-        unchanged, added = len(table), []
-        again = [np.zeros(0, dtype=object)]
-        for histories in new.up_to(last):
+        last_user_id = str(rows.user_ids[-1]) if len(table) else last_user_id
+        unchanged, new_tables = len(table), []
+        recomputed_ids = [np.zeros(0, dtype=object)]
+        for histories in new_reader.up_to(last_user_id):
             is_known = np.isin(histories.user_ids, rows.user_ids)
             unchanged -= int(is_known.sum())
-            again.append(_go_on(encoder, rows, histories.take(is_known), counts))
+            recomputed_ids.append(_continue_states(encoder, rows, histories.take(is_known), counts))
             if not is_known.all():
-                added.append(_from_start(encoder, histories.take(~is_known), at, counts))
-        for histories in whole.find(np.concatenate(again)):
-            _start_again(encoder, rows, histories, counts)
+                new_tables.append(_compute_table(encoder, histories.take(~is_known), at, counts))
+        for histories in full_reader.find(np.concatenate(recomputed_ids)):
+            _recompute_states(encoder, rows, histories, counts)
         counts.unchanged += unchanged
-        updated = rows_table(encoder, rows, at)
-        yield pa.concat_tables([updated, *added]).sort_by(columns.USER) if added else updated
-    for histories in new.rest():
-        yield _from_start(encoder, histories, at, counts)
+        updated_table = rows_table(encoder, rows, at)
+        yield pa.concat_tables([updated_table, *new_tables]).sort_by(columns.USER) if new_tables else updated_table
+    for histories in new_reader.remaining():
+        yield _compute_table(encoder, histories, at, counts)
 
 
 def rows_of(table: pa.Table, encoder: TasteEncoder) -> TasteRows:
@@ -222,43 +224,43 @@ def rows_of(table: pa.Table, encoder: TasteEncoder) -> TasteRows:
     )
 
 
-def _from_start(encoder: TasteEncoder, histories: Histories, at: int, counts: Counts) -> pa.Table:
+def _compute_table(encoder: TasteEncoder, histories: Histories, at: int, counts: Counts) -> pa.Table:
     counts.new += len(histories)
     counts.plays_computed += histories.num_plays
     return taste_table(encoder, histories, at)
 
 
-def _go_on(encoder: TasteEncoder, rows: TasteRows, new: Histories, counts: Counts) -> np.ndarray:
+def _continue_states(encoder: TasteEncoder, rows: TasteRows, histories: Histories, counts: Counts) -> np.ndarray:
     """Continue states with new plays; return the ids of users whose new plays are older (left unchanged)."""
-    if not len(new):
+    if not len(histories):
         return np.zeros(0, dtype=object)
-    place = pd.Index(rows.user_ids).get_indexer(pd.Index(new.user_ids))
+    positions = pd.Index(rows.user_ids).get_indexer(pd.Index(histories.user_ids))
     # New plays at the moment of the last play come after it, as they do when parts are merged.
-    follows = new.played_at[new.offsets[:-1]] >= rows.last_played_at[place]
-    some, place_of_some = new.take(follows), place[follows]
-    _, states = encoder.run(some, start=rows.states(place_of_some))
-    rows.put(place_of_some, states, rows.plays[place_of_some] + some.lengths)
-    rows.hear(place_of_some, some)
-    counts.continued += len(some)
-    counts.plays_computed += some.num_plays
-    return np.asarray(new.user_ids[~follows])
+    is_later = histories.played_at[histories.offsets[:-1]] >= rows.last_played_at[positions]
+    continued, continued_positions = histories.take(is_later), positions[is_later]
+    _, states = encoder.run(continued, start=rows.states(continued_positions))
+    rows.put(continued_positions, states, rows.plays[continued_positions] + continued.lengths)
+    rows.hear(continued_positions, continued)
+    counts.continued += len(continued)
+    counts.plays_computed += continued.num_plays
+    return np.asarray(histories.user_ids[~is_later])
 
 
-def _start_again(encoder: TasteEncoder, rows: TasteRows, histories: Histories, counts: Counts) -> None:
-    place = pd.Index(rows.user_ids).get_indexer(pd.Index(histories.user_ids))
+def _recompute_states(encoder: TasteEncoder, rows: TasteRows, histories: Histories, counts: Counts) -> None:
+    positions = pd.Index(rows.user_ids).get_indexer(pd.Index(histories.user_ids))
     _, states = encoder.run(histories)
-    rows.put(place, states, histories.lengths)
-    rows.hear(place, histories)
+    rows.put(positions, states, histories.lengths)
+    rows.hear(positions, histories)
     counts.recomputed += len(histories)
     counts.plays_computed += histories.num_plays
 
 
-class _Forward:
+class _ForwardReader:
     """Finds users in a stream of batches that is sorted by user id, and reads the stream only once."""
 
     def __init__(self, batches: Iterator[Histories]) -> None:
         self._batches = batches
-        self._rest: Histories | None = None
+        self._remainder: Histories | None = None
 
     def find(self, user_ids: np.ndarray) -> Iterator[Histories]:
         """Yield the histories of `user_ids`, which must be ascending, batch by batch."""
@@ -273,14 +275,14 @@ class _Forward:
             if end:
                 yield batch.take(np.arange(end))
             if end < len(batch):
-                self._rest = batch.take(np.arange(end, len(batch)))
+                self._remainder = batch.take(np.arange(end, len(batch)))
                 return
 
-    def rest(self) -> Iterator[Histories]:
+    def remaining(self) -> Iterator[Histories]:
         """Yield all histories that have not been read yet."""
         while (batch := self._next()) is not None:
             yield batch
 
     def _next(self) -> Histories | None:
-        batch, self._rest = self._rest, None
+        batch, self._remainder = self._remainder, None
         return next(self._batches, None) if batch is None else batch

@@ -52,9 +52,11 @@ class Horizon:
 
     def spans(self, histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
         """int64 (Q,) each: the position of the first target play of each query, and the position after the last one."""
-        first = histories.offsets[queries.rows] + queries.seen
+        next_positions = histories.offsets[queries.rows] + queries.seen
         ends = histories.offsets[queries.rows + 1]
-        return np.minimum(first + self.min_offset - 1, ends), np.minimum(first + self.max_offset, ends)
+        return np.minimum(next_positions + self.min_offset - 1, ends), np.minimum(
+            next_positions + self.max_offset, ends
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,23 +85,25 @@ class DaysHorizon:
 
     def spans(self, histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
         """As in `Horizon`."""
-        first = histories.offsets[queries.rows] + queries.seen
-        last = np.minimum(histories.offsets[queries.rows + 1], first + PLAYS_IN_DAYS)
-        begin, end = (
-            _first_since(histories.played_at, first, last, queries.at + day * DAY_MS)
+        next_positions = histories.offsets[queries.rows] + queries.seen
+        limits = np.minimum(histories.offsets[queries.rows + 1], next_positions + PLAYS_IN_DAYS)
+        starts, ends = (
+            _find_first_since(histories.played_at, next_positions, limits, queries.at + day * DAY_MS)
             for day in (self.first_day, self.last_day)
         )
-        return begin, end
+        return starts, ends
 
 
-def _first_since(played_at: np.ndarray, begin: np.ndarray, end: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """int64 (Q,): the first position in [begin, end) that was played at or after a moment; `end` if there is none."""
-    while (begin < end).any():  # a binary search for all queries at once
-        middle = (begin + end) // 2
-        inside = begin < end
-        earlier = inside & (played_at[np.where(inside, middle, 0)] < moments)
-        begin, end = np.where(earlier, middle + 1, begin), np.where(inside & ~earlier, middle, end)
-    return begin
+def _find_first_since(
+    played_at: np.ndarray, starts: np.ndarray, ends: np.ndarray, timestamps: np.ndarray
+) -> np.ndarray:
+    """int64 (Q,): the first position in [start, end) that was played at or after a timestamp; the end if none was."""
+    while (starts < ends).any():  # a binary search for all queries at once
+        middle = (starts + ends) // 2
+        is_open = starts < ends
+        is_earlier = is_open & (played_at[np.where(is_open, middle, 0)] < timestamps)
+        starts, ends = np.where(is_earlier, middle + 1, starts), np.where(is_open & ~is_earlier, middle, ends)
+    return starts
 
 
 AnyHorizon = Horizon | DaysHorizon
@@ -173,7 +177,7 @@ class ModelConfig:
         return cls(**{**raw, "features": features, "horizons": horizons, "averages": tuple(raw["averages"])})
 
 
-_PAPERS: dict[str, Any] = {
+_PAPER_SETTINGS: dict[str, Any] = {
     **{"objective": "cosine", "song_table": "frozen", "averages": ()},
     **{"dropout": 0.0, "averaged_part": 0.0},
 }
@@ -189,10 +193,10 @@ class TrainConfig(Settings):
         # The paper's networks, on histories and on playlists, short- and long-term: frozen song vectors, cosine
         # distance, one horizon, no averages. The paper's offsets of the long horizon are unknown; the
         # defaults are used.
-        "r_hst": {**_PAPERS, "long": ()},
-        "r_hlt": {**_PAPERS, "short": ()},
-        "r_pst": {**_PAPERS, "source": "playlists", "long": ()},
-        "r_plt": {**_PAPERS, "source": "playlists", "short": ()},
+        "r_hst": {**_PAPER_SETTINGS, "long": ()},
+        "r_hlt": {**_PAPER_SETTINGS, "short": ()},
+        "r_pst": {**_PAPER_SETTINGS, "source": "playlists", "long": ()},
+        "r_plt": {**_PAPER_SETTINGS, "source": "playlists", "short": ()},
     }
 
     source: Source = Field(

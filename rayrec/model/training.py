@@ -61,27 +61,27 @@ class TrainingStep:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors that are on the device, for a step on a device."""
-        found: list[Tensor] = []
+        tensors: list[Tensor] = []
 
-        def note(tensor: Tensor) -> Tensor:
-            found.append(tensor)
+        def collect(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
             return tensor
 
-        _moved(self, note)
-        return found
+        _map_tensors(self, collect)
+        return tensors
 
-    def to(self, device: torch.device, copies: torch.cuda.Stream | None) -> "TrainingStep":
-        """Return the step copied to `device` on the stream `copies`, while other streams of the device continue.
+    def to(self, device: torch.device, copy_stream: torch.cuda.Stream | None) -> "TrainingStep":
+        """Return the step copied to `device` on the stream `copy_stream`, while other streams of the device continue.
 
         Call `await_copies` before the step is used. Without a stream, on a CPU, return the step itself.
         """
-        if copies is None:
+        if copy_stream is None:
             return self
-        with torch.cuda.device(copies.device), torch.cuda.stream(copies):  # a new thread uses device 0
-            moved: TrainingStep = _moved(
+        with torch.cuda.device(copy_stream.device), torch.cuda.stream(copy_stream):  # a new thread uses device 0
+            copied_step: TrainingStep = _map_tensors(
                 self, lambda tensor: tensor.contiguous().pin_memory().to(device, non_blocking=True)
             )
-        return replace(moved, copied=copies.record_event())
+        return replace(copied_step, copied=copy_stream.record_event())
 
     def await_copies(self) -> None:
         """Make the current stream wait until the step is on the device; the host does not wait."""
@@ -112,46 +112,52 @@ class StepMaker:
         inputs_B = torch.tensor(windows.inputs)  # a copy, since Arrow's arrays are read-only
         batch = padded.shortened(inputs_B)
         width = batch.songs_BL.shape[1]
-        songs = _without_padding(batch.songs_BL.numpy(), windows.inputs)
-        drawn = {
-            name: self._targets(padded.songs_BL.numpy(), windows, horizon, np.random.default_rng(horizon_seed))
+        songs = _replace_padding(batch.songs_BL.numpy(), windows.inputs)
+        targets_by_horizon = {
+            name: self._draw_targets(padded.songs_BL.numpy(), windows, horizon, np.random.default_rng(horizon_seed))
             for (name, horizon), horizon_seed in zip(self._model.horizons.items(), seeds, strict=True)
         }
-        negatives, weights = self._negatives(np.random.default_rng(seed))
-        averaged = songs if self._model.input_table and self._model.averages else songs[:, :0]
-        outputs = [averaged, *(targets for _, targets, _ in drawn.values()), negatives]
-        tables: dict[str, np.ndarray] = {}
+        negatives, corrections = self._draw_negatives(np.random.default_rng(seed))
+        averaged_songs = songs if self._model.input_table and self._model.averages else songs[:, :0]
+        output_songs = [averaged_songs, *(targets for _, targets, _ in targets_by_horizon.values()), negatives]
+        songs_by_table: dict[str, np.ndarray] = {}
         if self._model.input_table:
-            tables[INPUT_TABLE], (places,) = self._distinct([songs])
-            tables[SONG_TABLE], of_outputs = self._distinct(outputs)
+            songs_by_table[INPUT_TABLE], (input_rows,) = self._distinct_songs([songs])
+            songs_by_table[SONG_TABLE], output_rows = self._distinct_songs(output_songs)
         else:
-            tables[SONG_TABLE], (places, *of_outputs) = self._distinct([songs, *outputs])
-        averaged_places, *target_places, negative_places = of_outputs
-        counts = [int(exists.sum()) for _, _, exists in drawn.values()]
-        targets = self._as_targets(drawn, target_places, negatives, songs.size, len(tables[SONG_TABLE]))
+            songs_by_table[SONG_TABLE], (input_rows, *output_rows) = self._distinct_songs([songs, *output_songs])
+        averaged_rows, *target_rows, negative_rows = output_rows
+        target_counts = [int(exists.sum()) for _, _, exists in targets_by_horizon.values()]
+        targets = self._merge_targets(
+            targets_by_horizon, target_rows, negatives, songs.size, len(songs_by_table[SONG_TABLE])
+        )
         return TrainingStep(
             number=number,
             seed=seed + self._share.rank,
             windows=windows,
-            batch=replace(batch, songs_BL=torch.from_numpy(places.reshape(songs.shape))),
-            averaged_BL=torch.from_numpy(averaged_places.reshape(averaged.shape)),
+            batch=replace(batch, songs_BL=torch.from_numpy(input_rows.reshape(songs.shape))),
+            averaged_BL=torch.from_numpy(averaged_rows.reshape(averaged_songs.shape)),
             request_gap_BL=padded.gap_BL[:, 1 : width + 1],
-            songs={name: torch.from_numpy(values) for name, values in tables.items()},
-            targets=targets.weighed(np.array(counts)),
+            songs={name: torch.from_numpy(values) for name, values in songs_by_table.items()},
+            targets=targets.weighed(np.array(target_counts)),
             negatives=Negatives(
-                places_K=torch.from_numpy(negative_places),
-                weight_KH=torch.from_numpy(np.stack([weights + self._prior(name, negatives) for name in drawn], 1)),
+                places_K=torch.from_numpy(negative_rows),
+                weight_KH=torch.from_numpy(
+                    np.stack([corrections + self._prior(name, negatives) for name in targets_by_horizon], 1)
+                ),
             ),
-            counts=counts,
+            counts=target_counts,
         )
 
-    def _distinct(self, parts: Iterable[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Return the distinct songs of all parts, int64, grouped by their worker, and each part's places in them."""
-        flat = [np.asarray(part, dtype=np.int64).ravel() for part in parts]
-        workers, songs = self._share.workers, np.concatenate(flat)
-        rows = -(-self._num_songs // workers)  # per worker, at most
-        keys, places = np.unique(songs % workers * rows + songs // workers, return_inverse=True)
-        return keys % rows * workers + keys // rows, np.split(places.ravel(), np.cumsum(list(map(len, flat)))[:-1])
+    def _distinct_songs(self, parts: Iterable[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return the distinct songs of all parts, int64, grouped by their worker, and each part's positions in them."""
+        flat_parts = [np.asarray(part, dtype=np.int64).ravel() for part in parts]
+        workers, songs = self._share.workers, np.concatenate(flat_parts)
+        rows_per_worker = -(-self._num_songs // workers)  # at most
+        keys, positions = np.unique(songs % workers * rows_per_worker + songs // workers, return_inverse=True)
+        return keys % rows_per_worker * workers + keys // rows_per_worker, np.split(
+            positions.ravel(), np.cumsum(list(map(len, flat_parts)))[:-1]
+        )
 
     def _prior(self, horizon: str, songs: np.ndarray) -> np.ndarray:
         """float32, of the shape of `songs`: the prior that is added to their logits on a horizon."""
@@ -159,61 +165,67 @@ class StepMaker:
             return np.asarray(self._priors[horizon][songs])
         return np.zeros(songs.shape, dtype=np.float32)
 
-    def _negatives(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _draw_negatives(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return the negative songs, int64 (K,), ascending, and corrections to add to their logits, float32 (K,)."""
         if self._config.objective == "softmax":
             return np.arange(self._num_songs), np.zeros(self._num_songs, dtype=np.float32)
         return self._sampler.draw(rng)
 
-    def _targets(
+    def _draw_targets(
         self, songs_BL: np.ndarray, windows: Windows, horizon: AnyHorizon, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return positions (P,) with targets, flat in (B, L inputs), the target songs (P, T), and which exist (P, T).
 
         For a horizon of several offsets, or of days, T = `long_targets` targets are drawn for each position.
         """
-        rows, longest = len(windows), max(1, int(windows.inputs.max(initial=0)))
+        num_windows, longest = len(windows), max(1, int(windows.inputs.max(initial=0)))
         draws = 1 if horizon.choices == 1 else self._config.long_targets
         # Drawn for the whole batch, so that the targets of a window do not depend on the number of workers.
-        drawn = (int(windows.places.max(initial=-1)) + 1, self._config.window, draws)
+        draw_shape = (int(windows.places.max(initial=-1)) + 1, self._config.window, draws)
         exists = np.arange(longest)[:, None] < windows.inputs[:, None, None]
         if isinstance(horizon, DaysHorizon):
-            first, count = _in_days(windows, horizon, longest)
-            target = first[..., None] + (rng.random(drawn)[windows.places, :longest] * count[..., None]).astype(int)
-            exists = np.broadcast_to(exists & (count[..., None] > 0), target.shape)
+            first, count = _find_plays_in_days(windows, horizon, longest)
+            target_positions = first[..., None] + (
+                rng.random(draw_shape)[windows.places, :longest] * count[..., None]
+            ).astype(int)
+            exists = np.broadcast_to(exists & (count[..., None] > 0), target_positions.shape)
         else:
-            offsets = rng.integers(horizon.min_offset, horizon.max_offset + 1, drawn)[windows.places, :longest]
-            target = np.arange(longest)[:, None] + offsets
-            exists = exists & (target < windows.plays.lengths[:, None, None])
-        songs = np.take_along_axis(songs_BL, np.where(exists, target, 0).reshape(rows, longest * draws), axis=1)
-        songs, exists = songs.reshape(rows * longest, draws), exists.reshape(rows * longest, draws)
+            offsets = rng.integers(horizon.min_offset, horizon.max_offset + 1, draw_shape)[windows.places, :longest]
+            target_positions = np.arange(longest)[:, None] + offsets
+            exists = exists & (target_positions < windows.plays.lengths[:, None, None])
+        songs = np.take_along_axis(
+            songs_BL, np.where(exists, target_positions, 0).reshape(num_windows, longest * draws), axis=1
+        )
+        songs, exists = songs.reshape(num_windows * longest, draws), exists.reshape(num_windows * longest, draws)
         positions = np.flatnonzero(exists.any(axis=1))
         songs, exists = songs[positions], exists[positions]
         # Momentum moves every song that is looked up, so a missing target is replaced by another one of its position.
         first = np.take_along_axis(songs, exists.argmax(axis=1)[:, None], axis=1)
         return positions, np.where(exists, songs, first), exists
 
-    def _as_targets(
+    def _merge_targets(
         self,
-        drawn: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
-        places: list[np.ndarray],
+        targets_by_horizon: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+        target_rows: list[np.ndarray],
         negatives: np.ndarray,
-        inputs: int,
-        count: int,
+        num_inputs: int,
+        num_songs: int,
     ) -> Targets:
-        """Join the targets of all horizons, of `inputs` positions each; those with most targets per position first."""
-        most = max(songs.shape[1] for _, songs, _ in drawn.values())
+        """Merge the targets of horizons, `num_inputs` positions each; those with most targets per position first."""
+        max_targets = max(songs.shape[1] for _, songs, _ in targets_by_horizon.values())
         parts = []
-        for number, ((name, (positions, songs, exists)), rows) in enumerate(zip(drawn.items(), places, strict=True)):
-            filled = ((0, 0), (0, most - songs.shape[1]))
-            horizon = np.zeros((len(positions), len(drawn)))
-            horizon[:, number] = 1
+        for index, ((name, (positions, songs, exists)), rows) in enumerate(
+            zip(targets_by_horizon.items(), target_rows, strict=True)
+        ):
+            padding = ((0, 0), (0, max_targets - songs.shape[1]))
+            is_horizon = np.zeros((len(positions), len(targets_by_horizon)))
+            is_horizon[:, index] = 1
             values = (songs, rows.reshape(songs.shape), exists, self._prior(name, songs))
-            padded = [np.pad(each, filled) for each in values]
-            parts.append((-songs.shape[1], [number * inputs + positions, horizon, *padded]))
+            padded = [np.pad(array, padding) for array in values]
+            parts.append((-songs.shape[1], [index * num_inputs + positions, is_horizon, *padded]))
         parts.sort(key=lambda part: part[0])
-        joined = [np.concatenate(arrays) for arrays in zip(*(arrays for _, arrays in parts), strict=True)]
-        positions, horizons_PH, songs_PT, places_PT, there_PT, prior_PT = joined
+        merged = [np.concatenate(arrays) for arrays in zip(*(arrays for _, arrays in parts), strict=True)]
+        positions, horizons_PH, songs_PT, places_PT, there_PT, prior_PT = merged
         return Targets.of(
             positions=positions,
             horizons_PH=horizons_PH,
@@ -222,20 +234,20 @@ class StepMaker:
             there_PT=there_PT,
             negatives=negatives,
             prior_PT=prior_PT,
-            weight_H=np.array([self._config.long_weight if name == "long" else 1.0 for name in drawn]),
-            count=count,
+            weight_H=np.array([self._config.long_weight if name == "long" else 1.0 for name in targets_by_horizon]),
+            count=num_songs,
         )
 
 
-def _in_days(windows: Windows, horizon: DaysHorizon, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64 (B, L) each: for each input, the place of the first play in the range, and the number of plays in it."""
+def _find_plays_in_days(windows: Windows, horizon: DaysHorizon, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (B, L) each: for each input, the position of the first play in the range, and the number of plays in it."""
     plays, shape = windows.plays, (len(windows), longest)
-    first, count = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    rows, places = np.nonzero(np.arange(longest) < windows.inputs[:, None])
-    queries = Queries.before_plays(plays, plays.offsets[rows] + places + 1)
-    begin, end = horizon.spans(plays, queries)
-    first[rows, places], count[rows, places] = begin - plays.offsets[rows], end - begin
-    return first, count
+    first_positions, counts = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    rows, positions = np.nonzero(np.arange(longest) < windows.inputs[:, None])
+    queries = Queries.before_plays(plays, plays.offsets[rows] + positions + 1)
+    starts, ends = horizon.spans(plays, queries)
+    first_positions[rows, positions], counts[rows, positions] = starts - plays.offsets[rows], ends - starts
+    return first_positions, counts
 
 
 def ahead(values: Iterator[T], depth: int = AHEAD) -> Iterator[T]:
@@ -243,7 +255,7 @@ def ahead(values: Iterator[T], depth: int = AHEAD) -> Iterator[T]:
     prepared: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 
-    def put(kind: str, value: Any) -> None:
+    def enqueue(kind: str, value: Any) -> None:
         while not stopped.is_set():
             try:
                 prepared.put((kind, value), timeout=0.1)
@@ -251,17 +263,17 @@ def ahead(values: Iterator[T], depth: int = AHEAD) -> Iterator[T]:
             except queue.Full:
                 continue
 
-    def work() -> None:
+    def prepare() -> None:
         try:
             for value in values:
-                put("value", value)
+                enqueue("value", value)
                 if stopped.is_set():
                     return
-            put("end", None)
+            enqueue("end", None)
         except BaseException as error:
-            put("error", error)
+            enqueue("error", error)
 
-    thread = threading.Thread(target=work, name="rayrec steps", daemon=True)
+    thread = threading.Thread(target=prepare, name="rayrec steps", daemon=True)
     thread.start()
     try:
         while True:
@@ -276,22 +288,24 @@ def ahead(values: Iterator[T], depth: int = AHEAD) -> Iterator[T]:
         thread.join(STOP_SECONDS)
 
 
-def _without_padding(songs_BL: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+def _replace_padding(songs_BL: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     """Replace padding by the first song of the row, since momentum moves every song that is looked up."""
-    inside = np.arange(songs_BL.shape[1]) < inputs[:, None]
-    return np.where(inside, songs_BL, songs_BL[:, :1])
+    is_input = np.arange(songs_BL.shape[1]) < inputs[:, None]
+    return np.where(is_input, songs_BL, songs_BL[:, :1])
 
 
-def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """Apply `move` to every tensor in `value`, except the lengths of batches, which packing needs on the CPU."""
+def _map_tensors(value: Any, transform: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `transform` to every tensor in `value`, except the lengths of batches, which packing needs on the CPU."""
     if isinstance(value, Tensor):
-        return move(value)
+        return transform(value)
     if isinstance(value, dict):
-        return {key: _moved(item, move) for key, item in value.items()}
+        return {key: _map_tensors(element, transform) for key, element in value.items()}
     if isinstance(value, PlayBatch):
-        return value.each(move, value.length_B)
+        return value.each(transform, value.length_B)
     if isinstance(value, TrainingStep | Targets | Negatives | RowRequests):
-        return replace(value, **{each.name: _moved(getattr(value, each.name), move) for each in fields(value)})
+        return replace(
+            value, **{item.name: _map_tensors(getattr(value, item.name), transform) for item in fields(value)}
+        )
     return value
 
 
@@ -336,18 +350,18 @@ class Training:
             self.copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._maker = StepMaker(model.config, config, counts, share)
         self._dense_names = [name for name, _ in model.named_parameters() if name not in TABLES]
-        self._dense = [model.get_parameter(name) for name in self._dense_names]
-        self.optimizer = torch.optim.Adam(self._dense, lr=config.learning_rate, fused=True)
-        self._taken = 0  # number of steps
+        self._dense_parameters = [model.get_parameter(name) for name in self._dense_names]
+        self.optimizer = torch.optim.Adam(self._dense_parameters, lr=config.learning_rate, fused=True)
+        self._num_steps = 0  # steps taken so far
         scales = [model.config.logit_scales[name] for name in model.config.horizons]
         self._scale_H = torch.tensor(scales, device=self.device)
         weights = {name: value.detach() for name, value in model.named_parameters() if name in TABLES}
-        self.tables: dict[str, SongTable] = {name: self._table(value) for name, value in weights.items()}
+        self.tables: dict[str, SongTable] = {name: self._new_table(value) for name, value in weights.items()}
         self.exchange = RowExchange(share)
         self._decay = Decay(config.averaged_part)
-        self._averages = [value.detach().clone() for value in self._dense]
+        self._dense_averages = [value.detach().clone() for value in self._dense_parameters]
 
-    def _table(self, rows_nD: Tensor) -> SongTable:
+    def _new_table(self, rows_nD: Tensor) -> SongTable:
         config = self.config
         if config.song_table != "trained":
             return SongTable(rows_nD)
@@ -362,7 +376,7 @@ class Training:
             return self.model
         model = copy.deepcopy(self.model)
         with torch.no_grad():
-            for name, value in zip(self._dense_names, self._averages, strict=True):
+            for name, value in zip(self._dense_names, self._dense_averages, strict=True):
                 model.get_parameter(name).copy_(value)
             for name, table in self.tables.items():
                 model.get_parameter(name).copy_(table.averaged())
@@ -370,28 +384,28 @@ class Training:
 
     def is_finite(self) -> bool:
         """Return False if a weight that this worker updates is NaN or infinite."""
-        dense = all(bool(value.isfinite().all()) for value in self._dense)
+        dense = all(bool(value.isfinite().all()) for value in self._dense_parameters)
         return dense and all(table.is_finite() for table in self.tables.values())
 
     def state(self) -> TrainingState:
         """Return the state for a checkpoint, from which any number of workers can continue."""
         slots = self.optimizer.state_dict()["state"]
         common = {f"model/{name}": self.model.get_parameter(name).detach() for name in self._dense_names}
-        common |= {f"optimizer/{index}/{key}": value for index, of in slots.items() for key, value in of.items()}
-        common |= {f"average/{index}": value for index, value in enumerate(self._averages)}
+        common |= {f"optimizer/{index}/{key}": value for index, slot in slots.items() for key, value in slot.items()}
+        common |= {f"average/{index}": value for index, value in enumerate(self._dense_averages)}
         common["decay"] = self._decay.state()
-        common["taken"] = torch.tensor(self._taken)
+        common["taken"] = torch.tensor(self._num_steps)
         rows: dict[str, Tensor] = {}
         for name, table in self.tables.items():
-            of_table, slots_of_rows = table.state()
-            common |= {f"{name}/{key}": value for key, value in of_table.items()}
-            rows |= {f"{name}/{key}": value for key, value in slots_of_rows.items()}
+            common_slots, row_slots = table.state()
+            common |= {f"{name}/{key}": value for key, value in common_slots.items()}
+            rows |= {f"{name}/{key}": value for key, value in row_slots.items()}
         return TrainingState(common=common, rows=rows)
 
     def load(self, state: TrainingState) -> None:
         """Restore what `state` returned."""
         slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in _below("optimizer", state.common).items():
+        for name, value in _tensors_below("optimizer", state.common).items():
             number, _, key = name.partition("/")
             slots.setdefault(int(number), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
@@ -399,11 +413,11 @@ class Training:
             for name in self._dense_names:
                 self.model.get_parameter(name).copy_(state.common[f"model/{name}"])
         for name, table in self.tables.items():
-            table.load(_below(name, state.common), _below(name, state.rows))
-        for index, average in enumerate(self._averages):
+            table.load(_tensors_below(name, state.common), _tensors_below(name, state.rows))
+        for index, average in enumerate(self._dense_averages):
             average.copy_(state.common[f"average/{index}"])
         self._decay.load(state.common["decay"])
-        self._taken = int(state.common["taken"])
+        self._num_steps = int(state.common["taken"])
 
     def epoch(
         self, batches: Iterable[Windows], epoch: int, *, skip: int = 0, on_step: Callable[[StepReport], None]
@@ -421,13 +435,13 @@ class Training:
 
     def prepared(self, batches: Iterable[Windows], epoch: int, *, first: int = 0) -> Iterator[TrainingStep]:
         """Yield the steps for `take`; a thread prepares them and copies them to the device in advance."""
-        return ahead(self._prepared(windows, epoch, number) for number, windows in enumerate(batches, start=first))
+        return ahead(self._prepare_step(windows, epoch, number) for number, windows in enumerate(batches, start=first))
 
     def step(self, windows: Windows, epoch: int, number: int) -> Tensor:
         """Prepare and take a single step; return its loss, on the device."""
-        return self.take(self._prepared(windows, epoch, number))
+        return self.take(self._prepare_step(windows, epoch, number))
 
-    def _prepared(self, windows: Windows, epoch: int, number: int) -> TrainingStep:
+    def _prepare_step(self, windows: Windows, epoch: int, number: int) -> TrainingStep:
         step = self.exchange.agree(self._maker.make(windows, epoch, number), [*self.tables])
         return step.to(self.device, self.copies)
 
@@ -445,16 +459,16 @@ class Training:
         self._add_up_gradients()
         self.optimizer.step()
         if self._decay.part:
-            average = get_ema_multi_avg_fn(self._decay.step())  # type: ignore[no-untyped-call]
-            average(self._averages, [value.detach() for value in self._dense], None)
+            update_averages = get_ema_multi_avg_fn(self._decay.step())  # type: ignore[no-untyped-call]
+            update_averages(self._dense_averages, [value.detach() for value in self._dense_parameters], None)
         for name, table in self.tables.items():
             table.step(step.songs[name], rows[name], step.requests.get(name))
         return loss.detach()
 
     def _set_learning_rates(self) -> None:
         """Set the learning rates of the next step."""
-        self._taken += 1
-        factor = self.config.scale * min(1.0, self._taken / max(1, self.config.warmup_steps))
+        self._num_steps += 1
+        factor = self.config.scale * min(1.0, self._num_steps / max(1, self.config.warmup_steps))
         self.optimizer.param_groups[0]["lr"] = factor * self.config.learning_rate
         for table in self.tables.values():
             table.learning_rate = factor * self.config.table_learning_rate
@@ -467,26 +481,28 @@ class Training:
         inputs_UD = unit(rows[INPUT_TABLE]) if INPUT_TABLE in rows else outputs_UD
         songs_BLD = nn.functional.embedding(step.batch.songs_BL, inputs_UD)
         averaged_BLD = nn.functional.embedding(step.averaged_BL, outputs_UD) if INPUT_TABLE in rows else songs_BLD
-        tastes = self.model(step.batch, step.request_gap_BL, songs_BLD, averaged_BLD)
+        tastes_by_horizon = self.model(step.batch, step.request_gap_BL, songs_BLD, averaged_BLD)
         targets = step.targets
-        taste_PD = torch.stack([*tastes.values()]).flatten(0, 2).index_select(0, targets.positions).float()
+        taste_vectors_PD = (
+            torch.stack([*tastes_by_horizon.values()]).flatten(0, 2).index_select(0, targets.positions).float()
+        )
         objective = OBJECTIVES[self.config.objective]
         scale_P = targets.horizons_PH @ self._scale_H
-        return objective(outputs_UD.float(), taste_PD, targets, step.negatives, scale_P)
+        return objective(outputs_UD.float(), taste_vectors_PD, targets, step.negatives, scale_P)
 
     def _add_up_gradients(self) -> None:
         """Sum the dense gradients over all workers and clip them."""
         # A weight on which no target depends has no gradient; zeros make the sum the same for any number of workers.
-        gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in self._dense]
+        gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in self._dense_parameters]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.share.add_up(flat)
         flat.div_(torch.linalg.vector_norm(flat).div_(LARGEST_GRADIENT).clamp_(min=1.0))
         parts = torch.split(flat, [gradient.numel() for gradient in gradients])
-        for value, part in zip(self._dense, parts, strict=True):
+        for value, part in zip(self._dense_parameters, parts, strict=True):
             value.grad = part.view_as(value)
 
 
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _tensors_below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors whose names begin with `prefix` and a slash, by the rest of their names."""
     prefix += "/"
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -55,30 +55,30 @@ class Sequences:
         Plays outside of `allowed` are left out. Playlists have no times and users, so that only their held-out songs
         are left out. Raises `LeakError` if a play outside of `allowed` remains in a history.
         """
-        for raw in self._raw(unit, rows):
+        for raw in self._read_raw(unit, rows):
             yield self._sequences(self._select(raw, allowed))
 
     def count(
-        self, unit: int, ranges: Sequence[FitRange], window: int, rows: int = 5_000
+        self, unit: int, fit_ranges: Sequence[FitRange], window: int, rows: int = 5_000
     ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Count the plays and the windows of a unit in each of several fit ranges.
 
         A count holds the songs with plays, int64, their numbers of plays, int64, and the numbers of inputs of all
         windows, in the order of `read`. It leaves out songs without plays, so it stays small for a large catalog.
         """
-        plays = [np.zeros(self._dataset.num_songs, dtype=np.int64) for _ in ranges]
-        inputs = [[np.zeros(0, dtype=np.int64)] for _ in ranges]
-        for raw in self._raw(unit, rows):
-            for number, allowed in enumerate(ranges):
+        play_counts = [np.zeros(self._dataset.num_songs, dtype=np.int64) for _ in fit_ranges]
+        input_counts = [[np.zeros(0, dtype=np.int64)] for _ in fit_ranges]
+        for raw in self._read_raw(unit, rows):
+            for index, allowed in enumerate(fit_ranges):
                 selected = self._select(raw, allowed)
-                plays[number] += np.bincount(selected.songs, minlength=len(plays[number]))
-                inputs[number].append(count_inputs(self._sequences(selected).lengths, window))
+                play_counts[index] += np.bincount(selected.songs, minlength=len(play_counts[index]))
+                input_counts[index].append(count_inputs(self._sequences(selected).lengths, window))
         return [
-            (np.flatnonzero(count), count[count > 0], np.concatenate(parts).astype(np.min_scalar_type(window)))
-            for count, parts in zip(plays, inputs, strict=True)
+            (np.flatnonzero(counts), counts[counts > 0], np.concatenate(parts).astype(np.min_scalar_type(window)))
+            for counts, parts in zip(play_counts, input_counts, strict=True)
         ]
 
-    def _raw(self, unit: int, rows: int) -> Iterator[Histories]:
+    def _read_raw(self, unit: int, rows: int) -> Iterator[Histories]:
         if self.kind == "playlists":
             return map(as_histories, self._dataset.read_playlist_file(self._files[unit], rows))
         return self._dataset.read_bucket(unit, rows)
@@ -110,18 +110,18 @@ class WindowCounter:
     """A bucket worker that counts the plays of each song, and the windows, in each of several fit ranges."""
 
     def __init__(self, dataset: Dataset, config: TrainConfig, ranges: list[FitRange]) -> None:
-        self._sequences, self._window, self._ranges = Sequences(dataset, config.source), config.window, ranges
+        self._sequences, self._window, self._fit_ranges = Sequences(dataset, config.source), config.window, ranges
 
     def __call__(self, unit: int) -> tuple[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
         """Return the unit and the result of `Sequences.count` for it."""
-        return unit, self._sequences.count(unit, self._ranges, self._window)
+        return unit, self._sequences.count(unit, self._fit_ranges, self._window)
 
 
 def window_lengths(dataset: Dataset, allowed: FitRange, config: TrainConfig) -> WindowLengths:
     """Return the lengths of all windows of the data set, counted in this process."""
     sequences = Sequences(dataset, config.source)
-    counted = [sequences.count(unit, [allowed], config.window)[0] for unit in range(sequences.units)]
-    return WindowLengths.of_units([inputs for _, _, inputs in counted])
+    unit_counts = [sequences.count(unit, [allowed], config.window)[0] for unit in range(sequences.units)]
+    return WindowLengths.of_units([inputs for _, _, inputs in unit_counts])
 
 
 class ShardReader:
@@ -144,15 +144,15 @@ class ShardReader:
         share = self._share
         lanes = batches.lanes_of(share.rank, share.workers)
         readers = {lane: _LaneReader(self._windows(batches.lanes[lane])) for lane in lanes}
-        for number in range(batches.pools):
-            pool, parts, rows_of_lanes = batches.pool(number), list[Windows](), list[np.ndarray]()
+        for index in range(batches.pools):
+            pool, parts, lane_rows = batches.pool(index), list[Windows](), list[np.ndarray]()
             for lane, reader in readers.items():
                 rows = np.flatnonzero(pool.lanes == lane)
                 windows = reader.take(pool.inputs[rows])
-                own = pool.shards[rows] % share.workers == share.rank
-                parts.append(windows.take(np.flatnonzero(own)))
-                rows_of_lanes.append(rows[own])
-            rows = np.concatenate(rows_of_lanes)
+                is_in_share = pool.shards[rows] % share.workers == share.rank
+                parts.append(windows.take(np.flatnonzero(is_in_share)))
+                lane_rows.append(rows[is_in_share])
+            rows = np.concatenate(lane_rows)
             order = np.lexsort((pool.places[rows], pool.steps[rows]))
             windows = replace(Windows.joined(parts).take(order), places=pool.places[rows[order]])
             if len(windows):
@@ -175,16 +175,16 @@ class _LaneReader:
     """Returns the windows of a lane in order, in portions of any size."""
 
     def __init__(self, windows: Iterator[Windows]) -> None:
-        self._windows, self._rest = windows, Windows.joined([])
+        self._windows, self._remainder = windows, Windows.joined([])
 
     def take(self, inputs: np.ndarray) -> Windows:
         """Return the next W windows. Raises `MismatchError` if their numbers of inputs are not `inputs`, int (W,)."""
-        held = [self._rest]
-        while sum(map(len, held)) < len(inputs) and (windows := next(self._windows, None)) is not None:
-            held.append(windows)
-        joined = Windows.joined(held)
-        self._rest = joined.take(np.arange(len(inputs), len(joined)))
-        first_windows = joined.take(np.arange(min(len(inputs), len(joined))))
+        parts = [self._remainder]
+        while sum(map(len, parts)) < len(inputs) and (windows := next(self._windows, None)) is not None:
+            parts.append(windows)
+        merged = Windows.joined(parts)
+        self._remainder = merged.take(np.arange(len(inputs), len(merged)))
+        first_windows = merged.take(np.arange(min(len(inputs), len(merged))))
         if not np.array_equal(first_windows.inputs, inputs):
             raise MismatchError("the plays changed during the training; run `rayrec train --restart`")
         return first_windows
@@ -195,26 +195,26 @@ def split_batches(tables: Iterable[pa.Table], steps: int) -> Iterator[Windows]:
 
     An engine may have joined or cut these tables. The share of a batch of which the worker holds nothing is empty.
     """
-    following, rest = 0, None
-    for arrived in tables:
-        table = arrived if rest is None else pa.concat_tables([rest, arrived])
-        numbers = table.column(STEP).to_numpy()
-        cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist()]
-        for begin, end in pairwise(cuts):
-            yield from _nothing(int(numbers[begin]) - following)
-            yield Windows.from_arrow(table.slice(begin, end - begin))
-            following = int(numbers[begin]) + 1
-        rest = table.slice(cuts[-1])
-    if rest is not None and len(rest):
-        number = int(rest.column(STEP)[0].as_py())
-        yield from _nothing(number - following)
-        yield Windows.from_arrow(rest)
-        following = number + 1
-    yield from _nothing(steps - following)
+    next_number, remainder = 0, None
+    for new_table in tables:
+        table = new_table if remainder is None else pa.concat_tables([remainder, new_table])
+        batch_numbers = table.column(STEP).to_numpy()
+        cuts = [0, *(np.flatnonzero(np.diff(batch_numbers)) + 1).tolist()]
+        for start, end in pairwise(cuts):
+            yield from _empty_batches(int(batch_numbers[start]) - next_number)
+            yield Windows.from_arrow(table.slice(start, end - start))
+            next_number = int(batch_numbers[start]) + 1
+        remainder = table.slice(cuts[-1])
+    if remainder is not None and len(remainder):
+        last_number = int(remainder.column(STEP)[0].as_py())
+        yield from _empty_batches(last_number - next_number)
+        yield Windows.from_arrow(remainder)
+        next_number = last_number + 1
+    yield from _empty_batches(steps - next_number)
 
 
-def _nothing(batches: int) -> Iterator[Windows]:
-    return (Windows.joined([]) for _ in range(batches))
+def _empty_batches(count: int) -> Iterator[Windows]:
+    return (Windows.joined([]) for _ in range(count))
 
 
 def plain_stream(reader: ShardReader, epoch: int) -> Iterator[Windows]:

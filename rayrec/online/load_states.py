@@ -92,20 +92,20 @@ def load_states(
             f"{dataset.manifest.id}; run `rayrec taste` and `rayrec release create`"
         )
     buckets = dataset.manifest.buckets
-    done = (
+    results = (
         {} if repeat else {bucket: LoadResult(**json.loads(text)) for bucket, text in store.loaded(tastes.id).items()}
     )
-    left = [bucket for bucket in range(buckets) if bucket not in done]
+    remaining = [bucket for bucket in range(buckets) if bucket not in results]
     if processes is None:
-        few = dataset.manifest.users * len(left) <= USERS_WITHOUT_PROCESSES * buckets
-        processes = 1 if few else min(os.cpu_count() or 1, MOST_PROCESSES)
+        has_few_users = dataset.manifest.users * len(remaining) <= USERS_WITHOUT_PROCESSES * buckets
+        processes = 1 if has_few_users else min(os.cpu_count() or 1, MOST_PROCESSES)
     with progress("User states", buckets) as bar:
-        bar.advance(len(done))
-        for bucket, result in _load_all(dataset, store, tastes, left, min(processes, len(left))):
-            done[bucket] = result
+        bar.advance(len(results))
+        for bucket, result in _load_all(dataset, store, tastes, remaining, min(processes, len(remaining))):
+            results[bucket] = result
             store.mark_loaded(tastes.id, bucket, json.dumps(asdict(result)))
             bar.advance()
-    return sum((done[bucket] for bucket in range(buckets)), LoadResult())  # in a fixed order, since floats are added
+    return sum((results[bucket] for bucket in range(buckets)), LoadResult())  # in a fixed order, since floats are added
 
 
 def _load_all(
@@ -118,13 +118,13 @@ def _load_all(
             yield from ((bucket, loader.load(bucket)) for bucket in buckets)
         return
     context = get_context("spawn")  # a fork would inherit the locks of this process's threads
-    turn = context.Lock() if store.one_writer else None
-    with ProcessPoolExecutor(processes, context, _start_process, (dataset, store, tastes, turn)) as pool:
-        loading = {pool.submit(_load_bucket, bucket): bucket for bucket in buckets}
+    write_lock = context.Lock() if store.one_writer else None
+    with ProcessPoolExecutor(processes, context, _start_process, (dataset, store, tastes, write_lock)) as pool:
+        bucket_of_future = {pool.submit(_load_bucket, bucket): bucket for bucket in buckets}
         try:
-            for done in as_completed(loading):
-                result = done.result()
-                yield loading[done], replace(result, seconds=round(result.seconds / processes, 3))
+            for future in as_completed(bucket_of_future):
+                result = future.result()
+                yield bucket_of_future[future], replace(result, seconds=round(result.seconds / processes, 3))
         except BrokenProcessPool as error:
             raise RayrecError(
                 "a process that loads users was killed, probably out of memory. Completed work is kept: run the "
@@ -134,19 +134,21 @@ def _load_all(
             pool.shutdown(cancel_futures=True)
 
 
-_of_process: list["_Loader"] = []  # in a child process, its one loader
+_process_loaders: list["_Loader"] = []  # in a child process, its one loader
 
 
 def _start_process(
-    dataset: Dataset, store: StateStore, tastes: Manifest, turn: AbstractContextManager[Any] | None
+    dataset: Dataset, store: StateStore, tastes: Manifest, write_lock: AbstractContextManager[Any] | None
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C, and lets running buckets finish
     gc.disable()  # garbage collection would take time and find nothing, because no object here refers to itself
-    _of_process.append(_Loader(dataset, store, tastes, ThreadPoolExecutor(max_workers=1), turn or nullcontext()))
+    _process_loaders.append(
+        _Loader(dataset, store, tastes, ThreadPoolExecutor(max_workers=1), write_lock or nullcontext())
+    )
 
 
 def _load_bucket(bucket: int) -> LoadResult:
-    return _of_process[0].load(bucket)
+    return _process_loaders[0].load(bucket)
 
 
 class _Loader:
@@ -158,28 +160,34 @@ class _Loader:
         store: StateStore,
         tastes: Manifest,
         writer: Executor,
-        turn: AbstractContextManager[Any],
+        write_lock: AbstractContextManager[Any],
     ) -> None:
-        """`writer` has one thread, the only one that puts users into the store; it holds `turn` to add new users."""
-        self._dataset, self._store, self._tastes, self._writer, self._turn = dataset, store, tastes, writer, turn
-        self._forgotten = read_waiting(dataset.workspace)  # rows of other deleted users are already erased
+        """`writer` has one thread, the only one that puts users into the store; it holds `write_lock` to add users."""
+        self._dataset, self._store, self._tastes, self._writer, self._write_lock = (
+            dataset,
+            store,
+            tastes,
+            writer,
+            write_lock,
+        )
+        self._deleted_users = read_waiting(dataset.workspace)  # rows of other deleted users are already erased
         model = artifacts.load_manifest(dataset.workspace, "models", tastes.inputs["models"])
-        self._model = model.id
-        shape = ModelConfig.from_json(dataset.workspace.read_json(model.path(MODEL_CONFIG)))
-        self._layers = shape.state_layers
+        self._model_id = model.id
+        model_config = ModelConfig.from_json(dataset.workspace.read_json(model.path(MODEL_CONFIG)))
+        self._layers = model_config.state_layers
 
     def load(self, bucket: int) -> LoadResult:
         """Load one bucket and return its result."""
-        began, total = time.monotonic(), LoadResult(buckets=1)
-        writing: Future[LoadResult] | None = None
+        started, total = time.monotonic(), LoadResult(buckets=1)
+        write_future: Future[LoadResult] | None = None
         for histories, table in self._batches(bucket):  # a batch is written while the next one is read and packed
-            batch = self._packed(histories, table)
-            if writing is not None:
-                total += writing.result()
-            writing = self._writer.submit(self._write, *batch)
-        if writing is not None:
-            total += writing.result()
-        return replace(total, seconds=round(time.monotonic() - began, 3))
+            batch = self._pack(histories, table)
+            if write_future is not None:
+                total += write_future.result()
+            write_future = self._writer.submit(self._write, *batch)
+        if write_future is not None:
+            total += write_future.result()
+        return replace(total, seconds=round(time.monotonic() - started, 3))
 
     def _batches(self, bucket: int) -> Iterator[tuple[Histories, pa.Table]]:
         """Yield batches of a bucket: the histories that the tastes were computed from, and the rows of the tastes."""
@@ -189,73 +197,79 @@ class _Loader:
         parts = self._dataset.earlier(self._tastes.inputs["dataset"]).parts
         files = self._dataset.manifest.histories_files(bucket, parts=parts)
         with workspace.open_input(path) as stream:
-            names = [columns.USER, STATE, LAST_PLAYED_AT, PLAYS]
-            rows = _Rows(pq.ParquetFile(stream).iter_batches(batch_size=USERS_AT_ONCE, columns=names))
+            column_names = [columns.USER, STATE, LAST_PLAYED_AT, PLAYS]
+            row_reader = _RowReader(pq.ParquetFile(stream).iter_batches(batch_size=USERS_AT_ONCE, columns=column_names))
             for histories in read_files(workspace, files, USERS_AT_ONCE):
-                table = rows.take(len(histories))
-                same = table.num_rows == len(histories) and table.column(PLAYS).to_numpy().tolist() == (
+                table = row_reader.take(len(histories))
+                is_same = table.num_rows == len(histories) and table.column(PLAYS).to_numpy().tolist() == (
                     histories.lengths.tolist()
                 )
-                if not same or table.column(columns.USER).to_pylist() != histories.user_ids.tolist():
+                if not is_same or table.column(columns.USER).to_pylist() != histories.user_ids.tolist():
                     raise DamagedArtifactError(
                         f"{path} does not hold the users of bucket {bucket} in the order of the histories; "
                         "run `rayrec taste --force` and `rayrec release create`"
                     )
                 yield histories, table
 
-    def _packed(self, histories: Histories, table: pa.Table) -> tuple[Histories, States, list[Change], int]:
+    def _pack(self, histories: Histories, table: pa.Table) -> tuple[Histories, States, list[Change], int]:
         """Return histories and states without deleted users, the changes that add all users, and the number deleted."""
-        states, deleted = states_of(table, self._layers), self._forgotten.holds(histories.user_ids)
-        if deleted.any():
-            histories = histories.take(~deleted)
-            states = States(hidden=states.hidden[~deleted], last_played_at=states.last_played_at[~deleted])
-        return histories, states, self._new_users(histories, states), int(deleted.sum())
+        states, is_deleted = states_of(table, self._layers), self._deleted_users.holds(histories.user_ids)
+        if is_deleted.any():
+            histories = histories.take(~is_deleted)
+            states = States(hidden=states.hidden[~is_deleted], last_played_at=states.last_played_at[~is_deleted])
+        return histories, states, self._new_user_changes(histories, states), int(is_deleted.sum())
 
-    def _write(self, histories: Histories, states: States, new: list[Change], deleted: int) -> LoadResult:
-        with self._turn:
-            added = self._store.put(new, loading=True)
-        total = LoadResult(added=sum(added), deleted=deleted)
-        batch = {
-            user_id: self._user(histories, states, row)
-            for row, (user_id, put) in enumerate(zip(histories.user_ids.tolist(), added, strict=True))
-            if not put
+    def _write(self, histories: Histories, states: States, new_changes: list[Change], deleted: int) -> LoadResult:
+        with self._write_lock:
+            is_added = self._store.put(new_changes, loading=True)
+        total = LoadResult(added=sum(is_added), deleted=deleted)
+        existing_users = {
+            user_id: self._state_and_plays(histories, states, row)
+            for row, (user_id, was_added) in enumerate(zip(histories.user_ids.tolist(), is_added, strict=True))
+            if not was_added
         }
-        left = list(batch)
-        while left:
-            merged, left = self._merge({user_id: batch[user_id] for user_id in left})
-            total += merged
+        remaining = list(existing_users)
+        while remaining:
+            result, remaining = self._merge({user_id: existing_users[user_id] for user_id in remaining})
+            total += result
         return total
 
-    def _user(self, histories: Histories, states: States, row: int) -> tuple[UserState, Plays]:
-        own = slice(int(histories.offsets[row]), int(histories.offsets[row + 1]))
+    def _state_and_plays(self, histories: Histories, states: States, row: int) -> tuple[UserState, Plays]:
+        user_rows = slice(int(histories.offsets[row]), int(histories.offsets[row + 1]))
         plays = Plays.of(
-            histories.songs[own],
-            histories.played_at[own],
-            contexts=None if histories.contexts is None else histories.contexts[own],
-            skipped=None if histories.skipped is None else histories.skipped[own],
+            histories.songs[user_rows],
+            histories.played_at[user_rows],
+            contexts=None if histories.contexts is None else histories.contexts[user_rows],
+            skipped=None if histories.skipped is None else histories.skipped[user_rows],
         )
-        state = UserState.start(self._model, states, row, plays=len(plays))
-        return (state if histories.likes is None else replace(state, likes=_likes(histories.likes, row))), plays
+        state = UserState.start(self._model_id, states, row, plays=len(plays))
+        return (state if histories.likes is None else replace(state, likes=_latest_likes(histories.likes, row))), plays
 
-    def _new_users(self, histories: Histories, states: States) -> list[Change]:
+    def _new_user_changes(self, histories: Histories, states: States) -> list[Change]:
         """Return the changes that add users. Users with one piece of plays, nearly all, are packed together."""
         lengths, user_ids = histories.lengths, histories.user_ids.tolist()
-        in_one = (lengths > 0) & (lengths <= PIECE_PLAYS)
-        short, short_states = histories, states
-        if not in_one.all():
-            short = histories.take(in_one)
-            short_states = States(hidden=states.hidden[in_one], last_played_at=states.last_played_at[in_one])
-        likes = None if short.likes is None else [_likes(short.likes, row) for row in range(len(short))]
-        packed = pack_new_states(self._model, short_states, short.lengths, likes)
-        pieces = iter(zip(packed, pack_histories(short), strict=True))
+        fits_one_piece = (lengths > 0) & (lengths <= PIECE_PLAYS)
+        short_histories, short_states = histories, states
+        if not fits_one_piece.all():
+            short_histories = histories.take(fits_one_piece)
+            short_states = States(
+                hidden=states.hidden[fits_one_piece], last_played_at=states.last_played_at[fits_one_piece]
+            )
+        likes = (
+            None
+            if short_histories.likes is None
+            else [_latest_likes(short_histories.likes, row) for row in range(len(short_histories))]
+        )
+        packed = pack_new_states(self._model_id, short_states, short_histories.lengths, likes)
+        pieces = iter(zip(packed, pack_histories(short_histories), strict=True))
         changes = []
         for row, user_id in enumerate(user_ids):
-            if in_one[row]:
+            if fits_one_piece[row]:
                 state, plays = next(pieces)
                 append = (Piece(int(lengths[row]), plays),)
                 changes.append(Change(user_id=user_id, state=state, expected=NOT_THERE, append=append))
             else:
-                changes.append(_whole_change(user_id, NOT_THERE, *self._user(histories, states, row)))
+                changes.append(_full_log_change(user_id, NOT_THERE, *self._state_and_plays(histories, states, row)))
         return changes
 
     def _merge(self, users: dict[str, tuple[UserState, Plays]]) -> tuple[LoadResult, list[str]]:
@@ -266,37 +280,54 @@ class _Loader:
         changes: list[Change] = []
         newer_counts: list[int] = []
         unchanged = deleted = 0
-        for user_id, whole in zip(users, self._store.read(list(users), plays=LAST_PLAYS), strict=True):
-            loaded, plays = users[user_id]
-            assert whole is not None  # a store keeps a state even of a deleted user
-            stored = unpack_state(whole.stored.state)
-            log = unpack_plays(whole.log)
-            if len(plays) and plays.played_at[0] <= stored.forgotten_at:
+        for user_id, whole_user in zip(users, self._store.read(list(users), plays=LAST_PLAYS), strict=True):
+            batch_state, plays = users[user_id]
+            assert whole_user is not None  # a store keeps a state even of a deleted user
+            stored_state = unpack_state(whole_user.stored.state)
+            log = unpack_plays(whole_user.log)
+            if len(plays) and plays.played_at[0] <= stored_state.forgotten_at:
                 deleted += 1
                 continue
-            if len(log) < stored.left and stored.before_at > loaded.before_at and log.played_at[0] > loaded.before_at:
-                whole = self._store.read([user_id])[0] or whole  # the log has more newer plays than were read
-                stored, log = unpack_state(whole.stored.state), unpack_plays(whole.log)
-            newer = Plays.joined([log, stored.window])
-            newer = newer.take(newer.played_at > loaded.before_at)
-            same, own = stored.plays - len(newer) == len(plays), stored.models.get(self._model)
-            # The batch replaces plays of songs that were added online, because it knows their rows and current vectors.
-            same = same and not self._online_among(log, stored, newer)
-            likes = join_likes([stored.likes, loaded.likes])
-            knows_likes = all(
-                np.array_equal(getattr(likes, name), getattr(stored.likes, name)) for name in ("songs", "played_at")
+            if (
+                len(log) < stored_state.left
+                and stored_state.before_at > batch_state.before_at
+                and log.played_at[0] > batch_state.before_at
+            ):
+                whole_user = self._store.read([user_id])[0] or whole_user  # the log has more newer plays than were read
+                stored_state, log = unpack_state(whole_user.stored.state), unpack_plays(whole_user.log)
+            newer_plays = Plays.joined([log, stored_state.window])
+            newer_plays = newer_plays.take(newer_plays.played_at > batch_state.before_at)
+            has_same_plays, model_state = (
+                stored_state.plays - len(newer_plays) == len(plays),
+                stored_state.models.get(self._model_id),
             )
-            stored = replace(stored, likes=likes)
-            if same and knows_likes and own is not None and own.restarts == stored.restarts:
+            # The batch replaces plays of songs that were added online, because it knows their rows and current vectors.
+            has_same_plays = has_same_plays and not self._has_online_songs(log, stored_state, newer_plays)
+            likes = join_likes([stored_state.likes, batch_state.likes])
+            has_all_likes = all(
+                np.array_equal(getattr(likes, name), getattr(stored_state.likes, name))
+                for name in ("songs", "played_at")
+            )
+            stored_state = replace(stored_state, likes=likes)
+            if (
+                has_same_plays
+                and has_all_likes
+                and model_state is not None
+                and model_state.restarts == stored_state.restarts
+            ):
                 unchanged += 1
                 continue
-            if same:
-                changes.append(self._beside(user_id, whole, stored, loaded, log))
+            if has_same_plays:
+                changes.append(self._add_state_change(user_id, whole_user, stored_state, batch_state, log))
             else:
-                changes.append(self._instead(user_id, whole, stored, loaded, Plays.joined([plays, newer])))
-            newer_counts.append(len(newer))
-        put = self._store.put(changes, loading=True)
-        newer_counts = [count for count, done in zip(newer_counts, put, strict=True) if done]
+                changes.append(
+                    self._replace_plays_change(
+                        user_id, whole_user, stored_state, batch_state, Plays.joined([plays, newer_plays])
+                    )
+                )
+            newer_counts.append(len(newer_plays))
+        is_applied = self._store.put(changes, loading=True)
+        newer_counts = [count for count, applied in zip(newer_counts, is_applied, strict=True) if applied]
         result = LoadResult(
             renewed=len(newer_counts),
             merged=sum(count > 0 for count in newer_counts),
@@ -304,103 +335,115 @@ class _Loader:
             deleted=deleted,
             kept_plays=sum(newer_counts),
         )
-        return result, [change.user_id for change, done in zip(changes, put, strict=True) if not done]
+        return result, [change.user_id for change, applied in zip(changes, is_applied, strict=True) if not applied]
 
     @staticmethod
-    def _online_among(log: Plays, stored: UserState, newer: Plays) -> bool:
+    def _has_online_songs(log: Plays, stored_state: UserState, newer_plays: Plays) -> bool:
         """Return whether any play that the batch also has is of a song that was added online."""
-        songs = np.concatenate([log.songs, stored.window.songs])
-        return bool((songs[: len(songs) - len(newer)] >= FIRST_ONLINE).any())
+        songs = np.concatenate([log.songs, stored_state.window.songs])
+        return bool((songs[: len(songs) - len(newer_plays)] >= FIRST_ONLINE).any())
 
-    def _beside(self, user_id: str, whole: WholeUser, stored: UserState, loaded: UserState, log: Plays) -> Change:
+    def _add_state_change(
+        self, user_id: str, whole_user: WholeUser, stored_state: UserState, batch_state: UserState, log: Plays
+    ) -> Change:
         """Return the change for a user whose stored plays include the batch's: the batch's state of the model is added.
 
         The log is extended to the last play of the batch, if it ends before.
         """
-        moved = stored.window.take(slice(max(0, loaded.left - stored.left)))
-        after, own = stored, replace(loaded.models[self._model], restarts=stored.restarts, turn=stored.turn - 1)
-        if len(moved):  # a model's state is that at the end of the log, so the log must reach the batch's last play
-            after = replace(
-                stored,
-                window=stored.window.take(slice(len(moved), None)),
-                before_at=loaded.before_at,
-                left=loaded.left,
-                turn=stored.turn + 1,
+        moved_plays = stored_state.window.take(slice(max(0, batch_state.left - stored_state.left)))
+        new_state, model_state = (
+            stored_state,
+            replace(batch_state.models[self._model_id], restarts=stored_state.restarts, turn=stored_state.turn - 1),
+        )
+        # A model's state is that at the end of the log, so the log must reach the batch's last play.
+        if len(moved_plays):
+            new_state = replace(
+                stored_state,
+                window=stored_state.window.take(slice(len(moved_plays), None)),
+                before_at=batch_state.before_at,
+                left=batch_state.left,
+                turn=stored_state.turn + 1,
             )
-        if loaded.left == after.plays:
-            own = replace(own, turn=after.turn)
-        heard = None
-        if after.left - after.folded > LAST_PLAYS:
-            after, songs = fold_heard(after, np.concatenate([log.songs, moved.songs]), unpack_heard(whole.heard))
-            heard = pack_heard(songs)
+        if batch_state.left == new_state.plays:
+            model_state = replace(model_state, turn=new_state.turn)
+        packed_heard = None
+        if new_state.left - new_state.folded > LAST_PLAYS:
+            new_state, heard_songs = fold_heard(
+                new_state, np.concatenate([log.songs, moved_plays.songs]), unpack_heard(whole_user.heard)
+            )
+            packed_heard = pack_heard(heard_songs)
         return Change(
             user_id=user_id,
-            state=pack_state(after.with_model(self._model, own)),
-            expected=whole.stored.version,
-            append=_pieces(moved),
-            heard=heard,
+            state=pack_state(new_state.with_model(self._model_id, model_state)),
+            expected=whole_user.stored.version,
+            append=_split_into_pieces(moved_plays),
+            heard=packed_heard,
         )
 
-    def _instead(self, user_id: str, whole: WholeUser, stored: UserState, loaded: UserState, plays: Plays) -> Change:
+    def _replace_plays_change(
+        self, user_id: str, whole_user: WholeUser, stored_state: UserState, batch_state: UserState, plays: Plays
+    ) -> Change:
         """Return the change for a user with other stored plays than the batch's: batch and newer plays replace them."""
-        newer = plays.take(slice(loaded.left, None))
-        leaving = over_window(newer.played_at)
-        log = plays.take(slice(loaded.left + leaving))
-        after = replace(
-            stored,
-            window=newer.take(slice(leaving, None)),
+        newer_plays = plays.take(slice(batch_state.left, None))
+        num_leaving = over_window(newer_plays.played_at)
+        log = plays.take(slice(batch_state.left + num_leaving))
+        new_state = replace(
+            stored_state,
+            window=newer_plays.take(slice(num_leaving, None)),
             before_at=int(log.played_at[-1]) if len(log) else NEVER,
             left=len(log),
             folded=0,
-            turn=stored.turn + 1,
-            restarts=stored.restarts + 1,
+            turn=stored_state.turn + 1,
+            restarts=stored_state.restarts + 1,
         )
-        own = replace(loaded.models[self._model], restarts=after.restarts, turn=stored.turn)
-        if not len(newer):
-            own = replace(own, turn=after.turn)
-        return _whole_change(user_id, whole.stored.version, after.with_model(self._model, own), log)
+        model_state = replace(batch_state.models[self._model_id], restarts=new_state.restarts, turn=stored_state.turn)
+        if not len(newer_plays):
+            model_state = replace(model_state, turn=new_state.turn)
+        return _full_log_change(
+            user_id, whole_user.stored.version, new_state.with_model(self._model_id, model_state), log
+        )
 
 
-def _likes(likes: Histories, row: int) -> Plays:
+def _latest_likes(likes: Histories, row: int) -> Plays:
     """Return the latest likes of one user."""
-    own = slice(int(likes.offsets[row]), int(likes.offsets[row + 1]))
-    return join_likes([Plays.of(likes.songs[own], likes.played_at[own])])
+    user_rows = slice(int(likes.offsets[row]), int(likes.offsets[row + 1]))
+    return join_likes([Plays.of(likes.songs[user_rows], likes.played_at[user_rows])])
 
 
-def _whole_change(user_id: str, expected: int, state: UserState, log: Plays) -> Change:
+def _full_log_change(user_id: str, expected: int, state: UserState, log: Plays) -> Change:
     """Return the change that stores a user's whole log, and the state after it."""
-    heard = None
+    packed_heard = None
     if state.left > LAST_PLAYS:
-        state, songs = fold_heard(state, log.songs, np.zeros(0, np.int32))
-        heard = pack_heard(songs)
+        state, heard_songs = fold_heard(state, log.songs, np.zeros(0, np.int32))
+        packed_heard = pack_heard(heard_songs)
     return Change(
         user_id=user_id,
         state=pack_state(state),
         expected=expected,
-        append=_pieces(log),
+        append=_split_into_pieces(log),
         restart=expected != NOT_THERE,
-        heard=heard,
+        heard=packed_heard,
     )
 
 
-def _pieces(plays: Plays) -> list[Piece]:
+def _split_into_pieces(plays: Plays) -> list[Piece]:
     if len(plays) <= PIECE_PLAYS:
         return [Piece(len(plays), pack_plays(plays))] if len(plays) else []
-    parts = [plays.take(slice(begin, begin + PIECE_PLAYS)) for begin in range(0, len(plays), PIECE_PLAYS)]
+    parts = [plays.take(slice(start, start + PIECE_PLAYS)) for start in range(0, len(plays), PIECE_PLAYS)]
     return [Piece(len(part), pack_plays(part)) for part in parts]
 
 
-class _Rows:
+class _RowReader:
     """Reads the rows of a file, in tables of any size."""
 
     def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
-        self._batches, self._rest = batches, None
+        self._batches, self._remaining = batches, None
 
     def take(self, count: int) -> pa.Table:
         """Return the next `count` rows, fewer at the end of the file."""
-        parts: list[pa.Table] = [] if self._rest is None else [self._rest]
+        parts: list[pa.Table] = [] if self._remaining is None else [self._remaining]
         while sum(part.num_rows for part in parts) < count and (batch := next(self._batches, None)) is not None:
             parts.append(pa.Table.from_batches([batch]))
-        joined = pa.concat_tables(parts) if parts else pa.table({})
-        self._rest = joined.slice(count)
-        return joined.slice(0, count)
+        table = pa.concat_tables(parts) if parts else pa.table({})
+        self._remaining = table.slice(count)
+        return table.slice(0, count)

@@ -210,16 +210,22 @@ class RedisStore(StateStore):
 
     one_writer = False
 
-    def __init__(self, client: Any, once: Any, namespace: str, uri: str) -> None:
+    def __init__(self, client: Any, no_retry_client: Any, namespace: str, uri: str) -> None:
         """`client` is a redis.Redis or redis.RedisCluster at the address `uri` that returns bytes.
 
-        `once` is a redis.Redis of the same server without retries; it is not used with a cluster.
+        `no_retry_client` is a redis.Redis of the same server without retries; it is not used with a cluster.
         """
-        self._client, self._once, self._namespace, self._uri, self._shown = client, once, namespace, uri, _shown(uri)
+        self._client, self._no_retry_client, self._namespace, self._uri, self._shown_uri = (
+            client,
+            no_retry_client,
+            namespace,
+            uri,
+            _shown_uri(uri),
+        )
         self._nodes = getattr(client, "nodes_manager", None)  # None for a single server
-        self._replicated: dict[str, tuple[float, bool]] = {}  # by node: time of the check, whether it has replicas
+        self._replica_checks: dict[str, tuple[float, bool]] = {}  # by node: time of the check, whether it has replicas
         self._scripts = {name: client.register_script(text) for name, text in _SCRIPTS.items()}
-        self._answer(client.ping)
+        self._call(client.ping)
         self._warn_of_losses()
 
     @classmethod
@@ -232,19 +238,21 @@ class RedisStore(StateStore):
             import redis
         except ImportError as error:
             raise MissingDependencyError("redis is not installed; run `pip install rayrec[redis]`") from error
-        parts = urlsplit(uri)
-        password = os.environ.get(PASSWORD_VARIABLE) if parts.password is None else None
+        address = urlsplit(uri)
+        password = os.environ.get(PASSWORD_VARIABLE) if address.password is None else None
         options: dict[str, Any] = {"socket_timeout": TIMEOUT_SECONDS, "socket_connect_timeout": TIMEOUT_SECONDS}
         options |= {} if password is None else {"password": password}
-        shown = _shown(uri)
+        shown_uri = _shown_uri(uri)
         try:
-            client, once = (redis.Redis.from_url(uri, retry=_patience(most), **options) for most in (RETRIES, 0))
+            client, no_retry_client = (
+                redis.Redis.from_url(uri, retry=_retry_policy(retries), **options) for retries in (RETRIES, 0)
+            )
         except ValueError as error:
-            raise InputError(f"store {shown} is not a valid address of a Redis server: {error}") from error
-        if _unless_down(shown, lambda: client.info("cluster")).get("cluster_enabled"):
+            raise InputError(f"store {shown_uri} is not a valid address of a Redis server: {error}") from error
+        if _call_server(shown_uri, lambda: client.info("cluster")).get("cluster_enabled"):
             client.close()
-            client = _unless_down(shown, lambda: redis.RedisCluster.from_url(uri, **options))
-        return cls(client, once, namespace, uri)
+            client = _call_server(shown_uri, lambda: redis.RedisCluster.from_url(uri, **options))
+        return cls(client, no_retry_client, namespace, uri)
 
     def __reduce__(self) -> tuple[Callable[[str, str], "RedisStore"], tuple[str, str]]:
         return RedisStore.from_uri, (self._uri, self._namespace)
@@ -253,36 +261,39 @@ class RedisStore(StateStore):
         """As in `StateStore`."""
         days = event_days()
         calls = [(self._keys(user_id, days, log=False), list(events)) for user_id, events in users.items()]
-        answers = self._run("get", calls)
+        replies = self._run("get", calls)
         return [
-            _stored(answer, frozenset(event for event, known in zip(events, answer[2:], strict=True) if known))
-            if answer
+            _to_stored(reply, frozenset(event for event, is_known in zip(events, reply[2:], strict=True) if is_known))
+            if reply
             else None
-            for (_, events), answer in zip(calls, answers, strict=True)
+            for (_, events), reply in zip(calls, replies, strict=True)
         ]
 
     def read(self, user_ids: Sequence[str], *, plays: int | None = None) -> list[WholeUser | None]:
         """As in `StateStore`."""
-        least_plays = -1 if plays is None else plays
-        answers = self._run("read", [(self._keys(user_id), [least_plays]) for user_id in user_ids])
+        min_plays = -1 if plays is None else plays
+        replies = self._run("read", [(self._keys(user_id), [min_plays]) for user_id in user_ids])
         return [
-            WholeUser(stored=_stored(answer), heard=answer[2], log=answer[:2:-1]) if answer else None
-            for answer in answers
+            WholeUser(stored=_to_stored(reply), heard=reply[2], log=reply[:2:-1]) if reply else None
+            for reply in replies
         ]
 
     def put(self, changes: Sequence[Change], *, loading: bool = False) -> list[bool]:
         """As in `StateStore`; each user is changed separately, and `loading` has no effect."""
-        new: list[int] = []
+        new_indices: list[int] = []
         if self._nodes is None and len({change.user_id for change in changes}) == len(changes) > 1:
-            new = [place for place, change in enumerate(changes) if _is_short(change)]
-        put = dict.fromkeys(range(len(changes)), False)
-        calls = [_new_users([changes[place] for place in part], self._keys) for part in _parts(new, NEW_USERS)]
-        added = [bool(each) for answer in self._run("put_new", calls) for each in answer]
-        put.update(zip(new, added, strict=True))
-        others, today = sorted(put.keys() - set(new)), event_days()[:1]
-        calls = [(self._keys(changes[place].user_id, today), _arguments(changes[place])) for place in others]
-        put.update(zip(others, map(bool, self._run("put", calls)), strict=True))
-        return list(put.values())
+            new_indices = [index for index, change in enumerate(changes) if _is_short(change)]
+        is_applied = dict.fromkeys(range(len(changes)), False)
+        calls = [
+            _put_new_arguments([changes[index] for index in chunk], self._keys)
+            for chunk in _chunks(new_indices, NEW_USERS)
+        ]
+        is_added = [bool(flag) for reply in self._run("put_new", calls) for flag in reply]
+        is_applied.update(zip(new_indices, is_added, strict=True))
+        other_indices, today = sorted(is_applied.keys() - set(new_indices)), event_days()[:1]
+        calls = [(self._keys(changes[index].user_id, today), _put_arguments(changes[index])) for index in other_indices]
+        is_applied.update(zip(other_indices, map(bool, self._run("put", calls)), strict=True))
+        return list(is_applied.values())
 
     def forget(self, user_ids: Sequence[str], state: bytes) -> None:
         """As in `StateStore`; the append-only file holds the deleted bytes until `rewrite` or Redis rewrites it."""
@@ -293,50 +304,50 @@ class RedisStore(StateStore):
 
         Needs the permission for BGREWRITEAOF, BGSAVE, CONFIG GET and INFO.
         """
-        self._answer(self._rewrite_all)
+        self._call(self._rewrite_all)
 
     def loaded(self, load: str) -> dict[int, str]:
         """As in `StateStore`."""
-        noted = self._answer(lambda: self._client.hgetall(self._load_key(load)))
-        return {int(bucket): text.decode() for bucket, text in noted.items()}
+        texts = self._call(lambda: self._client.hgetall(self._load_key(load)))
+        return {int(bucket): text.decode() for bucket, text in texts.items()}
 
     def mark_loaded(self, load: str, bucket: int, text: str) -> None:
         """As in `StateStore`."""
-        self._answer(lambda: self._client.hset(self._load_key(load), str(bucket), text))
+        self._call(lambda: self._client.hset(self._load_key(load), str(bucket), text))
 
     def add_songs(self, songs: Mapping[str, bytes], most: int) -> list[bool] | None:
         """As in `StateStore`."""
-        answer = self._of_songs("add_songs", [most, *(part for song in songs.items() for part in song)])
-        return None if answer == -1 else [bool(added) for added in answer]
+        reply = self._run_song_script("add_songs", [most, *(field for song in songs.items() for field in song)])
+        return None if reply == -1 else [bool(is_added) for is_added in reply]
 
     def songs_since(self, version: int) -> tuple[int, list[OnlineSong]]:
         """As in `StateStore`."""
-        now, *fields = self._of_songs("songs_since", [version])
+        current_version, *fields = self._run_song_script("songs_since", [version])
         songs = []
-        for number, song_id, data, summed in zip(*(fields[place::4] for place in range(4)), strict=True):
-            model, _, sums = summed.partition(b"\0")
+        for number, song_id, data, model_sums in zip(*(fields[index::4] for index in range(4)), strict=True):
+            model, _, sums = model_sums.partition(b"\0")
             songs.append(
                 OnlineSong(number=int(number), song_id=song_id.decode(), data=data, model=model.decode(), sums=sums)
             )
-        return int(now), sorted(songs, key=lambda song: song.number)
+        return int(current_version), sorted(songs, key=lambda song: song.number)
 
     def count_song_plays(self, model: str, sums: Mapping[int, bytes]) -> None:
         """As in `StateStore`."""
-        self._of_songs("count_song_plays", [model, *(part for song in sums.items() for part in song)])
+        self._run_song_script("count_song_plays", [model, *(field for song in sums.items() for field in song)])
 
     def close_songs(self, numbers: Sequence[int]) -> None:
         """As in `StateStore`."""
-        self._of_songs("close_songs", list(numbers))
+        self._run_song_script("close_songs", list(numbers))
 
     def close(self) -> None:
         """As in `StateStore`."""
-        for client in (self._client, self._once):
+        for client in (self._client, self._no_retry_client):
             client.close()
 
-    def _of_songs(self, name: str, arguments: list[Any]) -> Any:
+    def _run_song_script(self, name: str, arguments: list[Any]) -> Any:
         """Return the answer of a script for songs that were added online; their keys share one hash tag."""
-        names = ("counters", "versions", "ids", "data", "sums", "numbers")
-        keys = [f"{PREFIX}:songs:{{{self._namespace}}}:{each}" for each in names]
+        key_names = ("counters", "versions", "ids", "data", "sums", "numbers")
+        keys = [f"{PREFIX}:songs:{{{self._namespace}}}:{key_name}" for key_name in key_names]
         return self._run(name, [(keys, arguments)])[0]
 
     def _servers(self) -> list[Any]:
@@ -351,14 +362,14 @@ class RedisStore(StateStore):
 
     def _rewrite(self, server: Any) -> None:
         """Rewrite the files that one server keeps, and wait until it has finished."""
-        for keeps, command, running, status in _FILES:
-            if keeps(server):
-                _wait_while(server, running)  # an earlier rewrite may still write data that was deleted meanwhile
-                command(server)
-                state = _wait_while(server, running)
-                if state[status] != "ok":
+        for keeps_file, start_rewrite, running_field, status_field in _FILES:
+            if keeps_file(server):
+                _wait_while(server, running_field)  # an earlier rewrite may still write data that was deleted meanwhile
+                start_rewrite(server)
+                info = _wait_while(server, running_field)
+                if info[status_field] != "ok":
                     raise StoreUnavailableError(
-                        f"store {self._shown} could not rewrite its files; see the server's log"
+                        f"store {self._shown_uri} could not rewrite its files; see the server's log"
                     )
 
     def _keys(self, user_id: str, days: Sequence[int] = (), *, log: bool = True) -> list[str]:
@@ -374,79 +385,81 @@ class RedisStore(StateStore):
         script, retries = self._scripts[name], 0 if name in ONCE else RETRIES
         if self._nodes is not None and name not in READING:
             return [
-                answer
-                for part in _parts(calls)
-                for answer in self._answer(partial(self._write_to_nodes, script.script, part), retries)
+                reply
+                for chunk in _chunks(calls)
+                for reply in self._call(partial(self._write_to_nodes, script.script, chunk), retries)
             ]
         if len(calls) == 1:  # a single call sends the hash of the script instead of its text
-            client = self._client if retries else self._once
-            return [self._answer(lambda: script(keys=calls[0][0], args=calls[0][1], client=client))]
-        answers: list[Any] = []
-        for part in _parts(calls):
+            client = self._client if retries else self._no_retry_client
+            return [self._call(lambda: script(keys=calls[0][0], args=calls[0][1], client=client))]
+        replies: list[Any] = []
+        for chunk in _chunks(calls):
 
-            def send(part: Sequence[tuple[list[str], list[Any]]] = part) -> list[Any]:
+            def send(chunk: Sequence[tuple[list[str], list[Any]]] = chunk) -> list[Any]:
                 pipeline = self._client.pipeline(transaction=False)  # new for each try: a failed one loses its calls
-                for keys, arguments in part:
+                for keys, arguments in chunk:
                     # Send the text, because a cluster node that has just taken over does not have the script yet.
                     pipeline.execute_command("EVAL", script.script, len(keys), *keys, *arguments)
                 return list(pipeline.execute())
 
-            answers += self._answer(send)
-        return answers
+            replies += self._call(send)
+        return replies
 
     def _write_to_nodes(self, text: str, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
         """Return the answer of a script to each call, after a replica of each written node has the changes too."""
         from redis.exceptions import AskError, ClusterDownError, RedisError, TryAgainError
 
         commands = [["EVAL", text, len(keys), *keys, *arguments] for keys, arguments in calls]
-        rows_of: dict[str, list[int]] = {}
+        rows_by_node: dict[str, list[int]] = {}
         nodes: dict[str, Any] = {}
         for row, (keys, _) in enumerate(calls):
             node = self._client.get_node_from_key(keys[0])
             nodes[node.name] = node
-            rows_of.setdefault(node.name, []).append(row)
-        answers: list[Any] = [None] * len(calls)
-        for name, rows in rows_of.items():
+            rows_by_node.setdefault(node.name, []).append(row)
+        replies: list[Any] = [None] * len(calls)
+        for name, rows in rows_by_node.items():
             server = self._client.get_redis_connection(nodes[name])
-            waits = self._has_replica(name, server)
+            has_replica = self._has_replica(name, server)
             pipeline = server.pipeline(transaction=False)  # one connection, because WAIT covers only its own writes
             for row in rows:
                 pipeline.execute_command(*commands[row])
-            if waits:
+            if has_replica:
                 pipeline.execute_command("WAIT", 1, REPLICA_MS)
             results = pipeline.execute(raise_on_error=False)
-            if waits and results.pop() == 0:
-                self._replicated[name] = (time.monotonic(), False)
-                log.warning("store %s: no replica of %s confirmed a write within %d ms", self._shown, name, REPLICA_MS)
+            if has_replica and results.pop() == 0:
+                self._replica_checks[name] = (time.monotonic(), False)
+                log.warning(
+                    "store %s: no replica of %s confirmed a write within %d ms", self._shown_uri, name, REPLICA_MS
+                )
             for row, result in zip(rows, results, strict=True):
                 if isinstance(result, (AskError, TryAgainError, ClusterDownError)):  # slots are moving to another node
                     result = self._client.execute_command(*commands[row])
                 if isinstance(result, RedisError):
                     raise result
-                answers[row] = result
-        return answers
+                replies[row] = result
+        return replies
 
     def _has_replica(self, name: str, server: Any) -> bool:
         """Return whether a node of a cluster has a replica; checked every `ROLE_SECONDS` at most."""
-        asked_at, has = self._replicated.get(name, (0.0, False))
-        if time.monotonic() - asked_at > ROLE_SECONDS:
+        checked_at, has_replica = self._replica_checks.get(name, (0.0, False))
+        if time.monotonic() - checked_at > ROLE_SECONDS:
             role = server.role()
-            has = role[0] == b"master" and bool(role[2])
-            self._replicated[name] = (time.monotonic(), has)
-        return has
+            has_replica = role[0] == b"master" and bool(role[2])
+            self._replica_checks[name] = (time.monotonic(), has_replica)
+        return has_replica
 
-    def _answer(self, call: Callable[[], T], retries: int = RETRIES) -> T:
+    def _call(self, call: Callable[[], T], retries: int = RETRIES) -> T:
         """Return the answer of a call; `retries` are for a cluster, since the client of a single server has its own."""
         if self._nodes is None:
-            return _unless_down(self._shown, call)
+            return _call_server(self._shown_uri, call)
         # The client itself would only retry on the node that is down; find the node that has taken over.
         nodes = self._nodes
 
-        def answer() -> T:
-            result: T = _patience(retries).call_with_retry(call, lambda _: nodes.initialize())
+        def call_cluster() -> T:
+            result: T = _retry_policy(retries).call_with_retry(call, lambda _: nodes.initialize())
             return result
 
-        return _unless_down(self._shown, answer)
+        return _call_server(self._shown_uri, call_cluster)
 
     def _warn_of_losses(self) -> None:
         from redis.exceptions import RedisError
@@ -459,7 +472,7 @@ class RedisStore(StateStore):
             log.warning(
                 "store %s runs with appendonly %s, appendfsync %s: acknowledged plays may be lost if its machine "
                 "fails; set appendonly yes and appendfsync always",
-                self._shown,
+                self._shown_uri,
                 settings.get("appendonly"),
                 settings.get("appendfsync"),
             )
@@ -496,16 +509,16 @@ _SCRIPTS = {
 }
 
 
-def _wait_while(server: Any, running: str) -> Mapping[str, Any]:
+def _wait_while(server: Any, running_field: str) -> Mapping[str, Any]:
     """Wait until no rewrite is running or scheduled, and return the server's INFO about its files."""
     while True:
-        state: Mapping[str, Any] = server.info("persistence")
-        if not state[running] and not state.get("aof_rewrite_scheduled"):
-            return state
+        info: Mapping[str, Any] = server.info("persistence")
+        if not info[running_field] and not info.get("aof_rewrite_scheduled"):
+            return info
         time.sleep(0.05)
 
 
-def _patience(retries: int) -> Any:
+def _retry_policy(retries: int) -> Any:
     """Return the retries of a client, with pauses of about a second in total.
 
     A retried put that the server had already applied is recognized by its id. If another put came after it, it looks
@@ -517,24 +530,24 @@ def _patience(retries: int) -> Any:
     return Retry(ExponentialBackoff(cap=0.4, base=0.05), retries)
 
 
-def _shown(uri: str) -> str:
+def _shown_uri(uri: str) -> str:
     """Return an address without its password."""
     parts = urlsplit(uri)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def _unless_down(shown: str, call: Callable[[], T]) -> T:
+def _call_server(shown_uri: str, call: Callable[[], T]) -> T:
     from redis.exceptions import RedisError
 
     try:
         return call()
     except (RedisError, OSError) as error:
-        raise StoreUnavailableError(f"store {shown} does not answer: {error}; try again") from error
+        raise StoreUnavailableError(f"store {shown_uri} does not answer: {error}; try again") from error
 
 
-def _arguments(change: Change) -> list[Any]:
-    number = secrets.token_bytes(8)
-    arguments = [change.expected, number, change.state, int(change.restart), change.heard or b"", EVENT_SECONDS]
+def _put_arguments(change: Change) -> list[Any]:
+    put_id = secrets.token_bytes(8)
+    arguments = [change.expected, put_id, change.state, int(change.restart), change.heard or b"", EVENT_SECONDS]
     arguments += [len(change.events), *change.events]
     for piece in change.append:
         arguments += [piece.plays, piece.data]
@@ -546,16 +559,16 @@ def _is_short(change: Change) -> bool:
     return change.expected == NOT_THERE and len(change.append) == 1 and change.heard is None and not change.events
 
 
-def _new_users(changes: Sequence[Change], keys_of: Callable[[str], list[str]]) -> tuple[list[str], list[Any]]:
+def _put_new_arguments(changes: Sequence[Change], keys_of: Callable[[str], list[str]]) -> tuple[list[str], list[Any]]:
     """Return the keys and arguments of PUT_NEW."""
     users, logs = zip(*(keys_of(change.user_id) for change in changes), strict=True)
     pieces = [piece.plays.to_bytes(4, "big") + piece.data for change in changes for piece in change.append]
     return [*users, *logs], [*(change.state for change in changes), *pieces]
 
 
-def _stored(answer: Sequence[Any], events: frozenset[int] = frozenset()) -> Stored:
-    return Stored(version=int(answer[0]), state=answer[1], events=events)
+def _to_stored(reply: Sequence[Any], events: frozenset[int] = frozenset()) -> Stored:
+    return Stored(version=int(reply[0]), state=reply[1], events=events)
 
 
-def _parts(calls: Sequence[T], size: int = PIPELINE) -> Iterator[Sequence[T]]:
-    return (calls[begin : begin + size] for begin in range(0, len(calls), size))
+def _chunks(items: Sequence[T], size: int = PIPELINE) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

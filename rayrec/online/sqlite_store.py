@@ -58,7 +58,7 @@ CREATE INDEX changed_songs ON songs (namespace, version);
 """
 
 
-OF_USER = "piece >= ?1 AND piece < ?2"  # selects one user's log, with the values of `_pieces`
+OF_USER = "piece >= ?1 AND piece < ?2"  # selects one user's log, with the values of `_piece_range`
 
 
 class SqliteStore(StateStore):
@@ -69,9 +69,9 @@ class SqliteStore(StateStore):
     def __init__(self, path: str | Path, namespace: str) -> None:
         """Raises `InputError` if the file cannot be opened or was not made by rayrec."""
         self._path, self._namespace = Path(path), namespace
-        self._own = threading.local()
+        self._thread_connections = threading.local()
         self._connections: list[sqlite3.Connection] = []
-        self._cleared = 0  # the last day on which old events were deleted
+        self._cleared_day = 0  # the last day on which old events were deleted
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._prepare()
@@ -108,22 +108,24 @@ class SqliteStore(StateStore):
         keys = [self._key(change.user_id) for change in changes]
         with self._transaction("IMMEDIATE", loading=loading) as connection:
             self._clear_events(connection)
-            new = {key: change for key, change in zip(keys, changes, strict=True) if change.expected == NOT_THERE}
-            for key in self._stored(connection, list(new)):
-                del new[key]
-            self._put_new(connection, new)
+            new_changes = {
+                key: change for key, change in zip(keys, changes, strict=True) if change.expected == NOT_THERE
+            }
+            for key in self._existing_keys(connection, list(new_changes)):
+                del new_changes[key]
+            self._put_new(connection, new_changes)
             return [
-                new.get(key) is change or (change.expected != NOT_THERE and self._put(connection, key, change))
+                new_changes.get(key) is change or (change.expected != NOT_THERE and self._put(connection, key, change))
                 for key, change in zip(keys, changes, strict=True)
             ]
 
     def forget(self, user_ids: Sequence[str], state: bytes) -> None:
         """As in `StateStore`; the deleted bytes are overwritten with zeros."""
         keys = [self._key(user_id) for user_id in user_ids]
-        for begin in range(0, len(keys), FORGOTTEN_AT_ONCE):
+        for start in range(0, len(keys), FORGOTTEN_AT_ONCE):
             with self._transaction("IMMEDIATE") as connection:
-                for key in keys[begin : begin + FORGOTTEN_AT_ONCE]:
-                    connection.execute(f"DELETE FROM log WHERE {OF_USER}", _pieces(connection, key))
+                for key in keys[start : start + FORGOTTEN_AT_ONCE]:
+                    connection.execute(f"DELETE FROM log WHERE {OF_USER}", _piece_range(connection, key))
                     connection.execute(
                         "INSERT INTO users (user, version, state) VALUES (?1, 1, ?2) "
                         "ON CONFLICT (user) DO UPDATE SET version = version + 1, state = ?2, heard = NULL",
@@ -144,65 +146,65 @@ class SqliteStore(StateStore):
     def loaded(self, load: str) -> dict[int, str]:
         """As in `StateStore`."""
         with self._connection() as connection:
-            return dict(connection.execute("SELECT bucket, text FROM loads WHERE load = ?", (self._load(load),)))
+            return dict(connection.execute("SELECT bucket, text FROM loads WHERE load = ?", (self._load_name(load),)))
 
     def mark_loaded(self, load: str, bucket: int, text: str) -> None:
         """As in `StateStore`."""
         with self._connection() as connection:
-            connection.execute("INSERT OR REPLACE INTO loads VALUES (?, ?, ?)", (self._load(load), bucket, text))
+            connection.execute("INSERT OR REPLACE INTO loads VALUES (?, ?, ?)", (self._load_name(load), bucket, text))
 
     def add_songs(self, songs: Mapping[str, bytes], most: int) -> list[bool] | None:
         """As in `StateStore`; one transaction."""
         with self._transaction("IMMEDIATE") as connection:
             rows = connection.execute("SELECT song_id, data != x'' FROM songs WHERE namespace = ?", (self._namespace,))
-            known = {song_id: bool(is_open) for song_id, is_open in rows}
-            added = [not known.get(song_id, False) for song_id in songs]
-            if any(added) and sum(known.values()) + sum(added) > most:
+            is_open_by_id = {song_id: bool(is_open) for song_id, is_open in rows}
+            is_added = [not is_open_by_id.get(song_id, False) for song_id in songs]
+            if any(is_added) and sum(is_open_by_id.values()) + sum(is_added) > most:
                 return None
-            version, numbers = self._songs_version(connection) + 1, len(known)
-            for song_id, data, is_new in zip(songs, songs.values(), added, strict=True):
-                if is_new and song_id in known:
+            version, next_number = self._songs_version(connection) + 1, len(is_open_by_id)
+            for song_id, data, is_new in zip(songs, songs.values(), is_added, strict=True):
+                if is_new and song_id in is_open_by_id:
                     connection.execute(
                         "UPDATE songs SET version = ?, data = ? WHERE namespace = ? AND song_id = ?",
                         (version, data, self._namespace, song_id),
                     )
                 elif is_new:
-                    values = (self._namespace, numbers, song_id, version, data, "", b"")
+                    values = (self._namespace, next_number, song_id, version, data, "", b"")
                     connection.execute("INSERT INTO songs VALUES (?, ?, ?, ?, ?, ?, ?)", values)
-                    numbers += 1
-            return added
+                    next_number += 1
+            return is_added
 
     def songs_since(self, version: int) -> tuple[int, list[OnlineSong]]:
         """As in `StateStore`; reads only one row of an index if nothing changed."""
         with self._transaction("DEFERRED") as connection:
-            now = self._songs_version(connection)
-            if now == version:
-                return now, []
+            current_version = self._songs_version(connection)
+            if current_version == version:
+                return current_version, []
             rows = connection.execute(
                 "SELECT number, song_id, data, model, sums FROM songs WHERE namespace = ? AND version > ? "
                 "ORDER BY number",
                 (self._namespace, version),
             )
-            names = ("number", "song_id", "data", "model", "sums")
-            return now, [OnlineSong(**dict(zip(names, row, strict=True))) for row in rows]
+            column_names = ("number", "song_id", "data", "model", "sums")
+            return current_version, [OnlineSong(**dict(zip(column_names, row, strict=True))) for row in rows]
 
     def count_song_plays(self, model: str, sums: Mapping[int, bytes]) -> None:
         """As in `StateStore`; one transaction."""
         with self._transaction("IMMEDIATE") as connection:
             version = self._songs_version(connection) + 1
-            for number, added in sums.items():
+            for number, added_sums in sums.items():
                 key = (self._namespace, number)
                 row = connection.execute(
                     "SELECT model, sums FROM songs WHERE namespace = ? AND number = ? AND data != x''", key
                 ).fetchone()
                 if row is None:
                     continue
-                total = np.frombuffer(added)
-                if row[0] == model and len(row[1]) == len(added):
-                    total = total + np.frombuffer(row[1])
+                total_sums = np.frombuffer(added_sums)
+                if row[0] == model and len(row[1]) == len(added_sums):
+                    total_sums = total_sums + np.frombuffer(row[1])
                 connection.execute(
                     "UPDATE songs SET version = ?, model = ?, sums = ? WHERE namespace = ? AND number = ?",
-                    (version, model, total.tobytes(), *key),
+                    (version, model, total_sums.tobytes(), *key),
                 )
 
     def close_songs(self, numbers: Sequence[int]) -> None:
@@ -228,12 +230,12 @@ class SqliteStore(StateStore):
     def _key(self, user_id: str) -> bytes:
         return user_key(self._namespace, user_id)
 
-    def _load(self, load: str) -> str:
+    def _load_name(self, load: str) -> str:
         return f"{self._namespace}:{load}"
 
     def _songs_version(self, connection: sqlite3.Connection) -> int:
-        newest = connection.execute("SELECT MAX(version) FROM songs WHERE namespace = ?", (self._namespace,)).fetchone()
-        return int(newest[0] or 0)
+        row = connection.execute("SELECT MAX(version) FROM songs WHERE namespace = ?", (self._namespace,)).fetchone()
+        return int(row[0] or 0)
 
     def _prepare(self) -> None:
         with self._transaction("IMMEDIATE") as connection:
@@ -250,16 +252,16 @@ class SqliteStore(StateStore):
         row = connection.execute("SELECT version, state FROM users WHERE user = ?", (key,)).fetchone()
         if row is None:
             return None
-        known: set[int] = set()
-        for begin in range(0, len(events), VARIABLES):
-            some = events[begin : begin + VARIABLES]
-            places = ", ".join("?" * len(some))
+        known_events: set[int] = set()
+        for start in range(0, len(events), VARIABLES):
+            chunk = events[start : start + VARIABLES]
+            placeholders = ", ".join("?" * len(chunk))
             rows = connection.execute(
-                f"SELECT event FROM events WHERE day IN (?, ?, ?) AND user = ? AND event IN ({places})",
-                (*event_days(), key, *some),
+                f"SELECT event FROM events WHERE day IN (?, ?, ?) AND user = ? AND event IN ({placeholders})",
+                (*event_days(), key, *chunk),
             )
-            known.update(event for (event,) in rows)
-        return Stored(version=row[0], state=row[1], events=frozenset(known))
+            known_events.update(event for (event,) in rows)
+        return Stored(version=row[0], state=row[1], events=frozenset(known_events))
 
     def _read(self, connection: sqlite3.Connection, key: bytes, plays: int | None) -> WholeUser | None:
         stored = self._get(connection, key)
@@ -267,8 +269,8 @@ class SqliteStore(StateStore):
             return None
         pieces: list[bytes] = []
         count = 0
-        place = _pieces(connection, key)
-        rows = connection.execute(f"SELECT plays, data FROM log WHERE {OF_USER} ORDER BY piece DESC", place)
+        piece_range = _piece_range(connection, key)
+        rows = connection.execute(f"SELECT plays, data FROM log WHERE {OF_USER} ORDER BY piece DESC", piece_range)
         while (plays is None or count < plays) and (row := rows.fetchone()) is not None:
             count += row[0]
             pieces.append(row[1])
@@ -276,45 +278,52 @@ class SqliteStore(StateStore):
         heard = connection.execute("SELECT heard FROM users WHERE user = ?", (key,)).fetchone()[0]
         return WholeUser(stored=stored, log=pieces[::-1], heard=heard)
 
-    def _stored(self, connection: sqlite3.Connection, keys: Sequence[bytes]) -> Iterator[bytes]:
+    def _existing_keys(self, connection: sqlite3.Connection, keys: Sequence[bytes]) -> Iterator[bytes]:
         """Yield the keys of users who are in the store."""
-        for begin in range(0, len(keys), VARIABLES):
-            some = keys[begin : begin + VARIABLES]
-            places = ", ".join("?" * len(some))
-            yield from (key for (key,) in connection.execute(f"SELECT user FROM users WHERE user IN ({places})", some))
+        for start in range(0, len(keys), VARIABLES):
+            chunk = keys[start : start + VARIABLES]
+            placeholders = ", ".join("?" * len(chunk))
+            yield from (
+                key for (key,) in connection.execute(f"SELECT user FROM users WHERE user IN ({placeholders})", chunk)
+            )
 
-    def _put_new(self, connection: sqlite3.Connection, users: Mapping[bytes, Change]) -> None:
+    def _put_new(self, connection: sqlite3.Connection, changes: Mapping[bytes, Change]) -> None:
         """Insert users who are not in the store, sorted by key, so that each page of the index is changed only once."""
-        users = dict(sorted(users.items()))
-        (first,) = connection.execute("SELECT COALESCE(MAX(number), 0) + 1 FROM users").fetchone()
-        rows = [(number, key, user.state, user.heard) for number, (key, user) in enumerate(users.items(), first)]
+        changes = dict(sorted(changes.items()))
+        (first_number,) = connection.execute("SELECT COALESCE(MAX(number), 0) + 1 FROM users").fetchone()
+        rows = [
+            (number, key, change.state, change.heard)
+            for number, (key, change) in enumerate(changes.items(), first_number)
+        ]
         _insert(connection, "users", "(?, ?, 1, ?, ?)", rows)
         pieces = [
-            (number * PIECES + place, piece.plays, piece.data)
-            for number, user in enumerate(users.values(), first)
-            for place, piece in enumerate(user.append)
+            (number * PIECES + index, piece.plays, piece.data)
+            for number, change in enumerate(changes.values(), first_number)
+            for index, piece in enumerate(change.append)
         ]
         _insert(connection, "log", "(?, ?, ?)", pieces)
-        for key, user in users.items():
-            if user.events:
-                self._put_events(connection, key, user)
+        for key, change in changes.items():
+            if change.events:
+                self._put_events(connection, key, change)
 
     def _put(self, connection: sqlite3.Connection, key: bytes, change: Change) -> bool:
-        done = connection.execute(
+        cursor = connection.execute(
             "UPDATE users SET version = version + 1, state = ? WHERE user = ? AND version = ?",
             (change.state, key, change.expected),
         )
-        if done.rowcount != 1:
+        if cursor.rowcount != 1:
             return False
         if change.restart:
-            connection.execute(f"DELETE FROM log WHERE {OF_USER}", _pieces(connection, key))
+            connection.execute(f"DELETE FROM log WHERE {OF_USER}", _piece_range(connection, key))
             connection.execute("UPDATE users SET heard = NULL WHERE user = ?", (key,))
         if change.heard is not None:
             connection.execute("UPDATE users SET heard = ? WHERE user = ?", (change.heard, key))
         if change.append:
             query = f"SELECT COALESCE(MAX(piece) + 1, ?1) FROM log WHERE {OF_USER}"
-            (first,) = connection.execute(query, _pieces(connection, key)).fetchone()
-            pieces = [(place, piece.plays, piece.data) for place, piece in enumerate(change.append, first)]
+            (first_piece,) = connection.execute(query, _piece_range(connection, key)).fetchone()
+            pieces = [
+                (piece_number, piece.plays, piece.data) for piece_number, piece in enumerate(change.append, first_piece)
+            ]
             _insert(connection, "log", "(?, ?, ?)", pieces)
         self._put_events(connection, key, change)
         return True
@@ -329,16 +338,16 @@ class SqliteStore(StateStore):
     def _clear_events(self, connection: sqlite3.Connection) -> None:
         """Delete the events of days that are not looked up any more, once per day."""
         today = event_days()[0]
-        if self._cleared != today:
+        if self._cleared_day != today:
             connection.execute("DELETE FROM events WHERE day < ?", (today - 1,))
-            self._cleared = today
+            self._cleared_day = today
 
     @contextmanager
     def _connection(self, *, loading: bool = False) -> Iterator[sqlite3.Connection]:
         """Yield this thread's connection. Without `_transaction`, each statement is a transaction by itself."""
         try:
             name = "loading" if loading else "connection"
-            connection: sqlite3.Connection | None = getattr(self._own, name, None)
+            connection: sqlite3.Connection | None = getattr(self._thread_connections, name, None)
             if connection is None:
                 connection = sqlite3.connect(
                     self._path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
@@ -351,7 +360,7 @@ class SqliteStore(StateStore):
                 if loading:  # cache all pages that thousands of users change, and copy the log into the file late
                     connection.execute(f"PRAGMA cache_size = -{CACHE_BYTES >> 10}")
                     connection.execute(f"PRAGMA wal_autocheckpoint = {LOG_BYTES // PAGE_BYTES}")
-                setattr(self._own, name, connection)
+                setattr(self._thread_connections, name, connection)
             yield connection
         except sqlite3.OperationalError as error:
             raise StoreUnavailableError(f"store {self._path} does not answer: {error}; try again") from error
@@ -369,7 +378,7 @@ class SqliteStore(StateStore):
                 raise
 
 
-def _pieces(connection: sqlite3.Connection, key: bytes) -> tuple[int, int]:
+def _piece_range(connection: sqlite3.Connection, key: bytes) -> tuple[int, int]:
     """Return where the pieces of a user begin in the log, and where those of the next user begin.
 
     An unknown user has number 0, for which there are no pieces, because numbers begin at 1.
@@ -379,10 +388,12 @@ def _pieces(connection: sqlite3.Connection, key: bytes) -> tuple[int, int]:
     return number * PIECES, (number + 1) * PIECES
 
 
-def _insert(connection: sqlite3.Connection, table: str, row: str, rows: Sequence[Sequence[Any]]) -> None:
+def _insert(connection: sqlite3.Connection, table: str, row_placeholders: str, rows: Sequence[Sequence[Any]]) -> None:
     """Insert rows, as many per statement as possible, because other Python threads can work while a statement runs."""
-    size = VARIABLES // row.count("?")
-    for begin in range(0, len(rows), size):
-        part = rows[begin : begin + size]
-        places = ", ".join([row] * len(part))
-        connection.execute(f"INSERT INTO {table} VALUES {places}", [value for values in part for value in values])
+    size = VARIABLES // row_placeholders.count("?")
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
+        placeholders = ", ".join([row_placeholders] * len(chunk))
+        connection.execute(
+            f"INSERT INTO {table} VALUES {placeholders}", [value for values in chunk for value in values]
+        )

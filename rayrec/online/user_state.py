@@ -81,9 +81,9 @@ class Plays:
             return parts[0]
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in PLAY_FIELDS})
 
-    def take(self, which: np.ndarray | slice) -> "Plays":
-        """Return the plays at `which`, in that order."""
-        return Plays(**{name: getattr(self, name)[which] for name in PLAY_FIELDS})
+    def take(self, indices: np.ndarray | slice) -> "Plays":
+        """Return the plays at `indices`, in that order."""
+        return Plays(**{name: getattr(self, name)[indices] for name in PLAY_FIELDS})
 
     def last(self, count: int) -> "Plays":
         """Return the last `count` plays, or all plays if there are fewer."""
@@ -160,8 +160,8 @@ class UserState:
     def start(cls, model: str, states: States, row: int = 0, plays: int = 0) -> "UserState":
         """Create a state with an empty window: before the first play, or after `plays` plays in the log."""
         hidden, before_at = states.hidden[row], int(states.last_played_at[row])
-        own = ModelState(hidden=hidden, before=hidden, before_at=before_at, left=plays, restarts=0, turn=0)
-        return cls(before_at=before_at, left=plays, models={model: own})
+        model_state = ModelState(hidden=hidden, before=hidden, before_at=before_at, left=plays, restarts=0, turn=0)
+        return cls(before_at=before_at, left=plays, models={model: model_state})
 
     @property
     def plays(self) -> int:
@@ -180,20 +180,20 @@ class UserState:
 
     def current(self, model: str) -> ModelState | None:
         """Return the state of a model; None if it is missing or has not seen all plays."""
-        own = self.models.get(model)
-        return own if own is not None and own.turn == self.turn else None
+        model_state = self.models.get(model)
+        return model_state if model_state is not None and model_state.turn == self.turn else None
 
     def states(self, model: str) -> States:
         """Return the current state of a model in the form that the encoder takes."""
-        own = self.current(model)
-        if own is None:
+        model_state = self.current(model)
+        if model_state is None:
             raise ValueError(f"the state of model {model} is not up to date")
-        return States(hidden=own.hidden[None], last_played_at=np.array([self.last_played_at]))
+        return States(hidden=model_state.hidden[None], last_played_at=np.array([self.last_played_at]))
 
-    def with_model(self, model: str, own: ModelState) -> "UserState":
+    def with_model(self, model: str, model_state: ModelState) -> "UserState":
         """Return this state with a new state of one model; of the other models, the last written one is kept."""
-        others = [item for item in self.models.items() if item[0] != model]
-        return replace(self, models=dict([*others[len(others) - MODELS_KEPT + 1 :], (model, own)]))
+        other_models = [item for item in self.models.items() if item[0] != model]
+        return replace(self, models=dict([*other_models[len(other_models) - MODELS_KEPT + 1 :], (model, model_state)]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,16 +233,16 @@ class Step:
     def finish(self, states: States) -> UserState:
         """Return the new state, from the states after the runs of this step."""
         likes = join_likes([self.state.likes, self.likes]) if len(self.likes) else self.state.likes
-        after = replace(self.state, rejected=self.state.rejected + self.count("rejected"), likes=likes)
+        new_state = replace(self.state, rejected=self.state.rejected + self.count("rejected"), likes=likes)
         if not self.runs:
-            return after
-        own = self.state.models[self.model]
-        after = replace(after, window=self.window.take(slice(self.leaving, None)), turn=self.state.turn + 1)
+            return new_state
+        model_state = self.state.models[self.model]
+        new_state = replace(new_state, window=self.window.take(slice(self.leaving, None)), turn=self.state.turn + 1)
         if self.leaving:
             before_at = int(states.last_played_at[1])
-            after = replace(after, before_at=before_at, left=self.state.left + self.leaving)
-            own = replace(own, before=states.hidden[1], before_at=before_at, left=after.left)
-        return after.with_model(self.model, replace(own, hidden=states.hidden[0], turn=after.turn))
+            new_state = replace(new_state, before_at=before_at, left=self.state.left + self.leaving)
+            model_state = replace(model_state, before=states.hidden[1], before_at=before_at, left=new_state.left)
+        return new_state.with_model(self.model, replace(model_state, hidden=states.hidden[0], turn=new_state.turn))
 
 
 def plan_plays(
@@ -258,33 +258,35 @@ def plan_plays(
     that are no plays. A play is rejected unless it is after the last play of the log and after the user's deletion, a
     like unless it is after the user's deletion.
     """
-    own = state.current(model)
-    if own is None:
+    model_state = state.current(model)
+    if model_state is None:
         raise ValueError(f"the state of model {model} is not up to date")
-    again = np.zeros(len(arrived), np.bool_) if repeated is None else repeated
+    is_repeated = np.zeros(len(arrived), np.bool_) if repeated is None else repeated
     is_like = np.zeros(len(arrived), np.bool_) if liked is None else liked
     earliest = np.where(is_like, state.forgotten_at, max(state.before_at, state.forgotten_at))
-    late = ~again & (arrived.played_at <= earliest)
-    outcomes = np.select([again, late], [OUTCOMES.index("repeated"), OUTCOMES.index("rejected")]).astype(np.int8)
-    new_plays, likes = (arrived.take(~again & ~late & kind) for kind in (~is_like, is_like))
+    is_late = ~is_repeated & (arrived.played_at <= earliest)
+    outcomes = np.select([is_repeated, is_late], [OUTCOMES.index("repeated"), OUTCOMES.index("rejected")]).astype(
+        np.int8
+    )
+    new_plays, likes = (arrived.take(~is_repeated & ~is_late & has_kind) for has_kind in (~is_like, is_like))
     new_plays = new_plays.take(np.argsort(new_plays.played_at, kind="stable"))
     window = Plays.joined([state.window, new_plays])
-    in_turn = not len(state.window) or not len(new_plays) or new_plays.played_at[0] >= state.window.played_at[-1]
-    if not in_turn:
+    is_in_order = not len(state.window) or not len(new_plays) or new_plays.played_at[0] >= state.window.played_at[-1]
+    if not is_in_order:
         window = window.take(np.argsort(window.played_at, kind="stable"))
-    leaving = over_window(window.played_at)
+    num_leaving = over_window(window.played_at)
     runs = []
     if len(new_plays):
-        runs.append((state.states(model), new_plays) if in_turn else (own.start, window))
-    if leaving:
-        runs.append((own.start, window.take(slice(leaving))))
+        runs.append((state.states(model), new_plays) if is_in_order else (model_state.start, window))
+    if num_leaving:
+        runs.append((model_state.start, window.take(slice(num_leaving))))
     return Step(
         state=state,
         model=model,
         outcomes=outcomes,
         likes=likes,
         window=window,
-        leaving=leaving,
+        leaving=num_leaving,
         runs=tuple(runs),
     )
 
@@ -307,15 +309,23 @@ class CatchUp:
             raise ValueError(
                 f"expected the last {min(state.left, LAST_PLAYS)} of {state.left} plays of the log, got {len(log)}"
             )
-        start, since, own = blank, log, state.models.get(model)
-        if own is not None and own.restarts == state.restarts and state.left - own.left <= len(log):
-            start, since = own.start, log.last(state.left - own.left)
-        return cls(state=state, model=model, runs=((start, Plays.joined([since, state.window])), (start, since)))
+        start_state, missing_plays, model_state = blank, log, state.models.get(model)
+        if (
+            model_state is not None
+            and model_state.restarts == state.restarts
+            and state.left - model_state.left <= len(log)
+        ):
+            start_state, missing_plays = model_state.start, log.last(state.left - model_state.left)
+        return cls(
+            state=state,
+            model=model,
+            runs=((start_state, Plays.joined([missing_plays, state.window])), (start_state, missing_plays)),
+        )
 
     def finish(self, states: States) -> UserState:
         """Return the user's state with the model up to date, from the states after the runs."""
         state = self.state
-        own = ModelState(
+        model_state = ModelState(
             hidden=states.hidden[0],
             before=states.hidden[1],
             before_at=state.before_at,
@@ -323,27 +333,27 @@ class CatchUp:
             restarts=state.restarts,
             turn=state.turn,
         )
-        return state.with_model(self.model, own)
+        return state.with_model(self.model, model_state)
 
 
 def gather(steps: Sequence[Step | CatchUp]) -> tuple[Histories, States]:
     """Return all runs of steps, at least one, as one batch: the plays, and the states from which to run over them."""
     runs = [run for step in steps for run in step.runs]
-    start = States(
+    start_states = States(
         hidden=np.concatenate([states.hidden for states, _ in runs]),
         last_played_at=np.concatenate([states.last_played_at for states, _ in runs]),
     )
-    return join_plays([plays for _, plays in runs]), start
+    return join_plays([plays for _, plays in runs]), start_states
 
 
-def scatter(steps: Sequence[Step | CatchUp], ended: States | None) -> list[UserState]:
+def scatter(steps: Sequence[Step | CatchUp], end_states: States | None) -> list[UserState]:
     """Return the new state of each step, from the states after the batch of `gather`."""
-    after, row = [], 0
+    new_states, start = [], 0
     for step in steps:
-        rows = slice(row, row + len(step.runs))
-        row = rows.stop
-        after.append(step.finish(_NOTHING if ended is None else _rows(ended, rows)))
-    return after
+        step_rows = slice(start, start + len(step.runs))
+        start = step_rows.stop
+        new_states.append(step.finish(_NO_STATES if end_states is None else _take_states(end_states, step_rows)))
+    return new_states
 
 
 def advance(run: Run, state: UserState, model: str, arrived: Plays) -> tuple[UserState, Step]:
@@ -352,7 +362,7 @@ def advance(run: Run, state: UserState, model: str, arrived: Plays) -> tuple[Use
     return scatter([step], run(*gather([step])) if step.runs else None)[0], step
 
 
-def fold_heard(state: UserState, log_songs: np.ndarray, heard: np.ndarray) -> tuple[UserState, np.ndarray]:
+def fold_heard(state: UserState, log_songs: np.ndarray, heard_songs: np.ndarray) -> tuple[UserState, np.ndarray]:
     """Add the songs of the log's older plays to the set of heard songs, int32 ascending; return new state and set.
 
     `log_songs`, int32, are the songs of the last plays of the log, at least of all plays that are not in the set yet.
@@ -360,14 +370,14 @@ def fold_heard(state: UserState, log_songs: np.ndarray, heard: np.ndarray) -> tu
     """
     folded = max(state.folded, state.left - LAST_PLAYS // 2)
     end = len(log_songs) - (state.left - folded)
-    begin = max(0, len(log_songs) - (state.left - state.folded))
-    return replace(state, folded=folded), np.union1d(heard, log_songs[begin:end]).astype(np.int32)
+    start = max(0, len(log_songs) - (state.left - state.folded))
+    return replace(state, folded=folded), np.union1d(heard_songs, log_songs[start:end]).astype(np.int32)
 
 
-_NOTHING = States(hidden=np.zeros((0, 0, 0), np.float32), last_played_at=np.zeros(0, np.int64))
+_NO_STATES = States(hidden=np.zeros((0, 0, 0), np.float32), last_played_at=np.zeros(0, np.int64))
 
 
-def _rows(states: States, rows: slice) -> States:
+def _take_states(states: States, rows: slice) -> States:
     return States(hidden=states.hidden[rows], last_played_at=states.last_played_at[rows])
 
 
@@ -379,6 +389,10 @@ def over_window(played_at: np.ndarray) -> int:
     """
     if len(played_at) <= 2 * WINDOW:
         return 0
-    cut = played_at[len(played_at) - WINDOW]
-    first = int(np.searchsorted(played_at, cut, side="left"))
-    return first if len(played_at) - first <= MOST_OF_A_MOMENT else int(np.searchsorted(played_at, cut, side="right"))
+    cutoff_time = played_at[len(played_at) - WINDOW]
+    first_kept = int(np.searchsorted(played_at, cutoff_time, side="left"))
+    return (
+        first_kept
+        if len(played_at) - first_kept <= MOST_OF_A_MOMENT
+        else int(np.searchsorted(played_at, cutoff_time, side="right"))
+    )

@@ -61,7 +61,7 @@ class RecommendConfig(Settings):
 
     @field_validator("horizon", mode="before")
     @classmethod
-    def _known_horizon(cls, value: object) -> object:
+    def _normalize_horizon(cls, value: object) -> object:
         weight = weight_of_long(value)
         return {0.0: "short", 1.0: "long"}.get(weight, weight)  # one spelling: equal requests share a cached answer
 
@@ -170,22 +170,22 @@ def answer(
         explore=config.explore,
         explain=config.explain,
     )
-    (chosen,) = choose_for_users(
+    (selected,) = choose_for_users(
         recommender, history, at, [options], lambda: load_starting(dataset, recommender, parts)
     )
     last_plays = [NamedSong(**names) for names in catalog.names(history.last_songs(shown)[0])]
-    named = [*(songs or ()), *exclude, *(allow or ())]
-    unknown = [named[place] for place in np.flatnonzero(catalog.find(named) < 0).tolist()]
+    given_ids = [*(songs or ()), *exclude, *(allow or ())]
+    unknown_ids = [given_ids[index] for index in np.flatnonzero(catalog.find(given_ids) < 0).tolist()]
     return Answer(
         release=parts.get(RELEASES),
         at=at,
-        source="popular" if chosen.path == "popular" else "taste",
-        path=chosen.path,
+        source="popular" if selected.path == "popular" else "taste",
+        path=selected.path,
         plays=history.num_plays,
-        songs=_scored_songs(catalog, chosen, last_plays[-1].title if last_plays else None, config.explain),
+        songs=_scored_songs(catalog, selected, last_plays[-1].title if last_plays else None, config.explain),
         last_plays=last_plays,
-        unknown_songs=len(unknown),
-        unknown_song_ids=list(dict.fromkeys(unknown)),
+        unknown_songs=len(unknown_ids),
+        unknown_song_ids=list(dict.fromkeys(unknown_ids)),
     )
 
 
@@ -204,27 +204,27 @@ def _answer_filter(
         released_to=parse_day(config.released_to, "released_to"),
         market=config.market,
     )
-    fitting = SongMasks(catalog).fitting(attributes) if attributes else None
-    allowed = listed_and_fitting(None if allow is None else catalog.find(allow), fitting)
-    excluded = catalog.find(exclude)
-    answer_filter = AnswerFilter(excluded=excluded[excluded >= 0], allowed=allowed)
+    matching_songs = SongMasks(catalog).fitting(attributes) if attributes else None
+    allowed_songs = listed_and_fitting(None if allow is None else catalog.find(allow), matching_songs)
+    excluded_rows = catalog.find(exclude)
+    answer_filter = AnswerFilter(excluded=excluded_rows[excluded_rows >= 0], allowed=allowed_songs)
     return without_heard(history, [answer_filter])[0] if config.exclude_heard else answer_filter
 
 
-def _scored_songs(catalog: Catalog, chosen: Chosen, last_title: str | None, explain: bool) -> list[ScoredSong]:
+def _scored_songs(catalog: Catalog, selected: Chosen, last_title: str | None, explain: bool) -> list[ScoredSong]:
     """Return the chosen songs with their names and, if requested, reasons and probabilities."""
-    scored = [
+    scored_songs = [
         ScoredSong(**names, score=score)
-        for names, score in zip(catalog.names(chosen.songs), chosen.scores.tolist(), strict=True)
+        for names, score in zip(catalog.names(selected.songs), selected.scores.tolist(), strict=True)
     ]
     if explain:
-        words = reasons_of(chosen, last_title)
-        scored = [replace(song, reasons=each) for song, each in zip(scored, words, strict=True)]
-    if chosen.probabilities is None:
-        return scored
+        song_reasons = reasons_of(selected, last_title)
+        scored_songs = [replace(song, reasons=texts) for song, texts in zip(scored_songs, song_reasons, strict=True)]
+    if selected.probabilities is None:
+        return scored_songs
     return [
-        replace(song, explored=not np.isnan(chance), probability=None if np.isnan(chance) else chance)
-        for song, chance in zip(scored, chosen.probabilities.tolist(), strict=True)
+        replace(song, explored=not np.isnan(probability), probability=None if np.isnan(probability) else probability)
+        for song, probability in zip(scored_songs, selected.probabilities.tolist(), strict=True)
     ]
 
 
@@ -239,10 +239,10 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
     """
     model_id = parts["models"]
     manifest = load_manifest(workspace, "models", model_id)
-    made_of = manifest.inputs.get("dataset")
-    if made_of is None or not dataset.descends_from(made_of):
+    dataset_id = manifest.inputs.get("dataset")
+    if dataset_id is None or not dataset.descends_from(dataset_id):
         raise MismatchError(
-            f"model {model_id} was trained on data set {made_of}, but the workspace holds {dataset.manifest.id}; "
+            f"model {model_id} was trained on data set {dataset_id}, but the workspace holds {dataset.manifest.id}; "
             "run `rayrec embed`, `rayrec train`, `rayrec taste`, `rayrec index` and `rayrec release create` first"
         )
     from rayrec.recommend.taste_recommender import TasteRecommender  # imports torch: only when needed
@@ -265,36 +265,36 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
 
 def load_starting(dataset: Dataset, recommender: BaseRecommender, parts: Mapping[str, str]) -> Starting:
     """Return the order of songs for users without known plays; `parts`, role -> id, are the recommender's artifacts."""
-    songs = dataset.num_songs
+    num_songs = dataset.num_songs
     plays = model_play_counts(dataset, parts["models"], recommender.num_songs)
     return starting_of(
-        dataset.workspace, parts, np.pad(plays, (0, songs - len(plays))), known_songs(recommender, songs)
+        dataset.workspace, parts, np.pad(plays, (0, num_songs - len(plays))), known_songs(recommender, num_songs)
     )
 
 
-def starting_of(workspace: Workspace, parts: Mapping[str, str], plays: np.ndarray, known: np.ndarray) -> Starting:
+def starting_of(workspace: Workspace, parts: Mapping[str, str], plays: np.ndarray, is_known: np.ndarray) -> Starting:
     """Return the order of songs for users without known plays: by recent plays.
 
-    `known`, bool (N,), is True for songs with a vector; other songs are left out. The recent plays come from the
+    `is_known`, bool (N,), is True for songs with a vector; other songs are left out. The recent plays come from the
     retrieval in `parts`; without a retrieval all `plays`, int64 (N,), count.
     """
     from rayrec.recommend.reranking import Starting  # imports torch: only when needed
     from rayrec.recommend.stored_retrieval import read_popularity
 
     if "retrieval" not in parts:
-        return Starting.of(plays, known)
+        return Starting.of(plays, is_known)
     folder = load_manifest(workspace, "retrieval", parts["retrieval"]).folder
     recent_plays, artist_of_song = read_popularity(workspace, folder)
-    return Starting.of(plays, known, recent_plays=recent_plays, artist_of_song=artist_of_song)
+    return Starting.of(plays, is_known, recent_plays=recent_plays, artist_of_song=artist_of_song)
 
 
-def known_songs(recommender: BaseRecommender, songs: int) -> np.ndarray:
-    """bool (songs,): True for songs with a vector in the network; False for songs that were imported after it."""
+def known_songs(recommender: BaseRecommender, num_songs: int) -> np.ndarray:
+    """bool (num_songs,): True for songs with a vector in the network; False for songs that were imported after it."""
     from rayrec.recommend.reranking import network_of
 
-    known: np.ndarray = np.arange(songs) < recommender.num_songs
-    known[network_of(recommender).without_vector] = False
-    return known
+    is_known: np.ndarray = np.arange(num_songs) < recommender.num_songs
+    is_known[network_of(recommender).without_vector] = False
+    return is_known
 
 
 def model_play_counts(dataset: Dataset, model_id: str, num_songs: int) -> np.ndarray:
@@ -342,51 +342,51 @@ def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
     def value(name: str) -> float:
         return float(features.get(name, 0.0))
 
-    last = last_title or "your last play"
-    said: list[str] = []
+    last_song = last_title or "your last play"
+    texts: list[str] = []
     if value("user_liked"):
-        said.append("you liked it")
+        texts.append("you liked it")
     if value("user_rules_score") > 0:
-        said.append(f"you played it after {last} before")
+        texts.append(f"you played it after {last_song} before")
     if value("user_plays") > 0:
-        said.append(f"you played it {_times(value('user_plays'))}, {_ago(features)}")
+        texts.append(f"you played it {_count_text(value('user_plays'))}, {_last_played_text(features)}")
     if value("album_of_last_song"):
-        said.append("same album as your last play")
+        texts.append("same album as your last play")
     elif value("artist_of_last_song"):
-        said.append("same artist as your last play")
+        texts.append("same artist as your last play")
     elif value("artist_user_plays") > 0:
-        said.append(f"you played its artist {_times(value('artist_user_plays'))}")
+        texts.append(f"you played its artist {_count_text(value('artist_user_plays'))}")
     if value("next_rules_rank") >= NEAR_RANK:
-        said.append(f"it was played right after {last} {_times(value('next_rules_score'))}")
+        texts.append(f"it was played right after {last_song} {_count_text(value('next_rules_score'))}")
     elif value("rules_rank") >= NEAR_RANK:
-        said.append(f"one of the songs played most often soon after {last}")
+        texts.append(f"one of the songs played most often soon after {last_song}")
     elif value("recent_rules_rank") >= NEAR_RANK:
-        said.append("one of the songs played most often soon after your last songs")
+        texts.append("one of the songs played most often soon after your last songs")
     if value("sessions_rank") >= NEAR_RANK:
-        said.append("users with similar sessions played it")
+        texts.append("users with similar sessions played it")
     elif value("history_sessions_rank") >= NEAR_RANK:
-        said.append("users with similar taste play it")
+        texts.append("users with similar taste play it")
     if value("taste_short_rank") >= NEAR_RANK:
-        said.append("similar to your recent plays")
+        texts.append("similar to your recent plays")
     if value("taste_long_rank") >= NEAR_RANK:
-        said.append("similar to your plays over time")
+        texts.append("similar to your plays over time")
     if value("popular_score") > 0:
-        said.append("it is popular this week")
-    return said[:MOST_REASONS] or ["similar to your plays"]
+        texts.append("it is popular this week")
+    return texts[:MOST_REASONS] or ["similar to your plays"]
 
 
-def reasons_of(chosen: Chosen, last_title: str | None) -> list[list[str]]:
+def reasons_of(selected: Chosen, last_title: str | None) -> list[list[str]]:
     """Return the reasons for each song of an answer with features; `last_title` is as in `reasons`."""
-    if chosen.path == "popular":
-        return [[POPULAR_REASON] for _ in chosen.songs]
-    return [reasons(features, last_title) for features in chosen.features]
+    if selected.path == "popular":
+        return [[POPULAR_REASON] for _ in selected.songs]
+    return [reasons(features, last_title) for features in selected.features]
 
 
-def _times(count: float) -> str:
+def _count_text(count: float) -> str:
     return "once" if count == 1 else f"{count:.0f} times"
 
 
-def _ago(features: Mapping[str, float]) -> str:
+def _last_played_text(features: Mapping[str, float]) -> str:
     """Return when the song was played last: in hours or days if times are known, otherwise in plays."""
     hours, plays = float(features.get("user_hours_since", 0.0)), float(features.get("user_plays_since", 0.0))
     if hours <= 0:

@@ -74,13 +74,13 @@ class Ranking:
     filled: np.ndarray  # int64 (Q,), songs at the end that no retriever proposed; 0 without retrievers
 
     @classmethod
-    def empty(cls, queries: int, k: int, path: SearchPath = "exact") -> Ranking:
+    def empty(cls, num_queries: int, k: int, path: SearchPath = "exact") -> Ranking:
         """Return answers without songs, to be filled in by the caller."""
         return cls(
-            songs=np.full((queries, k), NO_SONG, dtype=np.int32),
-            scores=np.full((queries, k), -np.inf, dtype=np.float32),
-            paths=(path,) * queries,
-            filled=np.zeros(queries, dtype=np.int64),
+            songs=np.full((num_queries, k), NO_SONG, dtype=np.int32),
+            scores=np.full((num_queries, k), -np.inf, dtype=np.float32),
+            paths=(path,) * num_queries,
+            filled=np.zeros(num_queries, dtype=np.int64),
         )
 
 
@@ -136,11 +136,11 @@ class BaseRecommender(ABC):
         queries = Queries.at_end(histories, at, hidden)
         ranking = Ranking.empty(len(queries), k)
         for chunk, chunk_scores in self.score_chunks(histories, queries, horizon):
-            scored = np.array(chunk_scores)
+            scores = np.array(chunk_scores)
             if filters is not None:
-                for row, answer_filter in zip(scored, filters[chunk], strict=True):
-                    answer_filter.mask_scores(row)
-            ranking.songs[chunk], ranking.scores[chunk] = top_k(scored, k)
+                for query_scores, answer_filter in zip(scores, filters[chunk], strict=True):
+                    answer_filter.mask_scores(query_scores)
+            ranking.songs[chunk], ranking.scores[chunk] = top_k(scores, k)
         return ranking
 
     def recommend(
@@ -193,8 +193,8 @@ class BaseRecommender(ABC):
         if len(history) != 1:
             raise ValueError(f"recommend_one expects the history of one user, got {len(history)} histories")
         songs, scores = self.recommend(history, at, k, horizon=horizon, exclude_heard=exclude_heard, hidden=hidden)
-        real = songs[0] != NO_SONG
-        return songs[0][real], scores[0][real]
+        is_song = songs[0] != NO_SONG
+        return songs[0][is_song], scores[0][is_song]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,11 +231,11 @@ def check_count(k: int) -> None:
         raise InputError(f"k is {k}; expected at least 1")
 
 
-def chunks_of(queries: int, num_songs: int) -> Iterator[slice]:
+def chunks_of(num_queries: int, num_songs: int) -> Iterator[slice]:
     """Yield slices of the queries, in order, whose scores fit into memory together."""
-    songs = max(1, num_songs)
-    step = max(1, SCORES_IN_CACHE // songs, min(FEW_QUERIES, SCORES_PER_CHUNK // songs))
-    return (slice(start, start + step) for start in range(0, queries, step))
+    scores_per_query = max(1, num_songs)
+    step = max(1, SCORES_IN_CACHE // scores_per_query, min(FEW_QUERIES, SCORES_PER_CHUNK // scores_per_query))
+    return (slice(start, start + step) for start in range(0, num_queries, step))
 
 
 def top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -243,18 +243,18 @@ def top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
     Equal scores are sorted by song row. Songs at -inf are left out; empty places hold -1 and -inf.
     """
-    count, num_songs = scores.shape
-    width = min(k, num_songs)
-    songs = np.full((count, k), NO_SONG, dtype=np.int32)
-    values = np.full((count, k), -np.inf, dtype=np.float32)
-    if not width:
+    num_queries, num_songs = scores.shape
+    num_best = min(k, num_songs)
+    songs = np.full((num_queries, k), NO_SONG, dtype=np.int32)
+    values = np.full((num_queries, k), -np.inf, dtype=np.float32)
+    if not num_best:
         return songs, values
-    threshold = -np.partition(-scores, width - 1, axis=1)[:, width - 1]
-    for row in range(count):
+    threshold = -np.partition(-scores, num_best - 1, axis=1)[:, num_best - 1]
+    for row in range(num_queries):
         candidates = np.flatnonzero((scores[row] >= threshold[row]) & (scores[row] > -np.inf))
-        order = candidates[np.argsort(-scores[row, candidates], kind="stable")][:width]
-        songs[row, : len(order)] = order
-        values[row, : len(order)] = scores[row, order]
+        best = candidates[np.argsort(-scores[row, candidates], kind="stable")][:num_best]
+        songs[row, : len(best)] = best
+        values[row, : len(best)] = scores[row, best]
     return songs, values
 
 
@@ -319,8 +319,8 @@ class VectorRecommender(BaseRecommender):
         if self.index is None:
             raise ValueError("rank_vectors needs an index; this recommender has none")
         ranking = self.index.rank(vectors, k, filters)
-        silent = ~vectors.any(axis=1)
-        ranking.songs[silent], ranking.scores[silent] = NO_SONG, -np.inf
+        is_empty = ~vectors.any(axis=1)
+        ranking.songs[is_empty], ranking.scores[is_empty] = NO_SONG, -np.inf
         return ranking
 
 
@@ -345,11 +345,11 @@ class Pairs:
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """int64: the position of the pair with each key, -1 if the pair is not contained."""
-        own = self.keys
-        if not len(own):
+        pair_keys = self.keys
+        if not len(pair_keys):
             return np.full(len(keys), -1, dtype=np.int64)
-        position = np.minimum(np.searchsorted(own, keys), len(own) - 1)
-        return np.where(own[position] == keys, position, -1)
+        positions = np.minimum(np.searchsorted(pair_keys, keys), len(pair_keys) - 1)
+        return np.where(pair_keys[positions] == keys, positions, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,21 +412,23 @@ class QueryBatch:
         counts = np.minimum(queries.seen, LATEST_PLAYS)
         plays = ranges(ends - counts, counts)
         rows = np.repeat(np.arange(len(queries)), counts)
-        known = histories.songs[plays] < num_songs
-        plays, rows = plays[known], rows[known]
+        is_known = histories.songs[plays] < num_songs
+        plays, rows = plays[is_known], rows[is_known]
         offsets = offsets_of(np.bincount(rows, minlength=len(queries)))
-        back = offsets[1:][rows] - 1 - np.arange(len(rows))
+        later_plays = offsets[1:][rows] - 1 - np.arange(len(rows))
         songs = histories.songs[plays].astype(np.int64)
         played_at = histories.played_at[plays]
-        liked = _liked(histories, queries, num_songs)
+        liked = _liked_songs(histories, queries, num_songs)
         if not real_times:
-            gaps = _until_next(offsets, rows, played_at, queries.at)
-            steps = np.where(gaps == LINE_GAP_MS, LINE_GAP_MS, ASSUMED_GAP_MS)
+            gaps = _gaps_to_next(offsets, rows, played_at, queries.at)
+            assumed_gaps = np.where(gaps == LINE_GAP_MS, LINE_GAP_MS, ASSUMED_GAP_MS)
             queries = replace(queries, at=ASSUMED_GAP_MS * queries.seen)
-            played_at = queries.at[rows] - _sums_to_end(offsets, rows, steps)
+            played_at = queries.at[rows] - _sums_to_end(offsets, rows, assumed_gaps)
         in_session = _in_session(offsets, rows, played_at, queries.at)
         skipped = np.zeros(len(plays), dtype=bool) if histories.skipped is None else histories.skipped[plays]
-        user_songs, repeated = _user_songs(rows, songs, back, played_at, in_session, skipped, queries.at, num_songs)
+        user_songs, repeated = _user_songs(
+            rows, songs, later_plays, played_at, in_session, skipped, queries.at, num_songs
+        )
         return cls(
             histories=histories,
             queries=queries,
@@ -434,7 +436,7 @@ class QueryBatch:
             offsets=offsets,
             rows=rows,
             songs=songs,
-            back=back,
+            back=later_plays,
             played_at=played_at,
             in_session=in_session,
             repeated=repeated,
@@ -448,10 +450,10 @@ class QueryBatch:
     @property
     def last_songs(self) -> np.ndarray:
         """int64 (Q,): the song played last, -1 without a play."""
-        last = np.full(len(self), -1, dtype=np.int64)
-        some = np.diff(self.offsets) > 0
-        last[some] = self.songs[self.offsets[1:][some] - 1]
-        return last
+        last_songs = np.full(len(self), -1, dtype=np.int64)
+        has_plays = np.diff(self.offsets) > 0
+        last_songs[has_plays] = self.songs[self.offsets[1:][has_plays] - 1]
+        return last_songs
 
     def latest(self, count: int) -> np.ndarray:
         """int64: positions of the last `count` plays of each query, in order."""
@@ -465,27 +467,27 @@ class QueryBatch:
 
 def _in_session(offsets: np.ndarray, rows: np.ndarray, played_at: np.ndarray, at: np.ndarray) -> np.ndarray:
     """bool (E,): True if no pause of more than 30 minutes lies between the play and the query."""
-    return np.asarray(_sums_to_end(offsets, rows, _until_next(offsets, rows, played_at, at) > SESSION_GAP_MS) == 0)
+    return np.asarray(_sums_to_end(offsets, rows, _gaps_to_next(offsets, rows, played_at, at) > SESSION_GAP_MS) == 0)
 
 
-def _until_next(offsets: np.ndarray, rows: np.ndarray, played_at: np.ndarray, at: np.ndarray) -> np.ndarray:
+def _gaps_to_next(offsets: np.ndarray, rows: np.ndarray, played_at: np.ndarray, at: np.ndarray) -> np.ndarray:
     """int64 (E,): ms from each play to the next play of its query, or from the last play to the query."""
-    following = np.append(played_at[1:], 0)
-    last = offsets[1:][np.diff(offsets) > 0] - 1
-    following[last] = at[rows[last]]
-    return np.asarray(following - played_at)
+    next_at = np.append(played_at[1:], 0)
+    last_plays = offsets[1:][np.diff(offsets) > 0] - 1
+    next_at[last_plays] = at[rows[last_plays]]
+    return np.asarray(next_at - played_at)
 
 
 def _sums_to_end(offsets: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
     """int64 (E,): the sum of `values` over each play and the later plays of its query."""
-    sums = np.concatenate([[0], np.cumsum(values)])
-    return np.asarray(sums[offsets[1:]][rows] - sums[:-1])
+    cumulative = np.concatenate([[0], np.cumsum(values)])
+    return np.asarray(cumulative[offsets[1:]][rows] - cumulative[:-1])
 
 
 def _user_songs(
     rows: np.ndarray,
     songs: np.ndarray,
-    back: np.ndarray,
+    later_plays: np.ndarray,
     played_at: np.ndarray,
     in_session: np.ndarray,
     skipped: np.ndarray,
@@ -495,41 +497,41 @@ def _user_songs(
     """Return the songs of each query, and bool (E,): True for plays of a song that was played earlier."""
     keys = rows * num_songs + songs
     order = stable_order(keys)  # groups plays of one query and song, in the order of time
-    first = first_of_each(keys[order])
-    last = order[np.append(first[1:], len(order)) - 1] if len(order) else order
+    first_positions = first_of_each(keys[order])
+    last_plays = order[np.append(first_positions[1:], len(order)) - 1] if len(order) else order
     hours = np.maximum(0, at[rows] - played_at) / HOUR_MS
 
-    def total(values: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(values[order], first) if len(first) else values[:0]
+    def sum_per_song(values: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(values[order], first_positions) if len(first_positions) else values[:0]
 
     repeated = np.ones(len(order), dtype=bool)
-    repeated[order[first]] = False
+    repeated[order[first_positions]] = False
     user_songs = UserSongs(
         num_songs=num_songs,
-        rows=rows[last],
-        songs=songs[last],
-        plays=np.diff(np.append(first, len(order))),
-        back=back[last],
-        hours=hours[last].astype(np.float32),
-        base_level=np.log(total((back + 1.0) ** -ACTIVATION_DECAY)).astype(np.float32),
-        base_level_hours=np.log(total((hours + 0.05) ** -ACTIVATION_DECAY)).astype(np.float32),
-        session_plays=total(in_session.astype(np.int64)),
-        skips=total(skipped.astype(np.int64)),
+        rows=rows[last_plays],
+        songs=songs[last_plays],
+        plays=np.diff(np.append(first_positions, len(order))),
+        back=later_plays[last_plays],
+        hours=hours[last_plays].astype(np.float32),
+        base_level=np.log(sum_per_song((later_plays + 1.0) ** -ACTIVATION_DECAY)).astype(np.float32),
+        base_level_hours=np.log(sum_per_song((hours + 0.05) ** -ACTIVATION_DECAY)).astype(np.float32),
+        session_plays=sum_per_song(in_session.astype(np.int64)),
+        skips=sum_per_song(skipped.astype(np.int64)),
     )
     return user_songs, repeated
 
 
-def _liked(histories: Histories, queries: Queries, num_songs: int) -> Pairs:
+def _liked_songs(histories: Histories, queries: Queries, num_songs: int) -> Pairs:
     """Return the songs of the user's last 1,000 likes before each query."""
     likes = histories.likes
     if likes is None:
         return Pairs(num_songs=num_songs, rows=np.zeros(0, np.int64), songs=np.zeros(0, np.int64))
     counts = likes.lengths[queries.rows]
     entries, rows = ranges(likes.offsets[queries.rows], counts), np.repeat(np.arange(len(queries)), counts)
-    before = likes.played_at[entries] < queries.at[rows]
-    entries, rows = entries[before], rows[before]
+    is_earlier = likes.played_at[entries] < queries.at[rows]
+    entries, rows = entries[is_earlier], rows[is_earlier]
     ends = np.cumsum(np.bincount(rows, minlength=len(queries)))
-    latest = (ends[rows] - np.arange(len(rows)) <= LATEST_LIKES) & (likes.songs[entries] < num_songs)
-    keys = np.unique(rows[latest] * num_songs + likes.songs[entries[latest]])
+    is_kept = (ends[rows] - np.arange(len(rows)) <= LATEST_LIKES) & (likes.songs[entries] < num_songs)
+    keys = np.unique(rows[is_kept] * num_songs + likes.songs[entries[is_kept]])
     liked_rows, songs = np.divmod(keys, max(1, num_songs))
     return Pairs(num_songs=num_songs, rows=liked_rows, songs=songs)

@@ -39,18 +39,18 @@ class Selection:
         """Yield the histories that a trial fit may see."""
         return (self.allowed.select(histories) for histories in self.dataset.read_all())
 
-    def ahead(self, first: int, last: int) -> tuple[Queries, np.ndarray]:
+    def ahead(self, min_offset: int, max_offset: int) -> tuple[Queries, np.ndarray]:
         """Return queries whose targets are the plays, and the songs of the targets.
 
-        A target is l plays ahead of its query, l drawn from unif{first, last}. Plays with fewer than l plays of the
-        user before them are left out, and plays of songs newer than the vectors.
+        A target is l plays ahead of its query, l drawn from unif{min_offset, max_offset}. Plays with fewer than l
+        plays of the user before them are left out, and plays of songs newer than the vectors.
         """
         num_songs = self.dataset.num_songs if self.vectors is None else len(self.vectors)
-        ahead = np.random.default_rng(0).integers(first, last + 1, size=len(self.plays))
+        target_offsets = np.random.default_rng(0).integers(min_offset, max_offset + 1, size=len(self.plays))
         rows = self.histories.rows[self.plays]
-        plays_before = self.plays - self.histories.offsets[rows] + 1 - ahead
-        usable = (plays_before > 0) & (self.histories.songs[self.plays] < num_songs)
-        rows, plays_before, targets = rows[usable], plays_before[usable], self.plays[usable]
+        plays_before = self.plays - self.histories.offsets[rows] + 1 - target_offsets
+        is_usable = (plays_before > 0) & (self.histories.songs[self.plays] < num_songs)
+        rows, plays_before, targets = rows[is_usable], plays_before[is_usable], self.plays[is_usable]
         queries = Queries(rows=rows, seen=plays_before, at=self.histories.played_at[targets])
         return queries, self.histories.songs[targets]
 
@@ -89,15 +89,15 @@ class AverageRecommender(VectorRecommender):
         """float32 (Q, D): the discounted average of the songs before each query."""
         order = np.lexsort((queries.seen, queries.rows))
         rows, plays_before = queries.rows[order], queries.seen[order]
-        follows = np.concatenate([[False], rows[1:] == rows[:-1]])  # True if the previous query is of the same user
-        plays_since = plays_before - np.where(follows, np.concatenate([[0], plays_before[:-1]]), 0)
-        sums = self._sums_of_recent(histories, rows, plays_before, plays_since)
-        _carry(sums, follows, np.float32(self.discount) ** plays_since)
-        vectors = np.empty_like(sums)
-        vectors[order] = normalized(sums)
+        same_user = np.concatenate([[False], rows[1:] == rows[:-1]])  # True if the previous query is of the same user
+        plays_since = plays_before - np.where(same_user, np.concatenate([[0], plays_before[:-1]]), 0)
+        totals = self._recent_totals(histories, rows, plays_before, plays_since)
+        _carry(totals, same_user, np.float32(self.discount) ** plays_since)
+        vectors = np.empty_like(totals)
+        vectors[order] = normalized(totals)
         return vectors
 
-    def _sums_of_recent(
+    def _recent_totals(
         self, histories: Histories, rows: np.ndarray, plays_before: np.ndarray, counts: np.ndarray
     ) -> np.ndarray:
         """float32 (Q, D): the discounted sum over the last `counts[q]` plays before each query q.
@@ -107,25 +107,25 @@ class AverageRecommender(VectorRecommender):
         ends = np.cumsum(counts)
         ages = np.repeat(ends, counts) - np.arange(counts.sum()) - 1  # plays between this one and the query
         songs = histories.songs[np.repeat(histories.offsets[rows] + plays_before, counts) - ages - 1]
-        known = songs < self.num_songs
-        weights = np.where(known, np.float32(self.discount) ** ages, 0).astype(np.float32)
+        is_known = songs < self.num_songs
+        weights = np.where(is_known, np.float32(self.discount) ** ages, 0).astype(np.float32)
         pointers = np.concatenate([[0], ends])
-        matrix = csr_matrix((weights, np.where(known, songs, 0), pointers), shape=(len(rows), self.num_songs))
+        matrix = csr_matrix((weights, np.where(is_known, songs, 0), pointers), shape=(len(rows), self.num_songs))
         return np.asarray(matrix @ self.song_vectors, dtype=np.float32)
 
 
-def _carry(sums: np.ndarray, follows: np.ndarray, decay: np.ndarray) -> None:
-    """Add to each row of `sums`, in place, the final value of the previous row times `decay`, if the row `follows` it.
+def _carry(totals: np.ndarray, same_user: np.ndarray, decay: np.ndarray) -> None:
+    """Add the final value of the previous row of `totals` times `decay` to each row with `same_user`, in place.
 
     Each step handles one query of every user, so the user with the most queries determines the number of steps.
     """
-    starts = np.flatnonzero(~follows)
-    lengths = np.diff(np.append(starts, len(follows)))
+    starts = np.flatnonzero(~same_user)
+    lengths = np.diff(np.append(starts, len(same_user)))
     longest_first = np.argsort(-lengths, kind="stable")
     starts, lengths = starts[longest_first], lengths[longest_first]
     for step in range(1, int(lengths.max(initial=0))):
         rows = starts[: np.searchsorted(-lengths, -step)] + step
-        sums[rows] += decay[rows, None] * sums[rows - 1]
+        totals[rows] += decay[rows, None] * totals[rows - 1]
 
 
 class WeightedRecommender(VectorRecommender):
@@ -158,20 +158,20 @@ class WeightedRecommender(VectorRecommender):
         shrink w. w is the solution of J linear equations, whose sums are collected in one pass over the plays. λ is
         chosen by L_cos: docs/method.md#baselines. Raises `LeakError` for a play that `allowed` forbids.
         """
-        sums = _fit_sums(batches, vectors, OFFSETS[name], allowed)
-        return cls(vectors, sums.weights(penalty), name, penalty)
+        lag_sums = _fit_lag_sums(batches, vectors, OFFSETS[name], allowed)
+        return cls(vectors, lag_sums.weights(penalty), name, penalty)
 
     def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, D): the weighted sum of the last songs before each query."""
         counts = np.minimum(queries.seen, len(self.weights))
         ends = np.cumsum(counts)
         ages = np.repeat(ends, counts) - np.arange(counts.sum()) - 1
-        last = np.repeat(histories.offsets[queries.rows] + queries.seen, counts) - 1
-        songs = histories.songs[last - ages]
-        known = songs < self.num_songs
-        weights = np.where(known, self.weights[ages], 0).astype(np.float32)
+        last_plays = np.repeat(histories.offsets[queries.rows] + queries.seen, counts) - 1
+        songs = histories.songs[last_plays - ages]
+        is_known = songs < self.num_songs
+        weights = np.where(is_known, self.weights[ages], 0).astype(np.float32)
         pointers = np.concatenate([[0], ends])
-        matrix = csr_matrix((weights, np.where(known, songs, 0), pointers), shape=(len(queries), self.num_songs))
+        matrix = csr_matrix((weights, np.where(is_known, songs, 0), pointers), shape=(len(queries), self.num_songs))
         return normalized(np.asarray(matrix @ self.song_vectors, dtype=np.float32))
 
 
@@ -184,48 +184,51 @@ class LagSums:
     counts for. The weights depend on nothing else.
     """
 
-    def __init__(self, offsets: tuple[int, int], weights: int = WEIGHTS) -> None:
-        self._offsets, self._count = offsets, weights
-        lags = ends = weights + offsets[1]
-        self._sums = np.zeros((lags, ends))  # by lag and number of later plays, at most `ends` - 1
-        self._pairs = 0  # number of pairs of a position and a target
+    def __init__(self, offsets: tuple[int, int], num_weights: int = WEIGHTS) -> None:
+        self._offsets, self._num_weights = offsets, num_weights
+        num_lags = num_ends = num_weights + offsets[1]
+        self._sums = np.zeros((num_lags, num_ends))  # by lag and number of later plays, at most `num_ends` - 1
+        self._num_pairs = 0  # number of pairs of a position and a target
         self.plays = 0
 
     def add(self, histories: Histories, vectors: np.ndarray) -> None:
         """Add the plays of some users; songs without a vector count as zeros."""
         songs, rows = np.minimum(histories.songs, len(vectors) - 1), histories.rows
-        unknown = histories.songs >= len(vectors)
-        played = np.where(unknown[:, None], np.float32(0), vectors[songs])
-        follow = np.minimum(histories.offsets[1:][rows] - 1 - np.arange(len(rows)), self._sums.shape[1] - 1)
+        is_unknown = histories.songs >= len(vectors)
+        play_vectors = np.where(is_unknown[:, None], np.float32(0), vectors[songs])
+        later_plays = np.minimum(histories.offsets[1:][rows] - 1 - np.arange(len(rows)), self._sums.shape[1] - 1)
         for lag in range(min(len(self._sums), int(histories.lengths.max(initial=0)))):
             pairs = np.flatnonzero(rows[lag:] == rows[: len(rows) - lag])
-            products = np.einsum("pd,pd->p", played[pairs], played[pairs + lag])
-            self._sums[lag] += np.bincount(follow[pairs + lag], weights=products, minlength=self._sums.shape[1])
-        self._pairs += int(self._targets(follow).sum())
+            products = np.einsum("pd,pd->p", play_vectors[pairs], play_vectors[pairs + lag])
+            self._sums[lag] += np.bincount(later_plays[pairs + lag], weights=products, minlength=self._sums.shape[1])
+        self._num_pairs += int(self._target_counts(later_plays).sum())
         self.plays += histories.num_plays
 
     def weights(self, penalty: float) -> np.ndarray:
         """float64 (J,): the solution of the equations for λ = `penalty`."""
-        count = self._count
+        num_weights = self._num_weights
         # If the later song of a pair is `age` plays before position i, `age` more plays follow it than follow i.
-        behind = np.arange(self._sums.shape[1])
-        targets = np.stack([self._targets(behind - age) for age in range(count)])  # (J, number of later plays)
-        gram = np.zeros((count, count))
-        for lag in range(count):
-            along = targets[: count - lag] @ self._sums[lag]
-            ages = np.arange(count - lag)
-            gram[ages, ages + lag] = gram[ages + lag, ages] = along
+        later_plays = np.arange(self._sums.shape[1])
+        # (J, number of later plays)
+        target_counts = np.stack([self._target_counts(later_plays - age) for age in range(num_weights)])
+        gram = np.zeros((num_weights, num_weights))
+        for lag in range(num_weights):
+            diagonal = target_counts[: num_weights - lag] @ self._sums[lag]
+            ages = np.arange(num_weights - lag)
+            gram[ages, ages + lag] = gram[ages + lag, ages] = diagonal
         totals = self._sums.sum(axis=1)
-        first, last = self._offsets
-        right = np.array([totals[age + first : age + last + 1].sum() for age in range(count)])
-        pairs = max(1, self._pairs)
-        solution: np.ndarray = solve(gram / pairs + penalty * np.eye(count), right / pairs, assume_a="pos")
+        min_offset, max_offset = self._offsets
+        right_side = np.array([totals[age + min_offset : age + max_offset + 1].sum() for age in range(num_weights)])
+        num_pairs = max(1, self._num_pairs)
+        solution: np.ndarray = solve(
+            gram / num_pairs + penalty * np.eye(num_weights), right_side / num_pairs, assume_a="pos"
+        )
         return solution
 
-    def _targets(self, follow: np.ndarray) -> np.ndarray:
-        """Return the number of targets of a position that is followed by `follow` plays."""
-        first, last = self._offsets
-        return np.asarray(np.clip(follow - first + 1, 0, last - first + 1))
+    def _target_counts(self, later_plays: np.ndarray) -> np.ndarray:
+        """Return the number of targets of a position that is followed by `later_plays` plays."""
+        min_offset, max_offset = self._offsets
+        return np.asarray(np.clip(later_plays - min_offset + 1, 0, max_offset - min_offset + 1))
 
 
 def fit_weighted(
@@ -243,28 +246,28 @@ def choose_penalty(selection: Selection, name: str) -> float:
     vectors = selection.vectors
     if vectors is None:
         raise ValueError("choosing the penalty needs song embeddings; the selection has none")
-    sums = _fit_sums(selection.batches(), vectors, OFFSETS[name], selection.allowed)
+    lag_sums = _fit_lag_sums(selection.batches(), vectors, OFFSETS[name], selection.allowed)
     queries, targets = selection.ahead(*OFFSETS[name])
     target_vectors = vectors[targets]
 
     def cosine(penalty: float) -> float:
-        trial = WeightedRecommender(vectors, sums.weights(penalty), name)
-        taste = trial.vectors(selection.histories, queries)
-        return float(np.einsum("qd,qd->", taste, target_vectors, dtype=np.float64))
+        recommender = WeightedRecommender(vectors, lag_sums.weights(penalty), name)
+        taste_vectors = recommender.vectors(selection.histories, queries)
+        return float(np.einsum("qd,qd->", taste_vectors, target_vectors, dtype=np.float64))
 
     return max(PENALTIES, key=cosine)
 
 
-def _fit_sums(
+def _fit_lag_sums(
     batches: Iterable[Histories], vectors: np.ndarray, offsets: tuple[int, int], allowed: FitRange
 ) -> LagSums:
-    sums = LagSums(offsets)
+    lag_sums = LagSums(offsets)
     for histories in batches:
         allowed.require(histories)
-        sums.add(histories, vectors)
-        if sums.plays >= PLAYS_FOR_WEIGHTS:
+        lag_sums.add(histories, vectors)
+        if lag_sums.plays >= PLAYS_FOR_WEIGHTS:
             break
-    return sums
+    return lag_sums
 
 
 RECENT_DAYS = 21.0  # last days whose plays popularity-recent counts, if no validation range chooses them
@@ -320,8 +323,8 @@ class UserTopRecommender(BaseRecommender):
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): how often each song is among the last 1,000 plays."""
         rows, songs, _ = last_plays(histories, queries, self.num_songs, LATEST)
-        once = np.ones(len(rows), dtype=np.float32)
-        counts: np.ndarray = coo_matrix((once, (rows, songs)), shape=(len(queries), self.num_songs)).toarray()
+        ones = np.ones(len(rows), dtype=np.float32)
+        counts: np.ndarray = coo_matrix((ones, (rows, songs)), shape=(len(queries), self.num_songs)).toarray()
         return counts
 
 
@@ -332,17 +335,17 @@ class ItemKnnRecommender(VectorRecommender):
 
     def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, D): the last song's vector; zeros if there is no play, or the song has no vector."""
-        last = last_songs(histories, queries, self.num_songs)
-        return np.where(last[:, None] >= 0, self.song_vectors[last], np.float32(0))
+        song_rows = last_songs(histories, queries, self.num_songs)
+        return np.where(song_rows[:, None] >= 0, self.song_vectors[song_rows], np.float32(0))
 
 
 def last_songs(histories: Histories, queries: Queries, num_songs: int) -> np.ndarray:
     """int64 (Q,): the last song played before each query; -1 without a play, or for a row from `num_songs` on."""
-    last = np.full(len(queries), -1, dtype=np.int64)
-    with_plays = queries.seen > 0
-    last[with_plays] = histories.songs[histories.offsets[queries.rows[with_plays]] + queries.seen[with_plays] - 1]
-    last[last >= num_songs] = -1
-    return last
+    song_rows = np.full(len(queries), -1, dtype=np.int64)
+    has_plays = queries.seen > 0
+    song_rows[has_plays] = histories.songs[histories.offsets[queries.rows[has_plays]] + queries.seen[has_plays] - 1]
+    song_rows[song_rows >= num_songs] = -1
+    return song_rows
 
 
 class SequentialRulesRecommender(BaseRecommender):
@@ -376,24 +379,24 @@ class SequentialRulesRecommender(BaseRecommender):
         more than `max_rules` rules while counting, the weaker ones are dropped early, so their weights may be slightly
         too low. Raises `LeakError` for a play that `allowed` forbids.
         """
-        per_song = max(1, min(rules_per_song, max_rules // (2 * max(1, num_songs))))
+        max_per_song = max(1, min(rules_per_song, max_rules // (2 * max(1, num_songs))))
         rules = count_rules(Histories.from_lists([], []), num_songs, max_distance, decay)
         for histories in batches:
             allowed.require(histories)
             rules = rules + count_rules(histories, num_songs, max_distance, decay)
             if rules.nnz > max_rules:
-                rules = strongest(rules, per_song)
-        return cls(strongest(rules, per_song), decay)
+                rules = strongest(rules, max_per_song)
+        return cls(strongest(rules, max_per_song), decay)
 
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the weight of the rule from the last song to each song."""
-        last = last_songs(histories, queries, self.num_songs)
+        song_rows = last_songs(histories, queries, self.num_songs)
         scores = np.zeros((len(queries), self.num_songs), dtype=np.float32)
-        known = np.flatnonzero(last >= 0)
-        lengths = np.diff(self.rules.indptr)[last[known]]
-        starts = self.rules.indptr[last[known]].astype(np.int64)
-        entries = ranges(starts, lengths)
-        scores[np.repeat(known, lengths), self.rules.indices[entries]] = self.rules.data[entries]
+        query_rows = np.flatnonzero(song_rows >= 0)
+        counts = np.diff(self.rules.indptr)[song_rows[query_rows]]
+        starts = self.rules.indptr[song_rows[query_rows]].astype(np.int64)
+        entries = ranges(starts, counts)
+        scores[np.repeat(query_rows, counts), self.rules.indices[entries]] = self.rules.data[entries]
         return scores
 
 
@@ -404,8 +407,8 @@ def count_rules(histories: Histories, num_songs: int, max_distance: int, decay: 
     for distance in range(1, max_distance + 1):  # one at a time, so that few pairs are in memory at once
         pairs = np.flatnonzero(rows[distance:] == rows[:-distance])
         weights = np.full(len(pairs), distance**-decay, dtype=np.float32)
-        pair = (songs[pairs], songs[pairs + distance])
-        rules = rules + csr_matrix((weights, pair), shape=(num_songs, num_songs))
+        coordinates = (songs[pairs], songs[pairs + distance])
+        rules = rules + csr_matrix((weights, coordinates), shape=(num_songs, num_songs))
     return rules
 
 
@@ -413,10 +416,10 @@ def strongest(rules: csr_matrix, count: int) -> csr_matrix:
     """Return the `count` largest entries of each row; of equal entries those with lower columns."""
     rows = np.repeat(np.arange(rules.shape[0]), np.diff(rules.indptr))
     order = np.lexsort((rules.indices, -rules.data, rows))
-    place = np.arange(rules.nnz) - rules.indptr[rows]  # within the sorted row
-    strongest_first = order[place < count]
+    ranks = np.arange(rules.nnz) - rules.indptr[rows]  # within the sorted row
+    kept_entries = order[ranks < count]
     return csr_matrix(
-        (rules.data[strongest_first], (rows[strongest_first], rules.indices[strongest_first])),
+        (rules.data[kept_entries], (rows[kept_entries], rules.indices[kept_entries])),
         shape=rules.shape,
         dtype=np.float32,
     )
@@ -427,60 +430,68 @@ FromPlays = Callable[[Iterator[Histories], Dataset, FitRange, Settings], BaseRec
 FromVectors = Callable[[np.ndarray], BaseRecommender]
 
 
-def _popularity(
+def _fit_popularity(
     batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, _settings: Settings
 ) -> BaseRecommender:
     return PopularityRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
 
 
-def _recent(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> BaseRecommender:
+def _fit_popularity_recent(
+    batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings
+) -> BaseRecommender:
     """Fit popularity-recent. If the data has no times, all plays count."""
     end = dataset.manifest.last_play + 1 if allowed.before is None else allowed.before
     days = settings.get("days", RECENT_DAYS)
     since = end - round(days * DAY_MS) if dataset.manifest.times == "real" else 0
-    recent = PopularityRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed, since=since)
-    recent.settings = {"days": days} if since else {}  # without times all days count
-    return recent
+    recommender = PopularityRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed, since=since)
+    recommender.settings = {"days": days} if since else {}  # without times all days count
+    return recommender
 
 
-def _rules(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> BaseRecommender:
+def _fit_rules(
+    batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings
+) -> BaseRecommender:
     decay = settings.get("decay", DECAY)
     return SequentialRulesRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed, decay=decay)
 
 
-def _vsknn(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> BaseRecommender:
-    fitted = VsknnRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
-    return fitted.with_settings(replace(fitted.chosen, **settings))
+def _fit_vsknn(
+    batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings
+) -> BaseRecommender:
+    recommender = VsknnRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
+    return recommender.with_settings(replace(recommender.chosen, **settings))
 
 
-def _vstan(batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings) -> BaseRecommender:
-    fitted = VstanRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
-    return fitted.with_settings(replace(fitted.chosen, **settings))
+def _fit_vstan(
+    batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings
+) -> BaseRecommender:
+    recommender = VstanRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
+    return recommender.with_settings(replace(recommender.chosen, **settings))
 
 
-def _user_top(
+def _make_user_top(
     _batches: Iterator[Histories], dataset: Dataset, _allowed: FitRange, _settings: Settings
 ) -> BaseRecommender:
     return UserTopRecommender(dataset.num_songs)
 
 
 FROM_PLAYS: dict[str, FromPlays] = {
-    "popularity": _popularity,
-    "popularity-recent": _recent,
-    "user-top": _user_top,
-    "sequential-rules": _rules,
-    "vsknn": _vsknn,
-    "vstan": _vstan,
+    "popularity": _fit_popularity,
+    "popularity-recent": _fit_popularity_recent,
+    "user-top": _make_user_top,
+    "sequential-rules": _fit_rules,
+    "vsknn": _fit_vsknn,
+    "vstan": _fit_vstan,
 }
 
 
-def _average(discount: float) -> FromVectors:
+def _make_average(discount: float) -> FromVectors:
     return lambda vectors: AverageRecommender(vectors, discount)
 
 
 FROM_VECTORS: dict[str, FromVectors] = {
     "item-knn": ItemKnnRecommender,
-    **{f"average-{discount}": _average(discount) for discount in DISCOUNTS},
+    **{f"average-{discount}": _make_average(discount) for discount in DISCOUNTS},
 }
 FROM_BOTH = tuple(OFFSETS)  # the weighted baselines
 
@@ -506,17 +517,17 @@ def fit_baselines(
     baselines need them and share the array. The weighted baselines choose λ on `selection`, or use a default without
     it. `settings` are those of the other baselines, by name. Raises `InputError` for an unknown name.
     """
-    fitted: list[BaseRecommender] = []
+    recommenders: list[BaseRecommender] = []
     for name in names:
         batches = (allowed.select(batch) for batch in dataset.read_all())
         if name in FROM_PLAYS:
-            fitted.append(FROM_PLAYS[name](batches, dataset, allowed, (settings or {}).get(name, {})))
+            recommenders.append(FROM_PLAYS[name](batches, dataset, allowed, (settings or {}).get(name, {})))
         elif name not in BASELINES:
             raise InputError(f"unknown baseline {name!r}; expected one of {', '.join(BASELINES)}")
         elif vectors is None:
             raise InputError(f"{name} requires song embeddings; run `rayrec embed` first")
         elif name in FROM_VECTORS:
-            fitted.append(FROM_VECTORS[name](vectors))
+            recommenders.append(FROM_VECTORS[name](vectors))
         else:
-            fitted.append(fit_weighted(batches, vectors, name, allowed, selection))
-    return fitted
+            recommenders.append(fit_weighted(batches, vectors, name, allowed, selection))
+    return recommenders

@@ -40,19 +40,19 @@ class FeatureSources:
     def names(self) -> list[str]:
         """The names of the features, in the order of the columns."""
         names = self._all_names()
-        return [names[place] for place in kept_features(names, self.without)]
+        return [names[position] for position in kept_features(names, self.without)]
 
     def _all_names(self) -> list[str]:
-        groups = [name for name, group in self._groups() if group]
+        group_names = [name for name, group in self._groups() if group]
         return [
-            *(f"{retriever}_{what}" for retriever in self.retrievers for what in ("score", "share", "rank")),
+            *(f"{retriever}_{suffix}" for retriever in self.retrievers for suffix in ("score", "share", "rank")),
             *OF_CANDIDATES,
             *(OF_SKIPS if self._has_skips else []),
             *(OF_LIKES if self.retrieval.has_likes else []),
-            *(f"{group}_{what}" for group in groups for what in OF_GROUPS),
+            *(f"{group}_{suffix}" for group in group_names for suffix in OF_GROUPS),
             *OF_QUERIES,
             *(["recent_skips"] if self._has_skips else []),
-            *(f"recent_{group}s" for group in groups),
+            *(f"recent_{group}s" for group in group_names),
         ]
 
     @property
@@ -68,130 +68,134 @@ class FeatureSources:
         matrix = np.zeros((len(candidates.rows), len(names)), dtype=np.float32, order="F")
         columns = iter(range(matrix.shape[1]))
 
-        def put(values: np.ndarray) -> None:
+        def add_column(values: np.ndarray) -> None:
             matrix[:, next(columns)] = values
 
         for name in self.retrievers:
-            proposals, position = candidates.proposals[name], candidates.positions[name]
+            proposals, positions = candidates.proposals[name], candidates.positions[name]
             totals = np.bincount(proposals.rows, weights=np.abs(proposals.scores), minlength=len(batch))
-            where = next(columns), next(columns), next(columns)
-            matrix[position, where[0]] = proposals.scores
-            matrix[position, where[1]] = proposals.scores / np.maximum(totals, 1e-12)[proposals.rows]
-            matrix[position, where[2]] = 1.0 / (1.0 + proposals.ranks)
-        self._of_candidates(batch, candidates, put)
-        of_queries = self._of_queries(batch)
+            retriever_columns = next(columns), next(columns), next(columns)
+            matrix[positions, retriever_columns[0]] = proposals.scores
+            matrix[positions, retriever_columns[1]] = proposals.scores / np.maximum(totals, 1e-12)[proposals.rows]
+            matrix[positions, retriever_columns[2]] = 1.0 / (1.0 + proposals.ranks)
+        self._add_candidate_features(batch, candidates, add_column)
+        query_features = self._query_features(batch)
         for _, group in self._groups():
             if group:
-                of_queries.append(_group_features(batch, candidates, group, put))
-        for values in of_queries:
-            put(values[candidates.rows])
+                query_features.append(_group_features(batch, candidates, group, add_column))
+        for values in query_features:
+            add_column(values[candidates.rows])
         return matrix if self.without is None else matrix[:, kept_features(names, self.without)]
 
-    def _of_candidates(self, batch: QueryBatch, candidates: Candidates, put: Callable[[np.ndarray], None]) -> None:
-        rows, songs, known = candidates.rows, candidates.songs, batch.user_songs
-        vectors = _looked_up(self.song_vectors, songs)
-        first = first_of_each(rows)
-        counts = np.diff(np.append(first, len(rows)))
-        for of_query, scale in zip((batch.short_vectors, batch.long_vectors), self.scales, strict=True):
-            cosines = np.einsum("cd,cd->c", vectors, of_query[rows])
-            put(cosines)
+    def _add_candidate_features(
+        self, batch: QueryBatch, candidates: Candidates, add_column: Callable[[np.ndarray], None]
+    ) -> None:
+        rows, songs, user_songs = candidates.rows, candidates.songs, batch.user_songs
+        vectors = _look_up(self.song_vectors, songs)
+        first_positions = first_of_each(rows)
+        counts = np.diff(np.append(first_positions, len(rows)))
+        for taste_vectors, scale in zip((batch.short_vectors, batch.long_vectors), self.scales, strict=True):
+            cosines = np.einsum("cd,cd->c", vectors, taste_vectors[rows])
+            add_column(cosines)
             # The logarithm of the softmax over the candidates of the query.
             logits = scale * cosines
-            if len(first):
-                logits -= np.repeat(np.maximum.reduceat(logits, first), counts)
-                logits -= np.repeat(np.log(np.add.reduceat(np.exp(logits), first)), counts)
-            put(logits)
-        put(np.einsum("cd,cd->c", vectors, _looked_up(self.song_vectors, batch.last_songs)[rows]))
-        nearest, mean = self._likeness_to_recent(batch, rows, vectors)
-        put(nearest)
-        put(mean)
-        put(_proposed_by(candidates))
-        positions = known.find(candidates.keys)
-        heard = positions >= 0
-        positions = np.where(heard, positions, 0)
+            if len(first_positions):
+                logits -= np.repeat(np.maximum.reduceat(logits, first_positions), counts)
+                logits -= np.repeat(np.log(np.add.reduceat(np.exp(logits), first_positions)), counts)
+            add_column(logits)
+        add_column(np.einsum("cd,cd->c", vectors, _look_up(self.song_vectors, batch.last_songs)[rows]))
+        nearest_cosines, mean_cosines = self._similarity_to_recent(batch, rows, vectors)
+        add_column(nearest_cosines)
+        add_column(mean_cosines)
+        add_column(_proposal_counts(candidates))
+        positions = user_songs.find(candidates.keys)
+        is_heard = positions >= 0
+        positions = np.where(is_heard, positions, 0)
 
-        def of_user(values: np.ndarray, otherwise: float) -> np.ndarray:
-            return np.where(heard, values[positions], otherwise) if len(values) else np.full(len(rows), otherwise)
+        def user_values(values: np.ndarray, default: float) -> np.ndarray:
+            return np.where(is_heard, values[positions], default) if len(values) else np.full(len(rows), default)
 
-        history = np.maximum(1, np.diff(batch.offsets))
-        put(of_user(known.plays, 0))
-        put(of_user(known.plays / history[known.rows], 0))
-        put(of_user(known.back, NEVER))
-        put(of_user(known.hours, NEVER) if self.real_times else np.zeros(len(rows)))
-        put(of_user(known.base_level, -20))
-        put(of_user(known.base_level_hours, -20) if self.real_times else np.zeros(len(rows)))
-        put(of_user(known.session_plays, 0))
-        plays = np.log1p(_looked_up(self.retrieval.plays.plays, songs))
-        recent = np.log1p(_looked_up(self.retrieval.recent_plays, songs))
-        put(plays)
-        put(recent)
-        put(recent - plays)
-        put(self._age_days(batch, candidates) if self.real_times else np.zeros(len(rows)))
-        rules, position = candidates.proposals.get("rules"), candidates.positions.get("rules")
-        lift = np.zeros(len(rows))
-        if rules is not None and position is not None:
-            lift[position] = rules.scores / (LIFT_PLAYS + np.expm1(plays[position]))
-        put(lift)
+        history_lengths = np.maximum(1, np.diff(batch.offsets))
+        add_column(user_values(user_songs.plays, 0))
+        add_column(user_values(user_songs.plays / history_lengths[user_songs.rows], 0))
+        add_column(user_values(user_songs.back, NEVER))
+        add_column(user_values(user_songs.hours, NEVER) if self.real_times else np.zeros(len(rows)))
+        add_column(user_values(user_songs.base_level, -20))
+        add_column(user_values(user_songs.base_level_hours, -20) if self.real_times else np.zeros(len(rows)))
+        add_column(user_values(user_songs.session_plays, 0))
+        log_plays = np.log1p(_look_up(self.retrieval.plays.plays, songs))
+        log_recent_plays = np.log1p(_look_up(self.retrieval.recent_plays, songs))
+        add_column(log_plays)
+        add_column(log_recent_plays)
+        add_column(log_recent_plays - log_plays)
+        add_column(self._age_days(batch, candidates) if self.real_times else np.zeros(len(rows)))
+        rule_proposals, rule_positions = candidates.proposals.get("rules"), candidates.positions.get("rules")
+        lifts = np.zeros(len(rows))
+        if rule_proposals is not None and rule_positions is not None:
+            lifts[rule_positions] = rule_proposals.scores / (LIFT_PLAYS + np.expm1(log_plays[rule_positions]))
+        add_column(lifts)
         if self.retrieval.plays.skips is not None:
-            put(of_user(known.skips, 0))
-            put(of_user(known.skips / np.maximum(1, known.plays), 0))
-            skips, share_of_all = _looked_up(self.retrieval.plays.skips, songs), self.retrieval.skip_share
-            put((skips + SKIP_PLAYS * share_of_all) / (np.expm1(plays) + SKIP_PLAYS) - share_of_all)
+            add_column(user_values(user_songs.skips, 0))
+            add_column(user_values(user_songs.skips / np.maximum(1, user_songs.plays), 0))
+            skips, mean_skip_share = _look_up(self.retrieval.plays.skips, songs), self.retrieval.skip_share
+            add_column((skips + SKIP_PLAYS * mean_skip_share) / (np.expm1(log_plays) + SKIP_PLAYS) - mean_skip_share)
         if self.retrieval.has_likes:
-            put(batch.liked.find(candidates.keys) >= 0)
+            add_column(batch.liked.find(candidates.keys) >= 0)
 
     def _age_days(self, batch: QueryBatch, candidates: Candidates) -> np.ndarray:
         """float64 (C,): days since the first play of each candidate by any user; NEVER if there was none."""
-        first = _looked_up(self.retrieval.plays.first_days, candidates.songs, NOT_PLAYED).astype(np.int64)
-        days = batch.queries.at[candidates.rows] // DAY_MS - first
-        return np.where(first == NOT_PLAYED, NEVER, np.maximum(0, days))
+        first_days = _look_up(self.retrieval.plays.first_days, candidates.songs, NOT_PLAYED).astype(np.int64)
+        days = batch.queries.at[candidates.rows] // DAY_MS - first_days
+        return np.where(first_days == NOT_PLAYED, NEVER, np.maximum(0, days))
 
-    def _likeness_to_recent(
+    def _similarity_to_recent(
         self, batch: QueryBatch, rows: np.ndarray, vectors: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the largest and the mean cosine of each candidate with the last ten songs; 0 if there are none."""
-        latest = batch.latest(RECENT)
-        table = np.zeros((len(batch), RECENT, self.song_vectors.shape[1]), dtype=np.float32)
-        table[batch.rows[latest], batch.back[latest]] = _looked_up(self.song_vectors, batch.songs[latest])
+        latest_plays = batch.latest(RECENT)
+        recent_vectors = np.zeros((len(batch), RECENT, self.song_vectors.shape[1]), dtype=np.float32)
+        recent_vectors[batch.rows[latest_plays], batch.back[latest_plays]] = _look_up(
+            self.song_vectors, batch.songs[latest_plays]
+        )
         bounds = np.searchsorted(rows, np.arange(len(batch) + 1)).tolist()
         cosines = np.zeros((len(rows), RECENT), dtype=np.float32)
-        for row, (begin, end) in enumerate(pairwise(bounds)):
-            np.matmul(vectors[begin:end], table[row].T, out=cosines[begin:end])
-        known = np.maximum(1, np.bincount(batch.rows[latest], minlength=len(batch)))
-        return cosines.max(axis=1), cosines.sum(axis=1) / known[rows]
+        for row, (start, end) in enumerate(pairwise(bounds)):
+            np.matmul(vectors[start:end], recent_vectors[row].T, out=cosines[start:end])
+        recent_counts = np.maximum(1, np.bincount(batch.rows[latest_plays], minlength=len(batch)))
+        return cosines.max(axis=1), cosines.sum(axis=1) / recent_counts[rows]
 
-    def _of_queries(self, batch: QueryBatch) -> list[np.ndarray]:
+    def _query_features(self, batch: QueryBatch) -> list[np.ndarray]:
         """Return the features OF_QUERIES, and the recent share of skips if the data has skips, (Q,) each."""
         lengths = np.diff(batch.offsets)
-        session = np.bincount(batch.rows, weights=batch.in_session, minlength=len(batch))
-        last = np.where(lengths > 0, batch.offsets[1:] - 1, 0)
-        since = np.full(len(batch), NEVER)
+        session_lengths = np.bincount(batch.rows, weights=batch.in_session, minlength=len(batch))
+        last_plays = np.where(lengths > 0, batch.offsets[1:] - 1, 0)
+        hours_since = np.full(len(batch), NEVER)
         if len(batch.played_at):
-            since = np.where(lengths > 0, (batch.queries.at - batch.played_at[last]) / HOUR_MS, NEVER)
-        hour = (batch.queries.at // HOUR_MS) % 24
+            hours_since = np.where(lengths > 0, (batch.queries.at - batch.played_at[last_plays]) / HOUR_MS, NEVER)
+        hours_of_day = (batch.queries.at // HOUR_MS) % 24
         return [
             np.log1p(np.minimum(batch.queries.seen, LATEST_PLAYS)),  # a server reads at most this many plays
-            session,
-            since if self.real_times else np.zeros(len(batch)),
+            session_lengths,
+            hours_since if self.real_times else np.zeros(len(batch)),
             _repeat_share(batch, lengths),
-            _repeat_share(batch, session.astype(np.int64)),
-            hour if self.real_times else np.zeros(len(batch)),
+            _repeat_share(batch, session_lengths.astype(np.int64)),
+            hours_of_day if self.real_times else np.zeros(len(batch)),
             np.bincount(batch.user_songs.rows, minlength=len(batch)) / np.maximum(1, lengths),
-            self._session_with_long_term(batch),
+            self._session_similarity(batch),
             *([_skip_share(batch, lengths)] if self._has_skips else []),
         ]
 
-    def _session_with_long_term(self, batch: QueryBatch) -> np.ndarray:
+    def _session_similarity(self, batch: QueryBatch) -> np.ndarray:
         """float64 (Q,): the cosine of the mean of the session's last ten songs with the long-horizon vector.
 
         0 if no session has begun. The ranker can learn from it when the session matters more than older plays.
         """
-        latest = batch.latest(RECENT)
-        latest = latest[batch.in_session[latest]]
-        sums = np.zeros((len(batch), self.song_vectors.shape[1]))
-        np.add.at(sums, batch.rows[latest], _looked_up(self.song_vectors, batch.songs[latest]))
-        lengths = np.linalg.norm(sums, axis=1)
-        return np.asarray(np.einsum("qd,qd->q", sums, batch.long_vectors) / np.where(lengths > 0, lengths, 1))
+        latest_plays = batch.latest(RECENT)
+        latest_plays = latest_plays[batch.in_session[latest_plays]]
+        session_vectors = np.zeros((len(batch), self.song_vectors.shape[1]))
+        np.add.at(session_vectors, batch.rows[latest_plays], _look_up(self.song_vectors, batch.songs[latest_plays]))
+        norms = np.linalg.norm(session_vectors, axis=1)
+        return np.asarray(np.einsum("qd,qd->q", session_vectors, batch.long_vectors) / np.where(norms > 0, norms, 1))
 
 
 OF_CANDIDATES = [
@@ -233,68 +237,68 @@ OF_QUERIES = [
 ]
 
 
-def _looked_up(values: np.ndarray, songs: np.ndarray, otherwise: int = 0) -> np.ndarray:
-    """Return the values of `songs`, int; `otherwise` for songs that are -1 or beyond the end of `values`."""
-    known = (songs >= 0) & (songs < len(values))
-    rows = np.full((len(songs), *values.shape[1:]), otherwise, dtype=values.dtype)
-    rows[known] = values[songs[known]]
-    return rows
+def _look_up(values: np.ndarray, songs: np.ndarray, default: int = 0) -> np.ndarray:
+    """Return the values of `songs`, int; `default` for songs that are -1 or beyond the end of `values`."""
+    is_known = (songs >= 0) & (songs < len(values))
+    song_values = np.full((len(songs), *values.shape[1:]), default, dtype=values.dtype)
+    song_values[is_known] = values[songs[is_known]]
+    return song_values
 
 
-def _proposed_by(candidates: Candidates) -> np.ndarray:
+def _proposal_counts(candidates: Candidates) -> np.ndarray:
     """float64 (C,): how many retrievers propose each candidate."""
     counts = np.zeros(len(candidates.rows))
-    for position in candidates.positions.values():
-        counts[position] += 1
+    for positions in candidates.positions.values():
+        counts[positions] += 1
     return counts
 
 
 def _repeat_share(batch: QueryBatch, counts: np.ndarray) -> np.ndarray:
     """float64 (Q,): the share of repeats among the last `counts` plays, int (Q,), of each query, at most 20."""
-    looked_at = batch.back < np.minimum(counts, REPEATS)[batch.rows]
-    repeats = np.bincount(batch.rows, weights=batch.repeated & looked_at, minlength=len(batch))
+    is_recent = batch.back < np.minimum(counts, REPEATS)[batch.rows]
+    repeats = np.bincount(batch.rows, weights=batch.repeated & is_recent, minlength=len(batch))
     return np.asarray(repeats / np.maximum(1, np.minimum(counts, REPEATS)))
 
 
 def _skip_share(batch: QueryBatch, lengths: np.ndarray) -> np.ndarray:
     """float64 (Q,): the share of the last ten plays that were skipped; `lengths`, int (Q,), counts the known plays."""
-    latest = batch.latest(RECENT)
-    skips = np.bincount(batch.rows[latest], weights=batch.skipped[latest], minlength=len(batch))
+    latest_plays = batch.latest(RECENT)
+    skips = np.bincount(batch.rows[latest_plays], weights=batch.skipped[latest_plays], minlength=len(batch))
     return np.asarray(skips / np.maximum(1, np.minimum(lengths, RECENT)))
 
 
 def _group_features(
-    batch: QueryBatch, candidates: Candidates, groups: SongGroups, put: Callable[[np.ndarray], None]
+    batch: QueryBatch, candidates: Candidates, groups: SongGroups, add_column: Callable[[np.ndarray], None]
 ) -> np.ndarray:
-    """Pass the features OF_GROUPS of artists or albums to `put`; return the number of groups in the last ten plays.
+    """Pass the features OF_GROUPS to `add_column`; return the number of artists or albums in the last ten plays.
 
     The number is float64 (Q,).
     """
-    group = _looked_up(groups.of_song, batch.songs, NO_GROUP).astype(np.int64)
-    some = np.flatnonzero(group >= 0)
-    width = max(1, len(groups.offsets))
-    keys = batch.rows[some] * width + group[some]
+    play_groups = _look_up(groups.of_song, batch.songs, NO_GROUP).astype(np.int64)
+    grouped_plays = np.flatnonzero(play_groups >= 0)
+    num_groups = max(1, len(groups.offsets))
+    keys = batch.rows[grouped_plays] * num_groups + play_groups[grouped_plays]
     order = stable_order(keys)
-    first = first_of_each(keys[order])
-    unique = keys[order][first]
-    plays = np.diff(np.append(first, len(order)))
-    last = some[order[np.append(first[1:], len(order)) - 1]] if len(order) else order
-    recent = batch.back[some][order] < RECENT
-    late = np.add.reduceat(recent.astype(np.int64), first) if len(first) else plays
-    candidate_group = _looked_up(groups.of_song, candidates.songs, NO_GROUP).astype(np.int64)
-    candidate_keys = np.where(candidate_group >= 0, candidates.rows * width + candidate_group, -1)
-    positions = np.minimum(np.searchsorted(unique, candidate_keys), max(0, len(unique) - 1))
-    is_known = unique[positions] == candidate_keys if len(unique) else np.zeros(len(candidate_keys), dtype=bool)
+    first_positions = first_of_each(keys[order])
+    group_keys = keys[order][first_positions]
+    group_plays = np.diff(np.append(first_positions, len(order)))
+    last_plays = grouped_plays[order[np.append(first_positions[1:], len(order)) - 1]] if len(order) else order
+    is_recent = batch.back[grouped_plays][order] < RECENT
+    recent_plays = np.add.reduceat(is_recent.astype(np.int64), first_positions) if len(first_positions) else group_plays
+    candidate_groups = _look_up(groups.of_song, candidates.songs, NO_GROUP).astype(np.int64)
+    candidate_keys = np.where(candidate_groups >= 0, candidates.rows * num_groups + candidate_groups, -1)
+    positions = np.minimum(np.searchsorted(group_keys, candidate_keys), max(0, len(group_keys) - 1))
+    is_known = group_keys[positions] == candidate_keys if len(group_keys) else np.zeros(len(candidate_keys), dtype=bool)
 
-    def of_group(values: np.ndarray, otherwise: float) -> np.ndarray:
-        return (
-            np.where(is_known, values[positions], otherwise) if len(values) else np.full(len(candidate_keys), otherwise)
-        )
+    def group_values(values: np.ndarray, default: float) -> np.ndarray:
+        return np.where(is_known, values[positions], default) if len(values) else np.full(len(candidate_keys), default)
 
-    last_group = _looked_up(groups.of_song, batch.last_songs, NO_GROUP)
-    put((last_group[candidates.rows] == candidate_group) & (candidate_group >= 0))
-    put(of_group(late, 0) / np.maximum(1, np.minimum(np.diff(batch.offsets), RECENT))[candidates.rows])
-    put(of_group(plays, 0))
-    put(of_group(batch.back[last], NEVER))
-    different = np.bincount((unique // width)[late > 0], minlength=len(batch))
-    return np.asarray(different, dtype=np.float64)
+    last_groups = _look_up(groups.of_song, batch.last_songs, NO_GROUP)
+    add_column((last_groups[candidates.rows] == candidate_groups) & (candidate_groups >= 0))
+    add_column(
+        group_values(recent_plays, 0) / np.maximum(1, np.minimum(np.diff(batch.offsets), RECENT))[candidates.rows]
+    )
+    add_column(group_values(group_plays, 0))
+    add_column(group_values(batch.back[last_plays], NEVER))
+    recent_groups = np.bincount((group_keys // num_groups)[recent_plays > 0], minlength=len(batch))
+    return np.asarray(recent_groups, dtype=np.float64)

@@ -37,12 +37,12 @@ class SongAttributes:
         return bool(self.artists) or any((self.released_from, self.released_to, self.market))
 
 
-def parse_day(text: str | None, where: str) -> date | None:
-    """Return the date in `text`, YYYY-MM-DD. Raises `FieldError` for field `where` if there is no such day."""
+def parse_day(text: str | None, field_name: str) -> date | None:
+    """Return the date in `text`, YYYY-MM-DD. Raises `FieldError` for field `field_name` if there is no such day."""
     try:
         return None if text is None else date.fromisoformat(text)
     except ValueError as error:
-        raise FieldError(where, f"{text!r} is not a valid date; expected YYYY-MM-DD") from error
+        raise FieldError(field_name, f"{text!r} is not a valid date; expected YYYY-MM-DD") from error
 
 
 class SongSet:
@@ -67,8 +67,8 @@ class SongSet:
     @classmethod
     def of_mask(cls, mask: np.ndarray) -> "SongSet":
         """Return the set of the songs that are True in `mask`, bool (N,), which is not copied."""
-        few = np.count_nonzero(mask) <= FEW_SONGS
-        return cls(rows=np.flatnonzero(mask)) if few else cls(mask=mask)
+        is_small = np.count_nonzero(mask) <= FEW_SONGS
+        return cls(rows=np.flatnonzero(mask)) if is_small else cls(mask=mask)
 
     def __len__(self) -> int:
         return self._count
@@ -76,27 +76,27 @@ class SongSet:
     def holds(self, rows: np.ndarray) -> np.ndarray:
         """bool (n,): True for song `rows`, int (n,), not negative, that are in the set."""
         if self.mask is not None:
-            inside = rows < len(self.mask)
-            return np.asarray(inside & self.mask[np.where(inside, rows, 0)])
+            in_range = rows < len(self.mask)
+            return np.asarray(in_range & self.mask[np.where(in_range, rows, 0)])
         assert self.rows is not None
         if not len(self.rows):
             return np.zeros(len(rows), dtype=np.bool_)
         return np.asarray(self.rows[np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)] == rows)
 
-    def between(self, first: int, last: int) -> np.ndarray:
-        """int64 (n,), ascending: the songs of the set from row `first` up to, but not including, `last`."""
+    def between(self, start: int, stop: int) -> np.ndarray:
+        """int64 (n,), ascending: the songs of the set from row `start` up to, but not including, `stop`."""
         if self.mask is not None:
-            return first + np.flatnonzero(self.mask[first:last])
+            return start + np.flatnonzero(self.mask[start:stop])
         assert self.rows is not None
-        return np.asarray(self.rows[slice(*np.searchsorted(self.rows, [first, last]))], dtype=np.int64)
+        return np.asarray(self.rows[slice(*np.searchsorted(self.rows, [start, stop]))], dtype=np.int64)
 
-    def joined(self, later: "SongSet", first: int) -> "SongSet":
-        """Return the union with `later`, whose row 0 is row `first` here; all rows of this set are below `first`."""
+    def joined(self, later: "SongSet", start: int) -> "SongSet":
+        """Return the union with `later`, whose row 0 is row `start` here; all rows of this set are below `start`."""
         if self.mask is None and later.mask is None and len(self) + len(later) <= FEW_SONGS:
-            return SongSet(rows=np.concatenate([self.between(0, first), first + later.between(0, later.end)]))
-        mask = np.zeros(first + later.end, dtype=np.bool_)
-        mask[self.between(0, first)] = True
-        mask[first + later.between(0, later.end)] = True
+            return SongSet(rows=np.concatenate([self.between(0, start), start + later.between(0, later.end)]))
+        mask = np.zeros(start + later.end, dtype=np.bool_)
+        mask[self.between(0, start)] = True
+        mask[start + later.between(0, later.end)] = True
         return SongSet(mask=mask)
 
     @property
@@ -114,18 +114,18 @@ class SongSet:
         return np.packbits(self.mask, bitorder="little")
 
 
-def listed_and_fitting(rows: np.ndarray | None, fitting: SongSet | None) -> SongSet | None:
-    """Return the songs that are both in `rows`, int (any,), -1 for unknown songs, and in `fitting`.
+def listed_and_fitting(rows: np.ndarray | None, matching_songs: SongSet | None) -> SongSet | None:
+    """Return the songs that are both in `rows`, int (any,), -1 for unknown songs, and in `matching_songs`.
 
     None means all songs, as an argument and as the result.
     """
     if rows is None:
-        return fitting
-    listed = SongSet.of_rows(rows)
-    if fitting is None:
-        return listed
-    assert listed.rows is not None
-    return SongSet(rows=listed.rows[fitting.holds(listed.rows)])
+        return matching_songs
+    listed_songs = SongSet.of_rows(rows)
+    if matching_songs is None:
+        return listed_songs
+    assert listed_songs.rows is not None
+    return SongSet(rows=listed_songs.rows[matching_songs.holds(listed_songs.rows)])
 
 
 def masks_kept(num_songs: int) -> int:
@@ -143,27 +143,27 @@ class SongMasks:
         self._artists = columns.one_array(table.column(ARTIST_NAME))
         self._released = _column(table, columns.RELEASED)
         self._markets = _column(table, columns.MARKETS)
-        all_songs = self.num_songs + (earlier.num_songs if earlier else 0)
-        self.fitting = lru_cache(maxsize=masks_kept(all_songs))(self._fitting)
+        total_songs = self.num_songs + (earlier.num_songs if earlier else 0)
+        self.fitting = lru_cache(maxsize=masks_kept(total_songs))(self._find_matching)
 
     def lookups(self, outcome: str) -> int:
         """Return the number of lookups so far that were `hits` in the cache, or `misses`."""
         return int(getattr(self.fitting.cache_info(), outcome))
 
-    def _fitting(self, attributes: SongAttributes) -> SongSet:
+    def _find_matching(self, attributes: SongAttributes) -> SongSet:
         """Return the songs that are known to match.
 
         Raises `FieldError` for an artist or a market that no song has, and for release days or markets if the catalog
         has none.
         """
         if self._earlier is None:
-            return self._of_catalog(attributes)
+            return self._match_catalog(attributes)
         parts: list[SongSet] = []
         errors: list[FieldError] = []
-        sources: list[Callable[[SongAttributes], SongSet]] = [self._earlier.fitting, self._of_catalog]
-        for fitting in sources:
+        finders: list[Callable[[SongAttributes], SongSet]] = [self._earlier.fitting, self._match_catalog]
+        for find_matching in finders:
             try:
-                parts.append(fitting(attributes))
+                parts.append(find_matching(attributes))
             except FieldError as error:
                 parts.append(SongSet.of_rows(NOTHING))
                 errors.append(error)
@@ -171,48 +171,48 @@ class SongMasks:
             raise errors[0]
         return parts[0].joined(parts[1], self._earlier.num_songs)
 
-    def _of_catalog(self, attributes: SongAttributes) -> SongSet:
-        """Return the songs of this catalog that match, without the earlier one. Raises as `_fitting` does."""
-        fits = np.ones(self.num_songs, dtype=np.bool_)
+    def _match_catalog(self, attributes: SongAttributes) -> SongSet:
+        """Return the songs of this catalog that match, without the earlier one. Raises as `_find_matching` does."""
+        is_match = np.ones(self.num_songs, dtype=np.bool_)
         if attributes.artists:
-            fits &= self._by_artists(attributes.artists)
-        flag = "released_from" if attributes.released_from else "released_to"
-        days = (
-            self._described(self._released, flag, "release days")
+            is_match &= self._by_artists(attributes.artists)
+        field_name = "released_from" if attributes.released_from else "released_to"
+        release_days = (
+            self._require_column(self._released, field_name, "release days")
             if attributes.released_from or attributes.released_to
             else None
         )
         if attributes.released_from:
-            fits &= _true(pc.greater_equal(days, pa.scalar(attributes.released_from, pa.date32())))
+            is_match &= _to_mask(pc.greater_equal(release_days, pa.scalar(attributes.released_from, pa.date32())))
         if attributes.released_to:
-            fits &= _true(pc.less_equal(days, pa.scalar(attributes.released_to, pa.date32())))
+            is_match &= _to_mask(pc.less_equal(release_days, pa.scalar(attributes.released_to, pa.date32())))
         if attributes.market:
-            markets, market = self._described(self._markets, "market", "markets"), attributes.market.strip()
-            names = pc.list_flatten(markets)
-            here = _true(pc.equal(names, market))
-            if not here.any():
-                shown = ", ".join(sorted(pc.unique(names).drop_null().to_pylist())[:MARKETS_SHOWN])
+            markets, market = self._require_column(self._markets, "market", "markets"), attributes.market.strip()
+            market_names = pc.list_flatten(markets)
+            is_market = _to_mask(pc.equal(market_names, market))
+            if not is_market.any():
+                market_list = ", ".join(sorted(pc.unique(market_names).drop_null().to_pylist())[:MARKETS_SHOWN])
                 raise FieldError(
-                    "market", f"no song is available in market {attributes.market!r}; available markets: {shown}"
+                    "market", f"no song is available in market {attributes.market!r}; available markets: {market_list}"
                 )
-            rows = pc.list_parent_indices(markets).to_numpy()[here]
+            rows = pc.list_parent_indices(markets).to_numpy()[is_market]
             in_market = np.zeros(self.num_songs, dtype=np.bool_)
             in_market[rows] = True
-            fits &= in_market
-        return SongSet.of_mask(fits)
+            is_match &= in_market
+        return SongSet.of_mask(is_match)
 
     def _by_artists(self, artists: tuple[str, ...]) -> np.ndarray:
         """bool (N,): True for songs by any of the artists."""
         names = pa.array([fold(name) or None for name in artists], pa.string())  # "" would match songs without artist
-        unknown = pc.index_in(names, value_set=self._artists.dictionary).is_null().to_pylist()
-        if any(unknown):
-            raise FieldError("artists", f"the catalog has no song by {artists[unknown.index(True)]!r}")
-        codes = pc.is_in(self._artists.dictionary, value_set=names).to_numpy(zero_copy_only=False)
-        return np.asarray(codes[self._artists.indices.to_numpy()])
+        is_unknown = pc.index_in(names, value_set=self._artists.dictionary).is_null().to_pylist()
+        if any(is_unknown):
+            raise FieldError("artists", f"the catalog has no song by {artists[is_unknown.index(True)]!r}")
+        is_wanted = pc.is_in(self._artists.dictionary, value_set=names).to_numpy(zero_copy_only=False)
+        return np.asarray(is_wanted[self._artists.indices.to_numpy()])
 
-    def _described(self, values: pa.Array | None, where: str, what: str) -> pa.Array:
+    def _require_column(self, values: pa.Array | None, field_name: str, description: str) -> pa.Array:
         if values is None or values.null_count == len(values):
-            raise FieldError(where, f"the catalog has no {what}; add them with `rayrec describe`")
+            raise FieldError(field_name, f"the catalog has no {description}; add them with `rayrec describe`")
         return values
 
 
@@ -221,7 +221,7 @@ def _column(table: pa.Table, name: str) -> pa.Array | None:
     return columns.one_array(table.column(name)) if name in table.column_names else None
 
 
-def _true(values: pa.BooleanArray) -> np.ndarray:
+def _to_mask(values: pa.BooleanArray) -> np.ndarray:
     return np.asarray(pc.fill_null(values, False).to_numpy(zero_copy_only=False))
 
 
@@ -245,26 +245,26 @@ class AnswerFilter:
 
     def qualify(self, rows: np.ndarray) -> np.ndarray:
         """bool (n,): True for song `rows`, int (n,), that pass the filter. The cost does not depend on the catalog."""
-        qualifies = ~np.isin(rows, self.excluded)
-        return np.asarray(qualifies if self.allowed is None else qualifies & self.allowed.holds(rows))
+        is_qualified = ~np.isin(rows, self.excluded)
+        return np.asarray(is_qualified if self.allowed is None else is_qualified & self.allowed.holds(rows))
 
-    def qualifying(self, num_songs: int, at_once: int) -> Iterator[np.ndarray]:
-        """Yield the songs of a catalog that pass the filter, about `at_once` at a time: int64 (n,), ascending."""
+    def qualifying(self, num_songs: int, chunk_size: int) -> Iterator[np.ndarray]:
+        """Yield the songs of a catalog that pass the filter, about `chunk_size` at a time: int64 (n,), ascending."""
         excluded = self.excluded_rows(num_songs)
         count = num_songs if self.allowed is None else len(self.allowed)
-        step = max(at_once, at_once * num_songs // max(1, count))
-        for first in range(0, num_songs, step):
-            last = min(first + step, num_songs)
-            rows = np.arange(first, last) if self.allowed is None else self.allowed.between(first, last)
-            near = excluded[slice(*np.searchsorted(excluded, [first, last]))]
-            yield rows[~np.isin(rows, near, assume_unique=True)]
+        step = max(chunk_size, chunk_size * num_songs // max(1, count))
+        for start in range(0, num_songs, step):
+            stop = min(start + step, num_songs)
+            rows = np.arange(start, stop) if self.allowed is None else self.allowed.between(start, stop)
+            excluded_in_range = excluded[slice(*np.searchsorted(excluded, [start, stop]))]
+            yield rows[~np.isin(rows, excluded_in_range, assume_unique=True)]
 
     def mask_scores(self, scores: np.ndarray) -> None:
         """Set the scores, float (N,), of songs that do not pass the filter to -inf, in place."""
         if self.allowed is not None:
-            outside = np.ones(len(scores), dtype=np.bool_)
-            outside[self.allowed.between(0, len(scores))] = False
-            scores[outside] = -np.inf
+            is_outside = np.ones(len(scores), dtype=np.bool_)
+            is_outside[self.allowed.between(0, len(scores))] = False
+            scores[is_outside] = -np.inf
         scores[self.excluded[self.excluded < len(scores)]] = -np.inf
 
 
@@ -274,22 +274,22 @@ def first_of_order(order: np.ndarray, qualify: Callable[[np.ndarray], np.ndarray
     `qualify` maps song rows, int (n,), to bool (n,). Rows are checked in blocks until there are enough, so that the
     cost grows with the number of songs skipped and not with the length of `order`.
     """
-    songs, found = [order[:0]], 0
-    begin, size = 0, 2 * count
-    while found < count and begin < len(order):
-        rows = order[begin : begin + size]
-        songs.append(rows[qualify(rows)])
-        found += len(songs[-1])
-        begin, size = begin + size, min(2 * size, ORDERED_AT_ONCE)
-    return np.concatenate(songs)[:count]
+    blocks, num_found = [order[:0]], 0
+    start, block_size = 0, 2 * count
+    while num_found < count and start < len(order):
+        rows = order[start : start + block_size]
+        blocks.append(rows[qualify(rows)])
+        num_found += len(blocks[-1])
+        start, block_size = start + block_size, min(2 * block_size, ORDERED_AT_ONCE)
+    return np.concatenate(blocks)[:count]
 
 
 def without_heard(histories: Histories, filters: Sequence[AnswerFilter] | None = None) -> list[AnswerFilter]:
     """Return the filter of each user, extended to exclude the songs of the user's history; None: no other filters."""
-    heard = np.split(histories.songs, histories.offsets[1:-1]) if len(histories) else []
+    heard_songs = np.split(histories.songs, histories.offsets[1:-1]) if len(histories) else []
     if filters is None:
-        return [AnswerFilter(excluded=songs, new_only=True) for songs in heard]
-    pairs = zip(filters, heard, strict=True)
+        return [AnswerFilter(excluded=songs, new_only=True) for songs in heard_songs]
+    pairs = zip(filters, heard_songs, strict=True)
     return [
         replace(answer_filter, excluded=np.concatenate([answer_filter.excluded, songs]), new_only=True)
         for answer_filter, songs in pairs

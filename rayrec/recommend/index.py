@@ -48,10 +48,10 @@ class IndexConfig(Settings):
     queries: int = Field(1_000, ge=1, description="ivf: number of taste vectors on which recall is measured")
     seed: int = Field(0, ge=0, description="Random seed of the lists")
 
-    def kind_for(self, songs: int) -> IndexKind:
-        """Return the type of index for a catalog of `songs` songs."""
+    def kind_for(self, num_songs: int) -> IndexKind:
+        """Return the type of index for a catalog of `num_songs` songs."""
         if self.kind == "auto":
-            return "flat" if songs < self.flat_below else "ivf"
+            return "flat" if num_songs < self.flat_below else "ivf"
         return self.kind
 
 
@@ -100,15 +100,16 @@ class SongIndex:
         self,
         index: Any,
         vectors: np.ndarray,
-        figures: IndexFigures,
-        added: np.ndarray | None = None,
+        metrics: IndexFigures,
+        added_rows: np.ndarray | None = None,
     ) -> None:
         self._index = index  # a faiss index whose ids are song rows
         self.vectors = vectors  # float32 (N, D), of the songs in the index and of added songs
-        self.figures = figures
-        self._added = np.zeros(0, dtype=np.int64) if added is None else added  # rows that every search scores
-        self._added_vectors = np.ascontiguousarray(vectors[self._added])
-        self.songs = figures.songs + len(self._added)
+        self.figures = metrics
+        # Rows that every search scores.
+        self._added_rows = np.zeros(0, dtype=np.int64) if added_rows is None else added_rows
+        self._added_vectors = np.ascontiguousarray(vectors[self._added_rows])
+        self.songs = metrics.songs + len(self._added_rows)
 
     @classmethod
     def build(
@@ -125,18 +126,20 @@ class SongIndex:
         rows = np.flatnonzero(vectors.any(axis=1))
         if not len(rows):
             raise InputError(f"none of {len(vectors)} songs has a vector; run `rayrec embed` and `rayrec train` again")
-        known = np.ascontiguousarray(vectors[rows], dtype=np.float32)
-        flat = faiss.IndexIDMap(faiss.IndexFlatIP(vectors.shape[1]))
-        flat.add_with_ids(known, rows)
+        known_vectors = np.ascontiguousarray(vectors[rows], dtype=np.float32)
+        flat_index = faiss.IndexIDMap(faiss.IndexFlatIP(vectors.shape[1]))
+        flat_index.add_with_ids(known_vectors, rows)
         kind = config.kind_for(len(vectors))
-        index, recall = flat, 1.0
+        index, recall = flat_index, 1.0
         if kind == "ivf":
-            index = _train_ivf(known, rows, _lists(config, len(rows)), config.seed)
+            index = _train_ivf(known_vectors, rows, _list_count(config, len(rows)), config.seed)
             recall_queries = (
-                sample_queries(known, config) if queries is None else np.ascontiguousarray(queries, np.float32)
+                sample_queries(known_vectors, config) if queries is None else np.ascontiguousarray(queries, np.float32)
             )
-            recall = _choose_nprobe(index, recall_queries, _nearest(flat, recall_queries), config.target_recall)
-        figures = IndexFigures(
+            recall = _choose_nprobe(
+                index, recall_queries, _nearest_rows(flat_index, recall_queries), config.target_recall
+            )
+        metrics = IndexFigures(
             kind=kind,
             songs=len(rows),
             nlist=index.nlist if kind == "ivf" else 0,
@@ -144,7 +147,7 @@ class SongIndex:
             recall=recall,
             build_seconds=time.perf_counter() - started,
         )
-        return cls(index, vectors, figures)
+        return cls(index, vectors, metrics)
 
     def with_added(self, rows: np.ndarray, vectors: np.ndarray) -> "SongIndex":
         """Return the same index with added songs, int64 (n,) `rows`, ascending; every search scores all of them.
@@ -176,47 +179,49 @@ class SongIndex:
             raise ValueError(f"expected {len(queries)} filters, one per query, got {len(filters)}")
         ranking = Ranking.empty(len(queries), k, "index")
         paths = list(ranking.paths)
-        for query in self._first_that_qualify(queries, k, filters, ranking):
-            one = slice(query, query + 1)
-            paths[query] = self._rank_within(queries[one], k, filters[query], ranking.songs[one], ranking.scores[one])
+        for query in self._search_overfetching(queries, k, filters, ranking):
+            query_slice = slice(query, query + 1)
+            paths[query] = self._rank_filtered(
+                queries[query_slice], k, filters[query], ranking.songs[query_slice], ranking.scores[query_slice]
+            )
         return replace(ranking, paths=tuple(paths))
 
-    def _first_that_qualify(
+    def _search_overfetching(
         self, queries: np.ndarray, k: int, filters: Sequence[AnswerFilter], ranking: Ranking
     ) -> list[int]:
         """Answer queries that exclude few songs and allow all others, in one search; return the unanswered queries."""
-        few = [
+        excludes_few = [
             answer_filter.allowed is None and len(answer_filter.excluded) <= MAX_OVERFETCH for answer_filter in filters
         ]
-        rows = np.flatnonzero(few)
+        rows = np.flatnonzero(excludes_few)
         if not len(rows):
             return list(range(len(queries)))
         excluded = [filters[row].excluded_rows(len(self.vectors)) for row in rows.tolist()]
-        fetched = min(self.songs, k + TIE_SLACK + max(len(songs) for songs in excluded))
-        nearest = self._found(queries if all(few) else queries[rows], fetched)
+        num_fetched = min(self.songs, k + TIE_SLACK + max(len(songs) for songs in excluded))
+        nearest = self._search_with_added(queries if all(excludes_few) else queries[rows], num_fetched)
         songs, scores = _first_allowed(*nearest, excluded, len(self.vectors), k)
         ranking.songs[rows], ranking.scores[rows] = songs, scores
-        complete = fetched == self.songs and self.figures.kind == "flat"
-        short = [] if complete else rows[songs[:, -1] == NO_SONG].tolist()
-        return sorted([*short, *np.flatnonzero(np.logical_not(few)).tolist()])
+        is_complete = num_fetched == self.songs and self.figures.kind == "flat"
+        short_rows = [] if is_complete else rows[songs[:, -1] == NO_SONG].tolist()
+        return sorted([*short_rows, *np.flatnonzero(np.logical_not(excludes_few)).tolist()])
 
-    def _rank_within(
+    def _rank_filtered(
         self, query: np.ndarray, k: int, answer_filter: AnswerFilter, songs: np.ndarray, scores: np.ndarray
     ) -> SearchPath:
         """Answer one query, float32 (1, D), in place, (1, k), by a search limited to the songs that pass the filter.
 
         If such a search is no faster, or finds fewer than k songs, scores all songs that pass.
         """
-        nprobe = self._deeper(k, self._qualify(answer_filter))
+        nprobe = self._lists_to_search(k, self._estimate_qualified(answer_filter))
         if nprobe:
-            nearest = self._select(query, k + TIE_SLACK, answer_filter, nprobe)
+            nearest = self._search_filtered(query, k + TIE_SLACK, answer_filter, nprobe)
             if nearest[0][0, k - 1] != NO_SONG:
                 songs[:], scores[:] = _first_allowed(*nearest, [NOTHING], len(self.vectors), k)
                 return "selector"
-        songs[:], scores[:] = self._best_of_all(query, k, answer_filter)
+        songs[:], scores[:] = self._score_all(query, k, answer_filter)
         return "exact"
 
-    def _qualify(self, answer_filter: AnswerFilter) -> int:
+    def _estimate_qualified(self, answer_filter: AnswerFilter) -> int:
         """Estimate how many songs pass the filter and have a vector.
 
         Assumes that the share of songs with a vector is the same in the allowed set as in the catalog.
@@ -226,27 +231,27 @@ class SongIndex:
         excluded = answer_filter.excluded_rows(len(self.vectors))
         return self.songs - int(np.count_nonzero(self.vectors[excluded].any(axis=1)))
 
-    def _deeper(self, k: int, qualify: int) -> int:
-        """Return how many lists to search if `qualify` songs pass the filter; 0 if scoring all of them is as fast.
+    def _lists_to_search(self, k: int, num_qualified: int) -> int:
+        """Return how many lists to search if `num_qualified` songs pass the filter; 0 if scoring them all is as fast.
 
         If a share s of the songs passes, the k-th of them is about the (k/s)-th of all songs. nprobe was chosen for the
         first 100 songs, so it must grow with that depth to keep the recall.
         """
-        if self.figures.kind == "flat" or qualify <= FEW_SONGS:
+        if self.figures.kind == "flat" or num_qualified <= FEW_SONGS:
             return 0
-        depth = k * self.songs / qualify
+        depth = k * self.songs / num_qualified
         nprobe = int(np.ceil(self.figures.nprobe * max(1.0, depth / RECALL_DEPTH)))
         return nprobe if nprobe <= self.figures.nlist * MOST_LISTS else 0
 
-    def _select(
+    def _search_filtered(
         self, query: np.ndarray, count: int, answer_filter: AnswerFilter, nprobe: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the best `count` songs in `nprobe` lists that pass the filter, and their scores; (1, count) each."""
         selector = _selector(answer_filter, len(self.vectors))
         parameters = import_faiss().SearchParametersIVF(sel=selector, nprobe=nprobe)
-        return self._found(query, count, parameters, answer_filter.qualify(self._added))
+        return self._search_with_added(query, count, parameters, answer_filter.qualify(self._added_rows))
 
-    def _best_of_all(self, query: np.ndarray, k: int, answer_filter: AnswerFilter) -> tuple[np.ndarray, np.ndarray]:
+    def _score_all(self, query: np.ndarray, k: int, answer_filter: AnswerFilter) -> tuple[np.ndarray, np.ndarray]:
         """Return the k best of all songs that pass the filter, and their scores, (1, k) each.
 
         Songs are scored in blocks, so that few vectors are in memory at once.
@@ -254,39 +259,42 @@ class SongIndex:
         songs, scores = np.zeros((1, 0), dtype=np.int32), np.zeros((1, 0), dtype=np.float32)
         for rows in answer_filter.qualifying(len(self.vectors), SCORED_ROWS):
             vectors = self.vectors[rows]
-            later = np.where(vectors.any(axis=1), query @ vectors.T, -np.inf)
+            new_scores = np.where(vectors.any(axis=1), query @ vectors.T, -np.inf)
             # Rows so far come first, so that equal scores stay in the order of rows.
-            both = np.append(songs, rows)
-            places, scores = top_k(np.concatenate([scores, later], axis=1), k)
-            real = places != NO_SONG
-            songs, scores = both[places[real]][None], scores[real][None]
-        return _padded(songs, k, NO_SONG), _padded(scores, k, -np.inf)
+            all_rows = np.append(songs, rows)
+            positions, scores = top_k(np.concatenate([scores, new_scores], axis=1), k)
+            is_song = positions != NO_SONG
+            songs, scores = all_rows[positions[is_song]][None], scores[is_song][None]
+        return _pad(songs, k, NO_SONG), _pad(scores, k, -np.inf)
 
-    def _found(
-        self, queries: np.ndarray, count: int, parameters: Any = None, let_through: np.ndarray | None = None
+    def _search_with_added(
+        self, queries: np.ndarray, count: int, parameters: Any = None, is_allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the best `count` songs of the index and of the added songs, and their scores; (Q, count) each.
 
-        `queries` are float32 (Q, D). `let_through`, bool, is True for the added songs that may be returned; None: all.
+        `queries` are float32 (Q, D). `is_allowed`, bool, is True for the added songs that may be returned; None: all.
         """
-        songs, scores = self._of_index(queries, count, parameters)
-        added = np.arange(len(self._added)) if let_through is None else np.flatnonzero(let_through)
-        if len(added):
-            songs = np.concatenate([songs, np.broadcast_to(self._added[added], (len(queries), len(added)))], axis=1)
-            scores = np.concatenate([scores, queries @ self._added_vectors[added].T], axis=1)
+        songs, scores = self._search_index(queries, count, parameters)
+        added_positions = np.arange(len(self._added_rows)) if is_allowed is None else np.flatnonzero(is_allowed)
+        if len(added_positions):
+            songs = np.concatenate(
+                [songs, np.broadcast_to(self._added_rows[added_positions], (len(queries), len(added_positions)))],
+                axis=1,
+            )
+            scores = np.concatenate([scores, queries @ self._added_vectors[added_positions].T], axis=1)
             best = np.argpartition(-scores, count - 1, axis=1)[:, :count]
             order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1, kind="stable")
             best = np.take_along_axis(best, order, axis=1)
             songs, scores = np.take_along_axis(songs, best, axis=1), np.take_along_axis(scores, best, axis=1)
         return songs, scores
 
-    def _of_index(self, queries: np.ndarray, count: int, parameters: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _search_index(self, queries: np.ndarray, count: int, parameters: Any) -> tuple[np.ndarray, np.ndarray]:
         scores, songs = self._index.search(queries, count, params=parameters)
         if self.figures.kind == "ivf":
-            for begin in range(0, len(queries), SCORED_AT_ONCE):
-                part = slice(begin, begin + SCORED_AT_ONCE)
-                exact = (self.vectors[songs[part]] @ queries[part, :, None])[..., 0]
-                scores[part] = np.where(songs[part] == NO_SONG, -np.inf, exact)
+            for start in range(0, len(queries), SCORED_AT_ONCE):
+                chunk = slice(start, start + SCORED_AT_ONCE)
+                exact_scores = (self.vectors[songs[chunk]] @ queries[chunk, :, None])[..., 0]
+                scores[chunk] = np.where(songs[chunk] == NO_SONG, -np.inf, exact_scores)
         return songs, scores
 
     def stored(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -300,32 +308,32 @@ class SongIndex:
                 yield songs[start : start + count], self._index.index.reconstruct_n(start, count)
             return
         lists = self._index.invlists
-        for number in range(self._index.nlist):
-            if size := lists.list_size(number):
-                codes = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size)
+        for list_id in range(self._index.nlist):
+            if size := lists.list_size(list_id):
+                codes = faiss.rev_swig_ptr(lists.get_codes(list_id), size * lists.code_size)
                 vectors = codes.view(f"f{lists.code_size // dim}").reshape(size, dim)
-                yield faiss.rev_swig_ptr(lists.get_ids(number), size).copy(), vectors
+                yield faiss.rev_swig_ptr(lists.get_ids(list_id), size).copy(), vectors
 
     def save(self, workspace: Workspace, path: str) -> None:
         """Write the index as one file."""
         with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
-            local = Path(folder) / INDEX_FILE
-            import_faiss().write_index(self._index, str(local))
-            workspace.put_file(local, path)
+            local_path = Path(folder) / INDEX_FILE
+            import_faiss().write_index(self._index, str(local_path))
+            workspace.put_file(local_path, path)
 
     @classmethod
     def load(cls, workspace: Workspace, manifest: Manifest, vectors: np.ndarray, *, threads: int = 1) -> "SongIndex":
         """Load the index of an artifact, see `read`."""
-        figures = IndexFigures(**{name: manifest.metrics[name] for name in IndexFigures.__annotations__})
+        metrics = IndexFigures(**{name: manifest.metrics[name] for name in IndexFigures.__annotations__})
         path, checksum = manifest.path(INDEX_FILE), manifest.files.get(INDEX_FILE)
-        return cls.read(workspace, path, figures, vectors, checksum=checksum, threads=threads)
+        return cls.read(workspace, path, metrics, vectors, checksum=checksum, threads=threads)
 
     @classmethod
     def read(
         cls,
         workspace: Workspace,
         path: str,
-        figures: IndexFigures,
+        metrics: IndexFigures,
         vectors: np.ndarray,
         *,
         checksum: str | None = None,
@@ -340,17 +348,17 @@ class SongIndex:
         # One thread by default: workers and replicas share the machine, and busy-waiting threads slow each other down.
         faiss.omp_set_num_threads(threads)
         # The flag exists since faiss 1.10; memory-mapped lists load immediately and are searched as fast.
-        mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if figures.kind == "ivf" else 0
+        io_flags = getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if metrics.kind == "ivf" else 0
         try:
-            index = faiss.read_index(str(workspace.local_file(path, checksum)), mapped)
+            index = faiss.read_index(str(workspace.local_file(path, checksum)), io_flags)
         except RuntimeError as error:
             raise DamagedArtifactError(f"faiss cannot read {path}; run `rayrec index` again") from error
-        if index.d != vectors.shape[1] or index.ntotal != figures.songs:
+        if index.d != vectors.shape[1] or index.ntotal != metrics.songs:
             raise DamagedArtifactError(
-                f"{path} holds {index.ntotal} vectors of dimension {index.d}, expected {figures.songs} of "
+                f"{path} holds {index.ntotal} vectors of dimension {index.d}, expected {metrics.songs} of "
                 f"dimension {vectors.shape[1]}; run `rayrec index` again"
             )
-        return cls(index, vectors, figures)
+        return cls(index, vectors, metrics)
 
 
 _NO_FILTER = AnswerFilter()
@@ -362,51 +370,55 @@ def _selector(answer_filter: AnswerFilter, num_songs: int) -> Any:
     if allowed is not None and allowed.rows is not None:
         rows = allowed.between(0, num_songs)
         return faiss.IDSelectorBatch(rows[answer_filter.qualify(rows)])
-    others = faiss.IDSelectorNot(faiss.IDSelectorBatch(answer_filter.excluded_rows(num_songs).astype(np.int64)))
+    not_excluded = faiss.IDSelectorNot(faiss.IDSelectorBatch(answer_filter.excluded_rows(num_songs).astype(np.int64)))
     if allowed is None:
-        return others
-    return faiss.IDSelectorAnd(faiss.IDSelectorBitmap(len(allowed.bits), faiss.swig_ptr(allowed.bits)), others)
+        return not_excluded
+    return faiss.IDSelectorAnd(faiss.IDSelectorBitmap(len(allowed.bits), faiss.swig_ptr(allowed.bits)), not_excluded)
 
 
-def _padded(values: np.ndarray, k: int, filling: float) -> np.ndarray:
-    """(1, k): the values, (1, at most k), padded with `filling`."""
-    return np.pad(values, ((0, 0), (0, k - values.shape[1])), constant_values=filling)
+def _pad(values: np.ndarray, k: int, fill_value: float) -> np.ndarray:
+    """(1, k): the values, (1, at most k), padded with `fill_value`."""
+    return np.pad(values, ((0, 0), (0, k - values.shape[1])), constant_values=fill_value)
 
 
 def _first_allowed(
     songs: np.ndarray, scores: np.ndarray, excluded: list[np.ndarray], num_songs: int, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the first k songs of each row, by score and song row, without excluded ones; padded with -1 and -inf."""
-    queries = np.arange(len(songs))[:, None]
-    pairs = np.repeat(np.arange(len(excluded)), [len(rows) for rows in excluded]) * num_songs + np.concatenate(excluded)
-    keys = queries * num_songs + songs
-    left_out = songs == NO_SONG
-    if len(pairs):  # ascending, so that binary search finds each key
-        left_out |= pairs[np.minimum(np.searchsorted(pairs, keys), len(pairs) - 1)] == keys
-    scores = np.where(left_out, -np.inf, scores)
+    query_rows = np.arange(len(songs))[:, None]
+    excluded_keys = np.repeat(np.arange(len(excluded)), [len(rows) for rows in excluded]) * num_songs + np.concatenate(
+        excluded
+    )
+    keys = query_rows * num_songs + songs
+    is_left_out = songs == NO_SONG
+    if len(excluded_keys):  # ascending, so that binary search finds each key
+        is_left_out |= excluded_keys[np.minimum(np.searchsorted(excluded_keys, keys), len(excluded_keys) - 1)] == keys
+    scores = np.where(is_left_out, -np.inf, scores)
     order = np.lexsort((songs, -scores))[:, :k]
     first_songs = np.full((len(songs), k), NO_SONG, dtype=np.int32)
     first_scores = np.full((len(songs), k), -np.inf, dtype=np.float32)
-    allowed_scores = scores[queries, order]
-    first_songs[:, : order.shape[1]] = np.where(allowed_scores > -np.inf, songs[queries, order], NO_SONG)
+    allowed_scores = scores[query_rows, order]
+    first_songs[:, : order.shape[1]] = np.where(allowed_scores > -np.inf, songs[query_rows, order], NO_SONG)
     first_scores[:, : order.shape[1]] = allowed_scores
     return first_songs, first_scores
 
 
-def _lists(config: IndexConfig, songs: int) -> int:
+def _list_count(config: IndexConfig, num_songs: int) -> int:
     """Return the number of lists: about 2 √songs, as a power of two, such as 2,048 for a million songs."""
-    lists = config.nlist or 1 << round(np.log2(2 * np.sqrt(songs)))
-    return max(1, min(lists, songs))
+    count = config.nlist or 1 << round(np.log2(2 * np.sqrt(num_songs)))
+    return max(1, min(count, num_songs))
 
 
-def _train_ivf(known: np.ndarray, rows: np.ndarray, nlist: int, seed: int) -> Any:
+def _train_ivf(vectors: np.ndarray, rows: np.ndarray, nlist: int, seed: int) -> Any:
     faiss = import_faiss()
-    dim, half = known.shape[1], faiss.ScalarQuantizer.QT_fp16
-    index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, nlist, half, faiss.METRIC_INNER_PRODUCT, False)
+    dim, half_precision = vectors.shape[1], faiss.ScalarQuantizer.QT_fp16
+    index = faiss.IndexIVFScalarQuantizer(
+        faiss.IndexFlatIP(dim), dim, nlist, half_precision, faiss.METRIC_INNER_PRODUCT, False
+    )
     index.cp.seed = seed
     index.cp.min_points_per_centroid = 1  # no warning for small catalogs
-    index.train(known)
-    index.add_with_ids(known, rows)
+    index.train(vectors)
+    index.add_with_ids(vectors, rows)
     return index
 
 
@@ -418,11 +430,13 @@ def sample_queries(vectors: np.ndarray, config: IndexConfig) -> np.ndarray:
     random = np.random.default_rng(config.seed)
     first, second = random.integers(len(vectors), size=(2, config.queries))
     second[: config.queries // 2] = first[: config.queries // 2]
-    mixed = vectors[first] + vectors[second]
-    return np.asarray(mixed / np.maximum(np.linalg.norm(mixed, axis=1, keepdims=True), 1e-12), dtype=np.float32)
+    vector_sums = vectors[first] + vectors[second]
+    return np.asarray(
+        vector_sums / np.maximum(np.linalg.norm(vector_sums, axis=1, keepdims=True), 1e-12), dtype=np.float32
+    )
 
 
-def _nearest(index: Any, queries: np.ndarray) -> np.ndarray:
+def _nearest_rows(index: Any, queries: np.ndarray) -> np.ndarray:
     """int64 (Q, 100): the first 100 answers; fewer if the index holds fewer songs."""
     return np.asarray(index.search(queries, min(RECALL_DEPTH, index.ntotal))[1])
 
@@ -441,17 +455,17 @@ def _choose_nprobe(index: Any, queries: np.ndarray, exact: np.ndarray, target: f
     so that other queries reach the target, too.
     """
 
-    def recall(nprobe: int) -> np.ndarray:
+    def recalls_at(nprobe: int) -> np.ndarray:
         index.nprobe = nprobe
-        return recall_against(exact, _nearest(index, queries))
+        return recall_against(exact, _nearest_rows(index, queries))
 
     low, high = 0, 1  # the recall of `low` is below the target
-    while high < index.nlist and not reaches(recall(high), target):
+    while high < index.nlist and not reaches(recalls_at(high), target):
         low, high = high, min(2 * high, index.nlist)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if reaches(recall(middle), target) else (middle, high)
-    return float(recall(high).mean())
+        low, high = (low, middle) if reaches(recalls_at(middle), target) else (middle, high)
+    return float(recalls_at(high).mean())
 
 
 def reaches(recalls: np.ndarray, target: float) -> bool:

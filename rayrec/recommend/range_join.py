@@ -55,9 +55,9 @@ class _ArrayFiles:
         """Add values at the end of an array."""
         self._files[name].write(values.astype(self._dtypes[name], copy=False).tobytes())
 
-    def append_offsets(self, name: str, offsets: np.ndarray, begin: int) -> None:
-        """Append the `offsets` of groups, int64 (groups + 1,) from 0, shifted so that the first group is at `begin`."""
-        self.append(name, offsets[min(1, self.length(name)) :] + begin)
+    def append_offsets(self, name: str, offsets: np.ndarray, start: int) -> None:
+        """Append the `offsets` of groups, int64 (groups + 1,) from 0, shifted so that the first group is at `start`."""
+        self.append(name, offsets[min(1, self.length(name)) :] + start)
 
     def array(self, name: str) -> np.ndarray:
         """Return the whole array, memory-mapped; no more values can be appended."""
@@ -73,21 +73,21 @@ def join_ranges(parts: Iterable[RetrievalCounts], folder: Path) -> RetrievalCoun
     memory-mapped from files in `folder`, which must be empty before and must exist as long as they are in use.
     """
     files = _ArrayFiles(folder)
-    days: list[tuple[int, int, int]] = []  # day, begin and end of its entries, for each range
+    days: list[tuple[int, int, int]] = []  # day, start and end of its entries, for each range
     session_ends, entry_ends, newest = [0], [0], 0  # ends of each range
     for part in parts:
-        first, newest = part.sessions.first_song, part.sessions.newest
-        assert first == files.length("plays.plays")
+        first_song, newest = part.sessions.first_song, part.sessions.newest
+        assert first_song == files.length("plays.plays")
         _append_rules(files, part)
-        days += _append_plays(files, part, first)
+        days += _append_plays(files, part, first_song)
         _append_sessions(files, part)
         session_ends.append(files.length("keys"))
         entry_ends.append(files.length("song_sessions"))
     _order_days(files, days)
-    numbers = _order_sessions(files, session_ends, folder / "numbers")
+    new_numbers = _order_sessions(files, session_ends, folder / "numbers")
     song_sessions = files.array("song_sessions")
-    for sessions, entries in zip(pairwise(session_ends), pairwise(entry_ends), strict=True):
-        files.append("sessions.song_sessions", numbers[slice(*sessions)][song_sessions[slice(*entries)]])
+    for session_bounds, entry_bounds in zip(pairwise(session_ends), pairwise(entry_ends), strict=True):
+        files.append("sessions.song_sessions", new_numbers[slice(*session_bounds)][song_sessions[slice(*entry_bounds)]])
     arrays = {name: files.array(name) for name in JOINED}
     if not len(arrays[SKIPS]):
         del arrays[SKIPS]
@@ -101,15 +101,15 @@ def _append_rules(files: _ArrayFiles, part: RetrievalCounts) -> None:
         files.append(f"rules.{name}", getattr(rules, name))
 
 
-def _append_plays(files: _ArrayFiles, part: RetrievalCounts, first: int) -> list[tuple[int, int, int]]:
-    plays, begin = part.plays, files.length("day_songs")
+def _append_plays(files: _ArrayFiles, part: RetrievalCounts, first_song: int) -> list[tuple[int, int, int]]:
+    plays, start = part.plays, files.length("day_songs")
     files.append("plays.plays", plays.plays)
     files.append("plays.first_days", plays.first_days)
     if plays.skips is not None:
         files.append(SKIPS, plays.skips)
-    files.append("day_songs", plays.day_songs + first)
+    files.append("day_songs", plays.day_songs + first_song)
     files.append("day_plays", plays.day_plays)
-    return [(int(plays.days[day.start]), begin + day.start, begin + day.stop) for day in plays.each_day()]
+    return [(int(plays.days[day.start]), start + day.start, start + day.stop) for day in plays.each_day()]
 
 
 def _append_sessions(files: _ArrayFiles, part: RetrievalCounts) -> None:
@@ -127,11 +127,11 @@ def _order_days(files: _ArrayFiles, days: list[tuple[int, int, int]]) -> None:
     """Write the play counts of the last 28 days, day by day, back from the last day of all ranges together."""
     day_songs, day_plays = files.array("day_songs"), files.array("day_plays")
     last_day = max((day for day, _, _ in days), default=0)
-    for day, begin, end in sorted(days):
+    for day, start, end in sorted(days):
         if day > last_day - RECENT_DAYS:
-            files.append("plays.days", np.full(end - begin, day))
-            files.append("plays.day_songs", day_songs[begin:end])
-            files.append("plays.day_plays", day_plays[begin:end])
+            files.append("plays.days", np.full(end - start, day))
+            files.append("plays.day_songs", day_songs[start:end])
+            files.append("plays.day_plays", day_plays[start:end])
 
 
 def _order_sessions(files: _ArrayFiles, ends: list[int], path: Path) -> np.ndarray:
@@ -140,19 +140,19 @@ def _order_sessions(files: _ArrayFiles, ends: list[int], path: Path) -> np.ndarr
     `ends` are the ends of the ranges in the arrays, after a leading 0.
     """
     ages, keys, offsets, songs = (files.array(name) for name in ("ages", "keys", "offsets", "songs"))
-    numbers: np.ndarray = np.memmap(path, np.int32, mode="w+", shape=max(1, ends[-1]))
-    for places in _newest_first(ages, keys, ends):
-        order = places[np.lexsort((keys[places], ages[places]))]
+    new_numbers: np.ndarray = np.memmap(path, np.int32, mode="w+", shape=max(1, ends[-1]))
+    for positions in _newest_first(ages, keys, ends):
+        order = positions[np.lexsort((keys[positions], ages[positions]))]
         is_first = np.zeros(len(order), dtype=bool)
         is_first[first_of_each(keys[order])] = True
-        numbers[order] = files.length("sessions.keys") + np.cumsum(is_first) - 1
+        new_numbers[order] = files.length("sessions.keys") + np.cumsum(is_first) - 1
         order = order[is_first]
         counts = offsets[order + 1] - offsets[order]
         files.append("sessions.keys", keys[order])
         files.append("sessions.ended_at", -ages[order])
         files.append_offsets("sessions.offsets", offsets_of(counts), files.length("sessions.songs"))
         files.append("sessions.songs", songs[ranges(offsets[order], counts)])
-    return numbers
+    return new_numbers
 
 
 def _newest_first(ages: np.ndarray, keys: np.ndarray, ends: list[int]) -> Iterator[np.ndarray]:
@@ -162,14 +162,14 @@ def _newest_first(ages: np.ndarray, keys: np.ndarray, ends: list[int]) -> Iterat
     intended.
     """
     step = max(1, SESSIONS_AT_ONCE // len(ends))
-    sample = np.concatenate([np.arange(begin + step - 1, end, step) for begin, end in pairwise(ends)])
+    sample = np.concatenate([np.arange(start + step - 1, end, step) for start, end in pairwise(ends)])
     sample = sample[np.lexsort((keys[sample], ages[sample]))]
-    begins = np.array(ends[:-1])
+    starts = np.array(ends[:-1])
     for bound in sample[len(ends) - 1 :: len(ends)].tolist():
-        stops = np.empty_like(begins)
-        for number, (begin, end) in enumerate(pairwise(ends)):
-            same = begin + np.searchsorted(ages[begin:end], [ages[bound], ages[bound] + 1])
-            stops[number] = same[0] + np.searchsorted(keys[slice(*same)], keys[bound], side="right")
-        yield ranges(begins, stops - begins)
-        begins = stops
-    yield ranges(begins, np.array(ends[1:]) - begins)
+        stops = np.empty_like(starts)
+        for index, (start, end) in enumerate(pairwise(ends)):
+            same_age = start + np.searchsorted(ages[start:end], [ages[bound], ages[bound] + 1])
+            stops[index] = same_age[0] + np.searchsorted(keys[slice(*same_age)], keys[bound], side="right")
+        yield ranges(starts, stops - starts)
+        starts = stops
+    yield ranges(starts, np.array(ends[1:]) - starts)

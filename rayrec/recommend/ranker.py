@@ -94,7 +94,7 @@ class RankingExamples:
     @classmethod
     def joined(cls, parts: Sequence[RankingExamples]) -> RankingExamples:
         """Return the queries of all parts together."""
-        names = [each.name for each in fields(cls)]
+        names = [field.name for field in fields(cls)]
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
     def take(self, queries: np.ndarray) -> RankingExamples:
@@ -112,13 +112,13 @@ class RankingExamples:
     @property
     def teaching(self) -> RankingExamples:
         """The queries with a right candidate, with only the candidates to learn from, see `drawn`."""
-        found = self.take(self.found)
+        with_right = self.take(self.found)
         return RankingExamples(
-            features=found.features[found.drawn],
-            right=found.right[found.drawn],
-            counts=np.bincount(found.rows[found.drawn], minlength=len(found)),
-            held_out=found.held_out,
-            drawn=np.ones(int(found.drawn.sum()), dtype=bool),
+            features=with_right.features[with_right.drawn],
+            right=with_right.right[with_right.drawn],
+            counts=np.bincount(with_right.rows[with_right.drawn], minlength=len(with_right)),
+            held_out=with_right.held_out,
+            drawn=np.ones(int(with_right.drawn.sum()), dtype=bool),
         )
 
 
@@ -163,28 +163,34 @@ class TreeModel:
 
     @classmethod
     def fit(
-        cls, grown: RankingExamples, checked: RankingExamples, names: list[str], settings: RankerSettings
+        cls,
+        train_examples: RankingExamples,
+        check_examples: RankingExamples,
+        names: list[str],
+        settings: RankerSettings,
     ) -> TreeModel:
-        """Train trees on `grown` until NDCG@20 on `checked` no longer improves (lambdarank, Burges 2010)."""
-        data, parameters = _lightgbm_data(grown, names, settings)
-        check = data.create_valid(checked.features, checked.right, group=checked.counts, params=parameters)
-        booster = lightgbm.Booster(parameters, data).add_valid(check, "checked")
-        best, best_trees = -1.0, 0
+        """Train trees by lambdarank (Burges 2010) until NDCG@20 on `check_examples` no longer improves."""
+        data, parameters = _lightgbm_data(train_examples, names, settings)
+        check_data = data.create_valid(
+            check_examples.features, check_examples.right, group=check_examples.counts, params=parameters
+        )
+        booster = lightgbm.Booster(parameters, data).add_valid(check_data, "checked")
+        best_ndcg, best_trees = -1.0, 0
         for trees in range(1, settings.trees + 1):
             booster.update()
             if trees % TREES_A_CHECK and trees < settings.trees:
                 continue  # lightgbm.train would check after every tree
-            gained = booster.eval_valid()[0][2]
-            if gained > best:
-                best, best_trees = gained, trees
+            check_ndcg = booster.eval_valid()[0][2]
+            if check_ndcg > best_ndcg:
+                best_ndcg, best_trees = check_ndcg, trees
             elif trees - best_trees >= settings.patience:
                 break
         return cls(lightgbm.Booster(model_str=booster.model_to_string(num_iteration=best_trees)))
 
     @classmethod
-    def grow(cls, grown: RankingExamples, names: list[str], settings: RankerSettings) -> TreeModel:
+    def grow(cls, train_examples: RankingExamples, names: list[str], settings: RankerSettings) -> TreeModel:
         """Train exactly `settings.trees` trees, without checks."""
-        data, parameters = _lightgbm_data(grown, names, settings)
+        data, parameters = _lightgbm_data(train_examples, names, settings)
         booster = lightgbm.Booster(parameters, data)
         for _ in range(settings.trees):
             booster.update()
@@ -208,7 +214,7 @@ class TreeModel:
 
 
 def _lightgbm_data(
-    grown: RankingExamples, names: list[str], settings: RankerSettings
+    train_examples: RankingExamples, names: list[str], settings: RankerSettings
 ) -> tuple[lightgbm.Dataset, dict[str, Any]]:
     """Return the training data of the trees and LightGBM's parameters."""
     parameters: dict[str, Any] = {
@@ -218,7 +224,7 @@ def _lightgbm_data(
         "lambdarank_truncation_level": TOP + 10,
         "num_leaves": settings.leaves,
         "learning_rate": settings.learning_rate,
-        "min_data_in_leaf": min(settings.min_leaf, max(LEAST_LEAF, len(grown.features) // LEAF_PART)),
+        "min_data_in_leaf": min(settings.min_leaf, max(LEAST_LEAF, len(train_examples.features) // LEAF_PART)),
         "feature_fraction": settings.feature_share,
         "bagging_fraction": settings.query_share,
         "bagging_by_query": True,
@@ -230,7 +236,13 @@ def _lightgbm_data(
         "seed": settings.seed,
         "verbosity": -1,
     }
-    data = lightgbm.Dataset(grown.features, grown.right, group=grown.counts, feature_name=names, params=parameters)
+    data = lightgbm.Dataset(
+        train_examples.features,
+        train_examples.right,
+        group=train_examples.counts,
+        feature_name=names,
+        params=parameters,
+    )
     return data, parameters
 
 
@@ -241,7 +253,7 @@ class LinearModel:
 
     def __init__(self, weights: np.ndarray) -> None:
         """`weights`, float64 (5, F): mean, standard deviation, lowest, highest value and weight of each feature."""
-        self._rows = weights
+        self._parameters = weights
         self._mean, self._deviation, self._lowest, self._highest, self._weight = weights
 
     def importance(self) -> list[float]:
@@ -252,12 +264,12 @@ class LinearModel:
         """float32 (C,): the score of each candidate, from its features, float32 (C, F); `threads` is ignored."""
         # Clipping: a request years after the last play counts like the longest pause in the training data.
         lowest, highest = self._lowest.astype(np.float32), self._highest.astype(np.float32)
-        of_values = self._weight / self._deviation
+        scaled_weights = self._weight / self._deviation
         scores = np.empty(len(features), dtype=np.float32)
-        for begin in range(0, len(features), ROWS_AT_ONCE):  # limits the memory of copies
-            some = slice(begin, begin + ROWS_AT_ONCE)
-            scores[some] = np.clip(features[some], lowest, highest) @ of_values.astype(np.float32)
-        return scores - np.float32(self._mean @ of_values)
+        for start in range(0, len(features), ROWS_AT_ONCE):  # limits the memory of copies
+            chunk = slice(start, start + ROWS_AT_ONCE)
+            scores[chunk] = np.clip(features[chunk], lowest, highest) @ scaled_weights.astype(np.float32)
+        return scores - np.float32(self._mean @ scaled_weights)
 
     @classmethod
     def fit(cls, examples: RankingExamples, penalty: float) -> LinearModel:
@@ -269,28 +281,30 @@ class LinearModel:
         mean, deviation = features.mean(axis=0), features.std(axis=0) + 1e-9
         lowest, highest = features.min(axis=0), features.max(axis=0)
         features = (features - mean) / deviation
-        rows, queries = examples.rows, len(examples)
-        right = examples.right / np.bincount(rows, weights=examples.right, minlength=queries)[rows]
+        rows, num_queries = examples.rows, len(examples)
+        right_shares = examples.right / np.bincount(rows, weights=examples.right, minlength=num_queries)[rows]
 
         def loss(weight: np.ndarray) -> tuple[float, np.ndarray]:
             shares = softmax_shares(rows, features @ weight)
-            value = -(right * np.log(shares + 1e-300)).sum() + penalty * (weight @ weight)
-            return value / queries, (features.T @ (shares - right) + 2 * penalty * weight) / queries
+            value = -(right_shares * np.log(shares + 1e-300)).sum() + penalty * (weight @ weight)
+            return value / num_queries, (features.T @ (shares - right_shares) + 2 * penalty * weight) / num_queries
 
         def curvature(weight: np.ndarray) -> np.ndarray:
-            weighted = features * softmax_shares(rows, features @ weight)[:, None]
-            means = np.add.reduceat(weighted, first_of_each(rows))
-            own = features.T @ weighted - means.T @ means
-            return np.asarray(own + 2 * penalty * np.eye(len(own))) / queries
+            weighted_features = features * softmax_shares(rows, features @ weight)[:, None]
+            mean_features = np.add.reduceat(weighted_features, first_of_each(rows))
+            hessian = features.T @ weighted_features - mean_features.T @ mean_features
+            return np.asarray(hessian + 2 * penalty * np.eye(len(hessian))) / num_queries
 
         # Second derivatives need a few passes over the examples instead of a hundred.
-        start = np.zeros(features.shape[1])
-        weight = minimize(loss, start, jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-5}).x
+        initial_weights = np.zeros(features.shape[1])
+        weight = minimize(
+            loss, initial_weights, jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-5}
+        ).x
         return cls(np.stack([mean, deviation, lowest, highest, weight]))
 
     def save(self, workspace: Workspace, folder: str, name: str) -> list[str]:
         """Write the weights; return the names of the files."""
-        workspace.write_array(f"{folder}/{name}.weights.npy", self._rows)
+        workspace.write_array(f"{folder}/{name}.weights.npy", self._parameters)
         return [f"{name}.weights.npy"]
 
     @classmethod
@@ -327,19 +341,21 @@ class Ranker:
 
     def save(self, workspace: Workspace, folder: str, name: str) -> list[str]:
         """Write the model and a JSON file about it; return the names of the files."""
-        about = {"form": self.form, "features": self.names, "calibration": asdict(self.calibration)}
-        workspace.write_json(f"{folder}/{name}.json", about)
+        description = {"form": self.form, "features": self.names, "calibration": asdict(self.calibration)}
+        workspace.write_json(f"{folder}/{name}.json", description)
         return [f"{name}.json", *self.model.save(workspace, folder, name)]
 
     @classmethod
     def load(cls, workspace: Workspace, folder: str, name: str) -> Ranker:
         """Read a ranker that `save` wrote. Raises `DamagedArtifactError` for trees that LightGBM cannot read."""
-        about = workspace.read_json(f"{folder}/{name}.json")
-        curve = about["calibration"]
+        description = workspace.read_json(f"{folder}/{name}.json")
+        curve = description["calibration"]
         calibration = Calibration(
             sharpness=curve["sharpness"], shares=tuple(curve["shares"]), chances=tuple(curve["chances"])
         )
-        return cls(MODELS[about["form"]].load(workspace, folder, name), list(about["features"]), calibration)
+        return cls(
+            MODELS[description["form"]].load(workspace, folder, name), list(description["features"]), calibration
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,15 +375,15 @@ def fit_ranker(examples: RankingExamples, names: list[str], settings: RankerSett
     or none to check on.
     """
     settings = settings or RankerSettings()
-    models = _models(examples, names, settings)
+    models = _train_models(examples, names, settings)
     held_out = examples.take(examples.held_out)
-    scores = [model.scores(held_out.features, settings.threads) for model, _ in models]
-    found = held_out.found
-    is_found = found[held_out.rows]
-    rows, right = np.repeat(np.arange(found.sum()), held_out.counts[found]), held_out.right[is_found]
-    gains = [query_ndcg(rows, values[is_found], right) for values in scores]
-    best = simplest_of_best(gains)
-    (model, learn), calibration = models[best], calibrate(held_out.rows, scores[best], held_out.right)
+    model_scores = [model.scores(held_out.features, settings.threads) for model, _ in models]
+    has_right = held_out.found
+    is_checked = has_right[held_out.rows]
+    rows, is_right = np.repeat(np.arange(has_right.sum()), held_out.counts[has_right]), held_out.right[is_checked]
+    query_gains = [query_ndcg(rows, scores[is_checked], is_right) for scores in model_scores]
+    best_index = simplest_of_best(query_gains)
+    (model, learn), calibration = models[best_index], calibrate(held_out.rows, model_scores[best_index], held_out.right)
     return FittedRanker(
         ranker=Ranker(learn(examples.teaching), names, calibration), checked=Ranker(model, names, calibration)
     )
@@ -377,22 +393,26 @@ Model = TreeModel | LinearModel
 Learn = Callable[[RankingExamples], Model]
 
 
-def _models(examples: RankingExamples, names: list[str], settings: RankerSettings) -> list[tuple[Model, Learn]]:
+def _train_models(examples: RankingExamples, names: list[str], settings: RankerSettings) -> list[tuple[Model, Learn]]:
     """Return models trained without the held-out queries, simplest first, each with a function to train it on more."""
-    grown, checked = (examples.take(examples.found & part) for part in (~examples.held_out, examples.held_out))
-    if not len(grown) or not len(checked):
+    train_examples, check_examples = (
+        examples.take(examples.found & mask) for mask in (~examples.held_out, examples.held_out)
+    )
+    if not len(train_examples) or not len(check_examples):
         raise TooFewQueriesError(
-            f"too few queries whose target song is among the candidates: {len(grown)} for training, "
-            f"{len(checked)} held out; use more validation days"
+            f"too few queries whose target song is among the candidates: {len(train_examples)} for training, "
+            f"{len(check_examples)} held out; use more validation days"
         )
     models: list[tuple[Model, Learn]] = []  # the simplest first
-    if len(grown) < FEW_QUERIES:
-        learns = [partial(LinearModel.fit, penalty=penalty) for penalty in reversed(PENALTIES)]
-        models += [(learn(grown), learn) for learn in learns]
-    few_leaves = [replace(settings, leaves=FEW_LEAVES, patience=60)] if len(grown) < SOME_QUERIES else []
-    for shape in (*few_leaves, settings):
-        trees = TreeModel.fit(grown, checked, names, shape)
-        models.append((trees, partial(TreeModel.grow, names=names, settings=replace(shape, trees=trees.trees))))
+    if len(train_examples) < FEW_QUERIES:
+        learn_functions = [partial(LinearModel.fit, penalty=penalty) for penalty in reversed(PENALTIES)]
+        models += [(learn(train_examples), learn) for learn in learn_functions]
+    small_settings = [replace(settings, leaves=FEW_LEAVES, patience=60)] if len(train_examples) < SOME_QUERIES else []
+    for tree_settings in (*small_settings, settings):
+        tree_model = TreeModel.fit(train_examples, check_examples, names, tree_settings)
+        models.append(
+            (tree_model, partial(TreeModel.grow, names=names, settings=replace(tree_settings, trees=tree_model.trees)))
+        )
     return models
 
 
@@ -402,25 +422,27 @@ def simplest_of_best(gains: Sequence[np.ndarray]) -> int:
     `gains`, float (Q,) per model, are the metric on each query; the simplest model comes first. An advantage within
     that error may be due to chance and is lost on later queries.
     """
-    best = gains[int(np.argmax([gain.mean() for gain in gains]))]
-    behind = [best - gain for gain in gains]
-    return next(number for number, lost in enumerate(behind) if lost.mean() <= lost.std() / np.sqrt(len(lost)))
+    best_gains = gains[int(np.argmax([gain.mean() for gain in gains]))]
+    deficits = [best_gains - gain for gain in gains]
+    return next(
+        index for index, deficit in enumerate(deficits) if deficit.mean() <= deficit.std() / np.sqrt(len(deficit))
+    )
 
 
-def ndcg(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> float:
+def ndcg(rows: np.ndarray, scores: np.ndarray, is_right: np.ndarray) -> float:
     """Return the mean of `query_ndcg`."""
-    return float(query_ndcg(rows, scores, right).mean())
+    return float(query_ndcg(rows, scores, is_right).mean())
 
 
-def query_ndcg(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+def query_ndcg(rows: np.ndarray, scores: np.ndarray, is_right: np.ndarray) -> np.ndarray:
     """float64 (Q,): NDCG@20 of each query, which must have a right candidate; right candidates are last among ties.
 
-    `rows`, int (C,), are the queries of the candidates, `scores` float (C,), `right` bool (C,).
+    `rows`, int (C,), are the queries of the candidates, `scores` float (C,), `is_right` bool (C,).
     """
-    order = np.lexsort((right, -scores, rows))
-    place = places_in(rows[order])
-    gains = np.where(right[order] & (place < TOP), 1 / np.log2(place + 2), 0)
-    right_counts = np.bincount(rows, weights=right).astype(int)
+    order = np.lexsort((is_right, -scores, rows))
+    ranks = places_in(rows[order])
+    gains = np.where(is_right[order] & (ranks < TOP), 1 / np.log2(ranks + 2), 0)
+    right_counts = np.bincount(rows, weights=is_right).astype(int)
     ideal = np.cumsum(1 / np.log2(np.arange(TOP) + 2))[np.minimum(right_counts, TOP) - 1]
     return np.asarray(np.bincount(rows[order], weights=gains) / ideal)
 
@@ -429,54 +451,56 @@ def softmax_shares(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """float64 (C,): the softmax of the scores within each query; `rows`, int (C,), are the queries, ascending."""
     if not len(rows):
         return np.zeros(0)
-    first = first_of_each(rows)
-    counts = np.diff(np.append(first, len(rows)))
-    powers = np.exp(scores - np.repeat(np.maximum.reduceat(scores, first), counts))
-    return np.asarray(powers / np.repeat(np.add.reduceat(powers, first), counts))
+    first_positions = first_of_each(rows)
+    counts = np.diff(np.append(first_positions, len(rows)))
+    exponentials = np.exp(scores - np.repeat(np.maximum.reduceat(scores, first_positions), counts))
+    return np.asarray(exponentials / np.repeat(np.add.reduceat(exponentials, first_positions), counts))
 
 
-def calibrate(rows: np.ndarray, scores: np.ndarray, right: np.ndarray) -> Calibration:
+def calibrate(rows: np.ndarray, scores: np.ndarray, is_right: np.ndarray) -> Calibration:
     """Fit the calibration under which probabilities agree with how often candidates are right.
 
-    `rows`, int (C,), are the queries of the candidates, ascending, `scores` float (C,), `right` bool (C,). Queries
+    `rows`, int (C,), are the queries of the candidates, ascending, `scores` float (C,), `is_right` bool (C,). Queries
     without a right candidate count as well.
     """
 
     def loss(log_sharpness: float) -> float:
-        return float(-np.log(softmax_shares(rows, scores * np.exp(log_sharpness))[right] + 1e-9).mean())
+        return float(-np.log(softmax_shares(rows, scores * np.exp(log_sharpness))[is_right] + 1e-9).mean())
 
-    found = minimize_scalar(loss, bounds=tuple(np.log(SHARPNESS).tolist()), method="bounded", options={"xatol": 0.01})
-    sharpness = float(np.exp(found.x))
+    minimum = minimize_scalar(loss, bounds=tuple(np.log(SHARPNESS).tolist()), method="bounded", options={"xatol": 0.01})
+    sharpness = float(np.exp(minimum.x))
     shares = softmax_shares(rows, scores * sharpness)
     order = np.argsort(shares, kind="stable")
     # Each bin holds equally many right candidates, so that the curve is equally reliable everywhere.
-    bins = np.minimum(np.cumsum(right[order]) * KNOTS // max(1, int(right.sum())), KNOTS - 1)
+    bins = np.minimum(np.cumsum(is_right[order]) * KNOTS // max(1, int(is_right.sum())), KNOTS - 1)
     # Equal shares must be in the same bin, since the curve has one value for each share.
-    begins = first_of_each(shares[order])
-    sizes = np.diff(np.append(begins, len(order)))
-    bins = np.repeat(bins[begins + sizes - 1], sizes)
-    count = np.bincount(bins, minlength=KNOTS).astype(float)
-    hits = np.bincount(bins, weights=right[order], minlength=KNOTS)
-    middle = np.bincount(bins, weights=shares[order], minlength=KNOTS)
-    some = count > 0
-    middle = np.maximum.accumulate(middle[some] / count[some])
-    heights = _rising(hits[some] / count[some], count[some])
+    first_positions = first_of_each(shares[order])
+    sizes = np.diff(np.append(first_positions, len(order)))
+    bins = np.repeat(bins[first_positions + sizes - 1], sizes)
+    bin_counts = np.bincount(bins, minlength=KNOTS).astype(float)
+    bin_hits = np.bincount(bins, weights=is_right[order], minlength=KNOTS)
+    bin_shares = np.bincount(bins, weights=shares[order], minlength=KNOTS)
+    not_empty = bin_counts > 0
+    bin_shares = np.maximum.accumulate(bin_shares[not_empty] / bin_counts[not_empty])
+    bin_probabilities = _fit_non_decreasing(bin_hits[not_empty] / bin_counts[not_empty], bin_counts[not_empty])
     # A small part of the share itself keeps the order where the curve is flat, and beyond its last point.
-    heights = (1 - SLOPE) * heights + SLOPE * middle
-    top = heights[-1] + SLOPE * (1 - middle[-1])
+    bin_probabilities = (1 - SLOPE) * bin_probabilities + SLOPE * bin_shares
+    last_probability = bin_probabilities[-1] + SLOPE * (1 - bin_shares[-1])
     return Calibration(
-        sharpness=sharpness, shares=(0.0, *middle.tolist(), 1.0), chances=(0.0, *heights.tolist(), float(top))
+        sharpness=sharpness,
+        shares=(0.0, *bin_shares.tolist(), 1.0),
+        chances=(0.0, *bin_probabilities.tolist(), float(last_probability)),
     )
 
 
-def _rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _fit_non_decreasing(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the nearest non-decreasing values by weighted least squares, with pool adjacent violators."""
     blocks: list[list[float]] = []  # value, weight, length
     for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
         blocks.append([value, weight, 1.0])
         while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
             value, weight, length = blocks.pop()
-            before = blocks[-1]
-            total = before[1] + weight
-            blocks[-1] = [(before[0] * before[1] + value * weight) / total, total, before[2] + length]
+            previous = blocks[-1]
+            total = previous[1] + weight
+            blocks[-1] = [(previous[0] * previous[1] + value * weight) / total, total, previous[2] + length]
     return np.repeat([block[0] for block in blocks], [int(block[2]) for block in blocks])

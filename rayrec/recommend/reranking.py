@@ -38,19 +38,19 @@ def with_explored(
     history: Histories,
     at: int,
     ranked: tuple[np.ndarray, np.ndarray],
-    places: np.ndarray,
+    positions: np.ndarray,
     share: float,
 ) -> Explored:
     """Return the answer for one user at `at` (ms UTC) with a `share` of explored songs, see `explore`.
 
     `ranked` are song rows, int32 (n,), and scores, float32 (n,), of the answer and of POOL songs ranked after it.
-    `places`, int64 (k,), are the positions in `ranked` of the answer without exploration.
+    `positions`, int64 (k,), are the positions in `ranked` of the answer without exploration.
     """
     songs, scores = ranked
-    few = few_plays(recommender, songs)
-    few[places] = False
+    has_few_plays = few_plays(recommender, songs)
+    has_few_plays[positions] = False
     draw = draw_of(history, at)
-    return explore((songs[places], scores[places]), (songs[few], scores[few]), share, draw)
+    return explore((songs[positions], scores[positions]), (songs[has_few_plays], scores[has_few_plays]), share, draw)
 
 
 def few_plays(recommender: BaseRecommender, songs: np.ndarray) -> np.ndarray:
@@ -59,13 +59,13 @@ def few_plays(recommender: BaseRecommender, songs: np.ndarray) -> np.ndarray:
     A recommender without retrieval has no play counts; for it, only the songs added to the network have few plays.
     """
     if not isinstance(recommender, TwoStepRecommender):
-        added = recommender.added_songs if isinstance(recommender, TasteRecommender) else np.zeros(0, np.int64)
-        return np.isin(songs, added)
+        added_rows = recommender.added_songs if isinstance(recommender, TasteRecommender) else np.zeros(0, np.int64)
+        return np.isin(songs, added_rows)
     plays = recommender.source.retrieval.plays.plays
-    few = np.ones(len(songs), dtype=bool)
-    inside = songs < len(plays)
-    few[inside] = plays[songs[inside]] < FEW_PLAYS
-    return few
+    has_few_plays = np.ones(len(songs), dtype=bool)
+    in_range = songs < len(plays)
+    has_few_plays[in_range] = plays[songs[in_range]] < FEW_PLAYS
+    return has_few_plays
 
 
 def draw_of(history: Histories, at: int) -> float:
@@ -87,35 +87,37 @@ def explore(
     probability, and the songs at the points draw, draw + 1, ... are taken. So each song is taken with exactly its
     probability.
     """
-    (songs, scores), (others, other_scores) = best, pool
-    chances = probabilities(other_scores, share * len(songs))
-    ends = np.cumsum(chances)
-    drawn = np.flatnonzero(np.ceil(ends - draw) > np.ceil(ends - chances - draw))[: len(songs)]
-    explored = np.full(len(songs), np.nan)
-    if not len(drawn):
-        return Explored(songs=songs, scores=scores, probabilities=explored)
-    places = ((np.arange(len(drawn)) + 0.5) * len(songs) / len(drawn)).astype(np.int64)
-    not_explored = np.setdiff1d(np.arange(len(songs)), places)
-    answer, values = np.empty_like(songs), np.empty_like(scores)
-    answer[places], answer[not_explored] = others[drawn], songs[: len(not_explored)]
-    values[places], values[not_explored] = other_scores[drawn], scores[: len(not_explored)]
-    explored[places] = chances[drawn]
-    return Explored(songs=answer, scores=values, probabilities=explored)
+    (songs, scores), (pool_songs, pool_scores) = best, pool
+    pool_probabilities = probabilities(pool_scores, share * len(songs))
+    ends = np.cumsum(pool_probabilities)
+    sampled = np.flatnonzero(np.ceil(ends - draw) > np.ceil(ends - pool_probabilities - draw))[: len(songs)]
+    answer_probabilities = np.full(len(songs), np.nan)
+    if not len(sampled):
+        return Explored(songs=songs, scores=scores, probabilities=answer_probabilities)
+    positions = ((np.arange(len(sampled)) + 0.5) * len(songs) / len(sampled)).astype(np.int64)
+    other_positions = np.setdiff1d(np.arange(len(songs)), positions)
+    answer_songs, answer_scores = np.empty_like(songs), np.empty_like(scores)
+    answer_songs[positions], answer_songs[other_positions] = pool_songs[sampled], songs[: len(other_positions)]
+    answer_scores[positions], answer_scores[other_positions] = pool_scores[sampled], scores[: len(other_positions)]
+    answer_probabilities[positions] = pool_probabilities[sampled]
+    return Explored(songs=answer_songs, scores=answer_scores, probabilities=answer_probabilities)
 
 
-def probabilities(scores: np.ndarray, places: float) -> np.ndarray:
-    """float64 (P,): the probability of each song of a pool to be drawn for `places` places; the sum is at most that."""
-    chances, left = np.zeros(len(scores)), np.ones(len(scores), dtype=bool)
-    worth = np.maximum(np.nan_to_num(scores.astype(np.float64), neginf=0.0), 0.0)
-    while left.any() and places > 0:
-        total = worth[left].sum()
-        by_score = worth / total if total > 0 else np.full(len(scores), 1 / left.sum())
-        chances[left] = (places - (~left).sum()) * (EVENLY / left.sum() + (1 - EVENLY) * by_score[left])
-        certain = left & (chances >= 1)
-        if not certain.any():
+def probabilities(scores: np.ndarray, expected_count: float) -> np.ndarray:
+    """float64 (P,): the probability of each song of a pool to be drawn; their sum is at most `expected_count`."""
+    song_probabilities, is_remaining = np.zeros(len(scores)), np.ones(len(scores), dtype=bool)
+    weights = np.maximum(np.nan_to_num(scores.astype(np.float64), neginf=0.0), 0.0)
+    while is_remaining.any() and expected_count > 0:
+        total = weights[is_remaining].sum()
+        by_score = weights / total if total > 0 else np.full(len(scores), 1 / is_remaining.sum())
+        song_probabilities[is_remaining] = (expected_count - (~is_remaining).sum()) * (
+            EVENLY / is_remaining.sum() + (1 - EVENLY) * by_score[is_remaining]
+        )
+        is_certain = is_remaining & (song_probabilities >= 1)
+        if not is_certain.any():
             break
-        chances[certain], left = 1.0, left & ~certain
-    return chances
+        song_probabilities[is_certain], is_remaining = 1.0, is_remaining & ~is_certain
+    return song_probabilities
 
 
 Path = SearchPath | Literal["popular"]  # how an answer was found; popular: by play counts alone
@@ -125,26 +127,28 @@ def diversify(vectors: np.ndarray, k: int, diversity: float) -> np.ndarray:
     """int64 (k,): the positions of the songs to choose among P ranked songs, by MMR (Carbonell and Goldstein 1998).
 
     They are in the order of choice. `vectors`, float32 (P, D), are normalized and in the order of the ranking. Each
-    step chooses the song with the highest (1 − diversity) · relevance − diversity · likeness. Relevance falls linearly
-    from 1 for the first place to 0 for the last, since the scores of recommenders differ in scale [ours]. Likeness is
-    the largest cosine with a song that is already chosen. Diversity 0 keeps the order, 1 uses only likeness. Of equal
-    songs the one that ranks higher is chosen. If P is below k, the result has P positions.
+    step chooses the song with the highest (1 − diversity) · relevance − diversity · similarity. Relevance falls
+    linearly from 1 for the first place to 0 for the last, since the scores of recommenders differ in scale [ours].
+    Similarity is the largest cosine with a song that is already chosen. Diversity 0 keeps the order, 1 uses only
+    similarity. Of equal songs the one that ranks higher is chosen. If P is below k, the result has P positions.
     """
-    songs = len(vectors)
-    k = min(k, songs)
+    num_songs = len(vectors)
+    k = min(k, num_songs)
     if not diversity:
         return np.arange(k)
-    relevance = (1 - diversity) * np.linspace(1, 0, songs, dtype=np.float32) if songs > 1 else np.ones(songs)
-    chosen = np.zeros(k, dtype=np.int64)
-    likeness = np.full(songs, -np.inf, dtype=np.float32)  # no song is chosen yet
-    worth = relevance.copy()
-    for place in range(k):
-        best = int(np.argmax(worth))
-        chosen[place] = best
-        np.maximum(likeness, vectors @ vectors[best], out=likeness)
-        worth = relevance - diversity * likeness
-        worth[chosen[: place + 1]] = -np.inf
-    return chosen
+    relevance = (
+        (1 - diversity) * np.linspace(1, 0, num_songs, dtype=np.float32) if num_songs > 1 else np.ones(num_songs)
+    )
+    selected = np.zeros(k, dtype=np.int64)
+    similarity = np.full(num_songs, -np.inf, dtype=np.float32)  # no song is chosen yet
+    mmr_scores = relevance.copy()
+    for step in range(k):
+        best = int(np.argmax(mmr_scores))
+        selected[step] = best
+        np.maximum(similarity, vectors @ vectors[best], out=similarity)
+        mmr_scores = relevance - diversity * similarity
+        mmr_scores[selected[: step + 1]] = -np.inf
+    return selected
 
 
 def pool_size(k: int) -> int:
@@ -204,10 +208,10 @@ class Chosen:
     # The features of each song, name -> value, if the request asks for reasons: `reasons` turns them into words.
     features: tuple[dict[str, float], ...] = ()
 
-    def take(self, places: slice) -> "Chosen":
-        """Return the songs at `places`, in the same order."""
-        songs, scores, features = self.songs[places], self.scores[places], self.features[places]
-        probabilities = None if self.probabilities is None else self.probabilities[places]
+    def take(self, positions: slice) -> "Chosen":
+        """Return the songs at `positions`, in the same order."""
+        songs, scores, features = self.songs[positions], self.scores[positions], self.features[positions]
+        probabilities = None if self.probabilities is None else self.probabilities[positions]
         return replace(self, songs=songs, scores=scores, features=features, probabilities=probabilities)
 
 
@@ -234,21 +238,22 @@ def choose(
     mixes the probabilities of both horizons. Diverse songs are chosen among the first ranked songs, explored songs
     among those after the answer. Requests for the same number of songs and the same horizon are ranked together.
     """
-    known = known_of(vectors, plays, at)
-    alike: dict[tuple[int, float, bool], list[int]] = {}  # songs, long weight, retrieved or not -> rows of the users
+    users = known_of(vectors, plays, at)
+    # Number of songs, long weight, retrieved or not -> rows of the users.
+    rows_by_request: dict[tuple[int, float, bool], list[int]] = {}
     for row, options in enumerate(all_options):
         size = _pool_size(options) + (POOL if options.explore else 0)
-        alike.setdefault((size, options.long_weight, options.songs_to_rank is None), []).append(row)
-    chosen: dict[int, Chosen] = {}
-    for (size, _, _), rows in alike.items():
-        some = [all_options[row].replace(k=size) for row in rows]
+        rows_by_request.setdefault((size, options.long_weight, options.songs_to_rank is None), []).append(row)
+    selected_by_row: dict[int, Chosen] = {}
+    for (size, _, _), rows in rows_by_request.items():
+        pool_options = [all_options[row].replace(k=size) for row in rows]
         if isinstance(recommender, TwoStepRecommender):
-            pools = _ranked(recommender, vectors, plays, at, np.array(rows), some)
+            pools = _rank_candidates(recommender, vectors, plays, at, np.array(rows), pool_options)
         else:
-            pools = _near(network_of(recommender), [known[row] for row in rows], some)
+            pools = _rank_by_vectors(network_of(recommender), [users[row] for row in rows], pool_options)
         for row, pool in zip(rows, pools, strict=True):
-            chosen[row] = _chosen_from(pool, recommender, known[row], all_options[row])
-    return [chosen[row] for row in range(len(plays))]
+            selected_by_row[row] = _select_from_pool(pool, recommender, users[row], all_options[row])
+    return [selected_by_row[row] for row in range(len(plays))]
 
 
 def _pool_size(options: AnswerOptions) -> int:
@@ -256,24 +261,24 @@ def _pool_size(options: AnswerOptions) -> int:
     return pool_size(options.k) if options.diversity else options.k
 
 
-def _chosen_from(pool: Chosen, recommender: BaseRecommender, known: Known, options: AnswerOptions) -> Chosen:
+def _select_from_pool(pool: Chosen, recommender: BaseRecommender, user: Known, options: AnswerOptions) -> Chosen:
     """Return the songs of an answer, chosen from a ranked pool, best first."""
-    places = np.arange(min(options.k, len(pool.songs)))
+    positions = np.arange(min(options.k, len(pool.songs)))
     if options.diversity:
-        first = pool.songs[: _pool_size(options)]
-        places = diversify(network_of(recommender).song_vectors[first], options.k, options.diversity)
-    chosen = replace(pool, songs=pool.songs[places], scores=pool.scores[places])
+        candidates = pool.songs[: _pool_size(options)]
+        positions = diversify(network_of(recommender).song_vectors[candidates], options.k, options.diversity)
+    selected = replace(pool, songs=pool.songs[positions], scores=pool.scores[positions])
     if options.explore:
         ranked = pool.songs, pool.scores
-        explored = with_explored(recommender, known.history, known.at, ranked, places, options.explore)
+        explored = with_explored(recommender, user.history, user.at, ranked, positions, options.explore)
         songs, scores = explored.songs, explored.scores
-        chosen = replace(chosen, songs=songs, scores=scores, probabilities=explored.probabilities)
+        selected = replace(selected, songs=songs, scores=scores, probabilities=explored.probabilities)
     if not options.explain:
-        return chosen
+        return selected
     features = recommender.explain(
-        known.history, known.at, chosen.songs, long_weight=options.long_weight, vectors=known.batch_vectors
+        user.history, user.at, selected.songs, long_weight=options.long_weight, vectors=user.batch_vectors
     )
-    return replace(chosen, features=tuple(features))
+    return replace(selected, features=tuple(features))
 
 
 def choose_for_users(
@@ -284,60 +289,69 @@ def choose_for_users(
     load_starting: Callable[[], "Starting"],
 ) -> list[Chosen]:
     """Return the songs of each user at `at` (ms UTC): from `choose`, or `choose_popular` if no play is known."""
-    played = np.flatnonzero(histories.lengths)
-    chosen: dict[int, Chosen] = {}
-    if len(played):
-        plays = histories.take(played)
+    rows_with_plays = np.flatnonzero(histories.lengths)
+    selected_by_row: dict[int, Chosen] = {}
+    if len(rows_with_plays):
+        plays = histories.take(rows_with_plays)
         vectors = network_of(recommender).vectors_of(plays, Queries.at_end(plays, at), HORIZONS)
-        some = [all_options[row] for row in played.tolist()]
-        each = choose(recommender, vectors, plays, np.full(len(plays), at), some)
-        chosen = dict(zip(played.tolist(), each, strict=True))
-    if len(played) < len(histories):
+        user_options = [all_options[row] for row in rows_with_plays.tolist()]
+        selected = choose(recommender, vectors, plays, np.full(len(plays), at), user_options)
+        selected_by_row = dict(zip(rows_with_plays.tolist(), selected, strict=True))
+    if len(rows_with_plays) < len(histories):
         starting = load_starting()
         for row in np.flatnonzero(histories.lengths == 0).tolist():
-            chosen[row] = choose_popular(starting, all_options[row])
-    return [chosen[row] for row in range(len(histories))]
+            selected_by_row[row] = choose_popular(starting, all_options[row])
+    return [selected_by_row[row] for row in range(len(histories))]
 
 
 def similar(recommender: BaseRecommender, song: int, k: int) -> Chosen:
     """Return the k songs nearest to row `song` by cosine of the network's vectors; none for a song without a vector."""
     network = network_of(recommender)
     options = AnswerOptions(k=k, answer_filter=AnswerFilter(excluded=np.array([song])))
-    (nearest,) = _nearest(network, network.song_vectors[song][None], [options])
+    (nearest,) = _nearest_songs(network, network.song_vectors[song][None], [options])
     return nearest
 
 
-def _near(network: TasteRecommender, known: Sequence[Known], all_options: Sequence[AnswerOptions]) -> list[Chosen]:
+def _rank_by_vectors(
+    network: TasteRecommender, users: Sequence[Known], all_options: Sequence[AnswerOptions]
+) -> list[Chosen]:
     """Return the songs of each user by a network without rankers.
 
     All options must have the same k, and either all or none of them `songs_to_rank`.
     """
-    vectors = np.stack([_mixed_vector(each, options) for each, options in zip(known, all_options, strict=True)])
+    vectors = np.stack([_mixed_vector(user, options) for user, options in zip(users, all_options, strict=True)])
     if all_options[0].songs_to_rank is None:
-        return _nearest(network, vectors, all_options)
-    return [_ordered(network, vector, options) for vector, options in zip(vectors, all_options, strict=True)]
+        return _nearest_songs(network, vectors, all_options)
+    return [
+        _order_songs_to_rank(network, vector, options) for vector, options in zip(vectors, all_options, strict=True)
+    ]
 
 
-def _ordered(network: TasteRecommender, vector: np.ndarray, options: AnswerOptions) -> Chosen:
+def _order_songs_to_rank(network: TasteRecommender, vector: np.ndarray, options: AnswerOptions) -> Chosen:
     """Return the songs to rank, ordered by inner product with a taste vector, float32 (D,)."""
     rows = options.songs_to_rank
     assert rows is not None
-    return _in_order(rows, network.song_vectors[rows] @ vector, "exact", options)
+    return _sort_songs(rows, network.song_vectors[rows] @ vector, "exact", options)
 
 
-def _in_order(rows: np.ndarray, scores: np.ndarray, path: Path, options: AnswerOptions) -> Chosen:
+def _sort_songs(rows: np.ndarray, scores: np.ndarray, path: Path, options: AnswerOptions) -> Chosen:
     """Return at most k of the song rows, int (n,), that pass the filter, by descending scores, (n,); ties by row."""
     order = np.lexsort((rows, -scores))
     order = order[options.answer_filter.qualify(rows[order])][: options.k]
     return Chosen(songs=rows[order].astype(np.int32), scores=scores[order].astype(np.float32), path=path)
 
 
-def _nearest(network: TasteRecommender, vectors: np.ndarray, all_options: Sequence[AnswerOptions]) -> list[Chosen]:
+def _nearest_songs(
+    network: TasteRecommender, vectors: np.ndarray, all_options: Sequence[AnswerOptions]
+) -> list[Chosen]:
     """Return the songs nearest to each of `vectors`, float32 (n, D); all options must have the same k."""
     if network.index is None:
-        return [_best(network.score_vectors(vectors[row : row + 1])[0], each) for row, each in enumerate(all_options)]
+        return [
+            _best_songs(network.score_vectors(vectors[row : row + 1])[0], user_options)
+            for row, user_options in enumerate(all_options)
+        ]
     filters = [options.answer_filter for options in all_options]
-    return _of_ranking(network.rank_vectors(vectors, all_options[0].k, filters))
+    return _split_ranking(network.rank_vectors(vectors, all_options[0].k, filters))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,53 +365,59 @@ class Starting:
     def of(
         cls,
         plays: np.ndarray,
-        known: np.ndarray,
+        is_known: np.ndarray,
         *,
         recent_plays: np.ndarray | None = None,
         artist_of_song: np.ndarray | None = None,
     ) -> "Starting":
         """Create the order from all `plays` of each song, (N,), and its `recent_plays`, which may be shorter than N.
 
-        Without `recent_plays` all plays count. `known`, bool (N,), is True for songs that an answer may hold.
+        Without `recent_plays` all plays count. `is_known`, bool (N,), is True for songs that an answer may hold.
         `artist_of_song` is int, -1 if unknown, and may be shorter than N. Of songs of equal worth those with more plays
         come first.
         """
         songs = np.arange(len(plays))
-        late, artists = plays, -1 - songs
+        counted_plays, artist_ids = plays, -1 - songs
         if recent_plays is not None and recent_plays.any():
-            late = np.zeros(len(plays))
-            late[: len(recent_plays)] = recent_plays[: len(plays)]
+            counted_plays = np.zeros(len(plays))
+            counted_plays[: len(recent_plays)] = recent_plays[: len(plays)]
         if artist_of_song is not None:
-            own = artist_of_song[: len(plays)]
-            artists[: len(own)] = np.where(own >= 0, own, artists[: len(own)])
-        order = np.lexsort((songs, -plays, -late, artists))
-        worth = np.zeros(len(plays))
-        worth[order] = late[order] / (1 + places_in(artists[order]))
-        rows = np.lexsort((songs, -plays, -worth))
-        return cls(worth=worth, order=rows[known[rows]].astype(np.int32))
+            known_artists = artist_of_song[: len(plays)]
+            artist_ids[: len(known_artists)] = np.where(
+                known_artists >= 0, known_artists, artist_ids[: len(known_artists)]
+            )
+        order = np.lexsort((songs, -plays, -counted_plays, artist_ids))
+        discounted_plays = np.zeros(len(plays))
+        discounted_plays[order] = counted_plays[order] / (1 + places_in(artist_ids[order]))
+        rows = np.lexsort((songs, -plays, -discounted_plays))
+        return cls(worth=discounted_plays, order=rows[is_known[rows]].astype(np.int32))
 
 
 def choose_popular(starting: Starting, options: AnswerOptions) -> Chosen:
     """Return the first k songs for a user without known plays; with `songs_to_rank`, those songs in that order."""
-    worth, order = starting.worth, starting.order
+    discounted_plays, order = starting.worth, starting.order
     if options.songs_to_rank is not None:
         rows = options.songs_to_rank
-        played = rows < len(worth)  # other songs were added online and have no play counts
-        return _in_order(rows, np.where(played, worth[np.where(played, rows, 0)], 0.0), "popular", options)
+        has_play_count = rows < len(discounted_plays)  # other songs were added online and have no play counts
+        return _sort_songs(
+            rows, np.where(has_play_count, discounted_plays[np.where(has_play_count, rows, 0)], 0.0), "popular", options
+        )
     songs = first_of_order(order, options.answer_filter.qualify, options.k)
-    return Chosen(songs=songs, scores=worth[songs].astype(np.float32), path="popular")
+    return Chosen(songs=songs, scores=discounted_plays[songs].astype(np.float32), path="popular")
 
 
-def _mixed_vector(known: Known, options: AnswerOptions) -> np.ndarray:
+def _mixed_vector(user: Known, options: AnswerOptions) -> np.ndarray:
     """float32 (D,): the taste vector of the horizon, or the weighted mean of both."""
     if options.long_weight in (0, 1):
-        return known.vectors["long" if options.long_weight else "short"]
-    short, long = known.vectors["short"], known.vectors["long"]
-    mixed: np.ndarray = normalized(((1 - options.long_weight) * short + options.long_weight * long)[None])[0]
-    return mixed
+        return user.vectors["long" if options.long_weight else "short"]
+    short_vector, long_vector = user.vectors["short"], user.vectors["long"]
+    mixed_vector: np.ndarray = normalized(
+        ((1 - options.long_weight) * short_vector + options.long_weight * long_vector)[None]
+    )[0]
+    return mixed_vector
 
 
-def _ranked(
+def _rank_candidates(
     recommender: TwoStepRecommender,
     vectors: Mapping[HorizonName, np.ndarray],
     plays: Histories,
@@ -409,32 +429,32 @@ def _ranked(
 
     Their requests may differ only in filters and in the songs to rank.
     """
-    some = plays if len(rows) == len(plays) else plays.take(rows)
-    to_rank = [options.songs_to_rank for options in all_options if options.songs_to_rank is not None]
+    user_plays = plays if len(rows) == len(plays) else plays.take(rows)
+    songs_to_rank = [options.songs_to_rank for options in all_options if options.songs_to_rank is not None]
     ranking = recommender.rank_queries(
-        some,
-        Queries.at_end(some, at[rows]),
+        user_plays,
+        Queries.at_end(user_plays, at[rows]),
         all_options[0].k,
         long_weight=all_options[0].long_weight,
         filters=[options.answer_filter for options in all_options],
         vectors={horizon: values[rows] for horizon, values in vectors.items()},
-        songs_to_rank=to_rank or None,
+        songs_to_rank=songs_to_rank or None,
     )
-    return _of_ranking(ranking)
+    return _split_ranking(ranking)
 
 
-def _of_ranking(ranking: Ranking) -> list[Chosen]:
+def _split_ranking(ranking: Ranking) -> list[Chosen]:
     """Return the songs of each query, without empty places."""
-    real = ranking.songs != NO_SONG
+    is_song = ranking.songs != NO_SONG
     return [
-        Chosen(songs=songs[there], scores=scores[there], path=path)
-        for songs, scores, there, path in zip(ranking.songs, ranking.scores, real, ranking.paths, strict=True)
+        Chosen(songs=songs[mask], scores=scores[mask], path=path)
+        for songs, scores, mask, path in zip(ranking.songs, ranking.scores, is_song, ranking.paths, strict=True)
     ]
 
 
-def _best(scores: np.ndarray, options: AnswerOptions) -> Chosen:
+def _best_songs(scores: np.ndarray, options: AnswerOptions) -> Chosen:
     """Return the k best songs by `scores`, float32 (N,), that pass the filter. Overwrites `scores`."""
     options.answer_filter.mask_scores(scores)
     songs, values = top_k(scores[None], options.k)
-    real = songs[0] != NO_SONG
-    return Chosen(songs=songs[0][real], scores=values[0][real], path="exact")
+    is_song = songs[0] != NO_SONG
+    return Chosen(songs=songs[0][is_song], scores=values[0][is_song], path="exact")

@@ -43,14 +43,14 @@ class Proposals(Pairs):
         `rows`, the queries, must be ascending, and no pair of a query and a song may occur twice.
         """
         best, ranks = best_of_each(rows, scores, songs, count)
-        by_song = np.lexsort((songs[best], rows[best]))
-        best = best[by_song]
+        song_order = np.lexsort((songs[best], rows[best]))
+        best = best[song_order]
         return cls(
             num_songs=num_songs,
             rows=rows[best],
             songs=songs[best].astype(np.int64),
             scores=scores[best].astype(np.float32),
-            ranks=ranks[by_song],
+            ranks=ranks[song_order],
             entries=entries,
         )
 
@@ -66,17 +66,17 @@ class Proposals(Pairs):
         entries: int = 0,
     ) -> Proposals:
         """As `best`, for `rows` in any order; the scores of a pair that occurs more than once are added."""
-        pairs, sums = summed_pairs(rows, songs, scores, num_songs)
-        return cls.best(pairs.rows, pairs.songs, sums, num_songs=num_songs, count=count, entries=entries)
+        pairs, totals = summed_pairs(rows, songs, scores, num_songs)
+        return cls.best(pairs.rows, pairs.songs, totals, num_songs=num_songs, count=count, entries=entries)
 
 
 def summed_pairs(rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, num_songs: int) -> tuple[Pairs, np.ndarray]:
     """Return the different pairs of a query and a song, and the sum of the scores of each pair."""
     keys = rows * num_songs + songs
     order = stable_order(keys)
-    first = first_of_each(keys[order])
-    sums = np.add.reduceat(scores[order], first) if len(first) else scores[:0]
-    return Pairs(num_songs=num_songs, rows=rows[order[first]], songs=songs[order[first]]), sums
+    first_positions = first_of_each(keys[order])
+    totals = np.add.reduceat(scores[order], first_positions) if len(first_positions) else scores[:0]
+    return Pairs(num_songs=num_songs, rows=rows[order[first_positions]], songs=songs[order[first_positions]]), totals
 
 
 class Retriever(ABC):
@@ -113,11 +113,11 @@ class TasteRetriever(Retriever):
         """Return the `count` songs of highest cosine, scored exp(logit - highest logit); none for a vector of zeros."""
         vectors = batch.short_vectors if self._horizon == "short" else batch.long_vectors
         songs, cosines = self._index.search(vectors, count)
-        known = np.logical_and(songs != NO_SONG, vectors.any(axis=1, keepdims=True))
+        is_known = np.logical_and(songs != NO_SONG, vectors.any(axis=1, keepdims=True))
         scores = np.exp(self._scale * (cosines - cosines[:, :1]))
-        rows = np.repeat(np.arange(len(batch)), known.sum(axis=1))
-        song_rows = songs[known] if self._songs is None else self._songs[songs[known]]
-        return Proposals.best(rows, song_rows, scores[known], num_songs=batch.num_songs, count=count)
+        rows = np.repeat(np.arange(len(batch)), is_known.sum(axis=1))
+        song_rows = songs[is_known] if self._songs is None else self._songs[songs[is_known]]
+        return Proposals.best(rows, song_rows, scores[is_known], num_songs=batch.num_songs, count=count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,50 +153,58 @@ class SessionRetriever(Retriever):
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """Return the `count` songs of highest score."""
-        settings, sessions = self._settings, self._sessions
+        settings, postings = self._settings, self._sessions
         plays = batch.latest(settings.last_plays)
-        rows, songs, back = batch.rows[plays], batch.songs[plays], batch.back[plays]
-        held = songs < sessions.num_songs
-        rows, songs, back = rows[held], songs[held], back[held]
+        rows, songs, later_plays = batch.rows[plays], batch.songs[plays], batch.back[plays]
+        is_known = songs < postings.num_songs
+        rows, songs, later_plays = rows[is_known], songs[is_known], later_plays[is_known]
         # Entries of the postings: each is a session that holds one of the last songs.
-        entries_of = sessions.song_offsets[songs + 1] - sessions.song_offsets[songs]
-        entry = ranges(sessions.song_offsets[songs], entries_of)
-        play = np.repeat(np.arange(len(songs)), entries_of)
-        session, place = sessions.song_sessions[entry].astype(np.int64), sessions.song_places[entry].astype(np.int64)
-        pair = rows[play] * max(1, len(sessions)) + session
-        order = stable_order(pair * settings.last_plays + back[play])  # the match of the latest play first
-        session, place, play = session[order], place[order], play[order]
-        first = first_of_each(pair[order])
-        weights = np.exp(-back[play] / settings.plays_decay)
-        similarity = np.add.reduceat(weights, first) if len(first) else weights
-        row, session, match = rows[play[first]], session[first], place[first]
-        lengths = sessions.offsets[session + 1] - sessions.offsets[session]
-        days = np.maximum(0, batch.queries.at[row] - sessions.ended_at[session]) / DAY_MS
+        entry_counts = postings.song_offsets[songs + 1] - postings.song_offsets[songs]
+        entries = ranges(postings.song_offsets[songs], entry_counts)
+        play_indices = np.repeat(np.arange(len(songs)), entry_counts)
+        session_rows, song_positions = (
+            postings.song_sessions[entries].astype(np.int64),
+            postings.song_places[entries].astype(np.int64),
+        )
+        pair_keys = rows[play_indices] * max(1, len(postings)) + session_rows
+        # The match of the latest play comes first.
+        order = stable_order(pair_keys * settings.last_plays + later_plays[play_indices])
+        session_rows, song_positions, play_indices = session_rows[order], song_positions[order], play_indices[order]
+        first_positions = first_of_each(pair_keys[order])
+        weights = np.exp(-later_plays[play_indices] / settings.plays_decay)
+        similarity = np.add.reduceat(weights, first_positions) if len(first_positions) else weights
+        query_rows, session_rows, match_positions = (
+            rows[play_indices[first_positions]],
+            session_rows[first_positions],
+            song_positions[first_positions],
+        )
+        lengths = postings.offsets[session_rows + 1] - postings.offsets[session_rows]
+        days = np.maximum(0, batch.queries.at[query_rows] - postings.ended_at[session_rows]) / DAY_MS
         similarity = similarity / np.sqrt(lengths) * np.exp(-days / settings.days_decay)
-        nearest = highest_of_each(row, similarity, settings.neighbors)
-        nearest = nearest[np.lexsort((session[nearest], -similarity[nearest], row[nearest]))]
-        nearest = nearest[places_in(row[nearest]) < settings.neighbors]
-        row, session, match = row[nearest], session[nearest], match[nearest]
+        nearest = highest_of_each(query_rows, similarity, settings.neighbors)
+        nearest = nearest[np.lexsort((session_rows[nearest], -similarity[nearest], query_rows[nearest]))]
+        nearest = nearest[places_in(query_rows[nearest]) < settings.neighbors]
+        query_rows, session_rows, match_positions = query_rows[nearest], session_rows[nearest], match_positions[nearest]
         similarity, lengths = similarity[nearest], lengths[nearest]
         # The songs of the neighbors near the matched song.
-        left = np.maximum(0, match - settings.places)
-        neighbor_counts = np.minimum(lengths, match + settings.places + 1) - left
-        position = ranges(sessions.offsets[session] + left, neighbor_counts)
-        neighbor = np.repeat(np.arange(len(row)), neighbor_counts)
-        apart = np.abs(position - (sessions.offsets[session] + match)[neighbor])
-        scores = similarity[neighbor] * np.exp(-apart / settings.places_decay)
-        voted = sessions.songs[position].astype(np.int64)
-        pairs, sums = summed_pairs(row[neighbor], voted, scores, batch.num_songs)
-        just = batch.user_songs.back < settings.last_plays
-        played = pairs.find(batch.user_songs.keys[just])
-        sums[played[played >= 0]] *= settings.just_played
+        window_starts = np.maximum(0, match_positions - settings.places)
+        window_lengths = np.minimum(lengths, match_positions + settings.places + 1) - window_starts
+        window_entries = ranges(postings.offsets[session_rows] + window_starts, window_lengths)
+        neighbor_indices = np.repeat(np.arange(len(query_rows)), window_lengths)
+        distances = np.abs(window_entries - (postings.offsets[session_rows] + match_positions)[neighbor_indices])
+        scores = similarity[neighbor_indices] * np.exp(-distances / settings.places_decay)
+        window_songs = postings.songs[window_entries].astype(np.int64)
+        pairs, totals = summed_pairs(query_rows[neighbor_indices], window_songs, scores, batch.num_songs)
+        is_just_played = batch.user_songs.back < settings.last_plays
+        played_pairs = pairs.find(batch.user_songs.keys[is_just_played])
+        totals[played_pairs[played_pairs >= 0]] *= settings.just_played
         return Proposals.best(
             pairs.rows,
             pairs.songs,
-            sums,
+            totals,
             num_songs=batch.num_songs,
             count=count,
-            entries=len(entry) + len(position),
+            entries=len(entries) + len(window_entries),
         )
 
     def most_entries(self, count: int, config: RetrievalConfig) -> int:
@@ -214,16 +222,16 @@ class RuleRetriever(Retriever):
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """Return the songs of the `count` strongest rules of the last song."""
-        last = batch.last_songs
-        rows = np.flatnonzero((last >= 0) & (last < self._rules.num_songs))
-        starts = self._rules.offsets[last[rows]]
-        counts = self._rules.offsets[last[rows] + 1] - starts
-        entry = ranges(starts, counts)
-        rows, scores = np.repeat(rows, counts), self._values[entry] / np.float32(self._unit)
-        some = np.flatnonzero(scores > 0)
-        songs = self._rules.followers[entry[some]]
+        last_songs = batch.last_songs
+        rows = np.flatnonzero((last_songs >= 0) & (last_songs < self._rules.num_songs))
+        starts = self._rules.offsets[last_songs[rows]]
+        counts = self._rules.offsets[last_songs[rows] + 1] - starts
+        entries = ranges(starts, counts)
+        rows, scores = np.repeat(rows, counts), self._values[entries] / np.float32(self._unit)
+        positive = np.flatnonzero(scores > 0)
+        songs = self._rules.followers[entries[positive]]
         return Proposals.best(
-            rows[some], songs, scores[some], num_songs=batch.num_songs, count=count, entries=len(entry)
+            rows[positive], songs, scores[positive], num_songs=batch.num_songs, count=count, entries=len(entries)
         )
 
     def most_entries(self, count: int, config: RetrievalConfig) -> int:
@@ -262,17 +270,17 @@ class RecentRulesRetriever(Retriever):
         songs = batch.songs[plays]
         starts = self._rules.offsets[songs]
         counts = np.minimum(self._rules.offsets[songs + 1] - starts, settings.followers)
-        entry = ranges(starts, counts)
-        play = np.repeat(plays, counts)
-        strongest = self._rules.weights[np.minimum(starts, max(0, len(self._rules.weights) - 1))] + UNIT
-        shares = self._rules.weights[entry] / np.repeat(strongest, counts)
+        entries = ranges(starts, counts)
+        entry_plays = np.repeat(plays, counts)
+        strongest_weights = self._rules.weights[np.minimum(starts, max(0, len(self._rules.weights) - 1))] + UNIT
+        shares = self._rules.weights[entries] / np.repeat(strongest_weights, counts)
         return Proposals.summed(
-            batch.rows[play],
-            self._rules.followers[entry].astype(np.int64),
-            shares * settings.decay ** batch.back[play],
+            batch.rows[entry_plays],
+            self._rules.followers[entries].astype(np.int64),
+            shares * settings.decay ** batch.back[entry_plays],
             num_songs=batch.num_songs,
             count=count,
-            entries=len(entry),
+            entries=len(entries),
         )
 
     def most_entries(self, count: int, config: RetrievalConfig) -> int:
@@ -287,8 +295,10 @@ class UserTopRetriever(Retriever):
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """Return the `count` songs of highest base level."""
-        own = batch.user_songs
-        return Proposals.best(own.rows, own.songs, np.exp(own.base_level), num_songs=batch.num_songs, count=count)
+        user_songs = batch.user_songs
+        return Proposals.best(
+            user_songs.rows, user_songs.songs, np.exp(user_songs.base_level), num_songs=batch.num_songs, count=count
+        )
 
 
 class UserRulesRetriever(Retriever):
@@ -298,13 +308,15 @@ class UserRulesRetriever(Retriever):
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """Return the `count` songs of highest weight: Σ 1/distance over pairs of plays at most 10 plays apart."""
-        earlier = np.flatnonzero((batch.songs == batch.last_songs[batch.rows]) & (batch.back > 0))
-        rows = batch.rows[earlier]
-        reach = np.minimum(batch.back[earlier], MAX_DISTANCE)
-        position = ranges(earlier + 1, reach)
-        origin = np.repeat(np.arange(len(earlier)), reach)
-        scores = 1.0 / (position - earlier[origin])
-        return Proposals.summed(rows[origin], batch.songs[position], scores, num_songs=batch.num_songs, count=count)
+        earlier_plays = np.flatnonzero((batch.songs == batch.last_songs[batch.rows]) & (batch.back > 0))
+        rows = batch.rows[earlier_plays]
+        follower_counts = np.minimum(batch.back[earlier_plays], MAX_DISTANCE)
+        followers = ranges(earlier_plays + 1, follower_counts)
+        play_indices = np.repeat(np.arange(len(earlier_plays)), follower_counts)
+        scores = 1.0 / (followers - earlier_plays[play_indices])
+        return Proposals.summed(
+            rows[play_indices], batch.songs[followers], scores, num_songs=batch.num_songs, count=count
+        )
 
 
 class GroupRetriever(Retriever):
@@ -319,23 +331,23 @@ class GroupRetriever(Retriever):
         """Return the `count` songs of highest weight; none if the catalog has no groups."""
         plays = batch.latest(self.last_plays)
         plays = plays[batch.songs[plays] < len(self._groups.of_song)]
-        group = self._groups.of_song[batch.songs[plays]].astype(np.int64)
-        plays, group = plays[group >= 0], group[group >= 0]
+        group_ids = self._groups.of_song[batch.songs[plays]].astype(np.int64)
+        plays, group_ids = plays[group_ids >= 0], group_ids[group_ids >= 0]
         # Each group of a query once, with the summed weight of its plays.
-        groups = max(1, len(self._groups.offsets))
-        keys = batch.rows[plays] * groups + group
+        num_groups = max(1, len(self._groups.offsets))
+        keys = batch.rows[plays] * num_groups + group_ids
         order = stable_order(keys)
-        first = first_of_each(keys[order])
+        first_positions = first_of_each(keys[order])
         weights = self.decay ** batch.back[plays][order]
-        weights = np.add.reduceat(weights, first) if len(first) else weights
-        rows, group = np.divmod(keys[order][first], groups)
-        starts = self._groups.offsets[group]
-        counts = np.minimum(self._groups.offsets[group + 1] - starts, count)
-        entry = ranges(starts, counts)
-        songs = self._groups.songs[entry].astype(np.int64)
+        weights = np.add.reduceat(weights, first_positions) if len(first_positions) else weights
+        rows, group_ids = np.divmod(keys[order][first_positions], num_groups)
+        starts = self._groups.offsets[group_ids]
+        counts = np.minimum(self._groups.offsets[group_ids + 1] - starts, count)
+        entries = ranges(starts, counts)
+        songs = self._groups.songs[entries].astype(np.int64)
         scores = np.repeat(weights, counts) * np.log1p(self._plays[songs] + 1.0)
         return Proposals.best(
-            np.repeat(rows, counts), songs, scores, num_songs=batch.num_songs, count=count, entries=len(entry)
+            np.repeat(rows, counts), songs, scores, num_songs=batch.num_songs, count=count, entries=len(entries)
         )
 
     def most_entries(self, count: int, config: RetrievalConfig) -> int:
@@ -403,7 +415,7 @@ def make_retrievers(
     `scales` turn the cosines of the short and of the long horizon into logits.
     """
     plays = retrieval.plays.plays
-    everything: list[Retriever] = [
+    all_retrievers: list[Retriever] = [
         TasteRetriever(index, "short", scales[0]),
         TasteRetriever(index, "long", scales[1]),
         SessionRetriever(retrieval),
@@ -418,7 +430,7 @@ def make_retrievers(
         *([GroupRetriever("albums", retrieval.albums, plays)] if retrieval.albums else []),
         PopularRetriever(retrieval),
     ]
-    return [retriever for retriever in everything if without is None or retriever.name not in without.retrievers]
+    return [retriever for retriever in all_retrievers if without is None or retriever.name not in without.retrievers]
 
 
 def make_new_song_retrievers(
@@ -435,10 +447,10 @@ def make_new_song_retrievers(
     without plays, too.
     """
     index = SongIndex.build(vectors[rows], IndexConfig(kind="flat"))
-    everything: list[Retriever] = [TasteRetriever(index, "short", scale, name="new_content", songs=rows)]
+    all_retrievers: list[Retriever] = [TasteRetriever(index, "short", scale, name="new_content", songs=rows)]
     for name, groups in (("new_artists", retrieval.artists), ("new_albums", retrieval.albums)):
-        everything.append(GroupRetriever(name, groups.listing(rows), np.zeros(len(groups.of_song), dtype=np.int64)))
-    return [retriever for retriever in everything if without is None or retriever.name not in without.retrievers]
+        all_retrievers.append(GroupRetriever(name, groups.listing(rows), np.zeros(len(groups.of_song), dtype=np.int64)))
+    return [retriever for retriever in all_retrievers if without is None or retriever.name not in without.retrievers]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,13 +38,13 @@ class VsknnRecommender(BaseRecommender):
 
     name = "vsknn"
 
-    def __init__(self, sessions: csr_matrix, chosen: VsknnSettings | None = None) -> None:
-        self.sessions, self.chosen = sessions, chosen or VsknnSettings()
+    def __init__(self, sessions: csr_matrix, settings: VsknnSettings | None = None) -> None:
+        self.sessions, self.chosen = sessions, settings or VsknnSettings()
         self.settings = asdict(self.chosen)
         self.num_songs = sessions.shape[1]
-        self._holders = sessions.T.tocsr()  # (N, S)
+        self._sessions_of_songs = sessions.T.tocsr()  # (N, S)
         lengths = np.maximum(1, np.diff(sessions.indptr))
-        self._damping = (1 / np.sqrt(lengths)).astype(np.float32)
+        self._length_factors = (1 / np.sqrt(lengths)).astype(np.float32)
 
     @classmethod
     def fit(
@@ -54,38 +54,38 @@ class VsknnRecommender(BaseRecommender):
 
         Raises `LeakError` for a play that `allowed` forbids.
         """
-        blocks, count = deque([_sessions(np.zeros(0, np.int32), np.zeros(1, np.int64), num_songs)]), 0
+        blocks, count = deque([_session_matrix(np.zeros(0, np.int32), np.zeros(1, np.int64), num_songs)]), 0
         for histories in batches:
             allowed.require(histories)
-            blocks.append(_sessions(*drop_single(cut_sessions(histories)), num_songs))
+            blocks.append(_session_matrix(*drop_single(cut_sessions(histories)), num_songs))
             count += blocks[-1].shape[0]
             while count - blocks[0].shape[0] >= max_sessions:
                 count -= blocks.popleft().shape[0]
         return cls(vstack(blocks, format="csr")[-max_sessions:])
 
-    def with_settings(self, chosen: VsknnSettings) -> VsknnRecommender:
+    def with_settings(self, settings: VsknnSettings) -> VsknnRecommender:
         """Return a recommender with the same sessions and other settings."""
-        other = copy(self)
-        other.chosen, other.settings = chosen, asdict(chosen)
-        return other
+        recommender = copy(self)
+        recommender.chosen, recommender.settings = settings, asdict(settings)
+        return recommender
 
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the summed similarity of the neighbors that hold each song; 0 if none does."""
         scores = np.zeros((len(queries), self.num_songs), dtype=np.float32)
-        rows, songs, back = last_plays(histories, queries, self.num_songs, self.chosen.last_plays)
+        rows, songs, later_plays = last_plays(histories, queries, self.num_songs, self.chosen.last_plays)
         shape = (len(queries), self.num_songs)
         weights = csr_matrix(
-            ((1 - back / self.chosen.last_plays).astype(np.float32), (rows, songs)), shape=shape
+            ((1 - later_plays / self.chosen.last_plays).astype(np.float32), (rows, songs)), shape=shape
         )  # weights of the same song add up
-        for begin in range(0, len(queries), QUERIES_AT_ONCE):
-            chunk = slice(begin, begin + QUERIES_AT_ONCE)
+        for start in range(0, len(queries), QUERIES_AT_ONCE):
+            chunk = slice(start, start + QUERIES_AT_ONCE)
             (self._nearest(weights[chunk]) @ self.sessions).toarray(out=scores[chunk])
         return scores
 
     def _nearest(self, weights: csr_matrix) -> csr_matrix:
         """Sparse (Q, S): the similarity of the nearest sessions, from the weights of songs (Q, N)."""
-        similarity: csr_matrix = (weights @ self._holders).tocsr()
-        similarity.data *= self._damping[similarity.indices]
+        similarity: csr_matrix = (weights @ self._sessions_of_songs).tocsr()
+        similarity.data *= self._length_factors[similarity.indices]
         return keep_nearest(similarity, self.chosen.neighbors)
 
 
@@ -94,9 +94,9 @@ def keep_nearest(similarity: csr_matrix, count: int) -> csr_matrix:
 
     Changes `similarity` in place and returns it.
     """
-    for begin, end in zip(similarity.indptr[:-1], similarity.indptr[1:], strict=True):
-        if end - begin > count:
-            values = similarity.data[begin:end]
+    for start, end in zip(similarity.indptr[:-1], similarity.indptr[1:], strict=True):
+        if end - start > count:
+            values = similarity.data[start:end]
             values[values < np.partition(values, -count)[-count]] = 0
     similarity.eliminate_zeros()
     return similarity
@@ -107,18 +107,18 @@ def last_plays(histories: Histories, queries: Queries, num_songs: int, limit: in
 
     Songs with rows from `num_songs` on are left out.
     """
-    count = np.minimum(queries.seen, limit)
-    back = np.repeat(count, count) - 1 - ranges(0, count)
-    songs = histories.songs[ranges(histories.offsets[queries.rows] + queries.seen - count, count)]
-    rows = np.repeat(np.arange(len(queries)), count)
-    known = songs < num_songs
-    return rows[known], songs[known], back[known]
+    counts = np.minimum(queries.seen, limit)
+    later_plays = np.repeat(counts, counts) - 1 - ranges(0, counts)
+    songs = histories.songs[ranges(histories.offsets[queries.rows] + queries.seen - counts, counts)]
+    rows = np.repeat(np.arange(len(queries)), counts)
+    is_known = songs < num_songs
+    return rows[is_known], songs[is_known], later_plays[is_known]
 
 
-def _sessions(songs: np.ndarray, offsets: np.ndarray, num_songs: int) -> csr_matrix:
+def _session_matrix(songs: np.ndarray, offsets: np.ndarray, num_songs: int) -> csr_matrix:
     """Sparse (S, N) of ones: the songs of sessions given as songs and offsets; repeats in a session count once."""
-    parts = (np.ones(len(songs), np.float32), songs, offsets)
-    sessions = csr_matrix(parts, shape=(len(offsets) - 1, num_songs), copy=True)
+    arrays = (np.ones(len(songs), np.float32), songs, offsets)
+    sessions = csr_matrix(arrays, shape=(len(offsets) - 1, num_songs), copy=True)
     sessions.sum_duplicates()
     sessions.data[:] = 1
     return sessions
@@ -148,18 +148,18 @@ class VstanRecommender(BaseRecommender):
 
     name = "vstan"
 
-    def __init__(self, sessions: csr_matrix, ended_at: np.ndarray, chosen: VstanSettings | None = None) -> None:
+    def __init__(self, sessions: csr_matrix, ended_at: np.ndarray, settings: VstanSettings | None = None) -> None:
         """`sessions`, sparse float32 (S, N), holds the place of each song in a session, from 1.
 
         `ended_at`, int64 (S,), is the time of each session's last play, ms UTC.
         """
-        self.sessions, self.ended_at, self.chosen = sessions, ended_at, chosen or VstanSettings()
+        self.sessions, self.ended_at, self.chosen = sessions, ended_at, settings or VstanSettings()
         self.settings = asdict(self.chosen)
         self.num_songs = sessions.shape[1]
-        ones = (np.ones(sessions.nnz, np.float32), sessions.indices, sessions.indptr)
-        self._holders = csr_matrix(ones, shape=sessions.shape).T.tocsr()  # (N, S)
+        arrays = (np.ones(sessions.nnz, np.float32), sessions.indices, sessions.indptr)
+        self._sessions_of_songs = csr_matrix(arrays, shape=sessions.shape).T.tocsr()  # (N, S)
         lengths = np.maximum(1, np.diff(sessions.indptr))
-        self._damping = (1 / np.sqrt(lengths)).astype(np.float32)
+        self._length_factors = (1 / np.sqrt(lengths)).astype(np.float32)
 
     @classmethod
     def fit(
@@ -169,80 +169,81 @@ class VstanRecommender(BaseRecommender):
 
         Raises `LeakError` for a play that `allowed` forbids.
         """
-        blocks = deque([_places(np.zeros(0, np.int32), np.zeros(1, np.int64), num_songs)])
-        times, count = deque([np.zeros(0, np.int64)]), 0
+        blocks = deque([_position_matrix(np.zeros(0, np.int32), np.zeros(1, np.int64), num_songs)])
+        end_times, count = deque([np.zeros(0, np.int64)]), 0
         for histories in batches:
             allowed.require(histories)
             songs, cuts = cut_sessions(histories)
-            blocks.append(_places(*drop_single((songs, cuts)), num_songs))
+            blocks.append(_position_matrix(*drop_single((songs, cuts)), num_songs))
             played_at, offsets = drop_single((histories.played_at, cuts))
-            times.append(played_at[offsets[1:] - 1])
-            count += len(times[-1])
-            while count - len(times[0]) >= max_sessions:
-                count -= len(times.popleft())
+            end_times.append(played_at[offsets[1:] - 1])
+            count += len(end_times[-1])
+            while count - len(end_times[0]) >= max_sessions:
+                count -= len(end_times.popleft())
                 blocks.popleft()
-        return cls(vstack(blocks, format="csr")[-max_sessions:], np.concatenate(times)[-max_sessions:])
+        return cls(vstack(blocks, format="csr")[-max_sessions:], np.concatenate(end_times)[-max_sessions:])
 
-    def with_settings(self, chosen: VstanSettings) -> VstanRecommender:
+    def with_settings(self, settings: VstanSettings) -> VstanRecommender:
         """Return a recommender with the same sessions and other settings."""
-        other = copy(self)
-        other.chosen, other.settings = chosen, asdict(chosen)
-        return other
+        recommender = copy(self)
+        recommender.chosen, recommender.settings = settings, asdict(settings)
+        return recommender
 
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the summed weight of each song in the neighbors that hold it; 0 if none does."""
         scores = np.zeros((len(queries), self.num_songs), dtype=np.float32)
-        for begin in range(0, len(queries), QUERIES_AT_ONCE):
-            chunk = slice(begin, begin + QUERIES_AT_ONCE)
-            some, chosen = queries.take(chunk), self.chosen
-            rows, songs, back = last_plays(histories, some, self.num_songs, chosen.last_plays)
-            shape = (len(some), self.num_songs)
-            decayed = np.exp(-back / chosen.plays_decay).astype(np.float32)
-            weights = csr_matrix((decayed, (rows, songs)), shape=shape)
-            since = np.full(shape, chosen.last_plays, dtype=np.uint8)  # plays after each song, or `last_plays`
-            np.minimum.at(since, (rows, songs), back.astype(np.uint8))
-            self._weigh_songs(self._nearest(weights, some.at), since).toarray(out=scores[chunk])
+        for start in range(0, len(queries), QUERIES_AT_ONCE):
+            chunk = slice(start, start + QUERIES_AT_ONCE)
+            chunk_queries, settings = queries.take(chunk), self.chosen
+            rows, songs, later_plays = last_plays(histories, chunk_queries, self.num_songs, settings.last_plays)
+            shape = (len(chunk_queries), self.num_songs)
+            play_weights = np.exp(-later_plays / settings.plays_decay).astype(np.float32)
+            weights = csr_matrix((play_weights, (rows, songs)), shape=shape)
+            plays_since = np.full(shape, settings.last_plays, dtype=np.uint8)  # plays after each song, or `last_plays`
+            np.minimum.at(plays_since, (rows, songs), later_plays.astype(np.uint8))
+            self._weigh_songs(self._nearest(weights, chunk_queries.at), plays_since).toarray(out=scores[chunk])
         return scores
 
     def _nearest(self, weights: csr_matrix, at: np.ndarray) -> csr_matrix:
         """Sparse (Q, S): the similarity of the nearest sessions, from the weights of songs (Q, N)."""
-        similarity: csr_matrix = (weights @ self._holders).tocsr()
-        age = np.repeat(at, np.diff(similarity.indptr)) - self.ended_at[similarity.indices]
-        recency = np.exp(-np.maximum(0, age) / (self.chosen.days_decay * DAY_MS)).astype(np.float32)
-        similarity.data *= self._damping[similarity.indices] * recency
+        similarity: csr_matrix = (weights @ self._sessions_of_songs).tocsr()
+        ages = np.repeat(at, np.diff(similarity.indptr)) - self.ended_at[similarity.indices]
+        age_factors = np.exp(-np.maximum(0, ages) / (self.chosen.days_decay * DAY_MS)).astype(np.float32)
+        similarity.data *= self._length_factors[similarity.indices] * age_factors
         return keep_nearest(similarity, self.chosen.neighbors)
 
-    def _weigh_songs(self, nearest: csr_matrix, since: np.ndarray) -> coo_matrix:
+    def _weigh_songs(self, nearest: csr_matrix, plays_since: np.ndarray) -> coo_matrix:
         """Sparse (Q, N): the weights of the songs of the nearest sessions (Q, S).
 
-        `since`, uint8 (Q, N), is the number of plays after each song's last play. Suffixes: B entries of `nearest`, E
-        songs of their sessions.
+        `plays_since`, uint8 (Q, N), is the number of plays after each song's last play. Suffixes: B entries of
+        `nearest`, E songs of their sessions.
         """
         if not nearest.nnz:
-            return coo_matrix(since.shape, dtype=np.float32)
+            return coo_matrix(plays_since.shape, dtype=np.float32)
         lengths = np.diff(self.sessions.indptr)[nearest.indices]
-        first_B = np.cumsum(lengths) - lengths
-        pair_E = np.repeat(np.arange(nearest.nnz), lengths)
-        entry_E = np.arange(len(pair_E)) + (self.sessions.indptr[nearest.indices] - first_B)[pair_E]
-        songs_E, places_E = self.sessions.indices[entry_E], self.sessions.data[entry_E]
-        rows_E = np.repeat(np.arange(nearest.shape[0]), np.diff(nearest.indptr))[pair_E]
-        since_E = since[rows_E, songs_E]
-        matched_B = np.zeros(nearest.nnz, np.float32)
-        is_match = since_E == np.minimum.reduceat(since_E, first_B)[pair_E]  # one each: a song is in a session once
-        matched_B[pair_E[is_match]] = places_E[is_match]
-        apart_E = np.abs(places_E - matched_B[pair_E])
-        weights_E = nearest.data[pair_E] * np.exp(-apart_E / np.float32(self.chosen.places_decay))
-        weights_E *= np.where(since_E < self.chosen.last_plays, np.float32(self.chosen.just_played), np.float32(1))
-        return coo_matrix((weights_E, (rows_E, songs_E)), shape=since.shape)
+        start_B = np.cumsum(lengths) - lengths
+        neighbor_E = np.repeat(np.arange(nearest.nnz), lengths)
+        entry_E = np.arange(len(neighbor_E)) + (self.sessions.indptr[nearest.indices] - start_B)[neighbor_E]
+        song_E, position_E = self.sessions.indices[entry_E], self.sessions.data[entry_E]
+        row_E = np.repeat(np.arange(nearest.shape[0]), np.diff(nearest.indptr))[neighbor_E]
+        plays_since_E = plays_since[row_E, song_E]
+        matched_position_B = np.zeros(nearest.nnz, np.float32)
+        # One match per session: a song is in a session once.
+        is_match = plays_since_E == np.minimum.reduceat(plays_since_E, start_B)[neighbor_E]
+        matched_position_B[neighbor_E[is_match]] = position_E[is_match]
+        distance_E = np.abs(position_E - matched_position_B[neighbor_E])
+        weight_E = nearest.data[neighbor_E] * np.exp(-distance_E / np.float32(self.chosen.places_decay))
+        weight_E *= np.where(plays_since_E < self.chosen.last_plays, np.float32(self.chosen.just_played), np.float32(1))
+        return coo_matrix((weight_E, (row_E, song_E)), shape=plays_since.shape)
 
 
-def _places(songs: np.ndarray, offsets: np.ndarray, num_songs: int) -> csr_matrix:
+def _position_matrix(songs: np.ndarray, offsets: np.ndarray, num_songs: int) -> csr_matrix:
     """Sparse float32 (S, N): the place of each song in its session, from 1; the last place if it is played again."""
     lengths = np.diff(offsets)
     rows = np.repeat(np.arange(len(lengths)), lengths)
     order = np.lexsort((np.arange(len(songs)), songs, rows))
-    last = np.ones(len(order), dtype=bool)
-    last[:-1] = (np.diff(rows[order]) != 0) | (np.diff(songs[order]) != 0)
-    last_of_song = order[last]
-    places = (last_of_song - offsets[rows[last_of_song]] + 1).astype(np.float32)
-    return csr_matrix((places, (rows[last_of_song], songs[last_of_song])), shape=(len(lengths), num_songs))
+    is_last = np.ones(len(order), dtype=bool)
+    is_last[:-1] = (np.diff(rows[order]) != 0) | (np.diff(songs[order]) != 0)
+    last_of_song = order[is_last]
+    positions = (last_of_song - offsets[rows[last_of_song]] + 1).astype(np.float32)
+    return csr_matrix((positions, (rows[last_of_song], songs[last_of_song])), shape=(len(lengths), num_songs))

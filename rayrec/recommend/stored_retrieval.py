@@ -58,11 +58,11 @@ class PlayCounts:
         days = histories.played_at // DAY_MS if real_times else np.zeros(len(histories.songs), dtype=np.int64)
         first_days = np.full(num_songs, NOT_PLAYED, dtype=np.int32)
         np.minimum.at(first_days, histories.songs, days.astype(np.int32))
-        counted = _counted(plays, first_days, days, histories.songs, np.ones(len(days), np.int64))
+        play_counts = _make_play_counts(plays, first_days, days, histories.songs, np.ones(len(days), np.int64))
         if histories.skipped is None:
-            return counted
+            return play_counts
         skips = np.bincount(histories.songs[histories.skipped], minlength=num_songs).astype(np.int64)
-        return replace(counted, skips=skips)
+        return replace(play_counts, skips=skips)
 
     @classmethod
     def merge(cls, parts: Sequence[PlayCounts]) -> PlayCounts:
@@ -73,69 +73,69 @@ class PlayCounts:
             plays[: part.num_songs] += part.plays
             np.minimum(first_days[: part.num_songs], part.first_days, out=first_days[: part.num_songs])
         names = ("days", "day_songs", "day_plays")
-        counted = _counted(
+        play_counts = _make_play_counts(
             plays, first_days, *(np.concatenate([getattr(part, name) for part in parts]) for name in names)
         )
-        known = [part.skips for part in parts if part.skips is not None]
-        if not known:
-            return counted
+        skip_counts = [part.skips for part in parts if part.skips is not None]
+        if not skip_counts:
+            return play_counts
         skips = np.zeros(len(plays), dtype=np.int64)
-        for part_skips in known:
+        for part_skips in skip_counts:
             skips[: len(part_skips)] += part_skips
-        return replace(counted, skips=skips)
+        return replace(play_counts, skips=skips)
 
     def recent(self, days: int = RECENT_DAYS) -> np.ndarray:
         """int64 (N,): plays of each song in the last `days` days, at most 28."""
-        recent = np.zeros(self.num_songs, dtype=np.int64)
+        recent_plays = np.zeros(self.num_songs, dtype=np.int64)
         for day in self.each_day():
             if self.days[day.start] > self.days[-1] - days:
-                recent[self.day_songs[day]] += self.day_plays[day]  # each song occurs once per day
-        return recent
+                recent_plays[self.day_songs[day]] += self.day_plays[day]  # each song occurs once per day
+        return recent_plays
 
     def each_day(self) -> Iterator[slice]:
         """Yield the slice of `days`, `day_songs` and `day_plays` of each day, in order."""
-        begin = 0
-        while begin < len(self.days):
-            end = int(np.searchsorted(self.days, self.days[begin], side="right"))
-            yield slice(begin, end)
-            begin = end
+        start = 0
+        while start < len(self.days):
+            end = int(np.searchsorted(self.days, self.days[start], side="right"))
+            yield slice(start, end)
+            start = end
 
-    def of_songs(self, first: int, last: int) -> PlayCounts:
-        """Return the counts of the songs from row `first` up to, but not including, `last`."""
-        bounds = [day.start + np.searchsorted(self.day_songs[day], [first, last]) for day in self.each_day()]
-        begins, ends = np.array(bounds, dtype=np.int64).reshape(-1, 2).T
-        kept = ranges(begins, ends - begins)
+    def of_songs(self, start: int, stop: int) -> PlayCounts:
+        """Return the counts of the songs from row `start` up to, but not including, `stop`."""
+        bounds = [day.start + np.searchsorted(self.day_songs[day], [start, stop]) for day in self.each_day()]
+        starts, ends = np.array(bounds, dtype=np.int64).reshape(-1, 2).T
+        entries = ranges(starts, ends - starts)
         return PlayCounts(
-            plays=_of_rows(self.plays, first, last, 0),
-            first_days=_of_rows(self.first_days, first, last, NOT_PLAYED),
-            days=self.days[kept],
-            day_songs=self.day_songs[kept] - np.int32(first),
-            day_plays=self.day_plays[kept],
-            skips=None if self.skips is None else _of_rows(self.skips, first, last, 0),
+            plays=_slice_padded(self.plays, start, stop, 0),
+            first_days=_slice_padded(self.first_days, start, stop, NOT_PLAYED),
+            days=self.days[entries],
+            day_songs=self.day_songs[entries] - np.int32(start),
+            day_plays=self.day_plays[entries],
+            skips=None if self.skips is None else _slice_padded(self.skips, start, stop, 0),
         )
 
 
-def _of_rows(values: np.ndarray, first: int, last: int, beyond: int) -> np.ndarray:
-    """Return the values from row `first` up to, but not including, `last`; rows past the end get `beyond`."""
-    of_rows = np.full(last - first, beyond, dtype=values.dtype)
-    known = values[first:last]
-    of_rows[: len(known)] = known
-    return of_rows
+def _slice_padded(values: np.ndarray, start: int, stop: int, fill_value: int) -> np.ndarray:
+    """Return the values from row `start` up to, but not including, `stop`; rows past the end get `fill_value`."""
+    padded_values = np.full(stop - start, fill_value, dtype=values.dtype)
+    existing_values = values[start:stop]
+    padded_values[: len(existing_values)] = existing_values
+    return padded_values
 
 
-def _counted(
+def _make_play_counts(
     plays: np.ndarray, first_days: np.ndarray, days: np.ndarray, songs: np.ndarray, counts: np.ndarray
 ) -> PlayCounts:
     days, songs = days.astype(np.int64), songs.astype(np.int64)
-    late = np.flatnonzero(days > days.max(initial=0) - RECENT_DAYS)
-    order = late[np.lexsort((songs[late], days[late]))]
-    first = first_of_each(days[order] * (len(plays) + 1) + songs[order])
+    recent_entries = np.flatnonzero(days > days.max(initial=0) - RECENT_DAYS)
+    order = recent_entries[np.lexsort((songs[recent_entries], days[recent_entries]))]
+    first_positions = first_of_each(days[order] * (len(plays) + 1) + songs[order])
     return PlayCounts(
         plays=plays,
         first_days=first_days,
-        days=days[order][first].astype(np.int32),
-        day_songs=songs[order][first].astype(np.int32),
-        day_plays=np.add.reduceat(counts[order], first) if len(first) else np.zeros(0, np.int64),
+        days=days[order][first_positions].astype(np.int32),
+        day_songs=songs[order][first_positions].astype(np.int32),
+        day_plays=np.add.reduceat(counts[order], first_positions) if len(first_positions) else np.zeros(0, np.int64),
     )
 
 
@@ -168,7 +168,7 @@ class RuleCounts:
             keys.append(songs[pairs] * num_songs + songs[pairs + distance])
             weights.append(np.full(len(pairs), UNIT // distance, dtype=np.int64))
             at_once.append(np.full(len(pairs), int(distance == 1), dtype=np.int64))
-        return _summed(np.concatenate(keys), np.concatenate(weights), np.concatenate(at_once), num_songs, num_songs)
+        return _sum_rules(np.concatenate(keys), np.concatenate(weights), np.concatenate(at_once), num_songs, num_songs)
 
     @classmethod
     def merge(cls, parts: Sequence[RuleCounts]) -> RuleCounts:
@@ -179,22 +179,22 @@ class RuleCounts:
             for part in parts
         ]
         weights, at_once = (np.concatenate([getattr(part, name) for part in parts]) for name in ("weights", "at_once"))
-        return _summed(np.concatenate(keys), weights, at_once, max(part.num_songs for part in parts), catalog_size)
+        return _sum_rules(np.concatenate(keys), weights, at_once, max(part.num_songs for part in parts), catalog_size)
 
     def strongest(self, count: int = RULES_PER_SONG) -> RuleCounts:
         """Return the counts with only the `count` strongest followers of each song."""
-        song = np.repeat(np.arange(self.num_songs), np.diff(self.offsets))
-        first = np.flatnonzero(places_in(song) < count)
+        songs = np.repeat(np.arange(self.num_songs), np.diff(self.offsets))
+        strongest_entries = np.flatnonzero(places_in(songs) < count)
         return RuleCounts(
-            offsets=offsets_of(np.bincount(song[first], minlength=self.num_songs)),
-            followers=self.followers[first],
-            weights=self.weights[first],
-            at_once=self.at_once[first],
+            offsets=offsets_of(np.bincount(songs[strongest_entries], minlength=self.num_songs)),
+            followers=self.followers[strongest_entries],
+            weights=self.weights[strongest_entries],
+            at_once=self.at_once[strongest_entries],
         )
 
-    def of_songs(self, first: int, last: int) -> RuleCounts:
-        """Return the counts of the songs from row `first` up to, but not including, `last`."""
-        offsets = self.offsets[np.minimum(np.arange(first, last + 1), self.num_songs)]
+    def of_songs(self, start: int, stop: int) -> RuleCounts:
+        """Return the counts of the songs from row `start` up to, but not including, `stop`."""
+        offsets = self.offsets[np.minimum(np.arange(start, stop + 1), self.num_songs)]
         entries = slice(int(offsets[0]), int(offsets[-1]))
         return RuleCounts(
             offsets=offsets - offsets[0],
@@ -204,22 +204,23 @@ class RuleCounts:
         )
 
 
-def _summed(
+def _sum_rules(
     keys: np.ndarray, weights: np.ndarray, at_once: np.ndarray, num_songs: int, catalog_size: int
 ) -> RuleCounts:
     """Sum the weights and the counts of equal keys; a key is song * catalog_size + follower."""
     order = stable_order(keys)
-    first = first_of_each(keys[order])
+    first_positions = first_of_each(keys[order])
     weights, at_once = (
-        np.add.reduceat(values[order], first) if len(first) else values for values in (weights, at_once)
+        np.add.reduceat(values[order], first_positions) if len(first_positions) else values
+        for values in (weights, at_once)
     )
-    songs, followers = np.divmod(keys[order][first], max(1, catalog_size))
-    strongest = stable_order(songs * (int(weights.max(initial=0)) + 1) + weights.max(initial=0) - weights)
+    songs, followers = np.divmod(keys[order][first_positions], max(1, catalog_size))
+    strongest_first = stable_order(songs * (int(weights.max(initial=0)) + 1) + weights.max(initial=0) - weights)
     return RuleCounts(
         offsets=offsets_of(np.bincount(songs, minlength=num_songs)),
-        followers=followers[strongest].astype(np.int32),
-        weights=weights[strongest],
-        at_once=at_once[strongest],
+        followers=followers[strongest_first].astype(np.int32),
+        weights=weights[strongest_first],
+        at_once=at_once[strongest_first],
     )
 
 
@@ -260,19 +261,21 @@ class SessionPostings:
         """Cut histories into sessions at pauses of more than 30 minutes; sessions of a single song are left out."""
         songs, cuts = cut_long(cut_sessions(histories), MAX_SESSION)
         lengths = np.diff(cuts)
-        session = np.repeat(np.arange(len(lengths)), lengths)
-        order = np.lexsort((np.arange(len(songs)), songs, session))
-        last = np.ones(len(order), dtype=bool)
-        last[:-1] = (np.diff(session[order]) != 0) | (np.diff(songs[order]) != 0)
-        session_plays = np.sort(order[last])
-        counts = np.bincount(session[session_plays], minlength=len(lengths))
-        session_plays, whole = session_plays[counts[session[session_plays]] > 1], counts > 1
-        users = user_hash(histories.user_ids)[np.searchsorted(histories.offsets, cuts[:-1], side="right") - 1]
-        keys = users ^ _mixed(histories.played_at[np.minimum(cuts[:-1], max(0, len(songs) - 1))].astype(np.uint64))
+        session_rows = np.repeat(np.arange(len(lengths)), lengths)
+        order = np.lexsort((np.arange(len(songs)), songs, session_rows))
+        is_last = np.ones(len(order), dtype=bool)
+        is_last[:-1] = (np.diff(session_rows[order]) != 0) | (np.diff(songs[order]) != 0)
+        session_plays = np.sort(order[is_last])
+        counts = np.bincount(session_rows[session_plays], minlength=len(lengths))
+        session_plays, is_kept = session_plays[counts[session_rows[session_plays]] > 1], counts > 1
+        user_hashes = user_hash(histories.user_ids)[np.searchsorted(histories.offsets, cuts[:-1], side="right") - 1]
+        keys = user_hashes ^ _mix_bits(
+            histories.played_at[np.minimum(cuts[:-1], max(0, len(songs) - 1))].astype(np.uint64)
+        )
         return _newest_sessions(
-            _mixed(keys[whole]) + _content_hash(songs[session_plays], offsets_of(counts[whole])),
-            histories.played_at[cuts[1:][whole] - 1],
-            counts[whole],
+            _mix_bits(keys[is_kept]) + _content_hash(songs[session_plays], offsets_of(counts[is_kept])),
+            histories.played_at[cuts[1:][is_kept] - 1],
+            counts[is_kept],
             songs[session_plays],
             newest,
             (0, num_songs),
@@ -284,25 +287,25 @@ class SessionPostings:
 
         If the parts cover a range of songs, it must be the same range.
         """
-        first = parts[0].first_song
+        first_song = parts[0].first_song
         return _newest_sessions(
             np.concatenate([part.keys for part in parts]),
             np.concatenate([part.ended_at for part in parts]),
             np.concatenate([np.diff(part.offsets) for part in parts]),
             np.concatenate([part.songs for part in parts]),
             parts[0].newest,
-            (first, first + max(part.num_songs for part in parts)),
+            (first_song, first_song + max(part.num_songs for part in parts)),
         )
 
-    def of_songs(self, first: int, last: int) -> SessionPostings:
-        """Return the entries of the songs from row `first` up to (not including) `last`, with their whole sessions."""
-        bounds = self.song_offsets[np.minimum([first, last], self.num_songs)]
+    def of_songs(self, start: int, stop: int) -> SessionPostings:
+        """Return the entries of the songs from row `start` up to (not including) `stop`, with their whole sessions."""
+        bounds = self.song_offsets[np.minimum([start, stop], self.num_songs)]
         entries = slice(int(bounds[0]), int(bounds[1]))
         sessions = np.unique(self.song_sessions[entries])
         counts = self.offsets[sessions + 1] - self.offsets[sessions]
         songs = self.songs[ranges(self.offsets[sessions], counts)]
-        parts = (self.keys[sessions], self.ended_at[sessions], counts, songs)
-        return _newest_sessions(*parts, self.newest, (first, last))
+        arrays = (self.keys[sessions], self.ended_at[sessions], counts, songs)
+        return _newest_sessions(*arrays, self.newest, (start, stop))
 
 
 def _newest_sessions(
@@ -311,42 +314,46 @@ def _newest_sessions(
     counts: np.ndarray,
     songs: np.ndarray,
     newest: int,
-    within: tuple[int, int],
+    song_range: tuple[int, int],
 ) -> SessionPostings:
-    """Sort sessions, keep those among the newest of one of their songs `within` a range of rows, and index them."""
+    """Sort sessions, keep those among the newest of a song in the range of rows `song_range`, and index them."""
     starts = offsets_of(counts)[:-1]
     order = np.lexsort((keys, -ended_at))
     order = order[first_of_each(keys[order])]  # duplicates have the same time, so they are adjacent
-    session, song, place = _entries(counts[order], songs[ranges(starts[order], counts[order])])
-    song = song - within[0]
-    inside = (song >= 0) & (song < within[1] - within[0])
-    if not inside.all():
-        session, song, place = session[inside], song[inside], place[inside]
-    by_song = stable_order(song.astype(np.int64))  # sessions stay in order: newest first
-    newest_plays = by_song[places_in(song[by_song]) < newest]
-    used = np.zeros(len(order), dtype=bool)
-    used[session[newest_plays]] = True
-    order, renumbered = order[used], np.cumsum(used) - 1
+    entry_sessions, entry_songs, entry_positions = _entries(counts[order], songs[ranges(starts[order], counts[order])])
+    entry_songs = entry_songs - song_range[0]
+    in_range = (entry_songs >= 0) & (entry_songs < song_range[1] - song_range[0])
+    if not in_range.all():
+        entry_sessions, entry_songs, entry_positions = (
+            entry_sessions[in_range],
+            entry_songs[in_range],
+            entry_positions[in_range],
+        )
+    song_order = stable_order(entry_songs.astype(np.int64))  # sessions stay in order: newest first
+    newest_entries = song_order[places_in(entry_songs[song_order]) < newest]
+    is_used = np.zeros(len(order), dtype=bool)
+    is_used[entry_sessions[newest_entries]] = True
+    order, new_numbers = order[is_used], np.cumsum(is_used) - 1
     return SessionPostings(
         newest=newest,
         keys=keys[order],
         ended_at=ended_at[order],
         offsets=offsets_of(counts[order]),
         songs=songs[ranges(starts[order], counts[order])].astype(np.int32),
-        song_offsets=offsets_of(np.bincount(song[newest_plays], minlength=within[1] - within[0])),
-        song_sessions=renumbered[session[newest_plays]].astype(np.int32),
-        song_places=place[newest_plays].astype(np.uint8),
-        first_song=within[0],
+        song_offsets=offsets_of(np.bincount(entry_songs[newest_entries], minlength=song_range[1] - song_range[0])),
+        song_sessions=new_numbers[entry_sessions[newest_entries]].astype(np.int32),
+        song_places=entry_positions[newest_entries].astype(np.uint8),
+        first_song=song_range[0],
     )
 
 
 def _entries(counts: np.ndarray, songs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the session, the song and the place in the session of each song of all sessions."""
-    session = np.repeat(np.arange(len(counts)), counts)
-    return session, songs, ranges(0, counts)
+    entry_sessions = np.repeat(np.arange(len(counts)), counts)
+    return entry_sessions, songs, ranges(0, counts)
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def _mix_bits(values: np.ndarray) -> np.ndarray:
     """uint64: the finalizer of splitmix64, which spreads any difference over all bits."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -355,10 +362,10 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 def _content_hash(songs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """uint64: a hash of the songs of each session in their order."""
-    _, _, place = _entries(np.diff(offsets), songs)
-    mixed = _mixed(songs.astype(np.uint64) * np.uint64(1 << 20) + place.astype(np.uint64) + np.uint64(1))
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
-    return np.asarray(sums[offsets[1:]] - sums[offsets[:-1]])
+    _, _, positions = _entries(np.diff(offsets), songs)
+    hashes = _mix_bits(songs.astype(np.uint64) * np.uint64(1 << 20) + positions.astype(np.uint64) + np.uint64(1))
+    cumulative = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes, dtype=np.uint64)])
+    return np.asarray(cumulative[offsets[1:]] - cumulative[offsets[:-1]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,13 +382,13 @@ class SongGroups:
     @classmethod
     def build(cls, of_song: np.ndarray, plays: np.ndarray) -> SongGroups:
         """Create the groups from the group of each song, int (N,), -1 if unknown, and its plays, int (N,)."""
-        known = np.flatnonzero(of_song >= 0)
-        order = known[np.lexsort((known, -plays[known], of_song[known]))]
+        grouped_songs = np.flatnonzero(of_song >= 0)
+        order = grouped_songs[np.lexsort((grouped_songs, -plays[grouped_songs], of_song[grouped_songs]))]
         order = order[places_in(of_song[order]) < SONGS_PER_GROUP]
-        groups = int(of_song.max(initial=-1)) + 1
+        num_groups = int(of_song.max(initial=-1)) + 1
         return cls(
             of_song=of_song.astype(np.int32),
-            offsets=offsets_of(np.bincount(of_song[order], minlength=groups)),
+            offsets=offsets_of(np.bincount(of_song[order], minlength=num_groups)),
             songs=order.astype(np.int32),
         )
 
@@ -393,22 +400,22 @@ class SongGroups:
         """
         of_song = np.full(max(len(self.of_song), int(rows.max(initial=-1)) + 1), NO_GROUP, dtype=np.int32)
         of_song[: len(self.of_song)] = self.of_song
-        group = np.where(siblings >= 0, of_song[np.clip(siblings, 0, len(of_song) - 1)], NO_GROUP)
-        alone = np.flatnonzero((siblings >= 0) & (group == NO_GROUP))
-        names, places = np.unique(siblings[alone], return_inverse=True)
-        groups = len(self.offsets) - 1
-        group[alone] = groups + places
-        of_song[rows] = np.where(group >= 0, group, of_song[rows])
-        offsets = np.concatenate([self.offsets, np.full(len(names), self.offsets[-1])])
+        group_ids = np.where(siblings >= 0, of_song[np.clip(siblings, 0, len(of_song) - 1)], NO_GROUP)
+        without_group = np.flatnonzero((siblings >= 0) & (group_ids == NO_GROUP))
+        new_siblings, new_numbers = np.unique(siblings[without_group], return_inverse=True)
+        num_groups = len(self.offsets) - 1
+        group_ids[without_group] = num_groups + new_numbers
+        of_song[rows] = np.where(group_ids >= 0, group_ids, of_song[rows])
+        offsets = np.concatenate([self.offsets, np.full(len(new_siblings), self.offsets[-1])])
         return SongGroups(of_song=of_song, offsets=offsets, songs=self.songs)
 
     def listing(self, rows: np.ndarray) -> SongGroups:
         """Return the same groups that list only the songs at `rows`, int64 (n,), ascending; the highest rows first."""
-        group = self.of_song[rows]
-        order = np.lexsort((-rows, group))
-        order = order[group[order] >= 0]
-        order = order[places_in(group[order]) < SONGS_PER_GROUP]
-        counts = np.bincount(group[order], minlength=len(self.offsets) - 1)
+        group_ids = self.of_song[rows]
+        order = np.lexsort((-rows, group_ids))
+        order = order[group_ids[order] >= 0]
+        order = order[places_in(group_ids[order]) < SONGS_PER_GROUP]
+        counts = np.bincount(group_ids[order], minlength=len(self.offsets) - 1)
         return replace(self, offsets=offsets_of(counts), songs=rows[order].astype(np.int32))
 
 
@@ -458,16 +465,16 @@ class RetrievalCounts:
             plays=PlayCounts.merge([part.plays for part in parts]),
         )
 
-    def of_songs(self, first: int, last: int) -> RetrievalCounts:
-        """Return the counts of the songs from row `first` up to, but not including, `last`.
+    def of_songs(self, start: int, stop: int) -> RetrievalCounts:
+        """Return the counts of the songs from row `start` up to, but not including, `stop`.
 
         Songs that were not counted have no entries. Such parts can be merged like counts of all songs, and
         `join_ranges` joins the parts of all ranges.
         """
         return RetrievalCounts(
-            sessions=self.sessions.of_songs(first, last),
-            rules=self.rules.of_songs(first, last),
-            plays=self.plays.of_songs(first, last),
+            sessions=self.sessions.of_songs(start, stop),
+            rules=self.rules.of_songs(start, stop),
+            plays=self.plays.of_songs(start, stop),
         )
 
     def strongest(self, rules_per_song: int = RULES_PER_SONG) -> RetrievalCounts:
@@ -513,7 +520,7 @@ class Retrieval:
         Artists and albums are int (N,), -1 if unknown. The large arrays of rules, sessions and days are not copied.
         """
         plays = counts.plays
-        unknown = np.full(plays.num_songs, NO_GROUP, dtype=np.int32)
+        no_groups = np.full(plays.num_songs, NO_GROUP, dtype=np.int32)
         order = np.lexsort((np.arange(plays.num_songs), -plays.plays, -plays.recent(POPULAR_DAYS)))
         return cls(
             sessions=counts.sessions,
@@ -521,8 +528,8 @@ class Retrieval:
             plays=plays,
             recent_plays=plays.recent(RECENT_DAYS),
             popular=order[plays.plays[order] > 0][:POPULAR].astype(np.int32),
-            artists=SongGroups.build(unknown if artist_of_song is None else artist_of_song, plays.plays),
-            albums=SongGroups.build(unknown if album_of_song is None else album_of_song, plays.plays),
+            artists=SongGroups.build(no_groups if artist_of_song is None else artist_of_song, plays.plays),
+            albums=SongGroups.build(no_groups if album_of_song is None else album_of_song, plays.plays),
             skip_share=0.0 if plays.skips is None else float(plays.skips.sum() / max(1, plays.plays.sum())),
             has_likes=has_likes,
         )
@@ -539,8 +546,8 @@ class Retrieval:
         album_of_song: np.ndarray | None = None,
     ) -> Retrieval:
         """Fit a retrieval in this process, batch by batch. Raises `LeakError` for a play that `allowed` forbids."""
-        nothing = Histories.from_lists([], [])
-        counts, has_likes = RetrievalCounts.fit(nothing, num_songs=num_songs, newest=newest), False
+        no_histories = Histories.from_lists([], [])
+        counts, has_likes = RetrievalCounts.fit(no_histories, num_songs=num_songs, newest=newest), False
         for histories in batches:
             has_likes |= histories.likes is not None
             part = RetrievalCounts.fit(histories, num_songs=num_songs, allowed=allowed, newest=newest)
@@ -556,7 +563,7 @@ class Retrieval:
 
     def save(self, workspace: Workspace, folder: str) -> list[str]:
         """Write .npy files and a JSON file of settings into a folder; return the names of the files."""
-        arrays = {name: value for name, value in _flat(self).items() if isinstance(value, np.ndarray)}
+        arrays = {name: value for name, value in _flatten(self).items() if isinstance(value, np.ndarray)}
         for name, array in arrays.items():
             workspace.write_array(f"{folder}/{name}.npy", array)
         skips = {"skip_share": self.skip_share} if SKIPS in arrays else {}
@@ -569,9 +576,11 @@ class Retrieval:
         """Read what `save` wrote; arrays on a local disk are memory-mapped."""
         settings: dict[str, Any] = workspace.read_json(f"{folder}/{SETTINGS_FILE}")
 
-        def read(part: type, prefix: str, **others: Any) -> Any:
-            names = [field.name for field in fields(part) if field.name not in others]
-            return part(**others, **{name: workspace.read_array(f"{folder}/{prefix}.{name}.npy") for name in names})
+        def read(part_class: type, prefix: str, **given_values: Any) -> Any:
+            names = [field.name for field in fields(part_class) if field.name not in given_values]
+            return part_class(
+                **given_values, **{name: workspace.read_array(f"{folder}/{prefix}.{name}.npy") for name in names}
+            )
 
         return cls(
             sessions=read(SessionPostings, "sessions", newest=int(settings["newest"]), first_song=0),
@@ -596,32 +605,32 @@ def read_popularity(workspace: Workspace, folder: str) -> tuple[np.ndarray, np.n
     return workspace.read_array(f"{folder}/recent_plays.npy"), workspace.read_array(f"{folder}/artists.of_song.npy")
 
 
-def _flat(retrieval: Retrieval | RetrievalCounts) -> dict[str, Any]:
+def _flatten(retrieval: Retrieval | RetrievalCounts) -> dict[str, Any]:
     """Return the arrays and single values by the names of their files."""
-    named: dict[str, Any] = {}
+    values_by_name: dict[str, Any] = {}
     for field in fields(retrieval):
         value = getattr(retrieval, field.name)
         if isinstance(value, np.ndarray | float | bool):
-            named[field.name] = value
+            values_by_name[field.name] = value
         else:
-            named |= {f"{field.name}.{part.name}": getattr(value, part.name) for part in fields(value)}
-    return named
+            values_by_name |= {f"{field.name}.{part.name}": getattr(value, part.name) for part in fields(value)}
+    return values_by_name
 
 
-def song_ranges(songs: int, plays: int) -> list[tuple[int, int]]:
+def song_ranges(num_songs: int, num_plays: int) -> list[tuple[int, int]]:
     """Return the first row and the row after the last of each range of songs.
 
     There are enough ranges for the counts of each range to fit into the memory of a task.
     """
-    count = max(1, min(songs, -(-plays // PLAYS_PER_RANGE)))
-    return list(pairwise(np.linspace(0, songs, count + 1).astype(int).tolist()))
+    count = max(1, min(num_songs, -(-num_plays // PLAYS_PER_RANGE)))
+    return list(pairwise(np.linspace(0, num_songs, count + 1).astype(int).tolist()))
 
 
 def pack_counts(counts: RetrievalCounts) -> bytes:
     """Serialize counts, of all songs or of a range; the size depends on their songs, not on the catalog."""
-    about = np.array([counts.sessions.first_song, counts.sessions.newest], dtype=np.int64)
-    arrays = {name: value for name, value in _flat(counts).items() if isinstance(value, np.ndarray)}
-    return bytes(save({"about": about, **{name: np.ascontiguousarray(value) for name, value in arrays.items()}}))
+    header = np.array([counts.sessions.first_song, counts.sessions.newest], dtype=np.int64)
+    arrays = {name: value for name, value in _flatten(counts).items() if isinstance(value, np.ndarray)}
+    return bytes(save({"about": header, **{name: np.ascontiguousarray(value) for name, value in arrays.items()}}))
 
 
 def unpack_counts(data: bytes) -> RetrievalCounts:
@@ -634,11 +643,11 @@ def unpack_counts(data: bytes) -> RetrievalCounts:
 def counts_of_arrays(arrays: Mapping[str, np.ndarray], *, newest: int, first_song: int = 0) -> RetrievalCounts:
     """Return the counts whose arrays are given by the names of their files."""
 
-    def of(name: str) -> dict[str, np.ndarray]:
+    def arrays_of(name: str) -> dict[str, np.ndarray]:
         return {key.partition(".")[2]: value for key, value in arrays.items() if key.startswith(f"{name}.")}
 
     return RetrievalCounts(
-        sessions=SessionPostings(newest=newest, first_song=first_song, **of("sessions")),
-        rules=RuleCounts(**of("rules")),
-        plays=PlayCounts(**of("plays")),
+        sessions=SessionPostings(newest=newest, first_song=first_song, **arrays_of("sessions")),
+        rules=RuleCounts(**arrays_of("rules")),
+        plays=PlayCounts(**arrays_of("plays")),
     )

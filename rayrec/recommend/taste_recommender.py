@@ -31,8 +31,8 @@ class TasteRecommender(VectorRecommender):
         """`song_vectors`, float32 (N, D), are compared with taste vectors; rows of zeros are unknown songs."""
         super().__init__(song_vectors, index)
         self.encoder = TasteEncoder(model)
-        long = model.config.horizons.get("long")
-        self.long_days = long if isinstance(long, DaysHorizon) else None
+        long_horizon = model.config.horizons.get("long")
+        self.long_days = long_horizon if isinstance(long_horizon, DaysHorizon) else None
         self.added: AddedSongs | None = None  # songs that were added after the training
 
     def add_songs(self, added: AddedSongs, *, room: int = 0) -> None:
@@ -41,16 +41,16 @@ class TasteRecommender(VectorRecommender):
         The index is not rebuilt. At the first call, or if the table of vectors has too few rows, the table is copied
         and gets `room` spare rows; otherwise the vectors are written into the existing table.
         """
-        vectors, before = self.song_vectors, self.added_songs
-        count = max(len(vectors), int(added.rows.max(initial=-1)) + 1)
-        if self.added is None or count > len(vectors):
-            grown = np.zeros((count + room, vectors.shape[1]), dtype=np.float32)
-            grown[: len(vectors)] = vectors
-            vectors = grown
-        vectors[before] = 0
+        vectors, previous_rows = self.song_vectors, self.added_songs
+        num_rows = max(len(vectors), int(added.rows.max(initial=-1)) + 1)
+        if self.added is None or num_rows > len(vectors):
+            grown_vectors = np.zeros((num_rows + room, vectors.shape[1]), dtype=np.float32)
+            grown_vectors[: len(vectors)] = vectors
+            vectors = grown_vectors
+        vectors[previous_rows] = 0
         vectors[added.rows] = added.outputs
-        without = [self.without_vector, before, np.arange(len(self.song_vectors), len(vectors))]
-        self.without_vector = np.setdiff1d(np.concatenate(without), added.rows)
+        rows_without_vector = [self.without_vector, previous_rows, np.arange(len(self.song_vectors), len(vectors))]
+        self.without_vector = np.setdiff1d(np.concatenate(rows_without_vector), added.rows)
         self.index = None if self.index is None else self.index.with_added(added.rows, vectors)
         self.song_vectors, self.num_songs = vectors, len(vectors)
         self.encoder.model.add_songs(*map(torch.from_numpy, (added.rows, added.averaged, added.inputs)))
@@ -71,21 +71,21 @@ class TasteRecommender(VectorRecommender):
         network = cls.from_folder(workspace, artifacts.load_manifest(workspace, "models", model_id).folder)
         if index_id is not None:
             index_manifest = artifacts.load_manifest(workspace, "indexes", index_id)
-            built_from = index_manifest.inputs.get("models")
-            if built_from != model_id:
+            index_model_id = index_manifest.inputs.get("models")
+            if index_model_id != model_id:
                 raise MismatchError(
-                    f"index {index_id} was built from model {built_from}, not from {model_id}; "
+                    f"index {index_id} was built from model {index_model_id}, not from {model_id}; "
                     f"run `rayrec index --model {model_id}` first"
                 )
             network.index = SongIndex.load(workspace, index_manifest, network.song_vectors)
         if added_id is not None:
-            added = artifacts.load_manifest(workspace, "added_songs", added_id)
-            if added.inputs.get("models") != model_id:
+            manifest = artifacts.load_manifest(workspace, "added_songs", added_id)
+            if manifest.inputs.get("models") != model_id:
                 raise MismatchError(
-                    f"added songs {added_id} were made for model {added.inputs.get('models')}, not for {model_id}; "
+                    f"added songs {added_id} were made for model {manifest.inputs.get('models')}, not for {model_id}; "
                     f"run `rayrec songs add --model {model_id}` first"
                 )
-            network.add_songs(AddedSongs.load(workspace, added.folder))
+            network.add_songs(AddedSongs.load(workspace, manifest.folder))
         return network
 
     @classmethod
@@ -95,15 +95,15 @@ class TasteRecommender(VectorRecommender):
 
     def with_index(self, index: SongIndex) -> "TasteRecommender":
         """Return the same network with another index over its song vectors."""
-        other = copy(self)
-        other.index = index
-        return other
+        recommender = copy(self)
+        recommender.index = index
+        return recommender
 
     def short_only(self) -> "TasteRecommender":
         """Return the same network that answers every horizon with its short one."""
-        other = copy(self)
-        other.name, other.horizons, other.long_days = f"{self.name}-short", ("short",), None
-        return other
+        recommender = copy(self)
+        recommender.name, recommender.horizons, recommender.long_days = f"{self.name}-short", ("short",), None
+        return recommender
 
     def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, D): the taste vectors; plays that no query needs are not read.
@@ -117,16 +117,16 @@ class TasteRecommender(VectorRecommender):
     ) -> dict[HorizonName, np.ndarray]:
         """As `vectors`, for several horizons in one pass over the plays."""
         if queries.hidden is not None:
-            return self._encoded(histories, queries, horizons)
+            return self._encode(histories, queries, horizons)
         rows, inverse = np.unique(queries.rows, return_inverse=True)
-        needed = np.zeros(len(rows), dtype=np.int64)
-        np.maximum.at(needed, inverse, queries.seen)
+        needed_counts = np.zeros(len(rows), dtype=np.int64)
+        np.maximum.at(needed_counts, inverse, queries.seen)
         query_histories = histories.take(rows)
-        position = np.arange(query_histories.num_plays) - query_histories.offsets[query_histories.rows]
-        query_histories = query_histories.keep(position < needed[query_histories.rows])
-        return self._encoded(query_histories, Queries(rows=inverse, seen=queries.seen, at=queries.at), horizons)
+        positions = np.arange(query_histories.num_plays) - query_histories.offsets[query_histories.rows]
+        query_histories = query_histories.keep(positions < needed_counts[query_histories.rows])
+        return self._encode(query_histories, Queries(rows=inverse, seen=queries.seen, at=queries.at), horizons)
 
-    def _encoded(
+    def _encode(
         self, histories: Histories, queries: Queries, horizons: Sequence[HorizonName]
     ) -> dict[HorizonName, np.ndarray]:
         heads = {horizon: self.head(horizon) for horizon in horizons}
@@ -143,8 +143,8 @@ class TasteRecommender(VectorRecommender):
         vectors: Mapping[HorizonName, np.ndarray] | None = None,
     ) -> list[dict[str, float]]:
         """Return the same features for each song: it is near the taste vectors used. See `BaseRecommender.explain`."""
-        near = {"taste_short_rank": float(long_weight < 1), "taste_long_rank": float(long_weight > 0)}
-        return [near] * len(songs)
+        features = {"taste_short_rank": float(long_weight < 1), "taste_long_rank": float(long_weight > 0)}
+        return [features] * len(songs)
 
     def head(self, horizon: HorizonName) -> str:
         """Return the name of the network's head that answers for a horizon."""

@@ -119,17 +119,17 @@ class CandidateSource:
         may hold. The other candidates remain, so that features and probabilities keep their meaning.
         """
         vectors = vectors or self.network.vectors_of(histories, queries, HORIZONS)
-        short, long = (vectors[horizon] for horizon in HORIZONS)
+        short_vectors, long_vectors = (vectors[horizon] for horizon in HORIZONS)
         for chunk in query_slices(queries):
             batch = QueryBatch.of(
                 histories,
                 queries.take(chunk),
                 self.num_songs,
-                short_vectors=short[chunk],
-                long_vectors=long[chunk],
+                short_vectors=short_vectors[chunk],
+                long_vectors=long_vectors[chunk],
                 real_times=self.sources.real_times,
             )
-            keys = None if songs_to_rank is None else _keys_of(batch, songs_to_rank[chunk])
+            keys = None if songs_to_rank is None else _pair_keys(batch, songs_to_rank[chunk])
             candidates = retrieve(self.retrievers, batch, self._counts, keys)
             yield (
                 chunk,
@@ -142,22 +142,25 @@ class CandidateSource:
             )
 
 
-def _keys_of(batch: QueryBatch, songs: Sequence[np.ndarray]) -> np.ndarray:
+def _pair_keys(batch: QueryBatch, songs: Sequence[np.ndarray]) -> np.ndarray:
     """int64, ascending: the keys of the pairs of each query and its `songs`, each once; unknown rows are left out."""
-    rows = np.repeat(np.arange(len(songs)), [len(each) for each in songs])
-    joined = np.concatenate([np.zeros(0, np.int64), *songs])
-    known = (joined >= 0) & (joined < batch.num_songs)
-    return np.unique(batch.keys(rows[known], joined[known]))
+    rows = np.repeat(np.arange(len(songs)), [len(song_rows) for song_rows in songs])
+    all_songs = np.concatenate([np.zeros(0, np.int64), *songs])
+    is_known = (all_songs >= 0) & (all_songs < batch.num_songs)
+    return np.unique(batch.keys(rows[is_known], all_songs[is_known]))
 
 
 def query_slices(queries: Queries) -> Iterator[slice]:
     """Yield slices of the queries that are answered together, in order."""
     plays = np.minimum(queries.seen, LATEST_PLAYS) + 1
-    by_plays, by_count = (np.cumsum(plays) - plays) // PLAYS_AT_ONCE, np.arange(len(queries)) // QUERIES_AT_ONCE
-    changes = np.flatnonzero((np.diff(by_plays) != 0) | (np.diff(by_count) != 0)) + 1
-    for begin, end in zip([0, *changes.tolist()], [*changes.tolist(), len(queries)], strict=True):
-        if end > begin:
-            yield slice(begin, end)
+    slice_by_plays, slice_by_count = (
+        (np.cumsum(plays) - plays) // PLAYS_AT_ONCE,
+        np.arange(len(queries)) // QUERIES_AT_ONCE,
+    )
+    changes = np.flatnonzero((np.diff(slice_by_plays) != 0) | (np.diff(slice_by_count) != 0)) + 1
+    for start, end in zip([0, *changes.tolist()], [*changes.tolist(), len(queries)], strict=True):
+        if end > start:
+            yield slice(start, end)
 
 
 class TwoStepRecommender(CandidateRecommender):
@@ -199,11 +202,11 @@ class TwoStepRecommender(CandidateRecommender):
     def candidate_chunks(self, histories: Histories, queries: Queries) -> Iterator[tuple[slice, ScoredCandidates]]:
         """As in `CandidateRecommender`."""
         for chunk, scored in self.source.batches(histories, queries):
-            candidates, chances = scored.candidates, _Chances(self, scored)
+            candidates, probabilities = scored.candidates, _CandidateProbabilities(self, scored)
             yield (
                 chunk,
                 ScoredCandidates(
-                    rows=candidates.rows, songs=candidates.songs, scores=chances, retrievers=candidates.positions
+                    rows=candidates.rows, songs=candidates.songs, scores=probabilities, retrievers=candidates.positions
                 ),
             )
 
@@ -243,10 +246,14 @@ class TwoStepRecommender(CandidateRecommender):
         ranking = Ranking.empty(len(queries), k, "exact")
         paths = list(ranking.paths)
         for chunk, scored in self.source.batches(histories, queries, vectors, songs_to_rank):
-            some = None if filters is None else filters[chunk]
-            part = self.rank_scored(scored, k, some, long_weight=long_weight)
-            ranking.songs[chunk], ranking.scores[chunk], paths[chunk] = part.songs, part.scores, part.paths
-            ranking.filled[chunk] = part.filled
+            chunk_filters = None if filters is None else filters[chunk]
+            chunk_ranking = self.rank_scored(scored, k, chunk_filters, long_weight=long_weight)
+            ranking.songs[chunk], ranking.scores[chunk], paths[chunk] = (
+                chunk_ranking.songs,
+                chunk_ranking.scores,
+                chunk_ranking.paths,
+            )
+            ranking.filled[chunk] = chunk_ranking.filled
         return replace(ranking, paths=tuple(paths))
 
     def rank_scored(
@@ -254,11 +261,11 @@ class TwoStepRecommender(CandidateRecommender):
     ) -> Ranking:
         """As `rank_queries`, for queries whose candidates and features are already computed."""
         new_only = np.array([answer_filter.new_only for answer_filter in filters or ()] or [False] * len(scored.batch))
-        chances = self.chances(scored, long_weight, new_only)
-        songs, scores = _best(scored, chances, k, filters)
+        probabilities = self.chances(scored, long_weight, new_only)
+        songs, scores = _best_candidates(scored, probabilities, k, filters)
         filled = np.zeros(len(songs), dtype=np.int64)
-        short = songs[:, -1] == NO_SONG if scored.may_come is None else np.zeros(len(songs), dtype=bool)
-        for row in np.flatnonzero(short).tolist():
+        is_short = songs[:, -1] == NO_SONG if scored.may_come is None else np.zeros(len(songs), dtype=bool)
+        for row in np.flatnonzero(is_short).tolist():
             filled[row] = self._fill(scored.batch, row, songs[row], scores[row], filters, long_weight)
         paths: list[SearchPath] = ["index" if count else "exact" for count in filled.tolist()]
         return Ranking(songs=songs, scores=scores, paths=tuple(paths), filled=filled)
@@ -271,27 +278,32 @@ class TwoStepRecommender(CandidateRecommender):
         if "long" not in self.rankers:
             long_weight = 0.0
         if long_weight == 1:
-            return self._of_ranker(scored, "long", shares=False)
+            return self._ranker_probabilities(scored, "long", shares=False)
         rows = scored.candidates.rows
         if "served" not in self.rankers or not new_only.any():
-            short = self._of_ranker(scored, "next", shares=long_weight > 0)
+            short_probabilities = self._ranker_probabilities(scored, "next", shares=long_weight > 0)
         elif new_only.all():
-            short = self._of_ranker(scored, "served", shares=long_weight > 0)
+            short_probabilities = self._ranker_probabilities(scored, "served", shares=long_weight > 0)
         else:
-            next_play, served = (self._of_ranker(scored, kind, shares=long_weight > 0) for kind in ("next", "served"))
-            short = np.where(new_only[rows], served, next_play)
+            next_probabilities, served_probabilities = (
+                self._ranker_probabilities(scored, kind, shares=long_weight > 0) for kind in ("next", "served")
+            )
+            short_probabilities = np.where(new_only[rows], served_probabilities, next_probabilities)
         if long_weight == 0:
-            return short
-        return np.asarray((1 - long_weight) * short + long_weight * self._of_ranker(scored, "long", shares=True))
+            return short_probabilities
+        return np.asarray(
+            (1 - long_weight) * short_probabilities
+            + long_weight * self._ranker_probabilities(scored, "long", shares=True)
+        )
 
-    def _of_ranker(self, scored: Scored, kind: RankerKind, *, shares: bool) -> np.ndarray:
+    def _ranker_probabilities(self, scored: Scored, kind: RankerKind, *, shares: bool) -> np.ndarray:
         """float64 (C,): the probabilities by one ranker, or, with `shares`, the softmax shares within each query."""
         ranker, rows = self.rankers[kind], scored.candidates.rows
         if kind == "served":  # this ranker orders only new songs
-            new = scored.batch.user_songs.find(scored.candidates.keys) < 0
+            is_new = scored.batch.user_songs.find(scored.candidates.keys) < 0
             values = np.zeros(len(rows))
-            scores = ranker.scores(self._features(scored, kind)[new])
-            values[new] = (ranker.calibration.shares_of if shares else ranker.calibration)(rows[new], scores)
+            scores = ranker.scores(self._features(scored, kind)[is_new])
+            values[is_new] = (ranker.calibration.shares_of if shares else ranker.calibration)(rows[is_new], scores)
             return values
         scores = ranker.scores(self._features(scored, kind))
         return np.asarray((ranker.calibration.shares_of if shares else ranker.calibration)(rows, scores))
@@ -318,8 +330,8 @@ class TwoStepRecommender(CandidateRecommender):
         features: list[dict[str, float]] = []
         for _, scored in self.source.batches(history, Queries.at_end(history, at), vectors, [songs]):
             rows = scored.candidates.find(np.asarray(songs, dtype=np.int64))
-            table = [scored.features[row].tolist() if row >= 0 else [] for row in rows.tolist()]
-            features = [dict(zip(self.source.sources.names, values, strict=False)) for values in table]
+            feature_rows = [scored.features[row].tolist() if row >= 0 else [] for row in rows.tolist()]
+            features = [dict(zip(self.source.sources.names, values, strict=False)) for values in feature_rows]
         return features
 
     def _fill(
@@ -335,37 +347,39 @@ class TwoStepRecommender(CandidateRecommender):
         vector = batch.short_vectors[row] if long_weight < 0.5 else batch.long_vectors[row]
         if not vector.any():
             return 0
-        proposed = int(np.count_nonzero(songs != NO_SONG))
+        num_proposed = int(np.count_nonzero(songs != NO_SONG))
         answer_filter = AnswerFilter() if filters is None else filters[row]
-        within = replace(answer_filter, excluded=np.concatenate([answer_filter.excluded, songs[:proposed]]))
-        more = self.source.index.rank(vector[None], len(songs) - proposed, [within])
-        songs[proposed:] = more.songs[0]
-        scores[proposed:] = np.where(more.songs[0] == NO_SONG, -np.inf, 0)
-        return int(np.count_nonzero(more.songs[0] != NO_SONG))
+        remaining_filter = replace(
+            answer_filter, excluded=np.concatenate([answer_filter.excluded, songs[:num_proposed]])
+        )
+        nearest = self.source.index.rank(vector[None], len(songs) - num_proposed, [remaining_filter])
+        songs[num_proposed:] = nearest.songs[0]
+        scores[num_proposed:] = np.where(nearest.songs[0] == NO_SONG, -np.inf, 0)
+        return int(np.count_nonzero(nearest.songs[0] != NO_SONG))
 
 
-class _Chances:
+class _CandidateProbabilities:
     """The probabilities of a batch of candidates, computed once for each kind of answer."""
 
     def __init__(self, recommender: TwoStepRecommender, scored: Scored) -> None:
         self._recommender, self._scored = recommender, scored
-        self._known: dict[tuple[HorizonName, bool], np.ndarray] = {}
+        self._cache: dict[tuple[HorizonName, bool], np.ndarray] = {}
 
     def __call__(self, horizon: HorizonName, exclude_heard: bool) -> np.ndarray:
         """float64 (C,): the probabilities; the long horizon uses one ranker, with or without heard songs."""
         key = horizon, exclude_heard and horizon == "short"
-        if key not in self._known:
+        if key not in self._cache:
             new_only = np.full(len(self._scored.batch), exclude_heard)
-            self._known[key] = self._recommender.chances(self._scored, float(horizon == "long"), new_only)
-        return self._known[key]
+            self._cache[key] = self._recommender.chances(self._scored, float(horizon == "long"), new_only)
+        return self._cache[key]
 
 
-def _columns(learned: Sequence[str], names: Sequence[str]) -> np.ndarray | None:
+def _columns(learned_names: Sequence[str], names: Sequence[str]) -> np.ndarray | None:
     """int64: the column in `names` of each feature that a ranker learned from, -1 if missing; None if all are equal."""
-    if list(learned) == list(names):
+    if list(learned_names) == list(names):
         return None
-    places = {name: place for place, name in enumerate(names)}
-    return np.array([places.get(name, -1) for name in learned])
+    column_of_name = {name: column for column, name in enumerate(names)}
+    return np.array([column_of_name.get(name, -1) for name in learned_names])
 
 
 def load_two_step(
@@ -382,41 +396,41 @@ def load_rankers(workspace: Workspace, folder: str) -> dict[RankerKind, Ranker]:
     return {kind: Ranker.load(workspace, folder, kind) for kind in kinds}
 
 
-def _best(
-    scored: Scored, chances: np.ndarray, k: int, filters: Sequence[AnswerFilter] | None
+def _best_candidates(
+    scored: Scored, probabilities: np.ndarray, k: int, filters: Sequence[AnswerFilter] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return songs int32 (Q, k) and scores float32 (Q, k): the best candidates an answer may hold; ties by song row."""
-    candidates, queries = scored.candidates, len(scored.batch)
+    candidates, num_queries = scored.candidates, len(scored.batch)
     rows, songs = candidates.rows, candidates.songs
-    may_come = scored.may_come
+    is_allowed = scored.may_come
     if filters is not None:
-        within = _qualify(candidates, filters)
-        may_come = within if may_come is None else within & may_come
-    if may_come is not None:
-        rows, songs, chances = rows[may_come], songs[may_come], chances[may_come]
-    best, places = best_of_each(rows, chances, songs, k)
-    best_songs = np.full((queries, k), NO_SONG, dtype=np.int32)
-    best_scores = np.full((queries, k), -np.inf, dtype=np.float32)
-    best_songs[rows[best], places] = songs[best]
-    best_scores[rows[best], places] = chances[best]
+        is_qualified = _qualify_candidates(candidates, filters)
+        is_allowed = is_qualified if is_allowed is None else is_qualified & is_allowed
+    if is_allowed is not None:
+        rows, songs, probabilities = rows[is_allowed], songs[is_allowed], probabilities[is_allowed]
+    best, ranks = best_of_each(rows, probabilities, songs, k)
+    best_songs = np.full((num_queries, k), NO_SONG, dtype=np.int32)
+    best_scores = np.full((num_queries, k), -np.inf, dtype=np.float32)
+    best_songs[rows[best], ranks] = songs[best]
+    best_scores[rows[best], ranks] = probabilities[best]
     return best_songs, best_scores
 
 
-def _qualify(candidates: Candidates, filters: Sequence[AnswerFilter]) -> np.ndarray:
+def _qualify_candidates(candidates: Candidates, filters: Sequence[AnswerFilter]) -> np.ndarray:
     """bool (C,): True for candidates that pass the filter of their query."""
-    excluded = [answer_filter.excluded for answer_filter in filters]
-    rows = np.repeat(np.arange(len(filters)), [len(songs) for songs in excluded])
-    songs = np.concatenate([np.zeros(0, np.int64), *excluded])
-    known = songs < candidates.num_songs
-    keys = np.unique(rows[known] * candidates.num_songs + songs[known])
-    qualified = ~np.isin(candidates.keys, keys, assume_unique=True)
+    excluded_songs = [answer_filter.excluded for answer_filter in filters]
+    rows = np.repeat(np.arange(len(filters)), [len(songs) for songs in excluded_songs])
+    songs = np.concatenate([np.zeros(0, np.int64), *excluded_songs])
+    is_known = songs < candidates.num_songs
+    keys = np.unique(rows[is_known] * candidates.num_songs + songs[is_known])
+    is_qualified = ~np.isin(candidates.keys, keys, assume_unique=True)
     if any(answer_filter.allowed is not None for answer_filter in filters):
         bounds = np.searchsorted(candidates.rows, np.arange(len(filters) + 1))
         for row, answer_filter in enumerate(filters):
             if answer_filter.allowed is not None:
-                own = slice(int(bounds[row]), int(bounds[row + 1]))
-                qualified[own] &= answer_filter.allowed.holds(candidates.songs[own])
-    return np.asarray(qualified)
+                query_candidates = slice(int(bounds[row]), int(bounds[row + 1]))
+                is_qualified[query_candidates] &= answer_filter.allowed.holds(candidates.songs[query_candidates])
+    return np.asarray(is_qualified)
 
 
 def examples_for(
@@ -437,56 +451,58 @@ def examples_for(
     longer and do not improve the order. Held-out queries keep all wrong candidates, for the check. `vectors` are the
     taste vectors, if they are already computed.
     """
-    parts = {kind: [RankingExamples.none(len(source.sources.names))] for kind in answers}
+    examples_by_kind = {kind: [RankingExamples.none(len(source.sources.names))] for kind in answers}
     for chunk, scored in source.batches(histories, queries, vectors):
-        heard = scored.batch.user_songs.find(scored.candidates.keys) >= 0
+        is_heard = scored.batch.user_songs.find(scored.candidates.keys) >= 0
         for kind, (rows, songs) in answers.items():
-            inside = (rows >= chunk.start) & (rows < chunk.stop)
-            answered = np.bincount(rows[inside] - chunk.start, minlength=len(scored.batch)) > 0
-            inside &= songs < source.num_songs
-            keys = np.unique(scored.batch.keys(rows[inside] - chunk.start, songs[inside].astype(np.int64)))
-            allowed = np.ones(len(heard), dtype=bool)
+            in_chunk = (rows >= chunk.start) & (rows < chunk.stop)
+            has_answer = np.bincount(rows[in_chunk] - chunk.start, minlength=len(scored.batch)) > 0
+            in_chunk &= songs < source.num_songs
+            keys = np.unique(scored.batch.keys(rows[in_chunk] - chunk.start, songs[in_chunk].astype(np.int64)))
+            is_allowed = np.ones(len(is_heard), dtype=bool)
             if kind == "served":
-                allowed, keys = ~heard, keys[scored.batch.user_songs.find(keys) < 0]
-            parts[kind].append(_examples_of(scored, keys, allowed, answered & held_out[chunk], held_out[chunk]))
-    return {kind: RankingExamples.joined(examples) for kind, examples in parts.items()}
+                is_allowed, keys = ~is_heard, keys[scored.batch.user_songs.find(keys) < 0]
+            examples_by_kind[kind].append(
+                _batch_examples(scored, keys, is_allowed, has_answer & held_out[chunk], held_out[chunk])
+            )
+    return {kind: RankingExamples.joined(examples) for kind, examples in examples_by_kind.items()}
 
 
-def _drawn(scored: Scored, wrong: np.ndarray) -> np.ndarray:
-    """bool (C,): True for NEGATIVES of the `wrong` candidates, bool (C,), of each query, drawn by a hash.
+def _draw_negatives(scored: Scored, is_wrong: np.ndarray) -> np.ndarray:
+    """bool (C,): True for NEGATIVES of the candidates in `is_wrong`, bool (C,), of each query, drawn by a hash.
 
     The hash depends on the time of the query and on the song.
     """
-    places = np.flatnonzero(wrong)
-    rows, songs = scored.candidates.rows[places], scored.candidates.songs[places]
-    mixed = (scored.batch.queries.at[rows] * 1_000_003 + songs).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    order = np.lexsort((mixed ^ (mixed >> np.uint64(29)), rows))
-    drawn = np.zeros(len(wrong), dtype=bool)
-    drawn[places[order[places_in(rows[order]) < NEGATIVES]]] = True
-    return drawn
+    positions = np.flatnonzero(is_wrong)
+    rows, songs = scored.candidates.rows[positions], scored.candidates.songs[positions]
+    hashes = (scored.batch.queries.at[rows] * 1_000_003 + songs).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    order = np.lexsort((hashes ^ (hashes >> np.uint64(29)), rows))
+    is_drawn = np.zeros(len(is_wrong), dtype=bool)
+    is_drawn[positions[order[places_in(rows[order]) < NEGATIVES]]] = True
+    return is_drawn
 
 
-def _examples_of(
-    scored: Scored, keys: np.ndarray, allowed: np.ndarray, counted: np.ndarray, held_out: np.ndarray
+def _batch_examples(
+    scored: Scored, right_keys: np.ndarray, is_allowed: np.ndarray, is_counted: np.ndarray, held_out: np.ndarray
 ) -> RankingExamples:
-    """Return the examples of a batch of queries; the pairs of a query and its right song have the keys `keys`, int64.
+    """Return the examples of a batch of queries; `right_keys`, int64, identify the pairs of a query and a right song.
 
-    `allowed`, bool (C,), is True for candidates that may be used. Queries without a right candidate are left out, apart
-    from those in `counted`, bool (Q,), which the calibration of probabilities needs.
+    `is_allowed`, bool (C,), is True for candidates that may be used. Queries without a right candidate are left out,
+    apart from those in `is_counted`, bool (Q,), which the calibration of probabilities needs.
     """
-    rows, queries = scored.candidates.rows, len(scored.batch)
-    hit = np.isin(scored.candidates.keys, keys, assume_unique=True) & allowed
-    has_hit = np.bincount(rows, weights=hit, minlength=queries) > 0
-    used = has_hit | counted
-    is_example = allowed & used[rows]
-    drawn = hit | _drawn(scored, is_example & ~hit)
-    is_example &= held_out[rows] | drawn
+    rows, num_queries = scored.candidates.rows, len(scored.batch)
+    is_right = np.isin(scored.candidates.keys, right_keys, assume_unique=True) & is_allowed
+    has_right = np.bincount(rows, weights=is_right, minlength=num_queries) > 0
+    is_used = has_right | is_counted
+    is_example = is_allowed & is_used[rows]
+    is_drawn = is_right | _draw_negatives(scored, is_example & ~is_right)
+    is_example &= held_out[rows] | is_drawn
     return RankingExamples(
         features=scored.features[is_example],
-        right=hit[is_example],
-        counts=np.bincount(rows[is_example], minlength=queries)[used],
-        held_out=held_out[used],
-        drawn=drawn[is_example],
+        right=is_right[is_example],
+        counts=np.bincount(rows[is_example], minlength=num_queries)[is_used],
+        held_out=held_out[is_used],
+        drawn=is_drawn[is_example],
     )
 
 
@@ -495,20 +511,20 @@ HELD_OUT = 5  # one user in five is held out to check rankers trained on the oth
 SELECTION_RANKERS = "selection"  # folder in an artifact of rankers: rankers trained without the held-out users
 
 
-def validation_queries(histories: Histories, split: Split, most: int) -> tuple[Histories, np.ndarray]:
-    """Return histories up to the end of the validation range, and positions int64 (Q,) of at most `most` plays in it.
+def validation_queries(histories: Histories, split: Split, limit: int) -> tuple[Histories, np.ndarray]:
+    """Return histories up to the end of the validation range, and positions int64 (Q,) of at most `limit` plays in it.
 
     Each of these plays has an earlier play by the same user. The choice depends only on user and time.
     """
     final_histories = split.final.select(histories)
-    inside = split.is_validation(final_histories)
-    inside[final_histories.offsets[:-1][final_histories.lengths > 0]] = False
-    with_queries = np.bincount(final_histories.rows[inside], minlength=len(final_histories)) > 0
-    query_histories = final_histories.take(with_queries)
-    plays = np.flatnonzero(inside[with_queries[final_histories.rows]])
-    if len(plays) > most:
+    in_validation = split.is_validation(final_histories)
+    in_validation[final_histories.offsets[:-1][final_histories.lengths > 0]] = False
+    has_queries = np.bincount(final_histories.rows[in_validation], minlength=len(final_histories)) > 0
+    query_histories = final_histories.take(has_queries)
+    plays = np.flatnonzero(in_validation[has_queries[final_histories.rows]])
+    if len(plays) > limit:
         order = np.argsort(_play_hash(query_histories, plays), kind="stable")
-        plays = np.sort(plays[order[:most]])
+        plays = np.sort(plays[order[:limit]])
     return query_histories, plays
 
 
@@ -527,10 +543,14 @@ def collect_examples(
     queries = Queries.before_plays(histories, plays)
     held_out = checks_rankers(histories.user_ids)[queries.rows]
     network = next(iter(sources.values())).network
-    begin, end = (network.long_days or LONG).spans(histories, queries)
-    later = np.repeat(np.arange(len(plays)), end - begin), histories.songs[ranges(begin, end - begin)]
-    following = np.arange(len(plays)), histories.songs[plays]
-    answers: dict[RankerKind, tuple[np.ndarray, np.ndarray]] = {"next": following, "served": following, "long": later}
+    starts, ends = (network.long_days or LONG).spans(histories, queries)
+    later_answers = np.repeat(np.arange(len(plays)), ends - starts), histories.songs[ranges(starts, ends - starts)]
+    next_answers = np.arange(len(plays)), histories.songs[plays]
+    answers: dict[RankerKind, tuple[np.ndarray, np.ndarray]] = {
+        "next": next_answers,
+        "served": next_answers,
+        "long": later_answers,
+    }
     vectors = network.vectors_of(histories, queries, HORIZONS)
     return {
         name: examples_for(source, histories, queries, answers, held_out=held_out, vectors=vectors)
@@ -552,7 +572,7 @@ def unpack_examples(data: bytes) -> RankingExamples:
 def _play_hash(histories: Histories, plays: np.ndarray) -> np.ndarray:
     """uint64 (Q,): a hash of the user and time of each play, which does not depend on the order of the users."""
     rows = np.searchsorted(histories.offsets, plays, side="right") - 1
-    mixed = user_hash(histories.user_ids)[rows] ^ (
+    hashes = user_hash(histories.user_ids)[rows] ^ (
         histories.played_at[plays].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     )
-    return np.asarray((mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9))
+    return np.asarray((hashes ^ (hashes >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9))

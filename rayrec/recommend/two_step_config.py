@@ -58,5 +58,5 @@ ABLATED_PARTS = {
 
 def kept_features(names: Iterable[str], part: RankedPart | None) -> list[int]:
     """Return the positions of the features that remain if `part` is left out; all positions if it is None."""
-    left_out = part.features if part else ()
-    return [place for place, name in enumerate(names) if not (left_out and name.startswith(left_out))]
+    prefixes = part.features if part else ()
+    return [position for position, name in enumerate(names) if not (prefixes and name.startswith(prefixes))]

@@ -35,15 +35,15 @@ class DeploymentConfig(ServeConfig):
 def build(args: Mapping[str, Any]) -> Application:
     """Return the application for Serve to run. Raises `InputError` if `args` are not a valid `DeploymentConfig`."""
     config = from_mapping(DeploymentConfig, args, "args of rayrec.serving.deployments:build")
-    bounds: dict[str, Any] = {
+    options: dict[str, Any] = {
         "max_ongoing_requests": WAITING_BEYOND * config.max_waiting,
         "max_queued_requests": config.max_waiting,
         "backpressure_config": {"retry_after_s": RETRY_AFTER_S},  # sent with Serve's 503 for more requests
         "ray_actor_options": {"num_cpus": config.cpus, "runtime_env": {"env_vars": ENVIRONMENT}},
     }
     if config.max_replicas > config.replicas:
-        bounds["num_replicas"] = "auto"
-        bounds["autoscaling_config"] = {
+        options["num_replicas"] = "auto"
+        options["autoscaling_config"] = {
             "min_replicas": config.replicas,
             "initial_replicas": config.replicas,
             "max_replicas": config.max_replicas,
@@ -52,8 +52,8 @@ def build(args: Mapping[str, Any]) -> Application:
             "downscale_delay_s": config.scale_down_seconds,
         }
     else:
-        bounds["num_replicas"] = config.replicas
-    application: Application = RecommendationServer.options(**bounds).bind(config)  # type: ignore[attr-defined]
+        options["num_replicas"] = config.replicas
+    application: Application = RecommendationServer.options(**options).bind(config)  # type: ignore[attr-defined]
     return application
 
 
@@ -65,8 +65,8 @@ class RecommendationServer:
     def __init__(self, config: DeploymentConfig) -> None:
         if is_loopback(config.host):
             bind_replica_port_to_loopback()
-        replica = serve.get_replica_context().replica_id.unique_id
-        self._service = open_service(Workspace(config.workspace), config, replica=replica)
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        self._service = open_service(Workspace(config.workspace), config, replica=replica_id)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the app that Serve runs in this replica; `serve.ingress()` documents this method name."""

@@ -38,10 +38,10 @@ class Pool:
     every request. It is not the thread of the event loop, so that health checks and refusals are answered meanwhile.
     """
 
-    def __init__(self, most: int) -> None:
-        """At most `most` calls may run or wait."""
+    def __init__(self, max_calls: int) -> None:
+        """At most `max_calls` calls may run or wait."""
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rayrec-work")
-        self._most = most
+        self._max_calls = max_calls
         self._lock = threading.Lock()
         self.waiting = 0  # calls that run or wait
 
@@ -51,19 +51,19 @@ class Pool:
         If the caller is cancelled, a waiting call is dropped at once; a running call keeps its place until it ends.
         """
         with self._lock:
-            if self.waiting >= self._most:
+            if self.waiting >= self._max_calls:
                 raise OverloadedError(f"{self.waiting} requests are already waiting; try again in a second")
             self.waiting += 1
         context = copy_context()  # so that `request_stages` of this request are set on the thread
         future = self._executor.submit(lambda: context.run(work, *args, **kwargs))
-        future.add_done_callback(self._leave)
+        future.add_done_callback(self._decrement_waiting)
         return await asyncio.wrap_future(future)
 
     def wait_for(self, work: Callable[[], None]) -> None:
         """Run `work` on the pool's thread between two calls, and wait until it ends. Call this from another thread."""
         self._executor.submit(work).result()
 
-    def _leave(self, _: "Future[T]") -> None:
+    def _decrement_waiting(self, _: "Future[T]") -> None:
         with self._lock:
             self.waiting -= 1
 
@@ -85,8 +85,8 @@ class Parts:
         network = network_of(self.recommender)
         with self.metrics.stage("project"):
             heads = {name: network.head(name) for name in horizons}
-            tastes = network.encoder.tastes_of(states, at, list(set(heads.values())))
-            return {name: tastes[head] for name, head in heads.items()}
+            taste_vectors = network.encoder.tastes_of(states, at, list(set(heads.values())))
+            return {name: taste_vectors[head] for name, head in heads.items()}
 
     def answer_states(
         self, states: States, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]
@@ -105,11 +105,11 @@ class Parts:
         with self.metrics.stage("choose"):
             return similar(self.recommender, song, k)
 
-    def with_added_songs(self, added: AddedSongs) -> "Parts":
-        """Return parts that recommend `added` in place of the songs added before. This changes the network in place."""
+    def with_added_songs(self, added_songs: AddedSongs) -> "Parts":
+        """Return parts that recommend `added_songs` instead of the songs added before. The network itself changes."""
         if isinstance(self.recommender, TwoStepRecommender):
-            return replace(self, recommender=self.recommender.with_added_songs(added, room=ROOM))
-        network_of(self.recommender).add_songs(added, room=ROOM)
+            return replace(self, recommender=self.recommender.with_added_songs(added_songs, room=ROOM))
+        network_of(self.recommender).add_songs(added_songs, room=ROOM)
         return self
 
     def layout(self, songs: np.ndarray) -> np.ndarray:
@@ -123,14 +123,14 @@ class Engine:
     def __init__(self, parts: Parts, pool: Pool) -> None:
         self.parts, self._pool = parts, pool
 
-    def add_songs(self, added: AddedSongs, on_added: Callable[[], None]) -> None:
-        """Recommend `added` in place of the songs added before. Returns when this is done.
+    def add_songs(self, added_songs: AddedSongs, on_added: Callable[[], None]) -> None:
+        """Recommend `added_songs` in place of the songs added before. Returns when this is done.
 
         `on_added` is called before the next answer is computed.
         """
 
         def add() -> None:
-            self.parts = self.parts.with_added_songs(added)
+            self.parts = self.parts.with_added_songs(added_songs)
             on_added()
 
         self._pool.wait_for(add)

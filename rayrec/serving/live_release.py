@@ -137,11 +137,11 @@ class Reports:
 
     def write(self, report: Report) -> None:
         """Replace a replica's report."""
-        self._workspace.write_json(_path(report.replica), report.to_mapping())
+        self._workspace.write_json(_report_path(report.replica), report.to_mapping())
 
     def remove(self, replica: str) -> None:
         """Delete the report of a replica that ends."""
-        self._workspace.delete(_path(replica))
+        self._workspace.delete(_report_path(replica))
 
     def alive(self) -> list[Report]:
         """Return the reports of live replicas. A dead one counts as alive until it was watched for `STALE_SECONDS`.
@@ -162,7 +162,7 @@ class Reports:
         return alive
 
 
-def _path(replica: str) -> str:
+def _report_path(replica: str) -> str:
     return f"{REPLICAS}/{re.sub(r'[^A-Za-z0-9_-]', '-', replica)}.json"
 
 
@@ -195,8 +195,8 @@ class ReleaseHolder:
         """The release to answer with. Raises `NotReadyError` if none is loaded yet."""
         live = self._live
         if live is None:
-            why = f": {self._refused['reason']}" if self._refused else ""
-            raise NotReadyError(f"No release is loaded{why or '; make one live with `rayrec release activate ID`'}")
+            reason = f": {self._refused['reason']}" if self._refused else ""
+            raise NotReadyError(f"No release is loaded{reason or '; make one live with `rayrec release activate ID`'}")
         return live
 
     @property
@@ -218,25 +218,25 @@ class ReleaseHolder:
 
     def look(self) -> None:
         """Read `releases/active` once. If it names another release, load it and switch to it, or refuse it."""
-        active = releases.read_active(self.workspace)
-        change, release_id = active["change"], active["active"]
-        waited = time.monotonic() - self._refused_at > RETRY_SECONDS
-        if release_id is None or (change == self._change and not (self._refused and waited)):
+        activation = releases.read_active(self.workspace)
+        change_id, release_id = activation["change"], activation["active"]
+        may_retry = time.monotonic() - self._refused_at > RETRY_SECONDS
+        if release_id is None or (change_id == self._change and not (self._refused and may_retry)):
             return
         if self._live is None or self._live.id != release_id:
             self._switch(release_id)
             if self._live is None:  # a new replica has no old release to keep: use one that was live before
-                self._go_back(active["history"])
+                self._restore_earlier_release(activation["history"])
         else:
             self._refused = None
-        self._change = change
+        self._change = change_id
         self.reports.write(self.report())
 
     def start(self) -> None:
         """Call `look` now, then repeatedly until `stop`. Another thread writes reports all the time."""
-        self._repeat(self._report_safely, REPORT_SECONDS)
+        self._repeat_in_thread(self._report_safely, REPORT_SECONDS)
         self._look_safely()
-        self._repeat(self._look_safely, self.watch_seconds)
+        self._repeat_in_thread(self._look_safely, self.watch_seconds)
 
     def stop(self) -> None:
         """End the threads and delete the report."""
@@ -249,7 +249,7 @@ class ReleaseHolder:
     def _switch(self, release_id: str) -> None:
         self._loading = release_id
         try:
-            live = _read_again(lambda: self.load(release_id))
+            live = _read_with_retries(lambda: self.load(release_id))
         except Exception as error:  # the old release stays, whatever the error is
             reason = str(error) if isinstance(error, RayrecError) else f"{type(error).__name__}: {error}"
             self._refused, self._refused_at = {"id": release_id, "reason": reason}, time.monotonic()
@@ -261,7 +261,7 @@ class ReleaseHolder:
         self.on_switch(live)
         self._live = live  # a single assignment, so other threads see either the old or the new release
 
-    def _go_back(self, history: list[str]) -> None:
+    def _restore_earlier_release(self, history: list[str]) -> None:
         refused, refused_at = self._refused, self._refused_at
         for release_id in reversed(history):
             self._switch(release_id)
@@ -269,12 +269,12 @@ class ReleaseHolder:
                 break
         self._refused, self._refused_at = refused, refused_at
 
-    def _repeat(self, work: Callable[[], None], seconds: float) -> None:
-        def repeat() -> None:
-            while not self._stop.wait(seconds):
+    def _repeat_in_thread(self, work: Callable[[], None], interval_seconds: float) -> None:
+        def run_until_stop() -> None:
+            while not self._stop.wait(interval_seconds):
                 work()
 
-        self._threads.append(threading.Thread(target=repeat, daemon=True))
+        self._threads.append(threading.Thread(target=run_until_stop, daemon=True))
         self._threads[-1].start()
 
     def _look_safely(self) -> None:
@@ -293,18 +293,18 @@ class ReleaseHolder:
 
 def release_status(holder: ReleaseHolder) -> dict[str, Any]:
     """Return the answer of /v1/release: this replica, the activated release, and the reports of all replicas."""
-    active = releases.read_active(holder.workspace)
-    own = holder.report()
-    others = [report for report in holder.reports.alive() if report.replica != own.replica]
-    replicas = sorted((own, *others), key=lambda report: report.replica)
+    activation = releases.read_active(holder.workspace)
+    own_report = holder.report()
+    other_reports = [report for report in holder.reports.alive() if report.replica != own_report.replica]
+    reports = sorted((own_report, *other_reports), key=lambda report: report.replica)
     return {
-        "replica": own.replica,
-        "release": own.release,
-        "refused": own.refused,
-        "activated": active["active"],
-        "change": active["change"],
-        "agreed": all(report.release == active["active"] for report in replicas),
-        "replicas": [report.to_mapping() for report in replicas],
+        "replica": own_report.replica,
+        "release": own_report.release,
+        "refused": own_report.refused,
+        "activated": activation["active"],
+        "change": activation["change"],
+        "agreed": all(report.release == activation["active"] for report in reports),
+        "replicas": [report.to_mapping() for report in reports],
     }
 
 
@@ -314,7 +314,7 @@ def model_card(workspace: Workspace, release: Manifest) -> ModelCard:
     The metrics are those of the release's last report, or without a report, of the validation before its last fit.
     """
     dataset = read_dataset_manifest(workspace)
-    timed = dataset.times == "real" and dataset.plays > 0
+    has_times = dataset.times == "real" and dataset.plays > 0
     report = last_evaluation(workspace, release)
     validation = release.metrics.get(releases.VALIDATION, {})
     metrics = report.metrics if report else validation.get("figures", {})
@@ -329,8 +329,8 @@ def model_card(workspace: Workspace, release: Manifest) -> ModelCard:
             users=dataset.users,
             plays=dataset.plays,
             songs=dataset.songs,
-            first_play=dataset.first_play if timed else None,
-            last_play=dataset.last_play if timed else None,
+            first_play=dataset.first_play if has_times else None,
+            last_play=dataset.last_play if has_times else None,
         ),
         report=report.id if report else None,
         verdict=report.metrics["verdict"] if report else validation.get("verdict"),
@@ -389,16 +389,16 @@ class Arms:
         experiment = self._experiment
         if experiment is None or not request.user_id or request.model_fields_set & experiment.varied:
             return Assigned(sent=request, request=request, release=live)
-        name = experiment.arm_of(request.user_id)
-        if name is None:
+        arm_name = experiment.arm_of(request.user_id)
+        if arm_name is None:
             return Assigned(sent=request, request=request, release=live)
-        arm = experiment.arms[name]
+        arm = experiment.arms[arm_name]
         return Assigned(
             sent=request,
             request=request.model_copy(update=arm.settings),
             release=self._releases[arm.release] if arm.release else live,
             experiment=experiment.name,
-            arm=name,
+            arm=arm_name,
         )
 
 
@@ -419,29 +419,33 @@ def switch(workspace: Workspace, change: Callable[[], Manifest], wait: SwitchWai
     workspace cannot be read, or if `wait.seconds` are over; then it makes the earlier release live again first. It also
     raises `RayrecError` if another process changes the live release meanwhile, and leaves that change in place.
     """
-    before = releases.read_active(workspace)
+    previous_activation = releases.read_active(workspace)
     release = change()
-    mine = _read_again(lambda: releases.read_active(workspace))["change"]
+    change_id = _read_with_retries(lambda: releases.read_active(workspace))["change"]
     try:
-        _wait(workspace, release.id, mine, wait)
+        _wait(workspace, release.id, change_id, wait)
     except RayrecError as error:
         try:
-            is_mine = _read_again(lambda: releases.read_active(workspace))["change"] == mine
-            if is_mine:
-                releases.write_active(workspace, before["active"], before["history"])
-        except (StorageError, OSError) as failed:
+            is_still_active = _read_with_retries(lambda: releases.read_active(workspace))["change"] == change_id
+            if is_still_active:
+                releases.write_active(workspace, previous_activation["active"], previous_activation["history"])
+        except (StorageError, OSError) as restore_error:
             raise RayrecError(
-                f"{error}; release {release.id} is still live, since the workspace cannot be changed: {failed}; run "
-                "`rayrec release rollback --wait` when it can be changed again"
+                f"{error}; release {release.id} is still live, since the workspace cannot be changed: {restore_error}; "
+                "run `rayrec release rollback --wait` when it can be changed again"
             ) from error
-        if not is_mine:
+        if not is_still_active:
             raise
-        restored = f"release {before['active']} is live again" if before["active"] else "no release is live"
-        raise RayrecError(f"{error}; {restored}") from error
+        outcome = (
+            f"release {previous_activation['active']} is live again"
+            if previous_activation["active"]
+            else "no release is live"
+        )
+        raise RayrecError(f"{error}; {outcome}") from error
     return release
 
 
-def _read_again(read: Callable[[], T]) -> T:
+def _read_with_retries(read: Callable[[], T]) -> T:
     """Return the result of `read`, which is called up to `READ_ATTEMPTS` times if storage fails."""
     for _ in range(READ_ATTEMPTS - 1):
         try:
@@ -452,46 +456,50 @@ def _read_again(read: Callable[[], T]) -> T:
     return read()
 
 
-def _wait(workspace: Workspace, release_id: str, change: str, wait: SwitchWait) -> None:
-    began = present = time.monotonic()
-    reports_of, watch = Reports(workspace), ReportWatch()
-    problem = last = ""
+def _wait(workspace: Workspace, release_id: str, change_id: str, wait: SwitchWait) -> None:
+    started = last_seen = time.monotonic()
+    reports, report_watch = Reports(workspace), ReportWatch()
+    problem = last_problem = ""
     while True:
         try:
-            if releases.read_active(workspace)["change"] != change:
+            if releases.read_active(workspace)["change"] != change_id:
                 raise RayrecError(f"the live release was changed again before all replicas answered with {release_id}")
-            alive = watch.alive(fetch_reports(wait.url)) if wait.url else reports_of.alive()
+            live_reports = report_watch.alive(fetch_reports(wait.url)) if wait.url else reports.alive()
         except ApiUnavailableError as error:  # the application does not run, or not yet
             problem = str(error)
         except (StorageError, OSError) as error:
             problem = f"the workspace cannot be read: {error}"
         else:
-            problem = _missing(alive, release_id, change)
+            problem = _describe_waiting_replicas(live_reports, release_id, change_id)
             if not problem:
                 return
-            present = time.monotonic() if alive else present
-        if problem != last:
+            last_seen = time.monotonic() if live_reports else last_seen
+        if problem != last_problem:
             wait.tell(f"Waiting for release {release_id}: {problem}")
-            last = problem
+            last_problem = problem
         now = time.monotonic()
-        if now - present > wait.absent_seconds or (wait.seconds is not None and now - began > wait.seconds):
+        if now - last_seen > wait.absent_seconds or (wait.seconds is not None and now - started > wait.seconds):
             raise RayrecError(
-                f"not all replicas switched to release {release_id} within {now - began:.0f} seconds: {problem}"
+                f"not all replicas switched to release {release_id} within {now - started:.0f} seconds: {problem}"
             )
         time.sleep(POLL_SECONDS)
 
 
-def _missing(alive: list[Report], release_id: str, change: str) -> str:
+def _describe_waiting_replicas(reports: list[Report], release_id: str, change_id: str) -> str:
     """Describe which replicas do not answer with a release yet; empty if all do. Raises `RayrecError` for a refusal."""
-    if not alive:
+    if not reports:
         return "no application runs on this workspace"
-    for report in alive:
-        if report.change == change and report.release != release_id:
+    for report in reports:
+        if report.change == change_id and report.release != release_id:
             reason = report.refused["reason"] if report.refused else f"it answers with {report.release}"
             raise RayrecError(f"replica {report.replica} refuses release {release_id}: {reason}")
-    late = [report for report in alive if report.change != change]
-    loading = sum(report.loading == release_id for report in late)
-    return f"{len(alive) - len(late)} of {len(alive)} replicas answer with it, {loading} are loading it" if late else ""
+    pending = [report for report in reports if report.change != change_id]
+    loading_count = sum(report.loading == release_id for report in pending)
+    return (
+        f"{len(reports) - len(pending)} of {len(reports)} replicas answer with it, {loading_count} are loading it"
+        if pending
+        else ""
+    )
 
 
 def fetch_reports(url: str) -> list[Report]:

@@ -57,8 +57,8 @@ class Keys:
         scheme, _, key = (authorization or "").partition(" ")
         digest = sha256(key.strip().encode("utf-8", "replace")).digest()
         roles: set[Role] = set()
-        for known, role in self.digests:
-            if hmac.compare_digest(known, digest):
+        for known_digest, role in self.digests:
+            if hmac.compare_digest(known_digest, digest):
                 roles.update(GRANTS[role])
         return roles if scheme.lower() == "bearer" else set()
 
@@ -69,13 +69,13 @@ def load_keys(config: ServeConfig, environment: Mapping[str, str] = os.environ) 
     Raises `InputError` if the file cannot be read, if an entry is not a valid key, and if there are no keys although
     other machines can reach the application.
     """
-    entries = list(_entries(environment.get(VARIABLE, "").replace(",", "\n").splitlines(), VARIABLE))
+    entries = list(_parse_entries(environment.get(VARIABLE, "").replace(",", "\n").splitlines(), VARIABLE))
     if config.keys_file:
         try:
             text = Path(config.keys_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"keys file {config.keys_file} cannot be read: {error}") from error
-        entries += _entries(text.splitlines(), config.keys_file)
+        entries += _parse_entries(text.splitlines(), config.keys_file)
     if not entries and not is_loopback(config.host):
         raise InputError(
             f"serving on {config.host} without API keys would give everybody access; set {VARIABLE}=read:KEY,write:KEY "
@@ -84,17 +84,17 @@ def load_keys(config: ServeConfig, environment: Mapping[str, str] = os.environ) 
     return Keys(tuple(entries))
 
 
-def _entries(lines: Iterable[str], where: str) -> Iterable[tuple[bytes, Role]]:
+def _parse_entries(lines: Iterable[str], source: str) -> Iterable[tuple[bytes, Role]]:
     for number, line in enumerate(lines, 1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        names, colon, key = text.partition(":")
-        roles, key = [name.strip() for name in names.split("+")], key.strip()
+        role_names, colon, key = text.partition(":")
+        roles, key = [name.strip() for name in role_names.split("+")], key.strip()
         if not colon or not set(roles) <= set(ROLES) or any(char.isspace() for char in key):
-            raise InputError(f"{where}, entry {number} is not role:key or role+role:key; roles are {', '.join(ROLES)}")
+            raise InputError(f"{source}, entry {number} is not role:key or role+role:key; roles are {', '.join(ROLES)}")
         if len(key) < SHORTEST:
-            raise InputError(f"{where}, entry {number} has a key of {len(key)} characters; give at least {SHORTEST}")
+            raise InputError(f"{source}, entry {number} has a key of {len(key)} characters; give at least {SHORTEST}")
         for role in roles:
             yield sha256(key.encode()).digest(), role  # type: ignore[misc]
 
@@ -112,8 +112,8 @@ def needed_role(method: str, path: str) -> Role:
 
 def needs_no_key(method: str, path: str, config: ServeConfig) -> bool:
     """True if a request is answered without a key even when the application has keys."""
-    opened = STATIC.fullmatch(path) or (config.open_health and path in HEALTH)
-    return method == "GET" and bool(opened or (config.open_metrics and path == "/metrics"))
+    is_open_path = STATIC.fullmatch(path) or (config.open_health and path in HEALTH)
+    return method == "GET" and bool(is_open_path or (config.open_metrics and path == "/metrics"))
 
 
 class Middleware:
@@ -127,41 +127,41 @@ class Middleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 0
+        started, status = time.perf_counter(), 0
         method = scope["method"]
         headers = Headers(scope=scope)
-        own = headers.get(ID_HEADER, "")
-        own = own if ID_PATTERN.fullmatch(own) else uuid.uuid4().hex
-        request_id.set(own)
+        current_request_id = headers.get(ID_HEADER, "")
+        current_request_id = current_request_id if ID_PATTERN.fullmatch(current_request_id) else uuid.uuid4().hex
+        request_id.set(current_request_id)
         stages: dict[str, float] = {}
         request_stages.set(stages)
-        head = method == "HEAD"  # handled as a GET, but the body is not sent
-        scope = {**scope, "method": "GET"} if head else scope
+        is_head = method == "HEAD"  # handled as a GET, but the body is not sent
+        scope = {**scope, "method": "GET"} if is_head else scope
 
-        async def counted(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                sent = MutableHeaders(scope=message)
-                sent[ID_HEADER] = own
-                sent[TIMING_HEADER] = server_timing(stages, time.perf_counter() - began)
-            elif head:
+                response_headers = MutableHeaders(scope=message)
+                response_headers[ID_HEADER] = current_request_id
+                response_headers[TIMING_HEADER] = server_timing(stages, time.perf_counter() - started)
+            elif is_head:
                 message = {**message, "body": b""}
             await send(message)
 
         with request_span(method, headers) as span:
             try:
-                await self._pass(scope, headers, receive, counted)
+                await self._handle_request(scope, headers, receive, send_with_headers)
             except Exception as error:
                 if status:  # the answer has started; the server logs the error and closes the connection
                     status = 500
                     raise
                 # The framework would answer outside of this middleware, without its headers and its metrics.
                 span.record_exception(error)
-                await of_error(error)(scope, receive, counted)
+                await of_error(error)(scope, receive, send_with_headers)
             finally:
                 # 499, as in nginx: the client disconnected before the answer.
-                route, status, seconds = _route(scope), status or 499, time.perf_counter() - began
+                route, status, seconds = _route_template(scope), status or 499, time.perf_counter() - started
                 self._service.metrics.answered(route, status, seconds)
                 end_span(span, method, route, status)
                 if self._service.access is not None:
@@ -170,25 +170,25 @@ class Middleware:
                         route=route,
                         status=status,
                         ms=round(1000 * seconds, 2),
-                        request_id=own,
+                        request_id=current_request_id,
                         trace_id=trace_id(headers),
                     )
 
-    async def _pass(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
-        refusal = self._refuse(scope, headers)
-        body = None if refusal else await _read(receive, self._service.config.max_body)
+    async def _handle_request(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        refusal = self._check_access(scope, headers)
+        body = None if refusal else await _read_body(receive, self._service.config.max_body)
         if body is None:
             limit = self._service.config.max_body
             refusal = refusal or problem(413, f"The body is larger than {limit} bytes; send smaller batches")
         elif body:
-            refusal = _refuse_media_type(headers)
+            refusal = _check_media_type(headers)
         if body is None or refusal:
             assert refusal is not None
             await refusal(scope, receive, send)
             return
-        await _while_connected(self._app, scope, body, receive, send)
+        await _run_while_connected(self._app, scope, body, receive, send)
 
-    def _refuse(self, scope: Scope, headers: Headers) -> Response | None:
+    def _check_access(self, scope: Scope, headers: Headers) -> Response | None:
         keys, config, path = self._service.keys, self._service.config, scope["path"]
         if not keys.required:
             client = scope.get("client")
@@ -207,12 +207,12 @@ class Middleware:
         return None
 
 
-def _refuse_media_type(headers: Headers) -> Response | None:
+def _check_media_type(headers: Headers) -> Response | None:
     """Return a problem if the body is not plain JSON, by its headers; else None."""
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", kind):
-        sent = f"is {kind[:100]}" if kind else "is missing"
-        detail = f"The Content-Type {sent}; send JSON with `Content-Type: application/json`"
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", media_type):
+        sent_type = f"is {media_type[:100]}" if media_type else "is missing"
+        detail = f"The Content-Type {sent_type}; send JSON with `Content-Type: application/json`"
         return problem(415, detail, headers={"Accept": "application/json"})
     if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
         detail = f"The body is encoded as {headers['content-encoding'][:100]}; send it without Content-Encoding"
@@ -220,7 +220,7 @@ def _refuse_media_type(headers: Headers) -> Response | None:
     return None
 
 
-async def _read(receive: Receive, limit: int) -> bytes | None:
+async def _read_body(receive: Receive, limit: int) -> bytes | None:
     """Return the whole body; None if it is longer than `limit` bytes."""
     parts, size = [], 0
     while True:
@@ -234,9 +234,9 @@ async def _read(receive: Receive, limit: int) -> bytes | None:
             return b"".join(parts)
 
 
-async def _while_connected(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+async def _run_while_connected(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
     """Run the app on a body that was read already; cancel it if the client disconnects."""
-    gone = asyncio.ensure_future(receive())  # after the body only a disconnect can follow
+    disconnect = asyncio.ensure_future(receive())  # after the body only a disconnect can follow
     is_body_sent = False
 
     async def replay() -> Message:
@@ -244,18 +244,18 @@ async def _while_connected(app: ASGIApp, scope: Scope, body: bytes, receive: Rec
         if not is_body_sent:
             is_body_sent = True
             return {"type": "http.request", "body": body, "more_body": False}
-        return await asyncio.shield(gone)
+        return await asyncio.shield(disconnect)
 
-    work = asyncio.ensure_future(app(scope, replay, send))
+    app_task = asyncio.ensure_future(app(scope, replay, send))
     try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            work.cancel()
+        await asyncio.wait((app_task, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        if not app_task.done():
+            app_task.cancel()
         with suppress(asyncio.CancelledError):
-            await work
+            await app_task
     finally:  # also if this call itself is cancelled, as Serve does when a client disconnects from its proxy
-        work.cancel()
-        gone.cancel()
+        app_task.cancel()
+        disconnect.cancel()
 
 
 def server_timing(stages: Mapping[str, float], total: float) -> str:
@@ -263,7 +263,7 @@ def server_timing(stages: Mapping[str, float], total: float) -> str:
     return ", ".join(f"{name};dur={1000 * seconds:.2f}" for name, seconds in {**stages, "total": total}.items())
 
 
-def _route(scope: Scope) -> str:
+def _route_template(scope: Scope) -> str:
     """Return the template of the route, for labels: with the path there would be one label per user."""
     route = scope.get("route")
     return str(getattr(route, "path", "none"))

@@ -76,8 +76,9 @@ class _OnlineState:
     songs: dict[int, SongToAdd] = field(default_factory=dict)  # by number: songs without a vector in the release
     row_of_number: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # -1: no row
     plays: dict[int, np.ndarray] = field(default_factory=dict)  # by number: float64 (1 + 2 D,), plays and vector sums
-    beyond: list[int] = field(default_factory=list)  # numbers of the songs after the catalog's last row, in row order
-    placed: AddedSongs | None = None  # vectors of `songs` before their plays move them
+    # Numbers of the songs after the catalog's last row, in row order.
+    numbers_after_catalog: list[int] = field(default_factory=list)
+    placed_songs: AddedSongs | None = None  # vectors of `songs` before their plays move them
 
 
 class OnlineSongs:
@@ -98,19 +99,19 @@ class OnlineSongs:
         self._outputs = workspace.read_array(f"{folder}/{SONG_VECTORS}")
         inputs = f"{folder}/{INPUT_VECTORS}"
         self._inputs = workspace.read_array(inputs) if workspace.exists(inputs) else self._outputs
-        self._of_release = network_of(engine.parts.recommender).added
-        self._first, self._known = len(catalog.known), catalog.known  # of the release, without added songs
+        self._added_in_release = network_of(engine.parts.recommender).added
+        self._first_row, self._is_known = len(catalog.known), catalog.known  # of the release, without added songs
         self._placer: SongPlacer | None = None
         self._version, self._state = 0, _OnlineState()
-        self._contained: list[int] = []  # numbers of open songs that the release contains
+        self._contained_numbers: list[int] = []  # numbers of open songs that the release contains
         self._lock = threading.Lock()
-        self._began = time.monotonic()
+        self._started = time.monotonic()
 
     @property
     def content_dim(self) -> int:
         """Length of a content vector; 0 if the catalog has none."""
         with self._lock:
-            return self._made_placer().content_dim
+            return self._get_placer().content_dim
 
     @property
     def count(self) -> int:
@@ -126,18 +127,18 @@ class OnlineSongs:
         self.refresh()
         store = self._store()
         assert store is not None  # the caller has created it
-        rows, online = self._catalog.find([song.song_id for song in songs]), self._number_of_row(self._state)
-        new = {
+        rows, number_of_row = self._catalog.find([song.song_id for song in songs]), self._number_of_row(self._state)
+        new_songs = {
             song.song_id: song.to_bytes()
             for song, row in zip(songs, rows.tolist(), strict=True)
-            if row not in online and (row < 0 or not self._known[row])
+            if row not in number_of_row and (row < 0 or not self._is_known[row])
         }
-        added = store.add_songs(new, MAX_ONLINE_SONGS) if new else []
-        if added is None:
+        is_added = store.add_songs(new_songs, MAX_ONLINE_SONGS) if new_songs else []
+        if is_added is None:
             return None
         self.refresh()
-        outcome = dict(zip(new, added, strict=True))
-        return [outcome.pop(song.song_id, False) for song in songs]
+        is_added_by_id = dict(zip(new_songs, is_added, strict=True))
+        return [is_added_by_id.pop(song.song_id, False) for song in songs]
 
     @staticmethod
     def _number_of_row(state: _OnlineState) -> dict[int, int]:
@@ -149,21 +150,21 @@ class OnlineSongs:
             store = self._store()
             if store is None:
                 return
-            version, changed = store.songs_since(self._version)
+            version, changed_songs = store.songs_since(self._version)
             if version < self._version:  # the store was emptied
-                version, changed = store.songs_since(0)
+                version, changed_songs = store.songs_since(0)
                 self._state = _OnlineState()
-            if changed:
-                self._take(changed)
+            if changed_songs:
+                self._apply_changes(changed_songs)
             self._version = version
-            if self._contained and time.monotonic() - self._began > CLOSE_SECONDS:
-                store.close_songs(self._contained)
-                self._contained = []
+            if self._contained_numbers and time.monotonic() - self._started > CLOSE_SECONDS:
+                store.close_songs(self._contained_numbers)
+                self._contained_numbers = []
 
-    def missing(self, stored: np.ndarray) -> bool:
+    def missing(self, stored_rows: np.ndarray) -> bool:
         """Return True if stored rows, int32, contain songs that were added after the last read."""
-        late = stored[stored >= FIRST_ONLINE]
-        return bool(len(late)) and int(late.max()) - FIRST_ONLINE >= len(self._state.row_of_number)
+        online_rows = stored_rows[stored_rows >= FIRST_ONLINE]
+        return bool(len(online_rows)) and int(online_rows.max()) - FIRST_ONLINE >= len(self._state.row_of_number)
 
     def first_plays(self, steps: Sequence[Step]) -> dict[int, bytes]:
         """Return what the plays of `steps` add to the sums of added songs, by number, as bytes of float64 (1 + 2 D,).
@@ -174,108 +175,123 @@ class OnlineSongs:
         """
         number_of_row = self._number_of_row(self._state)
         rows = np.array(sorted(number_of_row), dtype=np.int64)
-        windows = [(step.window, step.state.window) for step in steps]
-        windows = [each for each in windows if np.isin(self._catalog.rows_of_stored(each[0].songs), rows).any()]
-        if not windows:
+        window_pairs = [(step.window, step.state.window) for step in steps]
+        window_pairs = [
+            pair for pair in window_pairs if np.isin(self._catalog.rows_of_stored(pair[0].songs), rows).any()
+        ]
+        if not window_pairs:
             return {}
-        after, before = (self._read_plays(plays, rows) for plays in zip(*windows, strict=True))
-        added = after - before
+        sums_after, sums_before = (self._sum_first_plays(plays, rows) for plays in zip(*window_pairs, strict=True))
+        added_sums = sums_after - sums_before
         return {
-            number_of_row[row]: sums.astype("<f8").tobytes()
-            for row, sums in zip(rows.tolist(), added, strict=True)
-            if sums.any()
+            number_of_row[row]: song_sums.astype("<f8").tobytes()
+            for row, song_sums in zip(rows.tolist(), added_sums, strict=True)
+            if song_sums.any()
         }
 
-    def _read_plays(self, users: Sequence[Plays], rows: np.ndarray) -> np.ndarray:
+    def _sum_first_plays(self, users: Sequence[Plays], rows: np.ndarray) -> np.ndarray:
         """Return float64 (n, 1 + 2 D): the plays of each song, and the sums of outputs and of inputs around them."""
         histories = join_plays(users)
         histories = replace(histories, songs=self._catalog.rows_of_stored(histories.songs))
-        read = FirstPlays.read([histories], rows, self._outputs, self._inputs)
-        return np.concatenate([read.plays[:, None], read.outputs, read.inputs], axis=1)
+        first_plays = FirstPlays.read([histories], rows, self._outputs, self._inputs)
+        return np.concatenate([first_plays.plays[:, None], first_plays.outputs, first_plays.inputs], axis=1)
 
-    def count_plays(self, sums: Mapping[int, bytes]) -> None:
+    def count_plays(self, song_sums: Mapping[int, bytes]) -> None:
         """Add the result of `first_plays` to the sums in the store."""
         store = self._store()
         if store is not None:
-            store.count_song_plays(self._model, sums)
+            store.count_song_plays(self._model, song_sums)
 
-    def _take(self, changed: Sequence[OnlineSong]) -> None:
-        before = self._state
+    def _apply_changes(self, changed_songs: Sequence[OnlineSong]) -> None:
+        previous = self._state
         updated = _OnlineState(
-            dict(before.songs), before.row_of_number, dict(before.plays), list(before.beyond), before.placed
+            dict(previous.songs),
+            previous.row_of_number,
+            dict(previous.plays),
+            list(previous.numbers_after_catalog),
+            previous.placed_songs,
         )
-        numbers = max(song.number for song in changed) + 1
+        number_count = max(song.number for song in changed_songs) + 1
         updated.row_of_number = np.pad(
-            before.row_of_number, (0, max(0, numbers - len(before.row_of_number))), constant_values=-1
+            previous.row_of_number, (0, max(0, number_count - len(previous.row_of_number))), constant_values=-1
         )
-        fresh: list[int] = []
-        for song in changed:
+        new_numbers: list[int] = []
+        for song in changed_songs:
             if song.number not in updated.songs:
                 (row,) = self._catalog.rows.find([song.song_id])
                 updated.row_of_number[song.number] = row
                 if not song.data:
                     continue
-                if row >= 0 and self._known[row]:
-                    self._contained.append(song.number)
+                if row >= 0 and self._is_known[row]:
+                    self._contained_numbers.append(song.number)
                     continue
                 if row < 0:
-                    updated.row_of_number[song.number] = self._first + len(updated.beyond)
-                    updated.beyond.append(song.number)
+                    updated.row_of_number[song.number] = self._first_row + len(updated.numbers_after_catalog)
+                    updated.numbers_after_catalog.append(song.number)
                 updated.songs[song.number] = SongToAdd.of(song)
-                fresh.append(song.number)
+                new_numbers.append(song.number)
             if song.sums and song.model == self._model:
                 updated.plays[song.number] = np.frombuffer(song.sums, dtype="<f8")
-        if fresh:
-            later = [updated.songs[number].later(int(updated.row_of_number[number])) for number in fresh]
-            placed = self._made_placer().place(later)
-            updated.placed = placed if before.placed is None else before.placed.joined(placed)
-        songs = None if updated.placed is None else self._with_plays(updated, updated.placed)
-        online = OnlineCatalog.of(
-            self._first,
-            _table([updated.songs[number] for number in updated.beyond]),
+        if new_numbers:
+            later_songs = [updated.songs[number].later(int(updated.row_of_number[number])) for number in new_numbers]
+            new_placed_songs = self._get_placer().place(later_songs)
+            updated.placed_songs = (
+                new_placed_songs if previous.placed_songs is None else previous.placed_songs.joined(new_placed_songs)
+            )
+        songs_with_vectors = (
+            None if updated.placed_songs is None else self._move_songs_by_plays(updated, updated.placed_songs)
+        )
+        online_catalog = OnlineCatalog.of(
+            self._first_row,
+            _catalog_table([updated.songs[number] for number in updated.numbers_after_catalog]),
             updated.row_of_number,
             list(updated.songs),
-            np.zeros(0, dtype=np.int64) if songs is None else songs.rows,
+            np.zeros(0, dtype=np.int64) if songs_with_vectors is None else songs_with_vectors.rows,
             self._catalog.masks,
         )
 
-        def name_songs() -> None:
+        def apply_update() -> None:
             self._state = updated
-            self._catalog.with_online(online)
+            self._catalog.with_online(online_catalog)
 
-        if songs is None:
-            name_songs()
+        if songs_with_vectors is None:
+            apply_update()
         else:  # both at once, since an answer may contain the songs from then on
-            self._engine.add_songs(songs if self._of_release is None else self._of_release.joined(songs), name_songs)
+            self._engine.add_songs(
+                songs_with_vectors
+                if self._added_in_release is None
+                else self._added_in_release.joined(songs_with_vectors),
+                apply_update,
+            )
 
-    def _made_placer(self) -> SongPlacer:
+    def _get_placer(self) -> SongPlacer:
         """Return the placer. It is made for the first song only, since this reads all vectors and may fit a map."""
         if self._placer is None:
             catalog = self._catalog.catalog
             ids = columns.one_array(catalog.table.column(columns.SONG_ID))
             content = Content.load(self._workspace, Dataset(self._workspace).descriptions(), ids)
-            self._placer = SongPlacer(self._outputs, self._inputs, catalog, content, self._of_release)
+            self._placer = SongPlacer(self._outputs, self._inputs, catalog, content, self._added_in_release)
         return self._placer
 
     @staticmethod
-    def _with_plays(online: _OnlineState, placed: AddedSongs) -> AddedSongs:
+    def _move_songs_by_plays(state: _OnlineState, placed_songs: AddedSongs) -> AddedSongs:
         """Return the placed songs with a vector, after their first plays have moved their output vectors.
 
         The input vectors, which the network reads, stay as they were before any play, so that network states do not
         depend on when they are computed.
         """
-        number_of_row = OnlineSongs._number_of_row(online)
-        dim = placed.outputs.shape[1]
-        sums = np.zeros((len(placed), 1 + 2 * dim))
-        for place, row in enumerate(placed.rows.tolist()):
-            plays = online.plays.get(number_of_row[row])
-            if plays is not None and len(plays) == sums.shape[1]:
-                sums[place] = plays
-        outputs = drawn(placed.outputs, sums[:, 0], sums[:, 1 : 1 + dim]).astype(np.float32)
-        return replace(placed, outputs=outputs).take(np.flatnonzero(outputs.any(axis=1)))
+        number_of_row = OnlineSongs._number_of_row(state)
+        dim = placed_songs.outputs.shape[1]
+        song_sums = np.zeros((len(placed_songs), 1 + 2 * dim))
+        for index, row in enumerate(placed_songs.rows.tolist()):
+            plays = state.plays.get(number_of_row[row])
+            if plays is not None and len(plays) == song_sums.shape[1]:
+                song_sums[index] = plays
+        outputs = drawn(placed_songs.outputs, song_sums[:, 0], song_sums[:, 1 : 1 + dim]).astype(np.float32)
+        return replace(placed_songs, outputs=outputs).take(np.flatnonzero(outputs.any(axis=1)))
 
 
-def _table(songs: Sequence[SongToAdd]) -> pa.Table:
+def _catalog_table(songs: Sequence[SongToAdd]) -> pa.Table:
     """Return songs as a table with the columns of a catalog."""
     values: dict[str, list[Any]] = {
         columns.SONG_ID: [song.song_id for song in songs],
@@ -291,10 +307,10 @@ def _table(songs: Sequence[SongToAdd]) -> pa.Table:
 class OnlineWatch:
     """Reads songs that were added online every `LOOK_SECONDS`, in its own thread."""
 
-    def __init__(self, online: Callable[[], Sequence[OnlineSongs]]) -> None:
-        """`online` returns the added songs of each release that answers now."""
-        self._online, self._stop, self._failed = online, threading.Event(), False
-        self._thread = threading.Thread(target=self._repeat, daemon=True)
+    def __init__(self, get_online_songs: Callable[[], Sequence[OnlineSongs]]) -> None:
+        """`get_online_songs` returns the added songs of each release that answers now."""
+        self._get_online_songs, self._stop, self._has_failed = get_online_songs, threading.Event(), False
+        self._thread = threading.Thread(target=self._refresh_until_stop, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -302,13 +318,13 @@ class OnlineWatch:
         self._stop.set()
         self._thread.join()
 
-    def _repeat(self) -> None:
+    def _refresh_until_stop(self) -> None:
         while not self._stop.wait(LOOK_SECONDS):
             try:
-                for online in self._online():
-                    online.refresh()
-                self._failed = False
+                for online_songs in self._get_online_songs():
+                    online_songs.refresh()
+                self._has_failed = False
             except Exception as error:  # a store that cannot be reached for a while must not end the watch
-                if not self._failed:
+                if not self._has_failed:
                     log.warning("cannot read the songs that were added online: %s", error)
-                self._failed = True
+                self._has_failed = True

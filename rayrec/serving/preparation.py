@@ -33,18 +33,18 @@ def prepare(workspace: Workspace, release_id: str) -> None:
         return
     version = f"prepared {catalog_version(workspace, release)} {release.id}"
 
-    def in_process(target: Path) -> None:
+    def prepare_in_process(target: Path) -> None:
         command = [sys.executable, "-c", COMMAND, workspace.uri, release.id]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
-        ended = subprocess.run(
+        process = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
         )
-        if ended.returncode:
-            *_, last = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
-            raise RayrecError(f"release {release.id} cannot be prepared: {last}")
+        if process.returncode:
+            *_, last_line = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+            raise RayrecError(f"release {release.id} cannot be prepared: {last_line}")
         target.touch()
 
-    made_once(version, "prepared", in_process)
+    made_once(version, "prepared", prepare_in_process)
 
 
 def make_shared(uri: str, release_id: str) -> None:

@@ -90,18 +90,24 @@ def field_errors(error: InputError) -> list[dict[str, str]]:
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the error responses with these statuses, for the OpenAPI document."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    wait = {"Retry-After": {"description": "Seconds to wait before the next attempt.", "schema": {"type": "integer"}}}
+    retry_headers = {
+        "Retry-After": {"description": "Seconds to wait before the next attempt.", "schema": {"type": "integer"}}
+    }
     return {
-        status: {"description": title(status), "content": content, **({"headers": wait} if status == 503 else {})}
+        status: {
+            "description": title(status),
+            "content": content,
+            **({"headers": retry_headers} if status == 503 else {}),
+        }
         for status in statuses
     }
 
 
 def add_handlers(app: FastAPI) -> None:
     """Make `app` answer invalid requests and rayrec's errors with a problem; other errors reach the middleware."""
-    app.exception_handler(RequestValidationError)(_invalid)
-    app.exception_handler(HTTPException)(_http)
-    app.exception_handler(RayrecError)(_ours)
+    app.exception_handler(RequestValidationError)(_answer_invalid_request)
+    app.exception_handler(HTTPException)(_answer_http_error)
+    app.exception_handler(RayrecError)(_answer_rayrec_error)
 
 
 def of_error(error: Exception) -> Response:
@@ -117,7 +123,7 @@ def of_error(error: Exception) -> Response:
     return problem(500, f"Internal server error; the replica's log has the details of request {request_id.get()}")
 
 
-async def _invalid(request: Request, error: Any) -> Response:
+async def _answer_invalid_request(request: Request, error: Any) -> Response:
     errors = error.errors()
     if any(item["type"] == "json_invalid" for item in errors):
         return problem(400, f"The body is not JSON: {errors[0].get('ctx', {}).get('error', 'it cannot be parsed')}")
@@ -125,12 +131,12 @@ async def _invalid(request: Request, error: Any) -> Response:
     return problem(422, detail, errors=error_list(errors))
 
 
-async def _http(request: Request, error: Any) -> Response:
-    detail = error.detail if error.detail != title(error.status_code) else _usual(error.status_code, request)
+async def _answer_http_error(request: Request, error: Any) -> Response:
+    detail = error.detail if error.detail != title(error.status_code) else _default_detail(error.status_code, request)
     return problem(error.status_code, detail, headers=error.headers)
 
 
-def _usual(status: int, request: Request) -> str:
+def _default_detail(status: int, request: Request) -> str:
     if status == 404:
         return f"Path {request.url.path[:200]} not found; see /openapi.json"
     if status == 405:
@@ -138,5 +144,5 @@ def _usual(status: int, request: Request) -> str:
     return title(status)
 
 
-async def _ours(request: Request, error: Exception) -> Response:
+async def _answer_rayrec_error(request: Request, error: Exception) -> Response:
     return of_error(error)

@@ -56,11 +56,11 @@ class UserQuery:
         return self.earlier + len(self.songs)
 
 
-def read_history(history: Sequence[Play | str], moment: int | None, catalog: ServedCatalog) -> UserQuery:
+def read_history(history: Sequence[Play | str], at: int | None, catalog: ServedCatalog) -> UserQuery:
     """Return the query of a history. Raises `InputError` if only some plays have times, or one is after the request."""
     plays = [play if isinstance(play, Play) else Play.model_construct(song_id=play) for play in history]
     rows = catalog.find([play.song_id for play in plays])
-    played_at, at = _times(plays, moment)
+    played_at, query_at = _play_times(plays, at)
     order = np.argsort(played_at, kind="stable")
     order = order[rows[order] >= 0]
     return UserQuery(
@@ -68,24 +68,24 @@ def read_history(history: Sequence[Play | str], moment: int | None, catalog: Ser
         played_at=played_at[order],
         contexts=np.array([play_contexts(play.contexts, catalog) for play in plays], dtype=np.int32)[order],
         skipped=np.array([play.was_skipped(catalog.skip_below) for play in plays], dtype=bool)[order],
-        at=at,
+        at=query_at,
         unknown=int((rows < 0).sum()),
     )
 
 
-def read_stored(user: StoredUser | None, moment: int | None) -> UserQuery:
+def read_stored(user: StoredUser | None, at: int | None) -> UserQuery:
     """Return the query of a stored user; None is a user without plays.
 
-    Raises `InputError` if `moment` is before the user's last play, since a network state cannot go back in time.
+    Raises `InputError` if `at` is before the user's last play, since a network state cannot go back in time.
     """
     if user is None:
-        at = now_ms() if moment is None else moment
+        query_at = now_ms() if at is None else at
         return UserQuery(
             songs=_NO_SONGS,
             played_at=np.zeros(0, np.int64),
             contexts=np.zeros(0, np.int32),
             skipped=np.zeros(0, np.bool_),
-            at=at,
+            at=query_at,
         )
     plays = user.plays
     count = len(plays.songs)
@@ -94,7 +94,7 @@ def read_stored(user: StoredUser | None, moment: int | None) -> UserQuery:
         played_at=plays.played_at,
         contexts=np.zeros(count, np.int32) if plays.contexts is None else plays.contexts,
         skipped=np.zeros(count, bool) if plays.skipped is None else plays.skipped,
-        at=moment_after(user.state.last_played_at, moment),
+        at=moment_after(user.state.last_played_at, at),
         earlier=user.state.plays - count,
         earlier_songs=user.heard,
         states=user.states,
@@ -102,11 +102,9 @@ def read_stored(user: StoredUser | None, moment: int | None) -> UserQuery:
     )
 
 
-def read_query(
-    request: UserOrHistory, user: StoredUser | None, moment: int | None, catalog: ServedCatalog
-) -> UserQuery:
+def read_query(request: UserOrHistory, user: StoredUser | None, at: int | None, catalog: ServedCatalog) -> UserQuery:
     """Return the query of a request. Raises `InputError` as `read_stored` or `read_history` does."""
-    return read_stored(user, moment) if request.user_id else read_history(request.history, moment, catalog)
+    return read_stored(user, at) if request.user_id else read_history(request.history, at, catalog)
 
 
 @dataclass(frozen=True)
@@ -139,10 +137,10 @@ def read_place(request: RecommendationsRequest | SongsQuery) -> Place:
         return Place(digest, request.k)
     try:
         padded = request.cursor + "=" * (-len(request.cursor) % 4)
-        of_request, first, at = json.loads(urlsafe_b64decode(padded.encode()))
+        cursor_digest, first, at = json.loads(urlsafe_b64decode(padded.encode()))
     except (binascii.Error, ValueError, TypeError) as error:
         raise FieldError("cursor", "invalid cursor; send the cursor of an earlier answer, or omit it") from error
-    if of_request != digest:
+    if cursor_digest != digest:
         raise FieldError("cursor", "the cursor belongs to another request; only k, explain and cursor may change")
     if not isinstance(first, int) or first < 0 or not (at is None or (isinstance(at, int) and 0 <= at < END_MS)):
         raise FieldError("cursor", "invalid cursor; send the cursor of an earlier answer, or omit it")
@@ -150,39 +148,44 @@ def read_place(request: RecommendationsRequest | SongsQuery) -> Place:
 
 
 def read_options(
-    request: RecommendationsRequest, query: UserQuery, place: Place, catalog: ServedCatalog
+    request: RecommendationsRequest, query: UserQuery, page: Place, catalog: ServedCatalog
 ) -> tuple[AnswerOptions, int]:
     """Return the options of an answer, and the number of songs of `exclude` and `allow` that are not in the catalog.
 
-    The options ask for all songs up to the end of `place`, and for one more if another page may follow. Raises
+    The options ask for all songs up to the end of `page`, and for one more if another page may follow. Raises
     `InputError` for days that do not exist, for attributes that no song of the catalog has, for a page beyond the first
     1,000 songs, and for a second page of an answer with diversity or explore.
     """
-    if place.first and request.explore:
+    if page.first and request.explore:
         raise FieldError("cursor", "an answer with explore has no further pages; leave out cursor or explore")
-    if place.first and request.diversity:
+    if page.first and request.diversity:
         raise FieldError("cursor", "an answer with diversity has no further pages; leave out cursor or diversity")
-    if place.first >= MAX_K:
+    if page.first >= MAX_K:
         raise FieldError("cursor", f"the last page ends at song {MAX_K:,} of a ranking")
-    excluded = catalog.find(request.exclude)
-    parts = [excluded[excluded >= 0], *([query.songs, query.earlier_songs] if request.exclude_heard else [])]
-    allowed, unknown = _allowed(request, catalog)
+    excluded_rows = catalog.find(request.exclude)
+    excluded_parts = [
+        excluded_rows[excluded_rows >= 0],
+        *([query.songs, query.earlier_songs] if request.exclude_heard else []),
+    ]
+    allowed_songs, unknown_count = _allowed_songs(request, catalog)
     has_pages = not (request.diversity or request.explore)
-    answer_filter = AnswerFilter(excluded=np.concatenate(parts), allowed=allowed, new_only=request.exclude_heard)
+    answer_filter = AnswerFilter(
+        excluded=np.concatenate(excluded_parts), allowed=allowed_songs, new_only=request.exclude_heard
+    )
     options = AnswerOptions(
-        k=min(place.end + has_pages, MAX_K),
+        k=min(page.end + has_pages, MAX_K),
         long_weight=request.horizon,
         answer_filter=answer_filter,
         diversity=request.diversity,
         explore=request.explore,
         explain=request.explain,
     )
-    return options, unknown + int((excluded < 0).sum())
+    return options, unknown_count + int((excluded_rows < 0).sum())
 
 
-def read_song(song: AddedSong, where: str) -> SongToAdd:
-    """Convert a song of a request. Raises `FieldError` for its field `where` if its release day does not exist."""
-    parse_day(song.released, where)
+def read_song(song: AddedSong, field_name: str) -> SongToAdd:
+    """Convert a song of a request. Raises `FieldError` with `field_name` if its release day does not exist."""
+    parse_day(song.released, field_name)
     return SongToAdd(
         song_id=song.song_id,
         title=song.title,
@@ -202,13 +205,13 @@ def read_songs_to_rank(request: RankRequest, catalog: ServedCatalog) -> AnswerOp
     return AnswerOptions(k=max(1, len(rows)), long_weight=request.horizon, explain=request.explain, songs_to_rank=rows)
 
 
-def _allowed(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[SongSet | None, int]:
+def _allowed_songs(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[SongSet | None, int]:
     """Return the songs that may be recommended, None for all; and the number of unknown songs in `allow`."""
-    fitting = fitting_songs(request, catalog)
+    matching_songs = fitting_songs(request, catalog)
     if request.allow is None:
-        return fitting, 0
+        return matching_songs, 0
     rows = catalog.find(request.allow)
-    return listed_and_fitting(rows, fitting), int((rows < 0).sum())
+    return listed_and_fitting(rows, matching_songs), int((rows < 0).sum())
 
 
 def fitting_songs(filters: SongFilters, catalog: ServedCatalog) -> SongSet | None:
@@ -225,16 +228,16 @@ def fitting_songs(filters: SongFilters, catalog: ServedCatalog) -> SongSet | Non
 def query_histories(queries: Sequence[UserQuery]) -> Histories:
     """Return the plays of queries, one row per query."""
 
-    def together(parts: list[np.ndarray]) -> np.ndarray:
+    def concatenate_arrays(parts: list[np.ndarray]) -> np.ndarray:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)  # most requests are about one user
 
     return Histories(
         user_ids=np.array([str(row) for row in range(len(queries))], dtype=object),
         offsets=offsets_of([len(query.songs) for query in queries]),
-        songs=together([query.songs for query in queries]),
-        played_at=together([query.played_at for query in queries]),
-        contexts=together([query.contexts for query in queries]),
-        skipped=together([query.skipped for query in queries]),
+        songs=concatenate_arrays([query.songs for query in queries]),
+        played_at=concatenate_arrays([query.played_at for query in queries]),
+        contexts=concatenate_arrays([query.contexts for query in queries]),
+        skipped=concatenate_arrays([query.skipped for query in queries]),
         likes=_likes_of(queries),
     )
 
@@ -243,65 +246,69 @@ def _likes_of(queries: Sequence[UserQuery]) -> Histories | None:
     """Return the likes of queries, one row per query; None if there are no likes."""
     if not any(query.likes is not None and query.likes.num_plays for query in queries):
         return None
-    nothing = Histories.from_lists([[]], [[]])
-    return concatenate([nothing if query.likes is None else query.likes for query in queries])
+    no_likes = Histories.from_lists([[]], [[]])
+    return concatenate([no_likes if query.likes is None else query.likes for query in queries])
 
 
-def read_plays(sent: Sequence[NewPlay], catalog: ServedCatalog) -> tuple[dict[str, list[int]], dict[str, UserPlays]]:
+def read_plays(
+    new_plays: Sequence[NewPlay], catalog: ServedCatalog
+) -> tuple[dict[str, list[int]], dict[str, UserPlays]]:
     """Group plays and likes by user, without those of unknown songs.
 
-    Returns two mappings by user id: to the indices of the user's entries in `sent`, and to the plays and likes.
+    Returns two mappings by user id: to the indices of the user's entries in `new_plays`, and to the plays and likes.
     """
-    rows, now = catalog.find([play.song_id for play in sent]), now_ms()
-    times = np.array([now if play.played_at is None else play.played_at for play in sent], dtype=np.int64)
-    places: dict[str, list[int]] = {}
-    for place, play in enumerate(sent):
-        if rows[place] >= 0:
-            places.setdefault(play.user_id, []).append(place)
+    rows, now = catalog.find([play.song_id for play in new_plays]), now_ms()
+    times = np.array([now if play.played_at is None else play.played_at for play in new_plays], dtype=np.int64)
+    indices_by_user: dict[str, list[int]] = {}
+    for index, play in enumerate(new_plays):
+        if rows[index] >= 0:
+            indices_by_user.setdefault(play.user_id, []).append(index)
     plays = {
         user_id: UserPlays(
             plays=Plays.of(
-                catalog.stored_rows(rows[own]),
-                times[own],
-                contexts=[play_contexts(sent[place].contexts, catalog) for place in own],
-                skipped=[sent[place].was_skipped(catalog.skip_below) for place in own],
+                catalog.stored_rows(rows[indices]),
+                times[indices],
+                contexts=[play_contexts(new_plays[index].contexts, catalog) for index in indices],
+                skipped=[new_plays[index].was_skipped(catalog.skip_below) for index in indices],
             ),
-            events=[sent[place].event_id for place in own],
-            liked=np.array([sent[place].type == "like" for place in own], dtype=np.bool_),
+            events=[new_plays[index].event_id for index in indices],
+            liked=np.array([new_plays[index].type == "like" for index in indices], dtype=np.bool_),
         )
-        for user_id, own in places.items()
+        for user_id, indices in indices_by_user.items()
     }
-    return places, plays
+    return indices_by_user, plays
 
 
-def moment_after(latest: int, moment: int | None) -> int:
-    """Return the moment, in ms UTC, of a request about a user whose last play was at `latest`. The default is now.
+def moment_after(last_played_at: int, at: int | None) -> int:
+    """Return the moment, in ms UTC, of a request about a user who last played at `last_played_at`. The default is now.
 
-    Raises `InputError` if `moment` is before that play.
+    Raises `InputError` if `at` is before that play.
     """
-    if moment is None:
-        return max(now_ms(), latest)  # a client's clock may run ahead of ours
-    if moment < latest:
-        raise FieldError("at", f"the user's last play, at {iso_moment(latest)}, is after the moment of the request")
-    return moment
+    if at is None:
+        return max(now_ms(), last_played_at)  # a client's clock may run ahead of ours
+    if at < last_played_at:
+        raise FieldError(
+            "at", f"the user's last play, at {iso_moment(last_played_at)}, is after the moment of the request"
+        )
+    return at
 
 
-def _times(plays: Sequence[Play], at: int | None) -> tuple[np.ndarray, int]:
+def _play_times(plays: Sequence[Play], at: int | None) -> tuple[np.ndarray, int]:
     """Return when each play was played, int64 (P,), and the moment of the request, both in ms UTC."""
     times = [play.played_at for play in plays if play.played_at is not None]
     if times and len(times) < len(plays):
         detail = f"{len(times)} of {len(plays)} plays have a played_at; give it for all of them or for none"
         raise FieldError("history", detail)
     if not times:
-        moment = now_ms() if at is None else at
-        return moment - ASSUMED_GAP_MS * np.arange(len(plays) - 1, -1, -1, dtype=np.int64), moment
+        query_at = now_ms() if at is None else at
+        return query_at - ASSUMED_GAP_MS * np.arange(len(plays) - 1, -1, -1, dtype=np.int64), query_at
     played_at = np.array(times, dtype=np.int64)
-    latest = int(played_at.max())
+    last_played_at = int(played_at.max())
     # A client's clock may run ahead of ours: a request without a moment is never before its own plays.
-    moment = max(now_ms(), latest) if at is None else at
-    if moment < latest:
+    query_at = max(now_ms(), last_played_at) if at is None else at
+    if query_at < last_played_at:
         raise FieldError("at", "some plays of the history are after the moment of the request; leave them out")
-    return played_at, moment
+    return played_at, query_at
 
 
 def play_contexts(contexts: Sequence[str], catalog: ServedCatalog) -> int:

@@ -113,7 +113,7 @@ def page(service: Service) -> APIRouter:
         """Return the page."""
         return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
-    static = files("fastapi_offline").joinpath("static")
+    static_files = files("fastapi_offline").joinpath("static")
 
     @router.get("/docs")
     async def docs() -> Response:
@@ -127,7 +127,7 @@ def page(service: Service) -> APIRouter:
             return Response(DOCS_SCRIPT, media_type="text/javascript", headers=DOCS_HEADERS)
         if name not in DOCS_FILES:
             raise NotFoundError(f"/docs has no file {name[:100]}")
-        return Response(static.joinpath(name).read_bytes(), media_type=DOCS_FILES[name], headers=DOCS_HEADERS)
+        return Response(static_files.joinpath(name).read_bytes(), media_type=DOCS_FILES[name], headers=DOCS_HEADERS)
 
     return router
 
@@ -136,8 +136,8 @@ def policy(html: str) -> str:
     """Return the content security policy of a page. It allows the page's one script and one style by their digests."""
 
     def digest(tag: str) -> str:
-        inside = html.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0]
-        return f"'sha256-{b64encode(sha256(inside.encode()).digest()).decode()}'"
+        tag_content = html.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0]
+        return f"'sha256-{b64encode(sha256(tag_content.encode()).digest()).decode()}'"
 
     return POLICY.format(script=digest("script"), style=digest("style"))
 
@@ -240,8 +240,8 @@ def _users_router(service: Service) -> APIRouter:
         try:
             request = query.request(user_id)
         except ValidationError as error:
-            located = [{**item, "loc": ("query", *item["loc"])} for item in error.errors()]
-            raise RequestValidationError(located) from error
+            errors = [{**item, "loc": ("query", *item["loc"])} for item in error.errors()]
+            raise RequestValidationError(errors) from error
         return as_json((await service.recommend(service.live, [request]))[0])
 
     @router.get("/users/{user_id:any_id}/taste", response_model=UserTaste)
@@ -358,15 +358,15 @@ def _openapi(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
     """Return the OpenAPI document, with the Problem schema and the key and role that each operation needs."""
     if not app.openapi_schema:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        parts = document.setdefault("components", {})
-        parts.setdefault("schemas", {})["Problem"] = SCHEMA
-        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for path, operations_of in document["paths"].items():
-            for method, operation in operations_of.items():
+        components = document.setdefault("components", {})
+        components.setdefault("schemas", {})["Problem"] = SCHEMA
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
                 role = needed_role(method.upper(), path)
-                free = needs_no_key(method.upper(), path, config)
-                operation["security"] = [{}] if free else [{}, {"key": [role]}]
-                needed = "No key is needed." if free else f"Role of the key: {role}."
-                operation["description"] = f"{operation.get('description', '')}\n\n{needed}".strip()
+                is_open = needs_no_key(method.upper(), path, config)
+                operation["security"] = [{}] if is_open else [{}, {"key": [role]}]
+                key_text = "No key is needed." if is_open else f"Role of the key: {role}."
+                operation["description"] = f"{operation.get('description', '')}\n\n{key_text}".strip()
         app.openapi_schema = document
     return app.openapi_schema

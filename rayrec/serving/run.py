@@ -73,10 +73,10 @@ def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
     require_known_ray()
     config = config.replace(port=config.port or free_ports(1)[0])
     require_free(config.host, config.port)
-    folder = _haproxy_folder()
+    folder = _create_haproxy_folder()
     try:
         os.environ.update(environment(config, folder))
-        with _application(workspace, config, folder):
+        with _run_application(workspace, config, folder):
             if is_loopback(config.host):
                 require_loopback()
             yield f"http://{config.host}:{config.port}"
@@ -86,25 +86,25 @@ def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
 
 def environment(config: ServeConfig, folder: Path) -> dict[str, str]:
     """Return the environment variables that Ray and Serve read when imported; `folder` is for HAProxy's files."""
-    figures, statistics, fallback = [port for port in free_ports(4) if port != config.port][:3]
+    metrics_port, statistics_port, fallback_port = [port for port in free_ports(4) if port != config.port][:3]
     settings = {
         **SERVE_SETTINGS,
         # "0" as on a laptop: the address of Ray's node is 127.0.0.1, and all its servers listen there.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if is_loopback(config.host) else "1",
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(figures),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics_port),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
         "RAY_SERVE_HAPROXY_LOG_TARGET": str(folder / "log.sock"),  # unread: avoids an open UDP port
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / ADMIN_SOCKET),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_haproxy_wrapper(folder, (figures, statistics))),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_haproxy_wrapper(folder, (metrics_port, statistics_port))),
     }
     return {name: os.environ.get(name, value) if name.startswith("OMP") else value for name, value in settings.items()}
 
 
-def _haproxy_folder() -> Path:
+def _create_haproxy_folder() -> Path:
     """Create a folder for HAProxy's files, which only its owner can access, in the folder of Ray's temporary files.
 
     Raises `InputError` if its path is too long for HAProxy's socket.
@@ -112,11 +112,11 @@ def _haproxy_folder() -> Path:
     parent = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
     os.makedirs(parent, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="rayrec-", dir=parent))
-    excess = len(os.fsencode(folder / ("0" * NODE_ID_DIGITS) / ADMIN_SOCKET)) - SOCKET_PATH_BYTES
-    if excess > 0:
+    excess_bytes = len(os.fsencode(folder / ("0" * NODE_ID_DIGITS) / ADMIN_SOCKET)) - SOCKET_PATH_BYTES
+    if excess_bytes > 0:
         folder.rmdir()
         raise InputError(
-            f"the folder for temporary files, {parent}, has a path that is {excess} bytes too long for HAProxy's "
+            f"the folder for temporary files, {parent}, has a path that is {excess_bytes} bytes too long for HAProxy's "
             "socket; set RAY_TMPDIR=/tmp"
         )
     return folder
@@ -152,25 +152,25 @@ def open_listeners(pid: int | None = None) -> list[str]:
 
     `pid` is the process; None is this one. A process whose ports may not be read is listed too: it may have open ports.
     """
-    command, reached = psutil.Process(pid), []
-    for process in [command, *command.children(recursive=True)]:
+    main_process, open_ports = psutil.Process(pid), []
+    for process in [main_process, *main_process.children(recursive=True)]:
         try:
             name = process.name()
             connections = process.net_connections(kind="inet")
         except psutil.AccessDenied:
             with suppress(psutil.NoSuchProcess):
                 if process.status() != psutil.STATUS_ZOMBIE:
-                    reached.append(f"unknown ports of process {process.pid} ({process.name()}): access denied")
+                    open_ports.append(f"unknown ports of process {process.pid} ({process.name()}): access denied")
             continue
         except psutil.NoSuchProcess:  # it has just ended; psutil raises this for a zombie too
             continue
         for connection in connections:
-            listens = connection.status == psutil.CONN_LISTEN or (
+            is_listening = connection.status == psutil.CONN_LISTEN or (
                 connection.type == socket.SOCK_DGRAM and connection.laddr and not connection.raddr
             )
-            if listens and not is_loopback(connection.laddr.ip):
-                reached.append(f"{connection.laddr.ip} port {connection.laddr.port} ({name})")
-    return reached
+            if is_listening and not is_loopback(connection.laddr.ip):
+                open_ports.append(f"{connection.laddr.ip} port {connection.laddr.port} ({name})")
+    return open_ports
 
 
 def require_loopback(pid: int | None = None) -> None:
@@ -179,11 +179,11 @@ def require_loopback(pid: int | None = None) -> None:
     `pid` is the process; None is this one.
     """
     deadline = time.monotonic() + SETTLE_SECONDS
-    while reached := open_listeners(pid):
+    while open_ports := open_listeners(pid):
         if time.monotonic() > deadline:
             raise RayrecError(
-                f"these ports are open to other machines, although --host is a loopback address: {', '.join(reached)}; "
-                "the application was stopped"
+                "these ports are open to other machines, although --host is a loopback address: "
+                f"{', '.join(open_ports)}; the application was stopped"
             )
         time.sleep(0.2)
 
@@ -206,33 +206,35 @@ def _finish_requests(folder: Path) -> None:
     `folder` holds HAProxy's admin socket. A soft stop of HAProxy does not work here: it also waits for idle
     connections, and Serve replaces a HAProxy that has been stopping for 3 seconds.
     """
-    for path in folder.rglob(ADMIN_SOCKET):
+    for socket_path in folder.rglob(ADMIN_SOCKET):
         with suppress(OSError):
-            for name in {row["# pxname"] for row in _statistics(path) if row["svname"] == "FRONTEND"}:
-                _ask_haproxy(path, f"disable frontend {name}")
+            for frontend in {row["# pxname"] for row in _read_statistics(socket_path) if row["svname"] == "FRONTEND"}:
+                _send_haproxy_command(socket_path, f"disable frontend {frontend}")
             deadline = time.monotonic() + REQUEST_SECONDS
             while time.monotonic() < deadline:
-                if not sum(int(row["scur"] or 0) for row in _statistics(path) if row["svname"] == "BACKEND"):
+                if not sum(
+                    int(row["scur"] or 0) for row in _read_statistics(socket_path) if row["svname"] == "BACKEND"
+                ):
                     break
                 time.sleep(0.1)
 
 
-def _statistics(path: Path) -> list[dict[str, str]]:
-    """Return one row per frontend, backend and server of HAProxy; `path` is its admin socket."""
-    return list(csv.DictReader(_ask_haproxy(path, "show stat").splitlines()))
+def _read_statistics(socket_path: Path) -> list[dict[str, str]]:
+    """Return one row per frontend, backend and server of HAProxy; `socket_path` is its admin socket."""
+    return list(csv.DictReader(_send_haproxy_command(socket_path, "show stat").splitlines()))
 
 
-def _ask_haproxy(path: Path, command: str) -> str:
-    with socket.socket(socket.AF_UNIX) as admin:
-        admin.settimeout(5)
-        admin.connect(str(path))
-        admin.sendall(f"{command}\n".encode())
-        parts = iter(lambda: admin.recv(1 << 16), b"")
-        return b"".join(parts).decode()
+def _send_haproxy_command(socket_path: Path, command: str) -> str:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(5)
+        connection.connect(str(socket_path))
+        connection.sendall(f"{command}\n".encode())
+        chunks = iter(lambda: connection.recv(1 << 16), b"")
+        return b"".join(chunks).decode()
 
 
 @contextmanager
-def _application(workspace: Workspace, config: ServeConfig, folder: Path) -> Iterator[None]:
+def _run_application(workspace: Workspace, config: ServeConfig, folder: Path) -> Iterator[None]:
     import ray
     from ray import serve
     from ray.exceptions import RayError
@@ -242,29 +244,29 @@ def _application(workspace: Workspace, config: ServeConfig, folder: Path) -> Ite
 
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    quiet = LoggingConfig(log_level=logging.ERROR, enable_access_log=False)
+    logging_config = LoggingConfig(log_level=logging.ERROR, enable_access_log=False)
     # Reserved CPUs are for the scheduler of a cluster; here all replicas share the CPUs of the machine.
-    reserved = config.cpus * max(config.replicas, config.max_replicas)
-    cpus = max(os.cpu_count() or 1, math.ceil(reserved))
-    own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-    handler = signal.getsignal(signal.SIGTERM)
+    reserved_cpus = config.cpus * max(config.replicas, config.max_replicas)
+    cpus = max(os.cpu_count() or 1, math.ceil(reserved_cpus))
+    ray_options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    sigterm_handler = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            ray.init(**own, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(**ray_options, logging_level=logging.ERROR, log_to_driver=False)
         except SystemExit as error:  # from the SIGTERM handler that Ray sets first
             raise KeyboardInterrupt from error
         except Exception as error:
             raise ray_not_started(error) from error
         finally:
-            signal.signal(signal.SIGTERM, handler)  # the handler that Ray leaves dumps the stack and aborts
-        serve.start(http_options={"host": config.host, "port": config.port}, logging_config=quiet)
+            signal.signal(signal.SIGTERM, sigterm_handler)  # the handler that Ray leaves dumps the stack and aborts
+        serve.start(http_options={"host": config.host, "port": config.port}, logging_config=logging_config)
         arguments = {**to_mapping(config), "workspace": workspace.root if workspace.is_local else workspace.uri}
-        serve.run(build(arguments), name=NAME, logging_config=quiet)
+        serve.run(build(arguments), name=NAME, logging_config=logging_config)
         yield
         _finish_requests(folder)
     finally:
         # Ray prints on stdout that the controller has ended, and sometimes raises it as an error.
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        with open(os.devnull, "w") as devnull, redirect_stdout(devnull), redirect_stderr(devnull):
             if ray.is_initialized():  # otherwise Serve would start Ray
                 with suppress(RayError):
                     serve.shutdown()

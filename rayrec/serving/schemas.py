@@ -118,9 +118,9 @@ class KnownFields(BaseModel):
     @classmethod
     def _few_unknown(cls, value: Any) -> Any:
         """Refuse an object with many unknown fields at once, since each of them would be an error."""
-        known = len(cls.model_fields)
-        if isinstance(value, dict) and len(value) > known + MAX_ERRORS:
-            raise ValueError(f"got {len(value):,} fields, expected at most {known}; see /openapi.json")
+        field_count = len(cls.model_fields)
+        if isinstance(value, dict) and len(value) > field_count + MAX_ERRORS:
+            raise ValueError(f"got {len(value):,} fields, expected at most {field_count}; see /openapi.json")
         return value
 
 
@@ -153,13 +153,13 @@ def error_list(errors: Any) -> list[dict[str, str]]:
     For an error of the whole request, `where` is `body` or `query`.
     """
 
-    def where(loc: Sequence[Any]) -> str:
-        parts = [str(part) for part in loc if not str(part).startswith(TAG)]
+    def field_path(location: Sequence[Any]) -> str:
+        parts = [str(part) for part in location if not str(part).startswith(TAG)]
         return ".".join(parts[1:] if len(parts) > 1 and parts[0] in ("body", "query", "path") else parts)[:200]
 
     return [
         {
-            "where": where(item["loc"]),
+            "where": field_path(item["loc"]),
             "detail": item["msg"].removeprefix("Value error, ")[:500],
         }
         for item in errors[:MAX_ERRORS]

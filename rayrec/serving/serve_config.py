@@ -67,7 +67,7 @@ class Experiment(Settings):
     def _named_arms(cls, arms: Any) -> Any:
         if not isinstance(arms, dict) or not arms:
             raise ValueError("expected arms.NAME.share = SHARE for each arm")
-        return {name: _section(Arm, value, f"arm {name}") for name, value in arms.items()}
+        return {name: _parse_section(Arm, value, f"arm {name}") for name, value in arms.items()}
 
     @model_validator(mode="after")
     def _fit_together(self) -> "Experiment":
@@ -92,11 +92,11 @@ class Experiment(Settings):
         The arm stays the same as long as the name of the experiment and the order and shares of its arms do.
         """
         digest = blake2b(f"{self.name}\0{user_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        place = int.from_bytes(digest, "little") / 2**64
+        position = int.from_bytes(digest, "little") / 2**64
         for name, arm in self.arms.items():
-            if place < arm.share:
+            if position < arm.share:
                 return name
-            place -= arm.share
+            position -= arm.share
         return None
 
     @property
@@ -105,13 +105,13 @@ class Experiment(Settings):
         return frozenset(name for arm in self.arms.values() for name in arm.settings)
 
 
-def _section(cls: type[Settings], values: Any, where: str) -> Any:
+def _parse_section(cls: type[Settings], values: Any, source: str) -> Any:
     """Make settings of a section of a config file; `values` that are settings already are returned unchanged."""
     if isinstance(values, cls):
         return values
     if not isinstance(values, dict):
-        raise InputError(f"{where} is {values!r}; expected a section of settings")
-    return from_mapping(cls, values, where)
+        raise InputError(f"{source} is {values!r}; expected a section of settings")
+    return from_mapping(cls, values, source)
 
 
 class ServeConfig(Settings):
@@ -180,7 +180,7 @@ class ServeConfig(Settings):
     @field_validator("experiment", mode="before")
     @classmethod
     def _experiment_section(cls, value: Any) -> Any:
-        return None if value is None else _section(Experiment, value, "experiment")
+        return None if value is None else _parse_section(Experiment, value, "experiment")
 
     @field_validator("access_log")
     @classmethod

@@ -39,26 +39,26 @@ class CatalogRows:
         """Return the row of each id, -1 for an id that no song has."""
         cache = self._cache
         missing = [song_id for song_id in song_ids if song_id not in cache]
-        rows_found = dict(zip(missing, self._searched(missing), strict=True)) if missing else {}
+        rows_found = dict(zip(missing, self._search(missing), strict=True)) if missing else {}
         rows = [rows_found[song_id] if song_id in rows_found else cache[song_id] for song_id in song_ids]
         if len(cache) + len(rows_found) > NAMES_KEPT:
             self._cache = cache = {}  # a new dict, since another thread may read the old one
         cache.update((song_id, row) for song_id, row in rows_found.items() if row >= 0)
         return rows
 
-    def _searched(self, song_ids: list[str]) -> list[int]:
+    def _search(self, song_ids: list[str]) -> list[int]:
         hashes = id_hashes(song_ids)
-        rows, places = [-1] * len(song_ids), np.searchsorted(self._hashes, hashes)
-        left = np.arange(len(song_ids))
-        while len(left := left[places[left] < len(self._hashes)]):
-            left = left[self._hashes[places[left]] == hashes[left]]
-            candidates = self._rows[places[left]]
-            ids = self._ids.take(pa.array(candidates)).to_pylist()
-            for place, row, song_id in zip(left.tolist(), candidates.tolist(), ids, strict=True):
-                if song_id == song_ids[place]:
-                    rows[place] = row
-            left = left[[rows[place] < 0 for place in left.tolist()]]  # two ids may share a hash
-            places[left] += 1
+        rows, positions = [-1] * len(song_ids), np.searchsorted(self._hashes, hashes)
+        remaining = np.arange(len(song_ids))
+        while len(remaining := remaining[positions[remaining] < len(self._hashes)]):
+            remaining = remaining[self._hashes[positions[remaining]] == hashes[remaining]]
+            candidate_rows = self._rows[positions[remaining]]
+            ids = self._ids.take(pa.array(candidate_rows)).to_pylist()
+            for index, row, song_id in zip(remaining.tolist(), candidate_rows.tolist(), ids, strict=True):
+                if song_id == song_ids[index]:
+                    rows[index] = row
+            remaining = remaining[[rows[index] < 0 for index in remaining.tolist()]]  # two ids may share a hash
+            positions[remaining] += 1
         return rows
 
 
@@ -72,11 +72,11 @@ class SongNames:
 
     def __init__(self, catalog: Catalog) -> None:
         self._columns = [catalog.table.column(name) for name in (columns.SONG_ID, columns.TITLE, columns.ARTIST)]
-        self.of = lru_cache(maxsize=NAMES_KEPT)(self._of)
+        self.of = lru_cache(maxsize=NAMES_KEPT)(self._read_name)
 
-    def _of(self, row: int) -> SongName:
-        song, title, artist = (column[row].as_py() for column in self._columns)
-        return song, title, artist
+    def _read_name(self, row: int) -> SongName:
+        song_id, title, artist = (column[row].as_py() for column in self._columns)
+        return song_id, title, artist
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class OnlineCatalog:
         table: pa.Table,
         row_of_number: np.ndarray,
         open_numbers: Sequence[int],
-        known: np.ndarray,
+        known_rows: np.ndarray,
         masks: SongMasks,
     ) -> "OnlineCatalog":
         """Make it from the table of the songs from row `first` on.
@@ -112,10 +112,10 @@ class OnlineCatalog:
         return cls(
             first=first,
             catalog=catalog,
-            rows={song: first + place for place, song in enumerate(ids)},
+            rows={song_id: first + index for index, song_id in enumerate(ids)},
             row_of_number=row_of_number,
             number_of_row={int(row_of_number[number]): number for number in open_numbers},
-            known=known,
+            known=known_rows,
             search=SongSearch(catalog),
             masks=SongMasks(catalog, masks),
         )
@@ -149,16 +149,16 @@ class ServedCatalog:
 
     def with_online(self, online: OnlineCatalog) -> None:
         """Use `online` as the songs that were added online, in place of the earlier ones."""
-        more = max(0, online.first + len(online.catalog) - len(self.known))
-        known = np.pad(self.known, (0, more))
-        known[online.known] = True
-        self.plays = np.pad(self.plays, (0, more))
+        added_count = max(0, online.first + len(online.catalog) - len(self.known))
+        is_known = np.pad(self.known, (0, added_count))
+        is_known[online.known] = True
+        self.plays = np.pad(self.plays, (0, added_count))
         if self.first_days is not None:
-            self.first_days = np.pad(self.first_days, (0, more), constant_values=NOT_PLAYED)
-        self.known, self.online = known, online  # after the arrays above: requests are in progress
+            self.first_days = np.pad(self.first_days, (0, added_count), constant_values=NOT_PLAYED)
+        self.known, self.online = is_known, online  # after the arrays above: requests are in progress
         if self.first_days is not None:
-            new = online.known[~np.isin(online.known, self.by_age)]
-            self.by_age = np.concatenate([new[::-1].astype(np.int32), self.by_age])
+            new_rows = online.known[~np.isin(online.known, self.by_age)]
+            self.by_age = np.concatenate([new_rows[::-1].astype(np.int32), self.by_age])
 
     @property
     def num_rows(self) -> int:
@@ -169,13 +169,14 @@ class ServedCatalog:
         """Return the row of each id, int32 (n,); -1 for an unknown id."""
         rows = np.array(self.rows.find(song_ids), dtype=np.int32)
         # Nearly all ids are sent in the catalog's spelling, so only the others are converted to it.
-        unknown = np.flatnonzero(rows < 0)
-        if len(unknown):
-            spelled = [spell_id(song_ids[place]) or "" for place in unknown.tolist()]
-            added = {} if self.online is None else self.online.rows
-            rows_found = self.rows.find(spelled)
-            rows[unknown] = [
-                row if row >= 0 else added.get(song_id, -1) for song_id, row in zip(spelled, rows_found, strict=True)
+        unknown_indices = np.flatnonzero(rows < 0)
+        if len(unknown_indices):
+            spelled_ids = [spell_id(song_ids[index]) or "" for index in unknown_indices.tolist()]
+            added_rows = {} if self.online is None else self.online.rows
+            rows_found = self.rows.find(spelled_ids)
+            rows[unknown_indices] = [
+                row if row >= 0 else added_rows.get(song_id, -1)
+                for song_id, row in zip(spelled_ids, rows_found, strict=True)
             ]
         return rows
 
@@ -184,26 +185,29 @@ class ServedCatalog:
         online = self.online
         if online is None or not (rows >= online.first).any():
             return rows
-        late = np.flatnonzero(rows >= online.first)
-        stored = rows.copy()
-        stored[late] = [FIRST_ONLINE + online.number_of_row[row] for row in rows[late].tolist()]
-        return stored
+        online_indices = np.flatnonzero(rows >= online.first)
+        stored_rows = rows.copy()
+        stored_rows[online_indices] = [
+            FIRST_ONLINE + online.number_of_row[row] for row in rows[online_indices].tolist()
+        ]
+        return stored_rows
 
-    def rows_of_stored(self, stored: np.ndarray) -> np.ndarray:
+    def rows_of_stored(self, stored_rows: np.ndarray) -> np.ndarray:
         """Convert stored rows, int32, of any replica to song rows; FIRST_ONLINE for songs that are not known here.
 
         Unknown songs were added online on another replica, or belong to a newer release.
         """
-        late = np.flatnonzero(stored >= len(self.catalog))  # the release's catalog, without the songs added online
-        if not len(late):
-            return stored
+        # `catalog` is the release's, without the songs added online.
+        later_indices = np.flatnonzero(stored_rows >= len(self.catalog))
+        if not len(later_indices):
+            return stored_rows
         online = self.online
         row_of_number = np.zeros(0, np.int32) if online is None else online.row_of_number
-        numbers = stored[late] - FIRST_ONLINE  # negative for songs of a newer release
-        known = (numbers >= 0) & (numbers < len(row_of_number))
-        current_rows = np.append(row_of_number, -1)[np.where(known, numbers, -1)]
-        rows = stored.copy()
-        rows[late] = np.where(current_rows >= 0, current_rows, FIRST_ONLINE)
+        numbers = stored_rows[later_indices] - FIRST_ONLINE  # negative for songs of a newer release
+        is_known = (numbers >= 0) & (numbers < len(row_of_number))
+        current_rows = np.append(row_of_number, -1)[np.where(is_known, numbers, -1)]
+        rows = stored_rows.copy()
+        rows[later_indices] = np.where(current_rows >= 0, current_rows, FIRST_ONLINE)
         return rows
 
     def fitting(self, attributes: SongAttributes) -> SongSet:
@@ -220,15 +224,15 @@ class ServedCatalog:
         rows, count = self.search.find(query, limit)
         if online is None:
             return rows, count
-        later, more = online.search.find(query, limit)
-        fits = np.concatenate([self.search.fits(query, rows), online.search.fits(query, later)])
-        both = np.concatenate([rows, (later + online.first).astype(np.int32)])
-        return both[np.argsort(-fits, kind="stable")][:limit], count + more
+        online_rows, online_count = online.search.find(query, limit)
+        fits = np.concatenate([self.search.fits(query, rows), online.search.fits(query, online_rows)])
+        all_rows = np.concatenate([rows, (online_rows + online.first).astype(np.int32)])
+        return all_rows[np.argsort(-fits, kind="stable")][:limit], count + online_count
 
     def embedded(self, rows: np.ndarray) -> np.ndarray:
         """Return bool (n,): True for song rows, int (n,), that the network has a vector of; False for row -1."""
-        embedded: np.ndarray = (rows >= 0) & self.known[np.maximum(rows, 0)]
-        return embedded
+        is_embedded: np.ndarray = (rows >= 0) & self.known[np.maximum(rows, 0)]
+        return is_embedded
 
     def describe(self, rows: np.ndarray) -> list[SongName]:
         """Return id, title and artist of each song row."""
@@ -242,25 +246,25 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
     """Load the catalog of a release and its popular songs, in memory that the replicas of a node share."""
     dataset = Dataset(workspace)
     version = catalog_version(workspace, release)
-    table = mapped_table(version, lambda: _catalog_table(workspace, dataset, release, recommender))
-    first_days = _array(table, FIRST_DAY) if FIRST_DAY in table.column_names else None
+    table = mapped_table(version, lambda: _make_catalog_table(workspace, dataset, release, recommender))
+    first_days = _column_array(table, FIRST_DAY) if FIRST_DAY in table.column_names else None
     catalog = Catalog(table)
-    plays, worth = _array(table, PLAYS), _array(table, WORTH)
+    plays, starting_worth = _column_array(table, PLAYS), _column_array(table, WORTH)
     ids = columns.one_array(table.column(columns.SONG_ID))
     return ServedCatalog(
         catalog=catalog,
-        rows=CatalogRows(ids, _array(table, ID_HASH), _array(table, ID_ROW)),
+        rows=CatalogRows(ids, _column_array(table, ID_HASH), _column_array(table, ID_ROW)),
         contexts={name: bit for bit, name in enumerate(dataset.manifest.contexts)},
         skip_below=dataset.manifest.skip_below,
         plays=plays,
-        by_plays=_order(table, BY_PLAYS),
-        starting=Starting(worth=worth, order=_order(table, STARTING)),
+        by_plays=_column_order(table, BY_PLAYS),
+        starting=Starting(worth=starting_worth, order=_column_order(table, STARTING)),
         first_days=first_days,
-        by_age=np.zeros(0, np.int32) if first_days is None else _order(table, BY_AGE),
+        by_age=np.zeros(0, np.int32) if first_days is None else _column_order(table, BY_AGE),
         lineage=dataset.lineage,
-        known=_array(table, KNOWN).view(np.bool_),
+        known=_column_array(table, KNOWN).view(np.bool_),
         dim=network_of(recommender).song_vectors.shape[1],
-        search=SongSearch(catalog, _array(table, PLACE)),
+        search=SongSearch(catalog, _column_array(table, PLACE)),
         masks=SongMasks(catalog),
         names=SongNames(catalog),
     )
@@ -269,14 +273,14 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
 def catalog_version(workspace: Workspace, release: Manifest) -> str:
     """Return a digest of everything that the shared table of a release's catalog is made from."""
     dataset = Dataset(workspace)
-    made_of = {kind: release.inputs.get(kind, "") for kind in ("models", "retrieval", "added_songs")}
-    described = [description.id for description in dataset.descriptions()]
-    songs = workspace.filesystem.get_file_info(workspace.full(SONGS_TABLE))
-    file = {"uri": workspace.uri, "root": workspace.root, "bytes": songs.size, "written": songs.mtime_ns}
+    part_ids = {kind: release.inputs.get(kind, "") for kind in ("models", "retrieval", "added_songs")}
+    description_ids = [description.id for description in dataset.descriptions()]
+    file_info = workspace.filesystem.get_file_info(workspace.full(SONGS_TABLE))
+    songs_file = {"uri": workspace.uri, "root": workspace.root, "bytes": file_info.size, "written": file_info.mtime_ns}
     return fingerprint(
         "served catalog",
-        {**file, "described": described, "format": FORMAT},
-        {**made_of, "dataset": dataset.manifest.id},
+        {**songs_file, "described": description_ids, "format": FORMAT},
+        {**part_ids, "dataset": dataset.manifest.id},
     )
 
 
@@ -286,16 +290,18 @@ ID_HASH, ID_ROW, PLAYS, BY_PLAYS, PLACE, KNOWN = "id_hash", "id_row", "plays", "
 WORTH, STARTING, FIRST_DAY, BY_AGE = "worth", "starting", "first_day", "by_age"
 
 
-def _catalog_table(workspace: Workspace, dataset: Dataset, release: Manifest, recommender: BaseRecommender) -> pa.Table:
+def _make_catalog_table(
+    workspace: Workspace, dataset: Dataset, release: Manifest, recommender: BaseRecommender
+) -> pa.Table:
     """Make the shared table: all data of a served catalog that grows with the songs, one row per song."""
     table = with_folded(dataset.catalog().table)
-    songs = table.num_rows
+    song_count = table.num_rows
     plays = model_play_counts(dataset, release.inputs["models"], recommender.num_songs)
-    plays = np.pad(plays, (0, songs - len(plays)))  # later songs have no plays there
+    plays = np.pad(plays, (0, song_count - len(plays)))  # later songs have no plays there
     by_plays = np.argsort(-plays, kind="stable").astype(np.int32)
-    known = known_songs(recommender, songs)
-    starting = starting_of(workspace, release.inputs, plays, known)
-    first_days = _first_days(workspace, release, songs)
+    is_known = known_songs(recommender, song_count)
+    starting = starting_of(workspace, release.inputs, plays, is_known)
+    first_days = _read_first_days(workspace, release, song_count)
     ids = table.column(columns.SONG_ID)
     hashes = np.concatenate([id_hashes(chunk.to_numpy(zero_copy_only=False)) for chunk in _slices(ids)])
     by_hash = np.argsort(hashes, kind="stable")
@@ -303,58 +309,60 @@ def _catalog_table(workspace: Workspace, dataset: Dataset, release: Manifest, re
         ID_HASH: hashes[by_hash],
         ID_ROW: by_hash.astype(np.int32),
         PLAYS: plays,
-        BY_PLAYS: by_plays[known[by_plays]],  # songs without a vector are never recommended
+        BY_PLAYS: by_plays[is_known[by_plays]],  # songs without a vector are never recommended
         PLACE: popularity_places(plays),
-        KNOWN: known.view(np.uint8),  # one byte per song can be read without a copy
+        KNOWN: is_known.view(np.uint8),  # one byte per song can be read without a copy
         WORTH: starting.worth,
         STARTING: starting.order,
     }
     if first_days is not None:
         arrays |= {
             FIRST_DAY: first_days,
-            BY_AGE: _by_age(first_days, network_of(recommender).added_songs, known),
+            BY_AGE: _rows_by_age(first_days, network_of(recommender).added_songs, is_known),
         }
     for name, values in arrays.items():
-        padded = np.pad(values, (0, songs - len(values)), constant_values=-1) if len(values) < songs else values
+        padded = (
+            np.pad(values, (0, song_count - len(values)), constant_values=-1) if len(values) < song_count else values
+        )
         table = table.append_column(name, pa.array(padded))
     return table
 
 
 def _slices(values: pa.ChunkedArray, size: int = 100_000) -> Iterator[pa.Array]:
     """Return a column in slices of at most `size` values."""
-    return (columns.one_array(values.slice(begin, size)) for begin in range(0, max(1, len(values)), size))
+    return (columns.one_array(values.slice(start, size)) for start in range(0, max(1, len(values)), size))
 
 
-def _array(table: pa.Table, name: str) -> np.ndarray:
+def _column_array(table: pa.Table, name: str) -> np.ndarray:
     """Return a column without nulls as a read-only array, without copying it."""
     values: np.ndarray = columns.one_array(table.column(name)).to_numpy()
     return values
 
 
-def _order(table: pa.Table, name: str) -> np.ndarray:
+def _column_order(table: pa.Table, name: str) -> np.ndarray:
     """Return the song rows of a column that orders some songs, int32 (any,), without its padding."""
-    rows = _array(table, name)
+    rows = _column_array(table, name)
     return rows[: np.count_nonzero(rows >= 0)]
 
 
-def _first_days(workspace: Workspace, release: Manifest, songs: int) -> np.ndarray | None:
-    """Return the day of each song's first play, int32 (songs,); None for a release without a retrieval."""
+def _read_first_days(workspace: Workspace, release: Manifest, song_count: int) -> np.ndarray | None:
+    """Return the day of each song's first play, int32 (song_count,); None for a release without a retrieval."""
     if "retrieval" not in release.inputs:
         return None
-    counted = read_first_days(
+    stored_days = read_first_days(
         workspace, artifacts.load_manifest(workspace, "retrieval", release.inputs["retrieval"]).folder
     )
-    first_days = np.full(songs, NOT_PLAYED, dtype=np.int32)
-    first_days[: len(counted)] = counted[:songs]
+    first_days = np.full(song_count, NOT_PLAYED, dtype=np.int32)
+    first_days[: len(stored_days)] = stored_days[:song_count]
     return first_days
 
 
-def _by_age(first_days: np.ndarray, added: np.ndarray, known: np.ndarray) -> np.ndarray:
+def _rows_by_age(first_days: np.ndarray, added_rows: np.ndarray, is_known: np.ndarray) -> np.ndarray:
     """Return the rows of songs with a vector, int32, newest first: added songs without plays, then by first day.
 
     Songs of the same day are in descending order of rows.
     """
-    comes = first_days < NOT_PLAYED
-    comes[added] = True
-    rows = np.flatnonzero(comes & known)[::-1]
+    is_listed = first_days < NOT_PLAYED
+    is_listed[added_rows] = True
+    rows = np.flatnonzero(is_listed & is_known)[::-1]
     return rows[np.argsort(-first_days[rows].astype(np.int64), kind="stable")].astype(np.int32)

@@ -115,7 +115,9 @@ class Service:
     ) -> None:
         self.holder, self.config, self.keys, self.metrics, self.users = holder, config, keys, metrics, users
         self.arms, self.log, self.access = arms, log, access
-        self._watch = OnlineWatch(lambda: [live.online for live in (holder.loaded, *arms.releases) if live is not None])
+        self._online_watch = OnlineWatch(
+            lambda: [live.online for live in (holder.loaded, *arms.releases) if live is not None]
+        )
 
     @property
     def live(self) -> LiveRelease:
@@ -124,7 +126,7 @@ class Service:
 
     def close(self) -> None:
         """Stop the watches, delete the report of this replica, and close the store of users and the logs."""
-        self._watch.stop()
+        self._online_watch.stop()
         self.holder.stop()
         self.users.close()
         if self.log is not None:
@@ -139,34 +141,34 @@ class Service:
         self.metrics.batch(len(requests))
         answers: dict[int, Recommendations | InvalidEntry] = {}
         by_release: dict[str, list[tuple[int, Assigned]]] = {}
-        for row, request in enumerate(requests):
+        for index, request in enumerate(requests):
             if isinstance(request, InvalidEntry):
-                answers[row] = request
+                answers[index] = request
                 continue
             assigned = self.arms.assign(request, live)
-            by_release.setdefault(assigned.release.id, []).append((row, assigned))
+            by_release.setdefault(assigned.release.id, []).append((index, assigned))
         for entries in by_release.values():
-            for begin in range(0, len(entries), TOGETHER):
-                rows, group = zip(*entries[begin : begin + TOGETHER], strict=True)
-                answers |= dict(zip(rows, await self._recommend(group[0].release, group, alone), strict=True))
-        return [answers[row] for row in range(len(requests))]
+            for start in range(0, len(entries), TOGETHER):
+                indices, group = zip(*entries[start : start + TOGETHER], strict=True)
+                answers |= dict(zip(indices, await self._recommend(group[0].release, group, alone), strict=True))
+        return [answers[index] for index in range(len(requests))]
 
     async def rank(self, live: LiveRelease, request: RankRequest) -> RankedSongs:
         """Rank the given songs by how likely the user is to play them."""
         self.metrics.batch(1)
-        stored = await self._stored(live, [request])
+        stored_users = await self._read_stored_users(live, [request])
         with self.metrics.stage("read"):
-            query = read_query(request, stored.get(request.user_id), request.at, live.catalog)
+            query = read_query(request, stored_users.get(request.user_id), request.at, live.catalog)
             options = read_songs_to_rank(request, live.catalog)
-        (chosen,) = await self._choose(live, [query], [options])
+        (selection,) = await self._choose(live, [query], [options])
         with self.metrics.stage("write"):
-            answer = self._answer(live, query, chosen, unknown=query.unknown)
+            answer = self._build_answer(live, query, selection, unknown=query.unknown)
             if request.explain:
-                add_reasons(answer, chosen, query.songs, live.catalog)
+                add_reasons(answer, selection, query.songs, live.catalog)
             rows = live.catalog.find(request.songs)
-            unknown = np.flatnonzero(~np.isin(rows, chosen.songs)).tolist()
-            names = list(dict.fromkeys(request.songs[place] for place in unknown))
-            ranked = RankedSongs.model_construct(**dict(answer), unknown_song_ids=names)
+            unknown_indices = np.flatnonzero(~np.isin(rows, selection.songs)).tolist()
+            unknown_song_ids = list(dict.fromkeys(request.songs[index] for index in unknown_indices))
+            ranked = RankedSongs.model_construct(**dict(answer), unknown_song_ids=unknown_song_ids)
             self._log_answer(request.user_id, ranked)
             return ranked
 
@@ -174,14 +176,14 @@ class Service:
         """Return the taste vectors of histories. An invalid history gets an `InvalidEntry`."""
         self.metrics.batch(len(users))
         tastes: list[Taste | InvalidEntry] = []
-        for begin in range(0, len(users), TOGETHER):
-            tastes += await self._tastes(live, users[begin : begin + TOGETHER])
+        for start in range(0, len(users), TOGETHER):
+            tastes += await self._compute_tastes(live, users[start : start + TOGETHER])
         return Tastes.model_construct(release=live.id, model=live.model_id, dim=live.catalog.dim, tastes=tastes)
 
     async def popular_songs(self, live: LiveRelease, query: SongsQuery) -> PopularSongs:
         """Return one page of the most played songs."""
         catalog = live.catalog
-        rows, cursor = await run_in_threadpool(_listed, catalog.by_plays, query, catalog)
+        rows, cursor = await run_in_threadpool(_page_rows, catalog.by_plays, query, catalog)
         plays = catalog.plays[rows].tolist()
         songs = [
             PopularSong(song_id=song_id, title=title, artist=artist, plays=count)
@@ -197,40 +199,42 @@ class Service:
                 f"Release {live.id} has no retrieval, which contains the day of each song's first play; "
                 "run `rayrec retrieval`, `rayrec rank` and `rayrec release create`"
             )
-        rows, cursor = await run_in_threadpool(_listed, catalog.by_age, query, catalog)
+        rows, cursor = await run_in_threadpool(_page_rows, catalog.by_age, query, catalog)
         songs = [
-            NewSong(song_id=song_id, title=title, artist=artist, first_played=_day(day))
+            NewSong(song_id=song_id, title=title, artist=artist, first_played=_format_day(day))
             for (song_id, title, artist), day in zip(
                 catalog.describe(rows), catalog.first_days[rows].tolist(), strict=True
             )
         ]
         return NewSongs(release=live.id, songs=songs, cursor=cursor)
 
-    async def take_plays(self, live: LiveRelease, sent: Sequence[NewPlay | InvalidEntry]) -> PlaysTaken:
+    async def take_plays(self, live: LiveRelease, events: Sequence[NewPlay | InvalidEntry]) -> PlaysTaken:
         """Store plays and likes of any users; return the outcome of each. They are stored when this returns."""
-        valid = [(place, event) for place, event in enumerate(sent) if isinstance(event, NewPlay)]
-        outcomes: list[PlayOutcome] = ["invalid"] * len(sent)
-        rows, plays = read_plays([play for _, play in valid], live.catalog)
-        for place, _ in valid:
-            outcomes[place] = "unknown"
+        valid_events = [(index, event) for index, event in enumerate(events) if isinstance(event, NewPlay)]
+        outcomes: list[PlayOutcome] = ["invalid"] * len(events)
+        indices_by_user, plays_by_user = read_plays([entry for _, entry in valid_events], live.catalog)
+        for index, _ in valid_events:
+            outcomes[index] = "unknown"
 
         def log_taken(user_id: str, outcomes_of_user: Sequence[Outcome]) -> None:
-            for row, user_outcome in zip(rows[user_id], outcomes_of_user, strict=True):
+            for valid_index, user_outcome in zip(indices_by_user[user_id], outcomes_of_user, strict=True):
                 if user_outcome == "taken":  # a play that is sent again is logged and counted once
                     self.metrics.plays("taken", 1)
-                    self._log_event(live, valid[row][1])
+                    self._log_event(live, valid_events[valid_index][1])
 
-        for user_id, outcomes_of_user in (await self.users.take(live, plays, log_taken)).items() if plays else ():
-            for row, user_outcome in zip(rows[user_id], outcomes_of_user, strict=True):
-                outcomes[valid[row][0]] = user_outcome
+        for user_id, outcomes_of_user in (
+            (await self.users.take(live, plays_by_user, log_taken)).items() if plays_by_user else ()
+        ):
+            for valid_index, user_outcome in zip(indices_by_user[user_id], outcomes_of_user, strict=True):
+                outcomes[valid_events[valid_index][0]] = user_outcome
         counts = Counter(outcomes)
         for outcome in counts.keys() - {"taken"}:
             self.metrics.plays(outcome, counts[outcome])
         errors = [
-            {"where": f"plays.{place}.{error['where']}", "detail": error["detail"]}
-            for place, play in enumerate(sent)
-            if isinstance(play, InvalidEntry)
-            for error in play.errors
+            {"where": f"plays.{index}.{error['where']}", "detail": error["detail"]}
+            for index, entry in enumerate(events)
+            if isinstance(entry, InvalidEntry)
+            for error in entry.errors
         ]
         return PlaysTaken.model_construct(
             release=live.id,
@@ -243,17 +247,17 @@ class Service:
             errors=errors[:20],
         )
 
-    async def user_taste(self, live: LiveRelease, user_id: str, moment: int | None) -> UserTaste:
+    async def user_taste(self, live: LiveRelease, user_id: str, at: int | None) -> UserTaste:
         """Return the taste vectors of a stored user. Raises `NotFoundError` if the user is not in the store."""
-        user = _known(user_id, (await self.users.read(live, [user_id]))[0])
+        user = _require_stored(user_id, (await self.users.read(live, [user_id]))[0])
         state = user.state
-        at = moment_after(state.last_played_at, moment)
-        vectors = await live.engine.vectors(user.states, np.array([at]), ("short", "long"))
+        query_at = moment_after(state.last_played_at, at)
+        vectors = await live.engine.vectors(user.states, np.array([query_at]), ("short", "long"))
         return UserTaste(
             release=live.id,
             model=live.model_id,
             user_id=user_id,
-            at=at,
+            at=query_at,
             plays=state.plays,
             last_played_at=None if state.last_played_at == NEVER else state.last_played_at,
             rejected=state.rejected,
@@ -263,15 +267,15 @@ class Service:
 
     async def user_plays(self, live: LiveRelease, user_id: str, k: int) -> ListedPlays:
         """Return the last `k` plays of a stored user. Raises `NotFoundError` if the user is not in the store."""
-        user = _known(user_id, (await self.users.read(live, [user_id]))[0])
-        query, names = read_stored(user, None), list(live.catalog.contexts)
+        user = _require_stored(user_id, (await self.users.read(live, [user_id]))[0])
+        query, context_names = read_stored(user, None), list(live.catalog.contexts)
         plays = [
             PlayedSong(
                 song_id=song_id,
                 title=title,
                 artist=artist,
                 played_at=played_at,
-                contexts=[name for name in names if contexts >> live.catalog.contexts[name] & 1],
+                contexts=[name for name in context_names if contexts >> live.catalog.contexts[name] & 1],
                 skipped=skipped,
             )
             for (song_id, title, artist), played_at, contexts, skipped in zip(
@@ -288,35 +292,36 @@ class Service:
         """Delete a user; plays from before this moment are rejected from now on."""
         await self.users.forget(live, user_id, now_ms())
 
-    async def add_songs(self, live: LiveRelease, sent: SentSongs) -> SongsAdded:
+    async def add_songs(self, live: LiveRelease, sent_songs: SentSongs) -> SongsAdded:
         """Add songs until the next release. Every other replica has them within a second after this returns.
 
         Raises `HTTPException` 507 if there would be more than `MAX_ONLINE_SONGS`, and `FieldError` for a release day
         that does not exist or a content vector that differs in length from those of the catalog.
         """
         online = live.online
-        songs = [read_song(song, sent.where(place, "released")) for place, song in enumerate(sent.songs)]
-        dims = {len(song.vector): place for place, song in enumerate(songs) if song.vector is not None}
-        if dims:
+        songs = [read_song(song, sent_songs.where(index, "released")) for index, song in enumerate(sent_songs.songs)]
+        index_of_dim = {len(song.vector): index for index, song in enumerate(songs) if song.vector is not None}
+        if index_of_dim:
             expected = await run_in_threadpool(lambda: online.content_dim)
-            for dim, place in dims.items():
+            for dim, index in index_of_dim.items():
                 if dim != expected:
-                    known = f"content vectors of {expected} numbers" if expected else "no content vectors"
+                    expected_text = f"content vectors of {expected} numbers" if expected else "no content vectors"
                     raise FieldError(
-                        sent.where(place, "vector"),
-                        f"got {dim} numbers, but the catalog has {known}; give a vector of the same model, or none",
+                        sent_songs.where(index, "vector"),
+                        f"got {dim} numbers, but the catalog has {expected_text}; give a vector of the same "
+                        "model, or none",
                     )
         await run_in_threadpool(self.users.store, live.catalog.lineage)
-        added = await run_in_threadpool(online.add, songs)
-        if added is None:
+        is_added = await run_in_threadpool(online.add, songs)
+        if is_added is None:
             raise HTTPException(
                 507,
                 f"{online.count:,} of at most {MAX_ONLINE_SONGS:,} songs are already added online, so none of the new "
                 "songs was added; create a release that contains the earlier songs first",
             )
-        outcomes: list[SongOutcome] = ["added" if new else "known" for new in added]
+        outcomes: list[SongOutcome] = ["added" if is_new else "known" for is_new in is_added]
         return SongsAdded.model_construct(
-            release=live.id, added=sum(added), online=online.count, limit=MAX_ONLINE_SONGS, outcomes=outcomes
+            release=live.id, added=sum(is_added), online=online.count, limit=MAX_ONLINE_SONGS, outcomes=outcomes
         )
 
     async def find_songs(self, live: LiveRelease, query: str, limit: int) -> SongMatches:
@@ -335,9 +340,9 @@ class Service:
             raise NotFoundError(f"Song {song_id!r} is not in the catalog; find ids with /v1/songs?query=")
         path, songs = "exact", []
         if live.catalog.embedded(np.array([row])).any():
-            chosen = await live.engine.similar(row, k)
-            self.metrics.path(chosen.path)
-            path, songs = chosen.path, _recommended(live.catalog, chosen)
+            selection = await live.engine.similar(row, k)
+            self.metrics.path(selection.path)
+            path, songs = selection.path, _recommended_songs(live.catalog, selection)
         ((_, title, artist),) = live.catalog.describe(np.array([row]))
         plays = int(live.catalog.plays[row])
         return SimilarSongs(
@@ -348,16 +353,16 @@ class Service:
         """Return the positions of songs on a map of their embeddings."""
         ids = list(dict.fromkeys(song_ids))
         rows = live.catalog.find(ids)
-        embedded = live.catalog.embedded(rows)
-        places = await live.engine.layout(rows[embedded])
-        mapped_ids = (song_id for song_id, has in zip(ids, embedded.tolist(), strict=True) if has)
+        is_embedded = live.catalog.embedded(rows)
+        positions = await live.engine.layout(rows[is_embedded])
+        mapped_ids = (song_id for song_id, has_position in zip(ids, is_embedded.tolist(), strict=True) if has_position)
         points = [
             MapPoint(song_id=song_id, title=title, artist=artist, x=x, y=y)
             for song_id, (_, title, artist), (x, y) in zip(
-                mapped_ids, live.catalog.describe(rows[embedded]), places.tolist(), strict=True
+                mapped_ids, live.catalog.describe(rows[is_embedded]), positions.tolist(), strict=True
             )
         ]
-        return SongPlaces(release=live.id, points=points, unknown_songs=int((~embedded).sum()))
+        return SongPlaces(release=live.id, points=points, unknown_songs=int((~is_embedded).sum()))
 
     def card(self, live: LiveRelease) -> ModelCard:
         """Return the model card of the live release."""
@@ -370,52 +375,52 @@ class Service:
     async def _recommend(
         self, live: LiveRelease, requests: Sequence[Assigned], alone: bool
     ) -> list[Recommendations | InvalidEntry]:
-        stored = await self._stored(live, [assigned.request for assigned in requests])
+        stored_users = await self._read_stored_users(live, [assigned.request for assigned in requests])
         answers: dict[int, Recommendations | InvalidEntry] = {}
         queries: dict[int, UserQuery] = {}
         all_options: dict[int, tuple[AnswerOptions, int]] = {}
-        places: dict[int, Place] = {}
+        pages: dict[int, Place] = {}
         with self.metrics.stage("read"):
-            for row, assigned in enumerate(requests):
+            for index, assigned in enumerate(requests):
                 request = assigned.request
                 try:
-                    place = read_place(assigned.sent)  # the arm must not change the cursor
-                    user = stored.get(request.user_id)
-                    moment = request.at if place.at is None else place.at
-                    if place.at is not None and user is not None:
-                        moment = max(place.at, user.state.last_played_at)  # played since the last page
-                    query = read_query(request, user, moment, live.catalog)
-                    all_options[row] = read_options(request, query, place, live.catalog)
-                    queries[row], places[row] = query, place
+                    page = read_place(assigned.sent)  # the arm must not change the cursor
+                    user = stored_users.get(request.user_id)
+                    at = request.at if page.at is None else page.at
+                    if page.at is not None and user is not None:
+                        at = max(page.at, user.state.last_played_at)  # played since the last page
+                    query = read_query(request, user, at, live.catalog)
+                    all_options[index] = read_options(request, query, page, live.catalog)
+                    queries[index], pages[index] = query, page
                 except InputError as error:
                     if not alone:
                         raise
-                    answers[row] = InvalidEntry(detail=str(error), errors=field_errors(error))
-        rows = list(queries)
-        chosen = await self._choose(live, list(queries.values()), [all_options[row][0] for row in rows])
+                    answers[index] = InvalidEntry(detail=str(error), errors=field_errors(error))
+        indices = list(queries)
+        selections = await self._choose(live, list(queries.values()), [all_options[index][0] for index in indices])
         with self.metrics.stage("write"):
-            for row, whole in zip(rows, chosen, strict=True):
-                query, place, (options, unknown) = queries[row], places[row], all_options[row]
-                songs = whole.take(slice(place.first, place.end))
-                answered = self._answer(live, query, songs, unknown=query.unknown + unknown)
+            for index, full_selection in zip(indices, selections, strict=True):
+                query, page, (options, unknown_count) = queries[index], pages[index], all_options[index]
+                page_selection = full_selection.take(slice(page.first, page.end))
+                answered_songs = self._build_answer(live, query, page_selection, unknown=query.unknown + unknown_count)
                 if options.explain:
-                    add_reasons(answered, songs, query.songs, live.catalog)
-                more = len(whole.songs) > place.end
+                    add_reasons(answered_songs, page_selection, query.songs, live.catalog)
+                has_more = len(full_selection.songs) > page.end
                 answer = Recommendations.model_construct(
-                    **dict(answered),
-                    arm=requests[row].arm,
-                    cursor=place.next(len(songs.songs), query.at) if more else None,
+                    **dict(answered_songs),
+                    arm=requests[index].arm,
+                    cursor=page.next(len(page_selection.songs), query.at) if has_more else None,
                 )
-                assigned = requests[row]
+                assigned = requests[index]
                 self._log_answer(
                     assigned.request.user_id,
                     answer,
                     experiment=assigned.experiment,
                     arm=assigned.arm,
-                    first=place.first,
+                    first=page.first,
                 )
-                answers[row] = answer
-        return [answers[row] for row in range(len(requests))]
+                answers[index] = answer
+        return [answers[index] for index in range(len(requests))]
 
     def _log_answer(
         self,
@@ -462,71 +467,73 @@ class Service:
         }
         self.log.add("events", row)
 
-    async def _stored(
+    async def _read_stored_users(
         self, live: LiveRelease, requests: Sequence[UserOrHistory | InvalidEntry]
     ) -> dict[str, StoredUser]:
         """Return the stored users that requests name, by id; users who are not in the store are left out."""
-        names = sorted({one.user_id for one in requests if isinstance(one, UserOrHistory)} - {""})
-        users = await self.users.read(live, names) if names else []
-        return {name: user for name, user in zip(names, users, strict=True) if user is not None}
+        user_ids = sorted({request.user_id for request in requests if isinstance(request, UserOrHistory)} - {""})
+        users = await self.users.read(live, user_ids) if user_ids else []
+        return {user_id: user for user_id, user in zip(user_ids, users, strict=True) if user is not None}
 
     async def _choose(
         self, live: LiveRelease, queries: Sequence[UserQuery], all_options: Sequence[AnswerOptions]
     ) -> list[Chosen]:
         """Choose the songs of each query: by taste, or popular songs if no play is known."""
-        played = [row for row, query in enumerate(queries) if len(query.songs)]
-        with_states = [row for row in played if queries[row].states is not None]
-        without = [row for row in played if queries[row].states is None]
-        chosen: dict[int, Chosen] = {}
-        for rows in (with_states, without):
-            if rows:
-                answers = await _engine_answer(live, [queries[row] for row in rows], [all_options[row] for row in rows])
-                chosen |= dict(zip(rows, answers, strict=True))
+        with_plays = [index for index, query in enumerate(queries) if len(query.songs)]
+        with_states = [index for index in with_plays if queries[index].states is not None]
+        without_states = [index for index in with_plays if queries[index].states is None]
+        selections: dict[int, Chosen] = {}
+        for indices in (with_states, without_states):
+            if indices:
+                engine_selections = await _choose_by_engine(
+                    live, [queries[index] for index in indices], [all_options[index] for index in indices]
+                )
+                selections |= dict(zip(indices, engine_selections, strict=True))
         return [
-            chosen[row] if row in chosen else choose_popular(live.catalog.starting, options)
-            for row, options in enumerate(all_options)
+            selections[index] if index in selections else choose_popular(live.catalog.starting, options)
+            for index, options in enumerate(all_options)
         ]
 
-    def _answer(self, live: LiveRelease, query: UserQuery, chosen: Chosen, *, unknown: int) -> AnsweredSongs:
-        self.metrics.path(chosen.path)
+    def _build_answer(self, live: LiveRelease, query: UserQuery, selection: Chosen, *, unknown: int) -> AnsweredSongs:
+        self.metrics.path(selection.path)
         return AnsweredSongs.model_construct(
             recommendation_id=uuid.uuid4().hex,
             release=live.id,
             at=query.at,
-            source="popular" if chosen.path == "popular" else "taste",
-            path=chosen.path,
+            source="popular" if selection.path == "popular" else "taste",
+            path=selection.path,
             plays=query.plays,
             unknown_songs=unknown,
-            songs=_recommended(live.catalog, chosen),
+            songs=_recommended_songs(live.catalog, selection),
         )
 
-    async def _tastes(
+    async def _compute_tastes(
         self, live: LiveRelease, users: Sequence[TasteQuery | InvalidEntry]
     ) -> list[Taste | InvalidEntry]:
         answers: dict[int, Taste | InvalidEntry] = {}
         queries: dict[int, UserQuery] = {}
         with self.metrics.stage("read"):
-            for row, user in enumerate(users):
+            for index, user in enumerate(users):
                 if isinstance(user, InvalidEntry):
-                    answers[row] = user
+                    answers[index] = user
                     continue
                 try:
-                    queries[row] = read_history(user.history, user.at, live.catalog)
+                    queries[index] = read_history(user.history, user.at, live.catalog)
                 except InputError as error:
-                    answers[row] = InvalidEntry(detail=str(error), errors=field_errors(error))
+                    answers[index] = InvalidEntry(detail=str(error), errors=field_errors(error))
         if queries:
             at = np.array([query.at for query in queries.values()], dtype=np.int64)
             states = await live.engine.states(query_histories(list(queries.values())))
             vectors = await live.engine.vectors(states, at, ("short", "long"))
-            for (row, query), short, long in zip(queries.items(), vectors["short"], vectors["long"], strict=True):
-                answers[row] = Taste.model_construct(
+            for (index, query), short, long in zip(queries.items(), vectors["short"], vectors["long"], strict=True):
+                answers[index] = Taste.model_construct(
                     at=query.at,
                     plays=query.plays,
                     unknown_songs=query.unknown,
                     short=short.tolist(),
                     long=long.tolist(),
                 )
-        return [answers[row] for row in range(len(users))]
+        return [answers[index] for index in range(len(users))]
 
 
 def open_service(
@@ -536,8 +543,8 @@ def open_service(
 
     Raises `InputError` if the service needs API keys and has none.
     """
-    name = replica or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-    metrics, pool = Metrics(name), Pool(config.max_waiting)
+    replica_name = replica or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    metrics, pool = Metrics(replica_name), Pool(config.max_waiting)
     metrics.watch_waiting(lambda: pool.waiting)
 
     users = StoredUsers(workspace, config.store, metrics)
@@ -574,20 +581,22 @@ def make_service(
     """
     access = AccessLog(config.access_log) if config.access_log else None
     # If an arm names the release that is live, both use the same object.
-    held = {release_id: load(release_id) for release_id in (config.experiment.releases if config.experiment else ())}
+    arm_releases = {
+        release_id: load(release_id) for release_id in (config.experiment.releases if config.experiment else ())
+    }
 
-    def switched(live: LiveRelease) -> None:
+    def record_switch(live: LiveRelease) -> None:
         metrics.release(live.id, live.model_id)
         metrics.watch_cache("masks", live.catalog.mask_lookups)
 
     holder = ReleaseHolder(
         workspace=workspace,
-        load=lambda release_id: held.get(release_id) or load(release_id),
+        load=lambda release_id: arm_releases.get(release_id) or load(release_id),
         reports=Reports(workspace),
         replica=metrics.replica,
         watch_seconds=config.watch_seconds,
-        on_switch=switched,
-        arms=list(held),
+        on_switch=record_switch,
+        arms=list(arm_releases),
     )
     holder.start()
     log = None
@@ -596,7 +605,7 @@ def make_service(
             seconds=config.log_seconds, rows=config.log_rows, disk_bytes=config.log_megabytes * 1_000_000
         )
         log = ImpressionLog(workspace, metrics.replica, bounds, metrics.logged)
-    return Service(holder, config, keys, metrics, users, Arms(config.experiment, held), log, access)
+    return Service(holder, config, keys, metrics, users, Arms(config.experiment, arm_releases), log, access)
 
 
 def use_one_thread() -> None:
@@ -606,7 +615,7 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-async def _engine_answer(
+async def _choose_by_engine(
     live: LiveRelease, queries: Sequence[UserQuery], all_options: Sequence[AnswerOptions]
 ) -> list[Chosen]:
     """Choose songs for users with plays. Either all queries have states, or none has."""
@@ -614,28 +623,28 @@ async def _engine_answer(
     states = [query.states for query in queries if query.states is not None]
     if not states:
         return await live.engine.answer(query_histories(queries), at, all_options)
-    joined = States(
-        hidden=np.concatenate([one.hidden for one in states]),
-        last_played_at=np.concatenate([one.last_played_at for one in states]),
+    all_states = States(
+        hidden=np.concatenate([user_states.hidden for user_states in states]),
+        last_played_at=np.concatenate([user_states.last_played_at for user_states in states]),
     )
-    return await live.engine.answer_states(joined, query_histories(queries), at, all_options)
+    return await live.engine.answer_states(all_states, query_histories(queries), at, all_options)
 
 
-def _listed(order: np.ndarray, query: SongsQuery, catalog: ServedCatalog) -> tuple[np.ndarray, str | None]:
+def _page_rows(order: np.ndarray, query: SongsQuery, catalog: ServedCatalog) -> tuple[np.ndarray, str | None]:
     """Return one page of `order`, int32 song rows, after the filters of `query`; and the cursor of the next page."""
-    place, fitting = read_place(query), fitting_songs(query, catalog)
-    rows = order if fitting is None else first_of_order(order, fitting.holds, place.end + 1)
-    shown = rows[place.first : place.end]
-    more = place.end < len(rows)
-    return shown, place.next(len(shown)) if more else None
+    page, matching_songs = read_place(query), fitting_songs(query, catalog)
+    rows = order if matching_songs is None else first_of_order(order, matching_songs.holds, page.end + 1)
+    page_rows = rows[page.first : page.end]
+    has_more = page.end < len(rows)
+    return page_rows, page.next(len(page_rows)) if has_more else None
 
 
-def _day(day: int) -> str | None:
+def _format_day(day: int) -> str | None:
     """Return `day`, counted in days since 1970 UTC, as YYYY-MM-DD; None for a song without plays."""
     return None if day == NOT_PLAYED else (EPOCH + timedelta(days=day)).date().isoformat()
 
 
-def _known(user_id: str, user: StoredUser | None) -> StoredUser:
+def _require_stored(user_id: str, user: StoredUser | None) -> StoredUser:
     if user is None:
         raise NotFoundError(
             f"User {user_id!r} is not in the store; send plays, or load states with `rayrec states load`"
@@ -643,23 +652,25 @@ def _known(user_id: str, user: StoredUser | None) -> StoredUser:
     return user
 
 
-def _recommended(catalog: ServedCatalog, chosen: Chosen) -> list[RecommendedSong]:
+def _recommended_songs(catalog: ServedCatalog, selection: Chosen) -> list[RecommendedSong]:
     songs = [
         RecommendedSong.model_construct(song_id=song_id, title=title, artist=artist, score=score)
-        for (song_id, title, artist), score in zip(catalog.describe(chosen.songs), chosen.scores.tolist(), strict=True)
+        for (song_id, title, artist), score in zip(
+            catalog.describe(selection.songs), selection.scores.tolist(), strict=True
+        )
     ]
-    if chosen.probabilities is not None:
-        for song, probability in zip(songs, chosen.probabilities.tolist(), strict=True):
+    if selection.probabilities is not None:
+        for song, probability in zip(songs, selection.probabilities.tolist(), strict=True):
             song.explored, song.probability = not np.isnan(probability), None if np.isnan(probability) else probability
     return songs
 
 
-def add_reasons(answer: AnsweredSongs, chosen: Chosen, played: np.ndarray, catalog: ServedCatalog) -> None:
-    """Add the reasons of each song and the user's last plays to an answer. `played` are song rows, int32 (P,)."""
-    last_plays = catalog.describe(played[-LAST_PLAYS:])
+def add_reasons(answer: AnsweredSongs, selection: Chosen, played_songs: np.ndarray, catalog: ServedCatalog) -> None:
+    """Add the reasons of each song and the user's last plays to an answer. `played_songs` are song rows, int32 (P,)."""
+    last_plays = catalog.describe(played_songs[-LAST_PLAYS:])
     answer.last_plays = [
         CatalogSong(song_id=song_id, title=title, artist=artist) for song_id, title, artist in last_plays
     ]
     last_title = last_plays[-1][1] if last_plays else None
-    for song, words in zip(answer.songs, reasons_of(chosen, last_title), strict=True):
-        song.reasons = words
+    for song, reasons in zip(answer.songs, reasons_of(selection, last_title), strict=True):
+        song.reasons = reasons

@@ -41,75 +41,75 @@ class Metrics:
         self._stages = self._histogram(
             "stage_seconds", "Duration of each stage of a request, in seconds.", SECONDS, "stage"
         )
-        self._batch = self._histogram("batch_users", "Number of users per call.", USERS)
+        self._batch_users = self._histogram("batch_users", "Number of users per call.", USERS)
         self._paths = self._counter("answers", "Answers by how their songs were retrieved.", "path")
         self._cache = self._gauge("cache_lookups", "Look-ups in a cache of the live release.", "cache", "outcome")
         self._plays = self._counter("plays", "New plays by outcome.", "outcome")
-        self._logged = self._counter("log_rows", "Rows of the impression log by outcome.", "log", "outcome")
+        self._log_rows = self._counter("log_rows", "Rows of the impression log by outcome.", "log", "outcome")
         self._waiting = self._gauge("waiting", "Calls that run on the worker thread or wait for it.")
         self._release = self._gauge("release", "1 for the release that answers.", "release", "model")
-        self._of = lru_cache(maxsize=LABELS_KEPT)(self._labelled)
+        self._child = lru_cache(maxsize=LABELS_KEPT)(self._make_child)
 
-    def _labelled(self, metric: MetricWrapperBase, *labels: str) -> Any:
-        """Return a metric with its labels. `_of` caches the result, since this look-up takes as long as counting."""
+    def _make_child(self, metric: MetricWrapperBase, *labels: str) -> Any:
+        """Return a metric with its labels. `_child` caches the result, since this look-up takes as long as counting."""
         return metric.labels(self.replica, *labels)
 
-    def _counter(self, name: str, about: str, *labels: str) -> Counter:
-        return Counter(f"rayrec_{name}", about, ("replica", *labels), registry=self._registry)
+    def _counter(self, name: str, description: str, *labels: str) -> Counter:
+        return Counter(f"rayrec_{name}", description, ("replica", *labels), registry=self._registry)
 
-    def _gauge(self, name: str, about: str, *labels: str) -> Gauge:
-        return Gauge(f"rayrec_{name}", about, ("replica", *labels), registry=self._registry)
+    def _gauge(self, name: str, description: str, *labels: str) -> Gauge:
+        return Gauge(f"rayrec_{name}", description, ("replica", *labels), registry=self._registry)
 
-    def _histogram(self, name: str, about: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"rayrec_{name}", about, ("replica", *labels), registry=self._registry, buckets=buckets)
+    def _histogram(self, name: str, description: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"rayrec_{name}", description, ("replica", *labels), registry=self._registry, buckets=buckets)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count a request that has ended, and record its duration."""
-        self._of(self._requests, route, str(status)).inc()
-        self._of(self._latency, route).observe(seconds)
+        self._child(self._requests, route, str(status)).inc()
+        self._child(self._latency, route).observe(seconds)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure the time of a stage, and add it to the stages of the current request."""
-        began = time.perf_counter()
+        started = time.perf_counter()
         try:
             yield
         finally:
-            seconds = time.perf_counter() - began
-            self._of(self._stages, name).observe(seconds)
+            seconds = time.perf_counter() - started
+            self._child(self._stages, name).observe(seconds)
             stages = request_stages.get()
             if stages is not None:
                 stages[name] = stages.get(name, 0.0) + seconds
 
     def batch(self, users: int) -> None:
         """Record the number of users of a call."""
-        self._of(self._batch).observe(users)
+        self._child(self._batch_users).observe(users)
 
     def path(self, name: str) -> None:
         """Count an answer by how its songs were retrieved."""
-        self._of(self._paths, name).inc()
+        self._child(self._paths, name).inc()
 
     def plays(self, outcome: str, count: int) -> None:
         """Count new plays by outcome."""
-        self._of(self._plays, outcome).inc(count)
+        self._child(self._plays, outcome).inc(count)
 
     def logged(self, log: str, outcome: str, rows: int) -> None:
         """Count rows of the impression log by outcome."""
-        self._of(self._logged, log, outcome).inc(rows)
+        self._child(self._log_rows, log, outcome).inc(rows)
 
     def release(self, release_id: str, model_id: str) -> None:
         """Set the release that answers from now on."""
         self._release.clear()
         self._release.labels(self.replica, release_id, model_id).set(1)
 
-    def watch_waiting(self, calls: Callable[[], float]) -> None:
-        """Call `calls` whenever the metrics are read; it returns the number of calls that run or wait."""
-        self._waiting.labels(self.replica).set_function(calls)
+    def watch_waiting(self, count_calls: Callable[[], float]) -> None:
+        """Call `count_calls` whenever the metrics are read; it returns the number of calls that run or wait."""
+        self._waiting.labels(self.replica).set_function(count_calls)
 
-    def watch_cache(self, name: str, lookups: Callable[[str], float]) -> None:
-        """Call `lookups` whenever the metrics are read; it returns the number of `hits` or `misses` of the cache."""
+    def watch_cache(self, name: str, count_lookups: Callable[[str], float]) -> None:
+        """Call `count_lookups` whenever the metrics are read; it returns the `hits` or `misses` of the cache."""
         for outcome in ("hits", "misses"):
-            self._cache.labels(self.replica, name, outcome).set_function(partial(lookups, outcome))
+            self._cache.labels(self.replica, name, outcome).set_function(partial(count_lookups, outcome))
 
     def text(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""
@@ -125,8 +125,8 @@ def request_span(method: str, headers: Mapping[str, str]) -> Iterator[trace.Span
 
     The tracer provider of the process exports the span; without a provider nothing is exported.
     """
-    tracer, caller = trace.get_tracer("rayrec"), propagate.extract(headers)
-    with tracer.start_as_current_span(method, caller, kind=trace.SpanKind.SERVER) as span:
+    tracer, caller_context = trace.get_tracer("rayrec"), propagate.extract(headers)
+    with tracer.start_as_current_span(method, caller_context, kind=trace.SpanKind.SERVER) as span:
         yield span
 
 
@@ -164,8 +164,8 @@ class AccessLog:
 
     def write(self, **fields: Any) -> None:
         """Write one line, without fields that are None. A line that cannot be written is lost."""
-        known = {name: value for name, value in fields.items() if value is not None}
-        self._log.info("%s", json.dumps({"at": iso_moment(now_ms()), **known}))
+        given_fields = {name: value for name, value in fields.items() if value is not None}
+        self._log.info("%s", json.dumps({"at": iso_moment(now_ms()), **given_fields}))
 
     def close(self) -> None:
         """Close the file."""

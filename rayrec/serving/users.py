@@ -83,7 +83,7 @@ class StoredUser:
 
 
 @dataclass(frozen=True)
-class _Read:
+class _UserRecord:
     """A user as read from the store. `log` and `heard` are None if only the state was read."""
 
     version: int
@@ -101,9 +101,9 @@ class StoredUsers:
         self._workspace, self._uri, self._metrics = workspace, uri, metrics
         self._executor = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="rayrec-store")
         self._stores: dict[str, StateStore] = {}  # by namespace
-        self._opening = threading.Lock()
-        self._blanks: dict[str, States] = {}  # by model id: the network state before the first play
-        self._puts: set[asyncio.Task[set[str]]] = set()  # writes in progress, perhaps for disconnected clients
+        self._opening_lock = threading.Lock()
+        self._initial_states: dict[str, States] = {}  # by model id: the network state before the first play
+        self._writes: set[asyncio.Task[set[str]]] = set()  # writes in progress, perhaps for disconnected clients
 
     def close(self) -> None:
         """Close the store."""
@@ -118,21 +118,25 @@ class StoredUsers:
         """
         store = await self._store(live)
         with self._metrics.stage("store"):
-            wholes = await self._call(store.read, user_ids, plays=LAST_PLAYS)
-        users = {user_id: _whole(whole) for user_id, whole in zip(user_ids, wholes, strict=True) if whole is not None}
+            full_users = await self._run_in_thread(store.read, user_ids, plays=LAST_PLAYS)
+        users = {
+            user_id: _record_of(full_user)
+            for user_id, full_user in zip(user_ids, full_users, strict=True)
+            if full_user is not None
+        }
         users = {user_id: user for user_id, user in users.items() if not user.state.forgotten}
-        await self._take_in_songs(live, users.values())
+        await self._refresh_songs(live, users.values())
         changes = []
         for user_id, state in (await self._catch_up(live, users)).items():
             user = users[user_id]
             users[user_id] = replace(user, state=state)
             changes.append(Change(user_id=user_id, state=pack_state(state), expected=user.version))
         if changes:
-            await self._call(store.put, changes)
+            await self._run_in_thread(store.put, changes)
         return [_stored_user(user_id, users[user_id], live) if user_id in users else None for user_id in user_ids]
 
     async def take(
-        self, live: LiveRelease, sent: Mapping[str, UserPlays], on_stored: OnStored | None = None
+        self, live: LiveRelease, plays_by_user: Mapping[str, UserPlays], on_stored: OnStored | None = None
     ) -> dict[str, list[Outcome]]:
         """Add new plays and likes to the states of users; return the outcome of each. Unknown users are added.
 
@@ -144,9 +148,9 @@ class StoredUsers:
         store = await self._store(live)
         outcomes: dict[str, list[Outcome]] = {}
         for attempt in range(ATTEMPTS):
-            left = {user_id: plays for user_id, plays in sent.items() if user_id not in outcomes}
-            outcomes |= await self._attempt(live, store, left, on_stored)
-            if len(outcomes) == len(sent):
+            remaining = {user_id: plays for user_id, plays in plays_by_user.items() if user_id not in outcomes}
+            outcomes |= await self._try_to_store(live, store, remaining, on_stored)
+            if len(outcomes) == len(plays_by_user):
                 return outcomes
             await asyncio.sleep(random.random() * PAUSE_SECONDS * min(attempt + 1, 10))
         raise StoreUnavailableError(f"write conflict: the user changed during all {ATTEMPTS} attempts; try again")
@@ -158,40 +162,51 @@ class StoredUsers:
         records the deletion too: the next compaction erases the user's rows from all files.
         """
         store = await self._store(live)
-        await self._call(mark_forgotten, self._workspace, [user_id], at)
-        await self._call(store.forget, [user_id], pack_state(UserState(forgotten_at=at)))
+        await self._run_in_thread(mark_forgotten, self._workspace, [user_id], at)
+        await self._run_in_thread(store.forget, [user_id], pack_state(UserState(forgotten_at=at)))
 
-    async def _attempt(
-        self, live: LiveRelease, store: StateStore, sent: Mapping[str, UserPlays], on_stored: OnStored | None
+    async def _try_to_store(
+        self, live: LiveRelease, store: StateStore, plays_by_user: Mapping[str, UserPlays], on_stored: OnStored | None
     ) -> dict[str, list[Outcome]]:
         """Try once to store plays. Return the outcomes by user, without users whom another writer changed meanwhile."""
-        events = {user_id: [event_digest(event) for event in new.events] for user_id, new in sent.items()}
-        users = await self._current(live, store, events)
-        await self._take_in_songs(live, users.values())
-        repeated = {user_id: _repeated(events[user_id], users[user_id].events) for user_id in sent}
-        steps = {
-            user_id: plan_plays(users[user_id].state, live.model_id, new.plays, repeated[user_id], new.liked)
-            for user_id, new in sent.items()
+        events = {
+            user_id: [event_digest(event) for event in new_events.events]
+            for user_id, new_events in plays_by_user.items()
         }
-        states = await self._run(live, list(steps.values()))
+        users = await self._read_current(live, store, events)
+        await self._refresh_songs(live, users.values())
+        is_repeated = {user_id: _find_repeated(events[user_id], users[user_id].events) for user_id in plays_by_user}
+        steps = {
+            user_id: plan_plays(
+                users[user_id].state, live.model_id, new_events.plays, is_repeated[user_id], new_events.liked
+            )
+            for user_id, new_events in plays_by_user.items()
+        }
+        states = await self._run_network(live, list(steps.values()))
         changes: list[Change] = []
         for (user_id, step), state in zip(steps.items(), states, strict=True):
             if not step.changes:
                 continue  # all events are in the store already
-            change = await self._change(store, user_id, users[user_id].version, step, state)
+            change = await self._make_change(store, user_id, users[user_id].version, step, state)
             if change is not None:
-                new = [event for event, again in zip(events[user_id], repeated[user_id], strict=True) if not again]
-                changes.append(replace(change, events=new))
-        put: set[str] = set()
+                new_events = [
+                    event
+                    for event, is_repeat in zip(events[user_id], is_repeated[user_id], strict=True)
+                    if not is_repeat
+                ]
+                changes.append(replace(change, events=new_events))
+        stored_ids: set[str] = set()
         if changes:
             # Shielded, since the store finishes the write even if the client disconnects: the plays must be counted.
-            work = asyncio.ensure_future(self._put(live, store, changes, steps, on_stored))
-            self._puts.add(work)
-            work.add_done_callback(self._puts.discard)
-            put = await asyncio.shield(work)
-        return {user_id: _outcomes(step) for user_id, step in steps.items() if user_id in put or not step.changes}
+            write_task = asyncio.ensure_future(self._write_changes(live, store, changes, steps, on_stored))
+            self._writes.add(write_task)
+            write_task.add_done_callback(self._writes.discard)
+            stored_ids = await asyncio.shield(write_task)
+        return {
+            user_id: _outcomes(step) for user_id, step in steps.items() if user_id in stored_ids or not step.changes
+        }
 
-    async def _put(
+    async def _write_changes(
         self,
         live: LiveRelease,
         store: StateStore,
@@ -201,23 +216,23 @@ class StoredUsers:
     ) -> set[str]:
         """Store changes and count their plays; return the ids of users whom no other writer changed meanwhile."""
 
-        def put_and_tell() -> list[str]:  # runs in one thread, which `close` waits for
-            done = store.put(changes)
-            put = [change.user_id for change, stored in zip(changes, done, strict=True) if stored]
+        def write_and_report() -> list[str]:  # runs in one thread, which `close` waits for
+            is_stored = store.put(changes)
+            stored_ids = [change.user_id for change, was_stored in zip(changes, is_stored, strict=True) if was_stored]
             if on_stored is not None:
-                for user_id in put:
+                for user_id in stored_ids:
                     on_stored(user_id, _outcomes(steps[user_id]))
-            return put
+            return stored_ids
 
         with self._metrics.stage("store"):
-            put = await self._call(put_and_tell)
+            stored_ids = await self._run_in_thread(write_and_report)
         try:
-            await self._count_song_plays(live, [steps[user_id] for user_id in put])
+            await self._count_song_plays(live, [steps[user_id] for user_id in stored_ids])
         except StoreUnavailableError as error:  # the plays themselves are stored
             log.warning("plays of songs that were added online are not counted: %s", error)
-        return set(put)
+        return set(stored_ids)
 
-    async def _take_in_songs(self, live: LiveRelease, users: Iterable[_Read]) -> None:
+    async def _refresh_songs(self, live: LiveRelease, users: Iterable[_UserRecord]) -> None:
         """Read the songs that were added on other replicas, if `users` have played any of them."""
         online = live.online
         if any(
@@ -226,70 +241,75 @@ class StoredUsers:
             for plays in (user.state.window, user.state.likes, user.log)
             if plays is not None
         ):
-            await self._call(online.refresh)
+            await self._run_in_thread(online.refresh)
 
     async def _count_song_plays(self, live: LiveRelease, steps: Sequence[Step]) -> None:
         """Count the plays of songs that were added online; the counts move the vectors of these songs."""
         online = live.online
         if online.count:
-            sums = await self._call(online.first_plays, steps)
-            if sums:
-                await self._call(online.count_plays, sums)
+            song_sums = await self._run_in_thread(online.first_plays, steps)
+            if song_sums:
+                await self._run_in_thread(online.count_plays, song_sums)
 
-    async def _change(
+    async def _make_change(
         self, store: StateStore, user_id: str, version: int, step: Step, state: UserState
     ) -> Change | None:
         """Return the change that stores a step; None if another writer changed the user meanwhile."""
-        heard = None
+        packed_heard = None
         if step.folds:
-            (whole,) = await self._call(store.read, [user_id], plays=LAST_PLAYS)
-            if whole is None or whole.stored.version != version:
+            (full_user,) = await self._run_in_thread(store.read, [user_id], plays=LAST_PLAYS)
+            if full_user is None or full_user.stored.version != version:
                 return None
-            songs = np.concatenate([unpack_plays(whole.log).songs, step.left.songs])
-            state, heard_songs = fold_heard(state, songs, unpack_heard(whole.heard))
-            heard = pack_heard(heard_songs)
-        pieces = [Piece(step.leaving, pack_plays(step.left))] if step.leaving else []
-        return Change(user_id=user_id, state=pack_state(state), expected=version, append=pieces, heard=heard)
+            songs = np.concatenate([unpack_plays(full_user.log).songs, step.left.songs])
+            state, heard_songs = fold_heard(state, songs, unpack_heard(full_user.heard))
+            packed_heard = pack_heard(heard_songs)
+        log_parts = [Piece(step.leaving, pack_plays(step.left))] if step.leaving else []
+        return Change(user_id=user_id, state=pack_state(state), expected=version, append=log_parts, heard=packed_heard)
 
-    async def _current(
+    async def _read_current(
         self, live: LiveRelease, store: StateStore, events: Mapping[str, Sequence[int]]
-    ) -> dict[str, _Read]:
+    ) -> dict[str, _UserRecord]:
         """Return users with the live model's state up to date. New users get the state before the first play."""
-        blank = await self._blank(live)
+        initial_state = await self._read_initial_state(live)
         with self._metrics.stage("store"):
-            stored = await self._call(store.get, events)
-        users: dict[str, _Read] = {}
-        behind: list[str] = []
-        for user_id, one in zip(events, stored, strict=True):
-            if one is None:
-                users[user_id] = _Read(NOT_THERE, UserState.start(live.model_id, blank))
+            stored_users = await self._run_in_thread(store.get, events)
+        users: dict[str, _UserRecord] = {}
+        outdated_ids: list[str] = []
+        for user_id, stored_user in zip(events, stored_users, strict=True):
+            if stored_user is None:
+                users[user_id] = _UserRecord(NOT_THERE, UserState.start(live.model_id, initial_state))
                 continue
-            users[user_id] = _Read(one.version, unpack_state(one.state), one.events)
+            users[user_id] = _UserRecord(stored_user.version, unpack_state(stored_user.state), stored_user.events)
             if users[user_id].state.current(live.model_id) is None:
-                behind.append(user_id)
-        if behind:
-            wholes = await self._call(store.read, behind, plays=LAST_PLAYS)
-            for user_id, whole in zip(behind, wholes, strict=True):
-                if whole is not None:
+                outdated_ids.append(user_id)
+        if outdated_ids:
+            full_users = await self._run_in_thread(store.read, outdated_ids, plays=LAST_PLAYS)
+            for user_id, full_user in zip(outdated_ids, full_users, strict=True):
+                if full_user is not None:
                     # Version and events stay those of the first read: if the user changed since then, the write fails,
                     # and no play counts twice.
                     users[user_id] = replace(
-                        _whole(whole), version=users[user_id].version, events=users[user_id].events
+                        _record_of(full_user), version=users[user_id].version, events=users[user_id].events
                     )
-            for user_id, state in (await self._catch_up(live, {name: users[name] for name in behind})).items():
+            for user_id, state in (
+                await self._catch_up(live, {outdated_id: users[outdated_id] for outdated_id in outdated_ids})
+            ).items():
                 users[user_id] = replace(users[user_id], state=state)
         return users
 
-    async def _catch_up(self, live: LiveRelease, users: Mapping[str, _Read]) -> dict[str, UserState]:
+    async def _catch_up(self, live: LiveRelease, users: Mapping[str, _UserRecord]) -> dict[str, UserState]:
         """Return up-to-date states of those users whose state of the live model is missing or out of date."""
-        behind = {user_id: one for user_id, one in users.items() if one.state.current(live.model_id) is None}
-        if not behind:
+        outdated_users = {user_id: user for user_id, user in users.items() if user.state.current(live.model_id) is None}
+        if not outdated_users:
             return {}
-        blank, nothing = await self._blank(live), Plays.of([], [])
-        steps = [CatchUp.of(one.state, live.model_id, blank, one.log or nothing) for one in behind.values()]
-        return dict(zip(behind, await self._run(live, steps), strict=True))
+        initial_state, no_plays = await self._read_initial_state(live), Plays.of([], [])
+        steps = [
+            CatchUp.of(user.state, live.model_id, initial_state, user.log or no_plays)
+            for user in outdated_users.values()
+        ]
+        return dict(zip(outdated_users, await self._run_network(live, steps), strict=True))
 
-    async def _run(self, live: LiveRelease, steps: Sequence[Step | CatchUp]) -> list[UserState]:
+    async def _run_network(self, live: LiveRelease, steps: Sequence[Step | CatchUp]) -> list[UserState]:
         """Return the new state of each step. The live network runs over all steps in one batch."""
         if not any(step.runs for step in steps):
             return scatter(steps, None)
@@ -297,15 +317,15 @@ class StoredUsers:
         plays = replace(plays, songs=live.catalog.rows_of_stored(plays.songs))
         return scatter(steps, await live.engine.states(plays, start))
 
-    async def _blank(self, live: LiveRelease) -> States:
-        if live.model_id not in self._blanks:
-            nothing = Histories.from_lists([[]], [[]])
-            self._blanks[live.model_id] = await live.engine.states(nothing)  # a few kB per model
-        return self._blanks[live.model_id]
+    async def _read_initial_state(self, live: LiveRelease) -> States:
+        if live.model_id not in self._initial_states:
+            no_plays = Histories.from_lists([[]], [[]])
+            self._initial_states[live.model_id] = await live.engine.states(no_plays)  # a few kB per model
+        return self._initial_states[live.model_id]
 
     def store(self, namespace: str) -> StateStore:
         """Return the store of the data sets of lineage `namespace`. Raises `NotReadyError` if it cannot be opened."""
-        with self._opening:
+        with self._opening_lock:
             if namespace not in self._stores:
                 try:
                     self._stores[namespace] = open_store(store_uri(self._workspace, self._uri), namespace)
@@ -325,38 +345,41 @@ class StoredUsers:
 
     async def _store(self, live: LiveRelease) -> StateStore:
         store = self._stores.get(live.catalog.lineage)
-        return await self._call(self.store, live.catalog.lineage) if store is None else store
+        return await self._run_in_thread(self.store, live.catalog.lineage) if store is None else store
 
-    async def _call(self, work: Callable[..., T], *args: object, **kwargs: object) -> T:
+    async def _run_in_thread(self, work: Callable[..., T], *args: object, **kwargs: object) -> T:
         future = self._executor.submit(lambda: work(*args, **kwargs))
         return await asyncio.wrap_future(future)
 
 
 def _outcomes(step: Step) -> list[Outcome]:
     """Return the outcome of each event of a step."""
-    return [OUTCOMES[place] for place in step.outcomes]
+    return [OUTCOMES[code] for code in step.outcomes]
 
 
-def _repeated(events: Sequence[int], known: frozenset[int]) -> np.ndarray:
-    """Return bool (events,): True for an event that is in `known`, the stored ones, or occurs earlier in `events`."""
-    known_events = set(known)
-    repeated = np.zeros(len(events), np.bool_)
-    for place, event in enumerate(events):
-        repeated[place] = event in known_events
-        known_events.add(event)
-    return repeated
+def _find_repeated(events: Sequence[int], stored_events: frozenset[int]) -> np.ndarray:
+    """Return bool (events,): True for an event that is in `stored_events` or occurs earlier in `events`."""
+    seen_events = set(stored_events)
+    is_repeated = np.zeros(len(events), np.bool_)
+    for index, event in enumerate(events):
+        is_repeated[index] = event in seen_events
+        seen_events.add(event)
+    return is_repeated
 
 
-def _whole(whole: WholeUser) -> _Read:
-    stored = whole.stored
-    return _Read(stored.version, unpack_state(stored.state), stored.events, unpack_plays(whole.log), whole.heard)
+def _record_of(full_user: WholeUser) -> _UserRecord:
+    stored = full_user.stored
+    return _UserRecord(
+        stored.version, unpack_state(stored.state), stored.events, unpack_plays(full_user.log), full_user.heard
+    )
 
 
-def _stored_user(user_id: str, user: _Read, live: LiveRelease) -> StoredUser:
-    parts = [user.log, user.state.window] if user.log else [user.state.window]
+def _stored_user(user_id: str, user: _UserRecord, live: LiveRelease) -> StoredUser:
+    play_parts = [user.log, user.state.window] if user.log else [user.state.window]
     rows_of_stored = live.catalog.rows_of_stored
     plays, likes = (
-        replace(stored, songs=rows_of_stored(stored.songs)) for stored in (Plays.joined(parts), user.state.likes)
+        replace(stored_plays, songs=rows_of_stored(stored_plays.songs))
+        for stored_plays in (Plays.joined(play_parts), user.state.likes)
     )
     if len(plays) and plays.songs.max() >= FIRST_ONLINE:  # FIRST_ONLINE marks songs that are not known here
         plays = plays.take(plays.songs < FIRST_ONLINE)

@@ -99,12 +99,12 @@ class Manifest:
         return f"{self.folder}/{name}"
 
     def _repr_html_(self) -> str:
-        figures = {name: value for name, value in self.metrics.items() if isinstance(value, int | float | str)}
-        verdict = str(figures.pop("verdict", ""))
-        inputs = {f"from {noun(role)}": used for role, used in self.inputs.items()}
-        named = {name.replace("_", " "): value for name, value in figures.items()}
+        metrics = {name: value for name, value in self.metrics.items() if isinstance(value, int | float | str)}
+        verdict = str(metrics.pop("verdict", ""))
+        inputs = {f"from {noun(role)}": input_id for role, input_id in self.inputs.items()}
+        readable_metrics = {name.replace("_", " "): value for name, value in metrics.items()}
         parts = [f"<p>{escape(verdict)}</p>"] if verdict else []
-        parts.append(html_figures(noun(self.kind).capitalize(), {"id": self.id, **inputs, **named}))
+        parts.append(html_figures(noun(self.kind).capitalize(), {"id": self.id, **inputs, **readable_metrics}))
         for name, rows in self.metrics.items():
             if isinstance(rows, list) and rows and isinstance(rows[0], dict):
                 headers = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
@@ -124,23 +124,23 @@ def fingerprint(stage: str, config: dict[str, Any], inputs: dict[str, str]) -> s
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def new_id(workspace: Workspace, kind: str, print_id: str, *, repeat: bool) -> tuple[str, bool]:
+def new_id(workspace: Workspace, kind: str, fingerprint_id: str, *, repeat: bool) -> tuple[str, bool]:
     """Return the id to use for an artifact, and whether the artifact is already complete.
 
     The id is that of the last complete attempt if there is one, even if earlier attempts were deleted. With `repeat`,
     or without a complete attempt, it is the id of the next attempt, which an earlier run may have begun.
     """
-    matches = [re.fullmatch(rf"{re.escape(print_id)}(?:\.(\d+))?", name) for name in workspace.folders(kind)]
+    matches = [re.fullmatch(rf"{re.escape(fingerprint_id)}(?:\.(\d+))?", name) for name in workspace.folders(kind)]
     attempts = {int(match[1] or 1): match[0] for match in matches if match}
     newest_first = sorted(attempts, reverse=True)
-    complete = (
-        each for each in newest_first if workspace.exists(f"{artifact_dir(kind, attempts[each])}/manifest.json")
+    complete_attempts = (
+        number for number in newest_first if workspace.exists(f"{artifact_dir(kind, attempts[number])}/manifest.json")
     )
-    last_complete = next(complete, 0)
+    last_complete = next(complete_attempts, 0)
     if last_complete and not repeat:
         return attempts[last_complete], True
     attempt = max([last_complete + 1, *attempts])
-    return print_id if attempt == 1 else f"{print_id}.{attempt}", False
+    return fingerprint_id if attempt == 1 else f"{fingerprint_id}.{attempt}", False
 
 
 def sha256(workspace: Workspace, path: str) -> str:
@@ -160,13 +160,13 @@ def publish(
     `names` are the names of its files. `checksums` maps names to the sha256 that the writers returned; files without
     one are read. Temporary files of killed writers are deleted from the folder.
     """
-    known = checksums or {}
+    known_checksums = checksums or {}
     workspace.delete_unfinished(manifest.folder)
-    files = {name: known.get(name) or sha256(workspace, manifest.path(name)) for name in sorted(names)}
-    stamped = Manifest(**{**asdict(manifest), "files": files, "created_at": datetime.now(timezone.utc).isoformat()})
-    workspace.write_json(stamped.path("manifest.json"), asdict(stamped))
+    files = {name: known_checksums.get(name) or sha256(workspace, manifest.path(name)) for name in sorted(names)}
+    published = Manifest(**{**asdict(manifest), "files": files, "created_at": datetime.now(timezone.utc).isoformat()})
+    workspace.write_json(published.path("manifest.json"), asdict(published))
     make_current(workspace, manifest.kind, manifest.id)
-    return stamped
+    return published
 
 
 def reuse(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
@@ -192,15 +192,15 @@ def current_ids(workspace: Workspace) -> dict[str, str]:
 def make_current(workspace: Workspace, kind: str, artifact_id: str) -> None:
     """Make an artifact the one that later stages start from by default."""
     ids = requested_ids(workspace)
-    others = [other for other in ids.get(kind, []) if other != artifact_id]
-    if ids.get(kind, []) != [*others, artifact_id]:
-        workspace.write_json(CURRENT, {**ids, kind: [*others, artifact_id]})
+    other_ids = [other_id for other_id in ids.get(kind, []) if other_id != artifact_id]
+    if ids.get(kind, []) != [*other_ids, artifact_id]:
+        workspace.write_json(CURRENT, {**ids, kind: [*other_ids, artifact_id]})
 
 
 def by_request(workspace: Workspace, kind: str, artifact_ids: Sequence[str]) -> list[str]:
     """Return `artifact_ids`, given oldest first, in the order of their last request; ids never requested come first."""
-    places = {each: place for place, each in enumerate(requested_ids(workspace).get(kind, []))}
-    return sorted(artifact_ids, key=lambda each: places.get(each, -1))
+    positions = {artifact_id: position for position, artifact_id in enumerate(requested_ids(workspace).get(kind, []))}
+    return sorted(artifact_ids, key=lambda artifact_id: positions.get(artifact_id, -1))
 
 
 def last_requested(workspace: Workspace, kind: str, artifact_ids: Sequence[str]) -> str | None:
@@ -219,8 +219,10 @@ def load_manifest(workspace: Workspace, kind: str, artifact_id: str) -> Manifest
     """
     path = f"{artifact_dir(kind, artifact_id)}/manifest.json"
     if not workspace.exists(path):
-        known = ", ".join(m.id for m in listing(workspace, kind)) or "none"
-        raise NotFoundError(f"{noun(kind)} {artifact_id!r} not found in workspace {workspace.uri}; existing: {known}")
+        existing_ids = ", ".join(manifest.id for manifest in listing(workspace, kind)) or "none"
+        raise NotFoundError(
+            f"{noun(kind)} {artifact_id!r} not found in workspace {workspace.uri}; existing: {existing_ids}"
+        )
     raw = workspace.read_json(path)
     if raw.get("format_version") != FORMAT_VERSION:
         raise DamagedArtifactError(
@@ -244,9 +246,9 @@ def latest(
     workspace: Workspace, kind: str, fits: Callable[[Manifest], bool] = lambda manifest: True
 ) -> Manifest | None:
     """Return the artifact that was requested last among those of a kind that fit; None if none fits."""
-    fitting = {manifest.id: manifest for manifest in listing(workspace, kind) if fits(manifest)}
-    chosen = last_requested(workspace, kind, list(fitting))
-    return None if chosen is None else fitting[chosen]
+    matching = {manifest.id: manifest for manifest in listing(workspace, kind) if fits(manifest)}
+    last_id = last_requested(workspace, kind, list(matching))
+    return None if last_id is None else matching[last_id]
 
 
 def newest(workspace: Workspace, kind: str) -> Manifest:
@@ -334,9 +336,9 @@ class DatasetManifest:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """The (first, last) part of each set of histories files, in order. A set has one file per bucket."""
-        ends, spans, part = dict(self.joined), [], 0
+        last_parts, spans, part = dict(self.joined), [], 0
         while part < self.parts:
-            spans.append((part, ends.get(part, part)))
+            spans.append((part, last_parts.get(part, part)))
             part = spans[-1][1] + 1
         return spans
 
@@ -357,9 +359,12 @@ class DatasetManifest:
     def files_between(self, bucket: int, first: int, last: int) -> list[str]:
         """Return the files of a bucket that may hold plays from `first` to `last`, both inclusive, ms UTC."""
         return [
-            histories_file(start, bucket, end)
-            for start, end in self.spans
-            if any(begin <= last and stop >= first for begin, stop in self.part_times[start : end + 1])
+            histories_file(first_part, bucket, last_part)
+            for first_part, last_part in self.spans
+            if any(
+                first_time <= last and last_time >= first
+                for first_time, last_time in self.part_times[first_part : last_part + 1]
+            )
         ]
 
     def current_users_file(self, bucket: int) -> str:

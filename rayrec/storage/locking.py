@@ -27,7 +27,7 @@ from rayrec.errors import BusyError, InputError, NotFoundError
 from rayrec.storage.object_storage import ConditionalWriter, conditional_writer
 from rayrec.storage.workspace import LOCK, LOCK_HOLDER, Workspace
 
-_held: set[tuple[str, int]] = set()  # (workspace, thread) pairs of this process that hold a lock
+_held_locks: set[tuple[str, int]] = set()  # (workspace, thread) pairs of this process that hold a lock
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,7 +83,7 @@ def _pid_namespace() -> int:
 def writes(command: str) -> Callable[[Callable[Concatenate[Workspace, P], R]], Callable[Concatenate[Workspace, P], R]]:
     """Return a decorator for a stage; it locks the workspace, the first argument, while the stage runs."""
 
-    def locked(stage: Callable[Concatenate[Workspace, P], R]) -> Callable[Concatenate[Workspace, P], R]:
+    def decorate(stage: Callable[Concatenate[Workspace, P], R]) -> Callable[Concatenate[Workspace, P], R]:
         @functools.wraps(stage)
         def run(workspace: Workspace, /, *arguments: P.args, **options: P.kwargs) -> R:
             with exclusive(workspace, command):
@@ -91,7 +91,7 @@ def writes(command: str) -> Callable[[Callable[Concatenate[Workspace, P], R]], C
 
         return run
 
-    return locked
+    return decorate
 
 
 @contextmanager
@@ -101,29 +101,29 @@ def exclusive(workspace: Workspace, command: str) -> Iterator[None]:
     Raises `BusyError` with the name of the run that holds the lock.
     """
     key = (f"{workspace.filesystem.type_name}:{workspace.root}", threading.get_ident())
-    if key in _held:
+    if key in _held_locks:
         yield
         return
     with (_file_lock if workspace.is_local else _object_lock)(workspace, Holder.of_this_run(command)):
-        _held.add(key)
+        _held_locks.add(key)
         try:
             yield
         finally:
-            _held.discard(key)
+            _held_locks.discard(key)
 
 
-def _busy(workspace: Workspace, holder: Holder | None, advice: str) -> BusyError:
+def _busy_error(workspace: Workspace, holder: Holder | None, advice: str) -> BusyError:
     return BusyError(f"workspace {workspace.uri} is in use by {holder or 'another run'}; {advice}")
 
 
 def _read_holder(workspace: Workspace, path: str) -> Holder | None:
     try:
-        return _holder_of(workspace.read_bytes(path))
+        return _parse_holder(workspace.read_bytes(path))
     except NotFoundError:
         return None
 
 
-def _holder_of(content: bytes) -> Holder | None:
+def _parse_holder(content: bytes) -> Holder | None:
     """Parse a holder; None if the content is empty or not a holder."""
     try:
         return Holder(**json.loads(content))
@@ -140,8 +140,8 @@ def _file_lock(workspace: Workspace, holder: Holder) -> Iterator[None]:
         lock = FileLock(root / LOCK, timeout=0).acquire()
     except Timeout:
         # The holder file may name a killed run; only the file lock decides.
-        first = _read_holder(workspace, LOCK_HOLDER)
-        raise _busy(workspace, first, "wait for it or stop it") from None
+        current_holder = _read_holder(workspace, LOCK_HOLDER)
+        raise _busy_error(workspace, current_holder, "wait for it or stop it") from None
     except OSError as error:
         raise InputError(f"workspace {workspace.uri} is not writable: {error}; choose another one") from error
     with lock:
@@ -155,26 +155,26 @@ def _file_lock(workspace: Workspace, holder: Holder) -> Iterator[None]:
                 root.rmdir()
 
 
-def _put(writer: ConditionalWriter, path: str, content: bytes, version: str) -> bool:
+def _write_if_unchanged(writer: ConditionalWriter, path: str, content: bytes, version: str) -> bool:
     """Replace the given version of an object, or create it if `version` is empty.
 
     Returns False if the object now has another content.
     """
-    written = writer.replace(path, content, version) if version else writer.create(path, content)
+    is_written = writer.replace(path, content, version) if version else writer.create(path, content)
     # If the response to a put is lost, the client sends it again; the storage refuses it since the first was stored.
-    return written or writer.read(path)[0] == content
+    return is_written or writer.read(path)[0] == content
 
 
 @contextmanager
 def _object_lock(workspace: Workspace, holder: Holder) -> Iterator[None]:
     writer = conditional_writer(workspace.filesystem)
     path, content = workspace.full(LOCK_HOLDER), json.dumps(asdict(holder)).encode()
-    if not _put(writer, path, content, ""):
-        current, version = writer.read(path)
-        first = _holder_of(current)
-        is_free = not current or (first is not None and first.is_known_dead)
-        if not (is_free and _put(writer, path, content, version)):
-            raise _busy(workspace, first, "wait until it ends; if it was killed, run `rayrec unlock`")
+    if not _write_if_unchanged(writer, path, content, ""):
+        current_content, version = writer.read(path)
+        current_holder = _parse_holder(current_content)
+        is_free = not current_content or (current_holder is not None and current_holder.is_known_dead)
+        if not (is_free and _write_if_unchanged(writer, path, content, version)):
+            raise _busy_error(workspace, current_holder, "wait until it ends; if it was killed, run `rayrec unlock`")
     try:
         yield
     finally:

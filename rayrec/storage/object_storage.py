@@ -55,10 +55,10 @@ def patient(filesystem: pafs.FileSystem) -> pafs.FileSystem:
     """Return an S3 file system with more attempts per request; any other file system unchanged."""
     if not isinstance(filesystem, pafs.S3FileSystem):
         return filesystem
-    known = s3_options(filesystem)
-    if not known["proxy_options"].get("host"):
-        del known["proxy_options"]
-    return pafs.S3FileSystem(**known, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=CLIENT_ATTEMPTS))
+    options = s3_options(filesystem)
+    if not options["proxy_options"].get("host"):
+        del options["proxy_options"]
+    return pafs.S3FileSystem(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=CLIENT_ATTEMPTS))
 
 
 class ConditionalWriter(Protocol):
@@ -128,12 +128,12 @@ class _S3Writer:
 
         bucket, _, key = path.partition("/")
         try:
-            answer = self._client.get_object(Bucket=bucket, Key=key)
+            response = self._client.get_object(Bucket=bucket, Key=key)
         except ClientError as error:
             if _status(error) == NOT_FOUND:
                 return b"", ""
-            raise _failed(path, error) from error
-        return answer["Body"].read(), answer["ETag"]
+            raise _storage_error(path, error) from error
+        return response["Body"].read(), response["ETag"]
 
     def _put(self, path: str, content: bytes, condition: dict[str, str]) -> bool:
         from botocore.exceptions import ClientError
@@ -144,7 +144,7 @@ class _S3Writer:
         except ClientError as error:
             if _status(error) in (NOT_FOUND, CONFLICT, PRECONDITION_FAILED):
                 return False
-            raise _failed(path, error) from error
+            raise _storage_error(path, error) from error
         return True
 
 
@@ -182,14 +182,14 @@ class GcsWriter:
 
         bucket, _, name = path.partition("/")
         try:
-            known = self._objects.get(bucket=bucket, object=name).execute(num_retries=CLIENT_ATTEMPTS)
-            generation = known["generation"]
+            metadata = self._objects.get(bucket=bucket, object=name).execute(num_retries=CLIENT_ATTEMPTS)
+            generation = metadata["generation"]
             content = self._objects.get_media(bucket=bucket, object=name, generation=generation)
             return content.execute(num_retries=CLIENT_ATTEMPTS), generation
         except HttpError as error:
             if error.resp.status == NOT_FOUND:
                 return b"", ""
-            raise _failed(path, error) from error
+            raise _storage_error(path, error) from error
 
     def _put(self, path: str, content: bytes, generation: int) -> bool:
         from googleapiclient.errors import HttpError
@@ -203,11 +203,11 @@ class GcsWriter:
         except HttpError as error:
             if error.resp.status in (NOT_FOUND, PRECONDITION_FAILED):
                 return False
-            raise _failed(path, error) from error
+            raise _storage_error(path, error) from error
         return True
 
 
-def _failed(path: str, error: Exception) -> StorageError:
+def _storage_error(path: str, error: Exception) -> StorageError:
     return StorageError(
         f"{path} could not be read or written: {error}; run the command again when the storage is available"
     )
@@ -234,8 +234,8 @@ def upload(filesystem: pafs.FileSystem, local: Path, target: str) -> None:
 
 def cache_folder() -> Path:
     """Return the folder of the local cache: RAYREC_CACHE, or else a folder of this user below the temporary folder."""
-    named = os.environ.get(CACHE_VARIABLE)
-    return Path(named) if named else Path(tempfile.gettempdir()) / f"rayrec-cache-{os.getuid()}"
+    folder = os.environ.get(CACHE_VARIABLE)
+    return Path(folder) if folder else Path(tempfile.gettempdir()) / f"rayrec-cache-{os.getuid()}"
 
 
 def cached(filesystem: pafs.FileSystem, info: pafs.FileInfo, sha256: str | None = None) -> Path:
@@ -246,7 +246,11 @@ def cached(filesystem: pafs.FileSystem, info: pafs.FileInfo, sha256: str | None 
 
     def copy(target: Path) -> None:
         digest = _copy(filesystem, info.path, target)
-        made_once(_version(filesystem, info), f"{info.base_name}.sha256", lambda beside: beside.write_text(digest))
+        made_once(
+            _version(filesystem, info),
+            f"{info.base_name}.sha256",
+            lambda checksum_path: checksum_path.write_text(digest),
+        )
 
     path = made_once(_version(filesystem, info), info.base_name, copy)
     if sha256 is not None and _digest(filesystem, info) != sha256:
@@ -267,10 +271,10 @@ def checksum(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
 def _digest(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
     """Return the cached sha256 of a file; the file is read if there is none of this version."""
 
-    def read(target: Path) -> None:
+    def write_digest(target: Path) -> None:
         target.write_text(_copy(filesystem, info.path, None))
 
-    return made_once(_version(filesystem, info), f"{info.base_name}.sha256", read).read_text()
+    return made_once(_version(filesystem, info), f"{info.base_name}.sha256", write_digest).read_text()
 
 
 def mapped_table(version: str, make: Callable[[], pa.Table]) -> pa.Table:
@@ -279,12 +283,12 @@ def mapped_table(version: str, make: Callable[[], pa.Table]) -> pa.Table:
     `make` makes the table if it is not in the cache.
     """
 
-    def write(target: Path) -> None:
+    def write_table(target: Path) -> None:
         table = make().combine_chunks()
         with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
             writer.write_table(table)
 
-    path = made_once(version, "table.arrow", write)
+    path = made_once(version, "table.arrow", write_table)
     pa.default_memory_pool().release_unused()  # memory in which this process may have made the table
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
@@ -299,9 +303,9 @@ def made_once(version: str, name: str, make: Callable[[Path], object]) -> Path:
             os.utime(target)
             return target
         _delete_unused(folder)
-        part = target.with_name(f"{target.name}.part")
-        make(part)
-        part.replace(target)
+        partial_path = target.with_name(f"{target.name}.part")
+        make(partial_path)
+        partial_path.replace(target)
     return target
 
 
@@ -312,10 +316,10 @@ def _version(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
 def _copy(filesystem: pafs.FileSystem, path: str, target: Path | None) -> str:
     """Return the sha256 of a file, and copy the file if `target` is given."""
     digest = hashlib.sha256()
-    with filesystem.open_input_stream(path) as source, (target or Path(os.devnull)).open("wb") as copy:
+    with filesystem.open_input_stream(path) as source, (target or Path(os.devnull)).open("wb") as output:
         while block := source.read(BLOCK):
             digest.update(block)
-            copy.write(block)
+            output.write(block)
     return digest.hexdigest()
 
 

@@ -68,20 +68,22 @@ def create_release(
     Raises `NotFoundError` if a part is missing, `MismatchError` if named parts do not belong together.
     """
     dataset = read_dataset_manifest(workspace)
-    named = {"models": model_id, "rankers": rankers_id, "tastes": tastes_id, "indexes": index_id}
-    chosen = {kind: artifacts.load_manifest(workspace, kind, part) for kind, part in named.items() if part is not None}
-    model = chosen.get("models") or _model_of(workspace, dataset, chosen)
+    part_ids = {"models": model_id, "rankers": rankers_id, "tastes": tastes_id, "indexes": index_id}
+    given_parts = {
+        kind: artifacts.load_manifest(workspace, kind, part) for kind, part in part_ids.items() if part is not None
+    }
+    model = given_parts.get("models") or _model_of(workspace, dataset, given_parts)
     parts = {
         "models": model,
-        "tastes": chosen.get("tastes") or _newest_of(workspace, "tastes", model),
-        "indexes": chosen.get("indexes") or _newest_of(workspace, "indexes", model),
+        "tastes": given_parts.get("tastes") or _require_part_of(workspace, "tastes", model),
+        "indexes": given_parts.get("indexes") or _require_part_of(workspace, "indexes", model),
     }
     if "songs" in model.inputs:
         parts["songs"] = artifacts.load_manifest(workspace, "songs", model.inputs["songs"])
-    rankers = chosen.get("rankers") or _last_of(workspace, "rankers", model)
-    added = _last_of(workspace, "added_songs", model)
-    if added is not None:
-        parts["added_songs"] = added
+    rankers = given_parts.get("rankers") or _last_part_of(workspace, "rankers", model)
+    added_songs = _last_part_of(workspace, "added_songs", model)
+    if added_songs is not None:
+        parts["added_songs"] = added_songs
     if rankers is not None:
         retrieval = artifacts.load_manifest(workspace, "retrieval", retrieval_id or rankers.inputs["retrieval"])
         parts |= {"rankers": rankers, "retrieval": retrieval}
@@ -101,14 +103,14 @@ def require_fit(dataset: DatasetManifest, inputs: dict[str, str], parts: Any) ->
     A part may have been made from a data set that the current one descends from.
     """
     for part in parts:
-        for role, made_of in part.inputs.items():
+        for role, input_id in part.inputs.items():
             if (part.kind, role) in RENEWED:
                 continue
             # Songs that are added later do not change the songs added before, nor the taste vectors of their plays.
-            descends = (role == "dataset" and dataset.descends_from(made_of)) or role == "added_songs"
-            if role in inputs and inputs[role] != made_of and not descends:
+            descends = (role == "dataset" and dataset.descends_from(input_id)) or role == "added_songs"
+            if role in inputs and inputs[role] != input_id and not descends:
                 raise MismatchError(
-                    f"{artifacts.noun(part.kind)} {part.id} was made from {artifacts.noun(role)} {made_of}, not from "
+                    f"{artifacts.noun(part.kind)} {part.id} was made from {artifacts.noun(role)} {input_id}, not from "
                     f"{inputs[role]}; choose matching artifacts, or run `rayrec {artifacts.MADE_BY[part.kind]}` again"
                 )
 
@@ -133,10 +135,10 @@ def activate_release(workspace: Workspace, release_id: str) -> Manifest:
     """Make a release the live one. Raises `NotFoundError` if it does not exist."""
     release = artifacts.load_manifest(workspace, KIND, release_id)
     state = read_active(workspace)
-    earlier = state["history"]
+    history = state["history"]
     if state["active"] not in (None, release_id):
-        earlier = [*earlier, state["active"]]
-    write_active(workspace, release_id, earlier)
+        history = [*history, state["active"]]
+    write_active(workspace, release_id, history)
     return release
 
 
@@ -148,9 +150,9 @@ def rollback(workspace: Workspace) -> Manifest:
             f"No earlier release to roll back to (live: {state['active'] or 'none'}); "
             "see `rayrec release list` and use `rayrec release activate ID`"
         )
-    *earlier, previous = state["history"]
-    release = artifacts.load_manifest(workspace, KIND, previous)
-    write_active(workspace, previous, earlier)
+    *history, previous_id = state["history"]
+    release = artifacts.load_manifest(workspace, KIND, previous_id)
+    write_active(workspace, previous_id, history)
     return release
 
 
@@ -191,7 +193,7 @@ def verify_release(
     artifacts.verify(workspace, release, once=once)
     for path, expected in files_of(workspace, release).items():
         if plays or not path.startswith(HISTORIES):
-            _compare(workspace, path, expected, once)
+            _verify_checksum(workspace, path, expected, once)
     for kind in kinds:
         if kind in OPTIONAL_KINDS and kind not in release.inputs:
             continue
@@ -205,29 +207,29 @@ def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
     """
     if not workspace.exists(DATASET_MANIFEST):
         raise DamagedArtifactError(f"{DATASET_MANIFEST} is missing; restore it or import the data again")
-    dataset, made_of = read_dataset_manifest(workspace), release.inputs["dataset"]
+    dataset, dataset_id = read_dataset_manifest(workspace), release.inputs["dataset"]
     files = dict(workspace.read_json(release.path(CHECKSUMS)))
-    if not dataset.descends_from(made_of):
+    if not dataset.descends_from(dataset_id):
         raise DamagedArtifactError(
-            f"data set {made_of} of release {release.id} was replaced by {dataset.id}; create a new release"
+            f"data set {dataset_id} of release {release.id} was replaced by {dataset.id}; create a new release"
         )
-    if made_of != dataset.id:
-        files[earlier_manifest(made_of)] = files.pop(DATASET_MANIFEST)
-    earlier = earlier_version(workspace, dataset, made_of)
-    of_dataset = {path: digest for path, digest in earlier.files.items() if path.startswith(FIXED)}
+    if dataset_id != dataset.id:
+        files[earlier_manifest(dataset_id)] = files.pop(DATASET_MANIFEST)
+    release_dataset = earlier_version(workspace, dataset, dataset_id)
+    dataset_files = {path: digest for path, digest in release_dataset.files.items() if path.startswith(FIXED)}
     # Later songs are appended to songs.parquet, and an import of playlists moves songs from separate files into it, so
     # the current files and checksums apply.
-    of_dataset |= {
+    dataset_files |= {
         path: dataset.files[path]
-        for path in earlier.files
+        for path in release_dataset.files
         if path.startswith((SONGS_FILE, "songs/")) and path in dataset.files
     }
     # Parts may have been joined after the release: their plays are in the current files.
-    last = f"histories/part={earlier.parts:04d}"
-    of_dataset |= {
-        path: digest for path, digest in dataset.files.items() if path.startswith("histories/") and path < last
+    parts_end = f"histories/part={release_dataset.parts:04d}"
+    dataset_files |= {
+        path: digest for path, digest in dataset.files.items() if path.startswith("histories/") and path < parts_end
     }
-    return files | {f"{DATASET}/{name}": digest for name, digest in of_dataset.items()}
+    return files | {f"{DATASET}/{name}": digest for name, digest in dataset_files.items()}
 
 
 def default_parts(workspace: Workspace, model_id: str | None = None) -> dict[str, str]:
@@ -255,7 +257,7 @@ def parts_of(workspace: Workspace, model: Manifest) -> dict[str, str]:
     """
     part_ids = {**model.inputs, "models": model.id}
     for kind in ("tastes", "indexes", "rankers", "added_songs"):
-        part = _last_of(workspace, kind, model)
+        part = _last_part_of(workspace, kind, model)
         if part is not None:
             part_ids[kind] = part.id
             if kind == "rankers":
@@ -263,10 +265,10 @@ def parts_of(workspace: Workspace, model: Manifest) -> dict[str, str]:
     return part_ids
 
 
-def _model_of(workspace: Workspace, dataset: DatasetManifest, chosen: dict[str, Manifest]) -> Manifest:
+def _model_of(workspace: Workspace, dataset: DatasetManifest, given_parts: dict[str, Manifest]) -> Manifest:
     """Return the model that the named parts were made with, or else the last requested model of the data set."""
-    if chosen:
-        return artifacts.load_manifest(workspace, "models", next(iter(chosen.values())).inputs["models"])
+    if given_parts:
+        return artifacts.load_manifest(workspace, "models", next(iter(given_parts.values())).inputs["models"])
     model = artifacts.latest(
         workspace, "models", lambda manifest: dataset.descends_from(manifest.inputs.get("dataset", ""))
     )
@@ -275,13 +277,13 @@ def _model_of(workspace: Workspace, dataset: DatasetManifest, chosen: dict[str, 
     return model
 
 
-def _last_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest | None:
+def _last_part_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest | None:
     """Return the part of a kind that was made with the model and requested last; None if there is none."""
     return artifacts.latest(workspace, kind, lambda part: part.inputs.get("models") == model.id)
 
 
-def _newest_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest:
-    part = _last_of(workspace, kind, model)
+def _require_part_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest:
+    part = _last_part_of(workspace, kind, model)
     if part is None:
         advice = f"run `rayrec {artifacts.MADE_BY[kind]} --model {model.id}` first"
         raise NotFoundError(f"model {model.id} has no {artifacts.noun(kind)}; {advice}")
@@ -297,15 +299,15 @@ def _publish_release(workspace: Workspace, inputs: dict[str, str], metrics: Mapp
         paths.append(split_file(inputs["split"]))
     checksums = {path: sha256(workspace, path) for path in paths}
     # Parts that were deleted and made again under the same ids have other checksums and give another release.
-    release_id, complete = new_id(workspace, KIND, fingerprint("release", checksums, inputs), repeat=False)
-    if complete:
+    release_id, is_complete = new_id(workspace, KIND, fingerprint("release", checksums, inputs), repeat=False)
+    if is_complete:
         return artifacts.reuse(workspace, KIND, release_id)
     manifest = Manifest(kind=KIND, id=release_id, inputs=inputs, metrics=dict(metrics))
     workspace.write_json(manifest.path(CHECKSUMS), checksums)
     return publish(workspace, manifest, [CHECKSUMS])
 
 
-def _compare(workspace: Workspace, path: str, expected: str, once: bool) -> None:
+def _verify_checksum(workspace: Workspace, path: str, expected: str, once: bool) -> None:
     if not workspace.exists(path):
         raise DamagedArtifactError(f"{path} is missing; create the release again")
     if (workspace.sha256_on_node(path) if once else sha256(workspace, path)) != expected:

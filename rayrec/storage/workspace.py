@@ -98,9 +98,9 @@ class OutputFile(io.RawIOBase):
     def write(self, data: Any, /) -> int:
         """Append bytes and return their number."""
         self._digest.update(data)
-        written = self._file.write(data)
-        self._size += written
-        return written
+        num_bytes = self._file.write(data)
+        self._size += num_bytes
+        return num_bytes
 
     def tell(self) -> int:
         """Return the number of bytes written so far."""
@@ -163,8 +163,8 @@ class Workspace:
         """
         if self.is_local:
             return self.full(path)
-        place, mark, options = self.uri.partition("?")
-        return f"{place.rstrip('/')}/{path}{mark}{options}"
+        prefix, separator, options = self.uri.partition("?")
+        return f"{prefix.rstrip('/')}/{path}{separator}{options}"
 
     def exists(self, path: str) -> bool:
         """Return True if a file or folder exists."""
@@ -214,9 +214,9 @@ class Workspace:
         No run may write to the folder at the same time.
         """
         if self.is_local:
-            for left in Path(self.full(path)).rglob(".*"):
-                if left.is_file():
-                    left.unlink(missing_ok=True)
+            for temporary_file in Path(self.full(path)).rglob(".*"):
+                if temporary_file.is_file():
+                    temporary_file.unlink(missing_ok=True)
 
     def move(self, source: str, target: str) -> None:
         """Rename a file; an existing target is replaced."""
@@ -243,32 +243,32 @@ class Workspace:
         target = self.full(path)
         if self.is_local:
             _make_folder(Path(target).parent)
-            written = Path(target).parent / f".{posixpath.basename(target)}.{uuid.uuid4().hex}"
+            temporary_file = Path(target).parent / f".{posixpath.basename(target)}.{uuid.uuid4().hex}"
         else:
             # Write to a local disk first: pyarrow closes an abandoned stream, which would store an incomplete object.
             descriptor, name = tempfile.mkstemp(prefix="rayrec-")
             os.close(descriptor)
-            written = Path(name)
+            temporary_file = Path(name)
         try:
-            with written.open("wb") as file:
+            with temporary_file.open("wb") as file:
                 yield OutputFile(file)
                 file.flush()
                 if self.is_local:
                     os.fsync(file.fileno())
             if self.is_local:
-                written.replace(target)
-                _sync(written.parent)
+                temporary_file.replace(target)
+                _sync(temporary_file.parent)
             else:
-                upload(self.filesystem, written, target)
+                upload(self.filesystem, temporary_file, target)
         except OSError as error:
             if error.errno not in FULL:
                 raise
             raise StorageError(
-                f"no space left to write {path} in {self.uri if self.is_local else written.parent}: {error}; "
+                f"no space left to write {path} in {self.uri if self.is_local else temporary_file.parent}: {error}; "
                 "free some space and run the command again: completed work is kept"
             ) from error
         finally:
-            written.unlink(missing_ok=True)
+            temporary_file.unlink(missing_ok=True)
 
     def read_bytes(self, path: str) -> bytes:
         """Return the content of a file."""
@@ -348,19 +348,19 @@ class Workspace:
 
 def stored_at(array: np.ndarray) -> tuple[Workspace, str] | None:
     """Return the workspace and the path of an array from `read_array`, or of a view of all of it; None for others."""
-    whole = array
-    while isinstance(whole.base, np.ndarray):
-        whole = whole.base
-    place: tuple[Workspace, str] | None = getattr(whole, "stored_at", None)
-    return place if array.__array_interface__ == whole.__array_interface__ else None
+    base_array = array
+    while isinstance(base_array.base, np.ndarray):
+        base_array = base_array.base
+    location: tuple[Workspace, str] | None = getattr(base_array, "stored_at", None)
+    return location if array.__array_interface__ == base_array.__array_interface__ else None
 
 
 def _make_folder(folder: Path) -> None:
     """Create a local folder and its parents, and flush the entry of each new folder to disk."""
-    missing = [folder, *folder.parents]
-    missing = missing[: next(place for place, above in enumerate(missing) if above.exists())]
+    new_folders = [folder, *folder.parents]
+    new_folders = new_folders[: next(index for index, ancestor in enumerate(new_folders) if ancestor.exists())]
     folder.mkdir(parents=True, exist_ok=True)
-    for new_folder in missing:
+    for new_folder in new_folders:
         _sync(new_folder.parent)
 
 

@@ -31,21 +31,21 @@ class Users:
     def __init__(self, source: str, user: str, folder: str = "") -> None:
         """`user` is the setting, or empty; `folder` is the user if neither the setting nor the record names one."""
         self.source, self.user, self.folder = source, user, folder
-        self._named: set[str] = set()
+        self._record_users: set[str] = set()
 
-    def of(self, named: str | None) -> str:
-        """Return the user of a record; `named` is the user that the record names, or None.
+    def of(self, record_user: str | None) -> str:
+        """Return the user of a record; `record_user` is the user that the record names, or None.
 
         Raises `InputError` if --user would merge several users.
         """
         if not self.user:
-            return named or self.folder
-        if named is not None and named not in self._named:
-            self._named.add(named)
-            if len(self._named) > 1:
+            return record_user or self.folder
+        if record_user is not None and record_user not in self._record_users:
+            self._record_users.add(record_user)
+            if len(self._record_users) > 1:
                 raise InputError(
-                    f"{self.source} contains plays of several users, such as {' and '.join(sorted(self._named))}; "
-                    "--user would merge them; import without --user"
+                    f"{self.source} contains plays of several users, such as "
+                    f"{' and '.join(sorted(self._record_users))}; --user would merge them; import without --user"
                 )
         return self.user
 
@@ -67,12 +67,12 @@ def _account_folder(source: str) -> tuple[str, str]:
     """
     path = source if "://" in source else Path(source).expanduser().resolve().as_posix()
     export = folder = posixpath.dirname(path)
-    while _is_of_export(folder):
+    while _is_export_folder(folder):
         export, folder = folder, posixpath.dirname(folder)
     return folder, export
 
 
-def _is_of_export(folder: str) -> bool:
+def _is_export_folder(folder: str) -> bool:
     """True for a folder whose name comes from a service."""
     name = COPY.sub("", posixpath.basename(folder).lower())
     parent = COPY.sub("", posixpath.basename(posixpath.dirname(folder)).lower())
@@ -113,11 +113,11 @@ class AccountCsvReader(ABC):
             yield self.batch(rows, user, unit.source)
 
 
-def _nobody(source: str) -> str | None:
+def _no_user(source: str) -> str | None:
     return None
 
 
-def check_accounts(sources: Sequence[str], user: str, name_of: Callable[[str], str | None] = _nobody) -> list[str]:
+def check_accounts(sources: Sequence[str], user: str, name_of: Callable[[str], str | None] = _no_user) -> list[str]:
     """Return notes on how the users of exports are named.
 
     `name_of` returns the user that a file names, or None.
@@ -128,35 +128,39 @@ def check_accounts(sources: Sequence[str], user: str, name_of: Callable[[str], s
     if user:
         file_of = {name: source for source in reversed(sources) if (name := name_of(source))}
         if len(file_of) > 1:
-            (one, first), (other, second) = sorted(file_of.items())[:2]
+            (first_user, first_file), (second_user, second_file) = sorted(file_of.items())[:2]
             raise InputError(
-                f"{first} contains plays of user {one!r} and {second} of user {other!r}; --user would merge them; "
-                "omit --user, or if both belong to one person, import each with --user, the second with --append"
+                f"{first_file} contains plays of user {first_user!r} and {second_file} of user {second_user!r}; "
+                "--user would merge them; omit --user, or if both belong to one person, import each with --user, "
+                "the second with --append"
             )
         return []
     exports: dict[str, set[str]] = defaultdict(set)
-    named: dict[str, str] = {}
+    user_of_export: dict[str, str] = {}
     for source in sources:
         account, (_, export) = account_of(source), _account_folder(source)
         name = name_of(source)
         if name is None:
             exports[account].add(export)
         else:
-            named.setdefault(export, name)
-    for account, folders in exports.items():
-        if len(folders) > 1:
+            user_of_export.setdefault(export, name)
+    for account, export_folders in exports.items():
+        if len(export_folders) > 1:
             raise InputError(
-                f"Folders {' and '.join(sorted(folders)[:3])} would both be imported as user {account!r}, since the "
-                "files name no user; pass --user NAME if they belong to one person, otherwise import each folder with "
-                "its own --user, the second with --append"
+                f"Folders {' and '.join(sorted(export_folders)[:3])} would both be imported as user {account!r}, since "
+                "the files name no user; pass --user NAME if they belong to one person, otherwise import each folder "
+                "with its own --user, the second with --append"
             )
-        mixed = sorted(folders & set(named))
-        if mixed:
+        mixed_folders = sorted(export_folders & set(user_of_export))
+        if mixed_folders:
             raise InputError(
-                f"{mixed[0]} contains files that name the user, such as {named[mixed[0]]!r}, and files that do not; "
+                f"{mixed_folders[0]} contains files that name the user, such as "
+                f"{user_of_export[mixed_folders[0]]!r}, and files that do not; "
                 "pass --user NAME to import all of them as one user"
             )
     if not exports:
         return []
-    names = ", ".join(map(repr, sorted(exports)[:5])) + (" ..." if len(exports) > 5 else "")
-    return [f"No user in the files: using the folder names as user IDs ({names}). Pass --user NAME to override."]
+    account_names = ", ".join(map(repr, sorted(exports)[:5])) + (" ..." if len(exports) > 5 else "")
+    return [
+        f"No user in the files: using the folder names as user IDs ({account_names}). Pass --user NAME to override."
+    ]

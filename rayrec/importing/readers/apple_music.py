@@ -50,32 +50,32 @@ class AppleMusicReader(AccountCsvReader):
         values, count = rows.values, len(rows.indices)
         problems = Problems(count)
 
-        def first_of(names: tuple[str, ...]) -> pa.Array:
-            spelled = [spell_texts(values[name], problems, column=name) for name in names if name in values]
-            return pc.coalesce(*spelled, pa.nulls(count, pa.string()))
+        def first_texts(names: tuple[str, ...]) -> pa.Array:
+            texts = [spell_texts(values[name], problems, column=name) for name in names if name in values]
+            return pc.coalesce(*texts, pa.nulls(count, pa.string()))
 
         if EVENT in values:
-            plays = [same(values[EVENT], event) for event in PLAYS]
-            problems.mark(~np.logical_or.reduce(plays), OTHER_EVENT)
+            event_masks = [same(values[EVENT], event) for event in PLAYS]
+            problems.mark(~np.logical_or.reduce(event_masks), OTHER_EVENT)
         for name, value in ((ITEM, SHOWS), (ITEM, VIDEO), (MEDIA, VIDEO)):
             if name in values:
                 problems.mark(same(values[name], value), NOT_A_SONG)
         if REASON in values:
             problems.mark(same(values[REASON], FAILED), OTHER_EVENT)
-        title, artist = first_of(TITLES), first_of(ARTISTS)
-        song = name_songs(pa.nulls(count, pa.string()), pc.coalesce(artist, first_of(ALBUMS)), title)
+        title, artist = first_texts(TITLES), first_texts(ARTISTS)
+        song_names = name_songs(pa.nulls(count, pa.string()), pc.coalesce(artist, first_texts(ALBUMS)), title)
         times = [valid_text(values[name], problems) for name in TIMES if name in values]
         data = {
             columns.USER: pa.array(np.full(count, user, dtype=object), pa.string()),
-            columns.SONG_ID: spell_ids(song, problems, column=TITLES[0], reason=NO_SONG),
+            columns.SONG_ID: spell_ids(song_names, problems, column=TITLES[0], reason=NO_SONG),
             columns.PLAYED_AT: pa.array(to_ms(pc.coalesce(*times), problems, column=TIMES[0])),
             columns.TITLE: title,
             columns.ARTIST: artist,
         }
-        short = flags_below(values[DURATION], STREAM_MS) if DURATION in values else pa.nulls(count, pa.bool_())
+        is_skipped = flags_below(values[DURATION], STREAM_MS) if DURATION in values else pa.nulls(count, pa.bool_())
         if REASON in values:
-            skipped = pc.fill_null(pc.match_substring(values[REASON], "SKIPPED"), False)
+            is_skip_reason = pc.fill_null(pc.match_substring(values[REASON], "SKIPPED"), False)
             is_part = pc.is_in(values[REASON], value_set=pa.array(PARTS))
-            short = pc.if_else(is_part, False, pc.if_else(skipped, True, short))
-        data[columns.SKIPPED] = short
+            is_skipped = pc.if_else(is_part, False, pc.if_else(is_skip_reason, True, is_skipped))
+        data[columns.SKIPPED] = is_skipped
         return to_batch(rows, data, problems, source)

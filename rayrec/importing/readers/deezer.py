@@ -39,39 +39,39 @@ class DeezerReader:
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Yield one batch with the whole file. Raises `DamagedInputError` if a part of the archive is damaged."""
         rows = RowCollector(columns.PLAYS, unit.source)
-        user = self.options.user or _account(unit.source) or account_of(unit.source)
-        header, *lines = _sheet(unit.source)
+        user = self.options.user or _account_number(unit.source) or account_of(unit.source)
+        header, *lines = _read_sheet(unit.source)
         names = [str(name).strip() for name in header]
         required_columns(unit.source, names, (TITLE, ARTIST, DATE), (ISRC, SECONDS))
-        for number, cells in enumerate(lines, start=2):
+        for row_number, cells in enumerate(lines, start=2):
             play = dict(zip(names, cells, strict=False))
             if any(cell is not None for cell in cells):
-                rows.add(_play(play, user), Record(number, play))
+                rows.add(_to_row(play, user), Record(row_number, play))
         yield rows.batch(len(lines) + 1)
 
 
 def check_deezer_accounts(sources: Sequence[str], user: str) -> list[str]:
     """Same as `check_accounts`, for files whose names may contain the number of an account."""
-    return check_accounts(sources, user, _account)
+    return check_accounts(sources, user, _account_number)
 
 
-def _account(source: str) -> str | None:
+def _account_number(source: str) -> str | None:
     match = ACCOUNT.match(posixpath.basename(source))
     return match[1] if match else None
 
 
-def _sheet(source: str) -> list[Sequence[Any]]:
+def _read_sheet(source: str) -> list[Sequence[Any]]:
     """Return the rows of the listening history, the header first."""
     import openpyxl
 
     with open_source(source) as stream:
         try:
             with zipfile.ZipFile(cast(IO[bytes], stream)) as archive:
-                broken = archive.testzip()
-            if broken is not None:
-                raise ValueError(f"its part {broken} does not match its checksum")
+                broken_part = archive.testzip()
+            if broken_part is not None:
+                raise ValueError(f"its part {broken_part} does not match its checksum")
             book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
-            sheet = next((each for each in book.worksheets if each.title.endswith(SHEET)), None)
+            sheet = next((worksheet for worksheet in book.worksheets if worksheet.title.endswith(SHEET)), None)
             if sheet is not None:
                 sheet.reset_dimensions()  # some writers store wrong dimensions, and rows beyond them would be ignored
                 rows = list(sheet.iter_rows(values_only=True))
@@ -86,7 +86,7 @@ def _sheet(source: str) -> list[Sequence[Any]]:
     return rows
 
 
-def _play(play: dict[str, Any], user: str) -> dict[str, Any]:
+def _to_row(play: dict[str, Any], user: str) -> dict[str, Any]:
     title, artist = text(play.get(TITLE)), text(play.get(ARTIST))
     seconds = play.get(SECONDS)
     skipped = None
@@ -95,16 +95,20 @@ def _play(play: dict[str, Any], user: str) -> dict[str, Any]:
     return {
         columns.USER: user,
         columns.SONG_ID: text(play.get(ISRC)) or name_song(artist, title),
-        columns.PLAYED_AT: _moment(play.get(DATE)),
+        columns.PLAYED_AT: _date_text(play.get(DATE)),
         columns.SKIPPED: skipped,
         columns.TITLE: title,
         columns.ARTIST: artist,
     }
 
 
-def _moment(value: Any) -> str | None:
+def _date_text(value: Any) -> str | None:
     """Return a date cell, either an Excel date or text, as text with the zone UTC."""
     if isinstance(value, datetime):
         return value.isoformat(timespec="seconds") + "Z"
-    words = text(value)
-    return f"{words}Z" if words and re.fullmatch(r"\d{4}-\d{2}-\d{2} \d{2}:\d{2}(:\d{2})?", words) else words
+    cell_text = text(value)
+    return (
+        f"{cell_text}Z"
+        if cell_text and re.fullmatch(r"\d{4}-\d{2}-\d{2} \d{2}:\d{2}(:\d{2})?", cell_text)
+        else cell_text
+    )

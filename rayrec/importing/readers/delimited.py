@@ -33,18 +33,18 @@ QUOTE = ord('"')
 USUAL_DELIMITERS = (",", ";", "\t", "|")
 
 
-def _unescaped(text: str) -> str:
+def _unescape_tabs(text: str) -> str:
     return text.replace("\\t", "\t")
 
 
-def _one_character(text: str) -> str:
+def _require_one_character(text: str) -> str:
     if len(text) != 1 or not text.isascii() or text in '"\r\n':
         raise ValueError("expected one character such as , or ;")
     return text
 
 
-Separator = Annotated[str, AfterValidator(_unescaped)]  # a flag or a TOML file may write a tab as \\t
-Delimiter = Annotated[Separator, AfterValidator(_one_character)]
+Separator = Annotated[str, AfterValidator(_unescape_tabs)]  # a flag or a TOML file may write a tab as \\t
+Delimiter = Annotated[Separator, AfterValidator(_require_one_character)]
 
 
 class DelimitedRows(NamedTuple):
@@ -94,8 +94,8 @@ def read_header(source: str, delimiter: str) -> list[str]:
 
 def other_delimiter(header: Sequence[str], delimiter: str) -> str | None:
     """Return the delimiter that a header of a single column seems to have instead of `delimiter`, or None."""
-    counts = {other: header[0].count(other) for other in USUAL_DELIMITERS if other != delimiter}
-    best = max(counts, key=lambda other: counts[other])
+    counts = {candidate: header[0].count(candidate) for candidate in USUAL_DELIMITERS if candidate != delimiter}
+    best = max(counts, key=lambda candidate: counts[candidate])
     return best if len(header) == 1 and counts[best] else None
 
 
@@ -120,57 +120,57 @@ def split_line(line: bytes, delimiter: str) -> list[bytes] | str:
     A quote opens a quoted value only if it is the first character of the value.
     """
     values: list[bytes] = []
-    between, place = delimiter.encode(), 0
+    separator, position = delimiter.encode(), 0
     while True:
-        if line[place : place + 1] == b'"':
-            value, place = b"", place + 1
+        if line[position : position + 1] == b'"':
+            value, position = b"", position + 1
             while True:
-                end = line.find(b'"', place)
+                end = line.find(b'"', position)
                 if end < 0:
                     return OPEN_QUOTE
-                value += line[place:end]
-                place = end + 1
-                if line[place : place + 1] != b'"':
+                value += line[position:end]
+                position = end + 1
+                if line[position : position + 1] != b'"':
                     break
-                value, place = value + b'"', place + 1
-            if place < len(line) and not line.startswith(between, place):
+                value, position = value + b'"', position + 1
+            if position < len(line) and not line.startswith(separator, position):
                 return AFTER_QUOTE
         else:
-            end = line.find(between, place)
+            end = line.find(separator, position)
             end = len(line) if end < 0 else end
-            value, place = line[place:end], end
+            value, position = line[position:end], end
         values.append(value)
-        if place >= len(line):
+        if position >= len(line):
             return values
-        place += len(between)
+        position += len(separator)
 
 
 def read_delimited(
-    unit: Unit, delimiter: str, find: Callable[[list[str]], Mapping[str, int]]
+    unit: Unit, delimiter: str, find_positions: Callable[[list[str]], Mapping[str, int]]
 ) -> Iterator[DelimitedRows]:
     """Yield the rows of a unit of a file with a header, in blocks of 16 MiB.
 
-    `find` returns the wanted columns of a header: name -> position.
+    `find_positions` returns the wanted columns of a header: name -> position.
     """
     header = read_header(unit.source, delimiter)
-    places = find(header)
+    positions = find_positions(header)
     for block in read_blocks(unit):
-        first = block.first == 1 and not unit.start
+        has_header = block.first == 1 and not unit.start
         yield parse(
             block,
-            places,
+            positions,
             num_columns=len(header),
             delimiter=delimiter,
             quoted=True,
             source=unit.source,
-            skip=1 if first else 0,
+            skip=1 if has_header else 0,
         )
 
 
 def same(values: pa.Array, text: str | None) -> np.ndarray:
     """bool (R,): True for strings equal to `text`, or for null if `text` is None."""
-    equal = values.is_null() if text is None else pc.fill_null(pc.equal(values, text), False)
-    return np.asarray(equal.to_numpy(zero_copy_only=False))
+    is_equal = values.is_null() if text is None else pc.fill_null(pc.equal(values, text), False)
+    return np.asarray(is_equal.to_numpy(zero_copy_only=False))
 
 
 def flags_below(values: pa.Array, limit: float) -> pa.Array:
@@ -196,7 +196,7 @@ def parse(
     number of values than `num_columns`. A bad line never affects the next one.
     """
     faults = line_faults(block)
-    repaired: dict[int, bytes] = {}
+    repaired_lines: dict[int, bytes] = {}
     for index in _unusual_quotes(block, delimiter) if quoted else ():
         if index in faults:
             continue
@@ -204,35 +204,41 @@ def parse(
         if isinstance(values, str):
             faults[index] = values
         else:
-            repaired[index] = delimiter.encode().join(b'"' + value.replace(b'"', b'""') + b'"' for value in values)
-    filled = block.ends > block.starts
-    usable = filled.copy()
-    usable[list(faults)] = False
-    faults = {index: reason for index, reason in faults.items() if index >= skip and filled[index]}
-    usable[:skip] = False
-    indices = np.flatnonzero(usable)
-    if len(indices) == len(block) and not repaired:
+            repaired_lines[index] = delimiter.encode().join(
+                b'"' + value.replace(b'"', b'""') + b'"' for value in values
+            )
+    is_filled = block.ends > block.starts
+    is_usable = is_filled.copy()
+    is_usable[list(faults)] = False
+    faults = {index: reason for index, reason in faults.items() if index >= skip and is_filled[index]}
+    is_usable[:skip] = False
+    indices = np.flatnonzero(is_usable)
+    if len(indices) == len(block) and not repaired_lines:
         data = block.data
     else:
-        data = b"\n".join(repaired.get(index) or block.line(index) for index in indices.tolist())
+        data = b"\n".join(repaired_lines.get(index) or block.line(index) for index in indices.tolist())
     bad_rows: list[int] = []
 
     def skip_row(row: pacsv.InvalidRow) -> str:
-        position = indices[row.number - 1]
+        line_index = indices[row.number - 1]
         bad_rows.append(row.number - 1)
-        faults[int(position)] = f"{row.actual_columns} values, but the file has {row.expected_columns} columns"
+        faults[int(line_index)] = f"{row.actual_columns} values, but the file has {row.expected_columns} columns"
         return "skip"
 
-    parsed = _columns(data, positions, num_columns, delimiter, quoted, skip_row)
-    refused = sorted(faults)
-    numbers = block.numbers(np.array(refused, dtype=np.int64))
-    table = rejected(source, numbers, [faults[index] for index in refused], block.texts(refused))
+    parsed_columns = _parse_columns(data, positions, num_columns, delimiter, quoted, skip_row)
+    rejected_lines = sorted(faults)
+    line_numbers = block.numbers(np.array(rejected_lines, dtype=np.int64))
+    rejected_table = rejected(
+        source, line_numbers, [faults[index] for index in rejected_lines], block.texts(rejected_lines)
+    )
     good_lines = np.delete(indices, bad_rows)
-    assert all(len(column) == len(good_lines) for column in parsed.values()), f"{source}: rows and lines do not agree"
-    return DelimitedRows(block, parsed, good_lines, table)
+    assert all(len(column) == len(good_lines) for column in parsed_columns.values()), (
+        f"{source}: rows and lines do not agree"
+    )
+    return DelimitedRows(block, parsed_columns, good_lines, rejected_table)
 
 
-def _columns(
+def _parse_columns(
     data: bytes, positions: Mapping[str, int], num_columns: int, delimiter: str, quoted: bool, skip_row: object
 ) -> dict[str, pa.Array]:
     if not data:
@@ -269,10 +275,10 @@ def line_faults(block: Block) -> dict[int, str]:
     if not _is_utf8(block.data):
         faults |= {index: NOT_UTF8 for index in range(len(block)) if not _is_utf8(block.line(index))}
     if block.data.count(b"\r") != block.data.count(b"\r\n"):
-        returns = np.flatnonzero(block.bytes == RETURN)
-        followed = block.bytes[np.minimum(returns + 1, len(block.bytes) - 1)]
-        stray = _per_line(block, returns[followed != NEWLINE]) > 0
-        faults |= {int(index): STRAY_RETURN for index in np.flatnonzero(stray)}
+        return_positions = np.flatnonzero(block.bytes == RETURN)
+        next_bytes = block.bytes[np.minimum(return_positions + 1, len(block.bytes) - 1)]
+        has_stray = _count_per_line(block, return_positions[next_bytes != NEWLINE]) > 0
+        faults |= {int(index): STRAY_RETURN for index in np.flatnonzero(has_stray)}
     return faults
 
 
@@ -281,26 +287,26 @@ def _unusual_quotes(block: Block, delimiter: str) -> list[int]:
 
     In a line the first quote opens a value, the second closes it, and so on; a doubled quote closes and opens again.
     """
-    places = np.flatnonzero(block.bytes == QUOTE)
-    if not len(places):
+    positions = np.flatnonzero(block.bytes == QUOTE)
+    if not len(positions):
         return []
-    line = np.searchsorted(block.starts, places, side="right") - 1
-    counts = np.bincount(line, minlength=len(block))
-    rank = np.arange(len(places)) - (np.cumsum(counts) - counts)[line]
-    opens = rank % 2 == 0
-    beside = np.array([QUOTE, ord(delimiter)], dtype=np.uint8)
-    before = block.bytes[np.maximum(places - 1, 0)]
-    after = block.bytes[np.minimum(places + 1, len(block.bytes) - 1)]
-    fits = np.where(
-        opens,
-        (places == block.starts[line]) | np.isin(before, beside),
-        (places + 1 == block.ends[line]) | np.isin(after, beside),
+    lines = np.searchsorted(block.starts, positions, side="right") - 1
+    counts = np.bincount(lines, minlength=len(block))
+    ranks = np.arange(len(positions)) - (np.cumsum(counts) - counts)[lines]
+    is_opening = ranks % 2 == 0
+    allowed_neighbors = np.array([QUOTE, ord(delimiter)], dtype=np.uint8)
+    previous_bytes = block.bytes[np.maximum(positions - 1, 0)]
+    next_bytes = block.bytes[np.minimum(positions + 1, len(block.bytes) - 1)]
+    is_usual = np.where(
+        is_opening,
+        (positions == block.starts[lines]) | np.isin(previous_bytes, allowed_neighbors),
+        (positions + 1 == block.ends[lines]) | np.isin(next_bytes, allowed_neighbors),
     )
-    unusual = (np.bincount(line, weights=~fits, minlength=len(block)) > 0) | (counts % 2 == 1)
-    return [int(index) for index in np.flatnonzero(unusual)]
+    is_unusual = (np.bincount(lines, weights=~is_usual, minlength=len(block)) > 0) | (counts % 2 == 1)
+    return [int(index) for index in np.flatnonzero(is_unusual)]
 
 
-def _per_line(block: Block, positions: np.ndarray) -> np.ndarray:
+def _count_per_line(block: Block, positions: np.ndarray) -> np.ndarray:
     """int64 (L,): number of byte `positions` in each line."""
     return np.bincount(np.searchsorted(block.starts, positions, side="right") - 1, minlength=len(block))
 

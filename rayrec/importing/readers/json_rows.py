@@ -49,7 +49,7 @@ def plan_json(source: str, size: int, unit_bytes: int, *lists: str) -> list[Unit
 
     `lists` are as in `read_records`. Raises `DamagedInputError` if the beginning of the file is not JSON.
     """
-    return byte_ranges(source, size, unit_bytes) if _is_lines(source, lists) else [Unit(source=source)]
+    return byte_ranges(source, size, unit_bytes) if _is_json_lines(source, lists) else [Unit(source=source)]
 
 
 def read_records(unit: Unit, *lists: str) -> Iterator[Records]:
@@ -59,16 +59,16 @@ def read_records(unit: Unit, *lists: str) -> Iterator[Records]:
     `payload.listens`. Bytes that are not UTF-8 affect only their own record. Raises `DamagedInputError` for a document
     that is incomplete or has no such list.
     """
-    if unit.stop is not None or _is_lines(unit.source, lists):
+    if unit.stop is not None or _is_json_lines(unit.source, lists):
         for block in read_blocks(unit):
             lines = ((block.first + index, block.line(index)) for index in range(len(block)))
-            yield Records([_of_line(number, line) for number, line in lines if line.strip()], len(block))
+            yield Records([_parse_line(number, line) for number, line in lines if line.strip()], len(block))
         return
     content = load_json(unit.source)
-    values = content if isinstance(content, list) else _listed(content, lists)
+    values = content if isinstance(content, list) else _find_list(content, lists)
     if values is None:
-        places = " or ".join(["at the top level", *(f"at {path!r}" for path in lists)])
-        raise DamagedInputError(f"{unit.source} is JSON, but has no list of records {places}; check the format")
+        locations = " or ".join(["at the top level", *(f"at {path!r}" for path in lists)])
+        raise DamagedInputError(f"{unit.source} is JSON, but has no list of records {locations}; check the format")
     yield Records([Record(number, value) for number, value in enumerate(values, start=1)], len(values))
 
 
@@ -89,7 +89,7 @@ def load_json(source: str) -> Any:
         ) from error
 
 
-def _is_lines(source: str, lists: tuple[str, ...]) -> bool:
+def _is_json_lines(source: str, lists: tuple[str, ...]) -> bool:
     """True for a file with one record per line: its first line is a whole record, or its second line begins like one.
 
     `lists` are as in `read_records`: a first line that is an object with such a list is a document.
@@ -98,19 +98,19 @@ def _is_lines(source: str, lists: tuple[str, ...]) -> bool:
     if head.startswith(b"["):
         return False
     with open_plain(source) as stream:
-        text = stream.read(FIRST_LINE_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
-    line, _, rest = text.partition(b"\n")
-    first = _of_line(1, line)
-    if not first.reason and isinstance(first.value, dict):
-        return _listed(first.value, lists) is None
-    if rest.lstrip().startswith(b"{"):
+        beginning = stream.read(FIRST_LINE_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+    line, _, remainder = beginning.partition(b"\n")
+    first_record = _parse_line(1, line)
+    if not first_record.reason and isinstance(first_record.value, dict):
+        return _find_list(first_record.value, lists) is None
+    if remainder.lstrip().startswith(b"{"):
         return True
     if head.startswith(b"{"):
         return False
     raise DamagedInputError(f"{source} is not JSON: it begins with {head[:40]!r}; check the format")
 
 
-def _listed(content: Any, lists: tuple[str, ...]) -> list[Any] | None:
+def _find_list(content: Any, lists: tuple[str, ...]) -> list[Any] | None:
     for path in lists:
         value = content
         for name in path.split("."):
@@ -120,7 +120,7 @@ def _listed(content: Any, lists: tuple[str, ...]) -> list[Any] | None:
     return None
 
 
-def _of_line(number: int, line: bytes) -> Record:
+def _parse_line(number: int, line: bytes) -> Record:
     try:
         return Record(number, json.loads(line.decode("utf-8", errors="surrogateescape")))
     except (ValueError, RecursionError):
@@ -146,7 +146,7 @@ class RowCollector:
         self._rows: list[dict[str, Any]] = []
         self._lines: list[int] = []
         self._origins: list[Any] = []
-        self._refused: list[tuple[int, str, str]] = []
+        self._rejected: list[tuple[int, str, str]] = []
 
     def add(self, row: dict[str, Any], record: Record, origin: Any = None) -> None:
         """Add a row made of a record, or of the value `origin` within it."""
@@ -159,7 +159,7 @@ class RowCollector:
 
     def refuse(self, record: Record, reason: str, origin: Any = None) -> None:
         """Reject a record, or the value `origin` within it, for `reason`."""
-        self._refused.append((record.number, reason, _dump(record.value if origin is None else origin)))
+        self._rejected.append((record.number, reason, _dump(record.value if origin is None else origin)))
 
     def batch(self, covered: int) -> Batch:
         """Return all rows since the last batch; `covered` is the number of lines or records read for them."""
@@ -174,7 +174,7 @@ class RowCollector:
         mark_long(data[columns.SONG_ID], problems)
         if columns.PLAYED_AT in data:
             data[columns.PLAYED_AT] = pa.array(to_ms(data[columns.PLAYED_AT], problems))
-        lines, reasons, refused = zip(*self._refused, strict=True) if self._refused else ((), (), ())
+        lines, reasons, texts = zip(*self._rejected, strict=True) if self._rejected else ((), (), ())
         result = reader.batch(
             self._schema,
             data,
@@ -183,7 +183,7 @@ class RowCollector:
             problems=problems,
             texts=self._texts_at,
             covered=covered,
-            also=rejected(self._source, lines, reasons, refused),
+            also=rejected(self._source, lines, reasons, texts),
         )
         self._clear()
         return result

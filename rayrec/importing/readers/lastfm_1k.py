@@ -15,7 +15,7 @@ from rayrec.importing.readers import delimited, reader
 from rayrec.importing.readers.reader import Batch, ReadOptions, Unit, byte_ranges, read_blocks, require_text, to_batch
 
 COLUMNS = ("user", "played_at", "artist_id", "artist", "song", "title")
-WANTED = {name: place for place, name in enumerate(COLUMNS) if name != "artist_id"}
+WANTED = {name: position for position, name in enumerate(COLUMNS) if name != "artist_id"}
 
 
 class LastfmReader:
@@ -37,13 +37,13 @@ class LastfmReader:
             )
             values = rows.values
             problems = Problems(len(rows.indices))
-            user = spell_ids(values["user"], problems, column="user", reason=reader.NO_USER)
+            user_ids = spell_ids(values["user"], problems, column="user", reason=reader.NO_USER)
             artist = spell_texts(values["artist"], problems, column="artist")
             title = spell_texts(values["title"], problems, column="title")
-            song = name_songs(values["song"], artist, title)
+            song_names = name_songs(values["song"], artist, title)
             data = {
-                columns.USER: user,
-                columns.SONG_ID: spell_ids(song, problems, column="song", reason=reader.NO_SONG),
+                columns.USER: user_ids,
+                columns.SONG_ID: spell_ids(song_names, problems, column="song", reason=reader.NO_SONG),
                 columns.PLAYED_AT: pa.array(to_ms(values["played_at"], problems)),
                 columns.TITLE: title,
                 columns.ARTIST: artist,

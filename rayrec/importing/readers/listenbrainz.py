@@ -41,68 +41,68 @@ class ListenBrainzReader:
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Yield one batch per block of 16 MiB. Raises `InputError` if --user would merge several users."""
         rows = RowCollector(columns.PLAYS, unit.source)
-        users = Users(unit.source, self.options.user, "" if self.options.user else _owner(unit.source))
-        no_listen = BESIDE_LISTENS if _is_beside(unit.source) else NOT_A_LISTEN
+        users = Users(unit.source, self.options.user, "" if self.options.user else _default_user(unit.source))
+        no_listen_reason = BESIDE_LISTENS if _has_no_listens(unit.source) else NOT_A_LISTEN
         for block in read_records(unit, *LISTS):
             for record in block.records:
                 listen = record.value
                 if record.reason:
                     rows.refuse(record, record.reason)
                 elif not isinstance(listen, dict) or not isinstance(listen.get("track_metadata"), dict):
-                    rows.refuse(record, no_listen)
+                    rows.refuse(record, no_listen_reason)
                 else:
-                    rows.add(_play(listen, users), record)
+                    rows.add(_to_row(listen, users), record)
             yield rows.batch(block.covered)
 
 
 def check_listeners(sources: Sequence[str], user: str) -> list[str]:
     """Same as `check_accounts`, for files that may name the user; files without listens are left out."""
-    return check_accounts([source for source in sources if not _is_beside(source)], user, _username)
+    return check_accounts([source for source in sources if not _has_no_listens(source)], user, _username)
 
 
-def _is_beside(source: str) -> bool:
+def _has_no_listens(source: str) -> bool:
     return posixpath.basename(plain_name(source)).lower() in BESIDE_FILES
 
 
-def _owner(source: str) -> str:
+def _default_user(source: str) -> str:
     """Return the user of listens that name none; empty for a file whose listens have a user_name."""
-    return "" if USER_NAME.search(require_text(source)) else _exported_by(source) or account_of(source)
+    return "" if USER_NAME.search(require_text(source)) else _user_of_export(source) or account_of(source)
 
 
 def _username(source: str) -> str | None:
     """Return the first user that a file names, else the user that its export names, or None."""
     match = USER_NAME.search(require_text(source))
-    return (match[1] or b"").decode("utf-8", errors="replace") if match else _exported_by(source)
+    return (match[1] or b"").decode("utf-8", errors="replace") if match else _user_of_export(source)
 
 
-def _exported_by(source: str) -> str | None:
+def _user_of_export(source: str) -> str | None:
     """Return the user in the user.json of the export that a file belongs to, or None."""
     path = posixpath.join(account_folder(source), USER_FILE)
     content = load_json(path) if is_file(path) else None
     return text(content.get("username")) if isinstance(content, dict) else None
 
 
-def _play(listen: dict[str, Any], users: Users) -> dict[str, Any]:
+def _to_row(listen: dict[str, Any], users: Users) -> dict[str, Any]:
     track = listen["track_metadata"]
     artist, title = text(track.get("artist_name")), text(track.get("track_name"))
     user = text(listen.get("user_name")) or text(listen.get("user_id"))
     return {
         columns.USER: users.of(user),
-        columns.SONG_ID: _recording(listen, track) or name_song(artist, title),
+        columns.SONG_ID: _recording_id(listen, track) or name_song(artist, title),
         columns.PLAYED_AT: text(listen.get("listened_at", listen.get("timestamp"))),
         columns.TITLE: title,
         columns.ARTIST: artist,
     }
 
 
-def _recording(listen: dict[str, Any], track: dict[str, Any]) -> str | None:
-    mapped, more = track.get("mbid_mapping"), track.get("additional_info")
-    mapped = mapped if isinstance(mapped, dict) else {}
-    more = more if isinstance(more, dict) else {}
+def _recording_id(listen: dict[str, Any], track: dict[str, Any]) -> str | None:
+    mapping, additional_info = track.get("mbid_mapping"), track.get("additional_info")
+    mapping = mapping if isinstance(mapping, dict) else {}
+    additional_info = additional_info if isinstance(additional_info, dict) else {}
     return (
-        text(mapped.get("recording_mbid"))
-        or text(more.get("recording_mbid"))
+        text(mapping.get("recording_mbid"))
+        or text(additional_info.get("recording_mbid"))
         or text(listen.get("recording_msid"))
         or text(track.get("recording_msid"))
-        or text(more.get("recording_msid"))
+        or text(additional_info.get("recording_msid"))
     )

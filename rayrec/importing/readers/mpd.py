@@ -32,18 +32,18 @@ class MpdReader:
 def _add(record: Record, rows: RowCollector) -> None:
     playlist = record.value
     tracks = playlist.get("tracks") if isinstance(playlist, dict) else None
-    name = text(playlist.get("pid")) if isinstance(playlist, dict) else None
-    if name is None or not isinstance(tracks, list):
+    playlist_id = text(playlist.get("pid")) if isinstance(playlist, dict) else None
+    if playlist_id is None or not isinstance(tracks, list):
         rows.refuse(record, record.reason or NO_PLAYLIST)
         return
-    for place, track in enumerate(tracks):
+    for index, track in enumerate(tracks):
         if not isinstance(track, dict):
             rows.refuse(record, NOT_A_TRACK, track)
             continue
         position = track.get("pos")
         row = {
-            columns.PLAYLIST: name,
-            "position": position if type(position) is int and 0 <= position < LAST_POSITION else place,
+            columns.PLAYLIST: playlist_id,
+            "position": position if type(position) is int and 0 <= position < LAST_POSITION else index,
             columns.SONG_ID: text(track.get("track_uri")),
             columns.TITLE: text(track.get("track_name")),
             columns.ARTIST: text(track.get("artist_name")),

@@ -173,23 +173,23 @@ def batch(
     if columns.PLAYED_AT in values:
         # A play dated 2090 would be the end of the data, from which splits and taste vectors count back.
         problems.mark(np.asarray(values[columns.PLAYED_AT]) > (time.time() + DAY_SECONDS) * 1000, IN_FUTURE)
-    bad = problems.bad
-    positions = np.flatnonzero(bad)
-    refused = rejected(source, lines[positions], problems.reasons(), texts(positions))
+    is_bad = problems.bad
+    positions = np.flatnonzero(is_bad)
+    rejected_rows = rejected(source, lines[positions], problems.reasons(), texts(positions))
     if also is not None and also.num_rows:
-        refused = pa.concat_tables([also, refused]).sort_by("line")
-    good = pa.array(~bad)
+        rejected_rows = pa.concat_tables([also, rejected_rows]).sort_by("line")
+    is_good = pa.array(~is_bad)
     data = {**values, "line": pa.array(lines)}
     arrays = []
     for item in schema:
         if item.name == "source":
-            arrays.append(_repeated(source, len(lines) - len(positions)))
+            arrays.append(_repeat(source, len(lines) - len(positions)))
         elif item.name not in data:
             arrays.append(pa.nulls(len(lines) - len(positions), item.type))
         else:
-            arrays.append(data[item.name].filter(good) if len(positions) else data[item.name])
+            arrays.append(data[item.name].filter(is_good) if len(positions) else data[item.name])
     rows = pa.table(arrays, schema=schema)
-    return Batch(rows, refused, rows.num_rows + refused.num_rows, covered)
+    return Batch(rows, rejected_rows, rows.num_rows + rejected_rows.num_rows, covered)
 
 
 def to_batch(
@@ -217,7 +217,7 @@ def naming(source: str) -> Iterator[None]:
         raise InputError(f"{source}: {error}") from error
 
 
-def _repeated(text: str, count: int) -> pa.Array:
+def _repeat(text: str, count: int) -> pa.Array:
     encoded = text.encode()
     offsets = np.arange(count + 1, dtype=np.int32) * len(encoded)
     return pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(encoded * count))
@@ -230,13 +230,13 @@ def required_columns(
 
     Raises `InputError` that names all missing columns, and for a column name that occurs twice.
     """
-    missing = [repr(name) for name in needed if name not in header]
-    if missing:
+    missing_names = [repr(name) for name in needed if name not in header]
+    if missing_names:
         raise InputError(
-            f"{source} has no column {' or '.join(missing)}; it has {shown_columns(header)}; check the format"
+            f"{source} has no column {' or '.join(missing_names)}; it has {shown_columns(header)}; check the format"
         )
-    present = [*needed, *(name for name in dict.fromkeys(optional) if name in header and name not in needed)]
-    return {name: _position(source, header, name) for name in present}
+    existing_names = [*needed, *(name for name in dict.fromkeys(optional) if name in header and name not in needed)]
+    return {name: _position(source, header, name) for name in existing_names}
 
 
 def mapped_columns(
@@ -247,45 +247,47 @@ def mapped_columns(
     Raises `InputError` for an unknown role, for missing columns of roles in `needed` or `names` (the message names all
     of them, and similar columns of the file), and for a column name that occurs twice.
     """
-    unknown = [role for role in names if role not in roles]
-    if unknown:
-        raise InputError(f"cannot map a column to {unknown[0]!r}; expected one of {', '.join(roles)}")
+    unknown_roles = [role for role in names if role not in roles]
+    if unknown_roles:
+        raise InputError(f"cannot map a column to {unknown_roles[0]!r}; expected one of {', '.join(roles)}")
     column_of = {role: names.get(role, role) for role in roles}
-    missing = {
+    missing_columns = {
         role: name for role, name in column_of.items() if name not in header and (role in names or role in needed)
     }
-    if missing:
-        wanted = " or ".join(f"{name!r} for {role}" for role, name in missing.items())
+    if missing_columns:
+        missing_text = " or ".join(f"{name!r} for {role}" for role, name in missing_columns.items())
         raise InputError(
-            f"{source} has no column {wanted}; it has {shown_columns(header)}; "
-            f"{mapping_advice(missing, [name for name in header if name not in column_of.values()])}"
+            f"{source} has no column {missing_text}; it has {shown_columns(header)}; "
+            f"{mapping_advice(missing_columns, [name for name in header if name not in column_of.values()])}"
         )
     return {role: _position(source, header, name) for role, name in column_of.items() if name in header}
 
 
 def mapping_advice(missing: Mapping[str, str], header: Sequence[str]) -> str:
     """Return advice for a message: how to map the roles in `missing` (role -> missing name) to columns of `header`."""
-    nearest = _nearest(missing, header)
+    nearest = _nearest_columns(missing, header)
     mapping = shlex.quote(",".join(f"{role}={nearest.get(role, 'NAME')}" for role in missing))
     advice = f"map {'it' if len(missing) == 1 else 'them'}{', for example' if nearest else ''} with --columns {mapping}"
     return advice + (ONE_USER if "user" in missing and "user" not in nearest else "")
 
 
-def _nearest(missing: Mapping[str, str], header: Sequence[str]) -> dict[str, str]:
+def _nearest_columns(missing: Mapping[str, str], header: Sequence[str]) -> dict[str, str]:
     """Return role -> the column whose name is most similar to the names that exports use for the role.
 
     No column is used twice, and roles without a similar column are left out.
     """
-    names = {plain_letters(name): name for name in reversed(header)}
-    names.pop("", None)  # names without any ASCII letter or digit
-    likeness: dict[tuple[str, str], float] = {}
-    for role, wanted in missing.items():
-        for spelled in (plain_letters(wanted), *NAMES.get(role, ())):
-            for plain in get_close_matches(spelled, names, cutoff=ALIKE):
-                pair = role, names[plain]
-                likeness[pair] = max(likeness.get(pair, 0.0), SequenceMatcher(None, plain, spelled).ratio())
+    column_of_plain = {plain_letters(name): name for name in reversed(header)}
+    column_of_plain.pop("", None)  # names without any ASCII letter or digit
+    similarity: dict[tuple[str, str], float] = {}
+    for role, missing_name in missing.items():
+        for candidate in (plain_letters(missing_name), *NAMES.get(role, ())):
+            for plain_column in get_close_matches(candidate, column_of_plain, cutoff=ALIKE):
+                pair = role, column_of_plain[plain_column]
+                similarity[pair] = max(
+                    similarity.get(pair, 0.0), SequenceMatcher(None, plain_column, candidate).ratio()
+                )
     nearest: dict[str, str] = {}
-    for role, name in sorted(likeness, key=lambda pair: -likeness[pair]):
+    for role, name in sorted(similarity, key=lambda pair: -similarity[pair]):
         if role not in nearest and name not in nearest.values():
             nearest[role] = name
     return nearest
@@ -304,9 +306,9 @@ def _position(source: str, header: Sequence[str], name: str) -> int:
 
 def shown_columns(names: Sequence[str]) -> str:
     """Column names for a message, at most 20 of them."""
-    shown = [name if len(name) <= SHOWN_NAME else f"{name[:SHOWN_NAME]}…" for name in names[:SHOWN_COLUMNS]]
-    more = f" and {len(names) - SHOWN_COLUMNS} more" if len(names) > SHOWN_COLUMNS else ""
-    return ", ".join(shown) + more
+    short_names = [name if len(name) <= SHOWN_NAME else f"{name[:SHOWN_NAME]}…" for name in names[:SHOWN_COLUMNS]]
+    more_text = f" and {len(names) - SHOWN_COLUMNS} more" if len(names) > SHOWN_COLUMNS else ""
+    return ", ".join(short_names) + more_text
 
 
 COMPRESSED = (".gz", ".bz2")
@@ -357,10 +359,10 @@ def is_file(source: str) -> bool:
     try:
         return bool(filesystem.get_file_info(path).type == pafs.FileType.File)
     except OSError as error:
-        raise _unreadable(source, error) from error
+        raise _unreadable_error(source, error) from error
 
 
-def _unreadable(path: str, error: OSError) -> InputError:
+def _unreadable_error(path: str, error: OSError) -> InputError:
     return InputError(f"the path {path} cannot be read: {first_line(error)}; check the path and its permissions")
 
 
@@ -398,15 +400,15 @@ def open_plain(source: str) -> Iterator[IO[bytes]]:
         if not is_compressed(source):
             yield cast(IO[bytes], stream)
             return
-        packed = cast(IO[bytes], stream)
-        by_bzip2 = source.endswith(".bz2")
+        compressed = cast(IO[bytes], stream)
+        is_bzip2 = source.endswith(".bz2")
         try:
-            with bz2.BZ2File(packed) if by_bzip2 else gzip.GzipFile(fileobj=packed) as unpacked:
-                yield cast(IO[bytes], unpacked)
+            with bz2.BZ2File(compressed) if is_bzip2 else gzip.GzipFile(fileobj=compressed) as decompressed:
+                yield cast(IO[bytes], decompressed)
         except (OSError, EOFError, zlib.error) as error:  # BZ2File raises a bare OSError
-            kind = "bzip2" if by_bzip2 else "gzip"
+            compression = "bzip2" if is_bzip2 else "gzip"
             raise DamagedInputError(
-                f"{source} is not a valid {kind} file: {first_line(error)}; fetch it again"
+                f"{source} is not a valid {compression} file: {first_line(error)}; fetch it again"
             ) from error
 
 
@@ -424,11 +426,11 @@ def ends_with_line(file: SourceFile) -> bool:
 
 def cut_note(files: Sequence[SourceFile]) -> list[str]:
     """Return a note if the last line of some text files has no line end, the only sign that a file was cut."""
-    open_ended = [file.source for file in files if not ends_with_line(file)]
-    if not open_ended:
+    unterminated_files = [file.source for file in files if not ends_with_line(file)]
+    if not unterminated_files:
         return []
-    more = f" and {len(open_ended) - 1:,} more files" if len(open_ended) > 1 else ""
-    return [f"The last line of {open_ended[0]}{more} has no line end: the file may be incomplete."]
+    more_text = f" and {len(unterminated_files) - 1:,} more files" if len(unterminated_files) > 1 else ""
+    return [f"The last line of {unterminated_files[0]}{more_text} has no line end: the file may be incomplete."]
 
 
 def head_of(source: str) -> bytes:
@@ -442,27 +444,27 @@ def require_text(source: str) -> bytes:
     head = head_of(source)
     if not head:
         raise DamagedInputError(f"{source} is empty; fetch it again")
-    for beginning, what in OTHER_FORMATS.items():
-        if head.startswith(beginning):
-            raise DamagedInputError(f"{source} is {what}")
+    for prefix, description in OTHER_FORMATS.items():
+        if head.startswith(prefix):
+            raise DamagedInputError(f"{source} is {description}")
     return head
 
 
 def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:
-    filesystem, inner = _filesystem(path)
-    place = path if "://" in path else inner
+    filesystem, inner_path = _filesystem(path)
+    location = path if "://" in path else inner_path
     try:
-        info = filesystem.get_file_info(inner)
+        info = filesystem.get_file_info(inner_path)
         if info.type == pafs.FileType.NotFound:
             raise InputError(f"file or folder {path} does not exist; give an existing one")
         if info.type == pafs.FileType.File:
-            return [SourceFile(place, info.size, info.mtime_ns or 0)]
-        below = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
+            return [SourceFile(location, info.size, info.mtime_ns or 0)]
+        entries = filesystem.get_file_info(pafs.FileSelector(inner_path, recursive=True))
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable_error(path, error) from error
     files = [
-        SourceFile(posixpath.join(place, posixpath.relpath(item.path, inner)), item.size, item.mtime_ns or 0)
-        for item in sorted(below, key=lambda item: str(item.path))
+        SourceFile(posixpath.join(location, posixpath.relpath(item.path, inner_path)), item.size, item.mtime_ns or 0)
+        for item in sorted(entries, key=lambda item: str(item.path))
         if item.type == pafs.FileType.File and _matches(item.base_name, patterns)
     ]
     if not files:
@@ -473,8 +475,8 @@ def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    plain = plain_name(name.lower())
-    return not name.startswith((".", "_")) and any(fnmatch(plain, pattern) for pattern in patterns)
+    plain_file_name = plain_name(name.lower())
+    return not name.startswith((".", "_")) and any(fnmatch(plain_file_name, pattern) for pattern in patterns)
 
 
 def _filesystem(source: str) -> tuple[pafs.FileSystem, str]:
@@ -498,12 +500,16 @@ class Block:
         self.data = data
         self.first = first  # number of the first line, counted from the start of the unit
         self.bytes = np.frombuffer(data, dtype=np.uint8)
-        breaks = np.flatnonzero(self.bytes == NEWLINE)
+        line_ends = np.flatnonzero(self.bytes == NEWLINE)
         if len(data) and data[-1] != NEWLINE:
-            breaks = np.append(breaks, len(data))
-        self.starts = np.concatenate([[0], breaks[:-1] + 1]).astype(np.int64)[: len(breaks)]
-        returned = (breaks > self.starts) & (self.bytes[np.maximum(breaks, 1) - 1] == RETURN) if len(breaks) else breaks
-        self.ends = breaks - returned
+            line_ends = np.append(line_ends, len(data))
+        self.starts = np.concatenate([[0], line_ends[:-1] + 1]).astype(np.int64)[: len(line_ends)]
+        has_return = (
+            (line_ends > self.starts) & (self.bytes[np.maximum(line_ends, 1) - 1] == RETURN)
+            if len(line_ends)
+            else line_ends
+        )
+        self.ends = line_ends - has_return
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -534,42 +540,42 @@ def read_blocks(unit: Unit, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
 
     Raises `DamagedInputError` for a line longer than 64 MiB.
     """
-    first, rest = 1, b""
+    line_number, remainder = 1, b""
     with _open_at(unit) as stream:
-        left = None if unit.stop is None else unit.stop - unit.start
-        if unit.start and left is not None:
-            left -= _skip_line(stream, left)
-        while left is None or left > 0:
-            piece = stream.read(block_bytes if left is None else min(block_bytes, left))
-            if not piece:
+        remaining = None if unit.stop is None else unit.stop - unit.start
+        if unit.start and remaining is not None:
+            remaining -= _skip_line(stream, remaining)
+        while remaining is None or remaining > 0:
+            chunk = stream.read(block_bytes if remaining is None else min(block_bytes, remaining))
+            if not chunk:
                 break
-            left = None if left is None else left - len(piece)
-            end = piece.rfind(b"\n") + 1
-            if left == 0 and end < len(piece):
-                piece += _rest_of_line(stream, unit)
-                end = len(piece)
+            remaining = None if remaining is None else remaining - len(chunk)
+            end = chunk.rfind(b"\n") + 1
+            if remaining == 0 and end < len(chunk):
+                chunk += _rest_of_line(stream, unit)
+                end = len(chunk)
             if not end:
-                rest += piece
-                _check_length(rest, unit)
+                remainder += chunk
+                _check_length(remainder, unit)
                 continue
-            block = Block(_without_mark(rest + piece[:end], unit, first), first)
-            rest, first = piece[end:], first + len(block)
+            block = Block(_remove_mark(remainder + chunk[:end], unit, line_number), line_number)
+            remainder, line_number = chunk[end:], line_number + len(block)
             yield block
-        if rest:
-            yield Block(_without_mark(rest, unit, first), first)
+        if remainder:
+            yield Block(_remove_mark(remainder, unit, line_number), line_number)
 
 
-def _without_mark(data: bytes, unit: Unit, first: int) -> bytes:
+def _remove_mark(data: bytes, unit: Unit, line_number: int) -> bytes:
     """Return `data` without the byte order mark that may precede the first line of a file."""
-    return data.removeprefix(BYTE_ORDER_MARK) if first == 1 and not unit.start else data
+    return data.removeprefix(BYTE_ORDER_MARK) if line_number == 1 and not unit.start else data
 
 
 def header_line(source: str) -> bytes:
     """A file's first line, without line end and byte order mark; empty for an empty file."""
     with open_plain(source) as stream:
         line = stream.read(TAIL_BYTES)
-        while line and b"\n" not in line and len(line) < LINE_LIMIT and (more := stream.read(TAIL_BYTES)):
-            line += more
+        while line and b"\n" not in line and len(line) < LINE_LIMIT and (chunk := stream.read(TAIL_BYTES)):
+            line += chunk
     return line.split(b"\n", 1)[0].removesuffix(b"\r").removeprefix(BYTE_ORDER_MARK)
 
 
@@ -584,37 +590,37 @@ def _open_at(unit: Unit) -> Iterator[IO[bytes]]:
         yield cast(IO[bytes], raw)
 
 
-def _skip_line(stream: IO[bytes], left: int) -> int:
+def _skip_line(stream: IO[bytes], range_bytes: int) -> int:
     """Move the stream to the first line that begins in the range; return how many bytes of the range were skipped.
 
     The stream is one byte before the range: if that byte is a line break, the range begins with a new line.
     """
     skipped = -1
-    while skipped < left:
-        piece = stream.read(TAIL_BYTES)
-        if not piece:
-            return left
-        end = piece.find(b"\n") + 1
+    while skipped < range_bytes:
+        chunk = stream.read(TAIL_BYTES)
+        if not chunk:
+            return range_bytes
+        end = chunk.find(b"\n") + 1
         if end:
-            stream.seek(end - len(piece), 1)
+            stream.seek(end - len(chunk), 1)
             return skipped + end
-        skipped += len(piece)
-    return left
+        skipped += len(chunk)
+    return range_bytes
 
 
 def _rest_of_line(stream: IO[bytes], unit: Unit) -> bytes:
-    rest = b""
-    while piece := stream.read(TAIL_BYTES):
-        end = piece.find(b"\n") + 1
+    remainder = b""
+    while chunk := stream.read(TAIL_BYTES):
+        end = chunk.find(b"\n") + 1
         if end:
-            return rest + piece[:end]
-        rest += piece
-        _check_length(rest, unit)
-    return rest
+            return remainder + chunk[:end]
+        remainder += chunk
+        _check_length(remainder, unit)
+    return remainder
 
 
-def _check_length(rest: bytes, unit: Unit) -> None:
-    if len(rest) > LINE_LIMIT:
+def _check_length(line: bytes, unit: Unit) -> None:
+    if len(line) > LINE_LIMIT:
         raise DamagedInputError(
             f"{unit.source} has a line longer than {LINE_LIMIT >> 20} MiB; check that it is a text file of plays"
         )

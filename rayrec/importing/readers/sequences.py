@@ -44,30 +44,32 @@ class SequenceReader:
 
     def _batch(self, block: Block, source: str) -> Batch:
         problems = Problems(len(block))
-        users, songs = self._take_apart(_texts(block, problems), block, source, problems)
-        usable = np.flatnonzero(~problems.bad)
-        split = pc.split_pattern(songs.take(pa.array(usable)), self.options.song_separator)
-        lengths = pc.list_value_length(split).to_numpy()
-        line = np.repeat(usable, lengths)
-        empty = Problems(len(line))
-        names = spell_ids(pc.list_flatten(split), empty, column="song", reason=reader.NO_SONG)
-        refused = np.flatnonzero(problems.bad)
+        users, songs = self._split_users(_line_texts(block, problems), block, source, problems)
+        usable_lines = np.flatnonzero(~problems.bad)
+        song_lists = pc.split_pattern(songs.take(pa.array(usable_lines)), self.options.song_separator)
+        lengths = pc.list_value_length(song_lists).to_numpy()
+        row_lines = np.repeat(usable_lines, lengths)
+        row_problems = Problems(len(row_lines))
+        song_ids = spell_ids(pc.list_flatten(song_lists), row_problems, column="song", reason=reader.NO_SONG)
+        rejected_lines = np.flatnonzero(problems.bad)
         return reader.batch(
             columns.PLAYS,
             {
-                columns.USER: users.take(pa.array(line)),
-                columns.SONG_ID: names,
+                columns.USER: users.take(pa.array(row_lines)),
+                columns.SONG_ID: song_ids,
                 columns.PLAYED_AT: pa.array(ranges(0, lengths)),
             },
             source=source,
-            lines=block.numbers(line),
-            problems=empty,
-            texts=lambda rejected_rows: block.texts(line[rejected_rows]),
+            lines=block.numbers(row_lines),
+            problems=row_problems,
+            texts=lambda rejected_rows: block.texts(row_lines[rejected_rows]),
             covered=len(block),
-            also=reader.rejected(source, block.numbers(refused), problems.reasons(), block.texts(refused)),
+            also=reader.rejected(
+                source, block.numbers(rejected_lines), problems.reasons(), block.texts(rejected_lines)
+            ),
         )
 
-    def _take_apart(self, texts: pa.Array, block: Block, source: str, problems: Problems) -> tuple[pa.Array, pa.Array]:
+    def _split_users(self, texts: pa.Array, block: Block, source: str, problems: Problems) -> tuple[pa.Array, pa.Array]:
         """Return the user of each line and the songs of each line, both as strings (L,)."""
         separator = self.options.user_separator
         if not separator:
@@ -75,19 +77,19 @@ class SequenceReader:
             return pc.binary_join_element_wise(f"{posixpath.basename(source)}:", numbers, ""), texts
         parts = pc.split_pattern(texts, separator, max_splits=1)
         problems.mark(pc.list_value_length(parts).to_numpy() < 2, f"no {separator!r} between user and songs")
-        flat, offsets = pc.list_flatten(parts), parts.offsets.to_numpy()
-        users = spell_ids(flat.take(pa.array(offsets[:-1])), problems, column="user", reason=reader.NO_USER)
-        return users, flat.take(pa.array(offsets[1:] - 1))
+        flat_parts, offsets = pc.list_flatten(parts), parts.offsets.to_numpy()
+        users = spell_ids(flat_parts.take(pa.array(offsets[:-1])), problems, column="user", reason=reader.NO_USER)
+        return users, flat_parts.take(pa.array(offsets[1:] - 1))
 
 
-def _texts(block: Block, problems: Problems) -> pa.Array:
+def _line_texts(block: Block, problems: Problems) -> pa.Array:
     """Return the lines without surrounding spaces, strings (L,); lines that are not valid text are marked and empty."""
     bounds = np.append(np.stack([block.starts, block.ends], axis=1).ravel(), len(block.data)).astype(np.int32)
-    between = pa.StringArray.from_buffers(2 * len(block), pa.py_buffer(bounds), pa.py_buffer(block.data))
+    line_parts = pa.StringArray.from_buffers(2 * len(block), pa.py_buffer(bounds), pa.py_buffer(block.data))
     faults = line_faults(block)
     for reason in sorted(set(faults.values())):
         problems.mark(np.isin(np.arange(len(block)), [line for line in faults if faults[line] == reason]), reason)
-    lines = between.take(pa.array(np.where(problems.bad, 1, 2 * np.arange(len(block)))))
+    lines = line_parts.take(pa.array(np.where(problems.bad, 1, 2 * np.arange(len(block)))))
     texts = pc.utf8_trim_whitespace(lines)
     problems.mark(missing(texts), EMPTY_LINE)
     return texts

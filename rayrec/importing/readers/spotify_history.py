@@ -80,17 +80,17 @@ def _add(record: Record, users: Users, rows: RowCollector) -> None:
     if "endTime" in play and "ts" not in play:
         rows.refuse(record, ACCOUNT_DATA)
         return
-    song = text(play.get("spotify_track_uri"))
-    if song is None:
-        spoken = any(text(play.get(name)) for name in ("spotify_episode_uri", "episode_name", "audiobook_uri"))
-        rows.refuse(record, PODCAST if spoken else NO_SONG)
+    song_id = text(play.get("spotify_track_uri"))
+    if song_id is None:
+        is_spoken = any(text(play.get(name)) for name in ("spotify_episode_uri", "episode_name", "audiobook_uri"))
+        rows.refuse(record, PODCAST if is_spoken else NO_SONG)
         return
     row = {
         columns.USER: users.of(text(play.get("username"))),
-        columns.SONG_ID: song,
+        columns.SONG_ID: song_id,
         columns.PLAYED_AT: text(play.get("ts")),
         columns.CONTEXTS: _contexts(play),
-        columns.SKIPPED: _skipped(play),
+        columns.SKIPPED: _is_skipped(play),
         columns.TITLE: text(play.get("master_metadata_track_name")),
         columns.ARTIST: text(play.get("master_metadata_album_artist_name")),
     }
@@ -103,10 +103,10 @@ def _contexts(record: dict[str, Any]) -> list[str]:
     return [*names, "shuffle"] if record.get("shuffle") is True else names
 
 
-def _skipped(record: dict[str, Any]) -> bool | None:
-    skipped, played = record.get("skipped"), record.get("ms_played")
+def _is_skipped(record: dict[str, Any]) -> bool | None:
+    skipped, ms_played = record.get("skipped"), record.get("ms_played")
     if isinstance(skipped, bool):
         return skipped
     if record.get("reason_end") in SKIP_REASONS:
         return True
-    return played < STREAM_MS if isinstance(played, (int, float)) else None
+    return ms_played < STREAM_MS if isinstance(ms_played, (int, float)) else None

@@ -77,42 +77,43 @@ class ParquetRows(NamedTuple):
 
     def texts(self, positions: np.ndarray) -> list[str]:
         """The rows at `positions` as JSON, for the file of rejected rows."""
-        cells = [[_cell(column[row]) for column in self.part.columns] for row in positions.tolist()]
+        cells = [[_cell_value(column[row]) for column in self.part.columns] for row in positions.tolist()]
         return [
             json.dumps(dict(zip(self.part.schema.names, row, strict=True)), default=str, ensure_ascii=False)
             for row in cells
         ]
 
 
-def plan_groups(source: str, unit_bytes: int, find: Callable[[list[str]], Mapping[str, int]]) -> list[Unit]:
+def plan_groups(source: str, unit_bytes: int, find_positions: Callable[[list[str]], Mapping[str, int]]) -> list[Unit]:
     """Split a file into units of row groups, of about `unit_bytes`.
 
-    `find`, as in `read_row_groups`, is called with the columns of the file first, and raises if one is missing.
+    `find_positions`, as in `read_row_groups`, is called with the columns of the file first, and raises if one is
+    missing.
     """
     with open_source(source) as stream:
         file = open_parquet(source, stream)
-        find(file.schema_arrow.names)
+        find_positions(file.schema_arrow.names)
         sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
-    numbers = (np.cumsum(sizes) - sizes) // unit_bytes if sizes else np.zeros(0)
-    starts = [group for group in range(len(sizes)) if group == 0 or numbers[group] != numbers[group - 1]]
+    unit_numbers = (np.cumsum(sizes) - sizes) // unit_bytes if sizes else np.zeros(0)
+    starts = [group for group in range(len(sizes)) if group == 0 or unit_numbers[group] != unit_numbers[group - 1]]
     stops = [*starts[1:], len(sizes)]
     return [Unit(source=source, start=start, stop=stop) for start, stop in zip(starts, stops, strict=False)]
 
 
-def read_row_groups(unit: Unit, find: Callable[[list[str]], Mapping[str, int]]) -> Iterator[ParquetRows]:
+def read_row_groups(unit: Unit, find_positions: Callable[[list[str]], Mapping[str, int]]) -> Iterator[ParquetRows]:
     """Yield the rows of a unit of row groups in batches of 262,144.
 
-    `find` returns the wanted columns among the columns of the file: name -> position.
+    `find_positions` returns the wanted columns among the columns of the file: name -> position.
     """
     with open_source(unit.source) as stream:
         file = open_parquet(unit.source, stream)
         names = file.schema_arrow.names
-        column_of = {name: names[place] for name, place in find(names).items()}
+        column_of = {name: names[position] for name, position in find_positions(names).items()}
         groups = list(range(unit.start, file.num_row_groups if unit.stop is None else unit.stop))
-        first = 1
+        first_record = 1
         for part in read_batches(unit.source, file, groups, list(set(column_of.values()))):
-            yield ParquetRows(part, column_of, first)
-            first += part.num_rows
+            yield ParquetRows(part, column_of, first_record)
+            first_record += part.num_rows
 
 
 def open_parquet(source: str, stream: pa.NativeFile) -> pq.ParquetFile:
@@ -139,7 +140,7 @@ def read_batches(
             batch.validate()
             yield batch
     except UNREADABLE as error:
-        raise _damaged(source, error) from error
+        raise _damaged_error(source, error) from error
 
 
 def read_columns(source: str, file: pq.ParquetFile, names: Sequence[str]) -> pa.Table:
@@ -148,18 +149,18 @@ def read_columns(source: str, file: pq.ParquetFile, names: Sequence[str]) -> pa.
         table = file.read(columns=list(names))
         table.validate()
     except UNREADABLE as error:
-        raise _damaged(source, error) from error
+        raise _damaged_error(source, error) from error
     return table
 
 
-def _cell(value: pa.Scalar) -> Any:
+def _cell_value(value: pa.Scalar) -> Any:
     try:
         return value.as_py()
     except (ValueError, OverflowError):
         return f"<{value.type}>"
 
 
-def _damaged(source: str, error: Exception) -> DamagedInputError:
+def _damaged_error(source: str, error: Exception) -> DamagedInputError:
     return DamagedInputError(f"{source} is damaged: {first_line(error)}; restore it")
 
 
@@ -189,15 +190,15 @@ class CsvReader:
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
         """Split the file into byte ranges. Raises `InputError` if it lacks a header or a mapped column."""
-        self._positions(source, delimited.read_header(source, self.options.delimiter))
+        self._find_columns(source, delimited.read_header(source, self.options.delimiter))
         return byte_ranges(source, size, unit_bytes)
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Yield one batch per block of 16 MiB."""
-        for rows in delimited.read_delimited(unit, self.options.delimiter, partial(self._positions, unit.source)):
+        for rows in delimited.read_delimited(unit, self.options.delimiter, partial(self._find_columns, unit.source)):
             yield convert(rows, self.options, unit.source)
 
-    def _positions(self, source: str, header: list[str]) -> dict[str, int]:
+    def _find_columns(self, source: str, header: list[str]) -> dict[str, int]:
         delimited.require_delimiter(source, header, self.options.delimiter)
         return find_columns(source, header, self.options)
 
@@ -223,18 +224,21 @@ def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dic
 
     Raises `InputError` as `reader.mapped_columns` does, and if the options name a user but the file has a user column.
     """
-    known, mapping = list(roles(options.playlists)), dict(options.columns)
-    needed = [role for role in known if role not in OPTIONAL_ROLES and not (role == "user" and options.user)]
+    known_roles, mapping = list(roles(options.playlists)), dict(options.columns)
+    needed_roles = [
+        role for role in known_roles if role not in OPTIONAL_ROLES and not (role == "user" and options.user)
+    ]
     if mapping.get("song") == MADE_OF_NAMES:
         del mapping["song"]
-        known.remove("song")
-        needed = [role for role in needed if role != "song"] + [*NAMES_OF_SONG]
-    place_of = reader.mapped_columns(source, names, mapping, known, needed)
-    if options.user and "user" in place_of:
+        known_roles.remove("song")
+        needed_roles = [role for role in needed_roles if role != "song"] + [*NAMES_OF_SONG]
+    position_of = reader.mapped_columns(source, names, mapping, known_roles, needed_roles)
+    if options.user and "user" in position_of:
         raise InputError(
-            f"{source} has users in column {names[place_of['user']]!r}; --user would merge them; import without --user"
+            f"{source} has users in column {names[position_of['user']]!r}; --user would merge them; "
+            "import without --user"
         )
-    return place_of
+    return position_of
 
 
 def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[str, str] | None = None) -> Batch:
@@ -244,42 +248,46 @@ def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[
     file, for messages. If there are columns of artist and title, a row without a song id gets the id that `name_song`
     makes of them. Raises `InputError` for a column of a type that is not valid for its role.
     """
-    values, playlists = rows.values, options.playlists
+    values, is_playlists = rows.values, options.playlists
     problems = Problems(len(rows.lines))
 
-    def ids(role: str, reason: str) -> pa.Array:
-        return spell_ids(values[role], problems, column=name(role), reason=reason)
+    def read_ids(role: str, reason: str) -> pa.Array:
+        return spell_ids(values[role], problems, column=column_name(role), reason=reason)
 
-    def name(role: str) -> str:
+    def column_name(role: str) -> str:
         return (names or {}).get(role, role)
 
     with naming(source):
-        owner, no_owner = ("playlist", reader.NO_PLAYLIST) if playlists else ("user", reader.NO_USER)
-        whose = ids(owner, no_owner) if owner in values else pa.repeat(options.user, len(rows.lines))
-        data = {columns.PLAYLIST if playlists else columns.USER: whose}
+        owner_role, no_owner_reason = ("playlist", reader.NO_PLAYLIST) if is_playlists else ("user", reader.NO_USER)
+        owner_ids = (
+            read_ids(owner_role, no_owner_reason) if owner_role in values else pa.repeat(options.user, len(rows.lines))
+        )
+        data = {columns.PLAYLIST if is_playlists else columns.USER: owner_ids}
         names_of_song = {
-            role: spell_texts(values[role], problems, column=name(role)) for role in NAMES_OF_SONG if role in values
+            role: spell_texts(values[role], problems, column=column_name(role))
+            for role in NAMES_OF_SONG
+            if role in values
         }
         if len(names_of_song) == len(NAMES_OF_SONG):  # a file may have ids for only some of its songs
-            given = values.get("song", pa.nulls(len(rows.lines), pa.string()))
-            song_ids = as_strings(given, problems, column=name("song"))
+            given_ids = values.get("song", pa.nulls(len(rows.lines), pa.string()))
+            song_ids = as_strings(given_ids, problems, column=column_name("song"))
             values = {**values, "song": name_songs(song_ids, names_of_song["artist"], names_of_song["title"])}
-        data[columns.SONG_ID] = ids("song", reader.NO_SONG)
-        if playlists:
-            data["position"] = _positions(values["position"], problems, name("position"))
+        data[columns.SONG_ID] = read_ids("song", reader.NO_SONG)
+        if is_playlists:
+            data["position"] = _read_positions(values["position"], problems, column_name("position"))
         else:
-            times = to_ms(values["played_at"], problems, column=name("played_at"), timezone=options.timezone)
+            times = to_ms(values["played_at"], problems, column=column_name("played_at"), timezone=options.timezone)
             data[columns.PLAYED_AT] = pa.array(times)
-            data |= _events(values, name, problems, options.skip_below)
+            data |= _events(values, column_name, problems, options.skip_below)
             if "contexts" in values:
-                data[columns.CONTEXTS] = spell_lists(values["contexts"], problems, column=name("contexts"))
+                data[columns.CONTEXTS] = spell_lists(values["contexts"], problems, column=column_name("contexts"))
         data |= names_of_song
-    schema = columns.PLAYLIST_ENTRIES if playlists else columns.PLAYS
+    schema = columns.PLAYLIST_ENTRIES if is_playlists else columns.PLAYS
     return to_batch(rows, data, problems, source, schema)
 
 
 def _events(
-    values: Mapping[str, pa.Array], name: Callable[[str], str], problems: Problems, skip_below: float
+    values: Mapping[str, pa.Array], column_name: Callable[[str], str], problems: Problems, skip_below: float
 ) -> dict[str, pa.Array]:
     """Return columns.SKIPPED, LIKED and IS_PLAY of the rows, each only if the file has such data.
 
@@ -290,28 +298,28 @@ def _events(
     count, data = len(problems.bad), {}
     skip_columns: list[pa.Array] = []
     if "skipped" in values:
-        skip_columns.append(read_flags(values["skipped"], problems, name("skipped")))
+        skip_columns.append(read_flags(values["skipped"], problems, column_name("skipped")))
     if "share_listened" in values:
-        share = read_numbers(values["share_listened"], problems, name("share_listened"), most=1)
-        skip_columns.append(pc.less(share, skip_below))
+        share_listened = read_numbers(values["share_listened"], problems, column_name("share_listened"), most=1)
+        skip_columns.append(pc.less(share_listened, skip_below))
     if "ms_played" in values:
-        played = read_numbers(values["ms_played"], problems, name("ms_played"))
+        ms_played = read_numbers(values["ms_played"], problems, column_name("ms_played"))
         if "duration_ms" in values:
-            duration = read_numbers(values["duration_ms"], problems, name("duration_ms"))
-            known = pc.if_else(pc.greater(duration, 0), duration, None)
-            skip_columns.append(pc.less(played, pc.multiply(known, skip_below)))
-        skip_columns.append(pc.less(played, reader.STREAM_MS))
-    likes = read_flags(values["liked"], problems, name("liked")) if "liked" in values else None
+            duration = read_numbers(values["duration_ms"], problems, column_name("duration_ms"))
+            known_duration = pc.if_else(pc.greater(duration, 0), duration, None)
+            skip_columns.append(pc.less(ms_played, pc.multiply(known_duration, skip_below)))
+        skip_columns.append(pc.less(ms_played, reader.STREAM_MS))
+    likes = read_flags(values["liked"], problems, column_name("liked")) if "liked" in values else None
     if "event_type" in values:
-        texts = pc.utf8_lower(spell_texts(values["event_type"], problems, column=name("event_type")))
-        place = pc.index_in(texts, value_set=pa.array(list(EVENTS)))
-        unknown = pc.and_(place.is_null(), texts.is_valid())
-        problems.mark(np.asarray(unknown.to_numpy(zero_copy_only=False)), OTHER_EVENT)
-        types = pa.array(list(EVENTS.values())).take(place)
+        texts = pc.utf8_lower(spell_texts(values["event_type"], problems, column=column_name("event_type")))
+        event_indices = pc.index_in(texts, value_set=pa.array(list(EVENTS)))
+        is_unknown = pc.and_(event_indices.is_null(), texts.is_valid())
+        problems.mark(np.asarray(is_unknown.to_numpy(zero_copy_only=False)), OTHER_EVENT)
+        event_types = pa.array(list(EVENTS.values())).take(event_indices)
         skip_columns.insert(
-            0, pc.if_else(pc.fill_null(pc.equal(types, "skip"), False), True, pa.scalar(None, pa.bool_()))
+            0, pc.if_else(pc.fill_null(pc.equal(event_types, "skip"), False), True, pa.scalar(None, pa.bool_()))
         )
-        is_like = pc.fill_null(pc.equal(types, "like"), False)
+        is_like = pc.fill_null(pc.equal(event_types, "like"), False)
         if pc.any(is_like).as_py():
             data[columns.IS_PLAY] = pc.invert(is_like)
             likes = is_like if likes is None else pc.or_(pc.fill_null(likes, False), is_like)
@@ -331,24 +339,24 @@ def read_numbers(values: pa.Array, problems: Problems, column: str, *, most: flo
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
         numbers = values.cast(pa.float64(), safe=False)
         numbers = pc.if_else(pc.is_nan(numbers), None, numbers)
-        valid = pc.and_(pc.greater_equal(numbers, 0), pc.is_finite(numbers))
+        is_valid = pc.and_(pc.greater_equal(numbers, 0), pc.is_finite(numbers))
     else:
         texts = spell_values(values, problems, column=column)
-        valid = pc.match_substring_regex(texts, NUMBER)
-        numbers = pc.if_else(valid, texts, None).cast(pa.float64())
+        is_valid = pc.match_substring_regex(texts, NUMBER)
+        numbers = pc.if_else(is_valid, texts, None).cast(pa.float64())
     if most is not None:
-        valid = pc.and_kleene(valid, pc.less_equal(numbers, most))
-    wrong = pc.invert(pc.fill_null(valid, True))
+        is_valid = pc.and_kleene(is_valid, pc.less_equal(numbers, most))
+    is_wrong = pc.invert(pc.fill_null(is_valid, True))
     limit = "of at least 0" if most is None else f"from 0 to {most:g}"
-    problems.mark(np.asarray(wrong.to_numpy(zero_copy_only=False)), f"{column} is not a number {limit}")
+    problems.mark(np.asarray(is_wrong.to_numpy(zero_copy_only=False)), f"{column} is not a number {limit}")
     return numbers
 
 
-def _positions(values: pa.Array, problems: Problems, column: str) -> pa.Array:
+def _read_positions(values: pa.Array, problems: Problems, column: str) -> pa.Array:
     texts = spell_values(values, problems, column=column)
-    valid = pc.fill_null(pc.match_substring_regex(texts, r"^\d{1,18}$"), False)
-    problems.mark(~np.asarray(valid.to_numpy(zero_copy_only=False)), NOT_A_POSITION)
-    return one_array(pc.if_else(valid, texts, "0").cast(pa.int64()))
+    is_valid = pc.fill_null(pc.match_substring_regex(texts, r"^\d{1,18}$"), False)
+    problems.mark(~np.asarray(is_valid.to_numpy(zero_copy_only=False)), NOT_A_POSITION)
+    return one_array(pc.if_else(is_valid, texts, "0").cast(pa.int64()))
 
 
 def read_flags(values: pa.Array, problems: Problems, column: str) -> pa.Array:
@@ -361,6 +369,6 @@ def read_flags(values: pa.Array, problems: Problems, column: str) -> pa.Array:
         return values
     texts = pc.utf8_lower(spell_values(values, problems, column=column))
     positions = pc.index_in(texts, value_set=pa.array(list(FLAGS)))
-    unknown = pc.and_(positions.is_null(), texts.is_valid())
-    problems.mark(np.asarray(unknown.to_numpy(zero_copy_only=False)), f"{column} is not true, false, 1 or 0")
+    is_unknown = pc.and_(positions.is_null(), texts.is_valid())
+    problems.mark(np.asarray(is_unknown.to_numpy(zero_copy_only=False)), f"{column} is not true, false, 1 or 0")
     return pa.array(list(FLAGS.values())).take(positions)

@@ -36,12 +36,12 @@ class TidalReader(AccountCsvReader):
             problems.mark(~same(values[TYPE], "TRACK"), NOT_A_TRACK)
         artist = spell_texts(values[ARTIST], problems, column=ARTIST)
         title = spell_texts(values[TITLE], problems, column=TITLE)
-        song = name_songs(pa.nulls(count, pa.string()), artist, title)
+        song_names = name_songs(pa.nulls(count, pa.string()), artist, title)
         zones = values.get(ZONE, pa.nulls(count, pa.string()))
         zones = pc.if_else(pc.is_in(zones, value_set=pa.array(["null", "NULL", ""])), None, zones)
         data = {
             columns.USER: pa.array(np.full(count, user, dtype=object), pa.string()),
-            columns.SONG_ID: spell_ids(song, problems, column=TITLE, reason=NO_SONG),
+            columns.SONG_ID: spell_ids(song_names, problems, column=TITLE, reason=NO_SONG),
             columns.PLAYED_AT: pa.array(local_to_ms(values[TIME], zones, problems, form=TIME_FORM)),
             columns.TITLE: title,
             columns.ARTIST: artist,

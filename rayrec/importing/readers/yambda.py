@@ -41,19 +41,19 @@ class YambdaReader:
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
         """Split the file into runs of row groups."""
-        return tabular.plan_groups(source, unit_bytes, partial(_find, source))
+        return tabular.plan_groups(source, unit_bytes, partial(_find_columns, source))
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Yield batches of 262,144 rows; line numbers are record numbers."""
-        for rows in tabular.read_row_groups(unit, partial(_find, unit.source)):
-            yield _batch(rows, unit.source, self.options.skip_below)
+        for rows in tabular.read_row_groups(unit, partial(_find_columns, unit.source)):
+            yield _to_batch(rows, unit.source, self.options.skip_below)
 
 
-def _find(source: str, names: list[str]) -> dict[str, int]:
+def _find_columns(source: str, names: list[str]) -> dict[str, int]:
     return required_columns(source, names, NEEDED, OPTIONAL)
 
 
-def _batch(rows: ParquetRows, source: str, skip_below: float) -> Batch:
+def _to_batch(rows: ParquetRows, source: str, skip_below: float) -> Batch:
     values, count = rows.values, rows.covered
     problems = Problems(count)
     with naming(source):
@@ -63,15 +63,17 @@ def _batch(rows: ParquetRows, source: str, skip_below: float) -> Batch:
             columns.PLAYED_AT: pa.array(to_ms(values[TIME], problems, column=TIME)),
         }
         if ORGANIC in values:
-            organic = pc.fill_null(read_flags(values[ORGANIC], problems, ORGANIC), True)
-            names = pc.if_else(organic, "organic", "recommended")
-            data[columns.CONTEXTS] = pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32)), names)
+            is_organic = pc.fill_null(read_flags(values[ORGANIC], problems, ORGANIC), True)
+            context_names = pc.if_else(is_organic, "organic", "recommended")
+            data[columns.CONTEXTS] = pa.ListArray.from_arrays(
+                pa.array(np.arange(count + 1, dtype=np.int32)), context_names
+            )
         if PERCENT in values:
-            data[columns.SKIPPED] = pc.less(_numbers(values[PERCENT], PERCENT), 100 * skip_below)
+            data[columns.SKIPPED] = pc.less(_require_numbers(values[PERCENT], PERCENT), 100 * skip_below)
     return to_batch(rows, data, problems, source)
 
 
-def _numbers(values: pa.Array, column: str) -> pa.Array:
+def _require_numbers(values: pa.Array, column: str) -> pa.Array:
     if not any(is_kind(values.type) for is_kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)):
         raise InputError(f"column {column!r} holds {values.type}; expected numbers")
     return values

@@ -83,22 +83,22 @@ def _add(record: Record, user: str, rows: RowCollector) -> None:
     if _is_search(link):
         rows.refuse(record, SEARCH)
         return
-    song = _video(link)
-    if song is None:
+    song_id = _video_id(link)
+    if song_id is None:
         rows.refuse(record, NO_SONG)
         return
     title = (text(entry.get("title")) or "").removeprefix("Watched ")
     row = {
         columns.USER: user,
-        columns.SONG_ID: song,
+        columns.SONG_ID: song_id,
         columns.PLAYED_AT: text(entry.get("time")),
         columns.TITLE: None if link and link in title else title,  # a removed video has its link in place of its title
-        columns.ARTIST: _channel(entry.get("subtitles")),
+        columns.ARTIST: _channel_name(entry.get("subtitles")),
     }
     rows.add(row, record)
 
 
-def _video(link: str) -> str | None:
+def _video_id(link: str) -> str | None:
     try:
         return next(iter(parse_qs(urlsplit(link).query).get("v", [])), None)
     except ValueError:
@@ -116,7 +116,7 @@ def _is_search(link: str) -> bool:
         return False
 
 
-def _channel(subtitles: Any) -> str | None:
-    first = subtitles[0] if isinstance(subtitles, list) and subtitles else None
-    name = text(first.get("name")) if isinstance(first, dict) else None
+def _channel_name(subtitles: Any) -> str | None:
+    channel = subtitles[0] if isinstance(subtitles, list) and subtitles else None
+    name = text(channel.get("name")) if isinstance(channel, dict) else None
     return name.removesuffix(TOPIC) if name else None

@@ -119,10 +119,10 @@ def input_requests(input_bytes: int, unit_bytes: int) -> int:
 def import_requests(size: ImportSize) -> int:
     """Requests of an import of plays without minimum play counts, apart from reading the input files."""
     first_pass = 3 * size.pieces  # rows, songs, result
-    songs = 2 * size.song_reads + key_ranges(size.buckets) * (1 + SMALL_PARQUET)
+    song_requests = 2 * size.song_reads + key_ranges(size.buckets) * (1 + SMALL_PARQUET)
     second_pass = 2 * size.shuffle_reads + 3 * size.buckets  # histories, users, result
     publishing = 2 * 2 * size.buckets
-    return first_pass + songs + second_pass + publishing + DRIVER_REQUESTS
+    return first_pass + song_requests + second_pass + publishing + DRIVER_REQUESTS
 
 
 def taste_requests(buckets: int, files: int, *, row_groups: int, columns: int) -> int:
@@ -135,35 +135,38 @@ def histories_requests(files: int, row_groups: int, columns: int) -> int:
     return files * (1 + 1 + row_groups * columns)
 
 
-def embed_requests(buckets: int, reading: int, *, fits: int) -> int:
-    """Requests of `embed`: each fit reads all histories once. `reading` are the `histories_requests` of one bucket."""
-    return EMBED_REQUESTS + fits * buckets * reading
+def embed_requests(buckets: int, bucket_requests: int, *, fits: int) -> int:
+    """Requests of `embed`: each fit reads all histories once.
+
+    `bucket_requests` are the `histories_requests` of one bucket.
+    """
+    return EMBED_REQUESTS + fits * buckets * bucket_requests
 
 
-def train_requests(buckets: int, reading: int, *, fits: int, epochs: int) -> int:
+def train_requests(buckets: int, bucket_requests: int, *, fits: int, epochs: int) -> int:
     """Requests of `train`: one pass over the histories per epoch of each fit, one for play counts, one for validation.
 
     Without a validation range there is one fit and no pass for validation.
     """
-    return TRAIN_REQUESTS + buckets * reading * (fits * epochs + fits)
+    return TRAIN_REQUESTS + buckets * bucket_requests * (fits * epochs + fits)
 
 
-def rank_requests(buckets: int, reading: int) -> int:
+def rank_requests(buckets: int, bucket_requests: int) -> int:
     """Requests of `rank`."""
-    return RANK_REQUESTS + buckets * (reading + RANK_BUCKET_REQUESTS)
+    return RANK_REQUESTS + buckets * (bucket_requests + RANK_BUCKET_REQUESTS)
 
 
-def evaluate_requests(buckets: int, reading: int, *, counted: int) -> int:
+def evaluate_requests(buckets: int, bucket_requests: int, *, counted: int) -> int:
     """Requests of `evaluate` for two-step and the network alone.
 
     `counted` is the number of buckets that are read once more to count queries, 0 if queries are not sampled.
     """
-    return EVALUATE_REQUESTS + (EVALUATE_PASSES * buckets + counted) * reading
+    return EVALUATE_REQUESTS + (EVALUATE_PASSES * buckets + counted) * bucket_requests
 
 
-def recommend_requests(buckets: int, reading: int) -> int:
+def recommend_requests(buckets: int, bucket_requests: int) -> int:
     """Requests of `recommend --all`."""
-    return RECOMMEND_REQUESTS + buckets * (reading + 2)  # check whether the file exists, write it
+    return RECOMMEND_REQUESTS + buckets * (bucket_requests + 2)  # check whether the file exists, write it
 
 
 def recommendations_bytes(users: int, k: int) -> int:
@@ -176,18 +179,18 @@ def histories_bytes(plays: int) -> int:
     return int(plays * HISTORY_BYTES)
 
 
-def songs_bytes(songs: int, text: int) -> int:
-    """Bytes of songs.parquet. `text` is the compressed size of all titles and artists, 0 if there are none."""
-    return int(songs * (STORED_SONG_BYTES + (TEXT_LENGTH_BYTES if text else 0))) + text
+def songs_bytes(songs: int, text_bytes: int) -> int:
+    """Bytes of songs.parquet. `text_bytes` is the compressed size of titles and artists, 0 if there are none."""
+    return int(songs * (STORED_SONG_BYTES + (TEXT_LENGTH_BYTES if text_bytes else 0))) + text_bytes
 
 
-def tastes_bytes(users: int, heard: int, *, floats: int) -> int:
+def tastes_bytes(users: int, heard_songs: int, *, floats: int) -> int:
     """Bytes of the tastes artifact: one row per user.
 
     A row holds the user id, the songs that the user has played, and `floats` numbers: one taste vector per horizon and
-    the network's state. `heard` is the number of distinct songs per user, summed over all users.
+    the network's state. `heard_songs` is the number of distinct songs per user, summed over all users.
     """
-    return int(users * (floats * STORED_FLOAT_BYTES + ROW_BYTES_OF_TASTES) + heard * HEARD_BYTES)
+    return int(users * (floats * STORED_FLOAT_BYTES + ROW_BYTES_OF_TASTES) + heard_songs * HEARD_BYTES)
 
 
 def retrieval_requests(
@@ -198,10 +201,10 @@ def retrieval_requests(
     `files`, `row_groups` and `columns` are those of the histories of one bucket.
     """
     # Per group: check whether its piece exists, write it.
-    counting = buckets * histories_requests(files, row_groups, columns) + 2 * groups
+    counting_requests = buckets * histories_requests(files, row_groups, columns) + 2 * groups
     # Per range: read its part of each group's piece, check whether it exists, write it, read it to join the ranges.
-    merging = ranges * (2 * groups + 2 + 2)
-    return RETRIEVAL_REQUESTS + fits * (counting + merging + FIT_REQUESTS)
+    merging_requests = ranges * (2 * groups + 2 + 2)
+    return RETRIEVAL_REQUESTS + fits * (counting_requests + merging_requests + FIT_REQUESTS)
 
 
 def table_bytes(songs: int, dim: int) -> int:
@@ -216,13 +219,13 @@ def model_bytes(songs: int, dim: int) -> int:
 
 def index_bytes(songs: int, dim: int) -> int:
     """Bytes of an index with int64 ids: exact in float32, or inverted lists in float16 for a large catalog."""
-    exact = IndexConfig().kind_for(songs) == "flat"
-    return songs * (dim * (4 if exact else 2) + 8)
+    is_exact = IndexConfig().kind_for(songs) == "flat"
+    return songs * (dim * (4 if is_exact else 2) + 8)
 
 
-def served_files(songs: int, dim: int, retrieval: int) -> int:
-    """Bytes of files that the replicas of a node map: network, index and a retrieval of `retrieval` bytes."""
-    return model_bytes(songs, dim) + index_bytes(songs, dim) + retrieval
+def served_files(songs: int, dim: int, retrieval_size: int) -> int:
+    """Bytes of files that the replicas of a node map: network, index and a retrieval of `retrieval_size` bytes."""
+    return model_bytes(songs, dim) + index_bytes(songs, dim) + retrieval_size
 
 
 def corpus_bytes(plays: int, songs: int) -> int:
@@ -276,8 +279,8 @@ def joining_memory(songs: int, range_bytes: int, sessions: int) -> int:
     `range_bytes` is the stored size of the largest range. `sessions` is the sum of the sessions of all ranges; a
     session is in every range for which it holds a song.
     """
-    ordering = min(sessions, 2 * SESSIONS_AT_ONCE) * ORDERED_SESSION_BYTES
-    return JOINING_BYTES + max(int(range_bytes * JOINED_RANGE), ordering, songs * JOINED_SONG_BYTES)
+    ordering_bytes = min(sessions, 2 * SESSIONS_AT_ONCE) * ORDERED_SESSION_BYTES
+    return JOINING_BYTES + max(int(range_bytes * JOINED_RANGE), ordering_bytes, songs * JOINED_SONG_BYTES)
 
 
 def indexing_memory(songs: int, dim: int) -> int:
@@ -285,8 +288,8 @@ def indexing_memory(songs: int, dim: int) -> int:
 
     The task holds a copy of the song vectors, the exact index and, for a large catalog, the inverted lists too.
     """
-    lists = 0 if IndexConfig().kind_for(songs) == "flat" else index_bytes(songs, dim)
-    return 2 * table_bytes(songs, dim) + songs * 8 + lists
+    list_bytes = 0 if IndexConfig().kind_for(songs) == "flat" else index_bytes(songs, dim)
+    return 2 * table_bytes(songs, dim) + songs * 8 + list_bytes
 
 
 def examples_memory(songs: int, dim: int, queries: int) -> int:
@@ -295,8 +298,8 @@ def examples_memory(songs: int, dim: int, queries: int) -> int:
     The worker holds the features of their candidates and the exact index. For a large catalog the index has inverted
     lists instead, which are not private: a node maps them from one file.
     """
-    index = songs * dim * EXAMPLE_SONG_BYTES if IndexConfig().kind_for(songs) == "flat" else 0
-    return int(EXAMPLES_BYTES + queries * EXAMPLE_BYTES + index)
+    exact_index_bytes = songs * dim * EXAMPLE_SONG_BYTES if IndexConfig().kind_for(songs) == "flat" else 0
+    return int(EXAMPLES_BYTES + queries * EXAMPLE_BYTES + exact_index_bytes)
 
 
 def ranking_memory(songs: int, dim: int, queries: int) -> int:
@@ -314,24 +317,24 @@ def evaluating_memory(queries: int) -> int:
     return EVALUATING_BYTES + queries * EVALUATED_QUERY_BYTES
 
 
-def evaluated_files(songs: int, dim: int, retrieval: int) -> int:
+def evaluated_files(songs: int, dim: int, retrieval_size: int) -> int:
     """Bytes of files that the `evaluate` workers of a node map.
 
-    The files are song tables, an index, a retrieval of `retrieval` bytes and figures per song, such as its rank.
+    The files are song tables, an index, a retrieval of `retrieval_size` bytes and figures per song, such as its rank.
     """
-    return retrieval + EVALUATED_TABLES * table_bytes(songs, dim) + songs * EVALUATED_SONG_BYTES
+    return retrieval_size + EVALUATED_TABLES * table_bytes(songs, dim) + songs * EVALUATED_SONG_BYTES
 
 
 def training_memory(songs: int, dim: int, hidden_dim: int, workers: int) -> int:
     """Bytes of each training worker on CPUs, on top of an idle worker: its share of the song tables, and a batch."""
-    batch = TRAINING_BYTES + hidden_dim * TRAINING_HIDDEN_BYTES + dim * TRAINING_DIM_BYTES
-    tables = TRAINED_TABLES + VALIDATED_TABLES + BEST_TABLES
-    return _share_of_tables(songs, dim, workers, tables) + songs * COUNTED_SONG_OF_WORKER + batch
+    batch_bytes = TRAINING_BYTES + hidden_dim * TRAINING_HIDDEN_BYTES + dim * TRAINING_DIM_BYTES
+    table_count = TRAINED_TABLES + VALIDATED_TABLES + BEST_TABLES
+    return _worker_table_bytes(songs, dim, workers, table_count) + songs * COUNTED_SONG_OF_WORKER + batch_bytes
 
 
 def training_gpu_memory(songs: int, dim: int, workers: int) -> int:
     """Bytes of GPU memory of each training worker for its share of the song tables, without the batch."""
-    return _share_of_tables(songs, dim, workers, TRAINED_TABLES + VALIDATED_TABLES)
+    return _worker_table_bytes(songs, dim, workers, TRAINED_TABLES + VALIDATED_TABLES)
 
 
 def training_host_memory(songs: int, dim: int, workers: int) -> int:
@@ -339,18 +342,18 @@ def training_host_memory(songs: int, dim: int, workers: int) -> int:
 
     The worker holds its part of a checkpoint, which includes the best network, and the play counts.
     """
-    return _share_of_tables(songs, dim, workers, TRAINED_TABLES + BEST_TABLES) + songs * COUNTED_SONG_OF_WORKER
+    return _worker_table_bytes(songs, dim, workers, TRAINED_TABLES + BEST_TABLES) + songs * COUNTED_SONG_OF_WORKER
 
 
 def checkpoint_bytes(songs: int, dim: int) -> int:
     """Bytes of a training checkpoint, of all workers together."""
-    return _share_of_tables(songs, dim, 1, TRAINED_TABLES + BEST_TABLES)
+    return _worker_table_bytes(songs, dim, 1, TRAINED_TABLES + BEST_TABLES)
 
 
-def _share_of_tables(songs: int, dim: int, workers: int, tables: int) -> int:
-    """Bytes of one worker's rows of `tables` song tables: each of W workers holds every W-th row."""
+def _worker_table_bytes(songs: int, dim: int, workers: int, table_count: int) -> int:
+    """Bytes of one worker's rows of `table_count` song tables: each of W workers holds every W-th row."""
     rows = ceil(songs / workers)
-    return tables * table_bytes(rows, dim) + 2 * rows * AVERAGED_ROW_BYTES
+    return table_count * table_bytes(rows, dim) + 2 * rows * AVERAGED_ROW_BYTES
 
 
 def embedding_memory(songs: int, dim: int) -> int:
@@ -392,9 +395,9 @@ def replica_memory() -> int:
     return IDLE_WORKER + REPLICA_BYTES
 
 
-def serving_memory(songs: int, replicas: int, shared: int) -> int:
-    """Bytes of memory of a node with `replicas` replicas and `shared` bytes of mapped files, which it holds once.
+def serving_memory(songs: int, replicas: int, shared_bytes: int) -> int:
+    """Bytes of memory of a node with `replicas` replicas and `shared_bytes` of mapped files, which it holds once.
 
     While a release is loaded, one more process prepares the mapped catalog for all replicas.
     """
-    return replicas * replica_memory() + IDLE_WORKER + songs * CATALOG_SONG_BYTES + shared
+    return replicas * replica_memory() + IDLE_WORKER + songs * CATALOG_SONG_BYTES + shared_bytes

@@ -89,7 +89,7 @@ UNIT_BYTES = 64 << 20  # bytes of input that one task reads
 GPU_HOST = GIB  # host memory of a training worker with a GPU, apart from song tables; not measured
 STORE_SHARE = 0.3  # share of a node's memory that Ray gives its object store; tasks have the other 0.7
 SHARDS = TrainConfig().shards
-_RETRIEVAL = RetrievalConfig()
+_RETRIEVAL_DEFAULTS = RetrievalConfig()
 RANK_QUERIES = RankConfig().queries
 COLUMNS = 3  # columns of the histories that a stage reads: user, songs, moments
 RULE_DISTANCE = MAX_DISTANCE  # number of plays ahead that a rule reaches
@@ -170,15 +170,15 @@ def make_plan(
     """
     planner = _Planner(data, cluster, config, rates or {})
     stages, serving = planner.stages(), planner.serving()
-    disk = planner.corpus_bytes()
-    problems = [*planner.missing(), *(problem for stage in stages for problem in _too_little(stage))]
+    disk_bytes = planner.corpus_bytes()
+    problems = [*planner.setting_problems(), *(problem for stage in stages for problem in _memory_problems(stage))]
     return Plan(
         stages=stages,
         storage=planner.storage(),
-        disk=disk,
+        disk=disk_bytes,
         states=planner.states_bytes(),
         serving=serving,
-        problems=[*problems, *planner.other_problems(disk), *planner.serving_problems(serving)],
+        problems=[*problems, *planner.other_problems(disk_bytes), *planner.serving_problems(serving)],
         notes=planner.notes(stages),
         data=data,
         cluster=cluster.name,
@@ -191,20 +191,20 @@ class _Planner:
 
     def __init__(self, data: DataSize, cluster: ClusterFile, config: PlanConfig, rates: dict[str, float]) -> None:
         self.data, self.cluster, self.config, self.rates = data, cluster, config, rates
-        plain = [node for node in cluster.workers if not node.gpus] or cluster.workers
-        if not plain:
+        cpu_nodes = [node for node in cluster.workers if not node.gpus] or cluster.workers
+        if not cpu_nodes:
             raise InputError(f"cluster {cluster.name} has no worker node with CPUs; give workers CPUs")
         # The type with the least memory per CPU runs out of memory first; stages on one node get the largest type.
-        self.tight = min(plain, key=lambda node: node.memory / node.cpus)
-        self.large = max(plain, key=lambda node: (node.cpus, node.memory))
-        self.most_nodes = min(cluster.most_nodes, sum(node.most for node in plain))
-        self.nodes = config.nodes or self.most_nodes
-        self.cpus = self.nodes * self.tight.cpus
-        self.most_cpus = _most([(node.cpus, node.most) for node in plain], self.nodes)
-        with_gpu = [node for node in cluster.workers if node.gpus]
-        self.most_gpus = _most([(node.gpus, node.most) for node in with_gpu], cluster.most_nodes)
-        self.gpu = min(with_gpu, key=lambda node: (node.gpu_memory or 0, node.memory)) if with_gpu else None
-        self.vectors = table_bytes(data.songs, config.dim)
+        self.tight_node = min(cpu_nodes, key=lambda node: node.memory / node.cpus)
+        self.large_node = max(cpu_nodes, key=lambda node: (node.cpus, node.memory))
+        self.most_nodes = min(cluster.most_nodes, sum(node.most for node in cpu_nodes))
+        self.node_count = config.nodes or self.most_nodes
+        self.cpu_count = self.node_count * self.tight_node.cpus
+        self.most_cpus = _max_total([(node.cpus, node.most) for node in cpu_nodes], self.node_count)
+        gpu_nodes = [node for node in cluster.workers if node.gpus]
+        self.most_gpus = _max_total([(node.gpus, node.most) for node in gpu_nodes], cluster.most_nodes)
+        self.gpu_node = min(gpu_nodes, key=lambda node: (node.gpu_memory or 0, node.memory)) if gpu_nodes else None
+        self.vector_table_bytes = table_bytes(data.songs, config.dim)
 
     @property
     def average_floats(self) -> int:
@@ -220,25 +220,27 @@ class _Planner:
 
     def importing(self) -> StagePlan:
         """Plan `import`: each CPU reads a unit of text, then merges a bucket; the larger of the two sets the memory."""
-        worker = IDLE_WORKER + max(reading_memory(ROWS_PER_CHUNK), bucket_memory(self.data.largest_bucket))
-        stage = self._spread("import", self.tight.cpus * worker, self.data.buckets, "bucket of users", self.data.plays)
-        return replace(stage, store=keys_store(self.data.songs))
+        worker_memory = IDLE_WORKER + max(reading_memory(ROWS_PER_CHUNK), bucket_memory(self.data.largest_bucket))
+        stage_plan = self._spread_plan(
+            "import", self.tight_node.cpus * worker_memory, self.data.buckets, "bucket of users", self.data.plays
+        )
+        return replace(stage_plan, store=keys_store(self.data.songs))
 
     def embed(self) -> StagePlan:
         """Plan `embed`: gensim's tables and dictionaries on one node; more than MAX_WORKERS threads do not help."""
-        needed = IDLE_WORKER + embedding_memory(self.data.songs, self.config.dim)
-        threads = min(self.large.cpus, MAX_WORKERS)
+        needed_memory = IDLE_WORKER + embedding_memory(self.data.songs, self.config.dim)
+        threads = min(self.large_node.cpus, MAX_WORKERS)
         work = self.data.plays * self.config.embed_epochs * self.config.fits
-        return self._stage(
+        return self._stage_plan(
             "embed",
-            self.large,
+            self.large_node,
             1,
             threads,
-            needed,
+            needed_memory,
             batches=self.config.embed_epochs * self.config.fits,
             batch_of="pass over the corpus",
             work=work,
-            rate="embed_tokens_per_second_per_cpu",
+            rate_name="embed_tokens_per_second_per_cpu",
         )
 
     def train(self) -> StagePlan:
@@ -246,26 +248,26 @@ class _Planner:
 
         A worker with a GPU holds them in GPU memory, and its part of a checkpoint in host memory.
         """
-        node = self.gpu if self.config.gpu and self.gpu else self.large
+        node = self.gpu_node if self.config.gpu and self.gpu_node else self.large_node
         workers = self.train_workers()
-        on_node = min(workers, node.gpus) if node.gpus else ceil(workers / self.nodes)
-        worker = training_memory(self.data.songs, self.config.dim, self.config.hidden_dim, workers)
+        workers_per_node = min(workers, node.gpus) if node.gpus else ceil(workers / self.node_count)
+        worker_memory = training_memory(self.data.songs, self.config.dim, self.config.hidden_dim, workers)
         if self.config.gpu:
-            worker = GPU_HOST + training_host_memory(self.data.songs, self.config.dim, workers)
+            worker_memory = GPU_HOST + training_host_memory(self.data.songs, self.config.dim, workers)
         windows = ceil(self.data.plays / self.config.window)
         batch = self.config.batch or TrainConfig().batch * workers
         steps = ceil(windows / batch) * self.config.epochs * self.config.fits
-        on_gpu = self.config.gpu and TRAIN_ON_GPU in self.rates
-        return self._stage(
+        has_gpu_rate = self.config.gpu and TRAIN_ON_GPU in self.rates
+        return self._stage_plan(
             "train",
             node,
-            ceil(workers / on_node),
+            ceil(workers / workers_per_node),
             workers,
-            on_node * (IDLE_WORKER + worker),
+            workers_per_node * (IDLE_WORKER + worker_memory),
             batches=steps,
             batch_of=f"step of {batch} windows",
             work=self.data.plays * self.config.epochs * self.config.fits,
-            rate=TRAIN_ON_GPU if on_gpu else "train_plays_per_second_per_cpu",
+            rate_name=TRAIN_ON_GPU if has_gpu_rate else "train_plays_per_second_per_cpu",
         )
 
     def train_workers(self) -> int:
@@ -275,52 +277,54 @@ class _Planner:
         """
         if self.config.workers:
             return self.config.workers
-        most = self.most_gpus if self.config.gpu and self.gpu else self.nodes
-        return max(number for number in divisors(SHARDS) if number <= max(1, most))
+        max_workers = self.most_gpus if self.config.gpu and self.gpu_node else self.node_count
+        return max(divisor for divisor in divisors(SHARDS) if divisor <= max(1, max_workers))
 
     def retrieval(self) -> StagePlan:
         """Plan `retrieval`: each CPU counts a group of buckets, then merges ranges of songs; one task joins them."""
-        songs, plays, largest = self.data.songs, self.data.plays, self.data.largest_bucket
+        songs, plays, largest_bucket = self.data.songs, self.data.plays, self.data.largest_bucket
         ranges = song_ranges(songs, plays)
-        at_once = max(min(largest, PLAYS_PER_READ), int(largest * DISTINCT_PAIRS))
-        counting = counting_memory(songs, at_once * RULE_DISTANCE)
+        plays_at_once = max(min(largest_bucket, PLAYS_PER_READ), int(largest_bucket * DISTINCT_PAIRS))
+        counter_memory = counting_memory(songs, plays_at_once * RULE_DISTANCE)
         pairs = int(plays / len(ranges) * RULE_DISTANCE * DISTINCT_PAIRS)
-        merging = merging_memory(ceil(songs / len(ranges)), pairs)
-        groups = len(bucket_groups(len(ranges), self.data.buckets))
+        merger_memory = merging_memory(ceil(songs / len(ranges)), pairs)
+        group_count = len(bucket_groups(len(ranges), self.data.buckets))
         # Ray limits the merges that run at once on a node to those that fit into its memory.
-        at_a_time = max(1, min(self._on_node(len(ranges)), self.tight.memory // (IDLE_WORKER + merging)))
-        needed = max(
-            self._on_node(groups) * (IDLE_WORKER + counting),
-            at_a_time * (IDLE_WORKER + merging),
-            IDLE_WORKER + self._joining(len(ranges)),
+        mergers_per_node = max(
+            1, min(self._workers_per_node(len(ranges)), self.tight_node.memory // (IDLE_WORKER + merger_memory))
         )
-        return self._spread("retrieval", needed, groups, "group of buckets", plays)
+        needed_memory = max(
+            self._workers_per_node(group_count) * (IDLE_WORKER + counter_memory),
+            mergers_per_node * (IDLE_WORKER + merger_memory),
+            IDLE_WORKER + self._joining_memory(len(ranges)),
+        )
+        return self._spread_plan("retrieval", needed_memory, group_count, "group of buckets", plays)
 
-    def _joining(self, ranges: int) -> int:
-        """Return the private bytes of the task that joins `ranges` ranges.
+    def _joining_memory(self, range_count: int) -> int:
+        """Return the private bytes of the task that joins `range_count` ranges.
 
         This is an upper bound: each entry of a song may belong to a session of its own.
         """
-        songs, plays = ceil(self.data.songs / ranges), ceil(self.data.plays / ranges)
-        sessions = min(plays, songs * _RETRIEVAL.sessions_per_song, self.data.plays // SONGS_PER_SESSION)
-        largest = retrieval_bytes(
+        songs, plays = ceil(self.data.songs / range_count), ceil(self.data.plays / range_count)
+        sessions = min(plays, songs * _RETRIEVAL_DEFAULTS.sessions_per_song, self.data.plays // SONGS_PER_SESSION)
+        largest_range_bytes = retrieval_bytes(
             songs,
-            rules=min(int(RULE_DISTANCE * plays * DISTINCT_PAIRS), songs * _RETRIEVAL.rules_per_song),
+            rules=min(int(RULE_DISTANCE * plays * DISTINCT_PAIRS), songs * _RETRIEVAL_DEFAULTS.rules_per_song),
             session_songs=sessions * SONGS_PER_SESSION,
             sessions=sessions,
             day_songs=min(plays, songs * RECENT_DAYS),
         )
-        return joining_memory(self.data.songs, largest, sessions * ranges)
+        return joining_memory(self.data.songs, largest_range_bytes, sessions * range_count)
 
     def retrieval_bytes(self) -> int:
         """Return the approximate bytes of a retrieval, from the bounds on the entries that it keeps per song."""
         songs, plays = self.data.songs, self.data.plays
-        postings = min(plays, songs * _RETRIEVAL.sessions_per_song)
+        session_songs = min(plays, songs * _RETRIEVAL_DEFAULTS.sessions_per_song)
         return retrieval_bytes(
             songs,
-            rules=min(int(RULE_DISTANCE * plays * DISTINCT_PAIRS), songs * _RETRIEVAL.rules_per_song),
-            session_songs=postings,
-            sessions=postings // SONGS_PER_SESSION,
+            rules=min(int(RULE_DISTANCE * plays * DISTINCT_PAIRS), songs * _RETRIEVAL_DEFAULTS.rules_per_song),
+            session_songs=session_songs,
+            sessions=session_songs // SONGS_PER_SESSION,
             day_songs=min(plays, songs * RECENT_DAYS),
         )
 
@@ -331,81 +335,93 @@ class _Planner:
         once as fit into the memory of a node.
         """
         songs, dim = self.data.songs, self.config.dim
-        indexing = IDLE_WORKER + indexing_memory(songs, dim)
-        collecting = self.large.cpus * (
+        indexer_memory = IDLE_WORKER + indexing_memory(songs, dim)
+        collector_memory = self.large_node.cpus * (
             IDLE_WORKER + examples_memory(songs, dim, ceil(RANK_QUERIES / self.data.buckets))
         )
-        growing = IDLE_WORKER + ranking_memory(songs, dim, RANK_QUERIES)
-        needed = (
-            max(indexing, collecting, growing) + 2 * self.vectors + index_bytes(songs, dim) + self.retrieval_bytes()
+        trainer_memory = IDLE_WORKER + ranking_memory(songs, dim, RANK_QUERIES)
+        needed_memory = (
+            max(indexer_memory, collector_memory, trainer_memory)
+            + 2 * self.vector_table_bytes
+            + index_bytes(songs, dim)
+            + self.retrieval_bytes()
         )
-        return self._stage(
+        return self._stage_plan(
             "rank",
-            self.large,
+            self.large_node,
             1,
-            self.large.cpus,
-            needed,
+            self.large_node.cpus,
+            needed_memory,
             batches=self.data.buckets,
             batch_of="bucket of users",
             work=RANK_QUERIES,
-            rate="rank_queries_per_second_per_cpu",
+            rate_name="rank_queries_per_second_per_cpu",
         )
 
     def taste(self) -> StagePlan:
         """Plan `taste`: each CPU runs a process; all processes of a node share one memory-mapped song table."""
-        worker = IDLE_WORKER + encoding_memory(self.config.hidden_dim, self.config.dim)
-        needed = self.tight.cpus * worker + self.vectors
-        return self._spread("taste", needed, self.data.buckets, "bucket of users", self.data.plays)
+        worker_memory = IDLE_WORKER + encoding_memory(self.config.hidden_dim, self.config.dim)
+        needed_memory = self.tight_node.cpus * worker_memory + self.vector_table_bytes
+        return self._spread_plan("taste", needed_memory, self.data.buckets, "bucket of users", self.data.plays)
 
     def index(self) -> StagePlan:
         """Plan `index`: the song vectors and their index on one node."""
-        needed = IDLE_WORKER + indexing_memory(self.data.songs, self.config.dim)
-        return self._stage("index", self.large, 1, self.large.cpus, needed, batches=1, batch_of="index", work=None)
+        needed_memory = IDLE_WORKER + indexing_memory(self.data.songs, self.config.dim)
+        return self._stage_plan(
+            "index", self.large_node, 1, self.large_node.cpus, needed_memory, batches=1, batch_of="index", work=None
+        )
 
     def evaluate(self) -> StagePlan:
         """Plan `evaluate`: all histories are read, and two recommenders, mapped once per node, answer the queries."""
-        worker = IDLE_WORKER + evaluating_memory(ceil(self.config.queries / self.data.buckets))
-        needed = self.tight.cpus * worker + evaluated_files(self.data.songs, self.config.dim, self.retrieval_bytes())
-        stage = self._spread(
-            "evaluate", needed, self.data.buckets, "bucket of users", self.config.queries, "queries_per_second_per_cpu"
+        worker_memory = IDLE_WORKER + evaluating_memory(ceil(self.config.queries / self.data.buckets))
+        needed_memory = self.tight_node.cpus * worker_memory + evaluated_files(
+            self.data.songs, self.config.dim, self.retrieval_bytes()
         )
-        reading = self.rate("read_plays_per_second_per_cpu")
-        hours = (stage.hours or 0) + EVALUATE_PASSES * self.data.plays / (reading * stage.workers) / 3600
-        return replace(stage, hours=hours)
+        stage_plan = self._spread_plan(
+            "evaluate",
+            needed_memory,
+            self.data.buckets,
+            "bucket of users",
+            self.config.queries,
+            "queries_per_second_per_cpu",
+        )
+        read_rate = self.rate("read_plays_per_second_per_cpu")
+        hours = (stage_plan.hours or 0) + EVALUATE_PASSES * self.data.plays / (read_rate * stage_plan.workers) / 3600
+        return replace(stage_plan, hours=hours)
 
     def recommend(self) -> StagePlan:
         """Plan `recommend --all`: each CPU answers the users of a bucket, from tables that a node holds once."""
-        worker = IDLE_WORKER + recommending_memory(self.data.songs, USERS_AT_ONCE)
-        needed = self.tight.cpus * worker + 2 * self.vectors + self.retrieval_bytes()
+        worker_memory = IDLE_WORKER + recommending_memory(self.data.songs, USERS_AT_ONCE)
+        needed_memory = self.tight_node.cpus * worker_memory + 2 * self.vector_table_bytes + self.retrieval_bytes()
         users = self.data.users
-        return self._spread(
-            "recommend", needed, self.data.buckets, "bucket of users", users, "users_per_second_per_cpu"
+        return self._spread_plan(
+            "recommend", needed_memory, self.data.buckets, "bucket of users", users, "users_per_second_per_cpu"
         )
 
     def requests(self, stage: str) -> int | None:
         """Return the number of object storage requests of a stage; an import is assumed to read text files."""
         if stage == "import":
-            text = self.data.plays * CSV_BYTES
-            units = max(1, ceil(text / UNIT_BYTES))
+            text_bytes = self.data.plays * CSV_BYTES
+            units = max(1, ceil(text_bytes / UNIT_BYTES))
             pieces = units if units <= UNGROUPED_UNITS else MAX_PIECES
-            size = ImportSize(pieces=pieces, buckets=self.data.buckets)
-            return input_requests(text, UNIT_BYTES) + import_requests(size)
+            import_size = ImportSize(pieces=pieces, buckets=self.data.buckets)
+            return input_requests(text_bytes, UNIT_BYTES) + import_requests(import_size)
         buckets, fits, epochs = self.data.buckets, self.config.fits, self.config.epochs
         row_groups = max(1, ceil(self.data.plays / buckets / PLAYS_PER_ROW_GROUP))
-        reading = histories_requests(1, row_groups, COLUMNS)
+        bucket_requests = histories_requests(1, row_groups, COLUMNS)
         if stage == "retrieval":
             ranges = song_ranges(self.data.songs, self.data.plays)
-            cut = {"groups": len(bucket_groups(len(ranges), buckets)), "ranges": len(ranges), "fits": fits}
-            return retrieval_requests(buckets, 1, row_groups=row_groups, columns=COLUMNS, **cut)
-        by_stage = {
-            "embed": embed_requests(buckets, reading, fits=fits),
-            "train": train_requests(buckets, reading, fits=fits, epochs=epochs),
-            "rank": rank_requests(buckets, reading),
+            range_counts = {"groups": len(bucket_groups(len(ranges), buckets)), "ranges": len(ranges), "fits": fits}
+            return retrieval_requests(buckets, 1, row_groups=row_groups, columns=COLUMNS, **range_counts)
+        requests_by_stage = {
+            "embed": embed_requests(buckets, bucket_requests, fits=fits),
+            "train": train_requests(buckets, bucket_requests, fits=fits, epochs=epochs),
+            "rank": rank_requests(buckets, bucket_requests),
             "taste": taste_requests(buckets, 1, row_groups=row_groups, columns=COLUMNS),
-            "evaluate": evaluate_requests(buckets, reading, counted=min(buckets, COUNTED_BUCKETS)),
-            "recommend": recommend_requests(buckets, reading),
+            "evaluate": evaluate_requests(buckets, bucket_requests, counted=min(buckets, COUNTED_BUCKETS)),
+            "recommend": recommend_requests(buckets, bucket_requests),
         }
-        return by_stage.get(stage, INDEX_REQUESTS)
+        return requests_by_stage.get(stage, INDEX_REQUESTS)
 
     def storage(self) -> dict[str, int]:
         """Return bytes in object storage by kind of data; the names of temporary data begin with "temporary"."""
@@ -414,7 +430,7 @@ class _Planner:
         return {
             "histories": histories_bytes(self.data.plays),
             "songs": songs_bytes(self.data.songs, int(self.data.songs * SONG_TEXT_BYTES)),
-            "song embeddings": self.config.fits * self.vectors,
+            "song embeddings": self.config.fits * self.vector_table_bytes,
             "model": self.config.fits * model_bytes(self.data.songs, self.config.dim),
             "retrieval": self.config.fits * self.retrieval_bytes(),
             "tastes": tastes_bytes(self.data.users, int(self.data.plays * NEW_SONG_SHARE), floats=floats),
@@ -435,48 +451,48 @@ class _Planner:
 
     def serving(self) -> ServingPlan | None:
         """Plan the server on CPU nodes, each with one copy of the release; None without a rate of answers."""
-        songs, answers = self.data.songs, self.rates.get(ANSWERS)
-        if answers is None:
+        songs, answer_rate = self.data.songs, self.rates.get(ANSWERS)
+        if answer_rate is None:
             return None
-        shared = served_files(songs, self.config.dim, self.retrieval_bytes())
-        replicas = replicas_for(self.config.serve_rate, answers)
-        room = max(1, (self.tight.memory - serving_memory(songs, 0, shared)) // replica_memory())
-        on_node = min(replicas, self.tight.cpus, room)
+        shared_bytes = served_files(songs, self.config.dim, self.retrieval_bytes())
+        replicas = replicas_for(self.config.serve_rate, answer_rate)
+        max_replicas = max(1, (self.tight_node.memory - serving_memory(songs, 0, shared_bytes)) // replica_memory())
+        replicas_per_node = min(replicas, self.tight_node.cpus, max_replicas)
         return ServingPlan(
             replicas=replicas,
-            replicas_per_node=on_node,
-            nodes=ceil(replicas / on_node),
+            replicas_per_node=replicas_per_node,
+            nodes=ceil(replicas / replicas_per_node),
             replica_memory=replica_memory(),
-            shared_memory=shared,
-            node_memory=serving_memory(songs, on_node, shared),
-            memory_there=self.tight.memory,
+            shared_memory=shared_bytes,
+            node_memory=serving_memory(songs, replicas_per_node, shared_bytes),
+            memory_there=self.tight_node.memory,
             requests_per_second=self.config.serve_rate,
-            answers_per_second=answers,
+            answers_per_second=answer_rate,
         )
 
     def corpus_bytes(self) -> int:
         """Return the bytes of the corpus on the local disk of the node of `embed`."""
         return corpus_bytes(self.data.plays, self.data.songs)
 
-    def missing(self) -> Iterator[str]:
+    def setting_problems(self) -> Iterator[str]:
         """Yield problems with settings that the cluster cannot meet: nodes, GPUs, CPUs, workers and batch."""
-        if self.nodes > self.most_nodes:
+        if self.node_count > self.most_nodes:
             yield (
-                f"--nodes is {self.nodes}, and cluster {self.cluster.name} has at most {self.most_nodes} CPU nodes: "
-                "use fewer --nodes, or raise the maximum in its file"
+                f"--nodes is {self.node_count}, and cluster {self.cluster.name} has at most {self.most_nodes} CPU "
+                "nodes: use fewer --nodes, or raise the maximum in its file"
             )
         workers = self.train_workers()
-        if self.config.gpu and self.gpu is not None and workers > self.most_gpus:
+        if self.config.gpu and self.gpu_node is not None and workers > self.most_gpus:
             yield (
                 f"train has {workers} workers with a GPU each, and cluster {self.cluster.name} has at most "
                 f"{self.most_gpus} GPUs: use fewer --workers, or raise the maximum in its file"
             )
         if not self.config.gpu and workers > self.most_cpus:
             yield (
-                f"train has {workers} workers, and the CPU nodes ({self.nodes}) have {self.most_cpus} CPUs, fewer "
+                f"train has {workers} workers, and the CPU nodes ({self.node_count}) have {self.most_cpus} CPUs, fewer "
                 "than one per worker: use fewer --workers or more --nodes"
             )
-        if self.config.gpu and self.gpu is None:
+        if self.config.gpu and self.gpu_node is None:
             yield f"--gpu needs a node type with a GPU, and cluster {self.cluster.name} has no node type with a GPU"
         if SHARDS % workers:
             choices = ", ".join(map(str, divisors(SHARDS)))
@@ -487,28 +503,29 @@ class _Planner:
                 "use a larger --batch or fewer --workers"
             )
 
-    def other_problems(self, disk: int) -> Iterator[str]:
+    def other_problems(self, disk_bytes: int) -> Iterator[str]:
         """Yield problems with the disk of `embed`, the memory of the head node and the memory of GPUs."""
-        if self.large.disk is not None and disk > 0.8 * self.large.disk:
+        if self.large_node.disk is not None and disk_bytes > 0.8 * self.large_node.disk:
             yield (
-                f"embed writes a corpus of {gib(disk)} to the disk of a {self.large.name} node, which has "
-                f"{gib(self.large.disk)}; use a larger disk, or import embeddings with `rayrec embed --vectors FILE`"
+                f"embed writes a corpus of {gib(disk_bytes)} to the disk of a {self.large_node.name} node, which has "
+                f"{gib(self.large_node.disk)}; use a larger disk, or import embeddings with "
+                "`rayrec embed --vectors FILE`"
             )
-        driver = IDLE_WORKER + vocabulary_memory(self.data.songs)
+        driver_memory = IDLE_WORKER + vocabulary_memory(self.data.songs)
         for head in (node for node in self.cluster.nodes if node.head):
-            if driver > head.memory:
+            if driver_memory > head.memory:
                 yield (
-                    f"import needs {gib(driver)} of memory on the head node for the songs, and {head.name} has "
+                    f"import needs {gib(driver_memory)} of memory on the head node for the songs, and {head.name} has "
                     f"{gib(head.memory)}; give the head more memory"
                 )
-        if self.config.gpu and self.gpu is not None and self.gpu.gpu_memory is not None:
+        if self.config.gpu and self.gpu_node is not None and self.gpu_node.gpu_memory is not None:
             workers = self.train_workers()
-            needed = GPU_SLACK + training_gpu_memory(self.data.songs, self.config.dim, workers)
-            if needed > self.gpu.gpu_memory:
+            needed_memory = GPU_SLACK + training_gpu_memory(self.data.songs, self.config.dim, workers)
+            if needed_memory > self.gpu_node.gpu_memory:
                 yield (
-                    f"train needs {gib(needed)} of memory on each of {workers} GPUs for song tables, optimizer state "
-                    f"and averages, and a GPU of a {self.gpu.name} node has {gib(self.gpu.gpu_memory)}: use more or "
-                    "larger GPUs, or a smaller --dim"
+                    f"train needs {gib(needed_memory)} of memory on each of {workers} GPUs for song tables, optimizer "
+                    f"state and averages, and a GPU of a {self.gpu_node.name} node has "
+                    f"{gib(self.gpu_node.gpu_memory)}: use more or larger GPUs, or a smaller --dim"
                 )
 
     def serving_problems(self, serving: ServingPlan | None) -> Iterator[str]:
@@ -517,13 +534,13 @@ class _Planner:
             return
         if serving.node_memory > serving.memory_there:
             yield (
-                f"one replica of the server needs {gib(serving.node_memory)} of memory on a {self.tight.name} node, "
-                f"which has {gib(serving.memory_there)}: use nodes with more memory or a smaller --dim"
+                f"one replica of the server needs {gib(serving.node_memory)} of memory on a {self.tight_node.name} "
+                f"node, which has {gib(serving.memory_there)}: use nodes with more memory or a smaller --dim"
             )
-        elif serving.nodes > self.nodes:
+        elif serving.nodes > self.node_count:
             yield (
                 f"the server needs {serving.nodes} nodes for {serving.requests_per_second:g} requests per second, and "
-                f"the plan has {self.nodes}: use more or larger nodes, or a lower --serve-rate"
+                f"the plan has {self.node_count}: use more or larger nodes, or a lower --serve-rate"
             )
 
     def notes(self, stages: list[StagePlan]) -> list[str]:
@@ -545,30 +562,44 @@ class _Planner:
                 f"the largest bucket is assumed to have {ASSUMED_SKEW} times the mean number of plays; "
                 "to measure it, plan for an existing data set with --workspace"
             )
-        if self.config.gpu and self.gpu is not None and self.gpu.gpu_memory is None:
-            texts.append(f"node type {self.gpu.name} does not name its GPU model, so GPU memory is not checked")
+        if self.config.gpu and self.gpu_node is not None and self.gpu_node.gpu_memory is None:
+            texts.append(f"node type {self.gpu_node.name} does not name its GPU model, so GPU memory is not checked")
         return texts
 
     def rate(self, name: str) -> float:
         """Return a rate from the file of rates, or else the built-in one."""
         return self.rates.get(name, BUILT_IN[name])
 
-    def _on_node(self, units: int) -> int:
-        """Return the number of workers per node when Ray spreads `units` units over all nodes."""
-        return min(self.tight.cpus, ceil(units / self.nodes))
+    def _workers_per_node(self, unit_count: int) -> int:
+        """Return the number of workers per node when Ray spreads `unit_count` units over all nodes."""
+        return min(self.tight_node.cpus, ceil(unit_count / self.node_count))
 
-    def _spread(
-        self, stage: str, memory: int, units: int, unit: str, work: int, per_second: str = "plays_per_second_per_cpu"
+    def _spread_plan(
+        self,
+        stage: str,
+        memory: int,
+        unit_count: int,
+        unit_name: str,
+        work: int,
+        rate_suffix: str = "plays_per_second_per_cpu",
     ) -> StagePlan:
         """Plan a stage whose units Ray spreads over all CPU nodes."""
-        workers = min(self.cpus, units)
-        rate = f"{stage}_{per_second}"
-        nodes = min(self.nodes, ceil(workers / self.tight.cpus))
-        return self._stage(
-            stage, self.tight, nodes, workers, memory, batches=units, batch_of=unit, work=work, rate=rate
+        workers = min(self.cpu_count, unit_count)
+        rate_name = f"{stage}_{rate_suffix}"
+        nodes = min(self.node_count, ceil(workers / self.tight_node.cpus))
+        return self._stage_plan(
+            stage,
+            self.tight_node,
+            nodes,
+            workers,
+            memory,
+            batches=unit_count,
+            batch_of=unit_name,
+            work=work,
+            rate_name=rate_name,
         )
 
-    def _stage(
+    def _stage_plan(
         self,
         stage: str,
         node: NodeType,
@@ -579,10 +610,10 @@ class _Planner:
         batches: int,
         batch_of: str,
         work: int | None,
-        rate: str = "",
+        rate_name: str = "",
     ) -> StagePlan:
-        speed = self.rates.get(rate, BUILT_IN.get(rate)) if work is not None else None
-        origin = "the file of rates" if rate in self.rates else BUILT_IN_FROM
+        rate = self.rates.get(rate_name, BUILT_IN.get(rate_name)) if work is not None else None
+        origin = "the file of rates" if rate_name in self.rates else BUILT_IN_FROM
         return StagePlan(
             stage=stage,
             node=node.name,
@@ -594,9 +625,9 @@ class _Planner:
             batches=batches,
             batch_of=batch_of,
             requests=self.requests(stage),
-            hours=None if speed is None or work is None else work / (speed * workers) / 3600,
-            rate=speed,
-            rate_from="not measured" if speed is None else origin,
+            hours=None if rate is None or work is None else work / (rate * workers) / 3600,
+            rate=rate,
+            rate_from="not measured" if rate is None else origin,
         )
 
 
@@ -608,30 +639,30 @@ ADVICE: dict[str, str] = {
 }
 
 
-def _most(kinds: list[tuple[int, int]], nodes: int) -> int:
+def _max_total(node_types: list[tuple[int, int]], nodes: int) -> int:
     """Return the largest total amount of CPUs or GPUs on `nodes` nodes.
 
-    `kinds` are (amount per node, maximum number of nodes) of each type of node.
+    `node_types` are (amount per node, maximum number of nodes) of each type of node.
     """
     total = 0
-    for each, most in sorted(kinds, reverse=True):
-        taken = min(nodes, most)
-        total, nodes = total + each * taken, nodes - taken
+    for amount, max_nodes in sorted(node_types, reverse=True):
+        node_count = min(nodes, max_nodes)
+        total, nodes = total + amount * node_count, nodes - node_count
     return total
 
 
-def _too_little(stage: StagePlan) -> Iterator[str]:
+def _memory_problems(stage: StagePlan) -> Iterator[str]:
     if stage.memory > stage.memory_there:
         advice = ADVICE.get(stage.stage, "more memory")
         yield (
             f"{stage.stage} needs {gib(stage.memory)} of memory on a {stage.node} node, which has "
             f"{gib(stage.memory_there)}: use {advice}"
         )
-    store_there = int(stage.memory_there * STORE_SHARE / (1 - STORE_SHARE))
-    if stage.store > store_there:
+    available_store = int(stage.memory_there * STORE_SHARE / (1 - STORE_SHARE))
+    if stage.store > available_store:
         yield (
             f"{stage.stage} puts {gib(stage.store)} into the object store of a {stage.node} node, which has "
-            f"{gib(store_there)}: give the node more memory"
+            f"{gib(available_store)}: give the node more memory"
         )
 
 

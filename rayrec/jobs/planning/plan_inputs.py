@@ -44,7 +44,7 @@ BUILT_IN = {
 }
 TRAIN_ON_GPU = "train_plays_per_second_per_gpu"  # no built-in rate: only a file of rates can have it
 ANSWERS = "answers_per_second_per_cpu"  # of `rayrec bench answers --save`; not built in, since catalogs differ too much
-_EMBED, _TRAIN = EmbedConfig(), TrainConfig()
+_EMBED_DEFAULTS, _TRAIN_DEFAULTS = EmbedConfig(), TrainConfig()
 GIB = 1 << 30
 # Share of a pod's memory for tasks. The rest is for the object store: Ray's default share of it is 30 %.
 HEAP_SHARE = 0.7
@@ -71,8 +71,13 @@ def measure_skew(dataset: Dataset) -> Skew:
     """
     sizes = _bucket_bytes(dataset)
     total = max(1, sum(sizes.values()))
-    plays = [(bucket, round(dataset.manifest.plays * size / total)) for bucket, size in sizes.most_common(LISTED)]
-    return Skew(largest_buckets=plays, longest_histories=_longest(dataset, plays[0][0]) if plays else [])
+    bucket_plays = [
+        (bucket, round(dataset.manifest.plays * size / total)) for bucket, size in sizes.most_common(LISTED)
+    ]
+    return Skew(
+        largest_buckets=bucket_plays,
+        longest_histories=_longest_histories(dataset, bucket_plays[0][0]) if bucket_plays else [],
+    )
 
 
 def _bucket_bytes(dataset: Dataset) -> Counter[int]:
@@ -83,15 +88,17 @@ def _bucket_bytes(dataset: Dataset) -> Counter[int]:
     )
 
 
-def _longest(dataset: Dataset, bucket: int) -> list[tuple[str, int]]:
+def _longest_histories(dataset: Dataset, bucket: int) -> list[tuple[str, int]]:
     lengths_by_user: Counter[str] = Counter()
     for path in dataset.manifest.histories_files(bucket):
         with dataset.workspace.open_input(path) as stream:
             for batch in pq.ParquetFile(stream).iter_batches(5_000, columns=[columns.USER, columns.SONGS]):
                 lengths = np.diff(batch.column(columns.SONGS).offsets.to_numpy())
-                first = np.argsort(-lengths, kind="stable")[:LISTED]
-                for user, plays in zip(batch.column(columns.USER).take(first).to_pylist(), lengths[first], strict=True):
-                    lengths_by_user[user] += int(plays)
+                longest_rows = np.argsort(-lengths, kind="stable")[:LISTED]
+                for user, length in zip(
+                    batch.column(columns.USER).take(longest_rows).to_pylist(), lengths[longest_rows], strict=True
+                ):
+                    lengths_by_user[user] += int(length)
     return lengths_by_user.most_common(LISTED)
 
 
@@ -101,14 +108,16 @@ class PlanConfig(Settings):
     users: int | None = Field(None, ge=1, description="Number of users, if no data set exists yet")
     plays: int | None = Field(None, ge=1, description="Number of plays of all users")
     songs: int | None = Field(None, ge=1, description="Number of songs")
-    dim: int = Field(_EMBED.dim, ge=1, description="Embedding dimension")
-    hidden_dim: int = Field(_TRAIN.hidden_dim, ge=1, description="Hidden size of the recurrent network")
-    embed_epochs: int = Field(_EMBED.epochs, ge=1, description="Epochs of word2vec")
-    epochs: int = Field(_TRAIN.epochs, ge=1, description="Maximum epochs of the network")
-    window: int = Field(_TRAIN.window, ge=1, description="Sequence length of truncated backpropagation, in plays")
+    dim: int = Field(_EMBED_DEFAULTS.dim, ge=1, description="Embedding dimension")
+    hidden_dim: int = Field(_TRAIN_DEFAULTS.hidden_dim, ge=1, description="Hidden size of the recurrent network")
+    embed_epochs: int = Field(_EMBED_DEFAULTS.epochs, ge=1, description="Epochs of word2vec")
+    epochs: int = Field(_TRAIN_DEFAULTS.epochs, ge=1, description="Maximum epochs of the network")
+    window: int = Field(
+        _TRAIN_DEFAULTS.window, ge=1, description="Sequence length of truncated backpropagation, in plays"
+    )
     batch: int = Field(0, ge=0, description="Batch size in windows, over all workers; 0: 64 per worker")
     workers: int = Field(0, ge=0, description="Training workers; 0: one per GPU, or one per CPU node without GPUs")
-    gpu: bool = Field(_TRAIN.gpu, description="Train on GPUs")
+    gpu: bool = Field(_TRAIN_DEFAULTS.gpu, description="Train on GPUs")
     validation: bool = Field(True, description="Hold back a validation range: embeddings and network are fitted twice")
     buckets: int = Field(
         0, ge=0, le=MAX_BUCKETS, description="Buckets of users; 0: one per 64 MiB of input, 16 to 4096"
@@ -149,8 +158,10 @@ class DataSize:
     def assumed(cls, users: int, plays: int, songs: int, buckets: int = 0) -> "DataSize":
         """Return the size from counts alone, each at least 1; with `buckets` 0 the number of buckets is derived."""
         bucket_count = buckets or min(MAX_BUCKETS, max(MIN_BUCKETS, ceil(plays * CSV_BYTES / BUCKET_BYTES)))
-        largest = ceil(plays / bucket_count * ASSUMED_SKEW)
-        return cls(users=users, plays=plays, songs=songs, buckets=bucket_count, largest_bucket=largest, looked_at=False)
+        largest_bucket = ceil(plays / bucket_count * ASSUMED_SKEW)
+        return cls(
+            users=users, plays=plays, songs=songs, buckets=bucket_count, largest_bucket=largest_bucket, looked_at=False
+        )
 
     @classmethod
     def of(cls, manifest: DatasetManifest, skew: Skew) -> "DataSize":
@@ -174,9 +185,9 @@ def read_rates(path: str) -> dict[str, float]:
         raise InputError(f"rates file {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} has no rates; expected a file written by `rayrec bench scale --save FILE`") from error
-    slow = [name for name, rate in rates.items() if not rate > 0]
-    if slow:
-        raise InputError(f"{slow[0]} in {path} is {rates[slow[0]]}; expected a number above 0")
+    invalid_names = [name for name, rate in rates.items() if not rate > 0]
+    if invalid_names:
+        raise InputError(f"{invalid_names[0]} in {path} is {rates[invalid_names[0]]}; expected a number above 0")
     return rates
 
 
@@ -214,20 +225,20 @@ def read_cluster(path: str) -> ClusterFile:
     Raises `InputError` for any other file.
     """
     try:
-        documents = [item for item in yaml.safe_load_all(Path(path).read_text(encoding="utf-8")) if item]
+        documents = [document for document in yaml.safe_load_all(Path(path).read_text(encoding="utf-8")) if document]
     except OSError as error:
         raise InputError(f"cluster file {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"cluster file {path} is not YAML: {str(error).splitlines()[0]}") from error
-    for item in documents:
-        if not isinstance(item, dict):
+    for document in documents:
+        if not isinstance(document, dict):
             continue
         try:
-            if "available_node_types" in item:
-                return _launcher(path, item)
-            spec = _ray_cluster_spec(item)
+            if "available_node_types" in document:
+                return _launcher_cluster(path, document)
+            spec = _ray_cluster_spec(document)
             if spec is not None:
-                return _kuberay(path, spec)
+                return _kuberay_cluster(path, spec)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise InputError(
                 f"cluster file {path} is not valid: {type(error).__name__} {error}; compare it with the files in "
@@ -239,11 +250,11 @@ def read_cluster(path: str) -> ClusterFile:
     )
 
 
-def _launcher(path: str, config: dict[str, Any]) -> ClusterFile:
-    most = int(config.get("max_workers", 2))  # Ray's default
+def _launcher_cluster(path: str, config: dict[str, Any]) -> ClusterFile:
+    max_workers = int(config.get("max_workers", 2))  # Ray's default
     nodes = []
-    for name, kind in config["available_node_types"].items():
-        resources, head = kind.get("resources") or {}, name == config.get("head_node_type")
+    for name, node_type in config["available_node_types"].items():
+        resources, is_head = node_type.get("resources") or {}, name == config.get("head_node_type")
         if "memory" not in resources:
             raise InputError(
                 f"cluster file {path}: node type {name} has no `memory` resource; add 70 % of the machine's memory, "
@@ -255,63 +266,63 @@ def _launcher(path: str, config: dict[str, Any]) -> ClusterFile:
                 cpus=int(resources.get("CPU", 0)),
                 gpus=int(resources.get("GPU", 0)),
                 memory=int(resources["memory"]),
-                disk=_boot_disk(kind.get("node_config") or {}),
+                disk=_boot_disk(node_type.get("node_config") or {}),
                 gpu_memory=_gpu_memory(resources),
-                most=1 if head else min(most, int(kind.get("max_workers", most))),
-                head=head,
+                most=1 if is_head else min(max_workers, int(node_type.get("max_workers", max_workers))),
+                head=is_head,
             )
         )
-    return ClusterFile(name=str(config["cluster_name"]), nodes=nodes, most_nodes=most)
+    return ClusterFile(name=str(config["cluster_name"]), nodes=nodes, most_nodes=max_workers)
 
 
 def _boot_disk(node_config: dict[str, Any]) -> int | None:
     """Return the bytes of the largest disk in a node configuration of AWS or Google Cloud, None without a disk."""
-    aws = [item["Ebs"]["VolumeSize"] for item in node_config.get("BlockDeviceMappings", []) if "Ebs" in item]
-    gcp = [item.get("initializeParams", {}).get("diskSizeGb") for item in node_config.get("disks", [])]
-    sizes = [int(size) for size in [*aws, *gcp] if size]
+    aws_sizes = [disk["Ebs"]["VolumeSize"] for disk in node_config.get("BlockDeviceMappings", []) if "Ebs" in disk]
+    gcp_sizes = [disk.get("initializeParams", {}).get("diskSizeGb") for disk in node_config.get("disks", [])]
+    sizes = [int(size) for size in [*aws_sizes, *gcp_sizes] if size]
     return max(sizes) * 10**9 if sizes else None
 
 
-def _ray_cluster_spec(item: dict[str, Any]) -> dict[str, Any] | None:
-    spec = item.get("spec") or {}
-    places = {
+def _ray_cluster_spec(document: dict[str, Any]) -> dict[str, Any] | None:
+    spec = document.get("spec") or {}
+    spec_by_kind = {
         "RayCluster": spec,
         "RayJob": spec.get("rayClusterSpec"),
         "RayService": spec.get("rayClusterConfig"),
         "RayCronJob": (spec.get("jobTemplate") or {}).get("rayClusterSpec"),
     }
-    return places.get(str(item.get("kind")))
+    return spec_by_kind.get(str(document.get("kind")))
 
 
-def _kuberay(path: str, spec: dict[str, Any]) -> ClusterFile:
-    nodes = [_pod_node("head", spec["headGroupSpec"], 1, head=True)]
+def _kuberay_cluster(path: str, spec: dict[str, Any]) -> ClusterFile:
+    nodes = [_pod_node("head", spec["headGroupSpec"], 1, is_head=True)]
     for group in spec.get("workerGroupSpecs", []):
-        most = group.get("maxReplicas") if spec.get("enableInTreeAutoscaling") else group.get("replicas", 0)
-        nodes.append(_pod_node(group["groupName"], group, int(most or 0)))
+        max_nodes = group.get("maxReplicas") if spec.get("enableInTreeAutoscaling") else group.get("replicas", 0)
+        nodes.append(_pod_node(group["groupName"], group, int(max_nodes or 0)))
     return ClusterFile(name=Path(path).stem, nodes=nodes, most_nodes=sum(node.most for node in nodes[1:]))
 
 
-def _pod_node(name: str, group: dict[str, Any], most: int, *, head: bool = False) -> NodeType:
+def _pod_node(name: str, group: dict[str, Any], max_nodes: int, *, is_head: bool = False) -> NodeType:
     container = group["template"]["spec"]["containers"][0]
     limits = {**container["resources"].get("requests", {}), **container["resources"].get("limits", {})}
     if "memory" not in limits:
         raise InputError(f"group {name} has no memory limit, which Ray uses as the memory of a node; add one")
-    started = group.get("rayStartParams") or {}
-    cpus = int(started.get("num-cpus", int(quantity(limits.get("cpu", 0)))))
-    named = {**_json(started.get("resources", "")), **(group.get("resources") or {})}
+    start_params = group.get("rayStartParams") or {}
+    cpus = int(start_params.get("num-cpus", int(quantity(limits.get("cpu", 0)))))
+    ray_resources = {**_parse_resources(start_params.get("resources", "")), **(group.get("resources") or {})}
     return NodeType(
         name=name,
         cpus=cpus,
         gpus=int(limits.get("nvidia.com/gpu", 0)),
         memory=int(quantity(limits["memory"]) * HEAP_SHARE),
         disk=int(quantity(limits["ephemeral-storage"])) if "ephemeral-storage" in limits else None,
-        gpu_memory=_gpu_memory(named),
-        most=most,
-        head=head,
+        gpu_memory=_gpu_memory(ray_resources),
+        most=max_nodes,
+        head=is_head,
     )
 
 
-def _json(text: str) -> dict[str, Any]:
+def _parse_resources(text: str) -> dict[str, Any]:
     """Parse Ray's custom resources as written in a flag of `ray start`: JSON in quotes."""
     cleaned = text.strip("'").replace('\\"', '"').strip('"')
     return dict(json.loads(cleaned)) if cleaned else {}
@@ -319,8 +330,8 @@ def _json(text: str) -> dict[str, Any]:
 
 def _gpu_memory(resources: dict[str, Any]) -> int | None:
     names = [name.removeprefix("accelerator_type:") for name in _accelerators(resources)]
-    known = [GPU_GIB[name] for name in names if name in GPU_GIB]
-    return known[0] * GIB if known else None
+    known_sizes = [GPU_GIB[name] for name in names if name in GPU_GIB]
+    return known_sizes[0] * GIB if known_sizes else None
 
 
 def _accelerators(resources: dict[str, Any]) -> Iterator[str]:
