@@ -50,7 +50,7 @@ report = rayrec.evaluate(
     split=split,
     model_id=model.id,
 )
-for row in rayrec.read_figures(workspace, report)["results"]:
+for row in rayrec.read_results(workspace, report)["results"]:
     if (row["metric"], row["k"], row["users"], row["target"]) == ("recall", 20, "all", "next"):
         print(f"{row['model']:20} recall@20 {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})")
 

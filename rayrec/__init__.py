@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from rayrec.evaluation.experiment_report import ExperimentReportConfig as ExperimentReportConfig
     from rayrec.evaluation.experiment_report import report_experiment as report_experiment
     from rayrec.evaluation.protocol import EvaluateConfig as EvaluateConfig
-    from rayrec.evaluation.report import read_figures as read_figures
+    from rayrec.evaluation.report import read_results as read_results
     from rayrec.importing.descriptions import DescribeConfig as DescribeConfig
     from rayrec.importing.descriptions import describe as describe
     from rayrec.importing.import_plan import ImportConfig as ImportConfig
@@ -132,7 +132,7 @@ HELPERS = {
     "ray_cluster": "rayrec.jobs.runtime",
     "choose_split": "rayrec.data.split",
     "PrefixFile": "rayrec.evaluation.evaluator",
-    "read_figures": "rayrec.evaluation.report",
+    "read_results": "rayrec.evaluation.report",
     "default_parts": "rayrec.storage.releases",
     "active_release": "rayrec.storage.releases",
     "load_recommender": "rayrec.recommend.answer",

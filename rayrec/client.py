@@ -23,7 +23,7 @@ import httpx
 from rayrec.errors import RayrecError
 
 KEY_VARIABLE = "RAYREC_API_KEY"
-RETRIED = (502, 503, 504)  # statuses of a server that is busy, starting or briefly unavailable
+RETRIED_STATUSES = (502, 503, 504)  # statuses of a server that is busy, starting or briefly unavailable
 FIRST_WAIT_SECONDS = 0.1  # before the first retry, unless the server gives a time; doubled for each further retry
 LONGEST_WAIT_SECONDS = 5.0
 
@@ -306,7 +306,7 @@ class _Connection:
             if wait is None:
                 raise ApiUnavailableError(f"{url} does not answer: {response!r}; check that it runs") from response
             return _RETRY
-        if response.status_code in RETRIED and wait is not None:
+        if response.status_code in RETRIED_STATUSES and wait is not None:
             return _RETRY
         if response.status_code >= 400:
             raise ApiError(_read_problem(response), response.headers.get("X-Request-ID"))

@@ -17,7 +17,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[import-not-found, no-redef]
 
-LARGEST = 2**63 - 1  # largest integer in arrays and files
+MAX_INTEGER = 2**63 - 1  # largest integer in arrays and files
 Config = TypeVar("Config", bound="Settings")
 
 
@@ -36,8 +36,8 @@ class Settings(BaseModel):
         # Convert numbers of NumPy, which a search over settings may give, to plain ones.
         values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
         for name, value in values.items():
-            if isinstance(value, int) and abs(value) > LARGEST:
-                raise InputError(f"{name} is {value}; expected an integer of at most {LARGEST}")
+            if isinstance(value, int) and abs(value) > MAX_INTEGER:
+                raise InputError(f"{name} is {value}; expected an integer of at most {MAX_INTEGER}")
         try:
             super().__init__(**values)
         except ValidationError as error:

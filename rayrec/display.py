@@ -91,7 +91,7 @@ TABLE = """\
 """
 
 
-def html_figures(title: str, values: Mapping[str, Any]) -> str:
+def html_values_table(title: str, values: Mapping[str, Any]) -> str:
     """Return an HTML table of names and values, one per row, below a title."""
     return html_table(title, (), list(values.items()))
 

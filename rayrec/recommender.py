@@ -22,9 +22,9 @@ from rayrec.config import from_mapping
 from rayrec.data import columns as names
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.moments import iso_moment, now_ms, parse_moment
+from rayrec.data.moments import format_iso, now_ms, parse_timestamp
 from rayrec.data.spelling import spell_id
-from rayrec.display import html_figures
+from rayrec.display import html_values_table
 from rayrec.errors import InputError, NotFoundError, first_line
 from rayrec.jobs.job_config import FitConfig, UpdateConfig
 from rayrec.model.train_config import TrainConfig
@@ -141,7 +141,7 @@ class Recommender:
         `exclude_heard`, songs that a user has heard are left out. A user without a known play before `at` gets the
         most played songs of recent time; a line on stderr says so. Raises `InputError` for an invalid horizon.
         """
-        from rayrec.recommend.answer import load_starting
+        from rayrec.recommend.answer import load_popular_order
         from rayrec.recommend.base import weight_of_long
         from rayrec.recommend.filters import AnswerFilter, without_heard
         from rayrec.recommend.reranking import AnswerOptions, choose_for_users
@@ -156,7 +156,7 @@ class Recommender:
             raise InputError(f"horizon is {horizon!r}; {error}") from None
         options = [AnswerOptions(k=k, long_weight=weight, answer_filter=item) for item in filters]
         selections = choose_for_users(
-            recommender, histories, at_ms, options, lambda: load_starting(dataset, recommender, release.inputs)
+            recommender, histories, at_ms, options, lambda: load_popular_order(dataset, recommender, release.inputs)
         )
         if not histories.lengths.all():
             users_without_plays = [user_ids[row] for row in np.flatnonzero(histories.lengths == 0).tolist()]
@@ -206,7 +206,7 @@ class Recommender:
         if not histories.lengths.all():
             user = user_ids[int(np.argmin(histories.lengths))]
             raise NotFoundError(
-                f"user {user!r} has no known plays before {iso_moment(at_ms)}; check the ID and the moment"
+                f"user {user!r} has no known plays before {format_iso(at_ms)}; check the ID and the moment"
             )
         vectors = network_of(recommender).vectors(histories, Queries.at_end(histories, at_ms), horizon)
         return pd.DataFrame(vectors, index=pd.Index(user_ids, name="user_id"))
@@ -243,11 +243,11 @@ class Recommender:
     def _repr_html_(self) -> str:
         release = active_release(self.workspace)
         if release is None:
-            return html_figures("Recommender", {"state": "not fitted"})
+            return html_values_table("Recommender", {"state": "not fitted"})
         manifest = Dataset(self.workspace).manifest
         values = {"plays": manifest.plays, "users": manifest.users, "songs": manifest.songs, "release": release.id}
         quality = "" if self.quality is None else self.quality._repr_html_()
-        return html_figures("Recommender", values) + quality
+        return html_values_table("Recommender", values) + quality
 
     def _require_release(self) -> Manifest:
         """Return the live release. Raises `NotFoundError` before a fit."""
@@ -423,7 +423,7 @@ def _to_ms(at: Moment | None) -> int:
     if isinstance(at, np.integer | np.floating):  # such as the maximum of a column
         at = at.item()
     if isinstance(at, str | int | float):
-        return parse_moment(at)
+        return parse_timestamp(at)
     timestamp = pd.Timestamp(at)
     if pd.isna(timestamp):
         raise InputError(f"at is {at!r}; expected a moment, such as 2026-01-20T18:30:00Z")

@@ -73,7 +73,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Shown:
+class CommandOutput:
     """The output of a command: `data` with --json, otherwise `views`, one below the other."""
 
     data: dict[str, Any]
@@ -90,8 +90,8 @@ def command(
     config: type[Settings] | None = None,
     arguments: Mapping[str, Any] | None = None,
     options_first: bool = False,
-) -> Callable[[Callable[..., Shown]], Callable[..., Shown]]:
-    """Register `body(call, [config], **own options)` as a command that prints the `Shown` that it returns.
+) -> Callable[[Callable[..., CommandOutput]], Callable[..., CommandOutput]]:
+    """Register `body(call, [config], **own options)` as a command that prints the `CommandOutput` that it returns.
 
     With `config`, each of its settings becomes a flag, or a positional argument if `arguments` has its annotation.
     --config FILE reads settings from the section named after the command, [bench.serve] for `rayrec bench serve`, or
@@ -99,7 +99,7 @@ def command(
     even if it begins with a dash, so that another command with its options can be passed.
     """
 
-    def register(body: Callable[..., Shown]) -> Callable[..., Shown]:
+    def register(body: Callable[..., CommandOutput]) -> Callable[..., CommandOutput]:
         own_parameters = list(inspect.signature(body, eval_str=True).parameters.values())[1 if config is None else 2 :]
         positional = [_parameter(key, annotation, None) for key, annotation in (arguments or {}).items()]
         fields = {} if config is None else config.model_fields
@@ -262,7 +262,7 @@ def _parse_pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-ORDER = (  # of the commands in the help
+COMMAND_ORDER = (  # of the commands in the help
     *("demo", "fit", "update", "generate", "inspect", "import", "compact", "describe", "split", "embed", "train"),
     *("songs", "retrieval", "rank"),
     *("taste", "index", "evaluate", "release"),
@@ -278,8 +278,8 @@ class InOrder(TyperGroup):
     """A group that lists its commands in the order of use."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names in the order of ORDER."""
-        return sorted(super().list_commands(ctx), key=ORDER.index)
+        """Return the names in the order of COMMAND_ORDER."""
+        return sorted(super().list_commands(ctx), key=COMMAND_ORDER.index)
 
 
 # Plain help, because boxes leave only a third of 80 columns for the text.
@@ -344,7 +344,7 @@ def error_data(error: BaseException, message: str | None = None, kind: str | Non
     return {"error": {"kind": kind, "message": " ".join(text.split()), "hint": " ".join(hint.split())}}
 
 
-def show(shown: Shown, *, as_json: bool) -> None:
+def show(shown: CommandOutput, *, as_json: bool) -> None:
     """Write the outcome to stdout."""
     if as_json:
         show_json(shown.data)
@@ -451,7 +451,7 @@ def table(
     return _with_title(title, shown_table)
 
 
-def figures(title: str, values: dict[str, Any]) -> RenderableType:
+def values_view(title: str, values: dict[str, Any]) -> RenderableType:
     """Return a view of names and values, one per line. Lists and dicts are left out: they have tables of their own.
 
     A value that is too long for 80 columns continues on the next line; nothing is cut.
@@ -465,9 +465,9 @@ def figures(title: str, values: dict[str, Any]) -> RenderableType:
     return _with_title(title, shown_table)
 
 
-def made_from(inputs: Mapping[str, str]) -> RenderableType:
+def inputs_view(inputs: Mapping[str, str]) -> RenderableType:
     """Return a view of the ids of the artifacts that a command used, by role, one per line."""
-    return figures("From", {noun(role): artifact_id for role, artifact_id in inputs.items()})
+    return values_view("From", {noun(role): artifact_id for role, artifact_id in inputs.items()})
 
 
 def _with_title(title: str, body: Table) -> RenderableType:

@@ -11,7 +11,20 @@ from rayrec.bench.bench_config import CONFIGS, WITH_RATES, BenchConfig
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
 from rayrec.jobs.planning.plan_inputs import DataSize, PlanConfig, measure_skew, read_cluster, read_rates
-from rayrec_cli.app import ORDER, Call, Shown, app, bench_app, command, figures, note, number, short, size, table
+from rayrec_cli.app import (
+    COMMAND_ORDER,
+    Call,
+    CommandOutput,
+    app,
+    bench_app,
+    command,
+    note,
+    number,
+    short,
+    size,
+    table,
+    values_view,
+)
 
 WordsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="COMMAND...", help="A rayrec command with its options.")
@@ -41,7 +54,7 @@ RatesOption = Annotated[
 ]
 StopOption = Annotated[str | None, typer.Option("--stop", metavar="ID", help="Stop a job.")]
 
-ELSEWHERE = ("submit", "plan")  # commands that do not run on a cluster
+LOCAL_COMMANDS = ("submit", "plan")  # commands that do not run on a cluster
 
 QuickOption = Annotated[bool, typer.Option("--quick", help="Small data and few rounds, for a smoke test.")]
 SaveOption = Annotated[
@@ -65,7 +78,7 @@ def submit(
     detach: DetachOption = False,
     attach: AttachOption = None,
     stop: StopOption = None,
-) -> Shown:
+) -> CommandOutput:
     """Run a command on a Ray cluster as a job.
 
     Prints the job's log to stderr and exits with the job's exit code. Ctrl-C leaves the job running; --attach
@@ -74,8 +87,8 @@ def submit(
     words = words or []
     if (bool(words), attach is not None, stop is not None).count(True) != 1:
         raise InputError("pass exactly one of COMMAND, --attach ID and --stop ID; see rayrec submit --help")
-    if words and (words[0] not in ORDER or words[0] in ELSEWHERE):
-        allowed_commands = ", ".join(name for name in ORDER if name not in ELSEWHERE)
+    if words and (words[0] not in COMMAND_ORDER or words[0] in LOCAL_COMMANDS):
+        allowed_commands = ", ".join(name for name in COMMAND_ORDER if name not in LOCAL_COMMANDS)
         raise InputError(f"Command {words[0]!r} cannot be submitted; expected one of {allowed_commands}")
     from rayrec.jobs.submit import IMAGE_PYTHON, NOT_FOUND, Cluster
 
@@ -104,12 +117,12 @@ def _write(text: str) -> None:
     sys.stderr.flush()
 
 
-def _job_output(job_state: Any, *, exit_code: int, follow: str | None = None) -> Shown:
+def _job_output(job_state: Any, *, exit_code: int, follow: str | None = None) -> CommandOutput:
     """Return the output of the command: the state of a job, with `exit_code`."""
     data = {key: value for key, value in job_state.to_mapping().items() if value is not None}
     shown_values = {key: data[key] for key in ("status", "seconds", "exit_code") if key in data}
     hint = [] if follow is None else [f"Follow it with: {follow}"]
-    return Shown(data, [figures(f"Job {job_state.job}", shown_values), *hint], exit_code=exit_code)
+    return CommandOutput(data, [values_view(f"Job {job_state.job}", shown_values), *hint], exit_code=exit_code)
 
 
 @command(
@@ -124,7 +137,7 @@ def estimate(
     *,
     cluster: ClusterOption,
     rates: RatesOption = None,
-) -> Shown:
+) -> CommandOutput:
     """Estimate time, memory and storage of the stages on a cluster.
 
     Uses the data set of the workspace, or the sizes given by --users, --plays and --songs. Exit code 1 if a stage does
@@ -142,7 +155,7 @@ def estimate(
         data_size = DataSize.of(dataset.manifest, data_skew)
         skew = {"largest_buckets": data_skew.largest_buckets, "longest_histories": data_skew.longest_histories}
     plan = make_plan(data_size, cluster_file, config, read_rates(rates) if rates else None, skew)
-    return Shown(plan.to_mapping(), plan_views(plan), exit_code=1 if plan.problems else 0)
+    return CommandOutput(plan.to_mapping(), plan_views(plan), exit_code=1 if plan.problems else 0)
 
 
 def plan_views(plan: Any) -> list[RenderableType]:
@@ -159,14 +172,14 @@ def plan_views(plan: Any) -> list[RenderableType]:
     storage_sizes["store of user states"] = size(plan.states)
     views: list[RenderableType] = [
         table(f"{plan.data.plays:,} plays on cluster {plan.cluster}", headers, rows, left=["node"]),
-        figures("Storage", storage_sizes),
+        values_view("Storage", storage_sizes),
     ]
     requests = {stage.stage: stage.requests for stage in plan.stages if stage.requests is not None}
-    views.append(figures("Requests to object storage", requests))
+    views.append(values_view("Requests to object storage", requests))
     object_stores = {stage.stage: size(stage.store) for stage in plan.stages if stage.store}
-    views.append(figures("Ray object store per node", object_stores))
+    views.append(values_view("Ray object store per node", object_stores))
     if plan.serving is not None:
-        views.append(figures("Server", _server_figures(plan.serving)))
+        views.append(values_view("Server", _server_figures(plan.serving)))
     for name, pairs in plan.skew.items():
         views.append(
             table(
@@ -191,10 +204,12 @@ def _server_figures(plan: Any) -> dict[str, Any]:
 
 
 def _register_bench(name: str, config_class: type[BenchConfig]) -> None:
-    def run(call: Call, config: BenchConfig, *, quick: QuickOption = False) -> Shown:
+    def run(call: Call, config: BenchConfig, *, quick: QuickOption = False) -> CommandOutput:
         return _run_bench(name, call, config, quick)
 
-    def run_and_save(call: Call, config: BenchConfig, *, quick: QuickOption = False, save: SaveOption = None) -> Shown:
+    def run_and_save(
+        call: Call, config: BenchConfig, *, quick: QuickOption = False, save: SaveOption = None
+    ) -> CommandOutput:
         return _run_bench(name, call, config, quick, save)
 
     body = run_and_save if name in WITH_RATES else run
@@ -206,13 +221,14 @@ for _name, _config in CONFIGS.items():
     _register_bench(_name, _config)
 
 
-def _run_bench(name: str, call: Call, config: BenchConfig, quick: bool, save: str | None = None) -> Shown:
+def _run_bench(name: str, call: Call, config: BenchConfig, quick: bool, save: str | None = None) -> CommandOutput:
     from rayrec.bench.suite import bench
 
     result = bench(name, call.workspace, config.with_quick_sizes() if quick else config, save=save)
     plain_values = {key: value for key, value in result.items() if key not in BENCH_TABLES.get(name, ())}
-    return Shown(
-        result, [figures(f"bench {name}", _flatten_values(plain_values)), *BENCH_VIEWS.get(name, lambda _: [])(result)]
+    return CommandOutput(
+        result,
+        [values_view(f"bench {name}", _flatten_values(plain_values)), *BENCH_VIEWS.get(name, lambda _: [])(result)],
     )
 
 

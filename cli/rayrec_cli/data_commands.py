@@ -20,7 +20,19 @@ from rayrec.importing.merging import PARTS_BEFORE_COMPACT
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.delimited import spelled_delimiter
 from rayrec.storage.artifacts import DatasetManifest
-from rayrec_cli.app import Call, ForceOption, Shown, app, command, error_data, figures, made_from, number, size, table
+from rayrec_cli.app import (
+    Call,
+    CommandOutput,
+    ForceOption,
+    app,
+    command,
+    error_data,
+    inputs_view,
+    number,
+    size,
+    table,
+    values_view,
+)
 
 FormatArgument = Annotated[str | None, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")]
 PathsArgument = Annotated[
@@ -38,7 +50,7 @@ AppendOption = Annotated[bool, typer.Option("--append", help="Add the plays to t
 
 
 @command(app, "generate", config=GenerateConfig, example="rayrec generate --users 2000 --songs 2000 --seed 1")
-def generate(call: Call, config: GenerateConfig, *, force: ForceOption = False) -> Shown:
+def generate(call: Call, config: GenerateConfig, *, force: ForceOption = False) -> CommandOutput:
     """Generate a synthetic data set."""
     from rayrec.jobs.generate import generate as job
 
@@ -58,7 +70,7 @@ def import_data(
     *,
     append: AppendOption = False,
     force: ForceOption = False,
-) -> Shown:
+) -> CommandOutput:
     """Import plays or playlists from files.
 
     With --append the plays are added to the existing ones; duplicates are merged.
@@ -77,10 +89,10 @@ def import_data(
         return too_many_rejected(error)
 
 
-def too_many_rejected(error: TooManyRejectedError) -> Shown:
+def too_many_rejected(error: TooManyRejectedError) -> CommandOutput:
     """Return the output of a refused import: its summary and the error."""
     summary = error.summary.to_mapping()
-    return Shown({**error_data(error), "import": summary}, _import_views(summary), error=error)
+    return CommandOutput({**error_data(error), "import": summary}, _import_views(summary), error=error)
 
 
 InspectFormat = Annotated[str, typer.Argument(metavar="FORMAT", help=f"One of {', '.join(FORMATS)}.")]
@@ -94,7 +106,7 @@ InspectZone = Annotated[str, typer.Option("--timezone", metavar="NAME", help=ZON
 @command(app, "inspect", example="rayrec inspect csv plays.csv")
 def inspect(
     call: Call, *, format_name: InspectFormat, paths: InspectPaths, timezone_name: InspectZone = "UTC"
-) -> Shown:
+) -> CommandOutput:
     """Look at the first rows of files before they are imported.
 
     Shows the detected column roles, the time format, the rows that would be rejected and why, and the import command.
@@ -109,7 +121,7 @@ def inspect(
         values["delimiter"] = spelled_delimiter(inspection.delimiter)
     if inspection.time:
         values["times"] = inspection.time
-    views: list[RenderableType] = [figures(f"{inspection.format}, {inspection.kind}", values)]
+    views: list[RenderableType] = [values_view(f"{inspection.format}, {inspection.kind}", values)]
     if inspection.columns:
         # Columns with a role come first, because exports may have a hundred other columns.
         shown_columns = sorted(inspection.columns, key=lambda column: not column.role)[:MOST_COLUMNS]
@@ -123,7 +135,9 @@ def inspect(
     if inspection.rejected:
         views.append(table("Rows that would be rejected", ["reason", "rows"], list(inspection.rejected.items())))
         views.append("\n".join(f"{reason}: {example}" for reason, example in inspection.examples.items()))
-    return Shown(inspection.to_mapping(), [*views, *inspection.doubts.values(), *inspection.notes, inspection.command])
+    return CommandOutput(
+        inspection.to_mapping(), [*views, *inspection.doubts.values(), *inspection.notes, inspection.command]
+    )
 
 
 UserOption = Annotated[
@@ -142,7 +156,7 @@ CompactOption = Annotated[bool, typer.Option("--compact", help="Run rayrec compa
 
 
 @command(app, "compact", example="rayrec compact")
-def compact_parts(call: Call, *, store: StoreOption = None) -> Shown:
+def compact_parts(call: Call, *, store: StoreOption = None) -> CommandOutput:
     """Join the parts of the data set and erase deleted users.
 
     Parts are added by import --append. Other plays and all artifacts stay valid. Reads need fewer requests afterwards.
@@ -151,10 +165,10 @@ def compact_parts(call: Call, *, store: StoreOption = None) -> Shown:
     append-only file and snapshot.
     """
     from rayrec.jobs.compact import compact as job
-    from rayrec.jobs.forget import open_own_store
+    from rayrec.jobs.forget import open_user_store
 
     compaction = job(call.workspace)
-    opened_store = open_own_store(call.workspace, store, compaction.dataset.lineage or compaction.dataset.id)
+    opened_store = open_user_store(call.workspace, store, compaction.dataset.lineage or compaction.dataset.id)
     if opened_store is not None:
         try:
             opened_store.rewrite()
@@ -168,7 +182,7 @@ def compact_parts(call: Call, *, store: StoreOption = None) -> Shown:
     ]
     if compaction.erased.users:
         views.append(f"{compaction.erased.users:,} deleted users were erased from {compaction.erased.files:,} files.")
-    return Shown({**data, "parts": compaction.dataset.parts, "erased": asdict(compaction.erased)}, views)
+    return CommandOutput({**data, "parts": compaction.dataset.parts, "erased": asdict(compaction.erased)}, views)
 
 
 @command(app, "forget", example="rayrec forget --user ann --store redis://127.0.0.1:6379/0")
@@ -179,7 +193,7 @@ def forget(
     users: UsersOption = None,
     store: StoreOption = None,
     compact: CompactOption = False,
-) -> Shown:
+) -> CommandOutput:
     """Delete users; unknown IDs are accepted.
 
     From now on they get recommendations like unknown users. Their plays from before this moment are rejected; later
@@ -194,9 +208,9 @@ def forget(
     count = forget_users(call.workspace, ids, store=store)
     deletion_text = f"{count:,} users deleted."
     if not compact:
-        return Shown({"users": count}, [deletion_text, "`rayrec compact` erases their rows from all files."])
+        return CommandOutput({"users": count}, [deletion_text, "`rayrec compact` erases their rows from all files."])
     compaction = compact_parts(call, store=store)
-    return Shown({"users": count, "compact": compaction.data}, [deletion_text, *compaction.views])
+    return CommandOutput({"users": count, "compact": compaction.data}, [deletion_text, *compaction.views])
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -210,7 +224,7 @@ def _read_lines(path: Path) -> list[str]:
 @command(
     app, "describe", config=DescribeConfig, example="rayrec describe songs.csv --columns song=id,released=release_date"
 )
-def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument = None) -> Shown:
+def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument = None) -> CommandOutput:
     """Import song metadata, such as artists and release dates.
 
     Reads titles, artists, albums, release dates, markets and content vectors. Replaces existing metadata; with
@@ -218,15 +232,15 @@ def describe_songs(call: Call, config: DescribeConfig, *, path: TableArgument = 
     `rayrec songs add` estimates embeddings of new songs from artist, album and content.
     """
     counts = asdict(describe(call.workspace, config, path))
-    views = [figures("Song metadata", counts), made_from(counts["inputs"])]
+    views = [values_view("Song metadata", counts), inputs_view(counts["inputs"])]
     for name, title in (("rejected", "Rejected rows"), ("invalid", "Invalid values, left empty")):
         if counts[name]:
             views.append(table(title, ["reason", name], list(counts[name].items())))
-    return Shown(counts, [*views, *(f"Warning: {warning}" for warning in counts["warnings"])])
+    return CommandOutput(counts, [*views, *(f"Warning: {warning}" for warning in counts["warnings"])])
 
 
 @command(app, "split", config=SplitConfig, example="rayrec split --test-days 30")
-def split(call: Call, config: SplitConfig) -> Shown:
+def split(call: Call, config: SplitConfig) -> CommandOutput:
     """Split the data set into training, validation and test range.
 
     Splits by time, or with --last-fraction within each user's plays. Shares of users and of songs can be held out
@@ -239,10 +253,12 @@ def split(call: Call, config: SplitConfig) -> Shown:
         values["songs held out"] = f"{new_split.held_out_songs:.1%}"
     protocol_notes = [f"This protocol is {WEAKER}."] if new_split.protocol == "last-fraction" else []
     inputs = {"dataset": new_split.dataset}
-    return Shown({**asdict(new_split), "inputs": inputs}, [figures("", values), made_from(inputs), *protocol_notes])
+    return CommandOutput(
+        {**asdict(new_split), "inputs": inputs}, [values_view("", values), inputs_view(inputs), *protocol_notes]
+    )
 
 
-def _dataset_output(manifest: DatasetManifest) -> Shown:
+def _dataset_output(manifest: DatasetManifest) -> CommandOutput:
     rejected = sum(manifest.rejected.values())
     values: dict[str, Any] = {
         "id": manifest.id,
@@ -268,7 +284,7 @@ def _dataset_output(manifest: DatasetManifest) -> Shown:
         shown_values = {**values, "times": "none, only the order of plays is known"}
     times = {"first_play": manifest.first_play, "last_play": manifest.last_play}
     data = {**values, **times, "times": manifest.times, "reasons": manifest.rejected, "import": manifest.last_import}
-    views = [figures("Data set", shown_values), *_import_views(manifest.last_import)]
+    views = [values_view("Data set", shown_values), *_import_views(manifest.last_import)]
     left_out_rows = {reason: rows for reason, rows in manifest.rejected.items() if "fewer than" in reason}
     if left_out_rows:
         views.append(table("Rows left out", ["reason", "rows"], list(left_out_rows.items())))
@@ -279,7 +295,7 @@ def _dataset_output(manifest: DatasetManifest) -> Shown:
             f"Warning: the first play is of {_format_moment(manifest.first_play)}, possibly from a wrong clock. Such a "
             "play lengthens the time range that `rayrec split` divides."
         )
-    return Shown(data, views)
+    return CommandOutput(data, views)
 
 
 def _import_views(summary: Mapping[str, Any]) -> list[RenderableType]:
@@ -290,7 +306,7 @@ def _import_views(summary: Mapping[str, Any]) -> list[RenderableType]:
     if summary["rows_per_file"] and summary["files"] > 1:
         least, median, most = (number(count) for count in summary["rows_per_file"])
         values["rows per file (least, median, most)"] = f"{least}, {median}, {most}"
-    views: list[RenderableType] = [figures("Files", values)]
+    views: list[RenderableType] = [values_view("Files", values)]
     if summary["outliers"]:
         views.append(table("Files that differ from the others", ["file", "rows"], list(summary["outliers"].items())))
     if summary["damaged"]:
@@ -313,7 +329,7 @@ def _split_validity(split: Split | None, dataset: Dataset) -> tuple[str, bool]:
     return f"split {split.id} is not valid for the new plays; run `rayrec split --last-fraction N` again", False
 
 
-def _append_output(appended: Any, split_validity: tuple[str, bool]) -> Shown:
+def _append_output(appended: Any, split_validity: tuple[str, bool]) -> CommandOutput:
     new_counts = {"plays": appended.plays, "users": appended.users, "songs": appended.songs}
     like_counts = {"likes": appended.likes} if appended.dataset.has_likes else {}
     outcome_counts = {
@@ -323,7 +339,7 @@ def _append_output(appended: Any, split_validity: tuple[str, bool]) -> Shown:
         "rejected": sum(appended.rejected.values()),
     }
     views: list[Any] = [
-        figures("Appended", {f"new {name}": count for name, count in new_counts.items()} | outcome_counts)
+        values_view("Appended", {f"new {name}": count for name, count in new_counts.items()} | outcome_counts)
     ]
     if not (appended.plays or appended.likes):
         views.append("No new plays: the data set is unchanged.")
@@ -339,7 +355,7 @@ def _append_output(appended: Any, split_validity: tuple[str, bool]) -> Shown:
         "appended": {**new_counts, **outcome_counts, "reasons": appended.rejected},
         "import": appended.last_import,
     }
-    return Shown(data, [*views, *_import_views(appended.last_import), dataset_output.views[0]])
+    return CommandOutput(data, [*views, *_import_views(appended.last_import), dataset_output.views[0]])
 
 
 def _format_cut(value: int | float | str) -> str:

@@ -14,7 +14,7 @@ from rich.tree import Tree
 from rayrec.data.dataset import Dataset
 from rayrec.data.lineage import KINDS, CleanConfig, delete_garbage, find_garbage
 from rayrec.data.lineage import status as look
-from rayrec.data.split import left_out
+from rayrec.data.split import describe_unseen_plays
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.experiment_report import ExperimentReportConfig, report_experiment
 from rayrec.serving.serve_config import ServeConfig, SwitchConfig
@@ -24,20 +24,20 @@ from rayrec.storage.locking import lock_holder, unlock
 from rayrec.storage.releases import PART_KINDS
 from rayrec_cli.app import (
     Call,
+    CommandOutput,
     ForceOption,
-    Shown,
     age,
     app,
     command,
     day,
     experiment_app,
-    figures,
     note,
     number,
     release_app,
     size,
     states_app,
     table,
+    values_view,
 )
 
 UnlockOption = Annotated[bool, typer.Option("--yes", help="Delete the lock; without it only show it.")]
@@ -45,8 +45,8 @@ UnlockOption = Annotated[bool, typer.Option("--yes", help="Delete the lock; with
 # Main metrics of all kinds of artifacts, in the order of their importance.
 HEADLINES = ("validation_recall@20", "recall@20", "coverage", "mean_cosine", "kind", "recall", "users")
 # Roles of inputs below which the tree shows an artifact: the first one that is in the tree.
-PARENTS = ("models", "songs", "split", "dataset")
-NAMED = ("dataset", "split", "from", "retrieval")  # inputs that a line names if the lines above it have others
+PARENT_ROLES = ("models", "songs", "split", "dataset")
+NAMED_ROLES = ("dataset", "split", "from", "retrieval")  # inputs that a line names if the lines above it have others
 
 PARTS = ("dataset", "split", *PART_KINDS)
 
@@ -69,14 +69,14 @@ ReleaseOption = Annotated[str | None, typer.Option("--release", metavar="ID", he
 
 
 @command(app, "status", example="rayrec status")
-def status(call: Call) -> Shown:
+def status(call: Call) -> CommandOutput:
     """Show the data set and artifacts of the workspace as a tree.
 
     Each artifact is below an input that it was made from. The artifacts that later commands start from are marked as
     current; the release that the server uses is marked as live.
     """
     data = look(call.existing_workspace)
-    return Shown(data, [lineage_tree(data)])
+    return CommandOutput(data, [lineage_tree(data)])
 
 
 def lineage_tree(data: dict[str, Any]) -> RenderableType:
@@ -120,16 +120,16 @@ class _LineageTree:
             self.branches["dataset", dataset_id] = branch
 
     def _add(self, kind: str, artifact: dict[str, Any], facts: list[str]) -> None:
-        """Add an artifact below the first of its inputs in PARENTS that is in the tree."""
+        """Add an artifact below the first of its inputs in PARENT_ROLES that is in the tree."""
         inputs = dict(artifact["inputs"])
         if self.dataset is not None and inputs.get("dataset") == self.dataset["plays_id"]:
             inputs["dataset"] = self.dataset["id"]
-        parents = (self.branches.get((role, inputs.get(role, ""))) for role in PARENTS)
+        parents = (self.branches.get((role, inputs.get(role, ""))) for role in PARENT_ROLES)
         parent = next(filter(None, parents), _Branch(self.root, {}))
         made_from = {**parent.made_from, "split" if kind == "split" else kind: artifact["id"]}
         input_texts = [
             self._input_text(role, inputs[role])
-            for role in NAMED
+            for role in NAMED_ROLES
             if inputs.get(role, made_from.get(role)) != made_from.get(role)
         ]
         if kind in FITTED and "split" in made_from and "split" not in inputs:
@@ -154,7 +154,7 @@ class _LineageTree:
 
 
 @command(app, "verify", example="rayrec verify")
-def verify_workspace(call: Call) -> Shown:
+def verify_workspace(call: Call) -> CommandOutput:
     """Verify the integrity of the workspace.
 
     Compares every file with its checksum and checks its content: each user once, vectors finite and normalized,
@@ -169,7 +169,7 @@ def verify_workspace(call: Call) -> Shown:
         if findings:
             views.append("\n".join([f"{title}:", *(f"  {finding.path} {finding.text}" for finding in findings)]))
     views.append("No problems found." if audit.is_sound else f"{len(audit.problems)} problems found.")
-    return Shown(audit.to_mapping(), views, exit_code=0 if audit.is_sound else 1)
+    return CommandOutput(audit.to_mapping(), views, exit_code=0 if audit.is_sound else 1)
 
 
 def _headline(values: dict[str, Any]) -> str:
@@ -179,7 +179,7 @@ def _headline(values: dict[str, Any]) -> str:
 
 
 @command(app, "unlock", example="rayrec --workspace s3://bucket/prefix unlock --yes")
-def unlock_workspace(call: Call, *, yes: UnlockOption = False) -> Shown:
+def unlock_workspace(call: Call, *, yes: UnlockOption = False) -> CommandOutput:
     """Show the lock of a workspace, and delete it with --yes.
 
     A killed run leaves its lock on object storage. Make sure that the run has ended: two runs at once damage what they
@@ -187,17 +187,17 @@ def unlock_workspace(call: Call, *, yes: UnlockOption = False) -> Shown:
     """
     holder = lock_holder(call.existing_workspace)
     if holder is None:
-        return Shown({"holder": None, "deleted": False}, ["The workspace is not locked."])
+        return CommandOutput({"holder": None, "deleted": False}, ["The workspace is not locked."])
     if yes:
         unlock(call.workspace)
         text = f"Deleted the lock of {holder}."
     else:
         text = f"The workspace is locked by {holder}. If that run has ended, run the command again with --yes."
-    return Shown({"holder": asdict(holder), "deleted": yes}, [text])
+    return CommandOutput({"holder": asdict(holder), "deleted": yes}, [text])
 
 
 @command(app, "clean", config=CleanConfig, example="rayrec clean --keep 3 --yes")
-def clean_workspace(call: Call, config: CleanConfig, *, yes: YesOption = False) -> Shown:
+def clean_workspace(call: Call, config: CleanConfig, *, yes: YesOption = False) -> CommandOutput:
     """Show files that no release needs, and with --yes delete them.
 
     These are old releases with their taste vectors, models, indexes and song embeddings, parts of the data set that
@@ -213,10 +213,10 @@ def clean_workspace(call: Call, config: CleanConfig, *, yes: YesOption = False) 
         "items": [{"path": item.path, "bytes": item.bytes, "reason": item.reason} for item in garbage],
     }
     if not garbage:
-        return Shown(data, ["Nothing to delete."])
+        return CommandOutput(data, ["Nothing to delete."])
     rows = [[item.path, size(item.bytes), item.reason] for item in garbage]
     summary = f"Deleted {size(total)}." if yes else f"{size(total)} can be deleted: run the same command with --yes."
-    return Shown(data, [table("", ["path", "size", "reason"], rows, left=["path", "reason"]), summary])
+    return CommandOutput(data, [table("", ["path", "size", "reason"], rows, left=["path", "reason"]), summary])
 
 
 @command(release_app, "create", example="rayrec release create")
@@ -227,7 +227,7 @@ def create(
     tastes: TastesOption = None,
     index: IndexOption = None,
     activate: ActivateOption = True,
-) -> Shown:
+) -> CommandOutput:
     """Bundle artifacts into a release and make it live.
 
     A release names one data set, song embeddings, model, added songs, retrieval, rankers, taste vectors and index, with
@@ -242,7 +242,7 @@ def create(
     for kind in ("songs", "models", "retrieval"):
         if kind in new_release.inputs:
             part = load_manifest(call.workspace, kind, new_release.inputs[kind])
-            parts_without.setdefault(left_out(call.workspace, part), []).append(f"{noun(kind)} {part.id}")
+            parts_without.setdefault(describe_unseen_plays(call.workspace, part), []).append(f"{noun(kind)} {part.id}")
     for missing_plays, parts in parts_without.items():
         if missing_plays:
             part_names = ", ".join(parts)
@@ -253,11 +253,11 @@ def create(
     if tastes_dataset_id != Dataset(call.workspace).manifest.plays_id:
         warnings.append("the taste vectors lack new plays; run `rayrec taste` and `rayrec release create`")
     data = {**output.data, **({"warnings": warnings} if warnings else {})}
-    return Shown(data, [*output.views, *(f"Warning: {warning}." for warning in warnings)])
+    return CommandOutput(data, [*output.views, *(f"Warning: {warning}." for warning in warnings)])
 
 
 @command(release_app, "list", example="rayrec release list")
-def list_releases(call: Call) -> Shown:
+def list_releases(call: Call) -> CommandOutput:
     """List all releases, oldest first."""
     active = releases.active_release(call.existing_workspace)
     live_id = None if active is None else active.id
@@ -271,11 +271,11 @@ def list_releases(call: Call) -> Shown:
         for release in all_releases
     ]
     view = table("Releases", ["", "id", "model", "created (UTC)"], rows, left=["id", "model", "created (UTC)"])
-    return Shown({"releases": data, "active": live_id}, [view if all_releases else "No releases."])
+    return CommandOutput({"releases": data, "active": live_id}, [view if all_releases else "No releases."])
 
 
 @command(release_app, "activate", config=SwitchConfig, example="rayrec release activate 3f2a9c51d07b --wait")
-def activate(call: Call, config: SwitchConfig, *, release: ReleaseArgument) -> Shown:
+def activate(call: Call, config: SwitchConfig, *, release: ReleaseArgument) -> CommandOutput:
     """Make a release live.
 
     A running server switches without downtime: each replica loads the release in addition to the old one.
@@ -284,12 +284,12 @@ def activate(call: Call, config: SwitchConfig, *, release: ReleaseArgument) -> S
 
 
 @command(release_app, "rollback", config=SwitchConfig, example="rayrec release rollback --wait")
-def rollback(call: Call, config: SwitchConfig) -> Shown:
+def rollback(call: Call, config: SwitchConfig) -> CommandOutput:
     """Make the previously live release live again."""
     return _switch_release(call, lambda: releases.rollback(call.workspace), config)
 
 
-def _switch_release(call: Call, change: Callable[[], Manifest], config: SwitchConfig) -> Shown:
+def _switch_release(call: Call, change: Callable[[], Manifest], config: SwitchConfig) -> CommandOutput:
     if not (config.wait or config.url):
         return _release_output(call, change())
     from rayrec.serving.live_release import SwitchWait, switch
@@ -300,17 +300,17 @@ def _switch_release(call: Call, change: Callable[[], Manifest], config: SwitchCo
 
 
 @command(release_app, "verify", example="rayrec release verify 3f2a9c51d07b")
-def verify_release(call: Call, *, release: ReleaseArgument) -> Shown:
+def verify_release(call: Call, *, release: ReleaseArgument) -> CommandOutput:
     """Verify the checksums of a release."""
     manifest = load_manifest(call.workspace, "releases", release)
     releases.verify_release(call.workspace, manifest)
-    return Shown({"id": manifest.id, "verified": True}, [f"Release {manifest.id}: all checksums match."])
+    return CommandOutput({"id": manifest.id, "verified": True}, [f"Release {manifest.id}: all checksums match."])
 
 
 @command(states_app, "load", example="rayrec states load --store redis://127.0.0.1:6379/0")
 def load_user_states(
     call: Call, *, store: StoreOption = None, release: ReleaseOption = None, force: ForceOption = False
-) -> Shown:
+) -> CommandOutput:
     """Load all users' states from a release into a store.
 
     The release need not be live. Newer plays in the store are kept. When run again, completed buckets are skipped.
@@ -338,11 +338,11 @@ def load_user_states(
         "users": load_counts.users,
         "users_per_second": rate,
     }
-    return Shown(counts, [figures("User states", counts)])
+    return CommandOutput(counts, [values_view("User states", counts)])
 
 
 @command(app, "serve", config=ServeConfig, example="rayrec serve --port 8000")
-def serve(call: Call, config: ServeConfig) -> Shown:
+def serve(call: Call, config: ServeConfig) -> CommandOutput:
     """Serve recommendations over HTTP.
 
     Runs on this machine until Ctrl-C and follows the live release; `rayrec release activate` switches it while
@@ -369,7 +369,7 @@ def serve(call: Call, config: ServeConfig) -> Shown:
             note("Stopping")
     except KeyboardInterrupt:  # during the start
         note("Stopping")
-    return Shown(data, ["Stopped."])
+    return CommandOutput(data, ["Stopped."])
 
 
 def _interrupt(*_: object) -> None:
@@ -402,16 +402,16 @@ def _load_missing_states(call: Call, store: str | None) -> Manifest:
     return release
 
 
-def _release_output(call: Call, release: Manifest) -> Shown:
+def _release_output(call: Call, release: Manifest) -> CommandOutput:
     active = releases.active_release(call.workspace)
     is_live = active is not None and active.id == release.id
     parts = {name: release.inputs[name] for name in PARTS if name in release.inputs}
     title = f"Release {release.id}" + (" (live)" if is_live else "")
-    return Shown({"id": release.id, "active": is_live, **parts}, [figures(title, parts)])
+    return CommandOutput({"id": release.id, "active": is_live, **parts}, [values_view(title, parts)])
 
 
 @command(experiment_app, "report", config=ExperimentReportConfig, example="rayrec experiment report --days 7")
-def report(call: Call, config: ExperimentReportConfig) -> Shown:
+def report(call: Call, config: ExperimentReportConfig) -> CommandOutput:
     """Compare the arms of an experiment by the plays after answers.
 
     Of the songs played after an answer, recall is the share that the answer recommended, with 95 % intervals by
@@ -424,7 +424,7 @@ def report(call: Call, config: ExperimentReportConfig) -> Shown:
     ]
     title = f"Experiment {comparison.experiment}, {day(comparison.first_answer)} to {day(comparison.last_answer)}"
     headers = ["arm", "users", "answers", "played", "recall", "95 %", "skips", "likes"]
-    return Shown(comparison.to_mapping(), [table(title, headers, rows), comparison.verdict])
+    return CommandOutput(comparison.to_mapping(), [table(title, headers, rows), comparison.verdict])
 
 
 def _interval(low: float | None, high: float | None) -> str:

@@ -8,7 +8,7 @@ import typer
 from rich.console import RenderableType
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.moments import iso_moment, now_ms, parse_moment
+from rayrec.data.moments import format_iso, now_ms, parse_timestamp
 from rayrec.data.split import Split, choose_split, holds_for, load_split
 from rayrec.errors import InputError
 from rayrec.evaluation.evaluator import PrefixFile
@@ -18,7 +18,7 @@ from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recomm
 from rayrec.storage.artifacts import latest, load_manifest
 from rayrec.storage.releases import ANSWERING_KINDS, KIND, default_parts, parts_of
 from rayrec.storage.workspace import Workspace
-from rayrec_cli.app import Call, ForceOption, Shown, app, command, figures, made_from, note, number, table
+from rayrec_cli.app import Call, CommandOutput, ForceOption, app, command, inputs_view, note, number, table, values_view
 
 SHOWN_IDS = 5  # of the songs that are not in the catalog
 TEXT_WIDTH = 80  # columns
@@ -95,14 +95,14 @@ def recommend(
     at: AtOption = None,
     model: ModelOption = None,
     force: ForceOption = False,
-) -> Shown:
+) -> CommandOutput:
     """Recommend songs to a user, after given songs, or to all users.
 
     Songs given by --songs count as played three minutes apart, the last one at --at. Songs that are not in the catalog
     are left out. If no play is known, for example of an unknown user, popular songs are recommended. With --all the
     songs for every user are written as Parquet, one row per user; a killed run continues with the missing buckets.
     """
-    at_ms = None if at is None else parse_moment(at)
+    at_ms = None if at is None else parse_timestamp(at)
     if everybody:
         _refuse_filters(config, {"user": user, "songs": songs, "artists": artists, "exclude": exclude, "allow": allow})
     dataset = Dataset(call.workspace)
@@ -134,7 +134,9 @@ def recommend(
     if result.source == "popular":
         note(f"No play of {subject} is known; popular songs are recommended")
     inputs = {"dataset": dataset.manifest.id, **_answering_parts(parts)}
-    return Shown({**result.to_mapping(), "inputs": inputs}, [*answer_view(result, subject), made_from(inputs)])
+    return CommandOutput(
+        {**result.to_mapping(), "inputs": inputs}, [*answer_view(result, subject), inputs_view(inputs)]
+    )
 
 
 def _answering_parts(parts: dict[str, str]) -> dict[str, str]:
@@ -153,7 +155,9 @@ def _refuse_filters(config: RecommendConfig, options: dict[str, Any]) -> None:
         raise InputError(f"--all recommends to all users from all songs; leave out {flags}")
 
 
-def _recommend_all(call: Call, config: RecommendConfig, parts: dict[str, str], at: int | None, force: bool) -> Shown:
+def _recommend_all(
+    call: Call, config: RecommendConfig, parts: dict[str, str], at: int | None, force: bool
+) -> CommandOutput:
     """Write the recommended songs for every user."""
     from rayrec.jobs.recommend_all import recommend_all as job
 
@@ -162,12 +166,14 @@ def _recommend_all(call: Call, config: RecommendConfig, parts: dict[str, str], a
     data = {
         "id": manifest.id,
         "folder": folder,
-        "at": iso_moment(manifest.config["at"]),
+        "at": format_iso(manifest.config["at"]),
         "k": manifest.config["k"],
         **manifest.metrics,
     }
     inputs = {**manifest.inputs, **_answering_parts(parts)}
-    return Shown({**data, "inputs": inputs}, [figures("Recommendations for all users", data), made_from(inputs)])
+    return CommandOutput(
+        {**data, "inputs": inputs}, [values_view("Recommendations for all users", data), inputs_view(inputs)]
+    )
 
 
 def answer_view(recommended: Answer, who: str) -> list[RenderableType]:
@@ -202,13 +208,13 @@ def evaluate(
     item_separator: ItemSeparatorOption = " ",
     target_separator: TargetSeparatorOption = "\\t",
     force: ForceOption = False,
-) -> Shown:
+) -> CommandOutput:
     """Compare two-step, the network and baselines on the test range.
 
     Predicts every play of the test range after a user's first, over the full catalog. With --prefixes it predicts the
     targets in a file instead; each line has song IDs, a tab and the ID of the next song.
     """
-    from rayrec.evaluation.report import read_figures
+    from rayrec.evaluation.report import read_results
     from rayrec.jobs.evaluate import evaluate as job
 
     parts = _parts_to_evaluate(call, model)
@@ -221,19 +227,19 @@ def evaluate(
     if selected_split is not None and not selected_split.has_test:  # a model for production: try the current split
         selected_split = choose_split(call.workspace)
     report = job(call.workspace, config, split=selected_split, model_id=parts.get("models"), repeat=force)
-    data = {"id": report.id, **read_figures(call.workspace, report)}
+    data = {"id": report.id, **read_results(call.workspace, report)}
     warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []
     report_line = f"Report: {call.workspace.full(report.path('report.html'))}"
     ablation = [results_table(data, config, ablation=True)] if config.ablation else []
     views = [
         results_table(data, config),
         *ablation,
-        *about_scores(data),
+        *score_notes(data),
         *warnings,
-        made_from(report.inputs),
+        inputs_view(report.inputs),
         report_line,
     ]
-    return Shown({**data, "inputs": report.inputs}, views)
+    return CommandOutput({**data, "inputs": report.inputs}, views)
 
 
 def _split_for_evaluation(workspace: Workspace, parts: Mapping[str, str]) -> Split | None:
@@ -249,20 +255,20 @@ def _evaluate_prefixes(
     split: str | None,
     parts: Mapping[str, str],
     force: bool,
-) -> Shown:
+) -> CommandOutput:
     """Evaluate on the pairs of a file; the models may have been trained on all plays."""
-    from rayrec.evaluation.report import read_figures
+    from rayrec.evaluation.report import read_results
     from rayrec.jobs.evaluate import evaluate_prefixes as job
 
     model_split = _split_for_evaluation(call.workspace, parts) if "split" in parts else None
     selected_split = choose_split(call.workspace, split) if split else model_split
     report = job(call.workspace, config, prefix_file, split=selected_split, model_id=parts.get("models"), repeat=force)
-    data = {"id": report.id, **read_figures(call.workspace, report)}
+    data = {"id": report.id, **read_results(call.workspace, report)}
     counts = {name: data[name] for name in ("pairs", "unknown_targets", "unknown_items")}
     report_line = f"Report: {call.workspace.full(report.path('report.html'))}"
-    pairs = figures("Pairs of prefix and target", counts)
-    views = [results_table(data, config), *about_scores(data), pairs, made_from(report.inputs), report_line]
-    return Shown({**data, "inputs": report.inputs}, views)
+    pairs = values_view("Pairs of prefix and target", counts)
+    views = [results_table(data, config), *score_notes(data), pairs, inputs_view(report.inputs), report_line]
+    return CommandOutput({**data, "inputs": report.inputs}, views)
 
 
 # Target, metric and title of each column; models are sorted by the first column.
@@ -316,7 +322,7 @@ def results_table(
     return table(title, ["model", titles[0], *interval_titles, *titles[1:]], rows)
 
 
-def about_scores(data: dict[str, Any]) -> list[str]:
+def score_notes(data: dict[str, Any]) -> list[str]:
     """Return texts on the default model's calibration error and on the settings of baselines, in 80 columns."""
     from rayrec.evaluation.report import settings_text
 

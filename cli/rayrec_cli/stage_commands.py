@@ -7,7 +7,7 @@ import typer
 from rich.console import RenderableType
 
 from rayrec.config import read_toml
-from rayrec.data.split import choose_split, trained_on
+from rayrec.data.split import choose_split, describe_training_plays
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.importing.import_plan import TooManyRejectedError
@@ -20,16 +20,16 @@ from rayrec.storage.artifacts import FITTED, Manifest, noun
 from rayrec_cli.app import (
     DEFAULT_WORKSPACE,
     Call,
+    CommandOutput,
     ForceOption,
-    Shown,
     app,
     command,
     day,
-    figures,
-    made_from,
+    inputs_view,
     note,
     songs_app,
     table,
+    values_view,
 )
 from rayrec_cli.data_commands import too_many_rejected
 from rayrec_cli.recommend_commands import answer_view, results_table
@@ -79,7 +79,7 @@ def embed(
     split: SplitOption = None,
     no_split: NoSplitOption = False,
     force: ForceOption = False,
-) -> Shown:
+) -> CommandOutput:
     """Train or import song embeddings.
 
     Trains word2vec on playlists or sessions, or reads vectors from a file.
@@ -102,7 +102,7 @@ def train(
     resume: ResumeOption = False,
     restart: RestartOption = False,
     force: ForceOption = False,
-) -> Shown:
+) -> CommandOutput:
     """Train the taste network."""
     from rayrec.jobs.train import Unfinished
     from rayrec.jobs.train import train as job
@@ -125,7 +125,7 @@ def retrieval(
     split: SplitOption = None,
     no_split: NoSplitOption = False,
     force: ForceOption = False,
-) -> Shown:
+) -> CommandOutput:
     """Fit the retrievers: sessions, sequential rules, play counts."""
     from rayrec.jobs.retrieval import fit_retrieval as job
 
@@ -143,7 +143,7 @@ def rank(
         str | None, typer.Option("--retrieval", metavar="ID", help="Fitted retrievers. [default: current]")
     ] = None,
     force: ForceOption = False,
-) -> Shown:
+) -> CommandOutput:
     """Train the rankers on the validation range."""
     from rayrec.jobs.rank import fit_rankers as job
 
@@ -153,7 +153,7 @@ def rank(
 
 
 @command(songs_app, "add", example="rayrec songs add")
-def add_songs(call: Call, *, model: ModelOption = None, force: ForceOption = False) -> Shown:
+def add_songs(call: Call, *, model: ModelOption = None, force: ForceOption = False) -> CommandOutput:
     """Estimate embeddings of new songs from artist, album and content.
 
     For songs without plays in training, including songs known only from `rayrec describe`. The network and the index
@@ -166,7 +166,7 @@ def add_songs(call: Call, *, model: ModelOption = None, force: ForceOption = Fal
 
 
 @command(app, "taste", config=TasteConfig, example="rayrec taste")
-def taste(call: Call, config: TasteConfig, *, model: ModelOption = None, force: ForceOption = False) -> Shown:
+def taste(call: Call, config: TasteConfig, *, model: ModelOption = None, force: ForceOption = False) -> CommandOutput:
     """Compute the taste vectors of all users."""
     from rayrec.jobs.taste import compute_tastes as job
 
@@ -174,7 +174,7 @@ def taste(call: Call, config: TasteConfig, *, model: ModelOption = None, force: 
 
 
 @command(app, "index", config=IndexConfig, example="rayrec index")
-def index(call: Call, config: IndexConfig, *, model: ModelOption = None, force: ForceOption = False) -> Shown:
+def index(call: Call, config: IndexConfig, *, model: ModelOption = None, force: ForceOption = False) -> CommandOutput:
     """Build the nearest-neighbor index."""
     from rayrec.jobs.build_index import build_index as job
 
@@ -184,22 +184,24 @@ def index(call: Call, config: IndexConfig, *, model: ModelOption = None, force: 
 @command(app, "tune", config=TuneConfig, example="rayrec tune space.toml --trials 20 --seed 1")
 def tune(
     call: Call, config: TuneConfig, *, file: SpaceArgument, split: SplitOption = None, force: ForceOption = False
-) -> Shown:
+) -> CommandOutput:
     """Search for the best settings of embeddings and network.
 
     Each combination is trained on plays before the validation range and evaluated on it. An interrupted search resumes.
     The best settings are printed as sections for `rayrec run`.
     """
     from rayrec.jobs.tune import tune as job
-    from rayrec.model.epochs import CHOSEN_BY
+    from rayrec.model.epochs import SELECTION_METRIC
 
     def report(row: dict[str, Any], trials: int) -> None:
-        outcome = "diverged" if row[CHOSEN_BY] is None else f"{CHOSEN_BY} {row[CHOSEN_BY]:.4f}"
+        outcome = "diverged" if row[SELECTION_METRIC] is None else f"{SELECTION_METRIC} {row[SELECTION_METRIC]:.4f}"
         note(f"trial {row['trial']} of {trials}: {outcome} ({row['seconds']:,.1f} s)")
 
     selected_split = choose_split(call.workspace, split)
     tuning = job(call.workspace, config, file, split=selected_split, repeat=force, on_trial=report)
-    ranked_trials = sorted(tuning.metrics["trials"], key=lambda row: 1.0 if row[CHOSEN_BY] is None else -row[CHOSEN_BY])
+    ranked_trials = sorted(
+        tuning.metrics["trials"], key=lambda row: 1.0 if row[SELECTION_METRIC] is None else -row[SELECTION_METRIC]
+    )
     columns = [name for name in ranked_trials[0] if name not in ("settings", "songs", "songs_made")]
     rows = [[(_format_setting if "." in name else _join_list)(row[name]) for name in columns] for row in ranked_trials]
     table_text = f"Table: {call.workspace.full(tuning.path('trials.csv'))}"
@@ -209,25 +211,27 @@ def tune(
         table_text,
         f"Best settings:\n\n{to_toml(tuning.metrics['best'])}",
     ]
-    return Shown({"id": tuning.id, "inputs": tuning.inputs, **tuning.metrics}, [*views, made_from(tuning.inputs)])
+    return CommandOutput(
+        {"id": tuning.id, "inputs": tuning.inputs, **tuning.metrics}, [*views, inputs_view(tuning.inputs)]
+    )
 
 
-def artifact_view(call: Call, manifest: Manifest, title: str) -> Shown:
+def artifact_view(call: Call, manifest: Manifest, title: str) -> CommandOutput:
     """Return views of an artifact: id, inputs, metrics, and the plays it was trained on; lists of records as tables."""
     metrics = dict(manifest.metrics)
     remarks = {kind: metrics.pop(kind, None) for kind in ("warning", "note")}
-    views: list[RenderableType] = [figures(title, {"id": manifest.id, **metrics}), made_from(manifest.inputs)]
+    views: list[RenderableType] = [values_view(title, {"id": manifest.id, **metrics}), inputs_view(manifest.inputs)]
     for name, value in metrics.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             views.append(_records_table(name, value))
     data = {"id": manifest.id, "inputs": manifest.inputs, **manifest.metrics}
     if manifest.kind in FITTED:
-        data["trained_on"] = trained_on(call.workspace, manifest)
+        data["trained_on"] = describe_training_plays(call.workspace, manifest)
         views.append(f"Trained on {data['trained_on']}.")
     if manifest.created_at < call.started:
         views.append(f"Reused the result of {day(manifest.created_at)} UTC; --force recomputes it.")
     views += [f"{kind.capitalize()}: {remark}" for kind, remark in remarks.items() if remark]
-    return Shown(data, views)
+    return CommandOutput(data, views)
 
 
 def _records_table(name: str, records: list[dict[str, Any]]) -> RenderableType:
@@ -259,7 +263,7 @@ def _format_setting(value: Any) -> Any:
 
 
 @command(app, "fit", config=FitConfig, arguments={"paths": PlaysArgument}, example="rayrec fit plays.csv")
-def fit(call: Call, config: FitConfig, *, settings: SettingsOption = None, force: ForceOption = False) -> Shown:
+def fit(call: Call, config: FitConfig, *, settings: SettingsOption = None, force: ForceOption = False) -> CommandOutput:
     """Import plays, train, evaluate and release in one command.
 
     Format and columns are guessed. The newest plays are used for validation; then all models are trained on all plays,
@@ -273,7 +277,7 @@ def fit(call: Call, config: FitConfig, *, settings: SettingsOption = None, force
     except TooManyRejectedError as error:
         return too_many_rejected(error)
     views = [stages_table(result.outcomes), *quality_views(result), *answer_view(result.answer, f"user {result.user}")]
-    return Shown(result.to_mapping(), [*views, _next_steps(call, result.user)])
+    return CommandOutput(result.to_mapping(), [*views, _next_steps(call, result.user)])
 
 
 def quality_views(result: Any) -> list[RenderableType]:
@@ -319,7 +323,7 @@ def _next_steps(call: Call, user: str) -> str:
     arguments={"paths": PlaysArgument},
     example="rayrec update plays/day=2026-01-20",
 )
-def update(call: Call, config: UpdateConfig) -> Shown:
+def update(call: Call, config: UpdateConfig) -> CommandOutput:
     """Add new plays and make a new release, for daily use.
 
     Appends the plays, updates retrieval and taste vectors, continues the training if many plays are new, and compares
@@ -336,7 +340,7 @@ def update(call: Call, config: UpdateConfig) -> Shown:
     new_counts = {"new plays": appended.plays, "new users": appended.users, "new songs": appended.songs}
     state_counts = {} if result.states is None else {"states loaded": result.states.users}
     views: list[RenderableType] = [
-        figures("Update", {**new_counts, "merged": appended.merged, "trained": result.trained, **state_counts})
+        values_view("Update", {**new_counts, "merged": appended.merged, "trained": result.trained, **state_counts})
     ]
     if result.outcomes:
         views.append(stages_table(result.outcomes))
@@ -344,11 +348,11 @@ def update(call: Call, config: UpdateConfig) -> Shown:
     views.append(f"Release {result.release} {state}: {result.reason}.")
     if not result.live:
         views.append(f"`rayrec release activate {result.release}` makes it live anyway.")
-    return Shown(result.to_mapping(), views, exit_code=0 if result.live else 1)
+    return CommandOutput(result.to_mapping(), views, exit_code=0 if result.live else 1)
 
 
 @command(app, "run", example="rayrec run pipeline.toml")
-def run(call: Call, *, file: FileArgument, force: ForceOption = False) -> Shown:
+def run(call: Call, *, file: FileArgument, force: ForceOption = False) -> CommandOutput:
     """Run the full pipeline from a TOML file.
 
     Stages whose inputs and settings are unchanged are skipped. Without a section [split] there is no test range: the
@@ -360,7 +364,7 @@ def run(call: Call, *, file: FileArgument, force: ForceOption = False) -> Shown:
         outcomes = job(call.workspace, file, force=force, on_stage=note_stage, on_note=note)
     except TooManyRejectedError as error:
         return too_many_rejected(error)
-    return Shown({"stages": [outcome.to_mapping() for outcome in outcomes]}, [stages_table(outcomes)])
+    return CommandOutput({"stages": [outcome.to_mapping() for outcome in outcomes]}, [stages_table(outcomes)])
 
 
 def note_stage(outcome: Any) -> None:
@@ -381,7 +385,7 @@ def stages_table(outcomes: list[Any]) -> RenderableType:
 
 
 @command(app, "demo", example="rayrec demo")
-def demo(call: Call, *, force: ForceOption = False) -> Shown:
+def demo(call: Call, *, force: ForceOption = False) -> CommandOutput:
     """Run the full pipeline on synthetic data.
 
     Runs every stage, compares two-step and the network with the baselines and recommends songs to one user. A second
@@ -397,7 +401,7 @@ def demo(call: Call, *, force: ForceOption = False) -> Shown:
         f"Report: {result.report}",
         _page_text(call),
     ]
-    return Shown(result.to_mapping(), views)
+    return CommandOutput(result.to_mapping(), views)
 
 
 def _page_text(call: Call) -> str:

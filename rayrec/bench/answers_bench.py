@@ -78,7 +78,7 @@ def bench_answers(bench_workspace: Workspace, config: AnswersBenchConfig) -> dic
     with progress("bench answers", 2 * len(config.songs)) as bar:
         for songs in config.songs:
             with ray_cluster():
-                dataset, release, build_seconds = answers_world(bench_workspace, config, songs)
+                dataset, release, build_seconds = build_answers_release(bench_workspace, config, songs)
             bar.advance(note=f"catalog of {songs:,} songs built")
             with PlainProcess(niceness()) as process:
                 metrics = process.run(measure_answers, dataset, release.inputs, config.queries)
@@ -220,7 +220,9 @@ def with_index(two_step: TwoStepRecommender, index: SongIndex) -> TwoStepRecomme
     return TwoStepRecommender(source, two_step.rankers)
 
 
-def answers_world(bench_workspace: Workspace, config: WorldConfig, songs: int) -> tuple[Dataset, Manifest, float]:
+def build_answers_release(
+    bench_workspace: Workspace, config: WorldConfig, songs: int
+) -> tuple[Dataset, Manifest, float]:
     """Return a data set with `songs` songs, its live release, and the seconds to build them, 0 if they existed.
 
     The release has all parts of the default recommender. Needs a running Ray cluster.

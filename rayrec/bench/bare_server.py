@@ -15,12 +15,12 @@ from rayrec.storage.workspace import Workspace
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-WAITING = 1_000  # requests that may wait: the server must answer the load, not refuse it
+MAX_WAITING = 1_000  # requests that may wait: the server must answer the load, not refuse it
 
 
 def main(uri: str, store: str) -> None:
     """Serve the workspace at `uri` with the user states at `store` until standard input is closed."""
-    _run_server(Workspace(uri), ServeConfig(port=0, store=store, max_waiting=WAITING))
+    _run_server(Workspace(uri), ServeConfig(port=0, store=store, max_waiting=MAX_WAITING))
 
 
 def _run_server(workspace: Workspace, config: ServeConfig) -> None:

@@ -44,7 +44,7 @@ from rayrec.model.train_config import (
     TrainConfig,
 )
 from rayrec.model.training import StepMaker, Training
-from rayrec.model.training_windows import ShardReader, plain_stream, window_lengths
+from rayrec.model.training_windows import ShardReader, stream_batches, window_lengths
 from rayrec.storage.artifacts import DatasetManifest, write_dataset_manifest
 from rayrec.storage.workspace import Workspace, histories_file
 
@@ -169,7 +169,7 @@ def measure_device(device: str, size: Size) -> dict[str, Any]:
         "name": torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "one CPU thread",
         "torch": torch.__version__,
         "checks": checks(device),
-        "copies_whole": copies_whole(device, size),
+        "copies_whole": check_copies(device, size),
         "limits": {
             "float32_flops": product_flops(torch_device, torch.float32, size.seconds),
             "bfloat16_flops": product_flops(torch_device, torch.bfloat16, size.seconds),
@@ -233,7 +233,7 @@ def checks(device: str) -> list[dict[str, Any]]:
     return comparisons
 
 
-def copies_whole(device: str, size: Size) -> bool:
+def check_copies(device: str, size: Size) -> bool:
     """Return True if steps that are copied ahead have the same values on the device as on the host.
 
     First the stream that reads the steps is busy, so that steps are freed before they are read: this finds memory that
@@ -287,7 +287,7 @@ def reading(size: Size) -> float:
         started, plays = time.perf_counter(), 0
         while time.perf_counter() - started < size.seconds:
             reader = ShardReader(dataset, FitRange(), config, lengths, Share())
-            for number, windows in enumerate(plain_stream(reader, 0)):
+            for number, windows in enumerate(stream_batches(reader, 0)):
                 plays += step_maker.make(windows, 0, number).plays
         return plays / (time.perf_counter() - started)
 

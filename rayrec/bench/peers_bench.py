@@ -39,7 +39,7 @@ from rayrec.model.network import TasteModel
 from rayrec.model.song_tables import Share
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.training import StepReport, Training
-from rayrec.model.training_windows import ShardReader, plain_stream, window_lengths
+from rayrec.model.training_windows import ShardReader, stream_batches, window_lengths
 from rayrec.storage import artifacts
 from rayrec.storage.workspace import Workspace
 
@@ -60,7 +60,7 @@ class Contestant(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochFigures:
+class EpochResult:
     """Speed of a network in an epoch, and recall@20 and MRR@20 after it."""
 
     model: str
@@ -102,7 +102,7 @@ class OurNetwork:
         reports: list[StepReport] = []
         started = time.perf_counter()
         reader = ShardReader(self._dataset, self._fit_range, self._config, self._window_lengths, Share())
-        self._training.epoch(plain_stream(reader, self._epochs_done), self._epochs_done, on_step=reports.append)
+        self._training.epoch(stream_batches(reader, self._epochs_done), self._epochs_done, on_step=reports.append)
         seconds = time.perf_counter() - started
         self._epochs_done += 1
         return sum(report.plays for report in reports), seconds
@@ -191,7 +191,7 @@ def songs_before(queries: Validation, max_length: int) -> dict[str, np.ndarray]:
     return {"songs": queries.histories.songs[positions].astype(np.int64), "offsets": offsets}
 
 
-def compare_epochs(contestants: dict[str, Contestant], queries: Validation, epochs: int) -> list[EpochFigures]:
+def compare_epochs(contestants: dict[str, Contestant], queries: Validation, epochs: int) -> list[EpochResult]:
     """Train each network for one epoch in turn, and measure it after each epoch. Every epoch reverses the order."""
     results = []
     for epoch in range(epochs):
@@ -202,7 +202,7 @@ def compare_epochs(contestants: dict[str, Contestant], queries: Validation, epoc
             served_recall, served_mrr, _ = rank_metrics(ranks.among_unheard[ranks.is_new])
             recall, mrr, _ = rank_metrics(ranks.among_all)
             results.append(
-                EpochFigures(
+                EpochResult(
                     model=name,
                     epoch=epoch + 1,
                     plays=plays,
@@ -217,7 +217,7 @@ def compare_epochs(contestants: dict[str, Contestant], queries: Validation, epoc
     return results
 
 
-def as_markdown(results: Sequence[EpochFigures]) -> str:
+def as_markdown(results: Sequence[EpochResult]) -> str:
     """Return a Markdown table with one row per network and epoch."""
     lines = [
         "| model | epoch | total seconds | plays/s | served recall@20 | MRR@20 | all recall@20 | MRR@20 |",

@@ -120,7 +120,7 @@ def costs(by_size: list[Stages]) -> dict[str, dict[str, Any]]:
     return by_stage
 
 
-def extrapolated(by_stage: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def extrapolate_hours(by_stage: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the hours of one CPU for a billion plays, extrapolated from the cost of the last further play."""
     hours = {
         stage: EXTRAPOLATED_PLAYS * cost["microseconds_per_further_play"][-1] / MICROSECONDS / 3600
@@ -203,7 +203,7 @@ def scale_figures(
             rate_names[stage]: measured.per_second * (config.embed_epochs if stage == "embed" else 1)
             for stage, measured in largest.stages.items()
         },
-        "extrapolated": extrapolated(stage_costs),
+        "extrapolated": extrapolate_hours(stage_costs),
     }
 
 

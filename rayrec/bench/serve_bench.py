@@ -28,8 +28,8 @@ import psutil
 import pyarrow.compute as pc
 
 from rayrec.bench import rounds
-from rayrec.bench.answers_bench import K, answers_world, measure_answers
-from rayrec.bench.bare_server import WAITING
+from rayrec.bench.answers_bench import K, build_answers_release, measure_answers
+from rayrec.bench.bare_server import MAX_WAITING
 from rayrec.bench.bench_config import ServeBenchConfig
 from rayrec.bench.rounds import BenchResult, Measured, PlainProcess, compare, niceness
 from rayrec.client import Client, Retry
@@ -183,7 +183,7 @@ def bench_serve(bench_workspace: Workspace, config: ServeBenchConfig) -> dict[st
 
 def _bench_catalog(bench_workspace: Workspace, songs: int, config: ServeBenchConfig) -> dict[str, Any]:
     with ray_cluster():
-        dataset, release, build_seconds = answers_world(bench_workspace, config, songs)
+        dataset, release, build_seconds = build_answers_release(bench_workspace, config, songs)
     with PlainProcess(niceness()) as process:
         cpu_ms = process.run(measure_answers, dataset, release.inputs, QUERIES)["cpu_ms"]
     workspace, traffic = dataset.workspace, Traffic.of(dataset)
@@ -312,7 +312,7 @@ def application(kind: str, workspace: Workspace, store: str, replicas: int = 1) 
     command = [sys.executable, "-m", "rayrec.bench.bare_server", workspace.uri, store]
     if kind == "serve":
         command = [sys.executable, "-m", "rayrec_cli.main", "--workspace", workspace.uri, "serve", "--port", "0"]
-        command += ["--store", store, "--replicas", str(replicas), "--max-waiting", str(WAITING)]
+        command += ["--store", store, "--replicas", str(replicas), "--max-waiting", str(MAX_WAITING)]
     environment = {**os.environ, **ENVIRONMENT}
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment

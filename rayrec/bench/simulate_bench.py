@@ -222,7 +222,13 @@ PLAYS_PER_BUCKET = 2_000_000  # in a large import: 64 MiB of text
 GIB = 1 << 30
 FITS = ("selection", "final")  # fits of a run that has a validation range
 FITTED = ("fit_vectors", "GroupCounter", "RangeMerger", "_build")  # workers whose units run again in each fit
-CHECKED = ("import", "retrieval", "taste", "evaluate", "recommend")  # stages whose units are shared by several nodes
+CHECKED_STAGES = (
+    "import",
+    "retrieval",
+    "taste",
+    "evaluate",
+    "recommend",
+)  # stages whose units are shared by several nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,7 +369,7 @@ def held(worker: str, size: DataScale, units: float) -> float:
     """
     if worker in ("_build", "build_and_save", "SongRange"):
         return size.songs / units
-    if worker == "RankerGrower":
+    if worker == "RankerTrainer":
         return float(size.rank_queries)
     by_worker = {
         "ExampleCollector": size.rank_queries,
@@ -444,7 +450,7 @@ def job_graph(
         ]
     works += [
         work("rank", "ExampleCollector", size.buckets, read_requests + 4, bucket_bytes),
-        work("rank", "RankerGrower", len(RANKERS), 2 * size.buckets, 0),
+        work("rank", "RankerTrainer", len(RANKERS), 2 * size.buckets, 0),
         work("taste", "BucketTastes", size.buckets, read_requests + 1, bucket_bytes),
         work("index", "build_and_save", 1, 16, 0, one_node=True),
         work("evaluate", "QueryCounter", min(size.buckets, COUNTED_BUCKETS), read_requests, bucket_bytes),
@@ -596,11 +602,11 @@ def _check(
         local_cluster.shutdown()
     # Local files have no latency and are as fast as memory.
     cluster = SimulatedCluster(nodes=2, cores=1, latency=0.0, requests_per_second=1e9, node_bytes_per_second=1e12)
-    works = [work for work in job_graph(local_run.size, lines, runs, cluster) if work.stage in CHECKED]
+    works = [work for work in job_graph(local_run.size, lines, runs, cluster) if work.stage in CHECKED_STAGES]
     simulated_seconds = sum(stage.seconds for stage in simulate(works, cluster, config.seed))
-    measured_seconds = sum(local_run.seconds[stage] for stage in CHECKED)
+    measured_seconds = sum(local_run.seconds[stage] for stage in CHECKED_STAGES)
     return {
-        "stages": list(CHECKED),
+        "stages": list(CHECKED_STAGES),
         "measured_seconds": measured_seconds,
         "simulated_seconds": simulated_seconds,
         "ratio": simulated_seconds / measured_seconds,
@@ -623,7 +629,7 @@ def _planned_hours(
         "retrieval_plays_per_second_per_cpu": rate(len(FITS) * measured_size.plays, "GroupCounter", "RangeMerger"),
         "taste_plays_per_second_per_cpu": rate(measured_size.plays, "BucketTastes"),
         "read_plays_per_second_per_cpu": rate(measured_size.plays, "QueryCounter"),
-        "rank_queries_per_second_per_cpu": rate(measured_size.rank_queries, "ExampleCollector", "RankerGrower"),
+        "rank_queries_per_second_per_cpu": rate(measured_size.rank_queries, "ExampleCollector", "RankerTrainer"),
         "evaluate_queries_per_second_per_cpu": rate(measured_size.queries, "BucketEvaluator"),
         "recommend_users_per_second_per_cpu": rate(measured_size.users, "BucketRecommendations"),
     }

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from rayrec.bench import rounds
-from rayrec.bench.answers_bench import answers_world
+from rayrec.bench.answers_bench import build_answers_release
 from rayrec.bench.bench_config import SoakBenchConfig
 from rayrec.bench.redis_servers import RedisCluster, redis_cluster
 from rayrec.bench.serve_bench import Traffic, application, replicas, store_users
 from rayrec.client import ApiError, ApiUnavailableError, AsyncClient, Retry
-from rayrec.data.moments import parse_moment
+from rayrec.data.moments import parse_timestamp
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.online.user_state import LAST_PLAYS
 from rayrec.storage.workspace import Workspace
@@ -56,7 +56,7 @@ def soak(bench_workspace: Workspace, config: SoakBenchConfig) -> dict[str, Any]:
     the median of the second half of these samples over that of the first half, without the first fifth of all samples.
     """
     with ray_cluster():
-        dataset, _, _ = answers_world(bench_workspace, config, config.songs)
+        dataset, _, _ = build_answers_release(bench_workspace, config, config.songs)
     workspace, traffic = dataset.workspace, Traffic.of(dataset)
     with (
         tempfile.TemporaryDirectory(prefix="rayrec-store-") as folder,
@@ -216,7 +216,7 @@ async def _compare_stored(url: str, counts: SoakCounts) -> tuple[int, int]:
                 if error.status != 404:
                     raise
                 stored_plays = []
-            differences = compare_plays(sent_plays, [parse_moment(play["played_at"]) for play in stored_plays])
+            differences = compare_plays(sent_plays, [parse_timestamp(play["played_at"]) for play in stored_plays])
             lost_count, repeated_count = lost_count + differences[0], repeated_count + differences[1]
     return lost_count, repeated_count
 

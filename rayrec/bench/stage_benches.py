@@ -123,7 +123,7 @@ def timed_windows(batches: Iterable[Windows], seconds: float) -> Measured:
     return Measured(plays, time.perf_counter() - started)
 
 
-def train_loop(task: TrainTask, epoch: int, seconds: float) -> Measured:
+def measure_plain_training(task: TrainTask, epoch: int, seconds: float) -> Measured:
     """Measure training with plain PyTorch over the same Parquet files: plays and seconds."""
     return timed_steps(task.training(), plain_windows(task, epoch), epoch, seconds)
 
@@ -149,7 +149,7 @@ def _pools(dataset: Dataset, rng: np.random.Generator) -> Iterator[Histories]:
         yield concatenate(pool_parts)
 
 
-def taste_loop(workspace: Workspace, model: Manifest, folder: str, at: int, users: int) -> Measured:
+def measure_plain_tastes(workspace: Workspace, model: Manifest, folder: str, at: int, users: int) -> Measured:
     """Compute and store the taste vectors of all users, `users` at a time; return plays and seconds."""
     torch.set_num_threads(1)
     started, plays = time.perf_counter(), 0
@@ -169,7 +169,7 @@ def taste_loop(workspace: Workspace, model: Manifest, folder: str, at: int, user
     return Measured(plays, time.perf_counter() - started)
 
 
-def embed_loop(corpus: Path, config: EmbedConfig, workers: int, tokens: int) -> Measured:
+def measure_plain_embedding(corpus: Path, config: EmbedConfig, workers: int, tokens: int) -> Measured:
     """Train gensim alone on a finished corpus file; return the tokens of all epochs, and seconds."""
     from gensim.models import Word2Vec
 
@@ -248,7 +248,7 @@ def bench_taste(bench_workspace: Workspace, config: TasteBenchConfig) -> dict[st
 
         arguments = (workspace, model, PLAIN_TASTES, dataset.manifest.last_play, settings.users)
         with plain_process() as process:
-            run_plain_loop = partial(process.run, taste_loop, *arguments)
+            run_plain_loop = partial(process.run, measure_plain_tastes, *arguments)
             result = measure("taste", "plays", run_stage, run_plain_loop, rounds=config.rounds, users=config.users)
         workspace.delete(PLAIN_TASTES)
     return result.to_json()
@@ -277,7 +277,9 @@ def bench_embed(bench_workspace: Workspace, config: EmbedBenchConfig) -> dict[st
             return Measured(artifact.metrics["tokens"] * settings.epochs, seconds)
 
         with plain_process() as process:
-            run_plain_loop = partial(process.run, embed_loop, corpus.path, settings, workers, corpus.tokens)
+            run_plain_loop = partial(
+                process.run, measure_plain_embedding, corpus.path, settings, workers, corpus.tokens
+            )
             result = measure(
                 "embed",
                 "tokens",
@@ -333,7 +335,7 @@ def bench_train(bench_workspace: Workspace, config: TrainBenchConfig) -> dict[st
                 "train",
                 "plays",
                 ray_rounds.train,
-                lambda: process.run(train_loop, task, next(epoch_numbers), config.seconds),
+                lambda: process.run(measure_plain_training, task, next(epoch_numbers), config.seconds),
                 rounds=config.rounds,
                 users=config.users,
                 data_per_second=data_path.per_second,

@@ -52,15 +52,15 @@ def bench(
         # loops have the environment of Ray's workers, which the memory allocator reads when a process starts.
         os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.update(WORKER_ENVIRONMENT)
-    with bench_place(workspace) as bench_workspace:
-        result = BENCHES[name](bench_workspace, config or CONFIGS[name]())
+    with bench_workspace(workspace) as opened:
+        result = BENCHES[name](opened, config or CONFIGS[name]())
     if save:
         save_rates(save, result)
     return result
 
 
 @contextmanager
-def bench_place(workspace: Workspace | None) -> Iterator[Workspace]:
+def bench_workspace(workspace: Workspace | None) -> Iterator[Workspace]:
     """Yield the workspace for generated data: bench/ of `workspace`, or a temporary folder."""
     if workspace is not None:
         yield Workspace(f"{workspace.uri}/bench")

@@ -148,7 +148,7 @@ def with_folded(table: pa.Table) -> pa.Table:
     return table.append_column(FOLDED_BOTH, pc.binary_join_element_wise(folded_artists, folded_titles, "\n"))
 
 
-def popularity_places(popularity: np.ndarray) -> np.ndarray:
+def popularity_ranks(popularity: np.ndarray) -> np.ndarray:
     """int32 (N,): the popularity rank of each song, 0 for the most popular; equally popular songs are ranked by row."""
     ranks = np.empty(len(popularity), dtype=np.int32)
     ranks[np.argsort(-popularity, kind="stable")] = np.arange(len(popularity))
@@ -159,7 +159,7 @@ class SongSearch:
     """Searches titles and artists in memory, by a pass over all songs.
 
     A song without a title is found by its id. Songs that match equally well are in the order of `popularity_ranks`,
-    int32 (N,) from `popularity_places`; without it they are in the order of song rows.
+    int32 (N,) from `popularity_ranks`; without it they are in the order of song rows.
     """
 
     def __init__(self, catalog: Catalog, popularity_ranks: np.ndarray | None = None) -> None:

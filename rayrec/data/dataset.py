@@ -22,7 +22,7 @@ from rayrec.data.histories import Histories, concatenate, user_hash
 from rayrec.data.ragged import offsets_of
 from rayrec.data.spelling import spell_id
 from rayrec.data.windows import NEVER
-from rayrec.display import html_figures
+from rayrec.display import html_values_table
 from rayrec.errors import DamagedArtifactError, MismatchError, NotFoundError
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, Manifest, earlier_version, read_dataset_manifest, read_songs
@@ -31,9 +31,11 @@ from rayrec.storage.workspace import FORGOTTEN, PLAYLISTS, Workspace
 PLAYS_PER_READ = 1_000_000  # approximate number of plays decoded at once; the plays of one user are never split
 SONGS_COLUMN = 1  # index of the songs in a histories file, after the user id
 
-WAITING = f"{FORGOTTEN}/waiting"  # one empty file, named DIGEST-MOMENT, per deletion whose rows are not erased yet
-ERASED = f"{FORGOTTEN}/erased.json"  # users whose rows are erased: digest -> ms UTC of the last deletion
-PURPOSE = b"rayrec forgotten"  # makes the digests differ from digests of the same ids in any other list
+PENDING_DELETIONS = (
+    f"{FORGOTTEN}/waiting"  # one empty file, named DIGEST-MOMENT, per deletion whose rows are not erased yet
+)
+ERASED_FILE = f"{FORGOTTEN}/erased.json"  # users whose rows are erased: digest -> ms UTC of the last deletion
+DIGEST_PURPOSE = b"rayrec forgotten"  # makes the digests differ from digests of the same ids in any other list
 
 
 def read_files(workspace: Workspace, paths: Sequence[str], users_per_batch: int) -> Iterator[Histories]:
@@ -232,7 +234,7 @@ class Dataset:
 
     def _repr_html_(self) -> str:
         names = ("id", "source", "plays", "users", "songs", "playlists")
-        return html_figures("Data set", {name: getattr(self.manifest, name) for name in names})
+        return html_values_table("Data set", {name: getattr(self.manifest, name) for name in names})
 
     @property
     def num_songs(self) -> int:
@@ -302,7 +304,7 @@ class Dataset:
             for path in self.manifest.histories_files(bucket):
                 parts += find_users(self.workspace, path, np.unique(ids[buckets == bucket]))
         merged = merge_users(parts)
-        is_deleted = read_waiting(self.workspace).holds(merged.user_ids)
+        is_deleted = read_pending_deletions(self.workspace).holds(merged.user_ids)
         merged = merged.take(~is_deleted)
         missing_ids = np.setdiff1d(ids, merged.user_ids).tolist()
         empty = [()] * len(missing_ids)
@@ -442,36 +444,36 @@ class ForgottenUsers:
         return any(user_digest(user_id) in self.moments for part in parts if (user_id := spell_id(part)) is not None)
 
 
-NOBODY = ForgottenUsers({})
+NO_FORGOTTEN_USERS = ForgottenUsers({})
 
 
 def user_digest(user_id: str) -> str:
     """Return 32 hex digits that identify a user; the id cannot be derived from them."""
-    return blake2b(user_id.encode("utf-8", "surrogatepass"), digest_size=16, person=PURPOSE).hexdigest()
+    return blake2b(user_id.encode("utf-8", "surrogatepass"), digest_size=16, person=DIGEST_PURPOSE).hexdigest()
 
 
 def mark_forgotten(workspace: Workspace, user_ids: Sequence[str], at: int) -> None:
     """Record that users, known or unknown, were deleted at the moment `at`, ms UTC. They are hidden from now on."""
     for user_id in user_ids:
-        workspace.write_bytes(f"{WAITING}/{user_digest(user_id)}-{at}", b"")
+        workspace.write_bytes(f"{PENDING_DELETIONS}/{user_digest(user_id)}-{at}", b"")
 
 
-def read_waiting(workspace: Workspace) -> ForgottenUsers:
+def read_pending_deletions(workspace: Workspace) -> ForgottenUsers:
     """Return the deleted users whose rows are not erased yet, from one listing of files."""
-    return _latest_deletions(_parse_entry(path) for path in workspace.files(WAITING))
+    return _latest_deletions(_parse_entry(path) for path in workspace.files(PENDING_DELETIONS))
 
 
 def read_forgotten(workspace: Workspace) -> ForgottenUsers:
     """Return all deleted users."""
-    erased = workspace.read_json(ERASED) if workspace.exists(ERASED) else {}
-    return _latest_deletions([*erased.items(), *read_waiting(workspace).moments.items()])
+    erased = workspace.read_json(ERASED_FILE) if workspace.exists(ERASED_FILE) else {}
+    return _latest_deletions([*erased.items(), *read_pending_deletions(workspace).moments.items()])
 
 
 def mark_erased(workspace: Workspace, waiting: ForgottenUsers) -> None:
     """Record that the rows of the users in `waiting` are erased. Newer entries stay. Safe to repeat if interrupted."""
-    erased = workspace.read_json(ERASED) if workspace.exists(ERASED) else {}
-    workspace.write_json(ERASED, dict(_latest_deletions([*erased.items(), *waiting.moments.items()]).moments))
-    for path in workspace.files(WAITING):
+    erased = workspace.read_json(ERASED_FILE) if workspace.exists(ERASED_FILE) else {}
+    workspace.write_json(ERASED_FILE, dict(_latest_deletions([*erased.items(), *waiting.moments.items()]).moments))
+    for path in workspace.files(PENDING_DELETIONS):
         digest, at = _parse_entry(path)
         if at <= waiting.moments.get(digest, NEVER):
             workspace.delete(path)

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayrec.data.dataset import ForgottenUsers, read_forgotten
-from rayrec.data.moments import EPOCH, iso_moment, now_ms
+from rayrec.data.moments import EPOCH, format_iso, now_ms
 from rayrec.data.windows import NEVER
 from rayrec.errors import NotFoundError
 from rayrec.storage.workspace import IMPRESSIONS, Workspace
@@ -231,7 +231,7 @@ def compact_impressions(workspace: Workspace) -> None:
 
     Only one process may do so at a time. If it is killed, some rows may be stored twice, with the same ids.
     """
-    today = f"day={iso_moment(now_ms())[:10]}"
+    today = f"day={format_iso(now_ms())[:10]}"
     for kind in KINDS:
         groups: dict[tuple[str, int], dict[str, int]] = {}
         for path, size in log_files(workspace, kind).items():

@@ -31,7 +31,7 @@ KINDS = (
     "tunings",
     "releases",
 )
-DATASET_FIGURES = (
+DATASET_FIELDS = (
     "id",
     "plays_id",
     "ancestors",
@@ -79,7 +79,7 @@ def _dataset_status(workspace: Workspace) -> dict[str, Any] | None:
         manifest = Dataset(workspace).manifest
     except NotFoundError:
         return None
-    values = {name: getattr(manifest, name) for name in DATASET_FIGURES}
+    values = {name: getattr(manifest, name) for name in DATASET_FIELDS}
     return {**values, "rejected": sum(manifest.rejected.values()), "bytes": workspace.size("dataset")}
 
 
@@ -138,7 +138,7 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
             "run `rayrec release create`"
         )
     cutoff = datetime.now(timezone.utc) - timedelta(hours=config.hours)
-    last_ids = artifacts.by_request(workspace, releases.KIND, [manifest.id for manifest in all_releases])[
+    last_ids = artifacts.sort_by_last_request(workspace, releases.KIND, [manifest.id for manifest in all_releases])[
         -config.keep :
     ]
     state = releases.read_active(workspace)
@@ -230,7 +230,7 @@ def _last_recommendations(workspace: Workspace, used_artifacts: set[tuple[str, s
     manifests = {manifest.id: manifest for manifest in artifacts.listing(workspace, artifacts.RECOMMENDATIONS)}
     last_by_model = {
         manifests[artifact_id].inputs["models"]: artifact_id
-        for artifact_id in artifacts.by_request(workspace, artifacts.RECOMMENDATIONS, list(manifests))
+        for artifact_id in artifacts.sort_by_last_request(workspace, artifacts.RECOMMENDATIONS, list(manifests))
     }
     return {
         (artifacts.RECOMMENDATIONS, artifact_id)

@@ -63,7 +63,7 @@ def time_zone(name: str) -> ZoneInfo:
         raise InputError(f"unknown time zone {name!r}; give an IANA name such as Europe/Berlin or UTC") from None
 
 
-def known_zone(name: str | None) -> str | None:
+def validate_zone_name(name: str | None) -> str | None:
     """Return the name of the zone of a setting, or None. Raises `ValueError`, for pydantic, if the zone is unknown."""
     try:
         return name if name is None else time_zone(name).key
@@ -71,7 +71,7 @@ def known_zone(name: str | None) -> str | None:
         raise ValueError(str(error)) from None
 
 
-TimeZone = Annotated[str, AfterValidator(known_zone)]
+TimeZone = Annotated[str, AfterValidator(validate_zone_name)]
 
 
 def now_ms() -> int:
@@ -79,12 +79,12 @@ def now_ms() -> int:
     return round(datetime.now(timezone.utc).timestamp() * 1000)
 
 
-def iso_moment(moment: int) -> str:
+def format_iso(moment: int) -> str:
     """Return a moment, ms UTC, as ISO 8601 with milliseconds, the form in all answers."""
     return (EPOCH + timedelta(milliseconds=moment)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def parse_moment(value: str | int | float) -> int:
+def parse_timestamp(value: str | int | float) -> int:
     """Return a moment from a command, a setting or a request as ms UTC.
 
     Raises `InputError` for a value that is not a time, has no zone, or is not between 1970 and 2100.

@@ -23,7 +23,7 @@ def offsets_of(counts: np.ndarray | Sequence[int]) -> np.ndarray:
     return offsets
 
 
-def places_in(sorted_groups: np.ndarray) -> np.ndarray:
+def positions_in_groups(sorted_groups: np.ndarray) -> np.ndarray:
     """int64: the position of each value within its run of equal values, from 0. Equal values must be adjacent."""
     count = len(sorted_groups)
     is_first = np.ones(count, dtype=bool)
@@ -32,7 +32,7 @@ def places_in(sorted_groups: np.ndarray) -> np.ndarray:
     return np.asarray(np.arange(count) - np.repeat(starts, np.diff(np.append(starts, count))))
 
 
-def first_of_each(sorted_values: np.ndarray) -> np.ndarray:
+def group_starts(sorted_values: np.ndarray) -> np.ndarray:
     """int64: the positions at which a run of equal values begins."""
     if not len(sorted_values):
         return np.zeros(0, dtype=np.int64)
@@ -52,12 +52,12 @@ def stable_order(keys: np.ndarray) -> np.ndarray:
     return np.asarray(packed & ((1 << bits) - 1))
 
 
-def highest_of_each(sorted_groups: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
+def top_positions(sorted_groups: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
     """int64, ascending: the positions of the `count` highest scores of each group, and of scores equal to the lowest.
 
     Equal values of `sorted_groups`, int, must be adjacent. The result is short and so cheap to sort.
     """
-    starts = first_of_each(sorted_groups)
+    starts = group_starts(sorted_groups)
     sizes = np.diff(np.append(starts, len(sorted_groups)))
     large_groups = np.flatnonzero(sizes > count)
     if not len(large_groups):
@@ -69,15 +69,15 @@ def highest_of_each(sorted_groups: np.ndarray, scores: np.ndarray, count: int) -
     return np.flatnonzero(is_highest)
 
 
-def best_of_each(
+def top_ranked(
     sorted_groups: np.ndarray, scores: np.ndarray, songs: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """int64 (n,) each: the positions of the `count` highest scores of each group, best first, and their ranks from 0.
 
     Equal scores are sorted by `songs`, int. Equal values of `sorted_groups`, int, must be adjacent.
     """
-    highest = highest_of_each(sorted_groups, scores, count)
+    highest = top_positions(sorted_groups, scores, count)
     order = highest[np.lexsort((songs[highest], -scores[highest], sorted_groups[highest]))]
-    ranks = places_in(sorted_groups[order])
+    ranks = positions_in_groups(sorted_groups[order])
     is_kept = ranks < count
     return order[is_kept], ranks[is_kept]

@@ -378,7 +378,7 @@ def _fitted_range(split: Split, artifact: Manifest) -> FitRange:
     return split.selection if has_selection and not artifact.config.get("refit", True) else split.final
 
 
-def left_out(workspace: Workspace, artifact: Manifest) -> str:
+def describe_unseen_plays(workspace: Workspace, artifact: Manifest) -> str:
     """Return in words the plays of its data set that an artifact was not fitted on; empty if it was fitted on all."""
     return (
         _describe_unseen(load_split(workspace, artifact.inputs["split"]), artifact)
@@ -393,7 +393,7 @@ def _describe_unseen(split: Split, artifact: Manifest) -> str:
     return split.test_range if split.has_test else ""
 
 
-def trained_on(workspace: Workspace, artifact: Manifest) -> str:
+def describe_training_plays(workspace: Workspace, artifact: Manifest) -> str:
     """Return in words the plays that an artifact was fitted on."""
     if "split" not in artifact.inputs:
         return "all plays"

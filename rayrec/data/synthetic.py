@@ -436,7 +436,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return np.asarray(values ^ (values >> np.uint64(31)))
 
 
-CHANCES_PER_CHUNK = 1 << 22  # float64 probabilities held at once: 32 MiB
+PROBABILITIES_PER_CHUNK = 1 << 22  # float64 probabilities held at once: 32 MiB
 
 
 class Oracle:
@@ -478,7 +478,7 @@ class Oracle:
         total, count = 0.0, 0
         for histories in self.world.blocks(users):
             queries = every_play(histories, first_play)
-            step = max(1, CHANCES_PER_CHUNK // self.world.config.songs)
+            step = max(1, PROBABILITIES_PER_CHUNK // self.world.config.songs)
             for start in range(0, len(queries), step):
                 probabilities = self.probabilities(histories, queries.take(slice(start, start + step)))
                 best = np.partition(probabilities, -k, axis=1)[:, -k:] if k < probabilities.shape[1] else probabilities

@@ -18,7 +18,7 @@ SELECTION = "selection_vectors.npy"  # fitted without the validation range; exis
 
 SMALLEST_LENGTH = 1e-6  # vectors that are not longer have no direction
 PAIRS = 20_000  # number of random pairs in `mean_cosine`, and of sampled songs in `directions`
-COLLAPSED = 0.7  # mean cosine of random pairs; on real plays up to 0.57 at good settings, 0.98 after a collapse
+COLLAPSE_COSINE = 0.7  # mean cosine of random pairs; on real plays up to 0.57 at good settings, 0.98 after a collapse
 MOST_PLAYED = 5
 NEIGHBORS = 5
 
@@ -158,11 +158,11 @@ def directions(vectors: SongVectors, seed: int = 0) -> float:
 
 def _warning(cosine: float) -> str | None:
     """Return a one-line warning if the vectors have collapsed, else None."""
-    if cosine <= COLLAPSED:
+    if cosine <= COLLAPSE_COSINE:
         return None
     return (
         f"song embeddings have collapsed: the mean cosine of random pairs is {cosine:.2f}, expected below "
-        f"{COLLAPSED:g}; train for more epochs, with skip-gram and without subsampling"
+        f"{COLLAPSE_COSINE:g}; train for more epochs, with skip-gram and without subsampling"
     )
 
 

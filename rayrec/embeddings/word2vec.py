@@ -85,7 +85,7 @@ class EmbedConfig(Settings):
 MINUTE_MS = 60_000
 MAX_SENTENCE = 10_000  # words; gensim ignores the rest of a longer sentence
 
-UNCUT = (
+PLAYLIST_WARNING = (
     "trained on playlists, which have no times: a split cannot cut them, so they may contain songs played together in "
     "the test range, and test figures may be too high"
 )
@@ -118,7 +118,7 @@ def cut_long(sentences: Sentences, limit: int = MAX_SENTENCE) -> Sentences:
     return songs, np.append(offsets[sentence_indices] + part_numbers * limit, offsets[-1])
 
 
-def drop_single(sentences: Sentences) -> Sentences:
+def drop_short_sentences(sentences: Sentences) -> Sentences:
     """Remove sentences of fewer than two songs: a song without neighbors would keep its random initial vector."""
     songs, offsets = sentences
     lengths = np.diff(offsets)
@@ -133,7 +133,7 @@ def from_histories(batches: Iterable[Histories], allowed: FitRange, gap_minutes:
     """
     for histories in batches:
         allowed.require(histories)
-        yield drop_single(cut_long(cut_sessions(histories, gap_minutes)))
+        yield drop_short_sentences(cut_long(cut_sessions(histories, gap_minutes)))
 
 
 def from_playlists(batches: Iterable[Sentences], allowed: FitRange) -> Iterator[Sentences]:
@@ -142,7 +142,7 @@ def from_playlists(batches: Iterable[Sentences], allowed: FitRange) -> Iterator[
     Playlists have no times, so only the songs that a split holds out are removed.
     """
     for batch in batches:
-        yield drop_single(cut_long(without_held_out(batch, allowed)))
+        yield drop_short_sentences(cut_long(without_held_out(batch, allowed)))
 
 
 def without_held_out(sentences: Sentences, allowed: FitRange) -> Sentences:
@@ -252,7 +252,7 @@ def _frequencies(corpus: Corpus, min_count: int) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class OutsideVectors:
+class ExternalVectors:
     """Song vectors read from a file."""
 
     vectors: SongVectors  # (N, D), in the order of the catalog
@@ -261,7 +261,7 @@ class OutsideVectors:
     zero_vectors: int  # rows of zeros; their songs stay without a vector
 
 
-def read_outside(path: str | Path, catalog: Catalog) -> OutsideVectors:
+def read_external_vectors(path: str | Path, catalog: Catalog) -> ExternalVectors:
     """Read vectors for the songs of the catalog from a local file; see `read_vector_file` for the formats.
 
     A .npy file without ids must have one row per song, in the order of the catalog.
@@ -292,7 +292,7 @@ def read_outside(path: str | Path, catalog: Catalog) -> OutsideVectors:
             f"vectors file {path} has no vector for any of the {len(catalog)} songs in the catalog "
             f"({int((~is_known).sum())} of its {len(raw)} ids are unknown); check its song ids"
         )
-    return OutsideVectors(vectors, len(raw), int((~is_known).sum()), int((~raw.any(axis=1)).sum()))
+    return ExternalVectors(vectors, len(raw), int((~is_known).sum()), int((~raw.any(axis=1)).sum()))
 
 
 def choose_source(dataset: Dataset, config: EmbedConfig) -> str:
@@ -343,14 +343,14 @@ def _read_sentences(dataset: Dataset, source: str, config: EmbedConfig, allowed:
     return from_histories(histories, allowed, config.session_gap_minutes)
 
 
-def take_vectors(workspace: Workspace, config: EmbedConfig, allowed: FitRange, paths: list[str]) -> dict[str, Any]:
+def import_vectors(workspace: Workspace, config: EmbedConfig, allowed: FitRange, paths: list[str]) -> dict[str, Any]:
     """Read the vectors of the file `config.vectors` and write them to each of `paths`.
 
     Returns the figures: counts (int64 (N,), `allowed` plays of each song), source, rows (of the file), unknown_ids and
     zero_vectors.
     """
     dataset = Dataset(workspace)
-    outside = read_outside(str(config.vectors), dataset.catalog())
+    outside = read_external_vectors(str(config.vectors), dataset.catalog())
     for path in paths:
         outside.vectors.save(workspace, path)
     counts = np.zeros(dataset.num_songs, dtype=np.int64)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from rayrec.data.histories import Histories, Queries, uniform_draws, user_hash
-from rayrec.evaluation.calibration import CALIBRATED, CHANCE_BINS, CHANCE_SUMS
+from rayrec.evaluation.calibration import BIN_COLUMNS, CALIBRATED, PROBABILITY_BINS
 from rayrec.evaluation.protocol import GROUPS, OFFSETS, TARGETS, plays_ahead
 from rayrec.evaluation.ranks import METRICS
 from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender
@@ -118,7 +118,9 @@ class MetricAccumulator:
     # float64 (C, M, OFFSETS and targets in days, R + 1): recall of the candidates, of all and by retriever
     retrieved: np.ndarray
     candidates: np.ndarray  # float64 (C, M, R + 1): number of candidates
-    chances: np.ndarray  # float64 (calibrated models, len(CALIBRATED), CHANCE_BINS, CHANCE_SUMS): see `chance_sums`
+    chances: (
+        np.ndarray
+    )  # float64 (calibrated models, len(CALIBRATED), PROBABILITY_BINS, BIN_COLUMNS): see `calibration_sums`
 
     @classmethod
     def empty(
@@ -158,7 +160,7 @@ class MetricAccumulator:
             lists=np.zeros(models, dtype=np.int64),
             retrieved=np.zeros((cells, models, len(OFFSETS) + day_targets, retriever_columns)),
             candidates=np.zeros((cells, models, retriever_columns)),
-            chances=np.zeros((calibrated, len(CALIBRATED), CHANCE_BINS, CHANCE_SUMS)),
+            chances=np.zeros((calibrated, len(CALIBRATED), PROBABILITY_BINS, BIN_COLUMNS)),
         )
 
     @property

@@ -9,22 +9,24 @@ A recommended songs of all queries together.
 import numpy as np
 
 CALIBRATED = ("served", "next")  # rankings without heard songs, and of all songs; both for all next plays
-CHANCE_BINS = 256  # narrow bins between the fourth powers of 0, 1/256, 2/256 ..., since most probabilities are small
-CHANCE_SUMS = 3  # per narrow bin: number of songs, sum of their probabilities, number of songs that are right
+PROBABILITY_BINS = (
+    256  # narrow bins between the fourth powers of 0, 1/256, 2/256 ..., since most probabilities are small
+)
+BIN_COLUMNS = 3  # per narrow bin: number of songs, sum of their probabilities, number of songs that are right
 ERROR_BINS = 15  # bins of the error, each with about the same number of songs
 
 
-def chance_sums(probabilities: np.ndarray, is_right: np.ndarray) -> np.ndarray:
-    """float64 (CHANCE_BINS, CHANCE_SUMS): sums of songs by their probability, float (A,); `is_right` is bool (A,)."""
-    bins = np.minimum((CHANCE_BINS * np.sqrt(np.sqrt(probabilities))).astype(np.int64), CHANCE_BINS - 1)
+def calibration_sums(probabilities: np.ndarray, is_right: np.ndarray) -> np.ndarray:
+    """float64 (PROBABILITY_BINS, BIN_COLUMNS): sums of songs by probability, float (A,); `is_right` is bool (A,)."""
+    bins = np.minimum((PROBABILITY_BINS * np.sqrt(np.sqrt(probabilities))).astype(np.int64), PROBABILITY_BINS - 1)
     columns = (np.ones(len(bins)), probabilities, is_right)
-    return np.stack([np.bincount(bins, weights=column, minlength=CHANCE_BINS) for column in columns], axis=1)
+    return np.stack([np.bincount(bins, weights=column, minlength=PROBABILITY_BINS) for column in columns], axis=1)
 
 
 def expected_calibration_error(bin_sums: np.ndarray) -> float:
     """Return the mean over bins of equal size of |mean probability - share of right songs|; 0 without songs.
 
-    `bin_sums` is the result of `chance_sums`. A narrow bin is never divided, so bins may differ a little in size.
+    `bin_sums` is the result of `calibration_sums`. A narrow bin is never divided, so bins may differ a little in size.
     """
     counts, probability_sums, right_counts = bin_sums.T
     total = counts.sum()

@@ -73,7 +73,7 @@ from rayrec.importing.readers.reader import Unit, read_blocks
 from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.base import BaseRecommender, CandidateRecommender, VectorRecommender
 from rayrec.recommend.index import INDEX_FILE, import_faiss
-from rayrec.storage.workspace import Workspace, stored_at
+from rayrec.storage.workspace import Workspace, location_of
 
 ARRAYS_FILE = "arrays.bin"
 ALIGNED = 64  # bytes; each array begins at a multiple of it
@@ -150,7 +150,7 @@ class QueryBlock:
         columns = [np.bincount(keys, weights=column, minlength=size) for column in values[selected_rows].T]
         return np.stack(columns, axis=1).reshape(self.num_cells, len(GROUPS), -1)
 
-    def sums_of_users(self, values: np.ndarray) -> np.ndarray:
+    def sum_users_by_cell(self, values: np.ndarray) -> np.ndarray:
         """float64 (C, ...): the sums of `values`, (U, ...), by cell."""
         cell_sums = np.zeros((self.num_cells, *values.shape[1:]))
         np.add.at(cell_sums, self.cells, values)
@@ -196,7 +196,7 @@ class Evaluator:
         self.coverage_songs = coverage_songs(len(song_plays))
         self._negatives = RandomSongs(song_plays, config.seed)
         self._popularity_ranks = popularity_ranks(song_plays)
-        from rayrec.recommend.reranking import Starting  # these load torch, which slows the start
+        from rayrec.recommend.reranking import PopularOrder  # these load torch, which slows the start
         from rayrec.recommend.taste_recommender import TasteRecommender
         from rayrec.recommend.two_step import TwoStepRecommender
 
@@ -205,7 +205,7 @@ class Evaluator:
         )
         networks = [recommender for recommender in recommenders if isinstance(recommender, TasteRecommender)]
         self._network = two_step.source.network if two_step else next(iter(networks), None)
-        starting_songs = Starting.of(
+        starting_songs = PopularOrder.of(
             song_plays,
             self.known_songs,
             recent_plays=two_step.source.retrieval.recent_plays if two_step else None,
@@ -305,7 +305,7 @@ class Evaluator:
             for name, target in block.targets.items()
         }
         self._add_lists(accumulator, model, block, ranked)
-        add_chances(accumulator, self.recommenders, model, ranked)
+        add_calibration(accumulator, self.recommenders, model, ranked)
         if isinstance(recommender, CandidateRecommender):
             self._add_retrieved(accumulator, model, block, ranked, recommender.retrievers)
         for index, view in enumerate(self.views):
@@ -344,15 +344,15 @@ class Evaluator:
         for curve_index, (recommender, horizon) in enumerate(self.curves):
             vectors = recommender.vectors(histories, sampled_queries, horizon)
             cosines, counts = cosine_sums(recommender, vectors, histories, sampled_queries, self.config.offsets)
-            accumulator.curve_sums[:, curve_index] += block.sums_of_users(cosines)
-            accumulator.curve_counts[:, curve_index] += block.sums_of_users(counts)
+            accumulator.curve_sums[:, curve_index] += block.sum_users_by_cell(cosines)
+            accumulator.curve_counts[:, curve_index] += block.sum_users_by_cell(counts)
             for target_index, target in enumerate(PAIRED):
                 if horizon_of(recommender, target) == horizon:
                     pairs_won, pairs = pair_sums(
                         recommender, vectors, histories, sampled_queries, target, self._negatives
                     )
-                    accumulator.pairs_won[:, curve_index, target_index] += block.sums_of_users(pairs_won)
-                    accumulator.pairs[:, curve_index, target_index] += block.sums_of_users(pairs)
+                    accumulator.pairs_won[:, curve_index, target_index] += block.sum_users_by_cell(pairs_won)
+                    accumulator.pairs[:, curve_index, target_index] += block.sum_users_by_cell(pairs)
 
 
 def retrievers_of(recommenders: Sequence[BaseRecommender]) -> list[str]:
@@ -365,10 +365,10 @@ def retrievers_of(recommenders: Sequence[BaseRecommender]) -> list[str]:
 
 def count_calibrated(recommenders: Sequence[BaseRecommender]) -> int:
     """Return the number of recommenders whose scores are probabilities."""
-    return sum(recommender.scores_are_chances for recommender in recommenders)
+    return sum(recommender.scores_are_probabilities for recommender in recommenders)
 
 
-def add_chances(
+def add_calibration(
     accumulator: MetricAccumulator, recommenders: Sequence[BaseRecommender], model: int, ranked: Ranked
 ) -> None:
     """Add the calibration sums of recommender number `model`, if its scores are probabilities."""
@@ -511,7 +511,7 @@ class PrefixEvaluator:
             np.add.at(accumulator.queries[:, VIEWS.index(name), group_index], pair_cells, target.sizes)
         for model, recommender in enumerate(self.recommenders):
             ranked = rank_targets(recommender, histories, queries, targets, self.known_songs, depth=max(self.config.ks))
-            add_chances(accumulator, self.recommenders, model, ranked)
+            add_calibration(accumulator, self.recommenders, model, ranked)
             for name, target in targets.items():
                 metrics = metrics_of(ranked.ranks[name], target.rows, target.sizes, self.config.ks)
                 np.add.at(accumulator.metrics[:, model, VIEWS.index(name), group_index], pair_cells, metrics)
@@ -608,7 +608,7 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
     def _reduce_array(self, array: np.ndarray) -> Any:
-        location = stored_at(array)
+        location = location_of(array)
         if location is not None:
             return Workspace.read_array, location
         # A memory map would be copied into the pickle, a plain view of it is not.

@@ -21,7 +21,7 @@ from rayrec.config import Settings
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import user_hash
 from rayrec.data.impressions import SCHEMAS, log_files, read_impressions
-from rayrec.data.moments import iso_moment
+from rayrec.data.moments import format_iso
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.accumulator import CELLS, CellRange, bootstrap_weights, means_with_intervals
 from rayrec.storage.workspace import Workspace
@@ -29,7 +29,7 @@ from rayrec.storage.workspace import Workspace
 DAY_MS = 24 * 3600 * 1000
 PART_BYTES = 32 << 20  # bytes of log files per share of the users; one share is in memory at once
 CONFIDENCE = 0.95
-LEAST_USERS = 30  # users with counted plays in an arm; a bootstrap over fewer gives no reliable interval
+MIN_USERS = 30  # users with counted plays in an arm; a bootstrap over fewer gives no reliable interval
 ANSWER_COLUMNS = ["recommendation_id", "user_id", "at", "release", "experiment", "arm", "first", "song_ids"]
 EVENT_COLUMNS = ["event_id", "user_id", "song_id", "type", "played_at", "skipped", "recommendation_id"]
 
@@ -53,7 +53,7 @@ class ExperimentReportConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmFigures:
+class ArmResult:
     """The figures of one arm, with 95 % intervals by a bootstrap over users.
 
     `recall` and `difference` are None if nothing was played. An interval is None if fewer than 30 users of the arm (for
@@ -87,7 +87,7 @@ class ExperimentReport:
     k: int | None
     first_answer: str  # ISO 8601, UTC
     last_answer: str
-    arms: list[ArmFigures]
+    arms: list[ArmResult]
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the report as a mapping for JSON."""
@@ -102,10 +102,10 @@ class ExperimentReport:
         )
 
 
-def _verdict(arm: ArmFigures, control: str) -> str:
+def _verdict(arm: ArmResult, control: str) -> str:
     if arm.difference is None or arm.difference_low is None or arm.difference_high is None:
         return (
-            f"{arm.arm}: no comparison, because one of the arms has fewer than {LEAST_USERS} users with plays or "
+            f"{arm.arm}: no comparison, because one of the arms has fewer than {MIN_USERS} users with plays or "
             "recall is the same for all users."
         )
     interval = f"{arm.difference:+.4f} ({arm.difference_low:+.4f} to {arm.difference_high:+.4f})"
@@ -193,8 +193,8 @@ def report_experiment(workspace: Workspace, config: ExperimentReportConfig) -> E
         plays=config.plays,
         days=config.days,
         k=config.k,
-        first_answer=iso_moment(overview.first_answer_at),
-        last_answer=iso_moment(overview.last_answer_at),
+        first_answer=format_iso(overview.first_answer_at),
+        last_answer=format_iso(overview.last_answer_at),
         arms=_arm_figures(totals, overview, config),
     )
 
@@ -397,12 +397,12 @@ def latest_rows(keys: np.ndarray, at: np.ndarray, wanted_keys: np.ndarray, until
     return np.where((positions > 0) & (keys[rows] == wanted_keys), rows, -1)
 
 
-def _arm_figures(totals: _Totals, overview: _Overview, config: ExperimentReportConfig) -> list[ArmFigures]:
+def _arm_figures(totals: _Totals, overview: _Overview, config: ExperimentReportConfig) -> list[ArmResult]:
     weights = bootstrap_weights(CELLS, config.samples, config.seed)
     recommended, played = weights @ totals.recommended, weights @ totals.played
     values = means_with_intervals(recommended, played, CONFIDENCE)
     recalls = np.divide(recommended, played, out=np.full(played.shape, np.nan), where=played > 0)
-    has_enough_users = totals.counts["users_with_plays"] >= LEAST_USERS
+    has_enough_users = totals.counts["users_with_plays"] >= MIN_USERS
     arms = []
     for arm_index, arm in enumerate(totals.arms):
         value, *ends = (series[arm_index] for series in values)
@@ -411,7 +411,7 @@ def _arm_figures(totals: _Totals, overview: _Overview, config: ExperimentReportC
             recalls, arm_index, bool(has_enough_users[0] and has_enough_users[arm_index])
         )
         arms.append(
-            ArmFigures(
+            ArmResult(
                 arm=arm,
                 releases=overview.releases[arm],
                 played=int(totals.played[:, arm_index].sum()),

@@ -21,9 +21,9 @@ OTHER_COLORS = ("#009E73", "#56B4E9", "#000000")
 LOSS_COLOR, RECALL_COLOR = "#0072B2", "#D55E00"
 FAMILY = "average-"
 MARKERS = "osD^vPX*<>"
-MARKED = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # offsets with a tick, a marker and an interval
-MAPPED = 2_000  # songs on the map, the most played ones
-NAMED = 12  # songs of the map whose titles are in the legend
+MARKED_OFFSETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # offsets with a tick, a marker and an interval
+MAP_SONGS = 2_000  # songs on the map, the most played ones
+TITLED_SONGS = 12  # songs of the map whose titles are in the legend
 TITLE_LETTERS = 40
 LEGEND: dict[str, Any] = {"frameon": False, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
 
@@ -40,7 +40,7 @@ class Plot:
 
 
 def cosine_plot(curves: Sequence[dict[str, Any]]) -> Plot | None:
-    """Plot the curves of `Figures.cosine_by_offset`, one line each with intervals as bars; None without curves."""
+    """Plot the curves of `Statistics.cosine_by_offset`, one line each with intervals as bars; None without curves."""
     plotted_curves = [curve for curve in curves if curve["offset"]]
     if not plotted_curves:
         return None
@@ -50,7 +50,7 @@ def cosine_plot(curves: Sequence[dict[str, Any]]) -> Plot | None:
     for index, (curve, color, shift) in enumerate(zip(plotted_curves, _colors(plotted_curves), shifts, strict=True)):
         offsets, values, low, high = (np.asarray(curve[name]) for name in ("offset", "value", "low", "high"))
         is_network = curve["kind"] == "network"
-        is_marked = np.isin(offsets, MARKED)
+        is_marked = np.isin(offsets, MARKED_OFFSETS)
         style = {"color": color, "marker": MARKERS[index % len(MARKERS)], "markersize": 7 if is_network else 5}
         axes.plot(
             offsets,
@@ -65,7 +65,7 @@ def cosine_plot(curves: Sequence[dict[str, Any]]) -> Plot | None:
     for curve in plotted_curves:
         for offset, count in zip(curve["offset"], curve["plays"], strict=True):
             plays[offset] = max(count, plays.get(offset, 0))
-    ticks = [offset for offset in MARKED if offset in plays]
+    ticks = [offset for offset in MARKED_OFFSETS if offset in plays]
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick}\n{plays[tick]:,}" for tick in ticks])
     axes.minorticks_off()
@@ -149,17 +149,17 @@ def training_plot(epochs: Sequence[dict[str, Any]]) -> Plot | None:
 def song_map(vectors: np.ndarray, plays: np.ndarray, titles: Sequence[str]) -> Plot | None:
     """Plot the most played songs on the two main axes of their vectors; None for fewer than three with a vector.
 
-    `vectors` is float32 (N, D); `plays`, (N,), is the number of plays of each song. `titles` are those of the NAMED
-    most played songs, in this order; these songs are numbered on the map and listed in its legend.
+    `vectors` is float32 (N, D); `plays`, (N,), is the number of plays of each song. `titles` are those of the
+    TITLED_SONGS most played songs, in this order; these songs are numbered on the map and listed in its legend.
     """
-    songs = most_played(vectors, plays, MAPPED)
+    songs = most_played(vectors, plays, MAP_SONGS)
     if len(songs) < 3:
         return None
     points, variance_shares = principal_axes(vectors[songs])
     figure, axes = _canvas()
     sizes = 4 + 60 * plays[songs] / max(1, plays[songs].max())
     axes.scatter(*points.T, s=sizes, color=LOSS_COLOR, alpha=0.35, linewidths=0)
-    for number, (point, title) in enumerate(zip(points, titles[:NAMED], strict=False), 1):
+    for number, (point, title) in enumerate(zip(points, titles[:TITLED_SONGS], strict=False), 1):
         short_title = title if len(title) <= TITLE_LETTERS else title[: TITLE_LETTERS - 1] + "…"
         label = short_title.replace("$", r"\$")  # else the title may be read as a formula
         axes.scatter(*point, marker=f"${number}$", s=90, color="black", linewidths=0.4, label=label)

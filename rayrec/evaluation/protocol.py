@@ -38,16 +38,20 @@ OFFSETS = {
     "cold_songs": (1, 1),
     "cold_among_cold": (1, 1),
 }  # first and last play ahead of the query, 1 is the next; next_new and next_repeat are parts of next
-COLD = ("cold_songs", "cold_among_cold")  # targets without a play in the fit range
-SERVED = ("served", "served25_50", *COLD)  # songs that the user has heard are neither targets nor in the ranking
+COLD_TARGETS = ("cold_songs", "cold_among_cold")  # targets without a play in the fit range
+SERVED_TARGETS = (
+    "served",
+    "served25_50",
+    *COLD_TARGETS,
+)  # songs that the user has heard are neither targets nor in the ranking
 LONG_TERM = ("offsets25_50", "served25_50")
 DAYS, SERVED_DAYS = "days", "served_days"  # how the names of targets in days begin
 
 COUNTED_BUCKETS = 16  # buckets in which plays to predict are counted, to find the share that gives a number of queries
 GROUPS = ("seen", "new", "held_out")  # every user is in one; "all" is their sum
-BOUNDS = (1, 2, 5, 20, 100)  # smallest number of plays in each class
+CLASS_BOUNDS = (1, 2, 5, 20, 100)  # smallest number of plays in each class
 CLASSES = ("1", "2-4", "5-19", "20-99", "100+")
-KNOWN = (0, 1, 5)  # numbers of known plays of a user
+KNOWN_PLAY_COUNTS = (0, 1, 5)  # numbers of known plays of a user
 GAP_DAYS = (0, 1, 7, 30, 90)  # smallest number of days in each class
 GAPS = ("under 1 day", "1-6 days", "7-29 days", "30-89 days", "90+ days")
 DRIFT_COSINES = (0.0, 0.25, 0.5)  # smallest cosine in each class except the first
@@ -120,7 +124,7 @@ def plays_to_predict(histories: Histories, split: Split) -> np.ndarray:
     return np.flatnonzero(has_earlier & split.is_test(histories))
 
 
-def drawn_plays(histories: Histories, split: Split, share: float) -> np.ndarray:
+def sample_plays_to_predict(histories: Histories, split: Split, share: float) -> np.ndarray:
     """int64 (Q,): positions of a share of the plays to predict, drawn by a hash of user and place in the history.
 
     Whether a play is drawn does not depend on other users or on models. The plays of a smaller share are a subset of
@@ -138,13 +142,13 @@ def blocks(
     histories: Histories, split: Split, queries: int, share: float = 1.0
 ) -> Iterator[tuple[Histories, np.ndarray]]:
     """Yield users with plays to predict, and the positions of a share of these plays, in blocks of about `queries`."""
-    rows = histories.rows[drawn_plays(histories, split, share)]
+    rows = histories.rows[sample_plays_to_predict(histories, split, share)]
     users, counts = np.unique(rows, return_counts=True)
     block_numbers = (np.cumsum(counts) - counts) // queries
     for block_users in np.split(users, np.flatnonzero(np.diff(block_numbers)) + 1):
         if len(block_users):
             block = histories.take(block_users)
-            yield block, drawn_plays(block, split, share)
+            yield block, sample_plays_to_predict(block, split, share)
 
 
 def user_groups(histories: Histories, split: Split) -> np.ndarray:
@@ -176,8 +180,9 @@ def target_songs(
 ) -> TargetSongs:
     """Return the songs played at the offsets of a target of OFFSETS, or in `days`, as far as the histories reach.
 
-    A song that is played more than once there counts once. The targets of SERVED are songs new to the user at the
-    query; those of COLD are songs without a play in the fit range. `known_songs`, bool (N,), are the songs with one.
+    A song that is played more than once there counts once. The targets of SERVED_TARGETS are songs new to the user at
+    the query; those of COLD_TARGETS are songs without a play in the fit range. `known_songs`, bool (N,), are the songs
+    with one.
     """
     if days is None:
         rows, plays = plays_ahead(histories, queries, *OFFSETS[target])
@@ -188,11 +193,11 @@ def target_songs(
     if days is not None or OFFSETS[target][0] < OFFSETS[target][1]:
         num_songs = int(histories.songs.max(initial=0)) + 1
         rows, songs = np.divmod(np.unique(rows * num_songs + songs), num_songs)
-    is_served = target in SERVED or target.startswith(SERVED_DAYS)
+    is_served = target in SERVED_TARGETS or target.startswith(SERVED_DAYS)
     if is_served:
         is_new = ~heard_songs(queries.rows[rows], queries.seen[rows], songs)
         rows, songs = rows[is_new], songs[is_new]
-    if target in COLD:
+    if target in COLD_TARGETS:
         assert known_songs is not None
         is_cold = ~in_mask(known_songs, songs)
         rows, songs = rows[is_cold], songs[is_cold]
@@ -245,7 +250,7 @@ def slices_of(contexts: Sequence[str]) -> list[tuple[str, str]]:
     context: where the play to predict came from; a play with several contexts counts in each of them.
     """
     play_count_slices = [(criterion, name) for criterion in ("history", "activity") for name in CLASSES]
-    other_slices = [("known", str(plays)) for plays in KNOWN] + [("gap", name) for name in GAPS]
+    other_slices = [("known", str(plays)) for plays in KNOWN_PLAY_COUNTS] + [("gap", name) for name in GAPS]
     return (
         play_count_slices
         + other_slices
@@ -268,7 +273,7 @@ def slice_masks(
     """
     activity = predicted_counts[queries.rows]
     masks = [class_of(plays) == index for plays in (queries.seen, activity) for index in range(len(CLASSES))]
-    masks += [queries.seen == plays for plays in KNOWN]
+    masks += [queries.seen == plays for plays in KNOWN_PLAY_COUNTS]
     plays_before = plays_before_session(histories, queries)
     gap_classes = np.searchsorted(GAP_DAYS, gap_days(histories, queries, plays_before), side="right")
     masks += [gap_classes == index for index in range(1, len(GAPS) + 1)]
@@ -355,4 +360,4 @@ def first_plays(histories: Histories, split: Split, share: float) -> tuple[np.nd
 
 def class_of(plays: np.ndarray) -> np.ndarray:
     """int64: the index in CLASSES of numbers of plays, which must be at least 1."""
-    return np.asarray(np.searchsorted(BOUNDS, plays, side="right") - 1)
+    return np.asarray(np.searchsorted(CLASS_BOUNDS, plays, side="right") - 1)

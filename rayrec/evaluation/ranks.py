@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from rayrec.data.histories import Histories, Queries, uniform_draws, user_hash
-from rayrec.data.ragged import highest_of_each
-from rayrec.evaluation.calibration import CALIBRATED, CHANCE_BINS, CHANCE_SUMS, chance_sums
+from rayrec.data.ragged import top_positions
+from rayrec.evaluation.calibration import BIN_COLUMNS, CALIBRATED, PROBABILITY_BINS, calibration_sums
 from rayrec.evaluation.protocol import USUAL_K, HeardSongs, TargetSongs, in_mask, target_songs
 from rayrec.recommend.base import NO_SONG, BaseRecommender, CandidateRecommender, HorizonName, ScoredCandidates
 from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender, last_plays
@@ -39,7 +39,7 @@ BASELINE_CHOICES: dict[str, dict[str, Sequence[float]]] = {
     "vstan": {
         "days_decay": (7.0, 30.0, 120.0, 365.0, 1825.0),
         "plays_decay": (1.0, 2.0, 4.0),
-        "places_decay": (2.0, 5.0, 20.0),
+        "distance_decay": (2.0, 5.0, 20.0),
         "neighbors": (100, 200, 500),
         "just_played": (0.05, 0.25, 1.0),
     },
@@ -58,7 +58,7 @@ class Ranked(NamedTuple):
     # For a candidate recommender with R retrievers; the first column is the union of all, then one column for each:
     proposed: dict[str, np.ndarray]  # target -> bool (T, R + 1), which of them propose the target song
     candidates: np.ndarray | None  # float64 (Q, R + 1), number of candidates per query
-    # If scores are probabilities: CALIBRATED -> `chance_sums` of the first LIST_LENGTH songs of all queries.
+    # If scores are probabilities: CALIBRATED -> `calibration_sums` of the first LIST_LENGTH songs of all queries.
     chances: dict[str, np.ndarray]
 
 
@@ -96,8 +96,8 @@ def rank_targets(
         candidate_counts = np.zeros((len(queries), columns))
     probability_sums: dict[str, np.ndarray] = {}
     next_songs = np.full(len(queries), NO_SONG)
-    if recommender.scores_are_chances and targets.keys() >= set(CALIBRATED):
-        probability_sums = {name: np.zeros((CHANCE_BINS, CHANCE_SUMS)) for name in CALIBRATED}
+    if recommender.scores_are_probabilities and targets.keys() >= set(CALIBRATED):
+        probability_sums = {name: np.zeros((PROBABILITY_BINS, BIN_COLUMNS)) for name in CALIBRATED}
         next_songs[targets["next"].rows] = targets["next"].songs
     for chunk, horizon, ranking in _rankings(recommender, histories, queries, needed_horizons, max(depth, LIST_LENGTH)):
         unheard_ranking = None  # the ranking without heard songs, of all queries
@@ -106,7 +106,7 @@ def rank_targets(
             unheard_ranking = ranking.without_heard(histories, queries.take(chunk), all_rows)
             for name, list_ranking in {"served": unheard_ranking, "next": ranking}.items():
                 rows, songs, scores = list_ranking.first(all_rows, LIST_LENGTH)
-                probability_sums[name] += chance_sums(scores, songs == next_songs[chunk][rows])
+                probability_sums[name] += calibration_sums(scores, songs == next_songs[chunk][rows])
         names_by_kind: dict[tuple[bool, bool], list[str]] = {}
         for name, target in targets.items():
             if target_horizons[name] == horizon:
@@ -263,7 +263,7 @@ class CandidateRankings(_Rankings):
         if song_mask is not None:
             is_rankable &= song_mask[candidates.songs]
         selected = np.flatnonzero(is_rankable)
-        selected = selected[highest_of_each(candidates.rows[selected], scores[selected], depth)]
+        selected = selected[top_positions(candidates.rows[selected], scores[selected], depth)]
         order = selected[np.lexsort((candidates.songs[selected], -scores[selected], candidates.rows[selected]))]
         self._rows, self._songs, self._scores = candidates.rows[order], candidates.songs[order], scores[order]
         self._keys = keys[order]

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from rayrec.embeddings.vectors import COLLAPSED
+from rayrec.embeddings.vectors import COLLAPSE_COSINE
 from rayrec.evaluation.plots import Plot
 from rayrec.evaluation.protocol import DAYS, DEFAULT_CONFIG, TARGETS, EvaluateConfig, usual_k
 from rayrec.evaluation.results import ABLATION
@@ -252,9 +252,9 @@ def song_embeddings(entries: Sequence[Entry]) -> list[Table]:
         Table(
             id="embeddings",
             title="Song embeddings",
-            note=f"Mean cosine: mean over random pairs of songs; above {COLLAPSED:g}, all point nearly the same way. "
-            "Directions in use: effective number of dimensions; all if the vectors vary equally in every dimension, "
-            "few if most dimensions do not separate songs.",
+            note=f"Mean cosine: mean over random pairs of songs; above {COLLAPSE_COSINE:g}, all point nearly the same "
+            "way. Directions in use: effective number of dimensions; all if the vectors vary equally in every "
+            "dimension, few if most dimensions do not separate songs.",
             head=("songs with a vector", "share of the catalog", "mean cosine", "directions in use"),
             rows=rows,
             first="embeddings",
@@ -382,7 +382,7 @@ def write_report(
 ) -> list[str]:
     """Write the report's files to a folder of the workspace and return their names.
 
-    `statistics` are those of `figures_of`, or some of them, and the health of the song embeddings. `default` is the
+    `statistics` are those of `statistics_of`, or some of them, and the health of the song embeddings. `default` is the
     name of the model that `recommend` uses. `about` holds facts about the evaluation by name. `described` is a sentence
     for the head of the page: which plays were predicted, and from which plays. `config` holds the settings of the
     evaluation; `drawn` names what its bootstrap drew, users or pairs.
@@ -399,7 +399,7 @@ def write_report(
     return file_names
 
 
-def read_figures(workspace: Workspace, report: Manifest) -> dict[str, Any]:
+def read_results(workspace: Workspace, report: Manifest) -> dict[str, Any]:
     """Return the result of an evaluation as `rayrec --json evaluate` prints it.
 
     It holds the metrics of the manifest and the figures of results.json, except the curves. Raises

@@ -33,9 +33,9 @@ ABLATION = "ablation"  # the kind of models that lack a part of the default one
 Entry = dict[str, Any]
 
 
-def figures_of(sums: MetricAccumulator, evaluator: Evaluator, default: str) -> dict[str, list[Entry]]:
-    """Return all figures by name, as the methods of `Figures` return them; `default` is the model of `recommend`."""
-    statistics = Figures(sums, evaluator.recommenders, evaluator.config, list(evaluator.days))
+def statistics_of(sums: MetricAccumulator, evaluator: Evaluator, default: str) -> dict[str, list[Entry]]:
+    """Return all figures by name, as the methods of `Statistics` return them; `default` is the model of `recommend`."""
+    statistics = Statistics(sums, evaluator.recommenders, evaluator.config, list(evaluator.days))
     return {
         "settings": settings_of(evaluator.recommenders),
         "results": statistics.results(),
@@ -55,7 +55,7 @@ def settings_of(recommenders: Sequence[BaseRecommender]) -> list[Entry]:
     return [{"model": recommender.name, **recommender.settings} for recommender in recommenders if recommender.settings]
 
 
-class Figures:
+class Statistics:
     """Computes means and their bootstrap intervals over users, low and high, from the sums of all users."""
 
     def __init__(
@@ -135,7 +135,7 @@ class Figures:
         One entry per model and target of CALIBRATED, with model, target, value (the error), chance (the mean
         probability), right (the share of the songs that are the next play) and songs (their number over all queries).
         """
-        calibrated = [recommender.name for recommender in self._recommenders if recommender.scores_are_chances]
+        calibrated = [recommender.name for recommender in self._recommenders if recommender.scores_are_probabilities]
         entries: list[Entry] = []
         for model, target_sums in zip(calibrated, self._sums.chances, strict=True):
             for target, sums in zip(CALIBRATED, target_sums, strict=True):

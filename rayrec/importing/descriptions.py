@@ -28,12 +28,12 @@ from rayrec.importing.readers.delimited import Delimiter
 from rayrec.importing.readers.reader import (
     NO_SONG,
     Unit,
-    cut_note,
     find_files,
     mapped_columns,
     naming,
     open_plain,
     plain_name,
+    unterminated_file_warnings,
 )
 from rayrec.importing.readers.tabular import open_parquet, read_columns
 from rayrec.importing.staging import Staging
@@ -84,7 +84,7 @@ class SongMetadata:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Described:
+class DescribeResult:
     """The result of `describe`."""
 
     id: str  # id of the metadata
@@ -104,7 +104,7 @@ class Described:
 
 
 @writes("describe")
-def describe(workspace: Workspace, config: DescribeConfig, path: str | None = None) -> Described:
+def describe(workspace: Workspace, config: DescribeConfig, path: str | None = None) -> DescribeResult:
     """Read a table of songs, content vectors or both, and store them next to the data set.
 
     They replace the existing metadata; with `config.append` the metadata of all other songs is kept. Only with
@@ -144,7 +144,7 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str | None = No
     def count_values(name: str) -> int:
         return len(table) - int(table.column(name).null_count)
 
-    return Described(
+    return DescribeResult(
         id=stored_manifest.id,
         inputs=stored_manifest.inputs,
         songs=len(table),
@@ -160,7 +160,11 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str | None = No
         invalid=metadata.invalid,
         warnings=[
             *(f"{message}." for message in unmatched_messages),
-            *([] if path is None or plain_name(path).endswith(".parquet") else cut_note(find_files([path], ()))),
+            *(
+                []
+                if path is None or plain_name(path).endswith(".parquet")
+                else unterminated_file_warnings(find_files([path], ()))
+            ),
         ],
     )
 
@@ -240,7 +244,7 @@ def _digest(table: pa.Table, vectors: tuple[pa.Array, np.ndarray] | None) -> str
     return digest.hexdigest()
 
 
-def take_in_described_songs(dataset: Dataset) -> int:
+def add_described_songs(dataset: Dataset) -> int:
     """Append to the catalog all songs that have metadata but are not in it; return their number.
 
     They are added in the order of the metadata. The data set gets a new id and descends from the previous data set;

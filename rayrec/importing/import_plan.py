@@ -16,7 +16,15 @@ from rayrec.data.moments import TimeZone
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.delimited import Delimiter, Separator
-from rayrec.importing.readers.reader import Reader, ReadOptions, SourceFile, Unit, cut_note, find_files, is_compressed
+from rayrec.importing.readers.reader import (
+    Reader,
+    ReadOptions,
+    SourceFile,
+    Unit,
+    find_files,
+    is_compressed,
+    unterminated_file_warnings,
+)
 from rayrec.importing.readers.tabular import roles
 from rayrec.importing.staging import UnitResult
 from rayrec.storage.artifacts import SKIP_BELOW, Times, fingerprint
@@ -27,12 +35,12 @@ BUCKET_BYTES = 64 << 20
 MIN_BUCKETS, MAX_BUCKETS = 16, 4096
 UNGROUPED_UNITS = 2_048  # up to this number each unit is its own piece, so a damaged file affects no other
 MAX_PIECES = 512  # maximum number of pieces if there are more units
-READS = 1 << 18  # approximate maximum of reads, of two requests each, in an import's second pass or a retrieval
-UNPACKED = 6  # approximate bytes of text per byte of .gz, .bz2 or Parquet
+MAX_READS = 1 << 18  # approximate maximum of reads, of two requests each, in an import's second pass or a retrieval
+UNPACKED_RATIO = 6  # approximate bytes of text per byte of .gz, .bz2 or Parquet
 DENSE_FORMATS = ("parquet",)
 OR_SKIP = ", or skip it with --skip-damaged"  # added to the message about a damaged file
 # Settings that do not change how a unit is read.
-NOT_OF_READING = (
+SETTINGS_NOT_FOR_READING = (
     *("paths", "min_user_plays", "min_song_plays", "buckets", "unit_mib"),
     *("max_rejected", "skip_damaged"),
 )
@@ -156,7 +164,7 @@ class ImportPlan:
     @property
     def size(self) -> int:
         """Approximate bytes of input after decompression."""
-        return sum(file.size * (UNPACKED if _is_dense(file.source) else 1) for file in self.files)
+        return sum(file.size * (UNPACKED_RATIO if _is_dense(file.source) else 1) for file in self.files)
 
     def line_offsets(self, lines: Sequence[int]) -> list[int]:
         """Return the number of lines before each unit in its file; `lines` is the number of lines of each unit."""
@@ -199,14 +207,16 @@ def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) 
         unit_files.extend([file_index] * len(file_units))
     file_fields = [list(file) for file in files]
     plan_id = fingerprint("import", {**to_mapping(config), "files": file_fields}, {})
-    reading_settings = {name: value for name, value in to_mapping(config).items() if name not in NOT_OF_READING}
+    reading_settings = {
+        name: value for name, value in to_mapping(config).items() if name not in SETTINGS_NOT_FOR_READING
+    }
     reading_settings["lines"] = config.needs_lines
     unit_names = [
         fingerprint("unit", reading_settings, {"unit": repr((files[file], unit.start, unit.stop))})
         for file, unit in zip(unit_files, units, strict=True)
     ]
     units_per_file = Counter(unit_files)
-    pieces = pieces_of([files[file].size / units_per_file[file] for file in unit_files])
+    pieces = group_units([files[file].size / units_per_file[file] for file in unit_files])
     piece_names = [
         unit_names[piece[0]]
         if len(piece) == 1
@@ -228,10 +238,10 @@ def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) 
 def _notes(config: ImportConfig, files: Sequence[SourceFile]) -> list[str]:
     file_format = FORMATS[config.format]
     notes = file_format.check_users([file.source for file in files], config.user) if file_format.check_users else []
-    return [*notes, *cut_note(files)] if file_format.ends_with_line else notes
+    return [*notes, *unterminated_file_warnings(files)] if file_format.ends_with_line else notes
 
 
-def pieces_of(sizes: Sequence[float]) -> list[list[int]]:
+def group_units(sizes: Sequence[float]) -> list[list[int]]:
     """Group units of `sizes` bytes into pieces: one unit per piece, or consecutive units if there are very many."""
     if len(sizes) <= UNGROUPED_UNITS:
         return [[unit] for unit in range(len(sizes))]
@@ -244,13 +254,13 @@ def pieces_of(sizes: Sequence[float]) -> list[list[int]]:
 
 
 def bucket_groups(pieces: int, buckets: int) -> list[tuple[int, int]]:
-    """Return the first and last bucket of each group of buckets, so that groups times pieces is about READS at most.
+    """Return the first and last bucket of each group of buckets, with about MAX_READS of groups times pieces.
 
     Each task of an import's second pass merges one group and reads a range of bytes of every piece. A task of a
     retrieval counts one group, and later tasks read a range of songs of every group. With few pieces, a group is one
     bucket.
     """
-    group_size = max(1, -(-pieces * buckets // READS))
+    group_size = max(1, -(-pieces * buckets // MAX_READS))
     return [(first, min(first + group_size, buckets) - 1) for first in range(0, buckets, group_size)]
 
 
@@ -264,7 +274,7 @@ def _is_dense(source: str) -> bool:
 
 
 FEW_REJECTED = 0.01  # share of rejected rows up to which there is no warning
-OUTLIER = 10  # a file with 10 times the median number of rows per file, or with a tenth of it, is an outlier
+OUTLIER_FACTOR = 10  # a file with 10 times the median number of rows per file, or with a tenth of it, is an outlier
 OUTLIERS_SHOWN = 5
 TEXT_SHOWN = 120  # characters of a rejected row
 
@@ -348,7 +358,7 @@ def summarize(
     outliers = {
         source: count
         for source, count in usable_rows.items()
-        if len(usable_rows) > 2 and (count * OUTLIER <= median or count >= median * OUTLIER)
+        if len(usable_rows) > 2 and (count * OUTLIER_FACTOR <= median or count >= median * OUTLIER_FACTOR)
     }
     summary = ImportSummary(
         files=len(rows_by_file),

@@ -36,8 +36,8 @@ from rayrec.importing.staging import (
     PieceResult,
     Staging,
     UnitResult,
-    buckets_read,
-    discard_others,
+    delete_other_imports,
+    existing_bucket_count,
     piece_names,
 )
 from rayrec.importing.vocabulary import KEY, SongRows, Vocabulary, key_ranges
@@ -214,7 +214,7 @@ class _Import:
 
     def run(self) -> DatasetManifest:
         piece_results = self._read_pieces()
-        discard_others(self.workspace, self.staging)  # only now are the damaged files known
+        delete_other_imports(self.workspace, self.staging)  # only now are the damaged files known
         unit_results = [unit for piece_result in piece_results for unit in piece_result.units]
         summary = self._summarize(piece_results)
         offsets = np.array([piece_result.rows for piece_result in piece_results])
@@ -245,7 +245,10 @@ class _Import:
 
         It is that of an unfinished import of some of these files, if the two numbers differ by a factor of at most two.
         """
-        best_count, existing_count = choose_buckets(self.plan.size), buckets_read(self.workspace, self.plan.piece_names)
+        best_count, existing_count = (
+            choose_buckets(self.plan.size),
+            existing_bucket_count(self.workspace, self.plan.piece_names),
+        )
         return existing_count if best_count <= 2 * existing_count and existing_count <= 2 * best_count else best_count
 
     def _merge_settings(self, unit_results: list[UnitResult]) -> MergeSettings:

@@ -27,23 +27,23 @@ from rayrec.importing.readers.reader import (
     ReadOptions,
     SourceFile,
     byte_ranges,
-    cut_note,
     find_files,
-    head_of,
     mapping_advice,
     open_source,
     plain_letters,
     plain_name,
     read_blocks,
+    read_head,
     shown_columns,
+    unterminated_file_warnings,
 )
 from rayrec.importing.readers.spotify_history import ACCOUNT_DATA, is_account_data
 from rayrec.importing.readers.tabular import (
     EVENTS,
     FLAGS,
-    MADE_OF_NAMES,
     NAMES_OF_SONG,
     OPTIONAL_ROLES,
+    SONG_FROM_NAMES,
     open_parquet,
     read_batches,
     roles,
@@ -64,7 +64,7 @@ SONG_ID = (
 # 18:24, 9:05:00, 6:24 pm; not 3:45, which may be the length of a song.
 TIME_OF_DAY = r"([01]\d|2[0-3]):[0-5]\d|\d{1,2}:\d{2}:\d{2}(\.\d+)?|\d{1,2}:\d{2}(:\d{2})?\s*[AaPp][Mm]"
 TITLE = r".*[^!-~].*"  # has a space or a character outside ASCII, which ids rarely have
-TITLES = 0.1  # minimum share of values like TITLE in a column of titles; low, since many titles are one word
+MIN_TITLE_SHARE = 0.1  # minimum share of values like TITLE in a column of titles; low, since many titles are one word
 FIRST_LINE_NOTE = (
     "The first line looks like data, not column names. Add a header line, such as artist,album,title,played_at, "
     "above it."
@@ -116,7 +116,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
     files = find_files(paths, file_format.patterns)
     size = sum(file.size for file in files)
     notes = file_format.check_users([file.source for file in files], "") if file_format.check_users else []
-    notes += cut_note(files) if file_format.ends_with_line else []
+    notes += unterminated_file_warnings(files) if file_format.ends_with_line else []
     if not file_format.mapped:
         batches = _sample_batches(file_format, files, ReadOptions(playlists=file_format.playlists))
         row_kind = "playlists" if file_format.playlists else "plays"
@@ -146,7 +146,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
             f"No column looks like {' or '.join(missing_roles)}: map it with --columns "
             f"{missing_roles[0]}=NAME{one_user_advice}."
         )
-    if column_of_role.get("song") == MADE_OF_NAMES:
+    if column_of_role.get("song") == SONG_FROM_NAMES:
         notes.append("No column looks like song IDs: they are made from artist and title.")
     notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated_names.items()]
     if _looks_like_data(list(sample)):
@@ -196,10 +196,10 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
         id_column = next((plain_names[name] for name in candidates if re.search(SONG_ID, name)), None)
         if id_column is not None:
             column_of_role |= {"title": column_of_role["song"], "song": id_column}
-        elif _share_of_matches(sample[column_of_role["song"]], TITLE) >= TITLES:
+        elif _share_of_matches(sample[column_of_role["song"]], TITLE) >= MIN_TITLE_SHARE:
             column_of_role["title"] = column_of_role.pop("song")
     if "song" not in column_of_role and all(role in column_of_role for role in NAMES_OF_SONG):
-        column_of_role["song"] = MADE_OF_NAMES
+        column_of_role["song"] = SONG_FROM_NAMES
     row_kind = "playlists" if "playlist" in column_of_role and "played_at" not in column_of_role else "plays"
     return row_kind, {role: column_of_role[role] for role in roles(row_kind == "playlists") if role in column_of_role}
 
@@ -423,7 +423,7 @@ ORDER = (
 YAMBDA_COLUMN = "played_ratio_pct"
 # Format -> pattern that occurs in the first bytes of its files.
 MARKS = {"mpd": rb'"playlists"', "tidal": rb"entry_date", "listenbrainz": rb'"(track_metadata|listened_at)"'}
-LOOKED_AT = 100  # maximum number of files that are opened to detect a format
+MAX_FILES_OPENED = 100  # maximum number of files that are opened to detect a format
 
 
 def guess_import(
@@ -455,13 +455,13 @@ def guess_import(
             format=selected_format, paths=tuple(paths), columns=given_columns, timezone=timezone, user=user
         )
     inspection = inspect_files(selected_format, paths, timezone)
-    remaining_columns = {MADE_OF_NAMES, *(column.name for column in inspection.columns)} - set(given_columns.values())
+    remaining_columns = {SONG_FROM_NAMES, *(column.name for column in inspection.columns)} - set(given_columns.values())
     given_columns = {
         role: name for role, name in (earlier_columns or {}).items() if name in remaining_columns
     } | given_columns
     column_of_role = {role: name for role, name in inspection.mapping.items() if role in roles(False)}
     # Song ids made of names would differ from those of the earlier import.
-    if earlier_columns is not None and column_of_role.get("song") == MADE_OF_NAMES:
+    if earlier_columns is not None and column_of_role.get("song") == SONG_FROM_NAMES:
         del column_of_role["song"]
     column_of_role = {
         role: name for role, name in column_of_role.items() if name not in given_columns.values()
@@ -520,15 +520,15 @@ def _looks_like(format_name: str, files: Sequence[SourceFile]) -> bool:
         with open_source(files[0].source) as stream:
             return YAMBDA_COLUMN in pq.read_schema(stream).names
     if format_name == "youtube-takeout":
-        return any(is_watch_history(file.source) for file in files[:LOOKED_AT])
+        return any(is_watch_history(file.source) for file in files[:MAX_FILES_OPENED])
     if format_name == "listenbrainz":  # other formats also use .json, but not its other endings
         is_json = all(plain_name(file.source).lower().endswith(".json") for file in files)
-        return not is_json or any(_has_mark(format_name, file) for file in files[:LOOKED_AT])
+        return not is_json or any(_has_mark(format_name, file) for file in files[:MAX_FILES_OPENED])
     return format_name not in MARKS or _has_mark(format_name, files[0])
 
 
 def _has_mark(format_name: str, file: SourceFile) -> bool:
-    return re.search(MARKS[format_name], head_of(file.source)) is not None
+    return re.search(MARKS[format_name], read_head(file.source)) is not None
 
 
 def _require_columns(inspection: Inspection, path: str, column_of_role: Mapping[str, str]) -> None:

@@ -14,7 +14,15 @@ import pyarrow.compute as pc
 
 from rayrec.data import columns
 from rayrec.data.columns import one_array
-from rayrec.data.dataset import NOBODY, Dataset, ForgottenUsers, read_files, read_overlap, read_users, with_columns
+from rayrec.data.dataset import (
+    NO_FORGOTTEN_USERS,
+    Dataset,
+    ForgottenUsers,
+    read_files,
+    read_overlap,
+    read_users,
+    with_columns,
+)
 from rayrec.data.histories import Histories
 from rayrec.data.moments import ASSUMED_GAP_MS, LINE_GAP_MS
 from rayrec.data.ragged import offsets_of
@@ -26,7 +34,7 @@ from rayrec.storage.artifacts import DatasetManifest
 from rayrec.storage.workspace import Workspace, histories_file, playlists_file, rejected_rows_file, users_file
 
 FORGOTTEN_USER = "user was deleted"  # reject reason of a deleted user's plays from before the deletion
-LIKE_ALONE = "like of a user without plays"
+LIKE_WITHOUT_PLAYS = "like of a user without plays"
 MAX_CONTEXTS = 31  # bits of an int32 without its sign
 USERS_PER_READ = 5_000
 PARTS_BEFORE_COMPACT = 8  # with more parts, reading takes noticeably more requests
@@ -269,7 +277,7 @@ def usable_likes(
     Other likes in rows that are no plays are added to `dropped`.
     """
     likes, liked_plays = (part.keep(has_plays[part.owner]) for part in (rows.likes, rows.liked_plays))
-    dropped.add(rows.likes.keep(~has_plays[rows.likes.owner]), LIKE_ALONE)
+    dropped.add(rows.likes.keep(~has_plays[rows.likes.owner]), LIKE_WITHOUT_PLAYS)
     dropped.add(likes.keep(song_rows.find(likes.key) < 0), rare_song_reason)
     likes, liked_plays = (part.keep(song_rows.find(part.key) >= 0) for part in (likes, liked_plays))
     return replace(rows, likes=likes, liked_plays=liked_plays)
@@ -303,7 +311,7 @@ def _is_known_owner(is_known: np.ndarray | None, rows: MergedRows) -> np.ndarray
     return np.zeros(len(rows.owners), dtype=bool) if is_known is None else is_known
 
 
-def rows_among(rows: MergedRows, songs: np.ndarray, histories: Histories) -> np.ndarray:
+def find_duplicate_rows(rows: MergedRows, songs: np.ndarray, histories: Histories) -> np.ndarray:
     """int64: indices of the rows that have the same user, time and song as a play in `histories`.
 
     `songs`, int32 (R,), are the song rows of `rows`, -1 for new songs.
@@ -384,7 +392,7 @@ def choose_contexts(counts: dict[str, int], existing: Sequence[str] = ()) -> lis
     return [*existing, *new_names][:MAX_CONTEXTS]
 
 
-def joined_spans(parts: int, cuts: Iterable[int]) -> Spans:
+def merge_spans(parts: int, cuts: Iterable[int]) -> Spans:
     """Join parts 0 to `parts` - 1 into as few spans as possible, with a new span at each of the `cuts`.
 
     A cut is the number of a part: plays from it on must be readable alone, for artifacts that continue from there.
@@ -432,7 +440,7 @@ class MergeSettings:
     has_likes: bool
     in_lines: bool  # the order of a row is its place in its line
     base: DatasetManifest | None = None  # the data set that plays are appended to
-    forgotten: ForgottenUsers = NOBODY  # deleted users; their plays from before the deletion are left out
+    forgotten: ForgottenUsers = NO_FORGOTTEN_USERS  # deleted users; their plays from before the deletion are left out
 
     @property
     def part(self) -> int:
@@ -548,7 +556,7 @@ class EarlierParts:
         owners = known_rows.owners[np.unique(known_rows.owner)]
         for path in files:
             for histories in read_overlap(self.workspace, path, owners, first, last):
-                is_repeated[rows_among(rows, row_songs, histories)] = True
+                is_repeated[find_duplicate_rows(rows, row_songs, histories)] = True
         return rows.keep(~is_repeated)
 
 

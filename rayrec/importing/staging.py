@@ -29,7 +29,16 @@ from rayrec.data.dataset import bucket_of
 from rayrec.data.histories import Histories
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers.reader import Batch
-from rayrec.importing.vocabulary import KEY, PLACE, SONGS, SongMerger, first_songs, key_ranges, range_of, song_keys
+from rayrec.importing.vocabulary import (
+    FIRST_POSITION,
+    KEY,
+    SONGS,
+    SongMerger,
+    first_songs,
+    key_ranges,
+    range_of,
+    song_keys,
+)
 from rayrec.storage.artifacts import DatasetManifest, read_dataset_manifest
 from rayrec.storage.workspace import (
     DATASET,
@@ -186,14 +195,14 @@ class FragmentStore:
             return None
         stored_songs = pq.read_table(pa.BufferReader(self._read(self.songs_file(piece), start, end)))
         song_ids = one_array(stored_songs.column(columns.SONG_ID).cast(SONGS.field(columns.SONG_ID).type))
-        positions = one_array(stored_songs.column(PLACE)).to_numpy() + (piece << 32)
+        positions = one_array(stored_songs.column(FIRST_POSITION)).to_numpy() + (piece << 32)
         data = {
             item.name: stored_songs.column(item.name).cast(item.type)
             if item.name in stored_songs.column_names
             else pa.nulls(len(stored_songs), item.type)
             for item in SONGS
         }
-        return pa.table({**data, KEY: pa.array(song_keys(song_ids)), PLACE: pa.array(positions)}, schema=SONGS)
+        return pa.table({**data, KEY: pa.array(song_keys(song_ids)), FIRST_POSITION: pa.array(positions)}, schema=SONGS)
 
     def rejected(self, piece: int, result: PieceResult) -> Iterator[tuple[int, pa.Table]]:
         """Yield the place of a unit in the piece and some of its rejected rows, columns.REJECTED.
@@ -361,7 +370,7 @@ class _Spool:
             self._write_chunk()
         songs = self._songs.table()
         positions = pa.array(np.arange(len(songs), dtype=np.int64))
-        songs = songs.set_column(songs.column_names.index(PLACE), PLACE, positions)
+        songs = songs.set_column(songs.column_names.index(FIRST_POSITION), FIRST_POSITION, positions)
         range_numbers = range_of(one_array(songs.column(KEY)).to_numpy(), range_count)
         songs = songs.drop_columns([KEY])  # can be computed from the ids
         return (songs.filter(pa.array(range_numbers == key_range)) for key_range in range(range_count))
@@ -494,14 +503,14 @@ def piece_names(pieces: Sequence[str], buckets: int) -> list[str]:
     return [f"{buckets:04d}-{piece}" for piece in pieces]
 
 
-def buckets_read(workspace: Workspace, pieces: Sequence[str]) -> int:
+def existing_bucket_count(workspace: Workspace, pieces: Sequence[str]) -> int:
     """Return the number of buckets into which an unfinished import has read pieces of a plan; 0 if none has."""
     folder_parts = [name.split("-") for name in workspace.folders(f"{IMPORT_STAGING}/{PIECES}")]
     known_pieces = set(pieces)
     return max((int(buckets) for buckets, piece in folder_parts if piece in known_pieces), default=0)
 
 
-def discard_others(workspace: Workspace, staging: Staging) -> None:
+def delete_other_imports(workspace: Workspace, staging: Staging) -> None:
     """Delete the files of unfinished imports of other inputs, except pieces that this import also reads."""
     current_folders = {f"{IMPORT_STAGING}/{PIECES}", staging.folder}
     current_folders |= {f"{staging.fragments.folder}/{piece}" for piece in staging.fragments.names}

@@ -18,7 +18,7 @@ from rayrec.errors import RayrecError
 
 HASH_KEY = "rayrec song hash"  # 16 bytes
 KEY = "key"  # key of the song, see `song_keys`
-PLACE = "place"  # where a song first appears: piece of input << 32 | place among the songs of the piece
+FIRST_POSITION = "place"  # where a song first appears: piece of input << 32 | place among the songs of the piece
 MERGE_ROWS = 1 << 20  # a merge starts only if more songs than this are waiting
 ROWS_PER_ARRAY = 1 << 20  # rows of an array of strings with 32-bit offsets
 BUCKETS_PER_RANGE = 256
@@ -29,7 +29,7 @@ SONGS = pa.schema(
         pa.field(columns.SONG_ID, pa.large_string()),
         pa.field(columns.TITLE, pa.large_string()),
         pa.field(columns.ARTIST, pa.large_string()),
-        pa.field(PLACE, pa.int64()),
+        pa.field(FIRST_POSITION, pa.int64()),
     ]
 )
 
@@ -124,7 +124,7 @@ class Vocabulary:
         key_chunks = [song_keys(chunk) for chunk in text_columns[0].chunks if len(chunk)]
         keys_array = pa.array(np.concatenate([np.zeros(0, np.uint64), *key_chunks]))
         existing_songs = pa.table([keys_array, *text_columns, pa.array(np.full(len(table), -1))], schema=SONGS)
-        new_songs = pa.concat_tables([SONGS.empty_table(), *new]).sort_by(PLACE)
+        new_songs = pa.concat_tables([SONGS.empty_table(), *new]).sort_by(FIRST_POSITION)
         self._songs = merge_songs([existing_songs, new_songs])
 
     @property

@@ -11,7 +11,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import FitRange, fit_range, load_split
 from rayrec.display import progress
-from rayrec.importing.descriptions import take_in_described_songs
+from rayrec.importing.descriptions import add_described_songs
 from rayrec.importing.staging import finish_publishing
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.model.added_songs import AddedSongs, FirstPlays, songs_without_vector
@@ -45,7 +45,7 @@ def add_songs(workspace: Workspace, *, model_id: str | None = None, repeat: bool
     dataset = Dataset(workspace)
     model = dataset.model(model_id)
     started = time.monotonic()
-    new_songs = take_in_described_songs(dataset)
+    new_songs = add_described_songs(dataset)
     descriptions = dataset.descriptions()
     inputs = {"dataset": dataset.manifest.id, "models": model.id}
     if descriptions:
@@ -85,7 +85,7 @@ def added_since(dataset: Dataset, model: Manifest, allowed: FitRange, earlier_so
         model.folder,
         plays=_plays_since(dataset, model, allowed),
         earlier=None if earlier_songs is None else AddedSongs.load(dataset.workspace, earlier_songs.folder),
-        songs_then=0 if earlier_songs is None else dataset.earlier(earlier_songs.inputs["dataset"]).songs,
+        earlier_num_songs=0 if earlier_songs is None else dataset.earlier(earlier_songs.inputs["dataset"]).songs,
     )
 
 
@@ -95,11 +95,11 @@ def added_to(
     *,
     plays: Iterable[Histories] = (),
     earlier: AddedSongs | None = None,
-    songs_then: int = 0,
+    earlier_num_songs: int = 0,
 ) -> AddedSongs:
     """Return the songs to add to the network in `folder`.
 
-    `plays` are the plays since the network's training; `earlier` and `songs_then` are as in `AddedSongs.make`.
+    `plays` are the plays since the network's training; `earlier` and `earlier_num_songs` are as in `AddedSongs.make`.
     """
     workspace = dataset.workspace
     output_vectors = workspace.read_array(f"{folder}/{SONG_VECTORS}")
@@ -112,7 +112,7 @@ def added_to(
         dataset.catalog(),
         dataset.content(),
         earlier=earlier,
-        songs_then=songs_then,
+        earlier_num_songs=earlier_num_songs,
         first_plays=FirstPlays.read(plays, rows, output_vectors, input_vectors),
     )
 

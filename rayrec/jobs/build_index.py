@@ -14,7 +14,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Queries
 from rayrec.display import progress
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
-from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex, require_one_faiss
+from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexMetrics, SongIndex, require_one_faiss
 from rayrec.storage.artifacts import Manifest, fingerprint, load_manifest, new_id, newest, publish, reuse
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
@@ -32,7 +32,7 @@ def build_index(
 ) -> Manifest:
     """Build the index of the songs of a model, by default the model requested last.
 
-    Metrics: seconds of the whole job, and the fields of `IndexFigures`.
+    Metrics: seconds of the whole job, and the fields of `IndexMetrics`.
     Raises `NotFoundError` if the model does not exist, `MissingDependencyError` without faiss.
     """
     model = load_manifest(workspace, "models", model_id) if model_id else newest(workspace, "models")
@@ -54,7 +54,7 @@ def build_index(
 
 def build_and_save(
     workspace: Workspace, config: IndexConfig, model: Manifest, path: str, threads: int
-) -> Iterator[IndexFigures]:
+) -> Iterator[IndexMetrics]:
     """Build the index of a model's vectors and write it to `path`; yield its figures."""
     vectors = workspace.read_array(model.path(MODEL_VECTORS))
     queries = taste_queries(workspace, model, config.queries) if config.kind_for(len(vectors)) == "ivf" else None

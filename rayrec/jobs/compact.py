@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from rayrec.data.dataset import Dataset
 from rayrec.data.impressions import compact_impressions
 from rayrec.display import progress
-from rayrec.importing.merging import BucketJoiner, Spans, joined_spans
+from rayrec.importing.merging import BucketJoiner, Spans, merge_spans
 from rayrec.importing.staging import Staging, finish_publishing
 from rayrec.jobs.forget import Erased, erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets
@@ -46,7 +46,7 @@ def compact(workspace: Workspace) -> Compacted:
     erased = erase_forgotten(workspace)
     dataset = Dataset(workspace)
     base = dataset.manifest
-    spans = joined_spans(base.parts, _cut_parts(dataset))
+    spans = merge_spans(base.parts, _cut_parts(dataset))
     new_spans = [span for span in spans if span not in base.spans]
     if not new_spans:
         return Compacted(dataset=base, spans_before=base.spans, spans=base.spans, erased=erased)

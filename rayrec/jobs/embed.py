@@ -31,7 +31,7 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
 
     vectors.npy is fitted on all plays that a final fit may see, selection_vectors.npy without the validation range.
     Embeddings from the file `config.vectors` are used for both. Metrics: seconds, the figures of `fit_vectors` or
-    `take_vectors` and those of `check_health`.
+    `import_vectors` and those of `check_health`.
 
     Raises `MismatchError` for a split of another data set, `InputError` for settings or files that
     do not fit the data.
@@ -58,7 +58,7 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
         fit_metrics = _fit_all(workspace, config, manifest, fit_ranges)
     else:
         paths = [manifest.path(name) for name in fit_ranges]
-        fit_metrics = word2vec.take_vectors(workspace, config, fit_ranges[FINAL], paths)
+        fit_metrics = word2vec.import_vectors(workspace, config, fit_ranges[FINAL], paths)
     counts = fit_metrics.pop("counts")
     vectors = SongVectors(workspace.read_array(manifest.path(FINAL)))
     metrics = {**fit_metrics, **check_health(vectors, counts, dataset.catalog(), config.seed)}

@@ -16,7 +16,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, fit_range, require_split_of
 from rayrec.display import progress
 from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors, check_health, directions
-from rayrec.embeddings.word2vec import UNCUT, EmbedConfig
+from rayrec.embeddings.word2vec import PLAYLIST_WARNING, EmbedConfig
 from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.accumulator import VIEWS, CellRange, MetricAccumulator, cell_ranges
 from rayrec.evaluation.evaluator import (
@@ -27,11 +27,11 @@ from rayrec.evaluation.evaluator import (
     evaluator_files,
     read_prefixes,
 )
-from rayrec.evaluation.plots import NAMED, Plot, cosine_plot, most_played, song_map, training_plot
+from rayrec.evaluation.plots import TITLED_SONGS, Plot, cosine_plot, most_played, song_map, training_plot
 from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig, plays_to_predict
 from rayrec.evaluation.ranks import BASELINE_CHOICES, tune_baseline
 from rayrec.evaluation.report import CURVES, SONG_EMBEDDINGS, settings_text, summary, write_report
-from rayrec.evaluation.results import Figures, figures_of, settings_of
+from rayrec.evaluation.results import Statistics, settings_of, statistics_of
 from rayrec.importing.readers.reader import Unit, byte_ranges, find_files
 from rayrec.jobs.build_index import index_network
 from rayrec.jobs.forget import erase_forgotten
@@ -52,7 +52,9 @@ KIND = "reports"
 USERS_PER_BATCH = 2_000
 EXAMPLES, EXAMPLE_PLAYS, EXAMPLE_SONGS = 3, 5, 5  # users shown; last plays and songs shown per user
 PREFIXES_AT_ONCE = 1 << 18  # bytes of a file of prefixes that one task reads
-ABOUT_PREFIXES = "The target of each line of the file is predicted from the songs of its prefix; there are no times."
+PREFIX_DESCRIPTION = (
+    "The target of each line of the file is predicted from the songs of its prefix; there are no times."
+)
 
 
 @writes("evaluate")
@@ -71,8 +73,8 @@ def evaluate(
     was trained, and tuned on the validation range. If the network was trained without song embeddings, baselines that
     need them are left out. With `config.ablation` two-step is also evaluated without each of its parts, with rankers
     that are trained for this. The manifest's metrics hold default, protocol, the result of `summary`, users, plays and
-    seconds. The figures of `figures_of`, the examples and the health of the song embeddings are in results.json; see
-    `read_figures`.
+    seconds. The figures of `statistics_of`, the examples and the health of the song embeddings are in results.json; see
+    `read_results`.
 
     Raises `InputError` without a split, for a split without a test range, for an unknown model, for an ablation without
     two-step among the models, and for a test range without queries; `NotFoundError` if there is no network or no song
@@ -107,7 +109,7 @@ def evaluate(
             f"no play of the test range ({split.test_range}) has an earlier play by the same user, so there is nothing "
             "to predict; run `rayrec split` with more test days or a larger last fraction"
         )
-    results = figures_of(metric_sums, evaluator, compared_models.default)
+    results = statistics_of(metric_sums, evaluator, compared_models.default)
     results["examples"] = examples_of(dataset, evaluator, compared_models.default)
     results[SONG_EMBEDDINGS] = health_of(dataset, compared_models, evaluator.song_plays)
     manifest = Manifest(
@@ -169,7 +171,7 @@ def plots_of(dataset: Dataset, compared_models: ComparedModels, song_plays: np.n
     for path in [*vector_paths(compared_models).values()][-1:]:
         vectors = np.asarray(workspace.read_array(path))
         vector_plays = song_plays[: len(vectors)]
-        titles = dataset.catalog().titles(most_played(vectors, vector_plays, NAMED))
+        titles = dataset.catalog().titles(most_played(vectors, vector_plays, TITLED_SONGS))
         plots.append(song_map(vectors, vector_plays, titles))
     return [plot for plot in plots if plot is not None]
 
@@ -321,7 +323,7 @@ def evaluate_prefixes(
     The models are those made for `split`, or without a split those made from all plays; baselines are fitted on the
     same plays. The manifest's metrics hold default, protocol, the result of `summary`, pairs, unknown_targets (all of
     them count as misses), unknown_items and seconds. The results (users all, targets served and next), comparisons,
-    calibration and the health of the song embeddings are in results.json; see `read_figures`.
+    calibration and the health of the song embeddings are in results.json; see `read_results`.
 
     Raises `InputError` for a file without pairs or with a line that cannot be read, and the errors of `evaluate`.
     """
@@ -356,7 +358,7 @@ def evaluate_prefixes(
     metric_sums, counts = evaluate_pairs(workspace, evaluator, file, units, f"{artifact_dir(KIND, report_id)}/run")
     if not counts[0]:
         raise InputError(f"{file.path} has no pairs; expected lines with songs, a tab and the next song")
-    metrics = Figures(metric_sums, recommenders, config)
+    metrics = Statistics(metric_sums, recommenders, config)
     result_rows = [entry for entry in metrics.results(["served", "next"]) if entry["users"] == "all"]
     results = {
         "settings": settings_of(recommenders),
@@ -393,7 +395,7 @@ def evaluate_prefixes(
         results,
         default=compared_models.default,
         about=report_info,
-        described=ABOUT_PREFIXES,
+        described=PREFIX_DESCRIPTION,
         config=config,
         drawn="pairs",
     )
@@ -480,7 +482,7 @@ class ComparedModels:
             return None
         parts = {"the network": self.model, **self.others, "the song embeddings": self.songs}
         uncut_parts = [name for name, part in parts.items() if part and part.metrics.get("source") == "playlists"]
-        return f"{', '.join(uncut_parts)}: {UNCUT}" if uncut_parts else None
+        return f"{', '.join(uncut_parts)}: {PLAYLIST_WARNING}" if uncut_parts else None
 
 
 def choose_models(

@@ -14,13 +14,13 @@ from rayrec.errors import InputError
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import USUAL_K, EvaluateConfig
 from rayrec.evaluation.report import verdict
-from rayrec.evaluation.results import Entry, Figures
+from rayrec.evaluation.results import Entry, Statistics
 from rayrec.importing.inspection import describe_import, guess_import
 from rayrec.jobs.add_songs import added_to
 from rayrec.jobs.build_index import index_network
 from rayrec.jobs.evaluate import evaluate_buckets
 from rayrec.jobs.job_config import FitConfig
-from rayrec.jobs.pipeline import CONFIGS, NO_RANGE, RANKING, Outcome, Stages, example_answer
+from rayrec.jobs.pipeline import CONFIGS, NO_RANGE_REASON, RANKING, Outcome, Stages, example_answer
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
@@ -69,7 +69,7 @@ class ServedParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Recall@20 and MRR@20 of models on the same queries, with the rows of `Figures.results` and `comparisons`."""
+    """Recall@20 and MRR@20 of models on the same queries, with the rows of `Statistics.results` and `comparisons`."""
 
     results: list[Entry]  # model, target (served or next), metric, value, low, high, plays (queries)
     comparisons: list[Entry]  # the first model compared with each other model
@@ -153,7 +153,7 @@ def measure_quality(
         chosen_users=checks_rankers if checking_users else None,
     )
     metric_sums = evaluate_buckets(dataset.workspace, evaluator, dataset.manifest.buckets, SHARED)
-    metrics = Figures(metric_sums, models, config)
+    metrics = Statistics(metric_sums, models, config)
     results = [row for row in metrics.results(TARGETS) if row["users"] == "all" and row["metric"] in ("recall", "mrr")]
     comparisons = [row for row in metrics.comparisons(models[0].name) if row["target"] in TARGETS]
     return Quality(results=results, comparisons=comparisons)
@@ -266,7 +266,7 @@ def fit_models(stages: Stages, configs: Mapping[str, Settings]) -> None:
     stages.run("songs")  # before rank, so that rankers learn to rank new songs
     for name in RANKING:
         if stages.split is None:
-            stages.leave_out(name, NO_RANGE)
+            stages.leave_out(name, NO_RANGE_REASON)
         else:
             stages.run(name, configs[name])
 
@@ -320,7 +320,7 @@ def train_defaults(dataset: DatasetManifest) -> dict[str, Any]:
     return values | ({"batch": batch} if batch < defaults.batch else {})
 
 
-def served_before(
+def selection_parts(
     dataset: Dataset, model: Manifest, retrieval: Manifest, rankers: Manifest | None, name: str
 ) -> ServedParts:
     """Return the parts of a recommender that have not seen the validation range."""
@@ -348,8 +348,8 @@ def _quality(dataset: Dataset, stages: Stages, index: IndexConfig) -> Quality | 
         else None
     )
     song_plays = Retrieval.load(workspace, retrieval.path(SELECTION_RETRIEVAL)).plays.plays
-    parts = [served_before(dataset, model, retrieval, rankers, "two-step")] if rankers else []
-    parts.append(served_before(dataset, model, retrieval, None, "taste"))
+    parts = [selection_parts(dataset, model, retrieval, rankers, "two-step")] if rankers else []
+    parts.append(selection_parts(dataset, model, retrieval, None, "taste"))
     quality = measure_quality(
         dataset,
         [*(part.load(dataset, index) for part in parts), PopularityRecommender(song_plays)],

@@ -21,7 +21,14 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rayrec.data import columns
-from rayrec.data.dataset import Dataset, ForgottenUsers, mark_erased, mark_forgotten, read_waiting, user_digest
+from rayrec.data.dataset import (
+    Dataset,
+    ForgottenUsers,
+    mark_erased,
+    mark_forgotten,
+    read_pending_deletions,
+    user_digest,
+)
 from rayrec.data.impressions import erase_impressions
 from rayrec.data.moments import now_ms
 from rayrec.data.spelling import spell_id
@@ -92,7 +99,7 @@ def forget_users(workspace: Workspace, user_ids: Sequence[str], *, store: str | 
     unique_ids, at = list(dict.fromkeys(filter(None, spelled_ids))), now_ms()
     dataset = Dataset(workspace)
     mark_forgotten(workspace, unique_ids, at)
-    state_store = open_own_store(workspace, store, dataset.lineage)
+    state_store = open_user_store(workspace, store, dataset.lineage)
     if state_store is not None:
         try:
             state_store.forget(unique_ids, pack_state(UserState(forgotten_at=at)))
@@ -101,7 +108,7 @@ def forget_users(workspace: Workspace, user_ids: Sequence[str], *, store: str | 
     return len(unique_ids)
 
 
-def open_own_store(workspace: Workspace, store: str | None, lineage: str) -> StateStore | None:
+def open_user_store(workspace: Workspace, store: str | None, lineage: str) -> StateStore | None:
     """Open `store`; if it is None, the workspace's own store, or return None if there is none."""
     if store is None and not (workspace.is_local and workspace.exists(STATES_FILE)):
         return None
@@ -117,7 +124,7 @@ def erase_forgotten(workspace: Workspace, *, reading: Sequence[str] = ()) -> Era
     retrievers or rankers. The paths `reading`, which the caller is about to import, are kept. Raises
     `DamagedArtifactError` for a file that did not match its checksum before the erasure.
     """
-    waiting_users = read_waiting(workspace)
+    waiting_users = read_pending_deletions(workspace)
     if not waiting_users and not workspace.exists(READY):
         return Erased()
     return _erase(workspace, reading)
@@ -127,7 +134,7 @@ def erase_forgotten(workspace: Workspace, *, reading: Sequence[str] = ()) -> Era
 def _erase(workspace: Workspace, kept_paths: Sequence[str]) -> Erased:
     finish_publishing(workspace)
     _finish(workspace)
-    waiting_users = read_waiting(workspace)
+    waiting_users = read_pending_deletions(workspace)
     if not waiting_users:
         return Erased()
     workspace.delete(IMPORT_STAGING)

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import AfterValidator, Field
 
 from rayrec.config import Settings, from_mapping, section_of
-from rayrec.data.moments import known_zone
+from rayrec.data.moments import validate_zone_name
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.model.train_config import TrainConfig
@@ -32,7 +32,7 @@ class PlaysConfig(Settings):
         description="Column of each role, such as user=user_id,song=song_id,played_at=ts; others are guessed; for "
         "`update`, those used by `fit`",
     )
-    timezone: Annotated[str | None, AfterValidator(known_zone)] = Field(
+    timezone: Annotated[str | None, AfterValidator(validate_zone_name)] = Field(
         None,
         description="Time zone of times without one, such as Europe/Berlin; default: UTC; for `update`, the zone "
         "used by `fit`",
@@ -77,7 +77,7 @@ class UpdateConfig(PlaysConfig):
 
 SECTIONS: dict[str, type[Any]] = {"embed": EmbedConfig, "train": TrainConfig}
 # A trial measures its network on the validation range, so it must not refit: a refit trains on that range.
-OWN = {"train": {"refit": False}}
+FIXED_SETTINGS = {"train": {"refit": False}}
 
 Values = dict[str, dict[str, Any]]  # section -> setting -> value
 
@@ -134,7 +134,7 @@ def to_toml(settings: Values) -> str:
 
 def _section(sections: Mapping[str, Any], section: str, file_name: str) -> dict[str, Any]:
     values = section_of(sections, section, file_name)
-    fixed_names = sorted(set(values) & set(OWN.get(section, {})))
+    fixed_names = sorted(set(values) & set(FIXED_SETTINGS.get(section, {})))
     if fixed_names:
         raise InputError(f"{file_name} [{section}] has {fixed_names[0]}, which the search sets itself; remove it")
     return values
@@ -170,7 +170,9 @@ def _trial(choices: dict[tuple[str, str], list[Any]], positions: tuple[int, ...]
     settings_text = ", ".join(f"{name} = {value}" for name, value in varied.items())
     embed, train = (
         from_mapping(
-            config_class, settings[section] | OWN.get(section, {}), f"{file_name} [{section}] with {settings_text}"
+            config_class,
+            settings[section] | FIXED_SETTINGS.get(section, {}),
+            f"{file_name} [{section}] with {settings_text}",
         )
         for section, config_class in SECTIONS.items()
     )

@@ -11,12 +11,19 @@ from pydantic import Field
 from rayrec.config import Settings, from_mapping, read_toml, section_of, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.moments import ASSUMED_GAP_MS
-from rayrec.data.split import Split, SplitConfig, hold_back_validation, list_splits, split_dataset, trained_on
+from rayrec.data.split import (
+    Split,
+    SplitConfig,
+    describe_training_plays,
+    hold_back_validation,
+    list_splits,
+    split_dataset,
+)
 from rayrec.data.synthetic import GenerateConfig
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError, NotFoundError, TooFewQueriesError
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.report import read_figures
+from rayrec.evaluation.report import read_results
 from rayrec.importing.import_plan import ImportConfig, import_notes, plan_import
 from rayrec.jobs.add_songs import add_songs
 from rayrec.jobs.build_index import build_index
@@ -60,7 +67,7 @@ CONFIGS: dict[str, type[Settings]] = {
 }
 OPTIONAL = ("import", "generate", "split")  # stages that run only if the file has their section
 RANKING = ("retrieval", "rank")  # stages that need a validation range
-NO_RANGE = "rankers need a validation range"  # the reason why they are left out
+NO_RANGE_REASON = "rankers need a validation range"  # the reason why they are left out
 PATHS = {"import": "paths", "embed": "vectors"}  # settings that name files, relative to the TOML file
 
 
@@ -111,7 +118,7 @@ def run(
             if name == "embed" and "split" not in configs:
                 stages.hold_back()
             if name in RANKING and stages.split is None:
-                stages.leave_out(name, NO_RANGE)
+                stages.leave_out(name, NO_RANGE_REASON)
             elif name != "evaluate" or "split" in configs:
                 stages.run(name, config)
     return stages.outcomes
@@ -221,7 +228,7 @@ class Stages:
 
     def _trained_on(self, artifact: Manifest | DatasetManifest | Split) -> str:
         if isinstance(artifact, Manifest) and artifact.kind in artifacts.FITTED:
-            return trained_on(self.workspace, artifact)
+            return describe_training_plays(self.workspace, artifact)
         return ""
 
     def leave_out(self, name: str, reason: str, seconds: float = 0.0) -> Outcome:
@@ -383,7 +390,7 @@ class Demo:
     """The results of the demo."""
 
     outcomes: list[Outcome]
-    evaluation: dict[str, Any]  # result of `read_figures`
+    evaluation: dict[str, Any]  # result of `read_results`
     report: str  # path of report.html
     user: str
     answer: Answer
@@ -418,7 +425,7 @@ def demo(
     report = artifacts.load_manifest(workspace, "reports", artifact_ids["evaluate"])
     return Demo(
         outcomes=outcomes,
-        evaluation=read_figures(workspace, report),
+        evaluation=read_results(workspace, report),
         report=workspace.full(report.path("report.html")),
         user=user,
         answer=example,

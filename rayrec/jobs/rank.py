@@ -19,7 +19,7 @@ from rayrec.jobs.planning.formulas import ranking_memory
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_buckets, run_on_node
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import MODEL_CONFIG, SELECTION_NETWORK
-from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexFigures, SongIndex
+from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexMetrics, SongIndex
 from rayrec.recommend.ranker import FittedRanker, Ranker, RankerSettings, RankingExamples, fit_ranker, ndcg
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
@@ -41,7 +41,7 @@ from rayrec.storage.workspace import Workspace
 
 KIND = "rankers"
 FEWEST_THREADS, MOST_THREADS = 2, 4  # threads that train one ranker: 40,000 queries do not keep more busy
-EVERYTHING = ""  # name of the left-out part if no part is left out
+NOTHING_LEFT_OUT = ""  # name of the left-out part if no part is left out
 
 
 @writes("rank")
@@ -91,7 +91,9 @@ def fit_rankers(
     with ray_cluster():
         examples = _collect_examples(task)
         try:
-            file_names, ranker_metrics = _train_rankers(task, {EVERYTHING: manifest.folder}, examples)[EVERYTHING]
+            file_names, ranker_metrics = _train_rankers(task, {NOTHING_LEFT_OUT: manifest.folder}, examples)[
+                NOTHING_LEFT_OUT
+            ]
         except TooFewQueriesError:
             workspace.delete(manifest.folder)
             raise
@@ -161,7 +163,7 @@ def _train_rankers(
 
     `folders` maps each left-out part to the folder of its rankers.
     """
-    units = [_Growing(left_out_part, folder, kind) for kind in KINDS for left_out_part, folder in folders.items()]
+    units = [_RankerUnit(left_out_part, folder, kind) for kind in KINDS for left_out_part, folder in folders.items()]
     cpus = node_cpus()
     threads = min(cpus, MOST_THREADS, max(FEWEST_THREADS, cpus // len(units)))
     model_shape = task.dataset.workspace.read_json(f"{task.network_folder}/{MODEL_CONFIG}")
@@ -171,7 +173,7 @@ def _train_rankers(
     arguments = {"task": task, "examples": examples}
     with progress("Rankers", len(units)) as bar:
         results = run_buckets(
-            RankerGrower,
+            RankerTrainer,
             units,
             arguments=arguments | {"threads": threads},
             cpus=threads,
@@ -184,7 +186,7 @@ def _train_rankers(
             bar.advance(note=unit.kind)
         served_units = [unit for unit in units if unit.kind == "served" and "served" in metrics[unit.left_out]]
         for unit, is_better in run_buckets(
-            OrderCheck, served_units, arguments=arguments, memory=memory, called="ranker"
+            RankerComparison, served_units, arguments=arguments, memory=memory, called="ranker"
         ):
             if not is_better:  # the ranker of all next plays orders new songs at least as well
                 del metrics[unit.left_out]["served"]
@@ -203,7 +205,7 @@ def _train_rankers(
     }
 
 
-ANEW = {"models": "`rayrec embed` and `rayrec train`", "retrieval": "`rayrec retrieval`"}  # kind -> commands
+FIT_COMMANDS = {"models": "`rayrec embed` and `rayrec train`", "retrieval": "`rayrec retrieval`"}  # kind -> commands
 
 
 def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval: Manifest) -> Split:
@@ -211,7 +213,7 @@ def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval
         if not dataset.descends_from(manifest.inputs["dataset"]):
             raise MismatchError(
                 f"{artifacts.noun(manifest.kind)} {manifest.id} was made from data set {manifest.inputs['dataset']}, "
-                f"but the workspace has {dataset.manifest.id}; run {ANEW[manifest.kind]} first"
+                f"but the workspace has {dataset.manifest.id}; run {FIT_COMMANDS[manifest.kind]} first"
             )
     split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
     if split is None or not workspace.exists(f"{model.path(SELECTION_NETWORK)}/model.safetensors"):
@@ -244,7 +246,7 @@ class _Task:
     network_folder: str  # folder of the network that has not seen the validation range
     retrieval_folder: str  # folder of the retrieval that has not seen it either
     run_folder: str  # folder of the intermediate files
-    left_out: tuple[str, ...] = (EVERYTHING,)  # parts to leave out, one at a time
+    left_out: tuple[str, ...] = (NOTHING_LEFT_OUT,)  # parts to leave out, one at a time
     has_added_songs: bool = False  # True if songs were added to the network; they are stored in `run_folder`
 
     def examples_path(self, bucket: int, left_out_part: str, kind: RankerKind) -> str:
@@ -277,7 +279,7 @@ class _Task:
     def sources(self) -> dict[str, CandidateSource]:
         """Return left-out part -> retrievers and features that have not seen the validation range."""
         workspace, network = self.dataset.workspace, self.network_and_songs()
-        index_metrics = IndexFigures(**workspace.read_json(f"{self.index_path}.json"))
+        index_metrics = IndexMetrics(**workspace.read_json(f"{self.index_path}.json"))
         network.index = SongIndex.read(workspace, self.index_path, index_metrics, network.song_vectors)
         retrieval = Retrieval.load(workspace, self.retrieval_folder)
         real_times = self.dataset.manifest.times == "real"
@@ -324,7 +326,7 @@ class ExampleCollector:
 
 
 @dataclass(frozen=True, order=True)
-class _Growing:
+class _RankerUnit:
     """One ranker to train; sorted and shown as text if its worker is lost."""
 
     left_out: str  # left-out part
@@ -340,13 +342,13 @@ class _Growing:
         return f"{self.folder}/{SELECTION_RANKERS}"
 
 
-class RankerGrower:
+class RankerTrainer:
     """Trains rankers, one at a time."""
 
     def __init__(self, task: _Task, examples: _Examples, threads: int) -> None:
         self._task, self._examples, self._threads = task, examples, threads
 
-    def __call__(self, unit: _Growing) -> tuple[_Growing, list[str], dict[str, Any]]:
+    def __call__(self, unit: _RankerUnit) -> tuple[_RankerUnit, list[str], dict[str, Any]]:
         """Train and write a ranker; return `unit`, file names and figures, both empty if it has too few queries."""
         task = self._task
         examples = task.read_examples(self._examples.buckets, unit.left_out, unit.kind)
@@ -372,13 +374,13 @@ class RankerGrower:
         )
 
 
-class OrderCheck:
+class RankerComparison:
     """Compares the ranker for songs new to the user with the ranker for all next plays."""
 
     def __init__(self, task: _Task, examples: _Examples) -> None:
         self._task, self._buckets = task, examples.buckets
 
-    def __call__(self, unit: _Growing) -> tuple[_Growing, bool]:
+    def __call__(self, unit: _RankerUnit) -> tuple[_RankerUnit, bool]:
         """Return `unit`, and True if its ranker has the higher NDCG@20 on the held-out queries of its kind."""
         workspace, examples = (
             self._task.dataset.workspace,

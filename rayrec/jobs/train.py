@@ -9,7 +9,7 @@ from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, fit_range_of, split_flag
 from rayrec.display import progress
-from rayrec.embeddings.word2vec import UNCUT
+from rayrec.embeddings.word2vec import PLAYLIST_WARNING
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import cluster_cpus, ray_cluster
@@ -160,7 +160,7 @@ def _require_shape(plan: TrainPlan, start: Manifest) -> None:
 def _source_metrics(dataset: Dataset, config: TrainConfig, split: Split | None) -> dict[str, Any]:
     """Return the kind of the training sequences, and a warning if a split cannot cut them."""
     kind = Sequences(dataset, config.source).kind
-    return {"source": kind} | ({"warning": UNCUT} if split is not None and kind == "playlists" else {})
+    return {"source": kind} | ({"warning": PLAYLIST_WARNING} if split is not None and kind == "playlists" else {})
 
 
 def _require_same_inputs(songs: Manifest, inputs: dict[str, str]) -> None:

@@ -37,7 +37,7 @@ from rayrec.display import Progress, progress
 from rayrec.errors import DivergedError, InputError, RayrecError
 from rayrec.jobs.runtime import quiet_data, run_buckets
 from rayrec.model.checkpoint import load_model, save_model, write_epochs, write_tensorboard
-from rayrec.model.epochs import RECALL_AT, VALIDATION_FIGURES, Fit, FitData, FitProgress, Phase, Validation
+from rayrec.model.epochs import RECALL_AT, VALIDATION_METRICS, Fit, FitData, FitProgress, Phase, Validation
 from rayrec.model.network import TasteModel
 from rayrec.model.song_tables import Share
 from rayrec.model.train_config import (
@@ -49,7 +49,7 @@ from rayrec.model.train_config import (
     TrainConfig,
 )
 from rayrec.model.training import StepReport
-from rayrec.model.training_windows import Sequences, ShardReader, WindowCounter, plain_stream, split_batches
+from rayrec.model.training_windows import Sequences, ShardReader, WindowCounter, split_batches, stream_batches
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
@@ -62,7 +62,7 @@ START_TRIES = 4  # times that Ray Train requests the workers' resources within `
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # environment variable: seconds of each try
 LOOK_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # environment variable: seconds between two checks of the workers
 LOOK_SECONDS = "0.5"  # Ray Train's default is 2; it records checkpoints and notices the end of a training at a check
-SECONDS_BEFORE_TELLING = 10.0  # of waiting for workers before a warning is logged
+SECONDS_BEFORE_WARNING = 10.0  # of waiting for workers before a warning is logged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,13 +287,13 @@ def train_worker(arguments: dict[str, Any]) -> None:
         return
     save_model(plan.workspace, plan.folder, model, fit.known, share)
     if share.rank == 0:
-        metrics = fit_figures(fit.progress)
+        metrics = fit_metrics(fit.progress)
         plan.workspace.write_json(f"{plan.folder}/figures.json", metrics)
         write_epochs(plan.workspace, plan.folder, fit.progress.epochs)
         write_tensorboard(plan.workspace, plan.folder, fit.progress.epochs)
 
 
-def fit_figures(fit_progress: FitProgress) -> dict[str, Any]:
+def fit_metrics(fit_progress: FitProgress) -> dict[str, Any]:
     """Return the figures of a finished fit."""
     selection_epochs = [epoch for epoch in fit_progress.epochs if epoch["phase"] == "selection"]
     last_epoch = fit_progress.epochs[-1]
@@ -305,7 +305,7 @@ def fit_figures(fit_progress: FitProgress) -> dict[str, Any]:
         "plays_per_second": round(last_epoch["plays_per_second"]),
         **{
             name: selection_epochs[fit_progress.best_epoch].get(name) if selection_epochs else None
-            for name in VALIDATION_FIGURES
+            for name in VALIDATION_METRICS
         },
     }
 
@@ -329,7 +329,7 @@ class WorkerHost:
         config = self._plan.config
         self._plays, self._started = 0, time.monotonic()
         if not config.workers:
-            return plain_stream(self._reader(phase), epoch)
+            return stream_batches(self._reader(phase), epoch)
         if self._stream is None or self._stream_phase != phase:
             if self._stream is not None:
                 self._stream.close()
@@ -599,7 +599,7 @@ def _report_waiting(request: WorkerRequest) -> Iterator[None]:
 
     def warn_if_waiting() -> None:
         was_waiting = False
-        while not ended.wait(SECONDS_BEFORE_TELLING):
+        while not ended.wait(SECONDS_BEFORE_WARNING):
             is_waiting = _is_waiting(request)
             if is_waiting and not was_waiting:
                 LOGGER.warning(

@@ -21,7 +21,7 @@ from rayrec.jobs.embed import embed
 from rayrec.jobs.job_config import Trial, TuneConfig, read_trials, to_toml
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.train import Unfinished, train
-from rayrec.model.epochs import CHOSEN_BY
+from rayrec.model.epochs import SELECTION_METRIC
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -71,17 +71,17 @@ def tune(
         for kind in ("songs", "models"):  # later stages must not start from artifacts of trials
             if kind in previous_ids:
                 artifacts.make_current(workspace, kind, previous_ids[kind])
-    measured_rows = [row for row in rows if row[CHOSEN_BY] is not None]
+    measured_rows = [row for row in rows if row[SELECTION_METRIC] is not None]
     if not measured_rows:
         raise DivergedError("no trial has a finite loss; give smaller learning rates")
-    best_row = max(measured_rows, key=lambda row: row[CHOSEN_BY])
+    best_row = max(measured_rows, key=lambda row: row[SELECTION_METRIC])
     _forget_songs(workspace, rows, best_row)
     workspace.write_bytes(manifest.path(CSV), _csv(rows).encode())
     workspace.write_bytes(manifest.path(BEST), to_toml(best_row["settings"]).encode())
     metrics = {
         "trials": rows,
         "best": best_row["settings"],
-        "best_ndcg": best_row[CHOSEN_BY],
+        "best_ndcg": best_row[SELECTION_METRIC],
         "seconds": round(sum(row["seconds"] for row in rows), 1),
     }
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), [TABLE, CSV, BEST])
@@ -120,7 +120,7 @@ def _run_trial(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, M
     started = time.monotonic()
     try:
         model = train(workspace, trial.train, songs_id=songs.id, split=split, unfinished=unfinished)
-        ndcg, epochs, seconds = (model.metrics[name] for name in (CHOSEN_BY, "epochs", "seconds"))
+        ndcg, epochs, seconds = (model.metrics[name] for name in (SELECTION_METRIC, "epochs", "seconds"))
     except DivergedError as error:
         LOGGER.warning("%s; the trial has no result", error)
         model, ndcg, epochs, seconds = None, None, None, time.monotonic() - started
@@ -131,7 +131,7 @@ def _run_trial(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, M
     songs_made = songs.id not in songs_before
     row = {
         **trial.varied,
-        CHOSEN_BY: None if ndcg is None else round(ndcg, 6),
+        SELECTION_METRIC: None if ndcg is None else round(ndcg, 6),
         "epochs": epochs,
         "seconds": round(seconds + (songs.metrics.get("seconds", 0.0) if songs_made else 0.0), 1),
         "songs": songs.id,

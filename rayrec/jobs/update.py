@@ -18,7 +18,7 @@ from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.tabular import roles
 from rayrec.jobs.add_songs import added_since
 from rayrec.jobs.compact import compact
-from rayrec.jobs.fit import Quality, ServedParts, fit_models, measure_quality, served_before, stage_configs
+from rayrec.jobs.fit import Quality, ServedParts, fit_models, measure_quality, selection_parts, stage_configs
 from rayrec.jobs.import_data import append_plays
 from rayrec.jobs.job_config import UpdateConfig
 from rayrec.jobs.pipeline import Outcome, ReleaseConfig, Stages
@@ -288,7 +288,7 @@ class _Update:
             model = artifacts.load_manifest(workspace, "models", artifact_ids["train"])
             if not workspace.exists(model.path(SELECTION_NETWORK)):
                 return None  # no play of the range has an earlier play by the same user
-            new_parts = served_before(self.dataset, model, retrieval, rankers, NEW)
+            new_parts = selection_parts(self.dataset, model, retrieval, rankers, NEW)
         else:
             selection_folder = retrieval.path(SELECTION_RETRIEVAL) if retrieval else None
             added_songs = added_since(self.dataset, self.model, split.selection, self.added_songs)

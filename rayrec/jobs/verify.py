@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from rayrec.data import columns
 from rayrec.data.catalog import DESCRIPTIONS, DESCRIPTIONS_FILE
-from rayrec.data.dataset import Dataset, bucket_of, read_waiting
+from rayrec.data.dataset import Dataset, bucket_of, read_pending_deletions
 from rayrec.data.histories import Histories
 from rayrec.data.split import list_splits
 from rayrec.display import Progress, progress
@@ -24,7 +24,7 @@ from rayrec.jobs.forget import SCRATCH
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import DatasetManifest, Manifest, read_songs, sha256
 from rayrec.storage.workspace import (
-    CURRENT,
+    CURRENT_FILE,
     DATASET,
     DATASET_MANIFEST,
     FORGOTTEN,
@@ -123,7 +123,7 @@ class Audit:
         return len(files)
 
     @contextmanager
-    def looking_at(self, kind: str, item: str, files: int) -> Iterator[None]:
+    def checking(self, kind: str, item: str, files: int) -> Iterator[None]:
         """Context manager for the checks of one item; adds the item to `checked`."""
         problems_before = len(self.problems)
         yield
@@ -143,7 +143,7 @@ def check_dataset(audit: Audit, dataset: Dataset) -> None:
     """Check everything below dataset/."""
     manifest = dataset.manifest
     files = {f"{DATASET}/{path}": digest for path, digest in manifest.files.items()}
-    with audit.looking_at("dataset", manifest.id, len(files)):
+    with audit.checking("dataset", manifest.id, len(files)):
         audit.compare(files)
         with audit.reading(SONGS_TABLE):
             _check_song_table(audit, dataset)
@@ -167,7 +167,7 @@ def check_dataset(audit: Audit, dataset: Dataset) -> None:
 def check_splits(audit: Audit, dataset: Dataset) -> None:
     """Check that all splits can be read and belong to a known data set."""
     for split in list_splits(audit.workspace):
-        with audit.looking_at("splits", split.id, 0):
+        with audit.checking("splits", split.id, 0):
             if not dataset.descends_from(split.dataset):
                 audit.note(split_file(split.id), f"belongs to data set {split.dataset}, which no longer exists")
 
@@ -281,7 +281,7 @@ def check_artifacts(audit: Audit, dataset: Dataset | None) -> None:
             audit.covered.add(path)
             with audit.reading(path):
                 manifest = artifacts.load_manifest(audit.workspace, kind, artifact_id)
-                with audit.looking_at(kind, artifact_id, len(manifest.files)):
+                with audit.checking(kind, artifact_id, len(manifest.files)):
                     is_matching = (manifest.kind, manifest.id) == (kind, artifact_id)
                     audit.require(is_matching, path, f"is the manifest of {manifest.kind} {manifest.id}")
                     audit.compare({manifest.path(file): digest for file, digest in manifest.files.items()})
@@ -497,7 +497,7 @@ def _check_release(audit: Audit, manifest: Manifest, dataset: Dataset | None) ->
         if releases.is_active(audit.workspace, manifest.id):
             audit.problem(manifest.folder, f"is live, but its data set {manifest.inputs['dataset']} no longer exists")
         return
-    files = releases.files_of(audit.workspace, manifest)
+    files = releases.release_files(audit.workspace, manifest)
     # The manifests of parts are listed in no manifest: only the release has their checksums.
     audit.covered -= {path for path in files if path.endswith("/manifest.json")}
     audit.compare(files)
@@ -511,7 +511,7 @@ def _check_release(audit: Audit, manifest: Manifest, dataset: Dataset | None) ->
             continue
         parts[kind] = artifacts.load_manifest(audit.workspace, kind, manifest.inputs[kind])
     with audit.reading(manifest.folder):
-        releases.require_fit(dataset.manifest, manifest.inputs, parts.values())
+        releases.require_matching_parts(dataset.manifest, manifest.inputs, parts.values())
 
 
 def verify_workspace(workspace: Workspace) -> Audit:
@@ -555,7 +555,7 @@ def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
             staged_count += 1
         elif path.startswith(f"{SCRATCH}/"):
             erasing_count += 1
-        elif path in (CURRENT, LOCK, LOCK_HOLDER) or path.startswith(f"{IMPRESSIONS}/"):
+        elif path in (CURRENT_FILE, LOCK, LOCK_HOLDER) or path.startswith(f"{IMPRESSIONS}/"):
             continue
         elif "/." in f"/{path}":
             audit.note(path, "is a leftover temporary file; it can be deleted")
@@ -567,7 +567,7 @@ def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
         audit.note(
             SCRATCH, f"has {erasing_count} files of an unfinished deletion of users; `rayrec compact` continues it"
         )
-    waiting_count = len(read_waiting(audit.workspace))
+    waiting_count = len(read_pending_deletions(audit.workspace))
     if waiting_count:
         audit.note(
             FORGOTTEN,

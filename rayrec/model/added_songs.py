@@ -24,7 +24,7 @@ from rayrec.storage.workspace import Workspace
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # values to try: the number of songs that the prior mean counts as
 PENALTIES = tuple(10.0**power for power in range(-4, 3))  # values to try, relative to the mean square of the inputs
 MAP_SONGS = 50_000  # songs that a map is learned on, at most
-CHECKED = 5  # one song in five is held out to choose the penalty
+HELD_OUT_EVERY = 5  # one song in five is held out to choose the penalty
 SMALLEST_DEVIATION = 1e-6  # standard deviation of a number of content vectors, below which it is not used
 ROWS, OUTPUTS, AVERAGED, INPUTS = "rows.npy", "song_vectors.npy", "averaged_vectors.npy", "input_vectors.npy"
 ARTIST_ROWS, ALBUM_ROWS = "artist_rows.npy", "album_rows.npy"
@@ -34,7 +34,7 @@ READ_WITH_PLAYS = ("averaged", "inputs")  # vectors that stay unchanged after pl
 OF_SONGS = ("rows", "outputs", *READ_WITH_PLAYS, "artist_rows", "album_rows")
 FILES = (ROWS, OUTPUTS, AVERAGED, INPUTS, ARTIST_ROWS, ALBUM_ROWS, OUTPUT_MAP, INPUT_MAP)
 
-AROUND = 5  # plays before and after each play of an added song that its vector is drawn to, weighted 1/distance
+NEIGHBOR_PLAYS = 5  # plays before and after each play of an added song that its vector is drawn to, weighted 1/distance
 PRIOR_PLAYS = 5.0  # number of first plays that the estimate from the attributes counts as
 
 
@@ -152,7 +152,7 @@ class ContentMap:
             explained=1 - error / spread if spread else 0.0,
         )
         content_rows = np.flatnonzero(songs.content.any(axis=1))
-        if len(content_rows) <= CHECKED:
+        if len(content_rows) <= HELD_OUT_EVERY:
             return group_map
         return group_map._with_weights(
             vectors[content_rows], songs.take(content_rows), group_means[content_rows], spread
@@ -162,7 +162,7 @@ class ContentMap:
         self, vectors: np.ndarray, songs: SongContent, group_means: np.ndarray, spread: float
     ) -> ContentMap:
         inputs, residuals = self._inputs(songs, group_means), vectors - group_means
-        is_held_out = np.arange(len(vectors)) % CHECKED == 0  # song rows are in no particular order
+        is_held_out = np.arange(len(vectors)) % HELD_OUT_EVERY == 0  # song rows are in no particular order
         eigenvalues, eigenvectors = np.linalg.eigh(inputs[~is_held_out].T @ inputs[~is_held_out])
         projected_residuals, held_out_inputs = (
             eigenvectors.T @ (inputs[~is_held_out].T @ residuals[~is_held_out]),
@@ -272,7 +272,7 @@ class FirstPlays:
                 continue
             user_rows, weights = histories.rows, np.zeros(len(positions))
             sums = np.zeros((2, len(positions), outputs.shape[1]))
-            for distance in (*range(-AROUND, 0), *range(1, AROUND + 1)):
+            for distance in (*range(-NEIGHBOR_PLAYS, 0), *range(1, NEIGHBOR_PLAYS + 1)):
                 neighbor_positions = np.clip(positions + distance, 0, histories.num_plays - 1)
                 neighbor_songs = histories.songs[neighbor_positions]
                 is_near = (
@@ -321,7 +321,7 @@ class AddedSongs:
         content: Content,
         *,
         earlier: AddedSongs | None = None,
-        songs_then: int = 0,
+        earlier_num_songs: int = 0,
         first_plays: FirstPlays | None = None,
         seed: int = 0,
     ) -> AddedSongs:
@@ -329,8 +329,8 @@ class AddedSongs:
 
         `inputs`, of the same shape, are the vectors of songs as the network reads them. `first_plays` draw the vectors
         of these songs towards the vectors played around them, the more plays, the closer. The maps of `earlier` are
-        reused if its content vectors have the same length. `earlier` was made for the first `songs_then` songs of the
-        catalog; the vectors with which plays of these songs are read stay unchanged.
+        reused if its content vectors have the same length. `earlier` was made for the first `earlier_num_songs` songs
+        of the catalog; the vectors with which plays of these songs are read stay unchanged.
         """
         attributes = _CatalogAttributes(catalog, content)
         rows = songs_without_vector(outputs, len(catalog))
@@ -352,7 +352,7 @@ class AddedSongs:
         )
         averaged = estimated_outputs.copy()
         if earlier is not None:
-            earlier_rows = rows[rows < songs_then]
+            earlier_rows = rows[rows < earlier_num_songs]
             positions = np.minimum(np.searchsorted(earlier.rows, earlier_rows), max(0, len(earlier) - 1))
             is_in_earlier = (
                 earlier.rows[positions] == earlier_rows if len(earlier) else np.zeros(len(earlier_rows), dtype=bool)
@@ -386,12 +386,12 @@ class AddedSongs:
         }
         return replace(self, **merged)
 
-    def fits(self, base: AddedSongs | None, songs_then: int) -> bool:
-        """Return True if plays of the first `songs_then` songs are read the same with these songs as with `base`."""
-        current = self.take(self.rows < songs_then)
+    def fits(self, base: AddedSongs | None, earlier_num_songs: int) -> bool:
+        """Return True if plays of the first `earlier_num_songs` songs are read the same here as with `base`."""
+        current = self.take(self.rows < earlier_num_songs)
         if base is None:
             return not any(getattr(current, name).any() for name in READ_WITH_PLAYS)
-        earlier = base.take(base.rows < songs_then)
+        earlier = base.take(base.rows < earlier_num_songs)
         all_rows = np.union1d(current.rows, earlier.rows)
         tables = [np.zeros((len(all_rows), len(READ_WITH_PLAYS), self.inputs.shape[1]), np.float32) for _ in range(2)]
         for table, songs in zip(tables, (current, earlier), strict=True):

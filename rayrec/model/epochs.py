@@ -34,8 +34,10 @@ from rayrec.model.training import StepReport, Training
 
 Phase = Literal["selection", "final"]
 RECALL_AT = 20
-CHOSEN_BY = f"validation_ndcg@{RECALL_AT}"  # as served; recall alone prefers networks with few targets at the top
-VALIDATION_FIGURES = (f"validation_recall@{RECALL_AT}", f"validation_mrr@{RECALL_AT}", CHOSEN_BY)
+SELECTION_METRIC = (
+    f"validation_ndcg@{RECALL_AT}"  # as served; recall alone prefers networks with few targets at the top
+)
+VALIDATION_METRICS = (f"validation_recall@{RECALL_AT}", f"validation_mrr@{RECALL_AT}", SELECTION_METRIC)
 USERS_AT_ONCE = 1_000  # users per worker whose songs are in memory at once
 SCORES_AT_ONCE = 1 << 24
 SHORTEST_S = 1e-9  # seconds of an epoch without steps, to avoid a division by zero
@@ -80,7 +82,7 @@ def validation_tastes(
         user_rows = share.own(np.arange(start, min(start + users_at_once, len(histories))))
         batch = histories.take(user_rows)
         songs = np.unique(batch.songs).astype(np.int64)
-        encoder = TasteEncoder(network_over(model, vectors_nD, exchange, songs), device)
+        encoder = TasteEncoder(network_of_songs(model, vectors_nD, exchange, songs), device)
         query_rows = np.flatnonzero(np.isin(queries.rows, user_rows))
         if len(query_rows):
             song_positions = np.searchsorted(songs, batch.songs).astype(np.int32)
@@ -91,7 +93,7 @@ def validation_tastes(
     return taste_vectors
 
 
-def network_over(model: TasteModel, vectors_nD: Tensor, exchange: RowExchange, songs: np.ndarray) -> TasteModel:
+def network_of_songs(model: TasteModel, vectors_nD: Tensor, exchange: RowExchange, songs: np.ndarray) -> TasteModel:
     """Return the network as it is saved, with the rows of `songs`, int64 (U,), only. All workers must call it together.
 
     The rows come from all workers; `vectors_nD` is as in `validation_tastes`. Unknown songs, those without a vector
@@ -143,7 +145,7 @@ def validation_metrics(
     return {
         f"validation_recall@{RECALL_AT}": recall,
         f"validation_mrr@{RECALL_AT}": mrr,
-        CHOSEN_BY: rank_metrics(ranks.among_unheard[ranks.is_new])[2] if ranks.is_new.any() else ndcg,
+        SELECTION_METRIC: rank_metrics(ranks.among_unheard[ranks.is_new])[2] if ranks.is_new.any() else ndcg,
     }
 
 
@@ -325,8 +327,8 @@ class Fit:
             self._run_epoch()
             metrics = self._validate()
             progress.epochs[-1] |= metrics
-            if metrics[CHOSEN_BY] > progress.best_ndcg:
-                progress.best_ndcg, progress.best_epoch = metrics[CHOSEN_BY], progress.epoch - 1
+            if metrics[SELECTION_METRIC] > progress.best_ndcg:
+                progress.best_ndcg, progress.best_epoch = metrics[SELECTION_METRIC], progress.epoch - 1
                 self._best_weights = _copy_weights(self.training.averaged())
             self._save_checkpoint()
 
@@ -334,7 +336,7 @@ class Fit:
         return self.progress.epoch - self.progress.best_epoch > self._config.patience
 
     def _run_epoch(self) -> None:
-        progress, ledger = self.progress, _Ledger(self._share)
+        progress, ledger = self.progress, _StepTotals(self._share)
 
         def on_step(report: StepReport) -> None:
             ledger.add(report)
@@ -364,7 +366,7 @@ class Fit:
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss, progress.plays, progress.targets, progress.seconds = 0.0, 0, 0, 0.0
 
-    def _add_to_progress(self, ledger: "_Ledger") -> None:
+    def _add_to_progress(self, ledger: "_StepTotals") -> None:
         """Add the sums since the last read to the progress. Raises `DivergedError` if the loss is not finite."""
         loss, plays, targets, seconds = ledger.read()
         progress = self.progress
@@ -402,7 +404,7 @@ class Fit:
     def _validate(self) -> dict[str, float]:
         """Return the metrics of the network on the validation range, over all workers."""
         if self._validation is None:
-            return {CHOSEN_BY: 0.0}
+            return {SELECTION_METRIC: 0.0}
         model = self.training.averaged()
         vectors = export_song_vectors(model, self.known)
         taste_vectors = validation_tastes(model, vectors, self.training.exchange, self._validation, self._share)
@@ -414,11 +416,11 @@ class Fit:
         vectors = start_vectors(data.vectors, self._config.seed, num_songs=len(data.counts), share=share)
         model = TasteModel(replace(self._model_config, num_songs=len(vectors)), torch.from_numpy(vectors))
         if self._start_model is not None:
-            carry_over(self._start_model, model, share)
+            copy_weights_from(self._start_model, model, share)
         return Training(model, self._config, data.counts, device=self._device, share=share)
 
 
-class _Ledger:
+class _StepTotals:
     """Collects the reports of steps, with losses left on the device, so that a step does not wait for them."""
 
     def __init__(self, share: Share) -> None:
@@ -466,7 +468,7 @@ def start_vectors(
     return worker_rows
 
 
-def carry_over(start: TasteModel, model: TasteModel, share: Share) -> None:
+def copy_weights_from(start: TasteModel, model: TasteModel, share: Share) -> None:
     """Copy the weights of a stored network of all songs, `start`, to `model`, a new network of a worker's songs.
 
     Songs that `start` does not know keep their rows in `model`.

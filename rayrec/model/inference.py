@@ -17,7 +17,7 @@ from rayrec.model.network import TasteModel, gap_seconds, pad, scale_gap
 from rayrec.model.taste_table import States
 
 PLAYS_PER_PASS = 1 << 14  # padded plays that go through the network at once
-PIECE = 1024  # plays per user and pass; the next pass over a longer history continues from its state
+PLAYS_PER_CHUNK = 1024  # plays per user and pass; the next pass over a longer history continues from its state
 
 
 class TasteEncoder:
@@ -31,7 +31,7 @@ class TasteEncoder:
         self.model = model.to(self.device).eval()
         self._plays_per_pass = plays_per_pass
 
-    def no_states(self, users: int) -> States:
+    def initial_states(self, users: int) -> States:
         """The states of users before their first play."""
         config = self.model.config
         return States(
@@ -47,9 +47,9 @@ class TasteEncoder:
 
         `start` holds the states before the first play of `histories`. The plays seen by `queries` count from there.
         """
-        start = start or self.no_states(len(histories))
+        start = start or self.initial_states(len(histories))
         hidden = torch.from_numpy(start.hidden.copy())  # (U, layers, H), updated chunk by chunk
-        collector = _Asked(queries, self._head_inputs(hidden))
+        collector = _QueryCollector(queries, self._head_inputs(hidden))
         for rows in passes(histories.lengths, self._plays_per_pass):
             self._run_rows(histories, rows, start.last_played_at, hidden, collector)
         last_played_at = start.last_played_at.copy()
@@ -70,7 +70,7 @@ class TasteEncoder:
 
         Queries with a `hidden` state are answered from that state and the time of the last play before them.
         """
-        start = start or self.no_states(len(histories))
+        start = start or self.initial_states(len(histories))
         if queries.hidden is None:
             head_inputs, _ = self.run(histories, queries, start)
         else:
@@ -83,9 +83,11 @@ class TasteEncoder:
 
     def tastes(self, states: States, at: int | np.ndarray, horizon: str) -> np.ndarray:
         """float32 (U, D): the normalized taste vectors at the moment `at` (ms UTC), from states alone."""
-        return self.tastes_of(states, at, (horizon,))[horizon]
+        return self.taste_vectors_by_horizon(states, at, (horizon,))[horizon]
 
-    def tastes_of(self, states: States, at: int | np.ndarray, horizons: Sequence[str]) -> dict[str, np.ndarray]:
+    def taste_vectors_by_horizon(
+        self, states: States, at: int | np.ndarray, horizons: Sequence[str]
+    ) -> dict[str, np.ndarray]:
         """Return the same as `tastes` for several horizons."""
         # A copy, since stored states are read-only.
         head_inputs = self._head_inputs(torch.tensor(states.hidden)).numpy()
@@ -102,14 +104,19 @@ class TasteEncoder:
     @torch.inference_mode()
     def _head_inputs(self, hidden: Tensor) -> Tensor:
         """(U, X): the head inputs of states (U, layers, H)."""
-        return self.model.seen_in(hidden.transpose(0, 1))
+        return self.model.head_inputs_of(hidden.transpose(0, 1))
 
     def _run_rows(
-        self, histories: Histories, rows: np.ndarray, last_played_at: np.ndarray, hidden: Tensor, collector: "_Asked"
+        self,
+        histories: Histories,
+        rows: np.ndarray,
+        last_played_at: np.ndarray,
+        hidden: Tensor,
+        collector: "_QueryCollector",
     ) -> None:
         plays = histories.take(rows)
-        for chunk_start in range(0, int(plays.lengths.max()), PIECE):
-            chunk = plays.span(chunk_start, chunk_start + PIECE)
+        for chunk_start in range(0, int(plays.lengths.max()), PLAYS_PER_CHUNK):
+            chunk = plays.span(chunk_start, chunk_start + PLAYS_PER_CHUNK)
             active = np.flatnonzero(chunk.lengths > 0)
             previous_at = (
                 last_played_at[rows] if chunk_start == 0 else plays.played_at[plays.offsets[:-1] + chunk_start - 1]
@@ -122,7 +129,7 @@ class TasteEncoder:
             collector.collect(rows[active], chunk_start, head_inputs_BLX)
 
 
-class _Asked:
+class _QueryCollector:
     """Collects the head inputs after the last play that each query has seen."""
 
     def __init__(self, queries: Queries | None, initial_inputs_UX: Tensor) -> None:
@@ -147,7 +154,7 @@ def passes(lengths: np.ndarray, plays_per_pass: int = PLAYS_PER_PASS) -> Iterato
     """Yield the rows that have plays, grouped by similar length, so that a pass is small and has little padding."""
     order = np.argsort(lengths, kind="stable")
     order = order[lengths[order] > 0]
-    widths = np.minimum(lengths[order], PIECE)
+    widths = np.minimum(lengths[order], PLAYS_PER_CHUNK)
     end = len(order)
     while end > 0:
         start = max(0, end - max(1, plays_per_pass // int(widths[end - 1])))

@@ -313,7 +313,7 @@ class TasteModel(nn.Module):
             [last_state, as_state(last_sums, self.config.hidden_dim)]
         )
 
-    def seen_in(self, state: Tensor) -> Tensor:
+    def head_inputs_of(self, state: Tensor) -> Tensor:
         """(B, X): the head inputs that follow from states alone, (state layers, B, H)."""
         hidden_BH = state[self.config.num_layers - 1]
         return _join_head_inputs(hidden_BH, self._state_sums(state)) if self.config.averages else hidden_BH

@@ -43,7 +43,7 @@ class Targets:
 
     positions: Tensor  # int64 (P,), flat positions in (H, B, L inputs)
     horizons_PH: Tensor  # float32, 1 for the position's horizon, else 0
-    places_PT: Tensor  # int64, any valid place if a position has fewer than T targets
+    song_rows_PT: Tensor  # int64, any valid place if a position has fewer than T targets
     weight_PT: Tensor  # float32, weight of each target in the loss; 0 if there is no target
     weight_P1: Tensor  # float32, the sums of the rows of `weight_PT`
     missing_PT: Tensor  # float32, 0 for an existing target whose song is not earlier in the row, else -inf
@@ -69,8 +69,8 @@ class Targets:
         positions: np.ndarray,
         horizons_PH: np.ndarray,
         songs_PT: np.ndarray,
-        places_PT: np.ndarray,
-        there_PT: np.ndarray,
+        song_rows_PT: np.ndarray,
+        exists_PT: np.ndarray,
         negatives: np.ndarray,
         prior_PT: np.ndarray,
         weight_H: np.ndarray,
@@ -81,18 +81,18 @@ class Targets:
         `negatives`, int64 (K,), must be ascending.
         """
         negative_indices = np.minimum(np.searchsorted(negatives, songs_PT), max(0, len(negatives) - 1))
-        is_hit = there_PT & (negatives[negative_indices] == songs_PT)
-        is_same = (songs_PT[:, :, None] == songs_PT[:, None, :]) & there_PT[:, None, :]
-        is_first = there_PT & ~np.tril(is_same, -1).any(axis=-1)
-        by_song = np.flatnonzero(there_PT)
-        by_song = by_song[np.argsort(places_PT.ravel()[by_song], kind="stable")]
-        counts = np.bincount(places_PT.ravel()[by_song], minlength=count)
+        is_hit = exists_PT & (negatives[negative_indices] == songs_PT)
+        is_same = (songs_PT[:, :, None] == songs_PT[:, None, :]) & exists_PT[:, None, :]
+        is_first = exists_PT & ~np.tril(is_same, -1).any(axis=-1)
+        by_song = np.flatnonzero(exists_PT)
+        by_song = by_song[np.argsort(song_rows_PT.ravel()[by_song], kind="stable")]
+        counts = np.bincount(song_rows_PT.ravel()[by_song], minlength=count)
         return cls(
             positions=torch.from_numpy(positions),
             horizons_PH=torch.from_numpy(horizons_PH.astype(np.float32)),
-            places_PT=torch.from_numpy(places_PT),
-            weight_PT=torch.from_numpy(there_PT.astype(np.float32)),
-            weight_P1=torch.from_numpy(there_PT.sum(axis=1, keepdims=True).astype(np.float32)),
+            song_rows_PT=torch.from_numpy(song_rows_PT),
+            weight_PT=torch.from_numpy(exists_PT.astype(np.float32)),
+            weight_P1=torch.from_numpy(exists_PT.sum(axis=1, keepdims=True).astype(np.float32)),
             missing_PT=torch.from_numpy(np.where(is_first, 0, -np.inf).astype(np.float32)),
             hits_PT=torch.from_numpy(np.where(is_hit, negative_indices, len(negatives) + songs_PT.shape[1])),
             prior_PT=torch.from_numpy(prior_PT),
@@ -100,7 +100,7 @@ class Targets:
             positions_M=torch.from_numpy(by_song // songs_PT.shape[1]),
             songs_of_M=torch.from_numpy(np.append(0, np.cumsum(counts))),
             weight_H=torch.from_numpy(weight_H),
-            rows=[int(column.nonzero()[0].max(initial=-1)) + 1 for column in there_PT.T],
+            rows=[int(column.nonzero()[0].max(initial=-1)) + 1 for column in exists_PT.T],
         )
 
 
@@ -108,7 +108,7 @@ class Targets:
 class Negatives:
     """The distinct songs that targets compete with in a step."""
 
-    places_K: Tensor  # int64, rows of the songs of the step
+    song_rows_K: Tensor  # int64, rows of the songs of the step
     weight_KH: Tensor  # float32: added to their logits, by horizon
 
 
@@ -143,13 +143,13 @@ def cosine(
     songs_UD: Tensor, taste_vectors_PD: Tensor, targets: Targets, negatives: Negatives, scale_P: Tensor
 ) -> Tensor:
     """L_cos = 1 − cos(t, s) [paper]: the weighted sum over the targets."""
-    cosines_PT = (taste_vectors_PD.unsqueeze(1) * songs_UD[targets.places_PT]).sum(-1)
+    cosines_PT = (taste_vectors_PD.unsqueeze(1) * songs_UD[targets.song_rows_PT]).sum(-1)
     return ((1.0 - cosines_PT) * targets.weight_PT).sum()
 
 
 def l2(songs_UD: Tensor, taste_vectors_PD: Tensor, targets: Targets, negatives: Negatives, scale_P: Tensor) -> Tensor:
     """‖t − s‖2 [paper]: the weighted sum over the targets. On unit vectors, a far target counts less than in L_cos."""
-    squared_PT = (taste_vectors_PD.unsqueeze(1) - songs_UD[targets.places_PT]).square().sum(-1)
+    squared_PT = (taste_vectors_PD.unsqueeze(1) - songs_UD[targets.song_rows_PT]).square().sum(-1)
     return (squared_PT.clamp(min=SMALLEST).sqrt() * targets.weight_PT).sum()
 
 
@@ -202,13 +202,13 @@ def _cross_entropy(
     product_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss and its gradients by queries (taste vectors times scale) and by songs."""
-    (num_positions, targets_per_position), num_negatives = targets.places_PT.shape, len(negatives.places_K)
+    (num_positions, targets_per_position), num_negatives = targets.song_rows_PT.shape, len(negatives.song_rows_K)
     target_logits_PT = _products(query_PD, songs_UD, targets) + targets.prior_PT
     distinct_logits_PT = target_logits_PT + targets.missing_PT
     max_logits_P1, max_columns_P1 = distinct_logits_PT.max(dim=1, keepdim=True)
     # The column after the targets receives the hits of targets that are not among the negatives.
     padded_logits_PX = nn.functional.pad(distinct_logits_PT, (0, 1), value=-torch.inf)
-    vectors_KD = songs_UD.index_select(0, negatives.places_K)
+    vectors_KD = songs_UD.index_select(0, negatives.song_rows_K)
     # H more columns add the weights of the negatives, so that one product covers all horizons.
     extended_queries = torch.cat([query_PD, targets.horizons_PH], dim=1).to(product_dtype)
     extended_negatives = torch.cat([vectors_KD, negatives.weight_KH], dim=1).to(product_dtype)
@@ -239,7 +239,7 @@ def _cross_entropy(
     log_sum_P1 = max_logits_P1 - target_probabilities.gather(1, max_columns_P1).clamp_(min=smallest).log_()
     loss = torch.dot((log_sum_P1 - target_logits_PT).flatten(), targets.weight_PT.flatten())
     grad_logits_PT = target_probabilities.mul_(targets.weight_P1).sub_(targets.weight_PT)
-    grad_query.mul_(targets.weight_P1).add_(_weighted_sums(songs_UD, targets.places_PT, grad_logits_PT))
+    grad_query.mul_(targets.weight_P1).add_(_weighted_sums(songs_UD, targets.song_rows_PT, grad_logits_PT))
     grad_songs = nn.functional.embedding_bag(
         targets.positions_M,
         query_PD,
@@ -248,22 +248,22 @@ def _cross_entropy(
         per_sample_weights=grad_logits_PT.flatten().index_select(0, targets.by_song_M),
         include_last_offset=True,
     )
-    return loss, grad_query, grad_songs.index_add_(0, negatives.places_K, grad_negatives)
+    return loss, grad_query, grad_songs.index_add_(0, negatives.song_rows_K, grad_negatives)
 
 
 def _products(query_PD: Tensor, songs_UD: Tensor, targets: Targets) -> Tensor:
     """(P, T): dot products of queries and their targets, one column at a time; 0 after the last target of a column."""
-    products_PT = query_PD.new_zeros(targets.places_PT.shape)
+    products_PT = query_PD.new_zeros(targets.song_rows_PT.shape)
     for column, rows in enumerate(targets.rows):
-        songs = songs_UD.index_select(0, targets.places_PT[:rows, column])
+        songs = songs_UD.index_select(0, targets.song_rows_PT[:rows, column])
         column_products = products_PT[:rows, column].view(rows, 1, 1)
         torch.bmm(query_PD[:rows].unsqueeze(1), songs.unsqueeze(2), out=column_products)
     return products_PT
 
 
-def _weighted_sums(songs_UD: Tensor, places_PT: Tensor, weight_PT: Tensor) -> Tensor:
+def _weighted_sums(songs_UD: Tensor, song_rows_PT: Tensor, weight_PT: Tensor) -> Tensor:
     """(P, D): the weighted sum of the songs at the places of each row."""
-    return nn.functional.embedding_bag(places_PT, songs_UD, mode="sum", per_sample_weights=weight_PT)
+    return nn.functional.embedding_bag(song_rows_PT, songs_UD, mode="sum", per_sample_weights=weight_PT)
 
 
 def _multiply(left: Tensor, right: Tensor, target: Tensor, *, add: bool = False) -> None:

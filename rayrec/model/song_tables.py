@@ -79,7 +79,7 @@ class RowRequests:
     received: list[int]  # number of rows that each worker requests from this worker; R in total
     rows_R: Tensor  # int64, the rows requested from this worker, as places among its rows
     rows_V: Tensor  # int64, the distinct values of `rows_R`, ascending
-    places_R: Tensor  # int64, the place of each of `rows_R` in `rows_V`
+    positions_R: Tensor  # int64, the place of each of `rows_R` in `rows_V`
 
 
 class RowExchange:
@@ -131,13 +131,13 @@ class RowExchange:
         rows_R = torch.empty(sum(received_counts), dtype=torch.int32)
         rows_sent = torch.from_numpy(rows_U.astype(np.int32))
         dist.all_to_all_single(rows_R, rows_sent, received_counts, sent_counts, group=self._host)
-        rows_V, places_R = np.unique(rows_R.numpy(), return_inverse=True)
+        rows_V, positions_R = np.unique(rows_R.numpy(), return_inverse=True)
         return RowRequests(
             sent=sent_counts,
             received=received_counts,
             rows_R=rows_R.long(),
             rows_V=torch.from_numpy(rows_V).long(),
-            places_R=torch.from_numpy(places_R),
+            positions_R=torch.from_numpy(positions_R),
         )
 
 
@@ -156,7 +156,7 @@ def return_gradients(gradient_UD: Tensor, requests: RowRequests) -> Tensor:
     gradients_RD = gradient_UD.new_empty(sum(requests.received), gradient_UD.shape[1])
     dist.all_to_all_single(gradients_RD, gradient_UD.contiguous(), requests.received, requests.sent)
     return gradients_RD.new_zeros(len(requests.rows_V), gradients_RD.shape[1]).index_add_(
-        0, requests.places_R, gradients_RD
+        0, requests.positions_R, gradients_RD
     )
 
 

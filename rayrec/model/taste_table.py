@@ -94,7 +94,7 @@ def taste_table(encoder: TasteEncoder, histories: Histories, at: int) -> pa.Tabl
 def rows_table(encoder: TasteEncoder, rows: TasteRows, at: int) -> pa.Table:
     """Return the rows in the form in which they are stored, with the taste vectors at the moment `at` (ms UTC)."""
     states = States(hidden=rows.hidden, last_played_at=rows.last_played_at)
-    vectors = encoder.tastes_of(states, at, list(encoder.model.config.horizons))
+    vectors = encoder.taste_vectors_by_horizon(states, at, list(encoder.model.config.horizons))
     return pa.table(
         {columns.USER: pa.array(rows.user_ids, pa.string())}
         | {taste_column(name): _fixed_lists(values) for name, values in vectors.items()}
@@ -116,7 +116,7 @@ def taste_writer(stream: Any, schema: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=False, use_byte_stream_split=vectors)
 
 
-def states_of(table: pa.Table, layers: int) -> States:
+def read_states(table: pa.Table, layers: int) -> States:
     """Return the states of the users in rows that `taste_table` returned."""
     values = table.column(STATE).combine_chunks().flatten().to_numpy()
     width = len(values) // max(1, table.num_rows * layers)
@@ -214,7 +214,7 @@ def continued_tables(
 
 def rows_of(table: pa.Table, encoder: TasteEncoder) -> TasteRows:
     """Return stored rows as arrays that can be updated."""
-    states = states_of(table, encoder.model.config.state_layers)
+    states = read_states(table, encoder.model.config.state_layers)
     return TasteRows(
         user_ids=table.column(columns.USER).to_numpy(),
         hidden=states.hidden.copy(),

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.moments import parse_moment
+from rayrec.data.moments import parse_timestamp
 from rayrec.data.split import DAY_MS, SELECTION_FOLDER
 from rayrec.data.windows import divisors
 
@@ -24,7 +24,7 @@ REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards son
 MODEL_CONFIG = "model.json"  # file in a models artifact: the shape of its network
 SELECTION_NETWORK = SELECTION_FOLDER  # folder in a models artifact: the network trained without the validation range
 PLAY_COUNTS = "play_counts.npy"  # int64 (N,): plays of each song in the range that the model was fit on
-PLAYS_IN_DAYS = 500  # plays after a query that a horizon in days can include; windows hold as many after inputs
+MAX_PLAYS_IN_DAYS = 500  # plays after a query that a horizon in days can include; windows hold as many after inputs
 USUAL_BATCH = 64  # windows per batch for which the default learning rates and negatives were chosen
 DIM_WITHOUT_EMBEDDINGS = 64  # embedding dimension if `dim` is not set
 LEAST_SCALE = 4.0  # lower limit of the scale of logits, for catalogs with few songs per choice; not tuned
@@ -63,7 +63,7 @@ class Horizon:
 class DaysHorizon:
     """A horizon in days: the targets of a query are the plays from `first_day` to `last_day` days after it.
 
-    Only the next PLAYS_IN_DAYS plays can be targets. In training, a position is treated as a query at the moment of
+    Only the next MAX_PLAYS_IN_DAYS plays can be targets. In training, a position is treated as a query at the moment of
     the next play, as in evaluation [ours].
     """
 
@@ -76,17 +76,17 @@ class DaysHorizon:
     @property
     def lookahead(self) -> int:
         """As in `Horizon`."""
-        return PLAYS_IN_DAYS
+        return MAX_PLAYS_IN_DAYS
 
     @property
     def choices(self) -> int:
         """As in `Horizon`."""
-        return PLAYS_IN_DAYS
+        return MAX_PLAYS_IN_DAYS
 
     def spans(self, histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
         """As in `Horizon`."""
         next_positions = histories.offsets[queries.rows] + queries.seen
-        limits = np.minimum(histories.offsets[queries.rows + 1], next_positions + PLAYS_IN_DAYS)
+        limits = np.minimum(histories.offsets[queries.rows + 1], next_positions + MAX_PLAYS_IN_DAYS)
         starts, ends = (
             _find_first_since(histories.played_at, next_positions, limits, queries.at + day * DAY_MS)
             for day in (self.first_day, self.last_day)
@@ -384,4 +384,4 @@ class TasteConfig(Settings):
     @classmethod
     def _to_ms(cls, value: Any) -> str | None:
         """Convert the time from any accepted form to Unix ms, as text."""
-        return None if value is None else str(parse_moment(value))
+        return None if value is None else str(parse_timestamp(value))

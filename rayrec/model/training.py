@@ -29,7 +29,7 @@ from rayrec.model.objectives import OBJECTIVES, Negatives, NegativeSampler, Targ
 from rayrec.model.song_tables import Decay, RowAdam, RowExchange, RowRequests, Share, SongTable
 from rayrec.model.train_config import AnyHorizon, DaysHorizon, ModelConfig, TrainConfig
 
-AHEAD = 2  # steps that are prepared while one runs
+STEPS_AHEAD = 2  # steps that are prepared while one runs
 STOP_SECONDS = 5.0  # time to wait for the thread to end, which may itself wait for a worker that failed
 LARGEST_GRADIENT = 1.0  # norm to which gradients are clipped
 
@@ -141,7 +141,7 @@ class StepMaker:
             songs={name: torch.from_numpy(values) for name, values in songs_by_table.items()},
             targets=targets.weighed(np.array(target_counts)),
             negatives=Negatives(
-                places_K=torch.from_numpy(negative_rows),
+                song_rows_K=torch.from_numpy(negative_rows),
                 weight_KH=torch.from_numpy(
                     np.stack([corrections + self._prior(name, negatives) for name in targets_by_horizon], 1)
                 ),
@@ -225,13 +225,13 @@ class StepMaker:
             parts.append((-songs.shape[1], [index * num_inputs + positions, is_horizon, *padded]))
         parts.sort(key=lambda part: part[0])
         merged = [np.concatenate(arrays) for arrays in zip(*(arrays for _, arrays in parts), strict=True)]
-        positions, horizons_PH, songs_PT, places_PT, there_PT, prior_PT = merged
+        positions, horizons_PH, songs_PT, song_rows_PT, exists_PT, prior_PT = merged
         return Targets.of(
             positions=positions,
             horizons_PH=horizons_PH,
             songs_PT=songs_PT,
-            places_PT=places_PT,
-            there_PT=there_PT,
+            song_rows_PT=song_rows_PT,
+            exists_PT=exists_PT,
             negatives=negatives,
             prior_PT=prior_PT,
             weight_H=np.array([self._config.long_weight if name == "long" else 1.0 for name in targets_by_horizon]),
@@ -250,7 +250,7 @@ def _find_plays_in_days(windows: Windows, horizon: DaysHorizon, longest: int) ->
     return first_positions, counts
 
 
-def ahead(values: Iterator[T], depth: int = AHEAD) -> Iterator[T]:
+def ahead(values: Iterator[T], depth: int = STEPS_AHEAD) -> Iterator[T]:
     """Yield `values` in order; a thread computes up to `depth` of them in advance, and its errors are raised here."""
     prepared: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stopped = threading.Event()

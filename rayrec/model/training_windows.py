@@ -16,7 +16,7 @@ from rayrec.data.histories import Histories
 from rayrec.data.ragged import ranges
 from rayrec.data.split import FitRange
 from rayrec.data.windows import EpochBatches, WindowLengths, Windows, count_inputs, cut_windows
-from rayrec.embeddings.word2vec import Sentences, cut_sessions, drop_single
+from rayrec.embeddings.word2vec import Sentences, cut_sessions, drop_short_sentences
 from rayrec.errors import MismatchError
 from rayrec.model.song_tables import Share
 from rayrec.model.train_config import Source, TrainConfig
@@ -91,7 +91,7 @@ class Sequences:
         return histories
 
     def _sequences(self, selected: Histories) -> Histories:
-        return as_histories(drop_single(cut_sessions(selected))) if self.kind == "sessions" else selected
+        return as_histories(drop_short_sentences(cut_sessions(selected))) if self.kind == "sessions" else selected
 
 
 def as_histories(sentences: Sentences) -> Histories:
@@ -217,7 +217,7 @@ def _empty_batches(count: int) -> Iterator[Windows]:
     return (Windows.joined([]) for _ in range(count))
 
 
-def plain_stream(reader: ShardReader, epoch: int) -> Iterator[Windows]:
+def stream_batches(reader: ShardReader, epoch: int) -> Iterator[Windows]:
     """Yield a worker's share of the batches of an epoch, read in this process, for training without a cluster."""
     batches = reader.batches(epoch)
     return split_batches(reader.tables(batches), batches.steps)

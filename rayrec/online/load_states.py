@@ -21,12 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayrec.data import columns
-from rayrec.data.dataset import Dataset, read_files, read_waiting
+from rayrec.data.dataset import Dataset, read_files, read_pending_deletions
 from rayrec.data.histories import Histories
 from rayrec.data.windows import NEVER
 from rayrec.display import progress
 from rayrec.errors import DamagedArtifactError, MismatchError, RayrecError
-from rayrec.model.taste_table import LAST_PLAYED_AT, PLAYS, STATE, States, states_of, tastes_file
+from rayrec.model.taste_table import LAST_PLAYED_AT, PLAYS, STATE, States, read_states, tastes_file
 from rayrec.model.train_config import MODEL_CONFIG, ModelConfig
 from rayrec.online.state_codec import (
     pack_heard,
@@ -38,8 +38,16 @@ from rayrec.online.state_codec import (
     unpack_plays,
     unpack_state,
 )
-from rayrec.online.state_store import NOT_THERE, Change, Piece, StateStore, WholeUser
-from rayrec.online.user_state import FIRST_ONLINE, LAST_PLAYS, Plays, UserState, fold_heard, join_likes, over_window
+from rayrec.online.state_store import NO_VERSION, Change, FullUser, Piece, StateStore
+from rayrec.online.user_state import (
+    FIRST_ONLINE,
+    LAST_PLAYS,
+    Plays,
+    UserState,
+    count_leaving_plays,
+    fold_heard,
+    join_likes,
+)
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 
@@ -170,7 +178,9 @@ class _Loader:
             writer,
             write_lock,
         )
-        self._deleted_users = read_waiting(dataset.workspace)  # rows of other deleted users are already erased
+        self._deleted_users = read_pending_deletions(
+            dataset.workspace
+        )  # rows of other deleted users are already erased
         model = artifacts.load_manifest(dataset.workspace, "models", tastes.inputs["models"])
         self._model_id = model.id
         model_config = ModelConfig.from_json(dataset.workspace.read_json(model.path(MODEL_CONFIG)))
@@ -213,7 +223,7 @@ class _Loader:
 
     def _pack(self, histories: Histories, table: pa.Table) -> tuple[Histories, States, list[Change], int]:
         """Return histories and states without deleted users, the changes that add all users, and the number deleted."""
-        states, is_deleted = states_of(table, self._layers), self._deleted_users.holds(histories.user_ids)
+        states, is_deleted = read_states(table, self._layers), self._deleted_users.holds(histories.user_ids)
         if is_deleted.any():
             histories = histories.take(~is_deleted)
             states = States(hidden=states.hidden[~is_deleted], last_played_at=states.last_played_at[~is_deleted])
@@ -267,9 +277,9 @@ class _Loader:
             if fits_one_piece[row]:
                 state, plays = next(pieces)
                 append = (Piece(int(lengths[row]), plays),)
-                changes.append(Change(user_id=user_id, state=state, expected=NOT_THERE, append=append))
+                changes.append(Change(user_id=user_id, state=state, expected=NO_VERSION, append=append))
             else:
-                changes.append(_full_log_change(user_id, NOT_THERE, *self._state_and_plays(histories, states, row)))
+                changes.append(_full_log_change(user_id, NO_VERSION, *self._state_and_plays(histories, states, row)))
         return changes
 
     def _merge(self, users: dict[str, tuple[UserState, Plays]]) -> tuple[LoadResult, list[str]]:
@@ -344,7 +354,7 @@ class _Loader:
         return bool((songs[: len(songs) - len(newer_plays)] >= FIRST_ONLINE).any())
 
     def _add_state_change(
-        self, user_id: str, whole_user: WholeUser, stored_state: UserState, batch_state: UserState, log: Plays
+        self, user_id: str, whole_user: FullUser, stored_state: UserState, batch_state: UserState, log: Plays
     ) -> Change:
         """Return the change for a user whose stored plays include the batch's: the batch's state of the model is added.
 
@@ -381,11 +391,11 @@ class _Loader:
         )
 
     def _replace_plays_change(
-        self, user_id: str, whole_user: WholeUser, stored_state: UserState, batch_state: UserState, plays: Plays
+        self, user_id: str, whole_user: FullUser, stored_state: UserState, batch_state: UserState, plays: Plays
     ) -> Change:
         """Return the change for a user with other stored plays than the batch's: batch and newer plays replace them."""
         newer_plays = plays.take(slice(batch_state.left, None))
-        num_leaving = over_window(newer_plays.played_at)
+        num_leaving = count_leaving_plays(newer_plays.played_at)
         log = plays.take(slice(batch_state.left + num_leaving))
         new_state = replace(
             stored_state,
@@ -421,7 +431,7 @@ def _full_log_change(user_id: str, expected: int, state: UserState, log: Plays) 
         state=pack_state(state),
         expected=expected,
         append=_split_into_pieces(log),
-        restart=expected != NOT_THERE,
+        restart=expected != NO_VERSION,
         heard=packed_heard,
     )
 

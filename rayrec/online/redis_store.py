@@ -21,13 +21,13 @@ from urllib.parse import urlsplit
 from rayrec.errors import InputError, MissingDependencyError
 from rayrec.online.state_store import (
     DAY_SECONDS,
-    NOT_THERE,
+    NO_VERSION,
     Change,
+    FullUser,
     OnlineSong,
     StateStore,
     Stored,
     StoreUnavailableError,
-    WholeUser,
     event_days,
     user_key,
 )
@@ -40,7 +40,7 @@ EVENT_SECONDS = 3 * DAY_SECONDS  # how long the events of a day are kept after t
 PIPELINE = 1_000  # users per pipeline
 REPLICA_MS = 500  # how long a put waits for a replica, if its node has one
 ROLE_SECONDS = 5.0  # how long the knowledge whether a node of a cluster has replicas is used
-NEW_USERS = 200  # users per call of a script; the server does nothing else meanwhile, for some milliseconds
+NEW_USERS_PER_CALL = 200  # users per call of a script; the server does nothing else meanwhile, for some milliseconds
 
 # State, log, heard songs and events of a user change together or not at all.
 # KEYS: user, log, today's events. ARGV: expected version, random id of the put, state, restart, heard, seconds to keep
@@ -269,13 +269,12 @@ class RedisStore(StateStore):
             for (_, events), reply in zip(calls, replies, strict=True)
         ]
 
-    def read(self, user_ids: Sequence[str], *, plays: int | None = None) -> list[WholeUser | None]:
+    def read(self, user_ids: Sequence[str], *, plays: int | None = None) -> list[FullUser | None]:
         """As in `StateStore`."""
         min_plays = -1 if plays is None else plays
         replies = self._run("read", [(self._keys(user_id), [min_plays]) for user_id in user_ids])
         return [
-            WholeUser(stored=_to_stored(reply), heard=reply[2], log=reply[:2:-1]) if reply else None
-            for reply in replies
+            FullUser(stored=_to_stored(reply), heard=reply[2], log=reply[:2:-1]) if reply else None for reply in replies
         ]
 
     def put(self, changes: Sequence[Change], *, loading: bool = False) -> list[bool]:
@@ -286,7 +285,7 @@ class RedisStore(StateStore):
         is_applied = dict.fromkeys(range(len(changes)), False)
         calls = [
             _put_new_arguments([changes[index] for index in chunk], self._keys)
-            for chunk in _chunks(new_indices, NEW_USERS)
+            for chunk in _chunks(new_indices, NEW_USERS_PER_CALL)
         ]
         is_added = [bool(flag) for reply in self._run("put_new", calls) for flag in reply]
         is_applied.update(zip(new_indices, is_added, strict=True))
@@ -556,7 +555,7 @@ def _put_arguments(change: Change) -> list[Any]:
 
 def _is_short(change: Change) -> bool:
     """Return whether a change adds a new user with one piece of plays, as most changes of a load do."""
-    return change.expected == NOT_THERE and len(change.append) == 1 and change.heard is None and not change.events
+    return change.expected == NO_VERSION and len(change.append) == 1 and change.heard is None and not change.events
 
 
 def _put_new_arguments(changes: Sequence[Change], keys_of: Callable[[str], list[str]]) -> tuple[list[str], list[Any]]:

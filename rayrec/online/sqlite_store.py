@@ -19,13 +19,13 @@ import numpy as np
 
 from rayrec.errors import InputError
 from rayrec.online.state_store import (
-    NOT_THERE,
+    NO_VERSION,
     Change,
+    FullUser,
     OnlineSong,
     StateStore,
     Stored,
     StoreUnavailableError,
-    WholeUser,
     event_days,
     user_key,
 )
@@ -58,7 +58,7 @@ CREATE INDEX changed_songs ON songs (namespace, version);
 """
 
 
-OF_USER = "piece >= ?1 AND piece < ?2"  # selects one user's log, with the values of `_piece_range`
+USER_LOG_CONDITION = "piece >= ?1 AND piece < ?2"  # selects one user's log, with the values of `_piece_range`
 
 
 class SqliteStore(StateStore):
@@ -98,7 +98,7 @@ class SqliteStore(StateStore):
         with self._transaction("DEFERRED") as connection:
             return [self._get(connection, self._key(user_id), events) for user_id, events in users.items()]
 
-    def read(self, user_ids: Sequence[str], *, plays: int | None = None) -> list[WholeUser | None]:
+    def read(self, user_ids: Sequence[str], *, plays: int | None = None) -> list[FullUser | None]:
         """As in `StateStore`."""
         with self._transaction("DEFERRED") as connection:
             return [self._read(connection, self._key(user_id), plays) for user_id in user_ids]
@@ -109,13 +109,13 @@ class SqliteStore(StateStore):
         with self._transaction("IMMEDIATE", loading=loading) as connection:
             self._clear_events(connection)
             new_changes = {
-                key: change for key, change in zip(keys, changes, strict=True) if change.expected == NOT_THERE
+                key: change for key, change in zip(keys, changes, strict=True) if change.expected == NO_VERSION
             }
             for key in self._existing_keys(connection, list(new_changes)):
                 del new_changes[key]
             self._put_new(connection, new_changes)
             return [
-                new_changes.get(key) is change or (change.expected != NOT_THERE and self._put(connection, key, change))
+                new_changes.get(key) is change or (change.expected != NO_VERSION and self._put(connection, key, change))
                 for key, change in zip(keys, changes, strict=True)
             ]
 
@@ -125,7 +125,7 @@ class SqliteStore(StateStore):
         for start in range(0, len(keys), FORGOTTEN_AT_ONCE):
             with self._transaction("IMMEDIATE") as connection:
                 for key in keys[start : start + FORGOTTEN_AT_ONCE]:
-                    connection.execute(f"DELETE FROM log WHERE {OF_USER}", _piece_range(connection, key))
+                    connection.execute(f"DELETE FROM log WHERE {USER_LOG_CONDITION}", _piece_range(connection, key))
                     connection.execute(
                         "INSERT INTO users (user, version, state) VALUES (?1, 1, ?2) "
                         "ON CONFLICT (user) DO UPDATE SET version = version + 1, state = ?2, heard = NULL",
@@ -263,20 +263,22 @@ class SqliteStore(StateStore):
             known_events.update(event for (event,) in rows)
         return Stored(version=row[0], state=row[1], events=frozenset(known_events))
 
-    def _read(self, connection: sqlite3.Connection, key: bytes, plays: int | None) -> WholeUser | None:
+    def _read(self, connection: sqlite3.Connection, key: bytes, plays: int | None) -> FullUser | None:
         stored = self._get(connection, key)
         if stored is None:
             return None
         pieces: list[bytes] = []
         count = 0
         piece_range = _piece_range(connection, key)
-        rows = connection.execute(f"SELECT plays, data FROM log WHERE {OF_USER} ORDER BY piece DESC", piece_range)
+        rows = connection.execute(
+            f"SELECT plays, data FROM log WHERE {USER_LOG_CONDITION} ORDER BY piece DESC", piece_range
+        )
         while (plays is None or count < plays) and (row := rows.fetchone()) is not None:
             count += row[0]
             pieces.append(row[1])
         rows.close()
         heard = connection.execute("SELECT heard FROM users WHERE user = ?", (key,)).fetchone()[0]
-        return WholeUser(stored=stored, log=pieces[::-1], heard=heard)
+        return FullUser(stored=stored, log=pieces[::-1], heard=heard)
 
     def _existing_keys(self, connection: sqlite3.Connection, keys: Sequence[bytes]) -> Iterator[bytes]:
         """Yield the keys of users who are in the store."""
@@ -314,12 +316,12 @@ class SqliteStore(StateStore):
         if cursor.rowcount != 1:
             return False
         if change.restart:
-            connection.execute(f"DELETE FROM log WHERE {OF_USER}", _piece_range(connection, key))
+            connection.execute(f"DELETE FROM log WHERE {USER_LOG_CONDITION}", _piece_range(connection, key))
             connection.execute("UPDATE users SET heard = NULL WHERE user = ?", (key,))
         if change.heard is not None:
             connection.execute("UPDATE users SET heard = ? WHERE user = ?", (change.heard, key))
         if change.append:
-            query = f"SELECT COALESCE(MAX(piece) + 1, ?1) FROM log WHERE {OF_USER}"
+            query = f"SELECT COALESCE(MAX(piece) + 1, ?1) FROM log WHERE {USER_LOG_CONDITION}"
             (first_piece,) = connection.execute(query, _piece_range(connection, key)).fetchone()
             pieces = [
                 (piece_number, piece.plays, piece.data) for piece_number, piece in enumerate(change.append, first_piece)

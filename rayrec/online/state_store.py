@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote, urlsplit
 from rayrec.errors import InputError, RayrecError
 from rayrec.storage.workspace import STATES_FILE, Workspace
 
-NOT_THERE = 0  # the version of a user who is not in the store; versions in the store begin at 1
+NO_VERSION = 0  # the version of a user who is not in the store; versions in the store begin at 1
 DAY_SECONDS = 86_400
 
 
@@ -36,7 +36,7 @@ class Stored:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WholeUser:
+class FullUser:
     """The stored data of one user, all from the same moment."""
 
     stored: Stored
@@ -58,7 +58,7 @@ class Change:
 
     user_id: str
     state: bytes
-    expected: int  # the version that this change replaces; NOT_THERE adds a new user
+    expected: int  # the version that this change replaces; NO_VERSION adds a new user
     append: Sequence[Piece] = ()  # pieces to append to the log
     restart: bool = False  # empty the log and the heard songs first
     heard: bytes | None = None  # replaces the heard songs; None keeps them
@@ -90,7 +90,7 @@ class StateStore(ABC):
         """Return the state of each user, with those of the given events that are stored; None for unknown users."""
 
     @abstractmethod
-    def read(self, user_ids: Sequence[str], *, plays: int | None = None) -> list[WholeUser | None]:
+    def read(self, user_ids: Sequence[str], *, plays: int | None = None) -> list[FullUser | None]:
         """Return all stored data of each user, each from one moment; None for unknown users.
 
         With `plays`, only the last pieces of each log are read, as many as are needed for this number of plays.

@@ -27,7 +27,7 @@ from rayrec.model.taste_table import States
 from rayrec.recommend.base import LATEST_LIKES, LATEST_PLAYS
 
 WINDOW = 64  # with more than twice as many plays in the window, all but the last `WINDOW` move to the log
-MOST_OF_A_MOMENT = 4_096  # maximum number of plays that stay in the window because the oldest are of one moment
+MAX_PLAYS_OF_ONE_TIME = 4_096  # maximum number of plays that stay in the window because the oldest are of one moment
 LAST_PLAYS = LATEST_PLAYS  # latest plays of the log from which an answer or another model's state is computed
 FIRST_ONLINE = 1 << 30  # a stored row from here on is FIRST_ONLINE + the number of a song that was added online
 MODELS_KEPT = 2  # network states per user: of the live release, and of the previous or the next one
@@ -274,7 +274,7 @@ def plan_plays(
     is_in_order = not len(state.window) or not len(new_plays) or new_plays.played_at[0] >= state.window.played_at[-1]
     if not is_in_order:
         window = window.take(np.argsort(window.played_at, kind="stable"))
-    num_leaving = over_window(window.played_at)
+    num_leaving = count_leaving_plays(window.played_at)
     runs = []
     if len(new_plays):
         runs.append((state.states(model), new_plays) if is_in_order else (model_state.start, window))
@@ -381,10 +381,10 @@ def _take_states(states: States, rows: slice) -> States:
     return States(hidden=states.hidden[rows], last_played_at=states.last_played_at[rows])
 
 
-def over_window(played_at: np.ndarray) -> int:
+def count_leaving_plays(played_at: np.ndarray) -> int:
     """Return how many of the window's first plays move to the log; `played_at`, int64 (P,), is ascending.
 
-    Plays of one moment stay together. They stay in the window if it then holds at most `MOST_OF_A_MOMENT` plays.
+    Plays of one moment stay together. They stay in the window if it then holds at most `MAX_PLAYS_OF_ONE_TIME` plays.
     Otherwise they move to the log, and more plays of that moment are rejected.
     """
     if len(played_at) <= 2 * WINDOW:
@@ -393,6 +393,6 @@ def over_window(played_at: np.ndarray) -> int:
     first_kept = int(np.searchsorted(played_at, cutoff_time, side="left"))
     return (
         first_kept
-        if len(played_at) - first_kept <= MOST_OF_A_MOMENT
+        if len(played_at) - first_kept <= MAX_PLAYS_OF_ONE_TIME
         else int(np.searchsorted(played_at, cutoff_time, side="right"))
     )

@@ -13,7 +13,7 @@ from rayrec.config import Settings
 from rayrec.data.catalog import Catalog
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.moments import ASSUMED_GAP_MS, iso_moment
+from rayrec.data.moments import ASSUMED_GAP_MS, format_iso
 from rayrec.errors import InputError, MismatchError
 from rayrec.model.train_config import PLAY_COUNTS
 from rayrec.recommend.base import BaseRecommender, HorizonName, weight_of_long
@@ -21,7 +21,7 @@ from rayrec.recommend.filters import (
     AnswerFilter,
     SongAttributes,
     SongMasks,
-    listed_and_fitting,
+    intersect_songs,
     parse_day,
     without_heard,
 )
@@ -30,7 +30,7 @@ from rayrec.storage.releases import KIND as RELEASES
 from rayrec.storage.workspace import Workspace
 
 if TYPE_CHECKING:
-    from rayrec.recommend.reranking import Chosen, Path, Starting
+    from rayrec.recommend.reranking import Path, PopularOrder, SelectedSongs
 
 LAST_PLAYS = 5  # last plays that an answer shows
 
@@ -128,7 +128,7 @@ class Answer:
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the answer as a mapping for JSON, with the moment in ISO 8601."""
-        return {**asdict(self), "at": iso_moment(self.at)}
+        return {**asdict(self), "at": format_iso(self.at)}
 
 
 def answer(
@@ -171,7 +171,7 @@ def answer(
         explain=config.explain,
     )
     (selected,) = choose_for_users(
-        recommender, history, at, [options], lambda: load_starting(dataset, recommender, parts)
+        recommender, history, at, [options], lambda: load_popular_order(dataset, recommender, parts)
     )
     last_plays = [NamedSong(**names) for names in catalog.names(history.last_songs(shown)[0])]
     given_ids = [*(songs or ()), *exclude, *(allow or ())]
@@ -205,13 +205,13 @@ def _answer_filter(
         market=config.market,
     )
     matching_songs = SongMasks(catalog).fitting(attributes) if attributes else None
-    allowed_songs = listed_and_fitting(None if allow is None else catalog.find(allow), matching_songs)
+    allowed_songs = intersect_songs(None if allow is None else catalog.find(allow), matching_songs)
     excluded_rows = catalog.find(exclude)
     answer_filter = AnswerFilter(excluded=excluded_rows[excluded_rows >= 0], allowed=allowed_songs)
     return without_heard(history, [answer_filter])[0] if config.exclude_heard else answer_filter
 
 
-def _scored_songs(catalog: Catalog, selected: Chosen, last_title: str | None, explain: bool) -> list[ScoredSong]:
+def _scored_songs(catalog: Catalog, selected: SelectedSongs, last_title: str | None, explain: bool) -> list[ScoredSong]:
     """Return the chosen songs with their names and, if requested, reasons and probabilities."""
     scored_songs = [
         ScoredSong(**names, score=score)
@@ -263,29 +263,31 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
     )
 
 
-def load_starting(dataset: Dataset, recommender: BaseRecommender, parts: Mapping[str, str]) -> Starting:
+def load_popular_order(dataset: Dataset, recommender: BaseRecommender, parts: Mapping[str, str]) -> PopularOrder:
     """Return the order of songs for users without known plays; `parts`, role -> id, are the recommender's artifacts."""
     num_songs = dataset.num_songs
     plays = model_play_counts(dataset, parts["models"], recommender.num_songs)
-    return starting_of(
+    return popular_order(
         dataset.workspace, parts, np.pad(plays, (0, num_songs - len(plays))), known_songs(recommender, num_songs)
     )
 
 
-def starting_of(workspace: Workspace, parts: Mapping[str, str], plays: np.ndarray, is_known: np.ndarray) -> Starting:
+def popular_order(
+    workspace: Workspace, parts: Mapping[str, str], plays: np.ndarray, is_known: np.ndarray
+) -> PopularOrder:
     """Return the order of songs for users without known plays: by recent plays.
 
     `is_known`, bool (N,), is True for songs with a vector; other songs are left out. The recent plays come from the
     retrieval in `parts`; without a retrieval all `plays`, int64 (N,), count.
     """
-    from rayrec.recommend.reranking import Starting  # imports torch: only when needed
+    from rayrec.recommend.reranking import PopularOrder  # imports torch: only when needed
     from rayrec.recommend.stored_retrieval import read_popularity
 
     if "retrieval" not in parts:
-        return Starting.of(plays, is_known)
+        return PopularOrder.of(plays, is_known)
     folder = load_manifest(workspace, "retrieval", parts["retrieval"]).folder
     recent_plays, artist_of_song = read_popularity(workspace, folder)
-    return Starting.of(plays, is_known, recent_plays=recent_plays, artist_of_song=artist_of_song)
+    return PopularOrder.of(plays, is_known, recent_plays=recent_plays, artist_of_song=artist_of_song)
 
 
 def known_songs(recommender: BaseRecommender, num_songs: int) -> np.ndarray:
@@ -293,7 +295,7 @@ def known_songs(recommender: BaseRecommender, num_songs: int) -> np.ndarray:
     from rayrec.recommend.reranking import network_of
 
     is_known: np.ndarray = np.arange(num_songs) < recommender.num_songs
-    is_known[network_of(recommender).without_vector] = False
+    is_known[network_of(recommender).rows_without_vector] = False
     return is_known
 
 
@@ -375,7 +377,7 @@ def reasons(features: Mapping[str, float], last_title: str | None) -> list[str]:
     return texts[:MOST_REASONS] or ["similar to your plays"]
 
 
-def reasons_of(selected: Chosen, last_title: str | None) -> list[list[str]]:
+def reasons_of(selected: SelectedSongs, last_title: str | None) -> list[list[str]]:
     """Return the reasons for each song of an answer with features; `last_title` is as in `reasons`."""
     if selected.path == "popular":
         return [[POPULAR_REASON] for _ in selected.songs]

@@ -19,7 +19,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import ASSUMED_GAP_MS, LINE_GAP_MS
-from rayrec.data.ragged import first_of_each, offsets_of, ranges, stable_order
+from rayrec.data.ragged import group_starts, offsets_of, ranges, stable_order
 from rayrec.errors import InputError
 from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.filters import AnswerFilter, without_heard
@@ -94,7 +94,7 @@ class BaseRecommender(ABC):
     name: str  # as in reports and `--models`
     kind: ClassVar[Kind] = "baseline"
     horizons: tuple[HorizonName, ...] = ("short",)  # horizons that have answers of their own
-    scores_are_chances: ClassVar[bool] = False  # True if short-horizon scores are probabilities of the next play
+    scores_are_probabilities: ClassVar[bool] = False  # True if short-horizon scores are probabilities of the next play
     long_days: DaysHorizon | None = None  # days that the long horizon predicts; None if it is not in days
     num_songs: int  # N
     settings: Mapping[str, float] = {}  # settings chosen for the data set, by name
@@ -269,7 +269,7 @@ class VectorRecommender(BaseRecommender):
         self.song_vectors = np.ascontiguousarray(song_vectors, dtype=np.float32)
         self.num_songs = len(self.song_vectors)
         self.index = index
-        self.without_vector = np.flatnonzero(~self.song_vectors.any(axis=1))
+        self.rows_without_vector = np.flatnonzero(~self.song_vectors.any(axis=1))
 
     @abstractmethod
     def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
@@ -285,7 +285,7 @@ class VectorRecommender(BaseRecommender):
     def score_vectors(self, vectors: np.ndarray) -> np.ndarray:
         """float32 (Q, N): the cosine of each song with `vectors`, float32 (Q, D); -inf if either is a row of zeros."""
         scores = np.asarray(vectors @ self.song_vectors.T)
-        scores[:, self.without_vector] = -np.inf
+        scores[:, self.rows_without_vector] = -np.inf
         scores[~vectors.any(axis=1)] = -np.inf
         return scores
 
@@ -497,7 +497,7 @@ def _user_songs(
     """Return the songs of each query, and bool (E,): True for plays of a song that was played earlier."""
     keys = rows * num_songs + songs
     order = stable_order(keys)  # groups plays of one query and song, in the order of time
-    first_positions = first_of_each(keys[order])
+    first_positions = group_starts(keys[order])
     last_plays = order[np.append(first_positions[1:], len(order)) - 1] if len(order) else order
     hours = np.maximum(0, at[rows] - played_at) / HOUR_MS
 

@@ -493,14 +493,14 @@ FROM_VECTORS: dict[str, FromVectors] = {
     "item-knn": ItemKnnRecommender,
     **{f"average-{discount}": _make_average(discount) for discount in DISCOUNTS},
 }
-FROM_BOTH = tuple(OFFSETS)  # the weighted baselines
+WEIGHTED_BASELINES = tuple(OFFSETS)  # the weighted baselines
 
-BASELINES: tuple[str, ...] = (*FROM_PLAYS, *FROM_VECTORS, *FROM_BOTH)
+BASELINES: tuple[str, ...] = (*FROM_PLAYS, *FROM_VECTORS, *WEIGHTED_BASELINES)
 
 
 def needs_vectors(names: Sequence[str]) -> bool:
     """True if one of the named baselines works on song vectors."""
-    return any(name in FROM_VECTORS or name in FROM_BOTH for name in names)
+    return any(name in FROM_VECTORS or name in WEIGHTED_BASELINES for name in names)
 
 
 def fit_baselines(

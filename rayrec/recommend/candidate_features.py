@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from rayrec.data.ragged import first_of_each, stable_order
+from rayrec.data.ragged import group_starts, stable_order
 from rayrec.data.split import DAY_MS
 from rayrec.recommend.base import HOUR_MS, LATEST_PLAYS, QueryBatch
 from rayrec.recommend.retrievers import Candidates
@@ -46,11 +46,11 @@ class FeatureSources:
         group_names = [name for name, group in self._groups() if group]
         return [
             *(f"{retriever}_{suffix}" for retriever in self.retrievers for suffix in ("score", "share", "rank")),
-            *OF_CANDIDATES,
-            *(OF_SKIPS if self._has_skips else []),
-            *(OF_LIKES if self.retrieval.has_likes else []),
-            *(f"{group}_{suffix}" for group in group_names for suffix in OF_GROUPS),
-            *OF_QUERIES,
+            *CANDIDATE_FEATURES,
+            *(SKIP_FEATURES if self._has_skips else []),
+            *(LIKE_FEATURES if self.retrieval.has_likes else []),
+            *(f"{group}_{suffix}" for group in group_names for suffix in GROUP_FEATURES),
+            *QUERY_FEATURES,
             *(["recent_skips"] if self._has_skips else []),
             *(f"recent_{group}s" for group in group_names),
         ]
@@ -92,7 +92,7 @@ class FeatureSources:
     ) -> None:
         rows, songs, user_songs = candidates.rows, candidates.songs, batch.user_songs
         vectors = _look_up(self.song_vectors, songs)
-        first_positions = first_of_each(rows)
+        first_positions = group_starts(rows)
         counts = np.diff(np.append(first_positions, len(rows)))
         for taste_vectors, scale in zip((batch.short_vectors, batch.long_vectors), self.scales, strict=True):
             cosines = np.einsum("cd,cd->c", vectors, taste_vectors[rows])
@@ -165,7 +165,7 @@ class FeatureSources:
         return cosines.max(axis=1), cosines.sum(axis=1) / recent_counts[rows]
 
     def _query_features(self, batch: QueryBatch) -> list[np.ndarray]:
-        """Return the features OF_QUERIES, and the recent share of skips if the data has skips, (Q,) each."""
+        """Return the features QUERY_FEATURES, and the recent share of skips if the data has skips, (Q,) each."""
         lengths = np.diff(batch.offsets)
         session_lengths = np.bincount(batch.rows, weights=batch.in_session, minlength=len(batch))
         last_plays = np.where(lengths > 0, batch.offsets[1:] - 1, 0)
@@ -198,7 +198,7 @@ class FeatureSources:
         return np.asarray(np.einsum("qd,qd->q", session_vectors, batch.long_vectors) / np.where(norms > 0, norms, 1))
 
 
-OF_CANDIDATES = [
+CANDIDATE_FEATURES = [
     "cosine_short",
     "logit_short",
     "cosine_long",
@@ -222,10 +222,10 @@ OF_CANDIDATES = [
 ]
 # Features that exist only if the data has skips or likes. `skip_share` is the skipped share of a song's plays minus the
 # skipped share of all plays.
-OF_SKIPS = ["user_skips", "user_skip_share", "skip_share"]
-OF_LIKES = ["user_liked"]
-OF_GROUPS = ["of_last_song", "recent_share", "user_plays", "plays_since"]
-OF_QUERIES = [
+SKIP_FEATURES = ["user_skips", "user_skip_share", "skip_share"]
+LIKE_FEATURES = ["user_liked"]
+GROUP_FEATURES = ["of_last_song", "recent_share", "user_plays", "plays_since"]
+QUERY_FEATURES = [
     "history_length",
     "session_length",
     "hours_since_last",
@@ -270,7 +270,7 @@ def _skip_share(batch: QueryBatch, lengths: np.ndarray) -> np.ndarray:
 def _group_features(
     batch: QueryBatch, candidates: Candidates, groups: SongGroups, add_column: Callable[[np.ndarray], None]
 ) -> np.ndarray:
-    """Pass the features OF_GROUPS to `add_column`; return the number of artists or albums in the last ten plays.
+    """Pass the features GROUP_FEATURES to `add_column`; return the number of artists or albums in the last ten plays.
 
     The number is float64 (Q,).
     """
@@ -279,7 +279,7 @@ def _group_features(
     num_groups = max(1, len(groups.offsets))
     keys = batch.rows[grouped_plays] * num_groups + play_groups[grouped_plays]
     order = stable_order(keys)
-    first_positions = first_of_each(keys[order])
+    first_positions = group_starts(keys[order])
     group_keys = keys[order][first_positions]
     group_plays = np.diff(np.append(first_positions, len(order)))
     last_plays = grouped_plays[order[np.append(first_positions[1:], len(order)) - 1]] if len(order) else order

@@ -114,7 +114,7 @@ class SongSet:
         return np.packbits(self.mask, bitorder="little")
 
 
-def listed_and_fitting(rows: np.ndarray | None, matching_songs: SongSet | None) -> SongSet | None:
+def intersect_songs(rows: np.ndarray | None, matching_songs: SongSet | None) -> SongSet | None:
     """Return the songs that are both in `rows`, int (any,), -1 for unknown songs, and in `matching_songs`.
 
     None means all songs, as an argument and as the result.
@@ -128,7 +128,7 @@ def listed_and_fitting(rows: np.ndarray | None, matching_songs: SongSet | None) 
     return SongSet(rows=listed_songs.rows[matching_songs.holds(listed_songs.rows)])
 
 
-def masks_kept(num_songs: int) -> int:
+def max_masks(num_songs: int) -> int:
     """Return the maximum number of masks in the cache for a catalog of `num_songs` songs."""
     return max(1, min(MASKS_KEPT, MASKS_BYTES // max(1, num_songs)))
 
@@ -144,7 +144,7 @@ class SongMasks:
         self._released = _column(table, columns.RELEASED)
         self._markets = _column(table, columns.MARKETS)
         total_songs = self.num_songs + (earlier.num_songs if earlier else 0)
-        self.fitting = lru_cache(maxsize=masks_kept(total_songs))(self._find_matching)
+        self.fitting = lru_cache(maxsize=max_masks(total_songs))(self._find_matching)
 
     def lookups(self, outcome: str) -> int:
         """Return the number of lookups so far that were `hits` in the cache, or `misses`."""
@@ -165,7 +165,7 @@ class SongMasks:
             try:
                 parts.append(find_matching(attributes))
             except FieldError as error:
-                parts.append(SongSet.of_rows(NOTHING))
+                parts.append(SongSet.of_rows(NO_ROWS))
                 errors.append(error)
         if len(errors) == len(parts):
             raise errors[0]
@@ -225,7 +225,7 @@ def _to_mask(values: pa.BooleanArray) -> np.ndarray:
     return np.asarray(pc.fill_null(values, False).to_numpy(zero_copy_only=False))
 
 
-NOTHING = np.zeros(0, dtype=np.int32)
+NO_ROWS = np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +235,7 @@ class AnswerFilter:
     Rows beyond the catalog of the recommender, of songs that were imported later, are ignored.
     """
 
-    excluded: np.ndarray = field(default_factory=lambda: NOTHING)  # int (any,), song rows, perhaps with duplicates
+    excluded: np.ndarray = field(default_factory=lambda: NO_ROWS)  # int (any,), song rows, perhaps with duplicates
     allowed: SongSet | None = None  # None: every song
     new_only: bool = False  # True if every song that the user has played is excluded
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from rayrec.config import Settings
 from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError
 from rayrec.recommend.base import NO_SONG, Ranking, SearchPath, top_k
-from rayrec.recommend.filters import FEW_SONGS, NOTHING, AnswerFilter
+from rayrec.recommend.filters import FEW_SONGS, NO_ROWS, AnswerFilter
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
@@ -31,7 +31,7 @@ RECALL_DEPTH = 100  # recall is measured on the first 100 answers
 TIE_SLACK = 16  # extra answers fetched, so that songs of equal score at the end can be sorted by row
 SCORED_ROWS = 5_000  # songs that are scored at once when all songs that pass the filter are scored
 MAX_OVERFETCH = 1_000  # up to this many excluded songs are compensated by fetching as many more answers
-MOST_LISTS = 0.25  # share of the lists above which scoring every song that passes the filter is as fast
+MAX_LIST_SHARE = 0.25  # share of the lists above which scoring every song that passes the filter is as fast
 
 
 class IndexConfig(Settings):
@@ -77,7 +77,7 @@ def require_one_faiss() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexFigures:
+class IndexMetrics:
     """The size and the recall of an index."""
 
     kind: IndexKind
@@ -100,7 +100,7 @@ class SongIndex:
         self,
         index: Any,
         vectors: np.ndarray,
-        metrics: IndexFigures,
+        metrics: IndexMetrics,
         added_rows: np.ndarray | None = None,
     ) -> None:
         self._index = index  # a faiss index whose ids are song rows
@@ -139,7 +139,7 @@ class SongIndex:
             recall = _choose_nprobe(
                 index, recall_queries, _nearest_rows(flat_index, recall_queries), config.target_recall
             )
-        metrics = IndexFigures(
+        metrics = IndexMetrics(
             kind=kind,
             songs=len(rows),
             nlist=index.nlist if kind == "ivf" else 0,
@@ -216,7 +216,7 @@ class SongIndex:
         if nprobe:
             nearest = self._search_filtered(query, k + TIE_SLACK, answer_filter, nprobe)
             if nearest[0][0, k - 1] != NO_SONG:
-                songs[:], scores[:] = _first_allowed(*nearest, [NOTHING], len(self.vectors), k)
+                songs[:], scores[:] = _first_allowed(*nearest, [NO_ROWS], len(self.vectors), k)
                 return "selector"
         songs[:], scores[:] = self._score_all(query, k, answer_filter)
         return "exact"
@@ -241,7 +241,7 @@ class SongIndex:
             return 0
         depth = k * self.songs / num_qualified
         nprobe = int(np.ceil(self.figures.nprobe * max(1.0, depth / RECALL_DEPTH)))
-        return nprobe if nprobe <= self.figures.nlist * MOST_LISTS else 0
+        return nprobe if nprobe <= self.figures.nlist * MAX_LIST_SHARE else 0
 
     def _search_filtered(
         self, query: np.ndarray, count: int, answer_filter: AnswerFilter, nprobe: int
@@ -324,7 +324,7 @@ class SongIndex:
     @classmethod
     def load(cls, workspace: Workspace, manifest: Manifest, vectors: np.ndarray, *, threads: int = 1) -> "SongIndex":
         """Load the index of an artifact, see `read`."""
-        metrics = IndexFigures(**{name: manifest.metrics[name] for name in IndexFigures.__annotations__})
+        metrics = IndexMetrics(**{name: manifest.metrics[name] for name in IndexMetrics.__annotations__})
         path, checksum = manifest.path(INDEX_FILE), manifest.files.get(INDEX_FILE)
         return cls.read(workspace, path, metrics, vectors, checksum=checksum, threads=threads)
 
@@ -333,7 +333,7 @@ class SongIndex:
         cls,
         workspace: Workspace,
         path: str,
-        metrics: IndexFigures,
+        metrics: IndexMetrics,
         vectors: np.ndarray,
         *,
         checksum: str | None = None,

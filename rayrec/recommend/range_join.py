@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rayrec.data.ragged import first_of_each, offsets_of, ranges
+from rayrec.data.ragged import group_starts, offsets_of, ranges
 from rayrec.recommend.stored_retrieval import RECENT_DAYS, SKIPS, RetrievalCounts, counts_of_arrays
 
 SESSIONS_AT_ONCE = 200_000  # sessions that are sorted together, approximately; one range may hold more
-JOINED = {
+RESULT_DTYPES = {
     "rules.offsets": np.int64,
     "rules.followers": np.int32,
     "rules.weights": np.int64,
@@ -29,7 +29,7 @@ JOINED = {
     "sessions.song_sessions": np.int32,
     "sessions.song_places": np.uint8,
 }
-BY_RANGE = {  # arrays with the values of the ranges, one range after another
+RANGE_DTYPES = {  # arrays with the values of the ranges, one range after another
     "day_songs": np.int32,
     "day_plays": np.int64,
     "ages": np.int64,  # -ended_at, so that they are ascending within each range
@@ -44,8 +44,8 @@ class _ArrayFiles:
     """One-dimensional arrays to which values can be appended, each in a file of a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._files = {name: (folder / name).open("wb") for name in (*JOINED, *BY_RANGE)}
-        self._dtypes = {name: np.dtype(dtype) for name, dtype in {**JOINED, **BY_RANGE}.items()}
+        self._files = {name: (folder / name).open("wb") for name in (*RESULT_DTYPES, *RANGE_DTYPES)}
+        self._dtypes = {name: np.dtype(dtype) for name, dtype in {**RESULT_DTYPES, **RANGE_DTYPES}.items()}
 
     def length(self, name: str) -> int:
         """Return the number of values in an array so far."""
@@ -88,7 +88,7 @@ def join_ranges(parts: Iterable[RetrievalCounts], folder: Path) -> RetrievalCoun
     song_sessions = files.array("song_sessions")
     for session_bounds, entry_bounds in zip(pairwise(session_ends), pairwise(entry_ends), strict=True):
         files.append("sessions.song_sessions", new_numbers[slice(*session_bounds)][song_sessions[slice(*entry_bounds)]])
-    arrays = {name: files.array(name) for name in JOINED}
+    arrays = {name: files.array(name) for name in RESULT_DTYPES}
     if not len(arrays[SKIPS]):
         del arrays[SKIPS]
     return counts_of_arrays(arrays, newest=newest)
@@ -144,7 +144,7 @@ def _order_sessions(files: _ArrayFiles, ends: list[int], path: Path) -> np.ndarr
     for positions in _newest_first(ages, keys, ends):
         order = positions[np.lexsort((keys[positions], ages[positions]))]
         is_first = np.zeros(len(order), dtype=bool)
-        is_first[first_of_each(keys[order])] = True
+        is_first[group_starts(keys[order])] = True
         new_numbers[order] = files.length("sessions.keys") + np.cumsum(is_first) - 1
         order = order[is_first]
         counts = offsets[order + 1] - offsets[order]

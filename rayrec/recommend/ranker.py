@@ -14,7 +14,7 @@ import lightgbm
 import numpy as np
 from scipy.optimize import minimize, minimize_scalar
 
-from rayrec.data.ragged import first_of_each, offsets_of, places_in, ranges
+from rayrec.data.ragged import group_starts, offsets_of, positions_in_groups, ranges
 from rayrec.errors import DamagedArtifactError, TooFewQueriesError
 from rayrec.storage.workspace import Workspace
 
@@ -291,7 +291,7 @@ class LinearModel:
 
         def curvature(weight: np.ndarray) -> np.ndarray:
             weighted_features = features * softmax_shares(rows, features @ weight)[:, None]
-            mean_features = np.add.reduceat(weighted_features, first_of_each(rows))
+            mean_features = np.add.reduceat(weighted_features, group_starts(rows))
             hessian = features.T @ weighted_features - mean_features.T @ mean_features
             return np.asarray(hessian + 2 * penalty * np.eye(len(hessian))) / num_queries
 
@@ -440,7 +440,7 @@ def query_ndcg(rows: np.ndarray, scores: np.ndarray, is_right: np.ndarray) -> np
     `rows`, int (C,), are the queries of the candidates, `scores` float (C,), `is_right` bool (C,).
     """
     order = np.lexsort((is_right, -scores, rows))
-    ranks = places_in(rows[order])
+    ranks = positions_in_groups(rows[order])
     gains = np.where(is_right[order] & (ranks < TOP), 1 / np.log2(ranks + 2), 0)
     right_counts = np.bincount(rows, weights=is_right).astype(int)
     ideal = np.cumsum(1 / np.log2(np.arange(TOP) + 2))[np.minimum(right_counts, TOP) - 1]
@@ -451,7 +451,7 @@ def softmax_shares(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """float64 (C,): the softmax of the scores within each query; `rows`, int (C,), are the queries, ascending."""
     if not len(rows):
         return np.zeros(0)
-    first_positions = first_of_each(rows)
+    first_positions = group_starts(rows)
     counts = np.diff(np.append(first_positions, len(rows)))
     exponentials = np.exp(scores - np.repeat(np.maximum.reduceat(scores, first_positions), counts))
     return np.asarray(exponentials / np.repeat(np.add.reduceat(exponentials, first_positions), counts))
@@ -474,7 +474,7 @@ def calibrate(rows: np.ndarray, scores: np.ndarray, is_right: np.ndarray) -> Cal
     # Each bin holds equally many right candidates, so that the curve is equally reliable everywhere.
     bins = np.minimum(np.cumsum(is_right[order]) * KNOTS // max(1, int(is_right.sum())), KNOTS - 1)
     # Equal shares must be in the same bin, since the curve has one value for each share.
-    first_positions = first_of_each(shares[order])
+    first_positions = group_starts(shares[order])
     sizes = np.diff(np.append(first_positions, len(order)))
     bins = np.repeat(bins[first_positions + sizes - 1], sizes)
     bin_counts = np.bincount(bins, minlength=KNOTS).astype(float)

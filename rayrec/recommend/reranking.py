@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, InstanceOf
 
 from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.ragged import places_in
+from rayrec.data.ragged import positions_in_groups
 from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName, Ranking, SearchPath, normalized, top_k
 from rayrec.recommend.filters import AnswerFilter, first_of_order
 from rayrec.recommend.taste_recommender import TasteRecommender
@@ -21,7 +21,9 @@ from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
 
 FEW_PLAYS = 20  # songs with fewer plays can be explored
 POOL = 500  # songs ranked after the answer, among which songs with few plays are explored
-EVENLY = 0.5  # part of a probability that is equal for all songs of the pool; the rest is proportional to the score
+UNIFORM_SHARE = (
+    0.5  # part of a probability that is equal for all songs of the pool; the rest is proportional to the score
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,7 @@ def probabilities(scores: np.ndarray, expected_count: float) -> np.ndarray:
         total = weights[is_remaining].sum()
         by_score = weights / total if total > 0 else np.full(len(scores), 1 / is_remaining.sum())
         song_probabilities[is_remaining] = (expected_count - (~is_remaining).sum()) * (
-            EVENLY / is_remaining.sum() + (1 - EVENLY) * by_score[is_remaining]
+            UNIFORM_SHARE / is_remaining.sum() + (1 - UNIFORM_SHARE) * by_score[is_remaining]
         )
         is_certain = is_remaining & (song_probabilities >= 1)
         if not is_certain.any():
@@ -172,7 +174,7 @@ class AnswerOptions(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
+class UserInput:
     """The taste vectors and plays of one user at the moment of a request."""
 
     vectors: Mapping[HorizonName, np.ndarray]  # float32 (D,) each, the taste vectors of both horizons
@@ -185,10 +187,10 @@ class Known:
         return {horizon: vector[None] for horizon, vector in self.vectors.items()}
 
 
-def known_of(vectors: Mapping[HorizonName, np.ndarray], plays: Histories, at: np.ndarray) -> list[Known]:
-    """Return a `Known` per user, from taste `vectors`, float32 (U, D) by horizon, `plays`, and moments, int64 (U,)."""
+def user_inputs(vectors: Mapping[HorizonName, np.ndarray], plays: Histories, at: np.ndarray) -> list[UserInput]:
+    """Return a `UserInput` per user, from taste `vectors`, float32 (U, D) by horizon, `plays`, and `at`, int64 (U,)."""
     return [
-        Known(
+        UserInput(
             vectors={horizon: values[row] for horizon, values in vectors.items()},
             history=plays.take(np.array([row])) if len(plays) > 1 else plays,
             at=int(at[row]),
@@ -198,7 +200,7 @@ def known_of(vectors: Mapping[HorizonName, np.ndarray], plays: Histories, at: np
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
+class SelectedSongs:
     """The songs of an answer, best first; equal scores by song row. With diversity, in the order of choice."""
 
     songs: np.ndarray  # int32 (n,), n = k if at least k songs pass the filter
@@ -208,7 +210,7 @@ class Chosen:
     # The features of each song, name -> value, if the request asks for reasons: `reasons` turns them into words.
     features: tuple[dict[str, float], ...] = ()
 
-    def take(self, positions: slice) -> "Chosen":
+    def take(self, positions: slice) -> "SelectedSongs":
         """Return the songs at `positions`, in the same order."""
         songs, scores, features = self.songs[positions], self.scores[positions], self.features[positions]
         probabilities = None if self.probabilities is None else self.probabilities[positions]
@@ -229,7 +231,7 @@ def choose(
     plays: Histories,
     at: np.ndarray,
     all_options: Sequence[AnswerOptions],
-) -> list[Chosen]:
+) -> list[SelectedSongs]:
     """Return the k best songs of each of U users, as `recommender` ranks them.
 
     `vectors` are the taste vectors, float32 (U, D) by horizon; `at` are the moments, int64 (U,), ms UTC. With a
@@ -238,13 +240,13 @@ def choose(
     mixes the probabilities of both horizons. Diverse songs are chosen among the first ranked songs, explored songs
     among those after the answer. Requests for the same number of songs and the same horizon are ranked together.
     """
-    users = known_of(vectors, plays, at)
+    users = user_inputs(vectors, plays, at)
     # Number of songs, long weight, retrieved or not -> rows of the users.
     rows_by_request: dict[tuple[int, float, bool], list[int]] = {}
     for row, options in enumerate(all_options):
         size = _pool_size(options) + (POOL if options.explore else 0)
         rows_by_request.setdefault((size, options.long_weight, options.songs_to_rank is None), []).append(row)
-    selected_by_row: dict[int, Chosen] = {}
+    selected_by_row: dict[int, SelectedSongs] = {}
     for (size, _, _), rows in rows_by_request.items():
         pool_options = [all_options[row].replace(k=size) for row in rows]
         if isinstance(recommender, TwoStepRecommender):
@@ -261,7 +263,9 @@ def _pool_size(options: AnswerOptions) -> int:
     return pool_size(options.k) if options.diversity else options.k
 
 
-def _select_from_pool(pool: Chosen, recommender: BaseRecommender, user: Known, options: AnswerOptions) -> Chosen:
+def _select_from_pool(
+    pool: SelectedSongs, recommender: BaseRecommender, user: UserInput, options: AnswerOptions
+) -> SelectedSongs:
     """Return the songs of an answer, chosen from a ranked pool, best first."""
     positions = np.arange(min(options.k, len(pool.songs)))
     if options.diversity:
@@ -286,11 +290,11 @@ def choose_for_users(
     histories: Histories,
     at: int,
     all_options: Sequence[AnswerOptions],
-    load_starting: Callable[[], "Starting"],
-) -> list[Chosen]:
+    load_starting: Callable[[], "PopularOrder"],
+) -> list[SelectedSongs]:
     """Return the songs of each user at `at` (ms UTC): from `choose`, or `choose_popular` if no play is known."""
     rows_with_plays = np.flatnonzero(histories.lengths)
-    selected_by_row: dict[int, Chosen] = {}
+    selected_by_row: dict[int, SelectedSongs] = {}
     if len(rows_with_plays):
         plays = histories.take(rows_with_plays)
         vectors = network_of(recommender).vectors_of(plays, Queries.at_end(plays, at), HORIZONS)
@@ -304,7 +308,7 @@ def choose_for_users(
     return [selected_by_row[row] for row in range(len(histories))]
 
 
-def similar(recommender: BaseRecommender, song: int, k: int) -> Chosen:
+def similar(recommender: BaseRecommender, song: int, k: int) -> SelectedSongs:
     """Return the k songs nearest to row `song` by cosine of the network's vectors; none for a song without a vector."""
     network = network_of(recommender)
     options = AnswerOptions(k=k, answer_filter=AnswerFilter(excluded=np.array([song])))
@@ -313,8 +317,8 @@ def similar(recommender: BaseRecommender, song: int, k: int) -> Chosen:
 
 
 def _rank_by_vectors(
-    network: TasteRecommender, users: Sequence[Known], all_options: Sequence[AnswerOptions]
-) -> list[Chosen]:
+    network: TasteRecommender, users: Sequence[UserInput], all_options: Sequence[AnswerOptions]
+) -> list[SelectedSongs]:
     """Return the songs of each user by a network without rankers.
 
     All options must have the same k, and either all or none of them `songs_to_rank`.
@@ -327,23 +331,23 @@ def _rank_by_vectors(
     ]
 
 
-def _order_songs_to_rank(network: TasteRecommender, vector: np.ndarray, options: AnswerOptions) -> Chosen:
+def _order_songs_to_rank(network: TasteRecommender, vector: np.ndarray, options: AnswerOptions) -> SelectedSongs:
     """Return the songs to rank, ordered by inner product with a taste vector, float32 (D,)."""
     rows = options.songs_to_rank
     assert rows is not None
     return _sort_songs(rows, network.song_vectors[rows] @ vector, "exact", options)
 
 
-def _sort_songs(rows: np.ndarray, scores: np.ndarray, path: Path, options: AnswerOptions) -> Chosen:
+def _sort_songs(rows: np.ndarray, scores: np.ndarray, path: Path, options: AnswerOptions) -> SelectedSongs:
     """Return at most k of the song rows, int (n,), that pass the filter, by descending scores, (n,); ties by row."""
     order = np.lexsort((rows, -scores))
     order = order[options.answer_filter.qualify(rows[order])][: options.k]
-    return Chosen(songs=rows[order].astype(np.int32), scores=scores[order].astype(np.float32), path=path)
+    return SelectedSongs(songs=rows[order].astype(np.int32), scores=scores[order].astype(np.float32), path=path)
 
 
 def _nearest_songs(
     network: TasteRecommender, vectors: np.ndarray, all_options: Sequence[AnswerOptions]
-) -> list[Chosen]:
+) -> list[SelectedSongs]:
     """Return the songs nearest to each of `vectors`, float32 (n, D); all options must have the same k."""
     if network.index is None:
         return [
@@ -355,7 +359,7 @@ def _nearest_songs(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Starting:
+class PopularOrder:
     """The order of songs for users without known plays: recently popular songs by many different artists."""
 
     worth: np.ndarray  # float64 (N,), recent plays, divided by 2 for an artist's second song, by 3 for the third, ...
@@ -369,7 +373,7 @@ class Starting:
         *,
         recent_plays: np.ndarray | None = None,
         artist_of_song: np.ndarray | None = None,
-    ) -> "Starting":
+    ) -> "PopularOrder":
         """Create the order from all `plays` of each song, (N,), and its `recent_plays`, which may be shorter than N.
 
         Without `recent_plays` all plays count. `is_known`, bool (N,), is True for songs that an answer may hold.
@@ -388,12 +392,12 @@ class Starting:
             )
         order = np.lexsort((songs, -plays, -counted_plays, artist_ids))
         discounted_plays = np.zeros(len(plays))
-        discounted_plays[order] = counted_plays[order] / (1 + places_in(artist_ids[order]))
+        discounted_plays[order] = counted_plays[order] / (1 + positions_in_groups(artist_ids[order]))
         rows = np.lexsort((songs, -plays, -discounted_plays))
         return cls(worth=discounted_plays, order=rows[is_known[rows]].astype(np.int32))
 
 
-def choose_popular(starting: Starting, options: AnswerOptions) -> Chosen:
+def choose_popular(starting: PopularOrder, options: AnswerOptions) -> SelectedSongs:
     """Return the first k songs for a user without known plays; with `songs_to_rank`, those songs in that order."""
     discounted_plays, order = starting.worth, starting.order
     if options.songs_to_rank is not None:
@@ -403,10 +407,10 @@ def choose_popular(starting: Starting, options: AnswerOptions) -> Chosen:
             rows, np.where(has_play_count, discounted_plays[np.where(has_play_count, rows, 0)], 0.0), "popular", options
         )
     songs = first_of_order(order, options.answer_filter.qualify, options.k)
-    return Chosen(songs=songs, scores=discounted_plays[songs].astype(np.float32), path="popular")
+    return SelectedSongs(songs=songs, scores=discounted_plays[songs].astype(np.float32), path="popular")
 
 
-def _mixed_vector(user: Known, options: AnswerOptions) -> np.ndarray:
+def _mixed_vector(user: UserInput, options: AnswerOptions) -> np.ndarray:
     """float32 (D,): the taste vector of the horizon, or the weighted mean of both."""
     if options.long_weight in (0, 1):
         return user.vectors["long" if options.long_weight else "short"]
@@ -424,7 +428,7 @@ def _rank_candidates(
     at: np.ndarray,
     rows: np.ndarray,
     all_options: Sequence[AnswerOptions],
-) -> list[Chosen]:
+) -> list[SelectedSongs]:
     """Return the best candidates of the users at `rows`, int (n,), by the rankers.
 
     Their requests may differ only in filters and in the songs to rank.
@@ -443,18 +447,18 @@ def _rank_candidates(
     return _split_ranking(ranking)
 
 
-def _split_ranking(ranking: Ranking) -> list[Chosen]:
+def _split_ranking(ranking: Ranking) -> list[SelectedSongs]:
     """Return the songs of each query, without empty places."""
     is_song = ranking.songs != NO_SONG
     return [
-        Chosen(songs=songs[mask], scores=scores[mask], path=path)
+        SelectedSongs(songs=songs[mask], scores=scores[mask], path=path)
         for songs, scores, mask, path in zip(ranking.songs, ranking.scores, is_song, ranking.paths, strict=True)
     ]
 
 
-def _best_songs(scores: np.ndarray, options: AnswerOptions) -> Chosen:
+def _best_songs(scores: np.ndarray, options: AnswerOptions) -> SelectedSongs:
     """Return the k best songs by `scores`, float32 (N,), that pass the filter. Overwrites `scores`."""
     options.answer_filter.mask_scores(scores)
     songs, values = top_k(scores[None], options.k)
     is_song = songs[0] != NO_SONG
-    return Chosen(songs=songs[0][is_song], scores=values[0][is_song], path="exact")
+    return SelectedSongs(songs=songs[0][is_song], scores=values[0][is_song], path="exact")

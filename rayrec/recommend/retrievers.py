@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayrec.data.ragged import best_of_each, first_of_each, highest_of_each, places_in, ranges, stable_order
+from rayrec.data.ragged import group_starts, positions_in_groups, ranges, stable_order, top_positions, top_ranked
 from rayrec.data.split import DAY_MS
 from rayrec.recommend.base import NO_SONG, HorizonName, Pairs, QueryBatch
 from rayrec.recommend.index import IndexConfig, SongIndex
-from rayrec.recommend.stored_retrieval import MAX_DISTANCE, UNIT, Retrieval, SongGroups
+from rayrec.recommend.stored_retrieval import DIRECT_WEIGHT, MAX_DISTANCE, Retrieval, SongGroups
 from rayrec.recommend.two_step_config import RankedPart, RetrievalConfig
 
 
@@ -42,7 +42,7 @@ class Proposals(Pairs):
 
         `rows`, the queries, must be ascending, and no pair of a query and a song may occur twice.
         """
-        best, ranks = best_of_each(rows, scores, songs, count)
+        best, ranks = top_ranked(rows, scores, songs, count)
         song_order = np.lexsort((songs[best], rows[best]))
         best = best[song_order]
         return cls(
@@ -66,15 +66,15 @@ class Proposals(Pairs):
         entries: int = 0,
     ) -> Proposals:
         """As `best`, for `rows` in any order; the scores of a pair that occurs more than once are added."""
-        pairs, totals = summed_pairs(rows, songs, scores, num_songs)
+        pairs, totals = sum_pairs(rows, songs, scores, num_songs)
         return cls.best(pairs.rows, pairs.songs, totals, num_songs=num_songs, count=count, entries=entries)
 
 
-def summed_pairs(rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, num_songs: int) -> tuple[Pairs, np.ndarray]:
+def sum_pairs(rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, num_songs: int) -> tuple[Pairs, np.ndarray]:
     """Return the different pairs of a query and a song, and the sum of the scores of each pair."""
     keys = rows * num_songs + songs
     order = stable_order(keys)
-    first_positions = first_of_each(keys[order])
+    first_positions = group_starts(keys[order])
     totals = np.add.reduceat(scores[order], first_positions) if len(first_positions) else scores[:0]
     return Pairs(num_songs=num_songs, rows=rows[order[first_positions]], songs=songs[order[first_positions]]), totals
 
@@ -88,7 +88,7 @@ class Retriever(ABC):
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """Return at most `count` songs per query, with their scores."""
 
-    def most_entries(self, count: int, config: RetrievalConfig) -> int:
+    def max_entries(self, count: int, config: RetrievalConfig) -> int:
         """Return the maximum number of entries that a query for `count` songs reads from a retrieval with `config`.
 
         0 if a retriever reads only the user's own plays, or only an index, whose cost is bounded by its `nprobe`.
@@ -128,13 +128,13 @@ class SessionKnnSettings:
     neighbors: int = 200  # most similar sessions whose songs are scored
     plays_decay: float = 2.0  # age of a play, in later plays, at which its weight is 1/e
     days_decay: float = 365.0  # age of a session, in days, at which its weight is 1/e
-    places_decay: float = 5.0  # distance from the matched song, in places, at which a song's weight is 1/e
+    distance_decay: float = 5.0  # distance from the matched song, in places, at which a song's weight is 1/e
     places: int = 20  # places on each side of the matched song whose songs are scored
     just_played: float = 0.25  # factor of the score of a song that is among the last plays
 
 
 # For the taste in the last 50 plays: weights fall about ten times more slowly, so the order of plays matters little.
-HISTORY_KNN = SessionKnnSettings(last_plays=50, neighbors=300, plays_decay=25.0, places_decay=50.0)
+HISTORY_KNN = SessionKnnSettings(last_plays=50, neighbors=300, plays_decay=25.0, distance_decay=50.0)
 
 
 class SessionRetriever(Retriever):
@@ -170,7 +170,7 @@ class SessionRetriever(Retriever):
         # The match of the latest play comes first.
         order = stable_order(pair_keys * settings.last_plays + later_plays[play_indices])
         session_rows, song_positions, play_indices = session_rows[order], song_positions[order], play_indices[order]
-        first_positions = first_of_each(pair_keys[order])
+        first_positions = group_starts(pair_keys[order])
         weights = np.exp(-later_plays[play_indices] / settings.plays_decay)
         similarity = np.add.reduceat(weights, first_positions) if len(first_positions) else weights
         query_rows, session_rows, match_positions = (
@@ -181,9 +181,9 @@ class SessionRetriever(Retriever):
         lengths = postings.offsets[session_rows + 1] - postings.offsets[session_rows]
         days = np.maximum(0, batch.queries.at[query_rows] - postings.ended_at[session_rows]) / DAY_MS
         similarity = similarity / np.sqrt(lengths) * np.exp(-days / settings.days_decay)
-        nearest = highest_of_each(query_rows, similarity, settings.neighbors)
+        nearest = top_positions(query_rows, similarity, settings.neighbors)
         nearest = nearest[np.lexsort((session_rows[nearest], -similarity[nearest], query_rows[nearest]))]
-        nearest = nearest[places_in(query_rows[nearest]) < settings.neighbors]
+        nearest = nearest[positions_in_groups(query_rows[nearest]) < settings.neighbors]
         query_rows, session_rows, match_positions = query_rows[nearest], session_rows[nearest], match_positions[nearest]
         similarity, lengths = similarity[nearest], lengths[nearest]
         # The songs of the neighbors near the matched song.
@@ -192,9 +192,9 @@ class SessionRetriever(Retriever):
         window_entries = ranges(postings.offsets[session_rows] + window_starts, window_lengths)
         neighbor_indices = np.repeat(np.arange(len(query_rows)), window_lengths)
         distances = np.abs(window_entries - (postings.offsets[session_rows] + match_positions)[neighbor_indices])
-        scores = similarity[neighbor_indices] * np.exp(-distances / settings.places_decay)
+        scores = similarity[neighbor_indices] * np.exp(-distances / settings.distance_decay)
         window_songs = postings.songs[window_entries].astype(np.int64)
-        pairs, totals = summed_pairs(query_rows[neighbor_indices], window_songs, scores, batch.num_songs)
+        pairs, totals = sum_pairs(query_rows[neighbor_indices], window_songs, scores, batch.num_songs)
         is_just_played = batch.user_songs.back < settings.last_plays
         played_pairs = pairs.find(batch.user_songs.keys[is_just_played])
         totals[played_pairs[played_pairs >= 0]] *= settings.just_played
@@ -207,7 +207,7 @@ class SessionRetriever(Retriever):
             entries=len(entries) + len(window_entries),
         )
 
-    def most_entries(self, count: int, config: RetrievalConfig) -> int:
+    def max_entries(self, count: int, config: RetrievalConfig) -> int:
         """The sessions of the songs of the last plays, and the songs near the matched song in each neighbor."""
         settings = self._settings
         return settings.last_plays * config.sessions_per_song + settings.neighbors * (2 * settings.places + 1)
@@ -218,7 +218,7 @@ class RuleRetriever(Retriever):
 
     def __init__(self, retrieval: Retrieval, *, at_once: bool = False) -> None:
         self.name, self._rules = "next_rules" if at_once else "rules", retrieval.rules
-        self._values, self._unit = (self._rules.at_once, 1) if at_once else (self._rules.weights, UNIT)
+        self._values, self._unit = (self._rules.at_once, 1) if at_once else (self._rules.weights, DIRECT_WEIGHT)
 
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """Return the songs of the `count` strongest rules of the last song."""
@@ -234,7 +234,7 @@ class RuleRetriever(Retriever):
             rows[positive], songs, scores[positive], num_songs=batch.num_songs, count=count, entries=len(entries)
         )
 
-    def most_entries(self, count: int, config: RetrievalConfig) -> int:
+    def max_entries(self, count: int, config: RetrievalConfig) -> int:
         """The followers of the last song."""
         return config.rules_per_song
 
@@ -272,7 +272,9 @@ class RecentRulesRetriever(Retriever):
         counts = np.minimum(self._rules.offsets[songs + 1] - starts, settings.followers)
         entries = ranges(starts, counts)
         entry_plays = np.repeat(plays, counts)
-        strongest_weights = self._rules.weights[np.minimum(starts, max(0, len(self._rules.weights) - 1))] + UNIT
+        strongest_weights = (
+            self._rules.weights[np.minimum(starts, max(0, len(self._rules.weights) - 1))] + DIRECT_WEIGHT
+        )
         shares = self._rules.weights[entries] / np.repeat(strongest_weights, counts)
         return Proposals.summed(
             batch.rows[entry_plays],
@@ -283,7 +285,7 @@ class RecentRulesRetriever(Retriever):
             entries=len(entries),
         )
 
-    def most_entries(self, count: int, config: RetrievalConfig) -> int:
+    def max_entries(self, count: int, config: RetrievalConfig) -> int:
         """The strongest followers of the songs of the last plays."""
         return self._settings.last_plays * self._settings.followers
 
@@ -337,7 +339,7 @@ class GroupRetriever(Retriever):
         num_groups = max(1, len(self._groups.offsets))
         keys = batch.rows[plays] * num_groups + group_ids
         order = stable_order(keys)
-        first_positions = first_of_each(keys[order])
+        first_positions = group_starts(keys[order])
         weights = self.decay ** batch.back[plays][order]
         weights = np.add.reduceat(weights, first_positions) if len(first_positions) else weights
         rows, group_ids = np.divmod(keys[order][first_positions], num_groups)
@@ -350,7 +352,7 @@ class GroupRetriever(Retriever):
             np.repeat(rows, counts), songs, scores, num_songs=batch.num_songs, count=count, entries=len(entries)
         )
 
-    def most_entries(self, count: int, config: RetrievalConfig) -> int:
+    def max_entries(self, count: int, config: RetrievalConfig) -> int:
         """`count` songs for the group of each of the last plays."""
         return self.last_plays * count
 
@@ -377,7 +379,7 @@ class PopularRetriever(Retriever):
             entries=len(rows),
         )
 
-    def most_entries(self, count: int, config: RetrievalConfig) -> int:
+    def max_entries(self, count: int, config: RetrievalConfig) -> int:
         """The first `count` songs."""
         return count
 

@@ -13,7 +13,7 @@ from scipy.sparse import coo_matrix, csr_matrix, vstack
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.ragged import ranges
 from rayrec.data.split import DAY_MS, FitRange
-from rayrec.embeddings.word2vec import cut_sessions, drop_single
+from rayrec.embeddings.word2vec import cut_sessions, drop_short_sentences
 from rayrec.recommend.base import BaseRecommender, HorizonName
 
 MAX_SESSIONS = 5_000_000  # maximum sessions kept: the last ones that were read
@@ -57,7 +57,7 @@ class VsknnRecommender(BaseRecommender):
         blocks, count = deque([_session_matrix(np.zeros(0, np.int32), np.zeros(1, np.int64), num_songs)]), 0
         for histories in batches:
             allowed.require(histories)
-            blocks.append(_session_matrix(*drop_single(cut_sessions(histories)), num_songs))
+            blocks.append(_session_matrix(*drop_short_sentences(cut_sessions(histories)), num_songs))
             count += blocks[-1].shape[0]
             while count - blocks[0].shape[0] >= max_sessions:
                 count -= blocks.popleft().shape[0]
@@ -132,7 +132,7 @@ class VstanSettings:
     neighbors: int = 200  # nearest sessions whose songs are scored; ties with the last of them are included
     plays_decay: float = 2.0  # age of a play, in later plays, at which its weight is 1/e
     days_decay: float = 365.0  # age of a session, in days, at which its weight is 1/e
-    places_decay: float = 5.0  # distance from the matched song, in places, at which a song's weight is 1/e
+    distance_decay: float = 5.0  # distance from the matched song, in places, at which a song's weight is 1/e
     just_played: float = 0.25  # factor of the weight of a song that is among the last plays
 
 
@@ -174,8 +174,8 @@ class VstanRecommender(BaseRecommender):
         for histories in batches:
             allowed.require(histories)
             songs, cuts = cut_sessions(histories)
-            blocks.append(_position_matrix(*drop_single((songs, cuts)), num_songs))
-            played_at, offsets = drop_single((histories.played_at, cuts))
+            blocks.append(_position_matrix(*drop_short_sentences((songs, cuts)), num_songs))
+            played_at, offsets = drop_short_sentences((histories.played_at, cuts))
             end_times.append(played_at[offsets[1:] - 1])
             count += len(end_times[-1])
             while count - len(end_times[0]) >= max_sessions:
@@ -232,7 +232,7 @@ class VstanRecommender(BaseRecommender):
         is_match = plays_since_E == np.minimum.reduceat(plays_since_E, start_B)[neighbor_E]
         matched_position_B[neighbor_E[is_match]] = position_E[is_match]
         distance_E = np.abs(position_E - matched_position_B[neighbor_E])
-        weight_E = nearest.data[neighbor_E] * np.exp(-distance_E / np.float32(self.chosen.places_decay))
+        weight_E = nearest.data[neighbor_E] * np.exp(-distance_E / np.float32(self.chosen.distance_decay))
         weight_E *= np.where(plays_since_E < self.chosen.last_plays, np.float32(self.chosen.just_played), np.float32(1))
         return coo_matrix((weight_E, (row_E, song_E)), shape=plays_since.shape)
 

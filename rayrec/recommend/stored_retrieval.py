@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from rayrec.data.histories import Histories, user_hash
-from rayrec.data.ragged import first_of_each, offsets_of, places_in, ranges, stable_order
+from rayrec.data.ragged import group_starts, offsets_of, positions_in_groups, ranges, stable_order
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.embeddings.word2vec import cut_long, cut_sessions
 from rayrec.storage.workspace import Workspace
@@ -28,7 +28,7 @@ from rayrec.storage.workspace import Workspace
 NOT_PLAYED = np.iinfo(np.int32).max  # first day of a song without plays
 RECENT_DAYS = 28  # days that count as recent, up to the day of the last play
 MAX_DISTANCE = 10  # maximum distance in plays from a song to one that follows it
-UNIT = 2520  # weight of a song that follows directly; all distances up to 10 divide it, so sums are exact
+DIRECT_WEIGHT = 2520  # weight of a song that follows directly; all distances up to 10 divide it, so sums are exact
 RULES_PER_SONG = 200  # strongest followers kept per song
 
 
@@ -129,7 +129,7 @@ def _make_play_counts(
     days, songs = days.astype(np.int64), songs.astype(np.int64)
     recent_entries = np.flatnonzero(days > days.max(initial=0) - RECENT_DAYS)
     order = recent_entries[np.lexsort((songs[recent_entries], days[recent_entries]))]
-    first_positions = first_of_each(days[order] * (len(plays) + 1) + songs[order])
+    first_positions = group_starts(days[order] * (len(plays) + 1) + songs[order])
     return PlayCounts(
         plays=plays,
         first_days=first_days,
@@ -166,7 +166,7 @@ class RuleCounts:
             pairs = np.flatnonzero(rows[distance:] == rows[:-distance])
             pairs = pairs[songs[pairs] != songs[pairs + distance]]
             keys.append(songs[pairs] * num_songs + songs[pairs + distance])
-            weights.append(np.full(len(pairs), UNIT // distance, dtype=np.int64))
+            weights.append(np.full(len(pairs), DIRECT_WEIGHT // distance, dtype=np.int64))
             at_once.append(np.full(len(pairs), int(distance == 1), dtype=np.int64))
         return _sum_rules(np.concatenate(keys), np.concatenate(weights), np.concatenate(at_once), num_songs, num_songs)
 
@@ -184,7 +184,7 @@ class RuleCounts:
     def strongest(self, count: int = RULES_PER_SONG) -> RuleCounts:
         """Return the counts with only the `count` strongest followers of each song."""
         songs = np.repeat(np.arange(self.num_songs), np.diff(self.offsets))
-        strongest_entries = np.flatnonzero(places_in(songs) < count)
+        strongest_entries = np.flatnonzero(positions_in_groups(songs) < count)
         return RuleCounts(
             offsets=offsets_of(np.bincount(songs[strongest_entries], minlength=self.num_songs)),
             followers=self.followers[strongest_entries],
@@ -209,7 +209,7 @@ def _sum_rules(
 ) -> RuleCounts:
     """Sum the weights and the counts of equal keys; a key is song * catalog_size + follower."""
     order = stable_order(keys)
-    first_positions = first_of_each(keys[order])
+    first_positions = group_starts(keys[order])
     weights, at_once = (
         np.add.reduceat(values[order], first_positions) if len(first_positions) else values
         for values in (weights, at_once)
@@ -224,7 +224,7 @@ def _sum_rules(
     )
 
 
-NEWEST = 50  # newest sessions kept per song
+SESSIONS_PER_SONG = 50  # newest sessions kept per song
 MAX_SESSION = 100  # maximum songs per session; longer sessions, and histories without times, are cut into pieces
 NO_GROUP = -1
 SONGS_PER_GROUP = 100  # most played songs kept per group
@@ -257,7 +257,7 @@ class SessionPostings:
         return len(self.song_offsets) - 1
 
     @classmethod
-    def fit(cls, histories: Histories, *, num_songs: int, newest: int = NEWEST) -> SessionPostings:
+    def fit(cls, histories: Histories, *, num_songs: int, newest: int = SESSIONS_PER_SONG) -> SessionPostings:
         """Cut histories into sessions at pauses of more than 30 minutes; sessions of a single song are left out."""
         songs, cuts = cut_long(cut_sessions(histories), MAX_SESSION)
         lengths = np.diff(cuts)
@@ -319,7 +319,7 @@ def _newest_sessions(
     """Sort sessions, keep those among the newest of a song in the range of rows `song_range`, and index them."""
     starts = offsets_of(counts)[:-1]
     order = np.lexsort((keys, -ended_at))
-    order = order[first_of_each(keys[order])]  # duplicates have the same time, so they are adjacent
+    order = order[group_starts(keys[order])]  # duplicates have the same time, so they are adjacent
     entry_sessions, entry_songs, entry_positions = _entries(counts[order], songs[ranges(starts[order], counts[order])])
     entry_songs = entry_songs - song_range[0]
     in_range = (entry_songs >= 0) & (entry_songs < song_range[1] - song_range[0])
@@ -330,7 +330,7 @@ def _newest_sessions(
             entry_positions[in_range],
         )
     song_order = stable_order(entry_songs.astype(np.int64))  # sessions stay in order: newest first
-    newest_entries = song_order[places_in(entry_songs[song_order]) < newest]
+    newest_entries = song_order[positions_in_groups(entry_songs[song_order]) < newest]
     is_used = np.zeros(len(order), dtype=bool)
     is_used[entry_sessions[newest_entries]] = True
     order, new_numbers = order[is_used], np.cumsum(is_used) - 1
@@ -384,7 +384,7 @@ class SongGroups:
         """Create the groups from the group of each song, int (N,), -1 if unknown, and its plays, int (N,)."""
         grouped_songs = np.flatnonzero(of_song >= 0)
         order = grouped_songs[np.lexsort((grouped_songs, -plays[grouped_songs], of_song[grouped_songs]))]
-        order = order[places_in(of_song[order]) < SONGS_PER_GROUP]
+        order = order[positions_in_groups(of_song[order]) < SONGS_PER_GROUP]
         num_groups = int(of_song.max(initial=-1)) + 1
         return cls(
             of_song=of_song.astype(np.int32),
@@ -414,7 +414,7 @@ class SongGroups:
         group_ids = self.of_song[rows]
         order = np.lexsort((-rows, group_ids))
         order = order[group_ids[order] >= 0]
-        order = order[places_in(group_ids[order]) < SONGS_PER_GROUP]
+        order = order[positions_in_groups(group_ids[order]) < SONGS_PER_GROUP]
         counts = np.bincount(group_ids[order], minlength=len(self.offsets) - 1)
         return replace(self, offsets=offsets_of(counts), songs=rows[order].astype(np.int32))
 
@@ -442,7 +442,7 @@ class RetrievalCounts:
         *,
         num_songs: int,
         allowed: FitRange | None = None,
-        newest: int = NEWEST,
+        newest: int = SESSIONS_PER_SONG,
         real_times: bool = True,
     ) -> RetrievalCounts:
         """Count histories; without `real_times` their times are only positions.
@@ -541,7 +541,7 @@ class Retrieval:
         *,
         num_songs: int,
         allowed: FitRange | None = None,
-        newest: int = NEWEST,
+        newest: int = SESSIONS_PER_SONG,
         artist_of_song: np.ndarray | None = None,
         album_of_song: np.ndarray | None = None,
     ) -> Retrieval:

@@ -49,8 +49,8 @@ class TasteRecommender(VectorRecommender):
             vectors = grown_vectors
         vectors[previous_rows] = 0
         vectors[added.rows] = added.outputs
-        rows_without_vector = [self.without_vector, previous_rows, np.arange(len(self.song_vectors), len(vectors))]
-        self.without_vector = np.setdiff1d(np.concatenate(rows_without_vector), added.rows)
+        rows_without_vector = [self.rows_without_vector, previous_rows, np.arange(len(self.song_vectors), len(vectors))]
+        self.rows_without_vector = np.setdiff1d(np.concatenate(rows_without_vector), added.rows)
         self.index = None if self.index is None else self.index.with_added(added.rows, vectors)
         self.song_vectors, self.num_songs = vectors, len(vectors)
         self.encoder.model.add_songs(*map(torch.from_numpy, (added.rows, added.averaged, added.inputs)))

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from rayrec.data.histories import Histories, Queries, user_hash
-from rayrec.data.ragged import best_of_each, places_in, ranges
+from rayrec.data.ragged import positions_in_groups, ranges, top_ranked
 from rayrec.data.split import Split
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import Horizon
@@ -60,7 +60,7 @@ class Scored:
     batch: QueryBatch
     candidates: Candidates
     features: np.ndarray  # float32 (C, F)
-    may_come: np.ndarray | None = None  # bool (C,), candidates that an answer may hold; None: all
+    is_allowed: np.ndarray | None = None  # bool (C,), candidates that an answer may hold; None: all
 
 
 class CandidateSource:
@@ -137,7 +137,7 @@ class CandidateSource:
                     batch=batch,
                     candidates=candidates,
                     features=self.sources.features(batch, candidates),
-                    may_come=None if keys is None else np.isin(candidates.keys, keys, assume_unique=True),
+                    is_allowed=None if keys is None else np.isin(candidates.keys, keys, assume_unique=True),
                 ),
             )
 
@@ -175,7 +175,7 @@ class TwoStepRecommender(CandidateRecommender):
     name = "two-step"
     kind: ClassVar[Kind] = "network"
     horizons: tuple[HorizonName, ...] = ("short", "long")
-    scores_are_chances: ClassVar[bool] = True
+    scores_are_probabilities: ClassVar[bool] = True
 
     def __init__(self, source: CandidateSource, rankers: Mapping[RankerKind, Ranker]) -> None:
         """`rankers` must hold `next`, and may hold `served` and `long`."""
@@ -264,7 +264,7 @@ class TwoStepRecommender(CandidateRecommender):
         probabilities = self.chances(scored, long_weight, new_only)
         songs, scores = _best_candidates(scored, probabilities, k, filters)
         filled = np.zeros(len(songs), dtype=np.int64)
-        is_short = songs[:, -1] == NO_SONG if scored.may_come is None else np.zeros(len(songs), dtype=bool)
+        is_short = songs[:, -1] == NO_SONG if scored.is_allowed is None else np.zeros(len(songs), dtype=bool)
         for row in np.flatnonzero(is_short).tolist():
             filled[row] = self._fill(scored.batch, row, songs[row], scores[row], filters, long_weight)
         paths: list[SearchPath] = ["index" if count else "exact" for count in filled.tolist()]
@@ -402,13 +402,13 @@ def _best_candidates(
     """Return songs int32 (Q, k) and scores float32 (Q, k): the best candidates an answer may hold; ties by song row."""
     candidates, num_queries = scored.candidates, len(scored.batch)
     rows, songs = candidates.rows, candidates.songs
-    is_allowed = scored.may_come
+    is_allowed = scored.is_allowed
     if filters is not None:
         is_qualified = _qualify_candidates(candidates, filters)
         is_allowed = is_qualified if is_allowed is None else is_qualified & is_allowed
     if is_allowed is not None:
         rows, songs, probabilities = rows[is_allowed], songs[is_allowed], probabilities[is_allowed]
-    best, ranks = best_of_each(rows, probabilities, songs, k)
+    best, ranks = top_ranked(rows, probabilities, songs, k)
     best_songs = np.full((num_queries, k), NO_SONG, dtype=np.int32)
     best_scores = np.full((num_queries, k), -np.inf, dtype=np.float32)
     best_songs[rows[best], ranks] = songs[best]
@@ -478,7 +478,7 @@ def _draw_negatives(scored: Scored, is_wrong: np.ndarray) -> np.ndarray:
     hashes = (scored.batch.queries.at[rows] * 1_000_003 + songs).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     order = np.lexsort((hashes ^ (hashes >> np.uint64(29)), rows))
     is_drawn = np.zeros(len(is_wrong), dtype=bool)
-    is_drawn[positions[order[places_in(rows[order]) < NEGATIVES]]] = True
+    is_drawn[positions[order[positions_in_groups(rows[order]) < NEGATIVES]]] = True
     return is_drawn
 
 

@@ -23,7 +23,9 @@ from rayrec.storage.workspace import Workspace
 
 # One thread for numeric work, no threads that spin while they wait, and freed memory returned to the system.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "2"}
-WAITING_BEYOND = 2  # Serve sends a replica up to 2 · max_waiting requests; it refuses those over max_waiting at once
+ONGOING_PER_WAITING = (
+    2  # Serve sends a replica up to 2 · max_waiting requests; it refuses those over max_waiting at once
+)
 
 
 class DeploymentConfig(ServeConfig):
@@ -36,7 +38,7 @@ def build(args: Mapping[str, Any]) -> Application:
     """Return the application for Serve to run. Raises `InputError` if `args` are not a valid `DeploymentConfig`."""
     config = from_mapping(DeploymentConfig, args, "args of rayrec.serving.deployments:build")
     options: dict[str, Any] = {
-        "max_ongoing_requests": WAITING_BEYOND * config.max_waiting,
+        "max_ongoing_requests": ONGOING_PER_WAITING * config.max_waiting,
         "max_queued_requests": config.max_waiting,
         "backpressure_config": {"retry_after_s": RETRY_AFTER_S},  # sent with Serve's 503 for more requests
         "ray_actor_options": {"num_cpus": config.cpus, "runtime_env": {"env_vars": ENVIRONMENT}},

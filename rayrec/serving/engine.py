@@ -18,12 +18,12 @@ from rayrec.embeddings.vectors import layout
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.taste_table import States
 from rayrec.recommend.base import BaseRecommender, HorizonName
-from rayrec.recommend.reranking import AnswerOptions, Chosen, choose, network_of, similar
+from rayrec.recommend.reranking import AnswerOptions, SelectedSongs, choose, network_of, similar
 from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
 from rayrec.serving.problems import OverloadedError
 from rayrec.serving.telemetry import Metrics
 
-ROOM = 1_024  # extra rows that tables of song vectors get when they grow for songs that are added online
+SPARE_ROWS = 1_024  # extra rows that tables of song vectors get when they grow for songs that are added online
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -85,22 +85,22 @@ class Parts:
         network = network_of(self.recommender)
         with self.metrics.stage("project"):
             heads = {name: network.head(name) for name in horizons}
-            taste_vectors = network.encoder.tastes_of(states, at, list(set(heads.values())))
+            taste_vectors = network.encoder.taste_vectors_by_horizon(states, at, list(set(heads.values())))
             return {name: taste_vectors[head] for name, head in heads.items()}
 
     def answer_states(
         self, states: States, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]
-    ) -> list[Chosen]:
+    ) -> list[SelectedSongs]:
         """Choose songs for each user, from network states and from the plays that retrievers and features read."""
         vectors = self.vectors(states, at, HORIZONS)
         with self.metrics.stage("choose"):
             return choose(self.recommender, vectors, plays, at, all_options)
 
-    def answer(self, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]) -> list[Chosen]:
+    def answer(self, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]) -> list[SelectedSongs]:
         """Choose songs for each user, from all their plays."""
         return self.answer_states(self.states(plays), plays, at, all_options)
 
-    def similar(self, song: int, k: int) -> Chosen:
+    def similar(self, song: int, k: int) -> SelectedSongs:
         """Return the k songs nearest to a song of the network."""
         with self.metrics.stage("choose"):
             return similar(self.recommender, song, k)
@@ -108,8 +108,8 @@ class Parts:
     def with_added_songs(self, added_songs: AddedSongs) -> "Parts":
         """Return parts that recommend `added_songs` instead of the songs added before. The network itself changes."""
         if isinstance(self.recommender, TwoStepRecommender):
-            return replace(self, recommender=self.recommender.with_added_songs(added_songs, room=ROOM))
-        network_of(self.recommender).add_songs(added_songs, room=ROOM)
+            return replace(self, recommender=self.recommender.with_added_songs(added_songs, room=SPARE_ROWS))
+        network_of(self.recommender).add_songs(added_songs, room=SPARE_ROWS)
         return self
 
     def layout(self, songs: np.ndarray) -> np.ndarray:
@@ -143,7 +143,7 @@ class Engine:
         """As `Parts.vectors`."""
         return await self._pool.run(self.parts.vectors, states, at, horizons)
 
-    async def similar(self, song: int, k: int) -> Chosen:
+    async def similar(self, song: int, k: int) -> SelectedSongs:
         """As `Parts.similar`."""
         return await self._pool.run(self.parts.similar, song, k)
 
@@ -151,12 +151,14 @@ class Engine:
         """As `Parts.layout`."""
         return await self._pool.run(self.parts.layout, songs)
 
-    async def answer(self, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]) -> list[Chosen]:
+    async def answer(
+        self, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]
+    ) -> list[SelectedSongs]:
         """As `Parts.answer`."""
         return await self._pool.run(self.parts.answer, plays, at, all_options)
 
     async def answer_states(
         self, states: States, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]
-    ) -> list[Chosen]:
+    ) -> list[SelectedSongs]:
         """As `Parts.answer_states`."""
         return await self._pool.run(self.parts.answer_states, states, plays, at, all_options)

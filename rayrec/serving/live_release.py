@@ -40,7 +40,7 @@ READ_ATTEMPTS = 3  # if reading from storage fails
 READ_PAUSE_SECONDS = 1.0  # between two of these attempts
 POLL_SECONDS = 0.2  # between two checks of the replicas during a switch
 ANSWER_SECONDS = 5.0  # timeout of one request to the application
-EVALUATIONS = "reports"  # the artifact kind of evaluations
+EVALUATION_KIND = "reports"  # the artifact kind of evaluations
 ORDERING_PARTS = ("models", "retrieval", "rankers")  # kinds of parts that determine the order of an answer
 CARD_METRICS = ("served_recall@", "served_mrr@", "recall@", "mrr@")
 
@@ -354,7 +354,7 @@ def last_evaluation(workspace: Workspace, release: Manifest) -> Manifest | None:
     def is_about(report: Manifest) -> bool:
         return all(report.inputs.get(kind) == release.inputs.get(kind) for kind in ORDERING_PARTS)
 
-    return artifacts.latest(workspace, EVALUATIONS, is_about)
+    return artifacts.latest(workspace, EVALUATION_KIND, is_about)
 
 
 @dataclass(frozen=True, kw_only=True)

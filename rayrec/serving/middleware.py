@@ -20,15 +20,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayrec.errors import InputError
-from rayrec.serving.problems import of_error, problem, request_id
+from rayrec.serving.problems import problem, problem_of_error, request_id
 from rayrec.serving.serve_config import ServeConfig, is_loopback
 from rayrec.serving.telemetry import end_span, request_span, request_stages, trace_id
 
 Role = Literal["read", "write", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
 GRANTS: dict[Role, tuple[Role, ...]] = {"read": ("read",), "write": ("write",), "admin": ROLES}  # admin may do all
-VARIABLE = "RAYREC_API_KEYS"  # environment variable of the server: role:key or role+role:key, separated by commas
-SHORTEST = 16  # minimum characters of a key
+KEYS_VARIABLE = "RAYREC_API_KEYS"  # environment variable of the server: role:key or role+role:key, separated by commas
+MIN_KEY_LENGTH = 16  # minimum characters of a key
 GZIP_BYTES = 1_000  # minimum size of an answer that is compressed, if the client accepts gzip
 ID_HEADER = "X-Request-ID"
 TIMING_HEADER = "Server-Timing"
@@ -69,7 +69,7 @@ def load_keys(config: ServeConfig, environment: Mapping[str, str] = os.environ) 
     Raises `InputError` if the file cannot be read, if an entry is not a valid key, and if there are no keys although
     other machines can reach the application.
     """
-    entries = list(_parse_entries(environment.get(VARIABLE, "").replace(",", "\n").splitlines(), VARIABLE))
+    entries = list(_parse_entries(environment.get(KEYS_VARIABLE, "").replace(",", "\n").splitlines(), KEYS_VARIABLE))
     if config.keys_file:
         try:
             text = Path(config.keys_file).read_text(encoding="utf-8")
@@ -78,8 +78,8 @@ def load_keys(config: ServeConfig, environment: Mapping[str, str] = os.environ) 
         entries += _parse_entries(text.splitlines(), config.keys_file)
     if not entries and not is_loopback(config.host):
         raise InputError(
-            f"serving on {config.host} without API keys would give everybody access; set {VARIABLE}=read:KEY,write:KEY "
-            "or give --keys-file, or serve on 127.0.0.1"
+            f"serving on {config.host} without API keys would give everybody access; set {KEYS_VARIABLE}=read:KEY,"
+            "write:KEY or give --keys-file, or serve on 127.0.0.1"
         )
     return Keys(tuple(entries))
 
@@ -93,8 +93,10 @@ def _parse_entries(lines: Iterable[str], source: str) -> Iterable[tuple[bytes, R
         roles, key = [name.strip() for name in role_names.split("+")], key.strip()
         if not colon or not set(roles) <= set(ROLES) or any(char.isspace() for char in key):
             raise InputError(f"{source}, entry {number} is not role:key or role+role:key; roles are {', '.join(ROLES)}")
-        if len(key) < SHORTEST:
-            raise InputError(f"{source}, entry {number} has a key of {len(key)} characters; give at least {SHORTEST}")
+        if len(key) < MIN_KEY_LENGTH:
+            raise InputError(
+                f"{source}, entry {number} has a key of {len(key)} characters; give at least {MIN_KEY_LENGTH}"
+            )
         for role in roles:
             yield sha256(key.encode()).digest(), role  # type: ignore[misc]
 
@@ -158,7 +160,7 @@ class Middleware:
                     raise
                 # The framework would answer outside of this middleware, without its headers and its metrics.
                 span.record_exception(error)
-                await of_error(error)(scope, receive, send_with_headers)
+                await problem_of_error(error)(scope, receive, send_with_headers)
             finally:
                 # 499, as in nginx: the client disconnected before the answer.
                 route, status, seconds = _route_template(scope), status or 499, time.perf_counter() - started

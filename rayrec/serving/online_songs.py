@@ -33,7 +33,7 @@ from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
-LOOK_SECONDS = 0.25  # between two reads of the store
+REFRESH_SECONDS = 0.25  # between two reads of the store
 MAX_ONLINE_SONGS = 10_000  # added songs that no release contains; each search scores all of them
 # A replica closes songs that its release contains this long after loading it, since it may be switched back before.
 CLOSE_SECONDS = 60.0
@@ -305,7 +305,7 @@ def _catalog_table(songs: Sequence[SongToAdd]) -> pa.Table:
 
 
 class OnlineWatch:
-    """Reads songs that were added online every `LOOK_SECONDS`, in its own thread."""
+    """Reads songs that were added online every `REFRESH_SECONDS`, in its own thread."""
 
     def __init__(self, get_online_songs: Callable[[], Sequence[OnlineSongs]]) -> None:
         """`get_online_songs` returns the added songs of each release that answers now."""
@@ -319,7 +319,7 @@ class OnlineWatch:
         self._thread.join()
 
     def _refresh_until_stop(self) -> None:
-        while not self._stop.wait(LOOK_SECONDS):
+        while not self._stop.wait(REFRESH_SECONDS):
             try:
                 for online_songs in self._get_online_songs():
                     online_songs.refresh()

@@ -10,7 +10,7 @@ from rayrec.serving.live_release import load_parts
 from rayrec.serving.served_catalog import catalog_version, load_served_catalog
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
-from rayrec.storage.object_storage import made_once
+from rayrec.storage.object_storage import cached_file
 from rayrec.storage.workspace import SONGS_TABLE, Workspace
 
 SMALL_RELEASE = 16_000_000  # bytes; a replica reads a smaller release faster than a process starts
@@ -44,7 +44,7 @@ def prepare(workspace: Workspace, release_id: str) -> None:
             raise RayrecError(f"release {release.id} cannot be prepared: {last_line}")
         target.touch()
 
-    made_once(version, "prepared", prepare_in_process)
+    cached_file(version, "prepared", prepare_in_process)
 
 
 def make_shared(uri: str, release_id: str) -> None:

@@ -110,7 +110,7 @@ def add_handlers(app: FastAPI) -> None:
     app.exception_handler(RayrecError)(_answer_rayrec_error)
 
 
-def of_error(error: Exception) -> Response:
+def problem_of_error(error: Exception) -> Response:
     """Return the problem for an error, also if Ray has wrapped it. An unexpected error is logged and becomes a 500."""
     error = getattr(error, "cause", error)
     if isinstance(error, (OverloadedError, NotReadyError, StoreUnavailableError)):
@@ -145,4 +145,4 @@ def _default_detail(status: int, request: Request) -> str:
 
 
 async def _answer_rayrec_error(request: Request, error: Exception) -> Response:
-    return of_error(error)
+    return problem_of_error(error)

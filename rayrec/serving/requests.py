@@ -10,12 +10,12 @@ from hashlib import sha256
 import numpy as np
 
 from rayrec.data.histories import Histories, concatenate
-from rayrec.data.moments import ASSUMED_GAP_MS, END_MS, iso_moment, now_ms
+from rayrec.data.moments import ASSUMED_GAP_MS, END_MS, format_iso, now_ms
 from rayrec.data.ragged import offsets_of
 from rayrec.errors import FieldError
 from rayrec.model.taste_table import States
 from rayrec.online.user_state import Plays
-from rayrec.recommend.filters import AnswerFilter, SongAttributes, SongSet, listed_and_fitting, parse_day
+from rayrec.recommend.filters import AnswerFilter, SongAttributes, SongSet, intersect_songs, parse_day
 from rayrec.recommend.reranking import AnswerOptions
 from rayrec.serving.online_songs import SongToAdd
 from rayrec.serving.schemas import (
@@ -108,7 +108,7 @@ def read_query(request: UserOrHistory, user: StoredUser | None, at: int | None, 
 
 
 @dataclass(frozen=True)
-class Place:
+class RankingPage:
     """The part of a ranking that one answer contains."""
 
     request: str  # digest of the request, the same for all its pages
@@ -127,14 +127,14 @@ class Place:
         return urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
-def read_place(request: RecommendationsRequest | SongsQuery) -> Place:
+def read_page(request: RecommendationsRequest | SongsQuery) -> RankingPage:
     """Return the place that a request's cursor names. Raises `FieldError` if the cursor is not from this request."""
     history = request.history if isinstance(request, UserOrHistory) else []
     songs = [play.song_id if isinstance(play, Play) else play for play in history]  # faster than dumping the plays
     text = "\n".join([request.model_dump_json(exclude={"k", "cursor", "explain", "history"}), *songs])
     digest = sha256(text.encode()).hexdigest()[:16]
     if request.cursor is None:
-        return Place(digest, request.k)
+        return RankingPage(digest, request.k)
     try:
         padded = request.cursor + "=" * (-len(request.cursor) % 4)
         cursor_digest, first, at = json.loads(urlsafe_b64decode(padded.encode()))
@@ -144,11 +144,11 @@ def read_place(request: RecommendationsRequest | SongsQuery) -> Place:
         raise FieldError("cursor", "the cursor belongs to another request; only k, explain and cursor may change")
     if not isinstance(first, int) or first < 0 or not (at is None or (isinstance(at, int) and 0 <= at < END_MS)):
         raise FieldError("cursor", "invalid cursor; send the cursor of an earlier answer, or omit it")
-    return Place(digest, request.k, first, at)
+    return RankingPage(digest, request.k, first, at)
 
 
 def read_options(
-    request: RecommendationsRequest, query: UserQuery, page: Place, catalog: ServedCatalog
+    request: RecommendationsRequest, query: UserQuery, page: RankingPage, catalog: ServedCatalog
 ) -> tuple[AnswerOptions, int]:
     """Return the options of an answer, and the number of songs of `exclude` and `allow` that are not in the catalog.
 
@@ -211,7 +211,7 @@ def _allowed_songs(request: RecommendationsRequest, catalog: ServedCatalog) -> t
     if request.allow is None:
         return matching_songs, 0
     rows = catalog.find(request.allow)
-    return listed_and_fitting(rows, matching_songs), int((rows < 0).sum())
+    return intersect_songs(rows, matching_songs), int((rows < 0).sum())
 
 
 def fitting_songs(filters: SongFilters, catalog: ServedCatalog) -> SongSet | None:
@@ -288,7 +288,7 @@ def moment_after(last_played_at: int, at: int | None) -> int:
         return max(now_ms(), last_played_at)  # a client's clock may run ahead of ours
     if at < last_played_at:
         raise FieldError(
-            "at", f"the user's last play, at {iso_moment(last_played_at)}, is after the moment of the request"
+            "at", f"the user's last play, at {format_iso(last_played_at)}, is after the moment of the request"
         )
     return at
 

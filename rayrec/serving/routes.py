@@ -41,7 +41,7 @@ from rayrec.serving.schemas import (
     SentSongs,
     SimilarSongs,
     SongMatches,
-    SongPlaces,
+    SongPositions,
     SongsAdded,
     SongsQuery,
     Tastes,
@@ -300,7 +300,7 @@ def _songs_router(service: Service) -> APIRouter:
         """Get the songs most similar to a song."""
         return as_json(await service.similar_songs(service.live, song_id, k))
 
-    @router.post("/map", response_model=SongPlaces, responses=documented(400, 413, 415))
+    @router.post("/map", response_model=SongPositions, responses=documented(400, 413, 415))
     async def place(request: MapRequest) -> Response:
         """Get the positions of songs on a map, where similar songs are close together."""
         return as_json(await service.map_songs(service.live, request.songs))

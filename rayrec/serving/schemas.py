@@ -21,7 +21,7 @@ from pydantic import (
 )
 from starlette.responses import Response
 
-from rayrec.data.moments import END_MS, iso_moment, now_ms, parse_moment
+from rayrec.data.moments import END_MS, format_iso, now_ms, parse_timestamp
 from rayrec.data.spelling import MAX_ID, spell_id
 from rayrec.errors import InputError
 from rayrec.recommend.base import weight_of_long
@@ -43,14 +43,14 @@ def _moment(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)) or len(str(value)) > 40:
         raise ValueError("expected ISO 8601 with a zone, or unix seconds or milliseconds")
     try:
-        return parse_moment(f"{value:.3f}" if isinstance(value, float) else value)
+        return parse_timestamp(f"{value:.3f}" if isinstance(value, float) else value)
     except InputError as error:
         raise ValueError(str(error)) from error
 
 
 def _play_moment(moment: int) -> int:
     if moment > now_ms() + AHEAD_MS:
-        raise ValueError(f"{iso_moment(moment)} is more than a day in the future; check the sender's clock")
+        raise ValueError(f"{format_iso(moment)} is more than a day in the future; check the sender's clock")
     return moment
 
 
@@ -101,7 +101,7 @@ Explore = Annotated[
 ]
 LongWeight = Annotated[Any, AfterValidator(weight_of_long), WithJsonSchema(HORIZON_SCHEMA)]
 IsoMoment = Annotated[
-    int, PlainSerializer(iso_moment, return_type=str), WithJsonSchema({"type": "string", "format": "date-time"})
+    int, PlainSerializer(format_iso, return_type=str), WithJsonSchema({"type": "string", "format": "date-time"})
 ]
 
 
@@ -308,7 +308,7 @@ class UserRecommendationsQuery(SongsQuery):
         """Return the same request as the body of a POST. Raises `ValidationError` for an invalid horizon."""
         fields = {name: getattr(self, name) for name in self.model_fields_set} | {"user_id": user_id}
         if self.at is not None:
-            fields["at"] = iso_moment(self.at)
+            fields["at"] = format_iso(self.at)
         return RecommendationsRequest.model_validate(fields)
 
 
@@ -706,7 +706,7 @@ class MapPoint(CatalogSong):
     y: float
 
 
-class SongPlaces(BaseModel):
+class SongPositions(BaseModel):
     """Songs on the plane along which their embeddings differ most. Similar songs are close together."""
 
     release: str

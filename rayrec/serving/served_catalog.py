@@ -9,14 +9,14 @@ import pandas as pd
 import pyarrow as pa
 
 from rayrec.data import columns
-from rayrec.data.catalog import Catalog, SongSearch, popularity_places, with_folded
+from rayrec.data.catalog import Catalog, SongSearch, popularity_ranks, with_folded
 from rayrec.data.dataset import Dataset
 from rayrec.data.spelling import spell_id
 from rayrec.online.user_state import FIRST_ONLINE
-from rayrec.recommend.answer import known_songs, model_play_counts, starting_of
+from rayrec.recommend.answer import known_songs, model_play_counts, popular_order
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.filters import SongAttributes, SongMasks, SongSet
-from rayrec.recommend.reranking import Starting, network_of
+from rayrec.recommend.reranking import PopularOrder, network_of
 from rayrec.recommend.stored_retrieval import NOT_PLAYED, read_first_days
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest, fingerprint
@@ -136,7 +136,7 @@ class ServedCatalog:
     skip_below: float  # share of a song below which a play of it counts as skipped
     plays: np.ndarray  # int64 (N,), plays of each song in the fit range of the model
     by_plays: np.ndarray  # int32 (any,), rows of songs with a vector by descending plays
-    starting: Starting  # songs for users without plays
+    starting: PopularOrder  # songs for users without plays
     first_days: np.ndarray | None  # int32 (N,), day of each song's first play as days since 1970 UTC, or NOT_PLAYED
     by_age: np.ndarray  # int32 (any,), rows of songs with a vector that have a first play or were added, newest first
     lineage: str  # of the data set: song rows mean the same songs in all data sets of one lineage
@@ -249,7 +249,7 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
     table = mapped_table(version, lambda: _make_catalog_table(workspace, dataset, release, recommender))
     first_days = _column_array(table, FIRST_DAY) if FIRST_DAY in table.column_names else None
     catalog = Catalog(table)
-    plays, starting_worth = _column_array(table, PLAYS), _column_array(table, WORTH)
+    plays, starting_worth = _column_array(table, PLAYS), _column_array(table, SCORE)
     ids = columns.one_array(table.column(columns.SONG_ID))
     return ServedCatalog(
         catalog=catalog,
@@ -258,13 +258,13 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
         skip_below=dataset.manifest.skip_below,
         plays=plays,
         by_plays=_column_order(table, BY_PLAYS),
-        starting=Starting(worth=starting_worth, order=_column_order(table, STARTING)),
+        starting=PopularOrder(worth=starting_worth, order=_column_order(table, STARTING)),
         first_days=first_days,
         by_age=np.zeros(0, np.int32) if first_days is None else _column_order(table, BY_AGE),
         lineage=dataset.lineage,
-        known=_column_array(table, KNOWN).view(np.bool_),
+        known=_column_array(table, IS_KNOWN).view(np.bool_),
         dim=network_of(recommender).song_vectors.shape[1],
-        search=SongSearch(catalog, _column_array(table, PLACE)),
+        search=SongSearch(catalog, _column_array(table, POPULARITY_RANK)),
         masks=SongMasks(catalog),
         names=SongNames(catalog),
     )
@@ -286,8 +286,8 @@ def catalog_version(workspace: Workspace, release: Manifest) -> str:
 
 FORMAT = 2  # version of the shared table; to be changed when its texts or columns are computed differently
 # Columns of the shared table, in addition to those of the catalog. A column that orders some songs is padded with -1.
-ID_HASH, ID_ROW, PLAYS, BY_PLAYS, PLACE, KNOWN = "id_hash", "id_row", "plays", "by_plays", "place", "known"
-WORTH, STARTING, FIRST_DAY, BY_AGE = "worth", "starting", "first_day", "by_age"
+ID_HASH, ID_ROW, PLAYS, BY_PLAYS, POPULARITY_RANK, IS_KNOWN = "id_hash", "id_row", "plays", "by_plays", "place", "known"
+SCORE, STARTING, FIRST_DAY, BY_AGE = "worth", "starting", "first_day", "by_age"
 
 
 def _make_catalog_table(
@@ -300,7 +300,7 @@ def _make_catalog_table(
     plays = np.pad(plays, (0, song_count - len(plays)))  # later songs have no plays there
     by_plays = np.argsort(-plays, kind="stable").astype(np.int32)
     is_known = known_songs(recommender, song_count)
-    starting = starting_of(workspace, release.inputs, plays, is_known)
+    starting = popular_order(workspace, release.inputs, plays, is_known)
     first_days = _read_first_days(workspace, release, song_count)
     ids = table.column(columns.SONG_ID)
     hashes = np.concatenate([id_hashes(chunk.to_numpy(zero_copy_only=False)) for chunk in _slices(ids)])
@@ -310,9 +310,9 @@ def _make_catalog_table(
         ID_ROW: by_hash.astype(np.int32),
         PLAYS: plays,
         BY_PLAYS: by_plays[is_known[by_plays]],  # songs without a vector are never recommended
-        PLACE: popularity_places(plays),
-        KNOWN: is_known.view(np.uint8),  # one byte per song can be read without a copy
-        WORTH: starting.worth,
+        POPULARITY_RANK: popularity_ranks(plays),
+        IS_KNOWN: is_known.view(np.uint8),  # one byte per song can be read without a copy
+        SCORE: starting.worth,
         STARTING: starting.order,
     }
     if first_days is not None:

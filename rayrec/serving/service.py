@@ -23,7 +23,7 @@ from rayrec.online.state_store import StoreUnavailableError
 from rayrec.online.user_state import Outcome
 from rayrec.recommend.answer import LAST_PLAYS, reasons_of
 from rayrec.recommend.filters import first_of_order
-from rayrec.recommend.reranking import AnswerOptions, Chosen, choose_popular
+from rayrec.recommend.reranking import AnswerOptions, SelectedSongs, choose_popular
 from rayrec.recommend.stored_retrieval import NOT_PLAYED
 from rayrec.serving.engine import Engine, Parts, Pool
 from rayrec.serving.live_release import (
@@ -41,14 +41,14 @@ from rayrec.serving.online_songs import MAX_ONLINE_SONGS, OnlineSongs, OnlineWat
 from rayrec.serving.preparation import prepare
 from rayrec.serving.problems import NotReadyError, field_errors, request_id
 from rayrec.serving.requests import (
-    Place,
+    RankingPage,
     UserQuery,
     fitting_songs,
     moment_after,
     query_histories,
     read_history,
     read_options,
-    read_place,
+    read_page,
     read_plays,
     read_query,
     read_song,
@@ -79,7 +79,7 @@ from rayrec.serving.schemas import (
     SimilarSongs,
     SongMatches,
     SongOutcome,
-    SongPlaces,
+    SongPositions,
     SongsAdded,
     SongsQuery,
     Taste,
@@ -96,7 +96,7 @@ from rayrec.storage.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-TOGETHER = 32  # users of a batch that are answered at once; other requests can run between two such groups
+USERS_PER_GROUP = 32  # users of a batch that are answered at once; other requests can run between two such groups
 
 
 class Service:
@@ -148,8 +148,8 @@ class Service:
             assigned = self.arms.assign(request, live)
             by_release.setdefault(assigned.release.id, []).append((index, assigned))
         for entries in by_release.values():
-            for start in range(0, len(entries), TOGETHER):
-                indices, group = zip(*entries[start : start + TOGETHER], strict=True)
+            for start in range(0, len(entries), USERS_PER_GROUP):
+                indices, group = zip(*entries[start : start + USERS_PER_GROUP], strict=True)
                 answers |= dict(zip(indices, await self._recommend(group[0].release, group, alone), strict=True))
         return [answers[index] for index in range(len(requests))]
 
@@ -176,8 +176,8 @@ class Service:
         """Return the taste vectors of histories. An invalid history gets an `InvalidEntry`."""
         self.metrics.batch(len(users))
         tastes: list[Taste | InvalidEntry] = []
-        for start in range(0, len(users), TOGETHER):
-            tastes += await self._compute_tastes(live, users[start : start + TOGETHER])
+        for start in range(0, len(users), USERS_PER_GROUP):
+            tastes += await self._compute_tastes(live, users[start : start + USERS_PER_GROUP])
         return Tastes.model_construct(release=live.id, model=live.model_id, dim=live.catalog.dim, tastes=tastes)
 
     async def popular_songs(self, live: LiveRelease, query: SongsQuery) -> PopularSongs:
@@ -349,7 +349,7 @@ class Service:
             release=live.id, song_id=song_id, title=title, artist=artist, plays=plays, path=path, songs=songs
         )
 
-    async def map_songs(self, live: LiveRelease, song_ids: Sequence[str]) -> SongPlaces:
+    async def map_songs(self, live: LiveRelease, song_ids: Sequence[str]) -> SongPositions:
         """Return the positions of songs on a map of their embeddings."""
         ids = list(dict.fromkeys(song_ids))
         rows = live.catalog.find(ids)
@@ -362,7 +362,7 @@ class Service:
                 mapped_ids, live.catalog.describe(rows[is_embedded]), positions.tolist(), strict=True
             )
         ]
-        return SongPlaces(release=live.id, points=points, unknown_songs=int((~is_embedded).sum()))
+        return SongPositions(release=live.id, points=points, unknown_songs=int((~is_embedded).sum()))
 
     def card(self, live: LiveRelease) -> ModelCard:
         """Return the model card of the live release."""
@@ -379,12 +379,12 @@ class Service:
         answers: dict[int, Recommendations | InvalidEntry] = {}
         queries: dict[int, UserQuery] = {}
         all_options: dict[int, tuple[AnswerOptions, int]] = {}
-        pages: dict[int, Place] = {}
+        pages: dict[int, RankingPage] = {}
         with self.metrics.stage("read"):
             for index, assigned in enumerate(requests):
                 request = assigned.request
                 try:
-                    page = read_place(assigned.sent)  # the arm must not change the cursor
+                    page = read_page(assigned.sent)  # the arm must not change the cursor
                     user = stored_users.get(request.user_id)
                     at = request.at if page.at is None else page.at
                     if page.at is not None and user is not None:
@@ -477,12 +477,12 @@ class Service:
 
     async def _choose(
         self, live: LiveRelease, queries: Sequence[UserQuery], all_options: Sequence[AnswerOptions]
-    ) -> list[Chosen]:
+    ) -> list[SelectedSongs]:
         """Choose the songs of each query: by taste, or popular songs if no play is known."""
         with_plays = [index for index, query in enumerate(queries) if len(query.songs)]
         with_states = [index for index in with_plays if queries[index].states is not None]
         without_states = [index for index in with_plays if queries[index].states is None]
-        selections: dict[int, Chosen] = {}
+        selections: dict[int, SelectedSongs] = {}
         for indices in (with_states, without_states):
             if indices:
                 engine_selections = await _choose_by_engine(
@@ -494,7 +494,9 @@ class Service:
             for index, options in enumerate(all_options)
         ]
 
-    def _build_answer(self, live: LiveRelease, query: UserQuery, selection: Chosen, *, unknown: int) -> AnsweredSongs:
+    def _build_answer(
+        self, live: LiveRelease, query: UserQuery, selection: SelectedSongs, *, unknown: int
+    ) -> AnsweredSongs:
         self.metrics.path(selection.path)
         return AnsweredSongs.model_construct(
             recommendation_id=uuid.uuid4().hex,
@@ -555,7 +557,7 @@ def open_service(
         release, recommender = load_parts(workspace, release_id)
         catalog = load_served_catalog(workspace, release, recommender)
         engine = Engine(Parts(recommender, metrics), pool)
-        store = partial(users.store_that_is_there, catalog.lineage)
+        store = partial(users.existing_store, catalog.lineage)
         online = OnlineSongs(workspace, release, catalog, engine, store)
         try:
             online.refresh()
@@ -617,7 +619,7 @@ def use_one_thread() -> None:
 
 async def _choose_by_engine(
     live: LiveRelease, queries: Sequence[UserQuery], all_options: Sequence[AnswerOptions]
-) -> list[Chosen]:
+) -> list[SelectedSongs]:
     """Choose songs for users with plays. Either all queries have states, or none has."""
     at = np.array([query.at for query in queries], dtype=np.int64)
     states = [query.states for query in queries if query.states is not None]
@@ -632,7 +634,7 @@ async def _choose_by_engine(
 
 def _page_rows(order: np.ndarray, query: SongsQuery, catalog: ServedCatalog) -> tuple[np.ndarray, str | None]:
     """Return one page of `order`, int32 song rows, after the filters of `query`; and the cursor of the next page."""
-    page, matching_songs = read_place(query), fitting_songs(query, catalog)
+    page, matching_songs = read_page(query), fitting_songs(query, catalog)
     rows = order if matching_songs is None else first_of_order(order, matching_songs.holds, page.end + 1)
     page_rows = rows[page.first : page.end]
     has_more = page.end < len(rows)
@@ -652,7 +654,7 @@ def _require_stored(user_id: str, user: StoredUser | None) -> StoredUser:
     return user
 
 
-def _recommended_songs(catalog: ServedCatalog, selection: Chosen) -> list[RecommendedSong]:
+def _recommended_songs(catalog: ServedCatalog, selection: SelectedSongs) -> list[RecommendedSong]:
     songs = [
         RecommendedSong.model_construct(song_id=song_id, title=title, artist=artist, score=score)
         for (song_id, title, artist), score in zip(
@@ -665,7 +667,9 @@ def _recommended_songs(catalog: ServedCatalog, selection: Chosen) -> list[Recomm
     return songs
 
 
-def add_reasons(answer: AnsweredSongs, selection: Chosen, played_songs: np.ndarray, catalog: ServedCatalog) -> None:
+def add_reasons(
+    answer: AnsweredSongs, selection: SelectedSongs, played_songs: np.ndarray, catalog: ServedCatalog
+) -> None:
     """Add the reasons of each song and the user's last plays to an answer. `played_songs` are song rows, int32 (P,)."""
     last_plays = catalog.describe(played_songs[-LAST_PLAYS:])
     answer.last_plays = [

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics import MetricWrapperBase
 
-from rayrec.data.moments import iso_moment, now_ms
+from rayrec.data.moments import format_iso, now_ms
 from rayrec.errors import InputError
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
@@ -165,7 +165,7 @@ class AccessLog:
     def write(self, **fields: Any) -> None:
         """Write one line, without fields that are None. A line that cannot be written is lost."""
         given_fields = {name: value for name, value in fields.items() if value is not None}
-        self._log.info("%s", json.dumps({"at": iso_moment(now_ms()), **given_fields}))
+        self._log.info("%s", json.dumps({"at": format_iso(now_ms()), **given_fields}))
 
     def close(self) -> None:
         """Close the file."""

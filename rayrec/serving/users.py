@@ -22,12 +22,12 @@ from rayrec.errors import InputError
 from rayrec.model.taste_table import States
 from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_heard, unpack_plays, unpack_state
 from rayrec.online.state_store import (
-    NOT_THERE,
+    NO_VERSION,
     Change,
+    FullUser,
     Piece,
     StateStore,
     StoreUnavailableError,
-    WholeUser,
     open_store,
     store_exists,
     store_uri,
@@ -277,7 +277,7 @@ class StoredUsers:
         outdated_ids: list[str] = []
         for user_id, stored_user in zip(events, stored_users, strict=True):
             if stored_user is None:
-                users[user_id] = _UserRecord(NOT_THERE, UserState.start(live.model_id, initial_state))
+                users[user_id] = _UserRecord(NO_VERSION, UserState.start(live.model_id, initial_state))
                 continue
             users[user_id] = _UserRecord(stored_user.version, unpack_state(stored_user.state), stored_user.events)
             if users[user_id].state.current(live.model_id) is None:
@@ -333,7 +333,7 @@ class StoredUsers:
                     raise NotReadyError(f"The store of user states cannot be opened: {error}") from error
             return self._stores[namespace]
 
-    def store_that_is_there(self, namespace: str) -> StateStore | None:
+    def existing_store(self, namespace: str) -> StateStore | None:
         """As `store`, but None if the store does not exist yet, or if the workspace cannot hold one."""
         if namespace in self._stores:
             return self._stores[namespace]
@@ -367,7 +367,7 @@ def _find_repeated(events: Sequence[int], stored_events: frozenset[int]) -> np.n
     return is_repeated
 
 
-def _record_of(full_user: WholeUser) -> _UserRecord:
+def _record_of(full_user: FullUser) -> _UserRecord:
     stored = full_user.stored
     return _UserRecord(
         stored.version, unpack_state(stored.state), stored.events, unpack_plays(full_user.log), full_user.heard

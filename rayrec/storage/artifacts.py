@@ -17,10 +17,10 @@ from datetime import datetime, timezone
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
-from rayrec.display import html_figures, html_table
+from rayrec.display import html_table, html_values_table
 from rayrec.errors import DamagedArtifactError, MismatchError, NotFoundError
 from rayrec.storage.workspace import (
-    CURRENT,
+    CURRENT_FILE,
     DATASET,
     DATASET_MANIFEST,
     SONGS_TABLE,
@@ -53,7 +53,7 @@ NOUNS = {  # kind -> name of one artifact in messages
     "reports": "report",
     "tunings": "tuning",
 }
-MADE_BY = {  # kind -> command that makes such an artifact
+COMMANDS = {  # kind -> command that makes such an artifact
     "descriptions": "describe",
     "songs": "embed",
     "models": "train",
@@ -104,7 +104,7 @@ class Manifest:
         inputs = {f"from {noun(role)}": input_id for role, input_id in self.inputs.items()}
         readable_metrics = {name.replace("_", " "): value for name, value in metrics.items()}
         parts = [f"<p>{escape(verdict)}</p>"] if verdict else []
-        parts.append(html_figures(noun(self.kind).capitalize(), {"id": self.id, **inputs, **readable_metrics}))
+        parts.append(html_values_table(noun(self.kind).capitalize(), {"id": self.id, **inputs, **readable_metrics}))
         for name, rows in self.metrics.items():
             if isinstance(rows, list) and rows and isinstance(rows[0], dict):
                 headers = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
@@ -181,7 +181,7 @@ def requested_ids(workspace: Workspace) -> dict[str, list[str]]:
 
     An artifact is requested when a stage makes it or finds it already made.
     """
-    return dict(workspace.read_json(CURRENT)) if workspace.exists(CURRENT) else {}
+    return dict(workspace.read_json(CURRENT_FILE)) if workspace.exists(CURRENT_FILE) else {}
 
 
 def current_ids(workspace: Workspace) -> dict[str, str]:
@@ -194,10 +194,10 @@ def make_current(workspace: Workspace, kind: str, artifact_id: str) -> None:
     ids = requested_ids(workspace)
     other_ids = [other_id for other_id in ids.get(kind, []) if other_id != artifact_id]
     if ids.get(kind, []) != [*other_ids, artifact_id]:
-        workspace.write_json(CURRENT, {**ids, kind: [*other_ids, artifact_id]})
+        workspace.write_json(CURRENT_FILE, {**ids, kind: [*other_ids, artifact_id]})
 
 
-def by_request(workspace: Workspace, kind: str, artifact_ids: Sequence[str]) -> list[str]:
+def sort_by_last_request(workspace: Workspace, kind: str, artifact_ids: Sequence[str]) -> list[str]:
     """Return `artifact_ids`, given oldest first, in the order of their last request; ids never requested come first."""
     positions = {artifact_id: position for position, artifact_id in enumerate(requested_ids(workspace).get(kind, []))}
     return sorted(artifact_ids, key=lambda artifact_id: positions.get(artifact_id, -1))
@@ -208,7 +208,7 @@ def last_requested(workspace: Workspace, kind: str, artifact_ids: Sequence[str])
 
     Returns the newest id if none was requested, and None if there are no ids.
     """
-    return next(reversed(by_request(workspace, kind, artifact_ids)), None)
+    return next(reversed(sort_by_last_request(workspace, kind, artifact_ids)), None)
 
 
 def load_manifest(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
@@ -227,7 +227,7 @@ def load_manifest(workspace: Workspace, kind: str, artifact_id: str) -> Manifest
     if raw.get("format_version") != FORMAT_VERSION:
         raise DamagedArtifactError(
             f"{path} has format version {raw.get('format_version')}, but this version of rayrec reads "
-            f"{FORMAT_VERSION}; delete the folder {artifact_dir(kind, artifact_id)} and run `rayrec {MADE_BY[kind]}`"
+            f"{FORMAT_VERSION}; delete the folder {artifact_dir(kind, artifact_id)} and run `rayrec {COMMANDS[kind]}`"
         )
     return Manifest(**raw)
 
@@ -255,7 +255,7 @@ def newest(workspace: Workspace, kind: str) -> Manifest:
     """Return the current artifact of a kind. Raises `NotFoundError` with the command to run first if there is none."""
     manifest = latest(workspace, kind)
     if manifest is None:
-        raise NotFoundError(f"workspace {workspace.uri} has no {noun(kind)}; run `rayrec {MADE_BY[kind]}` first")
+        raise NotFoundError(f"workspace {workspace.uri} has no {noun(kind)}; run `rayrec {COMMANDS[kind]}` first")
     return manifest
 
 

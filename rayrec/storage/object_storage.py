@@ -246,13 +246,13 @@ def cached(filesystem: pafs.FileSystem, info: pafs.FileInfo, sha256: str | None 
 
     def copy(target: Path) -> None:
         digest = _copy(filesystem, info.path, target)
-        made_once(
+        cached_file(
             _version(filesystem, info),
             f"{info.base_name}.sha256",
             lambda checksum_path: checksum_path.write_text(digest),
         )
 
-    path = made_once(_version(filesystem, info), info.base_name, copy)
+    path = cached_file(_version(filesystem, info), info.base_name, copy)
     if sha256 is not None and _digest(filesystem, info) != sha256:
         # The bytes may have been damaged on their way here: the next copy gets a checksum of its own.
         path.unlink(missing_ok=True)
@@ -274,7 +274,7 @@ def _digest(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
     def write_digest(target: Path) -> None:
         target.write_text(_copy(filesystem, info.path, None))
 
-    return made_once(_version(filesystem, info), f"{info.base_name}.sha256", write_digest).read_text()
+    return cached_file(_version(filesystem, info), f"{info.base_name}.sha256", write_digest).read_text()
 
 
 def mapped_table(version: str, make: Callable[[], pa.Table]) -> pa.Table:
@@ -288,12 +288,12 @@ def mapped_table(version: str, make: Callable[[], pa.Table]) -> pa.Table:
         with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
             writer.write_table(table)
 
-    path = made_once(version, "table.arrow", write_table)
+    path = cached_file(version, "table.arrow", write_table)
     pa.default_memory_pool().release_unused()  # memory in which this process may have made the table
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def made_once(version: str, name: str, make: Callable[[Path], object]) -> Path:
+def cached_file(version: str, name: str, make: Callable[[Path], object]) -> Path:
     """Return the path of the file cached as `version` and `name`; if it does not exist, `make` writes it first."""
     folder = cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

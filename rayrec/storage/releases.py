@@ -37,7 +37,7 @@ ACTIVE = "releases/active"  # JSON: `active`, `history` and `change` of `read_ac
 SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
 # Files below dataset/ that do not change when plays are appended or playlists replaced.
-FIXED = ("rejected/plays-", "earlier/")
+FIXED_PREFIXES = ("rejected/plays-", "earlier/")
 PART_KINDS = ("songs", "models", "added_songs", "retrieval", "rankers", "tastes", "indexes")
 ANSWERING_KINDS = ("models", "added_songs", "indexes", "retrieval", "rankers")  # of parts that recommend; tastes do not
 # A release without rankers answers with the network alone, and one without added songs only with the songs of its
@@ -45,7 +45,7 @@ ANSWERING_KINDS = ("models", "added_songs", "indexes", "retrieval", "rankers")  
 OPTIONAL_KINDS = ("songs", "added_songs", "retrieval", "rankers")
 # (kind, role) of inputs that may differ from those of the release: a retrieval that is fitted every night serves older
 # rankers and models, and a training that continues on later plays keeps its embeddings.
-RENEWED = (("rankers", "retrieval"), ("retrieval", "split"), ("songs", "split"))
+INPUTS_THAT_MAY_DIFFER = (("rankers", "retrieval"), ("retrieval", "split"), ("songs", "split"))
 
 
 def create_release(
@@ -90,28 +90,28 @@ def create_release(
     inputs = {"dataset": dataset.id, **{kind: part.id for kind, part in parts.items()}}
     if "split" in model.inputs:
         inputs["split"] = model.inputs["split"]
-    require_fit(dataset, inputs, parts.values())
+    require_matching_parts(dataset, inputs, parts.values())
     release = _publish_release(workspace, inputs, metrics or {})
     if activate:
         activate_release(workspace, release.id)
     return release
 
 
-def require_fit(dataset: DatasetManifest, inputs: dict[str, str], parts: Any) -> None:
+def require_matching_parts(dataset: DatasetManifest, inputs: dict[str, str], parts: Any) -> None:
     """Raise `MismatchError` if a part was made from other artifacts than `inputs` (role -> id).
 
     A part may have been made from a data set that the current one descends from.
     """
     for part in parts:
         for role, input_id in part.inputs.items():
-            if (part.kind, role) in RENEWED:
+            if (part.kind, role) in INPUTS_THAT_MAY_DIFFER:
                 continue
             # Songs that are added later do not change the songs added before, nor the taste vectors of their plays.
             descends = (role == "dataset" and dataset.descends_from(input_id)) or role == "added_songs"
             if role in inputs and inputs[role] != input_id and not descends:
                 raise MismatchError(
                     f"{artifacts.noun(part.kind)} {part.id} was made from {artifacts.noun(role)} {input_id}, not from "
-                    f"{inputs[role]}; choose matching artifacts, or run `rayrec {artifacts.MADE_BY[part.kind]}` again"
+                    f"{inputs[role]}; choose matching artifacts, or run `rayrec {artifacts.COMMANDS[part.kind]}` again"
                 )
 
 
@@ -191,7 +191,7 @@ def verify_release(
     not compared, since a release does not read them and they may be replaced.
     """
     artifacts.verify(workspace, release, once=once)
-    for path, expected in files_of(workspace, release).items():
+    for path, expected in release_files(workspace, release).items():
         if plays or not path.startswith(HISTORIES):
             _verify_checksum(workspace, path, expected, once)
     for kind in kinds:
@@ -200,7 +200,7 @@ def verify_release(
         artifacts.verify(workspace, artifacts.load_manifest(workspace, kind, release.inputs[kind]), once=once)
 
 
-def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
+def release_files(workspace: Workspace, release: Manifest) -> dict[str, str]:
     """Return path -> sha256 of the manifests, the split and the data set files of a release.
 
     The files of its artifacts are not included. Raises `DamagedArtifactError` if the data set is missing or replaced.
@@ -216,7 +216,7 @@ def files_of(workspace: Workspace, release: Manifest) -> dict[str, str]:
     if dataset_id != dataset.id:
         files[earlier_manifest(dataset_id)] = files.pop(DATASET_MANIFEST)
     release_dataset = earlier_version(workspace, dataset, dataset_id)
-    dataset_files = {path: digest for path, digest in release_dataset.files.items() if path.startswith(FIXED)}
+    dataset_files = {path: digest for path, digest in release_dataset.files.items() if path.startswith(FIXED_PREFIXES)}
     # Later songs are appended to songs.parquet, and an import of playlists moves songs from separate files into it, so
     # the current files and checksums apply.
     dataset_files |= {
@@ -285,7 +285,7 @@ def _last_part_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest 
 def _require_part_of(workspace: Workspace, kind: str, model: Manifest) -> Manifest:
     part = _last_part_of(workspace, kind, model)
     if part is None:
-        advice = f"run `rayrec {artifacts.MADE_BY[kind]} --model {model.id}` first"
+        advice = f"run `rayrec {artifacts.COMMANDS[kind]} --model {model.id}` first"
         raise NotFoundError(f"model {model.id} has no {artifacts.noun(kind)}; {advice}")
     return part
 

@@ -38,8 +38,8 @@ FORGOTTEN = "forgotten"  # digests of deleted users
 IMPORT_STAGING = "dataset/.staging"  # completed work of an unfinished import
 SENT_PLAYS = ".inputs"  # tables of plays from Python, until they are imported
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
-CURRENT = "current.json"  # kind -> ids, in the order of their last request
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
+CURRENT_FILE = "current.json"  # kind -> ids, in the order of their last request
 LOCK = ".lock"  # file lock of the run that writes, on a local disk
 LOCK_HOLDER = ".lock-holder.json"  # the run that holds the lock; on object storage this is the lock itself
 
@@ -261,7 +261,7 @@ class Workspace:
             else:
                 upload(self.filesystem, temporary_file, target)
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in DISK_FULL_ERRORS:
                 raise
             raise StorageError(
                 f"no space left to write {path} in {self.uri if self.is_local else temporary_file.parent}: {error}; "
@@ -301,7 +301,7 @@ class Workspace:
         Pickled data is refused. A file on a bucket is copied to the local disk, and the copy is compared with `sha256`.
         """
         array: np.ndarray = np.load(self.local_file(path, sha256), mmap_mode="r", allow_pickle=False)
-        array.stored_at = self, path  # type: ignore[attr-defined]  # for `stored_at`
+        array.location_of = self, path  # type: ignore[attr-defined]  # for `location_of`
         return array
 
     def write_array(self, path: str, array: np.ndarray) -> str:
@@ -346,12 +346,12 @@ class Workspace:
         return stream.sha256
 
 
-def stored_at(array: np.ndarray) -> tuple[Workspace, str] | None:
+def location_of(array: np.ndarray) -> tuple[Workspace, str] | None:
     """Return the workspace and the path of an array from `read_array`, or of a view of all of it; None for others."""
     base_array = array
     while isinstance(base_array.base, np.ndarray):
         base_array = base_array.base
-    location: tuple[Workspace, str] | None = getattr(base_array, "stored_at", None)
+    location: tuple[Workspace, str] | None = getattr(base_array, "location_of", None)
     return location if array.__array_interface__ == base_array.__array_interface__ else None
 
 

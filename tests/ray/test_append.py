@@ -318,7 +318,7 @@ def test_tastes_go_on_from_earlier_ones_and_equal_a_full_run(
     assert (metrics["users"], metrics["plays"]) == (first.users + 1, Dataset(workspace).manifest.plays)
     full = compute_tastes(workspace, TasteConfig(users=7), repeat=True)
     assert (full.metrics["base"], full.metrics["new"]) == ("", first.users + 1)
-    mine, theirs = (tastes_of(workspace, tastes) for tastes in (gone_on, full))
+    mine, theirs = (taste_vectors_by_horizon(workspace, tastes) for tastes in (gone_on, full))
     assert list(mine) == list(theirs)
     for user, row in theirs.items():
         for name, values in row.items():
@@ -345,7 +345,7 @@ def test_a_retrieval_goes_on_from_an_earlier_one_without_reading_earlier_parts(
     assert added.files == whole.files != first.files
 
 
-def tastes_of(workspace: Workspace, manifest: artifacts.Manifest) -> dict[str, dict[str, Any]]:
+def taste_vectors_by_horizon(workspace: Workspace, manifest: artifacts.Manifest) -> dict[str, dict[str, Any]]:
     """Return user -> the other columns of the taste vectors' table; fail if a user occurs twice."""
     rows = [
         row for bucket in range(4) for row in workspace.read_table(tastes_file(manifest.folder, bucket)).to_pylist()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rayrec.bench.answers_bench import answers_world
+from rayrec.bench.answers_bench import build_answers_release
 from rayrec.bench.bench_config import (
     AnswersBenchConfig,
     BenchConfig,
@@ -19,7 +19,7 @@ from rayrec.bench.bench_config import (
     TasteBenchConfig,
     TrainBenchConfig,
 )
-from rayrec.bench.suite import bench, bench_place
+from rayrec.bench.suite import bench, bench_workspace
 from rayrec.errors import InputError
 from rayrec.recommend.retrievers import COUNTS
 from rayrec.storage.workspace import Workspace
@@ -154,8 +154,10 @@ class TestBench:
         assert catalog["replica_mb"].keys() == {"1", "4"}
         assert figures["replica_growth_mb"] == 0  # there is only one catalog
         assert figures.keys() >= {"p50_ratio", "throughput_ratio", "plays_cost_ratio", "load_generator"}
-        with bench_place(place) as kept:
-            assert answers_world(kept, ServeBenchConfig.quick(), 500)[2] == 0  # 0 seconds: its release exists already
+        with bench_workspace(place) as kept:
+            assert (
+                build_answers_release(kept, ServeBenchConfig.quick(), 500)[2] == 0
+            )  # 0 seconds: its release exists already
 
     def test_an_unknown_name_is_refused(self) -> None:
         with pytest.raises(InputError, match="Unknown benchmark 'speed'"):

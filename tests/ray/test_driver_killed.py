@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from rayrec.data.dataset import Dataset
-from rayrec.evaluation.report import read_figures
+from rayrec.evaluation.report import read_results
 from rayrec.jobs.pipeline import run
 from rayrec.model.taste_table import tastes_file
 from rayrec.storage import artifacts, releases
@@ -142,7 +142,7 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(tmp_path: Path) 
     )
     assert found.equals(wanted)
     (report,), (expected,) = (artifacts.listing(each, "reports") for each in (killed, whole))
-    assert read_figures(killed, report)["results"] == read_figures(whole, expected)["results"]
+    assert read_results(killed, report)["results"] == read_results(whole, expected)["results"]
     live = releases.active_release(killed)
     assert live is not None
     releases.verify_release(killed, live)

@@ -14,8 +14,8 @@ from rayrec.errors import InputError, MismatchError, NotFoundError
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.ranks import BASELINE_CHOICES
-from rayrec.evaluation.report import read_figures
-from rayrec.evaluation.results import figures_of
+from rayrec.evaluation.report import read_results
+from rayrec.evaluation.results import statistics_of
 from rayrec.jobs.evaluate import evaluate
 from rayrec.model.checkpoint import save_model
 from rayrec.model.network import TasteModel
@@ -53,7 +53,7 @@ def test_the_job_over_buckets_equals_one_pass_in_one_process(dataset: Dataset, h
     popularity = fitted[0]
     assert isinstance(popularity, PopularityRecommender)
     evaluator = Evaluator(fitted, split=SPLIT, song_plays=popularity.plays, config=SETTINGS)
-    expected = figures_of(evaluator(histories), evaluator, "item-knn")
+    expected = statistics_of(evaluator(histories), evaluator, "item-knn")
     assert len(stored["results"]) == len(MODELS) * 7 * 4 * 9
     stored["comparisons"] = expected.pop("comparisons")  # the job compares with `two-step`, which is not evaluated
     (health,) = stored["song_vectors"]
@@ -84,7 +84,7 @@ def test_a_report_is_complete_found_again_and_repeated_on_purpose(dataset: Datas
     first = evaluate(dataset.workspace, settings, split=SPLIT)
     verify(dataset.workspace, load_manifest(dataset.workspace, "reports", first.id))
     assert first.metrics["default"] == "two-step"  # the default recommender of a trained model
-    found = read_figures(dataset.workspace, first)
+    found = read_results(dataset.workspace, first)
     assert {entry["model"] for entry in found["results"]} == {"popularity"}
     assert found["song_vectors"] == []  # popularity uses no song embeddings
     assert "results" not in first.metrics  # manifests stay small: each look at the workspace reads them
@@ -92,7 +92,7 @@ def test_a_report_is_complete_found_again_and_repeated_on_purpose(dataset: Datas
     assert evaluate(dataset.workspace, settings, split=SPLIT) == first
     again = evaluate(dataset.workspace, settings, split=SPLIT, repeat=True)
     assert again.id != first.id
-    assert read_figures(dataset.workspace, again)["results"] == found["results"]
+    assert read_results(dataset.workspace, again)["results"] == found["results"]
 
 
 def test_vectors_that_saw_the_test_range_are_refused(workspace: Workspace, histories: Histories) -> None:
@@ -141,7 +141,7 @@ def test_networks_of_several_models_stand_on_one_table_under_their_names(dataset
     settings = EvaluateConfig(models=("taste", "taste-short", "again=first", "r_hst=second"), bootstrap_samples=10)
     told = evaluate(dataset.workspace, settings, split=SPLIT, model_id="first")
     assert told.inputs["models r_hst"] == "second"
-    figures = read_figures(dataset.workspace, told)
+    figures = read_results(dataset.workspace, told)
     found = {
         (entry["model"], entry["target"]): entry["value"]
         for entry in figures["results"]

@@ -13,8 +13,8 @@ from rayrec.data.split import FitRange, Split
 from rayrec.errors import InputError, MismatchError
 from rayrec.evaluation.evaluator import PrefixEvaluator, PrefixFile, read_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.report import read_figures
-from rayrec.evaluation.results import Figures
+from rayrec.evaluation.report import read_results
+from rayrec.evaluation.results import Statistics
 from rayrec.importing.readers.reader import Unit
 from rayrec.jobs import evaluate as job
 from rayrec.jobs.evaluate import evaluate_prefixes
@@ -59,9 +59,9 @@ def test_the_job_over_shards_equals_one_pass_in_one_process(
     sums = evaluator.empty()
     for prefixes in pairs:
         sums.add(evaluator(prefixes))
-    expected = Figures(sums, fitted, SETTINGS).results(["served", "next"])
+    expected = Statistics(sums, fitted, SETTINGS).results(["served", "next"])
     expected = [entry for entry in expected if entry["users"] == "all"]
-    results = read_figures(dataset.workspace, manifest)["results"]
+    results = read_results(dataset.workspace, manifest)["results"]
     assert len(results) == len(expected) == len(MODELS) * 18
     for found, wanted in zip(results, expected, strict=True):
         same = [name for name in found if name not in ("low", "high")]  # its bootstrap has other cells

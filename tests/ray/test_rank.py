@@ -18,7 +18,7 @@ from rayrec.data.split import Split, SplitConfig, split_dataset
 from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.report import read_figures
+from rayrec.evaluation.report import read_results
 from rayrec.jobs import retrieval as job
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.generate import generate
@@ -206,7 +206,7 @@ def test_an_ablation_evaluates_rankers_trained_without_each_part(
     config = EvaluateConfig(models=("two-step",), ablation=True, bootstrap_samples=10, offsets=0)
     report = evaluate(world, config, split=split, model_id=model.id)
     verify(world, report)
-    results = read_figures(world, report)["results"]
+    results = read_results(world, report)["results"]
     kinds = {row["model"]: row["kind"] for row in results}
     assert kinds == {"two-step": "network"} | {f"without {part}": "ablation" for part in ABLATED_PARTS}
     found = {

@@ -36,7 +36,7 @@ from rayrec.model.epochs import Phase
 from rayrec.model.song_tables import Share
 from rayrec.model.train_config import SELECTION_NETWORK, DaysHorizon, TrainConfig
 from rayrec.model.training import StepReport
-from rayrec.model.training_windows import ShardReader, plain_stream, window_lengths
+from rayrec.model.training_windows import ShardReader, stream_batches, window_lengths
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage.artifacts import Manifest, listing, load_manifest, publish, verify
 from rayrec.storage.workspace import Workspace
@@ -220,7 +220,7 @@ def test_ray_data_streams_the_batches_of_the_plain_loop_none_past_the_cut(world:
             if epoch == 4:  # stop after two batches
                 assert len(list(islice(stream.epoch(epoch), 2))) == 2
                 continue
-            streamed, plain = list(stream.epoch(epoch)), list(plain_stream(reader, epoch))
+            streamed, plain = list(stream.epoch(epoch)), list(stream_batches(reader, epoch))
             assert len(streamed) == len(plain) > 3
             for found, wanted in zip(streamed, plain, strict=True):
                 np.testing.assert_array_equal(found.plays.songs, wanted.plays.songs)

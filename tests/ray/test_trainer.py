@@ -56,7 +56,7 @@ def run(workspace: Workspace, request: WorkerRequest) -> None:
 def test_workers_that_find_no_cpu_are_given_up_with_what_they_need(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(trainer, "SECONDS_BEFORE_TELLING", 1.0)
+    monkeypatch.setattr(trainer, "SECONDS_BEFORE_WARNING", 1.0)
     began = time.monotonic()
     with held(2), caplog.at_level(logging.WARNING), pytest.raises(RayrecError) as raised:
         run(workspace, WorkerRequest(workers=2, cpus=1.0, wait_minutes=0.1))

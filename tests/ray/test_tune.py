@@ -16,7 +16,7 @@ from rayrec.errors import InputError
 from rayrec.jobs.generate import generate
 from rayrec.jobs.job_config import TuneConfig
 from rayrec.jobs.tune import tune
-from rayrec.model.epochs import CHOSEN_BY
+from rayrec.model.epochs import SELECTION_METRIC
 from rayrec.model.train_config import TrainConfig
 from rayrec.storage.artifacts import listing, load_manifest
 from rayrec.storage.workspace import Workspace
@@ -85,7 +85,7 @@ def test_a_killed_sweep_goes_on_and_finds_the_network_that_learns(world: Workspa
     made = tune(world, TuneConfig(), space, split=split, on_trial=lambda row, _: heard.append(row["trial"]))
     assert heard == list(range(len(kept) + 1, TRIALS + 1))
     assert made.metrics["trials"][: len(kept)] == kept  # the seconds too, so they were not repeated
-    recalls = {(row["embed.dim"], row["train.learning_rate"]): row[CHOSEN_BY] for row in made.metrics["trials"]}
+    recalls = {(row["embed.dim"], row["train.learning_rate"]): row[SELECTION_METRIC] for row in made.metrics["trials"]}
     assert len(recalls) == TRIALS
     assert min(recalls[dim, 0.02] for dim in (8, 16)) > max(recalls[dim, 1e-9] for dim in (8, 16))
     assert made.metrics["best"]["train"]["learning_rate"] == 0.02
@@ -98,7 +98,7 @@ def test_a_sweep_leaves_a_table_the_best_settings_and_no_models(world: Workspace
     assert load_manifest(world, "tunings", made.id) == made
     assert set(made.files) == {"trials.json", "trials.csv", "best.toml"}
     lines = world.read_bytes(made.path("trials.csv")).decode().splitlines()
-    assert lines[0] == f"trial,embed.dim,train.learning_rate,{CHOSEN_BY},epochs,seconds,songs"
+    assert lines[0] == f"trial,embed.dim,train.learning_rate,{SELECTION_METRIC},epochs,seconds,songs"
     assert len(lines) == 1 + TRIALS
     from rayrec.config import read_toml
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from rayrec import display
-from rayrec.display import LINES_VARIABLE, html_figures, html_table, progress
+from rayrec.display import LINES_VARIABLE, html_table, html_values_table, progress
 
 
 @pytest.fixture
@@ -53,6 +53,6 @@ def test_a_notebook_shows_a_table_whose_texts_are_no_markup() -> None:
 
 
 def test_figures_are_a_table_without_a_head() -> None:
-    shown = html_figures("Data", {"plays": 1_000_000})
+    shown = html_values_table("Data", {"plays": 1_000_000})
     assert "<th" not in shown
     assert '<td style="text-align:left">plays</td><td style="text-align:right">1,000,000</td>' in shown

@@ -7,7 +7,7 @@ from rayrec.importing.readers import apple_music
 from rayrec.importing.readers.accounts import check_accounts
 from rayrec.importing.readers.deezer import DeezerReader, check_deezer_accounts
 from rayrec.importing.readers.lastfm_1k import LastfmReader
-from rayrec.importing.readers.listenbrainz import BESIDE_LISTENS, ListenBrainzReader, check_listeners
+from rayrec.importing.readers.listenbrainz import NOT_A_LISTEN_FILE, ListenBrainzReader, check_listeners
 from rayrec.importing.readers.mpd import MpdReader
 from rayrec.importing.readers.music4all_onion import Music4AllOnionReader
 from rayrec.importing.readers.reader import NO_SONG, Reader, ReadOptions
@@ -48,7 +48,7 @@ FORMATS: dict[str, Format] = {
     "listenbrainz": Format(
         make=ListenBrainzReader,
         patterns=("*.listens", "*.jsonl", "*.ndjson", "*.json"),
-        beside=(BESIDE_LISTENS,),
+        beside=(NOT_A_LISTEN_FILE,),
         check_users=check_listeners,
     ),
     "mpd": Format(make=MpdReader, patterns=("*.json",), playlists=True),

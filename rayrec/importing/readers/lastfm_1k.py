@@ -15,7 +15,7 @@ from rayrec.importing.readers import delimited, reader
 from rayrec.importing.readers.reader import Batch, ReadOptions, Unit, byte_ranges, read_blocks, require_text, to_batch
 
 COLUMNS = ("user", "played_at", "artist_id", "artist", "song", "title")
-WANTED = {name: position for position, name in enumerate(COLUMNS) if name != "artist_id"}
+COLUMN_POSITIONS = {name: position for position, name in enumerate(COLUMNS) if name != "artist_id"}
 
 
 class LastfmReader:
@@ -33,7 +33,7 @@ class LastfmReader:
         """Yield one batch per block of 16 MiB."""
         for block in read_blocks(unit):
             rows = delimited.parse(
-                block, WANTED, num_columns=len(COLUMNS), delimiter="\t", quoted=False, source=unit.source
+                block, COLUMN_POSITIONS, num_columns=len(COLUMNS), delimiter="\t", quoted=False, source=unit.source
             )
             values = rows.values
             problems = Problems(len(rows.indices))

@@ -17,10 +17,10 @@ from rayrec.importing.readers.json_rows import RowCollector, load_json, plan_jso
 from rayrec.importing.readers.reader import Batch, ReadOptions, Unit, is_file, plain_name, require_text
 
 NOT_A_LISTEN = "not a listen: no track_metadata"
-BESIDE_LISTENS = "not a listen: user, feedback or pinned recording"
+NOT_A_LISTEN_FILE = "not a listen: user, feedback or pinned recording"
 LISTS = ("payload.listens", "listens")
 USER_FILE = "user.json"
-BESIDE_FILES = (USER_FILE, "feedback.jsonl", "pinned_recording.jsonl")
+FILES_WITHOUT_LISTENS = (USER_FILE, "feedback.jsonl", "pinned_recording.jsonl")
 USER_NAME = re.compile(rb'"user_name"\s*:\s*(?:"([^"]*)")?')
 
 
@@ -42,7 +42,7 @@ class ListenBrainzReader:
         """Yield one batch per block of 16 MiB. Raises `InputError` if --user would merge several users."""
         rows = RowCollector(columns.PLAYS, unit.source)
         users = Users(unit.source, self.options.user, "" if self.options.user else _default_user(unit.source))
-        no_listen_reason = BESIDE_LISTENS if _has_no_listens(unit.source) else NOT_A_LISTEN
+        no_listen_reason = NOT_A_LISTEN_FILE if _has_no_listens(unit.source) else NOT_A_LISTEN
         for block in read_records(unit, *LISTS):
             for record in block.records:
                 listen = record.value
@@ -61,7 +61,7 @@ def check_listeners(sources: Sequence[str], user: str) -> list[str]:
 
 
 def _has_no_listens(source: str) -> bool:
-    return posixpath.basename(plain_name(source)).lower() in BESIDE_FILES
+    return posixpath.basename(plain_name(source)).lower() in FILES_WITHOUT_LISTENS
 
 
 def _default_user(source: str) -> str:

@@ -61,7 +61,7 @@ NAMES = {
     "position": ("position", "pos", "index", "order", "rank"),
 }
 ONE_USER = ", or if all plays belong to one person, pass --user NAME instead of a user column"
-ALIKE = 0.7  # minimum similarity of a column name to suggest it; 1: equal
+MIN_NAME_SIMILARITY = 0.7  # minimum similarity of a column name to suggest it; 1: equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +281,7 @@ def _nearest_columns(missing: Mapping[str, str], header: Sequence[str]) -> dict[
     similarity: dict[tuple[str, str], float] = {}
     for role, missing_name in missing.items():
         for candidate in (plain_letters(missing_name), *NAMES.get(role, ())):
-            for plain_column in get_close_matches(candidate, column_of_plain, cutoff=ALIKE):
+            for plain_column in get_close_matches(candidate, column_of_plain, cutoff=MIN_NAME_SIMILARITY):
                 pair = role, column_of_plain[plain_column]
                 similarity[pair] = max(
                     similarity.get(pair, 0.0), SequenceMatcher(None, plain_column, candidate).ratio()
@@ -424,7 +424,7 @@ def ends_with_line(file: SourceFile) -> bool:
         return bool(stream.read(1) == b"\n")
 
 
-def cut_note(files: Sequence[SourceFile]) -> list[str]:
+def unterminated_file_warnings(files: Sequence[SourceFile]) -> list[str]:
     """Return a note if the last line of some text files has no line end, the only sign that a file was cut."""
     unterminated_files = [file.source for file in files if not ends_with_line(file)]
     if not unterminated_files:
@@ -433,15 +433,15 @@ def cut_note(files: Sequence[SourceFile]) -> list[str]:
     return [f"The last line of {unterminated_files[0]}{more_text} has no line end: the file may be incomplete."]
 
 
-def head_of(source: str) -> bytes:
+def read_head(source: str) -> bytes:
     """The first 64 KiB of a file, decompressed."""
     with open_plain(source) as stream:
         return stream.read(HEAD_BYTES)
 
 
 def require_text(source: str) -> bytes:
-    """Same as `head_of`. Raises `DamagedInputError` if the file is empty or clearly of another format."""
-    head = head_of(source)
+    """Same as `read_head`. Raises `DamagedInputError` if the file is empty or clearly of another format."""
+    head = read_head(source)
     if not head:
         raise DamagedInputError(f"{source} is empty; fetch it again")
     for prefix, description in OTHER_FORMATS.items():

@@ -19,7 +19,7 @@ from rayrec.importing.readers.reader import (
     Batch,
     ReadOptions,
     Unit,
-    head_of,
+    read_head,
     require_text,
 )
 
@@ -63,7 +63,7 @@ def check_usernames(sources: Sequence[str], user: str) -> list[str]:
 
 def is_account_data(source: str) -> bool:
     """True for a StreamingHistory file of Spotify's account data, whose records have no exact times and no song ids."""
-    return SHORT_RECORD.search(head_of(source)) is not None
+    return SHORT_RECORD.search(read_head(source)) is not None
 
 
 def _username(source: str) -> str | None:

@@ -168,7 +168,7 @@ EVENT_ROLES = ("skipped", "share_listened", "ms_played", "duration_ms", "event_t
 PLAY_ROLES = ("user", "song", "played_at", "contexts", *EVENT_ROLES, "title", "artist")
 OPTIONAL_ROLES = ("contexts", *EVENT_ROLES, "title", "artist")
 NAMES_OF_SONG = ("title", "artist")
-MADE_OF_NAMES = "artist+title"  # given in place of a column of song ids
+SONG_FROM_NAMES = "artist+title"  # given in place of a column of song ids
 PLAYLIST_ROLES = ("playlist", "position", "song", "title", "artist")
 NOT_A_POSITION = "position is not a whole number"
 OTHER_EVENT = "event is not a play, skip or like"
@@ -228,7 +228,7 @@ def find_columns(source: str, names: Sequence[str], options: ReadOptions) -> dic
     needed_roles = [
         role for role in known_roles if role not in OPTIONAL_ROLES and not (role == "user" and options.user)
     ]
-    if mapping.get("song") == MADE_OF_NAMES:
+    if mapping.get("song") == SONG_FROM_NAMES:
         del mapping["song"]
         known_roles.remove("song")
         needed_roles = [role for role in needed_roles if role != "song"] + [*NAMES_OF_SONG]

@@ -13,7 +13,7 @@ from rayrec.data import columns
 from rayrec.errors import InputError
 from rayrec.importing.readers.accounts import Users, account_of, check_accounts
 from rayrec.importing.readers.json_rows import Record, RowCollector, plan_json, read_records, text
-from rayrec.importing.readers.reader import NO_SONG, Batch, ReadOptions, Unit, head_of, plain_name
+from rayrec.importing.readers.reader import NO_SONG, Batch, ReadOptions, Unit, plain_name, read_head
 
 NOT_MUSIC = "not a YouTube Music play"
 AD = "From Google Ads"  # name of a detail of an entry that is an advertisement
@@ -54,7 +54,7 @@ def is_watch_history(source: str) -> bool:
     """True if a file has the English name or, since Takeout translates names, begins like a watch history."""
     if posixpath.basename(plain_name(source)).lower() == FILE:
         return True
-    head = head_of(source)
+    head = read_head(source)
     return b'"header"' in head and (b'"titleUrl"' in head or b'"activityControls"' in head)
 
 

@@ -27,7 +27,9 @@ STORED_SONG_BYTES = 10.0  # bytes per song in songs.parquet, with an id of 12 ch
 TEXT_LENGTH_BYTES = 2.0  # bytes per song in songs.parquet for the lengths of its title and artist
 SONG_TEXT_BYTES = 30.0  # bytes per song for its title and artist, compressed; an assumption
 STORED_FLOAT_BYTES = 3.45  # bytes per number in the Parquet lists of tastes
-HEARD_BYTES = 2.1  # bytes per distinct song of a user in tastes, with 20,000 songs; about 1 more with millions of songs
+HEARD_SONG_BYTES = (
+    2.1  # bytes per distinct song of a user in tastes, with 20,000 songs; about 1 more with millions of songs
+)
 NEW_SONG_SHARE = 0.85  # share of a user's plays that are the user's first play of the song; 0.83 measured on 2026-11-24
 ROW_BYTES_OF_TASTES = 60.0  # bytes per row of tastes, apart from its lists
 DRIVER_REQUESTS = 25  # requests of the driver of an import of any size
@@ -190,7 +192,7 @@ def tastes_bytes(users: int, heard_songs: int, *, floats: int) -> int:
     A row holds the user id, the songs that the user has played, and `floats` numbers: one taste vector per horizon and
     the network's state. `heard_songs` is the number of distinct songs per user, summed over all users.
     """
-    return int(users * (floats * STORED_FLOAT_BYTES + ROW_BYTES_OF_TASTES) + heard_songs * HEARD_BYTES)
+    return int(users * (floats * STORED_FLOAT_BYTES + ROW_BYTES_OF_TASTES) + heard_songs * HEARD_SONG_BYTES)
 
 
 def retrieval_requests(

@@ -104,13 +104,13 @@ def test_a_device_that_computes_something_else_is_told_by_name_and_exit_code(
 def test_steps_that_do_not_arrive_whole_are_told_by_name_and_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert device_bench.copies_whole("cpu", Size.quick())
+    assert device_bench.check_copies("cpu", Size.quick())
 
     def half(step: TrainingStep, device: torch.device, copies: torch.cuda.Stream | None) -> TrainingStep:
         return replace(step, averaged_BL=torch.zeros_like(step.averaged_BL)) if step.number == 3 else step
 
     monkeypatch.setattr(TrainingStep, "to", half)
-    assert not device_bench.copies_whole("cpu", Size.quick())
+    assert not device_bench.check_copies("cpu", Size.quick())
     monkeypatch.setattr(device_bench, "measure_device", lambda *_: {**TOLD, "checks": [], "copies_whole": False})
     with pytest.raises(SystemExit):
         device_bench.main(["--device", "cpu"])

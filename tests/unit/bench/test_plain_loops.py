@@ -102,7 +102,7 @@ class TestTrainLoop:
         before = training.model.dense.weight.detach().clone()
         assert stage_benches.timed_steps(training, stage_benches.plain_windows(task, 0), 0, seconds=0.01).work > 0
         assert not torch.equal(before, training.model.dense.weight)
-        assert stage_benches.train_loop(task, 0, 0.01).per_second > 0
+        assert stage_benches.measure_plain_training(task, 0, 0.01).per_second > 0
 
     def test_the_data_path_counts_from_the_second_batch_on(self, task: TrainTask) -> None:
         every = list(stage_benches.plain_windows(task, epoch=0))
@@ -117,7 +117,7 @@ class TestTasteLoop:
         names = save_model(workspace, manifest.folder, model, np.ones(SONGS, dtype=np.bool_))
         manifest = publish(workspace, manifest, names)
         at = 10_000_000
-        measured = stage_benches.taste_loop(workspace, manifest, "out", at, users=20)
+        measured = stage_benches.measure_plain_tastes(workspace, manifest, "out", at, users=20)
         histories = concatenate(list(stage_benches.Dataset(workspace).read_all()))
         assert measured.work == histories.num_plays
         expected = taste_table(TasteEncoder(stage_benches.load_model(workspace, manifest.folder)), histories, at)
@@ -131,6 +131,6 @@ class TestTasteLoop:
 def test_the_embed_loop_counts_the_tokens_of_all_epochs(task: TrainTask, tmp_path: Path) -> None:
     sentences = from_histories(stage_benches.Dataset(task.workspace).read_all(), FitRange())
     corpus = write_corpus(sentences, tmp_path / "corpus", SONGS)
-    measured = stage_benches.embed_loop(corpus.path, EmbedConfig(dim=4, epochs=3), 1, corpus.tokens)
+    measured = stage_benches.measure_plain_embedding(corpus.path, EmbedConfig(dim=4, epochs=3), 1, corpus.tokens)
     assert measured.work == 3 * corpus.tokens
     assert measured.seconds > 0

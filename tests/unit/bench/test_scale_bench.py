@@ -6,7 +6,7 @@ import pytest
 
 from rayrec.bench.bench_config import AnswersBenchConfig, ScaleBenchConfig, ServeBenchConfig
 from rayrec.bench.rounds import Measured
-from rayrec.bench.scale_bench import ChainRun, costs, extrapolated, scale_figures, speedups
+from rayrec.bench.scale_bench import ChainRun, costs, extrapolate_hours, scale_figures, speedups
 from rayrec.errors import InputError
 
 
@@ -44,7 +44,7 @@ def test_a_speedup_is_of_further_plays_of_two_workers_against_one_whatever_the_s
 
 
 def test_what_nobody_measured_is_marked() -> None:
-    told = extrapolated(costs([with_start(1e5), with_start(1e6)]))
+    told = extrapolate_hours(costs([with_start(1e5), with_start(1e6)]))
     assert told["extrapolated"] is True
     assert told["cpu_hours"]["taste"] == pytest.approx(1e9 * 2e-6 / 3600)
 

@@ -127,7 +127,7 @@ def planted(times: int) -> MeasuredRun:
     costs["RangeMerger"] = (1, FIXED + BY_PLAYS["RangeMerger"] * size.plays)
     costs |= {name: (1, FIXED + each * size.songs) for name, each in BY_SONGS.items()}
     costs["fit_vectors"] = (1, 4e-6 * size.plays)
-    costs["RankerGrower"] = (3, 2.0)
+    costs["RankerTrainer"] = (3, 2.0)
     costs["QueryCounter"] = (BUCKETS, READ * plays)
     costs["ExampleCollector"] = (BUCKETS, READ * plays + QUERY * size.rank_queries / BUCKETS)
     costs["BucketEvaluator"] = (BUCKETS, READ * plays + QUERY * size.queries / BUCKETS)
@@ -185,7 +185,7 @@ def test_every_unit_is_a_worker_of_a_job(runs: list[MeasuredRun]) -> None:
     names = [f"{room.__name__}.{each.name}" for room in (jobs, importing) for each in iter_modules(room.__path__)]
     modules = [import_module(name) for name in names]
     assert units <= {name for module in modules for name in vars(module)}
-    assert "RankerGrower" in units
+    assert "RankerTrainer" in units
 
 
 def test_the_hours_of_large_data_follow_the_lines(runs: list[MeasuredRun]) -> None:

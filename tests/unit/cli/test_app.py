@@ -16,10 +16,10 @@ from rayrec.errors import InputError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.jobs.pipeline import Demo
 from rayrec.recommend.answer import Answer
-from rayrec_cli.app import Call, Globals, Shown, command, day, figures, number, short, show, size, table
+from rayrec_cli.app import Call, CommandOutput, Globals, command, day, number, short, show, size, table, values_view
 from rayrec_cli.cluster_commands import answer_stages
 from rayrec_cli.main import app as commands
-from rayrec_cli.recommend_commands import about_scores, results_table
+from rayrec_cli.recommend_commands import results_table, score_notes
 
 WHERE = Annotated[str | None, typer.Argument(metavar="WHERE")]
 
@@ -50,11 +50,11 @@ def app(seen: list, tmp_path: Path) -> typer.Typer:
         ctx.obj = Globals(workspace=str(tmp_path / "default"), as_json=False)
 
     @command(made, "go", config=Sample, example="go there", arguments={"where": WHERE})
-    def go(call: Call, config: Sample, *, twice: bool = False) -> Shown:
+    def go(call: Call, config: Sample, *, twice: bool = False) -> CommandOutput:
         """Go."""
         print("a library says something")
         seen.append((call, config, twice))
-        return Shown({"size": config.size}, ["gone"])
+        return CommandOutput({"size": config.size}, ["gone"])
 
     return made
 
@@ -128,15 +128,15 @@ def many(seen: list) -> typer.Typer:
         go: bool = Field(False, description="Go there first")
         group: Sample | None = Field(None, description="A section")
 
-    def body(call: Call, config: Any) -> Shown:
+    def body(call: Call, config: Any) -> CommandOutput:
         """Do it."""
         seen.append(config)
-        return Shown({})
+        return CommandOutput({})
 
     command(made, "go", config=Sample, example="go there", arguments={"where": WHERE})(body)
     command(made, "other", config=Other, example="other")(body)
     command(group, "within", config=Sample, example="within")(body)
-    command(made, "size", example="size")(lambda call: Shown({}))
+    command(made, "size", example="size")(lambda call: CommandOutput({}))
     made.add_typer(group, name="group")
     return made
 
@@ -228,7 +228,9 @@ def test_brackets_in_titles_are_no_markup() -> None:
 
 
 def test_figures_leave_lists_and_nothing_out() -> None:
-    told = "\n".join(lines(figures("Index", {"seconds": 1.5, "songs_with_vector": 9999, "none": None, "list": [1]})))
+    told = "\n".join(
+        lines(values_view("Index", {"seconds": 1.5, "songs_with_vector": 9999, "none": None, "list": [1]}))
+    )
     assert "songs with vector  9,999" in told
     assert "none" not in told
     assert "list" not in told
@@ -236,7 +238,7 @@ def test_figures_leave_lists_and_nothing_out() -> None:
 
 def test_a_long_value_cuts_no_label_and_goes_on_in_the_next_line() -> None:
     folder = "s3://music/" + "recommendations/" * 8
-    told = lines(figures("", {"folder_of_the_answers": folder, "users": 1234}))
+    told = lines(values_view("", {"folder_of_the_answers": folder, "users": 1234}))
     assert all(len(line) <= 80 for line in told)
     assert told[0].startswith("  folder of the answers")
     assert "".join(line.removeprefix("  folder of the answers").strip() for line in told[:-1]) == folder
@@ -245,7 +247,7 @@ def test_a_long_value_cuts_no_label_and_goes_on_in_the_next_line() -> None:
 
 def test_a_text_is_one_line_wherever_it_goes(capsys: pytest.CaptureFixture[str]) -> None:
     order = "rayrec import csv " + "folder/" * 20 + "plays.csv --columns user=user_id,song=song_id"
-    show(Shown({}, [order]), as_json=False)
+    show(CommandOutput({}, [order]), as_json=False)
     assert capsys.readouterr().out == f"{order}\n"
 
 
@@ -341,7 +343,7 @@ def test_the_results_are_headed_by_the_confidence_of_their_intervals_and_have_no
 
 
 def test_settings_of_each_baseline_and_the_calibration_error_of_the_default_stand_in_80_columns() -> None:
-    vstan = {"days_decay": 1825.0, "plays_decay": 4.0, "places_decay": 20.0, "neighbors": 500, "just_played": 0.25}
+    vstan = {"days_decay": 1825.0, "plays_decay": 4.0, "distance_decay": 20.0, "neighbors": 500, "just_played": 0.25}
     error = {"model": "two-step", "value": 0.00312, "chance": 0.04, "right": 0.041, "songs": 900}
     data = {
         "default": "two-step",
@@ -352,7 +354,7 @@ def test_settings_of_each_baseline_and_the_calibration_error_of_the_default_stan
             {**error, "target": "next", "model": "without sessions"},
         ],
     }
-    errors, settings = about_scores(data)
+    errors, settings = score_notes(data)
     assert errors == "Expected calibration error of two-step: served 0.003, all 0.002"
     shown = settings.splitlines()
     assert all(len(line) <= 80 for line in shown)
@@ -361,11 +363,11 @@ def test_settings_of_each_baseline_and_the_calibration_error_of_the_default_stan
         "just played: 0.25 sequential-rules: decay: 0.5"
     )
     assert shown[-1] == "  sequential-rules: decay: 0.5"
-    assert about_scores({"default": "two-step", "settings": []}) == []
+    assert score_notes({"default": "two-step", "settings": []}) == []
 
 
 def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
-    show(Shown({"titles": ["Ä – é"], "n": 1}, ["for people"]), as_json=True)
+    show(CommandOutput({"titles": ["Ä – é"], "n": 1}, ["for people"]), as_json=True)
     told = capsys.readouterr()
     assert json.loads(told.out) == {"titles": ["Ä – é"], "n": 1}
     assert told.out.count("\n") == 1
@@ -373,7 +375,7 @@ def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str])
 
 
 def test_json_has_null_where_a_number_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
-    show(Shown({"loss": float("nan"), "rows": [{"low": -float("inf"), "high": 1.5}]}), as_json=True)
+    show(CommandOutput({"loss": float("nan"), "rows": [{"low": -float("inf"), "high": 1.5}]}), as_json=True)
     assert json.loads(capsys.readouterr().out) == {"loss": None, "rows": [{"low": None, "high": 1.5}]}
 
 

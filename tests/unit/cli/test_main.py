@@ -380,6 +380,6 @@ def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(len(line) <= 80 for line in told.splitlines())
 
 
-@pytest.mark.parametrize("command", artifacts.MADE_BY.values())
+@pytest.mark.parametrize("command", artifacts.COMMANDS.values())
 def test_every_command_that_an_error_advises_to_make_an_artifact_is_there(command: str) -> None:
     assert main([*command.split(), "--help"]) == 0

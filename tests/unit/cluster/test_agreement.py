@@ -18,7 +18,7 @@ from rayrec.jobs.submit import IMAGE_PYTHON
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.online.redis_store import PASSWORD_VARIABLE
 from rayrec.serving.deployments import DeploymentConfig, build
-from rayrec.serving.middleware import VARIABLE as KEYS_VARIABLE
+from rayrec.serving.middleware import KEYS_VARIABLE as KEYS_VARIABLE
 from rayrec.serving.run import REQUEST_SECONDS, SERVE_SETTINGS
 from rayrec_cli.main import app
 

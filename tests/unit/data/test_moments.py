@@ -15,7 +15,7 @@ from rayrec.data.moments import (
     NOT_LOCAL,
     OUT_OF_RANGE,
     local_to_ms,
-    parse_moment,
+    parse_timestamp,
     to_ms,
 )
 from rayrec.data.spelling import Problems
@@ -121,12 +121,14 @@ def test_the_first_reason_of_a_row_stays() -> None:
     ["2015-01-20T18:30:00Z", "2015-01-20T19:30:00+01:00", "2015-01-20 18:30Z", "1421778600", "1421778600000"],
 )
 def test_one_moment_can_be_written_in_five_ways(text: str) -> None:
-    assert parse_moment(text) == 1421778600000
+    assert parse_timestamp(text) == 1421778600000
 
 
 def test_a_number_of_seconds_is_never_read_as_milliseconds() -> None:
-    assert parse_moment(1711929600) == parse_moment("1711929600") == parse_moment(1711929600000) == 1711929600000
-    assert parse_moment(1711929600.5) == 1711929600500
+    assert (
+        parse_timestamp(1711929600) == parse_timestamp("1711929600") == parse_timestamp(1711929600000) == 1711929600000
+    )
+    assert parse_timestamp(1711929600.5) == 1711929600500
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_a_number_of_seconds_is_never_read_as_milliseconds() -> None:
 )
 def test_what_is_no_moment_is_refused(text: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        parse_moment(text)
+        parse_timestamp(text)
 
 
 MOMENTS = st.one_of(
@@ -168,13 +170,13 @@ def test_a_command_reads_a_moment_as_an_import_does(text: str) -> None:
     times, reasons = convert(pa.array([text, "x"]))
     if len(reasons) == 1 and convert(pa.array([text, "x"]), "Asia/Tokyo")[0] != times:
         with pytest.raises(InputError, match="no zone"):
-            parse_moment(text)
+            parse_timestamp(text)
     elif len(reasons) == 1:
         assert 0 <= times[0] < END_MS
-        assert parse_moment(text) == times[0]
+        assert parse_timestamp(text) == times[0]
     else:
         with pytest.raises(InputError):
-            parse_moment(text)
+            parse_timestamp(text)
 
 
 def test_columns_of_other_types_are_named() -> None:
@@ -202,7 +204,7 @@ def test_columns_of_other_types_are_named() -> None:
     ],
 )
 def test_times_without_a_zone_are_of_the_one_that_is_named(text: str, zone: str, utc: str) -> None:
-    expected = parse_moment(utc)
+    expected = parse_timestamp(utc)
     assert convert(pa.array([text]), zone) == ([expected], [])
     assert convert(pa.array([text, "x", "1241478537", None]), zone)[0] == [expected, 0, MOMENT, 0]
     stamp = pa.array([text]).cast(pa.timestamp("us"))
@@ -244,6 +246,6 @@ def test_local_times_are_moments_of_their_zone(text: str | None, zone: str | Non
     problems = Problems(2)
     texts, zones = pa.array([text, "01/01/2020 00:00"]), pa.array([zone, None], pa.string())
     times = local_to_ms(texts, zones, problems, form="%d/%m/%Y %H:%M")
-    assert times[1] == parse_moment("2020-01-01T00:00Z")
+    assert times[1] == parse_timestamp("2020-01-01T00:00Z")
     assert problems.reasons() == ([] if utc.endswith("Z") else [utc])
-    assert times[0] == (parse_moment(utc) if utc.endswith("Z") else 0)
+    assert times[0] == (parse_timestamp(utc) if utc.endswith("Z") else 0)

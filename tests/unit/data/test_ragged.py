@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayrec.data.ragged import best_of_each, highest_of_each, offsets_of, ranges, stable_order
+from rayrec.data.ragged import offsets_of, ranges, stable_order, top_positions, top_ranked
 
 
 @pytest.mark.parametrize("largest", [3, 10**6, 2**62])
@@ -17,14 +17,14 @@ def test_the_highest_of_each_group_are_kept_and_those_equal_to_the_last() -> Non
     random = np.random.default_rng(0)
     groups = np.sort(random.integers(40, size=3_000)) * 7
     scores = random.integers(50, size=3_000).astype(np.float64)
-    kept = highest_of_each(groups, scores, 10)
+    kept = top_positions(groups, scores, 10)
     assert (np.diff(kept) > 0).all()
     for group in np.unique(groups):
         own = np.flatnonzero(groups == group)
         last = np.sort(scores[own])[::-1][min(10, len(own)) - 1]
         assert set(kept) & set(own) == set(own[scores[own] >= last])
-    assert highest_of_each(groups[:0], scores[:0], 10).tolist() == []
-    assert highest_of_each(np.array([1, 1, 2]), np.array([0.0, 1.0, 2.0]), 5).tolist() == [0, 1, 2]
+    assert top_positions(groups[:0], scores[:0], 10).tolist() == []
+    assert top_positions(np.array([1, 1, 2]), np.array([0.0, 1.0, 2.0]), 5).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -32,7 +32,7 @@ def test_the_best_of_each_group_are_those_of_a_plain_sort_equal_ones_by_song(see
     random = np.random.default_rng(seed)
     groups = np.repeat([2, 3, 7], random.integers(0, 12, size=3))
     scores, songs = random.integers(0, 4, size=len(groups)), random.permutation(len(groups))
-    positions, places = best_of_each(groups, scores, songs, 5)
+    positions, places = top_ranked(groups, scores, songs, 5)
     wanted = []
     for group in np.unique(groups):
         inside = sorted(np.flatnonzero(groups == group), key=lambda at: (-scores[at], songs[at]))[:5]

@@ -13,11 +13,11 @@ from rayrec.data.split import (
     FitRange,
     Split,
     SplitConfig,
+    describe_training_plays,
     fit_range,
     load_split,
     make_split,
     save_split,
-    trained_on,
 )
 from rayrec.errors import InputError, LeakError, NotFoundError
 from rayrec.storage.artifacts import Manifest
@@ -156,7 +156,9 @@ def test_which_plays_an_artifact_was_trained_on_is_said_in_words(workspace: Work
 
     def of(kind: str, split: str = "", files: Sequence[str] = (), **config: bool) -> str:
         inputs, hashes = {"split": split} if split else {}, dict.fromkeys(files, "")
-        return trained_on(workspace, Manifest(kind=kind, id="x", config=config, inputs=inputs, files=hashes))
+        return describe_training_plays(
+            workspace, Manifest(kind=kind, id="x", config=config, inputs=inputs, files=hashes)
+        )
 
     assert of("models") == "all plays"
     assert of("songs", "tested") == "all plays except the plays from 1970-01-21 on, UTC (split tested)"

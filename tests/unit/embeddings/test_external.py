@@ -11,7 +11,7 @@ from worlds import random_histories, write_dataset
 
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog
-from rayrec.embeddings.word2vec import EmbedConfig, read_outside
+from rayrec.embeddings.word2vec import EmbedConfig, read_external_vectors
 from rayrec.errors import InputError
 from rayrec.jobs.embed import embed
 from rayrec.storage.workspace import Workspace
@@ -38,7 +38,7 @@ def npy(folder: Path, array: np.ndarray, name: str = "vectors.npy") -> Path:
 
 
 def test_npy_rows_stand_in_the_order_of_the_catalog(tmp_path: Path, catalog: Catalog) -> None:
-    outside = read_outside(npy(tmp_path, RAW), catalog)
+    outside = read_external_vectors(npy(tmp_path, RAW), catalog)
     np.testing.assert_allclose(outside.vectors.vectors, UNIT, rtol=1e-6)
     assert (outside.rows, outside.unknown_ids, outside.zero_vectors) == (3, 0, 0)
 
@@ -48,7 +48,7 @@ def test_ids_beside_an_npy_file_place_its_rows(listed: str, tmp_path: Path, cata
     ids = ["c", "unknown", "a"]
     text = json.dumps(ids) if listed == "json" else "\n".join(ids) + "\n"
     (tmp_path / f"vectors.ids.{listed}").write_text(text)
-    outside = read_outside(npy(tmp_path, RAW.astype(np.float16)), catalog)
+    outside = read_external_vectors(npy(tmp_path, RAW.astype(np.float16)), catalog)
     np.testing.assert_allclose(outside.vectors.vectors, [UNIT[2], [0, 0], UNIT[0]], rtol=1e-3)
     assert outside.unknown_ids == 1
 
@@ -58,13 +58,13 @@ def test_ids_beside_an_npy_file_place_its_rows(listed: str, tmp_path: Path, cata
 )
 def test_parquet_places_vectors_by_id(kind: pa.DataType, tmp_path: Path, catalog: Catalog) -> None:
     path = parquet(tmp_path, ["b", "x", "a"], pa.array(RAW.tolist(), kind))
-    outside = read_outside(path, catalog)
+    outside = read_external_vectors(path, catalog)
     np.testing.assert_allclose(outside.vectors.vectors, [UNIT[2], UNIT[0], [0, 0]], rtol=1e-6)
     assert outside.unknown_ids == 1
 
 
 def test_zero_vectors_are_counted_and_leave_their_songs_without_one(tmp_path: Path, catalog: Catalog) -> None:
-    outside = read_outside(npy(tmp_path, RAW * [[1], [0], [1]]), catalog)
+    outside = read_external_vectors(npy(tmp_path, RAW * [[1], [0], [1]]), catalog)
     assert outside.zero_vectors == 1
     assert outside.vectors.known.tolist() == [True, False, True]
 
@@ -73,10 +73,10 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path, catalog: Catalog) -> 
     path = tmp_path / "vectors.npy"
     path.write_bytes(pickle.dumps(RAW))
     with pytest.raises(InputError, match="not an array of numbers"):
-        read_outside(path, catalog)
+        read_external_vectors(path, catalog)
     np.save(path, np.array([{}, {}, {}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="not an array of numbers"):
-        read_outside(path, catalog)
+        read_external_vectors(path, catalog)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path, catalog: Catalog) -> 
 )
 def test_wrong_arrays_are_refused(array: np.ndarray, message: str, tmp_path: Path, catalog: Catalog) -> None:
     with pytest.raises(InputError, match=message):
-        read_outside(npy(tmp_path, array), catalog)
+        read_external_vectors(npy(tmp_path, array), catalog)
 
 
 @pytest.mark.parametrize(
@@ -111,31 +111,31 @@ def test_wrong_tables_are_refused(
     song_ids: list[Any], vectors: list[object], message: str, tmp_path: Path, catalog: Catalog
 ) -> None:
     with pytest.raises(InputError, match=message):
-        read_outside(parquet(tmp_path, song_ids, pa.array(vectors)), catalog)
+        read_external_vectors(parquet(tmp_path, song_ids, pa.array(vectors)), catalog)
 
 
 def test_a_missing_file_column_and_format_are_named(tmp_path: Path, catalog: Catalog) -> None:
     with pytest.raises(InputError, match="does not exist"):
-        read_outside(tmp_path / "none.npy", catalog)
+        read_external_vectors(tmp_path / "none.npy", catalog)
     (tmp_path / "vectors.csv").write_text("")
     with pytest.raises(InputError, match=r"ends in '\.csv'"):
-        read_outside(tmp_path / "vectors.csv", catalog)
+        read_external_vectors(tmp_path / "vectors.csv", catalog)
     pq.write_table(pa.table({"song_id": ["a"]}), tmp_path / "vectors.parquet")
     with pytest.raises(InputError, match="no column 'vector'"):
-        read_outside(tmp_path / "vectors.parquet", catalog)
+        read_external_vectors(tmp_path / "vectors.parquet", catalog)
     (tmp_path / "vectors.parquet").write_text("no parquet")
     with pytest.raises(InputError, match="is not a Parquet file"):
-        read_outside(tmp_path / "vectors.parquet", catalog)
+        read_external_vectors(tmp_path / "vectors.parquet", catalog)
 
 
 def test_ids_must_be_as_many_as_rows(tmp_path: Path, catalog: Catalog) -> None:
     (tmp_path / "vectors.ids.txt").write_text("a\nb\n")
     with pytest.raises(InputError, match="3 rows, but its ids file has 2 ids"):
-        read_outside(npy(tmp_path, RAW), catalog)
+        read_external_vectors(npy(tmp_path, RAW), catalog)
     (tmp_path / "vectors.ids.txt").unlink()
     (tmp_path / "vectors.ids.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
-        read_outside(npy(tmp_path, RAW), catalog)
+        read_external_vectors(npy(tmp_path, RAW), catalog)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_ids_must_be_as_many_as_rows(tmp_path: Path, catalog: Catalog) -> None:
 )
 def test_ids_are_read_as_an_import_reads_them(ids: str, tmp_path: Path, catalog: Catalog) -> None:
     (tmp_path / "vectors.ids.txt").write_bytes(ids.encode())
-    outside = read_outside(npy(tmp_path, RAW), catalog)
+    outside = read_external_vectors(npy(tmp_path, RAW), catalog)
     np.testing.assert_allclose(outside.vectors.vectors, UNIT, rtol=1e-6)
     assert outside.unknown_ids == 0
 
@@ -163,7 +163,7 @@ def numbered() -> Catalog:
 @pytest.mark.parametrize("ids", ["[1, 2, 10]", "[1.0, 2.0, 10.0]", '["1", " 2", "10.0"]', "\ufeff[1, 2, 10]"])
 def test_whole_numbers_in_a_list_are_the_same_songs(ids: str, tmp_path: Path) -> None:
     (tmp_path / "vectors.ids.json").write_text(ids, encoding="utf-8")
-    np.testing.assert_allclose(read_outside(npy(tmp_path, RAW), numbered()).vectors.vectors, UNIT, rtol=1e-6)
+    np.testing.assert_allclose(read_external_vectors(npy(tmp_path, RAW), numbered()).vectors.vectors, UNIT, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,9 @@ def test_whole_numbers_in_a_list_are_the_same_songs(ids: str, tmp_path: Path) ->
 )
 def test_ids_of_every_column_type_are_the_same_songs(ids: pa.Array, tmp_path: Path) -> None:
     pq.write_table(pa.table({"song_id": ids, "vector": pa.array(RAW.tolist())}), tmp_path / "v.parquet")
-    np.testing.assert_allclose(read_outside(tmp_path / "v.parquet", numbered()).vectors.vectors, UNIT, rtol=1e-6)
+    np.testing.assert_allclose(
+        read_external_vectors(tmp_path / "v.parquet", numbered()).vectors.vectors, UNIT, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_vectors_of_every_number_type_are_read(
         if pa.types.is_fixed_size_list(kind)
         else pa.ListArray.from_arrays(pa.array([0, 2, 4, 6], pa.int32()), flat)
     )
-    outside = read_outside(parquet(tmp_path, ["a", "b", "c"], lists), catalog)
+    outside = read_external_vectors(parquet(tmp_path, ["a", "b", "c"], lists), catalog)
     np.testing.assert_allclose(outside.vectors.vectors, UNIT, rtol=1e-3)
 
 
@@ -222,7 +224,7 @@ def test_ids_that_do_not_fit_the_rows_are_an_error(
 ) -> None:
     (tmp_path / f"vectors.ids.{name}").write_text(ids)
     with pytest.raises(InputError, match=said):
-        read_outside(npy(tmp_path, RAW), catalog)
+        read_external_vectors(npy(tmp_path, RAW), catalog)
 
 
 def test_corrected_ids_beside_an_npy_file_give_other_song_embeddings(workspace: Workspace, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_long_sentences_are_cut_into_pieces_of_the_limit(limit: int) -> None:
 
 def test_sentences_of_fewer_than_two_songs_are_dropped() -> None:
     sentences = (np.arange(6, dtype=np.int32), np.array([0, 1, 3, 3, 4, 6]))
-    assert as_lists(word2vec.drop_single(sentences)) == [[1, 2], [4, 5]]
+    assert as_lists(word2vec.drop_short_sentences(sentences)) == [[1, 2], [4, 5]]
 
 
 def test_playlists_come_batch_by_batch_with_long_ones_cut() -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import Split
-from rayrec.evaluation.calibration import chance_sums, expected_calibration_error
+from rayrec.evaluation.calibration import calibration_sums, expected_calibration_error
 from rayrec.evaluation.evaluator import Evaluator, PrefixEvaluator, PrefixFile, parse_prefixes
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.results import Figures, figures_of
+from rayrec.evaluation.results import Statistics, statistics_of
 from rayrec.recommend.base import CandidateRecommender, HorizonName, ScoredCandidates
 from rayrec.recommend.baselines import PopularityRecommender
 
@@ -28,7 +28,7 @@ class Known(CandidateRecommender):
     name = "known"
     num_songs = 3
     retrievers = ("three",)
-    scores_are_chances: ClassVar[bool] = True
+    scores_are_probabilities: ClassVar[bool] = True
 
     def __init__(self, chances: tuple[float, float, float], new_chances: tuple[float, float]) -> None:
         """`new_chances` are the chances of songs 0 and 1 if heard songs are left out."""
@@ -75,7 +75,7 @@ def test_a_recommender_of_known_chances_has_the_known_error(
     sums = evaluator.empty()
     for some in (np.arange(7), np.arange(7, 20)):  # as buckets are added up
         sums.add(evaluator(histories.take(some)))
-    served, following = figures_of(sums, evaluator, "known")["calibration"]
+    served, following = statistics_of(sums, evaluator, "known")["calibration"]
     assert (served["model"], served["target"], served["songs"]) == ("known", "served", 40)  # heard songs are left out
     assert (following["model"], following["target"], following["songs"]) == ("known", "next", 60)
     assert (served["value"], following["value"]) == pytest.approx((served_error, next_error), abs=1e-6)
@@ -88,7 +88,7 @@ def test_given_pairs_have_the_same_error_as_histories() -> None:
     lines = [f"{'abc'[HEARD]}\t{'abc'[song]}" for song, users in NEXT.items() for _ in range(users)]
     evaluator = PrefixEvaluator([Known((0.1, 0.2, 0.6), (0.6, 0.4))], song_plays=np.ones(3), config=CONFIG)
     sums = evaluator(parse_prefixes(pa.array(lines), PrefixFile(path="pairs.txt"), ids))
-    errors = [row["value"] for row in Figures(sums, evaluator.recommenders, CONFIG).calibration()]
+    errors = [row["value"] for row in Statistics(sums, evaluator.recommenders, CONFIG).calibration()]
     assert errors == pytest.approx([0.5 / 2, 0.3 / 3], abs=1e-6)
 
 
@@ -96,8 +96,10 @@ def test_errors_of_low_and_high_chances_do_not_make_up_for_each_other() -> None:
     chances = (np.arange(100_000) + 0.5) / 100_000
     right = 1 - chances  # expected values instead of draws
     assert chances.mean() == pytest.approx(right.mean())
-    assert expected_calibration_error(chance_sums(chances, right)) == pytest.approx(0.5, abs=0.01)  # |2 chance - 1|
-    assert expected_calibration_error(chance_sums(chances, chances)) == pytest.approx(0, abs=1e-9)
+    assert expected_calibration_error(calibration_sums(chances, right)) == pytest.approx(
+        0.5, abs=0.01
+    )  # |2 chance - 1|
+    assert expected_calibration_error(calibration_sums(chances, chances)) == pytest.approx(0, abs=1e-9)
 
 
 def test_small_chances_are_told_apart() -> None:
@@ -105,4 +107,4 @@ def test_small_chances_are_told_apart() -> None:
     chances = 10 ** np.linspace(-4, -2, 100_000)
     right = np.where(chances < 0.001, 2, 0.75) * chances
     expected = np.where(chances < 0.001, 1, 0.25) * chances
-    assert expected_calibration_error(chance_sums(chances, right)) == pytest.approx(expected.mean(), rel=0.05)
+    assert expected_calibration_error(calibration_sums(chances, right)) == pytest.approx(expected.mean(), rel=0.05)

@@ -11,7 +11,7 @@ from rayrec.data.split import Split
 from rayrec.data.synthetic import ALBUM, DAY, FIRST_MOMENT, GenerateConfig, World
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig, plays_to_predict
-from rayrec.evaluation.results import Figures
+from rayrec.evaluation.results import Statistics
 from rayrec.model.added_songs import AddedSongs
 from rayrec.recommend.baselines import ItemKnnRecommender, PopularityRecommender
 
@@ -80,7 +80,7 @@ def recalls(
     """Recall by target and cut-off."""
     config = EvaluateConfig(ks=(OF_ARTIST, OF_GENRE), bootstrap_samples=0, offsets=0)
     evaluator = Evaluator([recommender], split=SPLIT, song_plays=plays, config=config)
-    entries = Figures(evaluator(histories), [recommender], config).results(("cold_songs", "cold_among_cold"))
+    entries = Statistics(evaluator(histories), [recommender], config).results(("cold_songs", "cold_among_cold"))
     return {
         (entry["target"], entry["k"]): entry["value"]
         for entry in entries

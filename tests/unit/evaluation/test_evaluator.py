@@ -24,7 +24,7 @@ from rayrec.evaluation.evaluator import (
 )
 from rayrec.evaluation.protocol import EvaluateConfig, TargetSongs
 from rayrec.evaluation.ranks import rank_targets
-from rayrec.evaluation.results import Figures
+from rayrec.evaluation.results import Statistics
 from rayrec.importing.readers.reader import byte_ranges
 from rayrec.model.checkpoint import save_model
 from rayrec.recommend.base import HorizonName
@@ -201,7 +201,7 @@ def test_figures_are_those_worked_out_by_hand_and_unknown_songs_are_misses() -> 
     sums = evaluator(_parse(["a\tb", "a\ta", "b\tc", "b\tx", "x\tb"]))
     values = {
         (row["model"], row["metric"], row["k"]): row["value"]
-        for row in Figures(sums, models, config).results(["next"])
+        for row in Statistics(sums, models, config).results(["next"])
         if row["users"] == "all"
     }
     # Popularity ranks c, b, a, d, so b is second twice. Item kNN ranks a, b, c, d after a, and nothing after x.
@@ -214,7 +214,7 @@ def test_figures_are_those_worked_out_by_hand_and_unknown_songs_are_misses() -> 
     # As served, the songs of the prefix are left out: popularity finds b after a and after x, item kNN only after a.
     differences = {
         (entry["target"], entry["metric"]): entry["difference"]
-        for entry in Figures(sums, models, config).comparisons("item-knn")
+        for entry in Statistics(sums, models, config).comparisons("item-knn")
     }
     assert differences == {
         ("served", "recall"): -0.25,
@@ -224,7 +224,7 @@ def test_figures_are_those_worked_out_by_hand_and_unknown_songs_are_misses() -> 
     }
     found = {
         row["model"]: row["value"]
-        for row in Figures(sums, models, config).results(["served"])
+        for row in Statistics(sums, models, config).results(["served"])
         if (row["users"], row["metric"], row["k"]) == ("all", "recall", 2)
     }
     assert found == {"popularity": 2 / 4, "item-knn": 1 / 4}
@@ -236,7 +236,7 @@ def test_an_unknown_target_is_a_miss_as_served_even_after_an_unknown_song() -> N
     sums = evaluator(_parse(["a x\ty", "a\tb"]))
     (served,) = (
         row["value"]
-        for row in Figures(sums, [popular], evaluator.config).results(["served"])
+        for row in Statistics(sums, [popular], evaluator.config).results(["served"])
         if (row["users"], row["metric"], row["k"]) == ("all", "recall", 1)
     )
     assert served == 1 / 2

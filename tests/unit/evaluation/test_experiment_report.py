@@ -11,7 +11,7 @@ from rayrec.data.histories import Histories
 from rayrec.data.impressions import ImpressionLog, LogBounds
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation import experiment_report
-from rayrec.evaluation.experiment_report import ArmFigures, ExperimentReport, ExperimentReportConfig, report_experiment
+from rayrec.evaluation.experiment_report import ArmResult, ExperimentReport, ExperimentReportConfig, report_experiment
 from rayrec.storage.workspace import Workspace
 
 NOW = 1_790_000_000_000  # ms UTC
@@ -47,7 +47,7 @@ class Planted:
         self._log.flush()
         return report_experiment(self.workspace, ExperimentReportConfig(**settings))
 
-    def arm(self, name: str = "a", **settings: Any) -> ArmFigures:
+    def arm(self, name: str = "a", **settings: Any) -> ArmResult:
         """The figures of the arm `name`."""
         return next(arm for arm in self.report(**settings).arms if arm.arm == name)
 

@@ -18,10 +18,10 @@ from rayrec.evaluation.protocol import (
     slice_masks,
     slices_of,
 )
-from rayrec.evaluation.results import Figures
+from rayrec.evaluation.results import Statistics
 from rayrec.recommend.base import VectorRecommender
 from rayrec.recommend.baselines import PopularityRecommender
-from rayrec.recommend.reranking import AnswerOptions, Starting, choose_popular
+from rayrec.recommend.reranking import AnswerOptions, PopularOrder, choose_popular
 
 HOUR, MINUTE = DAY_MS // 24, DAY_MS // 1440
 DAY = 20_000 * DAY_MS
@@ -96,7 +96,7 @@ def test_users_without_plays_are_a_slice_of_their_own_that_changes_no_other_figu
         song_plays=np.array([3, 1, 0, 0]),
         config=config,
     )
-    figures = Figures(evaluator(histories), evaluator.recommenders, config)
+    figures = Statistics(evaluator(histories), evaluator.recommenders, config)
     known = {
         (row["slice"], row["metric"]): (row["value"], row["plays"])
         for row in figures.breakdowns(())
@@ -116,8 +116,8 @@ def test_users_without_plays_get_what_is_played_of_late_by_many_artists() -> Non
     late = np.array([0, 60, 50, 40, 25])  # the sixth song came later and has no count
     artists = np.array([0, 1, 1, 1, 2])
     known = np.array([True, True, True, True, True, False])
-    starting = Starting.of(plays, known, recent_plays=late, artist_of_song=artists)
+    starting = PopularOrder.of(plays, known, recent_plays=late, artist_of_song=artists)
     chosen = choose_popular(starting, AnswerOptions(k=4))
     assert chosen.songs.tolist() == [1, 2, 4, 3]  # 60, 50 / 2, 25, 40 / 3; the tie goes to the song with more plays
     assert chosen.scores.tolist() == pytest.approx([60, 25, 25, 40 / 3])
-    assert Starting.of(plays, known).order.tolist() == [0, 1, 2, 3, 4]
+    assert PopularOrder.of(plays, known).order.tolist() == [0, 1, 2, 3, 4]

@@ -15,7 +15,7 @@ from rayrec.evaluation import evaluator as module
 from rayrec.evaluation.accumulator import MetricAccumulator, cell_ranges
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import GROUPS, EvaluateConfig, blocks, plays_to_predict, user_groups, usual_k
-from rayrec.evaluation.results import Figures
+from rayrec.evaluation.results import Statistics
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import (
     AverageRecommender,
@@ -78,7 +78,7 @@ def test_users_are_seen_new_or_held_out(world: Histories) -> None:
 def test_figures_of_each_group_are_those_worked_out_by_hand(world: Histories) -> None:
     # Popularity 5, 4, 3, 9: song 3 scores highest, although it was never played before the cut.
     evaluator = _evaluator([PopularityRecommender(np.array([5, 4, 3, 9]))])
-    results = Figures(evaluator(world), evaluator.recommenders, evaluator.config).results(["next"])
+    results = Statistics(evaluator(world), evaluator.recommenders, evaluator.config).results(["next"])
     # User "seen" plays songs 1 and 2, which rank 3 and 4; user "new" plays songs 1 and 0, which rank 3 and 2.
     found = {(entry["users"], entry["metric"], entry["k"]): entry for entry in results}
     assert found["new", "recall", 2]["value"] == 0.5
@@ -99,7 +99,7 @@ def test_figures_are_means_over_plays_and_not_over_users() -> None:
     always = PopularityRecommender(np.array([9, 1, 1, 1]))
     world = Histories.from_lists([[0, 0, 0, 0, 0], [0, 1]], [[100, 101, 102, 103, 104], [100, 101]])
     evaluator = _evaluator([always])
-    results = Figures(evaluator(world), [always], evaluator.config).results(["next"])
+    results = Statistics(evaluator(world), [always], evaluator.config).results(["next"])
     assert results[0]["value"] == 0.8  # 4 of 5 plays; the mean over users would be 0.5
 
 
@@ -187,7 +187,7 @@ def test_a_part_of_the_queries_gives_figures_near_those_of_all_with_wider_interv
     figures = []
     for share in (1.0, 0.1):
         evaluator = Evaluator(models, split=split, song_plays=np.ones(25), config=config, query_share=share)
-        figures.append(Figures(evaluator(histories), models, config))
+        figures.append(Statistics(evaluator(histories), models, config))
     every, part = (
         {(row["model"], row["metric"]): row for row in some.results(["next"]) if row["users"] == "all"}
         for some in figures
@@ -219,7 +219,7 @@ def test_only_the_drawn_users_are_in_the_curves() -> None:
 def test_curves_are_listed_with_their_plays(world: Histories) -> None:
     recommender = ItemKnnRecommender(random_vectors(4))
     evaluator = _evaluator([PopularityRecommender(np.ones(4)), recommender])
-    (curve,) = Figures(evaluator(world), evaluator.recommenders, evaluator.config).cosine_by_offset(evaluator.curves)
+    (curve,) = Statistics(evaluator(world), evaluator.recommenders, evaluator.config).cosine_by_offset(evaluator.curves)
     assert (curve["model"], curve["horizon"], curve["offset"]) == ("item-knn", "short", [1, 2])
     assert curve["plays"] == [4, 2]
     vectors = recommender.song_vectors

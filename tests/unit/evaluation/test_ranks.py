@@ -11,7 +11,7 @@ from rayrec.data.split import DAY_MS, FitRange, Split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig, HeardSongs, plays_to_predict, target_songs
 from rayrec.evaluation.ranks import BASELINE_CHOICES, NOT_FOUND, Ranked, TuningMetric, rank_targets, tune_baseline
-from rayrec.evaluation.results import Figures
+from rayrec.evaluation.results import Statistics
 from rayrec.recommend.base import BaseRecommender, CandidateRecommender, HorizonName, ScoredCandidates
 from rayrec.recommend.baselines import (
     AverageRecommender,
@@ -190,7 +190,7 @@ def test_recall_of_retrievers_is_the_share_of_targets_that_each_proposes() -> No
     histories = Histories.from_lists([[0, 1, 3, 4, 5, 0]], [range(6)])
     config = EvaluateConfig(ks=(1,), bootstrap_samples=20, offsets=0)
     evaluator = Evaluator([planned], split=EVERYTHING, song_plays=np.ones(6), config=config)
-    entries = Figures(evaluator(histories), [planned], config).retrieval(evaluator.retrievers)
+    entries = Statistics(evaluator(histories), [planned], config).retrieval(evaluator.retrievers)
     found = {(entry["target"], entry["retriever"]): (entry["value"], entry["candidates"]) for entry in entries}
     # The next plays are 1, 3, 4, 5 and 0; the next plays of songs new to the user are 1, 3, 4 and 5.
     assert found["next", "all"] == (4 / 5, 5)

@@ -10,7 +10,7 @@ from rayrec.data.histories import Histories
 from rayrec.data.split import SplitConfig, make_split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.results import Figures
+from rayrec.evaluation.results import Statistics
 from rayrec.recommend.baselines import PopularityRecommender, SequentialRulesRecommender
 
 
@@ -36,7 +36,7 @@ def test_rules_and_popularity_find_as_many_songs_as_measured_elsewhere(plays: Hi
     rules = SequentialRulesRecommender.fit([past], num_songs=num_songs, allowed=split.final)
     config = EvaluateConfig(ks=(20,), bootstrap_samples=100, offsets=0)
     evaluator = Evaluator([popularity, rules], split=split, song_plays=popularity.plays, config=config)
-    results = Figures(evaluator(plays), evaluator.recommenders, config).results(["next", "served"])
+    results = Statistics(evaluator(plays), evaluator.recommenders, config).results(["next", "served"])
     found = {
         (entry["model"], entry["metric"]): entry
         for entry in results

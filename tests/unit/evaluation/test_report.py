@@ -10,7 +10,7 @@ import pytest
 from rayrec.errors import DamagedArtifactError
 from rayrec.evaluation.plots import Plot, cosine_plot, curve_name
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.report import headline, html_page, read_figures, summary, verdict, write_report
+from rayrec.evaluation.report import headline, html_page, read_results, summary, verdict, write_report
 from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.workspace import Workspace
 
@@ -61,10 +61,10 @@ def test_figures_are_read_from_the_results_and_checked(workspace: Workspace, res
     figures = {"results": results, "cosine_by_offset": [_curve("weak")], "breakdowns": []}
     names = write_report(workspace, "reports/r", figures, default="weak", about={"split": "abc"})
     report = publish(workspace, Manifest(kind="reports", id="r", metrics={"default": "weak", "plays": 9}), names)
-    assert read_figures(workspace, report) == {"default": "weak", "plays": 9, "results": results, "breakdowns": []}
+    assert read_results(workspace, report) == {"default": "weak", "plays": 9, "results": results, "breakdowns": []}
     workspace.write_json("reports/r/results.json", {"default": "weak", "results": []})
     with pytest.raises(DamagedArtifactError, match=r"results.json does not match"):
-        read_figures(workspace, report)
+        read_results(workspace, report)
 
 
 def test_the_headline_is_the_next_play_by_what_recommends(results: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange, Split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.evaluation.results import figures_of
+from rayrec.evaluation.results import statistics_of
 from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.base import BaseRecommender, HorizonName
 from rayrec.recommend.baselines import ItemKnnRecommender, PopularityRecommender, SequentialRulesRecommender
@@ -63,7 +63,7 @@ def evaluator(histories: Histories) -> Evaluator:
 
 @pytest.fixture(scope="module")
 def figures(histories: Histories, evaluator: Evaluator) -> dict[str, list[dict[str, Any]]]:
-    return figures_of(evaluator(histories), evaluator, "taste")
+    return statistics_of(evaluator(histories), evaluator, "taste")
 
 
 class Asked:
@@ -214,10 +214,10 @@ def test_differences_are_those_of_the_means_and_their_intervals_are_paired(
     # A model compared with itself under another name differs by 0 in every sample, however wide its intervals are.
     twin = ItemKnnRecommender(random_vectors(NUM_SONGS))
     both = Evaluator([evaluator.recommenders[0], twin], split=SPLIT, song_plays=np.ones(NUM_SONGS), config=CONFIG)
-    compared = figures_of(both(histories), both, "taste")["comparisons"]
+    compared = statistics_of(both(histories), both, "taste")["comparisons"]
     short = [row for row in compared if not row["target"].endswith(LONG_TERM)]  # the twin has no long horizon
     assert [(row["difference"], row["low"], row["high"]) for row in short] == [(0, 0, 0)] * 6
-    assert figures_of(both(histories), both, "nobody")["comparisons"] == []
+    assert statistics_of(both(histories), both, "nobody")["comparisons"] == []
 
 
 def test_an_ablation_is_a_model_of_its_own_kind_that_the_default_is_compared_with(
@@ -227,7 +227,7 @@ def test_an_ablation_is_a_model_of_its_own_kind_that_the_default_is_compared_wit
     without.name, without.without = "without network", "network"
     models = [evaluator.recommenders[0], without]
     both = Evaluator(models, split=SPLIT, song_plays=np.ones(NUM_SONGS), config=CONFIG)
-    figures = figures_of(both(histories), both, "taste")
+    figures = statistics_of(both(histories), both, "taste")
     assert {row["kind"] for row in figures["results"] if row["model"] == "without network"} == {"ablation"}
     assert {row["kind"] for row in figures["results"] if row["model"] == "taste"} == {"network"}
     assert {row["other"] for row in figures["comparisons"]} == {"without network"}

@@ -8,9 +8,9 @@ from worlds import random_histories, random_vectors
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import DAY_MS
 from rayrec.evaluation.protocol import (
-    COLD,
+    COLD_TARGETS,
     OFFSETS,
-    SERVED,
+    SERVED_TARGETS,
     HeardSongs,
     TargetSongs,
     day_targets,
@@ -78,9 +78,9 @@ def test_target_songs_equal_a_plain_loop() -> None:
             start = histories.offsets[queries.rows[query]] + queries.seen[query]
             end = histories.offsets[queries.rows[query] + 1]
             expected = set(histories.songs[start + first - 1 : min(end, start + last)].tolist())
-            if target in SERVED:
+            if target in SERVED_TARGETS:
                 expected -= set(histories.songs[histories.offsets[queries.rows[query]] : start].tolist())
-            if target in COLD:
+            if target in COLD_TARGETS:
                 expected -= set(np.flatnonzero(known).tolist())
             assert sorted(expected) == sorted(found.songs[found.rows == query].tolist())
             assert found.sizes[query] == len(expected)
@@ -128,7 +128,7 @@ def test_cold_targets_are_next_songs_new_to_the_user_that_no_fit_has_seen() -> N
     histories = Histories.from_lists([[0, 1, 2, 1, 3, 9]], [range(6)])
     known = np.array([True, False, True, False])  # song 9 is newer than the fitted catalog
     queries = _all_queries(histories)
-    for target in COLD:
+    for target in COLD_TARGETS:
         cold = _targets(histories, queries, target, known)
         assert (cold.rows.tolist(), cold.songs.tolist()) == ([0, 3, 4], [1, 3, 9])  # the second play of 1 is a repeat
         assert (cold.served, cold.among_cold) == (True, target == "cold_among_cold")

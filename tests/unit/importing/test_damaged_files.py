@@ -18,7 +18,7 @@ import pytest
 
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog
-from rayrec.embeddings.word2vec import read_outside
+from rayrec.embeddings.word2vec import read_external_vectors
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.descriptions import read_descriptions
 from rayrec.importing.readers import FORMATS
@@ -260,8 +260,8 @@ def check_song_files(folder: Path, count: int) -> None:
         "songs.csv": (described.encode(), read_descriptions),
         "songs.csv.bz2": (bz2.compress(described.encode()), read_descriptions),
         "songs.parquet": (song_table("song", title=[*TITLES, "x"]), read_descriptions),
-        "vectors.parquet": (song_table("song_id", vector=vectors), lambda path: read_outside(path, catalog)),
-        "vectors.npy": (array.getvalue(), lambda path: read_outside(path, catalog)),
+        "vectors.parquet": (song_table("song_id", vector=vectors), lambda path: read_external_vectors(path, catalog)),
+        "vectors.npy": (array.getvalue(), lambda path: read_external_vectors(path, catalog)),
     }
     random = np.random.default_rng(20)
     for name, (whole, read) in files.items():

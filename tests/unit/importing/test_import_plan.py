@@ -188,15 +188,15 @@ def test_an_input_error_within_a_worker_is_noted_for_the_caller(workspace: Works
 
 
 def test_many_units_are_few_pieces_and_few_pieces_are_read_bucket_by_bucket() -> None:
-    assert import_plan.pieces_of([1.0, 5.0, 1.0]) == [[0], [1], [2]]
-    many = import_plan.pieces_of([1.0] * 10_000)
+    assert import_plan.group_units([1.0, 5.0, 1.0]) == [[0], [1], [2]]
+    many = import_plan.group_units([1.0] * 10_000)
     assert len(many) == import_plan.MAX_PIECES
     assert [unit for piece in many for unit in piece] == list(range(10_000))
     assert max(map(len, many)) <= 20
     assert bucket_groups(20, 16) == [(bucket, bucket) for bucket in range(16)]
     groups = bucket_groups(import_plan.MAX_PIECES, 4096)
     assert [bucket for first, last in groups for bucket in range(first, last + 1)] == list(range(4096))
-    assert len(groups) * import_plan.MAX_PIECES <= import_plan.READS
+    assert len(groups) * import_plan.MAX_PIECES <= import_plan.MAX_READS
 
 
 def test_histories_are_written_in_bounded_row_groups(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,9 +167,9 @@ def test_an_export_is_of_the_user_of_its_user_file_or_folder_and_feedback_is_bes
 ) -> None:
     files = exported(tmp_path / "listenbrainz_ann_1", name)
     songs = ["mapped-1", "mapped-1", "msid-1", "mapped-1"]
-    assert plays_of(files) == ([(user, song) for song in songs], {listenbrainz.BESIDE_LISTENS})
+    assert plays_of(files) == ([(user, song) for song in songs], {listenbrainz.NOT_A_LISTEN_FILE})
     assert plays_of(files, "me")[0] == [("me", song) for song in songs]
-    assert listenbrainz.BESIDE_LISTENS in FORMATS["listenbrainz"].beside
+    assert listenbrainz.NOT_A_LISTEN_FILE in FORMATS["listenbrainz"].beside
     check = FORMATS["listenbrainz"].check_users
     assert check is not None
     assert [user in note for note in check(files, "")] == ([] if name else [True])

@@ -7,7 +7,7 @@ import pytest
 from rayrec.data import columns
 from rayrec.errors import RayrecError
 from rayrec.importing import vocabulary
-from rayrec.importing.vocabulary import PLACE, SongMerger, SongRows, Vocabulary, first_songs, song_keys
+from rayrec.importing.vocabulary import FIRST_POSITION, SongMerger, SongRows, Vocabulary, first_songs, song_keys
 
 
 def songs(*ids: str, titles: list[str | None] | None = None) -> pa.Table:
@@ -23,7 +23,7 @@ def vocabulary_of(*tables: pa.Table, existing: pa.Table | None = None) -> Vocabu
     placed = []
     for number, table in enumerate(tables):
         places = pa.array(np.arange(len(table), dtype=np.int64) + (number << 32))
-        placed.append(table.set_column(table.column_names.index(PLACE), PLACE, places))
+        placed.append(table.set_column(table.column_names.index(FIRST_POSITION), FIRST_POSITION, places))
     return Vocabulary(existing, placed)
 
 

@@ -11,7 +11,7 @@ from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError
-from rayrec.jobs.fit import FitResult, fit, served_before, train_defaults
+from rayrec.jobs.fit import FitResult, fit, selection_parts, train_defaults
 from rayrec.jobs.job_config import FitConfig
 from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.index import IndexConfig
@@ -95,7 +95,7 @@ def test_quality_is_that_of_rankers_that_have_not_learned_from_the_users_it_is_m
     for path in workspace.files(rankers.folder):
         if SELECTION_RANKERS not in path and path.endswith(".json"):
             workspace.delete(path)  # the rankers that answer requests: they were trained on all users
-    parts = served_before(Dataset(workspace), model, retrieval, rankers, "two-step")
+    parts = selection_parts(Dataset(workspace), model, retrieval, rankers, "two-step")
     measured = parts.load(Dataset(workspace), IndexConfig())
     assert isinstance(measured, TwoStepRecommender)
     assert "next" in measured.rankers

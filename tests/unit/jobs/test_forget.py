@@ -18,7 +18,7 @@ from without_ray import without_ray
 from worlds import random_vectors, write_song_vectors
 
 from rayrec.bench.redis_servers import RedisServer
-from rayrec.data.dataset import Dataset, read_forgotten, read_waiting
+from rayrec.data.dataset import Dataset, read_forgotten, read_pending_deletions
 from rayrec.data.split import Split, SplitConfig, fit_range, split_dataset
 from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
 from rayrec.importing.import_plan import ImportConfig
@@ -209,7 +209,7 @@ def test_no_file_holds_a_deleted_user_and_all_else_is_as_it_was(world: Workspace
         ):
             assert folder in named or (user == GONE[2] and folder in ("rejected", "dataset.json", "earlier"))
     delete_all(world, tmp_path)
-    assert len(read_waiting(world)) == 3
+    assert len(read_pending_deletions(world)) == 3
     require_sound(world)
     assert main(["--workspace", world.uri, "compact"]) == 0
     for user in GONE:
@@ -219,7 +219,7 @@ def test_no_file_holds_a_deleted_user_and_all_else_is_as_it_was(world: Workspace
     assert answers(world) == answered
     after = Dataset(world).manifest
     assert (after.id, after.users, after.plays) == (manifest.id, len(OTHERS), len(OTHERS) * 24)
-    assert (len(read_waiting(world)), len(read_forgotten(world))) == (0, 3)
+    assert (len(read_pending_deletions(world)), len(read_forgotten(world))) == (0, 3)
     made = compute_tastes(world, TasteConfig())
     assert made.id == artifacts.listing(world, "tastes")[-1].id  # nothing is computed again
     assert made.metrics["users"] == len(OTHERS)
@@ -477,7 +477,7 @@ def test_a_damaged_file_does_not_get_a_new_checksum(world: Workspace, tmp_path: 
     world.write_table(path, table.slice(0, table.num_rows - 1) if table.num_rows > 1 else table)
     with pytest.raises(DamagedArtifactError, match=path):
         compact(world)
-    assert len(read_waiting(world)) == 3
+    assert len(read_pending_deletions(world)) == 3
 
 
 def test_the_list_holds_no_id_in_clear(world: Workspace, tmp_path: Path) -> None:
@@ -494,7 +494,7 @@ def test_a_command_without_users_is_wrong_use(world: Workspace, capsys: pytest.C
     assert main(["--workspace", world.uri, "forget"]) == 2
     assert "--user ID or --users FILE" in capsys.readouterr().err
     assert main(["--workspace", world.uri, "forget", "--user", " "]) == 2
-    assert len(read_waiting(world)) == 0
+    assert len(read_pending_deletions(world)) == 0
     assert main(["--workspace", world.uri, "--json", "forget", "--user", GONE[0], "--compact"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["users"], told["compact"]["erased"]["users"]) == (1, 1)

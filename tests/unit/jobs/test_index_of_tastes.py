@@ -17,11 +17,11 @@ from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs import evaluate, rank
 from rayrec.jobs.build_index import build_index
-from rayrec.jobs.fit import served_before
+from rayrec.jobs.fit import selection_parts
 from rayrec.jobs.pipeline import Stages
 from rayrec.jobs.rank import fit_rankers
 from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
-from rayrec.recommend.index import IndexConfig, IndexFigures, SongIndex
+from rayrec.recommend.index import IndexConfig, IndexMetrics, SongIndex
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
@@ -104,7 +104,7 @@ def test_quality_is_measured_with_an_index_that_was_chosen_on_tastes(
 ) -> None:
     dataset = Dataset(workspace)
     model, retrieval, rankers = (newest(workspace, kind) for kind in ("models", "retrieval", "rankers"))
-    recommender = served_before(dataset, model, retrieval, rankers, "two-step").load(dataset, LISTS)
+    recommender = selection_parts(dataset, model, retrieval, rankers, "two-step").load(dataset, LISTS)
     assert isinstance(recommender, TwoStepRecommender)
     assert recommender.source.index.figures.kind == "ivf"
     (queries,) = chosen_on
@@ -128,7 +128,7 @@ def test_an_evaluation_searches_the_index_that_is_stored(
     assert len(chosen_on) == 1
     figures = _two_step(workspace).source.index.figures
     assert len(chosen_on) == 1  # no other index was built
-    assert figures == IndexFigures(**{name: stored.metrics[name] for name in asdict(figures)})
+    assert figures == IndexMetrics(**{name: stored.metrics[name] for name in asdict(figures)})
     evaluated = EvaluateConfig(models=("two-step",), bootstrap_samples=0, offsets=0, max_curve_users=5)
     split = load_split(workspace, newest(workspace, "models").inputs["split"])
     report = evaluate.evaluate(workspace, evaluated, split=split)

@@ -18,7 +18,7 @@ from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.planning.formulas import retrieval_requests
 from rayrec.jobs.retrieval import fit_retrieval, merge_counts
 from rayrec.recommend import stored_retrieval
-from rayrec.recommend.stored_retrieval import UNIT, Retrieval, RetrievalCounts
+from rayrec.recommend.stored_retrieval import DIRECT_WEIGHT, Retrieval, RetrievalCounts
 from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -44,7 +44,7 @@ def arrays(retrieval: Retrieval) -> dict[str, np.ndarray]:
 def cut(monkeypatch: pytest.MonkeyPatch, *, ranges: int, groups: int, plays: int) -> None:
     """Make the stage use `ranges` ranges of songs and `groups` groups of buckets, as for very large data."""
     monkeypatch.setattr(stored_retrieval, "PLAYS_PER_RANGE", -(-plays // ranges))
-    monkeypatch.setattr(import_plan, "READS", ranges * groups)
+    monkeypatch.setattr(import_plan, "MAX_READS", ranges * groups)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def followers(workspace: Workspace, retrieval: Manifest, song: str) -> dict[str,
     catalog, rules = Dataset(workspace).catalog(), Retrieval.load(workspace, retrieval.folder).rules
     ids, (row,) = catalog.table.column("song_id").to_pylist(), catalog.rows([song])
     entries = slice(int(rules.offsets[row]), int(rules.offsets[row + 1]))
-    weights = (rules.weights[entries] / UNIT).tolist()
+    weights = (rules.weights[entries] / DIRECT_WEIGHT).tolist()
     return dict(zip([ids[each] for each in rules.followers[entries]], weights, strict=True))
 
 

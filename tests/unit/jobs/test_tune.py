@@ -15,7 +15,7 @@ from rayrec.jobs import tune as job
 from rayrec.jobs.job_config import Trial, TuneConfig, read_trials, to_toml
 from rayrec.jobs.pipeline import read_configs
 from rayrec.jobs.tune import CSV, tune
-from rayrec.model.epochs import CHOSEN_BY
+from rayrec.model.epochs import SELECTION_METRIC
 from rayrec.model.train_config import TrainConfig
 from rayrec.storage.artifacts import Manifest, current_ids, publish
 from rayrec.storage.workspace import Workspace
@@ -36,7 +36,7 @@ def split(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Split:
     def train(workspace: Workspace, config: TrainConfig, **options: Any) -> Manifest:
         if config.learning_rate > 0.01:
             raise DivergedError("training diverged: the loss is not finite")
-        model = Manifest(kind="models", id="learned", metrics={CHOSEN_BY: 0.25, "epochs": 1, "seconds": 1.0})
+        model = Manifest(kind="models", id="learned", metrics={SELECTION_METRIC: 0.25, "epochs": 1, "seconds": 1.0})
         workspace.write_bytes(model.path("weights"), b"")
         return publish(workspace, model, ["weights"])
 
@@ -54,7 +54,7 @@ def space(folder: Path, rates: str) -> str:
 
 def test_the_best_trial_is_one_that_did_not_diverge(workspace: Workspace, split: Split, tmp_path: Path) -> None:
     made = tune(workspace, TuneConfig(), space(tmp_path, "[1.0, 0.001, 0.5]"), split=split)
-    assert [row[CHOSEN_BY] for row in made.metrics["trials"]] == [None, 0.25, None]
+    assert [row[SELECTION_METRIC] for row in made.metrics["trials"]] == [None, 0.25, None]
     assert made.metrics["best"]["train"]["learning_rate"] == 0.001
     assert made.metrics["best_ndcg"] == 0.25
     rates = [line.split(",")[1:3] for line in workspace.read_bytes(made.path(CSV)).decode().splitlines()[1:]]

@@ -12,7 +12,7 @@ from without_ray import without_ray
 
 from rayrec.config import from_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.moments import parse_moment
+from rayrec.data.moments import parse_timestamp
 from rayrec.data.split import load_split
 from rayrec.errors import InputError
 from rayrec.importing.import_plan import ImportConfig
@@ -214,11 +214,11 @@ def test_times_without_a_zone_and_skips_are_read_as_in_the_fit_unless_another_zo
     config = FitConfig(paths=(str(tmp_path / "plays.csv"),), timezone="Asia/Tokyo")
     how = {"import": {"buckets": 2, "skip_below": 0.2}, "embed": SETTINGS["embed"], "train": SETTINGS["train"]}
     fit(workspace, config, settings=how)
-    assert Dataset(workspace).manifest.last_play == parse_moment("2026-01-11T01:00Z")
+    assert Dataset(workspace).manifest.last_play == parse_timestamp("2026-01-11T01:00Z")
     updated(workspace, str(tmp_path / "day1.csv"))
-    assert Dataset(workspace).manifest.last_play == parse_moment("2026-01-12T15:00Z")
+    assert Dataset(workspace).manifest.last_play == parse_timestamp("2026-01-12T15:00Z")
     updated(workspace, str(tmp_path / "day2.csv"), timezone="UTC")
-    assert Dataset(workspace).manifest.last_play == parse_moment("2026-01-14T01:00Z")
+    assert Dataset(workspace).manifest.last_play == parse_timestamp("2026-01-14T01:00Z")
     skipped = Dataset(workspace).history("u0").skipped
     assert skipped is not None
     assert skipped.tolist() == [False] * 12 + [True]

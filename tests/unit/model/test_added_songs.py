@@ -130,7 +130,7 @@ def test_songs_keep_the_vectors_that_their_plays_were_read_with(added: AddedSong
         catalog([*described, "artist-2"]),
         no_content(73),
         earlier=added,
-        songs_then=72,
+        earlier_num_songs=72,
         first_plays=FirstPlays.read([histories], np.arange(60, 73), clustered(), clustered(1)),
     )
     assert more.rows.tolist() == [*range(60, 71), 72]
@@ -235,7 +235,7 @@ def test_an_index_with_added_songs_answers_as_one_that_was_built_with_them(kind:
 
 def test_added_songs_that_are_banned_stay_out_of_long_lists_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "FEW_SONGS", 10)
-    monkeypatch.setattr(index_module, "MOST_LISTS", 1.0)
+    monkeypatch.setattr(index_module, "MAX_LIST_SHARE", 1.0)
     monkeypatch.setattr(index_module, "MAX_OVERFETCH", 5)  # if more songs are excluded, the search itself skips them
     vectors, rows = random_vectors(400, DIM, seed=5), np.arange(360, 400)
     config = IndexConfig(kind="ivf", nlist=8, queries=50, target_recall=0.1)

@@ -15,13 +15,13 @@ from rayrec.errors import DivergedError
 from rayrec.model import epochs as epochs_module
 from rayrec.model.checkpoint import export_song_vectors, load_model, save_model
 from rayrec.model.epochs import (
-    CHOSEN_BY,
     RECALL_AT,
+    SELECTION_METRIC,
     Fit,
     FitData,
     Phase,
     Validation,
-    carry_over,
+    copy_weights_from,
     start_vectors,
     validation_metrics,
     validation_tastes,
@@ -109,7 +109,7 @@ def test_without_a_validation_range_the_fit_runs_the_epochs_it_was_told(plays: d
 def figures(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Replace the validation: it returns `values`, one per epoch."""
     coming = iter(values)
-    monkeypatch.setattr(Fit, "_validate", lambda _: {CHOSEN_BY: next(coming)})
+    monkeypatch.setattr(Fit, "_validate", lambda _: {SELECTION_METRIC: next(coming)})
 
 
 def epochs_of(fit: Fit) -> dict[str, int]:
@@ -164,7 +164,7 @@ def test_a_resumed_fit_ends_where_an_undisturbed_one_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(epochs_module, "STEPS_BETWEEN_READS", 2)
-    monkeypatch.setattr(Fit, "_validate", lambda fit: {CHOSEN_BY: [0.1, 0.3, 0.2][fit.progress.epoch - 1]})
+    monkeypatch.setattr(Fit, "_validate", lambda fit: {SELECTION_METRIC: [0.1, 0.3, 0.2][fit.progress.epoch - 1]})
     config = settings(epochs=3, checkpoint_minutes=0.0, **changes)
     undisturbed_host = MemoryHost(plays, config)
     undisturbed = fit_of(config, plays, validation, undisturbed_host)
@@ -196,7 +196,7 @@ def test_a_fit_resumed_after_any_step_reports_the_plays_and_losses_of_an_undistu
 ) -> None:
     """This includes the last step of an epoch, and the last step of the last epoch."""
     monkeypatch.setattr(epochs_module, "STEPS_BETWEEN_READS", 1)
-    monkeypatch.setattr(Fit, "_validate", lambda fit: {CHOSEN_BY: [0.1, 0.3][fit.progress.epoch - 1]})
+    monkeypatch.setattr(Fit, "_validate", lambda fit: {SELECTION_METRIC: [0.1, 0.3][fit.progress.epoch - 1]})
     config = settings(epochs=2, checkpoint_minutes=0.0)
     host = MemoryHost(plays, config, tmp_path)
     undisturbed = fit_of(config, plays, validation, host)
@@ -337,7 +337,7 @@ def test_epochs_are_chosen_by_new_songs_among_those_not_heard() -> None:
     assert metrics_of(model, vectors, asked) == {
         f"validation_recall@{RECALL_AT}": 1.0,
         f"validation_mrr@{RECALL_AT}": pytest.approx((1 / 3 + 1 / 2) / 2),
-        CHOSEN_BY: pytest.approx(1.0),
+        SELECTION_METRIC: pytest.approx(1.0),
     }
 
 
@@ -382,7 +382,7 @@ def test_a_network_starts_from_another_and_new_songs_keep_their_rows(plays: dict
         before.songs.weight[7] = 0  # a stored network has zeros for a song that it does not know
     fresh = TasteModel(replace(before.config, num_songs=NUM_SONGS + 5), torch.from_numpy(random_vectors(NUM_SONGS + 5)))
     began = fresh.songs.weight.clone()
-    carry_over(before, fresh, Share())
+    copy_weights_from(before, fresh, Share())
     known = np.delete(np.arange(NUM_SONGS), 7)
     assert torch.equal(fresh.songs.weight[known], before.songs.weight[known])
     assert torch.equal(

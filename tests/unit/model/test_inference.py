@@ -38,7 +38,7 @@ def encoder(request: pytest.FixtureRequest) -> TasteEncoder:
 @pytest.fixture(params=[1024, 7], ids=["whole", "in pieces"])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The number of plays in one pass; with 7, most histories need several passes, which hand over their state."""
-    monkeypatch.setattr(inference, "PIECE", request.param)
+    monkeypatch.setattr(inference, "PLAYS_PER_CHUNK", request.param)
     return int(request.param)
 
 
@@ -122,15 +122,15 @@ def test_read_only_states_are_enough(encoder: TasteEncoder, histories: Histories
 
 def test_a_history_longer_than_a_piece_carries_its_state_on(encoder: TasteEncoder) -> None:
     random = np.random.default_rng(3)
-    plays = inference.PIECE * 2 + 100
+    plays = inference.PLAYS_PER_CHUNK * 2 + 100
     history = Histories.from_lists(
         [random.integers(0, NUM_SONGS, plays), [5]],  # type: ignore[list-item]
         [np.arange(plays) * MINUTE, [3]],  # type: ignore[list-item]
     )
-    seen = np.array([0, 1, inference.PIECE, inference.PIECE + 1, plays])
+    seen = np.array([0, 1, inference.PLAYS_PER_CHUNK, inference.PLAYS_PER_CHUNK + 1, plays])
     queries = Queries(rows=np.zeros(5, np.int64), seen=seen, at=np.full(5, plays * MINUTE))
     found = encoder.vectors(history, queries, "short")
-    state = encoder.no_states(1)
+    state = encoder.initial_states(1)
     for begin, end, wanted in zip(seen[:-1], seen[1:], found[1:], strict=True):
         part = history.take(np.array([0])).keep((np.arange(plays) >= begin) & (np.arange(plays) < end))
         _, state = encoder.run(part, start=state)
@@ -155,7 +155,7 @@ def test_vectors_are_normalized_float32_for_users_without_plays_too(
     nobody = Histories.from_lists([[], []], [[], []])
     unheard = encoder.vectors(nobody, Queries.at_end(nobody, 10**9), "short")
     np.testing.assert_allclose(unheard, vectors[histories.lengths == 0][[0, 0]], **CLOSE)
-    assert encoder.no_states(2).last_played_at.tolist() == [NEVER, NEVER]
+    assert encoder.initial_states(2).last_played_at.tolist() == [NEVER, NEVER]
 
 
 def test_the_time_of_the_request_changes_the_vector(encoder: TasteEncoder, histories: Histories) -> None:
@@ -188,7 +188,7 @@ def test_passes_are_bounded_and_hold_every_user_with_plays_once(plays_per_pass: 
     passes = list(inference.passes(lengths, plays_per_pass))
     assert sorted(np.concatenate(passes).tolist()) == np.flatnonzero(lengths).tolist()
     for rows in passes:
-        assert len(rows) * min(lengths[rows].max(), inference.PIECE) <= plays_per_pass
+        assert len(rows) * min(lengths[rows].max(), inference.PLAYS_PER_CHUNK) <= plays_per_pass
         assert lengths[rows[-1]] == lengths[rows].max()  # shorter histories are looked up within the longest
 
 

@@ -49,7 +49,7 @@ def test_the_state_is_the_one_after_the_last_play_not_after_the_padding(
 ) -> None:
     seen, last = model.trunk(padded(model, histories))
     ends = torch.from_numpy(histories.lengths - 1)
-    torch.testing.assert_close(model.seen_in(last), seen[torch.arange(len(histories)), ends])
+    torch.testing.assert_close(model.head_inputs_of(last), seen[torch.arange(len(histories)), ends])
 
 
 @torch.inference_mode()
@@ -79,7 +79,7 @@ def test_averages_are_of_the_vectors_that_tastes_are_compared_with(histories: Hi
     gap = torch.zeros(batch.songs_BL.shape)
     trained = model(batch, gap)["short"][torch.arange(len(histories)), batch.length_B - 1]
     torch.testing.assert_close(trained, model.song_vectors(last), atol=1e-5, rtol=0)
-    stored = model.head(model.seen_in(model.trunk(batch)[1]), gap[:, 0], "short")
+    stored = model.head(model.head_inputs_of(model.trunk(batch)[1]), gap[:, 0], "short")
     torch.testing.assert_close(stored, trained, atol=1e-5, rtol=0)
 
 

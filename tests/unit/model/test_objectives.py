@@ -36,10 +36,10 @@ def taste() -> Tensor:
 def drawn_by(counts: np.ndarray, count: int, prior: np.ndarray | None = None, seed: int = 3) -> Negatives:
     songs, weights = NegativeSampler(counts, count).draw(np.random.default_rng(seed))
     added = weights if prior is None else weights + prior[songs]
-    return Negatives(places_K=torch.from_numpy(songs), weight_KH=torch.from_numpy(added)[:, None])
+    return Negatives(song_rows_K=torch.from_numpy(songs), weight_KH=torch.from_numpy(added)[:, None])
 
 
-ALL = Negatives(places_K=torch.arange(NUM_SONGS), weight_KH=torch.zeros(NUM_SONGS, 1))
+ALL = Negatives(song_rows_K=torch.arange(NUM_SONGS), weight_KH=torch.zeros(NUM_SONGS, 1))
 
 
 def targets_of(songs: list[int] | list[list[int]], negatives: Negatives, prior: np.ndarray | None = None) -> Targets:
@@ -50,9 +50,9 @@ def targets_of(songs: list[int] | list[list[int]], negatives: Negatives, prior: 
         positions=np.arange(len(songs)),
         horizons_PH=np.ones((len(songs), 1)),
         songs_PT=safe,
-        places_PT=safe,
-        there_PT=songs_PT >= 0,
-        negatives=negatives.places_K.numpy(),
+        song_rows_PT=safe,
+        exists_PT=songs_PT >= 0,
+        negatives=negatives.song_rows_K.numpy(),
         prior_PT=np.zeros(safe.shape, dtype=np.float32) if prior is None else prior[safe],
         weight_H=np.ones(1),
         count=NUM_SONGS,
@@ -79,7 +79,7 @@ def test_sampled_softmax_equals_its_formula(taste: Tensor) -> None:
             if song != target:  # an accidental hit is no negative
                 logits[number] = t @ SONGS[song].numpy() * 12.0 - np.log(expected_draws[song])
         wanted += np.log(sum(np.exp(list(logits.values())))) - logits[0]
-    negatives = Negatives(places_K=torch.from_numpy(songs), weight_KH=torch.from_numpy(weights)[:, None])
+    negatives = Negatives(song_rows_K=torch.from_numpy(songs), weight_KH=torch.from_numpy(weights)[:, None])
     assert float(softmax(SONGS, taste, targets_of(targets, negatives), negatives, SCALE)) == pytest.approx(
         wanted, rel=1e-4
     )
@@ -106,8 +106,8 @@ def test_softmax_is_over_all_songs_where_all_are_negatives(taste: Tensor) -> Non
 def plain(songs: Tensor, taste: Tensor, targets: Targets, negatives: Negatives, scale: Tensor) -> Tensor:
     """The loss of `softmax`, with all logits at once and gradients by autograd."""
     query = taste * scale.unsqueeze(1)
-    own = (query.unsqueeze(1) * songs[targets.places_PT]).sum(-1) + targets.prior_PT
-    others = query @ songs[negatives.places_K].T + targets.horizons_PH @ negatives.weight_KH.T
+    own = (query.unsqueeze(1) * songs[targets.song_rows_PT]).sum(-1) + targets.prior_PT
+    others = query @ songs[negatives.song_rows_K].T + targets.horizons_PH @ negatives.weight_KH.T
     both = torch.cat([others, own + targets.missing_PT, others.new_full((len(others), 1), -torch.inf)], dim=1)
     total = both.scatter(1, targets.hits_PT, -torch.inf).logsumexp(1, keepdim=True)
     return ((total - own) * targets.weight_PT).sum()
@@ -134,7 +134,7 @@ def test_gradients_of_chunks_equal_those_of_all_logits_at_once(chunk: int, monke
         **{name: getattr(targets, name).to(**many) for name in ("weight_PT", "missing_PT", "prior_PT")},
     ).weighed(np.array([40.0, 7.0]))
     assert exact.rows == [40, 25, 25]
-    assert (exact.hits_PT < len(negatives.places_K)).any()
+    assert (exact.hits_PT < len(negatives.song_rows_K)).any()
     found: list[list[Tensor]] = []
     for objective in (softmax, plain):
         leaves = [value.double().clone().requires_grad_() for value in (SONGS, taste, torch.linspace(5, 15, 40))]
@@ -176,7 +176,7 @@ def test_the_gradient_reaches_the_songs_that_take_part(name: str, taste: Tensor)
     loss.backward()  # type: ignore[no-untyped-call]
     assert taste.grad is not None
     assert songs.grad is not None
-    competing = set(negatives.places_K.tolist()) if "softmax" in name else set()
+    competing = set(negatives.song_rows_K.tolist()) if "softmax" in name else set()
     assert set(songs.grad.any(-1).nonzero().flatten().tolist()) == set(TARGETS) | competing
 
 

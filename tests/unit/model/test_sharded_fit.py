@@ -230,5 +230,5 @@ def test_a_network_of_few_songs_answers_as_the_whole_one() -> None:
     model = TasteModel(model_config(CONFIG, num_songs=PLAYED), torch.from_numpy(random_vectors(PLAYED)))
     songs = np.array([3, 5, 8])
     vectors = export_song_vectors(model, np.ones(PLAYED, dtype=bool))
-    few = fitting.network_over(model, vectors, RowExchange(Share()), songs)
+    few = fitting.network_of_songs(model, vectors, RowExchange(Share()), songs)
     torch.testing.assert_close(few.song_vectors(torch.arange(3)), model.song_vectors(torch.from_numpy(songs)))

@@ -8,7 +8,7 @@ from worlds import random_histories
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.windows import NEVER
 from rayrec.model.inference import TasteEncoder
-from rayrec.model.taste_table import heard_songs, states_of, taste_column, taste_table
+from rayrec.model.taste_table import heard_songs, read_states, taste_column, taste_table
 
 AT = 100 * MINUTE
 LAYERS = 2
@@ -42,7 +42,7 @@ def test_a_row_per_user_holds_the_encoders_vectors(encoder: TasteEncoder, histor
 
 def test_states_come_back_from_rows_and_go_on(encoder: TasteEncoder, histories: Histories) -> None:
     early = histories.keep(np.arange(histories.num_plays) % 15 < 8)
-    states = states_of(taste_table(encoder, early, AT), encoder.model.config.state_layers)
+    states = read_states(taste_table(encoder, early, AT), encoder.model.config.state_layers)
     _, wanted = encoder.run(early)
     np.testing.assert_array_equal(states.hidden, wanted.hidden)
     np.testing.assert_array_equal(states.last_played_at, wanted.last_played_at)
@@ -55,12 +55,12 @@ def test_states_come_back_from_rows_and_go_on(encoder: TasteEncoder, histories: 
 def test_states_come_back_from_a_slice_and_from_no_rows(encoder: TasteEncoder, histories: Histories) -> None:
     table = taste_table(encoder, histories, AT)
     np.testing.assert_array_equal(
-        states_of(table.slice(3, 4), encoder.model.config.state_layers).hidden,
-        states_of(table, encoder.model.config.state_layers).hidden[3:7],
+        read_states(table.slice(3, 4), encoder.model.config.state_layers).hidden,
+        read_states(table, encoder.model.config.state_layers).hidden[3:7],
     )
     nobody = taste_table(encoder, Histories.from_lists([], []), AT)
     assert nobody.schema == table.schema
-    assert len(states_of(nobody, encoder.model.config.state_layers).hidden) == 0
+    assert len(read_states(nobody, encoder.model.config.state_layers).hidden) == 0
 
 
 def test_a_user_without_plays_has_never_played(encoder: TasteEncoder) -> None:

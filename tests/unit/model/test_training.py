@@ -151,7 +151,7 @@ def targets_of(
     step = maker.make(windows, 0, 0)
     number, found = [*config.horizons].index(horizon), step.targets
     rows = found.horizons_PH[:, number].numpy() > 0
-    looked_up = step.songs["songs.weight"].numpy()[found.places_PT.numpy()[rows]]
+    looked_up = step.songs["songs.weight"].numpy()[found.song_rows_PT.numpy()[rows]]
     longest = int(windows.inputs.max())
     draws = 1 if config.horizons[horizon].choices == 1 else config.long_targets
     grid = np.full((len(windows) * longest, draws), -1)
@@ -422,6 +422,6 @@ def test_padding_looks_up_no_song(histories: Histories) -> None:
     assert set(step.songs["inputs.weight"].tolist()) == set(inputs.tolist())
     outputs = step.songs["songs.weight"]
     there = step.targets.weight_PT > 0
-    named = [outputs[step.targets.places_PT[there]], outputs[step.negatives.places_K]]
+    named = [outputs[step.targets.song_rows_PT[there]], outputs[step.negatives.song_rows_K]]
     assert not there.all()  # a missing draw must not add a song
     assert set(outputs.tolist()) == set(torch.cat(named).tolist())

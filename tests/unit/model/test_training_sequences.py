@@ -13,7 +13,7 @@ from rayrec.data.split import FitRange
 from rayrec.errors import InputError, LeakError
 from rayrec.model.song_tables import Share
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training_windows import Sequences, ShardReader, plain_stream, window_lengths
+from rayrec.model.training_windows import Sequences, ShardReader, stream_batches, window_lengths
 from rayrec.storage.artifacts import write_dataset_manifest
 from rayrec.storage.workspace import Workspace, playlists_file
 
@@ -91,7 +91,7 @@ def test_windows_are_cut_from_playlists_none_across_two(dataset: Dataset) -> Non
     reader = ShardReader(dataset, FitRange(), settings, lengths, Share())
     found = [
         part.tolist()
-        for windows in plain_stream(reader, 0)
+        for windows in stream_batches(reader, 0)
         for part in np.split(windows.plays.songs, windows.plays.offsets[1:-1])
     ]
     assert sorted(found) == [[1, 2, 3], [4, 5], [6, 7, 8], [8, 9]]  # inputs and one play of lookahead

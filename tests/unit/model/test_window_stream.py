@@ -16,7 +16,7 @@ from rayrec.data.windows import WindowLengths, Windows
 from rayrec.errors import InputError, LeakError, MismatchError
 from rayrec.model.song_tables import Share
 from rayrec.model.train_config import TrainConfig
-from rayrec.model.training_windows import ShardReader, WindowCounter, plain_stream, split_batches, window_lengths
+from rayrec.model.training_windows import ShardReader, WindowCounter, split_batches, stream_batches, window_lengths
 from rayrec.storage.workspace import Workspace
 
 CONFIG = TrainConfig(window=5, batch=6, long=(2, 3))
@@ -43,7 +43,7 @@ def reader(dataset: Dataset, allowed: FitRange = EVERYTHING, share: Share | None
 def batches(
     dataset: Dataset, allowed: FitRange = EVERYTHING, share: Share | None = None, epoch: int = 0
 ) -> list[Windows]:
-    return list(plain_stream(reader(dataset, allowed, share), epoch))
+    return list(stream_batches(reader(dataset, allowed, share), epoch))
 
 
 def contents(found: list[Windows]) -> list[list[int]]:
@@ -90,7 +90,7 @@ def test_a_worker_opens_and_reads_its_part_of_the_files(workspace: Workspace, wo
     lengths = window_lengths(dataset, EVERYTHING, CONFIG)
     all_bytes = sum(size for file, size in counted.reads() if "histories" in file)
     for rank in range(workers):
-        list(plain_stream(ShardReader(dataset, EVERYTHING, CONFIG, lengths, Share(rank=rank, workers=workers)), 0))
+        list(stream_batches(ShardReader(dataset, EVERYTHING, CONFIG, lengths, Share(rank=rank, workers=workers)), 0))
         files, sizes = zip(*counted.reads(), strict=True)
         assert len(files) == len(set(files)) == buckets // workers
         assert sum(sizes) < 1.2 * all_bytes / workers
@@ -115,7 +115,7 @@ def test_plays_that_changed_after_they_were_counted_stop_the_training(dataset: D
     lengths = window_lengths(dataset, EVERYTHING, CONFIG)
     more = WindowLengths(inputs=lengths.inputs + 1, offsets=lengths.offsets)
     with pytest.raises(MismatchError, match="the plays changed during the training"):
-        list(plain_stream(ShardReader(dataset, EVERYTHING, CONFIG, more, Share()), 0))
+        list(stream_batches(ShardReader(dataset, EVERYTHING, CONFIG, more, Share()), 0))
 
 
 def test_plays_past_the_cut_and_of_held_out_users_are_in_no_window(dataset: Dataset, histories: Histories) -> None:
@@ -137,7 +137,7 @@ def test_a_reader_that_selects_too_much_is_stopped(
         with monkeypatch.context() as patch:
             patch.setattr(FitRange, "select", lambda _, plays: plays)
             with pytest.raises(LeakError, match=told):
-                list(plain_stream(made, 0))
+                list(stream_batches(made, 0))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 10_000])

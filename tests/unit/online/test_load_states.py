@@ -14,10 +14,10 @@ from worlds import with_opinions, write_dataset, write_song_vectors
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError
-from rayrec.model.taste_table import states_of, tastes_file
+from rayrec.model.taste_table import read_states, tastes_file
 from rayrec.online.load_states import PIECE_PLAYS, load_states
 from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_plays, unpack_state
-from rayrec.online.state_store import NOT_THERE, Change, StateStore, open_store, store_uri
+from rayrec.online.state_store import NO_VERSION, Change, StateStore, open_store, store_uri
 from rayrec.online.user_state import FIRST_ONLINE, LAST_PLAYS, Plays, UserState, fold_heard
 from rayrec.recommend.answer import load_recommender
 from rayrec.storage import artifacts, releases
@@ -157,7 +157,7 @@ def test_everybody_is_stored_to_the_bytes_that_each_alone_is_packed_to(
     for bucket in range(3):
         table = workspace.read_table(tastes_file("tastes/tastes1", bucket))
         (batch,) = dataset.read_bucket(bucket)
-        states = states_of(table, layers=3)
+        states = read_states(table, layers=3)
         for row, (user, whole) in enumerate(zip(batch.user_ids, store.read(batch.user_ids.tolist()), strict=True)):
             plays, pieces, heard = plays_of(batch, row), list[bytes](), None
             state = UserState.start("model1", states, row, plays=len(plays))
@@ -327,7 +327,7 @@ def test_plays_of_a_song_that_was_added_online_get_its_row_from_the_batch(
     stored = rows.copy()
     stored[1] = FIRST_ONLINE + 5
     plays = Plays.of(stored, history.played_at)
-    store.put([Change(user_id=user, state=pack_state(UserState(window=plays, turn=1)), expected=NOT_THERE)])
+    store.put([Change(user_id=user, state=pack_state(UserState(window=plays, turn=1)), expected=NO_VERSION)])
     assert load_states(Dataset(world), store, live(world)).renewed == 1
     state, log = read(store, user)
     np.testing.assert_array_equal(log.songs, rows)

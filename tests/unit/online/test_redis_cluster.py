@@ -14,7 +14,7 @@ from stores import lost_answers, needs_redis_cli
 
 from rayrec.bench.redis_servers import START_SECONDS, RedisCluster, redis_cli, redis_cluster
 from rayrec.online.redis_store import REPLICA_MS, RedisStore
-from rayrec.online.state_store import NOT_THERE, Change, Piece, StateStore, StoreUnavailableError, open_store
+from rayrec.online.state_store import NO_VERSION, Change, Piece, StateStore, StoreUnavailableError, open_store
 
 USERS = [f"user {number}" for number in range(60)]
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def write_once(store: StateStore, versions: dict[str, int]) -> None:
         except StoreUnavailableError:
             time.sleep(0.1)
         for user, stored in zip(USERS, read_again(store), strict=True):  # a put may be done though its answer got lost
-            versions[user] = NOT_THERE if stored is None else stored.version
+            versions[user] = NO_VERSION if stored is None else stored.version
         if set(versions.values()) == {target}:
             return
     raise AssertionError("the store did not come back")
@@ -74,7 +74,7 @@ def test_users_spread_over_nodes_survive_a_resharding(cluster: RedisCluster) -> 
     nodes = cluster.nodes
     store = open_store(nodes[1].uri, "n")
     assert isinstance(store, RedisStore)
-    versions = dict.fromkeys(USERS, NOT_THERE)
+    versions = dict.fromkeys(USERS, NO_VERSION)
     for _ in range(3):
         write_once(store, versions)
     keys = [node.ask("DBSIZE") for node in nodes[:3]]
@@ -103,7 +103,7 @@ def test_users_spread_over_nodes_survive_a_resharding(cluster: RedisCluster) -> 
 
 def test_a_replica_takes_over_and_no_acknowledged_play_is_lost(cluster: RedisCluster) -> None:
     store = open_store(cluster.uri, "n")
-    versions = dict.fromkeys(USERS, NOT_THERE)
+    versions = dict.fromkeys(USERS, NO_VERSION)
     for _ in range(2):
         write_once(store, versions)
     cluster.fail_over(cluster.primaries()[0])  # right after the last put was acknowledged
@@ -159,7 +159,7 @@ def test_plays_of_songs_count_once_though_an_answer_gets_lost(
 
 def test_a_put_returns_once_a_replica_has_it(cluster: RedisCluster) -> None:
     store = open_store(cluster.uri, "n")
-    assert store.put([Change(user_id="ann", state=b"1", expected=NOT_THERE)]) == [True]
+    assert store.put([Change(user_id="ann", state=b"1", expected=NO_VERSION)]) == [True]
     replicas = [node for node in cluster.nodes if node not in cluster.primaries()]
     for replica in replicas:
         replica.send(signal.SIGSTOP)
@@ -175,7 +175,7 @@ def test_a_put_returns_once_a_replica_has_it(cluster: RedisCluster) -> None:
 
 def test_a_node_goes_on_without_its_replica(cluster: RedisCluster) -> None:
     store = open_store(cluster.uri, "n")
-    assert store.put([Change(user_id="ann", state=b"1", expected=NOT_THERE)]) == [True]
+    assert store.put([Change(user_id="ann", state=b"1", expected=NO_VERSION)]) == [True]
     for node in cluster.nodes:
         if node not in cluster.primaries():
             node.kill()

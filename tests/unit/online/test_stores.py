@@ -17,7 +17,7 @@ from rayrec.errors import InputError
 from rayrec.online import state_store
 from rayrec.online.state_store import (
     DAY_SECONDS,
-    NOT_THERE,
+    NO_VERSION,
     Change,
     Piece,
     StateStore,
@@ -67,7 +67,7 @@ def test_a_user_who_is_not_there_is_none(store: StateStore) -> None:
 
 
 def test_a_put_replaces_the_state_and_adds_to_the_log(store: StateStore) -> None:
-    assert put(store, "ann", b"1", expected=NOT_THERE)
+    assert put(store, "ann", b"1", expected=NO_VERSION)
     assert contents(store, "ann") == (1, b"1", [])
     assert put(store, "ann", b"2", expected=1, append=b"first")
     assert put(store, "ann", b"3", expected=2, append=b"second")
@@ -79,8 +79,8 @@ def test_a_put_replaces_the_state_and_adds_to_the_log(store: StateStore) -> None
 
 
 def test_a_put_on_another_version_changes_nothing(store: StateStore) -> None:
-    put(store, "ann", b"1", expected=NOT_THERE, append=b"first")
-    for wrong in (NOT_THERE, 2, 7):
+    put(store, "ann", b"1", expected=NO_VERSION, append=b"first")
+    for wrong in (NO_VERSION, 2, 7):
         assert not put(store, "ann", b"x", expected=wrong, append=b"x", restart=True)
     assert not put(store, "bob", b"x", expected=1, append=b"x")
     assert contents(store, "ann") == (1, b"1", [b"first"])
@@ -88,7 +88,7 @@ def test_a_put_on_another_version_changes_nothing(store: StateStore) -> None:
 
 
 def test_a_log_can_start_anew(store: StateStore) -> None:
-    put(store, "ann", b"1", expected=NOT_THERE, append=b"old")
+    put(store, "ann", b"1", expected=NO_VERSION, append=b"old")
     put(store, "ann", b"2", expected=1, append=b"older")
     assert put(store, "ann", b"3", expected=2, append=b"new", restart=True)
     assert put(store, "ann", b"4", expected=3, append=b"newer")
@@ -97,16 +97,16 @@ def test_a_log_can_start_anew(store: StateStore) -> None:
 
 @pytest.mark.parametrize("loading", [False, True])
 def test_many_users_are_changed_at_once_each_by_itself(store: StateStore, loading: bool) -> None:
-    put(store, "bob", b"own", expected=NOT_THERE, append=b"own log")
+    put(store, "bob", b"own", expected=NO_VERSION, append=b"own log")
     names = ("ann", "bob", "cy")
     log = [Piece(2, b"log")]
-    new = [Change(user_id=name, state=name.encode(), expected=NOT_THERE, append=log) for name in names]
+    new = [Change(user_id=name, state=name.encode(), expected=NO_VERSION, append=log) for name in names]
     assert store.put(new, loading=loading) == [True, False, True]
     assert contents(store, "ann") == (1, b"ann", [b"log"])
     assert contents(store, "bob") == (1, b"own", [b"own log"])
     assert store.put(new, loading=loading) == [False] * 3
     assert store.put([], loading=loading) == []
-    many = [Change(user_id=f"user {row}", state=b"s", expected=NOT_THERE) for row in range(1_201)]
+    many = [Change(user_id=f"user {row}", state=b"s", expected=NO_VERSION) for row in range(1_201)]
     assert all(store.put(many, loading=loading))
     stored = store.get({f"user {row}": [] for row in (1_200, 7, 2_000)})
     assert [one is not None for one in stored] == [True, True, False]
@@ -115,19 +115,19 @@ def test_many_users_are_changed_at_once_each_by_itself(store: StateStore, loadin
 @pytest.mark.parametrize("user", ["", "a b/c?d", "Zoë 🎵", "a\x00b", "x" * 512, "user:log", "%s'; --"])
 def test_any_text_is_a_user_of_its_own(store: StateStore, user: str) -> None:
     data = bytes(range(256)) * 40
-    assert put(store, user, data, expected=NOT_THERE, append=data)
+    assert put(store, user, data, expected=NO_VERSION, append=data)
     assert contents(store, user) == (1, data, [data])
     assert get(store, user + "x") is None
 
 
 def test_namespaces_do_not_meet(store: StateStore, uri: str, namespace: str) -> None:
-    put(store, "ann", b"1", expected=NOT_THERE, append=b"log")
+    put(store, "ann", b"1", expected=NO_VERSION, append=b"log")
     store.mark_loaded("t", 0, "here")
     store.add_songs({"a": b"1"}, most=1)
     other = open_store(uri, namespace + "-other")
     try:
         assert (get(other, "ann"), other.loaded("t"), other.songs_since(0)) == (None, {}, (0, []))
-        assert put(other, "ann", b"2", expected=NOT_THERE)
+        assert put(other, "ann", b"2", expected=NO_VERSION)
         assert contents(store, "ann") == (1, b"1", [b"log"])
     finally:
         other.close()
@@ -220,7 +220,7 @@ def test_a_put_whose_answer_got_lost_was_made_and_one_after_another_was_not(
     redis: RedisServer, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(redis.uri, namespace)
-    change = Change(user_id="ann", state=b"1", expected=NOT_THERE, events=[7], append=[Piece(1, b"play")])
+    change = Change(user_id="ann", state=b"1", expected=NO_VERSION, events=[7], append=[Piece(1, b"play")])
     with lost_answers(monkeypatch, most=1):
         assert store.put([change]) == [True]
     assert store.put([change]) == [False]  # the same plays, sent by another request
@@ -240,8 +240,8 @@ def test_the_buckets_of_each_load_are_kept(store: StateStore) -> None:
 
 def test_events_are_found_for_a_day_and_not_for_three(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
     events = [3, -5, 2**63 - 1, -(2**63), 0]
-    assert store.put([Change(user_id="ann", state=b"1", expected=NOT_THERE, events=events[:3])]) == [True]
-    put(store, "bob", b"1", expected=NOT_THERE)
+    assert store.put([Change(user_id="ann", state=b"1", expected=NO_VERSION, events=events[:3])]) == [True]
+    put(store, "bob", b"1", expected=NO_VERSION)
     now = state_store.time.time()
     for seconds, known in (
         (0, set(events[:3])),
@@ -259,7 +259,7 @@ def test_events_are_found_for_a_day_and_not_for_three(store: StateStore, monkeyp
 
 def test_a_thousand_events_of_one_user_are_kept(store: StateStore) -> None:
     events = [place * 7_919 for place in range(1_200)]
-    store.put([Change(user_id="ann", state=b"1", expected=NOT_THERE, events=events)])
+    store.put([Change(user_id="ann", state=b"1", expected=NO_VERSION, events=events)])
     (stored,) = store.get({"ann": [*events, 1]})
     assert stored is not None
     assert stored.events == set(events)
@@ -267,7 +267,7 @@ def test_a_thousand_events_of_one_user_are_kept(store: StateStore) -> None:
 
 def test_the_last_pieces_of_a_log_are_read_and_the_heard_songs(store: StateStore) -> None:
     pieces = [Piece(place + 1, str(place).encode()) for place in range(5)]
-    store.put([Change(user_id="ann", state=b"1", expected=NOT_THERE, append=pieces, heard=b"songs")])
+    store.put([Change(user_id="ann", state=b"1", expected=NO_VERSION, append=pieces, heard=b"songs")])
     for plays, log in ((1, ["4"]), (5, ["4"]), (6, ["3", "4"]), (15, ["0", "1", "2", "3", "4"]), (0, [])):
         (whole,) = store.read(["ann"], plays=plays)
         assert whole is not None
@@ -280,7 +280,7 @@ def test_the_last_pieces_of_a_log_are_read_and_the_heard_songs(store: StateStore
 
 
 def test_a_deleted_user_leaves_a_state_and_the_last_days_events_and_no_writer_goes_on(store: StateStore) -> None:
-    change = Change(user_id="ann", state=b"1", expected=NOT_THERE, append=[Piece(1, b"x")], heard=b"y", events=[5])
+    change = Change(user_id="ann", state=b"1", expected=NO_VERSION, append=[Piece(1, b"x")], heard=b"y", events=[5])
     store.put([change])
     for user, version in (("ann", 2), ("nobody", 1)):
         store.forget([user], b"mark")
@@ -304,12 +304,12 @@ def test_no_byte_of_a_deleted_user_stays_in_an_sqlite_file(tmp_path: Path) -> No
 
 
 def test_many_new_users_are_added_at_once_beside_those_who_were_there(store: StateStore) -> None:
-    put(store, "user-7", b"old", expected=NOT_THERE, append=b"old log")
+    put(store, "user-7", b"old", expected=NO_VERSION, append=b"old log")
     new = [
         Change(
             user_id=f"user-{number}",
             state=b"state %d" % number,
-            expected=NOT_THERE,
+            expected=NO_VERSION,
             append=[Piece(2, b"piece %d.%d" % (number, piece)) for piece in range(number % 4)],
             heard=b"heard" if number % 5 == 0 else None,
         )
@@ -331,7 +331,7 @@ def test_a_reader_that_keeps_old_pages_of_an_sqlite_file_is_waited_for(
 ) -> None:
     monkeypatch.setattr("rayrec.online.sqlite_store.WAIT_SECONDS", 0.1)
     store, secret = open_store(f"sqlite:///{tmp_path}/states.sqlite", "n"), b"a play of ann " * 100
-    put(store, "ann", secret, expected=NOT_THERE)
+    put(store, "ann", secret, expected=NO_VERSION)
     reader = sqlite3.connect(tmp_path / "states.sqlite", isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT COUNT(*) FROM users").fetchall()
@@ -354,7 +354,7 @@ def test_no_byte_of_a_deleted_user_stays_in_the_files_of_redis(tmp_path: Path) -
         store = open_store(server.uri, "n")
         secret = random.Random(0).randbytes(500)  # random, so that compression does not shorten it
         for user in ("ann", "bob"):
-            put(store, user, secret + user.encode(), expected=NOT_THERE, append=secret)
+            put(store, user, secret + user.encode(), expected=NO_VERSION, append=secret)
         with package.Redis("127.0.0.1", server.port) as client:
             client.save()
         files = lambda: [path.name for path in tmp_path.rglob("*") if path.is_file() and secret in path.read_bytes()]  # noqa: E731
@@ -369,7 +369,7 @@ def test_no_byte_of_a_deleted_user_stays_in_the_files_of_redis(tmp_path: Path) -
 
 
 def test_what_one_opening_wrote_the_next_one_reads(store: StateStore, uri: str, namespace: str) -> None:
-    put(store, "ann", b"1", expected=NOT_THERE, append=b"log")
+    put(store, "ann", b"1", expected=NO_VERSION, append=b"log")
     again = open_store(uri, namespace)
     try:
         assert contents(again, "ann") == (1, b"1", [b"log"])
@@ -383,7 +383,7 @@ def add_lines(store: StateStore, writer: int) -> None:
         done = False
         while not done:
             stored = get(store, "ann")
-            version, count = (NOT_THERE, 0) if stored is None else (stored.version, int(stored.state))
+            version, count = (NO_VERSION, 0) if stored is None else (stored.version, int(stored.state))
             done = put(store, "ann", str(count + 1).encode(), expected=version, append=f"{writer}-{turn}".encode())
 
 
@@ -408,14 +408,14 @@ def test_threads_that_write_to_one_user_lose_nothing(store: StateStore) -> None:
 
 PROGRAM = """
 import sys
-from rayrec.online.state_store import NOT_THERE, Change, Piece, open_store
+from rayrec.online.state_store import NO_VERSION, Change, Piece, open_store
 uri, namespace, writer, puts = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 store = open_store(uri, namespace)
 for turn in range(puts):
     done = False
     while not done:
         (stored,) = store.get({"ann": []})
-        version, count = (NOT_THERE, 0) if stored is None else (stored.version, int(stored.state))
+        version, count = (NO_VERSION, 0) if stored is None else (stored.version, int(stored.state))
         line = f"{writer}-{turn}".encode()
         state = str(count + 1).encode()
         (done,) = store.put([Change(user_id="ann", state=state, expected=version, append=[Piece(1, line)])])
@@ -433,9 +433,9 @@ def test_processes_that_write_to_one_user_lose_nothing(store: StateStore, uri: s
 
 WRITES_FOR_EVER = """
 import sys
-from rayrec.online.state_store import NOT_THERE, Change, Piece, open_store
+from rayrec.online.state_store import NO_VERSION, Change, Piece, open_store
 store = open_store(sys.argv[1], sys.argv[2])
-version = NOT_THERE
+version = NO_VERSION
 while True:
     text = str(version + 1).encode()
     assert store.put([Change(user_id="ann", state=text, expected=version, append=[Piece(1, text)])]) == [True]
@@ -509,7 +509,7 @@ def test_an_sqlite_commit_waits_for_the_disk_and_only_loads_do_not(
         return [tuple(each.execute(f"PRAGMA {name}").fetchone()[0] for name in names) for each in opened]  # type: ignore[misc]
 
     store = open_store(f"sqlite:///{tmp_path}/states.sqlite", "n")
-    users = [Change(user_id=f"user {row}", state=b"s", expected=NOT_THERE) for row in range(3_000)]
+    users = [Change(user_id=f"user {row}", state=b"s", expected=NO_VERSION) for row in range(3_000)]
     store.put(users[:2_000])
     (serving,) = settings()
     assert serving[:2] == (2, "wal")
@@ -526,10 +526,10 @@ def test_an_sqlite_store_that_is_locked_for_long_says_so(tmp_path: Path, monkeyp
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailableError, match="locked; try again"):
-        put(store, "ann", b"1", expected=NOT_THERE)
+        put(store, "ann", b"1", expected=NO_VERSION)
     assert get(store, "ann") is None  # reading does not wait
     other.close()
-    assert put(store, "ann", b"1", expected=NOT_THERE)
+    assert put(store, "ann", b"1", expected=NO_VERSION)
     store.close()
 
 

@@ -41,7 +41,7 @@ ENCODERS = {
 def short_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the window hold only 4 to 8 plays, so that tests with few plays reach far beyond it."""
     monkeypatch.setattr(user_state, "WINDOW", 4)
-    monkeypatch.setattr(user_state, "MOST_OF_A_MOMENT", 20)
+    monkeypatch.setattr(user_state, "MAX_PLAYS_OF_ONE_TIME", 20)
 
 
 @pytest.fixture(params=list(ENCODERS))
@@ -54,7 +54,7 @@ def run(encoder: TasteEncoder):  # type: ignore[no-untyped-def]
 
 
 def nobody(encoder: TasteEncoder) -> UserState:
-    return UserState.start("m", encoder.no_states(1))
+    return UserState.start("m", encoder.initial_states(1))
 
 
 def random_plays(count: int, seed: int = 0) -> Plays:
@@ -225,7 +225,7 @@ def other_encoder() -> TasteEncoder:
 
 def catch_up(encoder: TasteEncoder, state: UserState, model: str, log: Plays) -> tuple[UserState, int]:
     """Return the state with the model up to date, and the number of plays that its network ran over."""
-    step = CatchUp.of(state, model, encoder.no_states(1), log)
+    step = CatchUp.of(state, model, encoder.initial_states(1), log)
     plays, start = gather([step])
     return scatter([step], run(encoder)(plays, start))[0], plays.num_plays
 
@@ -294,7 +294,7 @@ def test_songs_of_plays_that_no_answer_reads_stay_heard() -> None:
 def test_nobody_has_played_never(encoder: TasteEncoder) -> None:
     state = nobody(encoder)
     assert (state.plays, state.last_played_at) == (0, NEVER)
-    assert state.states("m").hidden.shape == encoder.no_states(1).hidden.shape
+    assert state.states("m").hidden.shape == encoder.initial_states(1).hidden.shape
     step = plan_plays(state, "m", Plays.of([], []))
     assert scatter([step], None)[0].plays == 0
 

@@ -8,7 +8,7 @@ import pytest
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog
 from rayrec.errors import FieldError
-from rayrec.recommend.filters import SongAttributes, SongMasks, masks_kept
+from rayrec.recommend.filters import SongAttributes, SongMasks, max_masks
 
 
 def catalog(described: bool = True) -> Catalog:
@@ -85,7 +85,7 @@ def test_songs_that_came_later_are_kept_together_with_those_before_them() -> Non
     ("songs", "kept"), [(0, 64), (100_000, 64), (1_000_000, 32), (10_000_000, 3), (100_000_000, 1)]
 )
 def test_masks_take_no_more_than_32_mb_however_large_the_catalog(songs: int, kept: int) -> None:
-    assert masks_kept(songs) == kept
+    assert max_masks(songs) == kept
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from rayrec.recommend.filters import AnswerFilter
 from rayrec.recommend.reranking import (
     FEW_PLAYS,
     AnswerOptions,
-    Chosen,
+    SelectedSongs,
     choose,
     draw_of,
     explore,
@@ -84,7 +84,7 @@ def recommender(world: Workspace) -> BaseRecommender:
 
 
 @pytest.fixture(scope="module")
-def chosen(recommender: BaseRecommender) -> Callable[[AnswerOptions], Chosen]:
+def chosen(recommender: BaseRecommender) -> Callable[[AnswerOptions], SelectedSongs]:
     history = Histories.from_lists([[3, 50, 3, 9]], [[AT - 60_000 * back for back in (3, 2, 1, 0)]])
     network, queries = network_of(recommender), Queries.at_end(history, AT)
     vectors = {horizon: network.vectors(history, queries, horizon) for horizon in HORIZONS}
@@ -92,7 +92,7 @@ def chosen(recommender: BaseRecommender) -> Callable[[AnswerOptions], Chosen]:
 
 
 def test_an_answer_explores_songs_with_few_plays_within_its_filters(
-    recommender: BaseRecommender, chosen: Callable[[AnswerOptions], Chosen], monkeypatch: pytest.MonkeyPatch
+    recommender: BaseRecommender, chosen: Callable[[AnswerOptions], SelectedSongs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(recommender, TwoStepRecommender)
     plays = recommender.source.retrieval.plays.plays

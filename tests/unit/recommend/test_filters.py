@@ -72,7 +72,7 @@ def test_an_answer_within_filters_equals_brute_force(kind: str, nlist: int, case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_module, "FEW_SONGS", case["few"])
         patch.setattr(index_module, "MAX_OVERFETCH", case["overfetch"])
-        patch.setattr(index_module, "MOST_LISTS", 1.0)
+        patch.setattr(index_module, "MAX_LIST_SHARE", 1.0)
         ranking = index.rank(case["queries"], case["k"], case["filters"])
     songs, scores, _ = by_hand(case)
     np.testing.assert_array_equal(ranking.songs, songs)
@@ -128,7 +128,7 @@ def test_the_path_taken_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_search_among_few_looks_into_more_lists_so_that_recall_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "FEW_SONGS", 0)
-    monkeypatch.setattr(index_module, "MOST_LISTS", 1.0)
+    monkeypatch.setattr(index_module, "MAX_LIST_SHARE", 1.0)
     vectors = random_vectors(6_000, 16)
     index = SongIndex.build(vectors, IndexConfig(kind="ivf", nlist=64, target_recall=0.95, queries=200))
     queries = random_vectors(40, 16, seed=1)

@@ -13,7 +13,7 @@ from rayrec.errors import InputError
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.filters import AnswerFilter, SongSet
-from rayrec.recommend.reranking import AnswerOptions, Chosen, choose, diversify, network_of, pool_size
+from rayrec.recommend.reranking import AnswerOptions, SelectedSongs, choose, diversify, network_of, pool_size
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
 from rayrec.storage.releases import default_parts
@@ -33,12 +33,12 @@ def recommender(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return loaded
 
 
-def chosen_by(recommender: BaseRecommender, **options: Any) -> Chosen:
+def chosen_by(recommender: BaseRecommender, **options: Any) -> SelectedSongs:
     (chosen,) = chosen_for(recommender, HISTORY, [AnswerOptions(**options)])
     return chosen
 
 
-def chosen_for(recommender: BaseRecommender, plays: Histories, options: list[AnswerOptions]) -> list[Chosen]:
+def chosen_for(recommender: BaseRecommender, plays: Histories, options: list[AnswerOptions]) -> list[SelectedSongs]:
     vectors = network_of(recommender).vectors_of(plays, Queries.at_end(plays, AT), HORIZONS)
     return choose(recommender, vectors, plays, np.full(len(plays), AT), options)
 

@@ -13,7 +13,14 @@ from rayrec.data.histories import Histories
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.errors import LeakError
 from rayrec.recommend.range_join import join_ranges
-from rayrec.recommend.stored_retrieval import NOT_PLAYED, UNIT, Retrieval, RetrievalCounts, RuleCounts, SessionPostings
+from rayrec.recommend.stored_retrieval import (
+    DIRECT_WEIGHT,
+    NOT_PLAYED,
+    Retrieval,
+    RetrievalCounts,
+    RuleCounts,
+    SessionPostings,
+)
 from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 50
@@ -122,7 +129,7 @@ def test_rules_add_up_one_over_distance_and_keep_the_strongest() -> None:
     rules = RuleCounts.fit(histories, num_songs=4)
     followers = slice(int(rules.offsets[1]), int(rules.offsets[2]))
     assert rules.followers[followers].tolist() == [2, 3]
-    assert (rules.weights[followers] / UNIT).tolist() == [2.0, 1.5]
+    assert (rules.weights[followers] / DIRECT_WEIGHT).tolist() == [2.0, 1.5]
     best = rules.strongest(1)
     assert best.followers[best.offsets[1] : best.offsets[2]].tolist() == [2]
 

@@ -99,7 +99,7 @@ def test_the_work_of_a_query_is_bounded_however_many_users_there_are() -> None:
         retrievers = _all(retrieval, num_songs).values()
         read[users] = {retriever.name: retriever.propose(batch, count).entries for retriever in retrievers}
         for retriever in retrievers:
-            assert read[users][retriever.name] <= retriever.most_entries(count, config), retriever.name
+            assert read[users][retriever.name] <= retriever.max_entries(count, config), retriever.name
     looked_up = {name for name, entries in read[2_000].items() if entries}
     assert looked_up == set(read[2_000]) - {"taste_short", "taste_long", "user_top", "user_rules"}
     assert read[2_000]["rules"] == config.rules_per_song > read[3]["rules"] > 0

@@ -21,11 +21,11 @@ from rayrec.model.train_config import Horizon as Offsets
 from rayrec.recommend import two_step
 from rayrec.recommend.answer import reasons
 from rayrec.recommend.base import NO_SONG, QueryBatch
-from rayrec.recommend.candidate_features import OF_LIKES, OF_SKIPS
-from rayrec.recommend.filters import AnswerFilter, SongSet, listed_and_fitting, without_heard
+from rayrec.recommend.candidate_features import LIKE_FEATURES, SKIP_FEATURES
+from rayrec.recommend.filters import AnswerFilter, SongSet, intersect_songs, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.ranker import RankerSettings, fit_ranker, ndcg
-from rayrec.recommend.reranking import AnswerOptions, Chosen, Starting, choose, choose_for_users
+from rayrec.recommend.reranking import AnswerOptions, PopularOrder, SelectedSongs, choose, choose_for_users
 from rayrec.recommend.retrievers import COUNTS
 from rayrec.recommend.session_knn import VstanRecommender
 from rayrec.recommend.stored_retrieval import Retrieval, RetrievalCounts
@@ -329,9 +329,9 @@ def large(
 
 
 @pytest.fixture(scope="module")
-def large_starting(large_parts: tuple[TasteRecommender, Retrieval, Histories]) -> Starting:
+def large_starting(large_parts: tuple[TasteRecommender, Retrieval, Histories]) -> PopularOrder:
     retrieval = large_parts[1]
-    return Starting.of(retrieval.plays.plays, np.ones(LARGE, dtype=np.bool_), artist_of_song=ARTISTS)
+    return PopularOrder.of(retrieval.plays.plays, np.ones(LARGE, dtype=np.bool_), artist_of_song=ARTISTS)
 
 
 # k is larger than the number of proposed songs, so that the index fills the answers with all of these filters. Arrays
@@ -341,10 +341,10 @@ FILTERS: dict[str, tuple[int, Callable[[], AnswerFilter]]] = {
     "none": (20, AnswerFilter),
     "more songs than are proposed": (900, AnswerFilter),
     "many songs left out": (900, lambda: AnswerFilter(excluded=np.arange(3_000))),
-    "a list of songs": (20, lambda: AnswerFilter(allowed=listed_and_fitting(LISTED, None))),
-    "a long list of songs": (50, lambda: AnswerFilter(allowed=listed_and_fitting(np.arange(9_000), None))),
+    "a list of songs": (20, lambda: AnswerFilter(allowed=intersect_songs(LISTED, None))),
+    "a long list of songs": (50, lambda: AnswerFilter(allowed=intersect_songs(np.arange(9_000), None))),
     "an artist": (20, partial(AnswerFilter, allowed=OF_ARTIST)),
-    "songs of an artist in a list": (3, lambda: AnswerFilter(allowed=listed_and_fitting(np.arange(9_000), OF_ARTIST))),
+    "songs of an artist in a list": (3, lambda: AnswerFilter(allowed=intersect_songs(np.arange(9_000), OF_ARTIST))),
     "a tenth of the songs": (900, partial(AnswerFilter, allowed=SongSet.of_mask(ARTISTS < 100))),
     "half of the songs": (400, partial(AnswerFilter, allowed=SongSet.of_mask(ARTISTS < 500))),
     "half of the songs, many left out": (
@@ -359,7 +359,7 @@ FILTERS: dict[str, tuple[int, Callable[[], AnswerFilter]]] = {
 def test_no_array_as_long_as_the_catalog_is_made_for_a_query(
     large: TwoStepRecommender,
     large_parts: tuple[TasteRecommender, Retrieval, Histories],
-    large_starting: Starting,
+    large_starting: PopularOrder,
     case: str,
     plays: str,
 ) -> None:
@@ -369,7 +369,7 @@ def test_no_array_as_long_as_the_catalog_is_made_for_a_query(
     )
     k, make = FILTERS[case]
 
-    def ask() -> tuple[Chosen, AnswerFilter]:
+    def ask() -> tuple[SelectedSongs, AnswerFilter]:
         (answer_filter,) = without_heard(history, [make()])
         options = AnswerOptions(k=k, answer_filter=answer_filter)
         (chosen,) = choose_for_users(large, history, NOW, [options], lambda: large_starting)
@@ -487,7 +487,7 @@ def test_by_skips_and_likes_the_ranker_finds_more_of_the_songs_that_users_return
     known = examples["next"]
     checked = known.take(known.found & known.held_out)
     found: list[float] = []
-    marks = {*OF_SKIPS, *OF_LIKES, "recent_skips"}
+    marks = {*SKIP_FEATURES, *LIKE_FEATURES, "recent_skips"}
     assert marks < set(source.sources.names)
     for left_out in (set(), marks):
         kept = [place for place, name in enumerate(source.sources.names) if name not in left_out]

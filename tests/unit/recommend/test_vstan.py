@@ -36,7 +36,7 @@ def _score(recommender: VstanRecommender, songs: list[int], at: int = 0) -> np.n
 def test_a_song_weighs_less_the_farther_from_the_matched_one() -> None:
     scores = _score(_fit(_sessions([1, 2, 3, 4])), [3])
     apart = np.array([2, 1, 0, 1])
-    expected = np.exp(-apart / USUAL.places_decay) / 2 * np.where(apart == 0, USUAL.just_played, 1)
+    expected = np.exp(-apart / USUAL.distance_decay) / 2 * np.where(apart == 0, USUAL.just_played, 1)
     np.testing.assert_allclose(scores[1:5], expected, rtol=1e-5)
     assert not scores[[0, *range(5, NUM_SONGS)]].any()
 
@@ -44,14 +44,14 @@ def test_a_song_weighs_less_the_farther_from_the_matched_one() -> None:
 def test_places_count_from_the_song_played_last_of_those_shared() -> None:
     scores = _score(_fit(_sessions([1, 2, 3, 4, 5, 6])), [5, 2])
     shared = (1 + np.exp(-1 / USUAL.plays_decay)) / np.sqrt(6)  # 2 was played last, 5 before it
-    np.testing.assert_allclose(scores[6], shared * np.exp(-4 / USUAL.places_decay), rtol=1e-5)
-    np.testing.assert_allclose(scores[3], shared * np.exp(-1 / USUAL.places_decay), rtol=1e-5)
+    np.testing.assert_allclose(scores[6], shared * np.exp(-4 / USUAL.distance_decay), rtol=1e-5)
+    np.testing.assert_allclose(scores[3], shared * np.exp(-1 / USUAL.distance_decay), rtol=1e-5)
 
 
 @pytest.mark.parametrize("back", [0, 1, 3, 9])
 def test_plays_weigh_less_the_longer_ago(back: int) -> None:
     played = [1] + [11] * back
-    expected = np.exp(-back / USUAL.plays_decay) / np.sqrt(2) * np.exp(-1 / USUAL.places_decay)
+    expected = np.exp(-back / USUAL.plays_decay) / np.sqrt(2) * np.exp(-1 / USUAL.distance_decay)
     np.testing.assert_allclose(_score(_fit(_sessions([1, 2])), played)[2], expected, rtol=1e-5)
 
 
@@ -62,14 +62,14 @@ def test_the_eleventh_last_play_says_nothing() -> None:
 def test_old_sessions_weigh_less_and_later_ones_are_as_new() -> None:
     fitted = _fit(_sessions([1, 2], [1, 3], [1, 4], days=[0, 100, 300]))
     scores = _score(fitted, [1], at=200 * DAY_MS)
-    new = np.exp(-1 / USUAL.places_decay) / np.sqrt(2)
+    new = np.exp(-1 / USUAL.distance_decay) / np.sqrt(2)
     expected = new * np.exp(-np.array([200, 100, 0]) / USUAL.days_decay)
     np.testing.assert_allclose(scores[2:5], expected, rtol=1e-5)
 
 
 def test_a_song_played_again_in_a_session_stands_where_it_stood_last() -> None:
     scores = _score(_fit(_sessions([1, 2, 3, 1])), [1])
-    np.testing.assert_allclose(scores[3] / scores[2], np.exp(1 / USUAL.places_decay), rtol=1e-5)
+    np.testing.assert_allclose(scores[3] / scores[2], np.exp(1 / USUAL.distance_decay), rtol=1e-5)
 
 
 def test_songs_of_several_neighbors_add_up() -> None:

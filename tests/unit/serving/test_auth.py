@@ -9,7 +9,7 @@ import pytest
 from served import Client, service, write_release, write_world
 
 from rayrec.errors import InputError
-from rayrec.serving.middleware import VARIABLE, Keys, load_keys
+from rayrec.serving.middleware import KEYS_VARIABLE, Keys, load_keys
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage.workspace import Workspace
 
@@ -19,13 +19,13 @@ ALL = f"read:{READ}, write:{WRITE},admin:{ADMIN}"
 
 @pytest.fixture
 def keys() -> Keys:
-    return load_keys(ServeConfig(host="0.0.0.0"), {VARIABLE: ALL})
+    return load_keys(ServeConfig(host="0.0.0.0"), {KEYS_VARIABLE: ALL})
 
 
 def test_keys_come_from_the_environment_and_a_file_with_their_roles(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"# of the mobile team\n\nread:{READ}\n")
-    keys = load_keys(ServeConfig(keys_file=str(path)), {VARIABLE: f"admin:{ADMIN}"})
+    keys = load_keys(ServeConfig(keys_file=str(path)), {KEYS_VARIABLE: f"admin:{ADMIN}"})
     assert keys.roles(f"Bearer {READ}") == {"read"}
     assert keys.roles(f"bearer {ADMIN}") == {"read", "write", "admin"}
     assert keys.required
@@ -56,7 +56,7 @@ def test_without_keys_only_loopback_may_be_served() -> None:
     assert not load_keys(ServeConfig(host="127.0.0.1"), {}).required
     assert not load_keys(ServeConfig(host="::1"), {}).required
     for host in ("0.0.0.0", "::", "10.0.0.5", "example.org"):
-        with pytest.raises(InputError, match=VARIABLE):
+        with pytest.raises(InputError, match=KEYS_VARIABLE):
             load_keys(ServeConfig(host=host), {})
 
 
@@ -72,7 +72,7 @@ def test_without_keys_only_loopback_may_be_served() -> None:
 )
 def test_what_does_not_read_as_a_key_is_refused_without_showing_it(text: str, told: str) -> None:
     with pytest.raises(InputError, match=told) as raised:
-        load_keys(ServeConfig(), {VARIABLE: text})
+        load_keys(ServeConfig(), {KEYS_VARIABLE: text})
     assert text.partition(":")[2] not in str(raised.value) or ":" not in text
 
 
@@ -82,7 +82,7 @@ def test_a_keys_file_that_is_not_there_is_an_input_error(tmp_path: Path) -> None
 
 
 def test_one_key_may_hold_several_roles() -> None:
-    keys = load_keys(ServeConfig(), {VARIABLE: f"read+write:{READ}"})
+    keys = load_keys(ServeConfig(), {KEYS_VARIABLE: f"read+write:{READ}"})
     assert keys.roles(f"Bearer {READ}") == {"read", "write"}
 
 

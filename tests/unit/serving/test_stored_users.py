@@ -21,13 +21,13 @@ from rayrec.online.redis_store import RedisStore
 from rayrec.online.sqlite_store import SqliteStore
 from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_plays, unpack_state
 from rayrec.online.state_store import (
-    NOT_THERE,
+    NO_VERSION,
     Change,
+    FullUser,
     Piece,
     StateStore,
     Stored,
     StoreUnavailableError,
-    WholeUser,
     open_store,
 )
 from rayrec.online.user_state import LAST_PLAYS, WINDOW, Outcome, Plays, UserState
@@ -342,11 +342,11 @@ def test_ten_million_plays_are_read_like_six_thousand_but_for_a_set_of_two_bytes
         state = UserState(before_at=BEGIN + (count - 1) * 60_000, left=count, folded=count - LAST_PLAYS // 2)
         heard = pack_heard(heard_songs[user])
         assert len(heard) < 2 * len(heard_songs[user])
-        change = Change(user_id=user, state=pack_state(state), expected=NOT_THERE, append=log, heard=heard)
+        change = Change(user_id=user, state=pack_state(state), expected=NO_VERSION, append=log, heard=heard)
         assert store.put([change]) == [True]
     read, pieces_read, bytes_read = type(store).read, list[int](), list[int]()
 
-    def counted(self: StateStore, names: Sequence[str], *, plays: int | None = None) -> list[WholeUser | None]:
+    def counted(self: StateStore, names: Sequence[str], *, plays: int | None = None) -> list[FullUser | None]:
         wholes = read(self, names, plays=plays)
         for whole in wholes:
             assert whole is not None

@@ -16,7 +16,7 @@ from rayrec.bench.redis_servers import RedisServer
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
 from rayrec.model.inference import TasteEncoder
-from rayrec.model.taste_table import states_of, taste_table
+from rayrec.model.taste_table import read_states, taste_table
 from rayrec.online import user_state
 from rayrec.recommend.answer import load_recommender, reasons
 from rayrec.recommend.base import BaseRecommender
@@ -112,7 +112,7 @@ def require_taste_of_batch(world: Workspace, found: dict[str, Any], events: list
     table = taste_table(made_of, history_of(events), at)
     for horizon in ("short", "long"):
         np.testing.assert_allclose(found[horizon], table.column(f"taste_{horizon}")[0].as_py(), atol=TASTE)
-        from_state = made_of.tastes(states_of(table, made_of.model.config.state_layers), at, horizon)[0]
+        from_state = made_of.tastes(read_states(table, made_of.model.config.state_layers), at, horizon)[0]
         np.testing.assert_allclose(found[horizon], from_state, atol=TASTE)
     assert found["plays"] == table.column("plays")[0].as_py() == len(events)
     assert ms(found["last_played_at"]) == table.column("last_played_at")[0].as_py()

@@ -8,8 +8,8 @@ from planted_reports import plant_report
 
 from rayrec.errors import DamagedArtifactError, NotFoundError
 from rayrec.storage.artifacts import (
+    COMMANDS,
     FORMAT_VERSION,
-    MADE_BY,
     NOUNS,
     Manifest,
     fingerprint,
@@ -105,7 +105,7 @@ def test_another_format_version_is_refused_with_the_command_that_makes_the_artif
 
 
 def test_every_kind_of_artifact_has_a_command() -> None:
-    assert {*MADE_BY, "dataset"} == set(NOUNS)
+    assert {*COMMANDS, "dataset"} == set(NOUNS)
 
 
 def test_the_same_work_finds_its_result_or_its_unfinished_files(workspace: Workspace) -> None:

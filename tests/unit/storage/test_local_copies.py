@@ -37,17 +37,17 @@ def test_of_all_who_ask_one_copies_and_all_map_the_same_file(
     remote: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied: list[str] = []
-    made_once = object_storage.made_once
+    cached_file = object_storage.cached_file
 
-    def slowly_made_once(version: str, name: str, make: Callable[[Path], object]) -> Path:
+    def slow_cached_file(version: str, name: str, make: Callable[[Path], object]) -> Path:
         def slowly(target: Path) -> None:
             copied.append(name)
             time.sleep(0.2)
             make(target)
 
-        return made_once(version, name, slowly)
+        return cached_file(version, name, slowly)
 
-    monkeypatch.setattr(object_storage, "made_once", slowly_made_once)
+    monkeypatch.setattr(object_storage, "cached_file", slow_cached_file)
     arrays: list[np.ndarray] = []
     threads = [threading.Thread(target=lambda: arrays.append(remote.read_array("a.npy"))) for _ in range(4)]
     for thread in threads:

@@ -10,7 +10,7 @@ from local_import import in_this_process
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, save_split
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
-from rayrec.importing.descriptions import DescribeConfig, describe, take_in_described_songs
+from rayrec.importing.descriptions import DescribeConfig, add_described_songs, describe
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.import_data import import_data
 from rayrec.storage import artifacts, releases
@@ -211,7 +211,7 @@ def test_a_release_stays_whole_where_the_playlists_beside_its_plays_are_replaced
     imported("first.csv", "playlist,position,song\np,0,a\nq,0,b\nr,0,a\n,0,b\n", kind="playlists")
     (tmp_path / "songs.csv").write_text("song,title\na,First\nc,Third\n")
     describe(workspace, DescribeConfig(), str(tmp_path / "songs.csv"))
-    assert take_in_described_songs(Dataset(workspace)) == 1
+    assert add_described_songs(Dataset(workspace)) == 1
     first = Dataset(workspace).manifest
     put_model(workspace, 1, dataset=first.id)
     workspace.write_json("splits/split1.json", {})

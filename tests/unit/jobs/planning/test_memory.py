@@ -155,7 +155,7 @@ def test_memory_of_the_workers_of_all_stages(
         "_build": joining_memory(songs, *range_sizes(dataset, fitted)),
         "build_and_save": indexing_memory(songs, dim),
         "ExampleCollector": examples_memory(songs, dim, queries),
-        "RankerGrower": ranking_memory(songs, dim, queries),
+        "RankerTrainer": ranking_memory(songs, dim, queries),
         "BucketRecommendations": recommending_memory(songs, users),
         "BucketEvaluator": evaluating_memory(queries),
         "fit_vectors": embedding_memory(songs, dim),
