@@ -19,10 +19,10 @@ def chromium() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'rayrec[dev]'")
     if not Path(CHROMIUM).exists():
         pytest.skip(f"no {CHROMIUM}: install Debian's package chromium")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened
-        opened.close()
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
 
 
 @contextmanager
@@ -30,15 +30,17 @@ def page_of(browser: Any, url: str, link: str = "", **options: Any) -> Iterator[
     """Open a page; fail on requests to other hosts, uncaught errors and violations of the Content Security Policy."""
     context = browser.new_context(**options)
     page = context.new_page()
-    wrong: list[str] = []
-    page.on("request", lambda request: None if request.url.startswith((url, "data:")) else wrong.append(request.url))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
+    problems: list[str] = []
+    page.on("request", lambda request: None if request.url.startswith((url, "data:")) else problems.append(request.url))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on(
+        "console", lambda message: problems.append(message.text) if "Content Security Policy" in message.text else None
+    )
     page.set_default_timeout(30_000)
     page.goto(url + link)
     yield page
     context.close()
-    assert not wrong
+    assert not problems
 
 
 def take_picture(page: Any, name: str) -> None:

@@ -13,8 +13,8 @@ MANIFESTS = sorted(path.name for path in (CLUSTER / "kuberay").glob("*.yaml"))
 
 def launcher(name: str) -> dict[str, Any]:
     """Return the content of a file for `ray up`."""
-    loaded: dict[str, Any] = yaml.safe_load((CLUSTER / name).read_text())
-    return loaded
+    content: dict[str, Any] = yaml.safe_load((CLUSTER / name).read_text())
+    return content
 
 
 def manifests(name: str) -> list[dict[str, Any]]:
@@ -29,13 +29,17 @@ def every_manifest() -> list[tuple[str, dict[str, Any]]]:
 
 def ray_clusters() -> list[tuple[str, dict[str, Any]]]:
     """Return (file name, RayClusterSpec) for each Kubernetes object that contains a RayClusterSpec."""
-    places = {
+    spec_getters = {
         "RayCluster": lambda spec: spec,
         "RayJob": lambda spec: spec["rayClusterSpec"],
         "RayService": lambda spec: spec["rayClusterConfig"],
         "RayCronJob": lambda spec: spec["jobTemplate"]["rayClusterSpec"],
     }
-    return [(name, places[item["kind"]](item["spec"])) for name, item in every_manifest() if item["kind"] in places]
+    return [
+        (name, spec_getters[item["kind"]](item["spec"]))
+        for name, item in every_manifest()
+        if item["kind"] in spec_getters
+    ]
 
 
 def pods(spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -46,5 +50,5 @@ def pods(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 def serve_config() -> dict[str, Any]:
     """Return the Serve configuration of the HTTP API."""
-    loaded: dict[str, Any] = yaml.safe_load((CLUSTER / "serve.yaml").read_text())
-    return loaded
+    content: dict[str, Any] = yaml.safe_load((CLUSTER / "serve.yaml").read_text())
+    return content

@@ -30,11 +30,11 @@ class Head:
 def free_ports(count: int) -> list[int]:
     """Return `count` ports on which no process listens now."""
     sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    for probe in sockets:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in sockets]
+    for probe in sockets:
+        probe.close()
     return ports
 
 
@@ -53,7 +53,7 @@ def ray_head(cpus: int = 2) -> Iterator[Head]:
             "--node-ip-address=127.0.0.1",
             *_flags(cpus, ports),
         )
-        with _started(options, token, Path(folder) / "out") as process:
+        with _ray_process(options, token, Path(folder) / "out") as process:
             url = f"http://127.0.0.1:{ports['dashboard-port']}"
             _wait(url, process, Path(folder) / "out")
             yield Head(url, token, f"127.0.0.1:{ports['port']}")
@@ -64,12 +64,12 @@ def ray_node(head: Head, cpus: int = 1) -> Iterator[None]:
     """Run a node during a block; it joins from another address of this machine, like a node on another machine."""
     ports = dict(zip(NODE_PORTS, free_ports(len(NODE_PORTS)), strict=True))
     options = (f"--address={head.address}", "--node-ip-address=127.0.0.2", *_flags(cpus, ports))
-    with _started(options, head.token, head.token.with_name("node-out")):
+    with _ray_process(options, head.token, head.token.with_name("node-out")):
         yield
 
 
 @contextmanager
-def _started(options: Sequence[str], token: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _ray_process(options: Sequence[str], token: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run `ray start --block` during a block; at its end, stop all processes that it started."""
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", *options]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
@@ -102,8 +102,8 @@ NODE_PORTS = (
 
 def _wait(url: str, process: subprocess.Popen[bytes], out: Path) -> None:
     """Wait until the job server answers; it refuses the request, which has no token."""
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
         try:
             urllib.request.urlopen(f"{url}/api/jobs/", timeout=5)
         except urllib.error.HTTPError:

@@ -68,27 +68,27 @@ class Stages:
     def __init__(self, plays: Path, workspace: Workspace) -> None:
         self.plays, self.workspace = plays, workspace
         self.split: Split | None = None
-        self.made: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
 
-    def bring_in(self) -> None:
-        self.made["import"] = import_data(self.workspace, import_config(self.plays))
+    def import_plays(self) -> None:
+        self.results["import"] = import_data(self.workspace, import_config(self.plays))
 
     def embed(self) -> None:
         self.split = split_dataset(self.workspace, SplitConfig(test_days=10, validation_days=5))
         config = EmbedConfig(dim=8, epochs=2, workers=1, source="histories", session_gap_minutes=2_000)
-        self.made["embed"] = embed(self.workspace, config, split=self.split)
+        self.results["embed"] = embed(self.workspace, config, split=self.split)
 
     def train(self) -> None:
-        self.made["train"] = train(self.workspace, TRAIN, split=self.split)
+        self.results["train"] = train(self.workspace, TRAIN, split=self.split)
 
     def taste(self) -> None:
-        self.made["taste"] = compute_tastes(self.workspace, TasteConfig())
+        self.results["taste"] = compute_tastes(self.workspace, TasteConfig())
 
     def finish(self) -> None:
-        self.made["index"] = build_index(self.workspace, IndexConfig())
+        self.results["index"] = build_index(self.workspace, IndexConfig())
         assert self.split is not None
         config = EvaluateConfig(bootstrap_samples=20, max_curve_users=20, models=("taste", "popularity"))
-        self.made["evaluate"] = evaluate(self.workspace, config, split=self.split)
+        self.results["evaluate"] = evaluate(self.workspace, config, split=self.split)
 
 
 @contextmanager
@@ -107,110 +107,120 @@ def three_nodes(log: Path) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def note(kind: str, unit: int, event: str) -> None:
+def log_event(kind: str, unit: int, event: str) -> None:
     """Append an event of a unit to the log file of this process."""
     line = [kind, unit, event, ray.get_runtime_context().get_node_id(), time.time()]
     with Path(os.environ[LOG], f"units-{os.getpid()}.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(line) + "\n")
 
 
-def notes(kind: str) -> list[tuple[int, str, str, float]]:
+def logged_events(kind: str) -> list[tuple[int, str, str, float]]:
     """Return (unit, event, node id, time) of all events of a kind, in order of time."""
     files = Path(os.environ[LOG]).glob("units-*.jsonl")
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    return sorted(((unit, *rest) for found, unit, *rest in lines if found == kind), key=lambda line: line[-1])
+    return sorted(((unit, *rest) for line_kind, unit, *rest in lines if line_kind == kind), key=lambda line: line[-1])
 
 
-def noted(worker: type[Any], kind: str) -> type[Any]:
+def logging_worker(worker: type[Any], kind: str) -> type[Any]:
     """Return a slower version of a bucket worker, which logs the begin and the end of each unit."""
 
-    class Noted(worker):  # type: ignore[misc]
+    class LoggingWorker(worker):  # type: ignore[misc]
         def __call__(self, unit: Any) -> Any:
             number = unit[0] if isinstance(unit, tuple) else unit  # the bucket of a group; each group has one here
-            note(kind, number, "begin")
+            log_event(kind, number, "begin")
             time.sleep(PAUSE)
             result = super().__call__(unit)
-            note(kind, number, "end")
+            log_event(kind, number, "end")
             return result
 
-    return Noted
+    return LoggingWorker
 
 
-def remove_when(cluster: Cluster, ready: Callable[[], str | None], removed: list[tuple[str, float]]) -> None:
-    """Start a thread that removes the node whose id `ready` returns, once it returns one, and adds it to `removed`."""
+def remove_when(cluster: Cluster, find_node: Callable[[], str | None], removals: list[tuple[str, float]]) -> None:
+    """Start a thread that waits for a node id from `find_node`, removes that node, and adds it to `removals`."""
 
-    def wait() -> None:
+    def wait_and_remove() -> None:
         while True:
-            if (victim := ready()) is not None:
+            if (node_id := find_node()) is not None:
                 break
             time.sleep(0.05)
-        (node,) = [node for node in cluster.worker_nodes if node.node_id == victim]
-        removed.append((victim, time.time()))
+        (node,) = [node for node in cluster.worker_nodes if node.node_id == node_id]
+        removals.append((node_id, time.time()))
         cluster.remove_node(node, allow_graceful=False)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=wait_and_remove, daemon=True).start()
 
 
-def busy_node(cluster: Cluster, kind: str, done: int) -> str | None:
-    """Return a node, not the head, that works on a unit, once `done` units have ended; otherwise None."""
-    lines = notes(kind)
-    if sum(event == "end" for _, event, _, _ in lines) < done:
+def busy_node(cluster: Cluster, kind: str, min_ended: int) -> str | None:
+    """Return a node, not the head, that works on a unit, once `min_ended` units have ended; otherwise None."""
+    lines = logged_events(kind)
+    if sum(event == "end" for _, event, _, _ in lines) < min_ended:
         return None
-    ended = {(unit, node) for unit, event, node, _ in lines if event == "end"}
-    busy = [node for unit, event, node, _ in lines if event == "begin" and (unit, node) not in ended]
-    others = {node.node_id for node in cluster.worker_nodes}
-    return next((node for node in busy if node in others), None)
+    ended_units = {(unit, node) for unit, event, node, _ in lines if event == "end"}
+    busy_nodes = [node for unit, event, node, _ in lines if event == "begin" and (unit, node) not in ended_units]
+    worker_ids = {node.node_id for node in cluster.worker_nodes}
+    return next((node for node in busy_nodes if node in worker_ids), None)
 
 
-def repeated(kind: str, units: int, removed: tuple[str, float]) -> dict[str, Any]:
+def repeated_units(kind: str, units: int, removal: tuple[str, float]) -> dict[str, Any]:
     """Return the units begun more than once (`again`), and the unfinished units of the removed node (`held`)."""
-    lines, (node, at) = notes(kind), removed
-    begun = Counter(unit for unit, event, _, _ in lines if event == "begin")
-    ended = {unit for unit, event, _, when in lines if event == "end" and when <= at}
-    held = {unit for unit, event, where, when in lines if event == "begin" and where == node and unit not in ended}
-    assert set(begun) == set(range(units))
-    return {"again": sorted(unit for unit, times in begun.items() if times > 1), "held": sorted(held)}
+    lines, (node, removed_at) = logged_events(kind), removal
+    begin_counts = Counter(unit for unit, event, _, _ in lines if event == "begin")
+    ended_units = {unit for unit, event, _, event_time in lines if event == "end" and event_time <= removed_at}
+    unfinished = {
+        unit
+        for unit, event, event_node, event_time in lines
+        if event == "begin" and event_node == node and unit not in ended_units
+    }
+    assert set(begin_counts) == set(range(units))
+    return {"again": sorted(unit for unit, count in begin_counts.items() if count > 1), "held": sorted(unfinished)}
 
 
 def lose_nodes(plays: str, folder: str, log: str) -> dict[str, Any]:
     """Run all stages; a node is lost during import, training and tastes, and a new node joins after each of them."""
-    patch, found = pytest.MonkeyPatch(), dict[str, Any]()
+    patch, report = pytest.MonkeyPatch(), dict[str, Any]()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    patch.setattr(import_run, "PieceImporter", noted(PieceImporter, "read"))
-    patch.setattr(import_run, "BucketMerger", noted(BucketMerger, "merge"))
-    patch.setattr(taste_job, "BucketTastes", noted(BucketTastes, "taste"))
+    patch.setattr(import_run, "PieceImporter", logging_worker(PieceImporter, "read"))
+    patch.setattr(import_run, "BucketMerger", logging_worker(BucketMerger, "merge"))
+    patch.setattr(taste_job, "BucketTastes", logging_worker(BucketTastes, "taste"))
     stages = Stages(Path(plays), Workspace(folder))
     with three_nodes(Path(log)) as cluster:
 
-        def lose_one(kind: str, stage: Callable[[], None], ready: Callable[[], str | None]) -> tuple[str, float]:
-            removed: list[tuple[str, float]] = []
-            remove_when(cluster, ready, removed)
+        def lose_node_during(
+            kind: str, stage: Callable[[], None], find_node: Callable[[], str | None]
+        ) -> tuple[str, float]:
+            removals: list[tuple[str, float]] = []
+            remove_when(cluster, find_node, removals)
             stage()
-            assert removed, f"{kind} was over before a node could be removed"
+            assert removals, f"{kind} was over before a node could be removed"
             cluster.add_node(num_cpus=1, object_store_memory=150 << 20)
-            return removed[0]
+            return removals[0]
 
-        gone = lose_one("import", stages.bring_in, lambda: busy_node(cluster, "merge", 3))
-        found["import"] = repeated("merge", BUCKETS, gone)
+        removal = lose_node_during("import", stages.import_plays, lambda: busy_node(cluster, "merge", 3))
+        report["import"] = repeated_units("merge", BUCKETS, removal)
         stages.embed()
         steps = Path(log) / "steps"
         witness.watch(patch, steps, pause=0.2)
-        lose_one("train", stages.train, lambda: training_node(cluster, steps))
-        seen = read_log(steps)
-        needless = sorted(set(seen.again) - seen.may_be_taken_again)
-        found["train"] = {"again": len(seen.again), "needless": needless, "steps": len(seen.times)}
-        gone = lose_one("taste", stages.taste, lambda: busy_node(cluster, "taste", 3))
-        found["taste"] = repeated("taste", BUCKETS, gone)
+        lose_node_during("train", stages.train, lambda: training_node(cluster, steps))
+        training_log = read_log(steps)
+        needless_repeats = sorted(set(training_log.again) - training_log.may_be_taken_again)
+        report["train"] = {
+            "again": len(training_log.again),
+            "needless": needless_repeats,
+            "steps": len(training_log.times),
+        }
+        removal = lose_node_during("taste", stages.taste, lambda: busy_node(cluster, "taste", 3))
+        report["taste"] = repeated_units("taste", BUCKETS, removal)
         stages.finish()
-    return {**found, "made": {name: _plain(made) for name, made in stages.made.items()}}
+    return {**report, "made": {name: _plain(result) for name, result in stages.results.items()}}
 
 
 def training_node(cluster: Cluster, steps: Path) -> str | None:
     """Return a node, not the head, whose training worker has taken step 3 of the second epoch; otherwise None."""
-    others = {node.node_id for node in cluster.worker_nodes}
+    worker_ids = {node.node_id for node in cluster.worker_nodes}
     for file in steps.glob("*.jsonl"):
         for line in map(json.loads, file.read_text().splitlines()):
-            if line.get("node") in others and line["at"][1:] == [1, 3]:
+            if line.get("node") in worker_ids and line["at"][1:] == [1, 3]:
                 return str(line["node"])
     return None
 
@@ -219,12 +229,12 @@ def undisturbed(plays: str, folder: str) -> dict[str, Any]:
     """Run the same stages on one node with two CPUs, without a loss."""
     stages = Stages(Path(plays), Workspace(folder))
     with ray_cluster(num_cpus=2):
-        for stage in (stages.bring_in, stages.embed, stages.train, stages.taste, stages.finish):
+        for stage in (stages.import_plays, stages.embed, stages.train, stages.taste, stages.finish):
             stage()
-    return {name: _plain(made) for name, made in stages.made.items()}
+    return {name: _plain(result) for name, result in stages.results.items()}
 
 
-def _plain(made: Any) -> dict[str, Any]:
-    if isinstance(made, Manifest):
-        return {"id": made.id, "folder": made.folder, "metrics": made.metrics}
-    return {"id": made.id, "users": made.users, "plays": made.plays}
+def _plain(result: Any) -> dict[str, Any]:
+    if isinstance(result, Manifest):
+        return {"id": result.id, "folder": result.folder, "metrics": result.metrics}
+    return {"id": result.id, "users": result.users, "plays": result.plays}

@@ -158,8 +158,8 @@ class MemoryHost:
     def stepped(self, phase: Phase, report: StepReport, loss: float) -> None:
         """Record the step; crash after the step of `crash_after`."""
         self.reports.append((phase, report))
-        taken = sum(each == phase for each, _ in self.reports)
-        if self._crash_after == (phase, taken):
+        steps_taken = sum(step_phase == phase for step_phase, _ in self.reports)
+        if self._crash_after == (phase, steps_taken):
             raise Crash
 
     def selected(self, model: TasteModel, known: np.ndarray) -> None:

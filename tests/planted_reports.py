@@ -15,16 +15,16 @@ def plant_report(
     workspace: Workspace, parts: dict[str, str], *, recall: float = 0.42, report_id: str = "planted"
 ) -> None:
     """Publish a report with `recall` as served recall@20, an MRR@20 of 0.2 and a warning that the test range leaked."""
-    about = {"model": "two-step", "kind": "network", "users": "all", "target": "served", "k": 20}
+    fields = {"model": "two-step", "kind": "network", "users": "all", "target": "served", "k": 20}
     values = {"recall": recall, "mrr": 0.2}
     rows = [
-        {**about, "metric": metric, "value": value, "low": value - 0.01, "high": value + 0.01, "plays": 9}
+        {**fields, "metric": metric, "value": value, "low": value - 0.01, "high": value + 0.01, "plays": 9}
         for metric, value in values.items()
     ]
-    figures = {"results": rows}
-    metrics = {"default": "two-step", **summary(figures, "two-step"), "plays": 9, "warning": "the test range leaked"}
+    statistics = {"results": rows}
+    metrics = {"default": "two-step", **summary(statistics, "two-step"), "plays": 9, "warning": "the test range leaked"}
     manifest = Manifest(kind="reports", id=report_id, inputs=dict(parts), metrics=metrics)
-    names = write_report(workspace, manifest.folder, figures, default="two-step", about={})
+    names = write_report(workspace, manifest.folder, statistics, default="two-step", about={})
     publish(workspace, manifest, names)
 
 
@@ -55,13 +55,13 @@ def full_report() -> str:
         for k in (10, 20, 100)
         for users in ("all", "seen", "new", "held_out")
     ]
-    others = {name: recall for name, recall in RECALLS.items() if name != "two-step"} | {"without sessions": 0.4}
-    ablated = _entry("without sessions", "served", "recall", 0.4, kind="ablation")
-    figures = {
-        "results": [*results, ablated],
+    other_recalls = {name: recall for name, recall in RECALLS.items() if name != "two-step"} | {"without sessions": 0.4}
+    ablation = _entry("without sessions", "served", "recall", 0.4, kind="ablation")
+    statistics = {
+        "results": [*results, ablation],
         "comparisons": [
-            {**_entry("two-step", target, metric, 0.42 - recall), "other": other, "difference": 0.42 - recall}
-            for other, recall in others.items()
+            {**_entry("two-step", target, metric, 0.42 - recall), "other": other_model, "difference": 0.42 - recall}
+            for other_model, recall in other_recalls.items()
             for target in ("served", "next", "offsets25_50")
             for metric in ("recall", "mrr")
         ],
@@ -76,10 +76,10 @@ def full_report() -> str:
             for negatives in ("uniform", "zipf")
         ],
         "breakdowns": [
-            {**_entry(name, "next", "recall", recall), "by": by, "slice": one}
+            {**_entry(name, "next", "recall", recall), "by": grouping, "slice": slice_class}
             for name, recall in RECALLS.items()
-            for by in BY_TITLES
-            for one in CLASSES
+            for grouping in BY_TITLES
+            for slice_class in CLASSES
         ],
         "recommended": [
             {
@@ -108,7 +108,7 @@ def full_report() -> str:
             for target in ("served", "next")
         ],
     }
-    about = {
+    details = {
         "protocol": "in time",
         "test range": "2015-01-01 00:00 UTC to 2015-01-20 00:00 UTC",
         **{kind: f"{number:012x}" for number, kind in enumerate(("dataset", "split", "models", "rankers"), 1)},
@@ -117,7 +117,7 @@ def full_report() -> str:
         "warning": "the song embeddings: trained on playlists, which have no times: a split cannot cut them",
         "versions": "rayrec 0.1.0, Python 3.12.3, torch 2.9.0, numpy 2.3.4, lightgbm 4.6.0",
     }
-    return html_page(figures, default="two-step", about=about, plots=_plots())
+    return html_page(statistics, default="two-step", about=details, plots=_plots())
 
 
 def _entry(
@@ -130,8 +130,8 @@ def _entry(
     kind: str = "network",
     users: str = "all",
 ) -> dict[str, Any]:
-    about = {"model": model, "kind": kind, "users": users, "target": target, "metric": metric, "k": k}
-    return {**about, "value": value, "low": value - 0.012, "high": value + 0.011, "plays": 54_321, "users_count": 987}
+    fields = {"model": model, "kind": kind, "users": users, "target": target, "metric": metric, "k": k}
+    return {**fields, "value": value, "low": value - 0.012, "high": value + 0.011, "plays": 54_321, "users_count": 987}
 
 
 def _plots() -> list[Plot]:

@@ -17,10 +17,10 @@ def fit_rankers(
     """Fit a retrieval on all plays, and rankers on the last play of each user."""
     retrieval = Retrieval.fit([histories], num_songs=network.num_songs, artist_of_song=artist_of_song)
     source = CandidateSource(network, retrieval)
-    plays = histories.offsets[1:][histories.lengths > 1] - 1
-    queries = Queries.before_plays(histories, plays)
-    held_out = np.arange(len(plays)) % 4 == 0
-    last, rows = histories.songs[plays], np.arange(len(plays))
-    answers = {kind: (rows, last if kind != "served" else (last + 1) % network.num_songs) for kind in KINDS}
+    last_plays = histories.offsets[1:][histories.lengths > 1] - 1
+    queries = Queries.before_plays(histories, last_plays)
+    held_out = np.arange(len(last_plays)) % 4 == 0
+    last_songs, rows = histories.songs[last_plays], np.arange(len(last_plays))
+    answers = {kind: (rows, last_songs if kind != "served" else (last_songs + 1) % network.num_songs) for kind in KINDS}
     examples = examples_for(source, histories, queries, answers, held_out=held_out)
     return retrieval, {kind: fit_ranker(examples[kind], source.sources.names, SMALL).ranker for kind in KINDS}

@@ -56,23 +56,23 @@ class S3Server:
 
     def fail(self, share: float) -> None:
         """From now on, answer this share of all requests with 500 or 503, at once or after 4 seconds."""
-        self._ask(json.dumps({"share": share}).encode())
+        self._send_request(json.dumps({"share": share}).encode())
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of requests received (`asked`) and failed so far."""
-        return self._ask(None)
+        return self._send_request(None)
 
-    def _ask(self, body: bytes | None) -> dict[str, int]:
+    def _send_request(self, body: bytes | None) -> dict[str, int]:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/_faults", data=body)
         with urllib.request.urlopen(request) as answer:
-            told: dict[str, int] = json.load(answer)
-            return told
+            counts: dict[str, int] = json.load(answer)
+            return counts
 
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
     """Run a server with an empty bucket during a block, with its keys in the environment of this and new processes."""
-    before = dict(os.environ)
+    old_environment = dict(os.environ)
     os.environ.update(KEYS, AWS_EC2_METADATA_DISABLED="true")
     with subprocess.Popen(
         [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -80,11 +80,11 @@ def s3_server() -> Iterator[S3Server]:
         try:
             assert process.stdout is not None
             server = S3Server(int(process.stdout.readline()))
-            make = urllib.request.Request(f"http://127.0.0.1:{server.port}/bucket", method="PUT")
-            urllib.request.urlopen(make).close()
+            bucket_request = urllib.request.Request(f"http://127.0.0.1:{server.port}/bucket", method="PUT")
+            urllib.request.urlopen(bucket_request).close()
             yield server
         finally:
             process.kill()
-            for name in set(os.environ) - set(before):
+            for name in set(os.environ) - set(old_environment):
                 del os.environ[name]
-            os.environ.update(before)
+            os.environ.update(old_environment)

@@ -15,50 +15,50 @@ from rayrec.storage.workspace import Workspace
 
 PLAYS = 120
 USERS = ("ann", "bob")
-PATIENCE = 240.0  # seconds within which a play must be acknowledged: a replica may restart meanwhile
+TIMEOUT_SECONDS = 240.0  # seconds within which a play must be acknowledged: a replica may restart meanwhile
 
 
-def send_all(urls: list[str], at_turn: Callable[[int], None], headers: Mapping[str, str] | None = None) -> None:
-    """Send each play to one replica after another until one acknowledges it; call `at_turn(place)` before each play."""
+def send_all(urls: list[str], before_play: Callable[[int], None], headers: Mapping[str, str] | None = None) -> None:
+    """Send each play to one replica after another until one acknowledges it; call `before_play(number)` before each."""
     with httpx.Client(timeout=20, headers=headers) as client:
-        for place in range(PLAYS):
-            at_turn(place)
-            deadline, turn = time.monotonic() + PATIENCE, place
+        for number in range(PLAYS):
+            before_play(number)
+            deadline, replica = time.monotonic() + TIMEOUT_SECONDS, number
             while True:
-                turn += 1
+                replica += 1
                 try:
-                    response = client.post(f"{urls[turn % len(urls)]}/v1/plays", json=play(place))
+                    response = client.post(f"{urls[replica % len(urls)]}/v1/plays", json=play(number))
                 except httpx.TransportError:
                     response = None
                 if response is not None and response.status_code == 200:
                     assert response.json()["outcomes"][0] in ("taken", "repeated")
                     break
                 assert response is None or response.status_code == 503, response.text
-                assert time.monotonic() < deadline, f"play {place} was not acknowledged"
+                assert time.monotonic() < deadline, f"play {number} was not acknowledged"
                 time.sleep(0.02)
 
 
-def play(place: int) -> dict[str, Any]:
-    """Return the play with number `place`."""
+def play(number: int) -> dict[str, Any]:
+    """Return the play with this number."""
     return {
-        "event_id": f"event-{place}",
-        "user_id": USERS[place % 2],
-        "song_id": f"song-{place % NUM_SONGS}",
-        "played_at": 1_700_000_000_000 + place * 60_000,
+        "event_id": f"event-{number}",
+        "user_id": USERS[number % 2],
+        "song_id": f"song-{number % NUM_SONGS}",
+        "played_at": 1_700_000_000_000 + number * 60_000,
     }
 
 
 def require_each_play_once(world: Workspace, store: str) -> None:
     """Fail unless the store holds all plays in order, each once."""
-    opened = open_store(store, Dataset(world).lineage)
+    state_store = open_store(store, Dataset(world).lineage)
     try:
-        for number, user in enumerate(USERS):
-            (whole,) = opened.read([user])
-            assert whole is not None
-            state = unpack_state(whole.stored.state)
-            held = Plays.joined([unpack_plays(whole.log), state.window])
-            own = range(number, PLAYS, len(USERS))
-            assert held.played_at.tolist() == [play(place)["played_at"] for place in own]
-            assert (state.plays, state.rejected) == (len(own), 0)
+        for user_number, user in enumerate(USERS):
+            (full_user,) = state_store.read([user])
+            assert full_user is not None
+            state = unpack_state(full_user.stored.state)
+            stored_plays = Plays.joined([unpack_plays(full_user.log), state.window])
+            play_numbers = range(user_number, PLAYS, len(USERS))
+            assert stored_plays.played_at.tolist() == [play(play_number)["played_at"] for play_number in play_numbers]
+            assert (state.plays, state.rejected) == (len(play_numbers), 0)
     finally:
-        opened.close()
+        state_store.close()

@@ -27,18 +27,18 @@ class Served:
 
     def processes(self, name: str = "") -> list[psutil.Process]:
         """Return the live processes of the command whose command line contains `name`."""
-        command, found = psutil.Process(self.process.pid), []
+        command, live_processes = psutil.Process(self.process.pid), []
         for process in [command, *command.children(recursive=True)]:
             try:
                 if name in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                    live_processes.append(process)
             except psutil.Error:  # the process has just ended
                 continue
-        return found
+        return live_processes
 
     def listening(self) -> dict[tuple[str, int], str]:
         """Return (address, port) -> command line, for each TCP and UDP port on which the command's processes listen."""
-        found = {}
+        command_lines = {}
         for process in self.processes():
             try:
                 connections, command = process.net_connections(kind="inet"), " ".join(process.cmdline())
@@ -46,8 +46,8 @@ class Served:
                 continue
             for connection in connections:
                 if not connection.raddr and connection.laddr:
-                    found[(connection.laddr.ip, connection.laddr.port)] = command
-        return found
+                    command_lines[(connection.laddr.ip, connection.laddr.port)] = command
+        return command_lines
 
 
 @contextmanager
@@ -59,12 +59,12 @@ def started(workspace: Workspace, *options: str) -> Iterator[Served]:
         lines = []
         for line in process.stderr:  # lines about the users' states come first
             lines.append(line)
-            found = re.search(r"^Serving at (http://[\d.]+:\d+)", line)
-            if found:
+            match = re.search(r"^Serving at (http://[\d.]+:\d+)", line)
+            if match:
                 break
         else:
             raise AssertionError("".join(lines))
-        yield Served(workspace, process, found[1])
+        yield Served(workspace, process, match[1])
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -82,7 +82,7 @@ def run(workspace: Workspace, *arguments: str, key: str = "") -> "subprocess.Pop
         environment.pop(name, None)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # If the tests run in the background of a shell, child processes would inherit that interrupts are ignored.
-    return subprocess.Popen(command, env=environment, **pipes, preexec_fn=_hear_interrupts)
+    return subprocess.Popen(command, env=environment, **pipes, preexec_fn=_enable_interrupts)
 
 
 def with_key(key: str) -> dict[str, str]:
@@ -90,5 +90,5 @@ def with_key(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def _hear_interrupts() -> None:
+def _enable_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -70,18 +70,22 @@ def write_release(
     histories = list(dataset.read_all())
     model = model or network(model_config(num_songs=dataset.num_songs), seed)
     inputs = {"dataset": dataset.manifest.id, "songs": "by-hand"}
-    made = _write_model(workspace, Manifest(kind="models", id=f"model{name}", inputs=inputs), model, histories)
+    model_manifest = _write_model(
+        workspace, Manifest(kind="models", id=f"model{name}", inputs=inputs), model, histories
+    )
     if ranked:
         codes = dataset.catalog().codes(columns.ARTIST) if artists else None
-        _write_rankers(workspace, made, name, concatenate(histories), codes)
-    _write_index(workspace, made, name, kind)
-    encoder = TasteEncoder(load_model(workspace, made.folder))  # as stored: one song has no vector
-    tastes = Manifest(kind="tastes", id=f"tastes{name}", inputs={"dataset": dataset.manifest.id, "models": made.id})
+        _write_rankers(workspace, model_manifest, name, concatenate(histories), codes)
+    _write_index(workspace, model_manifest, name, kind)
+    encoder = TasteEncoder(load_model(workspace, model_manifest.folder))  # as stored: one song has no vector
+    tastes = Manifest(
+        kind="tastes", id=f"tastes{name}", inputs={"dataset": dataset.manifest.id, "models": model_manifest.id}
+    )
     for bucket in range(dataset.manifest.buckets):
         for batch in dataset.read_bucket(bucket):
             workspace.write_table(tastes_file(tastes.folder, bucket), taste_table(encoder, batch, AT))
     publish(workspace, tastes, [path.removeprefix(tastes.folder + "/") for path in workspace.files(tastes.folder)])
-    return releases.create_release(workspace, model_id=made.id, activate=activate)
+    return releases.create_release(workspace, model_id=model_manifest.id, activate=activate)
 
 
 def damage(workspace: Workspace, release_id: str) -> None:
@@ -94,8 +98,8 @@ def damage(workspace: Workspace, release_id: str) -> None:
 
 def _write_model(workspace: Workspace, manifest: Manifest, model: TasteModel, histories: list[Histories]) -> Manifest:
     num_songs = model.config.num_songs
-    known = np.arange(num_songs) != WITHOUT_VECTOR
-    files = [*save_model(workspace, manifest.folder, model, known), PLAY_COUNTS]
+    is_known = np.arange(num_songs) != WITHOUT_VECTOR
+    files = [*save_model(workspace, manifest.folder, model, is_known), PLAY_COUNTS]
     plays = sum(np.bincount(batch.songs, minlength=num_songs) for batch in histories)
     workspace.write_array(manifest.path(PLAY_COUNTS), np.asarray(plays))
     return publish(workspace, manifest, files)
@@ -106,13 +110,13 @@ def _write_rankers(
 ) -> None:
     retrieval, rankers = fit_rankers(TasteRecommender.load(workspace, model.id), histories, artists)
     inputs = {"dataset": model.inputs["dataset"]}
-    fitted = Manifest(kind="retrieval", id=f"retrieval{name}", inputs=inputs)
-    publish(workspace, fitted, retrieval.save(workspace, fitted.folder))
-    learned = Manifest(
-        kind="rankers", id=f"rankers{name}", inputs={**inputs, "models": model.id, "retrieval": fitted.id}
+    retrieval_manifest = Manifest(kind="retrieval", id=f"retrieval{name}", inputs=inputs)
+    publish(workspace, retrieval_manifest, retrieval.save(workspace, retrieval_manifest.folder))
+    ranker_manifest = Manifest(
+        kind="rankers", id=f"rankers{name}", inputs={**inputs, "models": model.id, "retrieval": retrieval_manifest.id}
     )
-    files = [file for kind, ranker in rankers.items() for file in ranker.save(workspace, learned.folder, kind)]
-    publish(workspace, learned, files)
+    files = [file for kind, ranker in rankers.items() for file in ranker.save(workspace, ranker_manifest.folder, kind)]
+    publish(workspace, ranker_manifest, files)
 
 
 def _write_index(workspace: Workspace, model: Manifest, name: str, kind: str) -> None:
@@ -126,11 +130,11 @@ def _write_index(workspace: Workspace, model: Manifest, name: str, kind: str) ->
 @contextmanager
 def service(workspace: Workspace, keys: Keys | None = None, **settings: Any) -> Iterator[Service]:
     """Run a replica in this process, without Ray, until the block ends."""
-    opened = open_service(workspace, ServeConfig(**settings), keys=keys)
+    replica = open_service(workspace, ServeConfig(**settings), keys=keys)
     try:
-        yield opened
+        yield replica
     finally:
-        opened.close()
+        replica.close()
 
 
 def ms(text: str) -> int:
@@ -142,8 +146,8 @@ def ms(text: str) -> int:
 class Client:
     """Sends requests to the application of a service, without a network between them."""
 
-    def __init__(self, opened: Service, *, address: str = "127.0.0.1", key: str | None = None) -> None:
-        self.app = create_app(opened)
+    def __init__(self, replica: Service, *, address: str = "127.0.0.1", key: str | None = None) -> None:
+        self.app = create_app(replica)
         self._transport = httpx.ASGITransport(self.app, raise_app_exceptions=False, client=(address, 50_000))
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
 

@@ -24,10 +24,10 @@ def free_port() -> int:
 def running(workspace: Workspace, **settings: Any) -> Iterator[str]:
     """Run an application until the block ends; yield its URL. Needs a connection to Ray."""
     port = free_port()
-    quiet = LoggingConfig(log_level=logging.ERROR, enable_access_log=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
+    quiet_logging = LoggingConfig(log_level=logging.ERROR, enable_access_log=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet_logging)
     try:
-        serve.run(build({"workspace": workspace.root, "port": port, **settings}), logging_config=quiet)
+        serve.run(build({"workspace": workspace.root, "port": port, **settings}), logging_config=quiet_logging)
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()

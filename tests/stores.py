@@ -21,17 +21,17 @@ def lost_answers(monkeypatch: pytest.MonkeyPatch, most: float = math.inf) -> Ite
     from redis.connection import Connection
     from redis.exceptions import ConnectionError as BrokenConnectionError
 
-    read, lost = Connection.read_response, 0
+    read_response, lost_count = Connection.read_response, 0
 
     def read_and_lose(self: Any, *args: Any, **options: Any) -> Any:
-        nonlocal lost
-        answer = read(self, *args, **options)
-        if answer == 1 and lost < most:
-            lost += 1
+        nonlocal lost_count
+        answer = read_response(self, *args, **options)
+        if answer == 1 and lost_count < most:
+            lost_count += 1
             self.disconnect()
             raise BrokenConnectionError("the answer got lost")
         return answer
 
-    with monkeypatch.context() as broken:
-        broken.setattr(Connection, "read_response", read_and_lose)
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "read_response", read_and_lose)
         yield

@@ -23,18 +23,18 @@ class Wire:
     def _all_to_all(
         self,
         output: Tensor,
-        given: Tensor,
+        values: Tensor,
         output_sizes: list[int] | None = None,
         input_sizes: list[int] | None = None,
         group: Any = None,
     ) -> None:
         self.calls.append("all_to_all")
-        sizes = input_sizes or [len(given) // WORKERS] * WORKERS
-        self.sent += sum(sizes[1:]) * given[:1].nbytes
-        own = given[: sizes[0]]
+        sizes = input_sizes or [len(values) // WORKERS] * WORKERS
+        self.sent += sum(sizes[1:]) * values[:1].nbytes
+        local_part = values[: sizes[0]]
         output.fill_(1)
         for part in output.split(output_sizes or [len(output) // WORKERS] * WORKERS):
-            part[: len(own)] = own[: len(part)]
+            part[: len(local_part)] = local_part[: len(part)]
 
     def _all_reduce(self, tensor: Tensor) -> None:
         self.calls.append("all_reduce")

@@ -42,28 +42,28 @@ def run_here(
 ) -> Iterator[Any]:
     """Do the work of `run_buckets` with one worker in this process."""
 
-    def working(work: Callable[[], Any]) -> Any:
+    def run_as_worker(work: Callable[[], Any]) -> Any:
         IN_WORKER.append(True)
         try:
             return work()
         finally:
             IN_WORKER.pop()
 
-    worker = working(lambda: make_worker(**arguments))
+    worker = run_as_worker(lambda: make_worker(**arguments))
     for unit in list(units):
-        yield working(lambda unit=unit: worker(unit))
+        yield run_as_worker(lambda unit=unit: worker(unit))
 
 
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make all stages run in this process from now on; trainings only with `workers=0`."""
-    here: dict[str, Any] = {
+    replacements: dict[str, Any] = {
         "run_buckets": run_here,
         "ray_cluster": nullcontext,
         "run_on_node": lambda work, *arguments, cpus: work(*arguments),
         "node_cpus": lambda: 1,
     }
     for job in JOBS:
-        for name, replacement in here.items():
+        for name, replacement in replacements.items():
             if hasattr(job, name):
                 monkeypatch.setattr(job, name, replacement)
 
@@ -83,20 +83,20 @@ class CountingFileSystem:
         """Count all requests and reads from now on."""
         open_input = Workspace.open_input
 
-        def counted_input(workspace: Workspace, path: str) -> pa.NativeFile:
+        def open_counted_input(workspace: Workspace, path: str) -> pa.NativeFile:
             self.requests["size"] += 1
             return pa.PythonFile(_CountedReads(open_input(workspace, path), path, self), mode="r")
 
-        def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def counting_method(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
             def run(*arguments: Any, **options: Any) -> Any:
                 self.requests[name] += REQUESTS.get(name, 1)
                 return method(*arguments, **options)
 
             return run
 
-        monkeypatch.setattr(Workspace, "open_input", counted_input)
+        monkeypatch.setattr(Workspace, "open_input", open_counted_input)
         for name in ("open_output", "delete", "move", "exists", "sizes", "folders"):
-            monkeypatch.setattr(Workspace, name, counted(name, getattr(Workspace, name)))
+            monkeypatch.setattr(Workspace, name, counting_method(name, getattr(Workspace, name)))
 
     @property
     def total(self) -> int:
@@ -119,8 +119,8 @@ class _CountedReads:
         self._counts.driver_bytes_read += 0 if IN_WORKER else len(data)
         return data
 
-    def seek(self, place: int, whence: int = 0) -> int:
-        return int(self._file.seek(place, whence))
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._file.seek(offset, whence))
 
     def tell(self) -> int:
         return int(self._file.tell())

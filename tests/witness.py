@@ -67,34 +67,39 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
 
     phases: list[str] = []
     epochs: list[int] = []
-    windows_of, take_of, reads = WorkerHost.windows, Training.take, fitting.STEPS_BETWEEN_READS
-    checkpoint_of = WorkerHost.checkpoint
+    original_windows, original_take, original_interval = WorkerHost.windows, Training.take, fitting.STEPS_BETWEEN_READS
+    original_checkpoint = WorkerHost.checkpoint
 
-    def note(line: dict[str, Any]) -> None:
+    def write_line(line: dict[str, Any]) -> None:
         with Path(log, f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
     def checkpoint(host: Any, progress: Any, save: Any) -> bool:
-        saved = checkpoint_of(host, progress, save)
-        if saved:
-            note({"saved": (progress.phase, progress.epoch, progress.step), "time": time.time()})
-        return saved
+        is_saved = original_checkpoint(host, progress, save)
+        if is_saved:
+            write_line({"saved": (progress.phase, progress.epoch, progress.step), "time": time.time()})
+        return is_saved
 
     def windows(host: Any, phase: Any, epoch: int) -> Iterator[Windows]:
         phases.append(phase)
         epochs.append(epoch)
-        return windows_of(host, phase, epoch)
+        return original_windows(host, phase, epoch)
 
     def take(training: Training, step: TrainingStep) -> Tensor:
-        at = (phases[-1], epochs[-1], step.number)
-        if death is not None and death.at == at and training.share.rank == death.rank:
+        step_key = (phases[-1], epochs[-1], step.number)
+        if death is not None and death.at == step_key and training.share.rank == death.rank:
             die(death)
-        taken = take_of(training, step)
+        loss = original_take(training, step)
         time.sleep(pause)
-        line = {"at": at, "rank": training.share.rank, "of": training.share.workers, "windows": prints_of(step.windows)}
+        line = {
+            "at": step_key,
+            "rank": training.share.rank,
+            "of": training.share.workers,
+            "windows": window_fingerprints(step.windows),
+        }
         line["node"] = ray.get_runtime_context().get_node_id()
-        note(line)
-        return taken
+        write_line(line)
+        return loss
 
     WorkerHost.windows, WorkerHost.checkpoint = windows, checkpoint  # type: ignore[method-assign]
     Training.take = take  # type: ignore[method-assign]
@@ -102,9 +107,9 @@ def train_worker(log: str, death: Death | None, pause: float, arguments: dict[st
     try:
         getattr(job, "_undisturbed", job.train_worker)(arguments)
     finally:
-        WorkerHost.windows, WorkerHost.checkpoint = windows_of, checkpoint_of  # type: ignore[method-assign]
-        Training.take = take_of  # type: ignore[method-assign]
-        fitting.STEPS_BETWEEN_READS = reads
+        WorkerHost.windows, WorkerHost.checkpoint = original_windows, original_checkpoint  # type: ignore[method-assign]
+        Training.take = original_take  # type: ignore[method-assign]
+        fitting.STEPS_BETWEEN_READS = original_interval
 
 
 def wait_for_checkpoint() -> None:
@@ -128,14 +133,14 @@ def die(death: Death) -> None:
     time.sleep(60)  # until this process ends with the cluster of the driver
 
 
-def prints_of(windows: Windows) -> list[int]:
+def window_fingerprints(windows: Windows) -> list[int]:
     """Return a fingerprint of the input plays of each window that has any."""
-    plays, found = windows.plays, []
-    for begin, count in zip(plays.offsets[:-1].tolist(), windows.inputs.tolist(), strict=True):
+    plays, fingerprints = windows.plays, []
+    for start, count in zip(plays.offsets[:-1].tolist(), windows.inputs.tolist(), strict=True):
         if count:
-            some = slice(begin, begin + count)
-            found.append(zlib.crc32(np.concatenate([plays.songs[some], plays.played_at[some]]).tobytes()))
-    return found
+            window = slice(start, start + count)
+            fingerprints.append(zlib.crc32(np.concatenate([plays.songs[window], plays.played_at[window]]).tobytes()))
+    return fingerprints
 
 
 @dataclass(frozen=True)
@@ -150,14 +155,14 @@ class Seen:
     @property
     def again(self) -> list[Step]:
         """The steps that were taken more than once."""
-        return [at for at, times in self.times.items() if times > 1]
+        return [step for step, count in self.times.items() if count > 1]
 
     @property
     def may_be_taken_again(self) -> set[Step]:
         """The steps since the last checkpoint but one: Ray Train stores the last one while the next steps run."""
         order = {"selection": 0, "final": 1}
-        phase, epoch, step = self.saved[-2]
-        return {at for at in self.times if (order[at[0]], *at[1:]) >= (order[phase], epoch, step)}
+        phase, epoch, number = self.saved[-2]
+        return {step for step in self.times if (order[step[0]], *step[1:]) >= (order[phase], epoch, number)}
 
 
 def read_log(log: Path) -> Seen:
@@ -170,11 +175,13 @@ def read_log(log: Path) -> Seen:
     for line in lines:
         by_rank[tuple(line["at"])][line["of"], line["rank"]].append(line["windows"])
     windows, times, workers = {}, {}, {}
-    for at, parts in by_rank.items():
-        of = {of for of, _ in parts}
-        complete = [number for number in of if all((number, rank) in parts for rank in range(number))]
-        windows[at] = sorted(print_ for rank in range(complete[0]) for print_ in parts[complete[0], rank][-1])
-        times[at] = sum(max(len(parts.get((number, rank), [])) for rank in range(number)) for number in of)
-        workers[at] = of
+    for step, parts in by_rank.items():
+        num_workers = {num_workers for num_workers, _ in parts}
+        complete_counts = [number for number in num_workers if all((number, rank) in parts for rank in range(number))]
+        windows[step] = sorted(
+            fingerprint for rank in range(complete_counts[0]) for fingerprint in parts[complete_counts[0], rank][-1]
+        )
+        times[step] = sum(max(len(parts.get((number, rank), [])) for rank in range(number)) for number in num_workers)
+        workers[step] = num_workers
     saved = [tuple(line["saved"]) for line in first_saves]
     return Seen(windows=windows, times=times, workers=workers, saved=saved)

@@ -25,7 +25,7 @@ from rayrec.jobs import train
 from rayrec.jobs.runtime import WORKER_ENVIRONMENT
 from rayrec.storage.workspace import Workspace
 
-SECONDS_BETWEEN_LOOKS = 0.002
+SAMPLE_SECONDS = 0.002
 torch.set_num_threads(1)
 
 
@@ -43,22 +43,22 @@ def growth(work: Callable[..., Any], *arguments: Any) -> tuple[int, int, Any]:
     os.environ.update(WORKER_ENVIRONMENT)
     context = get_context("forkserver")  # imports the packages of workers once, then forks
     context.set_forkserver_preload([__name__])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,))
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=_serve, args=(child_end,))
     process.start()
-    theirs.close()  # so that the end of the process is noticed
+    child_end.close()  # so that the end of the process is noticed
     assert process.pid is not None
-    ours.send((work, arguments))
-    ours.recv()
-    before = peak = anonymous_bytes(process.pid)
-    ours.send(None)
-    while not ours.poll(SECONDS_BETWEEN_LOOKS):
+    parent_end.send((work, arguments))
+    parent_end.recv()
+    initial = peak = anonymous_bytes(process.pid)
+    parent_end.send(None)
+    while not parent_end.poll(SAMPLE_SECONDS):
         peak = max(peak, anonymous_bytes(process.pid))
-    result = ours.recv()
+    result = parent_end.recv()
     process.join()
     if isinstance(result, BaseException):
         raise result
-    return before, peak - before, result
+    return initial, peak - initial, result
 
 
 def _serve(connection: Connection) -> None:
@@ -78,22 +78,22 @@ def answer_requests(uri: str, store: str, songs: int) -> None:
 
     histories = np.random.default_rng(0).integers(songs, size=(100, 50)).tolist()
     artists = [f"Artist {number}" for number in range(7)]  # the names that `write_dataset` gives
-    some = [[artist for bit, artist in enumerate(artists) if number >> bit & 1] for number in range(1, 101)]
-    with service(Workspace(uri), store=store) as opened:
-        client = Client(opened)
-        for history, wanted in zip(histories, some, strict=True):
+    artist_filters = [[artist for bit, artist in enumerate(artists) if number >> bit & 1] for number in range(1, 101)]
+    with service(Workspace(uri), store=store) as replica:
+        client = Client(replica)
+        for history, artist_filter in zip(histories, artist_filters, strict=True):
             body = {"history": [f"song-{row}" for row in history]}
             assert client.post("/v1/recommendations", body).status_code == 200
-            assert client.post("/v1/recommendations", {**body, "artists": wanted}).status_code == 200
+            assert client.post("/v1/recommendations", {**body, "artists": artist_filter}).status_code == 200
         assert client.get("/v1/songs?query=title").status_code == 200
 
 
-def _units(make_worker: Callable[..., Any], arguments: dict[str, Any], units: list[Any]) -> list[Any]:
+def _run_units(make_worker: Callable[..., Any], arguments: dict[str, Any], units: list[Any]) -> list[Any]:
     worker = make_worker(**arguments)
     return [worker(unit) for unit in units]
 
 
-def _listed(work: Callable[..., Iterator[Any]], *arguments: Any) -> list[Any]:
+def _list_results(work: Callable[..., Iterator[Any]], *arguments: Any) -> list[Any]:
     return list(work(*arguments))
 
 
@@ -107,33 +107,33 @@ class WatchedWorkers:
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Measure the workers of all jobs from now on."""
-        here: dict[str, Any] = {
+        replacements: dict[str, Any] = {
             "run_buckets": self._run_buckets,
             "run_on_node": self._run_on_node,
             "ray_cluster": nullcontext,
             "node_cpus": lambda: 1,
         }
         for job in JOBS:
-            for name, replacement in here.items():
+            for name, replacement in replacements.items():
                 if hasattr(job, name):
                     monkeypatch.setattr(job, name, replacement)
         train_worker = train.train_worker
-        monkeypatch.setattr(train, "train_worker", lambda told: self._run("train_worker", train_worker, told))
+        monkeypatch.setattr(train, "train_worker", lambda arguments: self._run("train_worker", train_worker, arguments))
 
     def _run_buckets(
         self, make_worker: Callable[..., Any], units: Iterable[Any], *, arguments: dict[str, Any], **_: Any
     ) -> Iterator[Any]:
-        results = self._run(make_worker.__name__, _units, make_worker, arguments, list(units))
+        results = self._run(make_worker.__name__, _run_units, make_worker, arguments, list(units))
         sizes = [pickled_bytes(arguments), max(map(pickled_bytes, results), default=0)]
         self.stored[make_worker.__name__] = sum(sizes)
         yield from results
 
     def _run_on_node(self, work: Callable[..., Iterator[Any]], *arguments: Any, cpus: int) -> Iterator[Any]:
-        yield from self._run(work.__name__, _listed, work, *arguments)
+        yield from self._run(work.__name__, _list_results, work, *arguments)
 
     def _run(self, name: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        self.idle, grown, result = growth(work, *arguments)
-        self.private[name] = max(self.private.get(name, 0), grown)
+        self.idle, added_bytes, result = growth(work, *arguments)
+        self.private[name] = max(self.private.get(name, 0), added_bytes)
         return result
 
 

@@ -25,9 +25,11 @@ def write_dataset(
     histories = histories.take(np.argsort(histories.user_ids))
     bucket = bucket_of(histories.user_ids, buckets)
     for number in range(buckets):
-        kept = histories.take(bucket == number)
-        workspace.write_table(histories_file(0, number), kept.to_arrow())
-        workspace.write_table(users_file(0, number), pa.table({columns.USER: pa.array(kept.user_ids, pa.string())}))
+        bucket_histories = histories.take(bucket == number)
+        workspace.write_table(histories_file(0, number), bucket_histories.to_arrow())
+        workspace.write_table(
+            users_file(0, number), pa.table({columns.USER: pa.array(bucket_histories.user_ids, pa.string())})
+        )
     songs = {
         columns.SONG: pa.array(range(num_songs), pa.int32()),
         columns.SONG_ID: [f"song-{song}" for song in range(num_songs)],
@@ -57,10 +59,10 @@ def write_dataset(
 def rename_songs(workspace: Workspace, song_ids: Mapping[int, str]) -> None:
     """Change ids of songs in a data set; `song_ids` maps rows of the catalog to new ids."""
     songs = workspace.read_table(SONGS_TABLE)
-    renamed = [song_ids.get(row, song_id) for row, song_id in enumerate(songs.column(columns.SONG_ID).to_pylist())]
-    place = songs.column_names.index(columns.SONG_ID)
+    new_ids = [song_ids.get(row, song_id) for row, song_id in enumerate(songs.column(columns.SONG_ID).to_pylist())]
+    column = songs.column_names.index(columns.SONG_ID)
     workspace.write_table(
-        SONGS_TABLE, songs.set_column(place, columns.SONGS_TABLE.field(columns.SONG_ID), pa.array(renamed))
+        SONGS_TABLE, songs.set_column(column, columns.SONGS_TABLE.field(columns.SONG_ID), pa.array(new_ids))
     )
 
 
@@ -91,12 +93,15 @@ def with_opinions(histories: Histories, num_songs: int, *, seed: int = 0) -> His
     random = np.random.default_rng(seed)
     first, last = int(histories.played_at.min()), int(histories.played_at.max())
     likes = [
-        [(int(random.integers(num_songs)), int(at)) for at in sorted(random.integers(first, last, random.integers(6)))]
+        [
+            (int(random.integers(num_songs)), int(moment))
+            for moment in sorted(random.integers(first, last, random.integers(6)))
+        ]
         for _ in range(len(histories))
     ]
-    nothing: list[list[int]] = [[] for _ in likes]
-    liked = Histories.from_lists(nothing, nothing, histories.user_ids.tolist(), likes=likes).likes
-    return replace(histories, skipped=random.random(histories.num_plays) < 1 / 3, likes=liked)
+    no_plays: list[list[int]] = [[] for _ in likes]
+    packed_likes = Histories.from_lists(no_plays, no_plays, histories.user_ids.tolist(), likes=likes).likes
+    return replace(histories, skipped=random.random(histories.num_plays) < 1 / 3, likes=packed_likes)
 
 
 def random_vectors(num_songs: int, dim: int = 8, seed: int = 0) -> np.ndarray:

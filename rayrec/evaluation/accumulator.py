@@ -118,9 +118,8 @@ class MetricAccumulator:
     # float64 (C, M, OFFSETS and targets in days, R + 1): recall of the candidates, of all and by retriever
     retrieved: np.ndarray
     candidates: np.ndarray  # float64 (C, M, R + 1): number of candidates
-    chances: (
-        np.ndarray
-    )  # float64 (calibrated models, len(CALIBRATED), PROBABILITY_BINS, BIN_COLUMNS): see `calibration_sums`
+    # float64 (calibrated models, len(CALIBRATED), PROBABILITY_BINS, BIN_COLUMNS): see `calibration_sums`
+    bin_sums: np.ndarray
 
     @classmethod
     def empty(
@@ -160,7 +159,7 @@ class MetricAccumulator:
             lists=np.zeros(models, dtype=np.int64),
             retrieved=np.zeros((cells, models, len(OFFSETS) + day_targets, retriever_columns)),
             candidates=np.zeros((cells, models, retriever_columns)),
-            chances=np.zeros((calibrated, len(CALIBRATED), PROBABILITY_BINS, BIN_COLUMNS)),
+            bin_sums=np.zeros((calibrated, len(CALIBRATED), PROBABILITY_BINS, BIN_COLUMNS)),
         )
 
     @property
@@ -181,7 +180,7 @@ class MetricAccumulator:
         self.users += other.users
         self.lists += other.lists
         self.listed |= other.listed
-        self.chances += other.chances
+        self.bin_sums += other.bin_sums
 
     def resampled(self, samples: int, seed: int) -> MetricAccumulator:
         """Return the sums of the data itself and of bootstrap samples along the first axis, of length B + 1."""
@@ -194,7 +193,7 @@ class MetricAccumulator:
 
 
 BY_CELL: Sequence[str] = [
-    item.name for item in fields(MetricAccumulator) if item.name not in ("users", "listed", "lists", "chances")
+    item.name for item in fields(MetricAccumulator) if item.name not in ("users", "listed", "lists", "bin_sums")
 ]
 
 

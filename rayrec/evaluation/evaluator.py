@@ -372,9 +372,9 @@ def add_calibration(
     accumulator: MetricAccumulator, recommenders: Sequence[BaseRecommender], model: int, ranked: Ranked
 ) -> None:
     """Add the calibration sums of recommender number `model`, if its scores are probabilities."""
-    if ranked.chances:
+    if ranked.bin_sums:
         index = count_calibrated(recommenders[:model])
-        accumulator.chances[index] += np.stack([ranked.chances[target] for target in CALIBRATED])
+        accumulator.bin_sums[index] += np.stack([ranked.bin_sums[target] for target in CALIBRATED])
 
 
 def coverage_songs(num_songs: int) -> np.ndarray:

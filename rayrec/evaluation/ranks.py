@@ -59,7 +59,7 @@ class Ranked(NamedTuple):
     proposed: dict[str, np.ndarray]  # target -> bool (T, R + 1), which of them propose the target song
     candidates: np.ndarray | None  # float64 (Q, R + 1), number of candidates per query
     # If scores are probabilities: CALIBRATED -> `calibration_sums` of the first LIST_LENGTH songs of all queries.
-    chances: dict[str, np.ndarray]
+    bin_sums: dict[str, np.ndarray]
 
 
 def rank_targets(
@@ -94,19 +94,19 @@ def rank_targets(
         columns = 1 + len(recommender.retrievers)
         proposed_masks = {name: np.zeros((len(target.songs), columns), dtype=bool) for name, target in targets.items()}
         candidate_counts = np.zeros((len(queries), columns))
-    probability_sums: dict[str, np.ndarray] = {}
+    bin_sums: dict[str, np.ndarray] = {}
     next_songs = np.full(len(queries), NO_SONG)
     if recommender.scores_are_probabilities and targets.keys() >= set(CALIBRATED):
-        probability_sums = {name: np.zeros((PROBABILITY_BINS, BIN_COLUMNS)) for name in CALIBRATED}
+        bin_sums = {name: np.zeros((PROBABILITY_BINS, BIN_COLUMNS)) for name in CALIBRATED}
         next_songs[targets["next"].rows] = targets["next"].songs
     for chunk, horizon, ranking in _rankings(recommender, histories, queries, needed_horizons, max(depth, LIST_LENGTH)):
         unheard_ranking = None  # the ranking without heard songs, of all queries
-        if probability_sums and horizon == "short":
+        if bin_sums and horizon == "short":
             all_rows = np.arange(chunk.stop - chunk.start)
             unheard_ranking = ranking.without_heard(histories, queries.take(chunk), all_rows)
             for name, list_ranking in {"served": unheard_ranking, "next": ranking}.items():
                 rows, songs, scores = list_ranking.first(all_rows, LIST_LENGTH)
-                probability_sums[name] += calibration_sums(scores, songs == next_songs[chunk][rows])
+                bin_sums[name] += calibration_sums(scores, songs == next_songs[chunk][rows])
         names_by_kind: dict[tuple[bool, bool], list[str]] = {}
         for name, target in targets.items():
             if target_horizons[name] == horizon:
@@ -144,7 +144,7 @@ def rank_targets(
             rows, songs, _ = ranking.first(np.flatnonzero(listed[chunk]), LIST_LENGTH)
             list_parts.append((chunk.start + rows, songs))
     rows, songs = (np.concatenate(parts) for parts in zip(*list_parts, strict=True))
-    return Ranked(ranks, rows, songs, proposed_masks, candidate_counts, probability_sums)
+    return Ranked(ranks, rows, songs, proposed_masks, candidate_counts, bin_sums)
 
 
 def _positions_of_chunk(target: TargetSongs, is_rankable: np.ndarray, chunk: slice) -> np.ndarray:

@@ -137,7 +137,7 @@ class Statistics:
         """
         calibrated = [recommender.name for recommender in self._recommenders if recommender.scores_are_probabilities]
         entries: list[Entry] = []
-        for model, target_sums in zip(calibrated, self._sums.chances, strict=True):
+        for model, target_sums in zip(calibrated, self._sums.bin_sums, strict=True):
             for target, sums in zip(CALIBRATED, target_sums, strict=True):
                 num_songs, probability_sum, right_count = sums.sum(axis=0)
                 if num_songs:

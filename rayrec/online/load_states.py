@@ -178,9 +178,8 @@ class _Loader:
             writer,
             write_lock,
         )
-        self._deleted_users = read_pending_deletions(
-            dataset.workspace
-        )  # rows of other deleted users are already erased
+        # rows of other deleted users are already erased
+        self._deleted_users = read_pending_deletions(dataset.workspace)
         model = artifacts.load_manifest(dataset.workspace, "models", tastes.inputs["models"])
         self._model_id = model.id
         model_config = ModelConfig.from_json(dataset.workspace.read_json(model.path(MODEL_CONFIG)))

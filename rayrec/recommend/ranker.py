@@ -128,11 +128,11 @@ class Calibration:
 
     sharpness: float  # factor of the scores before the softmax
     shares: tuple[float, ...]  # softmax shares at the points of the curve, ascending
-    chances: tuple[float, ...]  # probabilities at the same points, ascending
+    probabilities: tuple[float, ...]  # probabilities at the same points, ascending
 
     def __call__(self, rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """float64 (C,): the probability of each candidate; `rows`, int (C,), ascending, are the candidates' queries."""
-        return np.asarray(np.interp(self.shares_of(rows, scores), self.shares, self.chances))
+        return np.asarray(np.interp(self.shares_of(rows, scores), self.shares, self.probabilities))
 
     def shares_of(self, rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """float64 (C,): the softmax share of each candidate in its query; the shares of a query add up to 1."""
@@ -351,7 +351,7 @@ class Ranker:
         description = workspace.read_json(f"{folder}/{name}.json")
         curve = description["calibration"]
         calibration = Calibration(
-            sharpness=curve["sharpness"], shares=tuple(curve["shares"]), chances=tuple(curve["chances"])
+            sharpness=curve["sharpness"], shares=tuple(curve["shares"]), probabilities=tuple(curve["probabilities"])
         )
         return cls(
             MODELS[description["form"]].load(workspace, folder, name), list(description["features"]), calibration
@@ -489,7 +489,7 @@ def calibrate(rows: np.ndarray, scores: np.ndarray, is_right: np.ndarray) -> Cal
     return Calibration(
         sharpness=sharpness,
         shares=(0.0, *bin_shares.tolist(), 1.0),
-        chances=(0.0, *bin_probabilities.tolist(), float(last_probability)),
+        probabilities=(0.0, *bin_probabilities.tolist(), float(last_probability)),
     )
 
 

@@ -74,9 +74,10 @@ class VsknnRecommender(BaseRecommender):
         scores = np.zeros((len(queries), self.num_songs), dtype=np.float32)
         rows, songs, later_plays = last_plays(histories, queries, self.num_songs, self.chosen.last_plays)
         shape = (len(queries), self.num_songs)
+        # weights of the same song add up
         weights = csr_matrix(
             ((1 - later_plays / self.chosen.last_plays).astype(np.float32), (rows, songs)), shape=shape
-        )  # weights of the same song add up
+        )
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             chunk = slice(start, start + QUERIES_AT_ONCE)
             (self._nearest(weights[chunk]) @ self.sessions).toarray(out=scores[chunk])

@@ -261,7 +261,7 @@ class TwoStepRecommender(CandidateRecommender):
     ) -> Ranking:
         """As `rank_queries`, for queries whose candidates and features are already computed."""
         new_only = np.array([answer_filter.new_only for answer_filter in filters or ()] or [False] * len(scored.batch))
-        probabilities = self.chances(scored, long_weight, new_only)
+        probabilities = self.probabilities(scored, long_weight, new_only)
         songs, scores = _best_candidates(scored, probabilities, k, filters)
         filled = np.zeros(len(songs), dtype=np.int64)
         is_short = songs[:, -1] == NO_SONG if scored.is_allowed is None else np.zeros(len(songs), dtype=bool)
@@ -270,7 +270,7 @@ class TwoStepRecommender(CandidateRecommender):
         paths: list[SearchPath] = ["index" if count else "exact" for count in filled.tolist()]
         return Ranking(songs=songs, scores=scores, paths=tuple(paths), filled=filled)
 
-    def chances(self, scored: Scored, long_weight: float, new_only: np.ndarray) -> np.ndarray:
+    def probabilities(self, scored: Scored, long_weight: float, new_only: np.ndarray) -> np.ndarray:
         """float64 (C,): the probability of each candidate; `new_only`, bool (Q,): which queries ask only for new songs.
 
         If `long_weight` is between 0 and 1, the weighted mean of the candidate's softmax shares on both horizons.
@@ -370,7 +370,7 @@ class _CandidateProbabilities:
         key = horizon, exclude_heard and horizon == "short"
         if key not in self._cache:
             new_only = np.full(len(self._scored.batch), exclude_heard)
-            self._cache[key] = self._recommender.chances(self._scored, float(horizon == "long"), new_only)
+            self._cache[key] = self._recommender.probabilities(self._scored, float(horizon == "long"), new_only)
         return self._cache[key]
 
 

@@ -281,9 +281,8 @@ class DatasetManifest:
 
     id: str  # changes with every import, and when parts are joined
     lineage: str = ""  # id of the data set whose song rows it shares; empty: its own id
-    ancestors: list[str] = field(
-        default_factory=list
-    )  # ids of the data sets whose parts and songs it begins with, oldest first
+    # ids of the data sets whose parts and songs it begins with, oldest first
+    ancestors: list[str] = field(default_factory=list)
     source: str  # the format of the imported files
     buckets: int  # fixed at the first import
     parts: int  # number of parts of the histories; each import of plays adds one, numbered from 0

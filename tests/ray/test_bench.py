@@ -37,12 +37,12 @@ TINY: dict[str, BenchConfig] = {
 COMMON = {"name", "unit", "ratio", "ratio_low", "ratio_high", "per_second", "plain_per_second", "peak_mb", "rounds"}
 
 
-def check_common(told: dict[str, Any], name: str, unit: str) -> None:
-    assert told.keys() >= COMMON
-    assert (told["name"], told["unit"], told["rounds"]) == (name, unit, 1)
-    assert told["ratio"] == pytest.approx(told["per_second"] / told["plain_per_second"])
-    assert told["ratio_low"] == told["ratio"] == told["ratio_high"]
-    assert told["peak_mb"] > 0
+def check_common(report: dict[str, Any], name: str, unit: str) -> None:
+    assert report.keys() >= COMMON
+    assert (report["name"], report["unit"], report["rounds"]) == (name, unit, 1)
+    assert report["ratio"] == pytest.approx(report["per_second"] / report["plain_per_second"])
+    assert report["ratio_low"] == report["ratio"] == report["ratio_high"]
+    assert report["peak_mb"] > 0
 
 
 @pytest.mark.usefixtures("cluster")
@@ -53,61 +53,61 @@ class TestBench:
         return Workspace(tmp_path_factory.getbasetemp() / "bench-data")
 
     def test_taste_counts_plays_against_the_plain_loop(self, place: Workspace) -> None:
-        told = bench("taste", place, TINY["taste"])
-        check_common(told, "taste", "plays")
-        assert told["users"] == 150
+        report = bench("taste", place, TINY["taste"])
+        check_common(report, "taste", "plays")
+        assert report["users"] == 150
 
     def test_embed_counts_tokens_against_gensim_alone(self, place: Workspace, tmp_path: Path) -> None:
-        told = bench("embed", place, TINY["embed"], save=str(tmp_path / "rates.json"))
+        report = bench("embed", place, TINY["embed"], save=str(tmp_path / "rates.json"))
         assert json.loads((tmp_path / "rates.json").read_text())["rates"] == {
-            "embed_tokens_per_second_per_cpu": told["per_second"]
+            "embed_tokens_per_second_per_cpu": report["per_second"]
         }
-        check_common(told, "embed", "tokens")
-        assert told["workers"] == 1
-        assert 0 < told["corpus_tokens"] < 2_000
+        check_common(report, "embed", "tokens")
+        assert report["workers"] == 1
+        assert 0 < report["corpus_tokens"] < 2_000
 
     @pytest.mark.slow
     def test_train_counts_plays_and_tells_what_the_data_path_feeds(self, place: Workspace) -> None:
-        told = bench("train", place, TINY["train"])
-        check_common(told, "train", "plays")
-        assert told["feed"] == pytest.approx(told["data_per_second"] / told["per_second"])
+        report = bench("train", place, TINY["train"])
+        check_common(report, "train", "plays")
+        assert report["feed"] == pytest.approx(report["data_per_second"] / report["per_second"])
 
     def test_index_needs_no_cluster(self, place: Workspace) -> None:
         check_common(bench("index", place, TINY["index"]), "index", "queries")
 
     @pytest.mark.slow
     def test_memory_tells_the_growth_of_the_driver_and_of_the_workers_of_both_jobs(self, place: Workspace) -> None:
-        told = bench("memory", place, TINY["memory"])
-        assert told["growth"] == max(told["growth_by_role"].values())
-        assert told["growth_by_role"].keys() == {"taste driver", "taste worker", "data driver", "data worker"}
-        assert told["users"] == [100, 200]
-        assert told["growth"] < 0.1
-        assert told["songs"] == [300, 3_000]
-        assert told["songs_growth_mb"] == pytest.approx(told["songs_peaks_mb"][1] - told["songs_peaks_mb"][0])
+        report = bench("memory", place, TINY["memory"])
+        assert report["growth"] == max(report["growth_by_role"].values())
+        assert report["growth_by_role"].keys() == {"taste driver", "taste worker", "data driver", "data worker"}
+        assert report["users"] == [100, 200]
+        assert report["growth"] < 0.1
+        assert report["songs"] == [300, 3_000]
+        assert report["songs_growth_mb"] == pytest.approx(report["songs_peaks_mb"][1] - report["songs_peaks_mb"][0])
 
     @pytest.mark.slow
     def test_simulate_tells_hours_of_every_stage_beside_those_of_plan(self, place: Workspace) -> None:
-        told = bench("simulate", place, TINY["simulate"])
-        by_stage = {stage["stage"]: stage for stage in told["stages"]}
+        report = bench("simulate", place, TINY["simulate"])
+        by_stage = {stage["stage"]: stage for stage in report["stages"]}
         stages = ["import", "embed", "train", "retrieval", "rank", "taste", "index", "evaluate", "recommend"]
         assert list(by_stage) == stages
-        assert told["hours"] == pytest.approx(sum(stage["hours"] for stage in told["stages"]))
-        assert all(stage["hours"] > 0 for stage in told["stages"])
+        assert report["hours"] == pytest.approx(sum(stage["hours"] for stage in report["stages"]))
+        assert all(stage["hours"] > 0 for stage in report["stages"])
         assert all(by_stage[name]["plan_hours"] > 0 for name in stages if name != "index")
 
     @pytest.mark.slow
     def test_scale_tells_every_stage_by_workers_and_by_size(self, place: Workspace, tmp_path: Path) -> None:
-        told = bench("scale", place, TINY["scale"], save=str(tmp_path / "rates.json"))
+        report = bench("scale", place, TINY["scale"], save=str(tmp_path / "rates.json"))
         stages = {"import", "embed", "train", "taste"}
-        assert told["workers"] == [1, 2]
+        assert report["workers"] == [1, 2]
         for part in ("throughput", "speedups", "cost"):
-            assert told[part].keys() == stages
+            assert report[part].keys() == stages
         for stage in stages:
-            assert told["throughput"][stage].keys() == {"1", "2"}
-            assert len(told["cost"][stage]["plays"]) == 2
-        assert told["word2vec"]["speedup"].keys() == {"1", "2"}
-        assert told["word2vec"]["speedup"]["1"] == 1.0
-        assert told["extrapolated"]["extrapolated"] is True
+            assert report["throughput"][stage].keys() == {"1", "2"}
+            assert len(report["cost"][stage]["plays"]) == 2
+        assert report["word2vec"]["speedup"].keys() == {"1", "2"}
+        assert report["word2vec"]["speedup"]["1"] == 1.0
+        assert report["extrapolated"]["extrapolated"] is True
         assert json.loads((tmp_path / "rates.json").read_text())["rates"].keys() == {
             "train_plays_per_second_per_cpu",
             "taste_plays_per_second_per_cpu",
@@ -118,46 +118,45 @@ class TestBench:
 
     def test_nothing_is_left_in_the_workspace_but_the_data(self, place: Workspace) -> None:
         bench("taste", place, TINY["taste"])
-        data, *_ = [name for name in place.folders("bench") if place.exists(f"bench/{name}/models")]
-        assert set(place.folders(f"bench/{data}")) <= {"dataset", "models", "tastes", "songs"}
-        assert not place.files(f"bench/{data}/tastes")
+        data_folder, *_ = [name for name in place.folders("bench") if place.exists(f"bench/{name}/models")]
+        assert set(place.folders(f"bench/{data_folder}")) <= {"dataset", "models", "tastes", "songs"}
+        assert not place.files(f"bench/{data_folder}/tastes")
 
     @pytest.mark.slow
     def test_answers_are_measured_by_stage_and_catalog(self, place: Workspace) -> None:
-        told = bench("answers", place, TINY["answers"])
-        assert [catalog["songs"] for catalog in told["catalogs"]] == [100, 300]
-        for catalog in told["catalogs"]:
+        report = bench("answers", place, TINY["answers"])
+        assert [catalog["songs"] for catalog in report["catalogs"]] == [100, 300]
+        for catalog in report["catalogs"]:
             assert catalog["stages"].keys() >= {"taste vectors", "sessions", "rules", "features", "ranker"}
             assert all(stage["bytes"] > 0 for stage in catalog["stages"].values())
             assert 0 < catalog["candidates"] <= min(catalog["songs"], sum(COUNTS.values()))
             assert min(catalog["cpu_ms"], catalog["first_cpu_ms"]) > 0
             assert catalog["recall"] == catalog["exact_recall"] > 0  # small catalogs are searched exactly
-        assert told["rates"] == {"answers_per_second_per_cpu": 1000 / told["cpu_ms"]}
-        assert told["cpu_growth"] == told["catalogs"][1]["cpu_ms"] / told["catalogs"][0]["cpu_ms"]
-        again = bench("answers", place, TINY["answers"])
-        assert [catalog["build_seconds"] for catalog in again["catalogs"]] == [0, 0]
+        assert report["rates"] == {"answers_per_second_per_cpu": 1000 / report["cpu_ms"]}
+        assert report["cpu_growth"] == report["catalogs"][1]["cpu_ms"] / report["catalogs"][0]["cpu_ms"]
+        second = bench("answers", place, TINY["answers"])
+        assert [catalog["build_seconds"] for catalog in second["catalogs"]] == [0, 0]
 
     @pytest.mark.slow
-    def test_serve_measures_the_default_recommender_and_what_it_takes_beside_the_answer(self, place: Workspace) -> None:
-        figures = bench("serve", place, ServeBenchConfig.quick())
-        (catalog,) = figures["catalogs"]
+    def test_serve_measures_the_default_recommender_and_its_overhead_over_the_answer(self, place: Workspace) -> None:
+        report = bench("serve", place, ServeBenchConfig.quick())
+        (catalog,) = report["catalogs"]
         assert {"models", "indexes", "retrieval", "rankers"} <= set(catalog["parts"])
         assert catalog["loads"].keys() == {
             *(f"{target} history {clients}" for target in ("bare", "serve") for clients in (1, 16)),
             *("bare noop 1", "bare stored 1", "serve stored 1"),
         }
-        assert figures["errors"] == 0
+        assert report["errors"] == 0
         assert min(load["per_second"] for load in catalog["loads"].values()) > 0
-        over_noop = figures["stored_over_noop_ms"]
-        assert figures["stored_over_cpu_ms"] == pytest.approx(over_noop - figures["answer_cpu_ms"])
-        assert 0 < figures["answer_cpu_ms"] < catalog["loads"]["bare history 1"]["p50_ms"]
+        over_noop = report["stored_over_noop_ms"]
+        assert report["stored_over_cpu_ms"] == pytest.approx(over_noop - report["answer_cpu_ms"])
+        assert 0 < report["answer_cpu_ms"] < catalog["loads"]["bare history 1"]["p50_ms"]
         assert catalog["replica_mb"].keys() == {"1", "4"}
-        assert figures["replica_growth_mb"] == 0  # there is only one catalog
-        assert figures.keys() >= {"p50_ratio", "throughput_ratio", "plays_cost_ratio", "load_generator"}
-        with bench_workspace(place) as kept:
-            assert (
-                build_answers_release(kept, ServeBenchConfig.quick(), 500)[2] == 0
-            )  # 0 seconds: its release exists already
+        assert report["replica_growth_mb"] == 0  # there is only one catalog
+        assert report.keys() >= {"p50_ratio", "throughput_ratio", "plays_cost_ratio", "load_generator"}
+        with bench_workspace(place) as workspace:
+            # 0 seconds: its release exists already
+            assert build_answers_release(workspace, ServeBenchConfig.quick(), 500)[2] == 0
 
     def test_an_unknown_name_is_refused(self) -> None:
         with pytest.raises(InputError, match="Unknown benchmark 'speed'"):

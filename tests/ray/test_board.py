@@ -15,15 +15,15 @@ pytestmark = pytest.mark.usefixtures("cluster")
 def test_the_bar_moves_with_what_workers_write_and_shows_the_last_validation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told: list[tuple[float, str | None]] = []
-    monkeypatch.setattr("rayrec.display.Progress.advance", lambda bar, amount, note: told.append((amount, note)))
+    advances: list[tuple[float, str | None]] = []
+    monkeypatch.setattr("rayrec.display.Progress.advance", lambda bar, amount, note: advances.append((amount, note)))
     board = new_board()
     board.show_validation.remote("recall@20 0.3")
     board.show.remote(40.0, "epoch 2")
     with shown(board, "Training", 100.0):
-        _wait_for(lambda: bool(told))
-    assert told[0] == (40.0, "epoch 2 recall@20 0.3")
-    assert sum(amount for amount, _ in told) == 40.0
+        _wait_for(lambda: bool(advances))
+    assert advances[0] == (40.0, "epoch 2 recall@20 0.3")
+    assert sum(amount for amount, _ in advances) == 40.0
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -41,6 +41,6 @@ def _is_drawing() -> bool:
 
 
 def _wait_for(ready: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not ready() and time.monotonic() < end:
+    deadline = time.monotonic() + seconds
+    while not ready() and time.monotonic() < deadline:
         time.sleep(0.1)

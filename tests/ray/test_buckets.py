@@ -43,11 +43,11 @@ def test_two_jobs_do_not_share_a_worker() -> None:
         assert sorted(result["sum"] for result in results) == [number, number + 1, number + 2, number + 3]
 
 
-def test_no_units_are_no_work() -> None:
+def test_without_units_nothing_is_done() -> None:
     assert list(run_buckets(Adder, [], arguments={"number": np.ones(1)})) == []
 
 
-def test_an_error_of_ours_comes_out_as_it_was_raised() -> None:
+def test_an_error_of_rayrec_comes_out_as_it_was_raised() -> None:
     with pytest.raises(DamagedArtifactError, match="bucket 3 is damaged"):
         list(run_buckets(Adder, range(5), arguments={"number": np.ones(1), "refuse": True}))
 
@@ -56,15 +56,15 @@ class Working:
     """Works 0.3 s at each unit and returns when it began and ended."""
 
     def __call__(self, unit: int) -> tuple[float, float]:
-        began = time.time()
+        started = time.time()
         time.sleep(0.3)
-        return began, time.time()
+        return started, time.time()
 
 
 @pytest.mark.parametrize("share", [0.6, 5.0])
 def test_a_node_works_at_no_more_units_than_its_memory_holds(share: float) -> None:
     spans = sorted(run_buckets(Working, range(3), arguments={}, memory=int(share * node_memory())))
-    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
 class Computing:
@@ -79,19 +79,19 @@ class Computing:
 
 
 def compute(seconds: float) -> None:
-    until = time.process_time() + seconds
-    while time.process_time() < until:
+    deadline = time.process_time() + seconds
+    while time.process_time() < deadline:
         pass
 
 
-def test_the_cpu_time_of_every_unit_is_noted_and_that_of_making_a_worker_apart() -> None:
+def test_the_cpu_times_of_units_and_of_worker_setup_are_recorded_separately() -> None:
     with unit_times() as times:
         list(run_buckets(Computing, range(6), arguments={}))
-    assert [each.worker for each in times] == ["Computing"] * 6
-    assert all(0.1 <= each.cpu_seconds < 0.2 for each in times)
-    made = [each.setup_seconds for each in times if each.setup_seconds >= 0.3]
-    assert 1 <= len(made) <= 2  # one per worker process
-    assert sum(each.setup_seconds for each in times) - sum(made) < 0.1
+    assert [unit_time.worker for unit_time in times] == ["Computing"] * 6
+    assert all(0.1 <= unit_time.cpu_seconds < 0.2 for unit_time in times)
+    setup_seconds = [unit_time.setup_seconds for unit_time in times if unit_time.setup_seconds >= 0.3]
+    assert 1 <= len(setup_seconds) <= 2  # one per worker process
+    assert sum(unit_time.setup_seconds for unit_time in times) - sum(setup_seconds) < 0.1
     list(run_buckets(Computing, range(2), arguments={}))
     assert len(times) == 6
 
@@ -105,12 +105,12 @@ class Dying:
     def __call__(self, unit: int) -> int:
         with (self.folder / f"{os.getpid()}").open("a") as log:
             log.write(f"{unit}\n")
-        if begun(self.folder)[unit] <= self.deadly.get(unit, 0):
+        if count_attempts(self.folder)[unit] <= self.deadly.get(unit, 0):
             os.kill(os.getpid(), signal.SIGKILL)
         return unit
 
 
-def begun(folder: Path) -> Counter[int]:
+def count_attempts(folder: Path) -> Counter[int]:
     """Return how often each unit was begun."""
     return Counter(int(line) for file in folder.iterdir() for line in file.read_text().split())
 
@@ -118,7 +118,7 @@ def begun(folder: Path) -> Counter[int]:
 def test_a_unit_whose_worker_is_killed_is_done_again_and_no_other(tmp_path: Path) -> None:
     results = run_buckets(Dying, range(6), arguments={"folder": str(tmp_path), "deadly": {2: RETRIES}})
     assert sorted(results) == list(range(6))
-    counts = begun(tmp_path)
+    counts = count_attempts(tmp_path)
     assert counts.pop(2) == RETRIES + 1
     assert set(counts.values()) == {1}
 
@@ -128,7 +128,7 @@ def test_a_unit_that_kills_every_worker_is_named_and_the_others_are_done(tmp_pat
     assert sorted(next(results) for _ in range(4)) == [0, 2, 3, 5]
     with pytest.raises(RayrecError, match=r"bucket 1, 4 of 6 failed: .* killed 4 times, .* memory"):
         next(results)
-    assert begun(tmp_path)[1] == begun(tmp_path)[4] == RETRIES + 1
+    assert count_attempts(tmp_path)[1] == count_attempts(tmp_path)[4] == RETRIES + 1
 
 
 class AlwaysDying:

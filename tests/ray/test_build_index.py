@@ -51,11 +51,11 @@ def test_lists_are_chosen_on_taste_vectors_of_both_horizons(workspace: Workspace
     queries = taste_queries(workspace, model, 12)
     assert queries is not None
     recommender = TasteRecommender.load(workspace, "m")
-    ends = Queries.at_end(histories, histories.played_at[histories.offsets[1:] - 1])
-    tastes = [recommender.vectors(histories, ends, horizon) for horizon in ("short", "long")]
-    nearest = [np.abs(queries[:, None] - vectors[None]).max(axis=2).min(axis=1) < 1e-5 for vectors in tastes]
+    end_queries = Queries.at_end(histories, histories.played_at[histories.offsets[1:] - 1])
+    tastes = [recommender.vectors(histories, end_queries, horizon) for horizon in ("short", "long")]
+    near_masks = [np.abs(queries[:, None] - vectors[None]).max(axis=2).min(axis=1) < 1e-5 for vectors in tastes]
     assert queries.shape == (12, recommender.song_vectors.shape[1])
-    assert [each.sum() for each in nearest] == [6, 6]
+    assert [is_near.sum() for is_near in near_masks] == [6, 6]
     assert taste_queries(workspace, Manifest(kind="models", id="m", inputs={"dataset": "gone"}), 12) is None
 
 

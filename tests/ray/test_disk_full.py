@@ -49,8 +49,8 @@ def can_mount() -> bool:
     """Return True if this machine permits a mount namespace."""
     if shutil.which("unshare") is None:
         return False
-    words = [*NAMESPACE, "mount", "-t", "tmpfs", "none", "/mnt"]
-    return subprocess.run(words, capture_output=True, check=False).returncode == 0
+    command = [*NAMESPACE, "mount", "-t", "tmpfs", "none", "/mnt"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def bytes_on_disk(folder: Path) -> int:
@@ -61,18 +61,18 @@ def bytes_on_disk(folder: Path) -> int:
 class Runs:
     """Runs a stage on a small, then on a large disk; holds exit codes, last error line, files and final workspace."""
 
-    def __init__(self, folder: Path, before: Path, *stage: str) -> None:
+    def __init__(self, folder: Path, source: Path, *stage: str) -> None:
         (folder / "disk").mkdir()
-        small, after = str(bytes_on_disk(before) + SPARE), folder / "after"
-        words = [*NAMESPACE, "sh", "-c", SCRIPT, "sh", str(folder / "disk"), str(before), small, str(after), *stage]
+        size, target = str(bytes_on_disk(source) + SPARE), folder / "after"
+        command = [*NAMESPACE, "sh", "-c", SCRIPT, "sh", str(folder / "disk"), str(source), size, str(target), *stage]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment.pop("RAY_ADDRESS", None)
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=800)
-        full, self.audit_when_full, room, self.audit_after = done.stdout.splitlines()
-        self.exit_when_full, _, self.told = full.partition(" ")
-        self.exit_after = room.partition(" ")[0]
-        self.there_when_full = Path(f"{after}.{small}").read_text().split()
-        self.workspace = Workspace(after)
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=800)
+        line_when_full, self.audit_when_full, line_after, self.audit_after = process.stdout.splitlines()
+        self.exit_when_full, _, self.last_error_line = line_when_full.partition(" ")
+        self.exit_after = line_after.partition(" ")[0]
+        self.paths_when_full = Path(f"{target}.{size}").read_text().split()
+        self.workspace = Workspace(target)
 
 
 @pytest.fixture
@@ -83,13 +83,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def check(runs: Runs, done_already: str) -> None:
+def check(runs: Runs, completed_path: str) -> None:
     assert runs.exit_when_full == "1"
-    assert runs.told.startswith("rayrec: No space left to write ")
-    assert "No space left on device" in runs.told
-    assert runs.told.endswith("free some space and run the command again: completed work is kept")
+    assert runs.last_error_line.startswith("rayrec: No space left to write ")
+    assert "No space left on device" in runs.last_error_line
+    assert runs.last_error_line.endswith("free some space and run the command again: completed work is kept")
     assert runs.audit_when_full == "0"
-    assert any(done_already in path for path in runs.there_when_full), runs.there_when_full
+    assert any(completed_path in path for path in runs.paths_when_full), runs.paths_when_full
     assert (runs.exit_after, runs.audit_after) == ("0", "0")
     audit = verify_workspace(runs.workspace)
     assert (audit.problems, audit.notes) == ([], [])
@@ -104,24 +104,24 @@ def test_an_import_says_that_the_disk_is_full_and_goes_on_when_there_is_room(fol
         (folder / "plays" / f"{file}.csv").write_text("\n".join(["user,song,played_at", *lines]) + "\n")
     runs = Runs(folder, folder / "before", "import", "csv", str(folder / "plays"), "--buckets", "4")
     check(runs, "/.staging/pieces/")
-    assert not any(path.endswith(DATASET_MANIFEST) for path in runs.there_when_full)
+    assert not any(path.endswith(DATASET_MANIFEST) for path in runs.paths_when_full)
     manifest = Dataset(runs.workspace).manifest
     assert (manifest.read, manifest.plays, manifest.users) == (60_000, 60_000, 500)
 
 
-def test_tastes_say_that_the_disk_is_full_and_go_on_with_the_buckets_left(folder: Path) -> None:
-    before = Workspace(folder / "before")
+def test_tastes_say_that_the_disk_is_full_and_go_on_with_the_missing_buckets(folder: Path) -> None:
+    source = Workspace(folder / "before")
     histories = random_histories(6_000, NUM_SONGS, longest=6)
-    manifest = write_dataset(before, histories.take(histories.lengths > 0), NUM_SONGS, buckets=16).manifest
-    files = {path.removeprefix("dataset/"): sha256(before, path) for path in before.files("dataset")}
+    manifest = write_dataset(source, histories.take(histories.lengths > 0), NUM_SONGS, buckets=16).manifest
+    files = {path.removeprefix("dataset/"): sha256(source, path) for path in source.files("dataset")}
     files.pop("dataset.json")
-    write_dataset_manifest(before, replace(manifest, files=files))
-    names = save_model(before, "models/m", network(model_config()), np.ones(NUM_SONGS, dtype=bool))
-    publish(before, Manifest(kind="models", id="m", inputs={"dataset": manifest.id}), names)
-    runs = Runs(folder, Path(before.root), "taste")
+    write_dataset_manifest(source, replace(manifest, files=files))
+    names = save_model(source, "models/m", network(model_config()), np.ones(NUM_SONGS, dtype=bool))
+    publish(source, Manifest(kind="models", id="m", inputs={"dataset": manifest.id}), names)
+    runs = Runs(folder, Path(source.root), "taste")
     check(runs, "/tastes.parquet")
-    assert not any("tastes/" in path and path.endswith("manifest.json") for path in runs.there_when_full)
-    (made,) = artifacts.listing(runs.workspace, "tastes")
-    assert 0 < made.metrics["buckets_computed"] < 16
-    rows = [runs.workspace.read_table(tastes_file(made.folder, bucket)).num_rows for bucket in range(16)]
+    assert not any("tastes/" in path and path.endswith("manifest.json") for path in runs.paths_when_full)
+    (tastes,) = artifacts.listing(runs.workspace, "tastes")
+    assert 0 < tastes.metrics["buckets_computed"] < 16
+    rows = [runs.workspace.read_table(tastes_file(tastes.folder, bucket)).num_rows for bucket in range(16)]
     assert sum(rows) == manifest.users

@@ -68,24 +68,24 @@ def write_plays(folder: Path) -> None:
         (folder / f"plays-{file}.csv").write_text("\n".join(lines) + "\n")
 
 
-def start(workspace: Path, file: Path) -> subprocess.Popen[bytes]:
+def start_run(workspace: Path, file: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment.pop("RAY_ADDRESS", None)
-    words = [*COMMAND, "--workspace", str(workspace), "run", str(file)]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [*COMMAND, "--workspace", str(workspace), "run", str(file)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def kill_at(workspace: Path, file: Path, moment: str) -> bool:
     """Start the run and kill it when a new file matches `moment`; return False if the run ended before."""
-    before = set(workspace.glob(moment))
-    with start(workspace, file) as driver:
+    paths_before = set(workspace.glob(moment))
+    with start_run(workspace, file) as driver:
         while driver.poll() is None:
-            if set(workspace.glob(moment)) - before:
-                family = psutil.Process(driver.pid).children(recursive=True)
+            if set(workspace.glob(moment)) - paths_before:
+                children = psutil.Process(driver.pid).children(recursive=True)
                 driver.send_signal(signal.SIGKILL)
                 driver.wait()
-                _, left = psutil.wait_procs(family, timeout=90)
-                assert not left, "Ray's processes outlive a killed driver"
+                _, alive = psutil.wait_procs(children, timeout=90)
+                assert not alive, "Ray's processes outlive a killed driver"
                 return True
             time.sleep(0.002)
     assert driver.returncode == 0
@@ -104,45 +104,45 @@ def check_sound(workspace: Workspace) -> None:
         assert sum(batch.num_plays for batch in dataset.read_all()) == dataset.manifest.plays
 
 
-def ids(workspace: Workspace) -> dict[str, list[str]]:
+def artifact_ids(workspace: Workspace) -> dict[str, list[str]]:
     return {kind: [manifest.id for manifest in artifacts.listing(workspace, kind)] for kind in KINDS}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.usefixtures("cluster")
-def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_run_killed_in_every_stage_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     write_plays(tmp_path / "plays")
     file = tmp_path / "pipeline.toml"
     file.write_text(PIPELINE)
-    whole, place = Workspace(tmp_path / "whole"), tmp_path / "killed"
-    run(whole, file)
-    killed = Workspace(place)
-    draw, survived = random.Random(SEED), []
+    undisturbed, folder = Workspace(tmp_path / "whole"), tmp_path / "killed"
+    run(undisturbed, file)
+    resumed = Workspace(folder)
+    random_generator, killed_stages = random.Random(SEED), []
     for stage, moments in MOMENTS.items():
-        if kill_at(place, file, draw.choice(moments)):
-            survived.append(stage)
-        check_sound(killed)
-    assert set(MOMENTS) - set(survived) <= {"end"}  # a run may end before it can be killed at its last files
-    with start(place, file) as driver:
-        _, told = driver.communicate(timeout=600)
-    assert driver.returncode == 0, told.decode()
-    check_sound(killed)
-    assert ids(killed) == ids(whole)
-    (released,), (wanted_release,) = (releases.list_releases(each) for each in (killed, whole))
-    assert released.inputs == wanted_release.inputs  # ids differ: they depend on when the parts were made
-    assert Dataset(killed).manifest.id == Dataset(whole).manifest.id
+        if kill_at(folder, file, random_generator.choice(moments)):
+            killed_stages.append(stage)
+        check_sound(resumed)
+    assert set(MOMENTS) - set(killed_stages) <= {"end"}  # a run may end before it can be killed at its last files
+    with start_run(folder, file) as driver:
+        _, errors = driver.communicate(timeout=600)
+    assert driver.returncode == 0, errors.decode()
+    check_sound(resumed)
+    assert artifact_ids(resumed) == artifact_ids(undisturbed)
+    (actual_release,), (expected_release,) = (releases.list_releases(workspace) for workspace in (resumed, undisturbed))
+    assert actual_release.inputs == expected_release.inputs  # ids differ: they depend on when the parts were made
+    assert Dataset(resumed).manifest.id == Dataset(undisturbed).manifest.id
     for name in ("model.safetensors", "song_vectors.npy"):
-        (model,) = ids(whole)["models"]
-        assert killed.read_bytes(f"models/{model}/{name}") == whole.read_bytes(f"models/{model}/{name}")
-    (tastes,) = ids(whole)["tastes"]
-    found, wanted = (
-        pa.concat_tables([each.read_table(tastes_file(f"tastes/{tastes}", bucket)) for bucket in range(BUCKETS)])
-        for each in (killed, whole)
+        (model,) = artifact_ids(undisturbed)["models"]
+        assert resumed.read_bytes(f"models/{model}/{name}") == undisturbed.read_bytes(f"models/{model}/{name}")
+    (tastes,) = artifact_ids(undisturbed)["tastes"]
+    actual_tastes, expected_tastes = (
+        pa.concat_tables([workspace.read_table(tastes_file(f"tastes/{tastes}", bucket)) for bucket in range(BUCKETS)])
+        for workspace in (resumed, undisturbed)
     )
-    assert found.equals(wanted)
-    (report,), (expected,) = (artifacts.listing(each, "reports") for each in (killed, whole))
-    assert read_results(killed, report)["results"] == read_results(whole, expected)["results"]
-    live = releases.active_release(killed)
-    assert live is not None
-    releases.verify_release(killed, live)
+    assert actual_tastes.equals(expected_tastes)
+    (report,), (expected_report,) = (artifacts.listing(workspace, "reports") for workspace in (resumed, undisturbed))
+    assert read_results(resumed, report)["results"] == read_results(undisturbed, expected_report)["results"]
+    live_release = releases.active_release(resumed)
+    assert live_release is not None
+    releases.verify_release(resumed, live_release)

@@ -30,11 +30,11 @@ def planted_histories(users: int = 120) -> Histories:
     validation range, and of songs 22 and 23 in the test range."""
     random = np.random.default_rng(0)
     songs = random.integers(0, 10, size=(users, 20)) + 10 * (np.arange(users) % 2)[:, None]
-    late = np.tile([20, 21, 22, 23], (users, 1))
+    late_songs = np.tile([20, 21, 22, 23], (users, 1))
     times = np.arange(20) * MINUTE_MS
     late_times = [VALIDATION_FROM, VALIDATION_FROM + 1, TEST_FROM, TEST_FROM + 1]
     return Histories.from_lists(
-        np.hstack([songs, late]).tolist(),
+        np.hstack([songs, late_songs]).tolist(),
         np.tile(np.append(times, late_times), (users, 1)).tolist(),
         [f"user {row}" for row in range(users)],
     )
@@ -84,19 +84,19 @@ def test_without_a_split_all_plays_are_used_and_the_health_is_kept(planted: Work
 def test_the_same_settings_are_not_embedded_again_unless_repeated(planted: Workspace) -> None:
     first = embed(planted, CONFIG)
     assert embed(planted, CONFIG) == first
-    again = embed(planted, CONFIG, repeat=True)
-    assert again.id == f"{first.id}.2"
+    second = embed(planted, CONFIG, repeat=True)
+    assert second.id == f"{first.id}.2"
     # With one thread and one seed, the repetition gives the same vectors.
-    assert again.files == first.files
+    assert second.files == first.files
     assert embed(planted, CONFIG.replace(seed=1)).files != first.files
 
 
 def test_playlists_are_preferred_where_there_are_any(planted: Workspace) -> None:
-    lists = pa.array([[0, 10, 0, 10]] * 50 + [[5]], pa.list_(pa.int32()))
-    table = pa.table({columns.PLAYLIST: [str(row) for row in range(51)], columns.SONGS: lists}, columns.PLAYLISTS)
+    playlists = pa.array([[0, 10, 0, 10]] * 50 + [[5]], pa.list_(pa.int32()))
+    table = pa.table({columns.PLAYLIST: [str(row) for row in range(51)], columns.SONGS: playlists}, columns.PLAYLISTS)
     planted.write_table(f"{PLAYLISTS}/0.parquet", table)
-    raw = planted.read_json("dataset/dataset.json")
-    write_dataset_manifest(planted, DatasetManifest(**{**raw, "playlists": 51, "playlist_entries": 201}))
+    manifest_data = planted.read_json("dataset/dataset.json")
+    write_dataset_manifest(planted, DatasetManifest(**{**manifest_data, "playlists": 51, "playlist_entries": 201}))
     manifest = embed(planted, CONFIG)
     assert manifest.metrics["source"] == "playlists"
     assert np.flatnonzero(SongVectors.load(planted, manifest).known).tolist() == [0, 10]
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_refused(planted: Workspace) -> None:
         embed(planted, EmbedConfig(vectors="nowhere.npy"))
 
 
-def test_an_error_in_the_task_comes_out_as_ours_and_leaves_no_artifact(planted: Workspace) -> None:
+def test_an_error_in_the_task_comes_out_as_an_error_of_rayrec_and_leaves_no_artifact(planted: Workspace) -> None:
     with pytest.raises(InputError, match=r"^nothing to train song embeddings on"):
         embed(planted, CONFIG.replace(min_count=10**6))
     assert artifacts.listing(planted, "songs") == []

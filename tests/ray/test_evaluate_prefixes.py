@@ -30,8 +30,8 @@ SETTINGS = EvaluateConfig(models=MODELS, bootstrap_samples=20)
 @pytest.fixture
 def dataset(workspace: Workspace) -> Dataset:
     write_song_vectors(workspace, random_vectors(NUM_SONGS), {"dataset": "by-hand"})
-    made = random_histories(80, NUM_SONGS, seed=11)
-    return write_dataset(workspace, made.take(made.lengths > 0), NUM_SONGS)
+    histories = random_histories(80, NUM_SONGS, seed=11)
+    return write_dataset(workspace, histories.take(histories.lengths > 0), NUM_SONGS)
 
 
 @pytest.fixture
@@ -50,25 +50,27 @@ def test_the_job_over_shards_equals_one_pass_in_one_process(
 ) -> None:
     monkeypatch.setattr(job, "PREFIXES_AT_ONCE", 1_500)
     manifest = evaluate_prefixes(dataset.workspace, SETTINGS, file)
-    fitted = fit_baselines(MODELS, dataset, random_vectors(NUM_SONGS), FitRange())
-    popularity = fitted[0]
+    recommenders = fit_baselines(MODELS, dataset, random_vectors(NUM_SONGS), FitRange())
+    popularity = recommenders[0]
     assert isinstance(popularity, PopularityRecommender)
-    evaluator = PrefixEvaluator(fitted, song_plays=popularity.plays, config=SETTINGS)
+    evaluator = PrefixEvaluator(recommenders, song_plays=popularity.plays, config=SETTINGS)
     song_ids = dataset.catalog().table.column(columns.SONG_ID)
     pairs = list(read_prefixes(Unit(source=file.path), file, song_ids))
-    sums = evaluator.empty()
+    accumulator = evaluator.empty()
     for prefixes in pairs:
-        sums.add(evaluator(prefixes))
-    expected = Statistics(sums, fitted, SETTINGS).results(["served", "next"])
+        accumulator.add(evaluator(prefixes))
+    expected = Statistics(accumulator, recommenders, SETTINGS).results(["served", "next"])
     expected = [entry for entry in expected if entry["users"] == "all"]
     results = read_results(dataset.workspace, manifest)["results"]
     assert len(results) == len(expected) == len(MODELS) * 18
-    for found, wanted in zip(results, expected, strict=True):
-        same = [name for name in found if name not in ("low", "high")]  # its bootstrap has other cells
-        assert {name: found[name] for name in same} == pytest.approx({name: wanted[name] for name in same}, abs=2e-6)
-        assert found["low"] <= found["value"] <= found["high"]
+    for result, expected_result in zip(results, expected, strict=True):
+        compared_fields = [name for name in result if name not in ("low", "high")]  # its bootstrap has other cells
+        assert {name: result[name] for name in compared_fields} == pytest.approx(
+            {name: expected_result[name] for name in compared_fields}, abs=2e-6
+        )
+        assert result["low"] <= result["value"] <= result["high"]
     counts = [manifest.metrics[name] for name in ("pairs", "unknown_targets", "unknown_items")]
-    assert counts == np.sum([one.counts for one in pairs], axis=0).tolist()
+    assert counts == np.sum([batch.counts for batch in pairs], axis=0).tolist()
     assert min(counts) > 0
     assert evaluate_prefixes(dataset.workspace, SETTINGS, file) == manifest
     page = dataset.workspace.read_bytes(manifest.path("report.html")).decode()
@@ -81,9 +83,9 @@ def test_pairs_are_evaluated_from_the_command_line(
 ) -> None:
     arguments = ["--workspace", dataset.workspace.uri, "evaluate", "--models", "popularity", "--prefixes", file.path]
     assert main([*arguments, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["pairs"], told["protocol"]) == (200, "prefixes")
-    assert {entry["model"] for entry in told["results"]} == {"popularity"}
+    output = json.loads(capsys.readouterr().out)
+    assert (output["pairs"], output["protocol"]) == (200, "prefixes")
+    assert {entry["model"] for entry in output["results"]} == {"popularity"}
     assert main([*arguments, "--target-separator", "|"]) == 2
     assert "a line without the target separator '|'" in capsys.readouterr().err
 
@@ -96,11 +98,11 @@ def test_a_file_without_pairs_is_refused(dataset: Dataset, tmp_path: Path) -> No
 
 
 def test_vectors_made_for_a_split_are_refused_without_it(workspace: Workspace, file: PrefixFile) -> None:
-    made = random_histories(20, NUM_SONGS, seed=1)
-    write_dataset(workspace, made.take(made.lengths > 0), NUM_SONGS)
+    histories = random_histories(20, NUM_SONGS, seed=1)
+    write_dataset(workspace, histories.take(histories.lengths > 0), NUM_SONGS)
     write_song_vectors(workspace, random_vectors(NUM_SONGS), {"dataset": "by-hand", "split": "cut"})
     with pytest.raises(MismatchError, match=r"before the test range of split cut.*uses no split; pass --split cut"):
         evaluate_prefixes(workspace, SETTINGS, file)
-    other = Split(id="other", dataset="by-hand", validation_from=1, test_from=2)
+    other_split = Split(id="other", dataset="by-hand", validation_from=1, test_from=2)
     with pytest.raises(MismatchError, match=r"before the test range of split cut.*evaluation uses split other"):
-        evaluate_prefixes(workspace, SETTINGS, file, split=other)
+        evaluate_prefixes(workspace, SETTINGS, file, split=other_split)

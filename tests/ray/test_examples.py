@@ -19,7 +19,7 @@ from rayrec.storage.artifacts import listing
 from rayrec.storage.releases import active_release
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-WITH_COMMA = "Earth, Wind & Fire – Song 3"  # an id that readers build from artist and title
+ID_WITH_COMMA = "Earth, Wind & Fire – Song 3"  # an id that readers build from artist and title
 
 
 def example(name: str) -> SimpleNamespace:
@@ -34,10 +34,10 @@ def test_the_notebook_goes_from_plays_to_recommendations(
     script = EXAMPLES / "plays_to_recommendations.py"
     monkeypatch.setattr("sys.argv", [str(script), str(tmp_path / "workspace")])
     runpy.run_path(str(script), run_name="__main__")
-    told = capsys.readouterr().out
-    recalls = {line.split()[0]: float(line.split()[2]) for line in told.splitlines() if " recall@20 0." in line}
+    output = capsys.readouterr().out
+    recalls = {line.split()[0]: float(line.split()[2]) for line in output.splitlines() if " recall@20 0." in line}
     assert recalls["two-step"] > 1.2 * recalls["popularity"]
-    assert told.splitlines()[-1].count("–") == 1  # artist – title
+    assert output.splitlines()[-1].count("–") == 1  # artist – title
     assert script.read_text().count("# %%") > 8
 
 
@@ -46,9 +46,11 @@ def test_own_data_goes_from_a_csv_to_recommendations(
 ) -> None:
     plays = write_rows(tmp_path / "plays.csv", ring_plays(range(60)))
     module = example("own_data.py")
-    whole = module.rayrec.Recommender
-    small = {"hidden_dim": 8, "epochs": 1, "negatives": 16}
-    module.main.__globals__["rayrec"] = SimpleNamespace(Recommender=lambda **_: whole(**small, progress=False))
+    recommender_class = module.rayrec.Recommender
+    small_settings = {"hidden_dim": 8, "epochs": 1, "negatives": 16}
+    module.main.__globals__["rayrec"] = SimpleNamespace(
+        Recommender=lambda **_: recommender_class(**small_settings, progress=False)
+    )
     module.main(plays, "u3", str(tmp_path / "model"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("of the next new songs among its first 20")
@@ -78,30 +80,30 @@ def test_songs_that_sound_alike_get_vectors_that_are_near(
     for song in range(num_songs):  # even songs are low tones, odd songs are high tones
         write_tone(tmp_path / f"song-{song}.wav", (200 if song % 2 == 0 else 3_000) * (1 + song / 100), song)
     example("own_vectors.py").main(str(tmp_path), workspace.uri)
-    told = capsys.readouterr().out
-    assert "100% of the plays" in told
-    (made,) = listing(workspace, "songs")
-    for row in made.metrics["neighbors"]:
+    output = capsys.readouterr().out
+    assert "100% of the plays" in output
+    (manifest,) = listing(workspace, "songs")
+    for row in manifest.metrics["neighbors"]:
         kind = int(row["song"].split()[-1]) % 2
-        assert [int(near.split()[-1]) % 2 for near in row["neighbors"][:2]] == [kind] * 2
+        assert [int(neighbor.split()[-1]) % 2 for neighbor in row["neighbors"][:2]] == [kind] * 2
 
 
 def test_the_client_is_answered_by_the_application(
     cluster: None, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_world(workspace)
-    rename_songs(workspace, {3: WITH_COMMA})
+    rename_songs(workspace, {3: ID_WITH_COMMA})
     write_release(workspace)
     module = example("http_client.py")
     with running(workspace) as url:
-        played = ["--history", WITH_COMMA, "--history", "song-50"]
-        monkeypatch.setattr("sys.argv", ["http_client.py", url, *played, "-k", "4"])
+        history_arguments = ["--history", ID_WITH_COMMA, "--history", "song-50"]
+        monkeypatch.setattr("sys.argv", ["http_client.py", url, *history_arguments, "-k", "4"])
         module.main()
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[1] for line in lines] == [
-            song["song_id"] for song in Client(url).recommend(history=[WITH_COMMA, "song-50"], k=4)["songs"]
+            song["song_id"] for song in Client(url).recommend(history=[ID_WITH_COMMA, "song-50"], k=4)["songs"]
         ]
-        monkeypatch.setattr("sys.argv", ["http_client.py", url, "--user", "ann", "--played", WITH_COMMA])
+        monkeypatch.setattr("sys.argv", ["http_client.py", url, "--user", "ann", "--played", ID_WITH_COMMA])
         module.main()
         assert len(capsys.readouterr().out.splitlines()) == 10
         assert Client(url).recommend(user_id="ann")["plays"] == 1

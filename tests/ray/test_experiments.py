@@ -31,7 +31,7 @@ def test_arms_are_named_and_logged_and_a_killed_replica_loses_no_row_that_was_du
     write_release(world)
     file.write_text(CONFIG)
     arms: dict[str, str] = {}  # by user id
-    begun: dict[str, float] = {}  # seconds, by recommendation id
+    answered_at: dict[str, float] = {}  # seconds, by recommendation id
     with (
         started(world, "--config", str(file)) as served,
         httpx.Client(base_url=served.url, headers=with_key(ADMIN), timeout=30) as client,
@@ -39,7 +39,7 @@ def test_arms_are_named_and_logged_and_a_killed_replica_loses_no_row_that_was_du
 
         def recommend(user: str) -> None:
             answer = client.post("/v1/recommendations", json={"user_id": user, "at": AT}).raise_for_status().json()
-            begun[answer["recommendation_id"]] = time.monotonic()
+            answered_at[answer["recommendation_id"]] = time.monotonic()
             assert arms.setdefault(user, answer["arm"]) == answer["arm"]
 
         users = [f"user-{row}" for row in range(10)] * 2
@@ -47,10 +47,10 @@ def test_arms_are_named_and_logged_and_a_killed_replica_loses_no_row_that_was_du
             recommend(user)
         time.sleep(2)
         recommend("user-0")
-        killed = time.monotonic()
+        killed_at = time.monotonic()
         (replica,) = served.processes("ServeReplica")
         replica.kill()
-        due = {name for name, at in begun.items() if at < killed - 1.5}
+        due_ids = {answer_id for answer_id, at in answered_at.items() if at < killed_at - 1.5}
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
@@ -58,15 +58,15 @@ def test_arms_are_named_and_logged_and_a_killed_replica_loses_no_row_that_was_du
                 break
             except (httpx.HTTPStatusError, httpx.TransportError):
                 time.sleep(0.5)
-        after = {name for name, at in begun.items() if at > killed}
-        assert after
+        later_ids = {answer_id for answer_id, at in answered_at.items() if at > killed_at}
+        assert later_ids
     assert {*arms.values()} == {"control", "diverse"}
     rows = [row for table in read_impressions(world, "answers") for row in table.to_pylist()]
-    assert len(due) == 20
-    assert due | after <= {row["recommendation_id"] for row in rows} <= set(begun)
+    assert len(due_ids) == 20
+    assert due_ids | later_ids <= {row["recommendation_id"] for row in rows} <= set(answered_at)
     assert all(row["arm"] == arms[row["user_id"]] for row in rows)
-    report = run(world, "experiment", "report", "--json")
-    output, error = report.communicate(timeout=60)
-    assert report.returncode == 0, error
+    process = run(world, "experiment", "report", "--json")
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
     assert [arm["arm"] for arm in json.loads(output)["arms"]] == ["control", "diverse"]
     assert sum(arm["answers"] for arm in json.loads(output)["arms"]) == len(rows)

@@ -25,27 +25,27 @@ def test_a_file_is_fitted_and_updated_by_two_commands(
     )
     workspace = ["--workspace", str(tmp_path / "workspace")]
 
-    def result(*words: str) -> Any:
-        assert main([*workspace, "--json", *words]) == 0
+    def run_command(*arguments: str) -> Any:
+        assert main([*workspace, "--json", *arguments]) == 0
         return json.loads(capsys.readouterr().out)
 
     plays = write_rows(tmp_path / "plays.csv", ring_plays(range(60)))
-    fitted = result("fit", plays, "--epochs", "2", "--settings", str(settings))
-    figures = {(row["model"], row["target"], row["metric"]): row["value"] for row in fitted["validation"]["results"]}
-    assert figures["two-step", "next", "mrr"] > 0.5
+    report = run_command("fit", plays, "--epochs", "2", "--settings", str(settings))
+    metrics = {(row["model"], row["target"], row["metric"]): row["value"] for row in report["validation"]["results"]}
+    assert metrics["two-step", "next", "mrr"] > 0.5
     assert main([*workspace, "fit", plays, "--epochs", "2", "--settings", str(settings)]) == 0
-    shown = capsys.readouterr().out
-    for text in ("skipped", "Validation: recall@20", "Recommended", "Next:", f"recommend --user {fitted['user']}"):
-        assert text in shown
+    output = capsys.readouterr().out
+    for text in ("skipped", "Validation: recall@20", "Recommended", "Next:", f"recommend --user {report['user']}"):
+        assert text in output
     day = write_rows(tmp_path / "day.csv", ring_plays(range(55, 70), plays=9, begin=20, days=1))
-    updated = result("update", day)
-    assert (updated["live"], updated["new_users"], updated["trained"]) == (True, 10, False)
-    assert result("status")["active"] == updated["release"]
-    assert len(result("recommend", "--user", "u69", "-k", "3")["songs"]) == 3
+    update_report = run_command("update", day)
+    assert (update_report["live"], update_report["new_users"], update_report["trained"]) == (True, 10, False)
+    assert run_command("status")["active"] == update_report["release"]
+    assert len(run_command("recommend", "--user", "u69", "-k", "3")["songs"]) == 3
 
 
 # Runs `rayrec` with the arguments of the script, and prints how often it starts Ray.
-COUNTED = """
+COUNTING_SCRIPT = """
 import sys
 
 import ray
@@ -70,29 +70,29 @@ sys.exit(code)
 @pytest.mark.slow
 def test_three_thousand_plays_are_fitted_by_one_command_on_one_ray(tmp_path: Path) -> None:
     plays = write_rows(tmp_path / "plays.csv", ring_plays(range(60), plays=50))
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", COUNTED, "--workspace", str(tmp_path / "workspace"), "--json", "fit", plays],
+    started = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, "-c", COUNTING_SCRIPT, "--workspace", str(tmp_path / "workspace"), "--json", "fit", plays],
         capture_output=True,
         text=True,
         timeout=180,
     )
-    print(f"rayrec fit of 3,000 plays of 60 users: {time.monotonic() - began:.1f} seconds")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == "Ray was started 1 times"
-    fitted = json.loads(done.stdout)
-    assert {stage["status"] for stage in fitted["stages"]} == {"done"}
-    figures = {(row["model"], row["target"], row["metric"]): row["value"] for row in fitted["validation"]["results"]}
-    assert figures["two-step", "next", "mrr"] > 0.5
+    print(f"rayrec fit of 3,000 plays of 60 users: {time.monotonic() - started:.1f} seconds")
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.splitlines()[-1] == "Ray was started 1 times"
+    report = json.loads(process.stdout)
+    assert {stage["status"] for stage in report["stages"]} == {"done"}
+    metrics = {(row["model"], row["target"], row["metric"]): row["value"] for row in report["validation"]["results"]}
+    assert metrics["two-step", "next", "mrr"] > 0.5
 
 
 @pytest.mark.slow
 def test_the_block_of_the_readme_runs_in_an_empty_folder(tmp_path: Path) -> None:
     (block,) = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    process = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
     assert lines[0].split() == ["user_id", "rank", "song_id", "title", "artist", "score"]
     assert len(lines) == 6
     assert (tmp_path / "music-model").is_dir()
-    assert "ray" not in done.stderr.lower().replace("rayrec", "")
+    assert "ray" not in process.stderr.lower().replace("rayrec", "")

@@ -31,7 +31,7 @@ class TestGenerate:
         assert (manifest.first_play, manifest.last_play) == (expected.played_at.min(), expected.played_at.max())
         assert len(dataset.catalog()) == manifest.songs == 200
         songs, offsets = zip(*dataset.read_playlists(), strict=True)
-        assert sum(len(some) - 1 for some in offsets) == manifest.playlists == 50
+        assert sum(len(batch_offsets) - 1 for batch_offsets in offsets) == manifest.playlists == 50
         assert sum(map(len, songs)) == manifest.playlist_entries
 
     def test_every_user_stands_in_the_bucket_of_its_hash(self, workspace: Workspace) -> None:
@@ -43,23 +43,23 @@ class TestGenerate:
         assert dataset.history("user-000123").num_plays > 0
 
     def test_an_interrupted_job_keeps_its_finished_buckets(self, workspace: Workspace) -> None:
-        whole = generate(workspace, CONFIG)
+        first = generate(workspace, CONFIG)
         workspace.delete(DATASET_MANIFEST)
         workspace.delete(histories_file(0, 2))
         _mark_unfinished(workspace, CONFIG)
-        kept = workspace.filesystem.get_file_info(workspace.full(histories_file(0, 1))).mtime_ns
-        again = generate(workspace, CONFIG)
-        assert dataclasses.replace(again, created_at="") == dataclasses.replace(whole, created_at="")
-        assert workspace.filesystem.get_file_info(workspace.full(histories_file(0, 1))).mtime_ns == kept
+        modified_at = workspace.filesystem.get_file_info(workspace.full(histories_file(0, 1))).mtime_ns
+        second = generate(workspace, CONFIG)
+        assert dataclasses.replace(second, created_at="") == dataclasses.replace(first, created_at="")
+        assert workspace.filesystem.get_file_info(workspace.full(histories_file(0, 1))).mtime_ns == modified_at
 
     def test_unfinished_buckets_of_another_config_are_not_taken(self, workspace: Workspace) -> None:
         generate(workspace, CONFIG)
         workspace.delete(DATASET_MANIFEST)
         _mark_unfinished(workspace, CONFIG)
-        other = CONFIG.replace(seed=1)
-        generate(workspace, other)
+        other_config = CONFIG.replace(seed=1)
+        generate(workspace, other_config)
         stored = concatenate(list(Dataset(workspace).read_all()))
-        world = World(other)
+        world = World(other_config)
         np.testing.assert_array_equal(stored.songs, world.histories(world.user_index(stored.user_ids)).songs)
 
     def test_a_data_set_is_replaced_only_on_purpose(self, workspace: Workspace) -> None:

@@ -20,7 +20,7 @@ from rayrec.model.train_config import TasteConfig
 from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.workspace import Workspace
 
-LONG, OTHERS, SHORT, NUM_SONGS = 10_000_000, 200, 50, 60
+LONG_PLAYS, OTHER_USERS, SHORT_PLAYS, NUM_SONGS = 10_000_000, 200, 50, 60
 ROWS_PER_GROUP = 1_000_000
 START = 1_400_000_000_000
 BUCKETS = 4
@@ -32,16 +32,16 @@ def write_plays(path: Path) -> None:
     schema = pa.schema([("user", pa.string()), ("song", pa.string()), ("played_at", pa.int64())])
     songs = pa.array([f"s{song}" for song in range(NUM_SONGS)])
     with pq.ParquetWriter(path, schema) as writer:
-        for begin in range(0, LONG, ROWS_PER_GROUP):
-            step = np.arange(begin, min(LONG, begin + ROWS_PER_GROUP))
-            users = pa.array(np.full(len(step), "long", dtype=object))
+        for start in range(0, LONG_PLAYS, ROWS_PER_GROUP):
+            steps = np.arange(start, min(LONG_PLAYS, start + ROWS_PER_GROUP))
+            users = pa.array(np.full(len(steps), "long", dtype=object))
             writer.write_table(
-                pa.table([users, songs.take(pa.array(step * 7 % NUM_SONGS)), START + step * 10_000], schema=schema)
+                pa.table([users, songs.take(pa.array(steps * 7 % NUM_SONGS)), START + steps * 10_000], schema=schema)
             )
-        row = np.arange(OTHERS * SHORT)
-        users = pa.array([f"u{user}" for user in (row // SHORT).tolist()])
+        rows = np.arange(OTHER_USERS * SHORT_PLAYS)
+        users = pa.array([f"u{user}" for user in (rows // SHORT_PLAYS).tolist()])
         writer.write_table(
-            pa.table([users, songs.take(pa.array(row % NUM_SONGS)), START + row * 60_000], schema=schema)
+            pa.table([users, songs.take(pa.array(rows % NUM_SONGS)), START + rows * 60_000], schema=schema)
         )
 
 
@@ -53,23 +53,23 @@ def test_a_user_with_ten_million_plays_is_imported_and_computed(
 ) -> None:
     write_plays(tmp_path / "plays.parquet")
     config = ImportConfig(format="parquet", paths=(str(tmp_path / "plays.parquet"),), buckets=BUCKETS)
-    with MemoryWatch() as importing:
+    with MemoryWatch() as import_watch:
         manifest = import_data(workspace, config)
-    assert (manifest.users, manifest.plays) == (OTHERS + 1, LONG + OTHERS * SHORT)
-    record_property("import_worker_mb", importing.peaks_mb[WORKER])
-    assert importing.peaks_mb[WORKER] * 2**20 < BYTES_PER_PLAY * LONG
+    assert (manifest.users, manifest.plays) == (OTHER_USERS + 1, LONG_PLAYS + OTHER_USERS * SHORT_PLAYS)
+    record_property("import_worker_mb", import_watch.peaks_mb[WORKER])
+    assert import_watch.peaks_mb[WORKER] * 2**20 < BYTES_PER_PLAY * LONG_PLAYS
     names = save_model(workspace, "models/m", network(model_config()), np.ones(NUM_SONGS, dtype=bool))
     publish(workspace, Manifest(kind="models", id="m", inputs={"dataset": manifest.id}), names)
-    with MemoryWatch() as watch:
-        made = compute_tastes(workspace, TasteConfig())
-    record_property("taste_worker_mb", watch.peaks_mb[WORKER])
-    assert watch.peaks_mb[WORKER] * 2**20 < BYTES_PER_PLAY * LONG
-    rows = pa.concat_tables([workspace.read_table(tastes_file(made.folder, bucket)) for bucket in range(BUCKETS)])
+    with MemoryWatch() as taste_watch:
+        tastes = compute_tastes(workspace, TasteConfig())
+    record_property("taste_worker_mb", taste_watch.peaks_mb[WORKER])
+    assert taste_watch.peaks_mb[WORKER] * 2**20 < BYTES_PER_PLAY * LONG_PLAYS
+    rows = pa.concat_tables([workspace.read_table(tastes_file(tastes.folder, bucket)) for bucket in range(BUCKETS)])
     plays = dict(zip(rows["user_id"].to_pylist(), rows[PLAYS].to_pylist(), strict=True))
-    assert plays.pop("long") == LONG
-    assert len(plays) == OTHERS
-    assert set(plays.values()) == {SHORT}
-    assert max(rows[LAST_PLAYED_AT].to_pylist()) == START + (LONG - 1) * 10_000
-    long = Dataset(workspace).history("long")
-    assert long.num_plays == LONG
-    assert (np.diff(long.played_at) == 10_000).all()
+    assert plays.pop("long") == LONG_PLAYS
+    assert len(plays) == OTHER_USERS
+    assert set(plays.values()) == {SHORT_PLAYS}
+    assert max(rows[LAST_PLAYED_AT].to_pylist()) == START + (LONG_PLAYS - 1) * 10_000
+    long_history = Dataset(workspace).history("long")
+    assert long_history.num_plays == LONG_PLAYS
+    assert (np.diff(long_history.played_at) == 10_000).all()

@@ -38,7 +38,7 @@ print(json.dumps({"places": sorted(set(places)), "id": made.id, "users": made.us
 """
 
 
-def drive(head: Head, workspace: Path, token: Path) -> subprocess.CompletedProcess[str]:
+def run_driver(head: Head, workspace: Path, token: Path) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_ADDRESS": head.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     command = [sys.executable, "-c", DRIVER, str(workspace)]
@@ -48,15 +48,15 @@ def drive(head: Head, workspace: Path, token: Path) -> subprocess.CompletedProce
 @pytest.mark.slow
 def test_a_job_runs_on_the_nodes_of_a_cluster_that_asks_for_a_token(tmp_path: Path) -> None:
     with ray_head(cpus=1) as head, ray_node(head):
-        done = drive(head, tmp_path / "workspace", head.token)
-        assert done.returncode == 0, done.stderr
-        told = json.loads(done.stdout.splitlines()[-1])
-        assert len(told["places"]) == 2
-        assert "127.0.0.2" in told["places"]
-        assert told["users"] == 300
-        wrong = tmp_path / "token"
-        wrong.write_text("f" * 64)
-        refused = drive(head, tmp_path / "other", wrong)
-        assert refused.returncode != 0
-        assert "token" in refused.stderr.lower()
+        process = run_driver(head, tmp_path / "workspace", head.token)
+        assert process.returncode == 0, process.stderr
+        output = json.loads(process.stdout.splitlines()[-1])
+        assert len(output["places"]) == 2
+        assert "127.0.0.2" in output["places"]
+        assert output["users"] == 300
+        wrong_token = tmp_path / "token"
+        wrong_token.write_text("f" * 64)
+        refused_process = run_driver(head, tmp_path / "other", wrong_token)
+        assert refused_process.returncode != 0
+        assert "token" in refused_process.stderr.lower()
         assert not (tmp_path / "other").exists()

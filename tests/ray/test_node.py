@@ -24,14 +24,14 @@ def squares(last: int) -> Iterator[int]:
 def killed(folder: str, times: int) -> Iterator[int]:
     """Yield 1 and 2, but kill the worker in between in the first `times` attempts, as the out-of-memory killer does."""
     yield 1
-    begun = len(list(Path(folder).iterdir()))
-    (Path(folder) / str(begun)).touch()
-    if begun < times:
+    attempts = len(list(Path(folder).iterdir()))
+    (Path(folder) / str(attempts)).touch()
+    if attempts < times:
         os.kill(os.getpid(), signal.SIGKILL)
     yield 2
 
 
-def refusing() -> Iterator[int]:
+def yield_and_fail() -> Iterator[int]:
     yield 1
     raise InputError("nothing to do; give plays")
 
@@ -50,6 +50,6 @@ def test_a_task_that_kills_every_worker_is_named(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == RETRIES + 1
 
 
-def test_an_error_of_ours_comes_out_as_it_was_raised() -> None:
+def test_an_error_of_rayrec_comes_out_as_it_was_raised() -> None:
     with pytest.raises(InputError, match="nothing to do; give plays"):
-        list(run_on_node(refusing, cpus=1))
+        list(run_on_node(yield_and_fail, cpus=1))

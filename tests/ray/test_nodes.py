@@ -21,12 +21,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 @dataclass(frozen=True)
 class Runs:
-    """Results and workspaces of the stages, with lost nodes (`lossy`) and without (`whole`)."""
+    """Results and workspaces of the stages, with lost nodes (`lossy`) and without (`undisturbed`)."""
 
     lossy: dict[str, Any]
-    whole: dict[str, Any]
+    undisturbed: dict[str, Any]
     lossy_workspace: Workspace
-    whole_workspace: Workspace
+    undisturbed_workspace: Workspace
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     plays = folder / "plays"
     plays.mkdir()
     many_nodes.write_plays(plays)
-    places = {name: str(folder / name) for name in ("lossy", "whole")}
+    folders = {name: str(folder / name) for name in ("lossy", "whole")}
     with PlainProcess(0) as driver:
-        whole = driver.run(many_nodes.undisturbed, str(plays), places["whole"])
+        undisturbed = driver.run(many_nodes.undisturbed, str(plays), folders["whole"])
     with PlainProcess(0) as driver:
-        lossy = driver.run(many_nodes.lose_nodes, str(plays), places["lossy"], str(folder / "log"))
-    return Runs(lossy, whole, Workspace(places["lossy"]), Workspace(places["whole"]))
+        lossy = driver.run(many_nodes.lose_nodes, str(plays), folders["lossy"], str(folder / "log"))
+    return Runs(lossy, undisturbed, Workspace(folders["lossy"]), Workspace(folders["whole"]))
 
 
 def test_every_stage_ends_in_a_sound_artifact(runs: Runs) -> None:
@@ -51,14 +51,14 @@ def test_every_stage_ends_in_a_sound_artifact(runs: Runs) -> None:
 
 @pytest.mark.parametrize("stage", ["import", "taste"])
 def test_only_the_buckets_in_the_hands_of_the_lost_node_are_done_again(runs: Runs, stage: str) -> None:
-    found = runs.lossy[stage]
-    assert found["held"]
-    assert set(found["again"]) <= set(found["held"])
-    assert len(found["held"]) < BUCKETS // 2
+    report = runs.lossy[stage]
+    assert report["held"]
+    assert set(report["again"]) <= set(report["held"])
+    assert len(report["held"]) < BUCKETS // 2
 
 
 def test_the_import_is_the_same_data_set(runs: Runs) -> None:
-    assert runs.lossy["made"]["import"] == runs.whole["import"]
+    assert runs.lossy["made"]["import"] == runs.undisturbed["import"]
 
 
 def test_the_training_repeats_no_more_than_the_steps_since_the_last_checkpoint_but_one(runs: Runs) -> None:
@@ -68,20 +68,25 @@ def test_the_training_repeats_no_more_than_the_steps_since_the_last_checkpoint_b
 
 
 def test_the_training_ends_where_one_without_losses_ends(runs: Runs) -> None:
-    found, wanted = (
-        load_safetensors(place.read_bytes(f"{made['train']['folder']}/model.safetensors"))
-        for place, made in ((runs.lossy_workspace, runs.lossy["made"]), (runs.whole_workspace, runs.whole))
+    actual, expected = (
+        load_safetensors(workspace.read_bytes(f"{manifests['train']['folder']}/model.safetensors"))
+        for workspace, manifests in (
+            (runs.lossy_workspace, runs.lossy["made"]),
+            (runs.undisturbed_workspace, runs.undisturbed),
+        )
     )
-    for name, value in wanted.items():
-        np.testing.assert_allclose(found[name], value, atol=1e-4, err_msg=name)
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, atol=1e-4, err_msg=name)
     recall = "validation_recall@20"
-    assert runs.lossy["made"]["train"]["metrics"][recall] == runs.whole["train"]["metrics"][recall]
+    assert runs.lossy["made"]["train"]["metrics"][recall] == runs.undisturbed["train"]["metrics"][recall]
 
 
 def test_every_user_has_exactly_one_row_of_tastes(runs: Runs) -> None:
     manifest = runs.lossy["made"]["taste"]
-    place = runs.lossy_workspace
-    rows = pa.concat_tables([place.read_table(tastes_file(manifest["folder"], bucket)) for bucket in range(BUCKETS)])
-    users = [user for batch in Dataset(place).read_all() for user in batch.user_ids.tolist()]
+    workspace = runs.lossy_workspace
+    rows = pa.concat_tables(
+        [workspace.read_table(tastes_file(manifest["folder"], bucket)) for bucket in range(BUCKETS)]
+    )
+    users = [user for batch in Dataset(workspace).read_all() for user in batch.user_ids.tolist()]
     assert sorted(rows.column("user_id").to_pylist()) == sorted(users)
     assert len(users) == len(set(users)) == 160

@@ -33,13 +33,13 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
-    with s3_server() as started:
-        yield started
+    with s3_server() as server:
+        yield server
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-def test_a_run_on_storage_that_fails_now_and_then_is_whole(server: S3Server) -> None:
+def test_a_run_on_storage_that_sometimes_fails_gives_complete_results(server: S3Server) -> None:
     workspace = Workspace(server.uri("run"))
     server.fail(0.02)
     outcomes = run(workspace, TINY)
@@ -48,9 +48,9 @@ def test_a_run_on_storage_that_fails_now_and_then_is_whole(server: S3Server) -> 
     server.fail(0.0)
     audit = verify_workspace(workspace)
     assert (audit.problems, audit.notes) == ([], [])
-    live = releases.active_release(workspace)
-    assert live is not None
-    releases.verify_release(workspace, live)
+    live_release = releases.active_release(workspace)
+    assert live_release is not None
+    releases.verify_release(workspace, live_release)
     assert {outcome.status for outcome in run(workspace, TINY)} == {"skipped"}
 
 
@@ -76,25 +76,25 @@ def write_plays(folder: Path, first_user: int, files: int = 6) -> ImportConfig:
 def content(workspace: Workspace) -> dict[str, list[tuple[int, str]]]:
     """Return user -> (ms, song id) of every play; fail if a user occurs twice."""
     dataset = Dataset(workspace)
-    ids = dataset.catalog().table.column("song_id").to_pylist()
-    found: dict[str, list[tuple[int, str]]] = {}
+    song_ids = dataset.catalog().table.column("song_id").to_pylist()
+    result: dict[str, list[tuple[int, str]]] = {}
     for batch in dataset.read_all():
         for row, user in enumerate(batch.user_ids.tolist()):
-            assert user not in found
+            assert user not in result
             span = slice(batch.offsets[row], batch.offsets[row + 1])
-            songs = [ids[song] for song in batch.songs[span]]
-            found[user] = list(zip(batch.played_at[span].tolist(), songs, strict=True))
-    return found
+            songs = [song_ids[song] for song in batch.songs[span]]
+            result[user] = list(zip(batch.played_at[span].tolist(), songs, strict=True))
+    return result
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-def test_an_append_killed_with_its_lock_in_hand_is_refused_until_it_is_unlocked_and_then_gone_on_with(
+def test_an_append_killed_while_it_holds_the_lock_is_refused_until_unlocked_and_then_resumed(
     server: S3Server, tmp_path: Path
 ) -> None:
     workspace = Workspace(server.uri("killed"))
     base = import_data(workspace, write_plays(tmp_path / "base", 0))
-    more = write_plays(tmp_path / "more", 10)  # users 10 to 19 are in the data set already
+    more_config = write_plays(tmp_path / "more", 10)  # users 10 to 19 are in the data set already
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment.pop("RAY_ADDRESS", None)
     command = ["--workspace", workspace.uri, "import", "csv", str(tmp_path / "more"), "--append", "--buckets", "2"]
@@ -109,14 +109,14 @@ def test_an_append_killed_with_its_lock_in_hand_is_refused_until_it_is_unlocked_
     assert Dataset(workspace).manifest == base
 
     with pytest.raises(BusyError, match=r"`rayrec import --append` \(process \d+ on elsewhere.*`rayrec unlock`"):
-        append_plays(workspace, more)
+        append_plays(workspace, more_config)
     locking.unlock(workspace)
-    made = append_plays(workspace, more)
+    result = append_plays(workspace, more_config)
     assert locking.lock_holder(workspace) is None
-    together = Workspace(tmp_path / "together")
-    import_data(together, more.replace(paths=(str(tmp_path / "base"), *more.paths)))
-    assert content(workspace) == content(together)
-    assert made.dataset.parts == base.parts + 1
+    expected_workspace = Workspace(tmp_path / "together")
+    import_data(expected_workspace, more_config.replace(paths=(str(tmp_path / "base"), *more_config.paths)))
+    assert content(workspace) == content(expected_workspace)
+    assert result.dataset.parts == base.parts + 1
     audit = verify_workspace(workspace)
     assert audit.problems == []
     assert [note.path for note in audit.notes] == ["dataset"]  # replaced files are kept until `rayrec clean`

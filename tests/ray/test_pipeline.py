@@ -37,14 +37,18 @@ def statuses(outcomes: list[Outcome]) -> dict[str, str]:
 def test_a_first_run_does_every_stage_and_releases(made: tuple[Workspace, list[Outcome]]) -> None:
     workspace, outcomes = made
     assert statuses(outcomes) == dict.fromkeys(STAGES, "done")
-    live = releases.active_release(workspace)
-    assert live is not None
+    live_release = releases.active_release(workspace)
+    assert live_release is not None
     ids = {outcome.stage: outcome.id for outcome in outcomes}
-    assert (live.id, live.inputs["models"], live.inputs["tastes"]) == (ids["release"], ids["train"], ids["taste"])
-    releases.verify_release(workspace, live)
-    figures = {outcome.stage: outcome.figures for outcome in outcomes}
-    assert figures["generate"]["users"] == 120
-    assert figures["evaluate"]["default"] == "two-step"
+    assert (live_release.id, live_release.inputs["models"], live_release.inputs["tastes"]) == (
+        ids["release"],
+        ids["train"],
+        ids["taste"],
+    )
+    releases.verify_release(workspace, live_release)
+    metrics = {outcome.stage: outcome.figures for outcome in outcomes}
+    assert metrics["generate"]["users"] == 120
+    assert metrics["evaluate"]["default"] == "two-step"
 
 
 def test_the_report_says_which_settings_are_not_the_defaults(made: tuple[Workspace, list[Outcome]]) -> None:
@@ -63,28 +67,28 @@ def test_the_report_says_which_settings_are_not_the_defaults(made: tuple[Workspa
 
 def test_a_second_run_skips_everything_and_says_so(made: tuple[Workspace, list[Outcome]]) -> None:
     workspace, outcomes = made
-    heard: list[Outcome] = []
-    again = run(workspace, TINY, on_stage=heard.append)
-    assert statuses(again) == dict.fromkeys(STAGES, "skipped")
-    assert [outcome.id for outcome in again] == [outcome.id for outcome in outcomes]
-    assert heard == again
+    reported_outcomes: list[Outcome] = []
+    second_outcomes = run(workspace, TINY, on_stage=reported_outcomes.append)
+    assert statuses(second_outcomes) == dict.fromkeys(STAGES, "skipped")
+    assert [outcome.id for outcome in second_outcomes] == [outcome.id for outcome in outcomes]
+    assert reported_outcomes == second_outcomes
 
 
 @pytest.mark.slow
 def test_a_changed_setting_repeats_its_stage_and_what_follows(tmp_path: Path, cluster: None) -> None:
     workspace = Workspace(tmp_path / "workspace")
     run(workspace, TINY)
-    ranked = run(workspace, {**TINY, "rank": {"trees": 3}})
-    assert [outcome.stage for outcome in ranked if outcome.status == "done"] == ["rank", "evaluate", "release"]
-    ids = {outcome.stage: outcome.id for outcome in ranked}
+    ranked_outcomes = run(workspace, {**TINY, "rank": {"trees": 3}})
+    assert [outcome.stage for outcome in ranked_outcomes if outcome.status == "done"] == ["rank", "evaluate", "release"]
+    ids = {outcome.stage: outcome.id for outcome in ranked_outcomes}
     report = artifacts.load_manifest(workspace, "reports", ids["evaluate"])
     assert report.inputs["rankers"] == ids["rank"]  # not the rankers of the live release
-    again = run(workspace, {**TINY, "train": {**TINY["train"], "hidden_dim": 4}})
-    done = [outcome.stage for outcome in again if outcome.status == "done"]
-    assert done == ["train", "rank", "taste", "index", "evaluate", "release"]
+    trained_outcomes = run(workspace, {**TINY, "train": {**TINY["train"], "hidden_dim": 4}})
+    done_stages = [outcome.stage for outcome in trained_outcomes if outcome.status == "done"]
+    assert done_stages == ["train", "rank", "taste", "index", "evaluate", "release"]
     assert len(releases.list_releases(workspace)) == 3
-    forced = run(workspace, TINY, force=True)
-    assert statuses(forced) == dict.fromkeys(STAGES, "done")
+    forced_outcomes = run(workspace, TINY, force=True)
+    assert statuses(forced_outcomes) == dict.fromkeys(STAGES, "done")
 
 
 def test_files_that_changed_are_imported_anew_and_other_data_never_replaced(tmp_path: Path, cluster: None) -> None:
@@ -110,12 +114,12 @@ def test_files_that_changed_are_imported_anew_and_other_data_never_replaced(tmp_
         run(workspace, {"generate": {}})
 
 
-def command(workspace: Workspace, capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+def run_command(workspace: Workspace, capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     """Run a command with --json; return its parsed output."""
-    assert main(["--workspace", workspace.uri, "--json", *words]) == 0
-    told = capsys.readouterr()
-    assert told.out.count("\n") == 1
-    return json.loads(told.out)
+    assert main(["--workspace", workspace.uri, "--json", *arguments]) == 0
+    output = capsys.readouterr()
+    assert output.out.count("\n") == 1
+    return json.loads(output.out)
 
 
 def test_the_command_line_answers_from_the_live_release(
@@ -123,42 +127,42 @@ def test_the_command_line_answers_from_the_live_release(
 ) -> None:
     workspace, outcomes = made
     ids = {outcome.stage: outcome.id for outcome in outcomes}
-    told = command(workspace, capsys, "recommend", "--songs", "song-000001,song-000002", "-k", "5")
-    scores = [song["score"] for song in told["songs"]]
+    output = run_command(workspace, capsys, "recommend", "--songs", "song-000001,song-000002", "-k", "5")
+    scores = [song["score"] for song in output["songs"]]
     assert len(scores) == 5
     assert scores == sorted(scores, reverse=True)
-    assert all(song["title"] for song in told["songs"])
-    assert not {"song-000001", "song-000002"} & {song["song_id"] for song in told["songs"]}
-    assert command(workspace, capsys, "embed", *flags("embed"))["id"] == ids["embed"]
-    assert command(workspace, capsys, "train", *flags("train"))["id"] == ids["train"]
-    assert command(workspace, capsys, "taste")["id"] == ids["taste"]
-    assert command(workspace, capsys, "index")["id"] == ids["index"]
-    released = command(workspace, capsys, "release", "create")
-    assert released["id"] == ids["release"]
-    assert "not trained on the plays from" in released["warnings"][0]  # the test range
-    report = command(workspace, capsys, "evaluate", *flags("evaluate"))
+    assert all(song["title"] for song in output["songs"])
+    assert not {"song-000001", "song-000002"} & {song["song_id"] for song in output["songs"]}
+    assert run_command(workspace, capsys, "embed", *flags("embed"))["id"] == ids["embed"]
+    assert run_command(workspace, capsys, "train", *flags("train"))["id"] == ids["train"]
+    assert run_command(workspace, capsys, "taste")["id"] == ids["taste"]
+    assert run_command(workspace, capsys, "index")["id"] == ids["index"]
+    release = run_command(workspace, capsys, "release", "create")
+    assert release["id"] == ids["release"]
+    assert "not trained on the plays from" in release["warnings"][0]  # the test range
+    report = run_command(workspace, capsys, "evaluate", *flags("evaluate"))
     assert {"default", "results"} <= set(report)
     assert {"model", "kind", "users", "target", "metric", "k", "value", "low", "high"} <= set(report["results"][0])
-    assert command(workspace, capsys, "status")["active"] == ids["release"]
+    assert run_command(workspace, capsys, "status")["active"] == ids["release"]
 
 
 def flags(stage: str) -> list[str]:
     """Return the settings of a stage in TINY as command-line flags."""
-    words = []
+    arguments = []
     for name, value in TINY[stage].items():
-        words += [f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, list) else str(value)]
-    return words
+        arguments += [f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, list) else str(value)]
+    return arguments
 
 
 def test_people_see_tables_of_80_columns(
     made: tuple[Workspace, list[Outcome]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    for words in (["recommend", "--songs", "song-000001"], ["evaluate", *flags("evaluate")], ["status"], ["index"]):
-        assert main(["--workspace", made[0].uri, *words]) == 0
-        told = capsys.readouterr().out
+    for arguments in (["recommend", "--songs", "song-000001"], ["evaluate", *flags("evaluate")], ["status"], ["index"]):
+        assert main(["--workspace", made[0].uri, *arguments]) == 0
+        output = capsys.readouterr().out
         # a line with a path may be longer: paths are never broken
-        assert all(len(line) <= 80 for line in told.splitlines() if made[0].root[:10] not in line)
+        assert all(len(line) <= 80 for line in output.splitlines() if made[0].root[:10] not in line)
 
 
 def test_a_model_of_other_data_is_refused(made: tuple[Workspace, list[Outcome]], tmp_path: Path) -> None:
@@ -180,8 +184,8 @@ def test_the_demo_shows_one_user_and_never_replaces_other_data(
     with pytest.raises(InputError, match="holds another data set"):
         demo(workspace)
     monkeypatch.setattr(pipeline, "DEMO_PIPELINE", TINY)
-    told = demo(workspace)
-    assert [outcome.id for outcome in told.outcomes] == [outcome.id for outcome in outcomes]
-    assert told.answer.plays >= MIN_PLAYS
-    assert len(told.answer.song_ids) == 10
-    assert {"stages", "default", "results", "report", "user", "songs", "last_plays"} <= set(told.to_mapping())
+    result = demo(workspace)
+    assert [outcome.id for outcome in result.outcomes] == [outcome.id for outcome in outcomes]
+    assert result.answer.plays >= MIN_PLAYS
+    assert len(result.answer.song_ids) == 10
+    assert {"stages", "default", "results", "report", "user", "songs", "last_plays"} <= set(result.to_mapping())

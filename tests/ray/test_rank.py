@@ -48,9 +48,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Workspace:
 
 @pytest.fixture(scope="module")
 def split(world: Workspace) -> Split:
-    made = split_dataset(world, SplitConfig(test_days=15, validation_days=10))
-    write_song_vectors(world, random_vectors(NUM_SONGS), {"dataset": made.dataset, "split": made.id})
-    return made
+    split = split_dataset(world, SplitConfig(test_days=15, validation_days=10))
+    write_song_vectors(world, random_vectors(NUM_SONGS), {"dataset": split.dataset, "split": split.id})
+    return split
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +67,17 @@ def retrieval(world: Workspace, split: Split) -> Manifest:
 
 def arrays(value: Any) -> dict[str, np.ndarray]:
     """Return all arrays of a retrieval by dotted field name."""
-    found: dict[str, np.ndarray] = {}
+    result: dict[str, np.ndarray] = {}
     for field in fields(value):
         part = getattr(value, field.name)
         if isinstance(part, np.ndarray):
-            found[field.name] = part
+            result[field.name] = part
         elif hasattr(part, "__dataclass_fields__"):
-            found |= {f"{field.name}.{name}": array for name, array in arrays(part).items()}
-    return found
+            result |= {f"{field.name}.{name}": array for name, array in arrays(part).items()}
+    return result
 
 
-def expected(world: Workspace, split: Split) -> Retrieval:
+def expected_retrieval(world: Workspace, split: Split) -> Retrieval:
     """Return a retrieval fitted in this process, on all plays that a final fit may use."""
     dataset = Dataset(world)
     catalog = dataset.catalog()
@@ -90,18 +90,18 @@ def expected(world: Workspace, split: Split) -> Retrieval:
     )
 
 
-def test_buckets_and_ranges_of_songs_join_to_what_one_process_fits(
+def test_a_fit_by_buckets_and_song_ranges_equals_a_fit_in_one_process(
     world: Workspace, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stored_retrieval, "PLAYS_PER_RANGE", 200)
-    made = fit_retrieval(world, SETTINGS, split=split, repeat=True)
-    verify(world, made)
-    ours = arrays(Retrieval.load(world, made.folder))
-    theirs = expected(world, split)
-    theirs = Retrieval(**{**theirs.__dict__, "rules": theirs.rules.strongest(SETTINGS.rules_per_song)})
-    for name, array in arrays(theirs).items():
-        np.testing.assert_array_equal(ours[name], array, err_msg=name)
-    assert not world.files(made.path("run"))
+    manifest = fit_retrieval(world, SETTINGS, split=split, repeat=True)
+    verify(world, manifest)
+    actual = arrays(Retrieval.load(world, manifest.folder))
+    expected = expected_retrieval(world, split)
+    expected = Retrieval(**{**expected.__dict__, "rules": expected.rules.strongest(SETTINGS.rules_per_song)})
+    for name, array in arrays(expected).items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+    assert not world.files(manifest.path("run"))
 
 
 def test_a_job_that_was_killed_reads_no_bucket_again(
@@ -109,41 +109,41 @@ def test_a_job_that_was_killed_reads_no_bucket_again(
 ) -> None:
     settings = SETTINGS.replace(sessions_per_song=6)
 
-    def pieces_left() -> dict[str, int]:
+    def files_after_killed_fit() -> dict[str, int]:
         with monkeypatch.context() as patch:
-            patch.setattr(job, "run_on_node", _killed)
+            patch.setattr(job, "run_on_node", _raise_error)
             with pytest.raises(RuntimeError, match="the node is gone"):
                 fit_retrieval(world, settings, split=split)
         folders = world.folders("retrieval")
-        (unfinished,) = [name for name in folders if not world.exists(f"retrieval/{name}/manifest.json")]
-        paths = world.files(f"retrieval/{unfinished}")
+        (unfinished_id,) = [name for name in folders if not world.exists(f"retrieval/{name}/manifest.json")]
+        paths = world.files(f"retrieval/{unfinished_id}")
         return {path: Path(world.full(path)).stat().st_mtime_ns for path in paths}
 
-    pieces = pieces_left()
+    pieces = files_after_killed_fit()
     assert len(pieces) == Dataset(world).manifest.buckets + 1  # a piece per bucket, and their merged counts
-    assert pieces_left() == pieces  # no file was written again
-    made = fit_retrieval(world, settings, split=split)
-    assert made.metrics["sessions"] > 0
+    assert files_after_killed_fit() == pieces  # no file was written again
+    manifest = fit_retrieval(world, settings, split=split)
+    assert manifest.metrics["sessions"] > 0
 
 
-def _killed(*_: Any, **__: Any) -> Any:
+def _raise_error(*_: Any, **__: Any) -> Any:
     raise RuntimeError("the node is gone")
 
 
 def test_rankers_learn_from_the_validation_range_and_answer(
     world: Workspace, model: Manifest, retrieval: Manifest
 ) -> None:
-    made = fit_rankers(world, FEW_TREES, model_id=model.id, retrieval_id=retrieval.id)
-    verify(world, made)
-    assert made.inputs["models"] == model.id
-    assert made.metrics["queries"] > 100
-    assert made.metrics["next"]["form"] in ("trees", "linear")
+    rankers = fit_rankers(world, FEW_TREES, model_id=model.id, retrieval_id=retrieval.id)
+    verify(world, rankers)
+    assert rankers.inputs["models"] == model.id
+    assert rankers.metrics["queries"] > 100
+    assert rankers.metrics["next"]["form"] in ("trees", "linear")
     recommender = load_recommender(world, Dataset(world), releases.default_parts(world, model.id))
     assert isinstance(recommender, TwoStepRecommender)
     histories = next(iter(Dataset(world).read_all()))
     songs, scores = recommender.recommend(histories, int(histories.played_at.max()), 5, exclude_heard=True)
-    heard = [set(plays) for plays in np.split(histories.songs, histories.offsets[1:-1])]
-    assert all(not set(songs[row]) & heard[row] for row in range(len(histories)))
+    heard_songs = [set(plays) for plays in np.split(histories.songs, histories.offsets[1:-1])]
+    assert all(not set(songs[row]) & heard_songs[row] for row in range(len(histories)))
     assert (np.diff(scores, axis=1) <= 0).all()
 
 
@@ -156,46 +156,46 @@ def elsewhere(world: Workspace, tmp_path: Path) -> Workspace:
 
 def change_songs(workspace: Workspace, is_changed: Callable[[Histories], np.ndarray]) -> int:
     """Change the songs of the plays for which `is_changed`, bool (P,), is True; return the number of these plays."""
-    changed = 0
+    num_changed = 0
     for bucket in range(Dataset(workspace).manifest.buckets):
         path = histories_file(0, bucket)
         histories = Histories.from_arrow(workspace.read_table(path))
-        here = is_changed(histories)
-        songs = np.where(here, (histories.songs + 1) % NUM_SONGS, histories.songs).astype(np.int32)
+        mask = is_changed(histories)
+        songs = np.where(mask, (histories.songs + 1) % NUM_SONGS, histories.songs).astype(np.int32)
         workspace.write_table(path, replace(histories, songs=songs).to_arrow())
-        changed += int(here.sum())
-    return changed
+        num_changed += int(mask.sum())
+    return num_changed
 
 
-def rankers_again(workspace: Workspace, model: Manifest, retrieval: Manifest) -> dict[str, str]:
+def refit_rankers(workspace: Workspace, model: Manifest, retrieval: Manifest) -> dict[str, str]:
     """Train the rankers again; return their files with checksums."""
     return fit_rankers(workspace, FEW_TREES, model_id=model.id, retrieval_id=retrieval.id, repeat=True).files
 
 
-def test_rankers_do_not_hang_on_plays_of_the_test_range(
+def test_rankers_do_not_depend_on_plays_of_the_test_range(
     elsewhere: Workspace, world: Workspace, split: Split, model: Manifest, retrieval: Manifest
 ) -> None:
-    before = fit_rankers(world, FEW_TREES, model_id=model.id, retrieval_id=retrieval.id)
+    original = fit_rankers(world, FEW_TREES, model_id=model.id, retrieval_id=retrieval.id)
     assert change_songs(elsewhere, split.is_test) > 300
-    assert rankers_again(elsewhere, model, retrieval) == before.files
+    assert refit_rankers(elsewhere, model, retrieval) == original.files
     assert change_songs(elsewhere, split.is_validation) > 100
-    assert rankers_again(elsewhere, model, retrieval) != before.files
+    assert refit_rankers(elsewhere, model, retrieval) != original.files
 
 
 def test_rankers_learn_without_the_final_network_and_the_final_retrieval(
     elsewhere: Workspace, world: Workspace, model: Manifest, retrieval: Manifest
 ) -> None:
-    before = fit_rankers(world, FEW_TREES, model_id=model.id, retrieval_id=retrieval.id)
-    gone = [
+    original = fit_rankers(world, FEW_TREES, model_id=model.id, retrieval_id=retrieval.id)
+    deleted_paths = [
         path
-        for made, kept in ((model, SELECTION_NETWORK), (retrieval, SELECTION_RETRIEVAL))
-        for path in elsewhere.files(made.folder)
-        if path != made.path("manifest.json") and not path.startswith(f"{made.path(kept)}/")
+        for manifest, kept_folder in ((model, SELECTION_NETWORK), (retrieval, SELECTION_RETRIEVAL))
+        for path in elsewhere.files(manifest.folder)
+        if path != manifest.path("manifest.json") and not path.startswith(f"{manifest.path(kept_folder)}/")
     ]
-    assert {model.path("model.safetensors"), retrieval.path("retrieval.json")} <= set(gone)
-    for path in gone:
+    assert {model.path("model.safetensors"), retrieval.path("retrieval.json")} <= set(deleted_paths)
+    for path in deleted_paths:
         elsewhere.delete(path)
-    assert rankers_again(elsewhere, model, retrieval) == before.files
+    assert refit_rankers(elsewhere, model, retrieval) == original.files
 
 
 @pytest.mark.slow  # trains rankers without each of five parts
@@ -209,30 +209,30 @@ def test_an_ablation_evaluates_rankers_trained_without_each_part(
     results = read_results(world, report)["results"]
     kinds = {row["model"]: row["kind"] for row in results}
     assert kinds == {"two-step": "network"} | {f"without {part}": "ablation" for part in ABLATED_PARTS}
-    found = {
+    mrr_by_model = {
         row["model"]: row["value"]
         for row in results
         if (row["target"], row["metric"], row["k"], row["users"]) == ("next", "mrr", 20, "all")
     }
-    assert len(set(found.values())) > 1
+    assert len(set(mrr_by_model.values())) > 1
     assert not world.files(report.path("run"))
     with pytest.raises(InputError, match="not among the models"):
         evaluate(world, config.replace(models=("popularity",)), split=split, model_id=model.id)
 
 
 def test_fewer_queries_are_drawn_by_user_and_time(world: Workspace, model: Manifest, retrieval: Manifest) -> None:
-    few = fit_rankers(world, RankConfig(trees=2, leaves=3, queries=60), model_id=model.id, retrieval_id=retrieval.id)
-    again = fit_rankers(
+    first = fit_rankers(world, RankConfig(trees=2, leaves=3, queries=60), model_id=model.id, retrieval_id=retrieval.id)
+    second = fit_rankers(
         world, RankConfig(trees=2, leaves=3, queries=60), model_id=model.id, retrieval_id=retrieval.id, repeat=True
     )
-    assert few.metrics["queries"] <= 60
-    assert few.files == again.files
+    assert first.metrics["queries"] <= 60
+    assert first.files == second.files
 
 
-def test_a_model_without_a_validation_range_teaches_no_ranker(world: Workspace, split: Split) -> None:
+def test_rankers_cannot_be_trained_on_a_model_without_a_validation_range(world: Workspace, split: Split) -> None:
     write_song_vectors(world, random_vectors(NUM_SONGS), {"dataset": split.dataset})
-    everything = train(world, SMALL.replace(workers=0, epochs=1), split=None)
-    for cut in (None, split):
-        retrieval = fit_retrieval(world, SETTINGS, split=cut)
+    full_model = train(world, SMALL.replace(workers=0, epochs=1), split=None)
+    for retrieval_split in (None, split):
+        retrieval = fit_retrieval(world, SETTINGS, split=retrieval_split)
         with pytest.raises(InputError, match="has no validation range"):
-            fit_rankers(world, RankConfig(), model_id=everything.id, retrieval_id=retrieval.id)
+            fit_rankers(world, RankConfig(), model_id=full_model.id, retrieval_id=retrieval.id)

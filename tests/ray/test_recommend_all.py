@@ -36,44 +36,44 @@ def rows_of(workspace: Workspace, manifest: Manifest) -> pa.Table:
 @pytest.mark.usefixtures("cluster")
 def test_every_user_gets_the_songs_of_a_single_request_and_only_missing_buckets_are_computed(world: Workspace) -> None:
     dataset, parts = Dataset(world), releases.default_parts(world)
-    made = recommend_all(world, CONFIG, parts, at=AT)
-    rows = rows_of(world, made)
+    manifest = recommend_all(world, CONFIG, parts, at=AT)
+    rows = rows_of(world, manifest)
     assert sorted(rows.column("user_id").to_pylist()) == sorted(
         user for histories in dataset.read_all() for user in histories.user_ids
     )
     recommender = load_recommender(world, dataset, parts)
     for row in rows.slice(0, 10).to_pylist():
-        alone = answer(dataset, recommender, CONFIG, parts=parts, at=AT, user=row["user_id"])
-        assert row["song_ids"] == alone.song_ids
-        np.testing.assert_allclose(row["scores"], alone.scores, atol=1e-5)
-    assert (made.metrics["users"], made.metrics["songs"]) == (rows.num_rows, 7 * rows.num_rows)
-    assert made.metrics["filled_songs"] == 0
-    problems = [finding for finding in verify_workspace(world).problems if finding.path.startswith(made.folder)]
+        single = answer(dataset, recommender, CONFIG, parts=parts, at=AT, user=row["user_id"])
+        assert row["song_ids"] == single.song_ids
+        np.testing.assert_allclose(row["scores"], single.scores, atol=1e-5)
+    assert (manifest.metrics["users"], manifest.metrics["songs"]) == (rows.num_rows, 7 * rows.num_rows)
+    assert manifest.metrics["filled_songs"] == 0
+    problems = [finding for finding in verify_workspace(world).problems if finding.path.startswith(manifest.folder)]
     assert problems == []
 
-    first = recommendations_file(made.folder, 0)
-    world.delete(made.path("manifest.json"))  # as if the job had been killed
-    world.delete(first)
-    again = recommend_all(world, CONFIG, parts, at=AT)
-    assert (again.id, again.metrics["buckets_computed"], again.files) == (made.id, 1, made.files)
-    assert recommend_all(world, CONFIG, parts, at=AT) == again
+    path = recommendations_file(manifest.folder, 0)
+    world.delete(manifest.path("manifest.json"))  # as if the job had been killed
+    world.delete(path)
+    resumed = recommend_all(world, CONFIG, parts, at=AT)
+    assert (resumed.id, resumed.metrics["buckets_computed"], resumed.files) == (manifest.id, 1, manifest.files)
+    assert recommend_all(world, CONFIG, parts, at=AT) == resumed
 
-    table = world.read_table(first)
-    world.write_table(first, table.set_column(2, "scores", [[list(reversed(row)) for row in table[2].to_pylist()]]))
-    said = [finding.text for finding in verify_workspace(world).problems if finding.path == first]
-    assert said == ["does not match its checksum"]
+    table = world.read_table(path)
+    world.write_table(path, table.set_column(2, "scores", [[list(reversed(row)) for row in table[2].to_pylist()]]))
+    texts = [finding.text for finding in verify_workspace(world).problems if finding.path == path]
+    assert texts == ["does not match its checksum"]
 
 
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("explore", [0.0, 0.2])
 def test_songs_that_no_retriever_proposed_are_counted(world: Workspace, explore: float) -> None:
     config, parts = CONFIG.replace(k=150, explore=explore), releases.default_parts(world)
-    made = recommend_all(world, config, parts, at=AT)
-    scores = np.concatenate(rows_of(world, made).column("scores").to_pylist())
-    assert 0 < made.metrics["filled_songs"] == (scores == 0).sum() < len(scores)
-    world.delete(made.path("manifest.json"))  # as if the job had been killed
-    again = recommend_all(world, config, parts, at=AT)
-    assert (again.metrics["filled_songs"], again.metrics["buckets_computed"]) == (made.metrics["filled_songs"], 0)
+    first = recommend_all(world, config, parts, at=AT)
+    scores = np.concatenate(rows_of(world, first).column("scores").to_pylist())
+    assert 0 < first.metrics["filled_songs"] == (scores == 0).sum() < len(scores)
+    world.delete(first.path("manifest.json"))  # as if the job had been killed
+    second = recommend_all(world, config, parts, at=AT)
+    assert (second.metrics["filled_songs"], second.metrics["buckets_computed"]) == (first.metrics["filled_songs"], 0)
 
 
 def test_reasons_for_all_users_are_refused(world: Workspace) -> None:

@@ -23,12 +23,12 @@ def asks_for_huge_pages() -> bool:
     import torch
 
     tensor = torch.zeros(1 << 24)
-    begin = None
+    start = None
     for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
         words = line.split()
         if "-" in words[0] and not words[0].endswith(":"):
-            begin, end = (int(bound, 16) for bound in words[0].split("-"))
-        elif words[0] == "VmFlags:" and begin is not None and begin <= tensor.data_ptr() < end:
+            start, end = (int(bound, 16) for bound in words[0].split("-"))
+        elif words[0] == "VmFlags:" and start is not None and start <= tensor.data_ptr() < end:
             return "hg" in words
     return False
 
@@ -40,9 +40,9 @@ def test_large_tensors_of_ray_workers_are_in_huge_pages() -> None:
 
 def test_large_tensors_of_a_job_in_this_process_are_in_huge_pages() -> None:
     code = "import rayrec.jobs.runtime, test_runtime; print(test_runtime.asks_for_huge_pages())"
-    plain = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    run = [sys.executable, "-c", code]
-    shown = subprocess.run(
-        run, cwd=Path(__file__).parent, env=plain, check=True, capture_output=True, text=True, timeout=120
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, check=True, capture_output=True, text=True, timeout=120
     )
-    assert shown.stdout.strip() == "True"
+    assert process.stdout.strip() == "True"

@@ -32,8 +32,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     rename_songs(workspace, dict(enumerate(ODD_SONGS, start=10)))
     write_release(workspace, "1", seed=1)
     write_release(workspace, "2", seed=2, activate=False)
-    with started(workspace) as running:
-        yield running
+    with started(workspace) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -42,39 +42,39 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     workspace = Workspace(tmp_path_factory.mktemp("busy") / "workspace")
     write_world(workspace)
     write_release(workspace)
-    with started(workspace, "--max-waiting", "2") as running:
-        yield running
+    with started(workspace, "--max-waiting", "2") as server:
+        yield server
 
 
 def test_every_port_is_on_loopback(served: Served) -> None:
     httpx.post(f"{served.url}/v1/recommendations", json=BODY, headers=with_key(READ)).raise_for_status()
-    ray = ("raylet", "gcs_server", "ProxyActor", "ServeController", "DashboardAgent")
-    names = {"haproxy", *ray, "ServeReplica:rayrec:recommendations"}
+    ray_processes = ("raylet", "gcs_server", "ProxyActor", "ServeController", "DashboardAgent")
+    names = {"haproxy", *ray_processes, "ServeReplica:rayrec:recommendations"}
     for _ in range(60):  # Ray's agents may still be starting when the application answers
-        found = served.listening()
-        missing = {name for name in names if not any(name in command for command in found.values())}
-        if not missing:
+        commands = served.listening()
+        missing_names = {name for name in names if not any(name in command for command in commands.values())}
+        if not missing_names:
             break
         time.sleep(0.5)
-    assert missing == set()
-    open_to_others = {place: command for place, command in found.items() if not loopback(place[0])}
-    assert open_to_others == {}
+    assert missing_names == set()
+    public_ports = {endpoint: command for endpoint, command in commands.items() if not is_loopback(endpoint[0])}
+    assert public_ports == {}
 
 
-def test_replicas_give_way_to_nobody(served: Served) -> None:
+def test_replicas_run_at_normal_priority(served: Served) -> None:
     """By default Ray runs its workers at a niceness of 15."""
     assert [process.nice() for process in served.processes("ServeReplica")] == [psutil.Process().nice()]
 
 
 @pytest.mark.slow
-def test_more_than_can_be_answered_get_a_503_that_says_when_to_try_again(busy: Served) -> None:
+def test_requests_beyond_capacity_get_a_503_that_says_when_to_try_again(busy: Served) -> None:
     body = {"requests": [{**BODY, "history": ["song-3"] * 500}] * 20}
 
-    async def ask_all() -> list[httpx.Response]:
+    async def send_requests() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=busy.url, headers=with_key(READ), timeout=60) as client:
             return await asyncio.gather(*(client.post("/v1/recommendations/batch", json=body) for _ in range(30)))
 
-    answers = asyncio.run(ask_all())
+    answers = asyncio.run(send_requests())
     assert {answer.status_code for answer in answers} == {200, 503}
     assert {answer.headers.get("retry-after") for answer in answers if answer.status_code == 503} == {"1"}
 
@@ -83,16 +83,16 @@ def test_the_work_for_a_client_that_goes_away_behind_haproxy_ends(served: Served
     body = {"requests": [{**BODY, "history": ["song-3"] * 500}] * 100}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{served.url}/v1/recommendations/batch", json=body, headers=with_key(READ), timeout=0.05)
-    wanted = 'route="/v1/recommendations/batch",status="499"'
+    expected = 'route="/v1/recommendations/batch",status="499"'
     for _ in range(100):
-        told = httpx.get(f"{served.url}/metrics", headers=with_key(ADMIN), timeout=30).text
-        if wanted in told:
+        metrics = httpx.get(f"{served.url}/metrics", headers=with_key(ADMIN), timeout=30).text
+        if expected in metrics:
             break
         time.sleep(0.1)
-    assert wanted in told
+    assert expected in metrics
 
 
-def loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
     parsed = ipaddress.ip_address(address)
     return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
 
@@ -113,76 +113,78 @@ def test_behind_haproxy_songs_and_users_have_any_ids(served: Served) -> None:
     """HAProxy must pass %2F and %2E%2E on undecoded: decoded, they would lead to other paths."""
     with httpx.Client(base_url=served.url, headers=with_key(ADMIN), timeout=60) as client:
         for name in ODD_SONGS:
-            place = quote(name, safe="").replace(".", "%2E")
-            assert client.get(f"/v1/songs/{place}/similar").json()["song_id"] == name
+            escaped_name = quote(name, safe="").replace(".", "%2E")
+            assert client.get(f"/v1/songs/{escaped_name}/similar").json()["song_id"] == name
             play = {"user_id": name, "song_id": name, "played_at": AT, "event_id": name}
             assert client.post("/v1/plays", json=play).json()["taken"] == 1
-            assert client.get(f"/v1/users/{place}/taste").json()["user_id"] == name
-            (stored,) = client.get(f"/v1/users/{place}/plays").json()["plays"]
-            assert stored["song_id"] == name
+            assert client.get(f"/v1/users/{escaped_name}/taste").json()["user_id"] == name
+            (stored_play,) = client.get(f"/v1/users/{escaped_name}/plays").json()["plays"]
+            assert stored_play["song_id"] == name
 
 
 def test_the_users_of_the_release_are_known_at_once(served: Served) -> None:
-    known = next(Dataset(served.workspace).read_all())
-    for user, plays in zip(known.user_ids.tolist()[:3], known.lengths.tolist(), strict=False):
+    histories = next(Dataset(served.workspace).read_all())
+    for user, plays in zip(histories.user_ids.tolist()[:3], histories.lengths.tolist(), strict=False):
         answer = httpx.post(f"{served.url}/v1/recommendations", json={"user_id": user}, headers=with_key(READ)).json()
         assert answer["plays"] == plays
 
 
 def test_the_port_of_a_replica_answers_nothing_without_a_key(served: Served) -> None:
     ports = [port for (_, port), command in served.listening().items() if "ServeReplica" in command]
-    spoken = []
+    statuses = []
     for port in ports:
         try:
-            without = httpx.get(f"http://127.0.0.1:{port}/v1/release", timeout=2)
+            response = httpx.get(f"http://127.0.0.1:{port}/v1/release", timeout=2)
         except httpx.HTTPError:
             continue  # a port of Ray's own, which does not speak HTTP
-        spoken.append(without.status_code)
+        statuses.append(response.status_code)
         assert httpx.post(f"http://127.0.0.1:{port}/v1/recommendations", json=BODY).status_code == 401
         assert httpx.get(f"http://127.0.0.1:{port}/v1/release", headers=with_key(READ)).status_code == 200
-    assert spoken == [401]
+    assert statuses == [401]
 
 
-def test_a_release_is_activated_and_rolled_back_while_it_runs(served: Served) -> None:
-    first, second = (release.id for release in releases.list_releases(served.workspace))
-    for arguments, live in ((("activate", second), second), (("rollback",), first)):
-        done = run(served.workspace, "release", *arguments, "--wait", "--url", served.url, key=ADMIN)
-        assert done.wait(120) == 0, done.stderr and done.stderr.read()
+def test_a_release_is_activated_and_rolled_back_while_the_server_runs(served: Served) -> None:
+    first_id, second_id = (release.id for release in releases.list_releases(served.workspace))
+    for arguments, live_id in ((("activate", second_id), second_id), (("rollback",), first_id)):
+        process = run(served.workspace, "release", *arguments, "--wait", "--url", served.url, key=ADMIN)
+        assert process.wait(120) == 0, process.stderr and process.stderr.read()
         answer = httpx.post(f"{served.url}/v1/recommendations", json=BODY, headers=with_key(READ)).json()
-        assert answer["release"] == live
-    wrong = run(served.workspace, "release", "activate", second, "--url", served.url, key="wrong-0123456789")
-    assert wrong.wait(120) == 1
-    assert wrong.stderr is not None
-    assert "RAYREC_API_KEY" in wrong.stderr.read()
-    assert releases.read_active(served.workspace)["active"] == first
+        assert answer["release"] == live_id
+    refused_process = run(
+        served.workspace, "release", "activate", second_id, "--url", served.url, key="wrong-0123456789"
+    )
+    assert refused_process.wait(120) == 1
+    assert refused_process.stderr is not None
+    assert "RAYREC_API_KEY" in refused_process.stderr.read()
+    assert releases.read_active(served.workspace)["active"] == first_id
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["SIGTERM", "SIGINT"])
-def test_requests_at_work_are_answered_before_it_ends_cleanly(by: str, tmp_path: Path) -> None:
+def test_running_requests_are_answered_before_the_server_ends_cleanly(by: str, tmp_path: Path) -> None:
     """`docker stop` and systemd stop the server by a signal."""
     workspace = Workspace(tmp_path / "workspace")
     write_world(workspace)
     write_release(workspace)
     # Longer work than the time after which Serve replaces a stopping HAProxy.
     body = {"requests": [{**BODY, "history": ["song-3"] * 4_000}] * 100}
-    with started(workspace) as running, httpx.Client(headers=with_key(READ)) as idle:  # stays connected
-        idle.post(f"{running.url}/v1/recommendations", json=BODY).raise_for_status()
+    with started(workspace) as server, httpx.Client(headers=with_key(READ)) as client:  # stays connected
+        client.post(f"{server.url}/v1/recommendations", json=BODY).raise_for_status()
         answers: list[httpx.Response] = []
-        url = f"{running.url}/v1/recommendations/batch"
-        asking = threading.Thread(
+        url = f"{server.url}/v1/recommendations/batch"
+        thread = threading.Thread(
             target=lambda: answers.append(httpx.post(url, json=body, headers=with_key(READ), timeout=60))
         )
-        asking.start()
+        thread.start()
         time.sleep(1.5)  # even on a busy machine the server then has the whole request
-        running.process.send_signal(getattr(signal, by))
-        asking.join()
-        answered = time.monotonic()
-        out, errors = running.process.communicate(timeout=120)
-        assert time.monotonic() - answered < 25
+        server.process.send_signal(getattr(signal, by))
+        thread.join()
+        answered_at = time.monotonic()
+        output, errors = server.process.communicate(timeout=120)
+        assert time.monotonic() - answered_at < 25
     assert [answer.status_code for answer in answers] == [200]
-    assert running.process.returncode == 0
-    assert out.strip() == "Stopped."
+    assert server.process.returncode == 0
+    assert output.strip() == "Stopped."
     assert "SIG" not in errors
 
 
@@ -194,7 +196,7 @@ def test_requests_at_work_are_answered_before_it_ends_cleanly(by: str, tmp_path:
         pytest.param("ServeController", id="starting Serve", marks=pytest.mark.slow),
     ],
 )
-def test_sigterm_ends_it_cleanly_while_it_starts(begun: str, tmp_path: Path) -> None:
+def test_sigterm_ends_the_server_cleanly_while_it_starts(begun: str, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "workspace")
     write_world(workspace)
     write_release(workspace)
@@ -208,22 +210,22 @@ def test_sigterm_ends_it_cleanly_while_it_starts(begun: str, tmp_path: Path) -> 
         time.sleep(0.02)
     processes = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert out.strip() == "Stopped."
+    assert output.strip() == "Stopped."
     assert errors.splitlines()[-1] == "Stopping"
     assert "Serving" not in errors
     _, alive = psutil.wait_procs(processes, timeout=20)
-    assert [left for left in alive if left.status() != psutil.STATUS_ZOMBIE] == []
+    assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def test_an_interrupt_ends_it_with_all_its_processes(served: Served) -> None:
-    command = psutil.Process(served.process.pid)
-    processes = command.children(recursive=True)
+def test_an_interrupt_ends_the_server_with_all_its_processes(served: Served) -> None:
+    parent = psutil.Process(served.process.pid)
+    processes = parent.children(recursive=True)
     served.process.send_signal(signal.SIGINT)
-    out, errors = served.process.communicate(timeout=120)
+    output, errors = served.process.communicate(timeout=120)
     assert served.process.returncode == 0, errors
-    assert (out.strip(), errors.strip()) == ("Stopped.", "Stopping")
+    assert (output.strip(), errors.strip()) == ("Stopped.", "Stopping")
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
     assert served.workspace.files("serving/replicas") == []
@@ -231,11 +233,11 @@ def test_an_interrupt_ends_it_with_all_its_processes(served: Served) -> None:
 
 @pytest.mark.slow  # waits for Serve to start and to die
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="no setpriv: install Debian's package util-linux")
-def test_killed_it_leaves_nobody_who_answers(served: Served) -> None:
-    with started(served.workspace) as running:
-        answering = [child for name in ("haproxy", "ServeReplica") for child in running.processes(name)]
-        assert len(answering) >= 2
-        running.process.kill()
-        running.process.wait()
-        _, alive = psutil.wait_procs(answering, timeout=60)
+def test_a_killed_server_leaves_no_process_that_answers(served: Served) -> None:
+    with started(served.workspace) as server:
+        answering_processes = [child for name in ("haproxy", "ServeReplica") for child in server.processes(name)]
+        assert len(answering_processes) >= 2
+        server.process.kill()
+        server.process.wait()
+        _, alive = psutil.wait_procs(answering_processes, timeout=60)
     assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []

@@ -21,15 +21,15 @@ def test_plays_survive_the_kill_of_a_replica_and_of_the_proxy(tmp_path: Path) ->
     write_release(world)
     with started(world, "--store", store) as served:
 
-        def killed(place: int) -> None:
-            if place in KILLED_AT:
-                found = served.processes(KILLED_AT[place])
-                assert found, KILLED_AT[place]
-                for process in found:
+        def kill_processes(play_number: int) -> None:
+            if play_number in KILLED_AT:
+                processes = served.processes(KILLED_AT[play_number])
+                assert processes, KILLED_AT[play_number]
+                for process in processes:
                     process.kill()
 
-        send_all([served.url], killed, with_key(ADMIN))
+        send_all([served.url], kill_processes, with_key(ADMIN))
         for user in USERS:
-            told = httpx.get(f"{served.url}/v1/users/{user}/taste", params={"at": AT}, headers=with_key(ADMIN)).json()
-            assert (told["plays"], told["rejected"]) == (PLAYS // len(USERS), 0)
+            taste = httpx.get(f"{served.url}/v1/users/{user}/taste", params={"at": AT}, headers=with_key(ADMIN)).json()
+            assert (taste["plays"], taste["rejected"]) == (PLAYS // len(USERS), 0)
     require_each_play_once(world, store)

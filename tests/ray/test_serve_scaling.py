@@ -16,7 +16,7 @@ from served import AT, write_release, write_world
 from rayrec.storage.workspace import Workspace
 
 BODY = {"history": ["song-3", "song-50"], "at": AT, "k": 5}
-LARGE = {"requests": [{**BODY, "history": ["song-3"] * 500}] * 20}
+LARGE_BODY = {"requests": [{**BODY, "history": ["song-3"] * 500}] * 20}
 OPTIONS = ("--replicas", "1", "--max-replicas", "3", "--target-ongoing", "1", "--cpus", "0")
 
 
@@ -31,25 +31,25 @@ def test_replicas_are_added_under_load_and_removed_after_it_without_a_failed_req
         statuses: list[int] = []
         stop = threading.Event()
 
-        def ask(pause: float) -> None:
+        def send_requests(pause: float) -> None:
             with httpx.Client(base_url=url, headers=with_key(READ), timeout=60) as client:
                 while not stop.is_set():
-                    statuses.append(client.post("/v1/recommendations/batch", json=LARGE).status_code)
+                    statuses.append(client.post("/v1/recommendations/batch", json=LARGE_BODY).status_code)
                     time.sleep(pause)
 
         def replicas() -> int:
             return len(served.processes("ServeReplica"))
 
-        def load(clients: int, pause: float, until: Callable[[], bool], seconds: float) -> bool:
+        def load(clients: int, pause: float, is_done: Callable[[], bool], seconds: float) -> bool:
             stop.clear()
-            threads = [threading.Thread(target=ask, args=(pause,)) for _ in range(clients)]
+            threads = [threading.Thread(target=send_requests, args=(pause,)) for _ in range(clients)]
             for thread in threads:
                 thread.start()
             try:
                 deadline = time.monotonic() + seconds
-                while time.monotonic() < deadline and not until():
+                while time.monotonic() < deadline and not is_done():
                     time.sleep(0.5)
-                return until()
+                return is_done()
             finally:
                 stop.set()
                 for thread in threads:

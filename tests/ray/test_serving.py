@@ -31,8 +31,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture(scope="module")
 def url(world: Workspace, cluster: None) -> Iterator[str]:
-    with running(world) as made:
-        yield made
+    with running(world) as url:
+        yield url
 
 
 @pytest.mark.parametrize("horizon", ["short", "long"])
@@ -42,11 +42,11 @@ def test_over_http_the_answer_is_what_evaluate_ranks(url: str, world: Workspace,
     assert isinstance(recommender, TwoStepRecommender)
     history = history_of_songs(Dataset(world).catalog(), SONGS, AT)
     scores = recommender.score(history, Queries.at_end(history, AT), horizon)
-    rows, best = top_k(scores, 50)
+    rows, best_scores = top_k(scores, 50)
     body = {"history": SONGS, "at": AT, "k": 50, "horizon": horizon, "exclude_heard": False}
     answer = httpx.post(f"{url}/v1/recommendations", json=body).json()
     assert [song["song_id"] for song in answer["songs"]] == [f"song-{row}" for row in rows[0]]
-    np.testing.assert_allclose([song["score"] for song in answer["songs"]], best[0], rtol=1e-4)
+    np.testing.assert_allclose([song["score"] for song in answer["songs"]], best_scores[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("horizon", ["short", "long"])
@@ -56,20 +56,22 @@ def test_over_http_a_song_stands_where_evaluate_ranks_it(url: str, world: Worksp
     plays = np.flatnonzero((histories.places > 3) & (histories.songs != WITHOUT_VECTOR))[::20][:6]
     queries = Queries.before_plays(histories, plays)
     recommender = load_recommender(world, Dataset(world), releases.default_parts(world))
-    wanted = {"next": target_songs(histories, queries, "next", HeardSongs(histories))}
-    known = np.ones(NUM_SONGS, dtype=np.bool_)
-    ranked = rank_targets(recommender, histories, queries, wanted, known, depth=NUM_SONGS, horizons={"next": horizon})
-    found = []
-    for row, seen, at, song in zip(queries.rows, queries.seen, queries.at, histories.songs[plays], strict=True):
-        own = slice(histories.offsets[row], histories.offsets[row] + seen)
-        told = [
+    targets = {"next": target_songs(histories, queries, "next", HeardSongs(histories))}
+    is_known = np.ones(NUM_SONGS, dtype=np.bool_)
+    expected = rank_targets(
+        recommender, histories, queries, targets, is_known, depth=NUM_SONGS, horizons={"next": horizon}
+    )
+    ranks = []
+    for row, num_seen, at, song in zip(queries.rows, queries.seen, queries.at, histories.songs[plays], strict=True):
+        user_span = slice(histories.offsets[row], histories.offsets[row] + num_seen)
+        history = [
             {"song_id": f"song-{song}", "played_at": int(played_at)}
-            for song, played_at in zip(histories.songs[own], histories.played_at[own], strict=True)
+            for song, played_at in zip(histories.songs[user_span], histories.played_at[user_span], strict=True)
         ]
-        body = {"history": told, "at": int(at), "k": NUM_SONGS, "horizon": horizon, "exclude_heard": False}
+        body = {"history": history, "at": int(at), "k": NUM_SONGS, "horizon": horizon, "exclude_heard": False}
         answer = httpx.post(f"{url}/v1/recommendations", json=body).json()
-        found.append(1 + [each["song_id"] for each in answer["songs"]].index(f"song-{song}"))
-    assert found == ranked.ranks["next"].tolist()
+        ranks.append(1 + [entry["song_id"] for entry in answer["songs"]].index(f"song-{song}"))
+    assert ranks == expected.ranks["next"].tolist()
 
 
 def test_errors_are_problems_through_serve_too(url: str) -> None:

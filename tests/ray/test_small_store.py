@@ -44,11 +44,11 @@ CONFIG = TrainConfig(
 def write_plays(folder: Path) -> str:
     """Write files of 500 users each, with one play per minute and user; return the folder."""
     folder.mkdir()
-    for number, first in enumerate(range(0, USERS, 500)):
-        row = np.arange(500 * PLAYS)
-        users = pa.array([f"u{user}" for user in range(first, first + 500)]).take(pa.array(row // PLAYS))
-        songs = pa.array([f"s{song}" for song in range(NUM_SONGS)]).take(pa.array(row * 7 % NUM_SONGS))
-        times = pa.array(1_400_000_000_000 + row % PLAYS * 60_000)
+    for number, first_user in enumerate(range(0, USERS, 500)):
+        rows = np.arange(500 * PLAYS)
+        users = pa.array([f"u{user}" for user in range(first_user, first_user + 500)]).take(pa.array(rows // PLAYS))
+        songs = pa.array([f"s{song}" for song in range(NUM_SONGS)]).take(pa.array(rows * 7 % NUM_SONGS))
+        times = pa.array(1_400_000_000_000 + rows % PLAYS * 60_000)
         pq.write_table(pa.table({"user": users, "song": songs, "played_at": times}), folder / f"{number}.parquet")
     return str(folder)
 
@@ -80,27 +80,27 @@ def _size(path: Path) -> int:
         return 0
 
 
-def stages(plays: str, workspace: str, spills: str) -> dict[str, Any]:
+def run_stages(plays: str, folder: str, spill_folder: str) -> dict[str, Any]:
     """Run import, train and taste with a small store; return the artifacts and the peak of spilled bytes by stage."""
-    place, found = Workspace(workspace), dict[str, Any]()
-    Path(spills).mkdir()
-    with ray_cluster(num_cpus=2, object_store_memory=STORE, object_spilling_directory=spills):
+    workspace, results = Workspace(folder), dict[str, Any]()
+    Path(spill_folder).mkdir()
+    with ray_cluster(num_cpus=2, object_store_memory=STORE, object_spilling_directory=spill_folder):
 
-        def watched(name: str, stage: Any) -> Any:
-            with SpillWatch(Path(spills)) as watch:
-                made = stage()
-            found[name] = watch.peak
-            return made
+        def run_watched(name: str, stage: Any) -> Any:
+            with SpillWatch(Path(spill_folder)) as watch:
+                artifact = stage()
+            results[name] = watch.peak
+            return artifact
 
         config = ImportConfig(format="parquet", paths=(plays,), buckets=16)
-        dataset = watched("import", lambda: import_data(place, config))
-        write_song_vectors(place, random_vectors(NUM_SONGS), {"dataset": dataset.id})
-        found["model"] = watched("train", lambda: train(place, CONFIG))
-        found["tastes"] = watched("taste", lambda: compute_tastes(place, TasteConfig()))
-    return found
+        dataset = run_watched("import", lambda: import_data(workspace, config))
+        write_song_vectors(workspace, random_vectors(NUM_SONGS), {"dataset": dataset.id})
+        results["model"] = run_watched("train", lambda: train(workspace, CONFIG))
+        results["tastes"] = run_watched("taste", lambda: compute_tastes(workspace, TasteConfig()))
+    return results
 
 
-def streamed(workspace: Workspace) -> int:
+def streamed_bytes(workspace: Workspace) -> int:
     """Return the total bytes of the tables of windows that a training reads in one epoch."""
     dataset = Dataset(workspace)
     lengths = window_lengths(dataset, FitRange(), CONFIG)
@@ -113,15 +113,15 @@ def streamed(workspace: Workspace) -> int:
 def test_data_larger_than_the_object_store_stream_through_it(tmp_path: Path, record_property: Any) -> None:
     plays, workspace = write_plays(tmp_path / "plays"), Workspace(tmp_path / "workspace")
     with PlainProcess(0) as driver:
-        found = driver.run(stages, plays, workspace.root, str(tmp_path / "spills"))
-    size = streamed(workspace)
+        results = driver.run(run_stages, plays, workspace.root, str(tmp_path / "spills"))
+    size = streamed_bytes(workspace)
     record_property("streamed_mb", size / 2**20)
-    record_property("spilled_mb", {stage: found[stage] / 2**20 for stage in ("import", "train", "taste")})
+    record_property("spilled_mb", {stage: results[stage] / 2**20 for stage in ("import", "train", "taste")})
     assert size > 3 * STORE
-    assert found["train"] < size / 4
-    assert max(found["import"], found["taste"]) < STORE / 4  # these stages keep their data out of the store
+    assert results["train"] < size / 4
+    assert max(results["import"], results["taste"]) < STORE / 4  # these stages keep their data out of the store
     assert Dataset(workspace).manifest.plays == USERS * PLAYS
-    assert found["model"].metrics["plays"] == USERS * (PLAYS - 1)  # a user's last play is no input
-    assert (found["tastes"].metrics["users"], found["tastes"].metrics["plays"]) == (USERS, USERS * PLAYS)
-    for made in (found["model"], found["tastes"]):
-        verify(workspace, made)
+    assert results["model"].metrics["plays"] == USERS * (PLAYS - 1)  # a user's last play is no input
+    assert (results["tastes"].metrics["users"], results["tastes"].metrics["plays"]) == (USERS, USERS * PLAYS)
+    for artifact in (results["model"], results["tastes"]):
+        verify(workspace, artifact)

@@ -12,9 +12,9 @@ from rayrec.storage.workspace import Workspace
 @pytest.mark.slow
 def test_no_acknowledged_play_is_lost_where_a_primary_of_the_cluster_is_killed(workspace: Workspace) -> None:
     config = SoakBenchConfig.quick().replace(minutes=0.75, kill_seconds=15.0, store="redis-cluster")
-    figures = soak(workspace, config)
-    assert figures["failovers"] >= 2
-    assert figures["killed"] >= 1
-    assert figures["acknowledged_plays"] > 50
-    assert (figures["lost_plays"], figures["plays_counted_twice"]) == (0, 0)
-    assert figures["failure_share"] < 0.01
+    metrics = soak(workspace, config)
+    assert metrics["failovers"] >= 2
+    assert metrics["killed"] >= 1
+    assert metrics["acknowledged_plays"] > 50
+    assert (metrics["lost_plays"], metrics["plays_counted_twice"]) == (0, 0)
+    assert metrics["failure_share"] < 0.01

@@ -24,8 +24,8 @@ CONFIG = TasteConfig(at="1970-01-01T03:20:00Z", users=7)  # the moment AT
 
 @pytest.fixture(scope="module")
 def histories() -> Histories:
-    made = random_histories(60, NUM_SONGS, seed=13)
-    return made.take(made.lengths > 0)
+    histories = random_histories(60, NUM_SONGS, seed=13)
+    return histories.take(histories.lengths > 0)
 
 
 @pytest.fixture
@@ -50,29 +50,29 @@ def test_every_user_has_one_row_with_the_vector_of_a_single_request(dataset: Dat
     assert (manifest.metrics["users"], manifest.metrics["plays"]) == (len(histories), histories.num_plays)
     recommender = TasteRecommender.load(dataset.workspace, "m")
     for row in table.slice(0, 12).to_pylist():
-        alone = dataset.history(row["user_id"])
-        songs, scores = recommender.recommend_one(alone, AT, 5, horizon="long")
-        found = recommender.score_vectors(np.array([row["taste_long"]], dtype=np.float32))[0]
-        np.testing.assert_allclose(found[songs], scores, atol=1e-5)
-        assert row["heard"] == sorted(set(alone.songs.tolist()))
-        assert (row["plays"], row["last_played_at"]) == (alone.num_plays, alone.played_at[-1])
+        history = dataset.history(row["user_id"])
+        songs, scores = recommender.recommend_one(history, AT, 5, horizon="long")
+        all_scores = recommender.score_vectors(np.array([row["taste_long"]], dtype=np.float32))[0]
+        np.testing.assert_allclose(all_scores[songs], scores, atol=1e-5)
+        assert row["heard"] == sorted(set(history.songs.tolist()))
+        assert (row["plays"], row["last_played_at"]) == (history.num_plays, history.played_at[-1])
 
 
 @pytest.mark.usefixtures("cluster")
 def test_only_the_buckets_that_are_missing_are_computed(dataset: Dataset) -> None:
     workspace = dataset.workspace
-    whole = compute_tastes(workspace, CONFIG)
-    assert whole.metrics["buckets_computed"] == BUCKETS
-    wanted = rows_of(workspace, whole)
-    workspace.delete(whole.path("manifest.json"))  # as if the job had been killed
-    workspace.delete(tastes_file(whole.folder, 2))
-    kept = {bucket: workspace.read_bytes(tastes_file(whole.folder, bucket)) for bucket in (0, 1, 3)}
-    again = compute_tastes(workspace, CONFIG)
-    assert again.id == whole.id
-    assert again.metrics["buckets_computed"] == 1
-    assert again.metrics["users"] == whole.metrics["users"]
-    assert {bucket: workspace.read_bytes(tastes_file(again.folder, bucket)) for bucket in kept} == kept
-    assert rows_of(workspace, again).equals(wanted)
+    first = compute_tastes(workspace, CONFIG)
+    assert first.metrics["buckets_computed"] == BUCKETS
+    expected = rows_of(workspace, first)
+    workspace.delete(first.path("manifest.json"))  # as if the job had been killed
+    workspace.delete(tastes_file(first.folder, 2))
+    kept_files = {bucket: workspace.read_bytes(tastes_file(first.folder, bucket)) for bucket in (0, 1, 3)}
+    second = compute_tastes(workspace, CONFIG)
+    assert second.id == first.id
+    assert second.metrics["buckets_computed"] == 1
+    assert second.metrics["users"] == first.metrics["users"]
+    assert {bucket: workspace.read_bytes(tastes_file(second.folder, bucket)) for bucket in kept_files} == kept_files
+    assert rows_of(workspace, second).equals(expected)
 
 
 @pytest.mark.usefixtures("cluster")

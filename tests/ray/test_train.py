@@ -55,9 +55,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Workspace:
 
 @pytest.fixture(scope="module")
 def split(world: Workspace) -> Split:
-    made = split_dataset(world, SplitConfig(test_days=15, validation_days=10))
-    write_song_vectors(world, random_vectors(NUM_SONGS), {"dataset": made.dataset, "split": made.id})
-    return made
+    split = split_dataset(world, SplitConfig(test_days=15, validation_days=10))
+    write_song_vectors(world, random_vectors(NUM_SONGS), {"dataset": split.dataset, "split": split.id})
+    return split
 
 
 @pytest.fixture(scope="module")
@@ -67,25 +67,25 @@ def in_process(world: Workspace, split: Split) -> Manifest:
 
 
 def weights(workspace: Workspace, manifest: Manifest) -> dict[str, np.ndarray]:
-    found = load_safetensors(workspace.read_bytes(manifest.path("model.safetensors")))
-    return {**found, "songs": np.array(workspace.read_array(manifest.path("song_vectors.npy")))}
+    result = load_safetensors(workspace.read_bytes(manifest.path("model.safetensors")))
+    return {**result, "songs": np.array(workspace.read_array(manifest.path("song_vectors.npy")))}
 
 
 def test_epochs_are_chosen_by_plays_that_have_one_in_the_horizon() -> None:
     days = [0, 1, 2, 3, 9, 10]
     histories = Histories.from_lists([range(6)], [[day * DAY_MS for day in days]])  # type: ignore[list-item]
-    before = FitRange(before=DAY_MS)
-    validation = load_validation(histories.to_arrow(), before, 10, DaysHorizon(first_day=1, last_day=2))
+    fit_range = FitRange(before=DAY_MS)
+    validation = load_validation(histories.to_arrow(), fit_range, 10, DaysHorizon(first_day=1, last_day=2))
     assert validation.plays.tolist() == [1, 2, 4]  # days 3 and 10 have no plays one day later
     assert validation.answers.tolist() == [2, 3, 5]
-    assert load_validation(histories.to_arrow(), before, 10).answers.tolist() == [1, 2, 3, 4, 5]
+    assert load_validation(histories.to_arrow(), fit_range, 10).answers.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_a_horizon_in_days_is_trained_and_kept(world: Workspace, split: Split) -> None:
-    made = train(world, CONFIG.replace(long_days=(0, 7), short=(), epochs=1), split=split)
-    recommender = TasteRecommender.load(world, made.id)
+    model = train(world, CONFIG.replace(long_days=(0, 7), short=(), epochs=1), split=split)
+    recommender = TasteRecommender.load(world, model.id)
     assert recommender.long_days == DaysHorizon(first_day=0, last_day=7)
-    assert 0 < made.metrics["validation_recall@20"] <= 1
+    assert 0 < model.metrics["validation_recall@20"] <= 1
 
 
 def test_a_model_is_complete_and_answers(world: Workspace, split: Split, in_process: Manifest) -> None:
@@ -108,10 +108,10 @@ def test_a_model_is_complete_and_answers(world: Workspace, split: Split, in_proc
 def test_a_compiled_training_learns_the_same(
     world: Workspace, split: Split, in_process: Manifest, tmp_path: Path
 ) -> None:
-    copied = Workspace(shutil.copytree(world.root, tmp_path / "copied"))  # other tests must not find this model
-    made = train(copied, CONFIG.replace(compiled=True), split=split, repeat=True)
-    assert made.metrics["loss"] == pytest.approx(in_process.metrics["loss"], rel=1e-3)
-    assert made.metrics["validation_recall@20"] == pytest.approx(in_process.metrics["validation_recall@20"], abs=0.02)
+    workspace = Workspace(shutil.copytree(world.root, tmp_path / "copied"))  # other tests must not find this model
+    model = train(workspace, CONFIG.replace(compiled=True), split=split, repeat=True)
+    assert model.metrics["loss"] == pytest.approx(in_process.metrics["loss"], rel=1e-3)
+    assert model.metrics["validation_recall@20"] == pytest.approx(in_process.metrics["validation_recall@20"], abs=0.02)
 
 
 def test_the_lines_of_the_epochs_tell_both_phases(world: Workspace, split: Split, in_process: Manifest) -> None:
@@ -126,91 +126,93 @@ def test_the_lines_of_the_epochs_tell_both_phases(world: Workspace, split: Split
 
 def test_the_same_training_is_found_again(world: Workspace, split: Split, in_process: Manifest) -> None:
     assert train(world, CONFIG, split=split) == in_process
-    elsewhere = CONFIG.replace(workers=1, checkpoint_minutes=1.0)
-    assert train(world, elsewhere, split=split) == in_process
+    other_config = CONFIG.replace(workers=1, checkpoint_minutes=1.0)
+    assert train(world, other_config, split=split) == in_process
 
 
 def test_a_network_of_playlists_sees_songs_alone_and_says_that_no_split_cut_them(
     world: Workspace, split: Split
 ) -> None:
     config = TrainConfig(**TrainConfig.PRESETS["r_pst"]).replace(hidden_dim=8, window=20, epochs=1, workers=0)
-    made = train(world, config, split=split)
-    assert made.metrics["source"] == "playlists"
-    assert "a split cannot cut them" in made.metrics["warning"]
+    model = train(world, config, split=split)
+    assert model.metrics["source"] == "playlists"
+    assert "a split cannot cut them" in model.metrics["warning"]
     entries = Dataset(world).manifest.playlist_entries
-    assert made.metrics["plays"] == entries - Dataset(world).manifest.playlists  # all but each playlist's last
-    recommender = TasteRecommender.load(world, made.id)
-    assert load_model(world, made.folder).config.features.dim == 0
+    assert model.metrics["plays"] == entries - Dataset(world).manifest.playlists  # all but each playlist's last
+    recommender = TasteRecommender.load(world, model.id)
+    assert load_model(world, model.folder).config.features.dim == 0
     histories = next(Dataset(world).read_bucket(0))
     songs, _ = recommender.recommend(histories, split.test_from, 5)
     assert (songs >= 0).all()
 
 
-def test_playlists_shorter_than_the_horizon_are_no_training(world: Workspace, split: Split) -> None:
+def test_playlists_shorter_than_the_horizon_cannot_be_trained_on(world: Workspace, split: Split) -> None:
     config = TrainConfig(**TrainConfig.PRESETS["r_plt"]).replace(hidden_dim=8, long=(60, 70), epochs=1, workers=0)
-    expected = r"no training sequence \(source: playlists\) is long enough for a horizon of 60 to 70 plays later"
-    with pytest.raises(RayrecError, match=expected):
+    message = r"no training sequence \(source: playlists\) is long enough for a horizon of 60 to 70 plays later"
+    with pytest.raises(RayrecError, match=message):
         train(world, config, split=split)
 
 
-def _dies_in_the_second_epoch(arguments: dict[str, Any]) -> None:
+def _train_and_die_in_second_epoch(arguments: dict[str, Any]) -> None:
     """Train, but exit in the second epoch, once the checkpoint of the first one is stored."""
     from rayrec.jobs import trainer as here
 
-    stepped = here.WorkerHost.stepped
+    original_stepped = here.WorkerHost.stepped
 
-    def dying(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
+    def die_in_second_epoch(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
         if report.epoch == 1 and report.step == 1:
             wait_for_checkpoint()  # of the first epoch
             os._exit(1)
-        stepped(host, phase, report, loss)
+        original_stepped(host, phase, report, loss)
 
-    here.WorkerHost.stepped = dying  # type: ignore[method-assign]
+    here.WorkerHost.stepped = die_in_second_epoch  # type: ignore[method-assign]
     here.train_worker(arguments)
 
 
-def _notes_its_first_step(arguments: dict[str, Any]) -> None:
+def _train_and_note_first_step(arguments: dict[str, Any]) -> None:
     """Train, and write the number of workers and the phase, epoch and step of the first step to a file."""
     from rayrec.jobs import trainer as here
 
-    stepped = here.WorkerHost.stepped
+    original_stepped = here.WorkerHost.stepped
 
-    def noting(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
+    def note_first_step(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
         workspace, context = arguments["plan"].workspace, ray.train.get_context()
         path = f"steps/{context.get_world_rank()}.json"
         if not workspace.exists(path):
             workspace.write_json(path, [context.get_world_size(), phase, report.epoch, report.step])
-        stepped(host, phase, report, loss)
+        original_stepped(host, phase, report, loss)
 
-    here.WorkerHost.stepped = noting  # type: ignore[method-assign]
+    here.WorkerHost.stepped = note_first_step  # type: ignore[method-assign]
     here.train_worker(arguments)
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_with_other_workers_to_the_same_result(
+def test_a_killed_training_resumes_with_other_workers_to_the_same_result(
     world: Workspace, split: Split, in_process: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     ship()
     monkeypatch.setattr(trainer, "WORKER_FAILURES", 0)
-    monkeypatch.setattr(job, "train_worker", _dies_in_the_second_epoch)
-    before = listing(world, "models")
+    monkeypatch.setattr(job, "train_worker", _train_and_die_in_second_epoch)
+    models_before = listing(world, "models")
     with pytest.raises(RayrecError, match=r"training failed: .*rayrec train --resume"):
         train(world, CONFIG.replace(workers=1), split=split, repeat=True)
-    assert listing(world, "models") == before
-    monkeypatch.setattr(job, "train_worker", _notes_its_first_step)
-    made = train(world, CONFIG.replace(workers=2), split=split, unfinished="resume", repeat=True)
+    assert listing(world, "models") == models_before
+    monkeypatch.setattr(job, "train_worker", _train_and_note_first_step)
+    resumed = train(world, CONFIG.replace(workers=2), split=split, unfinished="resume", repeat=True)
     for rank in range(2):
         assert world.read_json(f"steps/{rank}.json") == [2, "selection", 1, 0]
-    one, other = weights(world, in_process), weights(world, made)
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        np.testing.assert_allclose(other[name], value, atol=1e-4, rtol=0, err_msg=name)
-    assert made.metrics["loss"] == pytest.approx(in_process.metrics["loss"], rel=1e-4)
-    assert made.metrics["validation_recall@20"] == in_process.metrics["validation_recall@20"]
+    expected, actual = weights(world, in_process), weights(world, resumed)
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, atol=1e-4, rtol=0, err_msg=name)
+    assert resumed.metrics["loss"] == pytest.approx(in_process.metrics["loss"], rel=1e-4)
+    assert resumed.metrics["validation_recall@20"] == in_process.metrics["validation_recall@20"]
 
 
-def test_ray_data_streams_the_batches_of_the_plain_loop_none_past_the_cut(world: Workspace, split: Split) -> None:
+def test_ray_data_streams_the_batches_of_the_plain_loop_and_none_of_the_validation_range(
+    world: Workspace, split: Split
+) -> None:
     dataset = Dataset(world)
     lengths = window_lengths(dataset, split.selection, CONFIG)
     for rank in range(2):
@@ -222,27 +224,27 @@ def test_ray_data_streams_the_batches_of_the_plain_loop_none_past_the_cut(world:
                 continue
             streamed, plain = list(stream.epoch(epoch)), list(stream_batches(reader, epoch))
             assert len(streamed) == len(plain) > 3
-            for found, wanted in zip(streamed, plain, strict=True):
-                np.testing.assert_array_equal(found.plays.songs, wanted.plays.songs)
-                np.testing.assert_array_equal(found.previous_at, wanted.previous_at)
-                np.testing.assert_array_equal(found.places, wanted.places)
+            for actual, expected in zip(streamed, plain, strict=True):
+                np.testing.assert_array_equal(actual.plays.songs, expected.plays.songs)
+                np.testing.assert_array_equal(actual.previous_at, expected.previous_at)
+                np.testing.assert_array_equal(actual.places, expected.places)
             assert max(windows.plays.played_at.max() for windows in streamed if len(windows)) < split.validation_from
         stream.close()
     assert dataset.manifest.last_play >= split.test_from
 
 
-def _notes_its_streams(arguments: dict[str, Any]) -> None:
+def _train_and_note_streams(arguments: dict[str, Any]) -> None:
     """Train, and write the epochs of each stream that is opened to a file."""
     from rayrec.jobs import trainer as here
 
-    opened = here.WindowStream
+    original_stream = here.WindowStream
 
-    def noting(reader: Any, epochs: range) -> Any:
+    def note_stream(reader: Any, epochs: range) -> Any:
         with Path(f"{arguments['plan'].workspace.root}/streams").open("a", encoding="utf-8") as file:
             file.write(f"{epochs.start} {epochs.stop}\n")
-        return opened(reader, epochs)
+        return original_stream(reader, epochs)
 
-    here.WindowStream = noting  # type: ignore[misc, assignment]
+    here.WindowStream = note_stream  # type: ignore[misc, assignment]
     here.train_worker(arguments)
 
 
@@ -252,18 +254,18 @@ def test_all_epochs_of_a_phase_come_from_one_stream(
     """One stream per epoch would be slow: each stream starts processes whose imports take 3 CPU seconds."""
     register_pickle_by_value(sys.modules[__name__])
     shutil.copytree(world.root, tmp_path / "workspace")
-    monkeypatch.setattr(job, "train_worker", _notes_its_streams)
+    monkeypatch.setattr(job, "train_worker", _train_and_note_streams)
     config = CONFIG.replace(workers=1, epochs=3, patience=3)
-    made = train(Workspace(tmp_path / "workspace"), config, split=split, repeat=True)
-    assert made.metrics["epochs"] >= 1
+    model = train(Workspace(tmp_path / "workspace"), config, split=split, repeat=True)
+    assert model.metrics["epochs"] >= 1
     assert (tmp_path / "workspace" / "streams").read_text() == "0 3\n0 3\n"  # selection, then the final fit
 
 
 def test_the_plays_to_predict_lie_in_the_validation_range_alone(world: Workspace, split: Split) -> None:
     validation = load_validation(validation_histories(Dataset(world), split, 10_000).to_arrow(), split.selection, 50)
-    at = validation.histories.played_at
-    assert at.max() < split.test_from
-    assert (at[validation.plays] >= split.validation_from).all()
+    played_at = validation.histories.played_at
+    assert played_at.max() < split.test_from
+    assert (played_at[validation.plays] >= split.validation_from).all()
     assert 0 < len(validation.plays) <= 50
     assert not set(validation.plays.tolist()) & set(validation.histories.offsets.tolist())  # no user's first play
 
@@ -271,8 +273,8 @@ def test_the_plays_to_predict_lie_in_the_validation_range_alone(world: Workspace
 def test_song_vectors_of_another_split_or_data_set_are_refused(world: Workspace, split: Split) -> None:
     with pytest.raises(MismatchError, match=r"made from split .*, not from None; run `rayrec embed --no-split` first"):
         train(world, CONFIG)
-    other = Manifest(kind="songs", id="other", inputs={"dataset": "gone", "split": split.id})
-    publish(world, other, [])
+    other_songs = Manifest(kind="songs", id="other", inputs={"dataset": "gone", "split": split.id})
+    publish(world, other_songs, [])
     with pytest.raises(MismatchError, match=r"other were made from dataset gone"):
         train(world, CONFIG, songs_id="other", split=split)
     world.delete("songs/other")
@@ -282,47 +284,47 @@ def test_song_vectors_of_another_split_or_data_set_are_refused(world: Workspace,
 def test_a_split_that_leaves_no_plays_is_refused(workspace: Workspace) -> None:
     write_dataset(workspace, Histories.from_lists([[0, 1]], [[10, 20]]), 2)
     write_song_vectors(workspace, random_vectors(2), {"dataset": "by-hand", "split": "early"})
-    early = Split(id="early", dataset="by-hand", validation_from=5, test_from=5)
+    early_split = Split(id="early", dataset="by-hand", validation_from=5, test_from=5)
     with pytest.raises(RayrecError, match=r"leaves no plays to train on; use fewer"):
-        train(workspace, CONFIG, split=early)
+        train(workspace, CONFIG, split=early_split)
 
 
 def test_features_follow_the_data_and_the_settings(world: Workspace) -> None:
     dataset = Dataset(world)
-    full = model_config(dataset, CONFIG, 8).features
-    assert full.contexts == tuple(dataset.manifest.contexts) != ()
-    assert full.skipped
-    assert full.pause_hours == CONFIG.pause_hours > 0
-    bare = CONFIG.replace(contexts=False, gaps=False, skips=False, hours=True)
-    spec = model_config(dataset, bare, 8).features
-    assert (spec.contexts, spec.gap, spec.request_gap, spec.skipped) == ((), False, False, False)
-    assert spec.pause_hours == 0
-    assert spec.dim == 24 + 7
+    full_features = model_config(dataset, CONFIG, 8).features
+    assert full_features.contexts == tuple(dataset.manifest.contexts) != ()
+    assert full_features.skipped
+    assert full_features.pause_hours == CONFIG.pause_hours > 0
+    bare_config = CONFIG.replace(contexts=False, gaps=False, skips=False, hours=True)
+    features = model_config(dataset, bare_config, 8).features
+    assert (features.contexts, features.gap, features.request_gap, features.skipped) == ((), False, False, False)
+    assert features.pause_hours == 0
+    assert features.dim == 24 + 7
 
 
 def test_a_training_from_a_model_takes_a_quarter_of_its_epochs_where_it_saw_the_validation_range(
     world: Workspace, split: Split, in_process: Manifest
 ) -> None:
-    made = train(world, CONFIG, split=split, from_id=in_process.id)
-    assert made.inputs == {**in_process.inputs, "from": in_process.id}
-    assert made.metrics["epochs"] == 1
-    assert made.metrics["validation_recall@20"] is None
-    assert made.metrics["loss"] < in_process.metrics["loss"] * 1.05
-    blind = train(world, CONFIG.replace(refit=False), split=split)
-    chosen = train(world, CONFIG, split=split, from_id=blind.id)
-    assert chosen.metrics["validation_recall@20"] > 0
-    early = split_dataset(world, SplitConfig(test_days=30, validation_days=10))
+    model = train(world, CONFIG, split=split, from_id=in_process.id)
+    assert model.inputs == {**in_process.inputs, "from": in_process.id}
+    assert model.metrics["epochs"] == 1
+    assert model.metrics["validation_recall@20"] is None
+    assert model.metrics["loss"] < in_process.metrics["loss"] * 1.05
+    blind_model = train(world, CONFIG.replace(refit=False), split=split)
+    validated_model = train(world, CONFIG, split=split, from_id=blind_model.id)
+    assert validated_model.metrics["validation_recall@20"] > 0
+    early_split = split_dataset(world, SplitConfig(test_days=30, validation_days=10))
     with pytest.raises(LeakError, match="was fit on plays of the test range"):
-        train(world, CONFIG, split=early, from_id=in_process.id)
+        train(world, CONFIG, split=early_split, from_id=in_process.id)
     with pytest.raises(MismatchError, match="hidden_dim 8, but this training has 12"):
         train(world, CONFIG.replace(hidden_dim=12), split=split, from_id=in_process.id)
 
 
 def test_a_training_that_diverges_publishes_nothing(world: Workspace, split: Split) -> None:
-    before = listing(world, "models")
+    models_before = listing(world, "models")
     with pytest.raises(DivergedError, match="lower the learning rate"):
         train(world, CONFIG.replace(learning_rate=1e20), split=split)
-    assert listing(world, "models") == before
+    assert listing(world, "models") == models_before
 
 
 @pytest.fixture
@@ -331,7 +333,7 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> None:
     register_pickle_by_value(sys.modules[__name__])
     ship()
     monkeypatch.setattr(trainer, "WORKER_FAILURES", 0)
-    monkeypatch.setattr(job, "train_worker", _dies_in_the_second_epoch)
+    monkeypatch.setattr(job, "train_worker", _train_and_die_in_second_epoch)
 
 
 @pytest.mark.slow  # trains four times, three of them under Ray Train
@@ -339,29 +341,29 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unfinished_training_asks_for_the_flags_that_resume_or_restart_it(
     world: Workspace, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copied = Workspace(shutil.copytree(world.root, tmp_path / "workspace"))
-    copied.delete("steps")  # written by another test
+    copy = Workspace(shutil.copytree(world.root, tmp_path / "workspace"))
+    copy.delete("steps")  # written by another test
     values = changed_settings(TrainConfig, to_mapping(CONFIG.replace(workers=1, seed=5)))
     (tmp_path / "train.toml").write_text(to_toml({"train": values}))
-    words = ["--workspace", copied.uri, "train", "--config", str(tmp_path / "train.toml"), "--split", split.id]
+    arguments = ["--workspace", copy.uri, "train", "--config", str(tmp_path / "train.toml"), "--split", split.id]
 
-    def said(*flags: str, code: int) -> str:
-        assert main([*words, *flags]) == code
+    def run_command(*flags: str, code: int) -> str:
+        assert main([*arguments, *flags]) == code
         return " ".join("".join(capsys.readouterr()).split())
 
-    assert "--resume and --restart exclude each other" in said("--resume", "--restart", code=2)
-    assert "Training failed" in said(code=1)
-    assert "continue it with --resume, or delete it and start over with --restart" in said(code=2)
-    assert "--workers 0 cannot resume a checkpoint" in said("--workers", "0", "--resume", code=2)
-    stopped = Workspace(shutil.copytree(copied.root, tmp_path / "stopped"))
-    monkeypatch.setattr(job, "train_worker", _notes_its_first_step)
-    said("--resume", code=0)
-    assert copied.read_json("steps/0.json") == [1, "selection", 1, 0]
-    words[1] = stopped.uri
-    said("--restart", code=0)
-    assert stopped.read_json("steps/0.json") == [1, "selection", 0, 0]
-    one, other = (listing(each, "models")[-1].metrics for each in (copied, stopped))
-    assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert "--resume and --restart exclude each other" in run_command("--resume", "--restart", code=2)
+    assert "Training failed" in run_command(code=1)
+    assert "continue it with --resume, or delete it and start over with --restart" in run_command(code=2)
+    assert "--workers 0 cannot resume a checkpoint" in run_command("--workers", "0", "--resume", code=2)
+    stopped_copy = Workspace(shutil.copytree(copy.root, tmp_path / "stopped"))
+    monkeypatch.setattr(job, "train_worker", _train_and_note_first_step)
+    run_command("--resume", code=0)
+    assert copy.read_json("steps/0.json") == [1, "selection", 1, 0]
+    arguments[1] = stopped_copy.uri
+    run_command("--restart", code=0)
+    assert stopped_copy.read_json("steps/0.json") == [1, "selection", 0, 0]
+    resumed, restarted = (listing(workspace, "models")[-1].metrics for workspace in (copy, stopped_copy))
+    assert resumed["loss"] == pytest.approx(restarted["loss"], rel=1e-4)
 
 
 @pytest.mark.slow  # trains twice under Ray Train
@@ -369,7 +371,7 @@ def test_an_unfinished_training_asks_for_the_flags_that_resume_or_restart_it(
 def test_a_run_resumes_a_training_that_was_stopped(
     cluster: None, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages: dict[str, dict[str, Any]] = {
+    settings: dict[str, dict[str, Any]] = {
         "generate": {
             "users": 150,
             "songs": NUM_SONGS,
@@ -383,8 +385,8 @@ def test_a_run_resumes_a_training_that_was_stopped(
         "train": changed_settings(TrainConfig, to_mapping(CONFIG.replace(workers=1))) | {"workers": 1},
     }
     with pytest.raises(RayrecError, match="training failed"):
-        run(workspace, stages)
-    monkeypatch.setattr(job, "train_worker", _notes_its_first_step)
-    outcomes = {outcome.stage: outcome.status for outcome in run(workspace, stages)}
+        run(workspace, settings)
+    monkeypatch.setattr(job, "train_worker", _train_and_note_first_step)
+    statuses = {outcome.stage: outcome.status for outcome in run(workspace, settings)}
     assert workspace.read_json("steps/0.json") == [1, "selection", 1, 0]  # `run` holds back a range for the selection
-    assert (outcomes["embed"], outcomes["train"], outcomes["release"]) == ("skipped", "done", "done")
+    assert (statuses["embed"], statuses["train"], statuses["release"]) == ("skipped", "done", "done")

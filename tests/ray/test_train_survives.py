@@ -30,8 +30,8 @@ class World:
 
     workspace: Workspace
     split: Split
-    made: Manifest
-    seen: Seen
+    model: Manifest
+    training_log: Seen
 
 
 @pytest.fixture(scope="module")
@@ -40,37 +40,44 @@ def world(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> World:
     workspace, split = make_world(folder / "workspace")
     with pytest.MonkeyPatch.context() as patch:
         witness.watch(patch, folder / "undisturbed")
-        made = train(workspace, CONFIG.replace(workers=0), split=split)
-    return World(workspace, split, made, read_log(folder / "undisturbed"))
+        model = train(workspace, CONFIG.replace(workers=0), split=split)
+    return World(workspace, split, model, read_log(folder / "undisturbed"))
 
 
 def weights(workspace: Workspace, manifest: Manifest) -> dict[str, np.ndarray]:
-    found = load_safetensors(workspace.read_bytes(manifest.path("model.safetensors")))
-    return {**found, "songs": np.array(workspace.read_array(manifest.path("song_vectors.npy")))}
+    result = load_safetensors(workspace.read_bytes(manifest.path("model.safetensors")))
+    return {**result, "songs": np.array(workspace.read_array(manifest.path("song_vectors.npy")))}
 
 
 def difference(world: World, workspace: Workspace, manifest: Manifest) -> float:
     """Return the largest difference of any weight from the undisturbed training."""
-    wanted, found = weights(world.workspace, world.made), weights(workspace, manifest)
-    assert found.keys() == wanted.keys()
-    return max(float(np.abs(found[name] - wanted[name]).max()) for name in wanted)
+    expected, actual = weights(world.workspace, world.model), weights(workspace, manifest)
+    assert actual.keys() == expected.keys()
+    return max(float(np.abs(actual[name] - expected[name]).max()) for name in expected)
 
 
 def test_an_epoch_sees_every_window_once(world: World) -> None:
-    windows = {at: prints for at, prints in world.seen.windows.items() if at[:2] == ("selection", 0)}
-    flat = [print_ for prints in windows.values() for print_ in prints]
-    assert len(flat) == len(set(flat)) > 100
-    other = [print_ for at, prints in world.seen.windows.items() if at[:2] == ("selection", 1) for print_ in prints]
-    assert sorted(flat) == sorted(other)
-    assert set(world.seen.times.values()) == {1}
+    windows = {
+        step: fingerprints for step, fingerprints in world.training_log.windows.items() if step[:2] == ("selection", 0)
+    }
+    first_epoch = [fingerprint for fingerprints in windows.values() for fingerprint in fingerprints]
+    assert len(first_epoch) == len(set(first_epoch)) > 100
+    second_epoch = [
+        fingerprint
+        for step, fingerprints in world.training_log.windows.items()
+        if step[:2] == ("selection", 1)
+        for fingerprint in fingerprints
+    ]
+    assert sorted(first_epoch) == sorted(second_epoch)
+    assert set(world.training_log.times.values()) == {1}
 
 
-def check_seen(world: World, seen: Seen, died_at: tuple[str, int, int]) -> None:
+def check_training_log(world: World, training_log: Seen, died_at: tuple[str, int, int]) -> None:
     """Fail unless all steps saw the undisturbed windows, and only steps since the last checkpoint but one repeat."""
-    assert seen.windows == world.seen.windows
-    assert len(seen.saved) >= 2
-    assert set(seen.again) <= seen.may_be_taken_again
-    assert died_at not in seen.again
+    assert training_log.windows == world.training_log.windows
+    assert len(training_log.saved) >= 2
+    assert set(training_log.again) <= training_log.may_be_taken_again
+    assert died_at not in training_log.again
 
 
 @pytest.mark.slow
@@ -80,12 +87,12 @@ def test_a_training_worker_killed_within_an_epoch_is_replaced(
 ) -> None:
     death = Death(at=("selection", 1, 5), rank=workers - 1, marker=str(tmp_path / "killed"))
     witness.watch(monkeypatch, tmp_path / "log", death, pause=PAUSE)
-    made = train(world.workspace, CONFIG.replace(workers=workers), split=world.split, repeat=True)
+    model = train(world.workspace, CONFIG.replace(workers=workers), split=world.split, repeat=True)
     assert (tmp_path / "killed").exists()
-    check_seen(world, read_log(tmp_path / "log"), death.at)
-    assert difference(world, world.workspace, made) <= (0.0 if workers == 1 else TOLERANCE)
+    check_training_log(world, read_log(tmp_path / "log"), death.at)
+    assert difference(world, world.workspace, model) <= (0.0 if workers == 1 else TOLERANCE)
     recall = "validation_recall@20"
-    assert made.metrics[recall] == world.made.metrics[recall]
+    assert model.metrics[recall] == world.model.metrics[recall]
 
 
 DRIVER = """
@@ -113,8 +120,8 @@ def test_a_killed_job_is_resumed_with_as_many_or_other_workers(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment.pop("RAY_ADDRESS", None)
     paths = [world.workspace.root, str(tmp_path / "log"), str(tmp_path / "killed")]
-    words = [sys.executable, "-c", DRIVER, *paths, str(PAUSE)]
-    with subprocess.Popen(words, env=environment) as driver:
+    command = [sys.executable, "-c", DRIVER, *paths, str(PAUSE)]
+    with subprocess.Popen(command, env=environment) as driver:
         driver.wait(timeout=300)
     assert driver.returncode == -signal.SIGKILL
     for workers in (1, 2):
@@ -124,16 +131,16 @@ def test_a_killed_job_is_resumed_with_as_many_or_other_workers(
         shutil.copytree(tmp_path / "log", log)
         workspace = Workspace(folder)
         witness.watch(monkeypatch, log)
-        made = train(
+        model = train(
             workspace,
             CONFIG.replace(workers=workers),
             split=only_split(workspace),
             unfinished="resume",
             repeat=True,
         )
-        seen = read_log(log)
-        check_seen(world, seen, ("selection", 1, 5))
-        assert seen.workers[("selection", 0, 0)] == {1}
-        assert seen.workers[("selection", 1, 5)] == {workers}
-        assert difference(world, workspace, made) <= (0.0 if workers == 1 else TOLERANCE)
-        assert made.metrics["validation_recall@20"] == world.made.metrics["validation_recall@20"]
+        training_log = read_log(log)
+        check_training_log(world, training_log, ("selection", 1, 5))
+        assert training_log.workers[("selection", 0, 0)] == {1}
+        assert training_log.workers[("selection", 1, 5)] == {workers}
+        assert difference(world, workspace, model) <= (0.0 if workers == 1 else TOLERANCE)
+        assert model.metrics["validation_recall@20"] == world.model.metrics["validation_recall@20"]

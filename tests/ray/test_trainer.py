@@ -31,7 +31,7 @@ class Holder:
 
 
 @contextmanager
-def held(cpus: int, seconds: float = 600.0) -> Iterator[None]:
+def occupied_cpus(cpus: int, seconds: float = 600.0) -> Iterator[None]:
     """Occupy `cpus` CPUs of the cluster during a block, for at most `seconds`."""
     holder: Any = Holder.options(num_cpus=cpus).remote()  # type: ignore[attr-defined]
     ray.get(holder.ready.remote())
@@ -53,18 +53,18 @@ def run(workspace: Workspace, request: WorkerRequest) -> None:
 
 
 @pytest.mark.slow  # waits for CPUs
-def test_workers_that_find_no_cpu_are_given_up_with_what_they_need(
+def test_workers_without_a_free_cpu_fail_with_a_message_of_what_they_need(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(trainer, "SECONDS_BEFORE_WARNING", 1.0)
-    began = time.monotonic()
-    with held(2), caplog.at_level(logging.WARNING), pytest.raises(RayrecError) as raised:
+    started = time.monotonic()
+    with occupied_cpus(2), caplog.at_level(logging.WARNING), pytest.raises(RayrecError) as error_info:
         run(workspace, WorkerRequest(workers=2, cpus=1.0, wait_minutes=0.1))
-    assert time.monotonic() - began < 240  # Ray Train alone would wait without limit
+    assert time.monotonic() - started < 240  # Ray Train alone would wait without limit
     need = "2 training workers with 1 CPU each (0 of 2 in the cluster are free)"
-    assert f"did not start within 0.1 minutes: it needs {need}; free resources" in str(raised.value)
-    told = [record.getMessage() for record in caplog.records if record.name == trainer.__name__]
-    assert told[0] == f"training waits at most 0.1 minutes for resources: {need}"
+    assert f"did not start within 0.1 minutes: it needs {need}; free resources" in str(error_info.value)
+    messages = [record.getMessage() for record in caplog.records if record.name == trainer.__name__]
+    assert messages[0] == f"training waits at most 0.1 minutes for resources: {need}"
     assert not workspace.exists("done.json")
 
 
@@ -77,6 +77,6 @@ def test_a_gpu_that_no_node_has_is_named(workspace: Workspace) -> None:
 
 @pytest.mark.slow
 def test_workers_start_once_there_is_room(workspace: Workspace) -> None:
-    with held(2, seconds=8.0):
+    with occupied_cpus(2, seconds=8.0):
         run(workspace, WorkerRequest(workers=2, cpus=1.0, wait_minutes=2.0))
     assert workspace.read_json("done.json") == 2

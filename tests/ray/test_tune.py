@@ -60,9 +60,9 @@ def _split(workspace: Workspace) -> Split:
     return split_dataset(workspace, SplitConfig(test_days=15, validation_days=10))
 
 
-def _rows(workspace: Workspace) -> list[dict[str, object]]:
-    tables = [path for path in workspace.files("tunings") if path.endswith("trials.json")]
-    rows: list[dict[str, object]] = workspace.read_json(tables[0]) if tables else []
+def _trial_rows(workspace: Workspace) -> list[dict[str, object]]:
+    paths = [path for path in workspace.files("tunings") if path.endswith("trials.json")]
+    rows: list[dict[str, object]] = workspace.read_json(paths[0]) if paths else []
     return rows
 
 
@@ -73,37 +73,39 @@ def test_a_killed_sweep_goes_on_and_finds_the_network_that_learns(world: Workspa
     with open(f"{space}.log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
-            began = time.monotonic()
-            while len(_rows(world)) < 1 and process.poll() is None and time.monotonic() - began < DEADLINE:
+            started = time.monotonic()
+            while len(_trial_rows(world)) < 1 and process.poll() is None and time.monotonic() - started < DEADLINE:
                 time.sleep(0.05)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    kept = _rows(world)
-    assert 1 <= len(kept) < TRIALS, Path(f"{space}.log").read_text()
-    heard: list[int] = []
-    made = tune(world, TuneConfig(), space, split=split, on_trial=lambda row, _: heard.append(row["trial"]))
-    assert heard == list(range(len(kept) + 1, TRIALS + 1))
-    assert made.metrics["trials"][: len(kept)] == kept  # the seconds too, so they were not repeated
-    recalls = {(row["embed.dim"], row["train.learning_rate"]): row[SELECTION_METRIC] for row in made.metrics["trials"]}
+    kept_rows = _trial_rows(world)
+    assert 1 <= len(kept_rows) < TRIALS, Path(f"{space}.log").read_text()
+    reported_trials: list[int] = []
+    tuning = tune(world, TuneConfig(), space, split=split, on_trial=lambda row, _: reported_trials.append(row["trial"]))
+    assert reported_trials == list(range(len(kept_rows) + 1, TRIALS + 1))
+    assert tuning.metrics["trials"][: len(kept_rows)] == kept_rows  # the seconds too, so they were not repeated
+    recalls = {
+        (row["embed.dim"], row["train.learning_rate"]): row[SELECTION_METRIC] for row in tuning.metrics["trials"]
+    }
     assert len(recalls) == TRIALS
     assert min(recalls[dim, 0.02] for dim in (8, 16)) > max(recalls[dim, 1e-9] for dim in (8, 16))
-    assert made.metrics["best"]["train"]["learning_rate"] == 0.02
-    assert made.metrics["best_ndcg"] == max(recalls.values())
+    assert tuning.metrics["best"]["train"]["learning_rate"] == 0.02
+    assert tuning.metrics["best_ndcg"] == max(recalls.values())
 
 
 @pytest.mark.slow
 def test_a_sweep_leaves_a_table_the_best_settings_and_no_models(world: Workspace, space: str) -> None:
-    made = tune(world, TuneConfig(), space, split=_split(world))  # the sweep of the test before
-    assert load_manifest(world, "tunings", made.id) == made
-    assert set(made.files) == {"trials.json", "trials.csv", "best.toml"}
-    lines = world.read_bytes(made.path("trials.csv")).decode().splitlines()
+    tuning = tune(world, TuneConfig(), space, split=_split(world))  # the sweep of the test before
+    assert load_manifest(world, "tunings", tuning.id) == tuning
+    assert set(tuning.files) == {"trials.json", "trials.csv", "best.toml"}
+    lines = world.read_bytes(tuning.path("trials.csv")).decode().splitlines()
     assert lines[0] == f"trial,embed.dim,train.learning_rate,{SELECTION_METRIC},epochs,seconds,songs"
     assert len(lines) == 1 + TRIALS
     from rayrec.config import read_toml
 
-    best = read_toml(world.full(made.path("best.toml")))
-    assert best == made.metrics["best"]
+    best = read_toml(world.full(tuning.path("best.toml")))
+    assert best == tuning.metrics["best"]
     from_mapping(TrainConfig, best["train"], "best.toml")
     assert listing(world, "models") == []
     assert [songs.config["dim"] for songs in listing(world, "songs")] == [best["embed"]["dim"]]

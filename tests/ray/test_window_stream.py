@@ -25,18 +25,18 @@ def test_each_worker_opens_its_part_of_the_files_once_and_reads_its_part_of_the_
 ) -> None:
     counted_reads.ship()
     write_dataset(workspace, random_histories(600, 10, seed=9), 10, buckets=BUCKETS)
-    counted = CountedWorkspace(workspace.root, tmp_path / "log")
-    dataset = Dataset(counted)
+    counted_workspace = CountedWorkspace(workspace.root, tmp_path / "log")
+    dataset = Dataset(counted_workspace)
     lengths = window_lengths(dataset, FitRange(), CONFIG)
 
     def read(rank: int, workers: int) -> tuple[list[str], int]:
         """Return the files opened and the bytes read for one epoch of the worker `rank`."""
         reader = ShardReader(dataset, FitRange(), CONFIG, lengths, Share(rank=rank, workers=workers))
-        counted.reads()
+        counted_workspace.reads()
         stream = WindowStream(reader, range(1))
         assert sum(len(windows) for windows in stream.epoch(0)) > 0
         stream.close()
-        files, sizes = zip(*counted.reads(), strict=True)
+        files, sizes = zip(*counted_workspace.reads(), strict=True)
         return list(files), sum(sizes)
 
     all_files, all_bytes = read(0, 1)

@@ -47,19 +47,19 @@ def test_the_end_of_each_sequence_is_evaluated_and_the_report_says_so(
 ) -> None:
     workspace, outcomes = made
     assert outcomes["split"].figures["protocol"] == "last-fraction"
-    figures = outcomes["evaluate"].figures
-    report = f"reports/{outcomes['evaluate'].id}"
-    assert (figures["protocol"], figures["plays"], figures["users"]) == ("last-fraction", USERS * 4, USERS)
-    value = {
+    metrics = outcomes["evaluate"].figures
+    report_folder = f"reports/{outcomes['evaluate'].id}"
+    assert (metrics["protocol"], metrics["plays"], metrics["users"]) == ("last-fraction", USERS * 4, USERS)
+    recall = {
         (entry["model"], entry["k"]): entry["value"]
-        for entry in json.loads(workspace.read_bytes(f"{report}/results.json"))["results"]
+        for entry in json.loads(workspace.read_bytes(f"{report_folder}/results.json"))["results"]
         if (entry["users"], entry["target"], entry["metric"]) == ("all", "next", "recall")
     }
-    assert value["sequential-rules", 1] == 0.75  # 3 of 4 test plays: the last song cannot be predicted
-    assert value["popularity", 1] < 0.2
-    assert 0 < value["taste", 10] <= 0.75
-    assert b"weaker than a split in time" in workspace.read_bytes(f"{report}/report.html")
-    assert json.loads(workspace.read_bytes(f"{report}/results.json"))["about"]["protocol"] == "last-fraction"
+    assert recall["sequential-rules", 1] == 0.75  # 3 of 4 test plays: the last song cannot be predicted
+    assert recall["popularity", 1] < 0.2
+    assert 0 < recall["taste", 10] <= 0.75
+    assert b"weaker than a split in time" in workspace.read_bytes(f"{report_folder}/report.html")
+    assert json.loads(workspace.read_bytes(f"{report_folder}/results.json"))["about"]["protocol"] == "last-fraction"
 
 
 def test_a_horizon_in_days_is_refused(made: tuple[Workspace, dict[str, Outcome]], split: Split) -> None:
@@ -87,18 +87,18 @@ def test_the_validation_plays_are_those_before_the_last_fifth(
 
 def test_fits_do_not_see_the_end_of_a_sequence(made: tuple[Workspace, dict[str, Outcome]], split: Split) -> None:
     dataset = Dataset(made[0])
-    last = int(dataset.catalog().rows([LAST_SONG])[0])
+    last_song = int(dataset.catalog().rows([LAST_SONG])[0])
     (popularity,) = fit_baselines(["popularity"], dataset, None, split.final)
     assert isinstance(popularity, PopularityRecommender)
-    assert popularity.plays[last] == 0
+    assert popularity.plays[last_song] == 0
     assert popularity.plays.sum() == USERS * 16
-    whole = list(dataset.read_all())
-    assert np.concatenate([batch.songs for batch in whole]).tolist().count(last) == USERS
+    batches = list(dataset.read_all())
+    assert np.concatenate([batch.songs for batch in batches]).tolist().count(last_song) == USERS
     with pytest.raises(LeakError):
-        PopularityRecommender.fit(whole, num_songs=dataset.num_songs, allowed=split.final)
-    seen = [split.final.select(batch) for batch in whole]
+        PopularityRecommender.fit(batches, num_songs=dataset.num_songs, allowed=split.final)
+    final_batches = [split.final.select(batch) for batch in batches]
     with pytest.raises(LeakError):
-        PopularityRecommender.fit(seen, num_songs=dataset.num_songs, allowed=split.selection)
+        PopularityRecommender.fit(final_batches, num_songs=dataset.num_songs, allowed=split.selection)
 
 
 def test_the_command_line_shows_a_data_set_without_times(

@@ -22,7 +22,7 @@ from rayrec.serving.routes import create_app
 from rayrec.storage.workspace import Workspace
 
 # Optional arguments that a method needs in a call; its required arguments come from SAMPLES, by name.
-ALSO = {"recommend": {"user_id": "ann"}, "rank": {"user_id": "ann"}}
+OPTIONAL_ARGUMENTS = {"recommend": {"user_id": "ann"}, "rank": {"user_id": "ann"}}
 SAMPLES: dict[str, Any] = {
     "user_id": "ann",
     "song_id": "song-1",
@@ -43,38 +43,38 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def server(answers: list[Callable[[BaseHTTPRequestHandler], None]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Run a server that gives each answer once; yield its URL and the list of the requests that it received."""
-    bodies: list[dict[str, Any]] = []
+    requests: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            bodies.append({"path": self.path, **json.loads(self.rfile.read(int(self.headers["Content-Length"])))})
+            requests.append({"path": self.path, **json.loads(self.rfile.read(int(self.headers["Content-Length"])))})
             answers.pop(0)(self)
 
         def do_GET(self) -> None:
-            bodies.append({"path": self.path, "authorization": self.headers.get("Authorization")})
+            requests.append({"path": self.path, "authorization": self.headers.get("Authorization")})
             answers.pop(0)(self)
 
         def do_DELETE(self) -> None:
-            bodies.append({"path": self.path, "method": self.command})
+            requests.append({"path": self.path, "method": self.command})
             answers.pop(0)(self)
 
         def log_message(self, *words: Any) -> None:
             """Log nothing."""
 
-    made = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    http_server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http_server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{made.server_port}", bodies
+        yield f"http://127.0.0.1:{http_server.server_port}", requests
     finally:
-        made.shutdown()
-        made.server_close()
+        http_server.shutdown()
+        http_server.server_close()
 
 
-def status(code: int, body: dict[str, Any]) -> Callable[[BaseHTTPRequestHandler], None]:
+def answer(code: int, body: dict[str, Any]) -> Callable[[BaseHTTPRequestHandler], None]:
     """Return an answer with a status code and a JSON body."""
 
-    def give(handler: BaseHTTPRequestHandler) -> None:
+    def send(handler: BaseHTTPRequestHandler) -> None:
         content = json.dumps(body).encode()
         handler.send_response(code)
         handler.send_header("Retry-After", "0")
@@ -82,7 +82,7 @@ def status(code: int, body: dict[str, Any]) -> Callable[[BaseHTTPRequestHandler]
         handler.end_headers()
         handler.wfile.write(content)
 
-    return give
+    return send
 
 
 def hang_up(handler: BaseHTTPRequestHandler) -> None:
@@ -90,13 +90,13 @@ def hang_up(handler: BaseHTTPRequestHandler) -> None:
     handler.connection.close()
 
 
-@pytest.mark.parametrize("first", [status(503, BUSY), status(502, {}), hang_up])
+@pytest.mark.parametrize("first", [answer(503, BUSY), answer(502, {}), hang_up])
 def test_a_play_is_sent_again_with_the_same_event_id(first: Any) -> None:
-    with server([first, first, status(200, {"taken": 1})]) as (url, bodies), Client(url) as client:
+    with server([first, first, answer(200, {"taken": 1})]) as (url, requests), Client(url) as client:
         assert client.play("ann", "song-1") == {"taken": 1}
-    assert len(bodies) == 3
-    assert bodies[0] == bodies[1] == bodies[2]
-    (play,) = bodies[0]["plays"]
+    assert len(requests) == 3
+    assert requests[0] == requests[1] == requests[2]
+    (play,) = requests[0]["plays"]
     assert (play["user_id"], play["song_id"], len(play["event_id"])) == ("ann", "song-1", 36)
     assert "played_at" not in play
 
@@ -106,9 +106,9 @@ def test_the_asynchronous_client_retries_too() -> None:
         async with AsyncClient(url) as client:
             return await client.recommend(user_id="ann", k=2), await client.taste("ann")
 
-    with server([hang_up, status(200, {"songs": []}), status(200, {"plays": 3})]) as (url, bodies):
+    with server([hang_up, answer(200, {"songs": []}), answer(200, {"plays": 3})]) as (url, requests):
         assert asyncio.run(call(url)) == ({"songs": []}, {"plays": 3})
-    assert [body["path"] for body in bodies] == ["/v1/recommendations"] * 2 + ["/v1/users/ann/taste"]
+    assert [request["path"] for request in requests] == ["/v1/recommendations"] * 2 + ["/v1/users/ann/taste"]
 
 
 def test_a_user_of_any_id_is_deleted_by_both_clients_even_where_an_answer_is_lost() -> None:
@@ -116,42 +116,42 @@ def test_a_user_of_any_id_is_deleted_by_both_clients_even_where_an_answer_is_los
         async with AsyncClient(url) as client:
             await client.forget("a/b ü.")
 
-    with server([hang_up, status(204, {}), status(204, {})]) as (url, bodies):
+    with server([hang_up, answer(204, {}), answer(204, {})]) as (url, requests):
         with Client(url) as client:
             client.forget("a/b ü.")
         asyncio.run(forget(url))
-    assert bodies == [{"path": "/v1/users/a%2Fb%20%C3%BC%2E", "method": "DELETE"}] * 3
+    assert requests == [{"path": "/v1/users/a%2Fb%20%C3%BC%2E", "method": "DELETE"}] * 3
 
 
-def test_each_method_asks_its_endpoint() -> None:
+def test_each_method_requests_its_endpoint() -> None:
     at = datetime(2026, 1, 20, 18, 24, tzinfo=timezone.utc)
-    with server([status(200, {"songs": []})] * 4) as (url, bodies), Client(url) as client:
+    with server([answer(200, {"songs": []})] * 4) as (url, requests), Client(url) as client:
         client.rank(["a", "b"], user_id="ann", at=at)
         client.recommend(history=["a"], k=5, cursor="abc")
         client.popular(k=3, artists=["Abba", "Cher"])
         client.new(market="SE")
-    assert bodies[0] == {
+    assert requests[0] == {
         "path": "/v1/rank",
         "user_id": "ann",
         "songs": ["a", "b"],
         "at": "2026-01-20T18:24:00+00:00",
     }
-    assert bodies[1] == {"path": "/v1/recommendations", "history": ["a"], "k": 5, "cursor": "abc"}
-    assert [body["path"] for body in bodies[2:]] == [
+    assert requests[1] == {"path": "/v1/recommendations", "history": ["a"], "k": 5, "cursor": "abc"}
+    assert [request["path"] for request in requests[2:]] == [
         "/v1/songs/popular?k=3&artists=Abba&artists=Cher",
         "/v1/songs/new?market=SE",
     ]
 
-    async def ask(url: str) -> None:
+    async def call(url: str) -> None:
         async with AsyncClient(url) as client:
             await client.rank(["a", "b"], user_id="ann", at=at)
             await client.recommend(history=["a"], k=5, cursor="abc")
             await client.popular(k=3, artists=["Abba", "Cher"])
             await client.new(market="SE")
 
-    with server([status(200, {"songs": []})] * 4) as (url, bodies_of_async):
-        asyncio.run(ask(url))
-    assert bodies_of_async == bodies
+    with server([answer(200, {"songs": []})] * 4) as (url, async_requests):
+        asyncio.run(call(url))
+    assert async_requests == requests
 
 
 def test_an_option_of_none_is_not_sent_by_either_client() -> None:
@@ -178,32 +178,32 @@ def test_an_option_of_none_is_not_sent_by_either_client() -> None:
             for name, arguments, options in calls:
                 await getattr(client, name)(*arguments, **options)
 
-    with server([status(200, {})] * 12) as (url, bodies):
+    with server([answer(200, {})] * 12) as (url, requests):
         with Client(url) as client:
             for name, arguments, options in calls:
                 getattr(client, name)(*arguments, **options)
         asyncio.run(call_all(url))
-    assert bodies == expected * 2
+    assert requests == expected * 2
 
 
 def test_a_refusal_is_raised_at_once_and_a_busy_server_after_the_last_retry() -> None:
-    refusal = status(422, {"status": 422, "title": "Unprocessable Content", "detail": "k is 0"})
-    with server([refusal]) as (url, bodies), Client(url) as client:
+    refusal = answer(422, {"status": 422, "title": "Unprocessable Content", "detail": "k is 0"})
+    with server([refusal]) as (url, requests), Client(url) as client:
         with pytest.raises(ApiError, match="422 Unprocessable Content: k is 0") as raised:
             client.recommend(history=["song-1"], k=0)
         assert raised.value.status == 422
-    assert len(bodies) == 1
+    assert len(requests) == 1
     retry = Retry(retries=2)
     with (
-        server([status(503, BUSY)] * 3) as (url, bodies),
+        server([answer(503, BUSY)] * 3) as (url, requests),
         Client(url, retry=retry) as client,
         pytest.raises(ApiError, match="503 Busy: try later"),
     ):
         client.recommend(history=["song-1"])
-    assert len(bodies) == 3
+    assert len(requests) == 3
 
 
-def test_a_server_that_is_not_there_is_named() -> None:
+def test_the_error_names_a_server_that_does_not_answer() -> None:
     retry = Retry(retries=1)
     with (
         Client("http://127.0.0.1:9", retry=retry) as client,
@@ -214,23 +214,25 @@ def test_a_server_that_is_not_there_is_named() -> None:
 
 def test_ids_are_escaped_moments_have_a_zone_and_the_key_is_sent() -> None:
     at = datetime(2026, 1, 20, 18, 24, tzinfo=timezone.utc)
-    with server([status(200, {})] * 2) as (url, bodies), Client(url, key="k" * 16) as client:
+    with server([answer(200, {})] * 2) as (url, requests), Client(url, key="k" * 16) as client:
         client.taste("a/b ..?", at)
         client.play("ann", "x", at, event_id="e")
         with pytest.raises(ValueError, match="has no zone"):
             client.taste("ann", datetime(2026, 1, 20))
         with pytest.raises(ValueError, match="either a user_id or a history"):
             client.recommend()
-    assert bodies[0]["path"].startswith("/v1/users/a%2Fb%20%2E%2E%3F/taste?at=2026-01-20T18%3A24%3A00%2B00%3A00")
-    assert bodies[0]["authorization"] == "Bearer " + "k" * 16
-    assert bodies[1]["plays"][0]["played_at"] == "2026-01-20T18:24:00+00:00"
+    assert requests[0]["path"].startswith("/v1/users/a%2Fb%20%2E%2E%3F/taste?at=2026-01-20T18%3A24%3A00%2B00%3A00")
+    assert requests[0]["authorization"] == "Bearer " + "k" * 16
+    assert requests[1]["plays"][0]["played_at"] == "2026-01-20T18:24:00+00:00"
 
 
-def methods(kind: type) -> dict[str, inspect.Signature]:
+def methods(client_class: type) -> dict[str, inspect.Signature]:
     """Return name -> signature of the methods of a client class that send requests."""
-    others = ("close", "aclose")
-    found = inspect.getmembers(kind, inspect.isfunction)
-    return {name: inspect.signature(body) for name, body in found if name[0] != "_" and name not in others}
+    excluded = ("close", "aclose")
+    functions = inspect.getmembers(client_class, inspect.isfunction)
+    return {
+        name: inspect.signature(function) for name, function in functions if name[0] != "_" and name not in excluded
+    }
 
 
 def test_every_route_of_the_openapi_document_has_a_method_in_both_clients(
@@ -238,40 +240,40 @@ def test_every_route_of_the_openapi_document_has_a_method_in_both_clients(
 ) -> None:
     write_world(workspace, users=5)
     write_release(workspace, ranked=False)
-    with service(workspace) as opened:
-        paths = create_app(opened).openapi()["paths"]
+    with service(workspace) as replica:
+        paths = create_app(replica).openapi()["paths"]
     routes = {(method.upper(), path) for path, operations in paths.items() for method in operations}
-    sent: list[tuple[str, str]] = []
+    requests: list[tuple[str, str]] = []
 
     def handle(request: httpx.Request) -> httpx.Response:
-        sent.append((request.method, request.url.raw_path.decode().partition("?")[0]))
+        requests.append((request.method, request.url.raw_path.decode().partition("?")[0]))
         return httpx.Response(200, json={})
 
     transport = httpx.MockTransport(handle)
     monkeypatch.setattr(client_module.httpx, "Client", partial(httpx.Client, transport=transport))
     monkeypatch.setattr(client_module.httpx, "AsyncClient", partial(httpx.AsyncClient, transport=transport))
     synchronous = Client("http://app")
-    for kind in (Client, AsyncClient):
-        sent.clear()
-        for name, signature in methods(kind).items():
-            needed = [
-                item.name
-                for item in list(signature.parameters.values())[1:]
-                if item.default is item.empty and item.kind is not item.VAR_KEYWORD
+    for client_class in (Client, AsyncClient):
+        requests.clear()
+        for name, signature in methods(client_class).items():
+            required = [
+                parameter.name
+                for parameter in list(signature.parameters.values())[1:]
+                if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
             ]
-            arguments = {**{argument: SAMPLES[argument] for argument in needed}, **ALSO.get(name, {})}
-            if kind is Client:
+            arguments = {**{argument: SAMPLES[argument] for argument in required}, **OPTIONAL_ARGUMENTS.get(name, {})}
+            if client_class is Client:
                 getattr(synchronous, name)(**arguments)
             else:
                 asyncio.run(_call_once(name, arguments))
         patterns = {route: re.sub(r"\{\w+\}", "[^/]+", route[1]) for route in routes}
-        asked = {
+        called_routes = {
             next(
                 (route for route in sorted(routes) if route[0] == method and re.fullmatch(patterns[route], path)), path
             )
-            for method, path in sent
+            for method, path in requests
         }
-        assert asked == routes
+        assert called_routes == routes
 
 
 async def _call_once(name: str, arguments: dict[str, Any]) -> None:
@@ -292,17 +294,17 @@ def test_a_client_that_is_closed_sends_nothing_more() -> None:
         with pytest.raises(RuntimeError, match="closed"):
             await client.health()
 
-    with server([status(200, {"status": "ok"})] * 2) as (url, bodies):
+    with server([answer(200, {"status": "ok"})] * 2) as (url, requests):
         client = Client(url)
         assert client.health() == {"status": "ok"}
         client.close()
         with pytest.raises(RuntimeError, match="closed"):
             client.health()
         asyncio.run(call(url))
-    assert len(bodies) == 2
+    assert len(requests) == 2
 
 
-def test_pages_are_texts_and_lists_are_sent_as_the_api_has_them() -> None:
+def test_pages_are_returned_as_text_and_lists_are_sent_as_the_api_expects() -> None:
     def page(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.send_header("Content-Type", "text/html; charset=utf-8")
@@ -311,17 +313,17 @@ def test_pages_are_texts_and_lists_are_sent_as_the_api_has_them() -> None:
         handler.wfile.write(b"<html>")
 
     at = datetime(2026, 1, 20, 18, 24, tzinfo=timezone.utc)
-    answers = [page, *[status(200, {})] * 4]
-    with server(answers) as (url, bodies), Client(url) as client:
+    answers = [page, *[answer(200, {})] * 4]
+    with server(answers) as (url, requests), Client(url) as client:
         assert client.report() == "<html>"
         client.user_plays("a/b", k=3)
         client.recommend_batch([{"user_id": "ann", "at": at}, {"history": ["a"]}])
         client.tastes([{"history": ["a"], "at": at}])
         client.user_recommendations("ann", k=2, at=at, exclude=["a", "b"])
-    assert bodies[1]["path"] == "/v1/users/a%2Fb/plays?k=3"
+    assert requests[1]["path"] == "/v1/users/a%2Fb/plays?k=3"
     moment = "2026-01-20T18:24:00+00:00"
-    assert bodies[2]["requests"] == [{"user_id": "ann", "at": moment}, {"history": ["a"]}]
-    assert bodies[3]["users"] == [{"history": ["a"], "at": moment}]
-    assert bodies[4]["path"].startswith(
+    assert requests[2]["requests"] == [{"user_id": "ann", "at": moment}, {"history": ["a"]}]
+    assert requests[3]["users"] == [{"history": ["a"], "at": moment}]
+    assert requests[4]["path"].startswith(
         "/v1/users/ann/recommendations?k=2&at=2026-01-20T18%3A24%3A00%2B00%3A00&exclude=a"
     )

@@ -117,8 +117,8 @@ def test_plain_values_and_back_give_the_same_config() -> None:
 
 def test_changed_settings_are_those_that_are_not_the_defaults() -> None:
     assert changed_settings(Sample, to_mapping(Sample())) == {}
-    changed = to_mapping(Sample(pair=(9, 9), epochs=7))
-    assert changed_settings(Sample, changed) == {"pair": [9, 9], "epochs": 7}
+    values = to_mapping(Sample(pair=(9, 9), epochs=7))
+    assert changed_settings(Sample, values) == {"pair": [9, 9], "epochs": 7}
     assert changed_settings(Sample, {**to_mapping(Sample()), "further": 1}) == {"further": 1}
 
 

@@ -13,8 +13,8 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 TEXT = CONTRIBUTING + DESIGN[DESIGN.index("## Add a reader") :]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-QUOTED = sorted(set(re.findall(r"`([^`\n]+)`", TEXT)))
-PATHS = [each for each in QUOTED if re.fullmatch(r"[\w./-]+", each) and ("/" in each or "." in each[1:])]
+CODE_SPANS = sorted(set(re.findall(r"`([^`\n]+)`", TEXT)))
+PATHS = [span for span in CODE_SPANS if re.fullmatch(r"[\w./-]+", span) and ("/" in span or "." in span[1:])]
 # name -> the file that the recipe says it is in
 NAMES = {
     "Reader": "rayrec/importing/readers/reader.py",
@@ -40,7 +40,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if not re.match(r"columns\.|rates\.json|\.npy|\.venv", path)])
-def test_every_file_it_names_is_there(path: str) -> None:
+def test_every_file_named_in_the_guide_exists(path: str) -> None:
     if "NAME" in path:
         assert list(ROOT.glob(path.replace("NAME", "*")))
     else:
@@ -53,7 +53,7 @@ def test_every_name_of_a_recipe_is_where_the_recipe_says(name: str) -> None:
     assert re.search(rf"^((class|def) )?{name}\b", (ROOT / NAMES[name]).read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
-def test_every_make_command_is_one() -> None:
+def test_every_make_command_is_a_target_of_the_makefile() -> None:
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))
     assert set(re.findall(r"(?:^|`|; |=1 )make ([a-z-]+)", TEXT, flags=re.MULTILINE)) <= targets
 
@@ -61,11 +61,11 @@ def test_every_make_command_is_one() -> None:
 def test_hooks_run_what_make_check_runs() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     entries = [hook["entry"].removeprefix(".venv/bin/").removesuffix(" --force-exclude") for hook in hooks]
-    (checked,) = re.findall(r"^check:.*\n\t(.*)$", MAKEFILE, flags=re.MULTILINE)
-    assert entries == [part.replace("$(BIN)/", "").replace(" .", "") for part in checked.split(" && ")]
+    (check_commands,) = re.findall(r"^check:.*\n\t(.*)$", MAKEFILE, flags=re.MULTILINE)
+    assert entries == [part.replace("$(BIN)/", "").replace(" .", "") for part in check_commands.split(" && ")]
 
 
-def test_pre_commit_takes_the_hooks() -> None:
+def test_pre_commit_accepts_the_hooks() -> None:
     command = [sys.executable, "-m", "pre_commit", "validate-config", str(ROOT / ".pre-commit-config.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout

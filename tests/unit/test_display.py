@@ -30,7 +30,7 @@ def test_lines_come_every_ten_seconds(
     ]
 
 
-def test_nothing_is_told_where_nobody_asked(
+def test_nothing_is_printed_without_the_variable(
     clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv(LINES_VARIABLE, raising=False)
@@ -40,9 +40,9 @@ def test_nothing_is_told_where_nobody_asked(
     assert capsys.readouterr().err == ""
 
 
-def test_a_notebook_shows_a_table_whose_texts_are_no_markup() -> None:
-    shown = html_table("Songs & more", ["song", "plays"], [["<b>", 2400], ["b", None], ["c", 0.25]])
-    rows = [re.sub(r"<[^>]*>", "|", row) for row in shown.split("<tr>")]
+def test_a_table_for_a_notebook_escapes_its_texts() -> None:
+    html = html_table("Songs & more", ["song", "plays"], [["<b>", 2400], ["b", None], ["c", 0.25]])
+    rows = [re.sub(r"<[^>]*>", "|", row) for row in html.split("<tr>")]
     assert [row.replace("\n", "") for row in rows] == [
         "|Songs &amp; more||",
         "|song||plays||",
@@ -52,7 +52,7 @@ def test_a_notebook_shows_a_table_whose_texts_are_no_markup() -> None:
     ]
 
 
-def test_figures_are_a_table_without_a_head() -> None:
-    shown = html_values_table("Data", {"plays": 1_000_000})
-    assert "<th" not in shown
-    assert '<td style="text-align:left">plays</td><td style="text-align:right">1,000,000</td>' in shown
+def test_values_are_a_table_without_a_header() -> None:
+    html = html_values_table("Data", {"plays": 1_000_000})
+    assert "<th" not in html
+    assert '<td style="text-align:left">plays</td><td style="text-align:right">1,000,000</td>' in html

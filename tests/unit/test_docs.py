@@ -25,32 +25,32 @@ PAGES = sorted(
 )
 GROUP = typer.main.get_command(app)
 COMMANDS = GROUP.commands  # type: ignore[attr-defined]
-NAME = {page: str(page.relative_to(ROOT)) for page in PAGES}
+PAGE_NAMES = {page: str(page.relative_to(ROOT)) for page in PAGES}
 
 
 def command_lines(text: str) -> list[str]:
     """Return the rayrec commands in blocks and sentences of a page, without comments and surrounding shell code."""
     text = text.replace("\\\n", " ")
-    found = re.findall(r"(?:^|\$ |&& |`)(rayrec [^\n`&|]*)", text, flags=re.MULTILINE)
-    return [line.split("  #")[0] for line in found if re.match(r"rayrec (-|[a-z])", line) and "─" not in line]
+    commands = re.findall(r"(?:^|\$ |&& |`)(rayrec [^\n`&|]*)", text, flags=re.MULTILINE)
+    return [line.split("  #")[0] for line in commands if re.match(r"rayrec (-|[a-z])", line) and "─" not in line]
 
 
 LINES = sorted(
     {
-        (NAME[page], line)
+        (PAGE_NAMES[page], line)
         for page in PAGES
         for line in command_lines(page.read_text("utf-8"))
         if not re.match(r"rayrec (is|needs|turns) ", line)
     }
 )
 LINKS = [
-    (NAME[page], link)
+    (PAGE_NAMES[page], link)
     for page in PAGES
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
     if "://" not in link
 ]
 BLOCKS = [
-    (NAME[page], block)
+    (PAGE_NAMES[page], block)
     for page in PAGES
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
 ]
@@ -59,27 +59,29 @@ BLOCKS = [
 def options(words: list[str]) -> set[str]:
     """Return the options of the command in `words`; for `submit`, also those of the submitted command."""
     command, words = GROUP, list(words)
-    known = {"--help"}
+    option_names = {"--help"}
     while hasattr(command, "commands"):
-        known |= {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        option_names |= {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
         while words and words[0].startswith("-"):  # an option before the command, with its value
             words = words[1 if words[0] in ("--json", "--debug", "--version") else 2 :]
         if not words:
-            return known
+            return option_names
         command = command.commands[words.pop(0)]
-    known |= {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-    submitted = [place for place, word in enumerate(words) if command.name == "submit" and word in COMMANDS]
-    return known | (options(words[submitted[0] :]) if submitted else set())
+    option_names |= {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    submitted_positions = [
+        position for position, word in enumerate(words) if command.name == "submit" and word in COMMANDS
+    ]
+    return option_names | (options(words[submitted_positions[0] :]) if submitted_positions else set())
 
 
 def anchors(page: Path) -> set[str]:
     """Return the anchors of a page's headings, as GitHub and mkdocs make them."""
-    heads = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)
-    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", head.lower()).strip()) for head in heads}
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
 
 
 @pytest.mark.parametrize(("page", "line"), LINES)
-def test_every_command_is_there_with_its_options(page: str, line: str) -> None:
+def test_every_command_in_the_docs_exists_with_its_options(page: str, line: str) -> None:
     words = shlex.split(re.sub(r"\$\([^)]*\)", "OUTPUT", line))[1:]  # not the options of other programs
     assert {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)} <= options(words)
 
@@ -93,36 +95,36 @@ def test_every_link_leads_to_a_file_and_a_heading_of_the_project(page: str, link
 
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS)
-def test_python_in_pages_imports_what_is_there(page: str, block: str) -> None:
+def test_python_in_pages_imports_names_that_exist(page: str, block: str) -> None:
     for node in ast.walk(ast.parse(block)):
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(str(node.module))
             assert all(hasattr(module, alias.name) for alias in node.names)
 
 
-WORDS = runpy.run_path(str(ROOT / "tests" / "unit" / "test_words.py"))["PATTERN"]
+BANNED_PATTERN = runpy.run_path(str(ROOT / "tests" / "unit" / "test_words.py"))["PATTERN"]
 
 
 @pytest.mark.parametrize("page", [*PAGES, *(ROOT / "docs" / name for name in GENERATED)], ids=lambda page: page.name)
 def test_pages_hold_no_banned_word(page: Path) -> None:
     lines = enumerate(page.read_text("utf-8").splitlines(), 1)
-    assert not [f"line {number}: {line}" for number, line in lines if WORDS.search(line)]
+    assert not [f"line {number}: {line}" for number, line in lines if BANNED_PATTERN.search(line)]
 
 
 def test_the_readme_shows_every_stage() -> None:
-    shown = {line.split()[1] for page, line in LINES if page == "README.md"}
-    assert shown >= {"generate", "import", "split", "embed", "train", "retrieval", "rank", "taste", "index", "evaluate"}
-    assert shown >= {"release", "states", "serve", "status", "bench"}
+    names = {line.split()[1] for page, line in LINES if page == "README.md"}
+    assert names >= {"generate", "import", "split", "embed", "train", "retrieval", "rank", "taste", "index", "evaluate"}
+    assert names >= {"release", "states", "serve", "status", "bench"}
 
 
-def test_the_readme_is_a_page_and_no_book() -> None:
+def test_the_readme_is_short() -> None:
     text = README.read_text("utf-8")
     assert len(text.splitlines()) <= 150
     text = re.sub(r"<!-- figures: .*?<!-- end -->", "", text, flags=re.DOTALL)  # tables that `make figures` writes
     assert not [line for line in text.splitlines() if len(line) > 130]
 
 
-def test_the_readme_leads_from_installing_to_the_limits() -> None:
+def test_the_readme_has_its_sections_in_order() -> None:
     headings = ["Install", "Try it", "Your own plays", "From Python", "Serve", "Every day", "Commands", "Results"]
     text = README.read_text("utf-8")
     assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == [*headings, "How it works", "Limits", "More"]
@@ -134,40 +136,40 @@ def test_the_picture_of_the_page_is_small() -> None:
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_generated_pages_are_what_the_code_says(name: str) -> None:
+def test_generated_pages_are_up_to_date(name: str) -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["pages"]()
     assert (ROOT / "docs" / name).read_text("utf-8") == pages[name], "run `make docs`"
 
 
-def test_every_command_is_a_function_of_rayrec_or_says_why_it_is_none() -> None:
-    page = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-    paths = {path.removeprefix("rayrec ") for path, _ in page["_commands"](GROUP, "rayrec")}
-    excepted = {path for path in paths if path.split()[0] in page["COMMAND_LINE_ONLY"]}
-    assert paths - excepted == set(page["COMMANDS"])
-    assert {path.split()[0] for path in excepted} == set(page["COMMAND_LINE_ONLY"])
-    functions = [name for names in page["COMMANDS"].values() for name in names]
+def test_every_command_is_a_function_of_rayrec_or_listed_as_command_line_only() -> None:
+    generator = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    paths = {path.removeprefix("rayrec ") for path, _ in generator["_commands"](GROUP, "rayrec")}
+    excluded = {path for path in paths if path.split()[0] in generator["COMMAND_LINE_ONLY"]}
+    assert paths - excluded == set(generator["COMMANDS"])
+    assert {path.split()[0] for path in excluded} == set(generator["COMMAND_LINE_ONLY"])
+    functions = [name for names in generator["COMMANDS"].values() for name in names]
     assert sorted(functions) == sorted(rayrec.STAGES)
     assert all(callable(getattr(rayrec, name)) for name in functions)
 
 
-def test_examples_need_nothing_of_rayrec_but_its_public_names() -> None:
+def test_examples_use_only_public_names_of_rayrec() -> None:
     for path in (ROOT / "examples").glob("*.py"):
         tree = ast.parse(path.read_text("utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 assert not [alias.name for alias in node.names if alias.name.startswith("rayrec.")], path.name
             if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "rayrec":
-                public = rayrec if node.module == "rayrec" else rayrec.client
+                module = rayrec if node.module == "rayrec" else rayrec.client
                 assert node.module in ("rayrec", "rayrec.client"), path.name
-                assert all(hasattr(public, alias.name) for alias in node.names), path.name
+                assert all(hasattr(module, alias.name) for alias in node.names), path.name
             if isinstance(node, ast.Attribute):
                 assert not node.attr.startswith("_"), path.name
                 if isinstance(node.value, ast.Name) and node.value.id == "rayrec":
                     assert node.attr in rayrec.__all__, f"{path.name}: {node.attr}"
 
 
-def test_a_table_of_figures_has_means_over_seeds_and_replaces_the_marked_one_alone() -> None:
-    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+def test_a_table_of_figures_has_means_over_seeds_and_replaces_only_the_table_of_its_mark() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "figures.py"))
     runs = [
         [
             {"model": model, "target": target, "metric": metric, "k": k, "users": users, "value": value}
@@ -178,24 +180,24 @@ def test_a_table_of_figures_has_means_over_seeds_and_replaces_the_marked_one_alo
         ]
         for seed in (0, 1, 2)
     ]
-    table = figures["markdown_table"](runs, ["bad", "good"])
+    table = script["markdown_table"](runs, ["bad", "good"])
     assert table.splitlines()[2:] == [
         f"| bad | {' | '.join(['0.520 (0.500–0.540)'] * 5)} |",  # no column for offsets, which have no figures
         "| good | 0.400 | 0.400 | 0.400 | 0.400 | 0.400 |",
     ]
     page = "a\n<!-- figures: one -->\nold\n<!-- end -->\nb\n<!-- figures: two -->\nkept\n<!-- end -->\n"
-    changed = figures["replaced"](page, "one", table)
-    assert changed == page.replace("old", table)
+    new_page = script["replaced"](page, "one", table)
+    assert new_page == page.replace("old", table)
     with pytest.raises(ValueError, match="0 tables"):
-        figures["replaced"](page, "three", table)
+        script["replaced"](page, "three", table)
 
 
-def test_every_mark_has_a_table_of_figures_every_table_a_mark_and_known_commands() -> None:
-    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+def test_marks_and_tables_of_figures_correspond_and_their_commands_have_known_options() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "figures.py"))
     marks = {page: re.findall(r"<!-- figures: (\S+) -->", page.read_text("utf-8")) for page in PAGES}
-    assert {page for page, names in marks.items() if names} == set(figures["PAGES"])
-    assert {name for names in marks.values() for name in names} == {table.name for table in figures["TABLES"]}
-    for table in figures["TABLES"]:
+    assert {page for page, names in marks.items() if names} == set(script["PAGES"])
+    assert {name for names in marks.values() for name in names} == {table.name for table in script["TABLES"]}
+    for table in script["TABLES"]:
         for command in table.commands:
             words = shlex.split(command.format(data="plays.csv", folder="plays", seed=0))
             assert {word for word in words if word.startswith("--")} <= options(words)

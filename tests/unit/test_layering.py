@@ -34,13 +34,13 @@ HEAVY = ("ray", "torch", "gensim", "faiss", "matplotlib")
 
 def modules() -> dict[str, Path]:
     """Return name -> file of every module of rayrec and rayrec_cli."""
-    found = {}
+    files = {}
     for root in (ROOT, ROOT / "cli"):
         for top in ("rayrec", "rayrec_cli"):
             for path in sorted((root / top).rglob("*.py")):
                 parts = path.relative_to(root).with_suffix("").parts
-                found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+                files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
 MODULES = modules()
@@ -54,8 +54,8 @@ def imports(path: Path, *, top_only: bool = False) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import; spell the whole name"
-            full = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (name if name in MODULES else node.module or "" for name in full)
+            full_names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES else node.module or "" for name in full_names)
 
 
 def layer(module: str) -> str | None:
@@ -73,20 +73,20 @@ def test_every_module_has_a_layer() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if layer(name)])
 def test_imports_point_down(name: str) -> None:
-    own = layer(name)
-    assert own is not None
-    for imported in imports(MODULES[name]):
-        other = layer(imported)
-        if other is None or other == own or other not in LEVEL:
+    source_layer = layer(name)
+    assert source_layer is not None
+    for imported_name in imports(MODULES[name]):
+        target_layer = layer(imported_name)
+        if target_layer is None or target_layer == source_layer or target_layer not in LEVEL:
             continue
-        above = LEVEL[other] > LEVEL[own] or LEVEL[other] == LEVEL[own]
-        assert not above, f"{name} imports {imported}: {own} must not know {other}"
+        is_forbidden = LEVEL[target_layer] > LEVEL[source_layer] or LEVEL[target_layer] == LEVEL[source_layer]
+        assert not is_forbidden, f"{name} imports {imported_name}: {source_layer} must not know {target_layer}"
 
 
 def test_ray_is_imported_in_jobs_serving_and_bench_alone() -> None:
-    users = {name for name, path in MODULES.items() if any(item.split(".")[0] == "ray" for item in imports(path))}
-    assert {layer(name) for name in users} <= {"jobs", "serving", "bench"}
-    assert users
+    ray_modules = {name for name, path in MODULES.items() if any(item.split(".")[0] == "ray" for item in imports(path))}
+    assert {layer(name) for name in ray_modules} <= {"jobs", "serving", "bench"}
+    assert ray_modules
 
 
 def test_no_two_modules_share_a_name() -> None:
@@ -96,43 +96,43 @@ def test_no_two_modules_share_a_name() -> None:
 
 def public_functions() -> dict[str, list[str]]:
     """Return name -> the modules that define a public function of that name; without `main`, which programs share."""
-    found: dict[str, list[str]] = {}
+    defining_modules: dict[str, list[str]] = {}
     for module, path in MODULES.items():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
-                found.setdefault(node.name, []).append(module)
-    return {name: defined for name, defined in found.items() if name != "main"}
+                defining_modules.setdefault(node.name, []).append(module)
+    return {name: module_names for name, module_names in defining_modules.items() if name != "main"}
 
 
 def test_a_function_name_that_comes_twice_is_a_command_and_the_stage_that_it_calls() -> None:
-    twice = {name: defined for name, defined in public_functions().items() if len(defined) > 1}
-    assert "train" in twice
-    for name, defined in twice.items():
-        (command,) = (module for module in defined if layer(module) == "rayrec_cli")
-        (stage,) = (module for module in defined if module != command)
+    duplicates = {name: module_names for name, module_names in public_functions().items() if len(module_names) > 1}
+    assert "train" in duplicates
+    for name, module_names in duplicates.items():
+        (command,) = (module for module in module_names if layer(module) == "rayrec_cli")
+        (stage,) = (module for module in module_names if module != command)
         assert stage in imports(MODULES[command]), f"{name} of {command} does not call {name} of {stage}"
 
 
 def test_there_are_no_import_cycles() -> None:
     graph = {name: {item for item in imports(path, top_only=True) if item in MODULES} for name, path in MODULES.items()}
-    done: set[str] = set()
+    visited: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
         assert name not in trail, " imports ".join((*trail[trail.index(name) :], name))
-        if name not in done:
+        if name not in visited:
             for imported in graph[name]:
                 visit(imported, (*trail, name))
-            done.add(name)
+            visited.add(name)
 
     for name in graph:
         visit(name, ())
 
 
-def loaded_by(code: str) -> set[str]:
+def loaded_packages(code: str) -> set[str]:
     """Return the heavy packages that a fresh interpreter has loaded after it ran `code`."""
     program = f"import sys\n{code}\nprint(*(name for name in {HEAVY!r} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    return set(done.stdout.splitlines()[-1].split()) if done.stdout.strip() else set()
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(process.stdout.splitlines()[-1].split()) if process.stdout.strip() else set()
 
 
 @pytest.mark.parametrize(
@@ -148,13 +148,13 @@ def loaded_by(code: str) -> set[str]:
         "from rayrec_cli.main import main; main(['--workspace', '/nonexistent/rayrec', 'status'])",
     ],
 )
-def test_what_must_be_quick_loads_nothing_heavy(code: str) -> None:
-    assert loaded_by(code) == set()
+def test_quick_imports_and_commands_load_no_heavy_package(code: str) -> None:
+    assert loaded_packages(code) == set()
 
 
-def test_the_public_names_are_one_list_and_all_there() -> None:
-    lazy = [*rayrec.STAGES, *rayrec.HELPERS, *rayrec.SETTINGS]
-    assert sorted(set(rayrec.__all__) - set(lazy)) == [
+def test_the_public_names_are_one_list_and_all_exist() -> None:
+    lazy_names = [*rayrec.STAGES, *rayrec.HELPERS, *rayrec.SETTINGS]
+    assert sorted(set(rayrec.__all__) - set(lazy_names)) == [
         "DamagedArtifactError",
         "Dataset",
         "InputError",
@@ -173,14 +173,14 @@ def test_the_public_names_are_one_list_and_all_there() -> None:
     assert dir(rayrec) == sorted(rayrec.__all__)
     for name in rayrec.__all__:
         assert getattr(rayrec, name) is not None
-    assert all(callable(getattr(rayrec, name)) for name in lazy)
+    assert all(callable(getattr(rayrec, name)) for name in lazy_names)
 
 
 def test_type_checkers_know_the_names_that_are_loaded_at_their_first_use() -> None:
     tree = ast.parse(MODULES["rayrec"].read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-    known = {alias.name: node.module for node in block.body for alias in node.names}  # type: ignore[attr-defined]
-    assert known == {**rayrec.STAGES, **rayrec.HELPERS, **rayrec.SETTINGS}
+    declared_names = {alias.name: node.module for node in block.body for alias in node.names}  # type: ignore[attr-defined]
+    assert declared_names == {**rayrec.STAGES, **rayrec.HELPERS, **rayrec.SETTINGS}
 
 
 def test_every_stage_takes_its_settings_from_a_public_class() -> None:

@@ -52,39 +52,39 @@ def model() -> Recommender:
 
 def test_recommendations_are_a_table_of_ranked_songs(model: Recommender) -> None:
     moment = datetime(2026, 1, 1)
-    shown = model.recommend(users=["u3", "u40"], k=10, at=moment)
-    assert list(shown.columns) == COLUMNS
-    assert shown["user_id"].tolist() == ["u3"] * 10 + ["u40"] * 10
-    assert shown["rank"].tolist() == [*range(1, 11)] * 2
-    assert (np.diff(shown["score"][:10]) <= 0).all()
-    assert shown["title"][0] == f"Song {shown['song_id'][0][1:]}"
-    alone = model.recommend("u3", k=10, at=moment)
-    assert alone["song_id"].tolist() == shown["song_id"][:10].tolist()
-    np.testing.assert_allclose(alone["score"], shown["score"][:10], rtol=1e-4)
+    table = model.recommend(users=["u3", "u40"], k=10, at=moment)
+    assert list(table.columns) == COLUMNS
+    assert table["user_id"].tolist() == ["u3"] * 10 + ["u40"] * 10
+    assert table["rank"].tolist() == [*range(1, 11)] * 2
+    assert (np.diff(table["score"][:10]) <= 0).all()
+    assert table["title"][0] == f"Song {table['song_id'][0][1:]}"
+    single_user = model.recommend("u3", k=10, at=moment)
+    assert single_user["song_id"].tolist() == table["song_id"][:10].tolist()
+    np.testing.assert_allclose(single_user["score"], table["score"][:10], rtol=1e-4)
 
 
 def test_the_song_after_the_last_one_comes_first(model: Recommender) -> None:
     rows = frame(ring_plays(range(60), follow=0.97))
-    right = 0
+    hits = 0
     for user in (f"u{number}" for number in range(10)):
-        last = int(rows[rows["user_id"] == user]["track"].iloc[-1][1:])
-        right += f"s{(last + 1) % 60}" in model.recommend(user, k=3, exclude_heard=False)["song_id"].tolist()
-    assert right >= 8
+        last_song = int(rows[rows["user_id"] == user]["track"].iloc[-1][1:])
+        hits += f"s{(last_song + 1) % 60}" in model.recommend(user, k=3, exclude_heard=False)["song_id"].tolist()
+    assert hits >= 8
 
 
 @pytest.mark.parametrize(("horizon", "weight"), [("short", 0), ("long", 1), (0.4, 0.4)])
 def test_a_number_as_horizon_is_the_weight_of_the_long_one(
     model: Recommender, horizon: Any, weight: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[float] = []
+    weights: list[float] = []
 
     def choose(*arguments: Any) -> Any:
-        asked.extend(options.long_weight for options in arguments[3])
+        weights.extend(options.long_weight for options in arguments[3])
         return choose_for_users(*arguments)
 
     monkeypatch.setattr(reranking, "choose_for_users", choose)
     assert len(model.recommend(["u3", "u5"], k=4, horizon=horizon)) == 8
-    assert asked == [weight, weight]
+    assert weights == [weight, weight]
 
 
 @pytest.mark.parametrize("horizon", [0.5, "foo"])
@@ -93,7 +93,7 @@ def test_a_taste_is_of_one_horizon(model: Recommender, horizon: Any) -> None:
         model.taste("u1", horizon=horizon)
 
 
-def test_a_horizon_that_is_none_is_refused(model: Recommender) -> None:
+def test_an_unknown_horizon_is_refused(model: Recommender) -> None:
     with pytest.raises(InputError, match="horizon is 2; expected short, long, or a number from 0 to 1"):
         model.recommend("u3", horizon=2)
 
@@ -102,13 +102,13 @@ def test_timestamps_without_a_zone_are_of_the_time_zone_that_fit_is_given(monkey
     without_ray(monkeypatch)
     rows = frame(ring_plays(range(3), plays=12))
     model = Recommender(**SETTINGS | {"epochs": 1}).fit(rows, timezone="Asia/Tokyo")
-    last = Dataset(model.workspace).manifest.last_play
-    assert last == int(rows["timestamp"].max().tz_localize("Asia/Tokyo").timestamp() * 1000)
+    last_play = Dataset(model.workspace).manifest.last_play
+    assert last_play == int(rows["timestamp"].max().tz_localize("Asia/Tokyo").timestamp() * 1000)
     with pytest.raises(InputError, match="unknown time zone 'Mars'"):
         model.fit(rows, timezone="Mars")
 
 
-def test_plays_after_the_moment_are_not_looked_at(model: Recommender) -> None:
+def test_plays_after_the_given_time_are_ignored(model: Recommender) -> None:
     moment = datetime(2023, 11, 25)
     early = model.recommend("u3", at=moment)
     assert not early.equals(model.recommend("u3"))
@@ -119,9 +119,9 @@ def test_plays_after_the_moment_are_not_looked_at(model: Recommender) -> None:
 
 
 def test_similar_songs_and_tastes(model: Recommender) -> None:
-    near = model.similar("s10", k=4)
-    assert list(near.columns) == ["rank", "song_id", "title", "artist", "score"]
-    assert "s10" not in near["song_id"].tolist()
+    similar_songs = model.similar("s10", k=4)
+    assert list(similar_songs.columns) == ["rank", "song_id", "title", "artist", "score"]
+    assert "s10" not in similar_songs["song_id"].tolist()
     tastes = model.taste(["u3", "u40"])
     assert tastes.index.tolist() == ["u3", "u40"]
     assert tastes.to_numpy().dtype == np.float32
@@ -131,28 +131,28 @@ def test_similar_songs_and_tastes(model: Recommender) -> None:
 def test_users_without_a_known_play_get_popular_songs_and_are_named(
     model: Recommender, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown = model.recommend(["u3", "nobody", "u40"], k=5, at="2024-01-01T00:00:00Z")
-    assert list(shown.columns) == COLUMNS
-    assert shown["user_id"].tolist() == [user for user in ("u3", "nobody", "u40") for _ in range(5)]
+    table = model.recommend(["u3", "nobody", "u40"], k=5, at="2024-01-01T00:00:00Z")
+    assert list(table.columns) == COLUMNS
+    assert table["user_id"].tolist() == [user for user in ("u3", "nobody", "u40") for _ in range(5)]
     assert "1 of the users, who get popular songs: 'nobody'" in capsys.readouterr().err
     early = model.recommend("u3", k=5, at=pd.Timestamp("2020-01-01"))  # before the first play
-    popular = shown[shown["user_id"] == "nobody"].reset_index(drop=True)
+    popular = table[table["user_id"] == "nobody"].reset_index(drop=True)
     assert early.drop(columns="user_id").equals(popular.drop(columns="user_id"))
     assert popular["score"].min() > 1  # scores are numbers of recent plays
 
 
-def test_an_unknown_user_has_no_taste_and_an_unknown_song_nothing_like_it(model: Recommender) -> None:
+def test_an_unknown_user_has_no_taste_and_an_unknown_song_no_similar_songs(model: Recommender) -> None:
     with pytest.raises(NotFoundError, match="user 'nobody' has no known plays before"):
         model.taste(["u3", "nobody"])
     with pytest.raises(InputError, match="nothing"):
         model.similar("nothing")
 
 
-def test_what_is_saved_answers_the_same_when_it_is_loaded(model: Recommender, tmp_path: Path) -> None:
+def test_a_saved_model_recommends_the_same_songs_when_loaded(model: Recommender, tmp_path: Path) -> None:
     model.save(tmp_path / "saved")
-    loaded = rayrec.load(tmp_path / "saved")
+    loaded_model = rayrec.load(tmp_path / "saved")
     at = "2024-01-01T00:00:00Z"
-    assert loaded.recommend("u3", at=at).equals(model.recommend("u3", at=at))
+    assert loaded_model.recommend("u3", at=at).equals(model.recommend("u3", at=at))
     with pytest.raises(InputError, match="not empty"):
         model.save(tmp_path / "saved")
     with pytest.raises(NotFoundError, match="no live release"):
@@ -164,21 +164,21 @@ def test_an_update_adds_users_and_a_second_fit_replaces_all(
 ) -> None:
     without_ray(monkeypatch)
     model.save(tmp_path / "saved")
-    loaded = rayrec.load(tmp_path / "saved", progress=False)
-    loaded.update(frame(ring_plays(range(60, 62), plays=5, begin=20, days=1)))
-    assert len(loaded.recommend("u61", k=5)) == 5
-    loaded.fit(frame(ring_plays(range(100, 140))))
+    loaded_model = rayrec.load(tmp_path / "saved", progress=False)
+    loaded_model.update(frame(ring_plays(range(60, 62), plays=5, begin=20, days=1)))
+    assert len(loaded_model.recommend("u61", k=5)) == 5
+    loaded_model.fit(frame(ring_plays(range(100, 140))))
     with pytest.raises(NotFoundError, match="u61"):
-        loaded.taste("u61")
-    assert len(loaded.recommend("u120", k=5)) == 5
+        loaded_model.taste("u61")
+    assert len(loaded_model.recommend("u120", k=5)) == 5
 
 
-def test_a_table_that_a_killed_run_left_goes_with_a_compaction_or_the_next_run(
+def test_a_table_that_a_killed_run_left_is_deleted_by_a_compaction_or_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_ray(monkeypatch)
 
-    def holding() -> list[Path]:
+    def files_with_plays() -> list[Path]:
         return [path for path in tmp_path.rglob("*.parquet") if b"planted-4711" in path.read_bytes()]
 
     def kill() -> None:
@@ -186,41 +186,41 @@ def test_a_table_that_a_killed_run_left_goes_with_a_compaction_or_the_next_run(
             patch.setattr("rayrec.jobs.fit.guess_import", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
             patch.setattr(Workspace, "delete", lambda *_: None)  # a killed process deletes nothing
             model.fit(pd.DataFrame({"user": ["planted-4711"] * 9}))
-        assert holding()
+        assert files_with_plays()
 
     rows = frame(ring_plays(range(3), plays=12))
     model = Recommender(**SETTINGS | {"epochs": 1}, workspace=tmp_path)
     kill()
     model.fit(rows)
-    assert holding() == []
+    assert files_with_plays() == []
     kill()
     assert verify_workspace(model.workspace).problems == []
     forget_users(model.workspace, ["planted-4711"])
     compute_tastes(model.workspace, TasteConfig())
-    assert holding() == []
+    assert files_with_plays() == []
     kill()  # a run after the deletion leaves the user's plays again
     compact(model.workspace)
-    assert holding() == []
+    assert files_with_plays() == []
 
 
-def test_plays_are_taken_where_users_wait_to_be_erased(
+def test_an_update_adds_plays_while_users_wait_to_be_erased(
     model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_ray(monkeypatch)
     model.save(tmp_path / "saved")
-    loaded = rayrec.load(tmp_path / "saved", progress=False)
-    forget_users(loaded.workspace, ["u3"])
-    loaded.update(frame(ring_plays(range(60, 62), plays=5, begin=20, days=1)))
-    assert len(loaded.taste("u61")) == 1
+    loaded_model = rayrec.load(tmp_path / "saved", progress=False)
+    forget_users(loaded_model.workspace, ["u3"])
+    loaded_model.update(frame(ring_plays(range(60, 62), plays=5, begin=20, days=1)))
+    assert len(loaded_model.taste("u61")) == 1
     with pytest.raises(NotFoundError, match="u3"):
-        loaded.taste("u3")
+        loaded_model.taste("u3")
 
 
-def test_a_fit_that_was_stopped_goes_on_with_the_same_plays_and_others_replace_them(
+def test_a_stopped_fit_continues_with_the_same_plays_and_other_plays_replace_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_ray(monkeypatch)
-    first, other = frame(ring_plays(range(3), plays=12)), frame(ring_plays(range(10, 14), plays=12))
+    first_plays, other_plays = frame(ring_plays(range(3), plays=12)), frame(ring_plays(range(10, 14), plays=12))
     model = Recommender(**SETTINGS | {"epochs": 1}, workspace=tmp_path)
 
     def stop_at(stage: str, plays: pd.DataFrame) -> None:
@@ -228,11 +228,11 @@ def test_a_fit_that_was_stopped_goes_on_with_the_same_plays_and_others_replace_t
             patch.setattr(f"rayrec.jobs.pipeline.{stage}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
             model.fit(plays)
 
-    stop_at("train", first)
+    stop_at("train", first_plays)
     (songs,) = model.workspace.folders("songs")
-    stop_at("train", first)
+    stop_at("train", first_plays)
     assert model.workspace.folders("songs") == [songs]
-    model.fit(other)
+    model.fit(other_plays)
     assert Dataset(model.workspace).manifest.users == 4
     with pytest.raises(NotFoundError):
         model.taste("u2")
@@ -252,7 +252,7 @@ def test_a_fit_replaces_no_plays_that_were_appended_by_hand(tmp_path: Path, monk
     assert Dataset(model.workspace).manifest.plays == 72
 
 
-def test_a_table_is_taken_where_the_uri_of_the_workspace_has_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_imported_where_the_uri_of_the_workspace_has_options(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("moto.server", reason="no moto: pip install 'rayrec[dev]'")
     without_ray(monkeypatch)
     with s3_server() as server:
@@ -264,17 +264,17 @@ def test_a_table_is_taken_where_the_uri_of_the_workspace_has_options(monkeypatch
         assert model.workspace.files(".inputs") == []
 
 
-def test_a_run_that_is_refused_leaves_the_table_of_the_one_that_holds_the_workspace(tmp_path: Path) -> None:
-    model, sent = Recommender(workspace=tmp_path), ".inputs/plays-0.parquet"
+def test_a_refused_run_leaves_the_table_of_the_run_that_holds_the_workspace(tmp_path: Path) -> None:
+    model, table_file = Recommender(workspace=tmp_path), ".inputs/plays-0.parquet"
 
-    def refused() -> bool:
+    def keeps_table_when_refused() -> bool:
         with pytest.raises(BusyError):
             model.fit(pd.DataFrame({"user": ["ann"]}))
-        return model.workspace.files(".inputs") == [sent]
+        return model.workspace.files(".inputs") == [table_file]
 
-    with exclusive(model.workspace, "fit"), ThreadPoolExecutor(1) as other:
-        model.workspace.write_bytes(sent, b"")
-        assert other.submit(refused).result()
+    with exclusive(model.workspace, "fit"), ThreadPoolExecutor(1) as executor:
+        model.workspace.write_bytes(table_file, b"")
+        assert executor.submit(keeps_table_when_refused).result()
 
 
 def test_plays_of_an_update_that_is_not_used_are_known_at_once(
@@ -283,44 +283,46 @@ def test_plays_of_an_update_that_is_not_used_are_known_at_once(
     without_ray(monkeypatch)
     monkeypatch.setattr("rayrec.jobs.update.TOLERANCE", -2.0)  # no recall can be high enough
     model.save(tmp_path / "saved")
-    loaded = rayrec.load(tmp_path / "saved", progress=False)
+    loaded_model = rayrec.load(tmp_path / "saved", progress=False)
     with pytest.raises(NotFoundError, match="u70"):
-        loaded.taste("u70")
-    loaded.update(frame(ring_plays([*range(60), 70], plays=10, begin=20, days=2)))
+        loaded_model.taste("u70")
+    loaded_model.update(frame(ring_plays([*range(60), 70], plays=10, begin=20, days=2)))
     assert "The update is not used" in capsys.readouterr().err
-    after = rayrec.load(tmp_path / "saved").taste(["u3", "u70"])
-    np.testing.assert_array_equal(loaded.taste(["u3", "u70"]).to_numpy(), after.to_numpy())
+    reloaded_tastes = rayrec.load(tmp_path / "saved").taste(["u3", "u70"])
+    np.testing.assert_array_equal(loaded_model.taste(["u3", "u70"]).to_numpy(), reloaded_tastes.to_numpy())
 
 
 def test_a_notebook_shows_data_and_quality(model: Recommender) -> None:
-    shown = model._repr_html_()
+    html = model._repr_html_()
     for text in ("2,400", "two-step", "popularity", "Validation"):
-        assert text in shown
+        assert text in html
     assert "not fitted" in Recommender()._repr_html_()
     assert "2,400" in rayrec.Dataset(model.workspace)._repr_html_()
 
 
-def by_category(rows: pd.DataFrame) -> polars.DataFrame:
+def with_categories(rows: pd.DataFrame) -> polars.DataFrame:
     return polars.from_pandas(rows).with_columns(polars.col("user_id", "track").cast(polars.Categorical))
 
 
-def by_period(rows: pd.DataFrame) -> pd.DataFrame:
+def with_periods(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(timestamp=rows["timestamp"].dt.to_period("s"))
 
 
-def by_index(rows: pd.DataFrame) -> pd.DataFrame:
+def with_time_index(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.set_index("timestamp")
 
 
-@pytest.mark.parametrize("kind", [pa.Table.from_pandas, polars.from_pandas, by_category, by_period, by_index, "csv"])
+@pytest.mark.parametrize(
+    "kind", [pa.Table.from_pandas, polars.from_pandas, with_categories, with_periods, with_time_index, "csv"]
+)
 def test_every_kind_of_table_gives_the_same_plays(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
     rows = frame(ring_plays(range(8), plays=10))
     plays = kind(rows) if callable(kind) else tmp_path / "plays.csv"
     if not callable(kind):
         (tmp_path / "plays.csv").write_text(HEAD + "".join(ring_plays(range(8), plays=10)))
-    made = Recommender(**{**SETTINGS, "epochs": 1}).fit(plays)
-    manifest = rayrec.Dataset(made.workspace).manifest
+    model = Recommender(**{**SETTINGS, "epochs": 1}).fit(plays)
+    manifest = rayrec.Dataset(model.workspace).manifest
     assert (manifest.plays, manifest.users) == (80, 8)
     assert manifest.first_play == int(rows["timestamp"].min().timestamp() * 1000)
 
@@ -340,7 +342,7 @@ def test_columns_that_cannot_be_read_are_bad_input(spoil: Any) -> None:
 
 
 @pytest.mark.parametrize("users", [np.array(["u1"]), pd.Series(["u1"]), pa.array(["u1"]), {"u1"}, iter(["u1"])])
-def test_users_come_in_any_column(model: Recommender, users: Any) -> None:
+def test_users_may_be_any_kind_of_column(model: Recommender, users: Any) -> None:
     assert model.recommend(users, k=np.int64(3))["user_id"].tolist() == ["u1"] * 3
 
 
@@ -357,31 +359,32 @@ def test_a_fit_of_other_plays_that_was_stopped_gives_no_wrong_songs(
 ) -> None:
     without_ray(monkeypatch)
     model = Recommender(**SETTINGS | {"epochs": 1}, workspace=tmp_path).fit(frame(ring_plays(range(8), plays=10)))
-    other = rayrec.load(tmp_path, progress=False)
-    assert len(model.recommend("u1")) == len(other.recommend("u1"))
+    loaded_model = rayrec.load(tmp_path, progress=False)
+    assert len(model.recommend("u1")) == len(loaded_model.recommend("u1"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         patch.setattr("rayrec.jobs.pipeline.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         model.fit(frame(ring_plays(range(20, 28), plays=10)))
-    for each in (model, other, rayrec.load(tmp_path, progress=False)):
+    for recommender in (model, loaded_model, rayrec.load(tmp_path, progress=False)):
         with pytest.raises(NotFoundError, match="the last fit, on other plays, did not finish; call fit again"):
-            each.recommend("u1")
+            recommender.recommend("u1")
 
 
-def test_a_model_in_a_temporary_folder_is_copied_by_saving_alone(model: Recommender, tmp_path: Path) -> None:
-    for copied in (copy.deepcopy, pickle.dumps):
+def test_a_model_in_a_temporary_folder_is_copied_only_by_saving(model: Recommender, tmp_path: Path) -> None:
+    for make_copy in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match=r"use save and rayrec\.load"):
-            copied(model)
+            make_copy(model)
     with pytest.raises(NotFoundError, match="call fit first"):
         Recommender().save(tmp_path / "nothing")
-    kept = rayrec.load(model.save(tmp_path / "kept"), progress=False)
-    assert not any(map(kept.workspace.exists, (LOCK, LOCK_HOLDER)))  # a copied lock would block the copy
-    again = pickle.loads(pickle.dumps(kept))
+    saved_model = rayrec.load(model.save(tmp_path / "kept"), progress=False)
+    assert not any(map(saved_model.workspace.exists, (LOCK, LOCK_HOLDER)))  # a copied lock would block the copy
+    unpickled_model = pickle.loads(pickle.dumps(saved_model))
     pd.testing.assert_frame_equal(
-        again.recommend("u1", at="2030-01-01T00:00:00Z"), kept.recommend("u1", at="2030-01-01T00:00:00Z")
+        unpickled_model.recommend("u1", at="2030-01-01T00:00:00Z"),
+        saved_model.recommend("u1", at="2030-01-01T00:00:00Z"),
     )
 
 
-def test_wrong_use_is_said_before_any_work() -> None:
+def test_wrong_use_is_an_error_before_any_work() -> None:
     with pytest.raises(InputError, match="unknown setting 'epoch'"):
         Recommender(epoch=3)
     with pytest.raises(NotFoundError, match="call fit first"):
@@ -398,9 +401,9 @@ def test_a_temporary_folder_is_refused_where_ray_has_several_nodes(
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     plays = frame(ring_plays(range(3), plays=5))
-    for work in (Recommender(progress=False).fit, Recommender(progress=False).update):
+    for method in (Recommender(progress=False).fit, Recommender(progress=False).update):
         with pytest.raises(InputError, match=r"Ray runs on 2 nodes.*temporary folder.*use Recommender\(workspace="):
-            work(plays)
+            method(plays)
     with pytest.raises(InputError, match="no live release"):
         Recommender(workspace=tmp_path / "shared", progress=False).update(plays)
     nodes[1]["Alive"] = False
@@ -408,10 +411,10 @@ def test_a_temporary_folder_is_refused_where_ray_has_several_nodes(
         Recommender(progress=False).update(plays)
 
 
-def test_the_temporary_folder_goes_with_the_object() -> None:
-    made = Recommender()
-    folder = Path(made.workspace.root)
+def test_the_temporary_folder_is_deleted_with_the_object() -> None:
+    recommender = Recommender()
+    folder = Path(recommender.workspace.root)
     assert folder.exists()
-    del made
+    del recommender
     gc.collect()
     assert not folder.exists()

@@ -26,35 +26,35 @@ class Topic:
         self._next = self.committed
 
     def consume(self, num_messages: int, timeout: float) -> list[Any]:
-        places = range(self._next, min(self._next + num_messages, len(self._values)))
-        self._next += len(places)
-        return [self._message(place) for place in places]
+        offsets = range(self._next, min(self._next + num_messages, len(self._values)))
+        self._next += len(offsets)
+        return [self._message(offset) for offset in offsets]
 
     def commit(self, *, asynchronous: bool) -> None:
         assert not asynchronous
         self.committed = self._next
 
-    def _message(self, place: int) -> Any:
+    def _message(self, offset: int) -> Any:
         fields: dict[str, Callable[[], Any]] = {
             "error": lambda: None,
             "topic": lambda: "plays",
             "partition": lambda: 0,
-            "offset": lambda: place,
-            "value": lambda: self._values[place],
+            "offset": lambda: offset,
+            "value": lambda: self._values[offset],
         }
         return SimpleNamespace(**fields)
 
 
 class Sender:
-    """A client whose first `lost` answers get lost, after the server has stored the plays."""
+    """A client whose first `answers_to_lose` answers get lost, after the server has stored the plays."""
 
-    def __init__(self, app: Client, lost: int) -> None:
-        self._app, self._lost = app, lost
+    def __init__(self, app: Client, answers_to_lose: int) -> None:
+        self._app, self._answers_to_lose = app, answers_to_lose
 
     def plays(self, plays: list[dict[str, Any]]) -> dict[str, Any]:
         answer: dict[str, Any] = self._app.post("/v1/plays", {"plays": plays}).json()
-        self._lost -= 1
-        if self._lost >= 0:
+        self._answers_to_lose -= 1
+        if self._answers_to_lose >= 0:
             raise ApiUnavailableError("the server did not answer")
         return answer
 
@@ -68,9 +68,9 @@ def test_plays_are_committed_once_they_are_stored_and_count_once(
     write_release(world)
     plays = [{"user_id": "ann", "song_id": f"song-{row}", "played_at": AT + row} for row in range(5)]
     topic = Topic([*(json.dumps(play).encode() for play in plays), b"{broken", None])  # None: a tombstone
-    with service(world) as opened:
-        app = Client(opened)
-        sender = Sender(app, lost=1)
+    with service(world) as replica:
+        app = Client(replica)
+        sender = Sender(app, answers_to_lose=1)
         with pytest.raises(ApiUnavailableError):
             forward(topic, sender)
         assert topic.committed == 0
@@ -80,6 +80,6 @@ def test_plays_are_committed_once_they_are_stored_and_count_once(
         assert topic.committed == 7
         assert forward(topic, sender) is None
         assert app.get("/v1/users/ann/plays").json()["count"] == 5
-    told = capsys.readouterr().err
-    assert "left out: plays.5" in told
-    assert "left out: plays.6" in told
+    output = capsys.readouterr().err
+    assert "left out: plays.5" in output
+    assert "left out: plays.6" in output

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = [path for folder in ("rayrec", "cli") for path in sorted((ROOT / folder).rglob("*.py"))]
 # Files whose docstrings are shown in the OpenAPI document or in the help of the command line.
-SHOWN = {ROOT / "rayrec" / name for name in ("serving/schemas.py", "serving/routes.py", "bench/bench_config.py")}
-TEXTS = [
+SHOWN_FILES = {ROOT / "rayrec" / name for name in ("serving/schemas.py", "serving/routes.py", "bench/bench_config.py")}
+TEXT_FILES = [
     *sorted((ROOT / "rayrec").rglob("*.html")),
     *sorted((ROOT / "rayrec").rglob("*.j2")),
     *sorted(path for path in (ROOT / "examples").iterdir() if path.is_file()),
@@ -45,32 +45,32 @@ def is_command(node: ast.AST) -> bool:
 def sentences(source: str, docstrings: bool = False) -> Iterator[tuple[int, str]]:
     """Yield line and text of each string of several words; unless `docstrings`, skip docstrings that are no help."""
     tree = ast.parse(source)
-    hidden: set[int] = set()
+    hidden_ids: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, DOCUMENTED) and not docstrings and not is_command(node):
             for item in node.body:  # the docstring, and strings below fields
                 if isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant):
-                    hidden.add(id(item.value))
+                    hidden_ids.add(id(item.value))
         if isinstance(node, ast.JoinedStr):
-            hidden |= {id(part) for part in node.values}
+            hidden_ids |= {id(part) for part in node.values}
     for node in ast.walk(tree):
         text = literal(node)
-        if " " in text.strip() and id(node) not in hidden:
+        if " " in text.strip() and id(node) not in hidden_ids:
             yield node.lineno, text  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_text_for_users_holds_a_banned_word(path: Path) -> None:
-    texts = sentences(path.read_text("utf-8"), docstrings=path in SHOWN)
-    found = [f"line {line}: {text!r}" for line, text in texts if PATTERN.search(text)]
-    assert not found, "\n".join(found)
+    texts = sentences(path.read_text("utf-8"), docstrings=path in SHOWN_FILES)
+    problems = [f"line {line}: {text!r}" for line, text in texts if PATTERN.search(text)]
+    assert not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", TEXT_FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_pages_templates_and_examples_hold_no_banned_word(path: Path) -> None:
     lines = enumerate(path.read_text("utf-8").splitlines(), 1)
-    found = [f"line {number}: {line}" for number, line in lines if PATTERN.search(line)]
-    assert not found, "\n".join(found)
+    problems = [f"line {number}: {line}" for number, line in lines if PATTERN.search(line)]
+    assert not problems, "\n".join(problems)
 
 
 def test_the_words_are_found_in_errors_help_and_f_strings_and_in_docstrings_where_they_are_shown() -> None:
@@ -85,7 +85,7 @@ def go():
     """Do it again."""
     help = "Say which."
 '''
-    found = {text for _, text in sentences(source) if PATTERN.search(text)}
-    assert found == {"Do it again.", "{} was asked for", "Say which."}
-    shown = {text for _, text in sentences(source, docstrings=True) if PATTERN.search(text)}
-    assert shown - found == {"Told to readers of the code alone.", "Judged by nobody."}
+    texts = {text for _, text in sentences(source) if PATTERN.search(text)}
+    assert texts == {"Do it again.", "{} was asked for", "Say which."}
+    texts_with_docstrings = {text for _, text in sentences(source, docstrings=True) if PATTERN.search(text)}
+    assert texts_with_docstrings - texts == {"Told to readers of the code alone.", "Judged by nobody."}

@@ -22,16 +22,16 @@ from rayrec.errors import InputError
 from rayrec.storage.workspace import Workspace
 
 
-class Counting(BaseHTTPRequestHandler):
+class CountingHandler(BaseHTTPRequestHandler):
     """Records the requests that it gets; answers every request to /bad with 503."""
 
     protocol_version = "HTTP/1.1"
-    seen: list[tuple[str, str, bytes]] = []  # noqa: RUF012
+    requests: list[tuple[str, str, bytes]] = []  # noqa: RUF012
 
     def do_POST(self) -> None:
         """Answer a POST."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.seen.append((self.command, self.headers.get("Content-Type", ""), body))
+        self.requests.append((self.command, self.headers.get("Content-Type", ""), body))
         self.send_response(503 if self.path == "/bad" else 200)
         self.send_header("Content-Length", "2")
         self.end_headers()
@@ -45,8 +45,8 @@ class Counting(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    Counting.seen = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Counting)
+    CountingHandler.requests = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), CountingHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -67,14 +67,14 @@ def test_all_bodies_are_sent_and_answers_counted(url: str, generator: str) -> No
     assert load.errors == 0
     assert 0 < load.p50_ms <= load.p99_ms < 30_000
     assert load.per_second == pytest.approx(load.answered / load.seconds)
-    assert {body for _, _, body in Counting.seen} == {b'{"k": 0}', b'{"k": 1}', b'{"k": 2}'}
-    assert {(method, kind) for method, kind, _ in Counting.seen} == {("POST", "application/json")}
-    assert load.answered <= len(Counting.seen) <= load.answered + 4
+    assert {body for _, _, body in CountingHandler.requests} == {b'{"k": 0}', b'{"k": 1}', b'{"k": 2}'}
+    assert {(method, kind) for method, kind, _ in CountingHandler.requests} == {("POST", "application/json")}
+    assert load.answered <= len(CountingHandler.requests) <= load.answered + 4
 
 
-def test_without_bodies_it_gets(url: str, generator: str) -> None:
+def test_without_bodies_get_requests_are_sent(url: str, generator: str) -> None:
     assert put_under_load(url, [], 1, 1.0).answered > 10
-    assert {method for method, _, _ in Counting.seen} == {"GET"}
+    assert {method for method, _, _ in CountingHandler.requests} == {"GET"}
 
 
 def test_refused_requests_are_errors_and_no_work(url: str, generator: str) -> None:
@@ -99,15 +99,15 @@ def test_ratios_are_medians_of_those_within_a_round() -> None:
         }
         for factor in (1.0, 3.0, 1.5)
     ]
-    told = summarize_slices(rounds)
-    assert told["p50_ratio"] == pytest.approx(1.5)
-    assert told["throughput_ratio"] == pytest.approx(1.5)
-    assert told["stored_over_noop_ms"] == pytest.approx(1.5)
-    assert told["errors"] == 3
-    assert told["loads"]["serve history 16"] == {"per_second": 300.0, "p50_ms": 6.0, "p99_ms": 9.0, "errors": 3}
+    summary = summarize_slices(rounds)
+    assert summary["p50_ratio"] == pytest.approx(1.5)
+    assert summary["throughput_ratio"] == pytest.approx(1.5)
+    assert summary["stored_over_noop_ms"] == pytest.approx(1.5)
+    assert summary["errors"] == 3
+    assert summary["loads"]["serve history 16"] == {"per_second": 300.0, "p50_ms": 6.0, "p99_ms": 9.0, "errors": 3}
 
 
-def test_the_clients_that_ratios_need_must_be_there() -> None:
+def test_numbers_of_clients_without_1_and_16_are_refused() -> None:
     with pytest.raises(InputError, match="expected integers that include 1 and 16"):
         ServeBenchConfig(clients=(1, 64))
 
@@ -163,17 +163,21 @@ def test_memory_grows_by_what_the_second_half_holds_over_the_first(used: list[fl
     assert memory_growth(used) == pytest.approx(grown)
 
 
-def test_an_application_that_answers_may_run_longer_than_its_start(
+def test_a_started_application_runs_on_after_the_limit_of_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says, started, start = "print('http://127.0.0.1:1', flush=True); import time; time.sleep(60)", [], subprocess.Popen
+    program, processes, popen = (
+        "print('http://127.0.0.1:1', flush=True); import time; time.sleep(60)",
+        [],
+        subprocess.Popen,
+    )
 
     def launch(_: list[str], **options: Any) -> "subprocess.Popen[str]":
-        started.append(start([sys.executable, "-c", says], **options))
-        return started[-1]
+        processes.append(popen([sys.executable, "-c", program], **options))
+        return processes[-1]
 
     monkeypatch.setattr(serve_bench.subprocess, "Popen", launch)
     monkeypatch.setattr(serve_bench, "START_SECONDS", 3.0)
     with serve_bench.application("bare", Workspace(str(tmp_path)), f"sqlite:///{tmp_path}/states.db"):
         time.sleep(3.5)
-        assert started[0].poll() is None
+        assert processes[0].poll() is None

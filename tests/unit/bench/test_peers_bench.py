@@ -18,7 +18,7 @@ from rayrec.storage.workspace import Workspace
 PYTHON = Path(__file__).parents[3] / ".venv-peers" / "bin" / "python"
 
 
-class Rising:
+class ImprovingModel:
     """A model whose answers are all wrong after its first epoch, and all right from its second epoch on."""
 
     def __init__(self, turns: list[str], name: str, targets: np.ndarray) -> None:
@@ -31,8 +31,8 @@ class Rising:
 
     def answer(self) -> tuple[torch.Tensor, torch.Tensor]:
         vectors = torch.eye(100)
-        right = vectors[torch.from_numpy(self._targets.astype(np.int64))]
-        return (right if self._epochs > 1 else 0.1 - right), vectors
+        correct = vectors[torch.from_numpy(self._targets.astype(np.int64))]
+        return (correct if self._epochs > 1 else 0.1 - correct), vectors
 
 
 @pytest.fixture
@@ -44,13 +44,15 @@ def histories() -> Histories:
     )
 
 
-def test_queries_are_plays_of_the_test_range_behind_another(workspace: Workspace, histories: Histories) -> None:
+def test_queries_are_plays_of_the_test_range_that_follow_another_play(
+    workspace: Workspace, histories: Histories
+) -> None:
     dataset = write_dataset(workspace, histories, 10)
     split = Split(id="s", dataset="by-hand", validation_from=40, test_from=50)
     queries = queries_of_test_range(dataset, split, 10)
     assert sorted(queries.histories.songs[queries.plays].tolist()) == [1, 4, 6, 9]
-    asked = songs_before(queries, 3)
-    parts = np.split(asked["songs"], asked["offsets"][1:-1])
+    inputs = songs_before(queries, 3)
+    parts = np.split(inputs["songs"], inputs["offsets"][1:-1])
     assert sorted(part.tolist() for part in parts) == [[1, 2, 3], [2, 3, 1], [9, 8], [9, 8, 9]]
     assert len(queries_of_test_range(dataset, split, 2).plays) == 2
 
@@ -59,13 +61,13 @@ def test_networks_train_by_turns_and_are_evaluated_after_each_epoch(workspace: W
     dataset = write_dataset(workspace, histories, 10)
     queries = queries_of_test_range(dataset, Split(id="s", dataset="by-hand", validation_from=40, test_from=50), 10)
     targets, turns = queries.histories.songs[queries.plays], list[str]()
-    figures = compare_epochs({name: Rising(turns, name, targets) for name in ("ours", "theirs")}, queries, 3)
+    epochs = compare_epochs({name: ImprovingModel(turns, name, targets) for name in ("ours", "theirs")}, queries, 3)
     assert turns == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
-    assert [each.epoch for each in figures] == [1, 1, 2, 2, 3, 3]
-    assert all(each.recall == each.served_recall == 0 for each in figures[:2])
-    assert all(each.mrr == each.served_mrr == 1 for each in figures[2:])
-    assert {each.plays_per_second for each in figures} == {50.0}
-    table = as_markdown(figures).splitlines()
+    assert [epoch.epoch for epoch in epochs] == [1, 1, 2, 2, 3, 3]
+    assert all(epoch.recall == epoch.served_recall == 0 for epoch in epochs[:2])
+    assert all(epoch.mrr == epoch.served_mrr == 1 for epoch in epochs[2:])
+    assert {epoch.plays_per_second for epoch in epochs} == {50.0}
+    table = as_markdown(epochs).splitlines()
     assert table[4] == "| ours | 3 | 6 | 50 | 1.000 | 1.000 | 1.000 | 1.000 |"
     assert len(table) == 2 + 6
 
@@ -74,8 +76,8 @@ def test_networks_train_by_turns_and_are_evaluated_after_each_epoch(workspace: W
 @pytest.mark.skipif(not PYTHON.exists(), reason="no environment of RecTools: run `make bench-peers`")
 def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
     peers_bench.main(["--quick", "--json", "--python", os.fspath(PYTHON)])
-    told = json.loads(capsys.readouterr().out)
-    ours, theirs = peers_bench.OURS, peers_bench.SASREC
-    assert [each["model"] for each in told["epochs"]] == [ours, theirs, theirs, ours]
-    assert all(each["plays_per_second"] > 0 and each["recall"] > 0 for each in told["epochs"])
-    assert told["parameters"] > 0
+    report = json.loads(capsys.readouterr().out)
+    our_name, other_name = peers_bench.OURS, peers_bench.SASREC
+    assert [epoch["model"] for epoch in report["epochs"]] == [our_name, other_name, other_name, our_name]
+    assert all(epoch["plays_per_second"] > 0 and epoch["recall"] > 0 for epoch in report["epochs"])
+    assert report["parameters"] > 0

@@ -74,40 +74,40 @@ class TestTrainLoop:
         assert max(len(windows) for windows in batches) < 2 * task.config.batch
 
     def test_warm_steps_are_trained_on_but_not_timed(self, task: TrainTask, clock: Clock) -> None:
-        slow = 1_000.0
+        delay = 1_000.0
 
-        def batches() -> Iterator[Windows]:
+        def delayed_batches() -> Iterator[Windows]:
             for number, windows in enumerate(stage_benches.plain_windows(task, epoch=0)):
-                clock.now += slow if number <= stage_benches.WARM_STEPS - 1 else 0.0
+                clock.now += delay if number <= stage_benches.WARM_STEPS - 1 else 0.0
                 yield windows
 
-        every = list(stage_benches.plain_windows(task, epoch=0))
-        measured = stage_benches.timed_steps(task.training(), batches(), 0, seconds=1e9)
-        assert measured.seconds < slow
-        assert measured.work == sum(int(windows.inputs.sum()) for windows in every[stage_benches.WARM_STEPS :])
+        all_batches = list(stage_benches.plain_windows(task, epoch=0))
+        measured = stage_benches.timed_steps(task.training(), delayed_batches(), 0, seconds=1e9)
+        assert measured.seconds < delay
+        assert measured.work == sum(int(windows.inputs.sum()) for windows in all_batches[stage_benches.WARM_STEPS :])
 
     def test_a_round_ends_when_its_seconds_are_over(self, task: TrainTask, clock: Clock) -> None:
-        every = list(stage_benches.plain_windows(task, epoch=0))
-        measured = stage_benches.timed_steps(task.training(), iter(every), 0, seconds=3)
-        timed = every[stage_benches.WARM_STEPS : stage_benches.WARM_STEPS + 3]
-        assert measured.work == sum(int(windows.inputs.sum()) for windows in timed)
+        all_batches = list(stage_benches.plain_windows(task, epoch=0))
+        measured = stage_benches.timed_steps(task.training(), iter(all_batches), 0, seconds=3)
+        timed_batches = all_batches[stage_benches.WARM_STEPS : stage_benches.WARM_STEPS + 3]
+        assert measured.work == sum(int(windows.inputs.sum()) for windows in timed_batches)
 
     def test_too_few_batches_are_refused(self, task: TrainTask) -> None:
-        every = list(stage_benches.plain_windows(task, epoch=0))[: stage_benches.WARM_STEPS]
+        batches = list(stage_benches.plain_windows(task, epoch=0))[: stage_benches.WARM_STEPS]
         with pytest.raises(InputError, match="increase --users"):
-            stage_benches.timed_steps(task.training(), iter(every), 0, seconds=1)
+            stage_benches.timed_steps(task.training(), iter(batches), 0, seconds=1)
 
     def test_it_trains_the_network(self, task: TrainTask) -> None:
         training = task.training()
-        before = training.model.dense.weight.detach().clone()
+        weights_before = training.model.dense.weight.detach().clone()
         assert stage_benches.timed_steps(training, stage_benches.plain_windows(task, 0), 0, seconds=0.01).work > 0
-        assert not torch.equal(before, training.model.dense.weight)
+        assert not torch.equal(weights_before, training.model.dense.weight)
         assert stage_benches.measure_plain_training(task, 0, 0.01).per_second > 0
 
     def test_the_data_path_counts_from_the_second_batch_on(self, task: TrainTask) -> None:
-        every = list(stage_benches.plain_windows(task, epoch=0))
-        measured = stage_benches.timed_windows(iter(every), seconds=1e9)
-        assert measured.work == sum(int(windows.inputs.sum()) for windows in every[1:])
+        all_batches = list(stage_benches.plain_windows(task, epoch=0))
+        measured = stage_benches.timed_windows(iter(all_batches), seconds=1e9)
+        assert measured.work == sum(int(windows.inputs.sum()) for windows in all_batches[1:])
 
 
 class TestTasteLoop:

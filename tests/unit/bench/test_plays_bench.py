@@ -25,7 +25,7 @@ def test_each_measured_play_meets_a_history_of_the_length_asked_for() -> None:
 
     result = bench_history_lengths(post, SONGS, name="x", rounds=3, plays=16, few=5, many=1_200)
     assert measured["few"] == [5] * 48
-    assert measured["many"] == [1_200 + turn // LONG_USERS for turn in range(48)]
+    assert measured["many"] == [1_200 + number // LONG_USERS for number in range(48)]
     assert result.to_json()["many_plays"] == 1_200
     assert result.rounds == 3
 
@@ -33,14 +33,14 @@ def test_each_measured_play_meets_a_history_of_the_length_asked_for() -> None:
 def test_the_application_takes_the_plays_of_the_bench(workspace: Workspace, tmp_path: Path) -> None:
     write_world(workspace)
     write_release(workspace)
-    with service(workspace, store=f"sqlite:///{tmp_path}/s.sqlite") as opened:
-        app = Client(opened)
+    with service(workspace, store=f"sqlite:///{tmp_path}/s.sqlite") as open_service:
+        client = Client(open_service)
 
         def post(body: dict[str, Any]) -> None:
-            answer = app.post("/v1/plays", body).json()
+            answer = client.post("/v1/plays", body).json()
             assert answer["taken"] == len(body.get("plays", [body]))
 
         result = bench_history_lengths(post, SONGS, name="x", rounds=2, plays=4, few=3, many=300)
         assert result.ratio > 0
-        taste = app.get("/v1/users/x-many-0/taste").json()
+        taste = client.get("/v1/users/x-many-0/taste").json()
         assert taste["plays"] == 301

@@ -34,7 +34,7 @@ from rayrec.bench.rounds import (
 from rayrec.errors import InputError
 
 
-def paced(speeds: Iterator[float], log: list[str], name: str) -> Way:
+def paced_way(speeds: Iterator[float], log: list[str], name: str) -> Way:
     """Return a way that does 100 units of work per run, each run at the next of `speeds`, and logs `name`."""
 
     def run() -> Measured:
@@ -48,7 +48,7 @@ def paced(speeds: Iterator[float], log: list[str], name: str) -> Way:
 def ways() -> Callable[[list[float], list[float]], tuple[Way, Way, list[str]]]:
     def make(ours: list[float], plain: list[float]) -> tuple[Way, Way, list[str]]:
         log: list[str] = []
-        return paced(iter(ours), log, "ours"), paced(iter(plain), log, "plain"), log
+        return paced_way(iter(ours), log, "ours"), paced_way(iter(plain), log, "plain"), log
 
     return make
 
@@ -78,12 +78,12 @@ class TestCompare:
 
     def test_json_is_flat_and_holds_the_further_figures(self) -> None:
         result = compare("x", "plays", lambda: Measured(1, 1), lambda: Measured(1, 1), rounds=2, peak_mb=7.0, feed=5.5)
-        told = result.to_json()
-        assert told.keys() == {
+        report = result.to_json()
+        assert report.keys() == {
             "name", "unit", "ratio", "ratio_low", "ratio_high", "per_second", "plain_per_second", "peak_mb", "rounds",
             "feed",
         }  # fmt: skip
-        assert (told["feed"], told["peak_mb"], told["rounds"]) == (5.5, 7.0, 2)
+        assert (report["feed"], report["peak_mb"], report["rounds"]) == (5.5, 7.0, 2)
 
 
 class TestConfig:
@@ -112,15 +112,15 @@ def fail() -> None:
     raise ValueError("planted")
 
 
-def test_it_is_as_nice_as_asked_in_another_process_with_one_thread() -> None:
-    own = niceness()
-    with PlainProcess(own + 3) as plain:
-        assert plain.run(niceness) == own + 3
+def test_a_plain_process_has_the_given_niceness_and_one_thread() -> None:
+    current_niceness = niceness()
+    with PlainProcess(current_niceness + 3) as plain:
+        assert plain.run(niceness) == current_niceness + 3
         assert plain.run(os.getpid) == plain.run(os.getpid) != os.getpid()
         assert plain.run(threads) == "1"
         with pytest.raises(ValueError, match="planted"):
             plain.run(fail)
-    assert niceness() == own
+    assert niceness() == current_niceness
 
 
 class TestWatch:
@@ -137,22 +137,22 @@ with MemoryWatch(interval=0.01) as watch:
     time.sleep(0.2)
 print(held.nbytes >> 20, watch.peaks_mb[{DRIVER!r}] - before.peaks_mb[{DRIVER!r}])
 """
-        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-        assert int(told[0]) == 64
-        assert float(told[1]) == pytest.approx(64, abs=8)
+        output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        assert int(output[0]) == 64
+        assert float(output[1]) == pytest.approx(64, abs=8)
 
     def test_child_processes_count_too(self) -> None:
         code = "import sys; held = bytearray(b'x') * (32 << 20); print('held', flush=True); sys.stdin.read()"
         with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
             assert child.stdout is not None
             child.stdout.readline()
-            (found,) = [process for process in sample() if process.pid == child.pid]
-            assert (found.role, found.private_mb > 32) == (OTHER, True)
+            (child_memory,) = [process for process in sample() if process.pid == child.pid]
+            assert (child_memory.role, child_memory.private_mb > 32) == (OTHER, True)
             child.communicate()
 
     @pytest.mark.skipif(sys.platform != "linux", reason="no /proc/self/smaps: run it on Linux")
-    def test_the_object_store_counts_for_nobody(self, tmp_path: Path) -> None:
-        def held(name: str) -> float:
+    def test_the_object_store_counts_as_memory_of_no_process(self, tmp_path: Path) -> None:
+        def memory_with_file(name: str) -> float:
             with (tmp_path / name).open("w+b") as file:
                 file.truncate(32 << 20)
                 with mmap.mmap(file.fileno(), 32 << 20) as area:
@@ -160,8 +160,8 @@ print(held.nbytes >> 20, watch.peaks_mb[{DRIVER!r}] - before.peaks_mb[{DRIVER!r}
                     return sample()[0].private_mb
 
         before = sample()[0].private_mb
-        assert held("other") - before == pytest.approx(32, abs=4)
-        assert held("plasmaXYZ") - before == pytest.approx(0, abs=4)
+        assert memory_with_file("other") - before == pytest.approx(32, abs=4)
+        assert memory_with_file("plasmaXYZ") - before == pytest.approx(0, abs=4)
 
     def test_peaks_are_the_highest_of_each_role_and_the_total_of_one_moment(self) -> None:
         watch = MemoryWatch()
@@ -197,24 +197,24 @@ def test_a_benchmark_tells_its_rates_for_one_cpu(told: dict[str, Any], wanted: d
 
 def test_each_benchmark_brings_its_own_rates_and_leaves_the_others(tmp_path: Path) -> None:
     path = tmp_path / "rates.json"
-    for told in (TRAIN, EMBED, {**TRAIN, "per_second": 90_000.0}):
-        save_rates(path, told)
-    found = json.loads(path.read_text())
-    assert found["rates"] == {
+    for result in (TRAIN, EMBED, {**TRAIN, "per_second": 90_000.0}):
+        save_rates(path, result)
+    content = json.loads(path.read_text())
+    assert content["rates"] == {
         "embed_tokens_per_second_per_cpu": 500_000.0,
         "train_plays_per_second_per_cpu": 90_000.0,
     }
-    assert found["machine"] == machine()
-    assert found["commit"] == commit()
+    assert content["machine"] == machine()
+    assert content["commit"] == commit()
     assert [file.name for file in tmp_path.iterdir()] == ["rates.json"]
 
 
 def test_the_machine_is_described() -> None:
-    found = machine()
-    assert found["cpus"] >= 1
-    assert found["memory_gib"] > 0
-    assert found["cpu"]
-    assert found["system"]
+    description = machine()
+    assert description["cpus"] >= 1
+    assert description["memory_gib"] > 0
+    assert description["cpu"]
+    assert description["system"]
 
 
 def test_rates_of_two_machines_are_not_mixed(tmp_path: Path) -> None:
@@ -222,9 +222,9 @@ def test_rates_of_two_machines_are_not_mixed(tmp_path: Path) -> None:
     save_rates(path, TRAIN)
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "machine": {"cpus": 96}}))
-    for refused in (lambda: save_rates(path, EMBED), lambda: check_rates_file(path)):
+    for call in (lambda: save_rates(path, EMBED), lambda: check_rates_file(path)):
         with pytest.raises(InputError, match=r"rates of another machine .*96.*pass another file"):
-            refused()
+            call()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rates": 3, "machine": {}}', '{"plays": 1}'])
@@ -236,12 +236,12 @@ def test_a_file_of_something_else_is_never_overwritten(tmp_path: Path, text: str
     assert path.read_text() == text
 
 
-def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be written: folder .*absent does not exist"):
         check_rates_file(tmp_path / "absent" / "rates.json")
 
 
-def test_a_place_that_takes_no_file_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a folder; pass a file to --save"):
         check_rates_file(tmp_path)
     with pytest.raises(InputError, match=r"cannot be written: File name too long; pass another file to --save"):

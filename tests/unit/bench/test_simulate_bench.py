@@ -21,52 +21,58 @@ from rayrec.jobs.runtime import UnitTime
 CLUSTER = SimulatedCluster(nodes=2, cores=4, task_seconds=0.0, latency=0.0)
 
 
-def one(work: Work, cluster: SimulatedCluster = CLUSTER) -> SimulatedStage:
+def simulate_one(work: Work, cluster: SimulatedCluster = CLUSTER) -> SimulatedStage:
     (stage,) = simulate([work], cluster)
     return stage
 
 
 def test_units_take_turns_on_all_cores() -> None:
-    stage = one(Work(stage="s", name="w", units=80, cpu_seconds=2.0))
+    stage = simulate_one(Work(stage="s", name="w", units=80, cpu_seconds=2.0))
     assert stage.seconds == pytest.approx(80 / 8 * 2)
     assert (stage.busy, stage.idle, stage.bottleneck) == (pytest.approx(1), pytest.approx(0), "cores")
 
 
 def test_the_last_round_leaves_cores_idle() -> None:
-    stage = one(Work(stage="s", name="w", units=9, cpu_seconds=2.0))
+    stage = simulate_one(Work(stage="s", name="w", units=9, cpu_seconds=2.0))
     assert stage.seconds == pytest.approx(4)
     assert stage.idle == pytest.approx(1 - 9 / 16)
-    assert one(Work(stage="s", name="w", units=2, cpu_seconds=2.0)).bottleneck == "few units"
+    assert simulate_one(Work(stage="s", name="w", units=2, cpu_seconds=2.0)).bottleneck == "few units"
 
 
 def test_a_process_loads_once_and_work_on_one_node_leaves_the_others_idle() -> None:
-    assert one(Work(stage="s", name="w", units=80, cpu_seconds=2.0, setup_seconds=5.0)).seconds == pytest.approx(25)
-    alone = one(Work(stage="s", name="w", units=8, cpu_seconds=3.0, one_node=True))
-    assert alone.seconds == pytest.approx(6)
-    assert (alone.idle, alone.bottleneck) == (pytest.approx(0.5), "one node")
+    assert simulate_one(
+        Work(stage="s", name="w", units=80, cpu_seconds=2.0, setup_seconds=5.0)
+    ).seconds == pytest.approx(25)
+    stage = simulate_one(Work(stage="s", name="w", units=8, cpu_seconds=3.0, one_node=True))
+    assert stage.seconds == pytest.approx(6)
+    assert (stage.idle, stage.bottleneck) == (pytest.approx(0.5), "one node")
 
 
 def test_where_a_node_takes_one_unit_at_a_time_the_workers_are_the_bottleneck() -> None:
-    stage = one(Work(stage="s", name="w", units=8, cpu_seconds=3.0, per_node=1))
+    stage = simulate_one(Work(stage="s", name="w", units=8, cpu_seconds=3.0, per_node=1))
     assert stage.seconds == pytest.approx(8 / 2 * 3)
     assert (stage.busy, stage.bottleneck) == (pytest.approx(1 / 4), "workers")
 
 
 def test_requests_wait_for_their_latency_and_for_what_the_storage_answers() -> None:
-    slow = SimulatedCluster(nodes=2, cores=4, task_seconds=0.0, latency=0.1, requests_per_second=1e9)
-    stage = one(Work(stage="s", name="w", units=8, cpu_seconds=1.0, requests=30), slow)
+    slow_storage = SimulatedCluster(nodes=2, cores=4, task_seconds=0.0, latency=0.1, requests_per_second=1e9)
+    stage = simulate_one(Work(stage="s", name="w", units=8, cpu_seconds=1.0, requests=30), slow_storage)
     assert stage.seconds == pytest.approx(1 + 30 * 0.1)
     assert stage.bottleneck == "object storage"
-    full = SimulatedCluster(nodes=2, cores=4, task_seconds=0.0, latency=0.0, requests_per_second=10)
-    assert one(Work(stage="s", name="w", units=8, cpu_seconds=0.0, requests=30), full).seconds == pytest.approx(24)
+    limited_storage = SimulatedCluster(nodes=2, cores=4, task_seconds=0.0, latency=0.0, requests_per_second=10)
+    assert simulate_one(
+        Work(stage="s", name="w", units=8, cpu_seconds=0.0, requests=30), limited_storage
+    ).seconds == pytest.approx(24)
 
 
-def test_bytes_share_the_line_of_their_node() -> None:
-    narrow = SimulatedCluster(nodes=1, cores=4, task_seconds=0.0, latency=0.0, node_bytes_per_second=100.0)
-    assert one(Work(stage="s", name="w", units=4, cpu_seconds=0.0, data_bytes=50.0), narrow).seconds == pytest.approx(2)
+def test_bytes_share_the_network_of_their_node() -> None:
+    narrow_cluster = SimulatedCluster(nodes=1, cores=4, task_seconds=0.0, latency=0.0, node_bytes_per_second=100.0)
+    assert simulate_one(
+        Work(stage="s", name="w", units=4, cpu_seconds=0.0, data_bytes=50.0), narrow_cluster
+    ).seconds == pytest.approx(2)
 
 
-def test_kinds_and_stages_follow_each_other() -> None:
+def test_the_works_of_a_stage_run_one_after_another() -> None:
     works = [
         Work(stage="a", name="first", units=8, cpu_seconds=1.0),
         Work(stage="b", name="other", units=8, cpu_seconds=5.0),
@@ -77,41 +83,41 @@ def test_kinds_and_stages_follow_each_other() -> None:
 
 def test_a_lost_node_costs_its_units_and_the_time_without_it() -> None:
     cluster = SimulatedCluster(nodes=2, cores=1, task_seconds=0.0, latency=0.0, replace_seconds=4.0)
-    stage = one(Work(stage="s", name="w", units=20, cpu_seconds=2.0), cluster)
+    stage = simulate_one(Work(stage="s", name="w", units=20, cpu_seconds=2.0), cluster)
     # One node is lost at 10 s, at the end of its fifth unit, which is lost too: 11 units are left.
     # The other node does two of them until 14 s, then both do nine.
     assert stage.seconds == pytest.approx(20)
     assert stage.lost_node_seconds == pytest.approx(14 + 5 * 2 - 20)
 
 
-def test_spot_nodes_that_go_all_the_time_still_finish_and_say_what_was_lost() -> None:
-    calm = SimulatedCluster(nodes=4, cores=2, task_seconds=0.0, latency=0.0, replace_seconds=60.0)
-    spot = SimulatedCluster(
+def test_work_on_spot_nodes_that_are_often_lost_finishes_and_reports_the_lost_share() -> None:
+    calm_cluster = SimulatedCluster(nodes=4, cores=2, task_seconds=0.0, latency=0.0, replace_seconds=60.0)
+    spot_cluster = SimulatedCluster(
         nodes=4, cores=2, task_seconds=0.0, latency=0.0, replace_seconds=60.0, losses_per_node_hour=6.0
     )
     work = Work(stage="s", name="w", units=400, cpu_seconds=60.0, spread=0.2)
-    steady, lossy = one(work, calm), one(work, spot)
-    assert lossy.seconds > 1.05 * steady.seconds
-    assert 0 < lossy.lost < 0.2
-    assert steady.lost == 0
-    assert one(work, spot) == lossy
+    steady_stage, lossy_stage = simulate_one(work, calm_cluster), simulate_one(work, spot_cluster)
+    assert lossy_stage.seconds > 1.05 * steady_stage.seconds
+    assert 0 < lossy_stage.lost < 0.2
+    assert steady_stage.lost == 0
+    assert simulate_one(work, spot_cluster) == lossy_stage
 
 
-BUCKETS, DRIVER = 8, 3.0
-BY_PLAYS = {
+BUCKETS, DRIVER_SECONDS = 8, 3.0
+PLAY_SECONDS = {
     "PieceImporter": 1e-6,
     "BucketMerger": 2e-6,
     "GroupCounter": 3e-6,
     "RangeMerger": 1e-6,
     "BucketTastes": 5e-6,
 }
-FITTED = ("fit_vectors", "GroupCounter", "RangeMerger", "_build")  # run in both fits, over all data
-BY_SONGS = {"SongRange": 1e-6, "_build": 2e-6, "build_and_save": 1e-6}
-READ, QUERY, USER = 1e-7, 0.02, 0.004
-FIXED = 0.1
+FIT_WORKERS = ("fit_vectors", "GroupCounter", "RangeMerger", "_build")  # run in both fits, over all data
+SONG_SECONDS = {"SongRange": 1e-6, "_build": 2e-6, "build_and_save": 1e-6}
+READ_SECONDS, QUERY_SECONDS, USER_SECONDS = 1e-7, 0.02, 0.004
+FIXED_SECONDS = 0.1
 
 
-def planted(times: int) -> MeasuredRun:
+def planted_run(times: int) -> MeasuredRun:
     """Return a run with a validation range on data of `times` the size; its units cost what the constants above say."""
     size = DataScale(
         users=1_000 * times,
@@ -123,21 +129,21 @@ def planted(times: int) -> MeasuredRun:
         pieces=BUCKETS,
     )
     plays = size.plays / BUCKETS
-    costs = {name: (BUCKETS, FIXED + each * plays) for name, each in BY_PLAYS.items()}
-    costs["RangeMerger"] = (1, FIXED + BY_PLAYS["RangeMerger"] * size.plays)
-    costs |= {name: (1, FIXED + each * size.songs) for name, each in BY_SONGS.items()}
+    costs = {name: (BUCKETS, FIXED_SECONDS + cost * plays) for name, cost in PLAY_SECONDS.items()}
+    costs["RangeMerger"] = (1, FIXED_SECONDS + PLAY_SECONDS["RangeMerger"] * size.plays)
+    costs |= {name: (1, FIXED_SECONDS + cost * size.songs) for name, cost in SONG_SECONDS.items()}
     costs["fit_vectors"] = (1, 4e-6 * size.plays)
     costs["RankerTrainer"] = (3, 2.0)
-    costs["QueryCounter"] = (BUCKETS, READ * plays)
-    costs["ExampleCollector"] = (BUCKETS, READ * plays + QUERY * size.rank_queries / BUCKETS)
-    costs["BucketEvaluator"] = (BUCKETS, READ * plays + QUERY * size.queries / BUCKETS)
-    costs["BucketRecommendations"] = (BUCKETS, FIXED + USER * size.users / BUCKETS)
-    costs |= {name: (2 * costs[name][0], costs[name][1]) for name in FITTED}
+    costs["QueryCounter"] = (BUCKETS, READ_SECONDS * plays)
+    costs["ExampleCollector"] = (BUCKETS, READ_SECONDS * plays + QUERY_SECONDS * size.rank_queries / BUCKETS)
+    costs["BucketEvaluator"] = (BUCKETS, READ_SECONDS * plays + QUERY_SECONDS * size.queries / BUCKETS)
+    costs["BucketRecommendations"] = (BUCKETS, FIXED_SECONDS + USER_SECONDS * size.users / BUCKETS)
+    costs |= {name: (2 * costs[name][0], costs[name][1]) for name in FIT_WORKERS}
     units = {
         name: [UnitTime(worker=name, cpu_seconds=seconds, setup_seconds=0.5)] * count
         for name, (count, seconds) in costs.items()
     }
-    of_stage = {
+    stage_workers = {
         "import": ("PieceImporter", "SongRange", "BucketMerger"),
         "retrieval": ("GroupCounter", "RangeMerger", "_build"),
         "taste": ("BucketTastes",),
@@ -145,44 +151,48 @@ def planted(times: int) -> MeasuredRun:
         "recommend": ("BucketRecommendations",),
     }
     seconds = {
-        stage: DRIVER + sum(unit.cpu_seconds + unit.setup_seconds for name in names for unit in units[name])
-        for stage, names in of_stage.items()
+        stage: DRIVER_SECONDS + sum(unit.cpu_seconds + unit.setup_seconds for name in names for unit in units[name])
+        for stage, names in stage_workers.items()
     }
     return MeasuredRun(size=size, units=units, seconds=seconds, train_plays_per_second=10_000.0, history_bytes=8.5)
 
 
 @pytest.fixture(scope="module")
 def runs() -> list[MeasuredRun]:
-    return [planted(1), planted(4)]
+    return [planted_run(1), planted_run(4)]
 
 
 def test_lines_are_those_that_were_planted(runs: list[MeasuredRun]) -> None:
     lines = fit_lines(runs)
-    for name, each in {**BY_PLAYS, **BY_SONGS, "BucketRecommendations": USER}.items():
-        assert lines[name].each == pytest.approx(each), name
-        assert lines[name].fixed == pytest.approx(FIXED), name
+    for name, cost in {**PLAY_SECONDS, **SONG_SECONDS, "BucketRecommendations": USER_SECONDS}.items():
+        assert lines[name].each == pytest.approx(cost), name
+        assert lines[name].fixed == pytest.approx(FIXED_SECONDS), name
     for name in ("ExampleCollector", "BucketEvaluator"):
-        assert lines[name].each == pytest.approx(QUERY), name
+        assert lines[name].each == pytest.approx(QUERY_SECONDS), name
         assert lines[name].fixed == pytest.approx(0, abs=1e-9), name
     assert lines["fit_vectors"].each == pytest.approx(4e-6)
     assert all(line.setup == 0.5 for line in lines.values())
 
 
 def test_the_simulation_of_a_measured_run_computes_as_long_as_the_run_did(runs: list[MeasuredRun]) -> None:
-    measured = runs[-1]
-    alone = SimulatedCluster(nodes=1, cores=1, task_seconds=0.0, latency=0.0, requests_per_second=1e12)
-    works = job_graph(measured.size, fit_lines(runs), runs, alone, epochs=1)
-    seconds = {stage.stage: stage.seconds for stage in simulate(works, alone)}
-    assert seconds["embed"] == pytest.approx(sum(unit.cpu_seconds for unit in measured.units["fit_vectors"]))
-    of_retrieval = sum(unit.cpu_seconds for name in FITTED[1:] for unit in measured.units[name])
-    simulated = sum(work.units * work.cpu_seconds for work in works if work.stage == "retrieval") - DRIVER
-    assert simulated == pytest.approx(of_retrieval)
+    run = runs[-1]
+    one_core = SimulatedCluster(nodes=1, cores=1, task_seconds=0.0, latency=0.0, requests_per_second=1e12)
+    works = job_graph(run.size, fit_lines(runs), runs, one_core, epochs=1)
+    seconds = {stage.stage: stage.seconds for stage in simulate(works, one_core)}
+    assert seconds["embed"] == pytest.approx(sum(unit.cpu_seconds for unit in run.units["fit_vectors"]))
+    retrieval_seconds = sum(unit.cpu_seconds for name in FIT_WORKERS[1:] for unit in run.units[name])
+    simulated_seconds = (
+        sum(work.units * work.cpu_seconds for work in works if work.stage == "retrieval") - DRIVER_SECONDS
+    )
+    assert simulated_seconds == pytest.approx(retrieval_seconds)
 
 
 def test_every_unit_is_a_worker_of_a_job(runs: list[MeasuredRun]) -> None:
     works = job_graph(runs[-1].size, fit_lines(runs), runs, CLUSTER)
     units = {work.name for work in works if work.stage not in ("embed", "train")} - {"driver"}
-    names = [f"{room.__name__}.{each.name}" for room in (jobs, importing) for each in iter_modules(room.__path__)]
+    names = [
+        f"{package.__name__}.{info.name}" for package in (jobs, importing) for info in iter_modules(package.__path__)
+    ]
     modules = [import_module(name) for name in names]
     assert units <= {name for module in modules for name in vars(module)}
     assert "RankerTrainer" in units
@@ -198,28 +208,39 @@ def test_the_hours_of_large_data_follow_the_lines(runs: list[MeasuredRun]) -> No
         rank_queries=40_000,
         pieces=512,
     )
-    fast = SimulatedCluster(
+    fast_cluster = SimulatedCluster(
         nodes=16, cores=8, task_seconds=0.0, latency=0.0, requests_per_second=1e12, node_bytes_per_second=1e15
     )
-    found = {stage.stage: stage for stage in simulate(job_graph(size, fit_lines(runs), runs, fast, epochs=4), fast)}
+    stages = {
+        stage.stage: stage
+        for stage in simulate(job_graph(size, fit_lines(runs), runs, fast_cluster, epochs=4), fast_cluster)
+    }
     rounds = 512 / 128
-    assert found["taste"].seconds == pytest.approx(DRIVER + rounds * (FIXED + 5e-6 * 10**9 / 512) + 0.5)
-    assert found["recommend"].seconds == pytest.approx(DRIVER + rounds * (FIXED + USER * 10**6 / 512) + 0.5)
-    reading, answering = READ * 10**9 / 512, QUERY * 100_000 / 512
-    counted = reading + 0.5  # the queries of a few buckets, all at once
-    assert found["evaluate"].seconds == pytest.approx(DRIVER + counted + rounds * (reading + answering) + 0.5)
-    assert found["embed"].seconds == pytest.approx(2 * 4 * 4e-6 * 10**9 / 8, rel=0.01)
-    assert found["train"].seconds == pytest.approx(2 * 4 * 10**9 / 10_000 / 16, rel=0.01)
-    assert found["train"].bottleneck == "workers"  # one worker per node
+    assert stages["taste"].seconds == pytest.approx(
+        DRIVER_SECONDS + rounds * (FIXED_SECONDS + 5e-6 * 10**9 / 512) + 0.5
+    )
+    assert stages["recommend"].seconds == pytest.approx(
+        DRIVER_SECONDS + rounds * (FIXED_SECONDS + USER_SECONDS * 10**6 / 512) + 0.5
+    )
+    read_seconds, answer_seconds = READ_SECONDS * 10**9 / 512, QUERY_SECONDS * 100_000 / 512
+    count_seconds = read_seconds + 0.5  # the queries of a few buckets, all at once
+    assert stages["evaluate"].seconds == pytest.approx(
+        DRIVER_SECONDS + count_seconds + rounds * (read_seconds + answer_seconds) + 0.5
+    )
+    assert stages["embed"].seconds == pytest.approx(2 * 4 * 4e-6 * 10**9 / 8, rel=0.01)
+    assert stages["train"].seconds == pytest.approx(2 * 4 * 10**9 / 10_000 / 16, rel=0.01)
+    assert stages["train"].bottleneck == "workers"  # one worker per node
     # A lost node costs the work since the last checkpoint, about ten minutes at most, and a share of the wait for a
     # new node. The bound is generous.
-    assert found["train"].lost_node_seconds < 2 * 600 + 240
-    assert found["embed"].bottleneck == "one node"
+    assert stages["train"].lost_node_seconds < 2 * 600 + 240
+    assert stages["embed"].bottleneck == "one node"
 
 
 def test_where_requests_take_long_object_storage_is_the_bottleneck(runs: list[MeasuredRun]) -> None:
     size = runs[1].size
-    slow = SimulatedCluster(nodes=4, cores=2, task_seconds=0.0, latency=1.0)
-    found = {stage.stage: stage for stage in simulate(job_graph(size, fit_lines(runs), runs, slow), slow)}
-    assert found["taste"].storage > 0.5
-    assert found["taste"].seconds > 6
+    slow_cluster = SimulatedCluster(nodes=4, cores=2, task_seconds=0.0, latency=1.0)
+    stages = {
+        stage.stage: stage for stage in simulate(job_graph(size, fit_lines(runs), runs, slow_cluster), slow_cluster)
+    }
+    assert stages["taste"].storage > 0.5
+    assert stages["taste"].seconds > 6

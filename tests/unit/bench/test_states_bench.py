@@ -9,10 +9,10 @@ from rayrec.storage.workspace import Workspace
 
 @needs_redis
 def test_all_users_are_loaded_into_both_stores(workspace: Workspace) -> None:
-    figures = bench_states(workspace, StatesBenchConfig.quick().replace(users=300))
-    assert figures["users"] == 300
+    metrics = bench_states(workspace, StatesBenchConfig.quick().replace(users=300))
+    assert metrics["users"] == 300
     for store in ("sqlite", "redis"):
-        assert figures[f"{store}_users_per_second"] > 0
-        assert figures[f"{store}_cpu_seconds"] > 0
-        assert 500 < figures[f"{store}_user_bytes"] < 10_000
-    assert figures["sqlite_server_cpu_seconds"] == 0.0
+        assert metrics[f"{store}_users_per_second"] > 0
+        assert metrics[f"{store}_cpu_seconds"] > 0
+        assert 500 < metrics[f"{store}_user_bytes"] < 10_000
+    assert metrics["sqlite_server_cpu_seconds"] == 0.0

@@ -43,20 +43,20 @@ def seen() -> list[tuple[Call, Sample, bool]]:
 
 @pytest.fixture
 def app(seen: list, tmp_path: Path) -> typer.Typer:
-    made = typer.Typer(name="rayrec", rich_markup_mode=None)
+    typer_app = typer.Typer(name="rayrec", rich_markup_mode=None)
 
-    @made.callback()
+    @typer_app.callback()
     def root(ctx: typer.Context) -> None:
         ctx.obj = Globals(workspace=str(tmp_path / "default"), as_json=False)
 
-    @command(made, "go", config=Sample, example="go there", arguments={"where": WHERE})
+    @command(typer_app, "go", config=Sample, example="go there", arguments={"where": WHERE})
     def go(call: Call, config: Sample, *, twice: bool = False) -> CommandOutput:
         """Go."""
         print("a library says something")
         seen.append((call, config, twice))
         return CommandOutput({"size": config.size}, ["gone"])
 
-    return made
+    return typer_app
 
 
 def invoke(app: typer.Typer, *arguments: str) -> Any:
@@ -74,13 +74,13 @@ def test_every_kind_of_setting_has_a_flag(app: typer.Typer, seen: list) -> None:
     assert twice
 
 
-def test_what_is_not_given_is_the_default(app: typer.Typer, seen: list) -> None:
+def test_settings_without_a_flag_have_their_defaults(app: typer.Typer, seen: list) -> None:
     assert invoke(app, "there").exit_code == 0
     assert seen[0][1] == Sample(where="there")
 
 
 @pytest.mark.parametrize("content", ['[go]\nsize = 5\nway = "down"', 'size = 5\nway = "down"'])
-def test_flags_lie_over_the_config_file(app: typer.Typer, seen: list, tmp_path: Path, content: str) -> None:
+def test_flags_override_the_config_file(app: typer.Typer, seen: list, tmp_path: Path, content: str) -> None:
     file = tmp_path / "settings.toml"
     file.write_text(content)
     result = invoke(app, "there", "--config", str(file), "--size", "7")
@@ -116,9 +116,9 @@ def test_an_unknown_key_of_a_config_file_is_an_error(app: typer.Typer, tmp_path:
 @pytest.fixture
 def many(seen: list) -> typer.Typer:
     """Two commands with settings, one without, and a group."""
-    made, group = typer.Typer(name="rayrec", rich_markup_mode=None), typer.Typer()
+    typer_app, group = typer.Typer(name="rayrec", rich_markup_mode=None), typer.Typer()
 
-    @made.callback()
+    @typer_app.callback()
     def root(ctx: typer.Context) -> None:
         ctx.obj = Globals(workspace="", as_json=False)
 
@@ -133,12 +133,12 @@ def many(seen: list) -> typer.Typer:
         seen.append(config)
         return CommandOutput({})
 
-    command(made, "go", config=Sample, example="go there", arguments={"where": WHERE})(body)
-    command(made, "other", config=Other, example="other")(body)
+    command(typer_app, "go", config=Sample, example="go there", arguments={"where": WHERE})(body)
+    command(typer_app, "other", config=Other, example="other")(body)
     command(group, "within", config=Sample, example="within")(body)
-    command(made, "size", example="size")(lambda call: CommandOutput({}))
-    made.add_typer(group, name="group")
-    return made
+    command(typer_app, "size", example="size")(lambda call: CommandOutput({}))
+    typer_app.add_typer(group, name="group")
+    return typer_app
 
 
 @pytest.mark.parametrize(
@@ -206,66 +206,66 @@ def lines(view: object) -> list[str]:
         ("a", "a"),
     ],
 )
-def test_numbers_are_read_by_people(value: object, read: str) -> None:
+def test_numbers_are_formatted_for_people(value: object, read: str) -> None:
     assert number(value) == read
 
 
-def test_sizes_and_dates_are_read_by_people() -> None:
+def test_sizes_and_dates_are_formatted_for_people() -> None:
     assert [size(n) for n in (0, 999, 1500, 2_000_000, 3 * 10**12)] == ["0 B", "999 B", "1.5 kB", "2.0 MB", "3.0 TB"]
     assert day("2015-01-20T18:30:12+00:00") == "2015-01-20 18:30"
 
 
 def test_numbers_are_right_aligned_and_never_cut() -> None:
-    long = "a title that is far too long for a terminal of eighty columns, whatever one does about it"
-    told = lines(table("", ["song", "plays", "also"], [[long, 1, long], ["b", 1234567, "c"]], left=["also"]))
-    assert all(len(line) <= 80 for line in told)
-    assert "…" in told[2]
-    assert told[3].index("1,234,567") + len("1,234,567") == told[2].index(" 1 ") + len(" 1")
+    long_text = "a title that is far too long for a terminal of eighty columns, whatever one does about it"
+    rows = lines(table("", ["song", "plays", "also"], [[long_text, 1, long_text], ["b", 1234567, "c"]], left=["also"]))
+    assert all(len(line) <= 80 for line in rows)
+    assert "…" in rows[2]
+    assert rows[3].index("1,234,567") + len("1,234,567") == rows[2].index(" 1 ") + len(" 1")
 
 
 def test_brackets_in_titles_are_no_markup() -> None:
     assert "Song [red]" in lines(table("", ["song"], [["Song [red]"]]))[2]
 
 
-def test_figures_leave_lists_and_nothing_out() -> None:
-    told = "\n".join(
+def test_a_table_of_values_omits_lists_and_missing_values() -> None:
+    output = "\n".join(
         lines(values_view("Index", {"seconds": 1.5, "songs_with_vector": 9999, "none": None, "list": [1]}))
     )
-    assert "songs with vector  9,999" in told
-    assert "none" not in told
-    assert "list" not in told
+    assert "songs with vector  9,999" in output
+    assert "none" not in output
+    assert "list" not in output
 
 
-def test_a_long_value_cuts_no_label_and_goes_on_in_the_next_line() -> None:
+def test_a_long_value_is_wrapped_and_no_label_is_cut() -> None:
     folder = "s3://music/" + "recommendations/" * 8
-    told = lines(values_view("", {"folder_of_the_answers": folder, "users": 1234}))
-    assert all(len(line) <= 80 for line in told)
-    assert told[0].startswith("  folder of the answers")
-    assert "".join(line.removeprefix("  folder of the answers").strip() for line in told[:-1]) == folder
-    assert told[-1].split() == ["users", "1,234"]
+    rows = lines(values_view("", {"folder_of_the_answers": folder, "users": 1234}))
+    assert all(len(line) <= 80 for line in rows)
+    assert rows[0].startswith("  folder of the answers")
+    assert "".join(line.removeprefix("  folder of the answers").strip() for line in rows[:-1]) == folder
+    assert rows[-1].split() == ["users", "1,234"]
 
 
-def test_a_text_is_one_line_wherever_it_goes(capsys: pytest.CaptureFixture[str]) -> None:
-    order = "rayrec import csv " + "folder/" * 20 + "plays.csv --columns user=user_id,song=song_id"
-    show(CommandOutput({}, [order]), as_json=False)
-    assert capsys.readouterr().out == f"{order}\n"
+def test_a_text_of_any_length_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    command_line = "rayrec import csv " + "folder/" * 20 + "plays.csv --columns user=user_id,song=song_id"
+    show(CommandOutput({}, [command_line]), as_json=False)
+    assert capsys.readouterr().out == f"{command_line}\n"
 
 
 def test_the_stages_of_an_answer_fit_in_80_columns_for_three_catalogs() -> None:
-    figures_of_stage = {"cpu_ms": 123.4, "bytes": 12_345_678}
+    stage_metrics = {"cpu_ms": 123.4, "bytes": 12_345_678}
     catalogs = [
-        {"songs": songs, "stages": {"network": figures_of_stage, "features of candidates": figures_of_stage}}
+        {"songs": songs, "stages": {"network": stage_metrics, "features of candidates": stage_metrics}}
         for songs in (10_000, 1_000_000, 10_000_000)
     ]
     [view] = answer_stages({"catalogs": catalogs})
-    told = lines(view)
-    assert all(len(line) <= 80 for line in told)
-    text = "\n".join(told)
+    rows = lines(view)
+    assert all(len(line) <= 80 for line in rows)
+    text = "\n".join(rows)
     assert all(part in text for part in ("network", "features of candidates", "10 k", "1 M", "10 M"))
     assert [short(count) for count in (500, 1500, 2_000, 1_500_000)] == ["500", "1,500", "2 k", "1,500 k"]
 
 
-def test_the_figures_of_a_benchmark_show_what_lies_within_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_values_of_a_benchmark_include_nested_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     result = {
         "users": [100, 400],
         "speedups": {"train": 1.42, "taste": None},
@@ -273,8 +273,8 @@ def test_the_figures_of_a_benchmark_show_what_lies_within_others(monkeypatch: py
         "check": {"stages": ["import", "taste"], "measured_seconds": 30.5, "ratio": 0.912},
     }
     monkeypatch.setattr("rayrec.bench.suite.bench", lambda *arguments, **options: result)
-    told = CliRunner().invoke(commands, ["bench", "scale"]).output.splitlines()
-    assert [" ".join(line.split()) for line in told] == [
+    output = CliRunner().invoke(commands, ["bench", "scale"]).output.splitlines()
+    assert [" ".join(line.split()) for line in output] == [
         "bench scale",
         "users 100, 400",
         "speedups train 1.420",
@@ -311,19 +311,19 @@ def results(*targets: str) -> dict:
     }
 
 
-def test_the_results_fit_in_80_columns_the_best_as_served_first() -> None:
-    shown = lines(results_table(results("next", "next_repeat", "served", "offsets25_50", "served25_50")))
-    assert all(len(line) <= 80 for line in shown)
-    in_days = lines(
+def test_the_results_fit_in_80_columns_with_the_best_served_model_first() -> None:
+    rows = lines(results_table(results("next", "next_repeat", "served", "offsets25_50", "served25_50")))
+    assert all(len(line) <= 80 for line in rows)
+    day_rows = lines(
         results_table(results("served", "next", "next_repeat", "offsets25_50", "days0_28", "served_days0_28"))
     )
-    assert all(len(line) <= 80 for line in in_days)
-    assert in_days[1].split()[-2:] == ["0-28", "d"]
-    assert shown[1].split()[:4] == ["model", "served", "95", "%"]
-    assert [line.split()[0] for line in shown[3:]] == ["average-0.25", "sequential-rules", "taste"]
-    alone = lines(results_table(results("next")))
-    assert [line.split()[0] for line in alone[3:]] == ["taste", "sequential-rules", "average-0.25"]
-    assert "0.390–0.410" in alone[3]
+    assert all(len(line) <= 80 for line in day_rows)
+    assert day_rows[1].split()[-2:] == ["0-28", "d"]
+    assert rows[1].split()[:4] == ["model", "served", "95", "%"]
+    assert [line.split()[0] for line in rows[3:]] == ["average-0.25", "sequential-rules", "taste"]
+    next_rows = lines(results_table(results("next")))
+    assert [line.split()[0] for line in next_rows[3:]] == ["taste", "sequential-rules", "average-0.25"]
+    assert "0.390–0.410" in next_rows[3]
 
 
 def test_results_without_intervals_are_shown_too() -> None:
@@ -335,14 +335,14 @@ def test_results_without_intervals_are_shown_too() -> None:
 
 def test_the_results_are_headed_by_the_confidence_of_their_intervals_and_have_no_column_without_any() -> None:
     data = results("served", "next")
-    heads = [
+    headers = [
         lines(results_table(data, config))[1].split()
         for config in (EvaluateConfig(confidence=0.9), EvaluateConfig(bootstrap_samples=0))
     ]
-    assert heads == [["model", "served", "90", "%", "MRR", "all", "MRR"], ["model", "served", "MRR", "all", "MRR"]]
+    assert headers == [["model", "served", "90", "%", "MRR", "all", "MRR"], ["model", "served", "MRR", "all", "MRR"]]
 
 
-def test_settings_of_each_baseline_and_the_calibration_error_of_the_default_stand_in_80_columns() -> None:
+def test_settings_of_each_baseline_and_the_calibration_error_of_the_default_fit_in_80_columns() -> None:
     vstan = {"days_decay": 1825.0, "plays_decay": 4.0, "distance_decay": 20.0, "neighbors": 500, "just_played": 0.25}
     error = {"model": "two-step", "value": 0.00312, "chance": 0.04, "right": 0.041, "songs": 900}
     data = {
@@ -356,22 +356,22 @@ def test_settings_of_each_baseline_and_the_calibration_error_of_the_default_stan
     }
     errors, settings = score_notes(data)
     assert errors == "Expected calibration error of two-step: served 0.003, all 0.002"
-    shown = settings.splitlines()
-    assert all(len(line) <= 80 for line in shown)
+    rows = settings.splitlines()
+    assert all(len(line) <= 80 for line in rows)
     assert " ".join(settings.split()) == (
         "Settings of the baselines vstan: days decay: 1825; plays decay: 4; places decay: 20; neighbors: 500; "
         "just played: 0.25 sequential-rules: decay: 0.5"
     )
-    assert shown[-1] == "  sequential-rules: decay: 0.5"
+    assert rows[-1] == "  sequential-rules: decay: 0.5"
     assert score_notes({"default": "two-step", "settings": []}) == []
 
 
 def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     show(CommandOutput({"titles": ["Ä – é"], "n": 1}, ["for people"]), as_json=True)
-    told = capsys.readouterr()
-    assert json.loads(told.out) == {"titles": ["Ä – é"], "n": 1}
-    assert told.out.count("\n") == 1
-    assert told.err == ""
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"titles": ["Ä – é"], "n": 1}
+    assert captured.out.count("\n") == 1
+    assert captured.err == ""
 
 
 def test_json_has_null_where_a_number_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
@@ -381,10 +381,10 @@ def test_json_has_null_where_a_number_is_not_finite(capsys: pytest.CaptureFixtur
 
 def test_the_demo_ends_with_the_address_of_its_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     evaluation = {"default": "a", "results": results("served", "next")["results"]}
-    shown = Answer(release="r", at=0, source="taste", path="exact", plays=0, songs=[], last_plays=[])
-    ended = Demo(outcomes=[], evaluation=evaluation, report="report.html", user="ann", answer=shown)
-    monkeypatch.setattr("rayrec.jobs.pipeline.demo", lambda *args, **options: ended)
+    answer = Answer(release="r", at=0, source="taste", path="exact", plays=0, songs=[], last_plays=[])
+    demo = Demo(outcomes=[], evaluation=evaluation, report="report.html", user="ann", answer=answer)
+    monkeypatch.setattr("rayrec.jobs.pipeline.demo", lambda *args, **options: demo)
     workspace = str(tmp_path / "my demo")
-    told = CliRunner().invoke(commands, ["--workspace", workspace, "demo"]).output.split()
+    words = CliRunner().invoke(commands, ["--workspace", workspace, "demo"]).output.split()
     expected = f"Page: run `rayrec --workspace '{workspace}' serve` and open http://127.0.0.1:8000/"
-    assert " ".join(told).endswith(expected)
+    assert " ".join(words).endswith(expected)

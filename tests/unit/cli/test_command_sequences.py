@@ -20,7 +20,7 @@ from rayrec_cli.main import main
 pytestmark = pytest.mark.usefixtures("commands_without_ray")
 
 USERS, SONGS, DAYS = 14, 12, 14
-TINY = {  # command -> arguments that make it fast
+FAST_ARGUMENTS = {  # command -> arguments that make it fast
     "import": ["csv", "PLAYS", "--columns", "user=user_id,song=track,played_at=timestamp", "--buckets", "2"],
     "split": ["--test-days", "3", "--validation-days", "3"],
     "embed": ["--dim", "4", "--epochs", "1", "--workers", "1"],
@@ -66,7 +66,7 @@ STEPS = [
     "recommend",
 ]
 # Command -> kind of the artifact that it makes.
-MAKES = {
+ARTIFACT_OF_COMMAND = {
     "embed": "songs",
     "train": "models",
     "songs add": "added_songs",
@@ -75,16 +75,16 @@ MAKES = {
     "taste": "tastes",
     "index": "indexes",
 }
-BY_SPLIT = ("embed", "train", "retrieval")  # these fit on the plays that a split allows
-OF_MODEL = ("added_songs", "rankers", "tastes", "indexes")
+FIT_COMMANDS = ("embed", "train", "retrieval")  # these fit on the plays that a split allows
+MODEL_PARTS = ("added_songs", "rankers", "tastes", "indexes")
 
 
 def day_of_plays(day: int) -> list[str]:
     """Return CSV rows with the columns of HEAD for one day: each user plays four successive songs of a ring."""
     return [
-        f"u{user},s{(user + 4 * day + place) % SONGS},{BEGIN + day * DAY + 240 * place},Song,Artist\n"
+        f"u{user},s{(user + 4 * day + position) % SONGS},{BEGIN + day * DAY + 240 * position},Song,Artist\n"
         for user in range(USERS)
-        for place in range(4)
+        for position in range(4)
     ]
 
 
@@ -98,12 +98,11 @@ class Expected:
     models: dict[str, str] = field(default_factory=dict)  # id -> id of its data set; the model requested last is last
     split: dict[str, Any] | None = None  # as `rayrec split` prints it
     current: dict[str, str] = field(default_factory=dict)  # kind -> id
-    of_model: dict[tuple[str, str], str] = field(
-        default_factory=dict
-    )  # kind and model -> id of the artifact requested last
+    # kind and model -> id of the artifact requested last
+    latest_of_model: dict[tuple[str, str], str] = field(default_factory=dict)
     split_of: dict[str, str | None] = field(default_factory=dict)  # id of a model or retrieval -> id of its split
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)  # by id
-    live: list[str] = field(default_factory=list)  # ids of releases, the live one last
+    release_ids: list[str] = field(default_factory=list)  # ids of releases, the live one last
     days: set[int] = field(default_factory=set)  # days appended so far
 
 
@@ -124,24 +123,26 @@ class Session:
     def run(self, line: str) -> tuple[int, dict[str, Any]]:
         """Run a command line, and return its exit code and its JSON output."""
         name = command_of(line)
-        given = line.split()
-        words = [*given, *([] if name == "import" and len(given) > 1 else TINY.get(name, []))]
+        line_words = line.split()
+        words = [*line_words, *([] if name == "import" and len(line_words) > 1 else FAST_ARGUMENTS.get(name, []))]
         if name == "import":
-            day = "".join(word for word in given if word.isdigit())
-            flags = [word for word in given if word.startswith("--")]
+            day = "".join(word for word in line_words if word.isdigit())
+            flags = [word for word in line_words if word.startswith("--")]
             file = "other" if "--force" in flags else f"day{day}" if day else "plays"
-            words = ["import", *TINY["import"], *flags]
+            words = ["import", *FAST_ARGUMENTS["import"], *flags]
             words[words.index("PLAYS")] = str(self.folder / f"{file}.csv")
-        elif name == "split" and "--last-fraction" in given:
-            words = given
+        elif name == "split" and "--last-fraction" in line_words:
+            words = line_words
         elif name == "split":
-            words = ["split", *TINY["split"], *given[1:]]  # the last value of a repeated flag counts
+            words = ["split", *FAST_ARGUMENTS["split"], *line_words[1:]]  # the last value of a repeated flag counts
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(["--json", "--workspace", str(self.folder / "workspace"), *words])
         data = json.loads(out.getvalue())
-        told = "" if code == 0 else ": " + "; ".join(filter(None, (data["error"]["message"], data["error"]["hint"])))
-        self.lines.append(f"{line} -> {code}{told}")
+        error_text = (
+            "" if code == 0 else ": " + "; ".join(filter(None, (data["error"]["message"], data["error"]["hint"])))
+        )
+        self.lines.append(f"{line} -> {code}{error_text}")
         assert data.get("error", {}).get("kind") != "internal"
         if code == 0:
             self.compare(line, data)
@@ -150,19 +151,19 @@ class Session:
     def follow(self, line: str, depth: int = 0) -> bool:
         """Run a command and what its errors advise, until it succeeds or an error has no advice; return its success."""
         assert depth < 8, "advice without an end"
-        seen: set[str] = set()
+        errors: set[str] = set()
         while True:
             code, data = self.run(line)
             if code == 0:
                 return True
             text = f"{data['error']['message']}; {data['error']['hint']}"
-            advice = advised(text)
+            advice = advised_commands(text)
             if not advice:
                 return False
-            assert text not in seen, "the advice did not help"
-            seen.add(text)
-            for each in advice:
-                assert self.follow(each, depth + 1), "what was advised does not work"
+            assert text not in errors, "the advice did not help"
+            errors.add(text)
+            for command in advice:
+                assert self.follow(command, depth + 1), "what was advised does not work"
 
     def compare(self, line: str, data: dict[str, Any]) -> None:
         """Assert that a command used the expected inputs, and update the expected state with its result."""
@@ -171,20 +172,22 @@ class Session:
             expected.dataset = expected.plays = data["id"]
             expected.versions = {data["id"]}
             expected.days = {1}  # other.csv has the plays of day1.csv
-            expected.splits = {each["id"]: each for each in expected.splits.values() if each["dataset"] == data["id"]}
+            expected.splits = {
+                record["id"]: record for record in expected.splits.values() if record["dataset"] == data["id"]
+            }
             expected.split = list(expected.splits.values())[-1] if expected.splits else None
         elif name == "import":
-            new = "--append" not in line or not expected.days >= {int(line[-1])}
-            assert (data["id"] != expected.dataset) == new
-            if new:
+            is_new = "--append" not in line or not expected.days >= {int(line[-1])}
+            assert (data["id"] != expected.dataset) == is_new
+            if is_new:
                 expected.dataset = expected.plays = data["id"]
                 expected.versions.add(data["id"])
                 expected.days |= {int(line[-1])} if "--append" in line else set()
                 if expected.split and expected.split["protocol"] != "time":  # their last plays have changed
                     assert "run `rayrec split --last-fraction" in data["warnings"][0]
-                    holding = [split for split in expected.splits.values() if split["protocol"] == "time"]
-                    expected.split = holding[-1] if holding else None
-                    expected.splits = {split["id"]: split for split in holding}
+                    time_splits = [split for split in expected.splits.values() if split["protocol"] == "time"]
+                    expected.split = time_splits[-1] if time_splits else None
+                    expected.splits = {split["id"]: split for split in time_splits}
         elif name == "compact":
             expected.dataset = data["id"]
             expected.versions.add(data["id"])
@@ -192,42 +195,42 @@ class Session:
             expected.split = data
             expected.splits.pop(data["id"], None)  # made again, it becomes the last one
             expected.splits[data["id"]] = data
-        elif name in MAKES:
-            self._compare_artifact(line, name, MAKES[name], data)
+        elif name in ARTIFACT_OF_COMMAND:
+            self._compare_artifact(line, name, ARTIFACT_OF_COMMAND[name], data)
         elif name == "evaluate":
             model = expected.current["models"]
             assert (data["inputs"]["models"], data["inputs"]["split"]) == (model, expected.split_of[model])
         elif name == "release create":
             self._compare_release(data)
         elif name == "release rollback":
-            expected.live.pop()
-            assert data["id"] == expected.live[-1]
+            expected.release_ids.pop()
+            assert data["id"] == expected.release_ids[-1]
         state = self.status()
         assert state["dataset"]["id"] == expected.dataset
         assert state["current"].items() >= expected.current.items()
-        assert state["active"] == (expected.live[-1] if expected.live else None)
+        assert state["active"] == (expected.release_ids[-1] if expected.release_ids else None)
 
     def _compare_artifact(self, line: str, name: str, kind: str, data: dict[str, Any]) -> None:
         expected, inputs = self.expected, dict(data["inputs"])
         current = expected.current
-        named = re.search(r"--model (\S+)", line)
-        model = named[1] if named else current.get("models", "")
-        if name in BY_SPLIT:
+        match = re.search(r"--model (\S+)", line)
+        model = match[1] if match else current.get("models", "")
+        if name in FIT_COMMANDS:
             split = wanted_split(line, expected)
             assert inputs.get("split") == split
             assert inputs["dataset"] == expected.dataset
-            assert seen_range(data, expected.splits.get(split) if split else None), data
+            assert names_training_plays(data, expected.splits.get(split) if split else None), data
         if name == "train":
             assert inputs.get("songs") == current.get("songs")
-        if kind in OF_MODEL:
+        if kind in MODEL_PARTS:
             assert inputs["models"] == model
-            expected.of_model[kind, model] = data["id"]
+            expected.latest_of_model[kind, model] = data["id"]
         if name == "rank":
             assert inputs["retrieval"] == current["retrieval"]
             assert inputs["split"] == expected.split_of[model] == expected.split_of[inputs["retrieval"]]
         if name == "taste":
             assert inputs["dataset"] == expected.plays
-            assert inputs.get("added_songs") == expected.of_model.get(("added_songs", model))
+            assert inputs.get("added_songs") == expected.latest_of_model.get(("added_songs", model))
         if name == "train":
             expected.models.pop(data["id"], None)
             expected.models[data["id"]] = inputs["dataset"]
@@ -239,13 +242,13 @@ class Session:
         expected = self.expected
         model = [model for model, dataset in expected.models.items() if dataset in expected.versions][-1]
         assert data["models"] == model
-        for kind in OF_MODEL:
-            assert data.get(kind) == expected.of_model.get((kind, model))
-        if not expected.live or expected.live[-1] != data["id"]:
-            expected.live.append(data["id"])
-        artifacts = {each["id"]: each for each in self.status()["tastes"]}
-        stale = artifacts[data["tastes"]]["inputs"]["dataset"] != expected.plays
-        assert ("run `rayrec taste`" in " ".join(data.get("warnings", []))) == stale
+        for kind in MODEL_PARTS:
+            assert data.get(kind) == expected.latest_of_model.get((kind, model))
+        if not expected.release_ids or expected.release_ids[-1] != data["id"]:
+            expected.release_ids.append(data["id"])
+        artifacts = {record["id"]: record for record in self.status()["tastes"]}
+        is_stale = artifacts[data["tastes"]]["inputs"]["dataset"] != expected.plays
+        assert ("run `rayrec taste`" in " ".join(data.get("warnings", []))) == is_stale
 
     def status(self) -> dict[str, Any]:
         out = io.StringIO()
@@ -260,23 +263,23 @@ def command_of(line: str) -> str:
     return f"{first} {rest[0]}" if first in ("songs", "release") else first
 
 
-def advised(text: str) -> list[str]:
+def advised_commands(text: str) -> list[str]:
     """Return the commands that an error advises to run, in order; of alternatives only the first."""
-    _, found, rest = text.partition("run `rayrec ")
-    alternatives = re.split(r"` or `", f"`rayrec {rest}") if found else [""]
+    _, separator, rest = text.partition("run `rayrec ")
+    alternatives = re.split(r"` or `", f"`rayrec {rest}") if separator else [""]
     commands = re.findall(r"`rayrec ([^`]+)`", alternatives[0] + "`")
     return [command for command in commands if command != "serve"]
 
 
 def wanted_split(line: str, expected: Expected) -> str | None:
     """Return the id of the split that a fit must have used, or None for all plays."""
-    named = re.search(r"--split (\S+)", line)
-    if named:
-        return named[1]
+    match = re.search(r"--split (\S+)", line)
+    if match:
+        return match[1]
     return None if "--no-split" in line or expected.split is None else str(expected.split["id"])
 
 
-def seen_range(data: dict[str, Any], split: dict[str, Any] | None) -> bool:
+def names_training_plays(data: dict[str, Any], split: dict[str, Any] | None) -> bool:
     """Return True if the result of a fit names the plays that it was trained on."""
     if split is None:
         return bool(data["trained_on"] == "all plays")
@@ -286,12 +289,12 @@ def seen_range(data: dict[str, Any], split: dict[str, Any] | None) -> bool:
     return f"all plays except the plays from {day} on" in data["trained_on"]
 
 
-def play_through(steps: list[str]) -> None:
+def run_steps(steps: list[str]) -> None:
     with TemporaryDirectory() as folder:
         session = Session(Path(folder))
         try:
             for step in steps:
-                assert session.follow(step) or (step == "release rollback" and len(session.expected.live) < 2)
+                assert session.follow(step) or (step == "release rollback" and len(session.expected.release_ids) < 2)
             assert session.follow("release create")
             assert session.follow("recommend")
         except AssertionError as error:
@@ -299,7 +302,7 @@ def play_through(steps: list[str]) -> None:
 
 
 SEQUENCES = st.lists(st.sampled_from(STEPS), min_size=6, max_size=12)
-HOW: dict[str, Any] = {
+HYPOTHESIS_SETTINGS: dict[str, Any] = {
     "database": None,
     "phases": [Phase.generate],
     "suppress_health_check": list(HealthCheck),
@@ -307,18 +310,18 @@ HOW: dict[str, Any] = {
 
 
 @given(SEQUENCES)
-@settings(max_examples=15, derandomize=True, **HOW)
-def test_each_command_starts_from_what_was_asked_for_last_and_advice_helps(steps: list[str]) -> None:
-    play_through(steps)
+@settings(max_examples=15, derandomize=True, **HYPOTHESIS_SETTINGS)
+def test_each_command_uses_the_artifacts_requested_last_and_advice_helps(steps: list[str]) -> None:
+    run_steps(steps)
 
 
-def test_the_advice_helps_where_plays_were_added_that_the_split_of_the_model_does_not_hold_for() -> None:
+def test_the_advice_helps_after_an_append_that_outdates_the_split_of_the_model() -> None:
     last_plays = "split --last-fraction 0.2"
-    play_through(["import", last_plays, "train", "import --append 1", last_plays, "evaluate"])
+    run_steps(["import", last_plays, "train", "import --append 1", last_plays, "evaluate"])
 
 
 @pytest.mark.slow
 @given(SEQUENCES)
-@settings(max_examples=100, **HOW)
+@settings(max_examples=100, **HYPOTHESIS_SETTINGS)
 def test_many_more_sequences_of_commands(steps: list[str]) -> None:
-    play_through(steps)
+    run_steps(steps)

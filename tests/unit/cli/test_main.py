@@ -109,15 +109,15 @@ def filled(tmp_path: Path) -> str:
 def test_wrong_use_is_one_clear_line_and_exit_code_2(
     arguments: list[str], said: str, plays: Path, filled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put = {"PLAYS": str(plays), "FILLED": filled}
-    given = [put.get(item, item) for item in arguments]
-    code = main([*([] if "--workspace" in given else ["--workspace", str(tmp_path / "empty")]), *given])
-    told = capsys.readouterr()
-    assert code == 2, told.err
-    assert told.out == ""
-    assert told.err.startswith("rayrec: ")
-    assert told.err.count("\n") == 1
-    assert re.search(said, told.err, re.IGNORECASE), told.err
+    paths = {"PLAYS": str(plays), "FILLED": filled}
+    words = [paths.get(item, item) for item in arguments]
+    code = main([*([] if "--workspace" in words else ["--workspace", str(tmp_path / "empty")]), *words])
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    assert captured.out == ""
+    assert captured.err.startswith("rayrec: ")
+    assert captured.err.count("\n") == 1
+    assert re.search(said, captured.err, re.IGNORECASE), captured.err
 
 
 def test_the_file_of_a_pipeline_holds_the_settings_of_single_commands_too(
@@ -130,7 +130,7 @@ def test_the_file_of_a_pipeline_holds_the_settings_of_single_commands_too(
 
 
 @pytest.mark.parametrize("command", ["status", "split", "recommend --user ann", "evaluate", "train"])
-def test_a_data_set_whose_manifest_is_cut_off_is_said_to_be_damaged(
+def test_a_data_set_whose_manifest_is_cut_off_is_reported_as_damaged(
     command: str, filled: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = Path(filled) / "dataset" / "dataset.json"
@@ -142,7 +142,7 @@ def test_a_data_set_whose_manifest_is_cut_off_is_said_to_be_damaged(
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "release list", "unlock", "clean"])
-def test_a_workspace_that_holds_nothing_is_wrong_use_and_stays_so(
+def test_an_empty_workspace_is_wrong_use_and_stays_empty(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in (tmp_path / "typo", tmp_path / "new"):
@@ -157,7 +157,7 @@ def test_a_workspace_that_holds_nothing_is_wrong_use_and_stays_so(
 
 
 @pytest.mark.parametrize("command", ["demo", "run /no/such.toml", "fit PLAYS", "update PLAYS", "serve"])
-def test_without_faiss_nothing_is_begun(
+def test_without_faiss_nothing_is_started(
     command: str, plays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
@@ -178,7 +178,7 @@ def test_a_job_that_fails_is_exit_code_1(
     assert capsys.readouterr().err == "rayrec: A fit was handed 3 plays\n"
 
 
-def test_an_error_of_ours_that_ray_wrapped_is_told_as_it_was_raised(
+def test_an_error_of_ours_that_ray_wrapped_is_printed_as_it_was_raised(
     filled: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class WrappedError(Exception):
@@ -194,7 +194,7 @@ def test_an_error_of_ours_that_ray_wrapped_is_told_as_it_was_raised(
     assert capsys.readouterr().err == "rayrec: There is no such song\n"
 
 
-def test_our_bugs_are_one_line_and_a_traceback_only_when_asked_for(
+def test_our_bugs_are_one_line_and_a_traceback_only_on_request(
     filled: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(workspace: Workspace) -> None:
@@ -237,9 +237,9 @@ def test_an_error_with_json_is_one_object_on_stdout_and_one_line_on_stderr(
     monkeypatch.setenv("RAYREC_WORKSPACE", filled)
     kind, message, hint, code = error
     assert main(["--json", "status"] if place == "before" else ["status", "--json"]) == code
-    told = capsys.readouterr()
-    assert json.loads(told.out) == {"error": {"kind": kind, "message": message, "hint": hint}}
-    assert told.err.strip().count("\n") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"error": {"kind": kind, "message": message, "hint": hint}}
+    assert captured.err.strip().count("\n") == 0
 
 
 def test_wrong_use_with_json_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,16 +250,16 @@ def test_wrong_use_with_json_is_an_object_too(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_a_stdout_that_cannot_show_a_name_fails_no_work(encoding: str, flags: list[str], tmp_path: Path) -> None:
+def test_a_command_succeeds_where_stdout_cannot_encode_a_name(encoding: str, flags: list[str], tmp_path: Path) -> None:
     plays = tmp_path / "plays.csv"
     plays.write_text("user,song,played_at,title\n\N{SNOWMAN},s,1400000000,日本\n", encoding="utf-8")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "rayrec_cli.main", *flags, "inspect", "csv", str(plays)],
         capture_output=True,
         env={**os.environ, "PYTHONIOENCODING": encoding},
     )
-    assert (done.returncode, done.stderr) == (0, b"")
-    text = done.stdout.decode(encoding)
+    assert (process.returncode, process.stderr) == (0, b"")
+    text = process.stdout.decode(encoding)
     if flags:
         assert [column["example"] for column in json.loads(text)["columns"]][::3] == ["\N{SNOWMAN}", "日本"]
     else:
@@ -283,21 +283,21 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_status_as_json(place: str, filled: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--workspace", filled, "--json"]
     assert main([*flags, "status"] if place == "before" else ["status", *flags]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["dataset"]["plays"] == 2
-    assert told["models"] == []
-    assert told["active"] is None
+    status = json.loads(capsys.readouterr().out)
+    assert status["dataset"]["plays"] == 2
+    assert status["models"] == []
+    assert status["active"] is None
 
 
-def test_split_is_kept_and_shown(filled: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_split_is_stored_and_shown(filled: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["split", "--test-days", "3", "--validation-days", "2", "--workspace", filled]
     assert main([*flags, "--json"]) == 0
-    made = json.loads(capsys.readouterr().out)
-    assert made["test_from"] == 7 * 86_400_000 + 1
+    split = json.loads(capsys.readouterr().out)
+    assert split["test_from"] == 7 * 86_400_000 + 1
     assert main(flags) == 0
-    assert made["id"] in capsys.readouterr().out
+    assert split["id"] in capsys.readouterr().out
     assert main(["status", "--workspace", filled]) == 0
-    assert made["id"] in capsys.readouterr().out
+    assert split["id"] in capsys.readouterr().out
 
 
 def test_a_split_of_each_users_own_plays_says_that_it_is_the_weaker_one(
@@ -305,8 +305,8 @@ def test_a_split_of_each_users_own_plays_says_that_it_is_the_weaker_one(
 ) -> None:
     flags = ["split", "--last-fraction", "0.2", "--workspace", filled]
     assert main([*flags, "--json"]) == 0
-    made = json.loads(capsys.readouterr().out)
-    assert (made["protocol"], made["last_fraction"], made["validation_fraction"]) == ("last-fraction", 0.2, 0.1)
+    split = json.loads(capsys.readouterr().out)
+    assert (split["protocol"], split["last_fraction"], split["validation_fraction"]) == ("last-fraction", 0.2, 0.1)
     assert main(flags) == 0
     assert "weaker than a split in time" in capsys.readouterr().out
     assert main(["status", "--workspace", filled]) == 0
@@ -321,7 +321,7 @@ def test_the_workspace_can_be_named_by_the_environment(
     assert filled in capsys.readouterr().out.replace("\n", "")
 
 
-def rayrec(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_rayrec(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "rayrec_cli.main", *arguments], capture_output=True, text=True)
 
 
@@ -335,22 +335,22 @@ def rayrec(*arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_the_tab_key_completes_commands_options_and_choices(line: str, expected: list[str]) -> None:
-    asked = {"_RAYREC_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
-    done = subprocess.run(
-        [sys.executable, "-m", "rayrec_cli.main"], capture_output=True, text=True, env={**os.environ, **asked}
+    environment = {"_RAYREC_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    process = subprocess.run(
+        [sys.executable, "-m", "rayrec_cli.main"], capture_output=True, text=True, env={**os.environ, **environment}
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == expected
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.split() == expected
 
 
 def test_a_real_process_keeps_stdout_and_stderr_apart(filled: str) -> None:
-    done = rayrec("status", "--json", "--workspace", filled)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["dataset"]["id"] == "d1"
-    failed = rayrec("status", "--json", "--workspace", "gopher://x")
-    assert failed.returncode == 2
-    assert json.loads(failed.stdout)["error"]["kind"] == "input"
-    assert failed.stderr.startswith("rayrec: Workspace 'gopher://x'")
+    process = run_rayrec("status", "--json", "--workspace", filled)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert json.loads(process.stdout)["dataset"]["id"] == "d1"
+    failed_process = run_rayrec("status", "--json", "--workspace", "gopher://x")
+    assert failed_process.returncode == 2
+    assert json.loads(failed_process.stdout)["error"]["kind"] == "input"
+    assert failed_process.stderr.startswith("rayrec: Workspace 'gopher://x'")
 
 
 def help_text(capsys: pytest.CaptureFixture[str]) -> str:
@@ -362,24 +362,24 @@ def help_text(capsys: pytest.CaptureFixture[str]) -> str:
     return "\n".join(pages)
 
 
-def test_the_help_is_what_is_stored(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_equals_the_stored_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("RAYREC_WORKSPACE", raising=False)
-    told = help_text(capsys)
+    text = help_text(capsys)
     if os.environ.get("RAYREC_STORE_HELP") == "1":
-        HELP.write_text(told, encoding="utf-8")
-    assert told == HELP.read_text(encoding="utf-8"), "where the change is meant: RAYREC_STORE_HELP=1 make test"
+        HELP.write_text(text, encoding="utf-8")
+    assert text == HELP.read_text(encoding="utf-8"), "where the change is meant: RAYREC_STORE_HELP=1 make test"
 
 
 def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    told = help_text(capsys)
-    pages = told.split("$ rayrec ")[1:]
+    text = help_text(capsys)
+    pages = text.split("$ rayrec ")[1:]
     assert [page.splitlines()[0] for page in pages if "Example:" not in page] == [
         f"{group} --help" for group in ("release", "bench")
     ]
-    assert all(len(line) <= 80 for line in told.splitlines())
+    assert all(len(line) <= 80 for line in text.splitlines())
 
 
 @pytest.mark.parametrize("command", artifacts.COMMANDS.values())
-def test_every_command_that_an_error_advises_to_make_an_artifact_is_there(command: str) -> None:
+def test_every_command_that_an_error_advises_to_make_an_artifact_exists(command: str) -> None:
     assert main([*command.split(), "--help"]) == 0

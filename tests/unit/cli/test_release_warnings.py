@@ -16,7 +16,7 @@ TESTED = {"split": "tested"}
 FROM_10, FROM_7 = "the plays from 1970-01-11 on, UTC", "the plays from 1970-01-08 on, UTC"
 
 
-def warned(
+def release_warnings(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], refit: bool, **splits: dict[str, str]
 ) -> list[str]:
     """Return the warnings of `release create`; `splits` has the split of each kind of part that was fitted with one."""
@@ -31,13 +31,13 @@ def warned(
         "tastes": {"models": "models1"},
         "indexes": {"models": "models1"},
     }
-    for kind, made_of in inputs.items():
+    for kind, part_inputs in inputs.items():
         config: dict[str, Any] = {"refit": refit} if kind == "models" else {}
-        made = Manifest(kind=kind, id=f"{kind}1", config=config, inputs={"dataset": "d", **made_of})
+        manifest = Manifest(kind=kind, id=f"{kind}1", config=config, inputs={"dataset": "d", **part_inputs})
         files = ["selection/model.safetensors"] if kind == "models" else []
         for name in files:
-            workspace.write_bytes(made.path(name), b"weights")
-        publish(workspace, made, files)
+            workspace.write_bytes(manifest.path(name), b"weights")
+        publish(workspace, manifest, files)
     assert main(["--json", "--workspace", workspace.uri, "release", "create"]) == 0
     return list(json.loads(capsys.readouterr().out).get("warnings", []))
 
@@ -73,4 +73,4 @@ def test_each_part_that_was_fitted_without_some_plays_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     advice = "; `rayrec fit` trains the final models on all plays"
-    assert warned(workspace, capsys, refit, **splits) == [text + advice for text in expected]
+    assert release_warnings(workspace, capsys, refit, **splits) == [text + advice for text in expected]

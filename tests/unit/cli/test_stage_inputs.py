@@ -63,7 +63,7 @@ STAGES = [  # in the order in which they build on each other; files are in the f
     ["recommend", "--user", "u1", "--at", LAST],
     ["recommend", "--all", "-k", "3"],
 ]
-PRINTED = tuple[dict[str, Any], str]  # output with --json, and without
+Outputs = tuple[dict[str, Any], str]  # output with --json, and without
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +89,16 @@ COLUMNS = "{ " + ", ".join(f'{role} = "{name}"' for role, name in ROLES.items())
 TOML_EVALUATE = 'models = ["taste", "popularity"]\nbootstrap_samples = 0\noffsets = 0\nmax_curve_users = 5\n'
 
 
-def run(workspace: Path, words: list[str], most: int = 0) -> str:
-    """Run a command and return its stdout; its exit code must be at most `most`."""
+def run(workspace: Path, words: list[str], max_code: int = 0) -> str:
+    """Run a command and return its stdout; its exit code must be at most `max_code`."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(["--workspace", str(workspace), *words])
-    assert code <= most, err.getvalue()
+    assert code <= max_code, err.getvalue()
     return out.getvalue()
 
 
-def both(folder: Path, words: list[str], workspace: str = "workspace") -> PRINTED:
+def json_and_text(folder: Path, words: list[str], workspace: str = "workspace") -> Outputs:
     """Return a command's output as JSON and as text; most commands find the result of the first run in the second."""
     words = [str(folder / word) if (folder / word).is_file() else word for word in words]
     return json.loads(run(folder / workspace, ["--json", *words])), run(folder / workspace, words)
@@ -106,26 +106,26 @@ def both(folder: Path, words: list[str], workspace: str = "workspace") -> PRINTE
 
 def require_printed(ids: dict[str, str], text: str) -> None:
     assert ids
-    missing = {role: used for role, used in ids.items() if used not in text}
+    missing = {role: artifact_id for role, artifact_id in ids.items() if artifact_id not in text}
     assert not missing, text
 
 
 @pytest.fixture(scope="module")
-def printed(folder: Path) -> list[PRINTED]:
-    return [both(folder, words) for words in STAGES]
+def printed(folder: Path) -> list[Outputs]:
+    return [json_and_text(folder, words) for words in STAGES]
 
 
 @pytest.mark.parametrize("number", range(len(STAGES)), ids=[" ".join(words[:2]) for words in STAGES])
-def test_each_stage_prints_the_ids_of_its_inputs(folder: Path, printed: list[PRINTED], number: int) -> None:
+def test_each_stage_prints_the_ids_of_its_inputs(folder: Path, printed: list[Outputs], number: int) -> None:
     data, text = printed[number]
     inputs = data.get("inputs") or {name: data[name] for name in ("dataset", "models", "tastes", "indexes")}
-    require_printed({role: used for role, used in inputs.items() if role != "descriptions"}, text)
+    require_printed({role: artifact_id for role, artifact_id in inputs.items() if role != "descriptions"}, text)
     manifest = Dataset(Workspace(folder / "workspace")).manifest
     if "index" not in STAGES[number]:  # an index is made from the model alone
         assert inputs["dataset"] in (manifest.id, *manifest.ancestors)
 
 
-def test_an_evaluation_prints_the_calibration_error_and_the_settings_of_baselines(printed: list[PRINTED]) -> None:
+def test_an_evaluation_prints_the_calibration_error_and_the_settings_of_baselines(printed: list[Outputs]) -> None:
     for (data, text), words in zip(printed, STAGES, strict=True):
         if words[0] == "evaluate":
             errors = [round(entry["value"], 3) for entry in data["calibration"]]
@@ -135,25 +135,25 @@ def test_an_evaluation_prints_the_calibration_error_and_the_settings_of_baseline
 
 
 def test_recommendations_name_the_release_that_answers_or_the_parts_where_none_is_live(
-    folder: Path, printed: list[PRINTED]
+    folder: Path, printed: list[Outputs]
 ) -> None:
-    live = active_release(Workspace(folder / "workspace"))
-    assert live is not None
-    without, by_release, everybody = (printed[place][0] for place in (-4, -2, -1))
-    assert (without["release"], by_release["release"]) == (None, live.id)
-    assert {"dataset", "models", "indexes", "rankers", "retrieval"} <= set(without["inputs"])
-    for data in (by_release, everybody):
-        assert (data["inputs"]["releases"], data["inputs"]["models"]) == (live.id, live.inputs["models"])
+    release = active_release(Workspace(folder / "workspace"))
+    assert release is not None
+    from_parts, from_release, all_users = (printed[position][0] for position in (-4, -2, -1))
+    assert (from_parts["release"], from_release["release"]) == (None, release.id)
+    assert {"dataset", "models", "indexes", "rankers", "retrieval"} <= set(from_parts["inputs"])
+    for data in (from_release, all_users):
+        assert (data["inputs"]["releases"], data["inputs"]["models"]) == (release.id, release.inputs["models"])
 
 
 @pytest.mark.parametrize(
     "words", [["fit", "plays.csv", "--settings", "settings.toml"], ["run", "pipeline.toml"]], ids=str
 )
 def test_commands_of_many_stages_print_the_inputs_of_each(folder: Path, words: list[str]) -> None:
-    data, text = both(folder, words, words[0])
-    made = [stage for stage in data["stages"] if stage["id"] and stage["stage"] != "import"]
-    assert len(made) >= 7
-    for stage in made:
+    data, text = json_and_text(folder, words, words[0])
+    stages = [stage for stage in data["stages"] if stage["id"] and stage["stage"] != "import"]
+    assert len(stages) >= 7
+    for stage in stages:
         require_printed(stage["inputs"], text)
 
 
@@ -164,14 +164,14 @@ def test_an_update_prints_what_its_release_is_made_of(folder: Path) -> None:
 
 
 def test_serve_names_the_release_before_it_starts(
-    folder: Path, printed: list[PRINTED], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, printed: list[Outputs], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    live = active_release(Workspace(folder / "workspace"))
-    assert live is not None
+    release = active_release(Workspace(folder / "workspace"))
+    assert release is not None
     for _ in range(2):  # the second time the states are already loaded
-        with monkeypatch.context() as stopped:
-            stopped.setattr("rayrec.serving.run.running", lambda *_: (_ for _ in ()).throw(InputError("stop here")))
+        with monkeypatch.context() as patch:
+            patch.setattr("rayrec.serving.run.running", lambda *_: (_ for _ in ()).throw(InputError("stop here")))
             assert main(["--workspace", str(folder / "workspace"), "serve"]) == 2
-        said = " ".join(capsys.readouterr().err.split())
-        assert f"Live release {live.id}: " in said
-        require_printed({role: live.inputs[role] for role in ("models", "dataset")}, said)
+        output = " ".join(capsys.readouterr().err.split())
+        assert f"Live release {release.id}: " in output
+        require_printed({role: release.inputs[role] for role in ("models", "dataset")}, output)

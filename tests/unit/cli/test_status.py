@@ -19,12 +19,14 @@ from rayrec_cli.operations_commands import lineage_tree
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    made = Workspace(tmp_path)
-    write_dataset_manifest(made, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=2, songs=2))
-    return made
+    workspace = Workspace(tmp_path)
+    write_dataset_manifest(
+        workspace, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=2, songs=2)
+    )
+    return workspace
 
 
-def put(workspace: Workspace, kind: str, name: str, **inputs: str) -> None:
+def publish_artifact(workspace: Workspace, kind: str, name: str, **inputs: str) -> None:
     publish(workspace, Manifest(kind=kind, id=name, inputs=inputs), [])
 
 
@@ -32,65 +34,65 @@ def lines(workspace: Workspace) -> list[tuple[int, str]]:
     """Return depth and text of each line of the tree."""
     console = Console(file=io.StringIO(), width=200)
     console.print(lineage_tree(status(workspace)))
-    drawn = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    return [((len(line) - len(line.lstrip("│├└─ "))) // 4, line.lstrip("│├└─ ").rstrip()) for line in drawn]
+    tree_lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return [((len(line) - len(line.lstrip("│├└─ "))) // 4, line.lstrip("│├└─ ").rstrip()) for line in tree_lines]
 
 
-def find(shown: list[tuple[int, str]], start: str) -> tuple[int, str, str]:
+def find_line(tree: list[tuple[int, str]], start: str) -> tuple[int, str, str]:
     """Return depth, text and the parent's text of the one line that begins with `start`."""
-    (at,) = [number for number, (_, text) in enumerate(shown) if text.startswith(start)]
-    depth, text = shown[at]
-    return depth, text, next(above for level, above in reversed(shown[:at]) if level == depth - 1)
+    (position,) = [number for number, (_, text) in enumerate(tree) if text.startswith(start)]
+    depth, text = tree[position]
+    return depth, text, next(parent for level, parent in reversed(tree[:position]) if level == depth - 1)
 
 
 def test_every_artifact_stands_below_what_it_was_made_from(workspace: Workspace) -> None:
-    put(workspace, "songs", "s1", dataset="d1")
+    publish_artifact(workspace, "songs", "s1", dataset="d1")
     for model in ("m1", "m2"):
-        put(workspace, "models", model, dataset="d1", songs="s1")
-    put(workspace, "tastes", "t1", dataset="d1", models="m1")
-    put(workspace, "releases", "r1", dataset="d1", songs="s1", models="m1", tastes="t1")
-    shown = lines(workspace)
-    assert find(shown, "song embeddings s1")[2].startswith("data set d1  2 plays, 1 users, 2 songs")
-    assert find(shown, "model m2")[2].startswith("song embeddings s1")
-    assert find(shown, "taste vectors t1")[2].startswith("model m1")
-    assert find(shown, "release r1")[2].startswith("model m1")
+        publish_artifact(workspace, "models", model, dataset="d1", songs="s1")
+    publish_artifact(workspace, "tastes", "t1", dataset="d1", models="m1")
+    publish_artifact(workspace, "releases", "r1", dataset="d1", songs="s1", models="m1", tastes="t1")
+    tree = lines(workspace)
+    assert find_line(tree, "song embeddings s1")[2].startswith("data set d1  2 plays, 1 users, 2 songs")
+    assert find_line(tree, "model m2")[2].startswith("song embeddings s1")
+    assert find_line(tree, "taste vectors t1")[2].startswith("model m1")
+    assert find_line(tree, "release r1")[2].startswith("model m1")
 
 
-def test_the_current_and_the_live_ones_are_marked(workspace: Workspace) -> None:
+def test_current_and_live_artifacts_are_marked(workspace: Workspace) -> None:
     for model in ("m1", "m2"):
-        put(workspace, "models", model, dataset="d1")
-        put(workspace, "releases", f"r-{model}", dataset="d1", models=model)
+        publish_artifact(workspace, "models", model, dataset="d1")
+        publish_artifact(workspace, "releases", f"r-{model}", dataset="d1", models=model)
     make_current(workspace, "models", "m1")
     write_active(workspace, "r-m2", [])
-    marked = [text.split("  ")[0] for _, text in lines(workspace) if text.endswith("]")]
-    assert marked == ["model m1", "release r-m2"]
+    marked_artifacts = [text.split("  ")[0] for _, text in lines(workspace) if text.endswith("]")]
+    assert marked_artifacts == ["model m1", "release r-m2"]
 
 
-def test_what_was_made_from_a_data_set_that_is_gone_says_so(workspace: Workspace) -> None:
-    put(workspace, "songs", "s0", dataset="d0")
-    assert find(lines(workspace), "song embeddings s0")[1].startswith("song embeddings s0  of data set d0")
+def test_an_artifact_of_a_data_set_that_no_longer_exists_says_so(workspace: Workspace) -> None:
+    publish_artifact(workspace, "songs", "s0", dataset="d0")
+    assert find_line(lines(workspace), "song embeddings s0")[1].startswith("song embeddings s0  of data set d0")
 
 
-def test_after_an_append_a_continued_model_names_what_the_lines_above_it_do_not(tmp_path: Path) -> None:
+def test_after_an_append_a_continued_model_names_the_inputs_that_are_not_in_the_lines_above(tmp_path: Path) -> None:
     """After a fit and an append, a continued training uses the song embeddings of the first fit."""
-    workspace, two_days = Workspace(tmp_path), (datetime.now(timezone.utc) - timedelta(days=2, hours=1)).isoformat()
-    figures: dict[str, Any] = {"source": "csv", "buckets": 1, "users": 1, "plays": 2, "songs": 2}
-    now = DatasetManifest(id="d2", ancestors=["d1"], parts=2, created_at=two_days, **figures)
-    write_dataset_manifest(workspace, now)
+    workspace, created_at = Workspace(tmp_path), (datetime.now(timezone.utc) - timedelta(days=2, hours=1)).isoformat()
+    counts: dict[str, Any] = {"source": "csv", "buckets": 1, "users": 1, "plays": 2, "songs": 2}
+    manifest = DatasetManifest(id="d2", ancestors=["d1"], parts=2, created_at=created_at, **counts)
+    write_dataset_manifest(workspace, manifest)
     for name, dataset in (("x1", "d1"), ("x2", "d2")):
         save_split(workspace, Split(id=name, dataset=dataset, validation_from=1, test_from=2))
-    first, second = {"dataset": "d1", "split": "x1"}, {"dataset": "d2", "split": "x2"}
-    put(workspace, "songs", "s1", **first)
-    put(workspace, "models", "m1", songs="s1", **first)
-    put(workspace, "models", "m2", songs="s1", **second, **{"from": "m1"})
-    put(workspace, "models", "m3", songs="s1", dataset="d2")
-    for model, of, retrieval in (("m1", first, "k1"), ("m2", second, "k2")):
-        put(workspace, "retrieval", retrieval, **of)
-        put(workspace, "rankers", f"r-{model}", models=model, retrieval=retrieval, **of)
-        put(workspace, "tastes", f"t-{model}", models=model, dataset=of["dataset"])
-    put(workspace, "tastes", "t-new", models="m1", dataset="d2")
-    shown = lines(workspace)
-    for line, above, words in (
+    first_inputs, second_inputs = {"dataset": "d1", "split": "x1"}, {"dataset": "d2", "split": "x2"}
+    publish_artifact(workspace, "songs", "s1", **first_inputs)
+    publish_artifact(workspace, "models", "m1", songs="s1", **first_inputs)
+    publish_artifact(workspace, "models", "m2", songs="s1", **second_inputs, **{"from": "m1"})
+    publish_artifact(workspace, "models", "m3", songs="s1", dataset="d2")
+    for model, inputs, retrieval in (("m1", first_inputs, "k1"), ("m2", second_inputs, "k2")):
+        publish_artifact(workspace, "retrieval", retrieval, **inputs)
+        publish_artifact(workspace, "rankers", f"r-{model}", models=model, retrieval=retrieval, **inputs)
+        publish_artifact(workspace, "tastes", f"t-{model}", models=model, dataset=inputs["dataset"])
+    publish_artifact(workspace, "tastes", "t-new", models="m1", dataset="d2")
+    tree = lines(workspace)
+    for line, parent_start, expected in (
         ("data set d2", "Workspace", "2 plays, 1 users, 2 songs"),
         ("split x1", "data set d2", "of earlier data set d1  in time"),
         ("split x2", "data set d2", "in time"),
@@ -105,21 +107,21 @@ def test_after_an_append_a_continued_model_names_what_the_lines_above_it_do_not(
         ("taste vectors t-m2", "model m2", ""),
         ("taste vectors t-new", "model m1", "of data set d2"),
     ):
-        _, text, parent = find(shown, line)
-        assert parent.startswith(above)
+        _, text, parent = find_line(tree, line)
+        assert parent.startswith(parent_start)
         facts = [fact for fact in text.split("  ")[1:] if not fact.startswith("[")]
-        *named, bytes_shown, age_shown = facts
-        assert "  ".join(named) == words
+        *input_facts, bytes_shown, age_shown = facts
+        assert "  ".join(input_facts) == expected
         assert bytes_shown.endswith(" B")
         assert age_shown == ("2 days ago" if line == "data set d2" else "just now")
 
 
-def test_what_was_made_before_parts_were_joined_is_of_the_same_plays(workspace: Workspace) -> None:
-    figures: dict[str, Any] = {"source": "csv", "buckets": 1, "users": 1, "plays": 2, "songs": 2}
-    joined = DatasetManifest(id="d2", ancestors=["d1"], joined_from="d1", parts=2, **figures)
-    write_dataset_manifest(workspace, joined)
-    put(workspace, "songs", "s1", dataset="d1")
-    _, text, parent = find(lines(workspace), "song embeddings s1")
+def test_an_artifact_made_before_parts_were_joined_belongs_to_the_same_plays(workspace: Workspace) -> None:
+    counts: dict[str, Any] = {"source": "csv", "buckets": 1, "users": 1, "plays": 2, "songs": 2}
+    manifest = DatasetManifest(id="d2", ancestors=["d1"], joined_from="d1", parts=2, **counts)
+    write_dataset_manifest(workspace, manifest)
+    publish_artifact(workspace, "songs", "s1", dataset="d1")
+    _, text, parent = find_line(lines(workspace), "song embeddings s1")
     assert (parent.split("  ")[0], "data set" in text) == ("data set d2", False)
 
 
@@ -132,5 +134,5 @@ def test_ages_are_in_the_largest_unit_that_has_passed(seconds: int, shown: str) 
     assert age((now - timedelta(seconds=seconds)).isoformat(), now) == shown
 
 
-def test_an_empty_workspace_says_how_to_begin(tmp_path: Path) -> None:
+def test_an_empty_workspace_says_how_to_start(tmp_path: Path) -> None:
     assert lines(Workspace(tmp_path))[1][1] == "No data set; see rayrec import --help"

@@ -29,17 +29,17 @@ IMAGE = re.compile(r"registry\.example\.com/rayrec:(?P<version>[\d.]+)-(?P<kind>
 
 def test_every_image_is_this_version_of_rayrec() -> None:
     texts = [path.read_text() for path in [*CLUSTER.rglob("*.yaml"), CLUSTER / "Dockerfile", CLUSTER / "README.md"]]
-    found = [match for text in texts for match in IMAGE.finditer(text)]
-    assert len(found) > 20
-    assert {match["version"] for match in found} == {rayrec.__version__}
+    matches = [match for text in texts for match in IMAGE.finditer(text)]
+    assert len(matches) > 20
+    assert {match["version"] for match in matches} == {rayrec.__version__}
 
 
 @pytest.mark.parametrize(("name", "spec"), ray_clusters())
 def test_gpu_pods_have_the_gpu_image_and_the_others_have_not(name: str, spec: dict[str, Any]) -> None:
     for pod in pods(spec):
         (container,) = pod["containers"]
-        wants = "nvidia.com/gpu" in container["resources"]["limits"]
-        assert container["image"].endswith("-gpu" if wants else "-cpu")
+        needs_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
+        assert container["image"].endswith("-gpu" if needs_gpu else "-cpu")
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
@@ -54,10 +54,10 @@ def test_gpu_machines_have_the_gpu_image_and_the_others_have_not(name: str) -> N
 def test_serve_runs_on_a_cluster_as_it_does_under_rayrec_serve() -> None:
     """Serve runs behind HAProxy, which it starts through the wrapper that both stages of the image write."""
     parser = DockerfileParser(fileobj=(CLUSTER / "Dockerfile").open("rb"))
-    variables = [shlex.split(item["value"]) for item in parser.structure if item["instruction"] == "ENV"]
-    image = dict(each.split("=", 1) for group in variables for each in group)
-    assert {name: image.get(name) for name in SERVE_SETTINGS} == SERVE_SETTINGS
-    wrapper = image["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    assignment_groups = [shlex.split(item["value"]) for item in parser.structure if item["instruction"] == "ENV"]
+    environment = dict(assignment.split("=", 1) for assignments in assignment_groups for assignment in assignments)
+    assert {name: environment.get(name) for name in SERVE_SETTINGS} == SERVE_SETTINGS
+    wrapper = environment["RAY_SERVE_HAPROXY_BINARY_PATH"]
     runs = [
         item["value"]
         for item in parser.structure
@@ -70,9 +70,9 @@ def test_serve_runs_on_a_cluster_as_it_does_under_rayrec_serve() -> None:
 def test_kubernetes_waits_for_the_requests_at_work_and_leaves_serve_as_the_image_sets_it() -> None:
     (spec,) = (spec for name, spec in ray_clusters() if name == "rayservice.yaml")
     replica: Any = build(serve_config()["applications"][0]["args"])._bound_deployment
-    longest = REQUEST_SECONDS + replica._deployment_config.graceful_shutdown_timeout_s
+    shutdown_seconds = REQUEST_SECONDS + replica._deployment_config.graceful_shutdown_timeout_s
     for pod in pods(spec):
-        assert pod["terminationGracePeriodSeconds"] > longest
+        assert pod["terminationGracePeriodSeconds"] > shutdown_seconds
         (container,) = pod["containers"]
         assert {item["name"] for item in container["env"]}.isdisjoint(SERVE_SETTINGS)
 
@@ -97,8 +97,8 @@ def test_ray_is_the_pinned_one_everywhere() -> None:
 def test_python_of_the_image_is_one_that_the_project_allows_and_the_constraints_were_made_with() -> None:
     (python,) = set(re.findall(r"python:(\d+\.\d+)\.\d+-", (CLUSTER / "Dockerfile").read_text()))
     low, high = re.search(r'requires-python = ">=(\d+\.\d+),<(\d+\.\d+)"', PYPROJECT).groups()  # type: ignore[union-attr]
-    order = [tuple(map(int, text.split("."))) for text in (low, python, high)]
-    assert order[0] <= order[1] < order[2]
+    versions = [tuple(map(int, text.split("."))) for text in (low, python, high)]
+    assert versions[0] <= versions[1] < versions[2]
 
 
 def test_what_the_image_adds_is_in_pyproject_and_pinned() -> None:
@@ -106,17 +106,17 @@ def test_what_the_image_adds_is_in_pyproject_and_pinned() -> None:
     assert extras == {"redis,aws,gcp"}
     assert "faiss-gpu" in CONSTRAINTS
     for extra in {name for names in extras for name in names.split(",")}:
-        (listed,) = re.findall(rf"^{extra} = \[(.*)\]", PYPROJECT, flags=re.MULTILINE)
-        for package in re.findall(r'"([A-Za-z0-9_-]+)', listed):
+        (requirements,) = re.findall(rf"^{extra} = \[(.*)\]", PYPROJECT, flags=re.MULTILINE)
+        for package in re.findall(r'"([A-Za-z0-9_-]+)', requirements):
             assert package in CONSTRAINTS, f"{package} of [{extra}] is not pinned"
 
 
 def test_the_interpreter_of_jobs_is_the_image_s() -> None:
     text = (CLUSTER / "Dockerfile").read_text()
     assert f"python -m venv {IMAGE_PYTHON.removesuffix('/bin/python')}" in text
-    starts = [str(item["spec"]) for _, item in every_manifest() if item["kind"] in ("RayJob", "RayCronJob")]
-    assert starts
-    assert all("/opt/rayrec/bin/" in text for text in starts)
+    specs = [str(item["spec"]) for _, item in every_manifest() if item["kind"] in ("RayJob", "RayCronJob")]
+    assert specs
+    assert all("/opt/rayrec/bin/" in text for text in specs)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_the_interpreter_of_jobs_is_the_image_s() -> None:
     [("rayjob-train.yaml", "train", TrainConfig), ("rayjob-taste.yaml", "taste", TasteConfig)],
 )
 def test_the_jobs_name_commands_and_options_that_are_there(name: str, command: str, config: type) -> None:
-    (entrypoint,) = (item["spec"]["entrypoint"] for each, item in every_manifest() if each == name)
+    (entrypoint,) = (item["spec"]["entrypoint"] for file_name, item in every_manifest() if file_name == name)
     words = entrypoint.split()
     assert words[3] == command
     options = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words[4:] if word[:2] == "--"}
@@ -145,8 +145,8 @@ def test_ports_agree() -> None:
 
 
 def test_serve_takes_the_config() -> None:
-    parsed = ServeDeploySchema.model_validate(serve_config())
-    assert [item.import_path for item in parsed.applications] == ["rayrec.serving.deployments:build"]
+    schema = ServeDeploySchema.model_validate(serve_config())
+    assert [item.import_path for item in schema.applications] == ["rayrec.serving.deployments:build"]
 
 
 def test_the_app_takes_the_arguments_that_the_config_gives_it() -> None:

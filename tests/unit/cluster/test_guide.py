@@ -11,15 +11,15 @@ from rayrec_cli.main import app
 
 TEXT = (CLUSTER / "README.md").read_text(encoding="utf-8")
 LINES = [line.split("  #")[0] for line in TEXT.replace("\\\n", " ").splitlines() if line.startswith("rayrec ")]
-NAMED = sorted(set(re.findall(r"`((?:kuberay/)?[A-Za-z-]+\.yaml|Dockerfile)`", TEXT)))
+FILE_NAMES = sorted(set(re.findall(r"`((?:kuberay/)?[A-Za-z-]+\.yaml|Dockerfile)`", TEXT)))
 
 
 def options(words: list[str]) -> tuple[set[str], list[str]]:
     """Return the options of the command that `words` begin with, and the words after its name."""
-    found = typer.main.get_command(app)
-    while words and not words[0].startswith("-") and hasattr(found, "commands"):
-        found = found.commands[words.pop(0)]
-    return {name for each in found.params for name in (*each.opts, *each.secondary_opts)}, words
+    command = typer.main.get_command(app)
+    while words and not words[0].startswith("-") and hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}, words
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -27,8 +27,8 @@ def test_every_command_is_there_with_its_options(line: str) -> None:
     words = shlex.split(line)[1:]
     if words[0] == "submit":
         words = words[1:]
-    known, left = options(words)
-    assert {word for word in left if re.match(r"--?[a-z]", word)} <= known
+    known_options, arguments = options(words)
+    assert {word for word in arguments if re.match(r"--?[a-z]", word)} <= known_options
 
 
 def test_the_guide_goes_through_every_stage_and_fills_the_store() -> None:
@@ -39,10 +39,10 @@ def test_the_guide_goes_through_every_stage_and_fills_the_store() -> None:
     }
 
 
-def test_every_file_is_named_and_there() -> None:
-    for name in NAMED:
+def test_the_guide_names_every_file_and_every_named_file_exists() -> None:
+    for name in FILE_NAMES:
         assert (CLUSTER / name).exists(), name
-    there = {path.relative_to(CLUSTER).as_posix() for path in CLUSTER.rglob("*.yaml")}
-    assert there <= set(NAMED)
+    yaml_files = {path.relative_to(CLUSTER).as_posix() for path in CLUSTER.rglob("*.yaml")}
+    assert yaml_files <= set(FILE_NAMES)
     for link in re.findall(r"\]\(\.\./([^)]+)\)", TEXT):
         assert (ROOT / link).exists()

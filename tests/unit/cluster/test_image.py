@@ -15,12 +15,12 @@ INSTRUCTIONS: list[dict[str, Any]] = [item for item in PARSER.structure if item[
 
 def stages() -> dict[str, list[tuple[str, str]]]:
     """Return the instructions of each stage, by the stage's name."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    instructions: dict[str, list[tuple[str, str]]] = {}
     for item in INSTRUCTIONS:
         if item["instruction"] == "FROM":
-            found[item["value"].split(" AS ")[1]] = current = []
-        current.append((item["instruction"], item["value"]))
-    return found
+            instructions[item["value"].split(" AS ")[1]] = stage = []
+        stage.append((item["instruction"], item["value"]))
+    return instructions
 
 
 def hadolint(dockerfile: str) -> "subprocess.CompletedProcess[str]":
@@ -45,13 +45,13 @@ def test_there_is_a_target_for_each_kind_of_node() -> None:
 
 
 def test_bases_are_pinned_to_a_patch_version() -> None:
-    outside = [item["value"].split()[0] for item in INSTRUCTIONS if item["instruction"] == "FROM"]
-    outside = [image for image in outside if image not in stages()]
-    assert outside
-    assert all(re.fullmatch(r"python:\d+\.\d+\.\d+-slim-[a-z]+", image) for image in outside)
+    base_images = [item["value"].split()[0] for item in INSTRUCTIONS if item["instruction"] == "FROM"]
+    base_images = [image for image in base_images if image not in stages()]
+    assert base_images
+    assert all(re.fullmatch(r"python:\d+\.\d+\.\d+-slim-[a-z]+", image) for image in base_images)
 
 
-def test_final_stages_run_as_nobody_in_particular() -> None:
+def test_final_stages_do_not_run_as_root() -> None:
     for target in ("cpu", "gpu"):
         users = [value for name, value in stages()[target] if name == "USER"]
         assert users == ["1000:1000"]
@@ -73,13 +73,13 @@ def test_nothing_is_added_from_an_address_and_no_secret_is_an_argument() -> None
     assert not re.search(r"(?i)(password|secret|api_key)\s*=", text)
 
 
-def test_what_is_copied_is_there_and_the_build_sees_it() -> None:
-    seen = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
-    assert "*" in seen
+def test_copied_files_exist_and_the_build_sees_them() -> None:
+    ignore_rules = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
+    assert "*" in ignore_rules
     for name in ("build-cpu", "build-gpu"):
-        copied = [value.split()[:-1] for kind, value in stages()[name] if kind == "COPY"]
-        sources = [source for group in copied for source in group]
+        source_groups = [value.split()[:-1] for kind, value in stages()[name] if kind == "COPY"]
+        sources = [source for group in source_groups for source in group]
         assert {"constraints.txt", "pyproject.toml", "rayrec", "cli"} <= set(sources)
         for source in sources:
             assert (ROOT / source).exists()
-            assert any(line.startswith(f"!{source}") for line in seen), source
+            assert any(rule.startswith(f"!{source}") for rule in ignore_rules), source

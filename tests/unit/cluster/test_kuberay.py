@@ -35,10 +35,10 @@ def faults(item: dict[str, Any]) -> list[str]:
     """Return the schema's errors for an object, each with its place in the object."""
     kind = item["kind"]
     if item["apiVersion"] == "ray.io/v1":
-        where = f"kuberay.json#/$defs/{kind}"
+        reference = f"kuberay.json#/$defs/{kind}"
     else:
-        where = f"kubernetes.json#/$defs/io.k8s.api.{KUBERNETES_KINDS[kind]}.{kind}"
-    validator = Draft202012Validator({"$ref": where}, registry=REGISTRY)
+        reference = f"kubernetes.json#/$defs/io.k8s.api.{KUBERNETES_KINDS[kind]}.{kind}"
+    validator = Draft202012Validator({"$ref": reference}, registry=REGISTRY)
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(item)]
 
 
@@ -64,12 +64,12 @@ def test_the_files_are_those_that_a_cluster_needs() -> None:
         (("spec", "authOptions", "mode"), "tokens", "'tokens' is not one of"),
     ],
 )
-def test_the_schemas_see_a_slip_at_any_depth(path: tuple[Any, ...], value: Any, message: str) -> None:
+def test_the_schemas_find_an_error_at_any_depth(path: tuple[Any, ...], value: Any, message: str) -> None:
     (item,) = manifests("raycluster.yaml")
-    place: Any = item
+    node: Any = item
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+        node = node[key]
+    node[path[-1]] = value
     assert any(message in fault for fault in faults(item))
 
 
@@ -92,7 +92,7 @@ def test_no_pod_runs_as_root_or_without_bounds(name: str, spec: dict[str, Any]) 
             assert container["resources"]["limits"] == container["resources"]["requests"]
 
 
-@pytest.mark.parametrize(("name", "spec"), [each for each in ray_clusters() if each[0] != "rayservice.yaml"])
+@pytest.mark.parametrize(("name", "spec"), [cluster for cluster in ray_clusters() if cluster[0] != "rayservice.yaml"])
 def test_spot_groups_come_first_and_have_a_fallback(name: str, spec: dict[str, Any]) -> None:
     groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
     for group_name, group in groups.items():
@@ -105,9 +105,9 @@ def test_spot_groups_come_first_and_have_a_fallback(name: str, spec: dict[str, A
             )
 
 
-def test_what_stays_up_keeps_its_state_in_redis_with_a_password_from_a_secret() -> None:
-    lasting = [spec for name, spec in ray_clusters() if name in ("raycluster.yaml", "rayservice.yaml")]
-    for spec in lasting:
+def test_permanent_clusters_keep_their_state_in_redis_with_a_password_from_a_secret() -> None:
+    specs = [spec for name, spec in ray_clusters() if name in ("raycluster.yaml", "rayservice.yaml")]
+    for spec in specs:
         options = spec["gcsFaultToleranceOptions"]
         assert options["redisAddress"] == "redis:6379"
         assert options["redisPassword"]["valueFrom"]["secretKeyRef"]["name"] == "rayrec-redis"
@@ -115,7 +115,7 @@ def test_what_stays_up_keeps_its_state_in_redis_with_a_password_from_a_secret() 
         assert item["kind"] != "Secret", f"{name} holds a Secret: make it by hand"
 
 
-def test_the_cron_job_submits_commands_that_are_there_to_the_cluster_that_stays() -> None:
+def test_the_cron_job_submits_existing_commands_to_the_permanent_cluster() -> None:
     (job,), (cluster,) = manifests("cronjob.yaml"), manifests("raycluster.yaml")
     assert job["spec"]["concurrencyPolicy"] == "Forbid"
     pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
@@ -135,8 +135,8 @@ def test_the_cron_job_submits_commands_that_are_there_to_the_cluster_that_stays(
     for line in script.split(" && "):
         program, submit, command, *words = shlex.split(re.sub(r"\$\([^)]*\)", "DAY", line))
         assert (program, submit) == ("/opt/rayrec/bin/rayrec", "submit")
-        known = {name for item in group.commands[command].params for name in item.opts}  # type: ignore[attr-defined]
-        assert {word for word in words if word.startswith("--")} <= known
+        known_options = {name for item in group.commands[command].params for name in item.opts}  # type: ignore[attr-defined]
+        assert {word for word in words if word.startswith("--")} <= known_options
 
 
 def test_kuberay_submits_the_whole_entrypoint_as_one_command() -> None:
@@ -157,11 +157,11 @@ def test_the_nightly_job_updates_and_then_cleans_in_one_workspace() -> None:
     export, *commands = script.split(" && ")
     assert export.split()[0] == "export"
     group = typer.main.get_command(app)
-    for line, wanted in zip(commands, ("update", "clean"), strict=True):
+    for line, expected in zip(commands, ("update", "clean"), strict=True):
         program, command, *words = shlex.split(re.sub(r"\$\([^)]*\)", "DAY", line))
-        assert (program, command) == ("/opt/rayrec/bin/rayrec", wanted)
-        known = {name for item in group.commands[command].params for name in item.opts}  # type: ignore[attr-defined]
-        assert {word for word in words if word.startswith("--")} <= known
+        assert (program, command) == ("/opt/rayrec/bin/rayrec", expected)
+        known_options = {name for item in group.commands[command].params for name in item.opts}  # type: ignore[attr-defined]
+        assert {word for word in words if word.startswith("--")} <= known_options
 
 
 def test_the_service_runs_the_config_that_serve_yaml_holds() -> None:

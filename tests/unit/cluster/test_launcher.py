@@ -16,37 +16,37 @@ SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").r
 
 def node_types(name: str) -> dict[str, Any]:
     """Return the node types of a file."""
-    found: dict[str, Any] = launcher(name)["available_node_types"]
-    return found
+    types: dict[str, Any] = launcher(name)["available_node_types"]
+    return types
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
 def test_ray_takes_the_file(name: str) -> None:
     jsonschema.validate(launcher(name), SCHEMA)
-    prepared = prepare_config(deepcopy(launcher(name)))
-    validate_config(prepared)
-    assert prepared["head_setup_commands"] == prepared["worker_setup_commands"] == []  # Ray adds no default commands
+    config = prepare_config(deepcopy(launcher(name)))
+    validate_config(config)
+    assert config["head_setup_commands"] == config["worker_setup_commands"] == []  # Ray adds no default commands
 
 
 def test_the_check_sees_a_word_that_ray_does_not_know() -> None:
-    broken = launcher("aws.yaml") | {"idle_minutes": 5}
+    broken_config = launcher("aws.yaml") | {"idle_minutes": 5}
     with pytest.raises(jsonschema.ValidationError, match="idle_minutes"):
-        jsonschema.validate(broken, SCHEMA)
+        jsonschema.validate(broken_config, SCHEMA)
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
 def test_spot_comes_before_what_costs_more_and_falls_back_to_the_same_machine(name: str) -> None:
     types = node_types(name)
-    machine = "InstanceType" if name == "aws.yaml" else "machineType"
+    machine_field = "InstanceType" if name == "aws.yaml" else "machineType"
     for kind in ("cpu", "gpu"):
         spot, fallback = types[f"{kind}-spot"], types[f"{kind}-on-demand"]
         assert spot["priority"] > fallback["priority"]
         assert spot["resources"] == fallback["resources"]
-        assert spot["node_config"][machine] == fallback["node_config"][machine]
+        assert spot["node_config"][machine_field] == fallback["node_config"][machine_field]
         assert spot["min_workers"] == 0
-        cheap, dear = (str(each["node_config"]).lower() for each in (spot, fallback))
-        assert "'spot'" in cheap
-        assert "spot" not in dear
+        spot_config, fallback_config = (str(node_type["node_config"]).lower() for node_type in (spot, fallback))
+        assert "'spot'" in spot_config
+        assert "spot" not in fallback_config
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
@@ -61,8 +61,8 @@ def test_the_dashboard_and_the_ports_of_ray_are_not_public(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAUNCHER)
 def test_machines_reach_the_bucket_by_role_and_hold_no_key(name: str) -> None:
-    role = "IamInstanceProfile" if name == "aws.yaml" else "serviceAccounts"
-    assert all(node["node_config"][role] for node in node_types(name).values())
+    role_field = "IamInstanceProfile" if name == "aws.yaml" else "serviceAccounts"
+    assert all(node["node_config"][role_field] for node in node_types(name).values())
     text = str(launcher(name)).lower()
     assert not any(word in text for word in ("access_key", "secret", "credentials", "password"))
 

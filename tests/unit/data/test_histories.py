@@ -18,7 +18,7 @@ def histories() -> Histories:
     )
 
 
-def lists(histories: Histories) -> dict[str, list[list[int]]]:
+def field_lists(histories: Histories) -> dict[str, list[list[int]]]:
     """All fields of the histories, with one list per user."""
     fields = {"songs": histories.songs, "at": histories.played_at, "contexts": histories.contexts}
     fields["skipped"] = histories.skipped
@@ -37,24 +37,24 @@ def test_lengths_and_rows_follow_the_offsets(histories: Histories) -> None:
 
 
 def test_users_are_taken_in_the_order_asked_for(histories: Histories) -> None:
-    taken = histories.take(np.array([3, 0, 3]))
-    assert taken.user_ids.tolist() == ["dee", "ann", "dee"]
-    assert lists(taken)["songs"] == [[4, 4], [3, 1, 2], [4, 4]]
-    assert lists(taken)["contexts"] == [[0, 1], [1, 0, 3], [0, 1]]
-    by_mask = histories.take(np.array([False, False, True, True]))
-    assert lists(by_mask)["skipped"] == [[True], [False, True]]
+    result = histories.take(np.array([3, 0, 3]))
+    assert result.user_ids.tolist() == ["dee", "ann", "dee"]
+    assert field_lists(result)["songs"] == [[4, 4], [3, 1, 2], [4, 4]]
+    assert field_lists(result)["contexts"] == [[0, 1], [1, 0, 3], [0, 1]]
+    result_by_mask = histories.take(np.array([False, False, True, True]))
+    assert field_lists(result_by_mask)["skipped"] == [[True], [False, True]]
 
 
 def test_keeping_plays_keeps_every_user(histories: Histories) -> None:
-    kept = histories.keep(histories.played_at >= 20)
-    assert kept.user_ids.tolist() == ["ann", "bob", "cy", "dee"]
-    assert lists(kept)["songs"] == [[1, 2], [], [], [4]]
+    result = histories.keep(histories.played_at >= 20)
+    assert result.user_ids.tolist() == ["ann", "bob", "cy", "dee"]
+    assert field_lists(result)["songs"] == [[1, 2], [], [], [4]]
 
 
 def test_before_a_moment_users_without_plays_drop_out(histories: Histories) -> None:
-    early = histories.before(15)
-    assert early.user_ids.tolist() == ["ann", "dee"]
-    assert lists(early)["songs"] == [[3], [4]]
+    result = histories.before(15)
+    assert result.user_ids.tolist() == ["ann", "dee"]
+    assert field_lists(result)["songs"] == [[3], [4]]
     assert histories.before(None).user_ids.tolist() == ["ann", "cy", "dee"]
 
 
@@ -64,10 +64,10 @@ def test_last_songs_are_the_newest_oldest_first(histories: Histories) -> None:
 
 def test_arrow_gives_back_what_it_was_given_also_from_a_slice(histories: Histories) -> None:
     table = histories.to_arrow()
-    assert lists(Histories.from_arrow(table)) == lists(histories)
-    assert lists(Histories.from_arrow(table.slice(2, 2))) == lists(histories.take(np.array([2, 3])))
+    assert field_lists(Histories.from_arrow(table)) == field_lists(histories)
+    assert field_lists(Histories.from_arrow(table.slice(2, 2))) == field_lists(histories.take(np.array([2, 3])))
     batch = table.slice(1, 3).combine_chunks().to_batches()[0]
-    assert lists(Histories.from_arrow(batch)) == lists(histories.take(np.array([1, 2, 3])))
+    assert field_lists(Histories.from_arrow(batch)) == field_lists(histories.take(np.array([1, 2, 3])))
 
 
 def test_contexts_and_skips_that_are_absent_or_all_null_are_none(histories: Histories) -> None:
@@ -79,17 +79,17 @@ def test_contexts_and_skips_that_are_absent_or_all_null_are_none(histories: Hist
 
 
 def test_no_users_survive_arrow() -> None:
-    nobody = Histories.from_lists([], [])
-    assert len(Histories.from_arrow(nobody.to_arrow())) == 0
+    empty = Histories.from_lists([], [])
+    assert len(Histories.from_arrow(empty.to_arrow())) == 0
     assert len(concatenate([])) == 0
 
 
 def test_parts_join_in_order(histories: Histories) -> None:
     parts = [histories.take(np.array([row])) for row in range(4)]
-    assert lists(concatenate(parts)) == lists(histories)
+    assert field_lists(concatenate(parts)) == field_lists(histories)
     assert concatenate(parts).user_ids.tolist() == histories.user_ids.tolist()
-    without = Histories.from_lists([[9]], [[1]])
-    assert concatenate([histories, without]).contexts is None
+    without_contexts = Histories.from_lists([[9]], [[1]])
+    assert concatenate([histories, without_contexts]).contexts is None
 
 
 def test_arrays_that_do_not_fit_the_offsets_are_refused() -> None:
@@ -135,7 +135,7 @@ def test_queries_take_their_states_along(histories: Histories) -> None:
 
 
 def test_a_span_is_the_same_places_of_every_user(histories: Histories) -> None:
-    assert lists(histories.span(1, 3)) == {
+    assert field_lists(histories.span(1, 3)) == {
         "songs": [[1, 2], [], [], [4]],
         "at": [[20, 30], [], [], [40]],
         "contexts": [[0, 3], [], [], [1]],

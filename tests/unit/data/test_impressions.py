@@ -56,7 +56,7 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path / "workspace")
 
 
-class Counted:
+class CountedLog:
     """A log that is written only when the test flushes or closes it, and the outcomes that it counted."""
 
     def __init__(self, workspace: Workspace, *, rows: int = 100, disk_bytes: int = 1 << 30, writer: str = "a") -> None:
@@ -69,18 +69,18 @@ class Counted:
 
 
 @pytest.fixture
-def made(workspace: Workspace) -> Iterator[Counted]:
-    counted = Counted(workspace)
-    yield counted
-    counted.log.close()
+def made(workspace: Workspace) -> Iterator[CountedLog]:
+    counted_log = CountedLog(workspace)
+    yield counted_log
+    counted_log.log.close()
 
 
-def ids(workspace: Workspace) -> list[str]:
+def answer_ids(workspace: Workspace) -> list[str]:
     tables = read_impressions(workspace, "answers", ["recommendation_id"])
-    return [name for table in tables for name in table.column("recommendation_id").to_pylist()]
+    return [answer_id for table in tables for answer_id in table.column("recommendation_id").to_pylist()]
 
 
-def test_rows_come_back_as_they_were_added(workspace: Workspace, made: Counted) -> None:
+def test_rows_come_back_as_they_were_added(workspace: Workspace, made: CountedLog) -> None:
     made.log.add("answers", answer(1, arm="b", explored=[True, False], probability=[0.1, 0.9]))
     made.log.add("answers", answer(2, None))  # type: ignore[arg-type]
     made.log.add("events", event(1))
@@ -96,107 +96,107 @@ def test_rows_come_back_as_they_were_added(workspace: Workspace, made: Counted) 
     assert made.log.waiting == 0
 
 
-def test_two_replicas_write_beside_each_other(workspace: Workspace, made: Counted) -> None:
-    other = Counted(workspace, writer="b")
-    for number, log in enumerate((made.log, other.log)):
+def test_two_replicas_write_beside_each_other(workspace: Workspace, made: CountedLog) -> None:
+    other_log = CountedLog(workspace, writer="b")
+    for number, log in enumerate((made.log, other_log.log)):
         log.add("answers", answer(number, moment=NOW))
         log.flush()
-    other.log.close()
-    assert sorted(ids(workspace)) == ["r0", "r1"]
+    other_log.log.close()
+    assert sorted(answer_ids(workspace)) == ["r0", "r1"]
 
 
 def test_rows_are_written_after_the_interval_and_at_the_end_without_a_call(workspace: Workspace) -> None:
     log = ImpressionLog(workspace, "a", LogBounds(seconds=0.05, rows=100, disk_bytes=1 << 30))
     log.add("answers", answer(1))
     deadline = time.monotonic() + 20
-    while not ids(workspace) and time.monotonic() < deadline:
+    while not answer_ids(workspace) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert ids(workspace) == ["r1"]
+    assert answer_ids(workspace) == ["r1"]
     log.add("answers", answer(2))
     log.close()
-    assert ids(workspace) == ["r1", "r2"]
+    assert answer_ids(workspace) == ["r1", "r2"]
 
 
 def test_over_the_bound_on_rows_the_new_ones_are_dropped_and_counted(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted = Counted(workspace, rows=2)
-    with monkeypatch.context() as broken:
-        broken.setattr(Workspace, "write_table", lambda *_, **__: 1 / 0)
-        taken = [counted.log.add("answers", answer(number)) for number in range(5)]
-    assert taken == [True, True, False, False, False]
-    counted.log.close()
-    assert +counted.outcomes == {("answers", "written"): 2, ("answers", "dropped"): 3}
-    assert ids(workspace) == ["r0", "r1"]
+    counted_log = CountedLog(workspace, rows=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "write_table", lambda *_, **__: 1 / 0)
+        results = [counted_log.log.add("answers", answer(number)) for number in range(5)]
+    assert results == [True, True, False, False, False]
+    counted_log.log.close()
+    assert +counted_log.outcomes == {("answers", "written"): 2, ("answers", "dropped"): 3}
+    assert answer_ids(workspace) == ["r0", "r1"]
 
 
 def test_over_the_bound_on_memory_rows_are_dropped(
-    workspace: Workspace, made: Counted, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, made: CountedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(impressions, "MEMORY_BYTES", 10 * impressions.ROW_BYTES)
-    long = answer(1, song_ids=["song"] * 100)
-    assert [made.log.add("answers", long), made.log.add("answers", long)] == [True, False]
+    long_answer = answer(1, song_ids=["song"] * 100)
+    assert [made.log.add("answers", long_answer), made.log.add("answers", long_answer)] == [True, False]
     made.log.flush()
-    assert made.log.add("answers", long)
+    assert made.log.add("answers", long_answer)
 
 
 def test_where_storage_fails_nothing_is_raised_and_the_rows_are_written_later(
-    workspace: Workspace, made: Counted, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, made: CountedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any, **__: Any) -> str:
+    def raise_no_space(*_: Any, **__: Any) -> str:
         raise StorageError("no space left")
 
-    with monkeypatch.context() as broken:
-        broken.setattr(Workspace, "write_table", full)
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "write_table", raise_no_space)
         assert made.log.add("answers", answer(1))
         with pytest.raises(StorageError):
             made.log.flush()
         assert made.log.add("events", event(1))
     made.log.flush()
-    assert ids(workspace) == ["r1"]
+    assert answer_ids(workspace) == ["r1"]
     assert made.log.waiting == 0
 
 
 def test_rows_that_cannot_be_written_by_the_end_are_counted_as_dropped(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted = Counted(workspace)
-    counted.log.add("answers", answer(1))
-    with monkeypatch.context() as broken:
-        broken.setattr(Workspace, "write_table", lambda *_, **__: 1 / 0)
-        counted.log.close()
-    assert counted.outcomes["answers", "dropped"] == 1
+    counted_log = CountedLog(workspace)
+    counted_log.log.add("answers", answer(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "write_table", lambda *_, **__: 1 / 0)
+        counted_log.log.close()
+    assert counted_log.outcomes["answers", "dropped"] == 1
 
 
 def test_over_the_bound_on_disk_the_oldest_files_are_deleted_and_counted(workspace: Workspace) -> None:
-    first = Counted(workspace)
+    first_log = CountedLog(workspace)
     for number in range(10):
-        first.log.add("answers", answer(number, moment=NOW + number * 24 * HOURS))
-        first.log.flush()
-    first.log.close()
-    one = max(log_files(workspace).values())
-    bounded = Counted(workspace, disk_bytes=4 * one, writer="b")
-    bounded.log.add("answers", answer(10, moment=NOW + 10 * 24 * HOURS))
-    bounded.log.flush()
-    bounded.log.close()
-    left = ids(workspace)
-    assert left == [f"r{number}" for number in range(11 - len(left), 11)]
-    assert 3 <= len(left) <= 4
-    assert sum(log_files(workspace).values()) <= 4 * one
-    assert bounded.outcomes["answers", "expired"] == 11 - len(left)
+        first_log.log.add("answers", answer(number, moment=NOW + number * 24 * HOURS))
+        first_log.log.flush()
+    first_log.log.close()
+    file_bytes = max(log_files(workspace).values())
+    bounded_log = CountedLog(workspace, disk_bytes=4 * file_bytes, writer="b")
+    bounded_log.log.add("answers", answer(10, moment=NOW + 10 * 24 * HOURS))
+    bounded_log.log.flush()
+    bounded_log.log.close()
+    remaining_ids = answer_ids(workspace)
+    assert remaining_ids == [f"r{number}" for number in range(11 - len(remaining_ids), 11)]
+    assert 3 <= len(remaining_ids) <= 4
+    assert sum(log_files(workspace).values()) <= 4 * file_bytes
+    assert bounded_log.outcomes["answers", "expired"] == 11 - len(remaining_ids)
 
 
 def test_a_compaction_joins_the_files_of_each_day_before_today_and_keeps_every_row(
-    workspace: Workspace, made: Counted
+    workspace: Workspace, made: CountedLog
 ) -> None:
     today = now_ms()
     for number, moment in enumerate((NOW, NOW + 1, NOW + 48 * HOURS, NOW + 48 * HOURS + 1, today, today)):
         made.log.add("answers", answer(number, moment=moment))
         made.log.add("events", event(number) | {"moment": moment})
         made.log.flush()
-    before = ids(workspace)
+    ids_before = answer_ids(workspace)
     compact_impressions(workspace)
-    assert ids(workspace) == before == [f"r{number}" for number in range(6)]
+    assert answer_ids(workspace) == ids_before == [f"r{number}" for number in range(6)]
     files = log_files(workspace)
     assert len(files) == 2 * (1 + 1 + 2)
     compact_impressions(workspace)
@@ -204,7 +204,7 @@ def test_a_compaction_joins_the_files_of_each_day_before_today_and_keeps_every_r
 
 
 def test_files_that_a_compaction_joins_stay_below_a_bound(
-    workspace: Workspace, made: Counted, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, made: CountedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(6):
         made.log.add("answers", answer(number))
@@ -212,25 +212,25 @@ def test_files_that_a_compaction_joins_stay_below_a_bound(
     monkeypatch.setattr(impressions, "JOINED_BYTES", 2 * max(log_files(workspace).values()))
     compact_impressions(workspace)
     assert len(log_files(workspace)) == 3
-    assert sorted(ids(workspace)) == [f"r{number}" for number in range(6)]
+    assert sorted(answer_ids(workspace)) == [f"r{number}" for number in range(6)]
 
 
-def test_a_deleted_user_is_hidden_at_once_and_then_in_no_file(workspace: Workspace, made: Counted) -> None:
+def test_a_deleted_user_is_hidden_at_once_and_then_in_no_file(workspace: Workspace, made: CountedLog) -> None:
     for number, user in enumerate(("ann", "secret-user", None)):
         made.log.add("answers", answer(number, user))  # type: ignore[arg-type]
     made.log.add("events", event(1, "secret-user"))
     made.log.flush()
     made.log.add("answers", answer(3, "secret-user"))  # still in memory when the user is deleted
     mark_forgotten(workspace, ["secret-user"], NOW + 100)
-    assert ids(workspace) == ["r0", "r2"]
+    assert answer_ids(workspace) == ["r0", "r2"]
     made.log.flush()
     assert erase_impressions(workspace) == 2
-    assert ids(workspace) == ["r0", "r2"]
+    assert answer_ids(workspace) == ["r0", "r2"]
     assert not list(read_impressions(workspace, "events"))
-    everything = [path for path in Path(workspace.root).rglob("*") if path.is_file()]
-    for path in everything:
+    paths = [path for path in Path(workspace.root).rglob("*") if path.is_file()]
+    for path in paths:
         assert b"secret-user" not in path.read_bytes()
         assert "secret-user" not in path.name
     made.log.add("answers", answer(200, "secret-user"))  # the user came back after the deletion
     made.log.flush()
-    assert ids(workspace) == ["r0", "r2", "r200"]
+    assert answer_ids(workspace) == ["r0", "r2", "r200"]

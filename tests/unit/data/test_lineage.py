@@ -13,14 +13,14 @@ from rayrec.storage.artifacts import DatasetManifest, Manifest, read_dataset_man
 from rayrec.storage.workspace import Workspace, histories_file, users_file
 
 
-def make(workspace: Workspace, kind: str, name: str, **inputs: str) -> Manifest:
+def publish_artifact(workspace: Workspace, kind: str, name: str, **inputs: str) -> Manifest:
     workspace.write_bytes(f"{kind}/{name}/payload", b"x" * 100)
     return artifacts.publish(workspace, Manifest(kind=kind, id=name, inputs=inputs), ["payload"])
 
 
-def release(workspace: Workspace, night: int, *, activate: bool = True) -> Manifest:
+def make_release(workspace: Workspace, night: int, *, activate: bool = True) -> Manifest:
     """A release of one night: new taste vectors of the same model."""
-    tastes = make(workspace, "tastes", f"t{night}", dataset="d", models="m")
+    tastes = publish_artifact(workspace, "tastes", f"t{night}", dataset="d", models="m")
     return releases.create_release(workspace, model_id="m", tastes_id=tastes.id, index_id="i", activate=activate)
 
 
@@ -31,32 +31,32 @@ def nights(workspace: Workspace) -> Workspace:
     workspace.write_bytes(histories_file(0, 0), b"parquet")
     workspace.write_bytes(users_file(0, 0), b"parquet")
     for name in ("old", "s"):
-        make(workspace, "songs", name, dataset="d")
-    make(workspace, "models", "unused", dataset="d", songs="old")
-    make(workspace, "models", "m", dataset="d", songs="s")
-    make(workspace, "indexes", "i", models="m")
+        publish_artifact(workspace, "songs", name, dataset="d")
+    publish_artifact(workspace, "models", "unused", dataset="d", songs="old")
+    publish_artifact(workspace, "models", "m", dataset="d", songs="s")
+    publish_artifact(workspace, "indexes", "i", models="m")
     for night in range(5):
-        release(workspace, night)
+        make_release(workspace, night)
     return workspace
 
 
-def test_what_old_releases_alone_refer_to_is_named_with_its_size(nights: Workspace) -> None:
-    made = [each.id for each in releases.list_releases(nights)]
-    found = {item.path: item for item in find_garbage(nights, CleanConfig(keep=2, hours=0))}
-    assert set(found) == {
-        *(f"releases/{name}" for name in made[:3]),
+def test_what_only_old_releases_refer_to_is_listed_with_its_size(nights: Workspace) -> None:
+    release_ids = [release.id for release in releases.list_releases(nights)]
+    garbage = {item.path: item for item in find_garbage(nights, CleanConfig(keep=2, hours=0))}
+    assert set(garbage) == {
+        *(f"releases/{name}" for name in release_ids[:3]),
         *(f"tastes/t{night}" for night in range(3)),
         "models/unused",
         "songs/old",
     }
-    assert found["tastes/t0"].bytes == nights.size("tastes/t0") > 100
+    assert garbage["tastes/t0"].bytes == nights.size("tastes/t0") > 100
     assert find_garbage(nights, CleanConfig(keep=2, hours=1)) == []  # everything is younger
 
 
-def test_of_recommendations_the_last_of_each_model_in_use_stay(nights: Workspace) -> None:
+def test_the_last_recommendations_of_each_model_in_use_stay(nights: Workspace) -> None:
     for name, model in (("r1", "m"), ("r2", "m"), ("r3", "unused")):
-        make(nights, "recommendations", name, dataset="d", models=model)
-    release(nights, 5)
+        publish_artifact(nights, "recommendations", name, dataset="d", models=model)
+    make_release(nights, 5)
     paths = [item.path for item in find_garbage(nights, CleanConfig(keep=2, hours=0))]
     assert {path for path in paths if path.startswith("recommendations/")} == {
         "recommendations/r1",
@@ -65,19 +65,19 @@ def test_of_recommendations_the_last_of_each_model_in_use_stay(nights: Workspace
 
 
 def test_a_release_that_was_asked_for_again_is_the_newest(nights: Workspace) -> None:
-    made = [each.id for each in releases.list_releases(nights)]
-    again = releases.create_release(nights, model_id="m", tastes_id="t1", index_id="i", activate=False)
-    assert again.id == made[1]
-    assert artifacts.current_ids(nights)["releases"] == made[1]
+    release_ids = [release.id for release in releases.list_releases(nights)]
+    reused_release = releases.create_release(nights, model_id="m", tastes_id="t1", index_id="i", activate=False)
+    assert reused_release.id == release_ids[1]
+    assert artifacts.current_ids(nights)["releases"] == release_ids[1]
     paths = {item.path for item in find_garbage(nights, CleanConfig(keep=2, hours=0))}
-    assert paths >= {"releases/" + made[0], "releases/" + made[2], "tastes/t0", "tastes/t2"}
-    assert not paths & {"releases/" + made[1], "releases/" + made[4], "tastes/t1", "tastes/t4"}
+    assert paths >= {"releases/" + release_ids[0], "releases/" + release_ids[2], "tastes/t0", "tastes/t2"}
+    assert not paths & {"releases/" + release_ids[1], "releases/" + release_ids[4], "tastes/t1", "tastes/t4"}
 
 
 def test_recommendations_that_were_asked_for_again_stay(nights: Workspace) -> None:
     for name in ("r1", "r2"):
-        make(nights, "recommendations", name, dataset="d", models="m")
-    release(nights, 5)
+        publish_artifact(nights, "recommendations", name, dataset="d", models="m")
+    make_release(nights, 5)
     artifacts.reuse(nights, "recommendations", "r1")
     paths = [item.path for item in find_garbage(nights, CleanConfig(keep=2, hours=0))]
     assert "recommendations/r1" not in paths
@@ -95,87 +95,92 @@ def test_after_cleaning_what_is_kept_verifies_and_rolls_back(nights: Workspace) 
     garbage = find_garbage(nights, config)
     assert delete_garbage(nights, garbage, config) == garbage
     assert not [item.path for item in garbage if nights.exists(item.path)]
-    kept = releases.list_releases(nights)
-    assert len(kept) == 2
-    for each in kept:
-        releases.verify_release(nights, each)
-    assert releases.rollback(nights).id == kept[0].id
+    kept_releases = releases.list_releases(nights)
+    assert len(kept_releases) == 2
+    for release in kept_releases:
+        releases.verify_release(nights, release)
+    assert releases.rollback(nights).id == kept_releases[0].id
     with pytest.raises(InputError, match="No earlier release"):
         releases.rollback(nights)
     assert find_garbage(nights, CleanConfig(keep=2, hours=0)) == []
 
 
 def test_the_live_release_stays_however_old_it_is(nights: Workspace) -> None:
-    first = releases.list_releases(nights)[0]
-    releases.activate_release(nights, first.id)
+    first_release = releases.list_releases(nights)[0]
+    releases.activate_release(nights, first_release.id)
     paths = [item.path for item in find_garbage(nights, CleanConfig(keep=1, hours=0))]
-    assert f"releases/{first.id}" not in paths
+    assert f"releases/{first_release.id}" not in paths
     assert "tastes/t0" not in paths
     assert "tastes/t1" in paths
 
 
 def test_the_release_before_the_live_one_stays_for_a_rollback(nights: Workspace) -> None:
-    before = releases.read_active(nights)["active"]
-    for refused in (5, 6):
-        release(nights, refused, activate=False)
-    release(nights, 7)
+    active_id = releases.read_active(nights)["active"]
+    for night in (5, 6):
+        make_release(nights, night, activate=False)
+    make_release(nights, 7)
     config = CleanConfig(keep=3, hours=0)
     delete_garbage(nights, find_garbage(nights, config), config)
     restored = releases.rollback(nights)
-    assert restored.id == before
+    assert restored.id == active_id
     releases.verify_release(nights, restored)
 
 
-def test_what_was_made_after_the_newest_release_is_on_its_way_to_one(nights: Workspace) -> None:
-    make(nights, "models", "next", dataset="d", songs="s")
+def test_artifacts_that_no_release_uses_yet_stay_and_old_unfinished_ones_go(nights: Workspace) -> None:
+    publish_artifact(nights, "models", "next", dataset="d", songs="s")
     nights.write_bytes("models/half/weights", b"x")
     paths = [item.path for item in find_garbage(nights, CleanConfig(keep=5, hours=0))]
     assert paths == ["songs/old", "models/unused"]
     os.utime(Path(nights.full("models/half/weights")), (0, 0))
     os.utime(Path(nights.full("models/half")), (0, 0))
-    found = {item.path: item.reason for item in find_garbage(nights, CleanConfig(keep=5, hours=0))}
-    assert found["models/half"] == "unfinished"
+    reasons = {item.path: item.reason for item in find_garbage(nights, CleanConfig(keep=5, hours=0))}
+    assert reasons["models/half"] == "unfinished"
 
 
 def test_what_a_young_release_was_made_of_stays_however_old_it_is(nights: Workspace) -> None:
     for name in ("of_young", "of_none"):
-        tastes = make(nights, "tastes", name, dataset="d", models="m")
+        tastes = publish_artifact(nights, "tastes", name, dataset="d", models="m")
         nights.write_json(tastes.path("manifest.json"), asdict(replace(tastes, created_at="2020-01-01T00:00:00+00:00")))
-    young = releases.create_release(nights, model_id="m", tastes_id="of_young", index_id="i", activate=False)
-    release(nights, 5)
+    young_release = releases.create_release(nights, model_id="m", tastes_id="of_young", index_id="i", activate=False)
+    make_release(nights, 5)
     config = CleanConfig(keep=1, hours=24)
     garbage = find_garbage(nights, config)
     assert [item.path for item in garbage] == ["tastes/of_none"]
     delete_garbage(nights, garbage, config)
-    releases.verify_release(nights, young)
+    releases.verify_release(nights, young_release)
 
 
 def test_what_replicas_answer_with_or_load_stays(nights: Workspace) -> None:
-    made = [each.id for each in releases.list_releases(nights)]
-    nights.write_json("serving/replicas/one.json", {"release": made[0], "loading": None, "arms": []})
-    nights.write_json("serving/replicas/two.json", {"release": made[4], "loading": made[3], "arms": [made[1]]})
+    release_ids = [release.id for release in releases.list_releases(nights)]
+    nights.write_json("serving/replicas/one.json", {"release": release_ids[0], "loading": None, "arms": []})
+    nights.write_json(
+        "serving/replicas/two.json", {"release": release_ids[4], "loading": release_ids[3], "arms": [release_ids[1]]}
+    )
     nights.write_bytes("serving/replicas/junk.json", b"{")
     config = CleanConfig(keep=2, hours=0)
     delete_garbage(nights, find_garbage(nights, config), config)
-    kept = releases.list_releases(nights)
-    assert [each.id for each in kept] == [made[0], made[1], made[3], made[4]]
-    for each in kept:
-        releases.verify_release(nights, each)
+    kept_releases = releases.list_releases(nights)
+    assert [release.id for release in kept_releases] == [release_ids[0], release_ids[1], release_ids[3], release_ids[4]]
+    for release in kept_releases:
+        releases.verify_release(nights, release)
 
 
 def test_a_release_that_went_live_since_it_was_found_is_not_deleted(nights: Workspace) -> None:
     config = CleanConfig(keep=2, hours=0)
     garbage = find_garbage(nights, config)
-    first = releases.list_releases(nights)[0]
-    assert {f"releases/{first.id}", "tastes/t0"} <= {item.path for item in garbage}
-    releases.activate_release(nights, first.id)
-    release(nights, 5, activate=False)
+    first_release = releases.list_releases(nights)[0]
+    assert {f"releases/{first_release.id}", "tastes/t0"} <= {item.path for item in garbage}
+    releases.activate_release(nights, first_release.id)
+    make_release(nights, 5, activate=False)
     assert "tastes/t3" in {item.path for item in find_garbage(nights, config)}
-    deleted = delete_garbage(nights, garbage, config)
-    assert {item.path for item in garbage} - {item.path for item in deleted} == {f"releases/{first.id}", "tastes/t0"}
-    live = releases.active_release(nights)
-    assert live is not None
-    releases.verify_release(nights, live)
+    deleted_items = delete_garbage(nights, garbage, config)
+    assert {item.path for item in garbage} - {item.path for item in deleted_items} == {
+        f"releases/{first_release.id}",
+        "tastes/t0",
+    }
+    live_release = releases.active_release(nights)
+    assert live_release is not None
+    releases.verify_release(nights, live_release)
     assert nights.exists("tastes/t3")  # garbage by now, but not in the list `garbage`
 
 
@@ -196,7 +201,7 @@ def test_joined_parts_stay_for_their_readers_for_some_hours(nights: Workspace) -
         assert users_file(1, 0) not in [item.path for item in garbage]
 
 
-def test_without_a_release_nothing_says_what_is_of_use(workspace: Workspace) -> None:
-    make(workspace, "models", "m")
+def test_without_a_release_cleaning_is_refused(workspace: Workspace) -> None:
+    publish_artifact(workspace, "models", "m")
     with pytest.raises(InputError, match="no release"):
         find_garbage(workspace, CleanConfig())

@@ -34,30 +34,30 @@ class TestProbabilities:
     def test_every_answer_sums_to_one(
         self, world: World, histories: Histories, queries: Queries, know_contexts: bool
     ) -> None:
-        chance = Oracle(world, know_contexts=know_contexts).probabilities(histories, queries)
-        assert chance.dtype == np.float32
-        assert chance.min() >= 0
-        np.testing.assert_allclose(chance.sum(axis=1), 1, atol=1e-5)
+        probabilities = Oracle(world, know_contexts=know_contexts).probabilities(histories, queries)
+        assert probabilities.dtype == np.float32
+        assert probabilities.min() >= 0
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
 
-    def test_what_it_gives_a_chance_comes_as_often(
+    def test_songs_are_played_as_often_as_their_probabilities_say(
         self, world: World, histories: Histories, queries: Queries, know_contexts: bool
     ) -> None:
-        chance = Oracle(world, know_contexts=know_contexts).probabilities(histories, queries)
-        played = np.zeros(chance.shape, dtype=bool)
-        played[np.arange(len(queries)), histories.songs] = True
+        probabilities = Oracle(world, know_contexts=know_contexts).probabilities(histories, queries)
+        is_played = np.zeros(probabilities.shape, dtype=bool)
+        is_played[np.arange(len(queries)), histories.songs] = True
         for low, high in ((0.001, 0.01), (0.01, 0.05), (0.05, 0.3), (0.3, 0.6), (0.6, 1.0)):
-            band = (chance >= low) & (chance < high)
-            spread = 4 * np.sqrt(chance[band].mean() / band.sum())
-            assert played[band].mean() == pytest.approx(chance[band].mean(), abs=spread)
+            in_band = (probabilities >= low) & (probabilities < high)
+            tolerance = 4 * np.sqrt(probabilities[in_band].mean() / in_band.sum())
+            assert is_played[in_band].mean() == pytest.approx(probabilities[in_band].mean(), abs=tolerance)
 
     def test_its_own_recall_is_the_best_recall(
         self, world: World, histories: Histories, queries: Queries, know_contexts: bool
     ) -> None:
         oracle = Oracle(world, know_contexts=know_contexts)
-        chance = oracle.probabilities(histories, queries)
+        probabilities = oracle.probabilities(histories, queries)
         for k in (1, 20):
             expected = oracle.best_recall(k, np.arange(300))
-            assert hits(chance, histories.songs, k).mean() == pytest.approx(
+            assert hits(probabilities, histories.songs, k).mean() == pytest.approx(
                 expected, abs=4 * np.sqrt(0.25 / len(queries))
             )
 
@@ -65,34 +65,34 @@ class TestProbabilities:
         self, world: World, histories: Histories, queries: Queries, know_contexts: bool
     ) -> None:
         oracle = Oracle(world, know_contexts=know_contexts)
-        some = queries.take(np.arange(0, len(queries), 97))
-        place = np.arange(histories.num_plays) - histories.offsets[histories.rows]
+        sample = queries.take(np.arange(0, len(queries), 97))
+        positions = np.arange(histories.num_plays) - histories.offsets[histories.rows]
         for number in (3, 50, 100):
-            one = some.take(np.array([number]))
-            cut = histories.keep((histories.rows != one.rows[0]) | (place < one.seen[0]))
+            query = sample.take(np.array([number]))
+            past = histories.keep((histories.rows != query.rows[0]) | (positions < query.seen[0]))
             np.testing.assert_allclose(
-                oracle.probabilities(cut, one), oracle.probabilities(histories, one), rtol=1e-5, atol=1e-7
+                oracle.probabilities(past, query), oracle.probabilities(histories, query), rtol=1e-5, atol=1e-7
             )
 
 
 class TestWhatItIsWorth:
     def test_it_beats_popularity_by_far(self, world: World, histories: Histories) -> None:
         counts = np.bincount(world.histories(np.arange(300, 2_000)).songs, minlength=400)
-        popular = np.isin(histories.songs, np.argsort(-counts)[:20]).mean()
-        assert Oracle(world).best_recall(20) > 2 * popular
+        popularity_recall = np.isin(histories.songs, np.argsort(-counts)[:20]).mean()
+        assert Oracle(world).best_recall(20) > 2 * popularity_recall
 
     def test_knowing_contexts_is_worth_the_computed_margin(
         self, world: World, histories: Histories, queries: Queries
     ) -> None:
         users = np.arange(300)
-        aware, blind = Oracle(world), Oracle(world, know_contexts=False)
-        margin = aware.best_recall(1, users) - blind.best_recall(1, users)
+        aware_oracle, blind_oracle = Oracle(world), Oracle(world, know_contexts=False)
+        margin = aware_oracle.best_recall(1, users) - blind_oracle.best_recall(1, users)
         assert margin > 0.02
-        first_hits = hits(aware.probabilities(histories, queries), histories.songs, 1)
-        blind_hits = hits(blind.probabilities(histories, queries), histories.songs, 1)
-        difference = first_hits.astype(float) - blind_hits
-        spread = 4 * difference.std() / np.sqrt(len(queries))
-        assert difference.mean() == pytest.approx(margin, abs=spread)
+        aware_hits = hits(aware_oracle.probabilities(histories, queries), histories.songs, 1)
+        blind_hits = hits(blind_oracle.probabilities(histories, queries), histories.songs, 1)
+        difference = aware_hits.astype(float) - blind_hits
+        tolerance = 4 * difference.std() / np.sqrt(len(queries))
+        assert difference.mean() == pytest.approx(margin, abs=tolerance)
 
     def test_the_first_play_of_a_user_is_the_hardest(self, world: World) -> None:
         oracle = Oracle(world)
@@ -105,32 +105,32 @@ class TestWhatItIsWorth:
 class TestInferredContexts:
     def test_they_match_the_sum_over_all_ways_a_history_could_have_come(self, world: World) -> None:
         user = int(np.argmax(world.histories(np.arange(100)).lengths >= 4))
-        whole = world.histories(np.array([user]))
-        history = whole.keep(np.arange(whole.num_plays) < 4)
+        full_history = world.histories(np.array([user]))
+        history = full_history.keep(np.arange(full_history.num_plays) < 4)
         weights = np.zeros(len(CONTEXTS))
-        for way in product(range(len(CONTEXTS)), repeat=4):
-            weights[way[-1]] += self._likelihood(world, history, way)
+        for contexts in product(range(len(CONTEXTS)), repeat=4):
+            weights[contexts[-1]] += self._likelihood(world, history, contexts)
         np.testing.assert_allclose(infer_contexts(world, history)[-1], weights / weights.sum(), rtol=1e-4)
 
-    def _likelihood(self, world: World, history: Histories, way: tuple[int, ...]) -> float:
-        """P(contexts, songs) for the contexts `way`, from an oracle that knows the context of each play."""
-        shares, total = world.context_shares, 1.0
-        starts = np.diff(history.played_at, prepend=0) >= 30 * 60_000
-        for place, context in enumerate(way):
-            before = len(CONTEXTS) if starts[place] else way[place - 1]
-            total *= shares[before, context] * self._song_chance(world, history, place, context)
-        return total
+    def _likelihood(self, world: World, history: Histories, contexts: tuple[int, ...]) -> float:
+        """P(`contexts`, songs), from an oracle that knows the context of each play."""
+        shares, likelihood = world.context_shares, 1.0
+        is_start = np.diff(history.played_at, prepend=0) >= 30 * 60_000
+        for position, context in enumerate(contexts):
+            previous = len(CONTEXTS) if is_start[position] else contexts[position - 1]
+            likelihood *= shares[previous, context] * self._song_probability(world, history, position, context)
+        return likelihood
 
-    def _song_chance(self, world: World, history: Histories, place: int, context: int) -> float:
-        forced = World(world.config)
-        forced.context_shares = np.zeros_like(world.context_shares)
-        forced.context_shares[:, context] = 1.0
-        query = Queries.before_plays(history, np.array([place]))
-        return float(Oracle(forced).probabilities(history, query)[0, history.songs[place]])
+    def _song_probability(self, world: World, history: Histories, position: int, context: int) -> float:
+        forced_world = World(world.config)
+        forced_world.context_shares = np.zeros_like(world.context_shares)
+        forced_world.context_shares[:, context] = 1.0
+        query = Queries.before_plays(history, np.array([position]))
+        return float(Oracle(forced_world).probabilities(history, query)[0, history.songs[position]])
 
     def test_they_are_probabilities(self, world: World, histories: Histories) -> None:
-        inferred = infer_contexts(world, histories)
-        np.testing.assert_allclose(inferred.sum(axis=1), 1)
+        probabilities = infer_contexts(world, histories)
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1)
         assert histories.contexts is not None
-        true = np.log2(histories.contexts).astype(np.int64)
-        assert (inferred.argmax(axis=1) == true).mean() > 0.7
+        true_contexts = np.log2(histories.contexts).astype(np.int64)
+        assert (probabilities.argmax(axis=1) == true_contexts).mean() > 0.7

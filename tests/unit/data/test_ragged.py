@@ -17,12 +17,12 @@ def test_the_highest_of_each_group_are_kept_and_those_equal_to_the_last() -> Non
     random = np.random.default_rng(0)
     groups = np.sort(random.integers(40, size=3_000)) * 7
     scores = random.integers(50, size=3_000).astype(np.float64)
-    kept = top_positions(groups, scores, 10)
-    assert (np.diff(kept) > 0).all()
+    result = top_positions(groups, scores, 10)
+    assert (np.diff(result) > 0).all()
     for group in np.unique(groups):
-        own = np.flatnonzero(groups == group)
-        last = np.sort(scores[own])[::-1][min(10, len(own)) - 1]
-        assert set(kept) & set(own) == set(own[scores[own] >= last])
+        positions = np.flatnonzero(groups == group)
+        last_score = np.sort(scores[positions])[::-1][min(10, len(positions)) - 1]
+        assert set(result) & set(positions) == set(positions[scores[positions] >= last_score])
     assert top_positions(groups[:0], scores[:0], 10).tolist() == []
     assert top_positions(np.array([1, 1, 2]), np.array([0.0, 1.0, 2.0]), 5).tolist() == [0, 1, 2]
 
@@ -32,12 +32,12 @@ def test_the_best_of_each_group_are_those_of_a_plain_sort_equal_ones_by_song(see
     random = np.random.default_rng(seed)
     groups = np.repeat([2, 3, 7], random.integers(0, 12, size=3))
     scores, songs = random.integers(0, 4, size=len(groups)), random.permutation(len(groups))
-    positions, places = top_ranked(groups, scores, songs, 5)
-    wanted = []
+    positions, ranks = top_ranked(groups, scores, songs, 5)
+    expected = []
     for group in np.unique(groups):
-        inside = sorted(np.flatnonzero(groups == group), key=lambda at: (-scores[at], songs[at]))[:5]
-        wanted += [(at, place) for place, at in enumerate(inside)]
-    assert list(zip(positions, places, strict=True)) == wanted
+        best = sorted(np.flatnonzero(groups == group), key=lambda position: (-scores[position], songs[position]))[:5]
+        expected += [(position, rank) for rank, position in enumerate(best)]
+    assert list(zip(positions, ranks, strict=True)) == expected
 
 
 def test_ranges_and_offsets_are_those_of_a_plain_loop() -> None:

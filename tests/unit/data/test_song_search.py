@@ -33,25 +33,25 @@ def catalog(songs: list[tuple[str | None, str | None]] = SONGS) -> Catalog:
     return Catalog(pa.table(data, schema=columns.SONGS_TABLE))
 
 
-def found(query: str, popularity: list[int] | None = None, limit: int = 10) -> list[int]:
-    places = None if popularity is None else popularity_ranks(np.array(popularity))
-    rows, _ = SongSearch(catalog(), places).find(query, limit)
+def find_rows(query: str, popularity: list[int] | None = None, limit: int = 10) -> list[int]:
+    ranks = None if popularity is None else popularity_ranks(np.array(popularity))
+    rows, _ = SongSearch(catalog(), ranks).find(query, limit)
     assert rows.dtype == np.int32
     return rows.tolist()
 
 
-def test_the_same_comes_before_a_beginning_and_a_beginning_before_the_rest() -> None:
-    assert found("hollow") == [0, 6, 1, 2]
+def test_an_equal_title_comes_before_a_prefix_and_a_prefix_before_the_rest() -> None:
+    assert find_rows("hollow") == [0, 6, 1, 2]
 
 
 def test_songs_that_fit_equally_well_come_by_popularity() -> None:
-    assert found("hollow", [1, 9, 9, 0, 0, 0, 5]) == [6, 0, 1, 2]
+    assert find_rows("hollow", [1, 9, 9, 0, 0, 0, 5]) == [6, 0, 1, 2]
 
 
 def test_title_and_artist_both_count() -> None:
-    assert set(found("abba")) == {0, 2, 3}
-    assert found("abba hollow") == found("hollow abba")
-    assert set(found("abba hollow")) == {0, 2}
+    assert set(find_rows("abba")) == {0, 2, 3}
+    assert find_rows("abba hollow") == find_rows("hollow abba")
+    assert set(find_rows("abba hollow")) == {0, 2}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_title_and_artist_both_count() -> None:
     [("bjork", 1), ("BJÖRK", 1), ("sigur ros", 4), ("strasse", 4), ("STRASSE", 4), ("  engine\thollow ", 1)],
 )
 def test_case_accents_and_spaces_do_not_matter(query: str, row: int) -> None:
-    assert found(query) == [row]
+    assert find_rows(query) == [row]
 
 
 @pytest.mark.parametrize("name", ["लता मंगेशकर", "ลำไย ไหทองคำ", "இளையராஜா", "অরিজিৎ সিং", "សិន ស៊ីសាមុត", "ハナ", "שָׁלוֹם"])
@@ -70,26 +70,26 @@ def test_names_in_every_script_are_found(name: str) -> None:
 
 
 @pytest.mark.parametrize(("one", "other"), [("กี", "กู"), ("ババ", "ハハ"), ("कि", "कु")])
-def test_marks_that_are_letters_to_their_readers_tell_names_apart(one: str, other: str) -> None:
+def test_names_that_differ_in_a_mark_that_belongs_to_a_letter_differ(one: str, other: str) -> None:
     assert fold(one) != fold(other)
 
 
 def test_a_song_without_a_title_is_found_by_its_id() -> None:
-    assert found("id-5") == [5]
-    assert found("id-0") == []
+    assert find_rows("id-5") == [5]
+    assert find_rows("id-0") == []
 
 
 @pytest.mark.parametrize("query", ["", "   ", "́"])
-def test_nothing_asked_finds_nothing(query: str) -> None:
-    assert found(query) == []
+def test_an_empty_query_finds_nothing(query: str) -> None:
+    assert find_rows(query) == []
 
 
-def test_signs_of_patterns_are_only_signs() -> None:
-    assert found(".*") == []
-    assert found("h[o") == []
+def test_characters_of_patterns_have_no_special_meaning() -> None:
+    assert find_rows(".*") == []
+    assert find_rows("h[o") == []
 
 
-def test_the_limit_cuts_and_the_count_does_not() -> None:
+def test_the_limit_cuts_the_rows_but_not_the_count() -> None:
     rows, count = SongSearch(catalog()).find("hollow", 2)
     assert (rows.tolist(), count) == ([0, 6], 4)
 
@@ -102,12 +102,12 @@ def test_an_empty_catalog_finds_nothing() -> None:
 @given(st.text(st.characters(categories=["L", "M", "N", "P"], include_characters=" \t\n"), max_size=20))
 def test_one_text_folds_as_a_column_does(text: str) -> None:
     # Characters whose casefold is not their lower case are left out, except for ß and ς.
-    kept = "".join(
+    plain_text = "".join(
         char
         for char in text
         if all(part.casefold() == part.lower() or part in "ßς" for part in unicodedata.normalize("NFKD", char))
     )
-    assert fold_all(pa.array([kept]))[0].as_py() == fold(kept)
+    assert fold_all(pa.array([plain_text]))[0].as_py() == fold(plain_text)
 
 
 @settings(max_examples=150)
@@ -123,17 +123,17 @@ def test_finding_equals_a_plain_loop(
     songs: list[tuple[str | None, str | None]], query: str, limit: int, data: st.DataObject
 ) -> None:
     plays = data.draw(st.lists(st.integers(0, 3), min_size=len(songs), max_size=len(songs)))
-    ranked = []
+    sort_keys = []
     for row, (title, artist) in enumerate(songs):
         parts = [fold(f"id-{row}" if title is None else title), fold(artist or "")]
-        wanted = fold(query)
-        if not wanted or not all(word in "\n".join(parts) for word in wanted.split()):
+        folded_query = fold(query)
+        if not folded_query or not all(word in "\n".join(parts) for word in folded_query.split()):
             continue
-        fit = max(2 if part == wanted else 1 if part.startswith(wanted) else 0 for part in parts)
-        ranked.append((-fit, -plays[row], row))
+        match_level = max(2 if part == folded_query else 1 if part.startswith(folded_query) else 0 for part in parts)
+        sort_keys.append((-match_level, -plays[row], row))
     search = SongSearch(catalog(songs), popularity_ranks(np.array(plays, dtype=np.int64)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalog_module, "SLICE", data.draw(st.sampled_from([3, 100])))  # several slices, or one
         rows, count = search.find(query, limit)
-    assert rows.tolist() == [row for *_, row in sorted(ranked)][:limit]
-    assert count == len(ranked)
+    assert rows.tolist() == [row for *_, row in sorted(sort_keys)][:limit]
+    assert count == len(sort_keys)

@@ -24,10 +24,10 @@ from rayrec.data.spelling import (
 from rayrec.errors import InputError
 
 
-def ids(values: pa.Array) -> tuple[list[str | None], list[str]]:
+def ids_and_reasons(values: pa.Array) -> tuple[list[str | None], list[str]]:
     problems = Problems(len(values))
     spelled = spell_ids(values, problems, column="user", reason="no user")
-    return [None if bad else text for text, bad in zip(spelled.to_pylist(), problems.bad, strict=True)], (
+    return [None if is_bad else text for text, is_bad in zip(spelled.to_pylist(), problems.bad, strict=True)], (
         problems.reasons()
     )
 
@@ -49,7 +49,7 @@ def ids(values: pa.Array) -> tuple[list[str | None], list[str]]:
     ids=lambda values: str(values.type),
 )
 def test_whole_numbers_are_spelled_the_same_whatever_the_column_holds(values: pa.Array) -> None:
-    assert ids(values) == (["16", str(1 << 60)], [])
+    assert ids_and_reasons(values) == (["16", str(1 << 60)], [])
 
 
 @pytest.mark.parametrize(
@@ -63,29 +63,32 @@ def test_whole_numbers_are_spelled_the_same_whatever_the_column_holds(values: pa
     ],
 )
 def test_what_is_no_id_is_marked_in_text(values: pa.Array) -> None:
-    assert ids(values) == (["a", None], ["no user"])
+    assert ids_and_reasons(values) == (["a", None], ["no user"])
 
 
 def test_an_id_that_no_request_can_hold_is_marked() -> None:
-    assert ids(pa.array(["ü" * 512, "ü" * 513])) == (["ü" * 512, None], ["id is longer than 512 characters"])
+    assert ids_and_reasons(pa.array(["ü" * 512, "ü" * 513])) == (
+        ["ü" * 512, None],
+        ["id is longer than 512 characters"],
+    )
 
 
 def test_what_is_no_id_is_marked_among_numbers() -> None:
     values = pa.array([16.0, np.nan, np.inf, -np.inf, None, 16.5], from_pandas=False)
-    assert ids(values) == (["16", None, None, None, None, "16.5"], ["no user"] * 4)
+    assert ids_and_reasons(values) == (["16", None, None, None, None, "16.5"], ["no user"] * 4)
 
 
 def test_names_keep_their_letters_and_zeros() -> None:
-    kept = ["007", "1.10", "Ärger 2.0", "a b", "e+10", "1e5", "null", "\N{DROMEDARY CAMEL}"]
-    assert ids(pa.array(kept)) == (kept, [])
+    names = ["007", "1.10", "Ärger 2.0", "a b", "e+10", "1e5", "null", "\N{DROMEDARY CAMEL}"]
+    assert ids_and_reasons(pa.array(names)) == (names, [])
 
 
 def test_bytes_that_are_not_utf8_are_marked_by_themselves() -> None:
-    assert ids(pa.array([b"u", b"\xff\xfe", "ü".encode()])) == (["u", None, "ü"], [NOT_UTF8])
-    broken = pa.Array.from_buffers(
+    assert ids_and_reasons(pa.array([b"u", b"\xff\xfe", "ü".encode()])) == (["u", None, "ü"], [NOT_UTF8])
+    invalid = pa.Array.from_buffers(
         pa.string(), 2, [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"a\xff")]
     )
-    assert ids(broken) == (["a", None], [NOT_UTF8])
+    assert ids_and_reasons(invalid) == (["a", None], [NOT_UTF8])
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_bytes_that_are_not_utf8_are_marked_by_themselves() -> None:
 )
 def test_a_type_that_holds_no_ids_is_an_error_that_names_the_column(values: pa.Array) -> None:
     with pytest.raises(InputError, match=r"column 'user' holds .*; expected text or numbers"):
-        ids(values)
+        ids_and_reasons(values)
 
 
 @given(
@@ -111,12 +114,14 @@ def test_a_type_that_holds_no_ids_is_an_error_that_names_the_column(values: pa.A
     )
 )
 def test_a_query_spells_an_id_as_an_import_does(texts: list[str]) -> None:
-    assert ids(pa.array(texts, pa.string()))[0] == [spell_id(text) for text in texts]
+    assert ids_and_reasons(pa.array(texts, pa.string()))[0] == [spell_id(text) for text in texts]
 
 
 @given(st.lists(st.floats() | st.none(), min_size=1, max_size=8))
 def test_a_number_out_of_json_is_spelled_as_one_out_of_parquet(values: list[float | None]) -> None:
-    assert ids(pa.array(values, pa.float64(), from_pandas=False))[0] == [spell_id(value) for value in values]
+    assert ids_and_reasons(pa.array(values, pa.float64(), from_pandas=False))[0] == [
+        spell_id(value) for value in values
+    ]
 
 
 @pytest.mark.parametrize("value", [np.int64(7), np.uint8(7), np.float32(7), np.float64(7), np.str_("7")], ids=repr)
@@ -153,12 +158,12 @@ def test_lists_of_every_type_are_taken_as_they_are(kind: pa.DataType) -> None:
     else:
         flat = pa.array(["DE", " FR ", "", None, "SE"])
         flat = flat.dictionary_encode() if pa.types.is_dictionary(kind.value_type) else flat.cast(kind.value_type)
-        make = pa.LargeListArray if pa.types.is_large_list(kind) else pa.ListArray
+        array_type = pa.LargeListArray if pa.types.is_large_list(kind) else pa.ListArray
         offsets = pa.array([0, 2, 2, 2, 5], pa.int64() if pa.types.is_large_list(kind) else pa.int32())
-        values = make.from_arrays(offsets, flat, mask=pa.array([False, False, True, False]))
-    spelled = spell_lists(values, Problems(4), column="markets")
-    assert spelled.type == pa.list_(pa.string())
-    assert spelled.to_pylist() == [["DE", "FR"], [], None, ["SE"]]
+        values = array_type.from_arrays(offsets, flat, mask=pa.array([False, False, True, False]))
+    result = spell_lists(values, Problems(4), column="markets")
+    assert result.type == pa.list_(pa.string())
+    assert result.to_pylist() == [["DE", "FR"], [], None, ["SE"]]
 
 
 def test_titles_of_numbers_are_text_and_nan_is_a_title_only_as_text() -> None:
@@ -183,15 +188,15 @@ TITLES = ["2.0", " 22.00 ", "-0.0", "1e+16", "Ärger 2.0", None]
     ids=lambda values: str(values.type),
 )
 def test_a_title_that_reads_as_a_number_stays_as_it_is_like_in_json(values: pa.Array) -> None:
-    spelled = spell_texts(values, Problems(6), column="title")
-    assert spelled.to_pylist() == ["2.0", "22.00", "-0.0", "1e+16", "Ärger 2.0", None]
-    assert spelled.to_pylist() == [spell_text(title) for title in TITLES]
+    result = spell_texts(values, Problems(6), column="title")
+    assert result.to_pylist() == ["2.0", "22.00", "-0.0", "1e+16", "Ärger 2.0", None]
+    assert result.to_pylist() == [spell_text(title) for title in TITLES]
 
 
 @pytest.mark.parametrize("values", [pa.array([2.0, 16.5, None]), pa.array([2.0, 16.5, None]).dictionary_encode()])
 def test_numbers_as_titles_are_the_same_from_parquet_and_json(values: pa.Array) -> None:
-    spelled = spell_texts(values, Problems(3), column="title").to_pylist()
-    assert spelled == ["2", "16.5", None] == [spell_text(title) for title in (2.0, 16.5, None)]
+    result = spell_texts(values, Problems(3), column="title").to_pylist()
+    assert result == ["2", "16.5", None] == [spell_text(title) for title in (2.0, 16.5, None)]
 
 
 def test_a_song_is_known_by_the_same_name_from_a_table_and_from_json() -> None:

@@ -32,10 +32,10 @@ def histories() -> Histories:
 
 
 def test_a_fit_sees_the_plays_before_the_cut_only(histories: Histories) -> None:
-    seen = FitRange(before=20).select(histories)
-    assert seen.user_ids.tolist() == ["a", "c"]
-    assert seen.songs.tolist() == [0, 3, 4]
-    FitRange(before=20).require(seen)
+    selected = FitRange(before=20).select(histories)
+    assert selected.user_ids.tolist() == ["a", "c"]
+    assert selected.songs.tolist() == [0, 3, 4]
+    FitRange(before=20).require(selected)
 
 
 def test_a_play_at_the_cut_is_refused(histories: Histories) -> None:
@@ -69,8 +69,10 @@ def test_the_share_of_held_out_users_is_about_right_and_the_seed_picks_others() 
 
 def test_users_held_out_at_a_share_are_held_out_at_a_larger_one_too() -> None:
     users = np.array(USERS, dtype=object)
-    few, many = (FitRange(held_out_share=share).allowed_users(users) for share in (0.1, 0.3))
-    assert not (many & ~few).any()
+    allowed_at_10_percent, allowed_at_30_percent = (
+        FitRange(held_out_share=share).allowed_users(users) for share in (0.1, 0.3)
+    )
+    assert not (allowed_at_30_percent & ~allowed_at_10_percent).any()
 
 
 def test_train_validation_and_test_follow_each_other() -> None:
@@ -116,11 +118,11 @@ def test_settings_out_of_range_are_refused(bad: dict[str, float]) -> None:
 
 
 def test_the_id_follows_config_and_data_set() -> None:
-    def made(dataset: str, **settings: float) -> Split:
+    def split_of(dataset: str, **settings: float) -> Split:
         return make_split(SplitConfig(**settings), dataset=dataset, first_play=0, last_play=10**11)
 
-    assert made("d") == made("d")
-    assert len({made("d").id, made("e").id, made("d", test_days=20).id, made("d", seed=3).id}) == 4
+    assert split_of("d") == split_of("d")
+    assert len({split_of("d").id, split_of("e").id, split_of("d", test_days=20).id, split_of("d", seed=3).id}) == 4
 
 
 def test_a_split_is_stored_and_found_again(workspace: Workspace) -> None:
@@ -154,19 +156,26 @@ def test_which_plays_an_artifact_was_trained_on_is_said_in_words(workspace: Work
     ):
         save_split(workspace, split)
 
-    def of(kind: str, split: str = "", files: Sequence[str] = (), **config: bool) -> str:
+    def describe(kind: str, split: str = "", files: Sequence[str] = (), **config: bool) -> str:
         inputs, hashes = {"split": split} if split else {}, dict.fromkeys(files, "")
         return describe_training_plays(
             workspace, Manifest(kind=kind, id="x", config=config, inputs=inputs, files=hashes)
         )
 
-    assert of("models") == "all plays"
-    assert of("songs", "tested") == "all plays except the plays from 1970-01-21 on, UTC (split tested)"
-    selected, tested = ["selection/model.safetensors"], "all plays except the plays from 1970-01-21 on"
-    assert of("models", "tested", selected, refit=False).startswith("all plays except the plays from 1970-01-11 on")
-    assert of("models", "tested", selected, refit=True).startswith(tested)
-    assert of("models", "tested", refit=False).startswith(tested)  # fitted on validation plays too
-    assert of("rankers", "tested") == "the plays from 1970-01-11 up to but not including 1970-01-21, UTC (split tested)"
-    assert of("models", "all") == "all plays, with settings chosen on the plays from 1970-01-11 on, UTC (split all)"
-    assert of("retrieval", "parts").startswith("all plays except the last 0.2 of each user's plays (weaker")
-    assert of("rankers", "parts") == "the last 0.1 of each user's plays before the last 0.2 (split parts)"
+    assert describe("models") == "all plays"
+    assert describe("songs", "tested") == "all plays except the plays from 1970-01-21 on, UTC (split tested)"
+    selection_files, expected = ["selection/model.safetensors"], "all plays except the plays from 1970-01-21 on"
+    assert describe("models", "tested", selection_files, refit=False).startswith(
+        "all plays except the plays from 1970-01-11 on"
+    )
+    assert describe("models", "tested", selection_files, refit=True).startswith(expected)
+    assert describe("models", "tested", refit=False).startswith(expected)  # fitted on validation plays too
+    assert (
+        describe("rankers", "tested")
+        == "the plays from 1970-01-11 up to but not including 1970-01-21, UTC (split tested)"
+    )
+    assert (
+        describe("models", "all") == "all plays, with settings chosen on the plays from 1970-01-11 on, UTC (split all)"
+    )
+    assert describe("retrieval", "parts").startswith("all plays except the last 0.2 of each user's plays (weaker")
+    assert describe("rankers", "parts") == "the last 0.1 of each user's plays before the last 0.2 (split parts)"

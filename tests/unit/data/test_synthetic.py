@@ -27,7 +27,7 @@ from rayrec.data.synthetic import (
 from rayrec.errors import InputError
 
 SMALL = GenerateConfig(users=400, songs=300, artists=60, genres=6, plays=40)
-NAMES = ("user_ids", "offsets", "songs", "played_at", "contexts", "skipped")
+FIELDS = ("user_ids", "offsets", "songs", "played_at", "contexts", "skipped")
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +51,13 @@ def contexts(histories: Histories) -> np.ndarray:
 def starts(histories: Histories) -> np.ndarray:
     """bool (P,): True for plays that start a session, derived from the gaps between plays."""
     gaps = np.diff(histories.played_at, prepend=0)
-    first = np.zeros(histories.num_plays, dtype=bool)
-    first[histories.offsets[:-1]] = True
-    return first | (gaps >= SESSION_GAP)
+    is_first = np.zeros(histories.num_plays, dtype=bool)
+    is_first[histories.offsets[:-1]] = True
+    return is_first | (gaps >= SESSION_GAP)
 
 
 def assert_same(left: Histories, right: Histories) -> None:
-    for name in NAMES:
+    for name in FIELDS:
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
 
 
@@ -70,11 +70,11 @@ class TestUsersAreIndependent:
 
     def test_block_size_changes_nothing(self) -> None:
         world, users = World(SMALL), np.arange(100)
-        whole = world.histories(users)
+        full = world.histories(users)
         start = 0
         for block in world.blocks(users, most=7):
             assert len(block) <= 7
-            assert_same(block, whole.take(np.arange(start, start + len(block))))
+            assert_same(block, full.take(np.arange(start, start + len(block))))
             start += len(block)
         assert start == 100
 
@@ -82,8 +82,8 @@ class TestUsersAreIndependent:
         first, second = World(SMALL).histories(np.arange(2)), World(SMALL).histories(np.arange(2))
         assert_same(first, second)
         assert not np.array_equal(first.last_songs(5)[0], first.last_songs(5)[1])
-        other = World(GenerateConfig(users=400, songs=300, artists=60, genres=6, plays=40, seed=1))
-        assert not np.array_equal(first.lengths, other.histories(np.arange(2)).lengths)
+        other_world = World(GenerateConfig(users=400, songs=300, artists=60, genres=6, plays=40, seed=1))
+        assert not np.array_equal(first.lengths, other_world.histories(np.arange(2)).lengths)
 
     def test_user_ids_lead_back_to_users(self, world: World) -> None:
         users = np.array([0, 123, 1_999_999])
@@ -92,8 +92,8 @@ class TestUsersAreIndependent:
 
     def test_playlists_are_independent_too(self, world: World) -> None:
         songs, offsets = world.playlists(np.arange(50))
-        alone, _ = world.playlists(np.array([33]))
-        np.testing.assert_array_equal(alone, songs[offsets[33] : offsets[34]])
+        one_playlist, _ = world.playlists(np.array([33]))
+        np.testing.assert_array_equal(one_playlist, songs[offsets[33] : offsets[34]])
 
 
 class TestCatalog:
@@ -115,27 +115,27 @@ class TestCatalog:
     def test_following_the_order_visits_the_whole_group_and_comes_back(
         self, world: World, order: str, group: str
     ) -> None:
-        following, groups = getattr(world, order), getattr(world, group)
+        next_songs, groups = getattr(world, order), getattr(world, group)
         for start in (0, 700, 1_999):
-            seen, song = [start], following[start]
+            visited, song = [start], next_songs[start]
             while song != start:
-                seen.append(song)
-                song = following[song]
-            np.testing.assert_array_equal(np.sort(seen), np.flatnonzero(groups == groups[start]))
+                visited.append(song)
+                song = next_songs[song]
+            np.testing.assert_array_equal(np.sort(visited), np.flatnonzero(groups == groups[start]))
 
     def test_shares_are_zipf_within_each_genre(self, world: World) -> None:
         for genre in range(world.config.genres):
-            share = np.sort(world.share[world.genre == genre])[::-1]
-            assert share.sum() == pytest.approx(1)
-            np.testing.assert_allclose(share[0] / share, np.arange(1, len(share) + 1) ** world.config.zipf)
+            shares = np.sort(world.share[world.genre == genre])[::-1]
+            assert shares.sum() == pytest.approx(1)
+            np.testing.assert_allclose(shares[0] / shares, np.arange(1, len(shares) + 1) ** world.config.zipf)
 
 
 class TestPlaysFollowTheRules:
     def test_sizes(self, world: World, histories: Histories, starts: np.ndarray) -> None:
         assert histories.lengths.min() >= 1
         assert histories.lengths.mean() == pytest.approx(world.config.plays, rel=0.05)
-        later = np.delete(starts, histories.offsets[:-1])
-        assert later.mean() == pytest.approx(1 / world.config.session_plays, rel=0.03)
+        later_starts = np.delete(starts, histories.offsets[:-1])
+        assert later_starts.mean() == pytest.approx(1 / world.config.session_plays, rel=0.03)
 
     def test_gaps_are_of_songs_or_of_hours_and_stay_in_the_range(
         self, world: World, histories: Histories, starts: np.ndarray
@@ -148,48 +148,48 @@ class TestPlaysFollowTheRules:
         assert histories.played_at.max() > FIRST_MOMENT + 0.95 * world.config.days * DAY
 
     def test_contexts_move_by_their_shares(self, world: World, contexts: np.ndarray, starts: np.ndarray) -> None:
-        later = np.flatnonzero(~starts)
-        moves = np.zeros((len(CONTEXTS), len(CONTEXTS)))
-        np.add.at(moves, (contexts[later - 1], contexts[later]), 1)
+        later_plays = np.flatnonzero(~starts)
+        transitions = np.zeros((len(CONTEXTS), len(CONTEXTS)))
+        np.add.at(transitions, (contexts[later_plays - 1], contexts[later_plays]), 1)
         np.testing.assert_allclose(
-            moves / moves.sum(axis=1, keepdims=True), world.context_shares[:-1], rtol=0, atol=0.02
+            transitions / transitions.sum(axis=1, keepdims=True), world.context_shares[:-1], rtol=0, atol=0.02
         )
-        first = np.bincount(contexts[starts], minlength=len(CONTEXTS)) / starts.sum()
-        np.testing.assert_allclose(first, world.context_shares[-1], atol=0.015)
+        first_shares = np.bincount(contexts[starts], minlength=len(CONTEXTS)) / starts.sum()
+        np.testing.assert_allclose(first_shares, world.context_shares[-1], atol=0.015)
 
     @pytest.mark.parametrize(("context", "order"), [(ALBUM, "album_next"), (PLAYLIST, "playlist_next")])
     def test_albums_and_playlists_go_on_in_order_as_often_as_configured(
         self, world: World, histories: Histories, contexts: np.ndarray, starts: np.ndarray, context: int, order: str
     ) -> None:
         plays = np.flatnonzero(~starts & (contexts == context))
-        last, song = histories.songs[plays - 1], histories.songs[plays]
-        by_chance = (1 - world.config.follow) * world.share[getattr(world, order)[last]].mean()
-        followed = (getattr(world, order)[last] == song).mean()
-        assert followed == pytest.approx(world.config.follow + by_chance, abs=0.01)
+        previous_songs, songs = histories.songs[plays - 1], histories.songs[plays]
+        chance_share = (1 - world.config.follow) * world.share[getattr(world, order)[previous_songs]].mean()
+        followed_share = (getattr(world, order)[previous_songs] == songs).mean()
+        assert followed_share == pytest.approx(world.config.follow + chance_share, abs=0.01)
 
     def test_radio_stays_near_and_search_goes_anywhere(
         self, world: World, histories: Histories, contexts: np.ndarray, starts: np.ndarray
     ) -> None:
-        genre = world.genre[histories.songs]
+        genres = world.genre[histories.songs]
         radio = np.flatnonzero(~starts & (contexts == RADIO))
-        assert (genre[radio] == genre[radio - 1]).all()
-        search = genre[contexts == SEARCH]
-        np.testing.assert_allclose(np.bincount(search) / len(search), 1 / world.config.genres, atol=0.02)
+        assert (genres[radio] == genres[radio - 1]).all()
+        search_genres = genres[contexts == SEARCH]
+        np.testing.assert_allclose(np.bincount(search_genres) / len(search_genres), 1 / world.config.genres, atol=0.02)
 
     def test_radio_draws_songs_by_their_share(
         self, world: World, histories: Histories, contexts: np.ndarray, starts: np.ndarray
     ) -> None:
         songs = histories.songs[~starts & (contexts == RADIO)]
         for genre in range(world.config.genres):
-            here = songs[world.genre[songs] == genre]
-            best = np.argmax(np.where(world.genre == genre, world.share, 0))
-            spread = 4 * np.sqrt(world.share[best] / len(here))
-            assert (here == best).mean() == pytest.approx(world.share[best], abs=spread)
+            genre_songs = songs[world.genre[songs] == genre]
+            top_song = np.argmax(np.where(world.genre == genre, world.share, 0))
+            tolerance = 4 * np.sqrt(world.share[top_song] / len(genre_songs))
+            assert (genre_songs == top_song).mean() == pytest.approx(world.share[top_song], abs=tolerance)
 
     def test_collection_repeats_what_the_user_heard(self, histories: Histories, contexts: np.ndarray) -> None:
-        first_of_user = np.zeros(histories.num_plays, dtype=bool)
-        first_of_user[histories.offsets[:-1]] = True
-        for play in np.flatnonzero((contexts == COLLECTION) & ~first_of_user)[:2_000]:
+        is_first = np.zeros(histories.num_plays, dtype=bool)
+        is_first[histories.offsets[:-1]] = True
+        for play in np.flatnonzero((contexts == COLLECTION) & ~is_first)[:2_000]:
             start = histories.offsets[np.searchsorted(histories.offsets, play, side="right") - 1]
             assert histories.songs[play] in histories.songs[start:play]
 
@@ -199,24 +199,24 @@ class TestPlaysFollowTheRules:
         tastes = world.tastes(np.arange(world.config.users))
         assert (np.diff(np.sort(tastes, axis=1), axis=1) > 0).all()
         plays = np.flatnonzero(starts & (contexts == RADIO))
-        place = world.genre[histories.songs[plays]][:, None] == tastes[histories.rows[plays]]
-        by_chance = world.config.outside / world.config.genres
-        np.testing.assert_allclose(place.mean(axis=0), (1 - world.config.outside) * TASTE + by_chance, atol=0.03)
+        in_taste = world.genre[histories.songs[plays]][:, None] == tastes[histories.rows[plays]]
+        chance_share = world.config.outside / world.config.genres
+        np.testing.assert_allclose(in_taste.mean(axis=0), (1 - world.config.outside) * TASTE + chance_share, atol=0.03)
 
     def test_songs_off_the_taste_are_skipped_more_often(self, world: World, histories: Histories) -> None:
         tastes = world.tastes(np.arange(world.config.users))[histories.rows]
-        on_taste = (world.genre[histories.songs][:, None] == tastes).any(axis=1)
+        is_on_taste = (world.genre[histories.songs][:, None] == tastes).any(axis=1)
         assert histories.skipped is not None
-        assert histories.skipped[on_taste].mean() == pytest.approx(SKIP_ON_TASTE, abs=0.005)
-        assert histories.skipped[~on_taste].mean() == pytest.approx(SKIP_OFF_TASTE, abs=0.015)
+        assert histories.skipped[is_on_taste].mean() == pytest.approx(SKIP_ON_TASTE, abs=0.005)
+        assert histories.skipped[~is_on_taste].mean() == pytest.approx(SKIP_OFF_TASTE, abs=0.015)
 
     def test_a_playlist_stays_in_one_genre(self, world: World) -> None:
         songs, offsets = world.playlists(np.arange(200))
         lengths = np.diff(offsets)
         assert lengths.min() >= 10
         assert lengths.max() <= 40
-        genre = world.genre[songs]
-        assert (genre == np.repeat(genre[offsets[:-1]], lengths)).all()
+        genres = world.genre[songs]
+        assert (genres == np.repeat(genres[offsets[:-1]], lengths)).all()
 
 
 class TestConfig:

@@ -13,14 +13,14 @@ WINDOW, LOOKAHEAD = 4, 3
 @pytest.fixture(scope="module")
 def histories() -> Histories:
     """Users of 0 to 30 plays; every song number is unique, so that it identifies a play."""
-    made = random_histories(40, 10, seed=5)
+    source = random_histories(40, 10, seed=5)
     return Histories(
-        user_ids=made.user_ids,
-        offsets=made.offsets,
-        songs=np.arange(made.num_plays, dtype=np.int32),
-        played_at=made.played_at,
-        contexts=np.arange(made.num_plays, dtype=np.int32) * 2,
-        skipped=np.arange(made.num_plays) % 3 == 0,
+        user_ids=source.user_ids,
+        offsets=source.offsets,
+        songs=np.arange(source.num_plays, dtype=np.int32),
+        played_at=source.played_at,
+        contexts=np.arange(source.num_plays, dtype=np.int32) * 2,
+        skipped=np.arange(source.num_plays) % 3 == 0,
     )
 
 
@@ -46,9 +46,9 @@ def test_a_history_by_hand_is_cut_where_it_should_be() -> None:
 
 def test_every_play_but_a_users_last_is_an_input_of_exactly_one_window(histories: Histories) -> None:
     windows = cut_windows(histories, WINDOW, LOOKAHEAD)
-    found = sorted(song for window in inputs_of(windows) for song in window)
-    last = histories.offsets[1:][histories.lengths > 0] - 1
-    assert found == np.delete(histories.songs, last).tolist()
+    inputs = sorted(song for window in inputs_of(windows) for song in window)
+    last_plays = histories.offsets[1:][histories.lengths > 0] - 1
+    assert inputs == np.delete(histories.songs, last_plays).tolist()
     assert windows.inputs.max() == WINDOW
     assert windows.inputs.min() >= 1
 
@@ -56,18 +56,18 @@ def test_every_play_but_a_users_last_is_an_input_of_exactly_one_window(histories
 def test_targets_reach_into_the_lookahead_and_never_past_the_history(histories: Histories) -> None:
     windows = cut_windows(histories, WINDOW, LOOKAHEAD)
     rows = histories.rows
-    for begin, end, count in zip(windows.plays.offsets, windows.plays.offsets[1:], windows.inputs, strict=False):
-        held = windows.plays.songs[begin:end]
-        user = rows[held[0]]
-        wanted = min(held[0] + count + LOOKAHEAD, histories.offsets[user + 1])
-        assert held.tolist() == list(range(held[0], wanted))
+    for start, end, count in zip(windows.plays.offsets, windows.plays.offsets[1:], windows.inputs, strict=False):
+        songs = windows.plays.songs[start:end]
+        user = rows[songs[0]]
+        expected_end = min(songs[0] + count + LOOKAHEAD, histories.offsets[user + 1])
+        assert songs.tolist() == list(range(songs[0], expected_end))
 
 
 def test_the_play_before_a_window_gives_its_time(histories: Histories) -> None:
     windows = cut_windows(histories, WINDOW, LOOKAHEAD)
-    first = windows.plays.songs[windows.plays.offsets[:-1]]
+    first_songs = windows.plays.songs[windows.plays.offsets[:-1]]
     starts = set(histories.offsets[:-1].tolist())
-    expected = [NEVER if song in starts else histories.played_at[song - 1] for song in first.tolist()]
+    expected = [NEVER if song in starts else histories.played_at[song - 1] for song in first_songs.tolist()]
     assert windows.previous_at.tolist() == expected
 
 
@@ -82,7 +82,7 @@ def test_contexts_and_skips_stay_with_their_plays(histories: Histories) -> None:
 
 @pytest.mark.parametrize("lengths", [[], [0], [1], [0, 1, 0]])
 def test_histories_without_a_pair_of_plays_give_no_window(lengths: list[int]) -> None:
-    histories = Histories.from_lists([[1] * n for n in lengths], [[5] * n for n in lengths])
+    histories = Histories.from_lists([[1] * length for length in lengths], [[5] * length for length in lengths])
     windows = cut_windows(histories, WINDOW, LOOKAHEAD)
     assert len(windows) == 0
     assert count_inputs(histories.lengths, WINDOW).tolist() == []
@@ -112,7 +112,7 @@ def test_joined_windows_are_one_batch(histories: Histories) -> None:
     assert len(Windows.joined([])) == 0
 
 
-def test_a_batch_holds_windows_of_like_length() -> None:
+def test_a_batch_holds_windows_of_similar_length() -> None:
     lengths = np.random.default_rng(1).permutation(np.repeat([3, 50, 100], 32))
     batches = batch_rows(lengths, 32, np.random.default_rng(0))
     assert sorted(set(lengths[rows].tolist()) == {lengths[rows[0]]} for rows in batches) == [True] * 3
@@ -131,9 +131,9 @@ def test_the_order_is_a_function_of_the_seed(histories: Histories) -> None:
 
 def test_windows_survive_arrow(histories: Histories) -> None:
     windows = cut_windows(histories, WINDOW, LOOKAHEAD)
-    back = Windows.from_arrow(windows.to_arrow().slice(5, 20))
-    wanted = windows.take(np.arange(5, 25))
-    assert inputs_of(back) == inputs_of(wanted)
-    np.testing.assert_array_equal(back.previous_at, wanted.previous_at)
-    np.testing.assert_array_equal(back.plays.played_at, wanted.plays.played_at)
-    assert back.plays.skipped is not None
+    restored = Windows.from_arrow(windows.to_arrow().slice(5, 20))
+    expected = windows.take(np.arange(5, 25))
+    assert inputs_of(restored) == inputs_of(expected)
+    np.testing.assert_array_equal(restored.previous_at, expected.previous_at)
+    np.testing.assert_array_equal(restored.plays.played_at, expected.plays.played_at)
+    assert restored.plays.skipped is not None

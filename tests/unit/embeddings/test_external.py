@@ -22,25 +22,25 @@ UNIT = np.array([[0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]])
 
 @pytest.fixture
 def catalog() -> Catalog:
-    rows = {columns.SONG: [0, 1, 2], columns.SONG_ID: ["a", "b", "c"], columns.TITLE: None, columns.ARTIST: None}
-    return Catalog(pa.table({**rows, columns.TITLE: [None] * 3, columns.ARTIST: [None] * 3}, columns.SONGS_TABLE))
+    data = {columns.SONG: [0, 1, 2], columns.SONG_ID: ["a", "b", "c"], columns.TITLE: None, columns.ARTIST: None}
+    return Catalog(pa.table({**data, columns.TITLE: [None] * 3, columns.ARTIST: [None] * 3}, columns.SONGS_TABLE))
 
 
-def parquet(folder: Path, song_ids: list[Any], vectors: pa.Array) -> Path:
+def write_parquet(folder: Path, song_ids: list[Any], vectors: pa.Array) -> Path:
     path = folder / "vectors.parquet"
     pq.write_table(pa.table({"song_id": song_ids, "vector": vectors}), path)
     return path
 
 
-def npy(folder: Path, array: np.ndarray, name: str = "vectors.npy") -> Path:
+def write_npy(folder: Path, array: np.ndarray, name: str = "vectors.npy") -> Path:
     np.save(folder / name, array)
     return folder / name
 
 
 def test_npy_rows_stand_in_the_order_of_the_catalog(tmp_path: Path, catalog: Catalog) -> None:
-    outside = read_external_vectors(npy(tmp_path, RAW), catalog)
-    np.testing.assert_allclose(outside.vectors.vectors, UNIT, rtol=1e-6)
-    assert (outside.rows, outside.unknown_ids, outside.zero_vectors) == (3, 0, 0)
+    external = read_external_vectors(write_npy(tmp_path, RAW), catalog)
+    np.testing.assert_allclose(external.vectors.vectors, UNIT, rtol=1e-6)
+    assert (external.rows, external.unknown_ids, external.zero_vectors) == (3, 0, 0)
 
 
 @pytest.mark.parametrize("listed", ["txt", "json"])
@@ -48,25 +48,25 @@ def test_ids_beside_an_npy_file_place_its_rows(listed: str, tmp_path: Path, cata
     ids = ["c", "unknown", "a"]
     text = json.dumps(ids) if listed == "json" else "\n".join(ids) + "\n"
     (tmp_path / f"vectors.ids.{listed}").write_text(text)
-    outside = read_external_vectors(npy(tmp_path, RAW.astype(np.float16)), catalog)
-    np.testing.assert_allclose(outside.vectors.vectors, [UNIT[2], [0, 0], UNIT[0]], rtol=1e-3)
-    assert outside.unknown_ids == 1
+    external = read_external_vectors(write_npy(tmp_path, RAW.astype(np.float16)), catalog)
+    np.testing.assert_allclose(external.vectors.vectors, [UNIT[2], [0, 0], UNIT[0]], rtol=1e-3)
+    assert external.unknown_ids == 1
 
 
 @pytest.mark.parametrize(
     "kind", [pa.list_(pa.float64()), pa.list_(pa.float32(), 2), pa.large_list(pa.float32())], ids=str
 )
 def test_parquet_places_vectors_by_id(kind: pa.DataType, tmp_path: Path, catalog: Catalog) -> None:
-    path = parquet(tmp_path, ["b", "x", "a"], pa.array(RAW.tolist(), kind))
-    outside = read_external_vectors(path, catalog)
-    np.testing.assert_allclose(outside.vectors.vectors, [UNIT[2], UNIT[0], [0, 0]], rtol=1e-6)
-    assert outside.unknown_ids == 1
+    path = write_parquet(tmp_path, ["b", "x", "a"], pa.array(RAW.tolist(), kind))
+    external = read_external_vectors(path, catalog)
+    np.testing.assert_allclose(external.vectors.vectors, [UNIT[2], UNIT[0], [0, 0]], rtol=1e-6)
+    assert external.unknown_ids == 1
 
 
 def test_zero_vectors_are_counted_and_leave_their_songs_without_one(tmp_path: Path, catalog: Catalog) -> None:
-    outside = read_external_vectors(npy(tmp_path, RAW * [[1], [0], [1]]), catalog)
-    assert outside.zero_vectors == 1
-    assert outside.vectors.known.tolist() == [True, False, True]
+    external = read_external_vectors(write_npy(tmp_path, RAW * [[1], [0], [1]]), catalog)
+    assert external.zero_vectors == 1
+    assert external.vectors.known.tolist() == [True, False, True]
 
 
 def test_a_pickle_is_refused_and_never_run(tmp_path: Path, catalog: Catalog) -> None:
@@ -91,7 +91,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path, catalog: Catalog) -> 
 )
 def test_wrong_arrays_are_refused(array: np.ndarray, message: str, tmp_path: Path, catalog: Catalog) -> None:
     with pytest.raises(InputError, match=message):
-        read_external_vectors(npy(tmp_path, array), catalog)
+        read_external_vectors(write_npy(tmp_path, array), catalog)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_wrong_tables_are_refused(
     song_ids: list[Any], vectors: list[object], message: str, tmp_path: Path, catalog: Catalog
 ) -> None:
     with pytest.raises(InputError, match=message):
-        read_external_vectors(parquet(tmp_path, song_ids, pa.array(vectors)), catalog)
+        read_external_vectors(write_parquet(tmp_path, song_ids, pa.array(vectors)), catalog)
 
 
 def test_a_missing_file_column_and_format_are_named(tmp_path: Path, catalog: Catalog) -> None:
@@ -131,11 +131,11 @@ def test_a_missing_file_column_and_format_are_named(tmp_path: Path, catalog: Cat
 def test_ids_must_be_as_many_as_rows(tmp_path: Path, catalog: Catalog) -> None:
     (tmp_path / "vectors.ids.txt").write_text("a\nb\n")
     with pytest.raises(InputError, match="3 rows, but its ids file has 2 ids"):
-        read_external_vectors(npy(tmp_path, RAW), catalog)
+        read_external_vectors(write_npy(tmp_path, RAW), catalog)
     (tmp_path / "vectors.ids.txt").unlink()
     (tmp_path / "vectors.ids.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
-        read_external_vectors(npy(tmp_path, RAW), catalog)
+        read_external_vectors(write_npy(tmp_path, RAW), catalog)
 
 
 @pytest.mark.parametrize(
@@ -150,20 +150,22 @@ def test_ids_must_be_as_many_as_rows(tmp_path: Path, catalog: Catalog) -> None:
 )
 def test_ids_are_read_as_an_import_reads_them(ids: str, tmp_path: Path, catalog: Catalog) -> None:
     (tmp_path / "vectors.ids.txt").write_bytes(ids.encode())
-    outside = read_external_vectors(npy(tmp_path, RAW), catalog)
-    np.testing.assert_allclose(outside.vectors.vectors, UNIT, rtol=1e-6)
-    assert outside.unknown_ids == 0
+    external = read_external_vectors(write_npy(tmp_path, RAW), catalog)
+    np.testing.assert_allclose(external.vectors.vectors, UNIT, rtol=1e-6)
+    assert external.unknown_ids == 0
 
 
-def numbered() -> Catalog:
-    rows = {columns.SONG: [0, 1, 2], columns.SONG_ID: ["1", "2", "10"], columns.TITLE: [None] * 3}
-    return Catalog(pa.table({**rows, columns.ARTIST: [None] * 3}, columns.SONGS_TABLE))
+def catalog_with_number_ids() -> Catalog:
+    data = {columns.SONG: [0, 1, 2], columns.SONG_ID: ["1", "2", "10"], columns.TITLE: [None] * 3}
+    return Catalog(pa.table({**data, columns.ARTIST: [None] * 3}, columns.SONGS_TABLE))
 
 
 @pytest.mark.parametrize("ids", ["[1, 2, 10]", "[1.0, 2.0, 10.0]", '["1", " 2", "10.0"]', "\ufeff[1, 2, 10]"])
 def test_whole_numbers_in_a_list_are_the_same_songs(ids: str, tmp_path: Path) -> None:
     (tmp_path / "vectors.ids.json").write_text(ids, encoding="utf-8")
-    np.testing.assert_allclose(read_external_vectors(npy(tmp_path, RAW), numbered()).vectors.vectors, UNIT, rtol=1e-6)
+    np.testing.assert_allclose(
+        read_external_vectors(write_npy(tmp_path, RAW), catalog_with_number_ids()).vectors.vectors, UNIT, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_whole_numbers_in_a_list_are_the_same_songs(ids: str, tmp_path: Path) ->
 def test_ids_of_every_column_type_are_the_same_songs(ids: pa.Array, tmp_path: Path) -> None:
     pq.write_table(pa.table({"song_id": ids, "vector": pa.array(RAW.tolist())}), tmp_path / "v.parquet")
     np.testing.assert_allclose(
-        read_external_vectors(tmp_path / "v.parquet", numbered()).vectors.vectors, UNIT, rtol=1e-6
+        read_external_vectors(tmp_path / "v.parquet", catalog_with_number_ids()).vectors.vectors, UNIT, rtol=1e-6
     )
 
 
@@ -203,8 +205,8 @@ def test_vectors_of_every_number_type_are_read(
         if pa.types.is_fixed_size_list(kind)
         else pa.ListArray.from_arrays(pa.array([0, 2, 4, 6], pa.int32()), flat)
     )
-    outside = read_external_vectors(parquet(tmp_path, ["a", "b", "c"], lists), catalog)
-    np.testing.assert_allclose(outside.vectors.vectors, UNIT, rtol=1e-3)
+    external = read_external_vectors(write_parquet(tmp_path, ["a", "b", "c"], lists), catalog)
+    np.testing.assert_allclose(external.vectors.vectors, UNIT, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -224,20 +226,20 @@ def test_ids_that_do_not_fit_the_rows_are_an_error(
 ) -> None:
     (tmp_path / f"vectors.ids.{name}").write_text(ids)
     with pytest.raises(InputError, match=said):
-        read_external_vectors(npy(tmp_path, RAW), catalog)
+        read_external_vectors(write_npy(tmp_path, RAW), catalog)
 
 
 def test_corrected_ids_beside_an_npy_file_give_other_song_embeddings(workspace: Workspace, tmp_path: Path) -> None:
     write_dataset(workspace, random_histories(5, 3), num_songs=3)
-    config = EmbedConfig(vectors=str(npy(tmp_path, RAW)))
-    of_ids = {}
+    config = EmbedConfig(vectors=str(write_npy(tmp_path, RAW)))
+    manifest_by_ids = {}
     for ids in (("song-1", "song-0", "song-2"), ("song-0", "song-1", "song-2"), ()):
         (tmp_path / "vectors.ids.txt").write_text("\n".join(ids))
         if not ids:
             (tmp_path / "vectors.ids.txt").unlink()
-        of_ids[ids] = embed(workspace, config)
-        assert embed(workspace, config).id == of_ids[ids].id
-    swapped, right, without = of_ids.values()
-    assert len({swapped.id, right.id, without.id}) == 3
+        manifest_by_ids[ids] = embed(workspace, config)
+        assert embed(workspace, config).id == manifest_by_ids[ids].id
+    swapped, ordered, without_ids = manifest_by_ids.values()
+    assert len({swapped.id, ordered.id, without_ids.id}) == 3
     np.testing.assert_allclose(workspace.read_array(swapped.path("vectors.npy")), UNIT[[1, 0, 2]], rtol=1e-6)
-    np.testing.assert_allclose(workspace.read_array(right.path("vectors.npy")), UNIT, rtol=1e-6)
+    np.testing.assert_allclose(workspace.read_array(ordered.path("vectors.npy")), UNIT, rtol=1e-6)

@@ -12,20 +12,22 @@ from rayrec.errors import LeakError
 
 def as_lists(sentences: Sentences) -> list[list[int]]:
     songs, offsets = sentences
-    return [songs[a:b].tolist() for a, b in pairwise(offsets)]
+    return [songs[start:stop].tolist() for start, stop in pairwise(offsets)]
 
 
-def minutes(*moments: float) -> list[int]:
-    return [round(moment * MINUTE_MS) for moment in moments]
+def minutes_to_ms(*minutes: float) -> list[int]:
+    return [round(minute * MINUTE_MS) for minute in minutes]
 
 
 def test_a_pause_over_the_gap_starts_a_session_and_a_pause_of_the_gap_does_not() -> None:
-    histories = Histories.from_lists([[1, 2, 3, 4]], [minutes(0, 30, 60.001, 61)])
+    histories = Histories.from_lists([[1, 2, 3, 4]], [minutes_to_ms(0, 30, 60.001, 61)])
     assert as_lists(word2vec.cut_sessions(histories, 30)) == [[1, 2], [3, 4]]
 
 
 def test_no_session_spans_two_users() -> None:
-    histories = Histories.from_lists([[1, 2], [], [3], [4, 5]], [minutes(0, 1), [], minutes(1), minutes(1, 2)])
+    histories = Histories.from_lists(
+        [[1, 2], [], [3], [4, 5]], [minutes_to_ms(0, 1), [], minutes_to_ms(1), minutes_to_ms(1, 2)]
+    )
     assert as_lists(word2vec.cut_sessions(histories)) == [[1, 2], [3], [4, 5]]
 
 
@@ -43,8 +45,8 @@ def test_sessions_equal_those_of_a_plain_loop() -> None:
     times = [np.cumsum(random.exponential(20 * MINUTE_MS, size=length).astype(int)).tolist() for length in lengths]
     expected = []
     for user_songs, user_times in zip(songs, times, strict=True):
-        for position, (song, moment) in enumerate(zip(user_songs, user_times, strict=True)):
-            if position == 0 or moment - user_times[position - 1] > 30 * MINUTE_MS:
+        for position, (song, time) in enumerate(zip(user_songs, user_times, strict=True)):
+            if position == 0 or time - user_times[position - 1] > 30 * MINUTE_MS:
                 expected.append([song])
             else:
                 expected[-1].append(song)
@@ -56,7 +58,7 @@ def test_long_sentences_are_cut_into_pieces_of_the_limit(limit: int) -> None:
     sentences = (np.arange(12, dtype=np.int32), np.array([0, 7, 7, 8, 12]))
     expected = []
     for sentence in as_lists(sentences):
-        expected += [sentence[at : at + limit] for at in range(0, len(sentence), limit)] or [[]]
+        expected += [sentence[start : start + limit] for start in range(0, len(sentence), limit)] or [[]]
     assert as_lists(word2vec.cut_long(sentences, limit)) == expected
 
 
@@ -66,15 +68,15 @@ def test_sentences_of_fewer_than_two_songs_are_dropped() -> None:
 
 
 def test_playlists_come_batch_by_batch_with_long_ones_cut() -> None:
-    long = np.zeros(word2vec.MAX_SENTENCE + 2, dtype=np.int32)
-    batches = [(np.array([1, 2, 3], np.int32), np.array([0, 2, 3])), (long, np.array([0, len(long)]))]
+    long_playlist = np.zeros(word2vec.MAX_SENTENCE + 2, dtype=np.int32)
+    batches = [(np.array([1, 2, 3], np.int32), np.array([0, 2, 3])), (long_playlist, np.array([0, len(long_playlist)]))]
     first, second = word2vec.from_playlists(batches, FitRange())
     assert as_lists(first) == [[1, 2]]
     assert np.diff(second[1]).tolist() == [word2vec.MAX_SENTENCE, 2]
 
 
 def test_a_fit_refuses_plays_past_the_cut() -> None:
-    histories = Histories.from_lists([[1, 2, 3]], [minutes(0, 1, 2)])
+    histories = Histories.from_lists([[1, 2, 3]], [minutes_to_ms(0, 1, 2)])
     allowed = FitRange(before=2 * MINUTE_MS)
     with pytest.raises(LeakError, match="1 plays at or after its cut"):
         list(word2vec.from_histories([histories], allowed))
@@ -82,6 +84,6 @@ def test_a_fit_refuses_plays_past_the_cut() -> None:
 
 
 def test_a_fit_refuses_held_out_users() -> None:
-    histories = Histories.from_lists([[1, 2]] * 40, [minutes(0, 1)] * 40)
+    histories = Histories.from_lists([[1, 2]] * 40, [minutes_to_ms(0, 1)] * 40)
     with pytest.raises(LeakError, match="held out"):
         list(word2vec.from_histories([histories], FitRange(held_out_share=0.5)))

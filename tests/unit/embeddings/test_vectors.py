@@ -53,18 +53,20 @@ def test_selection_vectors_of_an_artifact_without_them_are_refused(workspace: Wo
 
 def test_centered_vectors_share_no_direction_and_keep_what_tells_songs_apart() -> None:
     random = np.random.default_rng(3)
-    apart = random.normal(size=(200, 16)).astype(np.float32)
-    hidden = SongVectors.normalized(apart / 10 + np.eye(16, dtype=np.float32)[0])
-    assert float((hidden.vectors @ hidden.vectors.T).mean()) > 0.8
-    shown = hidden.centered()
-    assert abs(float((shown.vectors @ shown.vectors.T).mean())) < 0.01
-    np.testing.assert_allclose(np.linalg.norm(shown.vectors, axis=1), 1, atol=1e-6)
-    wanted = SongVectors.normalized(apart - apart.mean(axis=0))
-    assert float((shown.vectors[:, 1:] * wanted.vectors[:, 1:]).sum(axis=1).mean()) > 0.9
+    differences = random.normal(size=(200, 16)).astype(np.float32)
+    shifted = SongVectors.normalized(differences / 10 + np.eye(16, dtype=np.float32)[0])
+    assert float((shifted.vectors @ shifted.vectors.T).mean()) > 0.8
+    centered = shifted.centered()
+    assert abs(float((centered.vectors @ centered.vectors.T).mean())) < 0.01
+    np.testing.assert_allclose(np.linalg.norm(centered.vectors, axis=1), 1, atol=1e-6)
+    expected = SongVectors.normalized(differences - differences.mean(axis=0))
+    assert float((centered.vectors[:, 1:] * expected.vectors[:, 1:]).sum(axis=1).mean()) > 0.9
 
 
 def test_centering_leaves_songs_without_a_vector_and_a_song_alone() -> None:
-    two = SongVectors(np.array([[1, 0], [0, 0], [0, 1]], dtype=np.float32)).centered()
-    np.testing.assert_allclose(two.vectors, np.array([[1, -1], [0, 0], [-1, 1]]) / [[2**0.5], [1], [2**0.5]], atol=1e-6)
-    alone = SongVectors(np.array([[0.6, 0.8], [0, 0]], dtype=np.float32))
-    np.testing.assert_array_equal(alone.centered().vectors, alone.vectors)
+    centered = SongVectors(np.array([[1, 0], [0, 0], [0, 1]], dtype=np.float32)).centered()
+    np.testing.assert_allclose(
+        centered.vectors, np.array([[1, -1], [0, 0], [-1, 1]]) / [[2**0.5], [1], [2**0.5]], atol=1e-6
+    )
+    single = SongVectors(np.array([[0.6, 0.8], [0, 0]], dtype=np.float32))
+    np.testing.assert_array_equal(single.centered().vectors, single.vectors)

@@ -18,9 +18,9 @@ def two_clusters(playlists: int = 300, seed: int = 0) -> Sentences:
 
 
 def fit(sentences: Sentences, path: Path, config: EmbedConfig, num_songs: int = 21) -> SongVectors:
-    run = Word2Vec(write_corpus([sentences], path, num_songs), config)
-    assert list(run.train()) == list(range(1, config.epochs + 1))
-    return run.vectors()
+    word2vec = Word2Vec(write_corpus([sentences], path, num_songs), config)
+    assert list(word2vec.train()) == list(range(1, config.epochs + 1))
+    return word2vec.vectors()
 
 
 def test_songs_of_one_planted_cluster_are_nearest_neighbors(tmp_path: Path) -> None:
@@ -39,36 +39,35 @@ def test_vectors_have_length_one_and_songs_outside_the_corpus_have_none(tmp_path
 
 def test_rare_songs_get_no_vector(tmp_path: Path) -> None:
     songs, offsets = two_clusters()
-    rare = (np.append(songs, [20, 0]).astype(np.int32), np.append(offsets, offsets[-1] + 2))
-    assert not fit(rare, tmp_path / "a", EmbedConfig(epochs=1, min_count=2)).known[20]
-    assert fit(rare, tmp_path / "b", EmbedConfig(epochs=1)).known[20]
+    sentences = (np.append(songs, [20, 0]).astype(np.int32), np.append(offsets, offsets[-1] + 2))
+    assert not fit(sentences, tmp_path / "a", EmbedConfig(epochs=1, min_count=2)).known[20]
+    assert fit(sentences, tmp_path / "b", EmbedConfig(epochs=1)).known[20]
 
 
 def test_one_thread_and_one_seed_give_the_same_vectors(tmp_path: Path) -> None:
-    def run(seed: int) -> np.ndarray:
+    def fit_with_seed(seed: int) -> np.ndarray:
         return fit(two_clusters(), tmp_path / "corpus", EmbedConfig(dim=8, epochs=2, seed=seed)).vectors
 
-    np.testing.assert_array_equal(run(1), run(1))
-    assert not np.array_equal(run(1), run(2))
+    np.testing.assert_array_equal(fit_with_seed(1), fit_with_seed(1))
+    assert not np.array_equal(fit_with_seed(1), fit_with_seed(2))
 
 
 def test_training_by_epochs_equals_one_call_of_gensim(tmp_path: Path) -> None:
     from gensim.models import Word2Vec as Gensim
 
     path = tmp_path / "corpus"
-    config = EmbedConfig(
-        dim=8, epochs=3, window=2, center=False
-    )  # several batches per epoch, so that the falling learning rate matters
-    run = Word2Vec(write_corpus([two_clusters(4_000)], path, 20), config)
-    list(run.train())
+    # several batches per epoch, so that the falling learning rate matters
+    config = EmbedConfig(dim=8, epochs=3, window=2, center=False)
+    word2vec = Word2Vec(write_corpus([two_clusters(4_000)], path, 20), config)
+    list(word2vec.train())
     gensim = Gensim(
         vector_size=8, sg=1, window=2, negative=config.negatives, ns_exponent=config.ns_exponent,
         alpha=config.learning_rate, sample=0, min_count=1, seed=0, workers=1,
     )  # fmt: skip
-    gensim.build_vocab_from_freq({str(row): int(count) for row, count in enumerate(run.corpus.counts)})
-    gensim.train(corpus_file=str(path), total_words=run.corpus.tokens, epochs=3)
+    gensim.build_vocab_from_freq({str(row): int(count) for row, count in enumerate(word2vec.corpus.counts)})
+    gensim.train(corpus_file=str(path), total_words=word2vec.corpus.tokens, epochs=3)
     raw = np.stack([gensim.wv[str(row)] for row in range(20)])
-    np.testing.assert_allclose(run.vectors().vectors, SongVectors.normalized(raw).vectors, atol=1e-4)
+    np.testing.assert_allclose(word2vec.vectors().vectors, SongVectors.normalized(raw).vectors, atol=1e-4)
 
 
 def test_the_corpus_file_holds_one_sentence_a_line_and_the_counts(tmp_path: Path) -> None:

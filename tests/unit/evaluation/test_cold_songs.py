@@ -24,7 +24,7 @@ SPLIT = Split(
     held_out_songs=0.2,
     held_out_seed=1,
 )
-OF_ARTIST, OF_GENRE = 3, 40  # cut-offs: about the number of cold songs per artist, and more than the number per genre
+ARTIST_K, GENRE_K = 3, 40  # cut-offs: about the number of cold songs per artist, and more than the number per genre
 
 
 @pytest.fixture(scope="module")
@@ -45,29 +45,33 @@ def plays(histories: Histories) -> np.ndarray:
 def vectors_of(world: World) -> np.ndarray:
     """float32 (N, 30): song vectors by the world's rules: near those of the artist, less near those of the genre."""
     random = np.random.default_rng(0)
-    of_genre, of_artist = random.normal(size=(CONFIG.genres, 30)), random.normal(size=(CONFIG.artists, 30))
-    vectors = of_genre[world.genre] + 0.7 * of_artist[world.artist] + 0.2 * random.normal(size=(CONFIG.songs, 30))
+    genre_vectors, artist_vectors = random.normal(size=(CONFIG.genres, 30)), random.normal(size=(CONFIG.artists, 30))
+    vectors = (
+        genre_vectors[world.genre] + 0.7 * artist_vectors[world.artist] + 0.2 * random.normal(size=(CONFIG.songs, 30))
+    )
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def with_added(world: World, plays: np.ndarray, *, artists: bool, content: bool) -> ItemKnnRecommender:
+def recommender_with_added_songs(
+    world: World, plays: np.ndarray, *, artists: bool, content: bool
+) -> ItemKnnRecommender:
     """Item kNN over the songs with plays and the cold songs that were added by artist, by content, or by both."""
     table = world.songs_table()
     if not artists:
-        column = table.column_names.index(columns.ARTIST)
-        table = table.set_column(column, columns.ARTIST, pa.nulls(len(table), pa.string()))
+        artist_column = table.column_names.index(columns.ARTIST)
+        table = table.set_column(artist_column, columns.ARTIST, pa.nulls(len(table), pa.string()))
     random = np.random.default_rng(1)
-    told = np.eye(CONFIG.genres, dtype=np.float32)[world.genre] + 0.1 * random.normal(
+    genre_features = np.eye(CONFIG.genres, dtype=np.float32)[world.genre] + 0.1 * random.normal(
         size=(CONFIG.songs, CONFIG.genres)
     )
-    given = (
-        Content(parts=[told.astype(np.float32)], places=np.arange(CONFIG.songs))
+    song_content = (
+        Content(parts=[genre_features.astype(np.float32)], places=np.arange(CONFIG.songs))
         if content
         else Content(parts=[], places=np.full(CONFIG.songs, -1))
     )
-    known = np.where((plays > 0)[:, None], vectors_of(world), np.float32(0))
-    added = AddedSongs.make(known, known, Catalog(table), given)
-    vectors = known.copy()
+    known_vectors = np.where((plays > 0)[:, None], vectors_of(world), np.float32(0))
+    added = AddedSongs.make(known_vectors, known_vectors, Catalog(table), song_content)
+    vectors = known_vectors.copy()
     vectors[added.rows] = added.outputs
     recommender = ItemKnnRecommender(vectors)
     recommender.added_songs = added.rows
@@ -78,7 +82,7 @@ def recalls(
     recommender: ItemKnnRecommender | PopularityRecommender, histories: Histories, plays: np.ndarray
 ) -> dict[tuple[str, int], float]:
     """Recall by target and cut-off."""
-    config = EvaluateConfig(ks=(OF_ARTIST, OF_GENRE), bootstrap_samples=0, offsets=0)
+    config = EvaluateConfig(ks=(ARTIST_K, GENRE_K), bootstrap_samples=0, offsets=0)
     evaluator = Evaluator([recommender], split=SPLIT, song_plays=plays, config=config)
     entries = Statistics(evaluator(histories), [recommender], config).results(("cold_songs", "cold_among_cold"))
     return {
@@ -91,65 +95,69 @@ def recalls(
 def cold_plays(histories: Histories, plays: np.ndarray) -> np.ndarray:
     """int64: positions of the plays to predict that are a user's first play of a song with no play in the fit range."""
     keys = histories.rows * CONFIG.songs + histories.songs
-    first = np.zeros(histories.num_plays, dtype=bool)
-    first[np.unique(keys, return_index=True)[1]] = True
-    predicted = plays_to_predict(histories, SPLIT)
-    return predicted[first[predicted] & (plays[histories.songs[predicted]] == 0)]
+    is_first = np.zeros(histories.num_plays, dtype=bool)
+    is_first[np.unique(keys, return_index=True)[1]] = True
+    plays_to_check = plays_to_predict(histories, SPLIT)
+    return plays_to_check[is_first[plays_to_check] & (plays[histories.songs[plays_to_check]] == 0)]
 
 
 def test_baselines_find_no_song_that_no_fit_has_seen(histories: Histories, plays: np.ndarray) -> None:
     assert set(recalls(PopularityRecommender(plays), histories, plays).values()) == {0.0}
 
 
-def test_by_its_artist_a_song_is_found_where_it_follows_a_play_of_the_artist(
+def test_a_cold_song_is_found_by_its_artist_after_a_play_of_that_artist(
     world: World, histories: Histories, plays: np.ndarray
 ) -> None:
-    found = recalls(with_added(world, plays, artists=True, content=False), histories, plays)
-    cold = cold_plays(histories, plays)
-    artist = world.artist[histories.songs]
-    following = float((artist[cold] == artist[cold - 1]).mean())
+    recall = recalls(recommender_with_added_songs(world, plays, artists=True, content=False), histories, plays)
+    positions = cold_plays(histories, plays)
+    artists = world.artist[histories.songs]
+    same_artist_share = float((artists[positions] == artists[positions - 1]).mean())
     # Two plays in a row are of one artist if an album continues: the share of the album context within a session,
     # times the chance that the album is followed. For songs new to a user, of which fewer come from collections,
     # the share is higher.
-    shares = stationary_contexts(world)
-    assert following > CONFIG.follow * shares[ALBUM] * (1 - 1 / CONFIG.session_plays)
-    cold_of_artist = np.bincount(world.artist[plays == 0], minlength=CONFIG.artists)
-    assert cold_of_artist.max() <= 3 * OF_ARTIST
-    within = float((cold_of_artist[artist[cold]] <= OF_ARTIST)[artist[cold] == artist[cold - 1]].mean())
-    assert found["cold_among_cold", OF_ARTIST] > 0.9 * following * within
+    context_shares = stationary_contexts(world)
+    assert same_artist_share > CONFIG.follow * context_shares[ALBUM] * (1 - 1 / CONFIG.session_plays)
+    cold_songs_per_artist = np.bincount(world.artist[plays == 0], minlength=CONFIG.artists)
+    assert cold_songs_per_artist.max() <= 3 * ARTIST_K
+    findable_share = float(
+        (cold_songs_per_artist[artists[positions]] <= ARTIST_K)[artists[positions] == artists[positions - 1]].mean()
+    )
+    assert recall["cold_among_cold", ARTIST_K] > 0.9 * same_artist_share * findable_share
 
 
-def test_with_content_a_song_is_found_as_one_with_plays_is(
+def test_with_content_a_cold_song_is_found_as_often_as_one_with_plays(
     world: World, histories: Histories, plays: np.ndarray
 ) -> None:
-    found = recalls(with_added(world, plays, artists=False, content=True), histories, plays)
-    with_plays = ItemKnnRecommender(vectors_of(world))
-    with_plays.added_songs = np.flatnonzero(plays == 0)
-    best = recalls(with_plays, histories, plays)
+    recall = recalls(recommender_with_added_songs(world, plays, artists=False, content=True), histories, plays)
+    recommender = ItemKnnRecommender(vectors_of(world))
+    recommender.added_songs = np.flatnonzero(plays == 0)
+    recall_with_plays = recalls(recommender, histories, plays)
     # Content gives the genre, and all cold songs of a genre fit within the deeper cut-off, so that none is lost there.
-    assert np.bincount(world.genre[plays == 0]).max() <= OF_GENRE
-    assert abs(found["cold_among_cold", OF_GENRE] - best["cold_among_cold", OF_GENRE]) < 0.03
-    genre = world.genre[histories.songs]
-    cold = cold_plays(histories, plays)
-    assert found["cold_among_cold", OF_GENRE] >= (genre[cold] == genre[cold - 1]).mean() - 0.03
-    both = recalls(with_added(world, plays, artists=True, content=True), histories, plays)
-    assert both["cold_among_cold", OF_ARTIST] > found["cold_among_cold", OF_ARTIST]
-    assert both["cold_songs", OF_GENRE] > OF_GENRE / CONFIG.songs * 3
+    assert np.bincount(world.genre[plays == 0]).max() <= GENRE_K
+    assert abs(recall["cold_among_cold", GENRE_K] - recall_with_plays["cold_among_cold", GENRE_K]) < 0.03
+    genres = world.genre[histories.songs]
+    positions = cold_plays(histories, plays)
+    assert recall["cold_among_cold", GENRE_K] >= (genres[positions] == genres[positions - 1]).mean() - 0.03
+    recall_with_artists = recalls(
+        recommender_with_added_songs(world, plays, artists=True, content=True), histories, plays
+    )
+    assert recall_with_artists["cold_among_cold", ARTIST_K] > recall["cold_among_cold", ARTIST_K]
+    assert recall_with_artists["cold_songs", GENRE_K] > GENRE_K / CONFIG.songs * 3
 
 
 def test_without_artist_and_content_nothing_is_added_and_no_song_is_found(
     world: World, histories: Histories, plays: np.ndarray
 ) -> None:
-    silent = with_added(world, plays, artists=False, content=False)
-    assert not len(silent.added_songs)
-    assert set(recalls(silent, histories, plays).values()) == {0.0}
+    recommender = recommender_with_added_songs(world, plays, artists=False, content=False)
+    assert not len(recommender.added_songs)
+    assert set(recalls(recommender, histories, plays).values()) == {0.0}
 
 
 def stationary_contexts(world: World) -> np.ndarray:
     """float64 (C,): shares of the contexts of plays within sessions."""
-    restart = 1 / CONFIG.session_plays
-    moves = (1 - restart) * world.context_shares[:-1] + restart * world.context_shares[-1]
-    shares = np.full(len(moves), 1 / len(moves))
+    restart_share = 1 / CONFIG.session_plays
+    transitions = (1 - restart_share) * world.context_shares[:-1] + restart_share * world.context_shares[-1]
+    shares = np.full(len(transitions), 1 / len(transitions))
     for _ in range(200):
-        shares = shares @ moves
+        shares = shares @ transitions
     return np.asarray(shares)

@@ -44,8 +44,8 @@ FOLDER = "reports/r/run"
 
 def _evaluator(workspace: Workspace, histories: Histories, num_songs: int, *, index: str = "flat") -> Evaluator:
     """An evaluator of a two-step recommender, a network and baselines, with their arrays in files, as in artifacts."""
-    known = [SPLIT.final.select(histories)]
-    Retrieval.fit(known, num_songs=num_songs).save(workspace, "retrieval")
+    fit_histories = [SPLIT.final.select(histories)]
+    Retrieval.fit(fit_histories, num_songs=num_songs).save(workspace, "retrieval")
     model = network(model_config(num_songs=num_songs, input_table=True))
     save_model(workspace, "model", model, np.ones(num_songs, dtype=np.bool_))
     taste = TasteRecommender.from_folder(workspace, "model")
@@ -53,16 +53,16 @@ def _evaluator(workspace: Workspace, histories: Histories, num_songs: int, *, in
     source = CandidateSource(taste, Retrieval.load(workspace, "retrieval"))
     weights = np.random.default_rng(0).random((5, len(source.sources.names)))
     calibration = calibrate(np.array([0, 0]), np.array([1.0, 0.0]), np.array([True, False]))
-    of_new_songs = weights * np.array([1, 1, 1, 1, -1])[:, None]  # the opposite order
+    served_weights = weights * np.array([1, 1, 1, 1, -1])[:, None]  # the opposite order
     rankers: dict[RankerKind, Ranker] = {
         "next": Ranker(LinearModel(weights), source.sources.names, calibration),
-        "served": Ranker(LinearModel(of_new_songs), source.sources.names, calibration),
+        "served": Ranker(LinearModel(served_weights), source.sources.names, calibration),
     }
     two_step = TwoStepRecommender(source, rankers)
     workspace.write_array("songs.npy", random_vectors(num_songs, seed=1))
     item_knn = ItemKnnRecommender(workspace.read_array("songs.npy"))
-    vstan = VstanRecommender.fit(known, num_songs=num_songs, allowed=SPLIT.final)
-    popularity = PopularityRecommender.fit(known, num_songs=num_songs, allowed=SPLIT.final)
+    vstan = VstanRecommender.fit(fit_histories, num_songs=num_songs, allowed=SPLIT.final)
+    popularity = PopularityRecommender.fit(fit_histories, num_songs=num_songs, allowed=SPLIT.final)
     models = [two_step, taste, taste.short_only(), item_knn, vstan, popularity]
     return Evaluator(models, split=SPLIT, song_plays=popularity.plays, config=SETTINGS)
 
@@ -77,10 +77,10 @@ def test_an_evaluator_from_files_adds_up_the_same_sums(workspace: Workspace, ind
     evaluator = _evaluator(workspace, histories, 40, index=index)
     with evaluator_files(workspace, FOLDER, evaluator) as files:
         loaded: Evaluator = files.load()
-        expected, found = _sums(evaluator(histories)), _sums(loaded(histories))
+        expected, actual = _sums(evaluator(histories)), _sums(loaded(histories))
     assert expected["queries"].sum() > 0
     for name, sums in expected.items():
-        np.testing.assert_array_equal(found[name], sums, err_msg=name)
+        np.testing.assert_array_equal(actual[name], sums, err_msg=name)
     assert not workspace.exists(FOLDER)
 
 
@@ -90,25 +90,26 @@ def test_songs_rank_in_the_order_of_answers_with_heard_songs_and_without_them(wo
     evaluator = _evaluator(workspace, histories, 40)
     two_step = evaluator.recommenders[0]
     assert isinstance(two_step, TwoStepRecommender)
-    at = int(histories.played_at.max())
-    queries = Queries.at_end(histories, at)
-    firsts = []
+    moment = int(histories.played_at.max())
+    queries = Queries.at_end(histories, moment)
+    first_songs = []
     for served in (False, True):
-        answers = two_step.recommend(histories, at, 40, exclude_heard=served)
-        rows, places = np.nonzero((answers[0] >= 0) & (answers[1] > 0))  # only songs that were proposed
-        songs, scores = (values[rows, places] for values in answers)
-        known = evaluator.known_songs[songs]
+        answers = two_step.recommend(histories, moment, 40, exclude_heard=served)
+        rows, columns = np.nonzero((answers[0] >= 0) & (answers[1] > 0))  # only songs that were proposed
+        songs, scores = (values[rows, columns] for values in answers)
+        is_known = evaluator.known_songs[songs]
         targets = TargetSongs(
-            rows=rows[known],
-            songs=songs[known].astype(np.int64),
-            sizes=np.bincount(rows[known], minlength=len(queries)),
+            rows=rows[is_known],
+            songs=songs[is_known].astype(np.int64),
+            sizes=np.bincount(rows[is_known], minlength=len(queries)),
             served=served,
         )
         ranked = rank_targets(two_step, histories, queries, {"songs": targets}, evaluator.known_songs, depth=40)
-        above = (answers[1][rows[known]] >= scores[known][:, None]).sum(axis=1)  # songs of equal score count
-        np.testing.assert_array_equal(ranked.ranks["songs"], above)
-        firsts.append(answers[0][:, 0])
-    assert (firsts[0] != firsts[1]).mean() > 0.5
+        # Songs of equal score count.
+        expected_ranks = (answers[1][rows[is_known]] >= scores[is_known][:, None]).sum(axis=1)
+        np.testing.assert_array_equal(ranked.ranks["songs"], expected_ranks)
+        first_songs.append(answers[0][:, 0])
+    assert (first_songs[0] != first_songs[1]).mean() > 0.5
 
 
 def test_what_is_sent_to_workers_does_not_grow_with_the_catalog(workspace: Workspace) -> None:
@@ -135,10 +136,10 @@ def test_arrays_of_artifacts_are_not_written_again(workspace: Workspace) -> None
 
 
 SONGS = pa.chunked_array([["a", "b"], ["c", "d"]])
-TABS = PrefixFile(path="pairs.txt")
+TAB_SEPARATED = PrefixFile(path="pairs.txt")
 
 
-def _parse(lines: list[str], file: PrefixFile = TABS) -> Prefixes:
+def _parse(lines: list[str], file: PrefixFile = TAB_SEPARATED) -> Prefixes:
     return parse_prefixes(pa.array(lines, pa.string()), file, SONGS)
 
 
@@ -151,12 +152,13 @@ def test_lines_read_as_songs_three_minutes_apart_and_a_target() -> None:
     assert pairs.counts.tolist() == [4, 1, 1]
 
 
-def test_other_separators_are_told() -> None:
+def test_other_separators_can_be_set() -> None:
     file = PrefixFile(path="p", item_separator=":", target_separator=" > ")
     pairs = _parse(["a:b > c"], file)
     assert (pairs.histories.songs.tolist(), pairs.targets.tolist()) == ([0, 1], [2])
-    alike = _parse(["a,b,c"], PrefixFile(path="p", item_separator=" ", target_separator=","))
-    assert (alike.histories.songs.tolist(), alike.targets.tolist()) == ([4], [2])  # the last one is the target
+    comma_pairs = _parse(["a,b,c"], PrefixFile(path="p", item_separator=" ", target_separator=","))
+    # The last one is the target.
+    assert (comma_pairs.histories.songs.tolist(), comma_pairs.targets.tolist()) == ([4], [2])
 
 
 @pytest.mark.parametrize(
@@ -183,19 +185,19 @@ def test_shards_of_a_file_hold_every_pair_once(tmp_path: Path) -> None:
     path.write_text("\ufeff" + "\r\n".join([*lines[:20], "", *lines[20:]]))
     units = byte_ranges(str(path), path.stat().st_size, 50)
     assert len(units) > 3
-    pairs = [pairs for unit in units for pairs in read_prefixes(unit, TABS, SONGS)]
+    parts = [parts for unit in units for parts in read_prefixes(unit, TAB_SEPARATED, SONGS)]
     expected = _parse(lines)
-    assert sum(one.counts for one in pairs).tolist() == [40, 8, 0]
-    np.testing.assert_array_equal(np.concatenate([one.targets for one in pairs]), expected.targets)
-    np.testing.assert_array_equal(np.concatenate([one.histories.songs for one in pairs]), expected.histories.songs)
+    assert sum(part.counts for part in parts).tolist() == [40, 8, 0]
+    np.testing.assert_array_equal(np.concatenate([part.targets for part in parts]), expected.targets)
+    np.testing.assert_array_equal(np.concatenate([part.histories.songs for part in parts]), expected.histories.songs)
 
 
 def test_figures_are_those_worked_out_by_hand_and_unknown_songs_are_misses() -> None:
     # b is the most popular, then a; c is in the catalog without a play, d is rare, and x is not in the catalog.
     plays = np.array([3, 5, 0, 1])
-    popular = PopularityRecommender(np.array([3, 5, 9, 1]))
+    popularity = PopularityRecommender(np.array([3, 5, 9, 1]))
     vectors = np.array([[1, 0], [0.8, 0.6], [0, 1], [-1, 0]], dtype=np.float32)
-    models = [popular, ItemKnnRecommender(vectors)]
+    models = [popularity, ItemKnnRecommender(vectors)]
     config = EvaluateConfig(ks=(1, 2), bootstrap_samples=50)
     evaluator = PrefixEvaluator(models, song_plays=plays, config=config)
     sums = evaluator(_parse(["a\tb", "a\ta", "b\tc", "b\tx", "x\tb"]))
@@ -222,38 +224,38 @@ def test_figures_are_those_worked_out_by_hand_and_unknown_songs_are_misses() -> 
         ("next", "recall"): 0,
         ("next", "mrr"): pytest.approx(0.1),
     }
-    found = {
+    served_recalls = {
         row["model"]: row["value"]
         for row in Statistics(sums, models, config).results(["served"])
         if (row["users"], row["metric"], row["k"]) == ("all", "recall", 2)
     }
-    assert found == {"popularity": 2 / 4, "item-knn": 1 / 4}
+    assert served_recalls == {"popularity": 2 / 4, "item-knn": 1 / 4}
 
 
 def test_an_unknown_target_is_a_miss_as_served_even_after_an_unknown_song() -> None:
-    popular = PopularityRecommender(np.array([3, 5, 0, 1]))
-    evaluator = PrefixEvaluator([popular], song_plays=np.array([3, 5, 0, 1]), config=EvaluateConfig(ks=(1,)))
+    popularity = PopularityRecommender(np.array([3, 5, 0, 1]))
+    evaluator = PrefixEvaluator([popularity], song_plays=np.array([3, 5, 0, 1]), config=EvaluateConfig(ks=(1,)))
     sums = evaluator(_parse(["a x\ty", "a\tb"]))
-    (served,) = (
+    (recall,) = (
         row["value"]
-        for row in Statistics(sums, [popular], evaluator.config).results(["served"])
+        for row in Statistics(sums, [popularity], evaluator.config).results(["served"])
         if (row["users"], row["metric"], row["k"]) == ("all", "recall", 1)
     )
-    assert served == 1 / 2
+    assert recall == 1 / 2
 
 
-class Asked(PopularityRecommender):
+class RecordingPopularity(PopularityRecommender):
     """Popularity that records the times of the plays and of the queries of its last call."""
 
-    moments: tuple[list[int], list[int]] = ([], [])
+    last_times: tuple[list[int], list[int]] = ([], [])
 
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
-        self.moments = histories.played_at.tolist(), queries.at.tolist()
+        self.last_times = histories.played_at.tolist(), queries.at.tolist()
         return super().score(histories, queries, horizon)
 
 
-def test_prefixes_are_asked_after_the_plays_that_the_models_know() -> None:
-    model, end = Asked(np.array([3, 5, 0, 1])), 1_700_000_000_000
-    evaluator = PrefixEvaluator([model], song_plays=np.ones(4), config=EvaluateConfig(ks=(1,)), begin=end)
+def test_queries_of_prefixes_come_after_the_plays_that_the_models_know() -> None:
+    model, last_moment = RecordingPopularity(np.array([3, 5, 0, 1])), 1_700_000_000_000
+    evaluator = PrefixEvaluator([model], song_plays=np.ones(4), config=EvaluateConfig(ks=(1,)), begin=last_moment)
     evaluator(_parse(["a b\tc"]))
-    assert model.moments == ([end, end + 180_000], [end + 360_000])
+    assert model.last_times == ([last_moment, last_moment + 180_000], [last_moment + 360_000])

@@ -19,7 +19,7 @@ HOUR = 3_600_000
 DAY = 24 * HOUR
 
 
-class Planted:
+class PlantedLog:
     """An impression log with planted answers and events."""
 
     def __init__(self, workspace: Workspace) -> None:
@@ -30,11 +30,18 @@ class Planted:
     def answer(self, user: str, arm: str | None, songs: list[str], at: int = NOW, **fields: Any) -> str:
         """Log an answer with `songs` for a user, and return its id."""
         self._count += 1
-        name = f"r{self._count}"
-        row = {"recommendation_id": name, "user_id": user, "moment": at, "at": at, "release": f"of-{arm}", "first": 0}
+        answer_id = f"r{self._count}"
+        row = {
+            "recommendation_id": answer_id,
+            "user_id": user,
+            "moment": at,
+            "at": at,
+            "release": f"of-{arm}",
+            "first": 0,
+        }
         experiment = "x" if arm else None
         self._log.add("answers", {**row, "song_ids": songs, "experiment": experiment, "arm": arm, **fields})
-        return name
+        return answer_id
 
     def event(self, user: str, song: str, at: int, **fields: Any) -> None:
         """Log an event of a user."""
@@ -53,25 +60,25 @@ class Planted:
 
 
 @pytest.fixture
-def planted(tmp_path: Path) -> Planted:
-    return Planted(Workspace(tmp_path / "workspace"))
+def planted(tmp_path: Path) -> PlantedLog:
+    return PlantedLog(Workspace(tmp_path / "workspace"))
 
 
-def plant_arms(planted: Planted, users: int, shares: dict[str, float]) -> None:
+def plant_arms(planted: PlantedLog, num_users: int, shares: dict[str, float]) -> None:
     """Users of each arm get 20 songs and play 5; the arm's share is the chance that a played song is one of the 20."""
     random = np.random.default_rng(0)
-    for row in range(users):
+    for row in range(num_users):
         for arm, share in shares.items():
             user = f"{arm}-{row}"
             songs = [f"song-{song}" for song in random.permutation(40)]
             planted.answer(user, arm, songs[:20])
-            for place in range(5):
-                song = songs[place] if random.random() < share else songs[20 + place]
+            for position in range(5):
+                song = songs[position] if random.random() < share else songs[20 + position]
                 planted.event(user, song, NOW + HOUR)
 
 
 def test_an_arm_whose_songs_are_played_lies_above_the_other_and_the_true_shares_are_in_the_intervals(
-    planted: Planted,
+    planted: PlantedLog,
 ) -> None:
     plant_arms(planted, 200, {"control": 0.3, "better": 0.5})
     control, better = planted.report().arms
@@ -86,14 +93,14 @@ def test_an_arm_whose_songs_are_played_lies_above_the_other_and_the_true_shares_
     assert planted.report().verdict.startswith("better: recall is higher than in control")
 
 
-def test_equal_arms_are_not_told_apart(planted: Planted) -> None:
+def test_between_equal_arms_no_significant_difference_is_reported(planted: PlantedLog) -> None:
     plant_arms(planted, 100, {"a": 0.4, "b": 0.4})
     report = planted.report()
     assert report.arms[1].difference_low < 0 < report.arms[1].difference_high  # type: ignore[operator]
     assert report.verdict.startswith("b: no significant difference from a,")
 
 
-def test_arms_of_fewer_than_30_users_with_plays_are_not_compared(planted: Planted) -> None:
+def test_arms_of_fewer_than_30_users_with_plays_are_not_compared(planted: PlantedLog) -> None:
     plant_arms(planted, 29, {"control": 0.1, "better": 0.9})
     planted.answer("silent", "better", ["one"])  # a user without plays does not count towards the 30
     control, better = planted.report().arms
@@ -107,7 +114,7 @@ def test_arms_of_fewer_than_30_users_with_plays_are_not_compared(planted: Plante
     assert planted.report().verdict.startswith("better: recall is higher than in control")
 
 
-def test_an_interval_without_width_is_none(planted: Planted) -> None:
+def test_an_interval_without_width_is_none(planted: PlantedLog) -> None:
     for arm, song in (("control", "one"), ("worse", "another")):
         for row in range(40):
             planted.answer(f"{arm}-{row}", arm, ["one"])
@@ -118,16 +125,14 @@ def test_an_interval_without_width_is_none(planted: Planted) -> None:
     assert planted.report().verdict.startswith("worse: no comparison, because")
 
 
-def test_shares_of_the_users_one_by_one_come_to_the_same_as_all_at_once(
-    planted: Planted, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_computed_in_small_parts_is_the_same(planted: PlantedLog, monkeypatch: pytest.MonkeyPatch) -> None:
     plant_arms(planted, 50, {"a": 0.2, "b": 0.6})
-    whole = planted.report()
+    expected = planted.report()
     monkeypatch.setattr(experiment_report, "PART_BYTES", 1_000)
-    assert planted.report() == whole
+    assert planted.report() == expected
 
 
-def test_a_play_counts_in_the_days_after_an_answer_alone(planted: Planted) -> None:
+def test_a_play_counts_only_in_the_days_after_an_answer(planted: PlantedLog) -> None:
     planted.answer("ann", "a", ["one", "two"])
     planted.event("ann", "one", NOW - HOUR)  # before the answer
     planted.event("ann", "one", NOW + 3 * DAY)  # too late
@@ -138,7 +143,7 @@ def test_a_play_counts_in_the_days_after_an_answer_alone(planted: Planted) -> No
     assert (planted.arm(days=4).played, planted.arm(days=4).recommended) == (3, 2)
 
 
-def test_a_song_counts_once_for_a_user_however_often_it_is_played_and_recommended(planted: Planted) -> None:
+def test_a_song_counts_once_for_a_user_however_often_it_is_played_and_recommended(planted: PlantedLog) -> None:
     for hour in range(3):
         planted.answer("ann", "a", ["one"], NOW + hour * HOUR)
         planted.event("ann", "one", NOW + hour * HOUR + 1)
@@ -148,31 +153,33 @@ def test_a_song_counts_once_for_a_user_however_often_it_is_played_and_recommende
     assert (arm.users, arm.answers, arm.played, arm.recommended) == (2, 4, 2, 2)
 
 
-def test_a_play_that_names_an_answer_belongs_to_it_and_to_no_other(planted: Planted) -> None:
-    named = planted.answer("ann", "a", ["one"])
+def test_a_play_that_names_an_answer_belongs_to_it_and_to_no_other(planted: PlantedLog) -> None:
+    answer_id = planted.answer("ann", "a", ["one"])
     planted.answer("ann", "b", ["two"], NOW + HOUR)
-    planted.event("ann", "two", NOW + 2 * HOUR, recommendation_id=named)  # that answer did not hold the song
-    planted.event("ann", "one", NOW + 30 * DAY, recommendation_id=named)  # after the window
+    planted.event("ann", "two", NOW + 2 * HOUR, recommendation_id=answer_id)  # that answer did not hold the song
+    planted.event("ann", "one", NOW + 30 * DAY, recommendation_id=answer_id)  # after the window
     planted.event("ann", "one", NOW + 2 * HOUR)  # names no answer: belongs to the last answer, of b
     first, second = planted.report(control="a").arms
     assert (first.played, first.recommended) == (2, 1)
     assert (second.played, second.recommended) == (1, 0)
 
 
-def test_a_play_that_names_an_answer_outside_of_the_experiment_counts_for_no_arm(planted: Planted) -> None:
+def test_a_play_that_names_an_answer_outside_of_the_experiment_counts_for_no_arm(planted: PlantedLog) -> None:
     songs = ["one", "two", "three", "four", "five"]
     planted.answer("ann", "a", songs)
-    to_bob = planted.answer("bob", "a", songs)
-    elsewhere = planted.answer("ann", "other", ["one"], NOW + 1, experiment="y")
-    in_no_arm = planted.answer("ann", None, ["two"], NOW + 1)
-    for song, named in zip(songs, [elsewhere, in_no_arm, to_bob, "in no log", None], strict=True):
-        planted.event("ann", song, NOW + HOUR, recommendation_id=named)
-    planted.event("ann", "one", NOW + HOUR, type="like", recommendation_id=elsewhere)
+    bob_answer = planted.answer("bob", "a", songs)
+    other_experiment_answer = planted.answer("ann", "other", ["one"], NOW + 1, experiment="y")
+    answer_without_arm = planted.answer("ann", None, ["two"], NOW + 1)
+    for song, answer_id in zip(
+        songs, [other_experiment_answer, answer_without_arm, bob_answer, "in no log", None], strict=True
+    ):
+        planted.event("ann", song, NOW + HOUR, recommendation_id=answer_id)
+    planted.event("ann", "one", NOW + HOUR, type="like", recommendation_id=other_experiment_answer)
     (arm,) = planted.report(name="x").arms
     assert (arm.played, arm.recommended, arm.likes) == (1, 1, 0)
 
 
-def test_skips_and_likes_are_counted_and_are_no_plays(planted: Planted) -> None:
+def test_skips_and_likes_are_counted_and_are_no_plays(planted: PlantedLog) -> None:
     planted.answer("ann", "a", ["one", "two"])
     planted.event("ann", "one", NOW + 1, type="skip", skipped=True)
     planted.event("ann", "other", NOW + 1, type="skip", skipped=True)  # was not recommended
@@ -182,7 +189,7 @@ def test_skips_and_likes_are_counted_and_are_no_plays(planted: Planted) -> None:
     assert (arm.recall, arm.low) == (None, None)
 
 
-def test_with_k_only_the_first_songs_of_a_ranking_count(planted: Planted) -> None:
+def test_with_k_only_the_first_songs_of_a_ranking_count(planted: PlantedLog) -> None:
     planted.answer("ann", "a", ["one", "two"])
     planted.answer("ann", "a", ["three", "four"], NOW + 1, first=2)  # the second page
     for song in ("one", "two", "three", "four"):
@@ -191,16 +198,16 @@ def test_with_k_only_the_first_songs_of_a_ranking_count(planted: Planted) -> Non
     assert planted.arm().recommended == 4
 
 
-def test_rows_that_are_in_the_log_twice_count_once(planted: Planted) -> None:
+def test_rows_that_are_in_the_log_twice_count_once(planted: PlantedLog) -> None:
     planted.answer("ann", "a", ["one"])
     planted.event("ann", "one", NOW + 1)
-    before = planted.report()
+    expected = planted.report()
     for path in [*Path(planted.workspace.root).rglob("*.parquet")]:
         path.with_stem(path.stem + "-again").write_bytes(path.read_bytes())
-    assert planted.report() == before
+    assert planted.report() == expected
 
 
-def test_plays_may_be_those_of_the_data_set(planted: Planted) -> None:
+def test_plays_may_be_those_of_the_data_set(planted: PlantedLog) -> None:
     songs, times = [[3, 4, 5], [3, 3]], [[NOW - 1, NOW + 1, NOW + 2], [NOW + 1, NOW + 2]]
     histories = Histories.from_lists(songs, times, user_ids=["ann", "bob"])
     write_dataset(planted.workspace, histories, 10)
@@ -212,7 +219,7 @@ def test_plays_may_be_those_of_the_data_set(planted: Planted) -> None:
     assert planted.arm().played == 1
 
 
-def test_answers_outside_of_the_experiment_count_for_no_arm(planted: Planted) -> None:
+def test_answers_outside_of_the_experiment_count_for_no_arm(planted: PlantedLog) -> None:
     planted.answer("ann", "a", ["one"])
     planted.answer("ann", None, ["two"], NOW + 1)
     planted.event("ann", "two", NOW + 2)
@@ -220,7 +227,7 @@ def test_answers_outside_of_the_experiment_count_for_no_arm(planted: Planted) ->
     assert (arm.answers, arm.played, arm.recommended) == (1, 1, 0)
 
 
-def test_what_is_not_in_the_log_is_an_error_that_says_what_is(planted: Planted) -> None:
+def test_a_name_that_is_not_in_the_log_is_an_error_that_lists_the_known_names(planted: PlantedLog) -> None:
     with pytest.raises(NotFoundError, match="--log-impressions"):
         planted.report()
     planted.answer("ann", "a", ["one"])

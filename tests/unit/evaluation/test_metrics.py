@@ -36,12 +36,12 @@ def test_ranks_of_several_songs_a_row_are_exact_above_the_depth_and_never_below(
     scores = random.integers(0, 12, size=(40, 30)).astype(np.float32)
     scores[random.random(scores.shape) < 0.1] = -np.inf
     rows, songs = np.divmod(np.arange(40 * 30), 30)
-    best = best_scores(scores, 11)
-    ranks = ranks_of(scores, rows, songs, best)
+    top_scores = best_scores(scores, 11)
+    ranks = ranks_of(scores, rows, songs, top_scores)
     for row, song, rank in zip(rows, songs, ranks, strict=True):
-        own = scores[row, song]
-        expected = sum(other >= own for other in scores[row])
-        assert rank == (expected if expected < 11 and own > -np.inf else NOT_FOUND)
+        score = scores[row, song]
+        expected = sum(other_score >= score for other_score in scores[row])
+        assert rank == (expected if expected < 11 and score > -np.inf else NOT_FOUND)
 
 
 @pytest.mark.parametrize("depth", [1, 5, 21, 400])
@@ -63,30 +63,30 @@ def test_the_best_scores_are_those_that_sorting_finds(values: str, depth: int) -
 
 
 def _by_loops(ranks: list[int], k: int) -> tuple[float, float, float]:
-    within = sorted(rank for rank in ranks if rank <= k)
-    gain = sum(1 / math.log2(rank + 1) for rank in within)
-    ideal = sum(1 / math.log2(place + 2) for place in range(min(k, len(ranks))))
-    return len(within) / len(ranks), 1 / within[0] if within else 0.0, gain / ideal
+    hits = sorted(rank for rank in ranks if rank <= k)
+    gain = sum(1 / math.log2(rank + 1) for rank in hits)
+    ideal = sum(1 / math.log2(position + 2) for position in range(min(k, len(ranks))))
+    return len(hits) / len(ranks), 1 / hits[0] if hits else 0.0, gain / ideal
 
 
 def test_metrics_of_one_right_answer_are_those_of_the_textbook() -> None:
     columns = metric_columns((2, 5))
     assert columns == [("recall", 2), ("recall", 5), ("mrr", 2), ("mrr", 5), ("ndcg", 2), ("ndcg", 5)]
     ranks = np.array([1, 3, 6, NOT_FOUND])
-    first, third, sixth, never = metrics_of(ranks, np.arange(4), np.ones(4, int), (2, 5))
+    first, third, sixth, not_found = metrics_of(ranks, np.arange(4), np.ones(4, int), (2, 5))
     np.testing.assert_allclose(first, [1, 1, 1, 1, 1, 1])
     np.testing.assert_allclose(third, [0, 1, 0, 1 / 3, 0, 1 / 2])  # log2(4) = 2
     np.testing.assert_array_equal(sixth, 0)
-    np.testing.assert_array_equal(never, 0)
+    np.testing.assert_array_equal(not_found, 0)
 
 
 def test_metrics_of_several_right_answers_are_those_worked_out_by_hand() -> None:
     # The right answers have the ranks 1, 3 and none: one of three is within 2, two of three are within 5.
     ranks, rows = np.array([3, NOT_FOUND, 1]), np.array([1, 1, 1])
-    nothing, found = metrics_of(ranks, rows, np.array([0, 3]), (2, 5))
+    row_without_targets, row_with_targets = metrics_of(ranks, rows, np.array([0, 3]), (2, 5))
     ideal_2, ideal_3 = 1 + 1 / np.log2(3), 1 + 1 / np.log2(3) + 0.5
-    np.testing.assert_allclose(found, [1 / 3, 2 / 3, 1, 1, 1 / ideal_2, 1.5 / ideal_3])
-    np.testing.assert_array_equal(nothing, 0)
+    np.testing.assert_allclose(row_with_targets, [1 / 3, 2 / 3, 1, 1, 1 / ideal_2, 1.5 / ideal_3])
+    np.testing.assert_array_equal(row_without_targets, 0)
     assert metrics_of(ranks[:0], rows[:0], np.zeros(0, int), (2, 5)).shape == (0, 6)
 
 
@@ -96,7 +96,7 @@ def test_metrics_equal_plain_loops() -> None:
     rows = np.repeat(np.arange(60), sizes)
     ranks = np.concatenate([random.permutation(30)[:size] + 1 for size in sizes])
     ks = (1, 10, 20)
-    found = metrics_of(ranks, rows, sizes, ks)
+    metrics = metrics_of(ranks, rows, sizes, ks)
     for row in range(60):
         by_k = [_by_loops(ranks[rows == row].tolist(), k) for k in ks]
-        np.testing.assert_allclose(found[row], np.array(by_k).T.ravel())
+        np.testing.assert_allclose(metrics[row], np.array(by_k).T.ravel())

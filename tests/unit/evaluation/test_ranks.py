@@ -23,22 +23,22 @@ from rayrec.recommend.baselines import (
 )
 from rayrec.storage.workspace import Workspace
 
-EVERYTHING = Split(id="s", dataset="d", validation_from=0, test_from=0)
+ALL_IN_TEST = Split(id="s", dataset="d", validation_from=0, test_from=0)
 
 
 def _ranked(recommender: BaseRecommender, histories: Histories, queries: Queries, known: np.ndarray) -> Ranked:
-    heard = HeardSongs(histories)
+    heard_songs = HeardSongs(histories)
     names = ("served", "next", "next10", "cold_songs", "cold_among_cold")
-    targets = {name: target_songs(histories, queries, name, heard, known) for name in names}
-    listed = np.arange(len(queries)) % 3 == 0
-    return rank_targets(recommender, histories, queries, targets, known, depth=100, listed=listed)
+    targets = {name: target_songs(histories, queries, name, heard_songs, known) for name in names}
+    is_listed = np.arange(len(queries)) % 3 == 0
+    return rank_targets(recommender, histories, queries, targets, known, depth=100, listed=is_listed)
 
 
 def test_a_song_that_no_fit_has_seen_is_a_miss_however_well_it_scores() -> None:
-    popular = PopularityRecommender(np.array([0, 0, 0, 9]))
+    popularity = PopularityRecommender(np.array([0, 0, 0, 9]))
     histories = Histories.from_lists([[0, 3, 0, 7]], [[100, 101, 102, 103]])
     queries = Queries.before_plays(histories, np.array([1, 2, 3]))
-    ranks = _ranked(popular, histories, queries, np.array([True, True, True, False])).ranks
+    ranks = _ranked(popularity, histories, queries, np.array([True, True, True, False])).ranks
     assert ranks["next"].tolist() == [NOT_FOUND, 4, NOT_FOUND]  # song 7 is not even in the catalog
     assert ranks["next10"].tolist() == [
         4,
@@ -53,7 +53,7 @@ def test_a_song_that_no_fit_has_seen_is_a_miss_however_well_it_scores() -> None:
 def test_ranks_and_lists_are_those_that_recommend_serves() -> None:
     histories = random_histories(20, 30, seed=8)
     rules = SequentialRulesRecommender.fit([histories], num_songs=30, allowed=FitRange(), rules_per_song=4)
-    plays = plays_to_predict(histories, EVERYTHING)
+    plays = plays_to_predict(histories, ALL_IN_TEST)
     queries = Queries.before_plays(histories, plays)
     for recommender in (AverageRecommender(random_vectors(30), 0.5), rules):
         ranked = _ranked(recommender, histories, queries, np.ones(30, bool))
@@ -62,25 +62,25 @@ def test_ranks_and_lists_are_those_that_recommend_serves() -> None:
             past = histories.take(np.array([row])).keep(np.arange(histories.lengths[row]) < seen)
             songs, scores = recommender.recommend_one(past, int(queries.at[query]), 30)
             target = histories.songs[plays[query]]
-            own = scores[songs == target][0]
-            assert ranked.ranks["next"][query] == (scores >= own).sum()
-            listed = ranked.listed_songs[ranked.listed_rows == query]
-            assert sorted(listed.tolist()) == sorted(songs[:20].tolist())
+            target_score = scores[songs == target][0]
+            assert ranked.ranks["next"][query] == (scores >= target_score).sum()
+            listed_songs = ranked.listed_songs[ranked.listed_rows == query]
+            assert sorted(listed_songs.tolist()) == sorted(songs[:20].tolist())
         assert set(ranked.listed_rows.tolist()) == set(range(0, len(queries), 3))
 
 
 def test_chunks_of_queries_change_nothing(monkeypatch: object) -> None:
     histories = random_histories(20, 30, seed=8)
     recommender = AverageRecommender(random_vectors(30), 0.5)
-    queries = Queries.before_plays(histories, plays_to_predict(histories, EVERYTHING))
-    whole = _ranked(recommender, histories, queries, np.ones(30, bool))
+    queries = Queries.before_plays(histories, plays_to_predict(histories, ALL_IN_TEST))
+    full = _ranked(recommender, histories, queries, np.ones(30, bool))
     from rayrec.recommend import base as base
 
     monkeypatch.setattr(base, "SCORES_IN_CACHE", 30 * 7)  # type: ignore[attr-defined]
     monkeypatch.setattr(base, "FEW_QUERIES", 1)  # type: ignore[attr-defined]
-    parts = _ranked(recommender, histories, queries, np.ones(30, bool))
-    np.testing.assert_array_equal(parts.listed_songs, whole.listed_songs)
-    np.testing.assert_array_equal(parts.ranks["next10"], whole.ranks["next10"])
+    chunked = _ranked(recommender, histories, queries, np.ones(30, bool))
+    np.testing.assert_array_equal(chunked.listed_songs, full.listed_songs)
+    np.testing.assert_array_equal(chunked.ranks["next10"], full.ranks["next10"])
 
 
 class PlannedScores(BaseRecommender):
@@ -107,19 +107,19 @@ class PlannedCandidates(CandidateRecommender):
         self.num_songs = len(scores)
 
     def candidate_chunks(self, histories: Histories, queries: Queries) -> Iterator[tuple[slice, ScoredCandidates]]:
-        proposed = np.flatnonzero(~(self.scores == -np.inf))[::-1]  # in no order of songs
+        candidates = np.flatnonzero(~(self.scores == -np.inf))[::-1]  # in no order of songs
         for start in range(0, len(queries), 2):
             size = min(2, len(queries) - start)
-            scores = np.tile(self.scores[proposed], size)
+            scores = np.tile(self.scores[candidates], size)
             yield (
                 slice(start, start + 2),
                 ScoredCandidates(
-                    rows=np.repeat(np.arange(size), len(proposed)),
-                    songs=np.tile(proposed, size),
+                    rows=np.repeat(np.arange(size), len(candidates)),
+                    songs=np.tile(candidates, size),
                     scores=lambda horizon, exclude_heard, scores=scores: scores,
                     retrievers={
-                        "even": np.flatnonzero(np.tile(proposed % 2 == 0, size)),
-                        "small": np.flatnonzero(np.tile(proposed < 3, size)),
+                        "even": np.flatnonzero(np.tile(candidates % 2 == 0, size)),
+                        "small": np.flatnonzero(np.tile(candidates < 3, size)),
                     },
                 ),
             )
@@ -130,18 +130,18 @@ INF, NAN = np.inf, np.nan
 
 @pytest.mark.parametrize("kind", [PlannedScores, PlannedCandidates])
 def test_as_served_songs_that_the_user_has_heard_are_not_in_the_ranking(kind: type[BaseRecommender]) -> None:
-    planned = kind([5, 4, 3, 3, 2, -INF])  # type: ignore[call-arg]
+    recommender = kind([5, 4, 3, 3, 2, -INF])  # type: ignore[call-arg]
     # Queries for 3 (after 0), for 1 (after 0, 3), for 0 (a repeat), for 4 (after 0, 3, 1, 0), for 5.
     histories = Histories.from_lists([[0, 3, 1, 0, 4, 5]], [range(6)])
     queries = Queries.before_plays(histories, np.arange(1, 6))
-    ranks = _ranked(planned, histories, queries, np.ones(6, bool)).ranks
+    ranks = _ranked(recommender, histories, queries, np.ones(6, bool)).ranks
     assert ranks["next"].tolist() == [4, 2, 1, 5, NOT_FOUND]  # 3 ties with 2, and ties count against
     # The ranking leaves out 0, then 0 and 3, then 0, 3 and 1 (there song 2 ranks before 4).
     assert ranks["served"].tolist() == [3, 1, 2, NOT_FOUND]
 
 
 @pytest.mark.parametrize("kind", [PlannedScores, PlannedCandidates])
-def test_a_song_that_was_added_is_ranked_and_among_cold_songs_these_alone_stand_before_it(
+def test_an_added_song_is_ranked_and_among_cold_songs_only_added_ones_count(
     kind: type[BaseRecommender],
 ) -> None:
     recommender = kind([0.0, 0.9, 0.8, 0.7, 0.6, 0.5, -INF])  # type: ignore[call-arg]
@@ -155,16 +155,16 @@ def test_a_song_that_was_added_is_ranked_and_among_cold_songs_these_alone_stand_
     assert ranks["cold_among_cold"].tolist() == [2, NOT_FOUND, 1]
 
 
-def test_candidates_are_ranked_as_the_same_scores_of_every_song_are() -> None:
+def test_candidates_rank_like_the_same_scores_of_all_songs() -> None:
     histories = random_histories(20, 30, seed=8)
-    queries = Queries.before_plays(histories, plays_to_predict(histories, EVERYTHING))
+    queries = Queries.before_plays(histories, plays_to_predict(histories, ALL_IN_TEST))
     random = np.random.default_rng(0)
     scores = random.integers(0, 9, size=30).astype(float)
     scores[random.random(30) < 0.3] = -INF
     scores[3] = NAN
     dense, candidates = (
-        _ranked(planned, histories, queries, np.ones(30, bool))
-        for planned in (PlannedScores(scores.tolist()), PlannedCandidates(scores.tolist()))
+        _ranked(recommender, histories, queries, np.ones(30, bool))
+        for recommender in (PlannedScores(scores.tolist()), PlannedCandidates(scores.tolist()))
     )
     for target in ("served", "next", "next10"):
         np.testing.assert_array_equal(candidates.ranks[target], dense.ranks[target])
@@ -186,18 +186,18 @@ def test_a_candidate_without_a_number_is_never_found() -> None:
 
 def test_recall_of_retrievers_is_the_share_of_targets_that_each_proposes() -> None:
     # Candidates are the songs 0 to 4; retriever "even" proposes 0, 2 and 4, retriever "small" 0, 1 and 2.
-    planned = PlannedCandidates([5, 4, 3, 2, 1, -INF])
+    recommender = PlannedCandidates([5, 4, 3, 2, 1, -INF])
     histories = Histories.from_lists([[0, 1, 3, 4, 5, 0]], [range(6)])
     config = EvaluateConfig(ks=(1,), bootstrap_samples=20, offsets=0)
-    evaluator = Evaluator([planned], split=EVERYTHING, song_plays=np.ones(6), config=config)
-    entries = Statistics(evaluator(histories), [planned], config).retrieval(evaluator.retrievers)
-    found = {(entry["target"], entry["retriever"]): (entry["value"], entry["candidates"]) for entry in entries}
+    evaluator = Evaluator([recommender], split=ALL_IN_TEST, song_plays=np.ones(6), config=config)
+    entries = Statistics(evaluator(histories), [recommender], config).retrieval(evaluator.retrievers)
+    results = {(entry["target"], entry["retriever"]): (entry["value"], entry["candidates"]) for entry in entries}
     # The next plays are 1, 3, 4, 5 and 0; the next plays of songs new to the user are 1, 3, 4 and 5.
-    assert found["next", "all"] == (4 / 5, 5)
-    assert found["next", "even"] == (2 / 5, 3)
-    assert found["next", "small"] == (2 / 5, 3)
-    assert found["served", "all"] == (3 / 4, 5)
-    assert found["served", "even"] == found["served", "small"] == (1 / 4, 3)
+    assert results["next", "all"] == (4 / 5, 5)
+    assert results["next", "even"] == (2 / 5, 3)
+    assert results["next", "small"] == (2 / 5, 3)
+    assert results["served", "all"] == (3 / 4, 5)
+    assert results["served", "even"] == results["served", "small"] == (1 / 4, 3)
 
 
 NUM_SONGS = 400
@@ -206,57 +206,59 @@ VALIDATION, TEST, END = 100 * DAY_MS, 110 * DAY_MS, 120 * DAY_MS
 SPLIT = Split(id="s", dataset="by-hand", validation_from=VALIDATION, test_from=TEST)
 
 
-def _selection(workspace: Workspace, sessions: Callable[[np.random.Generator, int], list[int]]) -> Selection:
-    """A selection on one session per user, on a day from 0 to 119; `sessions` returns the songs for a day."""
+def _selection(workspace: Workspace, make_session: Callable[[np.random.Generator, int], list[int]]) -> Selection:
+    """A selection on one session per user, on a day from 0 to 119; `make_session` returns the songs for a day."""
     random = np.random.default_rng(0)
     days = random.integers(0, 120, size=600)
-    songs = [sessions(random, int(day)) for day in days]
-    times = [day * DAY_MS + MINUTE * np.arange(len(some)) for day, some in zip(days, songs, strict=True)]
+    songs = [make_session(random, int(day)) for day in days]
+    times = [day * DAY_MS + MINUTE * np.arange(len(session)) for day, session in zip(days, songs, strict=True)]
     histories = Histories.from_lists(songs, times, user_ids=[f"user-{row}" for row in range(600)])  # type: ignore[arg-type]
     selection = make_selection(write_dataset(workspace, histories, NUM_SONGS), SPLIT, None)
     assert selection is not None
     return selection
 
 
-def _changing(random: np.random.Generator, day: int) -> list[int]:
+def _fortnight_session(random: np.random.Generator, day: int) -> list[int]:
     """One of the first ten songs, then the four songs that follow it in this fortnight only."""
     first = int(random.integers(10))
     return [first, *(10 + 39 * first + 4 * (day // 14) + random.permutation(4)).tolist()]
 
 
-def test_sessions_fade_fast_where_what_follows_changes_by_the_fortnight(workspace: Workspace) -> None:
-    selection = _selection(workspace, _changing)
+def test_sessions_are_tuned_to_fade_fast_if_the_next_songs_change_every_fortnight(workspace: Workspace) -> None:
+    selection = _selection(workspace, _fortnight_session)
     settings = tune_baseline("vstan", selection)
     assert settings["days_decay"] <= 30
     metric = TuningMetric(selection)
-    usual, tuned = (
-        metric(fit_baselines(["vstan"], selection.dataset, None, selection.allowed, settings={"vstan": some})[0])
-        for some in ({"days_decay": 1825.0}, settings)
+    default_score, tuned_score = (
+        metric(
+            fit_baselines(["vstan"], selection.dataset, None, selection.allowed, settings={"vstan": vstan_settings})[0]
+        )
+        for vstan_settings in ({"days_decay": 1825.0}, settings)
     )
-    assert tuned > usual
+    assert tuned_score > default_score
 
 
-def test_popularity_counts_the_last_week_where_each_week_has_songs_of_its_own(workspace: Workspace) -> None:
-    def weekly(random: np.random.Generator, day: int) -> list[int]:
+def test_popularity_is_tuned_to_count_the_last_week_if_each_week_has_its_own_songs(workspace: Workspace) -> None:
+    def weekly_session(random: np.random.Generator, day: int) -> list[int]:
         return (20 * (day // 7) + random.integers(0, 20, size=6)).tolist()
 
-    assert tune_baseline("popularity-recent", _selection(workspace, weekly))["days"] <= 7
+    assert tune_baseline("popularity-recent", _selection(workspace, weekly_session))["days"] <= 7
 
 
-def test_rules_fade_fast_where_what_comes_often_later_hides_what_comes_next(workspace: Workspace) -> None:
-    def hidden(random: np.random.Generator, day: int) -> list[int]:
+def test_rules_are_tuned_to_fade_fast_if_a_frequent_later_song_hides_the_next_one(workspace: Workspace) -> None:
+    def session_with_repeats(random: np.random.Generator, day: int) -> list[int]:
         first = 3 * int(random.integers(20))
         return [first, first + 1, *[first + 2] * 7]
 
     # With weights 1/distance, the third song outweighs the second as a follower of the first: 1/2 + ... + 1/8 > 1.
-    assert tune_baseline("sequential-rules", _selection(workspace, hidden)) == {"decay": 2.0}
+    assert tune_baseline("sequential-rules", _selection(workspace, session_with_repeats)) == {"decay": 2.0}
 
 
 def test_every_baseline_with_choices_is_tuned_on_plays_before_the_test_range(workspace: Workspace) -> None:
-    selection = _selection(workspace, _changing)
+    selection = _selection(workspace, _fortnight_session)
     assert selection.histories.played_at.max() < TEST
     for name, choices in BASELINE_CHOICES.items():
         settings = tune_baseline(name, selection)
         assert choices.keys() <= settings.keys()
-        (fitted,) = fit_baselines([name], selection.dataset, None, SPLIT.final, settings={name: settings})
-        assert fitted.settings == settings
+        (recommender,) = fit_baselines([name], selection.dataset, None, SPLIT.final, settings={name: settings})
+        assert recommender.settings == settings

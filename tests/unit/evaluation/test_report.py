@@ -19,8 +19,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def _entry(model: str, users: str, value: float, k: int = 20, metric: str = "recall") -> dict[str, Any]:
     interval = {"value": value, "low": value - 0.01, "high": value + 0.01}
-    about = {"model": model, "kind": "baseline", "users": users, "target": "next", "metric": metric, "k": k}
-    return {**about, **interval, "plays": 1234, "users_count": 56}
+    labels = {"model": model, "kind": "baseline", "users": users, "target": "next", "metric": metric, "k": k}
+    return {**labels, **interval, "plays": 1234, "users_count": 56}
 
 
 def _curve(model: str, kind: str = "baseline", horizon: str = "short") -> dict[str, Any]:
@@ -41,10 +41,10 @@ def results() -> list[dict[str, Any]]:
 
 def test_the_report_is_written_with_everything_in_it(workspace: Workspace, results: list[dict[str, Any]]) -> None:
     curves = [_curve("weak"), _curve("taste", "network")]
-    figures = {"results": results, "cosine_by_offset": curves, "pairwise": []}
+    statistics = {"results": results, "cosine_by_offset": curves, "pairwise": []}
     plot = cosine_plot(curves)
     assert plot is not None
-    names = write_report(workspace, "reports/r", figures, default="taste", about={"split": "abc"}, plots=[plot])
+    names = write_report(workspace, "reports/r", statistics, default="taste", about={"split": "abc"}, plots=[plot])
     assert sorted(names) == ["cosine_by_offset.png", "report.html", "results.json"]
     stored = workspace.read_json("reports/r/results.json")
     assert re.fullmatch(r"rayrec \S+, Python \S+, torch \S+, numpy \S+, lightgbm \S+", stored["about"].pop("versions"))
@@ -58,8 +58,8 @@ def test_the_report_is_written_with_everything_in_it(workspace: Workspace, resul
 
 
 def test_figures_are_read_from_the_results_and_checked(workspace: Workspace, results: list[dict[str, Any]]) -> None:
-    figures = {"results": results, "cosine_by_offset": [_curve("weak")], "breakdowns": []}
-    names = write_report(workspace, "reports/r", figures, default="weak", about={"split": "abc"})
+    statistics = {"results": results, "cosine_by_offset": [_curve("weak")], "breakdowns": []}
+    names = write_report(workspace, "reports/r", statistics, default="weak", about={"split": "abc"})
     report = publish(workspace, Manifest(kind="reports", id="r", metrics={"default": "weak", "plays": 9}), names)
     assert read_results(workspace, report) == {"default": "weak", "plays": 9, "results": results, "breakdowns": []}
     workspace.write_json("reports/r/results.json", {"default": "weak", "results": []})
@@ -67,21 +67,21 @@ def test_figures_are_read_from_the_results_and_checked(workspace: Workspace, res
         read_results(workspace, report)
 
 
-def test_the_headline_is_the_next_play_by_what_recommends(results: list[dict[str, Any]]) -> None:
+def test_the_headline_is_recall_and_mrr_of_the_default_model(results: list[dict[str, Any]]) -> None:
     assert headline({"results": results}, "strong <&>") == {"recall@20": 0.4, "mrr@20": 0.4}
-    served = [{**_entry("weak", "all", 0.3, metric=metric), "target": "served"} for metric in ("recall", "mrr")]
-    found = headline({"results": [*results, *served]}, "weak")
-    assert found == {"served_recall@20": 0.3, "served_mrr@20": 0.3, "recall@20": 0.1, "mrr@20": 0.1}
+    served_entries = [{**_entry("weak", "all", 0.3, metric=metric), "target": "served"} for metric in ("recall", "mrr")]
+    metrics = headline({"results": [*results, *served_entries]}, "weak")
+    assert metrics == {"served_recall@20": 0.3, "served_mrr@20": 0.3, "recall@20": 0.1, "mrr@20": 0.1}
     assert headline({"results": results}, "taste") == {}
 
 
 def test_a_summary_holds_the_verdict_and_a_row_of_each_model_the_best_first(results: list[dict[str, Any]]) -> None:
-    found = summary({"results": results}, "weak")
-    assert found["verdict"] == verdict({"results": results}, "weak")
-    assert found["recall@20"] == 0.1
-    assert [row["model"] for row in found["by_model"]] == ["strong <&>", "weak"]
-    figures = {"recall@20": 0.1, "mrr@20": 0.1, "low": pytest.approx(0.09), "high": pytest.approx(0.11)}
-    assert found["by_model"][1] == {"model": "weak", **figures}
+    result = summary({"results": results}, "weak")
+    assert result["verdict"] == verdict({"results": results}, "weak")
+    assert result["recall@20"] == 0.1
+    assert [row["model"] for row in result["by_model"]] == ["strong <&>", "weak"]
+    expected = {"recall@20": 0.1, "mrr@20": 0.1, "low": pytest.approx(0.09), "high": pytest.approx(0.11)}
+    assert result["by_model"][1] == {"model": "weak", **expected}
 
 
 def _text(page: str) -> str:
@@ -94,8 +94,8 @@ def _served(model: str, value: float, kind: str = "baseline") -> dict[str, Any]:
 
 
 def _difference(other: str, value: float, margin: float) -> dict[str, Any]:
-    about = {"model": "taste", "other": other, "users": "all", "target": "served", "metric": "recall", "k": 20}
-    return {**about, "difference": value, "low": value - margin, "high": value + margin}
+    labels = {"model": "taste", "other": other, "users": "all", "target": "served", "metric": "recall", "k": 20}
+    return {**labels, "difference": value, "low": value - margin, "high": value + margin}
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def _difference(other: str, value: float, margin: float) -> dict[str, Any]:
 def test_the_verdict_is_the_default_model_against_the_best_baseline(difference: dict[str, Any], expected: str) -> None:
     rows = [_served("popularity", 0.1), _served("vstan", 0.39), _served("taste", 0.42, "network")]
     rows += [_served("hybrid", 0.5, "network")]  # not a baseline
-    figures = {"results": rows, "comparisons": [_difference("popularity", 0.3, 0.01), difference]}
-    assert verdict(figures, "taste") == f"taste finds 42 of 100 next new songs in its first 20: {expected}"
-    assert f"<h1>{html.escape(verdict(figures, 'taste'))}</h1>" in html_page(figures, default="taste", about={})
+    statistics = {"results": rows, "comparisons": [_difference("popularity", 0.3, 0.01), difference]}
+    assert verdict(statistics, "taste") == f"taste finds 42 of 100 next new songs in its first 20: {expected}"
+    assert f"<h1>{html.escape(verdict(statistics, 'taste'))}</h1>" in html_page(statistics, default="taste", about={})
     assert verdict({"results": rows[:2]}, "taste") == "vstan finds 39 of 100 next new songs in its first 20."
 
 
@@ -148,9 +148,9 @@ def test_settings_of_baselines_are_shown(results: list[dict[str, Any]]) -> None:
 
 
 def test_the_page_shows_the_health_of_each_table_of_song_embeddings(results: list[dict[str, Any]]) -> None:
-    near = {"song": "A <b>", "plays": 1234, "neighbors": ["C", "D & E"], "cosines": [0.91, 0.5]}
+    neighbor_row = {"song": "A <b>", "plays": 1234, "neighbors": ["C", "D & E"], "cosines": [0.91, 0.5]}
     entry = {"coverage": 0.9, "songs_with_vector": 1800, "mean_cosine": 0.123, "directions": 9.26, "dim": 64}
-    tables = [{**entry, "vectors": role, "id": "x", "neighbors": [near]} for role in ("songs", "models")]
+    tables = [{**entry, "vectors": role, "id": "x", "neighbors": [neighbor_row]} for role in ("songs", "models")]
     page = html_page({"results": results, "song_vectors": tables}, default="weak", about={})
     assert page.count("<td>9.3 of 64</td>") == 2
     assert "Neighbors of the most played songs, from the embed stage" in page
@@ -161,8 +161,8 @@ def test_the_page_shows_the_health_of_each_table_of_song_embeddings(results: lis
 def test_the_page_needs_no_other_file_and_escapes_what_it_shows(results: list[dict[str, Any]]) -> None:
     plot = Plot(file="x.png", title="X", note="n", alt="<a>", png=PNG)
     examples = [{"last_plays": ["<i>"], "songs": ["S & T"]}]
-    figures = {"results": results, "examples": examples}
-    page = html_page(figures, default="weak", about={"data set": "<b>"}, plots=[plot])
+    statistics = {"results": results, "examples": examples}
+    page = html_page(statistics, default="weak", about={"data set": "<b>"}, plots=[plot])
     assert "strong &lt;&amp;&gt;" in page
     assert "<dd>&lt;b&gt;</dd>" in page
     assert "Last played</p>\n<ul><li>&lt;i&gt;</li></ul>" in page
@@ -186,27 +186,27 @@ def test_tables_list_the_best_first_and_mark_the_default(results: list[dict[str,
 
 
 def test_one_group_alone_is_not_shown_twice(results: list[dict[str, Any]]) -> None:
-    lone = [entry for entry in results if entry["users"] in ("all", "seen") and entry["k"] == 20]
-    assert "metrics-next-seen" not in html_page({"results": lone}, default="weak", about={})
+    one_group = [entry for entry in results if entry["users"] in ("all", "seen") and entry["k"] == 20]
+    assert "metrics-next-seen" not in html_page({"results": one_group}, default="weak", about={})
     assert "metrics-next-seen" in html_page({"results": results}, default="weak", about={})
 
 
 def test_every_kind_of_figure_has_its_table(results: list[dict[str, Any]]) -> None:
     interval = {"value": 0.25, "low": 0.2, "high": 0.3}
-    about = {"model": "weak", "kind": "baseline", "target": "next", "metric": "recall", "k": 20}
+    labels = {"model": "weak", "kind": "baseline", "target": "next", "metric": "recall", "k": 20}
     difference = {"difference": -0.031, "low": -0.04, "high": -0.02}
     ranks = {"popularity_rank": 3210.4, "popularity_rank_low": 3000.0, "popularity_rank_high": 3400.0}
     repeats = {"repeats": 0.2, "repeats_low": 0.1, "repeats_high": 0.3}
-    figures = {
+    statistics = {
         "results": [*results, {**_entry("weak", "all", 0.1), "target": "offsets25_50"}],
-        "comparisons": [{**about, "other": "strong <&>", "users": "all", **difference}],
+        "comparisons": [{**labels, "other": "strong <&>", "users": "all", **difference}],
         "retrieval": [{"model": "weak", "retriever": "all", "target": "next", "candidates": 12.34, **interval}],
-        "pairwise": [{**about, "horizon": "short", "negatives": "zipf", **interval, "pairs": 9}],
-        "breakdowns": [{**about, "by": "history", "slice": "5-19", **interval, "plays": 4321}],
+        "pairwise": [{**labels, "horizon": "short", "negatives": "zipf", **interval, "pairs": 9}],
+        "breakdowns": [{**labels, "by": "history", "slice": "5-19", **interval, "plays": 4321}],
         "recommended": [{"model": "weak", "coverage": 0.5, **ranks, **repeats, "lists": 77}],
         "leave_one_out": [_entry("weak", "all", 0.6)],
     }
-    page = html_page(figures, default="weak", about={})
+    page = html_page(statistics, default="weak", about={})
     assert "<td>-0.0310<small>-0.0400 to -0.0200</small></td>" in page
     assert "all together</th><td>12.3</td><td>0.2500" in page
     assert "all next plays, against popular songs" in page
@@ -218,8 +218,8 @@ def test_every_kind_of_figure_has_its_table(results: list[dict[str, Any]]) -> No
 
 
 def test_what_a_model_loses_without_a_part_stands_in_a_table_of_its_own() -> None:
-    without = {**_served("without sessions", 0.9), "kind": "ablation"}
-    rows = [_served("taste", 0.42, "network"), _served("vstan", 0.3), without]
+    ablation = {**_served("without sessions", 0.9), "kind": "ablation"}
+    rows = [_served("taste", 0.42, "network"), _served("vstan", 0.3), ablation]
     comparisons = [_difference("vstan", 0.12, 0.01), _difference("without sessions", 0.05, 0.01)]
     page = html_page({"results": rows, "comparisons": comparisons}, default="taste", about={})
     assert page.count("without sessions") == 1
@@ -228,15 +228,15 @@ def test_what_a_model_loses_without_a_part_stands_in_a_table_of_its_own() -> Non
     assert "+0.1200" not in chapter
 
 
-def test_a_plot_is_drawn_of_many_curves_of_one_and_of_none() -> None:
-    many = [_curve(f"average-{discount}") for discount in range(7)]
-    many += [_curve("taste", "network"), _curve("taste", "network", "long"), _curve("item-knn")]
-    nothing = {**_curve("x"), **{name: [] for name in ("offset", "value", "low", "high", "plays")}}
-    for curves in (many, many[:1]):
+def test_a_plot_is_drawn_of_one_curve_or_many_but_not_of_none() -> None:
+    many_curves = [_curve(f"average-{discount}") for discount in range(7)]
+    many_curves += [_curve("taste", "network"), _curve("taste", "network", "long"), _curve("item-knn")]
+    empty_curve = {**_curve("x"), **{name: [] for name in ("offset", "value", "low", "high", "plays")}}
+    for curves in (many_curves, many_curves[:1]):
         plot = cosine_plot(curves)
         assert plot is not None
         assert plot.png.startswith(PNG)
-    assert cosine_plot([]) is cosine_plot([nothing]) is None
+    assert cosine_plot([]) is cosine_plot([empty_curve]) is None
 
 
 def test_a_model_with_two_curves_is_named_with_its_horizon() -> None:
@@ -255,8 +255,8 @@ def test_a_model_with_two_curves_is_named_with_its_horizon() -> None:
 )
 def test_the_page_says_which_intervals_were_computed(settings: dict[str, Any], drawn: str, expected: str) -> None:
     rows = [_served("taste", 0.42, "network"), _served("vstan", 0.3)]
-    figures = {"results": rows, "comparisons": [_difference("vstan", 0.12, 0.01)]}
-    page = html_page(figures, default="taste", about={}, config=EvaluateConfig(**settings), drawn=drawn)
+    statistics = {"results": rows, "comparisons": [_difference("vstan", 0.12, 0.01)]}
+    page = html_page(statistics, default="taste", about={}, config=EvaluateConfig(**settings), drawn=drawn)
     assert f"Figures are {expected}" in _text(page)
     assert (f"significant (bootstrap over {drawn})" in page) == ("intervals" in expected)
 
@@ -264,7 +264,7 @@ def test_the_page_says_which_intervals_were_computed(settings: dict[str, Any], d
 def test_without_samples_no_interval_is_shown_and_the_results_are_kept_as_they_are(workspace: Workspace) -> None:
     ranks = {"popularity_rank": 3210.4, "popularity_rank_low": 3210.4, "popularity_rank_high": 3210.4}
     repeats = {"repeats": 0.2, "repeats_low": 0.2, "repeats_high": 0.2}
-    figures = {
+    statistics = {
         "results": [
             {**row, "low": row["value"], "high": row["value"]}
             for row in (_served("taste", 0.42, "network"), _served("vstan", 0.3))
@@ -273,22 +273,22 @@ def test_without_samples_no_interval_is_shown_and_the_results_are_kept_as_they_a
         "recommended": [{"model": "taste", "coverage": 0.5, **ranks, **repeats, "lists": 77}],
     }
     config = EvaluateConfig(bootstrap_samples=0)
-    write_report(workspace, "reports/r", figures, default="taste", about={}, config=config)
+    write_report(workspace, "reports/r", statistics, default="taste", about={}, config=config)
     stored = workspace.read_json("reports/r/results.json")
-    assert {name: stored[name] for name in figures} == figures
+    assert {name: stored[name] for name in statistics} == statistics
     page = workspace.read_bytes("reports/r/report.html").decode()
     assert " to 0." not in page
     assert "3,210</td>" in page
     assert '<div class="whisker"' not in page
-    shown = summary(figures, "taste", config)
-    assert shown["verdict"].endswith(": 12.0 more than the best baseline, vstan.")
-    assert f"<h1>{shown['verdict']}</h1>" in page
-    assert shown["by_model"][0]["low"] is None
+    report_summary = summary(statistics, "taste", config)
+    assert report_summary["verdict"].endswith(": 12.0 more than the best baseline, vstan.")
+    assert f"<h1>{report_summary['verdict']}</h1>" in page
+    assert report_summary["by_model"][0]["low"] is None
 
 
-def test_a_plot_speaks_of_its_bars_only_where_it_has_some() -> None:
-    bare = {**_curve("weak"), "low": [0.5, 0.4], "high": [0.5, 0.4]}
-    for curve, told in ((_curve("weak"), True), (bare, False)):
+def test_the_note_of_a_plot_mentions_intervals_only_if_the_plot_has_some() -> None:
+    curve_without_intervals = {**_curve("weak"), "low": [0.5, 0.4], "high": [0.5, 0.4]}
+    for curve, has_intervals in ((_curve("weak"), True), (curve_without_intervals, False)):
         plot = cosine_plot([curve])
         assert plot is not None
-        assert ("bootstrap" in plot.note) == told
+        assert ("bootstrap" in plot.note) == has_intervals

@@ -47,8 +47,8 @@ return Math.min(...contrasts);
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with chromium() as opened:
-        yield opened
+    with chromium() as chromium_browser:
+        yield chromium_browser
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_report_fits_its_window_and_can_be_read(browser: Any, url: str, width:
         take_picture(page, f"report-{width}-{scheme}-open")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         sizes = page.evaluate(FONT_SIZES)
-        assert not {where: size for where, size in sizes.items() if size < SMALLEST}
+        assert not {element: size for element, size in sizes.items() if size < SMALLEST}
         assert page.evaluate(CONTRAST) >= 4.5  # the minimum of WCAG AA
         assert not page.locator("img:not([alt])").count()
 
@@ -90,21 +90,21 @@ def test_a_link_of_the_contents_opens_its_chapter(browser: Any, url: str) -> Non
 def test_long_ids_fit_a_narrow_window(browser: Any, tmp_path: Path) -> None:
     long_id = "a1b2c3d4" * 8
     row = {"kind": "network", "users": "all", "target": "served", "metric": "recall", "k": 20, "plays": 9}
-    figures = {
+    statistics = {
         "results": [{**row, "model": "taste", "value": 0.4, "low": 0.3, "high": 0.5}],
         "examples": [{"last_plays": [long_id], "songs": [long_id]}],
     }
     path = tmp_path / "report.html"
-    path.write_text(html_page(figures, default="taste", about={"test range": long_id}))
+    path.write_text(html_page(statistics, default="taste", about={"test range": long_id}))
     with page_of(browser, path.as_uri(), viewport={"width": 400, "height": 900}) as page:
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
-def test_all_that_takes_the_focus_is_named_and_the_chart_is_no_table(browser: Any, url: str) -> None:
+def test_everything_focusable_has_a_name_and_the_chart_is_no_table(browser: Any, url: str) -> None:
     with page_of(browser, url) as page:
         page.evaluate("document.querySelectorAll('details').forEach((chapter) => { chapter.open = true; })")
-        for part in page.locator("[tabindex]").all():
-            assert part.get_attribute("role") == "region"
-            assert part.get_attribute("aria-label") == part.locator("xpath=../h3").inner_text()
+        for region in page.locator("[tabindex]").all():
+            assert region.get_attribute("role") == "region"
+            assert region.get_attribute("aria-label") == region.locator("xpath=../h3").inner_text()
         assert page.get_by_role("group", name="Recall@20, as served").count() == 1
         assert page.locator("[role=table]").count() == 0

@@ -29,12 +29,12 @@ START = 1711929600
 TITLES = ["Jóga", 'Blue Monday 12" mix', "Plain", "日本, 語"]
 
 
-def csv_plays(delimiter: str = ",", end: str = "\n") -> bytes:
+def csv_plays(delimiter: str = ",", line_end: str = "\n") -> bytes:
     lines = [delimiter.join(["user", "song", "played_at", "title"])]
     for row in range(ROWS):
         title = TITLES[row % 4].replace('"', '""')
         lines.append(delimiter.join([f"u{row % 3}", f"s{row % 5}", str(START + row), f'"{title}"']))
-    return (end.join(lines) + end).encode()
+    return (line_end.join(lines) + line_end).encode()
 
 
 def lastfm_plays() -> bytes:
@@ -57,7 +57,9 @@ def streams() -> list[dict[str, Any]]:
 
 
 def slice_of_playlists() -> dict[str, Any]:
-    tracks = [{"pos": place, "track_uri": f"t{place}", "track_name": TITLES[place % 4]} for place in range(6)]
+    tracks = [
+        {"pos": position, "track_uri": f"t{position}", "track_name": TITLES[position % 4]} for position in range(6)
+    ]
     return {"info": {}, "playlists": [{"pid": number, "tracks": tracks} for number in range(ROWS // 6)]}
 
 
@@ -100,7 +102,7 @@ def deezer_plays() -> bytes:
     return stream.getvalue()
 
 
-def watched() -> list[dict[str, Any]]:
+def watch_history() -> list[dict[str, Any]]:
     link = "https://music.youtube.com/watch?v="
     return [
         {"title": TITLES[row % 4], "titleUrl": f"{link}{row}", "time": f"2022-04-25T18:09:{row:02}Z"}
@@ -116,8 +118,8 @@ def yambda_plays() -> bytes:
     return stream.getvalue()
 
 
-def dumped(value: Any, **form: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, **form).encode()
+def json_bytes(value: Any, **options: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, **options).encode()
 
 
 @dataclass(frozen=True)
@@ -127,33 +129,33 @@ class Sample:
     format: str
     name: str
     make: Callable[[], bytes]
-    whole_or_nothing: bool = False  # every cut is detected
-    checked: bool = False  # has a checksum: if a damaged file can be read, its rows are right
-    header: int = 0  # number of lines that are not rows
+    detects_cuts: bool = False  # every cut is detected
+    has_checksum: bool = False  # has a checksum: if a damaged file can be read, its rows are right
+    header_lines: int = 0  # number of lines that are not rows
     separator: str = ","
 
 
 SAMPLES = {
-    "csv": Sample("csv", "p.csv", csv_plays, header=1),
-    "csv CRLF semicolon": Sample("csv", "p.csv", lambda: csv_plays(";", "\r\n"), header=1, separator=";"),
-    "csv.gz": Sample("csv", "p.csv.gz", lambda: gzip.compress(csv_plays(), mtime=0), True, checked=True),
-    "apple-music": Sample("apple-music", "Apple Music Play Activity.csv", apple_plays, header=1),
-    "deezer": Sample("deezer", "deezer-data_1.xlsx", deezer_plays, True, checked=True),
-    "music4all-onion": Sample("music4all-onion", "p.tsv", onion_plays, header=1, separator="\t"),
+    "csv": Sample("csv", "p.csv", csv_plays, header_lines=1),
+    "csv CRLF semicolon": Sample("csv", "p.csv", lambda: csv_plays(";", "\r\n"), header_lines=1, separator=";"),
+    "csv.gz": Sample("csv", "p.csv.gz", lambda: gzip.compress(csv_plays(), mtime=0), True, has_checksum=True),
+    "apple-music": Sample("apple-music", "Apple Music Play Activity.csv", apple_plays, header_lines=1),
+    "deezer": Sample("deezer", "deezer-data_1.xlsx", deezer_plays, True, has_checksum=True),
+    "music4all-onion": Sample("music4all-onion", "p.tsv", onion_plays, header_lines=1, separator="\t"),
     "music4all-onion.bz2": Sample(
-        "music4all-onion", "p.tsv.bz2", lambda: bz2.compress(onion_plays()), True, checked=True
+        "music4all-onion", "p.tsv.bz2", lambda: bz2.compress(onion_plays()), True, has_checksum=True
     ),
-    "tidal": Sample("tidal", "streaming.csv", tidal_plays, header=1),
-    "yambda": Sample("yambda", "listens.parquet", yambda_plays, whole_or_nothing=True),
-    "youtube-takeout": Sample("youtube-takeout", "watch-history.json", lambda: dumped(watched()), True),
+    "tidal": Sample("tidal", "streaming.csv", tidal_plays, header_lines=1),
+    "yambda": Sample("yambda", "listens.parquet", yambda_plays, detects_cuts=True),
+    "youtube-takeout": Sample("youtube-takeout", "watch-history.json", lambda: json_bytes(watch_history()), True),
     "lastfm": Sample("lastfm-1k", "userid-timestamp.tsv", lastfm_plays),
     "listenbrainz lines": Sample(
-        "listenbrainz", "p.jsonl", lambda: b"\n".join(dumped(listen) for listen in listens()) + b"\n"
+        "listenbrainz", "p.jsonl", lambda: b"\n".join(json_bytes(listen) for listen in listens()) + b"\n"
     ),
-    "listenbrainz list": Sample("listenbrainz", "p.json", lambda: dumped(listens()), whole_or_nothing=True),
-    "spotify": Sample("spotify-history", "endsong_0.json", lambda: dumped(streams(), indent=2), whole_or_nothing=True),
-    "mpd": Sample("mpd", "mpd.slice.0-3.json", lambda: dumped(slice_of_playlists()), whole_or_nothing=True),
-    "parquet": Sample("parquet", "p.parquet", parquet_plays, whole_or_nothing=True),
+    "listenbrainz list": Sample("listenbrainz", "p.json", lambda: json_bytes(listens()), detects_cuts=True),
+    "spotify": Sample("spotify-history", "endsong_0.json", lambda: json_bytes(streams(), indent=2), detects_cuts=True),
+    "mpd": Sample("mpd", "mpd.slice.0-3.json", lambda: json_bytes(slice_of_playlists()), detects_cuts=True),
+    "parquet": Sample("parquet", "p.parquet", parquet_plays, detects_cuts=True),
     "sequences": Sample(
         "sequences", "p.txt", lambda: "".join(f"u{row}->s1|s{row}|ü{row % 5}\n" for row in range(ROWS)).encode()
     ),
@@ -173,62 +175,66 @@ def outcome(
         song_separator="|" if sample.format == "sequences" else " ",
     )
     reader = FORMATS[sample.format].make(options)
-    good, bad = [], []
+    rows, rejected = [], []
     try:
         for unit in reader.plan(str(path), len(content), unit_bytes):
             for batch in reader.read(unit):
                 assert batch.read == batch.rows.num_rows + batch.rejected.num_rows
                 batch.rows.validate(full=True)
-                good += batch.rows.drop(["source", "line"]).to_pylist()
-                bad += batch.rejected.to_pylist()
+                rows += batch.rows.drop(["source", "line"]).to_pylist()
+                rejected += batch.rejected.to_pylist()
     except InputError as error:
         message = str(error)
         if str(path) not in message or len(message) > 1_000:
             raise AssertionError(message) from error
         return error
-    assert all(row["reason"] and row["line"] >= 1 for row in bad)
-    return good, bad
+    assert all(row["reason"] and row["line"] >= 1 for row in rejected)
+    return rows, rejected
 
 
-def rows_in(sample: Sample, content: bytes) -> int:
+def count_rows(sample: Sample, content: bytes) -> int:
     """Number of non-empty lines of a file: each must become a row or a rejected row."""
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    return sum(1 for line in lines[sample.header :] if line.removesuffix(b"\r"))
+    return sum(1 for line in lines[sample.header_lines :] if line.removesuffix(b"\r"))
 
 
-def mutate(whole: bytes, random: np.random.Generator) -> tuple[str, bytes]:
+def mutate(original: bytes, random: np.random.Generator) -> tuple[str, bytes]:
     """Return the kind of damage and the bytes: a cut, a changed bit or byte, or bytes removed, doubled or inserted."""
-    place = int(random.integers(len(whole)))
+    position = int(random.integers(len(original)))
     length = int(random.integers(1, 20))
     kind = random.choice(["cut", "flip", "byte", "hole", "double", "zeros"])
-    changed = {
-        "cut": lambda: whole[:place],
-        "flip": lambda: whole[:place] + bytes([whole[place] ^ (1 << int(random.integers(8)))]) + whole[place + 1 :],
-        "byte": lambda: whole[:place] + bytes([int(random.integers(256))]) + whole[place + 1 :],
-        "hole": lambda: whole[:place] + whole[place + length :],
-        "double": lambda: whole[: place + length] + whole[place:],
-        "zeros": lambda: whole[:place] + bytes(length) + whole[place + length :],
+    mutations = {
+        "cut": lambda: original[:position],
+        "flip": lambda: (
+            original[:position]
+            + bytes([original[position] ^ (1 << int(random.integers(8)))])
+            + original[position + 1 :]
+        ),
+        "byte": lambda: original[:position] + bytes([int(random.integers(256))]) + original[position + 1 :],
+        "hole": lambda: original[:position] + original[position + length :],
+        "double": lambda: original[: position + length] + original[position:],
+        "zeros": lambda: original[:position] + bytes(length) + original[position + length :],
     }
-    return str(kind), changed[kind]()
+    return str(kind), mutations[kind]()
 
 
 def check_mutations(sample: Sample, folder: Path, count: int) -> None:
-    whole, random = sample.make(), np.random.default_rng(20)
-    expected = outcome(sample, whole, folder)
+    original, random = sample.make(), np.random.default_rng(20)
+    expected = outcome(sample, original, folder)
     assert not isinstance(expected, InputError)
     assert (len(expected[0]) >= ROWS, expected[1]) == (True, [])
-    in_lines = not sample.whole_or_nothing and sample.format != "sequences"
+    lines_are_rows = not sample.detects_cuts and sample.format != "sequences"
     for _ in range(count):
-        kind, content = mutate(whole, random)
-        found = outcome(sample, content, folder)
-        if isinstance(found, InputError):
+        kind, content = mutate(original, random)
+        result = outcome(sample, content, folder)
+        if isinstance(result, InputError):
             continue
-        if sample.whole_or_nothing:
+        if sample.detects_cuts:
             assert kind != "cut", content
-        if sample.checked:
-            assert found == expected, content
-        if in_lines:
-            assert len(found[0]) + len(found[1]) == rows_in(sample, content), content
+        if sample.has_checksum:
+            assert result == expected, content
+        if lines_are_rows:
+            assert len(result[0]) + len(result[1]) == count_rows(sample, content), content
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -242,34 +248,34 @@ def test_thousands_of_damaged_files_are_errors_or_accounted_for(name: str, tmp_p
     check_mutations(SAMPLES[name], tmp_path, 2_500)
 
 
-def song_table(ids: str, **values: list[Any]) -> bytes:
+def song_table(id_column: str, **values: list[Any]) -> bytes:
     stream = io.BytesIO()
-    pq.write_table(pa.table({ids: [f"s{row}" for row in range(5)], **values}), stream, write_page_checksum=True)
+    pq.write_table(pa.table({id_column: [f"s{row}" for row in range(5)], **values}), stream, write_page_checksum=True)
     return stream.getvalue()
 
 
 def check_song_files(folder: Path, count: int) -> None:
     """Damaged files of song metadata and vectors are read, or the error names the file."""
     vectors = [[float(row), 1.0] for row in range(5)]
-    array = io.BytesIO()
-    np.save(array, np.array(vectors))
+    npy_stream = io.BytesIO()
+    np.save(npy_stream, np.array(vectors))
     rows = {columns.SONG: range(5), columns.SONG_ID: [f"s{row}" for row in range(5)]}
     catalog = Catalog(pa.table({**rows, columns.TITLE: [None] * 5, columns.ARTIST: [None] * 5}, columns.SONGS_TABLE))
-    described = "song,title,released\n" + "".join(f's{row},"T, {row}",200{row}\n' for row in range(5))
+    csv_text = "song,title,released\n" + "".join(f's{row},"T, {row}",200{row}\n' for row in range(5))
     files: dict[str, tuple[bytes, Callable[[str], Any]]] = {
-        "songs.csv": (described.encode(), read_descriptions),
-        "songs.csv.bz2": (bz2.compress(described.encode()), read_descriptions),
+        "songs.csv": (csv_text.encode(), read_descriptions),
+        "songs.csv.bz2": (bz2.compress(csv_text.encode()), read_descriptions),
         "songs.parquet": (song_table("song", title=[*TITLES, "x"]), read_descriptions),
         "vectors.parquet": (song_table("song_id", vector=vectors), lambda path: read_external_vectors(path, catalog)),
-        "vectors.npy": (array.getvalue(), lambda path: read_external_vectors(path, catalog)),
+        "vectors.npy": (npy_stream.getvalue(), lambda path: read_external_vectors(path, catalog)),
     }
     random = np.random.default_rng(20)
-    for name, (whole, read) in files.items():
+    for name, (original, read) in files.items():
         path = folder / name
-        path.write_bytes(whole)
+        path.write_bytes(original)
         read(str(path))
         for _ in range(count):
-            kind, content = mutate(whole, random)
+            kind, content = mutate(original, random)
             path.write_bytes(content)
             try:
                 read(str(path))
@@ -288,24 +294,24 @@ def test_thousands_of_damaged_song_files_are_errors_that_name_the_file(tmp_path:
     check_song_files(tmp_path, 2_000)
 
 
-@pytest.mark.parametrize("name", [name for name, sample in SAMPLES.items() if sample.whole_or_nothing])
-def test_a_format_with_an_end_detects_every_cut(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name, sample in SAMPLES.items() if sample.detects_cuts])
+def test_a_format_that_marks_its_end_detects_every_cut(name: str, tmp_path: Path) -> None:
     sample = SAMPLES[name]
-    whole = sample.make()
-    for end in range(0, len(whole), max(1, len(whole) // 300)):
-        assert isinstance(outcome(sample, whole[:end], tmp_path), DamagedInputError), end
+    original = sample.make()
+    for end in range(0, len(original), max(1, len(original) // 300)):
+        assert isinstance(outcome(sample, original[:end], tmp_path), DamagedInputError), end
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("unit_bytes", [1, 100])
 def test_units_of_any_size_give_the_same_rows(name: str, unit_bytes: int, tmp_path: Path) -> None:
     content = SAMPLES[name].make()
-    found = outcome(SAMPLES[name], content, tmp_path, unit_bytes)
-    assert found == outcome(SAMPLES[name], content, tmp_path)
+    result = outcome(SAMPLES[name], content, tmp_path, unit_bytes)
+    assert result == outcome(SAMPLES[name], content, tmp_path)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_an_empty_file_is_named(name: str, tmp_path: Path) -> None:
+def test_an_empty_file_is_an_error_that_names_it(name: str, tmp_path: Path) -> None:
     assert isinstance(outcome(SAMPLES[name], b"", tmp_path), DamagedInputError)
 
 
@@ -313,28 +319,30 @@ def test_an_empty_file_is_named(name: str, tmp_path: Path) -> None:
     ("name", "other"),
     [(name, other) for name, other in product(SAMPLES, SAMPLES) if SAMPLES[name].format != SAMPLES[other].format],
 )
-def test_another_format_under_a_name_is_an_error_or_gives_no_row(name: str, other: str, tmp_path: Path) -> None:
-    found = outcome(SAMPLES[name], SAMPLES[other].make(), tmp_path)
-    if not isinstance(found, InputError):
-        assert found[0] == []
-        assert found[1]
+def test_a_file_of_another_format_is_an_error_or_gives_no_row(name: str, other: str, tmp_path: Path) -> None:
+    result = outcome(SAMPLES[name], SAMPLES[other].make(), tmp_path)
+    if not isinstance(result, InputError):
+        assert result[0] == []
+        assert result[1]
 
 
 @pytest.mark.parametrize(
     "name", ["csv", "lastfm", "tidal", "listenbrainz lines", "listenbrainz list", "spotify", "mpd"]
 )
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8-sig"])
-def test_another_encoding_costs_its_rows_or_is_an_error(name: str, encoding: str, tmp_path: Path) -> None:
+def test_rows_in_another_encoding_are_rejected_or_the_file_is_an_error(
+    name: str, encoding: str, tmp_path: Path
+) -> None:
     sample = SAMPLES[name]
     text = sample.make().decode().replace("日本, 語", "ß").replace("Plain", "Ö")
-    whole = outcome(sample, text.encode(), tmp_path)
-    found = outcome(sample, text.encode(encoding), tmp_path)
-    assert not isinstance(whole, InputError)
+    utf8_result = outcome(sample, text.encode(), tmp_path)
+    result = outcome(sample, text.encode(encoding), tmp_path)
+    assert not isinstance(utf8_result, InputError)
     if encoding == "utf-16":
-        assert isinstance(found, DamagedInputError)
+        assert isinstance(result, DamagedInputError)
     elif encoding == "utf-8-sig":
-        assert found == whole
+        assert result == utf8_result
     else:
-        assert not isinstance(found, InputError)
-        assert len(found[0]) + len(found[1]) == len(whole[0])
-        assert {row["reason"] for row in found[1]} <= {"not UTF-8"}
+        assert not isinstance(result, InputError)
+        assert len(result[0]) + len(result[1]) == len(utf8_result[0])
+        assert {row["reason"] for row in result[1]} <= {"not UTF-8"}

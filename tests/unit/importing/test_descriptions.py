@@ -38,7 +38,7 @@ def dataset(workspace: Workspace) -> Dataset:
     return write_dataset(workspace, random_histories(5, 6), num_songs=6)
 
 
-def written(folder: Path, text: str, name: str = "songs.csv") -> str:
+def write_file(folder: Path, text: str, name: str = "songs.csv") -> str:
     path = folder / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     return str(path)
@@ -47,19 +47,19 @@ def written(folder: Path, text: str, name: str = "songs.csv") -> str:
 def test_a_csv_without_an_end_of_its_last_line_and_one_with_another_delimiter_are_pointed_out(
     dataset: Dataset, tmp_path: Path
 ) -> None:
-    path = written(tmp_path, CSV.rstrip("\n"))
-    told = describe(dataset.workspace, DescribeConfig(), path)
-    assert told.warnings == [f"The last line of {path} has no line end: the file may be incomplete."]
-    assert describe(dataset.workspace, DescribeConfig(), written(tmp_path, CSV)).warnings == []
+    path = write_file(tmp_path, CSV.rstrip("\n"))
+    result = describe(dataset.workspace, DescribeConfig(), path)
+    assert result.warnings == [f"The last line of {path} has no line end: the file may be incomplete."]
+    assert describe(dataset.workspace, DescribeConfig(), write_file(tmp_path, CSV)).warnings == []
     with pytest.raises(InputError, match="its delimiter seems to be ';'; pass --delimiter ';'"):
-        read_descriptions(written(tmp_path, CSV.replace(",", ";")))
+        read_descriptions(write_file(tmp_path, CSV.replace(",", ";")))
 
 
 @pytest.mark.parametrize("name", ["songs.csv", "songs.csv.gz"])
 def test_songs_are_described_by_id(dataset: Dataset, tmp_path: Path, name: str) -> None:
-    told = describe(dataset.workspace, DescribeConfig(), written(tmp_path, CSV, name))
-    assert (told.songs, told.described, told.unknown) == (6, 3, 2)
-    assert (told.titles, told.artists, told.released, told.markets) == (6, 6, 3, 1)
+    result = describe(dataset.workspace, DescribeConfig(), write_file(tmp_path, CSV, name))
+    assert (result.songs, result.described, result.unknown) == (6, 3, 2)
+    assert (result.titles, result.artists, result.released, result.markets) == (6, 6, 3, 1)
     table = dataset.catalog().table
     assert table.column(columns.SONG_ID).to_pylist() == [f"song-{row}" for row in range(6)]
     # The first row of a song counts, and an empty value leaves the known value unchanged.
@@ -80,8 +80,8 @@ def test_parquet_gives_dates_and_lists_and_columns_are_mapped(dataset: Dataset, 
     path = tmp_path / "songs.parquet"
     table = {"id": ["song-2"], "when": pa.array([date(2020, 1, 2)]), "where": pa.array([["SE", "DE"]])}
     pq.write_table(pa.table(table), path)
-    names = {"song": "id", "released": "when", "markets": "where"}
-    assert describe(dataset.workspace, DescribeConfig(columns=names), str(path)).released == 1
+    mapping = {"song": "id", "released": "when", "markets": "where"}
+    assert describe(dataset.workspace, DescribeConfig(columns=mapping), str(path)).released == 1
     row = dataset.catalog().table.slice(2, 1).to_pylist()[0]
     assert (row[columns.RELEASED], row[columns.MARKETS], row[columns.TITLE]) == (
         date(2020, 1, 2),
@@ -91,32 +91,32 @@ def test_parquet_gives_dates_and_lists_and_columns_are_mapped(dataset: Dataset, 
 
 
 def test_a_second_table_takes_the_place_of_the_first(dataset: Dataset, tmp_path: Path) -> None:
-    describe(dataset.workspace, DescribeConfig(), written(tmp_path, CSV))
-    describe(dataset.workspace, DescribeConfig(delimiter=";"), written(tmp_path, "song;title\nsong-0;New\n"))
+    describe(dataset.workspace, DescribeConfig(), write_file(tmp_path, CSV))
+    describe(dataset.workspace, DescribeConfig(delimiter=";"), write_file(tmp_path, "song;title\nsong-0;New\n"))
     assert dataset.catalog().table.column(columns.TITLE).to_pylist()[0] == "New"
     assert dataset.catalog().table.column(columns.RELEASED).null_count == 6
-    (made,) = artifacts.listing(dataset.workspace, "descriptions")
-    assert dataset.workspace.folders("descriptions") == [made.id]
-    artifacts.verify(dataset.workspace, made)
-    describe(dataset.workspace, DescribeConfig(), written(tmp_path, CSV))
+    (artifact,) = artifacts.listing(dataset.workspace, "descriptions")
+    assert dataset.workspace.folders("descriptions") == [artifact.id]
+    artifacts.verify(dataset.workspace, artifact)
+    describe(dataset.workspace, DescribeConfig(), write_file(tmp_path, CSV))
     assert dataset.catalog().table.column(columns.TITLE).to_pylist()[0] == "Zero"
 
 
-def test_each_content_of_one_file_has_an_id_of_its_own(dataset: Dataset, tmp_path: Path) -> None:
+def test_each_content_of_a_file_gets_its_own_id(dataset: Dataset, tmp_path: Path) -> None:
     """Retrieval, added songs and the server's catalog are cached by this id."""
     tables = ["song,artist\nsong-0,Ann\n", "song,artist\nsong-0,Bo\n", "song,artist\nsong-0,Cy\n"]
-    of_tables = [describe(dataset.workspace, DescribeConfig(), written(tmp_path, text)).id for text in tables]
-    assert len(set(of_tables)) == 3
+    table_ids = [describe(dataset.workspace, DescribeConfig(), write_file(tmp_path, text)).id for text in tables]
+    assert len(set(table_ids)) == 3
     config = DescribeConfig(vectors=str(tmp_path / "content.npy"))
-    of_vectors = []
-    for ids, first in ((["song-4"], 0), (["song-5"], 0), (["song-5"], 7)):
-        content(tmp_path, ids, first=first)
-        of_vectors.append(describe(dataset.workspace, config).id)
-    assert len(set(of_vectors)) == 3
+    vector_ids = []
+    for song_ids, first in ((["song-4"], 0), (["song-5"], 0), (["song-5"], 7)):
+        write_vectors(tmp_path, song_ids, first=first)
+        vector_ids.append(describe(dataset.workspace, config).id)
+    assert len(set(vector_ids)) == 3
 
 
-def test_what_was_told_of_other_songs_is_not_told_of_these(dataset: Dataset, tmp_path: Path) -> None:
-    describe(dataset.workspace, DescribeConfig(), written(tmp_path, CSV))
+def test_metadata_is_used_for_later_versions_of_its_dataset_and_for_no_other(dataset: Dataset, tmp_path: Path) -> None:
+    describe(dataset.workspace, DescribeConfig(), write_file(tmp_path, CSV))
     write_dataset_manifest(dataset.workspace, replace(dataset.manifest, id="next", ancestors=[dataset.manifest.id]))
     assert Dataset(dataset.workspace).catalog().titles(np.array([0])) == ["Ann – Zero"]
     write_dataset_manifest(dataset.workspace, replace(dataset.manifest, id="other"))
@@ -139,25 +139,27 @@ def test_what_was_told_of_other_songs_is_not_told_of_these(dataset: Dataset, tmp
         ("song,title\na,b\n", "songs.xls", "is not .csv, .tsv or .parquet"),
     ],
 )
-def test_what_is_wrong_is_named(dataset: Dataset, tmp_path: Path, text: str, name: str, said: str) -> None:
+def test_an_unusable_file_is_an_error_that_says_why(
+    dataset: Dataset, tmp_path: Path, text: str, name: str, said: str
+) -> None:
     with pytest.raises(InputError, match=said):
-        describe(dataset.workspace, DescribeConfig(), written(tmp_path, text, name))
+        describe(dataset.workspace, DescribeConfig(), write_file(tmp_path, text, name))
     assert columns.RELEASED not in dataset.catalog().table.column_names
 
 
 def test_unknown_roles_and_missing_data_are_refused(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot map a column to 'mood'"):
-        describe(dataset.workspace, DescribeConfig(columns={"mood": "a"}), written(tmp_path, CSV))
+        describe(dataset.workspace, DescribeConfig(columns={"mood": "a"}), write_file(tmp_path, CSV))
     with pytest.raises(NotFoundError, match="no data set"):
-        describe(Workspace(tmp_path / "none"), DescribeConfig(), written(tmp_path, CSV))
+        describe(Workspace(tmp_path / "none"), DescribeConfig(), write_file(tmp_path, CSV))
     with pytest.raises(InputError, match="delimiter"):
         DescribeConfig(delimiter="ab")
 
 
 def test_ids_and_markets_are_spelled_as_imports_and_queries_spell_them(dataset: Dataset, tmp_path: Path) -> None:
     table = "song,title,markets\nsong-0 ,Zero, DE | FR\n song-1,One,\n"
-    counts = describe(dataset.workspace, DescribeConfig(), written(tmp_path, table))
-    assert (counts.described, counts.unknown, counts.markets) == (2, 0, 1)
+    result = describe(dataset.workspace, DescribeConfig(), write_file(tmp_path, table))
+    assert (result.described, result.unknown, result.markets) == (2, 0, 1)
     assert dataset.catalog().table.column(columns.MARKETS).to_pylist()[0] == ["DE", "FR"]
     assert SongMasks(dataset.catalog()).fitting(SongAttributes(market="FR")).between(0, 6).tolist() == [0]
 
@@ -183,14 +185,14 @@ def test_years_are_release_days_and_titles_stay_text_in_a_frame_with_gaps(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["songs.csv", "songs.parquet"])
-def test_a_value_that_is_none_costs_that_value_and_is_counted(dataset: Dataset, tmp_path: Path, name: str) -> None:
+def test_an_invalid_value_is_left_out_and_counted(dataset: Dataset, tmp_path: Path, name: str) -> None:
     days = ["2020-02-31", "spring", "0000", "1999", None, "2001-05-07"]
     table = {"song": [f"song-{row}" for row in range(6)], "title": ["T"] * 6, "released": days}
     path = tmp_path / name
     pd.DataFrame(table).to_csv(path, index=False) if name.endswith("csv") else pq.write_table(pa.table(table), path)
-    counts = describe(dataset.workspace, DescribeConfig(), str(path))
-    assert (counts.described, counts.titles, counts.released) == (6, 6, 2)
-    assert (counts.rejected, counts.invalid) == ({}, {"release day is not YYYY-MM-DD, YYYY-MM or YYYY": 3})
+    result = describe(dataset.workspace, DescribeConfig(), str(path))
+    assert (result.described, result.titles, result.released) == (6, 6, 2)
+    assert (result.rejected, result.invalid) == ({}, {"release day is not YYYY-MM-DD, YYYY-MM or YYYY": 3})
     assert dataset.catalog().table.column(columns.RELEASED).to_pylist() == [None] * 3 + [
         date(1999, 1, 1),
         None,
@@ -198,7 +200,7 @@ def test_a_value_that_is_none_costs_that_value_and_is_counted(dataset: Dataset, 
     ]
 
 
-def test_what_python_or_an_answer_could_not_hold_never_comes_in(dataset: Dataset, tmp_path: Path) -> None:
+def test_values_that_python_or_a_response_cannot_hold_are_left_out(dataset: Dataset, tmp_path: Path) -> None:
     path = tmp_path / "songs.parquet"
     table = {
         "song": ["song-0", "song-1", "song-2"],
@@ -207,8 +209,8 @@ def test_what_python_or_an_answer_could_not_hold_never_comes_in(dataset: Dataset
         "markets": pa.array([["SE", None, ""], [], None], pa.large_list(pa.large_string())),
     }
     pq.write_table(pa.table(table), path)
-    counts = describe(dataset.workspace, DescribeConfig(), str(path))
-    assert counts.invalid == {"title: not UTF-8": 1, "release day is not in the years 1 to 9999": 2}
+    result = describe(dataset.workspace, DescribeConfig(), str(path))
+    assert result.invalid == {"title: not UTF-8": 1, "release day is not in the years 1 to 9999": 2}
     rows = dataset.catalog().table.to_pylist()
     assert [row[columns.RELEASED] for row in rows[:3]] == [None, None, date(1970, 1, 1)]
     assert [row[columns.MARKETS] for row in rows[:3]] == [["SE"], [], None]
@@ -220,8 +222,10 @@ def test_a_header_over_128_kib_and_stray_quotes_are_read_as_an_import_reads_them
 ) -> None:
     extra = ",".join(f"column-{number:06d}" for number in range(20_000))
     rows = [f'song-{row},Blue Monday 12" mix,' + "," * 19_999 for row in range(2)] + ['song-2,"Weird,' + "," * 19_999]
-    counts = describe(dataset.workspace, DescribeConfig(), written(tmp_path, "\n".join([f"song,title,{extra}", *rows])))
-    assert (counts.described, counts.rejected) == (2, {"a quote is not closed on its line": 1})
+    result = describe(
+        dataset.workspace, DescribeConfig(), write_file(tmp_path, "\n".join([f"song,title,{extra}", *rows]))
+    )
+    assert (result.described, result.rejected) == (2, {"a quote is not closed on its line": 1})
     assert dataset.catalog().table.column(columns.TITLE).to_pylist()[0] == 'Blue Monday 12" mix'
 
 
@@ -233,37 +237,37 @@ def test_a_column_of_a_type_that_cannot_hold_its_role_is_named(dataset: Dataset,
         describe(dataset.workspace, DescribeConfig(columns={name: f"my {name}"}), str(path))
 
 
-def content(folder: Path, ids: list[str], dim: int = 3, first: float = 0.0, name: str = "content") -> str:
-    np.save(folder / f"{name}.npy", first + np.arange(len(ids) * dim, dtype=np.float64).reshape(-1, dim))
-    (folder / f"{name}.ids.txt").write_text("\n".join(ids) + "\n")
+def write_vectors(folder: Path, song_ids: list[str], dim: int = 3, first: float = 0.0, name: str = "content") -> str:
+    np.save(folder / f"{name}.npy", first + np.arange(len(song_ids) * dim, dtype=np.float64).reshape(-1, dim))
+    (folder / f"{name}.ids.txt").write_text("\n".join(song_ids) + "\n")
     return str(folder / f"{name}.npy")
 
 
-def test_content_vectors_stand_beside_the_table_and_are_read_for_the_songs_asked_for(
+def test_content_vectors_are_imported_with_the_table_and_read_for_the_requested_songs(
     dataset: Dataset, tmp_path: Path
 ) -> None:
-    vectors = content(tmp_path, ["song-4", "song-9", "song-1"])
-    told = describe(dataset.workspace, DescribeConfig(vectors=vectors), written(tmp_path, CSV))
-    assert (told.content, told.released) == (2, 3)
-    found = dataset.content()
-    assert found.dim == 3
-    np.testing.assert_array_equal(found.vectors(np.array([1, 0, 4])), [[6, 7, 8], [0, 0, 0], [0, 1, 2]])
+    vectors = write_vectors(tmp_path, ["song-4", "song-9", "song-1"])
+    result = describe(dataset.workspace, DescribeConfig(vectors=vectors), write_file(tmp_path, CSV))
+    assert (result.content, result.released) == (2, 3)
+    content_vectors = dataset.content()
+    assert content_vectors.dim == 3
+    np.testing.assert_array_equal(content_vectors.vectors(np.array([1, 0, 4])), [[6, 7, 8], [0, 0, 0], [0, 1, 2]])
 
 
-def test_appended_metadata_leaves_what_other_songs_were_described_by(dataset: Dataset, tmp_path: Path) -> None:
-    vectors = content(tmp_path, ["song-4", "song-1"])
-    describe(dataset.workspace, DescribeConfig(vectors=vectors), written(tmp_path, CSV))
-    later = written(tmp_path, "song,artist\nsong-1,Eve\nsong-5,Flo\n", "later.csv")
-    more = content(tmp_path, ["song-5", "song-1"], first=100, name="more")
-    told = describe(dataset.workspace, DescribeConfig(vectors=more, append=True), later)
-    assert (told.content, told.released) == (3, 3)
+def test_appended_metadata_keeps_the_metadata_of_other_songs(dataset: Dataset, tmp_path: Path) -> None:
+    vectors = write_vectors(tmp_path, ["song-4", "song-1"])
+    describe(dataset.workspace, DescribeConfig(vectors=vectors), write_file(tmp_path, CSV))
+    later_path = write_file(tmp_path, "song,artist\nsong-1,Eve\nsong-5,Flo\n", "later.csv")
+    later_vectors = write_vectors(tmp_path, ["song-5", "song-1"], first=100, name="more")
+    result = describe(dataset.workspace, DescribeConfig(vectors=later_vectors, append=True), later_path)
+    assert (result.content, result.released) == (3, 3)
     artists = dataset.catalog().table.column(columns.ARTIST).to_pylist()
     assert artists == ["Ann", "Eve", "Artist 2", "Artist 3", "Artist 4", "Flo"]
     np.testing.assert_array_equal(
         dataset.content().vectors(np.array([4, 1, 5])), [[0, 1, 2], [103, 104, 105], [100, 101, 102]]
     )
     assert len(dataset.descriptions()) == 2
-    describe(dataset.workspace, DescribeConfig(), later)  # replaces both
+    describe(dataset.workspace, DescribeConfig(), later_path)  # replaces both
     assert len(dataset.descriptions()) == 1
     assert dataset.content().dim == 0
 
@@ -278,13 +282,13 @@ def test_appended_metadata_leaves_what_other_songs_were_described_by(dataset: Da
 def test_content_that_cannot_be_used_is_refused(
     dataset: Dataset, tmp_path: Path, dim: int, first: float, message: str
 ) -> None:
-    describe(dataset.workspace, DescribeConfig(vectors=content(tmp_path, ["song-4"])))
-    other = content(tmp_path, ["song-1", "song-2"], dim, first, name="other")
+    describe(dataset.workspace, DescribeConfig(vectors=write_vectors(tmp_path, ["song-4"])))
+    vectors = write_vectors(tmp_path, ["song-1", "song-2"], dim, first, name="other")
     with pytest.raises(InputError, match=message):
-        describe(dataset.workspace, DescribeConfig(vectors=other, append=True))
+        describe(dataset.workspace, DescribeConfig(vectors=vectors, append=True))
 
 
-def test_content_without_ids_is_of_the_songs_of_the_catalog(dataset: Dataset, tmp_path: Path) -> None:
+def test_vectors_without_ids_belong_to_the_songs_of_the_catalog(dataset: Dataset, tmp_path: Path) -> None:
     np.save(tmp_path / "all.npy", np.eye(6, dtype=np.float32))
     assert describe(dataset.workspace, DescribeConfig(vectors=str(tmp_path / "all.npy"))).content == 6
     np.save(tmp_path / "few.npy", np.eye(4, dtype=np.float32))
@@ -292,26 +296,30 @@ def test_content_without_ids_is_of_the_songs_of_the_catalog(dataset: Dataset, tm
         describe(dataset.workspace, DescribeConfig(vectors=str(tmp_path / "few.npy")))
 
 
-def test_metadata_of_other_songs_alone_is_refused_and_what_was_there_stays(
+def test_metadata_of_other_songs_alone_is_refused_and_the_existing_metadata_stays(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    describe(dataset.workspace, DescribeConfig(vectors=content(tmp_path, ["song-4"])), written(tmp_path, CSV))
-    others = written(tmp_path, "song,title\n" + "".join(f"SONG-{song},Other\n" for song in range(5)), "others.csv")
-    vectors = content(tmp_path, ["SONG-0", "SONG-1"], name="others")
-    both = "the file has ids such as 'SONG-0', 'SONG-1', 'SONG-2', the catalog 'song-0', 'song-1', 'song-2'"
-    for words in ([others], ["--vectors", vectors], [written(tmp_path, CSV), "--vectors", vectors]):
-        assert main(["--workspace", dataset.workspace.uri, "describe", *words]) == 2
+    describe(dataset.workspace, DescribeConfig(vectors=write_vectors(tmp_path, ["song-4"])), write_file(tmp_path, CSV))
+    others_path = write_file(
+        tmp_path, "song,title\n" + "".join(f"SONG-{song},Other\n" for song in range(5)), "others.csv"
+    )
+    vectors = write_vectors(tmp_path, ["SONG-0", "SONG-1"], name="others")
+    example_ids = "the file has ids such as 'SONG-0', 'SONG-1', 'SONG-2', the catalog 'song-0', 'song-1', 'song-2'"
+    for arguments in ([others_path], ["--vectors", vectors], [write_file(tmp_path, CSV), "--vectors", vectors]):
+        assert main(["--workspace", dataset.workspace.uri, "describe", *arguments]) == 2
         assert "is in the catalog: the file has ids such as 'SONG-0'" in capsys.readouterr().err
-    with pytest.raises(InputError, match=f"no song of {others} is in the catalog: {both}; check the column"):
-        describe(dataset.workspace, DescribeConfig(), others)
+    with pytest.raises(
+        InputError, match=f"no song of {others_path} is in the catalog: {example_ids}; check the column"
+    ):
+        describe(dataset.workspace, DescribeConfig(), others_path)
     assert dataset.catalog().table.column(columns.TITLE).to_pylist()[0] == "Zero"
     assert dataset.content().dim == 3
-    told = describe(dataset.workspace, DescribeConfig(append=True), others)
-    assert told.warnings == [f"no song of {others} is in the catalog: {both}."]
+    result = describe(dataset.workspace, DescribeConfig(append=True), others_path)
+    assert result.warnings == [f"no song of {others_path} is in the catalog: {example_ids}."]
     assert dataset.catalog().table.column(columns.TITLE).to_pylist()[0] == "Zero"
-    assert told.unknown == 5
+    assert result.unknown == 5
 
 
-def test_nothing_to_describe_by_is_refused(dataset: Dataset) -> None:
+def test_describe_without_a_table_or_vectors_is_refused(dataset: Dataset) -> None:
     with pytest.raises(InputError, match=r"a table of songs, or content vectors with --vectors"):
         describe(dataset.workspace, DescribeConfig())

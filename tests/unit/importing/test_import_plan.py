@@ -86,11 +86,11 @@ def test_a_plan_cuts_files_in_order_and_knows_the_lines_before_each_unit(tmp_pat
 def test_a_plan_changes_with_settings_and_files(tmp_path: Path) -> None:
     file = write_plays(tmp_path / "a.csv")
     config = ImportConfig(format="csv", paths=(str(file),))
-    first = plan_import(config).id
-    assert plan_import(config).id == first
-    assert plan_import(ImportConfig(format="csv", paths=(str(file),), min_user_plays=2)).id != first
+    first_id = plan_import(config).id
+    assert plan_import(config).id == first_id
+    assert plan_import(ImportConfig(format="csv", paths=(str(file),), min_user_plays=2)).id != first_id
     write_plays(file, rows=51)
-    assert plan_import(config).id != first
+    assert plan_import(config).id != first_id
 
 
 def test_a_missing_column_is_found_before_any_work(tmp_path: Path) -> None:
@@ -129,14 +129,14 @@ def test_fragments_hold_every_row_in_the_bucket_of_its_user(
     paths = [write_plays(tmp_path / "a.csv"), write_plays(tmp_path / "b.csv", rows=20)]
     worker = importer(workspace, paths, min_user_plays=2)
     _, result = worker(0)
-    stored = worker.store.result(0)
-    assert stored.units == result.units
+    stored_result = worker.store.result(0)
+    assert stored_result.units == result.units
     assert [(unit.read, unit.usable, unit.lines, unit.error) for unit in result.units] == [
         (50, 50, 51, ""),
         (20, 20, 21, ""),
     ]
-    np.testing.assert_array_equal(stored.rows, result.rows)
-    seen = []
+    np.testing.assert_array_equal(stored_result.rows, result.rows)
+    actual = []
     with (tmp_path / "spool").open("w+b") as spool:
         rows = worker.store.read_group(result.rows[None], *group, spool)
         for bucket in range(group[0], group[1] + 1):
@@ -144,7 +144,7 @@ def test_fragments_hold_every_row_in_the_bucket_of_its_user(
                 assert piece == 0
                 assert (bucket_of(table.column("owner").to_numpy(), 4) == bucket).all()
                 names = ("unit", "line", "owner", "order", "key")
-                seen += list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
+                actual += list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
     keys = song_keys(pa.array([f"s{row % 11}" for row in range(50)])).tolist()
     expected = [
         (unit, row + 2, f"u{row % 7}", (1421163674 + row) * 1000, keys[row])
@@ -152,10 +152,10 @@ def test_fragments_hold_every_row_in_the_bucket_of_its_user(
         for row in range(count)
         if group[0] <= bucket_of(np.array([f"u{row % 7}"], dtype=object), 4)[0] <= group[1]
     ]
-    assert sorted(seen) == sorted(expected)
+    assert sorted(actual) == sorted(expected)
 
 
-def test_lines_are_not_kept_where_nothing_asks_for_them(workspace: Workspace, tmp_path: Path) -> None:
+def test_line_numbers_are_stored_only_where_they_are_needed(workspace: Workspace, tmp_path: Path) -> None:
     worker = importer(workspace, [write_plays(tmp_path / "a.csv")])
     _, result = worker(0)
     with (tmp_path / "spool").open("w+b") as spool:
@@ -189,10 +189,10 @@ def test_an_input_error_within_a_worker_is_noted_for_the_caller(workspace: Works
 
 def test_many_units_are_few_pieces_and_few_pieces_are_read_bucket_by_bucket() -> None:
     assert import_plan.group_units([1.0, 5.0, 1.0]) == [[0], [1], [2]]
-    many = import_plan.group_units([1.0] * 10_000)
-    assert len(many) == import_plan.MAX_PIECES
-    assert [unit for piece in many for unit in piece] == list(range(10_000))
-    assert max(map(len, many)) <= 20
+    pieces = import_plan.group_units([1.0] * 10_000)
+    assert len(pieces) == import_plan.MAX_PIECES
+    assert [unit for piece in pieces for unit in piece] == list(range(10_000))
+    assert max(map(len, pieces)) <= 20
     assert bucket_groups(20, 16) == [(bucket, bucket) for bucket in range(16)]
     groups = bucket_groups(import_plan.MAX_PIECES, 4096)
     assert [bucket for first, last in groups for bucket in range(first, last + 1)] == list(range(4096))
@@ -217,37 +217,37 @@ def test_histories_are_written_in_bounded_row_groups(workspace: Workspace, monke
 def test_publishing_goes_on_from_wherever_it_was_killed(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"songs.parquet": "", "histories/a.parquet": "", "histories/b.parquet": "", "playlists/kept.parquet": ""}
 
-    made = DatasetManifest(id="new", source="", buckets=1, parts=1, users=0, plays=0, songs=0, files=files)
+    manifest = DatasetManifest(id="new", source="", buckets=1, parts=1, users=0, plays=0, songs=0, files=files)
 
-    def stage() -> None:
+    def stage_dataset() -> None:
         for name in files:
             workspace.write_bytes(f"dataset/{name}", b"old")
         workspace.write_bytes("dataset/histories/left-over.parquet", b"old")
-        write_dataset_manifest(workspace, replace(made, id="old", files={}))
-        place = Staging(workspace, "x")
+        write_dataset_manifest(workspace, replace(manifest, id="old", files={}))
+        new_staging = Staging(workspace, "x")
         for name in list(files)[:3]:
-            workspace.write_bytes(place.out(f"dataset/{name}"), b"new")
-        workspace.write_json(place.out(DATASET_MANIFEST), asdict(made))
+            workspace.write_bytes(new_staging.out(f"dataset/{name}"), b"new")
+        workspace.write_json(new_staging.out(DATASET_MANIFEST), asdict(manifest))
 
-    move, allowed = Workspace.move, 0
+    move, remaining_moves = Workspace.move, 0
 
     def failing_move(self: Workspace, source: str, target: str) -> None:
-        nonlocal allowed
-        if allowed == 0:
+        nonlocal remaining_moves
+        if remaining_moves == 0:
             raise KeyboardInterrupt
-        allowed -= 1
+        remaining_moves -= 1
         move(self, source, target)
 
     for moves in range(4):
-        stage()
-        allowed = moves
+        stage_dataset()
+        remaining_moves = moves
         monkeypatch.setattr(Workspace, "move", failing_move)
         with pytest.raises(KeyboardInterrupt):
             finish_publishing(workspace)
         assert not workspace.exists(DATASET_MANIFEST)  # a half-published data set has no manifest
         monkeypatch.setattr(Workspace, "move", move)
         finish_publishing(workspace)
-        assert read_dataset_manifest(workspace) == made
+        assert read_dataset_manifest(workspace) == manifest
         content = {name: workspace.read_bytes(f"dataset/{name}") for name in files}
         assert content == {**dict.fromkeys(files, b"new"), "playlists/kept.parquet": b"old"}
         assert not workspace.exists("dataset/histories/left-over.parquet")

@@ -34,55 +34,60 @@ def write(path: Path, text: str) -> str:
 def test_columns_delimiter_times_and_the_command_are_guessed_of_a_csv(tmp_path: Path) -> None:
     rows = [f"u{row};t{row};Artist;Title {row};{START + row}" for row in range(20)] + ["u1;;A;;5"]
     path = write(tmp_path / "my plays.csv", "\n".join(["userid;track_id;artist_name;track_name;ts", *rows]) + "\n")
-    found = inspect_files("csv", [path])
-    assert {column.role: column.name for column in found.columns} == {
+    inspection = inspect_files("csv", [path])
+    assert {column.role: column.name for column in inspection.columns} == {
         "user": "userid",
         "song": "track_id",
         "artist": "artist_name",
         "title": "track_name",
         "played_at": "ts",
     }
-    assert (found.delimiter, found.time, found.rows, found.rejected) == (";", "unix seconds", 21, {"no song": 1})
-    assert found.examples == {"no song": f"{path}, line 22: u1;;A;;5"}
+    assert (inspection.delimiter, inspection.time, inspection.rows, inspection.rejected) == (
+        ";",
+        "unix seconds",
+        21,
+        {"no song": 1},
+    )
+    assert inspection.examples == {"no song": f"{path}, line 22: u1;;A;;5"}
     columns = "user=userid,song=track_id,played_at=ts,title=track_name,artist=artist_name"
-    assert shlex.split(found.command) == [
+    assert shlex.split(inspection.command) == [
         *("rayrec", "import", "csv", path, "--columns", columns, "--delimiter", ";"),
     ]
-    pairs = dict(pair.split("=") for pair in columns.split(","))
-    plan_import(ImportConfig(format="csv", paths=(path,), columns=pairs, delimiter=";"))  # the command works
+    mapping = dict(pair.split("=") for pair in columns.split(","))
+    plan_import(ImportConfig(format="csv", paths=(path,), columns=mapping, delimiter=";"))  # the command works
 
 
 def test_types_of_a_parquet_file_are_shown(tmp_path: Path) -> None:
     times = pa.array([START * 1000] * 2, pa.timestamp("ms", "UTC"))
     pq.write_table(pa.table({"uid": [1, 2], "item_id": [7, 8], "timestamp": times}), tmp_path / "p.parquet")
-    found = inspect_files("parquet", [str(tmp_path)])
-    assert [(column.name, column.role, column.type) for column in found.columns] == [
+    inspection = inspect_files("parquet", [str(tmp_path)])
+    assert [(column.name, column.role, column.type) for column in inspection.columns] == [
         ("uid", "user", "int64"),
         ("item_id", "song", "int64"),
         ("timestamp", "played_at", "timestamp[ms, tz=UTC]"),
     ]
-    assert (found.time, found.rows, found.rejected) == ("timestamps in UTC", 2, {})
+    assert (inspection.time, inspection.rows, inspection.rejected) == ("timestamps in UTC", 2, {})
 
 
-def test_a_column_of_times_is_found_by_its_values_and_a_missing_one_is_said(tmp_path: Path) -> None:
+def test_a_column_of_times_is_found_by_its_values_and_a_missing_column_is_reported(tmp_path: Path) -> None:
     rows = "".join(f"{row},{START + row},x{row}\n" for row in range(10))
-    found = inspect_files("csv", [write(tmp_path / "p.csv", "user,when it was,song\n" + rows)])
-    assert {column.name: column.role for column in found.columns}["when it was"] == "played_at"
-    found = inspect_files("csv", [write(tmp_path / "q.csv", "name of who,song,ts\n" + "a,b,1711929600\n")])
-    assert found.missing == ["user"]
-    assert found.rows == 0
-    assert "--columns user=NAME,played_at=ts" in found.command
-    assert found.notes == [
+    inspection = inspect_files("csv", [write(tmp_path / "p.csv", "user,when it was,song\n" + rows)])
+    assert {column.name: column.role for column in inspection.columns}["when it was"] == "played_at"
+    inspection = inspect_files("csv", [write(tmp_path / "q.csv", "name of who,song,ts\n" + "a,b,1711929600\n")])
+    assert inspection.missing == ["user"]
+    assert inspection.rows == 0
+    assert "--columns user=NAME,played_at=ts" in inspection.command
+    assert inspection.notes == [
         "No column looks like user: map it with --columns user=NAME, or if all plays "
         "belong to one person, pass --user NAME instead of a user column."
     ]
 
 
-def test_playlists_are_told_from_plays(tmp_path: Path) -> None:
+def test_playlists_are_distinguished_from_plays(tmp_path: Path) -> None:
     path = write(tmp_path / "p.csv", "playlist_id,pos,track_uri\np,0,a\np,x,b\n")
-    found = inspect_files("csv", [path])
-    assert (found.kind, found.rejected) == ("playlists", {"position is not a whole number": 1})
-    assert "--kind playlists --columns playlist=playlist_id,position=pos,song=track_uri" in found.command
+    inspection = inspect_files("csv", [path])
+    assert (inspection.kind, inspection.rejected) == ("playlists", {"position is not a whole number": 1})
+    assert "--kind playlists --columns playlist=playlist_id,position=pos,song=track_uri" in inspection.command
 
 
 @pytest.mark.parametrize(
@@ -106,21 +111,21 @@ def test_playlists_are_told_from_plays(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_how_times_are_written_is_said(values: list[str], form: str) -> None:
+def test_the_form_of_times_is_described(values: list[str], form: str) -> None:
     assert time_form(pa.array(values), "Asia/Tokyo") == form
 
 
 def test_the_time_zone_is_shown_and_in_the_command(tmp_path: Path) -> None:
     path = write(tmp_path / "p.csv", "user,song,played_at\na,b,2026-01-01 10:00:00\n")
     assert inspect_files("csv", [path]).time == "ISO 8601 without a zone, read as UTC"
-    found = inspect_files("csv", [path], "Europe/Berlin")
-    assert (found.time, found.rejected) == ("ISO 8601 without a zone, read as Europe/Berlin", {})
-    assert found.command.endswith("--timezone Europe/Berlin")
+    inspection = inspect_files("csv", [path], "Europe/Berlin")
+    assert (inspection.time, inspection.rejected) == ("ISO 8601 without a zone, read as Europe/Berlin", {})
+    assert inspection.command.endswith("--timezone Europe/Berlin")
     with pytest.raises(InputError, match="unknown time zone 'Mars'"):
         inspect_files("csv", [path], "Mars")
 
 
-def test_a_column_of_dates_is_no_time_of_plays_beside_one_of_moments(tmp_path: Path) -> None:
+def test_a_column_of_times_is_preferred_to_a_column_of_dates(tmp_path: Path) -> None:
     path = write(tmp_path / "p.csv", "user,song,when it was,first sold\na,b,2026-01-01 10:00:00,1999-01-01\n")
     assert {column.name: column.role for column in inspect_files("csv", [path]).columns}["when it was"] == "played_at"
 
@@ -135,22 +140,22 @@ def test_a_column_of_dates_is_no_time_of_plays_beside_one_of_moments(tmp_path: P
         ({"timestamp": "soon", "one": "1711929600", "other": "1711929600"}, "timestamp"),
     ],
 )
-def test_of_columns_named_as_times_the_first_that_can_be_read_is_taken(columns: dict[str, str], expected: str) -> None:
+def test_the_first_readable_column_with_the_name_of_a_time_is_taken(columns: dict[str, str], expected: str) -> None:
     values = {"user": "a", "song": "b", **columns}
-    _, found = guess_roles({name: pa.array([value] * 3) for name, value in values.items()})
-    assert found["played_at"] == expected
+    _, roles = guess_roles({name: pa.array([value] * 3) for name, value in values.items()})
+    assert roles["played_at"] == expected
 
 
 @pytest.mark.parametrize("values", ["2024-01-01,23:10:00", "31 Jan 2021, 23:10", "2024-01-01,9:05 PM"])
 def test_a_date_and_a_time_of_day_in_two_columns_must_be_joined(tmp_path: Path, values: str) -> None:
     path = write(tmp_path / "p.csv", f"user,song,date,time\na,b,{values}\n")
-    said = "Column 'time' contains the time of day without the date: combine date and time in one column"
-    assert said in inspect_files("csv", [path]).doubts["played_at"]
-    with pytest.raises(InputError, match=said):
+    message = "Column 'time' contains the time of day without the date: combine date and time in one column"
+    assert message in inspect_files("csv", [path]).doubts["played_at"]
+    with pytest.raises(InputError, match=message):
         guess_import([path])
     assert guess_import([path], columns={"played_at": "date"}).columns["played_at"] == "date"
-    length = write(tmp_path / "q.csv", "user,song,date,time\na,b,2024-01-01,3:45\n")
-    assert guess_import([length]).columns["played_at"] == "date"
+    path_with_lengths = write(tmp_path / "q.csv", "user,song,date,time\na,b,2024-01-01,3:45\n")
+    assert guess_import([path_with_lengths]).columns["played_at"] == "date"
 
 
 def test_names_of_public_data_sets_are_known() -> None:
@@ -159,8 +164,8 @@ def test_names_of_public_data_sets_are_known() -> None:
         (("uid", "timestamp", "item_id", "is_organic"), ("uid", "item_id", "timestamp")),
         (("userID", "trackID", "endTime", "msPlayed"), ("userID", "trackID", "endTime")),
     ):
-        _, found = guess_roles({name: pa.array(["1"]) for name in names})
-        assert (found["user"], found["song"], found["played_at"]) == expected
+        _, roles = guess_roles({name: pa.array(["1"]) for name in names})
+        assert (roles["user"], roles["song"], roles["played_at"]) == expected
 
 
 def test_titles_and_artists_are_found_by_names_that_hold_the_words() -> None:
@@ -173,8 +178,8 @@ def test_titles_and_artists_are_found_by_names_that_hold_the_words() -> None:
         (("artist_id", "artist-mbid", "the title", "title of album"), {"title": "the title"}),
         (("main artist", "other artists", "subtitle", "headtitle"), {}),
     ):
-        _, found = guess_roles({name: pa.array(["1"]) for name in names})
-        assert {role: found[role] for role in ("title", "artist") if role in found} == expected
+        _, roles = guess_roles({name: pa.array(["1"]) for name in names})
+        assert {role: roles[role] for role in ("title", "artist") if role in roles} == expected
 
 
 @pytest.mark.parametrize(
@@ -189,19 +194,19 @@ def test_titles_and_artists_are_found_by_names_that_hold_the_words() -> None:
     ],
 )
 @pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view()], ids=str)  # of csv, pandas, polars
-def test_beside_an_artist_a_column_of_ids_comes_before_one_that_may_hold_titles(
+def test_with_an_artist_column_a_column_of_ids_is_preferred_to_one_that_may_hold_titles(
     text: pa.DataType, header: str, song: str, title: str | None
 ) -> None:
-    _, found = guess_roles({name: pa.array(["Intro"], text) for name in header.split(",")})
-    assert (found["song"], found.get("title")) == (song, title)
+    _, roles = guess_roles({name: pa.array(["Intro"], text) for name in header.split(",")})
+    assert (roles["song"], roles.get("title")) == (song, title)
 
 
-def test_songs_that_are_named_by_a_column_of_titles_alone_are_warned_of(tmp_path: Path) -> None:
+def test_song_ids_from_a_column_of_titles_give_a_warning(tmp_path: Path) -> None:
     """Two songs named `Intro` would become one."""
-    head = "user,artist,album,{},timestamp\n"
+    header = "user,artist,album,{},timestamp\n"
     rows = "".join(f"ann,{artist},X,Intro,{START}\n" for artist in "AB")
     notes: list[str] = []
-    path = write(tmp_path / "p.csv", head.format("track") + rows)
+    path = write(tmp_path / "p.csv", header.format("track") + rows)
     assert guess_import([path], on_note=notes.append).columns["song"] == "track"
     (note,) = notes
     assert note.startswith(
@@ -210,10 +215,10 @@ def test_songs_that_are_named_by_a_column_of_titles_alone_are_warned_of(tmp_path
     assert note.removeprefix("Warning: ") == inspect_files("csv", [path]).doubts["song"]
     guess_import([path], columns={"song": "track"}, on_note=notes.append)
     guess_import([path], earlier_columns={"song": "track"}, on_note=notes.append)
-    numbers = write(tmp_path / "q.csv", head.format("track") + rows.replace("Intro", "7"))
-    ids = write(tmp_path / "r.csv", head.format("track_id") + rows)
-    for other in (numbers, ids):
-        guess_import([other], on_note=notes.append)
+    path_with_numbers = write(tmp_path / "q.csv", header.format("track") + rows.replace("Intro", "7"))
+    path_with_ids = write(tmp_path / "r.csv", header.format("track_id") + rows)
+    for other_path in (path_with_numbers, path_with_ids):
+        guess_import([other_path], on_note=notes.append)
     assert len(notes) == 1
 
 
@@ -229,15 +234,15 @@ def test_where_no_column_holds_ids_songs_are_known_by_artist_and_title(tmp_path:
     config = guess_import([path], user="ann", on_note=notes.append)
     assert config.columns == {"song": "artist+title", "played_at": "date", "title": "track", "artist": "artist"}
     assert "song = artist+title" in describe_import(config)
-    found = inspect_files("csv", [path])
-    assert "song=artist+title,played_at=date,title=track" in found.command
-    assert "No column looks like song IDs: they are made from artist and title." in found.notes
+    inspection = inspect_files("csv", [path])
+    assert "song=artist+title,played_at=date,title=track" in inspection.command
+    assert "No column looks like song IDs: they are made from artist and title." in inspection.notes
     (batch,) = config.reader().read(plan_import(config).units[0])
     assert batch.rows["song_id"].to_pylist() == ["Radiohead – No Surprises", "Blur – Song 2"]
     assert batch.rows["title"].to_pylist() == ["No Surprises", "Song 2"]
     assert batch.rows["played_at"].to_pylist() == [1_700_003_100_000, 1_700_003_340_000]
-    titles = write(tmp_path / "q.csv", "user,artist,title,ts\nann,A,One,1700003100\n")
-    assert guess_import([titles]).columns["song"] == "artist+title"
+    path_with_titles = write(tmp_path / "q.csv", "user,artist,title,ts\nann,A,One,1700003100\n")
+    assert guess_import([path_with_titles]).columns["song"] == "artist+title"
     assert notes == []
 
 
@@ -263,9 +268,7 @@ def test_where_no_column_holds_ids_songs_are_known_by_artist_and_title(tmp_path:
     ],
     ids=["lastfmstats.com", "lastfm.ghan.nl", "lastfm-to-csv and a line of names"],
 )
-def test_files_of_those_who_fetch_plays_from_lastfm_are_read_as_they_are(
-    tmp_path: Path, text: str, song_ids: list[str]
-) -> None:
+def test_files_of_lastfm_export_tools_are_read_as_they_are(tmp_path: Path, text: str, song_ids: list[str]) -> None:
     config = guess_import([write(tmp_path / "p.csv", text)], user="ann")
     (batch,) = config.reader().read(plan_import(config).units[0])
     assert batch.rows["song_id"].to_pylist() == song_ids
@@ -284,15 +287,15 @@ def test_a_column_of_titles_under_the_name_of_the_role_is_no_id(tmp_path: Path, 
 def test_songs_keep_the_ids_of_the_earlier_import(tmp_path: Path) -> None:
     """Files of an update get ids of another kind only if the columns are given."""
     path = write(tmp_path / "p.csv", LASTFM.replace("No Surprises", "Airbag").replace("Song 2", "Beetlebum"))
-    made = {"user": "user", "song": "artist+title", "played_at": "date", "title": "track", "artist": "artist"}
-    assert guess_import([path], user="ann", earlier_columns=made).columns["song"] == "artist+title"
-    titled = write(tmp_path / "q.csv", LASTFM)
-    for earlier in ({}, {"song": "song_id"}):
+    mapping = {"user": "user", "song": "artist+title", "played_at": "date", "title": "track", "artist": "artist"}
+    assert guess_import([path], user="ann", earlier_columns=mapping).columns["song"] == "artist+title"
+    path_with_titles = write(tmp_path / "q.csv", LASTFM)
+    for earlier_columns in ({}, {"song": "song_id"}):
         with pytest.raises(InputError, match="no column that looks like song"):
-            guess_import([titled], user="ann", earlier_columns=earlier)
-    assert guess_import([titled], user="ann", earlier_columns={"song": "track"}).columns["song"] == "track"
-    asked = guess_import([titled], user="ann", columns={"song": "artist+title"}, earlier_columns={})
-    assert asked.columns["song"] == "artist+title"
+            guess_import([path_with_titles], user="ann", earlier_columns=earlier_columns)
+    assert guess_import([path_with_titles], user="ann", earlier_columns={"song": "track"}).columns["song"] == "track"
+    config = guess_import([path_with_titles], user="ann", columns={"song": "artist+title"}, earlier_columns={})
+    assert config.columns["song"] == "artist+title"
 
 
 def test_columns_of_one_name_are_pointed_out(tmp_path: Path) -> None:
@@ -301,16 +304,16 @@ def test_columns_of_one_name_are_pointed_out(tmp_path: Path) -> None:
         ("parquet", str(tmp_path)),
         ("csv", write(tmp_path / "p.csv", "user,user,song\n1,2,3\n")),
     ):
-        found = inspect_files(format_name, [path])
-        assert "2 columns are named 'user': rename all but one." in found.notes
-        assert found.missing == ["played_at"]
+        inspection = inspect_files(format_name, [path])
+        assert "2 columns are named 'user': rename all but one." in inspection.notes
+        assert inspection.missing == ["played_at"]
 
 
 def test_other_formats_say_how_many_rows_would_be_rejected(tmp_path: Path) -> None:
     listens = [{"listened_at": START, "user_name": "u", "track_metadata": {"track_name": "t"}}, {"listened_at": 1}]
-    found = inspect_files("listenbrainz", [write(tmp_path / "l.json", json.dumps(listens))])
-    assert (found.rows, found.rejected) == (2, {"not a listen: no track_metadata": 1})
-    assert found.command == f"rayrec import listenbrainz {tmp_path / 'l.json'}"
+    inspection = inspect_files("listenbrainz", [write(tmp_path / "l.json", json.dumps(listens))])
+    assert (inspection.rows, inspection.rejected) == (2, {"not a listen: no track_metadata": 1})
+    assert inspection.command == f"rayrec import listenbrainz {tmp_path / 'l.json'}"
 
 
 def test_a_first_line_of_data_is_pointed_out(tmp_path: Path) -> None:
@@ -320,7 +323,7 @@ def test_a_first_line_of_data_is_pointed_out(tmp_path: Path) -> None:
     assert "The first line looks like data" in inspect_files("csv", [str(tmp_path / "p.csv")]).notes[-1]
 
 
-def test_what_cannot_be_inspected_is_one_line(tmp_path: Path) -> None:
+def test_files_that_cannot_be_inspected_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown format 'xls'"):
         inspect_files("xls", [str(tmp_path)])
     with pytest.raises(InputError, match="is empty"):
@@ -356,7 +359,7 @@ def test_the_format_follows_from_name_and_content(tmp_path: Path, name: str, tex
     assert guess_format([str(tmp_path / "folder")]) == expected
 
 
-def test_a_known_ending_of_compression_is_not_looked_at(tmp_path: Path) -> None:
+def test_an_ending_of_compression_is_ignored(tmp_path: Path) -> None:
     for suffix in ("gz", "bz2"):
         assert guess_format([write(tmp_path / f"sessions.txt.{suffix}", "1 2 3\n")]) == "sequences"
 
@@ -376,16 +379,16 @@ def test_spotifys_account_data_is_no_history_and_the_right_one_is_named(tmp_path
     path = tmp_path / "Spotify Account Data" / name
     record = '[{"endTime": "2024-01-05 14:23", "artistName": "A", "trackName": "T", "msPlayed": 184000}]'
     write(path, record)
-    for given in (path, path.parent):
+    for source in (path, path.parent):
         with pytest.raises(InputError, match="ask Spotify for the extended streaming history"):
-            guess_format([str(given)])
+            guess_format([str(source)])
     (reason,) = inspect_files("spotify-history", [str(path.parent)]).rejected
     assert reason.endswith("ask Spotify for the extended streaming history")
     write(tmp_path / "Streaming_History_Audio_2023_0.json", "[]")
     assert guess_format([str(tmp_path)]) == "spotify-history"
 
 
-def test_json_of_no_known_content_is_no_format(tmp_path: Path) -> None:
+def test_the_format_of_unknown_json_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the format of .*some\.json is unknown; pass --format"):
         guess_format([write(tmp_path / "some.json", '[{"song": "a"}]')])
 
@@ -394,7 +397,7 @@ def test_every_format_of_plays_is_guessed() -> None:
     assert set(ORDER) == set(FORMATS)
 
 
-def test_a_parquet_file_named_as_yambdas_is_told_from_it_by_its_columns(tmp_path: Path) -> None:
+def test_a_parquet_file_named_like_yambdas_is_distinguished_by_its_columns(tmp_path: Path) -> None:
     for columns, expected in ((["uid", "item_id", "played_ratio_pct"], "yambda"), (["user", "song", "ts"], "parquet")):
         path = tmp_path / "listens.parquet"
         pq.write_table(pa.table({name: [1] for name in columns}), path)
@@ -423,13 +426,13 @@ def test_files_without_users_are_those_of_the_user_that_is_given(tmp_path: Path)
     plan = plan_import(config)
     (batch,) = config.reader().read(plan.units[0])
     assert batch.rows["user_id"].to_pylist() == ["ann"]
-    named = write(tmp_path / "named.csv", "listener,track,uts\nbob,s1,1400000000\n")
+    path_with_users = write(tmp_path / "named.csv", "listener,track,uts\nbob,s1,1400000000\n")
     with pytest.raises(InputError, match="has users in column 'listener'; --user would merge them"):
-        plan_import(guess_import([named], user="ann"))
+        plan_import(guess_import([path_with_users], user="ann"))
 
 
 @pytest.mark.parametrize("time", ["14 Nov 2023 23:05", '"14 Nov 2023, 23:05"', "2023-11-14 23:05"])
-def test_a_missing_header_is_said_where_columns_are_missing(tmp_path: Path, time: str) -> None:
+def test_a_missing_header_is_reported_where_columns_are_missing(tmp_path: Path, time: str) -> None:
     path = write(tmp_path / "plays.csv", f"Radiohead,OK Computer,Airbag,{time}\n" * 2)
     with pytest.raises(InputError, match="The first line looks like data"):
         guess_import([path])
@@ -446,11 +449,11 @@ def test_all_missing_columns_are_named_at_once(tmp_path: Path) -> None:
     ("name", "said"),
     [("plays.xlsx", "the format of .*plays.xlsx is unknown; pass --format"), ("slice.json", "contains playlists, not")],
 )
-def test_what_holds_no_plays_is_refused(tmp_path: Path, name: str, said: str) -> None:
+def test_a_file_without_plays_is_refused(tmp_path: Path, name: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         guess_import([write(tmp_path / name, '{"playlists": []}')])
 
 
-def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_path_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"file or folder .* does not exist"):
         guess_import([str(tmp_path / "none.csv")])

@@ -43,8 +43,8 @@ def part(
 
 def sorted_plays(parts: list[Any], *, in_lines: bool = False) -> tuple[MergedRows, int]:
     """The sorted plays of `parts`, and the number of duplicates that were merged."""
-    found = sort_rows(parts, in_lines=in_lines)
-    return found.plays, found.merged
+    result = sort_rows(parts, in_lines=in_lines)
+    return result.plays, result.merged
 
 
 SONGS = SongRows.of(np.array([10, 11, 12], dtype=np.uint64))  # keys of the songs 0, 1 and 2
@@ -96,17 +96,19 @@ def test_rare_users_and_songs_are_dropped_with_reason_source_and_line() -> None:
     rows, _ = sorted_plays(
         [([0], [0], part(("a", 10, 1), ("a", 11, 2), ("b", 10, 1), ("c", 10, 4), ("c", 99, 5), ("a", 99, 7)))]
     )
-    kept, dropped = drop_rare(rows, SONGS, 2, ("user", "song"))
-    assert [kept.owners[owner] for owner in kept.owner] == ["a", "a"]
+    kept_rows, dropped_rows = drop_rare(rows, SONGS, 2, ("user", "song"))
+    assert [kept_rows.owners[owner] for owner in kept_rows.owner] == ["a", "a"]
     # b has one play; song 99 is not in the vocabulary; without song 99, c has one play too.
-    assert dropped.counts() == {"user": 2, "song": 2}
-    assert [(row["source"], row["line"], row["reason"], row["text"]) for row in dropped.table(["f"]).to_pylist()] == [
+    assert dropped_rows.counts() == {"user": 2, "song": 2}
+    assert [
+        (row["source"], row["line"], row["reason"], row["text"]) for row in dropped_rows.table(["f"]).to_pylist()
+    ] == [
         ("f", 3, "user", "b 1"),
         ("f", 6, "song", "a 7"),
         ("f", 5, "song", "c 5"),
         ("f", 4, "user", "c 4"),
     ]
-    assert to_histories(kept, SONGS, [], has_skipped=False).user_ids.tolist() == ["a"]
+    assert to_histories(kept_rows, SONGS, [], has_skipped=False).user_ids.tolist() == ["a"]
 
 
 def test_contexts_become_bits_and_unknown_ones_none() -> None:
@@ -140,7 +142,7 @@ def test_playlists_run_in_the_order_of_positions() -> None:
 
 def line(number: int, owner: str, *keys: int) -> pa.Table:
     """The rows of one line of a file of sequences, with the line number `number`."""
-    rows = part(*((owner, key, place) for place, key in enumerate(keys)))
+    rows = part(*((owner, key, position) for position, key in enumerate(keys)))
     lines = pa.array([number] * len(keys), pa.int64())
     return rows.set_column(rows.schema.get_field_index("line"), ROWS.field("line"), lines)
 
@@ -163,8 +165,8 @@ def test_lines_of_an_owner_follow_each_other_across_files_and_repeats_stay() -> 
 
 def test_positions_leave_no_hole_where_songs_were_left_out() -> None:
     rows, _ = sorted_plays([([0], [0], line(1, "a", *[10, *[99] * 20, 11]))], in_lines=True)
-    kept, _ = drop_rare(rows, SONGS, 1, ("few plays", "rare"))
-    assert to_positions(kept).order.tolist() == [0, ASSUMED_GAP_MS]
+    kept_rows, _ = drop_rare(rows, SONGS, 1, ("few plays", "rare"))
+    assert to_positions(kept_rows).order.tolist() == [0, ASSUMED_GAP_MS]
     assert len(to_positions(sorted_plays([], in_lines=True)[0])) == 0
 
 

@@ -8,11 +8,11 @@ from rayrec.errors import InputError
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.reader import Batch, ReadOptions
 
-NOW = (
+HEADER = (
     "Album Name,Container Artist Name,End Reason Type,Event End Timestamp,Event Start Timestamp,Event Type,"
     "Play Duration Milliseconds,Song Name"
 )
-BEFORE_2021 = "Artist Name,Content Name,End Reason Type,Event Start Timestamp,Play Duration Milliseconds"
+HEADER_BEFORE_2021 = "Artist Name,Content Name,End Reason Type,Event Start Timestamp,Play Duration Milliseconds"
 
 
 def read(path: Path, header: str, *lines: str) -> Batch:
@@ -28,7 +28,7 @@ def test_the_end_of_a_play_is_a_play_of_the_folders_owner(tmp_path: Path) -> Non
     path = tmp_path / "ann" / "Apple_Media_Services" / "Apple Music Activity" / "Apple Music Play Activity.csv"
     batch = read(
         path,
-        NOW,
+        HEADER,
         "Debut,,NATURAL_END_OF_TRACK,2024-07-02T22:38:59.918Z,2024-07-02T22:34:59.918Z,PLAY_END,240000,Venus as a Boy",
         "Debut,Björk,TRACK_SKIPPED_FORWARDS,,2024-07-02 22:40:00,PLAY_END,90000,Human Behaviour",
         "Debut,Björk,NOT_APPLICABLE,2024-07-02T22:41:00Z,,,29999,Human Behaviour",
@@ -42,7 +42,7 @@ def test_the_end_of_a_play_is_a_play_of_the_folders_owner(tmp_path: Path) -> Non
 
 
 def test_older_exports_name_the_columns_otherwise(tmp_path: Path) -> None:
-    (row,) = read(tmp_path / "a.csv", BEFORE_2021, "Björk,Jóga,,2018-07-02T22:34:59Z,").rows.to_pylist()
+    (row,) = read(tmp_path / "a.csv", HEADER_BEFORE_2021, "Björk,Jóga,,2018-07-02T22:34:59Z,").rows.to_pylist()
     assert (row["song_id"], row["title"], row["played_at"], row["skipped"]) == (
         "Björk – Jóga",
         "Jóga",
@@ -51,10 +51,10 @@ def test_older_exports_name_the_columns_otherwise(tmp_path: Path) -> None:
     )
 
 
-def test_other_events_and_what_names_no_song_are_rejected_with_a_reason(tmp_path: Path) -> None:
+def test_other_events_and_plays_without_song_or_time_are_rejected_with_a_reason(tmp_path: Path) -> None:
     batch = read(
         tmp_path / "a.csv",
-        NOW,
+        HEADER,
         "Debut,Björk,,,2024-07-02T22:34:59Z,PLAY_START,0,Human Behaviour",
         "Debut,Björk,,,2024-07-02T22:34:59Z,LYRIC_DISPLAY,0,Human Behaviour",
         "Debut,Björk,,,2024-07-02T22:34:59Z,PLAY_END,0,",
@@ -67,11 +67,13 @@ def test_other_events_and_what_names_no_song_are_rejected_with_a_reason(tmp_path
     "reason", ["PLAYBACK_MANUALLY_PAUSED", "PLAYBACK_SUSPENDED", "SCRUB_BEGIN", "SCRUB_END", "EXITED_APPLICATION"]
 )
 def test_a_part_of_a_listen_is_not_skipped(tmp_path: Path, reason: str) -> None:
-    batch = read(tmp_path / "a.csv", NOW, f"Debut,Björk,{reason},,2024-07-02T22:41:00Z,PLAY_END,5000,Human Behaviour")
+    batch = read(
+        tmp_path / "a.csv", HEADER, f"Debut,Björk,{reason},,2024-07-02T22:41:00Z,PLAY_END,5000,Human Behaviour"
+    )
     assert batch.rows.column("skipped").to_pylist() == [False]
 
 
-def test_what_failed_to_load_videos_and_shows_are_no_plays_of_songs(tmp_path: Path) -> None:
+def test_failed_loads_videos_and_shows_are_no_plays_of_songs(tmp_path: Path) -> None:
     batch = read(
         tmp_path / "a.csv",
         "End Reason Type,Event Start Timestamp,Event Type,Item Type,Media Type,Play Duration Milliseconds,Song Name",

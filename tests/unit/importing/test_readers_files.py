@@ -10,8 +10,8 @@ from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers.reader import find_files, open_plain, require_text
 
 
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
+def touch(folder: Path, *file_names: str) -> None:
+    for name in file_names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
 
@@ -36,19 +36,19 @@ def test_packed_files_are_unpacked_and_one_that_is_cut_or_misnamed_is_named(tmp_
             require_text(str(plain))
 
 
-def names(paths: list[Path], patterns: list[str], below: Path) -> list[str]:
-    return [str(Path(file.source).relative_to(below)) for file in find_files([str(path) for path in paths], patterns)]
+def file_names(paths: list[Path], patterns: list[str], root: Path) -> list[str]:
+    return [str(Path(file.source).relative_to(root)) for file in find_files([str(path) for path in paths], patterns)]
 
 
-def test_a_folder_gives_its_matching_files_by_name_and_below_too(tmp_path: Path) -> None:
+def test_a_folder_gives_its_matching_files_and_those_of_its_subfolders_by_name(tmp_path: Path) -> None:
     touch(tmp_path, "b.csv", "a.CSV", "deep/c.csv.gz", "deep/e.csv.bz2", "d.txt", ".hidden.csv", "_done.csv")
-    assert names([tmp_path], ["*.csv"], tmp_path) == ["a.CSV", "b.csv", "deep/c.csv.gz", "deep/e.csv.bz2"]
+    assert file_names([tmp_path], ["*.csv"], tmp_path) == ["a.CSV", "b.csv", "deep/c.csv.gz", "deep/e.csv.bz2"]
 
 
 def test_a_named_file_is_taken_whatever_its_name_and_once(tmp_path: Path) -> None:
     touch(tmp_path, "plays.txt", "z.csv")
-    found = names([tmp_path / "plays.txt", tmp_path / "z.csv", tmp_path], ["*.csv"], tmp_path)
-    assert found == ["plays.txt", "z.csv"]
+    result = file_names([tmp_path / "plays.txt", tmp_path / "z.csv", tmp_path], ["*.csv"], tmp_path)
+    assert result == ["plays.txt", "z.csv"]
 
 
 def test_a_missing_path_and_an_empty_folder_are_input_errors(tmp_path: Path) -> None:

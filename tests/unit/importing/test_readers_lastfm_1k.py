@@ -36,9 +36,9 @@ def test_listens_are_read_with_their_names(tmp_path: Path) -> None:
 
 
 def test_a_track_without_an_id_is_known_by_its_names_and_quotes_are_letters(tmp_path: Path) -> None:
-    songs = read(tmp_path / "userid-timestamp.tsv").rows.column("song_id").to_pylist()
-    assert songs[0] == "Deep Dish – George Is On"
-    assert songs[2] == '"Weird Al" Yankovic – 12" mix'
+    song_ids = read(tmp_path / "userid-timestamp.tsv").rows.column("song_id").to_pylist()
+    assert song_ids[0] == "Deep Dish – George Is On"
+    assert song_ids[2] == '"Weird Al" Yankovic – 12" mix'
 
 
 def test_bad_lines_are_rejected_with_a_reason(tmp_path: Path) -> None:

@@ -105,13 +105,13 @@ def read_text(path: Path, text: str) -> list[Batch]:
 @pytest.mark.parametrize("form", ["one line", "a listen a line", "indented", "API", "API on a line", "lines", "BOM"])
 def test_every_form_of_an_export_gives_all_its_listens(tmp_path: Path, form: str) -> None:
     listens = [listen(listened_at=1421163674 + row) for row in range(50)]
-    answer = {"payload": {"count": 50, "listens": listens}}
+    response = {"payload": {"count": 50, "listens": listens}}
     text = {
         "one line": json.dumps(listens),
         "a listen a line": "[\n" + ",\n".join(map(json.dumps, listens)) + "\n]\n",
         "indented": json.dumps(listens, indent=2),
-        "API": json.dumps(answer, indent=2),
-        "API on a line": json.dumps(answer),
+        "API": json.dumps(response, indent=2),
+        "API on a line": json.dumps(response),
         "lines": "\n".join(map(json.dumps, listens)),
         "BOM": "\ufeff" + json.dumps(listens),
     }[form]
@@ -129,19 +129,19 @@ def test_a_list_that_is_cut_off_is_an_error_that_names_it(tmp_path: Path) -> Non
         read_text(tmp_path / "ann.json", "")
 
 
-def test_a_user_setting_wins_and_never_makes_one_of_two_users(tmp_path: Path) -> None:
+def test_a_user_setting_wins_and_never_merges_two_users(tmp_path: Path) -> None:
     (batch,) = read(tmp_path / "a.jsonl", [listen(), listen(user_name=None, user_id=None)], user="me")
     assert batch.rows.column("user_id").to_pylist() == ["me", "me"]
     with pytest.raises(InputError, match="several users, such as ann and bob"):
         read(tmp_path / "a.jsonl", [listen(), listen(user_name="bob")], user="me")
 
 
-def exported(folder: Path, name: str | None = "ann") -> list[str]:
+def write_export(folder: Path, name: str | None = "ann") -> list[str]:
     """Write the files of an export as ListenBrainz packs it, without user.json if `name` is None; return paths."""
     listens = [listen(listened_at=1704067200.0 + row, inserted_at=1704067300.0) for row in range(3)]
-    for each in listens:
-        each["track_metadata"]["recording_msid"] = each.pop("recording_msid")
-        del each["user_id"], each["user_name"]
+    for entry in listens:
+        entry["track_metadata"]["recording_msid"] = entry.pop("recording_msid")
+        del entry["user_id"], entry["user_name"]
     listens[2]["track_metadata"] |= {"additional_info": {}, "mbid_mapping": None}
     feedback = [{"recording_msid": "msid-1", "recording_mbid": None, "score": 1, "created": 1704067200}] * 9
     files = {"listens/2024/1.jsonl": listens, "listens/2024/12.jsonl": listens[:1], "feedback.jsonl": feedback}
@@ -156,16 +156,18 @@ def exported(folder: Path, name: str | None = "ann") -> list[str]:
 def plays_of(files: list[str], user: str = "") -> tuple[list[Any], set[str]]:
     """User and song of each play, and the reasons of rejected rows."""
     reader = FORMATS["listenbrainz"].make(ReadOptions(user=user))
-    batches = [each for file in files for unit in reader.plan(file, 1 << 20, 1 << 20) for each in reader.read(unit)]
+    batches = [
+        file_batch for file in files for unit in reader.plan(file, 1 << 20, 1 << 20) for file_batch in reader.read(unit)
+    ]
     rows = [(row["user_id"], row["song_id"]) for batch in batches for row in batch.rows.to_pylist()]
     return rows, {row["reason"] for batch in batches for row in batch.rejected.to_pylist()}
 
 
 @pytest.mark.parametrize(("name", "user"), [("Ann B.", "Ann B."), (None, "listenbrainz_ann_1")])
-def test_an_export_is_of_the_user_of_its_user_file_or_folder_and_feedback_is_beside_it(
+def test_an_export_belongs_to_the_user_of_its_user_file_or_folder_and_feedback_is_no_listen(
     tmp_path: Path, name: str | None, user: str
 ) -> None:
-    files = exported(tmp_path / "listenbrainz_ann_1", name)
+    files = write_export(tmp_path / "listenbrainz_ann_1", name)
     songs = ["mapped-1", "mapped-1", "msid-1", "mapped-1"]
     assert plays_of(files) == ([(user, song) for song in songs], {listenbrainz.NOT_A_LISTEN_FILE})
     assert plays_of(files, "me")[0] == [("me", song) for song in songs]
@@ -178,7 +180,7 @@ def test_an_export_is_of_the_user_of_its_user_file_or_folder_and_feedback_is_bes
 def test_exports_that_would_be_one_user_are_refused_and_a_dump_is_of_the_users_that_it_names(tmp_path: Path) -> None:
     check = FORMATS["listenbrainz"].check_users
     assert check is not None
-    files = [file for place in "xy" for file in exported(tmp_path / place / "export", None)]
+    files = [file for folder in "xy" for file in write_export(tmp_path / folder / "export", None)]
     with pytest.raises(InputError, match="would both be imported as user 'export'"):
         check(files, "")
     dump = tmp_path / "listens" / "2024" / "1.listens"

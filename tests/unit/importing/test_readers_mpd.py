@@ -63,8 +63,8 @@ def test_bad_playlists_and_tracks_are_rejected(tmp_path: Path) -> None:
 
 
 def test_a_slice_that_is_cut_off_is_an_error_that_names_it(tmp_path: Path) -> None:
-    whole = json.dumps({"playlists": [{"pid": 0, "tracks": [track(0, "a")]}]})
-    for text in (whole, json.dumps(json.loads(whole), indent=2)):
+    one_line = json.dumps({"playlists": [{"pid": 0, "tracks": [track(0, "a")]}]})
+    for text in (one_line, json.dumps(json.loads(one_line), indent=2)):
         for end in (len(text) - 40, len(text) - 1, 1):
             with pytest.raises(DamagedInputError, match=r"cut\.json cannot be read completely"):
                 read(tmp_path / "cut.json", text[:end])
@@ -79,7 +79,7 @@ def test_a_file_that_is_no_slice_is_an_error_that_names_it(tmp_path: Path) -> No
         read(tmp_path / "empty.json", "")
 
 
-def test_a_byte_that_is_not_utf8_costs_its_track_alone(tmp_path: Path) -> None:
+def test_a_byte_that_is_not_utf8_rejects_only_its_track(tmp_path: Path) -> None:
     text = json.dumps({"playlists": [{"pid": 0, "tracks": [track(0, "a"), {**track(1, "b"), "track_name": "CAFE"}]}]})
     path = tmp_path / "latin.json"
     path.write_bytes(text.encode().replace(b"CAFE", b"Caf\xe9"))

@@ -19,5 +19,5 @@ def test_listens_are_plays_in_utc_packed_or_not(tmp_path: Path) -> None:
         rows = [(row["user_id"], row["song_id"], row["played_at"]) for row in batch.rows.to_pylist()]
         assert rows == [("11", "UHgY1m", 1359322958000), ("12", "UHgY1m", 1359322920000)]
         assert batch.rejected.column("reason").to_pylist() == ["no song"]
-    found = find_files([str(tmp_path)], FORMATS["music4all-onion"].patterns)
-    assert [Path(file.source).name for file in found] == ["userid_trackid_timestamp.tsv.bz2"]
+    files = find_files([str(tmp_path)], FORMATS["music4all-onion"].patterns)
+    assert [Path(file.source).name for file in files] == ["userid_trackid_timestamp.tsv.bz2"]

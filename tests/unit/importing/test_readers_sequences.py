@@ -26,7 +26,7 @@ def plays(batches: list[Batch]) -> list[tuple[str, str, int, int]]:
     return [(row["user_id"], row["song_id"], row["played_at"], row["line"]) for row in rows]
 
 
-def refused(batches: list[Batch]) -> list[tuple[int, str, str]]:
+def rejected_rows(batches: list[Batch]) -> list[tuple[int, str, str]]:
     rows = pa.concat_tables([batch.rejected for batch in batches]).to_pylist()
     return [(row["line"], row["reason"], row["text"]) for row in rows]
 
@@ -34,7 +34,7 @@ def refused(batches: list[Batch]) -> list[tuple[int, str, str]]:
 def test_a_history_a_line_keeps_order_and_repeats(tmp_path: Path) -> None:
     batches = read(tmp_path / "h.lst", "ann,7:5:7\nbob, 3\r\n", user_separator=",", song_separator=":")
     assert plays(batches) == [("ann", "7", 0, 1), ("ann", "5", 1, 1), ("ann", "7", 2, 1), ("bob", "3", 0, 2)]
-    assert refused(batches) == []
+    assert rejected_rows(batches) == []
     assert (batches[0].rows.schema, batches[0].read, batches[0].lines) == (columns.PLAYS, 4, 2)
     assert batches[0].rows.column("source").to_pylist() == [str(tmp_path / "h.lst")] * 4
 
@@ -56,7 +56,7 @@ def test_bad_lines_and_items_are_rejected_with_their_reasons(tmp_path: Path) -> 
     assert [(user, song) for user, song, _, _ in plays(batches)] == [
         ("a", "1"), ("a", "2"), ("b", "3"), ("b", "4"), ("e", "6")
     ]  # fmt: skip
-    assert refused(batches) == [
+    assert rejected_rows(batches) == [
         (2, "empty line", ""),
         (3, "no ',' between user and songs", "no separator"),
         (4, "no user", " ,1:2"),
@@ -87,13 +87,13 @@ def test_units_and_blocks_of_any_size_give_the_same_plays(
         f"u{row}|" * bool(user_separator) + " ".join(map(str, random.integers(500, size=random.integers(1, 30))))
         for row in range(60)
     ]
-    whole = read(tmp_path / "h.txt", "\n".join(lines), user_separator=user_separator)
+    full = read(tmp_path / "h.txt", "\n".join(lines), user_separator=user_separator)
     monkeypatch.setattr(sequences, "BLOCK_BYTES", 50)
     pieces = read(tmp_path / "h.txt", "\n".join(lines), unit_bytes=700, user_separator=user_separator)
     assert len(pieces) > 5
-    assert [row[:3] for row in plays(pieces)] == [row[:3] for row in plays(whole)]
+    assert [row[:3] for row in plays(pieces)] == [row[:3] for row in plays(full)]
     expected = [song for line in lines for song in line.split("|")[-1].split(" ")]
-    assert [song for _, song, _, _ in plays(whole)] == expected
+    assert [song for _, song, _, _ in plays(full)] == expected
 
 
 def test_an_empty_file_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ def test_podcasts_and_rows_without_song_or_time_are_rejected(tmp_path: Path) -> 
         ({"skipped": None, "ms_played": None}, None),
     ],
 )
-def test_skips_are_told_where_the_file_is_silent(tmp_path: Path, changes: dict[str, Any], skipped: bool | None) -> None:
+def test_skips_are_derived_where_the_file_does_not_state_them(
+    tmp_path: Path, changes: dict[str, Any], skipped: bool | None
+) -> None:
     batch = read(tmp_path / "endsong_0.json", [record(**changes)])
     assert batch.rows.column("skipped").to_pylist() == [skipped]
 
@@ -103,24 +105,24 @@ def test_contexts_are_how_the_play_started_and_shuffle(tmp_path: Path) -> None:
 def test_the_user_is_the_setting_or_in_the_file_or_the_folder(tmp_path: Path) -> None:
     rows = [record(), record(username=None)]
     assert read(tmp_path / "bob" / "endsong_0.json", rows).rows.column("user_id").to_pylist() == ["ann", "bob"]
-    named = read(tmp_path / "bob" / "endsong_0.json", rows, user="carl").rows
-    assert named.column("user_id").to_pylist() == ["carl", "carl"]
+    plays = read(tmp_path / "bob" / "endsong_0.json", rows, user="carl").rows
+    assert plays.column("user_id").to_pylist() == ["carl", "carl"]
 
 
-def test_a_user_setting_never_makes_one_of_two_named_users(tmp_path: Path) -> None:
+def test_a_user_setting_never_merges_two_named_users(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="plays of several users, such as ann and bea; --user would merge them"):
         read(tmp_path / "endsong_0.json", [record(), record(username="bea")], user="carl")
 
 
-def test_a_user_setting_never_makes_one_of_the_users_of_two_files(tmp_path: Path) -> None:
+def test_a_user_setting_never_merges_the_users_of_two_files(tmp_path: Path) -> None:
     files = [tmp_path / f"endsong_{number}.json" for number in range(3)]
     for file, name in zip(files, ("ann", "ann", "bea"), strict=True):
         read(file, [record(username=name)])
-    assert accounts(*files) == accounts(*files[:2], user="carl") == []
+    assert check_users(*files) == check_users(*files[:2], user="carl") == []
     with pytest.raises(
         InputError, match=r"endsong_0.json contains .* 'ann' and .*endsong_2.json of user 'bea'; --user would merge"
     ):
-        accounts(*files, user="carl")
+        check_users(*files, user="carl")
 
 
 @pytest.mark.parametrize("name", ["Spotify Extended Streaming History", "my_spotify_data (1)", "MyData"])
@@ -129,37 +131,37 @@ def test_a_folder_that_spotify_names_is_no_user(tmp_path: Path, name: str) -> No
     assert batch.rows.column("user_id").to_pylist() == ["bob"]
 
 
-def accounts(*files: Path, user: str = "") -> list[str]:
+def check_users(*files: Path, user: str = "") -> list[str]:
     return check_usernames([str(file) for file in files], user)
 
 
-def test_two_people_with_the_default_folder_are_two_users_and_it_is_said(tmp_path: Path) -> None:
-    files = [tmp_path / who / "Spotify Extended Streaming History" / "a.json" for who in ("ann", "bob")]
+def test_two_people_with_the_default_folder_are_two_users_and_a_note_says_so(tmp_path: Path) -> None:
+    files = [tmp_path / user / "Spotify Extended Streaming History" / "a.json" for user in ("ann", "bob")]
     users = [read(file, [record(username=None)]).rows.column("user_id").to_pylist() for file in files]
     assert users == [["ann"], ["bob"]]
-    assert accounts(*files) == [
+    assert check_users(*files) == [
         "No user in the files: using the folder names as user IDs ('ann', 'bob'). Pass --user NAME to override."
     ]
 
 
 def test_two_folders_that_would_be_one_user_are_refused(tmp_path: Path) -> None:
     files = [tmp_path / "data" / name / "a.json" for name in ("my_spotify_data (1)", "my_spotify_data (2)")]
-    files += [tmp_path / place / "ann" / "a.json" for place in ("x", "y")]
+    files += [tmp_path / folder / "ann" / "a.json" for folder in ("x", "y")]
     for file in files:
         read(file, [record(username=None)])
-    for two in (files[:2], files[2:]):
+    for pair in (files[:2], files[2:]):
         with pytest.raises(InputError, match="would both be imported as user"):
-            accounts(*two)
-        assert accounts(*two, user="me") == []
+            check_users(*pair)
+        assert check_users(*pair, user="me") == []
 
 
-def test_one_person_whose_files_name_the_user_and_do_not_is_asked_for(tmp_path: Path) -> None:
+def test_a_folder_of_files_with_and_without_a_user_name_is_refused(tmp_path: Path) -> None:
     files = [tmp_path / "ann" / name for name in ("endsong_0.json", "Streaming_History_Audio_2022_0.json")]
     read(files[0], [record(username="31abcdefg")])
     read(files[1], [record(username=None)])
     with pytest.raises(InputError, match="files that name the user, such as '31abcdefg', and files that do not"):
-        accounts(*files)
-    assert accounts(*files, user="ann") == accounts(files[0]) == []
+        check_users(*files)
+    assert check_users(*files, user="ann") == check_users(files[0]) == []
 
 
 def test_a_file_that_is_no_history_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -169,7 +171,7 @@ def test_a_file_that_is_no_history_is_an_error_that_names_it(tmp_path: Path) -> 
         read(tmp_path / "b.json", json.dumps({"a": 1}, indent=2))
 
 
-def test_plays_of_a_line_each_are_read_like_a_list(tmp_path: Path) -> None:
+def test_plays_with_one_line_each_are_read_like_a_list(tmp_path: Path) -> None:
     rows = [record(), record(ts="2023-04-01T10:30:30Z")]
     as_list = read(tmp_path / "a.json", rows)
     path = tmp_path / "b.json"

@@ -57,7 +57,7 @@ def test_what_is_no_play_of_a_song_is_rejected_with_a_reason(tmp_path: Path) -> 
     ]
 
 
-def test_columns_may_be_fewer_but_not_those_of_a_play(tmp_path: Path) -> None:
+def test_optional_columns_may_be_missing_but_not_those_of_a_play(tmp_path: Path) -> None:
     batch = read(tmp_path / "s.csv", "A,B,08/03/2022 19:06", header="artist_name,track_title,entry_date", user="me")
     assert batch.rows.column("played_at").to_pylist() == [1646766360000]
     with pytest.raises(InputError, match="no column 'entry_date'; it has artist_name, track_title"):

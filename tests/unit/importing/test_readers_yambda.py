@@ -60,7 +60,7 @@ def test_a_column_of_another_type_is_named_with_its_file(column: str, values: li
         list(reader.read(unit))
 
 
-def test_organic_in_words_is_read_and_what_is_none_costs_its_row(tmp_path: Path) -> None:
+def test_is_organic_in_words_is_read_and_an_invalid_value_rejects_only_its_row(tmp_path: Path) -> None:
     listens = {"uid": [1, 2, 3], "timestamp": [5] * 3, "item_id": [2] * 3, "is_organic": ["True", "false", "often"]}
     path = tmp_path / "listens.parquet"
     pq.write_table(pa.table(listens), path)

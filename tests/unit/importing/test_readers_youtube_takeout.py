@@ -10,7 +10,7 @@ from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.reader import Batch, ReadOptions
 
 
-def watched(**changes: Any) -> dict[str, Any]:
+def watch_entry(**changes: Any) -> dict[str, Any]:
     """An entry as Takeout writes it."""
     return {
         "header": "YouTube Music",
@@ -34,10 +34,10 @@ def read(path: Path, entries: list[Any], user: str = "") -> Batch:
 
 def test_a_watched_song_is_a_play_of_the_folders_owner(tmp_path: Path) -> None:
     path = tmp_path / "ann" / "Takeout" / "YouTube and YouTube Music" / "history" / "watch-history.json"
-    (row,) = read(path, [watched()]).rows.to_pylist()
+    (row,) = read(path, [watch_entry()]).rows.to_pylist()
     assert (row["user_id"], row["song_id"], row["played_at"]) == ("ann", "-e8Nfjl_AKk", 1650910144784)
     assert (row["title"], row["artist"]) == ("Solar", "Sault")
-    assert read(path, [watched()], user="me").rows.column("user_id").to_pylist() == ["me"]
+    assert read(path, [watch_entry()], user="me").rows.column("user_id").to_pylist() == ["me"]
 
 
 @pytest.mark.parametrize(
@@ -50,16 +50,16 @@ def test_a_watched_song_is_a_play_of_the_folders_owner(tmp_path: Path) -> None:
     ],
 )
 def test_folders_that_takeout_translates_are_no_users(tmp_path: Path, folder: str, user: str) -> None:
-    batch = read(tmp_path / folder / "Wiedergabeverlauf.json", [watched()])
+    batch = read(tmp_path / folder / "Wiedergabeverlauf.json", [watch_entry()])
     assert batch.rows.column("user_id").to_pylist() == [user]
 
 
 def test_an_ad_is_no_play_and_a_link_no_title(tmp_path: Path) -> None:
     link = "https://music.youtube.com/watch?v=gone"
     entries = [
-        watched(details=[{"name": "From Google Ads"}]),
-        watched(title=f"Watched {link}", titleUrl=link, subtitles=None),
-        watched(title=f"{link} angesehen", titleUrl=link, subtitles=None),
+        watch_entry(details=[{"name": "From Google Ads"}]),
+        watch_entry(title=f"Watched {link}", titleUrl=link, subtitles=None),
+        watch_entry(title=f"{link} angesehen", titleUrl=link, subtitles=None),
     ]
     batch = read(tmp_path / "watch-history.json", entries)
     assert [(row["song_id"], row["title"]) for row in batch.rows.to_pylist()] == [("gone", None)] * 2
@@ -67,17 +67,17 @@ def test_an_ad_is_no_play_and_a_link_no_title(tmp_path: Path) -> None:
 
 
 def test_a_search_is_no_play(tmp_path: Path) -> None:
-    batch = read(tmp_path / "Suchverlauf.json", [watched(titleUrl="https://music.youtube.com/search?q=solar")])
+    batch = read(tmp_path / "Suchverlauf.json", [watch_entry(titleUrl="https://music.youtube.com/search?q=solar")])
     assert batch.rejected.column("reason").to_pylist() == ["a search"]
     assert "a search" in FORMATS["youtube-takeout"].beside
 
 
-def test_videos_ads_and_what_is_none_are_rejected_with_a_reason(tmp_path: Path) -> None:
+def test_videos_and_invalid_entries_are_rejected_with_a_reason(tmp_path: Path) -> None:
     entries = [
-        watched(header="YouTube"),
-        watched(header="YouTube", titleUrl="https://music.youtube.com/watch?v=x", subtitles=None),
-        watched(titleUrl=None),
-        watched(time=None),
+        watch_entry(header="YouTube"),
+        watch_entry(header="YouTube", titleUrl="https://music.youtube.com/watch?v=x", subtitles=None),
+        watch_entry(titleUrl=None),
+        watch_entry(time=None),
         "junk",
     ]
     batch = read(tmp_path / "watch-history.json", entries)

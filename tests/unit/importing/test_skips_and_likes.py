@@ -18,8 +18,10 @@ START = 1_711_929_600
 def read(folder: Path, kind: str, rows: list[dict[str, object]], **settings: object) -> Batch:
     """Write plays of user u, one second apart, to a csv or Parquet file, and read it."""
     names = ["user", "song", "played_at", *dict.fromkeys(name for row in rows for name in row)]
-    whole = [{"user": "u", "song": f"s{place}", "played_at": START + place, **row} for place, row in enumerate(rows)]
-    table = pa.table({name: [row.get(name) for row in whole] for name in names})
+    plays = [
+        {"user": "u", "song": f"s{position}", "played_at": START + position, **row} for position, row in enumerate(rows)
+    ]
+    table = pa.table({name: [row.get(name) for row in plays] for name in names})
     path = folder / f"plays.{kind}"
     if kind == "parquet":
         pq.write_table(table, path)
@@ -32,13 +34,13 @@ def read(folder: Path, kind: str, rows: list[dict[str, object]], **settings: obj
 
 
 def flags(batch: Batch, name: str) -> list[bool | None]:
-    found: list[bool | None] = batch.rows.column(name).to_pylist()
-    return found
+    values: list[bool | None] = batch.rows.column(name).to_pylist()
+    return values
 
 
 def reasons(batch: Batch) -> list[str]:
-    found: list[str] = batch.rejected.column("reason").to_pylist()
-    return found
+    texts: list[str] = batch.rejected.column("reason").to_pylist()
+    return texts
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -64,7 +66,7 @@ class TestEveryKindOfColumn:
         assert flags(batch, columns.SKIPPED) == [True, False, True, False]
         assert reasons(batch) == ["ms_played is not a number of at least 0"]
 
-    def test_what_a_row_says_of_the_skip_itself_comes_before_shares(self, tmp_path: Path, kind: str) -> None:
+    def test_an_explicit_skip_flag_comes_before_shares(self, tmp_path: Path, kind: str) -> None:
         batch = read(
             tmp_path,
             kind,
@@ -84,13 +86,13 @@ class TestEveryKindOfColumn:
         assert flags(batch, columns.LIKED) == [False, False, True, True, False]
         assert reasons(batch) == ["event is not a play, skip or like"]
 
-    def test_where_nothing_is_liked_or_told_there_is_nothing(self, tmp_path: Path, kind: str) -> None:
+    def test_flags_stay_empty_where_nothing_is_skipped_or_liked(self, tmp_path: Path, kind: str) -> None:
         batch = read(tmp_path, kind, [{"event_type": "play", "liked": False}, {"event_type": None, "liked": None}])
         for name in (columns.SKIPPED, columns.LIKED, columns.IS_PLAY):
             assert flags(batch, name) == [None, None]
 
 
-def test_a_table_of_yambda_is_cut_at_the_share_that_is_set(tmp_path: Path) -> None:
+def test_skips_of_a_yambda_table_follow_the_share_that_is_set(tmp_path: Path) -> None:
     path = tmp_path / "listens.parquet"
     pq.write_table(
         pa.table({"uid": [1, 1], "item_id": [2, 3], "timestamp": [5, 10], "played_ratio_pct": [40, 90]}), path

@@ -29,8 +29,8 @@ IDS = st.one_of(NAMES, st.sampled_from(["7", "7.0", "nan", "", " a ", 'a"b', "a;
 TITLES = st.one_of(NAMES, st.sampled_from(["7.0", " 7.0", "-0.0", "1e+16", "nan"]))  # titles that read as numbers
 MOMENTS = st.integers(START, START + 9) | st.none()
 PLAYS = st.lists(st.tuples(IDS, IDS, MOMENTS, TITLES), min_size=1, max_size=6)
-WHOLE = st.integers(-5, 1 << 60) | st.none()
-NUMBERS = st.lists(st.tuples(WHOLE, st.integers(0, 9), MOMENTS, NAMES), min_size=1, max_size=6)
+WHOLE_NUMBERS = st.integers(-5, 1 << 60) | st.none()
+NUMBERS = st.lists(st.tuples(WHOLE_NUMBERS, st.integers(0, 9), MOMENTS, NAMES), min_size=1, max_size=6)
 TEXTS = ("user", "song", "title")
 STRINGS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.binary()]
 LISTS = [pa.list_(pa.string()), pa.large_list(pa.string()), pa.large_list(pa.large_string())]
@@ -70,8 +70,8 @@ CSV_WRITERS: dict[str, tuple[str, Writer]] = {  # delimiter, writer
 def pyarrow_parquet(table: pa.Table, path: Path, kind: pa.DataType) -> None:
     for name in TEXTS:
         column = table.column(name)
-        typed = column.dictionary_encode() if pa.types.is_dictionary(kind) else column.cast(kind)
-        table = table.set_column(table.column_names.index(name), name, typed)
+        typed_column = column.dictionary_encode() if pa.types.is_dictionary(kind) else column.cast(kind)
+        table = table.set_column(table.column_names.index(name), name, typed_column)
     pq.write_table(table, path)
 
 
@@ -92,10 +92,10 @@ def pyarrow_lists(table: pa.Table, path: Path, kind: pa.DataType) -> None:
     """Write the contexts as lists of the type `kind`."""
     flat = table.column("contexts").combine_chunks()
     if pa.types.is_dictionary(kind.value_type):
-        typed = pa.ListArray.from_arrays(flat.offsets, flat.values.dictionary_encode(), mask=flat.is_null())
+        typed_column = pa.ListArray.from_arrays(flat.offsets, flat.values.dictionary_encode(), mask=flat.is_null())
     else:
-        typed = pa.array(flat.to_pylist(), kind)
-    pq.write_table(table.set_column(table.column_names.index("contexts"), "contexts", typed), path)
+        typed_column = pa.array(flat.to_pylist(), kind)
+    pq.write_table(table.set_column(table.column_names.index("contexts"), "contexts", typed_column), path)
 
 
 def polars_lists(table: pa.Table, path: Path, kind: Any) -> None:
@@ -104,49 +104,49 @@ def polars_lists(table: pa.Table, path: Path, kind: Any) -> None:
     frame.with_columns(contexts.cast(kind)).write_parquet(path)
 
 
-def joined_by_bars(table: pa.Table, path: Path) -> None:
+def pyarrow_text_with_bars(table: pa.Table, path: Path) -> None:
     texts = [None if names is None else " | ".join(names) for names in table.column("contexts").to_pylist()]
     pq.write_table(table.set_column(table.column_names.index("contexts"), "contexts", pa.array(texts)), path)
 
 
 LIST_WRITERS: dict[str, Writer] = {
     **{f"pyarrow {kind}": partial(pyarrow_lists, kind=kind) for kind in LISTS},
-    "text with bars": joined_by_bars,
+    "text with bars": pyarrow_text_with_bars,
     "pandas": lambda table, path: table.to_pandas().to_parquet(path),
     "polars list": partial(polars_lists, kind=pl.List(pl.String)),
     "polars list of categories": partial(polars_lists, kind=pl.List(pl.Categorical)),
     "DuckDB": lambda table, path: duckdb.from_arrow(table).write_parquet(str(path)),
 }
 
-Found = tuple[Counter[tuple[str, str, int, str | None]], Counter[str]]
+ReadResult = tuple[Counter[tuple[str, str, int, str | None]], Counter[str]]
 
 
-def read(format_name: str, path: Path, delimiter: str = ",") -> Found:
+def read(format_name: str, path: Path, delimiter: str = ",") -> ReadResult:
     reader = FORMATS[format_name].make(ReadOptions(delimiter=delimiter))
-    good: Counter[tuple[str, str, int, str | None]] = Counter()
-    bad: Counter[str] = Counter()
+    play_counts: Counter[tuple[str, str, int, str | None]] = Counter()
+    reason_counts: Counter[str] = Counter()
     for unit in reader.plan(str(path), path.stat().st_size, 1 << 20):
         for batch in reader.read(unit):
-            good.update(
+            play_counts.update(
                 (row["user_id"], row["song_id"], row["played_at"], row["title"]) for row in batch.rows.to_pylist()
             )
-            bad.update(batch.rejected.column("reason").to_pylist())
-    return good, bad
+            reason_counts.update(batch.rejected.column("reason").to_pylist())
+    return play_counts, reason_counts
 
 
-def expected(plays: list[tuple[Any, ...]]) -> Found:
+def expected(plays: list[tuple[Any, ...]]) -> ReadResult:
     """The plays and the counts of reject reasons, computed in plain Python."""
-    good: Counter[tuple[str, str, int, str | None]] = Counter()
-    bad: Counter[str] = Counter()
+    play_counts: Counter[tuple[str, str, int, str | None]] = Counter()
+    reason_counts: Counter[str] = Counter()
     for user, song, moment, title in plays:
         user_id, song_id = spell_id(user), spell_id(song)
         if user_id is None or song_id is None:
-            bad["no user" if user_id is None else "no song"] += 1
+            reason_counts["no user" if user_id is None else "no song"] += 1
         elif moment is None:
-            bad["no time"] += 1
+            reason_counts["no time"] += 1
         else:
-            good[(user_id, song_id, moment * 1000, title.strip() or None)] += 1
-    return good, bad
+            play_counts[(user_id, song_id, moment * 1000, title.strip() or None)] += 1
+    return play_counts, reason_counts
 
 
 def times(moments: list[int | None], form: str) -> pa.Array:
@@ -167,15 +167,15 @@ def table(plays: list[tuple[Any, ...]], form: str) -> pa.Table:
     return pa.table({**texts, "played_at": times(list(moments), form)})
 
 
-FORMS = st.sampled_from(TIMES)
-CSV = st.sampled_from(sorted(CSV_WRITERS))
-PARQUET = st.sampled_from(sorted(PARQUET_WRITERS))
-LISTED = st.sampled_from(sorted(LIST_WRITERS))
-QUIET = settings(max_examples=40, suppress_health_check=list(HealthCheck))
+TIME_FORMS = st.sampled_from(TIMES)
+CSV_WRITER_NAMES = st.sampled_from(sorted(CSV_WRITERS))
+PARQUET_WRITER_NAMES = st.sampled_from(sorted(PARQUET_WRITERS))
+LIST_WRITER_NAMES = st.sampled_from(sorted(LIST_WRITERS))
+QUICK = settings(max_examples=40, suppress_health_check=list(HealthCheck))
 THOROUGH = settings(max_examples=2_000, suppress_health_check=list(HealthCheck))
 
 
-def same_from_csv(plays: list[tuple[Any, ...]], form: str, writer: str) -> None:
+def check_csv(plays: list[tuple[Any, ...]], form: str, writer: str) -> None:
     delimiter, write = CSV_WRITERS[writer]
     with TemporaryDirectory() as folder:
         path = Path(folder) / "p.csv"
@@ -183,97 +183,97 @@ def same_from_csv(plays: list[tuple[Any, ...]], form: str, writer: str) -> None:
         assert read("csv", path, delimiter) == expected(plays)
 
 
-def same_from_parquet(plays: list[tuple[Any, ...]], form: str, writer: str) -> None:
+def check_parquet(plays: list[tuple[Any, ...]], form: str, writer: str) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "p.parquet"
         PARQUET_WRITERS[writer](table(plays, form), path)
         assert read("parquet", path) == expected(plays)
 
 
-def same_contexts(contexts: list[list[str] | None], writer: str) -> None:
+def check_contexts(contexts: list[list[str] | None], writer: str) -> None:
     if "fixed_size" in writer:
         # Without null: pyarrow cannot read back the fixed-size lists with null that it writes.
         contexts = [(names * 2)[:2] for names in contexts if names]
     if not contexts:
         return
     rows = len(contexts)
-    texts = {"user": ["u"] * rows, "song": ["s"] * rows, "played_at": [START + row for row in range(rows)]}
-    listed = pa.array(contexts, pa.list_(pa.string()))
+    other_columns = {"user": ["u"] * rows, "song": ["s"] * rows, "played_at": [START + row for row in range(rows)]}
+    context_lists = pa.array(contexts, pa.list_(pa.string()))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "p.parquet"
-        LIST_WRITERS[writer](pa.table({**texts, "contexts": listed}), path)
+        LIST_WRITERS[writer](pa.table({**other_columns, "contexts": context_lists}), path)
         reader = FORMATS["parquet"].make(ReadOptions())
         (unit,) = reader.plan(str(path), path.stat().st_size, 1 << 20)
         (batch,) = reader.read(unit)
-        found = batch.rows.column("contexts").to_pylist()
+        actual = batch.rows.column("contexts").to_pylist()
     expected = [[name.strip() for name in names or [] if name.strip()] for names in contexts]
-    assert [names or [] for names in found] == expected
+    assert [names or [] for names in actual] == expected
 
 
-def same_from_numbers(plays: list[tuple[Any, ...]]) -> None:
+def check_numbers(plays: list[tuple[Any, ...]]) -> None:
     """A pandas frame with missing values in a column of whole numbers gives the same plays from csv and Parquet."""
     with TemporaryDirectory() as folder:
         frame = pd.DataFrame(plays, columns=["user", "song", "played_at", "title"])
         frame["user"] = frame["user"].astype(float)
         frame.to_csv(Path(folder) / "p.csv", index=False)
         frame.to_parquet(Path(folder) / "p.parquet")
-        rounded = [(None if user is None else int(float(user)), *rest) for user, *rest in plays]
-        assert read("csv", Path(folder) / "p.csv") == expected(rounded)
-        assert read("parquet", Path(folder) / "p.parquet") == expected(rounded)
+        rounded_plays = [(None if user is None else int(float(user)), *rest) for user, *rest in plays]
+        assert read("csv", Path(folder) / "p.csv") == expected(rounded_plays)
+        assert read("parquet", Path(folder) / "p.parquet") == expected(rounded_plays)
 
 
-def same_from_listens(plays: list[tuple[Any, ...]], in_lines: bool) -> None:
+def check_listens(plays: list[tuple[Any, ...]], in_lines: bool) -> None:
     listens = [
-        {"user_name": user, "listened_at": at, "recording_msid": song, "track_metadata": {"track_name": title}}
-        for user, song, at, title in plays
+        {"user_name": user, "listened_at": moment, "recording_msid": song, "track_metadata": {"track_name": title}}
+        for user, song, moment, title in plays
         if spell_id(song)  # a listen without a song id would get its title as id
     ]
-    kept = [play for play in plays if spell_id(play[1])]
+    plays_with_song = [play for play in plays if spell_id(play[1])]
     if not listens:
         return
     with TemporaryDirectory() as folder:
         path = Path(folder) / "p.json"
         path.write_text("\n".join(map(json.dumps, listens)) if in_lines else json.dumps(listens))
-        assert read("listenbrainz", path) == expected(kept)
+        assert read("listenbrainz", path) == expected(plays_with_song)
 
 
-@QUIET
-@given(PLAYS, FORMS, CSV)
+@QUICK
+@given(PLAYS, TIME_FORMS, CSV_WRITER_NAMES)
 def test_any_table_is_the_same_from_every_dialect_of_csv(plays: list[tuple[Any, ...]], form: str, writer: str) -> None:
-    same_from_csv(plays, form, writer)
+    check_csv(plays, form, writer)
 
 
-@QUIET
-@given(PLAYS, FORMS, PARQUET)
+@QUICK
+@given(PLAYS, TIME_FORMS, PARQUET_WRITER_NAMES)
 def test_any_table_is_the_same_from_every_writer_and_type_of_parquet(
     plays: list[tuple[Any, ...]], form: str, writer: str
 ) -> None:
-    same_from_parquet(plays, form, writer)
+    check_parquet(plays, form, writer)
 
 
-@QUIET
+@QUICK
 @given(NUMBERS)
 def test_whole_numbers_with_gaps_are_the_same_from_csv_and_parquet(plays: list[tuple[Any, ...]]) -> None:
-    same_from_numbers(plays)
+    check_numbers(plays)
 
 
-@QUIET
+@QUICK
 @given(PLAYS, st.booleans())
 def test_any_table_is_the_same_from_json_in_lines_and_in_a_list(plays: list[tuple[Any, ...]], in_lines: bool) -> None:
-    same_from_listens(plays, in_lines)
+    check_listens(plays, in_lines)
 
 
-@QUIET
-@given(CONTEXTS, LISTED)
+@QUICK
+@given(CONTEXTS, LIST_WRITER_NAMES)
 def test_listed_contexts_are_the_same_from_every_writer_and_type_of_list(
     contexts: list[list[str] | None], writer: str
 ) -> None:
-    same_contexts(contexts, writer)
+    check_contexts(contexts, writer)
 
 
 @pytest.mark.slow
 @THOROUGH
-@given(PLAYS, NUMBERS, CONTEXTS, FORMS, CSV, PARQUET, LISTED, st.booleans())
+@given(PLAYS, NUMBERS, CONTEXTS, TIME_FORMS, CSV_WRITER_NAMES, PARQUET_WRITER_NAMES, LIST_WRITER_NAMES, st.booleans())
 def test_thousands_of_tables_are_the_same_from_every_file(
     plays: list[tuple[Any, ...]],
     numbers: list[tuple[Any, ...]],
@@ -284,8 +284,8 @@ def test_thousands_of_tables_are_the_same_from_every_file(
     list_writer: str,
     in_lines: bool,
 ) -> None:
-    same_from_csv(plays, form, csv_writer)
-    same_from_parquet(plays, form, parquet_writer)
-    same_from_numbers(numbers)
-    same_contexts(contexts, list_writer)
-    same_from_listens(plays, in_lines)
+    check_csv(plays, form, csv_writer)
+    check_parquet(plays, form, parquet_writer)
+    check_numbers(numbers)
+    check_contexts(contexts, list_writer)
+    check_listens(plays, in_lines)

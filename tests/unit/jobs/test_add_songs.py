@@ -26,11 +26,11 @@ from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
-NEW = 5  # number of described songs that nobody has played
-FIRST = NUM_SONGS
+NEW_SONGS = 5  # number of described songs that nobody has played
+FIRST_NEW = NUM_SONGS
 
 
-def describe_new_songs(workspace: Workspace, folder: Path, count: int = NEW, artist: str = "Artist {}") -> None:
+def describe_new_songs(workspace: Workspace, folder: Path, count: int = NEW_SONGS, artist: str = "Artist {}") -> None:
     path = folder / f"new-{count}-{artist}.csv"
     lines = [f"new-{song},New {song},{artist.format(song % 7)}" for song in range(count)]
     path.write_text("\n".join(["song,title,artist", *lines]) + "\n")
@@ -47,62 +47,69 @@ def test_described_songs_are_recommended_from_the_next_release_on(
     workspace: Workspace, released: Manifest, tmp_path: Path
 ) -> None:
     describe_new_songs(workspace, tmp_path)
-    made = add_songs(workspace)
+    added_songs = add_songs(workspace)
     release = releases.create_release(workspace)
-    assert (made.metrics["new_songs"], made.metrics["songs"]) == (NEW, NEW + 1)
-    assert release.inputs["added_songs"] == made.id
+    assert (added_songs.metrics["new_songs"], added_songs.metrics["songs"]) == (NEW_SONGS, NEW_SONGS + 1)
+    assert release.inputs["added_songs"] == added_songs.id
     assert {kind: release.inputs[kind] for kind in ("models", "tastes", "indexes", "rankers")} == {
         kind: released.inputs[kind] for kind in ("models", "tastes", "indexes", "rankers")
     }
     dataset = Dataset(workspace)
-    assert dataset.catalog().song_ids(np.arange(FIRST, FIRST + NEW)) == [f"new-{song}" for song in range(NEW)]
+    assert dataset.catalog().song_ids(np.arange(FIRST_NEW, FIRST_NEW + NEW_SONGS)) == [
+        f"new-{song}" for song in range(NEW_SONGS)
+    ]
     recommender = load_recommender(workspace, dataset, release.inputs)
     assert isinstance(recommender, TwoStepRecommender)
-    assert recommender.added_songs.tolist() == [WITHOUT_VECTOR, *range(FIRST, FIRST + NEW)]
+    assert recommender.added_songs.tolist() == [WITHOUT_VECTOR, *range(FIRST_NEW, FIRST_NEW + NEW_SONGS)]
     # A user who plays one artist is proposed the new song by that artist; a filter can allow the new songs only.
     artist = 2
-    history = Histories.from_lists([[artist + 7 * place for place in range(9)]], [[AT - 60_000] * 9])
+    history = Histories.from_lists([[artist + 7 * position for position in range(9)]], [[AT - 60_000] * 9])
     retrieval = Retrieval.fit(
-        list(dataset.read_all()), num_songs=NUM_SONGS, artist_of_song=dataset.catalog().codes(columns.ARTIST)[:FIRST]
+        list(dataset.read_all()),
+        num_songs=NUM_SONGS,
+        artist_of_song=dataset.catalog().codes(columns.ARTIST)[:FIRST_NEW],
     )
     source = CandidateSource(recommender.source.network, retrieval)
-    (_, scored), *_ = source.batches(history, Queries.at_end(history, AT))
-    by_artist = scored.candidates.proposals["new_artists"].songs.tolist()
-    assert by_artist == [FIRST + artist]
-    allowed = SongSet.of_rows(np.arange(FIRST, FIRST + NEW))
-    ranking = recommender.rank(history, AT, NEW, filters=[AnswerFilter(allowed=allowed)])
-    assert sorted(ranking.songs[0].tolist()) == list(range(FIRST, FIRST + NEW))
+    (_, batch), *_ = source.batches(history, Queries.at_end(history, AT))
+    proposed_songs = batch.candidates.proposals["new_artists"].songs.tolist()
+    assert proposed_songs == [FIRST_NEW + artist]
+    allowed = SongSet.of_rows(np.arange(FIRST_NEW, FIRST_NEW + NEW_SONGS))
+    ranking = recommender.rank(history, AT, NEW_SONGS, filters=[AnswerFilter(allowed=allowed)])
+    assert sorted(ranking.songs[0].tolist()) == list(range(FIRST_NEW, FIRST_NEW + NEW_SONGS))
     assert np.isfinite(ranking.scores).all()
 
 
-def test_both_releases_stay_whole(workspace: Workspace, released: Manifest, tmp_path: Path) -> None:
+def test_the_earlier_release_stays_valid_after_songs_were_added(
+    workspace: Workspace, released: Manifest, tmp_path: Path
+) -> None:
     describe_new_songs(workspace, tmp_path)
     add_songs(workspace)
     release = releases.create_release(workspace)
-    for each in (released, release):
-        releases.verify_release(workspace, each)
+    for manifest in (released, release):
+        releases.verify_release(workspace, manifest)
     dataset = Dataset(workspace)
-    before = load_recommender(workspace, dataset, released.inputs)
-    assert before.num_songs == NUM_SONGS
+    recommender = load_recommender(workspace, dataset, released.inputs)
+    assert recommender.num_songs == NUM_SONGS
     plays_id = dataset.manifest.plays_id
     assert plays_id == released.inputs["dataset"]  # the plays are the same, so artifacts made from them stay valid
     assert dataset.descends_from(released.inputs["dataset"])
 
 
-def test_verify_finds_nothing_wrong_with_added_songs_unless_there_is(
+def test_verify_finds_nothing_wrong_with_added_songs_unless_they_are_damaged(
     workspace: Workspace, released: Manifest, tmp_path: Path
 ) -> None:
     describe_new_songs(workspace, tmp_path)
-    made = add_songs(workspace)
-    assert not [each for each in verify_workspace(workspace).problems if "added" in each.path]
-    vectors = np.array(workspace.read_array(made.path("song_vectors.npy")))
+    added_songs = add_songs(workspace)
+    assert not [problem for problem in verify_workspace(workspace).problems if "added" in problem.path]
+    vectors = np.array(workspace.read_array(added_songs.path("song_vectors.npy")))
     vectors[1, 2] = np.nan
-    digest = workspace.write_array(made.path("song_vectors.npy"), vectors)
+    digest = workspace.write_array(added_songs.path("song_vectors.npy"), vectors)
     workspace.write_json(
-        made.path("manifest.json"), asdict(replace(made, files={**made.files, "song_vectors.npy": digest}))
+        added_songs.path("manifest.json"),
+        asdict(replace(added_songs, files={**added_songs.files, "song_vectors.npy": digest})),
     )
-    (found,) = [each for each in verify_workspace(workspace).problems if "added" in each.path]
-    assert "expected a finite vector per song" in found.text
+    (finding,) = [problem for problem in verify_workspace(workspace).problems if "added" in problem.path]
+    assert "expected a finite vector per song" in finding.text
 
 
 def test_songs_for_all_users_are_computed_anew_once_songs_were_added(
@@ -113,9 +120,9 @@ def test_songs_for_all_users_are_computed_anew_once_songs_were_added(
     before = recommend_all(workspace, config, released.inputs, at=AT)
     assert recommend_all(workspace, config, released.inputs, at=AT).id == before.id
     describe_new_songs(workspace, tmp_path)
-    added = add_songs(workspace)
+    added_songs = add_songs(workspace)
     after = recommend_all(workspace, config, releases.create_release(workspace).inputs, at=AT)
-    assert (after.id != before.id, after.inputs["added_songs"]) == (True, added.id)
+    assert (after.id != before.id, after.inputs["added_songs"]) == (True, added_songs.id)
 
 
 def test_what_is_written_grows_with_the_new_songs_alone(
@@ -124,26 +131,28 @@ def test_what_is_written_grows_with_the_new_songs_alone(
     describe_new_songs(workspace, tmp_path)
     before = workspace.sizes("")
     first = add_songs(workspace)
-    changed = {path for path, size in workspace.sizes("").items() if before.get(path) != size}
-    folders = {path.split("/")[0] for path in changed}
+    changed_paths = {path for path, size in workspace.sizes("").items() if before.get(path) != size}
+    folders = {path.split("/")[0] for path in changed_paths}
     assert folders <= {"added_songs", "dataset", "current.json"}
-    assert not any(path.startswith("dataset/histories") for path in changed)
-    describe_new_songs(workspace, tmp_path, 2 * NEW)
+    assert not any(path.startswith("dataset/histories") for path in changed_paths)
+    describe_new_songs(workspace, tmp_path, 2 * NEW_SONGS)
     second = add_songs(workspace)
     sizes = [
-        [workspace.size(made.path(name)) for name in ("song_vectors.npy", "input_vectors.npy", "rows.npy")]
-        for made in (first, second)
+        [workspace.size(manifest.path(name)) for name in ("song_vectors.npy", "input_vectors.npy", "rows.npy")]
+        for manifest in (first, second)
     ]
-    row = 8 * 4  # bytes of a vector
-    assert sizes[1][0] - sizes[0][0] == sizes[1][1] - sizes[0][1] == NEW * row
+    row_bytes = 8 * 4  # bytes of a vector
+    assert sizes[1][0] - sizes[0][0] == sizes[1][1] - sizes[0][1] == NEW_SONGS * row_bytes
     assert first.metrics["map_strengths"] == second.metrics["map_strengths"]
-    shared = AddedSongs.load(workspace, second.folder)
-    np.testing.assert_array_equal(shared.outputs[: NEW + 1], AddedSongs.load(workspace, first.folder).outputs)
-    assert second.metrics["new_songs"] == NEW
+    added_songs = AddedSongs.load(workspace, second.folder)
+    np.testing.assert_array_equal(
+        added_songs.outputs[: NEW_SONGS + 1], AddedSongs.load(workspace, first.folder).outputs
+    )
+    assert second.metrics["new_songs"] == NEW_SONGS
 
 
 def test_adding_to_a_catalog_five_times_as_large_writes_as_much(tmp_path: Path) -> None:
-    written = []
+    totals = []
     for num_songs in (20_000, 100_000):
         workspace = Workspace(tmp_path / str(num_songs))
         write_world(workspace, users=20, num_songs=num_songs)
@@ -152,31 +161,37 @@ def test_adding_to_a_catalog_five_times_as_large_writes_as_much(tmp_path: Path) 
             "\n".join(["song,title,artist", *(f"new-{song},New {song},Artist {song % 7}" for song in range(1_000))])
         )
         before = workspace.sizes("")
-        moments = {path: Path(workspace.full(path)).stat().st_mtime_ns for path in before}
+        modified_at = {path: Path(workspace.full(path)).stat().st_mtime_ns for path in before}
         describe(workspace, DescribeConfig(append=True), str(tmp_path / "new.csv"))
-        made = add_songs(workspace)
+        added_songs = add_songs(workspace)
         releases.create_release(workspace)
-        assert made.metrics["songs"] == 1_000 + 1  # and the catalog's song that had no vector
+        assert added_songs.metrics["songs"] == 1_000 + 1  # and the catalog's song that had no vector
         assert len(Dataset(workspace).catalog()) == num_songs + 1_000
         after = workspace.sizes("")
-        changed = [path for path in after if moments.get(path) != Path(workspace.full(path)).stat().st_mtime_ns]
-        written.append((len(changed), sum(after[path] for path in changed)))
+        changed_paths = [
+            path for path in after if modified_at.get(path) != Path(workspace.full(path)).stat().st_mtime_ns
+        ]
+        totals.append((len(changed_paths), sum(after[path] for path in changed_paths)))
         releases.verify_release(workspace, releases.list_releases(workspace)[-1])
         # The song table that was written by hand is in no manifest.
-        of_songs = [each for each in verify_workspace(workspace).problems if each.path.startswith("dataset/songs")]
-        assert {(each.path, each.text) for each in of_songs} == {("dataset/songs.parquet", "is listed in no manifest")}
-    (files, few), (as_many, many) = written
-    assert files == as_many
-    assert abs(many - few) < 0.1 * few
+        song_problems = [
+            problem for problem in verify_workspace(workspace).problems if problem.path.startswith("dataset/songs")
+        ]
+        assert {(problem.path, problem.text) for problem in song_problems} == {
+            ("dataset/songs.parquet", "is listed in no manifest")
+        }
+    (first_files, first_bytes), (second_files, second_bytes) = totals
+    assert first_files == second_files
+    assert abs(second_bytes - first_bytes) < 0.1 * first_bytes
 
 
-def test_the_same_again_changes_nothing(workspace: Workspace, released: Manifest, tmp_path: Path) -> None:
+def test_adding_the_same_songs_again_changes_nothing(workspace: Workspace, released: Manifest, tmp_path: Path) -> None:
     describe_new_songs(workspace, tmp_path)
-    made = add_songs(workspace)
+    added_songs = add_songs(workspace)
     dataset_id = Dataset(workspace).manifest.id
-    assert add_songs(workspace).id == made.id
+    assert add_songs(workspace).id == added_songs.id
     assert Dataset(workspace).manifest.id == dataset_id
-    assert add_songs(workspace, repeat=True).id == f"{made.id}.2"
+    assert add_songs(workspace, repeat=True).id == f"{added_songs.id}.2"
 
 
 def test_tastes_go_on_from_earlier_ones_after_songs_were_added_that_nobody_had_played(
@@ -185,16 +200,16 @@ def test_tastes_go_on_from_earlier_ones_after_songs_were_added_that_nobody_had_p
     model = artifacts.load_manifest(workspace, "models", released.inputs["models"])
     assert tastes_before(Dataset(workspace), model) is not None
     describe_new_songs(workspace, tmp_path)
-    added = add_songs(workspace)
+    added_songs = add_songs(workspace)
     # The song that had no vector has been played: the network would read its plays differently now.
-    assert tastes_before(Dataset(workspace), model, added) is None
+    assert tastes_before(Dataset(workspace), model, added_songs) is None
     tastes = Manifest(
         kind="tastes",
         id="later",
-        inputs={"dataset": Dataset(workspace).manifest.plays_id, "models": model.id, "added_songs": added.id},
+        inputs={"dataset": Dataset(workspace).manifest.plays_id, "models": model.id, "added_songs": added_songs.id},
     )
     artifacts.publish(workspace, tastes, [])
-    describe_new_songs(workspace, tmp_path, 2 * NEW)
+    describe_new_songs(workspace, tmp_path, 2 * NEW_SONGS)
     base = tastes_before(Dataset(workspace), model, add_songs(workspace))
     assert base is not None
     assert base.id == "later"
@@ -209,11 +224,11 @@ def test_content_that_nobody_played_comes_into_the_catalog(
     (tmp_path / "content.ids.txt").write_text("\n".join(ids))
     counts = describe(workspace, DescribeConfig(vectors=str(tmp_path / "content.npy")))
     assert (counts.songs, counts.content) == (NUM_SONGS, NUM_SONGS)
-    made = add_songs(workspace)
+    added_songs = add_songs(workspace)
     dataset = Dataset(workspace)
-    assert dataset.catalog().table.column(columns.SONG_ID).to_pylist()[FIRST:] == ids[NUM_SONGS:]
+    assert dataset.catalog().table.column(columns.SONG_ID).to_pylist()[FIRST_NEW:] == ids[NUM_SONGS:]
     # The network is untrained and its vectors are random, so this test cannot check whether content helps.
-    assert made.metrics["new_songs"] == 3
+    assert added_songs.metrics["new_songs"] == 3
 
 
 def test_a_night_without_new_songs_changes_no_answer(workspace: Workspace, released: Manifest) -> None:
@@ -224,16 +239,16 @@ def test_a_night_without_new_songs_changes_no_answer(workspace: Workspace, relea
     assert add_songs(workspace).metrics["songs"] == 0
     dataset = Dataset(workspace)
     history = Histories.from_lists([[2, 9, 16]], [[AT - 60_000] * 3])
-    with_none, without = (
+    new_answer, old_answer = (
         load_recommender(workspace, dataset, parts).recommend(history, AT, 20)
         for parts in (releases.create_release(workspace).inputs, released.inputs)
     )
-    np.testing.assert_array_equal(with_none[0], without[0])
+    np.testing.assert_array_equal(new_answer[0], old_answer[0])
 
 
 def test_added_songs_of_another_model_are_refused(workspace: Workspace, released: Manifest, tmp_path: Path) -> None:
     write_release(workspace, "2", seed=1)
     describe_new_songs(workspace, tmp_path)
-    other = add_songs(workspace, model_id="model2")
+    other_songs = add_songs(workspace, model_id="model2")
     with pytest.raises(MismatchError, match=r"added songs .* were made for model model2"):
-        load_recommender(workspace, Dataset(workspace), {**released.inputs, "added_songs": other.id})
+        load_recommender(workspace, Dataset(workspace), {**released.inputs, "added_songs": other_songs.id})

@@ -19,8 +19,8 @@ from rayrec.jobs.runtime import HTTP2_GREETING, ray_cluster, require_cluster
 
 
 @contextmanager
-def listening(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Run a server that calls `answer` with each connection, and yield its address."""
+def run_server(handle: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Run a server that calls `handle` with each connection, and yield its address."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -28,7 +28,7 @@ def listening(answer: Callable[[socket.socket], None]) -> Iterator[str]:
                 while True:
                     connection, _ = server.accept()
                     with connection:
-                        answer(connection)
+                        handle(connection)
             except OSError:
                 return
 
@@ -43,26 +43,26 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_an_address_with_nothing_there_is_told_at_once(scheme: str) -> None:
+def test_an_address_without_a_server_is_refused_at_once(scheme: str) -> None:
     address = f"{scheme}127.0.0.1:{free_port()}"
-    job = "from rayrec.jobs.runtime import ray_cluster\nwith ray_cluster():\n    pass"  # Ray may be connected here
-    ended = subprocess.run(
-        [sys.executable, "-c", job],
+    program = "from rayrec.jobs.runtime import ray_cluster\nwith ray_cluster():\n    pass"  # Ray may be connected here
+    result = subprocess.run(
+        [sys.executable, "-c", program],
         env={**os.environ, "RAY_ADDRESS": address},
         capture_output=True,
         text=True,
         timeout=60,  # Ray itself tries for a quarter of an hour
     )
-    assert re.search(f"InputError: RAY_ADDRESS={address} points to no Ray cluster: .*refused", ended.stderr)
+    assert re.search(f"InputError: RAY_ADDRESS={address} points to no Ray cluster: .*refused", result.stderr)
 
 
-def test_a_program_that_is_no_cluster_is_told_apart() -> None:
+def test_an_address_of_another_program_is_refused_with_that_reason() -> None:
     with (
-        listening(lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as address,
+        run_server(lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as address,
         pytest.raises(InputError, match="another program answers there"),
     ):
         require_cluster(address)
-    with listening(lambda connection: time.sleep(1)) as address, pytest.raises(InputError, match="timed out"):
+    with run_server(lambda connection: time.sleep(1)) as address, pytest.raises(InputError, match="timed out"):
         require_cluster(address, timeout=0.2)
 
 
@@ -77,7 +77,7 @@ def test_a_server_that_speaks_grpc_and_this_machine_pass() -> None:
         assert connection.recv(len(HTTP2_GREETING)) == HTTP2_GREETING
         connection.sendall(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
 
-    with listening(greet) as address:
+    with run_server(greet) as address:
         require_cluster(address)
         require_cluster(f"ray://{address}")
     require_cluster("auto")
@@ -94,7 +94,7 @@ def test_a_server_that_speaks_grpc_and_this_machine_pass() -> None:
         ),
     ],
 )
-def test_ray_that_does_not_start_is_one_line(
+def test_a_failed_start_of_ray_gives_an_error_of_one_line(
     monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[Exception], said: str
 ) -> None:
     def fail(**options: object) -> None:
@@ -103,6 +103,6 @@ def test_ray_that_does_not_start_is_one_line(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", fail)
-    with pytest.raises(kind, match=said) as caught, ray_cluster():
+    with pytest.raises(kind, match=said) as error, ray_cluster():
         pass
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)

@@ -30,7 +30,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
 
 
-def config_of(folder: Path, number: int, *, rows: int = 200, users: int = 40) -> ImportConfig:
+def write_day(folder: Path, number: int, *, rows: int = 200, users: int = 40) -> ImportConfig:
     """Write the plays of day `number`; each day has some new users and some new songs."""
     random = np.random.default_rng(number)
     lines = [
@@ -45,31 +45,31 @@ def config_of(folder: Path, number: int, *, rows: int = 200, users: int = 40) ->
 
 @pytest.fixture
 def five_parts(workspace: Workspace, tmp_path: Path) -> Workspace:
-    import_data(workspace, config_of(tmp_path, 0))
+    import_data(workspace, write_day(tmp_path, 0))
     for day in range(1, 5):
-        append_plays(workspace, config_of(tmp_path, day))
+        append_plays(workspace, write_day(tmp_path, day))
     return workspace
 
 
 def content(dataset: Dataset) -> dict[str, list[tuple[int, int]]]:
-    whole = concatenate(list(dataset.read_all(users_per_batch=7)))
-    assert len(set(whole.user_ids)) == len(whole)
-    return plays_of(whole)
+    histories = concatenate(list(dataset.read_all(users_per_batch=7)))
+    assert len(set(histories.user_ids)) == len(histories)
+    return plays_by_user(histories)
 
 
-def plays_of(histories: Histories) -> dict[str, list[tuple[int, int]]]:
+def plays_by_user(histories: Histories) -> dict[str, list[tuple[int, int]]]:
     return {
-        user: list(zip(histories.played_at[a:b].tolist(), histories.songs[a:b].tolist(), strict=True))
-        for user, a, b in zip(histories.user_ids, histories.offsets[:-1], histories.offsets[1:], strict=True)
+        user: list(zip(histories.played_at[start:end].tolist(), histories.songs[start:end].tolist(), strict=True))
+        for user, start, end in zip(histories.user_ids, histories.offsets[:-1], histories.offsets[1:], strict=True)
     }
 
 
-def test_the_plays_are_equal_and_those_who_read_the_old_files_are_not_disturbed(five_parts: Workspace) -> None:
+def test_joining_keeps_the_plays_and_does_not_disturb_readers_of_the_old_files(five_parts: Workspace) -> None:
     before = Dataset(five_parts)
     plays = content(before)
-    made = compact(five_parts)
+    result = compact(five_parts)
     after = Dataset(five_parts)
-    assert (len(made.spans_before), made.spans) == (5, [(0, 4)])
+    assert (len(result.spans_before), result.spans) == (5, [(0, 4)])
     assert content(after) == plays
     assert content(before) == plays
     for name in ("users", "plays", "songs", "parts", "first_play", "last_play", "part_times", "read"):
@@ -82,12 +82,12 @@ def test_the_plays_are_equal_and_those_who_read_the_old_files_are_not_disturbed(
 
 def test_appends_go_on_and_are_joined_again(five_parts: Workspace, tmp_path: Path) -> None:
     compact(five_parts)
-    again = append_plays(five_parts, config_of(tmp_path, 2))
-    assert again.plays == 0
+    same_file_result = append_plays(five_parts, write_day(tmp_path, 2))
+    assert same_file_result.plays == 0
     (tmp_path / "other").mkdir()
-    repeated = append_plays(five_parts, config_of(tmp_path / "other", 3))  # the same rows under another name
-    assert (repeated.plays, repeated.merged) == (0, 200)
-    append_plays(five_parts, config_of(tmp_path, 9))
+    same_rows_result = append_plays(five_parts, write_day(tmp_path / "other", 3))  # the same rows under another name
+    assert (same_rows_result.plays, same_rows_result.merged) == (0, 200)
+    append_plays(five_parts, write_day(tmp_path, 9))
     dataset = Dataset(five_parts)
     assert dataset.manifest.spans == [(0, 4), (5, 5)]
     assert dataset.manifest.plays_id == dataset.manifest.id
@@ -104,35 +104,35 @@ def test_a_killed_run_leaves_the_data_set_as_it_was_and_goes_on(
 ) -> None:
     before = Dataset(five_parts)
     plays = content(before)
-    joiner, move = merging.BucketJoiner.__call__, Workspace.move
-    done: list[Any] = []
+    join_bucket, move = merging.BucketJoiner.__call__, Workspace.move
+    calls: list[Any] = []
 
-    def killed_bucket(worker: Any, bucket: int) -> Any:
-        if done:
+    def join_or_kill(worker: Any, bucket: int) -> Any:
+        if calls:
             raise KeyboardInterrupt
-        done.append(bucket)
-        return joiner(worker, bucket)
+        calls.append(bucket)
+        return join_bucket(worker, bucket)
 
-    def killed_move(workspace: Workspace, source: str, target: str) -> None:
-        if len(done) == 2:
+    def move_or_kill(workspace: Workspace, source: str, target: str) -> None:
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        done.append(target)
+        calls.append(target)
         move(workspace, source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         if step == "publishing":
-            patch.setattr(Workspace, "move", killed_move)
+            patch.setattr(Workspace, "move", move_or_kill)
         else:
-            patch.setattr(merging.BucketJoiner, "__call__", killed_bucket)
+            patch.setattr(merging.BucketJoiner, "__call__", join_or_kill)
         compact(five_parts)
     assert Dataset(five_parts).manifest == before.manifest
     assert content(Dataset(five_parts)) == plays
-    first = done[0]
+    first_call = calls[0]
     if step == "second bucket":
         monkeypatch.setattr(
             merging.BucketJoiner,
             "__call__",
-            lambda worker, bucket: pytest.fail("was done") if bucket == first else joiner(worker, bucket),
+            lambda worker, bucket: pytest.fail("was done") if bucket == first_call else join_bucket(worker, bucket),
         )
     compact(five_parts)
     assert Dataset(five_parts).manifest.spans == [(0, 4)]
@@ -150,24 +150,26 @@ def write_model(workspace: Workspace) -> None:
     artifacts.publish(workspace, index, [])
 
 
-def test_tastes_stay_and_go_on_and_live_releases_verify(five_parts: Workspace, tmp_path: Path) -> None:
+def test_tastes_stay_valid_and_are_continued_and_releases_verify(five_parts: Workspace, tmp_path: Path) -> None:
     write_model(five_parts)
     tastes = compute_tastes(five_parts, TasteConfig())
     release = releases.create_release(five_parts)
     compact(five_parts)
     assert compute_tastes(five_parts, TasteConfig()) == tastes
     releases.verify_release(five_parts, release)
-    append_plays(five_parts, config_of(tmp_path, 5))
-    new = Dataset(five_parts).manifest.plays - artifacts.load_manifest(five_parts, "tastes", tastes.id).metrics["plays"]
+    append_plays(five_parts, write_day(tmp_path, 5))
+    new_plays = (
+        Dataset(five_parts).manifest.plays - artifacts.load_manifest(five_parts, "tastes", tastes.id).metrics["plays"]
+    )
     compact(five_parts)
     assert Dataset(five_parts).manifest.spans == [(0, 4), (5, 5)]  # the next taste vectors continue from part 5
-    later = compute_tastes(five_parts, TasteConfig())
-    assert later.metrics["base"] == tastes.id
-    assert later.metrics["plays_computed"] <= 2 * new
-    second = releases.create_release(five_parts)
+    later_tastes = compute_tastes(five_parts, TasteConfig())
+    assert later_tastes.metrics["base"] == tastes.id
+    assert later_tastes.metrics["plays_computed"] <= 2 * new_plays
+    second_release = releases.create_release(five_parts)
     compact(five_parts)
-    for each in (release, second):
-        releases.verify_release(five_parts, each)
+    for manifest in (release, second_release):
+        releases.verify_release(five_parts, manifest)
     five_parts.write_bytes(Dataset(five_parts).manifest.histories_files(1)[0], b"damaged")
     with pytest.raises(releases.DamagedArtifactError, match="bucket=00001"):
         releases.verify_release(five_parts, release)
@@ -177,15 +179,15 @@ def test_the_live_release_and_the_one_before_it_can_be_loaded_however_many_came_
     five_parts: Workspace, tmp_path: Path
 ) -> None:
     write_model(five_parts)
-    made = []
+    daily_releases = []
     for day in range(5, 9):
         compute_tastes(five_parts, TasteConfig())
-        made.append(releases.create_release(five_parts, activate=day < 7))
-        append_plays(five_parts, config_of(tmp_path, day))
+        daily_releases.append(releases.create_release(five_parts, activate=day < 7))
+        append_plays(five_parts, write_day(tmp_path, day))
     compact(five_parts)
     assert Dataset(five_parts).manifest.spans == [(0, 4), (5, 5), (6, 6), (7, 7), (8, 8)]
-    assert releases.active_release(five_parts) == made[1]
-    for release in (made[1], releases.rollback(five_parts)):
+    assert releases.active_release(five_parts) == daily_releases[1]
+    for release in (daily_releases[1], releases.rollback(five_parts)):
         store = open_store(f"sqlite:///{tmp_path}/{release.id}.sqlite", Dataset(five_parts).lineage)
         tastes = artifacts.load_manifest(five_parts, "tastes", release.inputs["tastes"])
         assert load_states(Dataset(five_parts), store, release).users == tastes.metrics["users"]

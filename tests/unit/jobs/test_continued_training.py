@@ -25,16 +25,16 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
 
 
-def run(workspace: Path, words: list[str], capsys: pytest.CaptureFixture[str], *, code: int = 0) -> dict[str, Any]:
+def run(workspace: Path, arguments: list[str], capsys: pytest.CaptureFixture[str], *, code: int = 0) -> dict[str, Any]:
     """Run a command and return the JSON that it prints."""
-    assert main(["--workspace", str(workspace), "--json", *words]) == code
+    assert main(["--workspace", str(workspace), "--json", *arguments]) == code
     return dict(json.loads(capsys.readouterr().out))
 
 
 def import_plays(workspace: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """Import plays of 150 users; return the path of a file with their plays of six more days."""
-    plays = write_rows(folder / "plays.csv", ring_plays(range(150), **RING))
-    run(workspace, ["import", "csv", plays, *COLUMNS, "--buckets", "2"], capsys)
+    plays_path = write_rows(folder / "plays.csv", ring_plays(range(150), **RING))
+    run(workspace, ["import", "csv", plays_path, *COLUMNS, "--buckets", "2"], capsys)
     return write_rows(folder / "days.csv", ring_plays(range(150), plays=20, begin=20, days=6, **RING))
 
 
@@ -42,12 +42,12 @@ def test_a_model_is_continued_on_appended_plays_and_ranked_on_those_that_it_has_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace = tmp_path / "workspace"
-    days = import_plays(workspace, tmp_path, capsys)
+    days_path = import_plays(workspace, tmp_path, capsys)
     run(workspace, SPLIT, capsys)
     run(workspace, ["embed", "--dim", "8", "--epochs", "2", "--workers", "1"], capsys)
     first = run(workspace, TRAIN, capsys)
-    run(workspace, ["import", "csv", days, *COLUMNS, "--append"], capsys)
-    seen = shutil.copytree(workspace, tmp_path / "seen")  # a copy that gets no new split
+    run(workspace, ["import", "csv", days_path, *COLUMNS, "--append"], capsys)
+    old_split_workspace = shutil.copytree(workspace, tmp_path / "seen")  # a copy that gets no new split
 
     split = run(workspace, SPLIT, capsys)
     second = run(workspace, [*TRAIN, "--from", first["id"]], capsys)
@@ -57,34 +57,34 @@ def test_a_model_is_continued_on_appended_plays_and_ranked_on_those_that_it_has_
     run(workspace, ["retrieval"], capsys)
     assert run(workspace, ["rank", "--trees", "5"], capsys)["inputs"]["models"] == second["id"]
 
-    third = run(seen, [*TRAIN, "--from", first["id"]], capsys)
+    third = run(old_split_workspace, [*TRAIN, "--from", first["id"]], capsys)
     assert third["epochs"] == 1
     assert third["validation_recall@20"] is None
-    run(seen, ["retrieval"], capsys)
-    error = run(seen, ["rank", "--trees", "5"], capsys, code=2)["error"]
-    said = f"{error['message']}; {error['hint']}"
-    assert f"model {third['id']} continues model {first['id']} and has no network trained without the plays" in said
-    assert f"whose validation range has only plays that model {first['id']} was not trained on" in said
-    assert (Workspace(seen).folders("rankers")) == []
+    run(old_split_workspace, ["retrieval"], capsys)
+    error = run(old_split_workspace, ["rank", "--trees", "5"], capsys, code=2)["error"]
+    message = f"{error['message']}; {error['hint']}"
+    assert f"model {third['id']} continues model {first['id']} and has no network trained without the plays" in message
+    assert f"whose validation range has only plays that model {first['id']} was not trained on" in message
+    assert (Workspace(old_split_workspace).folders("rankers")) == []
 
 
 def test_nothing_is_chosen_on_plays_that_the_model_to_start_from_learned_though_it_was_not_refit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace = tmp_path / "workspace"
-    plays = write_rows(tmp_path / "plays.csv", ring_plays(range(150), **RING))
-    run(workspace, ["import", "csv", plays, *COLUMNS, "--buckets", "2"], capsys)
+    plays_path = write_rows(tmp_path / "plays.csv", ring_plays(range(150), **RING))
+    run(workspace, ["import", "csv", plays_path, *COLUMNS, "--buckets", "2"], capsys)
     run(workspace, SPLIT, capsys)
     first = run(workspace, [*TRAIN, "--no-refit", "--validation-plays", "0"], capsys)
     assert first["validation_recall@20"] is None
     assert "all plays except the plays from 2023-11-30 on" in first["trained_on"]  # the test range
     second = run(workspace, [*TRAIN, "--from", first["id"]], capsys)
     assert second["validation_recall@20"] is None
-    stored = Workspace(workspace).files(f"models/{second['id']}")
-    assert not [name for name in stored if "/selection/" in name]
+    files = Workspace(workspace).files(f"models/{second['id']}")
+    assert not [name for name in files if "/selection/" in name]
 
-    chosen = run(workspace, [*TRAIN, "--no-refit"], capsys)  # trained on the train range only
-    third = run(workspace, [*TRAIN, "--from", chosen["id"]], capsys)
+    train_range_model = run(workspace, [*TRAIN, "--no-refit"], capsys)  # trained on the train range only
+    third = run(workspace, [*TRAIN, "--from", train_range_model["id"]], capsys)
     assert third["validation_recall@20"] > 0.5
 
 
@@ -92,10 +92,10 @@ def test_a_model_without_a_split_has_seen_the_plays_of_its_own_data_set_and_no_l
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace = tmp_path / "workspace"
-    days = import_plays(workspace, tmp_path, capsys)
+    days_path = import_plays(workspace, tmp_path, capsys)
     first = run(workspace, TRAIN, capsys)
     assert "split" not in first["inputs"]
-    run(workspace, ["import", "csv", days, *COLUMNS, "--append"], capsys)
+    run(workspace, ["import", "csv", days_path, *COLUMNS, "--append"], capsys)
     run(workspace, ["split", "--test-days", "2", "--validation-days", "3"], capsys)
     assert run(workspace, [*TRAIN, "--from", first["id"]], capsys)["validation_recall@20"] > 0.5
     run(workspace, ["split", "--test-days", "2", "--validation-days", "6"], capsys)  # two of the 6 before the append

@@ -17,18 +17,18 @@ from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 
-def _compared(*, split: bool = True, **sources: str) -> ComparedModels:
+def _compared_models(*, split: bool = True, **sources: str) -> ComparedModels:
     """The network `model`, another network `r_pst` and the song embeddings, each trained on its source in `sources`."""
-    made = {
+    manifests = {
         name: Manifest(kind="models", id=name, metrics={"source": sources.get(name, "histories")})
         for name in ("model", "r_pst", "songs")
     }
     return ComparedModels(
         names=("taste", "r_pst"),
         default="taste",
-        model=made["model"],
-        others={"r_pst": made["r_pst"]},
-        songs=made["songs"],
+        model=manifests["model"],
+        others={"r_pst": manifests["r_pst"]},
+        songs=manifests["songs"],
         inputs={"split": "s"} if split else {},
     )
 
@@ -37,15 +37,15 @@ def _compared(*, split: bool = True, **sources: str) -> ComparedModels:
     ("part", "named"), [("model", "the network"), ("r_pst", "r_pst"), ("songs", "the song embeddings")]
 )
 def test_parts_made_of_playlists_are_named_where_a_split_evaluates_them(part: str, named: str) -> None:
-    warning = _compared(**{part: "playlists"}).warning  # type: ignore[arg-type]
+    warning = _compared_models(**{part: "playlists"}).warning  # type: ignore[arg-type]
     assert warning is not None
     assert warning.startswith(f"{named}: trained on playlists, which have no times")
-    assert _compared(split=False, **{part: "playlists"}).warning is None
+    assert _compared_models(split=False, **{part: "playlists"}).warning is None
 
 
-def test_there_is_nothing_to_warn_of_where_the_split_cut_everything() -> None:
-    assert _compared().warning is None
-    assert _compared(model="sessions").warning is None
+def test_models_trained_on_plays_that_the_split_cut_give_no_warning() -> None:
+    assert _compared_models().warning is None
+    assert _compared_models(model="sessions").warning is None
 
 
 def test_a_split_that_only_held_plays_back_to_choose_by_is_refused_after_an_append_too(
@@ -54,12 +54,14 @@ def test_a_split_that_only_held_plays_back_to_choose_by_is_refused_after_an_appe
     """With such a split baselines see all plays, including the appended plays, which are the ones to predict."""
     without_ray(monkeypatch)
     config = EvaluateConfig(models=("popularity",), bootstrap_samples=0, offsets=0)
-    plays, days = (write_rows(tmp_path / f"{begin}.csv", ring_plays(range(60), begin=begin)) for begin in (0, 20))
+    plays_path, days_path = (
+        write_rows(tmp_path / f"{begin}.csv", ring_plays(range(60), begin=begin)) for begin in (0, 20)
+    )
     columns = {"user": "user_id", "song": "track", "played_at": "timestamp"}
-    import_data(workspace, ImportConfig(format="csv", paths=(plays,), columns=columns, buckets=2))
-    held_back = hold_back_validation(Dataset(workspace))
-    append_plays(workspace, ImportConfig(format="csv", paths=(days,), columns=columns))
-    assert choose_split(workspace) == held_back
-    for split in (held_back, None):
+    import_data(workspace, ImportConfig(format="csv", paths=(plays_path,), columns=columns, buckets=2))
+    validation_split = hold_back_validation(Dataset(workspace))
+    append_plays(workspace, ImportConfig(format="csv", paths=(days_path,), columns=columns))
+    assert choose_split(workspace) == validation_split
+    for split in (validation_split, None):
         with pytest.raises(InputError, match=r"^No split to evaluate on; run `rayrec split`"):
             evaluate(workspace, config, split=split)

@@ -32,7 +32,7 @@ PARTS = ("models", "retrieval", "rankers")
 STAGES = ["import", "embed", "train", "songs", "retrieval", "rank", "taste", "index", "release"]
 
 
-def fitted(workspace: Workspace, path: str, **options: Any) -> FitResult:
+def run_fit(workspace: Workspace, path: str, **options: Any) -> FitResult:
     return fit(workspace, FitConfig(paths=(path,)), settings=SETTINGS, **options)
 
 
@@ -43,7 +43,7 @@ def ring(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, str, FitR
     path = write_rows(folder / "plays.csv", ring_plays(range(60)))
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch)
-        result = fitted(Workspace(folder / "workspace"), path, on_note=notes.append)
+        result = run_fit(Workspace(folder / "workspace"), path, on_note=notes.append)
     return Workspace(folder / "workspace"), path, result, notes
 
 
@@ -52,13 +52,13 @@ def test_a_file_becomes_a_live_release_that_answers_with_rankers(
 ) -> None:
     workspace, _, result, notes = ring
     assert [outcome.stage for outcome in result.outcomes] == STAGES
-    live = active_release(workspace)
-    assert live is not None
-    assert live.id == result.release
-    assert "rankers" in live.inputs
-    verify_release(workspace, live)
+    live_release = active_release(workspace)
+    assert live_release is not None
+    assert live_release.id == result.release
+    assert "rankers" in live_release.inputs
+    verify_release(workspace, live_release)
     assert result.quality is not None
-    validation = live.metrics["validation"]
+    validation = live_release.metrics["validation"]
     assert validation["figures"]["served_recall@20"] == result.quality.value("two-step")
     assert validation["verdict"].startswith("two-step finds ")
     columns = "csv: user = user_id, song = track, played_at = timestamp, title = title, artist = artist"
@@ -67,21 +67,21 @@ def test_a_file_becomes_a_live_release_that_answers_with_rankers(
     assert len(result.answer.songs) == 5
 
 
-def test_what_answers_saw_all_plays_and_what_was_measured_none_of_those_held_back(
+def test_served_models_learn_from_all_plays_and_measured_models_not_from_those_held_back(
     ring: tuple[Workspace, str, FitResult, list[str]],
 ) -> None:
     workspace, _, result, _ = ring
     assert result.split is not None
     moments = [moment for batch in Dataset(workspace).read_all() for moment in batch.played_at.tolist()]
-    early = sum(moment < (result.split.validation_from or 0) for moment in moments)
-    assert 0.1 <= 1 - early / len(moments) <= 0.21
-    live = active_release(workspace)
-    assert live is not None
-    retrieval = load_manifest(workspace, "retrieval", live.inputs["retrieval"])
-    final, selection = retrieval.folder, retrieval.path(SELECTION_RETRIEVAL)
-    assert int(Retrieval.load(workspace, final).plays.plays.sum()) == len(moments)
-    assert int(Retrieval.load(workspace, selection).plays.plays.sum()) == early
-    model = load_manifest(workspace, "models", live.inputs["models"])
+    early_plays = sum(moment < (result.split.validation_from or 0) for moment in moments)
+    assert 0.1 <= 1 - early_plays / len(moments) <= 0.21
+    live_release = active_release(workspace)
+    assert live_release is not None
+    retrieval = load_manifest(workspace, "retrieval", live_release.inputs["retrieval"])
+    final_folder, selection_folder = retrieval.folder, retrieval.path(SELECTION_RETRIEVAL)
+    assert int(Retrieval.load(workspace, final_folder).plays.plays.sum()) == len(moments)
+    assert int(Retrieval.load(workspace, selection_folder).plays.plays.sum()) == early_plays
+    model = load_manifest(workspace, "models", live_release.inputs["models"])
     assert int(workspace.read_array(model.path("play_counts.npy")).sum()) == len(moments)
 
 
@@ -89,16 +89,16 @@ def test_quality_is_that_of_rankers_that_have_not_learned_from_the_users_it_is_m
     ring: tuple[Workspace, str, FitResult, list[str]], tmp_path: Path
 ) -> None:
     workspace = Workspace(shutil.copytree(ring[0].uri, tmp_path / "copy"))
-    live = active_release(workspace)
-    assert live is not None
-    model, retrieval, rankers = (load_manifest(workspace, kind, live.inputs[kind]) for kind in PARTS)
+    live_release = active_release(workspace)
+    assert live_release is not None
+    model, retrieval, rankers = (load_manifest(workspace, kind, live_release.inputs[kind]) for kind in PARTS)
     for path in workspace.files(rankers.folder):
         if SELECTION_RANKERS not in path and path.endswith(".json"):
             workspace.delete(path)  # the rankers that answer requests: they were trained on all users
     parts = selection_parts(Dataset(workspace), model, retrieval, rankers, "two-step")
-    measured = parts.load(Dataset(workspace), IndexConfig())
-    assert isinstance(measured, TwoStepRecommender)
-    assert "next" in measured.rankers
+    recommender = parts.load(Dataset(workspace), IndexConfig())
+    assert isinstance(recommender, TwoStepRecommender)
+    assert "next" in recommender.rankers
 
 
 def test_the_ring_is_found_where_popularity_finds_nothing(ring: tuple[Workspace, str, FitResult, list[str]]) -> None:
@@ -116,13 +116,13 @@ def test_a_second_fit_skips_everything_and_other_files_are_refused(
 ) -> None:
     workspace, path, result, _ = ring
     without_ray(monkeypatch)
-    again = fitted(workspace, path)
-    assert {outcome.status for outcome in again.outcomes} == {"skipped"}
-    assert again.release == result.release
-    assert again.quality == result.quality
-    other = write_rows(tmp_path / "other.csv", ring_plays(range(5)))
+    second = run_fit(workspace, path)
+    assert {outcome.status for outcome in second.outcomes} == {"skipped"}
+    assert second.release == result.release
+    assert second.quality == result.quality
+    other_path = write_rows(tmp_path / "other.csv", ring_plays(range(5)))
     with pytest.raises(InputError, match="rayrec update"):
-        fitted(workspace, other)
+        run_fit(workspace, other_path)
 
 
 @pytest.mark.parametrize(
@@ -132,21 +132,21 @@ def test_a_second_fit_skips_everything_and_other_files_are_refused(
         (ring_plays(range(1), plays=400, songs=300), ["rank"]),  # no second user to check rankers on
     ],
 )
-def test_too_few_plays_for_rankers_are_said_and_end_nothing(
+def test_with_too_few_plays_rankers_are_left_out_with_a_reason_and_the_fit_goes_on(
     rows: list[str], left_out: list[str], workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_ray(monkeypatch)
-    result = fitted(workspace, write_rows(tmp_path / "plays.csv", rows))
+    result = run_fit(workspace, write_rows(tmp_path / "plays.csv", rows))
     assert [outcome.stage for outcome in result.outcomes if outcome.status == "left out"] == left_out
     assert all(outcome.reason for outcome in result.outcomes if outcome.status == "left out")
-    live = active_release(workspace)
-    assert live is not None
-    assert "rankers" not in live.inputs
+    live_release = active_release(workspace)
+    assert live_release is not None
+    assert "rankers" not in live_release.inputs
     assert (len(result.answer.songs) == 5) == (len({row.split(",")[0] for row in rows}) > 1)  # one user has heard all
     assert (result.quality is None) == ("retrieval" in left_out)
 
 
-def test_a_play_is_enough_to_be_told_what_is_missing(
+def test_missing_columns_and_wrong_settings_are_refused_with_what_to_do(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_ray(monkeypatch)
@@ -155,12 +155,12 @@ def test_a_play_is_enough_to_be_told_what_is_missing(
     with pytest.raises(
         InputError, match=r"no column that looks like song; it has listener, when; map it with --columns song=NAME"
     ):
-        fitted(workspace, str(path))
+        run_fit(workspace, str(path))
     path.write_text(f"user,sng,tme\nann,s1,{BEGIN}\n")
     with pytest.raises(
         InputError, match=r"looks like song.*user, sng, tme; map it, for example with --columns song=sng"
     ):
-        fitted(workspace, str(path))
+        run_fit(workspace, str(path))
     with pytest.raises(InputError, match="unknown section 'tain'"):
         fit(workspace, FitConfig(paths=(str(path),)), settings={"tain": {}})
     for value in (3, [{}]):  # as TOML reads `train = 3` and `[[train]]`
@@ -182,18 +182,18 @@ def test_rejected_rows_are_warned_of_and_too_many_end_the_fit_with_the_summary(
     rows = [*ring_plays(range(4), plays=10), *[f"u1,,{BEGIN},,One\n"] * bad]
     path, settings = write_rows(tmp_path / "plays.csv", rows), tmp_path / "settings.toml"
     settings.write_text("[import]\nbuckets = 2\n[embed]\ndim = 4\nepochs = 1\n[train]\nepochs = 1\nhidden_dim = 4\n")
-    words = ["--json", "--workspace", workspace.uri, "fit", path, "--settings", str(settings)]
-    assert main(words) == code
-    told = capsys.readouterr()
-    data, said = json.loads(told.out), "".join(told.err.split())  # a line of stderr may break within a path
-    assert len(data["import"]["warnings"]) == warned
+    arguments = ["--json", "--workspace", workspace.uri, "fit", path, "--settings", str(settings)]
+    assert main(arguments) == code
+    output = capsys.readouterr()
+    report, messages = json.loads(output.out), "".join(output.err.split())  # a line of stderr may break within a path
+    assert len(report["import"]["warnings"]) == warned
     share = f"{bad} of {40 + bad} rows ({bad / (40 + bad):.1%}) were rejected."
-    wanted = f"Warning: {share} no song: {path}, line 42: u1,,{BEGIN},,One"
-    assert ("".join(wanted.split()) in said) == (warned == 1 and code == 0)
+    warning = f"Warning: {share} no song: {path}, line 42: u1,,{BEGIN},,One"
+    assert ("".join(warning.split()) in messages) == (warned == 1 and code == 0)
     assert workspace.exists("dataset/dataset.json") == (code == 0)
     if code:
-        assert (data["error"]["kind"], data["import"]["reasons"][0]["rows"]) == ("too_many_rejected", bad)
-        assert main([*words, "--max-rejected", "0.7"]) == 0
+        assert (report["error"]["kind"], report["import"]["reasons"][0]["rows"]) == ("too_many_rejected", bad)
+        assert main([*arguments, "--max-rejected", "0.7"]) == 0
         assert f"Warning: {share}" in " ".join(capsys.readouterr().err.split())
 
 
@@ -217,19 +217,19 @@ def test_plays_too_far_apart_for_sessions_are_embedded_history_by_history(
     rows = [f"u{user},s{play % 5},{BEGIN + play * pause}\n" for user in range(4) for play in range(10)]
     path = tmp_path / "plays.csv"
     path.write_text("user_id,track,timestamp\n" + "".join(rows))
-    fitted(workspace, str(path))
+    run_fit(workspace, str(path))
     (songs,) = listing(workspace, "songs")
     assert songs.metrics["sentences"] == 4
     assert (songs.config["session_gap_minutes"] > 30) == is_one_session
 
 
 def test_small_data_are_read_in_smaller_batches_and_large_ones_by_workers() -> None:
-    def of(users: int, plays: int) -> dict[str, Any]:
+    def defaults(users: int, plays: int) -> dict[str, Any]:
         return train_defaults(
             DatasetManifest(id="d", source="csv", buckets=1, parts=1, users=users, plays=plays, songs=9)
         )
 
-    assert of(60, 3_000) == {"workers": 0, "batch": 4}
-    assert of(14_000, 343_000) == {"workers": 0}
-    assert of(1_000_000, 10**8) == {}
-    assert TrainConfig(**of(60, 3_000)).batch == 4
+    assert defaults(60, 3_000) == {"workers": 0, "batch": 4}
+    assert defaults(14_000, 343_000) == {"workers": 0}
+    assert defaults(1_000_000, 10**8) == {}
+    assert TrainConfig(**defaults(60, 3_000)).batch == 4

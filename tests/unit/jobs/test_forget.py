@@ -46,7 +46,7 @@ from rayrec_cli.main import main
 START = 1_700_000_000
 DAY = 86_400
 LATER = 4_000_000_000  # after the deletions, which happen when the tests run; imports reject such a future time
-GONE = ("Zoë, “Jr.” 🎧/#4711", "planted-4711", "7'; DROP TABLE--4711")
+DELETED = ("Zoë, “Jr.” 🎧/#4711", "planted-4711", "7'; DROP TABLE--4711")
 OTHERS = tuple(f"user-{number}" for number in range(20))
 
 
@@ -55,19 +55,19 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
 
 
-def plays_of(folder: Path, day: int, name: str | None = None) -> ImportConfig:
-    """Write plays of all users on day `day`, and rows of the users to delete (`GONE`) that an import rejects."""
+def write_plays(folder: Path, day: int, name: str | None = None) -> ImportConfig:
+    """Write plays of all users on day `day`, and rows of the users to delete (`DELETED`) that an import rejects."""
     random = np.random.default_rng(day)
     path = folder / f"{name or day}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["user", "song", "played_at"])
-        for user in (*OTHERS, *GONE):
+        writer = csv.writer(file)
+        writer.writerow(["user", "song", "played_at"])
+        for user in (*OTHERS, *DELETED):
             for _ in range(6):
-                rows.writerow([user, f"song-{random.integers(40)}", START + day * DAY + int(random.integers(DAY))])
-        rows.writerow([GONE[0], "song-1", "yesterday"])
-        rows.writerow([GONE[1], "", START])
+                writer.writerow([user, f"song-{random.integers(40)}", START + day * DAY + int(random.integers(DAY))])
+        writer.writerow([DELETED[0], "song-1", "yesterday"])
+        writer.writerow([DELETED[1], "", START])
     return ImportConfig(format="csv", paths=(str(path),), buckets=3, max_rejected=1)
 
 
@@ -88,7 +88,7 @@ def world(template: Path, tmp_path: Path) -> Workspace:
 
 def build(workspace: Workspace, folder: Path) -> None:
     """Two releases, joined parts, states in the workspace's store, recommendations of all users, an impression log."""
-    import_data(workspace, plays_of(folder, 0))
+    import_data(workspace, write_plays(folder, 0))
     dataset = Dataset(workspace)
     write_song_vectors(workspace, random_vectors(dataset.num_songs), {"dataset": dataset.manifest.id})
     write_release(workspace, ranked=False)
@@ -96,19 +96,19 @@ def build(workspace: Workspace, folder: Path) -> None:
     recommend_all(workspace, RecommendConfig(k=5), releases.default_parts(workspace))
     for day in (1, 2):
         # The folder has the id of a user as its name, as the export of one account may have.
-        append_plays(workspace, plays_of(folder, day, f"{GONE[1]}/{day}"))
+        append_plays(workspace, write_plays(folder, day, f"{DELETED[1]}/{day}"))
     compute_tastes(workspace, TasteConfig())
     release = releases.create_release(workspace)
-    append_plays(workspace, plays_of(folder, 3))
+    append_plays(workspace, write_plays(folder, 3))
     compute_tastes(workspace, TasteConfig())
     recommend_all(workspace, RecommendConfig(k=5), releases.default_parts(workspace))
     compact(workspace)
     store = open_store(store_uri(workspace, None), Dataset(workspace).lineage)
     load_states(Dataset(workspace), store, release)
     store.close()
-    with service(workspace, log_impressions=True) as opened:
-        for user in (*GONE, *OTHERS):
-            assert Client(opened).post("/v1/recommendations", {"user_id": user, "k": 2}).status_code == 200
+    with service(workspace, log_impressions=True) as open_service:
+        for user in (*DELETED, *OTHERS):
+            assert Client(open_service).post("/v1/recommendations", {"user_id": user, "k": 2}).status_code == 200
 
 
 def content(path: Path) -> bytes:
@@ -120,7 +120,7 @@ def content(path: Path) -> bytes:
         data += json.dumps(file.read().to_pydict(), default=str, ensure_ascii=False).encode()
         for group in range(file.num_row_groups):
             columns = range(file.metadata.num_columns)
-            data += repr([str(file.metadata.row_group(group).column(place).statistics) for place in columns]).encode()
+            data += repr([str(file.metadata.row_group(group).column(index).statistics) for index in columns]).encode()
     elif data.startswith(b"SQLite format 3"):
         with sqlite3.connect(path) as connection:
             for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
@@ -132,57 +132,59 @@ def content(path: Path) -> bytes:
     return data
 
 
-def files_naming(folder: Path, user: str) -> list[str]:
+def files_with_user(folder: Path, user: str) -> list[str]:
     """The files below a folder that contain a user's id in some encoding, or have the id in their name."""
     spellings = [user.encode(), user.encode("utf-16-le"), json.dumps(user)[1:-1].encode(), repr(user)[1:-1].encode()]
-    found = []
+    names = []
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_file() and (user in name or any(spelling in content(path) for spelling in spellings)):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def root(workspace: Workspace) -> Path:
     return Path(workspace.full(""))
 
 
-def rows_of(workspace: Workspace, path: Callable[[int], str]) -> list[dict[str, Any]]:
+def rows_of(workspace: Workspace, path_of: Callable[[int], str]) -> list[dict[str, Any]]:
     """The rows of the other users in a file of every bucket."""
-    tables = [workspace.read_table(path(bucket)) for bucket in range(3)]
+    tables = [workspace.read_table(path_of(bucket)) for bucket in range(3)]
     return [row for row in pa.concat_tables(tables).to_pylist() if row["user_id"] in OTHERS]
 
 
 def all_rows(workspace: Workspace) -> dict[str, list[dict[str, Any]]]:
     """The rows of the other users in all taste vectors, recommendations and histories."""
-    found = {
-        made.folder: rows_of(workspace, lambda bucket, made=made: tastes_file(made.folder, bucket))
-        for made in artifacts.listing(workspace, "tastes")
+    rows_by_folder = {
+        manifest.folder: rows_of(workspace, lambda bucket, manifest=manifest: tastes_file(manifest.folder, bucket))
+        for manifest in artifacts.listing(workspace, "tastes")
     }
-    for made in artifacts.listing(workspace, artifacts.RECOMMENDATIONS):
-        found[made.folder] = rows_of(workspace, lambda bucket, made=made: recommendations_file(made.folder, bucket))
-    histories = [each for each in Dataset(workspace).read_all() if len(each)]
-    rows = [row for each in histories for row in each.to_arrow().to_pylist() if row["user_id"] in OTHERS]
-    return {**found, "histories": rows}
+    for manifest in artifacts.listing(workspace, artifacts.RECOMMENDATIONS):
+        rows_by_folder[manifest.folder] = rows_of(
+            workspace, lambda bucket, manifest=manifest: recommendations_file(manifest.folder, bucket)
+        )
+    histories = [batch for batch in Dataset(workspace).read_all() if len(batch)]
+    rows = [row for batch in histories for row in batch.to_arrow().to_pylist() if row["user_id"] in OTHERS]
+    return {**rows_by_folder, "histories": rows}
 
 
 def answers(workspace: Workspace) -> list[Any]:
     """The songs that the server recommends to the other users."""
-    with service(workspace) as opened:
-        app = Client(opened)
+    with service(workspace) as open_service:
+        client = Client(open_service)
         at = (START + 9 * DAY) * 1000
-        sent = [{"user_id": user, "at": at, "k": 5, "exclude_heard": False} for user in OTHERS]
-        return [app.post("/v1/recommendations", request).json()["songs"] for request in sent]
+        requests = [{"user_id": user, "at": at, "k": 5, "exclude_heard": False} for user in OTHERS]
+        return [client.post("/v1/recommendations", request).json()["songs"] for request in requests]
 
 
 def delete_all(workspace: Workspace, folder: Path) -> None:
-    """Delete the users in `GONE`: one by the command, one by a file of users, one over HTTP."""
-    listed = folder / "users.txt"
-    listed.write_text(f"{GONE[2]}\n\n", encoding="utf-8-sig")  # with the byte order mark of a spreadsheet
-    command = ["--workspace", workspace.uri, "forget", "--user", GONE[0], "--users", str(listed)]
+    """Delete the users in `DELETED`: one by the command, one by a file of users, one over HTTP."""
+    users_file = folder / "users.txt"
+    users_file.write_text(f"{DELETED[2]}\n\n", encoding="utf-8-sig")  # with the byte order mark of a spreadsheet
+    command = ["--workspace", workspace.uri, "forget", "--user", DELETED[0], "--users", str(users_file)]
     assert main(command) == 0
-    with service(workspace) as opened:
-        assert Client(opened).request("DELETE", f"/v1/users/{GONE[1]}").status_code == 204
+    with service(workspace) as open_service:
+        assert Client(open_service).request("DELETE", f"/v1/users/{DELETED[1]}").status_code == 204
 
 
 def require_sound(workspace: Workspace) -> None:
@@ -194,9 +196,9 @@ def require_sound(workspace: Workspace) -> None:
 
 def test_no_file_holds_a_deleted_user_and_all_else_is_as_it_was(world: Workspace, tmp_path: Path) -> None:
     require_sound(world)
-    before, answered, manifest = all_rows(world), answers(world), Dataset(world).manifest
-    for user in GONE:
-        named = " ".join(files_naming(root(world), user))
+    rows_before, answers_before, manifest_before = all_rows(world), answers(world), Dataset(world).manifest
+    for user in DELETED:
+        names = " ".join(files_with_user(root(world), user))
         for folder in (
             "histories",
             "users",
@@ -207,84 +209,84 @@ def test_no_file_holds_a_deleted_user_and_all_else_is_as_it_was(world: Workspace
             "earlier",
             "answers",
         ):
-            assert folder in named or (user == GONE[2] and folder in ("rejected", "dataset.json", "earlier"))
+            assert folder in names or (user == DELETED[2] and folder in ("rejected", "dataset.json", "earlier"))
     delete_all(world, tmp_path)
     assert len(read_pending_deletions(world)) == 3
     require_sound(world)
     assert main(["--workspace", world.uri, "compact"]) == 0
-    for user in GONE:
-        assert files_naming(root(world), user) == []
+    for user in DELETED:
+        assert files_with_user(root(world), user) == []
     require_sound(world)
-    assert all_rows(world) == before
-    assert answers(world) == answered
+    assert all_rows(world) == rows_before
+    assert answers(world) == answers_before
     after = Dataset(world).manifest
-    assert (after.id, after.users, after.plays) == (manifest.id, len(OTHERS), len(OTHERS) * 24)
+    assert (after.id, after.users, after.plays) == (manifest_before.id, len(OTHERS), len(OTHERS) * 24)
     assert (len(read_pending_deletions(world)), len(read_forgotten(world))) == (0, 3)
-    made = compute_tastes(world, TasteConfig())
-    assert made.id == artifacts.listing(world, "tastes")[-1].id  # nothing is computed again
-    assert made.metrics["users"] == len(OTHERS)
+    tastes = compute_tastes(world, TasteConfig())
+    assert tastes.id == artifacts.listing(world, "tastes")[-1].id  # nothing is computed again
+    assert tastes.metrics["users"] == len(OTHERS)
 
 
 def test_a_deleted_user_is_unknown_at_once(
     world: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def recommended(user: str) -> tuple[str, str]:
-        when = str(START + 9 * DAY)
-        assert main(["--workspace", world.uri, "recommend", "--user", user, "--at", when]) == 0
-        printed = capsys.readouterr()
-        return printed.out.replace(user, "?"), printed.err.replace(user, "?")
+    def recommend_output(user: str) -> tuple[str, str]:
+        at = str(START + 9 * DAY)
+        assert main(["--workspace", world.uri, "recommend", "--user", user, "--at", at]) == 0
+        output = capsys.readouterr()
+        return output.out.replace(user, "?"), output.err.replace(user, "?")
 
-    assert recommended(GONE[0]) != recommended("nobody")
+    assert recommend_output(DELETED[0]) != recommend_output("nobody")
     delete_all(world, tmp_path)
     capsys.readouterr()
-    assert recommended(GONE[0]) == recommended("nobody")
+    assert recommend_output(DELETED[0]) == recommend_output("nobody")
     with pytest.raises(NotFoundError):
-        Dataset(world).history(GONE[1])
-    with service(world) as opened:
-        app = Client(opened)
-        asked = {"at": (START + 9 * DAY) * 1000, "k": 5}
-        nobody = app.post("/v1/recommendations", {**asked, "user_id": "nobody"}).json()
-        for user in (GONE[0], GONE[2]):
-            answer = app.post("/v1/recommendations", {**asked, "user_id": user}).json()
-            assert answer["songs"] == nobody["songs"]
+        Dataset(world).history(DELETED[1])
+    with service(world) as open_service:
+        client = Client(open_service)
+        request = {"at": (START + 9 * DAY) * 1000, "k": 5}
+        expected = client.post("/v1/recommendations", {**request, "user_id": "nobody"}).json()
+        for user in (DELETED[0], DELETED[2]):
+            answer = client.post("/v1/recommendations", {**request, "user_id": user}).json()
+            assert answer["songs"] == expected["songs"]
     store = open_store(f"sqlite:///{tmp_path}/new.sqlite", Dataset(world).lineage)
     release = releases.list_releases(world)[-1]
-    loaded = load_states(Dataset(world), store, release)
-    assert (loaded.users, loaded.deleted) == (len(OTHERS), len(GONE))
+    load_result = load_states(Dataset(world), store, release)
+    assert (load_result.users, load_result.deleted) == (len(OTHERS), len(DELETED))
     store.close()
-    songs = recommend_all(world, RecommendConfig(k=3), releases.default_parts(world))
-    assert songs.metrics["users"] == len(OTHERS)
-    assert files_naming(root(world), GONE[0]) == []  # a job that reads users erases deleted users first
+    recommendations = recommend_all(world, RecommendConfig(k=3), releases.default_parts(world))
+    assert recommendations.metrics["users"] == len(OTHERS)
+    assert files_with_user(root(world), DELETED[0]) == []  # a job that reads users erases deleted users first
 
 
-def test_plays_from_before_bring_nobody_back_and_later_ones_are_a_new_users(
+def test_plays_from_before_a_deletion_are_rejected_and_later_plays_make_a_new_user(
     world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delete_all(world, tmp_path)
-    again = append_plays(world, plays_of(tmp_path, 2, "again"))
-    assert (again.plays, again.users) == (0, 0)
-    older = append_plays(world, plays_of(tmp_path, 7))
-    assert (older.plays, older.users) == (len(OTHERS) * 6, 0)
-    assert older.rejected["user was deleted"] == len(GONE) * 6
-    for user in GONE:
-        assert files_naming(root(world), user) == []
+    same_day_result = append_plays(world, write_plays(tmp_path, 2, "again"))
+    assert (same_day_result.plays, same_day_result.users) == (0, 0)
+    older_result = append_plays(world, write_plays(tmp_path, 7))
+    assert (older_result.plays, older_result.users) == (len(OTHERS) * 6, 0)
+    assert older_result.rejected["user was deleted"] == len(DELETED) * 6
+    for user in DELETED:
+        assert files_with_user(root(world), user) == []
     require_sound(world)
     monkeypatch.setattr("time.time", lambda: LATER)
     path = tmp_path / "later.csv"
-    path.write_text(f"user,song,played_at\n{GONE[1]},song-3,{LATER - DAY}\n{OTHERS[0]},song-3,{LATER - DAY}\n")
-    back = append_plays(world, ImportConfig(format="csv", paths=(str(path),), buckets=3))
-    assert (back.plays, back.users) == (2, 1)
-    assert Dataset(world).history(GONE[1]).num_plays == 1
+    path.write_text(f"user,song,played_at\n{DELETED[1]},song-3,{LATER - DAY}\n{OTHERS[0]},song-3,{LATER - DAY}\n")
+    later_result = append_plays(world, ImportConfig(format="csv", paths=(str(path),), buckets=3))
+    assert (later_result.plays, later_result.users) == (2, 1)
+    assert Dataset(world).history(DELETED[1]).num_plays == 1
     compute_tastes(world, TasteConfig())
     release = releases.create_release(world)
     store = open_store(store_uri(world, None), Dataset(world).lineage)
-    loaded = load_states(Dataset(world), store, release)
-    assert (loaded.users, loaded.deleted) == (len(OTHERS) + 1, 0)
+    load_result = load_states(Dataset(world), store, release)
+    assert (load_result.users, load_result.deleted) == (len(OTHERS) + 1, 0)
     store.close()
     require_sound(world)
-    forget_users(world, [GONE[1]])
+    forget_users(world, [DELETED[1]])
     compact(world)
-    assert files_naming(root(world), GONE[1]) == []
+    assert files_with_user(root(world), DELETED[1]) == []
     require_sound(world)
 
 
@@ -298,23 +300,23 @@ def test_redis_keeps_no_bytes_of_a_deleted_user(world: Workspace, tmp_path: Path
     try:
         store = open_store(server.uri, Dataset(world).lineage)
         load_states(Dataset(world), store, releases.list_releases(world)[-1])
-        kept = [user_bytes(store, user) for user in OTHERS]
-        gone = [user_bytes(store, user) for user in GONE]
-        assert all(count_in(folder, each) == 1 for each in [*kept, *gone])
-        forget = ["--workspace", world.uri, "forget", "--store", server.uri]
-        with service(world, store=server.uri) as opened:
-            app = Client(opened)
-            assert app.request("DELETE", f"/v1/users/{GONE[1]}").status_code == 204
-            assert main([*forget, "--user", GONE[0]]) == 0
-            assert app.get(f"/v1/users/{GONE[1]}/taste").status_code == 404
-        assert main([*forget, "--user", GONE[2], "--compact"]) == 0
-        assert [count_in(folder, each) for each in gone] == [0] * len(GONE)
-        assert [count_in(folder, each) for each in kept] == [1] * len(OTHERS)
-        assert [user_bytes(store, user) for user in OTHERS] == kept
-        for whole in store.read(GONE):
-            assert whole is not None
-            assert unpack_state(whole.stored.state).forgotten
-            assert (whole.log, whole.heard) == ([], None)
+        kept_bytes = [user_bytes(store, user) for user in OTHERS]
+        deleted_bytes = [user_bytes(store, user) for user in DELETED]
+        assert all(count_in(folder, parts) == 1 for parts in [*kept_bytes, *deleted_bytes])
+        command = ["--workspace", world.uri, "forget", "--store", server.uri]
+        with service(world, store=server.uri) as open_service:
+            client = Client(open_service)
+            assert client.request("DELETE", f"/v1/users/{DELETED[1]}").status_code == 204
+            assert main([*command, "--user", DELETED[0]]) == 0
+            assert client.get(f"/v1/users/{DELETED[1]}/taste").status_code == 404
+        assert main([*command, "--user", DELETED[2], "--compact"]) == 0
+        assert [count_in(folder, parts) for parts in deleted_bytes] == [0] * len(DELETED)
+        assert [count_in(folder, parts) for parts in kept_bytes] == [1] * len(OTHERS)
+        assert [user_bytes(store, user) for user in OTHERS] == kept_bytes
+        for record in store.read(DELETED):
+            assert record is not None
+            assert unpack_state(record.stored.state).forgotten
+            assert (record.log, record.heard) == ([], None)
         assert load_states(Dataset(world), store, releases.list_releases(world)[-1], repeat=True).added == 0
         store.close()
     finally:
@@ -323,9 +325,9 @@ def test_redis_keeps_no_bytes_of_a_deleted_user(world: Workspace, tmp_path: Path
 
 def user_bytes(store: StateStore, user: str) -> tuple[bytes, ...]:
     """The packed state and the packed plays of a user."""
-    (whole,) = store.read([user])
-    assert whole is not None
-    return (whole.stored.state, *whole.log)
+    (record,) = store.read([user])
+    assert record is not None
+    return (record.stored.state, *record.log)
 
 
 def count_in(folder: Path, parts: tuple[bytes, ...]) -> float:
@@ -338,84 +340,84 @@ def count_in(folder: Path, parts: tuple[bytes, ...]) -> float:
 def test_a_killed_run_is_finished_by_the_next(
     world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    before = all_rows(world)
+    rows_before = all_rows(world)
     delete_all(world, tmp_path)
     calls: list[Any] = []
 
-    def dying(plain: Callable[..., Any], turn: int) -> Callable[..., Any]:
+    def kill_at(function: Callable[..., Any], call_number: int) -> Callable[..., Any]:
         def run(*arguments: Any, **options: Any) -> Any:
             calls.append(arguments)
-            if len(calls) == turn:
+            if len(calls) == call_number:
                 raise KeyboardInterrupt
-            return plain(*arguments, **options)
+            return function(*arguments, **options)
 
         return run
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         if step == "third file":
-            patch.setattr(forget.FileEraser, "__call__", dying(forget.FileEraser.__call__, 3))
+            patch.setattr(forget.FileEraser, "__call__", kill_at(forget.FileEraser.__call__, 3))
         elif step == "first move":
-            patch.setattr(Workspace, "move", dying(Workspace.move, 1))
+            patch.setattr(Workspace, "move", kill_at(Workspace.move, 1))
         elif step == "second move":
-            patch.setattr(Workspace, "move", dying(Workspace.move, 2))
+            patch.setattr(Workspace, "move", kill_at(Workspace.move, 2))
         else:
-            patch.setattr(forget, "mark_erased", dying(forget.mark_erased, 1))
+            patch.setattr(forget, "mark_erased", kill_at(forget.mark_erased, 1))
         compact(world)
     compact(world)
     require_sound(world)
-    assert all_rows(world) == before
-    for user in GONE:
-        assert files_naming(root(world), user) == []
+    assert all_rows(world) == rows_before
+    for user in DELETED:
+        assert files_with_user(root(world), user) == []
 
 
 def test_what_killed_jobs_left_is_erased_too(world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The leftovers are buckets of unfinished taste vectors, pieces of an unfinished import, and half a file."""
-    done: list[int] = []
+    computed_buckets: list[int] = []
 
-    def dies(worker: Any, bucket: int, plain: Any = taste.BucketTastes.__call__) -> Any:
-        if len(done) == 2:
+    def compute_two_buckets(worker: Any, bucket: int, compute: Any = taste.BucketTastes.__call__) -> Any:
+        if len(computed_buckets) == 2:
             raise KeyboardInterrupt
-        done.append(bucket)
-        return plain(worker, bucket)
+        computed_buckets.append(bucket)
+        return compute(worker, bucket)
 
     config = TasteConfig(at=(START + 8 * DAY) * 1000)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        patch.setattr(taste.BucketTastes, "__call__", dies)
+        patch.setattr(taste.BucketTastes, "__call__", compute_two_buckets)
         compute_tastes(world, config)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         patch.setattr("rayrec.importing.import_run.BucketMerger", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
-        append_plays(world, plays_of(tmp_path, 5))
+        append_plays(world, write_plays(tmp_path, 5))
     assert world.files(IMPORT_STAGING)
-    half = root(world) / "tastes" / artifacts.listing(world, "tastes")[0].id / f".tastes.parquet.{'0' * 32}"
-    half.write_text(GONE[0])
+    half_file = root(world) / "tastes" / artifacts.listing(world, "tastes")[0].id / f".tastes.parquet.{'0' * 32}"
+    half_file.write_text(DELETED[0])
     delete_all(world, tmp_path)
     compact(world)
-    assert not half.exists()
-    for user in GONE:
-        assert files_naming(root(world), user) == []
-    made = compute_tastes(world, config)
-    assert (made.metrics["users"], made.metrics["buckets_computed"]) == (len(OTHERS), 1)
+    assert not half_file.exists()
+    for user in DELETED:
+        assert files_with_user(root(world), user) == []
+    tastes = compute_tastes(world, config)
+    assert (tastes.metrics["users"], tastes.metrics["buckets_computed"]) == (len(OTHERS), 1)
     require_sound(world)
 
 
-def killed(*_: Any, **__: Any) -> None:
+def kill(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
 @pytest.fixture
 def four_days(workspace: Workspace, tmp_path: Path) -> Workspace:
-    import_data(workspace, plays_of(tmp_path, 0))
+    import_data(workspace, write_plays(tmp_path, 0))
     for day in (1, 2, 3):
-        append_plays(workspace, plays_of(tmp_path, day))
+        append_plays(workspace, write_plays(tmp_path, day))
     return workspace
 
 
-def unfinished_fits(workspace: Workspace) -> Split:
+def start_and_kill_fits(workspace: Workspace) -> Split:
     """Start a training and a retrieval that are killed, and return their split."""
     split = split_dataset(workspace, SplitConfig(test_days=1, validation_days=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rayrec.jobs.train.train_worker", killed)
-        patch.setattr("rayrec.jobs.retrieval.merge_counts", killed)
+        patch.setattr("rayrec.jobs.train.train_worker", kill)
+        patch.setattr("rayrec.jobs.retrieval.merge_counts", kill)
         for fit in (train_network, fit_retrieval_of):
             with pytest.raises(KeyboardInterrupt):
                 fit(workspace, split)
@@ -431,47 +433,48 @@ def fit_retrieval_of(workspace: Workspace, split: Split) -> artifacts.Manifest:
 
 
 def test_killed_fits_leave_no_plays_of_a_deleted_user_and_nothing_new_is_made_of_them(four_days: Workspace) -> None:
-    split = unfinished_fits(four_days)
-    for user in GONE:
-        assert any(name.startswith("models/") for name in files_naming(root(four_days), user))
+    split = start_and_kill_fits(four_days)
+    for user in DELETED:
+        assert any(name.startswith("models/") for name in files_with_user(root(four_days), user))
     assert four_days.files("retrieval")
-    forget_users(four_days, GONE)
+    forget_users(four_days, DELETED)
     compact(four_days)
-    for user in GONE:
-        assert files_naming(root(four_days), user) == []
-    left = sum(fit_range(split).select(each).num_plays for each in Dataset(four_days).read_all())
+    for user in DELETED:
+        assert files_with_user(root(four_days), user) == []
+    remaining_plays = sum(fit_range(split).select(batch).num_plays for batch in Dataset(four_days).read_all())
     retrieval, model = fit_retrieval_of(four_days, split), train_network(four_days, split)
-    assert Retrieval.load(four_days, retrieval.folder).plays.plays.sum() == left
-    assert four_days.read_array(model.path(PLAY_COUNTS)).sum() == left
+    assert Retrieval.load(four_days, retrieval.folder).plays.plays.sum() == remaining_plays
+    assert four_days.read_array(model.path(PLAY_COUNTS)).sum() == remaining_plays
     require_sound(four_days)
 
 
 def test_a_training_that_was_stopped_before_a_deletion_starts_over_without_a_question_and_says_so(
     four_days: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    split = unfinished_fits(four_days)
+    split = start_and_kill_fits(four_days)
     # As if workers had left a checkpoint.
     monkeypatch.setattr("rayrec.jobs.train.has_checkpoint", lambda workspace, folder: workspace.exists(f"{folder}/run"))
     with pytest.raises(InputError, match="was stopped and left a checkpoint"):
         train_network(four_days, split)
-    forget_users(four_days, GONE[:1])
+    forget_users(four_days, DELETED[:1])
     with caplog.at_level("WARNING"):
         assert train_network(four_days, split).metrics["epochs"] == 1
     assert "was unfinished and had plays of deleted users: it is deleted and starts over" in caplog.text
 
 
 def test_an_unfinished_fit_stays_where_nobody_was_deleted_since(four_days: Workspace) -> None:
-    forget_users(four_days, GONE)
-    unfinished_fits(four_days)
-    left = [*four_days.files("models"), *four_days.files("retrieval")]
+    forget_users(four_days, DELETED)
+    start_and_kill_fits(four_days)
+    files = [*four_days.files("models"), *four_days.files("retrieval")]
     compact(four_days)
-    assert [*four_days.files("models"), *four_days.files("retrieval")] == left != []
+    assert [*four_days.files("models"), *four_days.files("retrieval")] == files != []
 
 
 def test_a_damaged_file_does_not_get_a_new_checksum(world: Workspace, tmp_path: Path) -> None:
     delete_all(world, tmp_path)
     path = next(
-        path for path in Dataset(world).manifest.histories_files(int(Dataset(world).bucket_of(np.array(GONE[:1]))[0]))
+        path
+        for path in Dataset(world).manifest.histories_files(int(Dataset(world).bucket_of(np.array(DELETED[:1]))[0]))
     )
     table = world.read_table(path)
     world.write_table(path, table.slice(0, table.num_rows - 1) if table.num_rows > 1 else table)
@@ -480,13 +483,13 @@ def test_a_damaged_file_does_not_get_a_new_checksum(world: Workspace, tmp_path: 
     assert len(read_pending_deletions(world)) == 3
 
 
-def test_the_list_holds_no_id_in_clear(world: Workspace, tmp_path: Path) -> None:
+def test_the_list_of_deleted_users_holds_no_readable_id(world: Workspace, tmp_path: Path) -> None:
     delete_all(world, tmp_path)
     for folder in ("waiting", "."):
-        listed = root(world) / "forgotten" / folder
-        assert any(path.is_file() for path in listed.rglob("*"))
-        for user in GONE:
-            assert files_naming(listed, user) == []
+        list_folder = root(world) / "forgotten" / folder
+        assert any(path.is_file() for path in list_folder.rglob("*"))
+        for user in DELETED:
+            assert files_with_user(list_folder, user) == []
         compact(world)
 
 
@@ -495,7 +498,7 @@ def test_a_command_without_users_is_wrong_use(world: Workspace, capsys: pytest.C
     assert "--user ID or --users FILE" in capsys.readouterr().err
     assert main(["--workspace", world.uri, "forget", "--user", " "]) == 2
     assert len(read_pending_deletions(world)) == 0
-    assert main(["--workspace", world.uri, "--json", "forget", "--user", GONE[0], "--compact"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["users"], told["compact"]["erased"]["users"]) == (1, 1)
-    assert files_naming(root(world), GONE[0]) == []
+    assert main(["--workspace", world.uri, "--json", "forget", "--user", DELETED[0], "--compact"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["users"], report["compact"]["erased"]["users"]) == (1, 1)
+    assert files_with_user(root(world), DELETED[0]) == []

@@ -54,18 +54,18 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def chosen_on(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray | None]:
     """The queries on which nprobe is chosen, for each IVF index that is built in a test."""
     without_ray(monkeypatch)
-    passed: list[np.ndarray | None] = []
+    recorded_queries: list[np.ndarray | None] = []
     build = SongIndex.build
 
-    def recorded(
+    def record_and_build(
         vectors: np.ndarray, config: IndexConfig, *, queries: np.ndarray | None = None, threads: int = 1
     ) -> SongIndex:
         if config.kind == "ivf":
-            passed.append(queries)
+            recorded_queries.append(queries)
         return build(vectors, config, queries=queries, threads=threads)
 
-    monkeypatch.setattr(SongIndex, "build", recorded)
-    return passed
+    monkeypatch.setattr(SongIndex, "build", record_and_build)
+    return recorded_queries
 
 
 def _require_tastes(queries: np.ndarray | None, workspace: Workspace, network_folder: str) -> None:
@@ -84,8 +84,8 @@ def _two_step(workspace: Workspace) -> TwoStepRecommender:
     """The two-step recommender that `evaluate` makes."""
     dataset, model = Dataset(workspace), newest(workspace, "models")
     split = load_split(workspace, model.inputs["split"])
-    compared = evaluate.choose_models(workspace, dataset, EvaluateConfig(models=("two-step",)), split, None)
-    (recommender,), _ = evaluate.make_recommenders(workspace, dataset, compared, split)
+    models = evaluate.choose_models(workspace, dataset, EvaluateConfig(models=("two-step",)), split, None)
+    (recommender,), _ = evaluate.make_recommenders(workspace, dataset, models, split)
     assert isinstance(recommender, TwoStepRecommender)
     return recommender
 
@@ -124,13 +124,13 @@ def test_an_evaluation_searches_the_index_that_is_stored(
     workspace: Workspace, chosen_on: list[np.ndarray | None], tmp_path: Path
 ) -> None:
     workspace = Workspace(shutil.copytree(workspace.uri, tmp_path / "copy"))
-    stored = build_index(workspace, LISTS)
+    index = build_index(workspace, LISTS)
     assert len(chosen_on) == 1
-    figures = _two_step(workspace).source.index.figures
+    metrics = _two_step(workspace).source.index.figures
     assert len(chosen_on) == 1  # no other index was built
-    assert figures == IndexMetrics(**{name: stored.metrics[name] for name in asdict(figures)})
-    evaluated = EvaluateConfig(models=("two-step",), bootstrap_samples=0, offsets=0, max_curve_users=5)
+    assert metrics == IndexMetrics(**{name: index.metrics[name] for name in asdict(metrics)})
+    config = EvaluateConfig(models=("two-step",), bootstrap_samples=0, offsets=0, max_curve_users=5)
     split = load_split(workspace, newest(workspace, "models").inputs["split"])
-    report = evaluate.evaluate(workspace, evaluated, split=split)
-    assert report.inputs["indexes"] == stored.id
+    report = evaluate.evaluate(workspace, config, split=split)
+    assert report.inputs["indexes"] == index.id
     assert len(chosen_on) == 1

@@ -24,31 +24,35 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
 
 
-def csv(folder: Path, name: str, *lines: str, header: str = "user,song,played_at,event_type,liked") -> ImportConfig:
+def write_csv(
+    folder: Path, name: str, *lines: str, header: str = "user,song,played_at,event_type,liked"
+) -> ImportConfig:
     path = folder / f"{name}.csv"
     path.write_text("\n".join([header, *lines]) + "\n")
     return ImportConfig(format="csv", paths=(str(path),), buckets=2)
 
 
-def whole(workspace: Workspace) -> Histories:
+def all_histories(workspace: Workspace) -> Histories:
     return concatenate(list(Dataset(workspace).read_all()))
 
 
-def of_users(histories: Histories | None, ids: list[str]) -> dict[str, list[tuple[str, int]]]:
+def events_by_user(histories: Histories | None, ids: list[str]) -> dict[str, list[tuple[str, int]]]:
     """User -> (song id, second from START) of each play or like."""
     assert histories is not None
     return {
         user: [
             (ids[song], at // 1000 - START)
-            for song, at in zip(histories.songs[a:b].tolist(), histories.played_at[a:b].tolist(), strict=True)
+            for song, at in zip(
+                histories.songs[start:end].tolist(), histories.played_at[start:end].tolist(), strict=True
+            )
         ]
-        for user, a, b in zip(histories.user_ids, histories.offsets[:-1], histories.offsets[1:], strict=True)
+        for user, start, end in zip(histories.user_ids, histories.offsets[:-1], histories.offsets[1:], strict=True)
     }
 
 
 def likes(workspace: Workspace) -> dict[str, list[tuple[str, int]]]:
     ids = Dataset(workspace).catalog().table.column("song_id").to_pylist()
-    return of_users(whole(workspace).likes, ids)
+    return events_by_user(all_histories(workspace).likes, ids)
 
 
 def require_sound(workspace: Workspace) -> None:
@@ -60,7 +64,7 @@ def require_sound(workspace: Workspace) -> None:
 def imported(workspace: Workspace, tmp_path: Path) -> Workspace:
     import_data(
         workspace,
-        csv(
+        write_csv(
             tmp_path,
             "0",
             f"ann,s1,{START},play,",
@@ -77,12 +81,12 @@ def imported(workspace: Workspace, tmp_path: Path) -> Workspace:
 
 
 def test_a_like_is_no_play_and_a_skip_is_one(imported: Workspace) -> None:
-    manifest, histories = Dataset(imported).manifest, whole(imported)
-    assert of_users(histories, ["s1", "s2", "s3"]) == {"ann": [("s1", 0), ("s2", 1)], "bob": [("s2", 3)]}
+    manifest, histories = Dataset(imported).manifest, all_histories(imported)
+    assert events_by_user(histories, ["s1", "s2", "s3"]) == {"ann": [("s1", 0), ("s2", 1)], "bob": [("s2", 3)]}
     assert likes(imported) == {"ann": [("s1", 2), ("s3", 9)], "bob": [("s2", 3)]}
-    skipped = Dataset(imported).histories(["ann", "bob"]).skipped
-    assert skipped is not None
-    assert skipped.tolist() == [False, True, False]
+    is_skipped = Dataset(imported).histories(["ann", "bob"]).skipped
+    assert is_skipped is not None
+    assert is_skipped.tolist() == [False, True, False]
     assert (manifest.plays, manifest.users, manifest.likes, manifest.merged, manifest.read) == (3, 2, 2, 1, 8)
     assert manifest.rejected == {
         "event is not a play, skip or like": 1,
@@ -94,20 +98,20 @@ def test_a_like_is_no_play_and_a_skip_is_one(imported: Workspace) -> None:
 def test_appended_likes_stand_beside_the_earlier_plays_and_are_kept_when_parts_are_joined(
     imported: Workspace, tmp_path: Path
 ) -> None:
-    plain = csv(tmp_path, "1", f"ann,s2,{START + 50}", header="user,song,played_at")
-    assert append_plays(imported, plain).likes == 0
-    alone = append_plays(imported, csv(tmp_path, "2", f"bob,s4,{START + 60},like,", f"ann,s3,{START + 9},like,"))
-    assert (alone.plays, alone.users, alone.likes) == (0, 0, 2)
-    append_plays(imported, csv(tmp_path, "3", f"cid,s1,{START + 70},play,", f"cid,s1,{START + 71},like,"))
+    plays_config = write_csv(tmp_path, "1", f"ann,s2,{START + 50}", header="user,song,played_at")
+    assert append_plays(imported, plays_config).likes == 0
+    result = append_plays(imported, write_csv(tmp_path, "2", f"bob,s4,{START + 60},like,", f"ann,s3,{START + 9},like,"))
+    assert (result.plays, result.users, result.likes) == (0, 0, 2)
+    append_plays(imported, write_csv(tmp_path, "3", f"cid,s1,{START + 70},play,", f"cid,s1,{START + 71},like,"))
     expected = {"ann": [("s1", 2), ("s3", 9)], "bob": [("s2", 3), ("s4", 60)], "cid": [("s1", 71)]}
     assert likes(imported) == expected
     dataset = Dataset(imported)
-    newest = [batch for bucket in range(2) for batch in dataset.read_bucket(bucket, first_part=2)]
-    assert {user for batch in newest for user in batch.user_ids} == {"cid"}  # the only user with plays since part 2
+    batches = [batch for bucket in range(2) for batch in dataset.read_bucket(bucket, first_part=2)]
+    assert {user for batch in batches for user in batch.user_ids} == {"cid"}  # the only user with plays since part 2
     require_sound(imported)
-    plays = of_users(whole(imported), ["s1", "s2", "s3", "s4"])
+    plays = events_by_user(all_histories(imported), ["s1", "s2", "s3", "s4"])
     assert compact(imported).spans == [(0, 3)]
-    assert (likes(imported), of_users(whole(imported), ["s1", "s2", "s3", "s4"])) == (expected, plays)
+    assert (likes(imported), events_by_user(all_histories(imported), ["s1", "s2", "s3", "s4"])) == (expected, plays)
     require_sound(imported)
 
 
@@ -115,23 +119,21 @@ def test_a_deleted_users_likes_are_erased_and_older_ones_do_not_come_back(import
     forget_users(imported, ["ann"])
     compact(imported)
     assert likes(imported) == {"bob": [("s2", 3)]}
-    append_plays(imported, csv(tmp_path, "1", f"ann,s1,{START + 80},like,", f"bob,s3,{START + 81},like,"))
+    append_plays(imported, write_csv(tmp_path, "1", f"ann,s1,{START + 80},like,", f"bob,s3,{START + 81},like,"))
     assert likes(imported) == {"bob": [("s2", 3), ("s3", 81)]}
     require_sound(imported)
 
 
-def test_a_data_set_without_skips_and_likes_has_the_columns_it_has_always_had(
-    workspace: Workspace, tmp_path: Path
-) -> None:
-    made = import_data(workspace, csv(tmp_path, "0", f"ann,s1,{START}", header="user,song,played_at"))
-    assert (made.has_skipped, made.has_likes, made.likes) == (False, False, 0)
+def test_a_data_set_without_skips_and_likes_has_no_columns_for_them(workspace: Workspace, tmp_path: Path) -> None:
+    manifest = import_data(workspace, write_csv(tmp_path, "0", f"ann,s1,{START}", header="user,song,played_at"))
+    assert (manifest.has_skipped, manifest.has_likes, manifest.likes) == (False, False, 0)
     for bucket in range(2):
-        (path,) = made.histories_files(bucket)
+        (path,) = manifest.histories_files(bucket)
         assert workspace.read_table(path).column_names == ["user_id", "songs", "played_at"]
 
 
 def test_users_and_songs_with_too_few_plays_take_their_likes_with_them(workspace: Workspace, tmp_path: Path) -> None:
-    config: Any = csv(
+    config: Any = write_csv(
         tmp_path,
         "0",
         *(f"{user},s{song},{START + song},play," for user in ("ann", "bob") for song in (1, 2)),
@@ -140,10 +142,10 @@ def test_users_and_songs_with_too_few_plays_take_their_likes_with_them(workspace
         f"ann,s9,{START + 6},like,",  # nobody plays s9
         f"cid,s1,{START + 7},like,",
     )
-    made = import_data(workspace, config.replace(min_user_plays=2, min_song_plays=2))
+    manifest = import_data(workspace, config.replace(min_user_plays=2, min_song_plays=2))
     assert likes(workspace) == {"ann": [("s1", 5)], "bob": []}
-    assert np.array_equal(whole(workspace).lengths, [2, 2])
-    assert (made.likes, made.rejected) == (
+    assert np.array_equal(all_histories(workspace).lengths, [2, 2])
+    assert (manifest.likes, manifest.rejected) == (
         1,
         {"user with fewer than 2 plays": 1, "like of a user without plays": 1, "song with fewer than 2 plays": 1},
     )

@@ -43,46 +43,46 @@ def test_without_a_split_the_newest_plays_teach_rankers_and_the_model_learns_fro
     assert {outcome.status for outcome in outcomes} == {"done"}
     assert notes[0].startswith("Validation range: the plays from ")
     (split,) = list_splits(workspace)
-    live = active_release(workspace)
-    assert live is not None
-    rankers, model = (load_manifest(workspace, kind, live.inputs[kind]) for kind in ("rankers", "models"))
+    live_release = active_release(workspace)
+    assert live_release is not None
+    rankers, model = (load_manifest(workspace, kind, live_release.inputs[kind]) for kind in ("rankers", "models"))
     assert load_split(workspace, rankers.inputs["split"]) == split
     assert not split.has_test
     dataset = Dataset(workspace)
     assert int(workspace.read_array(model.path("play_counts.npy")).sum()) == dataset.manifest.plays
-    assert isinstance(load_recommender(workspace, dataset, live.inputs), TwoStepRecommender)
-    again = run(workspace, sections)
-    assert {outcome.status for outcome in again} == {"skipped"}
+    assert isinstance(load_recommender(workspace, dataset, live_release.inputs), TwoStepRecommender)
+    second_outcomes = run(workspace, sections)
+    assert {outcome.status for outcome in second_outcomes} == {"skipped"}
 
 
-def test_of_too_few_plays_for_a_validation_range_a_release_without_rankers_is_made(
+def test_with_too_few_plays_for_a_validation_range_the_release_has_no_rankers(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_ray(monkeypatch)
     notes: list[str] = []
-    heard: list[Outcome] = []
+    outcomes: list[Outcome] = []
     path = write_rows(tmp_path / "plays.csv", ring_plays(range(4), plays=10))
-    run(workspace, _sections(path), on_stage=heard.append, on_note=notes.append)
+    run(workspace, _sections(path), on_stage=outcomes.append, on_note=notes.append)
     assert notes[0].startswith("40 plays are too few for a validation range")
-    left_out = {outcome.stage: outcome.reason for outcome in heard if outcome.status == "left out"}
+    left_out = {outcome.stage: outcome.reason for outcome in outcomes if outcome.status == "left out"}
     assert left_out == dict.fromkeys(("retrieval", "rank"), "rankers need a validation range")
-    live = active_release(workspace)
-    assert live is not None
-    assert "rankers" not in live.inputs
+    live_release = active_release(workspace)
+    assert live_release is not None
+    assert "rankers" not in live_release.inputs
 
 
 def test_a_changed_first_file_replaces_no_appended_plays_unless_forced(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_ray(monkeypatch)
-    first = write_rows(tmp_path / "plays.csv", ring_plays(range(4), plays=10))
-    day = write_rows(tmp_path / "day.csv", ring_plays(range(4), plays=3, begin=20, days=1))
-    config = ImportConfig(format="csv", paths=(first,), columns=COLUMNS, buckets=2)
+    first_path = write_rows(tmp_path / "plays.csv", ring_plays(range(4), plays=10))
+    day_path = write_rows(tmp_path / "day.csv", ring_plays(range(4), plays=3, begin=20, days=1))
+    config = ImportConfig(format="csv", paths=(first_path,), columns=COLUMNS, buckets=2)
     Stages(workspace).run("import", config)
-    os.utime(first, (0, 0))
+    os.utime(first_path, (0, 0))
     Stages(workspace).run("import", config)  # imported again: no other plays can be lost
-    append_plays(workspace, config.replace(paths=(day,)))
-    os.utime(first, (1, 1))
+    append_plays(workspace, config.replace(paths=(day_path,)))
+    os.utime(first_path, (1, 1))
     with pytest.raises(InputError, match=r"already contains 52 plays from csv, some of them appended later; .*--force"):
         Stages(workspace).run("import", config)
     assert Dataset(workspace).manifest.plays == 52

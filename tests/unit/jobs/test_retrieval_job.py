@@ -34,14 +34,14 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def arrays(retrieval: Retrieval) -> dict[str, np.ndarray]:
-    found: dict[str, Any] = {}
+    named_arrays: dict[str, Any] = {}
     for part in ("sessions", "rules", "plays"):
         value = getattr(retrieval, part)
-        found |= {f"{part}.{field.name}": getattr(value, field.name) for field in fields(value)}
-    return {**found, "recent": retrieval.recent_plays, "popular": retrieval.popular}
+        named_arrays |= {f"{part}.{field.name}": getattr(value, field.name) for field in fields(value)}
+    return {**named_arrays, "recent": retrieval.recent_plays, "popular": retrieval.popular}
 
 
-def cut(monkeypatch: pytest.MonkeyPatch, *, ranges: int, groups: int, plays: int) -> None:
+def set_ranges_and_groups(monkeypatch: pytest.MonkeyPatch, *, ranges: int, groups: int, plays: int) -> None:
     """Make the stage use `ranges` ranges of songs and `groups` groups of buckets, as for very large data."""
     monkeypatch.setattr(stored_retrieval, "PLAYS_PER_RANGE", -(-plays // ranges))
     monkeypatch.setattr(import_plan, "MAX_READS", ranges * groups)
@@ -56,27 +56,27 @@ def test_any_groups_and_ranges_give_the_same(
     histories = random_histories(60, SONGS, seed=2)
     histories = with_opinions(histories, SONGS) if opinions else histories
     dataset = write_dataset(workspace, histories, SONGS, buckets=BUCKETS)
-    cut(monkeypatch, ranges=ranges, groups=groups, plays=dataset.manifest.plays)
-    made = fit_retrieval(workspace, SETTINGS)
-    whole = RetrievalCounts.fit(histories, num_songs=SONGS, newest=SETTINGS.sessions_per_song)
-    expected = arrays(Retrieval.build(whole.strongest(SETTINGS.rules_per_song)))
-    loaded = Retrieval.load(workspace, made.folder)
-    found = arrays(loaded)
+    set_ranges_and_groups(monkeypatch, ranges=ranges, groups=groups, plays=dataset.manifest.plays)
+    manifest = fit_retrieval(workspace, SETTINGS)
+    counts = RetrievalCounts.fit(histories, num_songs=SONGS, newest=SETTINGS.sessions_per_song)
+    expected = arrays(Retrieval.build(counts.strongest(SETTINGS.rules_per_song)))
+    retrieval = Retrieval.load(workspace, manifest.folder)
+    actual = arrays(retrieval)
     for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
-    assert (loaded.has_likes, loaded.skip_share > 0) == (opinions, opinions)
+        np.testing.assert_array_equal(actual[name], value, err_msg=name)
+    assert (retrieval.has_likes, retrieval.skip_share > 0) == (opinions, opinions)
 
 
 def test_a_killed_job_counts_no_group_again(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = write_dataset(workspace, random_histories(60, SONGS, seed=2), SONGS, buckets=BUCKETS)
-    cut(monkeypatch, ranges=5, groups=3, plays=dataset.manifest.plays)
+    set_ranges_and_groups(monkeypatch, ranges=5, groups=3, plays=dataset.manifest.plays)
     expected = fit_retrieval(workspace, SETTINGS)
-    read = []
-    whole = Dataset.read_bucket
+    read_buckets = []
+    read_bucket = Dataset.read_bucket
 
-    def counted(dataset: Dataset, bucket: int, *arguments: Any, **options: Any) -> Any:
-        read.append(bucket)
-        return whole(dataset, bucket, *arguments, **options)
+    def record_and_read(dataset: Dataset, bucket: int, *arguments: Any, **options: Any) -> Any:
+        read_buckets.append(bucket)
+        return read_bucket(dataset, bucket, *arguments, **options)
 
     def kill(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -85,39 +85,41 @@ def test_a_killed_job_counts_no_group_again(workspace: Workspace, monkeypatch: p
         patch.setattr(job, "merge_counts", kill)
         with pytest.raises(KeyboardInterrupt):
             fit_retrieval(workspace, SETTINGS, repeat=True)
-    monkeypatch.setattr(Dataset, "read_bucket", counted)
-    again = fit_retrieval(workspace, SETTINGS, repeat=True)
-    assert read == []
-    assert again.files == expected.files  # name -> checksum
+    monkeypatch.setattr(Dataset, "read_bucket", record_and_read)
+    resumed = fit_retrieval(workspace, SETTINGS, repeat=True)
+    assert read_buckets == []
+    assert resumed.files == expected.files  # name -> checksum
 
 
-def test_parts_merge_like_with_like() -> None:
+def test_each_part_is_copied_few_times_while_parts_are_merged() -> None:
     """Each part is copied about log2(number of parts) times, and not once for each part that follows it."""
     histories = random_histories(64, SONGS, seed=3)
     parts = [RetrievalCounts.fit(histories.take(np.arange(64) == user), num_songs=SONGS) for user in range(64)]
-    copied = 0
+    copied_rules = 0
     merge = RetrievalCounts.merge.__func__  # type: ignore[attr-defined]
 
-    def counted(cls: type, parts: Any) -> RetrievalCounts:
-        nonlocal copied
-        copied += sum(len(part.rules.followers) for part in parts)
-        made: RetrievalCounts = merge(cls, parts)
-        return made
+    def count_and_merge(cls: type, parts: Any) -> RetrievalCounts:
+        nonlocal copied_rules
+        copied_rules += sum(len(part.rules.followers) for part in parts)
+        result: RetrievalCounts = merge(cls, parts)
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RetrievalCounts, "merge", classmethod(counted))
+        patch.setattr(RetrievalCounts, "merge", classmethod(count_and_merge))
         merged = merge_counts(iter(parts))
-    assert copied <= 8 * sum(len(part.rules.followers) for part in parts)
+    assert copied_rules <= 8 * sum(len(part.rules.followers) for part in parts)
     expected = RetrievalCounts.fit(histories, num_songs=SONGS)
     np.testing.assert_array_equal(merged.rules.followers, expected.rules.followers)
     np.testing.assert_array_equal(merged.sessions.songs, expected.sessions.songs)
 
 
 @pytest.mark.parametrize(("ranges", "groups"), [(1, 6), (10, 3), (25, 6)])
-def test_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranges: int, groups: int) -> None:
+def test_requests_are_as_many_as_the_formula_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranges: int, groups: int
+) -> None:
     workspace = Workspace(tmp_path / "w")
     dataset = write_dataset(workspace, random_histories(60, SONGS, seed=2), SONGS, buckets=BUCKETS)
-    cut(monkeypatch, ranges=ranges, groups=groups, plays=dataset.manifest.plays)
+    set_ranges_and_groups(monkeypatch, ranges=ranges, groups=groups, plays=dataset.manifest.plays)
     counts = CountingFileSystem()
     with monkeypatch.context() as patch:
         counts.watch(patch)
@@ -144,17 +146,17 @@ def test_the_files_are_the_same_whatever_the_groups_and_ranges_after_an_append_t
         for play in range(900)
     ]
 
-    def fitted(folder: Path, ranges: int, groups: int) -> list[dict[str, str]]:
+    def fit_in_two_parts(folder: Path, ranges: int, groups: int) -> list[dict[str, str]]:
         workspace, checksums = Workspace(folder), []
         for part in range(2):
             add_plays(workspace, folder.with_suffix(f".{part}.csv"), rows[600 * part : 600 * (part + 1)])
-            cut(monkeypatch, ranges=ranges, groups=groups, plays=Dataset(workspace).manifest.plays)
-            made = fit_retrieval(workspace, SETTINGS)
-            assert bool(made.metrics["base"]) == bool(part)
-            checksums.append(made.files)
+            set_ranges_and_groups(monkeypatch, ranges=ranges, groups=groups, plays=Dataset(workspace).manifest.plays)
+            manifest = fit_retrieval(workspace, SETTINGS)
+            assert bool(manifest.metrics["base"]) == bool(part)
+            checksums.append(manifest.files)
         return checksums
 
-    assert fitted(tmp_path / "cut", ranges, groups) == fitted(tmp_path / "whole", 1, BUCKETS)
+    assert fit_in_two_parts(tmp_path / "cut", ranges, groups) == fit_in_two_parts(tmp_path / "whole", 1, BUCKETS)
 
 
 def add_plays(workspace: Workspace, path: Path, rows: list[list[Any]]) -> None:
@@ -173,20 +175,22 @@ def followers(workspace: Workspace, retrieval: Manifest, song: str) -> dict[str,
     ids, (row,) = catalog.table.column("song_id").to_pylist(), catalog.rows([song])
     entries = slice(int(rules.offsets[row]), int(rules.offsets[row + 1]))
     weights = (rules.weights[entries] / DIRECT_WEIGHT).tolist()
-    return dict(zip([ids[each] for each in rules.followers[entries]], weights, strict=True))
+    return dict(zip([ids[follower] for follower in rules.followers[entries]], weights, strict=True))
 
 
 def sessions(workspace: Workspace, retrieval: Manifest) -> set[str]:
     """The song ids of each session, joined to one text."""
     ids = Dataset(workspace).catalog().table.column("song_id").to_pylist()
-    kept = Retrieval.load(workspace, retrieval.folder).sessions
-    return {"".join(ids[song] for song in songs) for songs in np.split(kept.songs, kept.offsets[1:-1])}
+    stored_sessions = Retrieval.load(workspace, retrieval.folder).sessions
+    return {
+        "".join(ids[song] for song in songs) for songs in np.split(stored_sessions.songs, stored_sessions.offsets[1:-1])
+    }
 
 
 def pairs(user: str, first: str, second: str, count: int, *, start: int) -> list[list[Any]]:
     """Plays of `first` and, a minute later, `second` by each of `count` users."""
     users = [f"{user}{number}" for number in range(count)]
-    return [[user, song, start + 60 * place] for user in users for place, song in enumerate((first, second))]
+    return [[user, song, start + 60 * position] for user in users for position, song in enumerate((first, second))]
 
 
 def test_a_follower_that_was_cut_starts_at_0_in_an_appended_part(workspace: Workspace, tmp_path: Path) -> None:
@@ -202,10 +206,10 @@ def test_a_follower_that_was_cut_starts_at_0_in_an_appended_part(workspace: Work
     assert followers(workspace, second, "a") == {"b": 3.0}  # though c has come four times
     add_plays(workspace, tmp_path / "2.csv", pairs("x", "a", "c", 4, start=START + 2 * DAY))
     third = fit_retrieval(workspace, settings)
-    whole = fit_retrieval(workspace, settings.replace(full=True))
-    assert [second.metrics["base"], third.metrics["base"], whole.metrics["base"]] == [first.id, second.id, ""]
+    full = fit_retrieval(workspace, settings.replace(full=True))
+    assert [second.metrics["base"], third.metrics["base"], full.metrics["base"]] == [first.id, second.id, ""]
     assert followers(workspace, third, "a") == {"c": 4.0}  # counted in the last part only
-    assert followers(workspace, whole, "a") == {"c": 8.0}
+    assert followers(workspace, full, "a") == {"c": 8.0}
 
 
 def test_a_session_that_goes_on_in_an_appended_part_is_two_and_its_rules_end_between_them(
@@ -219,16 +223,16 @@ def test_a_session_that_goes_on_in_an_appended_part_is_two_and_its_rules_end_bet
     add_plays(workspace, tmp_path / "1.csv", [
         ["on", "f", START + 120], ["on", "g", START + 180], ["once", "i", START + 60],
     ])  # fmt: skip
-    added = fit_retrieval(workspace, RetrievalConfig())
-    whole = fit_retrieval(workspace, RetrievalConfig(full=True))
-    assert (added.metrics["base"], whole.metrics["base"]) == (first.id, "")
-    assert sessions(workspace, whole) == {"defg", "hi"}
-    assert sessions(workspace, added) == {"de", "fg"}
-    assert followers(workspace, whole, "e") == {"f": 1.0, "g": 0.5}
-    assert followers(workspace, added, "e") == {}
-    assert followers(workspace, added, "d") == {"e": 1.0}
-    assert followers(workspace, added, "f") == {"g": 1.0}
-    plays = [Retrieval.load(workspace, each.folder).plays.plays.tolist() for each in (added, whole)]
+    incremental = fit_retrieval(workspace, RetrievalConfig())
+    full = fit_retrieval(workspace, RetrievalConfig(full=True))
+    assert (incremental.metrics["base"], full.metrics["base"]) == (first.id, "")
+    assert sessions(workspace, full) == {"defg", "hi"}
+    assert sessions(workspace, incremental) == {"de", "fg"}
+    assert followers(workspace, full, "e") == {"f": 1.0, "g": 0.5}
+    assert followers(workspace, incremental, "e") == {}
+    assert followers(workspace, incremental, "d") == {"e": 1.0}
+    assert followers(workspace, incremental, "f") == {"g": 1.0}
+    plays = [Retrieval.load(workspace, manifest.folder).plays.plays.tolist() for manifest in (incremental, full)]
     assert plays[0] == plays[1] == [1] * 6
 
 
@@ -237,9 +241,9 @@ def test_without_times_popular_songs_are_those_of_all_users_not_of_the_longest_h
     times = [(180_000 * np.arange(len(songs))).tolist() for songs in lists]
     histories = Histories.from_lists(lists, times)
     write_dataset(workspace, histories.take(np.arange(40)), SONGS, times="positions")
-    few = Retrieval.load(workspace, fit_retrieval(workspace, SETTINGS).folder)
-    np.testing.assert_array_equal(few.recent_plays[:3], [40, 40, 40])
+    first = Retrieval.load(workspace, fit_retrieval(workspace, SETTINGS).folder)
+    np.testing.assert_array_equal(first.recent_plays[:3], [40, 40, 40])
     write_dataset(workspace, histories, SONGS, times="positions")
-    every = Retrieval.load(workspace, fit_retrieval(workspace, SETTINGS, repeat=True).folder)
-    np.testing.assert_array_equal(every.recent_plays, every.plays.plays)
-    assert every.recent_plays[0] == 43
+    second = Retrieval.load(workspace, fit_retrieval(workspace, SETTINGS, repeat=True).folder)
+    np.testing.assert_array_equal(second.recent_plays, second.plays.plays)
+    assert second.recent_plays[0] == 43

@@ -22,10 +22,10 @@ class BreakingServer:
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
         """The log from its first line on."""
-        until = self.breaks.pop(0) if self.breaks else None
-        for text in LOG[:until]:
+        piece_count = self.breaks.pop(0) if self.breaks else None
+        for text in LOG[:piece_count]:
             yield text
-        if until is not None:
+        if piece_count is not None:
             raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
 
     def get_job_info(self, job: str) -> SimpleNamespace:
@@ -34,26 +34,26 @@ class BreakingServer:
         return SimpleNamespace(status=status, driver_exit_code=3, message="", start_time=1_000, end_time=4_500)
 
 
-def followed(breaks: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[str, submit.JobEnd]:
+def follow_job(breaks: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[str, submit.JobEnd]:
     """Follow a job; return the log text that was read, and how the job ended."""
     monkeypatch.setattr(submit, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(submit, "JobSubmissionClient", lambda address: BreakingServer(breaks))
     cluster = Cluster("http://here:8265")
-    read: list[str] = []
-    end = cluster.follow("job", read.append)
-    return "".join(read), end
+    pieces: list[str] = []
+    end = cluster.follow("job", pieces.append)
+    return "".join(pieces), end
 
 
 @pytest.mark.parametrize("breaks", [[], [1], [0, 2, 2], [1, 1, 2]])
 def test_a_broken_log_is_taken_up_where_it_broke(breaks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    read, end = followed(breaks, monkeypatch)
-    assert read == "".join(LOG)
+    log, end = follow_job(breaks, monkeypatch)
+    assert log == "".join(LOG)
     assert (end.status, end.exit_code, end.seconds) == ("FAILED", 3, 3.5)
 
 
-def test_a_log_that_keeps_breaking_ends_the_following_and_not_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_following_ends_with_an_error_if_the_log_keeps_breaking(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RayrecError, match="the job keeps running, follow it with `rayrec submit --attach job`"):
-        followed([1] * 50, monkeypatch)
+        follow_job([1] * 50, monkeypatch)
 
 
 @pytest.mark.parametrize("uri", ["s3://music/rayrec", "gs://music/rayrec", "/mnt/shared/rayrec"])
@@ -77,7 +77,7 @@ def test_a_folder_of_this_machine_is_no_workspace_of_a_cluster() -> None:
         (["train"], "Missing cluster address; pass --address"),
     ],
 )
-def test_wrong_use_is_said_before_a_cluster_is_asked(
+def test_wrong_use_is_refused_before_a_cluster_is_contacted(
     words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):

@@ -32,10 +32,10 @@ def test_a_catalog_of_one_song_can_be_trained_though_there_is_nothing_to_tell_ap
     workspace: Workspace, tmp_path: Path
 ) -> None:
     import_ring(workspace, tmp_path, songs=1)
-    made = train(workspace, CONFIG)
-    assert made.metrics["loss"] == 0
-    assert made.metrics["plays"] == 10 * 39
-    assert workspace.read_array(made.path("song_vectors.npy")).shape[0] == 1
+    model = train(workspace, CONFIG)
+    assert model.metrics["loss"] == 0
+    assert model.metrics["plays"] == 10 * 39
+    assert workspace.read_array(model.path("song_vectors.npy")).shape[0] == 1
 
 
 def test_histories_too_short_for_every_horizon_are_refused(workspace: Workspace, tmp_path: Path) -> None:

@@ -46,18 +46,18 @@ def split(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Split:
     return split_dataset(workspace, SplitConfig(test_days=4, validation_days=4))
 
 
-def space(folder: Path, rates: str) -> str:
+def write_space(folder: Path, rates: str) -> str:
     path = folder / "space.toml"
     path.write_text(f"[train]\nlearning_rate = {rates}\n")
     return str(path)
 
 
 def test_the_best_trial_is_one_that_did_not_diverge(workspace: Workspace, split: Split, tmp_path: Path) -> None:
-    made = tune(workspace, TuneConfig(), space(tmp_path, "[1.0, 0.001, 0.5]"), split=split)
-    assert [row[SELECTION_METRIC] for row in made.metrics["trials"]] == [None, 0.25, None]
-    assert made.metrics["best"]["train"]["learning_rate"] == 0.001
-    assert made.metrics["best_ndcg"] == 0.25
-    rates = [line.split(",")[1:3] for line in workspace.read_bytes(made.path(CSV)).decode().splitlines()[1:]]
+    result = tune(workspace, TuneConfig(), write_space(tmp_path, "[1.0, 0.001, 0.5]"), split=split)
+    assert [row[SELECTION_METRIC] for row in result.metrics["trials"]] == [None, 0.25, None]
+    assert result.metrics["best"]["train"]["learning_rate"] == 0.001
+    assert result.metrics["best_ndcg"] == 0.25
+    rates = [line.split(",")[1:3] for line in workspace.read_bytes(result.path(CSV)).decode().splitlines()[1:]]
     assert rates == [["1.0", ""], ["0.001", "0.25"], ["0.5", ""]]
 
 
@@ -75,7 +75,7 @@ def test_what_was_current_before_a_sweep_that_is_stopped_is_current_after(
     monkeypatch.setattr(job, "embed", embed)
     monkeypatch.setattr(job, "train", train)
     with pytest.raises(KeyboardInterrupt):
-        tune(workspace, TuneConfig(), space(tmp_path, "[1.0, 0.001]"), split=split)
+        tune(workspace, TuneConfig(), write_space(tmp_path, "[1.0, 0.001]"), split=split)
     assert workspace.folders("songs") == ["by-hand", "of-a-trial"]
     assert current_ids(workspace) == before
 
@@ -84,7 +84,7 @@ def test_a_sweep_of_which_every_trial_diverges_has_no_result(
     workspace: Workspace, split: Split, tmp_path: Path
 ) -> None:
     with pytest.raises(DivergedError, match="give smaller learning rates"):
-        tune(workspace, TuneConfig(), space(tmp_path, "[1.0, 0.5]"), split=split)
+        tune(workspace, TuneConfig(), write_space(tmp_path, "[1.0, 0.5]"), split=split)
 
 
 SPACE: dict[str, Any] = {
@@ -98,15 +98,15 @@ def _trials(space: dict[str, Any], **config: int) -> list[Trial]:
 
 
 def test_a_grid_holds_every_combination_once() -> None:
-    found = [(trial.embed.dim, trial.train.learning_rate) for trial in _trials(SPACE)]
-    assert found == [(dim, rate) for dim in (16, 32) for rate in (0.001, 0.003, 0.01)]
+    pairs = [(trial.embed.dim, trial.train.learning_rate) for trial in _trials(SPACE)]
+    assert pairs == [(dim, rate) for dim in (16, 32) for rate in (0.001, 0.003, 0.01)]
     assert all(trial.embed.window == 4 and trial.train.hidden_dim == 64 for trial in _trials(SPACE))
     assert _trials(SPACE)[1].varied == {"embed.dim": 16, "train.learning_rate": 0.003}
 
 
 def test_drawn_trials_are_different_ones_and_the_same_for_a_seed() -> None:
-    first, again, other = (_trials(SPACE, trials=4, seed=seed) for seed in (1, 1, 2))
-    assert first == again
+    first, repeated, other = (_trials(SPACE, trials=4, seed=seed) for seed in (1, 1, 2))
+    assert first == repeated
     assert first != other
     assert len({str(trial.varied) for trial in first}) == 4
     assert _trials(SPACE, trials=50) == _trials(SPACE)
@@ -116,13 +116,13 @@ def test_trials_are_not_refitted() -> None:
     assert not any(trial.train.refit for trial in _trials(SPACE))
 
 
-def test_of_a_setting_that_is_a_list_lists_are_the_choices() -> None:
+def test_choices_of_a_setting_that_is_a_list_are_lists() -> None:
     trials = _trials({"train": {"short": [1, 1], "long": [[10, 20], [25, 50], []]}})
     assert [trial.train.long for trial in trials] == [(10, 20), (25, 50), ()]
     assert {trial.train.short for trial in trials} == {(1, 1)}
 
 
-def test_presets_may_be_chosen_among() -> None:
+def test_presets_can_be_choices() -> None:
     trials = _trials({"train": {"preset": ["r_hst", "r_pst"]}})
     assert [trial.train.source for trial in trials] == ["histories", "playlists"]
 
@@ -159,5 +159,5 @@ def test_settings_are_printed_as_a_file_for_run(tmp_path: Any) -> None:
     (tmp_path / "best.toml").write_text(to_toml(settings))
     configs = read_configs(tmp_path / "best.toml")
     assert configs["embed"].dim == 32
-    told = configs["train"]
-    assert (told.objective, told.learning_rate, told.long, told.gaps) == ("softmax", 0.01, (), False)
+    config = configs["train"]
+    assert (config.objective, config.learning_rate, config.long, config.gaps) == ("softmax", 0.01, (), False)

@@ -61,107 +61,112 @@ def fitted(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work
     return Workspace(tmp_path / "workspace")
 
 
-def live_of(workspace: Workspace) -> Manifest:
-    live = active_release(workspace)
-    assert live is not None
-    return live
+def live_release(workspace: Workspace) -> Manifest:
+    release = active_release(workspace)
+    assert release is not None
+    return release
 
 
-def updated(workspace: Workspace, path: str, **settings: Any) -> UpdateResult:
+def run_update(workspace: Workspace, path: str, **settings: Any) -> UpdateResult:
     return update(workspace, UpdateConfig(paths=(path,), **settings))
 
 
 def test_a_day_of_plays_goes_live_with_its_new_users_and_songs(fitted: Workspace, tmp_path: Path) -> None:
-    before = live_of(fitted)
-    day = ring_plays(range(140, 170), plays=8, begin=20, days=1, **RING)
+    before = live_release(fitted)
+    rows = ring_plays(range(140, 170), plays=8, begin=20, days=1, **RING)
     for user in range(20):
-        day += [f"u{user},{song},{BEGIN + 20 * DAY + at},{song},Anna\n" for song, at in (("s6", 100), ("new", 300))]
-    result = updated(fitted, write_rows(tmp_path / "day.csv", day))
-    new = result.appended
-    assert (new.users, new.songs, new.plays, result.trained) == (20, 1, len(day), False)
+        rows += [f"u{user},{song},{BEGIN + 20 * DAY + at},{song},Anna\n" for song, at in (("s6", 100), ("new", 300))]
+    result = run_update(fitted, write_rows(tmp_path / "day.csv", rows))
+    appended = result.appended
+    assert (appended.users, appended.songs, appended.plays, result.trained) == (20, 1, len(rows), False)
     assert result.live, result.reason
     assert result.quality is not None
-    live, dataset = live_of(fitted), Dataset(fitted)
-    assert live.id == result.release != before.id
-    assert live.inputs["models"] == before.inputs["models"]
-    assert live.inputs["dataset"] == dataset.manifest.id
-    added = AddedSongs.load(fitted, load_manifest(fitted, "added_songs", live.inputs["added_songs"]).folder)
-    assert added.rows.tolist() == dataset.catalog().rows(["new"]).tolist()
-    recommender, at = load_recommender(fitted, dataset, live.inputs), dataset.manifest.last_play + 60_000
-    assert len(answer(dataset, recommender, RecommendConfig(k=5), parts=live.inputs, at=at, user="u169").songs) == 5
-    after = answer(dataset, recommender, RecommendConfig(k=20), parts=live.inputs, at=at, songs=["s5", "s6"])
-    assert "new" in [song.song_id for song in after.songs]
+    release, dataset = live_release(fitted), Dataset(fitted)
+    assert release.id == result.release != before.id
+    assert release.inputs["models"] == before.inputs["models"]
+    assert release.inputs["dataset"] == dataset.manifest.id
+    added_songs = AddedSongs.load(fitted, load_manifest(fitted, "added_songs", release.inputs["added_songs"]).folder)
+    assert added_songs.rows.tolist() == dataset.catalog().rows(["new"]).tolist()
+    recommender, at = load_recommender(fitted, dataset, release.inputs), dataset.manifest.last_play + 60_000
+    assert len(answer(dataset, recommender, RecommendConfig(k=5), parts=release.inputs, at=at, user="u169").songs) == 5
+    response = answer(dataset, recommender, RecommendConfig(k=20), parts=release.inputs, at=at, songs=["s5", "s6"])
+    assert "new" in [song.song_id for song in response.songs]
 
 
-def test_the_retrieval_takes_in_the_new_plays_alone_and_what_is_checked_none_of_the_newest(
+def test_the_new_retrieval_continues_the_old_one_and_the_checked_one_lacks_the_newest_plays(
     fitted: Workspace, tmp_path: Path
 ) -> None:
-    before = live_of(fitted)
-    day = ring_plays(range(50), plays=8, begin=20, days=1, **RING)
-    updated(fitted, write_rows(tmp_path / "day.csv", day))
-    made = load_manifest(fitted, "retrieval", live_of(fitted).inputs["retrieval"])
-    assert made.metrics["base"] == before.inputs["retrieval"]
+    before = live_release(fitted)
+    rows = ring_plays(range(50), plays=8, begin=20, days=1, **RING)
+    run_update(fitted, write_rows(tmp_path / "day.csv", rows))
+    retrieval = load_manifest(fitted, "retrieval", live_release(fitted).inputs["retrieval"])
+    assert retrieval.metrics["base"] == before.inputs["retrieval"]
     moments = np.concatenate([batch.played_at for batch in Dataset(fitted).read_all()])
-    cut = load_split(fitted, made.inputs["split"]).validation_from
-    assert cut is not None
-    assert 0 < (moments >= cut).sum() < len(day)
-    for folder, plays in ((made.folder, len(moments)), (made.path(SELECTION_RETRIEVAL), (moments < cut).sum())):
+    validation_from = load_split(fitted, retrieval.inputs["split"]).validation_from
+    assert validation_from is not None
+    assert 0 < (moments >= validation_from).sum() < len(rows)
+    for folder, plays in (
+        (retrieval.folder, len(moments)),
+        (retrieval.path(SELECTION_RETRIEVAL), (moments < validation_from).sum()),
+    ):
         assert int(Retrieval.load(fitted, folder).plays.plays.sum()) == plays
 
 
 def test_models_are_compared_on_plays_that_a_retrieval_fitted_by_hand_since_the_split_has_not_seen(
     fitted: Workspace, tmp_path: Path
 ) -> None:
-    first = load_manifest(fitted, "retrieval", live_of(fitted).inputs["retrieval"])
-    split = load_split(fitted, first.inputs["split"])
+    first_retrieval = load_manifest(fitted, "retrieval", live_release(fitted).inputs["retrieval"])
+    split = load_split(fitted, first_retrieval.inputs["split"])
     assert not split.has_test
-    many = write_rows(tmp_path / "many.csv", ring_plays(range(150), plays=8, begin=20, days=2, **RING))
-    append_plays(fitted, ImportConfig(format="csv", paths=(many,), columns=COLUMNS))
-    seen = Dataset(fitted).manifest.last_play
-    made = fit_retrieval(fitted, from_mapping(RetrievalConfig, first.config, "retrieval"), split=split)
-    assert create_release(fitted, retrieval_id=made.id).inputs["retrieval"] == made.id
-    few = write_rows(tmp_path / "few.csv", ring_plays(range(100), plays=8, begin=23, days=1, **RING))
-    result = updated(fitted, few, train_share=1.0)
+    many_path = write_rows(tmp_path / "many.csv", ring_plays(range(150), plays=8, begin=20, days=2, **RING))
+    append_plays(fitted, ImportConfig(format="csv", paths=(many_path,), columns=COLUMNS))
+    last_seen = Dataset(fitted).manifest.last_play
+    second_retrieval = fit_retrieval(
+        fitted, from_mapping(RetrievalConfig, first_retrieval.config, "retrieval"), split=split
+    )
+    assert create_release(fitted, retrieval_id=second_retrieval.id).inputs["retrieval"] == second_retrieval.id
+    few_path = write_rows(tmp_path / "few.csv", ring_plays(range(100), plays=8, begin=23, days=1, **RING))
+    result = run_update(fitted, few_path, train_share=1.0)
     assert result.quality is not None
-    renewed = load_manifest(fitted, "retrieval", live_of(fitted).inputs["retrieval"])
-    cut = load_split(fitted, renewed.inputs["split"]).validation_from
-    assert cut is not None
-    assert cut > seen
+    third_retrieval = load_manifest(fitted, "retrieval", live_release(fitted).inputs["retrieval"])
+    validation_from = load_split(fitted, third_retrieval.inputs["split"]).validation_from
+    assert validation_from is not None
+    assert validation_from > last_seen
 
 
 def test_the_same_plays_again_change_nothing(fitted: Workspace, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "day.csv", ring_plays(range(50), plays=6, begin=20, days=1, **RING))
-    first = updated(fitted, path)
-    again = updated(fitted, path)
-    assert (again.appended.plays, again.release, again.live, again.outcomes) == (0, first.release, True, [])
+    first = run_update(fitted, path)
+    second = run_update(fitted, path)
+    assert (second.appended.plays, second.release, second.live, second.outcomes) == (0, first.release, True, [])
 
 
 def test_a_new_model_that_finds_less_is_kept_out(fitted: Workspace, tmp_path: Path) -> None:
     """No user held out to check rankers has new plays: the new release has no rankers, and its network finds less."""
-    before = live_of(fitted)
-    names = np.array([f"u{user}" for user in range(150)], dtype=object)
-    users = np.flatnonzero(~checks_rankers(names)).tolist()
+    before = live_release(fitted)
+    user_ids = np.array([f"u{user}" for user in range(150)], dtype=object)
+    users = np.flatnonzero(~checks_rankers(user_ids)).tolist()
     path = write_rows(tmp_path / "days.csv", ring_plays(users, begin=20, days=5, **RING))
-    result = updated(fitted, path, train=True)
+    result = run_update(fitted, path, train=True)
     assert "rank" in [outcome.stage for outcome in result.outcomes if outcome.status == "left out"]
     assert result.quality is not None
-    new, live = result.quality.value("new"), result.quality.value("live")
-    assert new is not None
-    assert live is not None
-    assert new < live - 0.005
+    new_quality, live_quality = result.quality.value("new"), result.quality.value("live")
+    assert new_quality is not None
+    assert live_quality is not None
+    assert new_quality < live_quality - 0.005
     assert not result.live
-    assert f"{live:.3f}" in result.reason
-    assert live_of(fitted) == before
+    assert f"{live_quality:.3f}" in result.reason
+    assert live_release(fitted) == before
     assert load_manifest(fitted, "releases", result.release)  # kept, so that users can activate it
 
 
 @pytest.mark.slow  # trains twice
 def test_where_many_plays_are_new_the_training_is_continued(fitted: Workspace, tmp_path: Path) -> None:
-    before = live_of(fitted)
-    result = updated(fitted, write_rows(tmp_path / "days.csv", ring_plays(range(150), begin=20, days=10, **RING)))
+    before = live_release(fitted)
+    result = run_update(fitted, write_rows(tmp_path / "days.csv", ring_plays(range(150), begin=20, days=10, **RING)))
     assert result.trained
     assert result.live, result.reason
-    model = load_manifest(fitted, "models", live_of(fitted).inputs["models"])
+    model = load_manifest(fitted, "models", live_release(fitted).inputs["models"])
     assert model.inputs["from"] == before.inputs["models"]
     assert int(fitted.read_array(model.path("play_counts.npy")).sum()) == Dataset(fitted).manifest.plays
 
@@ -171,9 +176,9 @@ def test_few_new_plays_go_live_unchecked_and_states_follow_where_there_is_a_stor
 ) -> None:
     path = write_rows(tmp_path / "plays.csv", ring_plays(range(2), plays=3, begin=20, days=1, **RING))
     uri = store_uri(fitted, None)
-    opened = open_store(uri, Dataset(fitted).lineage)
-    opened.close()
-    result = updated(fitted, path)
+    store = open_store(uri, Dataset(fitted).lineage)
+    store.close()
+    result = run_update(fitted, path)
     assert (result.live, result.quality) == (True, None)
     assert "too few for a comparison" in result.reason
     assert result.states is not None
@@ -187,20 +192,20 @@ def test_rejected_rows_are_warned_of_and_too_many_end_the_update_with_the_summar
     before = Dataset(fitted).manifest
     rows = [*ring_plays(range(2), plays=3, begin=20, days=1, **RING), *[f"u1,,{BEGIN},,One\n"] * bad]
     path = write_rows(tmp_path / "plays.csv", rows)
-    words = ["--json", "--workspace", fitted.uri, "update", path]
-    assert main(words) == code
-    told = capsys.readouterr()
-    data, said = json.loads(told.out), told.err
+    arguments = ["--json", "--workspace", fitted.uri, "update", path]
+    assert main(arguments) == code
+    output = capsys.readouterr()
+    report, messages = json.loads(output.out), output.err
     share = f"{bad} of {6 + bad} rows ({bad / (6 + bad):.1%}) were rejected."
-    assert share in data["import"]["warnings"]
-    assert data["import"]["reasons"][0]["text"] == f"u1,,{BEGIN},,One"
+    assert share in report["import"]["warnings"]
+    assert report["import"]["reasons"][0]["text"] == f"u1,,{BEGIN},,One"
     assert (Dataset(fitted).manifest == before) == (code == 2)
     if code:
-        assert data["error"]["kind"] == "too_many_rejected"
-        assert main([*words, "--max-rejected", "0.9"]) == 0
-        said = capsys.readouterr().err
-    wanted = f"Warning: {share} no song: {path}, line 8: u1,,{BEGIN}"
-    assert "".join(wanted.split()) in "".join(said.split())  # a line of stderr may break within a path
+        assert report["error"]["kind"] == "too_many_rejected"
+        assert main([*arguments, "--max-rejected", "0.9"]) == 0
+        messages = capsys.readouterr().err
+    warning = f"Warning: {share} no song: {path}, line 8: u1,,{BEGIN}"
+    assert "".join(warning.split()) in "".join(messages.split())  # a line of stderr may break within a path
 
 
 def test_times_without_a_zone_and_skips_are_read_as_in_the_fit_unless_another_zone_is_named(
@@ -212,39 +217,39 @@ def test_times_without_a_zone_and_skips_are_read_as_in_the_fit_unless_another_zo
     for name, content in {"plays": rows, **days}.items():
         (tmp_path / f"{name}.csv").write_text("user_id,track,timestamp,share_listened\n" + "".join(content))
     config = FitConfig(paths=(str(tmp_path / "plays.csv"),), timezone="Asia/Tokyo")
-    how = {"import": {"buckets": 2, "skip_below": 0.2}, "embed": SETTINGS["embed"], "train": SETTINGS["train"]}
-    fit(workspace, config, settings=how)
+    settings = {"import": {"buckets": 2, "skip_below": 0.2}, "embed": SETTINGS["embed"], "train": SETTINGS["train"]}
+    fit(workspace, config, settings=settings)
     assert Dataset(workspace).manifest.last_play == parse_timestamp("2026-01-11T01:00Z")
-    updated(workspace, str(tmp_path / "day1.csv"))
+    run_update(workspace, str(tmp_path / "day1.csv"))
     assert Dataset(workspace).manifest.last_play == parse_timestamp("2026-01-12T15:00Z")
-    updated(workspace, str(tmp_path / "day2.csv"), timezone="UTC")
+    run_update(workspace, str(tmp_path / "day2.csv"), timezone="UTC")
     assert Dataset(workspace).manifest.last_play == parse_timestamp("2026-01-14T01:00Z")
-    skipped = Dataset(workspace).history("u0").skipped
-    assert skipped is not None
-    assert skipped.tolist() == [False] * 12 + [True]
+    is_skipped = Dataset(workspace).history("u0").skipped
+    assert is_skipped is not None
+    assert is_skipped.tolist() == [False] * 12 + [True]
 
 
 def test_without_a_live_release_it_says_what_to_run_first(workspace: Workspace, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "plays.csv", ring_plays(range(2), plays=3))
     with pytest.raises(InputError, match="no live release; run `rayrec fit` first"):
-        updated(workspace, path)
+        run_update(workspace, path)
 
 
 def test_without_rankers_the_networks_alone_are_compared(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_ray(monkeypatch)
-    few = write_rows(tmp_path / "plays.csv", ring_plays(range(25), plays=10, **RING))
-    assert fit(workspace, FitConfig(paths=(few,)), settings=SETTINGS).quality is None
-    assert "rankers" not in live_of(workspace).inputs
-    many = write_rows(tmp_path / "days.csv", ring_plays(range(100), plays=30, begin=20, days=5, **RING))
-    result = updated(workspace, many, train_share=1.0)
+    few_path = write_rows(tmp_path / "plays.csv", ring_plays(range(25), plays=10, **RING))
+    assert fit(workspace, FitConfig(paths=(few_path,)), settings=SETTINGS).quality is None
+    assert "rankers" not in live_release(workspace).inputs
+    many_path = write_rows(tmp_path / "days.csv", ring_plays(range(100), plays=30, begin=20, days=5, **RING))
+    result = run_update(workspace, many_path, train_share=1.0)
     assert not result.trained
     assert result.quality is not None
     assert result.quality.queries > 100
     assert result.reason.startswith(f"recall@20 as served on {result.quality.queries:,} new queries is ")
     assert result.live
-    verdict = live_of(workspace).metrics["validation"]["verdict"]
+    verdict = live_release(workspace).metrics["validation"]["verdict"]
     assert verdict.startswith("taste finds ")
 
 
@@ -252,16 +257,16 @@ def test_a_model_of_too_few_plays_for_a_split_is_trained_further_on_plays_that_i
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_ray(monkeypatch)
-    few = write_rows(tmp_path / "plays.csv", ring_plays(range(25), plays=10, **RING))
-    fit(workspace, FitConfig(paths=(few,)), settings=SETTINGS)
-    before = live_of(workspace)
+    few_path = write_rows(tmp_path / "plays.csv", ring_plays(range(25), plays=10, **RING))
+    fit(workspace, FitConfig(paths=(few_path,)), settings=SETTINGS)
+    before = live_release(workspace)
     assert "split" not in load_manifest(workspace, "models", before.inputs["models"]).inputs
-    many = write_rows(tmp_path / "days.csv", ring_plays(range(100), plays=15, begin=20, days=5, **RING))
-    result = updated(workspace, many)
+    many_path = write_rows(tmp_path / "days.csv", ring_plays(range(100), plays=15, begin=20, days=5, **RING))
+    result = run_update(workspace, many_path)
     assert result.trained
     assert result.quality is not None
-    made = load_manifest(workspace, "releases", result.release)
-    model = load_manifest(workspace, "models", made.inputs["models"])
+    release = load_manifest(workspace, "releases", result.release)
+    model = load_manifest(workspace, "models", release.inputs["models"])
     assert model.inputs["from"] == before.inputs["models"]
     assert model.metrics["validation_recall@20"] is not None  # epochs were chosen on new plays
 
@@ -274,14 +279,14 @@ def test_columns_are_those_of_the_fit_where_the_files_have_them(
     rows = [f"u{user},Title {play},s{play},{BEGIN + play * 1000}\n" for user in range(3) for play in range(12)]
     days = {"day1": (header, "s1"), "day2": (header.replace("track_id", "other"), "s1"), "day3": (header, "s2")}
     (tmp_path / "plays.csv").write_text(header + "".join(rows))
-    for number, (name, (line, song)) in enumerate(days.items()):
-        (tmp_path / f"{name}.csv").write_text(f"{line}u0,Title {song},{song},{BEGIN + DAY * (number + 1)}\n")
+    for number, (name, (header_line, song)) in enumerate(days.items()):
+        (tmp_path / f"{name}.csv").write_text(f"{header_line}u0,Title {song},{song},{BEGIN + DAY * (number + 1)}\n")
     fit(workspace, FitConfig(paths=(str(tmp_path / "plays.csv"),), columns={"song": "track_id"}), settings=SETTINGS)
-    assert updated(workspace, str(tmp_path / "day1.csv")).appended.songs == 0
-    assert updated(workspace, str(tmp_path / "day2.csv")).appended.songs == 1  # no column track_id: guessed
-    assert updated(workspace, str(tmp_path / "day3.csv"), columns={"song": "song"}).appended.songs == 1
-    songs, row = Dataset(workspace).history("u0").songs.tolist(), Dataset(workspace).catalog().rows
-    assert songs[12:] == row(["s1", "Title s1", "Title s2"]).tolist()
+    assert run_update(workspace, str(tmp_path / "day1.csv")).appended.songs == 0
+    assert run_update(workspace, str(tmp_path / "day2.csv")).appended.songs == 1  # no column track_id: guessed
+    assert run_update(workspace, str(tmp_path / "day3.csv"), columns={"song": "song"}).appended.songs == 1
+    songs, rows_of = Dataset(workspace).history("u0").songs.tolist(), Dataset(workspace).catalog().rows
+    assert songs[12:] == rows_of(["s1", "Title s1", "Title s2"]).tolist()
 
 
 @pytest.mark.parametrize(("others", "user"), [([], "ann"), (["ann"], "ann"), (["bob"], "export")])
@@ -290,9 +295,9 @@ def test_the_user_is_the_one_that_all_imports_of_the_format_were_given(
 ) -> None:
     without_ray(monkeypatch)
 
-    def history(name: str, begin: int) -> str:
+    def write_history(name: str, day: int) -> str:
         plays = [
-            {"ts": f"2024-04-{begin:02}T10:{play:02}:00Z", "spotify_track_uri": f"t{play}", "ms_played": 40_000}
+            {"ts": f"2024-04-{day:02}T10:{play:02}:00Z", "spotify_track_uri": f"t{play}", "ms_played": 40_000}
             for play in range(12)
         ]
         path = tmp_path / name / "endsong_0.json"
@@ -300,16 +305,16 @@ def test_the_user_is_the_one_that_all_imports_of_the_format_were_given(
         path.write_text(json.dumps(plays))
         return str(path)
 
-    how = {**SETTINGS, "import": {"buckets": 2}}
-    fit(workspace, FitConfig(paths=(history("first", 1),), user="ann"), settings=how)
+    settings = {**SETTINGS, "import": {"buckets": 2}}
+    fit(workspace, FitConfig(paths=(write_history("first", 1),), user="ann"), settings=settings)
     for number, other in enumerate(others, start=2):
-        config = ImportConfig(format="spotify-history", paths=(history(other, number),), user=other)
+        config = ImportConfig(format="spotify-history", paths=(write_history(other, number),), user=other)
         append_plays(workspace, config)
     notes: list[str] = []
-    update(workspace, UpdateConfig(paths=(history("export", 9),)), on_note=notes.append)
+    update(workspace, UpdateConfig(paths=(write_history("export", 9),)), on_note=notes.append)
     assert len(Dataset(workspace).history(user).songs) == (24 if user == "ann" else 12) + 12 * others.count("ann")
     assert ("all plays belong to user 'ann'" in notes[0]) == (user == "ann")
-    update(workspace, UpdateConfig(paths=(history("third", 10),), user="cyd"))
+    update(workspace, UpdateConfig(paths=(write_history("third", 10),), user="cyd"))
     assert len(Dataset(workspace).history("cyd").songs) == 12
-    update(workspace, UpdateConfig(paths=(history("dan", 11),), user=""))  # the folder names the user
+    update(workspace, UpdateConfig(paths=(write_history("dan", 11),), user=""))  # the folder names the user
     assert len(Dataset(workspace).history("dan").songs) == 12

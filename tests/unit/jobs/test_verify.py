@@ -45,9 +45,10 @@ def build(workspace: Workspace, kind: str = "flat") -> Workspace:
     for number, part in enumerate(parts):
         workspace.write_table(histories_file(0, number), part.to_arrow())
     put_dataset_manifest(workspace)
-    told = pa.table({columns.SONG_ID: ["s1"], columns.TITLE: ["One"]})
+    descriptions = pa.table({columns.SONG_ID: ["s1"], columns.TITLE: ["One"]})
     rows = [
-        told[each.name] if each.name in told.column_names else pa.nulls(1, each.type) for each in columns.DESCRIPTIONS
+        descriptions[field.name] if field.name in descriptions.column_names else pa.nulls(1, field.type)
+        for field in columns.DESCRIPTIONS
     ]
     store_descriptions(Dataset(workspace), pa.table(rows, schema=columns.DESCRIPTIONS), {})
     dataset = {"dataset": "data"}
@@ -71,17 +72,18 @@ def build(workspace: Workspace, kind: str = "flat") -> Workspace:
 def put_dataset_manifest(workspace: Workspace, **changes: int) -> None:
     """Write a manifest that fits the stored histories, apart from the wrong values in `changes`."""
     paths = [path.removeprefix("dataset/") for path in workspace.files("dataset") if path.endswith(".parquet")]
-    found = list(_plain_histories(workspace))
-    said = {
-        "users": sum(map(len, found)),
-        "plays": sum(part.num_plays for part in found),
-        "first_play": min(int(part.played_at.min()) for part in found),
-        "last_play": max(int(part.played_at.max()) for part in found),
+    parts = list(_plain_histories(workspace))
+    counts = {
+        "users": sum(map(len, parts)),
+        "plays": sum(part.num_plays for part in parts),
+        "first_play": min(int(part.played_at.min()) for part in parts),
+        "last_play": max(int(part.played_at.max()) for part in parts),
         "songs": NUM_SONGS,
     }
     files = {path: sha256(workspace, f"dataset/{path}") for path in paths}
     write_dataset_manifest(
-        workspace, DatasetManifest(id="data", source="x", buckets=BUCKETS, parts=1, files=files, **{**said, **changes})
+        workspace,
+        DatasetManifest(id="data", source="x", buckets=BUCKETS, parts=1, files=files, **{**counts, **changes}),
     )
 
 
@@ -123,9 +125,11 @@ def test_a_sound_workspace_has_neither_problems_nor_notes(tmp_path: Path, kind: 
         "indexes",
         "releases",
     ]
-    stored = [path for path in workspace.files("") if path.endswith((".npy", ".parquet", ".safetensors", ".faiss"))]
-    assert stored
-    assert set(stored) <= audit.covered
+    stored_paths = [
+        path for path in workspace.files("") if path.endswith((".npy", ".parquet", ".safetensors", ".faiss"))
+    ]
+    assert stored_paths
+    assert set(stored_paths) <= audit.covered
 
 
 @pytest.mark.parametrize("damage", ["changed", "gone"])
@@ -133,20 +137,23 @@ def test_a_byte_changed_or_a_file_gone_is_named_whatever_the_file(sound: Workspa
     for path in sound.files(""):
         if path in ("releases/active", "current.json"):
             continue
-        before = sound.read_bytes(path)
+        content = sound.read_bytes(path)
         if damage == "changed":
-            sound.write_bytes(path, before[:-3] + bytes([before[-3] ^ 1]) + before[-2:])
+            sound.write_bytes(path, content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
         else:
             sound.delete(path)
         audit = verify_workspace(sound)
-        told = [finding.path for finding in audit.problems + audit.notes]
+        reported_paths = [finding.path for finding in audit.problems + audit.notes]
         assert not audit.is_sound or path.endswith("manifest.json"), path
-        assert any(path.startswith(name) for name in told) or path == "dataset/dataset.json", (path, told)
-        sound.write_bytes(path, before)
+        assert any(path.startswith(name) for name in reported_paths) or path == "dataset/dataset.json", (
+            path,
+            reported_paths,
+        )
+        sound.write_bytes(path, content)
     assert problems(sound) == []
 
 
-def remake(workspace: Workspace, kind: str, name: str) -> None:
+def update_checksums(workspace: Workspace, kind: str, name: str) -> None:
     """Store the checksums of an artifact's changed files, so that only their content shows the fault."""
     manifest = load_manifest(workspace, kind, name)
     publish(workspace, manifest, manifest.files)
@@ -156,14 +163,14 @@ def remake(workspace: Workspace, kind: str, name: str) -> None:
 def drop_a_taste(workspace: Workspace) -> None:
     path = tastes_file("tastes/t", 0)
     workspace.write_table(path, workspace.read_table(path).slice(1))
-    remake(workspace, "tastes", "t")
+    update_checksums(workspace, "tastes", "t")
 
 
 def repeat_a_taste(workspace: Workspace) -> None:
     path = tastes_file("tastes/t", 1)
     table = workspace.read_table(path)
     workspace.write_table(path, pa.concat_tables([table, table.slice(0, 1)]))
-    remake(workspace, "tastes", "t")
+    update_checksums(workspace, "tastes", "t")
 
 
 def stretch_a_taste(workspace: Workspace) -> None:
@@ -172,27 +179,27 @@ def stretch_a_taste(workspace: Workspace) -> None:
     values = [[2.0 * value for value in row] for row in table.column("taste_short").to_pylist()]
     column = table.column_names.index("taste_short")
     workspace.write_table(path, table.set_column(column, "taste_short", pa.array(values, pa.list_(pa.float32()))))
-    remake(workspace, "tastes", "t")
+    update_checksums(workspace, "tastes", "t")
 
 
 def break_song_vectors(workspace: Workspace) -> None:
     vectors = np.array(workspace.read_array("songs/by-hand/vectors.npy"))
     vectors[5, 0] = np.nan
     workspace.write_array("songs/by-hand/vectors.npy", vectors)
-    remake(workspace, "songs", "by-hand")
+    update_checksums(workspace, "songs", "by-hand")
 
 
 def index_other_vectors(workspace: Workspace) -> None:
     vectors = np.array(workspace.read_array("models/m/song_vectors.npy"))
     vectors[3] = SongVectors.normalized(vectors[3:4] + 0.1).vectors[0]
     SongIndex.build(vectors, IndexConfig()).save(workspace, f"indexes/i/{INDEX_FILE}")
-    remake(workspace, "indexes", "i")
+    update_checksums(workspace, "indexes", "i")
 
 
 def move_a_user(workspace: Workspace) -> None:
-    one, two = (workspace.read_table(histories_file(0, bucket)) for bucket in range(2))
-    workspace.write_table(histories_file(0, 1), pa.concat_tables([two, one.slice(0, 1)]))
-    workspace.write_table(histories_file(0, 0), one.slice(1))
+    first, second = (workspace.read_table(histories_file(0, bucket)) for bucket in range(2))
+    workspace.write_table(histories_file(0, 1), pa.concat_tables([second, first.slice(0, 1)]))
+    workspace.write_table(histories_file(0, 0), first.slice(1))
     put_dataset_manifest(workspace)
     workspace.delete("releases")
 
@@ -204,7 +211,7 @@ def repeat_a_user(workspace: Workspace) -> None:
     workspace.delete("releases")
 
 
-def disorder_plays(workspace: Workspace) -> None:
+def reverse_plays(workspace: Workspace) -> None:
     table = workspace.read_table(histories_file(0, 0))
     times = [row[::-1] for row in table.column("played_at").to_pylist()]
     column = table.column_names.index("played_at")
@@ -213,16 +220,16 @@ def disorder_plays(workspace: Workspace) -> None:
     workspace.delete("releases")
 
 
-def say_other_plays(workspace: Workspace) -> None:
+def write_wrong_play_count(workspace: Workspace) -> None:
     put_dataset_manifest(workspace, plays=12)
     workspace.delete("releases")
 
 
 def describe_a_song_twice(workspace: Workspace) -> None:
-    told = Dataset(workspace).descriptions()[-1]
-    table = workspace.read_table(told.path(DESCRIPTIONS_FILE))
-    workspace.write_table(told.path(DESCRIPTIONS_FILE), pa.concat_tables([table, table]))
-    remake(workspace, "descriptions", told.id)
+    descriptions = Dataset(workspace).descriptions()[-1]
+    table = workspace.read_table(descriptions.path(DESCRIPTIONS_FILE))
+    workspace.write_table(descriptions.path(DESCRIPTIONS_FILE), pa.concat_tables([table, table]))
+    update_checksums(workspace, "descriptions", descriptions.id)
 
 
 def leave_a_stray_file(workspace: Workspace) -> None:
@@ -239,8 +246,8 @@ def leave_a_stray_file(workspace: Workspace) -> None:
         (index_other_vectors, "indexes/i/index.faiss differs from models/m/song_vectors.npy"),
         (move_a_user, "bucket=00001 user"),
         (repeat_a_user, "bucket=00000 a user occurs twice"),
-        (disorder_plays, "bucket=00000 plays are not sorted by time"),
-        (say_other_plays, "dataset/dataset.json plays is 12, but"),
+        (reverse_plays, "bucket=00000 plays are not sorted by time"),
+        (write_wrong_play_count, "dataset/dataset.json plays is 12, but"),
         (describe_a_song_twice, "descriptions.parquet a song is described twice"),
         (leave_a_stray_file, "models/m/forgotten.npy is listed in no manifest"),
     ],
@@ -255,8 +262,8 @@ def test_a_planted_fault_is_found_where_it_is(
 def test_a_user_in_another_bucket_is_named_by_the_id_alone(sound: Workspace) -> None:
     (user,) = sound.read_table(histories_file(0, 0)).column(columns.USER).to_pylist()[:1]
     move_a_user(sound)
-    found = [line for line in problems(sound) if "histories" in line and "another bucket" in line]
-    assert found == [f"dataset/histories/part=*/bucket=00001 user {user} belongs to another bucket"]
+    lines = [line for line in problems(sound) if "histories" in line and "another bucket" in line]
+    assert lines == [f"dataset/histories/part=*/bucket=00001 user {user} belongs to another bucket"]
 
 
 def test_what_unfinished_jobs_leave_is_a_note(sound: Workspace) -> None:

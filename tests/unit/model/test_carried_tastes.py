@@ -27,7 +27,7 @@ def add_part(dataset: Dataset, histories: Histories) -> Dataset:
     return dataset
 
 
-def later(histories: Histories, names: list[str], *, from_minute: int, seed: int) -> Histories:
+def later_plays(histories: Histories, names: list[str], *, from_minute: int, seed: int) -> Histories:
     """New plays of the users `names`, from `from_minute` on."""
     random = np.random.default_rng(seed)
     lengths = random.integers(1, 9, size=len(names))
@@ -44,16 +44,16 @@ def rows_by_user(tables: list[pa.Table]) -> dict[str, dict]:
     return {row["user_id"]: row for row in rows}
 
 
-def assert_equal_rows(one: list[pa.Table], other: list[pa.Table]) -> None:
-    mine, theirs = rows_by_user(one), rows_by_user(other)
-    assert one[0].schema.equals(other[0].schema)
-    assert list(mine) == list(theirs)
-    for user, row in theirs.items():
+def assert_equal_rows(actual: list[pa.Table], expected: list[pa.Table]) -> None:
+    actual_rows, expected_rows = rows_by_user(actual), rows_by_user(expected)
+    assert actual[0].schema.equals(expected[0].schema)
+    assert list(actual_rows) == list(expected_rows)
+    for user, row in expected_rows.items():
         for name, value in row.items():
             if isinstance(value, list) and value and isinstance(value[0], float):
-                np.testing.assert_allclose(mine[user][name], value, atol=2e-6, err_msg=f"{user} {name}")
+                np.testing.assert_allclose(actual_rows[user][name], value, atol=2e-6, err_msg=f"{user} {name}")
             else:
-                assert mine[user][name] == value, (user, name)
+                assert actual_rows[user][name] == value, (user, name)
 
 
 @pytest.fixture
@@ -75,33 +75,34 @@ def test_rows_equal_a_full_run_and_each_user_is_in_the_right_count(
     encoder = TasteEncoder(network(model_config(layers=2, cell=cell, features=features)))
     base = list(full_tables(encoder, dataset, 0, at=AT - MINUTE, users=7, counts=Counts()))
     names = list(histories.user_ids)
-    add_part(dataset, later(histories, [*names[3:20:2], "new-a"], from_minute=300, seed=1))
-    add_part(dataset, later(histories, [names[3], names[30], "new-b", "new-a"], from_minute=350, seed=2))
-    add_part(dataset, later(histories, [names[5], names[31]], from_minute=-5, seed=3))  # older than the stored state
+    add_part(dataset, later_plays(histories, [*names[3:20:2], "new-a"], from_minute=300, seed=1))
+    add_part(dataset, later_plays(histories, [names[3], names[30], "new-b", "new-a"], from_minute=350, seed=2))
+    # older than the stored state
+    add_part(dataset, later_plays(histories, [names[5], names[31]], from_minute=-5, seed=3))
 
-    counts, full = Counts(), Counts()
+    counts, full_counts = Counts(), Counts()
     tables = list(continued_tables(encoder, dataset, 0, base, first_part=1, at=AT, users=users, counts=counts))
-    expected = list(full_tables(encoder, dataset, 0, at=AT, users=1_000, counts=full))
+    expected = list(full_tables(encoder, dataset, 0, at=AT, users=1_000, counts=full_counts))
     assert_equal_rows(tables, expected)
     assert (counts.new, counts.continued, counts.recomputed) == (2, 9, 2)
     assert counts.unchanged == len(names) - 11
-    assert counts.plays_computed < full.plays_computed
+    assert counts.plays_computed < full_counts.plays_computed
 
 
 def test_only_the_new_plays_go_through_the_network(grown: tuple[Dataset, Histories]) -> None:
     dataset, histories = grown
     encoder = TasteEncoder(network())
     base = list(full_tables(encoder, dataset, 0, at=AT, users=7, counts=Counts()))
-    new = later(histories, [histories.user_ids[4], "new"], from_minute=300, seed=1)
-    add_part(dataset, new)
-    opened: list[str] = []
+    new_plays = later_plays(histories, [histories.user_ids[4], "new"], from_minute=300, seed=1)
+    add_part(dataset, new_plays)
+    opened_paths: list[str] = []
     open_input = Workspace.open_input
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Workspace, "open_input", lambda self, path: opened.append(path) or open_input(self, path))
+        patch.setattr(Workspace, "open_input", lambda self, path: opened_paths.append(path) or open_input(self, path))
         counts = Counts()
         list(continued_tables(encoder, dataset, 0, base, first_part=1, at=AT, users=7, counts=counts))
-    assert counts.plays_computed == new.num_plays
-    assert not [path for path in opened if "part=0000" in path]
+    assert counts.plays_computed == new_plays.num_plays
+    assert not [path for path in opened_paths if "part=0000" in path]
 
 
 def test_without_new_plays_vectors_are_those_of_the_new_moment(grown: tuple[Dataset, Histories]) -> None:
@@ -109,18 +110,18 @@ def test_without_new_plays_vectors_are_those_of_the_new_moment(grown: tuple[Data
     encoder = TasteEncoder(network())
     base = list(full_tables(encoder, dataset, 0, at=AT, users=7, counts=Counts()))
     counts = Counts()
-    moved = list(continued_tables(encoder, dataset, 0, base, first_part=1, at=2 * AT, users=5, counts=counts))
-    assert_equal_rows(moved, list(full_tables(encoder, dataset, 0, at=2 * AT, users=9, counts=Counts())))
+    tables = list(continued_tables(encoder, dataset, 0, base, first_part=1, at=2 * AT, users=5, counts=counts))
+    assert_equal_rows(tables, list(full_tables(encoder, dataset, 0, at=2 * AT, users=9, counts=Counts())))
     assert counts == Counts(unchanged=sum(table.num_rows for table in base))
-    assert not moved[0].column("taste_short").equals(base[0].slice(0, 5).column("taste_short"))
+    assert not tables[0].column("taste_short").equals(base[0].slice(0, 5).column("taste_short"))
 
 
-def test_plays_of_the_last_moment_follow_it(grown: tuple[Dataset, Histories]) -> None:
+def test_plays_at_the_time_of_the_last_stored_play_continue_its_state(grown: tuple[Dataset, Histories]) -> None:
     dataset, histories = grown
     encoder = TasteEncoder(network())
     base = list(full_tables(encoder, dataset, 0, at=AT, users=7, counts=Counts()))
-    last = int(histories.played_at[histories.offsets[1] - 1])
-    add_part(dataset, Histories.from_lists([[3]], [[last]], [histories.user_ids[0]]))
+    last_played_at = int(histories.played_at[histories.offsets[1] - 1])
+    add_part(dataset, Histories.from_lists([[3]], [[last_played_at]], [histories.user_ids[0]]))
     counts = Counts()
     tables = list(continued_tables(encoder, dataset, 0, base, first_part=1, at=AT, users=7, counts=counts))
     assert counts.continued == 1
@@ -131,15 +132,15 @@ def test_rows_in_another_order_are_refused(grown: tuple[Dataset, Histories]) -> 
     dataset, histories = grown
     encoder = TasteEncoder(network())
     (base,) = full_tables(encoder, dataset, 0, at=AT, users=1_000, counts=Counts())
-    add_part(dataset, later(histories, list(histories.user_ids[:9]), from_minute=300, seed=1))
-    backwards = base.take(pa.array(np.arange(len(base))[::-1].copy()))
+    add_part(dataset, later_plays(histories, list(histories.user_ids[:9]), from_minute=300, seed=1))
+    reversed_table = base.take(pa.array(np.arange(len(base))[::-1].copy()))
     with pytest.raises(DamagedArtifactError, match="rayrec taste --full"):
         list(
             continued_tables(
                 encoder,
                 dataset,
                 0,
-                [backwards.slice(start, 3) for start in range(0, len(base), 3)],
+                [reversed_table.slice(start, 3) for start in range(0, len(base), 3)],
                 first_part=1,
                 at=AT,
                 users=2,

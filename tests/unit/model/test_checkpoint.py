@@ -22,7 +22,7 @@ from rayrec.model.training import Training
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
-KNOWN = np.arange(NUM_SONGS) % 5 > 0
+IS_KNOWN = np.arange(NUM_SONGS) % 5 > 0
 MANIFEST = Manifest(kind="models", id="m")
 
 
@@ -40,18 +40,20 @@ def test_a_stored_network_gives_the_same_vectors(workspace: Workspace, input_tab
     assert loaded.config == model.config
     assert not any(value.requires_grad for value in loaded.parameters())
     histories = random_histories(20, NUM_SONGS)
-    asked = Queries.at_end(histories, 10**9)
-    found, wanted = (TasteEncoder(each).vectors(histories, asked, "long") for each in (loaded, model))
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    queries = Queries.at_end(histories, 10**9)
+    actual, expected = (
+        TasteEncoder(taste_model).vectors(histories, queries, "long") for taste_model in (loaded, model)
+    )
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
 def test_exported_song_vectors_are_normalized_and_zero_where_unknown() -> None:
     model = network()
     with torch.no_grad():
         model.songs.weight *= torch.arange(1, NUM_SONGS + 1).unsqueeze(1)
-    vectors = export_song_vectors(model, KNOWN).numpy()
+    vectors = export_song_vectors(model, IS_KNOWN).numpy()
     assert vectors.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), KNOWN, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), IS_KNOWN, atol=1e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,68 +73,68 @@ class RecordedShare(Share):
 
 
 @pytest.mark.parametrize(("workers", "at_once"), [(7, 4), (7, 8), (7, 3), (4, 5), (90, 4)])
-def test_all_workers_take_part_in_every_gather_of_rows_those_with_none_left_too(
+def test_workers_without_rows_left_still_take_part_in_every_gather(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, workers: int, at_once: int
 ) -> None:
     monkeypatch.setattr(checkpoint, "SONGS_AT_ONCE", at_once)
     model = network(model_config(song_table="trained", input_table=True))
     shares = [RecordedShare(rank=rank, workers=workers) for rank in range(workers)]
     for share in shares:
-        save_model(workspace, "models/m", part_of(model, share), share.own(KNOWN), share)
+        save_model(workspace, "models/m", part_of(model, share), share.own(IS_KNOWN), share)
     rounds = -(-NUM_SONGS // (workers * at_once))
     for share in shares:
         assert [total for _, total in share.gathers] == [total for _, total in shares[0].gathers]
         assert len(share.gathers) == 2 * rounds  # for each of the two tables
-    gathered = [rows for parts in zip(*(share.gathers for share in shares), strict=True) for rows, _ in parts]
-    assert sum(map(len, gathered)) == 2 * NUM_SONGS
+    gathered_rows = [rows for parts in zip(*(share.gathers for share in shares), strict=True) for rows, _ in parts]
+    assert sum(map(len, gathered_rows)) == 2 * NUM_SONGS
 
 
 def test_song_vectors_of_another_network_are_noticed(workspace: Workspace) -> None:
-    save_model(workspace, MANIFEST.folder, network(), KNOWN)
+    save_model(workspace, MANIFEST.folder, network(), IS_KNOWN)
     workspace.write_array(MANIFEST.path("song_vectors.npy"), np.zeros((3, 8), np.float32))
     with pytest.raises(DamagedArtifactError, match=r"has shape \(3, 8\); expected \(60, 8\); train the model again"):
         load_model(workspace, MANIFEST.folder)
 
 
-def trained(config: TrainConfig, epochs: int) -> Training:
-    made = Training(network(model_config(config)), config, np.ones(NUM_SONGS), device="cpu", share=Share())
+def train(config: TrainConfig, epochs: int) -> Training:
+    training = Training(network(model_config(config)), config, np.ones(NUM_SONGS), device="cpu", share=Share())
     host = MemoryHost({"final": cycling_histories(20)}, config)
     for epoch in range(epochs):
-        made.epoch(host.windows("final", epoch), epoch, on_step=lambda _: None)
-    return made
+        training.epoch(host.windows("final", epoch), epoch, on_step=lambda _: None)
+    return training
 
 
 @pytest.mark.parametrize("table", ["trained", "frozen"])
 @pytest.mark.parametrize("epochs", [0, 1])
-def test_a_training_is_put_back_with_its_optimizers(tmp_path: Path, table: SongTable, epochs: int) -> None:
+def test_a_training_is_restored_with_its_optimizers(tmp_path: Path, table: SongTable, epochs: int) -> None:
     config = TrainConfig(hidden_dim=8, window=10, batch=8, negatives=10, long=(2, 3), song_table=table)
-    made = trained(config, epochs)
+    training = train(config, epochs)
     best = {"a": torch.arange(3.0)}
-    save_training(tmp_path, made.state(), best, {"epoch": epochs}, Share())
-    fresh = trained(config, 0)
-    found, progress = load_training(tmp_path, fresh)
+    save_training(tmp_path, training.state(), best, {"epoch": epochs}, Share())
+    fresh = train(config, 0)
+    loaded_best, progress = load_training(tmp_path, fresh)
     assert progress == {"epoch": epochs}
-    assert found is not None
-    assert torch.equal(found["a"], best["a"])
-    for name, value in made.model.state_dict().items():
+    assert loaded_best is not None
+    assert torch.equal(loaded_best["a"], best["a"])
+    for name, value in training.model.state_dict().items():
         assert torch.equal(fresh.model.state_dict()[name], value)
-    mine, theirs = fresh.state(), made.state()
-    assert any(name.startswith("inputs.weight/") for name in theirs.rows) is (table == "trained")
-    for own, other in ((mine.common, theirs.common), (mine.rows, theirs.rows)):
-        assert own.keys() == other.keys()
-        for name, value in other.items():
-            assert torch.equal(own[name], value), name
+    restored_state, saved_state = fresh.state(), training.state()
+    assert any(name.startswith("inputs.weight/") for name in saved_state.rows) is (table == "trained")
+    for actual, expected in ((restored_state.common, saved_state.common), (restored_state.rows, saved_state.rows)):
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(actual[name], value), name
 
 
-def test_without_best_weights_there_are_none(tmp_path: Path) -> None:
-    made = trained(TrainConfig(hidden_dim=8, window=10, batch=8, negatives=10, long=(2, 3)), 0)
-    save_training(tmp_path, made.state(), None, {}, Share())
-    assert load_training(tmp_path, made)[0] is None
+def test_a_checkpoint_without_best_weights_loads_none(tmp_path: Path) -> None:
+    training = train(TrainConfig(hidden_dim=8, window=10, batch=8, negatives=10, long=(2, 3)), 0)
+    save_training(tmp_path, training.state(), None, {}, Share())
+    assert load_training(tmp_path, training)[0] is None
 
 
 def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
-    made = trained(TrainConfig(hidden_dim=8, window=10, batch=8, negatives=10, long=(2, 3)), 1)
-    save_training(tmp_path, made.state(), None, {}, Share())
+    training = train(TrainConfig(hidden_dim=8, window=10, batch=8, negatives=10, long=(2, 3)), 1)
+    save_training(tmp_path, training.state(), None, {}, Share())
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
 
 
@@ -156,11 +158,11 @@ print(int(fields["Private_Dirty"].split()[0]))
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="no /proc/self/smaps_rollup: run it on Linux")
 def test_private_memory_of_a_process_does_not_grow_with_the_catalog(tmp_path: Path) -> None:
     kilobytes = []
-    for songs in (10_000, 400_000):
-        workspace = Workspace(tmp_path / str(songs))
-        config = replace(model_config(num_songs=songs), embedding_dim=64)
-        save_model(workspace, "models/m", network(config), np.ones(songs, dtype=bool))
-        run = [sys.executable, "-c", MEASURE, workspace.uri]
-        told = subprocess.run(run, capture_output=True, text=True, check=True, timeout=240).stdout
-        kilobytes.append(int(told))
+    for num_songs in (10_000, 400_000):
+        workspace = Workspace(tmp_path / str(num_songs))
+        config = replace(model_config(num_songs=num_songs), embedding_dim=64)
+        save_model(workspace, "models/m", network(config), np.ones(num_songs, dtype=bool))
+        command = [sys.executable, "-c", MEASURE, workspace.uri]
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
+        kilobytes.append(int(output))
     assert kilobytes[1] - kilobytes[0] < 10_000  # the larger table has 102,400 kB

@@ -16,93 +16,101 @@ def planted(
     albums = random.integers(0, songs // 8, size=songs)
     artists = albums // 4
     content = random.normal(size=(songs, CONTENT)).astype(np.float32)
-    parts = np.random.default_rng(99)  # the same world for every seed
-    image = parts.normal(size=(CONTENT, DIM)) / np.sqrt(CONTENT)
-    by_artist, by_album = (parts.normal(size=(songs, DIM)) for _ in range(2))
+    world_random = np.random.default_rng(99)  # the same world for every seed
+    projection = world_random.normal(size=(CONTENT, DIM)) / np.sqrt(CONTENT)
+    artist_vectors, album_vectors = (world_random.normal(size=(songs, DIM)) for _ in range(2))
     vectors = (
-        np.sqrt(of_artist) * by_artist[artists]
-        + np.sqrt(of_album) * by_album[albums]
-        + np.sqrt(of_content) * content @ image
+        np.sqrt(of_artist) * artist_vectors[artists]
+        + np.sqrt(of_album) * album_vectors[albums]
+        + np.sqrt(of_content) * content @ projection
         + np.sqrt(noise) * random.normal(size=(songs, DIM))
     )
     return vectors.astype(np.float32), SongContent(artists=artists, albums=albums, content=content)
 
 
-def explained(expected: np.ndarray, vectors: np.ndarray) -> float:
+def explained_share(expected: np.ndarray, vectors: np.ndarray) -> float:
     return float(1 - np.square(vectors - expected).sum() / np.square(vectors - vectors.mean(axis=0)).sum())
 
 
-def fitted(vectors: np.ndarray, songs: SongContent, learned: slice) -> tuple[ContentMap, GroupMeans]:
-    some = songs.take(np.arange(len(vectors))[learned])
-    return ContentMap.fit(vectors[learned], some), GroupMeans.of(vectors[learned], some)
+def fit(vectors: np.ndarray, songs: SongContent, learned_rows: slice) -> tuple[ContentMap, GroupMeans]:
+    learned_songs = songs.take(np.arange(len(vectors))[learned_rows])
+    return ContentMap.fit(vectors[learned_rows], learned_songs), GroupMeans.of(vectors[learned_rows], learned_songs)
 
 
 def test_a_song_is_left_out_of_its_own_means() -> None:
     vectors, songs = planted(64, of_artist=1, of_album=1, of_content=0, noise=1)
     mean, strengths = vectors.mean(axis=0), np.array([3.0, 2.0])
-    without = GroupMeans.of(vectors, songs).shrunk(songs, mean, strengths, own=vectors)
+    means_without_self = GroupMeans.of(vectors, songs).shrunk(songs, mean, strengths, own=vectors)
     for song in range(64):
-        others = np.arange(64) != song
-        expected = GroupMeans.of(vectors[others], songs.take(others)).shrunk(
+        is_other = np.arange(64) != song
+        expected = GroupMeans.of(vectors[is_other], songs.take(is_other)).shrunk(
             songs.take(np.array([song])), mean, strengths
         )
-        np.testing.assert_allclose(without[song], expected[0], atol=1e-6)
+        np.testing.assert_allclose(means_without_self[song], expected[0], atol=1e-6)
 
 
 def test_content_and_groups_explain_the_share_of_the_variance_that_was_planted() -> None:
     vectors, songs = planted(3_000, of_artist=0.3, of_album=0.2, of_content=0.4, noise=0.1)
-    made, groups = fitted(vectors, songs, slice(0, 2_500))
-    found = explained(made.vectors(songs.take(np.arange(2_500, 3_000)), groups), vectors[2_500:])
+    content_map, groups = fit(vectors, songs, slice(0, 2_500))
+    explained = explained_share(content_map.vectors(songs.take(np.arange(2_500, 3_000)), groups), vectors[2_500:])
     # Of the total variance 1, the noise of 0.1 cannot be explained, and artist and album means over few songs miss
     # about a sixth of theirs.
-    assert 0.78 < found < 0.9
-    assert abs(made.explained - found) < 0.05
+    assert 0.78 < explained < 0.9
+    assert abs(content_map.explained - explained) < 0.05
 
 
-def test_a_song_without_content_gets_what_artist_and_album_say_and_the_more_the_more_songs_they_have() -> None:
+def test_artist_and_album_predict_a_song_without_content_better_the_more_songs_they_have() -> None:
     vectors, songs = planted(3_000, of_artist=0.4, of_album=0.3, of_content=0.0, noise=0.3)
-    silent = SongContent(artists=songs.artists, albums=songs.albums, content=np.zeros((3_000, 0), np.float32))
-    made, groups = fitted(vectors, silent, slice(0, 2_500))
-    later = silent.take(np.arange(2_500, 3_000))
-    whole = explained(made.vectors(later, groups), vectors[2_500:])
-    by_artist = SongContent(artists=later.artists, albums=np.full(500, -1), content=later.content)
-    artist_alone = explained(made.vectors(by_artist, groups), vectors[2_500:])
+    no_content_songs = SongContent(artists=songs.artists, albums=songs.albums, content=np.zeros((3_000, 0), np.float32))
+    content_map, groups = fit(vectors, no_content_songs, slice(0, 2_500))
+    later_songs = no_content_songs.take(np.arange(2_500, 3_000))
+    full_share = explained_share(content_map.vectors(later_songs, groups), vectors[2_500:])
+    by_artist = SongContent(artists=later_songs.artists, albums=np.full(500, -1), content=later_songs.content)
+    artist_share = explained_share(content_map.vectors(by_artist, groups), vectors[2_500:])
     # Artist and album explain at most 0.7. The artist alone explains at most 0.4 and a quarter of the album's 0.3:
     # an artist has four albums, one of which is the song's own.
-    assert 0.6 < whole < 0.7
-    assert 0.4 < artist_alone < 0.475
-    few = GroupMeans.of(vectors[:300], silent.take(np.arange(300)))
-    assert explained(made.vectors(later, few), vectors[2_500:]) < whole - 0.1
+    assert 0.6 < full_share < 0.7
+    assert 0.4 < artist_share < 0.475
+    few_means = GroupMeans.of(vectors[:300], no_content_songs.take(np.arange(300)))
+    assert explained_share(content_map.vectors(later_songs, few_means), vectors[2_500:]) < full_share - 0.1
 
 
 def test_a_song_of_which_nothing_is_known_gets_no_vector() -> None:
     vectors, songs = planted(500, of_artist=0.5, of_album=0.2, of_content=0.2, noise=0.1)
-    made, groups = fitted(vectors, songs, slice(0, 400))
-    unknown = SongContent(
+    content_map, groups = fit(vectors, songs, slice(0, 400))
+    unknown_songs = SongContent(
         artists=np.array([-1, 10**6, -1]), albums=np.array([-1, -1, 10**6]), content=np.zeros((3, CONTENT), np.float32)
     )
-    assert not unknown.known[0]
-    assert not made.vectors(unknown, groups).any()
+    assert not unknown_songs.known[0]
+    assert not content_map.vectors(unknown_songs, groups).any()
 
 
 def test_content_that_says_nothing_is_not_used() -> None:
     vectors, songs = planted(2_000, of_artist=0.5, of_album=0.2, of_content=0.0, noise=0.3)
-    made, groups = fitted(vectors, songs, slice(0, 1_600))
-    later = songs.take(np.arange(1_600, 2_000))
-    silent = SongContent(artists=later.artists, albums=later.albums, content=np.zeros((400, 0), np.float32))
-    with_noise, without = (explained(made.vectors(each, groups), vectors[1_600:]) for each in (later, silent))
-    assert abs(with_noise - without) < 0.02
+    content_map, groups = fit(vectors, songs, slice(0, 1_600))
+    later_songs = songs.take(np.arange(1_600, 2_000))
+    no_content_songs = SongContent(
+        artists=later_songs.artists, albums=later_songs.albums, content=np.zeros((400, 0), np.float32)
+    )
+    share_with_content, share_without = (
+        explained_share(content_map.vectors(given_songs, groups), vectors[1_600:])
+        for given_songs in (later_songs, no_content_songs)
+    )
+    assert abs(share_with_content - share_without) < 0.02
 
 
 def test_the_less_is_known_of_a_song_the_shorter_is_its_vector() -> None:
     vectors, songs = planted(2_000, of_artist=0.3, of_album=0.3, of_content=0.3, noise=0.1)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    made, groups = fitted(vectors, songs, slice(0, 1_600))
-    later = songs.take(np.arange(1_600, 2_000))
-    nothing = np.zeros_like(later.content)
-    by_group = SongContent(artists=later.artists, albums=later.albums, content=nothing)
-    by_artist = SongContent(artists=later.artists, albums=np.full(400, -1), content=nothing)
-    lengths = [np.linalg.norm(made.vectors(each, groups), axis=1).mean() for each in (later, by_group, by_artist)]
+    content_map, groups = fit(vectors, songs, slice(0, 1_600))
+    later_songs = songs.take(np.arange(1_600, 2_000))
+    no_content = np.zeros_like(later_songs.content)
+    by_group = SongContent(artists=later_songs.artists, albums=later_songs.albums, content=no_content)
+    by_artist = SongContent(artists=later_songs.artists, albums=np.full(400, -1), content=no_content)
+    lengths = [
+        np.linalg.norm(content_map.vectors(given_songs, groups), axis=1).mean()
+        for given_songs in (later_songs, by_group, by_artist)
+    ]
     assert 1 > lengths[0] > lengths[1] > lengths[2] > 0
 
 
@@ -110,17 +118,17 @@ def test_the_less_is_known_of_a_song_the_shorter_is_its_vector() -> None:
 def test_a_map_is_the_same_after_it_was_stored(content: int) -> None:
     vectors, songs = planted(400, of_artist=0.5, of_album=0.2, of_content=0.2, noise=0.1)
     songs = SongContent(artists=songs.artists, albums=songs.albums, content=songs.content[:, :content])
-    made, groups = fitted(vectors, songs, slice(0, 300))
-    later = songs.take(np.arange(300, 400))
-    again = ContentMap.from_bytes(made.to_bytes())
-    np.testing.assert_array_equal(again.vectors(later, groups), made.vectors(later, groups))
-    assert (again.penalty, again.explained) == (made.penalty, made.explained)
+    content_map, groups = fit(vectors, songs, slice(0, 300))
+    later_songs = songs.take(np.arange(300, 400))
+    loaded = ContentMap.from_bytes(content_map.to_bytes())
+    np.testing.assert_array_equal(loaded.vectors(later_songs, groups), content_map.vectors(later_songs, groups))
+    assert (loaded.penalty, loaded.explained) == (content_map.penalty, content_map.explained)
 
 
 def test_no_songs_to_learn_from_give_a_map_that_knows_nothing() -> None:
-    nothing = SongContent(
+    no_songs = SongContent(
         artists=np.zeros(0, np.int64), albums=np.zeros(0, np.int64), content=np.zeros((0, 3), np.float32)
     )
-    made = ContentMap.fit(np.zeros((0, DIM), np.float32), nothing)
-    one = SongContent(artists=np.array([0]), albums=np.array([-1]), content=np.zeros((1, 3), np.float32))
-    assert not made.vectors(one, GroupMeans.of(np.zeros((0, DIM), np.float32), nothing)).any()
+    content_map = ContentMap.fit(np.zeros((0, DIM), np.float32), no_songs)
+    one_song = SongContent(artists=np.array([0]), albums=np.array([-1]), content=np.zeros((1, 3), np.float32))
+    assert not content_map.vectors(one_song, GroupMeans.of(np.zeros((0, DIM), np.float32), no_songs)).any()

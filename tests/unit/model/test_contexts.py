@@ -15,7 +15,7 @@ from rayrec.model.inference import TasteEncoder
 from rayrec.model.train_config import FeatureSpec, TrainConfig
 
 NUM_SONGS = 40
-HELD_OUT, LEARNED = np.arange(150), np.arange(150, 750)  # users
+HELD_OUT_USERS, TRAINING_USERS = np.arange(150), np.arange(150, 750)  # users
 CONFIG = TrainConfig(
     hidden_dim=32,
     window=40,
@@ -57,32 +57,36 @@ def world() -> World:
 @pytest.fixture(scope="module")
 def predicted(world: World) -> Recall:
     """The best recall that any predictor can reach, with and without the contexts."""
-    aware, blind = (Oracle(world, know_contexts=known) for known in (True, False))
-    return Recall(aware.best_recall(1, HELD_OUT, first_play=1), blind.best_recall(1, HELD_OUT, first_play=1))
+    aware, blind = (Oracle(world, know_contexts=know_contexts) for know_contexts in (True, False))
+    return Recall(
+        aware.best_recall(1, HELD_OUT_USERS, first_play=1), blind.best_recall(1, HELD_OUT_USERS, first_play=1)
+    )
 
 
 @pytest.fixture(scope="module")
 def learned(world: World) -> Recall:
     """The recall of two networks, with and without contexts, on users outside the training."""
-    learn_from, evaluate_on = world.histories(LEARNED), world.histories(HELD_OUT)
-    return Recall(*(learned_recall(learn_from, evaluate_on, names) for names in (CONTEXTS, ())))
+    training_histories, evaluation_histories = world.histories(TRAINING_USERS), world.histories(HELD_OUT_USERS)
+    return Recall(*(learned_recall(training_histories, evaluation_histories, contexts) for contexts in (CONTEXTS, ())))
 
 
-def learned_recall(learn_from: Histories, evaluate_on: Histories, contexts: tuple[str, ...]) -> float:
+def learned_recall(training_histories: Histories, evaluation_histories: Histories, contexts: tuple[str, ...]) -> float:
     """The recall@1 of a network with these contexts as features."""
     torch.set_num_threads(1)
     shape = model_config(CONFIG, num_songs=NUM_SONGS, features=FeatureSpec(contexts=contexts))
-    counts = np.bincount(learn_from.songs, minlength=NUM_SONGS)
+    counts = np.bincount(training_histories.songs, minlength=NUM_SONGS)
     data = FitData(vectors=random_vectors(NUM_SONGS), counts=counts)
-    model = Fit(shape, CONFIG, {"final": data}, MemoryHost({"final": learn_from}, CONFIG), validation=None).run()
-    queries = every_play(evaluate_on, first_play=1)
-    tastes = TasteEncoder(model).vectors(evaluate_on, queries, "short")
+    model = Fit(
+        shape, CONFIG, {"final": data}, MemoryHost({"final": training_histories}, CONFIG), validation=None
+    ).run()
+    queries = every_play(evaluation_histories, first_play=1)
+    tastes = TasteEncoder(model).vectors(evaluation_histories, queries, "short")
     songs = model.song_vectors(torch.arange(NUM_SONGS)).detach().numpy()
-    played = evaluate_on.songs[evaluate_on.offsets[queries.rows] + queries.seen]
-    return float(((tastes @ songs.T).argmax(axis=1) == played).mean())
+    played_songs = evaluation_histories.songs[evaluation_histories.offsets[queries.rows] + queries.seen]
+    return float(((tastes @ songs.T).argmax(axis=1) == played_songs).mean())
 
 
-def test_the_rules_predict_a_margin_that_no_sample_hides(predicted: Recall) -> None:
+def test_the_rules_predict_the_margin_that_contexts_give(predicted: Recall) -> None:
     """One play in four is the second of its session: certain with its context, a guess between two orders without."""
     assert predicted.margin == pytest.approx(0.25 * 0.5, abs=0.02)
 
@@ -92,5 +96,7 @@ def test_the_network_with_contexts_gains_most_of_what_the_rules_predict(predicte
     assert predicted.without < learned.with_contexts < predicted.with_contexts
 
 
-def test_the_network_without_them_stays_below_what_can_be_known_without(predicted: Recall, learned: Recall) -> None:
+def test_the_network_without_contexts_stays_below_the_best_recall_without_contexts(
+    predicted: Recall, learned: Recall
+) -> None:
     assert learned.without < predicted.without

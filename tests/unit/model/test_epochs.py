@@ -33,7 +33,7 @@ from rayrec.model.train_config import Objective, SongTable, TrainConfig
 from rayrec.storage.workspace import Workspace
 
 CUT = 15 * MINUTE
-SMALL = {
+SMALL_SETTINGS = {
     "hidden_dim": 16,
     "window": 12,
     "batch": 8,
@@ -45,7 +45,7 @@ SMALL = {
 
 
 def settings(**changes: Any) -> TrainConfig:
-    return TrainConfig(**{**SMALL, "epochs": 3, **changes})
+    return TrainConfig(**{**SMALL_SETTINGS, "epochs": 3, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def fit_of(config: TrainConfig, plays: dict[Phase, Histories], validation: Valid
     return Fit(model_config(config), config, data, host, validation=validation)
 
 
-def same(first: TasteModel, second: TasteModel) -> bool:
+def have_equal_weights(first: TasteModel, second: TasteModel) -> bool:
     return all(
         torch.equal(value, other)
         for value, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
@@ -95,7 +95,7 @@ def test_a_planted_world_is_learned_far_above_popularity(
     assert fit.progress.epochs[fit.progress.best_epoch][f"validation_recall@{RECALL_AT}"] > 0.9
 
 
-def test_without_a_validation_range_the_fit_runs_the_epochs_it_was_told(plays: dict[Phase, Histories]) -> None:
+def test_without_a_validation_range_the_fit_runs_all_its_epochs(plays: dict[Phase, Histories]) -> None:
     config = settings()
     host = MemoryHost(plays, config)
     fit = fit_of(config, {"final": plays["final"]}, None, host)
@@ -106,10 +106,10 @@ def test_without_a_validation_range_the_fit_runs_the_epochs_it_was_told(plays: d
     assert [line["plays"] for line in fit.progress.epochs] == [inputs] * 3
 
 
-def figures(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+def replace_validation(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Replace the validation: it returns `values`, one per epoch."""
-    coming = iter(values)
-    monkeypatch.setattr(Fit, "_validate", lambda _: {SELECTION_METRIC: next(coming)})
+    iterator = iter(values)
+    monkeypatch.setattr(Fit, "_validate", lambda _: {SELECTION_METRIC: next(iterator)})
 
 
 def epochs_of(fit: Fit) -> dict[str, int]:
@@ -120,25 +120,27 @@ def epochs_of(fit: Fit) -> dict[str, int]:
 def test_training_stops_when_patience_is_out_and_refits_for_the_best_epochs(
     plays: dict[Phase, Histories], validation: Validation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figures(monkeypatch, [0.1, 0.3, 0.2, 0.3, 0.9])
+    replace_validation(monkeypatch, [0.1, 0.3, 0.2, 0.3, 0.9])
     config = settings(epochs=10, patience=2)
     fit = fit_of(config, plays, validation, MemoryHost(plays, config))
-    refitted = fit.run()
+    refitted_model = fit.run()
     assert epochs_of(fit) == {"selection": 4, "final": 2}
     assert (fit.progress.best_epoch, fit.progress.best_ndcg) == (1, 0.3)
-    alone = settings(epochs=2)
-    assert same(refitted, fit_of(alone, {"final": plays["final"]}, None, MemoryHost(plays, alone)).run())
+    short_config = settings(epochs=2)
+    assert have_equal_weights(
+        refitted_model, fit_of(short_config, {"final": plays["final"]}, None, MemoryHost(plays, short_config)).run()
+    )
 
 
 def test_without_refit_the_weights_of_the_best_epoch_are_kept(
     plays: dict[Phase, Histories], validation: Validation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figures(monkeypatch, [0.1, 0.3, 0.2, 0.2])
+    replace_validation(monkeypatch, [0.1, 0.3, 0.2, 0.2])
     config = settings(epochs=4, patience=5, refit=False)
-    kept = fit_of(config, plays, validation, MemoryHost(plays, config)).run()
-    alone = config.replace(epochs=2)
+    kept_model = fit_of(config, plays, validation, MemoryHost(plays, config)).run()
+    short_config = config.replace(epochs=2)
     data: dict[Phase, Histories] = {"final": plays["selection"]}
-    assert same(kept, fit_of(alone, data, None, MemoryHost(data, alone)).run())
+    assert have_equal_weights(kept_model, fit_of(short_config, data, None, MemoryHost(data, short_config)).run())
 
 
 DEEP = {"song_table": "frozen", "dropout": 0.2, "num_layers": 2}
@@ -168,27 +170,27 @@ def test_a_resumed_fit_ends_where_an_undisturbed_one_ends(
     config = settings(epochs=3, checkpoint_minutes=0.0, **changes)
     undisturbed_host = MemoryHost(plays, config)
     undisturbed = fit_of(config, plays, validation, undisturbed_host)
-    wanted = undisturbed.run()
-    crashing = MemoryHost(plays, config, tmp_path, crash_after=(phase, crash_after))
+    expected = undisturbed.run()
+    crashing_host = MemoryHost(plays, config, tmp_path, crash_after=(phase, crash_after))
     with pytest.raises(Crash):
-        fit_of(config, plays, validation, crashing).run()
+        fit_of(config, plays, validation, crashing_host).run()
     resumed_host = MemoryHost(plays, config)
     resumed = fit_of(config, plays, validation, resumed_host)
-    resumed.resume(crashing.checkpoints[-1])
+    resumed.resume(crashing_host.checkpoints[-1])
     assert resumed.progress.phase == phase
-    assert same(resumed.run(), wanted)
-    kept = len(undisturbed_host.reports) - len(resumed_host.reports)
-    assert 1 <= len(crashing.reports) - kept <= 2  # only steps since the last checkpoint are lost
+    assert have_equal_weights(resumed.run(), expected)
+    kept_steps = len(undisturbed_host.reports) - len(resumed_host.reports)
+    assert 1 <= len(crashing_host.reports) - kept_steps <= 2  # only steps since the last checkpoint are lost
     assert (resumed.progress.best_epoch, resumed.progress.best_ndcg) == (
         undisturbed.progress.best_epoch,
         undisturbed.progress.best_ndcg,
     )
 
 
-def figures_of(fit: Fit) -> list[tuple[Any, ...]]:
+def epoch_metrics(fit: Fit) -> list[tuple[Any, ...]]:
     """The figures that each epoch reported, except for times."""
-    counted = ("phase", "epoch", "plays", "targets")
-    return [(*(line[name] for name in counted), round(line["loss"], 5)) for line in fit.progress.epochs]
+    names = ("phase", "epoch", "plays", "targets")
+    return [(*(line[name] for name in names), round(line["loss"], 5)) for line in fit.progress.epochs]
 
 
 def test_a_fit_resumed_after_any_step_reports_the_plays_and_losses_of_an_undisturbed_one(
@@ -207,7 +209,7 @@ def test_a_fit_resumed_after_any_step_reports_the_plays_and_losses_of_an_undistu
         resumed.resume(folder)
         last_steps += resumed.progress.step == len(list(host.windows(resumed.progress.phase, 0)))
         resumed.run()
-        assert figures_of(resumed) == figures_of(undisturbed), folder
+        assert epoch_metrics(resumed) == epoch_metrics(undisturbed), folder
     assert last_steps
 
 
@@ -238,21 +240,21 @@ def test_a_finished_fit_that_is_resumed_has_nothing_left_to_do(
 ) -> None:
     config = settings(epochs=2)
     host = MemoryHost(plays, config, tmp_path)
-    wanted = fit_of(config, plays, validation, host).run()
-    after = MemoryHost(plays, config)
-    resumed = fit_of(config, plays, validation, after)
+    expected = fit_of(config, plays, validation, host).run()
+    resumed_host = MemoryHost(plays, config)
+    resumed = fit_of(config, plays, validation, resumed_host)
     resumed.resume(host.checkpoints[-1])
-    assert same(resumed.run(), wanted)
-    assert after.reports == []
+    assert have_equal_weights(resumed.run(), expected)
+    assert resumed_host.reports == []
 
 
 def test_songs_without_a_vector_start_at_a_random_one_and_the_others_stay() -> None:
     vectors = random_vectors(10)
     vectors[3] = 0
-    filled = start_vectors(vectors, seed=1)
-    assert np.linalg.norm(filled[3]) == pytest.approx(1)
-    np.testing.assert_array_equal(np.delete(filled, 3, axis=0), np.delete(vectors, 3, axis=0))
-    np.testing.assert_array_equal(filled, start_vectors(vectors, seed=1))
+    filled_vectors = start_vectors(vectors, seed=1)
+    assert np.linalg.norm(filled_vectors[3]) == pytest.approx(1)
+    np.testing.assert_array_equal(np.delete(filled_vectors, 3, axis=0), np.delete(vectors, 3, axis=0))
+    np.testing.assert_array_equal(filled_vectors, start_vectors(vectors, seed=1))
     assert not vectors[3].any()
 
 
@@ -262,8 +264,8 @@ def test_songs_are_known_by_a_play_or_by_a_vector() -> None:
     data = FitData(vectors=vectors, counts=np.array([0, 5, 1, 0]))
     assert data.known(Share()).tolist() == [True, True, True, False]
     assert data.known(Share(rank=1, workers=2)).tolist() == [True, False]
-    newer = FitData(vectors=vectors[:2], counts=np.array([0, 5, 1, 0]))
-    assert newer.known(Share()).tolist() == [True, True, True, False]
+    newer_data = FitData(vectors=vectors[:2], counts=np.array([0, 5, 1, 0]))
+    assert newer_data.known(Share()).tolist() == [True, True, True, False]
 
 
 def metrics_of(model: TasteModel, vectors: np.ndarray, validation: Validation) -> dict[str, float]:
@@ -272,7 +274,7 @@ def metrics_of(model: TasteModel, vectors: np.ndarray, validation: Validation) -
     return validation_metrics(torch.from_numpy(tastes), torch.from_numpy(vectors), validation, Share())
 
 
-def hits(model: TasteModel, vectors: np.ndarray, validation: Validation) -> int:
+def count_hits(model: TasteModel, vectors: np.ndarray, validation: Validation) -> int:
     """The number of validation plays whose song ranks among the first 20."""
     return round(metrics_of(model, vectors, validation)[f"validation_recall@{RECALL_AT}"] * len(validation.plays))
 
@@ -280,20 +282,20 @@ def hits(model: TasteModel, vectors: np.ndarray, validation: Validation) -> int:
 @pytest.mark.parametrize(
     ("table", "input_table"), [("trained", False), ("trained", True), ("mapped", False), ("frozen", False)]
 )
-def test_validation_reads_songs_as_the_saved_network_does_unknown_ones_too(
+def test_validation_reads_all_songs_even_unknown_ones_like_the_saved_network(
     validation: Validation, workspace: Workspace, table: SongTable, input_table: bool
 ) -> None:
     model = with_other_inputs(network(model_config(song_table=table, input_table=input_table)))
     with torch.no_grad():
         for weight in (*model.again.values(), *(model.map.parameters() if model.map else ())):
             weight.uniform_(-1, 1)
-    known = np.arange(NUM_SONGS) % 5 > 0  # every history has unknown songs
-    vectors = export_song_vectors(model, known)
+    is_known = np.arange(NUM_SONGS) % 5 > 0  # every history has unknown songs
+    vectors = export_song_vectors(model, is_known)
     tastes = validation_tastes(model, vectors, RowExchange(Share()), validation, Share())
-    save_model(workspace, "models/m", model, known)
-    saved = TasteEncoder(load_model(workspace, "models/m"))
-    wanted = saved.vectors(validation.histories, validation.queries, "short")
-    np.testing.assert_allclose(tastes.numpy(), wanted, atol=1e-5)
+    save_model(workspace, "models/m", model, is_known)
+    saved_encoder = TasteEncoder(load_model(workspace, "models/m"))
+    expected = saved_encoder.vectors(validation.histories, validation.queries, "short")
+    np.testing.assert_allclose(tastes.numpy(), expected, atol=1e-5)
 
 
 def test_ties_and_unknown_songs_are_no_hits() -> None:
@@ -301,26 +303,26 @@ def test_ties_and_unknown_songs_are_no_hits() -> None:
     config = settings()
     model = TasteModel(replace(model_config(config), num_songs=30), torch.ones(30, 8))
     histories = Histories.from_lists([[1, 2, 3]], [[1, 2, 3]])
-    asked = Validation(histories=histories, plays=np.array([1, 2]))
-    alike: np.ndarray = np.ones((30, 8), np.float32)
-    assert hits(model, alike, asked) == 0
-    few = alike.copy()
-    few[10:] = 0  # ten known songs: all of them are among the first 20, ties or not
-    assert hits(model, few, asked) == 2
-    few[2] = 0
-    assert hits(model, few, asked) == 1
+    validation = Validation(histories=histories, plays=np.array([1, 2]))
+    equal_vectors: np.ndarray = np.ones((30, 8), np.float32)
+    assert count_hits(model, equal_vectors, validation) == 0
+    known_vectors = equal_vectors.copy()
+    known_vectors[10:] = 0  # ten known songs: all of them are among the first 20, ties or not
+    assert count_hits(model, known_vectors, validation) == 2
+    known_vectors[2] = 0
+    assert count_hits(model, known_vectors, validation) == 1
 
 
 def test_a_score_that_is_not_a_number_is_no_hit() -> None:
     config = settings()
-    broken = TasteModel(replace(model_config(config), num_songs=3), torch.ones(3, 8))
-    torch.nn.init.constant_(broken.heads["short"].bias, torch.nan)
-    asked = Validation(histories=Histories.from_lists([[0, 1, 2]], [[1, 2, 3]]), plays=np.array([1, 2]))
-    assert hits(broken, np.ones((3, 8), np.float32), asked) == 0
-    whole = TasteModel(replace(model_config(config), num_songs=3), torch.ones(3, 8))
+    broken_model = TasteModel(replace(model_config(config), num_songs=3), torch.ones(3, 8))
+    torch.nn.init.constant_(broken_model.heads["short"].bias, torch.nan)
+    validation = Validation(histories=Histories.from_lists([[0, 1, 2]], [[1, 2, 3]]), plays=np.array([1, 2]))
+    assert count_hits(broken_model, np.ones((3, 8), np.float32), validation) == 0
+    sound_model = TasteModel(replace(model_config(config), num_songs=3), torch.ones(3, 8))
     vectors: np.ndarray = np.ones((3, 8), np.float32)
     vectors[1] = np.nan
-    assert hits(whole, vectors, asked) == 1
+    assert count_hits(sound_model, vectors, validation) == 1
 
 
 def test_epochs_are_chosen_by_new_songs_among_those_not_heard() -> None:
@@ -332,9 +334,9 @@ def test_epochs_are_chosen_by_new_songs_among_those_not_heard() -> None:
     vectors = np.array([[1, 0, 0.5, 0], [0.9, 0, 0.4, 0], [0.8, 0, 0.3, 0], [0.1, 0, 0.9, 0]], dtype=np.float32)
     vectors = np.concatenate([vectors, np.zeros((4, 4), np.float32)], axis=1)
     histories = Histories.from_lists([[1, 0, 2, 0]], [[1, 2, 3, 4]])
-    asked = Validation(histories=histories, plays=np.array([2, 3]))
+    validation = Validation(histories=histories, plays=np.array([2, 3]))
     # Song 2 after song 0 ranks third, behind 0 and 1, which were heard. Song 0 after 2 ranks second and is not new.
-    assert metrics_of(model, vectors, asked) == {
+    assert metrics_of(model, vectors, validation) == {
         f"validation_recall@{RECALL_AT}": 1.0,
         f"validation_mrr@{RECALL_AT}": pytest.approx((1 / 3 + 1 / 2) / 2),
         SELECTION_METRIC: pytest.approx(1.0),
@@ -343,7 +345,7 @@ def test_epochs_are_chosen_by_new_songs_among_those_not_heard() -> None:
 
 @pytest.mark.parametrize("part", [0.1, 0.33, 0.5])
 @pytest.mark.parametrize("steps", [200, 2000])
-def test_the_steps_of_an_average_are_a_given_part_of_all_of_them_old(part: float, steps: int) -> None:
+def test_the_mean_age_of_averaged_steps_is_a_given_part_of_all_steps(part: float, steps: int) -> None:
     decay, ages = Decay(part), np.arange(steps)[::-1]
     factors = np.array([decay.step() for _ in range(steps)])
     weights = (1 - factors) * np.append(np.cumprod(factors[:0:-1])[::-1], 1)
@@ -357,48 +359,51 @@ def test_the_network_kept_is_the_average_of_the_last_steps(plays: dict[Phase, Hi
     config = settings(epochs=1, averaged_part=0.2)
     host = MemoryHost(plays, config)
     fit = fit_of(config, {"final": plays["final"]}, None, host)
-    wanted = {name: value.clone() for name, value in fit.training.model.state_dict().items()}
-    taken = 0
+    expected = {name: value.clone() for name, value in fit.training.model.state_dict().items()}
+    num_steps = 0
 
-    def stepped(*_: object) -> None:
-        nonlocal taken
-        factor = (1 + taken) / (5 + taken)
+    def average_step(*_: object) -> None:
+        nonlocal num_steps
+        factor = (1 + num_steps) / (5 + num_steps)
         for name, value in fit.training.model.state_dict().items():
-            wanted[name] = factor * wanted[name] + (1 - factor) * value
-        taken += 1
+            expected[name] = factor * expected[name] + (1 - factor) * value
+        num_steps += 1
 
-    host.stepped = stepped  # type: ignore[method-assign]
-    kept = fit.run()
-    assert taken > 5
-    for name, value in kept.state_dict().items():
-        torch.testing.assert_close(value, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
-    assert not same(kept, fit.training.model)
+    host.stepped = average_step  # type: ignore[method-assign]
+    kept_model = fit.run()
+    assert num_steps > 5
+    for name, value in kept_model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+    assert not have_equal_weights(kept_model, fit.training.model)
 
 
 def test_a_network_starts_from_another_and_new_songs_keep_their_rows(plays: dict[Phase, Histories]) -> None:
     config = settings(epochs=2)
-    before = fit_of(config, {"final": plays["final"]}, None, MemoryHost(plays, config)).run()
+    old_model = fit_of(config, {"final": plays["final"]}, None, MemoryHost(plays, config)).run()
     with torch.no_grad():
-        before.songs.weight[7] = 0  # a stored network has zeros for a song that it does not know
-    fresh = TasteModel(replace(before.config, num_songs=NUM_SONGS + 5), torch.from_numpy(random_vectors(NUM_SONGS + 5)))
-    began = fresh.songs.weight.clone()
-    copy_weights_from(before, fresh, Share())
-    known = np.delete(np.arange(NUM_SONGS), 7)
-    assert torch.equal(fresh.songs.weight[known], before.songs.weight[known])
-    assert torch.equal(
-        fresh.songs.weight[[7, *range(NUM_SONGS, NUM_SONGS + 5)]], began[[7, *range(NUM_SONGS, NUM_SONGS + 5)]]
+        old_model.songs.weight[7] = 0  # a stored network has zeros for a song that it does not know
+    new_model = TasteModel(
+        replace(old_model.config, num_songs=NUM_SONGS + 5), torch.from_numpy(random_vectors(NUM_SONGS + 5))
     )
-    assert torch.equal(fresh.dense.weight, before.dense.weight)
+    start_weights = new_model.songs.weight.clone()
+    copy_weights_from(old_model, new_model, Share())
+    known_songs = np.delete(np.arange(NUM_SONGS), 7)
+    assert torch.equal(new_model.songs.weight[known_songs], old_model.songs.weight[known_songs])
+    assert torch.equal(
+        new_model.songs.weight[[7, *range(NUM_SONGS, NUM_SONGS + 5)]],
+        start_weights[[7, *range(NUM_SONGS, NUM_SONGS + 5)]],
+    )
+    assert torch.equal(new_model.dense.weight, old_model.dense.weight)
 
 
 def test_a_fit_that_starts_from_a_trained_network_begins_with_its_loss(plays: dict[Phase, Histories]) -> None:
     config = settings(epochs=6)
     host = MemoryHost(plays, config)
     first = fit_of(config, {"final": plays["final"]}, None, host)
-    start = first.run()
+    start_model = first.run()
     data = {"final": FitData(vectors=random_vectors(NUM_SONGS), counts=np.full(NUM_SONGS, 10))}
-    once = config.replace(epochs=1)
-    second = Fit(model_config(once), once, data, host, validation=None, start=start)  # type: ignore[arg-type]
+    short_config = config.replace(epochs=1)
+    second = Fit(model_config(short_config), short_config, data, host, validation=None, start=start_model)  # type: ignore[arg-type]
     second.run()
     losses = [line["loss"] for line in first.progress.epochs]
     assert second.progress.epochs[0]["loss"] < losses[2]

@@ -14,7 +14,7 @@ from rayrec.model.train_config import FeatureSpec
 EVERYTHING = FeatureSpec(contexts=("album", "search", "radio"), hour=True, weekday=True, skipped=True)
 
 
-def at(text: str) -> int:
+def to_ms(text: str) -> int:
     """A moment in UTC as ms."""
     return int(datetime.fromisoformat(text).replace(tzinfo=timezone.utc).timestamp() * 1000)
 
@@ -24,13 +24,16 @@ def plays() -> Histories:
     """Two rows; the second is shorter."""
     return Histories.from_lists(
         songs=[[4, 5, 6], [7]],
-        played_at=[[at("2024-01-01 00:00"), at("2024-01-01 01:00"), at("2024-01-07 23:59")], [at("2024-02-29 12:30")]],
+        played_at=[
+            [to_ms("2024-01-01 00:00"), to_ms("2024-01-01 01:00"), to_ms("2024-01-07 23:59")],
+            [to_ms("2024-02-29 12:30")],
+        ],
         contexts=[[0b001, 0b110, 0b1000], [0b010]],
         skipped=[[False, True, False], [True]],
     )
 
 
-def parts(plays: Histories, spec: FeatureSpec, previous: int = NEVER) -> list[np.ndarray]:
+def feature_parts(plays: Histories, spec: FeatureSpec, previous: int = NEVER) -> list[np.ndarray]:
     batch = pad(plays, np.full(len(plays), previous), spec)
     return [values.numpy() for values in encode(batch, spec)]
 
@@ -47,8 +50,8 @@ def test_no_previous_play_counts_as_the_longest_gap() -> None:
 
 
 def test_a_row_begins_with_the_gap_to_the_play_before_it(plays: Histories) -> None:
-    before = np.array([plays.played_at[0] - 60_000, NEVER])
-    gap = pad(plays, before, FeatureSpec()).gap_BL.numpy()
+    previous_at = np.array([plays.played_at[0] - 60_000, NEVER])
+    gap = pad(plays, previous_at, FeatureSpec()).gap_BL.numpy()
     expected = scale_gap(np.array([60.0, 3600.0, (6 * 24 + 22) * 3600 + 59 * 60]))
     np.testing.assert_array_equal(gap, [expected, [1.0, 0.0, 0.0]])
 
@@ -64,22 +67,22 @@ def test_rows_are_padded_on_the_right(plays: Histories) -> None:
 
 
 def test_rows_without_plays_are_all_padding(plays: Histories) -> None:
-    empty = plays.keep(np.array([False, False, False, True]))
-    batch = pad(empty, np.array([NEVER, plays.played_at[3] - 1_000]), FeatureSpec())
+    first_row_empty = plays.keep(np.array([False, False, False, True]))
+    batch = pad(first_row_empty, np.array([NEVER, plays.played_at[3] - 1_000]), FeatureSpec())
     assert batch.songs_BL.tolist() == [[0], [7]]
     np.testing.assert_allclose(batch.gap_BL.numpy(), [[0], scale_gap(np.array([1.0]))])
-    nobody = pad(Histories.from_lists([], []), np.zeros(0, np.int64), EVERYTHING)
-    assert nobody.songs_BL.shape == (0, 1)
+    empty_batch = pad(Histories.from_lists([], []), np.zeros(0, np.int64), EVERYTHING)
+    assert empty_batch.songs_BL.shape == (0, 1)
 
 
 def test_contexts_are_multi_hot_and_unknown_ones_all_zeros(plays: Histories) -> None:
-    contexts = parts(plays, FeatureSpec(contexts=EVERYTHING.contexts, gap=False))[0]
+    contexts = feature_parts(plays, FeatureSpec(contexts=EVERYTHING.contexts, gap=False))[0]
     assert contexts[0].tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
     assert contexts[1].tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_hours_and_weekdays_are_one_hot_in_utc(plays: Histories) -> None:
-    hours, weekdays = parts(plays, FeatureSpec(gap=False, hour=True, weekday=True))
+    hours, weekdays = feature_parts(plays, FeatureSpec(gap=False, hour=True, weekday=True))
     assert hours[0].argmax(-1).tolist() == [0, 1, 23]
     assert weekdays[0].argmax(-1).tolist() == [0, 0, 6]  # a Monday, the same, a Sunday
     assert (hours[1, 0].argmax(), weekdays[1, 0].argmax()) == (12, 3)  # a Thursday
@@ -88,20 +91,20 @@ def test_hours_and_weekdays_are_one_hot_in_utc(plays: Histories) -> None:
 
 
 def test_moments_before_1970_have_an_hour_too() -> None:
-    plays = Histories.from_lists([[1]], [[at("1969-12-28 22:00")]])
-    hours, weekdays = parts(plays, FeatureSpec(gap=False, hour=True, weekday=True))
+    plays = Histories.from_lists([[1]], [[to_ms("1969-12-28 22:00")]])
+    hours, weekdays = feature_parts(plays, FeatureSpec(gap=False, hour=True, weekday=True))
     assert (hours.argmax(), weekdays.argmax()) == (22, 6)
 
 
 def test_the_width_is_what_the_spec_says(plays: Histories) -> None:
     for spec in (EVERYTHING, FeatureSpec(), FeatureSpec(gap=False), FeatureSpec(hour=True, gap=False)):
-        assert sum(part.shape[-1] for part in parts(plays, spec)) == spec.dim
+        assert sum(part.shape[-1] for part in feature_parts(plays, spec)) == spec.dim
     assert EVERYTHING.dim == 3 + 1 + 24 + 7 + 1
 
 
-def test_plays_that_tell_no_contexts_or_skips_have_none() -> None:
-    plain = Histories.from_lists([[1, 2]], [[1, 2]])
-    contexts, skipped = parts(plain, FeatureSpec(contexts=("album",), gap=False, skipped=True))
+def test_plays_without_contexts_or_skips_have_zeros() -> None:
+    plain_plays = Histories.from_lists([[1, 2]], [[1, 2]])
+    contexts, skipped = feature_parts(plain_plays, FeatureSpec(contexts=("album",), gap=False, skipped=True))
     assert not contexts.any()
     assert not skipped.any()
 

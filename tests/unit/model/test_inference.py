@@ -17,14 +17,14 @@ from rayrec.model.inference import TasteEncoder
 from rayrec.model.taste_table import States
 from rayrec.model.train_config import Cell, FeatureSpec
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @pytest.fixture(scope="module")
 def histories() -> Histories:
     """Users of 0 to 40 plays, some without any."""
-    made = random_histories(25, NUM_SONGS, longest=40, seed=8)
-    return made.keep(made.rows % 8 != 3)
+    all_histories = random_histories(25, NUM_SONGS, longest=40, seed=8)
+    return all_histories.keep(all_histories.rows % 8 != 3)
 
 
 @pytest.fixture(params=[(cell, *shape) for cell in get_args(Cell) for shape in ((1, True), (2, False))], ids=str)
@@ -45,69 +45,75 @@ def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 def every_query(histories: Histories) -> Queries:
     """A query before each play, and one after the last, of every user."""
     rows = np.repeat(np.arange(len(histories)), histories.lengths + 1)
-    firsts = np.repeat(np.cumsum(histories.lengths + 1) - histories.lengths - 1, histories.lengths + 1)
+    row_starts = np.repeat(np.cumsum(histories.lengths + 1) - histories.lengths - 1, histories.lengths + 1)
     at = np.full(len(rows), histories.played_at.max() + MINUTE)
     order = np.random.default_rng(0).permutation(len(rows))
-    return Queries(rows=rows, seen=np.arange(len(rows)) - firsts, at=at).take(order)
+    return Queries(rows=rows, seen=np.arange(len(rows)) - row_starts, at=at).take(order)
 
 
 def halves(histories: Histories, shares: np.ndarray) -> tuple[Histories, Histories]:
     """Each history cut in two, the first part holding `shares` of it."""
     position = np.arange(histories.num_plays) - histories.offsets[histories.rows]
-    early = position < np.floor(histories.lengths * shares)[histories.rows]
-    return histories.keep(early), histories.keep(~early)
+    is_early = position < np.floor(histories.lengths * shares)[histories.rows]
+    return histories.keep(is_early), histories.keep(~is_early)
 
 
 @pytest.mark.usefixtures("piece")
 def test_a_batch_gives_what_each_user_gives_alone(encoder: TasteEncoder, histories: Histories) -> None:
     at = int(histories.played_at.max())
-    together = encoder.vectors(histories, Queries.at_end(histories, at), "long")
+    batch_vectors = encoder.vectors(histories, Queries.at_end(histories, at), "long")
     _, states = encoder.run(histories)
     for row in range(len(histories)):
-        alone = histories.take(np.array([row]))
-        np.testing.assert_allclose(encoder.vectors(alone, Queries.at_end(alone, at), "long")[0], together[row], **CLOSE)
-        np.testing.assert_allclose(encoder.run(alone)[1].hidden[0], states.hidden[row], **CLOSE)
+        history = histories.take(np.array([row]))
+        np.testing.assert_allclose(
+            encoder.vectors(history, Queries.at_end(history, at), "long")[0], batch_vectors[row], **TOLERANCE
+        )
+        np.testing.assert_allclose(encoder.run(history)[1].hidden[0], states.hidden[row], **TOLERANCE)
 
 
 @pytest.mark.usefixtures("piece")
-def test_any_query_is_answered_from_the_plays_before_it_alone(encoder: TasteEncoder, histories: Histories) -> None:
+def test_any_query_is_answered_from_only_the_plays_before_it(encoder: TasteEncoder, histories: Histories) -> None:
     queries = every_query(histories)
-    found = encoder.vectors(histories, queries, "short")
+    vectors = encoder.vectors(histories, queries, "short")
     for number in range(0, len(queries), 7):
         row, seen = int(queries.rows[number]), int(queries.seen[number])
-        alone = histories.take(np.array([row]))
-        prefix = alone.keep(np.arange(alone.num_plays) < seen)
-        wanted = encoder.vectors(prefix, Queries.at_end(prefix, queries.at[number]), "short")
-        np.testing.assert_allclose(found[number], wanted[0], **CLOSE)
+        history = histories.take(np.array([row]))
+        prefix = history.keep(np.arange(history.num_plays) < seen)
+        expected = encoder.vectors(prefix, Queries.at_end(prefix, queries.at[number]), "short")
+        np.testing.assert_allclose(vectors[number], expected[0], **TOLERANCE)
 
 
 @pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("seed", range(3))
 def test_going_on_from_a_state_equals_one_pass(encoder: TasteEncoder, histories: Histories, seed: int) -> None:
-    whole, states = encoder.run(histories, Queries.at_end(histories, 0))
+    full_hidden, states = encoder.run(histories, Queries.at_end(histories, 0))
     early, late = halves(histories, np.random.default_rng(seed).random(len(histories)))
-    _, between = encoder.run(early)
-    hidden, carried = encoder.run(late, Queries.at_end(late, 0), between)
-    np.testing.assert_allclose(carried.hidden, states.hidden, **CLOSE)
-    np.testing.assert_allclose(hidden, whole, **CLOSE)
-    np.testing.assert_array_equal(carried.last_played_at, states.last_played_at)
+    _, early_states = encoder.run(early)
+    hidden, carried_states = encoder.run(late, Queries.at_end(late, 0), early_states)
+    np.testing.assert_allclose(carried_states.hidden, states.hidden, **TOLERANCE)
+    np.testing.assert_allclose(hidden, full_hidden, **TOLERANCE)
+    np.testing.assert_array_equal(carried_states.last_played_at, states.last_played_at)
 
 
-def test_queries_after_a_carried_state_equal_those_of_the_whole(encoder: TasteEncoder, histories: Histories) -> None:
+def test_queries_after_a_carried_state_equal_those_of_the_whole_history(
+    encoder: TasteEncoder, histories: Histories
+) -> None:
     early, late = halves(histories, np.full(len(histories), 0.5))
-    _, between = encoder.run(early)
-    asked = every_query(late)
-    found = encoder.vectors(late, asked, "short", between)
-    whole = Queries(rows=asked.rows, seen=asked.seen + early.lengths[asked.rows], at=asked.at)
-    np.testing.assert_allclose(found, encoder.vectors(histories, whole, "short"), **CLOSE)
+    _, early_states = encoder.run(early)
+    late_queries = every_query(late)
+    actual = encoder.vectors(late, late_queries, "short", early_states)
+    full_queries = Queries(
+        rows=late_queries.rows, seen=late_queries.seen + early.lengths[late_queries.rows], at=late_queries.at
+    )
+    np.testing.assert_allclose(actual, encoder.vectors(histories, full_queries, "short"), **TOLERANCE)
 
 
-def test_running_leaves_the_states_it_started_from_alone(encoder: TasteEncoder, histories: Histories) -> None:
+def test_running_does_not_change_the_states_it_started_from(encoder: TasteEncoder, histories: Histories) -> None:
     _, states = encoder.run(histories)
-    hidden, last = states.hidden.copy(), states.last_played_at.copy()
+    hidden, last_played_at = states.hidden.copy(), states.last_played_at.copy()
     encoder.run(histories, start=states)
     np.testing.assert_array_equal(states.hidden, hidden)
-    np.testing.assert_array_equal(states.last_played_at, last)
+    np.testing.assert_array_equal(states.last_played_at, last_played_at)
 
 
 def test_read_only_states_are_enough(encoder: TasteEncoder, histories: Histories) -> None:
@@ -129,20 +135,20 @@ def test_a_history_longer_than_a_piece_carries_its_state_on(encoder: TasteEncode
     )
     seen = np.array([0, 1, inference.PLAYS_PER_CHUNK, inference.PLAYS_PER_CHUNK + 1, plays])
     queries = Queries(rows=np.zeros(5, np.int64), seen=seen, at=np.full(5, plays * MINUTE))
-    found = encoder.vectors(history, queries, "short")
+    vectors = encoder.vectors(history, queries, "short")
     state = encoder.initial_states(1)
-    for begin, end, wanted in zip(seen[:-1], seen[1:], found[1:], strict=True):
-        part = history.take(np.array([0])).keep((np.arange(plays) >= begin) & (np.arange(plays) < end))
+    for start, end, expected in zip(seen[:-1], seen[1:], vectors[1:], strict=True):
+        part = history.take(np.array([0])).keep((np.arange(plays) >= start) & (np.arange(plays) < end))
         _, state = encoder.run(part, start=state)
-        np.testing.assert_allclose(encoder.tastes(state, plays * MINUTE, "short")[0], wanted, **CLOSE)
+        np.testing.assert_allclose(encoder.tastes(state, plays * MINUTE, "short")[0], expected, **TOLERANCE)
 
 
 def test_states_alone_give_the_vectors_of_the_histories(encoder: TasteEncoder, histories: Histories) -> None:
     at = int(histories.played_at.max()) + 5 * MINUTE
     _, states = encoder.run(histories)
     for horizon in ("short", "long"):
-        wanted = encoder.vectors(histories, Queries.at_end(histories, at), horizon)
-        np.testing.assert_allclose(encoder.tastes(states, at, horizon), wanted, **CLOSE)
+        expected = encoder.vectors(histories, Queries.at_end(histories, at), horizon)
+        np.testing.assert_allclose(encoder.tastes(states, at, horizon), expected, **TOLERANCE)
 
 
 def test_vectors_are_normalized_float32_for_users_without_plays_too(
@@ -152,25 +158,29 @@ def test_vectors_are_normalized_float32_for_users_without_plays_too(
     assert vectors.dtype == np.float32
     assert vectors.shape == (len(histories), 8)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    nobody = Histories.from_lists([[], []], [[], []])
-    unheard = encoder.vectors(nobody, Queries.at_end(nobody, 10**9), "short")
-    np.testing.assert_allclose(unheard, vectors[histories.lengths == 0][[0, 0]], **CLOSE)
+    empty_histories = Histories.from_lists([[], []], [[], []])
+    empty_vectors = encoder.vectors(empty_histories, Queries.at_end(empty_histories, 10**9), "short")
+    np.testing.assert_allclose(empty_vectors, vectors[histories.lengths == 0][[0, 0]], **TOLERANCE)
     assert encoder.initial_states(2).last_played_at.tolist() == [NEVER, NEVER]
 
 
 def test_the_time_of_the_request_changes_the_vector(encoder: TasteEncoder, histories: Histories) -> None:
-    some = histories.take(histories.lengths > 0)
-    last = some.played_at[some.offsets[1:] - 1]
-    soon = encoder.vectors(some, Queries.at_end(some, last + MINUTE), "short")
-    late = encoder.vectors(some, Queries.at_end(some, last + 10_000 * MINUTE), "short")
-    assert (np.abs(soon - late).max(axis=1) > 1e-3).all()
+    nonempty_histories = histories.take(histories.lengths > 0)
+    last_played_at = nonempty_histories.played_at[nonempty_histories.offsets[1:] - 1]
+    soon_vectors = encoder.vectors(
+        nonempty_histories, Queries.at_end(nonempty_histories, last_played_at + MINUTE), "short"
+    )
+    late_vectors = encoder.vectors(
+        nonempty_histories, Queries.at_end(nonempty_histories, last_played_at + 10_000 * MINUTE), "short"
+    )
+    assert (np.abs(soon_vectors - late_vectors).max(axis=1) > 1e-3).all()
 
 
 def test_no_queries_and_no_users_are_answered_with_nothing(encoder: TasteEncoder, histories: Histories) -> None:
-    none = Queries(rows=np.zeros(0, np.int64), seen=np.zeros(0, np.int64), at=np.zeros(0, np.int64))
-    assert encoder.vectors(histories, none, "short").shape == (0, 8)
-    nobody = Histories.from_lists([], [])
-    hidden, states = encoder.run(nobody)
+    no_queries = Queries(rows=np.zeros(0, np.int64), seen=np.zeros(0, np.int64), at=np.zeros(0, np.int64))
+    assert encoder.vectors(histories, no_queries, "short").shape == (0, 8)
+    no_users = Histories.from_lists([], [])
+    hidden, states = encoder.run(no_users)
     assert hidden.shape[0] == len(states.hidden) == 0
 
 
@@ -206,13 +216,13 @@ def test_a_very_long_history_costs_what_its_plays_cost(plays: int) -> None:
     random = np.random.default_rng(0)
     encoder = TasteEncoder(network())
 
-    def seconds(count: int) -> float:
+    def measure_seconds(count: int) -> float:
         songs = random.integers(0, NUM_SONGS, size=count)
         history = Histories.from_lists([songs], [np.arange(count) * MINUTE])  # type: ignore[list-item]
-        began = time.process_time()
+        started = time.process_time()
         encoder.run(history)
-        return time.process_time() - began
+        return time.process_time() - started
 
-    seconds(2_000)
+    measure_seconds(2_000)
     # Ten times the plays take about ten times as long; reading all plays for every piece would take a hundred times.
-    assert seconds(plays) < 25 * seconds(plays // 10)
+    assert measure_seconds(plays) < 25 * measure_seconds(plays // 10)

@@ -9,13 +9,13 @@ from rayrec.model.train_config import LEAST_SCALE, DaysHorizon, FeatureSpec, Hor
 
 
 @pytest.mark.parametrize(("offsets", "choices"), [((1, 1), 1), ((25, 50), 26)])
-def test_a_song_that_fits_alone_has_the_chance_of_one_choice_among_all_and_nothing(
+def test_the_only_fitting_song_has_a_probability_of_one_in_choices_plus_one(
     offsets: tuple[int, int], choices: int
 ) -> None:
     songs = 100_000
     scale = logit_scale(songs, Horizon(min_offset=offsets[0], max_offset=offsets[1]))
-    fits, others = math.exp(scale), (songs - 1) * math.exp(0.0)
-    assert fits / (fits + others) == pytest.approx(1 / (choices + 1), rel=1e-4)
+    fitting_weight, other_weight = math.exp(scale), (songs - 1) * math.exp(0.0)
+    assert fitting_weight / (fitting_weight + other_weight) == pytest.approx(1 / (choices + 1), rel=1e-4)
 
 
 def test_a_small_catalog_has_the_least_scale() -> None:

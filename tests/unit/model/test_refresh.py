@@ -26,27 +26,27 @@ def test_on_appended_plays_a_training_from_a_model_reaches_the_recall_of_a_full_
     torch.set_num_threads(1)
     histories = World(WORLD).histories(np.arange(WORLD.users))
     validation_from = int(histories.played_at.max()) - VALIDATION_DAYS * DAY
-    before, since = validation_from - APPENDED_DAYS * DAY, validation_from
+    old_cut, new_cut = validation_from - APPENDED_DAYS * DAY, validation_from
     is_first = histories.places == 0
-    asked = np.flatnonzero((histories.played_at >= since) & ~is_first)[:2_000]
+    validation_plays = np.flatnonzero((histories.played_at >= new_cut) & ~is_first)[:2_000]
 
-    def fit(last: int, phase: Phase, start: TasteModel | None, config: TrainConfig) -> tuple[Fit, TasteModel]:
-        plays = histories.before(last)
+    def fit(cut: int, phase: Phase, start: TasteModel | None, config: TrainConfig) -> tuple[Fit, TasteModel]:
+        plays = histories.before(cut)
         counts = np.bincount(plays.songs, minlength=WORLD.songs)
         data: dict[Phase, FitData] = {phase: FitData(vectors=random_vectors(WORLD.songs), counts=counts)}
-        validation = Validation(histories=histories, plays=asked) if phase == "selection" else None
+        validation = Validation(histories=histories, plays=validation_plays) if phase == "selection" else None
         shape = model_config(config, num_songs=WORLD.songs)
-        made = Fit(shape, config, data, MemoryHost({phase: plays}, config), validation=validation, start=start)
-        return made, made.run()
+        new_fit = Fit(shape, config, data, MemoryHost({phase: plays}, config), validation=validation, start=start)
+        return new_fit, new_fit.run()
 
-    _, old = fit(before, "final", None, CONFIG)
-    full, _ = fit(since, "selection", None, CONFIG)
-    refreshed, _ = fit(since, "selection", old, CONFIG)
+    _, old_model = fit(old_cut, "final", None, CONFIG)
+    full, _ = fit(new_cut, "selection", None, CONFIG)
+    refreshed, _ = fit(new_cut, "selection", old_model, CONFIG)
     full_recall = [line[RECALL] for line in full.progress.epochs]
-    recall = [line[RECALL] for line in refreshed.progress.epochs]
-    print(full_recall, full.progress.best_epoch, recall)
+    refreshed_recall = [line[RECALL] for line in refreshed.progress.epochs]
+    print(full_recall, full.progress.best_epoch, refreshed_recall)
     best = full.progress.best_epoch
     assert best >= 3
     assert full_recall[best] > full_recall[0] + 0.02  # there is something to learn
     quarter = (best + 1) // 4
-    assert max(recall[:quarter]) >= full_recall[best] - 0.003
+    assert max(refreshed_recall[:quarter]) >= full_recall[best] - 0.003

@@ -12,30 +12,32 @@ from rayrec.model.song_tables import RowAdam, RowExchange, Share
 from rayrec.model.train_config import TrainConfig
 from rayrec.model.training import StepMaker, Training
 
-SMALL = TrainConfig(hidden_dim=12, window=12, batch=10, negatives=20, long=(2, 5))
+SMALL_CONFIG = TrainConfig(hidden_dim=12, window=12, batch=10, negatives=20, long=(2, 5))
 SHARE = Share(rank=0, workers=WORKERS)
 
 
 def test_a_step_of_eight_workers_with_60_000_rows_each_sends_at_most_35_mb(monkeypatch: pytest.MonkeyPatch) -> None:
     wire, rows, dim = Wire(monkeypatch), 60_000, 64
     songs = torch.arange(rows).reshape(-1, WORKERS).T.flatten()  # grouped by the worker that keeps them
-    windows = next(MemoryHost({"final": cycling_histories(20)}, SMALL).windows("final", 0))
-    small = StepMaker(model_config(SMALL), SMALL, np.ones(NUM_SONGS), SHARE).make(windows, 0, 0)
-    step = RowExchange(SHARE).agree(replace(small, songs={"songs.weight": songs}), ["songs.weight"])
+    windows = next(MemoryHost({"final": cycling_histories(20)}, SMALL_CONFIG).windows("final", 0))
+    small_step = StepMaker(model_config(SMALL_CONFIG), SMALL_CONFIG, np.ones(NUM_SONGS), SHARE).make(windows, 0, 0)
+    step = RowExchange(SHARE).agree(replace(small_step, songs={"songs.weight": songs}), ["songs.weight"])
     request = step.requests["songs.weight"]
     assert request.sent == request.received == [rows // WORKERS] * WORKERS
     table = RowAdam(torch.rand(rows, dim), 0.01, 10)
-    looked_up = table.look_up(songs, request)
-    assert looked_up.shape == (rows, dim)
-    table.step(songs, torch.ones_like(looked_up), request)
-    dense = sum(value.nbytes for name, value in network(model_config(TrainConfig())).named_parameters())
-    assert 25e6 < wire.sent < 35e6 - 2 * dense
+    table_rows = table.look_up(songs, request)
+    assert table_rows.shape == (rows, dim)
+    table.step(songs, torch.ones_like(table_rows), request)
+    dense_bytes = sum(value.nbytes for name, value in network(model_config(TrainConfig())).named_parameters())
+    assert 25e6 < wire.sent < 35e6 - 2 * dense_bytes
 
 
-def test_a_step_adds_up_once_beside_the_exchange_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_makes_one_sum_besides_the_exchange_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     wire = Wire(monkeypatch)
-    training = Training(network(model_config(SMALL)), SMALL, np.ones(NUM_SONGS), device="cpu", share=SHARE)
-    windows = next(MemoryHost({"final": cycling_histories(40)}, SMALL, share=SHARE).windows("final", 0))
+    training = Training(
+        network(model_config(SMALL_CONFIG)), SMALL_CONFIG, np.ones(NUM_SONGS), device="cpu", share=SHARE
+    )
+    windows = next(MemoryHost({"final": cycling_histories(40)}, SMALL_CONFIG, share=SHARE).windows("final", 0))
     loss = training.step(windows, 0, 0)
     assert torch.isfinite(loss)
     assert wire.calls.count("all_reduce") == 1
@@ -48,10 +50,10 @@ def test_a_step_adds_up_once_beside_the_exchange_of_rows(monkeypatch: pytest.Mon
 
 def test_the_targets_of_all_workers_are_known_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     Wire(monkeypatch)
-    windows = next(MemoryHost({"final": cycling_histories(20)}, SMALL).windows("final", 0))
-    step = StepMaker(model_config(SMALL), SMALL, np.ones(NUM_SONGS), SHARE).make(windows, 0, 0)
-    agreed = RowExchange(SHARE).agree(step, [*step.songs])
-    for targets, total in ((step.targets, 1.0), (agreed.targets, 1 / WORKERS)):
+    windows = next(MemoryHost({"final": cycling_histories(20)}, SMALL_CONFIG).windows("final", 0))
+    step = StepMaker(model_config(SMALL_CONFIG), SMALL_CONFIG, np.ones(NUM_SONGS), SHARE).make(windows, 0, 0)
+    agreed_step = RowExchange(SHARE).agree(step, [*step.songs])
+    for targets, total in ((step.targets, 1.0), (agreed_step.targets, 1 / WORKERS)):
         assert (targets.weight_PT.T @ targets.horizons_PH).sum(0).tolist() == pytest.approx(
-            [total, SMALL.long_weight * total]
+            [total, SMALL_CONFIG.long_weight * total]
         )

@@ -23,11 +23,11 @@ from rayrec.model.train_config import FeatureSpec, TrainConfig
 from rayrec.model.training import StepMaker, StepReport, Training
 
 SONGS, DIM = 5_000, 64
-LARGE = 1_000_000  # elements
-OPERATIONS, LARGE_OPERATIONS = 150, 15  # without the recurrent cell, whose steps cuDNN runs as one
-BYTES = 1e9  # read and written by these operations in float32, if none are fused
-READS = ("_local_scalar_dense", "nonzero")  # operations that the host waits for
-FREE = ("detach", "empty", "profiler")  # start nothing on a device: views, allocations, marks in a profile
+LARGE_ELEMENTS = 1_000_000  # elements
+MAX_OPERATIONS, MAX_LARGE_OPERATIONS = 150, 15  # without the recurrent cell, whose steps cuDNN runs as one
+MAX_BYTES = 1e9  # read and written by these operations in float32, if none are fused
+READ_OPERATIONS = ("_local_scalar_dense", "nonzero")  # operations that the host waits for
+FREE_OPERATIONS = ("detach", "empty", "profiler")  # start nothing on a device: views, allocations, marks in a profile
 
 
 class Counter(TorchDispatchMode):  # type: ignore[misc]
@@ -41,16 +41,16 @@ class Counter(TorchDispatchMode):  # type: ignore[misc]
     @property
     def reads(self) -> int:
         """The number of operations that the host waited for."""
-        return sum(any(read in name for read in READS) for name in self.names)
+        return sum(any(read in name for read in READ_OPERATIONS) for name in self.names)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if not func.is_view and not any(name in str(func) for name in FREE):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and not any(name in str(func) for name in FREE_OPERATIONS):
             self.names.append(str(func))
-            sizes = [leaf.numel() for leaf in tree_leaves((args, kwargs, made)) if isinstance(leaf, Tensor)]
-            if max(sizes, default=0) > LARGE:
+            sizes = [leaf.numel() for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+            if max(sizes, default=0) > LARGE_ELEMENTS:
                 self.large.append(str(func))
-        return made
+        return result
 
 
 class OneProduct(nn.Module):
@@ -77,8 +77,8 @@ def test_a_step_at_the_default_settings_keeps_its_budget_and_reads_nothing_back(
         [np.arange(plays[1]) * 180_000] * config.batch,  # type: ignore[list-item]
     )
     windows = cut_windows(histories, config.window, config.lookahead)
-    full = windows.take(np.flatnonzero(windows.inputs == config.window)[: config.batch])
-    assert int(full.inputs.sum()) == config.batch * config.window
+    full_windows = windows.take(np.flatnonzero(windows.inputs == config.window)[: config.batch])
+    assert int(full_windows.inputs.sum()) == config.batch * config.window
     shape = config.network_shape(
         num_songs=SONGS, embedding_dim=DIM, features=FeatureSpec(pause_hours=config.pause_hours)
     )
@@ -88,16 +88,16 @@ def test_a_step_at_the_default_settings_keeps_its_budget_and_reads_nothing_back(
     training = Training(model, config, counts, device="cpu", share=Share())
     model.train()
     maker = StepMaker(shape, config, counts, Share())
-    step, following = (maker.make(full, 0, number) for number in range(2))
-    training.take(step)  # the optimizers allocate their moments in the first step
-    with Counter() as counter, ByteCounter() as moved:
-        training.take(following)
+    first_step, second_step = (maker.make(full_windows, 0, number) for number in range(2))
+    training.take(first_step)  # the optimizers allocate their moments in the first step
+    with Counter() as counter, ByteCounter() as byte_counter:
+        training.take(second_step)
     assert counter.reads == 0
-    assert len(counter.names) <= OPERATIONS, sorted(counter.names)
-    assert len(counter.large) <= LARGE_OPERATIONS, sorted(counter.large)
-    assert moved.total <= BYTES
-    assert len(counter.names) > 0.9 * OPERATIONS, "the budget can be lowered"
-    assert moved.total > 0.9 * BYTES, "the budget can be lowered"
+    assert len(counter.names) <= MAX_OPERATIONS, sorted(counter.names)
+    assert len(counter.large) <= MAX_LARGE_OPERATIONS, sorted(counter.large)
+    assert byte_counter.total <= MAX_BYTES
+    assert len(counter.names) > 0.9 * MAX_OPERATIONS, "the budget can be lowered"
+    assert byte_counter.total > 0.9 * MAX_BYTES, "the budget can be lowered"
 
 
 class ReadsByStep(MemoryHost):
@@ -113,7 +113,7 @@ class ReadsByStep(MemoryHost):
 
 
 @pytest.mark.parametrize("workers", [1, WORKERS])
-def test_a_fit_reads_from_the_device_at_every_50th_step_alone(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_reads_from_the_device_only_at_every_50th_step(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host reads the losses, and with several workers also the sums by which they agree on the losses."""
     torch.set_num_threads(1)
     if workers > 1:
@@ -126,9 +126,9 @@ def test_a_fit_reads_from_the_device_at_every_50th_step_alone(workers: int, monk
     with Counter() as counter:
         host = ReadsByStep(counter, plays, config, share=share)
         fit = Fit(model_config(config), config, data, host, validation=None, share=share)
-        before = counter.reads
+        reads_before = counter.reads
         fit.run()
     assert len(host.reads) > 100
-    of_steps = np.diff([before, *host.reads])
-    assert np.flatnonzero(of_steps).tolist() == list(range(0, len(host.reads), 50))
-    assert of_steps.max() <= (1 if workers == 1 else 4)
+    reads_per_step = np.diff([reads_before, *host.reads])
+    assert np.flatnonzero(reads_per_step).tolist() == list(range(0, len(host.reads), 50))
+    assert reads_per_step.max() <= (1 if workers == 1 else 4)

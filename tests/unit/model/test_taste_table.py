@@ -35,20 +35,21 @@ def test_a_row_per_user_holds_the_encoders_vectors(encoder: TasteEncoder, histor
     assert table.column("user_id").to_pylist() == histories.user_ids.tolist()
     assert table.column("plays").to_pylist() == histories.lengths.tolist()
     for horizon in ("short", "long"):
-        wanted = encoder.vectors(histories, Queries.at_end(histories, AT), horizon)
-        found = np.array(table.column(taste_column(horizon)).to_pylist(), dtype=np.float32)
-        np.testing.assert_allclose(found, wanted, atol=1e-6)
+        expected = encoder.vectors(histories, Queries.at_end(histories, AT), horizon)
+        actual = np.array(table.column(taste_column(horizon)).to_pylist(), dtype=np.float32)
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
 def test_states_come_back_from_rows_and_go_on(encoder: TasteEncoder, histories: Histories) -> None:
-    early = histories.keep(np.arange(histories.num_plays) % 15 < 8)
-    states = read_states(taste_table(encoder, early, AT), encoder.model.config.state_layers)
-    _, wanted = encoder.run(early)
-    np.testing.assert_array_equal(states.hidden, wanted.hidden)
-    np.testing.assert_array_equal(states.last_played_at, wanted.last_played_at)
-    later = histories.take(np.arange(len(histories))[::-1])
+    early_histories = histories.keep(np.arange(histories.num_plays) % 15 < 8)
+    states = read_states(taste_table(encoder, early_histories, AT), encoder.model.config.state_layers)
+    _, expected = encoder.run(early_histories)
+    np.testing.assert_array_equal(states.hidden, expected.hidden)
+    np.testing.assert_array_equal(states.last_played_at, expected.last_played_at)
+    reversed_histories = histories.take(np.arange(len(histories))[::-1])
     np.testing.assert_array_equal(
-        encoder.run(later, start=states)[1].hidden, encoder.run(later, start=wanted)[1].hidden
+        encoder.run(reversed_histories, start=states)[1].hidden,
+        encoder.run(reversed_histories, start=expected)[1].hidden,
     )
 
 
@@ -58,9 +59,9 @@ def test_states_come_back_from_a_slice_and_from_no_rows(encoder: TasteEncoder, h
         read_states(table.slice(3, 4), encoder.model.config.state_layers).hidden,
         read_states(table, encoder.model.config.state_layers).hidden[3:7],
     )
-    nobody = taste_table(encoder, Histories.from_lists([], []), AT)
-    assert nobody.schema == table.schema
-    assert len(read_states(nobody, encoder.model.config.state_layers).hidden) == 0
+    empty_table = taste_table(encoder, Histories.from_lists([], []), AT)
+    assert empty_table.schema == table.schema
+    assert len(read_states(empty_table, encoder.model.config.state_layers).hidden) == 0
 
 
 def test_a_user_without_plays_has_never_played(encoder: TasteEncoder) -> None:

@@ -34,5 +34,5 @@ def test_tensorboard_reads_the_figures_back(workspace: Workspace) -> None:
     events = EventAccumulator(workspace.full(f"models/a/{TENSORBOARD}"))
     events.Reload()
     recall = events.Scalars("selection/validation_recall@20")
-    assert [(each.step, round(each.value, 3)) for each in recall] == [(0, 0.1), (1, 0.2)]
-    assert [each.value for each in events.Scalars("final/loss")] == [3.0]
+    assert [(event.step, round(event.value, 3)) for event in recall] == [(0, 0.1), (1, 0.2)]
+    assert [event.value for event in events.Scalars("final/loss")] == [3.0]

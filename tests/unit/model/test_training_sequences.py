@@ -18,15 +18,17 @@ from rayrec.storage.artifacts import write_dataset_manifest
 from rayrec.storage.workspace import Workspace, playlists_file
 
 PLAYLISTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
-LONG = 60 * MINUTE
-EVERYTHING = FitRange()
+LONG_PAUSE = 60 * MINUTE
+FULL_RANGE = FitRange()
 
 
 @pytest.fixture
 def without(workspace: Workspace) -> Dataset:
     """Two users, the first with two sessions, and no playlists."""
     plays = Histories.from_lists(
-        [[0, 1, 2, 3], [4, 5, 6]], [[0, MINUTE, LONG, LONG + MINUTE], [0, MINUTE, 2 * MINUTE]], user_ids=["a", "b"]
+        [[0, 1, 2, 3], [4, 5, 6]],
+        [[0, MINUTE, LONG_PAUSE, LONG_PAUSE + MINUTE], [0, MINUTE, 2 * MINUTE]],
+        user_ids=["a", "b"],
     )
     return write_dataset(workspace, plays, 10, buckets=1)
 
@@ -34,16 +36,16 @@ def without(workspace: Workspace) -> Dataset:
 @pytest.fixture
 def dataset(without: Dataset) -> Dataset:
     """The data set of `without`, with three playlists in two files."""
-    for number, lists in enumerate((PLAYLISTS[:2], PLAYLISTS[2:])):
-        ids = [f"{number}-{row}" for row in range(len(lists))]
-        values = {columns.PLAYLIST: pa.array(ids), columns.SONGS: pa.array(lists, pa.list_(pa.int32()))}
+    for number, playlists in enumerate((PLAYLISTS[:2], PLAYLISTS[2:])):
+        ids = [f"{number}-{row}" for row in range(len(playlists))]
+        values = {columns.PLAYLIST: pa.array(ids), columns.SONGS: pa.array(playlists, pa.list_(pa.int32()))}
         without.workspace.write_table(playlists_file(number), pa.table(values))
     manifest = without.manifest.__class__(**{**without.manifest.__dict__, "playlists": 3, "playlist_entries": 9})
     write_dataset_manifest(without.workspace, manifest)
     return Dataset(without.workspace)
 
 
-def _read(sequences: Sequences, allowed: FitRange = EVERYTHING) -> list[list[int]]:
+def _read(sequences: Sequences, allowed: FitRange = FULL_RANGE) -> list[list[int]]:
     return [
         part.tolist()
         for unit in range(sequences.units)
@@ -72,7 +74,7 @@ def test_histories_are_whole_and_cut_by_the_range_though_there_are_playlists(dat
     sequences = Sequences(dataset, "histories")
     assert (sequences.kind, sequences.units, sequences.plays) == ("histories", 1, 7)
     assert sorted(_read(sequences)) == [[0, 1, 2, 3], [4, 5, 6]]
-    assert sorted(_read(sequences, FitRange(before=LONG))) == [[0, 1], [4, 5, 6]]
+    assert sorted(_read(sequences, FitRange(before=LONG_PAUSE))) == [[0, 1], [4, 5, 6]]
 
 
 @pytest.mark.parametrize("source", ["histories", "playlists"])
@@ -81,20 +83,20 @@ def test_a_source_that_selects_too_much_is_stopped(
 ) -> None:
     monkeypatch.setattr(FitRange, "select", lambda _, plays: plays)
     with pytest.raises(LeakError, match="at or after its cut"):
-        _read(Sequences(without, source), FitRange(before=LONG))  # type: ignore[arg-type]
+        _read(Sequences(without, source), FitRange(before=LONG_PAUSE))  # type: ignore[arg-type]
 
 
-def test_windows_are_cut_from_playlists_none_across_two(dataset: Dataset) -> None:
-    config = TrainConfig.PRESETS["r_pst"]
-    settings = TrainConfig(**config, window=2, batch=1)
-    lengths = window_lengths(dataset, FitRange(), settings)
-    reader = ShardReader(dataset, FitRange(), settings, lengths, Share())
-    found = [
+def test_windows_are_cut_from_playlists_and_none_spans_two(dataset: Dataset) -> None:
+    preset = TrainConfig.PRESETS["r_pst"]
+    config = TrainConfig(**preset, window=2, batch=1)
+    lengths = window_lengths(dataset, FitRange(), config)
+    reader = ShardReader(dataset, FitRange(), config, lengths, Share())
+    window_songs = [
         part.tolist()
         for windows in stream_batches(reader, 0)
         for part in np.split(windows.plays.songs, windows.plays.offsets[1:-1])
     ]
-    assert sorted(found) == [[1, 2, 3], [4, 5], [6, 7, 8], [8, 9]]  # inputs and one play of lookahead
+    assert sorted(window_songs) == [[1, 2, 3], [4, 5], [6, 7, 8], [8, 9]]  # inputs and one play of lookahead
 
 
 def test_the_papers_four_networks_are_presets() -> None:

@@ -23,8 +23,8 @@ pytestmark = needs_redis_cli
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[RedisCluster]:
-    with redis_cluster(tmp_path) as running:
-        yield running
+    with redis_cluster(tmp_path) as running_cluster:
+        yield running_cluster
 
 
 def write_once(store: StateStore, versions: dict[str, int]) -> None:
@@ -32,7 +32,7 @@ def write_once(store: StateStore, versions: dict[str, int]) -> None:
     target = versions[USERS[0]] + 1
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        left = [user for user in USERS if versions[user] < target]
+        remaining_users = [user for user in USERS if versions[user] < target]
         changes = [
             Change(
                 user_id=user,
@@ -41,25 +41,28 @@ def write_once(store: StateStore, versions: dict[str, int]) -> None:
                 append=[Piece(1, str(versions[user] + 1).encode())],
                 events=[versions[user]],
             )
-            for user in left
+            for user in remaining_users
         ]
         try:
-            for user, put in zip(left, store.put(changes), strict=True):
-                versions[user] += put
+            for user, is_stored in zip(remaining_users, store.put(changes), strict=True):
+                versions[user] += is_stored
         except StoreUnavailableError:
             time.sleep(0.1)
-        for user, stored in zip(USERS, read_again(store), strict=True):  # a put may be done though its answer got lost
+        # a put may be done though its answer got lost
+        for user, stored in zip(
+            USERS, read_with_retries(store), strict=True
+        ):
             versions[user] = NO_VERSION if stored is None else stored.version
         if set(versions.values()) == {target}:
             return
     raise AssertionError("the store did not come back")
 
 
-def read_again(store: StateStore) -> list[Any]:
-    return again(lambda: store.get({user: [] for user in USERS}))
+def read_with_retries(store: StateStore) -> list[Any]:
+    return retry(lambda: store.get({user: [] for user in USERS}))
 
 
-def again(call: Callable[[], T]) -> T:
+def retry(call: Callable[[], T]) -> T:
     """Return the result of `call`, repeated for up to START_SECONDS until the store answers."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
@@ -81,20 +84,22 @@ def test_users_spread_over_nodes_survive_a_resharding(cluster: RedisCluster) -> 
     assert min(keys) > 0.15 * sum(keys)
 
     ids = [node.ask("CLUSTER MYID").decode() for node in nodes]
-    move = ["--cluster-from", ids[1], "--cluster-to", ids[2], "--cluster-slots", "3000", "--cluster-yes"]
-    moving = threading.Thread(target=redis_cli, args=("--cluster", "reshard", f"127.0.0.1:{nodes[0].port}", *move))
-    moving.start()
-    turns = 0
-    while moving.is_alive() or turns < 3:
+    move_options = ["--cluster-from", ids[1], "--cluster-to", ids[2], "--cluster-slots", "3000", "--cluster-yes"]
+    reshard_thread = threading.Thread(
+        target=redis_cli, args=("--cluster", "reshard", f"127.0.0.1:{nodes[0].port}", *move_options)
+    )
+    reshard_thread.start()
+    writes = 0
+    while reshard_thread.is_alive() or writes < 3:
         write_once(store, versions)
-        turns += 1
-    moving.join()
+        writes += 1
+    reshard_thread.join()
 
-    (count,) = set(versions.values())
-    assert count == 3 + turns
-    for whole in store.read(USERS):
-        assert whole is not None
-        assert [int(piece) for piece in whole.log] == list(range(1, count + 1))
+    (version,) = set(versions.values())
+    assert version == 3 + writes
+    for full_user in store.read(USERS):
+        assert full_user is not None
+        assert [int(piece) for piece in full_user.log] == list(range(1, version + 1))
     store.forget([USERS[0]], b"mark")
     store.rewrite()  # on all nodes
     assert store.read(USERS[:1])[0].log == []  # type: ignore[union-attr]
@@ -107,13 +112,13 @@ def test_a_replica_takes_over_and_no_acknowledged_play_is_lost(cluster: RedisClu
     for _ in range(2):
         write_once(store, versions)
     cluster.fail_over(cluster.primaries()[0])  # right after the last put was acknowledged
-    assert [stored.version for stored in read_again(store)] == [2] * len(USERS)
+    assert [stored.version for stored in read_with_retries(store)] == [2] * len(USERS)
     for _ in range(3):
         write_once(store, versions)
     assert set(versions.values()) == {5}
-    for whole in store.read(USERS):
-        assert whole is not None
-        assert sorted(int(piece) for piece in whole.log) == [1, 2, 3, 4, 5]
+    for full_user in store.read(USERS):
+        assert full_user is not None
+        assert sorted(int(piece) for piece in full_user.log) == [1, 2, 3, 4, 5]
     store.close()
 
 
@@ -127,18 +132,18 @@ def test_online_songs_and_marks_of_loads_survive_the_failure_of_the_node_that_ho
     assert store.add_songs({"c": b"3"}, most=2) is None
     store.count_song_plays("m", {0: np.ones(2).tobytes()})
     store.close_songs([1])
-    written = store.songs_since(0)
-    assert [(song.song_id, song.data, song.model) for song in written[1]] == [("a", b"1", "m"), ("b", b"", "")]
+    song_changes = store.songs_since(0)
+    assert [(song.song_id, song.data, song.model) for song in song_changes[1]] == [("a", b"1", "m"), ("b", b"", "")]
     for pattern in ("*songs*", "*load*"):  # all songs are on one node, as are all marks of a load
         (holder,) = [node for node in cluster.primaries() if node.ask("KEYS", pattern)]
         cluster.fail_over(holder)
         holder.start()
-        assert again(lambda: store.songs_since(0)) == written
-        assert again(lambda: store.loaded("tastes")) == {bucket: f"{bucket} is done" for bucket in range(3)}
+        assert retry(lambda: store.songs_since(0)) == song_changes
+        assert retry(lambda: store.loaded("tastes")) == {bucket: f"{bucket} is done" for bucket in range(3)}
     assert store.add_songs({"c": b"3"}, most=2) == [True]
     store.count_song_plays("m", {0: np.ones(2).tobytes()})
     store.mark_loaded("tastes", 3, "3 is done")
-    songs = {song.song_id: song for song in store.songs_since(written[0])[1]}
+    songs = {song.song_id: song for song in store.songs_since(song_changes[0])[1]}
     assert sorted(songs) == ["a", "c"]
     np.testing.assert_array_equal(np.frombuffer(songs["a"].sums), [2, 2])
     assert sorted(store.loaded("tastes")) == [0, 1, 2, 3]
@@ -164,12 +169,12 @@ def test_a_put_returns_once_a_replica_has_it(cluster: RedisCluster) -> None:
     for replica in replicas:
         replica.send(signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
-        writing = pool.submit(store.put, [Change(user_id="ann", state=b"2", expected=1)])
+        future = pool.submit(store.put, [Change(user_id="ann", state=b"2", expected=1)])
         with pytest.raises(TimeoutError):
-            writing.result(REPLICA_MS / 2_000)
+            future.result(REPLICA_MS / 2_000)
         for replica in replicas:
             replica.send(signal.SIGCONT)
-        assert writing.result(START_SECONDS) == [True]
+        assert future.result(START_SECONDS) == [True]
     store.close()
 
 
@@ -179,8 +184,8 @@ def test_a_node_goes_on_without_its_replica(cluster: RedisCluster) -> None:
     for node in cluster.nodes:
         if node not in cluster.primaries():
             node.kill()
-    began = time.monotonic()
+    started = time.monotonic()
     for version in range(1, 6):
         assert store.put([Change(user_id="ann", state=b"2", expected=version)]) == [True]
-    assert time.monotonic() - began < 5 * REPLICA_MS / 1000  # only one put waits for a replica
+    assert time.monotonic() - started < 5 * REPLICA_MS / 1000  # only one put waits for a replica
     store.close()

@@ -24,7 +24,7 @@ from rayrec.online.state_codec import (
 from rayrec.online.user_state import PLAY_FIELDS, ModelState, Plays, UserState, join_plays
 
 
-def some_plays(count: int = 7, *, bare: bool = False) -> Plays:
+def random_plays(count: int = 7, *, bare: bool = False) -> Plays:
     random = np.random.default_rng(count)
     return Plays.of(
         random.integers(0, NUM_SONGS, count),
@@ -34,7 +34,7 @@ def some_plays(count: int = 7, *, bare: bool = False) -> Plays:
     )
 
 
-def some_state(window: Plays) -> UserState:
+def random_state(window: Plays) -> UserState:
     random = np.random.default_rng(3)
     hidden = random.normal(size=(4, 2, 6)).astype(np.float32)
     models = {
@@ -52,53 +52,53 @@ def some_state(window: Plays) -> UserState:
     return UserState(before_at=-5, window=window, forgotten_at=-9, models=models, **counts)
 
 
-@pytest.mark.parametrize("window", [some_plays(), some_plays(bare=True), Plays.of([], [])])
+@pytest.mark.parametrize("window", [random_plays(), random_plays(bare=True), Plays.of([], [])])
 @pytest.mark.parametrize("likes", [Plays.of([], []), Plays.of([7, 3], [4, 9])])
 def test_a_state_comes_back_as_it_was_with_network_states_to_24_bits(window: Plays, likes: Plays) -> None:
-    state = replace(some_state(window), likes=likes)
-    read = unpack_state(pack_state(state))
-    counts = ("before_at", "left", "folded", "rejected", "turn", "restarts", "forgotten_at", "plays", "last_played_at")
-    for name in counts:
-        assert getattr(read, name) == getattr(state, name), name
-    assert list(read.models) == list(state.models)
-    for model, own in state.models.items():
+    state = replace(random_state(window), likes=likes)
+    unpacked = unpack_state(pack_state(state))
+    fields = ("before_at", "left", "folded", "rejected", "turn", "restarts", "forgotten_at", "plays", "last_played_at")
+    for name in fields:
+        assert getattr(unpacked, name) == getattr(state, name), name
+    assert list(unpacked.models) == list(state.models)
+    for model, model_state in state.models.items():
         for name in ("hidden", "before"):
-            hidden = getattr(own, name)
+            hidden = getattr(model_state, name)
             limit = np.abs(hidden).max(axis=1, keepdims=True) * 2.0**-23
-            assert (np.abs(getattr(read.models[model], name) - hidden) <= limit).all()
+            assert (np.abs(getattr(unpacked.models[model], name) - hidden) <= limit).all()
         for name in ("before_at", "left", "restarts", "turn"):
-            assert getattr(read.models[model], name) == getattr(own, name)
+            assert getattr(unpacked.models[model], name) == getattr(model_state, name)
     for name in PLAY_FIELDS:
-        np.testing.assert_array_equal(getattr(read.likes, name), getattr(likes, name))
-        np.testing.assert_array_equal(getattr(read.window, name), getattr(window, name))
-        assert getattr(read.window, name).dtype == getattr(window, name).dtype
+        np.testing.assert_array_equal(getattr(unpacked.likes, name), getattr(likes, name))
+        np.testing.assert_array_equal(getattr(unpacked.window, name), getattr(window, name))
+        assert getattr(unpacked.window, name).dtype == getattr(window, name).dtype
 
 
 def test_a_sum_over_many_plays_keeps_what_one_more_adds() -> None:
     hidden = np.array([[3_000.0, -0.25, 0.0], [0.5, 0.0, 0.0]], np.float32)
-    own = ModelState(hidden=hidden, before=hidden, before_at=1, left=2, restarts=0, turn=0)
+    model_state = ModelState(hidden=hidden, before=hidden, before_at=1, left=2, restarts=0, turn=0)
     for _ in range(10):
-        (read,) = unpack_state(pack_state(UserState(models={"m": own}))).models.values()
-        own = replace(read, hidden=read.hidden + np.float32(0.1))
-    np.testing.assert_allclose(own.hidden[0], [3_001.0, 0.75, 1.0], atol=1e-3)
+        (unpacked,) = unpack_state(pack_state(UserState(models={"m": model_state}))).models.values()
+        model_state = replace(unpacked, hidden=unpacked.hidden + np.float32(0.1))
+    np.testing.assert_allclose(model_state.hidden[0], [3_001.0, 0.75, 1.0], atol=1e-3)
 
 
 def test_averages_of_a_few_plays_are_kept_beside_sums_over_a_million() -> None:
-    few, many = np.random.default_rng(0).normal(size=(2, 1, 32)).astype(np.float32)
-    hidden = np.concatenate([few, 1e6 * many], axis=1)
-    own = ModelState(hidden=hidden, before=hidden, before_at=1, left=2, restarts=0, turn=0)
-    (read,) = unpack_state(pack_state(UserState(models={"m": own}))).models.values()
-    np.testing.assert_allclose(read.hidden[:, :32], few, atol=1e-6)
+    averages, sums = np.random.default_rng(0).normal(size=(2, 1, 32)).astype(np.float32)
+    hidden = np.concatenate([averages, 1e6 * sums], axis=1)
+    model_state = ModelState(hidden=hidden, before=hidden, before_at=1, left=2, restarts=0, turn=0)
+    (unpacked,) = unpack_state(pack_state(UserState(models={"m": model_state}))).models.values()
+    np.testing.assert_allclose(unpacked.hidden[:, :32], averages, atol=1e-6)
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_a_network_state_that_is_not_finite_is_refused(broken: float) -> None:
-    state = some_state(some_plays())
-    (model, own), *_ = state.models.items()
-    hidden = own.hidden.copy()
+    state = random_state(random_plays())
+    (model, model_state), *_ = state.models.items()
+    hidden = model_state.hidden.copy()
     hidden[0, 1] = broken
     with pytest.raises(DivergedError, match="not finite; train the model again"):
-        pack_state(state.with_model(model, replace(own, hidden=hidden)))
+        pack_state(state.with_model(model, replace(model_state, hidden=hidden)))
 
 
 def test_a_state_before_the_first_play_comes_back() -> None:
@@ -114,10 +114,10 @@ def test_heard_songs_come_back_and_take_less_than_two_bytes_each() -> None:
 
 
 def test_the_pieces_of_a_log_come_back_as_one() -> None:
-    parts = [some_plays(3), some_plays(5, bare=True), some_plays(2)]
-    found, wanted = unpack_plays([pack_plays(part) for part in parts]), Plays.joined(parts)
+    parts = [random_plays(3), random_plays(5, bare=True), random_plays(2)]
+    actual, expected = unpack_plays([pack_plays(part) for part in parts]), Plays.joined(parts)
     for name in PLAY_FIELDS:
-        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+        np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
     assert len(unpack_plays([])) == 0
 
 
@@ -128,8 +128,8 @@ def test_plays_minutes_apart_take_less_than_six_bytes_each() -> None:
 
 
 @pytest.mark.parametrize("told", [(), ("contexts",), ("skipped",), ("contexts", "skipped")])
-def test_many_users_are_packed_to_the_bytes_that_each_alone_is(told: tuple[str, ...]) -> None:
-    users = [some_plays(count, bare=count % 3 == 0) for count in (3, 1, 64, 500, 12, 9)]
+def test_many_users_are_packed_to_the_same_bytes_as_each_alone(told: tuple[str, ...]) -> None:
+    users = [random_plays(count, bare=count % 3 == 0) for count in (3, 1, 64, 500, 12, 9)]
     histories = join_plays(users)
     for name in {"contexts", "skipped"} - set(told):
         users = [replace(plays, **{name: np.zeros_like(getattr(plays, name))}) for plays in users]
@@ -139,43 +139,43 @@ def test_many_users_are_packed_to_the_bytes_that_each_alone_is(told: tuple[str, 
     hidden = np.tanh(random.normal(size=(len(users), 3, 40))).astype(np.float32)
     hidden[1::2, 1] *= 70_000
     hidden[2, 2, 4:] = hidden[3, 1] = 0
-    at = np.array([5, NEVER, 10**12, -3, 0, 7])
-    states = States(hidden=hidden, last_played_at=at)
-    alone = [UserState.start("model", states, row, plays=len(plays)) for row, plays in enumerate(users)]
+    last_played_at = np.array([5, NEVER, 10**12, -3, 0, 7])
+    states = States(hidden=hidden, last_played_at=last_played_at)
+    single_states = [UserState.start("model", states, row, plays=len(plays)) for row, plays in enumerate(users)]
     packed = pack_new_states("model", states, histories.lengths)
-    assert packed == [pack_state(state) for state in alone]
+    assert packed == [pack_state(state) for state in single_states]
     assert len(msgpack.unpackb(packed[0][8:])) == 5  # no bytes are stored for likes if a user has none
-    likes = [some_plays(row, bare=True) for row in range(len(users))]
+    likes = [random_plays(row, bare=True) for row in range(len(users))]
     assert pack_new_states("model", states, histories.lengths, likes) == [
-        pack_state(replace(state, likes=own)) for state, own in zip(alone, likes, strict=True)
+        pack_state(replace(state, likes=user_likes)) for state, user_likes in zip(single_states, likes, strict=True)
     ]
 
 
 def test_any_changed_bit_is_noticed() -> None:
-    whole = pack_state(some_state(some_plays(2)))
-    for place in range(len(whole)):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << place % 8
+    packed = pack_state(random_state(random_plays(2)))
+    for position in range(len(packed)):
+        damaged_bytes = bytearray(packed)
+        damaged_bytes[position] ^= 1 << position % 8
         with pytest.raises(DamagedArtifactError, match="rayrec states load"):
-            unpack_state(bytes(damaged))
+            unpack_state(bytes(damaged_bytes))
 
 
 @pytest.mark.parametrize("cut", [0, 3, 7, 8, 40, -1])
 def test_bytes_cut_short_are_noticed(cut: int) -> None:
     with pytest.raises(DamagedArtifactError):
-        unpack_state(pack_state(some_state(some_plays(2)))[:cut])
+        unpack_state(pack_state(random_state(random_plays(2)))[:cut])
     with pytest.raises(DamagedArtifactError):
-        unpack_plays([pack_plays(some_plays(2)), pack_plays(some_plays(2))[:cut]])
+        unpack_plays([pack_plays(random_plays(2)), pack_plays(random_plays(2))[:cut]])
 
 
-def test_another_version_is_named() -> None:
+def test_the_error_for_another_version_names_it() -> None:
     with pytest.raises(DamagedArtifactError, match=r"begins with b'RrS9', expected b'RrS3'"):
-        unpack_state(b"RrS9" + pack_state(some_state(some_plays(2)))[4:])
+        unpack_state(b"RrS9" + pack_state(random_state(random_plays(2)))[4:])
     with pytest.raises(DamagedArtifactError, match="a log of plays begins with"):
-        unpack_plays([pack_state(some_state(some_plays(2)))])
+        unpack_plays([pack_state(random_state(random_plays(2)))])
 
 
 @pytest.mark.parametrize("fields", [[], [1, 2, 3], [1, None, [1, 0, 0, 0, 0], [3, 1, False, b"y", b""], []]])
-def test_whole_bytes_of_something_else_are_refused(fields: list[object]) -> None:
+def test_undamaged_bytes_of_other_data_are_refused(fields: list[object]) -> None:
     with pytest.raises(DamagedArtifactError, match="is damaged"):
         unpack_state(_seal(b"RrS3", fields))

@@ -39,9 +39,9 @@ def namespace(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def store(uri: str, namespace: str) -> Iterator[StateStore]:
-    opened = open_store(uri, namespace)
-    yield opened
-    opened.close()
+    opened_store = open_store(uri, namespace)
+    yield opened_store
+    opened_store.close()
 
 
 def put(
@@ -57,11 +57,11 @@ def get(store: StateStore, user: str) -> Stored | None:
 
 
 def contents(store: StateStore, user: str) -> tuple[int, bytes, list[bytes]] | None:
-    (whole,) = store.read([user])
-    return None if whole is None else (whole.stored.version, whole.stored.state, whole.log)
+    (full_user,) = store.read([user])
+    return None if full_user is None else (full_user.stored.version, full_user.stored.state, full_user.log)
 
 
-def test_a_user_who_is_not_there_is_none(store: StateStore) -> None:
+def test_an_unknown_user_is_none(store: StateStore) -> None:
     assert store.get({"nobody": [1]}) == [None]
     assert store.read(["nobody", "none"]) == [None, None]
 
@@ -73,15 +73,15 @@ def test_a_put_replaces_the_state_and_adds_to_the_log(store: StateStore) -> None
     assert put(store, "ann", b"3", expected=2, append=b"second")
     assert put(store, "ann", b"4", expected=3)
     assert contents(store, "ann") == (4, b"4", [b"first", b"second"])
-    got = get(store, "ann")
-    assert got is not None
-    assert (got.version, got.state) == (4, b"4")
+    stored = get(store, "ann")
+    assert stored is not None
+    assert (stored.version, stored.state) == (4, b"4")
 
 
 def test_a_put_on_another_version_changes_nothing(store: StateStore) -> None:
     put(store, "ann", b"1", expected=NO_VERSION, append=b"first")
-    for wrong in (NO_VERSION, 2, 7):
-        assert not put(store, "ann", b"x", expected=wrong, append=b"x", restart=True)
+    for wrong_version in (NO_VERSION, 2, 7):
+        assert not put(store, "ann", b"x", expected=wrong_version, append=b"x", restart=True)
     assert not put(store, "bob", b"x", expected=1, append=b"x")
     assert contents(store, "ann") == (1, b"1", [b"first"])
     assert store.read(["bob"]) == [None]
@@ -100,37 +100,37 @@ def test_many_users_are_changed_at_once_each_by_itself(store: StateStore, loadin
     put(store, "bob", b"own", expected=NO_VERSION, append=b"own log")
     names = ("ann", "bob", "cy")
     log = [Piece(2, b"log")]
-    new = [Change(user_id=name, state=name.encode(), expected=NO_VERSION, append=log) for name in names]
-    assert store.put(new, loading=loading) == [True, False, True]
+    changes = [Change(user_id=name, state=name.encode(), expected=NO_VERSION, append=log) for name in names]
+    assert store.put(changes, loading=loading) == [True, False, True]
     assert contents(store, "ann") == (1, b"ann", [b"log"])
     assert contents(store, "bob") == (1, b"own", [b"own log"])
-    assert store.put(new, loading=loading) == [False] * 3
+    assert store.put(changes, loading=loading) == [False] * 3
     assert store.put([], loading=loading) == []
-    many = [Change(user_id=f"user {row}", state=b"s", expected=NO_VERSION) for row in range(1_201)]
-    assert all(store.put(many, loading=loading))
+    many_changes = [Change(user_id=f"user {row}", state=b"s", expected=NO_VERSION) for row in range(1_201)]
+    assert all(store.put(many_changes, loading=loading))
     stored = store.get({f"user {row}": [] for row in (1_200, 7, 2_000)})
-    assert [one is not None for one in stored] == [True, True, False]
+    assert [entry is not None for entry in stored] == [True, True, False]
 
 
 @pytest.mark.parametrize("user", ["", "a b/c?d", "Zoë 🎵", "a\x00b", "x" * 512, "user:log", "%s'; --"])
-def test_any_text_is_a_user_of_its_own(store: StateStore, user: str) -> None:
+def test_any_text_can_be_a_user_id(store: StateStore, user: str) -> None:
     data = bytes(range(256)) * 40
     assert put(store, user, data, expected=NO_VERSION, append=data)
     assert contents(store, user) == (1, data, [data])
     assert get(store, user + "x") is None
 
 
-def test_namespaces_do_not_meet(store: StateStore, uri: str, namespace: str) -> None:
+def test_namespaces_are_separate(store: StateStore, uri: str, namespace: str) -> None:
     put(store, "ann", b"1", expected=NO_VERSION, append=b"log")
     store.mark_loaded("t", 0, "here")
     store.add_songs({"a": b"1"}, most=1)
-    other = open_store(uri, namespace + "-other")
+    other_store = open_store(uri, namespace + "-other")
     try:
-        assert (get(other, "ann"), other.loaded("t"), other.songs_since(0)) == (None, {}, (0, []))
-        assert put(other, "ann", b"2", expected=NO_VERSION)
+        assert (get(other_store, "ann"), other_store.loaded("t"), other_store.songs_since(0)) == (None, {}, (0, []))
+        assert put(other_store, "ann", b"2", expected=NO_VERSION)
         assert contents(store, "ann") == (1, b"1", [b"log"])
     finally:
-        other.close()
+        other_store.close()
 
 
 def floats(*values: float) -> bytes:
@@ -141,7 +141,7 @@ def songs_of(store: StateStore, since: int = 0) -> list[tuple[int, str, bytes]]:
     return [(song.number, song.song_id, song.data) for song in store.songs_since(since)[1]]
 
 
-def test_songs_are_numbered_once_and_a_reader_gets_what_changed_alone(store: StateStore) -> None:
+def test_songs_are_numbered_once_and_a_reader_gets_only_the_changes(store: StateStore) -> None:
     assert store.songs_since(0) == (0, [])
     assert store.add_songs({"a": b"1", "é": b"2"}, most=9) == [True, True]
     version, songs = store.songs_since(0)
@@ -187,13 +187,13 @@ def test_sums_of_a_songs_plays_add_up_for_one_model(store: StateStore) -> None:
 def test_plays_of_songs_are_counted_by_many_at_once(store: StateStore, uri: str, namespace: str) -> None:
     store.add_songs({"a": b"1"}, most=2)
 
-    def count() -> None:
-        own = open_store(uri, namespace)
+    def count_plays() -> None:
+        thread_store = open_store(uri, namespace)
         for _ in range(PUTS):
-            own.count_song_plays("m", {0: floats(1, 0.5)})
-        own.close()
+            thread_store.count_song_plays("m", {0: floats(1, 0.5)})
+        thread_store.close()
 
-    threads = [threading.Thread(target=count) for _ in range(WRITERS)]
+    threads = [threading.Thread(target=count_plays) for _ in range(WRITERS)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -216,7 +216,7 @@ def test_plays_of_songs_count_once_in_redis_though_an_answer_gets_lost(
 
 
 @needs_redis
-def test_a_put_whose_answer_got_lost_was_made_and_one_after_another_was_not(
+def test_a_put_whose_answer_got_lost_is_stored_once(
     redis: RedisServer, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(redis.uri, namespace)
@@ -224,9 +224,9 @@ def test_a_put_whose_answer_got_lost_was_made_and_one_after_another_was_not(
     with lost_answers(monkeypatch, most=1):
         assert store.put([change]) == [True]
     assert store.put([change]) == [False]  # the same plays, sent by another request
-    (whole,) = store.read(["ann"])
-    assert whole is not None
-    assert (whole.stored.version, whole.log) == (1, [b"play"])
+    (full_user,) = store.read(["ann"])
+    assert full_user is not None
+    assert (full_user.stored.version, full_user.log) == (1, [b"play"])
     store.close()
 
 
@@ -243,7 +243,7 @@ def test_events_are_found_for_a_day_and_not_for_three(store: StateStore, monkeyp
     assert store.put([Change(user_id="ann", state=b"1", expected=NO_VERSION, events=events[:3])]) == [True]
     put(store, "bob", b"1", expected=NO_VERSION)
     now = state_store.time.time()
-    for seconds, known in (
+    for seconds, expected in (
         (0, set(events[:3])),
         (-600, set(events[:3])),
         (DAY_SECONDS, set(events[:3])),
@@ -253,12 +253,12 @@ def test_events_are_found_for_a_day_and_not_for_three(store: StateStore, monkeyp
         ann, bob = store.get({"ann": events, "bob": events})
         assert ann is not None
         assert bob is not None
-        assert (ann.events, bob.events) == (known, set())
+        assert (ann.events, bob.events) == (expected, set())
     assert put(store, "ann", b"2", expected=1)  # a put, on which the store may clear old events
 
 
 def test_a_thousand_events_of_one_user_are_kept(store: StateStore) -> None:
-    events = [place * 7_919 for place in range(1_200)]
+    events = [number * 7_919 for number in range(1_200)]
     store.put([Change(user_id="ann", state=b"1", expected=NO_VERSION, events=events)])
     (stored,) = store.get({"ann": [*events, 1]})
     assert stored is not None
@@ -266,13 +266,13 @@ def test_a_thousand_events_of_one_user_are_kept(store: StateStore) -> None:
 
 
 def test_the_last_pieces_of_a_log_are_read_and_the_heard_songs(store: StateStore) -> None:
-    pieces = [Piece(place + 1, str(place).encode()) for place in range(5)]
+    pieces = [Piece(number + 1, str(number).encode()) for number in range(5)]
     store.put([Change(user_id="ann", state=b"1", expected=NO_VERSION, append=pieces, heard=b"songs")])
     for plays, log in ((1, ["4"]), (5, ["4"]), (6, ["3", "4"]), (15, ["0", "1", "2", "3", "4"]), (0, [])):
-        (whole,) = store.read(["ann"], plays=plays)
-        assert whole is not None
-        assert [piece.decode() for piece in whole.log] == log
-        assert whole.heard == b"songs"
+        (full_user,) = store.read(["ann"], plays=plays)
+        assert full_user is not None
+        assert [piece.decode() for piece in full_user.log] == log
+        assert full_user.heard == b"songs"
     put(store, "ann", b"2", expected=1)
     assert store.read(["ann"])[0].heard == b"songs"  # type: ignore[union-attr]
     put(store, "ann", b"3", expected=2, restart=True)
@@ -296,16 +296,16 @@ def test_no_byte_of_a_deleted_user_stays_in_an_sqlite_file(tmp_path: Path) -> No
     secret = b"a play of ann " * 100
     for version in range(6):
         put(store, "ann", secret, expected=version, append=secret)
-    files = lambda: b"".join(path.read_bytes() for path in tmp_path.iterdir())  # noqa: E731
-    assert b"play of ann" in files()
+    read_files = lambda: b"".join(path.read_bytes() for path in tmp_path.iterdir())  # noqa: E731
+    assert b"play of ann" in read_files()
     store.forget(["ann"], b"mark")
     store.close()
-    assert b"play of ann" not in files()
+    assert b"play of ann" not in read_files()
 
 
-def test_many_new_users_are_added_at_once_beside_those_who_were_there(store: StateStore) -> None:
+def test_many_new_users_are_added_at_once_and_existing_ones_stay(store: StateStore) -> None:
     put(store, "user-7", b"old", expected=NO_VERSION, append=b"old log")
-    new = [
+    changes = [
         Change(
             user_id=f"user-{number}",
             state=b"state %d" % number,
@@ -315,15 +315,15 @@ def test_many_new_users_are_added_at_once_beside_those_who_were_there(store: Sta
         )
         for number in range(250)
     ]
-    assert store.put(new) == [number != 7 for number in range(250)]
-    assert store.put(new[:2]) == [False, False]
+    assert store.put(changes) == [number != 7 for number in range(250)]
+    assert store.put(changes[:2]) == [False, False]
     assert contents(store, "user-7") == (1, b"old", [b"old log"])
     for number in (0, 3, 100, 101, 249):
-        (whole,) = store.read([f"user-{number}"], plays=None)
-        assert whole is not None
-        assert (whole.stored.version, whole.stored.state) == (1, b"state %d" % number)
-        assert whole.log == [b"piece %d.%d" % (number, piece) for piece in range(number % 4)]
-        assert whole.heard == (b"heard" if number % 5 == 0 else None)
+        (full_user,) = store.read([f"user-{number}"], plays=None)
+        assert full_user is not None
+        assert (full_user.stored.version, full_user.stored.state) == (1, b"state %d" % number)
+        assert full_user.log == [b"piece %d.%d" % (number, piece) for piece in range(number % 4)]
+        assert full_user.heard == (b"heard" if number % 5 == 0 else None)
 
 
 def test_a_reader_that_keeps_old_pages_of_an_sqlite_file_is_waited_for(
@@ -368,33 +368,33 @@ def test_no_byte_of_a_deleted_user_stays_in_the_files_of_redis(tmp_path: Path) -
         server.kill()
 
 
-def test_what_one_opening_wrote_the_next_one_reads(store: StateStore, uri: str, namespace: str) -> None:
+def test_a_store_opened_again_reads_what_was_written(store: StateStore, uri: str, namespace: str) -> None:
     put(store, "ann", b"1", expected=NO_VERSION, append=b"log")
-    again = open_store(uri, namespace)
+    reopened = open_store(uri, namespace)
     try:
-        assert contents(again, "ann") == (1, b"1", [b"log"])
+        assert contents(reopened, "ann") == (1, b"1", [b"log"])
     finally:
-        again.close()
+        reopened.close()
 
 
 def add_lines(store: StateStore, writer: int) -> None:
     """Append PUTS lines to one user's log, each on the version just read, and again if another writer was faster."""
     for turn in range(PUTS):
-        done = False
-        while not done:
+        is_stored = False
+        while not is_stored:
             stored = get(store, "ann")
             version, count = (NO_VERSION, 0) if stored is None else (stored.version, int(stored.state))
-            done = put(store, "ann", str(count + 1).encode(), expected=version, append=f"{writer}-{turn}".encode())
+            is_stored = put(store, "ann", str(count + 1).encode(), expected=version, append=f"{writer}-{turn}".encode())
 
 
 def require_all_lines(store: StateStore) -> None:
-    (whole,) = store.read(["ann"])
-    assert whole is not None
-    assert (whole.stored.version, int(whole.stored.state)) == (WRITERS * PUTS, WRITERS * PUTS)
-    found = [piece.decode() for piece in whole.log]
-    assert sorted(found) == sorted(f"{writer}-{turn}" for writer in range(WRITERS) for turn in range(PUTS))
+    (full_user,) = store.read(["ann"])
+    assert full_user is not None
+    assert (full_user.stored.version, int(full_user.stored.state)) == (WRITERS * PUTS, WRITERS * PUTS)
+    lines = [piece.decode() for piece in full_user.log]
+    assert sorted(lines) == sorted(f"{writer}-{turn}" for writer in range(WRITERS) for turn in range(PUTS))
     for writer in range(WRITERS):  # each writer's lines are in the order of writing
-        assert [line for line in found if line.startswith(f"{writer}-")] == [f"{writer}-{turn}" for turn in range(PUTS)]
+        assert [line for line in lines if line.startswith(f"{writer}-")] == [f"{writer}-{turn}" for turn in range(PUTS)]
 
 
 def test_threads_that_write_to_one_user_lose_nothing(store: StateStore) -> None:
@@ -453,12 +453,12 @@ def test_what_was_acknowledged_survives_the_kill_of_the_writer(store: StateStore
     writer.kill()
     lines += writer.stdout.readlines()
     writer.wait()
-    acknowledged = max(int(line) for line in lines if line.endswith("\n"))
-    (whole,) = store.read(["ann"])
-    assert whole is not None
-    assert acknowledged <= whole.stored.version <= acknowledged + 1
-    assert whole.log == [str(place + 1).encode() for place in range(whole.stored.version)]
-    assert int(whole.stored.state) == whole.stored.version
+    acknowledged_version = max(int(line) for line in lines if line.endswith("\n"))
+    (full_user,) = store.read(["ann"])
+    assert full_user is not None
+    assert acknowledged_version <= full_user.stored.version <= acknowledged_version + 1
+    assert full_user.log == [str(number + 1).encode() for number in range(full_user.stored.version)]
+    assert int(full_user.stored.state) == full_user.stored.version
 
 
 @needs_redis
@@ -481,7 +481,7 @@ def test_what_redis_acknowledged_survives_the_kill_of_its_server(tmp_path: Path)
 
 
 @needs_redis
-def test_a_redis_that_may_forget_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_redis_that_may_lose_plays_causes_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     server = RedisServer(tmp_path)
     server.start()
     try:
@@ -500,22 +500,26 @@ def test_an_sqlite_commit_waits_for_the_disk_and_only_loads_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A put of thousands of users waits too, unless it is part of a load. `synchronous` is 2 for FULL, 1 for NORMAL."""
-    opened: list[sqlite3.Connection] = []
+    connections: list[sqlite3.Connection] = []
     connect = sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda *place, **how: opened.append(connect(*place, **how)) or opened[-1])
+    monkeypatch.setattr(
+        sqlite3,
+        "connect",
+        lambda *arguments, **options: connections.append(connect(*arguments, **options)) or connections[-1],
+    )
 
     def settings() -> list[tuple[int, str, int]]:
         names = ("synchronous", "journal_mode", "cache_size")
-        return [tuple(each.execute(f"PRAGMA {name}").fetchone()[0] for name in names) for each in opened]  # type: ignore[misc]
+        return [tuple(database.execute(f"PRAGMA {name}").fetchone()[0] for name in names) for database in connections]  # type: ignore[misc]
 
     store = open_store(f"sqlite:///{tmp_path}/states.sqlite", "n")
-    users = [Change(user_id=f"user {row}", state=b"s", expected=NO_VERSION) for row in range(3_000)]
-    store.put(users[:2_000])
-    (serving,) = settings()
-    assert serving[:2] == (2, "wal")
-    store.put(users[2_000:], loading=True)
+    changes = [Change(user_id=f"user {row}", state=b"s", expected=NO_VERSION) for row in range(3_000)]
+    store.put(changes[:2_000])
+    (serving_settings,) = settings()
+    assert serving_settings[:2] == (2, "wal")
+    store.put(changes[2_000:], loading=True)
     store.mark_loaded("t", 0, "done")
-    assert settings() == [serving, (1, "wal", -(128 << 10))]
+    assert settings() == [serving_settings, (1, "wal", -(128 << 10))]
     store.close()
 
 
@@ -523,25 +527,25 @@ def test_an_sqlite_store_that_is_locked_for_long_says_so(tmp_path: Path, monkeyp
     monkeypatch.setattr("rayrec.online.sqlite_store.WAIT_SECONDS", 0.1)
     path = tmp_path / "states.sqlite"
     store = open_store(f"sqlite:///{path}", "n")
-    other = sqlite3.connect(path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
+    other_connection = sqlite3.connect(path, isolation_level=None)
+    other_connection.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailableError, match="locked; try again"):
         put(store, "ann", b"1", expected=NO_VERSION)
     assert get(store, "ann") is None  # reading does not wait
-    other.close()
+    other_connection.close()
     assert put(store, "ann", b"1", expected=NO_VERSION)
     store.close()
 
 
-def test_a_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
-    text = tmp_path / "notes.txt"
-    text.write_text("no database " * 100)
+def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
+    text_file = tmp_path / "notes.txt"
+    text_file.write_text("no database " * 100)
     with pytest.raises(InputError, match=r"notes.txt cannot be opened: file is not a database"):
-        open_store(f"sqlite:///{text}", "n")
-    foreign = sqlite3.connect(tmp_path / "foreign.sqlite")
-    foreign.execute("CREATE TABLE other (x)")
-    foreign.commit()
-    foreign.close()
+        open_store(f"sqlite:///{text_file}", "n")
+    foreign_connection = sqlite3.connect(tmp_path / "foreign.sqlite")
+    foreign_connection.execute("CREATE TABLE other (x)")
+    foreign_connection.commit()
+    foreign_connection.close()
     with pytest.raises(InputError, match="its format is 0, this rayrec reads 4"):
         open_store(f"sqlite:///{tmp_path}/foreign.sqlite", "n")
 
@@ -550,19 +554,21 @@ def test_a_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
     "uri",
     ["", "states.sqlite", "postgres://here/x", "sqlite://", "sqlite:///", "sqlite://host/path", "redis://h:port/0"],
 )
-def test_an_address_that_is_none_is_refused_with_one_that_is(uri: str) -> None:
+def test_an_invalid_address_is_refused_with_a_valid_example(uri: str) -> None:
     with pytest.raises(InputError, match=r"sqlite:///(PATH|relative/path) |not a valid address of a Redis server"):
         open_store(uri, "n")
 
 
-def test_a_redis_out_of_reach_says_so_without_its_password() -> None:
+def test_the_error_of_an_unreachable_redis_hides_its_password() -> None:
     pytest.importorskip("redis", reason="no redis: pip install 'rayrec[redis]'")
-    with pytest.raises(StoreUnavailableError, match=r"store redis://127.0.0.1:1/0 does not answer") as caught:
+    with pytest.raises(StoreUnavailableError, match=r"store redis://127.0.0.1:1/0 does not answer") as error:
         open_store("redis://:secret@127.0.0.1:1/0", "n")
-    assert "secret" not in str(caught.value)
+    assert "secret" not in str(error.value)
 
 
-def test_a_relative_path_is_of_the_folder_where_it_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_starts_at_the_folder_where_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     config = ServeConfig(store="sqlite:///some folder/100%25.sqlite")
     monkeypatch.chdir("/")

@@ -30,28 +30,32 @@ from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 NOW = 1_000_000
 
 
-SONGS = 6
+NUM_SONGS = 6
 PARTS = {"releases": "live1", "models": "model1"}
 
 
-class Following(TasteRecommender):
+class NextSongsRecommender(TasteRecommender):
     """Recommends the songs that follow the last one played in the catalog, whose last song is followed by its first.
 
     Each song has its own dimension; the later a song comes, the smaller the taste vector is in its dimension.
     """
 
     def __init__(self) -> None:
-        super().__init__(network(model_config(num_songs=SONGS)), np.eye(SONGS, dtype=np.float32))
+        super().__init__(network(model_config(num_songs=NUM_SONGS)), np.eye(NUM_SONGS, dtype=np.float32))
 
     def vectors_of(
         self, histories: Histories, queries: Queries, horizons: Sequence[HorizonName]
     ) -> dict[HorizonName, np.ndarray]:
-        last = histories.songs[histories.offsets[queries.rows] + queries.seen - 1]
-        return dict.fromkeys(horizons, 1 - ((np.arange(SONGS) - last[:, None] - 1) % SONGS).astype(np.float32) / SONGS)
+        last_songs = histories.songs[histories.offsets[queries.rows] + queries.seen - 1]
+        return dict.fromkeys(
+            horizons, 1 - ((np.arange(NUM_SONGS) - last_songs[:, None] - 1) % NUM_SONGS).astype(np.float32) / NUM_SONGS
+        )
 
 
-def ask(dataset: Dataset, config: RecommendConfig | None = None, **asked: Any) -> Answer:
-    return answer(dataset, Following(), config or RecommendConfig(), **{"parts": PARTS, "at": NOW, **asked})
+def ask(dataset: Dataset, config: RecommendConfig | None = None, **request: Any) -> Answer:
+    return answer(
+        dataset, NextSongsRecommender(), config or RecommendConfig(), **{"parts": PARTS, "at": NOW, **request}
+    )
 
 
 @pytest.fixture
@@ -78,11 +82,11 @@ def dataset(workspace: Workspace) -> Dataset:
 def test_songs_already_heard_are_left_out_unless_asked_for(dataset: Dataset) -> None:
     config = RecommendConfig(k=6)
     assert ask(dataset, config, user="ann").song_ids == ["s3", "s4", "s5"]
-    told = ask(dataset, config.replace(exclude_heard=False), user="ann")
-    assert told.song_ids == ["s3", "s4", "s5", "s0", "s1", "s2"]
-    assert told.titles[3:5] == ["Ann – Hey", "s1"]
-    assert told.scores == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    assert (told.source, told.release) == ("taste", "live1")
+    result = ask(dataset, config.replace(exclude_heard=False), user="ann")
+    assert result.song_ids == ["s3", "s4", "s5", "s0", "s1", "s2"]
+    assert result.titles[3:5] == ["Ann – Hey", "s1"]
+    assert result.scores == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert (result.source, result.release) == ("taste", "live1")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +97,7 @@ def test_songs_already_heard_are_left_out_unless_asked_for(dataset: Dataset) -> 
         ({"allow": ["s5", "s2", "s4"], "exclude": ["s5"]}, ["s4", "s2"]),
     ],
 )
-def test_songs_keep_to_filters(dataset: Dataset, filters: dict[str, Any], expected: list[str]) -> None:
+def test_songs_satisfy_the_filters(dataset: Dataset, filters: dict[str, Any], expected: list[str]) -> None:
     assert ask(dataset, RecommendConfig(k=6, exclude_heard=False), user="ann", **filters).song_ids == expected
 
 
@@ -107,19 +111,23 @@ def test_filters_that_fit_no_song_are_named(dataset: Dataset) -> None:
 
 
 def test_json_holds_the_moment_in_iso_8601(dataset: Dataset) -> None:
-    told = ask(dataset, RecommendConfig(k=1), at=300, user="ann").to_mapping()
-    assert told["at"] == "1970-01-01T00:00:00.300Z"
+    mapping = ask(dataset, RecommendConfig(k=1), at=300, user="ann").to_mapping()
+    assert mapping["at"] == "1970-01-01T00:00:00.300Z"
 
 
 def test_only_plays_before_the_moment_of_the_request_count(dataset: Dataset) -> None:
-    told = ask(dataset, RecommendConfig(k=1), at=300, user="ann")
-    assert (told.song_ids, told.plays, [song.name for song in told.last_plays]) == (["s2"], 2, ["Ann – Hey", "s1"])
+    result = ask(dataset, RecommendConfig(k=1), at=300, user="ann")
+    assert (result.song_ids, result.plays, [song.name for song in result.last_plays]) == (
+        ["s2"],
+        2,
+        ["Ann – Hey", "s1"],
+    )
 
 
 def test_songs_answer_like_a_user_who_played_them(dataset: Dataset) -> None:
-    by_user = ask(dataset, RecommendConfig(k=3), user="ann")
-    by_songs = ask(dataset, RecommendConfig(k=3), songs=["s0", "s1", "s2"])
-    assert by_songs == by_user
+    user_answer = ask(dataset, RecommendConfig(k=3), user="ann")
+    songs_answer = ask(dataset, RecommendConfig(k=3), songs=["s0", "s1", "s2"])
+    assert songs_answer == user_answer
 
 
 def test_songs_are_taken_as_played_three_minutes_apart_until_now(dataset: Dataset) -> None:
@@ -131,12 +139,12 @@ def test_songs_are_taken_as_played_three_minutes_apart_until_now(dataset: Datase
 @pytest.mark.parametrize(
     "asked", [{"user": "bob"}, {"user": "ann", "at": 100}, {"songs": []}, {"songs": ["x9"]}], ids=str
 )
-def test_where_no_play_is_known_the_most_played_songs_come(dataset: Dataset, asked: dict[str, Any]) -> None:
-    told = ask(dataset, RecommendConfig(k=3, explain=True), exclude=["s1"], **asked)
-    assert told.song_ids == ["s5", "s0", "s2"]
-    assert told.scores == [9, 4, 2]
-    assert (told.source, told.path, told.plays, told.last_plays) == ("popular", "popular", 0, [])
-    assert told.songs[0].reasons == ["it is among the most played songs"]
+def test_without_known_plays_the_most_played_songs_are_recommended(dataset: Dataset, asked: dict[str, Any]) -> None:
+    result = ask(dataset, RecommendConfig(k=3, explain=True), exclude=["s1"], **asked)
+    assert result.song_ids == ["s5", "s0", "s2"]
+    assert result.scores == [9, 4, 2]
+    assert (result.source, result.path, result.plays, result.last_plays) == ("popular", "popular", 0, [])
+    assert result.songs[0].reasons == ["it is among the most played songs"]
 
 
 HEY_JUDE = "Hey Jude"
@@ -234,15 +242,15 @@ def test_reasons_say_what_the_features_hold(case: str) -> None:
 
 
 def test_unknown_songs_are_counted_named_and_left_out(dataset: Dataset) -> None:
-    told = ask(
+    result = ask(
         dataset,
         RecommendConfig(k=6),
         songs=["x9", "s0", "s1", "x9"],
         exclude=["s4", "x8"],
         allow=["s2", "s3", "s4", "x7"],
     )
-    assert told.song_ids == ["s2", "s3"]
-    assert (told.plays, told.unknown_songs, told.unknown_song_ids) == (2, 4, ["x9", "x8", "x7"])
+    assert result.song_ids == ["s2", "s3"]
+    assert (result.plays, result.unknown_songs, result.unknown_song_ids) == (2, 4, ["x9", "x8", "x7"])
     assert ask(dataset, RecommendConfig(k=6), user="ann", exclude=["x8"]).song_ids == ["s3", "s4", "s5"]
 
 

@@ -26,36 +26,36 @@ def catalog(described: bool = True) -> Catalog:
     return Catalog(pa.table(data))
 
 
-def fitting(**wanted: object) -> list[int]:
-    return SongMasks(catalog()).fitting(SongAttributes(**wanted)).between(0, 5).tolist()  # type: ignore[arg-type]
+def songs_that_fit(**attributes: object) -> list[int]:
+    return SongMasks(catalog()).fitting(SongAttributes(**attributes)).between(0, 5).tolist()  # type: ignore[arg-type]
 
 
 def test_artists_fit_whatever_case_and_accents() -> None:
-    assert fitting(artists=("abba",)) == [1, 3]
-    assert fitting(artists=("BJORK", "Cher")) == [0, 4]
+    assert songs_that_fit(artists=("abba",)) == [1, 3]
+    assert songs_that_fit(artists=("BJORK", "Cher")) == [0, 4]
 
 
 @pytest.mark.parametrize("name", ["nobody", "abb", " "])
-def test_an_artist_of_no_song_is_named(name: str) -> None:
+def test_an_artist_without_songs_is_named_in_the_error(name: str) -> None:
     with pytest.raises(FieldError, match=f"artists: the catalog has no song by '{name}'"):
-        fitting(artists=("abba", name))
+        songs_that_fit(artists=("abba", name))
 
 
-def test_release_days_bound_on_both_sides_the_days_included() -> None:
-    assert fitting(released_from=date(2001, 5, 7)) == [1, 3, 4]
-    assert fitting(released_to=date(2001, 5, 7)) == [0, 1]
-    assert fitting(released_from=date(2000, 1, 1), released_to=date(2020, 1, 1)) == [1, 3]
+def test_release_days_are_bounded_on_both_sides_inclusively() -> None:
+    assert songs_that_fit(released_from=date(2001, 5, 7)) == [1, 3, 4]
+    assert songs_that_fit(released_to=date(2001, 5, 7)) == [0, 1]
+    assert songs_that_fit(released_from=date(2000, 1, 1), released_to=date(2020, 1, 1)) == [1, 3]
 
 
 def test_a_song_fits_a_market_that_it_names() -> None:
-    assert fitting(market="SE") == [0, 4]
+    assert songs_that_fit(market="SE") == [0, 4]
     with pytest.raises(FieldError, match="market: no song is available in market 'FR'; available markets: DE, NO, SE"):
-        fitting(market="FR")
+        songs_that_fit(market="FR")
 
 
-def test_everything_wanted_must_fit_and_nothing_wanted_fits_all() -> None:
-    assert fitting(artists=("Björk", "Abba"), market="SE") == [0]
-    assert fitting() == [0, 1, 2, 3, 4]
+def test_a_song_must_fit_all_attributes_and_a_filter_without_attributes_fits_every_song() -> None:
+    assert songs_that_fit(artists=("Björk", "Abba"), market="SE") == [0]
+    assert songs_that_fit() == [0, 1, 2, 3, 4]
     assert not SongAttributes()
     assert SongAttributes(market="SE")
 
@@ -92,8 +92,8 @@ def test_masks_take_no_more_than_32_mb_however_large_the_catalog(songs: int, kep
     ("wanted", "what"),
     [(SongAttributes(released_to=date(2000, 1, 1)), "release days"), (SongAttributes(market="SE"), "markets")],
 )
-def test_asking_for_what_no_song_tells_is_refused(wanted: SongAttributes, what: str) -> None:
+def test_a_filter_by_an_attribute_that_the_catalog_lacks_is_refused(wanted: SongAttributes, what: str) -> None:
     with pytest.raises(FieldError, match=f"{what}.*rayrec describe"):
         SongMasks(catalog(described=False)).fitting(wanted)
-    by_cher = SongMasks(catalog(described=False)).fitting(SongAttributes(artists=("cher",)))
-    assert by_cher.between(0, 5).tolist() == [4]
+    songs_by_cher = SongMasks(catalog(described=False)).fitting(SongAttributes(artists=("cher",)))
+    assert songs_by_cher.between(0, 5).tolist() == [4]

@@ -33,19 +33,19 @@ FITS: list[Callable[..., Any]] = [
 ]
 
 
-def _songs(*lists: list[int]) -> Histories:
-    return Histories.from_lists(list(lists), [list(range(len(one))) for one in lists])
+def _histories(*lists: list[int]) -> Histories:
+    return Histories.from_lists(list(lists), [list(range(len(songs))) for songs in lists])
 
 
 def _score(recommender: Any, songs: list[int]) -> np.ndarray:
-    histories = _songs(songs)
+    histories = _histories(songs)
     return np.asarray(recommender.score(histories, Queries.at_end(histories, 0)))[0]
 
 
 @pytest.mark.parametrize("fit", FITS)
 def test_a_fit_refuses_plays_past_the_cut(fit: Callable[..., Any]) -> None:
     with pytest.raises(LeakError, match="2 plays at or after its cut 3"):
-        fit([_songs([0, 1, 2]), _songs([0, 1, 2, 0, 1])], num_songs=3, allowed=FitRange(before=3))
+        fit([_histories([0, 1, 2]), _histories([0, 1, 2, 0, 1])], num_songs=3, allowed=FitRange(before=3))
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -57,10 +57,10 @@ def test_a_fit_refuses_held_out_users(fit: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("fit", FITS)
 def test_a_fit_does_not_depend_on_how_the_batches_are_cut(fit: Callable[..., Any]) -> None:
     histories = random_histories(40, 9)
-    whole = fit([histories], num_songs=9, allowed=FitRange())
-    parts = fit((histories.take(np.array([row])) for row in range(40)), num_songs=9, allowed=FitRange())
+    full = fit([histories], num_songs=9, allowed=FitRange())
+    batched = fit((histories.take(np.array([row])) for row in range(40)), num_songs=9, allowed=FitRange())
     queries = Queries.at_end(histories, 0)
-    np.testing.assert_allclose(parts.score(histories, queries), whole.score(histories, queries), rtol=1e-5)
+    np.testing.assert_allclose(batched.score(histories, queries), full.score(histories, queries), rtol=1e-5)
 
 
 def test_fits_from_a_data_set_see_only_what_is_allowed(workspace: Workspace) -> None:
@@ -68,18 +68,18 @@ def test_fits_from_a_data_set_see_only_what_is_allowed(workspace: Workspace) -> 
     histories = random_histories(60, 12)
     dataset = write_dataset(workspace, histories, 12)
     popularity, rules = fit_baselines(["popularity", "sequential-rules"], dataset, None, allowed)
-    seen = allowed.select(histories)
-    assert 0 < seen.num_plays < histories.num_plays
+    allowed_histories = allowed.select(histories)
+    assert 0 < allowed_histories.num_plays < histories.num_plays
     assert isinstance(popularity, PopularityRecommender)
     assert isinstance(rules, SequentialRulesRecommender)
-    np.testing.assert_array_equal(popularity.plays, np.bincount(seen.songs, minlength=12))
-    np.testing.assert_allclose(rules.rules.toarray(), count_rules(seen, 12, 10).toarray(), rtol=1e-5)
+    np.testing.assert_array_equal(popularity.plays, np.bincount(allowed_histories.songs, minlength=12))
+    np.testing.assert_allclose(rules.rules.toarray(), count_rules(allowed_histories, 12, 10).toarray(), rtol=1e-5)
 
 
 def test_every_name_makes_the_recommender_of_that_name(workspace: Workspace) -> None:
     dataset = write_dataset(workspace, random_histories(10, 6), 6)
-    fitted = fit_baselines(BASELINES, dataset, random_vectors(6), FitRange())
-    assert tuple(one.name for one in fitted) == BASELINES
+    recommenders = fit_baselines(BASELINES, dataset, random_vectors(6), FitRange())
+    assert tuple(recommender.name for recommender in recommenders) == BASELINES
     assert "average-0.5" in BASELINES
     assert "average-1.0" in BASELINES
 
@@ -96,50 +96,52 @@ def test_unknown_names_and_missing_vectors_are_refused(workspace: Workspace) -> 
 
 
 def test_popularity_is_the_number_of_plays() -> None:
-    fitted = PopularityRecommender.fit([_songs([0, 2, 2]), _songs([2, 1])], num_songs=4, allowed=FitRange())
-    np.testing.assert_array_equal(_score(fitted, [0]), [1, 1, 3, 0])
+    recommender = PopularityRecommender.fit(
+        [_histories([0, 2, 2]), _histories([2, 1])], num_songs=4, allowed=FitRange()
+    )
+    np.testing.assert_array_equal(_score(recommender, [0]), [1, 1, 3, 0])
 
 
 def test_recent_popularity_counts_the_last_days_before_the_cut(workspace: Workspace) -> None:
     day, cut = 24 * 3600 * 1000, 100 * 24 * 3600 * 1000
-    old, recent = cut - RECENT_DAYS * day - 1, cut - RECENT_DAYS * day
-    plays = Histories.from_lists([[0, 0, 1, 2, 3]], [[0, old, recent, cut - 1, cut]])
-    dataset = write_dataset(workspace, plays, 5)
-    (fitted,) = fit_baselines(["popularity-recent"], dataset, None, FitRange(before=cut))
-    np.testing.assert_array_equal(_score(fitted, [0]), [0, 1, 1, 0, 0])
-    (whole,) = fit_baselines(["popularity-recent"], dataset, None, FitRange())  # the days end with the last play
-    np.testing.assert_array_equal(_score(whole, [0]), [0, 0, 1, 1, 0])
+    old_time, recent_time = cut - RECENT_DAYS * day - 1, cut - RECENT_DAYS * day
+    histories = Histories.from_lists([[0, 0, 1, 2, 3]], [[0, old_time, recent_time, cut - 1, cut]])
+    dataset = write_dataset(workspace, histories, 5)
+    (recommender,) = fit_baselines(["popularity-recent"], dataset, None, FitRange(before=cut))
+    np.testing.assert_array_equal(_score(recommender, [0]), [0, 1, 1, 0, 0])
+    (full,) = fit_baselines(["popularity-recent"], dataset, None, FitRange())  # the days end with the last play
+    np.testing.assert_array_equal(_score(full, [0]), [0, 0, 1, 1, 0])
 
 
 def test_without_times_recent_popularity_counts_all_plays(workspace: Workspace) -> None:
-    plays = Histories.from_lists([[0, 0], [1] * 20_000], [[0, 180_000], (180_000 * np.arange(20_000)).tolist()])
-    dataset = write_dataset(workspace, plays, 2, times="positions")
-    (fitted,) = fit_baselines(["popularity-recent"], dataset, None, FitRange())
-    np.testing.assert_array_equal(_score(fitted, [0]), [2, 20_000])
+    histories = Histories.from_lists([[0, 0], [1] * 20_000], [[0, 180_000], (180_000 * np.arange(20_000)).tolist()])
+    dataset = write_dataset(workspace, histories, 2, times="positions")
+    (recommender,) = fit_baselines(["popularity-recent"], dataset, None, FitRange())
+    np.testing.assert_array_equal(_score(recommender, [0]), [2, 20_000])
 
 
 def test_rules_weigh_what_followed_by_one_over_the_distance() -> None:
-    fitted = SequentialRulesRecommender.fit([_songs([0, 1, 2], [0, 1, 1])], num_songs=4, allowed=FitRange())
-    np.testing.assert_allclose(_score(fitted, [3, 0]), [0, 1 + 1 + 0.5, 0.5, 0])
-    np.testing.assert_allclose(_score(fitted, [1]), [0, 1, 1, 0])
-    np.testing.assert_array_equal(_score(fitted, [2]), [0, 0, 0, 0])
+    recommender = SequentialRulesRecommender.fit([_histories([0, 1, 2], [0, 1, 1])], num_songs=4, allowed=FitRange())
+    np.testing.assert_allclose(_score(recommender, [3, 0]), [0, 1 + 1 + 0.5, 0.5, 0])
+    np.testing.assert_allclose(_score(recommender, [1]), [0, 1, 1, 0])
+    np.testing.assert_array_equal(_score(recommender, [2]), [0, 0, 0, 0])
 
 
 def test_rules_reach_ten_plays_far_and_never_from_user_to_user() -> None:
-    fitted = SequentialRulesRecommender.fit(
-        [_songs(list(range(12)), list(range(12, 14)))], num_songs=14, allowed=FitRange()
+    recommender = SequentialRulesRecommender.fit(
+        [_histories(list(range(12)), list(range(12, 14)))], num_songs=14, allowed=FitRange()
     )
-    scores = _score(fitted, [0])
+    scores = _score(recommender, [0])
     np.testing.assert_allclose(scores[1:11], 1 / np.arange(1, 11), rtol=1e-6)
     np.testing.assert_array_equal(scores[[0, 11, 12, 13]], 0)
-    np.testing.assert_array_equal(_score(fitted, [11]), 0)
+    np.testing.assert_array_equal(_score(recommender, [11]), 0)
 
 
 def test_only_the_strongest_rules_of_each_song_are_kept() -> None:
-    rules = count_rules(_songs([0, 1, 0, 1, 0, 2, 0, 3]), 4, 1)
-    kept = strongest(rules, 2).toarray()
-    np.testing.assert_array_equal(kept[0], [0, 2, 1, 0])  # of equal weights, that of the lower song is kept
-    np.testing.assert_array_equal(kept[1:], rules.toarray()[1:])
+    rules = count_rules(_histories([0, 1, 0, 1, 0, 2, 0, 3]), 4, 1)
+    kept_rules = strongest(rules, 2).toarray()
+    np.testing.assert_array_equal(kept_rules[0], [0, 2, 1, 0])  # of equal weights, that of the lower song is kept
+    np.testing.assert_array_equal(kept_rules[1:], rules.toarray()[1:])
 
 
 def test_rules_stay_few_however_many_users_there_are() -> None:
@@ -170,17 +172,17 @@ def test_the_average_is_the_discounted_sum_of_the_paper_at_every_position(discou
     histories = random_histories(12, 6, seed=5)
     plays = np.random.default_rng(0).permutation(histories.num_plays)
     queries = Queries.before_plays(histories, plays)
-    taste = AverageRecommender(vectors, discount).vectors(histories, queries)
+    taste_vectors = AverageRecommender(vectors, discount).vectors(histories, queries)
     for row, (user, seen) in enumerate(zip(queries.rows, queries.seen, strict=True)):
         songs = histories.songs[histories.offsets[user] : histories.offsets[user] + seen]
         ages = np.arange(seen)[::-1]
         expected = (discount**ages) @ vectors[songs] if seen else np.zeros(8)
         expected = expected / (np.linalg.norm(expected) or 1)
-        np.testing.assert_allclose(taste[row], expected, atol=2e-5)
+        np.testing.assert_allclose(taste_vectors[row], expected, atol=2e-5)
 
 
 def test_the_same_query_twice_gets_the_same_vector_twice() -> None:
-    histories = _songs([0, 1, 2, 3])
+    histories = _histories([0, 1, 2, 3])
     queries = Queries(rows=np.zeros(4, np.int64), seen=np.array([3, 2, 3, 3]), at=np.zeros(4, np.int64))
     vectors = AverageRecommender(random_vectors(4), 0.5).vectors(histories, queries)
     np.testing.assert_array_equal(vectors[0], vectors[2])

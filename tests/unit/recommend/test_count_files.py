@@ -20,18 +20,18 @@ def counts(num_songs: int = NUM_SONGS) -> RetrievalCounts:
 
 @pytest.mark.parametrize("bounds", [[0, 50], [0, 17, 50], [0, 1, 2, 49, 50]])
 def test_the_pieces_of_all_ranges_join_to_the_whole(bounds: list[int], tmp_path: Path) -> None:
-    whole = counts()
-    pieces = (unpack_counts(pack_counts(whole.of_songs(first, last))) for first, last in pairwise(bounds))
+    full = counts()
+    pieces = (unpack_counts(pack_counts(full.of_songs(first, last))) for first, last in pairwise(bounds))
     joined = join_ranges(pieces, tmp_path)
     for part in ("sessions", "rules", "plays"):
-        ours, theirs = getattr(joined, part), getattr(whole, part)
-        for name, value in vars(theirs).items():
-            np.testing.assert_array_equal(getattr(ours, name), value, err_msg=f"{part}.{name}")
+        actual, expected = getattr(joined, part), getattr(full, part)
+        for name, value in vars(expected).items():
+            np.testing.assert_array_equal(getattr(actual, name), value, err_msg=f"{part}.{name}")
 
 
 def test_a_piece_does_not_grow_with_the_catalog() -> None:
-    small, large = (len(pack_counts(counts(size).of_songs(5, 10))) for size in (NUM_SONGS, 1_000_000))
-    assert large <= small + 100
+    small_size, large_size = (len(pack_counts(counts(size).of_songs(5, 10))) for size in (NUM_SONGS, 1_000_000))
+    assert large_size <= small_size + 100
 
 
 def test_the_arrays_of_a_range_are_as_long_as_the_range() -> None:

@@ -36,35 +36,35 @@ POOL = np.arange(100, 104, dtype=np.int32), np.array([0.6, 0.2, 0.1, 0.0], dtype
 @pytest.mark.parametrize("share", [0.05, 0.13, 0.3, 1.0])
 def test_each_song_is_shown_as_often_as_its_probability_says(share: float) -> None:
     draws = np.random.default_rng(0).random(3_000)
-    shown = np.zeros(4)
+    show_counts = np.zeros(4)
     sizes = set()
     for draw in draws.tolist():
-        explored = explore(BEST, POOL, share, draw)
-        drawn = explored.songs >= 100
-        sizes.add(int(drawn.sum()))
-        shown[explored.songs[drawn] - 100] += 1
-        assert not np.isnan(explored.probabilities[drawn]).any()
-        assert np.isnan(explored.probabilities[~drawn]).all()
+        selection = explore(BEST, POOL, share, draw)
+        is_explored = selection.songs >= 100
+        sizes.add(int(is_explored.sum()))
+        show_counts[selection.songs[is_explored] - 100] += 1
+        assert not np.isnan(selection.probabilities[is_explored]).any()
+        assert np.isnan(selection.probabilities[~is_explored]).all()
     expected = probabilities(POOL[1], 10 * share)
-    np.testing.assert_allclose(shown / len(draws), expected, atol=0.03)
+    np.testing.assert_allclose(show_counts / len(draws), expected, atol=0.03)
     assert expected.sum() == pytest.approx(min(4, 10 * share))
     assert sizes <= {int(min(4, 10 * share)), int(min(4, np.ceil(10 * share)))}
     assert (np.diff(expected) <= 1e-12).all()  # better songs are shown more often
     assert expected.min() > 0
 
 
-def test_the_others_are_the_best_in_their_order_and_explored_songs_stand_at_even_distances() -> None:
-    explored = explore(BEST, POOL, 0.2, 0.5)
-    drawn = explored.songs >= 100
-    assert np.flatnonzero(drawn).tolist() == [2, 7]
-    assert explored.songs[~drawn].tolist() == list(range(8))
+def test_explored_songs_stand_at_even_distances_among_the_best_songs_in_their_order() -> None:
+    selection = explore(BEST, POOL, 0.2, 0.5)
+    is_explored = selection.songs >= 100
+    assert np.flatnonzero(is_explored).tolist() == [2, 7]
+    assert selection.songs[~is_explored].tolist() == list(range(8))
     assert explore(BEST, (POOL[0][:0], POOL[1][:0]), 0.2, 0.5).songs.tolist() == list(range(10))
 
 
-def test_a_draw_is_of_the_last_plays_and_the_moment_and_of_nothing_else() -> None:
+def test_a_draw_depends_only_on_the_last_plays_and_the_moment() -> None:
     history = Histories.from_lists([[1, 2, 3]], [[10, 20, 30]])
-    same = Histories.from_lists([[1, 2, 3]], [[10, 20, 30]], ["another"])
-    assert draw_of(history, 40) == draw_of(same, 40)
+    same_plays = Histories.from_lists([[1, 2, 3]], [[10, 20, 30]], ["another"])
+    assert draw_of(history, 40) == draw_of(same_plays, 40)
     draws = [draw_of(history, at) for at in range(2_000)]
     assert np.mean(draws) == pytest.approx(0.5, abs=0.02)
     assert np.var(draws) == pytest.approx(1 / 12, abs=0.005)
@@ -95,29 +95,29 @@ def test_an_answer_explores_songs_with_few_plays_within_its_filters(
     recommender: BaseRecommender, chosen: Callable[[AnswerOptions], SelectedSongs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(recommender, TwoStepRecommender)
-    plays = recommender.source.retrieval.plays.plays
-    monkeypatch.setattr("rayrec.recommend.reranking.FEW_PLAYS", int(np.median(plays)))
+    play_counts = recommender.source.retrieval.plays.plays
+    monkeypatch.setattr("rayrec.recommend.reranking.FEW_PLAYS", int(np.median(play_counts)))
     options = AnswerOptions(k=20, answer_filter=AnswerFilter(excluded=np.arange(0, NUM_SONGS, 2)))
-    usual, explored = chosen(options), chosen(options.replace(explore=0.25))
-    assert usual.probabilities is None
-    assert explored.probabilities is not None
-    drawn = ~np.isnan(explored.probabilities)
-    assert (int(drawn.sum()), len(explored.songs)) == (5, 20)
-    assert (plays[explored.songs[drawn]] < np.median(plays)).all()
-    assert not np.isin(explored.songs[drawn], usual.songs).any()
-    assert (explored.songs % 2 == 1).all()
-    np.testing.assert_array_equal(explored.songs[~drawn], usual.songs[:15])
-    np.testing.assert_array_equal(explored.songs, chosen(options.replace(explore=0.25)).songs)
-    diverse = chosen(options.replace(explore=0.25, diversity=0.5))
-    assert len(np.unique(diverse.songs)) == 20
+    usual_answer, exploring_answer = chosen(options), chosen(options.replace(explore=0.25))
+    assert usual_answer.probabilities is None
+    assert exploring_answer.probabilities is not None
+    is_explored = ~np.isnan(exploring_answer.probabilities)
+    assert (int(is_explored.sum()), len(exploring_answer.songs)) == (5, 20)
+    assert (play_counts[exploring_answer.songs[is_explored]] < np.median(play_counts)).all()
+    assert not np.isin(exploring_answer.songs[is_explored], usual_answer.songs).any()
+    assert (exploring_answer.songs % 2 == 1).all()
+    np.testing.assert_array_equal(exploring_answer.songs[~is_explored], usual_answer.songs[:15])
+    np.testing.assert_array_equal(exploring_answer.songs, chosen(options.replace(explore=0.25)).songs)
+    diverse_answer = chosen(options.replace(explore=0.25, diversity=0.5))
+    assert len(np.unique(diverse_answer.songs)) == 20
 
 
-def test_what_is_few_is_a_matter_of_plays(recommender: BaseRecommender) -> None:
+def test_songs_with_fewer_plays_than_the_limit_have_few_plays(recommender: BaseRecommender) -> None:
     assert isinstance(recommender, TwoStepRecommender)
-    plays = recommender.source.retrieval.plays.plays
-    few = few_plays(recommender, np.arange(NUM_SONGS + 3))
-    np.testing.assert_array_equal(few[:NUM_SONGS], plays < FEW_PLAYS)
-    assert few[NUM_SONGS:].all()
+    play_counts = recommender.source.retrieval.plays.plays
+    has_few_plays = few_plays(recommender, np.arange(NUM_SONGS + 3))
+    np.testing.assert_array_equal(has_few_plays[:NUM_SONGS], play_counts < FEW_PLAYS)
+    assert has_few_plays[NUM_SONGS:].all()
 
 
 def test_command_and_batch_explore_the_same_songs(
@@ -126,17 +126,19 @@ def test_command_and_batch_explore_the_same_songs(
     without_ray(monkeypatch)
     config, dataset = RecommendConfig(k=10, explore=0.3), Dataset(world)
     parts = default_parts(world)
-    made = recommend_all(world, config, parts, at=AT)
-    table = world.read_table(recommendations_file(made.folder, 0)).slice(0, 3)
+    artifact = recommend_all(world, config, parts, at=AT)
+    table = world.read_table(recommendations_file(artifact.folder, 0)).slice(0, 3)
     for row in table.to_pylist():
-        alone = answer(dataset, recommender, config, parts=parts, at=AT, user=row["user_id"])
-        assert alone.song_ids == row["song_ids"]
-        assert [song.explored for song in alone.songs] == [chance is not None for chance in row["probabilities"]]
-        assert sum(song.explored for song in alone.songs) == 3
-        assert alone.songs[1].probability == pytest.approx(row["probabilities"][1], abs=1e-6)
+        single_answer = answer(dataset, recommender, config, parts=parts, at=AT, user=row["user_id"])
+        assert single_answer.song_ids == row["song_ids"]
+        assert [song.explored for song in single_answer.songs] == [
+            probability is not None for probability in row["probabilities"]
+        ]
+        assert sum(song.explored for song in single_answer.songs) == 3
+        assert single_answer.songs[1].probability == pytest.approx(row["probabilities"][1], abs=1e-6)
 
 
-def test_a_share_is_at_most_all() -> None:
+def test_a_share_outside_zero_to_one_is_refused() -> None:
     with pytest.raises(InputError, match="explore"):
         RecommendConfig(explore=1.5)
     with pytest.raises(InputError, match="explore"):

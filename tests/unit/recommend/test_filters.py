@@ -30,15 +30,15 @@ def filters(draw: st.DrawFn, num_songs: int) -> AnswerFilter:
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
     """A few songs with vectors of small whole numbers, so that scores are exact and ties are frequent."""
-    num_songs, dim, asked = draw(st.integers(1, 16)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    row = st.lists(st.integers(-2, 2), min_size=dim, max_size=dim)
-    vectors = draw(st.lists(row, min_size=num_songs, max_size=num_songs))
+    num_songs, dim, num_queries = draw(st.integers(1, 16)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    vector = st.lists(st.integers(-2, 2), min_size=dim, max_size=dim)
+    vectors = draw(st.lists(vector, min_size=num_songs, max_size=num_songs))
     vectors[draw(st.integers(0, num_songs - 1))] = [1] * dim
     return {
         "vectors": np.array(vectors, np.float32),
-        "queries": np.array(draw(st.lists(row, min_size=asked, max_size=asked)), np.float32),
+        "queries": np.array(draw(st.lists(vector, min_size=num_queries, max_size=num_queries)), np.float32),
         "k": draw(st.integers(1, 30)),
-        "filters": draw(st.lists(filters(num_songs), min_size=asked, max_size=asked)),
+        "filters": draw(st.lists(filters(num_songs), min_size=num_queries, max_size=num_queries)),
         # These limits reach all search paths in a small catalog: allowed songs are always or never few, and excluded
         # songs are always or never many.
         "few": draw(st.sampled_from([0, 100])),
@@ -46,20 +46,20 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def by_hand(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+def brute_force(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """The answers by scoring every song, and how many songs qualify for each query."""
     vectors = case["vectors"]
-    scores, qualify = case["queries"] @ vectors.T, []
-    for row, answer_filter in zip(scores, case["filters"], strict=True):
-        fits = [
+    scores, qualifying_counts = case["queries"] @ vectors.T, []
+    for query_scores, answer_filter in zip(scores, case["filters"], strict=True):
+        is_qualifying = [
             bool(vectors[song].any())
             and song not in answer_filter.excluded
             and (answer_filter.allowed is None or song in answer_filter.allowed.between(0, len(vectors)))
             for song in range(len(vectors))
         ]
-        row[~np.array(fits)] = -np.inf
-        qualify.append(sum(fits))
-    return (*top_k(scores, case["k"]), qualify)
+        query_scores[~np.array(is_qualifying)] = -np.inf
+        qualifying_counts.append(sum(is_qualifying))
+    return (*top_k(scores, case["k"]), qualifying_counts)
 
 
 @pytest.mark.parametrize(("kind", "nlist"), [("flat", 0), ("ivf", 1)])
@@ -74,7 +74,7 @@ def test_an_answer_within_filters_equals_brute_force(kind: str, nlist: int, case
         patch.setattr(index_module, "MAX_OVERFETCH", case["overfetch"])
         patch.setattr(index_module, "MAX_LIST_SHARE", 1.0)
         ranking = index.rank(case["queries"], case["k"], case["filters"])
-    songs, scores, _ = by_hand(case)
+    songs, scores, _ = brute_force(case)
     np.testing.assert_array_equal(ranking.songs, songs)
     np.testing.assert_array_equal(ranking.scores, scores)
 
@@ -90,16 +90,16 @@ def test_an_index_that_looks_into_few_lists_still_holds_exactly_k_that_qualify(
         patch.setattr(index_module, "FEW_SONGS", case["few"])
         patch.setattr(index_module, "MAX_OVERFETCH", case["overfetch"])
         ranking = index.rank(case["queries"], case["k"], case["filters"])
-    _, _, qualify = by_hand(case)
+    _, _, qualifying_counts = brute_force(case)
     for songs, scores, answer_filter, count in zip(
-        ranking.songs, ranking.scores, case["filters"], qualify, strict=True
+        ranking.songs, ranking.scores, case["filters"], qualifying_counts, strict=True
     ):
-        real = songs[songs != NO_SONG]
-        assert len(set(real.tolist())) == len(real) == min(case["k"], count)
-        assert answer_filter.qualify(real).all()
-        assert case["vectors"][real].any(axis=1).all()
-        assert np.isneginf(scores[len(real) :]).all()
-        assert (np.diff(scores[: len(real)]) <= 0).all()
+        real_songs = songs[songs != NO_SONG]
+        assert len(set(real_songs.tolist())) == len(real_songs) == min(case["k"], count)
+        assert answer_filter.qualify(real_songs).all()
+        assert case["vectors"][real_songs].any(axis=1).all()
+        assert np.isneginf(scores[len(real_songs) :]).all()
+        assert (np.diff(scores[: len(real_songs)]) <= 0).all()
 
 
 def _index(songs: int = 3_000) -> SongIndex:
@@ -107,20 +107,20 @@ def _index(songs: int = 3_000) -> SongIndex:
     return SongIndex.build(random_vectors(songs, 16), config)
 
 
-def test_the_path_taken_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ranking_reports_the_search_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "FEW_SONGS", 100)
     index = _index()
-    half, hundred = SongSet(mask=np.arange(3_000) % 2 == 0), SongSet.of_rows(np.arange(100))
-    given = [
+    half_songs, hundred_songs = SongSet(mask=np.arange(3_000) % 2 == 0), SongSet.of_rows(np.arange(100))
+    answer_filters = [
         AnswerFilter(),
         AnswerFilter(excluded=np.arange(10)),
-        AnswerFilter(allowed=half),
+        AnswerFilter(allowed=half_songs),
         AnswerFilter(excluded=np.arange(1_500)),
         AnswerFilter(allowed=SongSet.of_rows(np.arange(0, 3_000, 2))),
-        AnswerFilter(allowed=hundred),
+        AnswerFilter(allowed=hundred_songs),
         AnswerFilter(allowed=SongSet.of_rows(np.zeros(0, np.int64))),
     ]
-    ranking = index.rank(random_vectors(len(given), 16, seed=1), 10, given)
+    ranking = index.rank(random_vectors(len(answer_filters), 16, seed=1), 10, answer_filters)
     assert ranking.paths == ("index", "index", "selector", "selector", "selector", "exact", "exact")
     assert (ranking.songs[:6] != NO_SONG).all()
     assert (ranking.songs[6] == NO_SONG).all()
@@ -132,13 +132,13 @@ def test_a_search_among_few_looks_into_more_lists_so_that_recall_holds(monkeypat
     vectors = random_vectors(6_000, 16)
     index = SongIndex.build(vectors, IndexConfig(kind="ivf", nlist=64, target_recall=0.95, queries=200))
     queries = random_vectors(40, 16, seed=1)
-    allowed = np.arange(6_000) % 10 == 0
-    ranking = index.rank(queries, 20, [AnswerFilter(allowed=SongSet.of_mask(allowed))] * 40)
+    is_allowed = np.arange(6_000) % 10 == 0
+    ranking = index.rank(queries, 20, [AnswerFilter(allowed=SongSet.of_mask(is_allowed))] * 40)
     assert set(ranking.paths) == {"selector"}
     scores = queries @ vectors.T
-    scores[:, ~allowed] = -np.inf
+    scores[:, ~is_allowed] = -np.inf
     exact, _ = top_k(scores, 20)
-    recall = np.mean([np.isin(true, found).mean() for true, found in zip(exact, ranking.songs, strict=True)])
+    recall = np.mean([np.isin(exact_row, row).mean() for exact_row, row in zip(exact, ranking.songs, strict=True)])
     assert recall >= 0.95
 
 
@@ -150,18 +150,20 @@ def test_filters_hold_without_an_index_as_with_one() -> None:
     histories = random_histories(20, 80, seed=3)
     histories = histories.take(histories.lengths > 0)
     allowed = SongSet.of_mask(np.arange(80) % 3 > 0)
-    given = [AnswerFilter(excluded=np.array([row, 79 - row, 1_000]), allowed=allowed) for row in range(len(histories))]
-    expected = plain.rank(histories, 10**9, 12, filters=given)
-    found = indexed.rank(histories, 10**9, 12, filters=given)
-    np.testing.assert_array_equal(found.songs, expected.songs)
-    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
-    for row, songs in enumerate(found.songs):
+    answer_filters = [
+        AnswerFilter(excluded=np.array([row, 79 - row, 1_000]), allowed=allowed) for row in range(len(histories))
+    ]
+    expected = plain.rank(histories, 10**9, 12, filters=answer_filters)
+    actual = indexed.rank(histories, 10**9, 12, filters=answer_filters)
+    np.testing.assert_array_equal(actual.songs, expected.songs)
+    np.testing.assert_allclose(actual.scores, expected.scores, rtol=1e-5)
+    for row, songs in enumerate(actual.songs):
         assert allowed.holds(songs).all()
         assert not {row, 79 - row} & set(songs.tolist())
     assert set(expected.paths) == {"exact"}
 
 
-def test_songs_heard_join_the_filters_given() -> None:
+def test_heard_songs_are_added_to_the_given_filters() -> None:
     histories = Histories.from_lists([[1, 2], []], [[0, 1], []])
     allowed = SongSet.of_mask(np.ones(5, dtype=np.bool_))
     first, second = without_heard(histories, [AnswerFilter(excluded=np.array([4]), allowed=allowed), AnswerFilter()])
@@ -187,13 +189,13 @@ def test_a_set_of_songs_is_the_same_as_rows_and_as_a_mask() -> None:
     mask = np.random.default_rng(0).random(50) < 0.4
     rows = np.flatnonzero(mask)
     sets = [SongSet(mask=mask), SongSet.of_mask(mask), SongSet.of_rows(np.append(rows[::-1], [-1, rows[0]]))]
-    asked = np.arange(70)
+    queried_rows = np.arange(70)
     for songs in sets:
         assert len(songs) == len(rows)
-        assert songs.holds(asked).tolist() == np.isin(asked, rows).tolist()
+        assert songs.holds(queried_rows).tolist() == np.isin(queried_rows, rows).tolist()
         assert songs.between(10, 30).tolist() == [row for row in rows if 10 <= row < 30]
-        for later in sets:
-            assert songs.joined(later, 60).between(0, 200).tolist() == [*rows, *(60 + rows)]
+        for added_songs in sets:
+            assert songs.joined(added_songs, 60).between(0, 200).tolist() == [*rows, *(60 + rows)]
     assert sets[0].bits is sets[0].bits  # computed once for all answers
     assert np.unpackbits(sets[0].bits, bitorder="little")[:50].astype(bool).tolist() == mask.tolist()
 
@@ -201,16 +203,16 @@ def test_a_set_of_songs_is_the_same_as_rows_and_as_a_mask() -> None:
 @pytest.mark.parametrize("every", [1, 7])
 def test_the_first_songs_of_an_order_are_found_a_few_rows_at_a_time(every: int) -> None:
     order = np.random.default_rng(0).permutation(50_000)
-    looked_at = []
+    row_counts = []
 
     def qualify(rows: np.ndarray) -> np.ndarray:
-        looked_at.append(len(rows))
+        row_counts.append(len(rows))
         return np.asarray(rows % every == 0)
 
     expected = order[order % every == 0]
     for count in (1, 20, 60_000):
-        looked_at.clear()
+        row_counts.clear()
         np.testing.assert_array_equal(first_of_order(order, qualify, count), expected[:count])
-        assert max(looked_at) <= max(2 * count, ORDERED_AT_ONCE)
-        assert sum(looked_at) < 8 * every * count
+        assert max(row_counts) <= max(2 * count, ORDERED_AT_ONCE)
+        assert sum(row_counts) < 8 * every * count
     assert first_of_order(order[:0], qualify, 5).tolist() == []

@@ -38,21 +38,23 @@ def brute_force(
 ) -> tuple[np.ndarray, np.ndarray]:
     scores = queries @ vectors.T
     scores[:, ~vectors.any(axis=1)] = -np.inf
-    for row, rows in zip(scores, exclude, strict=True):
-        row[rows] = -np.inf
+    for query_scores, excluded in zip(scores, exclude, strict=True):
+        query_scores[excluded] = -np.inf
     return top_k(scores, k)
 
 
 @st.composite
-def searches(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, list[np.ndarray]]:
+def search_cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, list[np.ndarray]]:
     """A few songs with vectors of small whole numbers, so that scores are exact and ties are frequent."""
-    num_songs, dim, asked = draw(st.integers(1, 16)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    numbers = st.integers(-2, 2)
-    vectors = draw(st.lists(st.lists(numbers, min_size=dim, max_size=dim), min_size=num_songs, max_size=num_songs))
+    num_songs, dim, num_queries = draw(st.integers(1, 16)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    coordinates = st.integers(-2, 2)
+    vectors = draw(st.lists(st.lists(coordinates, min_size=dim, max_size=dim), min_size=num_songs, max_size=num_songs))
     vectors[draw(st.integers(0, num_songs - 1))] = [1] * dim
-    queries = draw(st.lists(st.lists(numbers, min_size=dim, max_size=dim), min_size=asked, max_size=asked))
+    queries = draw(
+        st.lists(st.lists(coordinates, min_size=dim, max_size=dim), min_size=num_queries, max_size=num_queries)
+    )
     rows = st.lists(st.integers(0, num_songs - 1))
-    exclude = draw(st.lists(rows, min_size=asked, max_size=asked))
+    exclude = draw(st.lists(rows, min_size=num_queries, max_size=num_queries))
     return (
         np.array(vectors, np.float32),
         np.array(queries, np.float32),
@@ -63,7 +65,7 @@ def searches(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, list[np.ndar
 
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
 @settings(max_examples=150)
-@given(case=searches())
+@given(case=search_cases())
 def test_search_equals_brute_force(kind: str, case: tuple[np.ndarray, np.ndarray, int, list[np.ndarray]]) -> None:
     vectors, queries, k, exclude = case
     # One list: IVF is exact, so that the ranking can be compared song by song.
@@ -90,25 +92,25 @@ def test_many_songs_left_out_still_give_the_true_best(
 
 
 def test_a_user_who_has_heard_very_many_songs_costs_no_mask_of_the_catalog() -> None:
-    songs, heard = 200_000, MAX_OVERFETCH + 500
-    vectors = unit_vectors(songs)
+    num_songs, num_heard = 200_000, MAX_OVERFETCH + 500
+    vectors = unit_vectors(num_songs)
     index = SongIndex.build(vectors, IVF.replace(nlist=32))
     random = np.random.default_rng(1)
-    query, excluded = unit_vectors(1, seed=2), random.choice(songs, heard, replace=False).astype(np.int32)
+    query, excluded = unit_vectors(1, seed=2), random.choice(num_songs, num_heard, replace=False).astype(np.int32)
     filters = [AnswerFilter(excluded=excluded)]
     index.rank(query, 10, filters)
     tracemalloc.start()
     ranking = index.rank(query, 10, filters)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < songs  # bytes
+    assert peak < num_songs  # bytes
     assert ranking.paths == ("selector",)
     expected, _ = brute_force(vectors, query, 10, [excluded])
     assert len(np.intersect1d(ranking.songs, expected)) >= 9
     assert not np.isin(ranking.songs, excluded).any()
 
 
-def test_lists_that_hold_too_few_songs_are_made_up_for() -> None:
+def test_an_answer_is_complete_although_the_searched_lists_hold_too_few_songs() -> None:
     vectors = unit_vectors(500)
     index = SongIndex.build(vectors, IndexConfig(kind="ivf", nlist=100, target_recall=0.01, queries=20))
     assert index.figures.nprobe == 1
@@ -146,7 +148,7 @@ def test_lists_in_half_precision_give_scores_and_an_order_in_full(monkeypatch: p
     songs, scores = index.search(queries, 50)
     np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, songs, axis=1), rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(songs, brute_force(vectors, queries, 50, [np.zeros(0, np.int32)] * 7)[0])
-    assert {stored.dtype for _, stored in index.stored()} == {np.dtype(np.float16)}
+    assert {stored_vectors.dtype for _, stored_vectors in index.stored()} == {np.dtype(np.float16)}
 
 
 def test_no_queries_give_no_answers() -> None:
@@ -161,19 +163,19 @@ def test_the_reported_recall_is_the_measured_one_and_nprobe_the_smallest_that_re
     index = SongIndex.build(vectors, IndexConfig(kind="ivf", nlist=32, target_recall=0.9), queries=queries)
     exact, _ = SongIndex.build(vectors, FLAT).search(queries, 100)
     index.save(workspace, "stored.faiss")
-    stored = import_faiss().read_index(workspace.full("stored.faiss"))
+    faiss_index = import_faiss().read_index(workspace.full("stored.faiss"))
 
     def recalls(nprobe: int) -> np.ndarray:
-        stored.nprobe = nprobe
-        found = stored.search(queries, 100)[1]
-        return np.array([np.isin(row, got).mean() for row, got in zip(exact, found, strict=True)])
+        faiss_index.nprobe = nprobe
+        songs = faiss_index.search(queries, 100)[1]
+        return np.array([np.isin(exact_row, row).mean() for exact_row, row in zip(exact, songs, strict=True)])
 
-    chosen = index.figures.nprobe
-    assert 1 < chosen < 32
+    chosen_nprobe = index.figures.nprobe
+    assert 1 < chosen_nprobe < 32
     assert index.figures.recall >= 0.9
-    assert index.figures.recall == pytest.approx(recalls(chosen).mean(), abs=1e-9)
-    assert reaches(recalls(chosen), 0.9)
-    assert not reaches(recalls(chosen - 1), 0.9)
+    assert index.figures.recall == pytest.approx(recalls(chosen_nprobe).mean(), abs=1e-9)
+    assert reaches(recalls(chosen_nprobe), 0.9)
+    assert not reaches(recalls(chosen_nprobe - 1), 0.9)
 
 
 def test_recall_is_reached_two_standard_errors_above_the_target() -> None:
@@ -188,14 +190,14 @@ def test_recall_holds_on_queries_that_nprobe_was_not_chosen_on() -> None:
     config = IndexConfig(kind="ivf", nlist=64, target_recall=0.95, queries=200)
     queries = sample_queries(vectors, config.replace(seed=1))
     exact, _ = SongIndex.build(vectors, FLAT).search(queries, 100)
-    found, _ = SongIndex.build(vectors, config).search(queries, 100)
-    assert recall_against(exact, found).mean() >= 0.95
+    approximate, _ = SongIndex.build(vectors, config).search(queries, 100)
+    assert recall_against(exact, approximate).mean() >= 0.95
 
 
 def test_full_recall_is_reached_by_looking_into_all_lists() -> None:
-    figures = SongIndex.build(unit_vectors(400), IndexConfig(kind="ivf", target_recall=1.0, queries=50)).figures
-    assert figures.recall == 1.0
-    assert 1 <= figures.nprobe <= figures.nlist == 32  # about 2 √400, as a power of two
+    metrics = SongIndex.build(unit_vectors(400), IndexConfig(kind="ivf", target_recall=1.0, queries=50)).figures
+    assert metrics.recall == 1.0
+    assert 1 <= metrics.nprobe <= metrics.nlist == 32  # about 2 √400, as a power of two
 
 
 @pytest.mark.parametrize(("songs", "kind"), [(49, "flat"), (50, "ivf")])
@@ -211,8 +213,8 @@ def test_a_saved_index_answers_as_before(config: IndexConfig, workspace: Workspa
     index.save(workspace, manifest.path(INDEX_FILE))
     loaded = SongIndex.load(workspace, manifest, vectors)
     assert loaded.figures == index.figures
-    for before, after in zip(index.search(queries, 10), loaded.search(queries, 10), strict=True):
-        np.testing.assert_array_equal(before, after)
+    for expected, actual in zip(index.search(queries, 10), loaded.search(queries, 10), strict=True):
+        np.testing.assert_array_equal(expected, actual)
 
 
 def test_an_index_of_other_vectors_or_no_index_is_refused(workspace: Workspace) -> None:

@@ -19,7 +19,7 @@ NUM_SONGS, NEWEST, RULES = 60, 4, 3
 MINUTE = 60_000
 
 
-def world() -> Histories:
+def sample_histories() -> Histories:
     """Sessions of 300 users in 40 days, many with the same end; songs from 40 on are not played after day 35."""
     random = np.random.default_rng(5)
     histories = random_histories(300, NUM_SONGS, longest=60)
@@ -27,11 +27,11 @@ def world() -> Histories:
     pauses = np.cumsum(random.random(histories.num_plays) < 0.2) * 60 * MINUTE
     pauses -= np.repeat(pauses[np.minimum(histories.offsets[:-1], histories.num_plays - 1)], histories.lengths)
     played_at = np.repeat(days * DAY_MS, histories.lengths) + pauses  # all plays of a session have the same time
-    late = (played_at > 35 * DAY_MS) & (histories.songs >= 40)
-    return with_opinions(replace(histories, played_at=np.where(late, played_at - 20 * DAY_MS, played_at)), NUM_SONGS)
+    is_late = (played_at > 35 * DAY_MS) & (histories.songs >= 40)
+    return with_opinions(replace(histories, played_at=np.where(is_late, played_at - 20 * DAY_MS, played_at)), NUM_SONGS)
 
 
-def in_order(histories: Histories) -> Histories:
+def sorted_by_time(histories: Histories) -> Histories:
     """`histories` with the plays of each user ordered by time."""
     order = np.lexsort((histories.played_at, histories.rows))
     skipped = None if histories.skipped is None else histories.skipped[order]
@@ -53,52 +53,53 @@ def test_any_ranges_and_any_order_of_merging_give_the_same_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, bounds: list[int], opinions: bool
 ) -> None:
     monkeypatch.setattr(range_join, "SESSIONS_AT_ONCE", at_once)
-    histories = in_order(world())
+    histories = sorted_by_time(sample_histories())
     histories = histories if opinions else replace(histories, skipped=None)
-    whole = RetrievalCounts.fit(histories, num_songs=NUM_SONGS, newest=NEWEST)
-    assert len(np.unique(whole.sessions.ended_at)) < len(whole.sessions) / 2
-    assert np.ptp(whole.plays.days) == RECENT_DAYS - 1
+    full = RetrievalCounts.fit(histories, num_songs=NUM_SONGS, newest=NEWEST)
+    assert len(np.unique(full.sessions.ended_at)) < len(full.sessions) / 2
+    assert np.ptp(full.plays.days) == RECENT_DAYS - 1
     random = np.random.default_rng(at_once)
-    shard = random.integers(0, 5, size=len(histories))
+    shard_of_user = random.integers(0, 5, size=len(histories))
     parts = [
-        RetrievalCounts.fit(histories.take(shard == each), num_songs=NUM_SONGS, newest=NEWEST) for each in range(5)
+        RetrievalCounts.fit(histories.take(shard_of_user == shard), num_songs=NUM_SONGS, newest=NEWEST)
+        for shard in range(5)
     ]
 
-    def merged(first: int, last: int) -> RetrievalCounts:
-        of_range = [parts[each].of_songs(first, last) for each in random.permutation(5)]
-        one = RetrievalCounts.merge(of_range[:2])
-        both = RetrievalCounts.merge([RetrievalCounts.merge(of_range[2:]), one])
-        return unpack_counts(pack_counts(both.strongest(RULES)))
+    def merge_range(first: int, last: int) -> RetrievalCounts:
+        range_parts = [parts[shard].of_songs(first, last) for shard in random.permutation(5)]
+        first_two = RetrievalCounts.merge(range_parts[:2])
+        merged = RetrievalCounts.merge([RetrievalCounts.merge(range_parts[2:]), first_two])
+        return unpack_counts(pack_counts(merged.strongest(RULES)))
 
     (tmp_path / "joined").mkdir()
-    joined = join_ranges((merged(first, last) for first, last in pairwise(bounds)), tmp_path / "joined")
-    ours = file_bytes(joined, tmp_path / "ours")
-    theirs = file_bytes(whole.strongest(RULES), tmp_path / "theirs")
-    assert ("plays.skips.npy" in theirs) == opinions
-    assert ours.keys() == theirs.keys()
-    for name, content in theirs.items():
-        assert ours[name] == content, name
+    joined = join_ranges((merge_range(first, last) for first, last in pairwise(bounds)), tmp_path / "joined")
+    joined_files = file_bytes(joined, tmp_path / "ours")
+    expected_files = file_bytes(full.strongest(RULES), tmp_path / "theirs")
+    assert ("plays.skips.npy" in expected_files) == opinions
+    assert joined_files.keys() == expected_files.keys()
+    for name, content in expected_files.items():
+        assert joined_files[name] == content, name
 
 
 def test_songs_that_nobody_played_join_to_an_empty_retrieval(tmp_path: Path) -> None:
-    nothing = RetrievalCounts.fit(Histories.from_lists([], []), num_songs=NUM_SONGS)
+    empty_counts = RetrievalCounts.fit(Histories.from_lists([], []), num_songs=NUM_SONGS)
     (tmp_path / "joined").mkdir()
-    joined = join_ranges((nothing.of_songs(first, first + 20) for first in (0, 20, 40)), tmp_path / "joined")
-    assert file_bytes(joined, tmp_path / "ours") == file_bytes(nothing, tmp_path / "theirs")
+    joined = join_ranges((empty_counts.of_songs(first, first + 20) for first in (0, 20, 40)), tmp_path / "joined")
+    assert file_bytes(joined, tmp_path / "ours") == file_bytes(empty_counts, tmp_path / "theirs")
 
 
 def test_a_retrieval_that_plays_are_added_to_may_have_fewer_songs_than_there_are_ranges(tmp_path: Path) -> None:
-    histories = in_order(world())
-    old = histories.take(np.arange(len(histories)) % 2 == 0)
-    fewer = replace(old, songs=old.songs % 25)
-    new = histories.take(np.arange(len(histories)) % 2 == 1)
-    earlier = RetrievalCounts.fit(fewer, num_songs=25, newest=NEWEST)
-    later = RetrievalCounts.fit(new, num_songs=NUM_SONGS, newest=NEWEST)
+    histories = sorted_by_time(sample_histories())
+    even_users = histories.take(np.arange(len(histories)) % 2 == 0)
+    earlier_histories = replace(even_users, songs=even_users.songs % 25)
+    later_histories = histories.take(np.arange(len(histories)) % 2 == 1)
+    earlier = RetrievalCounts.fit(earlier_histories, num_songs=25, newest=NEWEST)
+    later = RetrievalCounts.fit(later_histories, num_songs=NUM_SONGS, newest=NEWEST)
     parts = (
         RetrievalCounts.merge([later.of_songs(first, last), earlier.of_songs(first, last)])
         for first, last in pairwise([0, 20, 30, 50, NUM_SONGS])
     )
     (tmp_path / "joined").mkdir()
     joined = join_ranges(parts, tmp_path / "joined")
-    whole = RetrievalCounts.merge([earlier, later])
-    assert file_bytes(joined, tmp_path / "ours") == file_bytes(whole, tmp_path / "theirs")
+    expected = RetrievalCounts.merge([earlier, later])
+    assert file_bytes(joined, tmp_path / "ours") == file_bytes(expected, tmp_path / "theirs")

@@ -56,28 +56,28 @@ def test_the_long_ranker_learns_the_plays_that_the_long_horizon_is_for(long: Any
         user_ids=histories.user_ids, offsets=histories.offsets, songs=histories.songs, played_at=times
     )
     source, plays = _source(long, histories), np.flatnonzero(histories.places > 3)[::5]
-    ends = histories.offsets[1:][histories.rows]
+    user_ends = histories.offsets[1:][histories.rows]
     rows: list[int] = []
     songs: list[int] = []
     for query, play in enumerate(plays.tolist()):
-        for later in range(play, int(ends[play])):
-            passed = int(times[later] - times[play])
-            if (DAY_MS <= passed < 3 * DAY_MS) if long is DAYS else (25 <= later - play + 1 <= 50):
+        for later_play in range(play, int(user_ends[play])):
+            elapsed = int(times[later_play] - times[play])
+            if (DAY_MS <= elapsed < 3 * DAY_MS) if long is DAYS else (25 <= later_play - play + 1 <= 50):
                 rows.append(query)
-                songs.append(int(histories.songs[later]))
+                songs.append(int(histories.songs[later_play]))
     queries = Queries.before_plays(histories, plays)
     held_out = checks_rankers(histories.user_ids)[queries.rows]
     answers: dict[RankerKind, tuple[np.ndarray, np.ndarray]] = {"long": (np.array(rows), np.array(songs))}
-    wanted = examples_for(source, histories, queries, answers, held_out=held_out)["long"]
-    found = collect_examples({"": source}, histories, plays)[""]["long"]
-    assert wanted.right.sum() > 50
-    np.testing.assert_array_equal(found.right, wanted.right)
-    np.testing.assert_array_equal(found.counts, wanted.counts)
+    expected = examples_for(source, histories, queries, answers, held_out=held_out)["long"]
+    actual = collect_examples({"": source}, histories, plays)[""]["long"]
+    assert expected.right.sum() > 50
+    np.testing.assert_array_equal(actual.right, expected.right)
+    np.testing.assert_array_equal(actual.counts, expected.counts)
 
 
-IN_TIME = Split(id="s", dataset="d", validation_from=100, test_from=200)
-BY_SHARE = Split(id="s", dataset="d", protocol="last-fraction", last_fraction=0.25, validation_fraction=0.25)
-TIMES = {
+TIME_SPLIT = Split(id="s", dataset="d", validation_from=100, test_from=200)
+LAST_FRACTION_SPLIT = Split(id="s", dataset="d", protocol="last-fraction", last_fraction=0.25, validation_fraction=0.25)
+PLAY_TIMES = {
     "before, in and after": [50, 99, 100, 150, 199, 200, 250],
     "first play in it": [130, 180, 300],
     "before alone": [10, 20],
@@ -87,27 +87,27 @@ TIMES = {
 }
 
 
-def _planted() -> Histories:
+def _planted_histories() -> Histories:
     """Users named after the times of their plays; every play is of a different song."""
-    ends = np.cumsum([len(times) for times in TIMES.values()])
-    songs = [list(range(end - len(times), end)) for end, times in zip(ends, TIMES.values(), strict=True)]
-    return Histories.from_lists(songs, list(TIMES.values()), list(TIMES))
+    ends = np.cumsum([len(times) for times in PLAY_TIMES.values()])
+    songs = [list(range(end - len(times), end)) for end, times in zip(ends, PLAY_TIMES.values(), strict=True)]
+    return Histories.from_lists(songs, list(PLAY_TIMES.values()), list(PLAY_TIMES))
 
 
-def _asked(histories: Histories, plays: np.ndarray) -> dict[str, list[int]]:
+def _predicted_times(histories: Histories, plays: np.ndarray) -> dict[str, list[int]]:
     """The times of the plays to predict, by user."""
-    asked: dict[str, list[int]] = {}
+    times_by_user: dict[str, list[int]] = {}
     for play, row in zip(plays.tolist(), histories.rows[plays].tolist(), strict=True):
-        asked.setdefault(str(histories.user_ids[row]), []).append(int(histories.played_at[play]))
-    return asked
+        times_by_user.setdefault(str(histories.user_ids[row]), []).append(int(histories.played_at[play]))
+    return times_by_user
 
 
 @pytest.mark.parametrize(
     ("split", "expected"),
     [
-        (IN_TIME, {"before, in and after": [100, 150, 199], "first play in it": [180]}),
+        (TIME_SPLIT, {"before, in and after": [100, 150, 199], "first play in it": [180]}),
         (
-            BY_SHARE,  # of n plays those from floor(n / 2 + 1/2) up to floor(3 n / 4 + 1/2)
+            LAST_FRACTION_SPLIT,  # of n plays those from floor(n / 2 + 1/2) up to floor(3 n / 4 + 1/2)
             {
                 "before, in and after": [199],
                 "before alone": [20],
@@ -118,39 +118,41 @@ def _asked(histories: Histories, plays: np.ndarray) -> dict[str, list[int]]:
     ],
     ids=["in time", "last fraction"],
 )
-def test_rankers_are_asked_for_the_plays_of_the_validation_range_that_have_one_before_them(
+def test_rankers_predict_the_validation_plays_that_have_an_earlier_play(
     split: Split, expected: dict[str, list[int]]
 ) -> None:
-    planted = _planted()
-    histories, plays = validation_queries(planted, split, 100)
-    assert _asked(histories, plays) == expected
+    all_histories = _planted_histories()
+    histories, plays = validation_queries(all_histories, split, 100)
+    assert _predicted_times(histories, plays) == expected
     # The histories end with each user's last play in the range, and hold the earlier plays of these users.
-    of_user = dict(zip(planted.user_ids.tolist(), np.split(planted.songs, planted.offsets[1:-1]), strict=True))
-    assert set(histories.user_ids) == set(_asked(histories, plays))
+    songs_by_user = dict(
+        zip(all_histories.user_ids.tolist(), np.split(all_histories.songs, all_histories.offsets[1:-1]), strict=True)
+    )
+    assert set(histories.user_ids) == set(_predicted_times(histories, plays))
     for row, user in enumerate(histories.user_ids):
-        last = max(expected[user])
+        last_time = max(expected[user])
         songs = histories.songs[histories.offsets[row] : histories.offsets[row + 1]]
-        assert songs.tolist() == of_user[user][: TIMES[user].index(last) + 1].tolist()
+        assert songs.tolist() == songs_by_user[user][: PLAY_TIMES[user].index(last_time) + 1].tolist()
 
 
-def test_which_plays_rankers_are_asked_for_follows_from_user_and_time() -> None:
+def test_the_sample_of_predicted_plays_depends_only_on_user_and_time() -> None:
     histories = random_histories(40, NUM_SONGS, longest=20, seed=4)
     split = Split(id="s", dataset="d", validation_from=400_000, test_from=1_500_000)
-    whole = _asked(*validation_queries(histories, split, 10**6))
-    some = _asked(*validation_queries(histories, split, 25))
-    assert sum(map(len, whole.values())) > 100
-    assert sum(map(len, some.values())) == 25
-    assert all(set(times) <= set(whole[user]) for user, times in some.items())
-    backwards = histories.take(np.arange(len(histories))[::-1])
-    assert _asked(*validation_queries(backwards, split, 25)) == some
+    full = _predicted_times(*validation_queries(histories, split, 10**6))
+    sample = _predicted_times(*validation_queries(histories, split, 25))
+    assert sum(map(len, full.values())) > 100
+    assert sum(map(len, sample.values())) == 25
+    assert all(set(times) <= set(full[user]) for user, times in sample.items())
+    reversed_histories = histories.take(np.arange(len(histories))[::-1])
+    assert _predicted_times(*validation_queries(reversed_histories, split, 25)) == sample
     assert validation_queries(histories, split, 0)[1].tolist() == []
 
 
 def test_users_held_out_teach_rankers_nothing() -> None:
     histories = random_histories(40, NUM_SONGS, longest=20, seed=4)
     split = Split(id="s", dataset="d", validation_from=400_000, test_from=1_500_000, held_out_share=0.5)
-    asked = set(_asked(*validation_queries(histories, split, 10**6)))
-    held_out = set(histories.user_ids[~split.final.allowed_users(histories.user_ids)])
-    assert len(asked) > 5
-    assert len(held_out) > 5
-    assert not asked & held_out
+    predicted_users = set(_predicted_times(*validation_queries(histories, split, 10**6)))
+    held_out_users = set(histories.user_ids[~split.final.allowed_users(histories.user_ids)])
+    assert len(predicted_users) > 5
+    assert len(held_out_users) > 5
+    assert not predicted_users & held_out_users

@@ -37,7 +37,7 @@ NOW = 10**9
 Maker = Callable[[Histories, np.ndarray], BaseRecommender]
 
 
-def _indexed(plays: Histories, vectors: np.ndarray) -> BaseRecommender:
+def _indexed_knn(plays: Histories, vectors: np.ndarray) -> BaseRecommender:
     recommender = ItemKnnRecommender(vectors)
     recommender.index = SongIndex.build(recommender.song_vectors, IndexConfig())
     return recommender
@@ -83,7 +83,7 @@ MAKERS: dict[str, Maker] = {
     "weighted-long": lambda plays, vectors: fit_weighted([plays], vectors, "weighted-long", FitRange(), None),
     "user-top": lambda plays, _: UserTopRecommender(NUM_SONGS),
     "item-knn": lambda _, vectors: ItemKnnRecommender(vectors),
-    "neighbors through an index": _indexed,
+    "neighbors through an index": _indexed_knn,
     "average-0.5": lambda _, vectors: AverageRecommender(vectors, 0.5),
     "average-1.0": lambda _, vectors: AverageRecommender(vectors, 1.0),
     "taste": _network,
@@ -94,8 +94,8 @@ MAKERS: dict[str, Maker] = {
 @pytest.fixture(scope="module")
 def histories() -> Histories:
     """Users with at least one play."""
-    made = random_histories(30, NUM_SONGS, seed=3)
-    return made.take(made.lengths > 0)
+    all_histories = random_histories(30, NUM_SONGS, seed=3)
+    return all_histories.take(all_histories.lengths > 0)
 
 
 @pytest.fixture(scope="module", params=list(MAKERS))
@@ -110,8 +110,8 @@ def test_answers_have_the_promised_shapes_and_types(recommender: BaseRecommender
     assert songs.shape == scores.shape == (len(histories), 5)
     assert songs.dtype == np.int32
     assert scores.dtype == np.float32
-    one_songs, one_scores = recommender.recommend_one(histories.take(np.array([0])), NOW, 5)
-    assert one_songs.ndim == one_scores.ndim == 1
+    single_songs, single_scores = recommender.recommend_one(histories.take(np.array([0])), NOW, 5)
+    assert single_songs.ndim == single_scores.ndim == 1
     assert recommender.name in MAKERS
     assert recommender.kind in ("baseline", "network")
 
@@ -125,20 +125,20 @@ def test_scores_are_float32_for_every_query_and_song(recommender: BaseRecommende
 def test_a_batch_answers_as_each_user_alone(recommender: BaseRecommender, histories: Histories) -> None:
     songs, scores = recommender.recommend(histories, NOW, 6)
     for row in range(len(histories)):
-        alone, alone_scores = recommender.recommend_one(histories.take(np.array([row])), NOW, 6)
-        together, together_scores = songs[row][songs[row] >= 0], scores[row][songs[row] >= 0]
-        np.testing.assert_allclose(alone_scores, together_scores, rtol=1e-5, atol=1e-6)
+        single_songs, single_scores = recommender.recommend_one(histories.take(np.array([row])), NOW, 6)
+        batch_songs, batch_scores = songs[row][songs[row] >= 0], scores[row][songs[row] >= 0]
+        np.testing.assert_allclose(single_scores, batch_scores, rtol=1e-5, atol=1e-6)
         # Songs whose scores differ only by rounding may change places.
-        steps = np.diff(together_scores, prepend=np.inf, append=-np.inf)
-        clear = (-steps[:-1] > 1e-5) & (-steps[1:] > 1e-5)
-        clear[-1:] = False  # the last song may tie with the next one, which is outside the answer
-        np.testing.assert_array_equal(alone[clear], together[clear])
+        score_steps = np.diff(batch_scores, prepend=np.inf, append=-np.inf)
+        is_clear = (-score_steps[:-1] > 1e-5) & (-score_steps[1:] > 1e-5)
+        is_clear[-1:] = False  # the last song may tie with the next one, which is outside the answer
+        np.testing.assert_array_equal(single_songs[is_clear], batch_songs[is_clear])
 
 
 def test_answers_are_the_top_of_the_scores(recommender: BaseRecommender, histories: Histories) -> None:
     songs, scores = recommender.recommend(histories, NOW, 8)
-    expected, expected_scores = top_k(np.array(recommender.score(histories, Queries.at_end(histories, NOW))), 8)
-    np.testing.assert_array_equal(songs, expected)
+    expected_songs, expected_scores = top_k(np.array(recommender.score(histories, Queries.at_end(histories, NOW))), 8)
+    np.testing.assert_array_equal(songs, expected_songs)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-6)
 
 
@@ -157,31 +157,31 @@ def test_more_than_the_catalog_fills_with_no_song(recommender: BaseRecommender, 
 
 
 def test_songs_heard_stay_out_when_asked(recommender: BaseRecommender, histories: Histories) -> None:
-    heard = [set(songs) for songs in np.split(histories.songs, histories.offsets[1:-1])]
+    heard_songs = [set(songs) for songs in np.split(histories.songs, histories.offsets[1:-1])]
     songs, _ = recommender.recommend(histories, NOW, NUM_SONGS, exclude_heard=True)
-    assert all(not heard[row] & set(songs[row]) for row in range(len(histories)))
+    assert all(not heard_songs[row] & set(songs[row]) for row in range(len(histories)))
     if isinstance(recommender, TwoStepRecommender):
         return  # another ranker, with another order, ranks songs new to the user
-    everything, _ = recommender.recommend(histories, NOW, NUM_SONGS)
+    all_songs, _ = recommender.recommend(histories, NOW, NUM_SONGS)
     for row in range(len(histories)):
-        kept = [song for song in everything[row] if song >= 0 and song not in heard[row]]
-        assert kept == [song for song in songs[row] if song >= 0]
+        expected = [song for song in all_songs[row] if song >= 0 and song not in heard_songs[row]]
+        assert expected == [song for song in songs[row] if song >= 0]
 
 
 def test_plays_after_the_query_change_nothing(recommender: BaseRecommender, histories: Histories) -> None:
     plays = np.arange(0, histories.num_plays, 3)
     queries = Queries.before_plays(histories, plays)
-    before = np.array(recommender.score(histories, queries))
+    expected = np.array(recommender.score(histories, queries))
     seen = np.zeros(len(histories), dtype=np.int64)
     np.maximum.at(seen, queries.rows, queries.seen)
-    later = np.arange(histories.num_plays) - histories.offsets[histories.rows] >= seen[histories.rows]
-    assert later.any()
-    changed = replace(
+    is_later = np.arange(histories.num_plays) - histories.offsets[histories.rows] >= seen[histories.rows]
+    assert is_later.any()
+    changed_histories = replace(
         histories,
-        songs=np.where(later, (histories.songs + 5) % NUM_SONGS, histories.songs).astype(np.int32),
-        played_at=histories.played_at + later * 1000,
+        songs=np.where(is_later, (histories.songs + 5) % NUM_SONGS, histories.songs).astype(np.int32),
+        played_at=histories.played_at + is_later * 1000,
     )
-    np.testing.assert_array_equal(recommender.score(changed, queries), before)
+    np.testing.assert_array_equal(recommender.score(changed_histories, queries), expected)
 
 
 def test_a_query_in_the_middle_is_answered_as_if_history_ended_there(
@@ -189,30 +189,30 @@ def test_a_query_in_the_middle_is_answered_as_if_history_ended_there(
 ) -> None:
     plays = np.flatnonzero(np.arange(histories.num_plays) > histories.offsets[histories.rows])[::-2]
     queries = Queries.before_plays(histories, plays)
-    together = recommender.score(histories, queries)
+    batch_scores = recommender.score(histories, queries)
     for query in range(0, len(queries), 20):
         row, seen = queries.rows[query], queries.seen[query]
         start = histories.offsets[row]
         cut = Histories.from_lists([histories.songs[start : start + seen]], [histories.played_at[start : start + seen]])  # type: ignore[list-item]
-        alone = recommender.score(cut, Queries.at_end(cut, queries.at[query]))[0]
-        np.testing.assert_allclose(alone, together[query], rtol=1e-5, atol=1e-6)
+        single_scores = recommender.score(cut, Queries.at_end(cut, queries.at[query]))[0]
+        np.testing.assert_allclose(single_scores, batch_scores[query], rtol=1e-5, atol=1e-6)
 
 
 def test_cutting_the_scores_into_chunks_changes_nothing(
     recommender: BaseRecommender, histories: Histories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queries = Queries.at_end(histories, NOW)
-    whole = recommender.score(histories, queries)
+    expected = recommender.score(histories, queries)
     monkeypatch.setattr(recommender_module, "SCORES_IN_CACHE", 3 * NUM_SONGS)
     monkeypatch.setattr(recommender_module, "FEW_QUERIES", 1)
     chunks = list(recommender.score_chunks(histories, queries))
     assert len(chunks) == -(-len(histories) // 3)
-    np.testing.assert_allclose(np.concatenate([scores for _, scores in chunks]), whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.concatenate([scores for _, scores in chunks]), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_user_without_plays_is_answered_without_an_error(recommender: BaseRecommender) -> None:
-    nobody = Histories.from_lists([[], [1, 2]], [[], [1, 2]])
-    songs, scores = recommender.recommend(nobody, NOW, 3)
+    histories = Histories.from_lists([[], [1, 2]], [[], [1, 2]])
+    songs, scores = recommender.recommend(histories, NOW, 3)
     assert songs.shape == scores.shape == (2, 3)
 
 
@@ -227,12 +227,14 @@ def test_a_count_below_one_is_refused(recommender: BaseRecommender, histories: H
 
 
 def test_songs_newer_than_the_recommender_do_no_harm(recommender: BaseRecommender, histories: Histories) -> None:
-    newer = replace(histories, songs=np.where(np.arange(histories.num_plays) % 7, histories.songs, NUM_SONGS + 2))
-    songs, scores = recommender.recommend(newer, NOW, NUM_SONGS, exclude_heard=True)
-    for row, heard in enumerate(np.split(newer.songs, newer.offsets[1:-1])):
-        assert not set(heard) & set(songs[row])
+    newer_histories = replace(
+        histories, songs=np.where(np.arange(histories.num_plays) % 7, histories.songs, NUM_SONGS + 2)
+    )
+    songs, scores = recommender.recommend(newer_histories, NOW, NUM_SONGS, exclude_heard=True)
+    for row, heard_songs in enumerate(np.split(newer_histories.songs, newer_histories.offsets[1:-1])):
+        assert not set(heard_songs) & set(songs[row])
         assert songs[row].max() < NUM_SONGS
     assert (np.isfinite(scores) == (songs >= 0)).all()
-    together, _ = recommender.recommend(newer, NOW, 5)
-    alone, _ = recommender.recommend(newer.take(np.arange(3)), NOW, 5)
-    np.testing.assert_array_equal(alone, together[:3])
+    all_songs, _ = recommender.recommend(newer_histories, NOW, 5)
+    first_songs, _ = recommender.recommend(newer_histories.take(np.arange(3)), NOW, 5)
+    np.testing.assert_array_equal(first_songs, all_songs[:3])

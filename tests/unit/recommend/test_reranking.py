@@ -33,121 +33,134 @@ def recommender(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return loaded
 
 
-def chosen_by(recommender: BaseRecommender, **options: Any) -> SelectedSongs:
-    (chosen,) = chosen_for(recommender, HISTORY, [AnswerOptions(**options)])
-    return chosen
+def select_songs(recommender: BaseRecommender, **options: Any) -> SelectedSongs:
+    (selection,) = select_for_users(recommender, HISTORY, [AnswerOptions(**options)])
+    return selection
 
 
-def chosen_for(recommender: BaseRecommender, plays: Histories, options: list[AnswerOptions]) -> list[SelectedSongs]:
-    vectors = network_of(recommender).vectors_of(plays, Queries.at_end(plays, AT), HORIZONS)
-    return choose(recommender, vectors, plays, np.full(len(plays), AT), options)
+def select_for_users(
+    recommender: BaseRecommender, histories: Histories, options: list[AnswerOptions]
+) -> list[SelectedSongs]:
+    vectors = network_of(recommender).vectors_of(histories, Queries.at_end(histories, AT), HORIZONS)
+    return choose(recommender, vectors, histories, np.full(len(histories), AT), options)
 
 
-def by_definition(recommender: BaseRecommender, weight: float) -> np.ndarray:
+def expected_scores(recommender: BaseRecommender, weight: float) -> np.ndarray:
     """float32 (N,): the score of each song, with `weight` for the long horizon."""
     network, queries = network_of(recommender), Queries.at_end(HISTORY, AT)
-    short, long = (network.vectors(HISTORY, queries, horizon)[0] for horizon in ("short", "long"))
+    short_vector, long_vector = (network.vectors(HISTORY, queries, horizon)[0] for horizon in ("short", "long"))
     if isinstance(recommender, TwoStepRecommender):
-        soon, later = (recommender.score(HISTORY, queries, horizon)[0] for horizon in ("short", "long"))
-        soon, later = np.maximum(soon, 0), np.maximum(later, 0)  # 0 instead of -inf, which cannot be weighted
-        scores = soon if weight == 0 else later if weight == 1 else _mixed(recommender, weight)
+        short_scores, long_scores = (recommender.score(HISTORY, queries, horizon)[0] for horizon in ("short", "long"))
+        # 0 instead of -inf, which cannot be weighted.
+        short_scores, long_scores = np.maximum(short_scores, 0), np.maximum(long_scores, 0)
+        scores = short_scores if weight == 0 else long_scores if weight == 1 else _mixed_scores(recommender, weight)
     else:
-        mixed = (1 - weight) * short + weight * long
-        scores = network.song_vectors @ (mixed / np.linalg.norm(mixed))
+        mixed_vector = (1 - weight) * short_vector + weight * long_vector
+        scores = network.song_vectors @ (mixed_vector / np.linalg.norm(mixed_vector))
     scores[WITHOUT_VECTOR] = -np.inf
     return np.asarray(scores)
 
 
-def _mixed(recommender: TwoStepRecommender, weight: float) -> np.ndarray:
+def _mixed_scores(recommender: TwoStepRecommender, weight: float) -> np.ndarray:
     """float32 (N,): the mean of the candidates' shares on both horizons."""
     scores = np.zeros(NUM_SONGS, dtype=np.float32)
     for _, scored in recommender.source.batches(HISTORY, Queries.at_end(HISTORY, AT)):
         rows = scored.candidates.rows
-        short, long = (
+        short_shares, long_shares = (
             recommender.rankers[kind].calibration.shares_of(rows, recommender.rankers[kind].scores(scored.features))
             for kind in ("next", "long")
         )
-        scores[scored.candidates.songs] = (1 - weight) * short + weight * long
+        scores[scored.candidates.songs] = (1 - weight) * short_shares + weight * long_shares
     return scores
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_songs_come_by_the_horizons_mixed_with_the_weight(recommender: BaseRecommender, weight: float) -> None:
-    scores = by_definition(recommender, weight)
-    chosen = chosen_by(recommender, k=NUM_SONGS, long_weight=weight)
-    assert len(chosen.songs) == NUM_SONGS - 1
-    np.testing.assert_allclose(chosen.scores, np.sort(scores)[::-1][:-1], rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(scores[chosen.songs], chosen.scores, rtol=1e-4, atol=1e-6)
+def test_songs_are_ordered_by_the_horizons_mixed_with_the_weight(recommender: BaseRecommender, weight: float) -> None:
+    scores = expected_scores(recommender, weight)
+    selection = select_songs(recommender, k=NUM_SONGS, long_weight=weight)
+    assert len(selection.songs) == NUM_SONGS - 1
+    np.testing.assert_allclose(selection.scores, np.sort(scores)[::-1][:-1], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(scores[selection.songs], selection.scores, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_filters_leave_the_others_in_their_order(recommender: BaseRecommender, weight: float) -> None:
-    everything = chosen_by(recommender, k=NUM_SONGS, long_weight=weight).songs
-    allowed, excluded = np.arange(NUM_SONGS) % 3 == 0, np.array([0, 3, 9, 30])
-    answer_filter = AnswerFilter(allowed=SongSet.of_mask(allowed), excluded=excluded)
-    chosen = chosen_by(recommender, k=20, long_weight=weight, answer_filter=answer_filter).songs
-    expected = [song for song in everything if allowed[song] and song not in excluded]
-    assert chosen.tolist() == expected[:20]
+def test_filters_keep_the_order_of_the_remaining_songs(recommender: BaseRecommender, weight: float) -> None:
+    all_songs = select_songs(recommender, k=NUM_SONGS, long_weight=weight).songs
+    is_allowed, excluded = np.arange(NUM_SONGS) % 3 == 0, np.array([0, 3, 9, 30])
+    answer_filter = AnswerFilter(allowed=SongSet.of_mask(is_allowed), excluded=excluded)
+    songs = select_songs(recommender, k=20, long_weight=weight, answer_filter=answer_filter).songs
+    expected = [song for song in all_songs if is_allowed[song] and song not in excluded]
+    assert songs.tolist() == expected[:20]
 
 
 def test_users_of_a_batch_get_what_each_alone_gets_and_are_ranked_once_for_each_kind_of_request(
     recommender: BaseRecommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     songs = [[3, 50, 9], [7], [1, 2, 3, 4, 5], [9, 9, 8], [20, 21], [60, 3]]
-    plays = Histories.from_lists(songs, [[AT - 60_000 * back for back in range(len(own), 0, -1)] for own in songs])
-    some = AnswerFilter(excluded=np.array([3, 9]))
-    kinds: list[dict[str, Any]] = [
-        *({"k": 5}, {"k": 5, "answer_filter": some}, {"k": 5, "explain": True}, {"k": 7}),
+    histories = Histories.from_lists(
+        songs, [[AT - 60_000 * back for back in range(len(user_songs), 0, -1)] for user_songs in songs]
+    )
+    answer_filter = AnswerFilter(excluded=np.array([3, 9]))
+    option_kwargs: list[dict[str, Any]] = [
+        *({"k": 5}, {"k": 5, "answer_filter": answer_filter}, {"k": 5, "explain": True}, {"k": 7}),
         *({"k": 5, "long_weight": 0.5, "diversity": 0.5}, {"k": 5, "songs_to_rank": np.array([5, 3, 60])}),
     ]
-    options = [AnswerOptions(**kind) for kind in kinds]
-    alone = [chosen_for(recommender, plays.take(np.array([row])), [options[row]])[0] for row in range(len(plays))]
-    is_two_step, ranked = isinstance(recommender, TwoStepRecommender), []
-    ranker, name = (TwoStepRecommender, "rank_queries") if is_two_step else (TasteRecommender, "rank_vectors")
-    rank = getattr(ranker, name)
+    options = [AnswerOptions(**kwargs) for kwargs in option_kwargs]
+    single_selections = [
+        select_for_users(recommender, histories.take(np.array([row])), [options[row]])[0]
+        for row in range(len(histories))
+    ]
+    is_two_step, batch_sizes = isinstance(recommender, TwoStepRecommender), []
+    recommender_class, method_name = (
+        (TwoStepRecommender, "rank_queries") if is_two_step else (TasteRecommender, "rank_vectors")
+    )
+    original_rank = getattr(recommender_class, method_name)
 
-    def noted(own: Any, first: Any, *rest: Any, **how: Any) -> Any:
-        ranked.append(len(first))
-        return rank(own, first, *rest, **how)
+    def rank_and_record_size(instance: Any, first_argument: Any, *args: Any, **kwargs: Any) -> Any:
+        batch_sizes.append(len(first_argument))
+        return original_rank(instance, first_argument, *args, **kwargs)
 
-    monkeypatch.setattr(ranker, name, noted)
-    together = chosen_for(recommender, plays, options)
-    for one, other in zip(together, alone, strict=True):
-        assert one.songs.tolist() == other.songs.tolist()
-        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-5)
-        assert (one.path, len(one.features)) == (other.path, len(other.features))
-    assert ranked == ([3, 1, 1, 1] if is_two_step else [3, 1, 1])  # a network orders given songs without this call
+    monkeypatch.setattr(recommender_class, method_name, rank_and_record_size)
+    batch_selections = select_for_users(recommender, histories, options)
+    for batch_selection, single_selection in zip(batch_selections, single_selections, strict=True):
+        assert batch_selection.songs.tolist() == single_selection.songs.tolist()
+        np.testing.assert_allclose(batch_selection.scores, single_selection.scores, rtol=1e-5)
+        assert (batch_selection.path, len(batch_selection.features)) == (
+            single_selection.path,
+            len(single_selection.features),
+        )
+    assert batch_sizes == ([3, 1, 1, 1] if is_two_step else [3, 1, 1])  # a network orders given songs without this call
 
 
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"long_weight": 1.1}, {"long_weight": -0.1}, {"diversity": 2.0}])
-def test_wishes_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         AnswerOptions(**{"k": 1, **wrong})
 
 
-def by_hand(vectors: np.ndarray, k: int, diversity: float) -> list[int]:
-    chosen: list[int] = []
-    left = list(range(len(vectors)))
-    while left and len(chosen) < k:
+def expected_order(vectors: np.ndarray, k: int, diversity: float) -> list[int]:
+    chosen_songs: list[int] = []
+    remaining = list(range(len(vectors)))
+    while remaining and len(chosen_songs) < k:
 
-        def worth(song: int) -> float:
+        def score(song: int) -> float:
             relevance = 1 - song / max(1, len(vectors) - 1)
-            likeness = max((float(vectors[song] @ vectors[other]) for other in chosen), default=0.0)
-            return (1 - diversity) * relevance - diversity * likeness
+            similarity = max((float(vectors[song] @ vectors[chosen_song]) for chosen_song in chosen_songs), default=0.0)
+            return (1 - diversity) * relevance - diversity * similarity
 
-        best = max(left, key=worth)
-        chosen.append(best)
-        left.remove(best)
-    return chosen
+        best_song = max(remaining, key=score)
+        chosen_songs.append(best_song)
+        remaining.remove(best_song)
+    return chosen_songs
 
 
 @pytest.mark.parametrize("diversity", [0.0, 0.2, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize(("songs", "k"), [(40, 10), (12, 12), (5, 9), (1, 1)])
 def test_choices_equal_the_definition(songs: int, k: int, diversity: float) -> None:
     vectors = random_vectors(songs, dim=4, seed=songs)
-    chosen = diversify(vectors, k, diversity)
-    assert chosen.tolist() == by_hand(vectors, k, diversity)
-    assert len(set(chosen.tolist())) == min(k, songs)
+    choice = diversify(vectors, k, diversity)
+    assert choice.tolist() == expected_order(vectors, k, diversity)
+    assert len(set(choice.tolist())) == min(k, songs)
 
 
 def test_no_diversity_keeps_the_order() -> None:
@@ -155,22 +168,22 @@ def test_no_diversity_keeps_the_order() -> None:
 
 
 def test_songs_of_one_kind_come_last_although_they_rank_first() -> None:
-    alike = np.tile(random_vectors(1, dim=8), (6, 1))
-    others = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0][:4].astype(np.float32)
-    vectors = np.concatenate([alike, others])
-    first = diversify(vectors, 5, 0.7)
-    assert first[0] == 0
-    assert set(first[1:].tolist()) == {6, 7, 8, 9}
+    similar_vectors = np.tile(random_vectors(1, dim=8), (6, 1))
+    distinct_vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0][:4].astype(np.float32)
+    vectors = np.concatenate([similar_vectors, distinct_vectors])
+    choice = diversify(vectors, 5, 0.7)
+    assert choice[0] == 0
+    assert set(choice[1:].tolist()) == {6, 7, 8, 9}
 
 
 def test_answers_grow_more_diverse() -> None:
     vectors = random_vectors(200, dim=6, seed=2)
 
-    def likeness(diversity: float) -> float:
-        chosen = vectors[diversify(vectors, 20, diversity)]
-        return float((chosen @ chosen.T)[~np.eye(20, dtype=np.bool_)].mean())
+    def mean_similarity(diversity: float) -> float:
+        chosen_vectors = vectors[diversify(vectors, 20, diversity)]
+        return float((chosen_vectors @ chosen_vectors.T)[~np.eye(20, dtype=np.bool_)].mean())
 
-    assert likeness(0.0) > likeness(0.3) > likeness(0.9)
+    assert mean_similarity(0.0) > mean_similarity(0.3) > mean_similarity(0.9)
 
 
 def test_nothing_to_choose_from_chooses_nothing() -> None:

@@ -89,7 +89,7 @@ def _network_with_added_songs(artists: np.ndarray, albums: np.ndarray) -> TasteR
     return network
 
 
-def _cycling(users: int, seed: int) -> Histories:
+def _cycling_users(users: int, seed: int) -> Histories:
     """Users who play song n + 1 after song n most of the time, otherwise a random song."""
     random = np.random.default_rng(seed)
     lists = []
@@ -99,7 +99,7 @@ def _cycling(users: int, seed: int) -> Histories:
             songs.append(song)
             song = (song + 1) % NUM_SONGS if random.random() < 0.7 else int(random.integers(NUM_SONGS))
         lists.append(songs)
-    times = [[MINUTE * place for place in range(12)] for _ in lists]
+    times = [[MINUTE * position for position in range(12)] for _ in lists]
     return Histories.from_lists(lists, times, user_ids=[f"{seed}-{row}" for row in range(users)])
 
 
@@ -111,9 +111,9 @@ def _last_plays(histories: Histories) -> tuple[Queries, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def recommender() -> TwoStepRecommender:
-    source = CandidateSource(_network(), Retrieval.fit([_cycling(150, 0)], num_songs=NUM_SONGS))
-    checked = _cycling(400, 1)
-    queries, targets = _last_plays(checked)
+    source = CandidateSource(_network(), Retrieval.fit([_cycling_users(150, 0)], num_songs=NUM_SONGS))
+    histories = _cycling_users(400, 1)
+    queries, targets = _last_plays(histories)
     held_out = np.arange(len(queries)) % 4 == 0
     rows = np.arange(len(queries))
     # The right songs differ for the long horizon and for answers of new songs, so that each ranker has its own order.
@@ -122,38 +122,42 @@ def recommender() -> TwoStepRecommender:
         "served": (rows, (targets + 3) % NUM_SONGS),
         "long": (rows, (targets + 7) % NUM_SONGS),
     }
-    examples = examples_for(source, checked, queries, answers, held_out=held_out)
+    examples = examples_for(source, histories, queries, answers, held_out=held_out)
     settings = RankerSettings(trees=30, min_leaf=10)
     rankers = {kind: fit_ranker(part, source.sources.names, settings).ranker for kind, part in examples.items()}
     return TwoStepRecommender(source, rankers)
 
 
 def test_the_learned_order_finds_more_than_the_best_baseline_does(recommender: TwoStepRecommender) -> None:
-    histories = _cycling(300, 2)
+    histories = _cycling_users(300, 2)
     queries, targets = _last_plays(histories)
     songs = recommender.rank_queries(histories, queries, 3).songs
-    vstan = VstanRecommender.fit([_cycling(150, 0)], num_songs=NUM_SONGS, allowed=FitRange()).score(histories, queries)
-    baseline = np.argsort(-vstan, axis=1)[:, :3]
-    found, by_baseline = ((ranked == targets[:, None]).any(axis=1).mean() for ranked in (songs, baseline))
-    assert found > 0.68
-    assert found > by_baseline
+    vstan_scores = VstanRecommender.fit([_cycling_users(150, 0)], num_songs=NUM_SONGS, allowed=FitRange()).score(
+        histories, queries
+    )
+    baseline_songs = np.argsort(-vstan_scores, axis=1)[:, :3]
+    hit_rate, baseline_hit_rate = (
+        (ranked_songs == targets[:, None]).any(axis=1).mean() for ranked_songs in (songs, baseline_songs)
+    )
+    assert hit_rate > 0.68
+    assert hit_rate > baseline_hit_rate
 
 
 def test_one_user_gets_the_same_answer_as_in_a_batch(recommender: TwoStepRecommender) -> None:
     histories = random_histories(30, NUM_SONGS, seed=4)
     songs, scores = recommender.recommend(histories, NOW, 10)
     for row in range(len(histories)):
-        alone = recommender.recommend(histories.take(np.array([row])), NOW, 10)
-        np.testing.assert_array_equal(alone[0][0], songs[row])
-        np.testing.assert_allclose(alone[1][0], scores[row], rtol=1e-5)
+        single_answer = recommender.recommend(histories.take(np.array([row])), NOW, 10)
+        np.testing.assert_array_equal(single_answer[0][0], songs[row])
+        np.testing.assert_allclose(single_answer[1][0], scores[row], rtol=1e-5)
 
 
 def test_a_stored_state_and_the_last_plays_answer_as_the_whole_history(recommender: TwoStepRecommender) -> None:
     histories = random_histories(20, NUM_SONGS, seed=6)
     _, states = recommender.source.network.encoder.run(histories)
     songs, _ = recommender.recommend(histories, NOW, 10)
-    from_state, _ = recommender.recommend(histories, NOW, 10, hidden=states.hidden)
-    np.testing.assert_array_equal(from_state, songs)
+    songs_from_state, _ = recommender.recommend(histories, NOW, 10, hidden=states.hidden)
+    np.testing.assert_array_equal(songs_from_state, songs)
 
 
 def test_exactly_k_songs_come_within_filters_and_the_index_fills_what_is_missing(
@@ -167,26 +171,26 @@ def test_exactly_k_songs_come_within_filters_and_the_index_fills_what_is_missing
     for songs, scores in zip(ranking.songs, ranking.scores, strict=True):
         assert sorted(songs.tolist()) == [3, 27, 41, 55]
         assert (np.diff(scores) <= 0).all()
-    more = recommender.rank_queries(histories, queries, 6, filters=filters)
-    assert (more.songs[:, 4:] == NO_SONG).all()
+    longer_ranking = recommender.rank_queries(histories, queries, 6, filters=filters)
+    assert (longer_ranking.songs[:, 4:] == NO_SONG).all()
     # If few songs are proposed, the answer says how many songs the index filled in.
-    few = _proposing(recommender, 1)
-    filled = few.rank_queries(histories, queries, 4, filters=filters)
-    assert np.sort(filled.songs, axis=1).tolist() == [[3, 27, 41, 55]] * len(queries)
-    for chunk, scored in few.source.batches(histories, queries):
-        proposed = np.isin(scored.candidates.songs, [3, 27, 41, 55])
-        counts = np.bincount(scored.candidates.rows[proposed], minlength=len(scored.batch))
-        assert filled.filled[chunk].tolist() == (4 - counts).tolist()
-    assert filled.filled.any()
-    assert filled.paths == tuple("index" if count else "exact" for count in filled.filled)
-    assert (filled.scores == 0).sum(axis=1).tolist() == filled.filled.tolist()
-    vectors = few.source.network.vectors_of(histories, queries, HORIZONS)
+    narrow = _limit_proposals(recommender, 1)
+    filled_ranking = narrow.rank_queries(histories, queries, 4, filters=filters)
+    assert np.sort(filled_ranking.songs, axis=1).tolist() == [[3, 27, 41, 55]] * len(queries)
+    for chunk, scored in narrow.source.batches(histories, queries):
+        is_proposed = np.isin(scored.candidates.songs, [3, 27, 41, 55])
+        counts = np.bincount(scored.candidates.rows[is_proposed], minlength=len(scored.batch))
+        assert filled_ranking.filled[chunk].tolist() == (4 - counts).tolist()
+    assert filled_ranking.filled.any()
+    assert filled_ranking.paths == tuple("index" if count else "exact" for count in filled_ranking.filled)
+    assert (filled_ranking.scores == 0).sum(axis=1).tolist() == filled_ranking.filled.tolist()
+    vectors = narrow.source.network.vectors_of(histories, queries, HORIZONS)
     options = [AnswerOptions(k=4, answer_filter=answer_filter) for answer_filter in filters]
-    answered = choose(few, vectors, histories, queries.at, options)
-    assert tuple(chosen.path for chosen in answered) == filled.paths
+    answers = choose(narrow, vectors, histories, queries.at, options)
+    assert tuple(answer.path for answer in answers) == filled_ranking.paths
 
 
-def _proposing(recommender: TwoStepRecommender, count: int) -> TwoStepRecommender:
+def _limit_proposals(recommender: TwoStepRecommender, count: int) -> TwoStepRecommender:
     """`recommender`, with retrievers that propose `count` songs each."""
     source = CandidateSource(
         recommender.source.network, recommender.source.retrieval, counts=dict.fromkeys(COUNTS, count)
@@ -195,49 +199,53 @@ def _proposing(recommender: TwoStepRecommender, count: int) -> TwoStepRecommende
 
 
 def test_answers_without_heard_songs_have_the_order_of_the_ranker_for_them(recommender: TwoStepRecommender) -> None:
-    histories = _cycling(40, 3)
+    histories = _cycling_users(40, 3)
     queries, filters = Queries.at_end(histories, NOW), without_heard(histories)
     expected: list[list[int]] = []
     for chunk, scored in recommender.source.batches(histories, queries):
         rows, songs = scored.candidates.rows, scored.candidates.songs
         scores = recommender.rankers["served"].scores(scored.features)
         for row in range(len(scored.batch)):
-            new = np.flatnonzero((rows == row) & ~np.isin(songs, filters[(chunk.start or 0) + row].excluded))
-            expected.append(songs[new[np.lexsort((songs[new], -scores[new]))][:5]].tolist())
+            new_rows = np.flatnonzero((rows == row) & ~np.isin(songs, filters[(chunk.start or 0) + row].excluded))
+            expected.append(songs[new_rows[np.lexsort((songs[new_rows], -scores[new_rows]))][:5]].tolist())
     assert recommender.rank_queries(histories, queries, 5, filters=filters).songs.tolist() == expected
     assert recommender.recommend(histories, NOW, 5, exclude_heard=True)[0].tolist() == expected
     vectors = recommender.source.network.vectors_of(histories, queries, HORIZONS)
     options = [AnswerOptions(k=5, answer_filter=answer_filter) for answer_filter in filters]
-    chosen = choose(recommender, vectors, histories, queries.at, options)
-    assert [one.songs.tolist() for one in chosen] == expected
-    by_next_play = [replace(answer_filter, new_only=False) for answer_filter in filters]
-    others = recommender.rank_queries(histories, queries, 5, filters=by_next_play).songs
-    assert (others[:, 0] != np.array(expected)[:, 0]).mean() > 0.5
+    answers = choose(recommender, vectors, histories, queries.at, options)
+    assert [answer.songs.tolist() for answer in answers] == expected
+    next_play_filters = [replace(answer_filter, new_only=False) for answer_filter in filters]
+    next_play_songs = recommender.rank_queries(histories, queries, 5, filters=next_play_filters).songs
+    assert (next_play_songs[:, 0] != np.array(expected)[:, 0]).mean() > 0.5
 
 
 def test_given_songs_are_put_in_order_whether_a_retriever_proposes_them_or_not(recommender: TwoStepRecommender) -> None:
-    narrow = _proposing(recommender, 2)
-    histories = _cycling(20, 8)
+    narrow = _limit_proposals(recommender, 2)
+    histories = _cycling_users(20, 8)
     queries = Queries.at_end(histories, NOW)
-    usual = narrow.rank_queries(histories, queries, NUM_SONGS, filters=[AnswerFilter()] * len(queries))
-    proposed = [songs[scores > 0] for songs, scores in zip(usual.songs, usual.scores, strict=True)]
-    assert max(map(len, proposed)) < NUM_SONGS / 2
-    same = narrow.rank_queries(histories, queries, NUM_SONGS, songs_to_rank=proposed)
-    every = np.arange(NUM_SONGS + 5)  # the last five songs are unknown
-    whole = narrow.rank_queries(histories, queries, len(every), songs_to_rank=[every] * len(queries))
-    for row, songs in enumerate(proposed):
-        assert same.songs[row, : len(songs)].tolist() == songs.tolist()
-        assert (same.songs[row, len(songs) :] == NO_SONG).all()
-        np.testing.assert_allclose(same.scores[row, : len(songs)], usual.scores[row, : len(songs)], rtol=1e-6)
-        assert sorted(whole.songs[row, :NUM_SONGS].tolist()) == list(range(NUM_SONGS))
-        assert (whole.songs[row, NUM_SONGS:] == NO_SONG).all()
-        assert (whole.scores[row, :NUM_SONGS] > 0).all()
+    usual_ranking = narrow.rank_queries(histories, queries, NUM_SONGS, filters=[AnswerFilter()] * len(queries))
+    proposed_songs = [
+        songs[scores > 0] for songs, scores in zip(usual_ranking.songs, usual_ranking.scores, strict=True)
+    ]
+    assert max(map(len, proposed_songs)) < NUM_SONGS / 2
+    same_ranking = narrow.rank_queries(histories, queries, NUM_SONGS, songs_to_rank=proposed_songs)
+    all_songs = np.arange(NUM_SONGS + 5)  # the last five songs are unknown
+    full_ranking = narrow.rank_queries(histories, queries, len(all_songs), songs_to_rank=[all_songs] * len(queries))
+    for row, songs in enumerate(proposed_songs):
+        assert same_ranking.songs[row, : len(songs)].tolist() == songs.tolist()
+        assert (same_ranking.songs[row, len(songs) :] == NO_SONG).all()
+        np.testing.assert_allclose(
+            same_ranking.scores[row, : len(songs)], usual_ranking.scores[row, : len(songs)], rtol=1e-6
+        )
+        assert sorted(full_ranking.songs[row, :NUM_SONGS].tolist()) == list(range(NUM_SONGS))
+        assert (full_ranking.songs[row, NUM_SONGS:] == NO_SONG).all()
+        assert (full_ranking.scores[row, :NUM_SONGS] > 0).all()
     # The most frequent follower is first among all songs, too; by chance it would be in 1 query of 60.
-    last = histories.songs[histories.offsets[1:] - 1]
-    assert (whole.songs[:, 0] == (last + 1) % NUM_SONGS).mean() > 0.6
+    last_songs = histories.songs[histories.offsets[1:] - 1]
+    assert (full_ranking.songs[:, 0] == (last_songs + 1) % NUM_SONGS).mean() > 0.6
 
 
-def test_songs_heard_are_left_out_where_asked(recommender: TwoStepRecommender) -> None:
+def test_heard_songs_are_left_out_on_request(recommender: TwoStepRecommender) -> None:
     histories = random_histories(12, NUM_SONGS, seed=5)
     songs, _ = recommender.recommend(histories, NOW, 20, exclude_heard=True)
     for row, answer_filter in enumerate(without_heard(histories)):
@@ -246,15 +254,15 @@ def test_songs_heard_are_left_out_where_asked(recommender: TwoStepRecommender) -
 
 
 def test_a_weight_mixes_the_orders_of_both_horizons(recommender: TwoStepRecommender) -> None:
-    histories = _cycling(40, 3)
+    histories = _cycling_users(40, 3)
     queries, _ = _last_plays(histories)
     short, long = (recommender.rank_queries(histories, queries, 5, long_weight=weight).songs for weight in (0.0, 1.0))
     mixed = recommender.rank_queries(histories, queries, 10, long_weight=0.5).songs
     assert (short[:, 0] != long[:, 0]).mean() > 0.8
-    firsts = [(first[:, :1] == mixed).any(axis=1).mean() for first in (short, long)]
-    assert min(firsts) > 0.9
-    near = recommender.rank_queries(histories, queries, 5, long_weight=0.01).songs
-    assert (near[:, :2] == short[:, :1]).any(axis=1).mean() > 0.9
+    first_song_shares = [(songs[:, :1] == mixed).any(axis=1).mean() for songs in (short, long)]
+    assert min(first_song_shares) > 0.9
+    nearly_short = recommender.rank_queries(histories, queries, 5, long_weight=0.01).songs
+    assert (nearly_short[:, :2] == short[:, :1]).any(axis=1).mean() > 0.9
 
 
 def test_scores_and_ranks_agree(recommender: TwoStepRecommender) -> None:
@@ -277,23 +285,23 @@ def test_the_candidates_that_an_evaluation_ranks_are_those_of_the_answers(recomm
         scores = candidates.scores("long", False)
         order = np.lexsort((candidates.songs, -scores, candidates.rows))
         for row in range(chunk.start, chunk.stop):
-            best = candidates.songs[order][candidates.rows[order] == row - chunk.start][:5]
-            np.testing.assert_array_equal(best, ranking.songs[row])
+            best_songs = candidates.songs[order][candidates.rows[order] == row - chunk.start][:5]
+            np.testing.assert_array_equal(best_songs, ranking.songs[row])
 
 
 def test_songs_that_no_retriever_proposes_fill_the_answer_from_the_index(recommender: TwoStepRecommender) -> None:
     histories = random_histories(12, NUM_SONGS, seed=5)
     queries = Queries.at_end(histories, NOW)
-    source, few = recommender.source, _proposing(recommender, 1)
-    ranking = few.rank_queries(histories, queries, 30, filters=without_heard(histories))
+    source, narrow = recommender.source, _limit_proposals(recommender, 1)
+    ranking = narrow.rank_queries(histories, queries, 30, filters=without_heard(histories))
     assert set(ranking.paths) == {"index"}
     for row, (songs, scores) in enumerate(zip(ranking.songs, ranking.scores, strict=True)):
         assert len(set(songs.tolist()) - {NO_SONG}) == 30
         assert not set(songs.tolist()) & set(without_heard(histories)[row].excluded.tolist())
-        filled = scores == 0
-        assert filled.any()
+        is_filled = scores == 0
+        assert is_filled.any()
         cosines = source.network.song_vectors[songs] @ source.network.vectors(histories, queries)[row]
-        assert (np.diff(cosines[filled]) <= 1e-6).all()
+        assert (np.diff(cosines[is_filled]) <= 1e-6).all()
 
 
 def test_k_below_one_is_refused(recommender: TwoStepRecommender) -> None:
@@ -302,14 +310,18 @@ def test_k_below_one_is_refused(recommender: TwoStepRecommender) -> None:
         recommender.rank_queries(histories, Queries.at_end(histories, NOW), 0)
 
 
-LARGE = 1_000_000
-ARTISTS = np.arange(LARGE) % 1_000
+MANY_SONGS = 1_000_000
+ARTISTS = np.arange(MANY_SONGS) % 1_000
 
 
 @pytest.fixture(scope="module")
 def large_parts() -> tuple[TasteRecommender, Retrieval, Histories]:
-    past = random_histories(200, LARGE, seed=1)
-    return _network(LARGE), Retrieval.fit([past], num_songs=LARGE, artist_of_song=ARTISTS, album_of_song=ARTISTS), past
+    past = random_histories(200, MANY_SONGS, seed=1)
+    return (
+        _network(MANY_SONGS),
+        Retrieval.fit([past], num_songs=MANY_SONGS, artist_of_song=ARTISTS, album_of_song=ARTISTS),
+        past,
+    )
 
 
 @pytest.fixture(scope="module", params=["flat", "ivf"])
@@ -320,8 +332,8 @@ def large(
     config = IndexConfig(kind=request.param, nlist=64, target_recall=0.1, queries=20)
     source = CandidateSource(network.with_index(SongIndex.build(network.song_vectors, config)), retrieval)
     past = past.take(past.lengths > 0)
-    last = past.songs[past.offsets[1:] - 1]
-    answers: Answers = {"next": (np.arange(len(past)), last)}
+    last_songs = past.songs[past.offsets[1:] - 1]
+    answers: Answers = {"next": (np.arange(len(past)), last_songs)}
     held_out = np.arange(len(past)) % 2 == 0
     examples = examples_for(source, past, Queries.at_end(past, NOW), answers, held_out=held_out)
     ranker = fit_ranker(examples["next"], source.sources.names, RankerSettings(trees=3, min_leaf=5)).ranker
@@ -331,20 +343,20 @@ def large(
 @pytest.fixture(scope="module")
 def large_starting(large_parts: tuple[TasteRecommender, Retrieval, Histories]) -> PopularOrder:
     retrieval = large_parts[1]
-    return PopularOrder.of(retrieval.plays.plays, np.ones(LARGE, dtype=np.bool_), artist_of_song=ARTISTS)
+    return PopularOrder.of(retrieval.plays.plays, np.ones(MANY_SONGS, dtype=np.bool_), artist_of_song=ARTISTS)
 
 
 # k is larger than the number of proposed songs, so that the index fills the answers with all of these filters. Arrays
 # that are kept between answers, such as the songs of an artist, do not count.
-LISTED, OF_ARTIST = np.arange(7, LARGE, 30_000), SongSet.of_mask(ARTISTS == 3)
+LISTED_SONGS, ARTIST_SONGS = np.arange(7, MANY_SONGS, 30_000), SongSet.of_mask(ARTISTS == 3)
 FILTERS: dict[str, tuple[int, Callable[[], AnswerFilter]]] = {
     "none": (20, AnswerFilter),
     "more songs than are proposed": (900, AnswerFilter),
     "many songs left out": (900, lambda: AnswerFilter(excluded=np.arange(3_000))),
-    "a list of songs": (20, lambda: AnswerFilter(allowed=intersect_songs(LISTED, None))),
+    "a list of songs": (20, lambda: AnswerFilter(allowed=intersect_songs(LISTED_SONGS, None))),
     "a long list of songs": (50, lambda: AnswerFilter(allowed=intersect_songs(np.arange(9_000), None))),
-    "an artist": (20, partial(AnswerFilter, allowed=OF_ARTIST)),
-    "songs of an artist in a list": (3, lambda: AnswerFilter(allowed=intersect_songs(np.arange(9_000), OF_ARTIST))),
+    "an artist": (20, partial(AnswerFilter, allowed=ARTIST_SONGS)),
+    "songs of an artist in a list": (3, lambda: AnswerFilter(allowed=intersect_songs(np.arange(9_000), ARTIST_SONGS))),
     "a tenth of the songs": (900, partial(AnswerFilter, allowed=SongSet.of_mask(ARTISTS < 100))),
     "half of the songs": (400, partial(AnswerFilter, allowed=SongSet.of_mask(ARTISTS < 500))),
     "half of the songs, many left out": (
@@ -367,108 +379,114 @@ def test_no_array_as_long_as_the_catalog_is_made_for_a_query(
     history = (
         past.take(np.array([int(past.lengths.argmax())])) if plays == "plays" else Histories.from_lists([[]], [[]])
     )
-    k, make = FILTERS[case]
+    k, make_filter = FILTERS[case]
 
-    def ask() -> tuple[SelectedSongs, AnswerFilter]:
-        (answer_filter,) = without_heard(history, [make()])
+    def select_songs() -> tuple[SelectedSongs, AnswerFilter]:
+        (answer_filter,) = without_heard(history, [make_filter()])
         options = AnswerOptions(k=k, answer_filter=answer_filter)
-        (chosen,) = choose_for_users(large, history, NOW, [options], lambda: large_starting)
-        return chosen, answer_filter
+        (selection,) = choose_for_users(large, history, NOW, [options], lambda: large_starting)
+        return selection, answer_filter
 
-    ask()
+    select_songs()
     tracemalloc.start()
-    chosen, answer_filter = ask()
+    selection, answer_filter = select_songs()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < LARGE  # bytes: not even a mask over the catalog
-    assert len(set(chosen.songs.tolist())) == k
-    assert answer_filter.qualify(chosen.songs).all()
-    assert (chosen.path == "popular") == (plays == "no plays")
+    assert peak < MANY_SONGS  # bytes: not even a mask over the catalog
+    assert len(set(selection.songs.tolist())) == k
+    assert answer_filter.qualify(selection.songs).all()
+    assert (selection.path == "popular") == (plays == "no plays")
 
 
 def test_the_reasons_of_a_song_are_those_of_its_features(recommender: TwoStepRecommender) -> None:
     histories = Histories.from_lists([[1, 2, 9, 1]], [[0, MINUTE, 2 * MINUTE, 3 * MINUTE]])
-    (song, unknown) = recommender.explain(histories, 3 * MINUTE + 3 * 24 * 60 * MINUTE, np.array([2, 10**6]))
-    assert reasons(song, "Song One")[:2] == [
+    (song_features, unknown_features) = recommender.explain(
+        histories, 3 * MINUTE + 3 * 24 * 60 * MINUTE, np.array([2, 10**6])
+    )
+    assert reasons(song_features, "Song One")[:2] == [
         "you played it after Song One before",
         "you played it once, last 3 days ago",
     ]
-    assert unknown == {}
-    assert reasons(unknown, None)
+    assert unknown_features == {}
+    assert reasons(unknown_features, None)
 
 
 @pytest.mark.parametrize("part", ABLATED_PARTS)
 def test_without_a_part_its_retrievers_and_features_are_gone_and_the_others_stay(part: str) -> None:
     artists = np.arange(NUM_SONGS) % 9
     albums = artists % 4
-    retrieval = Retrieval.fit([_cycling(150, 0)], num_songs=NUM_SONGS, artist_of_song=artists, album_of_song=albums)
+    retrieval = Retrieval.fit(
+        [_cycling_users(150, 0)], num_songs=NUM_SONGS, artist_of_song=artists, album_of_song=albums
+    )
     network = _network_with_added_songs(artists, albums)
     full = CandidateSource(network, retrieval)
-    less = CandidateSource(network, retrieval, without=part)
-    gone = ABLATED_PARTS[part]
+    reduced = CandidateSource(network, retrieval, without=part)
+    ablated = ABLATED_PARTS[part]
     names = [retriever.name for retriever in full.retrievers]
-    assert set(gone.retrievers) <= set(names)
-    assert [retriever.name for retriever in less.retrievers] == [name for name in names if name not in gone.retrievers]
-    beginnings = (*gone.features, *(f"{name}_" for name in gone.retrievers))
-    assert less.sources.names == [name for name in full.sources.names if not name.startswith(beginnings)]
-    histories = _cycling(20, 7)
+    assert set(ablated.retrievers) <= set(names)
+    assert [retriever.name for retriever in reduced.retrievers] == [
+        name for name in names if name not in ablated.retrievers
+    ]
+    prefixes = (*ablated.features, *(f"{name}_" for name in ablated.retrievers))
+    assert reduced.sources.names == [name for name in full.sources.names if not name.startswith(prefixes)]
+    histories = _cycling_users(20, 7)
     queries, _ = _last_plays(histories)
-    ((_, whole), (_, rest)) = (next(source.batches(histories, queries)) for source in (full, less))
-    place = whole.candidates.find(rest.candidates.keys)
-    assert (place >= 0).all()
+    ((_, full_batch), (_, reduced_batch)) = (next(source.batches(histories, queries)) for source in (full, reduced))
+    positions = full_batch.candidates.find(reduced_batch.candidates.keys)
+    assert (positions >= 0).all()
     for name in ("plays", "history_length", "sessions_score", "user_plays", "cosine_short", "artist_user_plays"):
-        if name in less.sources.names:
-            column = whole.features[place, full.sources.names.index(name)]
-            np.testing.assert_array_equal(rest.features[:, less.sources.names.index(name)], column)
+        if name in reduced.sources.names:
+            column = full_batch.features[positions, full.sources.names.index(name)]
+            np.testing.assert_array_equal(reduced_batch.features[:, reduced.sources.names.index(name)], column)
 
 
 def test_examples_leave_out_queries_that_teach_nothing_unless_they_are_held_out(
     recommender: TwoStepRecommender,
 ) -> None:
-    histories = _cycling(50, 7)
+    histories = _cycling_users(50, 7)
     queries, targets = _last_plays(histories)
     rows = np.arange(len(queries))
     source = CandidateSource(recommender.source.network, recommender.source.retrieval, counts=dict.fromkeys(COUNTS, 2))
     answers: Answers = {"next": (rows, targets)}
-    grown = examples_for(source, histories, queries, answers, held_out=np.zeros(len(rows), dtype=bool))["next"]
-    assert grown.found.all()
-    assert len(grown) < len(queries)
-    checked = examples_for(source, histories, queries, answers, held_out=np.ones(len(rows), dtype=bool))["next"]
-    assert len(checked) == len(queries)
-    assert checked.found.sum() == len(grown)
+    training = examples_for(source, histories, queries, answers, held_out=np.zeros(len(rows), dtype=bool))["next"]
+    assert training.found.all()
+    assert len(training) < len(queries)
+    validation = examples_for(source, histories, queries, answers, held_out=np.ones(len(rows), dtype=bool))["next"]
+    assert len(validation) == len(queries)
+    assert validation.found.sum() == len(training)
 
 
 def test_a_ranker_learns_from_some_wrong_candidates_of_a_query_and_is_checked_on_all(
     recommender: TwoStepRecommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(two_step, "NEGATIVES", 7)
-    histories = _cycling(50, 7)
+    histories = _cycling_users(50, 7)
     queries, targets = _last_plays(histories)
     held_out = np.arange(len(queries)) % 2 == 0
     answers: Answers = {"next": (np.arange(len(queries)), targets)}
-    made = examples_for(recommender.source, histories, queries, answers, held_out=held_out)["next"]
-    learned, checked = made.take(~made.held_out), made.take(made.held_out)
-    assert set(learned.counts) == {8}
-    assert learned.right.sum() == len(learned)
-    assert checked.counts.min() > 20
-    again = examples_for(recommender.source, histories, queries, answers, held_out=held_out)["next"]
-    np.testing.assert_array_equal(again.features, made.features)
+    examples = examples_for(recommender.source, histories, queries, answers, held_out=held_out)["next"]
+    training, validation = examples.take(~examples.held_out), examples.take(examples.held_out)
+    assert set(training.counts) == {8}
+    assert training.right.sum() == len(training)
+    assert validation.counts.min() > 20
+    repeated = examples_for(recommender.source, histories, queries, answers, held_out=held_out)["next"]
+    np.testing.assert_array_equal(repeated.features, examples.features)
     # Wrong candidates are drawn for each query separately: its examples do not depend on the other queries.
-    one = queries.take(np.flatnonzero(~held_out)[:1])
-    alone = examples_for(
-        recommender.source, histories, one, {"next": (np.array([0]), targets[1:2])}, held_out=held_out[1:2]
+    query = queries.take(np.flatnonzero(~held_out)[:1])
+    single_examples = examples_for(
+        recommender.source, histories, query, {"next": (np.array([0]), targets[1:2])}, held_out=held_out[1:2]
     )
-    np.testing.assert_allclose(alone["next"].features[:, 0], learned.features[:8, 0], rtol=1e-4)
+    np.testing.assert_allclose(single_examples["next"].features[:, 0], training.features[:8, 0], rtol=1e-4)
 
 
 def test_examples_of_new_songs_hold_none_that_were_heard(recommender: TwoStepRecommender) -> None:
-    histories = _cycling(50, 7)
+    histories = _cycling_users(50, 7)
     queries, targets = _last_plays(histories)
     held_out = np.zeros(len(queries), dtype=bool)
     answers: Answers = {"served": (np.arange(len(queries)), targets)}
-    new = examples_for(recommender.source, histories, queries, answers, held_out=held_out)["served"]
-    assert 0 < len(new) < len(queries)
-    assert not new.features[:, recommender.source.sources.names.index("user_plays")].any()
+    examples = examples_for(recommender.source, histories, queries, answers, held_out=held_out)["served"]
+    assert 0 < len(examples) < len(queries)
+    assert not examples.features[:, recommender.source.sources.names.index("user_plays")].any()
 
 
 def test_by_skips_and_likes_the_ranker_finds_more_of_the_songs_that_users_return_to() -> None:
@@ -479,37 +497,39 @@ def test_by_skips_and_likes_the_ranker_finds_more_of_the_songs_that_users_return
     cut = int(np.quantile(histories.played_at, 0.8))
     retrieval = Retrieval.fit([histories.before(cut)], num_songs=300, artist_of_song=world.artist)
     source = CandidateSource(_network(300), retrieval)
-    returned = histories.contexts == 1 << COLLECTION
-    plays = np.flatnonzero((histories.played_at >= cut) & (histories.places > 0) & returned)
+    is_return = histories.contexts == 1 << COLLECTION
+    plays = np.flatnonzero((histories.played_at >= cut) & (histories.places > 0) & is_return)
     answers: Answers = {"next": (np.arange(len(plays)), histories.songs[plays])}
     held_out = histories.rows[plays] % 3 == 0
     examples = examples_for(source, histories, Queries.before_plays(histories, plays), answers, held_out=held_out)
-    known = examples["next"]
-    checked = known.take(known.found & known.held_out)
-    found: list[float] = []
-    marks = {*SKIP_FEATURES, *LIKE_FEATURES, "recent_skips"}
-    assert marks < set(source.sources.names)
-    for left_out in (set(), marks):
-        kept = [place for place, name in enumerate(source.sources.names) if name not in left_out]
-        names = [source.sources.names[place] for place in kept]
+    next_examples = examples["next"]
+    validation = next_examples.take(next_examples.found & next_examples.held_out)
+    ndcgs: list[float] = []
+    opinion_features = {*SKIP_FEATURES, *LIKE_FEATURES, "recent_skips"}
+    assert opinion_features < set(source.sources.names)
+    for left_out in (set(), opinion_features):
+        columns = [column for column, name in enumerate(source.sources.names) if name not in left_out]
+        names = [source.sources.names[column] for column in columns]
         settings = RankerSettings(trees=60, min_leaf=20, learning_rate=0.1)
-        ranker = fit_ranker(replace(known, features=known.features[:, kept]), names, settings).ranker
-        found.append(ndcg(checked.rows, ranker.scores(checked.features[:, kept]), checked.right))
-    assert found[0] > found[1] + 0.03
+        ranker = fit_ranker(replace(next_examples, features=next_examples.features[:, columns]), names, settings).ranker
+        ndcgs.append(ndcg(validation.rows, ranker.scores(validation.features[:, columns]), validation.right))
+    assert ndcgs[0] > ndcgs[1] + 0.03
 
 
 def test_without_times_features_do_not_depend_on_when_plays_and_requests_come() -> None:
-    counts = RetrievalCounts.fit(_cycling(150, 0), num_songs=NUM_SONGS, real_times=False)
+    counts = RetrievalCounts.fit(_cycling_users(150, 0), num_songs=NUM_SONGS, real_times=False)
     source = CandidateSource(_network(), Retrieval.build(counts.strongest()), real_times=False)
     stored = random_histories(5, NUM_SONGS, seed=3)
     positions = 3 * MINUTE * (np.arange(stored.num_plays) - np.repeat(stored.offsets[:-1], stored.lengths))
-    as_trained = replace(stored, played_at=positions)
-    late = positions.copy()
-    late[stored.offsets[1:] - 1] = YEARS  # the last play came through the server, which stores its time
+    training_histories = replace(stored, played_at=positions)
+    late_times = positions.copy()
+    late_times[stored.offsets[1:] - 1] = YEARS  # the last play came through the server, which stores its time
     vectors = {horizon: random_vectors(5, 8) for horizon in HORIZONS}  # a network of such data reads no times either
-    ((_, expected),) = source.batches(as_trained, Queries.at_end(as_trained, 3 * MINUTE * stored.lengths), vectors)
+    ((_, expected),) = source.batches(
+        training_histories, Queries.at_end(training_histories, 3 * MINUTE * stored.lengths), vectors
+    )
     assert expected.batch.in_session.all()
-    for histories, at in ((as_trained, YEARS), (replace(stored, played_at=late), YEARS + 1)):
+    for histories, at in ((training_histories, YEARS), (replace(stored, played_at=late_times), YEARS + 1)):
         ((_, scored),) = source.batches(histories, Queries.at_end(histories, at), vectors)
         np.testing.assert_array_equal(scored.candidates.songs, expected.candidates.songs)
         np.testing.assert_array_equal(scored.features, expected.features)

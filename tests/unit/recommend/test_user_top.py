@@ -9,22 +9,22 @@ NUM_SONGS = 5
 
 
 def _histories(*lists: list[int]) -> Histories:
-    return Histories.from_lists(list(lists), [list(range(len(one))) for one in lists])
+    return Histories.from_lists(list(lists), [list(range(len(songs))) for songs in lists])
 
 
 def test_a_song_scores_the_times_it_was_played_before_the_query() -> None:
     histories = _histories([1, 2, 1, 1, 3], [], [4])
-    found = UserTopRecommender(NUM_SONGS).score(histories, Queries.before_plays(histories, np.array([0, 3, 4, 5])))
-    np.testing.assert_array_equal(found, [[0, 0, 0, 0, 0], [0, 2, 1, 0, 0], [0, 3, 1, 0, 0], [0, 0, 0, 0, 0]])
+    scores = UserTopRecommender(NUM_SONGS).score(histories, Queries.before_plays(histories, np.array([0, 3, 4, 5])))
+    np.testing.assert_array_equal(scores, [[0, 0, 0, 0, 0], [0, 2, 1, 0, 0], [0, 3, 1, 0, 0], [0, 0, 0, 0, 0]])
 
 
 def test_only_the_latest_plays_of_a_long_history_count() -> None:
     histories = _histories([0] * 7 + [1, 2] * (LATEST // 2))
-    found = UserTopRecommender(NUM_SONGS).score(histories, Queries.at_end(histories, 0))
-    np.testing.assert_array_equal(found, [[0, LATEST // 2, LATEST // 2, 0, 0]])
+    scores = UserTopRecommender(NUM_SONGS).score(histories, Queries.at_end(histories, 0))
+    np.testing.assert_array_equal(scores, [[0, LATEST // 2, LATEST // 2, 0, 0]])
 
 
 def test_songs_newer_than_the_model_are_not_counted() -> None:
     histories = _histories([NUM_SONGS, 2, NUM_SONGS + 3])
-    found = UserTopRecommender(NUM_SONGS).score(histories, Queries.at_end(histories, 0))
-    np.testing.assert_array_equal(found, [[0, 0, 1, 0, 0]])
+    scores = UserTopRecommender(NUM_SONGS).score(histories, Queries.at_end(histories, 0))
+    np.testing.assert_array_equal(scores, [[0, 0, 1, 0, 0]])

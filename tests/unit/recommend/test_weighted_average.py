@@ -22,37 +22,44 @@ from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 30
 SPLIT = Split(id="s", dataset="by-hand", validation_from=1_500_000, test_from=2_500_000)
-PLANTED = np.array([0.3, 0.0, 0.8, -0.4])  # the weight of the last song comes first
+WEIGHTS = np.array([0.3, 0.0, 0.8, -0.4])  # the weight of the last song comes first
 
 
-def _planted(users: int, length: int) -> tuple[Histories, np.ndarray]:
+def _planted_histories(users: int, length: int) -> tuple[Histories, np.ndarray]:
     """Users whose next song is nearest to the sum of their last four by the planted weights, plus some noise."""
     vectors = random_vectors(3_000, dim=6)
     random = np.random.default_rng(1)
     songs = random.integers(0, len(vectors), size=(users, length))
-    for place in range(len(PLANTED), length):
-        last = vectors[songs[:, place - len(PLANTED) : place][:, ::-1]]
-        taste = np.einsum("j,ujd->ud", PLANTED, last) + random.normal(0, 0.3, size=(users, 6))
-        songs[:, place] = np.argmax(taste @ vectors.T, axis=1)
+    for position in range(len(WEIGHTS), length):
+        last_vectors = vectors[songs[:, position - len(WEIGHTS) : position][:, ::-1]]
+        taste = np.einsum("j,ujd->ud", WEIGHTS, last_vectors) + random.normal(0, 0.3, size=(users, 6))
+        songs[:, position] = np.argmax(taste @ vectors.T, axis=1)
     return Histories.from_lists(list(songs), [np.arange(length)] * users), vectors  # type: ignore[arg-type]
 
 
-def test_the_planted_weights_come_back() -> None:
-    histories, vectors = _planted(60, 60)
-    fitted = WeightedRecommender.fit([histories], vectors, name="weighted-short", allowed=FitRange(), penalty=1e-3)
-    found = fitted.weights[: len(PLANTED)] * np.linalg.norm(PLANTED) / np.linalg.norm(fitted.weights[: len(PLANTED)])
-    np.testing.assert_allclose(found, PLANTED, atol=0.05)
-    assert np.abs(fitted.weights[len(PLANTED) :]).max() < 0.1
+def test_a_fit_finds_the_planted_weights() -> None:
+    histories, vectors = _planted_histories(60, 60)
+    recommender = WeightedRecommender.fit([histories], vectors, name="weighted-short", allowed=FitRange(), penalty=1e-3)
+    weights = (
+        recommender.weights[: len(WEIGHTS)]
+        * np.linalg.norm(WEIGHTS)
+        / np.linalg.norm(recommender.weights[: len(WEIGHTS)])
+    )
+    np.testing.assert_allclose(weights, WEIGHTS, atol=0.05)
+    assert np.abs(recommender.weights[len(WEIGHTS) :]).max() < 0.1
 
 
 def test_the_planted_weights_answer_better_than_every_average() -> None:
-    histories, vectors = _planted(60, 60)
-    queries = Queries.before_plays(histories, np.arange(len(PLANTED), histories.num_plays, 7))
-    targets = vectors[histories.songs[np.arange(len(PLANTED), histories.num_plays, 7)]]
-    fitted = fit_weighted([histories], vectors, "weighted-short", FitRange(), None)
+    histories, vectors = _planted_histories(60, 60)
+    queries = Queries.before_plays(histories, np.arange(len(WEIGHTS), histories.num_plays, 7))
+    targets = vectors[histories.songs[np.arange(len(WEIGHTS), histories.num_plays, 7)]]
+    weighted = fit_weighted([histories], vectors, "weighted-short", FitRange(), None)
     averages = [WeightedRecommender(vectors, discount ** np.arange(50), "average") for discount in (0.1, 0.5, 0.9, 1.0)]
-    ours, *others = [float((one.vectors(histories, queries) * targets).sum(1).mean()) for one in (fitted, *averages)]
-    assert ours > max(others) + 0.2
+    weighted_cosine, *average_cosines = [
+        float((recommender.vectors(histories, queries) * targets).sum(1).mean())
+        for recommender in (weighted, *averages)
+    ]
+    assert weighted_cosine > max(average_cosines) + 0.2
 
 
 @pytest.mark.parametrize("offsets", [(1, 1), (2, 4)])
@@ -62,33 +69,33 @@ def test_the_sums_give_the_solution_of_the_equations_written_out(
     offsets: tuple[int, int], penalty: float, parts: int
 ) -> None:
     histories, vectors, count = random_histories(24, NUM_SONGS, seed=7), random_vectors(NUM_SONGS), 5
-    sums = LagSums(offsets, count)
+    lag_sums = LagSums(offsets, count)
     for rows in np.array_split(np.arange(24), parts):
-        sums.add(histories.take(rows), vectors)
+        lag_sums.add(histories.take(rows), vectors)
     inputs, targets = [], []
     for songs in np.split(histories.songs, histories.offsets[1:-1]):
         for last in range(len(songs)):
-            before = np.zeros((count, vectors.shape[1]))
-            recent = songs[max(0, last - count + 1) : last + 1][::-1]
-            before[: len(recent)] = vectors[recent]
+            last_vectors = np.zeros((count, vectors.shape[1]))
+            recent_songs = songs[max(0, last - count + 1) : last + 1][::-1]
+            last_vectors[: len(recent_songs)] = vectors[recent_songs]
             for target in range(last + offsets[0], min(last + offsets[1] + 1, len(songs))):
-                inputs.append(before)
+                inputs.append(last_vectors)
                 targets.append(vectors[songs[target]])
     x, y = np.stack(inputs), np.stack(targets)
     gram = np.einsum("pjd,pkd->jk", x, x) / len(x) + penalty * np.eye(count)
     expected = np.linalg.solve(gram, np.einsum("pjd,pd->j", x, y) / len(x))
-    np.testing.assert_allclose(sums.weights(penalty), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(lag_sums.weights(penalty), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_taste_vectors_are_the_weighted_sums_at_every_position() -> None:
     vectors, histories = random_vectors(NUM_SONGS), random_histories(12, NUM_SONGS, seed=5)
-    recommender = WeightedRecommender(vectors, PLANTED, "weighted-short")
+    recommender = WeightedRecommender(vectors, WEIGHTS, "weighted-short")
     queries = Queries.before_plays(histories, np.random.default_rng(0).permutation(histories.num_plays))
-    taste = recommender.vectors(histories, queries)
+    taste_vectors = recommender.vectors(histories, queries)
     for row, (user, seen) in enumerate(zip(queries.rows, queries.seen, strict=True)):
-        last = histories.songs[histories.offsets[user] : histories.offsets[user] + seen][::-1][: len(PLANTED)]
-        expected = PLANTED[: len(last)] @ vectors[last] if seen else np.zeros(8)
-        np.testing.assert_allclose(taste[row], expected / (np.linalg.norm(expected) or 1), atol=1e-5)
+        last_songs = histories.songs[histories.offsets[user] : histories.offsets[user] + seen][::-1][: len(WEIGHTS)]
+        expected = WEIGHTS[: len(last_songs)] @ vectors[last_songs] if seen else np.zeros(8)
+        np.testing.assert_allclose(taste_vectors[row], expected / (np.linalg.norm(expected) or 1), atol=1e-5)
 
 
 def test_a_fit_refuses_plays_past_the_cut() -> None:
@@ -119,12 +126,14 @@ def test_the_penalty_is_the_one_with_the_smallest_cosine_distance_on_the_validat
         trial = WeightedRecommender.fit(
             selection.batches(), vectors, name=name, allowed=SPLIT.selection, penalty=penalty
         )
-        taste = trial.vectors(selection.histories, queries)
-        distances[penalty] = float(np.mean([1 - one @ vectors[song] for one, song in zip(taste, targets, strict=True)]))
-    best = min(distances, key=lambda penalty: distances[penalty])
-    assert choose_penalty(selection, name) == best
-    (fitted,) = fit_baselines([name], dataset, vectors, SPLIT.final, selection)
-    final = (SPLIT.final.select(batch) for batch in dataset.read_all())
-    expected = WeightedRecommender.fit(final, vectors, name=name, allowed=SPLIT.final, penalty=best)
-    assert isinstance(fitted, WeightedRecommender)
-    np.testing.assert_allclose(fitted.weights, expected.weights)
+        taste_vectors = trial.vectors(selection.histories, queries)
+        distances[penalty] = float(
+            np.mean([1 - vector @ vectors[song] for vector, song in zip(taste_vectors, targets, strict=True)])
+        )
+    best_penalty = min(distances, key=lambda penalty: distances[penalty])
+    assert choose_penalty(selection, name) == best_penalty
+    (recommender,) = fit_baselines([name], dataset, vectors, SPLIT.final, selection)
+    final_batches = (SPLIT.final.select(batch) for batch in dataset.read_all())
+    expected = WeightedRecommender.fit(final_batches, vectors, name=name, allowed=SPLIT.final, penalty=best_penalty)
+    assert isinstance(recommender, WeightedRecommender)
+    np.testing.assert_allclose(recommender.weights, expected.weights)

@@ -14,12 +14,12 @@ from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage.workspace import Workspace
 
 READ, WRITE, ADMIN = "reader-0123456789", "writer-0123456789", "admin-0123456789a"
-ALL = f"read:{READ}, write:{WRITE},admin:{ADMIN}"
+ALL_KEYS = f"read:{READ}, write:{WRITE},admin:{ADMIN}"
 
 
 @pytest.fixture
 def keys() -> Keys:
-    return load_keys(ServeConfig(host="0.0.0.0"), {KEYS_VARIABLE: ALL})
+    return load_keys(ServeConfig(host="0.0.0.0"), {KEYS_VARIABLE: ALL_KEYS})
 
 
 def test_keys_come_from_the_environment_and_a_file_with_their_roles(tmp_path: Path) -> None:
@@ -39,13 +39,13 @@ def test_a_wrong_or_missing_key_may_do_nothing(keys: Keys, header: str | None) -
 
 
 def test_every_key_is_compared_in_constant_time_whichever_fits(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = []
-    plain = hmac.compare_digest
-    monkeypatch.setattr(hmac, "compare_digest", lambda *pair: compared.append(pair) or plain(*pair))
+    compared_pairs = []
+    compare_digest = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda *pair: compared_pairs.append(pair) or compare_digest(*pair))
     for header in (f"Bearer {READ}", f"Bearer {ADMIN}", "Bearer nothing"):
-        compared.clear()
+        compared_pairs.clear()
         keys.roles(header)
-        assert len(compared) == 3
+        assert len(compared_pairs) == 3
 
 
 def test_keys_themselves_are_neither_kept_nor_shown(keys: Keys) -> None:
@@ -95,15 +95,15 @@ def world(workspace: Workspace) -> Workspace:
 
 def test_nothing_is_answered_without_a_key_and_each_role_has_its_own(world: Workspace, keys: Keys, caplog: Any) -> None:
     caplog.set_level(logging.DEBUG)
-    with service(world, keys=keys) as opened:
-        assert Client(opened).get("/").headers["content-type"].startswith("text/html")  # the page, without any data
+    with service(world, keys=keys) as replica:
+        assert Client(replica).get("/").headers["content-type"].startswith("text/html")  # the page, without any data
         paths = [
             "/metrics",
             "/v1/release",
             "/v1/nothing",
             "/-/healthz",
         ]
-        for client in (Client(opened), Client(opened, key="wrong-0123456789")):
+        for client in (Client(replica), Client(replica, key="wrong-0123456789")):
             for method, path in [("GET", path) for path in paths] + [
                 ("POST", "/v1/recommendations"),
                 ("POST", "/v1/plays"),
@@ -114,7 +114,7 @@ def test_nothing_is_answered_without_a_key_and_each_role_has_its_own(world: Work
                 assert response.status_code == 401, path
                 assert response.headers["www-authenticate"] == "Bearer"
                 assert response.headers["content-type"] == "application/problem+json"
-        reader, writer, admin = (Client(opened, key=key) for key in (READ, WRITE, ADMIN))
+        reader, writer, admin = (Client(replica, key=key) for key in (READ, WRITE, ADMIN))
         assert reader.post("/v1/recommendations", {"history": []}).status_code == 200
         assert writer.post("/v1/recommendations", {"history": []}).status_code == 403
         assert [client.get("/metrics").status_code for client in (reader, writer, admin)] == [403, 403, 200]
@@ -124,16 +124,16 @@ def test_nothing_is_answered_without_a_key_and_each_role_has_its_own(world: Work
             403,
             204,
         ]
-        assert Client(opened).get("/healthz").status_code == Client(opened).get("/readyz").status_code == 200
+        assert Client(replica).get("/healthz").status_code == Client(replica).get("/readyz").status_code == 200
         assert writer.post("/v1/plays", {}).status_code == 422
-        told = admin.get("/metrics").text + admin.get("/v1/release").text
+        response_text = admin.get("/metrics").text + admin.get("/v1/release").text
     for key in (READ, WRITE, ADMIN, "wrong-0123456789"):
-        assert key not in caplog.text + told
+        assert key not in caplog.text + response_text
 
 
 def test_the_document_of_the_api_needs_no_key_and_says_how_to_send_one(world: Workspace, keys: Keys) -> None:
-    with service(world, keys=keys) as opened:
-        client = Client(opened)
+    with service(world, keys=keys) as replica:
+        client = Client(replica)
         get, head = client.get("/openapi.json"), client.request("HEAD", "/openapi.json")
         assert client.post("/openapi.json").status_code == 401
     assert (get.status_code, head.status_code, head.content) == (200, 200, b"")
@@ -146,12 +146,12 @@ def test_health_and_metrics_are_open_or_closed_by_their_own_settings(world: Work
         ({"open_health": False}, [401, 401]),
         ({"open_metrics": True}, [200, 200]),
     ):
-        with service(world, keys=keys, **settings) as opened:
-            assert [Client(opened).get(path).status_code for path in ("/readyz", "/metrics")] == statuses
+        with service(world, keys=keys, **settings) as replica:
+            assert [Client(replica).get(path).status_code for path in ("/readyz", "/metrics")] == statuses
 
 
 def test_without_keys_other_machines_are_not_answered(world: Workspace) -> None:
-    with service(world) as opened:
-        assert Client(opened, address="10.0.0.7").get("/healthz").status_code == 403
-        assert Client(opened, address="127.0.0.1").get("/healthz").status_code == 200
-        assert Client(opened, address="::1").get("/healthz").status_code == 200
+    with service(world) as replica:
+        assert Client(replica, address="10.0.0.7").get("/healthz").status_code == 403
+        assert Client(replica, address="127.0.0.1").get("/healthz").status_code == 200
+        assert Client(replica, address="::1").get("/healthz").status_code == 200

@@ -30,31 +30,31 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Song N is released N days after 2000-01-01. Every third song is available in Sweden, the others in Germany."""
     workspace = Workspace(tmp_path_factory.mktemp("songs") / "workspace")
     write_world(workspace)
-    first = date(2000, 1, 1).toordinal()
-    told = {
+    first_day = date(2000, 1, 1).toordinal()
+    descriptions = {
         columns.SONG_ID: [f"song-{row}" for row in range(NUM_SONGS)],
         columns.TITLE: pa.nulls(NUM_SONGS, pa.string()),
         columns.ARTIST: pa.nulls(NUM_SONGS, pa.string()),
         columns.ALBUM: pa.nulls(NUM_SONGS, pa.string()),
-        columns.RELEASED: [date.fromordinal(first + row) for row in range(NUM_SONGS)],
+        columns.RELEASED: [date.fromordinal(first_day + row) for row in range(NUM_SONGS)],
         columns.MARKETS: [["SE"] if row % 3 == 0 else ["DE"] for row in range(NUM_SONGS)],
     }
-    store_descriptions(Dataset(workspace), pa.table(told, schema=columns.DESCRIPTIONS), {})
+    store_descriptions(Dataset(workspace), pa.table(descriptions, schema=columns.DESCRIPTIONS), {})
     write_release(workspace, ranked=False)
     return workspace
 
 
 @pytest.fixture(scope="module")
 def app(world: Workspace) -> Iterator[Client]:
-    with service(world) as opened:
-        yield Client(opened)
+    with service(world) as replica:
+        yield Client(replica)
 
 
 @pytest.fixture(scope="module")
 def network(world: Workspace) -> TasteRecommender:
-    made = load_recommender(world, Dataset(world), releases.default_parts(world))
-    assert isinstance(made, TasteRecommender)
-    return made
+    recommender = load_recommender(world, Dataset(world), releases.default_parts(world))
+    assert isinstance(recommender, TasteRecommender)
+    return recommender
 
 
 def ask(app: Client, **body: Any) -> dict[str, Any]:
@@ -89,8 +89,8 @@ def test_an_answer_keeps_to_what_is_asked_and_holds_all_that_qualify(
     }
     answer = ask(app, k=NUM_SONGS, history=history, **limits)
     assert set(rows(answer)) == expected
-    few = ask(app, k=3, history=history, **limits)
-    assert rows(few) == rows(answer)[:3]
+    short_answer = ask(app, k=3, history=history, **limits)
+    assert rows(short_answer) == rows(answer)[:3]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_an_answer_keeps_to_what_is_asked_and_holds_all_that_qualify(
         ({"allow": [3]}, "allow"),
     ],
 )
-def test_limits_that_are_none_are_a_422(app: Client, limits: dict[str, Any], told: str) -> None:
+def test_invalid_limits_are_a_422(app: Client, limits: dict[str, Any], told: str) -> None:
     response = app.post("/v1/recommendations", {"history": SONGS, **limits})
     assert response.status_code == 422
     (error,) = response.json()["errors"]
@@ -120,10 +120,10 @@ def test_limits_that_are_none_are_a_422(app: Client, limits: dict[str, Any], tol
 
 def test_diversity_makes_answers_less_alike(app: Client, network: TasteRecommender) -> None:
     def likeness(diversity: float) -> float:
-        answer = rows(ask(app, k=10, diversity=diversity))
-        assert len(set(answer)) == 10
-        assert not set(answer) & {3, 50, 9}
-        vectors = network.song_vectors[answer]
+        song_rows = rows(ask(app, k=10, diversity=diversity))
+        assert len(set(song_rows)) == 10
+        assert not set(song_rows) & {3, 50, 9}
+        vectors = network.song_vectors[song_rows]
         return float((vectors @ vectors.T)[~np.eye(10, dtype=np.bool_)].mean())
 
     assert likeness(0.0) > likeness(0.5) > likeness(1.0)
@@ -132,11 +132,11 @@ def test_diversity_makes_answers_less_alike(app: Client, network: TasteRecommend
 
 @pytest.mark.parametrize("diversity", [0.0, 0.4])
 def test_an_explained_answer_gives_reasons_for_each_song_and_the_rest_stays(app: Client, diversity: float) -> None:
-    plain, told = ask(app, diversity=diversity), ask(app, explain=True, diversity=diversity)
+    plain, explained = ask(app, diversity=diversity), ask(app, explain=True, diversity=diversity)
     assert (plain["last_plays"], {song["reasons"] for song in plain["songs"]}) == (None, {None})
-    assert [song["song_id"] for song in told["last_plays"]] == SONGS
-    assert all(1 <= len(song["reasons"]) <= 3 for song in told["songs"])
-    assert rows(plain) == rows(told)
+    assert [song["song_id"] for song in explained["last_plays"]] == SONGS
+    assert all(1 <= len(song["reasons"]) <= 3 for song in explained["songs"])
+    assert rows(plain) == rows(explained)
 
 
 def test_without_plays_the_reason_is_popularity(app: Client) -> None:
@@ -146,12 +146,12 @@ def test_without_plays_the_reason_is_popularity(app: Client) -> None:
 
 
 def test_songs_are_found_by_title_and_artist(app: Client) -> None:
-    found = app.get("/v1/songs", params={"query": "title 12"}).json()
-    assert found["songs"][0]["song_id"] == "song-12"
-    assert found["count"] == 12  # the titles 12, 112, and 120 to 129
-    by_artist = app.get("/v1/songs", params={"query": "ARTIST 3", "limit": 5}).json()
-    assert len(by_artist["songs"]) == 5
-    assert {song["artist"] for song in by_artist["songs"]} == {"Artist 3"}
+    result = app.get("/v1/songs", params={"query": "title 12"}).json()
+    assert result["songs"][0]["song_id"] == "song-12"
+    assert result["count"] == 12  # the titles 12, 112, and 120 to 129
+    artist_result = app.get("/v1/songs", params={"query": "ARTIST 3", "limit": 5}).json()
+    assert len(artist_result["songs"]) == 5
+    assert {song["artist"] for song in artist_result["songs"]} == {"Artist 3"}
     assert app.get("/v1/songs").status_code == 422
     assert app.get("/v1/songs", params={"query": "x" * 201}).status_code == 422
     assert app.get("/v1/songs", params={"query": " "}).json()["count"] == 0
@@ -160,11 +160,11 @@ def test_songs_are_found_by_title_and_artist(app: Client) -> None:
 def test_similar_songs_are_the_nearest_by_cosine(app: Client, network: TasteRecommender) -> None:
     scores = network.song_vectors @ network.song_vectors[5]
     scores[[5, WITHOUT_VECTOR]] = -np.inf
-    found = app.get("/v1/songs/song-5/similar", params={"k": 7}).json()
-    popular = {song["song_id"]: song["plays"] for song in app.get("/v1/songs/popular?k=1000").json()["songs"]}
-    assert (found["title"], found["artist"], found["plays"]) == ("Title 5", "Artist 5", popular["song-5"])
-    assert rows(found) == np.argsort(-scores, kind="stable")[:7].tolist()
-    assert found["songs"][0]["score"] == pytest.approx(float(scores.max()), rel=1e-4)
+    similar = app.get("/v1/songs/song-5/similar", params={"k": 7}).json()
+    play_counts = {song["song_id"]: song["plays"] for song in app.get("/v1/songs/popular?k=1000").json()["songs"]}
+    assert (similar["title"], similar["artist"], similar["plays"]) == ("Title 5", "Artist 5", play_counts["song-5"])
+    assert rows(similar) == np.argsort(-scores, kind="stable")[:7].tolist()
+    assert similar["songs"][0]["score"] == pytest.approx(float(scores.max()), rel=1e-4)
     assert app.get(f"/v1/songs/song-{WITHOUT_VECTOR}/similar").json()["songs"] == []
     assert app.get("/v1/songs/none/similar").status_code == 404
     assert app.get("/v1/songs/song-5/similar", params={"k": 0}).status_code == 422
@@ -181,11 +181,11 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A client of a release whose first songs with embeddings have the ids ODD_IDS."""
     workspace = Workspace(tmp_path_factory.mktemp("odd") / "workspace")
     write_world(workspace)
-    with_vector = [row for row in range(len(ODD_IDS) + 1) if row != WITHOUT_VECTOR]
-    rename_songs(workspace, dict(zip(with_vector, ODD_IDS, strict=True)))
+    rows_with_vector = [row for row in range(len(ODD_IDS) + 1) if row != WITHOUT_VECTOR]
+    rename_songs(workspace, dict(zip(rows_with_vector, ODD_IDS, strict=True)))
     write_release(workspace, ranked=False)
-    with service(workspace) as opened:
-        yield Client(opened)
+    with service(workspace) as replica:
+        yield Client(replica)
 
 
 @pytest.mark.parametrize("song_id", ODD_IDS, ids=range(len(ODD_IDS)))
@@ -205,21 +205,21 @@ def test_songs_are_found_by_ids_as_pandas_writes_them(odd: Client) -> None:
     assert ask(odd, history=["7.0", " 7"])["unknown_songs"] == 0
 
 
-def test_songs_on_a_map_have_a_place_each(app: Client) -> None:
-    asked = ["song-1", "song-2", "nothing", "song-1", f"song-{WITHOUT_VECTOR}", "song-9"]
-    told = app.post("/v1/map", {"songs": asked}).json()
-    assert [point["song_id"] for point in told["points"]] == ["song-1", "song-2", "song-9"]
-    assert told["points"][0]["title"] == "Title 1"
-    assert told["unknown_songs"] == 2
-    assert all(-1 <= point[axis] <= 1 for point in told["points"] for axis in "xy")
+def test_each_song_on_a_map_has_coordinates(app: Client) -> None:
+    song_ids = ["song-1", "song-2", "nothing", "song-1", f"song-{WITHOUT_VECTOR}", "song-9"]
+    answer = app.post("/v1/map", {"songs": song_ids}).json()
+    assert [point["song_id"] for point in answer["points"]] == ["song-1", "song-2", "song-9"]
+    assert answer["points"][0]["title"] == "Title 1"
+    assert answer["unknown_songs"] == 2
+    assert all(-1 <= point[axis] <= 1 for point in answer["points"] for axis in "xy")
     assert app.post("/v1/map", {"songs": ["nothing"]}).json()["points"] == []
     assert app.post("/v1/map", {"songs": []}).status_code == 422
 
 
 def test_the_page_lets_nothing_in_from_elsewhere_and_needs_no_key(world: Workspace) -> None:
     keys = load_keys(ServeConfig(), {"RAYREC_API_KEYS": f"read:{KEY}"})
-    with service(world, keys) as opened:
-        client = Client(opened)
+    with service(world, keys) as replica:
+        client = Client(replica)
         page = client.get("/")
         assert page.status_code == 200
         assert page.headers["content-type"] == "text/html; charset=utf-8"
@@ -230,4 +230,4 @@ def test_the_page_lets_nothing_in_from_elsewhere_and_needs_no_key(world: Workspa
         assert "innerHTML" not in page.text
         assert client.get("/v1/songs", params={"query": "a"}).status_code == 401
         assert client.post("/").status_code in (401, 405)
-        assert Client(opened, key=KEY).get("/v1/songs", params={"query": "title"}).json()["count"] > 0
+        assert Client(replica, key=KEY).get("/v1/songs", params={"query": "title"}).json()["count"] > 0

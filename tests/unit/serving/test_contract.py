@@ -16,10 +16,10 @@ from rayrec_cli.main import main
 
 HISTORY = ["song-3", "song-50", "song-3", "song-9"]
 SONGS = (["--songs", ",".join(HISTORY)], {"history": HISTORY})
-OF_HTTP = {"recommendation_id", "arm", "cursor"}  # only in HTTP: for the log, experiments and further pages
-HALF = 5e-3  # relative tolerance for answers from stored states, which are rounded
+HTTP_ONLY_FIELDS = {"recommendation_id", "arm", "cursor"}  # only in HTTP: for the log, experiments and further pages
+STATE_TOLERANCE = 5e-3  # relative tolerance for answers from stored states, which are rounded
 # Name of a case -> flags and fields of a request, in addition to the songs or the user.
-ASKED: dict[str, tuple[list[str], dict[str, Any]]] = {
+REQUESTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "nothing else": ([], {}),
     "heard songs too": (["--no-exclude-heard"], {"exclude_heard": False}),
     "the long horizon": (["--horizon", "long"], {"horizon": "long"}),
@@ -62,8 +62,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def app(world: Workspace) -> Iterator[Client]:
-    with service(world) as opened:
-        yield Client(opened)
+    with service(world) as replica:
+        yield Client(replica)
 
 
 @pytest.fixture
@@ -71,33 +71,36 @@ def both(world: Workspace, app: Client, capsys: pytest.CaptureFixture[str]) -> A
     """A function that sends one request by command and by HTTP; it returns both answers and the command's stderr."""
 
     def ask(flags: list[str], body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
-        words = ["--workspace", world.uri, "--json", "recommend", "--at", str(AT), "-k", "12", *flags]
-        code = main(words)
-        printed = capsys.readouterr()
+        arguments = ["--workspace", world.uri, "--json", "recommend", "--at", str(AT), "-k", "12", *flags]
+        code = main(arguments)
+        output = capsys.readouterr()
         response = app.post("/v1/recommendations", {"at": AT, "k": 12, **body})
-        assert (code == 0) == (response.status_code == 200), printed.err
-        return json.loads(printed.out), response.json(), printed.err
+        assert (code == 0) == (response.status_code == 200), output.err
+        return json.loads(output.out), response.json(), output.err
 
     return ask
 
 
 def require_same(by_command: dict[str, Any], by_http: dict[str, Any], rel: float = 1e-4) -> None:
-    """Check that the HTTP answer, except OF_HTTP, equals the command's; floats of songs may differ by a share `rel`."""
-    assert set(by_http) - OF_HTTP <= set(by_command)
+    """Check that the HTTP answer, except HTTP_ONLY_FIELDS, equals the command's.
+
+    Floats of songs may differ by a share `rel`.
+    """
+    assert set(by_http) - HTTP_ONLY_FIELDS <= set(by_command)
     if by_http["last_plays"] is None:  # HTTP omits the last plays without `explain`
         del by_http["last_plays"]
-    plain = set(by_http) - OF_HTTP - {"songs"}
-    assert {name: by_command[name] for name in plain} == {name: by_http[name] for name in plain}
+    fields = set(by_http) - HTTP_ONLY_FIELDS - {"songs"}
+    assert {name: by_command[name] for name in fields} == {name: by_http[name] for name in fields}
     assert len(by_command["songs"]) == len(by_http["songs"])
-    for one, other in zip(by_command["songs"], by_http["songs"], strict=True):
-        assert set(one) == set(other)
-        for name, value in other.items():
-            assert one[name] == (pytest.approx(value, rel=rel) if isinstance(value, float) else value)
+    for command_song, http_song in zip(by_command["songs"], by_http["songs"], strict=True):
+        assert set(command_song) == set(http_song)
+        for name, value in http_song.items():
+            assert command_song[name] == (pytest.approx(value, rel=rel) if isinstance(value, float) else value)
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", REQUESTS)
 def test_songs_get_the_same_answer(both: Any, name: str) -> None:
-    flags, body = ASKED[name]
+    flags, body = REQUESTS[name]
     by_command, by_http, _ = both([*SONGS[0], *flags], {**SONGS[1], **body})
     assert by_http["songs"]
     assert by_http["source"] == "taste"
@@ -107,13 +110,13 @@ def test_songs_get_the_same_answer(both: Any, name: str) -> None:
 @pytest.mark.parametrize("name", ["nothing else", "the long horizon", "both horizons", "artists", "reasons"])
 def test_a_stored_user_gets_the_same_answer(world: Workspace, both: Any, name: str) -> None:
     user = str(next(Dataset(world).read_all()).user_ids[0])
-    flags, body = ASKED[name]
+    flags, body = REQUESTS[name]
     by_command, by_http, _ = both(["--user", user, *flags], {"user_id": user, **body})
     assert by_http["plays"] > 0
-    require_same(by_command, by_http, HALF)
+    require_same(by_command, by_http, STATE_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", REQUESTS)
 @pytest.mark.parametrize(
     "who",
     [
@@ -124,22 +127,22 @@ def test_a_stored_user_gets_the_same_answer(world: Workspace, both: Any, name: s
     ids=["unknown user", "unknown songs", "no songs"],
 )
 def test_where_no_play_is_known_both_answer_with_the_same_popular_songs(both: Any, who: Any, name: str) -> None:
-    flags, body = ASKED[name]
-    by_command, by_http, said = both([*who[0], *flags], {**who[1], **body})
+    flags, body = REQUESTS[name]
+    by_command, by_http, stderr = both([*who[0], *flags], {**who[1], **body})
     assert by_http["songs"]
     assert by_http["source"] == "popular"
     require_same(by_command, by_http)
-    assert "popular songs are recommended" in said
+    assert "popular songs are recommended" in stderr
 
 
 def test_unknown_songs_are_counted_by_both_and_named_by_the_command(both: Any) -> None:
     flags = ["--songs", "gone,song-3,lost,song-9", "--exclude", "gone"]
     body = {"history": ["gone", "song-3", "lost", "song-9"], "exclude": ["gone"]}
-    by_command, by_http, said = both(flags, body)
+    by_command, by_http, stderr = both(flags, body)
     assert (by_http["unknown_songs"], by_http["plays"]) == (3, 2)
     require_same(by_command, by_http)
     assert by_command["unknown_song_ids"] == ["gone", "lost"]
-    assert "3 songs are not in the catalog and were left out: gone, lost" in " ".join(said.split())
+    assert "3 songs are not in the catalog and were left out: gone, lost" in " ".join(stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def config(arms: dict[str, Any]) -> dict[str, Any]:
 
 def other_release(world: Workspace) -> str:
     names = world.folders("releases")
-    live = world.read_json("releases/active")["active"]
-    return next(name for name in names if name != live)
+    live_id = world.read_json("releases/active")["active"]
+    return next(name for name in names if name != live_id)
 
 
 class Logged:
@@ -51,8 +51,8 @@ class Logged:
 
     def __enter__(self) -> "Logged":
         self.world.delete("serving/impressions")
-        self.opened = self._service.__enter__()
-        self.app = Client(self.opened)
+        self.replica = self._service.__enter__()
+        self.app = Client(self.replica)
         for user in USERS:
             plays = [
                 {
@@ -70,22 +70,22 @@ class Logged:
         self._service.__exit__(None, None, None)
 
     def recommend(self, user: str = "", **body: Any) -> dict[str, Any]:
-        who = {"user_id": user} if user else {}
-        response = self.app.post("/v1/recommendations", {"k": 5, "at": AT + 10_000, **who, **body})
+        user_field = {"user_id": user} if user else {}
+        response = self.app.post("/v1/recommendations", {"k": 5, "at": AT + 10_000, **user_field, **body})
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
         return answer
 
     def rows(self, kind: Any) -> list[dict[str, Any]]:
-        assert self.opened.log is not None
-        self.opened.log.flush()
+        assert self.replica.log is not None
+        self.replica.log.flush()
         return [row for table in read_impressions(self.world, kind) for row in table.to_pylist()]
 
 
 @pytest.fixture
 def logged(world: Workspace, tmp_path: Path) -> Iterator[Logged]:
-    with Logged(world, tmp_path, **config(ARMS)) as made:
-        yield made
+    with Logged(world, tmp_path, **config(ARMS)) as logging_app:
+        yield logging_app
 
 
 def test_a_user_is_always_in_the_same_arm_and_arms_have_their_shares_of_users() -> None:
@@ -97,25 +97,27 @@ def test_a_user_is_always_in_the_same_arm_and_arms_have_their_shares_of_users() 
     assert counts["control"] == pytest.approx(4_000, abs=200)
     assert counts["diverse"] == pytest.approx(4_000, abs=200)
     assert counts[None] == pytest.approx(2_000, abs=200)
-    other = [Experiment(name="y", arms=ARMS).arm_of(user) for user in users]
-    both = sum(a == b for a, b in zip(arms, other, strict=True))
-    assert both == pytest.approx(3_600, abs=200)  # another name draws again: 0.4² + 0.4² + 0.2² keep their arm
+    other_arms = [Experiment(name="y", arms=ARMS).arm_of(user) for user in users]
+    num_unchanged = sum(a == b for a, b in zip(arms, other_arms, strict=True))
+    assert num_unchanged == pytest.approx(3_600, abs=200)  # another name draws again: 0.4² + 0.4² + 0.2² keep their arm
 
 
 def test_answers_name_the_arm_and_have_its_settings(logged: Logged) -> None:
     experiment = Experiment(name="x", arms=ARMS)
-    arms = Counter()  # type: ignore[var-annotated]
+    arm_counts = Counter()  # type: ignore[var-annotated]
     for user in USERS:
         arm = experiment.arm_of(user)
         answer = logged.recommend(user)
         assert answer["arm"] == arm
-        arms[arm] += 1
-        plain = {"diversity": 0.9, "horizon": "long"} if arm == "diverse" else {"diversity": 0.0, "horizon": "short"}
-        assert answer["songs"] == logged.recommend(user, **plain)["songs"]
-    assert set(arms) == {"control", "diverse", None}
+        arm_counts[arm] += 1
+        arm_settings = (
+            {"diversity": 0.9, "horizon": "long"} if arm == "diverse" else {"diversity": 0.0, "horizon": "short"}
+        )
+        assert answer["songs"] == logged.recommend(user, **arm_settings)["songs"]
+    assert set(arm_counts) == {"control", "diverse", None}
 
 
-def test_requests_that_set_what_the_arms_differ_in_and_histories_are_outside(logged: Logged) -> None:
+def test_requests_with_a_history_or_a_setting_that_differs_between_arms_are_in_no_arm(logged: Logged) -> None:
     user = next(user for user in USERS if Experiment(name="x", arms=ARMS).arm_of(user) == "diverse")
     assert logged.recommend(user, exclude_heard=False)["arm"] == "diverse"
     assert logged.recommend(user, diversity=0.0)["arm"] is None
@@ -123,7 +125,7 @@ def test_requests_that_set_what_the_arms_differ_in_and_histories_are_outside(log
     assert logged.recommend(history=["song-3"])["arm"] is None
 
 
-def probable(songs: list[dict[str, Any]]) -> dict[str, float]:
+def nonzero_scores(songs: list[dict[str, Any]]) -> dict[str, float]:
     """Return the score of each song id. Scores near 0 are left out: a batch may order such songs differently."""
     return {song["song_id"]: song["score"] for song in songs if song["score"] > 1e-6}
 
@@ -137,32 +139,32 @@ def test_in_a_url_and_in_a_batch_users_are_in_their_arms(logged: Logged) -> None
     for user, answer in zip(USERS[:10], answers, strict=False):
         response = logged.app.get(f"/v1/users/{user}/recommendations", params={"at": AT + 10_000}).json()
         assert response["arm"] == answer["arm"]
-        assert probable(response["songs"]) == pytest.approx(probable(answer["songs"]), rel=1e-3)
+        assert nonzero_scores(response["songs"]) == pytest.approx(nonzero_scores(answer["songs"]), rel=1e-3)
 
 
 def test_an_arm_may_answer_with_another_release(world: Workspace, tmp_path: Path) -> None:
-    other = other_release(world)
-    with service(world) as opened:
-        live = opened.live.id
-    experiment = config({"live": {"share": 0.5}, "other": {"share": 0.5, "release": other}})
+    other_id = other_release(world)
+    with service(world) as replica:
+        live_id = replica.live.id
+    experiment = config({"live": {"share": 0.5}, "other": {"share": 0.5, "release": other_id}})
     with Logged(world, tmp_path, **experiment) as logged:
-        releases = {"live": live, "other": other}
+        releases = {"live": live_id, "other": other_id}
         requests = [{"user_id": user, "at": AT + 10_000, "k": 5} for user in USERS]
         answers = logged.app.post("/v1/recommendations/batch", {"requests": requests}).json()["answers"]
         assert {answer["arm"] for answer in answers} == {"live", "other"}
         assert all(answer["release"] == releases[answer["arm"]] for answer in answers)
-        own = [user for user, answer in zip(USERS, answers, strict=True) if answer["arm"] == "other"]
-        expected = {user: logged.recommend(user)["songs"] for user in own}
-    activate_release(world, other)
+        arm_users = [user for user, answer in zip(USERS, answers, strict=True) if answer["arm"] == "other"]
+        expected = {user: logged.recommend(user)["songs"] for user in arm_users}
+    activate_release(world, other_id)
     try:
-        with service(world, store=f"sqlite:///{tmp_path}/states.sqlite") as opened:
-            for user in own:  # the arm has answered as if its release were live
+        with service(world, store=f"sqlite:///{tmp_path}/states.sqlite") as replica:
+            for user in arm_users:  # the arm has answered as if its release were live
                 body = {"user_id": user, "at": AT + 10_000, "k": 5}
-                answer = Client(opened).post("/v1/recommendations", body).json()
-                assert answer["release"] == other
+                answer = Client(replica).post("/v1/recommendations", body).json()
+                assert answer["release"] == other_id
                 assert [song["song_id"] for song in answer["songs"]] == [song["song_id"] for song in expected[user]]
     finally:
-        activate_release(world, live)
+        activate_release(world, live_id)
 
 
 def test_a_play_moves_the_answers_of_both_releases(world: Workspace, tmp_path: Path) -> None:
@@ -178,22 +180,25 @@ def test_a_play_moves_the_answers_of_both_releases(world: Workspace, tmp_path: P
 
 def test_pages_of_a_ranking_go_on_within_an_arm(world: Workspace, tmp_path: Path) -> None:
     arms = {"longer": {"share": 1.0, "horizon": 0.7}}
-    with Logged(world, tmp_path / "pages", **config(arms)) as paged:
-        whole = paged.recommend("user-2", k=6)["songs"]
-        first = paged.recommend("user-2", k=3)
-        second = paged.recommend("user-2", k=3, cursor=first["cursor"])
-        assert first["songs"] + second["songs"] == whole
-        assert [row["first"] for row in paged.rows("answers")] == [0, 0, 3]
+    with Logged(world, tmp_path / "pages", **config(arms)) as logging_app:
+        full = logging_app.recommend("user-2", k=6)["songs"]
+        first = logging_app.recommend("user-2", k=3)
+        second = logging_app.recommend("user-2", k=3, cursor=first["cursor"])
+        assert first["songs"] + second["songs"] == full
+        assert [row["first"] for row in logging_app.rows("answers")] == [0, 0, 3]
         assert first["recommendation_id"] != second["recommendation_id"]
     arms["longer"]["horizon"] = 0.2
-    with Logged(world, tmp_path / "later", **config(arms)) as later:  # a cursor does not depend on the arm's settings
-        assert len(later.recommend("user-2", k=3, cursor=first["cursor"])["songs"]) == 3
+    with Logged(world, tmp_path / "later", **config(arms)) as later_app:
+        # A cursor does not depend on the arm's settings.
+        assert len(later_app.recommend("user-2", k=3, cursor=first["cursor"])["songs"]) == 3
 
 
 def test_every_answer_is_in_the_log_as_it_was_given(logged: Logged) -> None:
-    answers = {one["recommendation_id"]: one for one in map(logged.recommend, USERS[:8])}
-    unknown = logged.app.post("/v1/recommendations", {"history": ["song-3"], "k": 2}, headers={"X-Request-ID": "q"})
-    answers[unknown.json()["recommendation_id"]] = unknown.json()
+    answers = {
+        recommendation["recommendation_id"]: recommendation for recommendation in map(logged.recommend, USERS[:8])
+    }
+    response = logged.app.post("/v1/recommendations", {"history": ["song-3"], "k": 2}, headers={"X-Request-ID": "q"})
+    answers[response.json()["recommendation_id"]] = response.json()
     rows = logged.rows("answers")
     assert {row["recommendation_id"] for row in rows} == set(answers)
     for row, user in zip(rows, [*USERS[:8], None], strict=True):
@@ -206,18 +211,20 @@ def test_every_answer_is_in_the_log_as_it_was_given(logged: Logged) -> None:
 
 def test_a_ranking_of_given_songs_is_in_the_log_too_and_plays_may_name_it(logged: Logged) -> None:
     songs = ["song-3", "song-50", "song-9", "nothing"]
-    ranked = logged.app.post("/v1/rank", {"user_id": "user-3", "at": AT + 10_000, "songs": songs}).json()
+    ranking = logged.app.post("/v1/rank", {"user_id": "user-3", "at": AT + 10_000, "songs": songs}).json()
     (row,) = logged.rows("answers")
-    assert row["recommendation_id"] == ranked["recommendation_id"]
-    assert row["song_ids"] == [song["song_id"] for song in ranked["songs"]]
+    assert row["recommendation_id"] == ranking["recommendation_id"]
+    assert row["song_ids"] == [song["song_id"] for song in ranking["songs"]]
     assert (len(row["song_ids"]), row["user_id"], row["experiment"], row["arm"], row["first"]) == (
         *(3, "user-3"),
         *(None, None, 0),
     )
     play = {"event_id": "r", "user_id": "user-3", "song_id": "song-9", "played_at": AT + 20_000}
-    assert logged.app.post("/v1/plays", {**play, "recommendation_id": ranked["recommendation_id"]}).json()["taken"] == 1
+    assert (
+        logged.app.post("/v1/plays", {**play, "recommendation_id": ranking["recommendation_id"]}).json()["taken"] == 1
+    )
     (event,) = [row for row in logged.rows("events") if row["event_id"] == "r"]
-    assert event["recommendation_id"] == ranked["recommendation_id"]
+    assert event["recommendation_id"] == ranking["recommendation_id"]
 
 
 def test_explored_songs_are_in_the_log_with_their_probabilities(logged: Logged) -> None:
@@ -247,23 +254,23 @@ def test_plays_that_were_stored_by_a_request_that_fails_are_in_the_log_once(
     logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The put of the second user conflicts with another writer, and then the store does not answer."""
-    put, get, gets = SqliteStore.put, SqliteStore.get, list[Any]()
+    put, get, get_calls = SqliteStore.put, SqliteStore.get, list[Any]()
 
     def conflicting_put(self: Any, changes: list[Change]) -> list[bool]:
         return [*put(self, changes[:1]), *(False for _ in changes[1:])]
 
     def failing_get(self: Any, users: Any) -> Any:
-        gets.append(users)
-        if len(gets) > 1:
+        get_calls.append(users)
+        if len(get_calls) > 1:
             raise StoreUnavailableError("the store does not answer")
         return get(self, users)
 
-    sent = {"plays": [{"event_id": "p", "user_id": user, "song_id": "song-1"} for user in ("user-1", "user-2")]}
-    with monkeypatch.context() as broken:
-        broken.setattr(SqliteStore, "put", conflicting_put)
-        broken.setattr(SqliteStore, "get", failing_get)
-        assert logged.app.post("/v1/plays", sent).status_code == 503
-    assert logged.app.post("/v1/plays", sent).json()["outcomes"] == ["repeated", "taken"]
+    body = {"plays": [{"event_id": "p", "user_id": user, "song_id": "song-1"} for user in ("user-1", "user-2")]}
+    with monkeypatch.context() as patch:
+        patch.setattr(SqliteStore, "put", conflicting_put)
+        patch.setattr(SqliteStore, "get", failing_get)
+        assert logged.app.post("/v1/plays", body).status_code == 503
+    assert logged.app.post("/v1/plays", body).json()["outcomes"] == ["repeated", "taken"]
     rows = [row for row in logged.rows("events") if row["event_id"] == "p"]
     assert [row["user_id"] for row in rows] == ["user-1", "user-2"]
 
@@ -324,15 +331,15 @@ def test_a_log_that_cannot_be_written_fails_no_answer_and_is_counted(
     logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged.rows("answers")
-    with monkeypatch.context() as broken:
-        broken.setattr(Workspace, "write_table", lambda *_, **__: 1 / 0)
-        broken.setattr("rayrec.data.impressions.MEMORY_BYTES", 4_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "write_table", lambda *_, **__: 1 / 0)
+        patch.setattr("rayrec.data.impressions.MEMORY_BYTES", 4_000)
         for user in USERS[:6]:
             assert logged.recommend(user)["songs"]
     text = logged.app.get("/metrics").text
-    dropped = re.search(r'rayrec_log_rows_total\{log="answers",outcome="dropped",[^}]*\} (\d+)', text)
-    assert dropped is not None, text
-    assert int(dropped[1]) == 4
+    match = re.search(r'rayrec_log_rows_total\{log="answers",outcome="dropped",[^}]*\} (\d+)', text)
+    assert match is not None, text
+    assert int(match[1]) == 4
     assert len(logged.rows("answers")) == 2
 
 

@@ -42,10 +42,10 @@ backend both
     server dies 127.0.0.1:{dies}
     server lives 127.0.0.1:{lives}
 """
-Running = tuple[psutil.Popen, str]
+RunningProxy = tuple[psutil.Popen, str]
 
 
-class Dies(socketserver.BaseRequestHandler):
+class ClosingHandler(socketserver.BaseRequestHandler):
     """Reads a request with a JSON body and closes the connection, as the kernel does for a killed process."""
 
     def handle(self) -> None:
@@ -58,7 +58,7 @@ class Dies(socketserver.BaseRequestHandler):
         return request
 
 
-class Lives(Dies):
+class EchoHandler(ClosingHandler):
     """Answers a request with the bytes of that request."""
 
     def handle(self) -> None:
@@ -68,19 +68,19 @@ class Lives(Dies):
 
 
 @pytest.fixture(scope="module")
-def haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningProxy]:
     """A running HAProxy process and its URL."""
     folder = tmp_path_factory.mktemp("haproxy")
-    told, (port, nobody) = environment(ServeConfig(), folder), free_ports(2)
-    figures = int(told["RAY_SERVE_HAPROXY_METRICS_PORT"])
-    servers = [socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) for handler in (Dies, Lives)]
+    variables, (port, unused_port) = environment(ServeConfig(), folder), free_ports(2)
+    metrics_port = int(variables["RAY_SERVE_HAPROXY_METRICS_PORT"])
+    servers = [socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) for handler in (ClosingHandler, EchoHandler)]
     for server in servers:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-    dies, lives = (server.server_address[1] for server in servers)
+    dying_port, living_port = (server.server_address[1] for server in servers)
     config = folder / "haproxy.cfg"
-    ports = {"port": port, "figures": figures, "nobody": nobody, "dies": dies, "lives": lives}
-    config.write_text(CONFIGURATION.format(retry_on=told["RAY_SERVE_HAPROXY_RETRY_ON"], **ports))
-    process = psutil.Popen([told["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)])
+    ports = {"port": port, "figures": metrics_port, "nobody": unused_port, "dies": dying_port, "lives": living_port}
+    config.write_text(CONFIGURATION.format(retry_on=variables["RAY_SERVE_HAPROXY_RETRY_ON"], **ports))
+    process = psutil.Popen([variables["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)])
     while len(process.net_connections()) < 2:
         assert process.poll() is None
         time.sleep(0.05)
@@ -92,27 +92,29 @@ def haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         server.server_close()
 
 
-def test_its_own_pages_are_on_loopback_alone_and_the_application_where_it_was_asked_for(haproxy: Running) -> None:
+def test_haproxys_own_pages_are_on_loopback_only_and_the_application_on_the_given_address(
+    haproxy: RunningProxy,
+) -> None:
     process, url = haproxy
-    listening = [connection for connection in process.net_connections() if connection.status == psutil.CONN_LISTEN]
-    addresses = {connection.laddr.port: connection.laddr.ip for connection in listening}
+    listeners = [connection for connection in process.net_connections() if connection.status == psutil.CONN_LISTEN]
+    addresses = {connection.laddr.port: connection.laddr.ip for connection in listeners}
     assert addresses.pop(int(url.rsplit(":", 1)[1])) == "0.0.0.0"  # the application's port, as configured
     assert [*addresses.values()] == ["127.0.0.1"]
 
 
-def test_a_request_whose_replica_dies_is_answered_by_another(haproxy: Running) -> None:
+def test_a_request_whose_replica_dies_is_answered_by_another(haproxy: RunningProxy) -> None:
     statuses = [httpx.post(f"{haproxy[1]}/both", json={"song_id": "song-3"}).status_code for _ in range(6)]
     assert statuses == [200] * 6
 
 
-def test_serve_is_told_to_leave_watching_the_client_to_the_application(haproxy: Running) -> None:
-    asked = {"X-Request-Disconnect-Disabled": "?0"}
-    seen = httpx.post(f"{haproxy[1]}/both", json={}, headers=asked).text.lower().splitlines()
-    assert [line for line in seen if "disconnect" in line] == ["x-request-disconnect-disabled: ?1"]
+def test_serve_is_told_to_leave_watching_the_client_to_the_application(haproxy: RunningProxy) -> None:
+    headers = {"X-Request-Disconnect-Disabled": "?0"}
+    request_lines = httpx.post(f"{haproxy[1]}/both", json={}, headers=headers).text.lower().splitlines()
+    assert [line for line in request_lines if "disconnect" in line] == ["x-request-disconnect-disabled: ?1"]
 
 
 @pytest.mark.parametrize("path", ["none", "dying", "before-the-application-is-known"])
-def test_where_no_replica_answers_it_says_when_to_try_again(haproxy: Running, path: str) -> None:
+def test_where_no_replica_answers_it_says_when_to_try_again(haproxy: RunningProxy, path: str) -> None:
     response = httpx.post(f"{haproxy[1]}/{path}", json={}, timeout=20)
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert response.headers["content-type"] == "application/problem+json"

@@ -17,7 +17,7 @@ from stores import needs_redis
 from rayrec.bench.redis_servers import RedisServer, free_port
 from rayrec.storage.workspace import Workspace
 
-KILLED_AT = 50
+KILL_AT_PLAY = 50
 
 REPLICA = """
 import sys, uvicorn
@@ -66,13 +66,13 @@ class Replica:
 
 @contextmanager
 def replicas(world: Workspace, store: str, count: int) -> Iterator[list[Replica]]:
-    made = [Replica(world, store) for _ in range(count)]
+    started_replicas = [Replica(world, store) for _ in range(count)]
     try:
-        for replica in made:
+        for replica in started_replicas:
             replica.wait()
-        yield made
+        yield started_replicas
     finally:
-        for replica in made:
+        for replica in started_replicas:
             replica.kill()
 
 
@@ -83,8 +83,11 @@ def test_plays_survive_the_kill_of_a_replica(world: Workspace, tmp_path: Path, k
         server.start()
     store = server.uri if kind == "redis" else f"sqlite:///{tmp_path}/states.sqlite"
     try:
-        with replicas(world, store, 2) as both:
-            send_all([replica.url for replica in both], lambda place: both[0].kill() if place == KILLED_AT else None)
+        with replicas(world, store, 2) as running_replicas:
+            send_all(
+                [replica.url for replica in running_replicas],
+                lambda play_number: running_replicas[0].kill() if play_number == KILL_AT_PLAY else None,
+            )
             require_each_play_once(world, store)
     finally:
         server.kill()
@@ -97,14 +100,14 @@ def test_plays_survive_the_kill_of_the_store(world: Workspace, tmp_path: Path) -
 
     restart = threading.Timer(1.0, server.start)  # until then the replica answers 503
 
-    def killed(place: int) -> None:
-        if place == KILLED_AT:
+    def kill_store(play_number: int) -> None:
+        if play_number == KILL_AT_PLAY:
             server.kill()
             restart.start()
 
     try:
-        with replicas(world, server.uri, 1) as one:
-            send_all([one[0].url], killed)
+        with replicas(world, server.uri, 1) as running_replicas:
+            send_all([running_replicas[0].url], kill_store)
             restart.join()
             require_each_play_once(world, server.uri)
     finally:
@@ -114,17 +117,17 @@ def test_plays_survive_the_kill_of_the_store(world: Workspace, tmp_path: Path) -
 def test_an_added_song_and_its_plays_survive_the_kill_of_a_replica(world: Workspace, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/songs.sqlite"
     with replicas(world, store, 1) as (first,):
-        added = httpx.post(f"{first.url}/v1/songs", json={"song_id": "new-1", "artist": "Artist 3"})
-        assert added.json()["outcomes"] == ["added"]
+        response = httpx.post(f"{first.url}/v1/songs", json={"song_id": "new-1", "artist": "Artist 3"})
+        assert response.json()["outcomes"] == ["added"]
         plays = [
-            {"event_id": str(turn), "user_id": "ann", "song_id": f"{name}-1"}
-            for turn, name in enumerate(("song", "new"))
+            {"event_id": str(number), "user_id": "ann", "song_id": f"{name}-1"}
+            for number, name in enumerate(("song", "new"))
         ]
         assert httpx.post(f"{first.url}/v1/plays", json={"plays": plays}).json()["taken"] == 2
         first.kill()
     with replicas(world, store, 1) as (second,):
-        listed = httpx.get(f"{second.url}/v1/users/ann/plays").json()["plays"]
-        assert [play["song_id"] for play in listed] == ["song-1", "new-1"]
+        stored_plays = httpx.get(f"{second.url}/v1/users/ann/plays").json()["plays"]
+        assert [play["song_id"] for play in stored_plays] == ["song-1", "new-1"]
         assert httpx.post(f"{second.url}/v1/songs", json={"song_id": "new-1"}).json()["outcomes"] == ["known"]
         body = {"history": ["song-3"], "allow": ["new-1"]}
         songs = httpx.post(f"{second.url}/v1/recommendations", json=body).json()["songs"]

@@ -24,7 +24,7 @@ from rayrec.storage import releases
 from rayrec.storage.artifacts import load_manifest
 from rayrec.storage.workspace import Workspace
 
-QUICK = SwitchWait(seconds=5)
+QUICK_WAIT = SwitchWait(seconds=5)
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def two(workspace: Workspace) -> tuple[Workspace, str, str]:
 
 @pytest.fixture
 def opened(two: tuple[Workspace, str, str]) -> Iterator[Service]:
-    with service(two[0], watch_seconds=0.05) as made:
-        yield made
+    with service(two[0], watch_seconds=0.05) as replica:
+        yield replica
 
 
 def test_waiting_ends_once_the_replica_answers_with_the_new_release(
@@ -47,10 +47,10 @@ def test_waiting_ends_once_the_replica_answers_with_the_new_release(
 ) -> None:
     workspace, first, second = two
     assert opened.live.id == first
-    old = opened.live
-    made = switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
-    assert (made.id, opened.live.id, old.id) == (second, second, first)
-    switch(workspace, lambda: releases.rollback(workspace), QUICK)
+    old_release = opened.live
+    release = switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
+    assert (release.id, opened.live.id, old_release.id) == (second, second, first)
+    switch(workspace, lambda: releases.rollback(workspace), QUICK_WAIT)
     assert opened.live.id == first
     assert releases.read_active(workspace)["history"] == []
 
@@ -59,27 +59,27 @@ def test_a_broken_release_is_refused_and_the_old_one_restored(two: tuple[Workspa
     workspace, first, second = two
     damage(workspace, second)
     with pytest.raises(RayrecError, match=rf"refuses release {second}: .*checksum.*release {first} is live again"):
-        switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
+        switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
     assert releases.read_active(workspace)["active"] == first
     assert opened.live.id == first
 
 
 def test_the_status_tells_what_was_refused_and_why(two: tuple[Workspace, str, str]) -> None:
     workspace, first, second = two
-    with service(workspace, watch_seconds=1000) as opened:
+    with service(workspace, watch_seconds=1000) as replica:
         damage(workspace, second)
         releases.activate_release(workspace, second)
-        opened.holder.look()
-        status = Client(opened).get("/v1/release").json()
+        replica.holder.look()
+        status = Client(replica).get("/v1/release").json()
         assert (status["release"], status["activated"], status["agreed"]) == (first, second, False)
         assert status["refused"]["id"] == second
         assert "checksum" in status["refused"]["reason"]
-        assert Client(opened).post("/v1/recommendations", {"history": ["song-1"]}).json()["release"] == first
+        assert Client(replica).post("/v1/recommendations", {"history": ["song-1"]}).json()["release"] == first
         damage(workspace, second)  # changes the same bit again, which repairs the file
         releases.activate_release(workspace, second)
-        opened.holder.look()
-        assert Client(opened).get("/v1/release").json()["refused"] is None
-        assert opened.live.id == second
+        replica.holder.look()
+        assert Client(replica).get("/v1/release").json()["refused"] is None
+        assert replica.live.id == second
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_a_replica_compares_what_it_loads_and_not_the_tastes_of_all_users(
     workspace, first, second = two
     workspace.write_bytes(path, workspace.read_bytes(path) + b" ")
     releases.activate_release(workspace, second)
-    with service(workspace) as opened:
-        assert opened.live.id == (first if refused else second)
-        assert (opened.holder.report().refused is not None) is refused
+    with service(workspace) as replica:
+        assert replica.live.id == (first if refused else second)
+        assert (replica.holder.report().refused is not None) is refused
 
 
 def test_without_a_running_application_waiting_fails_and_restores(two: tuple[Workspace, str, str]) -> None:
@@ -113,25 +113,27 @@ def test_without_a_running_application_waiting_fails_and_restores(two: tuple[Wor
 def test_waiting_is_for_all_replicas(two: tuple[Workspace, str, str], opened: Service) -> None:
     workspace, first, second = two
     Reports(workspace).write(report("lagging", release=first))
-    told: list[str] = []
+    messages: list[str] = []
     with pytest.raises(RayrecError, match="1 of 2 replicas answer with it, 0 are loading it"):
-        switch(workspace, lambda: releases.activate_release(workspace, second), SwitchWait(seconds=1, tell=told.append))
-    assert told[-1] == f"Waiting for release {second}: 1 of 2 replicas answer with it, 0 are loading it"
+        switch(
+            workspace, lambda: releases.activate_release(workspace, second), SwitchWait(seconds=1, tell=messages.append)
+        )
+    assert messages[-1] == f"Waiting for release {second}: 1 of 2 replicas answer with it, 0 are loading it"
     assert releases.read_active(workspace)["active"] == first
 
 
 class FailingWorkspace(Workspace):
-    """A workspace where some reads of paths that begin with `path` fail: those numbered in `failing`, from 1."""
+    """A workspace where some reads of paths that begin with `path` fail: those numbered in `failing_reads`, from 1."""
 
-    def __init__(self, workspace: Workspace, path: str, failing: Container[int]) -> None:
+    def __init__(self, workspace: Workspace, path: str, failing_reads: Container[int]) -> None:
         super().__init__(workspace.root)
-        self._path, self._failing, self._reads = path, failing, 0
+        self._path, self._failing_reads, self._reads = path, failing_reads, 0
 
     def read_bytes(self, path: str) -> bytes:
         """Return a file's content, or raise `OSError` for a failing read."""
         if path.startswith(self._path):
             self._reads += 1
-            if self._reads in self._failing:
+            if self._reads in self._failing_reads:
                 raise OSError(errno.ECONNRESET, "connection reset")
         return super().read_bytes(path)
 
@@ -139,17 +141,17 @@ class FailingWorkspace(Workspace):
 @pytest.mark.parametrize("read", [2, 3])  # the read right after the change, and one while the replica loads
 def test_a_read_that_fails_once_rolls_nothing_back(two: tuple[Workspace, str, str], opened: Service, read: int) -> None:
     workspace, _, second = two
-    failing = FailingWorkspace(workspace, releases.ACTIVE, {read})
-    assert switch(failing, lambda: releases.activate_release(workspace, second), QUICK).id == second
+    failing_workspace = FailingWorkspace(workspace, releases.ACTIVE, {read})
+    assert switch(failing_workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT).id == second
     assert (releases.read_active(workspace)["active"], opened.live.id) == (second, second)
 
 
 def test_a_replica_whose_report_cannot_be_read_is_waited_for(two: tuple[Workspace, str, str], opened: Service) -> None:
     workspace, first, second = two
     Reports(workspace).write(report("lagging", release=first))
-    failing = FailingWorkspace(workspace, "serving/replicas/lagging", range(1, 1_000))
+    failing_workspace = FailingWorkspace(workspace, "serving/replicas/lagging", range(1, 1_000))
     with pytest.raises(RayrecError, match=rf"the workspace cannot be read: .*reset; release {first} is live again"):
-        switch(failing, lambda: releases.activate_release(workspace, second), SwitchWait(seconds=1))
+        switch(failing_workspace, lambda: releases.activate_release(workspace, second), SwitchWait(seconds=1))
     assert releases.read_active(workspace)["active"] == first
 
 
@@ -158,9 +160,9 @@ def test_where_the_earlier_release_cannot_be_restored_the_error_says_which_one_i
 ) -> None:
     workspace, _, second = two
     monkeypatch.setattr(live_release, "READ_PAUSE_SECONDS", 0.0)
-    failing = FailingWorkspace(workspace, releases.ACTIVE, range(3, 1_000))
+    failing_workspace = FailingWorkspace(workspace, releases.ACTIVE, range(3, 1_000))
     with pytest.raises(RayrecError, match=f"release {second} is still live, .*connection reset.*rollback --wait"):
-        switch(failing, lambda: releases.activate_release(workspace, second), SwitchWait(absent_seconds=0.3))
+        switch(failing_workspace, lambda: releases.activate_release(workspace, second), SwitchWait(absent_seconds=0.3))
 
 
 def test_a_replica_reads_again_what_storage_failed_to_give_once(
@@ -179,24 +181,24 @@ def test_a_replica_reads_again_what_storage_failed_to_give_once(
 
     monkeypatch.setattr(live_release, "READ_PAUSE_SECONDS", 0.1)
     monkeypatch.setattr(opened.holder, "load", load_after_failures)
-    switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
+    switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
     assert opened.live.id == second
 
 
 def test_another_change_in_between_is_left_alone(two: tuple[Workspace, str, str]) -> None:
     workspace, first, second = two
 
-    def meanwhile() -> None:
+    def activate_first_meanwhile() -> None:
         while releases.read_active(workspace)["active"] != second:
             time.sleep(0.01)
         time.sleep(0.1)
         releases.write_active(workspace, first, ["by another"])
 
-    other = threading.Thread(target=meanwhile)
-    other.start()
+    thread = threading.Thread(target=activate_first_meanwhile)
+    thread.start()
     with pytest.raises(RayrecError, match="the live release was changed again"):
-        switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
-    other.join()
+        switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
+    thread.join()
     assert releases.read_active(workspace)["history"] == ["by another"]
 
 
@@ -204,8 +206,8 @@ def test_a_replica_reports_the_releases_that_its_arms_name(two: tuple[Workspace,
     workspace, first, second = two
     experiment = {"name": "e", "arms": {"a": {"share": 0.5}, "b": {"share": 0.5, "release": second}}}
     with service(workspace, experiment=experiment, watch_seconds=0.05):
-        (told,) = Reports(workspace).alive()
-        assert (told.release, told.arms) == (first, [second])
+        (replica_report,) = Reports(workspace).alive()
+        assert (replica_report.release, replica_report.arms) == (first, [second])
         config = CleanConfig(keep=1, hours=0)
         write_release(workspace, "3", seed=3)
         assert f"releases/{second}" not in {item.path for item in find_garbage(workspace, config)}
@@ -224,10 +226,10 @@ def test_a_replica_is_alive_as_long_as_its_report_changes(
     for name in ("alive", "dead"):
         writer.write(report(name))
     workspace.write_bytes("serving/replicas/junk.json", b"{")
-    assert {each.replica for each in reports.alive()} == {"alive", "dead"}  # no earlier look to compare with
+    assert {entry.replica for entry in reports.alive()} == {"alive", "dead"}  # no earlier look to compare with
     time.sleep(0.3)
     writer.write(report("alive", beat=2))
-    assert [each.replica for each in reports.alive()] == ["alive"]
+    assert [entry.replica for entry in reports.alive()] == ["alive"]
     monkeypatch.setattr(live_release, "FORGOTTEN_SECONDS", 0.2)
     reports.alive()
     reports.remove("alive")
@@ -240,10 +242,10 @@ def test_no_clock_of_another_machine_matters(
 ) -> None:
     """`switch` waits for the replica although the wall clock (`time.time`) is an hour off."""
     workspace, _, second = two
-    plain, switching = time.time, threading.current_thread()
+    true_time, switching_thread = time.time, threading.current_thread()
     # The replica reports from other threads, by the true clock.
-    monkeypatch.setattr(time, "time", lambda: plain() + ahead * (threading.current_thread() is switching))
-    switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
+    monkeypatch.setattr(time, "time", lambda: true_time() + ahead * (threading.current_thread() is switching_thread))
+    switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
     assert opened.live.id == second
 
 
@@ -256,12 +258,12 @@ def test_a_replica_that_loads_for_long_is_waited_for(
     monkeypatch.setattr(live_release, "REPORT_SECONDS", 0.1)
     load = opened.holder.load
     monkeypatch.setattr(opened.holder, "load", lambda release_id: time.sleep(2) or load(release_id))
-    told: list[str] = []
+    messages: list[str] = []
     with service(workspace, watch_seconds=0.05):  # a second replica, which reports often
-        writing = threading.Event()
+        stop = threading.Event()
 
         def report_often() -> None:
-            while not writing.wait(0.1):
+            while not stop.wait(0.1):
                 opened.holder.reports.write(opened.holder.report())
 
         thread = threading.Thread(target=report_often)
@@ -269,12 +271,12 @@ def test_a_replica_that_loads_for_long_is_waited_for(
         switch(
             workspace,
             lambda: releases.activate_release(workspace, second),
-            SwitchWait(absent_seconds=0.5, tell=told.append),
+            SwitchWait(absent_seconds=0.5, tell=messages.append),
         )
-        writing.set()
+        stop.set()
         thread.join()
     assert opened.live.id == second
-    assert any("1 are loading it" in text for text in told)
+    assert any("1 are loading it" in text for text in messages)
 
 
 def test_a_watch_tells_replicas_apart() -> None:
@@ -289,23 +291,23 @@ def test_a_replica_that_starts_on_a_broken_release_goes_back_to_the_one_before(
     workspace, first, second = two
     releases.activate_release(workspace, second)
     damage(workspace, second)
-    with service(workspace) as opened:
-        assert opened.live.id == first
-        assert opened.holder.report().refused is not None
+    with service(workspace) as replica:
+        assert replica.live.id == first
+        assert replica.holder.report().refused is not None
 
 
 def test_without_a_release_the_replica_is_alive_and_not_ready(workspace: Workspace) -> None:
     write_world(workspace)
-    with service(workspace, watch_seconds=0.05) as opened:
+    with service(workspace, watch_seconds=0.05) as replica:
         with pytest.raises(NotReadyError, match="rayrec release activate"):
-            _ = opened.live
-        app = Client(opened)
+            _ = replica.live
+        app = Client(replica)
         assert app.get("/healthz").status_code == 200
         for response in (app.get("/readyz"), app.post("/v1/recommendations", {"history": []})):
             assert (response.status_code, response.json()["status"]) == (503, 503)
             assert int(response.headers["retry-after"]) > 0
         release = write_release(workspace)
-        switch(workspace, lambda: releases.activate_release(workspace, release.id), QUICK)
+        switch(workspace, lambda: releases.activate_release(workspace, release.id), QUICK_WAIT)
         assert app.get("/readyz").json()["release"] == release.id
 
 
@@ -315,18 +317,18 @@ def test_a_workspace_out_of_reach_ends_no_watch(two: tuple[Workspace, str, str],
     workspace.write_bytes(releases.ACTIVE, b"{ half")
     time.sleep(0.2)
     workspace.write_bytes(releases.ACTIVE, state)
-    switch(workspace, lambda: releases.activate_release(workspace, second), QUICK)
+    switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
     assert opened.live.id == second
 
 
 def test_models_without_play_counts_are_given_those_of_the_data_set(two: tuple[Workspace, str, str]) -> None:
     workspace, _, _ = two
-    counted = model_play_counts(Dataset(workspace), "model1", NUM_SONGS)
+    expected = model_play_counts(Dataset(workspace), "model1", NUM_SONGS)
     manifest = load_manifest(workspace, "models", "model1")
-    raw = workspace.read_json(manifest.path("manifest.json"))
-    raw["files"].pop("play_counts.npy")
-    workspace.write_json(manifest.path("manifest.json"), raw)
-    np.testing.assert_array_equal(model_play_counts(Dataset(workspace), "model1", NUM_SONGS), counted)
+    data = workspace.read_json(manifest.path("manifest.json"))
+    data["files"].pop("play_counts.npy")
+    workspace.write_json(manifest.path("manifest.json"), data)
+    np.testing.assert_array_equal(model_play_counts(Dataset(workspace), "model1", NUM_SONGS), expected)
 
 
 @pytest.fixture(scope="module")
@@ -341,11 +343,11 @@ def test_a_release_that_was_fitted_on_all_plays_shows_the_validation_before(tmp_
     write_world(workspace)
     parts = write_release(workspace, activate=False).inputs
     workspace.delete("releases")
-    named = {"model_id": parts["models"], "tastes_id": parts["tastes"], "index_id": parts["indexes"]}
+    part_ids = {"model_id": parts["models"], "tastes_id": parts["tastes"], "index_id": parts["indexes"]}
     validation = {"verdict": "two-step finds 7 of 100.", "queries": 12, "figures": {"served_recall@20": 0.07}}
-    releases.create_release(workspace, **named, metrics={releases.VALIDATION: validation})
-    with service(workspace) as opened:
-        card = Client(opened).get("/v1/release/card").json()
+    releases.create_release(workspace, **part_ids, metrics={releases.VALIDATION: validation})
+    with service(workspace) as replica:
+        card = Client(replica).get("/v1/release/card").json()
     assert (card["report"], card["verdict"], card["queries"]) == (None, "two-step finds 7 of 100.", 12)
     assert card["metrics"] == {"served_recall@20": 0.07}
 
@@ -354,17 +356,17 @@ def test_a_card_tells_the_data_and_the_figures_of_its_own_release_alone(world: W
     other = write_release(world, "2", seed=5, activate=False)
     release = write_release(world, "1")
     data = Dataset(world).manifest
-    with service(world) as opened:
-        app = Client(opened)
+    with service(world) as replica:
+        app = Client(replica)
         plant_report(world, other.inputs, recall=0.9, report_id="other")
         card = app.get("/v1/release/card").json()
         assert (card["release"], card["parts"]) == (release.id, release.inputs)
-        told = {name: card["data"][name] for name in ("id", "users", "plays", "songs")}
-        assert told == {"id": data.id, "users": data.users, "plays": data.plays, "songs": data.songs}
+        card_data = {name: card["data"][name] for name in ("id", "users", "plays", "songs")}
+        assert card_data == {"id": data.id, "users": data.users, "plays": data.plays, "songs": data.songs}
         assert (card["report"], card["verdict"], card["metrics"], card["warning"]) == (None, None, {}, None)
-        missing = app.get("/v1/release/report")
-        assert missing.status_code == 404
-        assert "rayrec evaluate" in missing.json()["detail"]
+        missing_report = app.get("/v1/release/report")
+        assert missing_report.status_code == 404
+        assert "rayrec evaluate" in missing_report.json()["detail"]
         plant_report(world, release.inputs, recall=0.42, report_id="own")
         card = app.get("/v1/release/card").json()
         assert (card["report"], card["queries"], card["warning"]) == ("own", 9, "the test range leaked")

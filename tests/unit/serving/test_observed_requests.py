@@ -20,7 +20,7 @@ from rayrec.storage.workspace import Workspace
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"
 BODY = {"history": ["song-3"], "k": 2, "at": AT}
-PAGE = {"Origin": "https://music.example"}
+PAGE_HEADERS = {"Origin": "https://music.example"}
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def test_the_access_log_has_a_line_for_each_request_and_no_id_of_a_user(world: Workspace, tmp_path: Path) -> None:
     path = tmp_path / "access.log"
-    with service(world, access_log=str(path)) as opened:
-        app = Client(opened)
+    with service(world, access_log=str(path)) as replica:
+        app = Client(replica)
         app.post("/v1/recommendations", BODY, headers={"X-Request-ID": "mine", "traceparent": TRACEPARENT})
         app.get("/v1/users/secret-user/taste")
         app.get("/nothing%0Aforged")
@@ -68,8 +68,8 @@ def test_a_request_is_a_span_of_its_callers_trace(world: Workspace, monkeypatch:
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
-    with service(world) as opened:
-        app = Client(opened)
+    with service(world) as replica:
+        app = Client(replica)
         app.post("/v1/recommendations", BODY, headers={"traceparent": TRACEPARENT})
         app.get("/readyz", headers={"traceparent": "nonsense"})
     first, second = exporter.get_finished_spans()
@@ -92,8 +92,8 @@ def test_the_span_of_a_crash_is_an_error_and_holds_it(world: Workspace, monkeypa
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
     monkeypatch.setattr(Service, "recommend", crash)
-    with service(world) as opened:
-        assert Client(opened).post("/v1/recommendations", BODY).status_code == 500
+    with service(world) as replica:
+        assert Client(replica).post("/v1/recommendations", BODY).status_code == 500
     (span,) = exporter.get_finished_spans()
     assert dict(span.attributes or {})["http.response.status_code"] == 500
     assert span.status.status_code == trace.StatusCode.ERROR
@@ -105,27 +105,34 @@ def keys() -> Keys:
 
 
 def test_pages_of_named_origins_may_call_the_api_and_others_not(world: Workspace) -> None:
-    with service(world, keys(), cors_origins=("https://music.example",)) as opened:
-        app, key = Client(opened), {"Authorization": "Bearer reader-0123456789"}
-        ahead = {**PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-        preflight = app.request("OPTIONS", "/v1/recommendations", headers=ahead)
+    with service(world, keys(), cors_origins=("https://music.example",)) as replica:
+        app, key_headers = Client(replica), {"Authorization": "Bearer reader-0123456789"}
+        preflight_headers = {
+            **PAGE_HEADERS,
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization",
+        }
+        preflight = app.request("OPTIONS", "/v1/recommendations", headers=preflight_headers)
         assert preflight.status_code == 200
-        assert preflight.headers["access-control-allow-origin"] == PAGE["Origin"]
+        assert preflight.headers["access-control-allow-origin"] == PAGE_HEADERS["Origin"]
         assert "authorization" in preflight.headers["access-control-allow-headers"].lower()
-        answer = app.post("/v1/recommendations", BODY, headers={**PAGE, **key})
+        answer = app.post("/v1/recommendations", BODY, headers={**PAGE_HEADERS, **key_headers})
         assert answer.status_code == 200
-        assert answer.headers["access-control-allow-origin"] == PAGE["Origin"]
+        assert answer.headers["access-control-allow-origin"] == PAGE_HEADERS["Origin"]
         assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
-        refused = app.post("/v1/recommendations", BODY, headers=PAGE)  # the page may read the error
-        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, PAGE["Origin"])
-        other = app.post("/v1/recommendations", BODY, headers={"Origin": "https://other.example", **key})
+        refused = app.post("/v1/recommendations", BODY, headers=PAGE_HEADERS)  # the page may read the error
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, PAGE_HEADERS["Origin"])
+        other = app.post("/v1/recommendations", BODY, headers={"Origin": "https://other.example", **key_headers})
         assert "access-control-allow-origin" not in other.headers
         assert (
-            app.request("OPTIONS", "/v1/plays", headers={**ahead, "Origin": "https://other.example"}).status_code == 400
+            app.request(
+                "OPTIONS", "/v1/plays", headers={**preflight_headers, "Origin": "https://other.example"}
+            ).status_code
+            == 400
         )
 
 
 def test_by_default_no_page_of_another_origin_may_call_the_api(world: Workspace) -> None:
-    with service(world) as opened:
-        answer = Client(opened).post("/v1/recommendations", BODY, headers=PAGE)
+    with service(world) as replica:
+        answer = Client(replica).post("/v1/recommendations", BODY, headers=PAGE_HEADERS)
         assert "access-control-allow-origin" not in answer.headers

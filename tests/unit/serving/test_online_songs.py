@@ -29,8 +29,8 @@ from rayrec.storage import artifacts, releases
 from rayrec.storage.workspace import Workspace
 
 ARTIST = 3
-OF_ARTIST = [f"song-{ARTIST + 7 * place}" for place in range(6)]
-OF_EACH = -(-NUM_SONGS // 7) + 1  # maximum number of songs of an artist, including one added song
+ARTIST_SONGS = [f"song-{ARTIST + 7 * position}" for position in range(6)]
+MAX_SONGS_PER_ARTIST = -(-NUM_SONGS // 7) + 1  # maximum number of songs of an artist, including one added song
 TOLERANCE = 1e-5  # absolute, per number of a vector
 
 
@@ -51,8 +51,8 @@ def world(workspace: Workspace) -> Workspace:
 
 @pytest.fixture
 def opened(world: Workspace) -> Iterator[Service]:
-    with service(world) as each:
-        yield each
+    with service(world) as replica:
+        yield replica
 
 
 def add(app: Client, *songs: dict[str, Any]) -> list[str]:
@@ -63,35 +63,35 @@ def add(app: Client, *songs: dict[str, Any]) -> list[str]:
 
 
 def new_song(number: int, artist: int | None = ARTIST) -> dict[str, Any]:
-    by = {} if artist is None else {"artist": f"Artist {artist}"}
-    return {"song_id": f"new-{number}", "title": f"New {number}", **by}
+    artist_field = {} if artist is None else {"artist": f"Artist {artist}"}
+    return {"song_id": f"new-{number}", "title": f"New {number}", **artist_field}
 
 
 def play(user_id: str, song_id: str, played_at: int) -> dict[str, Any]:
     return {"event_id": f"{user_id} {played_at}", "user_id": user_id, "song_id": song_id, "played_at": played_at}
 
 
-def recommended(app: Client, history: list[str], k: int = NUM_SONGS, **body: Any) -> list[str]:
+def recommended_songs(app: Client, history: list[str], k: int = NUM_SONGS, **body: Any) -> list[str]:
     response = app.post("/v1/recommendations", {"history": history, "at": AT, "k": k, "exclude_heard": False, **body})
     assert response.status_code == 200, response.text
     return [song["song_id"] for song in response.json()["songs"]]
 
 
-def vector(opened: Service, song_id: str) -> np.ndarray:
-    live = opened.live
+def vector(replica: Service, song_id: str) -> np.ndarray:
+    live = replica.live
     return np.array(network_of(live.engine.parts.recommender).song_vectors[live.catalog.find([song_id])[0]])
 
 
-def within_a_second(holds: Any) -> None:
-    until = time.monotonic() + 1.0
-    while not holds():
-        assert time.monotonic() < until
+def require_within_a_second(condition: Any) -> None:
+    deadline = time.monotonic() + 1.0
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def test_an_added_song_is_recommended_to_listeners_of_its_artist_and_nothing_else_changes(opened: Service) -> None:
     app = Client(opened)
-    others = recommended(app, ["song-1", "song-8", "song-15"], k=20)
+    other_songs = recommended_songs(app, ["song-1", "song-8", "song-15"], k=20)
     assert app.post("/v1/songs", new_song(1)).json() == {
         "release": opened.live.id,
         "added": 1,
@@ -99,29 +99,31 @@ def test_an_added_song_is_recommended_to_listeners_of_its_artist_and_nothing_els
         "limit": online_songs.MAX_ONLINE_SONGS,
         "outcomes": ["added"],
     }
-    assert "new-1" in recommended(app, OF_ARTIST, k=OF_EACH)
-    assert recommended(app, ["song-1", "song-8", "song-15"], k=20) == others
+    assert "new-1" in recommended_songs(app, ARTIST_SONGS, k=MAX_SONGS_PER_ARTIST)
+    assert recommended_songs(app, ["song-1", "song-8", "song-15"], k=20) == other_songs
     # All endpoints treat it like other songs: filters, search, new songs, similar songs and rankings.
-    assert recommended(app, OF_ARTIST, artists=[f"Artist {ARTIST}"], k=50).count("new-1") == 1
-    assert "new-1" not in recommended(app, OF_ARTIST, artists=["Artist 1"])
-    assert recommended(app, OF_ARTIST, allow=["new-1", "song-0"], k=2).count("new-1") == 1
-    assert "new-1" not in recommended(app, OF_ARTIST, exclude=["new-1"])
+    assert recommended_songs(app, ARTIST_SONGS, artists=[f"Artist {ARTIST}"], k=50).count("new-1") == 1
+    assert "new-1" not in recommended_songs(app, ARTIST_SONGS, artists=["Artist 1"])
+    assert recommended_songs(app, ARTIST_SONGS, allow=["new-1", "song-0"], k=2).count("new-1") == 1
+    assert "new-1" not in recommended_songs(app, ARTIST_SONGS, exclude=["new-1"])
     assert app.get("/v1/songs", params={"query": "new 1"}).json()["songs"][0]["song_id"] == "new-1"
     assert app.get("/v1/songs/new").json()["songs"][0]["song_id"] == "new-1"
     assert len(app.get("/v1/songs/new-1/similar").json()["songs"]) == 20
-    for history in (OF_ARTIST, []):
-        ranked = app.post("/v1/rank", {"history": history, "songs": ["new-1", "song-2"]}).json()
-        assert ranked["unknown_song_ids"] == []
-    assert [(song["song_id"], song["score"]) for song in ranked["songs"]][1] == ("new-1", 0.0)  # it has no plays
+    for history in (ARTIST_SONGS, []):
+        ranking = app.post("/v1/rank", {"history": history, "songs": ["new-1", "song-2"]}).json()
+        assert ranking["unknown_song_ids"] == []
+    assert [(song["song_id"], song["score"]) for song in ranking["songs"]][1] == ("new-1", 0.0)  # it has no plays
 
 
 def test_every_replica_takes_it_in_within_a_second_and_a_restarted_one_has_it(world: Workspace) -> None:
     with service(world) as first, service(world) as second:
         add(Client(first), new_song(1), new_song(2, artist=5))
-        within_a_second(lambda: "new-1" in recommended(Client(second), OF_ARTIST, k=OF_EACH))
+        require_within_a_second(
+            lambda: "new-1" in recommended_songs(Client(second), ARTIST_SONGS, k=MAX_SONGS_PER_ARTIST)
+        )
         np.testing.assert_array_equal(vector(second, "new-2"), vector(first, "new-2"))
     with service(world) as third:
-        assert "new-1" in recommended(Client(third), OF_ARTIST, k=OF_EACH)
+        assert "new-1" in recommended_songs(Client(third), ARTIST_SONGS, k=MAX_SONGS_PER_ARTIST)
         assert add(Client(third), new_song(1)) == ["known"]
 
 
@@ -133,13 +135,15 @@ def test_replicas_share_added_songs_through_redis(world: Workspace, tmp_path: Pa
         with service(world, store=server.uri) as first, service(world, store=server.uri) as second:
             app = Client(first)
             add(app, new_song(1))
-            sent = [play("ann", song, AT + place) for place, song in enumerate(["song-1", "new-1", "song-2"])]
-            assert app.post("/v1/plays", {"plays": sent}).json()["taken"] == 3
-            within_a_second(lambda: np.array_equal(vector(second, "new-1"), vector(first, "new-1")))
+            plays = [play("ann", song, AT + position) for position, song in enumerate(["song-1", "new-1", "song-2"])]
+            assert app.post("/v1/plays", {"plays": plays}).json()["taken"] == 3
+            require_within_a_second(lambda: np.array_equal(vector(second, "new-1"), vector(first, "new-1")))
             server.kill()
             server.start()
         with service(world, store=server.uri) as third:
-            assert [one["song_id"] for one in Client(third).get("/v1/users/ann/plays").json()["plays"]] == [
+            assert [
+                stored_play["song_id"] for stored_play in Client(third).get("/v1/users/ann/plays").json()["plays"]
+            ] == [
                 "song-1",
                 "new-1",
                 "song-2",
@@ -150,13 +154,18 @@ def test_replicas_share_added_songs_through_redis(world: Workspace, tmp_path: Pa
 
 def test_songs_that_are_known_stay_as_they_are_and_one_without_a_vector_gets_one(opened: Service) -> None:
     app = Client(opened)
-    lacking = {"song_id": f"song-{WITHOUT_VECTOR}", "artist": "Artist 2"}
-    assert add(app, lacking) == ["added"]
+    song_without_vector = {"song_id": f"song-{WITHOUT_VECTOR}", "artist": "Artist 2"}
+    assert add(app, song_without_vector) == ["added"]
     assert app.get("/v1/songs", params={"query": f"title {WITHOUT_VECTOR}"}).json()["count"] > 0
-    assert recommended(app, OF_ARTIST, artists=["Artist 5"], k=3)
-    assert add(app, new_song(1), {"song_id": "song-5"}, new_song(1), lacking) == ["added", "known", "known", "known"]
-    assert add(app, {**new_song(1), "artist": "Artist 6"}, lacking) == ["known", "known"]
-    assert f"song-{WITHOUT_VECTOR}" in recommended(app, ["song-2", "song-9"])
+    assert recommended_songs(app, ARTIST_SONGS, artists=["Artist 5"], k=3)
+    assert add(app, new_song(1), {"song_id": "song-5"}, new_song(1), song_without_vector) == [
+        "added",
+        "known",
+        "known",
+        "known",
+    ]
+    assert add(app, {**new_song(1), "artist": "Artist 6"}, song_without_vector) == ["known", "known"]
+    assert f"song-{WITHOUT_VECTOR}" in recommended_songs(app, ["song-2", "song-9"])
 
 
 def test_songs_beyond_the_limit_are_refused_all_together(opened: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,9 +180,9 @@ def test_songs_beyond_the_limit_are_refused_all_together(opened: Service, monkey
 def test_songs_are_added_with_a_key_to_write(world: Workspace) -> None:
     keys = load_keys(ServeConfig(), {"RAYREC_API_KEYS": "read:read-key-read-key,write:write-key-write-key"})
     assert isinstance(keys, Keys)
-    with service(world, keys=keys) as each:
-        assert Client(each, key="read-key-read-key").post("/v1/songs", new_song(1)).status_code == 403
-        assert Client(each, key="write-key-write-key").post("/v1/songs", new_song(1)).status_code == 200
+    with service(world, keys=keys) as replica:
+        assert Client(replica, key="read-key-read-key").post("/v1/songs", new_song(1)).status_code == 403
+        assert Client(replica, key="write-key-write-key").post("/v1/songs", new_song(1)).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -189,8 +198,8 @@ def test_songs_are_added_with_a_key_to_write(world: Workspace) -> None:
 )
 def test_a_field_that_is_wrong_is_named(opened: Service, song: dict[str, Any], where: str) -> None:
     """The song is sent alone and in a list; the error names the field's place in the sent body."""
-    alone, listed = new_song(1) | song, {"songs": [new_song(2), new_song(1) | song]}
-    for body, name in ((alone, where), (listed, f"songs.1.{where}")):
+    single_song, song_list = new_song(1) | song, {"songs": [new_song(2), new_song(1) | song]}
+    for body, name in ((single_song, where), (song_list, f"songs.1.{where}")):
         response = Client(opened).post("/v1/songs", body)
         assert response.status_code == 422
         assert response.json()["errors"][0]["where"] == name
@@ -209,78 +218,82 @@ def test_vectors_equal_those_of_the_nightly_job_over_the_same_metadata_and_plays
         ]
         for user in range(3)
     }
-    before = vector(opened, "new-0")
-    for begin in (0, 12, 24):  # the plays arrive in three batches, each in reverse order
+    vector_before = vector(opened, "new-0")
+    for start in (0, 12, 24):  # the plays arrive in three batches, each in reverse order
         for user, songs in users.items():
-            places = list(range(begin, min(begin + 12, len(songs))))[::-1]
-            sent = [play(user, songs[place], AT + 60_000 * place) for place in places]
-            assert app.post("/v1/plays", {"plays": sent}).json()["taken"] == len(places)
+            positions = list(range(start, min(start + 12, len(songs))))[::-1]
+            plays = [play(user, songs[position], AT + 60_000 * position) for position in positions]
+            assert app.post("/v1/plays", {"plays": plays}).json()["taken"] == len(positions)
     path = tmp_path / "new.csv"
     path.write_text(f"song,title,artist\nnew-0,New 0,Artist {ARTIST}\nnew-1,New 1,Artist 5\nnew-2,New 2,\n")
     describe(world, DescribeConfig(append=True), str(path))
-    earlier = add_songs(world)
+    added_manifest = add_songs(world)
     dataset = Dataset(world)
     histories = Histories.from_lists(
         [dataset.catalog().rows(songs).tolist() for songs in users.values()],
-        [[AT + 60_000 * place for place in range(30)]] * 3,
+        [[AT + 60_000 * position for position in range(30)]] * 3,
     )
-    nightly = added_to(dataset, model.folder, plays=[histories], earlier=AddedSongs.load(world, earlier.folder))
-    place = {int(row): place for place, row in enumerate(nightly.rows)}
+    nightly = added_to(dataset, model.folder, plays=[histories], earlier=AddedSongs.load(world, added_manifest.folder))
+    position = {int(row): position for position, row in enumerate(nightly.rows)}
     assert nightly.played == 3
     for number in range(3):
-        expected = nightly.outputs[place[NUM_SONGS + number]]
-        within_a_second(
+        expected = nightly.outputs[position[NUM_SONGS + number]]
+        require_within_a_second(
             lambda number=number, expected=expected: np.allclose(
                 vector(opened, f"new-{number}"), expected, atol=TOLERANCE
             )
         )
-    assert np.abs(vector(opened, "new-0") - before).max() > 100 * TOLERANCE
+    assert np.abs(vector(opened, "new-0") - vector_before).max() > 100 * TOLERANCE
 
 
-def test_a_release_that_has_the_song_takes_its_place_and_plays_of_it_stay(
+def test_a_new_release_with_the_added_song_replaces_it_and_its_plays_stay(
     world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(online_songs, "CLOSE_SECONDS", 0.0)
     path = tmp_path / "new.csv"
     # The next release numbers the new songs in another order than the online additions.
     path.write_text("song,title,artist\nother,Other,Artist 1\nnew-1,New 1,Artist 3\n")
-    with service(world, watch_seconds=0.05) as each:
-        app = Client(each)
+    with service(world, watch_seconds=0.05) as replica:
+        app = Client(replica)
         add(app, new_song(1), new_song(2))
-        sent = [play("ann", song, AT + place) for place, song in enumerate(["song-1", "new-1", "new-2", "song-2"])]
-        assert app.post("/v1/plays", {"plays": sent}).json()["taken"] == 4
+        plays = [
+            play("ann", song, AT + position) for position, song in enumerate(["song-1", "new-1", "new-2", "song-2"])
+        ]
+        assert app.post("/v1/plays", {"plays": plays}).json()["taken"] == 4
         describe(world, DescribeConfig(append=True), str(path))
         add_songs(world)
         release = releases.create_release(world, activate=True)
-        until = time.monotonic() + 20
-        while each.live.id != release.id:
-            assert time.monotonic() < until
+        deadline = time.monotonic() + 20
+        while replica.live.id != release.id:
+            assert time.monotonic() < deadline
             time.sleep(0.05)
-        played = [one["song_id"] for one in app.get("/v1/users/ann/plays").json()["plays"]]
-        assert played == ["song-1", "new-1", "new-2", "song-2"]
-        assert each.live.catalog.find(["new-1"])[0] == NUM_SONGS + 1
-        answer = recommended(app, OF_ARTIST)
-        assert answer.count("new-1") == answer.count("new-2") == 1
-        heard = app.post("/v1/recommendations", {"user_id": "ann", "k": NUM_SONGS}).json()["songs"]
-        assert not {"new-1", "new-2"} & {song["song_id"] for song in heard}
+        played_ids = [stored_play["song_id"] for stored_play in app.get("/v1/users/ann/plays").json()["plays"]]
+        assert played_ids == ["song-1", "new-1", "new-2", "song-2"]
+        assert replica.live.catalog.find(["new-1"])[0] == NUM_SONGS + 1
+        song_ids = recommended_songs(app, ARTIST_SONGS)
+        assert song_ids.count("new-1") == song_ids.count("new-2") == 1
+        recommendations = app.post("/v1/recommendations", {"user_id": "ann", "k": NUM_SONGS}).json()["songs"]
+        assert not {"new-1", "new-2"} & {song["song_id"] for song in recommendations}
         assert add(app, new_song(1), new_song(3)) == ["known", "added"]
-        store = each.users.store(each.live.catalog.lineage)
-        within_a_second(lambda: [song.song_id for song in store.songs_since(0)[1] if song.data] == ["new-2", "new-3"])
+        store = replica.users.store(replica.live.catalog.lineage)
+        require_within_a_second(
+            lambda: [song.song_id for song in store.songs_since(0)[1] if song.data] == ["new-2", "new-3"]
+        )
 
 
 def test_plays_stay_where_releases_have_all_songs_that_were_added(world: Workspace, tmp_path: Path) -> None:
     path = tmp_path / "new.csv"
     path.write_text("song,title,artist\nother,Other,Artist 1\nnew-1,New 1,Artist 3\n")
-    with service(world) as each:
-        add(Client(each), new_song(1))
-        sent = [play("ann", song, AT + place) for place, song in enumerate(["song-1", "new-1", "song-2"])]
-        assert Client(each).post("/v1/plays", {"plays": sent}).json()["taken"] == 3
+    with service(world) as replica:
+        add(Client(replica), new_song(1))
+        plays = [play("ann", song, AT + position) for position, song in enumerate(["song-1", "new-1", "song-2"])]
+        assert Client(replica).post("/v1/plays", {"plays": plays}).json()["taken"] == 3
     describe(world, DescribeConfig(append=True), str(path))
     add_songs(world)
     releases.create_release(world, activate=True)
-    with service(world) as each:
-        played = Client(each).get("/v1/users/ann/plays").json()["plays"]
-        assert [one["song_id"] for one in played] == ["song-1", "new-1", "song-2"]
+    with service(world) as replica:
+        stored_plays = Client(replica).get("/v1/users/ann/plays").json()["plays"]
+        assert [stored_play["song_id"] for stored_play in stored_plays] == ["song-1", "new-1", "song-2"]
 
 
 def test_a_play_that_the_store_cannot_count_for_its_song_is_taken_all_the_same(
@@ -290,14 +303,14 @@ def test_a_play_that_the_store_cannot_count_for_its_song_is_taken_all_the_same(
         raise StoreUnavailableError("the store does not answer")
 
     monkeypatch.setattr(SqliteStore, "count_song_plays", failing_count)
-    with service(world, log_impressions=True) as each:
-        add(Client(each), new_song(1))
-        sent = [play("ann", song, AT + place) for place, song in enumerate(["song-1", "new-1", "song-2"])]
-        response = Client(each).post("/v1/plays", {"plays": sent})
+    with service(world, log_impressions=True) as replica:
+        add(Client(replica), new_song(1))
+        plays = [play("ann", song, AT + position) for position, song in enumerate(["song-1", "new-1", "song-2"])]
+        response = Client(replica).post("/v1/plays", {"plays": plays})
         assert (response.status_code, response.json()["taken"]) == (200, 3)
     assert "plays of songs that were added online are not counted: the store does not answer" in caplog.text
-    logged = [row["song_id"] for table in read_impressions(world, "events") for row in table.to_pylist()]
-    assert logged == ["song-1", "new-1", "song-2"]
+    logged_ids = [row["song_id"] for table in read_impressions(world, "events") for row in table.to_pylist()]
+    assert logged_ids == ["song-1", "new-1", "song-2"]
 
 
 @pytest.mark.parametrize("online", [False, True])
@@ -315,25 +328,25 @@ def test_an_older_release_leaves_out_plays_of_songs_that_a_newer_one_has_and_los
         releases.create_release(world, activate=True)
         with service(world) as newer:
             assert newer.live.catalog.find(["other"]).tolist() == [NUM_SONGS]
-            sent = [play("ann", song, AT + place) for place, song in enumerate(["song-1", "other", "song-2"])]
-            sent.append({**play("ann", "other", AT + 3), "type": "like"})
-            assert Client(newer).post("/v1/plays", {"plays": sent}).json()["taken"] == 4
-            app, before = Client(older), vector(older, "new-1") if online else None
+            plays = [play("ann", song, AT + position) for position, song in enumerate(["song-1", "other", "song-2"])]
+            plays.append({**play("ann", "other", AT + 3), "type": "like"})
+            assert Client(newer).post("/v1/plays", {"plays": plays}).json()["taken"] == 4
+            app, vector_before = Client(older), vector(older, "new-1") if online else None
 
-            def played(app: Client) -> list[str]:
-                return [one["song_id"] for one in app.get("/v1/users/ann/plays").json()["plays"]]
+            def stored_song_ids(app: Client) -> list[str]:
+                return [stored_play["song_id"] for stored_play in app.get("/v1/users/ann/plays").json()["plays"]]
 
-            assert played(app) == ["song-1", "song-2"]
+            assert stored_song_ids(app) == ["song-1", "song-2"]
             answer = app.post("/v1/recommendations", {"user_id": "ann", "k": NUM_SONGS + 1, "explain": True}).json()
             assert [song["song_id"] for song in answer["last_plays"]] == ["song-1", "song-2"]
             assert ("new-1" in [song["song_id"] for song in answer["songs"]]) == online  # the user has not heard it
             assert app.post("/v1/plays", play("ann", "song-3", AT + 4)).json()["taken"] == 1
-            assert played(app) == ["song-1", "song-2", "song-3"]
-            assert played(Client(newer)) == ["song-1", "other", "song-2", "song-3"]
+            assert stored_song_ids(app) == ["song-1", "song-2", "song-3"]
+            assert stored_song_ids(Client(newer)) == ["song-1", "other", "song-2", "song-3"]
             if online:  # the added song has no plays
                 store = older.users.store(older.live.catalog.lineage)
                 assert [song.sums for song in store.songs_since(0)[1]] == [b""]
-                np.testing.assert_array_equal(vector(older, "new-1"), before)
+                np.testing.assert_array_equal(vector(older, "new-1"), vector_before)
 
 
 def test_an_added_song_is_explored_with_its_probability_and_the_same_request_shows_it_again(opened: Service) -> None:
@@ -341,21 +354,21 @@ def test_an_added_song_is_explored_with_its_probability_and_the_same_request_sho
     add(app, *(new_song(number) for number in range(30)))
     body = {"history": ["song-1", "song-8"], "at": AT, "k": 10, "explore": 0.3}
     answer = app.post("/v1/recommendations", body).json()
-    drawn = [song for song in answer["songs"] if song["explored"]]
-    assert len(drawn) == 3
-    assert all(0 < song["probability"] <= 1 for song in drawn)
+    explored_songs = [song for song in answer["songs"] if song["explored"]]
+    assert len(explored_songs) == 3
+    assert all(0 < song["probability"] <= 1 for song in explored_songs)
     assert all(song["probability"] is None for song in answer["songs"] if not song["explored"])
     assert answer["cursor"] is None
     assert app.post("/v1/recommendations", body).json()["songs"] == answer["songs"]
-    shown = set()
-    for turn in range(40):
-        songs = app.post("/v1/recommendations", {**body, "at": AT + turn}).json()["songs"]
-        shown |= {song["song_id"] for song in songs if song["explored"]}
-    assert any(song.startswith("new-") for song in shown)
-    usual = app.post("/v1/recommendations", {**body, "explore": 0.0}).json()["songs"]
-    assert {(song["explored"], song["probability"]) for song in usual} == {(None, None)}
-    sent = [play("ann", "song-1", AT)]
-    app.post("/v1/plays", {"plays": sent})
+    explored_ids = set()
+    for offset in range(40):
+        songs = app.post("/v1/recommendations", {**body, "at": AT + offset}).json()["songs"]
+        explored_ids |= {song["song_id"] for song in songs if song["explored"]}
+    assert any(song.startswith("new-") for song in explored_ids)
+    unexplored_songs = app.post("/v1/recommendations", {**body, "explore": 0.0}).json()["songs"]
+    assert {(song["explored"], song["probability"]) for song in unexplored_songs} == {(None, None)}
+    plays = [play("ann", "song-1", AT)]
+    app.post("/v1/plays", {"plays": plays})
     query = {"k": 10, "at": AT + 1, "explore": 0.2}
     assert (
         sum(bool(song["explored"]) for song in app.get("/v1/users/ann/recommendations", params=query).json()["songs"])

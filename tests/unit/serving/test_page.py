@@ -22,7 +22,7 @@ from rayrec.storage import releases
 from rayrec.storage.workspace import SONGS_TABLE, Workspace
 
 KEY = "r" * 20
-EVIL = "<img src=x onerror=\"document.title='broken'\"> Title 9"
+MARKUP_TITLE = "<img src=x onerror=\"document.title='broken'\"> Title 9"
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     write_world(workspace)
     songs = workspace.read_table(SONGS_TABLE)
     titles = songs.column(columns.TITLE).to_pylist()
-    titles[9] = EVIL
+    titles[9] = MARKUP_TITLE
     workspace.write_table(SONGS_TABLE, songs.set_column(2, songs.schema.field(columns.TITLE), [titles]))
-    released = [f"song-{song},{1900 + song}-06-01\n" for song in range(NUM_SONGS)]
-    (folder / "songs.csv").write_text("song,released\n" + "".join(released))
+    lines = [f"song-{song},{1900 + song}-06-01\n" for song in range(NUM_SONGS)]
+    (folder / "songs.csv").write_text("song,released\n" + "".join(lines))
     describe(workspace, DescribeConfig(), str(folder / "songs.csv"))
     write_release(workspace)
     return workspace
@@ -44,8 +44,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @contextmanager
 def served(world: Workspace, keys: Keys | None = None) -> Iterator[str]:
-    with service(world, keys) as opened:
-        server = uvicorn.Server(uvicorn.Config(create_app(opened), host="127.0.0.1", port=0, log_level="error"))
+    with service(world, keys) as replica:
+        server = uvicorn.Server(uvicorn.Config(create_app(replica), host="127.0.0.1", port=0, log_level="error"))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not server.started:
@@ -57,8 +57,8 @@ def served(world: Workspace, keys: Keys | None = None) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with chromium() as opened:
-        yield opened
+    with chromium() as chromium_browser:
+        yield chromium_browser
 
 
 def find_and_play(page: Any, words: str, name: str) -> None:
@@ -79,11 +79,11 @@ def test_songs_are_found_played_and_answered_on_both_time_scales(
         body = {"history": ["song-3", "song-50"], "k": 10, "explain": True}
         for horizon in ("short", "long"):
             answer = httpx.post(f"{url}/v1/recommendations", json={**body, "horizon": horizon}).json()
-            shown = [item.get_attribute("data-song") for item in page.locator(f"#{horizon} li").all()]
-            assert shown == [song["song_id"] for song in answer["songs"]]
+            shown_ids = [item.get_attribute("data-song") for item in page.locator(f"#{horizon} li").all()]
+            assert shown_ids == [song["song_id"] for song in answer["songs"]]
         page.locator("#map g").first.wait_for()
-        drawn = {spot.get_attribute("data-song") for spot in page.locator("#map g").all()}
-        assert {"song-3", "song-50"} < drawn
+        map_ids = {point.get_attribute("data-song") for point in page.locator("#map g").all()}
+        assert {"song-3", "song-50"} < map_ids
         shown_reasons = [item.inner_text() for item in page.locator("#long .why").all()]
         assert shown_reasons == ["; ".join(song["reasons"]) for song in answer["songs"]]
         scores = [item.get_attribute("title").split()[1].rstrip(",") for item in page.locator("#long .score").all()]
@@ -93,8 +93,9 @@ def test_songs_are_found_played_and_answered_on_both_time_scales(
         assert [item.inner_text() for item in page.locator("#long .score").all()] == [
             score if float(score) >= 0.001 else "<0.001" for score in scores
         ]
-        first, search = page.locator("#short").bounding_box(), page.locator("#query").bounding_box()
-        assert (first["y"] + first["height"] <= search["y"]) == (width == 400)  # on a wide screen they are side by side
+        list_box, query_box = page.locator("#short").bounding_box(), page.locator("#query").bounding_box()
+        # On a wide screen they are side by side.
+        assert (list_box["y"] + list_box["height"] <= query_box["y"]) == (width == 400)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert (light_of_ground(page) < 0.2) == (scheme == "dark")
         take_picture(page, f"page-{width}-{scheme}")
@@ -104,7 +105,7 @@ def test_songs_are_found_played_and_answered_on_both_time_scales(
 
 def test_titles_are_text_whatever_they_hold(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
-        find_and_play(page, "onerror", f"Play Artist 2 – {EVIL}")
+        find_and_play(page, "onerror", f"Play Artist 2 – {MARKUP_TITLE}")
         page.locator("#status", has_text="1 play").wait_for()
         assert page.locator("#history .name").inner_text().startswith("<img")
         assert page.locator("img").count() == 0
@@ -114,22 +115,22 @@ def test_titles_are_text_whatever_they_hold(world: Workspace, browser: Any) -> N
 def store_plays(url: str, user: str, songs: tuple[int, ...]) -> None:
     """Store plays of a user, each one millisecond after the previous one."""
     plays = [
-        {"user_id": user, "song_id": f"song-{song}", "played_at": AT + place, "event_id": f"{user} {place}"}
-        for place, song in enumerate(songs)
+        {"user_id": user, "song_id": f"song-{song}", "played_at": AT + position, "event_id": f"{user} {position}"}
+        for position, song in enumerate(songs)
     ]
-    for begin in range(0, len(plays), 1_000):
-        assert httpx.post(f"{url}/v1/plays", json={"plays": plays[begin : begin + 1_000]}).status_code == 200
+    for start in range(0, len(plays), 1_000):
+        assert httpx.post(f"{url}/v1/plays", json={"plays": plays[start : start + 1_000]}).status_code == 200
 
 
-def answer(page: Any, held: list[Any], **response: Any) -> None:
-    """Answer the one request in `held`, by `response` or by the server, and wait until the page has processed it."""
-    (route,) = held
+def answer_request(page: Any, routes: list[Any], **response: Any) -> None:
+    """Answer the one request in `routes`, by `response` or by the server, and wait until the page has processed it."""
+    (route,) = routes
     with page.expect_response(route.request.url):
         route.fulfill(**response) if response else route.continue_()
     page.evaluate("new Promise((done) => setTimeout(done, 50))")
 
 
-def listed(page: Any, list_id: str) -> list[str]:
+def listed_ids(page: Any, list_id: str) -> list[str]:
     return [item.get_attribute("data-song") for item in page.locator(f"#{list_id} li").all()]
 
 
@@ -140,35 +141,35 @@ def test_it_opens_with_an_example_user_and_the_popular_songs(world: Workspace, b
         assert page.locator("#short li").count() == page.locator("#long li").count() == 10
         page.locator("#found li").first.wait_for()
         assert page.locator("#found-title").inner_text() == "Popular songs"
-        popular = [song["song_id"] for song in httpx.get(f"{url}/v1/songs/popular").json()["songs"]]
-        assert listed(page, "found") == popular
+        popular_ids = [song["song_id"] for song in httpx.get(f"{url}/v1/songs/popular").json()["songs"]]
+        assert listed_ids(page, "found") == popular_ids
         page.locator("#found").get_by_title("Play").nth(1).click()  # a played song replaces the example user
         page.locator("#status", has_text="1 play").wait_for()
-        assert listed(page, "history") == popular[1:2]
+        assert listed_ids(page, "history") == popular_ids[1:2]
         page.get_by_role("button", name="Start over").click()
         page.locator("#whose", has_text="No song played yet").wait_for()
         page.locator("#short .why", has_text="most played").first.wait_for()
 
 
-def test_a_stored_user_is_listed_and_a_song_more_goes_on_from_it(world: Workspace, browser: Any) -> None:
+def test_the_plays_of_a_stored_user_are_listed_and_another_song_follows_them(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
         store_plays(url, "ann", (3, 50))
         page.get_by_label("User ID").fill("ann")
         page.get_by_label("User ID").press("Enter")
         page.locator("#status", has_text="2 plays").wait_for()
-        assert listed(page, "history") == ["song-50", "song-3"]
+        assert listed_ids(page, "history") == ["song-50", "song-3"]
         assert page.locator("#short li").count() == 10
         find_and_play(page, "title 12", "Play Artist 5 – Title 12")
         page.locator("#status", has_text="3 plays").wait_for()
-        assert listed(page, "history") == ["song-12", "song-50", "song-3"]
-        assert not {"song-12", "song-50", "song-3"} & {*listed(page, "short"), *listed(page, "long")}
+        assert listed_ids(page, "history") == ["song-12", "song-50", "song-3"]
+        assert not {"song-12", "song-50", "song-3"} & {*listed_ids(page, "short"), *listed_ids(page, "long")}
         assert "song-12" not in str(httpx.get(f"{url}/v1/users/ann/plays").json())  # the page stores no play
         page.get_by_role("button", name="Remove Artist 5 – Title 12").click()
         page.locator("#status", has_text="2 plays").wait_for()
         page.get_by_label("User ID").fill("nobody")
         page.get_by_role("button", name="Show").click()
         page.locator("#status", has_text="popular songs").wait_for()
-        assert listed(page, "history") == []
+        assert listed_ids(page, "history") == []
 
 
 def test_a_link_opens_what_was_shown(world: Workspace, browser: Any) -> None:
@@ -188,15 +189,15 @@ def test_a_link_opens_what_was_shown(world: Workspace, browser: Any) -> None:
             page.locator("#copy", has_text="Link copied")
         ).wait_for()
         link = page.url.removeprefix(url)
-        with page_of(browser, url, link) as other:
-            other.locator("#status", has_text="3 plays").wait_for()
-            other.locator("#history", has_text="Title 12").wait_for()
-            assert other.get_by_label("Only songs of this artist").input_value() == "Artist 3"
-            assert other.locator("#filters").get_attribute("open") is not None
+        with page_of(browser, url, link) as other_page:
+            other_page.locator("#status", has_text="3 plays").wait_for()
+            other_page.locator("#history", has_text="Title 12").wait_for()
+            assert other_page.get_by_label("Only songs of this artist").input_value() == "Artist 3"
+            assert other_page.locator("#filters").get_attribute("open") is not None
             for name in ("history", "short", "long"):
-                assert listed(other, name) == listed(page, name)
-            assert len(listed(other, "short")) == 7
-            assert other.url == page.url
+                assert listed_ids(other_page, name) == listed_ids(page, name)
+            assert len(listed_ids(other_page, "short")) == 7
+            assert other_page.url == page.url
 
 
 def test_filters_keep_to_their_songs_and_say_where_none_fits(world: Workspace, browser: Any) -> None:
@@ -223,7 +224,7 @@ def test_only_songs_released_in_the_span_are_recommended(world: Workspace, brows
         page.get_by_label("Released until").press("Enter")
         for horizon in ("short", "long"):
             page.wait_for_function("id => document.getElementById(id).childElementCount === 4", arg=horizon)
-            assert sorted(listed(page, horizon)) == ["song-40", "song-41", "song-42", "song-43"]
+            assert sorted(listed_ids(page, horizon)) == ["song-40", "song-41", "song-42", "song-43"]
         page.get_by_label("Released from").fill("")
         page.get_by_label("Released until").fill("1899-12-31")
         page.locator("#short", has_text="No song matches the filters").wait_for()
@@ -232,7 +233,7 @@ def test_only_songs_released_in_the_span_are_recommended(world: Workspace, brows
 def test_diversity_changes_the_lists_as_it_does_those_of_the_api(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url, "#song=song-3&song=song-50") as page:
         page.locator("#short .score").nth(9).wait_for()
-        before = listed(page, "short")
+        before = listed_ids(page, "short")
         page.get_by_label("Diversity").fill("1")
         body = {"history": ["song-3", "song-50"], "k": 10, "diversity": 1}
         answer = httpx.post(f"{url}/v1/recommendations", json=body).json()
@@ -249,26 +250,26 @@ def test_a_recommended_song_is_played_from_its_list(world: Workspace, browser: A
     with served(world) as url, page_of(browser, url, "#song=song-3") as page:
         page.locator("#long .score").nth(9).wait_for()
         for plays, horizon in enumerate(("short", "long"), start=2):
-            first = listed(page, horizon)[0]
+            first_id = listed_ids(page, horizon)[0]
             page.locator(f"#{horizon} li").first.get_by_title("Play").click()
             page.locator("#status", has_text=f"{plays} plays").wait_for()
-            assert listed(page, "history")[0] == first
-            assert first not in listed(page, horizon)
+            assert listed_ids(page, "history")[0] == first_id
+            assert first_id not in listed_ids(page, horizon)
 
 
-def test_songs_with_few_plays_are_shown_on_request_with_their_chances(world: Workspace, browser: Any) -> None:
+def test_songs_with_few_plays_are_shown_on_request_with_their_probabilities(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url, "#song=song-3") as page:
         page.locator("#short .score").first.wait_for()
         assert "few plays" not in page.locator("#short").inner_text()
         page.get_by_label("Share of songs with few plays").fill("0.5")
         for horizon in ("short", "long"):
-            drawn = page.locator(f"#{horizon} li", has_text="random pick among songs with few plays, probability")
-            drawn.first.wait_for()
-            for song in drawn.all():
-                assert httpx.get(f"{url}/v1/songs/{song.get_attribute('data-song')}/similar").json()["plays"] < 20
+            items = page.locator(f"#{horizon} li", has_text="random pick among songs with few plays, probability")
+            items.first.wait_for()
+            for item in items.all():
+                assert httpx.get(f"{url}/v1/songs/{item.get_attribute('data-song')}/similar").json()["plays"] < 20
         assert page.locator("#shown-explore").inner_text() == "0.5"
-        with page_of(browser, url, page.url.removeprefix(url)) as other:
-            other.locator("#short .why", has_text="few plays").first.wait_for()
+        with page_of(browser, url, page.url.removeprefix(url)) as other_page:
+            other_page.locator("#short .why", has_text="few plays").first.wait_for()
 
 
 def test_a_song_shows_its_artist_plays_and_neighbors(world: Workspace, browser: Any) -> None:
@@ -277,13 +278,13 @@ def test_a_song_shows_its_artist_plays_and_neighbors(world: Workspace, browser: 
         song = httpx.get(f"{url}/v1/songs/song-3/similar?k=10").json()
         page.locator("#song-title", has_text="Title 3").wait_for()
         assert page.locator("#song-facts dd").all_inner_texts() == ["Artist 3", str(song["plays"]), "song-3"]
-        assert listed(page, "similar") == [near["song_id"] for near in song["songs"]]
+        assert listed_ids(page, "similar") == [neighbor["song_id"] for neighbor in song["songs"]]
         page.locator("#similar .title").first.click()
         page.locator("#song-facts", has_text=song["songs"][0]["song_id"]).wait_for()
         page.locator("#play-song").click()
         page.locator("#status", has_text="2 plays").wait_for()
         assert page.locator("#song").is_hidden()
-        assert listed(page, "history") == [song["songs"][0]["song_id"], "song-3"]
+        assert listed_ids(page, "history") == [song["songs"][0]["song_id"], "song-3"]
 
 
 def test_a_touch_names_a_song_of_the_map(world: Workspace, browser: Any) -> None:
@@ -309,10 +310,12 @@ def test_the_mouse_names_a_song_of_the_map_and_a_line_of_a_list_marks_its_song(w
         page.get_by_role("heading", name="Settings").hover()
         page.locator("#spot", has_text=hint).wait_for()
         assert not any(page.locator("#map text").all_text_contents())
-        first = page.locator("#short li").first
-        first.hover()
-        marked = page.locator("#map .lit").locator("xpath=..")
-        assert [spot.get_attribute("data-song") for spot in marked.all()] == [first.get_attribute("data-song")]
+        first_item = page.locator("#short li").first
+        first_item.hover()
+        marked_points = page.locator("#map .lit").locator("xpath=..")
+        assert [point.get_attribute("data-song") for point in marked_points.all()] == [
+            first_item.get_attribute("data-song")
+        ]
 
 
 def test_the_documentation_of_the_api_opens_without_the_internet(world: Workspace, browser: Any) -> None:
@@ -364,9 +367,9 @@ def test_the_model_card_gives_the_quality_and_the_report(world: Workspace, brows
                 assert "recall@20 0.420, MRR@20 0.200" in page.locator("#facts").inner_text()
                 assert page.locator("#warning").inner_text() == "Warning: the test range leaked"
                 if key:
-                    with page.expect_download() as saved:
+                    with page.expect_download() as download:
                         page.get_by_text("Evaluation report").click()
-                    assert "finds 42 of 100" in Path(saved.value.path()).read_text()
+                    assert "finds 42 of 100" in Path(download.value.path()).read_text()
                 else:
                     page.get_by_text("Evaluation report").click()
                     page.locator("h1", has_text="finds 42 of 100").wait_for()
@@ -393,14 +396,14 @@ def test_all_is_done_by_keyboard(world: Workspace, browser: Any) -> None:
 
 def test_the_page_can_be_used_before_it_is_loaded(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
-        held: list[Any] = []
+        routes: list[Any] = []
         page.locator("#card").wait_for()
-        page.route("**/v1/songs/popular?k=1", lambda route: held.append(route))  # the example user is made from it
+        page.route("**/v1/songs/popular?k=1", lambda route: routes.append(route))  # the example user is made from it
         page.reload()
         find_and_play(page, "title 3", "Play Artist 3 – Title 3")
         page.locator("#status", has_text="1 play").wait_for()
         assert page.locator("#card").is_hidden()
-        held[0].continue_()
+        routes[0].continue_()
         page.locator("#card").wait_for()
         page.locator("#status", has_text="1 play").wait_for()
         assert page.locator("#history li").get_attribute("data-song") == "song-3"
@@ -425,35 +428,35 @@ def test_the_user_shown_last_counts_whichever_answer_comes_last(world: Workspace
     with served(world) as url, page_of(browser, url) as page:
         store_plays(url, "ann", (3, 50))
         store_plays(url, "bob", (9,))
-        held: list[Any] = []
-        page.route("**/v1/users/ann/plays*", lambda route: held.append(route))
+        routes: list[Any] = []
+        page.route("**/v1/users/ann/plays*", lambda route: routes.append(route))
         for user in ("ann", "bob"):
             page.get_by_label("User ID").fill(user)
             page.get_by_role("button", name="Show").click()
         page.locator("#status", has_text="1 play").wait_for()
-        answer(page, held)
+        answer_request(page, routes)
         find_and_play(page, "title 12", "Play Artist 5 – Title 12")
         page.locator("#status", has_text="2 plays").wait_for()
-        assert listed(page, "history") == ["song-12", "song-9"]
+        assert listed_ids(page, "history") == ["song-12", "song-9"]
 
 
 def test_start_over_while_a_user_loads_leaves_none_of_its_plays(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
         store_plays(url, "ann", (3, 50))
-        held: list[Any] = []
+        routes: list[Any] = []
         page.locator("#status", has_text="3 plays").wait_for()
-        page.route("**/v1/users/ann/plays*", lambda route: held.append(route))
+        page.route("**/v1/users/ann/plays*", lambda route: routes.append(route))
         page.get_by_label("User ID").fill("ann")
         page.get_by_role("button", name="Show").click()
         page.get_by_role("button", name="Start over").click()
         page.locator("#whose", has_text="No song played yet").wait_for()
-        answer(page, held)
+        answer_request(page, routes)
         find_and_play(page, "title 12", "Play Artist 5 – Title 12")
         page.locator("#status", has_text="1 play").wait_for()
-        assert listed(page, "history") == ["song-12"]
+        assert listed_ids(page, "history") == ["song-12"]
 
 
-def test_plays_that_could_not_be_read_are_read_before_a_song_more_is_answered(world: Workspace, browser: Any) -> None:
+def test_plays_that_could_not_be_read_are_read_before_another_song_is_answered(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
         store_plays(url, "ann", (3, 50))
         page.route("**/v1/users/ann/plays*", lambda route: route.fulfill(status=503, json={"detail": "try later"}))
@@ -463,21 +466,21 @@ def test_plays_that_could_not_be_read_are_read_before_a_song_more_is_answered(wo
         page.unroute("**/v1/users/ann/plays*")
         find_and_play(page, "title 12", "Play Artist 5 – Title 12")
         page.locator("#status", has_text="3 plays").wait_for()
-        assert listed(page, "history") == ["song-12", "song-50", "song-3"]
+        assert listed_ids(page, "history") == ["song-12", "song-50", "song-3"]
         assert page.locator("#problem").is_hidden()
 
 
-def test_a_song_more_goes_on_from_all_of_over_1000_plays(world: Workspace, browser: Any) -> None:
+def test_another_song_follows_all_plays_of_a_user_with_over_1000(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
         songs = (3, *[50] * 1_100)
         store_plays(url, "cleo", songs)
         page.get_by_label("User ID").fill("cleo")
         page.get_by_role("button", name="Show").click()
         page.locator("#whose", has_text="For user cleo.").wait_for()
-        with page.expect_request(lambda request: "history" in (request.post_data or "")) as sent:
+        with page.expect_request(lambda request: "history" in (request.post_data or "")) as request_info:
             find_and_play(page, "title 12", "Play Artist 5 – Title 12")
-        heard = [play["song_id"] for play in sent.value.post_data_json["history"]]
-        assert heard == [*(f"song-{song}" for song in songs), "song-12"]
+        history = [play["song_id"] for play in request_info.value.post_data_json["history"]]
+        assert history == [*(f"song-{song}" for song in songs), "song-12"]
 
 
 def test_an_error_stays_until_its_own_request_succeeds(world: Workspace, browser: Any) -> None:
@@ -494,16 +497,16 @@ def test_an_error_stays_until_its_own_request_succeeds(world: Workspace, browser
 
 def test_the_late_failure_of_an_earlier_search_is_not_shown(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url, "#song=song-3") as page:
-        held: list[Any] = []
+        routes: list[Any] = []
         page.locator("#found li").first.wait_for()
-        page.route("**/v1/songs?*query=first*", lambda route: held.append(route))
+        page.route("**/v1/songs?*query=first*", lambda route: routes.append(route))
         with page.expect_request("**/v1/songs?*query=first*"):
             page.get_by_label("Find a song").fill("first")
         page.get_by_label("Find a song").fill("title 50")
         page.locator('#found li:first-child[data-song="song-50"]').wait_for()
-        answer(page, held, status=503, json={"detail": "try later"})
+        answer_request(page, routes, status=503, json={"detail": "try later"})
         assert page.locator("#problem").is_hidden()
-        assert listed(page, "found")[0] == "song-50"
+        assert listed_ids(page, "found")[0] == "song-50"
 
 
 def test_a_link_is_kept_while_a_key_is_asked_for(world: Workspace, browser: Any) -> None:
@@ -516,8 +519,8 @@ def test_a_link_is_kept_while_a_key_is_asked_for(world: Workspace, browser: Any)
         page.get_by_label("API key").fill(KEY)
         page.get_by_label("API key").press("Enter")
         page.locator("#status", has_text="2 plays").wait_for()
-        assert listed(page, "history") == ["song-50", "song-3"]
-        assert len(listed(page, "short")) == 7
+        assert listed_ids(page, "history") == ["song-50", "song-3"]
+        assert len(listed_ids(page, "short")) == 7
 
 
 def test_a_key_that_may_not_read_can_be_replaced_after_a_reload(world: Workspace, browser: Any) -> None:
@@ -584,8 +587,8 @@ def test_a_song_that_cannot_be_shown_closes_the_dialog_before_the_error(world: W
 def test_a_dialog_that_was_closed_stays_closed_when_a_late_song_comes(world: Workspace, browser: Any, end: str) -> None:
     with served(world) as url, page_of(browser, url, "#song=song-3") as page:
         open_song(page)
-        held: list[Any] = []
-        page.route("**/similar*", lambda route: held.append(route))
+        routes: list[Any] = []
+        page.route("**/similar*", lambda route: routes.append(route))
         with page.expect_request("**/similar*"):
             page.locator("#similar .title").first.click()
         if end == "Escape":
@@ -593,17 +596,17 @@ def test_a_dialog_that_was_closed_stays_closed_when_a_late_song_comes(world: Wor
         else:
             page.locator("#song").get_by_role("button", name=end, exact=True).click()
         page.locator("#song").wait_for(state="hidden")
-        answer(page, held)
+        answer_request(page, routes)
         assert page.locator("#song").is_hidden()
 
 
 def test_the_focus_stays_in_the_dialog_when_another_song_is_shown_in_it(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url, "#song=song-3") as page:
         open_song(page)
-        near = listed(page, "similar")[1]
+        neighbor_id = listed_ids(page, "similar")[1]
         page.locator("#similar .title").nth(1).focus()
         page.keyboard.press("Enter")
-        page.locator("#song-facts", has_text=near).wait_for()
+        page.locator("#song-facts", has_text=neighbor_id).wait_for()
         assert page.evaluate("document.activeElement.id") == "play-song"
 
 
@@ -621,10 +624,10 @@ def test_a_click_on_the_edge_of_the_dialog_leaves_it_open_and_one_outside_closes
 
 def test_a_probability_near_one_is_written_in_digits(world: Workspace, browser: Any) -> None:
     def change(route: Any) -> None:
-        given = route.fetch().json()
-        for song, probability in zip(given["songs"], (0.995, 1, 0.0123), strict=False):
+        body = route.fetch().json()
+        for song, probability in zip(body["songs"], (0.995, 1, 0.0123), strict=False):
             song.update(explored=True, probability=probability)
-        route.fulfill(json=given)
+        route.fulfill(json=body)
 
     with served(world) as url, page_of(browser, url) as page:
         page.locator("#status", has_text="3 plays").wait_for()

@@ -27,7 +27,7 @@ def release(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return write_release(workspace)
 
 
-def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def forbid_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every later start of a process fail."""
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
 
@@ -36,7 +36,7 @@ def test_one_process_makes_the_catalog_for_all_replicas(
     workspace: Workspace, release: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(workspace, release.id)
-    no_process(monkeypatch)
+    forbid_processes(monkeypatch)
     prepare(workspace, release.id)  # as the second replica does
     monkeypatch.setattr(served_catalog, "with_folded", None)  # so that making another table fails
     recommender = load_recommender(workspace, Dataset(workspace), release.inputs)
@@ -55,7 +55,7 @@ def test_a_damaged_release_is_refused_with_what_the_process_found(workspace: Wor
 def test_a_small_release_is_left_to_the_replica(
     workspace: Workspace, release: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    no_process(monkeypatch)
+    forbid_processes(monkeypatch)
     monkeypatch.setattr(preparation, "SMALL_RELEASE", answering_bytes(workspace, release) + 1)
     prepare(workspace, release.id)
     monkeypatch.setattr(preparation, "SMALL_RELEASE", answering_bytes(workspace, release))
@@ -67,14 +67,20 @@ def test_a_small_release_is_left_to_the_replica(
 def test_private_memory_of_a_replica_at_a_million_songs_is_less_than_100_mb_above_that_at_10_000(
     tmp_path: Path,
 ) -> None:
-    grown = {}
+    replica_growth = {}
     for songs in (10_000, 1_000_000):
-        place = Workspace(tmp_path / str(songs))
-        write_world(place, num_songs=songs)
-        release = write_release(place, kind="ivf")
-        idle, making, _ = growth(make_shared, place.uri, release.id)
-        assert idle - IDLE_WORKER + serving_memory(songs, 0, 0) == pytest.approx(idle + making, rel=0.15)
-        _, grown[songs], _ = growth(answer_requests, place.uri, f"sqlite:///{tmp_path}/{songs}.sqlite", songs)
-        print(f"{songs:,} songs: the making {making / 1e6:.0f} MB, a replica {grown[songs] / 1e6:.0f} MB")
-    assert idle - IDLE_WORKER + replica_memory() == pytest.approx(idle + grown[10_000], rel=0.15)
-    assert grown[1_000_000] - grown[10_000] < 100_000_000
+        workspace = Workspace(tmp_path / str(songs))
+        write_world(workspace, num_songs=songs)
+        release = write_release(workspace, kind="ivf")
+        idle_bytes, shared_growth, _ = growth(make_shared, workspace.uri, release.id)
+        assert idle_bytes - IDLE_WORKER + serving_memory(songs, 0, 0) == pytest.approx(
+            idle_bytes + shared_growth, rel=0.15
+        )
+        _, replica_growth[songs], _ = growth(
+            answer_requests, workspace.uri, f"sqlite:///{tmp_path}/{songs}.sqlite", songs
+        )
+        print(
+            f"{songs:,} songs: the making {shared_growth / 1e6:.0f} MB, a replica {replica_growth[songs] / 1e6:.0f} MB"
+        )
+    assert idle_bytes - IDLE_WORKER + replica_memory() == pytest.approx(idle_bytes + replica_growth[10_000], rel=0.15)
+    assert replica_growth[1_000_000] - replica_growth[10_000] < 100_000_000

@@ -44,8 +44,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture(scope="module")
 def app(world: Workspace) -> Iterator[Client]:
-    with service(world) as opened:
-        yield Client(opened)
+    with service(world) as replica:
+        yield Client(replica)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace,
     workspace = Workspace(tmp_path_factory.mktemp("plain") / "workspace")
     write_weeks(workspace)
     write_release(workspace, ranked=False)
-    with service(workspace) as opened:
-        yield workspace, Client(opened)
+    with service(workspace) as replica:
+        yield workspace, Client(replica)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def get(app: Client, path: str, **params: Any) -> dict[str, Any]:
     return answer
 
 
-def refused(response: Any, where: str) -> str:
+def require_refusal(response: Any, where: str) -> str:
     assert response.status_code == 422, response.text
     (error,) = response.json()["errors"]
     assert error["where"] == where
@@ -99,40 +99,40 @@ def scores(answer: dict[str, Any]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("horizon", ["short", "long", 0.4])
-def test_given_songs_come_as_recommendations_order_and_score_them(app: Client, horizon: Any) -> None:
-    recommended = post(app, "recommendations", horizon=horizon, exclude_heard=False, k=30)
-    ranked = post(app, "rank", horizon=horizon, songs=sorted(ids(recommended)))
-    assert ids(ranked) == ids(recommended)
-    assert scores(ranked) == pytest.approx(scores(recommended), rel=1e-4)
-    assert (ranked["source"], ranked["plays"], ranked["unknown_song_ids"]) == ("taste", 4, [])
+def test_given_songs_have_the_order_and_the_scores_of_recommendations(app: Client, horizon: Any) -> None:
+    recommendations = post(app, "recommendations", horizon=horizon, exclude_heard=False, k=30)
+    ranking = post(app, "rank", horizon=horizon, songs=sorted(ids(recommendations)))
+    assert ids(ranking) == ids(recommendations)
+    assert scores(ranking) == pytest.approx(scores(recommendations), rel=1e-4)
+    assert (ranking["source"], ranking["plays"], ranking["unknown_song_ids"]) == ("taste", 4, [])
 
 
 def test_songs_that_nothing_retrieves_are_ranked_among_the_others(app: Client) -> None:
-    recommended = post(app, "recommendations", exclude_heard=False, k=MAX_K)
-    ranked = post(app, "rank", songs=[f"song-{row}" for row in range(NUM_SONGS)])
-    assert set(ids(ranked)) >= set(ids(recommended))
-    assert len(ids(ranked)) + len(ranked["unknown_song_ids"]) == NUM_SONGS
-    values = list(scores(ranked).values())
+    recommendations = post(app, "recommendations", exclude_heard=False, k=MAX_K)
+    ranking = post(app, "rank", songs=[f"song-{row}" for row in range(NUM_SONGS)])
+    assert set(ids(ranking)) >= set(ids(recommendations))
+    assert len(ids(ranking)) + len(ranking["unknown_song_ids"]) == NUM_SONGS
+    values = list(scores(ranking).values())
     assert values == sorted(values, reverse=True)
-    retrieved = [song for song, score in scores(recommended).items() if score > 0]
-    assert [song for song in ids(ranked) if song in retrieved] == retrieved
+    retrieved_ids = [song for song, score in scores(recommendations).items() if score > 0]
+    assert [song for song in ids(ranking) if song in retrieved_ids] == retrieved_ids
     # A song without plays has almost no features: it comes last, but its score is above 0.
     assert 0 < min(values) < values[0]
 
 
 def test_ids_that_are_not_known_are_named_and_each_song_comes_once(app: Client) -> None:
-    ranked = post(app, "rank", songs=["song-9", "nobody", "song-4", "song-9", "nothing", "nobody", " song-4"])
-    assert sorted(ids(ranked)) == ["song-4", "song-9"]
-    assert ranked["unknown_song_ids"] == ["nobody", "nothing"]
+    ranking = post(app, "rank", songs=["song-9", "nobody", "song-4", "song-9", "nothing", "nobody", " song-4"])
+    assert sorted(ids(ranking)) == ["song-4", "song-9"]
+    assert ranking["unknown_song_ids"] == ["nobody", "nothing"]
     assert post(app, "rank", songs=["nobody"])["songs"] == []
 
 
 def test_a_ranking_without_plays_is_by_popularity(app: Client, plays: np.ndarray) -> None:
     songs = [11, 3, 150, 42, 90]
-    ranked = post(app, "rank", history=[], songs=[f"song-{row}" for row in songs])
-    assert ranked["source"] == "popular"
-    assert rows(ranked) == sorted(sorted(songs), key=lambda row: -plays[row])
-    assert list(scores(ranked).values()) == [plays[row] for row in rows(ranked)]
+    ranking = post(app, "rank", history=[], songs=[f"song-{row}" for row in songs])
+    assert ranking["source"] == "popular"
+    assert rows(ranking) == sorted(sorted(songs), key=lambda row: -plays[row])
+    assert list(scores(ranking).values()) == [plays[row] for row in rows(ranking)]
 
 
 @pytest.mark.parametrize("history", [SONGS, []])
@@ -140,10 +140,10 @@ def test_the_same_songs_are_ranked_with_plays_and_without(
     app: Client, plain: tuple[Workspace, Client], history: list[str]
 ) -> None:
     songs = ["song-8", f"song-{WITHOUT_VECTOR}", "song-61"]
-    for served in (app, plain[1]):  # with rankers and by the network alone
-        ranked = post(served, "rank", history=history, songs=songs)
-        assert sorted(ids(ranked)) == ["song-61", "song-8"]
-        assert ranked["unknown_song_ids"] == [f"song-{WITHOUT_VECTOR}"]
+    for client in (app, plain[1]):  # with rankers and by the network alone
+        ranking = post(client, "rank", history=history, songs=songs)
+        assert sorted(ids(ranking)) == ["song-61", "song-8"]
+        assert ranking["unknown_song_ids"] == [f"song-{WITHOUT_VECTOR}"]
 
 
 def test_a_network_alone_ranks_by_cosine(plain: tuple[Workspace, Client]) -> None:
@@ -152,27 +152,27 @@ def test_a_network_alone_ranks_by_cosine(plain: tuple[Workspace, Client]) -> Non
     assert isinstance(network, TasteRecommender)
     taste = np.array(app.post("/v1/tastes", {"users": [{"history": SONGS, "at": AT}]}).json()["tastes"][0]["long"])
     songs = [8, 3, 100, WITHOUT_VECTOR, 61]
-    ranked = post(app, "rank", songs=[f"song-{row}" for row in songs], horizon="long")
+    ranking = post(app, "rank", songs=[f"song-{row}" for row in songs], horizon="long")
     cosines = network.song_vectors[songs] @ taste
     expected = sorted((row for row in songs if row != WITHOUT_VECTOR), key=lambda row: -cosines[songs.index(row)])
-    assert rows(ranked) == expected
-    assert ranked["unknown_song_ids"] == [f"song-{WITHOUT_VECTOR}"]
-    assert ranked["songs"][0]["score"] == pytest.approx(float(cosines.max()), rel=1e-4)
+    assert rows(ranking) == expected
+    assert ranking["unknown_song_ids"] == [f"song-{WITHOUT_VECTOR}"]
+    assert ranking["songs"][0]["score"] == pytest.approx(float(cosines.max()), rel=1e-4)
 
 
 def test_given_songs_are_ranked_for_a_stored_user_and_explained(app: Client) -> None:
-    sent = [
-        {"event_id": f"e{place}", "user_id": "rank-ann", "song_id": song, "played_at": AT - 60_000 * (4 - place)}
-        for place, song in enumerate(SONGS)
+    plays = [
+        {"event_id": f"e{position}", "user_id": "rank-ann", "song_id": song, "played_at": AT - 60_000 * (4 - position)}
+        for position, song in enumerate(SONGS)
     ]
-    assert app.post("/v1/plays", {"plays": sent}).json()["taken"] == 4
-    recommended = post(app, "recommendations", user_id="rank-ann", exclude_heard=False, k=10)
-    assert "song-3" not in ids(recommended)
-    ranked = post(app, "rank", user_id="rank-ann", songs=["song-3", *ids(recommended)[::-1]], explain=True)
-    assert [song for song in ids(ranked) if song != "song-3"] == ids(recommended)
-    assert all(1 <= len(song["reasons"]) <= 3 for song in ranked["songs"])
-    heard = next(song for song in ranked["songs"] if song["song_id"] == "song-3")
-    assert any(reason.startswith("you played it 2 times") for reason in heard["reasons"])
+    assert app.post("/v1/plays", {"plays": plays}).json()["taken"] == 4
+    recommendations = post(app, "recommendations", user_id="rank-ann", exclude_heard=False, k=10)
+    assert "song-3" not in ids(recommendations)
+    ranking = post(app, "rank", user_id="rank-ann", songs=["song-3", *ids(recommendations)[::-1]], explain=True)
+    assert [song for song in ids(ranking) if song != "song-3"] == ids(recommendations)
+    assert all(1 <= len(song["reasons"]) <= 3 for song in ranking["songs"])
+    heard_song = next(song for song in ranking["songs"] if song["song_id"] == "song-3")
+    assert any(reason.startswith("you played it 2 times") for reason in heard_song["reasons"])
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_given_songs_are_ranked_for_a_stored_user_and_explained(app: Client) -> 
     ],
 )
 def test_a_ranking_needs_songs(app: Client, body: dict[str, Any], where: str) -> None:
-    refused(app.post("/v1/rank", {"history": SONGS, **body}), where)
+    require_refusal(app.post("/v1/rank", {"history": SONGS, **body}), where)
 
 
 @pytest.mark.parametrize("history", [SONGS, []])
@@ -197,8 +197,8 @@ def test_the_pages_of_a_ranking_are_the_ranking(app: Client, history: list[str])
         pages.append(app.post("/v1/recommendations", body).json())
         cursor = pages[-1]["cursor"]
     assert len({page["at"] for page in pages}) == 1  # all pages have the `at` of the first
-    exact = post(app, "recommendations", history=history, k=60, at=ms(pages[0]["at"]))
-    assert [song for page in pages for song in page["songs"]] == exact["songs"]
+    full = post(app, "recommendations", history=history, k=60, at=ms(pages[0]["at"]))
+    assert [song for page in pages for song in page["songs"]] == full["songs"]
 
 
 def test_after_the_last_page_there_is_no_cursor(app: Client) -> None:
@@ -212,13 +212,13 @@ def test_after_the_last_page_there_is_no_cursor(app: Client) -> None:
 @pytest.mark.parametrize("history", [SONGS, []])
 def test_a_page_that_ends_with_the_last_song_has_no_cursor(app: Client, history: list[str]) -> None:
     body = {"history": history, "allow": ["song-20", "song-30"], "exclude_heard": False}
-    whole = post(app, "recommendations", **body, k=2)
-    assert (sorted(ids(whole)), whole["cursor"]) == (["song-20", "song-30"], None)
+    full = post(app, "recommendations", **body, k=2)
+    assert (sorted(ids(full)), full["cursor"]) == (["song-20", "song-30"], None)
     first = post(app, "recommendations", **body, k=1)
     last = post(app, "recommendations", **body, k=1, cursor=first["cursor"])
-    assert (first["songs"] + last["songs"], last["cursor"]) == (whole["songs"], None)
-    for mixed in ({"diversity": 0.5}, {"explore": 0.5}):
-        assert post(app, "recommendations", history=history, k=5, **mixed)["cursor"] is None
+    assert (first["songs"] + last["songs"], last["cursor"]) == (full["songs"], None)
+    for options in ({"diversity": 0.5}, {"explore": 0.5}):
+        assert post(app, "recommendations", history=history, k=5, **options)["cursor"] is None
 
 
 def test_a_stored_user_pages_on_after_another_play(app: Client) -> None:
@@ -231,24 +231,28 @@ def test_a_stored_user_pages_on_after_another_play(app: Client) -> None:
     assert ms(second["at"]) >= ms(first["at"])
 
 
-def forged(*fields: Any) -> str:
+def forged_cursor(*fields: Any) -> str:
     return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
 
 
-@pytest.mark.parametrize("cursor", ["", "x", "é", forged(), forged("a", 1, None), forged(3), "bnVsbA"])
-def test_a_cursor_of_nothing_is_refused(app: Client, cursor: str) -> None:
-    refused(app.post("/v1/recommendations", {"history": SONGS, "cursor": cursor}), "cursor")
-    refused(app.get("/v1/songs/popular", params={"cursor": cursor}), "cursor")
+@pytest.mark.parametrize(
+    "cursor", ["", "x", "é", forged_cursor(), forged_cursor("a", 1, None), forged_cursor(3), "bnVsbA"]
+)
+def test_an_invalid_cursor_is_refused(app: Client, cursor: str) -> None:
+    require_refusal(app.post("/v1/recommendations", {"history": SONGS, "cursor": cursor}), "cursor")
+    require_refusal(app.get("/v1/songs/popular", params={"cursor": cursor}), "cursor")
 
 
 def test_a_cursor_is_for_the_request_that_it_came_from(app: Client) -> None:
     cursor = post(app, "recommendations", k=5)["cursor"]
     body = {"history": SONGS, "at": AT, "cursor": cursor}
-    assert "another request" in refused(app.post("/v1/recommendations", {**body, "horizon": "long"}), "cursor")
+    assert "another request" in require_refusal(app.post("/v1/recommendations", {**body, "horizon": "long"}), "cursor")
     assert app.post("/v1/recommendations", {**body, "k": 7, "explain": True}).status_code == 200
     digest, _, at = json.loads(base64.urlsafe_b64decode(cursor + "=="))
     for first, moment in ((-1, at), (MAX_K, at), ("2", at), (2, 10**30), (2, "now")):
-        refused(app.post("/v1/recommendations", {**body, "cursor": forged(digest, first, moment)}), "cursor")
+        require_refusal(
+            app.post("/v1/recommendations", {**body, "cursor": forged_cursor(digest, first, moment)}), "cursor"
+        )
 
 
 def test_diverse_answers_have_no_further_pages(app: Client) -> None:
@@ -267,25 +271,29 @@ def test_popular_songs_come_by_plays_page_by_page(app: Client, plays: np.ndarray
 
 def test_popular_and_new_songs_keep_to_artists(app: Client) -> None:
     for path in ("songs/popular", "songs/new"):
-        everything = rows(get(app, path, k=MAX_K))
-        some = get(app, path, artists=["ARTIST 2", "artist 5"], k=10)
-        assert rows(some) == [row for row in everything if row % 7 in (2, 5)][:10]
-        assert set(rows(get(app, path, artists=["ARTIST 2", "artist 5"], cursor=some["cursor"]))).isdisjoint(rows(some))
-        assert "'Nobody'" in refused(app.get(f"/v1/{path}", params={"artists": ["Artist 1", "Nobody"]}), "artists")
-        refused(app.get(f"/v1/{path}", params={"artist": "Artist 1"}), "artist")
+        all_rows = rows(get(app, path, k=MAX_K))
+        first_page = get(app, path, artists=["ARTIST 2", "artist 5"], k=10)
+        assert rows(first_page) == [row for row in all_rows if row % 7 in (2, 5)][:10]
+        assert set(rows(get(app, path, artists=["ARTIST 2", "artist 5"], cursor=first_page["cursor"]))).isdisjoint(
+            rows(first_page)
+        )
+        assert "'Nobody'" in require_refusal(
+            app.get(f"/v1/{path}", params={"artists": ["Artist 1", "Nobody"]}), "artists"
+        )
+        require_refusal(app.get(f"/v1/{path}", params={"artist": "Artist 1"}), "artist")
 
 
 def test_new_songs_come_by_the_day_of_their_first_play(app: Client, world: Workspace) -> None:
-    first = np.full(NUM_SONGS, np.iinfo(np.int64).max)
+    first_days = np.full(NUM_SONGS, np.iinfo(np.int64).max)
     for batch in Dataset(world).read_all():
-        np.minimum.at(first, batch.songs, batch.played_at // DAY_MS)
-    expected = [row for row in np.lexsort((-np.arange(NUM_SONGS), -first)).tolist() if row != WITHOUT_VECTOR]
-    expected = [row for row in expected if first[row] < np.iinfo(np.int64).max]
+        np.minimum.at(first_days, batch.songs, batch.played_at // DAY_MS)
+    expected = [row for row in np.lexsort((-np.arange(NUM_SONGS), -first_days)).tolist() if row != WITHOUT_VECTOR]
+    expected = [row for row in expected if first_days[row] < np.iinfo(np.int64).max]
     answer = get(app, "songs/new", k=MAX_K)
     assert rows(answer) == expected
-    assert len(set(first[expected].tolist())) > 2
+    assert len(set(first_days[expected].tolist())) > 2
     days = [np.datetime64(song["first_played"]).astype(int) for song in answer["songs"]]
-    assert days == first[expected].tolist()
+    assert days == first_days[expected].tolist()
 
 
 def test_a_release_without_a_retrieval_has_no_new_songs_and_says_why(plain: tuple[Workspace, Client]) -> None:
@@ -304,15 +312,15 @@ def test_added_songs_are_the_newest_and_can_be_ranked(tmp_path: Path) -> None:
     describe(workspace, DescribeConfig(append=True), str(tmp_path / "new.csv"))
     add_songs(workspace)
     releases.create_release(workspace)
-    with service(workspace) as opened:
-        app = Client(opened)
-        newest = get(app, "songs/new", k=4)["songs"]
-        ranked = post(app, "rank", songs=["song-3", "new-b", f"song-{WITHOUT_VECTOR}"])
-        without_plays = post(app, "rank", history=[], songs=["new-b", "song-3"])
-        popular = ids(get(app, "songs/popular", k=MAX_K))
-    assert [song["song_id"] for song in newest[:3]] == ["new-c", "new-b", "new-a"]
-    assert [song["first_played"] is None for song in newest] == [True, True, True, False]
-    assert set(ids(ranked)) == {"song-3", "new-b", f"song-{WITHOUT_VECTOR}"}
-    assert popular[-3:] == ["new-a", "new-b", "new-c"]
-    assert len(popular) == NUM_SONGS + 3  # now every song has a vector
-    assert ids(without_plays) == ["song-3", "new-b"]
+    with service(workspace) as replica:
+        app = Client(replica)
+        newest_songs = get(app, "songs/new", k=4)["songs"]
+        ranking = post(app, "rank", songs=["song-3", "new-b", f"song-{WITHOUT_VECTOR}"])
+        ranking_without_plays = post(app, "rank", history=[], songs=["new-b", "song-3"])
+        popular_ids = ids(get(app, "songs/popular", k=MAX_K))
+    assert [song["song_id"] for song in newest_songs[:3]] == ["new-c", "new-b", "new-a"]
+    assert [song["first_played"] is None for song in newest_songs] == [True, True, True, False]
+    assert set(ids(ranking)) == {"song-3", "new-b", f"song-{WITHOUT_VECTOR}"}
+    assert popular_ids[-3:] == ["new-a", "new-b", "new-c"]
+    assert len(popular_ids) == NUM_SONGS + 3  # now every song has a vector
+    assert ids(ranking_without_plays) == ["song-3", "new-b"]

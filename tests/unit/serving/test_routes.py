@@ -32,8 +32,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture(scope="module")
 def opened(world: Workspace) -> Iterator[Service]:
-    with service(world, max_body=200_000) as made:
-        yield made
+    with service(world, max_body=200_000) as replica:
+        yield replica
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,11 @@ def ask(app: Client, **body: Any) -> dict[str, Any]:
 def require_problem(response: Any, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
-    told: dict[str, Any] = response.json()
-    assert (told["status"], told["type"]) == (status, "about:blank")
-    assert told["title"]
-    assert told["detail"]
-    return told
+    problem: dict[str, Any] = response.json()
+    assert (problem["status"], problem["type"]) == (status, "about:blank")
+    assert problem["title"]
+    assert problem["detail"]
+    return problem
 
 
 def test_a_song_heard_before_is_explained_by_its_plays(app: Client) -> None:
@@ -94,14 +94,14 @@ def test_the_weights_0_and_1_are_the_horizons_short_and_long(app: Client) -> Non
 
 
 def test_heard_and_excluded_songs_do_not_come_and_k_songs_still_do(app: Client) -> None:
-    first = ids(ask(app, k=MAX_K, exclude_heard=False))
-    assert set(SONGS) <= set(first)
-    answer = ids(ask(app, k=NUM_SONGS - 10, exclude=first[:5]))
-    assert not (set(SONGS) | set(first[:5])) & set(answer)
-    assert f"song-{WITHOUT_VECTOR}" not in answer
-    assert len(set(answer)) == len(answer) == NUM_SONGS - 10
-    everything = ids(ask(app, k=MAX_K, exclude=first[:5]))
-    assert len(everything) == NUM_SONGS - 1 - len(set(SONGS) | set(first[:5]))
+    ranked_ids = ids(ask(app, k=MAX_K, exclude_heard=False))
+    assert set(SONGS) <= set(ranked_ids)
+    answer_ids = ids(ask(app, k=NUM_SONGS - 10, exclude=ranked_ids[:5]))
+    assert not (set(SONGS) | set(ranked_ids[:5])) & set(answer_ids)
+    assert f"song-{WITHOUT_VECTOR}" not in answer_ids
+    assert len(set(answer_ids)) == len(answer_ids) == NUM_SONGS - 10
+    all_ids = ids(ask(app, k=MAX_K, exclude=ranked_ids[:5]))
+    assert len(all_ids) == NUM_SONGS - 1 - len(set(SONGS) | set(ranked_ids[:5]))
 
 
 def test_unknown_songs_are_counted_and_change_nothing(app: Client) -> None:
@@ -126,7 +126,9 @@ def test_where_no_song_is_known_the_popular_ones_answer_and_say_so(
 
 
 def test_plays_with_times_are_put_in_order(app: Client) -> None:
-    history = [{"song_id": song, "played_at": AT - 3 * 86_400_000 * back} for back, song in enumerate(reversed(SONGS))]
+    history = [
+        {"song_id": song, "played_at": AT - 3 * 86_400_000 * index} for index, song in enumerate(reversed(SONGS))
+    ]
     assert ask(app, history=history)["songs"] == ask(app, history=history[::-1])["songs"]
     assert ask(app, history=history)["songs"] != ask(app)["songs"]
 
@@ -140,14 +142,14 @@ def test_the_batch_form_answers_as_single_calls_do(app: Client) -> None:
     ] * 12
     answer = app.post("/v1/recommendations/batch", {"requests": requests}).json()
     assert len(answer["answers"]) == len(requests)
-    assert len({one["recommendation_id"] for one in answer["answers"]}) == len(requests)
+    assert len({entry["recommendation_id"] for entry in answer["answers"]}) == len(requests)
     singles = [app.post("/v1/recommendations", request).json() for request in requests[:4]] * 12
-    for single, found in zip(singles, answer["answers"], strict=True):
-        assert found.pop("recommendation_id") != single.get("recommendation_id")
+    for single, batch_answer in zip(singles, answer["answers"], strict=True):
+        assert batch_answer.pop("recommendation_id") != single.get("recommendation_id")
         single = {name: value for name, value in single.items() if name != "recommendation_id"}
-        assert {**found, "songs": ids(found)} == {**single, "songs": ids(single)}
+        assert {**batch_answer, "songs": ids(batch_answer)} == {**single, "songs": ids(single)}
         np.testing.assert_allclose(
-            [song["score"] for song in found["songs"]], [song["score"] for song in single["songs"]], rtol=1e-4
+            [song["score"] for song in batch_answer["songs"]], [song["score"] for song in single["songs"]], rtol=1e-4
         )
 
 
@@ -195,7 +197,7 @@ def test_tastes_are_the_vectors_of_the_network(app: Client, world: Workspace, re
         (None, "body"),
     ],
 )
-def test_what_is_not_as_expected_is_a_422_that_names_it(app: Client, body: Any, told: str) -> None:
+def test_an_invalid_field_is_a_422_that_names_it(app: Client, body: Any, told: str) -> None:
     content = json.dumps(body).encode()
     response = app.post("/v1/recommendations", content=content, headers={"Content-Type": "application/json"})
     problem = require_problem(response, 422)
@@ -228,31 +230,31 @@ def test_what_is_no_moment_is_refused_by_name(app: Client, moment: Any) -> None:
 
 def test_errors_name_the_field_as_it_was_sent(app: Client) -> None:
     plays = [{"song_id": "song-3", "played_at": 5}, {"song_id": "song-3", "played_at": "noon"}]
-    wrong = app.post("/v1/recommendations", {"history": plays, "k": 0})
-    assert [error["where"] for error in wrong.json()["errors"]] == ["history.1.played_at", "k"]
+    response = app.post("/v1/recommendations", {"history": plays, "k": 0})
+    assert [error["where"] for error in response.json()["errors"]] == ["history.1.played_at", "k"]
     for path, where in (("k=0", "k"), ("horizon=far", "horizon"), ("at=noon", "at"), ("count=3", "count")):
-        wrong = app.get(f"/v1/users/ann/recommendations?{path}")
-        assert [error["where"] for error in require_problem(wrong, 422)["errors"]] == [where]
-    mixed = app.post("/v1/recommendations", {"history": [{"song_id": "song-3", "played_at": 5}, "song-4"]})
-    assert [error["where"] for error in require_problem(mixed, 422)["errors"]] == ["history"]
+        response = app.get(f"/v1/users/ann/recommendations?{path}")
+        assert [error["where"] for error in require_problem(response, 422)["errors"]] == [where]
+    mixed_response = app.post("/v1/recommendations", {"history": [{"song_id": "song-3", "played_at": 5}, "song-4"]})
+    assert [error["where"] for error in require_problem(mixed_response, 422)["errors"]] == ["history"]
 
 
-MANY = {f"field{number}": 0 for number in range(5_000)}
+MANY_FIELDS = {f"field{number}": 0 for number in range(5_000)}
 
 
 @pytest.mark.parametrize(
     ("path", "body", "where"),
     [
-        ("/v1/recommendations", MANY, "body"),
-        ("/v1/recommendations", {"history": [MANY]}, "history.0"),
-        ("/v1/recommendations/batch", MANY, "body"),
-        ("/v1/rank", {"history": [MANY], "songs": ["song-3"]}, "history.0"),
-        ("/v1/tastes", MANY, "body"),
-        ("/v1/plays", MANY, "body"),
-        ("/v1/plays", {"plays": [], **MANY}, "body"),
-        ("/v1/songs", MANY, "body"),
-        ("/v1/songs", {"songs": [{"song_id": "new"}, MANY]}, "songs.1"),
-        ("/v1/map", MANY, "body"),
+        ("/v1/recommendations", MANY_FIELDS, "body"),
+        ("/v1/recommendations", {"history": [MANY_FIELDS]}, "history.0"),
+        ("/v1/recommendations/batch", MANY_FIELDS, "body"),
+        ("/v1/rank", {"history": [MANY_FIELDS], "songs": ["song-3"]}, "history.0"),
+        ("/v1/tastes", MANY_FIELDS, "body"),
+        ("/v1/plays", MANY_FIELDS, "body"),
+        ("/v1/plays", {"plays": [], **MANY_FIELDS}, "body"),
+        ("/v1/songs", MANY_FIELDS, "body"),
+        ("/v1/songs", {"songs": [{"song_id": "new"}, MANY_FIELDS]}, "songs.1"),
+        ("/v1/map", MANY_FIELDS, "body"),
     ],
 )
 def test_an_object_of_thousands_of_unknown_fields_is_one_error(app: Client, path: str, body: Any, where: str) -> None:
@@ -261,12 +263,12 @@ def test_an_object_of_thousands_of_unknown_fields_is_one_error(app: Client, path
     assert re.fullmatch(r"got 5,00\d fields, expected at most \d+; see /openapi.json", error["detail"])
 
 
-def test_so_are_thousands_of_unknown_parameters_and_such_an_object_of_a_batch_fails_alone(app: Client) -> None:
+def test_thousands_of_unknown_parameters_are_one_error_and_such_an_object_of_a_batch_fails_alone(app: Client) -> None:
     parameters = "&".join(f"p{number}=1" for number in range(5_000))
     for path in ("/v1/songs/popular", "/v1/users/ann/recommendations"):
         (error,) = require_problem(app.get(f"{path}?{parameters}"), 422)["errors"]
         assert error["detail"].startswith("got 5,000 fields")
-    answers = app.post("/v1/recommendations/batch", {"requests": [MANY, {"history": SONGS}]}).json()["answers"]
+    answers = app.post("/v1/recommendations/batch", {"requests": [MANY_FIELDS, {"history": SONGS}]}).json()["answers"]
     assert answers[0]["errors"][0]["detail"].startswith("got 5,000 fields")
     assert answers[1]["songs"]
 
@@ -295,8 +297,8 @@ def test_a_bad_entry_of_tastes_fails_alone(app: Client) -> None:
     good, late = {"history": SONGS, "at": AT}, {"history": [{"song_id": "song-3", "played_at": AT + 1}], "at": AT}
     users = [{"history": [3]}, good, late, {"histories": []}]
     answer = app.post("/v1/tastes", {"users": users}).json()
-    places = [[error["where"] for error in taste.get("errors", [])] for taste in answer["tastes"]]
-    assert places == [["history.0"], [], ["at"], ["history", "histories"]]
+    error_fields = [[error["where"] for error in taste.get("errors", [])] for taste in answer["tastes"]]
+    assert error_fields == [["history.0"], [], ["at"], ["history", "histories"]]
     assert answer["tastes"][1] == app.post("/v1/tastes", {"users": [good]}).json()["tastes"][0]
     assert app.post("/v1/tastes", {"users": [3]}).json()["dim"] == answer["dim"] == len(answer["tastes"][1]["short"])
 
@@ -329,7 +331,7 @@ def test_a_bad_request_of_a_batch_fails_alone(app: Client) -> None:
     assert "after the moment" in answers[-2]["detail"]
 
 
-def test_a_history_may_hold_songs_of_any_spelling(app: Client) -> None:
+def test_a_history_may_mix_song_ids_and_objects(app: Client) -> None:
     assert ask(app, history=["song-3", {"song_id": "song-50"}])["plays"] == 2
 
 
@@ -351,21 +353,21 @@ def test_head_answers_as_get_without_the_body(app: Client, path: str) -> None:
 def test_a_body_of_another_kind_is_a_415_that_says_what_to_send(
     app: Client, headers: dict[str, str], told: str
 ) -> None:
-    refused = require_problem(app.post("/v1/recommendations", content=b'{"history": []}', headers=headers), 415)
-    assert told in refused["detail"]
-    for kind in ("application/json; charset=utf-8", "application/vnd.rayrec+json"):
-        content = {"content": b'{"history": []}', "headers": {"Content-Type": kind}}
-        assert app.post("/v1/recommendations", **content).status_code == 200
+    problem = require_problem(app.post("/v1/recommendations", content=b'{"history": []}', headers=headers), 415)
+    assert told in problem["detail"]
+    for content_type in ("application/json; charset=utf-8", "application/vnd.rayrec+json"):
+        options = {"content": b'{"history": []}', "headers": {"Content-Type": content_type}}
+        assert app.post("/v1/recommendations", **options).status_code == 200
 
 
 def test_long_answers_are_compressed_for_clients_that_take_it(app: Client) -> None:
     body = {"history": SONGS, "at": AT, "k": 100}
     plain = app.post("/v1/recommendations", body, headers={"Accept-Encoding": "identity"})
-    small = app.post("/v1/recommendations", body, headers={"Accept-Encoding": "gzip"})
-    assert small.headers["content-encoding"] == "gzip"
+    compressed = app.post("/v1/recommendations", body, headers={"Accept-Encoding": "gzip"})
+    assert compressed.headers["content-encoding"] == "gzip"
     assert "content-encoding" not in plain.headers
-    assert small.json()["songs"] == plain.json()["songs"]
-    assert int(small.headers["content-length"]) < len(plain.content) / 3
+    assert compressed.json()["songs"] == plain.json()["songs"]
+    assert int(compressed.headers["content-length"]) < len(plain.content) / 3
 
 
 def test_the_id_of_a_request_comes_back_and_stands_in_the_log_of_its_failure(
@@ -373,18 +375,19 @@ def test_the_id_of_a_request_comes_back_and_stands_in_the_log_of_its_failure(
 ) -> None:
     assert app.get("/healthz", headers={"X-Request-ID": "abc-1"}).headers["x-request-id"] == "abc-1"
     assert app.get("/v1/nothing", headers={"X-Request-ID": "abc-2"}).headers["x-request-id"] == "abc-2"
-    made = {
-        app.get("/healthz", headers={"X-Request-ID": wrong}).headers["x-request-id"] for wrong in ("", "a b", "x" * 200)
+    generated_ids = {
+        app.get("/healthz", headers={"X-Request-ID": invalid_id}).headers["x-request-id"]
+        for invalid_id in ("", "a b", "x" * 200)
     }
-    assert len(made) == 3
-    assert all(len(name) == 32 for name in made)
+    assert len(generated_ids) == 3
+    assert all(len(request_id) == 32 for request_id in generated_ids)
 
-    async def broken(*_: Any, **__: Any) -> Any:
+    async def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr(type(opened), "recommend", broken)
-    failed = app.post("/v1/recommendations", {"history": SONGS}, headers={"X-Request-ID": "abc-3"})
-    assert "abc-3" in require_problem(failed, 500)["detail"]
+    monkeypatch.setattr(type(opened), "recommend", fail)
+    response = app.post("/v1/recommendations", {"history": SONGS}, headers={"X-Request-ID": "abc-3"})
+    assert "abc-3" in require_problem(response, 500)["detail"]
     assert "request abc-3 failed" in caplog.text
 
 
@@ -422,18 +425,18 @@ def test_a_body_over_the_limit_is_a_413(app: Client) -> None:
 
 def test_what_is_not_there_is_a_404_and_a_wrong_method_a_405(app: Client) -> None:
     require_problem(app.get("/v1/nothing"), 404)
-    refused = app.get("/v1/recommendations")
-    require_problem(refused, 405)
-    assert "POST" in refused.headers["allow"]
+    response = app.get("/v1/recommendations")
+    require_problem(response, 405)
+    assert "POST" in response.headers["allow"]
 
 
-def test_an_unthought_of_error_is_a_500_without_its_text(app: Client, opened: Service, monkeypatch: Any) -> None:
-    async def broken(*_: Any, **__: Any) -> Any:
+def test_an_unexpected_error_is_a_500_without_its_text(app: Client, opened: Service, monkeypatch: Any) -> None:
+    async def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr(type(opened), "recommend", broken)
-    told = require_problem(app.post("/v1/recommendations", {"history": SONGS}), 500)
-    assert "secret" not in json.dumps(told)
+    monkeypatch.setattr(type(opened), "recommend", fail)
+    problem = require_problem(app.post("/v1/recommendations", {"history": SONGS}), 500)
+    assert "secret" not in json.dumps(problem)
 
 
 def test_health_readiness_and_release_name_what_answers(app: Client, opened: Service, world: Workspace) -> None:
@@ -457,7 +460,7 @@ def test_the_metrics_tell_latency_by_stage_batches_paths_and_the_release(app: Cl
     assert 'route="/v1/recommendations"' in text
 
 
-def test_the_metrics_tell_how_often_a_mask_of_songs_was_kept_from_before(app: Client) -> None:
+def test_the_metrics_tell_how_often_a_mask_of_songs_came_from_the_cache(app: Client) -> None:
     def lookups(outcome: str) -> float:
         (line,) = [
             line
@@ -476,11 +479,11 @@ def test_the_document_shows_every_endpoint_with_an_example_and_its_problems(app:
     document = app.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
     for path, methods in document["paths"].items():
-        for about in methods.values():
-            assert "500" in about["responses"], path
-            assert "HTTPValidationError" not in json.dumps(about)
-            if "requestBody" in about:
-                reference = about["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        for operation in methods.values():
+            assert "500" in operation["responses"], path
+            assert "HTTPValidationError" not in json.dumps(operation)
+            if "requestBody" in operation:
+                reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
                 assert schemas[reference.rsplit("/", 1)[1]]["examples"], path
 
 

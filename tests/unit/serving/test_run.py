@@ -31,12 +31,12 @@ from rayrec.storage.workspace import Workspace
 
 
 def test_the_files_of_haproxy_are_the_owners_alone_and_its_ports_are_free(tmp_path: Path) -> None:
-    told = environment(ServeConfig(), tmp_path)
-    wrapper = Path(told["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    variables = environment(ServeConfig(), tmp_path)
+    wrapper = Path(variables["RAY_SERVE_HAPROXY_BINARY_PATH"])
     assert stat.S_IMODE(wrapper.stat().st_mode) == 0o700
-    ports = [value for name, value in told.items() if name.endswith("_PORT")]
+    ports = [value for name, value in variables.items() if name.endswith("_PORT")]
     assert len(set(ports)) == len(ports) == 3
-    paths = [value for name, value in told.items() if name.startswith("RAY_SERVE_HAPROXY") and "/" in value]
+    paths = [value for name, value in variables.items() if name.startswith("RAY_SERVE_HAPROXY") and "/" in value]
     assert all(path.startswith(str(tmp_path)) for path in paths)
     assert len(paths) == 6
 
@@ -48,20 +48,20 @@ def test_ray_stays_on_loopback_unless_the_application_does_not(tmp_path: Path) -
 
 
 def test_a_taken_port_is_an_input_error_before_anything_starts() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         with pytest.raises(InputError, match=rf"port {port}: .*give another --port"):
             require_free("127.0.0.1", port)
     require_free("127.0.0.1", free_ports(1)[0])
 
 
 def test_free_ports_are_none_that_a_process_of_ray_may_be_given_before_they_are_used() -> None:
-    with socket.socket() as anyone:
-        anyone.bind(("127.0.0.1", 0))
-        given = anyone.getsockname()[1]
-    assert all(19_999 < port < min(given, 30_000) for port in free_ports(50))
+    with socket.socket() as other_socket:
+        other_socket.bind(("127.0.0.1", 0))
+        ephemeral_port = other_socket.getsockname()[1]
+    assert all(19_999 < port < min(ephemeral_port, 30_000) for port in free_ports(50))
 
 
 SERVER = (  # after a line on stdin, listens on the given host and prints the port
@@ -72,7 +72,7 @@ SERVER = (  # after a line on stdin, listens on the given host and prints the po
 
 def test_a_port_that_is_open_to_others_is_named_and_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "SETTLE_SECONDS", 0.3)
-    for host, closed in (("127.0.0.1", True), ("0.0.0.0", False)):
+    for host, is_closed in (("127.0.0.1", True), ("0.0.0.0", False)):
         with subprocess.Popen(
             [sys.executable, "-c", SERVER, host], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as process:
@@ -80,10 +80,10 @@ def test_a_port_that_is_open_to_others_is_named_and_ends_the_start(monkeypatch: 
             assert process.stdout
             print(file=process.stdin, flush=True)
             port = int(process.stdout.readline())
-            if closed:
+            if is_closed:
                 require_loopback(process.pid)
             else:
-                assert any(f"0.0.0.0 port {port} (" in each for each in open_listeners(process.pid))
+                assert any(f"0.0.0.0 port {port} (" in listener for listener in open_listeners(process.pid))
                 with pytest.raises(RayrecError, match=rf"0.0.0.0 port {port} .*application was stopped"):
                     require_loopback(process.pid)
             process.communicate("\n")
@@ -93,18 +93,18 @@ def test_a_process_whose_ports_may_not_be_seen_counts_as_open_and_one_that_has_e
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(run, "SETTLE_SECONDS", 0.3)
-    denied: set[int] = set()
-    connections = psutil.Process.net_connections
+    denied_pids: set[int] = set()
+    true_connections = psutil.Process.net_connections
 
     def net_connections(self: psutil.Process, kind: str = "inet") -> list[Any]:
-        if self.pid in denied:
+        if self.pid in denied_pids:
             raise psutil.AccessDenied(self.pid)
-        return connections(self, kind)
+        return true_connections(self, kind)
 
     monkeypatch.setattr(psutil.Process, "net_connections", net_connections)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, text=True) as process:
         require_loopback(process.pid)
-        denied.add(process.pid)
+        denied_pids.add(process.pid)
         with pytest.raises(RayrecError, match=rf"unknown ports of process {process.pid} \(python.*access denied"):
             require_loopback(process.pid)
         assert process.stdin
@@ -181,22 +181,22 @@ def test_haproxy_listens_in_the_folder_of_ray_if_the_path_of_its_socket_is_short
     """HAProxy refuses longer paths. Serve puts the socket into a folder named after the node's id of 56 digits."""
     paths: list[Path] = []
 
-    def keep(config: ServeConfig, folder: Path) -> dict[str, str]:
+    def keep_path_and_stop(config: ServeConfig, folder: Path) -> dict[str, str]:
         paths.append(Path(environment(config, folder)["RAY_SERVE_HAPROXY_SOCKET_PATH"]))
         raise RayrecError("far enough")
 
     monkeypatch.setenv("RAYREC_API_KEYS", "read:reader-0123456789")
-    monkeypatch.setattr(run, "environment", keep)
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="") as short:
-        fits, too_long = (f"{short}/".ljust(length, "x") for length in (18, 19))  # need not exist, as for Ray
-        monkeypatch.setenv("RAY_TMPDIR", fits)
+    monkeypatch.setattr(run, "environment", keep_path_and_stop)
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="") as folder:
+        short_path, long_path = (f"{folder}/".ljust(length, "x") for length in (18, 19))  # need not exist, as for Ray
+        monkeypatch.setenv("RAY_TMPDIR", short_path)
         with pytest.raises(RayrecError, match="far enough"), running(workspace, ServeConfig(port=0)):
             pass
         (socket_path,) = paths
-        assert socket_path.parent.parent == Path(fits)
+        assert socket_path.parent.parent == Path(short_path)
         assert len(str(socket_path.parent / ("0" * 56) / socket_path.name)) == 97
-        monkeypatch.setenv("RAY_TMPDIR", too_long)
-        wanted = f"{too_long}, has a path that is 1 bytes too long for HAProxy's socket; set RAY_TMPDIR=/tmp"
-        with pytest.raises(InputError, match=wanted), running(workspace, ServeConfig(port=0)):
+        monkeypatch.setenv("RAY_TMPDIR", long_path)
+        message = f"{long_path}, has a path that is 1 bytes too long for HAProxy's socket; set RAY_TMPDIR=/tmp"
+        with pytest.raises(InputError, match=message), running(workspace, ServeConfig(port=0)):
             pass
-        assert os.listdir(too_long) == []
+        assert os.listdir(long_path) == []

@@ -35,8 +35,8 @@ def test_only_haproxys_own_pages_are_held_to_loopback(tmp_path: Path) -> None:
     config.write_text("frontend a\n    bind :7001\nfrontend b\n    bind *:8000\nlisten c\n  bind *:7002\n")
     wrapper = serve_compat.write_haproxy_wrapper(tmp_path, (7001, 7002))
     subprocess.run([wrapper, "-v", "-f", config], check=True, capture_output=True)
-    found = [line.strip() for line in config.read_text().splitlines() if "bind" in line]
-    assert found == ["bind 127.0.0.1:7001", "bind *:8000", "bind 127.0.0.1:7002"]
+    bind_lines = [line.strip() for line in config.read_text().splitlines() if "bind" in line]
+    assert bind_lines == ["bind 127.0.0.1:7001", "bind *:8000", "bind 127.0.0.1:7002"]
 
 
 def test_a_replica_still_binds_its_port_where_it_is_held_to_loopback() -> None:

@@ -38,8 +38,8 @@ def test_every_id_has_its_row_and_others_have_none(collide: bool, monkeypatch: p
 def test_the_cache_of_ids_is_bounded_and_answers_stay_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served_catalog, "NAMES_KEPT", 10)
     rows = song_rows()
-    for begin in range(0, 100, 7):
-        assert rows.find(IDS[begin : begin + 7]) == list(range(begin, begin + 7))
+    for start in range(0, 100, 7):
+        assert rows.find(IDS[start : start + 7]) == list(range(start, start + 7))
 
 
 def test_two_replicas_map_one_file_and_a_changed_song_table_is_another(

@@ -38,7 +38,7 @@ from rayrec.storage.workspace import Workspace
 ENCODERS = {name: TasteEncoder(network(model_config(), seed=seed)) for seed, name in enumerate(("m1", "m2"))}
 BEGIN = 1_700_000_000_000
 USERS = ("ann", "bob")
-STORED = 1e-6  # tolerance, as a share of the largest number of a network state
+STATE_TOLERANCE = 1e-6  # tolerance, as a share of the largest number of a network state
 
 
 class NetworkEngine:
@@ -83,20 +83,20 @@ class World:
     uri: str
     seed: int
     events: dict[str, Event] = field(default_factory=dict)
-    taken: set[str] = field(default_factory=set)  # acknowledged as taken
-    stored: set[str] = field(default_factory=set)  # acknowledged with any outcome
+    taken_ids: set[str] = field(default_factory=set)  # acknowledged as taken
+    stored_ids: set[str] = field(default_factory=set)  # acknowledged with any outcome
     model: str = "m1"
     moment: int = BEGIN  # of the last batch whose plays are all of one moment
-    lost: bool = False  # True if the next answer of the store gets lost
+    loses_next_answer: bool = False  # True if the next answer of the store gets lost
     steps_to_live: int = 0  # begins and ends of store calls until the first replica is killed; 0: never
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.store = open_store(self.uri, "n")
         self.replicas = [replica(self.workspace, self.uri) for _ in range(2)]
-        self.at_work: list[set[asyncio.Task[Any]]] = [set(), set()]  # tasks of each replica
-        self.dead: list[StoredUsers] = []
-        self.counting = threading.Lock()
+        self.running_tasks: list[set[asyncio.Task[Any]]] = [set(), set()]  # tasks of each replica
+        self.dead_replicas: list[StoredUsers] = []
+        self.step_lock = threading.Lock()
 
     def new_events(self) -> list[Event]:
         """Return 1 to 400 plays, in order or late, or 300 plays of one moment, perhaps that of an earlier batch."""
@@ -125,111 +125,120 @@ class World:
         Batches with new plays must all be the same batch.
         """
 
-        async def all_at_once() -> list[Any]:
+        async def send_all() -> list[Any]:
             self.loop = asyncio.get_running_loop()
-            return await asyncio.gather(*(self._take(turn % 2, batch) for turn, batch in enumerate(batches) if batch))
+            return await asyncio.gather(
+                *(self._take(number % 2, batch) for number, batch in enumerate(batches) if batch)
+            )
 
-        first_time: Counter[str] = Counter()
-        before, held = set(self.stored), {user: self._held(user) for user in USERS}
-        for events, outcomes in asyncio.run(all_at_once()):
+        times_counted: Counter[str] = Counter()
+        stored_before, held_plays = set(self.stored_ids), {user: self._held_plays(user) for user in USERS}
+        for events, outcomes in asyncio.run(send_all()):
             for event, outcome in zip(events, outcomes, strict=True):
                 if outcome == "repeated":
                     continue
-                first_time[event.id] += 1
-                assert event.id not in before, f"{event.id} counts twice"
+                times_counted[event.id] += 1
+                assert event.id not in stored_before, f"{event.id} counts twice"
                 if outcome == "taken":
-                    self.taken.add(event.id)
+                    self.taken_ids.add(event.id)
                 else:
-                    later = np.count_nonzero(held[event.user].played_at > event.played_at)
-                    assert later >= WINDOW, f"{event.id} is rejected, with {later} later plays"
-            self.stored |= {event.id for event in events}
-        assert set(first_time.values()) <= {1}
-        while self.dead:
-            self.dead.pop().close()
+                    num_later = np.count_nonzero(held_plays[event.user].played_at > event.played_at)
+                    assert num_later >= WINDOW, f"{event.id} is rejected, with {num_later} later plays"
+            self.stored_ids |= {event.id for event in events}
+        assert set(times_counted.values()) <= {1}
+        while self.dead_replicas:
+            self.dead_replicas.pop().close()
 
-    async def _take(self, place: int, events: list[Event]) -> tuple[list[Event], list[str]]:
+    async def _take(self, replica_number: int, events: list[Event]) -> tuple[list[Event], list[str]]:
         """Send a batch until it is answered, to the other replica if one dies; return its events and their outcomes."""
         by_user: dict[str, list[Event]] = {}
         for event in events:
             by_user.setdefault(event.user, []).append(event)
-        sent = {user: user_plays(own) for user, own in by_user.items()}
+        plays_by_user = {user: user_plays(user_events) for user, user_events in by_user.items()}
         for _ in range(3):
-            work = asyncio.ensure_future(self.replicas[place].take(release(self.model), sent))
-            at_work = self.at_work[place]
-            at_work.add(work)
+            task = asyncio.ensure_future(self.replicas[replica_number].take(release(self.model), plays_by_user))
+            running_tasks = self.running_tasks[replica_number]
+            running_tasks.add(task)
             try:
-                outcomes = await work
+                outcomes = await task
                 break
             except StoreUnavailableError:
                 continue
             except asyncio.CancelledError:
-                place = 1 - place
+                replica_number = 1 - replica_number
             finally:
-                at_work.discard(work)
-        return [event for own in by_user.values() for event in own], [o for user in by_user for o in outcomes[user]]
+                running_tasks.discard(task)
+        return [event for user_events in by_user.values() for event in user_events], [
+            outcome for user in by_user for outcome in outcomes[user]
+        ]
 
     def step(self) -> None:
         """Count the begin or the end of a store call, and kill the first replica when `steps_to_live` reaches 0."""
-        with self.counting:
+        with self.step_lock:
             if self.steps_to_live:
                 self.steps_to_live -= 1
                 if not self.steps_to_live:
-                    self.loop.call_soon_threadsafe(self._kill_at_work)
+                    self.loop.call_soon_threadsafe(self._kill_first_replica)
 
-    def _kill_at_work(self) -> None:
+    def _kill_first_replica(self) -> None:
         """Kill the first replica with all its tasks; store calls that have begun may still finish."""
-        for work in self.at_work[0]:
-            work.cancel()
-        self.dead.append(self.replicas[0])
+        for task in self.running_tasks[0]:
+            task.cancel()
+        self.dead_replicas.append(self.replicas[0])
         self.replicas[0] = replica(self.workspace, self.uri)
 
     def restart_a_replica(self) -> None:
         """Replace a replica that has no task in progress by a new one."""
-        place = self.random.randrange(2)
-        self.replicas[place].close()
-        self.replicas[place] = replica(self.workspace, self.uri)
+        replica_number = self.random.randrange(2)
+        self.replicas[replica_number].close()
+        self.replicas[replica_number] = replica(self.workspace, self.uri)
 
     def check(self) -> None:
         """Check that the store holds every event once, and that both models' states equal those of a batch run."""
-        for user, whole in zip(USERS, self.store.read(USERS), strict=True):
-            own = [event for event in self.events.values() if event.user == user]
-            if whole is None:
-                assert not own
+        for user, full_user in zip(USERS, self.store.read(USERS), strict=True):
+            user_events = [event for event in self.events.values() if event.user == user]
+            if full_user is None:
+                assert not user_events
                 continue
-            state, held = unpack_state(whole.stored.state), self._held(user)
-            assert state.plays + state.rejected == len(own)
-            assert state.plays == len(held)
-            plays = Counter(zip(held.songs.tolist(), held.played_at.tolist(), strict=True))
-            acknowledged = Counter((event.song, event.played_at) for event in own if event.id in self.taken)
-            assert not acknowledged - plays
-            assert sorted(held.played_at) == held.played_at.tolist()
+            state, held_plays = unpack_state(full_user.stored.state), self._held_plays(user)
+            assert state.plays + state.rejected == len(user_events)
+            assert state.plays == len(held_plays)
+            play_counts = Counter(zip(held_plays.songs.tolist(), held_plays.played_at.tolist(), strict=True))
+            acknowledged_counts = Counter(
+                (event.song, event.played_at) for event in user_events if event.id in self.taken_ids
+            )
+            assert not acknowledged_counts - play_counts
+            assert sorted(held_plays.played_at) == held_plays.played_at.tolist()
             for model, encoder in ENCODERS.items():
-                (known,) = asyncio.run(self.replicas[0].read(release(model), [user]))
-                assert known is not None
-                batch = encoder.run(held.history())[1]
+                (stored_user,) = asyncio.run(self.replicas[0].read(release(model), [user]))
+                assert stored_user is not None
+                batch_states = encoder.run(held_plays.history())[1]
                 np.testing.assert_allclose(
-                    known.states.hidden, batch.hidden, rtol=1e-5, atol=STORED * np.abs(batch.hidden).max()
+                    stored_user.states.hidden,
+                    batch_states.hidden,
+                    rtol=1e-5,
+                    atol=STATE_TOLERANCE * np.abs(batch_states.hidden).max(),
                 )
-        for users in self.replicas:
-            users.close()
+        for stored_users in self.replicas:
+            stored_users.close()
         self.store.close()
 
-    def _held(self, user: str) -> Plays:
+    def _held_plays(self, user: str) -> Plays:
         """Return all plays of a user in the store."""
-        (whole,) = self.store.read([user])
-        if whole is None:
+        (full_user,) = self.store.read([user])
+        if full_user is None:
             return Plays.of([], [])
-        return Plays.joined([unpack_plays(whole.log), unpack_state(whole.stored.state).window])
+        return Plays.joined([unpack_plays(full_user.log), unpack_state(full_user.stored.state).window])
 
 
-def sent_plays(plays: Plays, events: Sequence[str]) -> UserPlays:
+def plays_of_request(plays: Plays, events: Sequence[str]) -> UserPlays:
     """Return plays as they come from a request, none of them a like."""
     return UserPlays(plays=plays, events=events, liked=np.zeros(len(events), dtype=bool))
 
 
 def user_plays(events: list[Event]) -> UserPlays:
     plays = Plays.of([event.song for event in events], [event.played_at for event in events])
-    return sent_plays(plays, [event.id for event in events])
+    return plays_of_request(plays, [event.id for event in events])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -239,25 +248,27 @@ def test_an_event_counts_once_whatever_happens(
     """Batches of any size and of one moment, retries, late plays, two writers at once, lost answers, replicas that are
     killed while they work, restarts, changes of release."""
     world = World(workspace, uri, seed)
-    for kind in (SqliteStore, RedisStore):
+    for store_class in (SqliteStore, RedisStore):
 
-        def put_and_lose(self: Any, changes: Sequence[Change], put: Any = kind.put) -> list[bool]:
+        def put_and_lose(self: Any, changes: Sequence[Change], put: Any = store_class.put) -> list[bool]:
             world.step()
-            done = put(self, changes)
+            results = put(self, changes)
             world.step()
-            if world.lost:
-                world.lost = False
+            if world.loses_next_answer:
+                world.loses_next_answer = False
                 raise StoreUnavailableError("the answer was lost")
-            return done
+            return results
 
-        def get_in_steps(self: Any, users: Mapping[str, Sequence[int]], get: Any = kind.get) -> list[Stored | None]:
+        def get_in_steps(
+            self: Any, users: Mapping[str, Sequence[int]], get: Any = store_class.get
+        ) -> list[Stored | None]:
             world.step()
             stored = get(self, users)
             world.step()
             return stored
 
-        monkeypatch.setattr(kind, "put", put_and_lose)
-        monkeypatch.setattr(kind, "get", get_in_steps)
+        monkeypatch.setattr(store_class, "put", put_and_lose)
+        monkeypatch.setattr(store_class, "get", get_in_steps)
     now = state_store.time.time()
     for turn in range(25):
         monkeypatch.setattr(state_store.time, "time", lambda turn=turn: now + turn * 50 * 60)  # 21 hours in total
@@ -276,7 +287,7 @@ def test_an_event_counts_once_whatever_happens(
         elif action == "retry":
             world.send([world.retries()])
         else:
-            world.lost = action == "lose"  # the client sends the batch again
+            world.loses_next_answer = action == "lose"  # the client sends the batch again
             world.send([world.new_events()])
     world.check()
 
@@ -285,15 +296,15 @@ def test_the_same_batch_sent_again_is_repeated_and_other_events_are_not(workspac
     """200 plays without times, so all of one moment; then the same events again; then 1,000 other events."""
     users = replica(workspace, uri)
 
-    def take(names: Sequence[str]) -> Counter[str]:
-        plays = Plays.of(np.arange(len(names)) % 3, np.full(len(names), BEGIN))
-        sent = {"ann": sent_plays(plays, names)}
-        return Counter(asyncio.run(users.take(release("m1"), sent))["ann"])
+    def take(event_ids: Sequence[str]) -> Counter[str]:
+        plays = Plays.of(np.arange(len(event_ids)) % 3, np.full(len(event_ids), BEGIN))
+        plays_by_user = {"ann": plays_of_request(plays, event_ids)}
+        return Counter(asyncio.run(users.take(release("m1"), plays_by_user))["ann"])
 
-    first = [f"a{place}" for place in range(200)]
-    assert take(first) == {"taken": 200}
-    assert take(first) == {"repeated": 200}
-    assert take([f"b{place}" for place in range(1_000)]) == {"taken": 1_000}
+    first_ids = [f"a{number}" for number in range(200)]
+    assert take(first_ids) == {"taken": 200}
+    assert take(first_ids) == {"repeated": 200}
+    assert take([f"b{number}" for number in range(1_000)]) == {"taken": 1_000}
     users.close()
 
 
@@ -303,22 +314,29 @@ def test_a_user_with_many_plays_is_read_by_the_last_of_them_and_no_song_is_forgo
     users, count = replica(workspace, uri), 3 * LAST_PLAYS
     songs = np.random.default_rng(0).integers(0, 50, count)
     songs[:10] = np.arange(50, 60)  # heard only at the beginning
-    for begin in range(0, count, 1_000):
-        place = np.arange(begin, begin + 1_000)
-        plays = Plays.of(songs[place], BEGIN + place * 60_000)
-        sent: Mapping[str, UserPlays] = {"ann": sent_plays(plays, [str(each) for each in place])}
-        asyncio.run(users.take(release("m1"), sent))
+    for start in range(0, count, 1_000):
+        positions = np.arange(start, start + 1_000)
+        plays = Plays.of(songs[positions], BEGIN + positions * 60_000)
+        plays_by_user: Mapping[str, UserPlays] = {
+            "ann": plays_of_request(plays, [str(position) for position in positions])
+        }
+        asyncio.run(users.take(release("m1"), plays_by_user))
     for model in ("m1", "m2"):
-        (known,) = asyncio.run(users.read(release(model), ["ann"]))
-        assert known is not None
-        assert known.state.plays == count
-        assert LAST_PLAYS <= known.plays.num_plays <= LAST_PLAYS + 1_200
-        assert set(known.heard) | set(known.plays.songs) == set(songs)
+        (stored_user,) = asyncio.run(users.read(release(model), ["ann"]))
+        assert stored_user is not None
+        assert stored_user.state.plays == count
+        assert LAST_PLAYS <= stored_user.plays.num_plays <= LAST_PLAYS + 1_200
+        assert set(stored_user.heard) | set(stored_user.plays.songs) == set(songs)
         # The first model saw every play; the state of the second one is computed from the plays that are read.
-        seen = Plays.of(songs, BEGIN + np.arange(count) * 60_000).history() if model == "m1" else known.plays
-        batch = ENCODERS[model].run(seen)[1]
+        seen_plays = (
+            Plays.of(songs, BEGIN + np.arange(count) * 60_000).history() if model == "m1" else stored_user.plays
+        )
+        batch_states = ENCODERS[model].run(seen_plays)[1]
         np.testing.assert_allclose(
-            known.states.hidden, batch.hidden, rtol=1e-5, atol=STORED * np.abs(batch.hidden).max()
+            stored_user.states.hidden,
+            batch_states.hidden,
+            rtol=1e-5,
+            atol=STATE_TOLERANCE * np.abs(batch_states.hidden).max(),
         )
     users.close()
 
@@ -340,26 +358,26 @@ def test_ten_million_plays_are_read_like_six_thousand_but_for_a_set_of_two_bytes
             for end in range(size, count + 1, size)
         ]
         state = UserState(before_at=BEGIN + (count - 1) * 60_000, left=count, folded=count - LAST_PLAYS // 2)
-        heard = pack_heard(heard_songs[user])
-        assert len(heard) < 2 * len(heard_songs[user])
-        change = Change(user_id=user, state=pack_state(state), expected=NO_VERSION, append=log, heard=heard)
+        packed_heard = pack_heard(heard_songs[user])
+        assert len(packed_heard) < 2 * len(heard_songs[user])
+        change = Change(user_id=user, state=pack_state(state), expected=NO_VERSION, append=log, heard=packed_heard)
         assert store.put([change]) == [True]
     read, pieces_read, bytes_read = type(store).read, list[int](), list[int]()
 
-    def counted(self: StateStore, names: Sequence[str], *, plays: int | None = None) -> list[FullUser | None]:
-        wholes = read(self, names, plays=plays)
-        for whole in wholes:
-            assert whole is not None
-            pieces_read.append(len(whole.log))
-            bytes_read.append(len(whole.stored.state) + sum(map(len, whole.log)))
-        return wholes
+    def read_and_count(self: StateStore, names: Sequence[str], *, plays: int | None = None) -> list[FullUser | None]:
+        full_users = read(self, names, plays=plays)
+        for full_user in full_users:
+            assert full_user is not None
+            pieces_read.append(len(full_user.log))
+            bytes_read.append(len(full_user.stored.state) + sum(map(len, full_user.log)))
+        return full_users
 
-    monkeypatch.setattr(type(store), "read", counted)
+    monkeypatch.setattr(type(store), "read", read_and_count)
     for user in ("few", "many"):
-        (known,) = asyncio.run(users.read(release("m1"), [user]))
-        assert known is not None
-        assert known.plays.num_plays == 5 * size
-        np.testing.assert_array_equal(known.heard, heard_songs[user])
+        (stored_user,) = asyncio.run(users.read(release("m1"), [user]))
+        assert stored_user is not None
+        assert stored_user.plays.num_plays == 5 * size
+        np.testing.assert_array_equal(stored_user.heard, heard_songs[user])
     assert pieces_read == [5, 5]
     assert bytes_read[1] == pytest.approx(bytes_read[0], rel=0.01)
     users.close()
@@ -370,8 +388,8 @@ def test_a_deleted_user_is_unknown_until_a_play_from_after_the_deletion(workspac
     users, live = replica(workspace, uri), release("m1")
 
     def take(event: str, at: int) -> list[str]:
-        sent = {"ann": sent_plays(Plays.of([1], [at]), [event])}
-        return list(asyncio.run(users.take(live, sent))["ann"])
+        plays_by_user = {"ann": plays_of_request(Plays.of([1], [at]), [event])}
+        return list(asyncio.run(users.take(live, plays_by_user))["ann"])
 
     assert take("a", BEGIN) == ["taken"]
     asyncio.run(users.forget(live, "ann", BEGIN + 10))
@@ -380,39 +398,41 @@ def test_a_deleted_user_is_unknown_until_a_play_from_after_the_deletion(workspac
     assert take("a", BEGIN + 20) == ["repeated"]  # sent again without a time: it counts as played now
     assert asyncio.run(users.read(live, ["ann"])) == [None]
     assert take("c", BEGIN + 20) == ["taken"]
-    (known,) = asyncio.run(users.read(live, ["ann"]))
-    assert known is not None
-    assert known.plays.played_at.tolist() == [BEGIN + 20]
+    (stored_user,) = asyncio.run(users.read(live, ["ann"]))
+    assert stored_user is not None
+    assert stored_user.plays.played_at.tolist() == [BEGIN + 20]
     users.close()
 
 
-def test_what_is_stored_is_told_though_its_client_leaves_meanwhile(
+def test_stored_plays_are_reported_even_if_the_client_disconnects_meanwhile(
     workspace: Workspace, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    users, live, told = replica(workspace, uri), release("m1"), list[tuple[str, list[Outcome]]]()
-    kind, has_begun, may_end = type(users.store("n")), threading.Event(), threading.Event()
-    put = kind.put
+    users, live, reports = replica(workspace, uri), release("m1"), list[tuple[str, list[Outcome]]]()
+    store_class, has_begun, may_end = type(users.store("n")), threading.Event(), threading.Event()
+    put = store_class.put
 
     def slow_put(self: Any, changes: Sequence[Change]) -> list[bool]:
         has_begun.set()
         assert may_end.wait(10)
         return put(self, changes)
 
-    monkeypatch.setattr(kind, "put", slow_put)
+    monkeypatch.setattr(store_class, "put", slow_put)
 
     async def leave() -> None:
-        sent = {"ann": sent_plays(Plays.of([1, 2], [BEGIN, BEGIN + 1]), ["a", "b"])}
-        work = asyncio.ensure_future(users.take(live, sent, lambda user, outcomes: told.append((user, outcomes))))
+        plays_by_user = {"ann": plays_of_request(Plays.of([1, 2], [BEGIN, BEGIN + 1]), ["a", "b"])}
+        task = asyncio.ensure_future(
+            users.take(live, plays_by_user, lambda user, outcomes: reports.append((user, outcomes)))
+        )
         assert await asyncio.to_thread(has_begun.wait, 10)
-        work.cancel()
+        task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await work
-        assert not told
+            await task
+        assert not reports
         may_end.set()
         for _ in range(1_000):
-            if not told:
+            if not reports:
                 await asyncio.sleep(0.01)
 
     asyncio.run(leave())
-    assert told == [("ann", ["taken", "taken"])]
+    assert reports == [("ann", ["taken", "taken"])]
     users.close()

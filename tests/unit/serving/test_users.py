@@ -28,7 +28,7 @@ from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
 MINUTE = 60_000
-TASTE = 1e-5  # absolute, per number of a taste vector: states are stored with 24 bits per number
+TASTE_TOLERANCE = 1e-5  # absolute, per number of a taste vector: states are stored with 24 bits per number
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture
 def app(world: Workspace, uri: str) -> Iterator[Client]:
-    with service(world, store=uri) as opened:
-        yield Client(opened)
+    with service(world, store=uri) as replica:
+        yield Client(replica)
 
 
 def recommender(world: Workspace, model: str = "model1") -> BaseRecommender:
@@ -69,13 +69,13 @@ def events_of(user: str, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     times = AT + np.cumsum(random.integers(1_000, 10 * MINUTE, count))
     return [
         {
-            "event_id": f"{user}-{place}",
+            "event_id": f"{user}-{number}",
             "user_id": user,
             "song_id": f"song-{random.integers(NUM_SONGS)}",
             "played_at": int(time),
             "skipped": bool(random.random() < 0.3),
         }
-        for place, time in enumerate(times)
+        for number, time in enumerate(times)
     ]
 
 
@@ -100,40 +100,44 @@ def recommend(app: Client, **body: Any) -> dict[str, Any]:
     return answer
 
 
-def require_problem(response: Any, status: int, told: str) -> None:
+def require_problem(response: Any, status: int, expected_text: str) -> None:
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
-    assert told in response.text
+    assert expected_text in response.text
 
 
-def require_taste_of_batch(world: Workspace, found: dict[str, Any], events: list[dict[str, Any]], at: int) -> None:
+def require_taste_of_batch(
+    world: Workspace, online_taste: dict[str, Any], events: list[dict[str, Any]], at: int
+) -> None:
     """Check that the vectors equal those in the batch job's table over the same plays, and those of its states."""
-    made_of = encoder(world, found["model"])
-    table = taste_table(made_of, history_of(events), at)
+    batch_encoder = encoder(world, online_taste["model"])
+    table = taste_table(batch_encoder, history_of(events), at)
     for horizon in ("short", "long"):
-        np.testing.assert_allclose(found[horizon], table.column(f"taste_{horizon}")[0].as_py(), atol=TASTE)
-        from_state = made_of.tastes(read_states(table, made_of.model.config.state_layers), at, horizon)[0]
-        np.testing.assert_allclose(found[horizon], from_state, atol=TASTE)
-    assert found["plays"] == table.column("plays")[0].as_py() == len(events)
-    assert ms(found["last_played_at"]) == table.column("last_played_at")[0].as_py()
+        np.testing.assert_allclose(
+            online_taste[horizon], table.column(f"taste_{horizon}")[0].as_py(), atol=TASTE_TOLERANCE
+        )
+        state_taste = batch_encoder.tastes(read_states(table, batch_encoder.model.config.state_layers), at, horizon)[0]
+        np.testing.assert_allclose(online_taste[horizon], state_taste, atol=TASTE_TOLERANCE)
+    assert online_taste["plays"] == table.column("plays")[0].as_py() == len(events)
+    assert ms(online_taste["last_played_at"]) == table.column("last_played_at")[0].as_py()
 
 
 def test_the_online_state_is_what_the_batch_job_computes_over_the_same_plays(app: Client, world: Workspace) -> None:
     """300 plays arrive alone and in batches, out of order, some of them twice."""
     events, random = events_of("ann", 300), np.random.default_rng(2)
     order = np.argsort(np.arange(300) + random.uniform(0, user_state.WINDOW / 2, 300), kind="stable")
-    place, sent = 0, {"taken": 0, "repeated": 0, "rejected": 0}
-    while place < 300:
+    position, counts = 0, {"taken": 0, "repeated": 0, "rejected": 0}
+    while position < 300:
         size = int(random.choice([1, 1, 2, 30]))
-        batch = [events[row] for row in order[place : place + size]]
+        batch = [events[row] for row in order[position : position + size]]
         if random.random() < 0.3:
             batch.append(batch[0])
         answer = send(app, *batch)
-        for name in sent:
-            sent[name] += answer[name]
-        place += size
-    assert (sent["taken"], sent["rejected"]) == (300, 0)
-    assert sent["repeated"] > 3
+        for name in counts:
+            counts[name] += answer[name]
+        position += size
+    assert (counts["taken"], counts["rejected"]) == (300, 0)
+    assert counts["repeated"] > 3
     at = events[-1]["played_at"] + MINUTE
     require_taste_of_batch(world, taste(app, "ann", at), events, at)
 
@@ -152,7 +156,7 @@ def test_a_stored_user_is_recommended_what_the_whole_history_is(
     )
     answer = recommend(app, user_id="ann", at=at, k=10, horizon=horizon, exclude_heard=exclude_heard)
     assert [song["song_id"] for song in answer["songs"]] == [f"song-{row}" for row in rows]
-    np.testing.assert_allclose([song["score"] for song in answer["songs"]], scores, atol=TASTE)
+    np.testing.assert_allclose([song["score"] for song in answer["songs"]], scores, atol=TASTE_TOLERANCE)
     assert (answer["source"], answer["plays"], ms(answer["at"])) == ("taste", 200, at)
 
 
@@ -160,48 +164,50 @@ def test_skips_and_likes_online_are_those_that_an_import_of_the_same_events_has(
     """Likes from before, between and after the plays, some sent twice; the first one before the user has any play."""
     events = events_of("ann", 200, seed=6)
     likes = [
-        {"type": "like", "event_id": f"like-{place}", "user_id": "ann", "song_id": song, "played_at": at}
-        for place, song, at in (
+        {"type": "like", "event_id": f"like-{number}", "user_id": "ann", "song_id": song, "played_at": at}
+        for number, song, at in (
             (0, "song-9", AT - 5 * MINUTE),
             (1, events[150]["song_id"], events[150]["played_at"] + 5),
             (2, "song-3", events[199]["played_at"] + 5),
             (3, events[3]["song_id"], events[160]["played_at"]),
         )
     ]
-    whole = history_of(events)
-    whole = replace(whole, likes=history_of(likes))
-    with service(world, store=uri) as opened:
-        app = Client(opened)
+    full_history = history_of(events)
+    full_history = replace(full_history, likes=history_of(likes))
+    with service(world, store=uri) as replica:
+        app = Client(replica)
         assert send(app, likes[0])["outcomes"] == ["taken"]
-        for begin in range(0, 200, 40):
-            assert send(app, *events[begin : begin + 40])["taken"] == 40
+        for start in range(0, 200, 40):
+            assert send(app, *events[start : start + 40])["taken"] == 40
         assert send(app, *likes[1:], likes[0], likes[2])["outcomes"] == ["taken"] * 3 + ["repeated"] * 2
-        (user,) = asyncio.run(opened.users.read(opened.live, ["ann"]))
+        (user,) = asyncio.run(replica.users.read(replica.live, ["ann"]))
         assert user is not None
-        for found, wanted in ((user.plays, whole), (user.plays.likes, whole.likes)):
-            assert found is not None
-            assert wanted is not None
-            np.testing.assert_array_equal(found.songs, wanted.songs)
-            np.testing.assert_array_equal(found.played_at, wanted.played_at)
-        np.testing.assert_array_equal(user.plays.skipped, whole.skipped)
+        for actual, expected in ((user.plays, full_history), (user.plays.likes, full_history.likes)):
+            assert actual is not None
+            assert expected is not None
+            np.testing.assert_array_equal(actual.songs, expected.songs)
+            np.testing.assert_array_equal(actual.played_at, expected.played_at)
+        np.testing.assert_array_equal(user.plays.skipped, full_history.skipped)
         at = events[-1]["played_at"] + MINUTE
-        every = [f"song-{song}" for song in range(NUM_SONGS)]
-        answer = app.post("/v1/rank", {"user_id": "ann", "at": at, "songs": every, "explain": True}).json()
-    batch = recommender(world)
-    features = batch.explain(whole, at, np.arange(NUM_SONGS))
-    assert {song for song, known in enumerate(features) if known.get("user_liked")} == {
+        all_songs = [f"song-{song}" for song in range(NUM_SONGS)]
+        answer = app.post("/v1/rank", {"user_id": "ann", "at": at, "songs": all_songs, "explain": True}).json()
+    batch_recommender = recommender(world)
+    features = batch_recommender.explain(full_history, at, np.arange(NUM_SONGS))
+    assert {song for song, song_features in enumerate(features) if song_features.get("user_liked")} == {
         int(like["song_id"].removeprefix("song-")) for like in likes
     }
-    assert isinstance(batch, TwoStepRecommender)
-    ranking = batch.rank_queries(whole, Queries.at_end(whole, at), NUM_SONGS, songs_to_rank=[np.arange(NUM_SONGS)])
+    assert isinstance(batch_recommender, TwoStepRecommender)
+    ranking = batch_recommender.rank_queries(
+        full_history, Queries.at_end(full_history, at), NUM_SONGS, songs_to_rank=[np.arange(NUM_SONGS)]
+    )
     scores = dict(zip(ranking.songs[0].tolist(), ranking.scores[0].tolist(), strict=True))
     assert len(answer["songs"]) > NUM_SONGS - 5
-    title = f"Title {whole.songs[-1]}"
+    title = f"Title {full_history.songs[-1]}"
     for song in answer["songs"]:
         row = int(song["song_id"].removeprefix("song-"))
         assert song["reasons"] == reasons(features[row], title)
         assert ("you liked it" in song["reasons"]) == bool(features[row]["user_liked"])
-        assert song["score"] == pytest.approx(scores[row], abs=TASTE)
+        assert song["score"] == pytest.approx(scores[row], abs=TASTE_TOLERANCE)
 
 
 def test_likes_are_no_plays_and_those_from_before_a_deletion_are_rejected(app: Client) -> None:
@@ -224,33 +230,33 @@ def test_the_next_recommendation_reflects_a_play(app: Client, world: Workspace) 
     after = recommend(app, user_id="ann", at=at, k=NUM_SONGS)
     assert events[5]["song_id"] not in [song["song_id"] for song in after["songs"]]
     assert after["plays"] == before["plays"] + 1
-    told = [
+    history = [
         {"song_id": event["song_id"], "played_at": event["played_at"], "skipped": event["skipped"]} for event in events
     ]
-    same = recommend(app, history=told, at=at, k=5)["songs"]
-    assert [song["song_id"] for song in after["songs"][:5]] == [song["song_id"] for song in same]
+    songs_of_history = recommend(app, history=history, at=at, k=5)["songs"]
+    assert [song["song_id"] for song in after["songs"][:5]] == [song["song_id"] for song in songs_of_history]
 
 
 def test_a_first_play_makes_the_user_and_now_is_its_time(app: Client) -> None:
     answer = send(app, {"event_id": "1", "user_id": "new/user ë", "song_id": "song-3"})
     assert (answer["taken"], answer["outcomes"]) == (1, ["taken"])
-    found = app.get("/v1/users/new%2Fuser%20%C3%AB/taste").json()
-    assert (found["user_id"], found["plays"], found["rejected"]) == ("new/user ë", 1, 0)
-    assert abs(ms(found["at"]) - ms(found["last_played_at"])) < 60 * MINUTE
-    assert len(found["short"]) == len(found["long"]) == 8
+    user_taste = app.get("/v1/users/new%2Fuser%20%C3%AB/taste").json()
+    assert (user_taste["user_id"], user_taste["plays"], user_taste["rejected"]) == ("new/user ë", 1, 0)
+    assert abs(ms(user_taste["at"]) - ms(user_taste["last_played_at"])) < 60 * MINUTE
+    assert len(user_taste["short"]) == len(user_taste["long"]) == 8
 
 
-def test_what_became_of_each_play_is_told_and_counted(app: Client) -> None:
+def test_the_outcome_of_each_play_is_reported_and_counted(app: Client) -> None:
     plays = events_of("ann", 3) + events_of("bob", 1)
-    strange = {**plays[0], "event_id": "s", "song_id": "nobody"}
-    answer = send(app, plays[0], strange, plays[3], plays[0], plays[2], plays[1])
+    unknown_play = {**plays[0], "event_id": "s", "song_id": "nobody"}
+    answer = send(app, plays[0], unknown_play, plays[3], plays[0], plays[2], plays[1])
     assert answer["outcomes"] == ["taken", "unknown", "taken", "repeated", "taken", "taken"]
     assert [answer[name] for name in ("taken", "repeated", "rejected", "unknown_songs")] == [4, 1, 0, 1]
-    assert send(app, strange)["outcomes"] == ["unknown"]
-    many = events_of("ann", 200)
-    send(app, *many[3:])
-    late = {**plays[0], "event_id": "late", "played_at": plays[0]["played_at"] + 1}
-    assert send(app, late, many[199])["outcomes"] == ["rejected", "repeated"]
+    assert send(app, unknown_play)["outcomes"] == ["unknown"]
+    more_events = events_of("ann", 200)
+    send(app, *more_events[3:])
+    late_play = {**plays[0], "event_id": "late", "played_at": plays[0]["played_at"] + 1}
+    assert send(app, late_play, more_events[199])["outcomes"] == ["rejected", "repeated"]
     assert taste(app, "ann", AT + 10**9)["rejected"] == 1
     metrics = app.get("/metrics").text
     for outcome, count in (("taken", 201), ("repeated", 2), ("rejected", 1), ("unknown", 2)):
@@ -273,8 +279,8 @@ def test_a_user_who_is_not_there_is_a_404_and_is_recommended_popular_songs(app: 
 
 def test_the_plays_of_an_unknown_user_have_the_types_of_all_plays() -> None:
     query = read_stored(None, AT)
-    each: tuple[Any, ...] = (query, query_histories([query, query]))
-    for plays in each:
+    histories: tuple[Any, ...] = (query, query_histories([query, query]))
+    for plays in histories:
         assert (plays.songs.dtype, plays.played_at.dtype) == (np.int32, np.int64)
         assert (plays.contexts.dtype, plays.skipped.dtype) == (np.int32, np.bool_)
 
@@ -290,35 +296,35 @@ def test_stored_users_and_histories_go_in_one_batch(app: Client) -> None:
         {"user_id": "ann", "at": at, "k": 4, "horizon": 0.5},
         {"user_id": "bob", "at": at, "k": 4},
     ]
-    together = app.post("/v1/recommendations/batch", {"requests": requests}).json()["answers"]
-    for one, request in zip(together, requests, strict=True):
-        alone = recommend(app, **request)
-        assert [song["song_id"] for song in one["songs"]] == [song["song_id"] for song in alone["songs"]]
-        assert one["source"] == alone["source"]
+    answers = app.post("/v1/recommendations/batch", {"requests": requests}).json()["answers"]
+    for answer, request in zip(answers, requests, strict=True):
+        single = recommend(app, **request)
+        assert [song["song_id"] for song in answer["songs"]] == [song["song_id"] for song in single["songs"]]
+        assert answer["source"] == single["source"]
 
 
 def test_the_state_of_another_model_is_computed_anew_and_kept(world: Workspace, uri: str) -> None:
     """A release with another network goes live: its states come from the plays, not from the old network's states."""
     events = events_of("ann", 160, seed=9)
     at = events[-1]["played_at"] + MINUTE
-    with service(world, store=uri) as opened:
-        send(Client(opened), *events[:150])
-        before = taste(Client(opened), "ann", at)
+    with service(world, store=uri) as replica:
+        send(Client(replica), *events[:150])
+        taste_before = taste(Client(replica), "ann", at)
     releases.activate_release(world, releases.list_releases(world)[1].id)
     try:
-        with service(world, store=uri) as opened:
-            app = Client(opened)
+        with service(world, store=uri) as replica:
+            app = Client(replica)
             assert send(app, *events[150:])["taken"] == 10
-            found = taste(app, "ann", at)
-            assert (before["model"], found["model"]) == ("model1", "model2")
-            require_taste_of_batch(world, found, events, at)
+            taste_after = taste(app, "ann", at)
+            assert (taste_before["model"], taste_after["model"]) == ("model1", "model2")
+            require_taste_of_batch(world, taste_after, events, at)
             rows, _ = recommender(world, "model2").recommend_one(history_of(events), at, 10)
             answer = recommend(app, user_id="ann", at=at, k=10, exclude_heard=False)
             assert [song["song_id"] for song in answer["songs"]] == [f"song-{row}" for row in rows]
     finally:
         releases.rollback(world)
-    with service(world, store=uri) as opened:  # back to the first release, with a read before any new play
-        require_taste_of_batch(world, taste(Client(opened), "ann", at), events, at)
+    with service(world, store=uri) as replica:  # back to the first release, with a read before any new play
+        require_taste_of_batch(world, taste(Client(replica), "ann", at), events, at)
 
 
 def test_a_moment_before_the_last_play_is_refused(app: Client) -> None:
@@ -333,8 +339,8 @@ def test_a_moment_before_the_last_play_is_refused(app: Client) -> None:
 @pytest.fixture(scope="module")
 def unused(world: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """An application whose store stays empty."""
-    with service(world, store=f"sqlite:///{tmp_path_factory.mktemp('unused')}/states.sqlite") as opened:
-        yield Client(opened)
+    with service(world, store=f"sqlite:///{tmp_path_factory.mktemp('unused')}/states.sqlite") as replica:
+        yield Client(replica)
 
 
 PLAY = {"event_id": "e", "user_id": "ann", "song_id": "song-1"}
@@ -365,7 +371,7 @@ PLAY = {"event_id": "e", "user_id": "ann", "song_id": "song-1"}
         ([PLAY], "body"),
     ],
 )
-def test_plays_that_are_none_are_a_422_and_nothing_is_stored(unused: Client, body: Any, told: str) -> None:
+def test_invalid_plays_are_a_422_and_nothing_is_stored(unused: Client, body: Any, told: str) -> None:
     require_problem(unused.post("/v1/plays", body), 422, told)
     assert unused.get("/v1/users/ann/taste").status_code == 404
 
@@ -404,11 +410,11 @@ def test_a_user_and_a_song_are_one_however_their_ids_are_spelled(app: Client) ->
     """In a column with gaps, pandas turns 7 into 7.0. Imports and the API turn it into 7 again."""
     for number, (user, song) in enumerate([("7", "song-3"), (" 7.0", "song-3 "), ("7.00", "\tsong-5")]):
         send(app, {**PLAY, "user_id": user, "song_id": song, "event_id": f"e{number}"})
-    found = app.get("/v1/users/7.0/taste").json()
-    assert (found["user_id"], found["plays"]) == ("7", 3)
+    user_taste = app.get("/v1/users/7.0/taste").json()
+    assert (user_taste["user_id"], user_taste["plays"]) == ("7", 3)
     assert recommend(app, user_id="7.0 ", k=3)["plays"] == 3
-    for none in ("%20", "nan"):
-        require_problem(app.get(f"/v1/users/{none}/taste"), 422, "user_id")
+    for empty_id in ("%20", "nan"):
+        require_problem(app.get(f"/v1/users/{empty_id}/taste"), 422, "user_id")
     assert app.post("/v1/plays", {**PLAY, "user_id": "NaN"}).status_code == 422
 
 
@@ -419,9 +425,9 @@ def test_recommendations_of_a_stored_user_by_get_are_those_by_post(app: Client) 
     for options in ({"k": 5}, {"k": 5, "horizon": "long"}, {"k": 5, "horizon": 0.25, "exclude_heard": False}):
         by_get = app.get("/v1/users/ann/recommendations", params={**options, "at": at}).json()
         assert by_get["songs"] == recommend(app, user_id="ann", at=at, **options)["songs"]
-    for wrong in ({"k": 0}, {"k": "x"}, {"horizon": "medium"}, {"horizon": 2}, {"at": "yesterday"}):
-        response = app.get("/v1/users/ann/recommendations", params=wrong)
-        require_problem(response, 422, next(iter(wrong)))
+    for invalid_option in ({"k": 0}, {"k": "x"}, {"horizon": "medium"}, {"horizon": 2}, {"at": "yesterday"}):
+        response = app.get("/v1/users/ann/recommendations", params=invalid_option)
+        require_problem(response, 422, next(iter(invalid_option)))
 
 
 def test_a_deleted_user_is_answered_as_an_unknown_one_and_old_plays_stay_out(app: Client) -> None:
@@ -443,8 +449,8 @@ def test_a_deleted_user_is_answered_as_an_unknown_one_and_old_plays_stay_out(app
 def test_a_store_out_of_reach_is_a_503_that_says_when_to_try_again(world: Workspace, tmp_path: Path) -> None:
     server = RedisServer(tmp_path)
     server.start()
-    with service(world, store=server.uri) as opened:
-        app = Client(opened)
+    with service(world, store=server.uri) as replica:
+        app = Client(replica)
         send(app, PLAY)
         server.kill()
         response = app.post("/v1/plays", {**PLAY, "event_id": "f"})
@@ -457,8 +463,8 @@ def test_a_store_out_of_reach_is_a_503_that_says_when_to_try_again(world: Worksp
 
 @pytest.mark.parametrize("store", ["nonsense", "sqlite:////dev/null/states.sqlite"], indirect=False)
 def test_where_users_cannot_be_stored_histories_are_answered_all_the_same(world: Workspace, store: str) -> None:
-    with service(world, store=store) as opened:
-        app = Client(opened)
+    with service(world, store=store) as replica:
+        app = Client(replica)
         require_problem(app.post("/v1/plays", PLAY), 503, "The store of user states cannot be opened")
         require_problem(
             app.post("/v1/recommendations", {"user_id": "ann"}), 503, "The store of user states cannot be opened"
@@ -469,33 +475,40 @@ def test_where_users_cannot_be_stored_histories_are_answered_all_the_same(world:
 def test_a_play_of_less_than_half_the_song_counts_as_skipped(app: Client) -> None:
     variants = [{"skipped": True}, {"share_listened": 0.49}, {"share_listened": 0.5}, {}]
     events = [
-        {"user_id": "half", "event_id": f"e{row}", "song_id": "song-3", "played_at": AT + row, **heard}
-        for row, heard in enumerate(variants)
+        {"user_id": "half", "event_id": f"e{row}", "song_id": "song-3", "played_at": AT + row, **fields}
+        for row, fields in enumerate(variants)
     ]
     assert send(app, *events)["taken"] == 4
-    told = app.get("/v1/users/half/plays").json()["plays"]
-    assert [play["skipped"] for play in told] == [True, True, False, False]
+    plays = app.get("/v1/users/half/plays").json()["plays"]
+    assert [play["skipped"] for play in plays] == [True, True, False, False]
 
 
 def test_the_last_plays_of_a_user_are_listed_and_as_a_history_answer_the_same(app: Client) -> None:
-    sent = [
-        {"user_id": "lister", "song_id": f"song-{song}", "played_at": AT + place * MINUTE, "event_id": f"l{place}"}
-        for place, song in enumerate((3, 50, 9, 50))
+    sent_plays = [
+        {
+            "user_id": "lister",
+            "song_id": f"song-{song}",
+            "played_at": AT + position * MINUTE,
+            "event_id": f"l{position}",
+        }
+        for position, song in enumerate((3, 50, 9, 50))
     ]
-    sent[2]["skipped"] = True
-    assert app.post("/v1/plays", {"plays": sent}).json()["taken"] == 4
-    told = app.get("/v1/users/lister/plays").json()
-    assert (told["user_id"], told["count"]) == ("lister", 4)
-    assert [play["song_id"] for play in told["plays"]] == ["song-3", "song-50", "song-9", "song-50"]
-    assert [ms(play["played_at"]) for play in told["plays"]] == [play["played_at"] for play in sent]
-    assert [play["skipped"] for play in told["plays"]] == [False, False, True, False]
-    assert told["plays"][0]["title"] == "Title 3"
-    assert app.get("/v1/users/lister/plays", params={"k": 1}).json()["plays"] == told["plays"][-1:]
-    history = [{name: play[name] for name in ("song_id", "played_at", "contexts", "skipped")} for play in told["plays"]]
-    later = {"at": AT + 10 * MINUTE, "k": 10}
-    stored, given = (
-        app.post("/v1/recommendations", {**who, **later}).json()["songs"]
-        for who in ({"user_id": "lister"}, {"history": history})
+    sent_plays[2]["skipped"] = True
+    assert app.post("/v1/plays", {"plays": sent_plays}).json()["taken"] == 4
+    answer = app.get("/v1/users/lister/plays").json()
+    assert (answer["user_id"], answer["count"]) == ("lister", 4)
+    assert [play["song_id"] for play in answer["plays"]] == ["song-3", "song-50", "song-9", "song-50"]
+    assert [ms(play["played_at"]) for play in answer["plays"]] == [play["played_at"] for play in sent_plays]
+    assert [play["skipped"] for play in answer["plays"]] == [False, False, True, False]
+    assert answer["plays"][0]["title"] == "Title 3"
+    assert app.get("/v1/users/lister/plays", params={"k": 1}).json()["plays"] == answer["plays"][-1:]
+    history = [
+        {name: play[name] for name in ("song_id", "played_at", "contexts", "skipped")} for play in answer["plays"]
+    ]
+    options = {"at": AT + 10 * MINUTE, "k": 10}
+    stored_songs, given_songs = (
+        app.post("/v1/recommendations", {**user_or_history, **options}).json()["songs"]
+        for user_or_history in ({"user_id": "lister"}, {"history": history})
     )
-    assert [song["song_id"] for song in stored] == [song["song_id"] for song in given]
+    assert [song["song_id"] for song in stored_songs] == [song["song_id"] for song in given_songs]
     assert app.get("/v1/users/nobody-yet/plays").status_code == 404

@@ -42,22 +42,22 @@ def test_the_fingerprint_follows_stage_config_and_inputs() -> None:
 
 
 def test_what_is_published_is_loaded(workspace: Workspace) -> None:
-    made = put(workspace, "m")
-    assert load_manifest(workspace, "models", "m") == made
-    assert made.created_at
-    assert len(made.files["weights"]) == 64
-    verify(workspace, made)
+    manifest = put(workspace, "m")
+    assert load_manifest(workspace, "models", "m") == manifest
+    assert manifest.created_at
+    assert len(manifest.files["weights"]) == 64
+    verify(workspace, manifest)
 
 
-def test_what_killed_writers_left_is_gone_once_an_artifact_is_complete(workspace: Workspace) -> None:
-    left = Path(workspace.full("models/m/part/.weights.0123456789abcdef"))
-    elsewhere = Path(workspace.full("models/other/.weights.0123456789abcdef"))
-    for file in (left, elsewhere):
+def test_leftover_files_of_killed_writers_are_deleted_once_an_artifact_is_complete(workspace: Workspace) -> None:
+    leftover = Path(workspace.full("models/m/part/.weights.0123456789abcdef"))
+    other_leftover = Path(workspace.full("models/other/.weights.0123456789abcdef"))
+    for file in (leftover, other_leftover):
         file.parent.mkdir(parents=True)
         file.write_bytes(b"half")
     put(workspace, "m")
-    assert not left.exists()
-    assert elsewhere.exists()
+    assert not leftover.exists()
+    assert other_leftover.exists()
 
 
 def test_without_its_manifest_an_artifact_is_not_there(workspace: Workspace) -> None:
@@ -78,21 +78,21 @@ def test_the_newest_is_the_one_published_last(workspace: Workspace) -> None:
 
 
 def test_damage_is_found(workspace: Workspace) -> None:
-    made = put(workspace, "m")
-    workspace.write_bytes(made.path("weights"), b"2")
+    manifest = put(workspace, "m")
+    workspace.write_bytes(manifest.path("weights"), b"2")
     with pytest.raises(DamagedArtifactError, match="weights does not match the checksum"):
-        verify(workspace, made)
-    workspace.delete(made.path("weights"))
+        verify(workspace, manifest)
+    workspace.delete(manifest.path("weights"))
     with pytest.raises(DamagedArtifactError, match="weights is missing; create model m again"):
-        verify(workspace, made)
+        verify(workspace, manifest)
 
 
 @pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
 def test_another_format_version_is_refused_with_the_command_that_makes_the_artifact(
     workspace: Workspace, version: int
 ) -> None:
-    made = put(workspace, "m")
-    workspace.write_json(made.path("manifest.json"), {**asdict(made), "format_version": version})
+    manifest = put(workspace, "m")
+    workspace.write_json(manifest.path("manifest.json"), {**asdict(manifest), "format_version": version})
     message = (
         f"has format version {version}, but this version of rayrec reads {FORMAT_VERSION}; "
         "delete the folder models/m and run `rayrec train`"
@@ -129,8 +129,8 @@ def test_repeating_makes_the_next_attempt_and_later_work_finds_the_last(workspac
 def test_after_earlier_attempts_were_deleted_the_last_is_found_and_the_next_comes_after_it(
     workspace: Workspace,
 ) -> None:
-    for each in ("p", "p.2", "p.10", "p1.11", "q.12"):
-        put(workspace, each)
+    for artifact_id in ("p", "p.2", "p.10", "p1.11", "q.12"):
+        put(workspace, artifact_id)
     workspace.delete("models/p")
     assert new_id(workspace, "models", "p", repeat=False) == ("p.10", True)
     assert new_id(workspace, "models", "p", repeat=True) == ("p.11", False)
@@ -151,18 +151,18 @@ def test_publishing_checksums_the_named_files_and_stamps_the_time(workspace: Wor
 def test_a_notebook_shows_what_an_artifact_is_and_its_tables() -> None:
     trials = [{"trial": 1, "loss": 0.25, "settings": {"dim": 4}}, {"trial": 2, "loss": None, "settings": {"dim": 8}}]
     metrics = {"seconds": 1234, "best_loss": 0.25, "trials": trials, "best": {"dim": 4}}
-    shown = Manifest(kind="tunings", id="t1", inputs={"dataset": "d<1>", "songs": "s1"}, metrics=metrics)._repr_html_()
+    html = Manifest(kind="tunings", id="t1", inputs={"dataset": "d<1>", "songs": "s1"}, metrics=metrics)._repr_html_()
     for text in ("Tuning", "t1", "from data set", "d&lt;1&gt;", "from song embeddings", "s1", "1,234", "best loss"):
-        assert text in shown
-    assert "<th>trial</th><th>loss</th></tr>" in shown
-    assert shown.count("<tr>") == 1 + 2 + 2 + 3  # id, inputs, figures, and the table with its head
-    assert "settings" not in shown
-    assert "<p>" not in shown
+        assert text in html
+    assert "<th>trial</th><th>loss</th></tr>" in html
+    assert html.count("<tr>") == 1 + 2 + 2 + 3  # id, inputs, figures, and the table with its head
+    assert "settings" not in html
+    assert "<p>" not in html
 
 
 def test_a_notebook_shows_the_verdict_of_a_report_first(workspace: Workspace) -> None:
     plant_report(workspace, {"models": "m1"}, recall=0.37)
-    shown = load_manifest(workspace, "reports", "planted")._repr_html_()
-    assert shown.startswith("<p>two-step finds 37 of 100 next new songs in its first 20.</p>")
-    assert "<th>model</th><th>served_recall@20</th>" in shown
-    assert "the test range leaked" in shown
+    html = load_manifest(workspace, "reports", "planted")._repr_html_()
+    assert html.startswith("<p>two-step finds 37 of 100 next new songs in its first 20.</p>")
+    assert "<th>model</th><th>served_recall@20</th>" in html
+    assert "the test range leaked" in html

@@ -35,15 +35,17 @@ def stage(workspace: Workspace, kind: str, setting: int, repeat: bool = False) -
     inputs = {"dataset": "d1"}
     source = SOURCE[kind]
     if source is not None:
-        above = newest(workspace, source)
-        inputs |= {source: above.id} | ({"songs": above.inputs["songs"]} if source == "models" else {})
+        input_artifact = newest(workspace, source)
+        inputs |= {source: input_artifact.id} | (
+            {"songs": input_artifact.inputs["songs"]} if source == "models" else {}
+        )
     artifact_id, complete = new_id(workspace, kind, fingerprint(kind, {"setting": setting}, inputs), repeat=repeat)
     if complete:
         return reuse(workspace, kind, artifact_id)
     return publish(workspace, Manifest(kind=kind, id=artifact_id, inputs=inputs), [])
 
 
-def advised(action: Callable[[], Any]) -> str | None:
+def advised_command(action: Callable[[], Any]) -> str | None:
     """The command that an error advises; None where the action works."""
     try:
         action()
@@ -62,37 +64,39 @@ def test_in_any_order_of_commands_each_starts_from_the_last_result_and_advice_he
         write_dataset_manifest(
             workspace, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=1, songs=1)
         )
-        last: dict[str, str] = {}  # the expected state: kind -> id of the artifact that was requested last
-        live: list[str] = []
+        last_ids: dict[str, str] = {}  # the expected state: kind -> id of the artifact that was requested last
+        release_ids: list[str] = []
         for kind, setting, repeat in steps:
             if kind == "rollback":
-                if len(live) > 1:
-                    live.pop()
-                    assert rollback(workspace).id == live[-1]
+                if len(release_ids) > 1:
+                    release_ids.pop()
+                    assert rollback(workspace).id == release_ids[-1]
             elif kind == "release":
                 for _ in COMMANDS:  # each advice leads to one more part of the release
-                    advice = advised(lambda: create_release(workspace))
+                    advice = advised_command(lambda: create_release(workspace))
                     if advice is None:
                         break
-                    wanted = next(each for each, command in COMMANDS.items() if command == advice)
-                    while (first := advised(lambda wanted=wanted: stage(workspace, wanted, 0))) is not None:  # type: ignore[misc]
-                        above = next(each for each, command in COMMANDS.items() if command == first)
-                        last[above] = stage(workspace, above, 0).id
-                    last[wanted] = newest(workspace, wanted).id
-                made = create_release(workspace)
-                assert active_release(workspace) == made
-                if not live or live[-1] != made.id:
-                    live.append(made.id)
-            elif SOURCE[kind] is None or SOURCE[kind] in last:
-                made = stage(workspace, kind, setting, repeat)
+                    part = next(artifact_kind for artifact_kind, command in COMMANDS.items() if command == advice)
+                    while (source_command := advised_command(lambda part=part: stage(workspace, part, 0))) is not None:  # type: ignore[misc]
+                        source_kind = next(
+                            artifact_kind for artifact_kind, command in COMMANDS.items() if command == source_command
+                        )
+                        last_ids[source_kind] = stage(workspace, source_kind, 0).id
+                    last_ids[part] = newest(workspace, part).id
+                artifact = create_release(workspace)
+                assert active_release(workspace) == artifact
+                if not release_ids or release_ids[-1] != artifact.id:
+                    release_ids.append(artifact.id)
+            elif SOURCE[kind] is None or SOURCE[kind] in last_ids:
+                artifact = stage(workspace, kind, setting, repeat)
                 source = SOURCE[kind]
-                assert source is None or made.inputs[source] == last[source]
-                last[kind] = made.id
+                assert source is None or artifact.inputs[source] == last_ids[source]
+                last_ids[kind] = artifact.id
             else:
-                assert advised(lambda kind=kind: stage(workspace, kind, 0)) == COMMANDS[SOURCE[kind]]  # type: ignore[misc, index]
-            assert current_ids(workspace).items() >= last.items()
-            for each in COMMANDS:
-                assert each not in last or newest(workspace, each).id == last[each]
+                assert advised_command(lambda kind=kind: stage(workspace, kind, 0)) == COMMANDS[SOURCE[kind]]  # type: ignore[misc, index]
+            assert current_ids(workspace).items() >= last_ids.items()
+            for artifact_kind in COMMANDS:
+                assert artifact_kind not in last_ids or newest(workspace, artifact_kind).id == last_ids[artifact_kind]
 
 
 def test_a_result_found_again_is_what_the_next_stage_starts_from(tmp_path: Path) -> None:
@@ -116,17 +120,17 @@ def test_a_release_takes_the_part_of_its_model_that_was_requested_last_whatever_
         workspace, DatasetManifest(id="d1", source="csv", buckets=1, parts=1, users=1, plays=1, songs=1)
     )
     stage(workspace, "songs", 0)
-    first = stage(workspace, "models", 0)
-    one, two = stage(workspace, "indexes", 0), stage(workspace, "indexes", 1)
-    assert stage(workspace, "indexes", 0) == one != two
+    first_model = stage(workspace, "models", 0)
+    first_index, second_index = stage(workspace, "indexes", 0), stage(workspace, "indexes", 1)
+    assert stage(workspace, "indexes", 0) == first_index != second_index
     stage(workspace, "tastes", 0)
     stage(workspace, "models", 1)
     stage(workspace, "indexes", 1)
-    assert stage(workspace, "models", 0) == first
-    assert create_release(workspace).inputs["indexes"] == one.id
+    assert stage(workspace, "models", 0) == first_model
+    assert create_release(workspace).inputs["indexes"] == first_index.id
 
 
-def test_where_the_current_one_was_deleted_the_last_made_takes_its_place(tmp_path: Path) -> None:
+def test_the_last_published_artifact_replaces_a_deleted_current_one(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     for name in ("a", "b", "c"):
         publish(workspace, Manifest(kind="models", id=name), [])

@@ -33,19 +33,19 @@ def copies(tmp_path: Path) -> list[str]:
     return sorted(path.name.partition("-")[2] for path in (tmp_path / "cache").iterdir() if path.suffix == ".npy")
 
 
-def test_of_all_who_ask_one_copies_and_all_map_the_same_file(
+def test_a_file_that_threads_read_at_once_is_copied_once_and_mapped_by_all(
     remote: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied: list[str] = []
+    copied_names: list[str] = []
     cached_file = object_storage.cached_file
 
     def slow_cached_file(version: str, name: str, make: Callable[[Path], object]) -> Path:
-        def slowly(target: Path) -> None:
-            copied.append(name)
+        def make_slowly(target: Path) -> None:
+            copied_names.append(name)
             time.sleep(0.2)
             make(target)
 
-        return cached_file(version, name, slowly)
+        return cached_file(version, name, make_slowly)
 
     monkeypatch.setattr(object_storage, "cached_file", slow_cached_file)
     arrays: list[np.ndarray] = []
@@ -54,21 +54,21 @@ def test_of_all_who_ask_one_copies_and_all_map_the_same_file(
         thread.start()
     for thread in threads:
         thread.join()
-    assert copied.count("a.npy") == 1
+    assert copied_names.count("a.npy") == 1
     assert all(isinstance(array, np.memmap) and array[999] == 999 for array in arrays)
     assert len({array.filename for array in arrays if isinstance(array, np.memmap)}) == 1
     assert copies(tmp_path) == ["a.npy"]
 
 
 def test_a_new_version_is_copied_anew(remote: Workspace) -> None:
-    before = remote.read_array("a.npy")
+    old_array = remote.read_array("a.npy")
     local = Workspace(f"/{remote.root}")
     local.write_array("a.npy", np.arange(1000) * 2)
     assert remote.read_array("a.npy")[3] == 6
-    assert before[3] == 3
+    assert old_array[3] == 3
 
 
-def test_what_is_not_what_its_checksum_says_is_refused_and_not_kept(remote: Workspace, tmp_path: Path) -> None:
+def test_a_copy_that_does_not_match_its_checksum_is_refused_and_not_kept(remote: Workspace, tmp_path: Path) -> None:
     with pytest.raises(DamagedArtifactError, match=r"a\.npy does not match its checksum"):
         remote.read_array("a.npy", "0" * 64)
     assert copies(tmp_path) == []
@@ -76,14 +76,14 @@ def test_what_is_not_what_its_checksum_says_is_refused_and_not_kept(remote: Work
 
 def test_bytes_that_were_damaged_on_their_way_are_fetched_again(remote: Workspace) -> None:
     path = Path(f"/{remote.root}/a.npy")
-    whole, times = path.read_bytes(), (1_700_000_000, 1_700_000_000)
-    for content in (whole[:-1] + b"x", whole):
+    original, times = path.read_bytes(), (1_700_000_000, 1_700_000_000)
+    for content in (original[:-1] + b"x", original):
         path.write_bytes(content)
         os.utime(path, times)  # by size and time, the version is the same
-        if content != whole:
+        if content != original:
             with pytest.raises(DamagedArtifactError):
-                remote.read_array("a.npy", hashlib.sha256(whole).hexdigest())
-    assert remote.read_array("a.npy", hashlib.sha256(whole).hexdigest())[999] == 999
+                remote.read_array("a.npy", hashlib.sha256(original).hexdigest())
+    assert remote.read_array("a.npy", hashlib.sha256(original).hexdigest())[999] == 999
 
 
 def test_copies_that_nobody_has_used_for_days_go_when_the_next_is_made(remote: Workspace, tmp_path: Path) -> None:

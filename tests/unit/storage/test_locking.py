@@ -18,7 +18,7 @@ from rayrec.storage.locking import exclusive, writes
 from rayrec.storage.object_storage import GcsWriter, conditional_writer
 from rayrec.storage.workspace import LOCK_HOLDER, Workspace
 
-HOLD = """
+HOLDER_PROGRAM = """
 import sys, time
 from rayrec.storage.locking import exclusive
 from rayrec.storage.workspace import Workspace
@@ -31,14 +31,18 @@ with exclusive(Workspace(sys.argv[1]), "train"):
 @pytest.fixture
 def other_run(workspace: Workspace) -> Iterator[subprocess.Popen]:
     """A process that holds the lock of the workspace."""
-    with subprocess.Popen([sys.executable, "-c", HOLD, workspace.uri], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER_PROGRAM, workspace.uri], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         yield process
         process.kill()
 
 
-def test_a_second_run_is_refused_and_told_of_the_first(workspace: Workspace, other_run: subprocess.Popen) -> None:
+def test_a_second_run_is_refused_and_the_error_names_the_first(
+    workspace: Workspace, other_run: subprocess.Popen
+) -> None:
     with (
         pytest.raises(BusyError, match=rf"in use by `rayrec train` \(process {other_run.pid} on .+, since 20"),
         exclusive(workspace, "taste"),
@@ -48,7 +52,7 @@ def test_a_second_run_is_refused_and_told_of_the_first(workspace: Workspace, oth
     Workspace(workspace.uri).read_json(LOCK_HOLDER)  # readers are not locked out
 
 
-def test_what_a_killed_run_left_blocks_nobody(workspace: Workspace, other_run: subprocess.Popen) -> None:
+def test_the_lock_of_a_killed_run_blocks_nobody(workspace: Workspace, other_run: subprocess.Popen) -> None:
     os.kill(other_run.pid, signal.SIGKILL)
     other_run.wait()
     assert workspace.read_json(LOCK_HOLDER)["pid"] == other_run.pid
@@ -57,31 +61,31 @@ def test_what_a_killed_run_left_blocks_nobody(workspace: Workspace, other_run: s
     assert not workspace.exists(LOCK_HOLDER)
 
 
-def test_a_run_may_hold_it_again_within_itself_but_another_thread_not(workspace: Workspace) -> None:
+def test_a_run_may_take_its_lock_again_but_another_thread_may_not(workspace: Workspace) -> None:
     @writes("inner")
     def stage(workspace: Workspace, number: int) -> int:
         return number + 1
 
-    refused: list[BusyError] = []
+    errors: list[BusyError] = []
 
-    def elsewhere() -> None:
+    def run_stage() -> None:
         try:
             stage(Workspace(workspace.uri), 1)
         except BusyError as error:
-            refused.append(error)
+            errors.append(error)
 
     with exclusive(workspace, "run"):
         assert stage(workspace, 1) == 2
         assert workspace.read_json(LOCK_HOLDER)["command"] == "run"
-        thread = threading.Thread(target=elsewhere)
+        thread = threading.Thread(target=run_stage)
         thread.start()
         thread.join()
-    assert "`rayrec run`" in str(refused[0])
-    elsewhere()
-    assert len(refused) == 1
+    assert "`rayrec run`" in str(errors[0])
+    run_stage()
+    assert len(errors) == 1
 
 
-def test_an_error_gives_it_back(workspace: Workspace) -> None:
+def test_an_error_releases_the_lock(workspace: Workspace) -> None:
     @writes("fails")
     def stage(workspace: Workspace) -> None:
         raise ZeroDivisionError
@@ -91,13 +95,13 @@ def test_an_error_gives_it_back(workspace: Workspace) -> None:
             stage(workspace)
 
 
-def test_a_path_where_nothing_was_and_nothing_came_of_it_stays_so(tmp_path: Path) -> None:
+def test_a_lock_on_a_missing_workspace_leaves_no_folder(tmp_path: Path) -> None:
     with exclusive(Workspace(tmp_path / "mistyped"), "taste"):
         pass
     assert os.listdir(tmp_path) == []
 
 
-def test_the_files_of_a_lock_are_nothing_to_the_audit(workspace: Workspace) -> None:
+def test_verify_ignores_the_files_of_a_lock(workspace: Workspace) -> None:
     with exclusive(workspace, "run"):
         assert [note.path for note in verify_workspace(workspace).notes] == ["dataset/dataset.json"]
 
@@ -106,12 +110,12 @@ def test_the_files_of_a_lock_are_nothing_to_the_audit(workspace: Workspace) -> N
     "stage",
     ["import_data", "compact", "embed", "train", "taste", "build_index", "evaluate", "pipeline", "generate"],
 )
-def test_every_stage_that_writes_takes_it(stage: str) -> None:
+def test_every_stage_that_writes_takes_the_lock(stage: str) -> None:
     source = (Path(locking.__file__).parents[1] / "jobs" / f"{stage}.py").read_text()
     assert "\n@writes(" in source
 
 
-def test_the_demo_takes_it_too() -> None:
+def test_the_demo_takes_the_lock() -> None:
     source = (Path(locking.__file__).parents[1] / "jobs" / "pipeline.py").read_text()
     assert '\n@writes("demo")' in source
 
@@ -119,7 +123,7 @@ def test_the_demo_takes_it_too() -> None:
 def test_google_storage_is_locked_by_generation() -> None:
     """The HTTP client is fake and replays answers of the JSON API."""
     http = pytest.importorskip("googleapiclient.http", reason="no googleapiclient: pip install 'rayrec[gcp]'")
-    found = [
+    responses = [
         ({"status": "200"}, '{"generation": "5"}'),  # created
         ({"status": "412"}, "{}"),  # exists already
         ({"status": "200"}, '{"generation": "5"}'),
@@ -129,7 +133,7 @@ def test_google_storage_is_locked_by_generation() -> None:
         ({"status": "412"}, "{}"),  # another writer came first
         ({"status": "403"}, '{"error": {"message": "no rights"}}'),
     ]
-    sequence = http.HttpMockSequence(found)
+    sequence = http.HttpMockSequence(responses)
     writer = GcsWriter(sequence)
     assert writer.create("bucket/a/lock", b"1")
     assert not writer.create("bucket/a/lock", b"1")
@@ -139,10 +143,10 @@ def test_google_storage_is_locked_by_generation() -> None:
     assert not writer.replace("bucket/a/lock", b"2", "5")
     with pytest.raises(StorageError, match="bucket/a/lock could not be read or written"):
         writer.create("bucket/a/lock", b"1")
-    asked = [uri for uri, *_ in sequence.request_sequence]
-    assert "ifGenerationMatch=0" in asked[0]
-    assert "generation=5" in asked[3]
-    assert "ifGenerationMatch=5" in asked[5]
+    requested_uris = [uri for uri, *_ in sequence.request_sequence]
+    assert "ifGenerationMatch=0" in requested_uris[0]
+    assert "generation=5" in requested_uris[3]
+    assert "ifGenerationMatch=5" in requested_uris[5]
 
 
 def test_a_file_system_without_conditional_puts_is_refused() -> None:

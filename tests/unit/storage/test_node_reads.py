@@ -14,8 +14,8 @@ from rayrec.storage.artifacts import Manifest
 from rayrec.storage.object_storage import CACHE_VARIABLE
 from rayrec.storage.workspace import Workspace
 
-REPLICAS = 4
-REPLICA = """
+NUM_REPLICAS = 4
+REPLICA_PROGRAM = """
 import sys
 from rayrec.storage import artifacts
 from rayrec.storage.workspace import Workspace
@@ -55,14 +55,14 @@ def test_replicas_of_a_node_read_each_byte_once(
     write_sparse_model(workspace, size)
 
     def load(_: int) -> list[int]:
-        command = [sys.executable, "-c", REPLICA, workspace.root]
+        command = [sys.executable, "-c", REPLICA_PROGRAM, workspace.root]
         return [int(word) for word in subprocess.run(command, capture_output=True, check=True).stdout.split()]
 
-    with ThreadPoolExecutor(REPLICAS) as pool:
-        replicas = list(pool.map(load, range(REPLICAS)))
-    read = sum(own for own, _ in replicas)
-    assert size <= read < size + REPLICAS * 1_000_000
-    assert max(private for _, private in replicas) < 40_000  # kB
+    with ThreadPoolExecutor(NUM_REPLICAS) as pool:
+        measurements = list(pool.map(load, range(NUM_REPLICAS)))
+    read_bytes = sum(replica_bytes for replica_bytes, _ in measurements)
+    assert size <= read_bytes < size + NUM_REPLICAS * 1_000_000
+    assert max(private_kb for _, private_kb in measurements) < 40_000  # kB
 
 
 def test_a_file_that_changed_is_read_again_and_refused(

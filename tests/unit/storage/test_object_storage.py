@@ -21,8 +21,8 @@ pytest.importorskip("moto.server", reason="no moto: pip install 'rayrec[dev]'")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
-    with s3_server() as started:
-        yield started
+    with s3_server() as running_server:
+        yield running_server
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def remote(server: S3Server, request: pytest.FixtureRequest) -> Iterator[Workspa
     server.fail(0.0)
 
 
-def test_a_write_that_fails_leaves_what_was_there(remote: Workspace) -> None:
+def test_a_write_that_fails_leaves_the_existing_file(remote: Workspace) -> None:
     remote.write_bytes("f", b"old")
     with pytest.raises(RuntimeError, match="half way"), remote.open_output("f") as stream:  # noqa: PT012
         stream.write(b"new")
@@ -40,33 +40,33 @@ def test_a_write_that_fails_leaves_what_was_there(remote: Workspace) -> None:
     assert remote.files("") == ["f"]
 
 
-def test_requests_that_fail_now_and_then_are_asked_again(remote: Workspace, server: S3Server) -> None:
+def test_requests_that_fail_now_and_then_are_repeated(remote: Workspace, server: S3Server) -> None:
     server.fail(0.15)
-    before = server.counts()["failed"]
+    failed_before = server.counts()["failed"]
     arrays = {f"a/{number}.npy": np.full(50_000, number, dtype=np.float32) for number in range(12)}
     for path, array in arrays.items():
         remote.write_array(path, array)
     for path, array in arrays.items():
         np.testing.assert_array_equal(remote.read_array(path), array)
     assert remote.files("a") == sorted(arrays)
-    assert server.counts()["failed"] > before
+    assert server.counts()["failed"] > failed_before
 
 
-def test_a_storage_that_does_not_answer_is_named_and_nothing_half_is_there(
+def test_the_error_names_a_file_that_storage_does_not_accept_and_the_existing_file_stays(
     remote: Workspace, server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(object_storage, "FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(object_storage, "CLIENT_ATTEMPTS", 1)
-    hasty = Workspace(remote.uri)
-    hasty.write_bytes("f", b"old")
+    workspace = Workspace(remote.uri)
+    workspace.write_bytes("f", b"old")
     server.fail(1.0)
     with pytest.raises(StorageError, match=r"/f was not written in 4 attempts.*completed work is kept"):
-        hasty.write_bytes("f", b"new" * 1000)
+        workspace.write_bytes("f", b"new" * 1000)
     server.fail(0.0)
-    assert hasty.read_bytes("f") == b"old"
+    assert workspace.read_bytes("f") == b"old"
 
 
-OTHER = {
+OTHER_HOLDER = {
     "host": "elsewhere",
     "pid_namespace": 1,
     "pid": 7,
@@ -77,10 +77,10 @@ OTHER = {
 
 
 def test_a_lock_is_taken_refused_and_given_back(remote: Workspace) -> None:
-    remote.write_json(LOCK_HOLDER, OTHER)
+    remote.write_json(LOCK_HOLDER, OTHER_HOLDER)
     with pytest.raises(BusyError, match=r"process 7 on elsewhere.*run `rayrec unlock`"), exclusive(remote, "taste"):
         pass
-    assert remote.read_json(LOCK_HOLDER) == OTHER
+    assert remote.read_json(LOCK_HOLDER) == OTHER_HOLDER
     unlock(remote)
     assert lock_holder(remote) is None
     with exclusive(remote, "taste"), exclusive(Workspace(remote.uri), "inner"):
@@ -92,11 +92,11 @@ def test_a_lock_is_taken_refused_and_given_back(remote: Workspace) -> None:
 
 def leave_lock(remote: Workspace) -> dict[str, Any]:
     """The lock that a run of this machine leaves when it is killed."""
-    killed = (
+    program = (
         "import os, sys; from rayrec.storage.locking import exclusive; from rayrec.storage.workspace import Workspace\n"
     )
-    killed += "with exclusive(Workspace(sys.argv[1]), 'train'): os.kill(os.getpid(), 9)"
-    with subprocess.Popen([sys.executable, "-c", killed, remote.uri]) as process:
+    program += "with exclusive(Workspace(sys.argv[1]), 'train'): os.kill(os.getpid(), 9)"
+    with subprocess.Popen([sys.executable, "-c", program, remote.uri]) as process:
         pass
     holder: dict[str, Any] = remote.read_json(LOCK_HOLDER)
     assert holder["pid"] == process.pid
@@ -108,7 +108,7 @@ def test_the_lock_of_another_container_with_the_name_of_this_host_stays_whatever
     holder["pid_namespace"] += 1
     remote.write_json(LOCK_HOLDER, holder)
     with pytest.raises(BusyError, match="run `rayrec unlock`"):
-        _take(remote)
+        take_lock(remote)
     assert remote.read_json(LOCK_HOLDER) == holder
 
 
@@ -117,21 +117,21 @@ def test_the_lock_of_a_process_that_died_on_this_machine_is_taken_over_by_one_of
 ) -> None:
     leave_lock(remote)
     outcomes: list[str] = []
-    started = threading.Barrier(4)
+    barrier = threading.Barrier(4)
 
-    def start() -> None:
-        started.wait()
+    def try_lock() -> None:
+        barrier.wait()
         try:
             with exclusive(remote, "taste"):
                 outcomes.append("held")
-                done.wait(20)
+                others_refused.wait(20)
         except BusyError:
             outcomes.append("refused")
             if outcomes.count("refused") == 3:
-                done.set()
+                others_refused.set()
 
-    done = threading.Event()
-    threads = [threading.Thread(target=start) for _ in range(4)]
+    others_refused = threading.Event()
+    threads = [threading.Thread(target=try_lock) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -145,22 +145,22 @@ def test_a_lock_whose_put_is_sent_again_since_its_answer_was_lost_is_held(
     writer = object_storage.conditional_writer(remote.filesystem)
     for name in ("create", "replace"):
         put = getattr(writer, name)
-        monkeypatch.setattr(writer, name, lambda *sent, put=put: put(*sent) and put(*sent))
+        monkeypatch.setattr(writer, name, lambda *arguments, put=put: put(*arguments) and put(*arguments))
     monkeypatch.setattr("rayrec.storage.locking.conditional_writer", lambda filesystem: writer)
     with exclusive(remote, "taste"), ThreadPoolExecutor() as pool, pytest.raises(BusyError, match="`rayrec taste`"):
-        pool.submit(_take, remote).result()
+        pool.submit(take_lock, remote).result()
     assert not remote.exists(LOCK_HOLDER)
     leave_lock(remote)
-    _take(remote)  # replaces the lock of a dead run
+    take_lock(remote)  # replaces the lock of a dead run
     assert not remote.exists(LOCK_HOLDER)
 
 
-def _take(workspace: Workspace) -> None:
+def take_lock(workspace: Workspace) -> None:
     with exclusive(workspace, "train"):
         pass
 
 
 def test_a_lock_that_another_run_took_meanwhile_is_not_given_back(remote: Workspace) -> None:
     with exclusive(remote, "taste"):
-        remote.write_json(LOCK_HOLDER, OTHER)  # as another run does after an unlock
-    assert remote.read_json(LOCK_HOLDER) == OTHER
+        remote.write_json(LOCK_HOLDER, OTHER_HOLDER)  # as another run does after an unlock
+    assert remote.read_json(LOCK_HOLDER) == OTHER_HOLDER

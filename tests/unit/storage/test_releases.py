@@ -18,7 +18,7 @@ from rayrec.storage.artifacts import DatasetManifest, Manifest, publish, write_d
 from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 
 HISTORIES_FILE = histories_file(0, 0)
-SERVED = ("models", "indexes")  # kinds of parts that a replica loads
+SERVED_KINDS = ("models", "indexes")  # kinds of parts that a replica loads
 
 
 def put_dataset(workspace: Workspace, dataset_id: str = "data1") -> None:
@@ -122,13 +122,13 @@ def test_a_missing_part_says_which_command_makes_it(full: Workspace) -> None:
 
 
 def test_rollback_returns_step_by_step_to_what_was_live_before(full: Workspace) -> None:
-    made = [releases.create_release(full)]
+    live_releases = [releases.create_release(full)]
     for number in (2, 3):
         put_model(full, number)
-        made.append(releases.create_release(full))
-    assert releases.rollback(full).id == made[1].id
-    assert releases.rollback(full).id == made[0].id
-    assert releases.active_release(full) == made[0]
+        live_releases.append(releases.create_release(full))
+    assert releases.rollback(full).id == live_releases[1].id
+    assert releases.rollback(full).id == live_releases[0].id
+    assert releases.active_release(full) == live_releases[0]
     with pytest.raises(InputError, match="No earlier release to roll back to"):
         releases.rollback(full)
 
@@ -188,27 +188,27 @@ def test_damage_to_any_part_is_found(full: Workspace, path: str, damage: str) ->
         ("songs/songs1/payload", False),
     ],
 )
-def test_who_loads_neither_tastes_nor_plays_is_told_of_damage_to_all_else(
+def test_a_replica_without_tastes_and_plays_finds_damage_to_all_other_parts(
     full: Workspace, path: str, found: bool
 ) -> None:
     release = releases.create_release(full)
     full.write_bytes(path, full.read_bytes(path) + b" ")
     with pytest.raises(DamagedArtifactError, match=path.split("/")[1]) if found else nullcontext():
-        releases.verify_release(full, release, SERVED, plays=False)
+        releases.verify_release(full, release, SERVED_KINDS, plays=False)
 
 
-def test_a_release_stays_whole_where_the_playlists_beside_its_plays_are_replaced(
+def test_a_release_stays_valid_where_the_playlists_of_its_dataset_are_replaced(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_this_process(monkeypatch)
 
-    def imported(name: str, rows: str, **settings: Any) -> DatasetManifest:
+    def import_csv(name: str, rows: str, **settings: Any) -> DatasetManifest:
         (tmp_path / name).write_text(rows)
         config = ImportConfig(format="csv", paths=(str(tmp_path / name),), buckets=4, **settings)
         return import_data(workspace, config, repeat=name == "second.csv")
 
-    imported("plays.csv", "user,song,played_at\nu,a,1\nu,b,2\n")
-    imported("first.csv", "playlist,position,song\np,0,a\nq,0,b\nr,0,a\n,0,b\n", kind="playlists")
+    import_csv("plays.csv", "user,song,played_at\nu,a,1\nu,b,2\n")
+    import_csv("first.csv", "playlist,position,song\np,0,a\nq,0,b\nr,0,a\n,0,b\n", kind="playlists")
     (tmp_path / "songs.csv").write_text("song,title\na,First\nc,Third\n")
     describe(workspace, DescribeConfig(), str(tmp_path / "songs.csv"))
     assert add_described_songs(Dataset(workspace)) == 1
@@ -217,9 +217,9 @@ def test_a_release_stays_whole_where_the_playlists_beside_its_plays_are_replaced
     workspace.write_json("splits/split1.json", {})
     release = releases.create_release(workspace)
     releases.verify_release(workspace, release)
-    second = imported("second.csv", "playlist,position,song\np,0,b\n", kind="playlists")
-    gone = [path for path in first.files if path not in second.files]
-    assert {path.partition("/")[0] for path in gone} == {"playlists", "rejected", "songs"}
+    second = import_csv("second.csv", "playlist,position,song\np,0,b\n", kind="playlists")
+    removed_paths = [path for path in first.files if path not in second.files]
+    assert {path.partition("/")[0] for path in removed_paths} == {"playlists", "rejected", "songs"}
     releases.verify_release(workspace, release)
 
 

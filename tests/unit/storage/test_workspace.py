@@ -38,7 +38,7 @@ def test_a_file_has_its_own_uri_before_the_options(workspace: Workspace) -> None
     assert workspace.uri_of("c/d.parquet") == f"{workspace.root}/c/d.parquet"
 
 
-def test_a_write_that_fails_leaves_what_was_there_and_no_rests(workspace: Workspace) -> None:
+def test_a_write_that_fails_leaves_the_existing_file_and_no_leftovers(workspace: Workspace) -> None:
     workspace.write_bytes("f", b"old")
     with pytest.raises(RuntimeError, match="half way"), workspace.open_output("f") as stream:  # noqa: PT012
         stream.write(b"new")
@@ -95,7 +95,7 @@ def test_files_and_folders_are_listed_moved_and_deleted(workspace: Workspace) ->
     assert workspace.files("k") == workspace.files("new") == workspace.folders("none") == []
 
 
-def test_a_local_file_is_copied_in_and_lent_out(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_local_file_is_copied_in_and_has_a_local_path(workspace: Workspace, tmp_path: Path) -> None:
     (tmp_path / "here").write_bytes(b"content")
     workspace.put_file(tmp_path / "here", "deep/there")
     assert workspace.local_file("deep/there").read_bytes() == b"content"
@@ -103,10 +103,10 @@ def test_a_local_file_is_copied_in_and_lent_out(workspace: Workspace, tmp_path: 
 
 def test_a_workspace_travels_to_workers_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    sent = pickle.dumps(Workspace("relative"))
+    pickled = pickle.dumps(Workspace("relative"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert pickle.loads(sent).root == str(tmp_path / "relative")
+    assert pickle.loads(pickled).root == str(tmp_path / "relative")
 
 
 def test_a_file_or_an_unknown_scheme_is_no_workspace(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_paths_are_spelled_as_the_layout_says() -> None:
     assert artifact_dir("models", "m") == "models/m"
 
 
-FILL = """
+FULL_DISK_PROGRAM = """
 import resource, sys
 from rayrec.storage.workspace import Workspace
 from rayrec.errors import StorageError
@@ -145,13 +145,17 @@ except StorageError as error:
 """
 
 
-def test_a_full_disk_is_said_and_leaves_what_was_there_and_no_rests(workspace: Workspace) -> None:
+def test_a_full_disk_is_reported_and_leaves_the_existing_file_and_no_leftovers(workspace: Workspace) -> None:
     workspace.write_bytes("large", b"old")
-    told = subprocess.run(
-        [sys.executable, "-c", FILL, workspace.uri], capture_output=True, text=True, check=True, timeout=120
+    output = subprocess.run(
+        [sys.executable, "-c", FULL_DISK_PROGRAM, workspace.uri],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     ).stdout
-    assert "no space left to write large in" in told
-    assert "completed work is kept" in told
+    assert "no space left to write large in" in output
+    assert "completed work is kept" in output
     assert workspace.read_bytes("large") == b"old"
     assert sorted(path.name for path in Path(workspace.root).iterdir()) == ["large", "small"]
 
@@ -159,45 +163,45 @@ def test_a_full_disk_is_said_and_leaves_what_was_there_and_no_rests(workspace: W
 def test_what_is_written_survives_a_power_cut(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file is synced before it gets its name, its folder after that, and so is the parent of each new folder."""
     root = Path(workspace.root)
-    done: list[tuple[str, str]] = []
+    calls: list[tuple[str, str]] = []
     fsync, rename = os.fsync, Path.replace
 
-    def recorded_fsync(descriptor: int) -> None:
+    def record_fsync(descriptor: int) -> None:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
-        done.append(("sync", "." if path == str(root) else os.path.relpath(path, root)))
+        calls.append(("sync", "." if path == str(root) else os.path.relpath(path, root)))
         fsync(descriptor)
 
-    def recorded_rename(source: Path, target: str) -> Path:
-        done.append(("rename", os.path.relpath(target, root)))
+    def record_rename(source: Path, target: str) -> Path:
+        calls.append(("rename", os.path.relpath(target, root)))
         return rename(source, target)
 
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(Path, "replace", recorded_rename)
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_rename)
     workspace.write_bytes("a/b/f", b"content")
-    before, after = done[: done.index(("rename", "a/b/f"))], done[done.index(("rename", "a/b/f")) + 1 :]
-    assert {("sync", "."), ("sync", "a")} <= set(before)
-    assert before[-1][1].startswith("a/b/.f.")
-    assert after == [("sync", "a/b")]
-    done.clear()
+    calls_before, calls_after = calls[: calls.index(("rename", "a/b/f"))], calls[calls.index(("rename", "a/b/f")) + 1 :]
+    assert {("sync", "."), ("sync", "a")} <= set(calls_before)
+    assert calls_before[-1][1].startswith("a/b/.f.")
+    assert calls_after == [("sync", "a/b")]
+    calls.clear()
     workspace.move("a/b/f", "c/f")
-    assert done == [("sync", "."), ("sync", "c")]
+    assert calls == [("sync", "."), ("sync", "c")]
 
 
 def test_writers_return_the_checksum_of_what_they_wrote(workspace: Workspace, tmp_path: Path) -> None:
     (tmp_path / "here").write_bytes(b"content" * 1_000_000)
-    written = {
+    checksums = {
         "a.bin": workspace.write_bytes("a.bin", b"content"),
         "b.json": workspace.write_json("b.json", {"n": 1}),
         "c.npy": workspace.write_array("c.npy", np.arange(100_000)),
         "d.parquet": workspace.write_table("d.parquet", pa.table({"x": range(1000)})),
         "e.bin": workspace.put_file(tmp_path / "here", "e.bin"),
     }
-    assert written == {path: sha256(workspace, path) for path in written}
+    assert checksums == {path: sha256(workspace, path) for path in checksums}
 
 
 @pytest.mark.parametrize("user", ["AKIA:se%2Fcret", "AKIA", ":secret"])
 def test_a_uri_with_credentials_is_refused_without_showing_them(user: str) -> None:
-    for opens in (Workspace, lambda uri: find_files([uri], ("*",))):
-        with pytest.raises(InputError, match=r"^s3://\.\.\.@bucket/a/b contains credentials") as refused:
-            opens(f"s3://{user}@bucket/a/b?region=eu-west-1")
-        assert not any(part and part in str(refused.value) for part in ("AKIA", "cret"))
+    for open_uri in (Workspace, lambda uri: find_files([uri], ("*",))):
+        with pytest.raises(InputError, match=r"^s3://\.\.\.@bucket/a/b contains credentials") as error:
+            open_uri(f"s3://{user}@bucket/a/b?region=eu-west-1")
+        assert not any(part and part in str(error.value) for part in ("AKIA", "cret"))

@@ -7,15 +7,15 @@ import pytest
 from rayrec.errors import InputError
 from rayrec.jobs.planning.plan_inputs import GIB, quantity, read_cluster
 
-CLUSTER = Path(__file__).parents[4] / "cluster"
+CLUSTER_FOLDER = Path(__file__).parents[4] / "cluster"
 
 
 @pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
 def test_a_file_of_ray_up_says_nodes_memory_disk_and_gpus(name: str) -> None:
-    found = read_cluster(str(CLUSTER / name))
-    nodes = {node.name: node for node in found.nodes}
-    assert found.most_nodes == 80
-    assert [node.name for node in found.workers] == ["cpu-spot", "cpu-on-demand", "gpu-spot", "gpu-on-demand"]
+    cluster = read_cluster(str(CLUSTER_FOLDER / name))
+    nodes = {node.name: node for node in cluster.nodes}
+    assert cluster.most_nodes == 80
+    assert [node.name for node in cluster.workers] == ["cpu-spot", "cpu-on-demand", "gpu-spot", "gpu-on-demand"]
     assert nodes["head"].head
     assert nodes["cpu-spot"].cpus == 16
     assert nodes["cpu-spot"].disk == 200 * 10**9
@@ -24,17 +24,17 @@ def test_a_file_of_ray_up_says_nodes_memory_disk_and_gpus(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob-train.yaml", "rayservice.yaml", "nightly.yaml"])
-def test_a_manifest_of_kuberay_says_them_too(name: str) -> None:
-    found = read_cluster(str(CLUSTER / "kuberay" / name))
-    head, *workers = found.nodes
+def test_a_manifest_of_kuberay_says_nodes_memory_and_disk_too(name: str) -> None:
+    cluster = read_cluster(str(CLUSTER_FOLDER / "kuberay" / name))
+    head, *workers = cluster.nodes
     assert (head.cpus, head.head) == (0, True)
     assert workers
     assert all(node.memory and node.disk and node.most for node in workers)
-    assert found.most_nodes == sum(node.most for node in workers)
+    assert cluster.most_nodes == sum(node.most for node in workers)
 
 
 def test_pods_leave_a_share_of_their_memory_to_the_object_store() -> None:
-    nodes = {node.name: node for node in read_cluster(str(CLUSTER / "kuberay" / "raycluster.yaml")).nodes}
+    nodes = {node.name: node for node in read_cluster(str(CLUSTER_FOLDER / "kuberay" / "raycluster.yaml")).nodes}
     assert nodes["cpu-spot"].memory == int(0.7 * 120 * GIB)
     assert nodes["gpu-spot"].gpu_memory == 24 * GIB
 
@@ -47,9 +47,9 @@ def test_quantities_of_kubernetes_are_numbers(text: object, value: float) -> Non
     assert quantity(text) == value
 
 
-def test_a_cluster_without_autoscaling_has_the_nodes_it_has(tmp_path: Path) -> None:
+def test_a_cluster_without_autoscaling_has_a_fixed_number_of_nodes(tmp_path: Path) -> None:
     path = tmp_path / "fixed.yaml"
-    text = (CLUSTER / "kuberay" / "raycluster.yaml").read_text()
+    text = (CLUSTER_FOLDER / "kuberay" / "raycluster.yaml").read_text()
     path.write_text(text.replace("enableInTreeAutoscaling: true", "enableInTreeAutoscaling: false"))
     assert read_cluster(str(path)).most_nodes == 1
 

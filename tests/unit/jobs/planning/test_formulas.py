@@ -75,13 +75,13 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
 
 
-def write_sessions(path: Path, plays: int, *, songs: int, users: int, first: int = START) -> Path:
+def write_sessions(path: Path, plays: int, *, songs: int, users: int, start: int = START) -> Path:
     """Write plays as a service logs them: by time, in sessions of 10 plays, songs by Zipf's law; 34 bytes per play."""
     random = np.random.default_rng(plays)
     sessions = plays // 10
     user = np.repeat(random.integers(users, size=sessions), 10)
-    began = np.repeat(np.sort(random.integers(8 * 3600, size=sessions)), 10)
-    moment = first + began + np.tile(np.arange(10) * 200, sessions) + random.integers(120, size=plays)
+    session_starts = np.repeat(np.sort(random.integers(8 * 3600, size=sessions)), 10)
+    moment = start + session_starts + np.tile(np.arange(10) * 200, sessions) + random.integers(120, size=plays)
     song = random.permutation(songs)[np.exp(random.random(plays) * np.log(songs)).astype(int) - 1]
     order = np.argsort(moment, kind="stable")
     lines = [f"u{user[row]:08d},track{song[row]:07d},{moment[row]}" for row in order.tolist()]
@@ -117,8 +117,8 @@ def test_requests_for_20_billion_plays_are_under_a_million_and_bytes_at_most_1_3
     requests = import_requests(size) + input_requests(plays * play_bytes, unit)
     assert requests < 1_000_000
     shares = 1 / (np.arange(1, songs + 1) * np.log(songs))
-    distinct = int((1 - np.exp(-shares * plays / size.pieces)).sum())
-    assert shuffle_bytes(plays, size.pieces * distinct) < 0.3 * plays * play_bytes
+    songs_per_piece = int((1 - np.exp(-shares * plays / size.pieces)).sum())
+    assert shuffle_bytes(plays, size.pieces * songs_per_piece) < 0.3 * plays * play_bytes
 
 
 @pytest.mark.parametrize("plays", [152_000, 304_000])
@@ -130,30 +130,34 @@ def test_bytes_of_a_shuffle_in_blocks_as_large_as_those_of_20_billion_plays(
     counts = CountingFileSystem()
     with monkeypatch.context() as patch:
         counts.watch(patch)
-        made = import_data(workspace, config)
-    read = sum(counts.path_bytes[name] for name in counts.path_bytes if name.endswith(".blocks"))
-    assert read == pytest.approx(shuffle_bytes(plays, made.songs), rel=0.15)
+        manifest = import_data(workspace, config)
+    block_bytes = sum(counts.path_bytes[name] for name in counts.path_bytes if name.endswith(".blocks"))
+    assert block_bytes == pytest.approx(shuffle_bytes(plays, manifest.songs), rel=0.15)
 
 
 def write_parts(workspace: Workspace, parts: int, *, users: int = 300, days: int = 100, buckets: int = 4) -> Dataset:
     """Write a data set of one play per user and day, in `parts` parts by time. The plays do not depend on `parts`."""
     moments = np.arange(days) * DAY_MS + START * 1_000
     files = {}
-    whole = Histories.from_lists(
+    histories = Histories.from_lists(
         [np.arange(days) % 50] * users,  # type: ignore[list-item]
         [moments + 1_000 * user for user in range(users)],  # type: ignore[misc]
         [f"u{user:08d}" for user in range(users)],
     )
-    dataset = write_dataset(workspace, whole, 50, buckets=buckets)
-    bucket = bucket_of(whole.user_ids, buckets)
+    dataset = write_dataset(workspace, histories, 50, buckets=buckets)
+    bucket = bucket_of(histories.user_ids, buckets)
     bounds = np.linspace(0, days, parts + 1).astype(int) * DAY_MS + START * 1_000
     times = []
     for part in range(parts):
-        kept = whole.keep((whole.played_at >= bounds[part]) & (whole.played_at < bounds[part + 1]))
-        times.append((int(kept.played_at.min()), int(kept.played_at.max())))
+        part_histories = histories.keep(
+            (histories.played_at >= bounds[part]) & (histories.played_at < bounds[part + 1])
+        )
+        times.append((int(part_histories.played_at.min()), int(part_histories.played_at.max())))
         for number in range(buckets):
             path = histories_file(part, number)
-            files[path.removeprefix("dataset/")] = write_histories(workspace, path, [kept.take(bucket == number)])
+            files[path.removeprefix("dataset/")] = write_histories(
+                workspace, path, [part_histories.take(bucket == number)]
+            )
     write_dataset_manifest(workspace, replace(dataset.manifest, parts=parts, part_times=times, files=files))
     return Dataset(workspace)
 
@@ -174,23 +178,23 @@ def test_an_append_costs_the_same_after_1_and_after_100_parts(
     ]
     path.write_text("\n".join(["user,song,played_at", *lines]) + "\n")
     config = ImportConfig(format="csv", paths=(str(path),))
-    found = {}
+    counts_of_parts = {}
     for parts in (1, 100):
         workspace = Workspace(tmp_path / f"{parts}-parts")
         write_parts(workspace, parts)
         counts = CountingFileSystem()
         with monkeypatch.context() as patch:
             counts.watch(patch)
-            made = append_plays(workspace, config)
-        assert made.plays == made.dataset.plays - 30_000 > 140_000
-        assert made.users == 150
+            result = append_plays(workspace, config)
+        assert result.plays == result.dataset.plays - 30_000 > 140_000
+        assert result.users == 150
         # Requests of an import, and to read each bucket's users and its histories in the part that the plays overlap.
         reads = SMALL_PARQUET * 4 * (1 + overlap)
         budget = import_requests(ImportSize(pieces=1, buckets=4)) + reads
         assert counts.total == pytest.approx(budget, rel=0.15)
-        found[parts] = counts
-    assert found[100].total <= 1.2 * found[1].total
-    assert found[100].bytes_read <= 1.2 * found[1].bytes_read
+        counts_of_parts[parts] = counts
+    assert counts_of_parts[100].total <= 1.2 * counts_of_parts[1].total
+    assert counts_of_parts[100].bytes_read <= 1.2 * counts_of_parts[1].bytes_read
 
 
 def taste_counts(
@@ -228,9 +232,9 @@ def test_requests_of_taste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buck
 @pytest.mark.parametrize("plays", [60_000, 120_000])
 def test_bytes_of_a_data_set(workspace: Workspace, tmp_path: Path, plays: int) -> None:
     path = write_sessions(tmp_path / "plays.csv", plays, songs=10**7, users=plays // 10)
-    made = import_data(workspace, ImportConfig(format="csv", paths=(str(path),), buckets=4))
-    assert workspace.size("dataset/histories") == pytest.approx(histories_bytes(made.plays), rel=0.15)
-    assert workspace.size("dataset/songs.parquet") == pytest.approx(songs_bytes(made.songs, 0), rel=0.15)
+    manifest = import_data(workspace, ImportConfig(format="csv", paths=(str(path),), buckets=4))
+    assert workspace.size("dataset/histories") == pytest.approx(histories_bytes(manifest.plays), rel=0.15)
+    assert workspace.size("dataset/songs.parquet") == pytest.approx(songs_bytes(manifest.songs, 0), rel=0.15)
 
 
 @pytest.mark.parametrize("songs", [10_000, 40_000])
@@ -246,8 +250,8 @@ def test_bytes_of_songs_with_titles_and_artists(workspace: Workspace, tmp_path: 
     path.write_text("\n".join(["user,song,played_at,title,artist", *lines]) + "\n")
     import_data(workspace, ImportConfig(format="csv", paths=(str(path),), buckets=1))
     texts = ("".join(f"{name:20}" for name in part) for part in (names[:songs], names[songs:].repeat(8)))
-    text = sum(len(pa.compress(each.title().encode(), "zstd", asbytes=True)) for each in texts)
-    assert workspace.size("dataset/songs.parquet") == pytest.approx(songs_bytes(songs, text), rel=0.15)
+    text_bytes = sum(len(pa.compress(column.title().encode(), "zstd", asbytes=True)) for column in texts)
+    assert workspace.size("dataset/songs.parquet") == pytest.approx(songs_bytes(songs, text_bytes), rel=0.15)
 
 
 def write_listeners(path: Path, *, users: int, plays: int, songs: int) -> Path:
@@ -256,8 +260,8 @@ def write_listeners(path: Path, *, users: int, plays: int, songs: int) -> Path:
     lines = []
     for user in range(users):
         moments = START + np.sort(random.integers(60 * 86_400, size=plays))
-        heard = np.exp(random.random(plays) * np.log(songs)).astype(int)
-        lines += [f"u{user:08d},track{song:07d},{at}" for song, at in zip(heard, moments, strict=True)]
+        user_songs = np.exp(random.random(plays) * np.log(songs)).astype(int)
+        lines += [f"u{user:08d},track{song:07d},{at}" for song, at in zip(user_songs, moments, strict=True)]
     path.write_text("\n".join(["user,song,played_at", *lines]) + "\n")
     return path
 
@@ -267,11 +271,11 @@ def test_requests_of_the_stages_of_a_run(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buckets: int, epochs: int, queries: int
 ) -> None:
     path = write_listeners(tmp_path / "plays.csv", users=60, plays=60, songs=200)
-    counts, found = CountingFileSystem(), {}
+    counts, stage_requests = CountingFileSystem(), {}
 
-    def ended(outcome: Outcome) -> None:
+    def record_requests(outcome: Outcome) -> None:
         assert outcome.status == "done"
-        found[outcome.stage] = counts.total
+        stage_requests[outcome.stage] = counts.total
         counts.requests.clear()
 
     configs: dict[str, Settings] = {
@@ -288,32 +292,32 @@ def test_requests_of_the_stages_of_a_run(
     }
     with monkeypatch.context() as patch:
         counts.watch(patch)
-        stages = Stages(workspace, on_stage=ended)
+        stages = Stages(workspace, on_stage=record_requests)
         for name, config in configs.items():
             stages.run(name, config)
-        live = active_release(workspace)
-        assert live is not None
+        release = active_release(workspace)
+        assert release is not None
         counts.requests.clear()
-        job.recommend_all(workspace, RecommendConfig(k=20), live.inputs)
-    reading = histories_requests(1, 1, 3)
+        job.recommend_all(workspace, RecommendConfig(k=20), release.inputs)
+    read_requests = histories_requests(1, 1, 3)
     expected = {
-        "embed": embed_requests(buckets, reading, fits=2),
-        "train": train_requests(buckets, reading, fits=2, epochs=epochs),
+        "embed": embed_requests(buckets, read_requests, fits=2),
+        "train": train_requests(buckets, read_requests, fits=2, epochs=epochs),
         "retrieval": retrieval_requests(buckets, 1, groups=buckets, ranges=1, row_groups=1, columns=3, fits=2),
-        "rank": rank_requests(buckets, reading),
+        "rank": rank_requests(buckets, read_requests),
         "index": INDEX_REQUESTS,
         "taste": taste_requests(buckets, 1, row_groups=1, columns=3),
-        "evaluate": evaluate_requests(buckets, reading, counted=buckets if queries else 0),
+        "evaluate": evaluate_requests(buckets, read_requests, counted=buckets if queries else 0),
     }
-    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=0.15)
-    assert counts.total == pytest.approx(recommend_requests(buckets, reading), rel=0.15)
+    assert {name: stage_requests[name] for name in expected} == pytest.approx(expected, rel=0.15)
+    assert counts.total == pytest.approx(recommend_requests(buckets, read_requests), rel=0.15)
 
 
 @pytest.mark.parametrize(("songs", "dim", "kind"), [(4_000, 16, "flat"), (8_000, 64, "flat"), (200_000, 8, "ivf")])
 def test_bytes_of_a_model_and_of_an_index(workspace: Workspace, songs: int, dim: int, kind: str) -> None:
     vectors = np.random.default_rng(0).normal(size=(songs, dim)).astype(np.float32)
-    shape = replace(model_config(TrainConfig(hidden_dim=8), num_songs=songs), embedding_dim=dim)
-    names = save_model(workspace, "models/m", TasteModel(shape, torch.from_numpy(vectors)), np.ones(songs, np.bool_))
+    config = replace(model_config(TrainConfig(hidden_dim=8), num_songs=songs), embedding_dim=dim)
+    names = save_model(workspace, "models/m", TasteModel(config, torch.from_numpy(vectors)), np.ones(songs, np.bool_))
     assert sum(workspace.size(f"models/m/{name}") for name in names) == pytest.approx(model_bytes(songs, dim), rel=0.15)
     index = SongIndex.build(vectors, IndexConfig(nlist=100, queries=10, target_recall=0.1))
     assert index.figures.kind == kind
@@ -325,8 +329,8 @@ def test_bytes_of_a_model_and_of_an_index(workspace: Workspace, songs: int, dim:
 def test_bytes_of_a_retrieval(workspace: Workspace, tmp_path: Path, plays: int, songs: int) -> None:
     path = write_sessions(tmp_path / "plays.csv", plays, songs=songs, users=plays // 50)
     import_data(workspace, ImportConfig(format="csv", paths=(str(path),), buckets=4))
-    made = fit_retrieval(workspace, RetrievalConfig())
-    retrieval = Retrieval.load(workspace, made.folder)
+    manifest = fit_retrieval(workspace, RetrievalConfig())
+    retrieval = Retrieval.load(workspace, manifest.folder)
     expected = retrieval_bytes(
         retrieval.num_songs,
         rules=len(retrieval.rules.followers),
@@ -334,7 +338,7 @@ def test_bytes_of_a_retrieval(workspace: Workspace, tmp_path: Path, plays: int, 
         sessions=len(retrieval.sessions),
         day_songs=len(retrieval.plays.days),
     )
-    assert workspace.size(made.folder) == pytest.approx(expected, rel=0.15)
+    assert workspace.size(manifest.folder) == pytest.approx(expected, rel=0.15)
 
 
 @pytest.mark.parametrize(("plays", "songs"), [(20_000, 1_000), (40_000, 100_000)])
@@ -349,7 +353,7 @@ def test_bytes_of_a_corpus(tmp_path: Path, plays: int, songs: int) -> None:
     assert corpus.path.stat().st_size == pytest.approx(corpus_bytes(plays, songs), rel=0.15)
 
 
-class Anything(BaseRecommender):
+class RandomRecommender(BaseRecommender):
     """Recommends random songs."""
 
     name = "anything"
@@ -374,9 +378,9 @@ def test_bytes_of_recommendations(workspace: Workspace, monkeypatch: pytest.Monk
         [[1]] * users, [[START * 1_000]] * users, [f"u{user:08d}" for user in range(users)]
     )
     write_dataset(workspace, histories, songs, buckets=1)
-    monkeypatch.setattr(job, "load_recommender", lambda *_: Anything(songs))
-    made = job.recommend_all(workspace, RecommendConfig(k=k), {})
-    size = workspace.size(job.recommendations_file(made.folder, 0))
+    monkeypatch.setattr(job, "load_recommender", lambda *_: RandomRecommender(songs))
+    manifest = job.recommend_all(workspace, RecommendConfig(k=k), {})
+    size = workspace.size(job.recommendations_file(manifest.folder, 0))
     assert size == pytest.approx(recommendations_bytes(users, k), rel=0.15)
 
 
@@ -393,15 +397,15 @@ def test_bytes_of_the_states_of_users(workspace: Workspace, tmp_path: Path, hidd
     inputs = {"dataset": dataset.manifest.id, "songs": "s"}
     artifacts.publish(workspace, artifacts.Manifest(kind="models", id="m", inputs=inputs), names)
     tastes = compute_tastes(workspace, TasteConfig())
-    stored = sum(workspace.size(path) for path in workspace.files(tastes.folder) if path.endswith(".parquet"))
-    averages = len(model.config.averages) * model.config.embedding_dim
-    heard = sum(len(np.unique(songs)) for songs in np.split(histories.songs, histories.offsets[1:-1]))
-    floats = len(model.config.horizons) * model.config.embedding_dim + hidden + averages
-    assert stored == pytest.approx(tastes_bytes(users, heard, floats=floats), rel=0.15)
+    parquet_bytes = sum(workspace.size(path) for path in workspace.files(tastes.folder) if path.endswith(".parquet"))
+    average_floats = len(model.config.averages) * model.config.embedding_dim
+    distinct_songs = sum(len(np.unique(songs)) for songs in np.split(histories.songs, histories.offsets[1:-1]))
+    floats = len(model.config.horizons) * model.config.embedding_dim + hidden + average_floats
+    assert parquet_bytes == pytest.approx(tastes_bytes(users, distinct_songs, floats=floats), rel=0.15)
     release = artifacts.Manifest(kind="releases", id="r", inputs={**inputs, "models": "m", "tastes": tastes.id})
     store = open_store(f"sqlite:///{tmp_path}/states.sqlite", dataset.lineage)
     load_states(dataset, store, release)
     store.close()
     size = sum(path.stat().st_size for path in tmp_path.glob("states.sqlite*"))
-    expected = states_bytes(users, users * plays, hidden_dim=hidden, average_floats=averages)
+    expected = states_bytes(users, users * plays, hidden_dim=hidden, average_floats=average_floats)
     assert size == pytest.approx(expected, rel=0.15)

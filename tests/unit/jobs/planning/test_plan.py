@@ -32,7 +32,7 @@ RATES = {
 ROOT = Path(__file__).parents[4]
 
 
-def planned(config: PlanConfig | None = None, data: DataSize = DATA, cluster: ClusterFile = SMALL) -> Plan:
+def new_plan(config: PlanConfig | None = None, data: DataSize = DATA, cluster: ClusterFile = SMALL) -> Plan:
     """A plan with rates of 1,000 plays or tokens per second and CPU."""
     return make_plan(data, cluster, config or PlanConfig(), RATES)
 
@@ -43,24 +43,24 @@ def stage(plan: Plan, name: str) -> StagePlan:
 
 
 def test_stages_over_users_take_all_cpus_and_hours_by_their_rate() -> None:
-    found = stage(planned(), "taste")
-    assert (found.nodes, found.workers, found.batches) == (4, 32, 64)
-    assert found.hours == pytest.approx(3_125 / 3600)  # 100 million plays at 32,000 per second
+    taste = stage(new_plan(), "taste")
+    assert (taste.nodes, taste.workers, taste.batches) == (4, 32, 64)
+    assert taste.hours == pytest.approx(3_125 / 3600)  # 100 million plays at 32,000 per second
 
 
 def test_no_more_cpus_work_than_there_are_buckets() -> None:
-    found = stage(planned(data=replace(DATA, buckets=16)), "taste")
-    assert (found.nodes, found.workers) == (2, 16)
-    assert found.hours == pytest.approx(6_250 / 3600)
+    taste = stage(new_plan(data=replace(DATA, buckets=16)), "taste")
+    assert (taste.nodes, taste.workers) == (2, 16)
+    assert taste.hours == pytest.approx(6_250 / 3600)
 
 
 def test_the_workers_of_a_node_share_the_song_table() -> None:
-    few, many = (stage(planned(data=replace(DATA, songs=songs)), "taste").memory for songs in (10**6, 10**7))
+    few, many = (stage(new_plan(data=replace(DATA, songs=songs)), "taste").memory for songs in (10**6, 10**7))
     assert many - few == 9 * 10**6 * 64 * 4  # once per node, shared by its eight workers
 
 
 def test_requests_are_as_many_as_buckets_and_ranges_need() -> None:
-    plan = planned(data=DataSize.assumed(users=10**8, plays=2 * 10**10, songs=10**7))
+    plan = new_plan(data=DataSize.assumed(users=10**8, plays=2 * 10**10, songs=10**7))
     assert 500_000 < (stage(plan, "import").requests or 0) < 1_000_000
     assert 4096 * 4 < (stage(plan, "taste").requests or 0) < 4096 * 40
     assert 10**6 < (stage(plan, "retrieval").requests or 0) < 2 * 10**6
@@ -69,8 +69,8 @@ def test_requests_are_as_many_as_buckets_and_ranges_need() -> None:
 
 
 def test_an_evaluation_takes_longer_for_more_queries_and_for_slower_reading() -> None:
-    def hours(queries: int, read: float) -> float:
-        rates = {**RATES, "read_plays_per_second_per_cpu": read, "evaluate_queries_per_second_per_cpu": 10.0}
+    def hours(queries: int, read_rate: float) -> float:
+        rates = {**RATES, "read_plays_per_second_per_cpu": read_rate, "evaluate_queries_per_second_per_cpu": 10.0}
         return stage(make_plan(DATA, SMALL, PlanConfig(queries=queries), rates), "evaluate").hours or 0.0
 
     assert 0 < hours(640, 10_000.0) < hours(64_000, 10_000.0) < hours(64_000, 1_000.0)
@@ -84,32 +84,36 @@ def test_recommendations_of_all_users_take_all_cpus_and_are_stored() -> None:
 
 
 def test_the_store_of_states_grows_with_users_plays_and_the_network() -> None:
-    plan = planned()
+    plan = new_plan()
     assert plan.to_mapping()["states"] == plan.states
-    for larger in (
-        planned(PlanConfig(hidden_dim=256)),
-        planned(PlanConfig(dim=128)),
-        planned(data=replace(DATA, users=2 * DATA.users)),
-        planned(data=replace(DATA, plays=2 * DATA.plays)),
+    for larger_plan in (
+        new_plan(PlanConfig(hidden_dim=256)),
+        new_plan(PlanConfig(dim=128)),
+        new_plan(data=replace(DATA, users=2 * DATA.users)),
+        new_plan(data=replace(DATA, plays=2 * DATA.plays)),
     ):
-        assert larger.states > plan.states
-        assert larger.storage["tastes"] > plan.storage["tastes"]
+        assert larger_plan.states > plan.states
+        assert larger_plan.storage["tastes"] > plan.storage["tastes"]
 
 
 def test_an_evaluation_maps_tables_and_retrieval_once_a_node_and_leaves_the_object_store_alone() -> None:
-    found = stage(planned(data=replace(DATA, songs=3 * 10**7)), "evaluate")
-    assert 30 * GIB < found.memory < 8 * 30 * GIB
-    assert found.store == 0
+    evaluation = stage(new_plan(data=replace(DATA, songs=3 * 10**7)), "evaluate")
+    assert 30 * GIB < evaluation.memory < 8 * 30 * GIB
+    assert evaluation.store == 0
 
 
 def test_a_retrieval_of_many_songs_and_few_plays_needs_what_joining_the_ranges_takes() -> None:
     data = replace(DATA, users=10**4, plays=10**6, songs=10**8, buckets=4, largest_bucket=10**6 // 4)
-    found, joining = stage(planned(data=data), "retrieval"), joining_memory(data.songs, 0, 0)
-    assert found.memory == IDLE_WORKER + joining > IDLE_WORKER + counting_memory(data.songs, 10 * data.largest_bucket)
+    retrieval, joining_bytes = stage(new_plan(data=data), "retrieval"), joining_memory(data.songs, 0, 0)
+    assert (
+        retrieval.memory
+        == IDLE_WORKER + joining_bytes
+        > IDLE_WORKER + counting_memory(data.songs, 10 * data.largest_bucket)
+    )
 
 
 def test_keys_of_songs_that_do_not_fit_into_the_object_store_are_a_problem() -> None:
-    few, many = (planned(data=replace(DATA, songs=songs)) for songs in (10**7, 3 * 10**9))
+    few, many = (new_plan(data=replace(DATA, songs=songs)) for songs in (10**7, 3 * 10**9))
     assert 0 < (stage(few, "import").store or 0) < (stage(many, "import").store or 0)
     assert [any("import puts" in text for text in plan.problems) for plan in (few, many)] == [False, True]
 
@@ -125,17 +129,19 @@ def test_replicas_answer_a_rate_of_requests_and_are_idle_a_third_of_the_time(
 
 
 def test_training_without_gpus_holds_the_tables_over_the_nodes_and_a_batch_on_each_worker() -> None:
-    found = stage(planned(PlanConfig(workers=4)), "train")
-    assert (found.node, found.nodes, found.workers) == ("cpu", 4, 4)
-    assert found.hours == pytest.approx(600_000 / 3600)  # 24 epochs of 100 million plays at 4,000 per second
-    packed = stage(planned(PlanConfig(workers=8)), "train")
-    assert (packed.nodes, packed.hours) == (4, pytest.approx(300_000 / 3600))
+    training = stage(new_plan(PlanConfig(workers=4)), "train")
+    assert (training.node, training.nodes, training.workers) == ("cpu", 4, 4)
+    assert training.hours == pytest.approx(600_000 / 3600)  # 24 epochs of 100 million plays at 4,000 per second
+    packed_training = stage(new_plan(PlanConfig(workers=8)), "train")
+    assert (packed_training.nodes, packed_training.hours) == (4, pytest.approx(300_000 / 3600))
     songs = 100 * DATA.songs
-    many, packed_many = (stage(planned(PlanConfig(workers=n), replace(DATA, songs=songs)), "train") for n in (4, 8))
-    tables = many.memory - found.memory
-    assert tables > 2 * 4 * (songs - DATA.songs) * 64 * 4 / 4  # two tables, moments and average; a quarter per node
-    counted = 20 * (songs - DATA.songs)  # for all songs on each worker: each node has a second worker here
-    assert packed_many.memory - packed.memory == pytest.approx(tables + counted, rel=0.001)
+    training_of_many, packed_training_of_many = (
+        stage(new_plan(PlanConfig(workers=n), replace(DATA, songs=songs)), "train") for n in (4, 8)
+    )
+    table_size = training_of_many.memory - training.memory
+    assert table_size > 2 * 4 * (songs - DATA.songs) * 64 * 4 / 4  # two tables, moments and average; a quarter per node
+    count_bytes = 20 * (songs - DATA.songs)  # for all songs on each worker: each node has a second worker here
+    assert packed_training_of_many.memory - packed_training.memory == pytest.approx(table_size + count_bytes, rel=0.001)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -143,30 +149,30 @@ def test_the_memory_of_training_falls_with_the_workers_down_to_twenty_bytes_a_so
     many_nodes = replace(SMALL, nodes=[HEAD, replace(CPU, most=64), replace(GPU, gpus=1, most=64)], most_nodes=64)
 
     def memory(songs: int, workers: int) -> int:
-        plan = planned(PlanConfig(workers=workers, gpu=gpu, nodes=64), replace(DATA, songs=songs), many_nodes)
+        plan = new_plan(PlanConfig(workers=workers, gpu=gpu, nodes=64), replace(DATA, songs=songs), many_nodes)
         assert stage(plan, "train").nodes == workers
         return stage(plan, "train").memory
 
-    grown = {workers: memory(2 * 10**7, workers) - memory(10**7, workers) for workers in (1, 2, 8, 64)}
-    each_song = {workers: (grown[workers] / 10**7 - 20) * workers for workers in grown}
-    assert each_song == pytest.approx(dict.fromkeys(grown, each_song[1]))
-    assert each_song[1] == pytest.approx((10 if gpu else 14) * 64 * 4 + 16)
+    growth = {workers: memory(2 * 10**7, workers) - memory(10**7, workers) for workers in (1, 2, 8, 64)}
+    song_bytes = {workers: (growth[workers] / 10**7 - 20) * workers for workers in growth}
+    assert song_bytes == pytest.approx(dict.fromkeys(growth, song_bytes[1]))
+    assert song_bytes[1] == pytest.approx((10 if gpu else 14) * 64 * 4 + 16)
 
 
-def test_training_on_gpus_has_a_worker_a_gpu_and_says_that_their_rate_is_unknown() -> None:
-    plan = planned(PlanConfig(gpu=True))
-    found = stage(plan, "train")
-    assert (found.node, found.nodes, found.workers) == ("gpu", 2, 4)
+def test_training_on_gpus_has_one_worker_per_gpu_and_says_that_their_rate_is_unknown() -> None:
+    plan = new_plan(PlanConfig(gpu=True))
+    training = stage(plan, "train")
+    assert (training.node, training.nodes, training.workers) == ("gpu", 2, 4)
     assert any("no GPU rate" in note for note in plan.notes)
     rates = {**RATES, "train_plays_per_second_per_gpu": 50_000.0}
-    known = stage(make_plan(DATA, SMALL, PlanConfig(gpu=True), rates), "train")
-    assert known.hours == pytest.approx(12_000 / 3600)  # 24 epochs of 100 million plays at 200,000 per second
+    with_rate = stage(make_plan(DATA, SMALL, PlanConfig(gpu=True), rates), "train")
+    assert with_rate.hours == pytest.approx(12_000 / 3600)  # 24 epochs of 100 million plays at 200,000 per second
 
 
 def test_without_a_validation_range_there_is_one_fit() -> None:
-    one, two = (planned(PlanConfig(validation=there)) for there in (False, True))
-    assert stage(two, "embed").hours == pytest.approx(2 * (stage(one, "embed").hours or 0))
-    assert two.storage["song embeddings"] == 2 * one.storage["song embeddings"] > 0
+    one_fit, two_fits = (new_plan(PlanConfig(validation=has_validation)) for has_validation in (False, True))
+    assert stage(two_fits, "embed").hours == pytest.approx(2 * (stage(one_fit, "embed").hours or 0))
+    assert two_fits.storage["song embeddings"] == 2 * one_fit.storage["song embeddings"] > 0
 
 
 def test_built_in_rates_fill_in_and_are_marked() -> None:
@@ -175,7 +181,7 @@ def test_built_in_rates_fill_in_and_are_marked() -> None:
     assert stage(plan, "train").rate_from == BUILT_IN_FROM
     assert any("rayrec bench scale --save FILE" in note for note in plan.notes)
     assert stage(plan, "index").hours is None
-    assert not any("built-in" in note for note in planned().notes)
+    assert not any("built-in" in note for note in new_plan().notes)
 
 
 @pytest.mark.parametrize(
@@ -205,23 +211,23 @@ def test_built_in_rates_fill_in_and_are_marked() -> None:
 def test_what_will_not_fit_is_a_problem(
     data: dict[str, int], cluster: ClusterFile, config: dict[str, int], message: str
 ) -> None:
-    plan = planned(PlanConfig(**config), replace(DATA, **data), cluster)
+    plan = new_plan(PlanConfig(**config), replace(DATA, **data), cluster)
     assert any(re.search(message, text) for text in plan.problems), plan.problems
 
 
 def test_what_fits_has_no_problems() -> None:
-    assert planned().problems == []
-    assert planned(PlanConfig(gpu=True)).problems == []
-    assert planned(PlanConfig(workers=32)).problems == []
-    assert planned(PlanConfig(workers=8, nodes=1)).problems == []
-    assert planned(PlanConfig(workers=4, gpu=True)).problems == []
+    assert new_plan().problems == []
+    assert new_plan(PlanConfig(gpu=True)).problems == []
+    assert new_plan(PlanConfig(workers=32)).problems == []
+    assert new_plan(PlanConfig(workers=8, nodes=1)).problems == []
+    assert new_plan(PlanConfig(workers=4, gpu=True)).problems == []
 
 
 def test_cpus_for_training_are_those_of_the_largest_nodes() -> None:
-    larger = replace(CPU, name="larger", cpus=64, memory=512 * GIB, most=1)
-    mixed = replace(SMALL, nodes=[HEAD, CPU, larger])
-    assert planned(PlanConfig(workers=64, nodes=1), cluster=mixed).problems == []
-    assert planned(PlanConfig(workers=64, nodes=4), cluster=mixed).problems == []
+    larger_node = replace(CPU, name="larger", cpus=64, memory=512 * GIB, most=1)
+    mixed_cluster = replace(SMALL, nodes=[HEAD, CPU, larger_node])
+    assert new_plan(PlanConfig(workers=64, nodes=1), cluster=mixed_cluster).problems == []
+    assert new_plan(PlanConfig(workers=64, nodes=4), cluster=mixed_cluster).problems == []
 
 
 @pytest.mark.parametrize(
@@ -238,21 +244,21 @@ def test_a_server_that_does_not_fit_on_the_nodes_is_a_problem(
 ) -> None:
     rates = {**RATES, "answers_per_second_per_cpu": 100.0}
     plan = make_plan(replace(DATA, songs=songs), SMALL, PlanConfig(serve_rate=rate, nodes=nodes), rates)
-    of_server = [text for text in plan.problems if "the server" in text]
-    assert len(of_server) == (message is not None)
-    assert all(re.search(message or "", text) for text in of_server)
+    server_problems = [text for text in plan.problems if "the server" in text]
+    assert len(server_problems) == (message is not None)
+    assert all(re.search(message or "", text) for text in server_problems)
 
 
 @pytest.mark.parametrize(("gpus", "problems"), [(8, 0), (4, 0), (2, 1), (1, 1)])
 def test_a_hundred_million_songs_are_trained_on_eight_gpus_of_80_gb_and_not_on_one(gpus: int, problems: int) -> None:
     """A table has 25.6 GB. Training holds two, each with two moments and an average; validation adds four tables."""
     machine = NodeType(name="gpus", cpus=96, gpus=gpus, memory=1_000 * GIB, disk=None, gpu_memory=80 * 10**9, most=1)
-    plan = planned(
+    plan = new_plan(
         PlanConfig(gpu=True), replace(DATA, songs=10**8), replace(SMALL, nodes=[HEAD, CPU, machine], most_nodes=5)
     )
     assert (stage(plan, "train").node, stage(plan, "train").workers) == ("gpus", gpus)
-    of_training = [text for text in plan.problems if text.startswith("train ")]
-    assert len(of_training) == problems, of_training
+    training_problems = [text for text in plan.problems if text.startswith("train ")]
+    assert len(training_problems) == problems, training_problems
 
 
 def test_counts_alone_give_buckets_as_an_import_would() -> None:
@@ -282,17 +288,17 @@ def test_rates_are_read_as_bench_writes_them(tmp_path: Path) -> None:
 def test_the_command_line_says_problems_by_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--json", "plan", "--cluster", str(ROOT / "cluster" / "aws.yaml"), "--songs", "1000000"]
     assert main([*command, "--users", "1000000", "--plays", "100000000"]) == 0
-    fits = json.loads(capsys.readouterr().out)
-    assert fits["problems"] == []
-    assert fits["hours"] > 0
-    assert fits["storage"]["histories"] == 850_000_000
+    report = json.loads(capsys.readouterr().out)
+    assert report["problems"] == []
+    assert report["hours"] > 0
+    assert report["storage"]["histories"] == 850_000_000
     assert main([*command, "--users", "1000000", "--plays", "10000000000000"]) == 1
     assert json.loads(capsys.readouterr().out)["problems"]
     assert main([*command, "--users", "5"]) == 2
     assert "users, plays and songs belong together; give all of them, or none" in capsys.readouterr().err
 
 
-def test_a_data_set_tells_its_skew(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_reports_the_skew_of_the_data_set(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     lengths = [3, 40_000, 5, 20, 7, 11, 2, 9]
     songs = [np.arange(length) % 50 for length in lengths]
     times = [np.arange(length) * 60_000 for length in lengths]
@@ -300,7 +306,7 @@ def test_a_data_set_tells_its_skew(workspace: Workspace, capsys: pytest.CaptureF
     write_dataset(workspace, Histories.from_lists(songs, times, user_ids=users), num_songs=50)
     cluster = str(ROOT / "cluster" / "kuberay" / "raycluster.yaml")
     assert main(["--workspace", workspace.uri, "plan", "--cluster", cluster, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["skew"]["longest_histories"][0] == ["user-1", 40_000]
-    assert told["data"]["largest_bucket"] == told["skew"]["largest_buckets"][0][1] > 0.8 * sum(lengths)
-    assert told["data"]["looked_at"] is True
+    report = json.loads(capsys.readouterr().out)
+    assert report["skew"]["longest_histories"][0] == ["user-1", 40_000]
+    assert report["data"]["largest_bucket"] == report["skew"]["largest_buckets"][0][1] > 0.8 * sum(lengths)
+    assert report["data"]["looked_at"] is True
