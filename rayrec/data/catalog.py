@@ -148,7 +148,7 @@ def with_folded(table: pa.Table) -> pa.Table:
     return table.append_column(FOLDED_BOTH, pc.binary_join_element_wise(folded_artists, folded_titles, "\n"))
 
 
-def popularity_ranks(popularity: np.ndarray) -> np.ndarray:
+def popularity_positions(popularity: np.ndarray) -> np.ndarray:
     """int32 (N,): the popularity rank of each song, 0 for the most popular; equally popular songs are ranked by row."""
     ranks = np.empty(len(popularity), dtype=np.int32)
     ranks[np.argsort(-popularity, kind="stable")] = np.arange(len(popularity))
@@ -158,20 +158,20 @@ def popularity_ranks(popularity: np.ndarray) -> np.ndarray:
 class SongSearch:
     """Searches titles and artists in memory, by a pass over all songs.
 
-    A song without a title is found by its id. Songs that match equally well are in the order of `popularity_ranks`,
-    int32 (N,) from `popularity_ranks`; without it they are in the order of song rows.
+    A song without a title is found by its id. Songs that match equally well are in the order of `popularity_positions`,
+    int32 (N,) from `popularity_positions`; without it they are in the order of song rows.
     """
 
-    def __init__(self, catalog: Catalog, popularity_ranks: np.ndarray | None = None) -> None:
+    def __init__(self, catalog: Catalog, popularity_positions: np.ndarray | None = None) -> None:
         table, names = with_folded(catalog.table), (FOLDED_TITLE, FOLDED_ARTIST, FOLDED_BOTH)
         self._titles, self._artists, self._combined = (one_array(table.column(name)) for name in names)
-        self._popularity_ranks = popularity_ranks  # not copied: in a served catalog they are memory-mapped
+        self._popularity_ranks = popularity_positions  # not copied: in a served catalog they are memory-mapped
 
     def find(self, query: str, limit: int) -> tuple[np.ndarray, int]:
         """Return the best `limit` rows, int32, of songs with every word of the query, and the number of such songs.
 
         Songs whose title or artist is the query come first, then songs whose title or artist begins with it, then
-        all others; each of these groups is in the order of `popularity_ranks`. An empty query finds nothing.
+        all others; each of these groups is in the order of `popularity_positions`. An empty query finds nothing.
         """
         folded_query = fold(query)
         words = folded_query.split()[:MOST_WORDS]

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 
 from rayrec.data import columns
-from rayrec.data.catalog import Catalog, SongSearch, popularity_ranks, with_folded
+from rayrec.data.catalog import Catalog, SongSearch, popularity_positions, with_folded
 from rayrec.data.dataset import Dataset
 from rayrec.data.spelling import spell_id
 from rayrec.online.user_state import FIRST_ONLINE
@@ -310,7 +310,7 @@ def _make_catalog_table(
         ID_ROW: by_hash.astype(np.int32),
         PLAYS: plays,
         BY_PLAYS: by_plays[is_known[by_plays]],  # songs without a vector are never recommended
-        POPULARITY_RANK: popularity_ranks(plays),
+        POPULARITY_RANK: popularity_positions(plays),
         IS_KNOWN: is_known.view(np.uint8),  # one byte per song can be read without a copy
         SCORE: starting.worth,
         STARTING: starting.order,

@@ -220,7 +220,6 @@ def test_an_import_of_playlists_keeps_the_data_set_of_plays_as_an_ancestor(
     assert Dataset(workspace).descends_from(first.id)
     replacement = import_data(workspace, config_of(tmp_path / "b.csv", plays(60, 2)), repeat=True)
     assert (replacement.ancestors, replacement.lineage) == ([], first.id)
-    assert artifacts.listing(workspace, "models") == []
 
 
 def test_plays_before_the_first_contexts_and_skips_have_no_context_and_no_skip(

@@ -79,7 +79,7 @@ def test_imports_point_down(name: str) -> None:
         target_layer = layer(imported_name)
         if target_layer is None or target_layer == source_layer or target_layer not in LEVEL:
             continue
-        is_forbidden = LEVEL[target_layer] > LEVEL[source_layer] or LEVEL[target_layer] == LEVEL[source_layer]
+        is_forbidden = LEVEL[target_layer] >= LEVEL[source_layer]
         assert not is_forbidden, f"{name} imports {imported_name}: {source_layer} must not know {target_layer}"
 
 

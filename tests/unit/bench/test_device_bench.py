@@ -94,8 +94,9 @@ def test_a_device_with_other_results_is_reported_by_name_and_exit_code(
     assert [position for position, check in enumerate(checks) if not check["same"]] == [number]
     assert (checks[number]["cell"], checks[number]["objective"]) == ("gru", "softmax")
     monkeypatch.setattr(device_bench, "measure_device", lambda *_: {**REPORT, "checks": checks, "copies_whole": True})
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         device_bench.main(["--device", "cpu", *form])
+    assert stopped.value.code == 1
     if not form:
         precision = "bfloat16 " if bf16 else "float32  "
         assert f"gru   softmax          {precision} NOT THE SAME AS ON A CPU" in capsys.readouterr().out
@@ -112,8 +113,9 @@ def test_steps_that_are_copied_incompletely_are_reported_by_name_and_exit_code(
     monkeypatch.setattr(TrainingStep, "to", incomplete_step)
     assert not device_bench.check_copies("cpu", Size.quick())
     monkeypatch.setattr(device_bench, "measure_device", lambda *_: {**REPORT, "checks": [], "copies_whole": False})
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         device_bench.main(["--device", "cpu"])
+    assert stopped.value.code == 1
     assert "steps copied ahead of time are NOT COMPLETE" in capsys.readouterr().out
 
 

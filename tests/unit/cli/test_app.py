@@ -359,7 +359,7 @@ def test_settings_of_each_baseline_and_the_calibration_error_of_the_default_fit_
     rows = settings.splitlines()
     assert all(len(line) <= 80 for line in rows)
     assert " ".join(settings.split()) == (
-        "Settings of the baselines vstan: days decay: 1825; plays decay: 4; places decay: 20; neighbors: 500; "
+        "Settings of the baselines vstan: days decay: 1825; plays decay: 4; distance decay: 20; neighbors: 500; "
         "just played: 0.25 sequential-rules: decay: 0.5"
     )
     assert rows[-1] == "  sequential-rules: decay: 0.5"

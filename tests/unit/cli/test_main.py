@@ -239,7 +239,7 @@ def test_an_error_with_json_is_one_object_on_stdout_and_one_line_on_stderr(
     assert main(["--json", "status"] if place == "before" else ["status", "--json"]) == code
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"error": {"kind": kind, "message": message, "hint": hint}}
-    assert captured.err.strip().count("\n") == 0
+    assert len(captured.err.splitlines()) == 1
 
 
 def test_wrong_use_with_json_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:

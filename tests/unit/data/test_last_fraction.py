@@ -135,5 +135,8 @@ def test_the_id_follows_the_settings_of_its_own_protocol() -> None:
 def test_fractions_out_of_range_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(InputError, match="expected a number of at least 0 and below 1"):
         SplitConfig(**bad)
+
+
+def test_fractions_that_leave_no_play_to_train_on_are_refused() -> None:
     with pytest.raises(InputError, match="leave nothing to train on"):
         SplitConfig(last_fraction=0.6, validation_fraction=0.4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rayrec.data import catalog as catalog_module
 from rayrec.data import columns
-from rayrec.data.catalog import Catalog, SongSearch, fold, fold_all, popularity_ranks
+from rayrec.data.catalog import Catalog, SongSearch, fold, fold_all, popularity_positions
 
 SONGS: list[tuple[str | None, str | None]] = [
     ("Hollow", "Abba"),
@@ -34,7 +34,7 @@ def catalog(songs: list[tuple[str | None, str | None]] = SONGS) -> Catalog:
 
 
 def find_rows(query: str, popularity: list[int] | None = None, limit: int = 10) -> list[int]:
-    ranks = None if popularity is None else popularity_ranks(np.array(popularity))
+    ranks = None if popularity is None else popularity_positions(np.array(popularity))
     rows, _ = SongSearch(catalog(), ranks).find(query, limit)
     assert rows.dtype == np.int32
     return rows.tolist()
@@ -131,7 +131,7 @@ def test_finding_equals_a_plain_loop(
             continue
         match_level = max(2 if part == folded_query else 1 if part.startswith(folded_query) else 0 for part in parts)
         sort_keys.append((-match_level, -plays[row], row))
-    search = SongSearch(catalog(songs), popularity_ranks(np.array(plays, dtype=np.int64)))
+    search = SongSearch(catalog(songs), popularity_positions(np.array(plays, dtype=np.int64)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalog_module, "SLICE", data.draw(st.sampled_from([3, 100])))  # several slices, or one
         rows, count = search.find(query, limit)

@@ -330,6 +330,7 @@ def test_a_play_of_1970_is_pointed_out(rayrec: Any, tmp_path: Path) -> None:
     file = write_plays_csv(tmp_path / "p.csv")
     write(file, file.read_text() + "u1,s1,0\n")
     result = rayrec("import", "csv", file, as_json=False)
+    assert result.code == 0
     assert "the first play is of 1970-01-01" in " ".join(result.out.split())
 
 

@@ -97,8 +97,8 @@ def test_gradients_of_training_are_those_of_the_plain_operations_of_inference(
         batch = padded(model, histories)
         gap = torch.rand(batch.songs_BL.shape, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            for name, weights in enumerate(model.again.values()):
-                weights.copy_(torch.linspace(-0.5, 1 + name, len(weights)))
+            for number, weights in enumerate(model.again.values()):
+                weights.copy_(torch.linspace(-0.5, 1 + number, len(weights)))
         is_play = torch.arange(batch.songs_BL.shape[1]) < batch.length_B[:, None]
         head_inputs = model.trunk(batch)[0]
         tastes = {name: model.head(head_inputs, gap, name) for name in model.heads} if is_plain else model(batch, gap)

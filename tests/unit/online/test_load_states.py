@@ -331,9 +331,7 @@ def test_plays_of_the_batch_replace_online_plays_of_the_same_time(
         assert app.get(f"/v1/users/{user}/taste", params={"at": AT + 5}).json()["plays"] == full_history.num_plays
 
 
-def test_plays_of_a_song_that_was_added_online_get_its_row_from_the_batch(
-    world: Workspace, store: StateStore, uri: str
-) -> None:
+def test_plays_of_a_song_that_was_added_online_get_its_row_from_the_batch(world: Workspace, store: StateStore) -> None:
     history = next(user_history for user_history in read_histories(world) if user_history.num_plays > 3)
     user, rows = history.user_ids[0], history.songs.astype(np.int32)
     stored_rows = rows.copy()

@@ -49,9 +49,7 @@ def write_once(store: StateStore, versions: dict[str, int]) -> None:
         except StoreUnavailableError:
             time.sleep(0.1)
         # a put may be done though its answer got lost
-        for user, stored in zip(
-            USERS, read_with_retries(store), strict=True
-        ):
+        for user, stored in zip(USERS, read_with_retries(store), strict=True):
             versions[user] = NO_VERSION if stored is None else stored.version
         if set(versions.values()) == {target}:
             return

@@ -20,8 +20,8 @@ def dataset(workspace: Workspace) -> Dataset:
     return write_dataset(workspace, random_histories(80, NUM_SONGS, longest=60, seed=2), NUM_SONGS)
 
 
-def _selection(dataset: Dataset, limit: int = 10_000) -> Selection:
-    selection = make_selection(dataset, SPLIT, random_vectors(NUM_SONGS), limit)
+def _selection(dataset: Dataset) -> Selection:
+    selection = make_selection(dataset, SPLIT, random_vectors(NUM_SONGS))
     assert selection is not None
     return selection
 
