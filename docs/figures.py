@@ -1,7 +1,7 @@
-"""Measure the tables of README.md and docs/evaluation.md again: python docs/figures.py; `make figures` runs it.
+"""Measure the marked tables of README.md and docs/evaluation.md again: python docs/figures.py; `make figures` runs it.
 
-RAYREC_REAL_DATA names the folder that holds the data sets. A table without its data stays unchanged. The
-workspaces are in build/figures, so a second run repeats only the stages that changed.
+RAYREC_REAL_DATA names the folder that holds the data sets. A table without its data stays unchanged; that of the demo
+needs none. The workspaces are in build/figures, so a second run repeats only the stages that changed.
 """
 
 import difflib
@@ -36,12 +36,13 @@ class Figures:
     """A table, and the commands that compute its figures, without `rayrec --workspace FOLDER` in front."""
 
     name: str  # name of the table in the mark of the page
-    data: str  # path in the folder RAYREC_REAL_DATA
+    data: str  # path in the folder RAYREC_REAL_DATA; empty: the commands generate the data
     commands: tuple[str, ...]  # the last one prints the figures; {data} is the path of the data, {folder} its folder
     seeds: tuple[int, ...] = (0, 1, 2)  # all commands run once per {seed}, in separate workspaces
 
 
 TABLES = (
+    Figures(name="demo", data="", commands=("demo",), seeds=(0,)),  # the demo has a fixed seed
     Figures(
         name="30music",
         data="30music-sample10/sessions_sample_10.csv",
@@ -89,6 +90,14 @@ COLUMNS = (
 )
 
 
+def skip_reason(table: Figures, data_folder: str) -> str:
+    """Return why `table` cannot be measured with the data sets in `data_folder`; "" if it can."""
+    if not table.data or (data_folder and (Path(data_folder) / table.data).is_file()):
+        return ""
+    missing_data = f"there is no {Path(data_folder) / table.data}" if data_folder else "RAYREC_REAL_DATA is not set"
+    return f"{table.name}: {missing_data}; the table stays as it is"
+
+
 def measure(table: Figures, data_path: Path, seed: int) -> list[dict[str, Any]]:
     """Run the commands; return the results of the evaluation."""
     workspace = ROOT / "build" / "figures" / f"{table.name}-{seed}"
@@ -134,12 +143,12 @@ def replaced(text: str, name: str, table: str) -> str:
 
 def main() -> None:
     """Measure all tables with data, write them into the pages, and print the changes."""
-    folder = Path(os.environ.get("RAYREC_REAL_DATA", ""))
+    data_folder = os.environ.get("RAYREC_REAL_DATA", "")
     for table in TABLES:
-        if not (folder / table.data).is_file():
-            print(f"{table.name}: no {table.data} in RAYREC_REAL_DATA; its table stays", file=sys.stderr)
+        if reason := skip_reason(table, data_folder):
+            print(reason, file=sys.stderr)
             continue
-        runs = [measure(table, folder / table.data, seed) for seed in table.seeds]
+        runs = [measure(table, Path(data_folder) / table.data, seed) for seed in table.seeds]
         markdown = markdown_table(runs)
         for page in PAGES:
             old_text = page.read_text(encoding="utf-8")

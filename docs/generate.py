@@ -70,15 +70,16 @@ def cli_page() -> str:
         "a command from a TOML file; flags override the file.\n",
         f"## rayrec\n\n{_options_table(root)}",
     ]
-    parts += [_command_section(name, command) for name, command in _commands(root, "rayrec")]
+    parts += [_command_section(name, command) for name, command in commands(root, "rayrec")]
     return "\n".join(parts)
 
 
-def _commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
+def commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield path and command of each command in a Typer group, those of inner groups included."""
     for name in group.list_commands(None):
         command = group.commands[name]
         if hasattr(command, "commands"):
-            yield from _commands(command, f"{path} {name}")
+            yield from commands(command, f"{path} {name}")
         else:
             yield f"{path} {name}", command
 

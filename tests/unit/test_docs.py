@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -86,6 +87,13 @@ def test_every_command_in_the_docs_exists_with_its_options(page: str, line: str)
     assert {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)} <= options(words)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_with_options_begin_with_rayrec_so_that_their_options_are_tested(page: Path) -> None:
+    spans = [span.split() for span in re.findall(r"`(\S[^`\n]*)`", page.read_text("utf-8"))]
+    command_spans = [span for span in spans if span[0] in COMMANDS and span[:2] != ["serve", "deploy"]]  # Ray Serve's
+    assert not [span for span in command_spans if any(word.startswith("--") for word in span)]
+
+
 @pytest.mark.parametrize(("page", "link"), LINKS)
 def test_every_link_leads_to_a_file_and_a_heading_of_the_project(page: str, link: str) -> None:
     path, _, anchor = link.partition("#")
@@ -105,7 +113,10 @@ def test_python_in_pages_imports_names_that_exist(page: str, block: str) -> None
 BANNED_PATTERN = runpy.run_path(str(ROOT / "tests" / "unit" / "test_words.py"))["PATTERN"]
 
 
-@pytest.mark.parametrize("page", [*PAGES, *(ROOT / "docs" / name for name in GENERATED)], ids=lambda page: page.name)
+READ_PAGES = [*PAGES, *(ROOT / "docs" / name for name in GENERATED), ROOT / "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("page", READ_PAGES, ids=lambda page: page.name)
 def test_pages_hold_no_banned_word(page: Path) -> None:
     lines = enumerate(page.read_text("utf-8").splitlines(), 1)
     assert not [f"line {number}: {line}" for number, line in lines if BANNED_PATTERN.search(line)]
@@ -143,7 +154,7 @@ def test_generated_pages_are_up_to_date(name: str) -> None:
 
 def test_every_command_is_a_function_of_rayrec_or_listed_as_command_line_only() -> None:
     generator = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-    paths = {path.removeprefix("rayrec ") for path, _ in generator["_commands"](GROUP, "rayrec")}
+    paths = {path.removeprefix("rayrec ") for path, _ in generator["commands"](GROUP, "rayrec")}
     excluded = {path for path in paths if path.split()[0] in generator["COMMAND_LINE_ONLY"]}
     assert paths - excluded == set(generator["COMMANDS"])
     assert {path.split()[0] for path in excluded} == set(generator["COMMAND_LINE_ONLY"])
@@ -190,6 +201,36 @@ def test_a_table_of_figures_has_means_over_seeds_and_replaces_only_the_table_of_
     assert new_page == page.replace("old", table)
     with pytest.raises(ValueError, match="0 tables"):
         script["replaced"](page, "three", table)
+
+
+def test_without_real_data_only_the_table_of_generated_plays_is_measured_and_the_others_name_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"{script['mark'](table.name)}\nold\n<!-- end -->\n" for table in script["TABLES"]))
+    measured_names: list[str] = []
+
+    def measure(table: Any, data_path: Path, seed: int) -> list[dict[str, Any]]:
+        measured_names.append(table.name)
+        row = {"target": "served", "metric": "recall", "k": 20, "users": "all", "value": 0.5}
+        return [{"model": model, **row} for model in script["MODELS"]]
+
+    script_globals = script["main"].__globals__
+    monkeypatch.setitem(script_globals, "measure", measure)
+    monkeypatch.setitem(script_globals, "PAGES", (page,))
+    monkeypatch.delenv("RAYREC_REAL_DATA", raising=False)
+    script["main"]()
+    assert measured_names == ["demo"]
+    names = [table.name for table in script["TABLES"] if table.name != "demo"]
+    reasons = [f"{name}: RAYREC_REAL_DATA is not set; the table stays as it is" for name in names]
+    assert len(names) == 4
+    assert capsys.readouterr().err.splitlines() == reasons
+    assert page.read_text().count("old") == 4
+    assert "| two-step | 0.500 |" in page.read_text()
+    monkeypatch.setenv("RAYREC_REAL_DATA", str(tmp_path))
+    script["main"]()
+    assert f"30music: there is no {tmp_path / '30music-sample10'}" in capsys.readouterr().err
 
 
 def test_marks_and_tables_of_figures_correspond_and_their_commands_have_known_options() -> None:
