@@ -1,9 +1,11 @@
 """Uses of private parts of pyarrow and torch that have no public counterpart. Importing this module loads neither.
 
-Each function names the version in which the private part was read; `tests/unit/test_compat.py` fails if a version
-differs. Uses of private parts of Ray Serve are in rayrec/serving/serve_compat.py.
+Each function names the version in which the private part was read; `tests/unit/test_compat.py` fails if the installed
+version behaves differently. Uses of private parts of Ray Serve are in rayrec/serving/serve_compat.py.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,3 +41,28 @@ def scaled_rows_gradient(grad_nD: "Tensor", rows_nD: "Tensor", lengths_n1: "Tens
     grad_rows_nD: Tensor
     grad_rows_nD, _ = torch.ops.aten._weight_norm_interface_backward(grad_nD, rows_nD, lengths_n1, norms_n1, 0)
     return grad_rows_nD
+
+
+@contextmanager
+def observed_operations(observe: "Callable[[str, list[Tensor]], None]") -> Iterator[None]:
+    """Call `observe(name, tensors)` after each operation of torch in the block that is not a view; read in torch 2.13.
+
+    `name` is that of the operation and its overload, such as "aten.add.Tensor". `tensors` are those that it reads and
+    those that it returns.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            options = kwargs or {}
+            result = func(*args, **options)
+            if not func.is_view:
+                inputs = [value for name, value in options.items() if name != "out"]  # `out` is the result
+                leaves = tree_leaves((args, inputs, result))
+                observe(str(func), [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+            return result
+
+    with Observer():  # type: ignore[no-untyped-call]
+        yield

@@ -276,7 +276,7 @@ class Recommender:
         from rayrec.recommend.answer import histories_of_users
 
         if not users:
-            raise InputError("no users were given; give at least one user id")
+            raise InputError("no users were given; give at least one user ID")
         return histories_of_users(dataset, users, at)
 
     @staticmethod

@@ -104,7 +104,14 @@ def full_report() -> str:
         "examples": [{"last_plays": TITLES[:5], "songs": TITLES[5:10]} for _ in range(3)],
         "settings": [{"model": "vstan", "days_decay": 30.0, "neighbors": 200}],
         "calibration": [
-            {"model": "two-step", "target": target, "value": 0.0031, "chance": 0.04, "right": 0.041, "songs": 987}
+            {
+                "model": "two-step",
+                "target": target,
+                "value": 0.0031,
+                "mean_probability": 0.04,
+                "right": 0.041,
+                "songs": 987,
+            }
             for target in ("served", "next")
         ],
     }

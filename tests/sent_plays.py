@@ -56,7 +56,7 @@ def require_each_play_once(world: Workspace, store: str) -> None:
             (full_user,) = state_store.read([user])
             assert full_user is not None
             state = unpack_state(full_user.stored.state)
-            stored_plays = Plays.joined([unpack_plays(full_user.log), state.window])
+            stored_plays = Plays.concatenate([unpack_plays(full_user.log), state.window])
             play_numbers = range(user_number, PLAYS, len(USERS))
             assert stored_plays.played_at.tolist() == [play(play_number)["played_at"] for play_number in play_numbers]
             assert (state.plays, state.rejected) == (len(play_numbers), 0)

@@ -100,7 +100,7 @@ def submit(
         workspace = None if any(word.split("=")[0] == "--workspace" for word in words) else call.uri
         job = cluster.submit(words, workspace=workspace, python=python or IMAGE_PYTHON, files=files)
         if detach:
-            return _job_output(cluster.look(job), exit_code=0, follow=f"rayrec submit --attach {job}")
+            return _job_output(cluster.job_state(job), exit_code=0, follow=f"rayrec submit --attach {job}")
         note(f"Submitted job {job} to {cluster.address}")
     try:
         job_state = cluster.follow(job, _write)

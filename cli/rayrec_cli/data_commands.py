@@ -23,7 +23,6 @@ from rayrec.storage.artifacts import DatasetManifest
 from rayrec_cli.app import (
     Call,
     CommandOutput,
-    ForceOption,
     app,
     command,
     error_data,
@@ -47,10 +46,12 @@ MOST_COLUMNS = 30  # shown of a file that is inspected
 BEFORE_STREAMING = 946_684_800_000  # ms UTC, start of the year 2000
 
 AppendOption = Annotated[bool, typer.Option("--append", help="Add the plays to the data set as a new part.")]
+ReplaceDatasetOption = Annotated[bool, typer.Option("--force", help="Replace the existing data set.")]
+ReplacePlaysOption = Annotated[bool, typer.Option("--force", help="Replace the existing plays or playlists.")]
 
 
 @command(app, "generate", config=GenerateConfig, example="rayrec generate --users 2000 --songs 2000 --seed 1")
-def generate(call: Call, config: GenerateConfig, *, force: ForceOption = False) -> CommandOutput:
+def generate(call: Call, config: GenerateConfig, *, force: ReplaceDatasetOption = False) -> CommandOutput:
     """Generate a synthetic data set."""
     from rayrec.jobs.generate import generate as job
 
@@ -69,7 +70,7 @@ def import_data(
     config: ImportConfig,
     *,
     append: AppendOption = False,
-    force: ForceOption = False,
+    force: ReplacePlaysOption = False,
 ) -> CommandOutput:
     """Import plays or playlists from files.
 

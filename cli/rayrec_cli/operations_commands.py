@@ -13,7 +13,7 @@ from rich.tree import Tree
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.lineage import KINDS, CleanConfig, delete_garbage, find_garbage
-from rayrec.data.lineage import status as look
+from rayrec.data.lineage import status as workspace_status
 from rayrec.data.split import describe_unseen_plays
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.experiment_report import ExperimentReportConfig, report_experiment
@@ -25,7 +25,6 @@ from rayrec.storage.releases import PART_KINDS
 from rayrec_cli.app import (
     Call,
     CommandOutput,
-    ForceOption,
     age,
     app,
     command,
@@ -65,6 +64,7 @@ StoreOption = Annotated[
         "--store", metavar="URI", help="sqlite:///PATH or redis://HOST:PORT/0. [default: a file in the workspace]"
     ),
 ]
+ReloadOption = Annotated[bool, typer.Option("--force", help="Load completed buckets again.")]
 ReleaseOption = Annotated[str | None, typer.Option("--release", metavar="ID", help="Release. [default: the live one]")]
 
 
@@ -75,7 +75,7 @@ def status(call: Call) -> CommandOutput:
     Each artifact is below an input that it was made from. The artifacts that later commands start from are marked as
     current; the release that the server uses is marked as live.
     """
-    data = look(call.existing_workspace)
+    data = workspace_status(call.existing_workspace)
     return CommandOutput(data, [lineage_tree(data)])
 
 
@@ -309,7 +309,7 @@ def verify_release(call: Call, *, release: ReleaseArgument) -> CommandOutput:
 
 @command(states_app, "load", example="rayrec states load --store redis://127.0.0.1:6379/0")
 def load_user_states(
-    call: Call, *, store: StoreOption = None, release: ReleaseOption = None, force: ForceOption = False
+    call: Call, *, store: StoreOption = None, release: ReleaseOption = None, force: ReloadOption = False
 ) -> CommandOutput:
     """Load all users' states from a release into a store.
 

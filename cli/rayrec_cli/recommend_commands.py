@@ -176,9 +176,9 @@ def _recommend_all(
     )
 
 
-def answer_view(recommended: Answer, who: str) -> list[RenderableType]:
+def answer_view(recommended: Answer, subject: str) -> list[RenderableType]:
     """Return views of the last plays and of the songs recommended after them."""
-    title = f"Last plays of {who}, {recommended.plays:,} in total"
+    title = f"Last plays of {subject}, {recommended.plays:,} in total"
     last_plays_views: list[RenderableType] = []
     if recommended.plays:
         last_plays_views = [table(title, ["song"], [[song.name] for song in recommended.last_plays])]

@@ -66,8 +66,15 @@ PlaysArgument = Annotated[
 SettingsOption = Annotated[
     str | None,
     typer.Option(
-        "--settings", metavar="FILE", help="TOML file of settings with one section per stage, such as [train]."
+        "--settings",
+        metavar="FILE",
+        help="TOML file of settings of the stages, one section per stage, such as [train]; settings of fit itself are "
+        "in the file of --config.",
     ),
+]
+ForceFitOption = Annotated[bool, typer.Option("--force", help="Replace the existing plays and recompute all stages.")]
+ForceRunOption = Annotated[
+    bool, typer.Option("--force", help="Replace the existing plays or data set and recompute all stages.")
 ]
 
 
@@ -263,7 +270,9 @@ def _format_setting(value: Any) -> Any:
 
 
 @command(app, "fit", config=FitConfig, arguments={"paths": PlaysArgument}, example="rayrec fit plays.csv")
-def fit(call: Call, config: FitConfig, *, settings: SettingsOption = None, force: ForceOption = False) -> CommandOutput:
+def fit(
+    call: Call, config: FitConfig, *, settings: SettingsOption = None, force: ForceFitOption = False
+) -> CommandOutput:
     """Import plays, train, evaluate and release in one command.
 
     Format and columns are guessed. The newest plays are used for validation; then all models are trained on all plays,
@@ -352,7 +361,7 @@ def update(call: Call, config: UpdateConfig) -> CommandOutput:
 
 
 @command(app, "run", example="rayrec run pipeline.toml")
-def run(call: Call, *, file: FileArgument, force: ForceOption = False) -> CommandOutput:
+def run(call: Call, *, file: FileArgument, force: ForceRunOption = False) -> CommandOutput:
     """Run the full pipeline from a TOML file.
 
     Stages whose inputs and settings are unchanged are skipped. Without a section [split] there is no test range: the

@@ -30,7 +30,7 @@ from rayrec.jobs.taste import compute_tastes
 from rayrec.jobs.trainer import model_config
 from rayrec.model.checkpoint import save_model
 from rayrec.model.network import TasteModel
-from rayrec.model.train_config import TasteConfig, TrainConfig
+from rayrec.model.train_config import PLAY_COUNTS, TasteConfig, TrainConfig
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import QueryBatch
 from rayrec.recommend.filters import without_heard
@@ -147,7 +147,7 @@ def _cpu_ms(two_step: TwoStepRecommender, user_queries: list[tuple[Histories, Qu
 
 def one_query(histories: Histories, queries: Queries, row: int) -> tuple[Histories, Queries]:
     """Return the plays before query number `row`, as a history of one user, and the query on that history."""
-    plays_before = int(queries.seen[row])
+    plays_before = int(queries.plays_before[row])
     history = histories.take(queries.rows[row : row + 1]).span(0, plays_before)
     return history, Queries.at_end(history, int(queries.at[row]))
 
@@ -256,7 +256,11 @@ def _write_model(dataset: Dataset, seed: int) -> Manifest:
         weights.data.fill_(AGAIN)
     manifest = Manifest(kind="models", id=MODEL, inputs={**inputs, "songs": embeddings.id}, seed=seed)
     file_names = save_model(workspace, manifest.folder, model.eval(), np.ones(len(vectors), dtype=np.bool_))
-    return artifacts.publish(workspace, manifest, file_names)
+    plays = np.zeros(len(vectors), dtype=np.int64)
+    for histories in dataset.read_all():
+        plays += np.bincount(histories.songs, minlength=len(vectors))
+    workspace.write_array(manifest.path(PLAY_COUNTS), plays)
+    return artifacts.publish(workspace, manifest, [*file_names, PLAY_COUNTS])
 
 
 def _song_vectors(dataset: Dataset, seed: int) -> np.ndarray:

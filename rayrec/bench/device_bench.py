@@ -22,10 +22,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from rayrec.compat import observed_operations
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.ragged import offsets_of
@@ -105,32 +104,26 @@ def copy_bandwidth(device: torch.device, seconds: float) -> float:
     return per_second(copy_once, device, seconds)
 
 
-class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class ByteCounter:
     """Counts the bytes that operations read and write, as if nothing were cached or fused."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if not func.is_view and "empty" not in str(func):  # neither views nor allocations touch memory
-            named_inputs = [value for name, value in kwargs.items() if name != "out"]  # `out` is the result
-            leaves = tree_leaves((args, named_inputs, result))
-            self.total += sum(
-                leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided
-            )
-        return result
+    def add(self, operation: str, tensors: list[torch.Tensor]) -> None:
+        """Count the bytes of the tensors of one operation, as `observed_operations` gives them."""
+        if "empty" not in operation:  # allocations do not touch memory
+            self.total += sum(tensor.nbytes for tensor in tensors if tensor.layout == torch.strided)
 
 
-def asked(work: Callable[[], float]) -> tuple[float, float]:
+def cost_per_unit(work: Callable[[], float]) -> tuple[float, float]:
     """Return floating-point operations of products and bytes read and written, per unit of work that `work` returns.
 
     `work` must run on the CPU, where every step of a recurrent network is a separate product that can be counted; cuDNN
     hides these products.
     """
-    with FlopCounterMode(display=False) as flop_counter, ByteCounter() as byte_counter:
+    byte_counter = ByteCounter()
+    with FlopCounterMode(display=False) as flop_counter, observed_operations(byte_counter.add):
         units = work()
     return flop_counter.get_total_flops() / units, byte_counter.total / units
 
@@ -201,7 +194,7 @@ def measure_device(device: str, size: Size) -> dict[str, Any]:
 
 def _costs_per_play(work: Work, size: Size) -> dict[str, float]:
     """Return the floating-point operations and bytes per play."""
-    flops, moved_bytes = asked(
+    flops, moved_bytes = cost_per_unit(
         _create_work(work, "cpu", replace(size, users=min(size.users, 200)), bf16=False, compiled=False)
     )
     return {"flops_per_play": flops, "unfused_bytes_per_play": moved_bytes}
@@ -217,11 +210,14 @@ def checks(device: str) -> list[dict[str, Any]]:
         song_table: SongTable = "frozen" if objective in REGRESSIONS else "trained"
         config = Size.quick().config.replace(cell=cell, objective=objective, song_table=song_table, dropout=0.0)
         size = replace(Size.quick(), config=config)
-        initial_weights, cpu_weights = network(size).state_dict(), learned(size, "cpu", CHECKED_STEPS).state_dict()
+        initial_weights, cpu_weights = (
+            network(size).state_dict(),
+            train_network(size, "cpu", CHECKED_STEPS).state_dict(),
+        )
         names = [name for name in initial_weights if not torch.equal(cpu_weights[name], initial_weights[name])]
         mean_change = torch.cat([(cpu_weights[name] - initial_weights[name]).abs().flatten() for name in names]).mean()
         for bf16, tolerance in TOLERANCES.items():
-            device_weights = learned(size, device, CHECKED_STEPS, bf16=bf16).state_dict()
+            device_weights = train_network(size, device, CHECKED_STEPS, bf16=bf16).state_dict()
             mean_difference = torch.cat(
                 [(cpu_weights[name] - device_weights[name]).abs().flatten() for name in names]
             ).mean()
@@ -263,7 +259,7 @@ def check_copies(device: str, size: Size) -> bool:
     )
 
 
-def learned(size: Size, device: str, steps: int, *, compiled: bool = False, bf16: bool = False) -> TasteModel:
+def train_network(size: Size, device: str, steps: int, *, compiled: bool = False, bf16: bool = False) -> TasteModel:
     """Train a new network for `steps` steps on a device and return it, moved to the CPU."""
     histories = random_histories(size)
     counts = np.bincount(histories.songs, minlength=size.songs)

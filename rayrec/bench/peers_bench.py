@@ -185,7 +185,7 @@ def queries_of_test_range(dataset: Dataset, split: Split, count: int, seed: int 
 def songs_before(queries: Validation, max_length: int) -> dict[str, np.ndarray]:
     """Return the last songs before each query, at most `max_length`: int64 `songs`, flat, and `offsets` per query."""
     test_queries = queries.queries
-    lengths = np.minimum(test_queries.seen, max_length)
+    lengths = np.minimum(test_queries.plays_before, max_length)
     offsets = offsets_of(lengths)
     positions = ranges(queries.plays - lengths, lengths)
     return {"songs": queries.histories.songs[positions].astype(np.int64), "offsets": offsets}

@@ -221,7 +221,7 @@ TREES = 50
 PLAYS_PER_BUCKET = 2_000_000  # in a large import: 64 MiB of text
 GIB = 1 << 30
 FITS = ("selection", "final")  # fits of a run that has a validation range
-FITTED = ("fit_vectors", "GroupCounter", "RangeMerger", "_build")  # workers whose units run again in each fit
+FITTED = ("fit_vectors", "GroupCounter", "RangeMerger", "build_retrieval")  # workers whose units run again in each fit
 CHECKED_STAGES = (
     "import",
     "retrieval",
@@ -367,7 +367,7 @@ def held(worker: str, size: DataScale, units: float) -> float:
 
     The amount is songs, queries, users or plays, whichever the time of the worker depends on.
     """
-    if worker in ("_build", "build_and_save", "SongRange"):
+    if worker in ("build_retrieval", "build_and_save", "SongRange"):
         return size.songs / units
     if worker == "RankerTrainer":
         return float(size.rank_queries)
@@ -446,7 +446,7 @@ def job_graph(
                 bucket_bytes * size.buckets / group_count,
             ),
             work("retrieval", "RangeMerger", range_count, 2 * group_count, 12 * 10 * size.plays / range_count),
-            work("retrieval", "_build", 1, 2 * range_count, 0, one_node=True),
+            work("retrieval", "build_retrieval", 1, 2 * range_count, 0, one_node=True),
         ]
     works += [
         work("rank", "ExampleCollector", size.buckets, read_requests + 4, bucket_bytes),
@@ -481,7 +481,7 @@ def driver_seconds(run: MeasuredRun) -> dict[str, float]:
     """Return stage -> seconds in which no unit ran, on one CPU: planning, starting processes, publishing."""
     workers_of_stage = {
         "import": ("PieceImporter", "SongRange", "BucketMerger"),
-        "retrieval": ("GroupCounter", "RangeMerger", "_build"),
+        "retrieval": ("GroupCounter", "RangeMerger", "build_retrieval"),
         "taste": ("BucketTastes",),
         "evaluate": ("QueryCounter", "BucketEvaluator"),
         "recommend": ("BucketRecommendations",),

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from rayrec.data import columns
 from rayrec.data.columns import one_array
 from rayrec.data.spelling import spell_id
+from rayrec.data.top_k import top_k
 from rayrec.errors import InputError
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -181,7 +182,8 @@ class SongSearch:
             self._find_in_slice(start, words, folded_query, limit) for start in range(0, len(self._combined), SLICE)
         ]
         rows, sort_keys = (np.concatenate(parts) for parts in zip(*(best for best, _ in slices), strict=True))
-        return rows[_highest_positions(sort_keys, limit)], sum(count for _, count in slices)
+        (best_rows,), _ = top_k(sort_keys[None], min(limit, len(rows)), rows)
+        return best_rows, sum(count for _, count in slices)
 
     def _find_in_slice(
         self, start: int, words: list[str], folded_query: str, limit: int
@@ -200,7 +202,7 @@ class SongSearch:
         song_rows = rows.to_numpy().astype(np.int64) + start
         ranks = song_rows if self._popularity_ranks is None else self._popularity_ranks[song_rows].astype(np.int64)
         sort_keys = match_levels * (len(self._combined) + 1) - ranks  # no two are equal
-        best = _highest_positions(sort_keys, limit)
+        (best,), _ = top_k(sort_keys[None], min(limit, len(rows)))
         return (song_rows[best].astype(np.int32), sort_keys[best]), len(rows)
 
     def fits(self, query: str, rows: np.ndarray) -> np.ndarray:
@@ -217,12 +219,6 @@ def _rows_with_words(texts: pa.Array, words: list[str]) -> pa.Array:
     for word in other_words:
         rows = rows.filter(pc.match_substring(texts.take(rows), word))
     return rows
-
-
-def _highest_positions(values: np.ndarray, limit: int) -> np.ndarray:
-    """int64: the positions of the highest values, at most `limit`, highest first."""
-    best = np.argpartition(-values, limit)[:limit] if limit < len(values) else np.arange(len(values))
-    return best[np.argsort(-values[best])]
 
 
 def _match_levels(texts: pa.Array, rows: pa.Array | None, query: str) -> np.ndarray:

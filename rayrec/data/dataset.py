@@ -127,10 +127,7 @@ def _merge_by_user(histories: Histories) -> Histories:
     return Histories(
         user_ids=user_ids,
         offsets=offsets_of(counts),
-        songs=histories.songs[order],
-        played_at=histories.played_at[order],
-        contexts=None if histories.contexts is None else histories.contexts[order],
-        skipped=None if histories.skipped is None else histories.skipped[order],
+        **histories.columns_at(order),
     )
 
 
@@ -169,7 +166,8 @@ class _RowReader:
             ids = self._batch.user_ids
             if (ids[1:] <= ids[:-1]).any() or (previous_id is not None and len(ids) and ids[0] <= previous_id):
                 raise DamagedArtifactError(
-                    f"{self._path} is damaged: its users are not unique and sorted by id; import the data again"
+                    f"{self._path} is damaged: its users are not unique and sorted by ID; import the data again with "
+                    "--force"
                 )
         return self._last_of_batch()
 

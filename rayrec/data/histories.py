@@ -5,15 +5,17 @@ U users, P plays of all users together, Q queries.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from rayrec.data import columns
-from rayrec.data.ragged import offsets_of, ranges
+from rayrec.data.ragged import group_of_each_item, offsets_of, ranges
 
 HASH_KEY = "rayrec user hash"  # 16 bytes; must never change, because buckets on disk depend on it
+PLAY_COLUMNS = (columns.SONGS, columns.PLAYED_AT, columns.CONTEXTS, columns.SKIPPED)  # the values of each play
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -58,7 +60,7 @@ class Histories:
             raise ValueError(f"expected {len(self.user_ids)} totals, one per user, got {len(self.totals)}")
         if self.likes is not None and len(self.likes) != len(self.user_ids):
             raise ValueError(f"expected likes of {len(self.user_ids)} users, got likes of {len(self.likes)}")
-        for name in ("songs", "played_at", "contexts", "skipped"):
+        for name in PLAY_COLUMNS:
             values = getattr(self, name)
             if values is not None and len(values) != self.offsets[-1]:
                 raise ValueError(f"{name} has {len(values)} values, expected {self.offsets[-1]}, the last offset")
@@ -79,7 +81,7 @@ class Histories:
     @property
     def rows(self) -> np.ndarray:
         """int64 (P,): the user's row of each play."""
-        return np.repeat(np.arange(len(self)), self.lengths)
+        return group_of_each_item(self.lengths)
 
     @property
     def places(self) -> np.ndarray:
@@ -140,8 +142,8 @@ class Histories:
                 return None
             return np.asarray(column.flatten().to_numpy(zero_copy_only=False))
 
-        songs, played_at = flat_values(columns.SONGS), flat_values(columns.PLAYED_AT)
-        if songs is None or played_at is None:
+        plays: dict[str, Any] = {name: flat_values(name) for name in PLAY_COLUMNS}
+        if plays[columns.SONGS] is None or plays[columns.PLAYED_AT] is None:
             return cls.from_lists([], [])
         user_ids = table.column(columns.USER).chunk(0).to_numpy(zero_copy_only=False)
         liked, liked_at = flat_values(columns.LIKED), flat_values(columns.LIKED_AT)
@@ -151,10 +153,7 @@ class Histories:
         return cls(
             user_ids=user_ids,
             offsets=list_offsets(columns.SONGS),
-            songs=songs,
-            played_at=played_at,
-            contexts=flat_values(columns.CONTEXTS),
-            skipped=flat_values(columns.SKIPPED),
+            **plays,
             likes=likes,
             totals=table.column(columns.TOTAL).to_numpy() if columns.TOTAL in table.column_names else None,
         )
@@ -165,15 +164,8 @@ class Histories:
         def list_array(values: np.ndarray, offsets: np.ndarray = self.offsets) -> pa.Array:
             return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
 
-        data = {
-            columns.USER: pa.array(self.user_ids, pa.string()),
-            columns.SONGS: list_array(self.songs),
-            columns.PLAYED_AT: list_array(self.played_at),
-        }
-        if self.contexts is not None:
-            data[columns.CONTEXTS] = list_array(self.contexts)
-        if self.skipped is not None:
-            data[columns.SKIPPED] = list_array(self.skipped)
+        data = {columns.USER: pa.array(self.user_ids, pa.string())}
+        data |= {name: list_array(values) for name in PLAY_COLUMNS if (values := getattr(self, name)) is not None}
         if self.likes is not None:
             data[columns.LIKED] = list_array(self.likes.songs, self.likes.offsets)
             data[columns.LIKED_AT] = list_array(self.likes.played_at, self.likes.offsets)
@@ -181,44 +173,29 @@ class Histories:
         table = pa.table(data, schema=schema)
         return table if self.totals is None else table.append_column(columns.TOTAL, pa.array(self.totals))
 
+    def columns_at(self, plays: np.ndarray | slice) -> dict[str, Any]:
+        """Return column name -> values of the plays at `plays`, int (n,) or bool (P,); None for a missing column."""
+        return {name: None if (values := getattr(self, name)) is None else values[plays] for name in PLAY_COLUMNS}
+
     def keep(self, mask: np.ndarray) -> "Histories":
         """Return the plays where `mask`, bool (P,), is true, and all likes; users without such plays stay."""
         kept_before = offsets_of(mask)
-        return replace(
-            self,
-            offsets=kept_before[self.offsets],
-            songs=self.songs[mask],
-            played_at=self.played_at[mask],
-            contexts=None if self.contexts is None else self.contexts[mask],
-            skipped=None if self.skipped is None else self.skipped[mask],
-        )
+        return replace(self, offsets=kept_before[self.offsets], **self.columns_at(mask))
 
     def span(self, first: int, last: int) -> "Histories":
         """Return each user's plays at positions `first` to `last` - 1; the cost does not depend on the other plays."""
         starts = np.minimum(self.offsets[:-1] + first, self.offsets[1:])
         lengths = np.minimum(self.offsets[:-1] + last, self.offsets[1:]) - starts
-        offsets, plays = offsets_of(lengths), ranges(starts, lengths)
-        return replace(
-            self,
-            offsets=offsets,
-            songs=self.songs[plays],
-            played_at=self.played_at[plays],
-            contexts=None if self.contexts is None else self.contexts[plays],
-            skipped=None if self.skipped is None else self.skipped[plays],
-        )
+        return replace(self, offsets=offsets_of(lengths), **self.columns_at(ranges(starts, lengths)))
 
     def take(self, rows: np.ndarray) -> "Histories":
         """Return the users at `rows`, int (R,) or bool (U,), in that order."""
         rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=np.int64)
         lengths = self.lengths[rows]
-        offsets, plays = offsets_of(lengths), ranges(self.offsets[rows], lengths)
         return Histories(
             user_ids=self.user_ids[rows],
-            offsets=offsets,
-            songs=self.songs[plays],
-            played_at=self.played_at[plays],
-            contexts=None if self.contexts is None else self.contexts[plays],
-            skipped=None if self.skipped is None else self.skipped[plays],
+            offsets=offsets_of(lengths),
+            **self.columns_at(ranges(self.offsets[rows], lengths)),
             likes=None if self.likes is None else self.likes.take(rows),
             totals=None if self.totals is None else self.totals[rows],
         )
@@ -244,21 +221,16 @@ def concatenate(parts: Sequence[Histories]) -> Histories:
         return Histories.from_lists([], [])
     starts = np.cumsum([0] + [part.num_plays for part in parts])
 
-    def concatenate_field(name: str) -> np.ndarray | None:
+    def concatenate_field(name: str) -> Any:
         arrays = [getattr(part, name) for part in parts]
         return None if any(array is None for array in arrays) else np.concatenate(arrays)
 
     offsets = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
     likes = [part.likes for part in parts if part.likes is not None]
     return Histories(
-        user_ids=np.concatenate([part.user_ids for part in parts]),
         offsets=np.concatenate([np.zeros(1, np.int64), *offsets]),
-        songs=np.concatenate([part.songs for part in parts]),
-        played_at=np.concatenate([part.played_at for part in parts]),
-        contexts=concatenate_field("contexts"),
-        skipped=concatenate_field("skipped"),
         likes=concatenate(likes) if len(likes) == len(parts) else None,
-        totals=concatenate_field("totals"),
+        **{name: concatenate_field(name) for name in ("user_ids", *PLAY_COLUMNS, "totals")},
     )
 
 
@@ -270,9 +242,9 @@ class Queries:
     """
 
     rows: np.ndarray  # int64 (Q,), row of the user in the histories
-    seen: np.ndarray  # int64 (Q,), number of the user's plays before the request, at least 0
+    plays_before: np.ndarray  # int64 (Q,), number of the user's plays before the request, at least 0
     at: np.ndarray  # int64 (Q,), ms UTC, the moment of the request
-    # float32 (Q, state layers, H): the state of a taste network after the last of the plays seen, if it is
+    # float32 (Q, state layers, H): the state of a taste network after the last of those plays, if it is
     # stored. The network then runs over no plays, and the histories may lack early plays.
     hidden: np.ndarray | None = None
 
@@ -282,16 +254,17 @@ class Queries:
     def take(self, selected: np.ndarray | slice) -> "Queries":
         """Return the queries at `selected`."""
         hidden = None if self.hidden is None else self.hidden[selected]
-        return Queries(rows=self.rows[selected], seen=self.seen[selected], at=self.at[selected], hidden=hidden)
+        plays_before = self.plays_before[selected]
+        return Queries(rows=self.rows[selected], plays_before=plays_before, at=self.at[selected], hidden=hidden)
 
     @classmethod
     def at_end(cls, histories: Histories, at: int | np.ndarray, hidden: np.ndarray | None = None) -> "Queries":
         """Return one query per user, after all plays, at the moment `at` (ms UTC), one for all users or one each."""
         timestamps = np.broadcast_to(np.asarray(at, dtype=np.int64), (len(histories),))
-        return cls(rows=np.arange(len(histories)), seen=histories.lengths, at=timestamps, hidden=hidden)
+        return cls(rows=np.arange(len(histories)), plays_before=histories.lengths, at=timestamps, hidden=hidden)
 
     @classmethod
     def before_plays(cls, histories: Histories, plays: np.ndarray) -> "Queries":
         """Return the queries whose targets are the plays at positions `plays`, int (Q,), of the flat arrays."""
         rows = np.searchsorted(histories.offsets, plays, side="right") - 1
-        return cls(rows=rows, seen=plays - histories.offsets[rows], at=histories.played_at[plays])
+        return cls(rows=rows, plays_before=plays - histories.offsets[rows], at=histories.played_at[plays])

@@ -116,8 +116,8 @@ class CleanConfig(Settings):
     keep: int = Field(
         3,
         ge=1,
-        description="Number of most recently requested releases to keep, in addition to the live one and the one "
-        "before it",
+        description="Number of newest releases to keep, in addition to the live one and the one before it; a "
+        "release that was created again counts as new",
     )
     hours: float = Field(24.0, ge=0, description="Keep files changed within this many hours")
 

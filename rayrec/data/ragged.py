@@ -1,4 +1,4 @@
-"""Values in groups, stored one group after another: offsets, positions within groups, and the best of each group."""
+"""Values in groups, stored one group after another: offsets, and positions within groups."""
 
 from collections.abc import Sequence
 
@@ -21,6 +21,11 @@ def offsets_of(counts: np.ndarray | Sequence[int]) -> np.ndarray:
     offsets = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])
     return offsets
+
+
+def group_of_each_item(lengths: np.ndarray | Sequence[int]) -> np.ndarray:
+    """int64 (sum of `lengths`,): the number of the group of each item; group i has `lengths[i]` items."""
+    return np.repeat(np.arange(len(lengths)), lengths)
 
 
 def positions_in_groups(sorted_groups: np.ndarray) -> np.ndarray:
@@ -50,34 +55,3 @@ def stable_order(keys: np.ndarray) -> np.ndarray:
     packed = (keys << bits) | np.arange(len(keys))
     packed.sort()
     return np.asarray(packed & ((1 << bits) - 1))
-
-
-def top_positions(sorted_groups: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """int64, ascending: the positions of the `count` highest scores of each group, and of scores equal to the lowest.
-
-    Equal values of `sorted_groups`, int, must be adjacent. The result is short and so cheap to sort.
-    """
-    starts = group_starts(sorted_groups)
-    sizes = np.diff(np.append(starts, len(sorted_groups)))
-    large_groups = np.flatnonzero(sizes > count)
-    if not len(large_groups):
-        return np.arange(len(scores))
-    is_highest = np.ones(len(scores), dtype=bool)
-    for start, size in zip(starts[large_groups].tolist(), sizes[large_groups].tolist(), strict=True):
-        group = scores[start : start + size]
-        is_highest[start : start + size] = group >= np.partition(group, size - count)[size - count]
-    return np.flatnonzero(is_highest)
-
-
-def top_ranked(
-    sorted_groups: np.ndarray, scores: np.ndarray, songs: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """int64 (n,) each: the positions of the `count` highest scores of each group, best first, and their ranks from 0.
-
-    Equal scores are sorted by `songs`, int. Equal values of `sorted_groups`, int, must be adjacent.
-    """
-    highest = top_positions(sorted_groups, scores, count)
-    order = highest[np.lexsort((songs[highest], -scores[highest], sorted_groups[highest]))]
-    ranks = positions_in_groups(sorted_groups[order])
-    is_kept = ranks < count
-    return order[is_kept], ranks[is_kept]

@@ -13,10 +13,11 @@ from rayrec.errors import InputError
 
 NOT_UTF8 = "not UTF-8"
 MAX_ID = 512  # characters of an id
-TOO_LONG = f"id is longer than {MAX_ID} characters"
+TOO_LONG = f"ID is longer than {MAX_ID} characters"
 LIST_SEPARATOR = "|"
 # What numpy, pandas and polars write into a text file for a number that is missing or has overflowed.
 NOT_NUMBERS = ("nan", "NaN", "inf", "-inf")
+EXPECTED_ID = f"expected text other than spaces, {', '.join(NOT_NUMBERS[:-1])} and {NOT_NUMBERS[-1]}"
 WITH_ZEROS = r"^-?\d+\.0+$"  # a whole number from a column of floats
 WITH_EXPONENT = r"^-?\d(\.\d+)?[eE]\+\d{2,3}$"  # a whole number of at least 1e16 from a column of floats
 _WITH_ZEROS, _WITH_EXPONENT = re.compile(WITH_ZEROS, re.ASCII), re.compile(WITH_EXPONENT, re.ASCII)

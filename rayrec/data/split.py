@@ -36,6 +36,7 @@ SELECTION_FOLDER = "selection"  # folder in an artifact: the network that was fi
 
 Protocol = Literal["time", "last-fraction"]
 WEAKER = "weaker than a split in time: training sees later plays of other users"
+REPORT_BUG = "please report this bug of rayrec with the command and its settings"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,24 +142,17 @@ class FitRange:
         the `totals` that `select` adds.
         """
         if self.share is not None and histories.num_plays and histories.totals is None:
-            raise LeakError(
-                "training data lacks the total number of plays per user; call FitRange.select on the histories first"
-            )
+            raise LeakError(f"training data lacks the total number of plays per user; {REPORT_BUG}")
         late_plays = int((~self.covers(histories)).sum())
         if late_plays:
             cut = f"{self.before} (ms UTC)" if self.share is None else f"{self.share:.3g} (of each user's plays)"
-            raise LeakError(
-                f"training data holds {late_plays} plays at or after its cut {cut}; "
-                "call FitRange.select on the histories first"
-            )
+            raise LeakError(f"training data holds {late_plays} plays at or after its cut {cut}; {REPORT_BUG}")
         if self.held_out_share and not self.allowed_users(histories.user_ids).all():
-            raise LeakError("training data holds users who are held out; call FitRange.select on the histories first")
+            raise LeakError(f"training data holds users who are held out; {REPORT_BUG}")
         if not self.allowed_songs(histories.songs).all():
-            raise LeakError("training data holds songs that are held out; call FitRange.select on the histories first")
+            raise LeakError(f"training data holds songs that are held out; {REPORT_BUG}")
         if histories.likes is not None and not self._covers_likes(histories.take(histories.lengths > 0)).all():
-            raise LeakError(
-                "training data holds likes at or after its cut; call FitRange.select on the histories first"
-            )
+            raise LeakError(f"training data holds likes at or after its cut; {REPORT_BUG}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +261,7 @@ class SplitConfig(Settings):
         0.0,
         ge=0,
         lt=1,
-        description="Test share at the end of each user's plays, in place of test_days; weaker than a split in time",
+        description="Test share at the end of each user's plays, instead of --test-days; weaker than a split in time",
     )
     validation_fraction: float = Field(
         0.1, ge=0, lt=1, description="Validation share of each user's plays, before the test share"
@@ -282,7 +276,7 @@ class SplitConfig(Settings):
     def _check_fractions(self) -> "SplitConfig":
         if self.last_fraction + self.validation_fraction >= 1:
             raise ValueError(
-                f"last_fraction {self.last_fraction:g} and validation_fraction {self.validation_fraction:g} leave "
+                f"--last-fraction {self.last_fraction:g} and --validation-fraction {self.validation_fraction:g} leave "
                 "nothing to train on; expected a sum below 1"
             )
         return self
@@ -302,7 +296,7 @@ def make_split(config: SplitConfig, *, dataset: str, first_play: int, last_play:
         days = (last_play - first_play) / DAY_MS
         raise InputError(
             f"{config.test_days:g} test and {validation_days:g} validation days leave nothing to train on: "
-            f"the plays span {days:.1f} days; use fewer days"
+            f"the plays span {days:.1f} days; use fewer --test-days or --validation-days"
         )
     return Split(
         id=_split_id(config, dataset, ("test_days", "validation_days")),
@@ -509,8 +503,7 @@ def _require_training_plays(workspace: Workspace, split: Split) -> None:
 
     The range begins at the first play, so that a single play with a wrong date makes it look long.
     """
-    if split.validation_from is None:
-        raise AssertionError("a split in time has a moment from which on it validates")
+    assert split.validation_from is not None  # for the type checker: `make_split` sets it for a split in time
     dataset = Dataset(workspace)
     early_plays, later_plays, first_later_play = 0, 0, dataset.manifest.last_play
     for histories in dataset.read_all():
@@ -524,8 +517,8 @@ def _require_training_plays(workspace: Workspace, split: Split) -> None:
         raise InputError(
             f"the training range, before {_day(split.validation_from)}, holds {early_plays:,} of "
             f"{early_plays + later_plays:,} plays: the first play is from {_day(dataset.manifest.first_play)}, "
-            f"the others are from {_day(first_later_play)} or later; use fewer test and validation days, or remove "
-            "plays with wrong dates from the files and import them again with --force"
+            f"the others are from {_day(first_later_play)} or later; use fewer --test-days and --validation-days, or "
+            "remove plays with wrong dates from the files and import them again with --force"
         )
 
 

@@ -505,7 +505,7 @@ class _QueryStates:
 
     def __init__(self, world: World, histories: Histories, queries: Queries) -> None:
         last_plays = _last_play_positions(histories, queries)
-        has_no_plays = queries.seen == 0
+        has_no_plays = queries.plays_before == 0
         self.starts_session = has_no_plays | (queries.at - histories.played_at[last_plays] >= SESSION_GAP)
         self.last_songs = np.where(has_no_plays, 0, histories.songs[last_plays])
         config = world.config
@@ -573,7 +573,7 @@ def _weights_before(world: World, histories: Histories, queries: Queries) -> np.
     """float64 (Q,): the sum of the weights of the plays before each query."""
     weight_sums = np.concatenate([[0], np.cumsum(_weights(world, histories))])
     starts = histories.offsets[queries.rows]
-    return np.asarray(weight_sums[starts + queries.seen] - weight_sums[starts])
+    return np.asarray(weight_sums[starts + queries.plays_before] - weight_sums[starts])
 
 
 def _earlier_play_counts(histories: Histories) -> np.ndarray:
@@ -588,7 +588,7 @@ def _earlier_play_counts(histories: Histories) -> np.ndarray:
 
 def _last_play_positions(histories: Histories, queries: Queries) -> np.ndarray:
     """int64 (Q,): position of the play before each query in the flat arrays; of an unrelated play if there is none."""
-    return np.asarray(np.maximum(histories.offsets[queries.rows] + queries.seen - 1, 0))
+    return np.asarray(np.maximum(histories.offsets[queries.rows] + queries.plays_before - 1, 0))
 
 
 def _context_indices(histories: Histories) -> np.ndarray:
@@ -600,11 +600,11 @@ def _context_indices(histories: Histories) -> np.ndarray:
 def _collection_shares(world: World, histories: Histories, queries: Queries) -> sp.csr_array:
     """float64 (Q, N), sparse: each song's share of the collection before each query."""
     starts = histories.offsets[queries.rows]
-    offsets = offsets_of(queries.seen)
-    plays = ranges(starts, queries.seen)
+    offsets = offsets_of(queries.plays_before)
+    plays = ranges(starts, queries.plays_before)
     weights_before = _weights_before(world, histories, queries)
     weights = _weights(world, histories)[plays] * np.repeat(
-        1 / np.where(weights_before == 0, 1, weights_before), queries.seen
+        1 / np.where(weights_before == 0, 1, weights_before), queries.plays_before
     )
     shape = (len(queries), world.config.songs)
     return sp.csr_array((weights, histories.songs[plays], offsets), shape=shape)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayrec.data.histories import Histories, concatenate
-from rayrec.data.ragged import offsets_of, ranges
+from rayrec.data.ragged import group_of_each_item, offsets_of, ranges
 
 _COLUMNS = ("inputs", "previous_at", "places")  # fields of Windows apart from the plays, one number per window
 NEVER = np.iinfo(np.int64).min  # a time before all others: the time of the play before the first one
@@ -63,7 +63,7 @@ class Windows:
         return cls(plays=Histories.from_arrow(table), **arrays)
 
     @classmethod
-    def joined(cls, parts: Sequence["Windows"]) -> "Windows":
+    def concatenate(cls, parts: Sequence["Windows"]) -> "Windows":
         """Return the windows of all parts as one batch, in the order of the parts; empty without parts."""
         parts = [part for part in parts if len(part)]
         arrays = {
@@ -83,7 +83,7 @@ def count_inputs(lengths: np.ndarray, window: int) -> np.ndarray:
 def _window_starts(lengths: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
     """int64 (W,) each: the user of each window, and the position in the user's history where the window starts."""
     window_counts = -(-np.maximum(lengths - 1, 0) // window)  # the last play of a history is only ever a target
-    users = np.repeat(np.arange(len(lengths)), window_counts)
+    users = group_of_each_item(window_counts)
     return users, ranges(0, window_counts) * window
 
 
@@ -98,8 +98,6 @@ def cut_windows(histories: Histories, window: int, lookahead: int) -> Windows:
     inputs = np.minimum(window, lengths[users] - 1 - starts)
     window_lengths = np.minimum(inputs + lookahead, lengths[users] - starts)
     first_plays = histories.offsets[users] + starts
-    offsets = offsets_of(window_lengths)
-    plays = ranges(first_plays, window_lengths)
     previous_at = (
         np.where(starts > 0, histories.played_at[np.maximum(first_plays - 1, 0)], NEVER)
         if len(first_plays)
@@ -108,11 +106,8 @@ def cut_windows(histories: Histories, window: int, lookahead: int) -> Windows:
     return Windows(
         plays=Histories(
             user_ids=np.full(len(users), "", dtype=object),
-            offsets=offsets,
-            songs=histories.songs[plays],
-            played_at=histories.played_at[plays],
-            contexts=None if histories.contexts is None else histories.contexts[plays],
-            skipped=None if histories.skipped is None else histories.skipped[plays],
+            offsets=offsets_of(window_lengths),
+            **histories.columns_at(ranges(first_plays, window_lengths)),
         ),
         inputs=inputs,
         previous_at=previous_at,
@@ -208,7 +203,7 @@ class EpochBatches:
         bounds = self._bounds[:, number : number + 2].tolist()
         inputs = np.concatenate([self._inputs[lane][start:end] for lane, (start, end) in enumerate(bounds)])
         counts = [end - start for start, end in bounds]
-        lanes = np.repeat(np.arange(len(self.lanes)), counts)
+        lanes = group_of_each_item(counts)
         shard_in_lane = np.concatenate([np.arange(count) for count in counts]) % (self._shards // len(self.lanes))
         shards = lanes + len(self.lanes) * shard_in_lane
         max_groups = max(1, min(SHARD_GROUPS, len(inputs) // GROUP_WINDOWS), self._batch // WORKER_WINDOWS)

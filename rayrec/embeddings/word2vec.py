@@ -28,7 +28,7 @@ from rayrec.data import columns
 from rayrec.data.catalog import Catalog
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.ragged import offsets_of, ranges
+from rayrec.data.ragged import group_of_each_item, offsets_of, ranges
 from rayrec.data.split import FitRange
 from rayrec.embeddings.vectors import SongVectors
 from rayrec.errors import InputError
@@ -113,7 +113,7 @@ def cut_long(sentences: Sentences, limit: int = MAX_SENTENCE) -> Sentences:
     if not len(lengths) or lengths.max() <= limit:
         return sentences
     part_counts = np.maximum(1, -(-lengths // limit))
-    sentence_indices = np.repeat(np.arange(len(lengths)), part_counts)
+    sentence_indices = group_of_each_item(part_counts)
     part_numbers = ranges(0, part_counts)
     return songs, np.append(offsets[sentence_indices] + part_numbers * limit, offsets[-1])
 
@@ -274,7 +274,7 @@ def read_external_vectors(path: str | Path, catalog: Catalog) -> ExternalVectors
         if len(raw) != len(catalog):
             raise InputError(
                 f"vectors file {path} has {len(raw)} rows, but the catalog has {len(catalog)} songs; give one row per "
-                f"song in the order of the catalog, or the ids in {Path(path).stem}.ids.txt next to it"
+                f"song in the order of the catalog, or the IDs in {Path(path).stem}.ids.txt next to it"
             )
         catalog_rows = np.arange(len(catalog))
     else:
@@ -290,7 +290,7 @@ def read_external_vectors(path: str | Path, catalog: Catalog) -> ExternalVectors
     if not vectors.known.any():
         raise InputError(
             f"vectors file {path} has no vector for any of the {len(catalog)} songs in the catalog "
-            f"({int((~is_known).sum())} of its {len(raw)} ids are unknown); check its song ids"
+            f"({int((~is_known).sum())} of its {len(raw)} IDs are unknown); check its song IDs"
         )
     return ExternalVectors(vectors, len(raw), int((~is_known).sum()), int((~raw.any(axis=1)).sum()))
 
@@ -302,7 +302,7 @@ def choose_source(dataset: Dataset, config: EmbedConfig) -> str:
     """
     if config.source == "playlists" and not dataset.manifest.playlists:
         raise InputError(
-            "the embedding source is playlists, but the data set has none; import playlists, or use histories"
+            "--source is playlists, but the data set has none; import playlists, or use --source histories"
         )
     if config.source == "auto":
         return "playlists" if dataset.manifest.playlists else "histories"

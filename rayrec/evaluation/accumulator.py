@@ -216,7 +216,7 @@ def cosine_sums(
     for start in range(0, len(rows_with_vector), CURVE_QUERIES_AT_ONCE):
         block_rows = rows_with_vector[start : start + CURVE_QUERIES_AT_ONCE]
         user_rows = queries.rows[block_rows]
-        plays = histories.offsets[user_rows] + queries.seen[block_rows]
+        plays = histories.offsets[user_rows] + queries.plays_before[block_rows]
         for steps_ahead in range(offsets):
             in_history = plays + steps_ahead < histories.offsets[user_rows + 1]
             block_rows, user_rows, plays = block_rows[in_history], user_rows[in_history], plays[in_history]
@@ -295,7 +295,7 @@ def pair_sums(
         rows, plays = plays_ahead(histories, queries.take(block_rows), *OFFSETS[target])
         rows = block_rows[rows]
         users, songs = queries.rows[rows], histories.songs[plays]
-        steps = (queries.seen[rows] * PLACES + plays - histories.offsets[users]).astype(np.uint64)
+        steps = (queries.plays_before[rows] * PLACES + plays - histories.offsets[users]).astype(np.uint64)
         positive_cosines, positive_has_vector = song_cosines(recommender, vectors[rows], songs)
         for kind_index, kind in enumerate(NEGATIVES):
             negative_songs = negatives.draw(kind, hashes[users], steps)

@@ -30,7 +30,7 @@ from pydantic import Field, field_validator, model_validator
 from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries, user_hash
 from rayrec.data.moments import ASSUMED_GAP_MS
-from rayrec.data.ragged import offsets_of
+from rayrec.data.ragged import group_of_each_item, offsets_of
 from rayrec.data.split import Split
 from rayrec.errors import InputError
 from rayrec.evaluation.accumulator import (
@@ -120,7 +120,7 @@ class QueryBlock:
         queries = Queries.before_plays(histories, plays)
         is_sampled = user_hash(histories.user_ids, salt=f"curves {config.seed} ") / 2.0**64 < curve_share
         heard_songs = HeardSongs(histories)
-        is_repeat = heard_songs(queries.rows, queries.seen, histories.songs[plays])
+        is_repeat = heard_songs(queries.rows, queries.plays_before, histories.songs[plays])
         targets = {
             name: target_songs(histories, queries, name, heard_songs, known_songs, days.get(name))
             for name in (*OFFSETS, *days)
@@ -316,7 +316,7 @@ class Evaluator:
 
     def _add_lists(self, accumulator: MetricAccumulator, model: int, block: QueryBlock, ranked: Ranked) -> None:
         rows, songs = ranked.listed_rows, ranked.listed_songs
-        repeats = block.heard(block.queries.rows[rows], block.queries.seen[rows], songs)
+        repeats = block.heard(block.queries.rows[rows], block.queries.plays_before[rows], songs)
         query_sums = np.zeros((len(block.queries), 1 + len(LISTED)))
         np.add.at(query_sums, rows, np.stack([np.ones(len(songs)), self._popularity_ranks[songs], repeats], axis=1))
         cell_sums = block.sums(query_sums).sum(axis=1)
@@ -399,7 +399,9 @@ class PrefixFile(Settings):
     @model_validator(mode="after")
     def _check_together(self) -> PrefixFile:
         if self.item_separator == self.target_separator:
-            raise ValueError(f"both separators are {self.item_separator!r}; they must differ")
+            raise ValueError(
+                f"--item-separator and --target-separator are both {self.item_separator!r}; give two different ones"
+            )
         return self
 
 
@@ -447,7 +449,7 @@ def parse_prefixes(lines: pa.Array, file: PrefixFile, song_ids: pa.ChunkedArray)
     items = pc.split_pattern(prefixes, file.item_separator)
     songs = pc.utf8_trim_whitespace(pc.list_flatten(items))
     is_filled = pc.greater(pc.utf8_length(songs), 0).to_numpy(zero_copy_only=False)
-    rows = np.repeat(np.arange(len(lines)), pc.list_value_length(items).to_numpy())[is_filled]
+    rows = group_of_each_item(pc.list_value_length(items).to_numpy())[is_filled]
     lengths = np.bincount(rows, minlength=len(lines))
     offsets = offsets_of(lengths)
     histories = Histories(

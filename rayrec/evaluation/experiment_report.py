@@ -174,7 +174,9 @@ def report_experiment(workspace: Workspace, config: ExperimentReportConfig) -> E
     arms = sorted(overview.releases)
     control = config.control or ("control" if "control" in arms else arms[0])
     if control not in arms:
-        raise NotFoundError(f"experiment {overview.name} has no answers of arm {control!r}; it has {', '.join(arms)}")
+        raise NotFoundError(
+            f"experiment {overview.name} has no answers of arm {control!r}; set --control to one of {', '.join(arms)}"
+        )
     arms = [control, *(arm for arm in arms if arm != control)]
     totals = _Totals(arms=arms)
     shares = -(-sum(log_files(workspace).values()) // PART_BYTES)
@@ -219,7 +221,7 @@ def _overview(workspace: Workspace, name: str | None) -> _Overview:
         raise InputError(f"the log holds {len(releases)} experiments; set --name to one of {names}")
     name = name or next(iter(releases))
     if name not in releases:
-        raise NotFoundError(f"the log has no experiment {name!r}; it has {', '.join(sorted(releases))}")
+        raise NotFoundError(f"the log has no experiment {name!r}; set --name to one of {', '.join(sorted(releases))}")
     releases_by_arm = {arm: sorted(release_ids) for arm, release_ids in releases[name].items()}
     return _Overview(
         name=name,

@@ -16,7 +16,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries, uniform_draws, user_hash
-from rayrec.data.ragged import ranges
+from rayrec.data.ragged import group_of_each_item, ranges
 from rayrec.data.split import DAY_MS, Split
 from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.base import SESSION_GAP_MS, BaseRecommender, HorizonName, VectorRecommender
@@ -67,7 +67,7 @@ class EvaluateConfig(Settings):
     )
     ablation: bool = Field(
         False,
-        description="Also evaluate two-step without one part at a time (network, sessions, rules, own plays, "
+        description="Also evaluate two-step without one part at a time (network, sessions, rules, user plays, "
         "artists), each time with a newly trained ranker",
     )
     ks: tuple[PositiveInt, ...] = Field((10, 20, 100), description="Cutoffs k of recall, MRR and NDCG")
@@ -188,14 +188,14 @@ def target_songs(
         rows, plays = plays_ahead(histories, queries, *OFFSETS[target])
     else:
         starts, ends = days.spans(histories, queries)
-        rows, plays = np.repeat(np.arange(len(queries)), ends - starts), ranges(starts, ends - starts)
+        rows, plays = group_of_each_item(ends - starts), ranges(starts, ends - starts)
     songs = histories.songs[plays].astype(np.int64)
     if days is not None or OFFSETS[target][0] < OFFSETS[target][1]:
         num_songs = int(histories.songs.max(initial=0)) + 1
         rows, songs = np.divmod(np.unique(rows * num_songs + songs), num_songs)
     is_served = target in SERVED_TARGETS or target.startswith(SERVED_DAYS)
     if is_served:
-        is_new = ~heard_songs(queries.rows[rows], queries.seen[rows], songs)
+        is_new = ~heard_songs(queries.rows[rows], queries.plays_before[rows], songs)
         rows, songs = rows[is_new], songs[is_new]
     if target in COLD_TARGETS:
         assert known_songs is not None
@@ -215,9 +215,9 @@ def in_mask(mask: np.ndarray, songs: np.ndarray) -> np.ndarray:
 
 def plays_ahead(histories: Histories, queries: Queries, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the queries and positions, int64 each, of the plays at offsets `first` to `last` in the histories."""
-    starts = histories.offsets[queries.rows] + queries.seen + first - 1
+    starts = histories.offsets[queries.rows] + queries.plays_before + first - 1
     counts = np.clip(histories.offsets[queries.rows + 1] - starts, 0, last - first + 1)
-    rows = np.repeat(np.arange(len(queries)), counts)
+    rows = group_of_each_item(counts)
     plays = ranges(starts, counts)
     return rows, plays
 
@@ -272,17 +272,17 @@ def slice_masks(
     vectors of `network`; without it they are empty.
     """
     activity = predicted_counts[queries.rows]
-    masks = [class_of(plays) == index for plays in (queries.seen, activity) for index in range(len(CLASSES))]
-    masks += [queries.seen == plays for plays in KNOWN_PLAY_COUNTS]
-    plays_before = plays_before_session(histories, queries)
-    gap_classes = np.searchsorted(GAP_DAYS, gap_days(histories, queries, plays_before), side="right")
+    masks = [class_of(plays) == index for plays in (queries.plays_before, activity) for index in range(len(CLASSES))]
+    masks += [queries.plays_before == plays for plays in KNOWN_PLAY_COUNTS]
+    session_starts = plays_before_session(histories, queries)
+    gap_classes = np.searchsorted(GAP_DAYS, gap_days(histories, queries, session_starts), side="right")
     masks += [gap_classes == index for index in range(1, len(GAPS) + 1)]
     drift_classes = np.zeros(len(queries), dtype=np.int64)
     if network is not None:
-        cosines = session_cosines(network, histories, queries, plays_before)
+        cosines = session_cosines(network, histories, queries, session_starts)
         drift_classes = np.where(np.isnan(cosines), 0, 1 + np.searchsorted(DRIFT_COSINES, cosines, side="right"))
     masks += [drift_classes == index for index in range(1, len(DRIFTS) + 1)]
-    target_positions = histories.offsets[queries.rows] + queries.seen
+    target_positions = histories.offsets[queries.rows] + queries.plays_before
     context_bits = (
         np.zeros(len(queries), np.int32) if histories.contexts is None else histories.contexts[target_positions]
     )
@@ -296,52 +296,50 @@ def plays_before_session(histories: Histories, queries: Queries) -> np.ndarray:
     is_session_start[1:] = np.diff(histories.played_at) > SESSION_GAP_MS
     is_session_start[histories.offsets[:-1][histories.lengths > 0]] = True
     session_starts = np.maximum.accumulate(np.where(is_session_start, np.arange(histories.num_plays), 0))
-    last_positions = histories.offsets[queries.rows] + queries.seen - 1
+    last_positions = histories.offsets[queries.rows] + queries.plays_before - 1
     is_same_session = queries.at - histories.played_at[last_positions] <= SESSION_GAP_MS
-    return np.asarray(
-        np.where(is_same_session, session_starts[last_positions] - histories.offsets[queries.rows], queries.seen)
-    )
+    plays_before = session_starts[last_positions] - histories.offsets[queries.rows]
+    return np.asarray(np.where(is_same_session, plays_before, queries.plays_before))
 
 
-def _session_started_at(histories: Histories, queries: Queries, plays_before: np.ndarray) -> np.ndarray:
+def _session_started_at(histories: Histories, queries: Queries, session_starts: np.ndarray) -> np.ndarray:
     """int64 (Q,), ms UTC: the beginning of each query's session; the query itself if the session has no play yet."""
-    first_positions = np.minimum(histories.offsets[queries.rows] + plays_before, histories.num_plays - 1)
-    return np.asarray(np.where(plays_before < queries.seen, histories.played_at[first_positions], queries.at))
+    first_positions = np.minimum(histories.offsets[queries.rows] + session_starts, histories.num_plays - 1)
+    return np.asarray(np.where(session_starts < queries.plays_before, histories.played_at[first_positions], queries.at))
 
 
-def gap_days(histories: Histories, queries: Queries, plays_before: np.ndarray) -> np.ndarray:
+def gap_days(histories: Histories, queries: Queries, session_starts: np.ndarray) -> np.ndarray:
     """float64 (Q,): days from the last play before each query's session to the session; -1 if there is no such play."""
-    last_positions = np.maximum(histories.offsets[queries.rows] + plays_before - 1, 0)
-    days = (_session_started_at(histories, queries, plays_before) - histories.played_at[last_positions]) / DAY_MS
-    return np.where(plays_before > 0, days, -1.0)
+    last_positions = np.maximum(histories.offsets[queries.rows] + session_starts - 1, 0)
+    days = (_session_started_at(histories, queries, session_starts) - histories.played_at[last_positions]) / DAY_MS
+    return np.where(session_starts > 0, days, -1.0)
 
 
 def session_cosines(
-    network: VectorRecommender, histories: Histories, queries: Queries, plays_before: np.ndarray
+    network: VectorRecommender, histories: Histories, queries: Queries, session_starts: np.ndarray
 ) -> np.ndarray:
     """float64 (Q,): the cosine of the mean of the session's last ten songs with the long-term taste before it.
 
     NaN if the session has no song with a vector yet, or if there is no play before it.
     """
     cosines = np.full(len(queries), np.nan)
-    rows = np.flatnonzero((plays_before > 0) & (plays_before < queries.seen))
+    rows = np.flatnonzero((session_starts > 0) & (session_starts < queries.plays_before))
     if not len(rows):
         return cosines
     vectors, vector_sums = network.song_vectors, np.zeros((len(rows), network.song_vectors.shape[1]))
     for plays_back in range(1, SESSION_SONGS + 1):
-        is_in_session = queries.seen[rows] - plays_back >= plays_before[rows]
+        is_in_session = queries.plays_before[rows] - plays_back >= session_starts[rows]
         songs = histories.songs[
-            (histories.offsets[queries.rows[rows]] + queries.seen[rows] - plays_back)[is_in_session]
+            (histories.offsets[queries.rows[rows]] + queries.plays_before[rows] - plays_back)[is_in_session]
         ]
         has_vector = songs < len(vectors)
         vector_sums[np.flatnonzero(is_in_session)[has_vector]] += vectors[songs[has_vector]]
     # Queries of one session share the long-term taste vector before it.
-    sessions, session_rows = np.unique(np.stack([queries.rows[rows], plays_before[rows]]), axis=1, return_inverse=True)
+    sessions, session_rows = np.unique(np.stack([queries.rows, session_starts])[:, rows], axis=1, return_inverse=True)
     started_at = np.zeros(sessions.shape[1], dtype=np.int64)
-    started_at[session_rows.reshape(-1)] = _session_started_at(histories, queries, plays_before)[rows]
-    long_vectors = network.vectors(histories, Queries(rows=sessions[0], seen=sessions[1], at=started_at), "long")[
-        session_rows.reshape(-1)
-    ]
+    started_at[session_rows.reshape(-1)] = _session_started_at(histories, queries, session_starts)[rows]
+    session_queries = Queries(rows=sessions[0], plays_before=sessions[1], at=started_at)
+    long_vectors = network.vectors(histories, session_queries, "long")[session_rows.reshape(-1)]
     norms = np.linalg.norm(vector_sums, axis=1) * np.linalg.norm(long_vectors, axis=1)
     cosines[rows[norms > 0]] = (vector_sums * long_vectors).sum(axis=1)[norms > 0] / norms[norms > 0]
     return cosines

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from rayrec.data.histories import Histories, Queries, uniform_draws, user_hash
-from rayrec.data.ragged import top_positions
+from rayrec.data.top_k import top_positions
 from rayrec.evaluation.calibration import BIN_COLUMNS, CALIBRATED, PROBABILITY_BINS, calibration_sums
 from rayrec.evaluation.protocol import USUAL_K, HeardSongs, TargetSongs, in_mask, target_songs
 from rayrec.recommend.base import NO_SONG, BaseRecommender, CandidateRecommender, HorizonName, ScoredCandidates

@@ -132,8 +132,8 @@ class Statistics:
     def calibration(self) -> list[Entry]:
         """Return the expected calibration error of each model with probabilities, over the first 20 songs per query.
 
-        One entry per model and target of CALIBRATED, with model, target, value (the error), chance (the mean
-        probability), right (the share of the songs that are the next play) and songs (their number over all queries).
+        One entry per model and target of CALIBRATED, with model, target, value (the error), mean_probability,
+        right (the share of the songs that are the next play) and songs (their number over all queries).
         """
         calibrated = [recommender.name for recommender in self._recommenders if recommender.scores_are_probabilities]
         entries: list[Entry] = []
@@ -145,7 +145,7 @@ class Statistics:
                     mean_probability, right_share = (
                         round(float(total / num_songs), DIGITS) for total in (probability_sum, right_count)
                     )
-                    fields = {"chance": mean_probability, "right": right_share, "songs": int(num_songs)}
+                    fields = {"mean_probability": mean_probability, "right": right_share, "songs": int(num_songs)}
                     entries.append({"model": model, "target": target, "value": error, **fields})
         return entries
 

@@ -69,7 +69,7 @@ class DescribeConfig(Settings):
     vectors: str | None = Field(
         None,
         description="Content vectors, of audio, text or tags: .parquet with columns song_id and vector, or NAME.npy "
-        "with song ids in NAME.ids.txt next to it",
+        "with song IDs in NAME.ids.txt next to it",
     )
     append: bool = Field(False, description="Keep the existing metadata of songs that are not in the files")
 
@@ -127,14 +127,14 @@ def describe(workspace: Workspace, config: DescribeConfig, path: str | None = No
         ids_of_files.append((str(config.vectors), vectors[0].cast(pa.string())))
     matched_counts = [pc.sum(pc.is_in(ids, value_set=catalog_ids)).as_py() or 0 for _, ids in ids_of_files]
     unmatched_messages = [
-        f"no song of {source} is in the catalog: the file has ids such as {_id_examples(ids)}, the catalog "
+        f"no song of {source} is in the catalog: the file has IDs such as {_id_examples(ids)}, the catalog "
         f"{_id_examples(catalog_ids)}"
         for (source, ids), count in zip(ids_of_files, matched_counts, strict=True)
         if not count
     ]
     if unmatched_messages and not config.append:
         raise InputError(
-            f"{'; '.join(unmatched_messages)}; check the column of song ids, or pass --append if you will add these "
+            f"{'; '.join(unmatched_messages)}; check the column of song IDs, or pass --append if you will add these "
             "songs later"
         )
     stored_manifest = store_descriptions(dataset, metadata.table, {**to_mapping(config), "path": path or ""}, vectors)
@@ -181,7 +181,7 @@ def _read_content(dataset: Dataset, config: DescribeConfig) -> tuple[pa.Array, n
         ids = one_array(dataset.catalog().table.column(columns.SONG_ID))
         if len(raw) != len(ids):
             raise InputError(
-                f"vectors file {path} has {len(raw)} rows, but the catalog has {len(ids)} songs; give the ids of the "
+                f"vectors file {path} has {len(raw)} rows, but the catalog has {len(ids)} songs; give the IDs of the "
                 "rows in NAME.ids.txt next to it"
             )
     vectors = np.asarray(raw, dtype=np.float32)

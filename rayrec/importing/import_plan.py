@@ -70,7 +70,7 @@ class ImportConfig(Settings):
         le=1,
         description="csv, parquet, yambda: share of a song below which a play counts as skipped",
     )
-    user: str = Field("", description="User id of all plays, for files that do not name a user")
+    user: str = Field("", description="User ID of all plays, for files that do not name a user")
     user_separator: Separator = Field(
         "", description="sequences: separator between the user and the songs; if empty, each line is one user"
     )
@@ -97,11 +97,11 @@ class ImportConfig(Settings):
             raise ValueError(f"unknown format {self.format!r}; expected one of {', '.join(FORMATS)}")
         is_mapped = FORMATS[self.format].mapped
         if self.columns and not is_mapped:
-            raise ValueError(f"format {self.format} has fixed columns; omit the column mapping")
+            raise ValueError(f"format {self.format} has fixed columns; omit --columns")
         if self.timezone != "UTC" and not is_mapped:
-            raise ValueError(f"format {self.format} has times in a known zone; omit the time zone")
+            raise ValueError(f"format {self.format} has times in a known zone; omit --timezone")
         if self.kind == "playlists" and not (is_mapped or FORMATS[self.format].playlists):
-            raise ValueError(f"format {self.format} contains plays, not playlists; omit the kind")
+            raise ValueError(f"format {self.format} contains plays, not playlists; omit --kind")
         known_roles = roles(self.kind == "playlists")
         unknown_roles = [role for role in self.columns if role not in known_roles]
         if unknown_roles:
@@ -187,8 +187,8 @@ def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) 
     name_counts = Counter(posixpath.basename(file.source) for file in files)
     if config.times == "positions" and not config.user_separator and len(name_counts) < len(files):
         raise InputError(
-            f"Two files are named {name_counts.most_common(1)[0][0]}. Without users, user IDs are made from file name "
-            "and line number; rename one of them"
+            f"two files are named {name_counts.most_common(1)[0][0]}, and user IDs are made from file name and line "
+            "number; rename one of them, or pass --user-separator if the lines name users"
         )
     reader = config.reader()
     damaged = dict(damaged or {})

@@ -65,7 +65,7 @@ def _read_npy(path: Path) -> tuple[np.ndarray, pa.Array | None]:
     ids = _read_ids(path)
     if ids is not None and len(ids) != len(raw):
         raise InputError(
-            f"vectors file {path} has {len(raw)} rows, but its ids file has {len(ids)} ids; the numbers must be equal"
+            f"vectors file {path} has {len(raw)} rows, but its file of IDs has {len(ids)}; give one ID per row"
         )
     return raw, None if ids is None else _spell_song_ids(path, ids)
 
@@ -74,10 +74,10 @@ def _spell_song_ids(path: Path, ids: pa.Array) -> pa.Array:
     """Return ids in the spelling of all imports. Raises `InputError` if a row has no id."""
     problems = Problems(len(ids))
     with naming(str(path)):
-        spelled_ids = spell_ids(ids, problems, column=columns.SONG_ID, reason="no song id")
+        spelled_ids = spell_ids(ids, problems, column=columns.SONG_ID, reason="no song ID")
     if problems.bad.any():
         raise InputError(
-            f"vectors file {path} has {int(problems.bad.sum())} rows without a song id, the first is row "
+            f"vectors file {path} has {int(problems.bad.sum())} rows without a song ID, the first is row "
             f"{int(problems.bad.argmax()) + 1}; remove these rows"
         )
     return spelled_ids
@@ -108,11 +108,11 @@ def _read_ids(path: Path) -> pa.Array | None:
             return pa.array([line.removesuffix("\r") for line in lines], pa.string())
         values = json.loads(file.read_text(encoding="utf-8-sig"))
         if not isinstance(values, list):
-            raise ValueError("not a list")
+            raise ValueError("expected a JSON list of IDs")
         return pa.array([spell_id(value) for value in values], pa.string())
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(
-            f"the ids file of {path} cannot be read: {error}; give one id per line, or a JSON list"
+            f"the file of IDs of {path} cannot be read: {error}; give one ID per line, or a JSON list"
         ) from error
 
 
@@ -157,6 +157,6 @@ def _require_distinct(path: Path, song_ids: pa.Array) -> None:
     repeated_ids = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     if len(repeated_ids):
         raise InputError(
-            f"vectors file {path} has {len(song_ids) - len(counts)} repeated ids, such as "
-            f"{repeated_ids[0].as_py()!r}; give each id once"
+            f"vectors file {path} has {len(song_ids) - len(counts)} repeated IDs, such as "
+            f"{repeated_ids[0].as_py()!r}; give each ID once"
         )

@@ -74,8 +74,14 @@ def merge_songs(tables: Sequence[pa.Table]) -> pa.Table:
     codes, count = encoded.indices.to_numpy(), len(encoded.dictionary)
     values = {name: _first_values(all_songs.column(name), codes, count) for name in SONGS.names[1:]}
     song_ids = values[columns.SONG_ID]
-    if not pc.all(pc.equal(song_ids.take(pa.array(codes)), one_array(all_songs.column(columns.SONG_ID)))).as_py():
-        raise RayrecError("two song ids have the same 64-bit key; please report this with the two ids")
+    kept_ids, read_ids = song_ids.take(pa.array(codes)), one_array(all_songs.column(columns.SONG_ID))
+    is_other = pc.not_equal(kept_ids, read_ids)
+    if pc.any(is_other).as_py():
+        row = pc.index(is_other, True).as_py()
+        raise RayrecError(
+            f"song IDs {kept_ids[row].as_py()!r} and {read_ids[row].as_py()!r} have the same 64-bit key; rename one of "
+            "the two songs in the files"
+        )
     return pa.table([encoded.dictionary, *values.values()], schema=SONGS)
 
 

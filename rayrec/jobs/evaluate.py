@@ -107,7 +107,7 @@ def evaluate(
     if not user_count:
         raise InputError(
             f"no play of the test range ({split.test_range}) has an earlier play by the same user, so there is nothing "
-            "to predict; run `rayrec split` with more test days or a larger last fraction"
+            "to predict; run `rayrec split` with more --test-days or a larger --last-fraction"
         )
     results = statistics_of(metric_sums, evaluator, compared_models.default)
     results["examples"] = examples_of(dataset, evaluator, compared_models.default)

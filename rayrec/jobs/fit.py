@@ -368,7 +368,7 @@ def _checked_sections(settings: Sections) -> dict[str, dict[str, Any]]:
     unknown_sections = sorted(set(settings) - set(SECTIONS))
     if unknown_sections:
         raise InputError(
-            f"the settings have an unknown section {unknown_sections[0]!r}; expected {', '.join(SECTIONS)}"
+            f"the settings have an unknown section {unknown_sections[0]!r}; expected one of {', '.join(SECTIONS)}"
         )
     sections = {name: section_of(settings, name, "settings") for name in SECTIONS}
     for name, section in sections.items():

@@ -31,7 +31,7 @@ from rayrec.data.dataset import (
 )
 from rayrec.data.impressions import erase_impressions
 from rayrec.data.moments import now_ms
-from rayrec.data.spelling import spell_id
+from rayrec.data.spelling import EXPECTED_ID, spell_id
 from rayrec.display import progress
 from rayrec.errors import DamagedArtifactError, InputError
 from rayrec.importing.merging import FORGOTTEN_USER
@@ -95,7 +95,7 @@ def forget_users(workspace: Workspace, user_ids: Sequence[str], *, store: str | 
     spelled_ids = [spell_id(user_id) for user_id in user_ids]
     for raw_id, user_id in zip(user_ids, spelled_ids, strict=True):
         if user_id is None:
-            raise InputError(f"{raw_id!r} is not a valid user ID; expected text that is not empty")
+            raise InputError(f"{raw_id!r} is not a user ID; {EXPECTED_ID}")
     unique_ids, at = list(dict.fromkeys(filter(None, spelled_ids))), now_ms()
     dataset = Dataset(workspace)
     mark_forgotten(workspace, unique_ids, at)

@@ -21,38 +21,35 @@ from rayrec.model.train_config import TrainConfig
 
 TRAIN_SHARE = 0.1
 
+OptionalZone = Annotated[str | None, AfterValidator(validate_zone_name)]
+
 
 class PlaysConfig(Settings):
     """Files of plays, and how to read them; settings that are not given are guessed."""
 
     paths: tuple[str, ...] = Field(min_length=1, description="Files or folders, .gz too, local, s3:// or gs://")
     format: str | None = Field(None, description="Format of the files; default: guessed")
-    columns: dict[str, str] = Field(
-        {},
-        description="Column of each role, such as user=user_id,song=song_id,played_at=ts; others are guessed; for "
-        "`update`, those used by `fit`",
-    )
-    timezone: Annotated[str | None, AfterValidator(validate_zone_name)] = Field(
-        None,
-        description="Time zone of times without one, such as Europe/Berlin; default: UTC; for `update`, the zone "
-        "used by `fit`",
-    )
-    user: str | None = Field(
-        None,
-        description="User ID of all plays, for files without user IDs; default: the IDs in the files; for `update`, "
-        "the ID that was given for earlier imports of the format",
-    )
     max_rejected: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="Share of the rows that may be rejected; above it nothing is imported; default: 0.5",
+        description="Maximum share of rejected rows; if it is exceeded, nothing is imported; default: 0.5",
     )
 
 
 class FitConfig(PlaysConfig):
     """Settings of `fit`: the files of plays, and how long to train."""
 
+    columns: dict[str, str] = Field(
+        {},
+        description="Column of each role, such as user=user_id,song=song_id,played_at=ts; roles not given are guessed",
+    )
+    timezone: OptionalZone = Field(
+        None, description="Time zone of times without one, such as Europe/Berlin; default: UTC"
+    )
+    user: str | None = Field(
+        None, description="User ID of all plays, for files without user IDs; default: the IDs in the files"
+    )
     epochs: int | None = Field(
         None, ge=1, description="Maximum epochs of the network; default: those of `rayrec train`"
     )
@@ -61,6 +58,20 @@ class FitConfig(PlaysConfig):
 class UpdateConfig(PlaysConfig):
     """Settings of `update`: the new plays, when to train, and the store to load."""
 
+    columns: dict[str, str] = Field(
+        {},
+        description="Column of each role, such as user=user_id,song=song_id,played_at=ts; default: the columns that "
+        "`fit` used",
+    )
+    timezone: OptionalZone = Field(
+        None,
+        description="Time zone of times without one, such as Europe/Berlin; default: the zone that `fit` used",
+    )
+    user: str | None = Field(
+        None,
+        description="User ID of all plays, for files without user IDs; default: the ID given for earlier files of "
+        "this format",
+    )
     train: bool = Field(False, description="Continue the training of the model even if few plays are new")
     train_share: float = Field(
         TRAIN_SHARE,
@@ -108,7 +119,9 @@ def read_trials(sections: Mapping[str, Any], config: TuneConfig, file_name: str)
     """
     unknown_sections = sorted(set(sections) - set(SECTIONS))
     if unknown_sections:
-        raise InputError(f"{file_name} has an unknown section {unknown_sections[0]!r}; expected {', '.join(SECTIONS)}")
+        raise InputError(
+            f"{file_name} has an unknown section {unknown_sections[0]!r}; expected one of {', '.join(SECTIONS)}"
+        )
     choices = {
         (section, name): _values(section, name, value, file_name)
         for section in SECTIONS

@@ -134,7 +134,9 @@ def read_configs(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     folder = Path() if isinstance(source, Mapping) else Path(source).parent
     unknown_sections = sorted(set(sections) - set(CONFIGS))
     if unknown_sections:
-        raise InputError(f"{source_name} has an unknown section {unknown_sections[0]!r}; expected {', '.join(CONFIGS)}")
+        raise InputError(
+            f"{source_name} has an unknown section {unknown_sections[0]!r}; expected one of {', '.join(CONFIGS)}"
+        )
     if "import" in sections and "generate" in sections:
         raise InputError(f"{source_name} has both [import] and [generate]; keep one of them")
     configs = {}

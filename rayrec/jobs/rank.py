@@ -9,7 +9,7 @@ from typing import Any
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split, load_split, split_flag
+from rayrec.data.split import Split, holds_for, load_split, split_flag
 from rayrec.display import progress
 from rayrec.errors import MismatchError, TooFewQueriesError
 from rayrec.jobs.add_songs import added_to
@@ -163,7 +163,7 @@ def _train_rankers(
 
     `folders` maps each left-out part to the folder of its rankers.
     """
-    units = [_RankerUnit(left_out_part, folder, kind) for kind in KINDS for left_out_part, folder in folders.items()]
+    units = [RankerUnit(left_out_part, folder, kind) for kind in KINDS for left_out_part, folder in folders.items()]
     cpus = node_cpus()
     threads = min(cpus, MOST_THREADS, max(FEWEST_THREADS, cpus // len(units)))
     model_shape = task.dataset.workspace.read_json(f"{task.network_folder}/{MODEL_CONFIG}")
@@ -228,6 +228,11 @@ def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval
             f"model {model.id} has no validation range to train a ranker on; "
             "run `rayrec split`, `rayrec embed` and `rayrec train` first"
         )
+    if not holds_for(dataset, split):
+        raise MismatchError(
+            f"model {model.id} was trained on split {split.id} of data set {split.dataset}, which is not valid for the "
+            f"appended data set {dataset.manifest.id}; run `rayrec split`, `rayrec embed` and `rayrec train` first"
+        )
     if split.id != retrieval.inputs.get("split"):
         raise MismatchError(
             f"model {model.id} was trained on split {split.id}, retrieval {retrieval.id} on "
@@ -257,11 +262,12 @@ class _Task:
         """Return the joined examples of `buckets`. Raises `TooFewQueriesError` if there are no buckets."""
         if not buckets:
             raise TooFewQueriesError(
-                "the validation range has no play that a ranker can learn from; use a split with more validation days"
+                "the validation range has no play that a ranker can learn from; run `rayrec split` with more "
+                "--validation-days"
             )
         workspace = self.dataset.workspace
         packed_examples = (workspace.read_bytes(self.examples_path(bucket, left_out_part, kind)) for bucket in buckets)
-        return RankingExamples.joined([unpack_examples(packed) for packed in packed_examples])
+        return RankingExamples.concatenate([unpack_examples(packed) for packed in packed_examples])
 
     @property
     def index_path(self) -> str:
@@ -318,7 +324,9 @@ class ExampleCollector:
                 batch_examples.append(collect_examples(self._sources, histories, plays))
         for left_out_part in task.left_out if batch_examples else ():
             for kind in KINDS:
-                bucket_examples = RankingExamples.joined([examples[left_out_part][kind] for examples in batch_examples])
+                bucket_examples = RankingExamples.concatenate(
+                    [examples[left_out_part][kind] for examples in batch_examples]
+                )
                 task.dataset.workspace.write_bytes(
                     task.examples_path(bucket, left_out_part, kind), pack_examples(bucket_examples)
                 )
@@ -326,7 +334,7 @@ class ExampleCollector:
 
 
 @dataclass(frozen=True, order=True)
-class _RankerUnit:
+class RankerUnit:
     """One ranker to train; sorted and shown as text if its worker is lost."""
 
     left_out: str  # left-out part
@@ -348,7 +356,7 @@ class RankerTrainer:
     def __init__(self, task: _Task, examples: _Examples, threads: int) -> None:
         self._task, self._examples, self._threads = task, examples, threads
 
-    def __call__(self, unit: _RankerUnit) -> tuple[_RankerUnit, list[str], dict[str, Any]]:
+    def __call__(self, unit: RankerUnit) -> tuple[RankerUnit, list[str], dict[str, Any]]:
         """Train and write a ranker; return `unit`, file names and figures, both empty if it has too few queries."""
         task = self._task
         examples = task.read_examples(self._examples.buckets, unit.left_out, unit.kind)
@@ -359,7 +367,7 @@ class RankerTrainer:
             return unit, [], {}
         workspace, ranker = task.dataset.workspace, fitted_ranker.ranker
         checked_files = fitted_ranker.checked.save(workspace, unit.checked_folder, unit.kind)
-        is_found = examples.found[examples.held_out]
+        is_found = examples.has_right_candidate[examples.held_out]
         return (
             unit,
             [
@@ -380,13 +388,13 @@ class RankerComparison:
     def __init__(self, task: _Task, examples: _Examples) -> None:
         self._task, self._buckets = task, examples.buckets
 
-    def __call__(self, unit: _RankerUnit) -> tuple[_RankerUnit, bool]:
+    def __call__(self, unit: RankerUnit) -> tuple[RankerUnit, bool]:
         """Return `unit`, and True if its ranker has the higher NDCG@20 on the held-out queries of its kind."""
         workspace, examples = (
             self._task.dataset.workspace,
             self._task.read_examples(self._buckets, unit.left_out, unit.kind),
         )
-        checked_examples = examples.take(examples.held_out & examples.found)
+        checked_examples = examples.take(examples.held_out & examples.has_right_candidate)
         unit_ndcg, next_ndcg = (
             ndcg(
                 checked_examples.rows,
@@ -405,9 +413,9 @@ def _train_ranker(
 
     A validation range may reach too few plays ahead for the long horizon, or hold only songs that its users had heard.
     """
-    checked_queries = int((examples.held_out & examples.found).sum())
+    checked_queries = int((examples.held_out & examples.has_right_candidate).sum())
     min_queries = {"next": 0, "served": 1, "long": config.min_long_queries}[kind]
-    if min(checked_queries, int(examples.found.sum()) - checked_queries) < min_queries:
+    if min(checked_queries, int(examples.has_right_candidate.sum()) - checked_queries) < min_queries:
         return None
     settings = RankerSettings(
         trees=config.trees,

@@ -74,10 +74,11 @@ def recommend_all(
     Raises `InputError` if reasons or a mix of horizons are requested, `MismatchError` for parts of another data set.
     """
     if config.explain:
-        raise InputError("--explain works for one user at a time; omit it, or give --user ID")
+        raise InputError("--explain works for one user at a time; omit it, or give --user ID instead of --all")
     if config.long_weight not in (0, 1):
         raise InputError(
-            f"horizon is {config.horizon}; for all users expected short or long; a mix of horizons needs --user ID"
+            f"horizon is {config.horizon}; for all users expected short or long; a mix of both needs --user ID instead "
+            "of --all"
         )
     erase_forgotten(workspace)
     dataset = Dataset(workspace)

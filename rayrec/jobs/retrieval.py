@@ -159,7 +159,7 @@ def write_retrieval(
         )
         for _ in merged_ranges:
             bar.advance()
-    (file_names, metrics), *_ = run_on_node(_build, task, folder, cpus=1)
+    (file_names, metrics), *_ = run_on_node(build_retrieval, task, folder, cpus=1)
     workspace.delete(run)
     return file_names, metrics
 
@@ -292,7 +292,7 @@ def merge_counts(parts: Iterable[RetrievalCounts]) -> RetrievalCounts:
     return RetrievalCounts.merge([part for _, part in pending])
 
 
-def _build(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]:
+def build_retrieval(task: _Task, folder: str) -> Iterator[tuple[list[str], dict[str, Any]]]:
     """Join the ranges, add the groups of songs, write the artifact's files; yield file names and figures."""
     workspace = task.dataset.workspace
     ranges = (

@@ -32,12 +32,10 @@ MAX_WAITING = 1_000  # units submitted to Ray at once
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
-    # A long-running worker returns freed memory to the system instead of keeping it in many arenas. Single runs of the
-    # taste job at 500,000 users peaked at 420 MiB with both settings, at 494 and 507 MiB without.
+    # A long-running worker returns freed memory to the system instead of keeping it in arenas: docs/benchmarks.md.
     "ARROW_DEFAULT_MEMORY_POOL": "system",
     "MALLOC_ARENA_MAX": "2",
-    # Huge pages for large tensors. A training step frees hundreds of MB that the next step allocates again. The kernel
-    # used 12.9 of 34 CPU seconds of a training to allocate small pages, and 3.8 of 21 with huge pages.
+    # The kernel allocates the hundreds of MB that each training step frees faster as huge pages: docs/benchmarks.md.
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 

@@ -84,9 +84,9 @@ class Cluster:
         Raises `InputError` for a relative path `python` or `workspace`, and if `files` is not a folder.
         """
         if not Path(python).is_absolute():
-            raise InputError(f"python {python!r} is not absolute; expected the path of the interpreter on the cluster")
+            raise InputError(f"--python is {python!r}; expected the absolute path of the interpreter on the cluster")
         if files is not None and not Path(files).is_dir():
-            raise InputError(f"files {files!r} is not a folder; expected the folder that the command reads")
+            raise InputError(f"--files {files!r} is not a folder; expected the folder that the command reads")
         workspace_options = [] if workspace is None else ["--workspace", shared_workspace(workspace)]
         environment: dict[str, Any] = {"env_vars": {LINES_VARIABLE: "1"}}
         if files is not None:
@@ -111,7 +111,7 @@ class Cluster:
         while True:
             shown_before = log.shown_characters
             try:
-                end = self.look(job)
+                end = self.job_state(job)
                 if end.exit_code is not None and log.is_complete:
                     return end
                 asyncio.run(log.copy())
@@ -126,7 +126,7 @@ class Cluster:
                     ) from error
             time.sleep(POLL_SECONDS)
 
-    def look(self, job: str) -> JobEnd:
+    def job_state(self, job: str) -> JobEnd:
         """Return the current state of a job. Raises `NotFoundError` for an unknown job."""
         with _convert_errors(self.address, job):
             info = self._client.get_job_info(job)
@@ -144,7 +144,7 @@ class Cluster:
         """Stop a job and return its final state. Raises `NotFoundError` for an unknown job."""
         with _convert_errors(self.address, job):
             self._client.stop_job(job)
-        while (end := self.look(job)).exit_code is None:
+        while (end := self.job_state(job)).exit_code is None:
             time.sleep(POLL_SECONDS)
         return end
 

@@ -201,7 +201,8 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
     if not metrics.pop("targets"):
         raise RayrecError(
             f"no training sequence (source: {config.source}) is long enough for a horizon of "
-            f"{' or '.join(map(str, config.horizons.values()))}; use smaller offsets"
+            f"{' or '.join(map(str, config.horizons.values()))}; use smaller offsets in --short, --long or "
+            "--long-days"
         )
     return metrics
 

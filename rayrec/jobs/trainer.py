@@ -148,14 +148,14 @@ def table_dim(workspace: Workspace, config: TrainConfig, songs: Manifest | None)
     if songs is None:
         if config.song_table != "trained":
             raise InputError(
-                f"song_table {config.song_table} needs song embeddings, and the workspace has none; run `rayrec embed` "
-                "first, or use song_table trained"
+                f"--song-table {config.song_table} needs song embeddings, and the workspace has none; run `rayrec "
+                "embed` first, or use --song-table trained"
             )
         return config.dim or DIM_WITHOUT_EMBEDDINGS
     dim = int(workspace.read_array(songs.path("vectors.npy")).shape[1])
     if config.dim not in (None, dim):
         raise InputError(
-            f"dim is {config.dim}, and song embeddings {songs.id} have {dim} dimensions; omit dim, or run "
+            f"--dim is {config.dim}, but song embeddings {songs.id} have {dim} dimensions; omit --dim, or run "
             f"`rayrec embed --dim {config.dim}` first"
         )
     return dim
@@ -208,7 +208,9 @@ def _count_plays(
                 input_lengths[range_index][unit] = windows
             bar.advance()
     if not totals[0].any():
-        raise RayrecError("the split leaves no plays to train on; use fewer test and validation days")
+        raise RayrecError(
+            "the split leaves no plays to train on; run `rayrec split` with fewer --test-days and --validation-days"
+        )
     return [
         (total, WindowLengths.of_units(unit_lengths)) for total, unit_lengths in zip(totals, input_lengths, strict=True)
     ]
@@ -462,7 +464,7 @@ class Board:
         """Set the text about the last validation."""
         self._validation = text
 
-    def look(self) -> tuple[float, str]:
+    def read(self) -> tuple[float, str]:
         """Return the plays done, and the text to show next to the progress bar."""
         return self._plays, f"{self._status_line} {self._validation}".strip()
 
@@ -499,7 +501,7 @@ def shown(board: Any, title: str, total: float) -> Iterator[None]:
             shown_plays = 0.0
             while not stop.wait(0.5):
                 try:
-                    plays, status_line = ray.get(board.look.remote())
+                    plays, status_line = ray.get(board.read.remote())
                 except RayActorError:
                     return  # a lost board must not fail the training
                 bar.advance(plays - shown_plays, status_line)
@@ -594,7 +596,10 @@ def has_checkpoint(workspace: Workspace, folder: str) -> bool:
 
 @contextmanager
 def _report_waiting(request: WorkerRequest) -> Iterator[None]:
-    """Log the resources that the workers need, once each time that they have to wait for them."""
+    """Log the resources that the workers need, once each time that they have to wait for them.
+
+    Ray Train has no public callback for this: `UserCallback` runs only after reports and errors of running workers.
+    """
     ended = threading.Event()
 
     def warn_if_waiting() -> None:

@@ -126,7 +126,8 @@ def _run_trial(workspace: Workspace, trial: Trial, split: Split) -> tuple[Row, M
         model, ndcg, epochs, seconds = None, None, None, time.monotonic() - started
     if model is not None and ndcg is None:
         raise InputError(
-            "no play in the validation range has an earlier play by the same user; use more validation days"
+            "no play in the validation range has an earlier play by the same user; run `rayrec split` with more "
+            "--validation-days"
         )
     songs_made = songs.id not in songs_before
     row = {

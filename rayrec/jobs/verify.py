@@ -181,7 +181,7 @@ def _check_song_table(audit: Audit, dataset: Dataset) -> None:
         f"has {len(table)} songs, but the manifest says {dataset.num_songs}",
     )
     audit.require(bool((rows == np.arange(len(rows))).all()), SONGS_TABLE, "rows are not numbered 0, 1, 2 ...")
-    audit.require(pc.count_distinct(ids).as_py() == len(table), SONGS_TABLE, "a song id occurs twice")
+    audit.require(pc.count_distinct(ids).as_py() == len(table), SONGS_TABLE, "a song ID occurs twice")
 
 
 class _Totals:

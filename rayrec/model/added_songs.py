@@ -378,7 +378,7 @@ class AddedSongs:
         """Return the songs where `selected`, bool (n,), is true, or the songs at the positions `selected`, int."""
         return replace(self, **{name: getattr(self, name)[selected] for name in OF_SONGS})
 
-    def joined(self, other: AddedSongs) -> AddedSongs:
+    def union(self, other: AddedSongs) -> AddedSongs:
         """Return these songs and those of `other`; no song may be in both."""
         order = np.argsort(np.concatenate([self.rows, other.rows]), kind="stable")
         merged: dict[str, Any] = {

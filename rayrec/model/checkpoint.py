@@ -113,7 +113,7 @@ def load_model(workspace: Workspace, folder: str, checksums: Mapping[str, str] |
     if unexpected or set(missing) - set(TABLES):
         raise DamagedArtifactError(
             f"{folder}/{WEIGHTS} does not fit the network: missing {missing}, unexpected {unexpected}; "
-            "train the model again"
+            "run `rayrec train --force`"
         )
     model.exported = True
     return model.requires_grad_(False).eval()
@@ -125,7 +125,7 @@ def _read_table(workspace: Workspace, path: str, sha256: str | None, config: Mod
     if vectors.shape != (config.num_songs, config.embedding_dim):
         raise DamagedArtifactError(
             f"{path} has shape {vectors.shape}; expected {(config.num_songs, config.embedding_dim)}; "
-            "train the model again"
+            "run `rayrec train --force`"
         )
     return torch.from_numpy(vectors)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.ragged import ranges
+from rayrec.data.ragged import group_of_each_item, ranges
 from rayrec.data.windows import Windows
 from rayrec.errors import DivergedError
 from rayrec.model.checkpoint import export_song_vectors, load_training, save_training
@@ -119,7 +119,7 @@ class PlayRanks:
     is_new: np.ndarray  # bool (Q,): True if the user had not heard the song
 
     @classmethod
-    def joined(cls, parts: Sequence["PlayRanks"]) -> "PlayRanks":
+    def concatenate(cls, parts: Sequence["PlayRanks"]) -> "PlayRanks":
         """Concatenate the ranks of all parts."""
         return cls(**{item.name: np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(cls)})
 
@@ -180,7 +180,7 @@ def rank_plays(taste_vectors_QD: Tensor, vectors_nD: Tensor, validation: Validat
         is_new: np.ndarray = np.ones(len(target_songs), dtype=bool)
         is_new[heard_rows[heard_songs == target_songs[heard_rows]]] = False
         parts.append(PlayRanks(among_all=among_all, among_unheard=among_unheard, is_new=is_new))
-    return PlayRanks.joined(parts)
+    return PlayRanks.concatenate(parts)
 
 
 def _worker_pairs(rows: np.ndarray, songs: np.ndarray, share: Share, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -199,8 +199,8 @@ def _count_not_below(scores_Qn: Tensor, target_scores_Q: Tensor) -> Tensor:
 
 def _heard_songs(histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
     """Return the songs that users had heard at the queries, as pairs: rows of the queries, and songs."""
-    counts = np.asarray(queries.seen)
-    rows = np.repeat(np.arange(len(counts)), counts)
+    counts = np.asarray(queries.plays_before)
+    rows = group_of_each_item(counts)
     return rows, histories.songs[ranges(histories.offsets[queries.rows], counts)]
 
 
@@ -325,7 +325,7 @@ class Fit:
         progress = self.progress
         while progress.epoch < self._config.epochs and not self._is_out_of_patience():
             self._run_epoch()
-            metrics = self._validate()
+            metrics = self.validate()
             progress.epochs[-1] |= metrics
             if metrics[SELECTION_METRIC] > progress.best_ndcg:
                 progress.best_ndcg, progress.best_epoch = metrics[SELECTION_METRIC], progress.epoch - 1
@@ -401,7 +401,7 @@ class Fit:
         if self._host.checkpoint(self.progress, save):
             self._saved_at = time.monotonic()
 
-    def _validate(self) -> dict[str, float]:
+    def validate(self) -> dict[str, float]:
         """Return the metrics of the network on the validation range, over all workers."""
         if self._validation is None:
             return {SELECTION_METRIC: 0.0}

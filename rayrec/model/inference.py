@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.ragged import ranges
+from rayrec.data.ragged import group_of_each_item, ranges
 from rayrec.data.windows import NEVER
 from rayrec.model.network import TasteModel, gap_seconds, pad, scale_gap
 from rayrec.model.taste_table import States
@@ -75,9 +75,9 @@ class TasteEncoder:
             head_inputs, _ = self.run(histories, queries, start)
         else:
             head_inputs = self._head_inputs(torch.from_numpy(np.asarray(queries.hidden, dtype=np.float32))).numpy()
-        last_positions = histories.offsets[queries.rows] + queries.seen - 1
+        last_positions = histories.offsets[queries.rows] + queries.plays_before - 1
         played_at = histories.played_at[np.maximum(last_positions, 0)] if histories.num_plays else last_positions
-        last_played_at = np.where(queries.seen > 0, played_at, start.last_played_at[queries.rows])
+        last_played_at = np.where(queries.plays_before > 0, played_at, start.last_played_at[queries.rows])
         gap = gap_seconds(last_played_at, queries.at)
         return {horizon: self.project(head_inputs, gap, horizon) for horizon in horizons}
 
@@ -134,7 +134,7 @@ class _QueryCollector:
 
     def __init__(self, queries: Queries | None, initial_inputs_UX: Tensor) -> None:
         self._rows = np.zeros(0, np.int64) if queries is None else np.asarray(queries.rows)
-        self._last_positions = np.zeros(0, np.int64) if queries is None else np.asarray(queries.seen) - 1
+        self._last_positions = np.zeros(0, np.int64) if queries is None else np.asarray(queries.plays_before) - 1
         self._order = np.argsort(self._rows, kind="stable")
         self._sorted_rows = self._rows[self._order]
         self.head_inputs_QX = initial_inputs_UX[torch.from_numpy(self._rows)].clone()
@@ -145,7 +145,7 @@ class _QueryCollector:
         query_indices = self._order[ranges(starts, counts)]
         positions = self._last_positions[query_indices] - chunk_start
         is_in_chunk = (positions >= 0) & (positions < head_inputs_BLX.shape[1])
-        batch_rows = np.repeat(np.arange(len(rows)), counts)[is_in_chunk]
+        batch_rows = group_of_each_item(counts)[is_in_chunk]
         head_inputs = head_inputs_BLX[torch.from_numpy(batch_rows), torch.from_numpy(positions[is_in_chunk])]
         self.head_inputs_QX[torch.from_numpy(query_indices[is_in_chunk])] = head_inputs.float().cpu()
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.ragged import offsets_of
+from rayrec.data.ragged import group_of_each_item, offsets_of
 from rayrec.errors import DamagedArtifactError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class TasteRows:
         """Add the songs of `histories` to the songs heard by the users at `positions`."""
         earlier_songs = self.heard.take(pa.array(positions))
         lengths = np.diff(earlier_songs.offsets.to_numpy())
-        rows = np.concatenate([np.repeat(np.arange(len(positions)), lengths), histories.rows])
+        rows = np.concatenate([group_of_each_item(lengths), histories.rows])
         merged = heard_lists(
             rows, np.concatenate([earlier_songs.flatten().to_numpy(), histories.songs]), len(positions)
         )
@@ -192,7 +192,7 @@ def continued_tables(
         rows = rows_of(table, encoder)
         if (rows.user_ids[1:] <= rows.user_ids[:-1]).any() or (len(table) and rows.user_ids[0] <= last_user_id):
             raise DamagedArtifactError(
-                "the rows of the earlier taste vectors are not sorted by user id; run `rayrec taste --full`"
+                "the rows of the earlier taste vectors are not sorted by user ID; run `rayrec taste --full`"
             )
         last_user_id = str(rows.user_ids[-1]) if len(table) else last_user_id
         unchanged, new_tables = len(table), []

@@ -52,7 +52,7 @@ class Horizon:
 
     def spans(self, histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
         """int64 (Q,) each: the position of the first target play of each query, and the position after the last one."""
-        next_positions = histories.offsets[queries.rows] + queries.seen
+        next_positions = histories.offsets[queries.rows] + queries.plays_before
         ends = histories.offsets[queries.rows + 1]
         return np.minimum(next_positions + self.min_offset - 1, ends), np.minimum(
             next_positions + self.max_offset, ends
@@ -85,7 +85,7 @@ class DaysHorizon:
 
     def spans(self, histories: Histories, queries: Queries) -> tuple[np.ndarray, np.ndarray]:
         """As in `Horizon`."""
-        next_positions = histories.offsets[queries.rows] + queries.seen
+        next_positions = histories.offsets[queries.rows] + queries.plays_before
         limits = np.minimum(histories.offsets[queries.rows + 1], next_positions + MAX_PLAYS_IN_DAYS)
         starts, ends = (
             _find_first_since(histories.played_at, next_positions, limits, queries.at + day * DAY_MS)
@@ -201,8 +201,8 @@ class TrainConfig(Settings):
 
     source: Source = Field(
         "histories",
-        description="Training sequences; playlists have no times or contexts, and sessions replace them if the data "
-        "has none",
+        description="Training sequences; playlists have no times or contexts; if the data has no playlists, sessions "
+        "take their place",
     )
     cell: Cell = Field("gru", description="Recurrent cell")
     hidden_dim: int = Field(128, ge=1, description="Hidden size")
@@ -210,13 +210,14 @@ class TrainConfig(Settings):
     dropout: float = Field(0.25, ge=0, lt=1, description="Dropout probability")
     averages: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         (0.0, 0.5, 0.9, 0.99),
-        description="Discount factors of the averages of played songs that the head reads; empty: no averages",
+        description="Discount factors of the averages of played songs, an extra input of the layers after the "
+        "recurrent cell; empty: no averages",
     )
     pause_hours: float = Field(
         1.0,
         ge=0,
-        description="Pause in hours that discounts the averages as much as one play (needs real times and gaps); "
-        "0: only plays discount them",
+        description="A pause of this many hours fades the averages as much as one play; 0: pauses have no effect. "
+        "Needs --gaps and real times",
     )
     song_table: SongTable = Field(
         "trained", description="Song embeddings: trained, mapped by a small trained network, or frozen"
@@ -278,8 +279,8 @@ class TrainConfig(Settings):
     shards: int = Field(
         64,
         ge=1,
-        description="Number of parts in which the data is read; must be divisible by the number of workers, which does "
-        "not change the parts",
+        description="Number of data shards; must be a multiple of --workers. The number of workers does not change the "
+        "batches",
     )
     workers: int = Field(1, ge=0, description="Training workers; 0 trains in this process")
     gpu: bool = Field(False, description="Give each worker a GPU")
@@ -295,8 +296,8 @@ class TrainConfig(Settings):
     def _check_together(self) -> "TrainConfig":
         if self.objective in REGRESSIONS and self.song_table != "frozen":
             raise ValueError(
-                f"objective {self.objective} requires song_table frozen, not {self.song_table}; "
-                "trained embeddings would collapse into one vector"
+                f"--objective {self.objective} would make all song embeddings equal if they are trained; use "
+                f"--song-table frozen, not {self.song_table}"
             )
         if self.batch < self.workers:
             raise ValueError(f"batch is {self.batch}; expected at least one window for each of {self.workers} workers")
@@ -314,7 +315,7 @@ class TrainConfig(Settings):
             )
         if self.long_days and self.source == "playlists":
             raise ValueError(
-                "long_days needs times, which playlists do not have; use source histories, or long instead of long_days"
+                "--long-days needs times, which playlists do not have; use --source histories, or --long instead"
             )
         if not self.horizons:
             raise ValueError("short and long are both empty; expected at least one horizon")

@@ -154,7 +154,7 @@ class ShardReader:
                 lane_rows.append(rows[is_in_share])
             rows = np.concatenate(lane_rows)
             order = np.lexsort((pool.places[rows], pool.steps[rows]))
-            windows = replace(Windows.joined(parts).take(order), places=pool.places[rows[order]])
+            windows = replace(Windows.concatenate(parts).take(order), places=pool.places[rows[order]])
             if len(windows):
                 yield windows.to_arrow().append_column(STEP, pa.array(pool.steps[rows[order]]))
             pa.default_memory_pool().release_unused()  # the reader would keep it for the whole training
@@ -175,14 +175,14 @@ class _LaneReader:
     """Returns the windows of a lane in order, in portions of any size."""
 
     def __init__(self, windows: Iterator[Windows]) -> None:
-        self._windows, self._remainder = windows, Windows.joined([])
+        self._windows, self._remainder = windows, Windows.concatenate([])
 
     def take(self, inputs: np.ndarray) -> Windows:
         """Return the next W windows. Raises `MismatchError` if their numbers of inputs are not `inputs`, int (W,)."""
         parts = [self._remainder]
         while sum(map(len, parts)) < len(inputs) and (windows := next(self._windows, None)) is not None:
             parts.append(windows)
-        merged = Windows.joined(parts)
+        merged = Windows.concatenate(parts)
         self._remainder = merged.take(np.arange(len(inputs), len(merged)))
         first_windows = merged.take(np.arange(min(len(inputs), len(merged))))
         if not np.array_equal(first_windows.inputs, inputs):
@@ -214,7 +214,7 @@ def split_batches(tables: Iterable[pa.Table], steps: int) -> Iterator[Windows]:
 
 
 def _empty_batches(count: int) -> Iterator[Windows]:
-    return (Windows.joined([]) for _ in range(count))
+    return (Windows.concatenate([]) for _ in range(count))
 
 
 def stream_batches(reader: ShardReader, epoch: int) -> Iterator[Windows]:

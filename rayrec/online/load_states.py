@@ -245,12 +245,7 @@ class _Loader:
 
     def _state_and_plays(self, histories: Histories, states: States, row: int) -> tuple[UserState, Plays]:
         user_rows = slice(int(histories.offsets[row]), int(histories.offsets[row + 1]))
-        plays = Plays.of(
-            histories.songs[user_rows],
-            histories.played_at[user_rows],
-            contexts=None if histories.contexts is None else histories.contexts[user_rows],
-            skipped=None if histories.skipped is None else histories.skipped[user_rows],
-        )
+        plays = Plays.of(**histories.columns_at(user_rows))
         state = UserState.start(self._model_id, states, row, plays=len(plays))
         return (state if histories.likes is None else replace(state, likes=_latest_likes(histories.likes, row))), plays
 
@@ -304,7 +299,7 @@ class _Loader:
             ):
                 whole_user = self._store.read([user_id])[0] or whole_user  # the log has more newer plays than were read
                 stored_state, log = unpack_state(whole_user.stored.state), unpack_plays(whole_user.log)
-            newer_plays = Plays.joined([log, stored_state.window])
+            newer_plays = Plays.concatenate([log, stored_state.window])
             newer_plays = newer_plays.take(newer_plays.played_at > batch_state.before_at)
             has_same_plays, model_state = (
                 stored_state.plays - len(newer_plays) == len(plays),
@@ -331,7 +326,7 @@ class _Loader:
             else:
                 changes.append(
                     self._replace_plays_change(
-                        user_id, whole_user, stored_state, batch_state, Plays.joined([plays, newer_plays])
+                        user_id, whole_user, stored_state, batch_state, Plays.concatenate([plays, newer_plays])
                     )
                 )
             newer_counts.append(len(newer_plays))

@@ -248,7 +248,9 @@ class RedisStore(StateStore):
                 redis.Redis.from_url(uri, retry=_retry_policy(retries), **options) for retries in (RETRIES, 0)
             )
         except ValueError as error:
-            raise InputError(f"store {shown_uri} is not a valid address of a Redis server: {error}") from error
+            raise InputError(
+                f"store {shown_uri} is not a valid address of a Redis server: {error}; give redis://HOST:PORT/0"
+            ) from error
         if _call_server(shown_uri, lambda: client.info("cluster")).get("cluster_enabled"):
             client.close()
             client = _call_server(shown_uri, lambda: redis.RedisCluster.from_url(uri, **options))

@@ -126,7 +126,7 @@ def pack_histories(histories: Histories) -> list[bytes]:
 def unpack_plays(pieces: Sequence[bytes]) -> Plays:
     """Return the plays of a log's pieces. Raises `DamagedArtifactError` for bytes that `pack_plays` did not make."""
     try:
-        return Plays.joined([_unpack_play_arrays(_unseal(PLAYS_MARK, piece, "log of plays")) for piece in pieces])
+        return Plays.concatenate([_unpack_play_arrays(_unseal(PLAYS_MARK, piece, "log of plays")) for piece in pieces])
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise DamagedArtifactError(f"a log of plays is damaged: {error!r}; {REMEDY}") from error
 

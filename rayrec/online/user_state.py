@@ -20,7 +20,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from rayrec.data.histories import Histories
+from rayrec.data.histories import PLAY_COLUMNS, Histories
 from rayrec.data.ragged import offsets_of
 from rayrec.data.windows import NEVER
 from rayrec.model.taste_table import States
@@ -47,7 +47,7 @@ class Plays:
     skipped: np.ndarray  # bool (P,)
 
     def __post_init__(self) -> None:
-        lengths = {len(getattr(self, name)) for name in PLAY_FIELDS}
+        lengths = {len(getattr(self, name)) for name in PLAY_COLUMNS}
         if len(lengths) != 1:
             raise ValueError(f"the arrays of plays differ in length: {sorted(lengths)}")
 
@@ -73,46 +73,35 @@ class Plays:
         )
 
     @classmethod
-    def joined(cls, parts: "Sequence[Plays]") -> "Plays":
+    def concatenate(cls, parts: "Sequence[Plays]") -> "Plays":
         """Return the plays of all parts, one part after the other."""
         if not parts:
             return cls.of([], [])
         if len(parts) == 1:
             return parts[0]
-        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in PLAY_FIELDS})
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in PLAY_COLUMNS})
 
     def take(self, indices: np.ndarray | slice) -> "Plays":
         """Return the plays at `indices`, in that order."""
-        return Plays(**{name: getattr(self, name)[indices] for name in PLAY_FIELDS})
+        return Plays(**{name: getattr(self, name)[indices] for name in PLAY_COLUMNS})
 
     def last(self, count: int) -> "Plays":
         """Return the last `count` plays, or all plays if there are fewer."""
         return self.take(slice(max(0, len(self) - count), None))
 
-    def history(self, user_id: str = "") -> Histories:
-        """Return the plays as histories of one user."""
-        return join_plays([self], [user_id])
-
-
-PLAY_FIELDS = tuple(Plays.__dataclass_fields__)
-
 
 def join_plays(users: Sequence[Plays], user_ids: Sequence[str] | None = None) -> Histories:
     """Return histories with one row per user."""
-    plays = Plays.joined(users)
     return Histories(
         user_ids=np.array([""] * len(users) if user_ids is None else list(user_ids), dtype=object),
         offsets=offsets_of([len(part) for part in users]),
-        songs=plays.songs,
-        played_at=plays.played_at,
-        contexts=plays.contexts,
-        skipped=plays.skipped,
+        **vars(Plays.concatenate(users)),
     )
 
 
 def join_likes(parts: Sequence[Plays]) -> Plays:
     """Return the latest likes of all parts in time order, each song and moment once, at most `LATEST_LIKES`."""
-    likes = Plays.joined([part for part in parts if len(part)])
+    likes = Plays.concatenate([part for part in parts if len(part)])
     if len(likes):
         likes = likes.take(np.unique(np.stack([likes.played_at, likes.songs]), axis=1, return_index=True)[1])
     return likes.last(LATEST_LIKES)
@@ -270,7 +259,7 @@ def plan_plays(
     )
     new_plays, likes = (arrived.take(~is_repeated & ~is_late & has_kind) for has_kind in (~is_like, is_like))
     new_plays = new_plays.take(np.argsort(new_plays.played_at, kind="stable"))
-    window = Plays.joined([state.window, new_plays])
+    window = Plays.concatenate([state.window, new_plays])
     is_in_order = not len(state.window) or not len(new_plays) or new_plays.played_at[0] >= state.window.played_at[-1]
     if not is_in_order:
         window = window.take(np.argsort(window.played_at, kind="stable"))
@@ -307,7 +296,8 @@ class CatchUp:
         """
         if len(log) < min(state.left, LAST_PLAYS):
             raise ValueError(
-                f"expected the last {min(state.left, LAST_PLAYS)} of {state.left} plays of the log, got {len(log)}"
+                f"the log has {len(log)} plays; catching up needs the last {min(state.left, LAST_PLAYS)} "
+                f"of {state.left}"
             )
         start_state, missing_plays, model_state = blank, log, state.models.get(model)
         if (
@@ -319,7 +309,7 @@ class CatchUp:
         return cls(
             state=state,
             model=model,
-            runs=((start_state, Plays.joined([missing_plays, state.window])), (start_state, missing_plays)),
+            runs=((start_state, Plays.concatenate([missing_plays, state.window])), (start_state, missing_plays)),
         )
 
     def finish(self, states: States) -> UserState:

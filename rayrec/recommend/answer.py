@@ -266,7 +266,7 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
 def load_popular_order(dataset: Dataset, recommender: BaseRecommender, parts: Mapping[str, str]) -> PopularOrder:
     """Return the order of songs for users without known plays; `parts`, role -> id, are the recommender's artifacts."""
     num_songs = dataset.num_songs
-    plays = model_play_counts(dataset, parts["models"], recommender.num_songs)
+    plays = model_play_counts(dataset.workspace, parts["models"])
     return popular_order(
         dataset.workspace, parts, np.pad(plays, (0, num_songs - len(plays))), known_songs(recommender, num_songs)
     )
@@ -299,18 +299,9 @@ def known_songs(recommender: BaseRecommender, num_songs: int) -> np.ndarray:
     return is_known
 
 
-def model_play_counts(dataset: Dataset, model_id: str, num_songs: int) -> np.ndarray:
-    """int64 (N,): plays of each song in the fit range of a model.
-
-    If the model does not store these counts, plays in the whole data set.
-    """
-    manifest = load_manifest(dataset.workspace, "models", model_id)
-    if PLAY_COUNTS in manifest.files:
-        return np.asarray(dataset.workspace.read_array(manifest.path(PLAY_COUNTS)))
-    plays = np.zeros(num_songs, dtype=np.int64)
-    for histories in dataset.read_all():
-        plays += np.bincount(histories.songs, minlength=num_songs)[:num_songs]
-    return plays
+def model_play_counts(workspace: Workspace, model_id: str) -> np.ndarray:
+    """int64 (N,): plays of each song in the fit range of a model, N songs of the data set that it was trained on."""
+    return np.asarray(workspace.read_array(load_manifest(workspace, "models", model_id).path(PLAY_COUNTS)))
 
 
 def histories_of_users(dataset: Dataset, user_ids: Sequence[str], at: int) -> Histories:

@@ -19,7 +19,8 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import ASSUMED_GAP_MS, LINE_GAP_MS
-from rayrec.data.ragged import group_starts, offsets_of, ranges, stable_order
+from rayrec.data.ragged import group_of_each_item, group_starts, offsets_of, ranges, stable_order
+from rayrec.data.top_k import top_k
 from rayrec.errors import InputError
 from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.filters import AnswerFilter, without_heard
@@ -238,26 +239,6 @@ def chunks_of(num_queries: int, num_songs: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, num_queries, step))
 
 
-def top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows int32 (Q, k) and values float32 (Q, k) of the k highest of `scores` (Q, N), best first.
-
-    Equal scores are sorted by song row. Songs at -inf are left out; empty places hold -1 and -inf.
-    """
-    num_queries, num_songs = scores.shape
-    num_best = min(k, num_songs)
-    songs = np.full((num_queries, k), NO_SONG, dtype=np.int32)
-    values = np.full((num_queries, k), -np.inf, dtype=np.float32)
-    if not num_best:
-        return songs, values
-    threshold = -np.partition(-scores, num_best - 1, axis=1)[:, num_best - 1]
-    for row in range(num_queries):
-        candidates = np.flatnonzero((scores[row] >= threshold[row]) & (scores[row] > -np.inf))
-        best = candidates[np.argsort(-scores[row, candidates], kind="stable")][:num_best]
-        songs[row, : len(best)] = best
-        values[row, : len(best)] = scores[row, best]
-    return songs, values
-
-
 class VectorRecommender(BaseRecommender):
     """Scores songs by the cosine of their vector with the user's taste vector.
 
@@ -408,10 +389,10 @@ class QueryBatch:
         play to the query, are those of an import without times. Otherwise rankers would learn from short gaps, while
         a request comes years after the last play.
         """
-        ends = histories.offsets[queries.rows] + queries.seen
-        counts = np.minimum(queries.seen, LATEST_PLAYS)
+        ends = histories.offsets[queries.rows] + queries.plays_before
+        counts = np.minimum(queries.plays_before, LATEST_PLAYS)
         plays = ranges(ends - counts, counts)
-        rows = np.repeat(np.arange(len(queries)), counts)
+        rows = group_of_each_item(counts)
         is_known = histories.songs[plays] < num_songs
         plays, rows = plays[is_known], rows[is_known]
         offsets = offsets_of(np.bincount(rows, minlength=len(queries)))
@@ -422,7 +403,7 @@ class QueryBatch:
         if not real_times:
             gaps = _gaps_to_next(offsets, rows, played_at, queries.at)
             assumed_gaps = np.where(gaps == LINE_GAP_MS, LINE_GAP_MS, ASSUMED_GAP_MS)
-            queries = replace(queries, at=ASSUMED_GAP_MS * queries.seen)
+            queries = replace(queries, at=ASSUMED_GAP_MS * queries.plays_before)
             played_at = queries.at[rows] - _sums_to_end(offsets, rows, assumed_gaps)
         in_session = _in_session(offsets, rows, played_at, queries.at)
         skipped = np.zeros(len(plays), dtype=bool) if histories.skipped is None else histories.skipped[plays]
@@ -527,7 +508,7 @@ def _liked_songs(histories: Histories, queries: Queries, num_songs: int) -> Pair
     if likes is None:
         return Pairs(num_songs=num_songs, rows=np.zeros(0, np.int64), songs=np.zeros(0, np.int64))
     counts = likes.lengths[queries.rows]
-    entries, rows = ranges(likes.offsets[queries.rows], counts), np.repeat(np.arange(len(queries)), counts)
+    entries, rows = ranges(likes.offsets[queries.rows], counts), group_of_each_item(counts)
     is_earlier = likes.played_at[entries] < queries.at[rows]
     entries, rows = entries[is_earlier], rows[is_earlier]
     ends = np.cumsum(np.bincount(rows, minlength=len(queries)))

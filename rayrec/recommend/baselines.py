@@ -16,7 +16,7 @@ from scipy.sparse import coo_matrix, csr_matrix
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.ragged import ranges
+from rayrec.data.ragged import group_of_each_item, ranges
 from rayrec.data.split import DAY_MS, FitRange, Split, validation_histories
 from rayrec.errors import InputError
 from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender, normalized
@@ -51,7 +51,7 @@ class Selection:
         plays_before = self.plays - self.histories.offsets[rows] + 1 - target_offsets
         is_usable = (plays_before > 0) & (self.histories.songs[self.plays] < num_songs)
         rows, plays_before, targets = rows[is_usable], plays_before[is_usable], self.plays[is_usable]
-        queries = Queries(rows=rows, seen=plays_before, at=self.histories.played_at[targets])
+        queries = Queries(rows=rows, plays_before=plays_before, at=self.histories.played_at[targets])
         return queries, self.histories.songs[targets]
 
 
@@ -87,8 +87,8 @@ class AverageRecommender(VectorRecommender):
 
     def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, D): the discounted average of the songs before each query."""
-        order = np.lexsort((queries.seen, queries.rows))
-        rows, plays_before = queries.rows[order], queries.seen[order]
+        order = np.lexsort((queries.plays_before, queries.rows))
+        rows, plays_before = queries.rows[order], queries.plays_before[order]
         same_user = np.concatenate([[False], rows[1:] == rows[:-1]])  # True if the previous query is of the same user
         plays_since = plays_before - np.where(same_user, np.concatenate([[0], plays_before[:-1]]), 0)
         totals = self._recent_totals(histories, rows, plays_before, plays_since)
@@ -163,10 +163,10 @@ class WeightedRecommender(VectorRecommender):
 
     def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, D): the weighted sum of the last songs before each query."""
-        counts = np.minimum(queries.seen, len(self.weights))
+        counts = np.minimum(queries.plays_before, len(self.weights))
         ends = np.cumsum(counts)
         ages = np.repeat(ends, counts) - np.arange(counts.sum()) - 1
-        last_plays = np.repeat(histories.offsets[queries.rows] + queries.seen, counts) - 1
+        last_plays = np.repeat(histories.offsets[queries.rows] + queries.plays_before, counts) - 1
         songs = histories.songs[last_plays - ages]
         is_known = songs < self.num_songs
         weights = np.where(is_known, self.weights[ages], 0).astype(np.float32)
@@ -342,8 +342,9 @@ class ItemKnnRecommender(VectorRecommender):
 def last_songs(histories: Histories, queries: Queries, num_songs: int) -> np.ndarray:
     """int64 (Q,): the last song played before each query; -1 without a play, or for a row from `num_songs` on."""
     song_rows = np.full(len(queries), -1, dtype=np.int64)
-    has_plays = queries.seen > 0
-    song_rows[has_plays] = histories.songs[histories.offsets[queries.rows[has_plays]] + queries.seen[has_plays] - 1]
+    has_plays = queries.plays_before > 0
+    last_plays = histories.offsets[queries.rows] + queries.plays_before - 1
+    song_rows[has_plays] = histories.songs[last_plays[has_plays]]
     song_rows[song_rows >= num_songs] = -1
     return song_rows
 
@@ -414,7 +415,7 @@ def count_rules(histories: Histories, num_songs: int, max_distance: int, decay: 
 
 def strongest(rules: csr_matrix, count: int) -> csr_matrix:
     """Return the `count` largest entries of each row; of equal entries those with lower columns."""
-    rows = np.repeat(np.arange(rules.shape[0]), np.diff(rules.indptr))
+    rows = group_of_each_item(np.diff(rules.indptr))
     order = np.lexsort((rules.indices, -rules.data, rows))
     ranks = np.arange(rules.nnz) - rules.indptr[rows]  # within the sorted row
     kept_entries = order[ranks < count]

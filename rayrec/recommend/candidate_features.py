@@ -174,7 +174,7 @@ class FeatureSources:
             hours_since = np.where(lengths > 0, (batch.queries.at - batch.played_at[last_plays]) / HOUR_MS, NEVER)
         hours_of_day = (batch.queries.at // HOUR_MS) % 24
         return [
-            np.log1p(np.minimum(batch.queries.seen, LATEST_PLAYS)),  # a server reads at most this many plays
+            np.log1p(np.minimum(batch.queries.plays_before, LATEST_PLAYS)),  # a server reads at most this many plays
             session_lengths,
             hours_since if self.real_times else np.zeros(len(batch)),
             _repeat_share(batch, lengths),

@@ -90,7 +90,7 @@ class SongSet:
         assert self.rows is not None
         return np.asarray(self.rows[slice(*np.searchsorted(self.rows, [start, stop]))], dtype=np.int64)
 
-    def joined(self, later: "SongSet", start: int) -> "SongSet":
+    def union(self, later: "SongSet", start: int) -> "SongSet":
         """Return the union with `later`, whose row 0 is row `start` here; all rows of this set are below `start`."""
         if self.mask is None and later.mask is None and len(self) + len(later) <= FEW_SONGS:
             return SongSet(rows=np.concatenate([self.between(0, start), start + later.between(0, later.end)]))
@@ -169,7 +169,7 @@ class SongMasks:
                 errors.append(error)
         if len(errors) == len(parts):
             raise errors[0]
-        return parts[0].joined(parts[1], self._earlier.num_songs)
+        return parts[0].union(parts[1], self._earlier.num_songs)
 
     def _match_catalog(self, attributes: SongAttributes) -> SongSet:
         """Return the songs of this catalog that match, without the earlier one. Raises as `_find_matching` does."""
@@ -206,7 +206,9 @@ class SongMasks:
         names = pa.array([fold(name) or None for name in artists], pa.string())  # "" would match songs without artist
         is_unknown = pc.index_in(names, value_set=self._artists.dictionary).is_null().to_pylist()
         if any(is_unknown):
-            raise FieldError("artists", f"the catalog has no song by {artists[is_unknown.index(True)]!r}")
+            raise FieldError(
+                "artists", f"the catalog has no song by {artists[is_unknown.index(True)]!r}; check the name"
+            )
         is_wanted = pc.is_in(self._artists.dictionary, value_set=names).to_numpy(zero_copy_only=False)
         return np.asarray(is_wanted[self._artists.indices.to_numpy()])
 

@@ -15,8 +15,10 @@ import numpy as np
 from pydantic import Field
 
 from rayrec.config import Settings
+from rayrec.data.ragged import group_of_each_item
+from rayrec.data.top_k import top_k
 from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError
-from rayrec.recommend.base import NO_SONG, Ranking, SearchPath, top_k
+from rayrec.recommend.base import NO_SONG, Ranking, SearchPath
 from rayrec.recommend.filters import FEW_SONGS, NO_ROWS, AnswerFilter
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
@@ -256,16 +258,12 @@ class SongIndex:
 
         Songs are scored in blocks, so that few vectors are in memory at once.
         """
-        songs, scores = np.zeros((1, 0), dtype=np.int32), np.zeros((1, 0), dtype=np.float32)
+        songs, scores = np.full((1, k), NO_SONG, np.int32), np.full((1, k), -np.inf, np.float32)
         for rows in answer_filter.qualifying(len(self.vectors), SCORED_ROWS):
             vectors = self.vectors[rows]
             new_scores = np.where(vectors.any(axis=1), query @ vectors.T, -np.inf)
-            # Rows so far come first, so that equal scores stay in the order of rows.
-            all_rows = np.append(songs, rows)
-            positions, scores = top_k(np.concatenate([scores, new_scores], axis=1), k)
-            is_song = positions != NO_SONG
-            songs, scores = all_rows[positions[is_song]][None], scores[is_song][None]
-        return _pad(songs, k, NO_SONG), _pad(scores, k, -np.inf)
+            songs, scores = top_k(np.concatenate([scores, new_scores], axis=1), k, np.append(songs, rows))
+        return songs, scores
 
     def _search_with_added(
         self, queries: np.ndarray, count: int, parameters: Any = None, is_allowed: np.ndarray | None = None
@@ -282,10 +280,7 @@ class SongIndex:
                 axis=1,
             )
             scores = np.concatenate([scores, queries @ self._added_vectors[added_positions].T], axis=1)
-            best = np.argpartition(-scores, count - 1, axis=1)[:, :count]
-            order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1, kind="stable")
-            best = np.take_along_axis(best, order, axis=1)
-            songs, scores = np.take_along_axis(songs, best, axis=1), np.take_along_axis(scores, best, axis=1)
+            songs, scores = top_k(scores, count, songs)
         return songs, scores
 
     def _search_index(self, queries: np.ndarray, count: int, parameters: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -352,11 +347,11 @@ class SongIndex:
         try:
             index = faiss.read_index(str(workspace.local_file(path, checksum)), io_flags)
         except RuntimeError as error:
-            raise DamagedArtifactError(f"faiss cannot read {path}; run `rayrec index` again") from error
+            raise DamagedArtifactError(f"faiss cannot read {path}; run `rayrec index --force`") from error
         if index.d != vectors.shape[1] or index.ntotal != metrics.songs:
             raise DamagedArtifactError(
                 f"{path} holds {index.ntotal} vectors of dimension {index.d}, expected {metrics.songs} of "
-                f"dimension {vectors.shape[1]}; run `rayrec index` again"
+                f"dimension {vectors.shape[1]}; run `rayrec index --force`"
             )
         return cls(index, vectors, metrics)
 
@@ -376,31 +371,16 @@ def _selector(answer_filter: AnswerFilter, num_songs: int) -> Any:
     return faiss.IDSelectorAnd(faiss.IDSelectorBitmap(len(allowed.bits), faiss.swig_ptr(allowed.bits)), not_excluded)
 
 
-def _pad(values: np.ndarray, k: int, fill_value: float) -> np.ndarray:
-    """(1, k): the values, (1, at most k), padded with `fill_value`."""
-    return np.pad(values, ((0, 0), (0, k - values.shape[1])), constant_values=fill_value)
-
-
 def _first_allowed(
     songs: np.ndarray, scores: np.ndarray, excluded: list[np.ndarray], num_songs: int, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the first k songs of each row, by score and song row, without excluded ones; padded with -1 and -inf."""
-    query_rows = np.arange(len(songs))[:, None]
-    excluded_keys = np.repeat(np.arange(len(excluded)), [len(rows) for rows in excluded]) * num_songs + np.concatenate(
-        excluded
-    )
-    keys = query_rows * num_songs + songs
+    excluded_keys = group_of_each_item([len(rows) for rows in excluded]) * num_songs + np.concatenate(excluded)
+    keys = np.arange(len(songs))[:, None] * num_songs + songs
     is_left_out = songs == NO_SONG
     if len(excluded_keys):  # ascending, so that binary search finds each key
         is_left_out |= excluded_keys[np.minimum(np.searchsorted(excluded_keys, keys), len(excluded_keys) - 1)] == keys
-    scores = np.where(is_left_out, -np.inf, scores)
-    order = np.lexsort((songs, -scores))[:, :k]
-    first_songs = np.full((len(songs), k), NO_SONG, dtype=np.int32)
-    first_scores = np.full((len(songs), k), -np.inf, dtype=np.float32)
-    allowed_scores = scores[query_rows, order]
-    first_songs[:, : order.shape[1]] = np.where(allowed_scores > -np.inf, songs[query_rows, order], NO_SONG)
-    first_scores[:, : order.shape[1]] = allowed_scores
-    return first_songs, first_scores
+    return top_k(np.where(is_left_out, -np.inf, scores), k, songs)
 
 
 def _list_count(config: IndexConfig, num_songs: int) -> int:

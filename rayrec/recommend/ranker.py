@@ -14,7 +14,7 @@ import lightgbm
 import numpy as np
 from scipy.optimize import minimize, minimize_scalar
 
-from rayrec.data.ragged import group_starts, offsets_of, positions_in_groups, ranges
+from rayrec.data.ragged import group_of_each_item, group_starts, offsets_of, positions_in_groups, ranges
 from rayrec.errors import DamagedArtifactError, TooFewQueriesError
 from rayrec.storage.workspace import Workspace
 
@@ -82,17 +82,17 @@ class RankingExamples:
         )
 
     @property
-    def found(self) -> np.ndarray:
+    def has_right_candidate(self) -> np.ndarray:
         """bool (Q,): queries with a right candidate."""
         return np.asarray(np.bincount(self.rows, weights=self.right, minlength=len(self)) > 0)
 
     @property
     def rows(self) -> np.ndarray:
         """int64 (C,): the query of each candidate."""
-        return np.repeat(np.arange(len(self)), self.counts)
+        return group_of_each_item(self.counts)
 
     @classmethod
-    def joined(cls, parts: Sequence[RankingExamples]) -> RankingExamples:
+    def concatenate(cls, parts: Sequence[RankingExamples]) -> RankingExamples:
         """Return the queries of all parts together."""
         names = [field.name for field in fields(cls)]
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
@@ -112,7 +112,7 @@ class RankingExamples:
     @property
     def teaching(self) -> RankingExamples:
         """The queries with a right candidate, with only the candidates to learn from, see `drawn`."""
-        with_right = self.take(self.found)
+        with_right = self.take(self.has_right_candidate)
         return RankingExamples(
             features=with_right.features[with_right.drawn],
             right=with_right.right[with_right.drawn],
@@ -209,7 +209,7 @@ class TreeModel:
             return cls(lightgbm.Booster(model_str=text))
         except lightgbm.basic.LightGBMError as error:
             raise DamagedArtifactError(
-                f"{folder}/{name}.trees.txt is not a valid LightGBM model; train the ranker again"
+                f"{folder}/{name}.trees.txt is not a valid LightGBM model; run `rayrec rank --force`"
             ) from error
 
 
@@ -378,9 +378,9 @@ def fit_ranker(examples: RankingExamples, names: list[str], settings: RankerSett
     models = _train_models(examples, names, settings)
     held_out = examples.take(examples.held_out)
     model_scores = [model.scores(held_out.features, settings.threads) for model, _ in models]
-    has_right = held_out.found
+    has_right = held_out.has_right_candidate
     is_checked = has_right[held_out.rows]
-    rows, is_right = np.repeat(np.arange(has_right.sum()), held_out.counts[has_right]), held_out.right[is_checked]
+    rows, is_right = group_of_each_item(held_out.counts[has_right]), held_out.right[is_checked]
     query_gains = [query_ndcg(rows, scores[is_checked], is_right) for scores in model_scores]
     best_index = simplest_of_best(query_gains)
     (model, learn), calibration = models[best_index], calibrate(held_out.rows, model_scores[best_index], held_out.right)
@@ -396,12 +396,12 @@ Learn = Callable[[RankingExamples], Model]
 def _train_models(examples: RankingExamples, names: list[str], settings: RankerSettings) -> list[tuple[Model, Learn]]:
     """Return models trained without the held-out queries, simplest first, each with a function to train it on more."""
     train_examples, check_examples = (
-        examples.take(examples.found & mask) for mask in (~examples.held_out, examples.held_out)
+        examples.take(examples.has_right_candidate & mask) for mask in (~examples.held_out, examples.held_out)
     )
     if not len(train_examples) or not len(check_examples):
         raise TooFewQueriesError(
             f"too few queries whose target song is among the candidates: {len(train_examples)} for training, "
-            f"{len(check_examples)} held out; use more validation days"
+            f"{len(check_examples)} held out; run `rayrec split` with more --validation-days"
         )
     models: list[tuple[Model, Learn]] = []  # the simplest first
     if len(train_examples) < FEW_QUERIES:

@@ -14,7 +14,8 @@ from pydantic import ConfigDict, Field, InstanceOf
 from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.ragged import positions_in_groups
-from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName, Ranking, SearchPath, normalized, top_k
+from rayrec.data.top_k import top_k
+from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName, Ranking, SearchPath, normalized
 from rayrec.recommend.filters import AnswerFilter, first_of_order
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
@@ -247,10 +248,21 @@ def choose(
         size = _pool_size(options) + (POOL if options.explore else 0)
         rows_by_request.setdefault((size, options.long_weight, options.songs_to_rank is None), []).append(row)
     selected_by_row: dict[int, SelectedSongs] = {}
-    for (size, _, _), rows in rows_by_request.items():
+    for (size, long_weight, _), rows in rows_by_request.items():
         pool_options = [all_options[row].replace(k=size) for row in rows]
         if isinstance(recommender, TwoStepRecommender):
-            pools = _rank_candidates(recommender, vectors, plays, at, np.array(rows), pool_options)
+            group_plays = plays if len(rows) == len(plays) else plays.take(np.array(rows))
+            songs_to_rank = [options.songs_to_rank for options in pool_options if options.songs_to_rank is not None]
+            ranking = recommender.rank_queries(
+                group_plays,
+                Queries.at_end(group_plays, at[rows]),
+                size,
+                long_weight=long_weight,
+                filters=[options.answer_filter for options in pool_options],
+                vectors={horizon: values[rows] for horizon, values in vectors.items()},
+                songs_to_rank=songs_to_rank or None,
+            )
+            pools = _split_ranking(ranking)
         else:
             pools = _rank_by_vectors(network_of(recommender), [users[row] for row in rows], pool_options)
         for row, pool in zip(rows, pools, strict=True):
@@ -419,32 +431,6 @@ def _mixed_vector(user: UserInput, options: AnswerOptions) -> np.ndarray:
         ((1 - options.long_weight) * short_vector + options.long_weight * long_vector)[None]
     )[0]
     return mixed_vector
-
-
-def _rank_candidates(
-    recommender: TwoStepRecommender,
-    vectors: Mapping[HorizonName, np.ndarray],
-    plays: Histories,
-    at: np.ndarray,
-    rows: np.ndarray,
-    all_options: Sequence[AnswerOptions],
-) -> list[SelectedSongs]:
-    """Return the best candidates of the users at `rows`, int (n,), by the rankers.
-
-    Their requests may differ only in filters and in the songs to rank.
-    """
-    user_plays = plays if len(rows) == len(plays) else plays.take(rows)
-    songs_to_rank = [options.songs_to_rank for options in all_options if options.songs_to_rank is not None]
-    ranking = recommender.rank_queries(
-        user_plays,
-        Queries.at_end(user_plays, at[rows]),
-        all_options[0].k,
-        long_weight=all_options[0].long_weight,
-        filters=[options.answer_filter for options in all_options],
-        vectors={horizon: values[rows] for horizon, values in vectors.items()},
-        songs_to_rank=songs_to_rank or None,
-    )
-    return _split_ranking(ranking)
 
 
 def _split_ranking(ranking: Ranking) -> list[SelectedSongs]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayrec.data.ragged import group_starts, positions_in_groups, ranges, stable_order, top_positions, top_ranked
+from rayrec.data.ragged import group_of_each_item, group_starts, ranges, stable_order
 from rayrec.data.split import DAY_MS
+from rayrec.data.top_k import top_ranked
 from rayrec.recommend.base import NO_SONG, HorizonName, Pairs, QueryBatch
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.stored_retrieval import DIRECT_WEIGHT, MAX_DISTANCE, Retrieval, SongGroups
@@ -115,7 +116,7 @@ class TasteRetriever(Retriever):
         songs, cosines = self._index.search(vectors, count)
         is_known = np.logical_and(songs != NO_SONG, vectors.any(axis=1, keepdims=True))
         scores = np.exp(self._scale * (cosines - cosines[:, :1]))
-        rows = np.repeat(np.arange(len(batch)), is_known.sum(axis=1))
+        rows = group_of_each_item(is_known.sum(axis=1))
         song_rows = songs[is_known] if self._songs is None else self._songs[songs[is_known]]
         return Proposals.best(rows, song_rows, scores[is_known], num_songs=batch.num_songs, count=count)
 
@@ -161,7 +162,7 @@ class SessionRetriever(Retriever):
         # Entries of the postings: each is a session that holds one of the last songs.
         entry_counts = postings.song_offsets[songs + 1] - postings.song_offsets[songs]
         entries = ranges(postings.song_offsets[songs], entry_counts)
-        play_indices = np.repeat(np.arange(len(songs)), entry_counts)
+        play_indices = group_of_each_item(entry_counts)
         session_rows, song_positions = (
             postings.song_sessions[entries].astype(np.int64),
             postings.song_places[entries].astype(np.int64),
@@ -181,16 +182,14 @@ class SessionRetriever(Retriever):
         lengths = postings.offsets[session_rows + 1] - postings.offsets[session_rows]
         days = np.maximum(0, batch.queries.at[query_rows] - postings.ended_at[session_rows]) / DAY_MS
         similarity = similarity / np.sqrt(lengths) * np.exp(-days / settings.days_decay)
-        nearest = top_positions(query_rows, similarity, settings.neighbors)
-        nearest = nearest[np.lexsort((session_rows[nearest], -similarity[nearest], query_rows[nearest]))]
-        nearest = nearest[positions_in_groups(query_rows[nearest]) < settings.neighbors]
+        nearest, _ = top_ranked(query_rows, similarity, session_rows, settings.neighbors)
         query_rows, session_rows, match_positions = query_rows[nearest], session_rows[nearest], match_positions[nearest]
         similarity, lengths = similarity[nearest], lengths[nearest]
         # The songs of the neighbors near the matched song.
         window_starts = np.maximum(0, match_positions - settings.places)
         window_lengths = np.minimum(lengths, match_positions + settings.places + 1) - window_starts
         window_entries = ranges(postings.offsets[session_rows] + window_starts, window_lengths)
-        neighbor_indices = np.repeat(np.arange(len(query_rows)), window_lengths)
+        neighbor_indices = group_of_each_item(window_lengths)
         distances = np.abs(window_entries - (postings.offsets[session_rows] + match_positions)[neighbor_indices])
         scores = similarity[neighbor_indices] * np.exp(-distances / settings.distance_decay)
         window_songs = postings.songs[window_entries].astype(np.int64)
@@ -314,7 +313,7 @@ class UserRulesRetriever(Retriever):
         rows = batch.rows[earlier_plays]
         follower_counts = np.minimum(batch.back[earlier_plays], MAX_DISTANCE)
         followers = ranges(earlier_plays + 1, follower_counts)
-        play_indices = np.repeat(np.arange(len(earlier_plays)), follower_counts)
+        play_indices = group_of_each_item(follower_counts)
         scores = 1.0 / (followers - earlier_plays[play_indices])
         return Proposals.summed(
             rows[play_indices], batch.songs[followers], scores, num_songs=batch.num_songs, count=count

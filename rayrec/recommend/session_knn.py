@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix, vstack
 
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.ragged import ranges
+from rayrec.data.ragged import group_of_each_item, ranges
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.embeddings.word2vec import cut_sessions, drop_short_sentences
 from rayrec.recommend.base import BaseRecommender, HorizonName
@@ -108,10 +108,10 @@ def last_plays(histories: Histories, queries: Queries, num_songs: int, limit: in
 
     Songs with rows from `num_songs` on are left out.
     """
-    counts = np.minimum(queries.seen, limit)
+    counts = np.minimum(queries.plays_before, limit)
     later_plays = np.repeat(counts, counts) - 1 - ranges(0, counts)
-    songs = histories.songs[ranges(histories.offsets[queries.rows] + queries.seen - counts, counts)]
-    rows = np.repeat(np.arange(len(queries)), counts)
+    songs = histories.songs[ranges(histories.offsets[queries.rows] + queries.plays_before - counts, counts)]
+    rows = group_of_each_item(counts)
     is_known = songs < num_songs
     return rows[is_known], songs[is_known], later_plays[is_known]
 
@@ -223,10 +223,10 @@ class VstanRecommender(BaseRecommender):
             return coo_matrix(plays_since.shape, dtype=np.float32)
         lengths = np.diff(self.sessions.indptr)[nearest.indices]
         start_B = np.cumsum(lengths) - lengths
-        neighbor_E = np.repeat(np.arange(nearest.nnz), lengths)
+        neighbor_E = group_of_each_item(lengths)
         entry_E = np.arange(len(neighbor_E)) + (self.sessions.indptr[nearest.indices] - start_B)[neighbor_E]
         song_E, position_E = self.sessions.indices[entry_E], self.sessions.data[entry_E]
-        row_E = np.repeat(np.arange(nearest.shape[0]), np.diff(nearest.indptr))[neighbor_E]
+        row_E = group_of_each_item(np.diff(nearest.indptr))[neighbor_E]
         plays_since_E = plays_since[row_E, song_E]
         matched_position_B = np.zeros(nearest.nnz, np.float32)
         # One match per session: a song is in a session once.
@@ -241,7 +241,7 @@ class VstanRecommender(BaseRecommender):
 def _position_matrix(songs: np.ndarray, offsets: np.ndarray, num_songs: int) -> csr_matrix:
     """Sparse float32 (S, N): the place of each song in its session, from 1; the last place if it is played again."""
     lengths = np.diff(offsets)
-    rows = np.repeat(np.arange(len(lengths)), lengths)
+    rows = group_of_each_item(lengths)
     order = np.lexsort((np.arange(len(songs)), songs, rows))
     is_last = np.ones(len(order), dtype=bool)
     is_last[:-1] = (np.diff(rows[order]) != 0) | (np.diff(songs[order]) != 0)

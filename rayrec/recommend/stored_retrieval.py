@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from rayrec.data.histories import Histories, user_hash
-from rayrec.data.ragged import group_starts, offsets_of, positions_in_groups, ranges, stable_order
+from rayrec.data.ragged import group_of_each_item, group_starts, offsets_of, positions_in_groups, ranges, stable_order
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.embeddings.word2vec import cut_long, cut_sessions
 from rayrec.storage.workspace import Workspace
@@ -174,16 +174,13 @@ class RuleCounts:
     def merge(cls, parts: Sequence[RuleCounts]) -> RuleCounts:
         """Return the sums over all parts; the catalog may have grown between them."""
         catalog_size = 1 + max(int(part.followers.max(initial=-1)) for part in parts)
-        keys = [
-            np.repeat(np.arange(part.num_songs), np.diff(part.offsets)) * catalog_size + part.followers
-            for part in parts
-        ]
+        keys = [group_of_each_item(np.diff(part.offsets)) * catalog_size + part.followers for part in parts]
         weights, at_once = (np.concatenate([getattr(part, name) for part in parts]) for name in ("weights", "at_once"))
         return _sum_rules(np.concatenate(keys), weights, at_once, max(part.num_songs for part in parts), catalog_size)
 
     def strongest(self, count: int = RULES_PER_SONG) -> RuleCounts:
         """Return the counts with only the `count` strongest followers of each song."""
-        songs = np.repeat(np.arange(self.num_songs), np.diff(self.offsets))
+        songs = group_of_each_item(np.diff(self.offsets))
         strongest_entries = np.flatnonzero(positions_in_groups(songs) < count)
         return RuleCounts(
             offsets=offsets_of(np.bincount(songs[strongest_entries], minlength=self.num_songs)),
@@ -261,7 +258,7 @@ class SessionPostings:
         """Cut histories into sessions at pauses of more than 30 minutes; sessions of a single song are left out."""
         songs, cuts = cut_long(cut_sessions(histories), MAX_SESSION)
         lengths = np.diff(cuts)
-        session_rows = np.repeat(np.arange(len(lengths)), lengths)
+        session_rows = group_of_each_item(lengths)
         order = np.lexsort((np.arange(len(songs)), songs, session_rows))
         is_last = np.ones(len(order), dtype=bool)
         is_last[:-1] = (np.diff(session_rows[order]) != 0) | (np.diff(songs[order]) != 0)
@@ -349,7 +346,7 @@ def _newest_sessions(
 
 def _entries(counts: np.ndarray, songs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the session, the song and the place in the session of each song of all sessions."""
-    entry_sessions = np.repeat(np.arange(len(counts)), counts)
+    entry_sessions = group_of_each_item(counts)
     return entry_sessions, songs, ranges(0, counts)
 
 

@@ -120,11 +120,12 @@ class TasteRecommender(VectorRecommender):
             return self._encode(histories, queries, horizons)
         rows, inverse = np.unique(queries.rows, return_inverse=True)
         needed_counts = np.zeros(len(rows), dtype=np.int64)
-        np.maximum.at(needed_counts, inverse, queries.seen)
+        np.maximum.at(needed_counts, inverse, queries.plays_before)
         query_histories = histories.take(rows)
         positions = np.arange(query_histories.num_plays) - query_histories.offsets[query_histories.rows]
         query_histories = query_histories.keep(positions < needed_counts[query_histories.rows])
-        return self._encode(query_histories, Queries(rows=inverse, seen=queries.seen, at=queries.at), horizons)
+        user_queries = Queries(rows=inverse, plays_before=queries.plays_before, at=queries.at)
+        return self._encode(query_histories, user_queries, horizons)
 
     def _encode(
         self, histories: Histories, queries: Queries, horizons: Sequence[HorizonName]

@@ -16,8 +16,9 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from rayrec.data.histories import Histories, Queries, user_hash
-from rayrec.data.ragged import positions_in_groups, ranges, top_ranked
+from rayrec.data.ragged import group_of_each_item, positions_in_groups, ranges
 from rayrec.data.split import Split
+from rayrec.data.top_k import top_ranked
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import Horizon
 from rayrec.recommend.base import (
@@ -144,7 +145,7 @@ class CandidateSource:
 
 def _pair_keys(batch: QueryBatch, songs: Sequence[np.ndarray]) -> np.ndarray:
     """int64, ascending: the keys of the pairs of each query and its `songs`, each once; unknown rows are left out."""
-    rows = np.repeat(np.arange(len(songs)), [len(song_rows) for song_rows in songs])
+    rows = group_of_each_item([len(song_rows) for song_rows in songs])
     all_songs = np.concatenate([np.zeros(0, np.int64), *songs])
     is_known = (all_songs >= 0) & (all_songs < batch.num_songs)
     return np.unique(batch.keys(rows[is_known], all_songs[is_known]))
@@ -152,7 +153,7 @@ def _pair_keys(batch: QueryBatch, songs: Sequence[np.ndarray]) -> np.ndarray:
 
 def query_slices(queries: Queries) -> Iterator[slice]:
     """Yield slices of the queries that are answered together, in order."""
-    plays = np.minimum(queries.seen, LATEST_PLAYS) + 1
+    plays = np.minimum(queries.plays_before, LATEST_PLAYS) + 1
     slice_by_plays, slice_by_count = (
         (np.cumsum(plays) - plays) // PLAYS_AT_ONCE,
         np.arange(len(queries)) // QUERIES_AT_ONCE,
@@ -237,10 +238,11 @@ class TwoStepRecommender(CandidateRecommender):
     ) -> Ranking:
         """Return the k best songs of each query that pass its filter; exactly k if at least k songs pass.
 
-        `long_weight` is 0 for the short horizon, 1 for the long one; values between mix both. If songs near the taste
-        vector fill an answer, its path is `index`, and `filled` is their number. `songs_to_rank`, int song rows for
-        each query, are ranked instead of the proposals of the retrievers. A song that retrievers propose, too, has the
-        same score as without `songs_to_rank`, or a slightly lower one if there are many other songs to rank.
+        Equal scores are sorted by song row. `long_weight` is 0 for the short horizon, 1 for the long one; values
+        between mix both. If songs near the taste vector fill an answer, its path is `index`, and `filled` is their
+        number. `songs_to_rank`, int song rows for each query, are ranked instead of the proposals of the retrievers. A
+        song that retrievers propose, too, has the same score as without `songs_to_rank`, or a slightly lower one if
+        there are many other songs to rank.
         """
         check_count(k)
         ranking = Ranking.empty(len(queries), k, "exact")
@@ -262,13 +264,22 @@ class TwoStepRecommender(CandidateRecommender):
         """As `rank_queries`, for queries whose candidates and features are already computed."""
         new_only = np.array([answer_filter.new_only for answer_filter in filters or ()] or [False] * len(scored.batch))
         probabilities = self.probabilities(scored, long_weight, new_only)
-        songs, scores = _best_candidates(scored, probabilities, k, filters)
-        filled = np.zeros(len(songs), dtype=np.int64)
-        is_short = songs[:, -1] == NO_SONG if scored.is_allowed is None else np.zeros(len(songs), dtype=bool)
-        for row in np.flatnonzero(is_short).tolist():
-            filled[row] = self._fill(scored.batch, row, songs[row], scores[row], filters, long_weight)
-        paths: list[SearchPath] = ["index" if count else "exact" for count in filled.tolist()]
-        return Ranking(songs=songs, scores=scores, paths=tuple(paths), filled=filled)
+        candidates, is_allowed = scored.candidates, scored.is_allowed
+        if is_allowed is None:
+            is_allowed = np.ones(len(probabilities), dtype=bool)
+        if filters is not None:
+            is_allowed = is_allowed & _qualify_candidates(candidates, filters)
+        rows, songs, scores = candidates.rows[is_allowed], candidates.songs[is_allowed], probabilities[is_allowed]
+        best, ranks = top_ranked(rows, scores, songs, k)
+        ranking = Ranking.empty(len(scored.batch), k)
+        ranking.songs[rows[best], ranks], ranking.scores[rows[best], ranks] = songs[best], scores[best]
+        if scored.is_allowed is None:
+            for row in np.flatnonzero(ranking.songs[:, -1] == NO_SONG).tolist():
+                ranking.filled[row] = self._fill(
+                    scored.batch, row, ranking.songs[row], ranking.scores[row], filters, long_weight
+                )
+        paths: list[SearchPath] = ["index" if count else "exact" for count in ranking.filled.tolist()]
+        return replace(ranking, paths=tuple(paths))
 
     def probabilities(self, scored: Scored, long_weight: float, new_only: np.ndarray) -> np.ndarray:
         """float64 (C,): the probability of each candidate; `new_only`, bool (Q,): which queries ask only for new songs.
@@ -396,30 +407,10 @@ def load_rankers(workspace: Workspace, folder: str) -> dict[RankerKind, Ranker]:
     return {kind: Ranker.load(workspace, folder, kind) for kind in kinds}
 
 
-def _best_candidates(
-    scored: Scored, probabilities: np.ndarray, k: int, filters: Sequence[AnswerFilter] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return songs int32 (Q, k) and scores float32 (Q, k): the best candidates an answer may hold; ties by song row."""
-    candidates, num_queries = scored.candidates, len(scored.batch)
-    rows, songs = candidates.rows, candidates.songs
-    is_allowed = scored.is_allowed
-    if filters is not None:
-        is_qualified = _qualify_candidates(candidates, filters)
-        is_allowed = is_qualified if is_allowed is None else is_qualified & is_allowed
-    if is_allowed is not None:
-        rows, songs, probabilities = rows[is_allowed], songs[is_allowed], probabilities[is_allowed]
-    best, ranks = top_ranked(rows, probabilities, songs, k)
-    best_songs = np.full((num_queries, k), NO_SONG, dtype=np.int32)
-    best_scores = np.full((num_queries, k), -np.inf, dtype=np.float32)
-    best_songs[rows[best], ranks] = songs[best]
-    best_scores[rows[best], ranks] = probabilities[best]
-    return best_songs, best_scores
-
-
 def _qualify_candidates(candidates: Candidates, filters: Sequence[AnswerFilter]) -> np.ndarray:
     """bool (C,): True for candidates that pass the filter of their query."""
     excluded_songs = [answer_filter.excluded for answer_filter in filters]
-    rows = np.repeat(np.arange(len(filters)), [len(songs) for songs in excluded_songs])
+    rows = group_of_each_item([len(songs) for songs in excluded_songs])
     songs = np.concatenate([np.zeros(0, np.int64), *excluded_songs])
     is_known = songs < candidates.num_songs
     keys = np.unique(rows[is_known] * candidates.num_songs + songs[is_known])
@@ -465,7 +456,7 @@ def examples_for(
             examples_by_kind[kind].append(
                 _batch_examples(scored, keys, is_allowed, has_answer & held_out[chunk], held_out[chunk])
             )
-    return {kind: RankingExamples.joined(examples) for kind, examples in examples_by_kind.items()}
+    return {kind: RankingExamples.concatenate(examples) for kind, examples in examples_by_kind.items()}
 
 
 def _draw_negatives(scored: Scored, is_wrong: np.ndarray) -> np.ndarray:
@@ -544,7 +535,7 @@ def collect_examples(
     held_out = checks_rankers(histories.user_ids)[queries.rows]
     network = next(iter(sources.values())).network
     starts, ends = (network.long_days or LONG).spans(histories, queries)
-    later_answers = np.repeat(np.arange(len(plays)), ends - starts), histories.songs[ranges(starts, ends - starts)]
+    later_answers = group_of_each_item(ends - starts), histories.songs[ranges(starts, ends - starts)]
     next_answers = np.arange(len(plays)), histories.songs[plays]
     answers: dict[RankerKind, tuple[np.ndarray, np.ndarray]] = {
         "next": next_answers,

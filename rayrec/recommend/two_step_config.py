@@ -48,7 +48,7 @@ ABLATED_PARTS = {
     "network": RankedPart(retrievers=("taste_short", "taste_long", "new_content"), features=("cosine_", "logit_")),
     "sessions": RankedPart(retrievers=("sessions", "history_sessions"), features=()),
     "rules": RankedPart(retrievers=("rules", "next_rules", "recent_rules", "history_rules"), features=("rules_lift",)),
-    "own plays": RankedPart(retrievers=("user_top", "user_rules"), features=("user_",)),
+    "user plays": RankedPart(retrievers=("user_top", "user_rules"), features=("user_",)),
     "artists": RankedPart(
         retrievers=("artists", "albums", "new_artists", "new_albums"),
         features=("artist_", "album_", "recent_artists", "recent_albums"),

@@ -88,17 +88,17 @@ class Parts:
             taste_vectors = network.encoder.taste_vectors_by_horizon(states, at, list(set(heads.values())))
             return {name: taste_vectors[head] for name, head in heads.items()}
 
-    def answer_states(
-        self, states: States, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]
+    def answer(
+        self, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions], states: States | None = None
     ) -> list[SelectedSongs]:
-        """Choose songs for each user, from network states and from the plays that retrievers and features read."""
-        vectors = self.vectors(states, at, HORIZONS)
+        """Choose songs for each user at the moments `at`, int64 (U,) ms UTC, as the options of each user say.
+
+        Retrievers and features read `plays`. `states` are the network's states after all plays of each user; without
+        them the network runs over `plays`, which must hold all plays.
+        """
+        vectors = self.vectors(self.states(plays) if states is None else states, at, HORIZONS)
         with self.metrics.stage("choose"):
             return choose(self.recommender, vectors, plays, at, all_options)
-
-    def answer(self, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]) -> list[SelectedSongs]:
-        """Choose songs for each user, from all their plays."""
-        return self.answer_states(self.states(plays), plays, at, all_options)
 
     def similar(self, song: int, k: int) -> SelectedSongs:
         """Return the k songs nearest to a song of the network."""
@@ -118,10 +118,10 @@ class Parts:
 
 
 class Engine:
-    """Runs the parts of one release on the pool's thread, one call per request."""
+    """The parts of one release and the pool that runs them: `await engine.pool.run(engine.parts.answer, ...)`."""
 
     def __init__(self, parts: Parts, pool: Pool) -> None:
-        self.parts, self._pool = parts, pool
+        self.parts, self.pool = parts, pool
 
     def add_songs(self, added_songs: AddedSongs, on_added: Callable[[], None]) -> None:
         """Recommend `added_songs` in place of the songs added before. Returns when this is done.
@@ -133,32 +133,4 @@ class Engine:
             self.parts = self.parts.with_added_songs(added_songs)
             on_added()
 
-        self._pool.wait_for(add)
-
-    async def states(self, plays: Histories, start: States | None = None) -> States:
-        """As `Parts.states`."""
-        return await self._pool.run(self.parts.states, plays, start)
-
-    async def vectors(self, states: States, at: np.ndarray, horizons: Sequence[HorizonName]) -> Vectors:
-        """As `Parts.vectors`."""
-        return await self._pool.run(self.parts.vectors, states, at, horizons)
-
-    async def similar(self, song: int, k: int) -> SelectedSongs:
-        """As `Parts.similar`."""
-        return await self._pool.run(self.parts.similar, song, k)
-
-    async def layout(self, songs: np.ndarray) -> np.ndarray:
-        """As `Parts.layout`."""
-        return await self._pool.run(self.parts.layout, songs)
-
-    async def answer(
-        self, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]
-    ) -> list[SelectedSongs]:
-        """As `Parts.answer`."""
-        return await self._pool.run(self.parts.answer, plays, at, all_options)
-
-    async def answer_states(
-        self, states: States, plays: Histories, at: np.ndarray, all_options: Sequence[AnswerOptions]
-    ) -> list[SelectedSongs]:
-        """As `Parts.answer_states`."""
-        return await self._pool.run(self.parts.answer_states, states, plays, at, all_options)
+        self.pool.wait_for(add)

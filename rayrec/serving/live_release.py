@@ -87,7 +87,7 @@ def load_checked_release(workspace: Workspace, release_id: str, kinds: Sequence[
     incomplete or damaged.
     """
     release = artifacts.load_manifest(workspace, releases.KIND, release_id)
-    releases.verify_release(workspace, release, kinds, plays=False, once=True)
+    releases.verify_release(workspace, release, kinds, plays=False, once_per_node=True)
     return release
 
 
@@ -216,7 +216,7 @@ class ReleaseHolder:
             arms=list(self.arms),
         )
 
-    def look(self) -> None:
+    def check_active(self) -> None:
         """Read `releases/active` once. If it names another release, load it and switch to it, or refuse it."""
         activation = releases.read_active(self.workspace)
         change_id, release_id = activation["change"], activation["active"]
@@ -233,10 +233,10 @@ class ReleaseHolder:
         self.reports.write(self.report())
 
     def start(self) -> None:
-        """Call `look` now, then repeatedly until `stop`. Another thread writes reports all the time."""
+        """Call `check_active` now, then repeatedly until `stop`. Another thread writes reports all the time."""
         self._repeat_in_thread(self._report_safely, REPORT_SECONDS)
-        self._look_safely()
-        self._repeat_in_thread(self._look_safely, self.watch_seconds)
+        self._check_active_safely()
+        self._repeat_in_thread(self._check_active_safely, self.watch_seconds)
 
     def stop(self) -> None:
         """End the threads and delete the report."""
@@ -277,9 +277,9 @@ class ReleaseHolder:
         self._threads.append(threading.Thread(target=run_until_stop, daemon=True))
         self._threads[-1].start()
 
-    def _look_safely(self) -> None:
+    def _check_active_safely(self) -> None:
         try:
-            self.look()
+            self.check_active()
         except Exception as error:  # a workspace that cannot be reached for a while must not end the watch
             log.warning("cannot check for a new live release: %s", error)
 

@@ -236,7 +236,7 @@ class OnlineSongs:
             later_songs = [updated.songs[number].later(int(updated.row_of_number[number])) for number in new_numbers]
             new_placed_songs = self._get_placer().place(later_songs)
             updated.placed_songs = (
-                new_placed_songs if previous.placed_songs is None else previous.placed_songs.joined(new_placed_songs)
+                new_placed_songs if previous.placed_songs is None else previous.placed_songs.union(new_placed_songs)
             )
         songs_with_vectors = (
             None if updated.placed_songs is None else self._move_songs_by_plays(updated, updated.placed_songs)
@@ -260,7 +260,7 @@ class OnlineSongs:
             self._engine.add_songs(
                 songs_with_vectors
                 if self._added_in_release is None
-                else self._added_in_release.joined(songs_with_vectors),
+                else self._added_in_release.union(songs_with_vectors),
                 apply_update,
             )
 

@@ -4,17 +4,16 @@ import binascii
 import json
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 import numpy as np
 
-from rayrec.data.histories import Histories, concatenate
+from rayrec.data.histories import Histories
 from rayrec.data.moments import ASSUMED_GAP_MS, END_MS, format_iso, now_ms
-from rayrec.data.ragged import offsets_of
 from rayrec.errors import FieldError
 from rayrec.model.taste_table import States
-from rayrec.online.user_state import Plays
+from rayrec.online.user_state import Plays, join_plays
 from rayrec.recommend.filters import AnswerFilter, SongAttributes, SongSet, intersect_songs, parse_day
 from rayrec.recommend.reranking import AnswerOptions
 from rayrec.serving.online_songs import SongToAdd
@@ -32,28 +31,23 @@ from rayrec.serving.serve_config import MAX_K
 from rayrec.serving.served_catalog import ServedCatalog
 from rayrec.serving.users import StoredUser, UserPlays
 
-_NO_SONGS = np.zeros(0, np.int32)
-
 
 @dataclass(frozen=True, kw_only=True)
 class UserQuery:
     """One user's plays, as song rows of a release, and the moment that the request is for."""
 
-    songs: np.ndarray  # int32 (P,), known songs only, in time order
-    played_at: np.ndarray  # int64 (P,), ms UTC
-    contexts: np.ndarray  # int32 (P,), bit sets
-    skipped: np.ndarray  # bool (P,)
+    plays: Plays  # of known songs, in time order
     at: int  # ms UTC
     unknown: int = 0  # number of songs that are not in the catalog
-    earlier: int = 0  # number of a stored user's plays before `songs`
-    earlier_songs: np.ndarray = field(default_factory=lambda: _NO_SONGS)  # int32 (any,), songs of those plays
+    earlier: int = 0  # number of a stored user's plays before `plays`
+    earlier_songs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # int32 (any,), of those plays
     states: States | None = None  # network state of a stored user after all plays
-    likes: Histories | None = None  # songs that a stored user liked, with the times
+    likes: Plays = field(default_factory=lambda: Plays.of([], []))  # songs that a stored user liked, and when
 
     @property
-    def plays(self) -> int:
+    def num_plays(self) -> int:
         """Number of all plays of known songs."""
-        return self.earlier + len(self.songs)
+        return self.earlier + len(self.plays)
 
 
 def read_history(history: Sequence[Play | str], at: int | None, catalog: ServedCatalog) -> UserQuery:
@@ -62,12 +56,13 @@ def read_history(history: Sequence[Play | str], at: int | None, catalog: ServedC
     rows = catalog.find([play.song_id for play in plays])
     played_at, query_at = _play_times(plays, at)
     order = np.argsort(played_at, kind="stable")
-    order = order[rows[order] >= 0]
     return UserQuery(
-        songs=rows[order],
-        played_at=played_at[order],
-        contexts=np.array([play_contexts(play.contexts, catalog) for play in plays], dtype=np.int32)[order],
-        skipped=np.array([play.was_skipped(catalog.skip_below) for play in plays], dtype=bool)[order],
+        plays=Plays.of(
+            rows,
+            played_at,
+            contexts=[play_contexts(play.contexts, catalog) for play in plays],
+            skipped=[play.was_skipped(catalog.skip_below) for play in plays],
+        ).take(order[rows[order] >= 0]),
         at=query_at,
         unknown=int((rows < 0).sum()),
     )
@@ -79,26 +74,14 @@ def read_stored(user: StoredUser | None, at: int | None) -> UserQuery:
     Raises `InputError` if `at` is before the user's last play, since a network state cannot go back in time.
     """
     if user is None:
-        query_at = now_ms() if at is None else at
-        return UserQuery(
-            songs=_NO_SONGS,
-            played_at=np.zeros(0, np.int64),
-            contexts=np.zeros(0, np.int32),
-            skipped=np.zeros(0, np.bool_),
-            at=query_at,
-        )
-    plays = user.plays
-    count = len(plays.songs)
+        return UserQuery(plays=Plays.of([], []), at=now_ms() if at is None else at)
     return UserQuery(
-        songs=plays.songs,
-        played_at=plays.played_at,
-        contexts=np.zeros(count, np.int32) if plays.contexts is None else plays.contexts,
-        skipped=np.zeros(count, bool) if plays.skipped is None else plays.skipped,
+        plays=user.plays,
         at=moment_after(user.state.last_played_at, at),
-        earlier=user.state.plays - count,
+        earlier=user.state.plays - len(user.plays),
         earlier_songs=user.heard,
         states=user.states,
-        likes=plays.likes,
+        likes=user.likes,
     )
 
 
@@ -161,11 +144,11 @@ def read_options(
     if page.first and request.diversity:
         raise FieldError("cursor", "an answer with diversity has no further pages; leave out cursor or diversity")
     if page.first >= MAX_K:
-        raise FieldError("cursor", f"the last page ends at song {MAX_K:,} of a ranking")
+        raise FieldError("cursor", f"the last page ends at song {MAX_K:,} of a ranking; omit the cursor to begin again")
     excluded_rows = catalog.find(request.exclude)
     excluded_parts = [
         excluded_rows[excluded_rows >= 0],
-        *([query.songs, query.earlier_songs] if request.exclude_heard else []),
+        *([query.plays.songs, query.earlier_songs] if request.exclude_heard else []),
     ]
     allowed_songs, unknown_count = _allowed_songs(request, catalog)
     has_pages = not (request.diversity or request.explore)
@@ -226,28 +209,10 @@ def fitting_songs(filters: SongFilters, catalog: ServedCatalog) -> SongSet | Non
 
 
 def query_histories(queries: Sequence[UserQuery]) -> Histories:
-    """Return the plays of queries, one row per query."""
-
-    def concatenate_arrays(parts: list[np.ndarray]) -> np.ndarray:
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)  # most requests are about one user
-
-    return Histories(
-        user_ids=np.array([str(row) for row in range(len(queries))], dtype=object),
-        offsets=offsets_of([len(query.songs) for query in queries]),
-        songs=concatenate_arrays([query.songs for query in queries]),
-        played_at=concatenate_arrays([query.played_at for query in queries]),
-        contexts=concatenate_arrays([query.contexts for query in queries]),
-        skipped=concatenate_arrays([query.skipped for query in queries]),
-        likes=_likes_of(queries),
-    )
-
-
-def _likes_of(queries: Sequence[UserQuery]) -> Histories | None:
-    """Return the likes of queries, one row per query; None if there are no likes."""
-    if not any(query.likes is not None and query.likes.num_plays for query in queries):
-        return None
-    no_likes = Histories.from_lists([[]], [[]])
-    return concatenate([no_likes if query.likes is None else query.likes for query in queries])
+    """Return the plays of queries, one row per query, with the likes if there are any."""
+    histories = join_plays([query.plays for query in queries], [str(row) for row in range(len(queries))])
+    has_likes = any(len(query.likes) for query in queries)
+    return replace(histories, likes=join_plays([query.likes for query in queries])) if has_likes else histories
 
 
 def read_plays(

@@ -92,10 +92,10 @@ MAX_QUERY = 200  # characters
 MAX_MATCHES = 100  # songs
 UserPath = Annotated[
     str,
-    Path(min_length=1, max_length=MAX_ID, description="Id of a user, percent-encoded."),
+    Path(min_length=1, max_length=MAX_ID, description="ID of a user, percent-encoded."),
     AfterValidator(spelled_user),
 ]
-SongPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, description="Id of a song, percent-encoded.")]
+SongPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, description="ID of a song, percent-encoded.")]
 Words = Annotated[str, Query(min_length=1, max_length=MAX_QUERY, description="Words of a title or an artist.")]
 Limit = Annotated[int, Query(ge=1, le=MAX_MATCHES, description="Number of songs.")]
 Count = Annotated[int, Query(ge=1, le=MAX_K, description="Number of songs.")]

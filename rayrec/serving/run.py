@@ -1,10 +1,9 @@
 """`rayrec serve`: runs the application on this machine, behind HAProxy, in its own Ray instance.
 
-Behind HAProxy a request to Serve costs about as much as with uvicorn alone, and a quarter of the cost with Serve's own
-proxy. On loopback every port of every process is checked before the application counts as started and while it runs.
+HAProxy takes the place of Serve's own proxy because that costs more per request: docs/benchmarks.md, Serving. On
+loopback every port of every process is checked before the application counts as started and while it runs.
 """
 
-import csv
 import logging
 import math
 import os
@@ -25,7 +24,14 @@ import psutil
 from rayrec.config import to_mapping
 from rayrec.errors import InputError, RayrecError, ray_not_started
 from rayrec.serving.middleware import load_keys
-from rayrec.serving.serve_compat import require_known_ray, write_haproxy_wrapper
+from rayrec.serving.serve_compat import (
+    ADMIN_SOCKET,
+    NODE_ID_DIGITS,
+    SOCKET_PATH_BYTES,
+    finish_requests,
+    require_known_ray,
+    write_haproxy_wrapper,
+)
 from rayrec.serving.serve_config import LOOPBACK, ServeConfig, is_loopback
 from rayrec.serving.telemetry import AccessLog
 from rayrec.storage.workspace import Workspace
@@ -37,9 +43,6 @@ DRAIN_SECONDS = 2  # minimum time that Serve waits before it ends a replica
 REQUEST_SECONDS = 30  # maximum time for requests in progress when the application ends
 SETTLE_SECONDS = 3.0  # time after which an open port is an error: some sockets are open only for a moment
 CHECK_SECONDS = (1.0,) * 60 + (60.0,)  # between checks of ports; the last value repeats
-ADMIN_SOCKET = "admin"  # HAProxy's admin socket, in a folder that Serve names after the id of the node
-NODE_ID_DIGITS = 56
-SOCKET_PATH_BYTES = 97  # maximum length of the path of a socket that HAProxy listens on
 # Settings of Serve. The image for clusters (cluster/Dockerfile) has the same settings; a test compares them.
 SERVE_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -131,7 +134,10 @@ def free_ports(count: int) -> list[int]:
             ports.append(port)
         if len(ports) == count:
             return ports
-    raise RayrecError(f"{count} free ports are needed, but only {len(ports)} are free from {PORTS[0]} to {PORTS[-1]}")
+    raise RayrecError(
+        f"{count} free ports are needed, but only {len(ports)} are free from {PORTS[0]} to {PORTS[-1]}; stop other "
+        "programs that listen on them"
+    )
 
 
 def require_free(host: str, port: int) -> None:
@@ -183,7 +189,7 @@ def require_loopback(pid: int | None = None) -> None:
         if time.monotonic() > deadline:
             raise RayrecError(
                 "these ports are open to other machines, although --host is a loopback address: "
-                f"{', '.join(open_ports)}; the application was stopped"
+                f"{', '.join(open_ports)}. The application was stopped; please report this bug of rayrec"
             )
         time.sleep(0.2)
 
@@ -198,39 +204,6 @@ def wait_for_interrupt(host: str) -> NoReturn:
         time.sleep(next(pauses))
         if is_loopback(host):
             require_loopback()
-
-
-def _finish_requests(folder: Path) -> None:
-    """Make HAProxy accept no more connections, and wait for the requests in progress, which Serve would cut off.
-
-    `folder` holds HAProxy's admin socket. A soft stop of HAProxy does not work here: it also waits for idle
-    connections, and Serve replaces a HAProxy that has been stopping for 3 seconds.
-    """
-    for socket_path in folder.rglob(ADMIN_SOCKET):
-        with suppress(OSError):
-            for frontend in {row["# pxname"] for row in _read_statistics(socket_path) if row["svname"] == "FRONTEND"}:
-                _send_haproxy_command(socket_path, f"disable frontend {frontend}")
-            deadline = time.monotonic() + REQUEST_SECONDS
-            while time.monotonic() < deadline:
-                if not sum(
-                    int(row["scur"] or 0) for row in _read_statistics(socket_path) if row["svname"] == "BACKEND"
-                ):
-                    break
-                time.sleep(0.1)
-
-
-def _read_statistics(socket_path: Path) -> list[dict[str, str]]:
-    """Return one row per frontend, backend and server of HAProxy; `socket_path` is its admin socket."""
-    return list(csv.DictReader(_send_haproxy_command(socket_path, "show stat").splitlines()))
-
-
-def _send_haproxy_command(socket_path: Path, command: str) -> str:
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(5)
-        connection.connect(str(socket_path))
-        connection.sendall(f"{command}\n".encode())
-        chunks = iter(lambda: connection.recv(1 << 16), b"")
-        return b"".join(chunks).decode()
 
 
 @contextmanager
@@ -263,7 +236,7 @@ def _run_application(workspace: Workspace, config: ServeConfig, folder: Path) ->
         arguments = {**to_mapping(config), "workspace": workspace.root if workspace.is_local else workspace.uri}
         serve.run(build(arguments), name=NAME, logging_config=logging_config)
         yield
-        _finish_requests(folder)
+        finish_requests(folder, REQUEST_SECONDS)
     finally:
         # Ray prints on stdout that the controller has ended, and sometimes raises it as an error.
         with open(os.devnull, "w") as devnull, redirect_stdout(devnull), redirect_stderr(devnull):

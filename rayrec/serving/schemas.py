@@ -22,7 +22,7 @@ from pydantic import (
 from starlette.responses import Response
 
 from rayrec.data.moments import END_MS, format_iso, now_ms, parse_timestamp
-from rayrec.data.spelling import MAX_ID, spell_id
+from rayrec.data.spelling import EXPECTED_ID, MAX_ID, spell_id
 from rayrec.errors import InputError
 from rayrec.recommend.base import weight_of_long
 from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K, MAX_LISTED, MAX_NEW_SONGS, MAX_PLAYS
@@ -58,7 +58,7 @@ def spelled_user(text: str) -> str:
     """Return a user id spelled as in every import."""
     user_id = spell_id(text)
     if user_id is None:
-        raise ValueError("a user id cannot be blank, nan or inf")
+        raise ValueError(f"not a user ID; {EXPECTED_ID}")
     return user_id
 
 
@@ -66,7 +66,7 @@ def spelled_song(text: str) -> str:
     """Return a song id spelled as in every import."""
     song_id = spell_id(text)
     if song_id is None:
-        raise ValueError("a song id cannot be blank, nan or inf")
+        raise ValueError(f"not a song ID; {EXPECTED_ID}")
     return song_id
 
 
@@ -85,7 +85,7 @@ HORIZON_SCHEMA: dict[str, Any] = {
 }
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 UserId = Annotated[Id, AfterValidator(spelled_user)]
-SongId = Annotated[Id, Field(description="Id of a song, as it was imported.")]
+SongId = Annotated[Id, Field(description="ID of a song, as it was imported.")]
 Moment = Annotated[Any, AfterValidator(_moment), WithJsonSchema(MOMENT_SCHEMA)]
 Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="YYYY-MM-DD.")]
 Weight = Annotated[float, Field(ge=0, le=1)]
@@ -202,7 +202,7 @@ History = Annotated[
     Items[Annotated[Annotated[Play, Tag("<play>")] | Annotated[SongId, Tag("<song id>")], Discriminator(_kind)]],
     Field(
         max_length=MAX_HISTORY,
-        description="Played songs, the latest last, as plays or as song ids. Without times they count as played "
+        description="Played songs, the latest last, as plays or as song IDs. Without times they count as played "
         "three minutes apart, the last one at the moment of the request.",
         examples=[HISTORY_EXAMPLE],
     ),
@@ -361,7 +361,7 @@ class NewPlay(Play):
     model_config = ConfigDict(json_schema_extra={"examples": [PLAY_EXAMPLE]})
 
     event_id: Id = Field(
-        description="Unique id of this play. A play that is sent again with the same id counts once. Ids are kept for "
+        description="Unique ID of this play. A play that is sent again with the same ID counts once. IDs are kept for "
         "at least 24 hours."
     )
     user_id: UserId
@@ -519,8 +519,8 @@ class RecommendedSong(CatalogSong):
 class AnsweredSongs(BaseModel):
     """Songs, best first."""
 
-    recommendation_id: str = Field(description="Id of this answer. Send it with plays of its songs.")
-    release: str = Field(description="Id of the release that answered.")
+    recommendation_id: str = Field(description="ID of this answer. Send it with plays of its songs.")
+    release: str = Field(description="ID of the release that answered.")
     at: IsoMoment = Field(description="The moment that the answer is for.")
     source: Literal["taste", "popular"] = Field(
         description="taste: ranked by the user's plays; popular: the user has no known plays, so songs are ranked by "
@@ -551,7 +551,7 @@ class RankedSongs(AnsweredSongs):
     """The given songs, best first, each once."""
 
     unknown_song_ids: list[str] = Field(
-        description="The given ids that are not in the catalog, or whose songs the release cannot score."
+        description="The given IDs that are not in the catalog, or whose songs the release cannot score."
     )
 
 
@@ -607,7 +607,7 @@ class Tastes(BaseModel):
     """The taste vectors in the order of the users, all from one release."""
 
     release: str
-    model: str = Field(description="Id of the model; vectors of two models cannot be compared.")
+    model: str = Field(description="ID of the model; vectors of two models cannot be compared.")
     dim: int
     tastes: list[Taste | InvalidEntry] = Field(description="One per user, in the order of the request.")
 
@@ -615,10 +615,10 @@ class Tastes(BaseModel):
 class PlaysTaken(BaseModel):
     """The outcomes of the plays and likes that were sent."""
 
-    release: str = Field(description="Id of the release whose model processed the plays.")
+    release: str = Field(description="ID of the release whose model processed the plays.")
     taken: int = Field(description="Number of plays and likes that were added to the states of their users.")
     repeated: int = Field(
-        description="Number of plays and likes whose event ids were already stored; they change nothing."
+        description="Number of plays and likes whose event IDs were already stored; they change nothing."
     )
     rejected: int = Field(
         description="Number of plays older than the latest 64 to 128 plays of their user, and of plays and likes from "
@@ -637,7 +637,7 @@ class PlaysTaken(BaseModel):
 class SongsAdded(BaseModel):
     """The outcomes of the songs that were sent."""
 
-    release: str = Field(description="Id of the release to which the songs are added.")
+    release: str = Field(description="ID of the release to which the songs are added.")
     added: int = Field(description="Number of songs that were added; every replica recommends them within a second.")
     online: int = Field(description="Number of songs that were added online and are not in the release.")
     limit: int = Field(description="Maximum number of such songs.")
@@ -651,7 +651,7 @@ class UserTaste(BaseModel):
     """The taste vectors of a stored user, normalized."""
 
     release: str
-    model: str = Field(description="Id of the model; vectors of two models cannot be compared.")
+    model: str = Field(description="ID of the model; vectors of two models cannot be compared.")
     user_id: str
     at: IsoMoment = Field(description="The moment that the vectors are for.")
     plays: int = Field(description="Number of plays used.")
@@ -726,11 +726,11 @@ class ReplicaReport(BaseModel):
 
     replica: str
     release: str | None
-    change: str | None = Field(description="Id of the last activation that it handled.")
+    change: str | None = Field(description="ID of the last activation that it handled.")
     loading: str | None = Field(description="The release that it is loading.")
     refused: RefusedRelease | None
     beat: int = Field(description="Counter of the reports of this replica.")
-    arms: list[str] = Field(description="Ids of the releases that arms of its experiment use.")
+    arms: list[str] = Field(description="IDs of the releases that arms of its experiment use.")
 
 
 class ReleaseStatus(BaseModel):
@@ -740,7 +740,7 @@ class ReleaseStatus(BaseModel):
     release: str | None = Field(description="The release that it answers with.")
     refused: RefusedRelease | None = Field(description="The release that it could not load, and why.")
     activated: str | None = Field(description="The release that was activated.")
-    change: str = Field(description="Id of the last activation.")
+    change: str = Field(description="ID of the last activation.")
     agreed: bool = Field(description="Whether all replicas answer with the activated release.")
     replicas: list[ReplicaReport]
 
@@ -763,9 +763,9 @@ class ModelCard(BaseModel):
     release: str
     created_at: str = Field(description="ISO 8601, UTC.")
     version: str = Field(description="Version of rayrec.")
-    parts: dict[str, str] = Field(description="Ids of the artifacts that the release consists of, by kind.")
+    parts: dict[str, str] = Field(description="IDs of the artifacts that the release consists of, by kind.")
     data: DataSummary
-    report: str | None = Field(description="Id of the last evaluation of these parts; null if there is none.")
+    report: str | None = Field(description="ID of the last evaluation of these parts; null if there is none.")
     verdict: str | None = Field(description="Summary of the report or validation in one sentence.")
     metrics: dict[str, float] = Field(
         description="Metrics of the last report, or of the validation before the last fit if there is no report. "

@@ -1,12 +1,16 @@
-"""Changes to Ray Serve for which Serve has no setting. All of them depend on the private code of one version of Serve.
+"""What depends on the private code of one version of Ray Serve, and on the commands of the HAProxy that it starts.
 
-`tests/unit/serving/test_serve_compat.py` fails if another version of Serve differs, and each function here refuses to
-run then, so that a port that should be closed is never open unnoticed.
+`tests/unit/serving/test_serve_compat.py` fails if the installed version differs. The functions that close ports refuse
+to run then, so that a port that should be closed is never open unnoticed.
 """
 
+import csv
 import shlex
 import shutil
+import socket
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import sha256
 from importlib.metadata import distribution, version
 from pathlib import Path
@@ -19,6 +23,9 @@ RAY_VERSION = "2.60"  # the version whose private code this module depends on
 TEMPLATES = "ca0ebced12fbca4f"  # first digits of the SHA-256 of Serve's templates of HAProxy's configuration
 
 METRICS_PORT, STATISTICS_PORT = 9101, 8404  # default ports of HAProxy in Serve
+ADMIN_SOCKET = "admin"  # HAProxy's admin socket, in a folder that Serve names after the id of the node
+NODE_ID_DIGITS = 56
+SOCKET_PATH_BYTES = 97  # maximum length of the path of a socket that HAProxy listens on
 
 # Serve writes HAProxy's configuration. Its template binds the metrics and statistics pages to all interfaces, answers
 # 500 if a replica is gone, and 404 to all requests before the proxy knows the application. The wrapper changes this. It
@@ -104,6 +111,40 @@ def bind_replica_port_to_loopback() -> None:
 
     bind_loopback.loopback = True  # type: ignore[attr-defined]
     replica.add_port_to_grpc_server = bind_loopback
+
+
+def finish_requests(folder: Path, max_seconds: float) -> None:
+    """Make HAProxy accept no more connections, and wait at most `max_seconds` for the requests in progress.
+
+    Serve would cut them off. A soft stop of HAProxy does not work here: it also waits for idle connections, and Serve
+    replaces a HAProxy that has been stopping for 3 seconds. `folder` or a folder in it holds HAProxy's admin socket,
+    whose commands and columns were read in HAProxy 2.8.
+    """
+    for socket_path in folder.rglob(ADMIN_SOCKET):
+        with suppress(OSError):
+            for frontend in {row["# pxname"] for row in _read_statistics(socket_path) if row["svname"] == "FRONTEND"}:
+                _send_haproxy_command(socket_path, f"disable frontend {frontend}")
+            deadline = time.monotonic() + max_seconds
+            while time.monotonic() < deadline:
+                if not sum(
+                    int(row["scur"] or 0) for row in _read_statistics(socket_path) if row["svname"] == "BACKEND"
+                ):
+                    break
+                time.sleep(0.1)
+
+
+def _read_statistics(socket_path: Path) -> list[dict[str, str]]:
+    """Return one row per frontend, backend and server of HAProxy; `socket_path` is its admin socket."""
+    return list(csv.DictReader(_send_haproxy_command(socket_path, "show stat").splitlines()))
+
+
+def _send_haproxy_command(socket_path: Path, command: str) -> str:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(5)
+        connection.connect(str(socket_path))
+        connection.sendall(f"{command}\n".encode())
+        chunks = iter(lambda: connection.recv(1 << 16), b"")
+        return b"".join(chunks).decode()
 
 
 def _no_replica_response() -> bytes:

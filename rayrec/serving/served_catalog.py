@@ -296,7 +296,7 @@ def _make_catalog_table(
     """Make the shared table: all data of a served catalog that grows with the songs, one row per song."""
     table = with_folded(dataset.catalog().table)
     song_count = table.num_rows
-    plays = model_play_counts(dataset, release.inputs["models"], recommender.num_songs)
+    plays = model_play_counts(workspace, release.inputs["models"])
     plays = np.pad(plays, (0, song_count - len(plays)))  # later songs have no plays there
     by_plays = np.argsort(-plays, kind="stable").astype(np.int32)
     is_known = known_songs(recommender, song_count)

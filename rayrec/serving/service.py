@@ -164,7 +164,7 @@ class Service:
         with self.metrics.stage("write"):
             answer = self._build_answer(live, query, selection, unknown=query.unknown)
             if request.explain:
-                add_reasons(answer, selection, query.songs, live.catalog)
+                add_reasons(answer, selection, query.plays.songs, live.catalog)
             rows = live.catalog.find(request.songs)
             unknown_indices = np.flatnonzero(~np.isin(rows, selection.songs)).tolist()
             unknown_song_ids = list(dict.fromkeys(request.songs[index] for index in unknown_indices))
@@ -252,7 +252,9 @@ class Service:
         user = _require_stored(user_id, (await self.users.read(live, [user_id]))[0])
         state = user.state
         query_at = moment_after(state.last_played_at, at)
-        vectors = await live.engine.vectors(user.states, np.array([query_at]), ("short", "long"))
+        vectors = await live.engine.pool.run(
+            live.engine.parts.vectors, user.states, np.array([query_at]), ("short", "long")
+        )
         return UserTaste(
             release=live.id,
             model=live.model_id,
@@ -279,14 +281,14 @@ class Service:
                 skipped=skipped,
             )
             for (song_id, title, artist), played_at, contexts, skipped in zip(
-                live.catalog.describe(query.songs[-k:]),
-                query.played_at[-k:].tolist(),
-                query.contexts[-k:].tolist(),
-                query.skipped[-k:].tolist(),
+                live.catalog.describe(query.plays.songs[-k:]),
+                query.plays.played_at[-k:].tolist(),
+                query.plays.contexts[-k:].tolist(),
+                query.plays.skipped[-k:].tolist(),
                 strict=True,
             )
         ]
-        return ListedPlays(release=live.id, user_id=user_id, count=query.plays, plays=plays)
+        return ListedPlays(release=live.id, user_id=user_id, count=query.num_plays, plays=plays)
 
     async def forget(self, live: LiveRelease, user_id: str) -> None:
         """Delete a user; plays from before this moment are rejected from now on."""
@@ -337,10 +339,10 @@ class Service:
         """Return the songs most similar to a song. Raises `NotFoundError` if the song is not in the catalog."""
         row = int(live.catalog.find([song_id])[0])
         if row < 0:
-            raise NotFoundError(f"Song {song_id!r} is not in the catalog; find ids with /v1/songs?query=")
+            raise NotFoundError(f"Song {song_id!r} is not in the catalog; find IDs with /v1/songs?query=")
         path, songs = "exact", []
         if live.catalog.embedded(np.array([row])).any():
-            selection = await live.engine.similar(row, k)
+            selection = await live.engine.pool.run(live.engine.parts.similar, row, k)
             self.metrics.path(selection.path)
             path, songs = selection.path, _recommended_songs(live.catalog, selection)
         ((_, title, artist),) = live.catalog.describe(np.array([row]))
@@ -354,7 +356,7 @@ class Service:
         ids = list(dict.fromkeys(song_ids))
         rows = live.catalog.find(ids)
         is_embedded = live.catalog.embedded(rows)
-        positions = await live.engine.layout(rows[is_embedded])
+        positions = await live.engine.pool.run(live.engine.parts.layout, rows[is_embedded])
         mapped_ids = (song_id for song_id, has_position in zip(ids, is_embedded.tolist(), strict=True) if has_position)
         points = [
             MapPoint(song_id=song_id, title=title, artist=artist, x=x, y=y)
@@ -404,7 +406,7 @@ class Service:
                 page_selection = full_selection.take(slice(page.first, page.end))
                 answered_songs = self._build_answer(live, query, page_selection, unknown=query.unknown + unknown_count)
                 if options.explain:
-                    add_reasons(answered_songs, page_selection, query.songs, live.catalog)
+                    add_reasons(answered_songs, page_selection, query.plays.songs, live.catalog)
                 has_more = len(full_selection.songs) > page.end
                 answer = Recommendations.model_construct(
                     **dict(answered_songs),
@@ -479,16 +481,21 @@ class Service:
         self, live: LiveRelease, queries: Sequence[UserQuery], all_options: Sequence[AnswerOptions]
     ) -> list[SelectedSongs]:
         """Choose the songs of each query: by taste, or popular songs if no play is known."""
-        with_plays = [index for index, query in enumerate(queries) if len(query.songs)]
+        with_plays = [index for index, query in enumerate(queries) if len(query.plays)]
         with_states = [index for index in with_plays if queries[index].states is not None]
         without_states = [index for index in with_plays if queries[index].states is None]
         selections: dict[int, SelectedSongs] = {}
         for indices in (with_states, without_states):
             if indices:
-                engine_selections = await _choose_by_engine(
-                    live, [queries[index] for index in indices], [all_options[index] for index in indices]
+                group = [queries[index] for index in indices]
+                group_selections = await live.engine.pool.run(
+                    live.engine.parts.answer,
+                    query_histories(group),
+                    np.array([query.at for query in group], dtype=np.int64),
+                    [all_options[index] for index in indices],
+                    _states_of(group),
                 )
-                selections |= dict(zip(indices, engine_selections, strict=True))
+                selections |= dict(zip(indices, group_selections, strict=True))
         return [
             selections[index] if index in selections else choose_popular(live.catalog.starting, options)
             for index, options in enumerate(all_options)
@@ -504,7 +511,7 @@ class Service:
             at=query.at,
             source="popular" if selection.path == "popular" else "taste",
             path=selection.path,
-            plays=query.plays,
+            plays=query.num_plays,
             unknown_songs=unknown,
             songs=_recommended_songs(live.catalog, selection),
         )
@@ -525,12 +532,13 @@ class Service:
                     answers[index] = InvalidEntry(detail=str(error), errors=field_errors(error))
         if queries:
             at = np.array([query.at for query in queries.values()], dtype=np.int64)
-            states = await live.engine.states(query_histories(list(queries.values())))
-            vectors = await live.engine.vectors(states, at, ("short", "long"))
+            engine = live.engine
+            states = await engine.pool.run(engine.parts.states, query_histories(list(queries.values())))
+            vectors = await engine.pool.run(engine.parts.vectors, states, at, ("short", "long"))
             for (index, query), short, long in zip(queries.items(), vectors["short"], vectors["long"], strict=True):
                 answers[index] = Taste.model_construct(
                     at=query.at,
-                    plays=query.plays,
+                    plays=query.num_plays,
                     unknown_songs=query.unknown,
                     short=short.tolist(),
                     long=long.tolist(),
@@ -617,19 +625,15 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-async def _choose_by_engine(
-    live: LiveRelease, queries: Sequence[UserQuery], all_options: Sequence[AnswerOptions]
-) -> list[SelectedSongs]:
-    """Choose songs for users with plays. Either all queries have states, or none has."""
-    at = np.array([query.at for query in queries], dtype=np.int64)
+def _states_of(queries: Sequence[UserQuery]) -> States | None:
+    """Return the network states of all queries together; None if no query has states."""
     states = [query.states for query in queries if query.states is not None]
     if not states:
-        return await live.engine.answer(query_histories(queries), at, all_options)
-    all_states = States(
+        return None
+    return States(
         hidden=np.concatenate([user_states.hidden for user_states in states]),
         last_played_at=np.concatenate([user_states.last_played_at for user_states in states]),
     )
-    return await live.engine.answer_states(all_states, query_histories(queries), at, all_options)
 
 
 def _page_rows(order: np.ndarray, query: SongsQuery, catalog: ServedCatalog) -> tuple[np.ndarray, str | None]:

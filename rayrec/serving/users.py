@@ -77,8 +77,8 @@ class StoredUser:
 
     state: UserState
     states: States  # of the live model, after all plays
-    # The user's last plays in time order, with the likes: at least `LAST_PLAYS` plays, or all if there are fewer.
-    plays: Histories
+    plays: Plays  # the last ones, in time order: at least `LAST_PLAYS`, or all if there are fewer
+    likes: Plays  # the songs liked, and when, in time order
     heard: np.ndarray  # int32 (any,), song rows of the plays before those
 
 
@@ -133,7 +133,7 @@ class StoredUsers:
             changes.append(Change(user_id=user_id, state=pack_state(state), expected=user.version))
         if changes:
             await self._run_in_thread(store.put, changes)
-        return [_stored_user(user_id, users[user_id], live) if user_id in users else None for user_id in user_ids]
+        return [_stored_user(users[user_id], live) if user_id in users else None for user_id in user_ids]
 
     async def take(
         self, live: LiveRelease, plays_by_user: Mapping[str, UserPlays], on_stored: OnStored | None = None
@@ -315,12 +315,13 @@ class StoredUsers:
             return scatter(steps, None)
         plays, start = gather(steps)
         plays = replace(plays, songs=live.catalog.rows_of_stored(plays.songs))
-        return scatter(steps, await live.engine.states(plays, start))
+        return scatter(steps, await live.engine.pool.run(live.engine.parts.states, plays, start))
 
     async def _read_initial_state(self, live: LiveRelease) -> States:
         if live.model_id not in self._initial_states:
             no_plays = Histories.from_lists([[]], [[]])
-            self._initial_states[live.model_id] = await live.engine.states(no_plays)  # a few kB per model
+            states = await live.engine.pool.run(live.engine.parts.states, no_plays)
+            self._initial_states[live.model_id] = states  # a few kB per model
         return self._initial_states[live.model_id]
 
     def store(self, namespace: str) -> StateStore:
@@ -374,19 +375,19 @@ def _record_of(full_user: FullUser) -> _UserRecord:
     )
 
 
-def _stored_user(user_id: str, user: _UserRecord, live: LiveRelease) -> StoredUser:
+def _stored_user(user: _UserRecord, live: LiveRelease) -> StoredUser:
     play_parts = [user.log, user.state.window] if user.log else [user.state.window]
     rows_of_stored = live.catalog.rows_of_stored
     plays, likes = (
         replace(stored_plays, songs=rows_of_stored(stored_plays.songs))
-        for stored_plays in (Plays.joined(play_parts), user.state.likes)
+        for stored_plays in (Plays.concatenate(play_parts), user.state.likes)
     )
     if len(plays) and plays.songs.max() >= FIRST_ONLINE:  # FIRST_ONLINE marks songs that are not known here
         plays = plays.take(plays.songs < FIRST_ONLINE)
-    likes = likes.take(likes.songs < FIRST_ONLINE)
     return StoredUser(
         state=user.state,
         states=user.state.states(live.model_id),
-        plays=replace(plays.history(user_id), likes=likes.history(user_id)),
+        plays=plays,
+        likes=likes.take(likes.songs < FIRST_ONLINE),
         heard=rows_of_stored(unpack_heard(user.heard)),
     )

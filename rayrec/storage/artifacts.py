@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayrec.display import html_table, html_values_table
@@ -99,18 +98,21 @@ class Manifest:
         return f"{self.folder}/{name}"
 
     def _repr_html_(self) -> str:
-        metrics = {name: value for name, value in self.metrics.items() if isinstance(value, int | float | str)}
-        verdict = str(metrics.pop("verdict", ""))
+        figures = {
+            name.replace("_", " "): value
+            for name, value in self.metrics.items()
+            if isinstance(value, int | float | str)
+        }
+        verdict = {"verdict": figures.pop("verdict")} if "verdict" in figures else {}
         inputs = {f"from {noun(role)}": input_id for role, input_id in self.inputs.items()}
-        readable_metrics = {name.replace("_", " "): value for name, value in metrics.items()}
-        parts = [f"<p>{escape(verdict)}</p>"] if verdict else []
-        parts.append(html_values_table(noun(self.kind).capitalize(), {"id": self.id, **inputs, **readable_metrics}))
+        values = {**verdict, "id": self.id, **inputs, **figures}
+        tables = [html_values_table(noun(self.kind).capitalize(), values)]
         for name, rows in self.metrics.items():
             if isinstance(rows, list) and rows and isinstance(rows[0], dict):
                 headers = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
                 cells = [[row.get(header) for header in headers] for row in rows]
-                parts.append(html_table(name.replace("_", " ").capitalize(), headers, cells))
-        return "".join(parts)
+                tables.append(html_table(name.replace("_", " ").capitalize(), headers, cells))
+        return "".join(tables)
 
 
 def noun(kind: str) -> str:
@@ -259,20 +261,21 @@ def newest(workspace: Workspace, kind: str) -> Manifest:
     return manifest
 
 
-def verify(workspace: Workspace, manifest: Manifest, names: Iterable[str] | None = None, *, once: bool = False) -> None:
+def verify(
+    workspace: Workspace, manifest: Manifest, names: Iterable[str] | None = None, *, once_per_node: bool = False
+) -> None:
     """Compare the files of an artifact, all or those in `names`, with their checksums.
 
-    With `once`, only one process of a node reads a file, for all processes of the node.
+    With `once_per_node`, only one process of a node reads a file, for all processes of the node.
     Raises `DamagedArtifactError` for the first file that differs.
     """
+    remedy = f"delete the folder {manifest.folder} and run `rayrec {COMMANDS[manifest.kind]}`"
     for name in manifest.files if names is None else names:
         path, expected = manifest.path(name), manifest.files[name]
         if not workspace.exists(path):
-            raise DamagedArtifactError(f"{path} is missing; create {noun(manifest.kind)} {manifest.id} again")
-        if (workspace.sha256_on_node(path) if once else sha256(workspace, path)) != expected:
-            raise DamagedArtifactError(
-                f"{path} does not match the checksum in its manifest; create {noun(manifest.kind)} {manifest.id} again"
-            )
+            raise DamagedArtifactError(f"{path} is missing; {remedy}")
+        if (workspace.sha256_on_node(path) if once_per_node else sha256(workspace, path)) != expected:
+            raise DamagedArtifactError(f"{path} does not match the checksum in its manifest; {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,7 +392,7 @@ def read_dataset_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) ->
     if raw.get("schema_version") != SCHEMA_VERSION:
         raise DamagedArtifactError(
             f"{path} has schema version {raw.get('schema_version')}, "
-            f"but this version of rayrec reads {SCHEMA_VERSION}; import the data again"
+            f"but this version of rayrec reads {SCHEMA_VERSION}; delete the folder {DATASET} and import the data again"
         )
     for name in ("joined", "part_times"):
         raw[name] = [tuple(pair) for pair in raw[name]]

@@ -179,25 +179,27 @@ def verify_release(
     kinds: Sequence[str] = PART_KINDS,
     *,
     plays: bool = True,
-    once: bool = False,
+    once_per_node: bool = False,
 ) -> None:
     """Compare every file of every part with its checksum. Raises `DamagedArtifactError` for the first that differs.
 
     For parts not in `kinds` only the manifest is compared, and without `plays` the histories are left out, so that a
-    process that loads neither tastes nor plays does not read those of millions of users. With `once`, only one process
-    of a node reads each version of a file.
+    process that loads neither tastes nor plays does not read those of millions of users. With `once_per_node`, only one
+    process of a node reads each version of a file.
 
     If plays were appended to the data set after the release, only the plays of the release are compared. Playlists are
     not compared, since a release does not read them and they may be replaced.
     """
-    artifacts.verify(workspace, release, once=once)
+    artifacts.verify(workspace, release, once_per_node=once_per_node)
     for path, expected in release_files(workspace, release).items():
         if plays or not path.startswith(HISTORIES):
-            _verify_checksum(workspace, path, expected, once)
+            _verify_checksum(workspace, path, expected, once_per_node)
     for kind in kinds:
         if kind in OPTIONAL_KINDS and kind not in release.inputs:
             continue
-        artifacts.verify(workspace, artifacts.load_manifest(workspace, kind, release.inputs[kind]), once=once)
+        artifacts.verify(
+            workspace, artifacts.load_manifest(workspace, kind, release.inputs[kind]), once_per_node=once_per_node
+        )
 
 
 def release_files(workspace: Workspace, release: Manifest) -> dict[str, str]:
@@ -307,8 +309,8 @@ def _publish_release(workspace: Workspace, inputs: dict[str, str], metrics: Mapp
     return publish(workspace, manifest, [CHECKSUMS])
 
 
-def _verify_checksum(workspace: Workspace, path: str, expected: str, once: bool) -> None:
+def _verify_checksum(workspace: Workspace, path: str, expected: str, once_per_node: bool) -> None:
     if not workspace.exists(path):
-        raise DamagedArtifactError(f"{path} is missing; create the release again")
-    if (workspace.sha256_on_node(path) if once else sha256(workspace, path)) != expected:
-        raise DamagedArtifactError(f"{path} changed since the release; create a new release, or restore the old file")
+        raise DamagedArtifactError(f"{path} is missing; restore it, or run `rayrec release create`")
+    if (workspace.sha256_on_node(path) if once_per_node else sha256(workspace, path)) != expected:
+        raise DamagedArtifactError(f"{path} changed since the release; restore it, or run `rayrec release create`")

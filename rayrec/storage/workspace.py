@@ -231,7 +231,9 @@ class Workspace:
         try:
             return self.filesystem.open_input_file(self.full(path))
         except FileNotFoundError as error:
-            raise NotFoundError(f"{path} not found in workspace {self.uri}") from error
+            raise NotFoundError(
+                f"{path} not found in workspace {self.uri}; `rayrec verify` lists damaged parts"
+            ) from error
 
     @contextmanager
     def open_output(self, path: str) -> Iterator[OutputFile]:
@@ -329,7 +331,7 @@ class Workspace:
         """
         info = self.filesystem.get_file_info(self.full(path))
         if info.type != pafs.FileType.File:
-            raise NotFoundError(f"{path} not found in workspace {self.uri}")
+            raise NotFoundError(f"{path} not found in workspace {self.uri}; `rayrec verify` lists damaged parts")
         return Path(info.path) if self.is_local else cached(self.filesystem, info, sha256)
 
     def sha256_on_node(self, path: str) -> str:

@@ -14,8 +14,8 @@ from rayrec.data.split import SplitConfig, choose_split, split_dataset
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
 from rayrec.evaluation.protocol import EvaluateConfig
-from rayrec.importing import import_run
 from rayrec.importing.import_plan import ImportConfig
+from rayrec.importing.staging import Staging
 from rayrec.jobs.build_index import build_index
 from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
@@ -146,7 +146,7 @@ def test_minimum_counts_apply_to_new_users_and_songs_only(tmp_path: Path, worksp
     assert [play[:2] for play in content(workspace)["ann"]][-1] == ((START + 90) * 1000, "s1")
 
 
-@pytest.mark.parametrize("step", ["_vocabulary", "_merge_buckets", "_write_rejected"])
+@pytest.mark.parametrize("step", ["songs_file", "bucket_results", "publish"])
 def test_a_killed_append_leaves_the_data_set_intact_and_can_be_resumed(
     tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -158,7 +158,7 @@ def test_a_killed_append_leaves_the_data_set_intact_and_can_be_resumed(
 
     new_config = config_of(tmp_path / "b.csv", plays(200, 2, start=START + 90_000, songs=90))
     with monkeypatch.context() as patch:
-        patch.setattr(import_run._Import, step, raise_interrupt)
+        patch.setattr(Staging, step, raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
             append_plays(workspace, new_config)
     assert Dataset(workspace).manifest == first

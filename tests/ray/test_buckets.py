@@ -13,7 +13,7 @@ import pytest
 import ray.cloudpickle
 
 from rayrec.errors import DamagedArtifactError, RayrecError
-from rayrec.jobs.rank import _RankerUnit
+from rayrec.jobs.rank import RankerUnit
 from rayrec.jobs.runtime import RETRIES, node_memory, run_buckets, unit_times
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -139,7 +139,7 @@ class AlwaysDying:
 
 
 def test_rankers_whose_workers_are_killed_are_named_by_what_they_rank() -> None:
-    units = [_RankerUnit("artists", "folder", "served"), _RankerUnit("", "folder", "next")]
+    units = [RankerUnit("artists", "folder", "served"), RankerUnit("", "folder", "next")]
     with pytest.raises(RayrecError, match=r"ranker next, served without artists of 2 failed: .* killed 4 times"):
         list(run_buckets(AlwaysDying, units, arguments={}, called="ranker"))
 

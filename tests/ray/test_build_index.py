@@ -6,12 +6,12 @@ from networks import NUM_SONGS, model_config, network
 from worlds import random_histories, write_dataset
 
 from rayrec.data.histories import Queries
+from rayrec.data.top_k import top_k
 from rayrec.embeddings.vectors import SongVectors
 from rayrec.errors import MissingDependencyError, NotFoundError
 from rayrec.jobs import build_index as index_job
 from rayrec.jobs.build_index import MODEL_VECTORS, build_index, taste_queries
 from rayrec.model.checkpoint import save_model
-from rayrec.recommend.base import top_k
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage import artifacts

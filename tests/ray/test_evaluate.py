@@ -168,5 +168,5 @@ def test_an_added_model_needs_a_name_that_is_not_used(dataset: Dataset) -> None:
 @pytest.mark.usefixtures("cluster")
 def test_a_test_range_without_queries_is_refused(dataset: Dataset) -> None:
     late_split = Split(id="cut", dataset="by-hand", validation_from=10**12, test_from=10**12)
-    with pytest.raises(InputError, match="nothing to predict; run `rayrec split` with more test days"):
+    with pytest.raises(InputError, match="nothing to predict; run `rayrec split` with more --test-days"):
         evaluate(dataset.workspace, EvaluateConfig(models=("popularity",)), split=late_split)

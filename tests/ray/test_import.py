@@ -19,6 +19,7 @@ from rayrec.errors import InputError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing import import_run
 from rayrec.importing.import_plan import ImportConfig
+from rayrec.importing.staging import Staging
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.import_data import import_data
 from rayrec.jobs.verify import verify_workspace
@@ -171,7 +172,7 @@ def test_repeat_replaces_the_data_set(tmp_path: Path, workspace: Workspace) -> N
     assert {path.removeprefix("dataset/") for path in workspace.files("dataset")} == {*manifest.files, "dataset.json"}
 
 
-@pytest.mark.parametrize("step", ["_vocabulary", "_merge_buckets", "_write_rejected"])
+@pytest.mark.parametrize("step", ["songs_file", "bucket_results", "publish"])
 def test_a_killed_import_leaves_no_data_set_and_goes_on_where_it_was(
     imported: tuple[Path, Workspace, DatasetManifest],
     tmp_path: Path,
@@ -187,7 +188,7 @@ def test_a_killed_import_leaves_no_data_set_and_goes_on_where_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_run._Import, step, raise_interrupt)
+        patch.setattr(Staging, step, raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
             import_data(workspace, config)
     assert not workspace.exists("dataset/dataset.json")

@@ -31,10 +31,10 @@ with ray_cluster():
             break
         time.sleep(0.2)
     places = list(run_buckets(Place, range(8), arguments={}))
-    made = generate(
+    manifest = generate(
         Workspace(sys.argv[1]), GenerateConfig(users=300, songs=100, artists=20, genres=4, plays=10.0, buckets=6)
     )
-print(json.dumps({"places": sorted(set(places)), "id": made.id, "users": made.users}))
+print(json.dumps({"places": sorted(set(places)), "id": manifest.id, "users": manifest.users}))
 """
 
 

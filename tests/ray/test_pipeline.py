@@ -24,7 +24,7 @@ STAGES = ["generate", "split", "embed", "train", "retrieval", "rank", "taste", "
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> tuple[Workspace, list[Outcome]]:
+def pipeline_run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> tuple[Workspace, list[Outcome]]:
     """A workspace after a run of TINY, and the outcomes of the run."""
     workspace = Workspace(tmp_path_factory.mktemp("run") / "workspace")
     return workspace, run(workspace, TINY)
@@ -34,8 +34,8 @@ def statuses(outcomes: list[Outcome]) -> dict[str, str]:
     return {outcome.stage: outcome.status for outcome in outcomes}
 
 
-def test_a_first_run_does_every_stage_and_releases(made: tuple[Workspace, list[Outcome]]) -> None:
-    workspace, outcomes = made
+def test_a_first_run_does_every_stage_and_releases(pipeline_run: tuple[Workspace, list[Outcome]]) -> None:
+    workspace, outcomes = pipeline_run
     assert statuses(outcomes) == dict.fromkeys(STAGES, "done")
     live_release = releases.active_release(workspace)
     assert live_release is not None
@@ -51,8 +51,8 @@ def test_a_first_run_does_every_stage_and_releases(made: tuple[Workspace, list[O
     assert metrics["evaluate"]["default"] == "two-step"
 
 
-def test_the_report_says_which_settings_are_not_the_defaults(made: tuple[Workspace, list[Outcome]]) -> None:
-    workspace, outcomes = made
+def test_the_report_says_which_settings_are_not_the_defaults(pipeline_run: tuple[Workspace, list[Outcome]]) -> None:
+    workspace, outcomes = pipeline_run
     (report_id,) = (outcome.id for outcome in outcomes if outcome.stage == "evaluate")
     report = artifacts.load_manifest(workspace, "reports", report_id)
     about = workspace.read_json(report.path("results.json"))["about"]
@@ -65,8 +65,8 @@ def test_the_report_says_which_settings_are_not_the_defaults(made: tuple[Workspa
     }
 
 
-def test_a_second_run_skips_everything_and_says_so(made: tuple[Workspace, list[Outcome]]) -> None:
-    workspace, outcomes = made
+def test_a_second_run_skips_everything_and_says_so(pipeline_run: tuple[Workspace, list[Outcome]]) -> None:
+    workspace, outcomes = pipeline_run
     reported_outcomes: list[Outcome] = []
     second_outcomes = run(workspace, TINY, on_stage=reported_outcomes.append)
     assert statuses(second_outcomes) == dict.fromkeys(STAGES, "skipped")
@@ -123,9 +123,9 @@ def run_command(workspace: Workspace, capsys: pytest.CaptureFixture[str], *argum
 
 
 def test_the_command_line_answers_from_the_live_release(
-    made: tuple[Workspace, list[Outcome]], capsys: pytest.CaptureFixture[str]
+    pipeline_run: tuple[Workspace, list[Outcome]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    workspace, outcomes = made
+    workspace, outcomes = pipeline_run
     ids = {outcome.stage: outcome.id for outcome in outcomes}
     output = run_command(workspace, capsys, "recommend", "--songs", "song-000001,song-000002", "-k", "5")
     scores = [song["score"] for song in output["songs"]]
@@ -155,18 +155,18 @@ def flags(stage: str) -> list[str]:
 
 
 def test_people_see_tables_of_80_columns(
-    made: tuple[Workspace, list[Outcome]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    pipeline_run: tuple[Workspace, list[Outcome]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     for arguments in (["recommend", "--songs", "song-000001"], ["evaluate", *flags("evaluate")], ["status"], ["index"]):
-        assert main(["--workspace", made[0].uri, *arguments]) == 0
+        assert main(["--workspace", pipeline_run[0].uri, *arguments]) == 0
         output = capsys.readouterr().out
         # a line with a path may be longer: paths are never broken
-        assert all(len(line) <= 80 for line in output.splitlines() if made[0].root[:10] not in line)
+        assert all(len(line) <= 80 for line in output.splitlines() if pipeline_run[0].root[:10] not in line)
 
 
-def test_a_model_of_other_data_is_refused(made: tuple[Workspace, list[Outcome]], tmp_path: Path) -> None:
-    workspace, _ = made
+def test_a_model_of_other_data_is_refused(pipeline_run: tuple[Workspace, list[Outcome]], tmp_path: Path) -> None:
+    workspace, _ = pipeline_run
     manifest = workspace.read_json("dataset/dataset.json")
     workspace.write_json("dataset/dataset.json", {**manifest, "id": "other"})
     try:
@@ -178,9 +178,9 @@ def test_a_model_of_other_data_is_refused(made: tuple[Workspace, list[Outcome]],
 
 
 def test_the_demo_shows_one_user_and_never_replaces_other_data(
-    made: tuple[Workspace, list[Outcome]], monkeypatch: pytest.MonkeyPatch
+    pipeline_run: tuple[Workspace, list[Outcome]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workspace, outcomes = made
+    workspace, outcomes = pipeline_run
     with pytest.raises(InputError, match="holds another data set"):
         demo(workspace)
     monkeypatch.setattr(pipeline, "DEMO_PIPELINE", TINY)

@@ -189,14 +189,14 @@ def test_running_requests_are_answered_before_the_server_ends_cleanly(by: str, t
 
 
 @pytest.mark.parametrize(
-    "begun",
+    "process_name",
     [
         pytest.param("", id="loading states"),
         pytest.param("gcs_server", id="starting Ray"),
         pytest.param("ServeController", id="starting Serve", marks=pytest.mark.slow),
     ],
 )
-def test_sigterm_ends_the_server_cleanly_while_it_starts(begun: str, tmp_path: Path) -> None:
+def test_sigterm_ends_the_server_cleanly_while_it_starts(process_name: str, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "workspace")
     write_world(workspace)
     write_release(workspace)
@@ -205,7 +205,7 @@ def test_sigterm_ends_the_server_cleanly_while_it_starts(begun: str, tmp_path: P
     assert process.stderr is not None
     assert "Loading the users' states" in process.stderr.readline()
     deadline = time.monotonic() + 120
-    while begun and not served.processes(begun):
+    while process_name and not served.processes(process_name):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     processes = psutil.Process(process.pid).children(recursive=True)

@@ -10,10 +10,11 @@ from serving_apps import running
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Queries
+from rayrec.data.top_k import top_k
 from rayrec.evaluation.protocol import HeardSongs, target_songs
 from rayrec.evaluation.ranks import rank_targets
 from rayrec.recommend.answer import history_of_songs, load_recommender
-from rayrec.recommend.base import HorizonName, top_k
+from rayrec.recommend.base import HorizonName
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
@@ -62,8 +63,8 @@ def test_over_http_a_song_stands_where_evaluate_ranks_it(url: str, world: Worksp
         recommender, histories, queries, targets, is_known, depth=NUM_SONGS, horizons={"next": horizon}
     )
     ranks = []
-    for row, num_seen, at, song in zip(queries.rows, queries.seen, queries.at, histories.songs[plays], strict=True):
-        user_span = slice(histories.offsets[row], histories.offsets[row] + num_seen)
+    for row, play, at in zip(queries.rows, plays, queries.at, strict=True):
+        user_span, song = slice(histories.offsets[row], play), histories.songs[play]
         history = [
             {"song_id": f"song-{song}", "played_at": int(played_at)}
             for song, played_at in zip(histories.songs[user_span], histories.played_at[user_span], strict=True)

@@ -155,9 +155,9 @@ def test_playlists_shorter_than_the_horizon_cannot_be_trained_on(world: Workspac
 
 def _train_and_die_in_second_epoch(arguments: dict[str, Any]) -> None:
     """Train, but exit in the second epoch, once the checkpoint of the first one is stored."""
-    from rayrec.jobs import trainer as here
+    from rayrec.jobs import trainer as trainer_module
 
-    original_stepped = here.WorkerHost.stepped
+    original_stepped = trainer_module.WorkerHost.stepped
 
     def die_in_second_epoch(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
         if report.epoch == 1 and report.step == 1:
@@ -165,15 +165,15 @@ def _train_and_die_in_second_epoch(arguments: dict[str, Any]) -> None:
             os._exit(1)
         original_stepped(host, phase, report, loss)
 
-    here.WorkerHost.stepped = die_in_second_epoch  # type: ignore[method-assign]
-    here.train_worker(arguments)
+    trainer_module.WorkerHost.stepped = die_in_second_epoch  # type: ignore[method-assign]
+    trainer_module.train_worker(arguments)
 
 
 def _train_and_note_first_step(arguments: dict[str, Any]) -> None:
     """Train, and write the number of workers and the phase, epoch and step of the first step to a file."""
-    from rayrec.jobs import trainer as here
+    from rayrec.jobs import trainer as trainer_module
 
-    original_stepped = here.WorkerHost.stepped
+    original_stepped = trainer_module.WorkerHost.stepped
 
     def note_first_step(host: Any, phase: Phase, report: StepReport, loss: float) -> None:
         workspace, context = arguments["plan"].workspace, ray.train.get_context()
@@ -182,8 +182,8 @@ def _train_and_note_first_step(arguments: dict[str, Any]) -> None:
             workspace.write_json(path, [context.get_world_size(), phase, report.epoch, report.step])
         original_stepped(host, phase, report, loss)
 
-    here.WorkerHost.stepped = note_first_step  # type: ignore[method-assign]
-    here.train_worker(arguments)
+    trainer_module.WorkerHost.stepped = note_first_step  # type: ignore[method-assign]
+    trainer_module.train_worker(arguments)
 
 
 @pytest.mark.slow
@@ -235,17 +235,17 @@ def test_ray_data_streams_the_batches_of_the_plain_loop_and_none_of_the_validati
 
 def _train_and_note_streams(arguments: dict[str, Any]) -> None:
     """Train, and write the epochs of each stream that is opened to a file."""
-    from rayrec.jobs import trainer as here
+    from rayrec.jobs import trainer as trainer_module
 
-    original_stream = here.WindowStream
+    original_stream = trainer_module.WindowStream
 
     def note_stream(reader: Any, epochs: range) -> Any:
         with Path(f"{arguments['plan'].workspace.root}/streams").open("a", encoding="utf-8") as file:
             file.write(f"{epochs.start} {epochs.stop}\n")
         return original_stream(reader, epochs)
 
-    here.WindowStream = note_stream  # type: ignore[misc, assignment]
-    here.train_worker(arguments)
+    trainer_module.WindowStream = note_stream  # type: ignore[misc, assignment]
+    trainer_module.train_worker(arguments)
 
 
 def test_all_epochs_of_a_phase_come_from_one_stream(
@@ -285,7 +285,7 @@ def test_a_split_that_leaves_no_plays_is_refused(workspace: Workspace) -> None:
     write_dataset(workspace, Histories.from_lists([[0, 1]], [[10, 20]]), 2)
     write_song_vectors(workspace, random_vectors(2), {"dataset": "by-hand", "split": "early"})
     early_split = Split(id="early", dataset="by-hand", validation_from=5, test_from=5)
-    with pytest.raises(RayrecError, match=r"leaves no plays to train on; use fewer"):
+    with pytest.raises(RayrecError, match=r"leaves no plays to train on; run `rayrec split` with fewer"):
         train(workspace, CONFIG, split=early_split)
 
 

@@ -21,7 +21,7 @@ LAST_SONG = "encore"  # the song that every user plays last, and only then
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> tuple[Workspace, dict[str, Outcome]]:
+def pipeline_run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> tuple[Workspace, dict[str, Outcome]]:
     """A pipeline run on users who play the songs 0, 1, 2 ... in a circle, starting at song `user % SONGS`."""
     folder = tmp_path_factory.mktemp("sequences")
     lines = [" ".join([*(str((user + step) % SONGS) for step in range(19)), LAST_SONG]) for user in range(USERS)]
@@ -38,14 +38,14 @@ def made(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> tuple[Works
 
 
 @pytest.fixture
-def split(made: tuple[Workspace, dict[str, Outcome]]) -> Split:
-    return list_splits(made[0])[-1]
+def split(pipeline_run: tuple[Workspace, dict[str, Outcome]]) -> Split:
+    return list_splits(pipeline_run[0])[-1]
 
 
 def test_the_end_of_each_sequence_is_evaluated_and_the_report_says_so(
-    made: tuple[Workspace, dict[str, Outcome]],
+    pipeline_run: tuple[Workspace, dict[str, Outcome]],
 ) -> None:
-    workspace, outcomes = made
+    workspace, outcomes = pipeline_run
     assert outcomes["split"].figures["protocol"] == "last-fraction"
     metrics = outcomes["evaluate"].figures
     report_folder = f"reports/{outcomes['evaluate'].id}"
@@ -62,31 +62,33 @@ def test_the_end_of_each_sequence_is_evaluated_and_the_report_says_so(
     assert json.loads(workspace.read_bytes(f"{report_folder}/results.json"))["about"]["protocol"] == "last-fraction"
 
 
-def test_a_horizon_in_days_is_refused(made: tuple[Workspace, dict[str, Outcome]], split: Split) -> None:
+def test_a_horizon_in_days_is_refused(pipeline_run: tuple[Workspace, dict[str, Outcome]], split: Split) -> None:
     with pytest.raises(InputError, match=r"no times, which a horizon in days needs; use --long"):
-        train(made[0], TrainConfig(long_days=(0, 7)), split=split)
+        train(pipeline_run[0], TrainConfig(long_days=(0, 7)), split=split)
 
 
-def test_the_network_sees_neither_gaps_nor_hours(made: tuple[Workspace, dict[str, Outcome]]) -> None:
-    workspace, outcomes = made
+def test_the_network_sees_neither_gaps_nor_hours(pipeline_run: tuple[Workspace, dict[str, Outcome]]) -> None:
+    workspace, outcomes = pipeline_run
     features = workspace.read_json(f"models/{outcomes['train'].id}/model.json")["features"]
     assert not any(features[name] for name in ("gap", "request_gap", "hour", "weekday", "pause_hours"))
     assert model_config(Dataset(workspace), TrainConfig(hours=True), 8).features.dim == 0
 
 
 def test_the_validation_plays_are_those_before_the_last_fifth(
-    made: tuple[Workspace, dict[str, Outcome]], split: Split
+    pipeline_run: tuple[Workspace, dict[str, Outcome]], split: Split
 ) -> None:
     validation = load_validation(
-        validation_histories(Dataset(made[0]), split, 10_000).to_arrow(), split.selection, 10_000
+        validation_histories(Dataset(pipeline_run[0]), split, 10_000).to_arrow(), split.selection, 10_000
     )
     assert validation.histories.lengths.tolist() == [16] * USERS
     assert sorted(set(validation.histories.places[validation.plays].tolist())) == [14, 15]
     assert len(validation.plays) == 2 * USERS
 
 
-def test_fits_do_not_see_the_end_of_a_sequence(made: tuple[Workspace, dict[str, Outcome]], split: Split) -> None:
-    dataset = Dataset(made[0])
+def test_fits_do_not_see_the_end_of_a_sequence(
+    pipeline_run: tuple[Workspace, dict[str, Outcome]], split: Split
+) -> None:
+    dataset = Dataset(pipeline_run[0])
     last_song = int(dataset.catalog().rows([LAST_SONG])[0])
     (popularity,) = fit_baselines(["popularity"], dataset, None, split.final)
     assert isinstance(popularity, PopularityRecommender)
@@ -102,9 +104,9 @@ def test_fits_do_not_see_the_end_of_a_sequence(made: tuple[Workspace, dict[str, 
 
 
 def test_the_command_line_shows_a_data_set_without_times(
-    made: tuple[Workspace, dict[str, Outcome]], capsys: pytest.CaptureFixture[str]
+    pipeline_run: tuple[Workspace, dict[str, Outcome]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    workspace, _ = made
+    workspace, _ = pipeline_run
     assert main(["status", "--workspace", workspace.uri]) == 0
     assert "last-fraction" in capsys.readouterr().out
     assert main(["recommend", "--songs", "3,4", "--workspace", workspace.uri, "--json"]) == 0

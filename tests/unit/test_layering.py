@@ -29,6 +29,7 @@ LEVELS = [
     {"rayrec_cli"},
 ]
 LEVEL = {layer: level for level, layers in enumerate(LEVELS) for layer in layers}
+COMPAT_OF_SERVING = "rayrec.serving.serve_compat"  # Ray's private parts: compat is below the layers that import Ray
 HEAVY = ("ray", "torch", "gensim", "faiss", "matplotlib")
 
 
@@ -87,6 +88,14 @@ def test_ray_is_imported_in_jobs_serving_and_bench_alone() -> None:
     ray_modules = {name for name, path in MODULES.items() if any(item.split(".")[0] == "ray" for item in imports(path))}
     assert {layer(name) for name in ray_modules} <= {"jobs", "serving", "bench"}
     assert ray_modules
+
+
+def test_private_modules_of_other_packages_are_imported_in_two_modules_alone() -> None:
+    private_imports = {
+        name: [item for item in imports(path) if re.search(r"(^|\.)_(?!_)", item) and item not in MODULES]
+        for name, path in MODULES.items()
+    }
+    assert {name for name, items in private_imports.items() if items} == {"rayrec.compat", COMPAT_OF_SERVING}
 
 
 def test_no_two_modules_share_a_name() -> None:

@@ -91,29 +91,45 @@ def go():
     assert texts_with_docstrings - texts == {"Told to readers of the code alone.", "Judged by nobody."}
 
 
-# A variable says what it holds, not that something was told or found. See also `PATTERN` for texts.
+# A name says what a variable holds or what a function does, not that something was told or found. See also `PATTERN`
+# for texts.
 VAGUE_NAMES = {
-    *("told", "asked", "wish", "made", "found", "got", "begun", "began", "gone", "chosen", "said", "joined"),
+    *("told", "asked", "wish", "made", "found", "got", "begun", "began", "gone", "chosen", "said", "joined", "look"),
     *("beside", "mine", "theirs", "ours", "likeness", "chance", "chances", "tally", "crew", "whole", "worth"),
     *("here", "there", "which", "what", "who", "how", "some", "everything", "nothing", "anything", "once", "again"),
 }
 
 
-def vague_variables(source: str) -> Iterator[tuple[int, str]]:
-    """Yield line and name of each variable of a function that is assigned to and that is in VAGUE_NAMES."""
+def vague_names(source: str) -> Iterator[tuple[int, str]]:
+    """Yield line and name of each function, method, argument and assigned local variable that is in VAGUE_NAMES."""
     for function in ast.walk(ast.parse(source)):
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-            for node in ast.walk(function):
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in VAGUE_NAMES:
-                    yield node.lineno, node.id
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        names = [] if isinstance(function, ast.Lambda) else [(function.lineno, function.name)]
+        for node in ast.walk(function):
+            if isinstance(node, ast.arg):
+                names.append((node.lineno, node.arg))
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.append((node.lineno, node.id))
+        yield from ((line, name) for line, name in names if name in VAGUE_NAMES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_variable_has_a_name_that_does_not_say_what_it_holds(path: Path) -> None:
-    problems = [f"line {line}: {name}" for line, name in vague_variables(path.read_text("utf-8"))]
+def test_no_function_argument_or_variable_has_a_vague_name(path: Path) -> None:
+    problems = [f"line {line}: {name}" for line, name in vague_names(path.read_text("utf-8"))]
     assert not problems, "\n".join(problems)
 
 
-def test_vague_variables_are_found_in_loops_and_assignments() -> None:
-    source = "def f(told):\n    found = 1\n    for chosen, row in told:\n        pass\n    return found\n"
-    assert list(vague_variables(source)) == [(2, "found"), (3, "chosen")]
+def test_vague_names_are_found_in_functions_arguments_loops_and_assignments() -> None:
+    source = """
+class Song:
+    def look(self, told, *, once=False):
+        found = 1
+        for chosen, row in told:
+            pass
+        return found
+
+first = lambda who: who
+"""
+    names = [(3, "look"), (3, "told"), (3, "once"), (4, "found"), (5, "chosen"), (9, "who")]
+    assert sorted(vague_names(source)) == sorted(names)

@@ -26,7 +26,7 @@ from rayrec.importing.readers.reader import (
 NOT_A_PLAY = "not a play"
 PODCAST = "podcast or audiobook"
 ACCOUNT_DATA = (
-    "Spotify's account data has no song ids and no exact times; ask Spotify for the extended streaming history"
+    "Spotify's account data has no song IDs and no exact times; ask Spotify for the extended streaming history"
 )
 SKIP_REASONS = ("fwdbtn", "backbtn")
 SHORT_RECORD = re.compile(rb'"endTime"\s*:')

@@ -132,8 +132,8 @@ class PlanConfig(Settings):
         counts = (self.users, self.plays, self.songs)
         if None in counts and counts != (None, None, None):
             raise ValueError(
-                "users, plays and songs belong together; give all of them, or none to plan for the data set of the "
-                "workspace"
+                "--users, --plays and --songs belong together; give all of them, or none to plan for the data set of "
+                "the workspace"
             )
         return self
 
@@ -182,7 +182,7 @@ def read_rates(path: str) -> dict[str, float]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))["rates"]
         rates = {str(name): float(rate) for name, rate in content.items()}
     except OSError as error:
-        raise InputError(f"rates file {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"rates file {path} cannot be read: {error.strerror}; check the path") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} has no rates; expected a file written by `rayrec bench scale --save FILE`") from error
     invalid_names = [name for name, rate in rates.items() if not rate > 0]
@@ -227,7 +227,7 @@ def read_cluster(path: str) -> ClusterFile:
     try:
         documents = [document for document in yaml.safe_load_all(Path(path).read_text(encoding="utf-8")) if document]
     except OSError as error:
-        raise InputError(f"cluster file {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"cluster file {path} cannot be read: {error.strerror}; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"cluster file {path} is not YAML: {str(error).splitlines()[0]}") from error
     for document in documents:

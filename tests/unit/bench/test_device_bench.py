@@ -11,6 +11,7 @@ import torch
 
 from rayrec.bench import device_bench
 from rayrec.bench.device_bench import ByteCounter, Size, network, random_histories
+from rayrec.compat import observed_operations
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import Cell, Objective, TrainConfig
@@ -78,18 +79,18 @@ def test_a_device_with_other_results_is_reported_by_name_and_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    learned, call_count = device_bench.learned, [0]
+    train_network, call_count = device_bench.train_network, [0]
 
-    def learn_with_fault(size: Size, device: str, steps: int, **options: bool) -> TasteModel:
+    def train_with_fault(size: Size, device: str, steps: int, **options: bool) -> TasteModel:
         call_count[0] += 1
-        model = learned(size, device, steps, **options)
+        model = train_network(size, device, steps, **options)
         if call_count[0] == call:  # training on the device, second objective of the first cell, either precision
             assert options == {"bf16": bf16}
             with torch.no_grad():
                 model.dense.weight += 0.1
         return model
 
-    monkeypatch.setattr(device_bench, "learned", learn_with_fault)
+    monkeypatch.setattr(device_bench, "train_network", train_with_fault)
     checks = device_bench.checks("cpu")
     assert [position for position, check in enumerate(checks) if not check["same"]] == [number]
     assert (checks[number]["cell"], checks[number]["objective"]) == ("gru", "softmax")
@@ -152,7 +153,8 @@ def test_bytes_are_those_read_and_those_written() -> None:
         (lambda: torch.empty_like(values), 0),
         (lambda: values[:10].view(2, 5), 0),
     ):
-        with ByteCounter() as counter:
+        counter = ByteCounter()
+        with observed_operations(counter.add):
             work()
         assert counter.total == expected
 
@@ -168,7 +170,7 @@ def test_the_operations_of_a_play_are_those_of_its_matrices() -> None:
         encoder.run(histories)
         return float(histories.num_plays)
 
-    flops, moved_bytes = device_bench.asked(work)
+    flops, moved_bytes = device_bench.cost_per_unit(work)
     hidden, features = config.hidden_dim, encoder.model.config.features.dim
     assert flops == pytest.approx(2 * 3 * hidden * (size.dim + features + hidden), rel=0.01)
     assert moved_bytes > 4 * (size.dim + hidden)
@@ -197,7 +199,7 @@ def test_random_histories_are_the_same_each_time() -> None:
 def test_a_compiled_training_takes_the_steps_of_one_that_is_not_compiled() -> None:
     """Without dropout, because compiled code may draw other random numbers."""
     size = replace(Size.quick(), config=Size.quick().config.replace(dropout=0.0))
-    plain, compiled = (device_bench.learned(size, "cpu", 3, compiled=choice) for choice in (False, True))
+    plain, compiled = (device_bench.train_network(size, "cpu", 3, compiled=choice) for choice in (False, True))
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], value, atol=1e-6, rtol=0, msg=name)
 
@@ -219,8 +221,8 @@ class TestOnAGpu:
     @pytest.mark.parametrize("bf16", [False, True])
     def test_a_training_takes_the_steps_of_a_cpu(self, bf16: bool) -> None:
         size = replace(Size.quick(), config=Size.quick().config.replace(dropout=0.0))
-        gpu_weights = device_bench.learned(size, "cuda", 3, bf16=bf16).state_dict()
-        cpu_weights = device_bench.learned(size, "cpu", 3).state_dict()
+        gpu_weights = device_bench.train_network(size, "cuda", 3, bf16=bf16).state_dict()
+        cpu_weights = device_bench.train_network(size, "cpu", 3).state_dict()
         weight_change = TrainConfig().learning_rate * 3  # Adam moves a weight by about the learning rate per step
         for name, value in cpu_weights.items():
             assert (gpu_weights[name] - value).abs().mean() < 0.2 * weight_change, name

@@ -46,30 +46,30 @@ def paced_way(speeds: Iterator[float], log: list[str], name: str) -> Way:
 
 @pytest.fixture
 def ways() -> Callable[[list[float], list[float]], tuple[Way, Way, list[str]]]:
-    def make(ours: list[float], plain: list[float]) -> tuple[Way, Way, list[str]]:
+    def make(speeds: list[float], plain_speeds: list[float]) -> tuple[Way, Way, list[str]]:
         log: list[str] = []
-        return paced_way(iter(ours), log, "ours"), paced_way(iter(plain), log, "plain"), log
+        return paced_way(iter(speeds), log, "ours"), paced_way(iter(plain_speeds), log, "plain"), log
 
     return make
 
 
 class TestCompare:
     def test_ratio_is_the_median_of_the_rounds_with_its_spread(self, ways) -> None:  # type: ignore[no-untyped-def]
-        ours, plain, _ = ways([90, 10, 80, 95, 100], [100, 100, 100, 100, 100])
-        result = compare("train", "plays", ours, plain, rounds=5)
+        way, plain_way, _ = ways([90, 10, 80, 95, 100], [100, 100, 100, 100, 100])
+        result = compare("train", "plays", way, plain_way, rounds=5)
         assert (result.ratio, result.ratio_low, result.ratio_high) == pytest.approx((0.9, 0.1, 1.0))
         assert (result.per_second, result.plain_per_second) == pytest.approx((90, 100))
 
     def test_a_machine_that_slows_down_changes_no_ratio(self, ways) -> None:  # type: ignore[no-untyped-def]
         pace = [100.0, 50, 25, 12, 6]
-        ours, plain, _ = ways([0.8 * speed for speed in pace], pace)
-        result = compare("train", "plays", ours, plain, rounds=5)
+        way, plain_way, _ = ways([0.8 * speed for speed in pace], pace)
+        result = compare("train", "plays", way, plain_way, rounds=5)
         assert result.ratio_low == pytest.approx(0.8)
         assert result.ratio_high == pytest.approx(0.8)
 
     def test_every_other_round_starts_with_the_other_way(self, ways) -> None:  # type: ignore[no-untyped-def]
-        ours, plain, log = ways([1] * 3, [1] * 3)
-        compare("train", "plays", ours, plain, rounds=3)
+        way, plain_way, log = ways([1] * 3, [1] * 3)
+        compare("train", "plays", way, plain_way, rounds=3)
         assert log == ["ours", "plain", "plain", "ours", "ours", "plain"]
 
     def test_ways_may_do_different_amounts_of_work(self) -> None:
@@ -182,7 +182,7 @@ SCALE = {"name": "scale", "per_second": 1.0, "rates": {"import_plays_per_second_
 
 
 @pytest.mark.parametrize(
-    ("told", "wanted"),
+    ("result", "expected"),
     [
         (TRAIN, {"train_plays_per_second_per_cpu": 80_000.0}),
         (EMBED, {"embed_tokens_per_second_per_cpu": 500_000.0}),
@@ -191,8 +191,8 @@ SCALE = {"name": "scale", "per_second": 1.0, "rates": {"import_plays_per_second_
         ({"name": "index", "per_second": 9.0}, {}),
     ],
 )
-def test_a_benchmark_tells_its_rates_for_one_cpu(told: dict[str, Any], wanted: dict[str, float]) -> None:
-    assert rates_of(told) == wanted
+def test_a_benchmark_tells_its_rates_for_one_cpu(result: dict[str, Any], expected: dict[str, float]) -> None:
+    assert rates_of(result) == expected
 
 
 def test_each_benchmark_brings_its_own_rates_and_leaves_the_others(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_flags_override_the_config_file(app: typer.Typer, seen: list, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["there", "--way", "left"], "way is 'left'; expected one of up, down"),
         (["there", "--size", "0"], "size is 0; expected an integer of at least 1"),
@@ -99,10 +99,10 @@ def test_flags_override_the_config_file(app: typer.Typer, seen: list, tmp_path: 
         ([], "Missing argument WHERE; see rayrec go --help"),
     ],
 )
-def test_a_bad_value_is_an_error_with_what_was_expected(app: typer.Typer, arguments: list[str], said: str) -> None:
+def test_a_bad_value_is_an_error_with_what_was_expected(app: typer.Typer, arguments: list[str], message: str) -> None:
     result = invoke(app, *arguments)
     assert isinstance(result.exception, InputError)
-    assert said in str(result.exception)
+    assert message in str(result.exception)
 
 
 def test_an_unknown_key_of_a_config_file_is_an_error(app: typer.Typer, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def many(seen: list) -> typer.Typer:
 
 
 @pytest.mark.parametrize(
-    ("words", "content", "wanted"),
+    ("words", "content", "expected"),
     [
         ("go there", "[go]\nsize = 5\n[other]\ngo = true\n[group.within]\nsize = 6", {"size": 5}),
         ("group within", "[go]\nsize = 5\n[group.within]\nwhere = 'x'\nsize = 6", {"size": 6}),
@@ -154,13 +154,13 @@ def many(seen: list) -> typer.Typer:
     ],
 )
 def test_a_config_file_may_have_a_section_for_every_command_with_settings(
-    many: typer.Typer, seen: list, tmp_path: Path, words: str, content: str, wanted: dict[str, Any]
+    many: typer.Typer, seen: list, tmp_path: Path, words: str, content: str, expected: dict[str, Any]
 ) -> None:
     file = tmp_path / "settings.toml"
     file.write_text(content)
     result = CliRunner().invoke(many, [*words.split(), "--config", str(file)])
     assert result.exit_code == 0, (result.output, result.exception)
-    assert {name: getattr(seen[0], name) for name in wanted} == wanted
+    assert {name: getattr(seen[0], name) for name in expected} == expected
 
 
 def test_json_is_one_object_alone_on_stdout(app: typer.Typer) -> None:
@@ -344,7 +344,7 @@ def test_the_results_are_headed_by_the_confidence_of_their_intervals_and_have_no
 
 def test_settings_of_each_baseline_and_the_calibration_error_of_the_default_fit_in_80_columns() -> None:
     vstan = {"days_decay": 1825.0, "plays_decay": 4.0, "distance_decay": 20.0, "neighbors": 500, "just_played": 0.25}
-    error = {"model": "two-step", "value": 0.00312, "chance": 0.04, "right": 0.041, "songs": 900}
+    error = {"model": "two-step", "value": 0.00312, "mean_probability": 0.04, "right": 0.041, "songs": 900}
     data = {
         "default": "two-step",
         "settings": [{"model": "vstan", **vstan}, {"model": "sequential-rules", "decay": 0.5}],

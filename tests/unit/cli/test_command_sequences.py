@@ -320,6 +320,10 @@ def test_the_advice_helps_after_an_append_that_outdates_the_split_of_the_model()
     run_steps(["import", last_plays, "train", "import --append 1", last_plays, "evaluate"])
 
 
+def test_the_advice_of_rank_helps_after_an_append_that_outdates_the_split_of_the_model() -> None:
+    run_steps(["import", "split --last-fraction 0.2", "train", "import --append 1", "rank"])
+
+
 @pytest.mark.slow
 @given(SEQUENCES)
 @settings(max_examples=100, **HYPOTHESIS_SETTINGS)

@@ -47,7 +47,7 @@ def filled(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["import", "csv", "/no/such/file.csv"], "file or folder /no/such/file.csv does not exist"),
         (["import", "csv", "nosuch"], "(?-i:File or folder nosuch does not exist)"),
@@ -58,7 +58,7 @@ def filled(tmp_path: Path) -> str:
         (["import", "csv", "PLAYS", "--timezone", "Mars/Olympus"], "unknown time zone 'Mars/Olympus'; give an IANA"),
         (["inspect", "csv", "PLAYS", "--timezone", "Mars/Olympus"], "unknown time zone 'Mars/Olympus'; give an IANA"),
         (["fit", "PLAYS", "--timezone", "+02:00"], r"unknown time zone '\+02:00'; give an IANA"),
-        (["import", "mpd", "PLAYS", "--timezone", "Asia/Tokyo"], "times in a known zone; omit the time zone"),
+        (["import", "mpd", "PLAYS", "--timezone", "Asia/Tokyo"], "times in a known zone; omit --timezone"),
         (["import", "csv", "PLAYS", "--buckets", "many"], "'--buckets': 'many'|valid integer"),
         (["generate", "--users", "0"], "users is 0"),
         (["split"], "has no data set; run `rayrec import`"),
@@ -101,13 +101,13 @@ def filled(tmp_path: Path) -> str:
         (["clean", "--keep", "0"], "keep is 0; expected an integer of at least 1"),
         (["clean", "--hours", "-1"], "hours is -1.0; expected a number of at least 0"),
         (["release", "activate", "r", "--timeout", "0"], "timeout is 0.0; expected a number above 0"),
-        (["plan", "--cluster", "c.yaml", "--users", "3"], "users, plays and songs belong together"),
+        (["plan", "--cluster", "c.yaml", "--users", "3"], "--users, --plays and --songs belong together"),
         (["dance"], "No such command 'dance'"),
         (["release", "dance"], "No such command 'dance'"),
     ],
 )
 def test_wrong_use_is_one_clear_line_and_exit_code_2(
-    arguments: list[str], said: str, plays: Path, filled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, plays: Path, filled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = {"PLAYS": str(plays), "FILLED": filled}
     words = [paths.get(item, item) for item in arguments]
@@ -117,7 +117,7 @@ def test_wrong_use_is_one_clear_line_and_exit_code_2(
     assert captured.out == ""
     assert captured.err.startswith("rayrec: ")
     assert captured.err.count("\n") == 1
-    assert re.search(said, captured.err, re.IGNORECASE), captured.err
+    assert re.search(message, captured.err, re.IGNORECASE), captured.err
 
 
 def test_the_file_of_a_pipeline_holds_the_settings_of_single_commands_too(
@@ -173,7 +173,7 @@ def test_a_job_that_fails_is_exit_code_1(
     def fail(workspace: Workspace) -> None:
         raise LeakError("a fit was handed\n3 plays")
 
-    monkeypatch.setattr("rayrec_cli.operations_commands.look", fail)
+    monkeypatch.setattr("rayrec_cli.operations_commands.workspace_status", fail)
     assert main(["--workspace", filled, "status"]) == 1
     assert capsys.readouterr().err == "rayrec: A fit was handed 3 plays\n"
 
@@ -189,7 +189,7 @@ def test_an_error_of_ours_that_ray_wrapped_is_printed_as_it_was_raised(
     def fail(workspace: Workspace) -> None:
         raise WrappedError("Traceback\n  File x\nrayrec.errors.NotFoundError: there is no such song")
 
-    monkeypatch.setattr("rayrec_cli.operations_commands.look", fail)
+    monkeypatch.setattr("rayrec_cli.operations_commands.workspace_status", fail)
     assert main(["--workspace", filled, "status"]) == 2
     assert capsys.readouterr().err == "rayrec: There is no such song\n"
 
@@ -200,7 +200,7 @@ def test_our_bugs_are_one_line_and_a_traceback_only_on_request(
     def fail(workspace: Workspace) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("rayrec_cli.operations_commands.look", fail)
+    monkeypatch.setattr("rayrec_cli.operations_commands.workspace_status", fail)
     monkeypatch.setenv("RAYREC_WORKSPACE", filled)
     assert main(["status"]) == 1
     assert capsys.readouterr().err == "rayrec: ZeroDivisionError: oh; run again with --debug for the traceback\n"
@@ -233,7 +233,7 @@ def test_an_error_with_json_is_one_object_on_stdout_and_one_line_on_stderr(
     def fail(workspace: Workspace) -> None:
         raise raised
 
-    monkeypatch.setattr("rayrec_cli.operations_commands.look", fail)
+    monkeypatch.setattr("rayrec_cli.operations_commands.workspace_status", fail)
     monkeypatch.setenv("RAYREC_WORKSPACE", filled)
     kind, message, hint, code = error
     assert main(["--json", "status"] if place == "before" else ["status", "--json"]) == code
@@ -270,7 +270,7 @@ def test_an_interrupt_is_exit_code_130(filled: str, monkeypatch: pytest.MonkeyPa
     def interrupt(workspace: Workspace) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rayrec_cli.operations_commands.look", interrupt)
+    monkeypatch.setattr("rayrec_cli.operations_commands.workspace_status", interrupt)
     assert main(["--workspace", filled, "status"]) == 130
 
 

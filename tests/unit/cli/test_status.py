@@ -126,12 +126,12 @@ def test_an_artifact_made_before_parts_were_joined_belongs_to_the_same_plays(wor
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"),
+    ("seconds", "expected"),
     [(-5, "just now"), (59, "just now"), (60, "1 minute ago"), (7_199, "1 hour ago"), (2 * 86_400, "2 days ago")],
 )
-def test_ages_are_in_the_largest_unit_that_has_passed(seconds: int, shown: str) -> None:
+def test_ages_are_in_the_largest_unit_that_has_passed(seconds: int, expected: str) -> None:
     now = datetime(2026, 1, 20, tzinfo=timezone.utc)
-    assert age((now - timedelta(seconds=seconds)).isoformat(), now) == shown
+    assert age((now - timedelta(seconds=seconds)).isoformat(), now) == expected
 
 
 def test_an_empty_workspace_says_how_to_start(tmp_path: Path) -> None:

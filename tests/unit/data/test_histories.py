@@ -107,13 +107,13 @@ def test_arrays_that_do_not_fit_the_offsets_are_refused() -> None:
 def test_queries_before_plays_count_what_came_before(histories: Histories) -> None:
     queries = Queries.before_plays(histories, np.array([0, 2, 3, 5]))
     assert queries.rows.tolist() == [0, 0, 2, 3]
-    assert queries.seen.tolist() == [0, 2, 0, 1]
+    assert queries.plays_before.tolist() == [0, 2, 0, 1]
     assert queries.at.tolist() == [10, 30, 15, 40]
 
 
 def test_queries_at_the_end_have_seen_everything(histories: Histories) -> None:
     queries = Queries.at_end(histories, 99)
-    assert queries.seen.tolist() == [3, 0, 1, 2]
+    assert queries.plays_before.tolist() == [3, 0, 1, 2]
     assert queries.at.tolist() == [99] * 4
     assert Queries.at_end(histories, np.array([1, 2, 3, 4])).take(np.array([2])).at.tolist() == [3]
 

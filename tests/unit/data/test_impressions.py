@@ -69,7 +69,7 @@ class CountedLog:
 
 
 @pytest.fixture
-def made(workspace: Workspace) -> Iterator[CountedLog]:
+def counted_log(workspace: Workspace) -> Iterator[CountedLog]:
     counted_log = CountedLog(workspace)
     yield counted_log
     counted_log.log.close()
@@ -80,11 +80,11 @@ def answer_ids(workspace: Workspace) -> list[str]:
     return [answer_id for table in tables for answer_id in table.column("recommendation_id").to_pylist()]
 
 
-def test_rows_come_back_as_they_were_added(workspace: Workspace, made: CountedLog) -> None:
-    made.log.add("answers", answer(1, arm="b", explored=[True, False], probability=[0.1, 0.9]))
-    made.log.add("answers", answer(2, None))  # type: ignore[arg-type]
-    made.log.add("events", event(1))
-    made.log.flush()
+def test_rows_come_back_as_they_were_added(workspace: Workspace, counted_log: CountedLog) -> None:
+    counted_log.log.add("answers", answer(1, arm="b", explored=[True, False], probability=[0.1, 0.9]))
+    counted_log.log.add("answers", answer(2, None))  # type: ignore[arg-type]
+    counted_log.log.add("events", event(1))
+    counted_log.log.flush()
     (table,) = read_impressions(workspace, "answers")
     first, second = table.to_pylist()
     assert (first["arm"], first["song_ids"], first["explored"]) == ("b", ["song-1", "song-x"], [True, False])
@@ -92,13 +92,13 @@ def test_rows_come_back_as_they_were_added(workspace: Workspace, made: CountedLo
     assert round(first["moment"].timestamp() * 1000) == NOW + 1
     (events,) = read_impressions(workspace, "events", ["event_id", "type"])
     assert events.to_pylist() == [{"event_id": "e1", "type": "play"}]
-    assert +made.outcomes == {("answers", "written"): 2, ("events", "written"): 1}
-    assert made.log.waiting == 0
+    assert +counted_log.outcomes == {("answers", "written"): 2, ("events", "written"): 1}
+    assert counted_log.log.waiting == 0
 
 
-def test_two_replicas_write_beside_each_other(workspace: Workspace, made: CountedLog) -> None:
+def test_two_replicas_write_beside_each_other(workspace: Workspace, counted_log: CountedLog) -> None:
     other_log = CountedLog(workspace, writer="b")
-    for number, log in enumerate((made.log, other_log.log)):
+    for number, log in enumerate((counted_log.log, other_log.log)):
         log.add("answers", answer(number, moment=NOW))
         log.flush()
     other_log.log.close()
@@ -131,30 +131,30 @@ def test_over_the_bound_on_rows_the_new_ones_are_dropped_and_counted(
 
 
 def test_over_the_bound_on_memory_rows_are_dropped(
-    workspace: Workspace, made: CountedLog, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, counted_log: CountedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(impressions, "MEMORY_BYTES", 10 * impressions.ROW_BYTES)
     long_answer = answer(1, song_ids=["song"] * 100)
-    assert [made.log.add("answers", long_answer), made.log.add("answers", long_answer)] == [True, False]
-    made.log.flush()
-    assert made.log.add("answers", long_answer)
+    assert [counted_log.log.add("answers", long_answer), counted_log.log.add("answers", long_answer)] == [True, False]
+    counted_log.log.flush()
+    assert counted_log.log.add("answers", long_answer)
 
 
 def test_where_storage_fails_nothing_is_raised_and_the_rows_are_written_later(
-    workspace: Workspace, made: CountedLog, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, counted_log: CountedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def raise_no_space(*_: Any, **__: Any) -> str:
         raise StorageError("no space left")
 
     with monkeypatch.context() as patch:
         patch.setattr(Workspace, "write_table", raise_no_space)
-        assert made.log.add("answers", answer(1))
+        assert counted_log.log.add("answers", answer(1))
         with pytest.raises(StorageError):
-            made.log.flush()
-        assert made.log.add("events", event(1))
-    made.log.flush()
+            counted_log.log.flush()
+        assert counted_log.log.add("events", event(1))
+    counted_log.log.flush()
     assert answer_ids(workspace) == ["r1"]
-    assert made.log.waiting == 0
+    assert counted_log.log.waiting == 0
 
 
 def test_rows_that_cannot_be_written_by_the_end_are_counted_as_dropped(
@@ -187,13 +187,13 @@ def test_over_the_bound_on_disk_the_oldest_files_are_deleted_and_counted(workspa
 
 
 def test_a_compaction_joins_the_files_of_each_day_before_today_and_keeps_every_row(
-    workspace: Workspace, made: CountedLog
+    workspace: Workspace, counted_log: CountedLog
 ) -> None:
     today = now_ms()
     for number, moment in enumerate((NOW, NOW + 1, NOW + 48 * HOURS, NOW + 48 * HOURS + 1, today, today)):
-        made.log.add("answers", answer(number, moment=moment))
-        made.log.add("events", event(number) | {"moment": moment})
-        made.log.flush()
+        counted_log.log.add("answers", answer(number, moment=moment))
+        counted_log.log.add("events", event(number) | {"moment": moment})
+        counted_log.log.flush()
     ids_before = answer_ids(workspace)
     compact_impressions(workspace)
     assert answer_ids(workspace) == ids_before == [f"r{number}" for number in range(6)]
@@ -204,26 +204,26 @@ def test_a_compaction_joins_the_files_of_each_day_before_today_and_keeps_every_r
 
 
 def test_files_that_a_compaction_joins_stay_below_a_bound(
-    workspace: Workspace, made: CountedLog, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, counted_log: CountedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(6):
-        made.log.add("answers", answer(number))
-        made.log.flush()
+        counted_log.log.add("answers", answer(number))
+        counted_log.log.flush()
     monkeypatch.setattr(impressions, "JOINED_BYTES", 2 * max(log_files(workspace).values()))
     compact_impressions(workspace)
     assert len(log_files(workspace)) == 3
     assert sorted(answer_ids(workspace)) == [f"r{number}" for number in range(6)]
 
 
-def test_a_deleted_user_is_hidden_at_once_and_then_in_no_file(workspace: Workspace, made: CountedLog) -> None:
+def test_a_deleted_user_is_hidden_at_once_and_then_in_no_file(workspace: Workspace, counted_log: CountedLog) -> None:
     for number, user in enumerate(("ann", "secret-user", None)):
-        made.log.add("answers", answer(number, user))  # type: ignore[arg-type]
-    made.log.add("events", event(1, "secret-user"))
-    made.log.flush()
-    made.log.add("answers", answer(3, "secret-user"))  # still in memory when the user is deleted
+        counted_log.log.add("answers", answer(number, user))  # type: ignore[arg-type]
+    counted_log.log.add("events", event(1, "secret-user"))
+    counted_log.log.flush()
+    counted_log.log.add("answers", answer(3, "secret-user"))  # still in memory when the user is deleted
     mark_forgotten(workspace, ["secret-user"], NOW + 100)
     assert answer_ids(workspace) == ["r0", "r2"]
-    made.log.flush()
+    counted_log.log.flush()
     assert erase_impressions(workspace) == 2
     assert answer_ids(workspace) == ["r0", "r2"]
     assert not list(read_impressions(workspace, "events"))
@@ -231,6 +231,6 @@ def test_a_deleted_user_is_hidden_at_once_and_then_in_no_file(workspace: Workspa
     for path in paths:
         assert b"secret-user" not in path.read_bytes()
         assert "secret-user" not in path.name
-    made.log.add("answers", answer(200, "secret-user"))  # the user came back after the deletion
-    made.log.flush()
+    counted_log.log.add("answers", answer(200, "secret-user"))  # the user came back after the deletion
+    counted_log.log.flush()
     assert answer_ids(workspace) == ["r0", "r2", "r200"]

@@ -132,7 +132,7 @@ def test_a_number_of_seconds_is_never_read_as_milliseconds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("2015-01-20T18:30:00", "no zone"),
         ("soon", "not a time"),
@@ -147,8 +147,8 @@ def test_a_number_of_seconds_is_never_read_as_milliseconds() -> None:
         ("2015-01-20T1830:00Z", "not a time"),
     ],
 )
-def test_what_is_no_moment_is_refused(text: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_what_is_no_moment_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         parse_timestamp(text)
 
 

@@ -69,7 +69,7 @@ class TestProbabilities:
         positions = np.arange(histories.num_plays) - histories.offsets[histories.rows]
         for number in (3, 50, 100):
             query = sample.take(np.array([number]))
-            past = histories.keep((histories.rows != query.rows[0]) | (positions < query.seen[0]))
+            past = histories.keep((histories.rows != query.rows[0]) | (positions < query.plays_before[0]))
             np.testing.assert_allclose(
                 oracle.probabilities(past, query), oracle.probabilities(histories, query), rtol=1e-5, atol=1e-7
             )

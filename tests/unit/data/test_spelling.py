@@ -69,7 +69,7 @@ def test_what_is_no_id_is_marked_in_text(values: pa.Array) -> None:
 def test_an_id_that_no_request_can_hold_is_marked() -> None:
     assert ids_and_reasons(pa.array(["ü" * 512, "ü" * 513])) == (
         ["ü" * 512, None],
-        ["id is longer than 512 characters"],
+        ["ID is longer than 512 characters"],
     )
 
 

@@ -39,7 +39,7 @@ def test_a_fit_sees_the_plays_before_the_cut_only(histories: Histories) -> None:
 
 
 def test_a_play_at_the_cut_is_refused(histories: Histories) -> None:
-    with pytest.raises(LeakError, match=r"2 plays at or after its cut 20 .*FitRange.select"):
+    with pytest.raises(LeakError, match=r"2 plays at or after its cut 20 .*report this bug"):
         FitRange(before=20).require(histories)
     FitRange(before=21).require(histories)
 
@@ -107,7 +107,7 @@ def test_every_play_falls_in_one_range_and_the_last_into_test_where_there_are_te
 
 
 def test_a_split_that_leaves_nothing_is_refused_with_the_span() -> None:
-    with pytest.raises(InputError, match=r"the plays span 10.0 days; use fewer days"):
+    with pytest.raises(InputError, match=r"the plays span 10.0 days; use fewer --test-days or"):
         make_split(SplitConfig(), dataset="d", first_play=0, last_play=10 * DAY_MS)
 
 

@@ -95,11 +95,11 @@ def test_data_without_times_is_cut_by_positions_only(workspace: Workspace) -> No
     assert choose_split(workspace) == split
 
 
-@pytest.mark.parametrize(("wanted", "days"), [(30, 7), (120, 12), (121, 13), (10_000, 16)])
+@pytest.mark.parametrize(("min_plays", "days"), [(30, 7), (120, 12), (121, 13), (10_000, 16)])
 def test_the_validation_range_grows_until_it_holds_enough_plays_up_to_a_tenth_of_the_time(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, wanted: int, days: int
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, min_plays: int, days: int
 ) -> None:
-    monkeypatch.setattr(split_module, "VALIDATION_PLAYS", wanted)
+    monkeypatch.setattr(split_module, "VALIDATION_PLAYS", min_plays)
     # Ten users with one play per day on 200 days. The last 30 days are for the test; 16 days are a tenth of the others.
     moments = [day * DAY_MS + DAY_MS // 2 for day in range(200)]
     write_dataset(workspace, Histories.from_lists([[1] * 200] * 10, [moments] * 10), num_songs=2)

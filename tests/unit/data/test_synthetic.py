@@ -221,7 +221,7 @@ class TestPlaysFollowTheRules:
 
 class TestConfig:
     @pytest.mark.parametrize(
-        ("values", "said"),
+        ("values", "message"),
         [
             ({"users": 0}, "users is 0"),
             ({"genres": 2}, "genres is 2; expected an integer of at least 3"),
@@ -232,6 +232,6 @@ class TestConfig:
             ({"days": 1.0}, "days is 1; expected at least"),
         ],
     )
-    def test_a_value_that_makes_no_world_is_refused(self, values: dict[str, float], said: str) -> None:
-        with pytest.raises(InputError, match=said):
+    def test_a_value_that_makes_no_world_is_refused(self, values: dict[str, float], message: str) -> None:
+        with pytest.raises(InputError, match=message):
             GenerateConfig(**values)

@@ -105,11 +105,13 @@ def test_every_window_is_in_one_batch_with_a_place_of_its_own(histories: Histori
 
 def test_joined_windows_are_one_batch(histories: Histories) -> None:
     windows = cut_windows(histories, WINDOW, LOOKAHEAD)
-    joined = Windows.joined([windows.take(np.arange(10)), Windows.joined([]), windows.take(np.arange(10, 30))])
+    joined = Windows.concatenate(
+        [windows.take(np.arange(10)), Windows.concatenate([]), windows.take(np.arange(10, 30))]
+    )
     assert inputs_of(joined) == inputs_of(windows)[:30]
     assert joined.previous_at.tolist() == windows.previous_at[:30].tolist()
     assert joined.places.tolist() == list(range(30))
-    assert len(Windows.joined([])) == 0
+    assert len(Windows.concatenate([])) == 0
 
 
 def test_a_batch_holds_windows_of_similar_length() -> None:

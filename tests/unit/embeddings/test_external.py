@@ -97,10 +97,10 @@ def test_wrong_arrays_are_refused(array: np.ndarray, message: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("song_ids", "vectors", "message"),
     [
-        (["a", "a"], [[1.0], [2.0]], "1 repeated ids"),
+        (["a", "a"], [[1.0], [2.0]], "1 repeated IDs"),
         (["a", "b"], [[1.0], [2.0, 3.0]], "one length"),
         (["a", "b"], [[1.0], None], "one length"),
-        (["x", "y"], [[1.0], [2.0]], "2 of its 2 ids are unknown"),
+        (["x", "y"], [[1.0], [2.0]], "2 of its 2 IDs are unknown"),
         (["a", "b"], [1.0, 2.0], "expected lists"),
         (["a", "b"], [["x"], ["y"]], "expected numbers"),
         (["a", "b"], [[1.0], [None]], "NaN"),
@@ -130,7 +130,7 @@ def test_a_missing_file_column_and_format_are_named(tmp_path: Path, catalog: Cat
 
 def test_ids_must_be_as_many_as_rows(tmp_path: Path, catalog: Catalog) -> None:
     (tmp_path / "vectors.ids.txt").write_text("a\nb\n")
-    with pytest.raises(InputError, match="3 rows, but its ids file has 2 ids"):
+    with pytest.raises(InputError, match="3 rows, but its file of IDs has 2; give one ID per row"):
         read_external_vectors(write_npy(tmp_path, RAW), catalog)
     (tmp_path / "vectors.ids.txt").unlink()
     (tmp_path / "vectors.ids.json").write_text("{")
@@ -210,22 +210,22 @@ def test_vectors_of_every_number_type_are_read(
 
 
 @pytest.mark.parametrize(
-    ("name", "ids", "said"),
+    ("name", "ids", "message"),
     [
-        ("txt", "a\n\nc\n", "1 rows without a song id, the first is row 2"),
-        ("json", '["a", null, "c"]', "1 rows without a song id, the first is row 2"),
-        ("json", '["a", NaN, "c"]', "1 rows without a song id"),
-        ("json", '{"a": 1}', "not a list"),
-        ("txt", "a\nb\n", "has 3 rows, but its ids file has 2 ids"),
-        ("txt", "a\na \nc\n", "1 repeated ids, such as 'a'"),
+        ("txt", "a\n\nc\n", "1 rows without a song ID, the first is row 2"),
+        ("json", '["a", null, "c"]', "1 rows without a song ID, the first is row 2"),
+        ("json", '["a", NaN, "c"]', "1 rows without a song ID"),
+        ("json", '{"a": 1}', "expected a JSON list of IDs"),
+        ("txt", "a\nb\n", "has 3 rows, but its file of IDs has 2; give one ID per row"),
+        ("txt", "a\na \nc\n", "1 repeated IDs, such as 'a'"),
         ("json", "[" * 100_000, "cannot be read"),
     ],
 )
 def test_ids_that_do_not_fit_the_rows_are_an_error(
-    name: str, ids: str, said: str, tmp_path: Path, catalog: Catalog
+    name: str, ids: str, message: str, tmp_path: Path, catalog: Catalog
 ) -> None:
     (tmp_path / f"vectors.ids.{name}").write_text(ids)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read_external_vectors(write_npy(tmp_path, RAW), catalog)
 
 

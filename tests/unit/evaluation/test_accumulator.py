@@ -143,7 +143,7 @@ def test_every_query_and_offset_makes_a_pair() -> None:
     histories, vectors = random_histories(12, 40, longest=60, seed=5), random_vectors(40)
     wins, pairs = _pair_sums(histories, "offsets25_50", vectors)
     num_pairs = sum(
-        max(0, min(50, length - seen) - 24) for length in histories.lengths for seen in range(1, max(1, length))
+        max(0, min(50, length - plays) - 24) for length in histories.lengths for plays in range(1, max(1, length))
     )
     assert 0.9 * num_pairs < pairs[:, 0].sum() < num_pairs  # one in forty negatives is the song itself
     assert wins.sum() / pairs.sum() == pytest.approx(0.5, abs=0.03)  # the vectors are random

@@ -88,7 +88,7 @@ def test_a_recommender_of_known_probabilities_has_the_known_error(
     assert (next_entry["model"], next_entry["target"], next_entry["songs"]) == ("known", "next", 60)
     assert (served_entry["value"], next_entry["value"]) == pytest.approx((served_error, next_error), abs=1e-6)
     assert (served_entry["right"], next_entry["right"]) == pytest.approx((10 / 40, 20 / 60), abs=1e-6)
-    assert served_entry["chance"] == pytest.approx(sum(new_probabilities) / 2, abs=1e-6)
+    assert served_entry["mean_probability"] == pytest.approx(sum(new_probabilities) / 2, abs=1e-6)
 
 
 def test_given_pairs_have_the_same_error_as_histories() -> None:

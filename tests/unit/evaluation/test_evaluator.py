@@ -166,7 +166,7 @@ def test_other_separators_can_be_set() -> None:
     [
         ({"item_separator": ""}, "item_separator is ''; expected a non-empty string"),
         ({"target_separator": ""}, "target_separator is ''; expected a non-empty string"),
-        ({"item_separator": "\\t"}, "both separators are '\\\\t'"),
+        ({"item_separator": "\\t"}, "--item-separator and --target-separator are both '\\\\t'"),
     ],
 )
 def test_separators_must_tell_songs_apart(settings: dict[str, str], message: str) -> None:

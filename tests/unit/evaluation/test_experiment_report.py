@@ -234,7 +234,7 @@ def test_a_name_that_is_not_in_the_log_is_an_error_that_lists_the_known_names(pl
     planted.answer("ann", "b", ["one"], experiment="y")
     with pytest.raises(InputError, match="2 experiments; set --name to one of x, y"):
         planted.report()
-    with pytest.raises(NotFoundError, match="'z'; it has x, y"):
+    with pytest.raises(NotFoundError, match="'z'; set --name to one of x, y"):
         planted.report(name="z")
-    with pytest.raises(NotFoundError, match="it has a"):
+    with pytest.raises(NotFoundError, match="set --control to one of a"):
         planted.report(name="x", control="b")

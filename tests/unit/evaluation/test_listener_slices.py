@@ -34,9 +34,9 @@ class MeanOfSongs(VectorRecommender):
 
     def vectors(self, histories: Histories, queries: Queries, horizon: Any = "short") -> np.ndarray:
         rows = []
-        for row, seen in zip(queries.rows, queries.seen, strict=True):
+        for row, plays_before in zip(queries.rows, queries.plays_before, strict=True):
             start = histories.offsets[row]
-            rows.append(self.song_vectors[histories.songs[start : start + seen]].sum(axis=0))
+            rows.append(self.song_vectors[histories.songs[start : start + plays_before]].sum(axis=0))
         vectors = np.stack(rows)
         return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
 

@@ -47,7 +47,7 @@ def _evaluator(recommenders: list[BaseRecommender], split: Split = SPLIT, **sett
 def test_every_play_from_the_cut_on_that_follows_another_is_predicted(world: Histories) -> None:
     plays = plays_to_predict(world, SPLIT)
     queries = Queries.before_plays(world, plays)
-    assert [(world.user_ids[row], int(seen)) for row, seen in zip(queries.rows, queries.seen, strict=True)] == [
+    assert list(zip(world.user_ids[queries.rows], queries.plays_before, strict=True)) == [
         ("seen", 1),
         ("seen", 2),
         ("new", 1),
@@ -166,10 +166,10 @@ def test_whether_a_query_is_drawn_depends_only_on_its_user_and_play() -> None:
 
     def draw_queries(subset: Histories, share: float) -> set[tuple[str, int]]:
         return {
-            (block.user_ids[row], int(seen))
+            query
             for block, plays in blocks(subset, split, 50, share)
             for queries in [Queries.before_plays(block, plays)]
-            for row, seen in zip(queries.rows, queries.seen, strict=True)
+            for query in zip(block.user_ids[queries.rows], queries.plays_before.tolist(), strict=True)
         }
 
     all_queries, tenth, third = (draw_queries(histories, share) for share in (1.0, 0.1, 0.3))

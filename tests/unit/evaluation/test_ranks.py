@@ -58,8 +58,8 @@ def test_ranks_and_lists_are_those_that_recommend_serves() -> None:
     for recommender in (AverageRecommender(random_vectors(30), 0.5), rules):
         ranked = _ranked(recommender, histories, queries, np.ones(30, bool))
         for query in range(0, len(queries), 21):
-            row, seen = queries.rows[query], queries.seen[query]
-            past = histories.take(np.array([row])).keep(np.arange(histories.lengths[row]) < seen)
+            row, plays_before = queries.rows[query], queries.plays_before[query]
+            past = histories.take(np.array([row])).keep(np.arange(histories.lengths[row]) < plays_before)
             songs, scores = recommender.recommend_one(past, int(queries.at[query]), 30)
             target = histories.songs[plays[query]]
             target_score = scores[songs == target][0]

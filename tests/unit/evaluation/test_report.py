@@ -133,7 +133,7 @@ def test_a_warning_about_leakage_stands_before_every_figure(results: list[dict[s
 
 
 def test_the_calibration_error_of_the_default_model_is_shown(results: list[dict[str, Any]]) -> None:
-    entry = {"target": "served", "chance": 0.04, "right": 0.041, "songs": 987}
+    entry = {"target": "served", "mean_probability": 0.04, "right": 0.041, "songs": 987}
     errors = [{**entry, "model": "weak", "value": 0.00312}, {**entry, "model": "strong", "value": 0.5}]
     errors.append({**entry, "model": "weak", "value": 0.0021, "target": "next"})
     page = html_page({"results": results, "calibration": errors}, default="weak", about={"split": "abc"})

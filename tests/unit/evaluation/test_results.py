@@ -73,15 +73,15 @@ def figures(histories: Histories, evaluator: Evaluator) -> dict[str, list[dict[s
 class RankedQuery:
     """One query, ranked by sorting all songs in plain Python."""
 
-    def __init__(self, evaluator: Evaluator, histories: Histories, model: int, user: int, seen: int) -> None:
+    def __init__(self, evaluator: Evaluator, histories: Histories, model: int, user: int, plays_before: int) -> None:
         start, end = histories.offsets[user], histories.offsets[user + 1]
         songs = histories.songs[start:end].tolist()
-        self.past, self.future = songs[:seen], songs[seen:]
-        self.context = int(histories.contexts[start + seen])  # type: ignore[index]
+        self.past, self.future = songs[:plays_before], songs[plays_before:]
+        self.context = int(histories.contexts[start + plays_before])  # type: ignore[index]
         self.held_out = not SPLIT.held_out.allowed_users(histories.user_ids[user : user + 1])[0]
         self.seen_before = histories.played_at[start] < CUT
-        at = histories.played_at[start + seen]
-        query = Queries(rows=np.array([user]), seen=np.array([seen]), at=np.array([at]))
+        at = histories.played_at[start + plays_before]
+        query = Queries(rows=np.array([user]), plays_before=np.array([plays_before]), at=np.array([at]))
         recommender = evaluator.recommenders[model]
         self.scores = {name: recommender.score(histories, query, name)[0] for name in recommender.horizons}
         self.known, self.added = evaluator.known_songs, recommender.added_songs.tolist()
@@ -126,15 +126,15 @@ class RankedQuery:
 
 
 @pytest.fixture(scope="module")
-def asked(evaluator: Evaluator, histories: Histories) -> dict[str, list[RankedQuery]]:
+def ranked_queries(evaluator: Evaluator, histories: Histories) -> dict[str, list[RankedQuery]]:
     queries = [
-        (user, seen)
+        (user, plays_before)
         for user in range(len(histories))
-        for seen in range(1, histories.lengths[user])
-        if histories.played_at[histories.offsets[user] + seen] >= CUT
+        for plays_before in range(1, histories.lengths[user])
+        if histories.played_at[histories.offsets[user] + plays_before] >= CUT
     ]
     return {
-        recommender.name: [RankedQuery(evaluator, histories, model, user, seen) for user, seen in queries]
+        recommender.name: [RankedQuery(evaluator, histories, model, *query) for query in queries]
         for model, recommender in enumerate(evaluator.recommenders)
     }
 
@@ -144,7 +144,7 @@ def _mean(queries: list[RankedQuery], target: str, metric: str, k: int) -> float
     return float(np.mean([query.metrics(target, k)[position] for query in queries if query.targets[target]]))
 
 
-def test_results_equal_plain_loops(figures: dict[str, Any], asked: dict[str, list[RankedQuery]]) -> None:
+def test_results_equal_plain_loops(figures: dict[str, Any], ranked_queries: dict[str, list[RankedQuery]]) -> None:
     is_in_group = {
         "all": lambda query: True,
         "seen": lambda query: query.seen_before and not query.held_out,
@@ -154,58 +154,64 @@ def test_results_equal_plain_loops(figures: dict[str, Any], asked: dict[str, lis
     keys = {(row["model"], row["users"], row["target"], row["metric"], row["k"]) for row in figures["results"]}
     assert len(keys) == len(figures["results"]) == 3 * 4 * 11 * 3 * 2
     for row in figures["results"]:
-        queries = [query for query in asked[row["model"]] if is_in_group[row["users"]](query)]
+        queries = [query for query in ranked_queries[row["model"]] if is_in_group[row["users"]](query)]
         assert row["value"] == pytest.approx(_mean(queries, row["target"], row["metric"], row["k"]), abs=1e-5), row
         assert row["plays"] == sum(bool(query.targets[row["target"]]) for query in queries)
         assert row["low"] <= row["value"] <= row["high"]
 
 
 def test_leave_one_out_asks_for_the_last_play_of_each_user(
-    figures: dict[str, Any], asked: dict[str, list[RankedQuery]]
+    figures: dict[str, Any], ranked_queries: dict[str, list[RankedQuery]]
 ) -> None:
-    assert {row["model"] for row in figures["leave_one_out"]} == set(asked)
+    assert {row["model"] for row in figures["leave_one_out"]} == set(ranked_queries)
     for row in figures["leave_one_out"]:
         if row["users"] == "all":
-            last_queries = [query for query in asked[row["model"]] if len(query.future) == 1]
+            last_queries = [query for query in ranked_queries[row["model"]] if len(query.future) == 1]
             assert row["target"] == "next"
             assert row["plays"] == row["users_count"] == len(last_queries)
             assert row["value"] == pytest.approx(_mean(last_queries, "next", row["metric"], row["k"]), abs=1e-5)
 
 
-def test_breakdowns_equal_plain_loops(figures: dict[str, Any], asked: dict[str, list[RankedQuery]]) -> None:
+def test_breakdowns_equal_plain_loops(figures: dict[str, Any], ranked_queries: dict[str, list[RankedQuery]]) -> None:
     bounds = {"1": (1, 1), "2-4": (2, 4), "5-19": (5, 19), "20-99": (20, 99), "100+": (100, math.inf)}
     slices = {(row["by"], row["slice"]) for row in figures["breakdowns"]}
     assert slices >= {("history", "2-4"), ("history", "20-99"), ("context", "radio"), ("context", "album")}
     for row in figures["breakdowns"]:
         if row["by"] == "history":
             low, high = bounds[row["slice"]]
-            queries = [query for query in asked[row["model"]] if low <= len(query.past) <= high]
+            queries = [query for query in ranked_queries[row["model"]] if low <= len(query.past) <= high]
         elif row["by"] == "context":
-            queries = [query for query in asked[row["model"]] if query.context >> CONTEXTS.index(row["slice"]) & 1]
+            queries = [
+                query for query in ranked_queries[row["model"]] if query.context >> CONTEXTS.index(row["slice"]) & 1
+            ]
         else:
             continue
         assert row["plays"] == len(queries)
         assert row["value"] == pytest.approx(_mean(queries, "next", row["metric"], 20), abs=1e-5)
     activity = {row["slice"]: row["plays"] for row in figures["breakdowns"] if row["by"] == "activity"}
-    assert sum(activity.values()) == len(asked["taste"])
+    assert sum(activity.values()) == len(ranked_queries["taste"])
 
 
 def test_what_is_recommended_equals_plain_loops(
-    figures: dict[str, Any], asked: dict[str, list[RankedQuery]], evaluator: Evaluator, histories: Histories
+    figures: dict[str, Any], ranked_queries: dict[str, list[RankedQuery]], evaluator: Evaluator, histories: Histories
 ) -> None:
     counts = np.bincount(FitRange(before=CUT).select(histories).songs, minlength=NUM_SONGS)
     counts[3] = 0
     songs_by_plays = sorted(np.flatnonzero(counts), key=lambda song: (-counts[song], song))
-    assert {row["model"] for row in figures["recommended"]} == set(asked)
+    assert {row["model"] for row in figures["recommended"]} == set(ranked_queries)
     for row in figures["recommended"]:
-        lists = [np.argsort(-query.scores["short"], kind="stable")[:20].tolist() for query in asked[row["model"]]]
+        lists = [
+            np.argsort(-query.scores["short"], kind="stable")[:20].tolist() for query in ranked_queries[row["model"]]
+        ]
         ranks = [
             songs_by_plays.index(song) + 1 if counts[song] else len(songs_by_plays) + 1
             for songs in lists
             for song in songs
         ]
         is_repeat = [
-            song in query.past for query, songs in zip(asked[row["model"]], lists, strict=True) for song in songs
+            song in query.past
+            for query, songs in zip(ranked_queries[row["model"]], lists, strict=True)
+            for song in songs
         ]
         assert row["lists"] == len(lists)
         assert row["coverage"] == pytest.approx(len({song for songs in lists for song in songs}) / NUM_SONGS)

@@ -62,7 +62,7 @@ def test_target_songs_are_the_distinct_songs_at_the_offsets() -> None:
 
 def test_the_long_term_is_offsets_25_to_50_of_those_who_play_so_long() -> None:
     histories = Histories.from_lists([np.arange(60), np.arange(25)], [range(60), range(25)])  # type: ignore[list-item]
-    queries = Queries(rows=np.array([0, 0, 1]), seen=np.array([1, 30, 1]), at=np.zeros(3, int))
+    queries = Queries(rows=np.array([0, 0, 1]), plays_before=np.array([1, 30, 1]), at=np.zeros(3, int))
     targets = _targets(histories, queries, "offsets25_50")
     assert targets.songs[targets.rows == 0].tolist() == list(range(25, 51))  # the next song, offset 1, is song 1
     assert targets.songs[targets.rows == 1].tolist() == list(range(54, 60))
@@ -75,7 +75,7 @@ def test_target_songs_equal_a_plain_loop() -> None:
     for target, (first, last) in OFFSETS.items():
         targets = _targets(histories, queries, target, is_known)
         for query in range(0, len(queries), 7):
-            start = histories.offsets[queries.rows[query]] + queries.seen[query]
+            start = histories.offsets[queries.rows[query]] + queries.plays_before[query]
             end = histories.offsets[queries.rows[query] + 1]
             expected = set(histories.songs[start + first - 1 : min(end, start + last)].tolist())
             if target in SERVED_TARGETS:
@@ -96,7 +96,7 @@ def test_targets_in_days_equal_a_plain_loop() -> None:
         assert targets.served is target.startswith("served")
         for query in range(0, len(queries), 7):
             user_start, end = histories.offsets[queries.rows[query] :][:2].tolist()
-            start = user_start + int(queries.seen[query])
+            start = user_start + int(queries.plays_before[query])
             days_passed = (histories.played_at[start:end] - histories.played_at[start]) / DAY_MS
             is_inside = (days_passed >= horizon.first_day) & (days_passed < horizon.last_day)
             expected = set(histories.songs[start:end][is_inside].tolist())
@@ -126,7 +126,7 @@ def test_as_served_the_targets_are_songs_new_to_the_user_at_the_query() -> None:
     assert targets.sizes.tolist() == [1, 0, 1, 0]
     long_history = Histories.from_lists([[0, *range(100, 130), 0, 7, 7]], [range(34)])
     later_targets = _targets(
-        long_history, Queries(rows=np.array([0]), seen=np.array([3]), at=np.zeros(1, int)), "served25_50"
+        long_history, Queries(rows=np.array([0]), plays_before=np.array([3]), at=np.zeros(1, int)), "served25_50"
     )
     assert later_targets.songs.tolist() == [7, 126, 127, 128, 129]  # without song 0, which the user had heard
 
@@ -151,8 +151,9 @@ def test_plays_ahead_stay_within_the_history() -> None:
 def test_a_song_is_heard_once_it_was_played_before_the_query() -> None:
     histories = Histories.from_lists([[1, 2, 1], [3, 1]], [range(3), range(2)])
     heard_songs = HeardSongs(histories)
-    rows, seen, songs = np.array([0, 0, 0, 1, 1, 0]), np.array([1, 2, 1, 1, 2, 3]), np.array([1, 2, 2, 1, 1, 99])
-    assert heard_songs(rows, seen, songs).tolist() == [True, True, False, False, True, False]
+    rows, songs = np.array([0, 0, 0, 1, 1, 0]), np.array([1, 2, 2, 1, 1, 99])
+    plays_before = np.array([1, 2, 1, 1, 2, 3])
+    assert heard_songs(rows, plays_before, songs).tolist() == [True, True, False, False, True, False]
     no_heard_songs = HeardSongs(Histories.from_lists([], []))
     assert no_heard_songs(np.zeros(1, int), np.zeros(1, int), np.zeros(1, int)).tolist() == [False]
 

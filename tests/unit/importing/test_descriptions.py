@@ -124,7 +124,7 @@ def test_metadata_is_used_for_later_versions_of_its_dataset_and_for_no_other(dat
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "said"),
+    ("text", "name", "message"),
     [
         ("id,title\na,b\n", "songs.csv", "no column 'song'.*for example with --columns song=id"),
         ("song,mood\na,b\n", "songs.csv", "has no metadata"),
@@ -140,9 +140,9 @@ def test_metadata_is_used_for_later_versions_of_its_dataset_and_for_no_other(dat
     ],
 )
 def test_an_unusable_file_is_an_error_that_says_why(
-    dataset: Dataset, tmp_path: Path, text: str, name: str, said: str
+    dataset: Dataset, tmp_path: Path, text: str, name: str, message: str
 ) -> None:
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         describe(dataset.workspace, DescribeConfig(), write_file(tmp_path, text, name))
     assert columns.RELEASED not in dataset.catalog().table.column_names
 
@@ -304,10 +304,10 @@ def test_metadata_of_other_songs_alone_is_refused_and_the_existing_metadata_stay
         tmp_path, "song,title\n" + "".join(f"SONG-{song},Other\n" for song in range(5)), "others.csv"
     )
     vectors = write_vectors(tmp_path, ["SONG-0", "SONG-1"], name="others")
-    example_ids = "the file has ids such as 'SONG-0', 'SONG-1', 'SONG-2', the catalog 'song-0', 'song-1', 'song-2'"
+    example_ids = "the file has IDs such as 'SONG-0', 'SONG-1', 'SONG-2', the catalog 'song-0', 'song-1', 'song-2'"
     for arguments in ([others_path], ["--vectors", vectors], [write_file(tmp_path, CSV), "--vectors", vectors]):
         assert main(["--workspace", dataset.workspace.uri, "describe", *arguments]) == 2
-        assert "is in the catalog: the file has ids such as 'SONG-0'" in capsys.readouterr().err
+        assert "is in the catalog: the file has IDs such as 'SONG-0'" in capsys.readouterr().err
     with pytest.raises(
         InputError, match=f"no song of {others_path} is in the catalog: {example_ids}; check the column"
     ):

@@ -104,7 +104,7 @@ def test_files_of_one_name_are_refused_where_users_are_named_by_file(tmp_path: P
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "day.txt").write_text("u:1 2\n")
     paths = (str(tmp_path / "a"), str(tmp_path / "b"))
-    with pytest.raises(InputError, match=r"Two files are named day.txt.*rename one"):
+    with pytest.raises(InputError, match=r"two files are named day.txt.*rename one"):
         plan_import(ImportConfig(format="sequences", paths=paths))
     assert len(plan_import(ImportConfig(format="sequences", paths=paths, user_separator=":")).files) == 2
 

@@ -446,11 +446,11 @@ def test_all_missing_columns_are_named_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("plays.xlsx", "the format of .*plays.xlsx is unknown; pass --format"), ("slice.json", "contains playlists, not")],
 )
-def test_a_file_without_plays_is_refused(tmp_path: Path, name: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_a_file_without_plays_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         guess_import([write(tmp_path / name, '{"playlists": []}')])
 
 

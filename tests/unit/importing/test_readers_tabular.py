@@ -403,7 +403,7 @@ def test_parquet_columns_of_every_sensible_type_are_read(
 
 
 @pytest.mark.parametrize(
-    ("role", "values", "said"),
+    ("role", "values", "message"),
     [
         ("song", pa.array([["a"], ["b"]]), r"p.parquet: column 'song' holds list<.*>; expected text or numbers"),
         ("user", pa.array([{"id": 1}, {"id": 2}]), "column 'user' holds struct"),
@@ -416,10 +416,10 @@ def test_parquet_columns_of_every_sensible_type_are_read(
     ids=str,
 )
 def test_a_parquet_column_that_cannot_hold_its_role_is_named(
-    tmp_path: Path, role: str, values: pa.Array, said: str
+    tmp_path: Path, role: str, values: pa.Array, message: str
 ) -> None:
     pq.write_table(pa.table({**PLAYS, role: values}), tmp_path / "p.parquet")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read(tmp_path / "p.parquet", ReadOptions(), "parquet")
 
 
@@ -433,7 +433,7 @@ def test_uuids_of_parquet_are_spelled_as_everywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "is empty"),
         (
@@ -452,9 +452,9 @@ def test_uuids_of_parquet_are_spelled_as_everywhere(tmp_path: Path) -> None:
     ],
     ids=lambda value: value[:20] if isinstance(value, bytes) else "",
 )
-def test_a_file_that_is_no_csv_is_a_short_clear_error(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_file_that_is_no_csv_is_a_short_clear_error(tmp_path: Path, content: bytes, message: str) -> None:
     file = write(tmp_path / "plays.csv", content)
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         FORMATS["csv"].make(ReadOptions()).plan(str(file), len(content), 1 << 20)
     assert len(str(error.value)) < 700
 

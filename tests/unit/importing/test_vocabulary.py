@@ -7,7 +7,15 @@ import pytest
 from rayrec.data import columns
 from rayrec.errors import RayrecError
 from rayrec.importing import vocabulary
-from rayrec.importing.vocabulary import FIRST_POSITION, SongMerger, SongRows, Vocabulary, first_songs, song_keys
+from rayrec.importing.vocabulary import (
+    FIRST_POSITION,
+    SongMerger,
+    SongRows,
+    Vocabulary,
+    first_songs,
+    merge_songs,
+    song_keys,
+)
 
 
 def songs(*song_ids: str, titles: list[str | None] | None = None) -> pa.Table:
@@ -71,8 +79,9 @@ def test_existing_rows_never_change_and_new_songs_are_appended() -> None:
 def test_ids_may_take_more_than_2_gib_and_are_written_in_pieces_that_readers_hold(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    merged_songs = merge_songs([songs("a"), songs("b")])
+    assert {merged_songs.schema.field(name).type for name in ("song_id", "title", "artist")} == {pa.large_string()}
     result = vocabulary_of(songs(*(f"s{number}" for number in range(10))))
-    assert {result._songs.schema.field(name).type for name in ("song_id", "title", "artist")} == {pa.large_string()}
     monkeypatch.setattr(vocabulary, "ROWS_PER_ARRAY", 3)
     table = result.table()
     assert table.schema == columns.SONGS_TABLE
@@ -106,5 +115,5 @@ def test_song_keys_never_change() -> None:
 
 def test_two_songs_with_one_key_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary, "song_keys", lambda song_ids: np.zeros(len(song_ids), np.uint64))
-    with pytest.raises(RayrecError, match="same 64-bit key"):
+    with pytest.raises(RayrecError, match="song IDs 'a' and 'b' have the same 64-bit key; rename one"):
         vocabulary_of(songs("a"), songs("b"))

@@ -84,7 +84,7 @@ def test_a_server_that_speaks_grpc_and_this_machine_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raised", "kind", "said"),
+    ("raised", "kind", "message"),
     [
         (OSError("AF_UNIX path length cannot exceed 107 bytes: /x"), InputError, "set RAY_TMPDIR=/tmp"),
         (
@@ -95,7 +95,7 @@ def test_a_server_that_speaks_grpc_and_this_machine_pass() -> None:
     ],
 )
 def test_a_failed_start_of_ray_gives_an_error_of_one_line(
-    monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[Exception], said: str
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[Exception], message: str
 ) -> None:
     def fail(**options: object) -> None:
         raise raised
@@ -103,6 +103,6 @@ def test_a_failed_start_of_ray_gives_an_error_of_one_line(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", fail)
-    with pytest.raises(kind, match=said) as error, ray_cluster():
+    with pytest.raises(kind, match=message) as error, ray_cluster():
         pass
     assert "\n" not in str(error.value)

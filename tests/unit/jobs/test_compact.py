@@ -26,7 +26,7 @@ START = 1_700_000_000
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
+def run_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
 
 
@@ -78,6 +78,27 @@ def test_joining_keeps_the_plays_and_does_not_disturb_readers_of_the_old_files(f
     assert after.manifest.plays_id == before.manifest.id
     assert after.descends_from(before.manifest.id)
     assert compact(five_parts).dataset == after.manifest  # nothing is left to join
+
+
+def test_a_hundred_parts_hold_what_one_import_of_all_files_holds_before_and_after_they_are_joined(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    configs = [write_day(tmp_path, day, rows=20).replace(buckets=1) for day in range(100)]
+    import_data(workspace, configs[0])
+    for config in configs[1:]:
+        append_plays(workspace, config)
+    all_paths = tuple(path for config in configs for path in config.paths)
+    single_import = Workspace(tmp_path / "single")
+    import_data(single_import, configs[0].replace(paths=all_paths))
+    expected = Dataset(single_import)
+    for spans in ([(part, part) for part in range(100)], [(0, 99)]):
+        dataset = Dataset(workspace)
+        assert dataset.manifest.spans == spans
+        assert content(dataset) == content(expected)
+        assert dataset.catalog().table.equals(expected.catalog().table)
+        for name in ("users", "plays", "songs", "read", "merged", "first_play", "last_play"):
+            assert getattr(dataset.manifest, name) == getattr(expected.manifest, name), name
+        compact(workspace)
 
 
 def test_appends_go_on_and_are_joined_again(five_parts: Workspace, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ TRAIN = ["train", "--workers", "0", "--hidden-dim", "16", "--epochs", "4", "--ne
 
 
 @pytest.fixture(autouse=True)
-def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+def run_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
 
 

@@ -51,7 +51,7 @@ OTHERS = tuple(f"user-{number}" for number in range(20))
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
+def run_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
 
 

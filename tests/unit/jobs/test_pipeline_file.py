@@ -47,9 +47,9 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("[tain]\nepochs = 1", "unknown section 'tain'; expected import, generate"),
+        ("[tain]\nepochs = 1", "unknown section 'tain'; expected one of import, generate"),
         ("epochs = 1", "unknown section 'epochs'"),
         ("train = 3", r"train = 3; expected a section \[train\]"),
         ("[train]\nepoch = 1", r"run.toml \[train\]: unknown setting 'epoch'"),
@@ -60,8 +60,8 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ("[train", "is not TOML"),
     ],
 )
-def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         read_configs(write(tmp_path, text))
 
 

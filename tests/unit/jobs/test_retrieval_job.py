@@ -29,7 +29,7 @@ SETTINGS = RetrievalConfig(sessions_per_song=3, rules_per_song=4)
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
+def run_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
 
 

@@ -17,7 +17,7 @@ CONFIG = TrainConfig(hidden_dim=8, epochs=1, negatives=4, workers=0)
 
 
 @pytest.fixture(autouse=True)
-def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+def run_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
 
 

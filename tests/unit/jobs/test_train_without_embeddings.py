@@ -122,13 +122,13 @@ def test_the_dimension_is_that_of_the_embeddings_and_64_without(imported: Worksp
     }
     assert dims == {without_embeddings.uri: 64, with_embeddings.uri: 8}
     assert train(with_embeddings, TrainConfig(**TRAIN_SETTINGS, dim=8)).metrics["plays"] > 0
-    with pytest.raises(InputError, match=r"dim is 16, and song embeddings .* have 8 dimensions; omit dim, or run"):
+    with pytest.raises(InputError, match=r"--dim is 16, but song embeddings .* have 8 dimensions; omit --dim, or run"):
         train(with_embeddings, TrainConfig(**TRAIN_SETTINGS, dim=16))
 
 
 @pytest.mark.parametrize("song_table", ["mapped", "frozen"])
 def test_a_song_table_that_keeps_its_embeddings_is_refused_without_any(imported: Workspace, song_table: str) -> None:
-    with pytest.raises(InputError, match=f"song_table {song_table} needs song embeddings, .* run `rayrec embed` first"):
+    with pytest.raises(InputError, match=f"--song-table {song_table} needs song embeddings, .*; run `rayrec embed`"):
         train(imported, TrainConfig(**TRAIN_SETTINGS, song_table=song_table))
 
 

@@ -130,14 +130,14 @@ def test_presets_can_be_choices() -> None:
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"split": {"seed": [1, 2]}}, "unknown section 'split'; expected embed, train"),
+        ({"split": {"seed": [1, 2]}}, "unknown section 'split'; expected one of embed, train"),
         ({"train": [1, 2]}, r"expected a section \[train\]"),
         ({"train": {"hiden_dim": [1, 2]}}, "unknown setting 'hiden_dim'"),
         ({"train": {"hidden_dim": [64, 0]}}, "hidden_dim is 0"),
         ({"train": {"hidden_dim": [64, "many"]}}, "with train.hidden_dim = many: hidden_dim is 'many'"),
         ({"train": {"hidden_dim": []}}, "hidden_dim is an empty list"),
         ({"train": {"refit": [True, False]}}, "refit, which the search sets itself"),
-        ({"train": {"objective": ["cosine", "softmax"]}}, "requires song_table frozen"),
+        ({"train": {"objective": ["cosine", "softmax"]}}, "use --song-table frozen, not trained"),
         ({"train": {"hidden_dim": 64}}, "has nothing to search"),
     ],
 )

@@ -247,6 +247,16 @@ def test_an_index_with_added_songs_answers_as_one_that_was_built_with_them(kind:
     assert sorted(all_songs[0].tolist()) == list(range(400))
 
 
+def test_songs_of_equal_score_are_in_the_order_of_rows_whether_they_were_added_or_not() -> None:
+    vectors = np.ones((60, 2), np.float32)
+    rows = np.arange(0, 60, 5)
+    early_vectors = vectors.copy()
+    early_vectors[rows] = 0
+    grown_index = SongIndex.build(early_vectors, IndexConfig(kind="flat")).with_added(rows, vectors)
+    # 50 + 16 songs: all of them are sorted
+    assert grown_index.search(vectors[:1], 50)[0][0].tolist() == list(range(50))
+
+
 def test_added_songs_that_are_banned_stay_out_of_long_lists_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "FEW_SONGS", 10)
     monkeypatch.setattr(index_module, "MAX_LIST_SHARE", 1.0)

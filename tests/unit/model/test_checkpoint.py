@@ -92,7 +92,7 @@ def test_workers_without_rows_left_still_take_part_in_every_gather(
 def test_song_vectors_of_another_network_are_noticed(workspace: Workspace) -> None:
     save_model(workspace, MANIFEST.folder, network(), IS_KNOWN)
     workspace.write_array(MANIFEST.path("song_vectors.npy"), np.zeros((3, 8), np.float32))
-    with pytest.raises(DamagedArtifactError, match=r"has shape \(3, 8\); expected \(60, 8\); train the model again"):
+    with pytest.raises(DamagedArtifactError, match=r"shape \(3, 8\); expected \(60, 8\); run `rayrec train --force`"):
         load_model(workspace, MANIFEST.folder)
 
 

@@ -64,7 +64,7 @@ def predicted(world: World) -> Recall:
 
 
 @pytest.fixture(scope="module")
-def learned(world: World) -> Recall:
+def network_recall(world: World) -> Recall:
     """The recall of two networks, with and without contexts, on users outside the training."""
     training_histories, evaluation_histories = world.histories(TRAINING_USERS), world.histories(HELD_OUT_USERS)
     return Recall(*(learned_recall(training_histories, evaluation_histories, contexts) for contexts in (CONTEXTS, ())))
@@ -82,7 +82,7 @@ def learned_recall(training_histories: Histories, evaluation_histories: Historie
     queries = every_play(evaluation_histories, first_play=1)
     tastes = TasteEncoder(model).vectors(evaluation_histories, queries, "short")
     songs = model.song_vectors(torch.arange(NUM_SONGS)).detach().numpy()
-    played_songs = evaluation_histories.songs[evaluation_histories.offsets[queries.rows] + queries.seen]
+    played_songs = evaluation_histories.songs[evaluation_histories.offsets[queries.rows] + queries.plays_before]
     return float(((tastes @ songs.T).argmax(axis=1) == played_songs).mean())
 
 
@@ -91,12 +91,14 @@ def test_the_rules_predict_the_margin_that_contexts_give(predicted: Recall) -> N
     assert predicted.margin == pytest.approx(0.25 * 0.5, abs=0.02)
 
 
-def test_the_network_with_contexts_gains_most_of_what_the_rules_predict(predicted: Recall, learned: Recall) -> None:
-    assert 0.5 * predicted.margin < learned.margin < 1.5 * predicted.margin
-    assert predicted.without < learned.with_contexts < predicted.with_contexts
+def test_the_network_with_contexts_gains_most_of_what_the_rules_predict(
+    predicted: Recall, network_recall: Recall
+) -> None:
+    assert 0.5 * predicted.margin < network_recall.margin < 1.5 * predicted.margin
+    assert predicted.without < network_recall.with_contexts < predicted.with_contexts
 
 
 def test_the_network_without_contexts_stays_below_the_best_recall_without_contexts(
-    predicted: Recall, learned: Recall
+    predicted: Recall, network_recall: Recall
 ) -> None:
-    assert learned.without < predicted.without
+    assert network_recall.without < predicted.without

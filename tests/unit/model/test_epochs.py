@@ -109,7 +109,7 @@ def test_without_a_validation_range_the_fit_runs_all_its_epochs(plays: dict[Phas
 def replace_validation(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Replace the validation: it returns `values`, one per epoch."""
     iterator = iter(values)
-    monkeypatch.setattr(Fit, "_validate", lambda _: {SELECTION_METRIC: next(iterator)})
+    monkeypatch.setattr(Fit, "validate", lambda _: {SELECTION_METRIC: next(iterator)})
 
 
 def epochs_of(fit: Fit) -> dict[str, int]:
@@ -166,7 +166,7 @@ def test_a_resumed_fit_ends_where_an_undisturbed_one_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(epochs_module, "STEPS_BETWEEN_READS", 2)
-    monkeypatch.setattr(Fit, "_validate", lambda fit: {SELECTION_METRIC: [0.1, 0.3, 0.2][fit.progress.epoch - 1]})
+    monkeypatch.setattr(Fit, "validate", lambda fit: {SELECTION_METRIC: [0.1, 0.3, 0.2][fit.progress.epoch - 1]})
     config = settings(epochs=3, checkpoint_minutes=0.0, **changes)
     undisturbed_host = MemoryHost(plays, config)
     undisturbed = fit_of(config, plays, validation, undisturbed_host)
@@ -198,7 +198,7 @@ def test_a_fit_resumed_after_any_step_reports_the_plays_and_losses_of_an_undistu
 ) -> None:
     """This includes the last step of an epoch, and the last step of the last epoch."""
     monkeypatch.setattr(epochs_module, "STEPS_BETWEEN_READS", 1)
-    monkeypatch.setattr(Fit, "_validate", lambda fit: {SELECTION_METRIC: [0.1, 0.3][fit.progress.epoch - 1]})
+    monkeypatch.setattr(Fit, "validate", lambda fit: {SELECTION_METRIC: [0.1, 0.3][fit.progress.epoch - 1]})
     config = settings(epochs=2, checkpoint_minutes=0.0)
     host = MemoryHost(plays, config, tmp_path)
     undisturbed = fit_of(config, plays, validation, host)

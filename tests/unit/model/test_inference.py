@@ -48,7 +48,7 @@ def every_query(histories: Histories) -> Queries:
     row_starts = np.repeat(np.cumsum(histories.lengths + 1) - histories.lengths - 1, histories.lengths + 1)
     at = np.full(len(rows), histories.played_at.max() + MINUTE)
     order = np.random.default_rng(0).permutation(len(rows))
-    return Queries(rows=rows, seen=np.arange(len(rows)) - row_starts, at=at).take(order)
+    return Queries(rows=rows, plays_before=np.arange(len(rows)) - row_starts, at=at).take(order)
 
 
 def halves(histories: Histories, shares: np.ndarray) -> tuple[Histories, Histories]:
@@ -76,9 +76,9 @@ def test_any_query_is_answered_from_only_the_plays_before_it(encoder: TasteEncod
     queries = every_query(histories)
     vectors = encoder.vectors(histories, queries, "short")
     for number in range(0, len(queries), 7):
-        row, seen = int(queries.rows[number]), int(queries.seen[number])
+        row, plays_before = int(queries.rows[number]), int(queries.plays_before[number])
         history = histories.take(np.array([row]))
-        prefix = history.keep(np.arange(history.num_plays) < seen)
+        prefix = history.keep(np.arange(history.num_plays) < plays_before)
         expected = encoder.vectors(prefix, Queries.at_end(prefix, queries.at[number]), "short")
         np.testing.assert_allclose(vectors[number], expected[0], **TOLERANCE)
 
@@ -103,7 +103,9 @@ def test_queries_after_a_carried_state_equal_those_of_the_whole_history(
     late_queries = every_query(late)
     actual = encoder.vectors(late, late_queries, "short", early_states)
     full_queries = Queries(
-        rows=late_queries.rows, seen=late_queries.seen + early.lengths[late_queries.rows], at=late_queries.at
+        rows=late_queries.rows,
+        plays_before=late_queries.plays_before + early.lengths[late_queries.rows],
+        at=late_queries.at,
     )
     np.testing.assert_allclose(actual, encoder.vectors(histories, full_queries, "short"), **TOLERANCE)
 
@@ -133,11 +135,11 @@ def test_a_history_longer_than_a_piece_carries_its_state_on(encoder: TasteEncode
         [random.integers(0, NUM_SONGS, plays), [5]],  # type: ignore[list-item]
         [np.arange(plays) * MINUTE, [3]],  # type: ignore[list-item]
     )
-    seen = np.array([0, 1, inference.PLAYS_PER_CHUNK, inference.PLAYS_PER_CHUNK + 1, plays])
-    queries = Queries(rows=np.zeros(5, np.int64), seen=seen, at=np.full(5, plays * MINUTE))
+    plays_before = np.array([0, 1, inference.PLAYS_PER_CHUNK, inference.PLAYS_PER_CHUNK + 1, plays])
+    queries = Queries(rows=np.zeros(5, np.int64), plays_before=plays_before, at=np.full(5, plays * MINUTE))
     vectors = encoder.vectors(history, queries, "short")
     state = encoder.initial_states(1)
-    for start, end, expected in zip(seen[:-1], seen[1:], vectors[1:], strict=True):
+    for start, end, expected in zip(plays_before[:-1], plays_before[1:], vectors[1:], strict=True):
         part = history.take(np.array([0])).keep((np.arange(plays) >= start) & (np.arange(plays) < end))
         _, state = encoder.run(part, start=state)
         np.testing.assert_allclose(encoder.tastes(state, plays * MINUTE, "short")[0], expected, **TOLERANCE)
@@ -177,7 +179,7 @@ def test_the_time_of_the_request_changes_the_vector(encoder: TasteEncoder, histo
 
 
 def test_no_queries_and_no_users_are_answered_with_nothing(encoder: TasteEncoder, histories: Histories) -> None:
-    no_queries = Queries(rows=np.zeros(0, np.int64), seen=np.zeros(0, np.int64), at=np.zeros(0, np.int64))
+    no_queries = Queries(rows=np.zeros(0, np.int64), plays_before=np.zeros(0, np.int64), at=np.zeros(0, np.int64))
     assert encoder.vectors(histories, no_queries, "short").shape == (0, 8)
     no_users = Histories.from_lists([], [])
     hidden, states = encoder.run(no_users)

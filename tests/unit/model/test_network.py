@@ -162,8 +162,8 @@ def test_the_averages_are_those_of_the_baseline(histories: Histories) -> None:
     head_inputs, _ = model.trunk(padded(model, histories))
     vectors = torch.nn.functional.normalize(model.songs.weight, dim=-1).numpy()
     queries = Queries.before_plays(histories, np.arange(histories.num_plays))
-    has_plays = queries.seen > 0
-    rows, steps = queries.rows[has_plays], queries.seen[has_plays] - 1
+    has_plays = queries.plays_before > 0
+    rows, steps = queries.rows[has_plays], queries.plays_before[has_plays] - 1
     for number, discount in enumerate(model.config.averages):
         actual = head_inputs[torch.from_numpy(rows), torch.from_numpy(steps), 12 + 8 * number : 20 + 8 * number]
         expected = AverageRecommender(vectors, discount).vectors(histories, queries.take(has_plays))

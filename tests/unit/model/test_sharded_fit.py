@@ -14,10 +14,9 @@ import torch.distributed as dist
 from networks import MemoryHost, cycling_histories, model_config
 from safetensors.numpy import load_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from worlds import random_vectors
 
+from rayrec.compat import observed_operations
 from rayrec.data.histories import Histories
 from rayrec.errors import DamagedArtifactError
 from rayrec.model import checkpoint
@@ -59,20 +58,17 @@ RESUMED_CHECKPOINT = 3  # checkpoint from which a fit is resumed, in the second 
 WAYS = {1: ("fresh", "resumed from 4"), 2: ("fresh", "resumed from 1"), 4: ("fresh", "resumed from 2")}
 
 
-class LargestTensor(TorchDispatchMode):  # type: ignore[misc]
+class LargestTensor:
     """Records the most elements of any tensor that an operation reads or writes, and the most rows of any matrix."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.numbers = self.rows = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, Tensor):
-                self.numbers = max(self.numbers, leaf.numel())
-                self.rows = max(self.rows, len(leaf) if leaf.dim() == 2 else 0)
-        return result
+    def add(self, operation: str, tensors: list[Tensor]) -> None:
+        """Compare the tensors of one operation, as `observed_operations` gives them, with the largest so far."""
+        for tensor in tensors:
+            self.numbers = max(self.numbers, tensor.numel())
+            self.rows = max(self.rows, len(tensor) if tensor.dim() == 2 else 0)
 
 
 def fit_of(share: Share, folder: Path | None) -> tuple[Fit, Validation]:
@@ -92,7 +88,8 @@ def fit_all(share: Share, folder: Path, ways: Sequence[str]) -> None:
     torch.set_num_threads(1)
     for way in ways:
         fit_folder = Path(f"{folder}/{share.workers} {way}")
-        with LargestTensor() as largest:
+        largest = LargestTensor()
+        with observed_operations(largest.add):
             fit, _ = fit_of(share, fit_folder / "checkpoints")
             if way != "fresh":
                 fit.resume(Path(f"{folder}/{way.rpartition(' ')[2]} fresh/checkpoints/{RESUMED_CHECKPOINT}"))

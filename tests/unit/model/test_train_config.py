@@ -12,7 +12,7 @@ from rayrec.model.train_config import DaysHorizon, FeatureSpec, Horizon, ModelCo
 
 
 def test_cosine_with_a_table_that_trains_along_is_refused() -> None:
-    with pytest.raises(InputError, match="requires song_table frozen"):
+    with pytest.raises(InputError, match="use --song-table frozen, not trained"):
         TrainConfig(objective="cosine")
     TrainConfig(objective="cosine", song_table="frozen")
 
@@ -61,7 +61,7 @@ def test_days_take_the_place_of_the_long_offsets() -> None:
 
 
 def test_playlists_have_no_days() -> None:
-    with pytest.raises(InputError, match="long_days needs times, which playlists do not have"):
+    with pytest.raises(InputError, match="--long-days needs times, which playlists do not have"):
         TrainConfig(long_days=(0, 7), source="playlists")
 
 

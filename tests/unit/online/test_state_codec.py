@@ -1,5 +1,6 @@
 """States and logs come back from their bytes unchanged; bytes that are damaged are refused."""
 
+import zlib
 from dataclasses import replace
 
 import msgpack
@@ -7,11 +8,11 @@ import numpy as np
 import pytest
 from networks import NUM_SONGS
 
+from rayrec.data.histories import PLAY_COLUMNS
 from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError, DivergedError
 from rayrec.model.taste_table import States
 from rayrec.online.state_codec import (
-    _seal,
     pack_heard,
     pack_histories,
     pack_new_states,
@@ -21,7 +22,7 @@ from rayrec.online.state_codec import (
     unpack_plays,
     unpack_state,
 )
-from rayrec.online.user_state import PLAY_FIELDS, ModelState, Plays, UserState, join_plays
+from rayrec.online.user_state import ModelState, Plays, UserState, join_plays
 
 
 def random_plays(count: int = 7, *, bare: bool = False) -> Plays:
@@ -68,7 +69,7 @@ def test_a_state_comes_back_as_it_was_with_network_states_to_24_bits(window: Pla
             assert (np.abs(getattr(unpacked.models[model], name) - hidden) <= limit).all()
         for name in ("before_at", "left", "restarts", "turn"):
             assert getattr(unpacked.models[model], name) == getattr(model_state, name)
-    for name in PLAY_FIELDS:
+    for name in PLAY_COLUMNS:
         np.testing.assert_array_equal(getattr(unpacked.likes, name), getattr(likes, name))
         np.testing.assert_array_equal(getattr(unpacked.window, name), getattr(window, name))
         assert getattr(unpacked.window, name).dtype == getattr(window, name).dtype
@@ -115,8 +116,8 @@ def test_heard_songs_come_back_and_take_less_than_two_bytes_each() -> None:
 
 def test_the_pieces_of_a_log_come_back_as_one() -> None:
     parts = [random_plays(3), random_plays(5, bare=True), random_plays(2)]
-    actual, expected = unpack_plays([pack_plays(part) for part in parts]), Plays.joined(parts)
-    for name in PLAY_FIELDS:
+    actual, expected = unpack_plays([pack_plays(part) for part in parts]), Plays.concatenate(parts)
+    for name in PLAY_COLUMNS:
         np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
     assert len(unpack_plays([])) == 0
 
@@ -127,11 +128,11 @@ def test_plays_minutes_apart_take_less_than_six_bytes_each() -> None:
     assert len(pack_plays(Plays.of(songs, times))) < 6_000
 
 
-@pytest.mark.parametrize("told", [(), ("contexts",), ("skipped",), ("contexts", "skipped")])
-def test_many_users_are_packed_to_the_same_bytes_as_each_alone(told: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("optional_columns", [(), ("contexts",), ("skipped",), ("contexts", "skipped")])
+def test_many_users_are_packed_to_the_same_bytes_as_each_alone(optional_columns: tuple[str, ...]) -> None:
     users = [random_plays(count, bare=count % 3 == 0) for count in (3, 1, 64, 500, 12, 9)]
     histories = join_plays(users)
-    for name in {"contexts", "skipped"} - set(told):
+    for name in {"contexts", "skipped"} - set(optional_columns):
         users = [replace(plays, **{name: np.zeros_like(getattr(plays, name))}) for plays in users]
         histories = replace(histories, **{name: None})
     assert pack_histories(histories) == [pack_plays(plays) for plays in users]
@@ -177,5 +178,6 @@ def test_the_error_for_another_version_names_it() -> None:
 
 @pytest.mark.parametrize("fields", [[], [1, 2, 3], [1, None, [1, 0, 0, 0, 0], [3, 1, False, b"y", b""], []]])
 def test_undamaged_bytes_of_other_data_are_refused(fields: list[object]) -> None:
+    body = msgpack.packb(fields)
     with pytest.raises(DamagedArtifactError, match="is damaged"):
-        unpack_state(_seal(b"RrS3", fields))
+        unpack_state(b"RrS3" + zlib.crc32(body).to_bytes(4, "little") + body)

@@ -25,6 +25,7 @@ from rayrec.online.user_state import (
     advance,
     fold_heard,
     gather,
+    join_plays,
     plan_plays,
     scatter,
 )
@@ -71,12 +72,12 @@ def random_plays(count: int, seed: int = 0) -> Plays:
 def require_batch_state(encoder: TasteEncoder, state: UserState, plays: Plays, model: str = "m") -> None:
     """Check that the state equals the network's after one pass over the plays in time order."""
     ordered = plays.take(np.argsort(plays.played_at, kind="stable"))
-    expected = encoder.run(ordered.history())[1]
+    expected = encoder.run(join_plays([ordered]))[1]
     model_state = state.current(model)
     assert model_state is not None
     np.testing.assert_allclose(model_state.hidden, expected.hidden[0], **TOLERANCE)
     assert (state.last_played_at, state.plays) == (expected.last_played_at[0], len(plays))
-    states_before = encoder.run(ordered.take(slice(state.left)).history())[1]
+    states_before = encoder.run(join_plays([ordered.take(slice(state.left))]))[1]
     np.testing.assert_allclose(model_state.before, states_before.hidden[0], **TOLERANCE)
     assert state.before_at == model_state.before_at == states_before.last_played_at[0]
     for name in ("songs", "played_at", "contexts", "skipped"):
@@ -124,7 +125,7 @@ def test_any_order_within_the_window_gives_the_state_of_the_batch(data: st.DataO
     state, steps = post(encoder, new_user(encoder), parts)
     require_batch_state(encoder, state, plays)
     assert sum(step.count("rejected") for step in steps) == state.rejected == 0
-    left_plays = Plays.joined([step.left for step in steps])
+    left_plays = Plays.concatenate([step.left for step in steps])
     np.testing.assert_array_equal(left_plays.songs, plays.songs[: state.left])
     np.testing.assert_array_equal(left_plays.played_at, plays.played_at[: state.left])
 
@@ -142,7 +143,7 @@ def test_plays_from_before_the_window_are_rejected_and_counted(encoder: TasteEnc
 
 def test_a_play_at_the_time_of_the_last_play_that_left_the_window_is_rejected(encoder: TasteEncoder) -> None:
     """After a load the batch's own last play may be sent again: it must not count twice."""
-    states = encoder.run(random_plays(5).history())[1]
+    states = encoder.run(join_plays([random_plays(5)]))[1]
     state = UserState.start("m", states, plays=5)
     state, (step,) = post(encoder, state, [Plays.of([1], [state.before_at])])
     assert outcomes(step) == ["rejected"]
@@ -189,7 +190,7 @@ def test_plays_of_one_moment_do_not_push_each_other_out_of_the_window(encoder: T
     last_play = Plays.of([7], [14])
     state, (step,) = post(encoder, state, [last_play])
     assert (step.leaving, state.before_at, state.window.played_at.tolist()) == (14, 10, [11, 12, 13, 14])
-    require_batch_state(encoder, state, Plays.joined([plays, *more_plays, last_play]))
+    require_batch_state(encoder, state, Plays.concatenate([plays, *more_plays, last_play]))
     state, (step,) = post(encoder, state, [Plays.of([8, 9], [10, 11])])
     assert outcomes(step) == ["rejected", "taken"]
 
@@ -201,7 +202,7 @@ def test_of_too_many_plays_of_one_moment_the_later_ones_are_rejected(encoder: Ta
     assert (state.left, len(state.window)) == (22, 0)
     state, (step,) = post(encoder, state, [Plays.of([1, 2], [10, 11])])
     assert outcomes(step) == ["rejected", "taken"]
-    require_batch_state(encoder, state, Plays.joined([plays, Plays.of([1, 2, 2], [10, 10, 11])]))
+    require_batch_state(encoder, state, Plays.concatenate([plays, Plays.of([1, 2, 2], [10, 10, 11])]))
 
 
 def test_steps_of_many_users_are_run_as_one_batch(encoder: TasteEncoder) -> None:
@@ -238,16 +239,16 @@ def test_another_model_is_computed_from_log_and_window_beside_the_first(encoder:
     require_batch_state(encoder, state_of_both, plays)
     late_play = Plays.of([3], [int(plays.played_at[-2]) + 1])
     state_after = advance(runner(second_encoder), state_of_both, "n", late_play)[0]
-    require_batch_state(second_encoder, state_after, Plays.joined([plays, late_play]), "n")
+    require_batch_state(second_encoder, state_after, Plays.concatenate([plays, late_play]), "n")
     assert state_after.current("m") is None
 
 
 def test_a_model_that_is_behind_runs_over_only_the_plays_since(encoder: TasteEncoder) -> None:
     plays, second_encoder = random_plays(60), other_encoder()
     state, steps = post(encoder, new_user(encoder), [plays.take(slice(50))])
-    state, _ = catch_up(second_encoder, state, "n", Plays.joined([step.left for step in steps]))
+    state, _ = catch_up(second_encoder, state, "n", Plays.concatenate([step.left for step in steps]))
     state, later_steps = post(encoder, state, [plays.take(slice(50, None))])
-    log = Plays.joined([step.left for step in [*steps, *later_steps]])
+    log = Plays.concatenate([step.left for step in [*steps, *later_steps]])
     current_state, num_plays = catch_up(second_encoder, state, "n", log)
     require_batch_state(second_encoder, current_state, plays, "n")
     assert num_plays < 30
@@ -267,7 +268,7 @@ def test_a_log_that_was_replaced_is_run_over_from_the_first_play(encoder: TasteE
     current_state, num_plays = catch_up(encoder, restarted_state, "m", step.left)
     require_batch_state(encoder, current_state, plays)
     assert num_plays == len(plays) + state.left
-    with pytest.raises(ValueError, match="expected the last 10 of 10 plays of the log, got 2"):
+    with pytest.raises(ValueError, match="the log has 2 plays; catching up needs the last 10 of 10"):
         catch_up(encoder, restarted_state, "m", step.left.take(slice(2)))
 
 

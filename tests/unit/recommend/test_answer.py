@@ -46,7 +46,7 @@ class NextSongsRecommender(TasteRecommender):
     def vectors_of(
         self, histories: Histories, queries: Queries, horizons: Sequence[HorizonName]
     ) -> dict[HorizonName, np.ndarray]:
-        last_songs = histories.songs[histories.offsets[queries.rows] + queries.seen - 1]
+        last_songs = histories.songs[histories.offsets[queries.rows] + queries.plays_before - 1]
         return dict.fromkeys(
             horizons, 1 - ((np.arange(NUM_SONGS) - last_songs[:, None] - 1) % NUM_SONGS).astype(np.float32) / NUM_SONGS
         )
@@ -137,10 +137,10 @@ def test_songs_are_taken_as_played_three_minutes_apart_until_now(dataset: Datase
 
 
 @pytest.mark.parametrize(
-    "asked", [{"user": "bob"}, {"user": "ann", "at": 100}, {"songs": []}, {"songs": ["x9"]}], ids=str
+    "query", [{"user": "bob"}, {"user": "ann", "at": 100}, {"songs": []}, {"songs": ["x9"]}], ids=str
 )
-def test_without_known_plays_the_most_played_songs_are_recommended(dataset: Dataset, asked: dict[str, Any]) -> None:
-    result = ask(dataset, RecommendConfig(k=3, explain=True), exclude=["s1"], **asked)
+def test_without_known_plays_the_most_played_songs_are_recommended(dataset: Dataset, query: dict[str, Any]) -> None:
+    result = ask(dataset, RecommendConfig(k=3, explain=True), exclude=["s1"], **query)
     assert result.song_ids == ["s5", "s0", "s2"]
     assert result.scores == [9, 4, 2]
     assert (result.source, result.path, result.plays, result.last_plays) == ("popular", "popular", 0, [])
@@ -254,10 +254,10 @@ def test_unknown_songs_are_counted_named_and_left_out(dataset: Dataset) -> None:
     assert ask(dataset, RecommendConfig(k=6), user="ann", exclude=["x8"]).song_ids == ["s3", "s4", "s5"]
 
 
-@pytest.mark.parametrize("asked", [{}, {"user": "ann", "songs": ["s1"]}])
-def test_a_request_is_for_a_user_or_for_songs(dataset: Dataset, asked: dict[str, Any]) -> None:
+@pytest.mark.parametrize("query", [{}, {"user": "ann", "songs": ["s1"]}])
+def test_a_request_is_for_a_user_or_for_songs(dataset: Dataset, query: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="give exactly one of --user ID and --songs ID,ID"):
-        ask(dataset, **asked)
+        ask(dataset, **query)
 
 
 def test_fewer_than_one_song_is_refused() -> None:

@@ -82,18 +82,20 @@ def test_songs_that_came_later_are_kept_together_with_those_before_them() -> Non
 
 
 @pytest.mark.parametrize(
-    ("songs", "kept"), [(0, 64), (100_000, 64), (1_000_000, 32), (10_000_000, 3), (100_000_000, 1)]
+    ("songs", "mask_count"), [(0, 64), (100_000, 64), (1_000_000, 32), (10_000_000, 3), (100_000_000, 1)]
 )
-def test_masks_take_no_more_than_32_mb_however_large_the_catalog(songs: int, kept: int) -> None:
-    assert max_masks(songs) == kept
+def test_masks_take_no_more_than_32_mb_however_large_the_catalog(songs: int, mask_count: int) -> None:
+    assert max_masks(songs) == mask_count
 
 
 @pytest.mark.parametrize(
-    ("wanted", "what"),
+    ("attributes", "missing_data"),
     [(SongAttributes(released_to=date(2000, 1, 1)), "release days"), (SongAttributes(market="SE"), "markets")],
 )
-def test_a_filter_by_an_attribute_that_the_catalog_lacks_is_refused(wanted: SongAttributes, what: str) -> None:
-    with pytest.raises(FieldError, match=f"{what}.*rayrec describe"):
-        SongMasks(catalog(described=False)).fitting(wanted)
+def test_a_filter_by_an_attribute_that_the_catalog_lacks_is_refused(
+    attributes: SongAttributes, missing_data: str
+) -> None:
+    with pytest.raises(FieldError, match=f"{missing_data}.*rayrec describe"):
+        SongMasks(catalog(described=False)).fitting(attributes)
     songs_by_cher = SongMasks(catalog(described=False)).fitting(SongAttributes(artists=("cher",)))
     assert songs_by_cher.between(0, 5).tolist() == [4]

@@ -173,17 +173,17 @@ def test_the_average_is_the_discounted_sum_of_the_paper_at_every_position(discou
     plays = np.random.default_rng(0).permutation(histories.num_plays)
     queries = Queries.before_plays(histories, plays)
     taste_vectors = AverageRecommender(vectors, discount).vectors(histories, queries)
-    for row, (user, seen) in enumerate(zip(queries.rows, queries.seen, strict=True)):
-        songs = histories.songs[histories.offsets[user] : histories.offsets[user] + seen]
-        ages = np.arange(seen)[::-1]
-        expected = (discount**ages) @ vectors[songs] if seen else np.zeros(8)
+    for row, (user, plays_before) in enumerate(zip(queries.rows, queries.plays_before, strict=True)):
+        songs = histories.songs[histories.offsets[user] : histories.offsets[user] + plays_before]
+        ages = np.arange(plays_before)[::-1]
+        expected = (discount**ages) @ vectors[songs] if plays_before else np.zeros(8)
         expected = expected / (np.linalg.norm(expected) or 1)
         np.testing.assert_allclose(taste_vectors[row], expected, atol=2e-5)
 
 
 def test_the_same_query_twice_gets_the_same_vector_twice() -> None:
     histories = _histories([0, 1, 2, 3])
-    queries = Queries(rows=np.zeros(4, np.int64), seen=np.array([3, 2, 3, 3]), at=np.zeros(4, np.int64))
+    queries = Queries(rows=np.zeros(4, np.int64), plays_before=np.array([3, 2, 3, 3]), at=np.zeros(4, np.int64))
     vectors = AverageRecommender(random_vectors(4), 0.5).vectors(histories, queries)
     np.testing.assert_array_equal(vectors[0], vectors[2])
     np.testing.assert_array_equal(vectors[0], vectors[3])

@@ -118,9 +118,10 @@ def test_plays_before_the_latest_5000_change_nothing() -> None:
 def test_plays_after_the_query_change_nothing() -> None:
     histories = random_histories(20, NUM_SONGS, seed=2)
     rows = np.flatnonzero(histories.lengths > 4)
-    seen = histories.lengths[rows] // 2
-    queries = Queries(rows=rows, seen=seen, at=np.full(len(rows), 10**9))
-    cut_histories = histories.take(rows).keep(histories.take(rows).places < np.repeat(seen, histories.lengths[rows]))
+    plays_before = histories.lengths[rows] // 2
+    queries = Queries(rows=rows, plays_before=plays_before, at=np.full(len(rows), 10**9))
+    long_histories = histories.take(rows)
+    cut_histories = long_histories.keep(long_histories.places < np.repeat(plays_before, long_histories.lengths))
     _, candidates, features = _features(histories, queries)
     _, expected_candidates, expected = _features(cut_histories, Queries.at_end(cut_histories, 10**9))
     np.testing.assert_array_equal(candidates.keys, expected_candidates.keys)
@@ -161,7 +162,7 @@ def test_skips_and_likes_are_counted_up_to_the_query_and_no_further() -> None:
         skipped=[[True, False, False, True, True]],
         likes=[[(4, 2 * MINUTE), (5, 5 * MINUTE), (6, 9 * MINUTE)]],
     )
-    query = Queries(rows=np.array([0]), seen=np.array([4]), at=np.array([5 * MINUTE]))
+    query = Queries(rows=np.array([0]), plays_before=np.array([4]), at=np.array([5 * MINUTE]))
     _, candidates, features = _features(histories, query, past=past)
     values = {
         name: dict(zip(candidates.songs.tolist(), features[name].tolist(), strict=True))

@@ -84,7 +84,7 @@ def recommender(world: Workspace) -> BaseRecommender:
 
 
 @pytest.fixture(scope="module")
-def chosen(recommender: BaseRecommender) -> Callable[[AnswerOptions], SelectedSongs]:
+def select(recommender: BaseRecommender) -> Callable[[AnswerOptions], SelectedSongs]:
     history = Histories.from_lists([[3, 50, 3, 9]], [[AT - 60_000 * back for back in (3, 2, 1, 0)]])
     network, queries = network_of(recommender), Queries.at_end(history, AT)
     vectors = {horizon: network.vectors(history, queries, horizon) for horizon in HORIZONS}
@@ -92,13 +92,13 @@ def chosen(recommender: BaseRecommender) -> Callable[[AnswerOptions], SelectedSo
 
 
 def test_an_answer_explores_songs_with_few_plays_within_its_filters(
-    recommender: BaseRecommender, chosen: Callable[[AnswerOptions], SelectedSongs], monkeypatch: pytest.MonkeyPatch
+    recommender: BaseRecommender, select: Callable[[AnswerOptions], SelectedSongs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(recommender, TwoStepRecommender)
     play_counts = recommender.source.retrieval.plays.plays
     monkeypatch.setattr("rayrec.recommend.reranking.FEW_PLAYS", int(np.median(play_counts)))
     options = AnswerOptions(k=20, answer_filter=AnswerFilter(excluded=np.arange(0, NUM_SONGS, 2)))
-    usual_answer, exploring_answer = chosen(options), chosen(options.replace(explore=0.25))
+    usual_answer, exploring_answer = select(options), select(options.replace(explore=0.25))
     assert usual_answer.probabilities is None
     assert exploring_answer.probabilities is not None
     is_explored = ~np.isnan(exploring_answer.probabilities)
@@ -107,8 +107,8 @@ def test_an_answer_explores_songs_with_few_plays_within_its_filters(
     assert not np.isin(exploring_answer.songs[is_explored], usual_answer.songs).any()
     assert (exploring_answer.songs % 2 == 1).all()
     np.testing.assert_array_equal(exploring_answer.songs[~is_explored], usual_answer.songs[:15])
-    np.testing.assert_array_equal(exploring_answer.songs, chosen(options.replace(explore=0.25)).songs)
-    diverse_answer = chosen(options.replace(explore=0.25, diversity=0.5))
+    np.testing.assert_array_equal(exploring_answer.songs, select(options.replace(explore=0.25)).songs)
+    diverse_answer = select(options.replace(explore=0.25, diversity=0.5))
     assert len(np.unique(diverse_answer.songs)) == 20
 
 

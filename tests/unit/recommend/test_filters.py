@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories
+from rayrec.data.top_k import top_k
 from rayrec.recommend import index as index_module
-from rayrec.recommend.base import NO_SONG, top_k
+from rayrec.recommend.base import NO_SONG
 from rayrec.recommend.baselines import ItemKnnRecommender
 from rayrec.recommend.filters import ORDERED_AT_ONCE, AnswerFilter, SongSet, first_of_order, without_heard
 from rayrec.recommend.index import IndexConfig, SongIndex
@@ -195,7 +196,7 @@ def test_a_set_of_songs_is_the_same_as_rows_and_as_a_mask() -> None:
         assert songs.holds(queried_rows).tolist() == np.isin(queried_rows, rows).tolist()
         assert songs.between(10, 30).tolist() == [row for row in rows if 10 <= row < 30]
         for added_songs in sets:
-            assert songs.joined(added_songs, 60).between(0, 200).tolist() == [*rows, *(60 + rows)]
+            assert songs.union(added_songs, 60).between(0, 200).tolist() == [*rows, *(60 + rows)]
     assert sets[0].bits is sets[0].bits  # computed once for all answers
     assert np.unpackbits(sets[0].bits, bitorder="little")[:50].astype(bool).tolist() == mask.tolist()
 

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayrec.data.top_k import top_k
 from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError
 from rayrec.recommend import index as index_module
-from rayrec.recommend.base import NO_SONG, top_k
+from rayrec.recommend.base import NO_SONG
 from rayrec.recommend.filters import AnswerFilter
 from rayrec.recommend.index import (
     INDEX_FILE,
@@ -224,7 +225,7 @@ def test_an_index_of_other_vectors_or_no_index_is_refused(workspace: Workspace) 
     with pytest.raises(DamagedArtifactError, match="expected 20 of dimension 4"):
         SongIndex.load(workspace, manifest, unit_vectors(20, dim=4))
     workspace.write_bytes(manifest.path(INDEX_FILE), b"no index")
-    with pytest.raises(DamagedArtifactError, match=r"faiss cannot read .*; run `rayrec index` again"):
+    with pytest.raises(DamagedArtifactError, match=r"faiss cannot read .*; run `rayrec index --force`"):
         SongIndex.load(workspace, manifest, unit_vectors(20))
 
 

@@ -49,9 +49,9 @@ def test_held_out_queries_that_a_heard_song_answers_count_as_misses_among_new_so
     examples = examples_for(source, histories, queries, answers, held_out=held_out)["served"]
     assert 20 < (is_heard & held_out).sum() < held_out.sum() - 10
     assert examples.held_out.sum() == held_out.sum()
-    assert examples.found.sum() == (~is_heard).sum()
-    assert examples.found[~examples.held_out].all()  # no ranker learns from a miss
-    is_miss = np.isin(examples.rows, np.flatnonzero(~examples.found))
+    assert examples.has_right_candidate.sum() == (~is_heard).sum()
+    assert examples.has_right_candidate[~examples.held_out].all()  # no ranker learns from a miss
+    is_miss = np.isin(examples.rows, np.flatnonzero(~examples.has_right_candidate))
     assert is_miss.any()
     assert not examples.features[is_miss, source.sources.names.index("user_plays")].any()  # only new songs
 

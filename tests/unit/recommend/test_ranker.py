@@ -83,7 +83,7 @@ def test_probabilities_count_queries_without_a_right_candidate() -> None:
     # For the second ranker half of the held-out queries have no answer.
     full_ranker, half_ranker = (
         fit_ranker(part, FEATURE_NAMES, RankerSettings(trees=20)).ranker
-        for part in (examples, RankingExamples.joined([examples, unanswered]))
+        for part in (examples, RankingExamples.concatenate([examples, unanswered]))
     )
     full_probabilities, half_probabilities = (
         ranker.calibration(other_examples.rows, ranker.scores(other_examples.features))
@@ -109,7 +109,7 @@ def test_queries_without_a_right_candidate_change_no_tree() -> None:
     )
     plain, extended = (
         fit_ranker(part, FEATURE_NAMES, RankerSettings(trees=40, min_leaf=20))
-        for part in (examples, RankingExamples.joined([examples, unanswered]))
+        for part in (examples, RankingExamples.concatenate([examples, unanswered]))
     )
     features = _examples(50, seed=5).features
     np.testing.assert_array_equal(extended.ranker.scores(features), plain.ranker.scores(features))
@@ -152,7 +152,7 @@ def test_the_same_examples_give_the_same_ranker_whatever_the_number_of_threads(s
 
 def test_examples_without_queries_to_check_on_are_refused() -> None:
     examples = _examples(50)
-    with pytest.raises(InputError, match="validation days"):
+    with pytest.raises(InputError, match="run `rayrec split` with more --validation-days"):
         fit_ranker(examples.take(~examples.held_out), FEATURE_NAMES)
 
 

@@ -11,12 +11,13 @@ from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange
+from rayrec.data.top_k import top_k
 from rayrec.errors import InputError
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets
 from rayrec.recommend import base as recommender_module
-from rayrec.recommend.base import BaseRecommender, top_k
+from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import (
     AverageRecommender,
     ItemKnnRecommender,
@@ -172,9 +173,9 @@ def test_plays_after_the_query_change_nothing(recommender: BaseRecommender, hist
     plays = np.arange(0, histories.num_plays, 3)
     queries = Queries.before_plays(histories, plays)
     expected = np.array(recommender.score(histories, queries))
-    seen = np.zeros(len(histories), dtype=np.int64)
-    np.maximum.at(seen, queries.rows, queries.seen)
-    is_later = np.arange(histories.num_plays) - histories.offsets[histories.rows] >= seen[histories.rows]
+    plays_before = np.zeros(len(histories), dtype=np.int64)
+    np.maximum.at(plays_before, queries.rows, queries.plays_before)
+    is_later = np.arange(histories.num_plays) - histories.offsets[histories.rows] >= plays_before[histories.rows]
     assert is_later.any()
     changed_histories = replace(
         histories,
@@ -191,9 +192,9 @@ def test_a_query_in_the_middle_is_answered_as_if_history_ended_there(
     queries = Queries.before_plays(histories, plays)
     batch_scores = recommender.score(histories, queries)
     for query in range(0, len(queries), 20):
-        row, seen = queries.rows[query], queries.seen[query]
-        start = histories.offsets[row]
-        cut = Histories.from_lists([histories.songs[start : start + seen]], [histories.played_at[start : start + seen]])  # type: ignore[list-item]
+        row, plays_before = queries.rows[query], queries.plays_before[query]
+        earlier = slice(histories.offsets[row], histories.offsets[row] + plays_before)
+        cut = Histories.from_lists([histories.songs[earlier]], [histories.played_at[earlier]])  # type: ignore[list-item]
         single_scores = recommender.score(cut, Queries.at_end(cut, queries.at[query]))[0]
         np.testing.assert_allclose(single_scores, batch_scores[query], rtol=1e-5, atol=1e-6)
 

@@ -44,10 +44,10 @@ def test_queries_lie_the_drawn_number_of_plays_before_their_answers(dataset: Dat
     selection = _selection(dataset)
     queries, targets = selection.ahead(3, 5)
     histories = selection.histories
-    for row, seen, at, song in zip(queries.rows, queries.seen, queries.at, targets, strict=True):
+    for row, plays_before, at, song in zip(queries.rows, queries.plays_before, queries.at, targets, strict=True):
         user_plays = slice(histories.offsets[row], histories.offsets[row + 1])
-        offsets = [position - seen + 1 for position in np.flatnonzero(histories.played_at[user_plays] == at)]
-        assert any(3 <= offset <= 5 and histories.songs[user_plays][seen + offset - 1] == song for offset in offsets)
+        songs, positions = histories.songs[user_plays], np.flatnonzero(histories.played_at[user_plays] == at)
+        assert any(3 <= position - plays_before + 1 <= 5 and songs[position] == song for position in positions)
     assert len(queries) > 100
 
 

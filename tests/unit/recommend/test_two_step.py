@@ -449,11 +449,11 @@ def test_examples_leave_out_queries_that_teach_nothing_unless_they_are_held_out(
     source = CandidateSource(recommender.source.network, recommender.source.retrieval, counts=dict.fromkeys(COUNTS, 2))
     answers: Answers = {"next": (rows, targets)}
     training = examples_for(source, histories, queries, answers, held_out=np.zeros(len(rows), dtype=bool))["next"]
-    assert training.found.all()
+    assert training.has_right_candidate.all()
     assert len(training) < len(queries)
     validation = examples_for(source, histories, queries, answers, held_out=np.ones(len(rows), dtype=bool))["next"]
     assert len(validation) == len(queries)
-    assert validation.found.sum() == len(training)
+    assert validation.has_right_candidate.sum() == len(training)
 
 
 def test_a_ranker_learns_from_some_wrong_candidates_of_a_query_and_is_checked_on_all(
@@ -503,7 +503,7 @@ def test_by_skips_and_likes_the_ranker_finds_more_of_the_songs_that_users_return
     held_out = histories.rows[plays] % 3 == 0
     examples = examples_for(source, histories, Queries.before_plays(histories, plays), answers, held_out=held_out)
     next_examples = examples["next"]
-    validation = next_examples.take(next_examples.found & next_examples.held_out)
+    validation = next_examples.take(next_examples.has_right_candidate & next_examples.held_out)
     ndcgs: list[float] = []
     opinion_features = {*SKIP_FEATURES, *LIKE_FEATURES, "recent_skips"}
     assert opinion_features < set(source.sources.names)
@@ -538,7 +538,9 @@ def test_without_times_features_do_not_depend_on_when_plays_and_requests_come() 
 def test_without_times_a_session_begins_with_its_line_and_goes_on_however_late_a_play_comes() -> None:
     minutes = [0, 3, 66, 69, 10**7]  # two lines of an imported file, and a play sent to the server
     histories = Histories.from_lists([[1, 2, 3, 4, 5]], [[minute * MINUTE for minute in minutes]])
-    queries = Queries(rows=np.zeros(3, np.int64), seen=np.array([2, 4, 5]), at=np.array([66 * MINUTE, YEARS, YEARS]))
+    queries = Queries(
+        rows=np.zeros(3, np.int64), plays_before=np.array([2, 4, 5]), at=np.array([66 * MINUTE, YEARS, YEARS])
+    )
     vectors = {"short_vectors": random_vectors(3, 8), "long_vectors": random_vectors(3, 8)}
     batch = QueryBatch.of(histories, queries, NUM_SONGS, **vectors, real_times=False)
     first, second, third = (batch.in_session[batch.rows == row].tolist() for row in range(3))

@@ -92,9 +92,9 @@ def test_taste_vectors_are_the_weighted_sums_at_every_position() -> None:
     recommender = WeightedRecommender(vectors, WEIGHTS, "weighted-short")
     queries = Queries.before_plays(histories, np.random.default_rng(0).permutation(histories.num_plays))
     taste_vectors = recommender.vectors(histories, queries)
-    for row, (user, seen) in enumerate(zip(queries.rows, queries.seen, strict=True)):
-        last_songs = histories.songs[histories.offsets[user] : histories.offsets[user] + seen][::-1][: len(WEIGHTS)]
-        expected = WEIGHTS[: len(last_songs)] @ vectors[last_songs] if seen else np.zeros(8)
+    for row, (user, plays_before) in enumerate(zip(queries.rows, queries.plays_before, strict=True)):
+        last_songs = histories.songs[histories.offsets[user] :][:plays_before][::-1][: len(WEIGHTS)]
+        expected = WEIGHTS[: len(last_songs)] @ vectors[last_songs] if plays_before else np.zeros(8)
         np.testing.assert_allclose(taste_vectors[row], expected / (np.linalg.norm(expected) or 1), atol=1e-5)
 
 

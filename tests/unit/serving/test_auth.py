@@ -61,7 +61,7 @@ def test_without_keys_only_loopback_may_be_served() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("read", "role:key"),
         (f"reader:{READ}", "read, write, admin"),
@@ -70,8 +70,8 @@ def test_without_keys_only_loopback_may_be_served() -> None:
         (f"read+reader:{READ}", "roles are read, write, admin"),
     ],
 )
-def test_what_does_not_read_as_a_key_is_refused_without_showing_it(text: str, told: str) -> None:
-    with pytest.raises(InputError, match=told) as raised:
+def test_what_does_not_read_as_a_key_is_refused_without_showing_it(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as raised:
         load_keys(ServeConfig(), {KEYS_VARIABLE: text})
     assert text.partition(":")[2] not in str(raised.value) or ":" not in text
 

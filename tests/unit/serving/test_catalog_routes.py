@@ -94,7 +94,7 @@ def test_an_answer_keeps_to_what_is_asked_and_holds_all_that_qualify(
 
 
 @pytest.mark.parametrize(
-    ("limits", "told"),
+    ("limits", "message"),
     [
         ({"released_from": "2000-02-31"}, "2000-02-31"),
         ({"released_from": "spring"}, "released_from"),
@@ -108,25 +108,25 @@ def test_an_answer_keeps_to_what_is_asked_and_holds_all_that_qualify(
         ({"allow": [3]}, "allow"),
     ],
 )
-def test_invalid_limits_are_a_422(app: Client, limits: dict[str, Any], told: str) -> None:
+def test_invalid_limits_are_a_422(app: Client, limits: dict[str, Any], message: str) -> None:
     response = app.post("/v1/recommendations", {"history": SONGS, **limits})
     assert response.status_code == 422
     (error,) = response.json()["errors"]
     assert error["where"].split(".")[0] == next(iter(limits))
-    assert told in response.json()["detail"] + error["where"]
+    assert message in response.json()["detail"] + error["where"]
     (answer,) = app.post("/v1/recommendations/batch", {"requests": [{"history": SONGS, **limits}]}).json()["answers"]
     assert answer["errors"] == [error]
 
 
 def test_diversity_makes_answers_less_alike(app: Client, network: TasteRecommender) -> None:
-    def likeness(diversity: float) -> float:
+    def mean_similarity(diversity: float) -> float:
         song_rows = rows(ask(app, k=10, diversity=diversity))
         assert len(set(song_rows)) == 10
         assert not set(song_rows) & {3, 50, 9}
         vectors = network.song_vectors[song_rows]
         return float((vectors @ vectors.T)[~np.eye(10, dtype=np.bool_)].mean())
 
-    assert likeness(0.0) > likeness(0.5) > likeness(1.0)
+    assert mean_similarity(0.0) > mean_similarity(0.5) > mean_similarity(1.0)
     assert ask(app, k=10, diversity=0.0)["songs"] == ask(app, k=10)["songs"]
 
 

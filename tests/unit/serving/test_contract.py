@@ -67,7 +67,7 @@ def app(world: Workspace) -> Iterator[Client]:
 
 
 @pytest.fixture
-def both(world: Workspace, app: Client, capsys: pytest.CaptureFixture[str]) -> Any:
+def ask_both(world: Workspace, app: Client, capsys: pytest.CaptureFixture[str]) -> Any:
     """A function that sends one request by command and by HTTP; it returns both answers and the command's stderr."""
 
     def ask(flags: list[str], body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -99,26 +99,26 @@ def require_same(by_command: dict[str, Any], by_http: dict[str, Any], rel: float
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_songs_get_the_same_answer(both: Any, name: str) -> None:
+def test_songs_get_the_same_answer(ask_both: Any, name: str) -> None:
     flags, body = REQUESTS[name]
-    by_command, by_http, _ = both([*SONGS[0], *flags], {**SONGS[1], **body})
+    by_command, by_http, _ = ask_both([*SONGS[0], *flags], {**SONGS[1], **body})
     assert by_http["songs"]
     assert by_http["source"] == "taste"
     require_same(by_command, by_http)
 
 
 @pytest.mark.parametrize("name", ["nothing else", "the long horizon", "both horizons", "artists", "reasons"])
-def test_a_stored_user_gets_the_same_answer(world: Workspace, both: Any, name: str) -> None:
+def test_a_stored_user_gets_the_same_answer(world: Workspace, ask_both: Any, name: str) -> None:
     user = str(next(Dataset(world).read_all()).user_ids[0])
     flags, body = REQUESTS[name]
-    by_command, by_http, _ = both(["--user", user, *flags], {"user_id": user, **body})
+    by_command, by_http, _ = ask_both(["--user", user, *flags], {"user_id": user, **body})
     assert by_http["plays"] > 0
     require_same(by_command, by_http, STATE_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", REQUESTS)
 @pytest.mark.parametrize(
-    "who",
+    "unknown",
     [
         (["--user", "nobody"], {"user_id": "nobody"}),
         (["--songs", "gone,lost"], {"history": ["gone", "lost"]}),
@@ -126,19 +126,19 @@ def test_a_stored_user_gets_the_same_answer(world: Workspace, both: Any, name: s
     ],
     ids=["unknown user", "unknown songs", "no songs"],
 )
-def test_where_no_play_is_known_both_answer_with_the_same_popular_songs(both: Any, who: Any, name: str) -> None:
+def test_where_no_play_is_known_both_answer_with_the_same_popular_songs(ask_both: Any, unknown: Any, name: str) -> None:
     flags, body = REQUESTS[name]
-    by_command, by_http, stderr = both([*who[0], *flags], {**who[1], **body})
+    by_command, by_http, stderr = ask_both([*unknown[0], *flags], {**unknown[1], **body})
     assert by_http["songs"]
     assert by_http["source"] == "popular"
     require_same(by_command, by_http)
     assert "popular songs are recommended" in stderr
 
 
-def test_unknown_songs_are_counted_by_both_and_named_by_the_command(both: Any) -> None:
+def test_unknown_songs_are_counted_by_both_and_named_by_the_command(ask_both: Any) -> None:
     flags = ["--songs", "gone,song-3,lost,song-9", "--exclude", "gone"]
     body = {"history": ["gone", "song-3", "lost", "song-9"], "exclude": ["gone"]}
-    by_command, by_http, stderr = both(flags, body)
+    by_command, by_http, stderr = ask_both(flags, body)
     assert (by_http["unknown_songs"], by_http["plays"]) == (3, 2)
     require_same(by_command, by_http)
     assert by_command["unknown_song_ids"] == ["gone", "lost"]
@@ -153,8 +153,8 @@ def test_unknown_songs_are_counted_by_both_and_named_by_the_command(both: Any) -
         (["--released-to", "2020-02-30"], {"released_to": "2020-02-30"}),
     ],
 )
-def test_values_that_fit_no_song_are_errors_of_the_same_words(both: Any, flags: list[str], body: Any) -> None:
-    by_command, by_http, _ = both([*SONGS[0], *flags], {**SONGS[1], **body})
+def test_values_that_fit_no_song_are_errors_of_the_same_words(ask_both: Any, flags: list[str], body: Any) -> None:
+    by_command, by_http, _ = ask_both([*SONGS[0], *flags], {**SONGS[1], **body})
     (error,) = by_http["errors"]
     assert by_command["error"]["message"] in f"{error['where']}: {error['detail']}"
     assert error["where"] == next(iter(body))

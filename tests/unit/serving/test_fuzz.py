@@ -41,7 +41,7 @@ FEW_EXAMPLES = settings(
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     workspace = Workspace(tmp_path_factory.mktemp("fuzz") / "workspace")
     write_world(workspace)
     write_release(workspace)
@@ -50,8 +50,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.fixture
-def document(opened: Service) -> schemathesis.BaseSchema:
-    app = Client(opened).app
+def document(replica: Service) -> schemathesis.BaseSchema:
+    app = Client(replica).app
 
     async def call_from_loopback(scope: Any, receive: Any, send: Any) -> None:
         await app({**scope, "client": ("127.0.0.1", 1)}, receive, send)

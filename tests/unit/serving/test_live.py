@@ -6,22 +6,19 @@ import time
 from collections.abc import Container, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from planted_reports import plant_report
-from served import NUM_SONGS, Client, damage, service, write_release, write_world
+from served import Client, damage, service, write_release, write_world
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.lineage import CleanConfig, find_garbage
 from rayrec.errors import RayrecError, StorageError
 from rayrec.model.taste_table import tastes_file
-from rayrec.recommend.answer import model_play_counts
 from rayrec.serving import live_release
 from rayrec.serving.live_release import LiveRelease, Report, Reports, ReportWatch, SwitchWait, switch
 from rayrec.serving.problems import NotReadyError
 from rayrec.serving.service import Service
 from rayrec.storage import releases
-from rayrec.storage.artifacts import load_manifest
 from rayrec.storage.workspace import Workspace
 
 QUICK_WAIT = SwitchWait(seconds=5)
@@ -37,31 +34,33 @@ def two(workspace: Workspace) -> tuple[Workspace, str, str]:
 
 
 @pytest.fixture
-def opened(two: tuple[Workspace, str, str]) -> Iterator[Service]:
+def replica(two: tuple[Workspace, str, str]) -> Iterator[Service]:
     with service(two[0], watch_seconds=0.05) as replica:
         yield replica
 
 
 def test_waiting_ends_once_the_replica_answers_with_the_new_release(
-    two: tuple[Workspace, str, str], opened: Service
+    two: tuple[Workspace, str, str], replica: Service
 ) -> None:
     workspace, first, second = two
-    assert opened.live.id == first
-    old_release = opened.live
+    assert replica.live.id == first
+    old_release = replica.live
     release = switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
-    assert (release.id, opened.live.id, old_release.id) == (second, second, first)
+    assert (release.id, replica.live.id, old_release.id) == (second, second, first)
     switch(workspace, lambda: releases.rollback(workspace), QUICK_WAIT)
-    assert opened.live.id == first
+    assert replica.live.id == first
     assert releases.read_active(workspace)["history"] == []
 
 
-def test_a_broken_release_is_refused_and_the_old_one_restored(two: tuple[Workspace, str, str], opened: Service) -> None:
+def test_a_broken_release_is_refused_and_the_old_one_restored(
+    two: tuple[Workspace, str, str], replica: Service
+) -> None:
     workspace, first, second = two
     damage(workspace, second)
     with pytest.raises(RayrecError, match=rf"refuses release {second}: .*checksum.*release {first} is live again"):
         switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
     assert releases.read_active(workspace)["active"] == first
-    assert opened.live.id == first
+    assert replica.live.id == first
 
 
 def test_the_status_tells_what_was_refused_and_why(two: tuple[Workspace, str, str]) -> None:
@@ -69,7 +68,7 @@ def test_the_status_tells_what_was_refused_and_why(two: tuple[Workspace, str, st
     with service(workspace, watch_seconds=1000) as replica:
         damage(workspace, second)
         releases.activate_release(workspace, second)
-        replica.holder.look()
+        replica.holder.check_active()
         status = Client(replica).get("/v1/release").json()
         assert (status["release"], status["activated"], status["agreed"]) == (first, second, False)
         assert status["refused"]["id"] == second
@@ -77,7 +76,7 @@ def test_the_status_tells_what_was_refused_and_why(two: tuple[Workspace, str, st
         assert Client(replica).post("/v1/recommendations", {"history": ["song-1"]}).json()["release"] == first
         damage(workspace, second)  # changes the same bit again, which repairs the file
         releases.activate_release(workspace, second)
-        replica.holder.look()
+        replica.holder.check_active()
         assert Client(replica).get("/v1/release").json()["refused"] is None
         assert replica.live.id == second
 
@@ -110,7 +109,7 @@ def test_without_a_running_application_waiting_fails_and_restores(two: tuple[Wor
     assert releases.read_active(workspace)["active"] == first
 
 
-def test_waiting_is_for_all_replicas(two: tuple[Workspace, str, str], opened: Service) -> None:
+def test_waiting_is_for_all_replicas(two: tuple[Workspace, str, str], replica: Service) -> None:
     workspace, first, second = two
     Reports(workspace).write(report("lagging", release=first))
     messages: list[str] = []
@@ -139,14 +138,16 @@ class FailingWorkspace(Workspace):
 
 
 @pytest.mark.parametrize("read", [2, 3])  # the read right after the change, and one while the replica loads
-def test_a_read_that_fails_once_rolls_nothing_back(two: tuple[Workspace, str, str], opened: Service, read: int) -> None:
+def test_a_read_that_fails_once_rolls_nothing_back(
+    two: tuple[Workspace, str, str], replica: Service, read: int
+) -> None:
     workspace, _, second = two
     failing_workspace = FailingWorkspace(workspace, releases.ACTIVE, {read})
     assert switch(failing_workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT).id == second
-    assert (releases.read_active(workspace)["active"], opened.live.id) == (second, second)
+    assert (releases.read_active(workspace)["active"], replica.live.id) == (second, second)
 
 
-def test_a_replica_whose_report_cannot_be_read_is_waited_for(two: tuple[Workspace, str, str], opened: Service) -> None:
+def test_a_replica_whose_report_cannot_be_read_is_waited_for(two: tuple[Workspace, str, str], replica: Service) -> None:
     workspace, first, second = two
     Reports(workspace).write(report("lagging", release=first))
     failing_workspace = FailingWorkspace(workspace, "serving/replicas/lagging", range(1, 1_000))
@@ -166,12 +167,12 @@ def test_where_the_earlier_release_cannot_be_restored_the_error_says_which_one_i
 
 
 def test_a_replica_reads_again_what_storage_failed_to_give_once(
-    two: tuple[Workspace, str, str], opened: Service, monkeypatch: pytest.MonkeyPatch
+    two: tuple[Workspace, str, str], replica: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace, _, second = two
     failures, load = (
         iter([OSError(errno.ECONNRESET, "connection reset"), StorageError("no answer")]),
-        opened.holder.load,
+        replica.holder.load,
     )
 
     def load_after_failures(release_id: str) -> LiveRelease:
@@ -180,9 +181,9 @@ def test_a_replica_reads_again_what_storage_failed_to_give_once(
         return load(release_id)
 
     monkeypatch.setattr(live_release, "READ_PAUSE_SECONDS", 0.1)
-    monkeypatch.setattr(opened.holder, "load", load_after_failures)
+    monkeypatch.setattr(replica.holder, "load", load_after_failures)
     switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
-    assert opened.live.id == second
+    assert replica.live.id == second
 
 
 def test_another_change_in_between_is_left_alone(two: tuple[Workspace, str, str]) -> None:
@@ -238,7 +239,7 @@ def test_a_replica_is_alive_as_long_as_its_report_changes(
 
 @pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
 def test_no_clock_of_another_machine_matters(
-    two: tuple[Workspace, str, str], opened: Service, ahead: float, monkeypatch: pytest.MonkeyPatch
+    two: tuple[Workspace, str, str], replica: Service, ahead: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`switch` waits for the replica although the wall clock (`time.time`) is an hour off."""
     workspace, _, second = two
@@ -246,25 +247,25 @@ def test_no_clock_of_another_machine_matters(
     # The replica reports from other threads, by the true clock.
     monkeypatch.setattr(time, "time", lambda: true_time() + ahead * (threading.current_thread() is switching_thread))
     switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
-    assert opened.live.id == second
+    assert replica.live.id == second
 
 
 def test_a_replica_that_loads_for_long_is_waited_for(
-    two: tuple[Workspace, str, str], opened: Service, monkeypatch: pytest.MonkeyPatch
+    two: tuple[Workspace, str, str], replica: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loading takes 2 s, longer than the 0.5 s after which a replica without new reports counts as dead."""
     workspace, _, second = two
     monkeypatch.setattr(live_release, "STALE_SECONDS", 0.5)
     monkeypatch.setattr(live_release, "REPORT_SECONDS", 0.1)
-    load = opened.holder.load
-    monkeypatch.setattr(opened.holder, "load", lambda release_id: time.sleep(2) or load(release_id))
+    load = replica.holder.load
+    monkeypatch.setattr(replica.holder, "load", lambda release_id: time.sleep(2) or load(release_id))
     messages: list[str] = []
     with service(workspace, watch_seconds=0.05):  # a second replica, which reports often
         stop = threading.Event()
 
         def report_often() -> None:
             while not stop.wait(0.1):
-                opened.holder.reports.write(opened.holder.report())
+                replica.holder.reports.write(replica.holder.report())
 
         thread = threading.Thread(target=report_often)
         thread.start()
@@ -275,7 +276,7 @@ def test_a_replica_that_loads_for_long_is_waited_for(
         )
         stop.set()
         thread.join()
-    assert opened.live.id == second
+    assert replica.live.id == second
     assert any("1 are loading it" in text for text in messages)
 
 
@@ -311,24 +312,14 @@ def test_without_a_release_the_replica_is_alive_and_not_ready(workspace: Workspa
         assert app.get("/readyz").json()["release"] == release.id
 
 
-def test_a_workspace_out_of_reach_ends_no_watch(two: tuple[Workspace, str, str], opened: Service) -> None:
+def test_a_workspace_out_of_reach_ends_no_watch(two: tuple[Workspace, str, str], replica: Service) -> None:
     workspace, _, second = two
     state = workspace.read_bytes(releases.ACTIVE)
     workspace.write_bytes(releases.ACTIVE, b"{ half")
     time.sleep(0.2)
     workspace.write_bytes(releases.ACTIVE, state)
     switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
-    assert opened.live.id == second
-
-
-def test_models_without_play_counts_are_given_those_of_the_data_set(two: tuple[Workspace, str, str]) -> None:
-    workspace, _, _ = two
-    expected = model_play_counts(Dataset(workspace), "model1", NUM_SONGS)
-    manifest = load_manifest(workspace, "models", "model1")
-    data = workspace.read_json(manifest.path("manifest.json"))
-    data["files"].pop("play_counts.npy")
-    workspace.write_json(manifest.path("manifest.json"), data)
-    np.testing.assert_array_equal(model_play_counts(Dataset(workspace), "model1", NUM_SONGS), expected)
+    assert replica.live.id == second
 
 
 @pytest.fixture(scope="module")

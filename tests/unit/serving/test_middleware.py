@@ -28,7 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.fixture
-def opened(world: Workspace) -> Iterator[Service]:
+def replica(world: Workspace) -> Iterator[Service]:
     with service(world, max_waiting=2, max_body=1000) as replica:
         yield replica
 
@@ -84,9 +84,9 @@ async def wait_until(condition: Any) -> None:
 
 
 def test_requests_beyond_the_limit_of_waiting_ones_get_a_503_that_says_when_to_try_again(
-    opened: Service, monkeypatch: pytest.MonkeyPatch
+    replica: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow, app = Slow(opened, monkeypatch), Client(opened).app
+    slow, app = Slow(replica, monkeypatch), Client(replica).app
 
     async def scenario() -> None:
         calls = [Call(app) for _ in range(5)]
@@ -102,8 +102,8 @@ def test_requests_beyond_the_limit_of_waiting_ones_get_a_503_that_says_when_to_t
     asyncio.run(scenario())
 
 
-def test_a_client_that_goes_away_frees_its_place(opened: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, app = Slow(opened, monkeypatch), Client(opened).app
+def test_a_client_that_goes_away_frees_its_place(replica: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, app = Slow(replica, monkeypatch), Client(replica).app
 
     async def scenario() -> None:
         running_call = Call(app)
@@ -123,7 +123,7 @@ def test_a_client_that_goes_away_frees_its_place(opened: Service, monkeypatch: p
         assert (running_call.status, third_call.status, slow.num_begun) == (200, 200, 2)
 
     asyncio.run(scenario())
-    assert 'status="499"' in Client(opened).get("/metrics").text
+    assert 'status="499"' in Client(replica).get("/metrics").text
 
 
 def test_a_crash_is_an_answer_like_others_counted_as_500_and_logged_once(
@@ -151,25 +151,25 @@ def test_a_crash_is_an_answer_like_others_counted_as_500_and_logged_once(
     assert "planted" in caplog.text
 
 
-def test_a_crash_after_the_answer_has_begun_is_counted_as_500_and_left_to_the_server(opened: Service) -> None:
+def test_a_crash_after_the_answer_has_begun_is_counted_as_500_and_left_to_the_server(replica: Service) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"half", "more_body": True})
         raise RuntimeError("planted")
 
     async def scenario() -> None:
-        call = Call(Middleware(app, opened))
+        call = Call(Middleware(app, replica))
         with pytest.raises(RuntimeError, match="planted"):
             await call.task
         assert [message["type"] for message in call.messages] == ["http.response.start", "http.response.body"]
 
     asyncio.run(scenario())
-    assert 'route="none",status="500"' in Client(opened).get("/metrics").text
+    assert 'route="none",status="500"' in Client(replica).get("/metrics").text
 
 
-def test_health_answers_while_the_worker_is_busy(opened: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = Slow(opened, monkeypatch)
-    client = Client(opened)
+def test_health_answers_while_the_worker_is_busy(replica: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow(replica, monkeypatch)
+    client = Client(replica)
 
     async def scenario() -> None:
         call = Call(client.app)
@@ -183,7 +183,7 @@ def test_health_answers_while_the_worker_is_busy(opened: Service, monkeypatch: p
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_body_over_the_limit_is_refused_before_it_is_all_read(opened: Service, declared: bool) -> None:
+def test_a_body_over_the_limit_is_refused_before_it_is_all_read(replica: Service, declared: bool) -> None:
     chunks_read = 0
 
     async def endless_body() -> Any:
@@ -193,12 +193,12 @@ def test_a_body_over_the_limit_is_refused_before_it_is_all_read(opened: Service,
             yield b" " * 500
 
     headers = {"Content-Type": "application/json"} | ({"Content-Length": "50000"} if declared else {})
-    response = Client(opened).request("POST", "/v1/recommendations", content=endless_body(), headers=headers)
+    response = Client(replica).request("POST", "/v1/recommendations", content=endless_body(), headers=headers)
     assert response.status_code == 413
     assert chunks_read <= 4
 
 
-def test_a_websocket_is_turned_away(opened: Service) -> None:
+def test_a_websocket_is_turned_away(replica: Service) -> None:
     messages: list[Any] = []
 
     async def scenario() -> None:
@@ -209,7 +209,7 @@ def test_a_websocket_is_turned_away(opened: Service) -> None:
             messages.append(message)
 
         scope = {"type": "websocket", "path": "/v1/release", "headers": [], "query_string": b"", "subprotocols": []}
-        await Client(opened).app(scope, receive, send)
+        await Client(replica).app(scope, receive, send)
 
     asyncio.run(scenario())
     assert [message["type"] for message in messages] == ["websocket.close"]

@@ -50,7 +50,7 @@ def world(workspace: Workspace) -> Workspace:
 
 
 @pytest.fixture
-def opened(world: Workspace) -> Iterator[Service]:
+def replica(world: Workspace) -> Iterator[Service]:
     with service(world) as replica:
         yield replica
 
@@ -89,11 +89,11 @@ def require_within_a_second(condition: Any) -> None:
         time.sleep(0.02)
 
 
-def test_an_added_song_is_recommended_to_listeners_of_its_artist_and_nothing_else_changes(opened: Service) -> None:
-    app = Client(opened)
+def test_an_added_song_is_recommended_to_listeners_of_its_artist_and_nothing_else_changes(replica: Service) -> None:
+    app = Client(replica)
     other_songs = recommended_songs(app, ["song-1", "song-8", "song-15"], k=20)
     assert app.post("/v1/songs", new_song(1)).json() == {
-        "release": opened.live.id,
+        "release": replica.live.id,
         "added": 1,
         "online": 1,
         "limit": online_songs.MAX_ONLINE_SONGS,
@@ -152,8 +152,8 @@ def test_replicas_share_added_songs_through_redis(world: Workspace, tmp_path: Pa
         server.kill()
 
 
-def test_songs_that_are_known_stay_as_they_are_and_one_without_a_vector_gets_one(opened: Service) -> None:
-    app = Client(opened)
+def test_songs_that_are_known_stay_as_they_are_and_one_without_a_vector_gets_one(replica: Service) -> None:
+    app = Client(replica)
     song_without_vector = {"song_id": f"song-{WITHOUT_VECTOR}", "artist": "Artist 2"}
     assert add(app, song_without_vector) == ["added"]
     assert app.get("/v1/songs", params={"query": f"title {WITHOUT_VECTOR}"}).json()["count"] > 0
@@ -168,9 +168,9 @@ def test_songs_that_are_known_stay_as_they_are_and_one_without_a_vector_gets_one
     assert f"song-{WITHOUT_VECTOR}" in recommended_songs(app, ["song-2", "song-9"])
 
 
-def test_songs_beyond_the_limit_are_refused_all_together(opened: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_songs_beyond_the_limit_are_refused_all_together(replica: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(online_songs, "MAX_ONLINE_SONGS", 2)
-    app = Client(opened)
+    app = Client(replica)
     add(app, new_song(1))
     response = app.post("/v1/songs", {"songs": [new_song(2), new_song(3)]})
     assert (response.status_code, response.json()["title"]) == (507, "Insufficient Storage")
@@ -196,19 +196,19 @@ def test_songs_are_added_with_a_key_to_write(world: Workspace) -> None:
         ({"year": 2026}, "year"),
     ],
 )
-def test_a_field_that_is_wrong_is_named(opened: Service, song: dict[str, Any], where: str) -> None:
+def test_a_field_that_is_wrong_is_named(replica: Service, song: dict[str, Any], where: str) -> None:
     """The song is sent alone and in a list; the error names the field's place in the sent body."""
     single_song, song_list = new_song(1) | song, {"songs": [new_song(2), new_song(1) | song]}
     for body, name in ((single_song, where), (song_list, f"songs.1.{where}")):
-        response = Client(opened).post("/v1/songs", body)
+        response = Client(replica).post("/v1/songs", body)
         assert response.status_code == 422
         assert response.json()["errors"][0]["where"] == name
 
 
 def test_vectors_equal_those_of_the_nightly_job_over_the_same_metadata_and_plays(
-    world: Workspace, opened: Service, tmp_path: Path
+    world: Workspace, replica: Service, tmp_path: Path
 ) -> None:
-    app, model = Client(opened), artifacts.load_manifest(world, "models", opened.live.model_id)
+    app, model = Client(replica), artifacts.load_manifest(world, "models", replica.live.model_id)
     random = np.random.default_rng(0)
     add(app, *(new_song(number, artist) for number, artist in enumerate((ARTIST, 5, None))))
     users = {
@@ -218,7 +218,7 @@ def test_vectors_equal_those_of_the_nightly_job_over_the_same_metadata_and_plays
         ]
         for user in range(3)
     }
-    vector_before = vector(opened, "new-0")
+    vector_before = vector(replica, "new-0")
     for start in (0, 12, 24):  # the plays arrive in three batches, each in reverse order
         for user, songs in users.items():
             positions = list(range(start, min(start + 12, len(songs))))[::-1]
@@ -240,10 +240,10 @@ def test_vectors_equal_those_of_the_nightly_job_over_the_same_metadata_and_plays
         expected = nightly.outputs[position[NUM_SONGS + number]]
         require_within_a_second(
             lambda number=number, expected=expected: np.allclose(
-                vector(opened, f"new-{number}"), expected, atol=TOLERANCE
+                vector(replica, f"new-{number}"), expected, atol=TOLERANCE
             )
         )
-    assert np.abs(vector(opened, "new-0") - vector_before).max() > 100 * TOLERANCE
+    assert np.abs(vector(replica, "new-0") - vector_before).max() > 100 * TOLERANCE
 
 
 def test_a_new_release_with_the_added_song_replaces_it_and_its_plays_stay(
@@ -349,8 +349,8 @@ def test_an_older_release_leaves_out_plays_of_songs_that_a_newer_one_has_and_los
                 np.testing.assert_array_equal(vector(older, "new-1"), vector_before)
 
 
-def test_an_added_song_is_explored_with_its_probability_and_the_same_request_shows_it_again(opened: Service) -> None:
-    app = Client(opened)
+def test_an_added_song_is_explored_with_its_probability_and_the_same_request_shows_it_again(replica: Service) -> None:
+    app = Client(replica)
     add(app, *(new_song(number) for number in range(30)))
     body = {"history": ["song-1", "song-8"], "at": AT, "k": 10, "explore": 0.3}
     answer = app.post("/v1/recommendations", body).json()

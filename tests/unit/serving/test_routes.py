@@ -32,14 +32,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.fixture(scope="module")
-def opened(world: Workspace) -> Iterator[Service]:
+def replica(world: Workspace) -> Iterator[Service]:
     with service(world, max_body=200_000) as replica:
         yield replica
 
 
 @pytest.fixture(scope="module")
-def app(opened: Service) -> Client:
-    return Client(opened)
+def app(replica: Service) -> Client:
+    return Client(replica)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_tastes_are_the_vectors_of_the_network(app: Client, world: Workspace, re
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         ({}, "body"),
         ({"history": SONGS, "user_id": "ann"}, "body"),
@@ -201,11 +201,11 @@ def test_tastes_are_the_vectors_of_the_network(app: Client, world: Workspace, re
         (None, "body"),
     ],
 )
-def test_an_invalid_field_is_a_422_that_names_it(app: Client, body: Any, told: str) -> None:
+def test_an_invalid_field_is_a_422_that_names_it(app: Client, body: Any, message: str) -> None:
     content = json.dumps(body).encode()
     response = app.post("/v1/recommendations", content=content, headers={"Content-Type": "application/json"})
     problem = require_problem(response, 422)
-    assert told in problem["detail"] or any(told in error["where"] for error in problem["errors"])
+    assert message in problem["detail"] or any(message in error["where"] for error in problem["errors"])
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"{'k': 1}", b"[" * 100_000, b'{"k":' * 20_000])
@@ -347,7 +347,7 @@ def test_head_answers_as_get_without_the_body(app: Client, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("headers", "told"),
+    ("headers", "message"),
     [
         ({}, "Content-Type is missing; send JSON with `Content-Type: application/json`"),
         ({"Content-Type": "application/x-www-form-urlencoded"}, "is application/x-www-form-urlencoded; send JSON"),
@@ -355,10 +355,10 @@ def test_head_answers_as_get_without_the_body(app: Client, path: str) -> None:
     ],
 )
 def test_a_body_of_another_kind_is_a_415_that_says_what_to_send(
-    app: Client, headers: dict[str, str], told: str
+    app: Client, headers: dict[str, str], message: str
 ) -> None:
     problem = require_problem(app.post("/v1/recommendations", content=b'{"history": []}', headers=headers), 415)
-    assert told in problem["detail"]
+    assert message in problem["detail"]
     for content_type in ("application/json; charset=utf-8", "application/vnd.rayrec+json"):
         options = {"content": b'{"history": []}', "headers": {"Content-Type": content_type}}
         assert app.post("/v1/recommendations", **options).status_code == 200
@@ -375,7 +375,7 @@ def test_long_answers_are_compressed_for_clients_that_take_it(app: Client) -> No
 
 
 def test_the_id_of_a_request_comes_back_and_stands_in_the_log_of_its_failure(
-    app: Client, opened: Service, monkeypatch: Any, caplog: Any
+    app: Client, replica: Service, monkeypatch: Any, caplog: Any
 ) -> None:
     assert app.get("/healthz", headers={"X-Request-ID": "abc-1"}).headers["x-request-id"] == "abc-1"
     assert app.get("/v1/nothing", headers={"X-Request-ID": "abc-2"}).headers["x-request-id"] == "abc-2"
@@ -389,7 +389,7 @@ def test_the_id_of_a_request_comes_back_and_stands_in_the_log_of_its_failure(
     async def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr(type(opened), "recommend", fail)
+    monkeypatch.setattr(type(replica), "recommend", fail)
     response = app.post("/v1/recommendations", {"history": SONGS}, headers={"X-Request-ID": "abc-3"})
     assert "abc-3" in require_problem(response, 500)["detail"]
     assert "request abc-3 failed" in caplog.text
@@ -434,16 +434,16 @@ def test_what_is_not_there_is_a_404_and_a_wrong_method_a_405(app: Client) -> Non
     assert "POST" in response.headers["allow"]
 
 
-def test_an_unexpected_error_is_a_500_without_its_text(app: Client, opened: Service, monkeypatch: Any) -> None:
+def test_an_unexpected_error_is_a_500_without_its_text(app: Client, replica: Service, monkeypatch: Any) -> None:
     async def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr(type(opened), "recommend", fail)
+    monkeypatch.setattr(type(replica), "recommend", fail)
     problem = require_problem(app.post("/v1/recommendations", {"history": SONGS}), 500)
     assert "secret" not in json.dumps(problem)
 
 
-def test_health_readiness_and_release_name_what_answers(app: Client, opened: Service, world: Workspace) -> None:
+def test_health_readiness_and_release_name_what_answers(app: Client, world: Workspace) -> None:
     active = releases.read_active(world)
     assert app.get("/healthz").json()["status"] == "ok"
     assert app.get("/readyz").json()["release"] == active["active"]

@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +30,7 @@ from rayrec.online.state_store import (
     StoreUnavailableError,
     open_store,
 )
-from rayrec.online.user_state import LAST_PLAYS, WINDOW, Outcome, Plays, UserState
+from rayrec.online.user_state import LAST_PLAYS, WINDOW, Outcome, Plays, UserState, join_plays
 from rayrec.serving.telemetry import Metrics
 from rayrec.serving.users import StoredUsers, UserPlays
 from rayrec.storage.workspace import Workspace
@@ -41,21 +41,29 @@ USERS = ("ann", "bob")
 STATE_TOLERANCE = 1e-6  # tolerance, as a share of the largest number of a network state
 
 
-class NetworkEngine:
-    """Runs a network, as the engine of a release does."""
+class NetworkParts:
+    """Runs a network, as the parts of a release do."""
 
     def __init__(self, encoder: TasteEncoder) -> None:
         self._encoder = encoder
 
-    async def states(self, plays: Histories, start: States | None = None) -> States:
+    def states(self, plays: Histories, start: States | None = None) -> States:
         """Return the network states after `plays`."""
-        await asyncio.sleep(0)
         return self._encoder.run(plays, start=start)[1]
+
+
+class SameThreadPool:
+    """Runs work on the thread of the event loop, after other tasks had a turn."""
+
+    async def run(self, work: Callable[..., States], *args: Any) -> States:
+        """Return the result of `work`."""
+        await asyncio.sleep(0)
+        return work(*args)
 
 
 def release(model: str) -> Any:
     """Return an imitation of a live release, with only the attributes that `StoredUsers` needs."""
-    engine = NetworkEngine(ENCODERS[model])
+    engine = SimpleNamespace(parts=NetworkParts(ENCODERS[model]), pool=SameThreadPool())
     catalog = SimpleNamespace(lineage="n", rows_of_stored=lambda stored: stored)
     online = SimpleNamespace(missing=lambda stored: False, count=0)
     return SimpleNamespace(model_id=model, engine=engine, catalog=catalog, online=online)
@@ -212,7 +220,7 @@ class World:
             for model, encoder in ENCODERS.items():
                 (stored_user,) = asyncio.run(self.replicas[0].read(release(model), [user]))
                 assert stored_user is not None
-                batch_states = encoder.run(held_plays.history())[1]
+                batch_states = encoder.run(join_plays([held_plays]))[1]
                 np.testing.assert_allclose(
                     stored_user.states.hidden,
                     batch_states.hidden,
@@ -228,7 +236,7 @@ class World:
         (full_user,) = self.store.read([user])
         if full_user is None:
             return Plays.of([], [])
-        return Plays.joined([unpack_plays(full_user.log), unpack_state(full_user.stored.state).window])
+        return Plays.concatenate([unpack_plays(full_user.log), unpack_state(full_user.stored.state).window])
 
 
 def plays_of_request(plays: Plays, events: Sequence[str]) -> UserPlays:
@@ -325,13 +333,11 @@ def test_a_user_with_many_plays_is_read_by_the_last_of_them_and_no_song_is_forgo
         (stored_user,) = asyncio.run(users.read(release(model), ["ann"]))
         assert stored_user is not None
         assert stored_user.state.plays == count
-        assert LAST_PLAYS <= stored_user.plays.num_plays <= LAST_PLAYS + 1_200
+        assert LAST_PLAYS <= len(stored_user.plays) <= LAST_PLAYS + 1_200
         assert set(stored_user.heard) | set(stored_user.plays.songs) == set(songs)
         # The first model saw every play; the state of the second one is computed from the plays that are read.
-        seen_plays = (
-            Plays.of(songs, BEGIN + np.arange(count) * 60_000).history() if model == "m1" else stored_user.plays
-        )
-        batch_states = ENCODERS[model].run(seen_plays)[1]
+        seen_plays = Plays.of(songs, BEGIN + np.arange(count) * 60_000) if model == "m1" else stored_user.plays
+        batch_states = ENCODERS[model].run(join_plays([seen_plays]))[1]
         np.testing.assert_allclose(
             stored_user.states.hidden,
             batch_states.hidden,
@@ -376,7 +382,7 @@ def test_ten_million_plays_are_read_like_six_thousand_but_for_a_set_of_two_bytes
     for user in ("few", "many"):
         (stored_user,) = asyncio.run(users.read(release("m1"), [user]))
         assert stored_user is not None
-        assert stored_user.plays.num_plays == 5 * size
+        assert len(stored_user.plays) == 5 * size
         np.testing.assert_array_equal(stored_user.heard, heard_songs[user])
     assert pieces_read == [5, 5]
     assert bytes_read[1] == pytest.approx(bytes_read[0], rel=0.01)

@@ -182,7 +182,7 @@ def test_skips_and_likes_online_are_those_that_an_import_of_the_same_events_has(
         assert send(app, *likes[1:], likes[0], likes[2])["outcomes"] == ["taken"] * 3 + ["repeated"] * 2
         (user,) = asyncio.run(replica.users.read(replica.live, ["ann"]))
         assert user is not None
-        for actual, expected in ((user.plays, full_history), (user.plays.likes, full_history.likes)):
+        for actual, expected in ((user.plays, full_history), (user.likes, full_history.likes)):
             assert actual is not None
             assert expected is not None
             np.testing.assert_array_equal(actual.songs, expected.songs)
@@ -279,7 +279,7 @@ def test_a_user_who_is_not_there_is_a_404_and_is_recommended_popular_songs(app: 
 
 def test_the_plays_of_an_unknown_user_have_the_types_of_all_plays() -> None:
     query = read_stored(None, AT)
-    histories: tuple[Any, ...] = (query, query_histories([query, query]))
+    histories: tuple[Any, ...] = (query.plays, query_histories([query, query]))
     for plays in histories:
         assert (plays.songs.dtype, plays.played_at.dtype) == (np.int32, np.int64)
         assert (plays.contexts.dtype, plays.skipped.dtype) == (np.int32, np.bool_)
@@ -347,7 +347,7 @@ PLAY = {"event_id": "e", "user_id": "ann", "song_id": "song-1"}
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         ({}, "event_id"),
         ({**PLAY, "event_id": ""}, "event_id"),
@@ -371,8 +371,8 @@ PLAY = {"event_id": "e", "user_id": "ann", "song_id": "song-1"}
         ([PLAY], "body"),
     ],
 )
-def test_invalid_plays_are_a_422_and_nothing_is_stored(unused: Client, body: Any, told: str) -> None:
-    require_problem(unused.post("/v1/plays", body), 422, told)
+def test_invalid_plays_are_a_422_and_nothing_is_stored(unused: Client, body: Any, message: str) -> None:
+    require_problem(unused.post("/v1/plays", body), 422, message)
     assert unused.get("/v1/users/ann/taste").status_code == 404
 
 
@@ -414,7 +414,9 @@ def test_a_user_and_a_song_are_one_however_their_ids_are_spelled(app: Client) ->
     assert (user_taste["user_id"], user_taste["plays"]) == ("7", 3)
     assert recommend(app, user_id="7.0 ", k=3)["plays"] == 3
     for empty_id in ("%20", "nan"):
-        require_problem(app.get(f"/v1/users/{empty_id}/taste"), 422, "user_id")
+        response = app.get(f"/v1/users/{empty_id}/taste")
+        require_problem(response, 422, "user_id")
+        assert "not a user ID; expected text other than spaces, nan, NaN, inf and -inf" in response.text
     assert app.post("/v1/plays", {**PLAY, "user_id": "NaN"}).status_code == 422
 
 

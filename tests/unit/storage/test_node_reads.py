@@ -30,7 +30,7 @@ def private():
 workspace = Workspace(sys.argv[1])
 manifest = artifacts.load_manifest(workspace, "models", "large")
 read_before, private_before = read(), private()
-artifacts.verify(workspace, manifest, once=True)
+artifacts.verify(workspace, manifest, once_per_node=True)
 vectors = workspace.read_array(manifest.path("vectors.npy"))
 assert vectors[len(vectors) // 2] == 0
 print(read() - read_before, private() - private_before)
@@ -70,7 +70,7 @@ def test_a_file_that_changed_is_read_again_and_refused(
 ) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     manifest = write_sparse_model(workspace, 4_000_000)
-    artifacts.verify(workspace, manifest, once=True)
+    artifacts.verify(workspace, manifest, once_per_node=True)
     workspace.write_array(manifest.path("vectors.npy"), np.ones(1_000_000, np.float32))
     with pytest.raises(DamagedArtifactError, match="does not match the checksum"):
-        artifacts.verify(workspace, manifest, once=True)
+        artifacts.verify(workspace, manifest, once_per_node=True)

@@ -176,7 +176,7 @@ def test_damage_to_any_part_is_found(full: Workspace, path: str, damage: str) ->
 
 
 @pytest.mark.parametrize(
-    ("path", "found"),
+    ("path", "is_checked"),
     [
         (SONGS_TABLE, True),
         ("dataset/dataset.json", True),
@@ -189,11 +189,11 @@ def test_damage_to_any_part_is_found(full: Workspace, path: str, damage: str) ->
     ],
 )
 def test_a_replica_without_tastes_and_plays_finds_damage_to_all_other_parts(
-    full: Workspace, path: str, found: bool
+    full: Workspace, path: str, is_checked: bool
 ) -> None:
     release = releases.create_release(full)
     full.write_bytes(path, full.read_bytes(path) + b" ")
-    with pytest.raises(DamagedArtifactError, match=path.split("/")[1]) if found else nullcontext():
+    with pytest.raises(DamagedArtifactError, match=path.split("/")[1]) if is_checked else nullcontext():
         releases.verify_release(full, release, SERVED_KINDS, plays=False)
 
 

@@ -71,7 +71,7 @@ START = 1_700_000_000
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
+def run_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
 
 

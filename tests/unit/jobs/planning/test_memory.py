@@ -154,7 +154,7 @@ def test_memory_of_the_workers_of_all_stages(
         "BucketTastes": encoding_memory(hidden_dim, dim),
         "GroupCounter": counting_memory(songs, pairs),
         "RangeMerger": merging_memory(songs, rules),
-        "_build": joining_memory(songs, *range_sizes(dataset, retrieval)),
+        "build_retrieval": joining_memory(songs, *range_sizes(dataset, retrieval)),
         "build_and_save": indexing_memory(songs, dim),
         "ExampleCollector": examples_memory(songs, dim, queries),
         "RankerTrainer": ranking_memory(songs, dim, queries),
@@ -191,7 +191,7 @@ def test_joining_many_ranges_of_songs_takes_the_memory_of_one(
         workers.watch(monkeypatch)
         retrieval = fit_retrieval(workspace, RetrievalConfig(), repeat=True)
         largest_range, sessions = range_sizes(dataset, retrieval)
-        joining_bytes[ranges] = workers.private["_build"]
+        joining_bytes[ranges] = workers.private["build_retrieval"]
         merging_bytes[ranges] = workers.private["RangeMerger"]
         assert joining_memory(songs, largest_range, sessions) == pytest.approx(joining_bytes[ranges], rel=0.25)
     assert joining_bytes[16] < joining_bytes[4] < joining_bytes[1]
