@@ -182,10 +182,8 @@ def answer_view(recommended: Answer, subject: str) -> list[RenderableType]:
     last_plays_views: list[RenderableType] = []
     if recommended.plays:
         last_plays_views = [table(title, ["song"], [[song.name] for song in recommended.last_plays])]
-    headers, rows = (
-        ["#", "song", "score"],
-        [[rank, song.name, song.score] for rank, song in enumerate(recommended.songs, 1)],
-    )
+    headers = ["#", "song", "score"]
+    rows = [[rank, song.name, song.score] for rank, song in enumerate(recommended.songs, 1)]
     if any(song.explored for song in recommended.songs):
         headers = [*headers, "explored with probability"]
         rows = [[*row, song.probability or ""] for row, song in zip(rows, recommended.songs, strict=True)]

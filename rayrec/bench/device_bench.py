@@ -210,10 +210,8 @@ def checks(device: str) -> list[dict[str, Any]]:
         song_table: SongTable = "frozen" if objective in REGRESSIONS else "trained"
         config = Size.quick().config.replace(cell=cell, objective=objective, song_table=song_table, dropout=0.0)
         size = replace(Size.quick(), config=config)
-        initial_weights, cpu_weights = (
-            network(size).state_dict(),
-            train_network(size, "cpu", CHECKED_STEPS).state_dict(),
-        )
+        initial_weights = network(size).state_dict()
+        cpu_weights = train_network(size, "cpu", CHECKED_STEPS).state_dict()
         names = [name for name in initial_weights if not torch.equal(cpu_weights[name], initial_weights[name])]
         mean_change = torch.cat([(cpu_weights[name] - initial_weights[name]).abs().flatten() for name in names]).mean()
         for bf16, tolerance in TOLERANCES.items():

@@ -36,7 +36,7 @@ SELECTION_FOLDER = "selection"  # folder in an artifact: the network that was fi
 
 Protocol = Literal["time", "last-fraction"]
 WEAKER = "weaker than a split in time: training sees later plays of other users"
-REPORT_BUG = "please report this bug of rayrec with the command and its settings"
+LIMIT_DATA = "a model of your own must be given what FitRange.select returns; for one of rayrec's, report this bug"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,17 +142,17 @@ class FitRange:
         the `totals` that `select` adds.
         """
         if self.share is not None and histories.num_plays and histories.totals is None:
-            raise LeakError(f"training data lacks the total number of plays per user; {REPORT_BUG}")
+            raise LeakError(f"training data lacks the total number of plays per user; {LIMIT_DATA}")
         late_plays = int((~self.covers(histories)).sum())
         if late_plays:
             cut = f"{self.before} (ms UTC)" if self.share is None else f"{self.share:.3g} (of each user's plays)"
-            raise LeakError(f"training data holds {late_plays} plays at or after its cut {cut}; {REPORT_BUG}")
+            raise LeakError(f"training data holds {late_plays} plays at or after its cut {cut}; {LIMIT_DATA}")
         if self.held_out_share and not self.allowed_users(histories.user_ids).all():
-            raise LeakError(f"training data holds users who are held out; {REPORT_BUG}")
+            raise LeakError(f"training data holds users who are held out; {LIMIT_DATA}")
         if not self.allowed_songs(histories.songs).all():
-            raise LeakError(f"training data holds songs that are held out; {REPORT_BUG}")
+            raise LeakError(f"training data holds songs that are held out; {LIMIT_DATA}")
         if histories.likes is not None and not self._covers_likes(histories.take(histories.lengths > 0)).all():
-            raise LeakError(f"training data holds likes at or after its cut; {REPORT_BUG}")
+            raise LeakError(f"training data holds likes at or after its cut; {LIMIT_DATA}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -214,10 +214,8 @@ class EpochBatches:
         ranks = ranges(0, group_sizes)
         relative_ranks = (ranks + 0.5) / np.repeat(group_sizes, group_sizes)
         order = by_length[np.lexsort((groups[by_length], relative_ranks))]
-        first_step, count = (
-            int(self._step_offsets[number]),
-            int(self._step_offsets[number + 1] - self._step_offsets[number]),
-        )
+        first_step = int(self._step_offsets[number])
+        count = int(self._step_offsets[number + 1] - self._step_offsets[number])
         steps, places = np.empty(len(order), dtype=np.int64), np.empty(len(order), dtype=np.int64)
         for step, rows in zip(rng.permutation(count).tolist(), np.array_split(order, max(1, count)), strict=False):
             steps[rows], places[rows] = first_step + step, np.arange(len(rows))

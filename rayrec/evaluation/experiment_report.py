@@ -288,11 +288,9 @@ def _logged_events(workspace: Workspace, answers: _Answers) -> _Events:
     is_attributable = _to_bool(pc.is_null(_column(table, "recommendation_id"))) | (
         (answer_rows >= 0) & (answers.users[answer_rows] == users)
     )
-    table, users, answer_rows = (
-        table.filter(pa.array(is_attributable)),
-        users[is_attributable],
-        answer_rows[is_attributable],
-    )
+    table = table.filter(pa.array(is_attributable))
+    users = users[is_attributable]
+    answer_rows = answer_rows[is_attributable]
     return _Events(
         users=users,
         song_ids=_column(table, "song_id"),

@@ -265,10 +265,8 @@ def add_described_songs(dataset: Dataset) -> int:
         return 0
     song_rows = pa.array(np.arange(base.songs, base.songs + len(new_ids), dtype=np.int32))
     null_texts = pa.nulls(len(new_ids), pa.string())  # titles and artists come from the descriptions
-    table, path = (
-        pa.table([song_rows, new_ids, null_texts, null_texts], schema=columns.SONGS_TABLE),
-        later_songs_file(base.songs),
-    )
+    table = pa.table([song_rows, new_ids, null_texts, null_texts], schema=columns.SONGS_TABLE)
+    path = later_songs_file(base.songs)
     song_count = base.songs + len(new_ids)
     staging = Staging(workspace, artifacts.fingerprint("described songs", {"songs": song_count}, {"dataset": base.id}))
     digest = workspace.write_table(staging.out(path), table)

@@ -245,10 +245,8 @@ class _Import:
 
         It is that of an unfinished import of some of these files, if the two numbers differ by a factor of at most two.
         """
-        best_count, existing_count = (
-            choose_buckets(self.plan.size),
-            existing_bucket_count(self.workspace, self.plan.piece_names),
-        )
+        best_count = choose_buckets(self.plan.size)
+        existing_count = existing_bucket_count(self.workspace, self.plan.piece_names)
         return existing_count if best_count <= 2 * existing_count and existing_count <= 2 * best_count else best_count
 
     def _merge_settings(self, unit_results: list[UnitResult]) -> MergeSettings:

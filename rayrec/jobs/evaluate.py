@@ -100,10 +100,8 @@ def evaluate(
         evaluator = make_evaluator(workspace, dataset, config, split, compared_models, ablation_folders)
         metric_sums = evaluate_buckets(workspace, evaluator, dataset.manifest.buckets, f"{run_folder}/evaluator")
     workspace.delete(run_folder)
-    user_count, play_count = (
-        metric_sums.users[VIEWS.index("next")].sum(),
-        metric_sums.queries[:, VIEWS.index("next")].sum(),
-    )
+    user_count = metric_sums.users[VIEWS.index("next")].sum()
+    play_count = metric_sums.queries[:, VIEWS.index("next")].sum()
     if not user_count:
         raise InputError(
             f"no play of the test range ({split.test_range}) has an earlier play by the same user, so there is nothing "

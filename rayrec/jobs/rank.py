@@ -390,10 +390,8 @@ class RankerComparison:
 
     def __call__(self, unit: RankerUnit) -> tuple[RankerUnit, bool]:
         """Return `unit`, and True if its ranker has the higher NDCG@20 on the held-out queries of its kind."""
-        workspace, examples = (
-            self._task.dataset.workspace,
-            self._task.read_examples(self._buckets, unit.left_out, unit.kind),
-        )
+        workspace = self._task.dataset.workspace
+        examples = self._task.read_examples(self._buckets, unit.left_out, unit.kind)
         checked_examples = examples.take(examples.held_out & examples.has_right_candidate)
         unit_ndcg, next_ndcg = (
             ndcg(

@@ -162,12 +162,10 @@ class _Update:
         on_stage: Callable[[Outcome], None],
         on_note: Callable[[str], None],
     ) -> None:
-        self.dataset, self.workspace, self.live_release, self.on_note = (
-            dataset,
-            dataset.workspace,
-            live_release,
-            on_note,
-        )
+        self.dataset = dataset
+        self.workspace = dataset.workspace
+        self.live_release = live_release
+        self.on_note = on_note
         self.stages = Stages(dataset.workspace, on_stage=on_stage)
         self.model = artifacts.load_manifest(dataset.workspace, "models", live_release.inputs["models"])
         self.retrieval, self.rankers, self.added_songs = (

@@ -164,10 +164,8 @@ class ContentMap:
         inputs, residuals = self._inputs(songs, group_means), vectors - group_means
         is_held_out = np.arange(len(vectors)) % HELD_OUT_EVERY == 0  # song rows are in no particular order
         eigenvalues, eigenvectors = np.linalg.eigh(inputs[~is_held_out].T @ inputs[~is_held_out])
-        projected_residuals, held_out_inputs = (
-            eigenvectors.T @ (inputs[~is_held_out].T @ residuals[~is_held_out]),
-            inputs[is_held_out] @ eigenvectors,
-        )
+        projected_residuals = eigenvectors.T @ (inputs[~is_held_out].T @ residuals[~is_held_out])
+        held_out_inputs = inputs[is_held_out] @ eigenvectors
         input_scale = np.trace(inputs.T @ inputs) / inputs.shape[1]
         errors = {
             penalty: _error(

@@ -171,13 +171,11 @@ class _Loader:
         write_lock: AbstractContextManager[Any],
     ) -> None:
         """`writer` has one thread, the only one that puts users into the store; it holds `write_lock` to add users."""
-        self._dataset, self._store, self._tastes, self._writer, self._write_lock = (
-            dataset,
-            store,
-            tastes,
-            writer,
-            write_lock,
-        )
+        self._dataset = dataset
+        self._store = store
+        self._tastes = tastes
+        self._writer = writer
+        self._write_lock = write_lock
         # rows of other deleted users are already erased
         self._deleted_users = read_pending_deletions(dataset.workspace)
         model = artifacts.load_manifest(dataset.workspace, "models", tastes.inputs["models"])
@@ -301,10 +299,8 @@ class _Loader:
                 stored_state, log = unpack_state(whole_user.stored.state), unpack_plays(whole_user.log)
             newer_plays = Plays.concatenate([log, stored_state.window])
             newer_plays = newer_plays.take(newer_plays.played_at > batch_state.before_at)
-            has_same_plays, model_state = (
-                stored_state.plays - len(newer_plays) == len(plays),
-                stored_state.models.get(self._model_id),
-            )
+            has_same_plays = stored_state.plays - len(newer_plays) == len(plays)
+            model_state = stored_state.models.get(self._model_id)
             # The batch replaces plays of songs that were added online, because it knows their rows and current vectors.
             has_same_plays = has_same_plays and not self._has_online_songs(log, stored_state, newer_plays)
             likes = join_likes([stored_state.likes, batch_state.likes])
@@ -355,9 +351,9 @@ class _Loader:
         The log is extended to the last play of the batch, if it ends before.
         """
         moved_plays = stored_state.window.take(slice(max(0, batch_state.left - stored_state.left)))
-        new_state, model_state = (
-            stored_state,
-            replace(batch_state.models[self._model_id], restarts=stored_state.restarts, turn=stored_state.turn - 1),
+        new_state = stored_state
+        model_state = replace(
+            batch_state.models[self._model_id], restarts=stored_state.restarts, turn=stored_state.turn - 1
         )
         # A model's state is that at the end of the log, so the log must reach the batch's last play.
         if len(moved_plays):

@@ -215,13 +215,11 @@ class RedisStore(StateStore):
 
         `no_retry_client` is a redis.Redis of the same server without retries; it is not used with a cluster.
         """
-        self._client, self._no_retry_client, self._namespace, self._uri, self._shown_uri = (
-            client,
-            no_retry_client,
-            namespace,
-            uri,
-            _shown_uri(uri),
-        )
+        self._client = client
+        self._no_retry_client = no_retry_client
+        self._namespace = namespace
+        self._uri = uri
+        self._shown_uri = _shown_uri(uri)
         self._nodes = getattr(client, "nodes_manager", None)  # None for a single server
         self._replica_checks: dict[str, tuple[float, bool]] = {}  # by node: time of the check, whether it has replicas
         self._scripts = {name: client.register_script(text) for name, text in _SCRIPTS.items()}

@@ -163,10 +163,8 @@ class SessionRetriever(Retriever):
         entry_counts = postings.song_offsets[songs + 1] - postings.song_offsets[songs]
         entries = ranges(postings.song_offsets[songs], entry_counts)
         play_indices = group_of_each_item(entry_counts)
-        session_rows, song_positions = (
-            postings.song_sessions[entries].astype(np.int64),
-            postings.song_places[entries].astype(np.int64),
-        )
+        session_rows = postings.song_sessions[entries].astype(np.int64)
+        song_positions = postings.song_places[entries].astype(np.int64)
         pair_keys = rows[play_indices] * max(1, len(postings)) + session_rows
         # The match of the latest play comes first.
         order = stable_order(pair_keys * settings.last_plays + later_plays[play_indices])
@@ -174,11 +172,9 @@ class SessionRetriever(Retriever):
         first_positions = group_starts(pair_keys[order])
         weights = np.exp(-later_plays[play_indices] / settings.plays_decay)
         similarity = np.add.reduceat(weights, first_positions) if len(first_positions) else weights
-        query_rows, session_rows, match_positions = (
-            rows[play_indices[first_positions]],
-            session_rows[first_positions],
-            song_positions[first_positions],
-        )
+        query_rows = rows[play_indices[first_positions]]
+        session_rows = session_rows[first_positions]
+        match_positions = song_positions[first_positions]
         lengths = postings.offsets[session_rows + 1] - postings.offsets[session_rows]
         days = np.maximum(0, batch.queries.at[query_rows] - postings.ended_at[session_rows]) / DAY_MS
         similarity = similarity / np.sqrt(lengths) * np.exp(-days / settings.days_decay)

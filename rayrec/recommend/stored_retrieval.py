@@ -321,11 +321,9 @@ def _newest_sessions(
     entry_songs = entry_songs - song_range[0]
     in_range = (entry_songs >= 0) & (entry_songs < song_range[1] - song_range[0])
     if not in_range.all():
-        entry_sessions, entry_songs, entry_positions = (
-            entry_sessions[in_range],
-            entry_songs[in_range],
-            entry_positions[in_range],
-        )
+        entry_sessions = entry_sessions[in_range]
+        entry_songs = entry_songs[in_range]
+        entry_positions = entry_positions[in_range]
     song_order = stable_order(entry_songs.astype(np.int64))  # sessions stay in order: newest first
     newest_entries = song_order[positions_in_groups(entry_songs[song_order]) < newest]
     is_used = np.zeros(len(order), dtype=bool)

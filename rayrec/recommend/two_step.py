@@ -154,10 +154,8 @@ def _pair_keys(batch: QueryBatch, songs: Sequence[np.ndarray]) -> np.ndarray:
 def query_slices(queries: Queries) -> Iterator[slice]:
     """Yield slices of the queries that are answered together, in order."""
     plays = np.minimum(queries.plays_before, LATEST_PLAYS) + 1
-    slice_by_plays, slice_by_count = (
-        (np.cumsum(plays) - plays) // PLAYS_AT_ONCE,
-        np.arange(len(queries)) // QUERIES_AT_ONCE,
-    )
+    slice_by_plays = (np.cumsum(plays) - plays) // PLAYS_AT_ONCE
+    slice_by_count = np.arange(len(queries)) // QUERIES_AT_ONCE
     changes = np.flatnonzero((np.diff(slice_by_plays) != 0) | (np.diff(slice_by_count) != 0)) + 1
     for start, end in zip([0, *changes.tolist()], [*changes.tolist(), len(queries)], strict=True):
         if end > start:
@@ -250,11 +248,8 @@ class TwoStepRecommender(CandidateRecommender):
         for chunk, scored in self.source.batches(histories, queries, vectors, songs_to_rank):
             chunk_filters = None if filters is None else filters[chunk]
             chunk_ranking = self.rank_scored(scored, k, chunk_filters, long_weight=long_weight)
-            ranking.songs[chunk], ranking.scores[chunk], paths[chunk] = (
-                chunk_ranking.songs,
-                chunk_ranking.scores,
-                chunk_ranking.paths,
-            )
+            ranking.songs[chunk], ranking.scores[chunk] = chunk_ranking.songs, chunk_ranking.scores
+            paths[chunk] = chunk_ranking.paths
             ranking.filled[chunk] = chunk_ranking.filled
         return replace(ranking, paths=tuple(paths))
 

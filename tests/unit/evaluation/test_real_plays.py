@@ -29,11 +29,9 @@ def plays(real_data: Path) -> Histories:
 
 
 def test_rules_and_popularity_find_as_many_songs_as_measured_elsewhere(plays: Histories) -> None:
-    first_play, last_play, num_songs = (
-        int(plays.played_at.min()),
-        int(plays.played_at.max()),
-        int(plays.songs.max()) + 1,
-    )
+    first_play = int(plays.played_at.min())
+    last_play = int(plays.played_at.max())
+    num_songs = int(plays.songs.max()) + 1
     split = make_split(SplitConfig(test_days=30), dataset="real", first_play=first_play, last_play=last_play)
     fit_histories = split.final.select(plays)
     popularity = PopularityRecommender.fit([fit_histories], num_songs=num_songs, allowed=split.final)

@@ -163,10 +163,8 @@ def test_a_fit_makes_the_same_model_on_any_number_of_workers_and_resumed_with_an
     assert single_model.config == model.config
     for name, value in single_model.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, atol=2e-3, rtol=0, msg=name)
-    single_report, reports = (
-        read_report(folder, ALL_WAYS[0], 0),
-        [read_report(folder, way, rank) for rank in range(int(way[0]))],
-    )
+    single_report = read_report(folder, ALL_WAYS[0], 0)
+    reports = [read_report(folder, way, rank) for rank in range(int(way[0]))]
     selection = [line for line in single_report["epochs"] if line["phase"] == "selection"]
     assert all(0.05 < line[f"validation_recall@{RECALL_AT}"] < 1 for line in selection)
     for line, *lines in zip(single_report["epochs"], *(item["epochs"] for item in reports), strict=True):

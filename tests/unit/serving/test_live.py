@@ -170,10 +170,8 @@ def test_a_replica_reads_again_what_storage_failed_to_give_once(
     two: tuple[Workspace, str, str], replica: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace, _, second = two
-    failures, load = (
-        iter([OSError(errno.ECONNRESET, "connection reset"), StorageError("no answer")]),
-        replica.holder.load,
-    )
+    failures = iter([OSError(errno.ECONNRESET, "connection reset"), StorageError("no answer")])
+    load = replica.holder.load
 
     def load_after_failures(release_id: str) -> LiveRelease:
         for error in failures:
