@@ -252,7 +252,7 @@ def _write_model(dataset: Dataset, seed: int) -> Manifest:
     artifacts.publish(workspace, embeddings, ["vectors.npy"])
     torch.manual_seed(seed)
     model = TasteModel(model_config(dataset, TrainConfig(), EMBEDDING_DIM), torch.from_numpy(vectors))
-    for weights in model.again.values():
+    for weights in model.average_weights.values():
         weights.data.fill_(AGAIN)
     manifest = Manifest(kind="models", id=MODEL, inputs={**inputs, "songs": embeddings.id}, seed=seed)
     file_names = save_model(workspace, manifest.folder, model.eval(), np.ones(len(vectors), dtype=np.bool_))

@@ -442,10 +442,10 @@ def _trial_fitter(name: str, selection: Selection) -> Callable[[Settings], BaseR
     fitted = fit({})
     if isinstance(fitted, VstanRecommender):
         vstan = fitted
-        return lambda settings: vstan.with_settings(replace(vstan.chosen, **settings))
+        return lambda settings: vstan.with_settings(replace(vstan.tuning, **settings))
     if isinstance(fitted, VsknnRecommender):
         vsknn = fitted
-        return lambda settings: vsknn.with_settings(replace(vsknn.chosen, **settings))
+        return lambda settings: vsknn.with_settings(replace(vsknn.tuning, **settings))
     return fit
 
 

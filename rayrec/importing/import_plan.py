@@ -299,7 +299,7 @@ class ImportSummary:
     bytes: int  # size of the files as stored
     read: int  # rows, good and bad
     rejected: int  # rows that are no plays, or could not be read
-    beside: int  # rejected rows of other content that the format holds, such as podcasts
+    not_plays: int  # rejected rows of other content that the format holds, such as podcasts
     reasons: list[RejectedRows]  # most frequent first
     rows_per_file: list[int]  # minimum, median and maximum of the usable rows per file
     outliers: dict[str, int]  # files with a tenth or ten times the usable rows of the median file
@@ -309,7 +309,7 @@ class ImportSummary:
     @property
     def share(self) -> float:
         """Share of the rows read that were rejected, without the rows in `beside`."""
-        return (self.rejected - self.beside) / max(1, self.read - self.beside)
+        return (self.rejected - self.not_plays) / max(1, self.read - self.not_plays)
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the summary as a dict for JSON."""
@@ -365,7 +365,7 @@ def summarize(
         bytes=sum(file.size for file in plan.files),
         read=rows_read,
         rejected=sum(rejected_counts.values()),
-        beside=sum(rejected_counts.get(reason, 0) for reason in non_play_reasons),
+        not_plays=sum(rejected_counts.get(reason, 0) for reason in non_play_reasons),
         reasons=reasons,
         rows_per_file=[min(usable_rows.values()), round(median), max(usable_rows.values())] if usable_rows else [],
         outliers=dict(sorted(outliers.items(), key=lambda item: item[1])[:OUTLIERS_SHOWN]),
@@ -373,9 +373,9 @@ def summarize(
         warnings=list(plan.notes),
     )
     if summary.share > FEW_REJECTED:
-        rejected_plays = summary.rejected - summary.beside
+        rejected_plays = summary.rejected - summary.not_plays
         summary.warnings.append(
-            f"{rejected_plays:,} of {rows_read - summary.beside:,} rows ({summary.share:.1%}) were rejected."
+            f"{rejected_plays:,} of {rows_read - summary.not_plays:,} rows ({summary.share:.1%}) were rejected."
         )
     if damaged:
         damaged_warning = (

@@ -336,7 +336,7 @@ class _Import:
             for unit_index, table in self._rejected_rows(piece, result)
         )
         unit_results = [unit for result in results for unit in result.units]
-        summary = summarize(self.plan, unit_results, rejected, FORMATS[self.config.format].beside)
+        summary = summarize(self.plan, unit_results, rejected, FORMATS[self.config.format].not_plays)
         if summary.rejected == summary.read:
             self.workspace.delete(IMPORT_STAGING)
             reasons_text = ", ".join(f"{entry.rows:,} × {entry.reason}" for entry in summary.reasons)
@@ -346,7 +346,7 @@ class _Import:
                 summary,
             )
         if summary.share > self.config.max_rejected:
-            rejected_plays, plays = summary.rejected - summary.beside, summary.read - summary.beside
+            rejected_plays, plays = summary.rejected - summary.not_plays, summary.read - summary.not_plays
             raise TooManyRejectedError(
                 f"{rejected_plays:,} of {plays:,} rows ({summary.share:.0%}) were rejected, more than "
                 f"{self.config.max_rejected:.0%}, so nothing was imported; check the format and the settings, "
@@ -525,7 +525,7 @@ class _Import:
             "users": owner_count,
             "parts": merge_settings.part + 1,
             "part_times": [*(base.part_times if base else []), (first_play, last_play)],
-            "joined": base.joined if base else [],
+            "joined_parts": base.joined_parts if base else [],
             "users_parts": [
                 merge_settings.part
                 if users_file(merge_settings.part, bucket) in bucket_result["files"] or base is None

@@ -92,7 +92,7 @@ def _manifest(
         path.removeprefix(f"{DATASET}/"): digest for files in bucket_files.values() for path, digest in files.items()
     }
     multi_part_spans = [span for span in spans if span[0] < span[1]]
-    manifest = replace(base, joined=multi_part_spans)
+    manifest = replace(base, joined_parts=multi_part_spans)
     current_files = {path for bucket in range(base.buckets) for path in manifest.histories_files(bucket)}
     histories_folder = HISTORIES.removeprefix(f"{DATASET}/")
     files = {

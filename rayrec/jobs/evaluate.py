@@ -148,7 +148,7 @@ def settings_of_parts(workspace: Workspace, compared_models: ComparedModels, con
     if compared_models.songs:
         parts["the song embeddings"] = EmbedConfig, compared_models.songs
     networks = {"the network": compared_models.model} if compared_models.model else {}
-    parts |= {name: (TrainConfig, network) for name, network in {**networks, **compared_models.others}.items()}
+    parts |= {name: (TrainConfig, network) for name, network in {**networks, **compared_models.other_networks}.items()}
     for kind, settings_class in (("retrieval", RetrievalConfig), ("rankers", RankConfig)):
         if kind in compared_models.inputs:
             part = load_manifest(workspace, kind, compared_models.inputs[kind])
@@ -469,7 +469,7 @@ class ComparedModels:
     names: tuple[str, ...]  # names of the models
     default: str  # the model that `recommend` uses
     model: Manifest | None  # the network behind NETWORKS; None if none of these is evaluated
-    others: dict[str, Manifest]  # other networks, given as NAME=ID: name -> network
+    other_networks: dict[str, Manifest]  # other networks, given as NAME=ID: name -> network
     songs: Manifest | None  # the song embeddings of the baselines; None if no baseline needs them
     inputs: dict[str, str]  # role -> id of the artifacts
 
@@ -478,7 +478,7 @@ class ComparedModels:
         """A line that names the parts trained on playlists, which a split cannot cut; None without such parts."""
         if "split" not in self.inputs:
             return None
-        parts = {"the network": self.model, **self.others, "the song embeddings": self.songs}
+        parts = {"the network": self.model, **self.other_networks, "the song embeddings": self.songs}
         uncut_parts = [name for name, part in parts.items() if part and part.metrics.get("source") == "playlists"]
         return f"{', '.join(uncut_parts)}: {PLAYLIST_WARNING}" if uncut_parts else None
 
@@ -519,7 +519,9 @@ def choose_models(
         songs = load_manifest(workspace, "songs", songs_id) if songs_id else newest(workspace, "songs")
         require_split(songs, split, dataset, "embed")
         inputs["songs"] = songs.id
-    return ComparedModels(names=names, default=default, model=model, others=other_networks, songs=songs, inputs=inputs)
+    return ComparedModels(
+        names=names, default=default, model=model, other_networks=other_networks, songs=songs, inputs=inputs
+    )
 
 
 def _named_models(workspace: Workspace, config: EvaluateConfig) -> tuple[list[str], dict[str, Manifest]]:
@@ -631,7 +633,7 @@ def _networks(workspace: Workspace, dataset: Dataset, compared_models: ComparedM
     from rayrec.recommend.two_step import load_two_step
 
     networks: dict[str, BaseRecommender] = {}
-    for name, model in compared_models.others.items():
+    for name, model in compared_models.other_networks.items():
         added_id = parts_of(workspace, model).get("added_songs")
         networks[name] = TasteRecommender.load(workspace, model.id, added_id=added_id)
         networks[name].name = name

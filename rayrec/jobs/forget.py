@@ -210,8 +210,8 @@ class ErasedFile:
     """A file that was rewritten without rows or texts of deleted users."""
 
     path: str
-    before: str  # sha256 of the old file
-    after: str  # sha256 of the new file
+    old_checksum: str  # sha256
+    new_checksum: str  # sha256
     users: dict[str, int] = field(default_factory=dict)  # digest of a user -> plays or songs of the erased row
 
 
@@ -232,7 +232,7 @@ class FileEraser:
                 return None
             users, new_checksum = self._write(path, file, group_masks)
         old_checksum = artifacts.sha256(self._workspace, path)
-        return ErasedFile(path=path, before=old_checksum, after=new_checksum, users=users)
+        return ErasedFile(path=path, old_checksum=old_checksum, new_checksum=new_checksum, users=users)
 
     def _kept_rows(self, file: pq.ParquetFile, group: int) -> np.ndarray:
         """bool (U,): the rows of a row group that stay."""
@@ -280,7 +280,9 @@ class FileEraser:
             return None
         old_checksum = artifacts.sha256(self._workspace, path)
         return ErasedFile(
-            path=path, before=old_checksum, after=self._workspace.write_table(_scratch_path(path), clean_table)
+            path=path,
+            old_checksum=old_checksum,
+            new_checksum=self._workspace.write_table(_scratch_path(path), clean_table),
         )
 
 
@@ -300,7 +302,7 @@ class _ManifestWriter:
     def __init__(self, workspace: Workspace, forgotten: ForgottenUsers, erased_files: Mapping[str, ErasedFile]) -> None:
         self._workspace, self._forgotten, self._erased_files = workspace, forgotten, erased_files
         # sha256 of all new files, also manifests
-        self._digests = {path: file.after for path, file in erased_files.items()}
+        self._digests = {path: file.new_checksum for path, file in erased_files.items()}
         self._losses_by_dataset: dict[str, Counter[str]] = {}  # data set -> users and plays lost by its taste vectors
 
     def write(self) -> None:
@@ -385,7 +387,7 @@ class _ManifestWriter:
     def _require_sound(self, files: Mapping[str, str]) -> None:
         """Raise `DamagedArtifactError` for a file that was damaged before: it must not get a new checksum."""
         for path, expected in files.items():
-            if path in self._erased_files and self._erased_files[path].before != expected:
+            if path in self._erased_files and self._erased_files[path].old_checksum != expected:
                 raise DamagedArtifactError(
                     f"{path} does not match the checksum in its manifest; restore the file, or run its command again "
                     "with --force"

@@ -450,7 +450,7 @@ class SongPlacer:
         ]
         self._first_rows: tuple[dict[int, int], dict[int, int]] = {}, {}  # by artist and by album
 
-    def place(self, songs: Sequence[LaterSong]) -> AddedSongs:
+    def estimate(self, songs: Sequence[LaterSong]) -> AddedSongs:
         """Return all `songs`, sorted by row, with vectors estimated without plays; zeros if no vector can be estimated.
 
         Content whose length differs from that of the catalog is ignored.

@@ -246,7 +246,7 @@ class TasteModel(nn.Module):
         if num_averages:
             self.log_discount_K: Tensor
             self.register_buffer("log_discount_K", log_discounts(config.averages), persistent=False)
-            self.again = nn.ParameterDict({name: torch.zeros(num_averages) for name in config.horizons})
+            self.average_weights = nn.ParameterDict({name: torch.zeros(num_averages) for name in config.horizons})
             self.linked = nn.ParameterDict({name: torch.ones(()) for name in [*config.horizons][1:]})
 
     def song_vectors(self, songs: Tensor) -> Tensor:
@@ -351,7 +351,7 @@ class TasteModel(nn.Module):
         if not config.features.pause_hours:
             position_BL = position_BL[:1]  # without pauses, the same for all rows
         play_weights = _play_weights(position_BL, self.log_discount_K, songs_BLD.dtype).flatten(1, 2)
-        average_weights_HK = torch.stack([self.again[name] for name in config.horizons])
+        average_weights_HK = torch.stack([self.average_weights[name] for name in config.horizons])
         widths = [config.hidden_dim, len(config.averages) * dim, int(config.features.request_gap)]
         hidden_weight, averages_weight, gap_weight = torch.split(self.dense.weight, widths, dim=1)
         dense, weighted_averages_NHD = _Averages.apply(  # type: ignore[no-untyped-call]
@@ -399,7 +399,8 @@ class TasteModel(nn.Module):
                 averages = directions.reshape(
                     *directions.shape[:-1], len(self.config.averages), self.config.embedding_dim
                 )
-                taste_vectors = normalize(taste_vectors, dim=-1) + (self.again[name].unsqueeze(-1) * averages).sum(-2)
+                weighted_averages = self.average_weights[name].unsqueeze(-1) * averages
+                taste_vectors = normalize(taste_vectors, dim=-1) + weighted_averages.sum(-2)
                 if name in self.linked:
                     taste_vectors = taste_vectors + self.linked[name] * next(iter(tastes_by_horizon.values()))
             tastes_by_horizon[name] = normalize(taste_vectors, dim=-1)

@@ -170,22 +170,22 @@ class Decay:
 
     def __init__(self, part: float) -> None:
         """`part` is in [0, 0.5]; 0 means no average."""
-        self.part, self.taken, self.log_total = part, 0, 0.0
+        self.part, self.steps, self.log_total = part, 0, 0.0
 
     def step(self) -> float:
         """Count one more step and return the weight of the average before it."""
-        factor = (1 + self.taken) / (1 / self.part + self.taken)
-        self.taken += 1
+        factor = (1 + self.steps) / (1 / self.part + self.steps)
+        self.steps += 1
         self.log_total += math.log(factor) if factor else -math.inf
         return factor
 
     def state(self) -> Tensor:
         """float64 (2,): the number of steps and the log of the total decay, for a checkpoint."""
-        return torch.tensor([self.taken, self.log_total], dtype=torch.float64)
+        return torch.tensor([self.steps, self.log_total], dtype=torch.float64)
 
     def load(self, state: Tensor) -> None:
         """Restore what `state` returned."""
-        self.taken, self.log_total = int(state[0]), float(state[1])
+        self.steps, self.log_total = int(state[0]), float(state[1])
 
 
 class SongTable:

@@ -291,7 +291,7 @@ class _Loader:
                 deleted += 1
                 continue
             if (
-                len(log) < stored_state.left
+                len(log) < stored_state.log_plays
                 and stored_state.before_at > batch_state.before_at
                 and log.played_at[0] > batch_state.before_at
             ):
@@ -350,7 +350,7 @@ class _Loader:
 
         The log is extended to the last play of the batch, if it ends before.
         """
-        moved_plays = stored_state.window.take(slice(max(0, batch_state.left - stored_state.left)))
+        moved_plays = stored_state.window.take(slice(max(0, batch_state.log_plays - stored_state.log_plays)))
         new_state = stored_state
         model_state = replace(
             batch_state.models[self._model_id], restarts=stored_state.restarts, turn=stored_state.turn - 1
@@ -361,13 +361,13 @@ class _Loader:
                 stored_state,
                 window=stored_state.window.take(slice(len(moved_plays), None)),
                 before_at=batch_state.before_at,
-                left=batch_state.left,
+                log_plays=batch_state.log_plays,
                 turn=stored_state.turn + 1,
             )
-        if batch_state.left == new_state.plays:
+        if batch_state.log_plays == new_state.plays:
             model_state = replace(model_state, turn=new_state.turn)
         packed_heard = None
-        if new_state.left - new_state.folded > LAST_PLAYS:
+        if new_state.log_plays - new_state.folded > LAST_PLAYS:
             new_state, heard_songs = fold_heard(
                 new_state, np.concatenate([log.songs, moved_plays.songs]), unpack_heard(whole_user.heard)
             )
@@ -384,14 +384,14 @@ class _Loader:
         self, user_id: str, whole_user: FullUser, stored_state: UserState, batch_state: UserState, plays: Plays
     ) -> Change:
         """Return the change for a user with other stored plays than the batch's: batch and newer plays replace them."""
-        newer_plays = plays.take(slice(batch_state.left, None))
+        newer_plays = plays.take(slice(batch_state.log_plays, None))
         num_leaving = count_leaving_plays(newer_plays.played_at)
-        log = plays.take(slice(batch_state.left + num_leaving))
+        log = plays.take(slice(batch_state.log_plays + num_leaving))
         new_state = replace(
             stored_state,
             window=newer_plays.take(slice(num_leaving, None)),
             before_at=int(log.played_at[-1]) if len(log) else NEVER,
-            left=len(log),
+            log_plays=len(log),
             folded=0,
             turn=stored_state.turn + 1,
             restarts=stored_state.restarts + 1,
@@ -413,7 +413,7 @@ def _latest_likes(likes: Histories, row: int) -> Plays:
 def _full_log_change(user_id: str, expected: int, state: UserState, log: Plays) -> Change:
     """Return the change that stores a user's whole log, and the state after it."""
     packed_heard = None
-    if state.left > LAST_PLAYS:
+    if state.log_plays > LAST_PLAYS:
         state, heard_songs = fold_heard(state, log.songs, np.zeros(0, np.int32))
         packed_heard = pack_heard(heard_songs)
     return Change(

@@ -33,10 +33,10 @@ def pack_state(state: UserState) -> bytes:
     models = []
     for model, model_state in state.models.items():
         shape = list(model_state.hidden.shape)
-        before_layers = [] if model_state.before is model_state.hidden else _pack_layers(model_state.before)
-        counters = [_time_or_none(model_state.before_at), model_state.left, model_state.restarts, model_state.turn]
-        models.append([model, shape, _pack_layers(model_state.hidden), before_layers, *counters])
-    counts = [state.left, state.folded, state.rejected, state.turn, state.restarts]
+        start_layers = [] if model_state.start_hidden is model_state.hidden else _pack_layers(model_state.start_hidden)
+        counters = [_time_or_none(model_state.before_at), model_state.log_plays, model_state.restarts, model_state.turn]
+        models.append([model, shape, _pack_layers(model_state.hidden), start_layers, *counters])
+    counts = [state.log_plays, state.folded, state.rejected, state.turn, state.restarts]
     window = _play_arrays(state.window) if len(state.window) else []
     fields = [_time_or_none(state.before_at), _time_or_none(state.forgotten_at), counts, window, models]
     return _seal(STATE_MARK, [*fields, *_like_fields(state.likes)])
@@ -79,11 +79,11 @@ def unpack_state(data: bytes) -> UserState:
     """Return the state that `pack_state` packed. Raises `DamagedArtifactError` for other bytes."""
     fields = _unseal(STATE_MARK, data, "user state")
     try:
-        before_at, forgotten_at, (left, folded, rejected, turn, restarts), window, models, *likes = fields
+        before_at, forgotten_at, (log_plays, folded, rejected, turn, restarts), window, models, *likes = fields
         return UserState(
             window=_unpack_play_arrays(window) if window else Plays.of([], []),
             before_at=_time_or_never(before_at),
-            left=left,
+            log_plays=log_plays,
             folded=folded,
             rejected=rejected,
             turn=turn,
@@ -152,16 +152,16 @@ def _model_state(
     packed_hidden: list[Any],
     packed_before: list[Any],
     before_at: int | None,
-    left: int,
+    log_plays: int,
     restarts: int,
     turn: int,
 ) -> ModelState:
     hidden_layers = _unpack_layers(packed_hidden, shape)
     return ModelState(
         hidden=hidden_layers,
-        before=_unpack_layers(packed_before, shape) if packed_before else hidden_layers,
+        start_hidden=_unpack_layers(packed_before, shape) if packed_before else hidden_layers,
         before_at=_time_or_never(before_at),
-        left=left,
+        log_plays=log_plays,
         restarts=restarts,
         turn=turn,
     )

@@ -118,16 +118,16 @@ class ModelState:
     """The state of one model's network for one user."""
 
     hidden: np.ndarray  # float32 (L, H), after all plays, if `turn` is the user's
-    before: np.ndarray  # float32 (L, H), after the first `left` plays
-    before_at: int  # ms UTC of the last of the first `left` plays; NEVER if there are none
-    left: int  # plays in the log when this was computed
+    start_hidden: np.ndarray  # float32 (L, H), after the first `log_plays` plays
+    before_at: int  # ms UTC of the last of the first `log_plays` plays; NEVER if there are none
+    log_plays: int  # plays in the log when this was computed
     restarts: int  # the user's `restarts` when this was computed; if they differ, the log has been replaced since
     turn: int  # the user's `turn` when this was computed
 
     @property
     def start(self) -> States:
         """The state from before the window."""
-        return States(hidden=self.before[None], last_played_at=np.array([self.before_at]))
+        return States(hidden=self.start_hidden[None], last_played_at=np.array([self.before_at]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class UserState:
 
     window: Plays = field(default_factory=lambda: Plays.of([], []))  # the latest plays, in time order
     before_at: int = NEVER  # ms UTC of the last play of the log
-    left: int = 0  # number of plays in the log
+    log_plays: int = 0  # number of plays in the log
     folded: int = 0  # number of the log's first plays whose songs are in the set of heard songs
     rejected: int = 0  # number of plays that arrived too late
     turn: int = 0  # counts the changes of the plays
@@ -149,13 +149,15 @@ class UserState:
     def start(cls, model: str, states: States, row: int = 0, plays: int = 0) -> "UserState":
         """Create a state with an empty window: before the first play, or after `plays` plays in the log."""
         hidden, before_at = states.hidden[row], int(states.last_played_at[row])
-        model_state = ModelState(hidden=hidden, before=hidden, before_at=before_at, left=plays, restarts=0, turn=0)
-        return cls(before_at=before_at, left=plays, models={model: model_state})
+        model_state = ModelState(
+            hidden=hidden, start_hidden=hidden, before_at=before_at, log_plays=plays, restarts=0, turn=0
+        )
+        return cls(before_at=before_at, log_plays=plays, models={model: model_state})
 
     @property
     def plays(self) -> int:
         """The number of accepted plays."""
-        return self.left + len(self.window)
+        return self.log_plays + len(self.window)
 
     @property
     def last_played_at(self) -> int:
@@ -210,14 +212,14 @@ class Step:
         return self.count("repeated") < len(self.outcomes)
 
     @property
-    def left(self) -> Plays:
+    def leaving_plays(self) -> Plays:
         """The plays that move to the log."""
         return self.window.take(slice(self.leaving))
 
     @property
     def folds(self) -> bool:
         """True if the log then holds more plays than an answer reads, so that `fold_heard` must be called."""
-        return bool(self.leaving) and self.state.left + self.leaving - self.state.folded > LAST_PLAYS
+        return bool(self.leaving) and self.state.log_plays + self.leaving - self.state.folded > LAST_PLAYS
 
     def finish(self, states: States) -> UserState:
         """Return the new state, from the states after the runs of this step."""
@@ -229,8 +231,10 @@ class Step:
         new_state = replace(new_state, window=self.window.take(slice(self.leaving, None)), turn=self.state.turn + 1)
         if self.leaving:
             before_at = int(states.last_played_at[1])
-            new_state = replace(new_state, before_at=before_at, left=self.state.left + self.leaving)
-            model_state = replace(model_state, before=states.hidden[1], before_at=before_at, left=new_state.left)
+            new_state = replace(new_state, before_at=before_at, log_plays=self.state.log_plays + self.leaving)
+            model_state = replace(
+                model_state, start_hidden=states.hidden[1], before_at=before_at, log_plays=new_state.log_plays
+            )
         return new_state.with_model(self.model, replace(model_state, hidden=states.hidden[0], turn=new_state.turn))
 
 
@@ -294,18 +298,18 @@ class CatchUp:
 
         `log` holds the last plays of the log: all of them, or at least `LAST_PLAYS`.
         """
-        if len(log) < min(state.left, LAST_PLAYS):
+        if len(log) < min(state.log_plays, LAST_PLAYS):
             raise ValueError(
-                f"the log has {len(log)} plays; catching up needs the last {min(state.left, LAST_PLAYS)} "
-                f"of {state.left}"
+                f"the log has {len(log)} plays; catching up needs the last {min(state.log_plays, LAST_PLAYS)} "
+                f"of {state.log_plays}"
             )
         start_state, missing_plays, model_state = blank, log, state.models.get(model)
         if (
             model_state is not None
             and model_state.restarts == state.restarts
-            and state.left - model_state.left <= len(log)
+            and state.log_plays - model_state.log_plays <= len(log)
         ):
-            start_state, missing_plays = model_state.start, log.last(state.left - model_state.left)
+            start_state, missing_plays = model_state.start, log.last(state.log_plays - model_state.log_plays)
         return cls(
             state=state,
             model=model,
@@ -317,9 +321,9 @@ class CatchUp:
         state = self.state
         model_state = ModelState(
             hidden=states.hidden[0],
-            before=states.hidden[1],
+            start_hidden=states.hidden[1],
             before_at=state.before_at,
-            left=state.left,
+            log_plays=state.log_plays,
             restarts=state.restarts,
             turn=state.turn,
         )
@@ -358,9 +362,9 @@ def fold_heard(state: UserState, log_songs: np.ndarray, heard_songs: np.ndarray)
     `log_songs`, int32, are the songs of the last plays of the log, at least of all plays that are not in the set yet.
     The last half of `LAST_PLAYS` plays stays out of the set, so that the set is rarely written.
     """
-    folded = max(state.folded, state.left - LAST_PLAYS // 2)
-    end = len(log_songs) - (state.left - folded)
-    start = max(0, len(log_songs) - (state.left - state.folded))
+    folded = max(state.folded, state.log_plays - LAST_PLAYS // 2)
+    end = len(log_songs) - (state.log_plays - folded)
+    start = max(0, len(log_songs) - (state.log_plays - state.folded))
     return replace(state, folded=folded), np.union1d(heard_songs, log_songs[start:end]).astype(np.int32)
 
 

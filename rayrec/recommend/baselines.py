@@ -460,14 +460,14 @@ def _fit_vsknn(
     batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings
 ) -> BaseRecommender:
     recommender = VsknnRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
-    return recommender.with_settings(replace(recommender.chosen, **settings))
+    return recommender.with_settings(replace(recommender.tuning, **settings))
 
 
 def _fit_vstan(
     batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings
 ) -> BaseRecommender:
     recommender = VstanRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed)
-    return recommender.with_settings(replace(recommender.chosen, **settings))
+    return recommender.with_settings(replace(recommender.tuning, **settings))
 
 
 def _make_user_top(

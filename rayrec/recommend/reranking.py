@@ -374,8 +374,9 @@ def _nearest_songs(
 class PopularOrder:
     """The order of songs for users without known plays: recently popular songs by many different artists."""
 
-    worth: np.ndarray  # float64 (N,), recent plays, divided by 2 for an artist's second song, by 3 for the third, ...
-    order: np.ndarray  # int32 (any,), rows of the songs that an answer may hold, by descending worth
+    # float64 (N,), recent plays, divided by 2 for an artist's second song, by 3 for the third, ...
+    discounted_plays: np.ndarray
+    order: np.ndarray  # int32 (any,), rows of the songs that an answer may hold, by descending discounted plays
 
     @classmethod
     def of(
@@ -389,8 +390,8 @@ class PopularOrder:
         """Create the order from all `plays` of each song, (N,), and its `recent_plays`, which may be shorter than N.
 
         Without `recent_plays` all plays count. `is_known`, bool (N,), is True for songs that an answer may hold.
-        `artist_of_song` is int, -1 if unknown, and may be shorter than N. Of songs of equal worth those with more plays
-        come first.
+        `artist_of_song` is int, -1 if unknown, and may be shorter than N. Of songs with equal discounted plays
+        those with more plays come first.
         """
         songs = np.arange(len(plays))
         counted_plays, artist_ids = plays, -1 - songs
@@ -406,12 +407,12 @@ class PopularOrder:
         discounted_plays = np.zeros(len(plays))
         discounted_plays[order] = counted_plays[order] / (1 + positions_in_groups(artist_ids[order]))
         rows = np.lexsort((songs, -plays, -discounted_plays))
-        return cls(worth=discounted_plays, order=rows[is_known[rows]].astype(np.int32))
+        return cls(discounted_plays=discounted_plays, order=rows[is_known[rows]].astype(np.int32))
 
 
 def choose_popular(starting: PopularOrder, options: AnswerOptions) -> SelectedSongs:
     """Return the first k songs for a user without known plays; with `songs_to_rank`, those songs in that order."""
-    discounted_plays, order = starting.worth, starting.order
+    discounted_plays, order = starting.discounted_plays, starting.order
     if options.songs_to_rank is not None:
         rows = options.songs_to_rank
         has_play_count = rows < len(discounted_plays)  # other songs were added online and have no play counts

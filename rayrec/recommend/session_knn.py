@@ -39,8 +39,8 @@ class VsknnRecommender(BaseRecommender):
     name = "vsknn"
 
     def __init__(self, sessions: csr_matrix, settings: VsknnSettings | None = None) -> None:
-        self.sessions, self.chosen = sessions, settings or VsknnSettings()
-        self.settings = asdict(self.chosen)
+        self.sessions, self.tuning = sessions, settings or VsknnSettings()
+        self.settings = asdict(self.tuning)
         self.num_songs = sessions.shape[1]
         self._sessions_of_songs = sessions.T.tocsr()  # (N, S)
         lengths = np.maximum(1, np.diff(sessions.indptr))
@@ -66,17 +66,17 @@ class VsknnRecommender(BaseRecommender):
     def with_settings(self, settings: VsknnSettings) -> VsknnRecommender:
         """Return a recommender with the same sessions and other settings."""
         recommender = copy(self)
-        recommender.chosen, recommender.settings = settings, asdict(settings)
+        recommender.tuning, recommender.settings = settings, asdict(settings)
         return recommender
 
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the summed similarity of the neighbors that hold each song; 0 if none does."""
         scores = np.zeros((len(queries), self.num_songs), dtype=np.float32)
-        rows, songs, later_plays = last_plays(histories, queries, self.num_songs, self.chosen.last_plays)
+        rows, songs, later_plays = last_plays(histories, queries, self.num_songs, self.tuning.last_plays)
         shape = (len(queries), self.num_songs)
         # weights of the same song add up
         weights = csr_matrix(
-            ((1 - later_plays / self.chosen.last_plays).astype(np.float32), (rows, songs)), shape=shape
+            ((1 - later_plays / self.tuning.last_plays).astype(np.float32), (rows, songs)), shape=shape
         )
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             chunk = slice(start, start + QUERIES_AT_ONCE)
@@ -87,7 +87,7 @@ class VsknnRecommender(BaseRecommender):
         """Sparse (Q, S): the similarity of the nearest sessions, from the weights of songs (Q, N)."""
         similarity: csr_matrix = (weights @ self._sessions_of_songs).tocsr()
         similarity.data *= self._length_factors[similarity.indices]
-        return keep_nearest(similarity, self.chosen.neighbors)
+        return keep_nearest(similarity, self.tuning.neighbors)
 
 
 def keep_nearest(similarity: csr_matrix, count: int) -> csr_matrix:
@@ -154,8 +154,8 @@ class VstanRecommender(BaseRecommender):
 
         `ended_at`, int64 (S,), is the time of each session's last play, ms UTC.
         """
-        self.sessions, self.ended_at, self.chosen = sessions, ended_at, settings or VstanSettings()
-        self.settings = asdict(self.chosen)
+        self.sessions, self.ended_at, self.tuning = sessions, ended_at, settings or VstanSettings()
+        self.settings = asdict(self.tuning)
         self.num_songs = sessions.shape[1]
         arrays = (np.ones(sessions.nnz, np.float32), sessions.indices, sessions.indptr)
         self._sessions_of_songs = csr_matrix(arrays, shape=sessions.shape).T.tocsr()  # (N, S)
@@ -187,7 +187,7 @@ class VstanRecommender(BaseRecommender):
     def with_settings(self, settings: VstanSettings) -> VstanRecommender:
         """Return a recommender with the same sessions and other settings."""
         recommender = copy(self)
-        recommender.chosen, recommender.settings = settings, asdict(settings)
+        recommender.tuning, recommender.settings = settings, asdict(settings)
         return recommender
 
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
@@ -195,7 +195,7 @@ class VstanRecommender(BaseRecommender):
         scores = np.zeros((len(queries), self.num_songs), dtype=np.float32)
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             chunk = slice(start, start + QUERIES_AT_ONCE)
-            chunk_queries, settings = queries.take(chunk), self.chosen
+            chunk_queries, settings = queries.take(chunk), self.tuning
             rows, songs, later_plays = last_plays(histories, chunk_queries, self.num_songs, settings.last_plays)
             shape = (len(chunk_queries), self.num_songs)
             play_weights = np.exp(-later_plays / settings.plays_decay).astype(np.float32)
@@ -209,9 +209,9 @@ class VstanRecommender(BaseRecommender):
         """Sparse (Q, S): the similarity of the nearest sessions, from the weights of songs (Q, N)."""
         similarity: csr_matrix = (weights @ self._sessions_of_songs).tocsr()
         ages = np.repeat(at, np.diff(similarity.indptr)) - self.ended_at[similarity.indices]
-        age_factors = np.exp(-np.maximum(0, ages) / (self.chosen.days_decay * DAY_MS)).astype(np.float32)
+        age_factors = np.exp(-np.maximum(0, ages) / (self.tuning.days_decay * DAY_MS)).astype(np.float32)
         similarity.data *= self._length_factors[similarity.indices] * age_factors
-        return keep_nearest(similarity, self.chosen.neighbors)
+        return keep_nearest(similarity, self.tuning.neighbors)
 
     def _weigh_songs(self, nearest: csr_matrix, plays_since: np.ndarray) -> coo_matrix:
         """Sparse (Q, N): the weights of the songs of the nearest sessions (Q, S).
@@ -233,8 +233,8 @@ class VstanRecommender(BaseRecommender):
         is_match = plays_since_E == np.minimum.reduceat(plays_since_E, start_B)[neighbor_E]
         matched_position_B[neighbor_E[is_match]] = position_E[is_match]
         distance_E = np.abs(position_E - matched_position_B[neighbor_E])
-        weight_E = nearest.data[neighbor_E] * np.exp(-distance_E / np.float32(self.chosen.distance_decay))
-        weight_E *= np.where(plays_since_E < self.chosen.last_plays, np.float32(self.chosen.just_played), np.float32(1))
+        weight_E = nearest.data[neighbor_E] * np.exp(-distance_E / np.float32(self.tuning.distance_decay))
+        weight_E *= np.where(plays_since_E < self.tuning.last_plays, np.float32(self.tuning.just_played), np.float32(1))
         return coo_matrix((weight_E, (row_E, song_E)), shape=plays_since.shape)
 
 

@@ -234,7 +234,7 @@ class OnlineSongs:
                 updated.plays[song.number] = np.frombuffer(song.sums, dtype="<f8")
         if new_numbers:
             later_songs = [updated.songs[number].later(int(updated.row_of_number[number])) for number in new_numbers]
-            new_placed_songs = self._get_placer().place(later_songs)
+            new_placed_songs = self._get_placer().estimate(later_songs)
             updated.placed_songs = (
                 new_placed_songs if previous.placed_songs is None else previous.placed_songs.union(new_placed_songs)
             )

@@ -249,7 +249,7 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
     table = mapped_table(version, lambda: _make_catalog_table(workspace, dataset, release, recommender))
     first_days = _column_array(table, FIRST_DAY) if FIRST_DAY in table.column_names else None
     catalog = Catalog(table)
-    plays, starting_worth = _column_array(table, PLAYS), _column_array(table, SCORE)
+    plays, discounted_plays = _column_array(table, PLAYS), _column_array(table, DISCOUNTED_PLAYS)
     ids = columns.one_array(table.column(columns.SONG_ID))
     return ServedCatalog(
         catalog=catalog,
@@ -258,7 +258,7 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
         skip_below=dataset.manifest.skip_below,
         plays=plays,
         by_plays=_column_order(table, BY_PLAYS),
-        starting=PopularOrder(worth=starting_worth, order=_column_order(table, STARTING)),
+        starting=PopularOrder(discounted_plays=discounted_plays, order=_column_order(table, STARTING)),
         first_days=first_days,
         by_age=np.zeros(0, np.int32) if first_days is None else _column_order(table, BY_AGE),
         lineage=dataset.lineage,
@@ -284,10 +284,11 @@ def catalog_version(workspace: Workspace, release: Manifest) -> str:
     )
 
 
-FORMAT = 2  # version of the shared table; to be changed when its texts or columns are computed differently
+FORMAT = 3  # version of the shared table; to be changed when its texts or columns are computed differently
 # Columns of the shared table, in addition to those of the catalog. A column that orders some songs is padded with -1.
-ID_HASH, ID_ROW, PLAYS, BY_PLAYS, POPULARITY_RANK, IS_KNOWN = "id_hash", "id_row", "plays", "by_plays", "place", "known"
-SCORE, STARTING, FIRST_DAY, BY_AGE = "worth", "starting", "first_day", "by_age"
+ID_HASH, ID_ROW, PLAYS, BY_PLAYS = "id_hash", "id_row", "plays", "by_plays"
+POPULARITY_RANK, IS_KNOWN, FIRST_DAY, BY_AGE = "popularity_rank", "is_known", "first_day", "by_age"
+DISCOUNTED_PLAYS, STARTING = "discounted_plays", "starting"
 
 
 def _make_catalog_table(
@@ -312,7 +313,7 @@ def _make_catalog_table(
         BY_PLAYS: by_plays[is_known[by_plays]],  # songs without a vector are never recommended
         POPULARITY_RANK: popularity_positions(plays),
         IS_KNOWN: is_known.view(np.uint8),  # one byte per song can be read without a copy
-        SCORE: starting.worth,
+        DISCOUNTED_PLAYS: starting.discounted_plays,
         STARTING: starting.order,
     }
     if first_days is not None:

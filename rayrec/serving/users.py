@@ -260,10 +260,10 @@ class StoredUsers:
             (full_user,) = await self._run_in_thread(store.read, [user_id], plays=LAST_PLAYS)
             if full_user is None or full_user.stored.version != version:
                 return None
-            songs = np.concatenate([unpack_plays(full_user.log).songs, step.left.songs])
+            songs = np.concatenate([unpack_plays(full_user.log).songs, step.leaving_plays.songs])
             state, heard_songs = fold_heard(state, songs, unpack_heard(full_user.heard))
             packed_heard = pack_heard(heard_songs)
-        log_parts = [Piece(step.leaving, pack_plays(step.left))] if step.leaving else []
+        log_parts = [Piece(step.leaving, pack_plays(step.leaving_plays))] if step.leaving else []
         return Change(user_id=user_id, state=pack_state(state), expected=version, append=log_parts, heard=packed_heard)
 
     async def _read_current(

@@ -34,7 +34,7 @@ from rayrec.storage.workspace import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 BUCKET_COUNTS = b"rayrec counts"  # key of a Parquet file's metadata: JSON with the counts of its bucket
 RECOMMENDATIONS = "recommendations"  # the kind of artifact that `rayrec recommend --all` writes
 NOUNS = {  # kind -> name of one artifact in messages
@@ -68,7 +68,7 @@ COMMANDS = {  # kind -> command that makes such an artifact
 }
 FITTED = ("songs", "models", "retrieval", "rankers")  # kinds that are learned from plays
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SKIP_BELOW = 0.5  # default share of a song below which a play of it counts as skipped
 
 Times = Literal["real", "positions"]
@@ -289,7 +289,7 @@ class DatasetManifest:
     source: str  # the format of the imported files
     buckets: int  # fixed at the first import
     parts: int  # number of parts of the histories; each import of plays adds one, numbered from 0
-    joined: list[tuple[int, int]] = field(default_factory=list)  # (first, last) of parts with joined files
+    joined_parts: list[tuple[int, int]] = field(default_factory=list)  # (first, last) of parts with joined files
     joined_from: str = ""  # id of the data set with the same plays before parts were joined; empty: its own id
     joined_at: str = ""  # when parts were last joined, ISO 8601, UTC
     part_times: list[tuple[int, int]] = field(default_factory=list)  # ms UTC of the first and last play of each part
@@ -338,7 +338,7 @@ class DatasetManifest:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """The (first, last) part of each set of histories files, in order. A set has one file per bucket."""
-        last_parts, spans, part = dict(self.joined), [], 0
+        last_parts, spans, part = dict(self.joined_parts), [], 0
         while part < self.parts:
             spans.append((part, last_parts.get(part, part)))
             part = spans[-1][1] + 1
@@ -394,7 +394,7 @@ def read_dataset_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) ->
             f"{path} has schema version {raw.get('schema_version')}, "
             f"but this version of rayrec reads {SCHEMA_VERSION}; delete the folder {DATASET} and import the data again"
         )
-    for name in ("joined", "part_times"):
+    for name in ("joined_parts", "part_times"):
         raw[name] = [tuple(pair) for pair in raw[name]]
     return DatasetManifest(**raw)
 

@@ -101,35 +101,46 @@ VAGUE_NAMES = {
 
 
 def vague_names(source: str) -> Iterator[tuple[int, str]]:
-    """Yield line and name of each function, method, argument and assigned local variable that is in VAGUE_NAMES."""
-    for function in ast.walk(ast.parse(source)):
-        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        names = [] if isinstance(function, ast.Lambda) else [(function.lineno, function.name)]
-        for node in ast.walk(function):
-            if isinstance(node, ast.arg):
-                names.append((node.lineno, node.arg))
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                names.append((node.lineno, node.id))
-        yield from ((line, name) for line, name in names if name in VAGUE_NAMES)
+    """Yield line and name of each function, argument, assigned variable and attribute that is in VAGUE_NAMES."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                line = node.lineno
+            case ast.arg(arg=name) | ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                line = node.lineno
+            case _:
+                continue
+        if name in VAGUE_NAMES:
+            yield line, name
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_function_argument_or_variable_has_a_vague_name(path: Path) -> None:
+def test_no_function_argument_variable_or_attribute_has_a_vague_name(path: Path) -> None:
     problems = [f"line {line}: {name}" for line, name in vague_names(path.read_text("utf-8"))]
     assert not problems, "\n".join(problems)
 
 
-def test_vague_names_are_found_in_functions_arguments_loops_and_assignments() -> None:
+def test_vague_names_are_found_in_functions_arguments_loops_assignments_and_attributes() -> None:
     source = """
 class Song:
+    beside: int
+
     def look(self, told, *, once=False):
-        found = 1
+        found = self.again = 1
         for chosen, row in told:
             pass
         return found
 
 first = lambda who: who
 """
-    names = [(3, "look"), (3, "told"), (3, "once"), (4, "found"), (5, "chosen"), (9, "who")]
+    names = [
+        (3, "beside"),
+        (5, "look"),
+        (5, "told"),
+        (5, "once"),
+        (6, "found"),
+        (6, "again"),
+        (7, "chosen"),
+        (11, "who"),
+    ]
     assert sorted(vague_names(source)) == sorted(names)

@@ -30,7 +30,7 @@ class Format:
     playlists: bool = False  # holds playlists, not plays
     ends_with_line: bool = False  # each line has a line end: without the last one, the file may have been cut
     check_users: Callable[[Sequence[str], str], list[str]] | None = None  # see accounts.check_accounts
-    beside: tuple[str, ...] = ()  # reject reasons that `max_rejected` ignores: rows that are no plays, such as podcasts
+    not_plays: tuple[str, ...] = ()  # reject reasons of rows that are no plays (podcasts): `max_rejected` ignores them
     times: Times = "real"  # positions: plays have no times, only their place in a line, and lines are in order
 
 
@@ -38,42 +38,44 @@ FORMATS: dict[str, Format] = {
     "apple-music": Format(
         make=apple_music.AppleMusicReader,
         patterns=("apple music*play activity*.csv",),
-        beside=(apple_music.OTHER_EVENT, apple_music.NOT_A_SONG, NO_SONG),
+        not_plays=(apple_music.OTHER_EVENT, apple_music.NOT_A_SONG, NO_SONG),
         ends_with_line=True,
         check_users=check_accounts,
     ),
-    "csv": Format(make=CsvReader, patterns=("*.csv", "*.tsv"), mapped=True, beside=(OTHER_EVENT,), ends_with_line=True),
+    "csv": Format(
+        make=CsvReader, patterns=("*.csv", "*.tsv"), mapped=True, not_plays=(OTHER_EVENT,), ends_with_line=True
+    ),
     "deezer": Format(make=DeezerReader, patterns=("deezer-data*.xlsx",), check_users=check_deezer_accounts),
     "lastfm-1k": Format(make=LastfmReader, patterns=("userid-timestamp*.tsv",), ends_with_line=True),
     "listenbrainz": Format(
         make=ListenBrainzReader,
         patterns=("*.listens", "*.jsonl", "*.ndjson", "*.json"),
-        beside=(NOT_A_LISTEN_FILE,),
+        not_plays=(NOT_A_LISTEN_FILE,),
         check_users=check_listeners,
     ),
     "mpd": Format(make=MpdReader, patterns=("*.json",), playlists=True),
     "music4all-onion": Format(
         make=Music4AllOnionReader, patterns=("userid_trackid_timestamp*.tsv",), ends_with_line=True
     ),
-    "parquet": Format(make=ParquetReader, patterns=("*.parquet",), mapped=True, beside=(OTHER_EVENT,)),
+    "parquet": Format(make=ParquetReader, patterns=("*.parquet",), mapped=True, not_plays=(OTHER_EVENT,)),
     "sequences": Format(
         make=SequenceReader, patterns=("*.txt", "*.lst", "*.seq"), ends_with_line=True, times="positions"
     ),
     "spotify-history": Format(
         make=SpotifyHistoryReader,
         patterns=("streaming_history_*.json", "endsong*.json", "streaminghistory*.json"),
-        beside=(PODCAST, ACCOUNT_DATA),
+        not_plays=(PODCAST, ACCOUNT_DATA),
         check_users=check_usernames,
     ),
     "tidal": Format(
         make=TidalReader,
         patterns=("streaming*.csv",),
-        beside=(NOT_A_TRACK,),
+        not_plays=(NOT_A_TRACK,),
         ends_with_line=True,
         check_users=check_accounts,
     ),
     "yambda": Format(make=YambdaReader, patterns=("listens.parquet",)),
     "youtube-takeout": Format(
-        make=YoutubeTakeoutReader, patterns=("*.json",), beside=(NOT_MUSIC, SEARCH), check_users=check_watchers
+        make=YoutubeTakeoutReader, patterns=("*.json",), not_plays=(NOT_MUSIC, SEARCH), check_users=check_watchers
     ),
 }

@@ -188,7 +188,7 @@ def test_joined_parts_stay_for_their_readers_for_some_hours(nights: Workspace) -
     nights.write_bytes(histories_file(1, 0), b"parquet")
     nights.write_bytes(histories_file(0, 0, 1), b"joined")
     nights.write_bytes(users_file(1, 0), b"parquet")
-    manifest = replace(read_dataset_manifest(nights), parts=2, joined=[(0, 1)], users_parts=[1])
+    manifest = replace(read_dataset_manifest(nights), parts=2, joined_parts=[(0, 1)], users_parts=[1])
     for joined_at, expected in (("2999-01-01T00:00:00+00:00", 0), ("2020-01-01T00:00:00+00:00", 2)):
         write_dataset_manifest(nights, replace(manifest, joined_at=joined_at))
         garbage = [

@@ -84,7 +84,7 @@ def test_failed_loads_videos_and_shows_are_no_plays_of_songs(tmp_path: Path) -> 
     )
     reasons = batch.rejected.column("reason").to_pylist()
     assert reasons == ["event is not a play", "video or show", "video or show"]
-    assert set(reasons) <= set(FORMATS["apple-music"].beside)
+    assert set(reasons) <= set(FORMATS["apple-music"].not_plays)
     assert batch.rows.column("title").to_pylist() == ["Airbag"]
 
 

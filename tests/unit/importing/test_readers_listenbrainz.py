@@ -171,7 +171,7 @@ def test_an_export_belongs_to_the_user_of_its_user_file_or_folder_and_feedback_i
     songs = ["mapped-1", "mapped-1", "msid-1", "mapped-1"]
     assert plays_of(files) == ([(user, song) for song in songs], {listenbrainz.NOT_A_LISTEN_FILE})
     assert plays_of(files, "me")[0] == [("me", song) for song in songs]
-    assert listenbrainz.NOT_A_LISTEN_FILE in FORMATS["listenbrainz"].beside
+    assert listenbrainz.NOT_A_LISTEN_FILE in FORMATS["listenbrainz"].not_plays
     check = FORMATS["listenbrainz"].check_users
     assert check is not None
     assert [user in note for note in check(files, "")] == ([] if name else [True])

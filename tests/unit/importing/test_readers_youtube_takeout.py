@@ -69,7 +69,7 @@ def test_an_ad_is_no_play_and_a_link_no_title(tmp_path: Path) -> None:
 def test_a_search_is_no_play(tmp_path: Path) -> None:
     batch = read(tmp_path / "Suchverlauf.json", [watch_entry(titleUrl="https://music.youtube.com/search?q=solar")])
     assert batch.rejected.column("reason").to_pylist() == ["a search"]
-    assert "a search" in FORMATS["youtube-takeout"].beside
+    assert "a search" in FORMATS["youtube-takeout"].not_plays
 
 
 def test_videos_and_invalid_entries_are_rejected_with_a_reason(tmp_path: Path) -> None:

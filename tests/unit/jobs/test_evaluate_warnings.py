@@ -27,7 +27,7 @@ def _compared_models(*, split: bool = True, **sources: str) -> ComparedModels:
         names=("taste", "r_pst"),
         default="taste",
         model=manifests["model"],
-        others={"r_pst": manifests["r_pst"]},
+        other_networks={"r_pst": manifests["r_pst"]},
         songs=manifests["songs"],
         inputs={"split": "s"} if split else {},
     )

@@ -103,7 +103,7 @@ def test_vectors_are_at_most_of_length_1_whatever_the_scale_of_the_content() -> 
     later_songs = [
         LaterSong(row=row, artist=None, album=None, content=content[row]) for row in range(KNOWN_SONGS, SONGS)
     ]
-    placed_songs = SongPlacer(vectors, vectors, full_catalog, song_content, result).place(later_songs)
+    placed_songs = SongPlacer(vectors, vectors, full_catalog, song_content, result).estimate(later_songs)
     for songs in (result, placed_songs):
         for table in (songs.outputs, songs.averaged, songs.inputs):
             lengths = np.linalg.norm(table, axis=1)

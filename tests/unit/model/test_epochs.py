@@ -287,7 +287,7 @@ def test_validation_reads_all_songs_even_unknown_ones_like_the_saved_network(
 ) -> None:
     model = with_other_inputs(network(model_config(song_table=table, input_table=input_table)))
     with torch.no_grad():
-        for weight in (*model.again.values(), *(model.map.parameters() if model.map else ())):
+        for weight in (*model.average_weights.values(), *(model.map.parameters() if model.map else ())):
             weight.uniform_(-1, 1)
     is_known = np.arange(NUM_SONGS) % 5 > 0  # every history has unknown songs
     vectors = export_song_vectors(model, is_known)
@@ -330,7 +330,7 @@ def test_epochs_are_chosen_by_new_songs_among_those_not_heard() -> None:
     config = settings(averages=(0.0,))
     model = TasteModel(replace(model_config(config), num_songs=4), torch.eye(8)[:4])
     with torch.no_grad():
-        model.again["short"].fill_(1e6)
+        model.average_weights["short"].fill_(1e6)
     vectors = np.array([[1, 0, 0.5, 0], [0.9, 0, 0.4, 0], [0.8, 0, 0.3, 0], [0.1, 0, 0.9, 0]], dtype=np.float32)
     vectors = np.concatenate([vectors, np.zeros((4, 4), np.float32)], axis=1)
     histories = Histories.from_lists([[1, 0, 2, 0]], [[1, 2, 3, 4]])

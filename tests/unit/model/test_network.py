@@ -73,7 +73,7 @@ def test_averages_are_of_the_vectors_that_tastes_are_compared_with(histories: Hi
     for head in model.heads.values():
         head.weight.zero_()
         head.bias.copy_(torch.eye(len(head.bias))[0] * 1e-6)  # only a direction, which the average outweighs
-    model.again["short"].fill_(1e6)
+    model.average_weights["short"].fill_(1e6)
     batch = padded(model, histories)
     last_songs = batch.songs_BL[torch.arange(len(histories)), batch.length_B - 1]
     gap = torch.zeros(batch.songs_BL.shape)
@@ -97,7 +97,7 @@ def test_gradients_of_training_are_those_of_the_plain_operations_of_inference(
         batch = padded(model, histories)
         gap = torch.rand(batch.songs_BL.shape, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            for number, weights in enumerate(model.again.values()):
+            for number, weights in enumerate(model.average_weights.values()):
                 weights.copy_(torch.linspace(-0.5, 1 + number, len(weights)))
         is_play = torch.arange(batch.songs_BL.shape[1]) < batch.length_B[:, None]
         head_inputs = model.trunk(batch)[0]
@@ -192,7 +192,7 @@ def test_the_last_song_played_can_be_predicted_again() -> None:
     history = Histories.from_lists([[3, 7, 9]], [[10, 20, 30]])
     head_inputs, _ = model.trunk(padded(model, history))
     songs = model.song_vectors(torch.arange(NUM_SONGS))
-    model.again["short"][0] = 50.0  # the discount 0: the last song
+    model.average_weights["short"][0] = 50.0  # the discount 0: the last song
     assert int((songs @ model.head(head_inputs[:, -1], torch.zeros(1), "short")[0]).argmax()) == 9
 
 

@@ -41,9 +41,9 @@ def random_state(window: Plays) -> UserState:
     models = {
         name: ModelState(
             hidden=hidden[row],
-            before=hidden[row + 1] if len(window) else hidden[row],
+            start_hidden=hidden[row + 1] if len(window) else hidden[row],
             before_at=-5,
-            left=10**9 - row,
+            log_plays=10**9 - row,
             restarts=row,
             turn=7,
         )
@@ -77,7 +77,7 @@ def test_a_state_comes_back_as_it_was_with_network_states_to_24_bits(window: Pla
 
 def test_a_sum_over_many_plays_keeps_what_one_more_adds() -> None:
     hidden = np.array([[3_000.0, -0.25, 0.0], [0.5, 0.0, 0.0]], np.float32)
-    model_state = ModelState(hidden=hidden, before=hidden, before_at=1, left=2, restarts=0, turn=0)
+    model_state = ModelState(hidden=hidden, start_hidden=hidden, before_at=1, log_plays=2, restarts=0, turn=0)
     for _ in range(10):
         (unpacked,) = unpack_state(pack_state(UserState(models={"m": model_state}))).models.values()
         model_state = replace(unpacked, hidden=unpacked.hidden + np.float32(0.1))
@@ -87,7 +87,7 @@ def test_a_sum_over_many_plays_keeps_what_one_more_adds() -> None:
 def test_averages_of_a_few_plays_are_kept_beside_sums_over_a_million() -> None:
     averages, sums = np.random.default_rng(0).normal(size=(2, 1, 32)).astype(np.float32)
     hidden = np.concatenate([averages, 1e6 * sums], axis=1)
-    model_state = ModelState(hidden=hidden, before=hidden, before_at=1, left=2, restarts=0, turn=0)
+    model_state = ModelState(hidden=hidden, start_hidden=hidden, before_at=1, log_plays=2, restarts=0, turn=0)
     (unpacked,) = unpack_state(pack_state(UserState(models={"m": model_state}))).models.values()
     np.testing.assert_allclose(unpacked.hidden[:, :32], averages, atol=1e-6)
 

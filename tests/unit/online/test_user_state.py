@@ -77,11 +77,11 @@ def require_batch_state(encoder: TasteEncoder, state: UserState, plays: Plays, m
     assert model_state is not None
     np.testing.assert_allclose(model_state.hidden, expected.hidden[0], **TOLERANCE)
     assert (state.last_played_at, state.plays) == (expected.last_played_at[0], len(plays))
-    states_before = encoder.run(join_plays([ordered.take(slice(state.left))]))[1]
-    np.testing.assert_allclose(model_state.before, states_before.hidden[0], **TOLERANCE)
+    states_before = encoder.run(join_plays([ordered.take(slice(state.log_plays))]))[1]
+    np.testing.assert_allclose(model_state.start_hidden, states_before.hidden[0], **TOLERANCE)
     assert state.before_at == model_state.before_at == states_before.last_played_at[0]
     for name in ("songs", "played_at", "contexts", "skipped"):
-        np.testing.assert_array_equal(getattr(state.window, name), getattr(ordered, name)[state.left :])
+        np.testing.assert_array_equal(getattr(state.window, name), getattr(ordered, name)[state.log_plays :])
 
 
 def post(encoder: TasteEncoder, state: UserState, parts: Sequence[Plays]) -> tuple[UserState, list[Step]]:
@@ -125,16 +125,16 @@ def test_any_order_within_the_window_gives_the_state_of_the_batch(data: st.DataO
     state, steps = post(encoder, new_user(encoder), parts)
     require_batch_state(encoder, state, plays)
     assert sum(step.count("rejected") for step in steps) == state.rejected == 0
-    left_plays = Plays.concatenate([step.left for step in steps])
-    np.testing.assert_array_equal(left_plays.songs, plays.songs[: state.left])
-    np.testing.assert_array_equal(left_plays.played_at, plays.played_at[: state.left])
+    left_plays = Plays.concatenate([step.leaving_plays for step in steps])
+    np.testing.assert_array_equal(left_plays.songs, plays.songs[: state.log_plays])
+    np.testing.assert_array_equal(left_plays.played_at, plays.played_at[: state.log_plays])
 
 
 def test_plays_from_before_the_window_are_rejected_and_counted(encoder: TasteEncoder) -> None:
     plays = random_plays(12)
     late_plays, other_plays = plays.take(slice(0, 2)), plays.take(slice(2, None))
     state, _ = post(encoder, new_user(encoder), [other_plays])
-    assert state.left == 6
+    assert state.log_plays == 6
     state, (step,) = post(encoder, state, [late_plays])
     assert outcomes(step) == ["rejected", "rejected"]
     assert (state.rejected, step.runs) == (2, ())
@@ -171,9 +171,9 @@ def test_plays_of_one_moment_keep_the_order_in_which_they_came_and_leave_togethe
     plays = Plays.of([5, 1, 4, 2, 3, 9, 8, 7, 6, 0], [10, 10, 10, 10, 10, 10, 11, 12, 13, 14])
     state, steps = post(encoder, new_user(encoder), [plays.take(np.array([position])) for position in range(10)])
     assert [step.leaving for step in steps] == [0] * 9 + [6]
-    assert state.left == 6
+    assert state.log_plays == 6
     require_batch_state(encoder, state, plays)
-    assert steps[-1].left.songs.tolist() == [5, 1, 4, 2, 3, 9]
+    assert steps[-1].leaving_plays.songs.tolist() == [5, 1, 4, 2, 3, 9]
     state_at_once, _ = post(encoder, new_user(encoder), [plays])
     np.testing.assert_allclose(state_at_once.models["m"].hidden, state.models["m"].hidden, **TOLERANCE)
 
@@ -182,11 +182,11 @@ def test_plays_of_one_moment_do_not_push_each_other_out_of_the_window(encoder: T
     """Plays of one moment stay in the window, whether sent at once or one by one, until later plays fill it."""
     plays = Plays.of(np.arange(12), np.full(12, 10))
     state, _ = post(encoder, new_user(encoder), [plays])
-    assert (state.left, len(state.window)) == (0, 12)
+    assert (state.log_plays, len(state.window)) == (0, 12)
     more_plays = [Plays.of([1], [10]), Plays.of([2], [9]), Plays.of([3, 4], [10, 11]), Plays.of([5, 6], [12, 13])]
     state, steps = post(encoder, state, more_plays)
     assert {outcome for step in steps for outcome in outcomes(step)} == {"taken"}
-    assert (state.left, state.before_at) == (1, 9)
+    assert (state.log_plays, state.before_at) == (1, 9)
     last_play = Plays.of([7], [14])
     state, (step,) = post(encoder, state, [last_play])
     assert (step.leaving, state.before_at, state.window.played_at.tolist()) == (14, 10, [11, 12, 13, 14])
@@ -199,7 +199,7 @@ def test_of_too_many_plays_of_one_moment_the_later_ones_are_rejected(encoder: Ta
     plays = Plays.of(np.arange(20), np.full(20, 10))
     state, (_, step) = post(encoder, new_user(encoder), [plays, Plays.of([1, 2], [10, 10])])
     assert outcomes(step) == ["taken", "taken"]
-    assert (state.left, len(state.window)) == (22, 0)
+    assert (state.log_plays, len(state.window)) == (22, 0)
     state, (step,) = post(encoder, state, [Plays.of([1, 2], [10, 11])])
     assert outcomes(step) == ["rejected", "taken"]
     require_batch_state(encoder, state, Plays.concatenate([plays, Plays.of([1, 2, 2], [10, 10, 11])]))
@@ -234,7 +234,7 @@ def catch_up(encoder: TasteEncoder, state: UserState, model: str, log: Plays) ->
 def test_another_model_is_computed_from_log_and_window_beside_the_first(encoder: TasteEncoder) -> None:
     plays, second_encoder = random_plays(14), other_encoder()
     state, (step,) = post(encoder, new_user(encoder), [plays])
-    state_of_both, _ = catch_up(second_encoder, state, "n", step.left)
+    state_of_both, _ = catch_up(second_encoder, state, "n", step.leaving_plays)
     require_batch_state(second_encoder, state_of_both, plays, "n")
     require_batch_state(encoder, state_of_both, plays)
     late_play = Plays.of([3], [int(plays.played_at[-2]) + 1])
@@ -246,9 +246,9 @@ def test_another_model_is_computed_from_log_and_window_beside_the_first(encoder:
 def test_a_model_that_is_behind_runs_over_only_the_plays_since(encoder: TasteEncoder) -> None:
     plays, second_encoder = random_plays(60), other_encoder()
     state, steps = post(encoder, new_user(encoder), [plays.take(slice(50))])
-    state, _ = catch_up(second_encoder, state, "n", Plays.concatenate([step.left for step in steps]))
+    state, _ = catch_up(second_encoder, state, "n", Plays.concatenate([step.leaving_plays for step in steps]))
     state, later_steps = post(encoder, state, [plays.take(slice(50, None))])
-    log = Plays.concatenate([step.left for step in [*steps, *later_steps]])
+    log = Plays.concatenate([step.leaving_plays for step in [*steps, *later_steps]])
     current_state, num_plays = catch_up(second_encoder, state, "n", log)
     require_batch_state(second_encoder, current_state, plays, "n")
     assert num_plays < 30
@@ -257,7 +257,7 @@ def test_a_model_that_is_behind_runs_over_only_the_plays_since(encoder: TasteEnc
 def test_of_three_models_the_two_written_last_are_kept(encoder: TasteEncoder) -> None:
     state, (step,) = post(encoder, new_user(encoder), [random_plays(14)])
     for model in ("n", "o"):
-        state, _ = catch_up(other_encoder(), state, model, step.left)
+        state, _ = catch_up(other_encoder(), state, model, step.leaving_plays)
     assert list(state.models) == ["n", "o"]
 
 
@@ -265,11 +265,11 @@ def test_a_log_that_was_replaced_is_run_over_from_the_first_play(encoder: TasteE
     plays = random_plays(14)
     state, (step,) = post(encoder, new_user(encoder), [plays])
     restarted_state = replace(state, restarts=1, turn=state.turn + 1)
-    current_state, num_plays = catch_up(encoder, restarted_state, "m", step.left)
+    current_state, num_plays = catch_up(encoder, restarted_state, "m", step.leaving_plays)
     require_batch_state(encoder, current_state, plays)
-    assert num_plays == len(plays) + state.left
+    assert num_plays == len(plays) + state.log_plays
     with pytest.raises(ValueError, match="the log has 2 plays; catching up needs the last 10 of 10"):
-        catch_up(encoder, restarted_state, "m", step.left.take(slice(2)))
+        catch_up(encoder, restarted_state, "m", step.leaving_plays.take(slice(2)))
 
 
 def test_plays_from_before_a_deletion_are_rejected(encoder: TasteEncoder) -> None:
@@ -283,13 +283,13 @@ def test_plays_from_before_a_deletion_are_rejected(encoder: TasteEncoder) -> Non
 
 def test_songs_of_plays_that_no_answer_reads_stay_heard() -> None:
     songs = np.arange(LAST_PLAYS + 10, dtype=np.int32) % 4_000
-    state = UserState(left=len(songs))
+    state = UserState(log_plays=len(songs))
     folded_state, heard_songs = fold_heard(state, songs, np.zeros(0, np.int32))
     assert len(songs) - folded_state.folded == LAST_PLAYS // 2
     assert set(heard_songs) == set(songs[: folded_state.folded])
     more_songs = np.concatenate([songs, np.full(3_000, 9_999, np.int32)])
     second_state, all_heard_songs = fold_heard(
-        replace(folded_state, left=len(more_songs)), more_songs[-LAST_PLAYS - 600 :], heard_songs
+        replace(folded_state, log_plays=len(more_songs)), more_songs[-LAST_PLAYS - 600 :], heard_songs
     )
     assert set(all_heard_songs) == set(more_songs[: second_state.folded])
 
