@@ -71,7 +71,10 @@ class DelimitedRows(NamedTuple):
 
 
 def read_header(source: str, delimiter: str) -> list[str]:
-    """Return the column names of a file. Raises `InputError` if it has no header or is not delimited text."""
+    """Return the column names of a file. Raises `InputError` if it has no header or is not delimited text.
+
+    A header of quoted names that has another delimiter is one name, for `other_delimiter`.
+    """
     head = require_text(source)
     if head.lstrip(b"\xef\xbb\xbf \r\n\t")[:2] in (b"[{", b'{"', b"[\n", b"{\n", b"[\r", b"{\r"):
         raise DamagedInputError(f"{source} is JSON, not csv; pass the format of the file, see `rayrec import --help`")
@@ -86,10 +89,17 @@ def read_header(source: str, delimiter: str) -> list[str]:
     try:
         values = split_line(line, delimiter)
         if isinstance(values, str):
-            raise InputError(f"the header of {source} cannot be read: {values}; correct the column names")
+            if not any(_has_several_values(line, candidate) for candidate in USUAL_DELIMITERS):
+                raise InputError(f"the header of {source} cannot be read: {values}; correct the column names")
+            values = [line]
         return [value.decode("utf-8").strip() for value in values]
     except UnicodeDecodeError as error:
         raise InputError(f"the header of {source} is {NOT_UTF8}; save the file as UTF-8") from error
+
+
+def _has_several_values(line: bytes, delimiter: str) -> bool:
+    values = split_line(line, delimiter)
+    return not isinstance(values, str) and len(values) > 1
 
 
 def other_delimiter(header: Sequence[str], delimiter: str) -> str | None:

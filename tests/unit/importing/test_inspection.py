@@ -57,6 +57,15 @@ def test_columns_delimiter_times_and_the_command_are_guessed_of_a_csv(tmp_path: 
     plan_import(ImportConfig(format="csv", paths=(path,), columns=mapping, delimiter=";"))  # the command works
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_delimiter_of_quoted_column_names_is_guessed(tmp_path: Path, delimiter: str) -> None:
+    rows = [["user", "song", "played_at"], ["a", "one, two; three", str(START)]]
+    text = "".join(delimiter.join(f'"{value}"' for value in row) + "\n" for row in rows)
+    config = guess_import([write(tmp_path / "p.csv", text)])
+    assert (config.delimiter, config.columns) == (delimiter, {name: name for name in rows[0]})
+    assert inspect_files("csv", list(config.paths)).rejected == {}
+
+
 def test_types_of_a_parquet_file_are_shown(tmp_path: Path) -> None:
     times = pa.array([START * 1000] * 2, pa.timestamp("ms", "UTC"))
     pq.write_table(pa.table({"uid": [1, 2], "item_id": [7, 8], "timestamp": times}), tmp_path / "p.parquet")
