@@ -280,9 +280,9 @@ def _are_dates(values: pa.Array) -> bool:
     """True for a column of dates without a time of day."""
     if pa.types.is_date(values.type):
         return True
-    known_values = values.drop_null()
+    known_values = _in_plain_strings(values).drop_null()
     return (
-        values.type == pa.string()
+        known_values.type == pa.string()
         and len(known_values) > 0
         and pc.all(pc.match_substring_regex(known_values, f"{DATE_ALONE}|{WRITTEN_DATE}")).as_py()
     )
@@ -387,9 +387,14 @@ def _parquet_sample(file: SourceFile) -> tuple[list[str], dict[str, pa.Array]]:
     return batch.schema.names, dict(zip(batch.schema.names, batch.columns, strict=True))
 
 
+def _in_plain_strings(values: pa.Array) -> pa.Array:
+    """Return the values as pa.string() if they are text of another type, as pandas and polars write it."""
+    is_other_text = pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type)
+    return values.cast(pa.string()) if is_other_text else values
+
+
 def _type_name(values: pa.Array) -> str:
-    if pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type):  # as pandas and polars write text
-        values = values.cast(pa.string())
+    values = _in_plain_strings(values)
     if values.type != pa.string():
         return str(values.type)
     known_values = values.drop_null()

@@ -23,6 +23,7 @@ from rayrec.importing.inspection import (
 from rayrec.importing.readers import FORMATS
 
 START = 1711929600
+TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view()]  # of csv, pandas, polars
 
 
 def write(path: Path, text: str) -> str:
@@ -134,9 +135,11 @@ def test_the_time_zone_is_shown_and_in_the_command(tmp_path: Path) -> None:
         inspect_files("csv", [path], "Mars")
 
 
-def test_a_column_of_times_is_preferred_to_a_column_of_dates(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.csv", "user,song,when it was,first sold\na,b,2026-01-01 10:00:00,1999-01-01\n")
-    assert {column.name: column.role for column in inspect_files("csv", [path]).columns}["when it was"] == "played_at"
+@pytest.mark.parametrize("text", TEXT_TYPES, ids=str)
+def test_a_column_of_times_is_preferred_to_a_column_of_dates(text: pa.DataType) -> None:
+    values = {"user": "a", "song": "b", "when it was": "2026-01-01 10:00:00", "first sold": "1999-01-01"}
+    _, roles = guess_roles({name: pa.array([value], text) for name, value in values.items()})
+    assert roles["played_at"] == "when it was"
 
 
 @pytest.mark.parametrize(
@@ -165,6 +168,16 @@ def test_a_date_and_a_time_of_day_in_two_columns_must_be_joined(tmp_path: Path, 
     assert guess_import([path], columns={"played_at": "date"}).columns["played_at"] == "date"
     path_with_lengths = write(tmp_path / "q.csv", "user,song,date,time\na,b,2024-01-01,3:45\n")
     assert guess_import([path_with_lengths]).columns["played_at"] == "date"
+
+
+@pytest.mark.parametrize("text", TEXT_TYPES, ids=str)
+def test_a_date_and_a_time_of_day_in_two_columns_of_parquet_must_be_joined(tmp_path: Path, text: pa.DataType) -> None:
+    values = {"user": "a", "song": "b", "date": "2024-01-01", "time": "23:10:00"}
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({name: pa.array([value] * 3, text) for name, value in values.items()}), path)
+    assert inspect_files("parquet", [str(path)]).time == "dates without times, read as midnight in UTC"
+    with pytest.raises(InputError, match="Column 'time' contains the time of day without the date"):
+        guess_import([str(path)])
 
 
 def test_names_of_public_data_sets_are_known() -> None:
@@ -202,7 +215,7 @@ def test_titles_and_artists_are_found_by_names_that_hold_the_words() -> None:
         ("user,artist,song,song_genre_id,recording_label_id,playlist_item_id,track_paid,timestamp", "song", None),
     ],
 )
-@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view()], ids=str)  # of csv, pandas, polars
+@pytest.mark.parametrize("text", TEXT_TYPES, ids=str)
 def test_with_an_artist_column_a_column_of_ids_is_preferred_to_one_that_may_hold_titles(
     text: pa.DataType, header: str, song: str, title: str | None
 ) -> None:
