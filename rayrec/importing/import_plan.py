@@ -1,6 +1,5 @@
 """The plan of an import: settings, files, units of work, number of buckets; and the summary of its result."""
 
-import posixpath
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +20,10 @@ from rayrec.importing.readers.reader import (
     ReadOptions,
     SourceFile,
     Unit,
+    file_name,
     find_files,
     is_compressed,
+    plain_path,
     unterminated_file_warnings,
 )
 from rayrec.importing.readers.tabular import roles
@@ -184,7 +185,7 @@ def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) 
     damaged (unless it may be skipped) or lacks a header or a column, and files whose names would mix up their users.
     """
     files = find_files(config.paths, FORMATS[config.format].patterns)
-    name_counts = Counter(posixpath.basename(file.source) for file in files)
+    name_counts = Counter(file_name(file.source) for file in files)
     if config.times == "positions" and not config.user_separator and len(name_counts) < len(files):
         raise InputError(
             f"two files are named {name_counts.most_common(1)[0][0]}, and user IDs are made from file name and line "
@@ -270,7 +271,7 @@ def choose_buckets(size: int) -> int:
 
 
 def _is_dense(source: str) -> bool:
-    return is_compressed(source) or source.endswith(DENSE_FORMATS)
+    return is_compressed(source) or plain_path(source).endswith(DENSE_FORMATS)
 
 
 FEW_REJECTED = 0.01  # share of rejected rows up to which there is no warning

@@ -10,7 +10,15 @@ from pathlib import Path
 from rayrec.errors import InputError
 from rayrec.importing.readers import delimited
 from rayrec.importing.readers.delimited import DelimitedRows
-from rayrec.importing.readers.reader import Batch, ReadOptions, Unit, byte_ranges
+from rayrec.importing.readers.reader import (
+    Batch,
+    ReadOptions,
+    Unit,
+    byte_ranges,
+    file_name,
+    plain_path,
+    split_options,
+)
 
 # Folder names that come from services, in lower case: they do not identify a user.
 EXPORT_FOLDERS = (
@@ -52,22 +60,22 @@ class Users:
 
 def account_of(source: str) -> str:
     """Return the name of the innermost folder around a file whose name does not come from a service."""
-    return posixpath.basename(account_folder(source))
+    return file_name(account_folder(source))
 
 
 def account_folder(source: str) -> str:
-    """Return the path of the folder whose name `account_of` returns."""
-    return _account_folder(source)[0]
+    """Return the path or URI of the folder whose name `account_of` returns."""
+    return _account_folder(source)[0] + split_options(source)[1]
 
 
 def _account_folder(source: str) -> tuple[str, str]:
-    """Return the folder whose name is the user, and the folder of the export.
+    """Return the folder whose name is the user, and the folder of the export, both without options of a URI.
 
     The folder of the export is the service's folder directly in the first one, or the first one itself.
     """
-    path = source if "://" in source else Path(source).expanduser().resolve().as_posix()
+    path = split_options(source)[0] if "://" in source else Path(source).expanduser().resolve().as_posix()
     export = folder = posixpath.dirname(path)
-    while _is_export_folder(folder):
+    while _is_export_folder(plain_path(folder)):
         export, folder = folder, posixpath.dirname(folder)
     return folder, export
 

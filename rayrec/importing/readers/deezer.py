@@ -4,7 +4,6 @@ The sheet of the listening history has the columns Song Title, Artist, ISRC, Alb
 Date, which is read as UTC. The song id is the ISRC, or `artist – title` without one.
 """
 
-import posixpath
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,15 @@ from rayrec.data.spelling import name_song
 from rayrec.errors import DamagedInputError, first_line
 from rayrec.importing.readers.accounts import account_of, check_accounts
 from rayrec.importing.readers.json_rows import Record, RowCollector, text
-from rayrec.importing.readers.reader import STREAM_MS, Batch, ReadOptions, Unit, open_source, required_columns
+from rayrec.importing.readers.reader import (
+    STREAM_MS,
+    Batch,
+    ReadOptions,
+    Unit,
+    file_name,
+    open_source,
+    required_columns,
+)
 
 SHEET = "_listeningHistory"  # end of the name of the sheet, after a number
 TITLE, ARTIST, ISRC, SECONDS, DATE = "Song Title", "Artist", "ISRC", "Listening Time", "Date"
@@ -56,7 +63,7 @@ def check_deezer_accounts(sources: Sequence[str], user: str) -> list[str]:
 
 
 def _account_number(source: str) -> str | None:
-    match = ACCOUNT.match(posixpath.basename(source))
+    match = ACCOUNT.match(file_name(source))
     return match[1] if match else None
 
 

@@ -14,7 +14,7 @@ from rayrec.data import columns
 from rayrec.data.spelling import name_song
 from rayrec.importing.readers.accounts import Users, account_folder, account_of, check_accounts
 from rayrec.importing.readers.json_rows import RowCollector, load_json, plan_json, read_records, text
-from rayrec.importing.readers.reader import Batch, ReadOptions, Unit, is_file, plain_name, require_text
+from rayrec.importing.readers.reader import Batch, ReadOptions, Unit, is_file, path_below, plain_name, require_text
 
 NOT_A_LISTEN = "not a listen: no track_metadata"
 NOT_A_LISTEN_FILE = "not a listen: user, feedback or pinned recording"
@@ -77,7 +77,7 @@ def _username(source: str) -> str | None:
 
 def _user_of_export(source: str) -> str | None:
     """Return the user in the user.json of the export that a file belongs to, or None."""
-    path = posixpath.join(account_folder(source), USER_FILE)
+    path = path_below(account_folder(source), USER_FILE)
     content = load_json(path) if is_file(path) else None
     return text(content.get("username")) if isinstance(content, dict) else None
 

@@ -18,6 +18,7 @@ from difflib import SequenceMatcher, get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol, cast
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pyarrow as pa
@@ -317,6 +318,7 @@ BLOCK_BYTES = 16 << 20
 TAIL_BYTES = 64 << 10  # bytes per read while looking for a line end
 LINE_LIMIT = 64 << 20  # bytes of a line; a file with a longer one is not a text file
 NEWLINE, RETURN = 10, 13
+URI_CHARACTERS = "%/:@!$&'()*+,;="  # these, letters, digits and -._~ stay as they are in a URI
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # First bytes of files that are not UTF-8 text, whatever their name.
 OTHER_FORMATS = {
@@ -366,14 +368,37 @@ def _unreadable_error(path: str, error: OSError) -> InputError:
     return InputError(f"the path {path} cannot be read: {first_line(error)}; check the path and its permissions")
 
 
+def split_options(source: str) -> tuple[str, str]:
+    """Return a path or URI without the options of a URI, and the options with their question mark."""
+    location, mark, options = source.partition("?") if "://" in source else (source, "", "")
+    return location, mark + options
+
+
+def plain_path(source: str) -> str:
+    """The path of a file; that of a URI without its options, and with the characters that the URI quotes."""
+    return unquote(split_options(source)[0]) if "://" in source else source
+
+
+def file_name(source: str) -> str:
+    """The name of a file without its folder."""
+    return posixpath.basename(plain_path(source))
+
+
+def path_below(folder: str, relative_path: str) -> str:
+    """Return the path or URI of a file below a folder; a URI keeps its options."""
+    location, options = split_options(folder)
+    return posixpath.join(location, quote(relative_path) if "://" in folder else relative_path) + options
+
+
 def is_compressed(source: str) -> bool:
     """True for .gz and .bz2 files, which can only be read from the start."""
-    return source.endswith(COMPRESSED)
+    return plain_path(source).endswith(COMPRESSED)
 
 
 def plain_name(source: str) -> str:
-    """A file's name without .gz or .bz2."""
-    return source[: source.rindex(".")] if is_compressed(source) else source
+    """A file's path, see `plain_path`, without .gz or .bz2."""
+    path = plain_path(source)
+    return path[: path.rindex(".")] if is_compressed(source) else path
 
 
 @contextmanager
@@ -401,7 +426,7 @@ def open_plain(source: str) -> Iterator[IO[bytes]]:
             yield cast(IO[bytes], stream)
             return
         compressed = cast(IO[bytes], stream)
-        is_bzip2 = source.endswith(".bz2")
+        is_bzip2 = plain_path(source).endswith(".bz2")
         try:
             with bz2.BZ2File(compressed) if is_bzip2 else gzip.GzipFile(fileobj=compressed) as decompressed:
                 yield cast(IO[bytes], decompressed)
@@ -452,7 +477,7 @@ def require_text(source: str) -> bytes:
 
 def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:
     filesystem, inner_path = _filesystem(path)
-    location = path if "://" in path else inner_path
+    location = _quoted(path) if "://" in path else inner_path
     try:
         info = filesystem.get_file_info(inner_path)
         if info.type == pafs.FileType.NotFound:
@@ -463,7 +488,7 @@ def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:
     except OSError as error:
         raise _unreadable_error(path, error) from error
     files = [
-        SourceFile(posixpath.join(location, posixpath.relpath(item.path, inner_path)), item.size, item.mtime_ns or 0)
+        SourceFile(path_below(location, posixpath.relpath(item.path, inner_path)), item.size, item.mtime_ns or 0)
         for item in sorted(entries, key=lambda item: str(item.path))
         if item.type == pafs.FileType.File and _matches(item.base_name, patterns)
     ]
@@ -479,13 +504,19 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return not name.startswith((".", "_")) and any(fnmatch(plain_file_name, pattern) for pattern in patterns)
 
 
+def _quoted(uri: str) -> str:
+    """Return a URI with the characters that a URI cannot hold quoted; consoles of storage services show them plain."""
+    location, options = split_options(uri)
+    return quote(location, safe=URI_CHARACTERS) + options
+
+
 def _filesystem(source: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in source:
         # The path must be absolute, because each worker has its own working folder.
         return pafs.LocalFileSystem(), str(Path(source).expanduser().absolute())
     require_no_credentials(source)
     try:
-        filesystem, path = pafs.FileSystem.from_uri(source)
+        filesystem, path = pafs.FileSystem.from_uri(_quoted(source))
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(
             f"{source} cannot be opened: {first_line(error)}; give a local path, s3://bucket/key or gs://bucket/key"

@@ -4,7 +4,6 @@ Instead of a time, a row has its place in the line. The second pass of the impor
 these places into positions. Without a user separator each line is a user of its own, named `file:line`.
 """
 
-import posixpath
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +15,16 @@ from rayrec.data.ragged import ranges
 from rayrec.data.spelling import Problems, missing, spell_ids
 from rayrec.importing.readers import reader
 from rayrec.importing.readers.delimited import line_faults
-from rayrec.importing.readers.reader import Batch, Block, ReadOptions, Unit, byte_ranges, read_blocks, require_text
+from rayrec.importing.readers.reader import (
+    Batch,
+    Block,
+    ReadOptions,
+    Unit,
+    byte_ranges,
+    file_name,
+    read_blocks,
+    require_text,
+)
 
 # Small, because a play may be only a few characters, and a row takes ten times as much memory as its text.
 BLOCK_BYTES = 4 << 20
@@ -74,7 +82,7 @@ class SequenceReader:
         separator = self.options.user_separator
         if not separator:
             numbers = pa.array(block.numbers(np.arange(len(block)))).cast(pa.string())
-            return pc.binary_join_element_wise(f"{posixpath.basename(source)}:", numbers, ""), texts
+            return pc.binary_join_element_wise(f"{file_name(source)}:", numbers, ""), texts
         parts = pc.split_pattern(texts, separator, max_splits=1)
         problems.mark(pc.list_value_length(parts).to_numpy() < 2, f"no {separator!r} between user and songs")
         flat_parts, offsets = pc.list_flatten(parts), parts.offsets.to_numpy()

@@ -4,10 +4,13 @@ import bz2
 import gzip
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 
 from rayrec.errors import DamagedInputError, InputError
-from rayrec.importing.readers.reader import find_files, open_plain, require_text
+from rayrec.importing.readers.accounts import account_of
+from rayrec.importing.readers.reader import file_name, find_files, open_plain, require_text
+from tests.s3 import s3_server
 
 
 def touch(folder: Path, *file_names: str) -> None:
@@ -69,3 +72,36 @@ def test_local_sources_are_absolute_for_workers_in_other_folders(
 def test_a_uri_that_cannot_be_opened_is_an_input_error() -> None:
     with pytest.raises(InputError, match="cannot be opened"):
         find_files(["nosuch://bucket/key"], ["*.csv"])
+
+
+def test_object_storage_files_of_any_name_are_found_and_read_and_uris_keep_their_options() -> None:
+    names = ["My Folder/\u00e4 b%20.csv", "My Folder/[1] a?b#c.csv.gz", "My Folder/plain.csv"]
+    with s3_server() as server:
+        filesystem, root = pafs.FileSystem.from_uri(server.uri("plays"))
+        for name in names:
+            with filesystem.open_output_stream(f"{root}/{name}", compression=None) as stream:
+                content = name.encode()
+                stream.write(gzip.compress(content) if name.endswith(".gz") else content)
+        # As in a URI, and as the consoles of storage services write it.
+        for uri in (server.uri("plays"), server.uri("plays/My%20Folder"), server.uri("plays/My Folder")):
+            files = find_files([uri], ["*.csv"])
+            contents = []
+            for file in files:
+                with open_plain(file.source) as stream:
+                    contents.append(stream.read().decode())
+            assert sorted(contents) == sorted(names)
+            assert [file_name(file.source) for file in files] == [Path(name).name for name in contents]
+            assert find_files([file.source for file in files], ["*.csv"]) == files
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "s3://bucket/ann/Spotify Extended Streaming History/endsong.json",
+        "s3://bucket/ann/Spotify%20Extended%20Streaming%20History/endsong.json?endpoint_override=127.0.0.1:1&scheme=http",
+        "/data/ann/Spotify Extended Streaming History/endsong.json",
+    ],
+)
+def test_the_account_of_an_export_is_its_folder_on_object_storage_too(source: str) -> None:
+    assert account_of(source) == "ann"
+    assert account_of(source.replace("ann", "J\u00f6rg%3F")) == ("J\u00f6rg?" if "://" in source else "J\u00f6rg%3F")
