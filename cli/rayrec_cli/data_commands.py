@@ -342,7 +342,7 @@ def _append_output(appended: Any, split_validity: tuple[str, bool]) -> CommandOu
     views: list[Any] = [
         values_view("Appended", {f"new {name}": count for name, count in new_counts.items()} | outcome_counts)
     ]
-    if not (appended.plays or appended.likes):
+    if not (appended.plays or appended.new_likes):
         views.append("No new plays: the data set is unchanged.")
     if (file_count := len(appended.dataset.spans)) > PARTS_BEFORE_COMPACT:
         views.append(f"Each bucket of users has {file_count} files; `rayrec compact` joins them.")

@@ -86,6 +86,7 @@ class ImportResult:
     plays: int = 0  # new plays
     users: int = 0  # new users
     songs: int = 0  # new songs
+    new_likes: int = 0  # likes that the data set did not hold, also those of known plays
     last_import: dict[str, object] = field(default_factory=dict)  # ImportSummary as a dict
 
 
@@ -115,7 +116,9 @@ class ImportRun:
             base = self.base
             count_names = ("plays", "users", "songs") if base is None or dataset.id != base.id else ()
             new_counts = {name: getattr(dataset, name) - (getattr(base, name) if base else 0) for name in count_names}
-            return ImportResult(dataset=dataset, **import_task.result_fields, **new_counts)
+            return ImportResult(
+                dataset=dataset, **import_task.result_fields, **new_counts, new_likes=import_task.new_likes
+            )
 
 
 def prepare_import(workspace: Workspace, config: ImportConfig, *, repeat: bool = False) -> ImportRun | DatasetManifest:
@@ -210,6 +213,7 @@ class _Import:
         print_id = fingerprint("staging", {"plan": plan.id}, inputs)
         self.staging = Staging(workspace, print_id, piece_names(plan.piece_names, self.buckets))
         self.result_fields: dict[str, Any] = {}  # read, merged, rejected, last_import
+        self.new_likes = 0
         self.forgotten = read_forgotten(workspace)
 
     def run(self) -> DatasetManifest:
@@ -230,7 +234,8 @@ class _Import:
             "rejected": _sum_counts([*(unit.rejected for unit in unit_results), dropped_counts]),
             "last_import": summary.to_mapping(),
         }
-        if not any(bucket_result["rows"] or bucket_result["likes"] for bucket_result in bucket_results):
+        self.new_likes = sum(bucket_result["new_likes"] for bucket_result in bucket_results)
+        if not self.new_likes and not any(bucket_result["rows"] for bucket_result in bucket_results):
             if self.append and self.base and self.result_fields["merged"]:
                 self.workspace.delete(IMPORT_STAGING)
                 return self.base

@@ -18,6 +18,7 @@ from rayrec.data.dataset import (
     NO_FORGOTTEN_USERS,
     Dataset,
     ForgottenUsers,
+    find_users,
     read_files,
     read_overlap,
     read_users,
@@ -559,6 +560,29 @@ class EarlierParts:
                 is_repeated[find_duplicate_rows(rows, row_songs, histories)] = True
         return rows.keep(~is_repeated)
 
+    def without_likes(self, rows: PlaysAndLikes, songs: SongRows) -> PlaysAndLikes:
+        """Return `rows` without the likes that existing parts hold."""
+        likes, liked_plays = rows.likes, rows.liked_plays
+        owners = likes.owners[np.unique(np.concatenate([likes.owner, liked_plays.owner]))]
+        known_owners = owners[self.knows(owners)]
+        if self.base is None or not self.base.has_likes or not len(known_owners):
+            return rows
+        # All files are read, since the times of parts and row groups are those of plays.
+        for path in self.base.histories_files(self.bucket):
+            for histories in find_users(self.workspace, path, known_owners):
+                if histories.likes is not None:
+                    likes = _without_duplicates(likes, songs, histories.likes)
+                    liked_plays = _without_duplicates(liked_plays, songs, histories.likes)
+        return replace(rows, likes=likes, liked_plays=liked_plays)
+
+
+def _without_duplicates(rows: MergedRows, songs: SongRows, histories: Histories) -> MergedRows:
+    if not len(rows):
+        return rows
+    is_new = np.ones(len(rows), dtype=bool)
+    is_new[find_duplicate_rows(rows, songs.find(rows.key), histories)] = False
+    return rows.keep(is_new)
+
 
 class BucketMerger(_GroupWorker):
     """Makes the histories (or playlists) of a bucket from the fragments of all pieces."""
@@ -592,7 +616,10 @@ class BucketMerger(_GroupWorker):
         is_new = (rows.counts() > 0) & ~is_known
         rare_song_reason = self.config.drop_reasons[1]
         kept_likes = usable_likes(remaining, (rows.counts() > 0) | is_known, self.songs, rare_song_reason, dropped)
-        files = self._write_rows(bucket, rows, all_likes(kept_likes) if self.merge.has_likes else None)
+        new_likes = earlier_parts.without_likes(kept_likes, self.songs)
+        merged_count += len(kept_likes.likes) - len(new_likes.likes)
+        likes = all_likes(new_likes)
+        files = self._write_rows(bucket, rows, likes if self.merge.has_likes else None)
         if self.config.produces == "plays" and (is_new.any() or not self.merge.part):
             path = users_file(self.merge.part, bucket)
             user_ids = np.union1d(earlier_parts.users, rows.owners[is_new])
@@ -602,7 +629,8 @@ class BucketMerger(_GroupWorker):
             files[path] = self._write_table(path, dropped.table(self.merge.sources))
         result = {
             "rows": len(rows),
-            "likes": len(kept_likes.likes),
+            "likes": len(new_likes.likes),
+            "new_likes": len(likes),
             "owners": int(is_new.sum()),
             "merged": merged_count,
             "dropped": dropped.counts() | ({FORGOTTEN_USER: deleted_count} if deleted_count else {}),

@@ -17,6 +17,16 @@ from rayrec.jobs.verify import verify_workspace
 from rayrec.storage.workspace import Workspace
 
 START = 1_700_000_000
+FIRST_LINES = [
+    f"ann,s1,{START},play,",
+    f"ann,s2,{START + 1},skip,",
+    f"ann,s1,{START + 2},like,",
+    f"ann,s1,{START + 2},like,",
+    f"ann,s3,{START + 9},like,",
+    f"bob,s2,{START + 3},,true",
+    f"cid,s2,{START + 4},like,",  # cid plays nothing
+    f"bob,s1,{START + 5},dislike,",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +65,13 @@ def likes(workspace: Workspace) -> dict[str, list[tuple[str, int]]]:
     return events_by_user(all_histories(workspace).likes, ids)
 
 
+def count_stored_likes(workspace: Workspace) -> int:
+    """The number of likes in the files of all parts, in which a like that two parts hold counts twice."""
+    manifest = Dataset(workspace).manifest
+    paths = [path for bucket in range(2) for path in manifest.histories_files(bucket)]
+    return sum(len(songs) for path in paths for songs in workspace.read_table(path).column("liked").to_pylist())
+
+
 def require_sound(workspace: Workspace) -> None:
     audit = verify_workspace(workspace)
     assert audit.is_sound, audit.problems
@@ -62,21 +79,7 @@ def require_sound(workspace: Workspace) -> None:
 
 @pytest.fixture
 def imported(workspace: Workspace, tmp_path: Path) -> Workspace:
-    import_data(
-        workspace,
-        write_csv(
-            tmp_path,
-            "0",
-            f"ann,s1,{START},play,",
-            f"ann,s2,{START + 1},skip,",
-            f"ann,s1,{START + 2},like,",
-            f"ann,s1,{START + 2},like,",
-            f"ann,s3,{START + 9},like,",
-            f"bob,s2,{START + 3},,true",
-            f"cid,s2,{START + 4},like,",  # cid plays nothing
-            f"bob,s1,{START + 5},dislike,",
-        ),
-    )
+    import_data(workspace, write_csv(tmp_path, "0", *FIRST_LINES))
     return workspace
 
 
@@ -101,7 +104,7 @@ def test_appended_likes_stand_beside_the_earlier_plays_and_are_kept_when_parts_a
     plays_config = write_csv(tmp_path, "1", f"ann,s2,{START + 50}", header="user,song,played_at")
     assert append_plays(imported, plays_config).likes == 0
     result = append_plays(imported, write_csv(tmp_path, "2", f"bob,s4,{START + 60},like,", f"ann,s3,{START + 9},like,"))
-    assert (result.plays, result.users, result.likes) == (0, 0, 2)
+    assert (result.plays, result.users, result.likes, result.merged) == (0, 0, 1, 1)
     append_plays(imported, write_csv(tmp_path, "3", f"cid,s1,{START + 70},play,", f"cid,s1,{START + 71},like,"))
     expected = {"ann": [("s1", 2), ("s3", 9)], "bob": [("s2", 3), ("s4", 60)], "cid": [("s1", 71)]}
     assert likes(imported) == expected
@@ -113,6 +116,34 @@ def test_appended_likes_stand_beside_the_earlier_plays_and_are_kept_when_parts_a
     assert compact(imported).spans == [(0, 3)]
     assert (likes(imported), events_by_user(all_histories(imported), ["s1", "s2", "s3", "s4"])) == (expected, plays)
     require_sound(imported)
+
+
+def test_likes_that_are_appended_again_are_duplicates_and_nothing_changes(imported: Workspace, tmp_path: Path) -> None:
+    manifest = Dataset(imported).manifest
+    result = append_plays(imported, write_csv(tmp_path, "1", *FIRST_LINES[:4], FIRST_LINES[5]))
+    assert (result.dataset.id, result.plays, result.likes, result.merged) == (manifest.id, 0, 0, 5)
+    result = append_plays(imported, write_csv(tmp_path, "2", *FIRST_LINES, f"ann,s3,{START + 90},play,"))
+    assert (result.plays, result.likes, result.merged) == (1, 0, 6)
+    assert count_stored_likes(imported) == 3
+    require_sound(imported)
+
+
+def test_the_like_of_a_known_play_is_kept_where_nothing_else_is_new(imported: Workspace, tmp_path: Path) -> None:
+    result = append_plays(imported, write_csv(tmp_path, "1", f"ann,s1,{START},play,true", f"bob,s2,{START + 3},,true"))
+    assert (result.plays, result.likes, result.merged) == (0, 0, 2)
+    assert likes(imported) == {"ann": [("s1", 0), ("s1", 2), ("s3", 9)], "bob": [("s2", 3)]}
+    assert events_by_user(all_histories(imported), ["s1", "s2", "s3"]) == {
+        "ann": [("s1", 0), ("s2", 1)],
+        "bob": [("s2", 3)],
+    }
+    require_sound(imported)
+
+
+def test_the_first_likes_of_a_data_set_may_be_those_of_known_plays(workspace: Workspace, tmp_path: Path) -> None:
+    import_data(workspace, write_csv(tmp_path, "0", f"ann,s1,{START}", header="user,song,played_at"))
+    append_plays(workspace, write_csv(tmp_path, "1", f"ann,s1,{START},play,true"))
+    assert likes(workspace) == {"ann": [("s1", 0)]}
+    require_sound(workspace)
 
 
 def test_a_deleted_users_likes_are_erased_and_older_ones_do_not_come_back(imported: Workspace, tmp_path: Path) -> None:
