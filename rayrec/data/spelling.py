@@ -77,6 +77,21 @@ def spell_id(value: Any) -> str | None:
     return _normalize_whole_number(text)
 
 
+def validate_user(user_id: str | None) -> str | None:
+    """Return the user id of a setting in its stored form; None and empty text, for no user, stay as they are.
+
+    Raises `ValueError`, for pydantic, if it is not an id.
+    """
+    if not user_id:
+        return user_id
+    spelled_id = spell_id(user_id)
+    if spelled_id is None:
+        raise ValueError(f"not a user ID; {EXPECTED_ID}")
+    if len(spelled_id) > MAX_ID:
+        raise ValueError(f"expected at most {MAX_ID} characters")
+    return spelled_id
+
+
 def spell_text(value: Any) -> str | None:
     """Return a title or a name in its stored form: text without spaces around it, other values as ids.
 

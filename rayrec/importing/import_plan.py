@@ -4,14 +4,15 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rayrec.config import Settings, to_mapping
 from rayrec.data.moments import TimeZone
+from rayrec.data.spelling import validate_user
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.delimited import Delimiter, Separator
@@ -71,7 +72,9 @@ class ImportConfig(Settings):
         le=1,
         description="csv, parquet, yambda: share of a song below which a play counts as skipped",
     )
-    user: str = Field("", description="User ID of all plays, for files that do not name a user")
+    user: Annotated[str, AfterValidator(validate_user)] = Field(
+        "", description="User ID of all plays, for files that do not name a user"
+    )
     user_separator: Separator = Field(
         "", description="sequences: separator between the user and the songs; if empty, each line is one user"
     )

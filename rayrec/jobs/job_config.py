@@ -15,12 +15,14 @@ from pydantic import AfterValidator, Field
 
 from rayrec.config import Settings, from_mapping, section_of
 from rayrec.data.moments import validate_zone_name
+from rayrec.data.spelling import validate_user
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.model.train_config import TrainConfig
 
 TRAIN_SHARE = 0.1
 
+OptionalUser = Annotated[str | None, AfterValidator(validate_user)]
 OptionalZone = Annotated[str | None, AfterValidator(validate_zone_name)]
 
 
@@ -47,7 +49,7 @@ class FitConfig(PlaysConfig):
     timezone: OptionalZone = Field(
         None, description="Time zone of times without one, such as Europe/Berlin; default: UTC"
     )
-    user: str | None = Field(
+    user: OptionalUser = Field(
         None, description="User ID of all plays, for files without user IDs; default: the IDs in the files"
     )
     epochs: int | None = Field(
@@ -67,7 +69,7 @@ class UpdateConfig(PlaysConfig):
         None,
         description="Time zone of times without one, such as Europe/Berlin; default: the zone that `fit` used",
     )
-    user: str | None = Field(
+    user: OptionalUser = Field(
         None,
         description="User ID of all plays, for files without user IDs; default: the ID given for earlier files of "
         "this format",

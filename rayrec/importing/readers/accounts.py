@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from rayrec.data.spelling import spell_id
 from rayrec.errors import InputError
 from rayrec.importing.readers import delimited
 from rayrec.importing.readers.delimited import DelimitedRows
@@ -59,8 +60,11 @@ class Users:
 
 
 def account_of(source: str) -> str:
-    """Return the name of the innermost folder around a file whose name does not come from a service."""
-    return file_name(account_folder(source))
+    """Return the name of the innermost folder around a file whose name does not come from a service, spelled as an id.
+
+    It is empty if it is not a user ID, such as `nan`.
+    """
+    return spell_id(file_name(account_folder(source))) or ""
 
 
 def account_folder(source: str) -> str:
@@ -117,6 +121,9 @@ class AccountCsvReader(ABC):
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Yield one batch per block of 16 MiB."""
         user = self.options.user or account_of(unit.source)
+        if not user:
+            folder = account_folder(unit.source)
+            raise InputError(f"{unit.source}: the name of folder {folder} is not a user ID; pass --user NAME")
         for rows in delimited.read_delimited(unit, ",", lambda header: self.find(unit.source, header)):
             yield self.batch(rows, user, unit.source)
 

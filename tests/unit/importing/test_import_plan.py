@@ -19,6 +19,7 @@ from rayrec.importing.merging import PieceImporter, SongRange
 from rayrec.importing.readers.reader import Unit
 from rayrec.importing.staging import Staging, finish_publishing
 from rayrec.importing.vocabulary import Vocabulary, song_keys
+from rayrec.jobs.job_config import FitConfig, UpdateConfig
 from rayrec.storage.artifacts import DatasetManifest, read_dataset_manifest, write_dataset_manifest
 from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
 
@@ -47,6 +48,9 @@ def write_plays(path: Path, rows: int = 50) -> Path:
         ({"unit_mib": 0.0}, "unit_mib is 0.0"),
         ({"delimiter": ";;"}, "delimiter is ';;'; expected one character"),
         ({"format": "sequences", "song_separator": ""}, "song_separator is ''; expected a non-empty string"),
+        ({"user": "nan"}, "user is 'nan'; not a user ID; expected text other than spaces"),
+        ({"user": "  "}, "user is '  '; not a user ID"),
+        ({"user": "x" * 513}, "expected at most 512 characters"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(values: dict[str, Any], message: str) -> None:
@@ -64,6 +68,18 @@ def test_settings_come_from_plain_values_too() -> None:
     assert (config.columns, config.delimiter) == ({"user": "u"}, "\t")
     assert ImportConfig(format="mpd", paths=("a",)).produces == "playlists"
     assert config.produces == "plays"
+
+
+def test_the_user_of_the_settings_is_spelled_as_in_files() -> None:
+    users = {"": "", " ann ": "ann", " 7.0 ": "7", "x" * 512 + " ": "x" * 512}
+    for given_user, expected in users.items():
+        assert ImportConfig(format="csv", paths=("a",), user=given_user).user == expected
+        assert FitConfig(paths=("a",), user=given_user).user == expected
+        assert UpdateConfig(paths=("a",), user=given_user).user == expected
+    assert FitConfig(paths=("a",)).user is None
+    for config_type in (FitConfig, UpdateConfig):
+        with pytest.raises(InputError, match="user is 'nan'; not a user ID"):
+            config_type(paths=("a",), user="nan")
 
 
 def test_there_is_a_bucket_for_every_64_mib_within_16_and_4096() -> None:

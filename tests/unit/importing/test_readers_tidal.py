@@ -35,6 +35,13 @@ def test_times_are_local_to_the_zone_of_their_row_and_utc_without_one(tmp_path: 
     assert (rows[0]["title"], rows[0]["artist"]) == ("Teleport 2 Me, Jamie", "WZRD")
 
 
+def test_the_name_of_the_folder_is_spelled_as_a_user_id(tmp_path: Path) -> None:
+    line = "Barrie,Canyons,25/04/2025 7:11,4819.0,TRACK,null,null"
+    assert read(tmp_path / " 7.0" / "streaming.csv", line).rows.column("user_id").to_pylist() == ["7"]
+    with pytest.raises(InputError, match=r"the name of folder .*/nan is not a user ID; pass --user NAME"):
+        read(tmp_path / "nan" / "streaming.csv", line)
+
+
 def test_what_is_no_play_of_a_song_is_rejected_with_a_reason(tmp_path: Path) -> None:
     batch = read(
         tmp_path / "streaming.csv",

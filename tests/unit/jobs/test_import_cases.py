@@ -204,6 +204,14 @@ def test_two_exports_of_one_person_are_one_user_under_the_name_that_is_given(
     assert (result.code, plays_per_user(workspace), result.data["merged"]) == (0, {"ann": 20}, 10)
 
 
+def test_the_user_that_is_given_is_found_under_the_id_as_queries_spell_it(
+    rayrec: Any, tmp_path: Path, workspace: Workspace
+) -> None:
+    file = write(tmp_path / "p.csv", f"song,played_at\na,{START}\n")
+    assert rayrec("import", "csv", file, "--user", " 7.0 ").code == 0
+    assert [Dataset(workspace).history(user_id).num_plays for user_id in (" 7.0 ", "7")] == [1, 1]
+
+
 def test_one_frame_as_csv_and_as_parquet_appends_to_the_same_users(
     rayrec: Any, tmp_path: Path, workspace: Workspace
 ) -> None:
