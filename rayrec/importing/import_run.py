@@ -318,8 +318,6 @@ class _Import:
         if len(failed_units) == len(results) and not (all_damaged and self.config.skip_damaged):
             self.workspace.delete(IMPORT_STAGING)
             raise error_type(f"{failed_units[0].error}{advice}")
-        for piece in failed_units:
-            self.staging.fragments.forget(piece)
         if all_damaged and self.config.skip_damaged:
             raise _DamagedFilesError(
                 {self._file_of(piece, results[piece]): failed_units[piece].error for piece in failed_units}

@@ -133,18 +133,14 @@ class FragmentStore:
         existing_files = set(self.workspace.files(self.folder))
         return {piece for piece in range(len(self.names)) if self.result_file(piece) in existing_files}
 
-    def forget(self, piece: int) -> None:
-        """Delete the result of a piece, so that it is no longer done."""
-        self.workspace.delete(self.result_file(piece))
-
     def write_piece(
         self, piece: int, units: Iterable[Iterable[Batch]], buckets: int, *, with_lines: bool
     ) -> PieceResult:
         """Write the rows, songs, rejected rows and result of a piece from the batches of its units.
 
         Memory is bounded by a chunk of 1 M rows and the songs of the piece; chunks are kept on the local disk. The unit
-        and line of each row are kept only if `with_lines`. If a unit cannot be read, the result has its error and
-        later units are not read.
+        and line of each row are kept only if `with_lines`. If a unit cannot be read, the result has its error, later
+        units are not read, and no file of the result is written: the next import reads the piece again.
         """
         unit_counts: list[_Counts] = []
         with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
@@ -167,12 +163,13 @@ class FragmentStore:
             )
             if rejected_path is not None:
                 self.workspace.put_file(rejected_path, self.rejected_file(piece))
-            if not unit_counts[-1].error:
-                result = replace(
-                    result,
-                    rows=self._write_blocks(self.rows_file(piece), spool.blocks()),
-                    songs=self._write_blocks(self.songs_file(piece), spool.song_blocks(key_ranges(buckets))),
-                )
+            if unit_counts[-1].error:
+                return result
+            result = replace(
+                result,
+                rows=self._write_blocks(self.rows_file(piece), spool.blocks()),
+                songs=self._write_blocks(self.songs_file(piece), spool.song_blocks(key_ranges(buckets))),
+            )
         raw = {"units": [asdict(unit) for unit in result.units]}
         self.workspace.write_json(
             self.result_file(piece), {**raw, "rows": result.rows.tolist(), "songs": result.songs.tolist()}

@@ -124,6 +124,21 @@ def test_a_file_that_a_killed_import_could_not_read_is_in_the_next_one(
     assert plays_per_user(workspace) == {"a": 30, "b": 50}
 
 
+def test_a_file_that_could_not_be_read_before_a_kill_in_the_first_pass_is_in_the_next_import(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ImportConfig(format="parquet", paths=(write_two_files(tmp_path / "p"),), skip_damaged=True, buckets=2)
+
+    def fail_and_then_kill(file: pq.ParquetFile, *_: Any, **__: Any) -> Any:
+        raise OSError("Connection reset by peer") if file.metadata.num_rows == 30 else KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetFile, "iter_batches", fail_and_then_kill)
+        with pytest.raises(KeyboardInterrupt):
+            import_data(workspace, config)
+    assert import_data(workspace, config).plays == 80
+
+
 def test_a_killed_import_that_leaves_a_damaged_file_out_merges_no_bucket_twice(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
