@@ -106,6 +106,12 @@ class ImportConfig(Settings):
             raise ValueError(f"format {self.format} has times in a known zone; omit --timezone")
         if self.kind == "playlists" and not (is_mapped or FORMATS[self.format].playlists):
             raise ValueError(f"format {self.format} contains plays, not playlists; omit --kind")
+        if self.user and self.produces == "playlists":
+            raise ValueError("playlists have no users; omit --user")
+        if self.user and FORMATS[self.format].names_users:
+            raise ValueError(f"format {self.format} names its users; omit --user")
+        if self.user and self.format == "sequences" and self.user_separator:
+            raise ValueError("the lines name their users before --user-separator; omit --user or --user-separator")
         known_roles = roles(self.kind == "playlists")
         unknown_roles = [role for role in self.columns if role not in known_roles]
         if unknown_roles:
@@ -189,10 +195,12 @@ def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) 
     """
     files = find_files(config.paths, FORMATS[config.format].patterns)
     name_counts = Counter(file_name(file.source) for file in files)
-    if config.times == "positions" and not config.user_separator and len(name_counts) < len(files):
+    has_line_users = config.times == "positions" and not (config.user or config.user_separator)
+    if has_line_users and len(name_counts) < len(files):
         raise InputError(
             f"two files are named {name_counts.most_common(1)[0][0]}, and user IDs are made from file name and line "
-            "number; rename one of them, or pass --user-separator if the lines name users"
+            "number; rename one of them, or pass --user-separator if the lines name users, or --user NAME if all plays "
+            "belong to one person"
         )
     reader = config.reader()
     damaged = dict(damaged or {})

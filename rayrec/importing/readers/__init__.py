@@ -28,6 +28,7 @@ class Format:
     patterns: tuple[str, ...]  # patterns of the lower-case names of its files in a folder, without .gz or .bz2
     mapped: bool = False  # columns are mapped to roles, and rows may be plays or playlist entries
     playlists: bool = False  # holds playlists, not plays
+    names_users: bool = False  # every record has a user, so none can be given
     ends_with_line: bool = False  # each line has a line end: without the last one, the file may have been cut
     check_users: Callable[[Sequence[str], str], list[str]] | None = None  # see accounts.check_accounts
     not_plays: tuple[str, ...] = ()  # reject reasons of rows that are no plays (podcasts): `max_rejected` ignores them
@@ -46,7 +47,7 @@ FORMATS: dict[str, Format] = {
         make=CsvReader, patterns=("*.csv", "*.tsv"), mapped=True, not_plays=(OTHER_EVENT,), ends_with_line=True
     ),
     "deezer": Format(make=DeezerReader, patterns=("deezer-data*.xlsx",), check_users=check_deezer_accounts),
-    "lastfm-1k": Format(make=LastfmReader, patterns=("userid-timestamp*.tsv",), ends_with_line=True),
+    "lastfm-1k": Format(make=LastfmReader, patterns=("userid-timestamp*.tsv",), names_users=True, ends_with_line=True),
     "listenbrainz": Format(
         make=ListenBrainzReader,
         patterns=("*.listens", "*.jsonl", "*.ndjson", "*.json"),
@@ -55,7 +56,10 @@ FORMATS: dict[str, Format] = {
     ),
     "mpd": Format(make=MpdReader, patterns=("*.json",), playlists=True),
     "music4all-onion": Format(
-        make=Music4AllOnionReader, patterns=("userid_trackid_timestamp*.tsv",), ends_with_line=True
+        make=Music4AllOnionReader,
+        patterns=("userid_trackid_timestamp*.tsv",),
+        names_users=True,
+        ends_with_line=True,
     ),
     "parquet": Format(make=ParquetReader, patterns=("*.parquet",), mapped=True, not_plays=(OTHER_EVENT,)),
     "sequences": Format(
@@ -74,7 +78,7 @@ FORMATS: dict[str, Format] = {
         ends_with_line=True,
         check_users=check_accounts,
     ),
-    "yambda": Format(make=YambdaReader, patterns=("listens.parquet",)),
+    "yambda": Format(make=YambdaReader, patterns=("listens.parquet",), names_users=True),
     "youtube-takeout": Format(
         make=YoutubeTakeoutReader, patterns=("*.json",), not_plays=(NOT_MUSIC, SEARCH), check_users=check_watchers
     ),

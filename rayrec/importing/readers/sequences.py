@@ -1,7 +1,8 @@
 """Plays in order without times: one history or session per line, `user<separator>song<separator>song ...`.
 
 Instead of a time, a row has its place in the line. The second pass of the import, which has all lines of a user, turns
-these places into positions. Without a user separator each line is a user of its own, named `file:line`.
+these places into positions. Without a user separator all lines are those of the user of the options, or without one
+each line is a user of its own, named `file:line`.
 """
 
 from collections.abc import Iterator
@@ -38,12 +39,13 @@ class SequenceReader:
         self.options = options
 
     def plan(self, source: str, size: int, unit_bytes: int) -> list[Unit]:
-        """Split the file into byte ranges if lines name their users.
+        """Split the file into byte ranges if the users are known.
 
         Otherwise the file is one unit: users are named after line numbers, which are counted from its start.
         """
         require_text(source)
-        return byte_ranges(source, size, unit_bytes) if self.options.user_separator else [Unit(source=source)]
+        has_users = self.options.user_separator or self.options.user
+        return byte_ranges(source, size, unit_bytes) if has_users else [Unit(source=source)]
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Yield one batch per block of 4 MiB; `played_at` is the place in the line, from 0."""
@@ -80,6 +82,8 @@ class SequenceReader:
     def _split_users(self, texts: pa.Array, block: Block, source: str, problems: Problems) -> tuple[pa.Array, pa.Array]:
         """Return the user of each line and the songs of each line, both as strings (L,)."""
         separator = self.options.user_separator
+        if not separator and self.options.user:
+            return pa.repeat(self.options.user, len(block)), texts
         if not separator:
             numbers = pa.array(block.numbers(np.arange(len(block)))).cast(pa.string())
             return pc.binary_join_element_wise(f"{file_name(source)}:", numbers, ""), texts

@@ -48,6 +48,13 @@ def write_plays(path: Path, rows: int = 50) -> Path:
         ({"unit_mib": 0.0}, "unit_mib is 0.0"),
         ({"delimiter": ";;"}, "delimiter is ';;'; expected one character"),
         ({"format": "sequences", "song_separator": ""}, "song_separator is ''; expected a non-empty string"),
+        *(
+            ({"format": name, "user": "ann"}, f"format {name} names its users; omit --user")
+            for name in ("lastfm-1k", "music4all-onion", "yambda")
+        ),
+        ({"format": "mpd", "user": "ann"}, "playlists have no users; omit --user"),
+        ({"kind": "playlists", "user": "ann"}, "playlists have no users; omit --user"),
+        ({"format": "sequences", "user": "ann", "user_separator": ","}, "omit --user or --user-separator"),
         ({"user": "nan"}, "user is 'nan'; not a user ID; expected text other than spaces"),
         ({"user": "  "}, "user is '  '; not a user ID"),
         ({"user": "x" * 513}, "expected at most 512 characters"),

@@ -50,6 +50,13 @@ def test_without_a_user_each_line_is_named_by_file_and_number(tmp_path: Path) ->
     ]
 
 
+def test_without_a_separator_all_lines_are_those_of_the_user_that_is_given(tmp_path: Path) -> None:
+    for unit_bytes in (4, 1 << 20):
+        batches = read(tmp_path / "day.txt", "1 2\n3 4\n", unit_bytes, user="ann")
+        rows = [(user, song, place) for user, song, place, _ in plays(batches)]
+        assert rows == [("ann", "1", 0), ("ann", "2", 1), ("ann", "3", 0), ("ann", "4", 1)]
+
+
 def test_bad_lines_and_items_are_rejected_with_their_reasons(tmp_path: Path) -> None:
     content = "a,1:2\n\nno separator\n ,1:2\nb,3::4:\n  \nc,\nd,5:\xff".encode("latin-1") + b"\ne,6\n"
     batches = read(tmp_path / "h.lst", content, user_separator=",", song_separator=":")
