@@ -346,6 +346,8 @@ class SourceFile(NamedTuple):
 def find_files(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile]:
     """Return the files at `paths`: for a folder, all files below it that match a pattern, sorted by path.
 
+    Files and folders below it whose names begin with `.` or `_`, such as `_delta_log`, are left out.
+
     Raises `InputError` for a path that does not exist and for a folder without a matching file.
     """
     files: dict[str, SourceFile] = {}
@@ -487,10 +489,11 @@ def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:
         entries = filesystem.get_file_info(pafs.FileSelector(inner_path, recursive=True))
     except OSError as error:
         raise _unreadable_error(path, error) from error
+    relative_paths = {posixpath.relpath(item.path, inner_path): item for item in entries}
     files = [
-        SourceFile(path_below(location, posixpath.relpath(item.path, inner_path)), item.size, item.mtime_ns or 0)
-        for item in sorted(entries, key=lambda item: str(item.path))
-        if item.type == pafs.FileType.File and _matches(item.base_name, patterns)
+        SourceFile(path_below(location, relative_path), item.size, item.mtime_ns or 0)
+        for relative_path, item in sorted(relative_paths.items())
+        if item.type == pafs.FileType.File and _matches(relative_path, patterns)
     ]
     if not files:
         raise InputError(
@@ -499,9 +502,12 @@ def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:
     return files
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    plain_file_name = plain_name(name.lower())
-    return not name.startswith((".", "_")) and any(fnmatch(plain_file_name, pattern) for pattern in patterns)
+def _matches(relative_path: str, patterns: Sequence[str]) -> bool:
+    """True for a file whose name matches a pattern, unless it or a folder around it is hidden (`.` or `_`)."""
+    names = relative_path.split("/")
+    plain_file_name = plain_name(names[-1].lower())
+    is_hidden = any(name.startswith((".", "_")) for name in names)
+    return not is_hidden and any(fnmatch(plain_file_name, pattern) for pattern in patterns)
 
 
 def _quoted(uri: str) -> str:

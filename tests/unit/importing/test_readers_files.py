@@ -45,7 +45,9 @@ def file_names(paths: list[Path], patterns: list[str], root: Path) -> list[str]:
 
 def test_a_folder_gives_its_matching_files_and_those_of_its_subfolders_by_name(tmp_path: Path) -> None:
     touch(tmp_path, "b.csv", "a.CSV", "deep/c.csv.gz", "deep/e.csv.bz2", "d.txt", ".hidden.csv", "_done.csv")
+    touch(tmp_path, "_delta_log/0.csv", "deep/_temporary/0/part.csv", ".ipynb_checkpoints/b.csv")
     assert file_names([tmp_path], ["*.csv"], tmp_path) == ["a.CSV", "b.csv", "deep/c.csv.gz", "deep/e.csv.bz2"]
+    assert file_names([tmp_path / "_delta_log"], ["*.csv"], tmp_path) == ["_delta_log/0.csv"]
 
 
 def test_a_named_file_is_taken_whatever_its_name_and_once(tmp_path: Path) -> None:
