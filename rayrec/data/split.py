@@ -53,7 +53,8 @@ class FitRange:
         """bool (P,): the songs, int rows, that are not held out."""
         if self.held_out_songs == 0.0:
             return np.ones(len(songs), dtype=bool)
-        salted = np.asarray(songs).astype(np.uint64) + np.uint64(self.held_out_seed << 32)
+        salt = np.uint64((self.held_out_seed & 0xFFFFFFFF) << 32)  # of a larger seed the lower 32 bits count
+        salted = np.asarray(songs).astype(np.uint64) + salt
         return np.asarray(pd.util.hash_array(salted) / 2.0**64 >= self.held_out_songs)
 
     def allowed_users(self, user_ids: np.ndarray) -> np.ndarray:

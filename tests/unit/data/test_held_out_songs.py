@@ -29,6 +29,12 @@ def test_the_share_of_held_out_songs_is_about_right_and_the_seed_picks_others() 
     np.testing.assert_array_equal(first[5:], FitRange(held_out_songs=0.1, held_out_seed=1).allowed_songs(songs[5:]))
 
 
+@pytest.mark.parametrize("seed", [2**32 - 1, 2**32 + 7, 2**63 - 1])
+def test_any_seed_that_a_split_takes_selects_held_out_songs(seed: int) -> None:
+    split = make_split(SplitConfig(held_out_songs=0.1, seed=seed), dataset="d", first_play=0, last_play=10**12)
+    assert 0.09 < (~split.final.allowed_songs(np.arange(20_000, dtype=np.int32))).mean() < 0.11
+
+
 def test_no_play_of_a_held_out_song_is_left_for_a_fit_and_one_that_is_there_is_refused() -> None:
     allowed, histories = FitRange(before=30, held_out_songs=0.3), random_histories(40, 40)
     selected = allowed.select(histories)
