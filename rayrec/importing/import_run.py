@@ -30,9 +30,18 @@ from rayrec.importing.import_plan import (
     plan_import,
     summarize,
 )
-from rayrec.importing.merging import BucketMerger, KeyCounter, MergeSettings, PieceImporter, SongRange, choose_contexts
+from rayrec.importing.merging import (
+    MAX_CONTEXTS,
+    BucketMerger,
+    KeyCounter,
+    MergeSettings,
+    PieceImporter,
+    SongRange,
+    choose_contexts,
+)
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.staging import (
+    CONTEXTS_PER_UNIT,
     PieceResult,
     Staging,
     UnitResult,
@@ -223,6 +232,7 @@ class _Import:
         summary = self._summarize(piece_results)
         offsets = np.array([piece_result.rows for piece_result in piece_results])
         merge_settings = self._merge_settings(unit_results)
+        summary.warnings.extend(_context_warnings(unit_results, merge_settings))
         vocabulary = self._vocabulary(piece_results, merge_settings, offsets)
         songs_digest = self.workspace.write_table(self.staging.out(SONGS_TABLE), vocabulary.table())
         bucket_results = self._merge_buckets(vocabulary, merge_settings, offsets)
@@ -550,6 +560,17 @@ class _Import:
         other_kind = _other_kind(self.config.produces)
         folders = ("histories/", "users/") if other_kind == "plays" else ("playlists/",)
         return name.startswith((*folders, f"{REJECTED_ROWS.removeprefix(f'{DATASET}/')}/{other_kind}-"))
+
+
+def _context_warnings(unit_results: Sequence[UnitResult], merge_settings: MergeSettings) -> list[str]:
+    """Return a note if there are more context names than a data set holds."""
+    names = set(merge_settings.contexts).union(*(unit.contexts for unit in unit_results))
+    if len(names) == len(merge_settings.contexts):
+        return []
+    is_limited = any(len(unit.contexts) == CONTEXTS_PER_UNIT for unit in unit_results)
+    kept_first = "those of earlier imports and " if merge_settings.base and merge_settings.base.contexts else ""
+    count_text = f"{'At least ' if is_limited else ''}{len(names):,}"
+    return [f"{count_text} context names; only {MAX_CONTEXTS} are kept: {kept_first}the most frequent."]
 
 
 def _combine_sources(earlier_sources: str, new_source: str) -> str:

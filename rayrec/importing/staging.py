@@ -57,6 +57,7 @@ UNIT = "unit"  # place of the unit in its piece
 LINE = "line"  # line number, from the start of the unit
 
 ROWS_PER_CHUNK = 1 << 20  # rows of a piece held in memory at once
+CONTEXTS_PER_UNIT = 1_000  # a column of session ids, taken for contexts, may have a new name in each row
 REJECTED = "rejected.parquet"
 SECONDS, MILLISECONDS = "seconds", "milliseconds"  # columns of a block: differences of times from row to row
 STEPS = {SECONDS: 1_000, MILLISECONDS: 1}  # ms per unit of the column
@@ -84,7 +85,7 @@ class UnitResult:
     usable: int = 0  # rows
     lines: int = 0  # lines or records of the file in the unit
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
-    contexts: dict[str, int] = field(default_factory=dict)  # name -> plays
+    contexts: dict[str, int] = field(default_factory=dict)  # name -> plays, of the CONTEXTS_PER_UNIT most frequent
     has_skipped: bool = False
     has_likes: bool = False
     error: str = ""  # why the input cannot be imported at all
@@ -391,6 +392,9 @@ class _Counts:
         _add_counts(self.rejected, batch.rejected.column("reason"))
         if columns.CONTEXTS in batch.rows.column_names:
             _add_counts(self.contexts, pc.list_flatten(batch.rows.column(columns.CONTEXTS)))
+            if len(self.contexts) > CONTEXTS_PER_UNIT:
+                frequent_first = sorted(self.contexts.items(), key=lambda pair: (-pair[1], pair[0]))
+                self.contexts = dict(frequent_first[:CONTEXTS_PER_UNIT])
             skipped = batch.rows.column(columns.SKIPPED)
             self.has_skipped |= skipped.null_count < len(skipped)
             self.has_likes |= bool(pc.any(batch.rows.column(columns.LIKED)).as_py())

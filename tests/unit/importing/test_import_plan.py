@@ -132,6 +132,18 @@ def test_files_of_one_name_are_refused_where_users_are_named_by_file(tmp_path: P
     assert len(plan_import(ImportConfig(format="sequences", paths=paths, user_separator=":")).files) == 2
 
 
+def test_a_unit_holds_a_bounded_number_of_context_names_the_most_frequent(workspace: Workspace, tmp_path: Path) -> None:
+    names = [f"session{row}" if row % 2 else f"c{row % 10}" for row in range(100_000)]
+    lines = [f"u,s,{1421163674 + row},{name}" for row, name in enumerate(names)]
+    (tmp_path / "p.csv").write_text("\n".join(["user,song,played_at,contexts", *lines]) + "\n")
+    _, result = importer(workspace, [tmp_path / "p.csv"])(0)
+    (unit,) = result.units
+    assert len(unit.contexts) == staging.CONTEXTS_PER_UNIT
+    assert {name: count for name, count in unit.contexts.items() if count > 1} == {
+        f"c{digit}": 10_000 for digit in range(0, 10, 2)
+    }
+
+
 def importer(workspace: Workspace, paths: list[Path], *, buckets: int = 4, **settings: Any) -> PieceImporter:
     """A worker with a single piece that holds all of `paths`, one unit per file."""
     config = ImportConfig(format="csv", paths=tuple(map(str, paths)), **settings)

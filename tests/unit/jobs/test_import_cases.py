@@ -264,6 +264,22 @@ def test_the_summary_shows_outliers_rejected_rows_and_warnings(rayrec: Any, tmp_
     ]
 
 
+def test_more_contexts_than_a_data_set_holds_give_a_warning(rayrec: Any, tmp_path: Path, workspace: Workspace) -> None:
+    def write_contexts(name: str, first: int, last: int) -> Path:
+        names = [f"c{number:02d}" for number in range(first, last) for _ in range(50 - number)]  # c00 is most frequent
+        lines = [f"u,s,{START + first * 3600 + row},{context}" for row, context in enumerate(names)]
+        return write(tmp_path / name, "\n".join(["user,song,played_at,contexts", *lines]) + "\n")
+
+    summary = rayrec("import", "csv", write_contexts("first.csv", 9, 40)).data["import"]
+    assert summary["warnings"] == []
+    assert Dataset(workspace).manifest.contexts == [f"c{number:02d}" for number in range(9, 40)]
+    summary = rayrec("import", "csv", write_contexts("all.csv", 0, 40), "--force").data["import"]
+    assert summary["warnings"] == ["40 context names; only 31 are kept: the most frequent."]
+    assert Dataset(workspace).manifest.contexts == [f"c{number:02d}" for number in range(31)]
+    later = rayrec("import", "csv", write_contexts("later.csv", 41, 45), "--append").data["import"]
+    assert later["warnings"] == ["35 context names; only 31 are kept: those of earlier imports and the most frequent."]
+
+
 @pytest.mark.parametrize(
     ("bad", "allowed", "code", "warned"), [(1, "0.5", 0, 0), (2, "0.5", 0, 1), (120, "0.5", 2, 1), (120, "0.6", 0, 1)]
 )
