@@ -218,8 +218,9 @@ def test_songs_are_merged_in_the_order_of_import_whatever_the_ranges_of_keys(
 
 def test_an_input_error_within_a_worker_is_noted_for_the_caller(workspace: Workspace, tmp_path: Path) -> None:
     worker = importer(workspace, [tmp_path / "gone.csv"])
-    worker(0)
-    assert "cannot be opened" in worker.store.result(0).units[0].error
+    _, result = worker(0)
+    assert "cannot be opened" in result.units[0].error
+    assert worker.store.pieces_done() == set()  # the next import reads the piece again
 
 
 def test_many_units_are_few_pieces_and_few_pieces_are_read_bucket_by_bucket() -> None:
