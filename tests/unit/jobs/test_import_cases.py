@@ -332,7 +332,7 @@ def test_entries_that_are_not_plays_do_not_stop_an_import(rayrec: Any, tmp_path:
     file = write(tmp_path / "ann" / "watch-history.json", json.dumps(history))
     result = rayrec("import", "youtube-takeout", file)
     assert (result.code, result.data["plays"], result.data["rejected"]) == (0, 4, 96)
-    assert result.data["import"]["beside"] == 95
+    assert result.data["import"]["not_plays"] == 95
     assert "1 of 5 rows (20.0%) were rejected." in result.data["import"]["warnings"]
     assert rayrec("import", "youtube-takeout", file, "--force", "--max-rejected", "0.1").code == 2
 
@@ -348,7 +348,7 @@ def test_spotifys_account_data_beside_the_extended_history_changes_nothing(
     plays = [spotify_play(str(day), day, username="ann") for day in range(1, 11)]
     write(tmp_path / "ann" / "Streaming_History_Audio_2023_0.json", json.dumps(plays))
     result = rayrec("import", "spotify-history", tmp_path)
-    assert (result.code, plays_per_user(workspace), result.data["import"]["beside"]) == (0, {"ann": 10}, 1)
+    assert (result.code, plays_per_user(workspace), result.data["import"]["not_plays"]) == (0, {"ann": 10}, 1)
 
 
 def test_json_that_is_no_watch_history_stops_the_import(rayrec: Any, tmp_path: Path) -> None:
