@@ -30,7 +30,7 @@ from rayrec.jobs.job_config import FitConfig, UpdateConfig
 from rayrec.model.train_config import TrainConfig
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import exclusive
-from rayrec.storage.releases import active_release
+from rayrec.storage.releases import active_release, read_active
 from rayrec.storage.workspace import DATASET_MANIFEST, LOCK, LOCK_HOLDER, SENT_PLAYS, Workspace
 
 if TYPE_CHECKING:
@@ -237,8 +237,8 @@ class Recommender:
         return {**self.__dict__, "_loaded": None}
 
     def __repr__(self) -> str:
-        release = active_release(self.workspace)
-        return f"Recommender({'not fitted' if release is None else f'release {release.id}'})"
+        release_id = read_active(self.workspace)["active"]
+        return f"Recommender({'not fitted' if release_id is None else f'release {release_id}'})"
 
     def _repr_html_(self) -> str:
         release = active_release(self.workspace)
@@ -291,9 +291,9 @@ class Recommender:
     def _replaces_dataset(self, config: FitConfig) -> bool:
         """Return True if a fit replaces the data set: after a completed fit, or one on other plays that did not end.
 
-        A fit on the same plays that did not end is continued.
+        A fit on the same plays that did not end is continued. The live release need not be usable: a fit replaces it.
         """
-        if active_release(self.workspace) is not None:
+        if read_active(self.workspace)["active"] is not None:
             return True
         if not self.workspace.exists(DATASET_MANIFEST):
             return False

@@ -109,6 +109,16 @@ class _LineageTree:
         for kind in KINDS:
             for artifact in data[kind]:
                 self._add(kind, artifact, [_headline(artifact["figures"])])
+        if data["active"] is not None and ("releases", data["active"]) not in self.branches:
+            self.root.add(
+                f"The live release {data['active']} is missing or was made by another version of rayrec; "
+                "run `rayrec fit`"
+            )
+        if data["other_versions"]:
+            self.root.add(
+                f"{number(data['other_versions'])} artifacts of another version of rayrec, which cannot be used; "
+                "`rayrec fit` makes new ones, `rayrec clean` deletes these"
+            )
 
     def _add_dataset(self, dataset: dict[str, Any]) -> None:
         counts = ", ".join(f"{number(dataset[name])} {name}" for name in ("plays", "users", "songs"))
@@ -259,8 +269,7 @@ def create(
 @command(release_app, "list", example="rayrec release list")
 def list_releases(call: Call) -> CommandOutput:
     """List all releases, oldest first."""
-    active = releases.active_release(call.existing_workspace)
-    live_id = None if active is None else active.id
+    live_id = releases.read_active(call.existing_workspace)["active"]
     all_releases = releases.list_releases(call.workspace)
     rows = [
         ["→" if release.id == live_id else "", release.id, release.inputs["models"], day(release.created_at)]
@@ -403,8 +412,7 @@ def _load_missing_states(call: Call, store: str | None) -> Manifest:
 
 
 def _release_output(call: Call, release: Manifest) -> CommandOutput:
-    active = releases.active_release(call.workspace)
-    is_live = active is not None and active.id == release.id
+    is_live = releases.is_active(call.workspace, release.id)
     parts = {name: release.inputs[name] for name in PARTS if name in release.inputs}
     title = f"Release {release.id}" + (" (live)" if is_live else "")
     return CommandOutput({"id": release.id, "active": is_live, **parts}, [values_view(title, parts)])

@@ -51,9 +51,9 @@ def status(workspace: Workspace) -> dict[str, Any]:
     """Return plain values: the data set's figures or None, the splits, every artifact by kind, current and live ids.
 
     Times of plays are in ms UTC, sizes in bytes. An artifact's `figures` are the numbers and texts that its stage
-    reported. The `created_at` of a split is the time of its last request.
+    reported. The `created_at` of a split is the time of its last request. `other_versions` is the number of artifacts
+    that another version of rayrec made; they are not listed. The live release may be one of them, or missing.
     """
-    active = releases.active_release(workspace)
     return {
         "workspace": workspace.uri,
         "dataset": _dataset_status(workspace),
@@ -70,7 +70,8 @@ def status(workspace: Workspace) -> dict[str, Any]:
         ],
         **{kind: [_artifact_status(workspace, item) for item in artifacts.listing(workspace, kind)] for kind in KINDS},
         "current": artifacts.current_ids(workspace),
-        "active": None if active is None else active.id,
+        "active": releases.read_active(workspace)["active"],
+        "other_versions": sum(len(artifacts.ids_of_other_versions(workspace, kind)) for kind in KINDS),
     }
 
 
@@ -128,22 +129,24 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
     A release is in use if it is live, if a rollback would make it live, if a replica reports it, or if it is among the
     most recently requested ones. Artifacts made after the newest release are also kept, and so are the artifacts that
     later commands start from, and the most recently requested recommendations for all users of each model in use.
-    Everything is kept for `config.hours` with the artifacts it was made from, because a reader may still use it. Raises
+    Everything is kept for `config.hours` with the artifacts it was made from, because a reader may still use it.
+    Artifacts of another version of rayrec are in use only while a replica reports a release of such a version. Raises
     `InputError` if there is no release, because then nothing shows what is in use.
     """
     all_releases = releases.list_releases(workspace)
     if not all_releases:
         raise InputError(
             f"workspace {workspace.uri} has no release, so it is unknown which files are in use; "
-            "run `rayrec release create`"
+            "run `rayrec fit` or `rayrec release create`"
         )
     cutoff = datetime.now(timezone.utc) - timedelta(hours=config.hours)
     last_ids = artifacts.sort_by_last_request(workspace, releases.KIND, [manifest.id for manifest in all_releases])[
         -config.keep :
     ]
     state = releases.read_active(workspace)
+    reported_ids = _reported_release_ids(workspace)
     # A rollback makes the last release of the history live.
-    used_release_ids = {*last_ids, state["active"], *state["history"][-1:], *_reported_release_ids(workspace)}
+    used_release_ids = {*last_ids, state["active"], *state["history"][-1:], *reported_ids}
     # Artifacts made later may go into the next release. So may older ones that a stage reused: see `_current_parts`.
     artifact_cutoff = min(cutoff, _created_at(all_releases[-1]))
     kinds = (releases.KIND, artifacts.RECOMMENDATIONS, *releases.PART_KINDS)
@@ -157,16 +160,24 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
     kept_releases = [manifest for manifest in all_releases if manifest.id in used_release_ids]
     used_artifacts = _used_artifacts(workspace, [*kept_releases, *recent, *_current_parts(workspace)])
     used_artifacts |= _last_recommendations(workspace, used_artifacts)
+    other_version_ids = {kind: artifacts.ids_of_other_versions(workspace, kind) for kind in KINDS}
     garbage = []
     for kind in kinds:
         for artifact_id in workspace.folders(kind):
-            if (kind, artifact_id) in used_artifacts:
+            if (kind, artifact_id) in used_artifacts or artifact_id in other_version_ids[kind]:
                 continue
             folder = f"{kind}/{artifact_id}"
             if artifact_id in manifests[kind]:
                 garbage.append(Garbage(path=folder, bytes=workspace.size(folder), reason="in no release that is kept"))
             elif _last_change(workspace, folder) < artifact_cutoff:
                 garbage.append(Garbage(path=folder, bytes=workspace.size(folder), reason="unfinished"))
+    if reported_ids.isdisjoint(other_version_ids[releases.KIND]):
+        folders = [f"{kind}/{artifact_id}" for kind in KINDS for artifact_id in other_version_ids[kind]]
+        garbage += [
+            Garbage(path=folder, bytes=workspace.size(folder), reason="made by another version of rayrec")
+            for folder in folders
+            if _last_change(workspace, folder) < artifact_cutoff
+        ]
     return [*garbage, *_replaced_parts(workspace, cutoff)]
 
 

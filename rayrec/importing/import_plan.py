@@ -29,7 +29,7 @@ from rayrec.importing.readers.reader import (
 )
 from rayrec.importing.readers.tabular import roles
 from rayrec.importing.staging import UnitResult
-from rayrec.storage.artifacts import SKIP_BELOW, Times, fingerprint
+from rayrec.storage.artifacts import SCHEMA_VERSION, SKIP_BELOW, Times, fingerprint
 
 Kind = Literal["plays", "playlists"]
 
@@ -218,7 +218,9 @@ def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) 
         units.extend(file_units)
         unit_files.extend([file_index] * len(file_units))
     file_fields = [list(file) for file in files]
-    plan_id = fingerprint("import", {**to_mapping(config), "files": file_fields}, {})
+    # The id stays in the data set's manifest, which a new format version of artifacts does not outdate.
+    plan_settings = {**to_mapping(config), "files": file_fields}
+    plan_id = fingerprint("import", plan_settings, {}, format_version=SCHEMA_VERSION)
     reading_settings = {
         name: value for name, value in to_mapping(config).items() if name not in SETTINGS_NOT_FOR_READING
     }

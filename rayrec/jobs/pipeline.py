@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rayrec.config import Settings, from_mapping, read_toml, section_of, to_mapping
+from rayrec.data.catalog import DESCRIPTIONS
 from rayrec.data.dataset import Dataset
 from rayrec.data.moments import ASSUMED_GAP_MS
 from rayrec.data.split import (
@@ -191,6 +192,11 @@ class Stages:
         self.artifact_ids: dict[str, str] = {}  # stage -> id of its artifact
         self.release_metrics: dict[str, Any] = {}  # kept in the manifest of the release
         self.outcomes: list[Outcome] = []
+        if artifacts.ids_of_other_versions(workspace, DESCRIPTIONS):
+            on_note(
+                "The song metadata was stored by another version of rayrec and is not used; run `rayrec describe` with "
+                "its file, and then this command again"
+            )
 
     def hold_back(self) -> None:
         """Hold back the newest plays as the validation range of the following stages, unless there are too few plays.

@@ -120,9 +120,15 @@ def noun(kind: str) -> str:
     return NOUNS.get(kind, kind)
 
 
-def fingerprint(stage: str, config: dict[str, Any], inputs: dict[str, str]) -> str:
-    """Return twelve hex digits that change when the stage, its config or its inputs change."""
-    text = json.dumps([FORMAT_VERSION, stage, config, inputs], sort_keys=True, default=str)
+def fingerprint(
+    stage: str, config: dict[str, Any], inputs: dict[str, str], *, format_version: int | None = None
+) -> str:
+    """Return twelve hex digits that change when the stage, its config, its inputs or the format version change.
+
+    The format version is by default that of artifacts.
+    """
+    version = FORMAT_VERSION if format_version is None else format_version
+    text = json.dumps([version, stage, config, inputs], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -229,19 +235,36 @@ def load_manifest(workspace: Workspace, kind: str, artifact_id: str) -> Manifest
     if raw.get("format_version") != FORMAT_VERSION:
         raise DamagedArtifactError(
             f"{path} has format version {raw.get('format_version')}, but this version of rayrec reads "
-            f"{FORMAT_VERSION}; delete the folder {artifact_dir(kind, artifact_id)} and run `rayrec {COMMANDS[kind]}`"
+            f"{FORMAT_VERSION}; run `rayrec fit`, which makes a release with all its parts, or "
+            f"`rayrec {COMMANDS[kind]}` for this {noun(kind)} alone"
         )
     return Manifest(**raw)
 
 
 def listing(workspace: Workspace, kind: str) -> list[Manifest]:
-    """Return the manifests of all complete artifacts of a kind, oldest first."""
+    """Return the manifests of all complete artifacts of a kind, oldest first.
+
+    Artifacts of other format versions are left out, see `ids_of_other_versions`: no command can use them, and what a
+    command makes again has another id.
+    """
     manifests = [
-        load_manifest(workspace, kind, name)
-        for name in workspace.folders(kind)
-        if workspace.exists(f"{artifact_dir(kind, name)}/manifest.json")
+        Manifest(**raw)
+        for raw in _raw_manifests(workspace, kind).values()
+        if raw.get("format_version") == FORMAT_VERSION
     ]
     return sorted(manifests, key=lambda manifest: manifest.created_at)
+
+
+def ids_of_other_versions(workspace: Workspace, kind: str) -> list[str]:
+    """Return the ids of the complete artifacts of a kind that have another format version."""
+    raw_manifests = _raw_manifests(workspace, kind)
+    return [name for name, raw in raw_manifests.items() if raw.get("format_version") != FORMAT_VERSION]
+
+
+def _raw_manifests(workspace: Workspace, kind: str) -> dict[str, dict[str, Any]]:
+    """Return id -> content of the manifest, of all complete artifacts of a kind."""
+    paths = {name: f"{artifact_dir(kind, name)}/manifest.json" for name in workspace.folders(kind)}
+    return {name: workspace.read_json(path) for name, path in paths.items() if workspace.exists(path)}
 
 
 def latest(
@@ -392,7 +415,8 @@ def read_dataset_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) ->
     if raw.get("schema_version") != SCHEMA_VERSION:
         raise DamagedArtifactError(
             f"{path} has schema version {raw.get('schema_version')}, "
-            f"but this version of rayrec reads {SCHEMA_VERSION}; delete the folder {DATASET} and import the data again"
+            f"but this version of rayrec reads {SCHEMA_VERSION}; delete the folder {DATASET} of the workspace and run "
+            "`rayrec fit` or `rayrec import`"
         )
     for name in ("joined_parts", "part_times"):
         raw[name] = [tuple(pair) for pair in raw[name]]

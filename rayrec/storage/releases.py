@@ -121,9 +121,20 @@ def list_releases(workspace: Workspace) -> list[Manifest]:
 
 
 def active_release(workspace: Workspace) -> Manifest | None:
-    """Return the live release; None if none was activated."""
+    """Return the live release; None if none was activated.
+
+    Raises `NotFoundError` if its folder is missing, or if another version of rayrec made it.
+    """
     active = read_active(workspace)["active"]
-    return None if active is None else artifacts.load_manifest(workspace, KIND, active)
+    if active is None:
+        return None
+    try:
+        return artifacts.load_manifest(workspace, KIND, active)
+    except (NotFoundError, DamagedArtifactError) as error:
+        reason = str(error).partition("; ")[0]
+        raise NotFoundError(
+            f"the live release cannot be used ({reason}); run `rayrec fit` or `rayrec release create`"
+        ) from error
 
 
 def is_active(workspace: Workspace, release_id: str) -> bool:

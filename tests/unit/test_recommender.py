@@ -30,6 +30,7 @@ from rayrec.model.train_config import TasteConfig
 from rayrec.recommend import reranking
 from rayrec.recommend.reranking import choose_for_users
 from rayrec.storage.locking import exclusive
+from rayrec.storage.releases import read_active
 from rayrec.storage.workspace import LOCK, LOCK_HOLDER, Workspace
 
 SETTINGS: dict[str, Any] = {"hidden_dim": 16, "epochs": 4, "learning_rate": 0.01, "negatives": 16, "progress": False}
@@ -367,6 +368,19 @@ def test_a_fit_of_other_plays_that_was_stopped_gives_no_wrong_songs(
     for recommender in (model, loaded_model, rayrec.load(tmp_path, progress=False)):
         with pytest.raises(NotFoundError, match="the last fit, on other plays, did not finish; call fit again"):
             recommender.recommend("u1")
+
+
+def test_after_the_folder_of_the_live_release_was_deleted_a_fit_makes_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    model = Recommender(**SETTINGS | {"epochs": 1}, workspace=tmp_path).fit(frame(ring_plays(range(8), plays=10)))
+    model.workspace.delete(f"releases/{read_active(model.workspace)['active']}")
+    assert "release" in repr(model)
+    with pytest.raises(NotFoundError, match=r"the live release cannot be used .*; run `rayrec fit`"):
+        model.recommend("u1")
+    model.fit(frame(ring_plays(range(8), plays=10)))
+    assert len(model.recommend("u1")) == 10
 
 
 def test_a_model_in_a_temporary_folder_is_copied_only_by_saving(model: Recommender, tmp_path: Path) -> None:

@@ -165,6 +165,21 @@ def test_what_replicas_answer_with_or_load_stays(nights: Workspace) -> None:
         releases.verify_release(nights, release)
 
 
+def test_artifacts_of_another_version_go_once_no_replica_answers_with_them(nights: Workspace) -> None:
+    old_manifest = {"kind": "", "id": "", "format_version": artifacts.FORMAT_VERSION - 1}
+    old_folders = ["releases/r0", "models/m0", "reports/e0"]
+    for folder in old_folders:
+        nights.write_json(f"{folder}/manifest.json", old_manifest)
+    make_release(nights, 5)
+    config = CleanConfig(keep=6, hours=0)
+    nights.write_json("serving/replicas/one.json", {"release": "r0", "loading": None, "arms": []})
+    assert not {item.path for item in find_garbage(nights, config)} & set(old_folders)
+    nights.delete("serving/replicas/one.json")
+    reasons = {item.path: item.reason for item in find_garbage(nights, config)}
+    assert [reasons.get(folder) for folder in old_folders] == ["made by another version of rayrec"] * 3
+    assert find_garbage(nights, CleanConfig(keep=6, hours=1)) == []
+
+
 def test_a_release_that_went_live_since_it_was_found_is_not_deleted(nights: Workspace) -> None:
     config = CleanConfig(keep=2, hours=0)
     garbage = find_garbage(nights, config)

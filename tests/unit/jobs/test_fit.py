@@ -10,16 +10,28 @@ from rings import BEGIN, ring_plays, write_rows
 from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
-from rayrec.errors import InputError
+from rayrec.data.lineage import KINDS
+from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
+from rayrec.importing.descriptions import DescribeConfig, describe
+from rayrec.importing.inspection import guess_import
 from rayrec.jobs.fit import FitResult, fit, selection_parts, train_defaults
+from rayrec.jobs.import_data import append_plays
 from rayrec.jobs.job_config import FitConfig
 from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
 from rayrec.recommend.two_step import SELECTION_RANKERS, TwoStepRecommender
-from rayrec.storage.artifacts import DatasetManifest, listing, load_manifest
-from rayrec.storage.releases import active_release, verify_release
-from rayrec.storage.workspace import Workspace
+from rayrec.storage import artifacts
+from rayrec.storage.artifacts import (
+    FORMAT_VERSION,
+    SCHEMA_VERSION,
+    DatasetManifest,
+    Manifest,
+    listing,
+    load_manifest,
+)
+from rayrec.storage.releases import active_release, is_active, verify_release
+from rayrec.storage.workspace import DATASET_MANIFEST, Workspace
 from rayrec_cli.main import main
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -34,6 +46,13 @@ STAGES = ["import", "embed", "train", "songs", "retrieval", "rank", "taste", "in
 
 def run_fit(workspace: Workspace, path: str, **options: Any) -> FitResult:
     return fit(workspace, FitConfig(paths=(path,)), settings=SETTINGS, **options)
+
+
+def use_next_format_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this process the next version of rayrec: all artifacts so far have another format version."""
+    next_version = FORMAT_VERSION + 1
+    monkeypatch.setattr(artifacts, "FORMAT_VERSION", next_version)
+    monkeypatch.setitem(Manifest.__init__.__kwdefaults__, "format_version", next_version)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +142,61 @@ def test_a_second_fit_skips_everything_and_other_files_are_refused(
     other_path = write_rows(tmp_path / "other.csv", ring_plays(range(5)))
     with pytest.raises(InputError, match="rayrec update"):
         run_fit(workspace, other_path)
+
+
+def test_after_a_new_format_version_one_fit_makes_all_again_and_clean_deletes_what_was_made_before(
+    ring: tuple[Workspace, str, FitResult, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    workspace, path = Workspace(shutil.copytree(ring[0].uri, tmp_path / "copy")), ring[1]
+    day = write_rows(tmp_path / "day.csv", ring_plays(range(60), plays=10, begin=21, days=1))
+    without_ray(monkeypatch)
+    append_plays(workspace, guess_import((day,)))
+    (tmp_path / "songs.csv").write_text("song,title\ns1,First\n")
+    describe(workspace, DescribeConfig(), str(tmp_path / "songs.csv"))
+    old_folders = {f"{kind}/{name}" for kind in KINDS for name in workspace.folders(kind)}
+    dataset_id, old_release = Dataset(workspace).manifest.id, active_release(workspace)
+    use_next_format_version(monkeypatch)
+    assert main(["--json", "--workspace", workspace.uri, "status"]) == 0
+    state = json.loads(capsys.readouterr().out)
+    assert old_release is not None
+    assert (state["active"], state["releases"]) == (old_release.id, [])
+    assert state["other_versions"] == len(old_folders)
+    assert main(["--workspace", workspace.uri, "status"]) == 0
+    assert f"The live release {old_release.id} is missing or was made by another" in capsys.readouterr().out
+    with pytest.raises(
+        NotFoundError, match=r"the live release cannot be used \(.* format version .*; run `rayrec fit`"
+    ):
+        active_release(workspace)
+    notes: list[str] = []
+    result = run_fit(workspace, path, on_note=notes.append)
+    assert any("run `rayrec describe` with its file" in note for note in notes)
+    assert {outcome.stage: outcome.status for outcome in result.outcomes} == {
+        stage: "skipped" if stage == "import" else "done" for stage in STAGES
+    }
+    assert Dataset(workspace).manifest.id == dataset_id  # with the appended plays
+    live_release = active_release(workspace)
+    assert live_release is not None
+    assert live_release.id == result.release
+    assert main(["--workspace", workspace.uri, "clean", "--hours", "0", "--yes"]) == 0
+    assert {f"{kind}/{name}" for kind in KINDS for name in workspace.folders(kind)}.isdisjoint(old_folders)
+    verify_release(workspace, live_release)
+
+
+def test_a_data_set_of_another_schema_version_is_refused_with_advice_that_works(
+    ring: tuple[Workspace, str, FitResult, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, path = Workspace(shutil.copytree(ring[0].uri, tmp_path / "copy")), ring[1]
+    without_ray(monkeypatch)
+    manifest = workspace.read_json(DATASET_MANIFEST)
+    workspace.write_json(DATASET_MANIFEST, {**manifest, "schema_version": SCHEMA_VERSION - 1})
+    with pytest.raises(DamagedArtifactError, match="delete the folder dataset of the workspace and run `rayrec fit`"):
+        run_fit(workspace, path)
+    workspace.delete("dataset")
+    result = run_fit(workspace, path)
+    assert is_active(workspace, result.release)
 
 
 @pytest.mark.parametrize(

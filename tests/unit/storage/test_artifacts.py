@@ -13,6 +13,7 @@ from rayrec.storage.artifacts import (
     NOUNS,
     Manifest,
     fingerprint,
+    ids_of_other_versions,
     listing,
     load_manifest,
     new_id,
@@ -95,13 +96,20 @@ def test_another_format_version_is_refused_with_the_command_that_makes_the_artif
     workspace.write_json(manifest.path("manifest.json"), {**asdict(manifest), "format_version": version})
     message = (
         f"has format version {version}, but this version of rayrec reads {FORMAT_VERSION}; "
-        "delete the folder models/m and run `rayrec train`"
+        "run `rayrec fit`, which makes a release with all its parts, or `rayrec train` for this model alone"
     )
     with pytest.raises(DamagedArtifactError, match=message):
         load_manifest(workspace, "models", "m")
-    workspace.delete("models/m")
-    put(workspace, "m")
-    assert newest(workspace, "models").id == "m"
+
+
+def test_artifacts_of_another_format_version_are_not_listed_with_those_that_can_be_used(workspace: Workspace) -> None:
+    put(workspace, "usable")
+    manifest = put(workspace, "old")
+    old_manifest = {"kind": "models", "id": "old", "format_version": FORMAT_VERSION - 1, "a field of then": 1}
+    workspace.write_json(manifest.path("manifest.json"), old_manifest)
+    assert [item.id for item in listing(workspace, "models")] == ["usable"]
+    assert newest(workspace, "models").id == "usable"
+    assert ids_of_other_versions(workspace, "models") == ["old"]
 
 
 def test_every_kind_of_artifact_has_a_command() -> None:
