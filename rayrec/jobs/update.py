@@ -16,6 +16,7 @@ from rayrec.importing.inspection import describe_import, guess_format, guess_imp
 from rayrec.importing.merging import PARTS_BEFORE_COMPACT
 from rayrec.importing.readers import FORMATS
 from rayrec.importing.readers.tabular import roles
+from rayrec.importing.staging import finish_publishing
 from rayrec.jobs.add_songs import added_since
 from rayrec.jobs.compact import compact
 from rayrec.jobs.fit import Quality, ServedParts, fit_models, measure_quality, selection_parts, stage_configs
@@ -34,7 +35,7 @@ from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, Manifest
 from rayrec.storage.locking import writes
-from rayrec.storage.releases import VALIDATION, activate_release, active_release
+from rayrec.storage.releases import VALIDATION, activate_release, active_release, require_dataset_of
 from rayrec.storage.workspace import STATES_FILE, Workspace
 
 TOLERANCE = 0.005  # recall@20 as served may be this much lower than the live release's
@@ -96,12 +97,15 @@ def update(
 
     `on_stage` is called after each stage, `on_note` with texts about guessed settings, rejected rows and new plays.
     Raises `MissingDependencyError` without faiss, `InputError` if no release is live and for files that cannot be read,
-    and `TooManyRejectedError` if more rows are rejected than `max_rejected` allows.
+    `MismatchError` if the data set of the live release was replaced, and `TooManyRejectedError` if more rows are
+    rejected than `max_rejected` allows.
     """
     require_one_faiss()  # before any work
     live_release = active_release(workspace)
     if live_release is None:
         raise InputError(f"workspace {workspace.uri} has no live release; run `rayrec fit` first")
+    finish_publishing(workspace)  # the data set of a killed import may replace that of the live release
+    require_dataset_of(workspace, live_release)
     import_config = _import_config(config, Dataset(workspace).manifest, on_note)
     on_note(f"Reading as {describe_import(import_config)}")
     with ray_cluster():

@@ -143,8 +143,12 @@ def is_active(workspace: Workspace, release_id: str) -> bool:
 
 
 def activate_release(workspace: Workspace, release_id: str) -> Manifest:
-    """Make a release the live one. Raises `NotFoundError` if it does not exist."""
+    """Make a release the live one.
+
+    Raises `NotFoundError` if it does not exist, and `MismatchError` if its data set was replaced.
+    """
     release = artifacts.load_manifest(workspace, KIND, release_id)
+    require_dataset_of(workspace, release)
     state = read_active(workspace)
     history = state["history"]
     if state["active"] not in (None, release_id):
@@ -154,7 +158,10 @@ def activate_release(workspace: Workspace, release_id: str) -> Manifest:
 
 
 def rollback(workspace: Workspace) -> Manifest:
-    """Make the previously live release live again. Raises `InputError` if there was none."""
+    """Make the previously live release live again.
+
+    Raises `InputError` if there was none, and `MismatchError` if its data set was replaced.
+    """
     state = read_active(workspace)
     if not state["history"]:
         raise InputError(
@@ -163,8 +170,19 @@ def rollback(workspace: Workspace) -> Manifest:
         )
     *history, previous_id = state["history"]
     release = artifacts.load_manifest(workspace, KIND, previous_id)
+    require_dataset_of(workspace, release)
     write_active(workspace, previous_id, history)
     return release
+
+
+def require_dataset_of(workspace: Workspace, release: Manifest) -> None:
+    """Raise `MismatchError` if the data set of a release was replaced: its song rows are those of other songs now."""
+    dataset, dataset_id = read_dataset_manifest(workspace), release.inputs["dataset"]
+    if not dataset.descends_from(dataset_id):
+        raise MismatchError(
+            f"release {release.id} was made from data set {dataset_id}, which data set {dataset.id} has replaced; "
+            "make a new release with `rayrec fit`"
+        )
 
 
 def read_active(workspace: Workspace) -> dict[str, Any]:

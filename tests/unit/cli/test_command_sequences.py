@@ -103,7 +103,13 @@ class Expected:
     split_of: dict[str, str | None] = field(default_factory=dict)  # id of a model or retrieval -> id of its split
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)  # by id
     release_ids: list[str] = field(default_factory=list)  # ids of releases, the live one last
+    release_datasets: dict[str, str] = field(default_factory=dict)  # id of a release -> id of its data set
     days: set[int] = field(default_factory=set)  # days appended so far
+
+    @property
+    def can_roll_back(self) -> bool:
+        """True if there is an earlier release, and its data set was not replaced."""
+        return len(self.release_ids) > 1 and self.release_datasets[self.release_ids[-2]] in self.versions
 
 
 class Session:
@@ -244,6 +250,7 @@ class Session:
         assert data["models"] == model
         for kind in MODEL_PARTS:
             assert data.get(kind) == expected.latest_of_model.get((kind, model))
+        expected.release_datasets[data["id"]] = data["dataset"]
         if not expected.release_ids or expected.release_ids[-1] != data["id"]:
             expected.release_ids.append(data["id"])
         artifacts = {record["id"]: record for record in self.status()["tastes"]}
@@ -294,7 +301,8 @@ def run_steps(steps: list[str]) -> None:
         session = Session(Path(folder))
         try:
             for step in steps:
-                assert session.follow(step) or (step == "release rollback" and len(session.expected.release_ids) < 2)
+                can_roll_back = session.expected.can_roll_back
+                assert session.follow(step) == (step != "release rollback" or can_roll_back)
             assert session.follow("release create")
             assert session.follow("recommend")
         except AssertionError as error:
@@ -322,6 +330,10 @@ def test_the_advice_helps_after_an_append_that_outdates_the_split_of_the_model()
 
 def test_the_advice_of_rank_helps_after_an_append_that_outdates_the_split_of_the_model() -> None:
     run_steps(["import", "split --last-fraction 0.2", "train", "import --append 1", "rank"])
+
+
+def test_a_rollback_to_a_release_of_replaced_data_is_refused_and_the_live_one_still_answers() -> None:
+    run_steps(["import", "release create", "import --force", "release create", "release rollback", "recommend"])
 
 
 @pytest.mark.slow

@@ -14,10 +14,10 @@ from rayrec.config import from_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.moments import parse_timestamp
 from rayrec.data.split import load_split
-from rayrec.errors import InputError
+from rayrec.errors import InputError, MismatchError
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.fit import fit
-from rayrec.jobs.import_data import append_plays
+from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.job_config import FitConfig, UpdateConfig
 from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.update import UpdateResult, update
@@ -91,6 +91,19 @@ def test_a_day_of_plays_goes_live_with_its_new_users_and_songs(fitted: Workspace
     assert len(answer(dataset, recommender, RecommendConfig(k=5), parts=release.inputs, at=at, user="u169").songs) == 5
     response = answer(dataset, recommender, RecommendConfig(k=20), parts=release.inputs, at=at, songs=["s5", "s6"])
     assert "new" in [song.song_id for song in response.songs]
+
+
+def test_plays_are_not_appended_to_another_data_set_than_that_of_the_live_release(
+    fitted: Workspace, tmp_path: Path
+) -> None:
+    other_path = write_rows(tmp_path / "other.csv", ring_plays(range(9), plays=10, songs=9))
+    config = ImportConfig(format="csv", columns=COLUMNS, paths=(other_path,))
+    replaced_id, other = Dataset(fitted).manifest.id, import_data(fitted, config, repeat=True)
+    day_path = write_rows(tmp_path / "day.csv", ring_plays(range(9), plays=8, begin=20, days=1))
+    message = f"was made from data set {replaced_id}, which data set {other.id} has replaced; .* `rayrec fit`"
+    with pytest.raises(MismatchError, match=message):
+        run_update(fitted, day_path)
+    assert Dataset(fitted).manifest == other
 
 
 def test_the_new_retrieval_continues_the_old_one_and_the_checked_one_lacks_the_newest_plays(

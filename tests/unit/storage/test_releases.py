@@ -133,6 +133,20 @@ def test_rollback_returns_step_by_step_to_what_was_live_before(full: Workspace) 
         releases.rollback(full)
 
 
+def test_a_release_whose_data_set_was_replaced_does_not_go_live_again(full: Workspace) -> None:
+    first = releases.create_release(full)
+    put_dataset(full, "data2")
+    put_model(full, 2, dataset="data2")
+    second = releases.create_release(full)
+    message = "release .* was made from data set data1, which data set data2 has replaced; .* `rayrec fit`"
+    with pytest.raises(MismatchError, match=message):
+        releases.rollback(full)
+    with pytest.raises(MismatchError, match=message):
+        releases.activate_release(full, first.id)
+    state = releases.read_active(full)
+    assert (state["active"], state["history"]) == (second.id, [first.id])
+
+
 def test_a_release_can_be_made_without_going_live(full: Workspace) -> None:
     release = releases.create_release(full, activate=False)
     assert releases.active_release(full) is None
