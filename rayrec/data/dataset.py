@@ -259,6 +259,10 @@ class Dataset:
         """Return the manifest of this data set or of one that it descends from."""
         return earlier_version(self.workspace, self.manifest, dataset_id)
 
+    def plays_id_of(self, dataset_id: str) -> str:
+        """Return the id of the plays of a data set that this one descends from; `dataset_id` itself for another one."""
+        return self.earlier(dataset_id).plays_id if self.descends_from(dataset_id) else dataset_id
+
     def read_bucket(self, bucket: int, users_per_batch: int = 5_000, *, first_part: int = 0) -> Iterator[Histories]:
         """Yield the histories of one bucket in batches, each user once, by ascending id.
 

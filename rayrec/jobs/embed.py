@@ -44,7 +44,11 @@ def embed(workspace: Workspace, config: EmbedConfig, *, split: Split | None = No
         inputs["split"] = split.id
     if config.vectors is not None:
         inputs["vectors"] = file_id(config.vectors)
-    fingerprint_id = artifacts.fingerprint("embed", to_mapping(config), inputs)
+    # Compaction and described songs change the id of the data set, but not the plays.
+    fingerprint_inputs = {**inputs, "dataset": dataset.manifest.plays_id}
+    if config.vectors is not None:  # the file may have vectors of songs that were described since
+        fingerprint_inputs["num_songs"] = str(dataset.num_songs)
+    fingerprint_id = artifacts.fingerprint("embed", to_mapping(config), fingerprint_inputs)
     songs_id, complete = artifacts.new_id(workspace, "songs", fingerprint_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, "songs", songs_id)

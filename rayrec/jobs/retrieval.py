@@ -74,7 +74,9 @@ def fit_retrieval(
     descriptions = dataset.descriptions()
     if descriptions:
         inputs["descriptions"] = descriptions[-1].id
-    fingerprint_id = artifacts.fingerprint(KIND, to_mapping(config), inputs)
+    # Compaction changes the id of the data set, but not the plays.
+    fingerprint_inputs = {**inputs, "dataset": dataset.manifest.plays_id, "num_songs": str(dataset.num_songs)}
+    fingerprint_id = artifacts.fingerprint(KIND, to_mapping(config), fingerprint_inputs)
     retrieval_id, complete = artifacts.new_id(workspace, KIND, fingerprint_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, KIND, retrieval_id)

@@ -19,6 +19,7 @@ from rayrec.jobs.trainer import (
     WorkerRequest,
     diverged_file,
     has_checkpoint,
+    has_counts_of,
     new_board,
     plan_training,
     run_workers,
@@ -87,15 +88,21 @@ def train(
     if start is not None:
         inputs["from"] = start.id
     elif songs is not None:
-        _require_same_inputs(songs, inputs)
+        _require_same_inputs(dataset, songs, inputs)
     dim = table_dim(workspace, config, songs)
-    fingerprint_id = artifacts.fingerprint("train", _learning_settings(config), inputs)
+    # Compaction and described songs change the id of the data set, but not the plays.
+    fingerprint_inputs = {**inputs, "dataset": dataset.manifest.plays_id}
+    fingerprint_id = artifacts.fingerprint("train", _learning_settings(config), fingerprint_inputs)
     model_id, complete = artifacts.new_id(workspace, "models", fingerprint_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, "models", model_id)
     manifest = Manifest(kind="models", id=model_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     started = time.monotonic()
-    if unfinished == "restart" or not has_checkpoint(workspace, manifest.folder):
+    if (
+        unfinished == "restart"
+        or not has_checkpoint(workspace, manifest.folder)
+        or not has_counts_of(workspace, manifest.folder, dataset.num_songs)  # songs were described since
+    ):
         workspace.delete(manifest.folder)
     elif unfinished == "ask":
         raise InputError(
@@ -163,9 +170,10 @@ def _source_metrics(dataset: Dataset, config: TrainConfig, split: Split | None) 
     return {"source": kind} | ({"warning": PLAYLIST_WARNING} if split is not None and kind == "playlists" else {})
 
 
-def _require_same_inputs(songs: Manifest, inputs: dict[str, str]) -> None:
-    for role in ("dataset", "split"):
-        if songs.inputs.get(role) != inputs.get(role):
+def _require_same_inputs(dataset: Dataset, songs: Manifest, inputs: dict[str, str]) -> None:
+    has_same_plays = dataset.plays_id_of(songs.inputs.get("dataset", "")) == dataset.manifest.plays_id
+    for role, is_same in (("dataset", has_same_plays), ("split", songs.inputs.get("split") == inputs.get("split"))):
+        if not is_same:
             raise MismatchError(
                 f"song embeddings {songs.id} were made from {role} {songs.inputs.get(role)}, not from "
                 f"{inputs.get(role)}; run `rayrec embed{split_flag(inputs.get('split'))}` first"

@@ -106,7 +106,7 @@ def plan_training(
         if songs is not None:
             vectors_file = "selection_vectors.npy" if "selection_vectors.npy" in songs.files else "vectors.npy"
             vectors["selection"] = songs.path(vectors_file)
-    counts: dict[Phase, str] = {phase: manifest.path(f"run/{phase}_counts.npy") for phase in ranges}
+    counts: dict[Phase, str] = {phase: _counts_file(manifest.folder, phase) for phase in ranges}
     windows: dict[Phase, tuple[str, str]] = {
         phase: (manifest.path(f"run/{phase}_inputs.npy"), manifest.path(f"run/{phase}_offsets.npy")) for phase in ranges
     }
@@ -583,6 +583,16 @@ def run_workers(
         raise RayrecError(
             f"training failed: {cause}; `rayrec train --resume` continues from the last checkpoint"
         ) from error
+
+
+def _counts_file(folder: str, phase: Phase) -> str:
+    return f"{folder}/run/{phase}_counts.npy"
+
+
+def has_counts_of(workspace: Workspace, folder: str, num_songs: int) -> bool:
+    """Return True if the unfinished training in `folder` has counted the plays of `num_songs` songs."""
+    path = _counts_file(folder, "final")
+    return workspace.exists(path) and len(workspace.read_array(path)) == num_songs
 
 
 def has_checkpoint(workspace: Workspace, folder: str) -> bool:

@@ -95,6 +95,7 @@ class Expected:
     dataset: str = ""  # id
     plays: str = ""  # id of the data set with these plays before parts were joined
     versions: set[str] = field(default_factory=set)  # ids of the data set and of its ancestors
+    plays_of: dict[str, str] = field(default_factory=dict)  # id of a data set -> id of its plays
     models: dict[str, str] = field(default_factory=dict)  # id -> id of its data set; the model requested last is last
     split: dict[str, Any] | None = None  # as `rayrec split` prints it
     current: dict[str, str] = field(default_factory=dict)  # kind -> id
@@ -211,6 +212,7 @@ class Session:
         elif name == "release rollback":
             expected.release_ids.pop()
             assert data["id"] == expected.release_ids[-1]
+        expected.plays_of[expected.dataset] = expected.plays
         state = self.status()
         assert state["dataset"]["id"] == expected.dataset
         assert state["current"].items() >= expected.current.items()
@@ -224,7 +226,7 @@ class Session:
         if name in FIT_COMMANDS:
             split = wanted_split(line, expected)
             assert inputs.get("split") == split
-            assert inputs["dataset"] == expected.dataset
+            assert expected.plays_of[inputs["dataset"]] == expected.plays
             assert names_training_plays(data, expected.splits.get(split) if split else None), data
         if name == "train":
             assert inputs.get("songs") == current.get("songs")
@@ -334,6 +336,17 @@ def test_the_advice_of_rank_helps_after_an_append_that_outdates_the_split_of_the
 
 def test_a_rollback_to_a_release_of_replaced_data_is_refused_and_the_live_one_still_answers() -> None:
     run_steps(["import", "release create", "import --force", "release create", "release rollback", "recommend"])
+
+
+def test_what_was_fitted_before_a_compaction_is_found_again_after_it() -> None:
+    with TemporaryDirectory() as folder:
+        session = Session(Path(folder))
+        for step in ("import", "import --append 1", "split"):
+            assert session.run(step)[0] == 0
+        ids = [session.run(step)[1]["id"] for step in ("embed", "train", "retrieval")]
+        assert session.run("compact")[0] == 0
+        # Train first: it starts from the embeddings of before.
+        assert [session.run(step)[1]["id"] for step in ("train", "embed", "retrieval")] == [ids[1], ids[0], ids[2]]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from rayrec.importing.inspection import guess_import
 from rayrec.jobs.fit import FitResult, fit, selection_parts, train_defaults
 from rayrec.jobs.import_data import append_plays
 from rayrec.jobs.job_config import FitConfig
+from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
@@ -183,6 +184,24 @@ def test_after_a_new_format_version_one_fit_makes_all_again_and_clean_deletes_wh
     assert main(["--workspace", workspace.uri, "clean", "--hours", "0", "--yes"]) == 0
     assert {f"{kind}/{name}" for kind in KINDS for name in workspace.folders(kind)}.isdisjoint(old_folders)
     verify_release(workspace, live_release)
+
+
+def test_described_songs_without_plays_repeat_no_training(
+    ring: tuple[Workspace, str, FitResult, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, path = Workspace(shutil.copytree(ring[0].uri, tmp_path / "copy")), ring[1]
+    without_ray(monkeypatch)
+    (tmp_path / "songs.csv").write_text("song,title,artist\ns1,One,Artist 1\nnew,New,Artist 1\n")
+    describe(workspace, DescribeConfig(), str(tmp_path / "songs.csv"))
+    for expected in ("done", "skipped"):  # the first fit adds the song, to the retrieval too; the second has no work
+        result = run_fit(workspace, path)
+        statuses = {outcome.stage: outcome.status for outcome in result.outcomes}
+        assert (statuses["embed"], statuses["train"]) == ("skipped", "skipped")
+        assert {statuses[stage] for stage in ("songs", "retrieval", "release")} == {expected}
+    live_release = active_release(workspace)
+    assert live_release is not None
+    added_songs = AddedSongs.load(workspace, f"added_songs/{live_release.inputs['added_songs']}")
+    assert added_songs.rows.tolist() == Dataset(workspace).catalog().rows(["new"]).tolist()
 
 
 def test_a_data_set_of_another_schema_version_is_refused_with_advice_that_works(
