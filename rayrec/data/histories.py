@@ -16,7 +16,7 @@ from rayrec.data.ragged import group_of_each_item, offsets_of, ranges
 
 HASH_KEY = "rayrec user hash"  # 16 bytes; must never change, because buckets on disk depend on it
 PLAY_COLUMNS = (columns.SONGS, columns.PLAYED_AT, columns.CONTEXTS, columns.SKIPPED)  # the values of each play
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN_STEP = np.uint64(0x9E3779B97F4A7C15)  # step of the counter of SplitMix64: 2⁶⁴ / golden ratio, made odd
 
 
 def user_hash(user_ids: Sequence[str] | np.ndarray, salt: str = "") -> np.ndarray:
@@ -27,12 +27,12 @@ def user_hash(user_ids: Sequence[str] | np.ndarray, salt: str = "") -> np.ndarra
 
 def uniform_draws(hashes: np.ndarray, steps: np.ndarray) -> np.ndarray:
     """float64 in [0, 1): one number for each hash and step, uint64 arrays that broadcast; the same in every run."""
-    bits = _mix(hashes + steps.astype(np.uint64) * _GOLDEN)
+    bits = mix_bits(hashes + steps.astype(np.uint64) * GOLDEN_STEP)
     return np.asarray((bits >> np.uint64(11)) * 2.0**-53)
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): turns a counter into random bits."""
+def mix_bits(values: np.ndarray) -> np.ndarray:
+    """uint64: the finalizer of SplitMix64 (Steele, Lea and Flood 2014), which spreads any difference over all bits."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(values ^ (values >> np.uint64(31)))

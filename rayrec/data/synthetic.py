@@ -36,7 +36,7 @@ from scipy.special import ndtri
 
 from rayrec.config import Settings
 from rayrec.data import columns
-from rayrec.data.histories import Histories, Queries, concatenate
+from rayrec.data.histories import GOLDEN_STEP, Histories, Queries, concatenate, mix_bits, uniform_draws
 from rayrec.data.ragged import offsets_of, ranges
 
 FIRST = (
@@ -73,7 +73,6 @@ SONG_LENGTHS = (2 * MINUTE, 6 * MINUTE)
 SKIPPED_AFTER = (5_000, 40_000)  # ms from the start of a song to its skip
 SESSION_GAP = 30 * MINUTE  # gaps from this length on start a session; generated sessions are at least an hour apart
 CELLS_PER_BLOCK = 1 << 20  # maximum U × L of a block, about 100 MiB of working memory
-_GOLDEN = 0x9E3779B97F4A7C15
 _STREAMS = {"taste": 1, "length": 2, "session": 3, "song": 4, "skip": 5, "time": 6, "playlist": 7, "opinion": 8}
 
 
@@ -232,7 +231,7 @@ class World:
         if not self.config.opinions:
             return np.ones(songs.shape)
         keys = _keys(self.config.seed, "opinion", users)
-        draws = (_mix(keys + songs.astype(np.uint64) * np.uint64(_GOLDEN)) >> np.uint64(11)) * 2.0**-53
+        draws = uniform_draws(keys, songs + 1)
         weights = np.where(draws >= 1 - self.config.opinions, LIKED_WEIGHT, 1.0)
         return np.asarray(np.where(draws < self.config.opinions, 0.0, weights))
 
@@ -420,20 +419,13 @@ def _successors(order: np.ndarray, group: np.ndarray) -> np.ndarray:
 def _keys(seed: int, stream: str, indices: np.ndarray) -> np.ndarray:
     """uint64: the start of the separate random sequence of each user (or playlist) in one stream."""
     stream_seed = np.random.SeedSequence([seed, _STREAMS[stream]]).generate_state(1, np.uint64)[0]
-    return _mix(_mix(indices.astype(np.uint64)) ^ stream_seed)
+    starts = mix_bits(indices.astype(np.uint64) + GOLDEN_STEP) ^ stream_seed
+    return mix_bits(starts + GOLDEN_STEP)
 
 
 def _uniform(keys: np.ndarray, counters: int | np.ndarray) -> np.ndarray:
-    """float64 in [0, 1): the numbers at positions `counters` of each sequence. SplitMix64 (Steele, Lea, Flood 2014)."""
-    steps = np.asarray(counters, dtype=np.uint64).reshape(-1) * np.uint64(_GOLDEN)
-    return np.asarray((_mix(keys + (steps if np.ndim(counters) else steps[0])) >> np.uint64(11)) * 2.0**-53)
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    values = (values + np.uint64(_GOLDEN)).astype(np.uint64)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(values ^ (values >> np.uint64(31)))
+    """float64 in [0, 1): the numbers at positions `counters`, from 0, of each sequence."""
+    return uniform_draws(keys, np.atleast_1d(counters) + 1)
 
 
 PROBABILITIES_PER_CHUNK = 1 << 22  # float64 probabilities held at once: 32 MiB

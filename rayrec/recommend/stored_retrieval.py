@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from rayrec.data.histories import Histories, user_hash
+from rayrec.data.histories import Histories, mix_bits, user_hash
 from rayrec.data.ragged import group_of_each_item, group_starts, offsets_of, positions_in_groups, ranges, stable_order
 from rayrec.data.split import DAY_MS, FitRange
 from rayrec.embeddings.word2vec import cut_long, cut_sessions
@@ -266,11 +266,11 @@ class SessionPostings:
         counts = np.bincount(session_rows[session_plays], minlength=len(lengths))
         session_plays, is_kept = session_plays[counts[session_rows[session_plays]] > 1], counts > 1
         user_hashes = user_hash(histories.user_ids)[np.searchsorted(histories.offsets, cuts[:-1], side="right") - 1]
-        keys = user_hashes ^ _mix_bits(
+        keys = user_hashes ^ mix_bits(
             histories.played_at[np.minimum(cuts[:-1], max(0, len(songs) - 1))].astype(np.uint64)
         )
         return _newest_sessions(
-            _mix_bits(keys[is_kept]) + _content_hash(songs[session_plays], offsets_of(counts[is_kept])),
+            mix_bits(keys[is_kept]) + _content_hash(songs[session_plays], offsets_of(counts[is_kept])),
             histories.played_at[cuts[1:][is_kept] - 1],
             counts[is_kept],
             songs[session_plays],
@@ -348,17 +348,10 @@ def _entries(counts: np.ndarray, songs: np.ndarray) -> tuple[np.ndarray, np.ndar
     return entry_sessions, songs, ranges(0, counts)
 
 
-def _mix_bits(values: np.ndarray) -> np.ndarray:
-    """uint64: the finalizer of splitmix64, which spreads any difference over all bits."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(values ^ (values >> np.uint64(31)))
-
-
 def _content_hash(songs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """uint64: a hash of the songs of each session in their order."""
     _, _, positions = _entries(np.diff(offsets), songs)
-    hashes = _mix_bits(songs.astype(np.uint64) * np.uint64(1 << 20) + positions.astype(np.uint64) + np.uint64(1))
+    hashes = mix_bits(songs.astype(np.uint64) * np.uint64(1 << 20) + positions.astype(np.uint64) + np.uint64(1))
     cumulative = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes, dtype=np.uint64)])
     return np.asarray(cumulative[offsets[1:]] - cumulative[offsets[:-1]])
 
