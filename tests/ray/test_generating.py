@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from oracle import user_index
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
@@ -22,7 +23,7 @@ class TestGenerate:
         manifest = generate(workspace, CONFIG)
         dataset, world = Dataset(workspace), World(CONFIG)
         stored = concatenate(list(dataset.read_all()))
-        expected = world.histories(world.user_index(stored.user_ids))
+        expected = world.histories(user_index(stored.user_ids))
         assert sorted(stored.user_ids) == sorted(world.user_ids(np.arange(300)))
         np.testing.assert_array_equal(stored.songs, expected.songs)
         np.testing.assert_array_equal(stored.played_at, expected.played_at)
@@ -60,7 +61,7 @@ class TestGenerate:
         generate(workspace, other_config)
         stored = concatenate(list(Dataset(workspace).read_all()))
         world = World(other_config)
-        np.testing.assert_array_equal(stored.songs, world.histories(world.user_index(stored.user_ids)).songs)
+        np.testing.assert_array_equal(stored.songs, world.histories(user_index(stored.user_ids)).songs)
 
     def test_a_data_set_is_replaced_only_on_purpose(self, workspace: Workspace) -> None:
         first = generate(workspace, CONFIG)

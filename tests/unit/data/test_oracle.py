@@ -4,9 +4,10 @@ from itertools import product
 
 import numpy as np
 import pytest
+from oracle import Oracle, every_play, infer_contexts
 
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.synthetic import CONTEXTS, GenerateConfig, Oracle, World, every_play, infer_contexts
+from rayrec.data.synthetic import CONTEXTS, GenerateConfig, World
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.2], ids=["without opinions", "with opinions"])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import SESSION_GAP, user_index
 
 from rayrec.data import columns
 from rayrec.data.histories import Histories
@@ -17,7 +18,6 @@ from rayrec.data.synthetic import (
     PLAYLIST,
     RADIO,
     SEARCH,
-    SESSION_GAP,
     SKIP_OFF_TASTE,
     SKIP_ON_TASTE,
     TASTE,
@@ -88,7 +88,7 @@ class TestUsersAreIndependent:
     def test_user_ids_lead_back_to_users(self, world: World) -> None:
         users = np.array([0, 123, 1_999_999])
         assert list(world.user_ids(users)) == ["user-000000", "user-000123", "user-1999999"]
-        np.testing.assert_array_equal(world.user_index(world.user_ids(users)), users)
+        np.testing.assert_array_equal(user_index(world.user_ids(users)), users)
 
     def test_playlists_are_independent_too(self, world: World) -> None:
         songs, offsets = world.playlists(np.arange(50))

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from networks import MemoryHost, model_config
+from oracle import Oracle, every_play
 from worlds import random_vectors
 
 from rayrec.data.histories import Histories
-from rayrec.data.synthetic import ALBUM, CONTEXTS, PLAYLIST, GenerateConfig, Oracle, World, every_play
+from rayrec.data.synthetic import ALBUM, CONTEXTS, PLAYLIST, GenerateConfig, World
 from rayrec.model.epochs import Fit, FitData
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.train_config import FeatureSpec, TrainConfig
