@@ -1,21 +1,42 @@
 """Retrieval and rankers over a small world, fitted in this process."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from rayrec.data.histories import Histories, Queries
+from rayrec.data.split import FitRange
 from rayrec.recommend.ranker import Ranker, RankerSettings, fit_ranker
-from rayrec.recommend.stored_retrieval import Retrieval
+from rayrec.recommend.stored_retrieval import SESSIONS_PER_SONG, Retrieval, RetrievalCounts
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind, examples_for
 
 SMALL = RankerSettings(trees=6, leaves=4, min_leaf=5, patience=6)
 
 
+def retrieval_of(
+    batches: Iterable[Histories],
+    *,
+    num_songs: int,
+    allowed: FitRange | None = None,
+    newest: int = SESSIONS_PER_SONG,
+    artist_of_song: np.ndarray | None = None,
+    album_of_song: np.ndarray | None = None,
+) -> Retrieval:
+    """Fit a retrieval on all plays of the batches. Raises `LeakError` for a play that `allowed` forbids."""
+    parts, has_likes = [], False
+    for histories in batches:
+        parts.append(RetrievalCounts.fit(histories, num_songs=num_songs, allowed=allowed, newest=newest))
+        has_likes |= histories.likes is not None
+    counts = RetrievalCounts.merge(parts).strongest()
+    return Retrieval.build(counts, artist_of_song=artist_of_song, album_of_song=album_of_song, has_likes=has_likes)
+
+
 def fit_rankers(
     network: TasteRecommender, histories: Histories, artist_of_song: np.ndarray | None = None
 ) -> tuple[Retrieval, dict[RankerKind, Ranker]]:
     """Fit a retrieval on all plays, and rankers on the last play of each user."""
-    retrieval = Retrieval.fit([histories], num_songs=network.num_songs, artist_of_song=artist_of_song)
+    retrieval = retrieval_of([histories], num_songs=network.num_songs, artist_of_song=artist_of_song)
     source = CandidateSource(network, retrieval)
     last_plays = histories.offsets[1:][histories.lengths > 1] - 1
     queries = Queries.before_plays(histories, last_plays)

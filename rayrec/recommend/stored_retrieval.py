@@ -11,7 +11,7 @@ from 0; followers and the songs of sessions are always rows of the catalog.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -520,28 +520,6 @@ class Retrieval:
             albums=SongGroups.build(no_groups if album_of_song is None else album_of_song, plays.plays),
             skip_share=0.0 if plays.skips is None else float(plays.skips.sum() / max(1, plays.plays.sum())),
             has_likes=has_likes,
-        )
-
-    @classmethod
-    def fit(
-        cls,
-        batches: Iterable[Histories],
-        *,
-        num_songs: int,
-        allowed: FitRange | None = None,
-        newest: int = SESSIONS_PER_SONG,
-        artist_of_song: np.ndarray | None = None,
-        album_of_song: np.ndarray | None = None,
-    ) -> Retrieval:
-        """Fit a retrieval in this process, batch by batch. Raises `LeakError` for a play that `allowed` forbids."""
-        no_histories = Histories.from_lists([], [])
-        counts, has_likes = RetrievalCounts.fit(no_histories, num_songs=num_songs, newest=newest), False
-        for histories in batches:
-            has_likes |= histories.likes is not None
-            part = RetrievalCounts.fit(histories, num_songs=num_songs, allowed=allowed, newest=newest)
-            counts = RetrievalCounts.merge([counts, part])
-        return cls.build(
-            counts.strongest(), artist_of_song=artist_of_song, album_of_song=album_of_song, has_likes=has_likes
         )
 
     def with_added(self, rows: np.ndarray, artist_rows: np.ndarray, album_rows: np.ndarray) -> Retrieval:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rankings import retrieval_of
 from trainings import CONFIG as SMALL
 from trainings import NUM_SONGS
 from worlds import random_vectors, write_song_vectors
@@ -81,7 +82,7 @@ def expected_retrieval(world: Workspace, split: Split) -> Retrieval:
     """Return a retrieval fitted in this process, on all plays that a final fit may use."""
     dataset = Dataset(world)
     catalog = dataset.catalog()
-    return Retrieval.fit(
+    return retrieval_of(
         (split.final.select(histories) for histories in dataset.read_all()),
         num_songs=dataset.num_songs,
         allowed=split.final,

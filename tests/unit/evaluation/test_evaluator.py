@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from networks import model_config, network
+from rankings import retrieval_of
 from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Queries
@@ -45,7 +46,7 @@ FOLDER = "reports/r/run"
 def _evaluator(workspace: Workspace, histories: Histories, num_songs: int, *, index: str = "flat") -> Evaluator:
     """An evaluator of a two-step recommender, a network and baselines, with their arrays in files, as in artifacts."""
     fit_histories = [SPLIT.final.select(histories)]
-    Retrieval.fit(fit_histories, num_songs=num_songs).save(workspace, "retrieval")
+    retrieval_of(fit_histories, num_songs=num_songs).save(workspace, "retrieval")
     model = network(model_config(num_songs=num_songs, input_table=True))
     save_model(workspace, "model", model, np.ones(num_songs, dtype=np.bool_))
     taste = TasteRecommender.from_folder(workspace, "model")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rankings import retrieval_of
 from served import AT, NUM_SONGS, WITHOUT_VECTOR, write_release, write_world
 from without_ray import without_ray
 
@@ -20,7 +21,6 @@ from rayrec.jobs.verify import verify_workspace
 from rayrec.model.added_songs import AddedSongs
 from rayrec.recommend.answer import RecommendConfig, load_recommender
 from rayrec.recommend.filters import AnswerFilter, SongSet
-from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.two_step import CandidateSource, TwoStepRecommender
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
@@ -64,7 +64,7 @@ def test_described_songs_are_recommended_from_the_next_release_on(
     # A user who plays one artist is proposed the new song by that artist; a filter can allow the new songs only.
     artist = 2
     history = Histories.from_lists([[artist + 7 * position for position in range(9)]], [[AT - 60_000] * 9])
-    retrieval = Retrieval.fit(
+    retrieval = retrieval_of(
         list(dataset.read_all()),
         num_songs=NUM_SONGS,
         artist_of_song=dataset.catalog().codes(columns.ARTIST)[:FIRST_NEW],

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from rankings import retrieval_of
 from worlds import random_histories, random_vectors, with_opinions
 
 from rayrec.data.histories import Histories, Queries
@@ -27,7 +28,7 @@ def _features(
     past: Histories | None = None,
 ) -> tuple[QueryBatch, Candidates, dict[str, np.ndarray]]:
     past = random_histories(120, NUM_SONGS, seed=9) if past is None else past
-    retrieval = Retrieval.fit([past], num_songs=NUM_SONGS, artist_of_song=artists)
+    retrieval = retrieval_of([past], num_songs=NUM_SONGS, artist_of_song=artists)
     retrievers = make_retrievers(retrieval, SongIndex.build(VECTORS, IndexConfig()))
     taste_vectors = random_vectors(max(2, len(queries)), 8, seed=4)[: len(queries)]
     batch = QueryBatch.of(histories, queries, NUM_SONGS, short_vectors=taste_vectors, long_vectors=-taste_vectors)
@@ -185,7 +186,7 @@ def test_data_without_skips_and_likes_has_no_features_of_them_and_no_files(works
     _, _, features = _features(rated, Queries.at_end(rated, 10**9))  # the retrieval's data has no skips and likes
     assert not [name for name in features if "skip" in name or "like" in name]
     for number, past in enumerate((histories, rated)):
-        retrieval = Retrieval.fit([past], num_songs=NUM_SONGS)
+        retrieval = retrieval_of([past], num_songs=NUM_SONGS)
         file_names = retrieval.save(workspace, f"retrieval/{number}")
         loaded = Retrieval.load(workspace, f"retrieval/{number}")
         assert ("plays.skips.npy" in file_names) == bool(number)

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from networks import model_config, network
+from rankings import retrieval_of
 from worlds import random_vectors
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.recommend.filters import without_heard
 from rayrec.recommend.ranker import RankerSettings, fit_ranker
-from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import CandidateSource, RankerKind, TwoStepRecommender, examples_for
 
@@ -38,7 +38,7 @@ def _last_plays(histories: Histories) -> tuple[Queries, np.ndarray, np.ndarray]:
 @pytest.fixture(scope="module")
 def source() -> CandidateSource:
     recommender = TasteRecommender(network(model_config(num_songs=NUM_SONGS)), random_vectors(NUM_SONGS))
-    return CandidateSource(recommender, Retrieval.fit([_users(200, 0)], num_songs=NUM_SONGS))
+    return CandidateSource(recommender, retrieval_of([_users(200, 0)], num_songs=NUM_SONGS))
 
 
 def test_held_out_queries_that_a_heard_song_answers_count_as_misses_among_new_songs(source: CandidateSource) -> None:

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from rankings import retrieval_of
 from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import DAY_MS, Split
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import AnyHorizon, DaysHorizon, FeatureSpec, Horizon, ModelConfig
-from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import (
     CandidateSource,
@@ -44,7 +44,7 @@ def _source(long: AnyHorizon, histories: Histories) -> CandidateSource:
     )
     vectors = random_vectors(NUM_SONGS, 8)
     network = TasteRecommender(TasteModel(config, torch.from_numpy(vectors)).eval(), vectors)
-    return CandidateSource(network, Retrieval.fit([histories], num_songs=NUM_SONGS))
+    return CandidateSource(network, retrieval_of([histories], num_songs=NUM_SONGS))
 
 
 @pytest.mark.parametrize("long", [DAYS, PLAYS])

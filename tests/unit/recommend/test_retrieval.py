@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rankings import retrieval_of
 from worlds import random_histories, with_opinions
 
 from rayrec.data.histories import Histories
@@ -140,7 +141,7 @@ def test_rules_add_up_one_over_distance_and_keep_the_strongest() -> None:
 
 def test_only_the_last_weeks_count_as_recent() -> None:
     histories = Histories.from_lists([[0, 1, 2]], [[0, 90 * DAY_MS, 100 * DAY_MS]])
-    retrieval = Retrieval.fit([histories], num_songs=4)
+    retrieval = retrieval_of([histories], num_songs=4)
     assert retrieval.recent_plays.tolist() == [0, 1, 1, 0]
     assert retrieval.popular.tolist() == [2, 0, 1]  # the last week first, then plays in all; song 3 was never played
 
@@ -152,14 +153,14 @@ def test_the_first_day_of_a_song_is_that_of_its_first_play_whatever_the_order_of
         Histories.from_lists([[1, 0]], [[3 * day + 7, 8 * day]]),
     ]
     for ordered_parts in (parts, parts[::-1]):
-        first_days = Retrieval.fit(ordered_parts, num_songs=3).plays.first_days
+        first_days = retrieval_of(ordered_parts, num_songs=3).plays.first_days
         assert first_days.tolist() == [5, 3, NOT_PLAYED]
 
 
 def test_a_saved_retrieval_loads_memory_mapped_and_equal(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     artists = np.random.default_rng(0).integers(-1, 5, size=NUM_SONGS)
-    retrieval = Retrieval.fit([_histories()], num_songs=NUM_SONGS, artist_of_song=artists)
+    retrieval = retrieval_of([_histories()], num_songs=NUM_SONGS, artist_of_song=artists)
     file_names = retrieval.save(workspace, "retrieval/one")
     assert sorted(f"retrieval/one/{name}" for name in file_names) == workspace.files("retrieval/one")
     loaded = Retrieval.load(workspace, "retrieval/one")
@@ -171,7 +172,7 @@ def test_a_saved_retrieval_loads_memory_mapped_and_equal(tmp_path: Path) -> None
 
 def test_the_songs_of_an_artist_are_ordered_by_plays() -> None:
     histories = Histories.from_lists([[0, 1, 1, 2, 2, 2, 3]], [list(range(7))])
-    retrieval = Retrieval.fit([histories], num_songs=4, artist_of_song=np.array([5, 5, -1, 5]))
+    retrieval = retrieval_of([histories], num_songs=4, artist_of_song=np.array([5, 5, -1, 5]))
     artists = retrieval.artists
     assert artists.songs[artists.offsets[5] : artists.offsets[6]].tolist() == [1, 0, 3]
 
@@ -179,4 +180,4 @@ def test_the_songs_of_an_artist_are_ordered_by_plays() -> None:
 def test_plays_after_the_cut_are_refused() -> None:
     histories = Histories.from_lists([[0, 1]], [[0, 2 * DAY_MS]])
     with pytest.raises(LeakError):
-        Retrieval.fit([histories], num_songs=2, allowed=FitRange(before=DAY_MS))
+        retrieval_of([histories], num_songs=2, allowed=FitRange(before=DAY_MS))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from rankings import retrieval_of
 from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Queries
@@ -57,7 +58,7 @@ def test_session_knn_scores_as_vstan_over_all_sessions_does() -> None:
         histories, queries
     )
     settings = SessionKnnSettings(places=100)
-    retrieval = Retrieval.fit([first_plays], num_songs=NUM_SONGS, newest=10_000)
+    retrieval = retrieval_of([first_plays], num_songs=NUM_SONGS, newest=10_000)
     proposals = SessionRetriever(retrieval, settings).propose(_batch(histories, queries), NUM_SONGS)
     assert len(proposals.rows) == np.count_nonzero(vstan_scores)
     np.testing.assert_allclose(proposals.scores, vstan_scores[proposals.rows, proposals.songs], rtol=1e-4)
@@ -72,7 +73,7 @@ def _is_first_play(histories: Histories) -> np.ndarray:
 def test_a_song_known_only_outside_the_buckets_read_last_is_found() -> None:
     early_histories = Histories.from_lists([[31, 30]], [[0, MINUTE]], user_ids=["early"])
     late_histories = [random_histories(200, 20, longest=20, seed=seed) for seed in range(5)]
-    retrieval = Retrieval.fit([early_histories, *late_histories], num_songs=NUM_SONGS, newest=2)
+    retrieval = retrieval_of([early_histories, *late_histories], num_songs=NUM_SONGS, newest=2)
     assert 30 in SessionRetriever(retrieval).propose(_user_batch([5, 31]), 25).songs
 
 
@@ -119,14 +120,14 @@ def test_the_work_of_a_query_is_bounded_however_many_users_there_are() -> None:
 
 def test_rules_propose_what_followed_the_last_song_strongest_first() -> None:
     histories = Histories.from_lists([[1, 2], [1, 2], [1, 3]], [[0, MINUTE]] * 3)
-    proposals = _retrievers(Retrieval.fit([histories], num_songs=NUM_SONGS))["rules"].propose(_user_batch([9, 1]), 10)
+    proposals = _retrievers(retrieval_of([histories], num_songs=NUM_SONGS))["rules"].propose(_user_batch([9, 1]), 10)
     assert _ordered_songs(proposals) == [2, 3]
     assert proposals.scores[np.argsort(proposals.ranks)].tolist() == [2.0, 1.0]
 
 
 def test_recent_rules_know_what_followed_earlier_songs() -> None:
     histories = Histories.from_lists([[1, 2], [1, 2]], [[0, MINUTE]] * 2)
-    proposals = _retrievers(Retrieval.fit([histories], num_songs=NUM_SONGS))["recent_rules"].propose(
+    proposals = _retrievers(retrieval_of([histories], num_songs=NUM_SONGS))["recent_rules"].propose(
         _user_batch([1, 9, 8]), 10
     )
     assert _ordered_songs(proposals) == [2]
@@ -134,7 +135,7 @@ def test_recent_rules_know_what_followed_earlier_songs() -> None:
 
 def test_sessions_and_rules_of_the_history_use_songs_before_the_last_ten_plays() -> None:
     histories = Histories.from_lists([[1, 2], [1, 2]], [[0, MINUTE]] * 2)
-    retrievers = _retrievers(Retrieval.fit([histories], num_songs=NUM_SONGS))
+    retrievers = _retrievers(retrieval_of([histories], num_songs=NUM_SONGS))
     batch = _user_batch([1, *range(20, 39)])
     for name, expected in (
         ("sessions", []),
@@ -160,20 +161,20 @@ def test_songs_of_the_last_artist_come_before_those_of_earlier_ones() -> None:
     histories = Histories.from_lists([[1, 1, 2, 3, 4]], [list(range(5))])
     artists = np.full(NUM_SONGS, -1)
     artists[[1, 2]], artists[[3, 4]] = 0, 1
-    retrieval = Retrieval.fit([histories], num_songs=NUM_SONGS, artist_of_song=artists)
+    retrieval = retrieval_of([histories], num_songs=NUM_SONGS, artist_of_song=artists)
     proposals = _retrievers(retrieval)["artists"].propose(_user_batch([2, 8, 3]), 10)
     assert set(_ordered_songs(proposals)[:2]) == {3, 4}
     assert set(_ordered_songs(proposals)[2:]) == {1, 2}
 
 
 def test_a_catalog_without_artists_has_no_retriever_for_them() -> None:
-    retrieval = Retrieval.fit([random_histories(5, NUM_SONGS)], num_songs=NUM_SONGS)
+    retrieval = retrieval_of([random_histories(5, NUM_SONGS)], num_songs=NUM_SONGS)
     assert not {"artists", "albums"} & _retrievers(retrieval).keys()
 
 
 def test_the_taste_retrievers_propose_the_songs_nearest_to_their_vector() -> None:
     histories = random_histories(6, NUM_SONGS)
-    retrievers = _retrievers(Retrieval.fit([histories], num_songs=NUM_SONGS))
+    retrievers = _retrievers(retrieval_of([histories], num_songs=NUM_SONGS))
     batch = _batch(histories, Queries.at_end(histories, NOW))
     for name, vectors in (("taste_short", batch.short_vectors), ("taste_long", batch.long_vectors)):
         proposals = retrievers[name].propose(batch, 5)
@@ -187,7 +188,7 @@ def test_the_taste_retrievers_propose_the_songs_nearest_to_their_vector() -> Non
 def test_proposals_are_bounded_distinct_and_the_same_alone_as_in_a_batch() -> None:
     histories = random_histories(30, NUM_SONGS, seed=5)
     queries = Queries.at_end(histories, NOW)
-    retrievers = list(_retrievers(Retrieval.fit([random_histories(80, NUM_SONGS)], num_songs=NUM_SONGS)).values())
+    retrievers = list(_retrievers(retrieval_of([random_histories(80, NUM_SONGS)], num_songs=NUM_SONGS)).values())
     batch = _batch(histories, queries)
     counts = {retriever.name: 7 for retriever in retrievers}
     batch_candidates = retrieve(retrievers, batch, counts)
@@ -206,7 +207,7 @@ def test_proposals_are_bounded_distinct_and_the_same_alone_as_in_a_batch() -> No
 
 def test_a_user_without_plays_gets_recently_popular_songs() -> None:
     histories = Histories.from_lists([[]], [[]])
-    retrieval = Retrieval.fit([random_histories(30, NUM_SONGS)], num_songs=NUM_SONGS)
+    retrieval = retrieval_of([random_histories(30, NUM_SONGS)], num_songs=NUM_SONGS)
     batch = QueryBatch.of(
         histories,
         Queries.at_end(histories, NOW),
@@ -221,7 +222,7 @@ def test_a_user_without_plays_gets_recently_popular_songs() -> None:
 def test_new_songs_are_proposed_by_artist_by_album_and_by_vector_and_no_others_are() -> None:
     artists = np.arange(NUM_SONGS) % 5
     albums = np.where(np.arange(NUM_SONGS) < 30, np.arange(NUM_SONGS) // 3, -1)
-    retrieval = Retrieval.fit(
+    retrieval = retrieval_of(
         [random_histories(20, NUM_SONGS)], num_songs=NUM_SONGS, artist_of_song=artists, album_of_song=albums
     )
     # 7 was in the catalog without plays; 41 and 42 are of an artist without earlier songs, 43 has no artist.
@@ -258,7 +259,7 @@ def test_new_songs_are_proposed_by_artist_by_album_and_by_vector_and_no_others_a
 
 
 def test_of_many_new_songs_of_an_artist_the_last_come_first() -> None:
-    retrieval = Retrieval.fit([random_histories(5, 10)], num_songs=10, artist_of_song=np.zeros(10, np.int64))
+    retrieval = retrieval_of([random_histories(5, 10)], num_songs=10, artist_of_song=np.zeros(10, np.int64))
     rows = np.arange(10, 400)
     extended = retrieval.with_added(rows, np.zeros(390, np.int64), np.full(390, -1))
     retrievers = make_new_song_retrievers(extended, random_vectors(400, 8), rows)

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from rankings import retrieval_of
 from worlds import random_histories, random_vectors, with_opinions
 
 from rayrec.data.histories import Histories, Queries
@@ -111,7 +112,7 @@ def _last_plays(histories: Histories) -> tuple[Queries, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def recommender() -> TwoStepRecommender:
-    source = CandidateSource(_network(), Retrieval.fit([_cycling_users(150, 0)], num_songs=NUM_SONGS))
+    source = CandidateSource(_network(), retrieval_of([_cycling_users(150, 0)], num_songs=NUM_SONGS))
     histories = _cycling_users(400, 1)
     queries, targets = _last_plays(histories)
     held_out = np.arange(len(queries)) % 4 == 0
@@ -319,7 +320,7 @@ def large_parts() -> tuple[TasteRecommender, Retrieval, Histories]:
     past = random_histories(200, MANY_SONGS, seed=1)
     return (
         _network(MANY_SONGS),
-        Retrieval.fit([past], num_songs=MANY_SONGS, artist_of_song=ARTISTS, album_of_song=ARTISTS),
+        retrieval_of([past], num_songs=MANY_SONGS, artist_of_song=ARTISTS, album_of_song=ARTISTS),
         past,
     )
 
@@ -415,7 +416,7 @@ def test_the_reasons_of_a_song_are_those_of_its_features(recommender: TwoStepRec
 def test_without_a_part_its_retrievers_and_features_are_gone_and_the_others_stay(part: str) -> None:
     artists = np.arange(NUM_SONGS) % 9
     albums = artists % 4
-    retrieval = Retrieval.fit(
+    retrieval = retrieval_of(
         [_cycling_users(150, 0)], num_songs=NUM_SONGS, artist_of_song=artists, album_of_song=albums
     )
     network = _network_with_added_songs(artists, albums)
@@ -495,7 +496,7 @@ def test_by_skips_and_likes_the_ranker_finds_more_of_the_songs_that_users_return
     histories = world.histories(np.arange(600))
     assert histories.contexts is not None
     cut = int(np.quantile(histories.played_at, 0.8))
-    retrieval = Retrieval.fit([histories.before(cut)], num_songs=300, artist_of_song=world.artist)
+    retrieval = retrieval_of([histories.before(cut)], num_songs=300, artist_of_song=world.artist)
     source = CandidateSource(_network(300), retrieval)
     is_return = histories.contexts == 1 << COLLECTION
     plays = np.flatnonzero((histories.played_at >= cut) & (histories.places > 0) & is_return)
