@@ -10,7 +10,6 @@ import numpy as np
 
 from rayrec.data.catalog import Catalog
 from rayrec.errors import InputError
-from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 FINAL = "vectors.npy"  # fitted on all plays that the final fit may use
@@ -93,20 +92,6 @@ class SongVectors:
     def save(self, workspace: Workspace, path: str) -> None:
         """Write the vectors as a .npy file."""
         workspace.write_array(path, self.vectors)
-
-    @classmethod
-    def load(cls, workspace: Workspace, manifest: Manifest, *, selection: bool = False) -> "SongVectors":
-        """Load the vectors of a songs artifact; with `selection`, those fitted without the validation range.
-
-        The array is memory-mapped from a local disk and read-only. Raises `InputError` with `selection` if the artifact
-        was made without a validation range.
-        """
-        if selection and SELECTION not in manifest.files:
-            raise InputError(
-                f"song embeddings {manifest.id!r} have no version fitted without the validation range; "
-                "run `rayrec embed` with a split that has validation days"
-            )
-        return cls(workspace.read_array(manifest.path(SELECTION if selection else FINAL)))
 
 
 def mean_cosine(vectors: SongVectors, seed: int = 0) -> float:

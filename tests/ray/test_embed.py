@@ -9,7 +9,7 @@ from rayrec.data import columns
 from rayrec.data.dataset import bucket_of
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split
-from rayrec.embeddings.vectors import SongVectors
+from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors
 from rayrec.embeddings.word2vec import MINUTE_MS, EmbedConfig
 from rayrec.errors import InputError, MismatchError
 from rayrec.jobs.embed import embed
@@ -61,8 +61,7 @@ def planted(workspace: Workspace) -> Workspace:
 
 def test_final_and_selection_vectors_see_only_what_they_may(planted: Workspace) -> None:
     manifest = embed(planted, CONFIG, split=SPLIT)
-    final = SongVectors.load(planted, manifest)
-    selection = SongVectors.load(planted, manifest, selection=True)
+    final, selection = (SongVectors(planted.read_array(manifest.path(name))) for name in (FINAL, SELECTION))
     assert np.flatnonzero(final.known).tolist() == list(range(22))
     assert np.flatnonzero(selection.known).tolist() == list(range(20))
     for vectors in (final, selection):
@@ -99,7 +98,7 @@ def test_playlists_are_preferred_where_there_are_any(planted: Workspace) -> None
     write_dataset_manifest(planted, DatasetManifest(**{**manifest_data, "playlists": 51, "playlist_entries": 201}))
     manifest = embed(planted, CONFIG)
     assert manifest.metrics["source"] == "playlists"
-    assert np.flatnonzero(SongVectors.load(planted, manifest).known).tolist() == [0, 10]
+    assert SongVectors(planted.read_array(manifest.path(FINAL))).known.nonzero()[0].tolist() == [0, 10]
     assert embed(planted, CONFIG.replace(source="histories")).metrics["coverage"] == 1.0
 
 
@@ -110,8 +109,8 @@ def test_vectors_from_outside_are_taken_for_both_fits(planted: Workspace, tmp_pa
     config = EmbedConfig(vectors=str(path))
     manifest = embed(planted, config, split=SPLIT)
     expected = SongVectors.normalized(raw).vectors
-    np.testing.assert_array_equal(SongVectors.load(planted, manifest).vectors, expected)
-    np.testing.assert_array_equal(SongVectors.load(planted, manifest, selection=True).vectors, expected)
+    for name in (FINAL, SELECTION):
+        np.testing.assert_array_equal(planted.read_array(manifest.path(name)), expected)
     assert manifest.metrics["unknown_ids"] == 0
     assert manifest.metrics["neighbors"][0]["plays"] > 0
     np.save(path, raw + 1)

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from rayrec.embeddings.vectors import FINAL, SELECTION, SongVectors
+from rayrec.embeddings.vectors import SongVectors
 from rayrec.errors import InputError
-from rayrec.storage.artifacts import Manifest, publish
 from rayrec.storage.workspace import Workspace
 
 
@@ -35,20 +34,9 @@ def test_nearest_leaves_out_the_song_itself_and_songs_without_a_vector() -> None
 
 
 def test_vectors_come_back_from_the_workspace_as_they_were(workspace: Workspace) -> None:
-    final, selection = (SongVectors.normalized(np.random.default_rng(seed).normal(size=(5, 3))) for seed in (0, 1))
-    manifest = Manifest(kind="songs", id="a")
-    final.save(workspace, manifest.path(FINAL))
-    selection.save(workspace, manifest.path(SELECTION))
-    manifest = publish(workspace, manifest, [FINAL, SELECTION])
-    np.testing.assert_array_equal(SongVectors.load(workspace, manifest).vectors, final.vectors)
-    np.testing.assert_array_equal(SongVectors.load(workspace, manifest, selection=True).vectors, selection.vectors)
-
-
-def test_selection_vectors_of_an_artifact_without_them_are_refused(workspace: Workspace) -> None:
-    manifest = Manifest(kind="songs", id="a")
-    SongVectors.normalized(np.ones((2, 2))).save(workspace, manifest.path(FINAL))
-    with pytest.raises(InputError, match="validation days"):
-        SongVectors.load(workspace, publish(workspace, manifest, [FINAL]), selection=True)
+    vectors = SongVectors.normalized(np.random.default_rng(0).normal(size=(5, 3)))
+    vectors.save(workspace, "vectors.npy")
+    np.testing.assert_array_equal(workspace.read_array("vectors.npy"), vectors.vectors)
 
 
 def test_centered_vectors_share_no_direction_and_keep_what_tells_songs_apart() -> None:
