@@ -16,7 +16,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -55,7 +55,7 @@ from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
 from rayrec.model.song_tables import Share
 from rayrec.model.taste_table import taste_table
-from rayrec.model.train_config import ModelConfig, TasteConfig, TrainConfig
+from rayrec.model.train_config import FeatureSpec, ModelConfig, SongTable, TasteConfig, TrainConfig
 from rayrec.model.training import Training
 from rayrec.model.training_windows import ShardReader, window_lengths
 from rayrec.recommend.index import IndexConfig, SongIndex, import_faiss, sample_queries
@@ -435,8 +435,7 @@ def count_window_plays(dataset: Dataset, config: TrainConfig) -> int:
 K = 100
 QUERIES_PER_CALL = 100
 CLUSTERS = 200  # of song vectors, as in real catalogs; any index is worse on vectors without clusters
-DIM = 64
-TABLES: tuple["SongTable", ...] = ("trained", "mapped", "frozen")
+TABLES: tuple[SongTable, ...] = ("trained", "mapped", "frozen")
 WARM_UP = 2  # untimed steps; the first allocates the optimizer's state of all songs
 
 
@@ -498,12 +497,6 @@ def _faiss_index(index: SongIndex) -> Any:
         return import_faiss().read_index(str(Path(folder) / "index.faiss"))
 
 
-if TYPE_CHECKING:
-    from rayrec.data.windows import Windows
-    from rayrec.model.train_config import SongTable, TrainConfig
-    from rayrec.model.training import Training
-
-
 def bench_song_side(config: SongsBenchConfig) -> BenchResult:
     """Compare plays per second of training with the largest catalog to those with the smallest, with a trained table.
 
@@ -520,16 +513,21 @@ def bench_song_side(config: SongsBenchConfig) -> BenchResult:
                 metrics[f"{table}_{songs}_per_second"] = median(rates)
     small_steps, large_steps = (_SteadySteps("trained", songs, config) for songs in (sizes[0], sizes[-1]))
     return compare(
-        "songs", "plays", large_steps, small_steps, rounds=config.rounds, peak_mb=watch.total_mb, dim=DIM, **metrics
+        "songs",
+        "plays",
+        large_steps,
+        small_steps,
+        rounds=config.rounds,
+        peak_mb=watch.total_mb,
+        dim=EMBEDDING_DIM,
+        **metrics,
     )
 
 
 class _SteadySteps:
     """Takes the same training steps at each call, after a warm-up, and measures them."""
 
-    def __init__(self, table: "SongTable", songs: int, config: SongsBenchConfig) -> None:
-        from rayrec.model.train_config import TrainConfig
-
+    def __init__(self, table: SongTable, songs: int, config: SongsBenchConfig) -> None:
         self._settings = TrainConfig(song_table=table, workers=0, seed=config.seed)
         self._windows = _windows(songs, self._settings, config.seed)
         self._training = _training(songs, self._settings)
@@ -544,28 +542,18 @@ class _SteadySteps:
         return Measured(float(self._windows.inputs.sum()) * self._steps, time.perf_counter() - started)
 
 
-def _training(songs: int, settings: "TrainConfig") -> "Training":
-    import torch
-
-    from rayrec.model.network import TasteModel
-    from rayrec.model.song_tables import Share
-    from rayrec.model.train_config import FeatureSpec
-    from rayrec.model.training import Training
-
+def _training(songs: int, settings: TrainConfig) -> Training:
     torch.set_num_threads(1)
-    vectors = torch.randn(songs, DIM, generator=torch.Generator().manual_seed(settings.seed))
+    vectors = torch.randn(songs, EMBEDDING_DIM, generator=torch.Generator().manual_seed(settings.seed))
     shape = settings.network_shape(
-        num_songs=songs, embedding_dim=DIM, features=FeatureSpec(pause_hours=settings.pause_hours)
+        num_songs=songs, embedding_dim=EMBEDDING_DIM, features=FeatureSpec(pause_hours=settings.pause_hours)
     )
     counts = np.arange(songs, 0, -1)
     return Training(TasteModel(shape, vectors), settings, counts, device="cpu", share=Share())
 
 
-def _windows(songs: int, settings: "TrainConfig", seed: int) -> "Windows":
+def _windows(songs: int, settings: TrainConfig, seed: int) -> Windows:
     """Return one batch of full windows."""
-    from rayrec.data.histories import Histories
-    from rayrec.data.windows import cut_windows
-
     rng = np.random.default_rng(seed)
     play_count = settings.window + settings.lookahead
     rows = np.minimum(rng.zipf(1.2, size=(settings.batch, play_count)), songs) - 1
