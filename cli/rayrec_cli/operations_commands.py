@@ -12,14 +12,14 @@ from rich.text import Text
 from rich.tree import Tree
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.lineage import KINDS, CleanConfig, delete_garbage, find_garbage
+from rayrec.data.lineage import CleanConfig, delete_garbage, find_garbage
 from rayrec.data.lineage import status as workspace_status
 from rayrec.data.split import describe_unseen_plays
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.experiment_report import ExperimentReportConfig, report_experiment
 from rayrec.serving.serve_config import ServeConfig, SwitchConfig
 from rayrec.storage import releases
-from rayrec.storage.artifacts import FITTED, Manifest, load_manifest, noun
+from rayrec.storage.artifacts import FITTED, KINDS, Manifest, load_manifest, noun
 from rayrec.storage.locking import lock_holder, unlock
 from rayrec.storage.releases import PART_KINDS
 from rayrec_cli.app import (

@@ -17,20 +17,6 @@ from rayrec.storage.artifacts import DatasetManifest, Manifest, read_dataset_man
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import DATASET, DATASET_MANIFEST, HISTORIES, REPLICAS, USERS, Workspace, split_file
 
-KINDS = (
-    "descriptions",
-    "songs",
-    "models",
-    "added_songs",
-    "retrieval",
-    "rankers",
-    "tastes",
-    "indexes",
-    "recommendations",
-    "reports",
-    "tunings",
-    "releases",
-)
 DATASET_FIELDS = (
     "id",
     "plays_id",
@@ -68,7 +54,10 @@ def status(workspace: Workspace) -> dict[str, Any]:
             }
             for split in list_splits(workspace)
         ],
-        **{kind: [_artifact_status(workspace, item) for item in artifacts.listing(workspace, kind)] for kind in KINDS},
+        **{
+            kind: [_artifact_status(workspace, item) for item in artifacts.listing(workspace, kind)]
+            for kind in artifacts.KINDS
+        },
         "current": artifacts.current_ids(workspace),
         "active": releases.read_active(workspace)["active"],
         "other_versions": sum(len(artifacts.ids_of_other_versions(workspace, kind)) for kind in KINDS),

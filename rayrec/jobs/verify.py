@@ -42,10 +42,6 @@ UNREADABLE = (RayrecError, OSError, pa.ArrowException, ValueError, KeyError, Typ
 ROWS = 5_000  # rows of taste vectors or embeddings that are checked at once
 TOLERANCE = 1e-3  # by which the length of a normalized vector may differ from 1
 MODEL_VECTORS = "song_vectors.npy"
-KINDS = (
-    *(DESCRIPTIONS, "songs", "models", "added_songs", "retrieval", "rankers", "tastes", "indexes"),
-    *(artifacts.RECOMMENDATIONS, "reports", "releases"),
-)
 STORED = (".npy", ".safetensors", ".parquet", ".faiss", ".arrow")  # types of files that need a checksum in a manifest
 
 
@@ -61,7 +57,7 @@ class Finding:
 class Checked:
     """A data set, split or artifact that was checked."""
 
-    kind: str  # dataset, splits or one of KINDS
+    kind: str  # dataset, splits or one of artifacts.KINDS
     id: str
     files: int  # number of files compared with their checksums
     problems: int  # number of problems
@@ -272,7 +268,7 @@ def check_artifacts(audit: Audit, dataset: Dataset | None) -> None:
         artifacts.RECOMMENDATIONS: _check_recommendations,
         "releases": _check_release,
     }
-    for kind in KINDS:
+    for kind in artifacts.KINDS:
         for artifact_id in audit.workspace.folders(kind):
             path = f"{kind}/{artifact_id}/manifest.json"
             if not audit.workspace.exists(path):
@@ -296,7 +292,7 @@ def _check_inputs(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> 
     for role, input_id in manifest.inputs.items():
         if role == "dataset" and not (dataset and dataset.descends_from(input_id)):
             audit.note(manifest.folder, f"was made from data set {input_id}, which no longer exists")
-        if role in KINDS and not audit.workspace.exists(f"{role}/{input_id}/manifest.json"):
+        if role in artifacts.KINDS and not audit.workspace.exists(f"{role}/{input_id}/manifest.json"):
             audit.note(manifest.folder, f"was made from {role} {input_id}, which no longer exists")
 
 

@@ -62,10 +62,11 @@ COMMANDS = {  # kind -> command that makes such an artifact
     "tastes": "taste",
     "indexes": "index",
     RECOMMENDATIONS: "recommend --all",
-    "releases": "release create",
     "reports": "evaluate",
     "tunings": "tune",
+    "releases": "release create",
 }
+KINDS = tuple(COMMANDS)  # every kind of artifact, in the order in which `status` and `verify` list them
 FITTED = ("songs", "models", "retrieval", "rankers")  # kinds that are learned from plays
 
 SCHEMA_VERSION = 3

@@ -153,6 +153,15 @@ def test_a_byte_changed_or_a_file_gone_is_named_whatever_the_file(sound: Workspa
     assert problems(sound) == []
 
 
+def test_a_damaged_file_of_a_tuning_is_named(sound: Workspace) -> None:
+    sound.write_bytes("tunings/a/best.toml", b"epochs = 3")
+    publish(sound, Manifest(kind="tunings", id="a", inputs={"dataset": "data"}), ["best.toml"])
+    assert problems(sound) == []
+    sound.write_bytes("tunings/a/best.toml", b"epochs = 4")
+    (problem,) = problems(sound)
+    assert problem.startswith("tunings/a/best.toml does not match its checksum")
+
+
 def update_checksums(workspace: Workspace, kind: str, name: str) -> None:
     """Store the checksums of an artifact's changed files, so that only their content shows the fault."""
     manifest = load_manifest(workspace, kind, name)
