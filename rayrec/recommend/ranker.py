@@ -12,7 +12,7 @@ from typing import Any
 
 import lightgbm
 import numpy as np
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import isotonic_regression, minimize, minimize_scalar
 
 from rayrec.data.ragged import group_of_each_item, group_starts, offsets_of, positions_in_groups, ranges
 from rayrec.errors import DamagedArtifactError, TooFewQueriesError
@@ -481,8 +481,9 @@ def calibrate(rows: np.ndarray, scores: np.ndarray, is_right: np.ndarray) -> Cal
     bin_hits = np.bincount(bins, weights=is_right[order], minlength=KNOTS)
     bin_shares = np.bincount(bins, weights=shares[order], minlength=KNOTS)
     not_empty = bin_counts > 0
-    bin_shares = np.maximum.accumulate(bin_shares[not_empty] / bin_counts[not_empty])
-    bin_probabilities = _fit_non_decreasing(bin_hits[not_empty] / bin_counts[not_empty], bin_counts[not_empty])
+    bin_counts = bin_counts[not_empty]
+    bin_shares = np.maximum.accumulate(bin_shares[not_empty] / bin_counts)
+    bin_probabilities = isotonic_regression(bin_hits[not_empty] / bin_counts, weights=bin_counts).x
     # A small part of the share itself keeps the order where the curve is flat, and beyond its last point.
     bin_probabilities = (1 - SLOPE) * bin_probabilities + SLOPE * bin_shares
     last_probability = bin_probabilities[-1] + SLOPE * (1 - bin_shares[-1])
@@ -491,16 +492,3 @@ def calibrate(rows: np.ndarray, scores: np.ndarray, is_right: np.ndarray) -> Cal
         shares=(0.0, *bin_shares.tolist(), 1.0),
         probabilities=(0.0, *bin_probabilities.tolist(), float(last_probability)),
     )
-
-
-def _fit_non_decreasing(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the nearest non-decreasing values by weighted least squares, with pool adjacent violators."""
-    blocks: list[list[float]] = []  # value, weight, length
-    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
-        blocks.append([value, weight, 1.0])
-        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
-            value, weight, length = blocks.pop()
-            previous = blocks[-1]
-            total = previous[1] + weight
-            blocks[-1] = [(previous[0] * previous[1] + value * weight) / total, total, previous[2] + length]
-    return np.repeat([block[0] for block in blocks], [int(block[2]) for block in blocks])
