@@ -31,20 +31,25 @@ Moment = str | int | datetime  # ISO 8601 with a zone, unix seconds or milliseco
 Call = tuple[str, str, dict[str, Any]]  # method, path, options of httpx
 
 
-class SongAnswer(TypedDict):
-    """One recommended song."""
+class CatalogSongAnswer(TypedDict):
+    """A song of the catalog."""
 
     song_id: str
     title: str | None
     artist: str | None
+
+
+class SongAnswer(CatalogSongAnswer):
+    """One recommended song."""
+
     score: float
     reasons: list[str] | None
     explored: bool | None
     probability: float | None
 
 
-class RecommendationsAnswer(TypedDict):
-    """Recommended songs, best first."""
+class BestSongsAnswer(TypedDict):
+    """Songs, best first."""
 
     release: str
     at: str
@@ -55,31 +60,24 @@ class RecommendationsAnswer(TypedDict):
     songs: list[SongAnswer]
     last_plays: list[dict[str, Any]] | None
     recommendation_id: str
+
+
+class RecommendationsAnswer(BestSongsAnswer):
+    """Recommended songs, best first."""
+
     arm: str | None
     cursor: str | None
 
 
-class RankAnswer(TypedDict):
+class RankAnswer(BestSongsAnswer):
     """The given songs, best first."""
 
-    recommendation_id: str
-    release: str
-    at: str
-    source: Literal["taste", "popular"]
-    path: str
-    plays: int
-    unknown_songs: int
-    songs: list[SongAnswer]
-    last_plays: list[dict[str, Any]] | None
     unknown_song_ids: list[str]
 
 
-class PopularSongAnswer(TypedDict):
+class PopularSongAnswer(CatalogSongAnswer):
     """A popular song and its number of plays."""
 
-    song_id: str
-    title: str | None
-    artist: str | None
     plays: int
 
 
@@ -91,12 +89,9 @@ class PopularAnswer(TypedDict):
     cursor: str | None
 
 
-class NewSongAnswer(TypedDict):
+class NewSongAnswer(CatalogSongAnswer):
     """A new song: first played recently, or added."""
 
-    song_id: str
-    title: str | None
-    artist: str | None
     first_played: str | None
 
 
@@ -161,12 +156,9 @@ class TastesAnswer(TypedDict):
     tastes: list[dict[str, Any]]
 
 
-class StoredPlay(TypedDict):
+class StoredPlay(CatalogSongAnswer):
     """A play of a stored user."""
 
-    song_id: str
-    title: str | None
-    artist: str | None
     played_at: str
     contexts: list[str]
     skipped: bool
@@ -179,14 +171,6 @@ class StoredPlaysAnswer(TypedDict):
     user_id: str
     count: int
     plays: list[StoredPlay]
-
-
-class CatalogSongAnswer(TypedDict):
-    """A song of the catalog."""
-
-    song_id: str
-    title: str | None
-    artist: str | None
 
 
 class FoundAnswer(TypedDict):
