@@ -1,6 +1,7 @@
 """generate, import, compact, forget, describe, split: from files of plays to a data set with splits."""
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -166,15 +167,13 @@ def compact_parts(call: Call, *, store: StoreOption = None) -> CommandOutput:
     append-only file and snapshot.
     """
     from rayrec.jobs.compact import compact as job
-    from rayrec.jobs.forget import open_user_store
+    from rayrec.online.state_store import open_user_store
 
     compaction = job(call.workspace)
     opened_store = open_user_store(call.workspace, store, compaction.dataset.lineage or compaction.dataset.id)
     if opened_store is not None:
-        try:
+        with closing(opened_store):
             opened_store.rewrite()
-        finally:
-            opened_store.close()
     files_before, files_after = len(compaction.spans_before), len(compaction.spans)
     data = {"id": compaction.dataset.id, "files_per_bucket": files_after, "files_per_bucket_before": files_before}
     has_joined = compaction.spans != compaction.spans_before

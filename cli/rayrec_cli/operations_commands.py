@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -335,11 +335,8 @@ def load_user_states(
     if selected_release is None:
         raise InputError("No release is live; pass --release ID or run `rayrec release activate ID`")
     dataset = Dataset(call.workspace)
-    opened_store = open_store(store_uri(call.workspace, store), dataset.lineage)
-    try:
+    with closing(open_store(store_uri(call.workspace, store), dataset.lineage)) as opened_store:
         load_counts = load_states(dataset, opened_store, selected_release, repeat=force)
-    finally:
-        opened_store.close()
     rate = round(load_counts.users / load_counts.seconds) if load_counts.seconds else None
     counts = {
         "release": selected_release.id,
@@ -401,13 +398,10 @@ def _load_missing_states(call: Call, store: str | None) -> Manifest:
             f"workspace {call.workspace.uri} has no live release; run `rayrec fit` or `rayrec release create` first"
         )
     dataset = Dataset(call.workspace)
-    opened_store = open_store(store_uri(call.workspace, store), dataset.lineage)
-    try:
+    with closing(open_store(store_uri(call.workspace, store), dataset.lineage)) as opened_store:
         if len(opened_store.loaded(release.inputs["tastes"])) < dataset.manifest.buckets:
             note(f"Loading the users' states of release {release.id} into the store")
             note(f"{load_states(dataset, opened_store, release).users:,} users loaded")
-    finally:
-        opened_store.close()
     return release
 
 

@@ -11,6 +11,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -39,7 +40,7 @@ from rayrec.importing.staging import finish_publishing
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.taste_table import PLAYS
 from rayrec.online.state_codec import pack_state
-from rayrec.online.state_store import StateStore, open_store, store_uri
+from rayrec.online.state_store import open_user_store
 from rayrec.online.user_state import UserState
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import BUCKET_COUNTS, DatasetManifest, Manifest, read_dataset_manifest
@@ -53,7 +54,6 @@ from rayrec.storage.workspace import (
     IMPORT_STAGING,
     REJECTED_ROWS,
     SENT_PLAYS,
-    STATES_FILE,
     USERS,
     Workspace,
     artifact_dir,
@@ -101,18 +101,9 @@ def forget_users(workspace: Workspace, user_ids: Sequence[str], *, store: str | 
     mark_forgotten(workspace, unique_ids, at)
     state_store = open_user_store(workspace, store, dataset.lineage)
     if state_store is not None:
-        try:
+        with closing(state_store):
             state_store.forget(unique_ids, pack_state(UserState(forgotten_at=at)))
-        finally:
-            state_store.close()
     return len(unique_ids)
-
-
-def open_user_store(workspace: Workspace, store: str | None, lineage: str) -> StateStore | None:
-    """Open `store`; if it is None, the workspace's own store, or return None if there is none."""
-    if store is None and not (workspace.is_local and workspace.exists(STATES_FILE)):
-        return None
-    return open_store(store_uri(workspace, store), lineage)
 
 
 def erase_forgotten(workspace: Workspace, *, reading: Sequence[str] = ()) -> Erased:

@@ -1,6 +1,7 @@
 """Makes a release with new plays, and makes it live after a comparison with the live one on the newest plays."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from rayrec.jobs.runtime import ray_cluster
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import SELECTION_NETWORK, TasteConfig
 from rayrec.online.load_states import LoadResult, load_states
-from rayrec.online.state_store import open_store, store_uri
+from rayrec.online.state_store import open_user_store
 from rayrec.recommend.baselines import PopularityRecommender
 from rayrec.recommend.index import IndexConfig, require_one_faiss
 from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
@@ -36,7 +37,7 @@ from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, Manifest
 from rayrec.storage.locking import writes
 from rayrec.storage.releases import VALIDATION, activate_release, active_release, require_dataset_of
-from rayrec.storage.workspace import STATES_FILE, Workspace
+from rayrec.storage.workspace import Workspace
 
 TOLERANCE = 0.005  # recall@20 as served may be this much lower than the live release's
 LIVE, NEW = "live", "new"
@@ -322,13 +323,11 @@ class _Update:
 
     def _load_states(self, release: Manifest, store: str | None) -> LoadResult | None:
         """Load the states into `store`; if it is None, into the workspace's own store, if there is one."""
-        if store is None and not self.workspace.exists(STATES_FILE):
+        state_store = open_user_store(self.workspace, store, self.dataset.lineage)
+        if state_store is None:
             return None
-        state_store = open_store(store_uri(self.workspace, store), self.dataset.lineage)
-        try:
+        with closing(state_store):
             return load_states(self.dataset, state_store, release)
-        finally:
-            state_store.close()
 
 
 def _verdict(quality: Quality | None, is_trained: bool) -> tuple[bool, str]:

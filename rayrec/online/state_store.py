@@ -185,6 +185,13 @@ def store_uri(workspace: Workspace, uri: str | None) -> str:
     return absolute_uri(f"sqlite:///{quote(workspace.full(STATES_FILE))}")
 
 
+def open_user_store(workspace: Workspace, store: str | None, lineage: str) -> StateStore | None:
+    """Open `store`; if it is None, the workspace's own store, or return None if there is none."""
+    if store is None and not (workspace.is_local and workspace.exists(STATES_FILE)):
+        return None
+    return open_store(store_uri(workspace, store), lineage)
+
+
 def absolute_uri(uri: str) -> str:
     """Return the address of an SQLite file with its absolute path; other addresses unchanged."""
     parts = urlsplit(uri)

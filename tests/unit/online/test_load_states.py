@@ -17,12 +17,12 @@ from rayrec.errors import DamagedArtifactError, InputError, MismatchError
 from rayrec.model.taste_table import read_states, tastes_file
 from rayrec.online.load_states import PIECE_PLAYS, load_states
 from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_plays, unpack_state
-from rayrec.online.state_store import NO_VERSION, Change, StateStore, open_store, store_uri
+from rayrec.online.state_store import NO_VERSION, Change, StateStore, open_store, open_user_store, store_uri
 from rayrec.online.user_state import FIRST_ONLINE, LAST_PLAYS, Plays, UserState, fold_heard
 from rayrec.recommend.answer import load_recommender
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import STATES_FILE, Workspace
 from rayrec_cli.main import main
 
 BUCKETS = 4
@@ -398,7 +398,9 @@ def test_the_command_loads_the_live_release_and_tells_what_it_did(
 
 def test_a_bucket_workspace_must_name_its_store(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store_uri(workspace, None) == f"sqlite:///{workspace.full('serving/states.sqlite')}"
+    workspace.write_bytes(STATES_FILE, b"copied with a workspace on a local disk")
     monkeypatch.setattr(Workspace, "is_local", False)
+    assert open_user_store(workspace, None, "n") is None
     assert store_uri(workspace, "redis://here:1/0") == "redis://here:1/0"
     with pytest.raises(InputError, match="is in object storage, which cannot hold an SQLite file; give a store"):
         store_uri(workspace, None)
