@@ -91,27 +91,35 @@ class AverageRecommender(VectorRecommender):
         rows, plays_before = queries.rows[order], queries.plays_before[order]
         same_user = np.concatenate([[False], rows[1:] == rows[:-1]])  # True if the previous query is of the same user
         plays_since = plays_before - np.where(same_user, np.concatenate([[0], plays_before[:-1]]), 0)
-        totals = self._recent_totals(histories, rows, plays_before, plays_since)
+        weights = np.float32(self.discount) ** np.arange(plays_since.max(initial=0))
+        totals = _sum_last_vectors(self.song_vectors, histories, rows, plays_before, plays_since, weights)
         _carry(totals, same_user, np.float32(self.discount) ** plays_since)
         vectors = np.empty_like(totals)
         vectors[order] = normalized(totals)
         return vectors
 
-    def _recent_totals(
-        self, histories: Histories, rows: np.ndarray, plays_before: np.ndarray, counts: np.ndarray
-    ) -> np.ndarray:
-        """float32 (Q, D): the discounted sum over the last `counts[q]` plays before each query q.
 
-        Computed as one sparse product, to avoid a (P, D) array.
-        """
-        ends = np.cumsum(counts)
-        ages = np.repeat(ends, counts) - np.arange(counts.sum()) - 1  # plays between this one and the query
-        songs = histories.songs[np.repeat(histories.offsets[rows] + plays_before, counts) - ages - 1]
-        is_known = songs < self.num_songs
-        weights = np.where(is_known, np.float32(self.discount) ** ages, 0).astype(np.float32)
-        pointers = np.concatenate([[0], ends])
-        matrix = csr_matrix((weights, np.where(is_known, songs, 0), pointers), shape=(len(rows), self.num_songs))
-        return np.asarray(matrix @ self.song_vectors, dtype=np.float32)
+def _sum_last_vectors(
+    song_vectors: np.ndarray,
+    histories: Histories,
+    rows: np.ndarray,
+    plays_before: np.ndarray,
+    counts: np.ndarray,
+    weights: np.ndarray,
+) -> np.ndarray:
+    """float32 (Q, D): the weighted sum of the vectors of the last `counts[q]` songs before each query q.
+
+    The weight of the last song is the first of `weights`, float. Songs without a vector add nothing. Computed as one
+    sparse product, to avoid a (P, D) array.
+    """
+    ends = np.cumsum(counts)
+    ages = np.repeat(ends, counts) - np.arange(counts.sum()) - 1  # plays between this one and the query
+    songs = histories.songs[np.repeat(histories.offsets[rows] + plays_before, counts) - ages - 1]
+    is_known = songs < len(song_vectors)
+    known_weights = np.where(is_known, weights[ages], 0).astype(np.float32)
+    pointers = np.concatenate([[0], ends])
+    shape = (len(rows), len(song_vectors))
+    return np.asarray(csr_matrix((known_weights, np.where(is_known, songs, 0), pointers), shape) @ song_vectors)
 
 
 def _carry(totals: np.ndarray, same_user: np.ndarray, decay: np.ndarray) -> None:
@@ -163,16 +171,9 @@ class WeightedRecommender(VectorRecommender):
 
     def vectors(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, D): the weighted sum of the last songs before each query."""
-        counts = np.minimum(queries.plays_before, len(self.weights))
-        ends = np.cumsum(counts)
-        ages = np.repeat(ends, counts) - np.arange(counts.sum()) - 1
-        last_plays = np.repeat(histories.offsets[queries.rows] + queries.plays_before, counts) - 1
-        songs = histories.songs[last_plays - ages]
-        is_known = songs < self.num_songs
-        weights = np.where(is_known, self.weights[ages], 0).astype(np.float32)
-        pointers = np.concatenate([[0], ends])
-        matrix = csr_matrix((weights, np.where(is_known, songs, 0), pointers), shape=(len(queries), self.num_songs))
-        return normalized(np.asarray(matrix @ self.song_vectors, dtype=np.float32))
+        rows, plays_before = queries.rows, queries.plays_before
+        counts = np.minimum(plays_before, len(self.weights))
+        return normalized(_sum_last_vectors(self.song_vectors, histories, rows, plays_before, counts, self.weights))
 
 
 class LagSums:
