@@ -13,7 +13,7 @@ is brought up to date from the log. So two releases can serve one user without u
 P plays, L state layers, H hidden units.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Literal, get_args
@@ -34,7 +34,6 @@ MODELS_KEPT = 2  # network states per user: of the live release, and of the prev
 
 Outcome = Literal["taken", "repeated", "rejected"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-Run = Callable[[Histories, States], States]  # returns the network's states after plays, from the states before them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,12 +347,6 @@ def scatter(steps: Sequence[Step | CatchUp], end_states: States | None) -> list[
         start = step_rows.stop
         new_states.append(step.finish(_NO_STATES if end_states is None else _take_states(end_states, step_rows)))
     return new_states
-
-
-def advance(run: Run, state: UserState, model: str, arrived: Plays) -> tuple[UserState, Step]:
-    """Add plays to a state with the network `run`; return the new state and the step."""
-    step = plan_plays(state, model, arrived)
-    return scatter([step], run(*gather([step])) if step.runs else None)[0], step
 
 
 def fold_heard(state: UserState, log_songs: np.ndarray, heard_songs: np.ndarray) -> tuple[UserState, np.ndarray]:

@@ -1,6 +1,6 @@
 """The online state equals the batch job's over the same plays, in any order, for each of two models."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +22,6 @@ from rayrec.online.user_state import (
     Plays,
     Step,
     UserState,
-    advance,
     fold_heard,
     gather,
     join_plays,
@@ -50,8 +49,17 @@ def encoder(request: pytest.FixtureRequest) -> TasteEncoder:
     return ENCODERS[request.param]
 
 
-def runner(encoder: TasteEncoder):  # type: ignore[no-untyped-def]
+Runner = Callable[[Histories, States], States]  # returns the states after plays, from the states before them
+
+
+def runner(encoder: TasteEncoder) -> Runner:
     return lambda plays, start: encoder.run(plays, start=start)[1]
+
+
+def advance(run: Runner, state: UserState, model: str, arrived: Plays) -> tuple[UserState, Step]:
+    """Add plays to a state with the network `run`; return the new state and the step."""
+    step = plan_plays(state, model, arrived)
+    return scatter([step], run(*gather([step])) if step.runs else None)[0], step
 
 
 def new_user(encoder: TasteEncoder) -> UserState:
