@@ -77,9 +77,9 @@ ROWS = pa.schema(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class UnitResult:
-    """The result of reading one unit."""
+    """The result of reading one unit; it grows with each batch."""
 
     read: int = 0  # rows, good and bad
     usable: int = 0  # rows
@@ -90,6 +90,21 @@ class UnitResult:
     has_likes: bool = False
     error: str = ""  # why the input cannot be imported at all
     damaged: bool = False  # True if the error is that the file cannot be read to its end
+
+    def add(self, batch: Batch) -> None:
+        """Count the rows of a batch of the unit."""
+        self.read += batch.read
+        self.usable += batch.rows.num_rows
+        self.lines += batch.lines
+        _add_counts(self.rejected, batch.rejected.column("reason"))
+        if columns.CONTEXTS in batch.rows.column_names:
+            _add_counts(self.contexts, pc.list_flatten(batch.rows.column(columns.CONTEXTS)))
+            if len(self.contexts) > CONTEXTS_PER_UNIT:
+                frequent_first = sorted(self.contexts.items(), key=lambda pair: (-pair[1], pair[0]))
+                self.contexts = dict(frequent_first[:CONTEXTS_PER_UNIT])
+            skipped = batch.rows.column(columns.SKIPPED)
+            self.has_skipped |= skipped.null_count < len(skipped)
+            self.has_likes |= bool(pc.any(batch.rows.column(columns.LIKED)).as_py())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,28 +158,29 @@ class FragmentStore:
         and line of each row are kept only if `with_lines`. If a unit cannot be read, the result has its error, later
         units are not read, and no file of the result is written: the next import reads the piece again.
         """
-        unit_counts: list[_Counts] = []
+        unit_results: list[UnitResult] = []
         with tempfile.TemporaryDirectory(prefix="rayrec-") as folder:
             spool = _Spool(Path(folder), buckets, with_lines=with_lines)
             for unit_index, batches in enumerate(units):
-                unit_counts.append(_Counts())
+                unit_results.append(UnitResult())
                 try:
                     for batch in batches:
-                        unit_counts[-1].add(batch)
+                        unit_results[-1].add(batch)
                         spool.reject(unit_index, batch.rejected)
                         spool.add(unit_index, batch.rows)
                 except InputError as error:
-                    unit_counts[-1].error, unit_counts[-1].damaged = str(error), isinstance(error, DamagedInputError)
+                    unit_results[-1].error = str(error)
+                    unit_results[-1].damaged = isinstance(error, DamagedInputError)
                     break
             rejected_path = spool.rejected()
             result = PieceResult(
-                units=[unit.result() for unit in unit_counts],
+                units=unit_results,
                 rows=np.zeros(buckets + 1, dtype=np.int64),
                 songs=np.zeros(key_ranges(buckets) + 1, dtype=np.int64),
             )
             if rejected_path is not None:
                 self.workspace.put_file(rejected_path, self.rejected_file(piece))
-            if unit_counts[-1].error:
+            if unit_results[-1].error:
                 return result
             result = replace(
                 result,
@@ -372,35 +388,6 @@ class _Spool:
         range_numbers = range_of(one_array(songs.column(KEY)).to_numpy(), range_count)
         songs = songs.drop_columns([KEY])  # can be computed from the ids
         return (songs.filter(pa.array(range_numbers == key_range)) for key_range in range(range_count))
-
-
-class _Counts:
-    """Adds up the counts of the batches of a unit."""
-
-    def __init__(self) -> None:
-        self.read = self.usable = self.lines = 0
-        self.rejected: dict[str, int] = {}
-        self.contexts: dict[str, int] = {}
-        self.has_skipped = self.has_likes = False
-        self.error = ""
-        self.damaged = False
-
-    def add(self, batch: Batch) -> None:
-        self.read += batch.read
-        self.usable += batch.rows.num_rows
-        self.lines += batch.lines
-        _add_counts(self.rejected, batch.rejected.column("reason"))
-        if columns.CONTEXTS in batch.rows.column_names:
-            _add_counts(self.contexts, pc.list_flatten(batch.rows.column(columns.CONTEXTS)))
-            if len(self.contexts) > CONTEXTS_PER_UNIT:
-                frequent_first = sorted(self.contexts.items(), key=lambda pair: (-pair[1], pair[0]))
-                self.contexts = dict(frequent_first[:CONTEXTS_PER_UNIT])
-            skipped = batch.rows.column(columns.SKIPPED)
-            self.has_skipped |= skipped.null_count < len(skipped)
-            self.has_likes |= bool(pc.any(batch.rows.column(columns.LIKED)).as_py())
-
-    def result(self) -> UnitResult:
-        return UnitResult(**vars(self))
 
 
 def _add_counts(counts: dict[str, int], values: pa.ChunkedArray) -> None:
