@@ -33,7 +33,8 @@ FIRST_YEAR, LAST_YEAR = 1971, 2100  # local times from the first to before the l
 END_MS = 4_102_444_800_000  # 2100-01-01
 ASSUMED_GAP_MS = 180_000  # between plays without times: about the length of a song, so that a line is one session
 LINE_GAP_MS = 21 * ASSUMED_GAP_MS  # between two lines of a user's plays without times: starts a new session
-DAY_MS = 86_400_000
+HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 NUMBER = r"^[+-]?\d{1,18}(\.\d*)?$"
 ZONED = r"\d:?\d{2}(:?\d{2}([.,]\d+)?)?\s*([Zz]|UTC|[+-]\d{2}(:?\d{2})?)$"

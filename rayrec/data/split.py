@@ -16,12 +16,12 @@ from pydantic import Field, model_validator
 from rayrec.config import Settings, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate, user_hash
+from rayrec.data.moments import DAY_MS
 from rayrec.data.ragged import offsets_of
 from rayrec.errors import InputError, LeakError, MismatchError, NotFoundError
 from rayrec.storage.artifacts import Manifest, fingerprint, last_requested, make_current
 from rayrec.storage.workspace import Workspace, split_file
 
-DAY_MS = 24 * 3600 * 1000
 MIN_TRAINING_SHARE = 0.01  # of all plays
 MIN_VALIDATION_DAYS = 7.0  # unless the settings give fewer
 MAX_VALIDATION_SHARE = 0.1  # of the time before the test range

@@ -21,12 +21,11 @@ from rayrec.config import Settings
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import user_hash
 from rayrec.data.impressions import SCHEMAS, log_files, read_impressions
-from rayrec.data.moments import format_iso
+from rayrec.data.moments import DAY_MS, format_iso
 from rayrec.errors import InputError, NotFoundError
 from rayrec.evaluation.accumulator import CELLS, CellRange, bootstrap_weights, means_with_intervals
 from rayrec.storage.workspace import Workspace
 
-DAY_MS = 24 * 3600 * 1000
 PART_BYTES = 32 << 20  # bytes of log files per share of the users; one share is in memory at once
 CONFIDENCE = 0.95
 MIN_USERS = 30  # users with counted plays in an arm; a bootstrap over fewer gives no reliable interval

@@ -16,8 +16,9 @@ from pydantic import Field, PositiveInt, model_validator
 
 from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries, uniform_draws, user_hash
+from rayrec.data.moments import DAY_MS
 from rayrec.data.ragged import group_of_each_item, ranges
-from rayrec.data.split import DAY_MS, Split
+from rayrec.data.split import Split
 from rayrec.model.train_config import DaysHorizon
 from rayrec.recommend.base import SESSION_GAP_MS, BaseRecommender, HorizonName, VectorRecommender
 

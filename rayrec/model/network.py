@@ -18,12 +18,12 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from rayrec.compat import scaled_rows, scaled_rows_gradient
 from rayrec.data.histories import Histories
+from rayrec.data.moments import HOUR_MS
 from rayrec.data.windows import NEVER
 from rayrec.model.train_config import FeatureSpec, ModelConfig
 
 LONGEST_GAP_S = 30 * 24 * 3600.0  # longer gaps, and a missing previous play, count as this gap
 LOG_LONGEST_GAP = float(np.log1p(LONGEST_GAP_S))
-HOUR_MS = 3600 * 1000
 FIRST_HOUR = 3 * 24  # 1970 began on a Thursday; hour 0 of the week is the first hour of Monday
 CHUNK = 16  # plays per chunk: one matrix product adds up each chunk, another carries the sums from chunk to chunk
 FASTEST, SLOWEST = -200.0, -1e-12  # limits of log γ: one play later nothing of a play is left, or all of it

@@ -10,8 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.moments import parse_timestamp
-from rayrec.data.split import DAY_MS, SELECTION_FOLDER
+from rayrec.data.moments import DAY_MS, parse_timestamp
+from rayrec.data.split import SELECTION_FOLDER
 from rayrec.data.windows import divisors
 
 SongTable = Literal["trained", "mapped", "frozen"]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.moments import ASSUMED_GAP_MS, LINE_GAP_MS
+from rayrec.data.moments import ASSUMED_GAP_MS, HOUR_MS, LINE_GAP_MS
 from rayrec.data.ragged import group_of_each_item, group_starts, offsets_of, ranges, stable_order
 from rayrec.data.top_k import top_k
 from rayrec.errors import InputError
@@ -60,7 +60,6 @@ NO_SONG = -1  # fills answers of fewer than k songs
 
 LATEST_PLAYS = 5_000  # latest plays before a query that retrievers and features read
 LATEST_LIKES = 1_000  # latest likes before a query that features read
-HOUR_MS = 3_600_000
 SESSION_GAP_MS = HOUR_MS // 2  # a longer pause ends a session
 ACTIVATION_DECAY = 0.5  # exponent of the base level of ACT-R: a play of age t counts t^-0.5
 

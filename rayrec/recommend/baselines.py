@@ -16,8 +16,9 @@ from scipy.sparse import coo_matrix, csr_matrix
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
+from rayrec.data.moments import DAY_MS
 from rayrec.data.ragged import group_of_each_item, ranges
-from rayrec.data.split import DAY_MS, FitRange, Split, validation_histories
+from rayrec.data.split import FitRange, Split, validation_histories
 from rayrec.errors import InputError
 from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender, normalized
 from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender, last_plays

@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from rayrec.data.moments import DAY_MS, HOUR_MS
 from rayrec.data.ragged import group_starts, stable_order
-from rayrec.data.split import DAY_MS
-from rayrec.recommend.base import HOUR_MS, LATEST_PLAYS, QueryBatch
+from rayrec.recommend.base import LATEST_PLAYS, QueryBatch
 from rayrec.recommend.retrievers import Candidates
 from rayrec.recommend.stored_retrieval import NO_GROUP, NOT_PLAYED, Retrieval, SongGroups
 from rayrec.recommend.two_step_config import RankedPart, kept_features

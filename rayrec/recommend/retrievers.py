@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rayrec.data.moments import DAY_MS
 from rayrec.data.ragged import group_of_each_item, group_starts, ranges, stable_order
-from rayrec.data.split import DAY_MS
 from rayrec.data.top_k import top_ranked
 from rayrec.recommend.base import NO_SONG, HorizonName, Pairs, QueryBatch
 from rayrec.recommend.index import IndexConfig, SongIndex

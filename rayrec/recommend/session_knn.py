@@ -11,8 +11,9 @@ import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix, vstack
 
 from rayrec.data.histories import Histories, Queries
+from rayrec.data.moments import DAY_MS
 from rayrec.data.ragged import group_of_each_item, ranges
-from rayrec.data.split import DAY_MS, FitRange
+from rayrec.data.split import FitRange
 from rayrec.embeddings.word2vec import cut_sessions, drop_short_sentences
 from rayrec.recommend.base import BaseRecommender, HorizonName
 

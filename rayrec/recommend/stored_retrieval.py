@@ -20,8 +20,9 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from rayrec.data.histories import Histories, mix_bits, user_hash
+from rayrec.data.moments import DAY_MS
 from rayrec.data.ragged import group_of_each_item, group_starts, offsets_of, positions_in_groups, ranges, stable_order
-from rayrec.data.split import DAY_MS, FitRange
+from rayrec.data.split import FitRange
 from rayrec.embeddings.word2vec import cut_long, cut_sessions
 from rayrec.storage.workspace import Workspace
 

@@ -21,7 +21,8 @@ from worlds import random_vectors, write_dataset, write_song_vectors
 from rayrec.config import changed_settings, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.split import DAY_MS, FitRange, Split, SplitConfig, split_dataset, validation_histories
+from rayrec.data.moments import DAY_MS
+from rayrec.data.split import FitRange, Split, SplitConfig, split_dataset, validation_histories
 from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import DivergedError, LeakError, MismatchError, RayrecError
 from rayrec.jobs import train as job

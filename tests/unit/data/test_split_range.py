@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrec.data.histories import Histories
+from rayrec.data.moments import DAY_MS
 from rayrec.data.split import (
-    DAY_MS,
     FitRange,
     Split,
     SplitConfig,

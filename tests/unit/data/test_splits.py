@@ -8,7 +8,8 @@ from worlds import write_dataset
 from rayrec.data import split as split_module
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.split import DAY_MS, SplitConfig, choose_split, list_splits, split_dataset
+from rayrec.data.moments import DAY_MS
+from rayrec.data.split import SplitConfig, choose_split, list_splits, split_dataset
 from rayrec.errors import InputError, MismatchError, NotFoundError
 from rayrec.storage.artifacts import DatasetManifest, Times, write_dataset_manifest
 from rayrec.storage.workspace import DATASET_MANIFEST, Workspace, split_file

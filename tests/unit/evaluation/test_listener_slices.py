@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.split import DAY_MS, Split
+from rayrec.data.moments import DAY_MS
+from rayrec.data.split import Split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import (
     DRIFTS,

@@ -7,7 +7,8 @@ import pytest
 from worlds import random_histories, random_vectors, write_dataset
 
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.split import DAY_MS, FitRange, Split
+from rayrec.data.moments import DAY_MS
+from rayrec.data.split import FitRange, Split
 from rayrec.evaluation.evaluator import Evaluator
 from rayrec.evaluation.protocol import EvaluateConfig, HeardSongs, plays_to_predict, target_songs
 from rayrec.evaluation.ranks import BASELINE_CHOICES, NOT_FOUND, Ranked, TuningMetric, rank_targets, tune_baseline

@@ -6,7 +6,7 @@ import numpy as np
 from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.split import DAY_MS
+from rayrec.data.moments import DAY_MS
 from rayrec.evaluation.protocol import (
     COLD_TARGETS,
     OFFSETS,

@@ -6,7 +6,7 @@ from networks import NUM_SONGS, MemoryHost, model_config
 from worlds import random_vectors
 
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.split import DAY_MS
+from rayrec.data.moments import DAY_MS
 from rayrec.model.checkpoint import export_song_vectors
 from rayrec.model.epochs import Fit, FitData, Validation
 from rayrec.model.inference import TasteEncoder

@@ -9,7 +9,7 @@ import pytest
 from worlds import random_histories, with_opinions
 
 from rayrec.data.histories import Histories
-from rayrec.data.split import DAY_MS
+from rayrec.data.moments import DAY_MS
 from rayrec.recommend import range_join
 from rayrec.recommend.range_join import join_ranges
 from rayrec.recommend.stored_retrieval import RECENT_DAYS, Retrieval, RetrievalCounts, pack_counts, unpack_counts

@@ -7,7 +7,8 @@ from rankings import retrieval_of
 from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.split import DAY_MS, Split
+from rayrec.data.moments import DAY_MS
+from rayrec.data.split import Split
 from rayrec.model.network import TasteModel
 from rayrec.model.train_config import AnyHorizon, DaysHorizon, FeatureSpec, Horizon, ModelConfig
 from rayrec.recommend.taste_recommender import TasteRecommender

@@ -11,7 +11,8 @@ from rankings import retrieval_of
 from worlds import random_histories, with_opinions
 
 from rayrec.data.histories import Histories
-from rayrec.data.split import DAY_MS, FitRange
+from rayrec.data.moments import DAY_MS
+from rayrec.data.split import FitRange
 from rayrec.errors import LeakError
 from rayrec.recommend.range_join import join_ranges
 from rayrec.recommend.stored_retrieval import (

@@ -6,7 +6,8 @@ from networks import MINUTE
 from worlds import random_histories
 
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.split import DAY_MS, FitRange
+from rayrec.data.moments import DAY_MS
+from rayrec.data.split import FitRange
 from rayrec.recommend import session_knn as module
 from rayrec.recommend.session_knn import VstanRecommender, VstanSettings
 

@@ -13,7 +13,7 @@ from served import BEGIN, NUM_SONGS, WITHOUT_VECTOR, Client, ms, service, write_
 from worlds import random_histories, write_dataset, write_song_vectors
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import DAY_MS
+from rayrec.data.moments import DAY_MS
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.jobs.add_songs import add_songs
 from rayrec.recommend.answer import load_recommender
