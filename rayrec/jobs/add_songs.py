@@ -15,7 +15,8 @@ from rayrec.importing.descriptions import add_described_songs
 from rayrec.importing.staging import finish_publishing
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.model.added_songs import AddedSongs, FirstPlays, songs_without_vector
-from rayrec.model.checkpoint import INPUT_VECTORS, SONG_VECTORS
+from rayrec.model.checkpoint import INPUT_VECTORS
+from rayrec.model.train_config import SONG_VECTORS
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes

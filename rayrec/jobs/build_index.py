@@ -14,6 +14,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Queries
 from rayrec.display import progress
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_on_node
+from rayrec.model.train_config import SONG_VECTORS
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexMetrics, SongIndex, require_one_faiss
 from rayrec.storage.artifacts import Manifest, fingerprint, load_manifest, new_id, newest, publish, reuse
 from rayrec.storage.locking import writes
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from rayrec.recommend.taste_recommender import TasteRecommender
 
 USERS_AT_ONCE = 250
-MODEL_VECTORS = "song_vectors.npy"  # float32 (N, D) in a model's folder
 
 
 @writes("index")
@@ -56,7 +56,7 @@ def build_and_save(
     workspace: Workspace, config: IndexConfig, model: Manifest, path: str, threads: int
 ) -> Iterator[IndexMetrics]:
     """Build the index of a model's vectors and write it to `path`; yield its figures."""
-    vectors = workspace.read_array(model.path(MODEL_VECTORS))
+    vectors = workspace.read_array(model.path(SONG_VECTORS))
     queries = taste_queries(workspace, model, config.queries) if config.kind_for(len(vectors)) == "ivf" else None
     index = SongIndex.build(vectors, config, queries=queries, threads=threads)
     index.save(workspace, path)

@@ -38,7 +38,7 @@ from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.rank import fit_ablations
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.checkpoint import EPOCHS
-from rayrec.model.train_config import TrainConfig
+from rayrec.model.train_config import SONG_VECTORS, TrainConfig
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import BASELINES, PopularityRecommender, fit_baselines, make_selection, needs_vectors
 from rayrec.recommend.index import IndexConfig
@@ -217,10 +217,8 @@ def health_of(dataset: Dataset, compared_models: ComparedModels, song_plays: np.
 
 def vector_paths(compared_models: ComparedModels) -> dict[str, str]:
     """Return role -> path of the existing song embeddings: those of the embed stage, then the network's."""
-    from rayrec.model.checkpoint import SONG_VECTORS as TRAINED  # imports torch, so only when needed
-
     paths = {"songs": compared_models.songs.path(FINAL)} if compared_models.songs else {}
-    return {**paths, "models": compared_models.model.path(TRAINED)} if compared_models.model else paths
+    return {**paths, "models": compared_models.model.path(SONG_VECTORS)} if compared_models.model else paths
 
 
 def make_evaluator(

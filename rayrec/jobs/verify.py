@@ -21,6 +21,7 @@ from rayrec.display import Progress, progress
 from rayrec.errors import NotFoundError, RayrecError
 from rayrec.importing.merging import FORGOTTEN_USER
 from rayrec.jobs.forget import SCRATCH
+from rayrec.model.train_config import SONG_VECTORS
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import DatasetManifest, Manifest, read_songs, sha256
 from rayrec.storage.workspace import (
@@ -41,7 +42,6 @@ from rayrec.storage.workspace import (
 UNREADABLE = (RayrecError, OSError, pa.ArrowException, ValueError, KeyError, TypeError, IndexError, RuntimeError)
 ROWS = 5_000  # rows of taste vectors or embeddings that are checked at once
 TOLERANCE = 1e-3  # by which the length of a normalized vector may differ from 1
-MODEL_VECTORS = "song_vectors.npy"
 STORED = (".npy", ".safetensors", ".parquet", ".faiss", ".arrow")  # types of files that need a checksum in a manifest
 
 
@@ -340,7 +340,7 @@ def _check_model(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> N
     from safetensors.numpy import load_file
 
     source = _source_manifest(dataset, manifest)
-    path = manifest.path(MODEL_VECTORS)
+    path = manifest.path(SONG_VECTORS)
     _check_vectors(audit, path, audit.workspace.read_array(path), source.songs if source else None)
     for file in manifest.files:
         if file.endswith(".safetensors"):
@@ -470,7 +470,7 @@ def _check_index(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> N
     from rayrec.recommend.index import INDEX_FILE, SongIndex
 
     path = manifest.path(INDEX_FILE)
-    vectors_path = f"models/{manifest.inputs['models']}/{MODEL_VECTORS}"
+    vectors_path = f"models/{manifest.inputs['models']}/{SONG_VECTORS}"
     if not audit.workspace.exists(vectors_path) or vectors_path in audit.damaged:
         audit.note(path, f"cannot be compared: {vectors_path} is missing or damaged")
         return

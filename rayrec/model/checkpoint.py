@@ -19,12 +19,11 @@ from torch import Tensor
 from rayrec.errors import DamagedArtifactError
 from rayrec.model.network import TABLES, TasteModel
 from rayrec.model.song_tables import Share
-from rayrec.model.train_config import MODEL_CONFIG, ModelConfig
+from rayrec.model.train_config import MODEL_CONFIG, SONG_VECTORS, ModelConfig
 from rayrec.model.training import Training, TrainingState
 from rayrec.storage.workspace import Workspace
 
 WEIGHTS = "model.safetensors"
-SONG_VECTORS = "song_vectors.npy"  # vectors that taste vectors are compared with
 INPUT_VECTORS = "input_vectors.npy"  # vectors of songs as inputs, if they have a separate table
 SONGS_AT_ONCE = 1 << 16  # songs per part when vectors are mapped, written or read
 EPOCHS = "epochs.jsonl"

@@ -22,6 +22,7 @@ REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards son
 
 
 MODEL_CONFIG = "model.json"  # file in a models artifact: the shape of its network
+SONG_VECTORS = "song_vectors.npy"  # float32 (N, D) in a models artifact: what taste vectors are compared with
 SELECTION_NETWORK = SELECTION_FOLDER  # folder in a models artifact: the network trained without the validation range
 PLAY_COUNTS = "play_counts.npy"  # int64 (N,): plays of each song in the range that the model was fit on
 MAX_PLAYS_IN_DAYS = 500  # plays after a query that a horizon in days can include; windows hold as many after inputs

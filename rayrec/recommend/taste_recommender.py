@@ -10,10 +10,10 @@ import torch
 from rayrec.data.histories import Histories, Queries
 from rayrec.errors import MismatchError
 from rayrec.model.added_songs import AddedSongs
-from rayrec.model.checkpoint import SONG_VECTORS, load_model
+from rayrec.model.checkpoint import load_model
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.network import TasteModel
-from rayrec.model.train_config import DaysHorizon
+from rayrec.model.train_config import SONG_VECTORS, DaysHorizon
 from rayrec.recommend.base import HorizonName, Kind, VectorRecommender
 from rayrec.recommend.index import SongIndex
 from rayrec.storage import artifacts

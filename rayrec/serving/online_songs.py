@@ -23,7 +23,8 @@ from rayrec.data import columns
 from rayrec.data.catalog import Content
 from rayrec.data.dataset import Dataset
 from rayrec.model.added_songs import AddedSongs, FirstPlays, LaterSong, SongPlacer, drawn
-from rayrec.model.checkpoint import INPUT_VECTORS, SONG_VECTORS
+from rayrec.model.checkpoint import INPUT_VECTORS
+from rayrec.model.train_config import SONG_VECTORS
 from rayrec.online.state_store import OnlineSong, StateStore
 from rayrec.online.user_state import FIRST_ONLINE, Plays, Step, join_plays
 from rayrec.recommend.reranking import network_of

@@ -10,8 +10,9 @@ from rayrec.data.top_k import top_k
 from rayrec.embeddings.vectors import SongVectors
 from rayrec.errors import MissingDependencyError, NotFoundError
 from rayrec.jobs import build_index as index_job
-from rayrec.jobs.build_index import MODEL_VECTORS, build_index, taste_queries
+from rayrec.jobs.build_index import build_index, taste_queries
 from rayrec.model.checkpoint import save_model
+from rayrec.model.train_config import SONG_VECTORS
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.storage import artifacts
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("cluster")
 def add_model(workspace: Workspace, model_id: str, seed: int) -> np.ndarray:
     vectors = SongVectors.normalized(np.random.default_rng(seed).normal(size=(600, 8)))
     manifest = Manifest(kind="models", id=model_id)
-    vectors.save(workspace, manifest.path(MODEL_VECTORS))
-    artifacts.publish(workspace, manifest, [MODEL_VECTORS])
+    vectors.save(workspace, manifest.path(SONG_VECTORS))
+    artifacts.publish(workspace, manifest, [SONG_VECTORS])
     return vectors.vectors
 
 
