@@ -32,7 +32,9 @@ HELD_BACK_SHARE, MOST_HELD_BACK = 0.1, 0.2  # shares of all plays
 MIN_HELD_BACK = 30  # plays
 SHARE_DIGITS = 9  # shares are rounded, so that 1 - 0.2 - 0.1 is 0.7
 
-SELECTION_FOLDER = "selection"  # folder in an artifact: the network that was fitted without the validation range
+# Folder in an artifact: the network or retrieval fitted without the validation range, or the rankers trained without
+# the held-out users.
+SELECTION_FOLDER = "selection"
 
 Protocol = Literal["time", "last-fraction"]
 WEAKER = "weaker than a split in time: training sees later plays of other users"

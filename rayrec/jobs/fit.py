@@ -8,7 +8,7 @@ import numpy as np
 
 from rayrec.config import Settings, from_mapping, section_of
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split
+from rayrec.data.split import SELECTION_FOLDER, Split
 from rayrec.display import html_table
 from rayrec.errors import InputError
 from rayrec.evaluation.evaluator import Evaluator
@@ -23,14 +23,14 @@ from rayrec.jobs.job_config import FitConfig
 from rayrec.jobs.pipeline import CONFIGS, NO_RANGE_REASON, RANKING, Outcome, Stages, example_answer
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.model.added_songs import AddedSongs
-from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
+from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.answer import Answer
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.baselines import PopularityRecommender
 from rayrec.recommend.index import IndexConfig, require_one_faiss
-from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
-from rayrec.recommend.two_step import HELD_OUT, SELECTION_RANKERS, checks_rankers, load_two_step
+from rayrec.recommend.two_step import HELD_OUT, checks_rankers, load_two_step
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, Manifest
 from rayrec.storage.locking import writes
@@ -326,10 +326,10 @@ def selection_parts(
     """Return the parts of a recommender that have not seen the validation range."""
     return ServedParts(
         name=name,
-        network=model.path(SELECTION_NETWORK),
-        retrieval=retrieval.path(SELECTION_RETRIEVAL),
-        rankers=rankers.path(SELECTION_RANKERS) if rankers is not None else None,
-        added=added_to(dataset, model.path(SELECTION_NETWORK)),
+        network=model.path(SELECTION_FOLDER),
+        retrieval=retrieval.path(SELECTION_FOLDER),
+        rankers=rankers.path(SELECTION_FOLDER) if rankers is not None else None,
+        added=added_to(dataset, model.path(SELECTION_FOLDER)),
     )
 
 
@@ -340,14 +340,14 @@ def _quality(dataset: Dataset, stages: Stages, index: IndexConfig) -> Quality | 
     """
     workspace, split = dataset.workspace, stages.split
     model, retrieval = (artifacts.load_manifest(workspace, kind, stages.artifact_ids[name]) for kind, name in PARTS)
-    if split is None or not workspace.exists(model.path(SELECTION_NETWORK)):
+    if split is None or not workspace.exists(model.path(SELECTION_FOLDER)):
         return None
     rankers = (
         artifacts.load_manifest(workspace, "rankers", stages.artifact_ids["rank"])
         if "rank" in stages.artifact_ids
         else None
     )
-    song_plays = Retrieval.load(workspace, retrieval.path(SELECTION_RETRIEVAL)).plays.plays
+    song_plays = Retrieval.load(workspace, retrieval.path(SELECTION_FOLDER)).plays.plays
     parts = [selection_parts(dataset, model, retrieval, rankers, "two-step")] if rankers else []
     parts.append(selection_parts(dataset, model, retrieval, None, "taste"))
     quality = measure_quality(

@@ -9,7 +9,7 @@ from typing import Any
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split, holds_for, load_split, split_flag
+from rayrec.data.split import SELECTION_FOLDER, Split, holds_for, load_split, split_flag
 from rayrec.display import progress
 from rayrec.errors import MismatchError, TooFewQueriesError
 from rayrec.jobs.add_songs import added_to
@@ -18,14 +18,13 @@ from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.planning.formulas import ranking_memory
 from rayrec.jobs.runtime import node_cpus, ray_cluster, run_buckets, run_on_node
 from rayrec.model.added_songs import AddedSongs
-from rayrec.model.train_config import MODEL_CONFIG, SELECTION_NETWORK
+from rayrec.model.train_config import MODEL_CONFIG
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, IndexMetrics, SongIndex
 from rayrec.recommend.ranker import FittedRanker, Ranker, RankerSettings, RankingExamples, fit_ranker, ndcg
-from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import (
     KINDS,
-    SELECTION_RANKERS,
     CandidateSource,
     RankerKind,
     collect_examples,
@@ -86,7 +85,7 @@ def fit_rankers(
         return artifacts.reuse(workspace, KIND, rankers_id)
     manifest = Manifest(kind=KIND, id=rankers_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     started = time.monotonic()
-    input_folders = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
+    input_folders = (model.path(SELECTION_FOLDER), retrieval.path(SELECTION_FOLDER))
     task = _Task(dataset, config, split, *input_folders, manifest.path("run"), has_added_songs=added_songs is not None)
     with ray_cluster():
         examples = _collect_examples(task)
@@ -119,7 +118,7 @@ def fit_ablations(dataset: Dataset, rankers: Manifest, folder: str) -> dict[str,
     has_added_songs = (
         artifacts.latest(workspace, "added_songs", lambda manifest: manifest.inputs["models"] == model.id) is not None
     )
-    input_folders = (model.path(SELECTION_NETWORK), retrieval.path(SELECTION_RETRIEVAL))
+    input_folders = (model.path(SELECTION_FOLDER), retrieval.path(SELECTION_FOLDER))
     task = _Task(dataset, config, split, *input_folders, f"{folder}/run", parts, has_added_songs)
     folders = {part: f"{folder}/{part}" for part in parts}
     _train_rankers(task, folders, _collect_examples(task))
@@ -216,7 +215,7 @@ def _split_of(workspace: Workspace, dataset: Dataset, model: Manifest, retrieval
                 f"but the workspace has {dataset.manifest.id}; run {FIT_COMMANDS[manifest.kind]} first"
             )
     split = load_split(workspace, model.inputs["split"]) if "split" in model.inputs else None
-    if split is None or not workspace.exists(f"{model.path(SELECTION_NETWORK)}/model.safetensors"):
+    if split is None or not workspace.exists(f"{model.path(SELECTION_FOLDER)}/model.safetensors"):
         if split is not None and "from" in model.inputs:
             start_id = model.inputs["from"]
             raise TooFewQueriesError(
@@ -347,7 +346,7 @@ class RankerUnit:
     @property
     def checked_folder(self) -> str:
         """The folder of the ranker that has not learned from the held-out queries."""
-        return f"{self.folder}/{SELECTION_RANKERS}"
+        return f"{self.folder}/{SELECTION_FOLDER}"
 
 
 class RankerTrainer:
@@ -372,7 +371,7 @@ class RankerTrainer:
             unit,
             [
                 *ranker.save(workspace, unit.folder, unit.kind),
-                *(f"{SELECTION_RANKERS}/{name}" for name in checked_files),
+                *(f"{SELECTION_FOLDER}/{name}" for name in checked_files),
             ],
             {
                 "form": ranker.form,

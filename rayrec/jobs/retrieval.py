@@ -22,14 +22,13 @@ from rayrec.config import to_mapping
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.split import FitRange, Split, fit_range, load_split, require_split_of
+from rayrec.data.split import SELECTION_FOLDER, FitRange, Split, fit_range, load_split, require_split_of
 from rayrec.display import progress
 from rayrec.importing.import_plan import bucket_groups
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets, run_on_node
 from rayrec.recommend.range_join import join_ranges
 from rayrec.recommend.stored_retrieval import (
-    SELECTION_RETRIEVAL,
     SETTINGS_FILE,
     Retrieval,
     RetrievalCounts,
@@ -88,7 +87,7 @@ def fit_retrieval(
     file_names: list[str] = []
     with ray_cluster():
         if split is not None and split.has_validation:
-            folder = manifest.path(SELECTION_RETRIEVAL)
+            folder = manifest.path(SELECTION_FOLDER)
             if not workspace.exists(f"{folder}/{SETTINGS_FILE}"):
                 selection_base = _selection_base(dataset, split, base)
                 selection_part = first_part if selection_base else 0
@@ -121,7 +120,7 @@ def _selection_base(dataset: Dataset, split: Split, base: Manifest | None) -> st
     if base is None:
         return ""
     if base.inputs.get("split") == split.id:
-        return base.path(SELECTION_RETRIEVAL)
+        return base.path(SELECTION_FOLDER)
     ends_before_range = dataset.earlier(base.inputs["dataset"]).last_play < (split.validation_from or 0)
     return base.folder if ends_before_range else ""
 

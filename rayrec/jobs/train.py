@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split, fit_range_of, split_flag
+from rayrec.data.split import SELECTION_FOLDER, Split, fit_range_of, split_flag
 from rayrec.display import progress
 from rayrec.embeddings.word2vec import PLAYLIST_WARNING
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
@@ -29,7 +29,7 @@ from rayrec.jobs.trainer import (
     train_worker,
 )
 from rayrec.model.checkpoint import WEIGHTS
-from rayrec.model.train_config import MODEL_CONFIG, PLAY_COUNTS, SELECTION_NETWORK, ModelConfig, TrainConfig
+from rayrec.model.train_config import MODEL_CONFIG, PLAY_COUNTS, ModelConfig, TrainConfig
 from rayrec.model.training_windows import Sequences
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
@@ -129,7 +129,7 @@ def train(
     workspace.move(plan.counts["final"], manifest.path(PLAY_COUNTS))  # popular songs for users without a taste vector
     if workspace.exists(f"{selected_folder(plan)}/{WEIGHTS}"):  # for rankers: it has not seen the validation range
         for path in workspace.files(selected_folder(plan)):
-            workspace.move(path, manifest.path(f"{SELECTION_NETWORK}/{path.rpartition('/')[2]}"))
+            workspace.move(path, manifest.path(f"{SELECTION_FOLDER}/{path.rpartition('/')[2]}"))
     workspace.delete(manifest.path("run"))
     file_names = [name.removeprefix(manifest.folder + "/") for name in workspace.files(manifest.folder)]
     return artifacts.publish(workspace, Manifest(**{**asdict(manifest), "metrics": metrics}), file_names)

@@ -9,7 +9,7 @@ import numpy as np
 
 from rayrec.config import from_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import Split, fit_range, hold_back_validation, load_split
+from rayrec.data.split import SELECTION_FOLDER, Split, fit_range, hold_back_validation, load_split
 from rayrec.errors import InputError, MismatchError
 from rayrec.importing.import_plan import ImportConfig, import_notes
 from rayrec.importing.import_run import ImportResult
@@ -26,12 +26,12 @@ from rayrec.jobs.job_config import UpdateConfig
 from rayrec.jobs.pipeline import Outcome, ReleaseConfig, Stages
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.model.added_songs import AddedSongs
-from rayrec.model.train_config import SELECTION_NETWORK, TasteConfig
+from rayrec.model.train_config import TasteConfig
 from rayrec.online.load_states import LoadResult, load_states
 from rayrec.online.state_store import open_user_store
 from rayrec.recommend.baselines import PopularityRecommender
 from rayrec.recommend.index import IndexConfig, require_one_faiss
-from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, Manifest
@@ -289,11 +289,11 @@ class _Update:
         if is_trained:
             assert retrieval is not None  # _train fits one
             model = artifacts.load_manifest(workspace, "models", artifact_ids["train"])
-            if not workspace.exists(model.path(SELECTION_NETWORK)):
+            if not workspace.exists(model.path(SELECTION_FOLDER)):
                 return None  # no play of the range has an earlier play by the same user
             new_parts = selection_parts(self.dataset, model, retrieval, rankers, NEW)
         else:
-            selection_folder = retrieval.path(SELECTION_RETRIEVAL) if retrieval else None
+            selection_folder = retrieval.path(SELECTION_FOLDER) if retrieval else None
             added_songs = added_since(self.dataset, self.model, split.selection, self.added_songs)
             rankers_folder = rankers.folder if rankers else None  # the live release's
             new_parts = ServedParts(
@@ -315,7 +315,7 @@ class _Update:
     def _plays_before(self, split: Split, retrieval: Manifest | None) -> np.ndarray:
         """Return int64 (N,): the plays of each song before the validation range; without a retrieval, count them."""
         if retrieval is not None:
-            folder = retrieval.path(SELECTION_RETRIEVAL)
+            folder = retrieval.path(SELECTION_FOLDER)
             return np.asarray(Retrieval.load(self.workspace, folder).plays.plays)
         batches = (split.selection.select(batch) for batch in self.dataset.read_all())
         popularity = PopularityRecommender.fit(batches, num_songs=self.dataset.num_songs, allowed=split.selection)

@@ -11,7 +11,6 @@ from pydantic import Field, field_validator, model_validator
 from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import DAY_MS, parse_timestamp
-from rayrec.data.split import SELECTION_FOLDER
 from rayrec.data.windows import divisors
 
 SongTable = Literal["trained", "mapped", "frozen"]
@@ -23,7 +22,6 @@ REGRESSIONS = ("cosine", "l2")  # objectives that pull taste vectors towards son
 
 MODEL_CONFIG = "model.json"  # file in a models artifact: the shape of its network
 SONG_VECTORS = "song_vectors.npy"  # float32 (N, D) in a models artifact: what taste vectors are compared with
-SELECTION_NETWORK = SELECTION_FOLDER  # folder in a models artifact: the network trained without the validation range
 PLAY_COUNTS = "play_counts.npy"  # int64 (N,): plays of each song in the range that the model was fit on
 MAX_PLAYS_IN_DAYS = 500  # plays after a query that a horizon in days can include; windows hold as many after inputs
 USUAL_BATCH = 64  # windows per batch for which the default learning rates and negatives were chosen

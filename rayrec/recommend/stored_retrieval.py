@@ -412,7 +412,6 @@ PLAYS_PER_RANGE = 20_000_000  # plays per range of songs, so that the counts of 
 POPULAR = 500  # maximum songs in the list of popular songs
 POPULAR_DAYS = 7  # last days whose plays order the list of popular songs
 SETTINGS_FILE = "retrieval.json"  # written last
-SELECTION_RETRIEVAL = "selection"  # folder in a retrieval artifact: a retrieval fitted without the validation range
 SKIPS = "plays.skips"  # array that exists only if the data has skips
 
 

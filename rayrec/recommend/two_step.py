@@ -494,7 +494,6 @@ def _batch_examples(
 
 LONG = Horizon(min_offset=25, max_offset=50)  # used unless the network's long horizon is in days
 HELD_OUT = 5  # one user in five is held out to check rankers trained on the others
-SELECTION_RANKERS = "selection"  # folder in an artifact of rankers: rankers trained without the held-out users
 
 
 def validation_queries(histories: Histories, split: Split, limit: int) -> tuple[Histories, np.ndarray]:

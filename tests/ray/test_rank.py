@@ -15,7 +15,7 @@ from worlds import random_vectors, write_song_vectors
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.split import Split, SplitConfig, split_dataset
+from rayrec.data.split import SELECTION_FOLDER, Split, SplitConfig, split_dataset
 from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.evaluation.protocol import EvaluateConfig
@@ -26,10 +26,9 @@ from rayrec.jobs.generate import generate
 from rayrec.jobs.rank import fit_rankers
 from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.train import train
-from rayrec.model.train_config import SELECTION_NETWORK
 from rayrec.recommend import stored_retrieval
 from rayrec.recommend.answer import load_recommender
-from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.recommend.two_step_config import ABLATED_PARTS, RankConfig, RetrievalConfig
 from rayrec.storage import releases
@@ -189,9 +188,9 @@ def test_rankers_learn_without_the_final_network_and_the_final_retrieval(
     original = fit_rankers(world, FEW_TREES, model_id=model.id, retrieval_id=retrieval.id)
     deleted_paths = [
         path
-        for manifest, kept_folder in ((model, SELECTION_NETWORK), (retrieval, SELECTION_RETRIEVAL))
+        for manifest in (model, retrieval)
         for path in elsewhere.files(manifest.folder)
-        if path != manifest.path("manifest.json") and not path.startswith(f"{manifest.path(kept_folder)}/")
+        if path != manifest.path("manifest.json") and not path.startswith(f"{manifest.path(SELECTION_FOLDER)}/")
     ]
     assert {model.path("model.safetensors"), retrieval.path("retrieval.json")} <= set(deleted_paths)
     for path in deleted_paths:

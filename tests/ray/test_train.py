@@ -22,7 +22,7 @@ from rayrec.config import changed_settings, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.moments import DAY_MS
-from rayrec.data.split import FitRange, Split, SplitConfig, split_dataset, validation_histories
+from rayrec.data.split import SELECTION_FOLDER, FitRange, Split, SplitConfig, split_dataset, validation_histories
 from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import DivergedError, LeakError, MismatchError, RayrecError
 from rayrec.jobs import train as job
@@ -35,7 +35,7 @@ from rayrec.jobs.trainer import WindowStream, load_validation, model_config
 from rayrec.model.checkpoint import load_model
 from rayrec.model.epochs import Phase
 from rayrec.model.song_tables import Share
-from rayrec.model.train_config import SELECTION_NETWORK, DaysHorizon, TrainConfig
+from rayrec.model.train_config import DaysHorizon, TrainConfig
 from rayrec.model.training import StepReport
 from rayrec.model.training_windows import ShardReader, stream_batches, window_lengths
 from rayrec.recommend.taste_recommender import TasteRecommender
@@ -92,7 +92,7 @@ def test_a_horizon_in_days_is_trained_and_kept(world: Workspace, split: Split) -
 def test_a_model_is_complete_and_answers(world: Workspace, split: Split, in_process: Manifest) -> None:
     verify(world, load_manifest(world, "models", in_process.id))
     network = {"model.safetensors", "model.json", "song_vectors.npy", "input_vectors.npy"}
-    selection = {f"{SELECTION_NETWORK}/{name}" for name in network}
+    selection = {f"{SELECTION_FOLDER}/{name}" for name in network}
     assert set(in_process.files) == network | selection | {"figures.json", "epochs.jsonl", "play_counts.npy"}
     assert in_process.inputs == {"dataset": split.dataset, "songs": "by-hand", "split": split.id}
     assert in_process.metrics.keys() >= {"seconds", "epochs", "loss", "plays_per_second", "validation_recall@20"}

@@ -10,7 +10,7 @@ from rings import BEGIN, ring_plays, write_rows
 from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.lineage import KINDS
+from rayrec.data.split import SELECTION_FOLDER
 from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.importing.inspection import guess_import
@@ -20,11 +20,12 @@ from rayrec.jobs.job_config import FitConfig
 from rayrec.model.added_songs import AddedSongs
 from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.index import IndexConfig
-from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
-from rayrec.recommend.two_step import SELECTION_RANKERS, TwoStepRecommender
+from rayrec.recommend.stored_retrieval import Retrieval
+from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import (
     FORMAT_VERSION,
+    KINDS,
     SCHEMA_VERSION,
     DatasetManifest,
     Manifest,
@@ -98,7 +99,7 @@ def test_served_models_learn_from_all_plays_and_measured_models_not_from_those_h
     live_release = active_release(workspace)
     assert live_release is not None
     retrieval = load_manifest(workspace, "retrieval", live_release.inputs["retrieval"])
-    final_folder, selection_folder = retrieval.folder, retrieval.path(SELECTION_RETRIEVAL)
+    final_folder, selection_folder = retrieval.folder, retrieval.path(SELECTION_FOLDER)
     assert int(Retrieval.load(workspace, final_folder).plays.plays.sum()) == len(moments)
     assert int(Retrieval.load(workspace, selection_folder).plays.plays.sum()) == early_plays
     model = load_manifest(workspace, "models", live_release.inputs["models"])
@@ -113,7 +114,7 @@ def test_quality_is_that_of_rankers_that_have_not_learned_from_the_users_it_is_m
     assert live_release is not None
     model, retrieval, rankers = (load_manifest(workspace, kind, live_release.inputs[kind]) for kind in PARTS)
     for path in workspace.files(rankers.folder):
-        if SELECTION_RANKERS not in path and path.endswith(".json"):
+        if SELECTION_FOLDER not in path and path.endswith(".json"):
             workspace.delete(path)  # the rankers that answer requests: they were trained on all users
     parts = selection_parts(Dataset(workspace), model, retrieval, rankers, "two-step")
     recommender = parts.load(Dataset(workspace), IndexConfig())

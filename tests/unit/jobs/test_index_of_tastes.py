@@ -11,7 +11,7 @@ from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Queries
-from rayrec.data.split import SplitConfig, load_split
+from rayrec.data.split import SELECTION_FOLDER, SplitConfig, load_split
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.importing.import_plan import ImportConfig
@@ -20,7 +20,7 @@ from rayrec.jobs.build_index import build_index
 from rayrec.jobs.fit import selection_parts
 from rayrec.jobs.pipeline import Stages
 from rayrec.jobs.rank import fit_rankers
-from rayrec.model.train_config import SELECTION_NETWORK, TrainConfig
+from rayrec.model.train_config import TrainConfig
 from rayrec.recommend.index import IndexConfig, IndexMetrics, SongIndex
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
@@ -96,7 +96,7 @@ def test_rankers_learn_with_an_index_that_was_chosen_on_tastes_of_the_selection_
     monkeypatch.setattr(rank, "IndexConfig", lambda: LISTS)
     fit_rankers(workspace, RankConfig(trees=2), repeat=True)
     (queries,) = chosen_on
-    _require_tastes(queries, workspace, newest(workspace, "models").path(SELECTION_NETWORK))
+    _require_tastes(queries, workspace, newest(workspace, "models").path(SELECTION_FOLDER))
 
 
 def test_quality_is_measured_with_an_index_that_was_chosen_on_tastes(
@@ -108,7 +108,7 @@ def test_quality_is_measured_with_an_index_that_was_chosen_on_tastes(
     assert isinstance(recommender, TwoStepRecommender)
     assert recommender.source.index.figures.kind == "ivf"
     (queries,) = chosen_on
-    _require_tastes(queries, workspace, model.path(SELECTION_NETWORK))
+    _require_tastes(queries, workspace, model.path(SELECTION_FOLDER))
 
 
 def test_without_a_stored_index_an_evaluation_chooses_its_own_on_tastes(

@@ -13,7 +13,7 @@ from without_ray import without_ray
 from rayrec.config import from_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.moments import parse_timestamp
-from rayrec.data.split import load_split
+from rayrec.data.split import SELECTION_FOLDER, load_split
 from rayrec.errors import InputError, MismatchError
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.fit import fit
@@ -24,7 +24,7 @@ from rayrec.jobs.update import UpdateResult, update
 from rayrec.model.added_songs import AddedSongs
 from rayrec.online.state_store import open_store, store_uri
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
-from rayrec.recommend.stored_retrieval import SELECTION_RETRIEVAL, Retrieval
+from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.two_step import checks_rankers
 from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage.artifacts import Manifest, load_manifest
@@ -120,7 +120,7 @@ def test_the_new_retrieval_continues_the_old_one_and_the_checked_one_lacks_the_n
     assert 0 < (moments >= validation_from).sum() < len(rows)
     for folder, plays in (
         (retrieval.folder, len(moments)),
-        (retrieval.path(SELECTION_RETRIEVAL), (moments < validation_from).sum()),
+        (retrieval.path(SELECTION_FOLDER), (moments < validation_from).sum()),
     ):
         assert int(Retrieval.load(fitted, folder).plays.plays.sum()) == plays
 
