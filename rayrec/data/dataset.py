@@ -133,10 +133,9 @@ def _merge_by_user(histories: Histories) -> Histories:
 
 def _unique_likes(likes: Histories) -> Histories:
     """Remove likes that repeat the user, the song and the moment of an earlier like."""
-    order = np.lexsort((likes.songs, likes.played_at, likes.rows))
-    keys = np.stack([likes.rows, likes.played_at, likes.songs])[:, order]
-    is_first = np.ones(likes.num_plays, dtype=bool)
-    is_first[order[1:]] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
+    keys = np.stack([likes.rows, likes.played_at, likes.songs])
+    is_first = np.zeros(likes.num_plays, dtype=bool)
+    is_first[np.unique(keys, axis=1, return_index=True)[1]] = True
     return likes.keep(is_first)
 
 
