@@ -244,12 +244,13 @@ def plan_import(config: ImportConfig, damaged: Mapping[str, str] | None = None) 
         pieces=pieces,
         piece_names=piece_names,
         id=plan_id,
-        notes=_notes(config, [file for file in files if file.source not in damaged]),
+        notes=file_notes(config, [file for file in files if file.source not in damaged]),
         damaged=damaged,
     )
 
 
-def _notes(config: ImportConfig, files: Sequence[SourceFile]) -> list[str]:
+def file_notes(config: ImportConfig, files: Sequence[SourceFile]) -> list[str]:
+    """Return the notes of a format on the files of an import, such as that the last line of a file may be cut off."""
     file_format = FORMATS[config.format]
     notes = file_format.check_users([file.source for file in files], config.user) if file_format.check_users else []
     return [*notes, *unterminated_file_warnings(files)] if file_format.ends_with_line else notes

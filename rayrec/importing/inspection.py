@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from rayrec.data.moments import DATE_ALONE, LOCAL, NOT_A_TIME, WRITTEN, WRITTEN_DATE, to_ms
 from rayrec.data.spelling import Problems
 from rayrec.errors import InputError
-from rayrec.importing.import_plan import ImportConfig
+from rayrec.importing.import_plan import ImportConfig, file_notes
 from rayrec.importing.readers import FORMATS, Format, delimited
 from rayrec.importing.readers.delimited import spelled_delimiter
 from rayrec.importing.readers.reader import (
@@ -35,7 +35,6 @@ from rayrec.importing.readers.reader import (
     read_blocks,
     read_head,
     shown_columns,
-    unterminated_file_warnings,
 )
 from rayrec.importing.readers.spotify_history import ACCOUNT_DATA, is_account_data
 from rayrec.importing.readers.tabular import (
@@ -111,12 +110,11 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
 
     `timezone` is the IANA name of the time zone of times without one in csv and Parquet files.
     """
-    ImportConfig(format=format_name, paths=tuple(paths), timezone=timezone)  # checks the arguments
+    config = ImportConfig(format=format_name, paths=tuple(paths), timezone=timezone)  # checks the arguments
     file_format = FORMATS[format_name]
     files = find_files(paths, file_format.patterns)
     size = sum(file.size for file in files)
-    notes = file_format.check_users([file.source for file in files], "") if file_format.check_users else []
-    notes += unterminated_file_warnings(files) if file_format.ends_with_line else []
+    notes = file_notes(config, files)
     if not file_format.mapped:
         batches = _sample_batches(file_format, files, ReadOptions(playlists=file_format.playlists))
         row_kind = "playlists" if file_format.playlists else "plays"
