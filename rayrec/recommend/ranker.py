@@ -191,10 +191,7 @@ class TreeModel:
     def grow(cls, train_examples: RankingExamples, names: list[str], settings: RankerSettings) -> TreeModel:
         """Train exactly `settings.trees` trees, without checks."""
         data, parameters = _lightgbm_data(train_examples, names, settings)
-        booster = lightgbm.Booster(parameters, data)
-        for _ in range(settings.trees):
-            booster.update()
-        return cls(lightgbm.Booster(model_str=booster.model_to_string()))
+        return cls(lightgbm.train(parameters, data, num_boost_round=settings.trees))
 
     def save(self, workspace: Workspace, folder: str, name: str) -> list[str]:
         """Write the model in LightGBM's text format; return the names of the files."""
