@@ -309,7 +309,7 @@ class Recommender:
         from rayrec.jobs.runtime import require_one_node
 
         if self._folder is not None:
-            require_one_node('use Recommender(workspace="s3://bucket/prefix"), or a folder that all nodes share')
+            require_one_node()
 
     def _progress_callbacks(self) -> dict[str, Any]:
         return {"on_stage": _print_stage, "on_note": _print} if self.progress else {}

@@ -123,7 +123,7 @@ def by_metric(results: Sequence[Entry], target: str, group: str, k: int, default
     )
 
 
-def differences(comparisons: Sequence[Entry], metric: str, drawn: str = "users") -> Table | None:
+def differences(comparisons: Sequence[Entry], metric: str, drawn: str) -> Table | None:
     """Return a table of the default model minus each other one; `drawn` names what the bootstrap draws."""
     entries = [entry for entry in comparisons if entry["metric"] == metric]
     if not entries:

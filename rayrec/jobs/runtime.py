@@ -101,14 +101,17 @@ def require_cluster(address: str, timeout: float = CONNECT_SECONDS) -> None:
         ) from error
 
 
-def require_one_node(advice: str) -> None:
-    """Raise `InputError`, with `advice` in its message, if the Ray cluster of the jobs has several living nodes."""
+def require_one_node() -> None:
+    """Raise `InputError` if the Ray cluster of the jobs has several living nodes: only one has a temporary folder."""
     if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
         return  # the jobs start a private cluster on this machine
     with ray_cluster():
         nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     if nodes > 1:
-        raise InputError(f"Ray runs on {nodes} nodes, but the workspace is a temporary folder on one of them; {advice}")
+        raise InputError(
+            f"Ray runs on {nodes} nodes, but the workspace is a temporary folder on one of them; use "
+            'Recommender(workspace="s3://bucket/prefix"), or a folder that all nodes share'
+        )
 
 
 def quiet_data() -> None:

@@ -196,7 +196,7 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
             gpus=int(config.gpu),
             wait_minutes=config.wait_minutes,
         )
-        with shown(board, "Training", play_count):
+        with shown(board, play_count):
             run_workers(train_worker, {"plan": plan, "board": board}, request, plan.workspace, plan.folder)
     else:
         with progress("Training", play_count) as bar:

@@ -492,12 +492,12 @@ def new_board() -> Any:
 
 
 @contextmanager
-def shown(board: Any, title: str, total: float) -> Iterator[None]:
+def shown(board: Any, total: float) -> Iterator[None]:
     """Draw the board as a progress bar on stderr during a block; `total` is the number of plays of a full bar."""
     stop = threading.Event()
 
     def draw() -> None:
-        with progress(title, total) as bar:
+        with progress("Training", total) as bar:
             shown_plays = 0.0
             while not stop.wait(0.5):
                 try:

@@ -317,11 +317,11 @@ class SongIndex:
             workspace.put_file(local_path, path)
 
     @classmethod
-    def load(cls, workspace: Workspace, manifest: Manifest, vectors: np.ndarray, *, threads: int = 1) -> "SongIndex":
+    def load(cls, workspace: Workspace, manifest: Manifest, vectors: np.ndarray) -> "SongIndex":
         """Load the index of an artifact, see `read`."""
         metrics = IndexMetrics(**{name: manifest.metrics[name] for name in IndexMetrics.__annotations__})
         path, checksum = manifest.path(INDEX_FILE), manifest.files.get(INDEX_FILE)
-        return cls.read(workspace, path, metrics, vectors, checksum=checksum, threads=threads)
+        return cls.read(workspace, path, metrics, vectors, checksum=checksum)
 
     @classmethod
     def read(
@@ -332,7 +332,6 @@ class SongIndex:
         vectors: np.ndarray,
         *,
         checksum: str | None = None,
-        threads: int = 1,
     ) -> "SongIndex":
         """Read a file that `save` wrote; `vectors`, float32 (N, D), must be those that the index was built from.
 
@@ -340,8 +339,8 @@ class SongIndex:
         or that does not fit the vectors.
         """
         faiss = import_faiss()
-        # One thread by default: workers and replicas share the machine, and busy-waiting threads slow each other down.
-        faiss.omp_set_num_threads(threads)
+        # One thread: workers and replicas share the machine, and busy-waiting threads slow each other down.
+        faiss.omp_set_num_threads(1)
         # The flag exists since faiss 1.10; memory-mapped lists load immediately and are searched as fast.
         io_flags = getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if metrics.kind == "ivf" else 0
         try:

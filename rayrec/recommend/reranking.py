@@ -154,11 +154,6 @@ def diversify(vectors: np.ndarray, k: int, diversity: float) -> np.ndarray:
     return selected
 
 
-def pool_size(k: int) -> int:
-    """Return the number of songs to rank, so that k diverse songs can be chosen among them."""
-    return k + max(k, 100)
-
-
 class AnswerOptions(Settings):
     """The options of one request."""
 
@@ -245,7 +240,7 @@ def choose(
     # Number of songs, long weight, retrieved or not -> rows of the users.
     rows_by_request: dict[tuple[int, float, bool], list[int]] = {}
     for row, options in enumerate(all_options):
-        size = _pool_size(options) + (POOL if options.explore else 0)
+        size = pool_size(options) + (POOL if options.explore else 0)
         rows_by_request.setdefault((size, options.long_weight, options.songs_to_rank is None), []).append(row)
     selected_by_row: dict[int, SelectedSongs] = {}
     for (size, long_weight, _), rows in rows_by_request.items():
@@ -270,9 +265,9 @@ def choose(
     return [selected_by_row[row] for row in range(len(plays))]
 
 
-def _pool_size(options: AnswerOptions) -> int:
+def pool_size(options: AnswerOptions) -> int:
     """Return the number of ranked songs that an answer is chosen from, without the songs to explore."""
-    return pool_size(options.k) if options.diversity else options.k
+    return options.k + max(options.k, 100) if options.diversity else options.k
 
 
 def _select_from_pool(
@@ -281,7 +276,7 @@ def _select_from_pool(
     """Return the songs of an answer, chosen from a ranked pool, best first."""
     positions = np.arange(min(options.k, len(pool.songs)))
     if options.diversity:
-        candidates = pool.songs[: _pool_size(options)]
+        candidates = pool.songs[: pool_size(options)]
         positions = diversify(network_of(recommender).song_vectors[candidates], options.k, options.diversity)
     selected = replace(pool, songs=pool.songs[positions], scores=pool.scores[positions])
     if options.explore:

@@ -20,7 +20,7 @@ def test_the_bar_moves_with_what_workers_write_and_shows_the_last_validation(
     board = new_board()
     board.show_validation.remote("recall@20 0.3")
     board.show.remote(40.0, "epoch 2")
-    with shown(board, "Training", 100.0):
+    with shown(board, 100.0):
         _wait_for(lambda: bool(advances))
     assert advances[0] == (40.0, "epoch 2 recall@20 0.3")
     assert sum(amount for amount, _ in advances) == 40.0
@@ -30,7 +30,7 @@ def test_the_bar_moves_with_what_workers_write_and_shows_the_last_validation(
 def test_a_board_that_is_lost_ends_the_bar_and_not_the_job() -> None:
     board = new_board()
     ray.kill(board)
-    with shown(board, "Training", 100.0):
+    with shown(board, 100.0):
         assert _is_drawing()
         _wait_for(lambda: not _is_drawing())
         assert not _is_drawing()

@@ -127,9 +127,9 @@ def import_requests(size: ImportSize) -> int:
     return first_pass + song_requests + second_pass + publishing + DRIVER_REQUESTS
 
 
-def taste_requests(buckets: int, files: int, *, row_groups: int, columns: int) -> int:
-    """Requests of `taste`, if each bucket has `files` files of `row_groups` row groups and `columns` columns."""
-    return TASTE_REQUESTS + buckets * (histories_requests(files, row_groups, columns) + 1)
+def taste_requests(buckets: int, bucket_requests: int) -> int:
+    """Requests of `taste`; `bucket_requests` are the `histories_requests` of one bucket."""
+    return TASTE_REQUESTS + buckets * (bucket_requests + 1)
 
 
 def histories_requests(files: int, row_groups: int, columns: int) -> int:

@@ -417,7 +417,7 @@ class _Planner:
             "embed": embed_requests(buckets, bucket_requests, fits=fits),
             "train": train_requests(buckets, bucket_requests, fits=fits, epochs=epochs),
             "rank": rank_requests(buckets, bucket_requests),
-            "taste": taste_requests(buckets, 1, row_groups=row_groups, columns=COLUMNS),
+            "taste": taste_requests(buckets, bucket_requests),
             "evaluate": evaluate_requests(buckets, bucket_requests, counted=min(buckets, COUNTED_BUCKETS)),
             "recommend": recommend_requests(buckets, bucket_requests),
         }

@@ -190,6 +190,7 @@ def test_nothing_to_choose_from_chooses_nothing() -> None:
     assert diversify(np.zeros((0, 4), np.float32), 5, 0.5).tolist() == []
 
 
-def test_there_are_always_more_songs_to_choose_from() -> None:
-    assert pool_size(10) == 110
-    assert pool_size(1_000) == 2_000
+def test_there_are_always_more_songs_to_choose_diverse_ones_from() -> None:
+    assert pool_size(AnswerOptions(k=10, diversity=0.5)) == 110
+    assert pool_size(AnswerOptions(k=1_000, diversity=0.5)) == 2_000
+    assert pool_size(AnswerOptions(k=10)) == 10

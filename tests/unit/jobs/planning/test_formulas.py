@@ -225,7 +225,7 @@ def test_the_driver_of_taste_reads_manifests_alone_whatever_the_number_of_users(
 @pytest.mark.parametrize(("buckets", "parts"), [(4, 1), (24, 1), (6, 3)])
 def test_requests_of_taste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buckets: int, parts: int) -> None:
     counts = taste_counts(tmp_path / "w", monkeypatch, users=200, buckets=buckets, parts=parts)
-    expected = taste_requests(buckets, parts, row_groups=1, columns=3)
+    expected = taste_requests(buckets, histories_requests(parts, 1, 3))
     assert counts.total == pytest.approx(expected, rel=0.15)
 
 
@@ -306,7 +306,7 @@ def test_requests_of_the_stages_of_a_run(
         "retrieval": retrieval_requests(buckets, 1, groups=buckets, ranges=1, row_groups=1, columns=3, fits=2),
         "rank": rank_requests(buckets, read_requests),
         "index": INDEX_REQUESTS,
-        "taste": taste_requests(buckets, 1, row_groups=1, columns=3),
+        "taste": taste_requests(buckets, read_requests),
         "evaluate": evaluate_requests(buckets, read_requests, counted=buckets if queries else 0),
     }
     assert {name: stage_requests[name] for name in expected} == pytest.approx(expected, rel=0.15)
