@@ -55,6 +55,17 @@ def test_the_files_are_those_that_a_cluster_needs() -> None:
     assert len(ray_clusters()) == 5
 
 
+def test_no_two_objects_share_the_name_from_which_kuberay_makes_that_of_the_heads_service() -> None:
+    kinds = ("RayCluster", "RayService", "RayJob", "RayCronJob")
+    names = [
+        (item["metadata"]["namespace"], item["metadata"]["name"])
+        for _, item in every_manifest()
+        if item["kind"] in kinds
+    ]
+    assert len(names) == 5
+    assert len(set(names)) == len(names), names
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
