@@ -13,6 +13,7 @@ import typer
 
 import rayrec
 import rayrec.client
+from rayrec.serving.run import REQUEST_SECONDS
 from rayrec_cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +162,14 @@ def test_every_command_is_a_function_of_rayrec_or_listed_as_command_line_only() 
     functions = [name for names in generator["COMMANDS"].values() for name in names]
     assert sorted(functions) == sorted(rayrec.STAGES)
     assert all(callable(getattr(rayrec, name)) for name in functions)
+
+
+def test_the_systemd_unit_stops_only_the_server_itself_and_waits_for_its_requests() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    (unit,) = re.findall(r"^```\n(\[Service\]\n.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    settings = dict(line.split("=", 1) for line in unit.splitlines()[1:])
+    assert settings["KillMode"] == "mixed"
+    assert int(settings["TimeoutStopSec"]) > REQUEST_SECONDS
 
 
 def test_examples_use_only_public_names_of_rayrec() -> None:
