@@ -159,6 +159,7 @@ def measure_quality(
     return Quality(results=results, comparisons=comparisons)
 
 
+GUESSED = ("format", "columns", "timezone")  # settings of an import that fit takes, too, and otherwise guesses
 SECTIONS = ("import", "embed", "train", "retrieval", "rank", "taste", "index")
 
 Sections = Mapping[str, Mapping[str, Any]]
@@ -203,10 +204,10 @@ def fit(
 ) -> FitResult:
     """Import plays, use the newest for validation, fit everything on all plays and make the release live.
 
-    `settings` are the settings of the stages, section -> name -> value, as in a pipeline file. The default settings of
-    `embed` and `train` depend on the plays. Stages whose inputs and settings have not changed are skipped, unless
-    `force` is true. `on_stage` is called after each stage, `on_note` with texts about the settings that were guessed,
-    the rows that were rejected and the plays that were used for validation.
+    `settings` are the settings of the stages, section -> name -> value, as in a pipeline file; `config` overrides those
+    of the import. The default settings of `embed` and `train` depend on the plays. Stages whose inputs and settings
+    have not changed are skipped, unless `force` is true. `on_stage` is called after each stage, `on_note` with texts
+    about the settings that were guessed, the rows that were rejected and the plays that were used for validation.
 
     The quality is that of networks, retrieval and rankers that have not seen the validation range, on queries of users
     who were held out of the training of the rankers. Raises `InputError` for files that cannot be read, for unknown
@@ -220,12 +221,14 @@ def fit(
     for name, value in (("max_rejected", config.max_rejected), ("user", config.user)):
         if value is not None:
             sections["import"][name] = value
+    stored_values = {name: sections["import"].pop(name) for name in GUESSED if name in sections["import"]}
+    stored = from_mapping(FitConfig, {"paths": config.paths, **stored_values}, "settings [import]")
     import_config = guess_import(
         config.paths,
-        format_name=config.format,
-        columns=config.columns,
+        format_name=config.format or stored.format,
+        columns=stored.columns | config.columns,
         user=sections["import"].get("user", ""),
-        timezone=config.timezone or "UTC",
+        timezone=config.timezone or stored.timezone or "UTC",
         on_note=on_note,
     )
     import_config = import_config.replace(**sections["import"])

@@ -262,6 +262,33 @@ def test_missing_columns_and_wrong_settings_are_refused_with_what_to_do(
             fit(workspace, FitConfig(paths=(str(path),)), settings={"train": value})
 
 
+def test_options_of_fit_override_the_import_settings_of_a_file_and_the_rest_is_guessed(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    path = write_rows(tmp_path / "plays.csv", ring_plays(range(2), plays=10))
+    columns = {"song": "artist", "artist": "track"}
+    stored: dict[str, Any] = {"format": "parquet", "columns": columns, "timezone": "America/New_York", "buckets": 2}
+    config = FitConfig(paths=(path,), format="csv", columns={"song": "title"}, timezone="Europe/Berlin")
+    result = fit(workspace, config, settings={**SETTINGS, "import": stored})
+    columns_read = "csv: user = user_id, played_at = timestamp, artist = track, song = title"
+    assert result.read_as == f"{columns_read}; times without a zone are read as Europe/Berlin"
+    assert Dataset(workspace).manifest.buckets == 2
+    with pytest.raises(InputError, match=r"settings.*columns is 3; expected"):
+        fit(workspace, config, settings={"import": {"columns": 3}})
+
+
+def test_import_settings_of_a_file_override_guesses(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    path = write_rows(tmp_path / "plays.txt", ring_plays(range(2), plays=10))
+    stored = {"format": "csv", "columns": {"song": "title"}, "timezone": "America/New_York", "buckets": 2}
+    result = fit(workspace, FitConfig(paths=(path,)), settings={**SETTINGS, "import": stored})
+    columns_read = "csv: user = user_id, song = title, played_at = timestamp, artist = artist"
+    assert result.read_as == f"{columns_read}; times without a zone are read as America/New_York"
+
+
 @pytest.mark.parametrize(("bad", "code", "warned"), [(0, 0, 0), (2, 0, 1), (60, 2, 1)])
 def test_rejected_rows_are_warned_of_and_too_many_end_the_fit_with_the_summary(
     bad: int,
