@@ -19,7 +19,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch allocates mem
 
 import ray
 from ray.data import DataContext
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
 from rayrec.errors import InputError, RayrecError, ray_not_started
 
@@ -28,6 +28,8 @@ HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 
 HTTP2_SETTINGS = b"\x04"  # type of the frame with which every HTTP/2 server begins
 
 RETRIES = 3  # times that a unit is repeated if its worker or node is lost
+KILLED = (WorkerCrashedError, OutOfMemoryError, NodeDiedError)  # errors of Ray for a lost worker or node
+SHOWN_CHARACTERS = 300  # of the text of another error
 MAX_WAITING = 1_000  # units submitted to Ray at once
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -208,8 +210,8 @@ def run_buckets(
     A unit takes `cpus` CPUs and `memory` bytes of its node, so that a node runs only as many units as its memory holds.
     At most `concurrency` units, by default `MAX_WAITING`, are submitted at once. `arguments` are passed to the worker's
     constructor through the object store: arrays among them are read-only, and the workers of a node share them without
-    a copy. A unit whose worker dies is repeated at most `RETRIES` times. If units still fail, raises `RayrecError`
-    after all other units are done; `called` is the word for a unit in its message.
+    a copy. A unit whose worker dies is repeated at most `RETRIES` times. If units still fail, or Ray cannot run them,
+    raises `RayrecError` with the last reason after all other units are done; `called` is the word for a unit in it.
     """
     remaining_units = list(units)
     total = len(remaining_units)
@@ -227,6 +229,7 @@ def run_buckets(
     max_running = min(concurrency or MAX_WAITING, total)  # tasks without a free CPU wait, and an autoscaler sees them
     running_units: dict[ray.ObjectRef, Any] = {}
     lost_units: list[Any] = []
+    last_error: RayError | None = None
     remaining_units.reverse()
     try:
         while remaining_units or running_units:
@@ -237,8 +240,9 @@ def run_buckets(
             unit = running_units.pop(finished)
             try:
                 result, unit_time = ray.get(finished)
-            except RayError:  # its worker or node was lost more than RETRIES times
+            except RayError as error:
                 lost_units.append(unit)
+                last_error = error
                 continue
             if isinstance(result, RayrecError):
                 raise result
@@ -252,10 +256,16 @@ def run_buckets(
             ray.cancel(reference, force=True)
     if lost_units:
         unit_names = ", ".join(map(str, sorted(lost_units)[:10])) + (", ..." if len(lost_units) > 10 else "")
+        if isinstance(last_error, KILLED):
+            reason = f"the worker was killed {RETRIES + 1} times, probably out of memory"
+            advice = "run the command again with fewer workers or on nodes with more memory"
+        else:
+            cause = last_error.cause if isinstance(last_error, RayTaskError) else last_error
+            reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:SHOWN_CHARACTERS]}"
+            advice = "fix this and run the command again"
         raise RayrecError(
-            f"{called} {unit_names} of {total} failed: the worker was killed {RETRIES + 1} times, probably out of "
-            "memory. Completed work is kept: run the command again with fewer workers or on nodes with more memory"
-        )
+            f"{called} {unit_names} of {total} failed: {reason}. Completed work is kept: {advice}"
+        ) from last_error
 
 
 def _with_unit_time(work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
@@ -298,7 +308,7 @@ def run_on_node(work: Callable[..., Iterator[Any]], *arguments: Any, cpus: int) 
         if isinstance(error.cause, RayrecError):
             raise error.cause from error
         raise
-    except (WorkerCrashedError, OutOfMemoryError) as error:
+    except KILLED as error:
         raise RayrecError(
             f"{work.__name__} failed: its worker was killed {RETRIES + 1} times, probably out of memory. "
             "Run the command again on a node with more memory"
