@@ -103,6 +103,13 @@ def test_no_pod_runs_as_root_or_without_bounds(name: str, spec: dict[str, Any]) 
             assert container["resources"]["limits"] == container["resources"]["requests"]
 
 
+def test_every_pod_pulls_the_image_of_the_project_that_was_pushed_last() -> None:
+    containers = [container for _, spec in ray_clusters() for pod in pods(spec) for container in pod["containers"]]
+    (job,) = manifests("cronjob.yaml")
+    containers += job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    assert {container["imagePullPolicy"] for container in containers} == {"Always"}
+
+
 @pytest.mark.parametrize(("name", "spec"), [cluster for cluster in ray_clusters() if cluster[0] != "rayservice.yaml"])
 def test_spot_groups_come_first_and_have_a_fallback(name: str, spec: dict[str, Any]) -> None:
     groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
