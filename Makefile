@@ -43,7 +43,8 @@ docs: setup
 figures: setup
 	$(BIN)/python docs/figures.py
 
-# On a machine with torch and CUDA: neither Ray nor a network is needed, nor what setup installs.
+# On a machine with torch and CUDA: neither Ray nor a network is needed, nor what setup installs. Beside torch it needs
+# filelock, numpy, pandas, pyarrow, pydantic, rich and safetensors, and tomli before Python 3.11.
 gpu-check:
 	$(PYTHON) -m rayrec.bench.device_bench
 

@@ -86,7 +86,7 @@ if TYPE_CHECKING:
     from rayrec.storage.releases import rollback as rollback
     from rayrec.storage.releases import verify_release as verify_release
 
-__version__ = version("rayrec")
+__version__: str  # read at its first use: a clone that is not installed has none, and `make gpu-check` runs there
 
 # Function of a command -> its module, in the order of the help.
 STAGES = {
@@ -181,7 +181,9 @@ __all__ += list(_MODULES)
 if not TYPE_CHECKING:  # with this function, a type checker accepts any name
 
     def __getattr__(name: str) -> Any:
-        """Import a name of `_MODULES` at its first use."""
+        """Return the version, or import a name of `_MODULES`, at its first use."""
+        if name == "__version__":
+            return version("rayrec")
         if name not in _MODULES:
             raise AttributeError(f"module 'rayrec' has no attribute {name!r}")
         return getattr(import_module(_MODULES[name]), name)

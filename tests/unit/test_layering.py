@@ -161,6 +161,32 @@ def test_quick_imports_and_commands_load_no_heavy_package(code: str) -> None:
     assert loaded_packages(code) == set()
 
 
+CHECK_WITHOUT_INSTALLATION = """
+import importlib.metadata, sys
+
+def version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+importlib.metadata.version = version
+import rayrec.bench.device_bench
+print(*{name.partition(".")[0] for name in sys.modules})
+"""
+
+
+def test_a_clone_that_is_not_installed_checks_its_gpu_with_the_packages_that_the_makefile_names() -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", CHECK_WITHOUT_INSTALLATION], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    (requirements,) = re.findall(r"^dependencies = \[\n((?:    .*\n)+)", pyproject, flags=re.MULTILINE)
+    dependencies = re.findall(r'^    "([a-z]+)', requirements, flags=re.MULTILINE)
+    (comment,) = re.findall(r"((?:^#.*\n)+)gpu-check:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    loaded_dependencies = set(dependencies) & set(process.stdout.split())
+    assert loaded_dependencies >= {"torch", "numpy"}
+    assert loaded_dependencies - set(re.findall(r"\w+", comment)) == set()
+
+
 def test_the_public_names_are_one_list_and_all_exist() -> None:
     lazy_names = [*rayrec.STAGES, *rayrec.HELPERS, *rayrec.SETTINGS]
     assert sorted(set(rayrec.__all__) - set(lazy_names)) == [
