@@ -2,8 +2,12 @@
 
 On a local disk the lock is a file lock, which the operating system releases when the process ends in any way. On
 object storage the lock is an object that a conditional put creates only if it does not exist: if two runs start at the
-same time, one is refused. A killed run leaves its object. The next run on the same machine takes it over; from another
-machine or container, `rayrec unlock` deletes it.
+same time, one is refused. A killed run leaves its object. The next run on the same machine takes it over at once. A run
+on another machine or in another container watches it: a living run renews its lock every `RENEW_SECONDS`, so a lock
+that does not change for `WATCH_SECONDS` is taken over. No clocks are compared. `rayrec unlock` deletes a lock at once.
+
+A run that is cut off from the storage for longer may lose its lock. It ends at its first renewal after that, up to
+`RENEW_SECONDS` after the storage is back; in that time both runs may write.
 
 Reading takes no lock. Neither does writing one small file: a split, or the record of the live release.
 """
@@ -11,12 +15,15 @@ Reading takes no lock. Neither does writing one small file: a split, or the reco
 import functools
 import json
 import os
+import signal
 import socket
+import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
@@ -27,7 +34,11 @@ from rayrec.errors import BusyError, InputError, NotFoundError
 from rayrec.storage.object_storage import ConditionalWriter, conditional_writer
 from rayrec.storage.workspace import LOCK, LOCK_HOLDER, Workspace
 
-_held_locks: set[tuple[str, int]] = set()  # (workspace, thread) pairs of this process that hold a lock
+RENEW_SECONDS = 30.0  # between renewals of a lock on object storage
+WATCH_SECONDS = 300.0  # time without a renewal after which the run of another machine counts as dead
+READS_PER_RENEWAL = 3  # of a lock that is watched
+
+_held_locks: dict[tuple[str, int], "_Lease | None"] = {}  # (workspace, thread) of this process -> its lock
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,6 +54,7 @@ class Holder:
     command: str
     since: str  # ISO 8601, UTC
     token: str  # unique to this run
+    renewals: int  # number of renewals of a lock on object storage: a lock that changes belongs to a living run
 
     @classmethod
     def of_this_run(cls, command: str) -> "Holder":
@@ -55,12 +67,18 @@ class Holder:
             command=command,
             since=since,
             token=uuid.uuid4().hex,
+            renewals=0,
         )
+
+    @property
+    def is_on_this_machine(self) -> bool:
+        """True if the run was on this machine, in this process namespace."""
+        return (self.host, self.pid_namespace) == (socket.gethostname(), _pid_namespace())
 
     @property
     def is_known_dead(self) -> bool:
         """True if the run was on this machine, in this process namespace, and its process has ended."""
-        if (self.host, self.pid_namespace) != (socket.gethostname(), _pid_namespace()):
+        if not self.is_on_this_machine:
             return False
         try:
             os.kill(self.pid, 0)
@@ -98,18 +116,22 @@ def writes(command: str) -> Callable[[Callable[Concatenate[Workspace, P], R]], C
 def exclusive(workspace: Workspace, command: str) -> Iterator[None]:
     """Hold the lock of a workspace in a with block. The same thread may enter it again within the block.
 
-    Raises `BusyError` with the name of the run that holds the lock.
+    Raises `BusyError` with the name of the run that holds the lock. On object storage the lock may be lost during the
+    block: then `BusyError` ends the block, in the main thread at once, in another thread when the block is entered
+    again or left.
     """
     key = (f"{workspace.filesystem.type_name}:{workspace.root}", threading.get_ident())
     if key in _held_locks:
+        if (lease := _held_locks[key]) is not None:
+            lease.require_held()
         yield
         return
-    with (_file_lock if workspace.is_local else _object_lock)(workspace, Holder.of_this_run(command)):
-        _held_locks.add(key)
+    with (_file_lock if workspace.is_local else _object_lock)(workspace, Holder.of_this_run(command)) as new_lease:
+        _held_locks[key] = new_lease
         try:
             yield
         finally:
-            _held_locks.discard(key)
+            del _held_locks[key]
 
 
 def _busy_error(workspace: Workspace, holder: Holder | None, advice: str) -> BusyError:
@@ -121,6 +143,10 @@ def _read_holder(workspace: Workspace, path: str) -> Holder | None:
         return _parse_holder(workspace.read_bytes(path))
     except NotFoundError:
         return None
+
+
+def _to_bytes(holder: Holder) -> bytes:
+    return json.dumps(asdict(holder)).encode()
 
 
 def _parse_holder(content: bytes) -> Holder | None:
@@ -165,20 +191,106 @@ def _write_if_unchanged(writer: ConditionalWriter, path: str, content: bytes, ve
     return is_written or writer.read(path)[0] == content
 
 
+def _take(workspace: Workspace, writer: ConditionalWriter, path: str, holder: Holder) -> None:
+    """Create the lock, or take over that of a dead run. Raises `BusyError` if another run holds it."""
+    if _write_if_unchanged(writer, path, _to_bytes(holder), ""):
+        return
+    content, version = writer.read(path)
+    current_holder = _parse_holder(content)
+    is_free = not content or (current_holder is not None and current_holder.is_known_dead)
+    if current_holder is not None and not current_holder.is_on_this_machine:
+        seen_version = version
+        content, version = _watch(writer, path, current_holder, version)
+        current_holder = _parse_holder(content)
+        is_free = version in ("", seen_version)  # its run has deleted it, or does not renew it
+    # Of several runs that watched a lock, only one replaces the version that all of them saw.
+    if not (is_free and _write_if_unchanged(writer, path, _to_bytes(holder), version)):
+        raise _busy_error(workspace, current_holder, "wait until it ends; if it was killed, run `rayrec unlock`")
+
+
+def _watch(writer: ConditionalWriter, path: str, holder: Holder, version: str) -> tuple[bytes, str]:
+    """Return content and version of a lock as soon as the version changes, or after `WATCH_SECONDS`."""
+    print(
+        f"Warning: the lock of `rayrec {holder.command}` on host {holder.host}: waiting up to {WATCH_SECONDS:.0f} s to "
+        "see whether that run is alive",
+        file=sys.stderr,
+        flush=True,
+    )
+    deadline = time.monotonic() + WATCH_SECONDS
+    while True:
+        time.sleep(RENEW_SECONDS / READS_PER_RENEWAL)
+        is_last = time.monotonic() >= deadline
+        content, current_version = writer.read(path)
+        if is_last or current_version != version:
+            return content, current_version
+
+
+class _Lease:
+    """Renews a lock on object storage in a thread until `stop`, and ends the run if the lock is not its own any more.
+
+    A renewal that fails, for example without network, is tried again after `RENEW_SECONDS`. The main thread is
+    interrupted as by Ctrl-C, which also ends its waiting for Ray.
+    """
+
+    def __init__(self, workspace: Workspace, writer: ConditionalWriter, path: str, holder: Holder) -> None:
+        self._workspace, self._writer, self._path, self._holder = workspace, writer, path, holder
+        self._is_in_main_thread = threading.current_thread() is threading.main_thread()
+        self._is_lost = False
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="rayrec-lock", daemon=True)
+        self._thread.start()
+
+    def _renew(self) -> None:
+        while not self._stopped.wait(RENEW_SECONDS):
+            try:
+                content, version = self._writer.read(self._path)
+                current_holder = _parse_holder(content)
+                if current_holder is None or current_holder.token != self._holder.token:
+                    break
+                renewed_holder = replace(current_holder, renewals=current_holder.renewals + 1)
+                self._writer.replace(self._path, _to_bytes(renewed_holder), version)
+            except Exception:  # of any client, such as one without network
+                continue
+        else:
+            return
+        self._is_lost = True
+        if self._is_in_main_thread:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def stop(self) -> None:
+        """End the renewals."""
+        self._stopped.set()
+        self._thread.join()
+
+    def require_held(self, cause: BaseException | None = None) -> None:
+        """Raise `BusyError` if the run has lost its lock; `cause` is the error that ended the run, if any."""
+        if self._is_lost:
+            raise BusyError(
+                f"`rayrec {self._holder.command}` has lost its lock of workspace {self._workspace.uri}: it could not "
+                f"renew it for {WATCH_SECONDS:.0f} seconds and another run took it over, or `rayrec unlock` deleted "
+                "it; run the command again when no other run writes there"
+            ) from cause
+
+
 @contextmanager
-def _object_lock(workspace: Workspace, holder: Holder) -> Iterator[None]:
-    writer = conditional_writer(workspace.filesystem)
-    path, content = workspace.full(LOCK_HOLDER), json.dumps(asdict(holder)).encode()
-    if not _write_if_unchanged(writer, path, content, ""):
-        current_content, version = writer.read(path)
-        current_holder = _parse_holder(current_content)
-        is_free = not current_content or (current_holder is not None and current_holder.is_known_dead)
-        if not (is_free and _write_if_unchanged(writer, path, content, version)):
-            raise _busy_error(workspace, current_holder, "wait until it ends; if it was killed, run `rayrec unlock`")
+def _object_lock(workspace: Workspace, holder: Holder) -> Iterator[_Lease]:
+    writer, path = conditional_writer(workspace.filesystem), workspace.full(LOCK_HOLDER)
+    _take(workspace, writer, path, holder)
+    lease = _Lease(workspace, writer, path, holder)
     try:
-        yield
+        try:
+            yield lease
+        finally:
+            lease.stop()
+        lease.require_held()
+    except BusyError:
+        raise
+    except BaseException as error:
+        lease.require_held(error)  # a lost lock is the reason for an interrupt
+        raise
     finally:
-        if _read_holder(workspace, LOCK_HOLDER) == holder:
+        current_holder = _read_holder(workspace, LOCK_HOLDER)
+        if current_holder is not None and current_holder.token == holder.token:
             workspace.delete(LOCK_HOLDER)
 
 
@@ -188,6 +300,6 @@ def lock_holder(workspace: Workspace) -> Holder | None:
 
 
 def unlock(workspace: Workspace) -> None:
-    """Delete the lock of a workspace on object storage, even while a job holds it."""
+    """Delete the lock of a workspace on object storage, even while a job holds it, which then ends with an error."""
     if not workspace.is_local:
         workspace.delete(LOCK_HOLDER)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from s3 import S3Server, s3_server
 
 from rayrec.errors import BusyError, StorageError
-from rayrec.storage import object_storage
+from rayrec.storage import locking, object_storage
 from rayrec.storage.locking import exclusive, lock_holder, unlock
 from rayrec.storage.workspace import LOCK_HOLDER, Workspace
 
@@ -73,14 +74,19 @@ OTHER_HOLDER = {
     "command": "train",
     "since": "2026-11-24T10:00:00",
     "token": "t",
+    "renewals": 0,
 }
 
 
-def test_a_lock_is_taken_refused_and_given_back(remote: Workspace) -> None:
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks are renewed after 0.05 s and watched for 1 s."""
+    monkeypatch.setattr(locking, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(locking, "WATCH_SECONDS", 1.0)
+
+
+def test_a_lock_is_taken_and_given_back(remote: Workspace) -> None:
     remote.write_json(LOCK_HOLDER, OTHER_HOLDER)
-    with pytest.raises(BusyError, match=r"process 7 on elsewhere.*run `rayrec unlock`"), exclusive(remote, "taste"):
-        pass
-    assert remote.read_json(LOCK_HOLDER) == OTHER_HOLDER
     unlock(remote)
     assert lock_holder(remote) is None
     with exclusive(remote, "taste"), exclusive(Workspace(remote.uri), "inner"):
@@ -103,13 +109,145 @@ def leave_lock(remote: Workspace) -> dict[str, Any]:
     return holder
 
 
-def test_the_lock_of_another_container_with_the_name_of_this_host_stays_whatever_its_process(remote: Workspace) -> None:
+@pytest.mark.usefixtures("short_waits")
+def test_the_lock_of_another_container_with_the_name_of_this_host_is_watched_whatever_its_process(
+    remote: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
     holder = leave_lock(remote)
     holder["pid_namespace"] += 1
     remote.write_json(LOCK_HOLDER, holder)
-    with pytest.raises(BusyError, match="run `rayrec unlock`"):
-        take_lock(remote)
-    assert remote.read_json(LOCK_HOLDER) == holder
+    take_lock(remote)
+    assert "waiting up to 1 s" in capsys.readouterr().err
+
+
+# Holds the lock as another machine until its standard input ends.
+HOLDER_ELSEWHERE = """
+import sys
+from types import SimpleNamespace
+from rayrec.storage import locking
+from rayrec.storage.workspace import Workspace
+locking.socket = SimpleNamespace(gethostname=lambda: "elsewhere")
+locking.RENEW_SECONDS = 0.05
+with locking.exclusive(Workspace(sys.argv[1]), "train"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.usefixtures("short_waits")
+def test_a_run_of_another_machine_is_left_alone_while_it_lives_and_its_lock_is_taken_over_once_it_is_dead(
+    remote: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER_ELSEWHERE, remote.uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with monkeypatch.context() as patch:
+            patch.setattr(locking, "WATCH_SECONDS", 60.0)  # the first renewal is enough to refuse
+            with pytest.raises(BusyError, match=rf"`rayrec train` \(process {process.pid} on elsewhere.*wait until"):
+                take_lock(remote)
+        assert process.poll() is None
+        process.kill()
+    capsys.readouterr()
+    with exclusive(remote, "taste"):
+        assert remote.read_json(LOCK_HOLDER)["command"] == "taste"
+    lock = "the lock of `rayrec train` on host elsewhere"
+    assert capsys.readouterr().err == f"Warning: {lock}: waiting up to 1 s to see whether that run is alive\n"
+    assert not remote.exists(LOCK_HOLDER)
+
+
+@pytest.mark.usefixtures("short_waits")
+def test_a_lock_that_its_run_gives_back_while_it_is_watched_is_taken_at_once(
+    remote: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locking, "WATCH_SECONDS", 60.0)
+    remote.write_json(LOCK_HOLDER, OTHER_HOLDER)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(take_lock, remote)
+        time.sleep(0.2)
+        unlock(remote)
+        waiting.result()
+    assert not remote.exists(LOCK_HOLDER)
+
+
+@pytest.mark.usefixtures("short_waits")
+def test_of_several_runs_that_watch_the_lock_of_a_dead_run_one_takes_it(remote: Workspace) -> None:
+    remote.write_json(LOCK_HOLDER, OTHER_HOLDER)
+    outcomes: list[str] = []
+    others_refused = threading.Event()
+
+    def try_lock() -> None:
+        try:
+            with exclusive(remote, "taste"):
+                outcomes.append("held")
+                others_refused.wait(20)
+        except BusyError:
+            outcomes.append("refused")
+            if outcomes.count("refused") == 3:
+                others_refused.set()
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            pool.submit(try_lock)
+    assert sorted(outcomes) == ["held", *["refused"] * 3]
+
+
+@pytest.mark.usefixtures("short_waits")
+def test_a_run_that_loses_its_lock_is_interrupted_and_leaves_the_lock_of_the_other(remote: Workspace) -> None:
+    uninterrupted_runs: list[str] = []
+    error = pytest.raises(BusyError, match=r"`rayrec taste` has lost its lock .* run the command again")
+    with error, exclusive(remote, "taste"):
+        remote.write_json(LOCK_HOLDER, OTHER_HOLDER)
+        time.sleep(60)
+        uninterrupted_runs.append("run")
+    assert remote.read_json(LOCK_HOLDER) == OTHER_HOLDER
+    unlock(remote)
+    with error, exclusive(remote, "taste"):
+        unlock(remote)
+        time.sleep(60)
+        uninterrupted_runs.append("run")
+    assert not remote.exists(LOCK_HOLDER)
+    assert uninterrupted_runs == []
+
+
+@pytest.mark.usefixtures("short_waits")
+def test_a_run_in_a_thread_that_loses_its_lock_ends_at_its_next_stage(remote: Workspace) -> None:
+    finished_stages = []
+
+    def run_stages() -> None:
+        with exclusive(remote, "run"):
+            unlock(remote)
+            for number in range(1000):
+                with exclusive(remote, "stage"):
+                    time.sleep(0.05)
+                finished_stages.append(number)
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(BusyError, match="`rayrec run` has lost its lock"):
+        pool.submit(run_stages).result()
+    assert len(finished_stages) < 1000
+
+
+@pytest.mark.usefixtures("short_waits")
+def test_renewals_that_fail_are_tried_again(
+    remote: Workspace, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_storage, "CLIENT_ATTEMPTS", 1)
+
+    def wait_for_renewals(count: int) -> int:
+        while (holder := lock_holder(remote)) is None or holder.renewals < count:
+            time.sleep(0.05)
+        return holder.renewals
+
+    with exclusive(remote, "taste"):
+        first_renewals = wait_for_renewals(1)
+        failed_before = server.counts()["failed"]
+        server.fail(1.0)
+        while server.counts()["failed"] < failed_before + 2:
+            time.sleep(0.05)
+        server.fail(0.0)
+        wait_for_renewals(first_renewals + 2)
+    assert not remote.exists(LOCK_HOLDER)
 
 
 def test_the_lock_of_a_process_that_died_on_this_machine_is_taken_over_by_one_of_those_who_want_it(
