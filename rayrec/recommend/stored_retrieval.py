@@ -359,19 +359,22 @@ def _content_hash(songs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class SongGroups:
-    """Groups of songs, such as artists or albums: the group of each song, and the songs of each group."""
+    """Groups of songs, such as artists or albums: the group of each song, and the played songs of each group."""
 
     of_song: np.ndarray  # int32 (N,), the group; -1 if unknown
     offsets: np.ndarray  # int64 (G + 1,)
-    songs: np.ndarray  # int32, the first 100 songs of each group by descending plays, equal ones by row
+    songs: np.ndarray  # int32, the first 100 played songs of each group by descending plays, equal ones by row
 
     def __bool__(self) -> bool:
         return len(self.songs) > 0
 
     @classmethod
     def build(cls, of_song: np.ndarray, plays: np.ndarray) -> SongGroups:
-        """Create the groups from the group of each song, int (N,), -1 if unknown, and its plays, int (N,)."""
-        grouped_songs = np.flatnonzero(of_song >= 0)
+        """Create the groups from the group of each song, int (N,), -1 if unknown, and its plays, int (N,).
+
+        Songs without a play have a group, but no group lists them: they may be held-out songs, and have no vector.
+        """
+        grouped_songs = np.flatnonzero((of_song >= 0) & (plays > 0))
         order = grouped_songs[np.lexsort((grouped_songs, -plays[grouped_songs], of_song[grouped_songs]))]
         order = order[positions_in_groups(of_song[order]) < SONGS_PER_GROUP]
         num_groups = int(of_song.max(initial=-1)) + 1

@@ -178,6 +178,17 @@ def test_the_songs_of_an_artist_are_ordered_by_plays() -> None:
     assert artists.songs[artists.offsets[5] : artists.offsets[6]].tolist() == [1, 0, 3]
 
 
+def test_a_song_without_a_play_has_an_artist_that_does_not_list_it_until_it_is_played() -> None:
+    artist_of_song = np.array([0, 0, 0, 0])
+    histories = Histories.from_lists([[0, 1, 1, 2]], [list(range(4))])
+    counts = RetrievalCounts.fit(histories, num_songs=4)
+    artists = Retrieval.build(counts, artist_of_song=artist_of_song).artists
+    assert (artists.songs.tolist(), artists.of_song[3]) == ([1, 0, 2], 0)
+    later_histories = Histories.from_lists([[3, 3, 3]], [list(range(3))], user_ids=["later"])
+    counts = RetrievalCounts.merge([counts, RetrievalCounts.fit(later_histories, num_songs=4)])
+    assert Retrieval.build(counts, artist_of_song=artist_of_song).artists.songs.tolist() == [3, 1, 0, 2]
+
+
 def test_plays_after_the_cut_are_refused() -> None:
     histories = Histories.from_lists([[0, 1]], [[0, 2 * DAY_MS]])
     with pytest.raises(LeakError):
