@@ -294,8 +294,9 @@ def known_songs(recommender: BaseRecommender, num_songs: int) -> np.ndarray:
     """bool (num_songs,): True for songs with a vector in the network; False for songs that were imported after it."""
     from rayrec.recommend.reranking import network_of
 
-    is_known: np.ndarray = np.arange(num_songs) < recommender.num_songs
-    is_known[network_of(recommender).rows_without_vector] = False
+    network = network_of(recommender)  # a retrieval may hold songs that were imported after it
+    is_known: np.ndarray = np.arange(num_songs) < network.num_songs
+    is_known[network.rows_without_vector[network.rows_without_vector < num_songs]] = False
     return is_known
 
 

@@ -91,7 +91,7 @@ class FeatureSources:
         self, batch: QueryBatch, candidates: Candidates, add_column: Callable[[np.ndarray], None]
     ) -> None:
         rows, songs, user_songs = candidates.rows, candidates.songs, batch.user_songs
-        vectors = _look_up(self.song_vectors, songs)
+        vectors = look_up(self.song_vectors, songs)
         first_positions = group_starts(rows)
         counts = np.diff(np.append(first_positions, len(rows)))
         for taste_vectors, scale in zip((batch.short_vectors, batch.long_vectors), self.scales, strict=True):
@@ -103,7 +103,7 @@ class FeatureSources:
                 logits -= np.repeat(np.maximum.reduceat(logits, first_positions), counts)
                 logits -= np.repeat(np.log(np.add.reduceat(np.exp(logits), first_positions)), counts)
             add_column(logits)
-        add_column(np.einsum("cd,cd->c", vectors, _look_up(self.song_vectors, batch.last_songs)[rows]))
+        add_column(np.einsum("cd,cd->c", vectors, look_up(self.song_vectors, batch.last_songs)[rows]))
         nearest_cosines, mean_cosines = self._similarity_to_recent(batch, rows, vectors)
         add_column(nearest_cosines)
         add_column(mean_cosines)
@@ -123,8 +123,8 @@ class FeatureSources:
         add_column(user_values(user_songs.base_level, -20))
         add_column(user_values(user_songs.base_level_hours, -20) if self.real_times else np.zeros(len(rows)))
         add_column(user_values(user_songs.session_plays, 0))
-        log_plays = np.log1p(_look_up(self.retrieval.plays.plays, songs))
-        log_recent_plays = np.log1p(_look_up(self.retrieval.recent_plays, songs))
+        log_plays = np.log1p(look_up(self.retrieval.plays.plays, songs))
+        log_recent_plays = np.log1p(look_up(self.retrieval.recent_plays, songs))
         add_column(log_plays)
         add_column(log_recent_plays)
         add_column(log_recent_plays - log_plays)
@@ -137,14 +137,14 @@ class FeatureSources:
         if self.retrieval.plays.skips is not None:
             add_column(user_values(user_songs.skips, 0))
             add_column(user_values(user_songs.skips / np.maximum(1, user_songs.plays), 0))
-            skips, mean_skip_share = _look_up(self.retrieval.plays.skips, songs), self.retrieval.skip_share
+            skips, mean_skip_share = look_up(self.retrieval.plays.skips, songs), self.retrieval.skip_share
             add_column((skips + SKIP_PLAYS * mean_skip_share) / (np.expm1(log_plays) + SKIP_PLAYS) - mean_skip_share)
         if self.retrieval.has_likes:
             add_column(batch.liked.find(candidates.keys) >= 0)
 
     def _age_days(self, batch: QueryBatch, candidates: Candidates) -> np.ndarray:
         """float64 (C,): days since the first play of each candidate by any user; NEVER if there was none."""
-        first_days = _look_up(self.retrieval.plays.first_days, candidates.songs, NOT_PLAYED).astype(np.int64)
+        first_days = look_up(self.retrieval.plays.first_days, candidates.songs, NOT_PLAYED).astype(np.int64)
         days = batch.queries.at[candidates.rows] // DAY_MS - first_days
         return np.where(first_days == NOT_PLAYED, NEVER, np.maximum(0, days))
 
@@ -154,7 +154,7 @@ class FeatureSources:
         """Return the largest and the mean cosine of each candidate with the last ten songs; 0 if there are none."""
         latest_plays = batch.latest(RECENT)
         recent_vectors = np.zeros((len(batch), RECENT, self.song_vectors.shape[1]), dtype=np.float32)
-        recent_vectors[batch.rows[latest_plays], batch.back[latest_plays]] = _look_up(
+        recent_vectors[batch.rows[latest_plays], batch.back[latest_plays]] = look_up(
             self.song_vectors, batch.songs[latest_plays]
         )
         bounds = np.searchsorted(rows, np.arange(len(batch) + 1)).tolist()
@@ -193,7 +193,7 @@ class FeatureSources:
         latest_plays = batch.latest(RECENT)
         latest_plays = latest_plays[batch.in_session[latest_plays]]
         session_vectors = np.zeros((len(batch), self.song_vectors.shape[1]))
-        np.add.at(session_vectors, batch.rows[latest_plays], _look_up(self.song_vectors, batch.songs[latest_plays]))
+        np.add.at(session_vectors, batch.rows[latest_plays], look_up(self.song_vectors, batch.songs[latest_plays]))
         norms = np.linalg.norm(session_vectors, axis=1)
         return np.asarray(np.einsum("qd,qd->q", session_vectors, batch.long_vectors) / np.where(norms > 0, norms, 1))
 
@@ -237,7 +237,7 @@ QUERY_FEATURES = [
 ]
 
 
-def _look_up(values: np.ndarray, songs: np.ndarray, default: int = 0) -> np.ndarray:
+def look_up(values: np.ndarray, songs: np.ndarray, default: int = 0) -> np.ndarray:
     """Return the values of `songs`, int; `default` for songs that are -1 or beyond the end of `values`."""
     is_known = (songs >= 0) & (songs < len(values))
     song_values = np.full((len(songs), *values.shape[1:]), default, dtype=values.dtype)
@@ -274,7 +274,7 @@ def _group_features(
 
     The number is float64 (Q,).
     """
-    play_groups = _look_up(groups.of_song, batch.songs, NO_GROUP).astype(np.int64)
+    play_groups = look_up(groups.of_song, batch.songs, NO_GROUP).astype(np.int64)
     grouped_plays = np.flatnonzero(play_groups >= 0)
     num_groups = max(1, len(groups.offsets))
     keys = batch.rows[grouped_plays] * num_groups + play_groups[grouped_plays]
@@ -285,7 +285,7 @@ def _group_features(
     last_plays = grouped_plays[order[np.append(first_positions[1:], len(order)) - 1]] if len(order) else order
     is_recent = batch.back[grouped_plays][order] < RECENT
     recent_plays = np.add.reduceat(is_recent.astype(np.int64), first_positions) if len(first_positions) else group_plays
-    candidate_groups = _look_up(groups.of_song, candidates.songs, NO_GROUP).astype(np.int64)
+    candidate_groups = look_up(groups.of_song, candidates.songs, NO_GROUP).astype(np.int64)
     candidate_keys = np.where(candidate_groups >= 0, candidates.rows * num_groups + candidate_groups, -1)
     positions = np.minimum(np.searchsorted(group_keys, candidate_keys), max(0, len(group_keys) - 1))
     is_known = group_keys[positions] == candidate_keys if len(group_keys) else np.zeros(len(candidate_keys), dtype=bool)
@@ -293,7 +293,7 @@ def _group_features(
     def group_values(values: np.ndarray, default: float) -> np.ndarray:
         return np.where(is_known, values[positions], default) if len(values) else np.full(len(candidate_keys), default)
 
-    last_groups = _look_up(groups.of_song, batch.last_songs, NO_GROUP)
+    last_groups = look_up(groups.of_song, batch.last_songs, NO_GROUP)
     add_column((last_groups[candidates.rows] == candidate_groups) & (candidate_groups >= 0))
     add_column(
         group_values(recent_plays, 0) / np.maximum(1, np.minimum(np.diff(batch.offsets), RECENT))[candidates.rows]

@@ -16,6 +16,7 @@ from rayrec.data.histories import Histories, Queries
 from rayrec.data.ragged import positions_in_groups
 from rayrec.data.top_k import top_k
 from rayrec.recommend.base import NO_SONG, BaseRecommender, HorizonName, Ranking, SearchPath, normalized
+from rayrec.recommend.candidate_features import look_up
 from rayrec.recommend.filters import AnswerFilter, first_of_order
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
@@ -276,8 +277,8 @@ def _select_from_pool(
     """Return the songs of an answer, chosen from a ranked pool, best first."""
     positions = np.arange(min(options.k, len(pool.songs)))
     if options.diversity:
-        candidates = pool.songs[: pool_size(options)]
-        positions = diversify(network_of(recommender).song_vectors[candidates], options.k, options.diversity)
+        vectors = look_up(network_of(recommender).song_vectors, pool.songs[: pool_size(options)])
+        positions = diversify(vectors, options.k, options.diversity)
     selected = replace(pool, songs=pool.songs[positions], scores=pool.scores[positions])
     if options.explore:
         ranked = pool.songs, pool.scores
@@ -319,7 +320,7 @@ def similar(recommender: BaseRecommender, song: int, k: int) -> SelectedSongs:
     """Return the k songs nearest to row `song` by cosine of the network's vectors; none for a song without a vector."""
     network = network_of(recommender)
     options = AnswerOptions(k=k, answer_filter=AnswerFilter(excluded=np.array([song])))
-    (nearest,) = _nearest_songs(network, network.song_vectors[song][None], [options])
+    (nearest,) = _nearest_songs(network, look_up(network.song_vectors, np.array([song])), [options])
     return nearest
 
 

@@ -20,7 +20,7 @@ from rayrec.model.network import TasteModel
 from rayrec.model.train_config import FeatureSpec, ModelConfig
 from rayrec.model.train_config import Horizon as Offsets
 from rayrec.recommend import two_step
-from rayrec.recommend.answer import reasons
+from rayrec.recommend.answer import known_songs, reasons
 from rayrec.recommend.base import NO_SONG, QueryBatch
 from rayrec.recommend.candidate_features import LIKE_FEATURES, SKIP_FEATURES
 from rayrec.recommend.filters import AnswerFilter, SongSet, intersect_songs, without_heard
@@ -303,6 +303,30 @@ def test_songs_that_no_retriever_proposes_fill_the_answer_from_the_index(recomme
         assert is_filled.any()
         cosines = source.network.song_vectors[songs] @ source.network.vectors(histories, queries)[row]
         assert (np.diff(cosines[is_filled]) <= 1e-6).all()
+
+
+def test_songs_that_only_the_retrieval_knows_are_recommended_with_diversity_and_have_no_vector(
+    recommender: TwoStepRecommender,
+) -> None:
+    later_songs = [NUM_SONGS + 2, NUM_SONGS + 3]
+    counts = [
+        RetrievalCounts.fit(histories, num_songs=NUM_SONGS + 4)
+        for histories in (
+            _cycling_users(150, 0),
+            Histories.from_lists([[2, *later_songs, 3]], [[0, 1, 2, 3]], ["later"]),
+        )
+    ]
+    retrieval = Retrieval.build(RetrievalCounts.merge(counts).strongest())
+    extended = TwoStepRecommender(CandidateSource(recommender.source.network, retrieval), recommender.rankers)
+    history = Histories.from_lists([[1, 2]], [[0, 1]])
+    vectors = recommender.source.network.vectors_of(history, Queries.at_end(history, MINUTE), HORIZONS)
+    for diversity in (0.0, 0.5):
+        options = AnswerOptions(k=NUM_SONGS, diversity=diversity)
+        (selected,) = choose(extended, vectors, history, np.array([MINUTE]), [options])
+        assert len(set(selected.songs.tolist())) == NUM_SONGS
+        assert set(later_songs) & set(selected.songs.tolist())
+    expected = np.arange(NUM_SONGS + 4) < NUM_SONGS
+    np.testing.assert_array_equal(known_songs(extended, NUM_SONGS + 4), expected)
 
 
 def test_k_below_one_is_refused(recommender: TwoStepRecommender) -> None:

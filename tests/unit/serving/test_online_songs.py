@@ -13,7 +13,7 @@ from worlds import write_dataset, write_song_vectors
 
 from rayrec.bench.redis_servers import RedisServer
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories
+from rayrec.data.histories import Histories, concatenate
 from rayrec.data.impressions import read_impressions
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.jobs.add_songs import add_songs, added_to
@@ -21,6 +21,7 @@ from rayrec.model.added_songs import AddedSongs
 from rayrec.online.sqlite_store import SqliteStore
 from rayrec.online.state_store import StoreUnavailableError
 from rayrec.recommend.reranking import network_of
+from rayrec.recommend.stored_retrieval import Retrieval, RetrievalCounts
 from rayrec.serving import online_songs
 from rayrec.serving.middleware import Keys, load_keys
 from rayrec.serving.serve_config import ServeConfig
@@ -113,6 +114,26 @@ def test_an_added_song_is_recommended_to_listeners_of_its_artist_and_nothing_els
         ranking = app.post("/v1/rank", {"history": history, "songs": ["new-1", "song-2"]}).json()
         assert ranking["unknown_song_ids"] == []
     assert [(song["song_id"], song["score"]) for song in ranking["songs"]][1] == ("new-1", 0.0)  # it has no plays
+
+
+def test_a_song_that_only_the_retrieval_knows_has_no_place_on_the_map_until_it_is_added(world: Workspace) -> None:
+    later_song, later_plays = f"song-{NUM_SONGS}", Histories.from_lists([[ARTIST, NUM_SONGS]], [[BEGIN, AT]], ["later"])
+    dataset = write_dataset(world, concatenate([*Dataset(world).read_all(), later_plays]), NUM_SONGS + 1)
+    counts = [RetrievalCounts.fit(part, num_songs=NUM_SONGS + 1) for part in dataset.read_all()]
+    retrieval = artifacts.load_manifest(world, "retrieval", "retrieval1")
+    names = Retrieval.build(
+        RetrievalCounts.merge(counts).strongest(), artist_of_song=dataset.catalog().codes("artist")
+    ).save(world, retrieval.folder)
+    artifacts.publish(world, retrieval, names)
+    releases.create_release(world)
+    with service(world) as replica:
+        app = Client(replica)
+        assert later_song in recommended_songs(app, ARTIST_SONGS, diversity=0.5)
+        assert app.get(f"/v1/songs/{later_song}/similar").json()["songs"] == []
+        song_map = app.post("/v1/map", {"songs": [later_song, "song-1"]}).json()
+        assert ([point["song_id"] for point in song_map["points"]], song_map["unknown_songs"]) == (["song-1"], 1)
+        assert add(app, {"song_id": later_song, "artist": f"Artist {ARTIST}"}) == ["added"]
+        assert len(app.get(f"/v1/songs/{later_song}/similar").json()["songs"]) == 20
 
 
 def test_every_replica_takes_it_in_within_a_second_and_a_restarted_one_has_it(world: Workspace) -> None:
