@@ -5,7 +5,7 @@ One task joins the ranges.
 Buckets are counted in groups, which bounds the reads of object storage: one per group and range.
 
 If a retrieval with the same settings already covers earlier parts of the plays, only the later parts are read and added
-to it.
+to it, unless a user was deleted since: nobody's plays can be taken out of its counts.
 """
 
 import struct
@@ -20,7 +20,7 @@ import numpy as np
 
 from rayrec.config import to_mapping
 from rayrec.data import columns
-from rayrec.data.dataset import Dataset
+from rayrec.data.dataset import Dataset, read_forgotten
 from rayrec.data.histories import Histories
 from rayrec.data.split import SELECTION_FOLDER, FitRange, Split, fit_range, load_split, require_split_of
 from rayrec.display import progress
@@ -53,17 +53,21 @@ def fit_retrieval(
 ) -> Manifest:
     """Fit the data that retrievers look up, on all plays that a final fit may see; return the retrieval artifact.
 
-    Unless `config.full` or `repeat` requests all plays, only the plays of new parts are read and added to the newest
-    retrieval with the same settings and split. Play counts are then those of all plays. Sessions and rules are too,
-    with these exceptions: a user's first session in a new part starts in that part, no rule leads from earlier plays to
-    plays of the part, and a follower that was not among the strongest rules of its song starts at 0.
+    Unless `config.full` or `repeat` requests all plays, or a user was deleted since, only the plays of new parts are
+    read and added to the newest retrieval with the same settings and split. Play counts are then those of all plays.
+    Sessions and rules are too, with these exceptions: a user's first session in a new part starts in that part, no rule
+    leads from earlier plays to plays of the part, and a follower that was not among the strongest rules of its song
+    starts at 0.
     With a validation range, the folder `selection` holds a second retrieval, fitted before that range: rankers learn on
     the range, which it has not seen.
 
-    Metrics: seconds, plays, sessions, rules, artists, albums and base, the id of the retrieval that was added to ("" if
-    all plays were read). A killed job continues with the missing work.
+    Metrics: seconds, plays, sessions, rules, artists, albums, base, the id of the retrieval that was added to ("" if
+    all plays were read), and last_deletion, the moment of the last deletion of a user before the fit (ms UTC, 0 if
+    there was none). A killed job continues with the missing work.
     Raises `MismatchError` for a split of another data set.
     """
+    # Read before the erasure: plays of a user who is deleted later may be counted.
+    last_deletion = max(read_forgotten(workspace).moments.values(), default=0)
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
     inputs = {"dataset": dataset.manifest.id}
@@ -79,7 +83,8 @@ def fit_retrieval(
     retrieval_id, complete = artifacts.new_id(workspace, KIND, fingerprint_id, repeat=repeat)
     if complete:
         return artifacts.reuse(workspace, KIND, retrieval_id)
-    manifest = Manifest(kind=KIND, id=retrieval_id, config=to_mapping(config), inputs=inputs)
+    metrics: dict[str, Any] = {"last_deletion": last_deletion}
+    manifest = Manifest(kind=KIND, id=retrieval_id, config=to_mapping(config), inputs=inputs, metrics=metrics)
     first_part, base = 0, None
     if not (config.full or repeat):
         first_part, base = dataset.newest_base(KIND, lambda candidate: _is_continuable(workspace, candidate, manifest))
@@ -100,15 +105,19 @@ def fit_retrieval(
             dataset, config, fit_range(split), manifest.folder, base=base_folder, first_part=first_part
         )
         file_names += final_names
-    metrics = {**fit_metrics, "seconds": round(time.monotonic() - started, 1), "base": base.id if base else ""}
+    metrics |= {**fit_metrics, "seconds": round(time.monotonic() - started, 1), "base": base.id if base else ""}
     return artifacts.publish(workspace, replace(manifest, metrics=metrics), file_names)
 
 
 def _is_continuable(workspace: Workspace, earlier_retrieval: Manifest, new_retrieval: Manifest) -> bool:
-    """Return True if two retrievals have the same settings, and have the same split or may both see all plays."""
+    """Return True if two retrievals have the same settings, and have the same split or may both see all plays.
+
+    False if a user was deleted between them: the earlier one may hold the user's plays.
+    """
     settings = [{**manifest.config, "full": False} for manifest in (earlier_retrieval, new_retrieval)]
     splits = [manifest.inputs.get("split") for manifest in (earlier_retrieval, new_retrieval)]
-    if settings[0] != settings[1]:
+    deletions = [manifest.metrics.get("last_deletion") for manifest in (earlier_retrieval, new_retrieval)]
+    if settings[0] != settings[1] or deletions[0] != deletions[1]:
         return False
     return splits[0] == splits[1] or all(
         fit_range(load_split(workspace, split) if split else None) == FitRange() for split in splits

@@ -448,6 +448,19 @@ def test_killed_fits_leave_no_plays_of_a_deleted_user_and_nothing_new_is_made_of
     require_sound(four_days)
 
 
+def test_a_retrieval_continues_none_that_was_fitted_before_a_deletion(four_days: Workspace, tmp_path: Path) -> None:
+    fit_retrieval(four_days, RetrievalConfig())
+    forget_users(four_days, DELETED)
+    append_plays(four_days, write_plays(tmp_path, 4))
+    first = fit_retrieval(four_days, RetrievalConfig())
+    assert Retrieval.load(four_days, first.folder).plays.plays.sum() == Dataset(four_days).manifest.plays
+    assert first.metrics["base"] == ""
+    append_plays(four_days, write_plays(tmp_path, 5))
+    second = fit_retrieval(four_days, RetrievalConfig())
+    assert Retrieval.load(four_days, second.folder).plays.plays.sum() == Dataset(four_days).manifest.plays
+    assert second.metrics["base"] == first.id
+
+
 def test_a_training_that_was_stopped_before_a_deletion_starts_over_without_a_question_and_says_so(
     four_days: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
