@@ -581,17 +581,19 @@ def require_split_of(dataset: Dataset, split: Split) -> None:
 def validation_histories(dataset: Dataset, split: Split, limit: int) -> Histories:
     """Return the histories, up to the end of the validation range, of users with plays in that range.
 
-    Users are read in the order of the buckets until they have at least `limit` plays in the validation range.
+    Buckets are read as a whole, in their order, until they have at least `limit` plays in the validation range: within
+    a bucket users are sorted by id, so the first are no random sample.
     """
     selected: list[Histories] = []
     plays = 0
-    for histories in dataset.read_all():
-        final_histories = split.final.select(histories)
-        validation_counts = np.bincount(
-            final_histories.rows[split.is_validation(final_histories)], minlength=len(final_histories)
-        )
-        selected.append(final_histories.take(validation_counts > 0))
-        plays += int(validation_counts.sum())
+    for bucket in range(dataset.manifest.buckets):
+        for histories in dataset.read_bucket(bucket):
+            final_histories = split.final.select(histories)
+            validation_counts = np.bincount(
+                final_histories.rows[split.is_validation(final_histories)], minlength=len(final_histories)
+            )
+            selected.append(final_histories.take(validation_counts > 0))
+            plays += int(validation_counts.sum())
         if plays >= limit:
             break
     return concatenate(selected)

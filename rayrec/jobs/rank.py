@@ -314,22 +314,15 @@ class ExampleCollector:
 
     def __call__(self, bucket: int) -> tuple[int, int]:
         """Write the examples of a bucket; return its number and the number of queries."""
-        task, remaining_queries = self._task, self._queries_per_bucket
-        batch_examples: list[dict[str, dict[RankerKind, RankingExamples]]] = []
-        for batch in task.dataset.read_bucket(bucket):
-            histories, plays = validation_queries(batch, task.split, remaining_queries)
-            remaining_queries -= len(plays)
-            if len(plays):
-                batch_examples.append(collect_examples(self._sources, histories, plays))
-        for left_out_part in task.left_out if batch_examples else ():
-            for kind in KINDS:
-                bucket_examples = RankingExamples.concatenate(
-                    [examples[left_out_part][kind] for examples in batch_examples]
-                )
+        task = self._task
+        histories, plays = validation_queries(task.dataset.read_bucket(bucket), task.split, self._queries_per_bucket)
+        examples = collect_examples(self._sources, histories, plays) if len(plays) else {}
+        for left_out_part, examples_by_kind in examples.items():
+            for kind, kind_examples in examples_by_kind.items():
                 task.dataset.workspace.write_bytes(
-                    task.examples_path(bucket, left_out_part, kind), pack_examples(bucket_examples)
+                    task.examples_path(bucket, left_out_part, kind), pack_examples(kind_examples)
                 )
-        return bucket, self._queries_per_bucket - remaining_queries
+        return bucket, len(plays)
 
 
 @dataclass(frozen=True, order=True)

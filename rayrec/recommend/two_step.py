@@ -8,14 +8,14 @@ songs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from safetensors.numpy import load, save
 
-from rayrec.data.histories import Histories, Queries, user_hash
+from rayrec.data.histories import Histories, Queries, concatenate, user_hash
 from rayrec.data.ragged import group_of_each_item, positions_in_groups, ranges
 from rayrec.data.split import Split
 from rayrec.data.top_k import top_ranked
@@ -496,20 +496,27 @@ LONG = Horizon(min_offset=25, max_offset=50)  # used unless the network's long h
 HELD_OUT = 5  # one user in five is held out to check rankers trained on the others
 
 
-def validation_queries(histories: Histories, split: Split, limit: int) -> tuple[Histories, np.ndarray]:
+def validation_queries(batches: Iterable[Histories], split: Split, limit: int) -> tuple[Histories, np.ndarray]:
     """Return histories up to the end of the validation range, and positions int64 (Q,) of at most `limit` plays in it.
 
-    Each of these plays has an earlier play by the same user. The choice depends only on user and time.
+    Each of these plays has an earlier play by the same user. The choice depends only on user and time, not on the
+    batches in which users are read. The histories are those of the users of these plays.
     """
-    final_histories = split.final.select(histories)
-    in_validation = split.is_validation(final_histories)
-    in_validation[final_histories.offsets[:-1][final_histories.lengths > 0]] = False
-    has_queries = np.bincount(final_histories.rows[in_validation], minlength=len(final_histories)) > 0
-    query_histories = final_histories.take(has_queries)
-    plays = np.flatnonzero(in_validation[has_queries[final_histories.rows]])
-    if len(plays) > limit:
-        order = np.argsort(_play_hash(query_histories, plays), kind="stable")
-        plays = np.sort(plays[order[:limit]])
+    query_histories, plays = Histories.from_lists([], []), np.zeros(0, dtype=np.int64)
+    for batch in batches:
+        histories = split.final.select(batch)
+        in_validation = split.is_validation(histories)
+        in_validation[histories.offsets[:-1][histories.lengths > 0]] = False
+        batch_plays = np.flatnonzero(in_validation)
+        if len(plays):
+            batch_plays = np.concatenate([plays, batch_plays + query_histories.num_plays])
+            histories = concatenate([query_histories, histories])
+        if len(batch_plays) > limit:
+            order = np.argsort(_play_hash(histories, batch_plays), kind="stable")
+            batch_plays = np.sort(batch_plays[order[:limit]])
+        rows, play_rows = np.unique(histories.rows[batch_plays], return_inverse=True)
+        query_histories = histories.take(rows)
+        plays = batch_plays - histories.offsets[rows][play_rows] + query_histories.offsets[play_rows]
     return query_histories, plays
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from rankings import retrieval_of
-from worlds import random_histories, random_vectors
+from worlds import random_histories, random_vectors, with_opinions
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import DAY_MS
@@ -76,6 +76,7 @@ def test_the_long_ranker_learns_the_plays_that_the_long_horizon_is_for(long: Any
     np.testing.assert_array_equal(actual.counts, expected.counts)
 
 
+RANDOM_SPLIT = Split(id="s", dataset="d", validation_from=400_000, test_from=1_500_000)  # of random histories
 TIME_SPLIT = Split(id="s", dataset="d", validation_from=100, test_from=200)
 LAST_FRACTION_SPLIT = Split(id="s", dataset="d", protocol="last-fraction", last_fraction=0.25, validation_fraction=0.25)
 PLAY_TIMES = {
@@ -123,7 +124,7 @@ def test_rankers_predict_the_validation_plays_that_have_an_earlier_play(
     split: Split, expected: dict[str, list[int]]
 ) -> None:
     all_histories = _planted_histories()
-    histories, plays = validation_queries(all_histories, split, 100)
+    histories, plays = validation_queries([all_histories], split, 100)
     assert _predicted_times(histories, plays) == expected
     # The histories end with each user's last play in the range, and hold the earlier plays of these users.
     songs_by_user = dict(
@@ -138,21 +139,33 @@ def test_rankers_predict_the_validation_plays_that_have_an_earlier_play(
 
 def test_the_sample_of_predicted_plays_depends_only_on_user_and_time() -> None:
     histories = random_histories(40, NUM_SONGS, longest=20, seed=4)
-    split = Split(id="s", dataset="d", validation_from=400_000, test_from=1_500_000)
-    full = _predicted_times(*validation_queries(histories, split, 10**6))
-    sample = _predicted_times(*validation_queries(histories, split, 25))
+    split = RANDOM_SPLIT
+    full = _predicted_times(*validation_queries([histories], split, 10**6))
+    sample = _predicted_times(*validation_queries([histories], split, 25))
     assert sum(map(len, full.values())) > 100
     assert sum(map(len, sample.values())) == 25
     assert all(set(times) <= set(full[user]) for user, times in sample.items())
     reversed_histories = histories.take(np.arange(len(histories))[::-1])
-    assert _predicted_times(*validation_queries(reversed_histories, split, 25)) == sample
-    assert validation_queries(histories, split, 0)[1].tolist() == []
+    assert _predicted_times(*validation_queries([reversed_histories], split, 25)) == sample
+    assert validation_queries([histories], split, 0)[1].tolist() == []
+
+
+@pytest.mark.parametrize("limit", [1, 25, 10**6])
+@pytest.mark.parametrize("split", [RANDOM_SPLIT, LAST_FRACTION_SPLIT], ids=["in time", "last fraction"])
+def test_the_sample_of_predicted_plays_does_not_depend_on_the_batches_of_users(split: Split, limit: int) -> None:
+    histories = with_opinions(random_histories(40, NUM_SONGS, longest=20, seed=4), NUM_SONGS)
+    expected_histories, expected_plays = validation_queries([histories], split, limit)
+    batches = [histories.take(np.arange(start, min(start + 7, 40))) for start in range(0, 40, 7)]
+    batch_histories, batch_plays = validation_queries(batches, split, limit)
+    assert 0 < len(expected_plays) <= limit
+    np.testing.assert_array_equal(batch_plays, expected_plays)
+    assert batch_histories.to_arrow().equals(expected_histories.to_arrow())
 
 
 def test_users_held_out_teach_rankers_nothing() -> None:
     histories = random_histories(40, NUM_SONGS, longest=20, seed=4)
     split = Split(id="s", dataset="d", validation_from=400_000, test_from=1_500_000, held_out_share=0.5)
-    predicted_users = set(_predicted_times(*validation_queries(histories, split, 10**6)))
+    predicted_users = set(_predicted_times(*validation_queries([histories], split, 10**6)))
     held_out_users = set(histories.user_ids[~split.final.allowed_users(histories.user_ids)])
     assert len(predicted_users) > 5
     assert len(held_out_users) > 5

@@ -7,6 +7,7 @@ import pytest
 from worlds import random_histories, random_vectors, write_dataset
 
 from rayrec.data.dataset import Dataset
+from rayrec.data.histories import Histories
 from rayrec.data.split import Split
 from rayrec.recommend.baselines import Selection, make_selection
 from rayrec.storage.workspace import Workspace
@@ -38,6 +39,18 @@ def test_a_selection_is_all_of_the_validation_range_and_nothing_after_it(dataset
     expected = sorted(time for time in _all_times(dataset) if 1_500_000 <= time < 2_500_000)
     assert sorted(times[selection.plays].tolist()) == expected
     assert all((batch.played_at < 1_500_000).all() for batch in selection.batches())
+
+
+def test_a_selection_holds_whole_buckets_though_their_users_are_read_in_batches(workspace: Workspace) -> None:
+    users = 6_000
+    histories = Histories.from_lists(
+        [[0, 1]] * users, [[0, 2_000_000]] * users, [f"user-{user:04}" for user in range(users)]
+    )
+    dataset = write_dataset(workspace, histories, NUM_SONGS, buckets=1)
+    assert len(list(dataset.read_bucket(0))) > 1
+    selection = make_selection(dataset, SPLIT, None, limit=10)
+    assert selection is not None
+    assert len(selection.plays) == users
 
 
 def test_queries_lie_the_drawn_number_of_plays_before_their_answers(dataset: Dataset) -> None:
