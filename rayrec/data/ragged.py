@@ -44,6 +44,19 @@ def group_starts(sorted_values: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.concatenate([[True], sorted_values[1:] != sorted_values[:-1]]))
 
 
+def find_in_groups(values: np.ndarray, starts: np.ndarray, ends: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """int64 (Q,): the first position in [start, end) whose value is at least the bound; the end if there is none.
+
+    `starts`, `ends` and `bounds` are (Q,); the values between a start and its end are ascending.
+    """
+    while (starts < ends).any():  # a binary search for all queries at once
+        middle = (starts + ends) // 2
+        is_open = starts < ends
+        is_below = is_open & (values[np.where(is_open, middle, 0)] < bounds)
+        starts, ends = np.where(is_below, middle + 1, starts), np.where(is_open & ~is_below, middle, ends)
+    return starts
+
+
 def stable_order(keys: np.ndarray) -> np.ndarray:
     """int64: the result of `np.argsort(keys, kind="stable")` for keys that are int64 and not negative.
 

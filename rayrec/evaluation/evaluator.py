@@ -299,6 +299,7 @@ class Evaluator:
             depth=max(self.config.ks),
             horizons={name: horizon_of(recommender, name) for name in block.targets},
             listed=block.drawn,
+            heard_songs=block.heard,
         )
         metrics = {
             name: metrics_of(ranked.ranks[name], target.rows, target.sizes, self.config.ks)

@@ -241,6 +241,16 @@ class HeardSongs:
         has_played = (self._keys[indices] == keys) & (songs < self._num_songs)
         return np.asarray(has_played & (self._first_positions[indices] < plays_before))
 
+    def songs_before(self, rows: np.ndarray, plays_before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the songs in the first `plays_before` plays of the users at `rows`, int (Q,) each, every song once.
+
+        The result is two int64 arrays: the query of each song, ascending, and the song.
+        """
+        starts, ends = (np.searchsorted(self._keys, users * self._num_songs) for users in (rows, rows + 1))
+        entries, query_rows = ranges(starts, ends - starts), group_of_each_item(ends - starts)
+        is_before = self._first_positions[entries] < plays_before[query_rows]
+        return query_rows[is_before], self._keys[entries[is_before]] % self._num_songs
+
 
 def slices_of(contexts: Sequence[str]) -> list[tuple[str, str]]:
     """Return the criterion and the name of each of the S slices.

@@ -20,7 +20,7 @@ from rayrec.data.top_k import top_positions
 from rayrec.evaluation.calibration import BIN_COLUMNS, CALIBRATED, PROBABILITY_BINS, calibration_sums
 from rayrec.evaluation.protocol import USUAL_K, HeardSongs, TargetSongs, in_mask, target_songs
 from rayrec.recommend.base import NO_SONG, BaseRecommender, CandidateRecommender, HorizonName, ScoredCandidates
-from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender, last_plays
+from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender
 
 if TYPE_CHECKING:
     from rayrec.recommend.baselines import Selection, Settings
@@ -72,14 +72,17 @@ def rank_targets(
     depth: int,
     horizons: Mapping[str, HorizonName] | None = None,
     listed: np.ndarray | None = None,
+    heard_songs: HeardSongs | None = None,
 ) -> Ranked:
     """Return the rank of each target song, exact up to `depth`.
 
     A song that is not in `known_songs`, bool (N,), is NOT_FOUND whatever its score, unless it was added to the
     recommender. `horizons` are the horizons of the targets; the default is short. For the queries in `listed`, bool
     (Q,), the result also holds the first LIST_LENGTH of all songs on the short horizon. Scores that are probabilities
-    are compared with the next plays if both targets of CALIBRATED are given.
+    are compared with the next plays if both targets of CALIBRATED are given. `heard_songs` are those of `histories`, if
+    they are already known.
     """
+    heard = HeardSongs(histories) if heard_songs is None else heard_songs
     target_horizons: dict[str, HorizonName] = {name: (horizons or {}).get(name, "short") for name in targets}
     list_horizons: tuple[HorizonName, ...] = () if listed is None else ("short",)
     needed_horizons = list(dict.fromkeys([*list_horizons, *target_horizons.values()]))
@@ -103,7 +106,7 @@ def rank_targets(
         unheard_ranking = None  # the ranking without heard songs, of all queries
         if bin_sums and horizon == "short":
             all_rows = np.arange(chunk.stop - chunk.start)
-            unheard_ranking = ranking.without_heard(histories, queries.take(chunk), all_rows)
+            unheard_ranking = ranking.without_heard(heard, queries.take(chunk), all_rows)
             for name, list_ranking in {"served": unheard_ranking, "next": ranking}.items():
                 rows, songs, scores = list_ranking.first(all_rows, LIST_LENGTH)
                 bin_sums[name] += calibration_sums(scores, songs == next_songs[chunk][rows])
@@ -126,7 +129,7 @@ def rank_targets(
                     - chunk.start
                 )
                 target_ranking = ranking.without_heard(
-                    histories, queries.take(chunk), rows, is_cold if among_cold else None
+                    heard, queries.take(chunk), rows, is_cold if among_cold else None
                 )
             for name, positions in positions_by_name.items():
                 target = targets[name]
@@ -177,7 +180,7 @@ class _Rankings(ABC):
 
     @abstractmethod
     def without_heard(
-        self, histories: Histories, queries: Queries, rows: np.ndarray, song_mask: np.ndarray | None = None
+        self, heard: HeardSongs, queries: Queries, rows: np.ndarray, song_mask: np.ndarray | None = None
     ) -> _Rankings:
         """Return the rankings of the queries at `rows`, ascending, without the songs that their users have heard.
 
@@ -224,14 +227,15 @@ class DenseRankings(_Rankings):
         return rows if self._rows is None else np.searchsorted(self._rows, rows)
 
     def without_heard(
-        self, histories: Histories, queries: Queries, rows: np.ndarray, song_mask: np.ndarray | None = None
+        self, heard: HeardSongs, queries: Queries, rows: np.ndarray, song_mask: np.ndarray | None = None
     ) -> DenseRankings:
         """As in `_Rankings`."""
         scores = np.array(self._scores[rows])
         if song_mask is not None:
             scores[:, ~song_mask] = -np.inf
-        score_rows, songs, _ = last_plays(histories, queries.take(rows), scores.shape[1], histories.num_plays)
-        scores[score_rows, songs] = -np.inf
+        score_rows, songs = heard.songs_before(queries.rows[rows], queries.plays_before[rows])
+        is_scored = songs < scores.shape[1]
+        scores[score_rows[is_scored], songs[is_scored]] = -np.inf
         return DenseRankings(scores, self._depth, rows)
 
 
@@ -246,20 +250,17 @@ class CandidateRankings(_Rankings):
         num_queries: int,
         num_songs: int,
         depth: int,
-        heard_keys: np.ndarray | None = None,
+        is_heard: np.ndarray | None = None,
         song_mask: np.ndarray | None = None,
     ) -> None:
-        """`heard_keys`, int64, are keys query · N + song of the songs to leave out.
-
-        `song_mask` is as in `without_heard`.
-        """
+        """`is_heard`, bool (C,), is True for candidates to leave out; `song_mask` is as in `without_heard`."""
         self._candidates, self._retrievers, self._horizon = candidates, retrievers, horizon
         self._num_queries, self._num_songs, self._depth = num_queries, num_songs, depth
-        scores = candidates.scores(horizon, heard_keys is not None)
+        scores = candidates.scores(horizon, is_heard is not None)
         keys = candidates.rows * num_songs + candidates.songs
         is_rankable = scores > -np.inf  # False for NaN
-        if heard_keys is not None:
-            is_rankable &= ~np.isin(keys, heard_keys)
+        if is_heard is not None:
+            is_rankable &= ~is_heard
         if song_mask is not None:
             is_rankable &= song_mask[candidates.songs]
         selected = np.flatnonzero(is_rankable)
@@ -292,11 +293,11 @@ class CandidateRankings(_Rankings):
         return self._rows[is_within], self._songs[is_within], self._scores[is_within]
 
     def without_heard(
-        self, histories: Histories, queries: Queries, rows: np.ndarray, song_mask: np.ndarray | None = None
+        self, heard: HeardSongs, queries: Queries, rows: np.ndarray, song_mask: np.ndarray | None = None
     ) -> CandidateRankings:
         """As in `_Rankings`."""
-        query_rows, songs, _ = last_plays(histories, queries.take(rows), self._num_songs, histories.num_plays)
-        heard_keys = np.unique(rows[query_rows] * self._num_songs + songs)
+        candidate_rows, songs = self._candidates.rows, self._candidates.songs
+        is_heard = heard(queries.rows[candidate_rows], queries.plays_before[candidate_rows], songs)
         return CandidateRankings(
             self._candidates,
             self._retrievers,
@@ -304,7 +305,7 @@ class CandidateRankings(_Rankings):
             self._num_queries,
             self._num_songs,
             self._depth,
-            heard_keys,
+            is_heard,
             song_mask,
         )
 
@@ -460,8 +461,10 @@ class TuningMetric:
         order = np.argsort(uniform_draws(hashes[rows], plays_before), kind="stable")
         sampled_plays = np.sort(selection.plays[order[plays_before[order] > 0][:TUNING_QUERIES]])
         self._queries = Queries.before_plays(histories, sampled_plays)
-        heard_songs = HeardSongs(histories)
-        self._targets = {name: target_songs(histories, self._queries, name, heard_songs) for name in TUNED_TARGETS}
+        self._heard_songs = HeardSongs(histories)
+        self._targets = {
+            name: target_songs(histories, self._queries, name, self._heard_songs) for name in TUNED_TARGETS
+        }
         self._known_songs = np.ones(selection.dataset.num_songs, dtype=bool)
 
     def __len__(self) -> int:
@@ -470,7 +473,13 @@ class TuningMetric:
     def __call__(self, recommender: BaseRecommender) -> float:
         """Return the metric of a recommender; 0 if there is no query."""
         ranked = rank_targets(
-            recommender, self._histories, self._queries, self._targets, self._known_songs, depth=USUAL_K
+            recommender,
+            self._histories,
+            self._queries,
+            self._targets,
+            self._known_songs,
+            depth=USUAL_K,
+            heard_songs=self._heard_songs,
         )
         total, columns = 0.0, metric_columns((USUAL_K,))
         for name, target in self._targets.items():

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from rayrec.config import Settings
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import DAY_MS, parse_timestamp
+from rayrec.data.ragged import find_in_groups
 from rayrec.data.windows import divisors
 
 SongTable = Literal["trained", "mapped", "frozen"]
@@ -87,22 +88,10 @@ class DaysHorizon:
         next_positions = histories.offsets[queries.rows] + queries.plays_before
         limits = np.minimum(histories.offsets[queries.rows + 1], next_positions + MAX_PLAYS_IN_DAYS)
         starts, ends = (
-            _find_first_since(histories.played_at, next_positions, limits, queries.at + day * DAY_MS)
+            find_in_groups(histories.played_at, next_positions, limits, queries.at + day * DAY_MS)
             for day in (self.first_day, self.last_day)
         )
         return starts, ends
-
-
-def _find_first_since(
-    played_at: np.ndarray, starts: np.ndarray, ends: np.ndarray, timestamps: np.ndarray
-) -> np.ndarray:
-    """int64 (Q,): the first position in [start, end) that was played at or after a timestamp; the end if none was."""
-    while (starts < ends).any():  # a binary search for all queries at once
-        middle = (starts + ends) // 2
-        is_open = starts < ends
-        is_earlier = is_open & (played_at[np.where(is_open, middle, 0)] < timestamps)
-        starts, ends = np.where(is_earlier, middle + 1, starts), np.where(is_open & ~is_earlier, middle, ends)
-    return starts
 
 
 AnyHorizon = Horizon | DaysHorizon

@@ -19,7 +19,7 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import ASSUMED_GAP_MS, HOUR_MS, LINE_GAP_MS
-from rayrec.data.ragged import group_of_each_item, group_starts, offsets_of, ranges, stable_order
+from rayrec.data.ragged import find_in_groups, group_of_each_item, group_starts, offsets_of, ranges, stable_order
 from rayrec.data.top_k import top_k
 from rayrec.errors import InputError
 from rayrec.model.train_config import DaysHorizon
@@ -506,12 +506,11 @@ def _liked_songs(histories: Histories, queries: Queries, num_songs: int) -> Pair
     likes = histories.likes
     if likes is None:
         return Pairs(num_songs=num_songs, rows=np.zeros(0, np.int64), songs=np.zeros(0, np.int64))
-    counts = likes.lengths[queries.rows]
-    entries, rows = ranges(likes.offsets[queries.rows], counts), group_of_each_item(counts)
-    is_earlier = likes.played_at[entries] < queries.at[rows]
-    entries, rows = entries[is_earlier], rows[is_earlier]
-    ends = np.cumsum(np.bincount(rows, minlength=len(queries)))
-    is_kept = (ends[rows] - np.arange(len(rows)) <= LATEST_LIKES) & (likes.songs[entries] < num_songs)
-    keys = np.unique(rows[is_kept] * num_songs + likes.songs[entries[is_kept]])
+    starts = likes.offsets[queries.rows]
+    ends = find_in_groups(likes.played_at, starts, likes.offsets[queries.rows + 1], queries.at)
+    counts = np.minimum(ends - starts, LATEST_LIKES)
+    rows, liked_songs = group_of_each_item(counts), likes.songs[ranges(ends - counts, counts)]
+    is_known = liked_songs < num_songs
+    keys = np.unique(rows[is_known] * num_songs + liked_songs[is_known])
     liked_rows, songs = np.divmod(keys, max(1, num_songs))
     return Pairs(num_songs=num_songs, rows=liked_rows, songs=songs)

@@ -1,5 +1,6 @@
 """Ranks and lists of an evaluation equal those that recommend serves; baselines are tuned on the validation range."""
 
+import tracemalloc
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -98,9 +99,10 @@ class PlannedScores(BaseRecommender):
 
 
 class PlannedCandidates(CandidateRecommender):
-    """Proposes the songs with a score as candidates, in chunks of two queries."""
+    """Proposes the songs with a score as candidates, in chunks of `queries_at_once` queries."""
 
     name = "planned-candidates"
+    queries_at_once = 2
     retrievers = ("even", "small")
 
     def __init__(self, scores: list[float]) -> None:
@@ -109,11 +111,11 @@ class PlannedCandidates(CandidateRecommender):
 
     def candidate_chunks(self, histories: Histories, queries: Queries) -> Iterator[tuple[slice, ScoredCandidates]]:
         candidates = np.flatnonzero(~(self.scores == -np.inf))[::-1]  # in no order of songs
-        for start in range(0, len(queries), 2):
-            size = min(2, len(queries) - start)
+        for start in range(0, len(queries), self.queries_at_once):
+            size = min(self.queries_at_once, len(queries) - start)
             scores = np.tile(self.scores[candidates], size)
             yield (
-                slice(start, start + 2),
+                slice(start, start + size),
                 ScoredCandidates(
                     rows=np.repeat(np.arange(size), len(candidates)),
                     songs=np.tile(candidates, size),
@@ -176,6 +178,34 @@ def test_candidates_rank_like_the_same_scores_of_all_songs() -> None:
     np.testing.assert_array_equal(
         PlannedCandidates(scores.tolist()).score(histories, queries)[7], scores.astype(np.float32)
     )
+
+
+@pytest.mark.parametrize("kind", [PlannedScores, PlannedCandidates])
+def test_the_memory_of_ranks_does_not_grow_with_the_queries_times_the_plays_of_a_user(
+    kind: type[BaseRecommender], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PlannedCandidates, "queries_at_once", 200)
+    num_plays, num_songs = 100_000, 150
+    songs = np.random.default_rng(0).integers(0, 50, size=num_plays)
+    songs[-200:] = np.arange(200) % 100 + 50  # new songs, which the user plays twice
+    histories = Histories.from_lists([songs.tolist()], [range(num_plays)])
+    queries = Queries.before_plays(histories, np.arange(num_plays - 200, num_plays))
+    recommender = kind(np.random.default_rng(1).random(num_songs).tolist())  # type: ignore[call-arg]
+    known, heard_songs = np.ones(num_songs, bool), HeardSongs(histories)
+
+    def ranks_of(asked: Queries) -> dict[str, np.ndarray]:
+        targets = {name: target_songs(histories, asked, name, heard_songs, known) for name in ("served", "next")}
+        return rank_targets(recommender, histories, asked, targets, known, depth=150, heard_songs=heard_songs).ranks
+
+    tracemalloc.start()
+    ranks = ranks_of(queries)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50_000_000  # bytes; one number per query and play would be 80 MB
+    assert len(ranks["served"]) == 100
+    single_ranks = [ranks_of(queries.take(slice(row, row + 1))) for row in range(len(queries))]
+    for name, values in ranks.items():
+        np.testing.assert_array_equal(np.concatenate([single[name] for single in single_ranks]), values)
 
 
 def test_a_candidate_without_a_number_is_never_found() -> None:

@@ -1,5 +1,7 @@
 """The features of candidates against values read from the history."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from rankings import retrieval_of
@@ -178,6 +180,23 @@ def test_skips_and_likes_are_counted_up_to_the_query_and_no_further() -> None:
     is_song_3 = past.songs == 3
     expected = (past.skipped[is_song_3].sum() + 10 * mean_share) / (is_song_3.sum() + 10) - mean_share
     assert values["skip_share"][3] == pytest.approx(expected, abs=1e-6)
+
+
+def test_of_many_likes_the_last_thousand_before_each_query_are_read() -> None:
+    num_likes = 100_000
+    likes = [(number % NUM_SONGS, number * MINUTE) for number in range(num_likes - 1_000)]
+    likes += [(number % 3, number * MINUTE) for number in range(num_likes - 1_000, num_likes)]
+    histories = Histories.from_lists([[], [1]], [[], [0]], likes=[[(5, 0)], likes])
+    at = np.array([0, *range(num_likes - 199, num_likes + 1)]) * MINUTE
+    queries = Queries(rows=np.ones(201, np.int64), plays_before=np.ones(201, np.int64), at=at)
+    vectors = random_vectors(201, 8)
+    tracemalloc.start()
+    batch = QueryBatch.of(histories, queries, NUM_SONGS, short_vectors=vectors, long_vectors=vectors)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50_000_000  # bytes; one number per query and like would be 160 MB
+    liked_songs = [set(batch.liked.songs[batch.liked.rows == row].tolist()) for row in (0, 1, 200)]
+    assert liked_songs == [set(), set(range(NUM_SONGS)), {0, 1, 2}]
 
 
 def test_data_without_skips_and_likes_has_no_features_of_them_and_no_files(workspace: Workspace) -> None:
