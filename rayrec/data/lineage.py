@@ -60,7 +60,7 @@ def status(workspace: Workspace) -> dict[str, Any]:
         },
         "current": artifacts.current_ids(workspace),
         "active": releases.read_active(workspace)["active"],
-        "other_versions": sum(len(artifacts.ids_of_other_versions(workspace, kind)) for kind in KINDS),
+        "other_versions": sum(len(artifacts.ids_of_other_versions(workspace, kind)) for kind in artifacts.KINDS),
     }
 
 
@@ -149,7 +149,7 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
     kept_releases = [manifest for manifest in all_releases if manifest.id in used_release_ids]
     used_artifacts = _used_artifacts(workspace, [*kept_releases, *recent, *_current_parts(workspace)])
     used_artifacts |= _last_recommendations(workspace, used_artifacts)
-    other_version_ids = {kind: artifacts.ids_of_other_versions(workspace, kind) for kind in KINDS}
+    other_version_ids = {kind: artifacts.ids_of_other_versions(workspace, kind) for kind in artifacts.KINDS}
     garbage = []
     for kind in kinds:
         for artifact_id in workspace.folders(kind):
@@ -161,7 +161,7 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
             elif _last_change(workspace, folder) < artifact_cutoff:
                 garbage.append(Garbage(path=folder, bytes=workspace.size(folder), reason="unfinished"))
     if reported_ids.isdisjoint(other_version_ids[releases.KIND]):
-        folders = [f"{kind}/{artifact_id}" for kind in KINDS for artifact_id in other_version_ids[kind]]
+        folders = [f"{kind}/{artifact_id}" for kind in artifacts.KINDS for artifact_id in other_version_ids[kind]]
         garbage += [
             Garbage(path=folder, bytes=workspace.size(folder), reason="made by another version of rayrec")
             for folder in folders
