@@ -226,9 +226,11 @@ class TasteModel(nn.Module):
             initial_inputs = song_vectors if input_vectors is None else input_vectors
             self.inputs = _new_table(initial_inputs, shared and input_vectors is not None)
         self.map = SongMap(config.embedding_dim) if config.song_table == "mapped" else None
-        self.added_rows: Tensor | None = None  # int64 (n,), ascending: songs added after training
-        self.added_averaged: Tensor | None = None  # float32 (n, D), their vectors in the averages
-        self.added_inputs: Tensor | None = None  # float32 (n, D), their vectors as inputs of the cells
+        self.added_rows: Tensor | None  # int64 (n,), ascending: songs added after training
+        self.added_averaged: Tensor | None  # float32 (n, D), their vectors in the averages
+        self.added_inputs: Tensor | None  # float32 (n, D), their vectors as inputs of the cells
+        for name in ("added_rows", "added_averaged", "added_inputs"):
+            self.register_buffer(name, None, persistent=False)  # buffers, because `to` moves them with the network
         self.exported = False  # True if the song table already holds mapped vectors, as in a stored network
         # torch's LSTM has no peephole weights, which the paper's symbols include; Greff et al. 2015 found no gain.
         self.rnn = (nn.LSTM if config.cell == "lstm" else nn.GRU)(

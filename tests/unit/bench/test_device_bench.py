@@ -210,10 +210,16 @@ def test_a_compiled_training_takes_the_steps_of_one_that_is_not_compiled() -> No
 )
 class TestOnAGpu:
     def test_tastes_are_those_of_a_cpu(self) -> None:
-        histories = random_histories(Size.quick())
+        """This includes songs that were added after the training."""
+        size = Size.quick()
+        histories = random_histories(replace(size, songs=size.songs + 20))
+        added_songs, vectors = torch.arange(size.songs, size.songs + 20), torch.eye(20, size.dim)
+        assert (histories.songs >= size.songs).any()
         tastes = {}
         for device in ("cpu", "cuda"):
-            encoder = TasteEncoder(network(Size.quick()), device)
+            model = network(size)
+            model.add_songs(added_songs, vectors, vectors)
+            encoder = TasteEncoder(model, device)
             _, states = encoder.run(histories)
             tastes[device] = encoder.tastes(states, int(histories.played_at.max()), "short")
         np.testing.assert_allclose(tastes["cuda"], tastes["cpu"], atol=1e-3)  # cuDNN computes in TF32

@@ -226,6 +226,15 @@ def test_the_network_reads_an_added_song_as_one_of_its_own_with_the_same_vector(
     assert np.abs(tastes_without - expected).max() > 0.01
 
 
+def test_added_songs_move_with_the_network_to_another_device() -> None:
+    model = network(model_config(num_songs=KNOWN_SONGS))
+    vectors = torch.from_numpy(random_vectors(2, DIM))
+    model.add_songs(torch.arange(KNOWN_SONGS, KNOWN_SONGS + 2), vectors, vectors)
+    model.to("meta")
+    added_tensors = [model.added_rows, model.added_averaged, model.added_inputs]
+    assert [str(tensor.device) for tensor in added_tensors if tensor is not None] == ["meta"] * 3
+
+
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
 def test_an_index_with_added_songs_answers_as_one_that_was_built_with_them(kind: str) -> None:
     vectors = random_vectors(400, DIM, seed=5)
