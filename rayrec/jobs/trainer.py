@@ -62,6 +62,8 @@ START_TRIES = 4  # times that Ray Train requests the workers' resources within `
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # environment variable: seconds of each try
 LOOK_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # environment variable: seconds between two checks of the workers
 LOOK_SECONDS = "0.5"  # Ray Train's default is 2; it records checkpoints and notices the end of a training at a check
+# Names of Ray Train's errors where the cluster has no room for the workers; Ray 2.60 has no public classes for them.
+RESOURCE_ERRORS = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")
 SECONDS_BEFORE_WARNING = 10.0  # of waiting for workers before a warning is logged
 
 
@@ -551,8 +553,8 @@ def run_workers(
 
     If a worker is lost, all workers continue from the last checkpoint, which Ray Train keeps in `folder`/run.
 
-    Raises `RayrecError` if workers fail more than `WORKER_FAILURES` times, and if the cluster has no room for them
-    within `request.wait_minutes`: Ray Train itself would try forever.
+    Raises `RayrecError` if workers fail more than `WORKER_FAILURES` times, if Ray Train's controller fails, and if the
+    cluster has no room for the workers within `request.wait_minutes`: Ray Train itself would try forever.
     """
     os.environ.setdefault(LOOK_INTERVAL, LOOK_SECONDS)
     os.environ[START_TIMEOUT] = str(request.wait_minutes * 60 / START_TRIES)
@@ -573,12 +575,12 @@ def run_workers(
     try:
         with _report_waiting(request):
             trainer.fit()
-    except ControllerError as error:
-        raise RayrecError(
-            f"training did not start within {request.wait_minutes:g} minutes: it needs {request.describe()}; free "
-            "resources, use fewer --workers or more --wait-minutes, and run `rayrec train --resume`"
-        ) from error
     except TrainingFailedError as error:
+        if isinstance(error, ControllerError) and type(error.controller_failure).__name__ in RESOURCE_ERRORS:
+            raise RayrecError(
+                f"training did not start within {request.wait_minutes:g} minutes: it needs {request.describe()}; free "
+                "resources, use fewer --workers or more --wait-minutes, and run `rayrec train --resume`"
+            ) from error
         cause = str(error).strip().splitlines()[-1]
         raise RayrecError(
             f"training failed: {cause}; `rayrec train --resume` continues from the last checkpoint"
