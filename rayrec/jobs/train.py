@@ -28,13 +28,12 @@ from rayrec.jobs.trainer import (
     table_dim,
     train_worker,
 )
-from rayrec.model.checkpoint import WEIGHTS
 from rayrec.model.train_config import MODEL_CONFIG, PLAY_COUNTS, ModelConfig, TrainConfig
 from rayrec.model.training_windows import Sequences
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.locking import writes
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import Workspace, artifact_dir
 
 Unfinished = Literal["ask", "resume", "restart"]
 RANDOM_START = "the workspace has no song embeddings (`rayrec embed`): the song tables started at random"
@@ -95,6 +94,7 @@ def train(
     fingerprint_id = artifacts.fingerprint("train", _learning_settings(config), fingerprint_inputs)
     model_id, complete = artifacts.new_id(workspace, "models", fingerprint_id, repeat=repeat)
     if complete:
+        workspace.delete(f"{artifact_dir('models', model_id)}/run")  # left by a run killed just after it was published
         return artifacts.reuse(workspace, "models", model_id)
     manifest = Manifest(kind="models", id=model_id, config=to_mapping(config), inputs=inputs, seed=config.seed)
     started = time.monotonic()
@@ -127,12 +127,13 @@ def train(
     if songs is None and start is None:
         metrics["note"] = RANDOM_START
     workspace.move(plan.counts["final"], manifest.path(PLAY_COUNTS))  # popular songs for users without a taste vector
-    if workspace.exists(f"{selected_folder(plan)}/{WEIGHTS}"):  # for rankers: it has not seen the validation range
-        for path in workspace.files(selected_folder(plan)):
-            workspace.move(path, manifest.path(f"{SELECTION_FOLDER}/{path.rpartition('/')[2]}"))
-    workspace.delete(manifest.path("run"))
-    file_names = [name.removeprefix(manifest.folder + "/") for name in workspace.files(manifest.folder)]
-    return artifacts.publish(workspace, Manifest(**{**asdict(manifest), "metrics": metrics}), file_names)
+    for path in workspace.files(selected_folder(plan)):  # for rankers: it has not seen the validation range
+        workspace.move(path, manifest.path(f"{SELECTION_FOLDER}/{path.rpartition('/')[2]}"))
+    all_names = [name.removeprefix(manifest.folder + "/") for name in workspace.files(manifest.folder)]
+    file_names = [name for name in all_names if not name.startswith("run/")]
+    model = artifacts.publish(workspace, Manifest(**{**asdict(manifest), "metrics": metrics}), file_names)
+    workspace.delete(manifest.path("run"))  # last, because a killed run is continued from the checkpoints in it
+    return model
 
 
 def _require_start(dataset: Dataset, start: Manifest, split: Split | None) -> None:

@@ -1,6 +1,7 @@
 """`rayrec train` on data that has almost nothing to learn."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rings import ring_plays, write_rows
@@ -11,6 +12,7 @@ from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.import_data import import_data
 from rayrec.jobs.train import train
 from rayrec.model.train_config import TrainConfig
+from rayrec.storage import artifacts
 from rayrec.storage.workspace import Workspace
 
 CONFIG = TrainConfig(hidden_dim=8, epochs=1, negatives=4, workers=0)
@@ -43,3 +45,25 @@ def test_histories_too_short_for_every_horizon_are_refused(workspace: Workspace,
     expected = r"no training sequence \(source: histories\) is long enough for a horizon of 40 to 50 plays later"
     with pytest.raises(RayrecError, match=expected):
         train(workspace, CONFIG.replace(short=(), long=(40, 50)))
+
+
+def test_the_checkpoints_stay_until_the_model_is_published(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a training that is killed in between would start over."""
+    import_ring(workspace, tmp_path, songs=60)
+    publish = artifacts.publish
+    run_files: list[str] = []
+
+    def publish_with_run_files(*arguments: Any) -> artifacts.Manifest:
+        run_files.extend(path for path in workspace.files("models") if "/run/" in path)
+        return publish(*arguments)
+
+    monkeypatch.setattr(artifacts, "publish", publish_with_run_files)
+    model = train(workspace, CONFIG)
+    assert run_files
+    assert not workspace.exists(model.path("run"))
+    assert sorted(model.path(name) for name in [*model.files, "manifest.json"]) == sorted(workspace.files(model.folder))
+    workspace.write_json(model.path("run/checkpoint.json"), {})  # as if the training was killed just after it published
+    assert train(workspace, CONFIG) == model
+    assert not workspace.exists(model.path("run"))
