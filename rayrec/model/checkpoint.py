@@ -140,7 +140,7 @@ def save_training(
     prefixed_weights = {f"{BEST}/{name}": value for name, value in (best_weights or {}).items()}
     best_rows = {name: value for name, value in prefixed_weights.items() if name.removeprefix(f"{BEST}/") in TABLES}
     name = ROWS.format(rank=share.rank, workers=share.workers)
-    save_file(_copy_to_cpu(state.rows | best_rows), folder / name)
+    save_file(_copy_to_cpu({**state.rows, **best_rows}), folder / name)
     if not share.rank:
         best_common = {name: value for name, value in prefixed_weights.items() if name not in best_rows}
         save_file(_copy_to_cpu(state.common | best_common), folder / COMMON)
@@ -152,44 +152,63 @@ def load_training(folder: Path, training: Training) -> tuple[dict[str, Tensor] |
 
     The tables of these weights hold this worker's rows. Raises `DamagedArtifactError` if a worker's part is missing.
     """
-    common, rows = load_file(folder / COMMON), _load_worker_rows(folder, training.share)
+    common, rows = load_file(folder / COMMON), StoredRows(folder, training.share)
     training.load(TrainingState(common=common, rows=rows))
+    best_names = [name for name in [*common, *rows] if name.startswith(f"{BEST}/")]
     best_weights = {
-        name.removeprefix(f"{BEST}/"): value for name, value in (common | rows).items() if name.startswith(BEST)
+        name.removeprefix(f"{BEST}/"): common[name] if name in common else rows[name] for name in best_names
     }
     return best_weights or None, json.loads((folder / PROGRESS).read_text())
 
 
-def _load_worker_rows(folder: Path, share: Share) -> dict[str, Tensor]:
-    """Return this worker's rows, collected in parts from the files that all workers of the checkpoint wrote."""
-    files = sorted(folder.glob("rows-*.safetensors"))
-    if not files or files[-1].name != ROWS.format(rank=len(files) - 1, workers=len(files)):
-        raise DamagedArtifactError(
-            f"checkpoint {folder} is incomplete: it holds the rows of only {len(files)} workers; run "
-            "`rayrec train --restart`"
-        )
-    totals: dict[str, int] = defaultdict(int)
-    for path in files:
-        with safe_open(path, "np") as file:
-            for name in file.keys():  # noqa: SIM118
-                totals[name] += file.get_slice(name).get_shape()[0]
-    worker_rows: dict[str, Tensor] = {}
-    for rank, path in enumerate(files):
-        if (rank - share.rank) % math.gcd(len(files), share.workers):
-            continue  # the file has no row of this worker
-        with safe_open(path, "np") as file:  # the numpy interface reads only the slice
-            for name in file.keys():  # noqa: SIM118
+class StoredRows(Mapping[str, Tensor]):
+    """A worker's rows of the tensors in a checkpoint; each is read when it is requested, so that one is in memory.
+
+    The rows are collected in parts from the files that all workers of the checkpoint wrote. Raises
+    `DamagedArtifactError` if the part of a worker is missing.
+    """
+
+    def __init__(self, folder: Path, share: Share) -> None:
+        self._share = share
+        self._files = sorted(folder.glob("rows-*.safetensors"))
+        num_files = len(self._files)
+        if not num_files or self._files[-1].name != ROWS.format(rank=num_files - 1, workers=num_files):
+            raise DamagedArtifactError(
+                f"checkpoint {folder} is incomplete: it holds the rows of only {num_files} workers; run "
+                "`rayrec train --restart`"
+            )
+        self._totals: dict[str, int] = defaultdict(int)  # rows of all workers, by the name of the tensor
+        for path in self._files:
+            with safe_open(path, "np") as file:
+                for name in file.keys():  # noqa: SIM118
+                    self._totals[name] += file.get_slice(name).get_shape()[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._totals)
+
+    def __len__(self) -> int:
+        return len(self._totals)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read this worker's rows of a tensor."""
+        if name not in self._totals:
+            raise KeyError(name)
+        share, worker_rows = self._share, torch.empty(0)
+        for rank, path in enumerate(self._files):
+            if (rank - share.rank) % math.gcd(len(self._files), share.workers):
+                continue  # the file has no row of this worker
+            with safe_open(path, "np") as file:  # the numpy interface reads only the slice
                 stored_rows = file.get_slice(name)
                 length = stored_rows.get_shape()[0]
                 for start in range(0, length, SONGS_AT_ONCE):
                     values = torch.from_numpy(stored_rows[start : min(start + SONGS_AT_ONCE, length)])
-                    rows = rank + len(files) * torch.arange(start, start + len(values))
+                    rows = rank + len(self._files) * torch.arange(start, start + len(values))
                     is_kept = rows % share.workers == share.rank
-                    if name not in worker_rows:
-                        count = len(range(share.rank, totals[name], share.workers))
-                        worker_rows[name] = values.new_empty(count, *values.shape[1:])
-                    worker_rows[name][rows[is_kept] // share.workers] = values[is_kept]
-    return worker_rows
+                    if not len(worker_rows):
+                        count = len(range(share.rank, self._totals[name], share.workers))
+                        worker_rows = values.new_empty(count, *values.shape[1:])
+                    worker_rows[rows[is_kept] // share.workers] = values[is_kept]
+        return worker_rows
 
 
 def _copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -290,6 +290,7 @@ class Fit:
     def resume(self, folder: Path) -> None:
         """Continue from the checkpoint in `folder`."""
         self.progress = FitProgress(**json.loads((folder / "progress.json").read_text()))
+        del self.training  # a worker may not have enough memory for its tables twice
         self.training = self._new_training(self.progress.phase)
         self._best_weights, _ = load_training(folder, self.training)
 

@@ -215,8 +215,8 @@ class SongTable:
         """Return the tensors for a checkpoint: those that all workers share, and those with an entry per own row."""
         return {}, {}
 
-    def load(self, common: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
-        """Restore what `state` returned."""
+    def load(self, common: dict[str, Tensor]) -> None:
+        """Restore the tensors that all workers share. The caller copies the rows into those that `state` returned."""
 
 
 class RowAdam(SongTable):
@@ -297,10 +297,8 @@ class RowAdam(SongTable):
             common["decay"] = self._decay.state()
         return common, self._named_slots()
 
-    def load(self, common: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
+    def load(self, common: dict[str, Tensor]) -> None:
         """As in `SongTable`."""
-        for name, values in self._named_slots().items():
-            values.copy_(rows[name])
         self.steps.copy_(common["steps"])
         if self._decay.part:
             self._decay.load(common["decay"])

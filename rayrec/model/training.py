@@ -12,7 +12,7 @@ position, K negatives, H horizons.
 import copy
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any, TypeVar
@@ -325,7 +325,7 @@ class TrainingState:
     """The state of a training: the weights and the states of the optimizers."""
 
     common: dict[str, Tensor]  # the same for all workers
-    rows: dict[str, Tensor]  # with an entry for each row of the song tables that this worker keeps
+    rows: Mapping[str, Tensor]  # with an entry for each row of the song tables that this worker keeps
 
 
 class Training:
@@ -388,7 +388,10 @@ class Training:
         return dense and all(table.is_finite() for table in self.tables.values())
 
     def state(self) -> TrainingState:
-        """Return the state for a checkpoint, from which any number of workers can continue."""
+        """Return the state for a checkpoint, from which any number of workers can continue.
+
+        Its rows are the tensors of the tables, not copies.
+        """
         slots = self.optimizer.state_dict()["state"]
         common = {f"model/{name}": self.model.get_parameter(name).detach() for name in self._dense_names}
         common |= {f"optimizer/{index}/{key}": value for index, slot in slots.items() for key, value in slot.items()}
@@ -412,8 +415,10 @@ class Training:
         with torch.no_grad():
             for name in self._dense_names:
                 self.model.get_parameter(name).copy_(state.common[f"model/{name}"])
+            for name, values in self.state().rows.items():
+                values.copy_(state.rows[name])  # one tensor at a time is in memory twice
         for name, table in self.tables.items():
-            table.load(_tensors_below(name, state.common), _tensors_below(name, state.rows))
+            table.load(_tensors_below(name, state.common))
         for index, average in enumerate(self._dense_averages):
             average.copy_(state.common[f"average/{index}"])
         self._decay.load(state.common["decay"])

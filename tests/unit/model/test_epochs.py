@@ -1,5 +1,6 @@
 """A whole fit: it learns a planted world, stops in time, and resumes as if it had never stopped."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,26 @@ def test_a_resumed_fit_ends_where_an_undisturbed_one_ends(
         undisturbed.progress.best_epoch,
         undisturbed.progress.best_ndcg,
     )
+
+
+def test_a_fit_that_resumes_does_not_keep_the_tables_that_it_started_with(
+    plays: dict[Phase, Histories], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(epochs=1)
+    host = MemoryHost(plays, config, tmp_path)
+    fit_of(config, {"final": plays["final"]}, None, host).run()
+    resumed = fit_of(config, {"final": plays["final"]}, None, MemoryHost(plays, config))
+    first_training = weakref.ref(resumed.training)
+    make_model = TasteModel.__init__
+    is_first_training_kept = []
+
+    def make_model_after_check(*arguments: Any, **options: Any) -> None:
+        is_first_training_kept.append(first_training() is not None)
+        make_model(*arguments, **options)
+
+    monkeypatch.setattr(TasteModel, "__init__", make_model_after_check)
+    resumed.resume(host.checkpoints[-1])
+    assert is_first_training_kept == [False]
 
 
 def epoch_metrics(fit: Fit) -> list[tuple[Any, ...]]:
