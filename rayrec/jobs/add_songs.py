@@ -121,10 +121,16 @@ def added_to(
 def _plays_since(dataset: Dataset, model: Manifest, allowed: FitRange) -> Iterator[Histories]:
     """Yield the plays that `allowed` permits among those appended since the model was trained.
 
-    Yield nothing if their parts were joined with earlier ones.
+    If their parts were joined with earlier ones, yield the plays after the last one that the model was trained on, by
+    their times; nothing if the times are not real.
     """
-    first_part = dataset.earlier(model.inputs["dataset"]).parts
-    if first_part < dataset.manifest.parts and dataset.manifest.splits_at(first_part):
-        for bucket in range(dataset.manifest.buckets):
-            for histories in dataset.read_bucket(bucket, first_part=first_part):
-                yield allowed.select(histories)
+    manifest, trained = dataset.manifest, dataset.earlier(model.inputs["dataset"])
+    if trained.parts == manifest.parts:
+        return
+    is_separate = manifest.splits_at(trained.parts)
+    if not is_separate and manifest.times != "real":
+        return
+    for bucket in range(manifest.buckets):
+        for histories in dataset.read_bucket(bucket, first_part=trained.parts if is_separate else 0):
+            selected = allowed.select(histories)
+            yield selected if is_separate else selected.keep(selected.played_at > trained.last_play)

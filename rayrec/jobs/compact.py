@@ -36,9 +36,10 @@ def compact(workspace: Workspace) -> Compacted:
     Other plays and all artifacts stay valid.
     Parts that taste vectors cover are not joined with later parts if a later `rayrec taste` continues these taste
     vectors, or if a release uses them: the live one, the one that a rollback makes live, or one of the last two that
-    were created. Running readers keep reading the old files, which stay until `rayrec clean`. A killed compaction
-    leaves the data set unchanged; the next one continues with the missing buckets. The impression log is compacted,
-    too.
+    were created. Nor are the parts that the current model, or the model of such a release, was trained on joined with
+    later ones, from which `rayrec songs add` estimates embeddings. Running readers keep reading the old files, which
+    stay until `rayrec clean`. A killed compaction leaves the data set unchanged; the next one continues with the
+    missing buckets. The impression log is compacted, too.
     """
     compact_impressions(workspace)
     finish_publishing(workspace)
@@ -73,15 +74,25 @@ def _cut_parts(dataset: Dataset) -> set[int]:
         *state["history"][-1:],
         *(release.id for release in all_releases[-NEWEST_RELEASES:]),
     }
-    used_tastes_ids = {release.inputs["tastes"] for release in all_releases if release.id in kept_release_ids}
+    kept_releases = [release for release in all_releases if release.id in kept_release_ids]
+    used_tastes_ids = {release.inputs["tastes"] for release in kept_releases}
     part_counts = {item.id: dataset.earlier(item.inputs["dataset"]).parts for item in matching_tastes}
     newest_part_counts: dict[str, int] = {}
     for item in matching_tastes:
         model_id = item.inputs["models"]
         newest_part_counts[model_id] = max(newest_part_counts.get(model_id, 0), part_counts[item.id])
+    current_model = artifacts.latest(dataset.workspace, "models")
+    used_model_ids = {release.inputs["models"] for release in kept_releases} | (
+        set() if current_model is None else {current_model.id}
+    )
     return {
         *newest_part_counts.values(),
         *(part_counts[item] for item in used_tastes_ids if item in part_counts),
+        *(  # `songs add` reads only the plays since the training
+            dataset.earlier(model.inputs["dataset"]).parts
+            for model in artifacts.listing(dataset.workspace, "models")
+            if model.id in used_model_ids and dataset.descends_from(model.inputs["dataset"])
+        ),
     }
 
 

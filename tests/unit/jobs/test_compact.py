@@ -12,9 +12,11 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
 from rayrec.importing import merging
 from rayrec.importing.import_plan import ImportConfig
+from rayrec.jobs.add_songs import add_songs
 from rayrec.jobs.compact import compact
 from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.taste import compute_tastes
+from rayrec.model.added_songs import AddedSongs
 from rayrec.model.checkpoint import save_model
 from rayrec.model.train_config import TasteConfig
 from rayrec.online.load_states import load_states
@@ -160,14 +162,14 @@ def test_a_killed_run_leaves_the_data_set_as_it_was_and_goes_on(
     assert content(Dataset(five_parts)) == plays
 
 
-def write_model(workspace: Workspace) -> None:
+def write_model(workspace: Workspace, model_id: str = "m") -> None:
     dataset = Dataset(workspace).manifest
     model = network(model_config(num_songs=dataset.songs))
-    names = save_model(workspace, "models/m", model, np.ones(dataset.songs, dtype=np.bool_))
+    names = save_model(workspace, f"models/{model_id}", model, np.ones(dataset.songs, dtype=np.bool_))
     inputs = {"dataset": dataset.id, "songs": "s"}
-    artifacts.publish(workspace, artifacts.Manifest(kind="models", id="m", inputs=inputs), names)
+    artifacts.publish(workspace, artifacts.Manifest(kind="models", id=model_id, inputs=inputs), names)
     artifacts.publish(workspace, artifacts.Manifest(kind="songs", id="s", inputs={"dataset": dataset.id}), [])
-    index = artifacts.Manifest(kind="indexes", id="i", inputs={"models": "m"})
+    index = artifacts.Manifest(kind="indexes", id=f"i-{model_id}", inputs={"models": model_id})
     artifacts.publish(workspace, index, [])
 
 
@@ -213,3 +215,45 @@ def test_the_live_release_and_the_one_before_it_can_be_loaded_however_many_came_
         tastes = artifacts.load_manifest(five_parts, "tastes", release.inputs["tastes"])
         assert load_states(Dataset(five_parts), store, release).users == tastes.metrics["users"]
         store.close()
+
+
+def rows_of_added_songs(workspace: Workspace, added_songs: artifacts.Manifest) -> list[int]:
+    return AddedSongs.load(workspace, added_songs.folder).rows.tolist()
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_songs_that_are_known_only_by_plays_since_the_training_keep_their_vectors(
+    workspace: Workspace, tmp_path: Path, joined: bool
+) -> None:
+    """Also where the parts since the training were joined with earlier ones while another model was the current one."""
+    import_data(workspace, write_day(tmp_path, 0))
+    write_model(workspace)
+    for day in range(1, 4):
+        append_plays(workspace, write_day(tmp_path, day))
+        before = add_songs(workspace)
+        compute_tastes(workspace, TasteConfig())
+    new_songs = rows_of_added_songs(workspace, before)
+    assert len(new_songs) >= 3
+    if joined:
+        write_model(workspace, "n")
+    compact(workspace)
+    assert Dataset(workspace).manifest.spans == ([(0, 3)] if joined else [(0, 0), (1, 3)])
+    append_plays(workspace, write_day(tmp_path, 4))
+    after = add_songs(workspace, model_id="m")
+    assert set(new_songs) <= set(rows_of_added_songs(workspace, after))
+    assert after.metrics["with_plays"] >= before.metrics["with_plays"]
+
+
+def test_the_plays_since_the_training_of_the_live_model_stay_apart_though_another_model_is_current(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    import_data(workspace, write_day(tmp_path, 0))
+    write_model(workspace)
+    append_plays(workspace, write_day(tmp_path, 1))
+    compute_tastes(workspace, TasteConfig())
+    releases.create_release(workspace, activate=True)
+    append_plays(workspace, write_day(tmp_path, 2))
+    append_plays(workspace, write_day(tmp_path, 3))
+    write_model(workspace, "n")
+    compact(workspace)
+    assert Dataset(workspace).manifest.spans == [(0, 0), (1, 1), (2, 3)]
