@@ -23,6 +23,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskErr
 
 from rayrec.errors import InputError, RayrecError, ray_not_started
 
+LOGGER = logging.getLogger(__name__)
 CONNECT_SECONDS = 5.0
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and an empty settings frame
 HTTP2_SETTINGS = b"\x04"  # type of the frame with which every HTTP/2 server begins
@@ -114,6 +115,27 @@ def require_one_node() -> None:
             f"Ray runs on {nodes} nodes, but the workspace is a temporary folder on one of them; use "
             'Recommender(workspace="s3://bucket/prefix"), or a folder that all nodes share'
         )
+
+
+def require_gpu() -> None:
+    """Raise `InputError` if the private cluster of the jobs has no GPU; Ray itself would wait without an end.
+
+    If the cluster at RAY_ADDRESS has none, only log a warning: it may start nodes with GPUs when a job needs them. Call
+    it within `ray_cluster`.
+    """
+    if ray.cluster_resources().get("GPU", 0) >= 1:
+        return
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        raise InputError(
+            "--gpu needs a GPU, and Ray finds none on this machine; omit --gpu, or set RAY_ADDRESS to the address of a "
+            "Ray cluster with GPUs"
+        )
+    LOGGER.warning(
+        "no node of the Ray cluster at %s has a GPU; the job waits until it starts one. If it cannot, stop the job and "
+        "omit --gpu",
+        address,
+    )
 
 
 def quiet_data() -> None:

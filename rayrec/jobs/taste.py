@@ -18,7 +18,7 @@ from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.display import progress
 from rayrec.jobs.forget import erase_forgotten
-from rayrec.jobs.runtime import ray_cluster, run_buckets
+from rayrec.jobs.runtime import ray_cluster, require_gpu, run_buckets
 from rayrec.model.taste_table import PLAYS, tastes_file
 from rayrec.model.train_config import TasteConfig
 from rayrec.storage import artifacts
@@ -37,7 +37,8 @@ def compute_tastes(
     are the same either way. Metrics: seconds, users, plays, plays_per_second, buckets_computed, base (the id of the
     artifact that was continued, "" if none) and the fields of `Counts`.
 
-    Raises `MismatchError` for a model of a data set that this one does not descend from.
+    Raises `MismatchError` for a model of a data set that this one does not descend from, and `InputError` for
+    `config.gpu` if a private Ray cluster finds no GPU.
     """
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
@@ -61,6 +62,8 @@ def compute_tastes(
     counts: Counter[str] = Counter()
     computed_plays = 0
     with ray_cluster(), progress("Taste vectors", len(buckets)) as bar:
+        if config.gpu:
+            require_gpu()
         arguments = {
             "workspace": workspace,
             "model": model,
