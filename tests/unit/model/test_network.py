@@ -107,7 +107,7 @@ def test_gradients_of_training_are_those_of_the_plain_operations_of_inference(
             (number + 1) * (taste[is_play] @ direction).sum() for number, taste in enumerate(tastes.values())
         ).backward()
         gradients.append({name: value.grad for name, value in model.named_parameters()})
-    assert gradients[0]["again.long"] is not None
+    assert gradients[0]["linked.long"] is not None
     for name, gradient in gradients[0].items():
         if gradient is not None:
             torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-6, msg=name)
