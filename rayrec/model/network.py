@@ -339,7 +339,11 @@ class TasteModel(nn.Module):
         """
         if songs_BLD is None or averaged_BLD is None:
             songs_BLD, averaged_BLD = self.input_vectors(batch.songs_BL), self.song_vectors(batch.songs_BL)
-        hidden_BLH, _ = self.rnn(self._apply_dropout(self._step_inputs(songs_BLD, batch)))
+        step_inputs = self._apply_dropout(self._step_inputs(songs_BLD, batch))
+        # Autocast would run cuDNN's cells in float16 whatever its dtype, and gradients would need loss scaling. In
+        # float32, cuDNN multiplies in TF32.
+        with torch.autocast(step_inputs.device.type, enabled=False):
+            hidden_BLH, _ = self.rnn(step_inputs.to(self.dense.weight.dtype))
         hidden_BLH = self._apply_dropout(hidden_BLH)
         if not self.config.averages:
             return self._taste_vectors(hidden_BLH, request_gap_BL)

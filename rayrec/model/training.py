@@ -339,7 +339,7 @@ class Training:
         The song tables of `model` hold only this worker's rows: worker r mod W keeps row r.
         """
         self.device = torch.device(device)
-        self.bf16 = self.device.type == "cuda"  # products in bfloat16; weights and sums stay float32
+        self.bf16 = self.device.type == "cuda"  # products outside the cell in bfloat16; weights and sums stay float32
         self.model = model.to(self.device)
         if config.compiled:
             self.model.compile(dynamic=True)  # one compilation for windows of any length

@@ -53,6 +53,20 @@ def test_the_state_is_the_one_after_the_last_play_not_after_the_padding(
 
 
 @torch.inference_mode()
+def test_the_cell_computes_in_float32_while_other_products_of_training_are_in_bfloat16(
+    model: TasteModel, histories: Histories
+) -> None:
+    batch = padded(model, histories)
+    dtypes: dict[str, torch.dtype] = {}
+    cell_hook = model.rnn.register_forward_hook(lambda _, __, output: dtypes.update(cell=output[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        dtypes["other"] = model.dense(torch.zeros(1, model.dense.in_features)).dtype
+        model(batch, torch.zeros(batch.songs_BL.shape))
+    cell_hook.remove()
+    assert dtypes == {"cell": torch.float32, "other": torch.bfloat16}
+
+
+@torch.inference_mode()
 def test_training_computes_what_inference_computes(model: TasteModel, histories: Histories) -> None:
     batch = padded(model, histories)
     gap = torch.rand(batch.songs_BL.shape, generator=torch.Generator().manual_seed(1))
