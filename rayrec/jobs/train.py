@@ -14,6 +14,7 @@ from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, R
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import cluster_cpus, ray_cluster
 from rayrec.jobs.trainer import (
+    EMBEDDINGS_FILE,
     LocalBoard,
     TrainPlan,
     WorkerRequest,
@@ -28,6 +29,7 @@ from rayrec.jobs.trainer import (
     table_dim,
     train_worker,
 )
+from rayrec.model.epochs import Phase
 from rayrec.model.train_config import MODEL_CONFIG, PLAY_COUNTS, ModelConfig, TrainConfig
 from rayrec.model.training_windows import Sequences
 from rayrec.storage import artifacts
@@ -126,6 +128,9 @@ def train(
     }
     if songs is None and start is None:
         metrics["note"] = RANDOM_START
+    if plan.vectors:  # for `--from`
+        last_phase: Phase = "final" if config.refit or plan.validation is None else "selection"
+        metrics[EMBEDDINGS_FILE] = plan.vectors[last_phase].rpartition("/")[2]
     workspace.move(plan.counts["final"], manifest.path(PLAY_COUNTS))  # popular songs for users without a taste vector
     for path in workspace.files(selected_folder(plan)):  # for rankers: it has not seen the validation range
         workspace.move(path, manifest.path(f"{SELECTION_FOLDER}/{path.rpartition('/')[2]}"))

@@ -54,6 +54,7 @@ from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 LOGGER = logging.getLogger(__name__)
+EMBEDDINGS_FILE = "embeddings_file"  # metric: name of the file with the song embeddings that the network learned on
 BLOCK_BYTES = 4 << 20  # bytes of windows in a block of the stream
 AHEAD_BYTES = 64 << 20  # bytes of windows that may wait in the object store per worker
 EPOCH = "epoch"  # column: the epoch of a window
@@ -101,13 +102,12 @@ def plan_training(
     """
     workspace = dataset.workspace
     ranges: dict[Phase, FitRange] = {"final": FitRange() if split is None else split.final}
-    vectors: dict[Phase, str] = {} if songs is None else {"final": songs.path("vectors.npy")}
+    vectors: dict[Phase, str] = {} if songs is None else {"final": songs.path(_embeddings_file(songs, "final", start))}
     is_unseen = split is not None and (start is None or fit_range_of(dataset, start).is_within(split.selection))
     if split is not None and is_unseen and split.has_validation and config.validation_plays:
         ranges["selection"] = split.selection
         if songs is not None:
-            vectors_file = "selection_vectors.npy" if "selection_vectors.npy" in songs.files else "vectors.npy"
-            vectors["selection"] = songs.path(vectors_file)
+            vectors["selection"] = songs.path(_embeddings_file(songs, "selection", start))
     counts: dict[Phase, str] = {phase: _counts_file(manifest.folder, phase) for phase in ranges}
     windows: dict[Phase, tuple[str, str]] = {
         phase: (manifest.path(f"run/{phase}_inputs.npy"), manifest.path(f"run/{phase}_offsets.npy")) for phase in ranges
@@ -140,6 +140,17 @@ def plan_training(
         validation=validation_path,
         start=None if start is None else start.folder,
     )
+
+
+def _embeddings_file(songs: Manifest, phase: Phase, start: Manifest | None) -> str:
+    """Return the name of the file in `songs` that holds the embeddings of a phase.
+
+    The weights of `start` read only the embeddings that they were trained with: those of the other file come from
+    another run of word2vec, whose dimensions mean something else.
+    """
+    if start is not None:
+        return str(start.metrics.get(EMBEDDINGS_FILE, "vectors.npy"))
+    return "selection_vectors.npy" if phase == "selection" and "selection_vectors.npy" in songs.files else "vectors.npy"
 
 
 def table_dim(workspace: Workspace, config: TrainConfig, songs: Manifest | None) -> int:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rings import ring_plays, write_rows
 from without_ray import without_ray
@@ -66,6 +67,34 @@ def test_a_model_is_continued_on_appended_plays_and_ranked_on_those_that_it_has_
     assert f"model {third['id']} continues model {first['id']} and has no network trained without the plays" in message
     assert f"whose validation range has only plays that model {first['id']} was not trained on" in message
     assert (Workspace(old_split_workspace).folders("rankers")) == []
+
+
+def read_vectors(workspace: Path, network_folder: str) -> np.ndarray:
+    """Return the song vectors of a network; zeros for a song that it does not know."""
+    return np.asarray(Workspace(workspace).read_array(f"{network_folder}/song_vectors.npy"))
+
+
+@pytest.mark.parametrize("refit", ["--refit", "--no-refit"])
+def test_a_continued_network_reads_the_frozen_embeddings_that_it_was_trained_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refit: str
+) -> None:
+    """Also the network of its selection phase, and also if it is continued a second time."""
+    workspace = tmp_path / "workspace"
+    days_path = import_plays(workspace, tmp_path, capsys)
+    run(workspace, SPLIT, capsys)
+    run(workspace, ["embed", "--dim", "8", "--epochs", "2", "--workers", "1"], capsys)
+    frozen_train = [*TRAIN, "--song-table", "frozen"]
+    first = run(workspace, [*frozen_train, refit], capsys)
+    run(workspace, ["import", "csv", days_path, *COLUMNS, "--append"], capsys)
+    run(workspace, SPLIT, capsys)
+    second = run(workspace, [*frozen_train, "--from", first["id"]], capsys)
+    third = run(workspace, [*frozen_train, "--from", second["id"]], capsys)
+    expected = read_vectors(workspace, f"models/{first['id']}")
+    for network_folder in (f"{second['id']}/selection", second["id"], third["id"]):
+        vectors = read_vectors(workspace, f"models/{network_folder}")
+        is_known = expected.any(axis=1) & vectors[: len(expected)].any(axis=1)
+        assert is_known.sum() > 50
+        np.testing.assert_allclose(vectors[: len(expected)][is_known], expected[is_known], atol=1e-6)
 
 
 def test_nothing_is_chosen_on_plays_that_the_model_to_start_from_learned_though_it_was_not_refit(
