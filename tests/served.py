@@ -146,9 +146,13 @@ def ms(text: str) -> int:
 class Client:
     """Sends requests to the application of a service, without a network between them."""
 
-    def __init__(self, replica: Service, *, address: str = "127.0.0.1", key: str | None = None) -> None:
+    def __init__(
+        self, replica: Service, *, address: str = "127.0.0.1", key: str | None = None, route_prefix: str = ""
+    ) -> None:
         self.app = create_app(replica)
-        self._transport = httpx.ASGITransport(self.app, raise_app_exceptions=False, client=(address, 50_000))
+        self._transport = httpx.ASGITransport(
+            self.app, raise_app_exceptions=False, client=(address, 50_000), root_path=route_prefix
+        )
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
 
     def get(self, path: str, **options: Any) -> httpx.Response:

@@ -118,6 +118,18 @@ def needs_no_key(method: str, path: str, config: ServeConfig) -> bool:
     return method == "GET" and bool(is_open_path or (config.open_metrics and path == "/metrics"))
 
 
+def routed_path(scope: Scope) -> str:
+    """Return the path of a request as the router matches it.
+
+    The router removes the prefix that Serve's `route_prefix` puts before all paths, and its patterns ignore one line
+    break at the end.
+    """
+    path, prefix = str(scope["path"]), str(scope.get("root_path", ""))
+    if prefix and path.startswith(f"{prefix}/"):
+        path = path[len(prefix) :]
+    return path.removesuffix("\n")
+
+
 class Middleware:
     """ASGI middleware in front of the whole application."""
 
@@ -191,7 +203,7 @@ class Middleware:
         await _run_while_connected(self._app, scope, body, receive, send)
 
     def _check_access(self, scope: Scope, headers: Headers) -> Response | None:
-        keys, config, path = self._service.keys, self._service.config, scope["path"]
+        keys, config, path = self._service.keys, self._service.config, routed_path(scope)
         if not keys.required:
             client = scope.get("client")
             if client and not is_loopback(client[0]):

@@ -131,6 +131,33 @@ def test_nothing_is_answered_without_a_key_and_each_role_has_its_own(world: Work
         assert key not in caplog.text + response_text
 
 
+@pytest.mark.parametrize(("route_prefix", "path_end"), [("", "%0A"), ("/music", ""), ("/music", "%0A")])
+def test_no_spelling_of_a_path_that_the_router_accepts_gives_a_key_other_roles(
+    world: Workspace, keys: Keys, route_prefix: str, path_end: str
+) -> None:
+    requests: list[tuple[str, str, dict[str, Any]]] = [
+        ("POST", "/v1/plays", {"json": {"plays": []}}),
+        ("POST", "/v1/songs", {"json": {"songs": [{"song_id": "new"}]}}),
+        ("GET", "/metrics", {}),
+    ]
+    with service(world, keys=keys) as replica:
+        reader = Client(replica, key=READ, route_prefix=route_prefix)
+        for method, path, options in requests:
+            assert reader.request(method, f"{route_prefix}{path}{path_end}", **options).status_code == 403, path
+        admin = Client(replica, key=ADMIN, route_prefix=route_prefix)
+        assert admin.get(f"{route_prefix}/metrics{path_end}").status_code == 200
+
+
+def test_open_paths_need_no_key_under_a_route_prefix(world: Workspace, keys: Keys) -> None:
+    with service(world, keys=keys) as replica:
+        client = Client(replica, route_prefix="/music")
+        assert [client.get(f"/music{path}").status_code for path in ("/healthz", "/docs", "/v1/release")] == [
+            200,
+            200,
+            401,
+        ]
+
+
 def test_the_document_of_the_api_needs_no_key_and_says_how_to_send_one(world: Workspace, keys: Keys) -> None:
     with service(world, keys=keys) as replica:
         client = Client(replica)
