@@ -93,6 +93,11 @@ def _parse_entries(lines: Iterable[str], source: str) -> Iterable[tuple[bytes, R
         roles, key = [name.strip() for name in role_names.split("+")], key.strip()
         if not colon or not set(roles) <= set(ROLES) or any(char.isspace() for char in key):
             raise InputError(f"{source}, entry {number} is not role:key or role+role:key; roles are {', '.join(ROLES)}")
+        if not key.isascii() or not key.isprintable():
+            raise InputError(
+                f"{source}, entry {number} has a key with characters that an HTTP header cannot carry; give one of "
+                "printable ASCII characters"
+            )
         if len(key) < MIN_KEY_LENGTH:
             raise InputError(
                 f"{source}, entry {number} has a key of {len(key)} characters; give at least {MIN_KEY_LENGTH}"

@@ -68,6 +68,8 @@ def test_without_keys_only_loopback_may_be_served() -> None:
         ("read:short", "5 characters"),
         ("read:a b", "role"),
         (f"read+reader:{READ}", "roles are read, write, admin"),
+        ("read:schlüssel-0123456789", "ASCII"),
+        ("read:reader-\x7f-0123456789", "ASCII"),
     ],
 )
 def test_what_does_not_read_as_a_key_is_refused_without_showing_it(text: str, message: str) -> None:
