@@ -675,7 +675,10 @@ def _seconds_to_wait(response: httpx.Response | httpx.TransportError, wait: floa
 
 
 def _read_problem(response: httpx.Response) -> dict[str, Any]:
+    """Return the problem document of an answer; what it lacks, as one of a proxy or gateway may, is filled in."""
+    problem: dict[str, Any] = {"title": response.reason_phrase, "detail": response.text[:200]}
     try:
-        return dict(response.json())
-    except ValueError:  # the answer may come from a proxy in front of the server
-        return {"status": response.status_code, "title": response.reason_phrase, "detail": response.text[:200]}
+        body = response.json()
+    except ValueError:
+        body = None
+    return problem | (body if isinstance(body, dict) else {}) | {"status": response.status_code}

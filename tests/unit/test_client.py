@@ -71,7 +71,7 @@ def server(answers: list[Callable[[BaseHTTPRequestHandler], None]]) -> Iterator[
         http_server.server_close()
 
 
-def answer(code: int, body: dict[str, Any]) -> Callable[[BaseHTTPRequestHandler], None]:
+def answer(code: int, body: Any) -> Callable[[BaseHTTPRequestHandler], None]:
     """Return an answer with a status code and a JSON body."""
 
     def send(handler: BaseHTTPRequestHandler) -> None:
@@ -201,6 +201,14 @@ def test_a_refusal_is_raised_at_once_and_a_busy_server_after_the_last_retry() ->
     ):
         client.recommend(history=["song-1"])
     assert len(requests) == 3
+
+
+@pytest.mark.parametrize("body", [{"message": "Forbidden"}, {"status": "error"}, ["Forbidden"], "Forbidden"])
+def test_json_of_a_gateway_that_is_no_problem_document_gives_an_error_with_the_status(body: Any) -> None:
+    with server([answer(403, body)]) as (url, _), Client(url) as client:
+        with pytest.raises(ApiError, match="403 Forbidden") as raised:
+            client.forget("ann")
+        assert raised.value.status == 403
 
 
 def test_the_error_names_a_server_that_does_not_answer() -> None:
