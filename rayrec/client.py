@@ -281,10 +281,13 @@ class _Connection:
             yield max_wait * (0.5 + random.random() / 2)  # random, so that many clients do not retry at the same time
 
     @staticmethod
-    def _read_response(response: "httpx.Response | httpx.TransportError", wait: float | None, url: str) -> Any:
-        """Return the JSON or text of an answer, or `_RETRY` if the request must be sent again.
+    def _read_response(
+        response: "httpx.Response | httpx.TransportError", wait: float | None, url: str, is_text: bool
+    ) -> Any:
+        """Return the JSON of an answer, or its text if `is_text`; or `_RETRY` if the request must be sent again.
 
-        `wait` is None after the last attempt. Raises `ApiError` and `ApiUnavailableError`.
+        `wait` is None after the last attempt. Raises `ApiError` and `ApiUnavailableError`. A redirect, or a body
+        that is no JSON object, comes from something in front of the server, so the request has not reached it.
         """
         if isinstance(response, httpx.TransportError):
             if wait is None:
@@ -292,11 +295,19 @@ class _Connection:
             return _RETRY
         if response.status_code in RETRIED_STATUSES and wait is not None:
             return _RETRY
-        if response.status_code >= 400:
+        if not response.is_success:
             raise ApiError(_read_problem(response), response.headers.get("X-Request-ID"))
-        if response.headers.get("Content-Type", "").startswith("text/"):
+        if is_text:
             return response.text
-        return response.json() if response.content else {}
+        if response.status_code == httpx.codes.NO_CONTENT:
+            return {}
+        body = _read_object(response)
+        if body is None:
+            content_type = response.headers.get("Content-Type", "no Content-Type")
+            detail = f"{url} answered {content_type} where a JSON object is expected; check that it is a rayrec server"
+            problem = {"status": response.status_code, "title": response.reason_phrase, "detail": detail}
+            raise ApiError(problem, response.headers.get("X-Request-ID"))
+        return body
 
 
 class _RetryMarker:
@@ -429,7 +440,7 @@ class Client(_Connection):
 
     def report(self) -> str:
         """Return the report of the last evaluation of the release, an HTML page."""
-        return cast(str, self._send(("GET", "/v1/release/report", {})))
+        return cast(str, self._send(("GET", "/v1/release/report", {}), is_text=True))
 
     def health(self) -> HealthAnswer:
         """Check that the replica is alive."""
@@ -441,9 +452,9 @@ class Client(_Connection):
 
     def metrics(self) -> str:
         """Return the metrics of the replica in the text format of Prometheus."""
-        return cast(str, self._send(("GET", "/metrics", {})))
+        return cast(str, self._send(("GET", "/metrics", {}), is_text=True))
 
-    def _send(self, call: Call) -> Any:
+    def _send(self, call: Call, *, is_text: bool = False) -> Any:
         method, path, options = call
         for wait in (*self._retry_waits(), None):
             response: httpx.Response | httpx.TransportError
@@ -451,7 +462,7 @@ class Client(_Connection):
                 response = self._http.request(method, path, **options)
             except httpx.TransportError as error:
                 response = error
-            result = self._read_response(response, wait, self._url)
+            result = self._read_response(response, wait, self._url, is_text)
             if result is not _RETRY:
                 return result
             time.sleep(_seconds_to_wait(response, wait))
@@ -564,7 +575,7 @@ class AsyncClient(_Connection):
 
     async def report(self) -> str:
         """As in `Client`."""
-        return cast(str, await self._send(("GET", "/v1/release/report", {})))
+        return cast(str, await self._send(("GET", "/v1/release/report", {}), is_text=True))
 
     async def health(self) -> HealthAnswer:
         """As in `Client`."""
@@ -576,13 +587,13 @@ class AsyncClient(_Connection):
 
     async def metrics(self) -> str:
         """As in `Client`."""
-        return cast(str, await self._send(("GET", "/metrics", {})))
+        return cast(str, await self._send(("GET", "/metrics", {}), is_text=True))
 
     async def forget(self, user_id: str) -> None:
         """As in `Client`."""
         await self._send(_forget_call(user_id))
 
-    async def _send(self, call: Call) -> Any:
+    async def _send(self, call: Call, *, is_text: bool = False) -> Any:
         method, path, options = call
         for wait in (*self._retry_waits(), None):
             response: httpx.Response | httpx.TransportError
@@ -590,7 +601,7 @@ class AsyncClient(_Connection):
                 response = await self._http.request(method, path, **options)
             except httpx.TransportError as error:
                 response = error
-            result = self._read_response(response, wait, self._url)
+            result = self._read_response(response, wait, self._url, is_text)
             if result is not _RETRY:
                 return result
             await asyncio.sleep(_seconds_to_wait(response, wait))
@@ -674,11 +685,19 @@ def _seconds_to_wait(response: httpx.Response | httpx.TransportError, wait: floa
     return min(LONGEST_WAIT_SECONDS, seconds or wait or 0.0)
 
 
-def _read_problem(response: httpx.Response) -> dict[str, Any]:
-    """Return the problem document of an answer; what it lacks, as one of a proxy or gateway may, is filled in."""
-    problem: dict[str, Any] = {"title": response.reason_phrase, "detail": response.text[:200]}
+def _read_object(response: httpx.Response) -> dict[str, Any] | None:
+    """Return the JSON object of an answer; None if its body is anything else."""
     try:
         body = response.json()
     except ValueError:
-        body = None
-    return problem | (body if isinstance(body, dict) else {}) | {"status": response.status_code}
+        return None
+    return body if isinstance(body, dict) else None
+
+
+def _read_problem(response: httpx.Response) -> dict[str, Any]:
+    """Return the problem document of an answer; what it lacks, as one of a proxy or gateway may, is filled in."""
+    detail = response.text[:200]
+    if response.is_redirect:
+        detail = f"the server redirects to {response.headers.get('Location')}; give its address as the client's url"
+    problem = {"title": response.reason_phrase, "detail": detail}
+    return problem | (_read_object(response) or {}) | {"status": response.status_code}

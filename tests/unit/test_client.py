@@ -211,6 +211,41 @@ def test_json_of_a_gateway_that_is_no_problem_document_gives_an_error_with_the_s
         assert raised.value.status == 403
 
 
+@pytest.mark.parametrize(
+    ("code", "headers", "body", "message"),
+    [
+        (301, {"Location": "https://music.example/", "Content-Type": "text/html"}, "<html>", "https://music.example/"),
+        (308, {"Location": "https://music.example/"}, "", "308 Permanent Redirect"),
+        (200, {"Content-Type": "text/html"}, "<html>log in", "text/html where a JSON object is expected"),
+        (200, {}, "", "no Content-Type"),
+        (200, {"Content-Type": "application/json"}, '"ok"', "JSON object"),
+    ],
+)
+def test_an_answer_of_something_else_than_the_server_is_an_error_so_that_no_play_is_lost_unseen(
+    code: int, headers: dict[str, str], body: str, message: str
+) -> None:
+    def send(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(code)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(body.encode())
+
+    async def require_errors(url: str) -> None:
+        async with AsyncClient(url) as client:
+            for call in (client.play("ann", "song-1"), client.forget("ann")):
+                with pytest.raises(ApiError, match=message):
+                    await call
+
+    with server([send] * 4) as (url, requests):
+        with Client(url) as client:
+            for call in (partial(client.play, "ann", "song-1"), partial(client.forget, "ann")):
+                with pytest.raises(ApiError, match=message):
+                    call()
+        asyncio.run(require_errors(url))
+    assert len(requests) == 4
+
+
 def test_the_error_names_a_server_that_does_not_answer() -> None:
     retry = Retry(retries=1)
     with (
