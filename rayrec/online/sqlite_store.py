@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from weakref import WeakSet
 
 import numpy as np
 
@@ -61,16 +62,34 @@ CREATE INDEX changed_songs ON songs (namespace, version);
 USER_LOG_CONDITION = "piece >= ?1 AND piece < ?2"  # selects one user's log, with the values of `_piece_range`
 
 
+class _ThreadConnections:
+    """The connections of one thread. They are closed when it ends, since nothing else keeps this object."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, sqlite3.Connection] = {}
+
+    def close(self) -> None:
+        """Close the connections."""
+        for connection in list(self.by_name.values()):
+            connection.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class SqliteStore(StateStore):
-    """A store in an SQLite file. Each thread has a separate connection, and a second one if it loads users."""
+    """A store in an SQLite file. Each thread has a separate connection, and a second one if it loads users.
+
+    The connections of a thread are closed when it ends: a server's thread pool ends idle threads and starts new ones.
+    """
 
     one_writer = True
 
     def __init__(self, path: str | Path, namespace: str) -> None:
         """Raises `InputError` if the file cannot be opened or was not made by rayrec."""
         self._path, self._namespace = Path(path), namespace
-        self._thread_connections = threading.local()
-        self._connections: list[sqlite3.Connection] = []
+        self._thread_values = threading.local()
+        self._thread_connections: WeakSet[_ThreadConnections] = WeakSet()
         self._cleared_day = 0  # the last day on which old events were deleted
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,8 +237,8 @@ class SqliteStore(StateStore):
 
     def close(self) -> None:
         """As in `StateStore`."""
-        while self._connections:
-            self._connections.pop().close()
+        for connections in list(self._thread_connections):
+            connections.close()
 
     def _empty_log(self) -> bool:
         """Empty the write-ahead log, which keeps old pages; False if readers used it for too long."""
@@ -348,13 +367,16 @@ class SqliteStore(StateStore):
     def _connection(self, *, loading: bool = False) -> Iterator[sqlite3.Connection]:
         """Yield this thread's connection. Without `_transaction`, each statement is a transaction by itself."""
         try:
+            connections: _ThreadConnections | None = getattr(self._thread_values, "connections", None)
+            if connections is None:
+                connections = self._thread_values.connections = _ThreadConnections()
+                self._thread_connections.add(connections)
             name = "loading" if loading else "connection"
-            connection: sqlite3.Connection | None = getattr(self._thread_connections, name, None)
+            connection = connections.by_name.get(name)
             if connection is None:
                 connection = sqlite3.connect(
                     self._path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False
                 )
-                self._connections.append(connection)
                 connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # has an effect only in a new file
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute(f"PRAGMA synchronous = {'NORMAL' if loading else 'FULL'}")
@@ -362,7 +384,7 @@ class SqliteStore(StateStore):
                 if loading:  # cache all pages that thousands of users change, and copy the log into the file late
                     connection.execute(f"PRAGMA cache_size = -{CACHE_BYTES >> 10}")
                     connection.execute(f"PRAGMA wal_autocheckpoint = {LOG_BYTES // PAGE_BYTES}")
-                setattr(self._thread_connections, name, connection)
+                connections.by_name[name] = connection
             yield connection
         except sqlite3.OperationalError as error:
             raise StoreUnavailableError(f"store {self._path} does not answer: {error}; try again") from error

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from stores import lost_answers, needs_redis
 
@@ -535,6 +536,24 @@ def test_an_sqlite_store_that_is_locked_for_long_says_so(tmp_path: Path, monkeyp
     other_connection.close()
     assert put(store, "ann", b"1", expected=NO_VERSION)
     store.close()
+
+
+def test_a_thread_that_ends_leaves_no_open_sqlite_file(tmp_path: Path) -> None:
+    def count_open_files() -> int:
+        return sum(Path(file.path).parent == tmp_path for file in psutil.Process().open_files())
+
+    store = open_store(f"sqlite:///{tmp_path}/users.sqlite", "n")
+    store.add_songs({"song": b"1"}, most=1)
+    file_count = count_open_files()
+    assert file_count
+    for _ in range(20):
+        thread = threading.Thread(target=store.songs_since, args=[0])
+        thread.start()
+        thread.join()
+    assert count_open_files() <= 2 * file_count  # this thread's, and at most one other's
+    assert store.songs_since(0)[1][0].song_id == "song"
+    store.close()
+    assert not count_open_files()
 
 
 def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
