@@ -123,17 +123,17 @@ class OnlineSongs:
         """Add songs for every replica; return for each song whether it was added. Known songs stay unchanged.
 
         Returns None and adds no song if there would be more than MAX_ONLINE_SONGS. When this returns, the songs are
-        stored and in use here. Raises `StoreUnavailableError` if the store does not answer.
+        stored and in use here. Of several entries of a song the first counts. Raises `StoreUnavailableError` if the
+        store does not answer.
         """
         self.refresh()
         store = self._store()
         assert store is not None  # the caller has created it
         rows, number_of_row = self._catalog.find([song.song_id for song in songs]), self._number_of_row(self._state)
-        new_songs = {
-            song.song_id: song.to_bytes()
-            for song, row in zip(songs, rows.tolist(), strict=True)
-            if row not in number_of_row and (row < 0 or not self._is_known[row])
-        }
+        new_songs: dict[str, bytes] = {}
+        for song, row in zip(songs, rows.tolist(), strict=True):
+            if row not in number_of_row and (row < 0 or not self._is_known[row]):
+                new_songs.setdefault(song.song_id, song.to_bytes())  # the first entry of a song that is sent twice
         is_added = store.add_songs(new_songs, MAX_ONLINE_SONGS) if new_songs else []
         if is_added is None:
             return None

@@ -189,6 +189,14 @@ def test_songs_that_are_known_stay_as_they_are_and_one_without_a_vector_gets_one
     assert f"song-{WITHOUT_VECTOR}" in recommended_songs(app, ["song-2", "song-9"])
 
 
+def test_of_two_entries_of_a_song_in_one_request_the_first_is_stored(replica: Service) -> None:
+    app = Client(replica)
+    assert add(app, new_song(1), {**new_song(1), "title": "Later"}) == ["added", "known"]
+    assert app.get("/v1/songs", params={"query": "new 1"}).json()["songs"] == [
+        {"song_id": "new-1", "title": "New 1", "artist": f"Artist {ARTIST}"}
+    ]
+
+
 def test_songs_beyond_the_limit_are_refused_all_together(replica: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(online_songs, "MAX_ONLINE_SONGS", 2)
     app = Client(replica)
