@@ -74,7 +74,8 @@ class SongToAdd:
 class _OnlineState:
     """The added songs that a replica has read. `row_of_number` has an entry for each number, even of closed songs."""
 
-    songs: dict[int, SongToAdd] = field(default_factory=dict)  # by number: songs without a vector in the release
+    # By number: songs without a vector in the release. Their content vectors are left out once they are placed.
+    songs: dict[int, SongToAdd] = field(default_factory=dict)
     row_of_number: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # -1: no row
     plays: dict[int, np.ndarray] = field(default_factory=dict)  # by number: float64 (1 + 2 D,), plays and vector sums
     # Numbers of the songs after the catalog's last row, in row order.
@@ -239,6 +240,8 @@ class OnlineSongs:
             updated.placed_songs = (
                 new_placed_songs if previous.placed_songs is None else previous.placed_songs.union(new_placed_songs)
             )
+            for number in new_numbers:  # not read again, and a list takes 32 bytes per number
+                updated.songs[number] = replace(updated.songs[number], vector=None)
         songs_with_vectors = (
             None if updated.placed_songs is None else self._move_songs_by_plays(updated, updated.placed_songs)
         )

@@ -1,11 +1,14 @@
 """Songs added while a release is live: all replicas recommend them within a second, with the nightly job's vectors."""
 
+import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from served import AT, BEGIN, NUM_SONGS, WITHOUT_VECTOR, Client, service, write_release
 from stores import needs_redis
@@ -187,6 +190,28 @@ def test_songs_that_are_known_stay_as_they_are_and_one_without_a_vector_gets_one
     ]
     assert add(app, {**new_song(1), "artist": "Artist 6"}, song_without_vector) == ["known", "known"]
     assert f"song-{WITHOUT_VECTOR}" in recommended_songs(app, ["song-2", "song-9"])
+
+
+def test_a_replica_keeps_no_content_vectors_of_added_songs_and_places_the_songs_by_them(
+    world: Workspace, tmp_path: Path
+) -> None:
+    content = np.random.default_rng(0).normal(size=(NUM_SONGS, 3)).astype(np.float32)
+    table = pa.table({"song_id": [f"song-{row}" for row in range(NUM_SONGS)], "vector": list(content)})
+    pq.write_table(table, tmp_path / "content.parquet")
+    describe(world, DescribeConfig(vectors=str(tmp_path / "content.parquet")))
+    with service(world) as replica:
+        app = Client(replica)
+        sent_songs = [{"song_id": f"new-{number}", "vector": content[number].tolist()} for number in range(5)]
+        assert add(app, *sent_songs) == ["added"] * 5
+        vectors_before = [vector(replica, song["song_id"]) for song in sent_songs]
+        assert len(np.unique(vectors_before, axis=0)) == 5
+        assert app.post("/v1/plays", play("ann", "new-0", AT)).json()["taken"] == 1
+        add(app, new_song(9))
+        np.testing.assert_array_equal([vector(replica, song["song_id"]) for song in sent_songs], vectors_before)
+        gc.collect()
+        kept_songs = [each for each in gc.get_objects() if type(each) is online_songs.SongToAdd]
+        assert {song.song_id for song in kept_songs} >= {song["song_id"] for song in sent_songs}
+        assert [song.song_id for song in kept_songs if song.vector is not None] == []
 
 
 def test_of_two_entries_of_a_song_in_one_request_the_first_is_stored(replica: Service) -> None:
