@@ -82,6 +82,11 @@ class _OnlineState:
     numbers_after_catalog: list[int] = field(default_factory=list)
     placed_songs: AddedSongs | None = None  # vectors of `songs` before their plays move them
 
+    def emptied(self) -> "_OnlineState":
+        """Return a state without songs. It keeps that songs had vectors, which the engine must be told to drop."""
+        no_songs = None if self.placed_songs is None else self.placed_songs.take(np.zeros(0, dtype=np.int64))
+        return _OnlineState(placed_songs=no_songs)
+
 
 class OnlineSongs:
     """The songs that were added online, as one replica uses them with one release."""
@@ -153,11 +158,14 @@ class OnlineSongs:
             if store is None:
                 return
             version, changed_songs = store.songs_since(self._version)
-            if version < self._version:  # the store was emptied
+            has_lost_songs = version < self._version  # the store was emptied, or is an older copy
+            if has_lost_songs:
+                log.warning("the store has lost songs that were added online; those that it still has are read again")
                 version, changed_songs = store.songs_since(0)
-                self._state = _OnlineState()
-            if changed_songs:
-                self._apply_changes(changed_songs)
+                # The lost songs' rows and numbers go to other songs.
+                self._contained_numbers, self._placer = [], None
+            if changed_songs or has_lost_songs:
+                self._apply_changes(changed_songs, self._state.emptied() if has_lost_songs else self._state)
             self._version = version
             if self._contained_numbers and time.monotonic() - self._started > CLOSE_SECONDS:
                 store.close_songs(self._contained_numbers)
@@ -204,8 +212,8 @@ class OnlineSongs:
         if store is not None:
             store.count_song_plays(self._model, song_sums)
 
-    def _apply_changes(self, changed_songs: Sequence[OnlineSong]) -> None:
-        previous = self._state
+    def _apply_changes(self, changed_songs: Sequence[OnlineSong], previous: _OnlineState) -> None:
+        """Use `changed_songs` in addition to those of `previous`, or in their place."""
         updated = _OnlineState(
             dict(previous.songs),
             previous.row_of_number,
@@ -213,7 +221,7 @@ class OnlineSongs:
             list(previous.numbers_after_catalog),
             previous.placed_songs,
         )
-        number_count = max(song.number for song in changed_songs) + 1
+        number_count = max((song.number for song in changed_songs), default=-1) + 1
         updated.row_of_number = np.pad(
             previous.row_of_number, (0, max(0, number_count - len(previous.row_of_number))), constant_values=-1
         )

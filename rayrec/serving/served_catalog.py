@@ -12,6 +12,7 @@ from rayrec.data import columns
 from rayrec.data.catalog import Catalog, SongSearch, popularity_positions, with_folded
 from rayrec.data.dataset import Dataset
 from rayrec.data.spelling import spell_id
+from rayrec.online.state_store import StoreUnavailableError
 from rayrec.online.user_state import FIRST_ONLINE
 from rayrec.recommend.answer import known_songs, model_play_counts, popular_order
 from rayrec.recommend.base import BaseRecommender
@@ -24,6 +25,8 @@ from rayrec.storage.object_storage import mapped_table
 from rayrec.storage.workspace import SONGS_TABLE, Workspace
 
 NAMES_KEPT = 1 << 16  # maximum number of songs in each cache: about 20 MB of names
+# A request was in progress while a replica noticed that the store has lost songs.
+LOST_SONG = "the store has lost songs that were added online, during this request; try again"
 SongName = tuple[str, str | None, str | None]  # a song's id, title and artist
 
 
@@ -121,7 +124,9 @@ class OnlineCatalog:
         )
 
     def name(self, row: int) -> SongName:
-        """Return id, title and artist of a row from `first` on."""
+        """Return id, title and artist of a row from `first` on. Raises `StoreUnavailableError` for a lost song."""
+        if row - self.first >= len(self.catalog):
+            raise StoreUnavailableError(LOST_SONG)
         names = self.catalog.names(np.array([row - self.first]))[0]
         return names[columns.SONG_ID], names[columns.TITLE], names[columns.ARTIST]
 
@@ -150,9 +155,14 @@ class ServedCatalog:
     def with_online(self, online: OnlineCatalog) -> None:
         """Use `online` as the songs that were added online, in place of the earlier ones."""
         added_count = max(0, online.first + len(online.catalog) - len(self.known))
+        earlier_rows = np.zeros(0, dtype=np.int64) if self.online is None else self.online.known
+        lost_rows = np.setdiff1d(earlier_rows, online.known)  # of songs that the store has lost
         is_known = np.pad(self.known, (0, added_count))
+        is_known[lost_rows] = False
         is_known[online.known] = True
         self.plays = np.pad(self.plays, (0, added_count))
+        if len(lost_rows):
+            self.by_age = self.by_age[~np.isin(self.by_age, lost_rows)]
         if self.first_days is not None:
             self.first_days = np.pad(self.first_days, (0, added_count), constant_values=NOT_PLAYED)
         self.known, self.online = is_known, online  # after the arrays above: requests are in progress
@@ -181,11 +191,16 @@ class ServedCatalog:
         return rows
 
     def stored_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Convert song rows, int32, to stored rows, which are the same in every replica and release of the data set."""
+        """Convert song rows, int32, to stored rows, which are the same in every replica and release of the data set.
+
+        Raises `StoreUnavailableError` for a lost song.
+        """
         online = self.online
         if online is None or not (rows >= online.first).any():
             return rows
         online_indices = np.flatnonzero(rows >= online.first)
+        if not all(row in online.number_of_row for row in rows[online_indices].tolist()):
+            raise StoreUnavailableError(LOST_SONG)
         stored_rows = rows.copy()
         stored_rows[online_indices] = [
             FIRST_ONLINE + online.number_of_row[row] for row in rows[online_indices].tolist()
@@ -235,7 +250,7 @@ class ServedCatalog:
         return is_embedded
 
     def describe(self, rows: np.ndarray) -> list[SongName]:
-        """Return id, title and artist of each song row."""
+        """Return id, title and artist of each song row. Raises `StoreUnavailableError` for a lost song."""
         online = self.online
         if online is None or not (rows >= online.first).any():
             return [self.names.of(row) for row in rows.tolist()]

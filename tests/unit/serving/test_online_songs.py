@@ -1,8 +1,10 @@
 """Songs added while a release is live: all replicas recommend them within a second, with the nightly job's vectors."""
 
 import gc
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.jobs.add_songs import add_songs, added_to
 from rayrec.model.added_songs import AddedSongs
 from rayrec.online.sqlite_store import SqliteStore
-from rayrec.online.state_store import StoreUnavailableError
+from rayrec.online.state_store import StoreUnavailableError, store_uri
 from rayrec.recommend.reranking import network_of
 from rayrec.recommend.stored_retrieval import Retrieval, RetrievalCounts
 from rayrec.serving import online_songs
@@ -190,6 +192,30 @@ def test_songs_that_are_known_stay_as_they_are_and_one_without_a_vector_gets_one
     ]
     assert add(app, {**new_song(1), "artist": "Artist 6"}, song_without_vector) == ["known", "known"]
     assert f"song-{WITHOUT_VECTOR}" in recommended_songs(app, ["song-2", "song-9"])
+
+
+def test_songs_that_the_store_has_lost_are_gone_and_can_be_added_again(replica: Service) -> None:
+    app = Client(replica)
+    song_without_vector = {"song_id": f"song-{WITHOUT_VECTOR}", "artist": "Artist 2"}
+    before = recommended_songs(app, ARTIST_SONGS)
+    add(app, new_song(1), new_song(2), song_without_vector)
+    (lost_row,) = replica.live.catalog.find(["new-1"])
+    with closing(sqlite3.connect(store_uri(replica.holder.workspace, None).removeprefix("sqlite:///"))) as connection:
+        connection.execute("DELETE FROM songs")
+        connection.commit()
+    require_within_a_second(lambda: not replica.live.online.count)
+    assert recommended_songs(app, ARTIST_SONGS) == before
+    with pytest.raises(StoreUnavailableError, match="try again"):  # a request that was in progress meanwhile
+        replica.live.catalog.describe(np.array([lost_row]))
+    assert app.get("/v1/songs", params={"query": "new"}).json()["count"] == 0
+    newest_ids = {song["song_id"] for song in app.get("/v1/songs/new", params={"k": NUM_SONGS}).json()["songs"]}
+    assert not newest_ids & {"new-1", "new-2", song_without_vector["song_id"]}
+    assert app.post("/v1/plays", play("ann", "new-1", AT)).json()["unknown_songs"] == 1
+    assert add(app, {"song_id": "other", "artist": "Artist 5"}, new_song(1)) == ["added", "added"]
+    assert "new-1" in recommended_songs(app, ARTIST_SONGS, k=MAX_SONGS_PER_ARTIST)
+    assert app.get("/v1/songs", params={"query": "new"}).json()["songs"][0]["song_id"] == "new-1"
+    assert app.post("/v1/plays", play("ann", "new-1", AT)).json()["taken"] == 1
+    assert [each["song_id"] for each in app.get("/v1/users/ann/plays").json()["plays"]] == ["new-1"]
 
 
 def test_a_replica_keeps_no_content_vectors_of_added_songs_and_places_the_songs_by_them(
