@@ -169,6 +169,6 @@ class Client:
 
     async def send(self, method: str, path: str, options: dict[str, Any]) -> httpx.Response:
         async with httpx.AsyncClient(
-            transport=self._transport, base_url="http://app", headers=self._headers
+            transport=self._transport, base_url="http://localhost", headers=self._headers
         ) as connection:
             return await connection.request(method, path, **options)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.gzip import GZipMiddleware
@@ -135,6 +136,20 @@ def routed_path(scope: Scope) -> str:
     return path.removesuffix("\n")
 
 
+def names_loopback(host: str | None) -> bool:
+    """True if a Host header names this machine, or is missing as in HTTP/1.0.
+
+    A web page whose host name resolves to 127.0.0.1 can send requests from the browser of this machine, by loopback and
+    without a check of its origin, but with its own name as the Host.
+    """
+    if host is None:
+        return True
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:  # brackets without an IPv6 address
+        return False
+
+
 class Middleware:
     """ASGI middleware in front of the whole application."""
 
@@ -213,6 +228,12 @@ class Middleware:
             client = scope.get("client")
             if client and not is_loopback(client[0]):
                 return problem(403, "This application runs without API keys, so it answers only its own machine")
+            if not names_loopback(headers.get("host")):
+                return problem(
+                    403,
+                    "This application runs without API keys, so it answers only requests to localhost or a loopback "
+                    "address, not to another name of it; use http://localhost, or set API keys",
+                )
             return None
         if needs_no_key(scope["method"], path, config):
             return None

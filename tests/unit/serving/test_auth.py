@@ -184,3 +184,28 @@ def test_without_keys_other_machines_are_not_answered(world: Workspace) -> None:
         assert Client(replica, address="10.0.0.7").get("/healthz").status_code == 403
         assert Client(replica, address="127.0.0.1").get("/healthz").status_code == 200
         assert Client(replica, address="::1").get("/healthz").status_code == 200
+
+
+def test_without_keys_a_web_page_whose_name_resolves_to_this_machine_is_not_answered(
+    world: Workspace, keys: Keys
+) -> None:
+    hosts = {
+        "localhost": 200,
+        "LOCALHOST:8000": 200,
+        "127.0.0.1:8000": 200,
+        "127.1.2.3": 200,
+        "[::1]:8000": 200,
+        "music.example": 403,
+        "127.0.0.1.music.example:8000": 403,
+        "localhost.music.example": 403,
+        "10.0.0.7": 403,
+        "[::1": 403,
+        "": 403,
+    }
+    with service(world) as replica:
+        client = Client(replica)
+        assert {host: client.get("/v1/release", headers={"Host": host}).status_code for host in hosts} == hosts
+        assert client.request("DELETE", "/v1/users/ann", headers={"Host": "music.example"}).status_code == 403
+    with service(world, keys=keys) as replica:
+        client = Client(replica, key=READ)
+        assert client.get("/v1/release", headers={"Host": "music.example"}).status_code == 200

@@ -54,7 +54,8 @@ def document(replica: Service) -> schemathesis.BaseSchema:
     app = Client(replica).app
 
     async def call_from_loopback(scope: Any, receive: Any, send: Any) -> None:
-        await app({**scope, "client": ("127.0.0.1", 1)}, receive, send)
+        headers = [(name, b"localhost" if name == b"host" else value) for name, value in scope["headers"]]
+        await app({**scope, "client": ("127.0.0.1", 1), "headers": headers}, receive, send)
 
     return schemathesis.openapi.from_asgi("/openapi.json", call_from_loopback)
 
