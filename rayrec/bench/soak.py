@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from rayrec.bench import rounds
 from rayrec.bench.answers_bench import build_answers_release
@@ -43,7 +44,7 @@ class SoakCounts:
 
 
 def soak(bench_workspace: Workspace, config: SoakBenchConfig) -> dict[str, Any]:
-    """Put load from 16 clients on two replicas, one of which is killed every `kill_seconds`.
+    """Put load from 16 clients on two replicas. The newer one is killed every `kill_seconds`, the older one never.
 
     With a Redis Cluster as the store, one of its primaries is killed halfway between two kills of replicas, and started
     again once its replica has taken over. A client retries after a connection error or a status 502, 503 or 504: once,
@@ -51,9 +52,10 @@ def soak(bench_workspace: Workspace, config: SoakBenchConfig) -> dict[str, Any]:
 
     `failure_share` is the share of requests that failed after all retries. The `played_at` of each sent play is unique
     for its user and identifies the play among the stored ones at the end: `lost_plays` were acknowledged but are not
-    stored, `plays_counted_twice` are stored once too often, acknowledged or not. `memory_mb` is the private memory of
-    all processes of the application, sampled halfway between two kills, when all replicas run again. `memory_growth` is
-    the median of the second half of these samples over that of the first half, without the first fifth of all samples.
+    stored, `plays_counted_twice` are stored once too often, acknowledged or not. `memory_mb` is the memory of the
+    older replica alone, without pages of files that it maps, sampled halfway between two kills: it answers from start
+    to end, so a leak shows. `memory_growth` is the median of the second half of these samples over that of the first
+    half, without the first fifth of all samples.
     """
     with ray_cluster():
         dataset, _, _ = build_answers_release(bench_workspace, config, config.songs)
@@ -107,9 +109,9 @@ async def _run_load(
             *(_run_client(client, number, traffic, counts, end_time) for number in range(CLIENTS))
         )
         kill_count, failover_count, samples_mb, _ = await asyncio.gather(
-            _kill_replicas(config, end_time),
+            kill_replicas(config, end_time),
             _fail_over_primaries(config, end_time, cluster),
-            _sample_memory(config, end_time),
+            sample_memory(config, end_time),
             client_runs,
         )
     return counts, {
@@ -159,13 +161,19 @@ async def attempt(call: Awaitable[Any], counts: SoakCounts) -> bool:
     return True
 
 
-async def _kill_replicas(config: SoakBenchConfig, end_time: float) -> int:
-    """Kill a replica every `kill_seconds` if another one is ready; return the number of kills."""
+def oldest_replica(running_replicas: Sequence[psutil.Process]) -> psutil.Process:
+    """Return the replica that has run the longest, whose memory is measured."""
+    return min(running_replicas, key=lambda replica: (replica.create_time(), replica.pid))
+
+
+async def kill_replicas(config: SoakBenchConfig, end_time: float) -> int:
+    """Kill a replica every `kill_seconds` if another one is ready, never the oldest; return the number of kills."""
     kill_count = 0
     while time.monotonic() + config.kill_seconds < end_time:
         await asyncio.sleep(config.kill_seconds)
         running_replicas = replicas()
         if sum(time.time() - replica.create_time() > READY_SECONDS for replica in running_replicas) > 1:
+            running_replicas.remove(oldest_replica(running_replicas))
             random.choice(running_replicas).kill()
             kill_count += 1
     return kill_count
@@ -184,14 +192,21 @@ async def _fail_over_primaries(config: SoakBenchConfig, end_time: float, cluster
     return failover_count
 
 
-async def _sample_memory(config: SoakBenchConfig, end_time: float) -> list[float]:
-    """Return samples of the private memory, MiB, of the application's processes, taken halfway between the kills."""
-    samples_mb = []
+async def sample_memory(config: SoakBenchConfig, end_time: float) -> list[float]:
+    """Return samples of the memory of the oldest replica, MiB, taken halfway between the kills.
+
+    All samples are of one replica: if it ends by itself, they begin anew with the next oldest one.
+    """
+    samples_mb: list[float] = []
+    measured_replica = None
     await asyncio.sleep(config.kill_seconds / 2)
-    while time.monotonic() < end_time:
-        samples_mb.append(await asyncio.to_thread(_memory_mb))
+    while not samples_mb or time.monotonic() < end_time:
+        replica = oldest_replica(await asyncio.to_thread(replicas))
+        if replica != measured_replica:
+            samples_mb, measured_replica = [], replica
+        samples_mb.append(await asyncio.to_thread(rounds.anonymous_mb, replica))
         await asyncio.sleep(config.kill_seconds)
-    return samples_mb or [await asyncio.to_thread(_memory_mb)]
+    return samples_mb
 
 
 def memory_growth(samples_mb: list[float]) -> float:
@@ -199,10 +214,6 @@ def memory_growth(samples_mb: list[float]) -> float:
     settled_mb = samples_mb[int(SETTLED * len(samples_mb)) :]
     half_length = (len(settled_mb) + 1) // 2
     return float(np.median(settled_mb[-half_length:]) / max(np.median(settled_mb[:half_length]), 1e-9))
-
-
-def _memory_mb() -> float:
-    return sum(process.private_mb for process in rounds.sample() if process.role != rounds.DRIVER)
 
 
 async def _compare_stored(url: str, counts: SoakCounts) -> tuple[int, int]:

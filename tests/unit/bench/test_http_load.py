@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from rayrec.bench import serve_bench
-from rayrec.bench.bench_config import ServeBenchConfig
+from rayrec.bench import rounds, serve_bench, soak
+from rayrec.bench.bench_config import ServeBenchConfig, SoakBenchConfig
 from rayrec.bench.serve_bench import Load, put_under_load, summarize_slices
 from rayrec.bench.soak import SoakCounts, attempt, compare_plays, memory_growth
 from rayrec.client import ApiError, ApiUnavailableError
@@ -161,6 +161,36 @@ def test_every_acknowledged_play_must_be_stored_once_and_no_other_twice(
 )
 def test_memory_grows_by_what_the_second_half_holds_over_the_first(used: list[float], grown: float) -> None:
     assert memory_growth(used) == pytest.approx(grown)
+
+
+class RunningReplica:
+    """A replica without a process; it runs until it is killed."""
+
+    def __init__(self, pid: int, started: float) -> None:
+        self.pid, self._started, self.is_running = pid, started, True
+
+    def create_time(self) -> float:
+        """Return when it started, in seconds since 1970."""
+        return self._started
+
+    def kill(self) -> None:
+        """End it."""
+        self.is_running = False
+
+
+def test_the_oldest_replica_is_never_killed_and_all_memory_samples_are_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    all_replicas = [RunningReplica(pid, started) for pid, started in ((1, 300.0), (2, 100.0), (3, 200.0), (4, 100.0))]
+    monkeypatch.setattr(soak, "replicas", lambda: [replica for replica in all_replicas if replica.is_running])
+    monkeypatch.setattr(rounds, "anonymous_mb", lambda replica: float(replica.pid))
+    config = SoakBenchConfig(kill_seconds=0.01)
+
+    async def kill_and_sample() -> tuple[int, list[float]]:
+        end_time = time.monotonic() + 1.0
+        return await asyncio.gather(soak.kill_replicas(config, end_time), soak.sample_memory(config, end_time))
+
+    kill_count, samples_mb = asyncio.run(kill_and_sample())
+    assert [replica.pid for replica in all_replicas if replica.is_running] == [2]
+    assert (kill_count, set(samples_mb)) == (3, {2.0})
 
 
 def test_a_started_application_runs_on_after_the_limit_of_its_start(
