@@ -363,7 +363,7 @@ def test_ten_million_plays_are_read_like_six_thousand_but_for_a_set_of_two_bytes
             Piece(size, pack_plays(Plays.of(songs, BEGIN + np.arange(end - size, end) * 60_000)))
             for end in range(size, count + 1, size)
         ]
-        state = UserState(before_at=BEGIN + (count - 1) * 60_000, left=count, folded=count - LAST_PLAYS // 2)
+        state = UserState(before_at=BEGIN + (count - 1) * 60_000, log_plays=count, folded=count - LAST_PLAYS // 2)
         packed_heard = pack_heard(heard_songs[user])
         assert len(packed_heard) < 2 * len(heard_songs[user])
         change = Change(user_id=user, state=pack_state(state), expected=NO_VERSION, append=log, heard=packed_heard)
