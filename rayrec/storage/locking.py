@@ -36,6 +36,7 @@ from rayrec.storage.workspace import LOCK, LOCK_HOLDER, Workspace
 
 RENEW_SECONDS = 30.0  # between renewals of a lock on object storage
 WATCH_SECONDS = 300.0  # time without a renewal after which the run of another machine counts as dead
+LOST_LOCK = signal.SIGUSR2  # interrupts the main thread of a run
 READS_PER_RENEWAL = 3  # of a lock that is watched
 
 _held_locks: dict[tuple[str, int], "_Lease | None"] = {}  # (workspace, thread) of this process -> its lock
@@ -229,7 +230,8 @@ class _Lease:
     """Renews a lock on object storage in a thread until `stop`, and ends the run if the lock is not its own any more.
 
     A renewal that fails, for example without network, is tried again after `RENEW_SECONDS`. The main thread is
-    interrupted as by Ctrl-C, which also ends its waiting for Ray.
+    interrupted as by Ctrl-C, which also ends its waiting for Ray, but by a signal of its own: background processes
+    ignore that of Ctrl-C.
     """
 
     def __init__(self, workspace: Workspace, writer: ConditionalWriter, path: str, holder: Holder) -> None:
@@ -237,6 +239,8 @@ class _Lease:
         self._is_in_main_thread = threading.current_thread() is threading.main_thread()
         self._is_lost = False
         self._stopped = threading.Event()
+        if self._is_in_main_thread:
+            self._earlier_handler = signal.signal(LOST_LOCK, signal.default_int_handler)
         self._thread = threading.Thread(target=self._renew, name="rayrec-lock", daemon=True)
         self._thread.start()
 
@@ -255,12 +259,16 @@ class _Lease:
             return
         self._is_lost = True
         if self._is_in_main_thread:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident or 0, LOST_LOCK)
 
     def stop(self) -> None:
         """End the renewals."""
         self._stopped.set()
-        self._thread.join()
+        try:
+            self._thread.join()
+        finally:
+            if self._is_in_main_thread:
+                signal.signal(LOST_LOCK, self._earlier_handler)
 
     def require_held(self, cause: BaseException | None = None) -> None:
         """Raise `BusyError` if the run has lost its lock; `cause` is the error that ended the run, if any."""

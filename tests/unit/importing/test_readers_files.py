@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
+from s3 import s3_server
 
 from rayrec.errors import DamagedInputError, InputError
 from rayrec.importing.readers.accounts import account_of
 from rayrec.importing.readers.reader import file_name, find_files, open_plain, require_text
-from tests.s3 import s3_server
 
 
 def touch(folder: Path, *file_names: str) -> None:

@@ -49,7 +49,7 @@ def random_state(window: Plays) -> UserState:
         )
         for name, row in (("abc.2", 0), ("def", 2))
     }
-    counts = {"left": 10**9, "folded": 5, "rejected": 2, "turn": 7, "restarts": 1}
+    counts = {"log_plays": 10**9, "folded": 5, "rejected": 2, "turn": 7, "restarts": 1}
     return UserState(before_at=-5, window=window, forgotten_at=-9, models=models, **counts)
 
 
@@ -58,16 +58,16 @@ def random_state(window: Plays) -> UserState:
 def test_a_state_comes_back_as_it_was_with_network_states_to_24_bits(window: Plays, likes: Plays) -> None:
     state = replace(random_state(window), likes=likes)
     unpacked = unpack_state(pack_state(state))
-    fields = ("before_at", "left", "folded", "rejected", "turn", "restarts", "forgotten_at", "plays", "last_played_at")
-    for name in fields:
+    counts = ("log_plays", "folded", "rejected", "turn", "restarts", "plays")
+    for name in ("before_at", "forgotten_at", "last_played_at", *counts):
         assert getattr(unpacked, name) == getattr(state, name), name
     assert list(unpacked.models) == list(state.models)
     for model, model_state in state.models.items():
-        for name in ("hidden", "before"):
+        for name in ("hidden", "start_hidden"):
             hidden = getattr(model_state, name)
             limit = np.abs(hidden).max(axis=1, keepdims=True) * 2.0**-23
             assert (np.abs(getattr(unpacked.models[model], name) - hidden) <= limit).all()
-        for name in ("before_at", "left", "restarts", "turn"):
+        for name in ("before_at", "log_plays", "restarts", "turn"):
             assert getattr(unpacked.models[model], name) == getattr(model_state, name)
     for name in PLAY_COLUMNS:
         np.testing.assert_array_equal(getattr(unpacked.likes, name), getattr(likes, name))
