@@ -51,9 +51,9 @@ FIT_REQUESTS = 105  # requests per fit of a retrieval, apart from its groups and
 
 # Private memory in bytes, measured as docs/scale.md#bytes-and-requests says. That of an idle worker comes on top.
 IDLE_WORKER = 250 << 20  # bytes of a worker that has imported torch: docs/benchmarks.md#growth
-TASTE_BYTES = 60_000_000
-TASTE_HIDDEN_BYTES = 160_000  # per dimension of the hidden state, for the plays of one pass
-TASTE_DIM_BYTES = 1_770_000  # per embedding dimension; the averages of embeddings are included
+TASTE_BYTES = 30_000_000
+TASTE_HIDDEN_BYTES = 270_000  # per dimension of the hidden state, for the plays of one pass
+TASTE_DIM_BYTES = 1_150_000  # per embedding dimension; the averages of embeddings are included
 COUNTING_BYTES = 10_000_000
 PAIR_BYTES = 80  # per pair of a song and a song that follows it
 COUNTED_SONG_BYTES = 115  # per song of the catalog while counting, per song of the range while merging
