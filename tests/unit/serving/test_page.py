@@ -440,6 +440,29 @@ def test_the_user_shown_last_counts_whichever_answer_comes_last(world: Workspace
         assert listed_ids(page, "history") == ["song-12", "song-9"]
 
 
+def test_the_user_of_a_new_link_gets_no_plays_of_the_user_who_was_still_loading(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url) as page:
+        store_plays(url, "ann", (3, 50))
+        store_plays(url, "bob", (9,))
+        plays_routes: list[Any] = []
+        release_routes: list[Any] = []
+        page.locator("#card").wait_for()
+        page.route("**/v1/users/ann/plays*", lambda route: plays_routes.append(route))
+        page.route("**/v1/release", lambda route: release_routes.append(route))
+        page.get_by_label("User ID").fill("ann")
+        with page.expect_request("**/v1/users/ann/plays*"):
+            page.get_by_role("button", name="Show").click()
+        with page.expect_request("**/v1/release"):
+            page.evaluate("location.hash = '#user=bob'")
+        answer_request(page, plays_routes)
+        answer_request(page, release_routes)
+        page.locator("#status", has_text="1 play").wait_for()
+        assert listed_ids(page, "history") == ["song-9"]
+        find_and_play(page, "title 12", "Play Artist 5 – Title 12")
+        page.locator("#status", has_text="2 plays").wait_for()
+        assert listed_ids(page, "history") == ["song-12", "song-9"]
+
+
 def test_start_over_while_a_user_loads_leaves_none_of_its_plays(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
         store_plays(url, "ann", (3, 50))
