@@ -353,10 +353,12 @@ def _add_share(totals: _Totals, answers: _Answers, events: _Events, window_ms: i
         [answer_keys[song_answers] * num_songs + recommended_songs, event_keys * num_songs + event_songs]
     )
     song_keys = np.unique(song_keys, return_inverse=True)[1].reshape(-1)
+    recommended_at = answers.at[song_answers]
     last_recommended = latest_rows(
-        song_keys[: len(recommended_songs)], answers.at[song_answers], song_keys[len(recommended_songs) :], events.at
+        song_keys[: len(recommended_songs)], recommended_at, song_keys[len(recommended_songs) :], events.at
     )
-    is_in_arm = (last_recommended >= 0) & (events.at - answers.at[song_answers][last_recommended] <= window_ms)
+    is_in_arm = last_recommended >= 0
+    is_in_arm[is_in_arm] = events.at[is_in_arm] - recommended_at[last_recommended[is_in_arm]] <= window_ms
     is_hit = is_counted & np.where(events.named_answers >= 0, is_in_answer, is_in_arm)
 
     is_played = is_counted & ~events.skipped & ~events.liked

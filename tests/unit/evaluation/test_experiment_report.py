@@ -207,6 +207,14 @@ def test_rows_that_are_in_the_log_twice_count_once(planted: PlantedLog) -> None:
     assert planted.report() == expected
 
 
+def test_plays_after_answers_without_songs_count_as_not_recommended(planted: PlantedLog) -> None:
+    for user in ("ann", "bob"):
+        planted.answer(user, "a", [])
+        planted.event(user, "one", NOW + 1)
+    arm = planted.arm()
+    assert (arm.answers, arm.played, arm.recommended, arm.recall) == (2, 2, 0, 0.0)
+
+
 def test_plays_may_be_those_of_the_data_set(planted: PlantedLog) -> None:
     songs, times = [[3, 4, 5], [3, 3]], [[NOW - 1, NOW + 1, NOW + 2], [NOW + 1, NOW + 2]]
     histories = Histories.from_lists(songs, times, user_ids=["ann", "bob"])
