@@ -394,6 +394,21 @@ def test_all_is_done_by_keyboard(world: Workspace, browser: Any) -> None:
         assert page.locator("#history li").get_attribute("data-song") == "song-12"
 
 
+def test_screen_readers_announce_how_many_songs_match_a_search(world: Workspace, browser: Any) -> None:
+    with served(world) as url, page_of(browser, url) as page:
+        search_status = page.locator("section", has=page.get_by_label("Find a song")).get_by_role("status")
+        search_status.filter(has_text="Popular songs").wait_for()
+        for words, length, shown_text in (
+            ("title 123", 1, "Songs found: 1"),
+            ("title", 20, f"Songs found: {NUM_SONGS}, the first 20 are listed"),
+            ("no such song", 0, "No matching song"),
+        ):
+            page.get_by_label("Find a song").fill(words)
+            search_status.filter(has_text=shown_text).wait_for()
+            assert search_status.inner_text() == shown_text
+            assert len(listed_ids(page, "found")) == length
+
+
 def test_the_page_can_be_used_before_it_is_loaded(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url) as page:
         routes: list[Any] = []
@@ -419,9 +434,10 @@ def test_where_keys_are_needed_the_page_asks_for_one(world: Workspace, browser: 
         page.get_by_label("API key").fill(KEY)
         page.get_by_label("API key").press("Enter")
         page.locator("#release", has_text="release").wait_for()
+        assert page.locator("#key-card").is_hidden()
+        assert page.evaluate("document.activeElement.id") == "query"
         find_and_play(page, "title 3", "Play Artist 3 – Title 3")
         page.locator("#status", has_text="1 play").wait_for()
-        assert page.locator("#key-card").is_hidden()
 
 
 def test_the_user_shown_last_counts_whichever_answer_comes_last(world: Workspace, browser: Any) -> None:
