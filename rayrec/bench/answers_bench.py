@@ -34,7 +34,7 @@ from rayrec.model.train_config import PLAY_COUNTS, TasteConfig, TrainConfig
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import QueryBatch
 from rayrec.recommend.filters import without_heard
-from rayrec.recommend.index import IndexConfig, SongIndex
+from rayrec.recommend.index import IndexConfig, SongIndex, recall_against
 from rayrec.recommend.ranker import Ranker, RankingExamples, TreeModel, calibrate
 from rayrec.recommend.retrievers import COUNTS, Candidates
 from rayrec.recommend.stored_retrieval import Retrieval
@@ -72,7 +72,8 @@ def bench_answers(bench_workspace: Workspace, config: AnswersBenchConfig) -> dic
     Figures of each catalog: cpu_ms of an answer and of each stage, for users who have been answered once; first_cpu_ms
     of the first answer to each user, which maps pages of files into the memory of the process; the most bytes that a
     stage holds; private_mb of the process, without files mapped into its memory; recall@20 of the next play with the
-    index and with exact search. cpu_growth compares the largest catalog with the smallest.
+    index and with exact search; index_recall, the share of the 20 songs nearest to a taste vector that the index finds.
+    cpu_growth compares the largest catalog with the smallest.
     """
     catalogs = []
     with progress("bench answers", 2 * len(config.songs)) as bar:
@@ -132,6 +133,7 @@ def measure_answers(dataset: Dataset, parts: dict[str, str], query_count: int) -
         "private_mb": private_mb,
         "recall": recall_with_index,
         "exact_recall": recall(with_index(two_step, exact_index), histories, queries),
+        "index_recall": index_recall(two_step, exact_index, histories, queries),
         "index": two_step.source.index.figures.kind,
         "nprobe": two_step.source.index.figures.nprobe,
     }
@@ -211,6 +213,17 @@ def recall(two_step: TwoStepRecommender, histories: Histories, queries: Queries)
     """Return recall@K of the last play of each user."""
     songs = two_step.rank_queries(histories, queries, K).songs
     return float((songs == histories.songs[histories.offsets[1:] - 1][:, None]).any(axis=1).mean())
+
+
+def index_recall(two_step: TwoStepRecommender, exact_index: SongIndex, histories: Histories, queries: Queries) -> float:
+    """Return the share of the K songs nearest to each taste vector of the queries that the recommender's index finds.
+
+    `exact_index` finds them all. In contrast to `recall`, no other retriever can make up for a song that is missed.
+    """
+    vectors = np.concatenate(list(two_step.source.network.vectors_of(histories, queries, HORIZONS).values()))
+    exact_songs, _ = exact_index.search(vectors, min(K, exact_index.songs))
+    songs, _ = two_step.source.index.search(vectors, K)
+    return float(recall_against(exact_songs, songs).mean())
 
 
 def with_index(two_step: TwoStepRecommender, index: SongIndex) -> TwoStepRecommender:

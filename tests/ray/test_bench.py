@@ -132,6 +132,7 @@ class TestBench:
             assert 0 < catalog["candidates"] <= min(catalog["songs"], sum(COUNTS.values()))
             assert min(catalog["cpu_ms"], catalog["first_cpu_ms"]) > 0
             assert catalog["recall"] == catalog["exact_recall"] > 0  # small catalogs are searched exactly
+            assert catalog["index_recall"] == 1
         assert report["rates"] == {"answers_per_second_per_cpu": 1000 / report["cpu_ms"]}
         assert report["cpu_growth"] == report["catalogs"][1]["cpu_ms"] / report["catalogs"][0]["cpu_ms"]
         second = bench("answers", place, TINY["answers"])
