@@ -22,6 +22,7 @@ from rayrec.bench.stage_benches import EMBEDDING_DIM, bench_dataset
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
+from rayrec.data.split import SplitConfig, split_dataset
 from rayrec.display import progress
 from rayrec.jobs.build_index import build_index
 from rayrec.jobs.retrieval import fit_retrieval
@@ -61,6 +62,7 @@ Result = TypeVar("Result")
 MODEL = "answers"  # id of the model and its rankers
 PLAYS_PER_SONG = 3
 EXAMPLES = 400  # users whose last play is a training example of the rankers
+HELD_OUT = 0.1  # share of each user's plays, the last ones, that the retrieval does not see
 TREES = 100  # per ranker: more than the rankers have on any data set of docs/evaluation.md
 AGAIN = 3.0  # weight of the songs just played; set here, because the network is not trained
 SPREAD = 0.7  # standard deviation of song vectors around their artist, and of artists around their center
@@ -238,7 +240,8 @@ def build_answers_release(
 ) -> tuple[Dataset, Manifest, float]:
     """Return a data set with `songs` songs, its live release, and the seconds to build them, 0 if they existed.
 
-    The release has all parts of the default recommender. Needs a running Ray cluster.
+    The release has all parts of the default recommender. Its retrieval has not seen the last plays of users, and its
+    rankers learn from other users than those of bucket 0, whose answers are measured. Needs a running Ray cluster.
     """
     started = time.perf_counter()
     users = round(max(config.plays, PLAYS_PER_SONG * songs) / config.plays_per_user)
@@ -249,7 +252,8 @@ def build_answers_release(
         return dataset, release, 0.0
     model = _write_model(dataset, config.seed)
     build_index(workspace, IndexConfig(), model_id=model.id)
-    retrieval = fit_retrieval(workspace, RetrievalConfig())
+    split = split_dataset(workspace, SplitConfig(last_fraction=HELD_OUT, validation_fraction=0))
+    retrieval = fit_retrieval(workspace, RetrievalConfig(), split=split)
     _write_rankers(dataset, model, retrieval)
     compute_tastes(workspace, TasteConfig(), model_id=model.id)
     release = releases.create_release(workspace, model_id=model.id)
@@ -297,7 +301,7 @@ def _write_rankers(dataset: Dataset, model: Manifest, retrieval: Manifest) -> No
     workspace = dataset.workspace
     network = TasteRecommender.load(workspace, model.id, parts_of(workspace, model)["indexes"])
     source = CandidateSource(network, Retrieval.load(workspace, retrieval.folder))
-    histories, queries = last_play_queries(dataset, EXAMPLES)
+    histories, queries = last_play_queries(dataset, EXAMPLES, bucket=dataset.manifest.buckets - 1)
     rows, last_songs = np.arange(len(queries)), histories.songs[histories.offsets[1:] - 1]
     targets_by_kind: dict[RankerKind, tuple[np.ndarray, np.ndarray]] = {
         kind: (rows, last_songs) for kind in KINDS if kind != "served"
@@ -319,8 +323,8 @@ def _train_ranker(examples: RankingExamples, names: list[str]) -> Ranker:
     return Ranker(model, names, calibrate(examples.rows, model.scores(examples.features), examples.right))
 
 
-def last_play_queries(dataset: Dataset, users: int) -> tuple[Histories, Queries]:
-    """Return at most `users` users with two or more plays, and the query before the last play of each."""
-    histories = next(dataset.read_bucket(0, users))
-    histories = histories.take(histories.lengths > 1)
+def last_play_queries(dataset: Dataset, users: int, *, bucket: int = 0) -> tuple[Histories, Queries]:
+    """Return at most `users` users of a bucket whose last play is held out, and the query before this play of each."""
+    histories = next(dataset.read_bucket(bucket, users))
+    histories = histories.take(histories.lengths > 0.5 / HELD_OUT)
     return histories, Queries.before_plays(histories, histories.offsets[1:] - 1)
