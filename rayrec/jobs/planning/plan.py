@@ -298,7 +298,7 @@ class _Planner:
             mergers_per_node * (IDLE_WORKER + merger_memory),
             IDLE_WORKER + self._joining_memory(len(ranges)),
         )
-        return self._spread_plan("retrieval", needed_memory, group_count, "group of buckets", plays)
+        return self._spread_plan("retrieval", needed_memory, group_count, "group of buckets", plays * self.config.fits)
 
     def _joining_memory(self, range_count: int) -> int:
         """Return the private bytes of the task that joins `range_count` ranges.

@@ -118,7 +118,9 @@ class PlanConfig(Settings):
     batch: int = Field(0, ge=0, description="Batch size in windows, over all workers; 0: 64 per worker")
     workers: int = Field(0, ge=0, description="Training workers; 0: one per GPU, or one per CPU node without GPUs")
     gpu: bool = Field(_TRAIN_DEFAULTS.gpu, description="Train on GPUs")
-    validation: bool = Field(True, description="Hold back a validation range: embeddings and network are fitted twice")
+    validation: bool = Field(
+        True, description="Hold back a validation range: embeddings, network and retrieval are fitted twice"
+    )
     buckets: int = Field(
         0, ge=0, le=MAX_BUCKETS, description="Buckets of users; 0: one per 64 MiB of input, 16 to 4096"
     )
@@ -139,7 +141,7 @@ class PlanConfig(Settings):
 
     @property
     def fits(self) -> int:
-        """Number of fits of embeddings and network: the final one and, with a validation range, one for selection."""
+        """Number of fits of embeddings, network and retrieval: the final one and, with a validation range, another."""
         return 2 if self.validation else 1
 
 

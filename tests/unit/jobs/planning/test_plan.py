@@ -25,7 +25,7 @@ RATES = {
     "import_plays_per_second_per_cpu": 1_000.0,
     "embed_tokens_per_second_per_cpu": 1_000.0,
     "train_plays_per_second_per_cpu": 1_000.0,
-    "memory_plays_per_second_per_cpu": 1_000.0,
+    "retrieval_plays_per_second_per_cpu": 1_000.0,
     "taste_plays_per_second_per_cpu": 1_000.0,
 }
 ROOT = Path(__file__).parents[4]
@@ -166,7 +166,9 @@ def test_training_on_gpus_has_one_worker_per_gpu_and_says_that_their_rate_is_unk
 
 def test_without_a_validation_range_there_is_one_fit() -> None:
     one_fit, two_fits = (new_plan(PlanConfig(validation=has_validation)) for has_validation in (False, True))
-    assert stage(two_fits, "embed").hours == pytest.approx(2 * (stage(one_fit, "embed").hours or 0))
+    for name in ("embed", "train", "retrieval"):
+        assert stage(two_fits, name).hours == pytest.approx(2 * (stage(one_fit, name).hours or 0)), name
+    assert stage(one_fit, "retrieval").hours == pytest.approx(3_125 / 3600)  # 100 million plays at 32,000 per second
     assert two_fits.storage["song embeddings"] == 2 * one_fit.storage["song embeddings"] > 0
 
 
