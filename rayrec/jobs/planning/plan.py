@@ -104,8 +104,8 @@ class StagePlan:
     """The plan of one stage: where it runs and what it needs there."""
 
     stage: str
-    node: str  # type of the nodes
-    nodes: int  # nodes of this type, at the same time
+    node: str  # type of the nodes; of several types the one with the least memory per CPU
+    nodes: int  # nodes at the same time
     workers: int  # processes on all nodes together
     memory: int  # bytes needed per node
     memory_there: int  # bytes available per node
@@ -192,6 +192,8 @@ class _Planner:
     def __init__(self, data: DataSize, cluster: ClusterFile, config: PlanConfig, rates: dict[str, float]) -> None:
         self.data, self.cluster, self.config, self.rates = data, cluster, config, rates
         cpu_nodes = [node for node in cluster.workers if not node.gpus] or cluster.workers
+        # The head, of which there is one, is not counted if the cluster has other CPU nodes.
+        cpu_nodes = [node for node in cpu_nodes if not node.head] or cpu_nodes
         if not cpu_nodes:
             raise InputError(f"cluster {cluster.name} has no worker node with CPUs; give workers CPUs")
         # The type with the least memory per CPU runs out of memory first; stages on one node get the largest type.
@@ -199,7 +201,6 @@ class _Planner:
         self.large_node = max(cpu_nodes, key=lambda node: (node.cpus, node.memory))
         self.most_nodes = min(cluster.most_nodes, sum(node.most for node in cpu_nodes))
         self.node_count = config.nodes or self.most_nodes
-        self.cpu_count = self.node_count * self.tight_node.cpus
         self.most_cpus = _max_total([(node.cpus, node.most) for node in cpu_nodes], self.node_count)
         gpu_nodes = [node for node in cluster.workers if node.gpus]
         self.most_gpus = _max_total([(node.gpus, node.most) for node in gpu_nodes], cluster.most_nodes)
@@ -584,9 +585,11 @@ class _Planner:
         rate_suffix: str = "plays_per_second_per_cpu",
     ) -> StagePlan:
         """Plan a stage whose units Ray spreads over all CPU nodes."""
-        workers = min(self.cpu_count, unit_count)
+        workers = min(self.most_cpus, unit_count)
         rate_name = f"{stage}_{rate_suffix}"
         nodes = min(self.node_count, ceil(workers / self.tight_node.cpus))
+        if workers == self.most_cpus:
+            nodes = self.node_count
         return self._stage_plan(
             stage,
             self.tight_node,

@@ -47,6 +47,22 @@ def test_stages_over_users_take_all_cpus_and_hours_by_their_rate() -> None:
     assert taste.hours == pytest.approx(3_125 / 3600)  # 100 million plays at 32,000 per second
 
 
+def test_nodes_of_several_types_each_give_their_own_cpus() -> None:
+    large = replace(CPU, name="large", cpus=64, memory=180 * GIB, most=1)
+    small = replace(CPU, name="small", cpus=8, memory=45 * GIB, most=9)
+    mixed_cluster = ClusterFile(name="mixed", nodes=[HEAD, large, small], most_nodes=10)
+    taste = stage(new_plan(data=replace(DATA, buckets=1_000), cluster=mixed_cluster), "taste")
+    assert (taste.nodes, taste.workers) == (10, 64 + 9 * 8)
+    assert taste.node == "large"  # with less memory per CPU, so that its memory is checked
+    assert taste.memory_there == 180 * GIB
+
+
+def test_cpus_of_the_head_change_nothing_where_other_nodes_have_cpus() -> None:
+    head_with_cpus = replace(HEAD, cpus=4)
+    plan = new_plan(cluster=replace(SMALL, nodes=[head_with_cpus, CPU, GPU]))
+    assert (plan.stages, plan.problems) == (new_plan().stages, [])
+
+
 def test_no_more_cpus_work_than_there_are_buckets() -> None:
     taste = stage(new_plan(data=replace(DATA, buckets=16)), "taste")
     assert (taste.nodes, taste.workers) == (2, 16)
