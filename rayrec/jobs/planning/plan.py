@@ -191,19 +191,17 @@ class _Planner:
 
     def __init__(self, data: DataSize, cluster: ClusterFile, config: PlanConfig, rates: dict[str, float]) -> None:
         self.data, self.cluster, self.config, self.rates = data, cluster, config, rates
-        cpu_nodes = [node for node in cluster.workers if not node.gpus] or cluster.workers
-        # The head, of which there is one, is not counted if the cluster has other CPU nodes.
-        cpu_nodes = [node for node in cpu_nodes if not node.head] or cpu_nodes
+        cpu_nodes = _without_head([node for node in cluster.workers if not node.gpus] or cluster.workers)
         if not cpu_nodes:
             raise InputError(f"cluster {cluster.name} has no worker node with CPUs; give workers CPUs")
         # The type with the least memory per CPU runs out of memory first; stages on one node get the largest type.
         self.tight_node = min(cpu_nodes, key=lambda node: node.memory / node.cpus)
         self.large_node = max(cpu_nodes, key=lambda node: (node.cpus, node.memory))
-        self.most_nodes = min(cluster.most_nodes, sum(node.most for node in cpu_nodes))
+        self.most_nodes = min(_most_at_once(cluster, cpu_nodes), sum(node.most for node in cpu_nodes))
         self.node_count = config.nodes or self.most_nodes
         self.most_cpus = _max_total([(node.cpus, node.most) for node in cpu_nodes], self.node_count)
-        gpu_nodes = [node for node in cluster.workers if node.gpus]
-        self.most_gpus = _max_total([(node.gpus, node.most) for node in gpu_nodes], cluster.most_nodes)
+        gpu_nodes = _without_head([node for node in cluster.workers if node.gpus])
+        self.most_gpus = _max_total([(node.gpus, node.most) for node in gpu_nodes], _most_at_once(cluster, gpu_nodes))
         self.gpu_node = min(gpu_nodes, key=lambda node: (node.gpu_memory or 0, node.memory)) if gpu_nodes else None
         self.vector_table_bytes = table_bytes(data.songs, config.dim)
 
@@ -640,6 +638,16 @@ ADVICE: dict[str, str] = {
     "train": "more nodes (each then trains fewer rows of the song tables), a smaller --dim or more memory",
     "taste": "fewer CPUs per node, a smaller --dim or more memory",
 }
+
+
+def _without_head(nodes: list[NodeType]) -> list[NodeType]:
+    """Return the types of node without the head, or the head if there is no other type."""
+    return [node for node in nodes if not node.head] or nodes
+
+
+def _most_at_once(cluster: ClusterFile, nodes: list[NodeType]) -> int:
+    """Return how many nodes of these types may run at the same time; `cluster.most_nodes` does not count the head."""
+    return cluster.most_nodes + sum(node.most for node in nodes if node.head)
 
 
 def _max_total(node_types: list[tuple[int, int]], nodes: int) -> int:

@@ -63,6 +63,18 @@ def test_cpus_of_the_head_change_nothing_where_other_nodes_have_cpus() -> None:
     assert (plan.stages, plan.problems) == (new_plan().stages, [])
 
 
+def test_a_cluster_that_is_only_a_head_has_the_cpus_of_the_head() -> None:
+    one_node = ClusterFile(name="one", nodes=[replace(HEAD, cpus=16, memory=64 * GIB)], most_nodes=0)
+    plan = new_plan(cluster=one_node)
+    assert (stage(plan, "taste").nodes, stage(plan, "taste").workers) == (1, 16)
+    assert (stage(plan, "train").nodes, stage(plan, "train").workers) == (1, 1)
+    assert plan.problems == []
+    one_node_with_gpus = replace(one_node, nodes=[replace(GPU, most=1, head=True)])
+    plan_on_gpus = new_plan(PlanConfig(gpu=True), cluster=one_node_with_gpus)
+    assert (stage(plan_on_gpus, "train").nodes, stage(plan_on_gpus, "train").workers) == (1, 2)
+    assert plan_on_gpus.problems == []
+
+
 def test_no_more_cpus_work_than_there_are_buckets() -> None:
     taste = stage(new_plan(data=replace(DATA, buckets=16)), "taste")
     assert (taste.nodes, taste.workers) == (2, 16)
