@@ -28,6 +28,7 @@ from rayrec.data.split import SplitConfig
 from rayrec.data.windows import divisors
 from rayrec.display import progress
 from rayrec.embeddings.word2vec import MAX_WORKERS, EmbedConfig
+from rayrec.errors import InputError
 from rayrec.evaluation.protocol import COUNTED_BUCKETS, EvaluateConfig
 from rayrec.importing.import_plan import MAX_BUCKETS, MAX_PIECES, MIN_BUCKETS, ImportConfig, bucket_groups
 from rayrec.importing.staging import PLAYS_PER_ROW_GROUP
@@ -46,6 +47,8 @@ from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
 from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import HISTORIES, Workspace
 
+MAX_UNIT_LOSSES = 5.0  # mean lost nodes during a unit of work that runs together; it is begun e ** 5 = 148 times
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -59,6 +62,8 @@ class Work:
     requests: float = 0.0  # per unit, to object storage, one after another
     data_bytes: float = 0.0  # per unit, from and to object storage
     one_node: bool = False  # True if all units run on the cores of one node
+    nodes: int | None = None  # nodes that run units; by default all
+    together: bool = False  # True if a lost node stops the units of all nodes until it is replaced
     per_node: int | None = None  # units at once on a node; by default one per core
     spread: float = 0.0  # standard deviation of the units' seconds over their mean
 
@@ -92,7 +97,12 @@ class SimulatedStage:
 
 
 def simulate(works: Sequence[Work], cluster: SimulatedCluster, seed: int = 0) -> list[SimulatedStage]:
-    """Simulate the stages of `works` one after the other, in the order in which they first appear."""
+    """Simulate the stages of `works` one after the other, in the order in which they first appear.
+
+    Raises `InputError` if nodes are lost so often that work that runs together would hardly ever end.
+    """
+    for work in works:
+        _require_rare_losses(work, cluster)
     rng = np.random.default_rng(seed)
     stages = []
     for name in dict.fromkeys(work.stage for work in works):
@@ -130,6 +140,17 @@ def simulate(works: Sequence[Work], cluster: SimulatedCluster, seed: int = 0) ->
     return stages
 
 
+def _require_rare_losses(work: Work, cluster: SimulatedCluster) -> None:
+    nodes = work.nodes or cluster.nodes
+    unit_losses = nodes * cluster.losses_per_node_hour * work.cpu_seconds / 3600
+    if work.together and unit_losses > MAX_UNIT_LOSSES:
+        raise InputError(
+            f"{work.stage} on {nodes} nodes loses {unit_losses:.1f} nodes on average per unit of "
+            f"{work.cpu_seconds:.0f} seconds and begins the unit again each time; expected at most "
+            f"{MAX_UNIT_LOSSES:g}: use fewer --losses or --nodes"
+        )
+
+
 def _bottleneck(stage_works: Sequence[Work], runs: Sequence["_Run"], busy: float, storage: float) -> str:
     one_node_seconds = sum(run.seconds for work, run in zip(stage_works, runs, strict=True) if work.one_node)
     if one_node_seconds > 0.5 * sum(run.seconds for run in runs):
@@ -155,7 +176,7 @@ def _simulate_units(
     work: Work, cluster: SimulatedCluster, rng: np.random.Generator, lost_at: float | None = None
 ) -> _Run:
     """Simulate the units of one kind; at second `lost_at`, if given, the first node is lost."""
-    nodes = 1 if work.one_node else cluster.nodes
+    nodes = 1 if work.one_node else work.nodes or cluster.nodes
     queued_sizes = deque(np.maximum(0.1, 1 + work.spread * rng.standard_normal(work.units)).tolist())
     cores_per_node = work.per_node or cluster.cores
     free_cores = [(node, core) for core in range(cores_per_node) for node in range(nodes)][::-1]
@@ -179,7 +200,7 @@ def _simulate_units(
     now = answered_at = 0.0  # when the storage will have answered all requests so far
     unit_seconds: dict[int, tuple[float, float]] = {}  # unit -> seconds of computing and of waiting
     while queued_sizes or running_units:
-        while queued_sizes and free_cores:
+        while queued_sizes and free_cores and not (work.together and lost_nodes):
             core, size = free_cores.pop(), queued_sizes.popleft()
             compute_seconds = (
                 cluster.task_seconds + size * work.cpu_seconds + (0 if core in ready_cores else work.setup_seconds)
@@ -199,12 +220,13 @@ def _simulate_units(
             free_cores.append(core)
         elif kind == "lost" and core[0] not in lost_nodes:
             lost_nodes.add(core[0])
-            for core_id in [core_id for core_id in running_units if core_id[0] == core[0]]:
+            for core_id in [core_id for core_id in running_units if work.together or core_id[0] == core[0]]:
                 unit, size, started = running_units.pop(core_id)
                 run.lost += now - started
                 queued_sizes.appendleft(size)
+                free_cores.append(core_id)
             free_cores = [core_id for core_id in free_cores if core_id[0] != core[0]]
-            ready_cores = {core_id for core_id in ready_cores if core_id[0] != core[0]}
+            ready_cores = {core_id for core_id in ready_cores if not work.together and core_id[0] != core[0]}
             schedule(now + cluster.replace_seconds, "back", core)
         elif kind == "back":
             lost_nodes.discard(core[0])
@@ -278,7 +300,8 @@ def bench_simulate(bench_workspace: Workspace, config: SimulateBenchConfig) -> d
 
     `stages` has for each stage hours, plan_hours (of `rayrec plan` with the rates of the same runs), the shares busy,
     storage, lost and idle of the cores' time, bottleneck and lost_node_seconds. `check` has measured and simulated
-    seconds on three local nodes, and their ratio.
+    seconds on three local nodes, and their ratio. Raises `InputError` if `losses` are so many that a training would
+    hardly ever end.
     """
     runs = [_measure_run(bench_workspace, config, multiple) for multiple in SIZES]
     lines = fit_lines(runs)
@@ -436,6 +459,8 @@ def job_graph(
                 cpu_seconds=train_seconds / train_pieces,
                 requests=epochs * read_requests * size.buckets / train_workers / train_pieces,
                 data_bytes=epochs * bucket_bytes * size.buckets / train_workers / train_pieces,
+                nodes=train_workers,
+                together=True,
                 per_node=1,
             ),
             work(

@@ -1,5 +1,6 @@
 """The simulated cluster on cases computed by hand, and the work and costs that it simulates."""
 
+from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -16,6 +17,7 @@ from rayrec.bench.simulate_bench import (
     job_graph,
     simulate,
 )
+from rayrec.errors import InputError
 from rayrec.jobs.runtime import UnitTime
 
 CLUSTER = SimulatedCluster(nodes=2, cores=4, task_seconds=0.0, latency=0.0)
@@ -90,6 +92,15 @@ def test_a_lost_node_costs_its_units_and_the_time_without_it() -> None:
     assert stage.lost_node_seconds == pytest.approx(14 + 5 * 2 - 20)
 
 
+def test_a_node_lost_from_work_that_runs_together_stops_all_of_it_until_it_is_replaced() -> None:
+    cluster = SimulatedCluster(nodes=6, cores=2, task_seconds=0.0, latency=0.0, replace_seconds=240.0)
+    work = Work(stage="s", name="w", units=20, cpu_seconds=100.0, nodes=4, together=True, per_node=1)
+    stage = simulate_one(work, cluster)
+    assert stage.seconds == pytest.approx(20 / 4 * 100)
+    # One node is lost at 250 s, in the middle of the third units: all four begin again at 490 s.
+    assert stage.lost_node_seconds == pytest.approx(50 + 240)
+
+
 def test_work_on_spot_nodes_that_are_often_lost_finishes_and_reports_the_lost_share() -> None:
     calm_cluster = SimulatedCluster(nodes=4, cores=2, task_seconds=0.0, latency=0.0, replace_seconds=60.0)
     spot_cluster = SimulatedCluster(
@@ -101,6 +112,25 @@ def test_work_on_spot_nodes_that_are_often_lost_finishes_and_reports_the_lost_sh
     assert 0 < lossy_stage.lost < 0.2
     assert steady_stage.lost == 0
     assert simulate_one(work, spot_cluster) == lossy_stage
+
+
+def test_each_lost_node_costs_work_that_runs_together_the_unfinished_units_of_all_nodes() -> None:
+    spot_cluster = SimulatedCluster(
+        nodes=4, cores=1, task_seconds=0.0, latency=0.0, replace_seconds=60.0, losses_per_node_hour=2.0
+    )
+    separate_work = Work(stage="s", name="w", units=400, cpu_seconds=60.0)
+    separate_stage = simulate_one(separate_work, spot_cluster)
+    joint_stage = simulate_one(replace(separate_work, together=True), spot_cluster)
+    assert joint_stage.lost > 2 * separate_stage.lost > 0
+    assert joint_stage.seconds > separate_stage.seconds
+
+
+def test_losses_that_let_work_that_runs_together_hardly_ever_end_are_refused() -> None:
+    spot_cluster = SimulatedCluster(nodes=64, cores=1, losses_per_node_hour=1.0)
+    work = Work(stage="train", name="w", units=64, cpu_seconds=600.0, together=True, per_node=1)
+    with pytest.raises(InputError, match=r"train on 64 nodes loses 10\.7 nodes on average .* expected at most 5"):
+        simulate_one(work, spot_cluster)
+    assert simulate_one(replace(work, nodes=16), spot_cluster).seconds > 600
 
 
 BUCKETS, DRIVER_SECONDS = 8, 3.0
@@ -234,6 +264,19 @@ def test_the_hours_of_large_data_follow_the_lines(runs: list[MeasuredRun]) -> No
     # new node. The bound is generous.
     assert stages["train"].lost_node_seconds < 2 * 600 + 240
     assert stages["embed"].bottleneck == "one node"
+
+
+def test_nodes_without_a_training_worker_do_not_speed_up_a_training(runs: list[MeasuredRun]) -> None:
+    size = replace(runs[-1].size, plays=10**9)
+
+    def train_seconds(nodes: int) -> float:
+        cluster = SimulatedCluster(nodes=nodes, cores=8, task_seconds=0.0, latency=0.0, requests_per_second=1e12)
+        works = [work for work in job_graph(size, fit_lines(runs), runs, cluster) if work.stage == "train"]
+        (stage,) = simulate(works, cluster)
+        return stage.seconds
+
+    assert train_seconds(100) == pytest.approx(train_seconds(64))
+    assert train_seconds(64) == pytest.approx(train_seconds(32) / 2, rel=0.02)
 
 
 def test_where_requests_take_long_object_storage_is_the_bottleneck(runs: list[MeasuredRun]) -> None:
