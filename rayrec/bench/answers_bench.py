@@ -326,5 +326,6 @@ def _train_ranker(examples: RankingExamples, names: list[str]) -> Ranker:
 def last_play_queries(dataset: Dataset, users: int, *, bucket: int = 0) -> tuple[Histories, Queries]:
     """Return at most `users` users of a bucket whose last play is held out, and the query before this play of each."""
     histories = next(dataset.read_bucket(bucket, users))
+    # A split holds back HELD_OUT of a user's plays, rounded: none of five plays, one of six.
     histories = histories.take(histories.lengths > 0.5 / HELD_OUT)
     return histories, Queries.before_plays(histories, histories.offsets[1:] - 1)

@@ -171,13 +171,16 @@ def test_a_lock_that_its_run_gives_back_while_it_is_watched_is_taken_at_once(
     assert not remote.exists(LOCK_HOLDER)
 
 
-@pytest.mark.usefixtures("short_waits")
-def test_of_several_runs_that_watch_the_lock_of_a_dead_run_one_takes_it(remote: Workspace) -> None:
-    remote.write_json(LOCK_HOLDER, OTHER_HOLDER)
+def outcomes_of_four_runs(remote: Workspace) -> list[str]:
+    """Let four runs take the lock at the same time; return "held" or "refused" for each, sorted.
+
+    A run that holds the lock keeps it until the three others are refused.
+    """
     outcomes: list[str] = []
-    others_refused = threading.Event()
+    barrier, others_refused = threading.Barrier(4), threading.Event()
 
     def try_lock() -> None:
+        barrier.wait()
         try:
             with exclusive(remote, "taste"):
                 outcomes.append("held")
@@ -188,9 +191,15 @@ def test_of_several_runs_that_watch_the_lock_of_a_dead_run_one_takes_it(remote: 
                 others_refused.set()
 
     with ThreadPoolExecutor(4) as pool:
-        for _ in range(4):
-            pool.submit(try_lock)
-    assert sorted(outcomes) == ["held", *["refused"] * 3]
+        for run in [pool.submit(try_lock) for _ in range(4)]:
+            run.result()
+    return sorted(outcomes)
+
+
+@pytest.mark.usefixtures("short_waits")
+def test_of_several_runs_that_watch_the_lock_of_a_dead_run_one_takes_it(remote: Workspace) -> None:
+    remote.write_json(LOCK_HOLDER, OTHER_HOLDER)
+    assert outcomes_of_four_runs(remote) == ["held", *["refused"] * 3]
 
 
 @pytest.mark.usefixtures("short_waits")
@@ -254,27 +263,7 @@ def test_the_lock_of_a_process_that_died_on_this_machine_is_taken_over_by_one_of
     remote: Workspace,
 ) -> None:
     leave_lock(remote)
-    outcomes: list[str] = []
-    barrier = threading.Barrier(4)
-
-    def try_lock() -> None:
-        barrier.wait()
-        try:
-            with exclusive(remote, "taste"):
-                outcomes.append("held")
-                others_refused.wait(20)
-        except BusyError:
-            outcomes.append("refused")
-            if outcomes.count("refused") == 3:
-                others_refused.set()
-
-    others_refused = threading.Event()
-    threads = [threading.Thread(target=try_lock) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(outcomes) == ["held", *["refused"] * 3]
+    assert outcomes_of_four_runs(remote) == ["held", *["refused"] * 3]
 
 
 def test_a_lock_whose_put_is_sent_again_since_its_answer_was_lost_is_held(
