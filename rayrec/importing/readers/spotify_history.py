@@ -1,9 +1,10 @@
 """Spotify's extended streaming history: JSON files that Spotify sends to a user on request.
 
-`ts` is the moment at which the play ended, in UTC; it is used as the time of the play. Contexts are the value of
-`reason_start` (trackdone, clickrow, fwdbtn, backbtn, playbtn, remote, appload ...) and shuffle. If `skipped` is empty,
-as in older files, a play counts as skipped if the forward or back button ended it, or if it lasted under 30 seconds,
-the minimum length that Spotify counts as a stream.
+`ts` is the moment at which the play ended, in UTC; the time of the play is `ts` less `ms_played`, about its start. With
+the end, the pause before a play would hold its length, which a model must not know before the play. Contexts are the
+value of `reason_start` (trackdone, clickrow, fwdbtn, backbtn, playbtn, remote, appload ...) and shuffle. If `skipped`
+is empty, as in older files, a play counts as skipped if the forward or back button ended it, or if it lasted under 30
+seconds, the minimum length that Spotify counts as a stream.
 """
 
 import re
@@ -11,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rayrec.data import columns
+from rayrec.data.moments import DAY_MS, format_iso, parse_timestamp
+from rayrec.errors import InputError
 from rayrec.importing.readers.accounts import Users, account_of, check_accounts
 from rayrec.importing.readers.json_rows import Record, RowCollector, plan_json, read_records, text
 from rayrec.importing.readers.reader import (
@@ -88,13 +91,24 @@ def _add(record: Record, users: Users, rows: RowCollector) -> None:
     row = {
         columns.USER: users.of(text(play.get("username"))),
         columns.SONG_ID: song_id,
-        columns.PLAYED_AT: text(play.get("ts")),
+        columns.PLAYED_AT: _start(play),
         columns.CONTEXTS: _contexts(play),
         columns.SKIPPED: _is_skipped(play),
         columns.TITLE: text(play.get("master_metadata_track_name")),
         columns.ARTIST: text(play.get("master_metadata_album_artist_name")),
     }
     rows.add(row, record)
+
+
+def _start(play: dict[str, Any]) -> str | None:
+    """Return when a play began; `ts` as it is if it is not a time or if it is unknown how long the play lasted."""
+    end, ms_played = text(play.get("ts")), play.get("ms_played")
+    if end is None or not isinstance(ms_played, (int, float)) or not 0 <= ms_played <= DAY_MS:
+        return end
+    try:
+        return format_iso(parse_timestamp(end) - round(ms_played))
+    except InputError:
+        return end  # rejected with a reason, like unreadable times of other formats
 
 
 def _contexts(record: dict[str, Any]) -> list[str]:

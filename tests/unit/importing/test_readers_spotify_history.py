@@ -53,8 +53,22 @@ def test_a_play_keeps_its_song_time_context_and_names(tmp_path: Path) -> None:
     assert batch.rows.schema == columns.PLAYS
     row = batch.rows.to_pylist()[0]
     assert (row["user_id"], row["song_id"]) == ("ann", "spotify:track:0ofHAoxe9vBkTCp2UQIavz")
-    assert (row["played_at"], row["contexts"], row["skipped"]) == (1680344430000, ["trackdone"], False)
+    assert (row["played_at"], row["contexts"], row["skipped"]) == (1680344430000 - 204000, ["trackdone"], False)
     assert (row["title"], row["artist"], row["line"]) == ("Dreams", "Fleetwood Mac", 1)
+
+
+def test_the_pause_before_a_play_does_not_hold_how_long_that_play_lasts(tmp_path: Path) -> None:
+    first = record(ts="2023-04-01T10:03:00Z", ms_played=180_000)
+    second = record(ts="2023-04-01T10:08:00Z", ms_played=300_000)  # began as the first one ended
+    batch = read(tmp_path / "Streaming_History_Audio_2023_0.json", [first, second])
+    first_start, second_start = batch.rows.column("played_at").to_pylist()
+    assert second_start - first_start == first["ms_played"]
+
+
+@pytest.mark.parametrize("ms_played", [None, -1, "204000"])
+def test_a_play_of_unknown_length_keeps_the_time_of_its_end(tmp_path: Path, ms_played: Any) -> None:
+    batch = read(tmp_path / "Streaming_History_Audio_2023_0.json", [record(ms_played=ms_played)])
+    assert batch.rows.column("played_at").to_pylist() == [1680344430000]
 
 
 def test_podcasts_and_rows_without_song_or_time_are_rejected(tmp_path: Path) -> None:
