@@ -98,9 +98,10 @@ def recommend(
 ) -> CommandOutput:
     """Recommend songs to a user, after given songs, or to all users.
 
-    Songs given by --songs count as played three minutes apart, the last one at --at. Songs that are not in the catalog
-    are left out. If no play is known, for example of an unknown user, popular songs are recommended. With --all the
-    songs for every user are written as Parquet, one row per user; a killed run continues with the missing buckets.
+    Songs given by --songs count as played three minutes apart, the last one three minutes before --at. Songs that are
+    not in the catalog are left out. If no play is known, for example of an unknown user, popular songs are recommended.
+    With --all the songs for every user are written as Parquet, one row per user; a killed run continues with the
+    missing buckets.
     """
     at_ms = None if at is None else parse_timestamp(at)
     if everybody:

@@ -147,11 +147,11 @@ def answer(
 ) -> Answer:
     """Recommend to a user, or to a new user who has just played `songs`, at time `at` (ms UTC), as the server does.
 
-    `parts`, role -> artifact id, are the artifacts of the recommender. `songs` have no times: the last one counts as
-    played at `at`, each earlier one three minutes before the next. If given, `artists` (names) and `allow` (song ids)
-    limit the answer to their songs; the songs of `exclude` (ids) are left out. Ids that are not in the catalog are
-    counted and ignored. `shown` is the number of last plays in the answer. If no play before `at` is known, for example
-    for an unknown user, the answer holds recently popular songs.
+    `parts`, role -> artifact id, are the artifacts of the recommender. `songs` have no times: each counts as
+    played three minutes before the next, the last one three minutes before `at`, as in `evaluate --prefixes`. If given,
+    `artists` (names) and `allow` (song ids) limit the answer to their songs; the songs of `exclude` (ids) are left out.
+    Ids that are not in the catalog are counted and ignored. `shown` is the number of last plays in the answer. If no
+    play before `at` is known, for example for an unknown user, the answer holds recently popular songs.
     Raises `InputError` unless exactly one of `user` and `songs` is given, and for an unknown artist or market.
     """
     from rayrec.recommend.reranking import AnswerOptions, choose_for_users  # imports torch: only when needed
@@ -312,12 +312,12 @@ def histories_of_users(dataset: Dataset, user_ids: Sequence[str], at: int) -> Hi
 
 
 def history_of_songs(catalog: Catalog, song_ids: Sequence[str], at: int) -> Histories:
-    """Return a history of the given songs, three minutes apart, the last one at `at` (ms UTC).
+    """Return a history of the given songs, three minutes apart, the last one three minutes before `at` (ms UTC).
 
     Songs that are not in the catalog are left out; the times of the others do not change.
     """
     rows = catalog.find(song_ids)
-    played_at = at - ASSUMED_GAP_MS * np.arange(len(rows) - 1, -1, -1, dtype=np.int64)
+    played_at = at - ASSUMED_GAP_MS * np.arange(len(rows), 0, -1, dtype=np.int64)
     return Histories.from_lists([rows[rows >= 0]], [played_at[rows >= 0]])  # type: ignore[list-item]
 
 

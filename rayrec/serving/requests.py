@@ -266,7 +266,7 @@ def _play_times(plays: Sequence[Play], at: int | None) -> tuple[np.ndarray, int]
         raise FieldError("history", detail)
     if not times:
         query_at = now_ms() if at is None else at
-        return query_at - ASSUMED_GAP_MS * np.arange(len(plays) - 1, -1, -1, dtype=np.int64), query_at
+        return query_at - ASSUMED_GAP_MS * np.arange(len(plays), 0, -1, dtype=np.int64), query_at
     played_at = np.array(times, dtype=np.int64)
     last_played_at = int(played_at.max())
     # A client's clock may run ahead of ours: a request without a moment is never before its own plays.

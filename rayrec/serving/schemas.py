@@ -203,7 +203,7 @@ History = Annotated[
     Field(
         max_length=MAX_HISTORY,
         description="Played songs, the latest last, as plays or as song IDs. Without times they count as played "
-        "three minutes apart, the last one at the moment of the request.",
+        "three minutes apart, the last one three minutes before the moment of the request.",
         examples=[HISTORY_EXAMPLE],
     ),
 ]
