@@ -1,10 +1,12 @@
 """Measure the marked tables of README.md and docs/evaluation.md again: python docs/figures.py; `make figures` runs it.
 
 RAYREC_REAL_DATA names the folder that holds the data sets. A table without its data stays unchanged; that of the demo
-needs none. The workspaces are in build/figures, so a second run repeats only the stages that changed.
+needs none. The workspaces are in build/figures, a folder per state of the code: a second run of the same code computes
+nothing again.
 """
 
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -98,9 +100,20 @@ def skip_reason(table: Figures, data_folder: str) -> str:
     return f"{table.name}: {missing_data}; the table stays as it is"
 
 
+def code_state(repository: Path = ROOT) -> str:
+    """Return the last commit that changed the code, and a hash of changes since: artifacts do not know it."""
+    commit, changes = (
+        subprocess.run(
+            ["git", *words, "--", "rayrec", "cli"], cwd=repository, check=True, stdout=subprocess.PIPE
+        ).stdout
+        for words in (("log", "-1", "--format=%h"), ("diff", "HEAD"))
+    )
+    return commit.decode().strip() + (f"-{hashlib.sha256(changes).hexdigest()[:8]}" if changes else "")
+
+
 def measure(table: Figures, data_path: Path, seed: int) -> list[dict[str, Any]]:
     """Run the commands; return the results of the evaluation."""
-    workspace = ROOT / "build" / "figures" / f"{table.name}-{seed}"
+    workspace = ROOT / "build" / "figures" / code_state() / f"{table.name}-{seed}"
     output = ""
     for command in table.commands:
         arguments = [word.format(data=data_path, folder=data_path.parent, seed=seed) for word in shlex.split(command)]
@@ -144,6 +157,7 @@ def replaced(text: str, name: str, table: str) -> str:
 def main() -> None:
     """Measure all tables with data, write them into the pages, and print the changes."""
     data_folder = os.environ.get("RAYREC_REAL_DATA", "")
+    print(f"code: {code_state()}", file=sys.stderr)
     for table in TABLES:
         if reason := skip_reason(table, data_folder):
             print(reason, file=sys.stderr)

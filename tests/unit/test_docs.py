@@ -5,6 +5,8 @@ import importlib
 import re
 import runpy
 import shlex
+import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,28 @@ def test_without_real_data_only_the_table_of_generated_plays_is_measured_and_the
     monkeypatch.setenv("RAYREC_REAL_DATA", str(tmp_path))
     script["main"]()
     assert f"30music: there is no {tmp_path / '30music-sample10'}" in capsys.readouterr().err
+
+
+def test_figures_of_changed_code_are_not_those_of_the_code_before(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    git = partial(subprocess.run, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    commit = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "-a", "-m"]
+    for name in ("rayrec/model.py", "cli/main.py", "docs.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git(["git", "init", "-q"])
+    git(["git", "add", "."])
+    git([*commit, "first"])
+    states = [script["code_state"](tmp_path)]
+    for name, text in (("rayrec/model.py", "2"), ("rayrec/model.py", "3"), ("cli/main.py", "2")):
+        (tmp_path / name).write_text(text)
+        states.append(script["code_state"](tmp_path))
+    git([*commit, "second"])
+    states.append(script["code_state"](tmp_path))
+    assert len(set(states)) == 5
+    (tmp_path / "docs.md").write_text("2")
+    git([*commit, "text only"])
+    assert script["code_state"](tmp_path) == states[-1]
 
 
 def test_marks_and_tables_of_figures_correspond_and_their_commands_have_known_options() -> None:
