@@ -162,8 +162,12 @@ class StoredUsers:
         records the deletion too: the next compaction erases the user's rows from all files.
         """
         store = await self._store(live)
-        await self._run_in_thread(mark_forgotten, self._workspace, [user_id], at)
-        await self._run_in_thread(store.forget, [user_id], pack_state(UserState(forgotten_at=at)))
+
+        def forget_in_both() -> None:  # runs in one thread, so that both steps are done even if the client disconnects
+            mark_forgotten(self._workspace, [user_id], at)
+            store.forget([user_id], pack_state(UserState(forgotten_at=at)))
+
+        await self._run_in_thread(forget_in_both)
 
     async def _try_to_store(
         self, live: LiveRelease, store: StateStore, plays_by_user: Mapping[str, UserPlays], on_stored: OnStored | None

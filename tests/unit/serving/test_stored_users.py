@@ -442,3 +442,30 @@ def test_stored_plays_are_reported_even_if_the_client_disconnects_meanwhile(
     asyncio.run(leave())
     assert reports == [("ann", ["taken", "taken"])]
     users.close()
+
+
+def test_a_user_is_deleted_even_if_the_client_disconnects_meanwhile(
+    workspace: Workspace, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users, live, has_begun, may_end = replica(workspace, uri), release("m1"), threading.Event(), threading.Event()
+
+    def slow_mark_forgotten(*_: Any) -> None:
+        has_begun.set()
+        assert may_end.wait(60)
+
+    monkeypatch.setattr("rayrec.serving.users.mark_forgotten", slow_mark_forgotten)
+
+    async def leave() -> None:
+        await users.take(live, {"ann": plays_of_request(Plays.of([1], [BEGIN]), ["a"])})
+        task = asyncio.ensure_future(users.forget(live, "ann", BEGIN + 10))
+        assert await asyncio.to_thread(has_begun.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        may_end.set()
+
+    asyncio.run(leave())
+    users.close()  # waits for its threads
+    reader = replica(workspace, uri)
+    assert asyncio.run(reader.read(live, ["ann"])) == [None]
+    reader.close()
