@@ -67,8 +67,8 @@ class Keys:
 def load_keys(config: ServeConfig, environment: Mapping[str, str] = os.environ) -> Keys:
     """Return the keys from the environment variable and from the keys file of the config.
 
-    Raises `InputError` if the file cannot be read, if an entry is not a valid key, and if there are no keys although
-    other machines can reach the application.
+    Raises `InputError` if the file cannot be read, if an entry is not a valid key, and if there are no keys although a
+    keys file is given or other machines can reach the application.
     """
     entries = list(_parse_entries(environment.get(KEYS_VARIABLE, "").replace(",", "\n").splitlines(), KEYS_VARIABLE))
     if config.keys_file:
@@ -77,6 +77,11 @@ def load_keys(config: ServeConfig, environment: Mapping[str, str] = os.environ) 
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"keys file {config.keys_file} cannot be read: {error}") from error
         entries += _parse_entries(text.splitlines(), config.keys_file)
+        if not entries:
+            raise InputError(
+                f"keys file {config.keys_file} has no keys, so everybody would get access; write role:key into it, one "
+                "per line, or leave out --keys-file"
+            )
     if not entries and not is_loopback(config.host):
         raise InputError(
             f"serving on {config.host} without API keys would give everybody access; set {KEYS_VARIABLE}=read:KEY,"
@@ -94,6 +99,8 @@ def _parse_entries(lines: Iterable[str], source: str) -> Iterable[tuple[bytes, R
         roles, key = [name.strip() for name in role_names.split("+")], key.strip()
         if not colon or not set(roles) <= set(ROLES) or any(char.isspace() for char in key):
             raise InputError(f"{source}, entry {number} is not role:key or role+role:key; roles are {', '.join(ROLES)}")
+        if "," in key:  # only in a file: entries of the environment variable are separated by commas
+            raise InputError(f"{source}, entry {number} has a comma in its key; write one role:key per line")
         if not key.isascii() or not key.isprintable():
             raise InputError(
                 f"{source}, entry {number} has a key with characters that an HTTP header cannot carry; give one of "

@@ -83,6 +83,22 @@ def test_a_keys_file_that_is_not_there_is_an_input_error(tmp_path: Path) -> None
         load_keys(ServeConfig(keys_file=str(tmp_path / "none")), {})
 
 
+@pytest.mark.parametrize("text", ["", "\n# read:reader-0123456789\n"])
+def test_a_keys_file_without_keys_is_refused_even_on_loopback(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"keys file .* has no keys.*one per line"):
+        load_keys(ServeConfig(host="127.0.0.1", keys_file=str(path)), {})
+
+
+def test_a_line_of_a_keys_file_with_several_entries_is_refused_without_showing_it(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"admin:{ADMIN}\nread:{READ},write:{WRITE}\n")
+    with pytest.raises(InputError, match=r"entry 2 has a comma.*one role:key per line") as raised:
+        load_keys(ServeConfig(keys_file=str(path)), {})
+    assert READ not in str(raised.value)
+
+
 def test_one_key_may_hold_several_roles() -> None:
     keys = load_keys(ServeConfig(), {KEYS_VARIABLE: f"read+write:{READ}"})
     assert keys.roles(f"Bearer {READ}") == {"read", "write"}
