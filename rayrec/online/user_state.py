@@ -137,7 +137,7 @@ class UserState:
     before_at: int = NEVER  # ms UTC of the last play of the log
     log_plays: int = 0  # number of plays in the log
     folded: int = 0  # number of the log's first plays whose songs are in the set of heard songs
-    rejected: int = 0  # number of plays that arrived too late
+    rejected: int = 0  # how often a play arrived too late
     turn: int = 0  # counts the changes of the plays
     restarts: int = 0  # counts how often the log was replaced
     forgotten_at: int = NEVER  # ms UTC, when the user was deleted: plays up to then are rejected

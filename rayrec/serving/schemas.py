@@ -656,7 +656,9 @@ class UserTaste(BaseModel):
     at: IsoMoment = Field(description="The moment that the vectors are for.")
     plays: int = Field(description="Number of plays used.")
     last_played_at: IsoMoment | None = Field(description="The moment of the last of these plays.")
-    rejected: int = Field(description="Number of plays that arrived too late to be inserted.")
+    rejected: int = Field(
+        description="How often a play arrived too late to be inserted; one that is sent again counts again."
+    )
     short: list[float] = Field(description="Taste vector for the next songs.")
     long: list[float] = Field(description="Taste vector for songs of a later time.")
 

@@ -181,8 +181,11 @@ class StoredUsers:
         await self._refresh_songs(live, users.values())
         is_repeated = {user_id: _find_repeated(events[user_id], users[user_id].events) for user_id in plays_by_user}
         steps = {
-            user_id: plan_plays(
-                users[user_id].state, live.model_id, new_events.plays, is_repeated[user_id], new_events.liked
+            user_id: _reject_copies(
+                plan_plays(
+                    users[user_id].state, live.model_id, new_events.plays, is_repeated[user_id], new_events.liked
+                ),
+                events[user_id],
             )
             for user_id, new_events in plays_by_user.items()
         }
@@ -193,12 +196,10 @@ class StoredUsers:
                 continue  # all events are in the store already
             change = await self._make_change(store, user_id, users[user_id].version, step, state)
             if change is not None:
-                new_events = [
-                    event
-                    for event, is_repeat in zip(events[user_id], is_repeated[user_id], strict=True)
-                    if not is_repeat
+                taken_events = [
+                    event for event, outcome in zip(events[user_id], _outcomes(step), strict=True) if outcome == "taken"
                 ]
-                changes.append(replace(change, events=new_events))
+                changes.append(replace(change, events=taken_events))
         stored_ids: set[str] = set()
         if changes:
             # Shielded, since the store finishes the write even if the client disconnects: the plays must be counted.
@@ -370,6 +371,13 @@ def _find_repeated(events: Sequence[int], stored_events: frozenset[int]) -> np.n
         is_repeated[index] = event in seen_events
         seen_events.add(event)
     return is_repeated
+
+
+def _reject_copies(step: Step, events: Sequence[int]) -> Step:
+    """Return a step whose copies of a rejected event in the same request are rejected, too: they are not stored."""
+    event_digests, rejected = np.array(events, dtype=np.int64), OUTCOMES.index("rejected")
+    is_rejected = np.isin(event_digests, event_digests[step.outcomes == rejected])
+    return replace(step, outcomes=np.where(is_rejected, rejected, step.outcomes).astype(np.int8))
 
 
 def _record_of(full_user: FullUser) -> _UserRecord:

@@ -264,6 +264,21 @@ def test_the_outcome_of_each_play_is_reported_and_counted(app: Client) -> None:
         assert [float(line.split()[-1]) for line in lines] == [count]
 
 
+def test_a_rejected_play_is_rejected_each_time_and_taken_once_it_is_corrected(app: Client) -> None:
+    """Its client may not have received the first answer. A like from before a deletion has no other rules."""
+    events = events_of("ann", 200)
+    send(app, *events)
+    late_play = {**events[0], "event_id": "late", "played_at": events[0]["played_at"] + 1}
+    old_like = {"type": "like", "event_id": "like", "user_id": "bob", "song_id": "song-4", "played_at": AT}
+    assert app.request("DELETE", "/v1/users/bob").status_code == 204
+    for _ in range(2):
+        assert send(app, late_play, old_like, late_play, old_like)["outcomes"] == ["rejected"] * 4
+    corrected = [{**late_play, "played_at": events[-1]["played_at"] + 1}, {**old_like, "played_at": None}]
+    assert send(app, *corrected)["outcomes"] == ["taken"] * 2
+    assert send(app, *corrected)["outcomes"] == ["repeated"] * 2
+    assert taste(app, "ann", AT + 10**9)["plays"] == 201
+
+
 def test_unknown_contexts_say_nothing_and_times_come_in_any_form(app: Client) -> None:
     plays = events_of("ann", 1)[0]
     send(app, {**plays, "contexts": ["nowhere"], "played_at": "2026-01-20T18:24:00Z"})
