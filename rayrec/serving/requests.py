@@ -218,12 +218,15 @@ def query_histories(queries: Sequence[UserQuery]) -> Histories:
 def read_plays(
     new_plays: Sequence[NewPlay], catalog: ServedCatalog
 ) -> tuple[dict[str, list[int]], dict[str, UserPlays]]:
-    """Group plays and likes by user, without those of unknown songs.
+    """Group plays and likes by user, without those of unknown songs. A like from the future counts as from now.
 
     Returns two mappings by user id: to the indices of the user's entries in `new_plays`, and to the plays and likes.
     """
     rows, now = catalog.find([play.song_id for play in new_plays]), now_ms()
     times = np.array([now if play.played_at is None else play.played_at for play in new_plays], dtype=np.int64)
+    is_like = np.array([play.type == "like" for play in new_plays], dtype=np.bool_)
+    # A client's clock may run ahead of ours, but requests for now must use the like.
+    times = np.where(is_like, np.minimum(times, now), times)
     indices_by_user: dict[str, list[int]] = {}
     for index, play in enumerate(new_plays):
         if rows[index] >= 0:
@@ -237,7 +240,7 @@ def read_plays(
                 skipped=[new_plays[index].was_skipped(catalog.skip_below) for index in indices],
             ),
             events=[new_plays[index].event_id for index in indices],
-            liked=np.array([new_plays[index].type == "like" for index in indices], dtype=np.bool_),
+            liked=is_like[indices],
         )
         for user_id, indices in indices_by_user.items()
     }

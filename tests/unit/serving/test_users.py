@@ -15,6 +15,7 @@ from stores import needs_redis
 from rayrec.bench.redis_servers import RedisServer
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
+from rayrec.data.moments import now_ms
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.taste_table import read_states, taste_table
 from rayrec.online import user_state
@@ -208,6 +209,16 @@ def test_skips_and_likes_online_are_those_that_an_import_of_the_same_events_has(
         assert song["reasons"] == reasons(features[row], title)
         assert ("you liked it" in song["reasons"]) == bool(features[row]["user_liked"])
         assert song["score"] == pytest.approx(scores[row], abs=TASTE_TOLERANCE)
+
+
+def test_the_next_answer_reflects_a_like_of_a_client_whose_clock_is_ahead(app: Client) -> None:
+    send(app, *events_of("ann", 20))
+    in_five_minutes = now_ms() + 5 * MINUTE
+    like = {"type": "like", "event_id": "1", "user_id": "ann", "song_id": "song-4", "played_at": in_five_minutes}
+    assert send(app, like)["outcomes"] == ["taken"]
+    body = {"user_id": "ann", "songs": ["song-4", "song-5"], "explain": True}
+    songs = app.post("/v1/rank", body).json()["songs"]
+    assert {song["song_id"] for song in songs if "you liked it" in song["reasons"]} == {"song-4"}
 
 
 def test_likes_are_no_plays_and_those_from_before_a_deletion_are_rejected(app: Client) -> None:
