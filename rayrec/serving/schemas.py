@@ -150,12 +150,13 @@ ENTRY = WrapValidator(_keep_invalid)  # for entries of a list: an invalid one do
 def error_list(errors: Any) -> list[dict[str, str]]:
     """Convert pydantic's errors. `where` is the field as the client wrote it, such as `k` or `history.3.played_at`.
 
-    For an error of the whole request, `where` is `body` or `query`.
+    For an error of the whole request, `where` is `body` or `query`; for one of a whole entry of a batch, `body`.
     """
 
     def field_path(location: Sequence[Any]) -> str:
         parts = [str(part) for part in location if not str(part).startswith(TAG)]
-        return ".".join(parts[1:] if len(parts) > 1 and parts[0] in ("body", "query", "path") else parts)[:200]
+        parts = parts[1:] if len(parts) > 1 and parts[0] in ("body", "query", "path") else parts
+        return ".".join(parts)[:200] or "body"
 
     return [
         {

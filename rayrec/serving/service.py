@@ -231,7 +231,7 @@ class Service:
         for outcome in counts.keys() - {"taken"}:
             self.metrics.plays(outcome, counts[outcome])
         errors = [
-            {"where": f"plays.{index}.{error['where']}", "detail": error["detail"]}
+            {"where": f"plays.{index}.{error['where']}".removesuffix(".body"), "detail": error["detail"]}
             for index, entry in enumerate(events)
             if isinstance(entry, InvalidEntry)
             for error in entry.errors

@@ -331,7 +331,7 @@ def test_a_bad_request_of_a_batch_fails_alone(app: Client) -> None:
     answers = app.post("/v1/recommendations/batch", {"requests": [good, *bad, good]}).json()["answers"]
     assert ids(answers[0]) == ids(answers[-1]) == ids(ask(app, k=3))
     assert [error["where"] for answer in answers[1:-2] for error in answer["errors"]] == [
-        "k", "", "", "history.0.song_id"]  # fmt: skip
+        "k", "body", "body", "history.0.song_id"]  # fmt: skip
     assert "after the moment" in answers[-2]["detail"]
 
 

@@ -416,7 +416,7 @@ def test_a_bad_play_of_many_fails_alone_and_is_located(app: Client) -> None:
     answer = app.post("/v1/plays", {"plays": [plays[0], *bad, plays[1]]}).json()
     assert answer["outcomes"] == ["taken", "invalid", "invalid", "invalid", "taken"]
     assert (answer["taken"], answer["invalid"]) == (2, 3)
-    assert {"plays.1.event_id", "plays.2.played_at"} <= {error["where"] for error in answer["errors"]}
+    assert {"plays.1.event_id", "plays.2.played_at", "plays.3"} <= {error["where"] for error in answer["errors"]}
     assert taste(app, "ann", AT + 10**9)["plays"] == 2
 
 
