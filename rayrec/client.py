@@ -611,8 +611,7 @@ class AsyncClient(_Connection):
 def _request_call(name: str, user_id: str | None, history: Sequence[Any] | None, options: Mapping[str, Any]) -> Call:
     if (user_id is None) == (history is None):
         raise ValueError("give either a user_id or a history")
-    user_fields = {"user_id": user_id} if history is None else {"history": list(history)}
-    return "POST", f"/v1/{name}", {"json": {**user_fields, **_request_fields(options)}}
+    return "POST", f"/v1/{name}", {"json": _request_fields({"user_id": user_id, "history": history, **options})}
 
 
 def _plays_call(plays: Sequence[Mapping[str, Any]]) -> Call:
@@ -644,12 +643,17 @@ def _similar_call(song_id: str, k: int) -> Call:
 
 
 def _request_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options in the form of the API: without None values, with moments as text or numbers."""
-    return {
-        name: _encode_moment(value) if name in ("at", "played_at") else value
-        for name, value in options.items()
-        if value is not None
-    }
+    """Return the options in the form of the API: without None values, with moments as text or numbers.
+
+    The plays of a history are converted in the same way.
+    """
+
+    def encode(name: str, value: Any) -> Any:
+        if name == "history":
+            return [_request_fields(play) if isinstance(play, Mapping) else play for play in value]
+        return _encode_moment(value) if name in ("at", "played_at") else value
+
+    return {name: encode(name, value) for name, value in options.items() if value is not None}
 
 
 def _forget_call(user_id: str) -> Call:

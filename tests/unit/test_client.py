@@ -269,6 +269,23 @@ def test_ids_are_escaped_moments_have_a_zone_and_the_key_is_sent() -> None:
     assert requests[1]["plays"][0]["played_at"] == "2026-01-20T18:24:00+00:00"
 
 
+def test_plays_of_a_history_may_have_datetimes_with_a_zone() -> None:
+    moment = "2026-01-20T18:24:00+00:00"
+    at = datetime(2026, 1, 20, 18, 24, tzinfo=timezone.utc)
+    history = [{"song_id": "a", "played_at": at}, {"song_id": "b", "played_at": 5}]
+    encoded_history = [{"song_id": "a", "played_at": moment}, {"song_id": "b", "played_at": 5}]
+    with server([answer(200, {})] * 4) as (url, requests), Client(url) as client:
+        client.recommend(history=history, k=2)
+        client.rank(["a"], history=history)
+        client.recommend_batch([{"history": history}, {"history": ["a"]}])
+        client.tastes([{"history": history}])
+        with pytest.raises(ValueError, match="has no zone"):
+            client.recommend(history=[{"song_id": "a", "played_at": datetime(2026, 1, 20)}])
+    assert requests[0]["history"] == requests[1]["history"] == encoded_history
+    assert requests[2]["requests"] == [{"history": encoded_history}, {"history": ["a"]}]
+    assert requests[3]["users"] == [{"history": encoded_history}]
+
+
 def methods(client_class: type) -> dict[str, inspect.Signature]:
     """Return name -> signature of the methods of a client class that send requests."""
     excluded = ("close", "aclose")
