@@ -21,7 +21,7 @@ from rayrec.serving.service import Service
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
-QUICK_WAIT = SwitchWait(seconds=5)
+LONG_WAIT = SwitchWait(seconds=60)  # far longer than a switch takes
 
 
 @pytest.fixture
@@ -45,9 +45,9 @@ def test_waiting_ends_once_the_replica_answers_with_the_new_release(
     workspace, first, second = two
     assert replica.live.id == first
     old_release = replica.live
-    release = switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
+    release = switch(workspace, lambda: releases.activate_release(workspace, second), LONG_WAIT)
     assert (release.id, replica.live.id, old_release.id) == (second, second, first)
-    switch(workspace, lambda: releases.rollback(workspace), QUICK_WAIT)
+    switch(workspace, lambda: releases.rollback(workspace), LONG_WAIT)
     assert replica.live.id == first
     assert releases.read_active(workspace)["history"] == []
 
@@ -58,7 +58,7 @@ def test_a_broken_release_is_refused_and_the_old_one_restored(
     workspace, first, second = two
     damage(workspace, second)
     with pytest.raises(RayrecError, match=rf"refuses release {second}: .*checksum.*release {first} is live again"):
-        switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
+        switch(workspace, lambda: releases.activate_release(workspace, second), LONG_WAIT)
     assert releases.read_active(workspace)["active"] == first
     assert replica.live.id == first
 
@@ -143,7 +143,7 @@ def test_a_read_that_fails_once_rolls_nothing_back(
 ) -> None:
     workspace, _, second = two
     failing_workspace = FailingWorkspace(workspace, releases.ACTIVE, {read})
-    assert switch(failing_workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT).id == second
+    assert switch(failing_workspace, lambda: releases.activate_release(workspace, second), LONG_WAIT).id == second
     assert (releases.read_active(workspace)["active"], replica.live.id) == (second, second)
 
 
@@ -180,7 +180,7 @@ def test_a_replica_reads_again_what_storage_failed_to_give_once(
 
     monkeypatch.setattr(live_release, "READ_PAUSE_SECONDS", 0.1)
     monkeypatch.setattr(replica.holder, "load", load_after_failures)
-    switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
+    switch(workspace, lambda: releases.activate_release(workspace, second), LONG_WAIT)
     assert replica.live.id == second
 
 
@@ -196,7 +196,7 @@ def test_another_change_in_between_is_left_alone(two: tuple[Workspace, str, str]
     thread = threading.Thread(target=activate_first_meanwhile)
     thread.start()
     with pytest.raises(RayrecError, match="the live release was changed again"):
-        switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
+        switch(workspace, lambda: releases.activate_release(workspace, second), LONG_WAIT)
     thread.join()
     assert releases.read_active(workspace)["history"] == ["by another"]
 
@@ -244,38 +244,34 @@ def test_no_clock_of_another_machine_matters(
     true_time, switching_thread = time.time, threading.current_thread()
     # The replica reports from other threads, by the true clock.
     monkeypatch.setattr(time, "time", lambda: true_time() + ahead * (threading.current_thread() is switching_thread))
-    switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
+    switch(workspace, lambda: releases.activate_release(workspace, second), LONG_WAIT)
     assert replica.live.id == second
 
 
-def test_a_replica_that_loads_for_long_is_waited_for(
-    two: tuple[Workspace, str, str], replica: Service, monkeypatch: pytest.MonkeyPatch
+def test_a_replica_that_is_still_loading_says_so_and_is_waited_for(
+    two: tuple[Workspace, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loading takes 2 s, longer than the 0.5 s after which a replica without new reports counts as dead."""
+    """Loading ends only after `switch` has seen the replica load, while a second replica has switched."""
     workspace, _, second = two
-    monkeypatch.setattr(live_release, "STALE_SECONDS", 0.5)
     monkeypatch.setattr(live_release, "REPORT_SECONDS", 0.1)
-    load = replica.holder.load
-    monkeypatch.setattr(replica.holder, "load", lambda release_id: time.sleep(2) or load(release_id))
-    messages: list[str] = []
-    with service(workspace, watch_seconds=0.05):  # a second replica, which reports often
-        stop = threading.Event()
+    may_load, messages = threading.Event(), list[str]()
 
-        def report_often() -> None:
-            while not stop.wait(0.1):
-                replica.holder.reports.write(replica.holder.report())
+    def tell(text: str) -> None:
+        messages.append(text)
+        if text.endswith("1 of 2 replicas answer with it, 1 are loading it"):
+            may_load.set()
 
-        thread = threading.Thread(target=report_often)
-        thread.start()
-        switch(
-            workspace,
-            lambda: releases.activate_release(workspace, second),
-            SwitchWait(absent_seconds=0.5, tell=messages.append),
-        )
-        stop.set()
-        thread.join()
-    assert replica.live.id == second
-    assert any("1 are loading it" in text for text in messages)
+    with service(workspace, watch_seconds=0.05) as replica, service(workspace, watch_seconds=0.05):
+        load = replica.holder.load
+
+        def load_later(release_id: str) -> LiveRelease:
+            assert may_load.wait(60)
+            return load(release_id)
+
+        monkeypatch.setattr(replica.holder, "load", load_later)
+        switch(workspace, lambda: releases.activate_release(workspace, second), SwitchWait(tell=tell))
+        assert may_load.is_set(), messages
+        assert replica.live.id == second
 
 
 def test_a_watch_tells_replicas_apart() -> None:
@@ -306,7 +302,7 @@ def test_without_a_release_the_replica_is_alive_and_not_ready(workspace: Workspa
             assert (response.status_code, response.json()["status"]) == (503, 503)
             assert int(response.headers["retry-after"]) > 0
         release = write_release(workspace)
-        switch(workspace, lambda: releases.activate_release(workspace, release.id), QUICK_WAIT)
+        switch(workspace, lambda: releases.activate_release(workspace, release.id), LONG_WAIT)
         assert app.get("/readyz").json()["release"] == release.id
 
 
@@ -316,7 +312,7 @@ def test_a_workspace_out_of_reach_ends_no_watch(two: tuple[Workspace, str, str],
     workspace.write_bytes(releases.ACTIVE, b"{ half")
     time.sleep(0.2)
     workspace.write_bytes(releases.ACTIVE, state)
-    switch(workspace, lambda: releases.activate_release(workspace, second), QUICK_WAIT)
+    switch(workspace, lambda: releases.activate_release(workspace, second), LONG_WAIT)
     assert replica.live.id == second
 
 
