@@ -383,8 +383,9 @@ class Arms:
     def assign(self, request: RecommendationsRequest, live: LiveRelease) -> Assigned:
         """Return a request with the settings and the release of its user's arm.
 
-        The live release answers the unchanged request if the request has no stored user, if the user is in no arm, or
-        if the request itself sets a field that any arm sets.
+        The live release answers the unchanged request if the request has a history, if the user is in no arm, or if the
+        request itself sets a field that any arm sets. The id alone decides the arm, in the store or not: the release
+        must be known before a user's state of its model can be read.
         """
         experiment = self._experiment
         if experiment is None or not request.user_id or request.model_fields_set & experiment.varied:

@@ -117,6 +117,20 @@ def test_answers_name_the_arm_and_have_its_settings(logged: Logged) -> None:
     assert set(arm_counts) == {"control", "diverse", None}
 
 
+def test_a_user_who_was_never_seen_is_recommended_popular_songs_in_the_arm_that_the_first_play_keeps(
+    logged: Logged,
+) -> None:
+    user = next(f"new-{row}" for row in range(100) if Experiment(name="x", arms=ARMS).arm_of(f"new-{row}") == "diverse")
+    first = logged.recommend(user)
+    assert (first["source"], first["arm"]) == ("popular", "diverse")
+    assert first["songs"] == logged.recommend(history=[])["songs"]
+    play = {"event_id": "n", "user_id": user, "song_id": first["songs"][0]["song_id"], "played_at": AT}
+    assert logged.app.post("/v1/plays", play).json()["taken"] == 1
+    second = logged.recommend(user)
+    assert (second["source"], second["arm"]) == ("taste", "diverse")
+    assert [row["arm"] for row in logged.rows("answers")] == ["diverse", None, "diverse"]
+
+
 def test_requests_with_a_history_or_a_setting_that_differs_between_arms_are_in_no_arm(logged: Logged) -> None:
     user = next(user for user in USERS if Experiment(name="x", arms=ARMS).arm_of(user) == "diverse")
     assert logged.recommend(user, exclude_heard=False)["arm"] == "diverse"
