@@ -71,7 +71,7 @@ class OnlineSong:
 
     number: int  # from 0, among all songs ever added to the namespace; stored plays refer to the song by it
     song_id: str
-    data: bytes  # metadata; empty if the song is closed: a release has it, and only number and id are kept
+    data: bytes  # metadata; empty if the song is closed: all releases in use have it, and only number and id are kept
     model: str  # id of the model to which `sums` belong
     sums: bytes  # float64 numbers, sums over the song's plays; empty if no play was counted
 
@@ -148,7 +148,7 @@ class StateStore(ABC):
 
     @abstractmethod
     def close_songs(self, numbers: Sequence[int]) -> None:
-        """Close songs that a release has by now: keep only their numbers and ids."""
+        """Close songs that all releases in use have by now: keep only their numbers and ids."""
 
     @abstractmethod
     def close(self) -> None:

@@ -22,6 +22,7 @@ import pyarrow as pa
 from rayrec.data import columns
 from rayrec.data.catalog import Content
 from rayrec.data.dataset import Dataset
+from rayrec.errors import MismatchError, NotFoundError
 from rayrec.model.added_songs import AddedSongs, FirstPlays, LaterSong, SongPlacer, drawn
 from rayrec.model.checkpoint import INPUT_VECTORS
 from rayrec.model.train_config import SONG_VECTORS
@@ -30,13 +31,13 @@ from rayrec.online.user_state import FIRST_ONLINE, Plays, Step, join_plays
 from rayrec.recommend.reranking import network_of
 from rayrec.serving.engine import Engine
 from rayrec.serving.served_catalog import OnlineCatalog, ServedCatalog
-from rayrec.storage import artifacts
+from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 REFRESH_SECONDS = 0.25  # between two reads of the store
-MAX_ONLINE_SONGS = 10_000  # added songs that no release contains; each search scores all of them
-# A replica closes songs that its release contains this long after loading it, since it may be switched back before.
+MAX_ONLINE_SONGS = 10_000  # added songs that some release in use lacks; each search scores all of them
+# Between two checks for songs to close, and from loading a release to the first one: it may be switched back before.
 CLOSE_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
@@ -110,9 +111,8 @@ class OnlineSongs:
         self._first_row, self._is_known = len(catalog.known), catalog.known  # of the release, without added songs
         self._placer: SongPlacer | None = None
         self._version, self._state = 0, _OnlineState()
-        self._contained_numbers: list[int] = []  # numbers of open songs that the release contains
+        self._contained: dict[int, int] = {}  # number -> row, of open songs that the release contains
         self._lock = threading.Lock()
-        self._started = time.monotonic()
 
     @property
     def content_dim(self) -> int:
@@ -124,6 +124,12 @@ class OnlineSongs:
     def count(self) -> int:
         """Number of added songs in use, without those that the release contains."""
         return len(self._state.songs)
+
+    @property
+    def contained(self) -> dict[int, int]:
+        """Number -> row of the open songs that the release contains."""
+        with self._lock:
+            return dict(self._contained)
 
     def add(self, songs: Sequence[SongToAdd]) -> list[bool] | None:
         """Add songs for every replica; return for each song whether it was added. Known songs stay unchanged.
@@ -163,13 +169,16 @@ class OnlineSongs:
                 log.warning("the store has lost songs that were added online; those that it still has are read again")
                 version, changed_songs = store.songs_since(0)
                 # The lost songs' rows and numbers go to other songs.
-                self._contained_numbers, self._placer = [], None
+                self._contained, self._placer = {}, None
             if changed_songs or has_lost_songs:
                 self._apply_changes(changed_songs, self._state.emptied() if has_lost_songs else self._state)
             self._version = version
-            if self._contained_numbers and time.monotonic() - self._started > CLOSE_SECONDS:
-                store.close_songs(self._contained_numbers)
-                self._contained_numbers = []
+
+    def close(self, numbers: Sequence[int]) -> None:
+        """Delete the metadata and the sums of songs from the store, by number."""
+        store = self._store()
+        if store is not None:
+            store.close_songs(numbers)
 
     def missing(self, stored_rows: np.ndarray) -> bool:
         """Return True if stored rows, int32, contain songs that were added after the last read."""
@@ -230,10 +239,11 @@ class OnlineSongs:
             if song.number not in updated.songs:
                 (row,) = self._catalog.rows.find([song.song_id])
                 updated.row_of_number[song.number] = row
+                self._contained.pop(song.number, None)
                 if not song.data:
                     continue
                 if row >= 0 and self._is_known[row]:
-                    self._contained_numbers.append(song.number)
+                    self._contained[song.number] = row
                     continue
                 if row < 0:
                     updated.row_of_number[song.number] = self._first_row + len(updated.numbers_after_catalog)
@@ -316,12 +326,41 @@ def _catalog_table(songs: Sequence[SongToAdd]) -> pa.Table:
     return pa.table(values, schema=columns.DESCRIPTIONS)
 
 
-class OnlineWatch:
-    """Reads songs that were added online every `REFRESH_SECONDS`, in its own thread."""
+def _has_vectors(workspace: Workspace, release_id: str, rows: np.ndarray) -> np.ndarray:
+    """Return bool (n,): True for song rows that a stored release has a vector of, which is not loaded for this.
 
-    def __init__(self, get_online_songs: Callable[[], Sequence[OnlineSongs]]) -> None:
+    True for all rows if the release cannot become live, because it was deleted or its data set was replaced.
+    """
+    try:
+        release = artifacts.load_manifest(workspace, releases.KIND, release_id)
+        releases.require_dataset_of(workspace, release)
+    except (NotFoundError, MismatchError):
+        return np.ones(len(rows), dtype=bool)
+    folder = artifacts.load_manifest(workspace, "models", release.inputs["models"]).folder
+    outputs = workspace.read_array(f"{folder}/{SONG_VECTORS}")
+    has_vector = np.zeros(len(rows), dtype=bool)
+    is_in_model = rows < len(outputs)
+    has_vector[is_in_model] = outputs[rows[is_in_model]].any(axis=1)
+    if "added_songs" in release.inputs:
+        folder = artifacts.load_manifest(workspace, "added_songs", release.inputs["added_songs"]).folder
+        has_vector |= np.isin(rows, AddedSongs.load(workspace, folder).rows)
+    return has_vector
+
+
+class OnlineWatch:
+    """Reads songs that were added online every `REFRESH_SECONDS`, in its own thread, and closes those in all releases.
+
+    A song is closed when every release in use contains it: those that answer here, the live one, and the one that a
+    rollback makes live.
+    """
+
+    def __init__(self, workspace: Workspace, get_online_songs: Callable[[], Sequence[OnlineSongs]]) -> None:
         """`get_online_songs` returns the added songs of each release that answers now."""
-        self._get_online_songs, self._stop, self._has_failed = get_online_songs, threading.Event(), False
+        self._workspace, self._get_online_songs = workspace, get_online_songs
+        self._stop, self._has_failed = threading.Event(), False
+        self._in_use: Sequence[OnlineSongs] = []  # as last returned
+        self._close_at = 0.0  # time.monotonic() of the next check for songs to close
+        self._checked: tuple[list[int], str] | None = None  # numbers and id of the activation in the last such check
         self._thread = threading.Thread(target=self._refresh_until_stop, daemon=True)
         self._thread.start()
 
@@ -333,10 +372,37 @@ class OnlineWatch:
     def _refresh_until_stop(self) -> None:
         while not self._stop.wait(REFRESH_SECONDS):
             try:
-                for online_songs in self._get_online_songs():
+                in_use = self._get_online_songs()
+                for online_songs in in_use:
                     online_songs.refresh()
+                if in_use != self._in_use:
+                    self._in_use, self._close_at = in_use, time.monotonic() + CLOSE_SECONDS
+                elif in_use and time.monotonic() >= self._close_at:
+                    self._close_at = time.monotonic() + CLOSE_SECONDS
+                    self._close_songs(in_use)
                 self._has_failed = False
             except Exception as error:  # a store that cannot be reached for a while must not end the watch
                 if not self._has_failed:
-                    log.warning("cannot read the songs that were added online: %s", error)
+                    log.warning("cannot read or close the songs that were added online: %s", error)
                 self._has_failed = True
+
+    def _close_songs(self, in_use: Sequence[OnlineSongs]) -> None:
+        """Close the songs that every release in use contains. Does nothing if neither they nor the releases changed."""
+        contained_songs = [online_songs.contained for online_songs in in_use]
+        row_of_number = {
+            number: row
+            for number, row in contained_songs[0].items()
+            if all(number in contained for contained in contained_songs)
+        }
+        if not row_of_number:
+            return
+        activation = releases.read_active(self._workspace)
+        if self._checked == (list(row_of_number), activation["change"]):
+            return
+        numbers, rows = (np.array(list(values)) for values in (row_of_number, row_of_number.values()))
+        is_contained = np.ones(len(rows), dtype=bool)
+        for release_id in filter(None, (activation["active"], *activation["history"][-1:])):
+            is_contained &= _has_vectors(self._workspace, release_id, rows)
+        if is_contained.any():
+            in_use[0].close(numbers[is_contained].tolist())
+        self._checked = list(row_of_number), activation["change"]

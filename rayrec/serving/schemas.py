@@ -641,7 +641,7 @@ class SongsAdded(BaseModel):
     release: str = Field(description="ID of the release to which the songs are added.")
     added: int = Field(description="Number of songs that were added; every replica recommends them within a second.")
     online: int = Field(description="Number of songs that were added online and are not in the release.")
-    limit: int = Field(description="Maximum number of such songs.")
+    limit: int = Field(description="Maximum number of songs that were added online and that a release in use lacks.")
     outcomes: list[SongOutcome] = Field(
         description="Outcome of each song, in the order of the request. known: the song is in the release or was added "
         "before, so nothing changed."

@@ -116,7 +116,8 @@ class Service:
         self.holder, self.config, self.keys, self.metrics, self.users = holder, config, keys, metrics, users
         self.arms, self.log, self.access = arms, log, access
         self._online_watch = OnlineWatch(
-            lambda: [live.online for live in (holder.loaded, *arms.releases) if live is not None]
+            holder.workspace,
+            lambda: [live.online for live in (holder.loaded, *arms.releases) if live is not None],
         )
 
     @property
@@ -318,8 +319,9 @@ class Service:
         if is_added is None:
             raise HTTPException(
                 507,
-                f"{online.count:,} of at most {MAX_ONLINE_SONGS:,} songs are already added online, so none of the new "
-                "songs was added; create a release that contains the earlier songs first",
+                f"the store would have more than {MAX_ONLINE_SONGS:,} songs that were added online, so none of the new "
+                "songs was added; activate releases with the earlier songs first: a song leaves the store when the "
+                "live release and the one before contain it",
             )
         outcomes: list[SongOutcome] = ["added" if is_new else "known" for is_new in is_added]
         return SongsAdded.model_construct(

@@ -32,6 +32,7 @@ from rayrec.serving.middleware import Keys, load_keys
 from rayrec.serving.serve_config import ServeConfig
 from rayrec.serving.service import Service
 from rayrec.storage import artifacts, releases
+from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 ARTIST = 3
@@ -93,6 +94,28 @@ def wait_until(condition: Any) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def wait_for_three_reads(replica: Service, adder: Client) -> None:
+    """Wait until a replica has read the store three times, each time a song that another replica added meanwhile."""
+    for number in (101, 102, 103):
+        add(adder, new_song(number))
+        wait_until(lambda number=number: replica.live.catalog.find([f"new-{number}"])[0] >= 0)
+
+
+def create_release_with(workspace: Workspace, folder: Path, *song_ids: str, activate: bool = True) -> Manifest:
+    """Return a new release that contains these songs, by the artist `ARTIST`, and those of earlier calls."""
+    path = folder / f"{song_ids[0]}.csv"
+    path.write_text("song,title,artist\n" + "".join(f"{song_id},{song_id},Artist {ARTIST}\n" for song_id in song_ids))
+    describe(workspace, DescribeConfig(append=True), str(path))
+    add_songs(workspace)
+    return releases.create_release(workspace, activate=activate)
+
+
+def open_songs(replica: Service) -> list[str]:
+    """Return the ids of the added songs that are in the store with their metadata."""
+    store = replica.users.store(replica.live.catalog.lineage)
+    return [song.song_id for song in store.songs_since(0)[1] if song.data]
 
 
 def test_an_added_song_is_recommended_to_listeners_of_its_artist_and_nothing_else_changes(replica: Service) -> None:
@@ -329,9 +352,6 @@ def test_a_new_release_with_the_added_song_replaces_it_and_its_plays_stay(
     world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(online_songs, "CLOSE_SECONDS", 0.0)
-    path = tmp_path / "new.csv"
-    # The next release numbers the new songs in another order than the online additions.
-    path.write_text("song,title,artist\nother,Other,Artist 1\nnew-1,New 1,Artist 3\n")
     with service(world, watch_seconds=0.05) as replica:
         app = Client(replica)
         add(app, new_song(1), new_song(2))
@@ -339,9 +359,8 @@ def test_a_new_release_with_the_added_song_replaces_it_and_its_plays_stay(
             play("ann", song, AT + position) for position, song in enumerate(["song-1", "new-1", "new-2", "song-2"])
         ]
         assert app.post("/v1/plays", {"plays": plays}).json()["taken"] == 4
-        describe(world, DescribeConfig(append=True), str(path))
-        add_songs(world)
-        release = releases.create_release(world, activate=True)
+        # The next release numbers the new songs in another order than the online additions.
+        release = create_release_with(world, tmp_path, "other", "new-1")
         wait_until(lambda: replica.live.id == release.id)
         played_ids = [stored_play["song_id"] for stored_play in app.get("/v1/users/ann/plays").json()["plays"]]
         assert played_ids == ["song-1", "new-1", "new-2", "song-2"]
@@ -351,8 +370,39 @@ def test_a_new_release_with_the_added_song_replaces_it_and_its_plays_stay(
         recommendations = app.post("/v1/recommendations", {"user_id": "ann", "k": NUM_SONGS}).json()["songs"]
         assert not {"new-1", "new-2"} & {song["song_id"] for song in recommendations}
         assert add(app, new_song(1), new_song(3)) == ["known", "added"]
-        store = replica.users.store(replica.live.catalog.lineage)
-        wait_until(lambda: [song.song_id for song in store.songs_since(0)[1] if song.data] == ["new-2", "new-3"])
+        assert open_songs(replica) == ["new-1", "new-2", "new-3"]
+        create_release_with(world, tmp_path, "new-2")  # a rollback from it leads to a release that has new-1 only
+        wait_until(lambda: open_songs(replica) == ["new-2", "new-3"])
+
+
+def test_a_song_that_only_the_release_of_an_arm_contains_stays_in_the_live_one(
+    world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(online_songs, "CLOSE_SECONDS", 0.0)
+    with service(world) as first:
+        add(Client(first), new_song(1))
+        release = create_release_with(world, tmp_path, "new-1", activate=False)
+        experiment = {"name": "x", "arms": {"other": {"share": 0.5, "release": release.id}}}
+        with service(world, experiment=experiment) as second:
+            wait_for_three_reads(second, Client(first))
+    with service(world) as third:
+        assert "new-1" in recommended_songs(Client(third), ARTIST_SONGS)
+        assert add(Client(third), new_song(1)) == ["known"]
+
+
+def test_a_rollback_to_a_release_without_an_added_song_brings_the_added_one_back(
+    world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(online_songs, "CLOSE_SECONDS", 0.0)
+    with service(world, watch_seconds=0.05) as replica, service(world, watch_seconds=3600) as other:
+        first_release = replica.live.id
+        add(Client(replica), new_song(1))
+        release = create_release_with(world, tmp_path, "new-1")
+        wait_until(lambda: replica.live.id == release.id)
+        wait_for_three_reads(replica, Client(other))
+        releases.rollback(world)
+        wait_until(lambda: replica.live.id == first_release)
+        assert "new-1" in recommended_songs(Client(replica), ARTIST_SONGS)
 
 
 def test_plays_stay_where_releases_have_all_songs_that_were_added(world: Workspace, tmp_path: Path) -> None:
