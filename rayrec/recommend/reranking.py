@@ -410,11 +410,7 @@ def choose_popular(starting: PopularOrder, options: AnswerOptions) -> SelectedSo
     """Return the first k songs for a user without known plays; with `songs_to_rank`, those songs in that order."""
     discounted_plays, order = starting.discounted_plays, starting.order
     if options.songs_to_rank is not None:
-        rows = options.songs_to_rank
-        has_play_count = rows < len(discounted_plays)  # other songs were added online and have no play counts
-        return _sort_songs(
-            rows, np.where(has_play_count, discounted_plays[np.where(has_play_count, rows, 0)], 0.0), "popular", options
-        )
+        return _sort_songs(options.songs_to_rank, discounted_plays[options.songs_to_rank], "popular", options)
     songs = first_of_order(order, options.answer_filter.qualify, options.k)
     return SelectedSongs(songs=songs, scores=discounted_plays[songs].astype(np.float32), path="popular")
 

@@ -161,14 +161,22 @@ class ServedCatalog:
         is_known[lost_rows] = False
         is_known[online.known] = True
         self.plays = np.pad(self.plays, (0, added_count))
+        discounted_plays, starting_order = np.pad(self.starting.discounted_plays, (0, added_count)), self.starting.order
         if len(lost_rows):
-            self.by_age = self.by_age[~np.isin(self.by_age, lost_rows)]
+            self.by_plays, self.by_age, starting_order = (
+                order[~np.isin(order, lost_rows)] for order in (self.by_plays, self.by_age, starting_order)
+            )
+        self.starting = PopularOrder(discounted_plays=discounted_plays, order=starting_order)
         if self.first_days is not None:
             self.first_days = np.pad(self.first_days, (0, added_count), constant_values=NOT_PLAYED)
         self.known, self.online = is_known, online  # after the arrays above: requests are in progress
-        if self.first_days is not None:
-            new_rows = online.known[~np.isin(online.known, self.by_age)]
-            self.by_age = np.concatenate([new_rows[::-1].astype(np.int32), self.by_age])
+        new_rows = np.setdiff1d(online.known, earlier_rows).astype(np.int32)
+        if len(new_rows):
+            self.by_plays = _insert_by(self.plays, self.by_plays, new_rows)
+            starting_order = _insert_by(discounted_plays, starting_order, new_rows)
+            self.starting = PopularOrder(discounted_plays=discounted_plays, order=starting_order)
+            if self.first_days is not None:
+                self.by_age = np.concatenate([new_rows[::-1], self.by_age])
 
     @property
     def num_rows(self) -> int:
@@ -255,6 +263,13 @@ class ServedCatalog:
         if online is None or not (rows >= online.first).any():
             return [self.names.of(row) for row in rows.tolist()]
         return [self.names.of(row) if row < online.first else online.name(row) for row in rows.tolist()]
+
+
+def _insert_by(play_counts: np.ndarray, order: np.ndarray, new_rows: np.ndarray) -> np.ndarray:
+    """Return `order`, song rows by descending `play_counts` (N,), with further rows after those of equal counts."""
+    places = np.searchsorted(-play_counts[order], -play_counts[new_rows], side="right")
+    inserted: np.ndarray = np.insert(order, places, new_rows)
+    return inserted
 
 
 def load_served_catalog(workspace: Workspace, release: Manifest, recommender: BaseRecommender) -> ServedCatalog:

@@ -96,6 +96,22 @@ def wait_until(condition: Any) -> None:
         time.sleep(0.02)
 
 
+def popular_songs(app: Client) -> list[str]:
+    return [song["song_id"] for song in app.get("/v1/songs/popular", params={"k": NUM_SONGS + 9}).json()["songs"]]
+
+
+def newest_songs(app: Client) -> list[str]:
+    return [song["song_id"] for song in app.get("/v1/songs/new", params={"k": NUM_SONGS + 9}).json()["songs"]]
+
+
+def empty_store_of_songs(replica: Service) -> None:
+    """Delete all added songs from the store of a replica, and wait until the replica has noticed."""
+    with closing(sqlite3.connect(store_uri(replica.holder.workspace, None).removeprefix("sqlite:///"))) as connection:
+        connection.execute("DELETE FROM songs")
+        connection.commit()
+    wait_until(lambda: not replica.live.online.count)
+
+
 def wait_for_three_reads(replica: Service, adder: Client) -> None:
     """Wait until a replica has read the store three times, each time a song that another replica added meanwhile."""
     for number in (101, 102, 103):
@@ -142,6 +158,32 @@ def test_an_added_song_is_recommended_to_listeners_of_its_artist_and_nothing_els
         ranking = app.post("/v1/rank", {"history": history, "songs": ["new-1", "song-2"]}).json()
         assert ranking["unknown_song_ids"] == []
     assert [(song["song_id"], song["score"]) for song in ranking["songs"]][1] == ("new-1", 0.0)  # it has no plays
+
+
+def test_an_added_song_reaches_users_without_plays_as_the_least_popular_one(replica: Service) -> None:
+    app = Client(replica)
+    popular_before, newest_before = popular_songs(app), newest_songs(app)
+    assert add(app, new_song(1), new_song(2, artist=5)) == ["added", "added"]
+    body = {"user_id": "nobody", "allow": ["new-1", "song-0"]}
+    answer = app.post("/v1/recommendations", body).json()
+    assert [song["song_id"] for song in answer["songs"]] == ["song-0", "new-1"]
+    assert (answer["source"], answer["songs"][1]["score"]) == ("popular", 0.0)
+    assert popular_songs(app) == [*popular_before, "new-1", "new-2"]
+    empty_store_of_songs(replica)
+    assert popular_songs(app) == popular_before
+    assert newest_songs(app) == newest_before
+    answer = app.post("/v1/recommendations", {"user_id": "nobody", "k": NUM_SONGS}).json()
+    assert sorted(song["song_id"] for song in answer["songs"]) == sorted(popular_before)
+
+
+def test_a_song_that_gets_its_vector_online_has_its_place_by_plays(replica: Service) -> None:
+    app, song_id = Client(replica), f"song-{WITHOUT_VECTOR}"
+    assert song_id not in popular_songs(app)
+    assert add(app, {"song_id": song_id, "artist": "Artist 0"}) == ["added"]
+    songs = app.get("/v1/songs/popular", params={"k": NUM_SONGS}).json()["songs"]
+    counts = {song["song_id"]: song["plays"] for song in songs}
+    assert counts[song_id] > 0
+    assert list(counts.values()) == sorted(counts.values(), reverse=True)
 
 
 def test_a_song_that_only_the_retrieval_knows_has_no_place_on_the_map_until_it_is_added(world: Workspace) -> None:
@@ -222,10 +264,7 @@ def test_songs_that_the_store_has_lost_are_gone_and_can_be_added_again(replica: 
     before = recommended_songs(app, ARTIST_SONGS)
     add(app, new_song(1), new_song(2), song_without_vector)
     (lost_row,) = replica.live.catalog.find(["new-1"])
-    with closing(sqlite3.connect(store_uri(replica.holder.workspace, None).removeprefix("sqlite:///"))) as connection:
-        connection.execute("DELETE FROM songs")
-        connection.commit()
-    wait_until(lambda: not replica.live.online.count)
+    empty_store_of_songs(replica)
     assert recommended_songs(app, ARTIST_SONGS) == before
     with pytest.raises(StoreUnavailableError, match="try again"):  # a request that was in progress meanwhile
         replica.live.catalog.describe(np.array([lost_row]))
