@@ -22,7 +22,7 @@ from pydantic import (
 from starlette.responses import Response
 
 from rayrec.data.moments import END_MS, format_iso, now_ms, parse_timestamp
-from rayrec.data.spelling import EXPECTED_ID, MAX_ID, spell_id
+from rayrec.data.spelling import EXPECTED_ID, MAX_ID, spell_id, spell_text
 from rayrec.errors import InputError
 from rayrec.recommend.base import weight_of_long
 from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K, MAX_LISTED, MAX_NEW_SONGS, MAX_PLAYS
@@ -422,19 +422,27 @@ SONG_EXAMPLE: dict[str, Any] = {
 }
 
 
+def spelled_names(names: list[str] | None) -> list[str] | None:
+    """Return names spelled as in every import, without empty ones."""
+    return None if names is None else [text for name in names if (text := spell_text(name))]
+
+
+SongText = Annotated[Annotated[str, Field(max_length=MAX_ID)] | None, AfterValidator(spell_text)]
+
+
 class AddedSong(RequestBody):
     """A song to add. It stays until a release contains it."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [SONG_EXAMPLE]})
 
     song_id: Annotated[SongId, AfterValidator(spelled_song)]
-    title: Annotated[str, Field(max_length=MAX_ID)] | None = None
-    artist: Annotated[str, Field(max_length=MAX_ID)] | None = Field(
+    title: SongText = None
+    artist: SongText = Field(
         default=None, description="Artist, spelled as in the catalog; used for the initial embedding of the song."
     )
-    album: Annotated[str, Field(max_length=MAX_ID)] | None = None
+    album: SongText = None
     released: Day | None = Field(default=None, description="Release day.")
-    markets: Items[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
+    markets: Annotated[Items[Annotated[str, Field(max_length=64)]] | None, AfterValidator(spelled_names)] = Field(
         default=None, max_length=500, description="Markets in which the song is available."
     )
     vector: Items[Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]] | None = Field(
