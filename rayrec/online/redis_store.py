@@ -120,21 +120,23 @@ return 1
 
 # Songs that were added online. KEYS of all these scripts: counters, versions, ids by number, data, sums, numbers by id.
 # A song is open while it has data. Sums are stored after the id of their model and a zero byte.
-# ARGV: maximum number of open songs, then id and data of each song. Returns -1 if they are too many, otherwise 1 for
-# each added song, else 0.
+# ARGV: maximum number of open songs, lowest number of a new song, then id and data of each song. Returns -1 if they are
+# too many, otherwise 1 for each added song, else 0.
 ADD_SONGS = """
 local added, fresh = {}, 0
-for i = 2, #ARGV, 2 do
+for i = 3, #ARGV, 2 do
   local number = redis.call('HGET', KEYS[6], ARGV[i])
   local is_open = number and redis.call('HEXISTS', KEYS[4], number) == 1
-  added[i / 2] = is_open and 0 or 1
-  fresh = fresh + added[i / 2]
+  added[#added + 1] = is_open and 0 or 1
+  fresh = fresh + added[#added]
 end
 if fresh > 0 and redis.call('HLEN', KEYS[4]) + fresh > tonumber(ARGV[1]) then return -1 end
 if fresh == 0 then return added end
 local version = redis.call('HINCRBY', KEYS[1], 'version', 1)
-for i = 2, #ARGV, 2 do
-  if added[i / 2] == 1 then
+local next_number = tonumber(redis.call('HGET', KEYS[1], 'numbers') or '0')
+if next_number < tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], 'numbers', ARGV[2]) end
+for i = 3, #ARGV, 2 do
+  if added[(i - 1) / 2] == 1 then
     local number = redis.call('HGET', KEYS[6], ARGV[i])
     if not number then
       number = redis.call('HINCRBY', KEYS[1], 'numbers', 1) - 1
@@ -314,9 +316,10 @@ class RedisStore(StateStore):
         """As in `StateStore`."""
         self._call(lambda: self._client.hset(self._load_key(load), str(bucket), text))
 
-    def add_songs(self, songs: Mapping[str, bytes], most: int) -> list[bool] | None:
+    def add_songs(self, songs: Mapping[str, bytes], most: int, first_number: int = 0) -> list[bool] | None:
         """As in `StateStore`."""
-        reply = self._run_song_script("add_songs", [most, *(field for song in songs.items() for field in song)])
+        fields = (field for song in songs.items() for field in song)
+        reply = self._run_song_script("add_songs", [most, first_number, *fields])
         return None if reply == -1 else [bool(is_added) for is_added in reply]
 
     def songs_since(self, version: int) -> tuple[int, list[OnlineSong]]:

@@ -172,7 +172,7 @@ class SqliteStore(StateStore):
         with self._connection() as connection:
             connection.execute("INSERT OR REPLACE INTO loads VALUES (?, ?, ?)", (self._load_name(load), bucket, text))
 
-    def add_songs(self, songs: Mapping[str, bytes], most: int) -> list[bool] | None:
+    def add_songs(self, songs: Mapping[str, bytes], most: int, first_number: int = 0) -> list[bool] | None:
         """As in `StateStore`; one transaction."""
         with self._transaction("IMMEDIATE") as connection:
             rows = connection.execute("SELECT song_id, data != x'' FROM songs WHERE namespace = ?", (self._namespace,))
@@ -180,7 +180,9 @@ class SqliteStore(StateStore):
             is_added = [not is_open_by_id.get(song_id, False) for song_id in songs]
             if any(is_added) and sum(is_open_by_id.values()) + sum(is_added) > most:
                 return None
-            version, next_number = self._songs_version(connection) + 1, len(is_open_by_id)
+            version = self._songs_version(connection) + 1
+            row = connection.execute("SELECT MAX(number) FROM songs WHERE namespace = ?", (self._namespace,)).fetchone()
+            next_number = first_number if row[0] is None else max(first_number, row[0] + 1)
             for song_id, data, is_new in zip(songs, songs.values(), is_added, strict=True):
                 if is_new and song_id in is_open_by_id:
                     connection.execute(

@@ -69,7 +69,7 @@ class Change:
 class OnlineSong:
     """A song that was added while a release was live."""
 
-    number: int  # from 0, among all songs ever added to the namespace; stored plays refer to the song by it
+    number: int  # among all songs ever added to the namespace; stored plays refer to the song by it
     song_id: str
     data: bytes  # metadata; empty if the song is closed: all releases in use have it, and only number and id are kept
     model: str  # id of the model to which `sums` belong
@@ -126,10 +126,11 @@ class StateStore(ABC):
         """Record that a load has finished a bucket. All users that it has put then survive the death of the machine."""
 
     @abstractmethod
-    def add_songs(self, songs: Mapping[str, bytes], most: int) -> list[bool] | None:
+    def add_songs(self, songs: Mapping[str, bytes], most: int, first_number: int = 0) -> list[bool] | None:
         """Add songs by id; return which ones were added. Open songs with these ids stay unchanged.
 
-        Returns None, and adds no song, if more than `most` songs would be open. A closed song is opened again.
+        Returns None, and adds no song, if more than `most` songs would be open. A closed song is opened again. New
+        songs get the numbers after the highest one in the store, from `first_number` on.
         """
 
     @abstractmethod

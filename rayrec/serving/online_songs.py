@@ -111,6 +111,7 @@ class OnlineSongs:
         self._first_row, self._is_known = len(catalog.known), catalog.known  # of the release, without added songs
         self._placer: SongPlacer | None = None
         self._version, self._state = 0, _OnlineState()
+        self._next_number = 0  # after the highest number read so far, also of lost songs: stored plays still have it
         self._contained: dict[int, int] = {}  # number -> row, of open songs that the release contains
         self._lock = threading.Lock()
 
@@ -146,7 +147,7 @@ class OnlineSongs:
         for song, row in zip(songs, rows.tolist(), strict=True):
             if row not in number_of_row and (row < 0 or not self._is_known[row]):
                 new_songs.setdefault(song.song_id, song.to_bytes())  # the first entry of a song that is sent twice
-        is_added = store.add_songs(new_songs, MAX_ONLINE_SONGS) if new_songs else []
+        is_added = store.add_songs(new_songs, MAX_ONLINE_SONGS, self._next_number) if new_songs else []
         if is_added is None:
             return None
         self.refresh()
@@ -170,6 +171,7 @@ class OnlineSongs:
                 version, changed_songs = store.songs_since(0)
                 # The lost songs' rows and numbers go to other songs.
                 self._contained, self._placer = {}, None
+            self._next_number = max([self._next_number, *(song.number + 1 for song in changed_songs)])
             if changed_songs or has_lost_songs:
                 self._apply_changes(changed_songs, self._state.emptied() if has_lost_songs else self._state)
             self._version = version

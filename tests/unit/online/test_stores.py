@@ -156,6 +156,12 @@ def test_songs_are_numbered_once_and_a_reader_gets_only_the_changes(store: State
     assert songs_of(store) == [(0, "a", b"1"), (1, "é", b"2"), (2, "b", b"3")]
 
 
+def test_new_songs_are_numbered_from_a_given_number_on_and_never_below_the_stored_ones(store: StateStore) -> None:
+    assert store.add_songs({"a": b"1", "b": b"2"}, 9, first_number=5) == [True, True]
+    assert store.add_songs({"a": b"x", "c": b"3"}, 9, first_number=2) == [False, True]
+    assert songs_of(store) == [(5, "a", b"1"), (6, "b", b"2"), (7, "c", b"3")]
+
+
 def test_songs_that_are_too_many_are_all_refused_until_others_are_closed(store: StateStore) -> None:
     store.add_songs({"a": b"1", "b": b"2"}, most=2)
     assert store.add_songs({"a": b"1"}, most=2) == [False]

@@ -279,6 +279,17 @@ def test_songs_that_the_store_has_lost_are_gone_and_can_be_added_again(replica: 
     assert [each["song_id"] for each in app.get("/v1/users/ann/plays").json()["plays"]] == ["new-1"]
 
 
+def test_plays_of_a_song_that_the_store_has_lost_are_not_those_of_a_later_song(replica: Service) -> None:
+    app = Client(replica)
+    add(app, new_song(1))
+    plays = [play("ann", song, AT + position) for position, song in enumerate(["song-1", "new-1", "song-2"])]
+    assert app.post("/v1/plays", {"plays": plays}).json()["taken"] == 3
+    empty_store_of_songs(replica)
+    assert add(app, new_song(2)) == ["added"]
+    played_ids = [each["song_id"] for each in app.get("/v1/users/ann/plays").json()["plays"]]
+    assert played_ids == ["song-1", "song-2"]
+
+
 def test_a_replica_keeps_no_content_vectors_of_added_songs_and_places_the_songs_by_them(
     world: Workspace, tmp_path: Path
 ) -> None:
