@@ -13,7 +13,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import list_splits
 from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
 from rayrec.storage import artifacts, releases
-from rayrec.storage.artifacts import DatasetManifest, Manifest, read_dataset_manifest
+from rayrec.storage.artifacts import DatasetManifest, Manifest, read_dataset_manifest, read_staged_manifests
 from rayrec.storage.locking import writes
 from rayrec.storage.workspace import DATASET, DATASET_MANIFEST, HISTORIES, REPLICAS, USERS, Workspace, split_file
 
@@ -244,7 +244,8 @@ def _replaced_parts(workspace: Workspace, cutoff: datetime) -> list[Garbage]:
     if not workspace.exists(DATASET_MANIFEST):
         return []
     dataset = read_dataset_manifest(workspace)
-    needed_paths = _needed_paths(dataset)
+    # A killed run may have moved files of the next data set into place.
+    needed_paths = _needed_paths(dataset).union(*map(_needed_paths, read_staged_manifests(workspace)))
     folders = [USERS]
     if dataset.joined_at and datetime.fromisoformat(dataset.joined_at) < cutoff:
         folders.append(HISTORIES)

@@ -23,7 +23,7 @@ from rayrec.importing.merging import FORGOTTEN_USER
 from rayrec.jobs.forget import SCRATCH
 from rayrec.model.train_config import SONG_VECTORS
 from rayrec.storage import artifacts, releases
-from rayrec.storage.artifacts import DatasetManifest, Manifest, read_songs, sha256
+from rayrec.storage.artifacts import DatasetManifest, Manifest, read_songs, read_staged_manifests, sha256
 from rayrec.storage.workspace import (
     CURRENT_FILE,
     DATASET,
@@ -139,6 +139,10 @@ def check_dataset(audit: Audit, dataset: Dataset) -> None:
     """Check everything below dataset/."""
     manifest = dataset.manifest
     files = {f"{DATASET}/{path}": digest for path, digest in manifest.files.items()}
+    with audit.reading(SONGS_TABLE):
+        staged_digest = _staged_files(audit).get(SONGS_TABLE)
+        if staged_digest and sha256(audit.workspace, SONGS_TABLE) == staged_digest:  # a killed run has moved it here
+            files[SONGS_TABLE] = staged_digest
     with audit.checking("dataset", manifest.id, len(files)):
         audit.compare(files)
         with audit.reading(SONGS_TABLE):
@@ -158,6 +162,14 @@ def check_dataset(audit: Audit, dataset: Dataset) -> None:
                     DATASET_MANIFEST,
                     f"ancestor {ancestor} has another id in its manifest",
                 )
+
+
+def _staged_files(audit: Audit) -> dict[str, str]:
+    """Return path -> sha256 of the files that a killed import or compaction would have published."""
+    manifests: list[DatasetManifest] = []
+    with audit.reading(IMPORT_STAGING):
+        manifests = read_staged_manifests(audit.workspace)
+    return {f"{DATASET}/{path}": digest for manifest in manifests for path, digest in manifest.files.items()}
 
 
 def check_splits(audit: Audit, dataset: Dataset) -> None:
@@ -540,6 +552,7 @@ def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
     """Check the files that no manifest lists: problems if they look like artifacts, notes if a job left them."""
     ancestor_manifests = [dataset.earlier(ancestor_id) for ancestor_id in dataset.manifest.ancestors] if dataset else []
     earlier_files = {f"{DATASET}/{path}" for manifest in ancestor_manifests for path in manifest.files}
+    staged_files = _staged_files(audit)
     unfinished_folders = tuple(f"{note.path}/" for note in audit.notes)
     selector = pafs.FileSelector(audit.workspace.root, allow_not_found=True, recursive=True)
     staged_count = replaced_count = erasing_count = 0
@@ -547,7 +560,7 @@ def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
         path = posixpath.relpath(info.path, audit.workspace.root)
         if info.type != pafs.FileType.File or path in audit.covered or path.startswith(unfinished_folders):
             continue
-        if path.startswith(f"{IMPORT_STAGING}/"):
+        if path.startswith(f"{IMPORT_STAGING}/") or path in staged_files:
             staged_count += 1
         elif path.startswith(f"{SCRATCH}/"):
             erasing_count += 1
@@ -573,5 +586,6 @@ def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
         audit.note(DATASET, f"has {replaced_count} files that later parts have replaced; `rayrec clean` deletes them")
     if staged_count:
         audit.note(
-            IMPORT_STAGING, f"has {staged_count} files of an unfinished import; the next import reuses or deletes them"
+            IMPORT_STAGING,
+            f"has, or has published, {staged_count} files of an unfinished import; the next one reuses or deletes them",
         )

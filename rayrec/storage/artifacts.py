@@ -22,6 +22,7 @@ from rayrec.storage.workspace import (
     CURRENT_FILE,
     DATASET,
     DATASET_MANIFEST,
+    IMPORT_STAGING,
     SONGS_TABLE,
     Workspace,
     artifact_dir,
@@ -422,6 +423,12 @@ def read_dataset_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) ->
     for name in ("joined_parts", "part_times"):
         raw[name] = [tuple(pair) for pair in raw[name]]
     return DatasetManifest(**raw)
+
+
+def read_staged_manifests(workspace: Workspace) -> list[DatasetManifest]:
+    """Return the manifests of complete data sets that a killed run has published in part, or not yet."""
+    paths = [f"{IMPORT_STAGING}/{name}/out/dataset.json" for name in workspace.folders(IMPORT_STAGING)]
+    return [read_dataset_manifest(workspace, path) for path in paths if workspace.exists(path)]
 
 
 def read_songs(workspace: Workspace, manifest: DatasetManifest, names: list[str] | None = None) -> "pa.Table":

@@ -8,9 +8,10 @@ import pytest
 
 from rayrec.data.lineage import CleanConfig, delete_garbage, find_garbage
 from rayrec.errors import InputError
+from rayrec.importing.staging import Staging, finish_publishing
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import DatasetManifest, Manifest, read_dataset_manifest, write_dataset_manifest
-from rayrec.storage.workspace import Workspace, histories_file, users_file
+from rayrec.storage.workspace import DATASET_MANIFEST, Workspace, histories_file, users_file
 
 
 def publish_artifact(workspace: Workspace, kind: str, name: str, **inputs: str) -> Manifest:
@@ -214,6 +215,35 @@ def test_joined_parts_stay_for_their_readers_for_some_hours(nights: Workspace) -
         )
         assert users_file(0, 0) in [item.path for item in garbage]
         assert users_file(1, 0) not in [item.path for item in garbage]
+
+
+@pytest.mark.parametrize("job", ["append", "compaction"])
+def test_files_that_a_killed_job_has_moved_into_place_stay(
+    nights: Workspace, monkeypatch: pytest.MonkeyPatch, job: str
+) -> None:
+    old = replace(read_dataset_manifest(nights), joined_at="2020-01-01T00:00:00+00:00")
+    write_dataset_manifest(nights, old)
+    new = replace(old, id="e", ancestors=["d"], parts=2, users_parts=[1])
+    paths = [histories_file(1, 0), users_file(1, 0)]
+    if job == "compaction":
+        new, paths = replace(new, joined_parts=[(0, 1)]), [histories_file(0, 0, 1), users_file(1, 0)]
+    staging = Staging(nights, job)
+    files = {path.removeprefix("dataset/"): nights.write_bytes(staging.out(path), b"new") for path in paths}
+    move = Workspace.move
+
+    def move_or_kill(workspace: Workspace, source: str, target: str) -> None:
+        if target == DATASET_MANIFEST:
+            raise KeyboardInterrupt
+        move(workspace, source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(Workspace, "move", move_or_kill)
+        staging.publish(replace(new, files=files))
+    config = CleanConfig(keep=5, hours=0)
+    delete_garbage(nights, find_garbage(nights, config), config)
+    finish_publishing(nights)
+    assert read_dataset_manifest(nights).id == "e"
+    assert [path for path in paths if not nights.exists(path)] == []
 
 
 def test_without_a_release_cleaning_is_refused(workspace: Workspace) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from networks import NUM_SONGS, model_config, network
+from without_ray import without_ray
 from worlds import random_histories, random_vectors, write_song_vectors
 
 from rayrec.data import columns
@@ -15,6 +16,8 @@ from rayrec.data.catalog import DESCRIPTIONS_FILE
 from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.embeddings.vectors import SongVectors
 from rayrec.importing.descriptions import store_descriptions
+from rayrec.importing.import_plan import ImportConfig
+from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.verify import verify_workspace
 from rayrec.model.checkpoint import save_model
 from rayrec.model.inference import TasteEncoder
@@ -22,7 +25,7 @@ from rayrec.model.taste_table import taste_table, tastes_file
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
 from rayrec.storage import releases
 from rayrec.storage.artifacts import DatasetManifest, Manifest, load_manifest, publish, sha256, write_dataset_manifest
-from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
+from rayrec.storage.workspace import DATASET_MANIFEST, SONGS_TABLE, Workspace, histories_file
 from rayrec_cli.main import main
 
 BUCKETS = 2
@@ -286,6 +289,30 @@ def test_what_unfinished_jobs_leave_is_a_note(sound: Workspace) -> None:
         "models/half",
         "tastes/t/bucket=00000/.tastes.parquet.1234",
     ]
+
+
+def write_rows(path: Path, *rows: str) -> ImportConfig:
+    path.write_text("\n".join(["user,song,played_at", *rows]) + "\n")
+    return ImportConfig(format="csv", paths=(str(path),), buckets=1)
+
+
+def test_an_append_that_was_killed_while_it_was_published_is_a_note(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    import_data(workspace, write_rows(tmp_path / "1.csv", "u,s,1700000000"))
+    move = Workspace.move
+
+    def move_or_kill(workspace: Workspace, source: str, target: str) -> None:
+        if target == DATASET_MANIFEST:
+            raise KeyboardInterrupt
+        move(workspace, source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(Workspace, "move", move_or_kill)
+        append_plays(workspace, write_rows(tmp_path / "2.csv", "v,t,1700000100"))
+    audit = verify_workspace(workspace)
+    assert (audit.problems, [note.path for note in audit.notes]) == ([], ["dataset/.staging"])
 
 
 def test_an_empty_workspace_is_sound(workspace: Workspace) -> None:
