@@ -73,6 +73,8 @@ USER_TABLES: dict[str, tuple[str, str]] = {
     "tastes": ("plays", PLAYS),
     artifacts.RECOMMENDATIONS: ("songs", columns.SONG_IDS),
 }
+NAMING_SETTINGS = ("paths", "user")  # settings of an import that may name a user
+NAMING_COUNTS = ("damaged", "outliers", "warnings")  # fields of an `ImportSummary` that may name a user, by a file
 TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{32}$")  # temporary files that a killed process leaves
 
 
@@ -345,21 +347,29 @@ class _ManifestWriter:
         rejected = dict(manifest.rejected)
         if losses["plays"]:
             rejected[FORGOTTEN_USER] = rejected.get(FORGOTTEN_USER, 0) + losses["plays"]
-        last_import: dict[str, Any] = self._forgotten.scrub(manifest.last_import)
+        last_import: dict[str, Any] = self._scrub_fields(manifest.last_import, NAMING_COUNTS)
         if "reasons" in last_import:
-            last_import["reasons"] = [{**reason, "text": ""} for reason in last_import["reasons"]]
+            reasons = [self._scrub_fields(reason, ("source",)) for reason in last_import["reasons"]]
+            last_import["reasons"] = [{**reason, "text": ""} for reason in reasons]
         new_manifest = replace(
             manifest,
             users=manifest.users - losses["users"],
             plays=manifest.plays - losses["plays"],
             rejected=rejected,
-            config=self._forgotten.scrub(manifest.config),
-            appended=self._forgotten.scrub(manifest.appended),
+            config={
+                kind: self._scrub_fields(settings, NAMING_SETTINGS) if isinstance(settings, dict) else settings
+                for kind, settings in manifest.config.items()
+            },
+            appended=[self._scrub_fields(settings, NAMING_SETTINGS) for settings in manifest.appended],
             last_import=last_import,
             files=self._new_checksums(manifest.files, DATASET),
         )
         if new_manifest != manifest:
             self._write_json(path, asdict(new_manifest))
+
+    def _scrub_fields(self, values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """Return `values` with the fields `names` scrubbed: any other text may equal an id by chance."""
+        return {name: self._forgotten.scrub(value) if name in names else value for name, value in values.items()}
 
     def _write_release(self, release: Manifest, dataset: DatasetManifest | None) -> None:
         path, dataset_id = release.path(CHECKSUMS), release.inputs["dataset"]

@@ -290,6 +290,29 @@ def test_plays_from_before_a_deletion_are_rejected_and_later_plays_make_a_new_us
     require_sound(world)
 
 
+def test_deleting_users_whose_ids_are_words_of_settings_changes_no_setting(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    users = ("user", "csv", "UTC", "plays", "plan", "song", "real", "reasons", "format")
+
+    def write_day(day: int) -> ImportConfig:
+        path = tmp_path / f"{day}.csv"
+        rows = [f"{user},song-{day},{START + day * DAY}" for user in (*users, *OTHERS)]
+        path.write_text("\n".join(["user,song,played_at", *rows, "csv,song-1,yesterday"]) + "\n")
+        return ImportConfig(format="csv", paths=(str(path),), buckets=1, columns={"user": "user", "song": "song"})
+
+    import_data(workspace, write_day(0))
+    append_plays(workspace, write_day(1))
+    before = Dataset(workspace).manifest
+    forget_users(workspace, users)
+    compact(workspace)
+    after = Dataset(workspace).manifest
+    assert after.users == len(OTHERS)
+    assert (after.config, after.appended) == (before.config, before.appended)
+    assert after.last_import.keys() == before.last_import.keys()
+    assert append_plays(workspace, write_day(2)).plays == len(OTHERS)
+
+
 @needs_redis
 def test_redis_keeps_no_bytes_of_a_deleted_user(world: Workspace, tmp_path: Path) -> None:
     """This holds for its memory and its files; the append-only file keeps the bytes until `compact`."""
