@@ -175,21 +175,35 @@ def delete_garbage(workspace: Workspace, garbage: Iterable[Garbage], config: Cle
     """Delete the items of `garbage` that `find_garbage` still returns for the same settings; return the deleted items.
 
     Items that are in use now are kept, such as a release that was made live. No job can run at the same time: the
-    one that starts second is refused. Releases are deleted first, and the manifest of an artifact before its files, so
-    that a killed clean leaves only unfinished artifacts. Raises `InputError` if there is no release.
+    one that starts second is refused. Releases are deleted before their parts, and the manifest of an artifact before
+    its files, so that a killed clean leaves only unfinished artifacts. What belongs to no release is deleted first: on
+    a full disk this frees the space to write the list of earlier releases. Raises `InputError` if there is no release.
     """
     paths = {item.path for item in garbage}
     unused = [item for item in find_garbage(workspace, config) if item.path in paths]
+    part_folders = _part_folders(workspace, {item.path for item in unused})
+    _delete(workspace, [item for item in unused if item.path not in part_folders])
     deleted_ids = {item.path.partition("/")[2] for item in unused if item.path.startswith(f"{releases.KIND}/")}
     state = releases.read_active(workspace)
     if deleted_ids & set(state["history"]):
         releases.write_active(
             workspace, state["active"], [release_id for release_id in state["history"] if release_id not in deleted_ids]
         )
-    for item in unused:
+    _delete(workspace, [item for item in unused if item.path in part_folders])
+    return unused
+
+
+def _part_folders(workspace: Workspace, unused_paths: set[str]) -> set[str]:
+    """Return the folders of releases among `unused_paths`, and those of the artifacts that they were made from."""
+    folders = {path for path in unused_paths if path.startswith(f"{releases.KIND}/")}
+    deleted_releases = [release for release in releases.list_releases(workspace) if release.folder in folders]
+    return folders | {f"{kind}/{artifact_id}" for kind, artifact_id in _used_artifacts(workspace, deleted_releases)}
+
+
+def _delete(workspace: Workspace, items: Iterable[Garbage]) -> None:
+    for item in items:
         workspace.delete(f"{item.path}/manifest.json")
         workspace.delete(item.path)
-    return unused
 
 
 def _reported_release_ids(workspace: Workspace) -> set[str]:

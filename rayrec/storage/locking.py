@@ -30,7 +30,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
-from rayrec.errors import BusyError, InputError, NotFoundError
+from rayrec.errors import BusyError, InputError, NotFoundError, StorageError
 from rayrec.storage.object_storage import ConditionalWriter, conditional_writer
 from rayrec.storage.workspace import LOCK, LOCK_HOLDER, Workspace
 
@@ -172,7 +172,8 @@ def _file_lock(workspace: Workspace, holder: Holder) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"workspace {workspace.uri} is not writable: {error}; choose another one") from error
     with lock:
-        workspace.write_json(LOCK_HOLDER, asdict(holder))
+        with suppress(StorageError):  # for messages only: `rayrec clean` must run on a full disk, too
+            workspace.write_json(LOCK_HOLDER, asdict(holder))
         try:
             yield
         finally:

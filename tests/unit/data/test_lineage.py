@@ -3,11 +3,12 @@
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rayrec.data.lineage import CleanConfig, delete_garbage, find_garbage
-from rayrec.errors import InputError
+from rayrec.errors import InputError, StorageError
 from rayrec.importing.staging import Staging, finish_publishing
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import DatasetManifest, Manifest, read_dataset_manifest, write_dataset_manifest
@@ -244,6 +245,31 @@ def test_files_that_a_killed_job_has_moved_into_place_stay(
     finish_publishing(nights)
     assert read_dataset_manifest(nights).id == "e"
     assert [path for path in paths if not nights.exists(path)] == []
+
+
+def test_a_full_disk_can_be_cleaned(nights: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, open_output, delete = CleanConfig(keep=2, hours=0), Workspace.open_output, Workspace.delete
+    garbage = find_garbage(nights, config)
+    deleted_paths: list[str] = []
+
+    def delete_and_note(workspace: Workspace, path: str) -> None:
+        if workspace.exists(path):
+            deleted_paths.append(path)
+        delete(workspace, path)
+
+    def open_unless_full(workspace: Workspace, path: str) -> Any:
+        if not deleted_paths:
+            raise StorageError("no space left")
+        return open_output(workspace, path)
+
+    monkeypatch.setattr(Workspace, "delete", delete_and_note)
+    monkeypatch.setattr(Workspace, "open_output", open_unless_full)
+    assert delete_garbage(nights, garbage, config) == garbage
+    assert len(releases.list_releases(nights)) == 2
+    # What a deleted release was made of goes after it.
+    assert (
+        deleted_paths.index("models/unused") < deleted_paths.index(garbage[0].path) < deleted_paths.index("tastes/t0")
+    )
 
 
 def test_without_a_release_cleaning_is_refused(workspace: Workspace) -> None:

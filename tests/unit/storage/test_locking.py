@@ -54,6 +54,20 @@ def test_a_second_run_is_refused_and_the_error_names_the_first(
     Workspace(workspace.uri).read_json(LOCK_HOLDER)  # readers are not locked out
 
 
+def test_a_run_on_a_full_disk_holds_its_lock_without_a_name(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_nothing(workspace: Workspace, path: str, value: object) -> str:
+        raise StorageError("no space left")
+
+    monkeypatch.setattr(Workspace, "write_json", write_nothing)
+    with exclusive(workspace, "clean"):
+        result = subprocess.run(
+            [sys.executable, "-c", HOLDER_PROGRAM, workspace.uri], capture_output=True, text=True, check=False
+        )
+    assert "in use by another run" in result.stderr
+
+
 def test_the_lock_of_a_killed_run_blocks_nobody(workspace: Workspace, other_run: subprocess.Popen) -> None:
     os.kill(other_run.pid, signal.SIGKILL)
     other_run.wait()
