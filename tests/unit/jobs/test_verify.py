@@ -18,6 +18,7 @@ from rayrec.embeddings.vectors import SongVectors
 from rayrec.importing.descriptions import store_descriptions
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.import_data import append_plays, import_data
+from rayrec.jobs.recommend_all import recommendations_file
 from rayrec.jobs.verify import verify_workspace
 from rayrec.model.checkpoint import save_model
 from rayrec.model.inference import TasteEncoder
@@ -269,6 +270,33 @@ def test_a_planted_fault_is_found_where_it_is(
 ) -> None:
     plant(sound)
     assert [line for line in problems(sound) if expected in line], problems(sound)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"), [([0.9, 0.1, 0.5, 0.4], 0), ([0.9, 0.1, 0.4, 0.5], 1)], ids=["sorted", "not sorted"]
+)
+def test_explored_songs_may_be_anywhere_among_the_songs_sorted_by_score(
+    sound: Workspace, scores: list[float], expected: int
+) -> None:
+    """The second song is explored."""
+    (user,) = sound.read_table(histories_file(0, 0)).column(columns.USER).to_pylist()[:1]
+    rows = {
+        columns.USER: [user],
+        columns.SONG_IDS: [["s1", "s2", "s3", "s4"]],
+        columns.SCORES: pa.array([scores], pa.list_(pa.float32())),
+        columns.PROBABILITIES: pa.array([[None, 0.2, None, None]], pa.list_(pa.float64())),
+    }
+    manifest = Manifest(
+        kind="recommendations",
+        id="r",
+        inputs={"dataset": "data", "models": "m"},
+        config={"k": 4},
+        metrics={"users": 1, "songs": 4},
+    )
+    path = recommendations_file(manifest.folder, 0)
+    sound.write_table(path, pa.table(rows))
+    publish(sound, manifest, [path.removeprefix(f"{manifest.folder}/")])
+    assert problems(sound) == [f"{path} songs are not sorted by score"] * expected
 
 
 def test_a_user_in_another_bucket_is_named_by_the_id_alone(sound: Workspace) -> None:
