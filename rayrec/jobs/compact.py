@@ -34,12 +34,12 @@ def compact(workspace: Workspace) -> Compacted:
     """Erase the rows of deleted users from all files, and join the parts of the data set.
 
     Other plays and all artifacts stay valid.
-    Parts that taste vectors cover are not joined with later parts if a later `rayrec taste` continues these taste
-    vectors, or if a release uses them: the live one, the one that a rollback makes live, or one of the last two that
-    were created. Nor are the parts that the current model, or the model of such a release, was trained on joined with
-    later ones, from which `rayrec songs add` estimates embeddings. Running readers keep reading the old files, which
-    stay until `rayrec clean`. A killed compaction leaves the data set unchanged; the next one continues with the
-    missing buckets. The impression log is compacted, too.
+    A model is in use if it is the current one, or that of a release in use: the live one, the one that a rollback makes
+    live, or one of the last two that were created. Parts that the newest taste vectors of a model in use cover, which a
+    later `rayrec taste` continues, or those of a release in use, are not joined with later parts. Nor are the parts
+    that a model in use was trained on, since `rayrec songs add` estimates embeddings from later ones. Running readers
+    keep reading the old files, which stay until `rayrec clean`. A killed compaction leaves the data set unchanged; the
+    next one continues with the missing buckets. The impression log is compacted, too.
     """
     compact_impressions(workspace)
     finish_publishing(workspace)
@@ -77,14 +77,15 @@ def _cut_parts(dataset: Dataset) -> set[int]:
     kept_releases = [release for release in all_releases if release.id in kept_release_ids]
     used_tastes_ids = {release.inputs["tastes"] for release in kept_releases}
     part_counts = {item.id: dataset.earlier(item.inputs["dataset"]).parts for item in matching_tastes}
-    newest_part_counts: dict[str, int] = {}
-    for item in matching_tastes:
-        model_id = item.inputs["models"]
-        newest_part_counts[model_id] = max(newest_part_counts.get(model_id, 0), part_counts[item.id])
     current_model = artifacts.latest(dataset.workspace, "models")
     used_model_ids = {release.inputs["models"] for release in kept_releases} | (
         set() if current_model is None else {current_model.id}
     )
+    newest_part_counts: dict[str, int] = {}
+    for item in matching_tastes:
+        model_id = item.inputs["models"]
+        if model_id in used_model_ids:
+            newest_part_counts[model_id] = max(newest_part_counts.get(model_id, 0), part_counts[item.id])
     return {
         *newest_part_counts.values(),
         *(part_counts[item] for item in used_tastes_ids if item in part_counts),

@@ -4,13 +4,14 @@ import gzip
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 import yaml
-from cluster_files import MANIFESTS, every_manifest, manifests, pods, ray_clusters, serve_config
+from cluster_files import MANIFESTS, ROOT, every_manifest, manifests, pods, ray_clusters, serve_config
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
@@ -150,7 +151,7 @@ def test_the_cron_job_submits_existing_commands_to_the_permanent_cluster() -> No
     assert "RAYREC_REDIS_PASSWORD" in head  # for the store that `update` loads; submitted commands run on the head
     (script,) = container["args"]
     group = typer.main.get_command(app)
-    for line in script.split(" && "):
+    for line in re.findall(r"/opt/[^;&]*", script):
         program, submit, command, *words = shlex.split(re.sub(r"\$\([^)]*\)", "DAY", line))
         assert (program, submit) == ("/opt/rayrec/bin/rayrec", "submit")
         known_options = {name for item in group.commands[command].params for name in item.opts}  # type: ignore[attr-defined]
@@ -172,14 +173,42 @@ def test_the_nightly_job_updates_and_then_cleans_in_one_workspace() -> None:
     (job,) = manifests("nightly.yaml")
     shell, option, script = shlex.split(job["spec"]["jobTemplate"]["entrypoint"])
     assert (shell, option) == ("/bin/sh", "-c")
-    export, *commands = script.split(" && ")
-    assert export.split()[0] == "export"
+    assert script.split()[0] == "export"
+    commands = re.findall(r"/opt/[^;&]*", script)
     group = typer.main.get_command(app)
     for line, expected in zip(commands, ("update", "clean"), strict=True):
         program, command, *words = shlex.split(re.sub(r"\$\([^)]*\)", "DAY", line))
         assert (program, command) == ("/opt/rayrec/bin/rayrec", expected)
         known_options = {name for item in group.commands[command].params for name in item.opts}  # type: ignore[attr-defined]
         assert {word for word in words if word.startswith("--")} <= known_options
+
+
+def nightly_script(name: str) -> str:
+    """The lines that a shell runs every night."""
+    if name == "operations.md":
+        (line,) = re.findall(r"^30 2 \* \* \* +(.*)$", (ROOT / "docs" / name).read_text("utf-8"), re.MULTILINE)
+        return str(line).replace("\\%", "%")
+    (job,) = manifests(name)
+    if name == "nightly.yaml":
+        return shlex.split(job["spec"]["jobTemplate"]["entrypoint"])[-1]
+    (container,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    return str(container["args"][0])
+
+
+@pytest.mark.parametrize("name", ["nightly.yaml", "cronjob.yaml", "operations.md"])
+@pytest.mark.parametrize(("update", "clean", "expected"), [(0, 0, 0), (1, 0, 1), (0, 2, 2)])
+def test_every_night_cleans_whatever_the_update_returned_and_fails_if_one_of_both_failed(
+    tmp_path: Path, name: str, update: int, clean: int, expected: int
+) -> None:
+    program = tmp_path / "rayrec"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\ncase "$*" in *update*) exit {update};; *) exit {clean};; esac\n'
+    )
+    program.chmod(0o755)
+    script = nightly_script(name).replace("/opt/rayrec/bin/rayrec", str(program)).replace("/srv/rayrec", str(tmp_path))
+    assert subprocess.run(["/bin/sh", "-c", script], check=False).returncode == expected
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [re.sub("^submit ", "", call).split()[0] for call in calls] == ["update", "clean"]
 
 
 def test_the_service_runs_the_config_that_serve_yaml_holds() -> None:

@@ -217,6 +217,18 @@ def test_the_live_release_and_the_one_before_it_can_be_loaded_however_many_came_
         store.close()
 
 
+def test_taste_vectors_of_models_that_are_not_in_use_keep_no_parts_apart(workspace: Workspace, tmp_path: Path) -> None:
+    import_data(workspace, write_day(tmp_path, 0))
+    for day in range(1, 6):
+        write_model(workspace, f"m{day}")
+        compute_tastes(workspace, TasteConfig())
+        if day == 1:
+            releases.create_release(workspace, activate=True)
+        append_plays(workspace, write_day(tmp_path, day))
+    compact(workspace)
+    assert Dataset(workspace).manifest.spans == [(0, 0), (1, 4), (5, 5)]  # of the live and of the current model
+
+
 def rows_of_added_songs(workspace: Workspace, added_songs: artifacts.Manifest) -> list[int]:
     return AddedSongs.load(workspace, added_songs.folder).rows.tolist()
 
