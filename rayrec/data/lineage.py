@@ -133,7 +133,7 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
         -config.keep :
     ]
     state = releases.read_active(workspace)
-    reported_ids = _reported_release_ids(workspace)
+    reported_ids = reported_release_ids(workspace)
     # A rollback makes the last release of the history live.
     used_release_ids = {*last_ids, state["active"], *state["history"][-1:], *reported_ids}
     # Artifacts made later may go into the next release. So may older ones that a stage reused: see `_current_parts`.
@@ -206,7 +206,7 @@ def _delete(workspace: Workspace, items: Iterable[Garbage]) -> None:
         workspace.delete(item.path)
 
 
-def _reported_release_ids(workspace: Workspace) -> set[str]:
+def reported_release_ids(workspace: Workspace) -> set[str]:
     """Return the ids of the releases that replicas report to use or to load, including those of experiment arms."""
     ids: set[str] = set()
     for path in workspace.files(REPLICAS):

@@ -5,6 +5,7 @@ from datetime import datetime, timezone
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.impressions import compact_impressions
+from rayrec.data.lineage import reported_release_ids
 from rayrec.display import progress
 from rayrec.importing.merging import BucketJoiner, Spans, merge_spans
 from rayrec.importing.staging import Staging, finish_publishing
@@ -16,7 +17,7 @@ from rayrec.storage.locking import writes
 from rayrec.storage.releases import list_releases, read_active
 from rayrec.storage.workspace import DATASET, HISTORIES, SENT_PLAYS, Workspace
 
-NEWEST_RELEASES = 2  # newest releases that keep parts separate, in addition to the live release and the one before it
+NEWEST_RELEASES = 2  # newest releases that keep parts separate, in addition to those that are used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +36,12 @@ def compact(workspace: Workspace) -> Compacted:
 
     Other plays and all artifacts stay valid.
     A model is in use if it is the current one, or that of a release in use: the live one, the one that a rollback makes
-    live, or one of the last two that were created. Parts that the newest taste vectors of a model in use cover, which a
-    later `rayrec taste` continues, or those of a release in use, are not joined with later parts. Nor are the parts
-    that a model in use was trained on, since `rayrec songs add` estimates embeddings from later ones. Running readers
-    keep reading the old files, which stay until `rayrec clean`. A killed compaction leaves the data set unchanged; the
-    next one continues with the missing buckets. The impression log is compacted, too.
+    live, one of the last two that were created, or one that a replica reports, such as an arm of an experiment. Parts
+    that the newest taste vectors of a model in use cover, which a later `rayrec taste` continues, or those of a release
+    in use, are not joined with later parts. Nor are the parts that a model in use was trained on, since `rayrec songs
+    add` estimates embeddings from later ones. Running readers keep reading the old files, which stay until `rayrec
+    clean`. A killed compaction leaves the data set unchanged; the next one continues with the missing buckets. The
+    impression log is compacted, too.
     """
     compact_impressions(workspace)
     finish_publishing(workspace)
@@ -73,6 +75,7 @@ def _cut_parts(dataset: Dataset) -> set[int]:
         state["active"],
         *state["history"][-1:],
         *(release.id for release in all_releases[-NEWEST_RELEASES:]),
+        *reported_release_ids(dataset.workspace),
     }
     kept_releases = [release for release in all_releases if release.id in kept_release_ids]
     used_tastes_ids = {release.inputs["tastes"] for release in kept_releases}

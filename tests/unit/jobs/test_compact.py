@@ -217,6 +217,25 @@ def test_the_live_release_and_the_one_before_it_can_be_loaded_however_many_came_
         store.close()
 
 
+def test_an_arm_of_an_experiment_can_be_loaded(workspace: Workspace, tmp_path: Path) -> None:
+    import_data(workspace, write_day(tmp_path, 0))
+    write_model(workspace)
+    daily_releases = []
+    for day in range(1, 5):
+        append_plays(workspace, write_day(tmp_path, day))
+        compute_tastes(workspace, TasteConfig())
+        daily_releases.append(releases.create_release(workspace, activate=True))
+    arm = daily_releases[0]
+    workspace.write_json(
+        "serving/replicas/one.json", {"release": daily_releases[-1].id, "loading": None, "arms": [arm.id]}
+    )
+    compact(workspace)
+    store = open_store(f"sqlite:///{tmp_path}/arm.sqlite", Dataset(workspace).lineage)
+    tastes = artifacts.load_manifest(workspace, "tastes", arm.inputs["tastes"])
+    assert load_states(Dataset(workspace), store, arm).users == tastes.metrics["users"]
+    store.close()
+
+
 def test_taste_vectors_of_models_that_are_not_in_use_keep_no_parts_apart(workspace: Workspace, tmp_path: Path) -> None:
     import_data(workspace, write_day(tmp_path, 0))
     for day in range(1, 6):
