@@ -31,6 +31,7 @@ from rayrec.importing.import_plan import (
     summarize,
 )
 from rayrec.importing.merging import (
+    FORGOTTEN_USER,
     MAX_CONTEXTS,
     BucketMerger,
     KeyCounter,
@@ -514,9 +515,13 @@ class _Import:
         this_import = {**to_mapping(self.config), "plan": self.plan.id}
         # Artifacts made from replaced plays are no longer valid; new playlists leave artifacts valid.
         extends_base = bool(base.id) and (self.config.produces == "playlists" or not base.plays)
+        # The erased plays of deleted users: with them `rayrec verify` accepts a time range that was of more plays.
+        erased = base.rejected.get(FORGOTTEN_USER, 0) if self.config.produces == "playlists" else 0
+        kept_counts = {FORGOTTEN_USER: erased} if erased else {}
         return {
             **self._manifest_fields(merge_settings, bucket_results),
             **self.result_fields,
+            "rejected": _sum_counts([kept_counts, self.result_fields["rejected"]]),
             "ancestors": [*base.ancestors, base.id] if extends_base else [],
             "appended": base.appended if self.config.produces == "playlists" else [],
             "config": {**other_config, str(self.config.produces): this_import},

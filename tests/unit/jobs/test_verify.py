@@ -17,6 +17,8 @@ from rayrec.data.dataset import Dataset, bucket_of
 from rayrec.embeddings.vectors import SongVectors
 from rayrec.importing.descriptions import store_descriptions
 from rayrec.importing.import_plan import ImportConfig
+from rayrec.jobs.compact import compact
+from rayrec.jobs.forget import forget_users
 from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.recommend_all import recommendations_file
 from rayrec.jobs.verify import verify_workspace
@@ -341,6 +343,19 @@ def test_an_append_that_was_killed_while_it_was_published_is_a_note(
         append_plays(workspace, write_rows(tmp_path / "2.csv", "v,t,1700000100"))
     audit = verify_workspace(workspace)
     assert (audit.problems, [note.path for note in audit.notes]) == ([], ["dataset/.staging"])
+
+
+def test_a_workspace_is_sound_after_a_deletion_and_an_import_of_playlists(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    import_data(workspace, write_rows(tmp_path / "1.csv", "u,s,1700000000", "v,t,1700000100"))
+    forget_users(workspace, ["u"])
+    compact(workspace)
+    (tmp_path / "2.csv").write_text("playlist,position,song\np,0,s\n")
+    import_data(workspace, ImportConfig(format="csv", paths=(str(tmp_path / "2.csv"),), kind="playlists"))
+    assert problems(workspace) == []
+    assert Dataset(workspace).manifest.first_play == 1_700_000_000_000  # that of the erased play
 
 
 def test_an_empty_workspace_is_sound(workspace: Workspace) -> None:
