@@ -99,6 +99,7 @@ def fit_retrieval(
                 write_retrieval(
                     dataset, config, split.selection, folder, base=selection_base, first_part=selection_part
                 )
+            workspace.delete(f"{folder}/run")  # of a job that was killed after it had written the settings
             file_names = [path.removeprefix(f"{manifest.folder}/") for path in workspace.files(folder)]
         base_folder = base.folder if base else ""
         final_names, fit_metrics = write_retrieval(

@@ -11,6 +11,7 @@ from worlds import random_histories, with_opinions, write_dataset
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
+from rayrec.data.split import SELECTION_FOLDER, Split, save_split
 from rayrec.importing import import_plan
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs import retrieval as job
@@ -89,6 +90,30 @@ def test_a_killed_job_counts_no_group_again(workspace: Workspace, monkeypatch: p
     resumed = fit_retrieval(workspace, SETTINGS, repeat=True)
     assert read_buckets == []
     assert resumed.files == expected.files  # name -> checksum
+
+
+def test_a_job_killed_before_it_deletes_its_intermediate_files_leaves_none_in_the_artifact(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    histories = random_histories(60, SONGS, seed=2)
+    dataset = write_dataset(workspace, histories, SONGS, buckets=BUCKETS)
+    validation_from, end = int(np.median(histories.played_at)), int(histories.played_at.max()) + 1
+    split = Split(id="s", dataset=dataset.manifest.id, validation_from=validation_from, test_from=end, has_test=False)
+    save_split(workspace, split)
+    expected = fit_retrieval(workspace, SETTINGS, split=split)
+    delete = Workspace.delete
+
+    def delete_or_kill(workspace: Workspace, path: str) -> None:
+        if path.endswith("/run"):
+            raise KeyboardInterrupt
+        delete(workspace, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(Workspace, "delete", delete_or_kill)
+        fit_retrieval(workspace, SETTINGS, split=split, repeat=True)
+    resumed = fit_retrieval(workspace, SETTINGS, split=split, repeat=True)
+    assert resumed.files == expected.files
+    assert workspace.files(f"{resumed.path(SELECTION_FOLDER)}/run") == []
 
 
 def test_each_part_is_copied_few_times_while_parts_are_merged() -> None:
