@@ -356,7 +356,12 @@ def update(call: Call, config: UpdateConfig) -> CommandOutput:
     state = "is live" if result.live else "is not live; the earlier release stays live"
     views.append(f"Release {result.release} {state}: {result.reason}.")
     if not result.live:
-        views.append(f"`rayrec release activate {result.release}` makes it live anyway.")
+        # Without states, a server knows no user who is new in the release. An address may hold a password.
+        store_option = " --store STORE" if config.store else ""
+        views.append(
+            f"To make it live anyway, run `rayrec states load --release {result.release}{store_option}`, then "
+            f"`rayrec release activate {result.release}`."
+        )
     return CommandOutput(result.to_mapping(), views, exit_code=0 if result.live else 1)
 
 

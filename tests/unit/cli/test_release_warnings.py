@@ -1,4 +1,4 @@
-"""`rayrec release create` says for each part which plays it was not fitted on."""
+"""`rayrec release create` says for each part which plays it was not fitted on; `update` says how one goes live."""
 
 import json
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from rayrec.data.split import Split, save_split
+from rayrec.importing.import_run import ImportResult
+from rayrec.jobs.update import UpdateResult
 from rayrec.storage.artifacts import DatasetManifest, Manifest, publish, write_dataset_manifest
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
@@ -74,3 +76,19 @@ def test_each_part_that_was_fitted_without_some_plays_is_named(
 ) -> None:
     advice = "; `rayrec fit` trains the final models on all plays"
     assert release_warnings(workspace, capsys, refit, **splits) == [text + advice for text in expected]
+
+
+@pytest.mark.parametrize("store", ["", "--store redis://:secret@127.0.0.1:6379/0"])
+def test_a_rejected_update_advises_to_load_the_states_of_its_release_before_it_goes_live(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    dataset = DatasetManifest(id="d", source="", buckets=1, parts=1, users=0, plays=0, songs=0)
+    result = UpdateResult(
+        outcomes=[], appended=ImportResult(dataset=dataset), trained=True, release="r2", live=False, reason="worse"
+    )
+    monkeypatch.setattr("rayrec.jobs.update.update", lambda *arguments, **options: result)
+    assert main(["--workspace", workspace.uri, "update", "day.csv", *store.split()]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    load = "`rayrec states load --release r2" + (" --store STORE`" if store else "`")
+    assert f"run {load}, then `rayrec release activate r2`." in text
+    assert "secret" not in text
