@@ -296,6 +296,7 @@ class _ManifestWriter:
         self._workspace, self._forgotten, self._erased_files = workspace, forgotten, erased_files
         # sha256 of all new files, also manifests
         self._digests = {path: file.new_checksum for path, file in erased_files.items()}
+        self._content_checksums: dict[str, str] = {}  # path of a new manifest of a data set -> its content's checksum
         self._losses_by_dataset: dict[str, Counter[str]] = {}  # data set -> users and plays lost by its taste vectors
 
     def write(self) -> None:
@@ -366,6 +367,7 @@ class _ManifestWriter:
         )
         if new_manifest != manifest:
             self._write_json(path, asdict(new_manifest))
+            self._content_checksums[path] = artifacts.content_checksum(new_manifest)
 
     def _scrub_fields(self, values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         """Return `values` with the fields `names` scrubbed: any other text may equal an id by chance."""
@@ -374,11 +376,11 @@ class _ManifestWriter:
     def _write_release(self, release: Manifest, dataset: DatasetManifest | None) -> None:
         path, dataset_id = release.path(CHECKSUMS), release.inputs["dataset"]
         checksums = dict(self._workspace.read_json(path))
-        new_checksums = self._new_checksums(checksums, "")
-        if dataset is not None and dataset_id != dataset.id and DATASET_MANIFEST in checksums:
-            is_known = dataset.descends_from(dataset_id)
-            digest = self._digests.get(earlier_manifest(dataset_id)) if is_known else None
-            new_checksums[DATASET_MANIFEST] = digest or checksums[DATASET_MANIFEST]
+        content = checksums[DATASET_MANIFEST]
+        if dataset is not None and dataset.descends_from(dataset_id):
+            manifest_path = DATASET_MANIFEST if dataset_id == dataset.id else earlier_manifest(dataset_id)
+            content = self._content_checksums.get(manifest_path, content)
+        new_checksums = {**self._new_checksums(checksums, ""), DATASET_MANIFEST: content}
         if new_checksums == checksums:
             return
         self._write_json(path, new_checksums)

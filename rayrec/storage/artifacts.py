@@ -403,6 +403,24 @@ class DatasetManifest:
         return part == self.parts or part in [first for first, _ in self.spans]
 
 
+# Fields of a data set manifest that say where its rows came from and when: they differ if the same rows are imported
+# again.
+ORIGIN_FIELDS = (
+    *("source", "read", "merged", "likes", "rejected"),
+    *("config", "last_import", "appended", "joined_at", "created_at"),
+)
+
+
+def content_checksum(manifest: DatasetManifest) -> str:
+    """Return a sha256 of all fields of a data set manifest that are equal for every import of the same rows.
+
+    The checksums of earlier manifests are left out, too: those manifests hold origins.
+    """
+    fields = {name: value for name, value in asdict(manifest).items() if name not in ORIGIN_FIELDS}
+    fields["files"] = {path: digest for path, digest in manifest.files.items() if not path.startswith("earlier/")}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
 def read_dataset_manifest(workspace: Workspace, path: str = DATASET_MANIFEST) -> DatasetManifest:
     """Read a data set manifest, by default that of the current data set.
 

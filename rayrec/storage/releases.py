@@ -1,7 +1,8 @@
 """Releases: one id for a data set, split, song embeddings, model, tastes and index. At most one release is live.
 
 A release copies nothing. It names its parts and holds the checksums of their manifests, which in turn hold the
-checksums of the files, so `verify_release` finds any changed byte.
+checksums of the files, so `verify_release` finds any changed byte. Of the data set's manifest it holds the checksum of
+the content alone: another import of the same plays changes the rest.
 """
 
 import uuid
@@ -13,6 +14,7 @@ from rayrec.storage import artifacts
 from rayrec.storage.artifacts import (
     DatasetManifest,
     Manifest,
+    content_checksum,
     earlier_version,
     fingerprint,
     new_id,
@@ -35,7 +37,7 @@ KIND = "releases"
 VALIDATION = "validation"  # key of a release's metrics: verdict, queries and figures measured before the last fit
 ACTIVE = "releases/active"  # JSON: `active`, `history` and `change` of `read_active`
 SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
-CHECKSUMS = "checksums.json"  # path in the workspace -> sha256
+CHECKSUMS = "checksums.json"  # path in the workspace -> sha256; of dataset.json it is the `content_checksum`
 # Files below dataset/ that do not change when plays are appended or playlists replaced.
 FIXED_PREFIXES = ("rejected/plays-", "earlier/")
 PART_KINDS = ("songs", "models", "added_songs", "retrieval", "rankers", "tastes", "indexes")
@@ -91,7 +93,7 @@ def create_release(
     if "split" in model.inputs:
         inputs["split"] = model.inputs["split"]
     require_matching_parts(dataset, inputs, parts.values())
-    release = _publish_release(workspace, inputs, metrics or {})
+    release = _publish_release(workspace, dataset, inputs, metrics or {})
     if activate:
         activate_release(workspace, release.id)
     return release
@@ -232,9 +234,10 @@ def verify_release(
 
 
 def release_files(workspace: Workspace, release: Manifest) -> dict[str, str]:
-    """Return path -> sha256 of the manifests, the split and the data set files of a release.
+    """Return path -> sha256 of the manifests of parts, the split and the data set files of a release.
 
-    The files of its artifacts are not included. Raises `DamagedArtifactError` if the data set is missing or replaced.
+    The files of its artifacts are not included. Raises `DamagedArtifactError` if the data set is missing or replaced,
+    or if its manifest describes other content than when the release was made.
     """
     if not workspace.exists(DATASET_MANIFEST):
         raise DamagedArtifactError(f"{DATASET_MANIFEST} is missing; restore it or import the data again")
@@ -244,9 +247,9 @@ def release_files(workspace: Workspace, release: Manifest) -> dict[str, str]:
         raise DamagedArtifactError(
             f"data set {dataset_id} of release {release.id} was replaced by {dataset.id}; create a new release"
         )
-    if dataset_id != dataset.id:
-        files[earlier_manifest(dataset_id)] = files.pop(DATASET_MANIFEST)
     release_dataset = earlier_version(workspace, dataset, dataset_id)
+    if content_checksum(release_dataset) != files.pop(DATASET_MANIFEST):
+        raise _changed_error(DATASET_MANIFEST if dataset_id == dataset.id else earlier_manifest(dataset_id))
     dataset_files = {path: digest for path, digest in release_dataset.files.items() if path.startswith(FIXED_PREFIXES)}
     # Later songs are appended to songs.parquet, and an import of playlists moves songs from separate files into it, so
     # the current files and checksums apply.
@@ -321,14 +324,13 @@ def _require_part_of(workspace: Workspace, kind: str, model: Manifest) -> Manife
     return part
 
 
-def _publish_release(workspace: Workspace, inputs: dict[str, str], metrics: Mapping[str, Any]) -> Manifest:
-    paths = [
-        DATASET_MANIFEST,
-        *(f"{artifact_dir(kind, inputs[kind])}/manifest.json" for kind in PART_KINDS if kind in inputs),
-    ]
+def _publish_release(
+    workspace: Workspace, dataset: DatasetManifest, inputs: dict[str, str], metrics: Mapping[str, Any]
+) -> Manifest:
+    paths = [f"{artifact_dir(kind, inputs[kind])}/manifest.json" for kind in PART_KINDS if kind in inputs]
     if "split" in inputs:
         paths.append(split_file(inputs["split"]))
-    checksums = {path: sha256(workspace, path) for path in paths}
+    checksums = {DATASET_MANIFEST: content_checksum(dataset)} | {path: sha256(workspace, path) for path in paths}
     # Parts that were deleted and made again under the same ids have other checksums and give another release.
     release_id, is_complete = new_id(workspace, KIND, fingerprint("release", checksums, inputs), repeat=False)
     if is_complete:
@@ -342,4 +344,8 @@ def _verify_checksum(workspace: Workspace, path: str, expected: str, once_per_no
     if not workspace.exists(path):
         raise DamagedArtifactError(f"{path} is missing; restore it, or run `rayrec release create`")
     if (workspace.sha256_on_node(path) if once_per_node else sha256(workspace, path)) != expected:
-        raise DamagedArtifactError(f"{path} changed since the release; restore it, or run `rayrec release create`")
+        raise _changed_error(path)
+
+
+def _changed_error(path: str) -> DamagedArtifactError:
+    return DamagedArtifactError(f"{path} changed since the release; restore it, or run `rayrec release create`")

@@ -1,5 +1,6 @@
 """Releases: parts that belong together, one id, activation and rollback, and finding damage."""
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from rayrec.data.split import Split, save_split
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError, NotFoundError
 from rayrec.importing.descriptions import DescribeConfig, add_described_songs, describe
 from rayrec.importing.import_plan import ImportConfig
-from rayrec.jobs.import_data import import_data
+from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import DatasetManifest, Manifest, publish, write_dataset_manifest
-from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
+from rayrec.storage.workspace import DATASET_MANIFEST, SONGS_TABLE, Workspace, earlier_manifest, histories_file
 
 HISTORIES_FILE = histories_file(0, 0)
 SERVED_KINDS = ("models", "indexes")  # kinds of parts that a replica loads
@@ -164,6 +165,14 @@ def test_an_untouched_release_verifies(full: Workspace) -> None:
     releases.verify_release(full, releases.create_release(full))
 
 
+def change(workspace: Workspace, path: str) -> None:
+    """Change a file by a byte, the manifest of the data set in a field."""
+    content = workspace.read_bytes(path)
+    is_manifest = path == DATASET_MANIFEST
+    workspace.write_bytes(path, content.replace(b'"buckets": 1', b'"buckets": 3') if is_manifest else content + b" ")
+    assert workspace.read_bytes(path) != content
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -182,7 +191,7 @@ def test_an_untouched_release_verifies(full: Workspace) -> None:
 def test_damage_to_any_part_is_found(full: Workspace, path: str, damage: str) -> None:
     release = releases.create_release(full)
     if damage == "changed":
-        full.write_bytes(path, full.read_bytes(path) + b" ")
+        change(full, path)
     else:
         full.delete(path)
     with pytest.raises((DamagedArtifactError, NotFoundError), match=path.split("/")[1]):
@@ -206,7 +215,7 @@ def test_a_replica_without_tastes_and_plays_finds_damage_to_all_other_parts(
     full: Workspace, path: str, is_checked: bool
 ) -> None:
     release = releases.create_release(full)
-    full.write_bytes(path, full.read_bytes(path) + b" ")
+    change(full, path)
     with pytest.raises(DamagedArtifactError, match=path.split("/")[1]) if is_checked else nullcontext():
         releases.verify_release(full, release, SERVED_KINDS, plays=False)
 
@@ -235,6 +244,33 @@ def test_a_release_stays_valid_where_the_playlists_of_its_dataset_are_replaced(
     removed_paths = [path for path in first.files if path not in second.files]
     assert {path.partition("/")[0] for path in removed_paths} == {"playlists", "rejected", "songs"}
     releases.verify_release(workspace, release)
+
+
+def test_a_release_stays_valid_where_the_same_plays_are_imported_again(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
+    plays_path, day_path = tmp_path / "plays.csv", tmp_path / "day.csv"
+    plays_path.write_text("user,song,played_at\nu,a,1\nu,b,2\n")
+    day_path.write_text("user,song,played_at\nu,a,3\n")
+    config = ImportConfig(format="csv", paths=(str(plays_path),), buckets=4)
+    day_config = config.replace(paths=(str(day_path),), buckets=0)
+    save_split(workspace, Split(id="split1", dataset="data1", validation_from=1, test_from=2))
+    dataset_ids = [import_data(workspace, config).id]
+    put_model(workspace, 1, dataset=dataset_ids[0])
+    first_release = releases.create_release(workspace)
+    dataset_ids.append(append_plays(workspace, day_config).dataset.id)
+    second_release = releases.create_release(workspace)
+    os.utime(plays_path, (0, 0))
+    first_bytes = workspace.read_bytes(earlier_manifest(dataset_ids[0]))
+    assert import_data(workspace, config, repeat=True).id == dataset_ids[0]
+    assert workspace.read_bytes(DATASET_MANIFEST) != first_bytes  # another moment
+    assert releases.rollback(workspace) == first_release
+    releases.verify_release(workspace, first_release)
+    assert releases.create_release(workspace) == first_release
+    assert append_plays(workspace, day_config).dataset.id == dataset_ids[1]
+    for release in (first_release, second_release):
+        releases.verify_release(workspace, release)
 
 
 def test_commands_default_to_the_live_release_not_to_what_is_newer(full: Workspace) -> None:
