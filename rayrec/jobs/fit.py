@@ -278,7 +278,7 @@ def stage_configs(dataset: Dataset, sections: Sections) -> dict[str, Settings]:
     """Return stage -> config of all stages after the import; the defaults of embed and train depend on the data set."""
     defaults = {
         "embed": {"session_gap_minutes": session_gap(dataset)},
-        "train": {} if "preset" in sections.get("train", {}) else train_defaults(dataset.manifest),
+        "train": train_defaults(dataset.manifest),
     }
     return {
         name: from_mapping(CONFIGS[name], {**defaults.get(name, {}), **sections.get(name, {})}, f"settings [{name}]")

@@ -14,7 +14,7 @@ from rayrec.data.split import SELECTION_FOLDER
 from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.importing.inspection import guess_import
-from rayrec.jobs.fit import FitResult, fit, selection_parts, train_defaults
+from rayrec.jobs.fit import FitResult, fit, selection_parts, stage_configs, train_defaults
 from rayrec.jobs.import_data import append_plays
 from rayrec.jobs.job_config import FitConfig
 from rayrec.model.added_songs import AddedSongs
@@ -342,6 +342,21 @@ def test_plays_too_far_apart_for_sessions_are_embedded_history_by_history(
     (songs,) = listing(workspace, "songs")
     assert songs.metrics["sentences"] == 4
     assert (songs.config["session_gap_minutes"] > 30) == is_one_session
+
+
+def test_a_preset_of_training_settings_keeps_the_batch_and_workers_that_fit_chooses(
+    ring: tuple[Workspace, str, FitResult, list[str]],
+) -> None:
+    dataset = Dataset(ring[0])
+    by_preset, spelled_out = (
+        stage_configs(dataset, {"train": settings})["train"]
+        for settings in ({"preset": "best"}, {"epochs": 40, "patience": 3})
+    )
+    assert by_preset == spelled_out
+    assert isinstance(by_preset, TrainConfig)
+    assert (by_preset.workers, by_preset.batch) == (0, 4)
+    given = stage_configs(dataset, {"train": {"preset": "best", "batch": 7}})["train"]
+    assert given == by_preset.replace(batch=7)
 
 
 def test_small_data_are_read_in_smaller_batches_and_large_ones_by_workers() -> None:
