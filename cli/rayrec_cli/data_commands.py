@@ -14,7 +14,7 @@ from rayrec.data.dataset import Dataset
 from rayrec.data.split import WEAKER, Split, SplitConfig, choose_split, holds_for, split_dataset
 from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import InputError
-from rayrec.importing.descriptions import DescribeConfig, describe
+from rayrec.importing.descriptions import DescribeConfig, describe, unused_metadata_notes
 from rayrec.importing.import_plan import ImportConfig, TooManyRejectedError, rejected_examples
 from rayrec.importing.inspection import inspect_files
 from rayrec.importing.merging import PARTS_BEFORE_COMPACT
@@ -28,6 +28,7 @@ from rayrec_cli.app import (
     command,
     error_data,
     inputs_view,
+    note,
     number,
     size,
     table,
@@ -84,7 +85,10 @@ def import_data(
         raise InputError("--append adds plays and --force replaces them; pass only one of them")
     try:
         if not append:
-            return _dataset_output(job(call.workspace, config, repeat=force))
+            output = _dataset_output(job(call.workspace, config, repeat=force))
+            for message in unused_metadata_notes(Dataset(call.workspace)):
+                note(message)
+            return output
         split = choose_split(call.workspace)
         return _append_output(append_plays(call.workspace, config), _split_validity(split, Dataset(call.workspace)))
     except TooManyRejectedError as error:

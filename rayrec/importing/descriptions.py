@@ -233,6 +233,16 @@ def store_descriptions(
     return stored_manifest
 
 
+def unused_metadata_notes(dataset: Dataset) -> list[str]:
+    """Return a note if all stored metadata belongs to a data set that was replaced; else an empty list."""
+    if dataset.descriptions() or not artifacts.listing(dataset.workspace, DESCRIPTIONS):
+        return []
+    return [
+        "The song metadata belongs to the data set that was replaced and is not used; run `rayrec describe` again, and "
+        "then fit the models"
+    ]
+
+
 def _digest(table: pa.Table, vectors: tuple[pa.Array, np.ndarray] | None) -> str:
     """The sha256 of metadata and content vectors."""
     digest = hashlib.sha256()

@@ -25,6 +25,7 @@ from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError, NotFoundError, TooFewQueriesError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.evaluation.report import read_results
+from rayrec.importing.descriptions import unused_metadata_notes
 from rayrec.importing.import_plan import ImportConfig, import_notes, plan_import
 from rayrec.jobs.add_songs import add_songs
 from rayrec.jobs.build_index import build_index
@@ -264,7 +265,7 @@ class Stages:
         is_changed = is_changed and earlier_import["plan"] != plan_import(config).id
         is_changed = is_changed and not (config.produces == "plays" and dataset is not None and dataset.appended)
         new_manifest = import_data(self.workspace, config, repeat=self.force or is_changed)
-        for message in import_notes(new_manifest.last_import):
+        for message in [*import_notes(new_manifest.last_import), *unused_metadata_notes(Dataset(self.workspace))]:
             self.on_note(message)
         return new_manifest
 

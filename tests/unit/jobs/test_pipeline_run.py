@@ -11,6 +11,7 @@ from without_ray import without_ray
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import list_splits, load_split
 from rayrec.errors import InputError
+from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.import_data import append_plays
 from rayrec.jobs.pipeline import Outcome, Stages, run
@@ -19,6 +20,7 @@ from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.storage.artifacts import load_manifest
 from rayrec.storage.releases import active_release
 from rayrec.storage.workspace import Workspace
+from rayrec_cli.main import main
 
 COLUMNS = {"user": "user_id", "song": "track", "played_at": "timestamp"}
 STAGES = ["import", "embed", "train", "retrieval", "rank", "taste", "index", "release"]
@@ -88,3 +90,30 @@ def test_a_changed_first_file_replaces_no_appended_plays_unless_forced(
     assert Dataset(workspace).manifest.plays == 52
     Stages(workspace, force=True).run("import", config)
     assert Dataset(workspace).manifest.plays == 40
+
+
+def test_an_import_says_that_song_metadata_is_not_used_if_it_replaced_the_described_data_set(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_ray(monkeypatch)
+    path = write_rows(tmp_path / "plays.csv", ring_plays(range(4), plays=10))
+    songs_path = str(tmp_path / "songs.csv")
+    Path(songs_path).write_text("song,artist\ns52,Ann\n")
+    config = ImportConfig(format="csv", paths=(path,), columns=COLUMNS, buckets=2)
+    notes: list[str] = []
+    Stages(workspace, on_note=notes.append).run("import", config)
+    describe(workspace, DescribeConfig(), songs_path)
+    os.utime(path, (0, 0))
+    Stages(workspace, on_note=notes.append).run("import", config)  # the same plays: the metadata is still used
+    assert notes == []
+    write_rows(tmp_path / "plays.csv", ring_plays(range(5), plays=10))
+    Stages(workspace, on_note=notes.append).run("import", config)
+    (message,) = notes
+    assert "song metadata belongs to the data set that was replaced and is not used; run `rayrec describe`" in message
+    columns = ",".join(f"{role}={name}" for role, name in COLUMNS.items())
+    arguments = ["--workspace", workspace.uri, "import", "csv", path, "--columns", columns, "--force"]
+    assert main(arguments) == 0
+    assert message in " ".join(capsys.readouterr().err.split())
+    describe(workspace, DescribeConfig(), songs_path)
+    assert main(arguments) == 0
+    assert "metadata" not in capsys.readouterr().err
