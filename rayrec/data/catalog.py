@@ -92,14 +92,28 @@ class Catalog:
         return song_rows
 
 
-def described(songs: pa.Table, descriptions: pa.Table) -> pa.Table:
-    """Return the song table with the columns of the descriptions; described titles and artists replace its own."""
-    ids = (table.column(columns.SONG_ID).combine_chunks() for table in (songs, descriptions))
-    description_rows = pc.index_in(next(ids), value_set=next(ids))
+def described(songs: pa.Table, descriptions: Sequence[pa.Table]) -> pa.Table:
+    """Return the song table with the columns of columns.DESCRIPTIONS; described titles and artists replace its own.
+
+    `descriptions`, oldest first, are tables with some of these columns. A value comes from the last table that has the
+    song and the column, even if it is null there.
+    """
+    song_ids = one_array(songs.column(columns.SONG_ID))
+    rows_in: dict[tuple[int, ...], pa.Array] = {}  # numbers of tables -> the row of each song in all of them
     for field in columns.DESCRIPTIONS:
         if field.name == columns.SONG_ID:
             continue
-        values = descriptions.column(field.name).combine_chunks().take(description_rows)
+        values = pa.nulls(len(songs), field.type)
+        numbers = tuple(
+            number for number, table in reversed([*enumerate(descriptions)]) if field.name in table.column_names
+        )
+        if numbers:
+            tables = [descriptions[number].select([columns.SONG_ID, field.name]) for number in numbers]
+            newest_first = pa.concat_tables(tables)
+            if numbers not in rows_in:  # an id that occurs twice is found where it occurs first
+                described_ids = one_array(newest_first.column(columns.SONG_ID))
+                rows_in[numbers] = pc.index_in(song_ids, value_set=described_ids)
+            values = one_array(newest_first.column(field.name)).take(rows_in[numbers])
         if field.name in songs.column_names:
             values = pc.coalesce(values, songs.column(field.name))
             songs = songs.set_column(songs.column_names.index(field.name), field, values)

@@ -349,8 +349,10 @@ class Dataset:
         Songs that an unfinished import has already appended to the table are left out.
         """
         table = read_songs(self.workspace, self.manifest)
-        for description in self.descriptions():
-            table = described(table, self.workspace.read_table(description.path(DESCRIPTIONS_FILE)))
+        descriptions = self.descriptions()
+        if descriptions:
+            paths = [description.path(DESCRIPTIONS_FILE) for description in descriptions]
+            table = described(table, [self.workspace.read_table(path) for path in paths])
         return Catalog(table)
 
     def model(self, model_id: str | None = None) -> Manifest:

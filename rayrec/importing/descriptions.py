@@ -78,7 +78,7 @@ class DescribeConfig(Settings):
 class SongMetadata:
     """Song metadata read from a file."""
 
-    table: pa.Table  # columns.DESCRIPTIONS
+    table: pa.Table  # the columns of columns.DESCRIPTIONS that the file has
     rejected: dict[str, int]  # reason -> rows
     invalid: dict[str, int]  # reason -> values that were replaced by null
 
@@ -206,10 +206,10 @@ def store_descriptions(
     config: dict[str, Any],
     vectors: tuple[pa.Array, np.ndarray] | None = None,
 ) -> Manifest:
-    """Store `table`, columns.DESCRIPTIONS, as the metadata of the data set's songs, in place of the existing metadata.
+    """Store `table`, some columns of columns.DESCRIPTIONS, as the metadata of songs, in place of the existing metadata.
 
     `vectors` are song ids and their content vectors, float32 (n, C). If append is true in `config`, the existing
-    metadata is kept too.
+    metadata is kept too, except in the columns of `table` for its songs.
     """
     workspace, inputs = dataset.workspace, {"dataset": dataset.manifest.id}
     is_append = bool(config.get("append"))
@@ -247,6 +247,7 @@ def _digest(table: pa.Table, vectors: tuple[pa.Array, np.ndarray] | None) -> str
     """The sha256 of metadata and content vectors."""
     digest = hashlib.sha256()
     for part in [table] if vectors is None else [table, pa.table({columns.SONG_ID: vectors[0]})]:
+        digest.update(part.schema.serialize())
         for batch in part.combine_chunks().to_batches():
             digest.update(batch.serialize())
     if vectors is not None:
@@ -336,8 +337,8 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
         values[ROLES[role]] = pc.if_else(is_bad, pa.scalar(None, column.type), column) if problems.bad.any() else column
         for reason, count in _reason_counts(problems).items():
             invalid[f"{role}: {reason}" if reason == NOT_UTF8 else reason] = count
-    arrays = [values.get(item.name, pa.nulls(len(row_numbers), item.type)) for item in columns.DESCRIPTIONS]
-    return SongMetadata(table=pa.table(arrays, schema=columns.DESCRIPTIONS), rejected=rejected, invalid=invalid)
+    schema = pa.schema([item for item in columns.DESCRIPTIONS if item.name in values])
+    return SongMetadata(table=pa.table(values, schema=schema), rejected=rejected, invalid=invalid)
 
 
 def _read_csv(source: str, names: Mapping[str, str], delimiter: str) -> tuple[dict[str, pa.Array], dict[str, int]]:

@@ -335,7 +335,7 @@ def _are_normalized(vectors: np.ndarray) -> bool:
 
 def _check_descriptions(audit: Audit, manifest: Manifest, dataset: Dataset | None) -> None:
     path = manifest.path(DESCRIPTIONS_FILE)
-    table = audit.workspace.read_table(path, columns=columns.DESCRIPTIONS.names)
+    table = audit.workspace.read_table(path, columns=[columns.SONG_ID])
     duplicates = len(table) - pc.count_distinct(table.column(columns.SONG_ID)).as_py()
     audit.require(not duplicates, path, "a song is described twice")
 

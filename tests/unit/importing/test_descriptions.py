@@ -16,6 +16,7 @@ from rayrec.data import columns
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError, NotFoundError
 from rayrec.importing.descriptions import DescribeConfig, describe, read_descriptions
+from rayrec.jobs.verify import verify_workspace
 from rayrec.recommend.filters import SongAttributes, SongMasks
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import write_dataset_manifest
@@ -104,7 +105,7 @@ def test_a_second_table_takes_the_place_of_the_first(dataset: Dataset, tmp_path:
 
 def test_each_content_of_a_file_gets_its_own_id(dataset: Dataset, tmp_path: Path) -> None:
     """Retrieval, added songs and the server's catalog are cached by this id."""
-    tables = ["song,artist\nsong-0,Ann\n", "song,artist\nsong-0,Bo\n", "song,artist\nsong-0,Cy\n"]
+    tables = ["song,artist\nsong-0,Ann\n", "song,artist\nsong-0,Bo\n", "song,title\nsong-0,Ann\n"]
     table_ids = [describe(dataset.workspace, DescribeConfig(), write_file(tmp_path, text)).id for text in tables]
     assert len(set(table_ids)) == 3
     config = DescribeConfig(vectors=str(tmp_path / "content.npy"))
@@ -270,6 +271,24 @@ def test_appended_metadata_keeps_the_metadata_of_other_songs(dataset: Dataset, t
     describe(dataset.workspace, DescribeConfig(), later_path)  # replaces both
     assert len(dataset.descriptions()) == 1
     assert dataset.content().dim == 0
+
+
+def test_an_appended_empty_value_removes_the_earlier_one_and_a_missing_column_keeps_its_values(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    texts = [
+        "song,title,markets,album\nsong-0,Zero,SE|NO,A\nsong-1,One,SE,B\nsong-2,Two,SE,C\n",
+        "song,markets,title\nsong-0,,\nsong-1,DE,Uno\n",
+        "song,album\nsong-1,\n",
+    ]
+    for number, text in enumerate(texts):
+        describe(dataset.workspace, DescribeConfig(append=number > 0), write_file(tmp_path, text))
+    table = dataset.catalog().table
+    assert table.column(columns.MARKETS).to_pylist() == [None, ["DE"], ["SE"], None, None, None]
+    assert table.column(columns.TITLE).to_pylist()[:3] == ["Title 0", "Uno", "Two"]  # Title 0 is that of the import
+    assert table.column(columns.ALBUM).to_pylist()[:3] == ["A", None, "C"]
+    assert table.column(columns.RELEASED).null_count == 6
+    assert not any("descriptions" in finding.path for finding in verify_workspace(dataset.workspace).problems)
 
 
 @pytest.mark.parametrize(
