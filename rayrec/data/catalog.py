@@ -259,22 +259,21 @@ CONTENT_IDS = "content_ids.parquet"  # song_id of each row
 class Content:
     """The content vectors of a catalog's songs; only requested vectors are read from the files."""
 
-    parts: Sequence[np.ndarray]  # float32 (n, C) each, memory-mapped
+    parts: Sequence[np.ndarray]  # float32 (n, C) each, memory-mapped, the newest first
     places: np.ndarray  # int64 (N,), position of each song among the rows of all parts; -1 without content
 
     @classmethod
     def load(cls, workspace: Workspace, descriptions: Sequence[Manifest], song_ids: pa.Array) -> "Content":
         """Load the content of the songs with `song_ids`; if several descriptions have a song, the last one counts."""
-        parts, start = [], 0
-        positions = np.full(len(song_ids), -1, dtype=np.int64)
-        for description in descriptions:
-            if CONTENT_FILE in description.files:
-                ids = workspace.read_table(description.path(CONTENT_IDS)).column(columns.SONG_ID).combine_chunks()
-                rows = pc.fill_null(pc.index_in(song_ids, value_set=ids), -1).to_numpy(zero_copy_only=False)
-                positions = np.where(rows >= 0, start + rows.astype(np.int64), positions)
-                parts.append(workspace.read_array(description.path(CONTENT_FILE), description.files[CONTENT_FILE]))
-                start += len(ids)
-        return cls(parts=parts, places=positions)
+        newest_first = [description for description in reversed(descriptions) if CONTENT_FILE in description.files]
+        ids, parts = [pa.array([], pa.string())], []
+        for description in newest_first:
+            table = workspace.read_table(description.path(CONTENT_IDS))
+            ids.append(one_array(table.column(columns.SONG_ID)).cast(pa.string()))
+            parts.append(workspace.read_array(description.path(CONTENT_FILE), description.files[CONTENT_FILE]))
+        positions = pc.index_in(song_ids, value_set=pa.concat_arrays(ids))  # an id is found where it occurs first
+        places = pc.fill_null(positions, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+        return cls(parts=parts, places=places)
 
     @property
     def dim(self) -> int:

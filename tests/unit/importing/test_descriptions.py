@@ -273,6 +273,21 @@ def test_appended_metadata_keeps_the_metadata_of_other_songs(dataset: Dataset, t
     assert dataset.content().dim == 0
 
 
+def test_after_many_appends_each_song_has_the_values_of_its_last_file(dataset: Dataset, tmp_path: Path) -> None:
+    artists, vectors = [f"Artist {row}" for row in range(6)], np.zeros((6, 3))
+    for number in range(20):
+        first, second = number % 6, number * number % 6
+        song_ids = [f"song-{row}" for row in dict.fromkeys((first, second))]
+        path = write_file(tmp_path, "song,artist\n" + "".join(f"{song},File {number}\n" for song in song_ids))
+        vectors_path = write_vectors(tmp_path, song_ids, first=10 * number)
+        describe(dataset.workspace, DescribeConfig(vectors=vectors_path, append=number > 0), path)
+        for place, song in enumerate(song_ids):
+            artists[int(song[-1])] = f"File {number}"
+            vectors[int(song[-1])] = 10 * number + 3 * place + np.arange(3)
+    assert dataset.catalog().table.column(columns.ARTIST).to_pylist() == artists
+    np.testing.assert_array_equal(dataset.content().vectors(np.arange(6)), vectors)
+
+
 def test_an_appended_empty_value_removes_the_earlier_one_and_a_missing_column_keeps_its_values(
     dataset: Dataset, tmp_path: Path
 ) -> None:
