@@ -65,7 +65,7 @@ class LoadResult:
     added: int = 0  # users who were not in the store
     renewed: int = 0  # users who were in the store and got the batch's state of the model
     merged: int = 0  # renewed users with plays newer than the batch's, which were kept
-    unchanged: int = 0  # users who already had a state of the model after the same plays
+    unchanged: int = 0  # users who already had the batch's state of the model, after the same plays
     deleted: int = 0  # users who were deleted before, and are not added again
     kept_plays: int = 0  # number of newer plays of the merged users
     seconds: float = 0.0  # time of the load; buckets that were loaded in parallel each have a share of it
@@ -231,8 +231,9 @@ class _Loader:
             is_added = self._store.put(new_changes, loading=True)
         total = LoadResult(added=sum(is_added), deleted=deleted)
         existing_users = {
-            user_id: self._state_and_plays(histories, states, row)
-            for row, (user_id, was_added) in enumerate(zip(histories.user_ids.tolist(), is_added, strict=True))
+            # unpacked, so that its numbers have the stored precision and can be compared with those in the store
+            change.user_id: (unpack_state(change.state), self._state_and_plays(histories, states, row)[1])
+            for row, (change, was_added) in enumerate(zip(new_changes, is_added, strict=True))
             if not was_added
         }
         remaining = list(existing_users)
@@ -314,6 +315,8 @@ class _Loader:
                 and has_all_likes
                 and model_state is not None
                 and model_state.restarts == stored_state.restarts
+                and model_state.log_plays == batch_state.log_plays
+                and np.array_equal(model_state.start_hidden, batch_state.models[self._model_id].start_hidden)
             ):
                 unchanged += 1
                 continue

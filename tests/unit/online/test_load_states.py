@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from networks import jumping_histories, trained_network
+from networks import jumping_histories, model_config, network, trained_network
 from served import AT, BEGIN, NUM_SONGS, Client, service, write_release, write_world
 from worlds import with_opinions, write_dataset, write_song_vectors
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError
-from rayrec.model.taste_table import read_states, tastes_file
+from rayrec.model.inference import TasteEncoder
+from rayrec.model.taste_table import read_states, taste_table, tastes_file
 from rayrec.online.load_states import PIECE_PLAYS, load_states
 from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_plays, unpack_state
 from rayrec.online.state_store import NO_VERSION, Change, StateStore, open_store, open_user_store, store_uri
@@ -238,7 +239,8 @@ def test_plays_newer_than_the_batch_stay_and_states_go_on_from_it(
     events = [play(ann, AT + turn, song=turn % NUM_SONGS) for turn in range(150)] + [play("new", AT)]
     with service(world, store=uri) as replica:
         assert Client(replica).post("/v1/plays", {"plays": events}).json()["taken"] == 151
-        assert load_states(Dataset(world), store, live_release(world), repeat=True).unchanged == loaded_users
+        reloaded = load_states(Dataset(world), store, live_release(world), repeat=True)
+        assert (reloaded.renewed, reloaded.unchanged) == (1, loaded_users - 1)  # ann's log goes beyond the batch
         songs_before = answer(Client(replica), ann, at)
     second_release = write_release(world, "2", seed=5, activate=False)
     loaded = load_states(Dataset(world), store, second_release)
@@ -310,7 +312,37 @@ def test_states_of_two_releases_stand_side_by_side(world: Workspace, store: Stat
                 assert Client(replica).post("/v1/plays", {"plays": events}).json()["taken"] == 150
             songs, _ = recommender.recommend_one(full_history, at, 8)
             assert answer(Client(replica), user, at) == [f"song-{song}" for song in songs]
-    assert load_states(Dataset(world), store, second_release, repeat=True).unchanged == len(list(read_histories(world)))
+    reloaded = load_states(Dataset(world), store, second_release, repeat=True)
+    assert (reloaded.renewed, reloaded.unchanged) == (1, len(list(read_histories(world))) - 1)
+
+
+def test_states_that_the_batch_computed_anew_replace_those_of_the_same_model_and_plays(
+    world: Workspace, store: StateStore, uri: str
+) -> None:
+    """The plays and the model stay, but vectors of songs change, as they do after `songs add`: other network states."""
+    loaded_users = load_states(Dataset(world), store, live_release(world)).users
+    histories = list(read_histories(world))
+    ann, bob = (history.user_ids[0] for history in histories[:2])
+    with service(world, store=uri) as replica:
+        assert Client(replica).post("/v1/plays", {"plays": [play(ann, AT), play(ann, AT + 1)]}).json()["taken"] == 2
+    encoder = TasteEncoder(network(model_config(num_songs=NUM_SONGS), seed=9))
+    tastes = replace(artifacts.load_manifest(world, "tastes", "tastes1"), id="tastes2")
+    for bucket in range(BUCKETS):
+        for batch in Dataset(world).read_bucket(bucket):
+            world.write_table(tastes_file(tastes.folder, bucket), taste_table(encoder, batch, AT))
+    artifacts.publish(world, tastes, list(tastes.files))
+    new_release = replace(live_release(world), inputs={**live_release(world).inputs, "tastes": "tastes2"})
+    loaded = load_states(Dataset(world), store, new_release)
+    assert (loaded.renewed, loaded.unchanged, loaded.merged, loaded.kept_plays) == (loaded_users, 0, 1, 2)
+    for history in histories:
+        state, log = read_user(store, history.user_ids[0])
+        new_hidden = encoder.run(history)[1].hidden[0]
+        np.testing.assert_allclose(state.models["model1"].start_hidden, new_hidden, atol=1e-5)
+        np.testing.assert_array_equal(log.songs, history.songs)
+    assert read_user(store, ann)[0].window.played_at.tolist() == [AT, AT + 1]
+    assert read_user(store, ann)[0].current("model1") is None  # the next answer runs the network over the new plays
+    assert read_user(store, bob)[0].current("model1") is not None
+    assert load_states(Dataset(world), store, new_release, repeat=True).unchanged == loaded_users
 
 
 def test_plays_of_the_batch_replace_online_plays_of_the_same_time(
