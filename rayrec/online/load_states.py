@@ -40,7 +40,6 @@ from rayrec.online.state_codec import (
 )
 from rayrec.online.state_store import NO_VERSION, Change, FullUser, Piece, StateStore
 from rayrec.online.user_state import (
-    FIRST_ONLINE,
     LAST_PLAYS,
     Plays,
     UserState,
@@ -298,17 +297,15 @@ class _Loader:
             ):
                 whole_user = self._store.read([user_id])[0] or whole_user  # the log has more newer plays than were read
                 stored_state, log = unpack_state(whole_user.stored.state), unpack_plays(whole_user.log)
-            newer_plays = Plays.concatenate([log, stored_state.window])
-            newer_plays = newer_plays.take(newer_plays.played_at > batch_state.before_at)
-            has_same_plays = stored_state.plays - len(newer_plays) == len(plays)
+            stored_plays = Plays.concatenate([log, stored_state.window])
+            is_newer = stored_plays.played_at > batch_state.before_at
+            newer_plays, older_plays = stored_plays.take(is_newer), stored_plays.take(~is_newer)
+            batch_plays = plays.last(len(older_plays))
+            # Plays of songs that were added online differ: the batch knows their rows and current vectors.
+            has_same_plays = stored_state.plays - len(newer_plays) == len(plays) and _are_same(older_plays, batch_plays)
             model_state = stored_state.models.get(self._model_id)
-            # The batch replaces plays of songs that were added online, because it knows their rows and current vectors.
-            has_same_plays = has_same_plays and not self._has_online_songs(log, stored_state, newer_plays)
             likes = join_likes([stored_state.likes, batch_state.likes])
-            has_all_likes = all(
-                np.array_equal(getattr(likes, name), getattr(stored_state.likes, name))
-                for name in ("songs", "played_at")
-            )
+            has_all_likes = _are_same(likes, stored_state.likes)
             stored_state = replace(stored_state, likes=likes)
             if (
                 has_same_plays
@@ -339,12 +336,6 @@ class _Loader:
             kept_plays=sum(newer_counts),
         )
         return result, [change.user_id for change, applied in zip(changes, is_applied, strict=True) if not applied]
-
-    @staticmethod
-    def _has_online_songs(log: Plays, stored_state: UserState, newer_plays: Plays) -> bool:
-        """Return whether any play that the batch also has is of a song that was added online."""
-        songs = np.concatenate([log.songs, stored_state.window.songs])
-        return bool((songs[: len(songs) - len(newer_plays)] >= FIRST_ONLINE).any())
 
     def _add_state_change(
         self, user_id: str, whole_user: FullUser, stored_state: UserState, batch_state: UserState, log: Plays
@@ -405,6 +396,11 @@ class _Loader:
         return _full_log_change(
             user_id, whole_user.stored.version, new_state.with_model(self._model_id, model_state), log
         )
+
+
+def _are_same(plays: Plays, other_plays: Plays) -> bool:
+    """Return whether plays or likes are of the same songs at the same times."""
+    return np.array_equal(plays.songs, other_plays.songs) and np.array_equal(plays.played_at, other_plays.played_at)
 
 
 def _latest_likes(likes: Histories, row: int) -> Plays:

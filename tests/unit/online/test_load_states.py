@@ -13,12 +13,13 @@ from worlds import with_opinions, write_dataset, write_song_vectors
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
+from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError
 from rayrec.model.inference import TasteEncoder
 from rayrec.model.taste_table import read_states, taste_table, tastes_file
 from rayrec.online.load_states import PIECE_PLAYS, load_states
 from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_plays, unpack_state
-from rayrec.online.state_store import NO_VERSION, Change, StateStore, open_store, open_user_store, store_uri
+from rayrec.online.state_store import NO_VERSION, Change, Piece, StateStore, open_store, open_user_store, store_uri
 from rayrec.online.user_state import FIRST_ONLINE, LAST_PLAYS, Plays, UserState, fold_heard
 from rayrec.recommend.answer import load_recommender
 from rayrec.storage import artifacts, releases
@@ -361,6 +362,30 @@ def test_plays_of_the_batch_replace_online_plays_of_the_same_time(
         songs, _ = recommender.recommend_one(full_history, AT + 5, 8)
         assert answer(app, user, AT + 5) == [f"song-{song}" for song in songs]
         assert app.get(f"/v1/users/{user}/taste", params={"at": AT + 5}).json()["plays"] == full_history.num_plays
+
+
+@pytest.mark.parametrize("num_moved", [0, 3])
+def test_plays_of_the_batch_replace_as_many_other_stored_plays(
+    world: Workspace, store: StateStore, num_moved: int
+) -> None:
+    """One play is stored twice, under two event ids; the last one is not stored, because its song was unknown."""
+    history = next(user_history for user_history in read_histories(world) if user_history.num_plays > 5)
+    user, stored_rows = history.user_ids[0], [0, 0, *range(1, history.num_plays - 1)]
+    plays = Plays.of(history.songs[stored_rows], history.played_at[stored_rows])
+    log = plays.take(slice(num_moved))  # plays in the log, not in the window
+    state = UserState(
+        window=plays.take(slice(num_moved, None)),
+        before_at=int(log.played_at[-1]) if num_moved else NEVER,
+        log_plays=num_moved,
+        turn=1,
+    )
+    pieces = [Piece(num_moved, pack_plays(log))] if num_moved else []
+    store.put([Change(user_id=user, state=pack_state(state), expected=NO_VERSION, append=pieces)])
+    assert load_states(Dataset(world), store, live_release(world)).renewed == 1
+    state, log = read_user(store, user)
+    np.testing.assert_array_equal(log.songs, history.songs)
+    np.testing.assert_array_equal(log.played_at, history.played_at)
+    assert len(state.window) == 0
 
 
 def test_plays_of_a_song_that_was_added_online_get_its_row_from_the_batch(world: Workspace, store: StateStore) -> None:
