@@ -291,7 +291,7 @@ class _Loader:
                 deleted += 1
                 continue
             if (
-                len(log) < stored_state.log_plays
+                0 < len(log) < stored_state.log_plays
                 and stored_state.before_at > batch_state.before_at
                 and log.played_at[0] > batch_state.before_at
             ):
@@ -302,7 +302,11 @@ class _Loader:
             newer_plays, older_plays = stored_plays.take(is_newer), stored_plays.take(~is_newer)
             batch_plays = plays.last(len(older_plays))
             # Plays of songs that were added online differ: the batch knows their rows and current vectors.
-            has_same_plays = stored_state.plays - len(newer_plays) == len(plays) and _are_same(older_plays, batch_plays)
+            has_same_plays = (
+                len(log) >= min(stored_state.log_plays, LAST_PLAYS)  # the store has not lost the log
+                and stored_state.plays - len(newer_plays) == len(plays)
+                and _are_same(older_plays, batch_plays)
+            )
             model_state = stored_state.models.get(self._model_id)
             likes = join_likes([stored_state.likes, batch_state.likes])
             has_all_likes = _are_same(likes, stored_state.likes)

@@ -4,8 +4,9 @@ All keys of a user share one hash tag, and no key belongs to all users, so that 
 What survives a crash depends on the server's settings. With `appendonly yes` and `appendfsync always`, an acknowledged
 put is on the server's disk. With `everysec`, the death of the server's machine may lose the last second, the death of
 its process alone loses nothing. Without `appendonly`, all changes since the last snapshot are lost. Opening the store
-logs a warning unless `always` is set. In a cluster, a put returns after a replica has it too, so that a replica that
-takes over has all acknowledged puts. A node whose replicas are down, or do not answer in time, continues alone.
+logs a warning unless `always` is set, and another one if the server evicts keys when its memory is full. In a cluster,
+a put returns after a replica has it too, so that a replica that takes over has all acknowledged puts. A node whose
+replicas are down, or do not answer in time, continues alone.
 """
 
 import logging
@@ -52,7 +53,8 @@ if version ~= tonumber(ARGV[1]) then
   return redis.call('HGET', KEYS[1], 'p') == ARGV[2] and 1 or 0  -- 1: this put, whose answer got lost
 end
 redis.call('HSET', KEYS[1], 'v', version + 1, 'p', ARGV[2], 's', ARGV[3])
-if ARGV[4] == '1' then redis.call('DEL', KEYS[2]) redis.call('HDEL', KEYS[1], 'h') end
+-- A new user may have an old log, if the server has evicted the hash.
+if ARGV[4] == '1' or version == 0 then redis.call('DEL', KEYS[2]) redis.call('HDEL', KEYS[1], 'h') end
 if ARGV[5] ~= '' then redis.call('HSET', KEYS[1], 'h', ARGV[5]) end
 local events = tonumber(ARGV[7])
 for i = 8, 7 + events do redis.call('SADD', KEYS[3], ARGV[i]) end
@@ -74,6 +76,7 @@ for i = 1, users do
     added[i] = 0
   else
     redis.call('HSET', KEYS[i], 'v', 1, 's', ARGV[i])
+    redis.call('DEL', KEYS[users + i])
     redis.call('RPUSH', KEYS[users + i], ARGV[users + i])
     added[i] = 1
   end
@@ -466,6 +469,15 @@ class RedisStore(StateStore):
     def _warn_of_losses(self) -> None:
         from redis.exceptions import RedisError
 
+        memory = self._call(lambda: self._client.info("memory"))
+        if memory.get("maxmemory") and memory.get("maxmemory_policy") != "noeviction":
+            log.warning(
+                "store %s runs with maxmemory %d, maxmemory-policy %s: it deletes users' plays when its memory is "
+                "full; set maxmemory-policy noeviction",
+                self._shown_uri,
+                memory["maxmemory"],
+                memory.get("maxmemory_policy"),
+            )
         try:
             settings = self._client.config_get("append*")
         except RedisError:  # a hosted server may hide its settings

@@ -13,6 +13,7 @@ is brought up to date from the log. So two releases can serve one user without u
 P plays, L state layers, H hidden units.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -31,6 +32,8 @@ MAX_PLAYS_OF_ONE_TIME = 4_096  # maximum number of plays that stay in the window
 LAST_PLAYS = LATEST_PLAYS  # latest plays of the log from which an answer or another model's state is computed
 FIRST_ONLINE = 1 << 30  # a stored row from here on is FIRST_ONLINE + the number of a song that was added online
 MODELS_KEPT = 2  # network states per user: of the live release, and of the previous or the next one
+
+LOGGER = logging.getLogger(__name__)
 
 Outcome = Literal["taken", "repeated", "rejected"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -295,12 +298,16 @@ class CatchUp:
     def of(cls, state: UserState, model: str, blank: States, log: Plays) -> "CatchUp":
         """Start from the model's own state if the log continues it, else from `blank`, the state before the first play.
 
-        `log` holds the last plays of the log: all of them, or at least `LAST_PLAYS`.
+        `log` holds the last plays of the log: all of them, or at least `LAST_PLAYS`. If the store has lost some, this
+        logs a warning, and the network runs over the plays that are left.
         """
         if len(log) < min(state.log_plays, LAST_PLAYS):
-            raise ValueError(
-                f"the log has {len(log)} plays; catching up needs the last {min(state.log_plays, LAST_PLAYS)} "
-                f"of {state.log_plays}"
+            LOGGER.warning(
+                "a user's log has %d plays, expected the last %d of %d: the store has lost some, as a Redis server "
+                "does that evicts keys; set maxmemory-policy noeviction and run `rayrec states load --force`",
+                len(log),
+                min(state.log_plays, LAST_PLAYS),
+                state.log_plays,
             )
         start_state, missing_plays, model_state = blank, log, state.models.get(model)
         if (

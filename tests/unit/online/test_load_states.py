@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from networks import jumping_histories, model_config, network, trained_network
 from served import AT, BEGIN, NUM_SONGS, Client, service, write_release, write_world
+from stores import needs_redis
 from worlds import with_opinions, write_dataset, write_song_vectors
 
+from rayrec.bench.redis_servers import RedisServer
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
 from rayrec.data.windows import NEVER
@@ -386,6 +388,27 @@ def test_plays_of_the_batch_replace_as_many_other_stored_plays(
     np.testing.assert_array_equal(log.songs, history.songs)
     np.testing.assert_array_equal(log.played_at, history.played_at)
     assert len(state.window) == 0
+
+
+@pytest.mark.parametrize("uri", [pytest.param("redis", marks=needs_redis)], indirect=True)
+def test_a_load_restores_the_logs_that_redis_has_evicted(
+    world: Workspace, store: StateStore, uri: str, redis: RedisServer
+) -> None:
+    histories = list(read_histories(world))
+    load_states(Dataset(world), store, live_release(world))
+    ann = histories[0].user_ids[0]
+    events = [play(ann, AT + turn) for turn in range(150)]
+    with service(world, store=uri) as replica:
+        app = Client(replica)
+        assert app.post("/v1/plays", {"plays": events}).json()["taken"] == 150
+        redis.ask("DEL", *redis.ask("KEYS", "*:log"))
+        assert app.get(f"/v1/users/{ann}/taste", params={"at": AT + 10**6}).status_code == 200
+        loaded = load_states(Dataset(world), store, live_release(world), repeat=True)
+    assert (loaded.renewed, loaded.merged, loaded.kept_plays) == (len(histories), 1, 64)  # the window is in the hash
+    for history in histories:
+        state, log = read_user(store, history.user_ids[0])
+        np.testing.assert_array_equal(log.songs, history.songs)
+        assert state.log_plays == history.num_plays
 
 
 def test_plays_of_a_song_that_was_added_online_get_its_row_from_the_batch(world: Workspace, store: StateStore) -> None:

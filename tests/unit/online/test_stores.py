@@ -503,6 +503,40 @@ def test_a_redis_that_may_lose_plays_causes_a_warning(tmp_path: Path, caplog: py
         server.kill()
 
 
+@needs_redis
+def test_a_redis_that_evicts_keys_causes_a_warning(redis: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    try:
+        for maxmemory, policy, warns in (
+            ("0", "allkeys-lru", False),
+            ("1gb", "noeviction", False),
+            ("1gb", "volatile-lru", True),
+        ):
+            redis.ask("CONFIG", "SET", "maxmemory", maxmemory)
+            redis.ask("CONFIG", "SET", "maxmemory-policy", policy)
+            open_store(redis.uri, "n").close()
+            assert ("set maxmemory-policy noeviction" in caplog.text) == warns
+    finally:
+        redis.ask("CONFIG", "SET", "maxmemory", "0")
+        redis.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+
+
+@needs_redis
+@pytest.mark.parametrize("names", [["ann"], ["ann", "bob"]])
+def test_a_new_user_does_not_get_the_log_of_a_hash_that_redis_has_evicted(
+    redis: RedisServer, namespace: str, names: list[str]
+) -> None:
+    redis.empty()
+    store = open_store(redis.uri, namespace)
+    for name in names:
+        put(store, name, b"1", expected=NO_VERSION, append=b"old")
+    redis.ask("DEL", *[key for key in redis.ask("KEYS", "*") if redis.ask("TYPE", key) == b"hash"])
+    assert store.read(names) == [None] * len(names)
+    changes = [Change(user_id=name, state=b"2", expected=NO_VERSION, append=[Piece(1, b"new")]) for name in names]
+    assert store.put(changes) == [True] * len(names)
+    assert [contents(store, name) for name in names] == [(1, b"2", [b"new"])] * len(names)
+    store.close()
+
+
 def test_an_sqlite_commit_waits_for_the_disk_and_only_loads_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -276,8 +276,19 @@ def test_a_log_that_was_replaced_is_run_over_from_the_first_play(encoder: TasteE
     current_state, num_plays = catch_up(encoder, restarted_state, "m", step.leaving_plays)
     require_batch_state(encoder, current_state, plays)
     assert num_plays == len(plays) + state.log_plays
-    with pytest.raises(ValueError, match="the log has 2 plays; catching up needs the last 10 of 10"):
-        catch_up(encoder, restarted_state, "m", step.leaving_plays.take(slice(2)))
+
+
+def test_a_log_that_the_store_has_lost_is_run_over_as_far_as_it_is_there(
+    encoder: TasteEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    plays = random_plays(14)
+    state, (step,) = post(encoder, new_user(encoder), [plays])
+    for num_left in (0, 2):
+        plays_left = step.leaving_plays.last(num_left)
+        caught_up, _ = catch_up(other_encoder(), state, "n", plays_left)
+        expected = other_encoder().run(join_plays([Plays.concatenate([plays_left, state.window])]))[1]
+        np.testing.assert_allclose(caught_up.states("n").hidden, expected.hidden, **TOLERANCE)
+        assert f"a user's log has {num_left} plays, expected the last 10 of 10: the store has lost some" in caplog.text
 
 
 def test_plays_from_before_a_deletion_are_rejected(encoder: TasteEncoder) -> None:
