@@ -1,6 +1,6 @@
 """User states in Redis, a single server or Redis Cluster: for replicas on many nodes.
 
-All keys of a user share one hash tag, and no key belongs to all users, so that a cluster spreads users over its nodes.
+All keys of a user share one hash tag, and no key holds all users, so that a cluster spreads users over its nodes.
 What survives a crash depends on the server's settings. With `appendonly yes` and `appendfsync always`, an acknowledged
 put is on the server's disk. With `everysec`, the death of the server's machine may lose the last second, the death of
 its process alone loses nothing. Without `appendonly`, all changes since the last snapshot are lost. Opening the store
@@ -37,6 +37,7 @@ PASSWORD_VARIABLE = "RAYREC_REDIS_PASSWORD"  # not in the address, because Ray s
 TIMEOUT_SECONDS = 5.0  # for connecting and for each answer
 RETRIES = 4
 PREFIX = "rayrec:2"  # the digit is the format's version
+NAMESPACES = f"{PREFIX}:namespaces"  # key of the set of all namespaces with which the store was opened
 EVENT_SECONDS = 3 * DAY_SECONDS  # how long the events of a day are kept after the last of them
 PIPELINE = 1_000  # users per pipeline
 REPLICA_MS = 500  # how long a put waits for a replica, if its node has one
@@ -228,7 +229,8 @@ class RedisStore(StateStore):
         self._nodes = getattr(client, "nodes_manager", None)  # None for a single server
         self._replica_checks: dict[str, tuple[float, bool]] = {}  # by node: time of the check, whether it has replicas
         self._scripts = {name: client.register_script(text) for name, text in _SCRIPTS.items()}
-        self._call(client.ping)
+        if not self._call(lambda: client.sismember(NAMESPACES, namespace)):  # a server with full memory refuses SADD
+            self._call(lambda: client.sadd(NAMESPACES, namespace))
         self._warn_of_losses()
 
     @classmethod
@@ -301,7 +303,10 @@ class RedisStore(StateStore):
 
     def forget(self, user_ids: Sequence[str], state: bytes) -> None:
         """As in `StateStore`; the append-only file holds the deleted bytes until `rewrite` or Redis rewrites it."""
-        self._run("forget", [(self._keys(user_id), [state]) for user_id in user_ids])
+        names = self._call(lambda: self._client.smembers(NAMESPACES))
+        namespaces = {self._namespace, *(name.decode() for name in names)}
+        keys = [_user_keys(namespace, user_id) for user_id in user_ids for namespace in namespaces]
+        self._run("forget", [(user_keys, [state]) for user_keys in keys])
 
     def rewrite(self) -> None:
         """As in `StateStore`; rewrites the append-only file and the snapshot of the server or of all cluster nodes.
@@ -378,9 +383,8 @@ class RedisStore(StateStore):
                     )
 
     def _keys(self, user_id: str, days: Sequence[int] = (), *, log: bool = True) -> list[str]:
-        tag = urlsafe_b64encode(user_key(self._namespace, user_id))[:22].decode()
-        user = f"{PREFIX}:{{{tag}}}"
-        return [user, *([f"{user}:log"] if log else []), *(f"{user}:{day}" for day in days)]
+        user, user_log = _user_keys(self._namespace, user_id)
+        return [user, *([user_log] if log else []), *(f"{user}:{day}" for day in days)]
 
     def _load_key(self, load: str) -> str:
         return f"{PREFIX}:load:{self._namespace}:{load}"
@@ -557,6 +561,12 @@ def _call_server(shown_uri: str, call: Callable[[], T]) -> T:
         return call()
     except (RedisError, OSError) as error:
         raise StoreUnavailableError(f"store {shown_uri} does not answer: {error}; try again") from error
+
+
+def _user_keys(namespace: str, user_id: str) -> list[str]:
+    """Return the keys of a user's hash and log."""
+    tag = urlsafe_b64encode(user_key(namespace, user_id))[:22].decode()
+    return [f"{PREFIX}:{{{tag}}}", f"{PREFIX}:{{{tag}}}:log"]
 
 
 def _put_arguments(change: Change) -> list[Any]:

@@ -109,8 +109,9 @@ class StateStore(ABC):
     def forget(self, user_ids: Sequence[str], state: bytes) -> None:
         """Delete all data of users, whatever their versions, and store `state` in its place. Safe to repeat.
 
-        Their events are kept as long as those of other users, so that a play that is sent again does not bring the user
-        back.
+        This is done in all namespaces with which the store was ever opened: a data set that replaces another one has a
+        new namespace, and a server may still answer from the old one. Their events are kept as long as those of other
+        users, so that a play that is sent again does not bring the user back.
         """
 
     @abstractmethod
