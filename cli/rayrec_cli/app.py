@@ -277,6 +277,13 @@ DEFAULT_WORKSPACE = "./workspace"
 class InOrder(TyperGroup):
     """A group that lists its commands in the order of use."""
 
+    def invoke(self, ctx: Any) -> Any:
+        """Return the exit code of the command. Raises `typer.Abort` for Ctrl-C; Typer itself would return 130."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Abort from error
+
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names in the order of COMMAND_ORDER."""
         return sorted(super().list_commands(ctx), key=COMMAND_ORDER.index)

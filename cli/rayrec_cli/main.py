@@ -38,10 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     fail = _Failure(as_json="--json" in arguments, debug=debug)
     try:
-        exit_code = int(app(arguments, prog_name="rayrec", standalone_mode=False) or 0)
-        if exit_code == INTERRUPTED:  # typer returns an interrupt as an exit code
-            return fail(KeyboardInterrupt(), "Interrupted", INTERRUPTED, kind="interrupted")
-        return exit_code
+        return int(app(arguments, prog_name="rayrec", standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort) as error:
         return fail(error, "Interrupted", INTERRUPTED, kind="interrupted")
     except BrokenPipeError:

@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rayrec.bench.bench_config import CONFIGS
 from rayrec.errors import DamagedInputError, LeakError, NotFoundError
+from rayrec.jobs.submit import STOPPED, JobEnd
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, write_dataset_manifest
 from rayrec.storage.workspace import Workspace
@@ -272,6 +274,25 @@ def test_an_interrupt_is_exit_code_130(filled: str, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("rayrec_cli.operations_commands.workspace_status", interrupt)
     assert main(["--workspace", filled, "status"]) == 130
+
+
+def test_a_stopped_job_is_one_object_and_no_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class FakeCluster:
+        """A cluster on which someone stopped the job."""
+
+        def __init__(self, address: str | None) -> None:
+            pass
+
+        def follow(self, job: str, write: Any) -> JobEnd:
+            return JobEnd(job=job, status="STOPPED", exit_code=STOPPED, message="", seconds=1.0)
+
+    monkeypatch.setattr("rayrec.jobs.submit.Cluster", FakeCluster)
+    assert main(["submit", "--json", "--attach", "job-1"]) == 130
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["status"] == "STOPPED"
+    assert captured.err == ""
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
