@@ -351,13 +351,25 @@ def error_data(error: BaseException, message: str | None = None, kind: str | Non
     return {"error": {"kind": kind, "message": " ".join(text.split()), "hint": " ".join(hint.split())}}
 
 
+class OutputError(Exception):
+    """Stdout cannot be written, because the disk is full or the program that reads it has ended."""
+
+
 def show(shown: CommandOutput, *, as_json: bool) -> None:
-    """Write the outcome to stdout."""
-    if as_json:
-        show_json(shown.data)
-        return
+    """Write the outcome to stdout. Raises `OutputError` if it cannot be written."""
+    try:
+        if as_json:
+            print(_json_text(shown.data))
+        else:
+            _print_views(shown.views)
+        print(end="", flush=True)
+    except OSError as error:
+        raise OutputError(f"the output cannot be written: {error.strerror}; write it to another place") from error
+
+
+def _print_views(views: Sequence[RenderableType]) -> None:
     console = Console(highlight=False)
-    for position, view in enumerate(shown.views):
+    for position, view in enumerate(views):
         if position:
             console.print()
         if isinstance(view, str):
@@ -366,10 +378,10 @@ def show(shown: CommandOutput, *, as_json: bool) -> None:
             console.print(view)
 
 
-def show_json(data: dict[str, Any]) -> None:
-    """Print one JSON object on stdout, as ASCII if the terminal or file does not accept UTF-8."""
+def _json_text(data: dict[str, Any]) -> str:
+    """Return one JSON object, in ASCII if the terminal or file does not accept UTF-8."""
     ascii_only = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8"
-    sys.stdout.write(json.dumps(_finite(data), ensure_ascii=ascii_only, allow_nan=False) + "\n")
+    return json.dumps(_finite(data), ensure_ascii=ascii_only, allow_nan=False)
 
 
 def print_error(message: str) -> None:

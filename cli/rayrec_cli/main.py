@@ -13,7 +13,7 @@ import typer
 
 from rayrec.errors import RayrecError
 from rayrec_cli import cluster_commands, data_commands, operations_commands, recommend_commands, stage_commands
-from rayrec_cli.app import app, error_data, print_error, show_json
+from rayrec_cli.app import CommandOutput, OutputError, app, error_data, print_error, show
 
 __all__ = [
     "cluster_commands",
@@ -29,6 +29,17 @@ FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0 done, 1 failed, 2 wrong use or bad input."""
+    try:
+        return _run(arguments)
+    except OutputError as error:
+        if not isinstance(error.__cause__, BrokenPipeError):  # else its reader has ended, as `head` does
+            print_error(str(error))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes the rest of the output when it ends
+        return FAILED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run one command line and return its exit code. Raises `OutputError` if stdout cannot be written."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or os.environ.get("RAYREC_DEBUG") == "1"
     if not (debug or sys.warnoptions):
@@ -41,9 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(app(arguments, prog_name="rayrec", standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort) as error:
         return fail(error, "Interrupted", INTERRUPTED, kind="interrupted")
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of the output has ended: write nothing more
-        return FAILED
+    except OutputError:
+        raise
     except Exception as error:
         if hasattr(error, "format_message"):  # an error of click, which newer versions of typer contain
             return _report_usage_error(error, fail)
@@ -68,7 +78,7 @@ class _Failure:
         if self.debug and kind != "interrupted":
             traceback.print_exc()
         if self.as_json:
-            show_json(error_data(error, message, kind))
+            show(CommandOutput(error_data(error, message, kind)), as_json=True)
         print_error(message)
         return exit_code
 

@@ -374,6 +374,28 @@ def test_a_real_process_keeps_stdout_and_stderr_apart(filled: str) -> None:
     assert failed_process.stderr.startswith("rayrec: Workspace 'gopher://x'")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("output", ["closed pipe", "full disk"])
+def test_an_output_that_cannot_be_written_is_at_most_one_line_and_exit_code_1(
+    output: str, unbuffered: str, plays: Path
+) -> None:
+    if output == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open("/dev/full", os.O_WRONLY)
+    process = subprocess.run(
+        [sys.executable, "-m", "rayrec_cli.main", "--json", "inspect", "csv", str(plays)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        text=True,
+    )
+    os.close(writer)
+    error = "rayrec: The output cannot be written: No space left on device; write it to another place\n"
+    assert (process.returncode, process.stderr) == (1, "" if output == "closed pipe" else error)
+
+
 def help_text(capsys: pytest.CaptureFixture[str]) -> str:
     """Return the help of every command, as a terminal of 80 columns shows it."""
     pages = []
