@@ -119,10 +119,10 @@ class Recommender:
         with exclusive(self.workspace, "update"), _SentPlays(self.workspace, plays) as plays_settings:
             config = UpdateConfig(**plays_settings, columns=dict(columns or {}), timezone=timezone, train=train)
             result = update(self.workspace, config, **self._progress_callbacks())
-        if result.live:
-            self.quality = result.quality
-        else:
+        if not result.live:
             _print(f"The update is not used: {result.reason}")
+        elif result.outcomes:  # else no play was new, and the release with its quality stays
+            self.quality = result.quality
         return self
 
     def recommend(

@@ -174,6 +174,17 @@ def test_an_update_adds_users_and_a_second_fit_replaces_all(
     assert len(loaded_model.recommend("u120", k=5)) == 5
 
 
+def test_an_update_without_new_plays_keeps_the_quality(
+    model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    model.save(tmp_path / "saved")
+    loaded_model = rayrec.load(tmp_path / "saved", progress=False)
+    loaded_model.quality = model.quality
+    loaded_model.update(frame(ring_plays(range(60), follow=0.97)))
+    assert loaded_model.quality is model.quality is not None
+
+
 def test_a_table_that_a_killed_run_left_is_deleted_by_a_compaction_or_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
