@@ -380,8 +380,9 @@ def _unreadable_error(error: Exception) -> InputError:
 
 def _plain_frame(plays: pd.DataFrame) -> pd.DataFrame:
     """Return plays with a named index as columns, and with periods replaced by the moments at which they begin."""
-    if any(plays.index.names):
-        plays = plays.reset_index()
+    level_names = [name for name in plays.index.names if name is not None and name not in plays.columns]
+    if level_names:
+        plays = plays.reset_index(level_names)
     periods = {
         name: plays[name].dt.to_timestamp() for name in plays.columns if isinstance(plays.dtypes[name], pd.PeriodDtype)
     }

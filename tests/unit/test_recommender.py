@@ -324,8 +324,21 @@ def with_time_index(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.set_index("timestamp")
 
 
+def with_users_in_column_and_index(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.set_index("user_id", drop=False)
+
+
 @pytest.mark.parametrize(
-    "kind", [pa.Table.from_pandas, polars.from_pandas, with_categories, with_periods, with_time_index, "csv"]
+    "kind",
+    [
+        pa.Table.from_pandas,
+        polars.from_pandas,
+        with_categories,
+        with_periods,
+        with_time_index,
+        with_users_in_column_and_index,
+        "csv",
+    ],
 )
 def test_every_kind_of_table_gives_the_same_plays(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_ray(monkeypatch)
