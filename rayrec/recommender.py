@@ -6,6 +6,9 @@ Shapes: U users, k songs per user, D dimensions.
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,21 +75,28 @@ class Recommender:
         self.workspace = Workspace(self._folder.name if self._folder else workspace or "")
         self._loaded: tuple[Manifest, Dataset, BaseRecommender] | None = None  # a release and its recommender
 
-    def fit(self, plays: Plays, *, columns: Mapping[str, str] | None = None, timezone: str = "UTC") -> Recommender:
+    def fit(
+        self,
+        plays: Plays,
+        *,
+        columns: Mapping[str, str] | None = None,
+        timezone: str = "UTC",
+        user: str | None = None,
+    ) -> Recommender:
         """Learn from plays: a pandas or polars DataFrame, an Arrow table, or a path; return this object.
 
         `columns` maps roles to column names that cannot be guessed: {"user": "member", "song": "track"}. `timezone` is
-        the IANA name, such as Europe/Berlin, of the zone of times that have none. Settings are chosen and `quality` is
-        measured on the newest plays; then everything is fitted on all plays. Plays of an earlier fit are replaced.
-        Raises `InputError` for plays that cannot be read, for an unknown time zone, and on a cluster of several nodes
-        if no workspace was given.
+        the IANA name, such as Europe/Berlin, of the zone of times that have none. `user` is the user ID of all plays,
+        for plays without user IDs. Settings are chosen and `quality` is measured on the newest plays; then everything
+        is fitted on all plays. Plays of an earlier fit are replaced. Raises `InputError` for plays that cannot be read,
+        for an unknown time zone, and on a cluster of several nodes if no workspace was given.
         """
         from rayrec.jobs.fit import fit
 
         self._require_reachable()
         self._loaded = None  # the data set changes, even if this fit does not end
         with exclusive(self.workspace, "fit"), _SentPlays(self.workspace, plays) as plays_settings:
-            config = FitConfig(**plays_settings, columns=dict(columns or {}), timezone=timezone)
+            config = FitConfig(**plays_settings, columns=_column_names(columns), timezone=timezone, user=user)
             sections = {"train": self.settings}
             result = fit(
                 self.workspace,
@@ -104,20 +114,23 @@ class Recommender:
         *,
         columns: Mapping[str, str] | None = None,
         timezone: str | None = None,
+        user: str | None = None,
         train: bool = False,
     ) -> Recommender:
         """Add new plays, users and songs; return this object.
 
         The training of the network continues if more than a tenth of all plays are new, or with `train`. If the result
         would be worse on the newest plays, the present model stays in use, and a line on stderr says so. Times without
-        a zone are in `timezone`, by default that of the fit.
+        a zone are in `timezone`; `user` is the user ID of plays without user IDs. Both are by default those of the fit.
         """
         from rayrec.jobs.update import update
 
         self._require_reachable()
         self._loaded = None  # the data set changes, even if the live release stays
         with exclusive(self.workspace, "update"), _SentPlays(self.workspace, plays) as plays_settings:
-            config = UpdateConfig(**plays_settings, columns=dict(columns or {}), timezone=timezone, train=train)
+            config = UpdateConfig(
+                **plays_settings, columns=_column_names(columns), timezone=timezone, user=user, train=train
+            )
             result = update(self.workspace, config, **self._progress_callbacks())
         if not result.live:
             _print(f"The update is not used: {result.reason}")
@@ -312,7 +325,7 @@ class Recommender:
             require_one_node()
 
     def _progress_callbacks(self) -> dict[str, Any]:
-        return {"on_stage": _print_stage, "on_note": _print} if self.progress else {}
+        return {"on_stage": _print_stage, "on_note": lambda text: _print(_python_text(text))} if self.progress else {}
 
 
 def load(path: str | Path, *, progress: bool = True) -> Recommender:
@@ -329,7 +342,8 @@ def load(path: str | Path, *, progress: bool = True) -> Recommender:
 class _SentPlays:
     """Gives plays to a stage in a with block, as settings with their path. The caller must hold the workspace's lock.
 
-    A table is written into the workspace, and deleted when the block ends.
+    A table is written into the workspace, and deleted when the block ends. Errors of bad input in the block name "the
+    table" instead of this file, and arguments instead of options of the command line.
     """
 
     def __init__(self, workspace: Workspace, plays: Plays) -> None:
@@ -351,9 +365,31 @@ class _SentPlays:
         # The format is given, since it cannot be guessed from a URI that ends with options.
         return {"paths": (self._workspace.uri_of(self._file),), "format": "parquet"}
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, InputError) and len(error.args) == 1:
+            text = str(error)
+            if self._file:
+                text = text.replace(self._workspace.uri_of(self._file), "the table")
+            error.args = (_python_text(text),)
         if self._file:
             self._workspace.delete(self._file)
+
+
+def _column_names(columns: Mapping[str, str] | None) -> dict[str, str]:
+    """Return role -> name of the column in a stored table, in which a number as name became text."""
+    return {role: str(name) for role, name in (columns or {}).items()}
+
+
+def _python_text(text: str) -> str:
+    """Return a text for the command line with its options as arguments: columns={"user": "NAME"} for --columns."""
+
+    def argument(match: re.Match[str]) -> str:
+        (mapping,) = shlex.split(match[1])
+        columns = dict(re.findall(r"(\w+)=(.*?)(?=,\w+=|$)", mapping))
+        return f"columns={json.dumps(columns, ensure_ascii=False)}"
+
+    text = re.sub(r"--columns ('[^']*'|[^\s']*=[^\s']*[^\s',.;])", argument, text)
+    return re.sub(r"--(user|columns|timezone)(?![\w-])", r"\1", text.replace("--user NAME", 'user="NAME"'))
 
 
 def _arrow_table(plays: Any) -> pa.Table:

@@ -366,6 +366,32 @@ def test_columns_that_cannot_be_read_are_bad_input(spoil: Any) -> None:
         Recommender(progress=False).fit(spoil(frame(ring_plays(range(3), plays=4))))
 
 
+def test_plays_without_users_are_of_the_user_that_fit_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
+    rows = frame(ring_plays(range(1), plays=30)).drop(columns="user_id")
+    model = Recommender(**SETTINGS | {"epochs": 1}).fit(rows, user="me")
+    assert len(model.taste("me")) == 1
+    model.update(frame(ring_plays(range(1), plays=5, begin=20, days=1)).drop(columns="user_id"))
+    manifest = Dataset(model.workspace).manifest
+    assert (manifest.users, manifest.plays) == (1, 35)
+
+
+def test_errors_about_a_table_name_its_columns_and_arguments_of_python() -> None:
+    model, rows = Recommender(progress=False), frame(ring_plays(range(3), plays=4))
+    with pytest.raises(InputError) as error:
+        model.fit(rows[["user_id", "track", "timestamp"]].rename(columns={"user_id": "who, exactly", "track": "x"}))
+    assert ".inputs" not in str(error.value)
+    assert "--" not in str(error.value)
+    assert str(error.value).startswith("the table has no column that looks like user or song; it has")
+    assert 'columns={"user": "NAME", "song": "NAME"}, or if all plays belong to one person, pass user="NAME"' in str(
+        error.value
+    )
+    with pytest.raises(InputError, match=r'the table has no column .who. .*columns=\{"user": "user_id"\}'):
+        model.fit(rows, columns={"user": "who"})
+    with pytest.raises(InputError, match=r"user would merge them; import without user$"):
+        model.fit(rows, columns={"user": "user_id"}, user="me")
+
+
 @pytest.mark.parametrize("users", [np.array(["u1"]), pd.Series(["u1"]), pa.array(["u1"]), {"u1"}, iter(["u1"])])
 def test_users_may_be_any_kind_of_column(model: Recommender, users: Any) -> None:
     assert model.recommend(users, k=np.int64(3))["user_id"].tolist() == ["u1"] * 3
