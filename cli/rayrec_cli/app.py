@@ -236,6 +236,8 @@ def _settings_from_file(path: str, words: list[str], sections: set[str], config:
         if word not in section:
             note(f"Note: {path} has no section [{name}]")
         section = section.get(word, {})
+        if depth == len(words) > 1 and not isinstance(section, dict):
+            section = {}  # a setting of the stage with the group's name, such as `activate` of [release]
         if not isinstance(section, dict):
             raise InputError(f"{name} in {path} is {section!r}; expected a section [{name}]")
     return dict(section)

@@ -151,6 +151,7 @@ def many(seen: list) -> typer.Typer:
         ("other", "[go]\nsize = 5", {"go": False}),
         ("other", "[other]\n[group.within]\nsize = 5", {"group": None}),
         ("other", "[group]\nwhere = 'x'", {"group": Sample(where="x")}),
+        ("group within --where x", "[go]\nsize = 5\n[group]\nwithin = false", {"size": 64}),  # a setting, no section
     ],
 )
 def test_a_config_file_may_have_a_section_for_every_command_with_settings(
