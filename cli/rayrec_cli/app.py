@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,7 @@ from typer.core import TyperGroup
 
 from rayrec.config import Settings, base_type, expected_value, from_mapping, read_toml
 from rayrec.errors import InputError, NotFoundError, RayrecError
+from rayrec.jobs.job_config import resolve_paths
 from rayrec.storage.artifacts import noun
 from rayrec.storage.workspace import Workspace
 
@@ -221,6 +223,8 @@ def _names_with_settings(group: Any) -> set[str]:
 def _settings_from_file(path: str, words: list[str], sections: set[str], config: type[Settings]) -> dict[str, Any]:
     """Return the settings of a command from a file: those of its section, or the whole file if it has no sections.
 
+    Paths in a section are relative to the file, as for `rayrec run`.
+
     `words` is the name of the command, `sections` the names of all commands and groups that have settings.
     """
     content = section = read_toml(path)
@@ -240,7 +244,7 @@ def _settings_from_file(path: str, words: list[str], sections: set[str], config:
             section = {}  # a setting of the stage with the group's name, such as `activate` of [release]
         if not isinstance(section, dict):
             raise InputError(f"{name} in {path} is {section!r}; expected a section [{name}]")
-    return dict(section)
+    return resolve_paths(section, Path(path).parent)
 
 
 def _parse_flag(value: Any, field: FieldInfo, flag_name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Settings of fit, update and tune, and the trials of a sweep. Imports neither Ray nor torch.
+"""Settings of fit, update and tune, files that settings name, and the trials of a sweep. Imports neither Ray nor torch.
 
 A sweep tries combinations of settings of song embeddings and of the network.
 """
@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -24,6 +25,25 @@ TRAIN_SHARE = 0.1
 
 OptionalUser = Annotated[str | None, AfterValidator(validate_user)]
 OptionalZone = Annotated[str | None, AfterValidator(validate_zone_name)]
+
+
+PATH_SETTINGS = ("paths", "vectors")  # settings that name files
+
+
+def resolve_paths(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the settings of a section, with relative paths resolved against the folder of its file."""
+    return dict(section) | {
+        key: [_absolute_path(folder, path) for path in section[key]]
+        if isinstance(section[key], list)
+        else _absolute_path(folder, section[key])
+        for key in PATH_SETTINGS
+        if key in section
+    }
+
+
+def _absolute_path(folder: Path, path: Any) -> Any:
+    """Return an absolute path, so that a file is the same input wherever a run is started; a URI stays unchanged."""
+    return str((folder / path).resolve()) if isinstance(path, str) and "://" not in path else path
 
 
 class PlaysConfig(Settings):

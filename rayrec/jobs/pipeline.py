@@ -33,6 +33,7 @@ from rayrec.jobs.embed import embed
 from rayrec.jobs.evaluate import evaluate
 from rayrec.jobs.generate import generate
 from rayrec.jobs.import_data import import_data
+from rayrec.jobs.job_config import resolve_paths
 from rayrec.jobs.rank import fit_rankers
 from rayrec.jobs.retrieval import fit_retrieval
 from rayrec.jobs.runtime import ray_cluster
@@ -70,7 +71,6 @@ CONFIGS: dict[str, type[Settings]] = {
 OPTIONAL = ("import", "generate", "split")  # stages that run only if the file has their section
 RANKING = ("retrieval", "rank")  # stages that need a validation range
 NO_RANGE_REASON = "rankers need a validation range"  # the reason why they are left out
-PATHS = {"import": "paths", "embed": "vectors"}  # settings that name files, relative to the TOML file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,35 +144,13 @@ def read_configs(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     configs = {}
     for name, config_class in CONFIGS.items():
         if name in sections or name not in OPTIONAL:
-            configs[name] = from_mapping(
-                config_class, _section(sections, name, source_name, folder), f"{source_name} [{name}]"
-            )
+            section = resolve_paths(section_of(sections, name, source_name), folder)
+            configs[name] = from_mapping(config_class, section, f"{source_name} [{name}]")
     return configs
 
 
-def _section(sections: dict[str, Any], name: str, source_name: str, folder: Path) -> dict[str, Any]:
-    """Return the settings of a section; relative paths are resolved against the folder of the file."""
-    section = section_of(sections, name, source_name)
-    key = PATHS.get(name)
-    if key in section:
-        value = section[key]
-        section[key] = (
-            [_absolute_path(folder, path) for path in value]
-            if isinstance(value, list)
-            else _absolute_path(folder, value)
-        )
-    return section
-
-
-def _absolute_path(folder: Path, path: Any) -> Any:
-    """Return an absolute path, so that a file is the same input wherever the run is started; a URI stays unchanged."""
-    return str((folder / path).resolve()) if isinstance(path, str) and "://" not in path else path
-
-
 def _same_paths(earlier_paths: Sequence[str], new_paths: Sequence[str]) -> bool:
-    return [_absolute_path(Path(), path) for path in earlier_paths] == [
-        _absolute_path(Path(), path) for path in new_paths
-    ]
+    return resolve_paths({"paths": list(earlier_paths)}, Path()) == resolve_paths({"paths": list(new_paths)}, Path())
 
 
 class Stages:

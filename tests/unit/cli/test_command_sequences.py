@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from rings import BEGIN, DAY, HEAD
 
+from rayrec.data.dataset import Dataset
+from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
 pytestmark = pytest.mark.usefixtures("commands_without_ray")
@@ -354,3 +356,19 @@ def test_what_was_fitted_before_a_compaction_is_found_again_after_it() -> None:
 @settings(max_examples=100, **HYPOTHESIS_SETTINGS)
 def test_many_more_sequences_of_commands(steps: list[str]) -> None:
     run_steps(steps)
+
+
+def test_a_section_of_a_pipeline_file_names_files_relative_to_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("pipeline", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pipeline" / "plays.csv").write_text(HEAD + "".join(day_of_plays(0)))
+    columns = "{user = 'user_id', song = 'track', played_at = 'timestamp'}"
+    (tmp_path / "pipeline" / "p.toml").write_text(
+        f"[import]\nformat = 'csv'\npaths = ['plays.csv']\ncolumns = {columns}\nbuckets = 2\n[train]\nepochs = 1\n"
+    )
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    workspace = str(tmp_path / "workspace")
+    assert main(["--workspace", workspace, "import", "--config", "../pipeline/p.toml"]) == 0
+    assert Dataset(Workspace(workspace)).manifest.plays == USERS * 4
