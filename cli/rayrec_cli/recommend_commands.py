@@ -163,7 +163,7 @@ def _recommend_all(
     from rayrec.jobs.recommend_all import recommend_all as job
 
     manifest = job(call.workspace, config, parts, at=at, repeat=force)
-    folder = call.workspace.full(manifest.folder)
+    folder = call.workspace.uri_of(manifest.folder)
     data = {
         "id": manifest.id,
         "folder": folder,
@@ -228,7 +228,7 @@ def evaluate(
     report = job(call.workspace, config, split=selected_split, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **read_results(call.workspace, report)}
     warnings = [f"Warning: {data['warning']}"] if data.get("warning") else []
-    report_line = f"Report: {call.workspace.full(report.path('report.html'))}"
+    report_line = f"Report: {call.workspace.uri_of(report.path('report.html'))}"
     ablation = [results_table(data, config, ablation=True)] if config.ablation else []
     views = [
         results_table(data, config),
@@ -264,7 +264,7 @@ def _evaluate_prefixes(
     report = job(call.workspace, config, prefix_file, split=selected_split, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **read_results(call.workspace, report)}
     counts = {name: data[name] for name in ("pairs", "unknown_targets", "unknown_items")}
-    report_line = f"Report: {call.workspace.full(report.path('report.html'))}"
+    report_line = f"Report: {call.workspace.uri_of(report.path('report.html'))}"
     pairs = values_view("Pairs of prefix and target", counts)
     views = [results_table(data, config), *score_notes(data), pairs, inputs_view(report.inputs), report_line]
     return CommandOutput({**data, "inputs": report.inputs}, views)

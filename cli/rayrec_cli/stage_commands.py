@@ -211,7 +211,7 @@ def tune(
     )
     columns = [name for name in ranked_trials[0] if name not in ("settings", "songs", "songs_made")]
     rows = [[(_format_setting if "." in name else _join_list)(row[name]) for name in columns] for row in ranked_trials]
-    table_text = f"Table: {call.workspace.full(tuning.path('trials.csv'))}"
+    table_text = f"Table: {call.workspace.uri_of(tuning.path('trials.csv'))}"
     headers = [name.removeprefix("validation_") for name in columns]
     views = [
         table("Trials, best first", headers, rows),

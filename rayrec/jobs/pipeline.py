@@ -378,7 +378,7 @@ class Demo:
 
     outcomes: list[Outcome]
     evaluation: dict[str, Any]  # result of `read_results`
-    report: str  # path of report.html
+    report: str  # path or URI of report.html
     user: str
     answer: Answer
 
@@ -413,7 +413,7 @@ def demo(
     return Demo(
         outcomes=outcomes,
         evaluation=read_results(workspace, report),
-        report=workspace.full(report.path("report.html")),
+        report=workspace.uri_of(report.path("report.html")),
         user=user,
         answer=example,
     )

@@ -14,7 +14,7 @@ from rayrec.bench.bench_config import CONFIGS
 from rayrec.errors import DamagedInputError, LeakError, NotFoundError
 from rayrec.jobs.submit import STOPPED, JobEnd
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import DatasetManifest, write_dataset_manifest
+from rayrec.storage.artifacts import DatasetManifest, Manifest, write_dataset_manifest
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
@@ -293,6 +293,20 @@ def test_a_stopped_job_is_one_object_and_no_interrupt(
     captured = capsys.readouterr()
     assert json.loads(captured.out)["status"] == "STOPPED"
     assert captured.err == ""
+
+
+def test_files_in_object_storage_are_named_by_uris_that_can_be_opened(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = Manifest(kind="recommendations", id="r1", config={"at": 0, "k": 3})
+    monkeypatch.setattr("rayrec_cli.recommend_commands.Dataset", lambda workspace: None)
+    monkeypatch.setattr("rayrec_cli.recommend_commands.default_parts", lambda *arguments: {"models": "m"})
+    monkeypatch.setattr("rayrec.jobs.recommend_all.recommend_all", lambda *arguments, **options: manifest)
+    workspace = "s3://music/rayrec?region=us-east-1"
+    assert main(["--json", "--workspace", workspace, "recommend", "--all"]) == 0
+    folder = "s3://music/rayrec/recommendations/r1?region=us-east-1"
+    assert json.loads(capsys.readouterr().out)["folder"] == folder
+    assert Workspace(folder).root == "music/rayrec/recommendations/r1"
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
