@@ -21,7 +21,8 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -44,6 +45,7 @@ ConfigOption = Annotated[
 ForceOption = Annotated[bool, typer.Option("--force", help="Recompute even if the result exists.")]
 
 GAP = (0, 1, 0, 0)  # padding between columns, in addition to that of the box
+GAP_WIDTH = 2  # columns between two columns of a table: the padding and the divider of the box
 
 
 @dataclass(frozen=True)
@@ -381,7 +383,7 @@ def _print_views(views: Sequence[RenderableType]) -> None:
         if isinstance(view, str):
             console.print(Text(view), soft_wrap=True)  # without line breaks, so that commands in it can be copied
         else:
-            console.print(view)
+            console.print(view, crop=False)
 
 
 def _json_text(data: dict[str, Any]) -> str:
@@ -463,17 +465,34 @@ def table(
 ) -> RenderableType:
     """Return a table with right-aligned columns, except the first and those in `left`.
 
-    If 80 columns are too few, texts in left-aligned columns are cut; numbers never are.
+    If the terminal is too narrow, texts in left-aligned columns are cut. Numbers and headers never are: the table is
+    wider than the terminal if it must be.
     """
-    shown_table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=GAP)
+    shown_table = _UncutTable(box=box.SIMPLE_HEAD, show_edge=False, padding=GAP)
     cells = [[value if isinstance(value, str) else number(value) for value in row] for row in rows]
     for index, header in enumerate(headers):
         is_left = index == 0 or header in left
+        is_text = is_left and any(isinstance(row[index], str) for row in rows)
+        header_width = max(map(cell_len, header.splitlines()), default=0)
+        uncut_widths = [header_width, *(cell_len(row[index]) for row in cells if not is_text)]
+        shown_table.least_width += max(uncut_widths) + GAP_WIDTH
         # rich shrinks only columns that may wrap; no_wrap of the texts in them prevents wrapping
-        shown_table.add_column(header, justify="left" if is_left else "right", no_wrap=not is_left)
+        shown_table.add_column(
+            header, justify="left" if is_left else "right", no_wrap=not is_text, min_width=header_width
+        )
     for row in cells:
         shown_table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
     return _with_title(title, shown_table)
+
+
+class _UncutTable(Table):
+    """A table that is at least `least_width` columns wide, even if the terminal has fewer."""
+
+    least_width = 0
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = max(options.max_width, self.least_width)
+        return super().__rich_console__(console, options.update(width=width))
 
 
 def values_view(title: str, values: dict[str, Any]) -> RenderableType:

@@ -224,6 +224,25 @@ def test_numbers_are_right_aligned_and_never_cut() -> None:
     assert rows[3].index("1,234,567") + len("1,234,567") == rows[2].index(" 1 ") + len(" 1")
 
 
+def test_a_table_of_numbers_that_is_wider_than_the_terminal_is_printed_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    varied_settings = ["train.hidden_dim", "train.learning_rate", "train.negatives", "embed.dim"]
+    headers = ["trial", *varied_settings, "ndcg@20", "epochs", "seconds"]
+    rows = [[11, "512", "0.00125", "4096", "256", 0.12345, 37, 54321.0], [2, "64", "0.01", "8", "32", 0.1, 5, 9.5]]
+    show(CommandOutput({}, [table("Trials, best first", headers, rows)]), as_json=False)
+    _, header_line, _, *row_lines = capsys.readouterr().out.splitlines()
+    assert header_line.split() == headers
+    assert [line.split() for line in row_lines] == [
+        ["11", "512", "0.00125", "4096", "256", "0.123", "37", "54,321"],
+        ["2", "64", "0.01", "8", "32", "0.100", "5", "9.500"],
+    ]
+    texts = [["a long text", *"abcdefg"]]
+    show(CommandOutput({}, [table("", headers, texts, left=["train.negatives"])]), as_json=False)
+    assert capsys.readouterr().out.splitlines()[0].split() == headers
+
+
 def test_brackets_in_titles_are_no_markup() -> None:
     assert "Song [red]" in lines(table("", ["song"], [["Song [red]"]]))[2]
 
