@@ -53,6 +53,7 @@ def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
     Raises `InputError` if no Ray cluster answers at the address, and `RayrecError` if Ray does not start.
     """
     if ray.is_initialized():
+        quiet_data()
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")

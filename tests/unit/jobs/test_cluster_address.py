@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 import ray
+from ray.data import DataContext
 
 from rayrec.errors import InputError, RayrecError
 from rayrec.jobs import runtime as cluster
@@ -106,3 +107,13 @@ def test_a_failed_start_of_ray_gives_an_error_of_one_line(
     with pytest.raises(kind, match=message) as error, ray_cluster():
         pass
     assert "\n" not in str(error.value)
+
+
+def test_a_connection_that_exists_already_shows_no_progress_bars_of_ray_data_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    context = DataContext.get_current()
+    monkeypatch.setattr(context, "enable_progress_bars", True)
+    with ray_cluster():
+        assert not context.enable_progress_bars
