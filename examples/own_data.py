@@ -9,12 +9,12 @@ import rayrec
 
 
 def main(plays: str, user: str, folder: str = "./model") -> None:
-    model = rayrec.Recommender(epochs=12).fit(plays)
+    # A second run replaces the plays. Use the folder with rayrec.load(folder) or rayrec --workspace FOLDER serve.
+    model = rayrec.Recommender(workspace=folder, epochs=12).fit(plays)
     if model.quality is not None:
         for name, recall, *_ in model.quality.table():
             print(f"{name} finds {recall:.0%} of the next new songs among its first 20")
     print(model.recommend(users=[user], k=5).to_string(index=False))
-    model.save(folder)  # use it with rayrec.load(folder) or rayrec --workspace FOLDER serve
 
 
 if __name__ == "__main__":

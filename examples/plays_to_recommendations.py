@@ -18,7 +18,7 @@ ray.init("local", ignore_reinit_error=True, include_dashboard=False, log_to_driv
 generate_config = rayrec.GenerateConfig(
     users=600, songs=120, artists=24, genres=6, plays=40.0, buckets=2, follow=0.6, zipf=1.2
 )
-manifest = rayrec.generate(workspace, generate_config)
+manifest = rayrec.generate(workspace, generate_config, repeat=True)  # replaces the plays of an earlier run
 print(f"{manifest.plays:,} plays of {manifest.users:,} users over {manifest.songs:,} songs")
 
 # %% Split: the last days are for validation and test, and no training uses the test range
