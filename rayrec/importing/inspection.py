@@ -121,7 +121,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
         command = _command_fields(format_name, row_kind, paths, {}, "")
         return Inspection(**_row_fields(batches), **command, files=len(files), bytes=size, notes=notes)
     delimiter = _guess_delimiter(files[0].source) if format_name == "csv" else ""
-    column_names, sample = _csv_sample(files[0], delimiter) if format_name == "csv" else _parquet_sample(files[0])
+    column_names, sample = _first_sample(files, delimiter)
     repeated_names = {name: count for name, count in Counter(column_names).items() if count > 1}
     row_kind, column_of_role = guess_roles(sample)
     is_playlists = row_kind == "playlists"
@@ -360,6 +360,18 @@ def _command_fields(
 def _guess_delimiter(source: str) -> str:
     header = delimited.read_header(source, ",")
     return delimited.other_delimiter(header, ",") or ","
+
+
+def _first_sample(files: Sequence[SourceFile], delimiter: str) -> tuple[list[str], dict[str, pa.Array]]:
+    """Return column names and first values of the first of five files that has rows; of the last if none has.
+
+    The files are Parquet if `delimiter` is empty, else csv.
+    """
+    for file in files[:SAMPLE_FILES]:
+        column_names, sample = _csv_sample(file, delimiter) if delimiter else _parquet_sample(file)
+        if any(len(values) for values in sample.values()):
+            break
+    return column_names, sample
 
 
 def _csv_sample(file: SourceFile, delimiter: str) -> tuple[list[str], dict[str, pa.Array]]:

@@ -320,6 +320,22 @@ def test_songs_keep_the_ids_of_the_earlier_import(tmp_path: Path) -> None:
     assert config.columns["song"] == "artist+title"
 
 
+@pytest.mark.parametrize("format_name", ["csv", "parquet"])
+def test_columns_are_guessed_from_the_first_file_with_rows(tmp_path: Path, format_name: str) -> None:
+    """Spark and Dask write a first part without rows; without values, titles would be read as ids."""
+    plays = pd.DataFrame(
+        {"user_id": ["a"] * 2, "ts": [START] * 2, "track": ["One More Time", "Hello Again"], "artist": ["A", "B"]}
+    )
+    for name, part in (("part-00000", plays[:0]), ("part-00001", plays)):
+        path = tmp_path / f"{name}.{format_name}"
+        if format_name == "csv":
+            part.to_csv(path, index=False)
+        else:
+            part.to_parquet(path, index=False)
+    columns = guess_import([str(tmp_path)]).columns
+    assert (columns["song"], columns["title"], columns["artist"]) == ("artist+title", "track", "artist")
+
+
 def test_columns_of_one_name_are_pointed_out(tmp_path: Path) -> None:
     pq.write_table(pa.table([pa.array(["a"])] * 3, names=["user", "user", "song"]), tmp_path / "p.parquet")
     for format_name, path in (
