@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayrec.data.moments import DATE_ALONE, LOCAL, NOT_A_TIME, WRITTEN, WRITTEN_DATE, to_ms
-from rayrec.data.spelling import Problems
+from rayrec.data.spelling import Problems, plain
 from rayrec.errors import InputError
 from rayrec.importing.import_plan import ImportConfig, file_notes
 from rayrec.importing.readers import FORMATS, Format, delimited
@@ -398,7 +398,8 @@ def _parquet_sample(file: SourceFile) -> tuple[list[str], dict[str, pa.Array]]:
 
 
 def _in_plain_strings(values: pa.Array) -> pa.Array:
-    """Return the values as pa.string() if they are text of another type, as pandas and polars write it."""
+    """Return the values as pa.string() if they are text of another type, or categories, of pandas or polars."""
+    values = plain(values)
     is_other_text = pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type)
     return values.cast(pa.string()) if is_other_text else values
 

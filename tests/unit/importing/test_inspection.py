@@ -23,7 +23,8 @@ from rayrec.importing.inspection import (
 from rayrec.importing.readers import FORMATS
 
 START = 1711929600
-TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view()]  # of csv, pandas, polars
+CATEGORIES = pa.dictionary(pa.int32(), pa.string())
+TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view(), CATEGORIES]  # of csv, pandas, polars and pandas
 
 
 def write(path: Path, text: str) -> str:
