@@ -30,6 +30,7 @@ OPEN_QUOTE = "a quote is not closed on its line"
 AFTER_QUOTE = "text after a closing quote"
 STRAY_RETURN = "a carriage return within the line"
 QUOTE = ord('"')
+NULL = r"\N"  # a missing value in dumps of MySQL and Postgres
 USUAL_DELIMITERS = (",", ";", "\t", "|")
 
 
@@ -51,7 +52,7 @@ class DelimitedRows(NamedTuple):
     """R rows of a block; implements `SourceRows`."""
 
     block: Block
-    values: dict[str, pa.Array]  # strings, null if empty; one array (R,) per wanted column
+    values: dict[str, pa.Array]  # strings, null if empty or \N; one array (R,) per wanted column
     indices: np.ndarray  # int64 (R,), index within the block of the line of each row
     rejected: pa.Table  # columns.REJECTED: lines that could not be parsed into rows
 
@@ -266,7 +267,7 @@ def _parse_columns(
             column_types=dict.fromkeys(column_names, pa.string()),
             include_columns=list(dict.fromkeys(column_names)),
             strings_can_be_null=True,
-            null_values=[""],
+            null_values=["", NULL],
             check_utf8=False,
         ),
     ).combine_chunks()

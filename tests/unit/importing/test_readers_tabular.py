@@ -107,6 +107,15 @@ def test_each_bad_line_is_rejected_by_itself_with_its_number_and_text(tmp_path: 
     assert rejected[8]["text"] == "a,s\N{REPLACEMENT CHARACTER},1421163674,1"
 
 
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_missing_values_of_database_dumps_are_no_ids_and_no_names(tmp_path: Path, delimiter: str) -> None:
+    lines = ["user,song,played_at,artist", "a,s1,1421163674,\\N", "\\N,s1,1421163674,A"]
+    file = write(tmp_path / "p.csv", "\n".join(lines).replace(",", delimiter) + "\n")
+    rows, rejected = read(file, ReadOptions(delimiter=delimiter))
+    assert [(row["user_id"], row["artist"]) for row in rows] == [("a", None)]
+    assert [(row["line"], row["reason"]) for row in rejected] == [(3, "no user")]
+
+
 def test_times_without_a_zone_are_of_the_zone_of_the_options(tmp_path: Path) -> None:
     file = write(tmp_path / "plays.csv", "user,song,played_at\na,s,2015-01-13 16:41:14\na,s,2015-01-13T15:41:14Z\n")
     for timezone_name, hours in (("UTC", 1), ("Europe/Berlin", 0), ("Asia/Tokyo", -8)):
