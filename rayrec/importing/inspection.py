@@ -43,6 +43,7 @@ from rayrec.importing.readers.tabular import (
     NAMES_OF_SONG,
     OPTIONAL_ROLES,
     SONG_FROM_NAMES,
+    cell_value,
     open_parquet,
     read_batches,
     roles,
@@ -255,7 +256,7 @@ def time_form(values: pa.Array, timezone: str = "UTC") -> str:
         return f"timestamps in {values.type.tz}" if values.type.tz else f"timestamps without a zone, read as {timezone}"
     if _are_dates(values):
         return f"dates without times, read as midnight in {timezone}"
-    texts = [str(value).strip() for value in values.drop_null()[:1000].to_pylist()]
+    texts = _first_texts(values)
     numbers = [float(text) for text in texts if re.fullmatch(r"[+-]?\d+(\.\d*)?", text)]
     if texts and len(numbers) * 2 > len(texts):
         median = float(np.median(np.abs(numbers)))
@@ -298,16 +299,21 @@ def _share_of_times(values: pa.Array) -> float:
     return float(np.mean(~problems.bad & (times > 631_152_000_000)))
 
 
+def _first_texts(values: pa.Array) -> list[str]:
+    """Return the first 1,000 non-null values as text, without spaces around it."""
+    return [str(cell_value(value)).strip() for value in values.drop_null()[:1000]]
+
+
 def _share_of_matches(values: pa.Array, pattern: str) -> float:
     """Share of the non-null values, of the first 1,000, that match a pattern as a whole."""
-    texts = [str(value).strip() for value in values.drop_null()[:1000].to_pylist()]
+    texts = _first_texts(values)
     return sum(re.fullmatch(pattern, text) is not None for text in texts) / max(1, len(texts))
 
 
 def _share_of_events(values: pa.Array) -> float:
     """Share of the non-null values, of the first 1,000, that are event types known to an import."""
-    texts = [str(value).strip().lower() for value in values.drop_null()[:1000].to_pylist()]
-    return sum(text in EVENTS for text in texts) / max(1, len(texts))
+    texts = _first_texts(values)
+    return sum(text.lower() in EVENTS for text in texts) / max(1, len(texts))
 
 
 def _sample_batches(file_format: Format, files: Sequence[SourceFile], options: ReadOptions) -> list[Batch]:
@@ -420,7 +426,7 @@ def _type_name(values: pa.Array) -> str:
 
 def _example(values: pa.Array) -> str:
     known_values = values.drop_null()
-    text = str(known_values[0].as_py()) if len(known_values) else ""
+    text = str(cell_value(known_values[0])) if len(known_values) else ""
     return text if len(text) <= VALUE_SHOWN else f"{text[:VALUE_SHOWN]}…"
 
 

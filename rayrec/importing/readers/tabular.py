@@ -77,7 +77,7 @@ class ParquetRows(NamedTuple):
 
     def texts(self, positions: np.ndarray) -> list[str]:
         """The rows at `positions` as JSON, for the file of rejected rows."""
-        cells = [[_cell_value(column[row]) for column in self.part.columns] for row in positions.tolist()]
+        cells = [[cell_value(column[row]) for column in self.part.columns] for row in positions.tolist()]
         return [
             json.dumps(dict(zip(self.part.schema.names, row, strict=True)), default=str, ensure_ascii=False)
             for row in cells
@@ -153,7 +153,8 @@ def read_columns(source: str, file: pq.ParquetFile, names: Sequence[str]) -> pa.
     return table
 
 
-def _cell_value(value: pa.Scalar) -> Any:
+def cell_value(value: pa.Scalar) -> Any:
+    """Return a value as a Python object, or `<type>` if Python has none for it, such as a date after the year 9999."""
     try:
         return value.as_py()
     except (ValueError, OverflowError):

@@ -4,6 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,6 +67,27 @@ def test_the_delimiter_of_quoted_column_names_is_guessed(tmp_path: Path, delimit
     config = guess_import([write(tmp_path / "p.csv", text)])
     assert (config.delimiter, config.columns) == (delimiter, {name: name for name in rows[0]})
     assert inspect_files("csv", list(config.paths)).rejected == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "zone"),
+    [
+        ("end", "9999-12-31T23:59:59", "Asia/Tokyo"),
+        ("start", "0001-01-01T00:00:00", "America/New_York"),
+        ("time", "10000-01-01T00:00:00", None),
+    ],
+)
+def test_a_date_that_python_cannot_hold_does_not_stop_an_inspection(
+    tmp_path: Path, name: str, value: str, zone: str | None
+) -> None:
+    seconds = np.datetime64(value, "s").astype(np.int64)
+    dates = pa.array([seconds], pa.int64()).cast(pa.timestamp("s", zone))
+    plays = pa.table({"user": ["a"], "song": ["b"], "ts": ["2024-01-01"], name: dates})
+    path = tmp_path / "p.parquet"
+    pq.write_table(plays.cast(plays.schema.set(3, pa.field(name, pa.timestamp("ms", zone)))), path)
+    column = inspect_files("parquet", [str(path)]).columns[3]
+    assert column.example == f"<{column.type}>"
+    assert guess_import([str(path)]).columns["played_at"] == "ts"
 
 
 def test_types_of_a_parquet_file_are_shown(tmp_path: Path) -> None:
