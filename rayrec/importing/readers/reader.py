@@ -42,7 +42,7 @@ NO_PLAYLIST = "no playlist"
 NAMES = {
     "user": ("user", "userid", "username", "uid", "listener", "listenerid", "account", "accountid", "profile"),
     "song": (
-        *("song", "songid", "trackid", "track", "itemid", "item", "trackuri", "spotifytrackuri", "recordingmbid"),
+        *("songid", "song", "trackid", "track", "itemid", "item", "trackuri", "spotifytrackuri", "recordingmbid"),
         *("recordingid", "recording", "isrc", "sid", "tid"),
     ),
     "played_at": (
@@ -56,7 +56,7 @@ NAMES = {
     "duration_ms": ("durationms", "trackdurationms", "songdurationms", "tracklengthms", "lengthms"),
     "event_type": ("eventtype", "event", "action", "interaction", "interactiontype"),
     "liked": ("liked", "isliked", "like", "loved", "favorite"),
-    "title": ("title", "trackname", "songname", "songtitle", "tracktitle", "name"),
+    "title": ("title", "trackname", "songname", "songtitle", "tracktitle", "name", "song"),  # song: beside songid
     "artist": ("artist", "artistname", "artists", "albumartistname", "performer", "masterartist"),
     "playlist": ("playlist", "playlistid", "pid", "playlistname"),
     "position": ("position", "pos", "index", "order", "rank"),

@@ -235,6 +235,8 @@ def test_titles_and_artists_are_found_by_names_that_hold_the_words() -> None:
         ("user,artist,track,mbid,timestamp", "mbid", "track"),
         ("user,artist,track,track_name,mbid,timestamp", "track", "track_name"),  # track_name holds the titles
         ("user,song,track_id,timestamp", "song", None),
+        ("user_id,song_id,song,timestamp", "song_id", "song"),
+        ("user_id,song_id,song,song_name,timestamp", "song_id", "song_name"),
         ("user,artist,song,song_genre_id,recording_label_id,playlist_item_id,track_paid,timestamp", "song", None),
     ],
 )
