@@ -55,6 +55,7 @@ SAMPLE_BYTES = 1 << 20  # read from each file
 VALUE_SHOWN = 40  # characters of an example value
 # Role -> pattern for names that NAMES lacks, such as `Artist Name(s)`, as `plain_letters`; used if one column matches.
 PATTERNS = {"title": r"(title|trackname|songname)s?$", "artist": r"artist(?!.*(id|ids|uri|uris|count)$)"}
+EARLIEST = 631_152_000_000  # ms UTC, the year 1990; numbers that are read as earlier times are likely none
 TITLE_OR_ID = ("song", "track", "recording")  # with a column of artists and none of titles, these may hold titles
 SONG_ID = (
     r"(song|track|recording|(?<!playlist)item)(spotify|deezer|tidal|musicbrainz|mb)?(id|uri)$"
@@ -111,6 +112,11 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
 
     `timezone` is the IANA name of the time zone of times without one in csv and Parquet files.
     """
+    return _inspect(format_name, paths, timezone)[0]
+
+
+def _inspect(format_name: str, paths: Sequence[str], timezone: str) -> tuple[Inspection, dict[str, pa.Array]]:
+    """Return the inspection of `inspect_files`, and the first values of each column of csv and Parquet files."""
     config = ImportConfig(format=format_name, paths=tuple(paths), timezone=timezone)  # checks the arguments
     file_format = FORMATS[format_name]
     files = find_files(paths, file_format.patterns)
@@ -120,7 +126,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
         batches = _sample_batches(file_format, files, ReadOptions(playlists=file_format.playlists))
         row_kind = "playlists" if file_format.playlists else "plays"
         command = _command_fields(format_name, row_kind, paths, {}, "")
-        return Inspection(**_row_fields(batches), **command, files=len(files), bytes=size, notes=notes)
+        return Inspection(**_row_fields(batches), **command, files=len(files), bytes=size, notes=notes), {}
     delimiter = _guess_delimiter(files[0].source) if format_name == "csv" else ""
     column_names, sample = _first_sample(files, delimiter)
     repeated_names = {name: count for name, count in Counter(column_names).items() if count > 1}
@@ -148,6 +154,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
     if column_of_role.get("song") == SONG_FROM_NAMES:
         notes.append("No column looks like song IDs: they are made from artist and title.")
     notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated_names.items()]
+    notes += _early_time_notes(column_of_role, sample)
     if _looks_like_data(list(sample)):
         notes.append(FIRST_LINE_NOTE)
     command_columns = {
@@ -155,7 +162,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
         for role in roles(is_playlists)
         if role in [*column_of_role, *missing_roles]
     }
-    return Inspection(
+    inspection = Inspection(
         **_row_fields(batches),
         **_command_fields(format_name, row_kind, paths, command_columns, delimiter, timezone),
         files=len(files),
@@ -168,6 +175,7 @@ def inspect_files(format_name: str, paths: Sequence[str], timezone: str = "UTC")
         doubts=_doubts(column_of_role, sample),
         notes=notes,
     )
+    return inspection, sample
 
 
 def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
@@ -289,14 +297,30 @@ def _are_dates(values: pa.Array) -> bool:
 
 def _share_of_times(values: pa.Array) -> float:
     """Share of values that are times after 1990: small numbers are not times, though an import reads them as 1970."""
-    if not len(values):
-        return 0.0
+    return float(np.sum(_read_times(values) > EARLIEST)) / max(1, len(values))
+
+
+def _read_times(values: pa.Array) -> np.ndarray:
+    """Return the values that are times, ms UTC."""
     problems = Problems(len(values))
     try:
         times = to_ms(values, problems)
     except InputError:
-        return 0.0
-    return float(np.mean(~problems.bad & (times > 631_152_000_000)))
+        return np.zeros(0, dtype=np.int64)
+    return times[~problems.bad]
+
+
+def _early_time_notes(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> list[str]:
+    """Return a note if most times are numbers before 1990: a day such as 20240120 is read as seconds since 1970."""
+    time_column = column_of_role.get("played_at", "")
+    times = _read_times(sample[time_column]) if time_column in sample else np.zeros(0)
+    if not len(times) or np.median(times) > EARLIEST or "unix" not in (form := time_form(sample[time_column])):
+        return []
+    year = str(np.datetime64(int(np.median(times)), "ms"))[:4]
+    return [
+        f"Column {time_column!r} is read as {form.replace('unix', 'Unix')} of {year}. If that is wrong, write dates as "
+        "2024-01-20."
+    ]
 
 
 def _first_texts(values: pa.Array) -> list[str]:
@@ -463,7 +487,7 @@ def guess_import(
     `earlier_columns` are the columns of an earlier import; they override a guess if the files have them, and song
     ids are then made of artist and title only if that import did so. `user`, if not empty, is the user of all
     plays of files that name no users. `timezone` is the IANA name of the time zone of times without one. `on_note` is
-    called with a warning if the column guessed for song ids may hold titles.
+    called with warnings: the column guessed for song ids may hold titles, most times are numbers before 1990.
 
     Raises `InputError` for files of an unknown format or of playlists, if a required column is not found, and if date
     and time seem to be in two columns.
@@ -476,7 +500,7 @@ def guess_import(
         return ImportConfig(
             format=selected_format, paths=tuple(paths), columns=given_columns, timezone=timezone, user=user
         )
-    inspection = inspect_files(selected_format, paths, timezone)
+    inspection, sample = _inspect(selected_format, paths, timezone)
     remaining_columns = {SONG_FROM_NAMES, *(column.name for column in inspection.columns)} - set(given_columns.values())
     given_columns = {
         role: name for role, name in (earlier_columns or {}).items() if name in remaining_columns
@@ -500,8 +524,9 @@ def guess_import(
     doubts = {role: text for role, text in inspection.doubts.items() if role not in given_columns}
     if "played_at" in doubts:
         raise InputError(f"{paths[0]}: {doubts['played_at'].removesuffix('.')}")
-    if "song" in doubts:
-        on_note(f"Warning: {doubts['song']}")
+    song_doubts = [doubts["song"]] if "song" in doubts else []
+    for text in song_doubts + _early_time_notes(column_of_role, sample):
+        on_note(f"Warning: {text}")
     return config
 
 

@@ -1,6 +1,7 @@
 """Format and columns are guessed from file names and first rows; given settings come first; nothing is imported."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -267,6 +268,21 @@ def test_song_ids_from_a_column_of_titles_give_a_warning(tmp_path: Path) -> None
     for other_path in (path_with_numbers, path_with_ids):
         guess_import([other_path], on_note=notes.append)
     assert len(notes) == 1
+
+
+@pytest.mark.parametrize("values", [[f"202401{day:02d}" for day in range(1, 29)], ["45244.92", "45250.5"]])
+def test_days_that_are_read_as_seconds_of_1970_give_a_warning(tmp_path: Path, values: list[str]) -> None:
+    rows = "".join(f"ann,s{index},{value},{START + index}\n" for index, value in enumerate(values))
+    path = write(tmp_path / "p.csv", "user,song,date,sent\n" + rows)
+    warning = "Column 'date' is read as Unix seconds of 1970. If that is wrong, write dates as 2024-01-20."
+    for columns in ({"played_at": "date"}, {"played_at": "sent"}):
+        notes: list[str] = []
+        guess_import([path], columns=columns, on_note=notes.append)
+        assert notes == ([f"Warning: {warning}"] if columns["played_at"] == "date" else [])
+    path = write(tmp_path / "q.csv", "user,song,date\n" + re.sub(r",\d+\n", "\n", rows))
+    guess_import([path], on_note=notes.append)
+    assert notes == [f"Warning: {warning}"]
+    assert warning in inspect_files("csv", [path]).notes
 
 
 LASTFM = """artist,album,track,date
