@@ -264,8 +264,8 @@ def _parse_flag(value: Any, field: FieldInfo, flag_name: str) -> Any:
 
 
 def _parse_pair(text: str) -> tuple[str, str]:
-    name, _, value = (part.strip() for part in text.partition("="))
-    if not (name and value):
+    name, separator, value = (part.strip() for part in text.partition("="))
+    if not (name and separator):
         raise ValueError(text)
     return name, value
 

@@ -141,9 +141,8 @@ def inspect(
     if inspection.rejected:
         views.append(table("Rows that would be rejected", ["reason", "rows"], list(inspection.rejected.items())))
         views.append("\n".join(f"{reason}: {example}" for reason, example in inspection.examples.items()))
-    return CommandOutput(
-        inspection.to_mapping(), [*views, *inspection.doubts.values(), *inspection.notes, inspection.command]
-    )
+    notes = [*inspection.doubts.values(), *inspection.left_out.values(), *inspection.notes]
+    return CommandOutput(inspection.to_mapping(), [*views, *notes, inspection.command])
 
 
 UserOption = Annotated[

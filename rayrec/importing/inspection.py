@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayrec.data.moments import DATE_ALONE, LOCAL, NOT_A_TIME, WRITTEN, WRITTEN_DATE, to_ms
-from rayrec.data.spelling import Problems, plain
+from rayrec.data.spelling import Problems, plain, spell_lists, spell_texts
 from rayrec.errors import InputError
 from rayrec.importing.import_plan import ImportConfig, file_notes
 from rayrec.importing.readers import FORMATS, Format, delimited
@@ -38,7 +39,6 @@ from rayrec.importing.readers.reader import (
 )
 from rayrec.importing.readers.spotify_history import ACCOUNT_DATA, is_account_data
 from rayrec.importing.readers.tabular import (
-    EVENTS,
     FLAGS,
     NAMES_OF_SONG,
     OPTIONAL_ROLES,
@@ -46,6 +46,9 @@ from rayrec.importing.readers.tabular import (
     cell_value,
     open_parquet,
     read_batches,
+    read_events,
+    read_flags,
+    read_numbers,
     roles,
 )
 from rayrec.importing.readers.youtube_takeout import is_watch_history
@@ -57,6 +60,18 @@ VALUE_SHOWN = 40  # characters of an example value
 PATTERNS = {"title": r"(title|trackname|songname)s?$", "artist": r"artist(?!.*(id|ids|uri|uris|count)$)"}
 EARLIEST = 631_152_000_000  # ms UTC, the year 1990; numbers that are read as earlier times are likely none
 TITLE_OR_ID = ("song", "track", "recording")  # with a column of artists and none of titles, these may hold titles
+# Optional role -> function that reads a column as an import does.
+OPTIONAL_READERS: dict[str, Callable[..., pa.Array]] = {
+    "contexts": spell_lists,
+    "skipped": read_flags,
+    "share_listened": partial(read_numbers, most=1),
+    "ms_played": read_numbers,
+    "duration_ms": read_numbers,
+    "event_type": read_events,
+    "liked": read_flags,
+    "title": spell_texts,
+    "artist": spell_texts,
+}
 SONG_ID = (
     r"(song|track|recording|(?<!playlist)item)(spotify|deezer|tidal|musicbrainz|mb)?(id|uri)$"
     r"|isrc$|^(spotify(id|uri)|uri|mbid)$"
@@ -92,13 +107,16 @@ class Inspection:
     bytes: int
     delimiter: str = ""  # csv only
     columns: list[Column] = field(default_factory=list)  # csv and parquet only
-    mapping: dict[str, str] = field(default_factory=dict)  # role -> column, as an import would use it
+    mapping: dict[str, str] = field(default_factory=dict)  # role -> column for an import; empty: none, despite its name
     missing: list[str] = field(default_factory=list)  # roles without a column
     time: str = ""  # how times are written
     rows: int = 0  # inspected rows
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
     examples: dict[str, str] = field(default_factory=dict)  # reason -> file, line and text of the first such row
     doubts: dict[str, str] = field(default_factory=dict)  # role -> why the column guessed for it may be wrong
+    left_out: dict[str, str] = field(
+        default_factory=dict
+    )  # optional role -> why a column that seems to hold it is not used
     notes: list[str] = field(default_factory=list)
     command: str = ""  # the command that imports the files
 
@@ -132,9 +150,12 @@ def _inspect(format_name: str, paths: Sequence[str], timezone: str) -> tuple[Ins
     repeated_names = {name: count for name, count in Counter(column_names).items() if count > 1}
     row_kind, column_of_role = guess_roles(sample)
     is_playlists = row_kind == "playlists"
+    left_out = _left_out(column_of_role, sample, is_playlists)
+    # An import uses a column that has the name of a role, unless another or none is given.
+    mapping = column_of_role | {role: "" for role in left_out if role in sample}
     required_roles = [role for role in roles(is_playlists) if role not in OPTIONAL_ROLES]
     missing_roles = [role for role in required_roles if role not in column_of_role]
-    options = ReadOptions(playlists=is_playlists, columns=column_of_role, delimiter=delimiter or ",", timezone=timezone)
+    options = ReadOptions(playlists=is_playlists, columns=mapping, delimiter=delimiter or ",", timezone=timezone)
     batches = (
         []
         if missing_roles or repeated_names.keys() & set(column_of_role.values())
@@ -158,9 +179,7 @@ def _inspect(format_name: str, paths: Sequence[str], timezone: str) -> tuple[Ins
     if _looks_like_data(list(sample)):
         notes.append(FIRST_LINE_NOTE)
     command_columns = {
-        role: column_of_role.get(role, "NAME")
-        for role in roles(is_playlists)
-        if role in [*column_of_role, *missing_roles]
+        role: mapping.get(role, "NAME") for role in roles(is_playlists) if role in [*mapping, *missing_roles]
     }
     inspection = Inspection(
         **_row_fields(batches),
@@ -169,10 +188,11 @@ def _inspect(format_name: str, paths: Sequence[str], timezone: str) -> tuple[Ins
         bytes=size,
         delimiter=delimiter,
         columns=columns,
-        mapping=column_of_role,
+        mapping=mapping,
         missing=missing_roles,
         time=time_form(sample[column_of_role["played_at"]], timezone) if "played_at" in column_of_role else "",
         doubts=_doubts(column_of_role, sample),
+        left_out=left_out,
         notes=notes,
     )
     return inspection, sample
@@ -182,18 +202,17 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
     """Return `plays` or `playlists`, and role -> column, guessed from names; for times and titles from values too."""
     plain_names = {plain_letters(name): name for name in reversed(sample)}
     column_of_role: dict[str, str] = {}
-    for role, names in NAMES.items():
-        column = next((plain_names[name] for name in names if name in plain_names), None)
+    for role in NAMES:
+        column = next((name for name in _named_columns(role, sample) if not _misfit(role, name, sample)), None)
         if column is not None and column not in column_of_role.values():
             column_of_role[role] = column
-    if "event_type" in column_of_role and _share_of_events(sample[column_of_role["event_type"]]) < 0.5:
-        del column_of_role["event_type"]  # most of its values are not event types of plays
     for role, pattern in PATTERNS.items():
         matching_columns = [name for plain_column, name in plain_names.items() if re.search(pattern, plain_column)]
         if (
             role not in column_of_role
             and len(matching_columns) == 1
             and matching_columns[0] not in column_of_role.values()
+            and not _misfit(role, matching_columns[0], sample)
         ):
             column_of_role[role] = matching_columns[0]
     if "playlist" not in column_of_role and (time_column := _guess_time(column_of_role, sample)):
@@ -211,11 +230,40 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
     return row_kind, {role: column_of_role[role] for role in roles(row_kind == "playlists") if role in column_of_role}
 
 
+def _named_columns(role: str, sample: Mapping[str, pa.Array]) -> list[str]:
+    """Return the columns with a name that exports use for a role, best first."""
+    plain_names = {plain_letters(name): name for name in reversed(list(sample))}
+    return [plain_names[name] for name in NAMES[role] if name in plain_names]
+
+
+def _misfit(role: str, column: str, sample: Mapping[str, pa.Array]) -> str:
+    """Return why a column cannot have an optional role: its type, or more than half of its values; empty if it can."""
+    if role not in OPTIONAL_READERS:
+        return ""
+    values = sample[column][:1000]
+    problems = Problems(len(values))
+    try:
+        OPTIONAL_READERS[role](values, problems, column=column)
+    except InputError as error:
+        return str(error)
+    reasons, known_count = problems.reasons(), len(values) - values.null_count
+    return f"{reasons[0]} in {len(reasons):,} of {known_count:,} values" if len(reasons) * 2 > known_count else ""
+
+
+def _left_out(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array], is_playlists: bool) -> dict[str, str]:
+    """Return optional role -> why the column with a name for it is not used."""
+    left_out: dict[str, str] = {}
+    for role in roles(is_playlists):
+        text = next((_misfit(role, name, sample) for name in _named_columns(role, sample)), "")
+        if text and role not in column_of_role:
+            left_out[role] = f"No column is used as {role}: {text}."
+    return left_out
+
+
 def _guess_time(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> str:
     """Return the column of the times of plays, guessed from names and values; empty if no column looks like one."""
-    plain_names: dict[str, str] = {plain_letters(name): name for name in reversed(list(sample))}
     taken_columns = {name for role, name in column_of_role.items() if role != "played_at"}
-    named_columns = [plain_names[name] for name in NAMES["played_at"] if name in plain_names]
+    named_columns = _named_columns("played_at", sample)
     time_column = next(
         (name for name in named_columns if name not in taken_columns and _share_of_times(sample[name]) > 0.5), None
     )
@@ -332,12 +380,6 @@ def _share_of_matches(values: pa.Array, pattern: str) -> float:
     """Share of the non-null values, of the first 1,000, that match a pattern as a whole."""
     texts = _first_texts(values)
     return sum(re.fullmatch(pattern, text) is not None for text in texts) / max(1, len(texts))
-
-
-def _share_of_events(values: pa.Array) -> float:
-    """Share of the non-null values, of the first 1,000, that are event types known to an import."""
-    texts = _first_texts(values)
-    return sum(text.lower() in EVENTS for text in texts) / max(1, len(texts))
 
 
 def _sample_batches(file_format: Format, files: Sequence[SourceFile], options: ReadOptions) -> list[Batch]:
@@ -487,7 +529,8 @@ def guess_import(
     `earlier_columns` are the columns of an earlier import; they override a guess if the files have them, and song
     ids are then made of artist and title only if that import did so. `user`, if not empty, is the user of all
     plays of files that name no users. `timezone` is the IANA name of the time zone of times without one. `on_note` is
-    called with warnings: the column guessed for song ids may hold titles, most times are numbers before 1990.
+    called with warnings: the column guessed for song ids may hold titles, a column that seems to hold an optional role
+    is not used, most times are numbers before 1990.
 
     Raises `InputError` for files of an unknown format or of playlists, if a required column is not found, and if date
     and time seem to be in two columns.
@@ -503,14 +546,14 @@ def guess_import(
     inspection, sample = _inspect(selected_format, paths, timezone)
     remaining_columns = {SONG_FROM_NAMES, *(column.name for column in inspection.columns)} - set(given_columns.values())
     given_columns = {
-        role: name for role, name in (earlier_columns or {}).items() if name in remaining_columns
+        role: name for role, name in (earlier_columns or {}).items() if not name or name in remaining_columns
     } | given_columns
     column_of_role = {role: name for role, name in inspection.mapping.items() if role in roles(False)}
     # Song ids made of names would differ from those of the earlier import.
     if earlier_columns is not None and column_of_role.get("song") == SONG_FROM_NAMES:
         del column_of_role["song"]
     column_of_role = {
-        role: name for role, name in column_of_role.items() if name not in given_columns.values()
+        role: name for role, name in column_of_role.items() if not name or name not in given_columns.values()
     } | given_columns
     config = ImportConfig(
         format=selected_format,
@@ -524,15 +567,15 @@ def guess_import(
     doubts = {role: text for role, text in inspection.doubts.items() if role not in given_columns}
     if "played_at" in doubts:
         raise InputError(f"{paths[0]}: {doubts['played_at'].removesuffix('.')}")
-    song_doubts = [doubts["song"]] if "song" in doubts else []
-    for text in song_doubts + _early_time_notes(column_of_role, sample):
+    role_notes = [text for role, text in (doubts | inspection.left_out).items() if role not in given_columns]
+    for text in role_notes + _early_time_notes(column_of_role, sample):
         on_note(f"Warning: {text}")
     return config
 
 
 def describe_import(config: ImportConfig) -> str:
     """Describe in one line the format, the columns, the time zone and, if one was given, the user."""
-    columns = ", ".join(f"{role} = {name}" for role, name in config.columns.items())
+    columns = ", ".join(f"{role} = {name}" for role, name in config.columns.items() if name)
     description = (
         f"{config.format}: {columns}; times without a zone are read as {config.timezone}" if columns else config.format
     )

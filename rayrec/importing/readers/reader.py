@@ -245,13 +245,14 @@ def mapped_columns(
 ) -> dict[str, int]:
     """Return role -> position of its column: the column that `names` gives, else the column with the role's name.
 
-    Raises `InputError` for an unknown role, for missing columns of roles in `needed` or `names` (the message names all
-    of them, and similar columns of the file), and for a column name that occurs twice.
+    A role for which `names` gives an empty name has no column. Raises `InputError` for an unknown role, for missing
+    columns of roles in `needed` or `names` (the message names all of them, and similar columns of the file), and for a
+    column name that occurs twice.
     """
     unknown_roles = [role for role in names if role not in roles]
     if unknown_roles:
         raise InputError(f"cannot map a column to {unknown_roles[0]!r}; expected one of {', '.join(roles)}")
-    column_of = {role: names.get(role, role) for role in roles}
+    column_of = {role: names.get(role, role) for role in roles if role in needed or names.get(role) != ""}
     missing_columns = {
         role: name for role, name in column_of.items() if name not in header and (role in names or role in needed)
     }

@@ -312,11 +312,7 @@ def _events(
         skip_columns.append(pc.less(ms_played, reader.STREAM_MS))
     likes = read_flags(values["liked"], problems, column_name("liked")) if "liked" in values else None
     if "event_type" in values:
-        texts = pc.utf8_lower(spell_texts(values["event_type"], problems, column=column_name("event_type")))
-        event_indices = pc.index_in(texts, value_set=pa.array(list(EVENTS)))
-        is_unknown = pc.and_(event_indices.is_null(), texts.is_valid())
-        problems.mark(np.asarray(is_unknown.to_numpy(zero_copy_only=False)), OTHER_EVENT)
-        event_types = pa.array(list(EVENTS.values())).take(event_indices)
+        event_types = read_events(values["event_type"], problems, column_name("event_type"))
         skip_columns.insert(
             0, pc.if_else(pc.fill_null(pc.equal(event_types, "skip"), False), True, pa.scalar(None, pa.bool_()))
         )
@@ -358,6 +354,18 @@ def _read_positions(values: pa.Array, problems: Problems, column: str) -> pa.Arr
     is_valid = pc.fill_null(pc.match_substring_regex(texts, r"^\d{1,18}$"), False)
     problems.mark(~np.asarray(is_valid.to_numpy(zero_copy_only=False)), NOT_A_POSITION)
     return one_array(pc.if_else(is_valid, texts, "0").cast(pa.int64()))
+
+
+def read_events(values: pa.Array, problems: Problems, column: str) -> pa.Array:
+    """Strings (R,): a column of event types as play, skip or like; null if there is no value.
+
+    Other values are marked in `problems`.
+    """
+    texts = pc.utf8_lower(spell_texts(values, problems, column=column))
+    positions = pc.index_in(texts, value_set=pa.array(list(EVENTS)))
+    is_unknown = pc.and_(positions.is_null(), texts.is_valid())
+    problems.mark(np.asarray(is_unknown.to_numpy(zero_copy_only=False)), OTHER_EVENT)
+    return pa.array(list(EVENTS.values())).take(positions)
 
 
 def read_flags(values: pa.Array, problems: Problems, column: str) -> pa.Array:

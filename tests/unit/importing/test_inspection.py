@@ -285,6 +285,60 @@ def test_days_that_are_read_as_seconds_of_1970_give_a_warning(tmp_path: Path, va
     assert warning in inspect_files("csv", [path]).notes
 
 
+@pytest.mark.parametrize(
+    ("role", "name", "values", "reason"),
+    [
+        ("artist", "artists", pa.array([["A", "B"]] * 3), "expected text or numbers"),
+        (
+            "contexts",
+            "context",
+            pa.array([{"type": "radio"}] * 3),
+            "holds struct<type: string>; expected text or numbers",
+        ),
+        (
+            "ms_played",
+            "ms_played",
+            pa.array([5] * 3, pa.duration("ms")),
+            "holds duration[ms]; expected text or numbers",
+        ),
+        ("share_listened", "completion", pa.array([50, 70, 89]), "is not a number from 0 to 1 in 3 of 3 values"),
+        ("skipped", "skip", pa.array([0, 3, 5]), "is not true, false, 1 or 0 in 2 of 3 values"),
+        ("liked", "liked", pa.array([1, 7, 4]), "is not true, false, 1 or 0 in 2 of 3 values"),
+        (
+            "event_type",
+            "event_type",
+            pa.array(["play", "opened", "closed"]),
+            "not a play, skip or like in 2 of 3 values",
+        ),
+    ],
+)
+def test_a_column_that_cannot_be_read_as_an_optional_role_is_not_used(
+    tmp_path: Path, role: str, name: str, values: pa.Array, reason: str
+) -> None:
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"user": ["a"] * 3, "song": ["b", "c", "d"], "ts": [START] * 3, name: values}), path)
+    notes: list[str] = []
+    config = guess_import([str(path)], on_note=notes.append)
+    assert not config.columns.get(role)
+    (batch,) = config.reader().read(plan_import(config).units[0])
+    assert (batch.rows.num_rows, batch.rejected.num_rows) == (3, 0)
+    (note,) = notes
+    assert note.startswith(f"Warning: No column is used as {role}: ")
+    assert reason in note
+    inspection = inspect_files("parquet", [str(path)])
+    assert list(inspection.left_out) == [role]
+    assert (f"{role}=" in inspection.command) == (role == name)  # an import would use a column with this name
+    assert guess_import([str(path)], columns={role: name}, on_note=notes.append).columns[role] == name
+    assert guess_import([str(path)], earlier_columns={role: ""}).columns[role] == ""
+    assert len(notes) == 1
+
+
+def test_a_column_with_a_few_values_that_cannot_be_read_keeps_its_role() -> None:
+    columns = {"user": ["a"] * 3, "song": ["b"] * 3, "ts": [str(START)] * 3, "loved": ["1", "0", "maybe"]}
+    _, roles = guess_roles({name: pa.array(values) for name, values in columns.items()})
+    assert roles["liked"] == "loved"
+
+
 LASTFM = """artist,album,track,date
 Radiohead,OK Computer,No Surprises,14 Nov 2023 23:05
 Blur,Blur,Song 2,14 Nov 2023 23:09
