@@ -117,6 +117,7 @@ class Inspection:
     left_out: dict[str, str] = field(
         default_factory=dict
     )  # optional role -> why a column that seems to hold it is not used
+    lacking: dict[str, str] = field(default_factory=dict)  # column -> the first inspected file that lacks it
     notes: list[str] = field(default_factory=list)
     command: str = ""  # the command that imports the files
 
@@ -147,12 +148,19 @@ def _inspect(format_name: str, paths: Sequence[str], timezone: str) -> tuple[Ins
         return Inspection(**_row_fields(batches), **command, files=len(files), bytes=size, notes=notes), {}
     delimiter = _guess_delimiter(files[0].source) if format_name == "csv" else ""
     column_names, sample = _first_sample(files, delimiter)
+    empty_columns = {file.source: _empty_columns(file, delimiter) for file in files[:SAMPLE_FILES]}
+    for columns_of_file in empty_columns.values():
+        sample |= {name: values for name, values in columns_of_file.items() if name not in sample}
+    lacking = {
+        name: source
+        for source, columns_of_file in reversed(empty_columns.items())
+        for name in sample.keys() - columns_of_file.keys()
+    }
     repeated_names = {name: count for name, count in Counter(column_names).items() if count > 1}
-    row_kind, column_of_role = guess_roles(sample)
+    row_kind, column_of_role, left_out = _guess_roles_of_files(sample, lacking)
     is_playlists = row_kind == "playlists"
-    left_out = _left_out(column_of_role, sample, is_playlists)
     # An import uses a column that has the name of a role, unless another or none is given.
-    mapping = column_of_role | {role: "" for role in left_out if role in sample}
+    mapping = column_of_role | {role: "" for role in left_out if role in sample and _misfit(role, role, sample)}
     required_roles = [role for role in roles(is_playlists) if role not in OPTIONAL_ROLES]
     missing_roles = [role for role in required_roles if role not in column_of_role]
     options = ReadOptions(playlists=is_playlists, columns=mapping, delimiter=delimiter or ",", timezone=timezone)
@@ -176,7 +184,7 @@ def _inspect(format_name: str, paths: Sequence[str], timezone: str) -> tuple[Ins
         notes.append("No column looks like song IDs: they are made from artist and title.")
     notes += [f"{count} columns are named {name!r}: rename all but one." for name, count in repeated_names.items()]
     notes += _early_time_notes(column_of_role, sample)
-    if _looks_like_data(list(sample)):
+    if _looks_like_data(column_names):
         notes.append(FIRST_LINE_NOTE)
     command_columns = {
         role: mapping.get(role, "NAME") for role in roles(is_playlists) if role in [*mapping, *missing_roles]
@@ -193,6 +201,7 @@ def _inspect(format_name: str, paths: Sequence[str], timezone: str) -> tuple[Ins
         time=time_form(sample[column_of_role["played_at"]], timezone) if "played_at" in column_of_role else "",
         doubts=_doubts(column_of_role, sample),
         left_out=left_out,
+        lacking=lacking,
         notes=notes,
     )
     return inspection, sample
@@ -228,6 +237,29 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
         column_of_role["song"] = SONG_FROM_NAMES
     row_kind = "playlists" if "playlist" in column_of_role and "played_at" not in column_of_role else "plays"
     return row_kind, {role: column_of_role[role] for role in roles(row_kind == "playlists") if role in column_of_role}
+
+
+def _guess_roles_of_files(
+    sample: dict[str, pa.Array], lacking: Mapping[str, str]
+) -> tuple[str, dict[str, str], dict[str, str]]:
+    """Return `plays` or `playlists`, role -> column, and optional role -> why its column is not used.
+
+    `sample` has the columns of all files, `lacking` those that a file lacks. Only columns of all files are used, unless
+    a required one is among the others: an import then names the file that lacks it.
+    """
+    row_kind, column_of_role = guess_roles({name: values for name, values in sample.items() if name not in lacking})
+    kind_of_any, any_column_of_role = guess_roles(sample)
+    required_roles = any_column_of_role.keys() - set(OPTIONAL_ROLES)
+    time_names = [plain_letters(guess.get("played_at", "")) for guess in (column_of_role, any_column_of_role)]
+    is_other_time = time_names[0] not in NAMES["played_at"] and time_names[1] in NAMES["played_at"]
+    if required_roles - column_of_role.keys() or is_other_time:
+        row_kind, column_of_role = kind_of_any, any_column_of_role
+    left_out = _left_out(column_of_role, sample, row_kind == "playlists")
+    for role, name in any_column_of_role.items():
+        if role not in column_of_role and name in lacking:
+            effect = f"{role} is read only from files with it" if role == name else f"no column is used as {role}"
+            left_out[role] = f"{lacking[name]} has no column {name!r}: {effect}."
+    return row_kind, column_of_role, left_out
 
 
 def _named_columns(role: str, sample: Mapping[str, pa.Array]) -> list[str]:
@@ -446,6 +478,14 @@ def _first_sample(files: Sequence[SourceFile], delimiter: str) -> tuple[list[str
     return column_names, sample
 
 
+def _empty_columns(file: SourceFile, delimiter: str) -> dict[str, pa.Array]:
+    """Return the columns of a file without values."""
+    if delimiter:
+        return {name: pa.nulls(0, pa.string()) for name in delimited.read_header(file.source, delimiter)}
+    with open_source(file.source) as stream:
+        return {item.name: pa.nulls(0, item.type) for item in open_parquet(file.source, stream).schema_arrow}
+
+
 def _csv_sample(file: SourceFile, delimiter: str) -> tuple[list[str], dict[str, pa.Array]]:
     """Return the names of the header, and the first values of each column."""
     header = delimited.read_header(file.source, delimiter)
@@ -463,9 +503,7 @@ def _parquet_sample(file: SourceFile) -> tuple[list[str], dict[str, pa.Array]]:
         parquet_file = open_parquet(file.source, stream)
         batch = next(read_batches(file.source, parquet_file, None, None), None)
         if batch is None:
-            return parquet_file.schema_arrow.names, {
-                item.name: pa.nulls(0, item.type) for item in parquet_file.schema_arrow
-            }
+            return parquet_file.schema_arrow.names, _empty_columns(file, "")
     return batch.schema.names, dict(zip(batch.schema.names, batch.columns, strict=True))
 
 
@@ -546,7 +584,9 @@ def guess_import(
     inspection, sample = _inspect(selected_format, paths, timezone)
     remaining_columns = {SONG_FROM_NAMES, *(column.name for column in inspection.columns)} - set(given_columns.values())
     given_columns = {
-        role: name for role, name in (earlier_columns or {}).items() if not name or name in remaining_columns
+        role: name
+        for role, name in (earlier_columns or {}).items()
+        if not name or (name in remaining_columns and (role not in OPTIONAL_ROLES or name not in inspection.lacking))
     } | given_columns
     column_of_role = {role: name for role, name in inspection.mapping.items() if role in roles(False)}
     # Song ids made of names would differ from those of the earlier import.

@@ -431,6 +431,49 @@ def test_columns_are_guessed_from_the_first_file_with_rows(tmp_path: Path, forma
     assert (columns["song"], columns["title"], columns["artist"]) == ("artist+title", "track", "artist")
 
 
+@pytest.mark.parametrize("format_name", ["csv", "parquet"])
+@pytest.mark.parametrize("first", ["old", "new"])
+def test_an_optional_column_is_used_only_if_all_files_have_it(tmp_path: Path, first: str, format_name: str) -> None:
+    plays = pd.DataFrame({"user": ["a"], "song": ["b"], "ts": [START], "loved": [1], "artist": ["A"]})
+    for part, name in ((plays[["user", "song", "ts"]], "old"), (plays, "new")):
+        path = tmp_path / f"{'1' if name == first else '2'}-{name}.{format_name}"
+        part.to_csv(path, index=False) if format_name == "csv" else part.to_parquet(path, index=False)
+    old_path = str(next(tmp_path.glob("*old*")))
+    notes: list[str] = []
+    config = guess_import([str(tmp_path)], on_note=notes.append)
+    assert config.columns == {"user": "user", "song": "song", "played_at": "ts"}
+    assert notes == [
+        f"Warning: {old_path} has no column 'loved': no column is used as liked.",
+        f"Warning: {old_path} has no column 'artist': artist is read only from files with it.",
+    ]
+    batches = [batch for unit in plan_import(config).units for batch in config.reader().read(unit)]
+    assert [artist for batch in batches for artist in batch.rows["artist"].to_pylist()] == (
+        [None, "A"] if first == "old" else ["A", None]
+    )
+    update_config = guess_import([str(tmp_path)], earlier_columns={"liked": "loved", "artist": "artist"})
+    assert update_config.columns == config.columns
+    with pytest.raises(InputError, match="has no column 'loved' for liked"):
+        plan_import(guess_import([str(tmp_path)], columns={"liked": "loved"}))
+
+
+def test_a_column_that_only_newer_files_have_is_not_read_if_its_type_has_no_use(tmp_path: Path) -> None:
+    plays = pa.table({"user": ["a"], "song": ["b"], "ts": [START], "ms_played": pa.array([5], pa.duration("ms"))})
+    pq.write_table(plays.drop_columns("ms_played"), tmp_path / "1.parquet")
+    pq.write_table(plays, tmp_path / "2.parquet")
+    assert guess_import([str(tmp_path)]).columns["ms_played"] == ""
+    assert inspect_files("parquet", [str(tmp_path)]).rows == 2
+
+
+@pytest.mark.parametrize("first", ["ts", "timestamp"])
+def test_a_file_without_the_column_of_times_of_the_others_is_named(tmp_path: Path, first: str) -> None:
+    """A column of dates that all files have, such as release dates, is no replacement."""
+    for name in ("ts", "timestamp"):
+        text = f"user,song,first sold,{name}\na,b,1999-01-01,{START}\n"
+        write(tmp_path / f"{'1' if name == first else '2'}.csv", text)
+    with pytest.raises(InputError, match=r"\.csv has no column '(ts|timestamp)' for played_at"):
+        guess_import([str(tmp_path)])
+
+
 def test_columns_of_one_name_are_pointed_out(tmp_path: Path) -> None:
     pq.write_table(pa.table([pa.array(["a"])] * 3, names=["user", "user", "song"]), tmp_path / "p.parquet")
     for format_name, path in (
