@@ -564,11 +564,12 @@ def guess_import(
 ) -> ImportConfig:
     """Guess the settings that import files of plays; `format_name` and `columns`, role -> name, override the guesses.
 
-    `earlier_columns` are the columns of an earlier import; they override a guess if the files have them, and song
-    ids are then made of artist and title only if that import did so. `user`, if not empty, is the user of all
-    plays of files that name no users. `timezone` is the IANA name of the time zone of times without one. `on_note` is
-    called with warnings: the column guessed for song ids may hold titles, a column that seems to hold an optional role
-    is not used, most times are numbers before 1990.
+    `earlier_columns` are the columns of an earlier import; they override a guess if the files have them. Optional roles
+    that it did not use, other than title and artist, are then not guessed, and song ids are made of artist and title
+    only if that import did so. `user`, if not empty, is the user of all plays of files that name no users. `timezone`
+    is the IANA name of the time zone of times without one. `on_note` is called with warnings: the column guessed for
+    song ids may hold titles, a column that seems to hold an optional role is not used, most times are numbers before
+    1990.
 
     Raises `InputError` for files of an unknown format or of playlists, if a required column is not found, and if date
     and time seem to be in two columns.
@@ -582,13 +583,28 @@ def guess_import(
             format=selected_format, paths=tuple(paths), columns=given_columns, timezone=timezone, user=user
         )
     inspection, sample = _inspect(selected_format, paths, timezone)
-    remaining_columns = {SONG_FROM_NAMES, *(column.name for column in inspection.columns)} - set(given_columns.values())
-    given_columns = {
+    earlier_columns_used = {
         role: name
         for role, name in (earlier_columns or {}).items()
-        if not name or (name in remaining_columns and (role not in OPTIONAL_ROLES or name not in inspection.lacking))
-    } | given_columns
-    column_of_role = {role: name for role, name in inspection.mapping.items() if role in roles(False)}
+        if not name
+        or (
+            name in {SONG_FROM_NAMES, *sample} - set(given_columns.values())
+            and not (role in OPTIONAL_ROLES and name in inspection.lacking)
+            and not (role == name and role in inspection.left_out)
+        )
+    }
+    given_columns = earlier_columns_used | given_columns
+    # An update must not count likes that the import counted as plays. Titles and artists change no play.
+    unused_roles = {
+        role
+        for role in OPTIONAL_ROLES
+        if earlier_columns and role not in NAMES_OF_SONG and earlier_columns.get(role) not in sample
+    }
+    column_of_role = {
+        role: name
+        for role, name in inspection.mapping.items()
+        if role in roles(False) and not (name and role in unused_roles)
+    }
     # Song ids made of names would differ from those of the earlier import.
     if earlier_columns is not None and column_of_role.get("song") == SONG_FROM_NAMES:
         del column_of_role["song"]
@@ -607,8 +623,8 @@ def guess_import(
     doubts = {role: text for role, text in inspection.doubts.items() if role not in given_columns}
     if "played_at" in doubts:
         raise InputError(f"{paths[0]}: {doubts['played_at'].removesuffix('.')}")
-    role_notes = [text for role, text in (doubts | inspection.left_out).items() if role not in given_columns]
-    for text in role_notes + _early_time_notes(column_of_role, sample):
+    left_out = {role: text for role, text in inspection.left_out.items() if role not in {*given_columns, *unused_roles}}
+    for text in [*doubts.values(), *left_out.values(), *_early_time_notes(column_of_role, sample)]:
         on_note(f"Warning: {text}")
     return config
 

@@ -23,6 +23,7 @@ from rayrec.importing.inspection import (
     time_form,
 )
 from rayrec.importing.readers import FORMATS
+from rayrec.importing.readers.tabular import OPTIONAL_ROLES
 
 START = 1711929600
 CATEGORIES = pa.dictionary(pa.int32(), pa.string())
@@ -429,6 +430,21 @@ def test_columns_are_guessed_from_the_first_file_with_rows(tmp_path: Path, forma
             part.to_parquet(path, index=False)
     columns = guess_import([str(tmp_path)]).columns
     assert (columns["song"], columns["title"], columns["artist"]) == ("artist+title", "track", "artist")
+
+
+def test_roles_that_the_earlier_import_did_not_use_are_not_guessed(tmp_path: Path) -> None:
+    """An update would count likes that the import counted as plays."""
+    header = "user_id,track_id,ts,source,skip,action,artist_name,liked"
+    path = write(tmp_path / "p.csv", f"{header}\nann,s1,{START},radio,1,like,A,7\n")
+    needed = {"user": "user_id", "song": "track_id", "played_at": "ts"}
+    assert {"contexts", "skipped", "event_type"} < guess_import([path]).columns.keys()
+    notes: list[str] = []
+    own_names = {role: role for role in OPTIONAL_ROLES}
+    config = guess_import([path], earlier_columns=own_names | needed, on_note=notes.append)
+    assert config.columns == {**needed, "artist": "artist_name", "liked": ""}
+    assert notes == ["Warning: No column is used as liked: liked is not true, false, 1 or 0 in 1 of 1 values."]
+    config = guess_import([path], earlier_columns=own_names | needed | {"user": "uid", "skipped": "skip"})
+    assert config.columns == {**needed, "artist": "artist_name", "liked": "", "skipped": "skip"}
 
 
 @pytest.mark.parametrize("format_name", ["csv", "parquet"])
