@@ -60,7 +60,7 @@ class ImportConfig(Settings):
     columns: dict[str, str] = Field(
         {},
         description="csv, parquet: column of each role, such as user=user_id,song=song_id,played_at=ts; "
-        "song=artist+title makes song IDs from artist and title",
+        "song=artist+title makes song IDs from artist and title, skipped= uses no column for a role",
     )
     delimiter: Delimiter = Field(",", description="csv: column delimiter; \\t for a tab")
     timezone: TimeZone = Field(

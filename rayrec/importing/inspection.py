@@ -387,7 +387,8 @@ def _read_times(values: pa.Array) -> np.ndarray:
         times = to_ms(values, problems)
     except InputError:
         return np.zeros(0, dtype=np.int64)
-    return times[~problems.bad]
+    readable_times: np.ndarray = times[~problems.bad]
+    return readable_times
 
 
 def _early_time_notes(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> list[str]:
