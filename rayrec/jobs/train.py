@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.split import SELECTION_FOLDER, Split, fit_range_of, split_flag
+from rayrec.data.split import Split, fit_range_of, split_flag
 from rayrec.display import progress
 from rayrec.embeddings.word2vec import PLAYLIST_WARNING
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
@@ -24,7 +24,6 @@ from rayrec.jobs.trainer import (
     new_board,
     plan_training,
     run_workers,
-    selected_folder,
     shown,
     table_dim,
     train_worker,
@@ -131,9 +130,8 @@ def train(
     if plan.vectors:  # for `--from`
         last_phase: Phase = "final" if config.refit or plan.validation is None else "selection"
         metrics[EMBEDDINGS_FILE] = plan.vectors[last_phase].rpartition("/")[2]
-    workspace.move(plan.counts["final"], manifest.path(PLAY_COUNTS))  # popular songs for users without a taste vector
-    for path in workspace.files(selected_folder(plan)):  # for rankers: it has not seen the validation range
-        workspace.move(path, manifest.path(f"{SELECTION_FOLDER}/{path.rpartition('/')[2]}"))
+    # For popular songs for users without a taste vector. A copy, because a resumed training needs the counts in run/.
+    workspace.write_array(manifest.path(PLAY_COUNTS), workspace.read_array(plan.counts["final"]))
     all_names = [name.removeprefix(manifest.folder + "/") for name in workspace.files(manifest.folder)]
     file_names = [name for name in all_names if not name.startswith("run/")]
     model = artifacts.publish(workspace, Manifest(**{**asdict(manifest), "metrics": metrics}), file_names)

@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
-from rayrec.data.split import FitRange, Split, fit_range_of, validation_histories
+from rayrec.data.split import SELECTION_FOLDER, FitRange, Split, fit_range_of, validation_histories
 from rayrec.data.windows import WindowLengths, Windows
 from rayrec.display import Progress, progress
 from rayrec.errors import DivergedError, InputError, RayrecError
@@ -251,8 +251,11 @@ def read_validation(plan: TrainPlan) -> Validation:
 
 
 def selected_folder(plan: TrainPlan) -> str:
-    """Return the folder that holds the best network of the selection phase while the training runs."""
-    return f"{plan.folder}/run/selected"
+    """Return the folder of the best network of the selection phase, for rankers: it has not seen the validation range.
+
+    It is where the model holds it: a move of a file above 5 GiB fails on S3.
+    """
+    return f"{plan.folder}/{SELECTION_FOLDER}"
 
 
 def diverged_file(plan: TrainPlan) -> str:

@@ -11,6 +11,7 @@ from rayrec.errors import RayrecError
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.import_data import import_data
 from rayrec.jobs.train import train
+from rayrec.jobs.trainer import has_counts_of
 from rayrec.model.train_config import TrainConfig
 from rayrec.storage import artifacts
 from rayrec.storage.workspace import Workspace
@@ -67,3 +68,19 @@ def test_the_checkpoints_stay_until_the_model_is_published(
     workspace.write_json(model.path("run/checkpoint.json"), {})  # as if the training was killed just after it published
     assert train(workspace, CONFIG) == model
     assert not workspace.exists(model.path("run"))
+
+
+def test_a_training_killed_while_its_model_is_published_keeps_the_counts_that_resume_needs(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them its checkpoints are taken for those of a smaller catalog, and deleted."""
+    import_ring(workspace, tmp_path, songs=60)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifacts, "publish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(workspace, CONFIG)
+    (model_id,) = workspace.folders("models")
+    assert has_counts_of(workspace, f"models/{model_id}", 60)
