@@ -42,6 +42,8 @@ WORKER_ENVIRONMENT = {
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 
+_is_private = False  # True while this process uses a local cluster that `ray_cluster` has started
+
 
 @contextmanager
 def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
@@ -59,6 +61,8 @@ def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         require_cluster(address)
+    global _is_private
+    _is_private = address in (None, "", "local")
     local = {} if address else {"include_dashboard": False, **options}
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
@@ -77,6 +81,7 @@ def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        _is_private = False
         ray.shutdown()
 
 
@@ -145,6 +150,11 @@ def quiet_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised as exceptions
+
+
+def is_private_cluster() -> bool:
+    """Return True within `ray_cluster` if it has started the cluster for this process, so that no node is added."""
+    return _is_private
 
 
 def cluster_cpus() -> int:

@@ -12,7 +12,7 @@ from rayrec.display import progress
 from rayrec.embeddings.word2vec import PLAYLIST_WARNING
 from rayrec.errors import DivergedError, InputError, LeakError, MismatchError, RayrecError
 from rayrec.jobs.forget import erase_forgotten
-from rayrec.jobs.runtime import cluster_cpus, ray_cluster
+from rayrec.jobs.runtime import cluster_cpus, is_private_cluster, ray_cluster
 from rayrec.jobs.trainer import (
     EMBEDDINGS_FILE,
     LocalBoard,
@@ -220,5 +220,8 @@ def _fit(plan: TrainPlan) -> dict[str, Any]:
 
 
 def worker_cpus(workers: int) -> float:
-    """Return the CPUs per training worker: 1, or less if there are more workers than CPUs."""
-    return min(1.0, int(100 * cluster_cpus() / max(1, workers)) / 100)
+    """Return the CPUs per training worker: 1, or less if a private cluster has fewer CPUs than workers.
+
+    A cluster that was joined adds nodes for workers that find no CPU.
+    """
+    return min(1.0, int(100 * cluster_cpus() / max(1, workers)) / 100) if is_private_cluster() else 1.0

@@ -576,7 +576,10 @@ def run_workers(
         work,
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
-            num_workers=request.workers, use_gpu=bool(request.gpus), resources_per_worker=request.resources
+            num_workers=request.workers,
+            use_gpu=bool(request.gpus),
+            resources_per_worker=request.resources,
+            placement_strategy="PACK" if request.gpus else "SPREAD",  # workers on CPUs share a node's memory
         ),
         run_config=RunConfig(
             name="run",

@@ -1,14 +1,29 @@
-"""Why Ray Train gave up is what the error says."""
+"""What a training requests of Ray Train, and that the error says why Ray Train gave up."""
 
 from typing import Any
 
 import pytest
+import ray
 from ray.train import ControllerError
 
 from rayrec.errors import RayrecError
 from rayrec.jobs import trainer
+from rayrec.jobs.runtime import ray_cluster
+from rayrec.jobs.train import worker_cpus
 from rayrec.jobs.trainer import LOOK_INTERVAL, START_TIMEOUT, WorkerRequest, run_workers
 from rayrec.storage.workspace import Workspace
+
+
+class RecordingTrainer:
+    """Stands for Ray Train; keeps what the last training requested."""
+
+    requested: dict[str, Any]
+
+    def __init__(self, *_: Any, **requested: Any) -> None:
+        RecordingTrainer.requested = requested
+
+    def fit(self) -> None:
+        pass
 
 
 class FailingTrainer:
@@ -19,6 +34,36 @@ class FailingTrainer:
 
     def fit(self) -> None:
         raise ControllerError(OSError("Access Denied"))
+
+
+@pytest.fixture
+def recording_trainer(monkeypatch: pytest.MonkeyPatch) -> type[RecordingTrainer]:
+    monkeypatch.setattr(trainer, "TorchTrainer", RecordingTrainer)
+    for name in (LOOK_INTERVAL, START_TIMEOUT):
+        monkeypatch.setenv(name, "1")  # `run_workers` sets them for the process
+    return RecordingTrainer
+
+
+@pytest.mark.parametrize(("gpus", "placement"), [(0, "SPREAD"), (1, "PACK")])
+def test_workers_on_cpus_are_spread_over_the_nodes_whose_memory_they_need(
+    workspace: Workspace, recording_trainer: type[RecordingTrainer], gpus: int, placement: str
+) -> None:
+    request = WorkerRequest(workers=4, cpus=1.0, gpus=gpus, wait_minutes=15)
+    run_workers(lambda _: None, {}, request, workspace, "model")
+    assert recording_trainer.requested["scaling_config"].placement_strategy == placement
+
+
+@pytest.mark.parametrize(("address", "cpus"), [("auto", 1.0), ("local", 0.25)])
+def test_workers_share_cpus_only_on_a_cluster_of_their_own_which_does_not_grow(
+    monkeypatch: pytest.MonkeyPatch, address: str, cpus: float
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0})
+    with ray_cluster(address):
+        assert worker_cpus(64) == cpus
+        assert worker_cpus(8) == 1.0
 
 
 def test_an_error_of_the_storage_is_not_reported_as_a_lack_of_resources(
