@@ -57,6 +57,7 @@ LOGGER = logging.getLogger(__name__)
 EMBEDDINGS_FILE = "embeddings_file"  # metric: name of the file with the song embeddings that the network learned on
 BLOCK_BYTES = 4 << 20  # bytes of windows in a block of the stream
 AHEAD_BYTES = 64 << 20  # bytes of windows that may wait in the object store per worker
+NODE_LABEL = "ray.io/node-id"  # label that Ray gives each node
 EPOCH = "epoch"  # column: the epoch of a window
 WORKER_FAILURES = 3  # lost training workers that are replaced before the job gives up
 START_TRIES = 4  # times that Ray Train requests the workers' resources within `wait_minutes`
@@ -434,9 +435,11 @@ class WindowStream:
         context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=AHEAD_BYTES)
         context.target_max_block_size = BLOCK_BYTES  # otherwise Ray collects up to 128 MiB per block
         # The task requests no CPU: it is far cheaper than the training that it feeds, and would otherwise wait forever
-        # if the workers hold all CPUs, for example after the loss of a node.
+        # if the workers hold all CPUs, for example after the loss of a node. Without a CPU it would run on any node,
+        # the head too, so it is kept on that of its worker, with which it ends.
+        here = {NODE_LABEL: ray.get_runtime_context().get_node_id()}
         stream = ray.data.from_items([{EPOCH: epoch} for epoch in epochs], override_num_blocks=len(epochs)).map_batches(
-            read_tables, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=1)
+            read_tables, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=1), label_selector=here
         )
         self._reader = reader
         self._incoming_tables = iter(stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))

@@ -1,16 +1,20 @@
 """What a training requests of Ray Train, and that the error says why Ray Train gave up."""
 
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
+import ray.data
 from ray.train import ControllerError
 
 from rayrec.errors import RayrecError
 from rayrec.jobs import trainer
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.train import worker_cpus
-from rayrec.jobs.trainer import LOOK_INTERVAL, START_TIMEOUT, WorkerRequest, run_workers
+from rayrec.jobs.trainer import LOOK_INTERVAL, START_TIMEOUT, WindowStream, WorkerRequest, run_workers
 from rayrec.storage.workspace import Workspace
 
 
@@ -64,6 +68,27 @@ def test_workers_share_cpus_only_on_a_cluster_of_their_own_which_does_not_grow(
     with ray_cluster(address):
         assert worker_cpus(64) == cpus
         assert worker_cpus(8) == 1.0
+
+
+class RecordingRows:
+    """Stands for a data set of Ray Data; keeps what its tasks request."""
+
+    requested: dict[str, Any]
+
+    def map_batches(self, *_: Any, **requested: Any) -> "RecordingRows":
+        self.requested = requested
+        return self
+
+    def iter_batches(self, **_: Any) -> Iterator[Any]:
+        return iter(())
+
+
+def test_windows_are_read_on_the_node_of_their_worker_and_not_on_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = RecordingRows()
+    monkeypatch.setattr(ray.data, "from_items", lambda *_, **__: rows)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node of the worker"))
+    WindowStream(Mock(), range(2))
+    assert rows.requested["label_selector"] == {"ray.io/node-id": "node of the worker"}
 
 
 def test_an_error_of_the_storage_is_not_reported_as_a_lack_of_resources(
