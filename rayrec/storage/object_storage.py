@@ -7,9 +7,10 @@ Google's client, since pyarrow has no such request.
 
 The local cache holds files that the processes of a node share by memory mapping: copies of objects, and data prepared
 from a release. The first process that needs a file makes it, while the others wait. Files that were not used for some
-days are deleted when the next file is made.
+days are deleted when the next file is made; if the disk is full, those that were not used for an hour.
 """
 
+import errno
 import hashlib
 import os
 import random
@@ -35,6 +36,8 @@ FIRST_PAUSE_SECONDS = 1.0  # longest pause after the first upload attempt, doubl
 
 CACHE_VARIABLE = "RAYREC_CACHE"  # environment variable with the folder of the local cache
 UNUSED_DAYS = 3.0  # days after its last use at which a cached file is deleted
+UNUSED_DAYS_ON_FULL_DISK = 1 / 24  # the same where the disk has no space for another file
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
 BLOCK = 1 << 22
 SMALL = 1 << 20  # bytes below which a file is read again, since that is faster than a look-up in the cache
 
@@ -294,7 +297,10 @@ def mapped_table(version: str, make: Callable[[], pa.Table]) -> pa.Table:
 
 
 def cached_file(version: str, name: str, make: Callable[[Path], object]) -> Path:
-    """Return the path of the file cached as `version` and `name`; if it does not exist, `make` writes it first."""
+    """Return the path of the file cached as `version` and `name`; if it does not exist, `make` writes it first.
+
+    Raises `StorageError` if the disk is full, and leaves no incomplete file there.
+    """
     folder = cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     target = folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}-{name}"
@@ -302,11 +308,23 @@ def cached_file(version: str, name: str, make: Callable[[Path], object]) -> Path
         if target.exists():
             os.utime(target)
             return target
-        _delete_unused(folder)
-        partial_path = target.with_name(f"{target.name}.part")
-        make(partial_path)
-        partial_path.replace(target)
-    return target
+        partial_path, full_disk = target.with_name(f"{target.name}.part"), OSError()
+        for unused_days in (UNUSED_DAYS, UNUSED_DAYS_ON_FULL_DISK):
+            _delete_unused(folder, unused_days)
+            try:
+                make(partial_path)
+                partial_path.replace(target)
+                return target
+            except OSError as error:
+                if error.errno not in DISK_FULL_ERRORS:
+                    raise
+                full_disk = error
+            finally:
+                partial_path.unlink(missing_ok=True)
+    raise StorageError(
+        f"no space left for {name} in the cache {folder}: {full_disk}; free some space there, or set {CACHE_VARIABLE} "
+        "to a folder on a larger disk, and run the command again"
+    ) from full_disk
 
 
 def _version(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
@@ -323,9 +341,10 @@ def _copy(filesystem: pafs.FileSystem, path: str, target: Path | None) -> str:
     return digest.hexdigest()
 
 
-def _delete_unused(folder: Path) -> None:
-    limit = time.time() - UNUSED_DAYS * 86_400
+def _delete_unused(folder: Path, days: float) -> None:
+    """Delete files that were not used for some days; locks, which may be held for longer than an hour, after 3 days."""
     for path in folder.iterdir():
+        limit = time.time() - (UNUSED_DAYS if path.suffix == ".lock" else days) * 86_400
         try:
             if path.stat().st_mtime < limit:
                 path.unlink()  # processes that have the file open keep it

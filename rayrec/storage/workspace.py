@@ -1,6 +1,5 @@
 """The workspace: the folder or bucket prefix that holds every artifact. Only this module defines its paths."""
 
-import errno
 import hashlib
 import io
 import json
@@ -20,7 +19,15 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from rayrec.errors import DamagedArtifactError, InputError, NotFoundError, StorageError
-from rayrec.storage.object_storage import SMALL, cached, checksum, patient, require_no_credentials, upload
+from rayrec.storage.object_storage import (
+    DISK_FULL_ERRORS,
+    SMALL,
+    cached,
+    checksum,
+    patient,
+    require_no_credentials,
+    upload,
+)
 
 DATASET = "dataset"
 DATASET_MANIFEST = "dataset/dataset.json"
@@ -38,7 +45,6 @@ FORGOTTEN = "forgotten"  # digests of deleted users
 IMPORT_STAGING = "dataset/.staging"  # completed work of an unfinished import
 SENT_PLAYS = ".inputs"  # tables of plays from Python, until they are imported
 
-DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
 CURRENT_FILE = "current.json"  # kind -> ids, in the order of their last request
 LOCK = ".lock"  # file lock of the run that writes, on a local disk
 LOCK_HOLDER = ".lock-holder.json"  # the run that holds the lock; on object storage this is the lock itself

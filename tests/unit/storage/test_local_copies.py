@@ -1,5 +1,6 @@
 """Files of object storage on the local disk: one copy per node, made once, of the current version."""
 
+import errno
 import hashlib
 import os
 import threading
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow.fs as pafs
 import pytest
 
-from rayrec.errors import DamagedArtifactError
+from rayrec.errors import DamagedArtifactError, StorageError
 from rayrec.storage import object_storage
 from rayrec.storage.workspace import Workspace
 
@@ -92,3 +93,30 @@ def test_copies_that_nobody_has_used_for_days_go_when_the_next_is_made(remote: W
         os.utime(path, (0, 0))
     remote.read_array("b.npy")
     assert copies(tmp_path) == ["b.npy"]
+
+
+def test_a_copy_that_fills_the_disk_is_deleted_and_the_error_names_the_cache(remote: Workspace, tmp_path: Path) -> None:
+    remote.read_array("a.npy")
+
+    def fill_disk(target: Path) -> None:
+        target.write_bytes(b"half of the file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StorageError, match=r"no space left for big\.npy in the cache .*set RAYREC_CACHE to"):
+        object_storage.cached_file("version", "big.npy", fill_disk)
+    assert copies(tmp_path) == ["a.npy"]  # it was used within the hour
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_copies_that_nobody_has_used_for_an_hour_give_way_on_a_full_disk(remote: Workspace, tmp_path: Path) -> None:
+    old_copy = remote.local_file("a.npy")
+    two_hours_ago = time.time() - 7_200
+    os.utime(old_copy, (two_hours_ago, two_hours_ago))
+
+    def copy_if_there_is_space(target: Path) -> None:
+        if old_copy.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        target.write_bytes(b"all of the file")
+
+    assert object_storage.cached_file("version", "big.npy", copy_if_there_is_space).read_bytes() == b"all of the file"
+    assert copies(tmp_path) == ["big.npy"]
