@@ -30,7 +30,7 @@ from ray.util import placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrec.data.dataset import Dataset
-from rayrec.data.histories import Histories, Queries
+from rayrec.data.histories import Histories, Queries, uniform_draws, user_hash
 from rayrec.data.split import SELECTION_FOLDER, FitRange, Split, fit_range_of, validation_histories
 from rayrec.data.windows import WindowLengths, Windows
 from rayrec.display import Progress, progress
@@ -236,13 +236,20 @@ def first_horizon(config: TrainConfig) -> AnyHorizon:
 
 
 def load_validation(table: pa.Table, selection: FitRange, limit: int, horizon: AnyHorizon = NEXT_PLAY) -> Validation:
-    """Return at most `limit` plays outside `selection` whose user has an earlier play, and a play in the horizon."""
+    """Return at most `limit` plays outside `selection` whose user has an earlier play, and a play in the horizon.
+
+    They are drawn from all users of the table, with equal chances for each play; a lower limit draws some of the same.
+    """
     histories = Histories.from_arrow(table)
     is_first = np.zeros(histories.num_plays, dtype=bool)
     is_first[histories.offsets[:-1]] = True
     plays = np.flatnonzero(~selection.covers(histories) & ~is_first)
     starts, ends = horizon.spans(histories, Queries.before_plays(histories, plays))
-    return Validation(histories=histories, plays=plays[starts < ends][:limit], horizon=horizon)
+    plays = plays[starts < ends]
+    rows = histories.rows[plays]
+    draws = uniform_draws(user_hash(histories.user_ids, salt="epochs ")[rows], plays - histories.offsets[rows])
+    drawn_plays = np.sort(plays[np.argsort(draws, kind="stable")[:limit]])
+    return Validation(histories=histories, plays=drawn_plays, horizon=horizon)
 
 
 def read_validation(plan: TrainPlan) -> Validation:

@@ -5,16 +5,19 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import ray
 import ray.data
 from ray.train import ControllerError
 
+from rayrec.data.histories import Histories
+from rayrec.data.split import FitRange
 from rayrec.errors import RayrecError
 from rayrec.jobs import trainer
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.train import worker_cpus
-from rayrec.jobs.trainer import LOOK_INTERVAL, START_TIMEOUT, WindowStream, WorkerRequest, run_workers
+from rayrec.jobs.trainer import LOOK_INTERVAL, START_TIMEOUT, WindowStream, WorkerRequest, load_validation, run_workers
 from rayrec.storage.workspace import Workspace
 
 
@@ -89,6 +92,20 @@ def test_windows_are_read_on_the_node_of_their_worker_and_not_on_the_head(monkey
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node of the worker"))
     WindowStream(Mock(), range(2))
     assert rows.requested["label_selector"] == {"ray.io/node-id": "node of the worker"}
+
+
+def test_epochs_are_chosen_by_plays_of_all_users_and_fewer_plays_are_some_of_them() -> None:
+    moments = [0, *range(10, 60)]  # ms; one play to learn from, then 50 of the validation range
+    user_ids = [f"user {number:03d}" for number in range(100)]
+    table = Histories.from_lists([range(51)] * 100, [moments] * 100, user_ids=user_ids).to_arrow()
+    fit_range = FitRange(before=10)
+    validation = load_validation(table, fit_range, 1_000)
+    play_counts = np.bincount(validation.histories.rows[validation.plays], minlength=100)
+    assert play_counts.sum() == 1_000
+    assert 400 < play_counts[50:].sum() < 600
+    fewer_plays = load_validation(table, fit_range, 200).plays
+    assert len(fewer_plays) == 200
+    assert set(fewer_plays.tolist()) <= set(validation.plays.tolist())
 
 
 def test_an_error_of_the_storage_is_not_reported_as_a_lack_of_resources(
