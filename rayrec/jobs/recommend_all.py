@@ -19,7 +19,7 @@ from rayrec.display import progress
 from rayrec.errors import InputError
 from rayrec.jobs.forget import erase_forgotten
 from rayrec.jobs.runtime import ray_cluster, run_buckets
-from rayrec.recommend.answer import RecommendConfig, load_recommender
+from rayrec.recommend.answer import RecommendConfig, load_recommender, require_fitting_parts
 from rayrec.recommend.base import NO_SONG, BaseRecommender, Ranking
 from rayrec.recommend.filters import without_heard
 from rayrec.recommend.reranking import POOL, Explored, with_explored
@@ -90,7 +90,7 @@ def recommend_all(
     )
     if complete:
         return artifacts.reuse(workspace, KIND, artifact_id)
-    load_recommender(workspace, dataset, parts)  # raises here if the parts do not fit, not in every worker
+    require_fitting_parts(workspace, dataset, parts)  # raises here, not in every worker
     manifest = Manifest(kind=KIND, id=artifact_id, config=settings, inputs=inputs)
     started = time.monotonic()
     task = _Task(dataset, config, dict(parts), timestamp, manifest.folder)

@@ -228,6 +228,25 @@ def _scored_songs(catalog: Catalog, selected: SelectedSongs, last_title: str | N
     ]
 
 
+def require_fitting_parts(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> None:
+    """Raise `MismatchError` for a model of another data set and for rankers of another model; only read manifests."""
+    model_id = parts["models"]
+    dataset_id = load_manifest(workspace, "models", model_id).inputs.get("dataset")
+    if dataset_id is None or not dataset.descends_from(dataset_id):
+        raise MismatchError(
+            f"model {model_id} was trained on data set {dataset_id}, but the workspace holds {dataset.manifest.id}; "
+            "run `rayrec embed`, `rayrec train`, `rayrec taste`, `rayrec index` and `rayrec release create` first"
+        )
+    if "rankers" not in parts:
+        return
+    rankers = load_manifest(workspace, "rankers", parts["rankers"])
+    if rankers.inputs["models"] != model_id:
+        raise MismatchError(
+            f"rankers {rankers.id} were trained with model {rankers.inputs['models']}, not {model_id}; "
+            f"run `rayrec rank --model {model_id}` first"
+        )
+
+
 def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> BaseRecommender:
     """Load the recommender of the artifacts `parts`, role -> id, such as `releases.default_parts` returns.
 
@@ -237,27 +256,14 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
     that `dataset` does not descend from, since song rows may differ, and for an index, rankers or added songs of
     another model.
     """
-    model_id = parts["models"]
-    manifest = load_manifest(workspace, "models", model_id)
-    dataset_id = manifest.inputs.get("dataset")
-    if dataset_id is None or not dataset.descends_from(dataset_id):
-        raise MismatchError(
-            f"model {model_id} was trained on data set {dataset_id}, but the workspace holds {dataset.manifest.id}; "
-            "run `rayrec embed`, `rayrec train`, `rayrec taste`, `rayrec index` and `rayrec release create` first"
-        )
+    require_fitting_parts(workspace, dataset, parts)
     from rayrec.recommend.taste_recommender import TasteRecommender  # imports torch: only when needed
     from rayrec.recommend.two_step import load_two_step
 
-    network = TasteRecommender.load(workspace, model_id, parts.get("indexes"), parts.get("added_songs"))
+    network = TasteRecommender.load(workspace, parts["models"], parts.get("indexes"), parts.get("added_songs"))
     if "rankers" not in parts:
         return network
-    rankers = load_manifest(workspace, "rankers", parts["rankers"])
-    if rankers.inputs["models"] != model_id:
-        raise MismatchError(
-            f"rankers {rankers.id} were trained with model {rankers.inputs['models']}, not {model_id}; "
-            f"run `rayrec rank --model {model_id}` first"
-        )
-    retrieval = load_manifest(workspace, "retrieval", parts["retrieval"])
+    retrieval, rankers = (load_manifest(workspace, role, parts[role]) for role in ("retrieval", "rankers"))
     return load_two_step(
         workspace, network, retrieval.folder, rankers.folder, real_times=dataset.manifest.times == "real"
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from served import AT, NUM_SONGS, write_release, write_world
-from without_ray import without_ray
+from without_ray import IN_WORKER, without_ray
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
@@ -118,6 +118,23 @@ def test_songs_with_fewer_plays_than_the_limit_have_few_plays(recommender: BaseR
     has_few_plays = few_plays(recommender, np.arange(NUM_SONGS + 3))
     np.testing.assert_array_equal(has_few_plays[:NUM_SONGS], play_counts < FEW_PLAYS)
     assert has_few_plays[NUM_SONGS:].all()
+
+
+def test_only_the_workers_of_a_batch_read_the_arrays_of_the_recommender(
+    world: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be larger than the memory and the disk of the driver's node."""
+    without_ray(monkeypatch)
+    read_array, worker_paths = Workspace.read_array, []
+
+    def read_in_worker(workspace: Workspace, path: str, *arguments: str) -> np.ndarray:
+        assert IN_WORKER, f"the driver reads {path}"
+        worker_paths.append(path)
+        return read_array(workspace, path, *arguments)
+
+    monkeypatch.setattr(Workspace, "read_array", read_in_worker)
+    recommend_all(world, RecommendConfig(k=7), default_parts(world), at=AT)
+    assert worker_paths
 
 
 def test_command_and_batch_explore_the_same_songs(

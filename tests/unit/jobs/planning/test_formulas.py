@@ -378,6 +378,7 @@ def test_bytes_of_recommendations(workspace: Workspace, monkeypatch: pytest.Monk
         [[1]] * users, [[START * 1_000]] * users, [f"u{user:08d}" for user in range(users)]
     )
     write_dataset(workspace, histories, songs, buckets=1)
+    monkeypatch.setattr(job, "require_fitting_parts", lambda *_: None)
     monkeypatch.setattr(job, "load_recommender", lambda *_: RandomRecommender(songs))
     manifest = job.recommend_all(workspace, RecommendConfig(k=k), {})
     size = workspace.size(job.recommendations_file(manifest.folder, 0))
