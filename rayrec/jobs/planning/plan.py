@@ -91,6 +91,7 @@ STORE_SHARE = 0.3  # share of a node's memory that Ray gives its object store; t
 SHARDS = TrainConfig().shards
 _RETRIEVAL_DEFAULTS = RetrievalConfig()
 RANK_QUERIES = RankConfig().queries
+CACHED_RELEASES = 2  # releases on the disk of a node of the server while one replaces the other
 COLUMNS = 3  # columns of the histories that a stage reads: user, songs, moments
 RULE_DISTANCE = MAX_DISTANCE  # number of plays ahead that a rule reaches
 USERS_AT_ONCE = 1_000  # users per batch of `recommend --all`
@@ -528,9 +529,16 @@ class _Planner:
                 )
 
     def serving_problems(self, serving: ServingPlan | None) -> Iterator[str]:
-        """Yield problems with the nodes of the server and their memory."""
+        """Yield problems with the nodes of the server, their memory and their disk, which holds copies of releases."""
         if serving is None:
             return
+        disk_bytes = CACHED_RELEASES * serving.shared_memory
+        if self.tight_node.disk is not None and disk_bytes > 0.8 * self.tight_node.disk:
+            yield (
+                f"the server keeps copies of {CACHED_RELEASES} releases, {gib(disk_bytes)}, on the disk of a "
+                f"{self.tight_node.name} node, which has {gib(self.tight_node.disk)}: use a larger disk or a smaller "
+                "--dim"
+            )
         if serving.node_memory > serving.memory_there:
             yield (
                 f"one replica of the server needs {gib(serving.node_memory)} of memory on a {self.tight_node.name} "

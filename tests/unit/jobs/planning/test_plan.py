@@ -141,6 +141,19 @@ def test_keys_of_songs_that_do_not_fit_into_the_object_store_are_a_problem() -> 
     assert [any("import puts" in text for text in plan.problems) for plan in (few, many)] == [False, True]
 
 
+def test_a_disk_that_does_not_hold_two_releases_is_a_problem_of_the_server() -> None:
+    """Each nightly release is copied while replicas answer with the one before."""
+    rates = {**RATES, "answers_per_second_per_cpu": 100.0}
+    serving = make_plan(DATA, SMALL, PlanConfig(), rates).serving
+    assert serving is not None
+    small_disk, large_disk = (
+        replace(SMALL, nodes=[HEAD, replace(CPU, disk=int(releases * serving.shared_memory))]) for releases in (2, 3)
+    )
+    message = "the server keeps copies of 2 releases, .* on the disk of a cpu node"
+    problems = [make_plan(DATA, cluster, PlanConfig(), rates).problems for cluster in (small_disk, large_disk)]
+    assert [any(re.search(message, text) for text in texts) for texts in problems] == [True, False]
+
+
 @pytest.mark.parametrize(("rate", "replicas", "nodes"), [(1.0, 1, 1), (700.0, 10, 2), (701.0, 11, 2)])
 def test_replicas_answer_a_rate_of_requests_and_are_idle_a_third_of_the_time(
     rate: float, replicas: int, nodes: int
