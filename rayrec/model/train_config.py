@@ -366,7 +366,9 @@ class TasteConfig(Settings):
     users: int = Field(2_500, ge=1, description="Inference batch size, in users")
     gpu: bool = Field(False, description="Give each worker a GPU")
     concurrency: int | None = Field(
-        None, ge=1, description="Parallel workers; default: as many as the cluster has CPUs for"
+        None,
+        ge=1,
+        description="Maximum of parallel workers; default: as many as the cluster has CPUs for, after it has grown",
     )
 
     @field_validator("at", mode="before")

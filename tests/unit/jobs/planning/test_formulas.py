@@ -1,5 +1,6 @@
 """The formulas are compared with counts: jobs run here on generated plays, and their requests and bytes are counted."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,22 @@ def write_listeners(path: Path, *, users: int, plays: int, songs: int) -> Path:
         lines += [f"u{user:08d},track{song:07d},{at}" for song, at in zip(user_songs, moments, strict=True)]
     path.write_text("\n".join(["user,song,played_at", *lines]) + "\n")
     return path
+
+
+def test_the_documented_requests_of_the_stages_are_those_of_the_formulas() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "scale.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| requests of embed, .*, 16 buckets.* \| (.*) \|$", text, re.MULTILINE)
+    buckets, read_requests = 16, histories_requests(1, 1, 3)
+    expected = [
+        embed_requests(buckets, read_requests, fits=2),
+        train_requests(buckets, read_requests, fits=2, epochs=3),
+        retrieval_requests(buckets, 1, groups=buckets, ranges=1, row_groups=1, columns=3, fits=2),
+        rank_requests(buckets, read_requests),
+        taste_requests(buckets, read_requests),
+        evaluate_requests(buckets, read_requests, counted=buckets),
+        recommend_requests(buckets, read_requests),
+    ]
+    assert [int(count) for count in row.split(", ")] == pytest.approx(expected, rel=0.15)
 
 
 @pytest.mark.parametrize(("buckets", "epochs", "queries"), [(4, 1, 0), (16, 3, 100)])
