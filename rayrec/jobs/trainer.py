@@ -444,9 +444,9 @@ class WindowStream:
         # The task requests no CPU: it is far cheaper than the training that it feeds, and would otherwise wait forever
         # if the workers hold all CPUs, for example after the loss of a node. Without a CPU it would run on any node,
         # the head too, so it is kept on that of its worker, with which it ends.
-        here = {NODE_LABEL: ray.get_runtime_context().get_node_id()}
+        own_node = {NODE_LABEL: ray.get_runtime_context().get_node_id()}
         stream = ray.data.from_items([{EPOCH: epoch} for epoch in epochs], override_num_blocks=len(epochs)).map_batches(
-            read_tables, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=1), label_selector=here
+            read_tables, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=1), label_selector=own_node
         )
         self._reader = reader
         self._incoming_tables = iter(stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
