@@ -389,7 +389,10 @@ class SequentialRulesRecommender(BaseRecommender):
             rules = rules + count_rules(histories, num_songs, max_distance, decay)
             if rules.nnz > max_rules:
                 rules = strongest(rules, max_per_song)
-        return cls(strongest(rules, max_per_song), decay)
+        recommender = cls(strongest(rules, max_per_song), decay)
+        if max_per_song < rules_per_song:
+            recommender.settings["rules_per_song"] = max_per_song  # the report names them: a large catalog has few
+        return recommender
 
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
         """float32 (Q, N): the weight of the rule from the last song to each song."""

@@ -552,7 +552,7 @@ class _Planner:
 
     def notes(self, stages: list[StagePlan]) -> list[str]:
         """Return notes on assumptions behind the figures of the plan."""
-        texts = []
+        texts = [EVALUATED_MODELS]
         if any(stage.rate_from == BUILT_IN_FROM for stage in stages):
             texts.append(
                 f"the rates were measured on {BUILT_IN_FROM}; measure your own with `rayrec bench scale --save FILE`"
@@ -640,6 +640,10 @@ class _Planner:
         )
 
 
+EVALUATED_MODELS = (
+    "evaluate is planned for `--models two-step,taste`; by default it also fits and tunes every baseline, in one "
+    "thread of the driver"
+)
 ADVICE: dict[str, str] = {
     "import": "more --buckets, fewer CPUs per node or more memory",
     "embed": "a smaller --dim or more memory",

@@ -154,6 +154,8 @@ def test_rules_stay_few_however_many_users_there_are() -> None:
     assert exact.rules.nnz > 2_000
     assert bounded.rules.nnz <= 1_500 / 2
     assert few.rules.nnz <= 3 * 50
+    assert bounded.settings["rules_per_song"] == 15  # 1,500 / (2 · 50)
+    assert "rules_per_song" not in exact.settings
     np.testing.assert_allclose(bounded.rules.max(axis=1).toarray(), exact.rules.max(axis=1).toarray(), rtol=0.2)
 
 

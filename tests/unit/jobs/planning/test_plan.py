@@ -218,6 +218,7 @@ def test_built_in_rates_fill_in_and_are_marked() -> None:
     assert stage(plan, "taste").rate_from == "the file of rates"
     assert stage(plan, "train").rate_from == BUILT_IN_FROM
     assert any("rayrec bench scale --save FILE" in note for note in plan.notes)
+    assert any("evaluate is planned for `--models two-step,taste`" in note for note in plan.notes)
     assert stage(plan, "index").hours is None
     assert not any("built-in" in note for note in new_plan().notes)
 
