@@ -391,7 +391,8 @@ class SequentialRulesRecommender(BaseRecommender):
                 rules = strongest(rules, max_per_song)
         recommender = cls(strongest(rules, max_per_song), decay)
         if max_per_song < rules_per_song:
-            recommender.settings["rules_per_song"] = max_per_song  # the report names them: a large catalog has few
+            # The report names them, because a large catalog has few.
+            recommender.settings = {**recommender.settings, "rules_per_song": max_per_song}
         return recommender
 
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
