@@ -35,7 +35,7 @@ from rayrec.storage.workspace import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 BUCKET_COUNTS = b"rayrec counts"  # key of a Parquet file's metadata: JSON with the counts of its bucket
 RECOMMENDATIONS = "recommendations"  # the kind of artifact that `rayrec recommend --all` writes
 NOUNS = {  # kind -> name of one artifact in messages
