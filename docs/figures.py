@@ -157,7 +157,6 @@ def replaced(text: str, name: str, table: str) -> str:
 def main() -> None:
     """Measure all tables with data, write them into the pages, and print the changes."""
     data_folder = os.environ.get("RAYREC_REAL_DATA", "")
-    print(f"code: {code_state()}", file=sys.stderr)
     for table in TABLES:
         if reason := skip_reason(table, data_folder):
             print(reason, file=sys.stderr)
