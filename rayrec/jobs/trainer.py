@@ -59,7 +59,7 @@ BLOCK_BYTES = 4 << 20  # bytes of windows in a block of the stream
 AHEAD_BYTES = 64 << 20  # bytes of windows that may wait in the object store per worker
 NODE_LABEL = "ray.io/node-id"  # label that Ray gives each node
 EPOCH = "epoch"  # column: the epoch of a window
-WORKER_FAILURES = 3  # losses of training workers, besides one per worker, after which a training still continues
+WORKER_FAILURES = 3  # lost training workers that are replaced before the job gives up
 START_TRIES = 4  # times that Ray Train requests the workers' resources within `wait_minutes`
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # environment variable: seconds of each try
 LOOK_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # environment variable: seconds between two checks of the workers
@@ -577,9 +577,8 @@ def run_workers(
 
     If a worker is lost, all workers continue from the last checkpoint, which Ray Train keeps in `folder`/run.
 
-    Raises `RayrecError` if workers are lost more often than `WORKER_FAILURES` plus once per worker, if Ray Train's
-    controller fails, and if the cluster has no room for the workers within `request.wait_minutes`: Ray Train itself
-    would try forever.
+    Raises `RayrecError` if workers fail more than `WORKER_FAILURES` times, if Ray Train's controller fails, and if the
+    cluster has no room for the workers within `request.wait_minutes`: Ray Train itself would try forever.
     """
     os.environ.setdefault(LOOK_INTERVAL, LOOK_SECONDS)
     os.environ[START_TIMEOUT] = str(request.wait_minutes * 60 / START_TRIES)
@@ -597,9 +596,7 @@ def run_workers(
             storage_path=workspace.full(folder),
             storage_filesystem=workspace.filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            failure_config=FailureConfig(
-                max_failures=WORKER_FAILURES + request.workers, controller_failure_limit=START_TRIES - 1
-            ),
+            failure_config=FailureConfig(max_failures=WORKER_FAILURES, controller_failure_limit=START_TRIES - 1),
         ),
     )
     try:

@@ -193,7 +193,7 @@ def test_a_killed_training_resumes_with_other_workers_to_the_same_result(
 ) -> None:
     register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     ship()
-    monkeypatch.setattr(trainer, "WORKER_FAILURES", -1)  # one worker: the first loss ends the training
+    monkeypatch.setattr(trainer, "WORKER_FAILURES", 0)
     monkeypatch.setattr(job, "train_worker", _train_and_die_in_second_epoch)
     models_before = listing(world, "models")
     with pytest.raises(RayrecError, match=r"training failed: .*rayrec train --resume"):
@@ -333,7 +333,7 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make trainings exit in the second epoch; they leave a checkpoint of the first one."""
     register_pickle_by_value(sys.modules[__name__])
     ship()
-    monkeypatch.setattr(trainer, "WORKER_FAILURES", -1)  # one worker: the first loss ends the training
+    monkeypatch.setattr(trainer, "WORKER_FAILURES", 0)
     monkeypatch.setattr(job, "train_worker", _train_and_die_in_second_epoch)
 
 

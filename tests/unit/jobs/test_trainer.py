@@ -60,15 +60,6 @@ def test_workers_on_cpus_are_spread_over_the_nodes_whose_memory_they_need(
     assert recording_trainer.requested["scaling_config"].placement_strategy == placement
 
 
-@pytest.mark.parametrize("workers", [1, 64])
-def test_a_training_continues_after_the_loss_of_each_of_its_workers(
-    workspace: Workspace, recording_trainer: type[RecordingTrainer], workers: int
-) -> None:
-    """Ray Train counts all losses of a training, which may last for days on spot nodes."""
-    run_workers(lambda _: None, {}, WorkerRequest(workers=workers, cpus=1.0, wait_minutes=15), workspace, "model")
-    assert recording_trainer.requested["run_config"].failure_config.max_failures == 3 + workers
-
-
 @pytest.mark.parametrize(("address", "cpus"), [("auto", 1.0), ("local", 0.25)])
 def test_workers_share_cpus_only_on_a_cluster_of_their_own_which_does_not_grow(
     monkeypatch: pytest.MonkeyPatch, address: str, cpus: float
