@@ -61,8 +61,6 @@ def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         require_cluster(address)
-    global _is_private
-    _is_private = address in (None, "", "local")
     local = {} if address else {"include_dashboard": False, **options}
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
@@ -78,6 +76,8 @@ def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
         details = [f"the Ray cluster at {address} cannot be used"] if address else []
         raise ray_not_started(error, *details) from error
     quiet_data()
+    global _is_private
+    _is_private = address in (None, "", "local")
     try:
         yield
     finally:

@@ -7,7 +7,8 @@ Google's client, since pyarrow has no such request.
 
 The local cache holds files that the processes of a node share by memory mapping: copies of objects, and data prepared
 from a release. The first process that needs a file makes it, while the others wait. Files that were not used for some
-days are deleted when the next file is made; if the disk is full, those that were not used for an hour.
+days are deleted when the next file is made; if the disk is full, those that were not used for an hour. Files that a
+process has mapped, such as those of a live release, are kept: to delete them would free no space.
 """
 
 import errno
@@ -18,6 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -308,23 +310,30 @@ def cached_file(version: str, name: str, make: Callable[[Path], object]) -> Path
         if target.exists():
             os.utime(target)
             return target
-        partial_path, full_disk = target.with_name(f"{target.name}.part"), OSError()
-        for unused_days in (UNUSED_DAYS, UNUSED_DAYS_ON_FULL_DISK):
-            _delete_unused(folder, unused_days)
-            try:
-                make(partial_path)
-                partial_path.replace(target)
-                return target
-            except OSError as error:
-                if error.errno not in DISK_FULL_ERRORS:
-                    raise
-                full_disk = error
-            finally:
-                partial_path.unlink(missing_ok=True)
-    raise StorageError(
-        f"no space left for {name} in the cache {folder}: {full_disk}; free some space there, or set {CACHE_VARIABLE} "
-        "to a folder on a larger disk, and run the command again"
-    ) from full_disk
+        _delete_unused(folder, UNUSED_DAYS)
+        try:
+            return _make_file(target, make)
+        except OSError as error:
+            if error.errno not in DISK_FULL_ERRORS:
+                raise
+        _delete_unused(folder, UNUSED_DAYS_ON_FULL_DISK)
+        try:
+            return _make_file(target, make)
+        except OSError as error:
+            raise StorageError(
+                f"no space left for {name} in the cache {folder}: {error}; free some space there, or set "
+                f"{CACHE_VARIABLE} to a folder on a larger disk, and run the command again"
+            ) from error
+
+
+def _make_file(target: Path, make: Callable[[Path], object]) -> Path:
+    """Return `target`, which `make` has written as a whole; after an error no part of it is left."""
+    partial_path = target.with_name(f"{target.name}.part")
+    try:
+        make(partial_path)
+        return partial_path.replace(target)
+    finally:
+        partial_path.unlink(missing_ok=True)
 
 
 def _version(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
@@ -342,11 +351,21 @@ def _copy(filesystem: pafs.FileSystem, path: str, target: Path | None) -> str:
 
 
 def _delete_unused(folder: Path, days: float) -> None:
-    """Delete files that were not used for some days; locks, which may be held for longer than an hour, after 3 days."""
+    """Delete files that were last opened some days ago and that no process maps; locks after 3 days."""
+    mapped_paths = _mapped_paths()
     for path in folder.iterdir():
         limit = time.time() - (UNUSED_DAYS if path.suffix == ".lock" else days) * 86_400
         try:
-            if path.stat().st_mtime < limit:
+            if path.stat().st_mtime < limit and str(path) not in mapped_paths:
                 path.unlink()  # processes that have the file open keep it
         except FileNotFoundError:
             continue
+
+
+def _mapped_paths() -> set[str]:
+    """Return the paths of the files that processes of this user and machine have mapped; none without /proc."""
+    paths: set[str] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # of another user, or of a process that has ended
+            paths.update(line.split(maxsplit=5)[-1] for line in maps.read_text(errors="replace").splitlines())
+    return paths

@@ -120,3 +120,18 @@ def test_copies_that_nobody_has_used_for_an_hour_give_way_on_a_full_disk(remote:
 
     assert object_storage.cached_file("version", "big.npy", copy_if_there_is_space).read_bytes() == b"all of the file"
     assert copies(tmp_path) == ["big.npy"]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="mapped files are listed in /proc")
+def test_copies_in_use_stay_on_a_full_disk(remote: Workspace, tmp_path: Path) -> None:
+    live_array = remote.read_array("a.npy")  # mapped, as by a replica that was started long ago
+    for path in (tmp_path / "cache").iterdir():
+        os.utime(path, (0, 0))
+
+    def fill_disk(_target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StorageError, match=r"no space left for big\.npy"):
+        object_storage.cached_file("version", "big.npy", fill_disk)
+    assert copies(tmp_path) == ["a.npy"]
+    assert live_array[3] == 3
