@@ -23,7 +23,14 @@ from rayrec.importing.merging import FORGOTTEN_USER
 from rayrec.jobs.forget import SCRATCH
 from rayrec.model.train_config import SONG_VECTORS
 from rayrec.storage import artifacts, releases
-from rayrec.storage.artifacts import DatasetManifest, Manifest, read_songs, read_staged_manifests, sha256
+from rayrec.storage.artifacts import (
+    DatasetManifest,
+    Manifest,
+    dataset_checksums,
+    read_songs,
+    read_staged_manifests,
+    sha256,
+)
 from rayrec.storage.workspace import (
     CURRENT_FILE,
     DATASET,
@@ -139,10 +146,8 @@ def check_dataset(audit: Audit, dataset: Dataset) -> None:
     """Check everything below dataset/."""
     manifest = dataset.manifest
     files = {f"{DATASET}/{path}": digest for path, digest in manifest.files.items()}
-    with audit.reading(SONGS_TABLE):
-        staged_digest = _staged_files(audit).get(SONGS_TABLE)
-        if staged_digest and sha256(audit.workspace, SONGS_TABLE) == staged_digest:  # a killed run has moved it here
-            files[SONGS_TABLE] = staged_digest
+    with audit.reading(IMPORT_STAGING):
+        files = dataset_checksums(audit.workspace, manifest)
     with audit.checking("dataset", manifest.id, len(files)):
         audit.compare(files)
         with audit.reading(SONGS_TABLE):

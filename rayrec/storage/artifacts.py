@@ -449,6 +449,25 @@ def read_staged_manifests(workspace: Workspace) -> list[DatasetManifest]:
     return [read_dataset_manifest(workspace, path) for path in paths if workspace.exists(path)]
 
 
+def dataset_checksums(workspace: Workspace, manifest: DatasetManifest) -> dict[str, str]:
+    """Return path in the workspace -> sha256 that the file must have, of the files of the current data set.
+
+    A killed run may have moved the next song table into place, which also holds the songs of this data set: then its
+    checksum applies.
+    """
+    checksums = {f"{DATASET}/{path}": digest for path, digest in manifest.files.items()}
+    staged_digests = {
+        staged.files.get(SONGS_TABLE.removeprefix(f"{DATASET}/")) for staged in read_staged_manifests(workspace)
+    }
+    if (
+        staged_digests
+        and workspace.exists(SONGS_TABLE)
+        and (digest := sha256(workspace, SONGS_TABLE)) in staged_digests
+    ):
+        checksums[SONGS_TABLE] = digest
+    return checksums
+
+
 def read_songs(workspace: Workspace, manifest: DatasetManifest, names: list[str] | None = None) -> "pa.Table":
     """Read the song table of a data set: columns.SONGS_TABLE, or the columns `names` of it, in the order of song rows.
 

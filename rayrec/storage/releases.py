@@ -15,6 +15,7 @@ from rayrec.storage.artifacts import (
     DatasetManifest,
     Manifest,
     content_checksum,
+    dataset_checksums,
     earlier_version,
     fingerprint,
     new_id,
@@ -250,11 +251,12 @@ def release_files(workspace: Workspace, release: Manifest) -> dict[str, str]:
     release_dataset = earlier_version(workspace, dataset, dataset_id)
     if content_checksum(release_dataset) != files.pop(DATASET_MANIFEST):
         raise _changed_error(DATASET_MANIFEST if dataset_id == dataset.id else earlier_manifest(dataset_id))
+    checksums = dataset_checksums(workspace, dataset)
     dataset_files = {path: digest for path, digest in release_dataset.files.items() if path.startswith(FIXED_PREFIXES)}
     # Later songs are appended to songs.parquet, and an import of playlists moves songs from separate files into it, so
     # the current files and checksums apply.
     dataset_files |= {
-        path: dataset.files[path]
+        path: checksums[f"{DATASET}/{path}"]
         for path in release_dataset.files
         if path.startswith((SONGS_FILE, "songs/")) and path in dataset.files
     }

@@ -343,6 +343,10 @@ def test_an_append_that_was_killed_while_it_was_published_is_a_note(
         append_plays(workspace, write_rows(tmp_path / "2.csv", "v,t,1700000100"))
     audit = verify_workspace(workspace)
     assert (audit.problems, [note.path for note in audit.notes]) == ([], ["dataset/.staging"])
+    dataset = {"dataset": Dataset(workspace).manifest.id}
+    for kind, inputs in (("models", dataset), ("tastes", {**dataset, "models": "m"}), ("indexes", {"models": "m"})):
+        publish(workspace, Manifest(kind=kind, id="m", inputs=inputs), [])
+    releases.verify_release(workspace, releases.create_release(workspace), plays=False)  # as servers do
 
 
 def test_a_workspace_is_sound_after_a_deletion_and_an_import_of_playlists(
