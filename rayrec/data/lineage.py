@@ -176,28 +176,22 @@ def delete_garbage(workspace: Workspace, garbage: Iterable[Garbage], config: Cle
 
     Items that are in use now are kept, such as a release that was made live. No job can run at the same time: the
     one that starts second is refused. Releases are deleted before their parts, and the manifest of an artifact before
-    its files, so that a killed clean leaves only unfinished artifacts. What belongs to no release is deleted first: on
-    a full disk this frees the space to write the list of earlier releases. Raises `InputError` if there is no release.
+    its files, so that a killed clean leaves only unfinished artifacts. The list of earlier releases is written after
+    the releases are deleted: on a full disk this frees the space for it. After a clean that was killed in between,
+    the next one removes the missing ids. Raises `InputError` if there is no release.
     """
     paths = {item.path for item in garbage}
     unused = [item for item in find_garbage(workspace, config) if item.path in paths]
-    part_folders = _part_folders(workspace, {item.path for item in unused})
-    _delete(workspace, [item for item in unused if item.path not in part_folders])
-    deleted_ids = {item.path.partition("/")[2] for item in unused if item.path.startswith(f"{releases.KIND}/")}
+    unused_releases = [item for item in unused if item.path.startswith(f"{releases.KIND}/")]
+    _delete(workspace, unused_releases)
     state = releases.read_active(workspace)
-    if deleted_ids & set(state["history"]):
-        releases.write_active(
-            workspace, state["active"], [release_id for release_id in state["history"] if release_id not in deleted_ids]
-        )
-    _delete(workspace, [item for item in unused if item.path in part_folders])
+    history = [
+        release_id for release_id in state["history"] if workspace.exists(f"{releases.KIND}/{release_id}/manifest.json")
+    ]
+    if history != state["history"]:
+        releases.write_active(workspace, state["active"], history)
+    _delete(workspace, [item for item in unused if item not in unused_releases])
     return unused
-
-
-def _part_folders(workspace: Workspace, unused_paths: set[str]) -> set[str]:
-    """Return the folders of releases among `unused_paths`, and those of the artifacts that they were made from."""
-    folders = {path for path in unused_paths if path.startswith(f"{releases.KIND}/")}
-    deleted_releases = [release for release in releases.list_releases(workspace) if release.folder in folders]
-    return folders | {f"{kind}/{artifact_id}" for kind, artifact_id in _used_artifacts(workspace, deleted_releases)}
 
 
 def _delete(workspace: Workspace, items: Iterable[Garbage]) -> None:

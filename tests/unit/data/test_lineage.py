@@ -247,7 +247,11 @@ def test_files_that_a_killed_job_has_moved_into_place_stay(
     assert [path for path in paths if not nights.exists(path)] == []
 
 
-def test_a_full_disk_can_be_cleaned(nights: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("all_in_releases", [False, True])
+def test_a_full_disk_can_be_cleaned(nights: Workspace, monkeypatch: pytest.MonkeyPatch, all_in_releases: bool) -> None:
+    if all_in_releases:
+        nights.delete("models/unused")
+        nights.delete("songs/old")
     config, open_output, delete = CleanConfig(keep=2, hours=0), Workspace.open_output, Workspace.delete
     garbage = find_garbage(nights, config)
     deleted_paths: list[str] = []
@@ -266,10 +270,28 @@ def test_a_full_disk_can_be_cleaned(nights: Workspace, monkeypatch: pytest.Monke
     monkeypatch.setattr(Workspace, "open_output", open_unless_full)
     assert delete_garbage(nights, garbage, config) == garbage
     assert len(releases.list_releases(nights)) == 2
-    # What a deleted release was made of goes after it.
-    assert (
-        deleted_paths.index("models/unused") < deleted_paths.index(garbage[0].path) < deleted_paths.index("tastes/t0")
-    )
+    assert deleted_paths.index(garbage[0].path) < deleted_paths.index("tastes/t0")  # which the release was made of
+
+
+def test_the_clean_after_one_that_was_killed_removes_deleted_releases_from_the_history(
+    nights: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, write_json = CleanConfig(keep=2, hours=0), Workspace.write_json
+    release_ids = [release.id for release in releases.list_releases(nights)]
+
+    def write_or_kill(workspace: Workspace, path: str, content: Any) -> str:
+        if path == releases.ACTIVE:
+            raise KeyboardInterrupt
+        return write_json(workspace, path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(Workspace, "write_json", write_or_kill)
+        delete_garbage(nights, find_garbage(nights, config), config)
+    assert [release.id for release in releases.list_releases(nights)] == release_ids[3:]
+    delete_garbage(nights, find_garbage(nights, config), config)
+    assert releases.read_active(nights)["history"] == release_ids[3:4]
+    assert find_garbage(nights, config) == []
+    releases.verify_release(nights, releases.rollback(nights))
 
 
 def test_without_a_release_cleaning_is_refused(workspace: Workspace) -> None:
