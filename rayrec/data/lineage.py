@@ -129,13 +129,6 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
             "run `rayrec fit` or `rayrec release create`"
         )
     cutoff = datetime.now(timezone.utc) - timedelta(hours=config.hours)
-    last_ids = artifacts.sort_by_last_request(workspace, releases.KIND, [manifest.id for manifest in all_releases])[
-        -config.keep :
-    ]
-    state = releases.read_active(workspace)
-    reported_ids = reported_release_ids(workspace)
-    # A rollback makes the last release of the history live.
-    used_release_ids = {*last_ids, state["active"], *state["history"][-1:], *reported_ids}
     # Artifacts made later may go into the next release. So may older ones that a stage reused: see `_current_parts`.
     artifact_cutoff = min(cutoff, _created_at(all_releases[-1]))
     kinds = (releases.KIND, artifacts.RECOMMENDATIONS, *releases.PART_KINDS)
@@ -146,8 +139,9 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
         for manifest in kind_manifests.values()
         if _created_at(manifest) >= artifact_cutoff
     ]
-    kept_releases = [manifest for manifest in all_releases if manifest.id in used_release_ids]
-    used_artifacts = _used_artifacts(workspace, [*kept_releases, *recent, *_current_parts(workspace)])
+    used_artifacts = _used_artifacts(
+        workspace, [*kept_releases(workspace, config), *recent, *_current_parts(workspace)]
+    )
     used_artifacts |= _last_recommendations(workspace, used_artifacts)
     other_version_ids = {kind: artifacts.ids_of_other_versions(workspace, kind) for kind in artifacts.KINDS}
     garbage = []
@@ -160,7 +154,7 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
                 garbage.append(Garbage(path=folder, bytes=workspace.size(folder), reason="in no release that is kept"))
             elif _last_change(workspace, folder) < artifact_cutoff:
                 garbage.append(Garbage(path=folder, bytes=workspace.size(folder), reason="unfinished"))
-    if reported_ids.isdisjoint(other_version_ids[releases.KIND]):
+    if _reported_release_ids(workspace).isdisjoint(other_version_ids[releases.KIND]):
         folders = [f"{kind}/{artifact_id}" for kind in artifacts.KINDS for artifact_id in other_version_ids[kind]]
         garbage += [
             Garbage(path=folder, bytes=workspace.size(folder), reason="made by another version of rayrec")
@@ -168,6 +162,23 @@ def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:
             if _last_change(workspace, folder) < artifact_cutoff
         ]
     return [*garbage, *_replaced_parts(workspace, cutoff)]
+
+
+def kept_releases(workspace: Workspace, config: CleanConfig) -> list[Manifest]:
+    """Return the releases that `rayrec clean` keeps with the settings `config`, oldest first; see `find_garbage`."""
+    all_releases = releases.list_releases(workspace)
+    release_ids = [manifest.id for manifest in all_releases]
+    cutoff = datetime.now(timezone.utc) - timedelta(hours=config.hours)
+    state = releases.read_active(workspace)
+    kept_ids = {
+        *artifacts.sort_by_last_request(workspace, releases.KIND, release_ids)[-config.keep :],
+        *release_ids[-1:],
+        *(manifest.id for manifest in all_releases if _created_at(manifest) >= cutoff),
+        state["active"],
+        *state["history"][-1:],  # a rollback makes it live
+        *_reported_release_ids(workspace),
+    }
+    return [manifest for manifest in all_releases if manifest.id in kept_ids]
 
 
 @writes("clean")
@@ -200,7 +211,7 @@ def _delete(workspace: Workspace, items: Iterable[Garbage]) -> None:
         workspace.delete(item.path)
 
 
-def reported_release_ids(workspace: Workspace) -> set[str]:
+def _reported_release_ids(workspace: Workspace) -> set[str]:
     """Return the ids of the releases that replicas report to use or to load, including those of experiment arms."""
     ids: set[str] = set()
     for path in workspace.files(REPLICAS):

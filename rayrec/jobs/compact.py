@@ -5,7 +5,7 @@ from datetime import datetime, timezone
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.impressions import compact_impressions
-from rayrec.data.lineage import reported_release_ids
+from rayrec.data.lineage import CleanConfig, kept_releases
 from rayrec.display import progress
 from rayrec.importing.merging import BucketJoiner, Spans, merge_spans
 from rayrec.importing.staging import Staging, finish_publishing
@@ -14,10 +14,7 @@ from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, fingerprint
 from rayrec.storage.locking import writes
-from rayrec.storage.releases import list_releases, read_active
 from rayrec.storage.workspace import DATASET, HISTORIES, SENT_PLAYS, Workspace
-
-NEWEST_RELEASES = 2  # newest releases that keep parts separate, in addition to those that are used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +32,12 @@ def compact(workspace: Workspace) -> Compacted:
     """Erase the rows of deleted users from all files, and join the parts of the data set.
 
     Other plays and all artifacts stay valid.
-    A model is in use if it is the current one, or that of a release in use: the live one, the one that a rollback makes
-    live, one of the last two that were created, or one that a replica reports, such as an arm of an experiment. Parts
-    that the newest taste vectors of a model in use cover, which a later `rayrec taste` continues, or those of a release
-    in use, are not joined with later parts. Nor are the parts that a model in use was trained on, since `rayrec songs
-    add` estimates embeddings from later ones. Running readers keep reading the old files, which stay until `rayrec
-    clean`. A killed compaction leaves the data set unchanged; the next one continues with the missing buckets. The
-    impression log is compacted, too.
+    A release is in use if `rayrec clean` keeps it with its default settings, and a model if it is the current one or
+    that of a release in use. Parts that the newest taste vectors of a model in use cover, which a later `rayrec taste`
+    continues, or those of a release in use, are not joined with later parts. Nor are the parts that a model in use was
+    trained on, since `rayrec songs add` estimates embeddings from later ones. Running readers keep reading the old
+    files, which stay until `rayrec clean`. A killed compaction leaves the data set unchanged; the next one continues
+    with the missing buckets. The impression log is compacted, too.
     """
     compact_impressions(workspace)
     finish_publishing(workspace)
@@ -70,18 +66,11 @@ def _cut_parts(dataset: Dataset) -> set[int]:
     """Return the parts at which files are cut: no file may hold plays from before such a part and from it on."""
     tastes = artifacts.listing(dataset.workspace, "tastes")
     matching_tastes = [item for item in tastes if dataset.descends_from(item.inputs["dataset"])]
-    all_releases, state = list_releases(dataset.workspace), read_active(dataset.workspace)
-    kept_release_ids = {
-        state["active"],
-        *state["history"][-1:],
-        *(release.id for release in all_releases[-NEWEST_RELEASES:]),
-        *reported_release_ids(dataset.workspace),
-    }
-    kept_releases = [release for release in all_releases if release.id in kept_release_ids]
-    used_tastes_ids = {release.inputs["tastes"] for release in kept_releases}
+    used_releases = kept_releases(dataset.workspace, CleanConfig())
+    used_tastes_ids = {release.inputs["tastes"] for release in used_releases}
     part_counts = {item.id: dataset.earlier(item.inputs["dataset"]).parts for item in matching_tastes}
     current_model = artifacts.latest(dataset.workspace, "models")
-    used_model_ids = {release.inputs["models"] for release in kept_releases} | (
+    used_model_ids = {release.inputs["models"] for release in used_releases} | (
         set() if current_model is None else {current_model.id}
     )
     newest_part_counts: dict[str, int] = {}

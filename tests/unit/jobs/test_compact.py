@@ -1,5 +1,6 @@
 """Joining parts keeps the plays and does not disturb readers and taste vectors; a killed run is continued."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
+from rayrec.data.lineage import CleanConfig, find_garbage
 from rayrec.importing import merging
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.add_songs import add_songs
@@ -234,6 +236,30 @@ def test_an_arm_of_an_experiment_can_be_loaded(workspace: Workspace, tmp_path: P
     tastes = artifacts.load_manifest(workspace, "tastes", arm.inputs["tastes"])
     assert load_states(Dataset(workspace), store, arm).users == tastes.metrics["users"]
     store.close()
+
+
+def test_every_release_that_clean_keeps_can_be_loaded(workspace: Workspace, tmp_path: Path) -> None:
+    import_data(workspace, write_day(tmp_path, 0))
+    daily_releases = []
+    for day in range(1, 5):
+        append_plays(workspace, write_day(tmp_path, day))
+        write_model(workspace, f"m{day}")
+        compute_tastes(workspace, TasteConfig())
+        release = releases.create_release(workspace)
+        old = replace(release, created_at=f"2020-01-0{day}T00:00:00+00:00")
+        workspace.write_json(release.path("manifest.json"), asdict(old))
+        daily_releases.append(release)
+    artifacts.reuse(workspace, "releases", daily_releases[0].id)
+    garbage_paths = {item.path for item in find_garbage(workspace, CleanConfig())}
+    kept_releases = [release for release in daily_releases if release.folder not in garbage_paths]
+    assert kept_releases == [daily_releases[0], *daily_releases[2:]]
+    compact(workspace)
+    assert Dataset(workspace).manifest.spans == [(0, 1), (2, 3), (4, 4)]
+    for release in kept_releases:
+        store = open_store(f"sqlite:///{tmp_path}/{release.id}.sqlite", Dataset(workspace).lineage)
+        tastes = artifacts.load_manifest(workspace, "tastes", release.inputs["tastes"])
+        assert load_states(Dataset(workspace), store, release).users == tastes.metrics["users"]
+        store.close()
 
 
 def test_taste_vectors_of_models_that_are_not_in_use_keep_no_parts_apart(workspace: Workspace, tmp_path: Path) -> None:
