@@ -33,11 +33,12 @@ def compact(workspace: Workspace) -> Compacted:
 
     Other plays and all artifacts stay valid.
     A release is in use if `rayrec clean` keeps it with its default settings, and a model if it is the current one or
-    that of a release in use. Parts that the newest taste vectors of a model in use cover, which a later `rayrec taste`
-    continues, or those of a release in use, are not joined with later parts. Nor are the parts that a model in use was
-    trained on, since `rayrec songs add` estimates embeddings from later ones. Running readers keep reading the old
-    files, which stay until `rayrec clean`. A killed compaction leaves the data set unchanged; the next one continues
-    with the missing buckets. The impression log is compacted, too.
+    that of a release in use. Parts stay apart where a command reads only some of them. `rayrec taste` reads the parts
+    since the newest taste vectors of a model in use. `rayrec songs add` reads the parts since the training of a model
+    in use. `rayrec states load` reads the parts up to the taste vectors of a release in use.
+
+    Running readers keep reading the old files, which stay until `rayrec clean`. A killed compaction leaves the data set
+    unchanged; the next one continues with the missing buckets. The impression log is compacted, too.
     """
     compact_impressions(workspace)
     finish_publishing(workspace)

@@ -90,7 +90,7 @@ def recommend_all(
     )
     if complete:
         return artifacts.reuse(workspace, KIND, artifact_id)
-    require_fitting_parts(workspace, dataset, parts)  # raises here, not in every worker
+    require_fitting_parts(workspace, dataset, parts)  # for model and rankers it raises here, not in every worker
     manifest = Manifest(kind=KIND, id=artifact_id, config=settings, inputs=inputs)
     started = time.monotonic()
     task = _Task(dataset, config, dict(parts), timestamp, manifest.folder)

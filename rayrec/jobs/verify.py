@@ -1,7 +1,7 @@
 """Checks a workspace in bounded memory: one file, or one bucket of users, at a time."""
 
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -142,12 +142,12 @@ class Audit:
         }
 
 
-def check_dataset(audit: Audit, dataset: Dataset) -> None:
-    """Check everything below dataset/."""
+def check_dataset(audit: Audit, dataset: Dataset, staged_manifests: Sequence[DatasetManifest]) -> None:
+    """Check everything below dataset/; see `read_staged_manifests`."""
     manifest = dataset.manifest
     files = {f"{DATASET}/{path}": digest for path, digest in manifest.files.items()}
-    with audit.reading(IMPORT_STAGING):
-        files = dataset_checksums(audit.workspace, manifest)
+    with audit.reading(SONGS_TABLE):
+        files = dataset_checksums(audit.workspace, manifest, staged_manifests)
     with audit.checking("dataset", manifest.id, len(files)):
         audit.compare(files)
         with audit.reading(SONGS_TABLE):
@@ -167,14 +167,6 @@ def check_dataset(audit: Audit, dataset: Dataset) -> None:
                     DATASET_MANIFEST,
                     f"ancestor {ancestor} has another id in its manifest",
                 )
-
-
-def _staged_files(audit: Audit) -> dict[str, str]:
-    """Return path -> sha256 of the files that a killed import or compaction would have published."""
-    manifests: list[DatasetManifest] = []
-    with audit.reading(IMPORT_STAGING):
-        manifests = read_staged_manifests(audit.workspace)
-    return {f"{DATASET}/{path}": digest for manifest in manifests for path, digest in manifest.files.items()}
 
 
 def check_splits(audit: Audit, dataset: Dataset) -> None:
@@ -546,22 +538,25 @@ def verify_workspace(workspace: Workspace) -> Audit:
                 dataset = Dataset(workspace)
             except NotFoundError:
                 audit.note(DATASET_MANIFEST, "is missing: the workspace has no data set, or it is being replaced")
+        staged_manifests: list[DatasetManifest] = []
+        with audit.reading(IMPORT_STAGING):
+            staged_manifests = read_staged_manifests(workspace)
         if dataset is not None:
-            check_dataset(audit, dataset)
+            check_dataset(audit, dataset, staged_manifests)
             with audit.reading("splits"):
                 check_splits(audit, dataset)
         check_artifacts(audit, dataset)
         with audit.reading(releases.ACTIVE):
             releases.active_release(workspace)
-        _check_leftovers(audit, dataset)
+        _check_leftovers(audit, dataset, staged_manifests)
     return audit
 
 
-def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
+def _check_leftovers(audit: Audit, dataset: Dataset | None, staged_manifests: Sequence[DatasetManifest]) -> None:
     """Check the files that no manifest lists: problems if they look like artifacts, notes if a job left them."""
     ancestor_manifests = [dataset.earlier(ancestor_id) for ancestor_id in dataset.manifest.ancestors] if dataset else []
     earlier_files = {f"{DATASET}/{path}" for manifest in ancestor_manifests for path in manifest.files}
-    staged_files = _staged_files(audit)
+    staged_files = {f"{DATASET}/{path}" for manifest in staged_manifests for path in manifest.files}
     unfinished_folders = tuple(f"{note.path}/" for note in audit.notes)
     selector = pafs.FileSelector(audit.workspace.root, allow_not_found=True, recursive=True)
     staged_count = replaced_count = erasing_count = 0
@@ -596,5 +591,6 @@ def _check_leftovers(audit: Audit, dataset: Dataset | None) -> None:
     if staged_count:
         audit.note(
             IMPORT_STAGING,
-            f"has, or has published, {staged_count} files of an unfinished import; the next one reuses or deletes them",
+            f"has {staged_count} files of an unfinished import or compaction, or has already moved them into place; "
+            "the next command that changes the data set publishes, reuses or deletes them",
         )

@@ -449,16 +449,16 @@ def read_staged_manifests(workspace: Workspace) -> list[DatasetManifest]:
     return [read_dataset_manifest(workspace, path) for path in paths if workspace.exists(path)]
 
 
-def dataset_checksums(workspace: Workspace, manifest: DatasetManifest) -> dict[str, str]:
+def dataset_checksums(
+    workspace: Workspace, manifest: DatasetManifest, staged_manifests: Iterable[DatasetManifest]
+) -> dict[str, str]:
     """Return path in the workspace -> sha256 that the file must have, of the files of the current data set.
 
-    A killed run may have moved the next song table into place, which also holds the songs of this data set: then its
-    checksum applies.
+    A killed run may have moved the song table of one of `staged_manifests` into place, which also holds the songs of
+    this data set: then its checksum applies.
     """
     checksums = {f"{DATASET}/{path}": digest for path, digest in manifest.files.items()}
-    staged_digests = {
-        staged.files.get(SONGS_TABLE.removeprefix(f"{DATASET}/")) for staged in read_staged_manifests(workspace)
-    }
+    staged_digests = {staged.files.get(SONGS_TABLE.removeprefix(f"{DATASET}/")) for staged in staged_manifests}
     if (
         staged_digests
         and workspace.exists(SONGS_TABLE)

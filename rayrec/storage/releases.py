@@ -21,6 +21,7 @@ from rayrec.storage.artifacts import (
     new_id,
     publish,
     read_dataset_manifest,
+    read_staged_manifests,
     sha256,
 )
 from rayrec.storage.workspace import (
@@ -251,7 +252,7 @@ def release_files(workspace: Workspace, release: Manifest) -> dict[str, str]:
     release_dataset = earlier_version(workspace, dataset, dataset_id)
     if content_checksum(release_dataset) != files.pop(DATASET_MANIFEST):
         raise _changed_error(DATASET_MANIFEST if dataset_id == dataset.id else earlier_manifest(dataset_id))
-    checksums = dataset_checksums(workspace, dataset)
+    checksums = dataset_checksums(workspace, dataset, read_staged_manifests(workspace))
     dataset_files = {path: digest for path, digest in release_dataset.files.items() if path.startswith(FIXED_PREFIXES)}
     # Later songs are appended to songs.parquet, and an import of playlists moves songs from separate files into it, so
     # the current files and checksums apply.

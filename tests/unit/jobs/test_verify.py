@@ -349,6 +349,15 @@ def test_an_append_that_was_killed_while_it_was_published_is_a_note(
     releases.verify_release(workspace, releases.create_release(workspace), plays=False)  # as servers do
 
 
+def test_a_damaged_manifest_of_an_unfinished_import_is_one_problem(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    import_data(workspace, write_rows(tmp_path / "1.csv", "u,s,1700000000"))
+    workspace.write_bytes("dataset/.staging/import/out/dataset.json", b"{")
+    assert [problem.path for problem in verify_workspace(workspace).problems] == ["dataset/.staging"]
+
+
 def test_a_workspace_is_sound_after_a_deletion_and_an_import_of_playlists(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
