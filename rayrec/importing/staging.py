@@ -39,7 +39,7 @@ from rayrec.importing.vocabulary import (
     range_of,
     song_keys,
 )
-from rayrec.storage.artifacts import DatasetManifest, read_dataset_manifest
+from rayrec.storage.artifacts import DatasetManifest, read_dataset_manifest, record_lineage
 from rayrec.storage.workspace import (
     DATASET,
     DATASET_MANIFEST,
@@ -531,6 +531,7 @@ def finish_publishing(workspace: Workspace) -> None:
         for path in manifest.files:
             if staging.out(path) in staged_files:
                 workspace.move(staging.out(path), f"{DATASET}/{path}")
+        record_lineage(workspace, manifest)
         workspace.move(manifest_path, DATASET_MANIFEST)
         workspace.delete(IMPORT_STAGING)
 

@@ -43,7 +43,13 @@ from rayrec.online.state_codec import pack_state
 from rayrec.online.state_store import open_user_store
 from rayrec.online.user_state import UserState
 from rayrec.storage import artifacts
-from rayrec.storage.artifacts import BUCKET_COUNTS, DatasetManifest, Manifest, read_dataset_manifest
+from rayrec.storage.artifacts import (
+    BUCKET_COUNTS,
+    DatasetManifest,
+    Manifest,
+    read_dataset_manifest,
+    read_lineages,
+)
 from rayrec.storage.locking import writes
 from rayrec.storage.releases import CHECKSUMS, list_releases
 from rayrec.storage.workspace import (
@@ -104,7 +110,7 @@ def forget_users(workspace: Workspace, user_ids: Sequence[str], *, store: str | 
     state_store = open_user_store(workspace, store, dataset.lineage)
     if state_store is not None:
         with closing(state_store):
-            state_store.forget(unique_ids, pack_state(UserState(forgotten_at=at)))
+            state_store.forget(unique_ids, pack_state(UserState(forgotten_at=at)), read_lineages(workspace))
     return len(unique_ids)
 
 

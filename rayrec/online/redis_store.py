@@ -1,6 +1,6 @@
 """User states in Redis, a single server or Redis Cluster: for replicas on many nodes.
 
-All keys of a user share one hash tag, and no key holds all users, so that a cluster spreads users over its nodes.
+All keys of a user share one hash tag, and no key belongs to all users, so that a cluster spreads users over its nodes.
 What survives a crash depends on the server's settings. With `appendonly yes` and `appendfsync always`, an acknowledged
 put is on the server's disk. With `everysec`, the death of the server's machine may lose the last second, the death of
 its process alone loses nothing. Without `appendonly`, all changes since the last snapshot are lost. Opening the store
@@ -14,7 +14,7 @@ import os
 import secrets
 import time
 from base64 import urlsafe_b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -37,7 +37,6 @@ PASSWORD_VARIABLE = "RAYREC_REDIS_PASSWORD"  # not in the address, because Ray s
 TIMEOUT_SECONDS = 5.0  # for connecting and for each answer
 RETRIES = 4
 PREFIX = "rayrec:2"  # the digit is the format's version
-NAMESPACES = f"{PREFIX}:namespaces"  # key of the set of all namespaces with which the store was opened
 EVENT_SECONDS = 3 * DAY_SECONDS  # how long the events of a day are kept after the last of them
 PIPELINE = 1_000  # users per pipeline
 REPLICA_MS = 500  # how long a put waits for a replica, if its node has one
@@ -229,8 +228,7 @@ class RedisStore(StateStore):
         self._nodes = getattr(client, "nodes_manager", None)  # None for a single server
         self._replica_checks: dict[str, tuple[float, bool]] = {}  # by node: time of the check, whether it has replicas
         self._scripts = {name: client.register_script(text) for name, text in _SCRIPTS.items()}
-        if not self._call(lambda: client.sismember(NAMESPACES, namespace)):  # a server with full memory refuses SADD
-            self._call(lambda: client.sadd(NAMESPACES, namespace))
+        self._call(client.ping)
         self._warn_of_losses()
 
     @classmethod
@@ -301,11 +299,9 @@ class RedisStore(StateStore):
         is_applied.update(zip(other_indices, map(bool, self._run("put", calls)), strict=True))
         return list(is_applied.values())
 
-    def forget(self, user_ids: Sequence[str], state: bytes) -> None:
+    def forget(self, user_ids: Sequence[str], state: bytes, namespaces: Collection[str] = ()) -> None:
         """As in `StateStore`; the append-only file holds the deleted bytes until `rewrite` or Redis rewrites it."""
-        names = self._call(lambda: self._client.smembers(NAMESPACES))
-        namespaces = {self._namespace, *(name.decode() for name in names)}
-        keys = [_user_keys(namespace, user_id) for user_id in user_ids for namespace in namespaces]
+        keys = [_user_keys(name, user_id) for user_id in user_ids for name in {self._namespace, *namespaces}]
         self._run("forget", [(user_keys, [state]) for user_keys in keys])
 
     def rewrite(self) -> None:

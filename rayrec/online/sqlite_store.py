@@ -9,7 +9,7 @@ for the write-ahead log.
 
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from rayrec.online.state_store import (
     user_key,
 )
 
-FORMAT = 5  # version of the tables, in user_version; 0 in a new file
+FORMAT = 4  # version of the tables, in user_version; 0 in a new file
 WAIT_SECONDS = 10.0  # maximum wait for other writers
 PAGE_BYTES = 8_192  # a state takes 1.3 KB, so that a third of a page of 4 KB would stay empty
 CACHE_BYTES = 128 << 20  # of a connection that loads users; with less, changed pages are written many times
@@ -56,7 +56,6 @@ CREATE TABLE songs (
     data BLOB NOT NULL, model TEXT NOT NULL, sums BLOB NOT NULL,
     PRIMARY KEY (namespace, number), UNIQUE (namespace, song_id));
 CREATE INDEX changed_songs ON songs (namespace, version);
-CREATE TABLE namespaces (namespace TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 
 
@@ -139,11 +138,9 @@ class SqliteStore(StateStore):
                 for key, change in zip(keys, changes, strict=True)
             ]
 
-    def forget(self, user_ids: Sequence[str], state: bytes) -> None:
+    def forget(self, user_ids: Sequence[str], state: bytes, namespaces: Collection[str] = ()) -> None:
         """As in `StateStore`; the deleted bytes are overwritten with zeros."""
-        with self._connection() as connection:
-            namespaces = [name for (name,) in connection.execute("SELECT namespace FROM namespaces")]
-        keys = [user_key(namespace, user_id) for user_id in user_ids for namespace in namespaces]
+        keys = [user_key(name, user_id) for user_id in user_ids for name in {self._namespace, *namespaces}]
         for start in range(0, len(keys), FORGOTTEN_AT_ONCE):
             with self._transaction("IMMEDIATE") as connection:
                 for key in keys[start : start + FORGOTTEN_AT_ONCE]:
@@ -271,7 +268,6 @@ class SqliteStore(StateStore):
                 connection.execute(f"PRAGMA user_version = {FORMAT}")
             elif version != FORMAT:
                 raise sqlite3.DatabaseError(f"its format is {version}, this rayrec reads {FORMAT}")
-            connection.execute("INSERT OR IGNORE INTO namespaces VALUES (?)", (self._namespace,))
 
     def _get(self, connection: sqlite3.Connection, key: bytes, events: Sequence[int] = ()) -> Stored | None:
         row = connection.execute("SELECT version, state FROM users WHERE user = ?", (key,)).fetchone()

@@ -8,7 +8,7 @@ each store describes.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -106,12 +106,12 @@ class StateStore(ABC):
         """
 
     @abstractmethod
-    def forget(self, user_ids: Sequence[str], state: bytes) -> None:
+    def forget(self, user_ids: Sequence[str], state: bytes, namespaces: Collection[str] = ()) -> None:
         """Delete all data of users, whatever their versions, and store `state` in its place. Safe to repeat.
 
-        This is done in all namespaces with which the store was ever opened: a data set that replaces another one has a
-        new namespace, and a server may still answer from the old one. Their events are kept as long as those of other
-        users, so that a play that is sent again does not bring the user back.
+        This is done in the store's own namespace and in `namespaces`, those of replaced data sets: a server may still
+        answer from one. Their events are kept as long as those of other users, so that a play that is sent again does
+        not bring the user back.
         """
 
     @abstractmethod

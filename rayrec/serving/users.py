@@ -50,6 +50,7 @@ from rayrec.online.user_state import (
 from rayrec.serving.live_release import LiveRelease
 from rayrec.serving.problems import NotReadyError
 from rayrec.serving.telemetry import Metrics
+from rayrec.storage.artifacts import read_lineages
 from rayrec.storage.workspace import Workspace
 
 ATTEMPTS = 100  # to store the plays of a request before it fails; an attempt fails only if another write succeeded
@@ -165,7 +166,7 @@ class StoredUsers:
 
         def forget_in_both() -> None:  # runs in one thread, so that both steps are done even if the client disconnects
             mark_forgotten(self._workspace, [user_id], at)
-            store.forget([user_id], pack_state(UserState(forgotten_at=at)))
+            store.forget([user_id], pack_state(UserState(forgotten_at=at)), read_lineages(self._workspace))
 
         await self._run_in_thread(forget_in_both)
 

@@ -23,6 +23,7 @@ from rayrec.storage.workspace import (
     DATASET,
     DATASET_MANIFEST,
     IMPORT_STAGING,
+    LINEAGES,
     SONGS_TABLE,
     Workspace,
     artifact_dir,
@@ -486,7 +487,18 @@ def read_songs(workspace: Workspace, manifest: DatasetManifest, names: list[str]
 
 def write_dataset_manifest(workspace: Workspace, manifest: DatasetManifest) -> None:
     """Write dataset.json; from then on the data set exists."""
+    record_lineage(workspace, manifest)
     workspace.write_json(DATASET_MANIFEST, asdict(manifest))
+
+
+def record_lineage(workspace: Workspace, manifest: DatasetManifest) -> None:
+    """Record the lineage of a data set, before it is published; the lineage stays known if it is replaced."""
+    workspace.write_bytes(f"{LINEAGES}/{manifest.lineage or manifest.id}", b"")
+
+
+def read_lineages(workspace: Workspace) -> list[str]:
+    """Return the lineages of a workspace's data sets, including those that were replaced."""
+    return [path.removeprefix(f"{LINEAGES}/") for path in workspace.files(LINEAGES)]
 
 
 def earlier_version(workspace: Workspace, manifest: DatasetManifest, dataset_id: str) -> DatasetManifest:

@@ -42,6 +42,7 @@ STATES_FILE = "serving/states.sqlite"  # the embedded store of user states
 REPLICAS = "serving/replicas"  # reports of each replica of a server
 IMPRESSIONS = "serving/impressions"  # answers of a server, and the later events of users
 FORGOTTEN = "forgotten"  # digests of deleted users
+LINEAGES = "lineages"  # one empty file per lineage of the data sets so far, under which stores may hold users
 IMPORT_STAGING = "dataset/.staging"  # completed work of an unfinished import
 SENT_PLAYS = ".inputs"  # tables of plays from Python, until they are imported
 

@@ -20,11 +20,13 @@ from worlds import random_vectors, write_song_vectors
 from rayrec.bench.redis_servers import RedisServer
 from rayrec.data.dataset import Dataset, read_forgotten, read_pending_deletions
 from rayrec.data.split import Split, SplitConfig, fit_range, split_dataset
+from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import DamagedArtifactError, InputError, NotFoundError
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs import forget, taste
 from rayrec.jobs.compact import compact
 from rayrec.jobs.forget import forget_users
+from rayrec.jobs.generate import generate
 from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.recommend_all import recommend_all, recommendations_file
 from rayrec.jobs.retrieval import fit_retrieval
@@ -34,8 +36,9 @@ from rayrec.jobs.verify import verify_workspace
 from rayrec.model.taste_table import tastes_file
 from rayrec.model.train_config import PLAY_COUNTS, TasteConfig, TrainConfig
 from rayrec.online.load_states import load_states
-from rayrec.online.state_codec import unpack_state
-from rayrec.online.state_store import StateStore, open_store, store_uri
+from rayrec.online.state_codec import pack_state, unpack_state
+from rayrec.online.state_store import NO_VERSION, Change, StateStore, open_store, store_uri
+from rayrec.online.user_state import Plays, UserState
 from rayrec.recommend.answer import RecommendConfig
 from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.two_step_config import RetrievalConfig
@@ -311,6 +314,64 @@ def test_deleting_users_whose_ids_are_words_of_settings_changes_no_setting(
     assert (after.config, after.appended) == (before.config, before.appended)
     assert after.last_import.keys() == before.last_import.keys()
     assert append_plays(workspace, write_day(2)).plays == len(OTHERS)
+
+
+def put_plays(uri: str, lineage: str) -> None:
+    """Store a play of each user to delete."""
+    store = open_store(uri, lineage)
+    state = pack_state(UserState(window=Plays.of([1], [START * 1000])))
+    assert all(store.put([Change(user_id=user_id, state=state, expected=NO_VERSION) for user_id in DELETED]))
+    store.close()
+
+
+def stored_states(uri: str, lineage: str) -> list[UserState]:
+    """Return the stored states of the users to delete."""
+    store = open_store(uri, lineage)
+    records = store.read(DELETED)
+    store.close()
+    return [unpack_state(record.stored.state) for record in records if record is not None]
+
+
+def test_a_deletion_covers_replaced_data_sets_of_its_workspace_and_no_other_workspace_with_the_same_store(
+    uri: str, tmp_path: Path
+) -> None:
+    lineages: dict[str, list[str]] = {"staging": [], "production": []}
+    for day, name in enumerate(["staging", "production"] * 3):
+        workspace = Workspace(tmp_path / name)
+        if day < 2:
+            generate(workspace, GenerateConfig(users=20, songs=50, artists=20, playlists=0, seed=day))
+        else:
+            import_data(workspace, write_plays(tmp_path, day), repeat=True)
+        lineages[name].append(Dataset(workspace).lineage)
+        put_plays(uri, lineages[name][-1])
+    forget_users(Workspace(tmp_path / "staging"), DELETED[:1], store=uri)
+    require_sound(Workspace(tmp_path / "staging"))
+    for lineage in lineages["staging"]:
+        states = stored_states(uri, lineage)
+        assert [(state.forgotten, state.plays) for state in states] == [(True, 0), (False, 1), (False, 1)]
+    for lineage in lineages["production"]:
+        assert [(state.forgotten, state.plays) for state in stored_states(uri, lineage)] == [(False, 1)] * 3
+
+
+def test_a_deletion_covers_a_replaced_data_set_from_which_a_server_still_answers(
+    world: Workspace, tmp_path: Path, uri: str
+) -> None:
+    lineages = [Dataset(world).lineage]
+    with service(world, store=uri) as open_service:
+        client = Client(open_service)
+        import_data(world, write_plays(tmp_path, 5), repeat=True)
+        lineages.append(Dataset(world).lineage)
+        assert len(set(lineages)) == 2
+        for lineage in lineages:
+            put_plays(uri, lineage)
+        statuses = [client.get(f"/v1/users/{user}/taste").status_code for user in DELETED[1:]]
+        assert statuses == [200, 200]
+        forget_users(world, DELETED[1:2], store=uri)
+        assert client.request("DELETE", f"/v1/users/{DELETED[2]}").status_code == 204
+        statuses = [client.get(f"/v1/users/{user}/taste").status_code for user in DELETED[1:]]
+        assert statuses == [404, 404]
+    for lineage in lineages:
+        assert [state.forgotten for state in stored_states(uri, lineage)] == [False, True, True]
 
 
 @needs_redis

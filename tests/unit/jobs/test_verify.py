@@ -141,7 +141,7 @@ def test_a_sound_workspace_has_neither_problems_nor_notes(tmp_path: Path, kind: 
 @pytest.mark.parametrize("damage", ["changed", "gone"])
 def test_a_byte_changed_or_a_file_gone_is_named_whatever_the_file(sound: Workspace, damage: str) -> None:
     for path in sound.files(""):
-        if path in ("releases/active", "current.json"):
+        if path in ("releases/active", "current.json") or path.startswith("lineages/"):
             continue
         content = sound.read_bytes(path)
         if damage == "changed":

@@ -298,22 +298,24 @@ def test_a_deleted_user_leaves_a_state_and_the_last_days_events_and_no_writer_go
     assert ann.events == {5}
 
 
-def test_a_deletion_covers_the_namespaces_of_earlier_data_sets(uri: str, tmp_path: Path) -> None:
+def test_a_deletion_covers_the_given_namespaces_and_no_other(uri: str, tmp_path: Path) -> None:
     secret = b"a play of ann " * 100
-    old_store, older_store = open_store(uri, "old"), open_store(uri, "older")
-    for earlier_store in (old_store, older_store):
-        for name in ("ann", "bob"):
-            put(earlier_store, name, secret + name.encode(), expected=NO_VERSION, append=secret + name.encode())
-    store = open_store(uri, "new")
-    store.forget(["ann"], b"mark")
-    store.rewrite()
-    for earlier_store in (old_store, older_store):  # a server may still answer from it
-        assert contents(earlier_store, "ann") == (2, b"mark", [])
-        assert contents(earlier_store, "bob") == (1, secret + b"bob", [secret + b"bob"])
-        earlier_store.close()
-    assert contents(store, "ann") == (1, b"mark", [])
-    store.close()
-    assert not any(secret + b"ann" in path.read_bytes() for path in tmp_path.iterdir())
+    stores = {name: open_store(uri, name) for name in ("old", "older", "new", "foreign")}
+    for name in ("old", "older", "foreign"):
+        for user in ("ann", "bob"):
+            text = f"{user} of {name}".encode()
+            put(stores[name], user, secret + text, expected=NO_VERSION, append=secret + text)
+    stores["new"].forget(["ann"], b"mark", ["old", "older", "new"])
+    stores["new"].rewrite()
+    assert contents(stores["new"], "ann") == (1, b"mark", [])
+    for name in ("old", "older"):
+        assert contents(stores[name], "ann") == (2, b"mark", [])
+    for user, name in (("ann", "foreign"), *(("bob", name) for name in ("old", "older", "foreign"))):
+        text = secret + f"{user} of {name}".encode()
+        assert contents(stores[name], user) == (1, text, [text])
+    for opened_store in stores.values():
+        opened_store.close()
+    assert not any(secret + b"ann of old" in path.read_bytes() for path in tmp_path.iterdir())
 
 
 def test_no_byte_of_a_deleted_user_stays_in_an_sqlite_file(tmp_path: Path) -> None:
@@ -623,7 +625,7 @@ def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
     foreign_connection.execute("CREATE TABLE other (x)")
     foreign_connection.commit()
     foreign_connection.close()
-    with pytest.raises(InputError, match="its format is 0, this rayrec reads 5"):
+    with pytest.raises(InputError, match="its format is 0, this rayrec reads 4"):
         open_store(f"sqlite:///{tmp_path}/foreign.sqlite", "n")
 
 
