@@ -71,7 +71,7 @@ COMMANDS = {  # kind -> command that makes such an artifact
 KINDS = tuple(COMMANDS)  # every kind of artifact, in the order in which `status` and `verify` list them
 FITTED = ("songs", "models", "retrieval", "rankers")  # kinds that are learned from plays
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SKIP_BELOW = 0.5  # default share of a song below which a play of it counts as skipped
 
 Times = Literal["real", "positions"]

@@ -26,7 +26,6 @@ from rayrec.storage import artifacts
 from rayrec.storage.artifacts import (
     FORMAT_VERSION,
     KINDS,
-    SCHEMA_VERSION,
     DatasetManifest,
     Manifest,
     listing,
@@ -205,17 +204,19 @@ def test_described_songs_without_plays_repeat_no_training(
     assert added_songs.rows.tolist() == Dataset(workspace).catalog().rows(["new"]).tolist()
 
 
-def test_a_data_set_of_another_schema_version_is_refused_with_advice_that_works(
+def test_a_data_set_of_an_earlier_version_is_refused_and_without_it_fit_makes_all_again(
     ring: tuple[Workspace, str, FitResult, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace, path = Workspace(shutil.copytree(ring[0].uri, tmp_path / "copy")), ring[1]
     without_ray(monkeypatch)
+    use_next_format_version(monkeypatch)
     manifest = workspace.read_json(DATASET_MANIFEST)
-    workspace.write_json(DATASET_MANIFEST, {**manifest, "schema_version": SCHEMA_VERSION - 1})
+    workspace.write_json(DATASET_MANIFEST, {**manifest, "schema_version": 3})  # with ends of Spotify's plays as times
     with pytest.raises(DamagedArtifactError, match="delete the folder dataset of the workspace and run `rayrec fit`"):
         run_fit(workspace, path)
     workspace.delete("dataset")
     result = run_fit(workspace, path)
+    assert {outcome.stage: outcome.status for outcome in result.outcomes} == dict.fromkeys(STAGES, "done")
     assert is_active(workspace, result.release)
 
 
