@@ -152,7 +152,7 @@ def _import_config(config: UpdateConfig, manifest: DatasetManifest, on_note: Cal
     import_config = import_config.replace(skip_below=manifest.skip_below)
     if config.timezone is None and FORMATS[import_config.format].mapped:
         import_config = import_config.replace(timezone=first_import.get("timezone", import_config.timezone))
-    if config.user is None and "user" in import_config.columns:  # these files name users, unlike the earlier ones
+    if config.user is None and import_config.columns.get("user"):  # these files name users, unlike the earlier ones
         import_config = import_config.replace(user="")
     return import_config if config.max_rejected is None else import_config.replace(max_rejected=config.max_rejected)
 

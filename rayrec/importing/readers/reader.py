@@ -245,14 +245,21 @@ def mapped_columns(
 ) -> dict[str, int]:
     """Return role -> position of its column: the column that `names` gives, else the column with the role's name.
 
-    A role for which `names` gives an empty name has no column. Raises `InputError` for an unknown role, for missing
-    columns of roles in `needed` or `names` (the message names all of them, and similar columns of the file), and for a
-    column name that occurs twice.
+    A role for which `names` gives an empty name has no column. Raises `InputError` for an unknown role, for an empty
+    name of a role in `needed`, for missing columns of roles in `needed` or `names` (the message names all of them, and
+    similar columns of the file), and for a column name that occurs twice.
     """
     unknown_roles = [role for role in names if role not in roles]
     if unknown_roles:
         raise InputError(f"cannot map a column to {unknown_roles[0]!r}; expected one of {', '.join(roles)}")
     column_of = {role: names.get(role, role) for role in roles if role in needed or names.get(role) != ""}
+    other_columns = [name for name in header if name not in column_of.values()]
+    unmapped = {role: "" for role, name in column_of.items() if not name}
+    if unmapped:
+        raise InputError(
+            f"{source}: {next(iter(unmapped))} needs a column; the file has {shown_columns(header)}; "
+            f"{mapping_advice(unmapped, other_columns)}"
+        )
     missing_columns = {
         role: name for role, name in column_of.items() if name not in header and (role in names or role in needed)
     }
@@ -260,7 +267,7 @@ def mapped_columns(
         missing_text = " or ".join(f"{name!r} for {role}" for role, name in missing_columns.items())
         raise InputError(
             f"{source} has no column {missing_text}; it has {shown_columns(header)}; "
-            f"{mapping_advice(missing_columns, [name for name in header if name not in column_of.values()])}"
+            f"{mapping_advice(missing_columns, other_columns)}"
         )
     return {role: _position(source, header, name) for role, name in column_of.items() if name in header}
 

@@ -166,6 +166,16 @@ def test_a_cut_off_gzip_file_is_an_input_error(tmp_path: Path) -> None:
     [
         ("user,song,ts", ReadOptions(), "no column 'played_at' for played_at; it has user, song, ts"),
         ("user,song,ts", ReadOptions(columns={"played_at": "when"}), "no column 'when' for played_at"),
+        (
+            "user,song,played_at",
+            ReadOptions(columns={"song": ""}),
+            r"song needs a column; the file has user, song, played_at; .* with --columns song=song$",
+        ),
+        (
+            "user,song,played_at",
+            ReadOptions(columns={"user": ""}),
+            "user needs a column; .* with --columns user=user$",
+        ),
         ("user,song,song,played_at", ReadOptions(), "2 columns named 'song'"),
         ("user,song,played_at", ReadOptions(columns={"listener": "user"}), "cannot map a column to 'listener'"),
         ("", ReadOptions(), "expected a header"),

@@ -302,6 +302,19 @@ def test_columns_are_those_of_the_fit_where_the_files_have_them(
     assert songs[12:] == rows_of(["s1", "Title s1", "Title s2"]).tolist()
 
 
+def test_files_with_a_column_of_users_that_the_fit_ignored_are_updated_with_its_user(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    rows = [f"phone,s{play},{BEGIN + play * 1000}\n" for play in range(12)]
+    (tmp_path / "plays.csv").write_text("user,song,played_at\n" + "".join(rows))
+    (tmp_path / "day.csv").write_text(f"user,song,played_at\ncar,s1,{BEGIN + DAY}\n")
+    config = FitConfig(paths=(str(tmp_path / "plays.csv"),), columns={"user": ""}, user="ann")
+    fit(workspace, config, settings=SETTINGS)
+    run_update(workspace, str(tmp_path / "day.csv"))
+    assert len(Dataset(workspace).history("ann").songs) == 13
+
+
 @pytest.mark.parametrize(("others", "user"), [([], "ann"), (["ann"], "ann"), (["bob"], "export")])
 def test_the_user_is_the_one_that_all_imports_of_the_format_were_given(
     others: list[str], user: str, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
