@@ -149,8 +149,10 @@ def _inspect(format_name: str, paths: Sequence[str], timezone: str) -> tuple[Ins
     delimiter = _guess_delimiter(files[0].source) if format_name == "csv" else ""
     column_names, sample = _first_sample(files, delimiter)
     empty_columns = {file.source: _empty_columns(file, delimiter) for file in files[:SAMPLE_FILES]}
-    for columns_of_file in empty_columns.values():
-        sample |= {name: values for name, values in columns_of_file.items() if name not in sample}
+    for file in files[:SAMPLE_FILES]:
+        if any(not len(sample.get(name, ())) for name in empty_columns[file.source]):
+            _, sample_of_file = _read_sample(file, delimiter)
+            sample |= {name: values for name, values in sample_of_file.items() if not len(sample.get(name, ()))}
     lacking = {
         name: source
         for source, columns_of_file in reversed(empty_columns.items())
@@ -473,7 +475,7 @@ def _first_sample(files: Sequence[SourceFile], delimiter: str) -> tuple[list[str
     The files are Parquet if `delimiter` is empty, else csv.
     """
     for file in files[:SAMPLE_FILES]:
-        column_names, sample = _csv_sample(file, delimiter) if delimiter else _parquet_sample(file)
+        column_names, sample = _read_sample(file, delimiter)
         if any(len(values) for values in sample.values()):
             break
     return column_names, sample
@@ -485,6 +487,11 @@ def _empty_columns(file: SourceFile, delimiter: str) -> dict[str, pa.Array]:
         return {name: pa.nulls(0, pa.string()) for name in delimited.read_header(file.source, delimiter)}
     with open_source(file.source) as stream:
         return {item.name: pa.nulls(0, item.type) for item in open_parquet(file.source, stream).schema_arrow}
+
+
+def _read_sample(file: SourceFile, delimiter: str) -> tuple[list[str], dict[str, pa.Array]]:
+    """Return column names and first values of a file, which is Parquet if `delimiter` is empty, else csv."""
+    return _csv_sample(file, delimiter) if delimiter else _parquet_sample(file)
 
 
 def _csv_sample(file: SourceFile, delimiter: str) -> tuple[list[str], dict[str, pa.Array]]:

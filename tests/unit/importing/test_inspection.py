@@ -472,12 +472,20 @@ def test_an_optional_column_is_used_only_if_all_files_have_it(tmp_path: Path, fi
         plan_import(guess_import([str(tmp_path)], columns={"liked": "loved"}))
 
 
-def test_a_column_that_only_newer_files_have_is_not_read_if_its_type_has_no_use(tmp_path: Path) -> None:
-    plays = pa.table({"user": ["a"], "song": ["b"], "ts": [START], "ms_played": pa.array([5], pa.duration("ms"))})
-    pq.write_table(plays.drop_columns("ms_played"), tmp_path / "1.parquet")
-    pq.write_table(plays, tmp_path / "2.parquet")
-    assert guess_import([str(tmp_path)]).columns["ms_played"] == ""
-    assert inspect_files("parquet", [str(tmp_path)]).rows == 2
+@pytest.mark.parametrize("column", [{"ms_played": pa.array([5], pa.duration("ms"))}, {"liked": pa.array([3.5])}])
+@pytest.mark.parametrize("empty_parts", [0, 1])
+def test_a_column_that_only_newer_files_have_is_not_read_if_its_type_or_values_have_no_use(
+    tmp_path: Path, column: dict[str, pa.Array], empty_parts: int
+) -> None:
+    plays = pa.table({"user": ["a"], "song": ["b"], "ts": [START], **column})
+    (role,) = column
+    pq.write_table(plays.drop_columns(role), tmp_path / "1.parquet")
+    for part in range(empty_parts):
+        pq.write_table(plays[:0], tmp_path / f"2-{part}.parquet")
+    pq.write_table(plays, tmp_path / "3.parquet")
+    assert guess_import([str(tmp_path)]).columns[role] == ""
+    inspection = inspect_files("parquet", [str(tmp_path)])
+    assert (inspection.rows, inspection.rejected) == (2, {})
 
 
 @pytest.mark.parametrize("first", ["ts", "timestamp"])
