@@ -6,12 +6,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from rayrec.config import read_toml
 from rayrec.data.split import choose_split, describe_training_plays
 from rayrec.embeddings.word2vec import EmbedConfig
 from rayrec.errors import InputError
 from rayrec.importing.import_plan import TooManyRejectedError
-from rayrec.jobs.job_config import FitConfig, TuneConfig, UpdateConfig, to_toml
+from rayrec.jobs.job_config import FitConfig, TuneConfig, UpdateConfig, read_sections, to_toml
 from rayrec.model.train_config import TasteConfig, TrainConfig
 from rayrec.recommend.index import IndexConfig
 from rayrec.recommend.two_step_config import RankConfig, RetrievalConfig
@@ -280,7 +279,7 @@ def fit(
     """
     from rayrec.jobs.fit import fit as job
 
-    sections = {} if settings is None else read_toml(settings)
+    sections = {} if settings is None else read_sections(settings)
     try:
         result = job(call.workspace, config, settings=sections, force=force, on_stage=note_stage, on_note=note)
     except TooManyRejectedError as error:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from rayrec.config import Settings, from_mapping, section_of
+from rayrec.config import Settings, from_mapping, read_toml, section_of
 from rayrec.data.moments import validate_zone_name
 from rayrec.data.spelling import validate_user
 from rayrec.embeddings.word2vec import EmbedConfig
@@ -38,6 +38,14 @@ def resolve_paths(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         else _absolute_path(folder, section[key])
         for key in PATH_SETTINGS
         if key in section
+    }
+
+
+def read_sections(file: str) -> dict[str, Any]:
+    """Return the sections of a TOML file, with relative paths resolved against its folder."""
+    return {
+        name: resolve_paths(section, Path(file).parent) if isinstance(section, dict) else section
+        for name, section in read_toml(file).items()
     }
 
 

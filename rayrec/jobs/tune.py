@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from rayrec.config import read_toml, to_mapping
+from rayrec.config import to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import Split, require_split_of
 from rayrec.errors import DivergedError, InputError
 from rayrec.jobs.embed import embed
-from rayrec.jobs.job_config import Trial, TuneConfig, read_trials, to_toml
+from rayrec.jobs.job_config import Trial, TuneConfig, read_sections, read_trials, to_toml
 from rayrec.jobs.runtime import ray_cluster
 from rayrec.jobs.train import Unfinished, train
 from rayrec.model.epochs import SELECTION_METRIC
@@ -56,7 +56,7 @@ def tune(
         raise InputError("tune needs a validation range; run `rayrec split` first")
     dataset = Dataset(workspace)
     require_split_of(dataset, split)
-    trials = read_trials(read_toml(file), config, file)
+    trials = read_trials(read_sections(file), config, file)
     settings = {**to_mapping(config), "settings": [trial.settings for trial in trials]}
     inputs = {"dataset": dataset.manifest.id, "split": split.id}
     fingerprint_id = artifacts.fingerprint("tune", settings, inputs)

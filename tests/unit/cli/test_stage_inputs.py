@@ -157,6 +157,20 @@ def test_commands_of_many_stages_print_the_inputs_of_each(folder: Path, words: l
         require_printed(stage["inputs"], text)
 
 
+def test_a_file_of_settings_names_vectors_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "settings.toml").write_text("[embed]\nvectors = 'vectors.npy'\n")
+    seen: list[Any] = []
+
+    def fit(*arguments: object, settings: object, **options: object) -> None:
+        seen.append(settings)
+        raise InputError("stop here")
+
+    monkeypatch.setattr("rayrec.jobs.fit.fit", fit)
+    words = ["fit", "plays.csv", "--settings", str(tmp_path / "settings.toml")]
+    assert main(["--workspace", str(tmp_path / "workspace"), *words]) == 2
+    assert seen == [{"embed": {"vectors": str(tmp_path / "vectors.npy")}}]
+
+
 def test_an_update_prints_what_its_release_is_made_of(folder: Path) -> None:
     run(folder / "updated", ["fit", str(folder / "plays.csv"), "--settings", str(folder / "settings.toml")])
     text = run(folder / "updated", ["update", str(folder / "day.csv")], 1)  # 1 if the release is not made live

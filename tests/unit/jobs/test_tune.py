@@ -61,6 +61,17 @@ def test_the_best_trial_is_one_that_did_not_diverge(workspace: Workspace, split:
     assert rates == [["1.0", ""], ["0.001", "0.25"], ["0.5", ""]]
 
 
+def test_files_of_vectors_are_named_relative_to_the_file_of_the_sweep_and_the_best_settings_name_them_anywhere(
+    workspace: Workspace, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("sweep", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "sweep" / "space.toml").write_text("[embed]\nvectors = ['a.npy', 'b.npy']\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    result = tune(workspace, TuneConfig(), "../sweep/space.toml", split=split)
+    assert result.metrics["best"]["embed"]["vectors"] == str(tmp_path / "sweep" / "a.npy")
+
+
 def test_what_was_current_before_a_sweep_that_is_stopped_is_current_after(
     workspace: Workspace, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
