@@ -225,7 +225,7 @@ def _names_with_settings(group: Any) -> set[str]:
 def _settings_from_file(path: str, words: list[str], sections: set[str], config: type[Settings]) -> dict[str, Any]:
     """Return the settings of a command from a file: those of its section, or the whole file if it has no sections.
 
-    Paths in a section are relative to the file, as for `rayrec run`.
+    Relative paths are resolved against the folder of the file, as for `rayrec run`.
 
     `words` is the name of the command, `sections` the names of all commands and groups that have settings.
     """
@@ -236,7 +236,7 @@ def _settings_from_file(path: str, words: list[str], sections: set[str], config:
         if key in config.model_fields and (_is_section(config.model_fields[key]) or not isinstance(value, dict))
     }
     if not set(content) <= sections or (words[0] not in content and set(content) <= own_keys):
-        return content
+        return resolve_paths(content, Path(path).parent)
     for depth, word in enumerate(words, 1):
         name = ".".join(words[:depth])
         if word not in section:

@@ -4,6 +4,7 @@ A sweep tries combinations of settings of song embeddings and of the network.
 """
 
 import json
+import os
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,11 +28,11 @@ OptionalUser = Annotated[str | None, AfterValidator(validate_user)]
 OptionalZone = Annotated[str | None, AfterValidator(validate_zone_name)]
 
 
-PATH_SETTINGS = ("paths", "vectors")  # settings that name files
+PATH_SETTINGS = ("paths", "vectors", "keys_file")  # settings that name files
 
 
 def resolve_paths(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the settings of a section, with relative paths resolved against the folder of its file."""
+    """Return settings of a file, with relative paths resolved against the folder of its file."""
     return dict(section) | {
         key: [_absolute_path(folder, path) for path in section[key]]
         if isinstance(section[key], list)
@@ -50,8 +51,12 @@ def read_sections(file: str) -> dict[str, Any]:
 
 
 def _absolute_path(folder: Path, path: Any) -> Any:
-    """Return an absolute path, so that a file is the same input wherever a run is started; a URI stays unchanged."""
-    return str((folder / path).resolve()) if isinstance(path, str) and "://" not in path else path
+    """Return an absolute path, so that a file is the same input wherever a run is started.
+
+    A URI and an empty text stay unchanged, and ~ is the home folder.
+    """
+    is_path = isinstance(path, str) and path != "" and "://" not in path
+    return str((folder / os.path.expanduser(path)).resolve()) if is_path else path
 
 
 class PlaysConfig(Settings):

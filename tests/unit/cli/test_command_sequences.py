@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rings import BEGIN, DAY, HEAD
 
 from rayrec.data.dataset import Dataset
+from rayrec.jobs.job_config import resolve_paths
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
@@ -358,17 +359,35 @@ def test_many_more_sequences_of_commands(steps: list[str]) -> None:
     run_steps(steps)
 
 
-def test_a_section_of_a_pipeline_file_names_files_relative_to_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("section", ["[import]\n", ""])
+def test_a_section_of_a_pipeline_file_or_a_file_without_sections_names_files_relative_to_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str
 ) -> None:
     for folder in ("pipeline", "elsewhere"):
         (tmp_path / folder).mkdir()
     (tmp_path / "pipeline" / "plays.csv").write_text(HEAD + "".join(day_of_plays(0)))
     columns = "{user = 'user_id', song = 'track', played_at = 'timestamp'}"
     (tmp_path / "pipeline" / "p.toml").write_text(
-        f"[import]\nformat = 'csv'\npaths = ['plays.csv']\ncolumns = {columns}\nbuckets = 2\n[train]\nepochs = 1\n"
+        f"{section}format = 'csv'\npaths = ['plays.csv']\ncolumns = {columns}\nbuckets = 2\n"
+        + ("[train]\nepochs = 1\n" if section else "")
     )
     monkeypatch.chdir(tmp_path / "elsewhere")
     workspace = str(tmp_path / "workspace")
     assert main(["--workspace", workspace, "import", "--config", "../pipeline/p.toml"]) == 0
     assert Dataset(Workspace(workspace)).manifest.plays == USERS * 4
+
+
+def test_only_relative_paths_of_a_file_of_settings_are_resolved_against_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    settings = {
+        "keys_file": "keys",
+        "vectors": "",
+        "paths": ["plays.csv", "/plays.csv", "~/plays.csv", "s3://music/plays.csv"],
+    }
+    assert resolve_paths(settings, tmp_path) == {
+        "keys_file": str(tmp_path / "keys"),
+        "vectors": "",
+        "paths": [str(tmp_path / "plays.csv"), "/plays.csv", "/home/ann/plays.csv", "s3://music/plays.csv"],
+    }
