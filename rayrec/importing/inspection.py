@@ -162,7 +162,7 @@ def _inspect(format_name: str, paths: Sequence[str], timezone: str) -> tuple[Ins
     row_kind, column_of_role, left_out = _guess_roles_of_files(sample, lacking)
     is_playlists = row_kind == "playlists"
     # An import uses a column that has the name of a role, unless another or none is given.
-    mapping = column_of_role | {role: "" for role in left_out if role in sample and _misfit(role, role, sample)}
+    mapping = column_of_role | {role: "" for role in left_out if _misfit(role, role, sample)}
     required_roles = [role for role in roles(is_playlists) if role not in OPTIONAL_ROLES]
     missing_roles = [role for role in required_roles if role not in column_of_role]
     options = ReadOptions(playlists=is_playlists, columns=mapping, delimiter=delimiter or ",", timezone=timezone)
@@ -271,8 +271,11 @@ def _named_columns(role: str, sample: Mapping[str, pa.Array]) -> list[str]:
 
 
 def _misfit(role: str, column: str, sample: Mapping[str, pa.Array]) -> str:
-    """Return why a column cannot have an optional role: its type, or more than half of its values; empty if it can."""
-    if role not in OPTIONAL_READERS:
+    """Return why a column cannot have an optional role: its type, or more than half of its values.
+
+    Empty if it can, and if no such column exists.
+    """
+    if role not in OPTIONAL_READERS or column not in sample:
         return ""
     values = sample[column][:1000]
     problems = Problems(len(values))
@@ -572,12 +575,12 @@ def guess_import(
 ) -> ImportConfig:
     """Guess the settings that import files of plays; `format_name` and `columns`, role -> name, override the guesses.
 
-    `earlier_columns` are the columns of an earlier import; they override a guess if the files have them. Optional roles
-    that it did not use, other than title and artist, are then not guessed, and song ids are made of artist and title
-    only if that import did so. `user`, if not empty, is the user of all plays of files that name no users. `timezone`
-    is the IANA name of the time zone of times without one. `on_note` is called with warnings: the column guessed for
-    song ids may hold titles, a column that seems to hold an optional role is not used, most times are numbers before
-    1990.
+    `earlier_columns` are the columns of an earlier import; they override a guess if the files have them and their
+    values fit. Optional roles that it did not use, other than title and artist, are then not guessed, unless a column
+    has the role's own name, and song ids are made of artist and title only if that import did so. `user`, if not empty,
+    is the user of all plays of files that name no users. `timezone` is the IANA name of the time zone of times without
+    one. `on_note` is called with warnings: the column guessed for song ids may hold titles, a column that seems to hold
+    an optional role is not used, most times are numbers before 1990.
 
     Raises `InputError` for files of an unknown format or of playlists, if a required column is not found, and if date
     and time seem to be in two columns.
@@ -591,6 +594,11 @@ def guess_import(
             format=selected_format, paths=tuple(paths), columns=given_columns, timezone=timezone, user=user
         )
     inspection, sample = _inspect(selected_format, paths, timezone)
+    misfits = {
+        role: f"No column is used as {role}: {text}."
+        for role, name in (earlier_columns or {}).items()
+        if (text := _misfit(role, name, sample))
+    }
     earlier_columns_used = {
         role: name
         for role, name in (earlier_columns or {}).items()
@@ -598,7 +606,7 @@ def guess_import(
         or (
             name in {SONG_FROM_NAMES, *sample} - set(given_columns.values())
             and not (role in OPTIONAL_ROLES and name in inspection.lacking)
-            and not (role == name and role in inspection.left_out)
+            and role not in misfits
         )
     }
     given_columns = earlier_columns_used | given_columns
@@ -631,7 +639,11 @@ def guess_import(
     doubts = {role: text for role, text in inspection.doubts.items() if role not in given_columns}
     if "played_at" in doubts:
         raise InputError(f"{paths[0]}: {doubts['played_at'].removesuffix('.')}")
-    left_out = {role: text for role, text in inspection.left_out.items() if role not in {*given_columns, *unused_roles}}
+    left_out = {
+        role: text
+        for role, text in (misfits | inspection.left_out).items()
+        if role not in {*given_columns, *unused_roles} and not column_of_role.get(role)
+    }
     for text in [*doubts.values(), *left_out.values(), *_early_time_notes(column_of_role, sample)]:
         on_note(f"Warning: {text}")
     return config

@@ -447,6 +447,19 @@ def test_roles_that_the_earlier_import_did_not_use_are_not_guessed(tmp_path: Pat
     assert config.columns == {**needed, "artist": "artist_name", "liked": "", "skipped": "skip"}
 
 
+@pytest.mark.parametrize("name", ["skipped", "isskipped", "passed_over"])
+def test_a_column_of_the_earlier_import_whose_values_no_longer_fit_is_left_out_with_a_note(
+    tmp_path: Path, name: str
+) -> None:
+    path = write(tmp_path / "p.csv", f"user,song,ts,{name}\nann,s1,{START},3\n")
+    notes: list[str] = []
+    earlier_columns = {"user": "user", "song": "song", "played_at": "ts", "skipped": name}
+    config = guess_import([path], earlier_columns=earlier_columns, on_note=notes.append)
+    (batch,) = config.reader().read(plan_import(config).units[0])
+    assert (batch.rows.num_rows, batch.rejected.num_rows) == (1, 0)
+    assert notes == [f"Warning: No column is used as skipped: {name} is not true, false, 1 or 0 in 1 of 1 values."]
+
+
 @pytest.mark.parametrize("format_name", ["csv", "parquet"])
 @pytest.mark.parametrize("first", ["old", "new"])
 def test_an_optional_column_is_used_only_if_all_files_have_it(tmp_path: Path, first: str, format_name: str) -> None:
