@@ -384,12 +384,16 @@ def _python_text(text: str) -> str:
     """Return a text for the command line with its options as arguments: columns={"user": "NAME"} for --columns."""
 
     def argument(match: re.Match[str]) -> str:
-        (mapping,) = shlex.split(match[1])
+        try:
+            mapping = "".join(shlex.split(match[1]))
+        except ValueError:  # a quote without its end
+            return match[0]
         columns = dict(re.findall(r"(\w+)=(.*?)(?=,\w+=|$)", mapping))
-        return f"columns={json.dumps(columns, ensure_ascii=False)}"
+        return f"columns={json.dumps(columns, ensure_ascii=False)}" if columns else match[0]
 
-    text = re.sub(r"--columns ('[^']*'|[^\s']*=[^\s']*[^\s',.;])", argument, text)
-    return re.sub(r"--(user|columns|timezone)(?![\w-])", r"\1", text.replace("--user NAME", 'user="NAME"'))
+    shell_word = r"""(?:'[^']*'|"[^"]*"|\S)+(?<![,.;])"""
+    text = re.sub(f"--columns ({shell_word})", argument, text).replace("--user NAME", 'user="NAME"')
+    return re.sub(r"--(user|columns|timezone)(?![\w-])", r"\1=", text)
 
 
 def _arrow_table(plays: Any) -> pa.Table:

@@ -376,7 +376,8 @@ def test_plays_without_users_are_of_the_user_that_fit_is_given(monkeypatch: pyte
     assert (manifest.users, manifest.plays) == (1, 35)
 
 
-def test_errors_about_a_table_name_its_columns_and_arguments_of_python() -> None:
+def test_errors_about_a_table_name_its_columns_and_arguments_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
     model, rows = Recommender(progress=False), frame(ring_plays(range(3), plays=4))
     with pytest.raises(InputError) as error:
         model.fit(rows[["user_id", "track", "timestamp"]].rename(columns={"user_id": "who, exactly", "track": "x"}))
@@ -388,7 +389,11 @@ def test_errors_about_a_table_name_its_columns_and_arguments_of_python() -> None
     )
     with pytest.raises(InputError, match=r'the table has no column .who. .*columns=\{"user": "user_id"\}'):
         model.fit(rows, columns={"user": "who"})
-    with pytest.raises(InputError, match=r"user would merge them; import without user$"):
+    with pytest.raises(InputError, match=r"""map it, for example with columns=\{"user": "listener's"\}"""):
+        model.fit(rows.rename(columns={"user_id": "listener's"}), columns={"user": "who"})
+    with pytest.raises(InputError, match=r"the table has no column '.*song=5\"' for user"):  # a quote without its end
+        model.fit(rows, columns={"user": '--columns song=5"'})
+    with pytest.raises(InputError, match=r"user= would merge them; import without user=$"):
         model.fit(rows, columns={"user": "user_id"}, user="me")
 
 
