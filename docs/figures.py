@@ -100,14 +100,19 @@ def skip_reason(table: Figures, data_folder: str) -> str:
     return f"{table.name}: {missing_data}; the table stays as it is"
 
 
+NEW_FILES = ("ls-files", "-z", "--others", "--exclude-standard")  # files that git does not track
+
+
 def code_state(repository: Path = ROOT) -> str:
     """Return the last commit that changed the code, and a hash of changes since: artifacts do not know it."""
-    commit, changes = (
+    commit, changes, new_files = (
         subprocess.run(
             ["git", *words, "--", "rayrec", "cli"], cwd=repository, check=True, stdout=subprocess.PIPE
         ).stdout
-        for words in (("log", "-1", "--format=%h"), ("diff", "HEAD"))
+        for words in (("log", "-1", "--format=%h"), ("diff", "HEAD"), NEW_FILES)
     )
+    for name in new_files.decode().split("\0")[:-1]:
+        changes += name.encode() + (repository / name).read_bytes()
     return commit.decode().strip() + (f"-{hashlib.sha256(changes).hexdigest()[:8]}" if changes else "")
 
 

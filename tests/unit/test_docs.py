@@ -255,12 +255,19 @@ def test_figures_of_changed_code_are_not_those_of_the_code_before(tmp_path: Path
     git(["git", "add", "."])
     git([*commit, "first"])
     states = [script["code_state"](tmp_path)]
-    for name, text in (("rayrec/model.py", "2"), ("rayrec/model.py", "3"), ("cli/main.py", "2")):
+    for name, text in (
+        ("rayrec/model.py", "2"),
+        ("rayrec/model.py", "3"),
+        ("cli/main.py", "2"),
+        ("rayrec/new é.py", "1"),
+        ("rayrec/new é.py", "2"),
+    ):
         (tmp_path / name).write_text(text)
         states.append(script["code_state"](tmp_path))
+    git(["git", "add", "."])
     git([*commit, "second"])
     states.append(script["code_state"](tmp_path))
-    assert len(set(states)) == 5
+    assert len(set(states)) == 7
     (tmp_path / "docs.md").write_text("2")
     git([*commit, "text only"])
     assert script["code_state"](tmp_path) == states[-1]
