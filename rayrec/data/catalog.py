@@ -105,7 +105,7 @@ def described(songs: pa.Table, descriptions: Sequence[pa.Table]) -> pa.Table:
             continue
         values = pa.nulls(len(songs), field.type)
         numbers = tuple(
-            number for number, table in reversed([*enumerate(descriptions)]) if field.name in table.column_names
+            number for number in reversed(range(len(descriptions))) if field.name in descriptions[number].column_names
         )
         if numbers:
             tables = [descriptions[number].select([columns.SONG_ID, field.name]) for number in numbers]

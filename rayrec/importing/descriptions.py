@@ -233,13 +233,16 @@ def store_descriptions(
     return stored_manifest
 
 
-def unused_metadata_notes(dataset: Dataset) -> list[str]:
-    """Return a note if all stored metadata belongs to a data set that was replaced; else an empty list."""
+def unused_metadata_notes(dataset: Dataset, last_step: str = "fit the models") -> list[str]:
+    """Return a note if all stored metadata belongs to a data set that was replaced; else an empty list.
+
+    The note ends with `last_step`, what to do once the songs are described again.
+    """
     if dataset.descriptions() or not artifacts.listing(dataset.workspace, DESCRIPTIONS):
         return []
     return [
         "The song metadata belongs to the data set that was replaced and is not used; run `rayrec describe` again, and "
-        "then fit the models"
+        f"then {last_step}"
     ]
 
 

@@ -60,7 +60,8 @@ class ImportConfig(Settings):
     columns: dict[str, str] = Field(
         {},
         description="csv, parquet: column of each role, such as user=user_id,song=song_id,played_at=ts; "
-        "song=artist+title makes song IDs from artist and title, skipped= uses no column for a role",
+        "song=artist+title makes song IDs from artist and title, and skipped=, with nothing after it, ignores a column "
+        "named skipped",
     )
     delimiter: Delimiter = Field(",", description="csv: column delimiter; \\t for a tab")
     timezone: TimeZone = Field(

@@ -107,16 +107,16 @@ class Inspection:
     bytes: int
     delimiter: str = ""  # csv only
     columns: list[Column] = field(default_factory=list)  # csv and parquet only
-    mapping: dict[str, str] = field(default_factory=dict)  # role -> column for an import; empty: none, despite its name
+    # Role -> column for an import; an empty name: the column with the role's name is not read.
+    mapping: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)  # roles without a column
     time: str = ""  # how times are written
     rows: int = 0  # inspected rows
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> rows
     examples: dict[str, str] = field(default_factory=dict)  # reason -> file, line and text of the first such row
     doubts: dict[str, str] = field(default_factory=dict)  # role -> why the column guessed for it may be wrong
-    left_out: dict[str, str] = field(
-        default_factory=dict
-    )  # optional role -> why a column that seems to hold it is not used
+    # Optional role -> why a column that seems to hold it is not used.
+    left_out: dict[str, str] = field(default_factory=dict)
     lacking: dict[str, str] = field(default_factory=dict)  # column -> the first inspected file that lacks it
     notes: list[str] = field(default_factory=list)
     command: str = ""  # the command that imports the files
@@ -259,7 +259,7 @@ def _guess_roles_of_files(
     left_out = _left_out(column_of_role, sample, row_kind == "playlists")
     for role, name in any_column_of_role.items():
         if role not in column_of_role and name in lacking:
-            effect = f"{role} is read only from files with it" if role == name else f"no column is used as {role}"
+            effect = f"{role} is read from the other files only" if role == name else f"no column is used as {role}"
             left_out[role] = f"{lacking[name]} has no column {name!r}: {effect}."
     return row_kind, column_of_role, left_out
 

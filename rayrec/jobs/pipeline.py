@@ -243,7 +243,8 @@ class Stages:
         is_changed = is_changed and earlier_import["plan"] != plan_import(config).id
         is_changed = is_changed and not (config.produces == "plays" and dataset is not None and dataset.appended)
         new_manifest = import_data(self.workspace, config, repeat=self.force or is_changed)
-        for message in [*import_notes(new_manifest.last_import), *unused_metadata_notes(Dataset(self.workspace))]:
+        metadata_notes = unused_metadata_notes(Dataset(self.workspace), "run this command again")
+        for message in [*import_notes(new_manifest.last_import), *metadata_notes]:
             self.on_note(message)
         return new_manifest
 

@@ -473,7 +473,7 @@ def test_an_optional_column_is_used_only_if_all_files_have_it(tmp_path: Path, fi
     assert config.columns == {"user": "user", "song": "song", "played_at": "ts"}
     assert notes == [
         f"Warning: {old_path} has no column 'loved': no column is used as liked.",
-        f"Warning: {old_path} has no column 'artist': artist is read only from files with it.",
+        f"Warning: {old_path} has no column 'artist': artist is read from the other files only.",
     ]
     batches = [batch for unit in plan_import(config).units for batch in config.reader().read(unit)]
     assert [artist for batch in batches for artist in batch.rows["artist"].to_pylist()] == (
