@@ -9,10 +9,10 @@ import asyncio
 import logging
 import random
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -104,7 +104,7 @@ class StoredUsers:
         self._stores: dict[str, StateStore] = {}  # by namespace
         self._opening_lock = threading.Lock()
         self._initial_states: dict[str, States] = {}  # by model id: the network state before the first play
-        self._writes: set[asyncio.Task[set[str]]] = set()  # writes in progress, perhaps for disconnected clients
+        self._writes: set[asyncio.Task[Any]] = set()  # writes in progress, perhaps for disconnected clients
 
     def close(self) -> None:
         """Close the store."""
@@ -162,13 +162,13 @@ class StoredUsers:
         Neither `rayrec states load` nor an event of the last day that is sent again brings the user back. The workspace
         records the deletion too: the next compaction erases the user's rows from all files.
         """
-        store = await self._store(live)
 
-        def forget_in_both() -> None:  # runs in one thread, so that both steps are done even if the client disconnects
+        def forget_in_both() -> None:
+            store = self.store(live.catalog.lineage)
             mark_forgotten(self._workspace, [user_id], at)
             store.forget([user_id], pack_state(UserState(forgotten_at=at)), read_lineages(self._workspace))
 
-        await self._run_in_thread(forget_in_both)
+        await self._finish(self._run_in_thread(forget_in_both))
 
     async def _try_to_store(
         self, live: LiveRelease, store: StateStore, plays_by_user: Mapping[str, UserPlays], on_stored: OnStored | None
@@ -203,11 +203,8 @@ class StoredUsers:
                 changes.append(replace(change, events=taken_events))
         stored_ids: set[str] = set()
         if changes:
-            # Shielded, since the store finishes the write even if the client disconnects: the plays must be counted.
-            write_task = asyncio.ensure_future(self._write_changes(live, store, changes, steps, on_stored))
-            self._writes.add(write_task)
-            write_task.add_done_callback(self._writes.discard)
-            stored_ids = await asyncio.shield(write_task)
+            # The store finishes the write even if the client disconnects, so the plays must be counted, too.
+            stored_ids = await self._finish(self._write_changes(live, store, changes, steps, on_stored))
         return {
             user_id: _outcomes(step) for user_id, step in steps.items() if user_id in stored_ids or not step.changes
         }
@@ -353,6 +350,13 @@ class StoredUsers:
     async def _store(self, live: LiveRelease) -> StateStore:
         store = self._stores.get(live.catalog.lineage)
         return await self._run_in_thread(self.store, live.catalog.lineage) if store is None else store
+
+    async def _finish(self, write: Coroutine[Any, Any, T]) -> T:
+        """Return the result of `write`, which goes on to its end even if the client disconnects meanwhile."""
+        task = asyncio.ensure_future(write)
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+        return await asyncio.shield(task)
 
     async def _run_in_thread(self, work: Callable[..., T], *args: object, **kwargs: object) -> T:
         future = self._executor.submit(lambda: work(*args, **kwargs))

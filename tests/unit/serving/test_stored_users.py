@@ -32,7 +32,7 @@ from rayrec.online.state_store import (
 )
 from rayrec.online.user_state import LAST_PLAYS, WINDOW, Outcome, Plays, UserState, join_plays
 from rayrec.serving.telemetry import Metrics
-from rayrec.serving.users import StoredUsers, UserPlays
+from rayrec.serving.users import THREADS, StoredUsers, UserPlays
 from rayrec.storage.workspace import Workspace
 
 ENCODERS = {name: TasteEncoder(network(model_config(), seed=seed)) for seed, name in enumerate(("m1", "m2"))}
@@ -459,6 +459,41 @@ def test_a_user_is_deleted_even_if_the_client_disconnects_meanwhile(
         with pytest.raises(asyncio.CancelledError):
             await task
         may_end.set()
+
+    asyncio.run(leave())
+    users.close()  # waits for its threads
+    reader = replica(workspace, uri)
+    assert asyncio.run(reader.read(live, ["ann"])) == [None]
+    reader.close()
+
+
+def test_a_user_is_deleted_even_if_the_client_disconnects_while_all_threads_for_the_store_are_busy(
+    workspace: Workspace, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users, live, may_end = replica(workspace, uri), release("m1"), threading.Event()
+    store_class = type(users.store("n"))
+    read, are_busy = store_class.read, threading.Barrier(THREADS + 1)
+
+    def slow_read(self: Any, user_ids: Sequence[str], *, plays: int | None = None) -> list[FullUser | None]:
+        are_busy.wait(60)
+        assert may_end.wait(60)
+        full_users: list[FullUser | None] = read(self, user_ids, plays=plays)
+        return full_users
+
+    async def leave() -> None:
+        await users.take(live, {"ann": plays_of_request(Plays.of([1], [BEGIN]), ["a"])})
+        with monkeypatch.context() as patch:
+            patch.setattr(store_class, "read", slow_read)
+            reads = [asyncio.ensure_future(users.read(live, ["bob"])) for _ in range(THREADS)]
+            await asyncio.to_thread(are_busy.wait, 60)
+            task = asyncio.ensure_future(users.forget(live, "ann", BEGIN + 10))
+            for _ in range(10):  # turns of the event loop, in which the deletion gets in line for a thread
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            may_end.set()
+            await asyncio.gather(*reads)
 
     asyncio.run(leave())
     users.close()  # waits for its threads
