@@ -99,9 +99,14 @@ class OnlineSongs:
         catalog: ServedCatalog,
         engine: Engine,
         store: Callable[[], StateStore | None],
+        next_number: Callable[[int], int],
     ) -> None:
-        """`store` returns the store, or None if it does not exist, so that no song can have been added."""
+        """`store` returns the store, or None if it does not exist, so that no song can have been added.
+
+        `next_number` raises the number of the next song, which all releases share, to a given one, and returns it.
+        """
         self._workspace, self._catalog, self._engine, self._store = workspace, catalog, engine, store
+        self._raise_next_number = next_number
         self._model = release.inputs["models"]
         folder = artifacts.load_manifest(workspace, "models", self._model).folder
         self._outputs = workspace.read_array(f"{folder}/{SONG_VECTORS}")
@@ -111,7 +116,6 @@ class OnlineSongs:
         self._first_row, self._is_known = len(catalog.known), catalog.known  # of the release, without added songs
         self._placer: SongPlacer | None = None
         self._version, self._state = 0, _OnlineState()
-        self._next_number = 0  # after the highest number read so far, also of lost songs: stored plays still have it
         self._contained: dict[int, int] = {}  # number -> row, of open songs that the release contains
         self._lock = threading.Lock()
 
@@ -147,7 +151,7 @@ class OnlineSongs:
         for song, row in zip(songs, rows.tolist(), strict=True):
             if row not in number_of_row and (row < 0 or not self._is_known[row]):
                 new_songs.setdefault(song.song_id, song.to_bytes())  # the first entry of a song that is sent twice
-        is_added = store.add_songs(new_songs, MAX_ONLINE_SONGS, self._next_number) if new_songs else []
+        is_added = store.add_songs(new_songs, MAX_ONLINE_SONGS, self._raise_next_number(0)) if new_songs else []
         if is_added is None:
             return None
         self.refresh()
@@ -171,7 +175,7 @@ class OnlineSongs:
                 version, changed_songs = store.songs_since(0)
                 # The lost songs' rows and numbers go to other songs.
                 self._contained, self._placer = {}, None
-            self._next_number = max([self._next_number, *(song.number + 1 for song in changed_songs)])
+            self._raise_next_number(max((song.number + 1 for song in changed_songs), default=0))
             if changed_songs or has_lost_songs:
                 self._apply_changes(changed_songs, self._state.emptied() if has_lost_songs else self._state)
             self._version = version
@@ -183,9 +187,15 @@ class OnlineSongs:
             store.close_songs(numbers)
 
     def missing(self, stored_rows: np.ndarray) -> bool:
-        """Return True if stored rows, int32, contain songs that were added after the last read."""
-        online_rows = stored_rows[stored_rows >= FIRST_ONLINE]
-        return bool(len(online_rows)) and int(online_rows.max()) - FIRST_ONLINE >= len(self._state.row_of_number)
+        """Return True if stored rows, int32, contain songs that were added after the last read.
+
+        No new song gets the number of a stored row: the store may have lost that song before this process read it.
+        """
+        number_count = int(stored_rows.max(initial=-1)) - FIRST_ONLINE + 1
+        if number_count <= 0:
+            return False
+        self._raise_next_number(number_count)
+        return number_count > len(self._state.row_of_number)
 
     def first_plays(self, steps: Sequence[Step]) -> dict[int, bytes]:
         """Return what the plays of `steps` add to the sums of added songs, by number, as bytes of float64 (1 + 2 D,).

@@ -568,7 +568,8 @@ def open_service(
         catalog = load_served_catalog(workspace, release, recommender)
         engine = Engine(Parts(recommender, metrics), pool)
         store = partial(users.existing_store, catalog.lineage)
-        online = OnlineSongs(workspace, release, catalog, engine, store)
+        next_number = partial(users.next_song_number, catalog.lineage)
+        online = OnlineSongs(workspace, release, catalog, engine, store, next_number)
         try:
             online.refresh()
         except (NotReadyError, StoreUnavailableError) as error:  # the watch reads them later

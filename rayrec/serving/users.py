@@ -103,6 +103,8 @@ class StoredUsers:
         self._executor = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="rayrec-store")
         self._stores: dict[str, StateStore] = {}  # by namespace
         self._opening_lock = threading.Lock()
+        self._next_numbers: dict[str, int] = {}  # by namespace: after the highest number seen of a song added online
+        self._numbers_lock = threading.Lock()
         self._initial_states: dict[str, States] = {}  # by model id: the network state before the first play
         self._writes: set[asyncio.Task[Any]] = set()  # writes in progress, perhaps for disconnected clients
 
@@ -346,6 +348,15 @@ class StoredUsers:
         except InputError:
             return None
         return self.store(namespace) if store_exists(uri) else None
+
+    def next_song_number(self, namespace: str, at_least: int = 0) -> int:
+        """Return the number after the highest one of songs added online; `at_least` raises it for all releases.
+
+        Numbers of lost songs count, since stored plays still have them.
+        """
+        with self._numbers_lock:
+            self._next_numbers[namespace] = max(self._next_numbers.get(namespace, 0), at_least)
+            return self._next_numbers[namespace]
 
     async def _store(self, live: LiveRelease) -> StateStore:
         store = self._stores.get(live.catalog.lineage)

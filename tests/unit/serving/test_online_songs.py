@@ -290,6 +290,34 @@ def test_plays_of_a_song_that_the_store_has_lost_are_not_those_of_a_later_song(r
     assert played_ids == ["song-1", "song-2"]
 
 
+@pytest.mark.parametrize("known_by", ["earlier release", "plays"])
+def test_plays_of_a_lost_song_are_not_those_of_a_song_that_is_added_to_another_release(
+    world: Workspace, known_by: str
+) -> None:
+    """The process read the lost song with an earlier release, or knows of it from stored plays alone."""
+    plays = [play("ann", song, AT + position) for position, song in enumerate(["song-1", "new-1", "song-2"])]
+    with service(world, watch_seconds=0.05) as first:
+        app = Client(first)
+        add(app, new_song(1))
+        assert app.post("/v1/plays", {"plays": plays}).json()["taken"] == 3
+        empty_store_of_songs(first)
+        if known_by == "earlier release":
+            release = write_release(world, "2", seed=1)
+            wait_until(lambda: first.live.id == release.id)
+            require_no_plays_of(first, new_song(2))
+    if known_by == "plays":
+        with service(world) as second:
+            Client(second).get("/v1/users/ann/plays")
+            require_no_plays_of(second, new_song(2))
+
+
+def require_no_plays_of(replica: Service, song: dict[str, Any]) -> None:
+    """Add a song; fail unless ann's stored plays stay those of `song-1` and `song-2`."""
+    assert add(Client(replica), song) == ["added"]
+    stored_plays = Client(replica).get("/v1/users/ann/plays").json()["plays"]
+    assert [stored_play["song_id"] for stored_play in stored_plays] == ["song-1", "song-2"]
+
+
 def test_a_replica_keeps_no_content_vectors_of_added_songs_and_places_the_songs_by_them(
     world: Workspace, tmp_path: Path
 ) -> None:
