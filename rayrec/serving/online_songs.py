@@ -362,7 +362,8 @@ def _has_vectors(workspace: Workspace, release_id: str, rows: np.ndarray) -> np.
 class OnlineWatch:
     """Reads songs that were added online every `REFRESH_SECONDS`, in its own thread, and closes those in all releases.
 
-    A song is closed when every release in use contains it: those that answer here, the live one, and the one that a
+    Another thread closes songs, since this may read a whole model from object storage, while more songs are added. A
+    song is closed when every release in use contains it: those that answer here, the live one, and the one that a
     rollback makes live.
     """
 
@@ -373,13 +374,16 @@ class OnlineWatch:
         self._in_use: Sequence[OnlineSongs] = []  # as last returned
         self._close_at = 0.0  # time.monotonic() of the next check for songs to close
         self._checked: tuple[list[int], str] | None = None  # numbers and id of the activation in the last such check
+        self._closing: threading.Thread | None = None  # the last such check, which may read models for minutes
         self._thread = threading.Thread(target=self._refresh_until_stop, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the threads."""
         self._stop.set()
         self._thread.join()
+        if self._closing is not None:
+            self._closing.join()
 
     def _refresh_until_stop(self) -> None:
         while not self._stop.wait(REFRESH_SECONDS):
@@ -389,14 +393,21 @@ class OnlineWatch:
                     online_songs.refresh()
                 if in_use != self._in_use:
                     self._in_use, self._close_at = in_use, time.monotonic() + CLOSE_SECONDS
-                elif in_use and time.monotonic() >= self._close_at:
+                elif in_use and time.monotonic() >= self._close_at and not (self._closing and self._closing.is_alive()):
                     self._close_at = time.monotonic() + CLOSE_SECONDS
-                    self._close_songs(in_use)
+                    self._closing = threading.Thread(target=self._try_to_close, args=(in_use,), daemon=True)
+                    self._closing.start()
                 self._has_failed = False
             except Exception as error:  # a store that cannot be reached for a while must not end the watch
                 if not self._has_failed:
-                    log.warning("cannot read or close the songs that were added online: %s", error)
+                    log.warning("cannot read the songs that were added online: %s", error)
                 self._has_failed = True
+
+    def _try_to_close(self, in_use: Sequence[OnlineSongs]) -> None:
+        try:
+            self._close_songs(in_use)
+        except Exception as error:  # the next check tries again
+            log.warning("cannot close songs that were added online: %s", error)
 
     def _close_songs(self, in_use: Sequence[OnlineSongs]) -> None:
         """Close the songs that every release in use contains. Does nothing if neither they nor the releases changed."""

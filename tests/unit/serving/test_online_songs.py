@@ -2,6 +2,7 @@
 
 import gc
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -23,6 +24,7 @@ from rayrec.data.impressions import read_impressions
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.jobs.add_songs import add_songs, added_to
 from rayrec.model.added_songs import AddedSongs
+from rayrec.model.train_config import SONG_VECTORS
 from rayrec.online.sqlite_store import SqliteStore
 from rayrec.online.state_store import StoreUnavailableError, store_uri
 from rayrec.recommend.reranking import network_of
@@ -481,6 +483,32 @@ def test_a_song_that_only_the_release_of_an_arm_contains_stays_in_the_live_one(
     with service(world) as third:
         assert "new-1" in recommended_songs(Client(third), ARTIST_SONGS)
         assert add(Client(third), new_song(1)) == ["known"]
+
+
+def test_songs_of_other_replicas_are_found_while_an_earlier_model_is_read_to_close_songs(
+    world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_array, is_reading, may_end = Workspace.read_array, threading.Event(), threading.Event()
+    earlier_vectors = artifacts.load_manifest(world, "models", "model1").path(SONG_VECTORS)
+
+    def slow_read(self: Workspace, path: str, sha256: str | None = None) -> np.ndarray:
+        if path == earlier_vectors:
+            is_reading.set()
+            assert may_end.wait(60)
+        return read_array(self, path, sha256)
+
+    monkeypatch.setattr(online_songs, "CLOSE_SECONDS", 0.0)
+    with service(world, watch_seconds=0.05) as replica, service(world, watch_seconds=3600) as other:
+        add(Client(other), new_song(1))
+        write_release(world, "2", seed=1, activate=False)
+        monkeypatch.setattr(Workspace, "read_array", slow_read)
+        try:
+            create_release_with(world, tmp_path, "new-1")
+            assert is_reading.wait(60)
+            add(Client(other), new_song(2))
+            wait_until(lambda: replica.live.catalog.find(["new-2"])[0] >= 0)
+        finally:
+            may_end.set()
 
 
 def test_a_rollback_to_a_release_without_an_added_song_brings_the_added_one_back(
