@@ -100,6 +100,12 @@ def spell_text(value: Any) -> str | None:
     return (clean(value).strip() or None) if isinstance(value, str) else spell_id(value)
 
 
+def spell_value(text: str) -> str | None:
+    """Return a flag, a category or a listed value in its stored form: as `spell_text`, but `1.0` is `1`, too."""
+    spelled_text = spell_text(text)
+    return spelled_text and _normalize_whole_number(spelled_text)
+
+
 def name_song(artist: str | None, title: str | None) -> str | None:
     """Return the id of a song without an id of its own: `artist – title`; None without a title."""
     return f"{artist or ''} – {title}" if title else None
@@ -147,7 +153,7 @@ def spell_texts(values: pa.Array, problems: Problems, *, column: str) -> pa.Arra
 
 
 def spell_values(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
-    """As `spell_texts` for a column of numbers, flags, days or categories: `1.0` as text is `1`, too.
+    """Return a column of numbers, flags, days or categories as `spell_value` does, strings (R,), null if missing.
 
     A CSV file has `1.0` if pandas wrote it from whole numbers of which some are missing.
     """

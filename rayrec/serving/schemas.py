@@ -22,7 +22,7 @@ from pydantic import (
 from starlette.responses import Response
 
 from rayrec.data.moments import END_MS, format_iso, now_ms, parse_timestamp
-from rayrec.data.spelling import EXPECTED_ID, MAX_ID, spell_id, spell_text
+from rayrec.data.spelling import EXPECTED_ID, MAX_ID, spell_id, spell_text, spell_value
 from rayrec.errors import InputError
 from rayrec.recommend.base import weight_of_long
 from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K, MAX_LISTED, MAX_NEW_SONGS, MAX_PLAYS
@@ -423,8 +423,8 @@ SONG_EXAMPLE: dict[str, Any] = {
 
 
 def spelled_names(names: list[str] | None) -> list[str] | None:
-    """Return names spelled as in every import, without empty ones."""
-    return None if names is None else [text for name in names if (text := spell_text(name))]
+    """Return names spelled as those of a list in every import, without empty ones."""
+    return None if names is None else [text for name in names if (text := spell_value(name))]
 
 
 SongText = Annotated[Annotated[str, Field(max_length=MAX_ID)] | None, AfterValidator(spell_text)]

@@ -19,6 +19,7 @@ from rayrec.data.spelling import (
     spell_lists,
     spell_text,
     spell_texts,
+    spell_value,
     spell_values,
 )
 from rayrec.errors import InputError
@@ -216,3 +217,10 @@ def test_values_lose_a_fraction_of_zeros_in_text_too() -> None:
     values = pa.array(["1.0", " 1999.0", "1.0 1", "0.5", "", None])
     assert spell_values(values, Problems(6), column="c").to_pylist() == ["1", "1999", "1.0 1", "0.5", None, None]
     assert spell_lists(pa.array(["7.0", None]), Problems(2), column="contexts").to_pylist() == [["7"], None]
+
+
+@pytest.mark.parametrize("text", ["840.0", " 276.0 ", "-0.0", "1e+16", "DE ", "840.5", "nan", " ", ""])
+def test_a_value_alone_is_spelled_as_in_a_list_of_an_import(text: str) -> None:
+    (listed_values,) = spell_lists(pa.array([[text]]), Problems(1), column="markets").to_pylist()
+    spelled_value = spell_value(text)
+    assert ([] if spelled_value is None else [spelled_value]) == listed_values

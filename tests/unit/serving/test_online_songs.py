@@ -352,7 +352,7 @@ def test_of_two_entries_of_a_song_in_one_request_the_first_is_stored(replica: Se
 
 def test_names_and_markets_are_spelled_as_in_imports(replica: Service) -> None:
     app = Client(replica)
-    blank_names = {"title": " ", "artist": f" Artist {ARTIST} ", "album": "", "markets": ["DE ", " ", ""]}
+    blank_names = {"title": " ", "artist": f" Artist {ARTIST} ", "album": "", "markets": ["DE ", " ", "", "840.0"]}
     assert add(app, {"song_id": "blank", **blank_names}, {"song_id": "clean", "artist": f"Artist {ARTIST}"}) == [
         "added",
         "added",
@@ -360,7 +360,8 @@ def test_names_and_markets_are_spelled_as_in_imports(replica: Service) -> None:
     assert app.get("/v1/songs", params={"query": "blank"}).json()["songs"] == [
         {"song_id": "blank", "title": None, "artist": f"Artist {ARTIST}"}
     ]
-    assert recommended_songs(app, ARTIST_SONGS, market="DE") == ["blank"]
+    for market in ("DE", "840"):
+        assert recommended_songs(app, ARTIST_SONGS, market=market) == ["blank"]
     np.testing.assert_array_equal(vector(replica, "blank"), vector(replica, "clean"))
     assert app.post("/v1/recommendations", {"history": ARTIST_SONGS, "market": " "}).status_code == 422  # no song's
 
