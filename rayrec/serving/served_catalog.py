@@ -1,5 +1,6 @@
 """The catalog of a release as requests use it: songs by id, by name, by attribute and by number of plays."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -267,7 +268,8 @@ class ServedCatalog:
 
 def _insert_by(play_counts: np.ndarray, order: np.ndarray, new_rows: np.ndarray) -> np.ndarray:
     """Return `order`, song rows by descending `play_counts` (N,), with further rows after those of equal counts."""
-    places = np.searchsorted(-play_counts[order], -play_counts[new_rows], side="right")
+    # A search for each new row, since `play_counts[order]` would be as long as the catalog.
+    places = [bisect_right(order, -play_counts[row], key=lambda other: -play_counts[other]) for row in new_rows]
     inserted: np.ndarray = np.insert(order, places, new_rows)
     return inserted
 

@@ -1,6 +1,9 @@
 """The lookup of a release's songs by id, in memory that the replicas of a node share."""
 
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -10,8 +13,9 @@ from served import write_release, write_world
 
 from rayrec.data.dataset import Dataset
 from rayrec.recommend.answer import load_recommender
+from rayrec.recommend.reranking import PopularOrder
 from rayrec.serving import served_catalog
-from rayrec.serving.served_catalog import CatalogRows, id_hashes, load_served_catalog
+from rayrec.serving.served_catalog import CatalogRows, ServedCatalog, id_hashes, load_served_catalog
 from rayrec.storage import releases
 from rayrec.storage.object_storage import CACHE_VARIABLE
 from rayrec.storage.workspace import Workspace
@@ -62,3 +66,34 @@ def test_two_replicas_map_one_file_and_a_changed_song_table_is_another(
     songs.write_bytes(songs.read_bytes())  # same content, new modification time
     load_served_catalog(workspace, release, recommender)
     assert len(list((tmp_path / "cache").glob("*-table.arrow"))) == 2
+
+
+def test_songs_added_online_get_their_places_by_plays_without_a_copy_of_all_play_counts() -> None:
+    song_count, row_without_vector = 100_000, 5
+    plays = np.arange(song_count, 0, -1)
+    order = np.delete(np.arange(song_count, dtype=np.int32), row_without_vector)
+    unused: Any = None
+    catalog = ServedCatalog(
+        catalog=unused,
+        rows=unused,
+        contexts={},
+        skip_below=0.5,
+        plays=plays,
+        by_plays=order,
+        starting=PopularOrder(discounted_plays=plays.astype(np.float64), order=order),
+        first_days=None,
+        by_age=np.zeros(0, np.int32),
+        lineage="n",
+        known=np.arange(song_count) != row_without_vector,
+        dim=8,
+        search=unused,
+        masks=unused,
+        names=unused,
+    )
+    online: Any = SimpleNamespace(first=song_count, catalog=["added"], known=np.array([row_without_vector, song_count]))
+    tracemalloc.start()
+    catalog.with_online(online)
+    kept_bytes, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert catalog.by_plays.tolist() == catalog.starting.order.tolist() == list(range(song_count + 1))
+    assert peak_bytes - kept_bytes < 2 * song_count
