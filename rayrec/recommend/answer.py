@@ -25,7 +25,7 @@ from rayrec.recommend.filters import (
     parse_day,
     without_heard,
 )
-from rayrec.storage.artifacts import load_manifest
+from rayrec.storage.artifacts import Manifest, load_manifest
 from rayrec.storage.releases import KIND as RELEASES
 from rayrec.storage.workspace import Workspace
 
@@ -228,8 +228,11 @@ def _scored_songs(catalog: Catalog, selected: SelectedSongs, last_title: str | N
     ]
 
 
-def require_fitting_parts(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> None:
-    """Raise `MismatchError` for a model of another data set and for rankers of another model; only read manifests."""
+def require_fitting_parts(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> Manifest | None:
+    """Return the manifest of the rankers, None without rankers; only manifests are read.
+
+    Raises `MismatchError` for a model of another data set and for rankers of another model.
+    """
     model_id = parts["models"]
     dataset_id = load_manifest(workspace, "models", model_id).inputs.get("dataset")
     if dataset_id is None or not dataset.descends_from(dataset_id):
@@ -238,13 +241,14 @@ def require_fitting_parts(workspace: Workspace, dataset: Dataset, parts: Mapping
             "run `rayrec embed`, `rayrec train`, `rayrec taste`, `rayrec index` and `rayrec release create` first"
         )
     if "rankers" not in parts:
-        return
+        return None
     rankers = load_manifest(workspace, "rankers", parts["rankers"])
     if rankers.inputs["models"] != model_id:
         raise MismatchError(
             f"rankers {rankers.id} were trained with model {rankers.inputs['models']}, not {model_id}; "
             f"run `rayrec rank --model {model_id}` first"
         )
+    return rankers
 
 
 def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str, str]) -> BaseRecommender:
@@ -256,14 +260,14 @@ def load_recommender(workspace: Workspace, dataset: Dataset, parts: Mapping[str,
     that `dataset` does not descend from, since song rows may differ, and for an index, rankers or added songs of
     another model.
     """
-    require_fitting_parts(workspace, dataset, parts)
+    rankers = require_fitting_parts(workspace, dataset, parts)
     from rayrec.recommend.taste_recommender import TasteRecommender  # imports torch: only when needed
     from rayrec.recommend.two_step import load_two_step
 
     network = TasteRecommender.load(workspace, parts["models"], parts.get("indexes"), parts.get("added_songs"))
-    if "rankers" not in parts:
+    if rankers is None:
         return network
-    retrieval, rankers = (load_manifest(workspace, role, parts[role]) for role in ("retrieval", "rankers"))
+    retrieval = load_manifest(workspace, "retrieval", parts["retrieval"])
     return load_two_step(
         workspace, network, retrieval.folder, rankers.folder, real_times=dataset.manifest.times == "real"
     )

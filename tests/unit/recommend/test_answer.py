@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from networks import model_config, network
+from served import write_release, write_world
 
 from rayrec.data import columns
 from rayrec.data.dataset import Dataset
@@ -272,3 +273,18 @@ def test_a_model_of_another_data_set_is_refused_by_both_names(dataset: Dataset) 
         load_recommender(dataset.workspace, dataset, {"models": "old"})
     with pytest.raises(NotFoundError, match="none-such"):
         load_recommender(dataset.workspace, dataset, {"models": "none-such"})
+
+
+def test_a_recommender_is_loaded_with_one_read_of_the_manifest_of_its_rankers(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_world(workspace)
+    parts, paths, read_json = write_release(workspace).inputs, list[str](), Workspace.read_json
+
+    def counted_read(self: Workspace, path: str) -> Any:
+        paths.append(path)
+        return read_json(self, path)
+
+    monkeypatch.setattr(Workspace, "read_json", counted_read)
+    load_recommender(workspace, Dataset(workspace), parts)
+    assert paths.count(f"rankers/{parts['rankers']}/manifest.json") == 1
