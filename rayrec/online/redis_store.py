@@ -467,29 +467,37 @@ class RedisStore(StateStore):
         return _call_server(self._shown_uri, call_cluster)
 
     def _warn_of_losses(self) -> None:
-        from redis.exceptions import RedisError
+        texts = [text for server in self._servers() for text in _possible_losses(server)]
+        for text in dict.fromkeys(texts):  # the nodes of a cluster usually have the same settings
+            log.warning("store %s runs with %s", self._shown_uri, text)
 
-        memory = self._call(lambda: self._client.info("memory"))
-        if memory.get("maxmemory") and memory.get("maxmemory_policy") != "noeviction":
-            log.warning(
-                "store %s runs with maxmemory %d, maxmemory-policy %s: it deletes users' plays when its memory is "
-                "full; set maxmemory-policy noeviction",
-                self._shown_uri,
-                memory["maxmemory"],
-                memory.get("maxmemory_policy"),
+
+def _possible_losses(server: Any) -> Iterator[str]:
+    """Return the settings with which a server may lose data, each with what it loses and what to set instead."""
+    from redis.exceptions import RedisError
+
+    try:
+        memory = server.info("memory")
+        limit, policy = memory.get("maxmemory"), str(memory.get("maxmemory_policy"))
+        if limit and policy != "noeviction":
+            # Only event IDs expire, and volatile policies delete only keys that expire.
+            lost_data = (
+                "event IDs when its memory is full, so that plays sent again count twice"
+                if policy.startswith("volatile-")
+                else "users' plays when its memory is full"
             )
-        try:
-            settings = self._client.config_get("append*")
-        except RedisError:  # a hosted server may hide its settings
-            return
-        if settings.get("appendonly") != "yes" or settings.get("appendfsync") != "always":
-            log.warning(
-                "store %s runs with appendonly %s, appendfsync %s: acknowledged plays may be lost if its machine "
-                "fails; set appendonly yes and appendfsync always",
-                self._shown_uri,
-                settings.get("appendonly"),
-                settings.get("appendfsync"),
+            yield (
+                f"maxmemory {limit}, maxmemory-policy {policy}: it deletes {lost_data}; set maxmemory-policy noeviction"
             )
+        settings = server.config_get("append*")
+    except RedisError:  # a hosted server may hide its settings, and a node of a cluster may be down
+        return
+    appendonly, appendfsync = settings.get("appendonly"), settings.get("appendfsync")
+    if appendonly != "yes" or appendfsync != "always":
+        yield (
+            f"appendonly {appendonly}, appendfsync {appendfsync}: acknowledged plays may be lost if its machine fails; "
+            "set appendonly yes and appendfsync always"
+        )
 
 
 # For the append-only file and the snapshot: whether a server keeps it, the command that rewrites it, and the fields of

@@ -205,3 +205,15 @@ def test_a_node_goes_on_without_its_replica_after_one_put_has_waited(cluster: Re
         assert store.put([Change(user_id="ann", state=b"2", expected=version)]) == [True]
     assert count_waits() <= 2
     store.close()
+
+
+def test_each_primary_that_evicts_keys_causes_a_warning(
+    cluster: RedisCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    for node in cluster.primaries():
+        node.ask("CONFIG", "SET", "maxmemory", "1gb")
+        node.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+        open_store(cluster.uri, "n").close()
+        assert "maxmemory-policy allkeys-lru" in caplog.text
+        caplog.clear()
+        node.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
