@@ -1,8 +1,8 @@
-"""Songs that are added while a release is live. Every replica has them within a second, until a release contains them.
+"""Songs that are added while a release is live, until every release in use contains them.
 
-The store holds, per song, its metadata, the number of its plays and the sums of the mean vectors around these plays. A
-replica reads the changes since its last read, computes vectors of the songs as `rayrec songs add` does, and uses the
-songs in addition to those of its release.
+Every replica has them within a second. The store holds, per song, its metadata, the number of its plays and the sums of
+the mean vectors around these plays. A replica reads the changes since its last read, computes vectors of the songs as
+`rayrec songs add` does, and uses the songs in addition to those of its release.
 
 D numbers per song vector.
 """

@@ -431,7 +431,7 @@ SongText = Annotated[Annotated[str, Field(max_length=MAX_ID)] | None, AfterValid
 
 
 class AddedSong(RequestBody):
-    """A song to add. It stays until a release contains it."""
+    """A song to add. It stays until every release in use contains it."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [SONG_EXAMPLE]})
 

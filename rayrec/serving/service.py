@@ -321,7 +321,7 @@ class Service:
                 507,
                 f"the store would have more than {MAX_ONLINE_SONGS:,} songs that were added online, so none of the new "
                 "songs was added; activate releases with the earlier songs first: a song leaves the store when the "
-                "live release and the one before contain it",
+                "live release, the one before, and the releases of an experiment's arms contain it",
             )
         outcomes: list[SongOutcome] = ["added" if is_new else "known" for is_new in is_added]
         return SongsAdded.model_construct(
