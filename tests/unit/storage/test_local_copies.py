@@ -122,7 +122,7 @@ def test_copies_that_nobody_has_used_for_an_hour_give_way_on_a_full_disk(remote:
     assert copies(tmp_path) == ["big.npy"]
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="mapped files are listed in /proc")
+@pytest.mark.skipif(not Path("/proc").exists(), reason="no /proc, which lists mapped files: run on Linux")
 def test_copies_in_use_stay_on_a_full_disk(remote: Workspace, tmp_path: Path) -> None:
     live_array = remote.read_array("a.npy")  # mapped, as by a replica that was started long ago
     for path in (tmp_path / "cache").iterdir():
