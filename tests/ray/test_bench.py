@@ -119,7 +119,7 @@ class TestBench:
     def test_nothing_is_left_in_the_workspace_but_the_data(self, place: Workspace) -> None:
         bench("taste", place, TINY["taste"])
         data_folder, *_ = [name for name in place.folders("bench") if place.exists(f"bench/{name}/models")]
-        assert set(place.folders(f"bench/{data_folder}")) <= {"dataset", "models", "tastes", "songs"}
+        assert set(place.folders(f"bench/{data_folder}")) <= {"dataset", "lineages", "models", "tastes", "songs"}
         assert not place.files(f"bench/{data_folder}/tastes")
 
     @pytest.mark.slow
