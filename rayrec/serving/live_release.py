@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import count
 from typing import Any, TypeVar
@@ -187,6 +187,7 @@ class ReleaseHolder:
     _beats: Iterator[int] = field(default_factory=lambda: count(1))
     _refused: dict[str, str] | None = None  # id and reason
     _refused_at: float = 0.0
+    _report_lock: threading.Lock = field(default_factory=threading.Lock)
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
@@ -229,8 +230,10 @@ class ReleaseHolder:
                 self._restore_earlier_release(activation["history"])
         else:
             self._refused = None
-        self._change = change_id
-        self.reports.write(self.report())
+        with self._report_lock:
+            # Written first: this replica must not say that it has switched while others read its old report.
+            self.reports.write(replace(self.report(), change=change_id))
+            self._change = change_id
 
     def start(self) -> None:
         """Call `check_active` now, then repeatedly until `stop`. Another thread writes reports all the time."""
@@ -285,7 +288,8 @@ class ReleaseHolder:
 
     def _report_safely(self) -> None:
         try:
-            self.reports.write(self.report())
+            with self._report_lock:  # or this report could replace a newer one
+                self.reports.write(self.report())
             self.reports.alive()  # watches the reports, so that dead replicas are known when a client asks
         except Exception as error:
             log.warning("cannot write the report of this replica: %s", error)

@@ -52,6 +52,51 @@ def test_waiting_ends_once_the_replica_answers_with_the_new_release(
     assert releases.read_active(workspace)["history"] == []
 
 
+def test_a_replica_says_that_it_has_switched_only_once_its_report_for_the_others_says_so(
+    two: tuple[Workspace, str, str], replica: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, _, second_id = two
+    write_report, changes = Reports.write, []
+
+    def write(reports: Reports, new_report: Report) -> None:
+        changes.append((new_report.change, replica.holder.report().change))
+        write_report(reports, new_report)
+
+    monkeypatch.setattr(Reports, "write", write)
+    switch(workspace, lambda: releases.activate_release(workspace, second_id), LONG_WAIT)
+    change_id = releases.read_active(workspace)["change"]
+    own_changes = [own_change for change, own_change in changes if change == change_id]
+    assert own_changes[0] != change_id
+    assert replica.holder.report().change == change_id
+
+
+def test_an_older_report_does_not_replace_that_of_a_switch(
+    two: tuple[Workspace, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, first_id, second_id = two
+    monkeypatch.setattr(live_release, "REPORT_SECONDS", 0.05)
+    write_report, written_ids = Reports.write, []
+    is_writing, may_write, has_switched = threading.Event(), threading.Event(), threading.Event()
+
+    def write(reports: Reports, new_report: Report) -> None:
+        if new_report.release == first_id and written_ids:  # a later report of the old release meets slow storage
+            is_writing.set()
+            may_write.wait(60)
+        write_report(reports, new_report)
+        written_ids.append(new_report.release)
+        if new_report.release == second_id:
+            has_switched.set()
+
+    monkeypatch.setattr(Reports, "write", write)
+    with service(workspace, watch_seconds=0.05):
+        assert is_writing.wait(60)
+        releases.activate_release(workspace, second_id)
+        has_switched.wait(1)  # True if the switch does not wait for the other report
+        may_write.set()
+        assert has_switched.wait(60)
+    assert first_id not in written_ids[written_ids.index(second_id) :]
+
+
 def test_a_broken_release_is_refused_and_the_old_one_restored(
     two: tuple[Workspace, str, str], replica: Service
 ) -> None:
