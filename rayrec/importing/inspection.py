@@ -147,16 +147,15 @@ def _inspect(format_name: str, paths: Sequence[str], timezone: str) -> tuple[Ins
         command = _command_fields(format_name, row_kind, paths, {}, "")
         return Inspection(**_row_fields(batches), **command, files=len(files), bytes=size, notes=notes), {}
     delimiter = _guess_delimiter(files[0].source) if format_name == "csv" else ""
-    column_names, sample = _first_sample(files, delimiter)
-    empty_columns = {file.source: _empty_columns(file, delimiter) for file in files[:SAMPLE_FILES]}
-    for file in files[:SAMPLE_FILES]:
-        if any(not len(sample.get(name, ())) for name in empty_columns[file.source]):
-            _, sample_of_file = _read_sample(file, delimiter)
-            sample |= {name: values for name, values in sample_of_file.items() if not len(sample.get(name, ()))}
+    samples = {
+        file.source: _csv_sample(file, delimiter) if delimiter else _parquet_sample(file)
+        for file in files[:SAMPLE_FILES]
+    }
+    column_names, sample = _join_samples(list(samples.values()))
     lacking = {
         name: source
-        for source, columns_of_file in reversed(empty_columns.items())
-        for name in sample.keys() - columns_of_file.keys()
+        for source, (names_in_file, _) in reversed(samples.items())
+        for name in sample.keys() - set(names_in_file)
     }
     repeated_names = {name: count for name, count in Counter(column_names).items() if count > 1}
     row_kind, column_of_role, left_out = _guess_roles_of_files(sample, lacking)
@@ -472,33 +471,20 @@ def _guess_delimiter(source: str) -> str:
     return delimited.other_delimiter(header, ",") or ","
 
 
-def _first_sample(files: Sequence[SourceFile], delimiter: str) -> tuple[list[str], dict[str, pa.Array]]:
-    """Return column names and first values of the first of five files that has rows; of the last if none has.
-
-    The files are Parquet if `delimiter` is empty, else csv.
-    """
-    for file in files[:SAMPLE_FILES]:
-        column_names, sample = _read_sample(file, delimiter)
-        if any(len(values) for values in sample.values()):
-            break
-    return column_names, sample
+Sample = tuple[list[str], dict[str, pa.Array]]  # names of the columns of a file, and the first values of each
 
 
-def _empty_columns(file: SourceFile, delimiter: str) -> dict[str, pa.Array]:
-    """Return the columns of a file without values."""
-    if delimiter:
-        return {name: pa.nulls(0, pa.string()) for name in delimited.read_header(file.source, delimiter)}
-    with open_source(file.source) as stream:
-        return {item.name: pa.nulls(0, item.type) for item in open_parquet(file.source, stream).schema_arrow}
+def _join_samples(samples: Sequence[Sample]) -> Sample:
+    """Return the sample of the first file that has rows, the last if none has, with the columns that others add."""
+    has_rows = [any(len(values) for values in sample.values()) for _, sample in samples]
+    column_names, first_sample = samples[has_rows.index(True) if any(has_rows) else -1]
+    joined_sample = dict(first_sample)
+    for _, sample in samples:
+        joined_sample |= {name: values for name, values in sample.items() if not len(joined_sample.get(name, ()))}
+    return column_names, joined_sample
 
 
-def _read_sample(file: SourceFile, delimiter: str) -> tuple[list[str], dict[str, pa.Array]]:
-    """Return column names and first values of a file, which is Parquet if `delimiter` is empty, else csv."""
-    return _csv_sample(file, delimiter) if delimiter else _parquet_sample(file)
-
-
-def _csv_sample(file: SourceFile, delimiter: str) -> tuple[list[str], dict[str, pa.Array]]:
-    """Return the names of the header, and the first values of each column."""
+def _csv_sample(file: SourceFile, delimiter: str) -> Sample:
     header = delimited.read_header(file.source, delimiter)
     first_unit = byte_ranges(file.source, file.size, SAMPLE_BYTES)[0]
     block = next(iter(read_blocks(first_unit, SAMPLE_BYTES)))
@@ -509,12 +495,14 @@ def _csv_sample(file: SourceFile, delimiter: str) -> tuple[list[str], dict[str, 
     return header, {name: rows.values[name] for name in dict.fromkeys(header)}
 
 
-def _parquet_sample(file: SourceFile) -> tuple[list[str], dict[str, pa.Array]]:
+def _parquet_sample(file: SourceFile) -> Sample:
     with open_source(file.source) as stream:
         parquet_file = open_parquet(file.source, stream)
         batch = next(read_batches(file.source, parquet_file, None, None), None)
         if batch is None:
-            return parquet_file.schema_arrow.names, _empty_columns(file, "")
+            return parquet_file.schema_arrow.names, {
+                item.name: pa.nulls(0, item.type) for item in parquet_file.schema_arrow
+            }
     return batch.schema.names, dict(zip(batch.schema.names, batch.columns, strict=True))
 
 

@@ -320,7 +320,7 @@ class RedisStore(StateStore):
         """As in `StateStore`."""
         self._call(lambda: self._client.hset(self._load_key(load), str(bucket), text))
 
-    def add_songs(self, songs: Mapping[str, bytes], most: int, first_number: int = 0) -> list[bool] | None:
+    def add_songs(self, songs: Mapping[str, bytes], most: int, first_number: int) -> list[bool] | None:
         """As in `StateStore`."""
         fields = (field for song in songs.items() for field in song)
         reply = self._run_song_script("add_songs", [most, first_number, *fields])

@@ -172,7 +172,7 @@ class SqliteStore(StateStore):
         with self._connection() as connection:
             connection.execute("INSERT OR REPLACE INTO loads VALUES (?, ?, ?)", (self._load_name(load), bucket, text))
 
-    def add_songs(self, songs: Mapping[str, bytes], most: int, first_number: int = 0) -> list[bool] | None:
+    def add_songs(self, songs: Mapping[str, bytes], most: int, first_number: int) -> list[bool] | None:
         """As in `StateStore`; one transaction."""
         with self._transaction("IMMEDIATE") as connection:
             rows = connection.execute("SELECT song_id, data != x'' FROM songs WHERE namespace = ?", (self._namespace,))

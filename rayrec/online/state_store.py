@@ -127,7 +127,7 @@ class StateStore(ABC):
         """Record that a load has finished a bucket. All users that it has put then survive the death of the machine."""
 
     @abstractmethod
-    def add_songs(self, songs: Mapping[str, bytes], most: int, first_number: int = 0) -> list[bool] | None:
+    def add_songs(self, songs: Mapping[str, bytes], most: int, first_number: int) -> list[bool] | None:
         """Add songs by id; return which ones were added. Open songs with these ids stay unchanged.
 
         Returns None, and adds no song, if more than `most` songs would be open. A closed song is opened again. New

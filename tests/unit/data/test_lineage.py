@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from killed_jobs import killed_before_manifest
 
 from rayrec.data.lineage import CleanConfig, delete_garbage, find_garbage
 from rayrec.errors import InputError, StorageError
 from rayrec.importing.staging import Staging, finish_publishing
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import DatasetManifest, Manifest, read_dataset_manifest, write_dataset_manifest
-from rayrec.storage.workspace import DATASET_MANIFEST, Workspace, histories_file, users_file
+from rayrec.storage.workspace import Workspace, histories_file, users_file
 
 
 def publish_artifact(workspace: Workspace, kind: str, name: str, **inputs: str) -> Manifest:
@@ -230,15 +231,7 @@ def test_files_that_a_killed_job_has_moved_into_place_stay(
         new, paths = replace(new, joined_parts=[(0, 1)]), [histories_file(0, 0, 1), users_file(1, 0)]
     staging = Staging(nights, job)
     files = {path.removeprefix("dataset/"): nights.write_bytes(staging.out(path), b"new") for path in paths}
-    move = Workspace.move
-
-    def move_or_kill(workspace: Workspace, source: str, target: str) -> None:
-        if target == DATASET_MANIFEST:
-            raise KeyboardInterrupt
-        move(workspace, source, target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        patch.setattr(Workspace, "move", move_or_kill)
+    with killed_before_manifest(monkeypatch):
         staging.publish(replace(new, files=files))
     config = CleanConfig(keep=5, hours=0)
     delete_garbage(nights, find_garbage(nights, config), config)

@@ -55,6 +55,21 @@ def five_parts(workspace: Workspace, tmp_path: Path) -> Workspace:
     return workspace
 
 
+def stored_users(workspace: Workspace, release: artifacts.Manifest) -> int:
+    """Return the number of users with taste vectors in a release."""
+    return int(artifacts.load_manifest(workspace, "tastes", release.inputs["tastes"]).metrics["users"])
+
+
+def loaded_users(workspace: Workspace, release: artifacts.Manifest, folder: Path) -> int:
+    """Return the number of users whose states `load_states` loads from a release into a new store."""
+    dataset = Dataset(workspace)
+    store = open_store(f"sqlite:///{folder}/{release.id}.sqlite", dataset.lineage)
+    try:
+        return load_states(dataset, store, release).users
+    finally:
+        store.close()
+
+
 def content(dataset: Dataset) -> dict[str, list[tuple[int, int]]]:
     histories = concatenate(list(dataset.read_all(users_per_batch=7)))
     assert len(set(histories.user_ids)) == len(histories)
@@ -213,10 +228,7 @@ def test_the_live_release_and_the_one_before_it_can_be_loaded_however_many_came_
     assert Dataset(five_parts).manifest.spans == [(0, 4), (5, 5), (6, 6), (7, 7), (8, 8)]
     assert releases.active_release(five_parts) == daily_releases[1]
     for release in (daily_releases[1], releases.rollback(five_parts)):
-        store = open_store(f"sqlite:///{tmp_path}/{release.id}.sqlite", Dataset(five_parts).lineage)
-        tastes = artifacts.load_manifest(five_parts, "tastes", release.inputs["tastes"])
-        assert load_states(Dataset(five_parts), store, release).users == tastes.metrics["users"]
-        store.close()
+        assert loaded_users(five_parts, release, tmp_path) == stored_users(five_parts, release)
 
 
 def test_an_arm_of_an_experiment_can_be_loaded(workspace: Workspace, tmp_path: Path) -> None:
@@ -232,10 +244,7 @@ def test_an_arm_of_an_experiment_can_be_loaded(workspace: Workspace, tmp_path: P
         "serving/replicas/one.json", {"release": daily_releases[-1].id, "loading": None, "arms": [arm.id]}
     )
     compact(workspace)
-    store = open_store(f"sqlite:///{tmp_path}/arm.sqlite", Dataset(workspace).lineage)
-    tastes = artifacts.load_manifest(workspace, "tastes", arm.inputs["tastes"])
-    assert load_states(Dataset(workspace), store, arm).users == tastes.metrics["users"]
-    store.close()
+    assert loaded_users(workspace, arm, tmp_path) == stored_users(workspace, arm)
 
 
 def test_every_release_that_clean_keeps_can_be_loaded(workspace: Workspace, tmp_path: Path) -> None:
@@ -256,10 +265,7 @@ def test_every_release_that_clean_keeps_can_be_loaded(workspace: Workspace, tmp_
     compact(workspace)
     assert Dataset(workspace).manifest.spans == [(0, 1), (2, 3), (4, 4)]
     for release in kept_releases:
-        store = open_store(f"sqlite:///{tmp_path}/{release.id}.sqlite", Dataset(workspace).lineage)
-        tastes = artifacts.load_manifest(workspace, "tastes", release.inputs["tastes"])
-        assert load_states(Dataset(workspace), store, release).users == tastes.metrics["users"]
-        store.close()
+        assert loaded_users(workspace, release, tmp_path) == stored_users(workspace, release)
 
 
 def test_taste_vectors_of_models_that_are_not_in_use_keep_no_parts_apart(workspace: Workspace, tmp_path: Path) -> None:

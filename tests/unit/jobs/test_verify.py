@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from killed_jobs import killed_before_manifest
 from networks import NUM_SONGS, model_config, network
 from without_ray import without_ray
 from worlds import random_histories, random_vectors, write_song_vectors
@@ -28,7 +29,7 @@ from rayrec.model.taste_table import taste_table, tastes_file
 from rayrec.recommend.index import INDEX_FILE, IndexConfig, SongIndex
 from rayrec.storage import releases
 from rayrec.storage.artifacts import DatasetManifest, Manifest, load_manifest, publish, sha256, write_dataset_manifest
-from rayrec.storage.workspace import DATASET_MANIFEST, SONGS_TABLE, Workspace, histories_file
+from rayrec.storage.workspace import SONGS_TABLE, Workspace, histories_file
 from rayrec_cli.main import main
 
 BUCKETS = 2
@@ -331,15 +332,7 @@ def test_an_append_that_was_killed_while_it_was_published_is_a_note(
 ) -> None:
     without_ray(monkeypatch)
     import_data(workspace, write_rows(tmp_path / "1.csv", "u,s,1700000000"))
-    move = Workspace.move
-
-    def move_or_kill(workspace: Workspace, source: str, target: str) -> None:
-        if target == DATASET_MANIFEST:
-            raise KeyboardInterrupt
-        move(workspace, source, target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        patch.setattr(Workspace, "move", move_or_kill)
+    with killed_before_manifest(monkeypatch):
         append_plays(workspace, write_rows(tmp_path / "2.csv", "v,t,1700000100"))
     audit = verify_workspace(workspace)
     assert (audit.problems, [note.path for note in audit.notes]) == ([], ["dataset/.staging"])

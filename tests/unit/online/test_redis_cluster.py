@@ -127,8 +127,8 @@ def test_online_songs_and_marks_of_loads_survive_the_failure_of_the_node_that_ho
     store = open_store(cluster.uri, "n")
     for bucket in range(3):
         store.mark_loaded("tastes", bucket, f"{bucket} is done")
-    assert store.add_songs({"a": b"1", "b": b"2"}, most=2) == [True, True]
-    assert store.add_songs({"c": b"3"}, most=2) is None
+    assert store.add_songs({"a": b"1", "b": b"2"}, most=2, first_number=0) == [True, True]
+    assert store.add_songs({"c": b"3"}, most=2, first_number=0) is None
     store.count_song_plays("m", {0: np.ones(2).tobytes()})
     store.close_songs([1])
     song_changes = store.songs_since(0)
@@ -139,7 +139,7 @@ def test_online_songs_and_marks_of_loads_survive_the_failure_of_the_node_that_ho
         holder.start()
         assert retry(lambda: store.songs_since(0)) == song_changes
         assert retry(lambda: store.loaded("tastes")) == {bucket: f"{bucket} is done" for bucket in range(3)}
-    assert store.add_songs({"c": b"3"}, most=2) == [True]
+    assert store.add_songs({"c": b"3"}, most=2, first_number=0) == [True]
     store.count_song_plays("m", {0: np.ones(2).tobytes()})
     store.mark_loaded("tastes", 3, "3 is done")
     songs = {song.song_id: song for song in store.songs_since(song_changes[0])[1]}
@@ -153,7 +153,7 @@ def test_plays_of_songs_count_once_though_an_answer_gets_lost(
     cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(cluster.uri, "n")
-    store.add_songs({"a": b"1"}, most=1)
+    store.add_songs({"a": b"1"}, most=1, first_number=0)
     with lost_answers(monkeypatch), pytest.raises(StoreUnavailableError, match="the answer got lost"):
         store.count_song_plays("m", {0: np.ones(2).tobytes()})
     (song,) = store.songs_since(0)[1]

@@ -124,7 +124,7 @@ def test_any_text_can_be_a_user_id(store: StateStore, user: str) -> None:
 def test_namespaces_are_separate(store: StateStore, uri: str, namespace: str) -> None:
     put(store, "ann", b"1", expected=NO_VERSION, append=b"log")
     store.mark_loaded("t", 0, "here")
-    store.add_songs({"a": b"1"}, most=1)
+    store.add_songs({"a": b"1"}, most=1, first_number=0)
     other_store = open_store(uri, namespace + "-other")
     try:
         assert (get(other_store, "ann"), other_store.loaded("t"), other_store.songs_since(0)) == (None, {}, (0, []))
@@ -144,14 +144,14 @@ def songs_of(store: StateStore, since: int = 0) -> list[tuple[int, str, bytes]]:
 
 def test_songs_are_numbered_once_and_a_reader_gets_only_the_changes(store: StateStore) -> None:
     assert store.songs_since(0) == (0, [])
-    assert store.add_songs({"a": b"1", "é": b"2"}, most=9) == [True, True]
+    assert store.add_songs({"a": b"1", "é": b"2"}, most=9, first_number=0) == [True, True]
     version, songs = store.songs_since(0)
     assert [(song.number, song.song_id, song.data, song.sums) for song in songs] == [
         (0, "a", b"1", b""),
         (1, "é", b"2", b""),
     ]
     assert store.songs_since(version) == (version, [])
-    assert store.add_songs({"a": b"x", "b": b"3"}, most=9) == [False, True]
+    assert store.add_songs({"a": b"x", "b": b"3"}, most=9, first_number=0) == [False, True]
     assert songs_of(store, version) == [(2, "b", b"3")]
     assert songs_of(store) == [(0, "a", b"1"), (1, "é", b"2"), (2, "b", b"3")]
 
@@ -163,19 +163,19 @@ def test_new_songs_are_numbered_from_a_given_number_on_and_never_below_the_store
 
 
 def test_songs_that_are_too_many_are_all_refused_until_others_are_closed(store: StateStore) -> None:
-    store.add_songs({"a": b"1", "b": b"2"}, most=2)
-    assert store.add_songs({"a": b"1"}, most=2) == [False]
-    assert store.add_songs({"a": b"1", "c": b"3"}, most=2) is None
+    store.add_songs({"a": b"1", "b": b"2"}, most=2, first_number=0)
+    assert store.add_songs({"a": b"1"}, most=2, first_number=0) == [False]
+    assert store.add_songs({"a": b"1", "c": b"3"}, most=2, first_number=0) is None
     version = store.songs_since(0)[0]
     store.close_songs([0])
     assert songs_of(store, version) == [(0, "a", b"")]
-    assert store.add_songs({"c": b"3"}, most=2) == [True]
-    assert store.add_songs({"a": b"4"}, most=3) == [True]  # opened again under its number
+    assert store.add_songs({"c": b"3"}, most=2, first_number=0) == [True]
+    assert store.add_songs({"a": b"4"}, most=3, first_number=0) == [True]  # opened again under its number
     assert songs_of(store) == [(0, "a", b"4"), (1, "b", b"2"), (2, "c", b"3")]
 
 
 def test_sums_of_a_songs_plays_add_up_for_one_model(store: StateStore) -> None:
-    store.add_songs({"a": b"1", "b": b"2"}, most=2)
+    store.add_songs({"a": b"1", "b": b"2"}, most=2, first_number=0)
     store.count_song_plays("m1", {0: floats(1, 0.1), 1: floats(2, -3)})
     version = store.songs_since(0)[0]
     store.count_song_plays("m1", {0: floats(1, 0.2), 7: floats(1, 1)})
@@ -192,7 +192,7 @@ def test_sums_of_a_songs_plays_add_up_for_one_model(store: StateStore) -> None:
 
 
 def test_plays_of_songs_are_counted_by_many_at_once(store: StateStore, uri: str, namespace: str) -> None:
-    store.add_songs({"a": b"1"}, most=2)
+    store.add_songs({"a": b"1"}, most=2, first_number=0)
 
     def count_plays() -> None:
         thread_store = open_store(uri, namespace)
@@ -213,7 +213,7 @@ def test_plays_of_songs_count_once_in_redis_though_an_answer_gets_lost(
     redis: RedisServer, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(redis.uri, namespace)
-    store.add_songs({"a": b"1"}, most=1)
+    store.add_songs({"a": b"1"}, most=1, first_number=0)
     with lost_answers(monkeypatch), pytest.raises(StoreUnavailableError, match="the answer got lost"):
         store.count_song_plays("m", {0: floats(1, 0.5)})
     assert store.songs_since(0)[1][0].sums == floats(1, 0.5)
@@ -611,7 +611,7 @@ def test_a_thread_that_ends_leaves_no_open_sqlite_file(tmp_path: Path) -> None:
         return sum(Path(file.path).parent == tmp_path for file in psutil.Process().open_files())
 
     store = open_store(f"sqlite:///{tmp_path}/users.sqlite", "n")
-    store.add_songs({"song": b"1"}, most=1)
+    store.add_songs({"song": b"1"}, most=1, first_number=0)
     file_count = count_open_files()
     assert file_count
     for _ in range(20):
