@@ -475,13 +475,11 @@ Sample = tuple[list[str], dict[str, pa.Array]]  # names of the columns of a file
 
 
 def _join_samples(samples: Sequence[Sample]) -> Sample:
-    """Return the sample of the first file that has rows, the last if none has, with the columns that others add."""
-    has_rows = [any(len(values) for values in sample.values()) for _, sample in samples]
-    column_names, first_sample = samples[has_rows.index(True) if any(has_rows) else -1]
-    joined_sample = dict(first_sample)
+    """Return the names of the first file, and the first values of each column from the first file that has some."""
+    joined_sample: dict[str, pa.Array] = {}
     for _, sample in samples:
         joined_sample |= {name: values for name, values in sample.items() if not len(joined_sample.get(name, ()))}
-    return column_names, joined_sample
+    return samples[0][0], joined_sample
 
 
 def _csv_sample(file: SourceFile, delimiter: str) -> Sample:
