@@ -323,11 +323,17 @@ class UserTopRecommender(BaseRecommender):
         self.num_songs = num_songs
 
     def score(self, histories: Histories, queries: Queries, horizon: HorizonName = "short") -> np.ndarray:
-        """float32 (Q, N): how often each song is among the last 1,000 plays."""
-        rows, songs, _ = last_plays(histories, queries, self.num_songs, LATEST)
+        """float32 (Q, N): how often each song is among the last 1,000 plays.
+
+        Most songs of a user were played once. So a number from 0 to 0.5 is added, the higher the later the last play of
+        the song was: it orders songs that were played equally often.
+        """
+        rows, songs, ages = last_plays(histories, queries, self.num_songs, LATEST)
         ones = np.ones(len(rows), dtype=np.float32)
         counts: np.ndarray = coo_matrix((ones, (rows, songs)), shape=(len(queries), self.num_songs)).toarray()
-        return counts
+        recency = np.zeros_like(counts)
+        np.maximum.at(recency, (rows, songs), (0.5 * (1 - ages / LATEST)).astype(np.float32))
+        return counts + recency
 
 
 class ItemKnnRecommender(VectorRecommender):

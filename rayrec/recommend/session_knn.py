@@ -33,7 +33,8 @@ class VsknnRecommender(BaseRecommender):
     """V-SKNN (Ludewig and Jannach 2018): a song's score is the summed similarity of the nearest sessions that hold it.
 
     A session's similarity is the summed weight of the last plays that it shares, divided by the square root of its
-    number of songs. The weight of a play is 1 for the latest and falls linearly. `sessions` is a sparse (S, N) matrix
+    number of songs. The weight of a play is 1 for the latest and falls linearly. The authors' code also weights each
+    session by the place of the latest play that it shares; this is left out. `sessions` is a sparse (S, N) matrix
     of ones: S sessions, N songs.
     """
 
