@@ -25,7 +25,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "evaluation.md")
 K = 20
 
 
-MODELS = ("two-step", "vstan", "taste", "sequential-rules")
+MODELS = ("two-step", "vstan", "taste", "sequential-rules", "user-top")
 FIT = ("embed --seed {seed}", "train --seed {seed}", "retrieval", "rank --seed {seed}")
 LONG_HISTORIES = (
     "import sequences {data} --user-separator , --song-separator :",
