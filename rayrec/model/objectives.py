@@ -256,8 +256,7 @@ def _products(query_PD: Tensor, songs_UD: Tensor, targets: Targets) -> Tensor:
     products_PT = query_PD.new_zeros(targets.song_rows_PT.shape)
     for column, rows in enumerate(targets.rows):
         songs = songs_UD.index_select(0, targets.song_rows_PT[:rows, column])
-        column_products = products_PT[:rows, column].view(rows, 1, 1)
-        torch.bmm(query_PD[:rows].unsqueeze(1), songs.unsqueeze(2), out=column_products)
+        torch.sum(songs.mul_(query_PD[:rows]), dim=1, out=products_PT[:rows, column])
     return products_PT
 
 

@@ -13,6 +13,7 @@ import copy
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any, TypeVar
@@ -48,6 +49,7 @@ class TrainingStep:
     request_gap_BL: Tensor  # float32: scaled time to the next play
     songs: dict[str, Tensor]  # table -> int64 (U,), the distinct songs looked up in it, grouped by their worker
     targets: Targets  # weighted by 1 / number of its horizon's targets over all workers
+    scale_P: Tensor  # float32: the scale of the logits of each position
     negatives: Negatives
     counts: list[int]  # number of targets of each horizon
     requests: dict[str, RowRequests] = field(default_factory=dict)  # table -> requests between workers
@@ -101,6 +103,7 @@ class StepMaker:
         self._model, self._config, self._share, self._num_songs = model, config, share, len(counts)
         self._sampler = NegativeSampler(counts, round(config.negatives * config.scale))
         self._priors: dict[str, np.ndarray] = {}  # by horizon, for horizons with a prior
+        self._scale_H = torch.tensor([model.logit_scales[name] for name in model.horizons])
         if config.long_correction < 1:
             self._priors["long"] = log_prior(counts, config.long_correction)
 
@@ -137,9 +140,10 @@ class StepMaker:
             windows=windows,
             batch=replace(batch, songs_BL=torch.from_numpy(input_rows.reshape(songs.shape))),
             averaged_BL=torch.from_numpy(averaged_rows.reshape(averaged_songs.shape)),
-            request_gap_BL=padded.gap_BL[:, 1 : width + 1],
+            request_gap_BL=padded.gap_BL[:, 1 : width + 1].contiguous(),
             songs={name: torch.from_numpy(values) for name, values in songs_by_table.items()},
             targets=targets.weighed(np.array(target_counts)),
+            scale_P=targets.horizons_PH @ self._scale_H,
             negatives=Negatives(
                 song_rows_K=torch.from_numpy(negative_rows),
                 weight_KH=torch.from_numpy(
@@ -250,6 +254,21 @@ def _find_plays_in_days(windows: Windows, horizon: DaysHorizon, longest: int) ->
     return first_positions, counts
 
 
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Let CPUs multiply float32 matrices by oneDNN, whatever the maker of the processor.
+
+    MKL, the default, uses only half of the width of AMD's vector units. Where a CPU has units for products of bfloat16
+    matrices (AMX), oneDNN rounds the factors to bfloat16, as steps on a GPU do; sums are float32 everywhere.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def ahead(values: Iterator[T], depth: int = STEPS_AHEAD) -> Iterator[T]:
     """Yield `values` in order; a thread computes up to `depth` of them in advance, and its errors are raised here."""
     prepared: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
@@ -353,8 +372,6 @@ class Training:
         self._dense_parameters = [model.get_parameter(name) for name in self._dense_names]
         self.optimizer = torch.optim.Adam(self._dense_parameters, lr=config.learning_rate, fused=True)
         self._num_steps = 0  # steps taken so far
-        scales = [model.config.logit_scales[name] for name in model.config.horizons]
-        self._scale_H = torch.tensor(scales, device=self.device)
         weights = {name: value.detach() for name, value in model.named_parameters() if name in TABLES}
         self.tables: dict[str, SongTable] = {name: self._new_table(value) for name, value in weights.items()}
         self.exchange = RowExchange(share)
@@ -456,11 +473,12 @@ class Training:
         self._set_learning_rates()
         step.await_copies()
         rows = {name: self.tables[name].look_up(songs, step.requests.get(name)) for name, songs in step.songs.items()}
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            loss = self._loss(step, rows)
         self.optimizer.zero_grad(set_to_none=True)
-        if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+        with fast_products():
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                loss = self._loss(step, rows)
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
         self._add_up_gradients()
         self.optimizer.step()
         if self._decay.part:
@@ -492,8 +510,7 @@ class Training:
             torch.stack([*tastes_by_horizon.values()]).flatten(0, 2).index_select(0, targets.positions).float()
         )
         objective = OBJECTIVES[self.config.objective]
-        scale_P = targets.horizons_PH @ self._scale_H
-        return objective(outputs_UD.float(), taste_vectors_PD, targets, step.negatives, scale_P)
+        return objective(outputs_UD.float(), taste_vectors_PD, targets, step.negatives, step.scale_P)
 
     def _add_up_gradients(self) -> None:
         """Sum the dense gradients over all workers and clip them."""
