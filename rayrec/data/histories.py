@@ -244,24 +244,19 @@ class Queries:
     rows: np.ndarray  # int64 (Q,), row of the user in the histories
     plays_before: np.ndarray  # int64 (Q,), number of the user's plays before the request, at least 0
     at: np.ndarray  # int64 (Q,), ms UTC, the moment of the request
-    # float32 (Q, state layers, H): the state of a taste network after the last of those plays, if it is
-    # stored. The network then runs over no plays, and the histories may lack early plays.
-    hidden: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, selected: np.ndarray | slice) -> "Queries":
         """Return the queries at `selected`."""
-        hidden = None if self.hidden is None else self.hidden[selected]
-        plays_before = self.plays_before[selected]
-        return Queries(rows=self.rows[selected], plays_before=plays_before, at=self.at[selected], hidden=hidden)
+        return Queries(rows=self.rows[selected], plays_before=self.plays_before[selected], at=self.at[selected])
 
     @classmethod
-    def at_end(cls, histories: Histories, at: int | np.ndarray, hidden: np.ndarray | None = None) -> "Queries":
+    def at_end(cls, histories: Histories, at: int | np.ndarray) -> "Queries":
         """Return one query per user, after all plays, at the moment `at` (ms UTC), one for all users or one each."""
         timestamps = np.broadcast_to(np.asarray(at, dtype=np.int64), (len(histories),))
-        return cls(rows=np.arange(len(histories)), plays_before=histories.lengths, at=timestamps, hidden=hidden)
+        return cls(rows=np.arange(len(histories)), plays_before=histories.lengths, at=timestamps)
 
     @classmethod
     def before_plays(cls, histories: Histories, plays: np.ndarray) -> "Queries":

@@ -66,15 +66,9 @@ class TasteEncoder:
     def vectors_of(
         self, histories: Histories, queries: Queries, horizons: Sequence[str], start: States | None = None
     ) -> dict[str, np.ndarray]:
-        """Return the same as `vectors` for several horizons, with one pass over the plays.
-
-        Queries with a `hidden` state are answered from that state and the time of the last play before them.
-        """
+        """Return the same as `vectors` for several horizons, with one pass over the plays."""
         start = start or self.initial_states(len(histories))
-        if queries.hidden is None:
-            head_inputs, _ = self.run(histories, queries, start)
-        else:
-            head_inputs = self._head_inputs(torch.from_numpy(np.asarray(queries.hidden, dtype=np.float32))).numpy()
+        head_inputs, _ = self.run(histories, queries, start)
         last_positions = histories.offsets[queries.rows] + queries.plays_before - 1
         played_at = histories.played_at[np.maximum(last_positions, 0)] if histories.num_plays else last_positions
         last_played_at = np.where(queries.plays_before > 0, played_at, start.last_played_at[queries.rows])

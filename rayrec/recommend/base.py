@@ -123,17 +123,15 @@ class BaseRecommender(ABC):
         *,
         horizon: HorizonName = "short",
         filters: Sequence[AnswerFilter] | None = None,
-        hidden: np.ndarray | None = None,
     ) -> Ranking:
         """Return the k best songs of each user among those that pass the user's filter, and how they were found.
 
         `at` (ms UTC) is the moment of the request: one for all users, or one per user. An answer has exactly k songs
-        if at least k pass the filter; songs with equal scores are sorted by row. `hidden`, float32 (U, state layers,
-        H), is the state of a taste network after the histories, if it is stored; other recommenders ignore it.
-        Raises `InputError` for k below 1.
+        if at least k pass the filter; songs with equal scores are sorted by row. Raises `InputError`
+        for k below 1.
         """
         check_count(k)
-        queries = Queries.at_end(histories, at, hidden)
+        queries = Queries.at_end(histories, at)
         ranking = Ranking.empty(len(queries), k)
         for chunk, chunk_scores in self.score_chunks(histories, queries, horizon):
             scores = np.array(chunk_scores)
@@ -151,7 +149,6 @@ class BaseRecommender(ABC):
         *,
         horizon: HorizonName = "short",
         exclude_heard: bool = False,
-        hidden: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the k best songs of each user, without the songs of the history if `exclude_heard`.
 
@@ -159,7 +156,7 @@ class BaseRecommender(ABC):
         and -inf if fewer than k songs remain. Raises `InputError` for k below 1.
         """
         filters = without_heard(histories) if exclude_heard else None
-        ranking = self.rank(histories, at, k, horizon=horizon, filters=filters, hidden=hidden)
+        ranking = self.rank(histories, at, k, horizon=horizon, filters=filters)
         return ranking.songs, ranking.scores
 
     def explain(
@@ -187,12 +184,11 @@ class BaseRecommender(ABC):
         *,
         horizon: HorizonName = "short",
         exclude_heard: bool = False,
-        hidden: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `recommend` for a single user: returns song rows int32 and scores float32, 1-D, at most k of each."""
         if len(history) != 1:
             raise ValueError(f"recommend_one expects the history of one user, got {len(history)} histories")
-        songs, scores = self.recommend(history, at, k, horizon=horizon, exclude_heard=exclude_heard, hidden=hidden)
+        songs, scores = self.recommend(history, at, k, horizon=horizon, exclude_heard=exclude_heard)
         is_song = songs[0] != NO_SONG
         return songs[0][is_song], scores[0][is_song]
 
@@ -285,13 +281,12 @@ class VectorRecommender(BaseRecommender):
         *,
         horizon: HorizonName = "short",
         filters: Sequence[AnswerFilter] | None = None,
-        hidden: np.ndarray | None = None,
     ) -> Ranking:
         """As in `BaseRecommender`; uses the index if there is one."""
         if self.index is None:
-            return super().rank(histories, at, k, horizon=horizon, filters=filters, hidden=hidden)
+            return super().rank(histories, at, k, horizon=horizon, filters=filters)
         check_count(k)
-        vectors = self.vectors(histories, Queries.at_end(histories, at, hidden), horizon)
+        vectors = self.vectors(histories, Queries.at_end(histories, at), horizon)
         return self.rank_vectors(vectors, k, filters)
 
     def rank_vectors(self, vectors: np.ndarray, k: int, filters: Sequence[AnswerFilter] | None = None) -> Ranking:

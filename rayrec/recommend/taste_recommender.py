@@ -116,8 +116,6 @@ class TasteRecommender(VectorRecommender):
         self, histories: Histories, queries: Queries, horizons: Sequence[HorizonName]
     ) -> dict[HorizonName, np.ndarray]:
         """As `vectors`, for several horizons in one pass over the plays."""
-        if queries.hidden is not None:
-            return self._encode(histories, queries, horizons)
         rows, inverse = np.unique(queries.rows, return_inverse=True)
         needed_counts = np.zeros(len(rows), dtype=np.int64)
         np.maximum.at(needed_counts, inverse, queries.plays_before)
@@ -125,13 +123,8 @@ class TasteRecommender(VectorRecommender):
         positions = np.arange(query_histories.num_plays) - query_histories.offsets[query_histories.rows]
         query_histories = query_histories.keep(positions < needed_counts[query_histories.rows])
         user_queries = Queries(rows=inverse, plays_before=queries.plays_before, at=queries.at)
-        return self._encode(query_histories, user_queries, horizons)
-
-    def _encode(
-        self, histories: Histories, queries: Queries, horizons: Sequence[HorizonName]
-    ) -> dict[HorizonName, np.ndarray]:
         heads = {horizon: self.head(horizon) for horizon in horizons}
-        vectors = self.encoder.vectors_of(histories, queries, list(dict.fromkeys(heads.values())))
+        vectors = self.encoder.vectors_of(query_histories, user_queries, list(dict.fromkeys(heads.values())))
         return {horizon: vectors[head] for horizon, head in heads.items()}
 
     def explain(

@@ -217,10 +217,9 @@ class TwoStepRecommender(CandidateRecommender):
         *,
         horizon: HorizonName = "short",
         filters: Sequence[AnswerFilter] | None = None,
-        hidden: np.ndarray | None = None,
     ) -> Ranking:
         """As in `BaseRecommender`, but without scoring every song."""
-        queries = Queries.at_end(histories, at, hidden)
+        queries = Queries.at_end(histories, at)
         return self.rank_queries(histories, queries, k, long_weight=float(horizon == "long"), filters=filters)
 
     def rank_queries(

@@ -126,14 +126,6 @@ def test_the_hash_of_a_user_never_changes() -> None:
     assert len(set(user_hash(["ann", "bob"], salt="x").tolist()) & set(hashes.tolist())) == 0
 
 
-def test_queries_take_their_states_along(histories: Histories) -> None:
-    states = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
-    queries = Queries.at_end(histories, 99, states)
-    np.testing.assert_array_equal(queries.take(np.array([2, 0])).hidden, states[[2, 0]])
-    np.testing.assert_array_equal(queries.take(slice(1, 3)).hidden, states[1:3])
-    assert Queries.at_end(histories, 99).take(slice(1)).hidden is None
-
-
 def test_a_span_is_the_same_places_of_every_user(histories: Histories) -> None:
     assert field_lists(histories.span(1, 3)) == {
         "songs": [[1, 2], [], [], [4]],

@@ -18,12 +18,15 @@ from rayrec.data.histories import Histories, concatenate
 from rayrec.data.windows import NEVER
 from rayrec.errors import DamagedArtifactError, InputError, MismatchError
 from rayrec.model.inference import TasteEncoder
-from rayrec.model.taste_table import read_states, taste_table, tastes_file
+from rayrec.model.taste_table import States, read_states, taste_table, tastes_file
 from rayrec.online.load_states import PIECE_PLAYS, load_states
 from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_plays, unpack_state
 from rayrec.online.state_store import NO_VERSION, Change, Piece, StateStore, open_store, open_user_store, store_uri
 from rayrec.online.user_state import FIRST_ONLINE, LAST_PLAYS, Plays, UserState, fold_heard
 from rayrec.recommend.answer import load_recommender
+from rayrec.recommend.reranking import AnswerOptions
+from rayrec.serving.engine import Parts
+from rayrec.serving.telemetry import Metrics
 from rayrec.storage import artifacts, releases
 from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import STATES_FILE, Workspace
@@ -109,9 +112,17 @@ def test_stored_users_get_the_20_songs_of_their_whole_histories_in_order_in_99_o
     stored_states = [
         unpack_state(full.stored.state) for full in store.read(users.user_ids.tolist()) if full is not None
     ]
-    hidden = np.concatenate([state.states("model1").hidden for state in stored_states])
+    network_states = [state.states("model1") for state in stored_states]
+    states = States(
+        hidden=np.concatenate([user_states.hidden for user_states in network_states]),
+        last_played_at=np.concatenate([user_states.last_played_at for user_states in network_states]),
+    )
     at = int(users.played_at.max()) + 60_000
-    full, from_stored = (recommender.recommend(users, at, 20, hidden=states)[0] for states in (None, hidden))
+    full, _ = recommender.recommend(users, at, 20)
+    answers = Parts(recommender, Metrics("test")).answer(
+        users, np.full(len(users), at), [AnswerOptions(k=20)] * len(users), states
+    )
+    from_stored = np.array([answer.songs for answer in answers])
     next_songs = (users.songs[users.offsets[1:] - 1] + 1) % NUM_SONGS
     assert (full == next_songs[:, None]).any(axis=1).mean() > 0.8  # the network has learned something
     assert (full == from_stored).all(axis=1).mean() >= 0.99
