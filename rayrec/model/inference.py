@@ -58,20 +58,17 @@ class TasteEncoder:
         return collector.head_inputs_QX.numpy(), States(hidden=hidden.numpy(), last_played_at=last_played_at)
 
     @torch.inference_mode()
-    def vectors(self, histories: Histories, queries: Queries, horizon: str, start: States | None = None) -> np.ndarray:
+    def vectors(self, histories: Histories, queries: Queries, horizon: str) -> np.ndarray:
         """float32 (Q, D): the normalized taste vectors at the queries, each from the plays before its query only."""
-        return self.vectors_of(histories, queries, (horizon,), start)[horizon]
+        return self.vectors_of(histories, queries, (horizon,))[horizon]
 
     @torch.inference_mode()
-    def vectors_of(
-        self, histories: Histories, queries: Queries, horizons: Sequence[str], start: States | None = None
-    ) -> dict[str, np.ndarray]:
+    def vectors_of(self, histories: Histories, queries: Queries, horizons: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the same as `vectors` for several horizons, with one pass over the plays."""
-        start = start or self.initial_states(len(histories))
-        head_inputs, _ = self.run(histories, queries, start)
+        head_inputs, _ = self.run(histories, queries)
         last_positions = histories.offsets[queries.rows] + queries.plays_before - 1
         played_at = histories.played_at[np.maximum(last_positions, 0)] if histories.num_plays else last_positions
-        last_played_at = np.where(queries.plays_before > 0, played_at, start.last_played_at[queries.rows])
+        last_played_at = np.where(queries.plays_before > 0, played_at, NEVER)
         gap = gap_seconds(last_played_at, queries.at)
         return {horizon: self.project(head_inputs, gap, horizon) for horizon in horizons}
 

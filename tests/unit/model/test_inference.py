@@ -101,13 +101,13 @@ def test_queries_after_a_carried_state_equal_those_of_the_whole_history(
     early, late = halves(histories, np.full(len(histories), 0.5))
     _, early_states = encoder.run(early)
     late_queries = every_query(late)
-    actual = encoder.vectors(late, late_queries, "short", early_states)
+    actual, _ = encoder.run(late, late_queries, early_states)
     full_queries = Queries(
         rows=late_queries.rows,
         plays_before=late_queries.plays_before + early.lengths[late_queries.rows],
         at=late_queries.at,
     )
-    np.testing.assert_allclose(actual, encoder.vectors(histories, full_queries, "short"), **TOLERANCE)
+    np.testing.assert_allclose(actual, encoder.run(histories, full_queries)[0], **TOLERANCE)
 
 
 def test_running_does_not_change_the_states_it_started_from(encoder: TasteEncoder, histories: Histories) -> None:
