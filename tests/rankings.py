@@ -1,12 +1,14 @@
 """Retrieval and rankers over a small world, fitted in this process."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange
+from rayrec.recommend.base import QueryBatch
 from rayrec.recommend.ranker import Ranker, RankerSettings, fit_ranker
+from rayrec.recommend.retrievers import Proposals, Retriever
 from rayrec.recommend.stored_retrieval import SESSIONS_PER_SONG, Retrieval, RetrievalCounts
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import KINDS, CandidateSource, RankerKind, examples_for
@@ -45,3 +47,26 @@ def fit_rankers(
     answers = {kind: (rows, last_songs if kind != "served" else (last_songs + 1) % network.num_songs) for kind in KINDS}
     examples = examples_for(source, histories, queries, answers, held_out=held_out)
     return retrieval, {kind: fit_ranker(examples[kind], source.sources.names, SMALL).ranker for kind in KINDS}
+
+
+class LimitedRetriever(Retriever):
+    """Proposes at most `limit` songs of another retriever per query."""
+
+    def __init__(self, retriever: Retriever, limit: int) -> None:
+        self.name, self._retriever, self._limit = retriever.name, retriever, limit
+
+    def propose(self, batch: QueryBatch, count: int) -> Proposals:
+        """As the other retriever does."""
+        return self._retriever.propose(batch, min(count, self._limit))
+
+
+def limited(retrievers: Sequence[Retriever], limit: int) -> list[Retriever]:
+    """Return the retrievers, each of which proposes at most `limit` songs per query."""
+    return [LimitedRetriever(retriever, limit) for retriever in retrievers]
+
+
+def limited_source(source: CandidateSource, limit: int) -> CandidateSource:
+    """Return a source like `source`, whose retrievers propose at most `limit` songs each per query."""
+    new_source = CandidateSource(source.network, source.retrieval)
+    new_source.retrievers = limited(new_source.retrievers, limit)
+    return new_source

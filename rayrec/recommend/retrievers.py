@@ -477,14 +477,11 @@ class Candidates(Pairs):
 def retrieve(
     retrievers: Sequence[Retriever],
     batch: QueryBatch,
-    counts: dict[str, int] | None = None,
     extra_keys: np.ndarray | None = None,
 ) -> Candidates:
-    """Return the candidates that all retrievers propose for a batch.
+    """Return the candidates that all retrievers propose for a batch, as many songs per query as COUNTS says.
 
-    `counts` are songs per query, by name of the retriever; the defaults are in COUNTS. The pairs with the keys
-    `extra_keys`, int64, are candidates even if no retriever proposes them.
+    The pairs with the keys `extra_keys`, int64, are candidates even if no retriever proposes them.
     """
-    counts = {**COUNTS, **(counts or {})}
-    proposals = {retriever.name: retriever.propose(batch, counts[retriever.name]) for retriever in retrievers}
+    proposals = {retriever.name: retriever.propose(batch, COUNTS[retriever.name]) for retriever in retrievers}
     return Candidates.union(batch, proposals, extra_keys)

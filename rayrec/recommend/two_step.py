@@ -77,9 +77,8 @@ class CandidateSource:
         *,
         real_times: bool = True,
         without: str = "",
-        counts: dict[str, int] | None = None,
     ) -> None:
-        """`without` names one of ABLATED_PARTS to leave out; `counts` are songs per query, by name of the retriever.
+        """`without` names one of ABLATED_PARTS to leave out.
 
         If songs were added to the network, separate retrievers propose them.
         """
@@ -96,7 +95,6 @@ class CandidateSource:
                 retrieval, network.song_vectors, added.rows, scale=scales[0], without=part
             )
         self.num_songs = max(network.num_songs, retrieval.num_songs)  # either may hold songs that were added later
-        self._counts = counts
         self.sources = FeatureSources(
             retrieval=retrieval,
             song_vectors=network.song_vectors,
@@ -131,7 +129,7 @@ class CandidateSource:
                 real_times=self.sources.real_times,
             )
             keys = None if songs_to_rank is None else _pair_keys(batch, songs_to_rank[chunk])
-            candidates = retrieve(self.retrievers, batch, self._counts, keys)
+            candidates = retrieve(self.retrievers, batch, keys)
             yield (
                 chunk,
                 Scored(

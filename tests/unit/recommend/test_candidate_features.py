@@ -34,7 +34,7 @@ def _features(
     retrievers = make_retrievers(retrieval, SongIndex.build(VECTORS, IndexConfig()))
     taste_vectors = random_vectors(max(2, len(queries)), 8, seed=4)[: len(queries)]
     batch = QueryBatch.of(histories, queries, NUM_SONGS, short_vectors=taste_vectors, long_vectors=-taste_vectors)
-    candidates = retrieve(retrievers, batch, {retriever.name: NUM_SONGS for retriever in retrievers})
+    candidates = retrieve(retrievers, batch)
     sources = FeatureSources(
         retrieval=retrieval,
         song_vectors=VECTORS,

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from rankings import retrieval_of
+from rankings import limited, retrieval_of
 from worlds import random_histories, random_vectors
 
 from rayrec.data.histories import Histories, Queries
@@ -188,15 +188,15 @@ def test_the_taste_retrievers_propose_the_songs_nearest_to_their_vector() -> Non
 def test_proposals_are_bounded_distinct_and_the_same_alone_as_in_a_batch() -> None:
     histories = random_histories(30, NUM_SONGS, seed=5)
     queries = Queries.at_end(histories, NOW)
-    retrievers = list(_retrievers(retrieval_of([random_histories(80, NUM_SONGS)], num_songs=NUM_SONGS)).values())
+    retrieval = retrieval_of([random_histories(80, NUM_SONGS)], num_songs=NUM_SONGS)
+    retrievers = limited(list(_retrievers(retrieval).values()), 7)
     batch = _batch(histories, queries)
-    counts = {retriever.name: 7 for retriever in retrievers}
-    batch_candidates = retrieve(retrievers, batch, counts)
+    batch_candidates = retrieve(retrievers, batch)
     assert len(np.unique(batch_candidates.keys)) == len(batch_candidates.keys)
     for row in range(len(queries)):
         query = queries.take(slice(row, row + 1))
         vectors = {"short_vectors": batch.short_vectors[row][None], "long_vectors": batch.long_vectors[row][None]}
-        single_candidates = retrieve(retrievers, QueryBatch.of(histories, query, NUM_SONGS, **vectors), counts)
+        single_candidates = retrieve(retrievers, QueryBatch.of(histories, query, NUM_SONGS, **vectors))
         np.testing.assert_array_equal(single_candidates.songs, batch_candidates.songs[batch_candidates.rows == row])
         for name, proposals in single_candidates.proposals.items():
             assert len(proposals.rows) <= 7

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from rankings import retrieval_of
+from rankings import limited_source, retrieval_of
 from worlds import random_histories, random_vectors, with_opinions
 
 from rayrec.data.histories import Histories, Queries
@@ -27,7 +27,6 @@ from rayrec.recommend.filters import AnswerFilter, SongSet, intersect_songs, wit
 from rayrec.recommend.index import IndexConfig, SongIndex
 from rayrec.recommend.ranker import RankerSettings, fit_ranker, ndcg
 from rayrec.recommend.reranking import AnswerOptions, PopularOrder, SelectedSongs, choose, choose_for_users
-from rayrec.recommend.retrievers import COUNTS
 from rayrec.recommend.session_knn import VstanRecommender
 from rayrec.recommend.stored_retrieval import Retrieval, RetrievalCounts
 from rayrec.recommend.taste_recommender import TasteRecommender
@@ -197,10 +196,7 @@ def test_exactly_k_songs_come_within_filters_and_the_index_fills_what_is_missing
 
 def _limit_proposals(recommender: TwoStepRecommender, count: int) -> TwoStepRecommender:
     """`recommender`, with retrievers that propose `count` songs each."""
-    source = CandidateSource(
-        recommender.source.network, recommender.source.retrieval, counts=dict.fromkeys(COUNTS, count)
-    )
-    return TwoStepRecommender(source, recommender.rankers)
+    return TwoStepRecommender(limited_source(recommender.source, count), recommender.rankers)
 
 
 def test_answers_without_heard_songs_have_the_order_of_the_ranker_for_them(recommender: TwoStepRecommender) -> None:
@@ -475,7 +471,7 @@ def test_examples_leave_out_queries_that_teach_nothing_unless_they_are_held_out(
     histories = _cycling_users(50, 7)
     queries, targets = _last_plays(histories)
     rows = np.arange(len(queries))
-    source = CandidateSource(recommender.source.network, recommender.source.retrieval, counts=dict.fromkeys(COUNTS, 2))
+    source = limited_source(recommender.source, 2)
     answers: Answers = {"next": (rows, targets)}
     training = examples_for(source, histories, queries, answers, held_out=np.zeros(len(rows), dtype=bool))["next"]
     assert training.has_right_candidate.all()
