@@ -7,6 +7,8 @@ import numpy as np
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.split import FitRange
 from rayrec.recommend.base import QueryBatch
+from rayrec.recommend.filters import AnswerFilter
+from rayrec.recommend.index import SongIndex
 from rayrec.recommend.ranker import Ranker, RankerSettings, fit_ranker
 from rayrec.recommend.retrievers import Proposals, Retriever
 from rayrec.recommend.stored_retrieval import SESSIONS_PER_SONG, Retrieval, RetrievalCounts
@@ -70,3 +72,11 @@ def limited_source(source: CandidateSource, limit: int) -> CandidateSource:
     new_source = CandidateSource(source.network, source.retrieval)
     new_source.retrievers = limited(new_source.retrievers, limit)
     return new_source
+
+
+def nearest(
+    index: SongIndex, queries: np.ndarray, k: int, exclude: Sequence[np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the k best songs of each query, int32 (Q, k), without its rows in `exclude`, and their scores."""
+    ranking = index.rank(queries, k, None if exclude is None else [AnswerFilter(excluded=rows) for rows in exclude])
+    return ranking.songs, ranking.scores

@@ -223,8 +223,8 @@ def index_recall(two_step: TwoStepRecommender, exact_index: SongIndex, histories
     `exact_index` finds them all. In contrast to `recall`, no other retriever can make up for a song that is missed.
     """
     vectors = np.concatenate(list(two_step.source.network.vectors_of(histories, queries, HORIZONS).values()))
-    exact_songs, _ = exact_index.search(vectors, min(K, exact_index.songs))
-    songs, _ = two_step.source.index.search(vectors, K)
+    exact_songs = exact_index.rank(vectors, min(K, exact_index.songs)).songs
+    songs = two_step.source.index.rank(vectors, K).songs
     return float(recall_against(exact_songs, songs).mean())
 
 

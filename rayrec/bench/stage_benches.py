@@ -455,14 +455,14 @@ def bench_index(config: IndexBenchConfig) -> BenchResult:
     for kind, index in indexes.items():
         metrics[f"{kind}_build_seconds"] = index.figures.build_seconds
         metrics[f"{kind}_recall"] = index.figures.recall
-        metrics[f"{kind}_per_second"] = speed(index.search, query_subset, QUERIES_PER_CALL).per_second
-        metrics[f"{kind}_single_per_second"] = speed(index.search, query_subset, 1).per_second
+        metrics[f"{kind}_per_second"] = speed(index.rank, query_subset, QUERIES_PER_CALL).per_second
+        metrics[f"{kind}_single_per_second"] = speed(index.rank, query_subset, 1).per_second
     ivf = indexes["ivf"]
     faiss_index = _faiss_index(ivf)
     return compare(
         "index",
         "queries",
-        lambda: speed(ivf.search, queries, QUERIES_PER_CALL),
+        lambda: speed(ivf.rank, queries, QUERIES_PER_CALL),
         lambda: speed(faiss_index.search, queries, QUERIES_PER_CALL),
         rounds=config.rounds,
         peak_mb=watch.total_mb,

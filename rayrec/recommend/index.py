@@ -159,16 +159,6 @@ class SongIndex:
         """
         return SongIndex(self._index, vectors, self.figures, rows)
 
-    def search(
-        self, queries: np.ndarray, k: int, exclude: Sequence[np.ndarray] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """As `rank`, with filters that only exclude songs: `exclude` holds the song rows, int (any,), of each query.
-
-        Returns songs int32 (Q, k) and scores float32 (Q, k).
-        """
-        ranking = self.rank(queries, k, None if exclude is None else [AnswerFilter(excluded=rows) for rows in exclude])
-        return ranking.songs, ranking.scores
-
     def rank(self, queries: np.ndarray, k: int, filters: Sequence[AnswerFilter] | None = None) -> Ranking:
         """Return the k songs of highest inner product with each of `queries`, float32 (Q, D), that pass its filter.
 

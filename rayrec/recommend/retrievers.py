@@ -113,7 +113,8 @@ class TasteRetriever(Retriever):
     def propose(self, batch: QueryBatch, count: int) -> Proposals:
         """Return the `count` songs of highest cosine, scored exp(logit - highest logit); none for a vector of zeros."""
         vectors = batch.short_vectors if self._horizon == "short" else batch.long_vectors
-        songs, cosines = self._index.search(vectors, count)
+        nearest = self._index.rank(vectors, count)
+        songs, cosines = nearest.songs, nearest.scores
         is_known = np.logical_and(songs != NO_SONG, vectors.any(axis=1, keepdims=True))
         scores = np.exp(self._scale * (cosines - cosines[:, :1]))
         rows = group_of_each_item(is_known.sum(axis=1))

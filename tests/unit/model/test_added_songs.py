@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 from networks import model_config, network
+from rankings import nearest
 from worlds import random_histories, random_vectors
 
 from rayrec.data import columns
@@ -247,12 +248,12 @@ def test_an_index_with_added_songs_answers_as_one_that_was_built_with_them(kind:
     queries = random_vectors(30, DIM, seed=6)
     exclude = [np.arange(query, 400, 9) for query in range(30)]
     for excluded in (None, exclude):
-        songs, scores = grown_index.search(queries, 10, excluded)
-        expected_songs, expected_scores = full_index.search(queries, 10, excluded)
+        songs, scores = nearest(grown_index, queries, 10, excluded)
+        expected_songs, expected_scores = nearest(full_index, queries, 10, excluded)
         assert (songs == expected_songs).mean() > 0.97  # an IVF index promises its recall for most queries only
         np.testing.assert_allclose(scores[:, 0], expected_scores[:, 0], atol=1e-5)
     assert np.isin(songs, rows).any()
-    all_songs, _ = grown_index.search(queries[:2], 400)
+    all_songs, _ = nearest(grown_index, queries[:2], 400)
     assert sorted(all_songs[0].tolist()) == list(range(400))
 
 
@@ -263,7 +264,7 @@ def test_songs_of_equal_score_are_in_the_order_of_rows_whether_they_were_added_o
     early_vectors[rows] = 0
     grown_index = SongIndex.build(early_vectors, IndexConfig(kind="flat")).with_added(rows, vectors)
     # 50 + 16 songs: all of them are sorted
-    assert grown_index.search(vectors[:1], 50)[0][0].tolist() == list(range(50))
+    assert nearest(grown_index, vectors[:1], 50)[0][0].tolist() == list(range(50))
 
 
 def test_added_songs_that_are_banned_stay_out_of_long_lists_too(monkeypatch: pytest.MonkeyPatch) -> None:

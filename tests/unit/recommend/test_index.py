@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rankings import nearest
 
 from rayrec.data.top_k import top_k
 from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError
@@ -71,7 +72,7 @@ def test_search_equals_brute_force(kind: str, case: tuple[np.ndarray, np.ndarray
     vectors, queries, k, exclude = case
     # One list: IVF is exact, so that the ranking can be compared song by song.
     index = SongIndex.build(vectors, IndexConfig(kind=kind, nlist=1, queries=4))
-    songs, scores = index.search(queries, k, exclude)
+    songs, scores = nearest(index, queries, k, exclude)
     expected_songs, expected_scores = brute_force(vectors, queries, k, exclude)
     np.testing.assert_array_equal(songs, expected_songs)
     np.testing.assert_array_equal(scores, expected_scores)
@@ -86,7 +87,7 @@ def test_many_songs_left_out_still_give_the_true_best(
     vectors, queries = unit_vectors(2_000), unit_vectors(3, seed=1)
     # One query excludes its nearest songs, the worst case for over-fetching; the others exclude none or one.
     exclude = [np.argsort(-(vectors @ queries[0]))[:excluded], np.zeros(0, np.int64), np.array([7, 7])]
-    songs, scores = SongIndex.build(vectors, FLAT).search(queries, 20, exclude)
+    songs, scores = nearest(SongIndex.build(vectors, FLAT), queries, 20, exclude)
     expected_songs, expected_scores = brute_force(vectors, queries, 20, exclude)
     np.testing.assert_array_equal(songs, expected_songs)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-6)
@@ -117,7 +118,7 @@ def test_an_answer_is_complete_although_the_searched_lists_hold_too_few_songs() 
     assert index.figures.nprobe == 1
     queries = unit_vectors(4, seed=1)
     exclude = [np.arange(0, 500, 2)] * 4
-    songs, _ = index.search(queries, 240, exclude)
+    songs, _ = nearest(index, queries, 240, exclude)
     assert np.all(songs % 2 == 1)
     assert all(len(set(row)) == 240 for row in songs)
     np.testing.assert_array_equal(songs, brute_force(vectors, queries, 240, exclude)[0])
@@ -127,7 +128,7 @@ def test_an_answer_is_complete_although_the_searched_lists_hold_too_few_songs() 
 def test_songs_without_a_vector_never_come_and_missing_answers_are_filled(config: IndexConfig) -> None:
     vectors = unit_vectors(30)
     vectors[::2] = 0
-    songs, scores = SongIndex.build(vectors, config).search(-vectors[1:2], 20, [np.array([3])])
+    songs, scores = nearest(SongIndex.build(vectors, config), -vectors[1:2], 20, [np.array([3])])
     assert set(songs[0, :14]) == set(range(1, 30, 2)) - {3}
     assert songs[0, 14:].tolist() == [NO_SONG] * 6
     assert np.all(scores[0, 14:] == -np.inf)
@@ -137,23 +138,23 @@ def test_songs_without_a_vector_never_come_and_missing_answers_are_filled(config
 def test_a_batch_answers_as_single_queries_do() -> None:
     index = SongIndex.build(unit_vectors(300), FLAT)
     queries, exclude = unit_vectors(5, seed=1), [np.arange(n) for n in range(5)]
-    songs, _ = index.search(queries, 10, exclude)
+    songs, _ = nearest(index, queries, 10, exclude)
     for row, query in enumerate(queries):
-        np.testing.assert_array_equal(index.search(query[None], 10, [exclude[row]])[0][0], songs[row])
+        np.testing.assert_array_equal(nearest(index, query[None], 10, [exclude[row]])[0][0], songs[row])
 
 
 def test_lists_in_half_precision_give_scores_and_an_order_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "SCORED_AT_ONCE", 3)
     vectors, queries = unit_vectors(2_000), unit_vectors(7, seed=1)
     index = SongIndex.build(vectors, IndexConfig(kind="ivf", nlist=1, queries=4))
-    songs, scores = index.search(queries, 50)
+    songs, scores = nearest(index, queries, 50)
     np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, songs, axis=1), rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(songs, brute_force(vectors, queries, 50, [np.zeros(0, np.int32)] * 7)[0])
     assert {stored_vectors.dtype for _, stored_vectors in index.stored()} == {np.dtype(np.float16)}
 
 
 def test_no_queries_give_no_answers() -> None:
-    songs, scores = SongIndex.build(unit_vectors(5), FLAT).search(np.zeros((0, 8)), 3)
+    songs, scores = nearest(SongIndex.build(unit_vectors(5), FLAT), np.zeros((0, 8)), 3)
     assert songs.shape == scores.shape == (0, 3)
 
 
@@ -162,7 +163,7 @@ def test_the_reported_recall_is_the_measured_one_and_nprobe_the_smallest_that_re
 ) -> None:
     vectors, queries = unit_vectors(3_000, dim=16), unit_vectors(50, dim=16, seed=1)
     index = SongIndex.build(vectors, IndexConfig(kind="ivf", nlist=32, target_recall=0.9), queries=queries)
-    exact, _ = SongIndex.build(vectors, FLAT).search(queries, 100)
+    exact, _ = nearest(SongIndex.build(vectors, FLAT), queries, 100)
     index.save(workspace, "stored.faiss")
     faiss_index = import_faiss().read_index(workspace.full("stored.faiss"))
 
@@ -190,8 +191,8 @@ def test_recall_holds_on_queries_that_nprobe_was_not_chosen_on() -> None:
     vectors = unit_vectors(4_000, dim=16)
     config = IndexConfig(kind="ivf", nlist=64, target_recall=0.95, queries=200)
     queries = sample_queries(vectors, config.replace(seed=1))
-    exact, _ = SongIndex.build(vectors, FLAT).search(queries, 100)
-    approximate, _ = SongIndex.build(vectors, config).search(queries, 100)
+    exact, _ = nearest(SongIndex.build(vectors, FLAT), queries, 100)
+    approximate, _ = nearest(SongIndex.build(vectors, config), queries, 100)
     assert recall_against(exact, approximate).mean() >= 0.95
 
 
@@ -214,7 +215,7 @@ def test_a_saved_index_answers_as_before(config: IndexConfig, workspace: Workspa
     index.save(workspace, manifest.path(INDEX_FILE))
     loaded = SongIndex.load(workspace, manifest, vectors)
     assert loaded.figures == index.figures
-    for expected, actual in zip(index.search(queries, 10), loaded.search(queries, 10), strict=True):
+    for expected, actual in zip(nearest(index, queries, 10), nearest(loaded, queries, 10), strict=True):
         np.testing.assert_array_equal(expected, actual)
 
 
