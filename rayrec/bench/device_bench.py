@@ -257,12 +257,11 @@ def check_copies(device: str, size: Size) -> bool:
     )
 
 
-def train_network(size: Size, device: str, steps: int, *, compiled: bool = False, bf16: bool = False) -> TasteModel:
+def train_network(size: Size, device: str, steps: int, *, bf16: bool = False) -> TasteModel:
     """Train a new network for `steps` steps on a device and return it, moved to the CPU."""
     histories = random_histories(size)
     counts = np.bincount(histories.songs, minlength=size.songs)
-    config = size.config.replace(compiled=compiled)
-    training = Training(network(size), config, counts, device=device, share=Share())
+    training = Training(network(size), size.config, counts, device=device, share=Share())
     training.bf16 = bf16
     for _ in training.steps(batches_of(histories, size.config)[:steps], 0):
         pass

@@ -275,9 +275,9 @@ class Dataset:
                 histories = histories.take(histories.lengths > 0)
             yield self._with_columns(histories)
 
-    def bucket_users(self, bucket: int, first_part: int = 0, *, parts: int | None = None) -> np.ndarray:
-        """object (U,), ascending: the users of a bucket with plays or likes in parts `first_part` to `parts` - 1."""
-        files = self.manifest.histories_files(bucket, first_part, parts)
+    def bucket_users(self, bucket: int, parts: int | None = None) -> np.ndarray:
+        """object (U,), ascending: the users of a bucket with plays or likes in the first `parts` parts, or in all."""
+        files = self.manifest.histories_files(bucket, parts=parts)
         ids = [read_users(self.workspace, path) for path in files]
         return np.unique(np.concatenate([np.zeros(0, dtype=object), *ids]))
 

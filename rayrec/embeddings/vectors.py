@@ -127,7 +127,7 @@ def check_health(vectors: SongVectors, counts: np.ndarray, catalog: Catalog, see
     }
 
 
-def directions(vectors: SongVectors, seed: int = 0) -> float:
+def directions(vectors: SongVectors) -> float:
     """Return how many of the D directions the vectors use: (Σλ)² / Σλ² of the eigenvalues λ of their covariance.
 
     This is the participation ratio of physics: D if all directions are used equally, 1 if the vectors lie on a line.
@@ -136,7 +136,7 @@ def directions(vectors: SongVectors, seed: int = 0) -> float:
     song_rows = np.flatnonzero(vectors.known)
     if len(song_rows) < 2:
         return 0.0
-    sample = np.random.default_rng(seed).permutation(song_rows)[:PAIRS]
+    sample = np.random.default_rng(0).permutation(song_rows)[:PAIRS]
     variances = np.linalg.eigvalsh(np.cov(vectors.vectors[sample], rowvar=False, dtype=np.float64)).clip(min=0)
     return float(variances.sum() ** 2 / max(np.square(variances).sum(), 1e-24))
 

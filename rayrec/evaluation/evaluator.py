@@ -164,10 +164,9 @@ class Evaluator:
     """Evaluates recommenders on whole histories.
 
     `song_plays`, (N,), is the number of plays of each song in the fit range. A song without a play is a miss for every
-    model, unless it was added to the model. `query_share` in (0, 1] is the share of the queries that are answered,
-    drawn by a hash of user and play. `curve_share` in [0, 1] is the share of users, drawn by hash, for the curves, the
-    pairs and the recommended lists. `contexts` names the bits of the plays' contexts. `chosen_users` takes user ids,
-    object (U,), and returns which of them are evaluated, bool (U,).
+    model, unless it was added to the model. `curve_share` in [0, 1] is the share of users, drawn by hash, for the
+    curves, the pairs and the recommended lists. `contexts` names the bits of the plays' contexts. `chosen_users` takes
+    user ids, object (U,), and returns which of them are evaluated, bool (U,).
     """
 
     def __init__(
@@ -177,7 +176,6 @@ class Evaluator:
         split: Split,
         song_plays: np.ndarray,
         config: EvaluateConfig,
-        query_share: float = 1.0,
         curve_share: float = 1.0,
         contexts: Sequence[str] = (),
         chosen_users: Callable[[np.ndarray], np.ndarray] | None = None,
@@ -187,7 +185,10 @@ class Evaluator:
         self.song_plays = song_plays
         self.known_songs = song_plays > 0
         self.config = config
-        self.query_share, self.curve_share = query_share, curve_share
+        self.curve_share = curve_share
+        self.query_share = (
+            1.0  # in (0, 1], the share of the queries that are answered, drawn by a hash of user and play
+        )
         self.contexts, self.chosen_users = contexts, chosen_users
         self.days = day_targets(recommenders)
         self.views = (*VIEWS, *self.days)

@@ -85,10 +85,10 @@ def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
         ray.shutdown()
 
 
-def require_cluster(address: str, timeout: float = CONNECT_SECONDS) -> None:
+def require_cluster(address: str) -> None:
     """Raise `InputError` unless a server at `host:port` or `ray://host:port` speaks gRPC, as Ray's head node does.
 
-    Ray itself would try for 15 minutes. `timeout` is in seconds. `auto` and `local` are not checked, nor is any address
+    Ray itself would try for 15 minutes. `auto` and `local` are not checked, nor is any address
     if RAY_USE_TLS is 1.
     """
     if address in ("auto", "local") or os.environ.get("RAY_USE_TLS") == "1":
@@ -97,8 +97,8 @@ def require_cluster(address: str, timeout: float = CONNECT_SECONDS) -> None:
     try:
         if "://" in host or not host:
             raise ValueError("expected host:port or ray://host:port")
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout) as connection:
-            connection.settimeout(timeout)
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS) as connection:
+            connection.settimeout(CONNECT_SECONDS)
             connection.sendall(HTTP2_GREETING)
             response = connection.recv(9)
         if response[3:4] != HTTP2_SETTINGS:

@@ -321,7 +321,6 @@ class AddedSongs:
         earlier: AddedSongs | None = None,
         earlier_num_songs: int = 0,
         first_plays: FirstPlays | None = None,
-        seed: int = 0,
     ) -> AddedSongs:
         """Return all songs of the catalog without a vector in `outputs`, float32 (N, D), that can get a vector.
 
@@ -337,7 +336,7 @@ class AddedSongs:
         first_plays = first_plays or FirstPlays.none(rows, outputs.shape[1])
         is_usable = attributes.of(rows).known | (first_plays.plays > 0)
         rows, plays = rows[is_usable], first_plays.plays[is_usable]
-        maps = _choose_maps(attributes, has_vector, outputs, inputs, earlier, seed)
+        maps = _choose_maps(attributes, has_vector, outputs, inputs, earlier)
         songs = attributes.of(rows)
         near_rows = np.flatnonzero(has_vector & attributes.near_mask(songs))
         estimated_outputs, estimated_inputs = (
@@ -533,12 +532,11 @@ def _choose_maps(
     outputs: np.ndarray,
     inputs: np.ndarray,
     earlier: AddedSongs | None,
-    seed: int = 0,
 ) -> Maps:
     """Return the maps of `earlier` if its content has the same length, else maps learned on songs in `has_vector`."""
     if earlier is not None and len(earlier.output_map.content_mean) == attributes.content_dim:
         return earlier.output_map, earlier.input_map
-    sampled_rows = attributes.sample(np.flatnonzero(has_vector), seed)
+    sampled_rows = attributes.sample(np.flatnonzero(has_vector))
     content = attributes.of(sampled_rows)
     return ContentMap.fit(outputs[sampled_rows], content), ContentMap.fit(inputs[sampled_rows], content)
 
@@ -569,13 +567,13 @@ class _CatalogAttributes:
             is_near |= (codes >= 0) & np.isin(codes, groups)
         return is_near
 
-    def sample(self, rows: np.ndarray, seed: int) -> np.ndarray:
+    def sample(self, rows: np.ndarray) -> np.ndarray:
         """Sample about MAP_SONGS song rows, by whole artists, since means over part of an artist are less exact."""
         if len(rows) <= MAP_SONGS:
             return rows
         groups = np.where(self.artists[rows] >= 0, self.artists[rows], -1 - rows)
         group_codes, group_positions = np.unique(groups, return_inverse=True)
-        order = np.random.default_rng(seed).permutation(len(group_codes))[group_positions]
+        order = np.random.default_rng(0).permutation(len(group_codes))[group_positions]
         return np.sort(rows[np.argsort(order, kind="stable")[:MAP_SONGS]])
 
     def first_rows(self, codes: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -56,11 +56,9 @@ class Selection:
         return queries, self.histories.songs[targets]
 
 
-def make_selection(
-    dataset: Dataset, split: Split, vectors: np.ndarray | None, limit: int = SELECTION_PLAYS
-) -> Selection | None:
-    """Return about `limit` plays of the validation range, the first in the order of the buckets; None without plays."""
-    histories = validation_histories(dataset, split, limit)
+def make_selection(dataset: Dataset, split: Split, vectors: np.ndarray | None) -> Selection | None:
+    """Return about SELECTION_PLAYS plays of the validation range, from the first buckets; None without plays."""
+    histories = validation_histories(dataset, split, SELECTION_PLAYS)
     plays = np.flatnonzero(split.is_validation(histories))
     if not len(plays):
         return None
@@ -186,9 +184,9 @@ class LagSums:
     counts for. The weights depend on nothing else.
     """
 
-    def __init__(self, offsets: tuple[int, int], num_weights: int = WEIGHTS) -> None:
-        self._offsets, self._num_weights = offsets, num_weights
-        num_lags = num_ends = num_weights + offsets[1]
+    def __init__(self, offsets: tuple[int, int]) -> None:
+        self._offsets = offsets
+        num_lags = num_ends = WEIGHTS + offsets[1]
         self._sums = np.zeros((num_lags, num_ends))  # by lag and number of later plays, at most `num_ends` - 1
         self._num_pairs = 0  # number of pairs of a position and a target
         self.plays = 0
@@ -208,22 +206,21 @@ class LagSums:
 
     def weights(self, penalty: float) -> np.ndarray:
         """float64 (J,): the solution of the equations for λ = `penalty`."""
-        num_weights = self._num_weights
         # If the later song of a pair is `age` plays before position i, `age` more plays follow it than follow i.
         later_plays = np.arange(self._sums.shape[1])
         # (J, number of later plays)
-        target_counts = np.stack([self._target_counts(later_plays - age) for age in range(num_weights)])
-        gram = np.zeros((num_weights, num_weights))
-        for lag in range(num_weights):
-            diagonal = target_counts[: num_weights - lag] @ self._sums[lag]
-            ages = np.arange(num_weights - lag)
+        target_counts = np.stack([self._target_counts(later_plays - age) for age in range(WEIGHTS)])
+        gram = np.zeros((WEIGHTS, WEIGHTS))
+        for lag in range(WEIGHTS):
+            diagonal = target_counts[: WEIGHTS - lag] @ self._sums[lag]
+            ages = np.arange(WEIGHTS - lag)
             gram[ages, ages + lag] = gram[ages + lag, ages] = diagonal
         totals = self._sums.sum(axis=1)
         min_offset, max_offset = self._offsets
-        right_side = np.array([totals[age + min_offset : age + max_offset + 1].sum() for age in range(num_weights)])
+        right_side = np.array([totals[age + min_offset : age + max_offset + 1].sum() for age in range(WEIGHTS)])
         num_pairs = max(1, self._num_pairs)
         solution: np.ndarray = solve(
-            gram / num_pairs + penalty * np.eye(num_weights), right_side / num_pairs, assume_a="pos"
+            gram / num_pairs + penalty * np.eye(WEIGHTS), right_side / num_pairs, assume_a="pos"
         )
         return solution
 

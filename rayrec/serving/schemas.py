@@ -795,6 +795,6 @@ class Health(BaseModel):
     release: str | None = None
 
 
-def as_json(answer: BaseModel, status: int = 200) -> Response:
+def as_json(answer: BaseModel) -> Response:
     """Return the JSON response of an answer that is already validated."""
-    return Response(answer.model_dump_json(), status, media_type="application/json")
+    return Response(answer.model_dump_json(), media_type="application/json")

@@ -361,8 +361,9 @@ def _make_catalog_table(
     return table
 
 
-def _slices(values: pa.ChunkedArray, size: int = 100_000) -> Iterator[pa.Array]:
-    """Return a column in slices of at most `size` values."""
+def _slices(values: pa.ChunkedArray) -> Iterator[pa.Array]:
+    """Return a column in slices of at most 100,000 values."""
+    size = 100_000
     return (columns.one_array(values.slice(start, size)) for start in range(0, max(1, len(values)), size))
 
 

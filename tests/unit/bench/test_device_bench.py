@@ -199,7 +199,10 @@ def test_random_histories_are_the_same_each_time() -> None:
 def test_a_compiled_training_takes_the_steps_of_one_that_is_not_compiled() -> None:
     """Without dropout, because compiled code may draw other random numbers."""
     size = replace(Size.quick(), config=Size.quick().config.replace(dropout=0.0))
-    plain, compiled = (device_bench.train_network(size, "cpu", 3, compiled=choice) for choice in (False, True))
+    plain, compiled = (
+        device_bench.train_network(replace(size, config=size.config.replace(compiled=choice)), "cpu", 3)
+        for choice in (False, True)
+    )
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], value, atol=1e-6, rtol=0, msg=name)
 

@@ -186,7 +186,8 @@ def test_a_part_of_the_queries_gives_figures_near_those_of_all_with_wider_interv
     models, config = _models(histories)[:2], EvaluateConfig(ks=(5,), bootstrap_samples=200, offsets=0)
     statistics = []
     for share in (1.0, 0.1):
-        evaluator = Evaluator(models, split=split, song_plays=np.ones(25), config=config, query_share=share)
+        evaluator = Evaluator(models, split=split, song_plays=np.ones(25), config=config)
+        evaluator.query_share = share
         statistics.append(Statistics(evaluator(histories), models, config))
     full, partial = (
         {(row["model"], row["metric"]): row for row in sample.results(["next"]) if row["users"] == "all"}

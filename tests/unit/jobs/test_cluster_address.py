@@ -57,14 +57,15 @@ def test_an_address_without_a_server_is_refused_at_once(scheme: str) -> None:
     assert re.search(f"InputError: RAY_ADDRESS={address} points to no Ray cluster: .*refused", result.stderr)
 
 
-def test_an_address_of_another_program_is_refused_with_that_reason() -> None:
+def test_an_address_of_another_program_is_refused_with_that_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         run_server(lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as address,
         pytest.raises(InputError, match="another program answers there"),
     ):
         require_cluster(address)
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.2)
     with run_server(lambda connection: time.sleep(1)) as address, pytest.raises(InputError, match="timed out"):
-        require_cluster(address, timeout=0.2)
+        require_cluster(address)
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "head", "127.0.0.1:many", "127.0.0.1:99999999"])

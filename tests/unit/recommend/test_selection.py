@@ -9,6 +9,7 @@ from worlds import random_histories, random_vectors, write_dataset
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
 from rayrec.data.split import Split
+from rayrec.recommend import baselines
 from rayrec.recommend.baselines import Selection, make_selection
 from rayrec.storage.workspace import Workspace
 
@@ -41,14 +42,17 @@ def test_a_selection_is_all_of_the_validation_range_and_nothing_after_it(dataset
     assert all((batch.played_at < 1_500_000).all() for batch in selection.batches())
 
 
-def test_a_selection_holds_whole_buckets_though_their_users_are_read_in_batches(workspace: Workspace) -> None:
+def test_a_selection_holds_whole_buckets_though_their_users_are_read_in_batches(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "SELECTION_PLAYS", 10)
     users = 6_000
     histories = Histories.from_lists(
         [[0, 1]] * users, [[0, 2_000_000]] * users, [f"user-{user:04}" for user in range(users)]
     )
     dataset = write_dataset(workspace, histories, NUM_SONGS, buckets=1)
     assert len(list(dataset.read_bucket(0))) > 1
-    selection = make_selection(dataset, SPLIT, None, limit=10)
+    selection = make_selection(dataset, SPLIT, None)
     assert selection is not None
     assert len(selection.plays) == users
 

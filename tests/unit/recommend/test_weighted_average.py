@@ -68,8 +68,8 @@ def test_the_planted_weights_answer_better_than_every_average() -> None:
 def test_the_sums_give_the_solution_of_the_equations_written_out(
     offsets: tuple[int, int], penalty: float, parts: int
 ) -> None:
-    histories, vectors, count = random_histories(24, NUM_SONGS, seed=7), random_vectors(NUM_SONGS), 5
-    lag_sums = LagSums(offsets, count)
+    histories, vectors, count = random_histories(24, NUM_SONGS, seed=7), random_vectors(NUM_SONGS), module.WEIGHTS
+    lag_sums = LagSums(offsets)
     for rows in np.array_split(np.arange(24), parts):
         lag_sums.add(histories.take(rows), vectors)
     inputs, targets = [], []
