@@ -34,7 +34,7 @@ def positions_in_groups(sorted_groups: np.ndarray) -> np.ndarray:
     is_first = np.ones(count, dtype=bool)
     is_first[1:] = sorted_groups[1:] != sorted_groups[:-1]
     starts = np.flatnonzero(is_first)
-    return np.asarray(np.arange(count) - np.repeat(starts, np.diff(np.append(starts, count))))
+    return np.asarray(np.arange(count) - np.repeat(starts, group_sizes(starts, count)))
 
 
 def group_starts(sorted_values: np.ndarray) -> np.ndarray:
@@ -42,6 +42,16 @@ def group_starts(sorted_values: np.ndarray) -> np.ndarray:
     if not len(sorted_values):
         return np.zeros(0, dtype=np.int64)
     return np.flatnonzero(np.concatenate([[True], sorted_values[1:] != sorted_values[:-1]]))
+
+
+def group_sizes(starts: np.ndarray, count: int) -> np.ndarray:
+    """int64: the sizes of the groups of `count` values that begin at `starts`, int (G,), ascending from 0."""
+    return np.diff(np.append(starts, count))
+
+
+def sum_groups(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return the sum of the values, (n,) or (n, D), of each group; the groups begin at `starts`, int (G,), from 0."""
+    return np.asarray(np.add.reduceat(values, starts)) if len(starts) else values[:0]
 
 
 def find_in_groups(values: np.ndarray, starts: np.ndarray, ends: np.ndarray, bounds: np.ndarray) -> np.ndarray:

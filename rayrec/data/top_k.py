@@ -5,7 +5,7 @@ Shapes: Q queries, N songs, k answers.
 
 import numpy as np
 
-from rayrec.data.ragged import group_starts, positions_in_groups
+from rayrec.data.ragged import group_sizes, group_starts, positions_in_groups
 
 
 def top_k(scores: np.ndarray, k: int, songs: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -32,7 +32,7 @@ def top_positions(sorted_groups: np.ndarray, scores: np.ndarray, count: int) -> 
     Equal values of `sorted_groups`, int, must be adjacent. The result is short and so cheap to sort.
     """
     starts = group_starts(sorted_groups)
-    sizes = np.diff(np.append(starts, len(sorted_groups)))
+    sizes = group_sizes(starts, len(sorted_groups))
     is_highest = np.ones(len(scores), dtype=bool)
     for start, size in zip(starts[sizes > count].tolist(), sizes[sizes > count].tolist(), strict=True):
         is_highest[start : start + size] = _is_highest(scores[start : start + size], count)

@@ -19,6 +19,7 @@ from safetensors.numpy import load, save
 from rayrec.data import columns
 from rayrec.data.catalog import Catalog, Content
 from rayrec.data.histories import Histories
+from rayrec.data.ragged import sum_groups
 from rayrec.storage.workspace import Workspace
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # values to try: the number of songs that the prior mean counts as
@@ -219,9 +220,7 @@ def _sums_by_group(vectors: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray,
     grouped_rows = np.flatnonzero(groups >= 0)
     order = grouped_rows[np.argsort(groups[grouped_rows], kind="stable")]
     group_codes, starts, counts = np.unique(groups[order], return_index=True, return_counts=True)
-    if not len(group_codes):
-        return group_codes, np.zeros((0, vectors.shape[1])), counts
-    return group_codes, np.add.reduceat(vectors[order].astype(np.float64), starts, axis=0), counts
+    return group_codes, sum_groups(vectors[order].astype(np.float64), starts), counts
 
 
 def _error(vectors: np.ndarray, expected: np.ndarray | float) -> float:

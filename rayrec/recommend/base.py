@@ -19,7 +19,16 @@ import numpy as np
 
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import ASSUMED_GAP_MS, HOUR_MS, LINE_GAP_MS
-from rayrec.data.ragged import find_in_groups, group_of_each_item, group_starts, offsets_of, ranges, stable_order
+from rayrec.data.ragged import (
+    find_in_groups,
+    group_of_each_item,
+    group_sizes,
+    group_starts,
+    offsets_of,
+    ranges,
+    stable_order,
+    sum_groups,
+)
 from rayrec.data.top_k import top_k
 from rayrec.errors import InputError
 from rayrec.model.train_config import DaysHorizon
@@ -477,7 +486,7 @@ def _user_songs(
     hours = np.maximum(0, at[rows] - played_at) / HOUR_MS
 
     def sum_per_song(values: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(values[order], first_positions) if len(first_positions) else values[:0]
+        return sum_groups(values[order], first_positions)
 
     repeated = np.ones(len(order), dtype=bool)
     repeated[order[first_positions]] = False
@@ -485,7 +494,7 @@ def _user_songs(
         num_songs=num_songs,
         rows=rows[last_plays],
         songs=songs[last_plays],
-        plays=np.diff(np.append(first_positions, len(order))),
+        plays=group_sizes(first_positions, len(order)),
         back=later_plays[last_plays],
         hours=hours[last_plays].astype(np.float32),
         base_level=np.log(sum_per_song((later_plays + 1.0) ** -ACTIVATION_DECAY)).astype(np.float32),

@@ -17,7 +17,7 @@ from scipy.sparse import coo_matrix, csr_matrix
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries
 from rayrec.data.moments import DAY_MS
-from rayrec.data.ragged import group_of_each_item, ranges
+from rayrec.data.ragged import group_of_each_item, group_sizes, ranges
 from rayrec.data.split import FitRange, Split, validation_histories
 from rayrec.errors import InputError
 from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender, normalized
@@ -127,7 +127,7 @@ def _carry(totals: np.ndarray, same_user: np.ndarray, decay: np.ndarray) -> None
     Each step handles one query of every user, so the user with the most queries determines the number of steps.
     """
     starts = np.flatnonzero(~same_user)
-    lengths = np.diff(np.append(starts, len(same_user)))
+    lengths = group_sizes(starts, len(same_user))
     longest_first = np.argsort(-lengths, kind="stable")
     starts, lengths = starts[longest_first], lengths[longest_first]
     for step in range(1, int(lengths.max(initial=0))):

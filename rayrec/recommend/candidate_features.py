@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from rayrec.data.moments import DAY_MS, HOUR_MS
-from rayrec.data.ragged import group_starts, stable_order
+from rayrec.data.ragged import group_sizes, group_starts, stable_order, sum_groups
 from rayrec.recommend.base import LATEST_PLAYS, QueryBatch
 from rayrec.recommend.retrievers import Candidates
 from rayrec.recommend.stored_retrieval import NO_GROUP, NOT_PLAYED, Retrieval, SongGroups
@@ -93,7 +93,7 @@ class FeatureSources:
         rows, songs, user_songs = candidates.rows, candidates.songs, batch.user_songs
         vectors = look_up(self.song_vectors, songs)
         first_positions = group_starts(rows)
-        counts = np.diff(np.append(first_positions, len(rows)))
+        counts = group_sizes(first_positions, len(rows))
         for taste_vectors, scale in zip((batch.short_vectors, batch.long_vectors), self.scales, strict=True):
             cosines = np.einsum("cd,cd->c", vectors, taste_vectors[rows])
             add_column(cosines)
@@ -101,7 +101,7 @@ class FeatureSources:
             logits = scale * cosines
             if len(first_positions):
                 logits -= np.repeat(np.maximum.reduceat(logits, first_positions), counts)
-                logits -= np.repeat(np.log(np.add.reduceat(np.exp(logits), first_positions)), counts)
+                logits -= np.repeat(np.log(sum_groups(np.exp(logits), first_positions)), counts)
             add_column(logits)
         add_column(np.einsum("cd,cd->c", vectors, look_up(self.song_vectors, batch.last_songs)[rows]))
         nearest_cosines, mean_cosines = self._similarity_to_recent(batch, rows, vectors)
@@ -281,10 +281,10 @@ def _group_features(
     order = stable_order(keys)
     first_positions = group_starts(keys[order])
     group_keys = keys[order][first_positions]
-    group_plays = np.diff(np.append(first_positions, len(order)))
+    group_plays = group_sizes(first_positions, len(order))
     last_plays = grouped_plays[order[np.append(first_positions[1:], len(order)) - 1]] if len(order) else order
     is_recent = batch.back[grouped_plays][order] < RECENT
-    recent_plays = np.add.reduceat(is_recent.astype(np.int64), first_positions) if len(first_positions) else group_plays
+    recent_plays = sum_groups(is_recent.astype(np.int64), first_positions)
     candidate_groups = look_up(groups.of_song, candidates.songs, NO_GROUP).astype(np.int64)
     candidate_keys = np.where(candidate_groups >= 0, candidates.rows * num_groups + candidate_groups, -1)
     positions = np.minimum(np.searchsorted(group_keys, candidate_keys), max(0, len(group_keys) - 1))

@@ -14,7 +14,15 @@ import lightgbm
 import numpy as np
 from scipy.optimize import isotonic_regression, minimize, minimize_scalar
 
-from rayrec.data.ragged import group_of_each_item, group_starts, offsets_of, positions_in_groups, ranges
+from rayrec.data.ragged import (
+    group_of_each_item,
+    group_sizes,
+    group_starts,
+    offsets_of,
+    positions_in_groups,
+    ranges,
+    sum_groups,
+)
 from rayrec.errors import DamagedArtifactError, TooFewQueriesError
 from rayrec.storage.workspace import Workspace
 
@@ -288,7 +296,7 @@ class LinearModel:
 
         def curvature(weight: np.ndarray) -> np.ndarray:
             weighted_features = features * softmax_shares(rows, features @ weight)[:, None]
-            mean_features = np.add.reduceat(weighted_features, group_starts(rows))
+            mean_features = sum_groups(weighted_features, group_starts(rows))
             hessian = features.T @ weighted_features - mean_features.T @ mean_features
             return np.asarray(hessian + 2 * penalty * np.eye(len(hessian))) / num_queries
 
@@ -449,9 +457,9 @@ def softmax_shares(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
     if not len(rows):
         return np.zeros(0)
     first_positions = group_starts(rows)
-    counts = np.diff(np.append(first_positions, len(rows)))
+    counts = group_sizes(first_positions, len(rows))
     exponentials = np.exp(scores - np.repeat(np.maximum.reduceat(scores, first_positions), counts))
-    return np.asarray(exponentials / np.repeat(np.add.reduceat(exponentials, first_positions), counts))
+    return np.asarray(exponentials / np.repeat(sum_groups(exponentials, first_positions), counts))
 
 
 def calibrate(rows: np.ndarray, scores: np.ndarray, is_right: np.ndarray) -> Calibration:
@@ -472,7 +480,7 @@ def calibrate(rows: np.ndarray, scores: np.ndarray, is_right: np.ndarray) -> Cal
     bins = np.minimum(np.cumsum(is_right[order]) * KNOTS // max(1, int(is_right.sum())), KNOTS - 1)
     # Equal shares must be in the same bin, since the curve has one value for each share.
     first_positions = group_starts(shares[order])
-    sizes = np.diff(np.append(first_positions, len(order)))
+    sizes = group_sizes(first_positions, len(order))
     bins = np.repeat(bins[first_positions + sizes - 1], sizes)
     bin_counts = np.bincount(bins, minlength=KNOTS).astype(float)
     bin_hits = np.bincount(bins, weights=is_right[order], minlength=KNOTS)

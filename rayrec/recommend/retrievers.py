@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayrec.data.moments import DAY_MS
-from rayrec.data.ragged import group_of_each_item, group_starts, ranges, stable_order
+from rayrec.data.ragged import group_of_each_item, group_starts, ranges, stable_order, sum_groups
 from rayrec.data.top_k import top_ranked
 from rayrec.recommend.base import NO_SONG, HorizonName, Pairs, QueryBatch
 from rayrec.recommend.index import IndexConfig, SongIndex
@@ -76,7 +76,7 @@ def sum_pairs(rows: np.ndarray, songs: np.ndarray, scores: np.ndarray, num_songs
     keys = rows * num_songs + songs
     order = stable_order(keys)
     first_positions = group_starts(keys[order])
-    totals = np.add.reduceat(scores[order], first_positions) if len(first_positions) else scores[:0]
+    totals = sum_groups(scores[order], first_positions)
     return Pairs(num_songs=num_songs, rows=rows[order[first_positions]], songs=songs[order[first_positions]]), totals
 
 
@@ -172,7 +172,7 @@ class SessionRetriever(Retriever):
         session_rows, song_positions, play_indices = session_rows[order], song_positions[order], play_indices[order]
         first_positions = group_starts(pair_keys[order])
         weights = np.exp(-later_plays[play_indices] / settings.plays_decay)
-        similarity = np.add.reduceat(weights, first_positions) if len(first_positions) else weights
+        similarity = sum_groups(weights, first_positions)
         query_rows = rows[play_indices[first_positions]]
         session_rows = session_rows[first_positions]
         match_positions = song_positions[first_positions]
@@ -336,8 +336,7 @@ class GroupRetriever(Retriever):
         keys = batch.rows[plays] * num_groups + group_ids
         order = stable_order(keys)
         first_positions = group_starts(keys[order])
-        weights = self.decay ** batch.back[plays][order]
-        weights = np.add.reduceat(weights, first_positions) if len(first_positions) else weights
+        weights = sum_groups(self.decay ** batch.back[plays][order], first_positions)
         rows, group_ids = np.divmod(keys[order][first_positions], num_groups)
         starts = self._groups.offsets[group_ids]
         counts = np.minimum(self._groups.offsets[group_ids + 1] - starts, count)

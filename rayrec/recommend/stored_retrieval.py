@@ -21,7 +21,15 @@ from safetensors.numpy import load, save
 
 from rayrec.data.histories import Histories, mix_bits, user_hash
 from rayrec.data.moments import DAY_MS
-from rayrec.data.ragged import group_of_each_item, group_starts, offsets_of, positions_in_groups, ranges, stable_order
+from rayrec.data.ragged import (
+    group_of_each_item,
+    group_starts,
+    offsets_of,
+    positions_in_groups,
+    ranges,
+    stable_order,
+    sum_groups,
+)
 from rayrec.data.split import FitRange
 from rayrec.embeddings.word2vec import cut_long, cut_sessions
 from rayrec.storage.workspace import Workspace
@@ -136,7 +144,7 @@ def _make_play_counts(
         first_days=first_days,
         days=days[order][first_positions].astype(np.int32),
         day_songs=songs[order][first_positions].astype(np.int32),
-        day_plays=np.add.reduceat(counts[order], first_positions) if len(first_positions) else np.zeros(0, np.int64),
+        day_plays=sum_groups(counts[order], first_positions),
     )
 
 
@@ -208,10 +216,7 @@ def _sum_rules(
     """Sum the weights and the counts of equal keys; a key is song * catalog_size + follower."""
     order = stable_order(keys)
     first_positions = group_starts(keys[order])
-    weights, at_once = (
-        np.add.reduceat(values[order], first_positions) if len(first_positions) else values
-        for values in (weights, at_once)
-    )
+    weights, at_once = (sum_groups(values[order], first_positions) for values in (weights, at_once))
     songs, followers = np.divmod(keys[order][first_positions], max(1, catalog_size))
     strongest_first = stable_order(songs * (int(weights.max(initial=0)) + 1) + weights.max(initial=0) - weights)
     return RuleCounts(

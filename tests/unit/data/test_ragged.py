@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from rayrec.data.ragged import find_in_groups, group_of_each_item, offsets_of, ranges, stable_order
+from rayrec.data.ragged import (
+    find_in_groups,
+    group_of_each_item,
+    group_sizes,
+    group_starts,
+    offsets_of,
+    ranges,
+    stable_order,
+    sum_groups,
+)
 
 
 @pytest.mark.parametrize("largest", [3, 10**6, 2**62])
@@ -20,6 +29,21 @@ def test_ranges_offsets_and_groups_are_those_of_a_plain_loop() -> None:
     assert ranges(np.array([10, 5, 1]), counts).tolist() == [10, 11, 1, 2, 3]
     assert ranges(0, counts).tolist() == [0, 1, 0, 1, 2]
     assert ranges(0, np.zeros(0, np.int64)).tolist() == []
+
+
+def test_sizes_and_sums_of_groups_are_those_of_a_plain_loop() -> None:
+    starts = group_starts(np.array([4, 4, 7, 9, 9, 9]))
+    assert group_sizes(starts, 6).tolist() == [2, 1, 3]
+    assert sum_groups(np.array([1, 2, 3, 4, 5, 6]), starts).tolist() == [3, 3, 15]
+    assert sum_groups(np.arange(12.0).reshape(6, 2), starts).tolist() == [[2, 4], [4, 5], [24, 27]]
+
+
+@pytest.mark.parametrize("values", [np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, 3))], ids=str)
+def test_without_values_there_are_no_groups_and_no_sums(values: np.ndarray) -> None:
+    starts = group_starts(values)
+    assert (starts.tolist(), group_sizes(starts, 0).tolist()) == ([], [])
+    sums = sum_groups(values, starts)
+    assert (sums.shape, sums.dtype) == (values.shape, values.dtype)
 
 
 def test_the_first_value_from_a_bound_on_is_that_of_a_search_in_each_group() -> None:
