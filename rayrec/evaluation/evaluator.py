@@ -186,9 +186,7 @@ class Evaluator:
         self.known_songs = song_plays > 0
         self.config = config
         self.curve_share = curve_share
-        self.query_share = (
-            1.0  # in (0, 1], the share of the queries that are answered, drawn by a hash of user and play
-        )
+        self.query_share = 1.0  # in (0, 1], the share of the queries that are answered, by a hash of user and play
         self.contexts, self.chosen_users = contexts, chosen_users
         self.days = day_targets(recommenders)
         self.views = (*VIEWS, *self.days)
