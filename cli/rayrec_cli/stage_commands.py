@@ -55,7 +55,7 @@ RestartOption = Annotated[
     bool, typer.Option("--restart", help="Delete the unfinished training of these settings and start over.")
 ]
 
-FEW_QUERIES = 100  # with fewer queries the 95 % interval of recall is wider than about 0.2
+UNRELIABLE_QUERIES = 100  # with fewer queries the 95 % interval of recall is wider than about 0.2
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="TOML file with one section per stage.")]
 PlaysArgument = Annotated[
@@ -297,7 +297,11 @@ def quality_views(result: Any) -> list[RenderableType]:
         [name, value, f"{low:.3f}–{high:.3f}", *other_values]
         for name, value, low, high, *other_values in quality.table()
     ]
-    warning = f" Fewer than {FEW_QUERIES} plays: the estimate is unreliable." if quality.queries < FEW_QUERIES else ""
+    warning = (
+        f" Fewer than {UNRELIABLE_QUERIES} plays: the estimate is unreliable."
+        if quality.queries < UNRELIABLE_QUERIES
+        else ""
+    )
     text = (
         f"Measured with models that were not trained on this range, on {quality.queries:,} plays of songs new to the "
         f"user (served) and on all plays.{warning} The models of the release were then trained on all plays."

@@ -62,7 +62,7 @@ Result = TypeVar("Result")
 MODEL = "answers"  # id of the model and its rankers
 PLAYS_PER_SONG = 3
 EXAMPLES = 400  # users whose last play is a training example of the rankers
-HELD_OUT = 0.1  # share of each user's plays, the last ones, that the retrieval does not see
+HELD_OUT_SHARE = 0.1  # share of each user's plays, the last ones, that the retrieval does not see
 TREES = 100  # per ranker: more than the rankers have on any data set of docs/evaluation.md
 AGAIN = 3.0  # weight of the songs just played; set here, because the network is not trained
 SPREAD = 0.7  # standard deviation of song vectors around their artist, and of artists around their center
@@ -252,7 +252,7 @@ def build_answers_release(
         return dataset, release, 0.0
     model = _write_model(dataset, config.seed)
     build_index(workspace, IndexConfig(), model_id=model.id)
-    split = split_dataset(workspace, SplitConfig(last_fraction=HELD_OUT, validation_fraction=0))
+    split = split_dataset(workspace, SplitConfig(last_fraction=HELD_OUT_SHARE, validation_fraction=0))
     retrieval = fit_retrieval(workspace, RetrievalConfig(), split=split)
     _write_rankers(dataset, model, retrieval)
     compute_tastes(workspace, TasteConfig(), model_id=model.id)
@@ -326,6 +326,6 @@ def _train_ranker(examples: RankingExamples, names: list[str]) -> Ranker:
 def last_play_queries(dataset: Dataset, users: int, *, bucket: int = 0) -> tuple[Histories, Queries]:
     """Return at most `users` users of a bucket whose last play is held out, and the query before this play of each."""
     histories = next(dataset.read_bucket(bucket, users))
-    # A split holds back HELD_OUT of a user's plays, rounded: none of five plays, one of six.
-    histories = histories.take(histories.lengths > 0.5 / HELD_OUT)
+    # A split holds back HELD_OUT_SHARE of a user's plays, rounded: none of five plays, one of six.
+    histories = histories.take(histories.lengths > 0.5 / HELD_OUT_SHARE)
     return histories, Queries.before_plays(histories, histories.offsets[1:] - 1)

@@ -22,7 +22,7 @@ from rayrec.bench.serve_bench import Traffic, application, replicas, store_users
 from rayrec.client import ApiError, ApiUnavailableError, AsyncClient, Retry
 from rayrec.data.moments import parse_timestamp
 from rayrec.jobs.runtime import ray_cluster
-from rayrec.online.user_state import LAST_PLAYS
+from rayrec.recommend.base import LATEST_PLAYS
 from rayrec.storage.workspace import Workspace
 
 PLAYED_AT, GAP_MS = 1_700_000_000_000, 200_000  # ms UTC of a client's first play; ms between two of its plays
@@ -127,7 +127,7 @@ async def _run_client(
 ) -> None:
     """Send the requests of one client until `end_time`.
 
-    Its plays are of users of its own, who have `LAST_PLAYS` plays each, one user after the other. Its other requests
+    Its plays are of users of its own, who have `LATEST_PLAYS` plays each, one user after the other. Its other requests
     only read.
     """
     rng, play_count, stored_requests = random.Random(client_number), 0, traffic.stored
@@ -139,7 +139,7 @@ async def _run_client(
         elif kind == "stored":
             await attempt(client.recommend(**rng.choice(stored_requests)), counts)
         else:
-            user_id, played_at = f"soak-{client_number}-{play_count // LAST_PLAYS}", PLAYED_AT + play_count * GAP_MS
+            user_id, played_at = f"soak-{client_number}-{play_count // LATEST_PLAYS}", PLAYED_AT + play_count * GAP_MS
             play = {"event_id": f"{user_id}-{play_count}", "user_id": user_id, "song_id": rng.choice(traffic.song_ids)}
             request = client.plays([{**play, "played_at": played_at}])
             started, acknowledged = time.monotonic(), await attempt(request, counts)
@@ -222,7 +222,7 @@ async def _compare_stored(url: str, counts: SoakCounts) -> tuple[int, int]:
     async with AsyncClient(url, retry=Retry(timeout=60)) as client:
         for user_id, sent_plays in counts.plays.items():
             try:
-                stored_plays = (await client.user_plays(user_id, LAST_PLAYS))["plays"]  # all plays: no user has more
+                stored_plays = (await client.user_plays(user_id, LATEST_PLAYS))["plays"]  # all plays: no user has more
             except ApiError as error:
                 if error.status != 404:
                     raise

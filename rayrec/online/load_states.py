@@ -40,13 +40,13 @@ from rayrec.online.state_codec import (
 )
 from rayrec.online.state_store import NO_VERSION, Change, FullUser, Piece, StateStore
 from rayrec.online.user_state import (
-    LAST_PLAYS,
     Plays,
     UserState,
     count_leaving_plays,
     fold_heard,
     join_likes,
 )
+from rayrec.recommend.base import LATEST_PLAYS
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import Manifest
 
@@ -282,7 +282,7 @@ class _Loader:
         changes: list[Change] = []
         newer_counts: list[int] = []
         unchanged = deleted = 0
-        for user_id, whole_user in zip(users, self._store.read(list(users), plays=LAST_PLAYS), strict=True):
+        for user_id, whole_user in zip(users, self._store.read(list(users), plays=LATEST_PLAYS), strict=True):
             batch_state, plays = users[user_id]
             assert whole_user is not None  # a store keeps a state even of a deleted user
             stored_state = unpack_state(whole_user.stored.state)
@@ -303,7 +303,7 @@ class _Loader:
             batch_plays = plays.last(len(older_plays))
             # Plays of songs that were added online differ: the batch knows their rows and current vectors.
             has_same_plays = (
-                len(log) >= min(stored_state.log_plays, LAST_PLAYS)  # the store has not lost the log
+                len(log) >= min(stored_state.log_plays, LATEST_PLAYS)  # the store has not lost the log
                 and stored_state.plays - len(newer_plays) == len(plays)
                 and _are_same(older_plays, batch_plays)
             )
@@ -365,7 +365,7 @@ class _Loader:
         if batch_state.log_plays == new_state.plays:
             model_state = replace(model_state, turn=new_state.turn)
         packed_heard = None
-        if new_state.log_plays - new_state.folded > LAST_PLAYS:
+        if new_state.log_plays - new_state.folded > LATEST_PLAYS:
             new_state, heard_songs = fold_heard(
                 new_state, np.concatenate([log.songs, moved_plays.songs]), unpack_heard(whole_user.heard)
             )
@@ -416,7 +416,7 @@ def _latest_likes(likes: Histories, row: int) -> Plays:
 def _full_log_change(user_id: str, expected: int, state: UserState, log: Plays) -> Change:
     """Return the change that stores a user's whole log, and the state after it."""
     packed_heard = None
-    if state.log_plays > LAST_PLAYS:
+    if state.log_plays > LATEST_PLAYS:
         state, heard_songs = fold_heard(state, log.songs, np.zeros(0, np.int32))
         packed_heard = pack_heard(heard_songs)
     return Change(

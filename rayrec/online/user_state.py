@@ -29,7 +29,6 @@ from rayrec.recommend.base import LATEST_LIKES, LATEST_PLAYS
 
 WINDOW = 64  # with more than twice as many plays in the window, all but the last `WINDOW` move to the log
 MAX_PLAYS_OF_ONE_TIME = 4_096  # maximum number of plays that stay in the window because the oldest are of one moment
-LAST_PLAYS = LATEST_PLAYS  # latest plays of the log from which an answer or another model's state is computed
 FIRST_ONLINE = 1 << 30  # a stored row from here on is FIRST_ONLINE + the number of a song that was added online
 MODELS_KEPT = 2  # network states per user: of the live release, and of the previous or the next one
 
@@ -221,7 +220,7 @@ class Step:
     @property
     def folds(self) -> bool:
         """True if the log then holds more plays than an answer reads, so that `fold_heard` must be called."""
-        return bool(self.leaving) and self.state.log_plays + self.leaving - self.state.folded > LAST_PLAYS
+        return bool(self.leaving) and self.state.log_plays + self.leaving - self.state.folded > LATEST_PLAYS
 
     def finish(self, states: States) -> UserState:
         """Return the new state, from the states after the runs of this step."""
@@ -298,15 +297,15 @@ class CatchUp:
     def of(cls, state: UserState, model: str, blank: States, log: Plays) -> "CatchUp":
         """Start from the model's own state if the log continues it, else from `blank`, the state before the first play.
 
-        `log` holds the last plays of the log: all of them, or at least `LAST_PLAYS`. If the store has lost some, this
+        `log` holds the last plays of the log: all of them, or at least `LATEST_PLAYS`. If the store has lost some, this
         logs a warning, and the network runs over the plays that are left.
         """
-        if len(log) < min(state.log_plays, LAST_PLAYS):
+        if len(log) < min(state.log_plays, LATEST_PLAYS):
             LOGGER.warning(
                 "a user's log has %d plays, expected the last %d of %d: the store has lost some, as a Redis server "
                 "does that evicts keys; set maxmemory-policy noeviction and run `rayrec states load --force`",
                 len(log),
-                min(state.log_plays, LAST_PLAYS),
+                min(state.log_plays, LATEST_PLAYS),
                 state.log_plays,
             )
         start_state, missing_plays, model_state = blank, log, state.models.get(model)
@@ -360,9 +359,9 @@ def fold_heard(state: UserState, log_songs: np.ndarray, heard_songs: np.ndarray)
     """Add the songs of the log's older plays to the set of heard songs, int32 ascending; return new state and set.
 
     `log_songs`, int32, are the songs of the last plays of the log, at least of all plays that are not in the set yet.
-    The last half of `LAST_PLAYS` plays stays out of the set, so that the set is rarely written.
+    The last half of `LATEST_PLAYS` plays stays out of the set, so that the set is rarely written.
     """
-    folded = max(state.folded, state.log_plays - LAST_PLAYS // 2)
+    folded = max(state.folded, state.log_plays - LATEST_PLAYS // 2)
     end = len(log_songs) - (state.log_plays - folded)
     start = max(0, len(log_songs) - (state.log_plays - state.folded))
     return replace(state, folded=folded), np.union1d(heard_songs, log_songs[start:end]).astype(np.int32)

@@ -32,7 +32,7 @@ from rayrec.storage.workspace import Workspace
 if TYPE_CHECKING:
     from rayrec.recommend.reranking import Path, PopularOrder, SelectedSongs
 
-LAST_PLAYS = 5  # last plays that an answer shows
+SHOWN_PLAYS = 5  # last plays that an answer shows
 
 
 class RecommendConfig(Settings):
@@ -143,7 +143,7 @@ def answer(
     artists: Sequence[str] = (),
     exclude: Sequence[str] = (),
     allow: Sequence[str] | None = None,
-    shown: int = LAST_PLAYS,
+    shown: int = SHOWN_PLAYS,
 ) -> Answer:
     """Recommend to a user, or to a new user who has just played `songs`, at time `at` (ms UTC), as the server does.
 

@@ -61,10 +61,10 @@ Kind = Literal["baseline", "network"]
 # to songs that pass the filter; exact: a score for every song that passes the filter.
 SearchPath = Literal["index", "selector", "exact"]
 
-# Maximum float32 scores in memory at once: 8 MiB, which fit into a CPU cache, or 64 MiB for at most FEW_QUERIES
+# Maximum float32 scores in memory at once: 8 MiB, which fit into a CPU cache, or 64 MiB for at most QUERIES_PER_PASS
 # queries, which share one pass over the songs.
 SCORES_IN_CACHE, SCORES_PER_CHUNK = 1 << 21, 1 << 24
-FEW_QUERIES = 64
+QUERIES_PER_PASS = 64
 NO_SONG = -1  # fills answers of fewer than k songs
 
 LATEST_PLAYS = 5_000  # latest plays before a query that retrievers and features read
@@ -239,7 +239,7 @@ def check_count(k: int) -> None:
 def chunks_of(num_queries: int, num_songs: int) -> Iterator[slice]:
     """Yield slices of the queries, in order, whose scores fit into memory together."""
     scores_per_query = max(1, num_songs)
-    step = max(1, SCORES_IN_CACHE // scores_per_query, min(FEW_QUERIES, SCORES_PER_CHUNK // scores_per_query))
+    step = max(1, SCORES_IN_CACHE // scores_per_query, min(QUERIES_PER_PASS, SCORES_PER_CHUNK // scores_per_query))
     return (slice(start, start + step) for start in range(0, num_queries, step))
 
 

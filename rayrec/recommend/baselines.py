@@ -22,6 +22,7 @@ from rayrec.data.split import FitRange, Split, validation_histories
 from rayrec.errors import InputError
 from rayrec.recommend.base import BaseRecommender, HorizonName, VectorRecommender, normalized
 from rayrec.recommend.session_knn import VsknnRecommender, VstanRecommender, last_plays
+from rayrec.recommend.stored_retrieval import MAX_DISTANCE
 
 SELECTION_PLAYS = 10_000  # plays of the validation range that are predicted
 
@@ -269,11 +270,10 @@ def _fit_lag_sums(
     return lag_sums
 
 
-RECENT_DAYS = 21.0  # last days whose plays popularity-recent counts, if no validation range chooses them
+USUAL_DAYS = 21.0  # last days whose plays popularity-recent counts, if no validation range chooses them
 LATEST = 1_000  # latest plays of a user that user-top counts, to limit the cost of long histories
-MAX_DISTANCE = 10  # maximum distance in plays from a song to one that follows it
 DECAY = 1.0  # a pair of plays counts distance^-DECAY, if no validation range chooses the exponent
-RULES_PER_SONG = 1_000  # strongest rules kept per song
+USUAL_RULES = 1_000  # strongest rules kept per song
 MAX_RULES = 20_000_000  # maximum rules in memory while counting: 160 MB
 DISCOUNTS = (0.25, 0.5, 0.75, 0.9, 1.0)
 
@@ -376,7 +376,7 @@ class SequentialRulesRecommender(BaseRecommender):
         allowed: FitRange,
         max_distance: int = MAX_DISTANCE,
         decay: float = DECAY,
-        rules_per_song: int = RULES_PER_SONG,
+        rules_per_song: int = USUAL_RULES,
         max_rules: int = MAX_RULES,
     ) -> "SequentialRulesRecommender":
         """Count which songs follow which in each user's history.
@@ -451,7 +451,7 @@ def _fit_popularity_recent(
 ) -> BaseRecommender:
     """Fit popularity-recent. If the data has no times, all plays count."""
     end = dataset.manifest.last_play + 1 if allowed.before is None else allowed.before
-    days = settings.get("days", RECENT_DAYS)
+    days = settings.get("days", USUAL_DAYS)
     since = end - round(days * DAY_MS) if dataset.manifest.times == "real" else 0
     recommender = PopularityRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed, since=since)
     recommender.settings = {"days": days} if since else {}  # without times all days count

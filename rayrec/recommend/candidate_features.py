@@ -22,7 +22,7 @@ RECENT = 10  # number of last plays that count as recent
 REPEATS = 20  # number of last plays in which repeats are counted
 LIFT_PLAYS = 5.0  # added to a song's plays before the strength of a rule is divided by them
 SKIP_PLAYS = 10.0  # plays with the mean share of skips that are added to a song's plays, to smooth its share
-NEVER = -1.0  # value of plays or hours since a song, an artist or an album that the user has never played
+NO_PLAY = -1.0  # value of plays or hours since a song, an artist or an album that the user has never played
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +118,8 @@ class FeatureSources:
         history_lengths = np.maximum(1, np.diff(batch.offsets))
         add_column(user_values(user_songs.plays, 0))
         add_column(user_values(user_songs.plays / history_lengths[user_songs.rows], 0))
-        add_column(user_values(user_songs.back, NEVER))
-        add_column(user_values(user_songs.hours, NEVER) if self.real_times else np.zeros(len(rows)))
+        add_column(user_values(user_songs.back, NO_PLAY))
+        add_column(user_values(user_songs.hours, NO_PLAY) if self.real_times else np.zeros(len(rows)))
         add_column(user_values(user_songs.base_level, -20))
         add_column(user_values(user_songs.base_level_hours, -20) if self.real_times else np.zeros(len(rows)))
         add_column(user_values(user_songs.session_plays, 0))
@@ -143,10 +143,10 @@ class FeatureSources:
             add_column(batch.liked.find(candidates.keys) >= 0)
 
     def _age_days(self, batch: QueryBatch, candidates: Candidates) -> np.ndarray:
-        """float64 (C,): days since the first play of each candidate by any user; NEVER if there was none."""
+        """float64 (C,): days since the first play of each candidate by any user; NO_PLAY if there was none."""
         first_days = look_up(self.retrieval.plays.first_days, candidates.songs, NOT_PLAYED).astype(np.int64)
         days = batch.queries.at[candidates.rows] // DAY_MS - first_days
-        return np.where(first_days == NOT_PLAYED, NEVER, np.maximum(0, days))
+        return np.where(first_days == NOT_PLAYED, NO_PLAY, np.maximum(0, days))
 
     def _similarity_to_recent(
         self, batch: QueryBatch, rows: np.ndarray, vectors: np.ndarray
@@ -169,9 +169,9 @@ class FeatureSources:
         lengths = np.diff(batch.offsets)
         session_lengths = np.bincount(batch.rows, weights=batch.in_session, minlength=len(batch))
         last_plays = np.where(lengths > 0, batch.offsets[1:] - 1, 0)
-        hours_since = np.full(len(batch), NEVER)
+        hours_since = np.full(len(batch), NO_PLAY)
         if len(batch.played_at):
-            hours_since = np.where(lengths > 0, (batch.queries.at - batch.played_at[last_plays]) / HOUR_MS, NEVER)
+            hours_since = np.where(lengths > 0, (batch.queries.at - batch.played_at[last_plays]) / HOUR_MS, NO_PLAY)
         hours_of_day = (batch.queries.at // HOUR_MS) % 24
         return [
             np.log1p(np.minimum(batch.queries.plays_before, LATEST_PLAYS)),  # a server reads at most this many plays
@@ -299,6 +299,6 @@ def _group_features(
         group_values(recent_plays, 0) / np.maximum(1, np.minimum(np.diff(batch.offsets), RECENT))[candidates.rows]
     )
     add_column(group_values(group_plays, 0))
-    add_column(group_values(batch.back[last_plays], NEVER))
+    add_column(group_values(batch.back[last_plays], NO_PLAY))
     recent_groups = np.bincount((group_keys // num_groups)[recent_plays > 0], minlength=len(batch))
     return np.asarray(recent_groups, dtype=np.float64)

@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from rayrec.data.spelling import MAX_ID
 from rayrec.errors import NotFoundError
-from rayrec.online.user_state import LAST_PLAYS
+from rayrec.recommend.base import LATEST_PLAYS
 from rayrec.serving.live_release import release_status
 from rayrec.serving.middleware import ID_HEADER, TIMING_HEADER, Middleware, needed_role, needs_no_key
 from rayrec.serving.problems import DOCUMENTED, SCHEMA, add_handlers, documented
@@ -250,7 +250,7 @@ def _users_router(service: Service) -> APIRouter:
         return as_json(await service.user_taste(service.live, user_id, at))
 
     @router.get("/users/{user_id:any_id}/plays", response_model=ListedPlays)
-    async def user_plays(user_id: UserPath, k: Annotated[int, Query(ge=1, le=LAST_PLAYS)] = 20) -> Response:
+    async def user_plays(user_id: UserPath, k: Annotated[int, Query(ge=1, le=LATEST_PLAYS)] = 20) -> Response:
         """List the last plays of a stored user."""
         return as_json(await service.user_plays(service.live, user_id, k))
 

@@ -21,7 +21,7 @@ from rayrec.errors import FieldError, InputError, NotFoundError
 from rayrec.model.taste_table import States
 from rayrec.online.state_store import StoreUnavailableError
 from rayrec.online.user_state import Outcome
-from rayrec.recommend.answer import LAST_PLAYS, reasons_of
+from rayrec.recommend.answer import SHOWN_PLAYS, reasons_of
 from rayrec.recommend.filters import first_of_order
 from rayrec.recommend.reranking import AnswerOptions, SelectedSongs, choose_popular
 from rayrec.recommend.stored_retrieval import NOT_PLAYED
@@ -678,7 +678,7 @@ def add_reasons(
     answer: AnsweredSongs, selection: SelectedSongs, played_songs: np.ndarray, catalog: ServedCatalog
 ) -> None:
     """Add the reasons of each song and the user's last plays to an answer. `played_songs` are song rows, int32 (P,)."""
-    last_plays = catalog.describe(played_songs[-LAST_PLAYS:])
+    last_plays = catalog.describe(played_songs[-SHOWN_PLAYS:])
     answer.last_plays = [
         CatalogSong(song_id=song_id, title=title, artist=artist) for song_id, title, artist in last_plays
     ]

@@ -34,7 +34,6 @@ from rayrec.online.state_store import (
 )
 from rayrec.online.user_state import (
     FIRST_ONLINE,
-    LAST_PLAYS,
     OUTCOMES,
     CatchUp,
     Outcome,
@@ -47,6 +46,7 @@ from rayrec.online.user_state import (
     plan_plays,
     scatter,
 )
+from rayrec.recommend.base import LATEST_PLAYS
 from rayrec.serving.live_release import LiveRelease
 from rayrec.serving.problems import NotReadyError
 from rayrec.serving.telemetry import Metrics
@@ -78,7 +78,7 @@ class StoredUser:
 
     state: UserState
     states: States  # of the live model, after all plays
-    plays: Plays  # the last ones, in time order: at least `LAST_PLAYS`, or all if there are fewer
+    plays: Plays  # the last ones, in time order: at least `LATEST_PLAYS`, or all if there are fewer
     likes: Plays  # the songs liked, and when, in time order
     heard: np.ndarray  # int32 (any,), song rows of the plays before those
 
@@ -121,7 +121,7 @@ class StoredUsers:
         """
         store = await self._store(live)
         with self._metrics.stage("store"):
-            full_users = await self._run_in_thread(store.read, user_ids, plays=LAST_PLAYS)
+            full_users = await self._run_in_thread(store.read, user_ids, plays=LATEST_PLAYS)
         users = {
             user_id: _record_of(full_user)
             for user_id, full_user in zip(user_ids, full_users, strict=True)
@@ -262,7 +262,7 @@ class StoredUsers:
         """Return the change that stores a step; None if another writer changed the user meanwhile."""
         packed_heard = None
         if step.folds:
-            (full_user,) = await self._run_in_thread(store.read, [user_id], plays=LAST_PLAYS)
+            (full_user,) = await self._run_in_thread(store.read, [user_id], plays=LATEST_PLAYS)
             if full_user is None or full_user.stored.version != version:
                 return None
             songs = np.concatenate([unpack_plays(full_user.log).songs, step.leaving_plays.songs])
@@ -288,7 +288,7 @@ class StoredUsers:
             if users[user_id].state.current(live.model_id) is None:
                 outdated_ids.append(user_id)
         if outdated_ids:
-            full_users = await self._run_in_thread(store.read, outdated_ids, plays=LAST_PLAYS)
+            full_users = await self._run_in_thread(store.read, outdated_ids, plays=LATEST_PLAYS)
             for user_id, full_user in zip(outdated_ids, full_users, strict=True):
                 if full_user is not None:
                     # Version and events stay those of the first read: if the user changed since then, the write fails,

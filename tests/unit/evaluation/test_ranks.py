@@ -79,7 +79,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch: object) -> None:
     from rayrec.recommend import base as base
 
     monkeypatch.setattr(base, "SCORES_IN_CACHE", 30 * 7)  # type: ignore[attr-defined]
-    monkeypatch.setattr(base, "FEW_QUERIES", 1)  # type: ignore[attr-defined]
+    monkeypatch.setattr(base, "QUERIES_PER_PASS", 1)  # type: ignore[attr-defined]
     chunked = _ranked(recommender, histories, queries, np.ones(30, bool))
     np.testing.assert_array_equal(chunked.listed_songs, full.listed_songs)
     np.testing.assert_array_equal(chunked.ranks["next10"], full.ranks["next10"])

@@ -22,8 +22,9 @@ from rayrec.model.taste_table import States, read_states, taste_table, tastes_fi
 from rayrec.online.load_states import PIECE_PLAYS, load_states
 from rayrec.online.state_codec import pack_heard, pack_plays, pack_state, unpack_plays, unpack_state
 from rayrec.online.state_store import NO_VERSION, Change, Piece, StateStore, open_store, open_user_store, store_uri
-from rayrec.online.user_state import FIRST_ONLINE, LAST_PLAYS, Plays, UserState, fold_heard
+from rayrec.online.user_state import FIRST_ONLINE, Plays, UserState, fold_heard
 from rayrec.recommend.answer import load_recommender
+from rayrec.recommend.base import LATEST_PLAYS
 from rayrec.recommend.reranking import AnswerOptions
 from rayrec.serving.engine import Parts
 from rayrec.serving.telemetry import Metrics
@@ -133,7 +134,7 @@ def test_a_user_with_more_plays_than_are_read_gets_the_songs_of_the_whole_histor
     workspace: Workspace, uri: str
 ) -> None:
     num_songs = 20_000  # so many that users still have new songs, from which a ranker learns
-    histories = jumping_histories(16, num_songs, shortest=LAST_PLAYS + 500, longest=LAST_PLAYS + 3_000)
+    histories = jumping_histories(16, num_songs, shortest=LATEST_PLAYS + 500, longest=LATEST_PLAYS + 3_000)
     histories = replace(histories, played_at=histories.played_at + BEGIN)
     dataset = write_dataset(workspace, histories, num_songs)
     write_song_vectors(workspace, np.ones((num_songs, 8), np.float32), {"dataset": "by-hand"})
@@ -160,7 +161,7 @@ def test_all_users_are_stored_as_the_same_bytes_as_each_packed_alone(
     workspace: Workspace, uri: str, processes: int
 ) -> None:
     """Users without plays, with likes and skips, with several pieces of log, with more plays than an answer reads."""
-    random, lengths = np.random.default_rng(0), [*range(0, 40, 3), 1_500, LAST_PLAYS + 500]
+    random, lengths = np.random.default_rng(0), [*range(0, 40, 3), 1_500, LATEST_PLAYS + 500]
     histories = Histories.from_lists(
         [random.integers(NUM_SONGS, size=length) for length in lengths],  # type: ignore[misc]
         [BEGIN + np.cumsum(random.integers(1, 10**6, size=length)) for length in lengths],  # type: ignore[misc]
@@ -180,7 +181,7 @@ def test_all_users_are_stored_as_the_same_bytes_as_each_packed_alone(
             state = UserState.start("model1", states, row, plays=len(plays))
             assert batch.likes is not None
             state = replace(state, likes=plays_of(batch.likes, row))
-            if len(plays) > LAST_PLAYS:
+            if len(plays) > LATEST_PLAYS:
                 state, songs = fold_heard(state, plays.songs, np.zeros(0, np.int32))
                 packed_heard = pack_heard(songs)
             for start in range(0, len(plays), PIECE_PLAYS):

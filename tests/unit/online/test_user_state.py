@@ -16,7 +16,6 @@ from rayrec.model.taste_table import States
 from rayrec.model.train_config import FeatureSpec
 from rayrec.online import user_state
 from rayrec.online.user_state import (
-    LAST_PLAYS,
     OUTCOMES,
     CatchUp,
     Plays,
@@ -28,6 +27,7 @@ from rayrec.online.user_state import (
     plan_plays,
     scatter,
 )
+from rayrec.recommend.base import LATEST_PLAYS
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 FEATURES = FeatureSpec(contexts=("radio", "search"), hour=True, skipped=True, pause_hours=0.05)
@@ -301,14 +301,14 @@ def test_plays_from_before_a_deletion_are_rejected(encoder: TasteEncoder) -> Non
 
 
 def test_songs_of_plays_that_no_answer_reads_stay_heard() -> None:
-    songs = np.arange(LAST_PLAYS + 10, dtype=np.int32) % 4_000
+    songs = np.arange(LATEST_PLAYS + 10, dtype=np.int32) % 4_000
     state = UserState(log_plays=len(songs))
     folded_state, heard_songs = fold_heard(state, songs, np.zeros(0, np.int32))
-    assert len(songs) - folded_state.folded == LAST_PLAYS // 2
+    assert len(songs) - folded_state.folded == LATEST_PLAYS // 2
     assert set(heard_songs) == set(songs[: folded_state.folded])
     more_songs = np.concatenate([songs, np.full(3_000, 9_999, np.int32)])
     second_state, all_heard_songs = fold_heard(
-        replace(folded_state, log_plays=len(more_songs)), more_songs[-LAST_PLAYS - 600 :], heard_songs
+        replace(folded_state, log_plays=len(more_songs)), more_songs[-LATEST_PLAYS - 600 :], heard_songs
     )
     assert set(all_heard_songs) == set(more_songs[: second_state.folded])
 

@@ -12,7 +12,7 @@ from rayrec.data.split import FitRange
 from rayrec.errors import InputError, LeakError
 from rayrec.recommend.baselines import (
     BASELINES,
-    RECENT_DAYS,
+    USUAL_DAYS,
     AverageRecommender,
     ItemKnnRecommender,
     PopularityRecommender,
@@ -104,7 +104,7 @@ def test_popularity_is_the_number_of_plays() -> None:
 
 def test_recent_popularity_counts_the_last_days_before_the_cut(workspace: Workspace) -> None:
     day, cut = 24 * 3600 * 1000, 100 * 24 * 3600 * 1000
-    old_time, recent_time = cut - RECENT_DAYS * day - 1, cut - RECENT_DAYS * day
+    old_time, recent_time = cut - USUAL_DAYS * day - 1, cut - USUAL_DAYS * day
     histories = Histories.from_lists([[0, 0, 1, 2, 3]], [[0, old_time, recent_time, cut - 1, cut]])
     dataset = write_dataset(workspace, histories, 5)
     (recommender,) = fit_baselines(["popularity-recent"], dataset, None, FitRange(before=cut))

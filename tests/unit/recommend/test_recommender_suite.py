@@ -205,7 +205,7 @@ def test_cutting_the_scores_into_chunks_changes_nothing(
     queries = Queries.at_end(histories, NOW)
     expected = recommender.score(histories, queries)
     monkeypatch.setattr(recommender_module, "SCORES_IN_CACHE", 3 * NUM_SONGS)
-    monkeypatch.setattr(recommender_module, "FEW_QUERIES", 1)
+    monkeypatch.setattr(recommender_module, "QUERIES_PER_PASS", 1)
     chunks = list(recommender.score_chunks(histories, queries))
     assert len(chunks) == -(-len(histories) // 3)
     np.testing.assert_allclose(np.concatenate([scores for _, scores in chunks]), expected, rtol=1e-5, atol=1e-6)

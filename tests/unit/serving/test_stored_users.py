@@ -30,7 +30,8 @@ from rayrec.online.state_store import (
     StoreUnavailableError,
     open_store,
 )
-from rayrec.online.user_state import LAST_PLAYS, WINDOW, Outcome, Plays, UserState, join_plays
+from rayrec.online.user_state import WINDOW, Outcome, Plays, UserState, join_plays
+from rayrec.recommend.base import LATEST_PLAYS
 from rayrec.serving.telemetry import Metrics
 from rayrec.serving.users import THREADS, StoredUsers, UserPlays
 from rayrec.storage.workspace import Workspace
@@ -315,7 +316,7 @@ def test_the_same_batch_sent_again_is_repeated_and_other_events_are_not(workspac
 def test_a_user_with_many_plays_is_read_by_the_last_of_them_and_no_song_is_forgotten(
     workspace: Workspace, uri: str
 ) -> None:
-    users, count = replica(workspace, uri), 3 * LAST_PLAYS
+    users, count = replica(workspace, uri), 3 * LATEST_PLAYS
     songs = np.random.default_rng(0).integers(0, 50, count)
     songs[:10] = np.arange(50, 60)  # heard only at the beginning
     for start in range(0, count, 1_000):
@@ -329,7 +330,7 @@ def test_a_user_with_many_plays_is_read_by_the_last_of_them_and_no_song_is_forgo
         (stored_user,) = asyncio.run(users.read(release(model), ["ann"]))
         assert stored_user is not None
         assert stored_user.state.plays == count
-        assert LAST_PLAYS <= len(stored_user.plays) <= LAST_PLAYS + 1_200
+        assert LATEST_PLAYS <= len(stored_user.plays) <= LATEST_PLAYS + 1_200
         assert set(stored_user.heard) | set(stored_user.plays.songs) == set(songs)
         # The first model saw every play; the state of the second one is computed from the plays that are read.
         seen_plays = Plays.of(songs, BEGIN + np.arange(count) * 60_000) if model == "m1" else stored_user.plays
@@ -359,7 +360,7 @@ def test_ten_million_plays_are_read_like_six_thousand_but_for_a_set_of_two_bytes
             Piece(size, pack_plays(Plays.of(songs, BEGIN + np.arange(end - size, end) * 60_000)))
             for end in range(size, count + 1, size)
         ]
-        state = UserState(before_at=BEGIN + (count - 1) * 60_000, log_plays=count, folded=count - LAST_PLAYS // 2)
+        state = UserState(before_at=BEGIN + (count - 1) * 60_000, log_plays=count, folded=count - LATEST_PLAYS // 2)
         packed_heard = pack_heard(heard_songs[user])
         assert len(packed_heard) < 2 * len(heard_songs[user])
         change = Change(user_id=user, state=pack_state(state), expected=NO_VERSION, append=log, heard=packed_heard)
