@@ -91,63 +91,92 @@ def rank_targets(
     is_cold[: len(known_songs)] &= ~known_songs[: len(is_cold)]
     rankable_masks = {name: in_mask(is_rankable, target.songs) for name, target in targets.items()}
     list_parts = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
-    proposed_masks: dict[str, np.ndarray] = {}
-    candidate_counts: np.ndarray | None = None
-    if isinstance(recommender, CandidateRecommender):
-        columns = 1 + len(recommender.retrievers)
-        proposed_masks = {name: np.zeros((len(target.songs), columns), dtype=bool) for name, target in targets.items()}
-        candidate_counts = np.zeros((len(queries), columns))
-    bin_sums: dict[str, np.ndarray] = {}
-    next_songs = np.full(len(queries), NO_SONG)
+    proposals = (
+        _TargetProposals(recommender, targets, len(queries)) if isinstance(recommender, CandidateRecommender) else None
+    )
+    calibration = None
     if recommender.scores_are_probabilities and targets.keys() >= set(CALIBRATED):
-        bin_sums = {name: np.zeros((PROBABILITY_BINS, BIN_COLUMNS)) for name in CALIBRATED}
-        next_songs[targets["next"].rows] = targets["next"].songs
+        calibration = _CalibrationSums(targets["next"], len(queries))
     for chunk, horizon, ranking in _rankings(recommender, histories, queries, needed_horizons, max(depth, LIST_LENGTH)):
+        chunk_queries = queries.take(chunk)
         unheard_ranking = None  # the ranking without heard songs, of all queries
-        if bin_sums and horizon == "short":
-            all_rows = np.arange(chunk.stop - chunk.start)
-            unheard_ranking = ranking.without_heard(heard, queries.take(chunk), all_rows)
-            for name, list_ranking in {"served": unheard_ranking, "next": ranking}.items():
-                rows, songs, scores = list_ranking.first(all_rows, LIST_LENGTH)
-                bin_sums[name] += calibration_sums(scores, songs == next_songs[chunk][rows])
+        if calibration is not None and horizon == "short":
+            unheard_ranking = ranking.without_heard(heard, chunk_queries, np.arange(len(chunk_queries)))
+            calibration.add(chunk, {"served": unheard_ranking, "next": ranking})
+        positions_by_name: dict[str, np.ndarray] = {}
         names_by_kind: dict[tuple[bool, bool], list[str]] = {}
         for name, target in targets.items():
             if target_horizons[name] == horizon:
+                positions_by_name[name] = _positions_of_chunk(target, rankable_masks[name], chunk)
                 names_by_kind.setdefault((target.served, target.among_cold), []).append(name)
         for (is_served, among_cold), names in names_by_kind.items():
-            positions_by_name = {
-                name: _positions_of_chunk(targets[name], rankable_masks[name], chunk) for name in names
-            }
-            if not any(len(positions) for positions in positions_by_name.values()):
+            if not any(len(positions_by_name[name]) for name in names):
                 continue
             target_ranking = ranking
             if is_served and unheard_ranking is not None and not among_cold:
                 target_ranking = unheard_ranking
             elif is_served:
-                rows = (
-                    np.unique(np.concatenate([targets[name].rows[positions_by_name[name]] for name in names]))
-                    - chunk.start
-                )
+                rows = np.unique(np.concatenate([targets[name].rows[positions_by_name[name]] for name in names]))
                 target_ranking = ranking.without_heard(
-                    heard, queries.take(chunk), rows, is_cold if among_cold else None
+                    heard, chunk_queries, rows - chunk.start, is_cold if among_cold else None
                 )
-            for name, positions in positions_by_name.items():
-                target = targets[name]
+            for name in names:
+                target, positions = targets[name], positions_by_name[name]
                 ranks[name][positions] = target_ranking.ranks(
                     target.rows[positions] - chunk.start, target.songs[positions]
                 )
-        if candidate_counts is not None and isinstance(ranking, CandidateRankings):
-            candidate_counts[chunk] = ranking.counts()
-            for name in (name for names in names_by_kind.values() for name in names):
-                target = targets[name]
-                positions = _positions_of_chunk(target, rankable_masks[name], chunk)
-                rows, songs = target.rows[positions] - chunk.start, target.songs[positions]
-                proposed_masks[name][positions] = ranking.proposed(rows, songs)
+        if proposals is not None and isinstance(ranking, CandidateRankings):
+            proposals.add(chunk, ranking, targets, positions_by_name)
         if listed is not None and horizon == "short":
             rows, songs, _ = ranking.first(np.flatnonzero(listed[chunk]), LIST_LENGTH)
             list_parts.append((chunk.start + rows, songs))
     rows, songs = (np.concatenate(parts) for parts in zip(*list_parts, strict=True))
-    return Ranked(ranks, rows, songs, proposed_masks, candidate_counts, bin_sums)
+    return Ranked(
+        ranks,
+        rows,
+        songs,
+        {} if proposals is None else proposals.masks,
+        None if proposals is None else proposals.counts,
+        {} if calibration is None else calibration.bin_sums,
+    )
+
+
+class _TargetProposals:
+    """Which retrievers propose the target songs, and the number of candidates of each query; see `Ranked`."""
+
+    def __init__(self, recommender: CandidateRecommender, targets: Mapping[str, TargetSongs], num_queries: int) -> None:
+        columns = 1 + len(recommender.retrievers)
+        self.masks = {name: np.zeros((len(target.songs), columns), dtype=bool) for name, target in targets.items()}
+        self.counts = np.zeros((num_queries, columns))
+
+    def add(
+        self,
+        chunk: slice,
+        ranking: CandidateRankings,
+        targets: Mapping[str, TargetSongs],
+        positions_by_name: Mapping[str, np.ndarray],
+    ) -> None:
+        """Add a chunk's candidates; `positions_by_name` are the positions of its known targets, int64 each."""
+        self.counts[chunk] = ranking.counts()
+        for name, positions in positions_by_name.items():
+            rows, songs = targets[name].rows[positions] - chunk.start, targets[name].songs[positions]
+            self.masks[name][positions] = ranking.proposed(rows, songs)
+
+
+class _CalibrationSums:
+    """The `calibration_sums` of the first LIST_LENGTH songs of all queries, for each target of CALIBRATED."""
+
+    def __init__(self, next_target: TargetSongs, num_queries: int) -> None:
+        self.bin_sums = {name: np.zeros((PROBABILITY_BINS, BIN_COLUMNS)) for name in CALIBRATED}
+        self._next_songs = np.full(num_queries, NO_SONG)
+        self._next_songs[next_target.rows] = next_target.songs
+
+    def add(self, chunk: slice, rankings: Mapping[str, _Rankings]) -> None:
+        """Add the rankings of a chunk's queries, by target."""
+        next_songs = self._next_songs[chunk]
+        for name, ranking in rankings.items():
+            rows, songs, scores = ranking.first(np.arange(len(next_songs)), LIST_LENGTH)
+            self.bin_sums[name] += calibration_sums(scores, songs == next_songs[rows])
 
 
 def _positions_of_chunk(target: TargetSongs, is_rankable: np.ndarray, chunk: slice) -> np.ndarray:

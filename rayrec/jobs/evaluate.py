@@ -110,34 +110,68 @@ def evaluate(
     results = statistics_of(metric_sums, evaluator, compared_models.default)
     results["examples"] = examples_of(dataset, evaluator, compared_models.default)
     results[SONG_EMBEDDINGS] = health_of(dataset, compared_models, evaluator.song_plays)
-    manifest = Manifest(
-        kind=KIND,
-        id=report_id,
-        config=settings,
-        inputs=compared_models.inputs,
-        seed=config.seed,
+    plots = [*filter(None, [cosine_plot(results[CURVES])]), *plots_of(dataset, compared_models, evaluator.song_plays)]
+    warning = {"warning": compared_models.warning} if compared_models.warning else {}
+    return _publish_report(
+        workspace,
+        report_id,
+        config,
+        compared_models,
+        results,
+        settings=settings,
+        protocol=split.protocol,
         metrics={
-            "default": compared_models.default,
-            "protocol": split.protocol,
-            **({"warning": compared_models.warning} if compared_models.warning else {}),
-            **summary(results, compared_models.default, config),
+            **warning,
             "users": int(user_count),
             "plays": int(play_count),
             "seconds": round(time.monotonic() - started, 1),
         },
+        about={"test range": split.test_range, **warning},
+        plots=plots,
     )
-    report_info = {"protocol": split.protocol, "test range": split.test_range, **compared_models.inputs}
+
+
+def _publish_report(
+    workspace: Workspace,
+    report_id: str,
+    config: EvaluateConfig,
+    compared_models: ComparedModels,
+    results: dict[str, Any],
+    *,
+    settings: Mapping[str, Any],
+    protocol: str,
+    metrics: Mapping[str, Any],
+    about: Mapping[str, str],
+    **report_options: Any,
+) -> Manifest:
+    """Write the files of a report and publish it; return its manifest.
+
+    `settings` are those of the evaluation, `metrics` what the manifest holds after the summary, and `about` what the
+    report says of its data. `report_options` are further arguments of `write_report`.
+    """
+    manifest = Manifest(
+        kind=KIND,
+        id=report_id,
+        config=dict(settings),
+        inputs=compared_models.inputs,
+        seed=config.seed,
+        metrics={
+            "default": compared_models.default,
+            "protocol": protocol,
+            **summary(results, compared_models.default, config),
+            **metrics,
+        },
+    )
+    report_info = {"protocol": protocol, **about, **compared_models.inputs}
     report_info |= settings_of_parts(workspace, compared_models, config)
-    report_info |= {"warning": compared_models.warning} if compared_models.warning else {}
-    plots = [*filter(None, [cosine_plot(results[CURVES])]), *plots_of(dataset, compared_models, evaluator.song_plays)]
     file_names = write_report(
         workspace,
         manifest.folder,
         results,
         default=compared_models.default,
         about=report_info,
-        plots=plots,
         config=config,
+        **report_options,
     )
     return publish(workspace, manifest, file_names)
 
@@ -364,38 +398,19 @@ def evaluate_prefixes(
         SONG_EMBEDDINGS: health_of(dataset, compared_models, song_plays),
     }
     pair_counts = dict(zip(("pairs", "unknown_targets", "unknown_items"), counts.tolist(), strict=True))
-    seconds = round(time.monotonic() - started, 1)
-    manifest = Manifest(
-        kind=KIND,
-        id=report_id,
-        config=settings,
-        inputs=compared_models.inputs,
-        seed=config.seed,
-        metrics={
-            "default": compared_models.default,
-            "protocol": "prefixes",
-            **summary(results, compared_models.default, config),
-            **pair_counts,
-            "seconds": seconds,
-        },
-    )
-    report_info = {
-        "protocol": "prefixes",
-        "file": file.path,
-        **{name: f"{count:,}" for name, count in pair_counts.items()},
-    }
-    report_info |= compared_models.inputs | settings_of_parts(workspace, compared_models, config)
-    file_names = write_report(
+    return _publish_report(
         workspace,
-        manifest.folder,
+        report_id,
+        config,
+        compared_models,
         results,
-        default=compared_models.default,
-        about=report_info,
+        settings=settings,
+        protocol="prefixes",
+        metrics={**pair_counts, "seconds": round(time.monotonic() - started, 1)},
+        about={"file": file.path, **{name: f"{count:,}" for name, count in pair_counts.items()}},
         described=PREFIX_DESCRIPTION,
-        config=config,
         drawn="pairs",
     )
-    return publish(workspace, manifest, file_names)
 
 
 def evaluate_pairs(
