@@ -42,6 +42,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 ConfigOption = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="TOML file of settings; flags override it.")
 ]
+ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model. [default: current]")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Recompute even if the result exists.")]
 
 GAP = (0, 1, 0, 0)  # padding between columns, in addition to that of the box
@@ -423,6 +424,11 @@ def number(value: Any, digits: int = 3) -> str:
     if isinstance(value, float):
         return f"{value:,.{0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else digits}f}"
     return "–" if value is None else str(value)
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """Return a 95 % interval as text for people, such as 0.401–0.423, or a dash if there is none."""
+    return "–" if low is None or high is None else f"{low:.3f}–{high:.3f}"
 
 
 def short(count: int) -> str:

@@ -145,11 +145,11 @@ def inspect(
     return CommandOutput(inspection.to_mapping(), [*views, *notes, inspection.command])
 
 
-UserOption = Annotated[
+DeletedUserOption = Annotated[
     list[str] | None, typer.Option("--user", metavar="ID", help="User ID; repeat the option for several users.")
 ]
 UsersOption = Annotated[Path | None, typer.Option("--users", metavar="FILE", help="File of user IDs, one per line.")]
-StoreOption = Annotated[
+ExistingStoreOption = Annotated[
     str | None,
     typer.Option(
         "--store",
@@ -161,7 +161,7 @@ CompactOption = Annotated[bool, typer.Option("--compact", help="Run rayrec compa
 
 
 @command(app, "compact", example="rayrec compact")
-def compact_parts(call: Call, *, store: StoreOption = None) -> CommandOutput:
+def compact_parts(call: Call, *, store: ExistingStoreOption = None) -> CommandOutput:
     """Join the parts of the data set and erase deleted users.
 
     Parts are added by import --append. Other plays and all artifacts stay valid. Reads need fewer requests afterwards.
@@ -192,9 +192,9 @@ def compact_parts(call: Call, *, store: StoreOption = None) -> CommandOutput:
 def forget(
     call: Call,
     *,
-    user: UserOption = None,
+    user: DeletedUserOption = None,
     users: UsersOption = None,
-    store: StoreOption = None,
+    store: ExistingStoreOption = None,
     compact: CompactOption = False,
 ) -> CommandOutput:
     """Delete users; unknown IDs are accepted.

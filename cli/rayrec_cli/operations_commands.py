@@ -25,11 +25,13 @@ from rayrec.storage.releases import PART_KINDS
 from rayrec_cli.app import (
     Call,
     CommandOutput,
+    ModelOption,
     age,
     app,
     command,
     day,
     experiment_app,
+    interval,
     note,
     number,
     release_app,
@@ -49,7 +51,6 @@ NAMED_ROLES = ("dataset", "split", "from", "retrieval")  # inputs that a line na
 
 PARTS = ("dataset", "split", *PART_KINDS)
 
-ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model. [default: current]")]
 TastesOption = Annotated[
     str | None, typer.Option("--tastes", metavar="ID", help="Taste vectors. [default: the model's newest]")
 ]
@@ -421,13 +422,9 @@ def report(call: Call, config: ExperimentReportConfig) -> CommandOutput:
     """
     comparison = report_experiment(call.workspace, config)
     rows = [
-        [arm.arm, arm.users, arm.answers, arm.played, arm.recall, _interval(arm.low, arm.high), arm.skips, arm.likes]
+        [arm.arm, arm.users, arm.answers, arm.played, arm.recall, interval(arm.low, arm.high), arm.skips, arm.likes]
         for arm in comparison.arms
     ]
     title = f"Experiment {comparison.experiment}, {day(comparison.first_answer)} to {day(comparison.last_answer)}"
     headers = ["arm", "users", "answers", "played", "recall", "95 %", "skips", "likes"]
     return CommandOutput(comparison.to_mapping(), [table(title, headers, rows), comparison.verdict])
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "–" if low is None or high is None else f"{low:.3f}–{high:.3f}"

@@ -18,7 +18,19 @@ from rayrec.recommend.answer import Answer, RecommendConfig, answer, load_recomm
 from rayrec.storage.artifacts import latest, load_manifest
 from rayrec.storage.releases import ANSWERING_KINDS, KIND, default_parts, parts_of
 from rayrec.storage.workspace import Workspace
-from rayrec_cli.app import Call, CommandOutput, ForceOption, app, command, inputs_view, note, number, table, values_view
+from rayrec_cli.app import (
+    Call,
+    CommandOutput,
+    ForceOption,
+    app,
+    command,
+    inputs_view,
+    interval,
+    note,
+    number,
+    table,
+    values_view,
+)
 
 SHOWN_IDS = 5  # of the songs that are not in the catalog
 TEXT_WIDTH = 80  # columns
@@ -49,13 +61,13 @@ AtOption = Annotated[
         help="Time of the request, ISO 8601 with zone or Unix time. [default: now; --all: after the last play]",
     ),
 ]
-ModelOption = Annotated[
+ServedModelOption = Annotated[
     str | None, typer.Option("--model", metavar="ID", help="Model. [default: that of the live release, else current]")
 ]
 EvaluatedOption = Annotated[
     str | None, typer.Option("--model", metavar="ID", help="Model to evaluate. [default: current]")
 ]
-SplitOption = Annotated[
+TestSplitOption = Annotated[
     str | None, typer.Option("--split", metavar="ID", help="Split to evaluate on. [default: the model's]")
 ]
 PrefixesOption = Annotated[
@@ -93,7 +105,7 @@ def recommend(
     allow: AllowOption = None,
     everybody: AllOption = False,
     at: AtOption = None,
-    model: ModelOption = None,
+    model: ServedModelOption = None,
     force: ForceOption = False,
 ) -> CommandOutput:
     """Recommend songs to a user, after given songs, or to all users.
@@ -202,7 +214,7 @@ def evaluate(
     config: EvaluateConfig,
     *,
     model: EvaluatedOption = None,
-    split: SplitOption = None,
+    split: TestSplitOption = None,
     prefixes: PrefixesOption = None,
     item_separator: ItemSeparatorOption = " ",
     target_separator: TargetSeparatorOption = "\\t",
@@ -311,8 +323,9 @@ def results_table(
     for name in models:
         cells = [number(values[(name, *column[:2])]["value"]) for column in columns]
         model_title = f"{name} *" if name == data["default"] else name
-        interval = [_interval(values[(name, *sort_column)])] if config.interval_title else []
-        rows.append([model_title, cells[0], *interval, *cells[1:]])
+        sorted_row = values[(name, *sort_column)]
+        intervals = [interval(sorted_row.get("low"), sorted_row.get("high"))] if config.interval_title else []
+        rows.append([model_title, cells[0], *intervals, *cells[1:]])
     titles = [title for _, _, title in columns]
     title = f"Recall@{k} and MRR@{k} over the full catalog (* is used by `recommend`)"
     if ablation:
@@ -350,8 +363,3 @@ def _parts_to_evaluate(call: Call, model: str | None) -> dict[str, str]:
     else:
         network = load_manifest(call.workspace, "models", model)
     return {} if network is None else parts_of(call.workspace, network)
-
-
-def _interval(row: dict[str, Any]) -> str:
-    low, high = row.get("low"), row.get("high")
-    return "" if low is None or high is None else f"{low:.3f}–{high:.3f}"

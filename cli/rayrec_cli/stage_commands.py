@@ -21,10 +21,12 @@ from rayrec_cli.app import (
     Call,
     CommandOutput,
     ForceOption,
+    ModelOption,
     app,
     command,
     day,
     inputs_view,
+    interval,
     note,
     songs_app,
     table,
@@ -38,8 +40,9 @@ SplitOption = Annotated[
     typer.Option("--split", metavar="ID", help="Train on the plays before this split's test range. [default: current]"),
 ]
 NoSplitOption = Annotated[bool, typer.Option("--no-split", help="Train on all plays, as for production.")]
-SongsOption = Annotated[str | None, typer.Option("--songs", metavar="ID", help="Song embeddings. [default: current]")]
-ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="Model. [default: current]")]
+EmbeddingsOption = Annotated[
+    str | None, typer.Option("--songs", metavar="ID", help="Song embeddings. [default: current]")
+]
 FromOption = Annotated[
     str | None,
     typer.Option(
@@ -101,7 +104,7 @@ def train(
     call: Call,
     config: TrainConfig,
     *,
-    songs: SongsOption = None,
+    songs: EmbeddingsOption = None,
     split: SplitOption = None,
     no_split: NoSplitOption = False,
     start: FromOption = None,
@@ -294,8 +297,7 @@ def quality_views(result: Any) -> list[RenderableType]:
         return []
     quality, title = result.quality, f"Validation: recall@20 and MRR@20 on {result.split.validation_range}"
     rows = [
-        [name, value, f"{low:.3f}–{high:.3f}", *other_values]
-        for name, value, low, high, *other_values in quality.table()
+        [name, value, interval(low, high), *other_values] for name, value, low, high, *other_values in quality.table()
     ]
     warning = (
         f" Fewer than {UNRELIABLE_QUERIES} plays: the estimate is unreliable."
