@@ -346,11 +346,11 @@ def test_the_results_fit_in_80_columns_with_the_best_served_model_first() -> Non
     assert "0.390–0.410" in next_rows[3]
 
 
-def test_results_without_intervals_are_shown_too() -> None:
+def test_a_result_without_an_interval_has_a_dash_in_its_place() -> None:
     data = results("next")
     for row in data["results"]:
         row["low"] = row["high"] = None
-    assert "0.400" in lines(results_table(data))[3]
+    assert lines(results_table(data))[3].split()[-3:-1] == ["0.400", "–"]
 
 
 def test_the_results_are_headed_by_the_confidence_of_their_intervals_and_have_no_column_without_any() -> None:
