@@ -1,6 +1,7 @@
 """The load generators against a server that counts requests, and the summaries against figures computed by hand."""
 
 import asyncio
+import itertools
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from rayrec.bench.bench_config import ServeBenchConfig, SoakBenchConfig
 from rayrec.bench.serve_bench import Load, put_under_load, summarize_slices
 from rayrec.bench.soak import SoakCounts, attempt, compare_plays, memory_growth
 from rayrec.client import ApiError, ApiUnavailableError
-from rayrec.errors import InputError
+from rayrec.errors import InputError, RayrecError
 from rayrec.storage.workspace import Workspace
 
 
@@ -184,28 +186,37 @@ def test_the_oldest_replica_is_never_killed_and_all_memory_samples_are_of_it(mon
     monkeypatch.setattr(rounds, "anonymous_mb", lambda replica: float(replica.pid))
     config = SoakBenchConfig(kill_seconds=0.01)
 
+    ticks = itertools.count()  # a clock that moves by one second at each look
+    monkeypatch.setattr(soak, "time", SimpleNamespace(time=time.time, monotonic=lambda: float(next(ticks))))
+
     async def kill_and_sample() -> tuple[int, list[float]]:
-        end_time = time.monotonic() + 1.0
-        return await asyncio.gather(soak.kill_replicas(config, end_time), soak.sample_memory(config, end_time))
+        return await asyncio.gather(soak.kill_replicas(config, 100.0), soak.sample_memory(config, 100.0))
 
     kill_count, samples_mb = asyncio.run(kill_and_sample())
     assert [replica.pid for replica in all_replicas if replica.is_running] == [2]
     assert (kill_count, set(samples_mb)) == (3, {2.0})
 
 
-def test_a_started_application_runs_on_after_the_limit_of_its_start(
+def test_the_limit_of_the_start_ends_an_application_that_does_not_answer_and_is_lifted_once_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = "print('http://127.0.0.1:1', flush=True); import time; time.sleep(60)"
-    processes = []
-    popen = subprocess.Popen
+    popen, make_timer = subprocess.Popen, threading.Timer
+    programs = iter(["input()", "print('http://127.0.0.1:1', flush=True); input()"])
+    timers: list[threading.Timer] = []
 
     def launch(_: list[str], **options: Any) -> "subprocess.Popen[str]":
-        processes.append(popen([sys.executable, "-c", program], **options))
-        return processes[-1]
+        return popen([sys.executable, "-c", next(programs)], **options)
+
+    def record_timer(*arguments: Any) -> threading.Timer:
+        timers.append(make_timer(*arguments))
+        return timers[-1]
 
     monkeypatch.setattr(serve_bench.subprocess, "Popen", launch)
-    monkeypatch.setattr(serve_bench, "START_SECONDS", 3.0)
-    with serve_bench.application("bare", Workspace(str(tmp_path)), f"sqlite:///{tmp_path}/states.db"):
-        time.sleep(3.5)
-        assert processes[0].poll() is None
+    monkeypatch.setattr(serve_bench.threading, "Timer", record_timer)
+    arguments = ("bare", Workspace(str(tmp_path)), f"sqlite:///{tmp_path}/states.db")
+    with monkeypatch.context() as patch:
+        patch.setattr(serve_bench, "START_SECONDS", 0.1)
+        with pytest.raises(RayrecError, match="did not start: no output"), serve_bench.application(*arguments):
+            pass
+    with serve_bench.application(*arguments):
+        assert timers[1].finished.is_set()  # cancelled, long before its limit
