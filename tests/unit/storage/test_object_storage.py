@@ -159,13 +159,15 @@ def test_a_run_of_another_machine_is_left_alone_while_it_lives_and_its_lock_is_t
 
 @pytest.mark.usefixtures("short_waits")
 def test_a_lock_that_its_run_gives_back_while_it_is_watched_is_taken_at_once(
-    remote: Workspace, monkeypatch: pytest.MonkeyPatch
+    remote: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(locking, "WATCH_SECONDS", 60.0)
+    monkeypatch.setattr(locking, "WATCH_SECONDS", 3600.0)
     remote.write_json(LOCK_HOLDER, OTHER_HOLDER)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(take_lock, remote)
-        time.sleep(0.2)
+        while "to see whether that run is alive" not in capsys.readouterr().err:
+            assert not waiting.done()
+            time.sleep(0.01)
         unlock(remote)
         waiting.result()
     assert not remote.exists(LOCK_HOLDER)
@@ -184,7 +186,7 @@ def outcomes_of_four_runs(remote: Workspace) -> list[str]:
         try:
             with exclusive(remote, "taste"):
                 outcomes.append("held")
-                others_refused.wait(20)
+                others_refused.wait(300)
         except BusyError:
             outcomes.append("refused")
             if outcomes.count("refused") == 3:
