@@ -15,10 +15,20 @@ from rayrec.data.lineage import CleanConfig, find_garbage
 from rayrec.errors import RayrecError, StorageError
 from rayrec.model.taste_table import tastes_file
 from rayrec.serving import live_release
-from rayrec.serving.live_release import LiveRelease, Report, Reports, ReportWatch, SwitchWait, switch
+from rayrec.serving.live_release import (
+    FORGOTTEN_SECONDS,
+    STALE_SECONDS,
+    LiveRelease,
+    Report,
+    Reports,
+    ReportWatch,
+    SwitchWait,
+    switch,
+)
 from rayrec.serving.problems import NotReadyError
 from rayrec.serving.service import Service
 from rayrec.storage import releases
+from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 LONG_WAIT = SwitchWait(seconds=60)  # far longer than a switch takes
@@ -67,7 +77,8 @@ def test_a_replica_says_that_it_has_switched_only_once_its_report_for_the_others
     change_id = releases.read_active(workspace)["change"]
     own_changes = [own_change for change, own_change in changes if change == change_id]
     assert own_changes[0] != change_id
-    assert replica.holder.report().change == change_id
+    while replica.holder.report().change != change_id:  # `switch` may return between the write and this
+        time.sleep(0.01)
 
 
 def test_an_older_report_does_not_replace_that_of_a_switch(
@@ -75,15 +86,18 @@ def test_an_older_report_does_not_replace_that_of_a_switch(
 ) -> None:
     workspace, first_id, second_id = two
     monkeypatch.setattr(live_release, "REPORT_SECONDS", 0.05)
-    write_report, written_ids = Reports.write, []
+    write_report, written_ids, written_changes = Reports.write, [], set()
     is_writing, may_write, has_switched = threading.Event(), threading.Event(), threading.Event()
 
     def write(reports: Reports, new_report: Report) -> None:
-        if new_report.release == first_id and written_ids:  # a later report of the old release meets slow storage
+        # The second report since the replica has the old release, or a later one, meets slow storage.
+        if new_report.release == first_id and new_report.change in written_changes:
             is_writing.set()
             may_write.wait(60)
         write_report(reports, new_report)
         written_ids.append(new_report.release)
+        if new_report.change:
+            written_changes.add(new_report.change)
         if new_report.release == second_id:
             has_switched.set()
 
@@ -154,15 +168,19 @@ def test_without_a_running_application_waiting_fails_and_restores(two: tuple[Wor
     assert releases.read_active(workspace)["active"] == first
 
 
-def test_waiting_is_for_all_replicas(two: tuple[Workspace, str, str], replica: Service) -> None:
+def test_waiting_is_for_all_replicas(two: tuple[Workspace, str, str]) -> None:
     workspace, first, second = two
-    Reports(workspace).write(report("lagging", release=first))
-    messages: list[str] = []
+    reports, messages = Reports(workspace), list[str]()
+    reports.write(report("lagging", release=first))
+
+    def activate_and_report() -> Manifest:
+        release = releases.activate_release(workspace, second)
+        reports.write(report("ready", release=second, change=releases.read_active(workspace)["change"]))
+        return release
+
     with pytest.raises(RayrecError, match="1 of 2 replicas answer with it, 0 are loading it"):
-        switch(
-            workspace, lambda: releases.activate_release(workspace, second), SwitchWait(seconds=1, tell=messages.append)
-        )
-    assert messages[-1] == f"Waiting for release {second}: 1 of 2 replicas answer with it, 0 are loading it"
+        switch(workspace, activate_and_report, SwitchWait(seconds=0, tell=messages.append))
+    assert messages == [f"Waiting for release {second}: 1 of 2 replicas answer with it, 0 are loading it"]
     assert releases.read_active(workspace)["active"] == first
 
 
@@ -231,18 +249,9 @@ def test_a_replica_reads_again_what_storage_failed_to_give_once(
 
 def test_another_change_in_between_is_left_alone(two: tuple[Workspace, str, str]) -> None:
     workspace, first, second = two
-
-    def activate_first_meanwhile() -> None:
-        while releases.read_active(workspace)["active"] != second:
-            time.sleep(0.01)
-        time.sleep(0.1)
-        releases.write_active(workspace, first, ["by another"])
-
-    thread = threading.Thread(target=activate_first_meanwhile)
-    thread.start()
+    wait = SwitchWait(seconds=60, tell=lambda _: releases.write_active(workspace, first, ["by another"]))
     with pytest.raises(RayrecError, match="the live release was changed again"):
-        switch(workspace, lambda: releases.activate_release(workspace, second), LONG_WAIT)
-    thread.join()
+        switch(workspace, lambda: releases.activate_release(workspace, second), wait)
     assert releases.read_active(workspace)["history"] == ["by another"]
 
 
@@ -258,24 +267,33 @@ def test_a_replica_reports_the_releases_that_its_arms_name(two: tuple[Workspace,
     assert f"releases/{second}" in {item.path for item in find_garbage(workspace, config)}
 
 
-def report(replica: str, *, release: str | None = "r", beat: int = 1, loading: str | None = None) -> Report:
-    return Report(replica=replica, release=release, change="", loading=loading, refused=None, beat=beat)
+def report(replica: str, *, release: str = "r", change: str = "", beat: int = 1) -> Report:
+    return Report(replica=replica, release=release, change=change, loading=None, refused=None, beat=beat)
 
 
-def test_a_replica_is_alive_as_long_as_its_report_changes(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(live_release, "STALE_SECONDS", 0.2)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that `time.monotonic` returns; only the test changes them."""
+    now = [1_000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_replica_is_alive_as_long_as_its_report_changes(workspace: Workspace, clock: list[float]) -> None:
     reports, writer = Reports(workspace), Reports(workspace)
     for name in ("alive", "dead"):
         writer.write(report(name))
     workspace.write_bytes("serving/replicas/junk.json", b"{")
     assert {entry.replica for entry in reports.alive()} == {"alive", "dead"}  # no earlier look to compare with
-    time.sleep(0.3)
+    clock[0] += STALE_SECONDS
+    assert {entry.replica for entry in reports.alive()} == {"alive", "dead"}
+    clock[0] += 1
     writer.write(report("alive", beat=2))
     assert [entry.replica for entry in reports.alive()] == ["alive"]
-    monkeypatch.setattr(live_release, "FORGOTTEN_SECONDS", 0.2)
-    reports.alive()
+    clock[0] += FORGOTTEN_SECONDS - STALE_SECONDS
+    writer.write(report("alive", beat=3))
+    assert [entry.replica for entry in reports.alive()] == ["alive"]
+    assert workspace.files("serving/replicas") == ["serving/replicas/alive.json", "serving/replicas/junk.json"]
     reports.remove("alive")
     assert workspace.files("serving/replicas") == ["serving/replicas/junk.json"]
 
@@ -319,10 +337,12 @@ def test_a_replica_that_is_still_loading_says_so_and_is_waited_for(
         assert replica.live.id == second
 
 
-def test_a_watch_tells_replicas_apart() -> None:
+def test_a_watch_tells_replicas_apart(clock: list[float]) -> None:
     watch = ReportWatch()
-    assert len(watch.alive([report("a"), report("b")])) == 2
-    assert watch.silence(report("a")) < 5
+    watch.alive([report("a")])
+    clock[0] += 5
+    assert [entry.replica for entry in watch.alive([report("a"), report("b")])] == ["a", "b"]
+    assert (watch.silence(report("a")), watch.silence(report("b"))) == (5, 0)
 
 
 def test_a_replica_that_starts_on_a_broken_release_goes_back_to_the_one_before(
@@ -351,11 +371,14 @@ def test_without_a_release_the_replica_is_alive_and_not_ready(workspace: Workspa
         assert app.get("/readyz").json()["release"] == release.id
 
 
-def test_a_workspace_out_of_reach_ends_no_watch(two: tuple[Workspace, str, str], replica: Service) -> None:
+def test_a_workspace_out_of_reach_ends_no_watch(
+    two: tuple[Workspace, str, str], replica: Service, caplog: pytest.LogCaptureFixture
+) -> None:
     workspace, _, second = two
     state = workspace.read_bytes(releases.ACTIVE)
     workspace.write_bytes(releases.ACTIVE, b"{ half")
-    time.sleep(0.2)
+    while "cannot check for a new live release" not in caplog.text:
+        time.sleep(0.01)
     workspace.write_bytes(releases.ACTIVE, state)
     switch(workspace, lambda: releases.activate_release(workspace, second), LONG_WAIT)
     assert replica.live.id == second
