@@ -130,11 +130,18 @@ class TestWatch:
 import time
 import numpy as np
 from rayrec.bench.rounds import MemoryWatch
+class CountingWatch(MemoryWatch):
+    samples = 0
+    def record(self, processes):
+        super().record(processes)
+        self.samples += 1
 with MemoryWatch(interval=0.01) as before:
     pass
-with MemoryWatch(interval=0.01) as watch:
+with CountingWatch(interval=0.01) as watch:
     held = np.ones(64 << 17)  # 64 MiB
-    time.sleep(0.2)
+    num_samples = watch.samples
+    while watch.samples < num_samples + 2:  # the first of them may have begun before
+        time.sleep(0.01)
 print(held.nbytes >> 20, watch.peaks_mb[{DRIVER!r}] - before.peaks_mb[{DRIVER!r}])
 """
         output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -454,7 +454,7 @@ def test_processes_that_write_to_one_user_lose_nothing(store: StateStore, uri: s
         subprocess.Popen([sys.executable, "-c", PROGRAM, uri, namespace, str(writer), str(PUTS)])
         for writer in range(WRITERS)
     ]
-    assert [writer.wait(timeout=120) for writer in writers] == [0] * WRITERS
+    assert [writer.wait(timeout=300) for writer in writers] == [0] * WRITERS
     require_all_lines(store)
 
 

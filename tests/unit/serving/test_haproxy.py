@@ -17,8 +17,8 @@ CONFIGURATION = """
 defaults
     mode http
     timeout connect 1s
-    timeout client 5s
-    timeout server 5s
+    timeout client 60s
+    timeout server 60s
     option redispatch 1
     retry-on {retry_on}
     errorfile 502 /nowhere/500.http
@@ -103,19 +103,19 @@ def test_haproxys_own_pages_are_on_loopback_only_and_the_application_on_the_give
 
 
 def test_a_request_whose_replica_dies_is_answered_by_another(haproxy: RunningProxy) -> None:
-    statuses = [httpx.post(f"{haproxy[1]}/both", json={"song_id": "song-3"}).status_code for _ in range(6)]
+    statuses = [httpx.post(f"{haproxy[1]}/both", json={"song_id": "song-3"}, timeout=60).status_code for _ in range(6)]
     assert statuses == [200] * 6
 
 
 def test_serve_is_told_to_leave_watching_the_client_to_the_application(haproxy: RunningProxy) -> None:
     headers = {"X-Request-Disconnect-Disabled": "?0"}
-    request_lines = httpx.post(f"{haproxy[1]}/both", json={}, headers=headers).text.lower().splitlines()
+    request_lines = httpx.post(f"{haproxy[1]}/both", json={}, headers=headers, timeout=60).text.lower().splitlines()
     assert [line for line in request_lines if "disconnect" in line] == ["x-request-disconnect-disabled: ?1"]
 
 
 @pytest.mark.parametrize("path", ["none", "dying", "before-the-application-is-known"])
 def test_where_no_replica_answers_it_says_when_to_try_again(haproxy: RunningProxy, path: str) -> None:
-    response = httpx.post(f"{haproxy[1]}/{path}", json={}, timeout=20)
+    response = httpx.post(f"{haproxy[1]}/{path}", json={}, timeout=60)
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert response.headers["content-type"] == "application/problem+json"
     assert (response.json()["status"], response.json()["title"]) == (503, "Service Unavailable")

@@ -25,15 +25,15 @@ global
 defaults
     mode http
     timeout connect 5s
-    timeout client 30s
-    timeout server 30s
+    timeout client 300s
+    timeout server 300s
 frontend http_frontend
     bind 127.0.0.1:{port}
     default_backend replicas
 backend replicas
     server replica 127.0.0.1:{replica_port}
 """
-SECONDS = 10.0  # for a connection, an answer and the end of HAProxy
+SECONDS = 60.0  # for a connection, an answer and the end of HAProxy
 
 
 def test_the_installed_ray_is_the_one_whose_private_parts_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
