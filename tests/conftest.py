@@ -25,6 +25,17 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path / "workspace")
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with the data set of `served.write_world` and a live release."""
+    from served import write_release, write_world
+
+    workspace = Workspace(tmp_path_factory.mktemp("world") / "workspace")
+    write_world(workspace)
+    write_release(workspace)
+    return workspace
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real plays; skips the test if RAYREC_REAL_DATA is not set."""

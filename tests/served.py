@@ -35,6 +35,7 @@ NUM_SONGS = 200
 BEGIN = 1_700_000_000_000  # ms UTC, before all plays of the world
 AT = BEGIN + 40_000_000  # ms UTC, after all plays of the world
 WITHOUT_VECTOR = 7  # row of a song without an embedding, which is never recommended
+SONGS = ["song-3", "song-50", "song-3", "song-9"]  # a history
 
 
 def write_world(
@@ -172,3 +173,16 @@ class Client:
             transport=self._transport, base_url="http://localhost", headers=self._headers
         ) as connection:
             return await connection.request(method, path, **options)
+
+
+def ask(app: Client, **body: Any) -> dict[str, Any]:
+    """Return the answer to a request for recommendations, which must succeed; `body` adds to the history `SONGS`."""
+    response = app.post("/v1/recommendations", {"history": SONGS, "at": AT, **body})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def ids(answer: dict[str, Any]) -> list[str]:
+    """Return the ids of the songs of an answer, in its order."""
+    return [song["song_id"] for song in answer["songs"]]

@@ -1,12 +1,15 @@
-"""A small generated data set with song embeddings, and settings of a training that takes seconds."""
+"""A small generated data set with song embeddings, settings of a training that takes seconds, and its weights."""
 
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import load as load_safetensors
 from worlds import random_vectors, write_song_vectors
 
 from rayrec.data.split import Split, SplitConfig, list_splits, split_dataset
 from rayrec.data.synthetic import GenerateConfig
 from rayrec.model.train_config import TrainConfig
+from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 NUM_SONGS = 80
@@ -40,3 +43,9 @@ def only_split(workspace: Workspace) -> Split:
     """Return the split that `make_world` made, for use in another process."""
     (split,) = list_splits(workspace)
     return split
+
+
+def weights(workspace: Workspace, manifest: Manifest) -> dict[str, np.ndarray]:
+    """Return all weights of a model by name, and its song vectors as `songs`."""
+    result = load_safetensors(workspace.read_bytes(manifest.path("model.safetensors")))
+    return {**result, "songs": np.array(workspace.read_array(manifest.path("song_vectors.npy")))}

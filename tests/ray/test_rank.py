@@ -15,7 +15,7 @@ from worlds import random_vectors, write_song_vectors
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories
-from rayrec.data.split import SELECTION_FOLDER, Split, SplitConfig, split_dataset
+from rayrec.data.split import SELECTION_FOLDER, Split
 from rayrec.data.synthetic import GenerateConfig
 from rayrec.errors import InputError
 from rayrec.evaluation.protocol import EvaluateConfig
@@ -44,13 +44,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("rank") / "workspace")
     generate(workspace, GenerateConfig(users=150, songs=NUM_SONGS, artists=12, genres=4, plays=25, days=60, buckets=3))
     return workspace
-
-
-@pytest.fixture(scope="module")
-def split(world: Workspace) -> Split:
-    split = split_dataset(world, SplitConfig(test_days=15, validation_days=10))
-    write_song_vectors(world, random_vectors(NUM_SONGS), {"dataset": split.dataset, "split": split.id})
-    return split
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from served import AT, write_release, write_world
+from served import AT
 
 from rayrec.data.dataset import Dataset
 from rayrec.errors import InputError, RayrecError
@@ -16,15 +16,6 @@ from rayrec.storage.artifacts import Manifest
 from rayrec.storage.workspace import Workspace
 
 CONFIG = RecommendConfig(k=7)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A world with a release; its song embeddings are written by hand."""
-    workspace = Workspace(tmp_path_factory.mktemp("all") / "workspace")
-    write_world(workspace)
-    write_release(workspace)
-    return workspace
 
 
 def rows_of(workspace: Workspace, manifest: Manifest) -> pa.Table:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import httpx
 import numpy as np
 import pytest
-from served import AT, NUM_SONGS, WITHOUT_VECTOR, write_release, write_world
+from served import AT, NUM_SONGS, SONGS, WITHOUT_VECTOR
 from serving_apps import running
 
 from rayrec.data.dataset import Dataset
@@ -18,16 +18,6 @@ from rayrec.recommend.base import HorizonName
 from rayrec.recommend.two_step import TwoStepRecommender
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
-
-SONGS = ["song-3", "song-50", "song-3", "song-9"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = Workspace(tmp_path_factory.mktemp("serving") / "workspace")
-    write_world(workspace)
-    write_release(workspace)
-    return workspace
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import ray.train
 from ray.cloudpickle import register_pickle_by_value
-from safetensors.numpy import load as load_safetensors
 from trainings import CONFIG as SMALL
-from trainings import NUM_SONGS
+from trainings import NUM_SONGS, weights
 from witness import ship, wait_for_checkpoint
 from worlds import random_vectors, write_dataset, write_song_vectors
 
@@ -55,21 +54,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Workspace:
 
 
 @pytest.fixture(scope="module")
-def split(world: Workspace) -> Split:
-    split = split_dataset(world, SplitConfig(test_days=15, validation_days=10))
-    write_song_vectors(world, random_vectors(NUM_SONGS), {"dataset": split.dataset, "split": split.id})
-    return split
-
-
-@pytest.fixture(scope="module")
 def in_process(world: Workspace, split: Split) -> Manifest:
     """A model trained in this process, without Ray workers."""
     return train(world, CONFIG, split=split)
-
-
-def weights(workspace: Workspace, manifest: Manifest) -> dict[str, np.ndarray]:
-    result = load_safetensors(workspace.read_bytes(manifest.path("model.safetensors")))
-    return {**result, "songs": np.array(workspace.read_array(manifest.path("song_vectors.npy")))}
 
 
 def test_epochs_are_chosen_by_plays_that_have_one_in_the_horizon() -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import witness
-from safetensors.numpy import load as load_safetensors
-from trainings import CONFIG, make_world, only_split
+from trainings import CONFIG, make_world, only_split, weights
 from witness import Death, Seen, read_log
 
 from rayrec.data.split import Split
@@ -42,11 +41,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> World:
         witness.watch(patch, folder / "undisturbed")
         model = train(workspace, CONFIG.replace(workers=0), split=split)
     return World(workspace, split, model, read_log(folder / "undisturbed"))
-
-
-def weights(workspace: Workspace, manifest: Manifest) -> dict[str, np.ndarray]:
-    result = load_safetensors(workspace.read_bytes(manifest.path("model.safetensors")))
-    return {**result, "songs": np.array(workspace.read_array(manifest.path("song_vectors.npy")))}
 
 
 def difference(world: World, workspace: Workspace, manifest: Manifest) -> float:

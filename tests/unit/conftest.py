@@ -1,9 +1,11 @@
-"""Fixtures: stores of user states in SQLite and in a real Redis server; commands whose stages run without Ray."""
+"""Fixtures: stores of user states in SQLite and in a real Redis server; commands without Ray; a browser."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from browsers import chromium
 from stores import needs_redis
 
 from rayrec.bench.redis_servers import RedisServer
@@ -40,3 +42,10 @@ def commands_without_ray() -> Iterator[None]:
         without_ray(patch)
         patch.setattr("rayrec_cli.main.app", get_command(app))  # Typer would build all commands at each call
         yield
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser without a window; skips the test if Playwright or Chromium is missing."""
+    with chromium() as chromium_browser:
+        yield chromium_browser

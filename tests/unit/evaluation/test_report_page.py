@@ -1,11 +1,10 @@
 """The report in a real browser: readable and navigable at both widths and in both color schemes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browsers import chromium, light_of_ground, page_of, take_picture
+from browsers import light_of_ground, page_of, take_picture
 from planted_reports import full_report
 
 from rayrec.evaluation.report import html_page
@@ -43,12 +42,6 @@ while (walker.nextNode())
 return Math.min(...contrasts);
 })()
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as chromium_browser:
-        yield chromium_browser
 
 
 @pytest.fixture(scope="module")

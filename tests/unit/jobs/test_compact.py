@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from networks import model_config, network
-from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
@@ -28,10 +27,7 @@ from rayrec.storage.workspace import Workspace
 
 START = 1_700_000_000
 
-
-@pytest.fixture(autouse=True)
-def run_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ray(monkeypatch)
+pytestmark = pytest.mark.usefixtures("run_without_ray")
 
 
 def write_day(folder: Path, number: int, *, rows: int = 200, users: int = 40) -> ImportConfig:

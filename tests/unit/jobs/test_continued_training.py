@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from rings import ring_plays, write_rows
-from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.split import hold_back_validation
@@ -20,10 +19,7 @@ COLUMNS = ["--columns", "user=user_id,song=track,played_at=timestamp"]
 SPLIT = ["split", "--test-days", "4", "--validation-days", "4"]
 TRAIN = ["train", "--workers", "0", "--hidden-dim", "16", "--epochs", "4", "--negatives", "32", "--batch", "16"]
 
-
-@pytest.fixture(autouse=True)
-def run_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ray(monkeypatch)
+pytestmark = pytest.mark.usefixtures("run_without_ray")
 
 
 def run(workspace: Path, arguments: list[str], capsys: pytest.CaptureFixture[str], *, code: int = 0) -> dict[str, Any]:

@@ -52,10 +52,7 @@ LATER = 4_000_000_000  # after the deletions, which happen when the tests run; i
 DELETED = ("Zoë, “Jr.” 🎧/#4711", "planted-4711", "7'; DROP TABLE--4711")
 OTHERS = tuple(f"user-{number}" for number in range(20))
 
-
-@pytest.fixture(autouse=True)
-def run_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ray(monkeypatch)
+pytestmark = pytest.mark.usefixtures("run_without_ray")
 
 
 def write_plays(folder: Path, day: int, name: str | None = None) -> ImportConfig:

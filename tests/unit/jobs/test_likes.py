@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from without_ray import without_ray
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate
@@ -28,10 +27,7 @@ FIRST_LINES = [
     f"bob,s1,{START + 5},dislike,",
 ]
 
-
-@pytest.fixture(autouse=True)
-def run_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ray(monkeypatch)
+pytestmark = pytest.mark.usefixtures("run_without_ray")
 
 
 def write_csv(

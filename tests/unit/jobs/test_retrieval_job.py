@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from without_ray import CountingFileSystem, without_ray
+from without_ray import CountingFileSystem
 from worlds import random_histories, with_opinions, write_dataset
 
 from rayrec.data.dataset import Dataset
@@ -28,10 +28,7 @@ SONGS, BUCKETS = 50, 6
 START, DAY = 1_700_000_000, 86_400  # seconds
 SETTINGS = RetrievalConfig(sessions_per_song=3, rules_per_song=4)
 
-
-@pytest.fixture(autouse=True)
-def run_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ray(monkeypatch)
+pytestmark = pytest.mark.usefixtures("run_without_ray")
 
 
 def arrays(retrieval: Retrieval) -> dict[str, np.ndarray]:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 from rings import ring_plays, write_rows
-from without_ray import without_ray
 
 from rayrec.errors import RayrecError
 from rayrec.importing.import_plan import ImportConfig
@@ -18,10 +17,7 @@ from rayrec.storage.workspace import Workspace
 
 CONFIG = TrainConfig(hidden_dim=8, epochs=1, negatives=4, workers=0)
 
-
-@pytest.fixture(autouse=True)
-def run_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ray(monkeypatch)
+pytestmark = pytest.mark.usefixtures("run_without_ray")
 
 
 def import_ring(workspace: Workspace, folder: Path, *, songs: int) -> None:

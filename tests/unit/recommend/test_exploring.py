@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from served import AT, NUM_SONGS, write_release, write_world
+from served import AT, NUM_SONGS
 from without_ray import IN_WORKER, without_ray
 
 from rayrec.data.dataset import Dataset
@@ -68,14 +68,6 @@ def test_a_draw_depends_only_on_the_last_plays_and_the_moment() -> None:
     draws = [draw_of(history, at) for at in range(2_000)]
     assert np.mean(draws) == pytest.approx(0.5, abs=0.02)
     assert np.var(draws) == pytest.approx(1 / 12, abs=0.005)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = Workspace(tmp_path_factory.mktemp("exploring") / "workspace")
-    write_world(workspace)
-    write_release(workspace)
-    return workspace
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import Client, service, write_release, write_world
+from served import Client, service
 
 from rayrec.errors import InputError
 from rayrec.serving.middleware import KEYS_VARIABLE, Keys, load_keys
@@ -102,13 +102,6 @@ def test_a_line_of_a_keys_file_with_several_entries_is_refused_without_showing_i
 def test_one_key_may_hold_several_roles() -> None:
     keys = load_keys(ServeConfig(), {KEYS_VARIABLE: f"read+write:{READ}"})
     assert keys.roles(f"Bearer {READ}") == {"read", "write"}
-
-
-@pytest.fixture
-def world(workspace: Workspace) -> Workspace:
-    write_world(workspace)
-    write_release(workspace)
-    return workspace
 
 
 def test_nothing_is_answered_without_a_key_and_each_role_has_its_own(world: Workspace, keys: Keys, caplog: Any) -> None:

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow as pa
 import pytest
-from served import AT, NUM_SONGS, WITHOUT_VECTOR, Client, service, write_release, write_world
+from served import NUM_SONGS, SONGS, WITHOUT_VECTOR, Client, ask, service, write_release, write_world
 from worlds import rename_songs
 
 from rayrec.data import columns
@@ -21,7 +21,6 @@ from rayrec.serving.serve_config import ServeConfig
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
-SONGS = ["song-3", "song-50", "song-3", "song-9"]
 KEY = "r" * 20
 
 
@@ -45,23 +44,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.fixture(scope="module")
-def app(world: Workspace) -> Iterator[Client]:
-    with service(world) as replica:
-        yield Client(replica)
-
-
-@pytest.fixture(scope="module")
 def network(world: Workspace) -> TasteRecommender:
     recommender = load_recommender(world, Dataset(world), releases.default_parts(world))
     assert isinstance(recommender, TasteRecommender)
     return recommender
-
-
-def ask(app: Client, **body: Any) -> dict[str, Any]:
-    response = app.post("/v1/recommendations", {"history": SONGS, "at": AT, **body})
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
 
 
 def rows(answer: dict[str, Any]) -> list[int]:

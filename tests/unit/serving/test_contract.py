@@ -1,11 +1,10 @@
 """`rayrec recommend` and the HTTP API give the same answer to the same request to the same release."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from served import AT, Client, service, write_release, write_world
+from served import AT, Client, write_release, write_world
 
 from rayrec.data.dataset import Dataset
 from rayrec.importing.descriptions import DescribeConfig, describe
@@ -58,12 +57,6 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     load_states(dataset, store, release)
     store.close()
     return workspace
-
-
-@pytest.fixture(scope="module")
-def app(world: Workspace) -> Iterator[Client]:
-    with service(world) as replica:
-        yield Client(replica)
 
 
 @pytest.fixture

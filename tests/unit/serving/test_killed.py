@@ -11,7 +11,6 @@ from pathlib import Path
 import httpx
 import pytest
 from sent_plays import require_each_play_once, send_all
-from served import write_release, write_world
 from stores import needs_redis
 
 from rayrec.bench.redis_servers import RedisServer, free_port
@@ -30,14 +29,6 @@ uvicorn.run(create_app(service), host="127.0.0.1", port=int(sys.argv[3]), log_le
 """
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = Workspace(tmp_path_factory.mktemp("killed") / "workspace")
-    write_world(workspace)
-    write_release(workspace)
-    return workspace
-
-
 class Replica:
     """A replica of the application in a process of its own."""
 
@@ -47,7 +38,7 @@ class Replica:
 
     def wait(self) -> None:
         """Wait until the replica is ready."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             try:
                 if httpx.get(f"{self.url}/readyz").status_code == 200:
@@ -117,18 +108,20 @@ def test_plays_survive_the_kill_of_the_store(world: Workspace, tmp_path: Path) -
 def test_an_added_song_and_its_plays_survive_the_kill_of_a_replica(world: Workspace, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/songs.sqlite"
     with replicas(world, store, 1) as (first,):
-        response = httpx.post(f"{first.url}/v1/songs", json={"song_id": "new-1", "artist": "Artist 3"})
+        response = httpx.post(f"{first.url}/v1/songs", json={"song_id": "new-1", "artist": "Artist 3"}, timeout=60)
         assert response.json()["outcomes"] == ["added"]
         plays = [
             {"event_id": str(number), "user_id": "ann", "song_id": f"{name}-1"}
             for number, name in enumerate(("song", "new"))
         ]
-        assert httpx.post(f"{first.url}/v1/plays", json={"plays": plays}).json()["taken"] == 2
+        assert httpx.post(f"{first.url}/v1/plays", json={"plays": plays}, timeout=60).json()["taken"] == 2
         first.kill()
     with replicas(world, store, 1) as (second,):
-        stored_plays = httpx.get(f"{second.url}/v1/users/ann/plays").json()["plays"]
+        stored_plays = httpx.get(f"{second.url}/v1/users/ann/plays", timeout=60).json()["plays"]
         assert [play["song_id"] for play in stored_plays] == ["song-1", "new-1"]
-        assert httpx.post(f"{second.url}/v1/songs", json={"song_id": "new-1"}).json()["outcomes"] == ["known"]
+        assert httpx.post(f"{second.url}/v1/songs", json={"song_id": "new-1"}, timeout=60).json()["outcomes"] == [
+            "known"
+        ]
         body = {"history": ["song-3"], "allow": ["new-1"]}
-        songs = httpx.post(f"{second.url}/v1/recommendations", json=body).json()["songs"]
+        songs = httpx.post(f"{second.url}/v1/recommendations", json=body, timeout=60).json()["songs"]
         assert [song["song_id"] for song in songs] == ["new-1"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import Client, service, write_release, write_world
+from served import Client, service
 
 from rayrec.serving.engine import Pool
 from rayrec.serving.middleware import Middleware
@@ -17,14 +17,6 @@ from rayrec.serving.service import Service
 from rayrec.storage.workspace import Workspace
 
 BODY = json.dumps({"history": ["song-1"]}).encode()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = Workspace(tmp_path_factory.mktemp("middleware") / "workspace")
-    write_world(workspace)
-    write_release(workspace)
-    return workspace
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from served import AT, Client, service, write_release, write_world
+from served import AT, Client, service
 
 from rayrec.errors import InputError
 from rayrec.serving.middleware import Keys, load_keys
@@ -21,14 +21,6 @@ TRACE = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"
 BODY = {"history": ["song-3"], "k": 2, "at": AT}
 PAGE_HEADERS = {"Origin": "https://music.example"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = Workspace(tmp_path_factory.mktemp("observed") / "workspace")
-    write_world(workspace)
-    write_release(workspace)
-    return workspace
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from browsers import chromium, light_of_ground, page_of, take_picture
+from browsers import light_of_ground, page_of, take_picture
 from planted_reports import plant_report
 from served import AT, NUM_SONGS, service, write_release, write_world
 
@@ -55,12 +55,6 @@ def served(world: Workspace, keys: Keys | None = None) -> Iterator[str]:
         thread.join()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as chromium_browser:
-        yield chromium_browser
-
-
 def find_and_play(page: Any, words: str, name: str) -> None:
     page.get_by_label("Find a song").fill(words)
     page.get_by_label("Songs found").get_by_role("button", name=name, exact=True).click()
@@ -78,7 +72,7 @@ def test_songs_are_found_played_and_answered_on_both_time_scales(
         page.locator("#status", has_text="2 plays").wait_for()
         body = {"history": ["song-3", "song-50"], "k": 10, "explain": True}
         for horizon in ("short", "long"):
-            answer = httpx.post(f"{url}/v1/recommendations", json={**body, "horizon": horizon}).json()
+            answer = httpx.post(f"{url}/v1/recommendations", json={**body, "horizon": horizon}, timeout=60).json()
             shown_ids = [item.get_attribute("data-song") for item in page.locator(f"#{horizon} li").all()]
             assert shown_ids == [song["song_id"] for song in answer["songs"]]
         page.locator("#map g").first.wait_for()
@@ -119,7 +113,9 @@ def store_plays(url: str, user: str, songs: tuple[int, ...]) -> None:
         for position, song in enumerate(songs)
     ]
     for start in range(0, len(plays), 1_000):
-        assert httpx.post(f"{url}/v1/plays", json={"plays": plays[start : start + 1_000]}).status_code == 200
+        assert (
+            httpx.post(f"{url}/v1/plays", json={"plays": plays[start : start + 1_000]}, timeout=60).status_code == 200
+        )
 
 
 def answer_request(page: Any, routes: list[Any], **response: Any) -> None:
@@ -141,7 +137,7 @@ def test_it_opens_with_an_example_user_and_the_popular_songs(world: Workspace, b
         assert page.locator("#short li").count() == page.locator("#long li").count() == 10
         page.locator("#found li").first.wait_for()
         assert page.locator("#found-title").inner_text() == "Popular songs"
-        popular_ids = [song["song_id"] for song in httpx.get(f"{url}/v1/songs/popular").json()["songs"]]
+        popular_ids = [song["song_id"] for song in httpx.get(f"{url}/v1/songs/popular", timeout=60).json()["songs"]]
         assert listed_ids(page, "found") == popular_ids
         page.locator("#found").get_by_title("Play").nth(1).click()  # a played song replaces the example user
         page.locator("#status", has_text="1 play").wait_for()
@@ -163,7 +159,9 @@ def test_the_plays_of_a_stored_user_are_listed_and_another_song_follows_them(wor
         page.locator("#status", has_text="3 plays").wait_for()
         assert listed_ids(page, "history") == ["song-12", "song-50", "song-3"]
         assert not {"song-12", "song-50", "song-3"} & {*listed_ids(page, "short"), *listed_ids(page, "long")}
-        assert "song-12" not in str(httpx.get(f"{url}/v1/users/ann/plays").json())  # the page stores no play
+        assert "song-12" not in str(
+            httpx.get(f"{url}/v1/users/ann/plays", timeout=60).json()
+        )  # the page stores no play
         page.get_by_role("button", name="Remove Artist 5 – Title 12").click()
         page.locator("#status", has_text="2 plays").wait_for()
         page.get_by_label("User ID").fill("nobody")
@@ -236,7 +234,7 @@ def test_diversity_changes_the_lists_as_it_does_those_of_the_api(world: Workspac
         before = listed_ids(page, "short")
         page.get_by_label("Diversity").fill("1")
         body = {"history": ["song-3", "song-50"], "k": 10, "diversity": 1}
-        answer = httpx.post(f"{url}/v1/recommendations", json=body).json()
+        answer = httpx.post(f"{url}/v1/recommendations", json=body, timeout=60).json()
         expected = [song["song_id"] for song in answer["songs"]]
         assert expected != before
         page.wait_for_function(
@@ -266,7 +264,10 @@ def test_songs_with_few_plays_are_shown_on_request_with_their_probabilities(worl
             items = page.locator(f"#{horizon} li", has_text="random pick among songs with few plays, probability")
             items.first.wait_for()
             for item in items.all():
-                assert httpx.get(f"{url}/v1/songs/{item.get_attribute('data-song')}/similar").json()["plays"] < 20
+                assert (
+                    httpx.get(f"{url}/v1/songs/{item.get_attribute('data-song')}/similar", timeout=60).json()["plays"]
+                    < 20
+                )
         assert page.locator("#shown-explore").inner_text() == "0.5"
         with page_of(browser, url, page.url.removeprefix(url)) as other_page:
             other_page.locator("#short .why", has_text="few plays").first.wait_for()
@@ -275,7 +276,7 @@ def test_songs_with_few_plays_are_shown_on_request_with_their_probabilities(worl
 def test_a_song_shows_its_artist_plays_and_neighbors(world: Workspace, browser: Any) -> None:
     with served(world) as url, page_of(browser, url, "#song=song-3") as page:
         page.get_by_role("button", name="About Artist 3 – Title 3", exact=True).first.click()
-        song = httpx.get(f"{url}/v1/songs/song-3/similar?k=10").json()
+        song = httpx.get(f"{url}/v1/songs/song-3/similar?k=10", timeout=60).json()
         page.locator("#song-title", has_text="Title 3").wait_for()
         assert page.locator("#song-facts dd").all_inner_texts() == ["Artist 3", str(song["plays"]), "song-3"]
         assert listed_ids(page, "similar") == [neighbor["song_id"] for neighbor in song["songs"]]

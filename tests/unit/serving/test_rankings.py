@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import BEGIN, NUM_SONGS, WITHOUT_VECTOR, Client, ms, service, write_release
+from served import BEGIN, NUM_SONGS, SONGS, WITHOUT_VECTOR, Client, ids, ms, service, write_release
 from worlds import random_histories, write_dataset, write_song_vectors
 
 from rayrec.data.dataset import Dataset
@@ -22,7 +22,6 @@ from rayrec.serving.serve_config import MAX_K
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
 
-SONGS = ["song-3", "song-50", "song-3", "song-9"]
 SPREAD = 60  # factor on the time between plays, so that they span weeks
 AT = BEGIN + 40_000_000 * SPREAD  # ms UTC, after all plays
 
@@ -40,12 +39,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     write_weeks(workspace)
     write_release(workspace)
     return workspace
-
-
-@pytest.fixture(scope="module")
-def app(world: Workspace) -> Iterator[Client]:
-    with service(world) as replica:
-        yield Client(replica)
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +77,6 @@ def require_refusal(response: Any, where: str) -> str:
     assert error["where"] == where
     detail: str = error["detail"]
     return detail
-
-
-def ids(answer: dict[str, Any]) -> list[str]:
-    return [song["song_id"] for song in answer["songs"]]
 
 
 def rows(answer: dict[str, Any]) -> list[int]:

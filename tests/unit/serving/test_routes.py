@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import AT, NUM_SONGS, WITHOUT_VECTOR, Client, ms, service, write_release, write_world
+from served import AT, NUM_SONGS, SONGS, WITHOUT_VECTOR, Client, ask, ids, ms, service
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Queries
@@ -19,16 +19,6 @@ from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K
 from rayrec.serving.service import Service
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
-
-SONGS = ["song-3", "song-50", "song-3", "song-9"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = Workspace(tmp_path_factory.mktemp("serving") / "workspace")
-    write_world(workspace)
-    write_release(workspace)
-    return workspace
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +35,6 @@ def app(replica: Service) -> Client:
 @pytest.fixture(scope="module")
 def recommender(world: Workspace) -> BaseRecommender:
     return load_recommender(world, Dataset(world), releases.default_parts(world))
-
-
-def ids(answer: dict[str, Any]) -> list[str]:
-    return [song["song_id"] for song in answer["songs"]]
-
-
-def ask(app: Client, **body: Any) -> dict[str, Any]:
-    response = app.post("/v1/recommendations", {"history": SONGS, "at": AT, **body})
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
 
 
 def require_problem(response: Any, status: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 from networks import model_config, network
-from without_ray import CountingFileSystem, without_ray
+from without_ray import CountingFileSystem
 from worlds import write_dataset
 
 from rayrec.config import Settings
@@ -70,10 +70,7 @@ from rayrec.storage.workspace import Workspace, histories_file
 DAY_MS = 86_400_000
 START = 1_700_000_000
 
-
-@pytest.fixture(autouse=True)
-def run_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ray(monkeypatch)
+pytestmark = pytest.mark.usefixtures("run_without_ray")
 
 
 def write_sessions(path: Path, plays: int, *, songs: int, users: int, start: int = START) -> Path:
