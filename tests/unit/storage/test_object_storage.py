@@ -163,13 +163,15 @@ def test_a_lock_that_its_run_gives_back_while_it_is_watched_is_taken_at_once(
 ) -> None:
     monkeypatch.setattr(locking, "WATCH_SECONDS", 3600.0)
     remote.write_json(LOCK_HOLDER, OTHER_HOLDER)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(take_lock, remote)
-        while "to see whether that run is alive" not in capsys.readouterr().err:
-            assert not waiting.done()
-            time.sleep(0.01)
-        unlock(remote)
-        waiting.result()
+    outcomes: list[None] = []
+    other_run = threading.Thread(target=lambda: outcomes.append(take_lock(remote)), daemon=True)
+    other_run.start()
+    while "to see whether that run is alive" not in capsys.readouterr().err:
+        assert other_run.is_alive()
+        time.sleep(0.01)
+    unlock(remote)
+    other_run.join(60)
+    assert outcomes == [None]
     assert not remote.exists(LOCK_HOLDER)
 
 
