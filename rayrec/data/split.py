@@ -20,7 +20,7 @@ from rayrec.data.moments import DAY_MS
 from rayrec.data.ragged import offsets_of
 from rayrec.errors import InputError, LeakError, MismatchError, NotFoundError
 from rayrec.storage.artifacts import Manifest, fingerprint, last_requested, make_current
-from rayrec.storage.workspace import Workspace, split_file
+from rayrec.storage.workspace import ID, Workspace, split_file
 
 MIN_TRAINING_SHARE = 0.01  # of all plays
 MIN_VALIDATION_DAYS = 7.0  # unless the settings give fewer
@@ -341,8 +341,8 @@ def save_split(workspace: Workspace, split: Split) -> None:
 
 
 def load_split(workspace: Workspace, split_id: str) -> Split:
-    """Return a stored split. Raises `NotFoundError` if it does not exist."""
-    if not workspace.exists(split_file(split_id)):
+    """Return a stored split. Raises `NotFoundError` if it does not exist, as for a path in place of an id."""
+    if not (ID.fullmatch(split_id) and workspace.exists(split_file(split_id))):
         raise NotFoundError(f"split {split_id!r} not found in workspace {workspace.uri}; run `rayrec split` first")
     raw: dict[str, Any] = workspace.read_json(split_file(split_id))
     return Split(**raw)

@@ -22,6 +22,7 @@ from rayrec.storage.workspace import (
     CURRENT_FILE,
     DATASET,
     DATASET_MANIFEST,
+    ID,
     IMPORT_STAGING,
     LINEAGES,
     SONGS_TABLE,
@@ -225,11 +226,11 @@ def last_requested(workspace: Workspace, kind: str, artifact_ids: Sequence[str])
 def load_manifest(workspace: Workspace, kind: str, artifact_id: str) -> Manifest:
     """Load the manifest of one artifact.
 
-    Raises `NotFoundError` if there is none, as for an unfinished artifact, and `DamagedArtifactError` for a manifest
-    that is not JSON or has another format version.
+    Raises `NotFoundError` if there is none, as for an unfinished artifact or a path in place of an id, and
+    `DamagedArtifactError` for a manifest that is not JSON or has another format version.
     """
     path = f"{artifact_dir(kind, artifact_id)}/manifest.json"
-    if not workspace.exists(path):
+    if not (ID.fullmatch(artifact_id) and workspace.exists(path)):
         existing_ids = ", ".join(manifest.id for manifest in listing(workspace, kind)) or "none"
         raise NotFoundError(
             f"{noun(kind)} {artifact_id!r} not found in workspace {workspace.uri}; existing: {existing_ids}"

@@ -155,9 +155,9 @@ def activate_release(workspace: Workspace, release_id: str) -> Manifest:
     require_dataset_of(workspace, release)
     state = read_active(workspace)
     history = state["history"]
-    if state["active"] not in (None, release_id):
+    if state["active"] not in (None, release.id):
         history = [*history, state["active"]]
-    write_active(workspace, release_id, history)
+    write_active(workspace, release.id, history)
     return release
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import posixpath
+import re
 import shutil
 import tempfile
 import uuid
@@ -49,6 +50,8 @@ SENT_PLAYS = ".inputs"  # tables of plays from Python, until they are imported
 CURRENT_FILE = "current.json"  # kind -> ids, in the order of their last request
 LOCK = ".lock"  # file lock of the run that writes, on a local disk
 LOCK_HOLDER = ".lock-holder.json"  # the run that holds the lock; on object storage this is the lock itself
+
+ID = re.compile(r"[\w-][\w.-]{0,63}", re.ASCII)  # an id of an artifact or split names one folder or file
 
 
 def histories_file(part: int, bucket: int, last_part: int | None = None) -> str:

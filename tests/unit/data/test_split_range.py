@@ -129,8 +129,9 @@ def test_a_split_is_stored_and_found_again(workspace: Workspace) -> None:
     split = make_split(SplitConfig(held_out_users=0.1, seed=4), dataset="d", first_play=0, last_play=10**11)
     save_split(workspace, split)
     assert load_split(workspace, split.id) == split
-    with pytest.raises(NotFoundError, match=r"'other' not found .*rayrec split"):
-        load_split(workspace, "other")
+    for text in ("other", f"../splits/{split.id}", "a" * 300):
+        with pytest.raises(NotFoundError, match=r"not found .*rayrec split"):
+            load_split(workspace, text)
 
 
 def test_a_range_is_within_another_where_the_other_covers_all_of_it() -> None:

@@ -161,6 +161,14 @@ def test_an_unknown_release_cannot_be_activated(full: Workspace) -> None:
         releases.activate_release(full, "nope")
 
 
+@pytest.mark.parametrize("text", ["{}/", "../releases/{}", "./{}", "{}/../{}", "", "..", "active", "a" * 300])
+def test_a_path_or_a_text_too_long_is_no_id_of_an_artifact(full: Workspace, text: str) -> None:
+    release = releases.create_release(full, activate=False)
+    with pytest.raises(NotFoundError, match=f"not found in workspace .*; existing: {release.id}"):
+        releases.activate_release(full, text.format(release.id, release.id))
+    assert releases.active_release(full) is None
+
+
 def test_an_untouched_release_verifies(full: Workspace) -> None:
     releases.verify_release(full, releases.create_release(full))
 
