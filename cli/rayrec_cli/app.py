@@ -116,7 +116,8 @@ def command(
         @functools.wraps(body)
         def run(ctx: typer.Context, **values: Any) -> int:
             global_options: Globals = ctx.obj
-            call = Call(values.pop("workspace") or global_options.workspace)
+            own_workspace = values.pop("workspace")
+            call = Call(global_options.workspace if own_workspace is None else own_workspace)
             as_json = values.pop("json") or global_options.as_json
             with redirect_stdout(sys.stderr):  # what libraries print is not the result
                 if config is not None:

@@ -22,6 +22,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from rayrec.display import LINES_VARIABLE
 from rayrec.errors import InputError, NotFoundError, RayrecError
+from rayrec.storage.object_storage import require_no_credentials
 
 API_SERVER = "RAY_API_SERVER_ADDRESS"  # Ray's variable, which overrides the address passed to Ray
 # The interpreter of the image that cluster/Dockerfile builds. The path is absolute, because `python` alone would be the
@@ -170,7 +171,11 @@ class _Log:
 
 
 def shared_workspace(uri: str) -> str:
-    """Return `uri` if all nodes of a cluster can use it as a workspace. Raises `InputError` for a relative path."""
+    """Return `uri` if all nodes of a cluster can use it as a workspace.
+
+    Raises `InputError` for a relative path, and for a URI with a key or password, which Ray's dashboard would show.
+    """
+    require_no_credentials(uri, "workspace")
     if "://" in uri or Path(uri).is_absolute():
         return uri
     raise InputError(

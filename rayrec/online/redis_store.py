@@ -32,6 +32,7 @@ from rayrec.online.state_store import (
     event_days,
     user_key,
 )
+from rayrec.storage.object_storage import without_secrets
 
 PASSWORD_VARIABLE = "RAYREC_REDIS_PASSWORD"  # not in the address, because Ray shows the address on its dashboard
 TIMEOUT_SECONDS = 5.0  # for connecting and for each answer
@@ -224,7 +225,7 @@ class RedisStore(StateStore):
         self._no_retry_client = no_retry_client
         self._namespace = namespace
         self._uri = uri
-        self._shown_uri = _shown_uri(uri)
+        self._shown_uri = without_secrets(uri)
         self._nodes = getattr(client, "nodes_manager", None)  # None for a single server
         self._replica_checks: dict[str, tuple[float, bool]] = {}  # by node: time of the check, whether it has replicas
         self._scripts = {name: client.register_script(text) for name, text in _SCRIPTS.items()}
@@ -235,25 +236,29 @@ class RedisStore(StateStore):
     def from_uri(cls, uri: str, namespace: str) -> "RedisStore":
         """Open the store at redis://host:port/number, the address of a server or of any node of a cluster.
 
-        The password comes from RAYREC_REDIS_PASSWORD if the address has none.
+        The password comes from RAYREC_REDIS_PASSWORD if the address has none. Raises `InputError` for an address that
+        is not valid, such as one whose password is not percent-encoded.
         """
         try:
             import redis
         except ImportError as error:
             raise MissingDependencyError("redis is not installed; run `pip install rayrec[redis]`") from error
-        address = urlsplit(uri)
-        password = os.environ.get(PASSWORD_VARIABLE) if address.password is None else None
         options: dict[str, Any] = {"socket_timeout": TIMEOUT_SECONDS, "socket_connect_timeout": TIMEOUT_SECONDS}
-        options |= {} if password is None else {"password": password}
-        shown_uri = _shown_uri(uri)
+        shown_uri = without_secrets(uri)
+        credentials, _, _ = uri.partition("://")[2].rpartition("@")
         try:
+            if not set("/?#").isdisjoint(credentials):
+                raise ValueError("the address would end there")
+            password = os.environ.get(PASSWORD_VARIABLE) if urlsplit(uri).password is None else None
+            options |= {} if password is None else {"password": password}
             client, no_retry_client = (
                 redis.Redis.from_url(uri, retry=_retry_policy(retries), **options) for retries in (RETRIES, 0)
             )
-        except ValueError as error:
+        except ValueError:  # its text may contain a part of the password
             raise InputError(
-                f"store {shown_uri} is not a valid address of a Redis server: {error}; give redis://HOST:PORT/0"
-            ) from error
+                f"store {shown_uri} is not a valid address of a Redis server; give redis://HOST:PORT/0, and the "
+                f"password in {PASSWORD_VARIABLE}, or percent-encoded in the address"
+            ) from None
         if _call_server(shown_uri, lambda: client.info("cluster")).get("cluster_enabled"):
             client.close()
             client = _call_server(shown_uri, lambda: redis.RedisCluster.from_url(uri, **options))
@@ -550,12 +555,6 @@ def _retry_policy(retries: int) -> Any:
     from redis.retry import Retry
 
     return Retry(ExponentialBackoff(cap=0.4, base=0.05), retries)
-
-
-def _shown_uri(uri: str) -> str:
-    """Return an address without its password."""
-    parts = urlsplit(uri)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _call_server(shown_uri: str, call: Callable[[], T]) -> T:

@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 from weakref import WeakSet
 
 import numpy as np
@@ -28,8 +27,10 @@ from rayrec.online.state_store import (
     Stored,
     StoreUnavailableError,
     event_days,
+    sqlite_path,
     user_key,
 )
+from rayrec.storage.object_storage import without_secrets
 
 FORMAT = 4  # version of the tables, in user_version; 0 in a new file
 WAIT_SECONDS = 10.0  # maximum wait for other writers
@@ -106,10 +107,11 @@ class SqliteStore(StateStore):
     @classmethod
     def from_uri(cls, uri: str, namespace: str) -> "SqliteStore":
         """Open the store at sqlite:///relative/path or sqlite:////absolute/path."""
-        parts = urlsplit(uri)
-        path = unquote(parts.path)[1:]
-        if parts.netloc or not path:
-            raise InputError(f"store {uri!r} has no path; give sqlite:///relative/path or sqlite:////absolute/path")
+        path = sqlite_path(uri)
+        if path is None:
+            raise InputError(
+                f"store {without_secrets(uri)!r} has no path; give sqlite:///relative/path or sqlite:////absolute/path"
+            )
         return cls(path, namespace)
 
     def get(self, users: Mapping[str, Sequence[int]]) -> list[Stored | None]:

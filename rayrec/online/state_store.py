@@ -16,6 +16,7 @@ from typing import ClassVar
 from urllib.parse import quote, unquote, urlsplit
 
 from rayrec.errors import InputError, RayrecError
+from rayrec.storage.object_storage import without_secrets
 from rayrec.storage.workspace import STATES_FILE, Workspace
 
 NO_VERSION = 0  # the version of a user who is not in the store; versions in the store begin at 1
@@ -196,16 +197,20 @@ def open_user_store(workspace: Workspace, store: str | None, lineage: str) -> St
 
 def absolute_uri(uri: str) -> str:
     """Return the address of an SQLite file with its absolute path; other addresses unchanged."""
-    parts = urlsplit(uri)
-    if parts.scheme != "sqlite" or parts.netloc or len(parts.path) < 2:
-        return uri
-    return f"sqlite:///{quote(str(Path(unquote(parts.path)[1:]).absolute()))}"
+    path = sqlite_path(uri)
+    return uri if path is None else f"sqlite:///{quote(str(path.absolute()))}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the path in sqlite:///PATH; None for any other address."""
+    path = unquote(urlsplit(uri).path)[1:] if uri.startswith("sqlite:///") else ""
+    return Path(path) if path else None
 
 
 def store_exists(uri: str) -> bool:
     """Return False for an SQLite file that does not exist yet, True for any other address."""
-    parts = urlsplit(uri)
-    return parts.scheme != "sqlite" or Path(unquote(parts.path)[1:]).exists()
+    path = sqlite_path(uri)
+    return path is None or path.exists()
 
 
 def open_store(uri: str, namespace: str) -> StateStore:
@@ -213,13 +218,12 @@ def open_store(uri: str, namespace: str) -> StateStore:
 
     Raises `InputError` for another address, for a file that is not a store, and if a package is missing.
     """
-    scheme = urlsplit(uri).scheme
-    if scheme == "sqlite":
+    if uri.startswith("sqlite:"):
         from rayrec.online.sqlite_store import SqliteStore
 
         return SqliteStore.from_uri(uri, namespace)
-    if scheme in ("redis", "rediss"):
+    if uri.startswith(("redis:", "rediss:")):
         from rayrec.online.redis_store import RedisStore
 
         return RedisStore.from_uri(uri, namespace)
-    raise InputError(f"unknown store address {uri!r}; give sqlite:///PATH or redis://HOST:PORT/0")
+    raise InputError(f"unknown store address {without_secrets(uri)!r}; give sqlite:///PATH or redis://HOST:PORT/0")

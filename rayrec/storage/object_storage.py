@@ -22,14 +22,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 from filelock import FileLock
 
 from rayrec.compat import s3_options
-from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError, StorageError
+from rayrec.errors import DamagedArtifactError, InputError, MissingDependencyError, StorageError, first_line
 
 CLIENT_ATTEMPTS = 8  # per request
 UPLOAD_ATTEMPTS = 4  # per file
@@ -44,16 +43,48 @@ BLOCK = 1 << 22
 SMALL = 1 << 20  # bytes below which a file is read again, since that is faster than a look-up in the cache
 
 
-def require_no_credentials(uri: str) -> None:
-    """Raise `InputError` for a URI with a key or password, which manifests, logs and dashboards would show."""
-    parts = urlsplit(uri)
-    user, _, host = parts.netloc.rpartition("@")
-    if user and user != "anonymous":  # public buckets of gs:// are read as this user
+def without_secrets(uri: str) -> str:
+    """Return a URI as messages may show it, with `...` for its user, its password and the values of its options.
+
+    A password may contain `/`, `?` or `#`, so all text up to the last `@` counts as user and password.
+    """
+    scheme, separator, rest = uri.partition("://") if "://" in uri else ("", "", uri)
+    credentials, _, location = rest.rpartition("@")
+    path, mark, options = location.partition("?")
+    shown_options = "&".join(f"{option.partition('=')[0]}=..." for option in options.split("&")) if options else ""
+    return f"{scheme}{separator}{'...@' if credentials else ''}{path}{mark}{shown_options}"
+
+
+def require_no_credentials(uri: str, noun: str) -> None:
+    """Raise `InputError` for a URI with a key or password, which manifests, logs and dashboards would show.
+
+    `noun` names the URI in the error.
+    """
+    credentials, _, _ = uri.partition("://")[2].rpartition("@")
+    host, slash, _ = credentials.partition("/")
+    is_in_path = slash and ":" not in host and "?" not in credentials  # the @ is a character of a file's name
+    if credentials and not is_in_path and credentials != "anonymous":  # public buckets of gs:// are read as this user
         raise InputError(
-            f"{parts.scheme}://...@{host}{parts.path} contains credentials, which manifests and logs would show; "
+            f"{noun} {without_secrets(uri)} contains credentials, which manifests and logs would show; "
             "remove them from the URI and give the machine's role access, or set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY in the environment of all nodes"
         )
+
+
+def open_uri(uri: str, noun: str) -> tuple[pafs.FileSystem, str]:
+    """Return the file system of a URI and the path there; `noun` names the URI in errors.
+
+    Raises `InputError` for a URI that pyarrow cannot open and, as `require_no_credentials`, for one with a password.
+    """
+    require_no_credentials(uri, noun)
+    try:
+        return pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = "" if isinstance(error, pa.ArrowInvalid) else f": {first_line(error)}"  # the parser's text has the URI
+        raise InputError(
+            f"{noun} {without_secrets(uri)} cannot be opened{reason}; expected a local path, s3://bucket/prefix or "
+            "gs://bucket/prefix, with special characters percent-encoded and only options of pyarrow after `?`"
+        ) from None
 
 
 def patient(filesystem: pafs.FileSystem) -> pafs.FileSystem:

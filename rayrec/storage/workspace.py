@@ -19,15 +19,16 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from rayrec.errors import DamagedArtifactError, InputError, NotFoundError, StorageError
+from rayrec.errors import DamagedArtifactError, InputError, NotFoundError, StorageError, first_line
 from rayrec.storage.object_storage import (
     DISK_FULL_ERRORS,
     SMALL,
     cached,
     checksum,
+    open_uri,
     patient,
-    require_no_credentials,
     upload,
+    without_secrets,
 )
 
 DATASET = "dataset"
@@ -129,27 +130,26 @@ class Workspace:
     file that is renamed on a local disk, a single put on a bucket. A workspace pickles as its URI, so it can be sent to
     Ray workers.
 
-    Raises `InputError` for a URI that pyarrow cannot open, and for one that contains a key or password.
+    Raises `InputError` for a URI without a bucket, one that pyarrow cannot open and one that contains a key or
+    password, for an empty path, and for a path that is a file or cannot be read.
     """
 
     def __init__(self, uri: str | Path) -> None:
         self.uri = str(uri)
-        try:
-            if "://" in self.uri:
-                require_no_credentials(self.uri)
-                filesystem, root = pafs.FileSystem.from_uri(self.uri)
-                self.filesystem = patient(filesystem)
-            else:
-                self.filesystem = pafs.LocalFileSystem()
-                root = str(Path(self.uri).expanduser().resolve())
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(
-                f"workspace {self.uri!r} cannot be opened: {error}; "
-                "expected a local path, s3://bucket/prefix or gs://bucket/prefix"
-            ) from error
+        if "://" in self.uri:
+            filesystem, root = open_uri(self.uri, "workspace")
+            self.filesystem = patient(filesystem)
+        else:
+            self.filesystem = pafs.LocalFileSystem()
+            root = _local_root(self.uri)
         self.root = root.rstrip("/")
-        if self.is_local and Path(self.root).exists() and not Path(self.root).is_dir():
-            raise InputError(f"workspace {self.uri!r} is a file; expected a folder")
+        if self.is_local:
+            _require_folder(self.root)
+        elif "" in self.root.split("/"):
+            raise InputError(
+                f"workspace {without_secrets(self.uri)} has an empty name between slashes or no bucket; expected "
+                "s3://bucket/prefix or gs://bucket/prefix"
+            )
 
     def __reduce__(self) -> tuple[type["Workspace"], tuple[str]]:
         return Workspace, (self.root if self.is_local else self.uri,)
@@ -356,6 +356,38 @@ class Workspace:
         with local.open("rb") as source, self.open_output(path) as stream:
             shutil.copyfileobj(source, stream, 1 << 22)
         return stream.sha256
+
+
+def _local_root(path: str) -> str:
+    """Return the absolute path of a local workspace. Raises `InputError` for text that is no path of a folder."""
+    if not path.strip():
+        raise InputError(
+            "the workspace is an empty text, perhaps of a variable that is not set; give a folder, s3://bucket/prefix "
+            "or gs://bucket/prefix"
+        )
+    if path.startswith(("s3:", "gs:", "file:")):
+        scheme = path.partition(":")[0]
+        raise InputError(
+            f"the workspace begins with {scheme}: but not with {scheme}://; expected s3://bucket/prefix or "
+            "gs://bucket/prefix as text (a Path joins the slashes), or a local path"
+        )
+    try:
+        return str(Path(path).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: an unknown user after ~
+        raise _unreadable_error(path, error) from error
+
+
+def _require_folder(root: str) -> None:
+    try:
+        is_file = Path(root).exists() and not Path(root).is_dir()
+    except OSError as error:
+        raise _unreadable_error(root, error) from error
+    if is_file:
+        raise InputError(f"workspace {root!r} is a file; expected a folder")
+
+
+def _unreadable_error(path: str, error: Exception) -> InputError:
+    return InputError(f"workspace {path!r} cannot be opened: {first_line(error)}; expected the path of a folder")
 
 
 def location_of(array: np.ndarray) -> tuple[Workspace, str] | None:

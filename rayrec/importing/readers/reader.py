@@ -28,7 +28,7 @@ from rayrec.data import columns
 from rayrec.data.spelling import Problems, clean
 from rayrec.errors import DamagedInputError, InputError, first_line
 from rayrec.storage.artifacts import SKIP_BELOW
-from rayrec.storage.object_storage import require_no_credentials
+from rayrec.storage.object_storage import open_uri
 
 SHOWN_COLUMNS, SHOWN_NAME = 20, 40  # column names of a header in a message, and characters of each name
 TEXT_LIMIT = 1_000  # characters of a rejected row that are stored
@@ -528,14 +528,7 @@ def _filesystem(source: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in source:
         # The path must be absolute, because each worker has its own working folder.
         return pafs.LocalFileSystem(), str(Path(source).expanduser().absolute())
-    require_no_credentials(source)
-    try:
-        filesystem, path = pafs.FileSystem.from_uri(_quoted(source))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(
-            f"{source} cannot be opened: {first_line(error)}; give a local path, s3://bucket/key or gs://bucket/key"
-        ) from error
-    return filesystem, path
+    return open_uri(_quoted(source), "source")
 
 
 class Block:

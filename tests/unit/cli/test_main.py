@@ -85,6 +85,7 @@ def filled(tmp_path: Path) -> str:
         (["evaluate"], "no data set"),
         (["--workspace", "FILLED", "evaluate"], "no split to evaluate on"),
         (["--workspace", "FILLED", "release", "create"], "data set d1 has no model"),
+        (["status", "--workspace", ""], "The workspace is an empty text"),
         (["release", "activate", "nope"], "release 'nope' not found in workspace"),
         (["release", "rollback"], "no earlier release to roll back to"),
         (["release", "verify", "nope"], "release 'nope' not found in workspace"),

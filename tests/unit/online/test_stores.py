@@ -24,7 +24,9 @@ from rayrec.online.state_store import (
     StateStore,
     Stored,
     StoreUnavailableError,
+    absolute_uri,
     open_store,
+    store_exists,
 )
 from rayrec.serving.serve_config import ServeConfig
 
@@ -648,9 +650,32 @@ def test_an_invalid_address_is_refused_with_a_valid_example(uri: str) -> None:
 
 def test_the_error_of_an_unreachable_redis_hides_its_password() -> None:
     pytest.importorskip("redis", reason="no redis: pip install 'rayrec[redis]'")
-    with pytest.raises(StoreUnavailableError, match=r"store redis://127.0.0.1:1/0 does not answer") as error:
+    with pytest.raises(StoreUnavailableError, match=r"store redis://\.\.\.@127.0.0.1:1/0 does not answer") as error:
         open_store("redis://:secret@127.0.0.1:1/0", "n")
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "redis://:1/secret@127.0.0.1:1/0",
+        "redis://:se#cret@127.0.0.1:1/0",
+        "redis://:se?cret@127.0.0.1:1/0",
+        "redis://[:secret@127.0.0.1",
+        "redis:/:secret@127.0.0.1",
+        "redis://127.0.0.1:port/0?password=secret",
+        "redis+tls://:se/cret@127.0.0.1:1/0",
+        "sqlite://ann:secret@host/path",
+        "sqlite://[secret@path",
+    ],
+)
+def test_the_error_of_an_invalid_address_hides_its_password_and_says_where_passwords_go(uri: str) -> None:
+    pytest.importorskip("redis", reason="no redis: pip install 'rayrec[redis]'")
+    with pytest.raises(InputError, match=r"RAYREC_REDIS_PASSWORD|give sqlite:///") as error:
+        open_store(uri, "n")
+    assert "cret" not in str(error.value)
+    assert not absolute_uri(uri).startswith("sqlite:///")
+    assert store_exists(uri)
 
 
 def test_a_relative_path_starts_at_the_folder_where_it_was_given(
