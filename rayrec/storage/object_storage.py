@@ -277,26 +277,41 @@ def cache_folder() -> Path:
 def cached(filesystem: pafs.FileSystem, info: pafs.FileInfo, sha256: str | None = None) -> Path:
     """Return the path of the local copy of a file; the copy is made if there is none of this version.
 
+    A copy has the size and the time of the file. One that was cut off or changed has others, and is made again.
+
     Raises `DamagedArtifactError` if the checksum of the file is not `sha256`. The checksum is computed during the copy.
     """
 
     def copy(target: Path) -> None:
         digest = _copy(filesystem, info.path, target)
+        os.utime(target, ns=(time.time_ns(), info.mtime_ns or 0))
         cached_file(
             _version(filesystem, info),
             f"{info.base_name}.sha256",
             lambda checksum_path: checksum_path.write_text(digest),
         )
 
-    path = cached_file(_version(filesystem, info), info.base_name, copy)
-    if sha256 is not None and _digest(filesystem, info) != sha256:
-        # The bytes may have been damaged on their way here: the next copy gets a checksum of its own.
+    def delete_copy() -> None:
         path.unlink(missing_ok=True)
         path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
+
+    path = cached_file(_version(filesystem, info), info.base_name, copy)
+    if not _is_copy_of(path, info):
+        delete_copy()
+        cached_file(_version(filesystem, info), info.base_name, copy)
+    if sha256 is not None and _digest(filesystem, info) != sha256:
+        # The bytes may have been damaged on their way here: the next copy gets a checksum of its own.
+        delete_copy()
         raise DamagedArtifactError(
             f"{info.path} does not match its checksum; rerun the command that created it with --force"
         )
     return path
+
+
+def _is_copy_of(path: Path, info: pafs.FileInfo) -> bool:
+    """Return True if a copy has the size and the time of the file, in seconds, since not all disks keep fractions."""
+    state = path.stat()
+    return state.st_size == info.size and int(state.st_mtime) == (info.mtime_ns or 0) // 1_000_000_000
 
 
 def checksum(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
@@ -339,7 +354,7 @@ def cached_file(version: str, name: str, make: Callable[[Path], object]) -> Path
     target = folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}-{name}"
     with FileLock(f"{target}.lock"):
         if target.exists():
-            os.utime(target)
+            os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))
             return target
         _delete_unused(folder, UNUSED_DAYS)
         try:
@@ -362,6 +377,8 @@ def _make_file(target: Path, make: Callable[[Path], object]) -> Path:
     partial_path = target.with_name(f"{target.name}.part")
     try:
         make(partial_path)
+        with partial_path.open("rb") as file:
+            os.fsync(file.fileno())  # a power cut after the rename leaves a whole file
         return partial_path.replace(target)
     finally:
         partial_path.unlink(missing_ok=True)
@@ -382,15 +399,19 @@ def _copy(filesystem: pafs.FileSystem, path: str, target: Path | None) -> str:
 
 
 def _delete_unused(folder: Path, days: float) -> None:
-    """Delete files that were last opened some days ago and that no process maps; locks after 3 days."""
-    mapped_paths = _mapped_paths()
+    """Delete files that were last used some days ago and that no process maps; locks after 3 days."""
+    unused_paths: list[Path] = []
     for path in folder.iterdir():
-        limit = time.time() - (UNUSED_DAYS if path.suffix == ".lock" else days) * 86_400
-        try:
-            if path.stat().st_mtime < limit and str(path) not in mapped_paths:
-                path.unlink()  # processes that have the file open keep it
-        except FileNotFoundError:
-            continue
+        is_lock = path.suffix == ".lock"
+        limit = time.time() - (UNUSED_DAYS if is_lock else days) * 86_400
+        with suppress(FileNotFoundError):
+            last_use = path.stat().st_mtime if is_lock else path.stat().st_atime  # a copy has the time of its original
+            if last_use < limit:
+                unused_paths.append(path)
+    mapped_paths = _mapped_paths() if unused_paths else set()
+    for path in unused_paths:
+        if str(path) not in mapped_paths:
+            path.unlink(missing_ok=True)  # processes that have the file open keep it
 
 
 def _mapped_paths() -> set[str]:

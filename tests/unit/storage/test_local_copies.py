@@ -14,6 +14,7 @@ import pytest
 
 from rayrec.errors import DamagedArtifactError, StorageError
 from rayrec.storage import object_storage
+from rayrec.storage.artifacts import sha256
 from rayrec.storage.workspace import Workspace
 
 
@@ -85,6 +86,39 @@ def test_bytes_that_were_damaged_on_their_way_are_fetched_again(remote: Workspac
             with pytest.raises(DamagedArtifactError):
                 remote.read_array("a.npy", hashlib.sha256(original).hexdigest())
     assert remote.read_array("a.npy", hashlib.sha256(original).hexdigest())[999] == 999
+
+
+def test_a_copy_that_was_cut_off_or_changed_is_made_again(remote: Workspace) -> None:
+    remote.write_array("large.npy", np.arange(200_000))  # over a megabyte: its checksum is kept with the copy
+    os.utime(f"/{remote.root}/large.npy", (1_700_000_000, 1_700_000_000))
+    expected = sha256(remote, "large.npy")
+    original = remote.local_file("large.npy", expected).read_bytes()
+    for content in (b"", original[:-1], bytes(len(original))):
+        remote.local_file("large.npy").write_bytes(content)
+        assert remote.local_file("large.npy", expected).read_bytes() == original
+        remote.local_file("large.npy").write_bytes(content)
+        assert remote.sha256_on_node("large.npy") == expected
+        assert remote.local_file("large.npy").read_bytes() == original
+
+
+def test_a_copy_survives_a_power_cut(remote: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole copy is on the disk before it gets its name."""
+    synced_sizes: dict[str, int] = {}
+    renamed_paths: list[Path] = []
+    fsync, rename = os.fsync, Path.replace
+
+    def record_fsync(descriptor: int) -> None:
+        synced_sizes[os.readlink(f"/proc/self/fd/{descriptor}")] = os.fstat(descriptor).st_size
+        fsync(descriptor)
+
+    def record_rename(source: Path, target: Path) -> Path:
+        assert synced_sizes[str(source)] == source.stat().st_size
+        renamed_paths.append(target)
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_rename)
+    assert remote.local_file("a.npy") in renamed_paths
 
 
 def test_copies_that_nobody_has_used_for_days_go_when_the_next_is_made(remote: Workspace, tmp_path: Path) -> None:
