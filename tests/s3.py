@@ -14,7 +14,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 inner = DomainDispatcherApplication(create_backend_app)
-chance, asked, failed = {"share": 0.0}, [0], [0]
+chance, asked, failed = {"share": 0.0, "denied": []}, [0], [0]
 draw = random.Random(1)
 
 def app(environ, start_response):
@@ -25,6 +25,10 @@ def app(environ, start_response):
         start_response("200 OK", [("Content-Type", "application/json")])
         return [json.dumps({"asked": asked[0], "failed": failed[0]}).encode()]
     asked[0] += 1
+    if environ["REQUEST_METHOD"] in chance["denied"]:
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        start_response("403 Forbidden", [("Content-Type", "application/xml")])
+        return [b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>planted</Message></Error>"]
     if draw.random() < chance["share"]:
         failed[0] += 1
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -57,6 +61,10 @@ class S3Server:
     def fail(self, share: float) -> None:
         """From now on, answer this share of all requests with 500 or 503, at once or after 4 seconds."""
         self._send_request(json.dumps({"share": share}).encode())
+
+    def deny(self, *methods: str) -> None:
+        """From now on, answer the HTTP requests with these methods, and no others, with 403."""
+        self._send_request(json.dumps({"denied": methods}).encode())
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of requests received (`asked`) and failed so far."""

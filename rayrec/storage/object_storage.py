@@ -39,6 +39,9 @@ CACHE_VARIABLE = "RAYREC_CACHE"  # environment variable with the folder of the l
 UNUSED_DAYS = 3.0  # days after its last use at which a cached file is deleted
 UNUSED_DAYS_ON_FULL_DISK = 1 / 24  # the same where the disk has no space for another file
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
+RIGHTS = (  # of object storage that a workspace needs
+    "s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject on the bucket, or storage.objectAdmin on gs://"
+)
 BLOCK = 1 << 22
 SMALL = 1 << 20  # bytes below which a file is read again, since that is faster than a look-up in the cache
 
@@ -101,7 +104,10 @@ class ConditionalWriter(Protocol):
     """Writes objects under a condition. Paths are `bucket/key`."""
 
     def create(self, path: str, content: bytes) -> bool:
-        """Write an object if it does not exist; otherwise return False."""
+        """Write an object if it does not exist; otherwise return False.
+
+        Raises `InputError` if the bucket does not exist.
+        """
         ...
 
     def read(self, path: str) -> tuple[bytes, str]:
@@ -168,7 +174,7 @@ class _S3Writer:
         except ClientError as error:
             if _status(error) == NOT_FOUND:
                 return b"", ""
-            raise _storage_error(path, error) from error
+            raise storage_error(path, error) from error
         return response["Body"].read(), response["ETag"]
 
     def _put(self, path: str, content: bytes, condition: dict[str, str]) -> bool:
@@ -178,9 +184,11 @@ class _S3Writer:
         try:
             self._client.put_object(Bucket=bucket, Key=key, Body=content, **condition)
         except ClientError as error:
+            if _status(error) == NOT_FOUND and "IfNoneMatch" in condition:
+                raise _no_bucket_error(bucket) from error
             if _status(error) in (NOT_FOUND, CONFLICT, PRECONDITION_FAILED):
                 return False
-            raise _storage_error(path, error) from error
+            raise storage_error(path, error) from error
         return True
 
 
@@ -225,7 +233,7 @@ class GcsWriter:
         except HttpError as error:
             if error.resp.status == NOT_FOUND:
                 return b"", ""
-            raise _storage_error(path, error) from error
+            raise storage_error(path, error) from error
 
     def _put(self, path: str, content: bytes, generation: int) -> bool:
         from googleapiclient.errors import HttpError
@@ -237,16 +245,26 @@ class GcsWriter:
         try:
             request.execute(num_retries=CLIENT_ATTEMPTS)
         except HttpError as error:
+            if error.resp.status == NOT_FOUND and not generation:
+                raise _no_bucket_error(bucket) from error
             if error.resp.status in (NOT_FOUND, PRECONDITION_FAILED):
                 return False
-            raise _storage_error(path, error) from error
+            raise storage_error(path, error) from error
         return True
 
 
-def _storage_error(path: str, error: Exception) -> StorageError:
-    return StorageError(
-        f"{path} could not be read or written: {error}; run the command again when the storage is available"
+def storage_error(path: str, error: Exception) -> StorageError:
+    """Return the error to raise after an error of a client of object storage; it names the missing rights if any."""
+    text = str(error).lower().replace("_", "")
+    is_denied = any(word in text for word in ("accessdenied", "permissiondenied", "forbidden", "httperror 403"))
+    advice = (
+        f"give this machine's role {RIGHTS}" if is_denied else "run the command again when the storage is available"
     )
+    return StorageError(f"{path} could not be read or written: {first_line(error)}; {advice}")
+
+
+def _no_bucket_error(bucket: str) -> InputError:
+    return InputError(f"bucket {bucket} does not exist; create it, or correct the workspace's URI")
 
 
 def upload(filesystem: pafs.FileSystem, local: Path, target: str) -> None:

@@ -27,6 +27,7 @@ from rayrec.storage.object_storage import (
     checksum,
     open_uri,
     patient,
+    storage_error,
     upload,
     without_secrets,
 )
@@ -128,7 +129,7 @@ class Workspace:
 
     All paths are relative to the root, with forward slashes. Every write appears completely or not at all: a temporary
     file that is renamed on a local disk, a single put on a bucket. A workspace pickles as its URI, so it can be sent to
-    Ray workers.
+    Ray workers. If object storage fails or refuses access, methods raise `StorageError`.
 
     Raises `InputError` for a URI without a bucket, one that pyarrow cannot open and one that contains a key or
     password, for an empty path, and for a path that is a file or cannot be read.
@@ -176,13 +177,35 @@ class Workspace:
         prefix, separator, options = self.uri.partition("?")
         return f"{prefix.rstrip('/')}/{path}{separator}{options}"
 
+    @contextmanager
+    def _requests(self, path: str) -> Iterator[None]:
+        """Raise `StorageError` if object storage fails in a with block, such as without rights."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if self.is_local:
+                raise
+            raise storage_error(self.full(path), error) from error
+
+    def _info(self, path: str) -> pafs.FileInfo:
+        with self._requests(path):
+            return self.filesystem.get_file_info(self.full(path))
+
+    def _infos_in(self, folder: str, *, recursive: bool = False) -> list[pafs.FileInfo]:
+        """Return what is in a folder; nothing if it does not exist."""
+        with self._requests(folder):
+            selector = pafs.FileSelector(self.full(folder), allow_not_found=True, recursive=recursive)
+            return list(self.filesystem.get_file_info(selector))
+
     def exists(self, path: str) -> bool:
         """Return True if a file or folder exists."""
-        return bool(self.filesystem.get_file_info(self.full(path)).type != pafs.FileType.NotFound)
+        return bool(self._info(path).type != pafs.FileType.NotFound)
 
     def size(self, path: str) -> int:
         """Return the bytes of all files at or below `path`; 0 if there are none."""
-        info = self.filesystem.get_file_info(self.full(path))
+        info = self._info(path)
         return int(info.size) if info.type == pafs.FileType.File else sum(self.sizes(path).values())
 
     def files(self, path: str) -> list[str]:
@@ -191,32 +214,29 @@ class Workspace:
 
     def sizes(self, path: str) -> dict[str, int]:
         """Return path -> bytes of all files below a folder, from one listing, without hidden and temporary files."""
-        selector = pafs.FileSelector(self.full(path), allow_not_found=True, recursive=True)
         return {
             posixpath.relpath(info.path, self.root): int(info.size)
-            for info in self.filesystem.get_file_info(selector)
+            for info in self._infos_in(path, recursive=True)
             if info.type == pafs.FileType.File and not info.base_name.startswith(".")
         }
 
     @property
     def is_empty(self) -> bool:
         """True if the root does not exist, or contains no file and no folder."""
-        selector = pafs.FileSelector(self.full(""), allow_not_found=True)
-        return not self.filesystem.get_file_info(selector)
+        return not self._infos_in("")
 
     def folders(self, path: str) -> list[str]:
         """Return the sorted names of the folders directly in a folder."""
-        selector = pafs.FileSelector(self.full(path), allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
-        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+        return sorted(info.base_name for info in self._infos_in(path) if info.type == pafs.FileType.Directory)
 
     def delete(self, path: str) -> None:
         """Delete a file, or a folder with its contents; do nothing if it does not exist."""
-        info = self.filesystem.get_file_info(self.full(path))
-        if info.type == pafs.FileType.Directory:
-            self.filesystem.delete_dir(self.full(path))
-        elif info.type == pafs.FileType.File:
-            self.filesystem.delete_file(self.full(path))
+        info = self._info(path)
+        with self._requests(path):
+            if info.type == pafs.FileType.Directory:
+                self.filesystem.delete_dir(self.full(path))
+            elif info.type == pafs.FileType.File:
+                self.filesystem.delete_file(self.full(path))
 
     def delete_unfinished(self, path: str) -> None:
         """Delete the temporary files of killed writers below a folder; there are none on object storage.
@@ -232,14 +252,16 @@ class Workspace:
         """Rename a file; an existing target is replaced."""
         if self.is_local:
             _make_folder(Path(self.full(target)).parent)
-        self.filesystem.move(self.full(source), self.full(target))
+        with self._requests(source):
+            self.filesystem.move(self.full(source), self.full(target))
         if self.is_local:
             _sync(Path(self.full(target)).parent)
 
     def open_input(self, path: str) -> pa.NativeFile:
         """Open a random access file. Raises `NotFoundError` if it does not exist."""
         try:
-            return self.filesystem.open_input_file(self.full(path))
+            with self._requests(path):
+                return self.filesystem.open_input_file(self.full(path))
         except FileNotFoundError as error:
             raise NotFoundError(
                 f"{path} not found in workspace {self.uri}; `rayrec verify` lists damaged parts"
@@ -284,7 +306,7 @@ class Workspace:
 
     def read_bytes(self, path: str) -> bytes:
         """Return the content of a file."""
-        with self.open_input(path) as stream:
+        with self._requests(path), self.open_input(path) as stream:
             return bytes(stream.read())
 
     def write_bytes(self, path: str, data: bytes) -> str:
@@ -324,7 +346,7 @@ class Workspace:
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
         """Return a Parquet file as a table."""
-        with self.open_input(path) as stream:
+        with self._requests(path), self.open_input(path) as stream:
             return pq.read_table(stream, columns=columns)
 
     def write_table(self, path: str, table: pa.Table, row_group_rows: int = 100_000) -> str:
@@ -339,14 +361,14 @@ class Workspace:
         For a file on a bucket this is a copy that the processes of a node share; see `cached` for `sha256`.
         Raises `NotFoundError` if the file does not exist.
         """
-        info = self.filesystem.get_file_info(self.full(path))
+        info = self._info(path)
         if info.type != pafs.FileType.File:
             raise NotFoundError(f"{path} not found in workspace {self.uri}; `rayrec verify` lists damaged parts")
         return Path(info.path) if self.is_local else cached(self.filesystem, info, sha256)
 
     def sha256_on_node(self, path: str) -> str:
         """Return the sha256 of a file. Only one process of this node reads a large file, or copies it from a bucket."""
-        info = self.filesystem.get_file_info(self.full(path))
+        info = self._info(path)
         if not self.is_local and info.size >= SMALL:
             cached(self.filesystem, info)
         return checksum(self.filesystem, info)

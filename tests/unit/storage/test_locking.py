@@ -154,6 +154,8 @@ def test_google_storage_is_locked_by_generation() -> None:
         ({"status": "200"}, '{"generation": "6"}'),  # replaced
         ({"status": "412"}, "{}"),  # another writer came first
         ({"status": "403"}, '{"error": {"message": "no rights"}}'),
+        ({"status": "404"}, '{"error": {"message": "no bucket"}}'),
+        ({"status": "404"}, '{"error": {"message": "deleted meanwhile"}}'),
     ]
     sequence = http.HttpMockSequence(responses)
     writer = GcsWriter(sequence)
@@ -163,8 +165,11 @@ def test_google_storage_is_locked_by_generation() -> None:
     assert writer.read("bucket/a/lock") == (b"", "")
     assert writer.replace("bucket/a/lock", b"2", "5")
     assert not writer.replace("bucket/a/lock", b"2", "5")
-    with pytest.raises(StorageError, match="bucket/a/lock could not be read or written"):
+    with pytest.raises(StorageError, match=r"bucket/a/lock could not be read or written.*storage\.objectAdmin"):
         writer.create("bucket/a/lock", b"1")
+    with pytest.raises(InputError, match="bucket bucket does not exist; create it"):
+        writer.create("bucket/a/lock", b"1")
+    assert not writer.replace("bucket/a/lock", b"2", "5")
     requested_uris = [uri for uri, *_ in sequence.request_sequence]
     assert "ifGenerationMatch=0" in requested_uris[0]
     assert "generation=5" in requested_uris[3]

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from s3 import S3Server, s3_server
 
-from rayrec.errors import BusyError, StorageError
+from rayrec.errors import BusyError, InputError, StorageError
 from rayrec.storage import locking, object_storage
 from rayrec.storage.locking import exclusive, lock_holder, unlock
 from rayrec.storage.workspace import LOCK_HOLDER, Workspace
@@ -30,6 +30,7 @@ def server() -> Iterator[S3Server]:
 def remote(server: S3Server, request: pytest.FixtureRequest) -> Iterator[Workspace]:
     yield Workspace(server.uri(request.node.name))
     server.fail(0.0)
+    server.deny()
 
 
 def test_a_write_that_fails_leaves_the_existing_file(remote: Workspace) -> None:
@@ -65,6 +66,33 @@ def test_the_error_names_a_file_that_storage_does_not_accept_and_the_existing_fi
         workspace.write_bytes("f", b"new" * 1000)
     server.fail(0.0)
     assert workspace.read_bytes("f") == b"old"
+
+
+def test_the_error_of_a_read_without_rights_names_them(remote: Workspace, server: S3Server) -> None:
+    remote.write_json("a/f.json", {})
+    server.deny("GET", "HEAD")
+    reads: list[Callable[[], object]] = [
+        lambda: remote.exists("a/f.json"),
+        lambda: remote.files("a"),
+        lambda: remote.folders(""),
+        lambda: remote.is_empty,
+        lambda: remote.read_json("a/f.json"),
+        lambda: remote.local_file("a/f.json"),
+    ]
+    for read in reads:
+        with pytest.raises(
+            StorageError, match=r"could not be read or written: .*; give this machine's role s3:ListBucket"
+        ):
+            read()
+    server.deny("GET", "HEAD", "PUT", "POST")
+    with pytest.raises(StorageError, match=r"could not be read or written: .*; give this machine's role s3:ListBucket"):
+        take_lock(remote)
+
+
+def test_a_bucket_that_does_not_exist_is_no_locked_workspace(server: S3Server) -> None:
+    missing = Workspace(server.uri("w").replace("s3://bucket/", "s3://no-such-bucket/"))
+    with pytest.raises(InputError, match="bucket no-such-bucket does not exist; create it"):
+        take_lock(missing)
 
 
 OTHER_HOLDER = {
