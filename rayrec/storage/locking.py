@@ -2,7 +2,9 @@
 
 On a local disk the lock is a file lock, which the operating system releases when the process ends in any way. On
 object storage the lock is an object that a conditional put creates only if it does not exist: if two runs start at the
-same time, one is refused. A killed run leaves its object. The next run on the same machine takes it over at once. A run
+same time, one is refused. A killed run leaves its object, and so does one that may not delete it. The next run on the
+same machine takes it over at once: it sees that the process has ended, or that the lock is one of its own process that
+no run there holds. A run
 on another machine or in another container watches it: a living run renews its lock every `RENEW_SECONDS`, so a lock
 that does not change for `WATCH_SECONDS` is taken over. No clocks are compared. `rayrec unlock` deletes a lock at once.
 
@@ -39,6 +41,9 @@ WATCH_SECONDS = 300.0  # time without a renewal after which the run of another m
 LOST_LOCK = signal.SIGUSR2  # interrupts the main thread of a run
 READS_PER_RENEWAL = 3  # of a lock that is watched
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+_own_tokens: set[str] = set()  # of the holders of this process that take, hold or give back a lock on object storage
 _held_locks: dict[tuple[str, int], "_Lease | None"] = {}  # (workspace, thread) of this process -> its lock
 
 P = ParamSpec("P")
@@ -52,6 +57,7 @@ class Holder:
     host: str
     pid_namespace: int  # differs between containers with the same host name; 0 if the system has none
     pid: int
+    process_start: str  # when the process started, see `_process_start`: after its end another may get its number
     command: str
     since: str  # ISO 8601, UTC
     token: str  # unique to this run
@@ -65,6 +71,7 @@ class Holder:
             host=socket.gethostname(),
             pid_namespace=_pid_namespace(),
             pid=os.getpid(),
+            process_start=_process_start(os.getpid()),
             command=command,
             since=since,
             token=uuid.uuid4().hex,
@@ -78,9 +85,13 @@ class Holder:
 
     @property
     def is_known_dead(self) -> bool:
-        """True if the run was on this machine, in this process namespace, and its process has ended."""
+        """True if the run was on this machine, in this process namespace, and has ended."""
         if not self.is_on_this_machine:
             return False
+        if self.process_start != _process_start(self.pid):
+            return True
+        if self.pid == os.getpid():
+            return self.token not in _own_tokens
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -97,6 +108,14 @@ def _pid_namespace() -> int:
     with suppress(OSError):  # not Linux
         return os.stat("/proc/self/ns/pid").st_ino
     return 0
+
+
+def _process_start(pid: int) -> str:
+    """Return the boot of the system and the start of a process in clock ticks; empty without a process or /proc."""
+    with suppress(OSError):
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{BOOT_ID.read_text().strip()} {ticks}"
+    return ""
 
 
 def writes(command: str) -> Callable[[Callable[Concatenate[Workspace, P], R]], Callable[Concatenate[Workspace, P], R]]:
@@ -284,7 +303,18 @@ class _Lease:
 @contextmanager
 def _object_lock(workspace: Workspace, holder: Holder) -> Iterator[_Lease]:
     writer, path = conditional_writer(workspace.filesystem), workspace.full(LOCK_HOLDER)
-    _take(workspace, writer, path, holder)
+    _own_tokens.add(holder.token)
+    try:
+        _take(workspace, writer, path, holder)
+        with _renewed(workspace, writer, path, holder) as lease:
+            yield lease
+    finally:
+        _own_tokens.discard(holder.token)
+
+
+@contextmanager
+def _renewed(workspace: Workspace, writer: ConditionalWriter, path: str, holder: Holder) -> Iterator[_Lease]:
+    """Renew a lock on object storage in a with block, and give it back at the end."""
     lease = _Lease(workspace, writer, path, holder)
     try:
         try:
@@ -298,9 +328,22 @@ def _object_lock(workspace: Workspace, holder: Holder) -> Iterator[_Lease]:
         lease.require_held(error)  # a lost lock is the reason for an interrupt
         raise
     finally:
+        _give_back(workspace, holder)
+
+
+def _give_back(workspace: Workspace, holder: Holder) -> None:
+    """Delete the lock of a run unless another run holds it now. A failure is only a warning: the work is done."""
+    try:
         current_holder = _read_holder(workspace, LOCK_HOLDER)
         if current_holder is not None and current_holder.token == holder.token:
             workspace.delete(LOCK_HOLDER)
+    except (StorageError, OSError) as error:  # the client has repeated the request
+        print(
+            f"Warning: the lock of workspace {workspace.uri} was not deleted: {error}. The next run on this machine "
+            f"takes it over at once, one on another machine after {WATCH_SECONDS:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def lock_holder(workspace: Workspace) -> Holder | None:

@@ -81,13 +81,14 @@ def open_uri(uri: str, noun: str) -> tuple[pafs.FileSystem, str]:
     """
     require_no_credentials(uri, noun)
     try:
-        return pafs.FileSystem.from_uri(uri)
+        filesystem, path = pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError) as error:
         reason = "" if isinstance(error, pa.ArrowInvalid) else f": {first_line(error)}"  # the parser's text has the URI
         raise InputError(
             f"{noun} {without_secrets(uri)} cannot be opened{reason}; expected a local path, s3://bucket/prefix or "
             "gs://bucket/prefix, with special characters percent-encoded and only options of pyarrow after `?`"
         ) from None
+    return filesystem, path
 
 
 def patient(filesystem: pafs.FileSystem) -> pafs.FileSystem:

@@ -1,11 +1,14 @@
 """Object storage: files are whole or absent, failed requests are repeated, and lasting failures give a clear error."""
 
+import os
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +102,7 @@ OTHER_HOLDER = {
     "host": "elsewhere",
     "pid_namespace": 1,
     "pid": 7,
+    "process_start": "",
     "command": "train",
     "since": "2026-11-24T10:00:00",
     "token": "t",
@@ -317,6 +321,30 @@ def test_a_lock_whose_put_is_sent_again_since_its_answer_was_lost_is_held(
 def take_lock(workspace: Workspace) -> None:
     with exclusive(workspace, "train"):
         pass
+
+
+def test_a_lock_that_may_not_be_deleted_is_a_warning_and_the_next_run_takes_it_over(
+    remote: Workspace, server: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.deny("DELETE")
+    for _ in range(2):
+        take_lock(remote)
+        assert re.search(r"Warning: the lock of workspace .* was not deleted: .* role s3:", capsys.readouterr().err)
+        assert remote.read_json(LOCK_HOLDER)["pid"] == os.getpid()
+    server.deny()
+    take_lock(remote)
+    assert not remote.exists(LOCK_HOLDER)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="no /proc, which has the starts of processes: run it on Linux")
+def test_the_lock_of_a_dead_process_is_taken_over_though_another_process_has_its_number(remote: Workspace) -> None:
+    with exclusive(remote, "taste"):
+        own_holder = remote.read_json(LOCK_HOLDER)
+    boot, ticks = own_holder["process_start"].split()
+    for start in (f"another-boot {ticks}", f"{boot} 1"):
+        remote.write_json(LOCK_HOLDER, {**own_holder, "pid": os.getppid(), "process_start": start})
+        take_lock(remote)
+        assert not remote.exists(LOCK_HOLDER)
 
 
 def test_a_lock_that_another_run_took_meanwhile_is_not_given_back(remote: Workspace) -> None:
