@@ -342,7 +342,7 @@ def update(call: Call, config: UpdateConfig) -> CommandOutput:
 
     Appends the plays, updates retrieval and taste vectors, continues the training if many plays are new, and compares
     the new release with the live one on the newest plays. It goes live unless its recall@20 as served is lower by more
-    than 0.005; then the exit code is 1.
+    than 0.005 and by more than chance; then the exit code is 1.
     """
     from rayrec.jobs.update import update as job
 
@@ -351,7 +351,7 @@ def update(call: Call, config: UpdateConfig) -> CommandOutput:
     except TooManyRejectedError as error:
         return too_many_rejected(error)
     appended = result.appended
-    new_counts = {"new plays": appended.plays, "new users": appended.users, "new songs": appended.songs}
+    new_counts = {"new plays": result.new_plays, "new users": result.new_users, "new songs": result.new_songs}
     state_counts = {} if result.states is None else {"states loaded": result.states.users}
     views: list[RenderableType] = [
         values_view("Update", {**new_counts, "merged": appended.merged, "trained": result.trained, **state_counts})

@@ -200,7 +200,7 @@ def delete_garbage(workspace: Workspace, garbage: Iterable[Garbage], config: Cle
         release_id for release_id in state["history"] if workspace.exists(f"{releases.KIND}/{release_id}/manifest.json")
     ]
     if history != state["history"]:
-        releases.write_active(workspace, state["active"], history)
+        releases.write_active(workspace, state["active"], history, state["rolled_back"])
     _delete(workspace, [item for item in unused if item not in unused_releases])
     return unused
 

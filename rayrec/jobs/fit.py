@@ -84,6 +84,14 @@ class Quality:
         criteria = {"model": model, "target": target, "metric": metric}
         return next((row["value"] for row in self.results if criteria.items() <= row.items()), None)
 
+    def difference(self, model: str, other: str) -> Entry:
+        """Return the difference in recall@20 as served (`model` - `other`), with its 95 % interval, low and high.
+
+        `model` is the first of the models that were measured.
+        """
+        criteria = {"model": model, "other": other, "target": "served", "metric": "recall"}
+        return next(row for row in self.comparisons if criteria.items() <= row.items())
+
     def table(self) -> list[list[Any]]:
         """Return one row per model: name, recall@20 as served, low, high, MRR@20, and both of all next plays."""
         served_rows = [row for row in self.results if row["target"] == "served" and row["metric"] == "recall"]

@@ -36,10 +36,11 @@ from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, Manifest
 from rayrec.storage.locking import writes
-from rayrec.storage.releases import VALIDATION, activate_release, active_release, require_dataset_of
+from rayrec.storage.releases import VALIDATION, activate_release, active_release, read_active, require_dataset_of
 from rayrec.storage.workspace import Workspace
 
 TOLERANCE = 0.005  # recall@20 as served may be this much lower than the live release's
+MIN_QUERIES = 30  # fewer queries as served are no comparison
 LIVE, NEW = "live", "new"
 
 
@@ -48,7 +49,11 @@ class UpdateResult:
     """The result of an update."""
 
     outcomes: list[Outcome]
-    appended: ImportResult  # counts of the import, among them the new plays, users and songs
+    appended: ImportResult  # counts of the import
+    # Numbers beyond those of the data set of the live release: also of plays that a killed run had appended.
+    new_plays: int
+    new_users: int
+    new_songs: int
     trained: bool
     release: str  # id of the new release, or of the live one if no play is new
     live: bool  # True if this release is live now
@@ -59,9 +64,9 @@ class UpdateResult:
     def to_mapping(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {
-            "new_plays": self.appended.plays,
-            "new_users": self.appended.users,
-            "new_songs": self.appended.songs,
+            "new_plays": self.new_plays,
+            "new_users": self.new_users,
+            "new_songs": self.new_songs,
             "merged": self.appended.merged,
             "import": dict(self.appended.last_import),
             "trained": self.trained,
@@ -86,10 +91,11 @@ def update(
 
     Taste vectors and retrieval then cover the new plays, users and songs. If more than `train_share` of all plays are
     newer than the model, or with `train`, its training continues and the rankers are trained again. The new release is
-    compared with the live one on the newest plays: for this it is fitted without them, and its recall@20 as served must
-    be at least the live release's less 0.005. If there are too few new plays to compare on, a release with the same
-    model goes live without a comparison. The states are loaded into `store`, or into the workspace's own store if there
-    is one.
+    compared with the live one on the newest plays: for this it is fitted without them. It does not go live if its
+    recall@20 as served is lower than the live release's by more than 0.005, and by more than chance: the 95 % interval
+    of the difference lies below 0. With fewer than 30 queries to compare on, a release with the same model goes live
+    without a comparison. A release that was rolled back does not go live again by an update. The states are loaded into
+    `store`, or into the workspace's own store if there is one.
 
     Settings that are not given are those of the first import: the columns, as far as the files have them, the time zone
     of times without one, the share of a song below which a play counts as skipped, and the user ID, if all imports of
@@ -114,14 +120,19 @@ def update(
         for message in import_notes(import_result.last_import):
             on_note(message)
         dataset = Dataset(workspace)
+        new_counts = _new_counts(dataset, live_release)
         if dataset.manifest.plays_id == dataset.earlier(live_release.inputs["dataset"]).plays_id:
             reason = "no play is newer than the live release"
             return UpdateResult(
-                outcomes=[], appended=import_result, trained=False, release=live_release.id, live=True, reason=reason
+                outcomes=[],
+                appended=import_result,
+                trained=False,
+                release=live_release.id,
+                live=True,
+                reason=reason,
+                **new_counts,
             )
-        on_note(
-            f"{import_result.plays:,} new plays, {import_result.users:,} new users, {import_result.songs:,} new songs"
-        )
+        on_note(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in new_counts.items()))
         return _Update(dataset, live_release, on_stage, on_note).run(import_result, config)
 
 
@@ -157,6 +168,18 @@ def _import_config(config: UpdateConfig, manifest: DatasetManifest, on_note: Cal
     return import_config if config.max_rejected is None else import_config.replace(max_rejected=config.max_rejected)
 
 
+def _new_counts(dataset: Dataset, live_release: Manifest) -> dict[str, int]:
+    """Return the numbers of plays, users and songs of the data set that the live release's data set lacks.
+
+    The keys are those of `UpdateResult`. A number is 0 if more were deleted since than added.
+    """
+    live_dataset = dataset.earlier(live_release.inputs["dataset"])
+    return {
+        f"new_{name}": max(0, getattr(dataset.manifest, name) - getattr(live_dataset, name))
+        for name in ("plays", "users", "songs")
+    }
+
+
 class _Update:
     """One update of a live release to the plays of a data set."""
 
@@ -182,6 +205,7 @@ class _Update:
 
     def run(self, import_result: ImportResult, config: UpdateConfig) -> UpdateResult:
         stages, workspace = self.stages, self.workspace
+        new_counts = _new_counts(self.dataset, self.live_release)
         stages.split = hold_back_validation(self.dataset, since=self._unseen_from())
         new_share = self._share_of_new_plays()
         is_trained = config.train or new_share > config.train_share
@@ -195,14 +219,24 @@ class _Update:
             self._keep_model()
         self.dataset = Dataset(workspace)  # described songs have come into its catalog
         quality = self._measure_quality(is_trained)
+        if is_trained and quality is None:
+            self.on_note(
+                f"The trained model has fewer than {MIN_QUERIES} queries to be compared on: the model stays unchanged"
+            )
+            is_trained = False
+            stages.artifact_ids.clear()
+            self._keep_model()
+            quality = self._measure_quality(is_trained)
         if quality is not None:
             model_name = "two-step" if "rank" in stages.artifact_ids else "taste"
             stages.release_metrics = {VALIDATION: quality.summary(NEW, model_name)}
-        is_accepted, reason = _verdict(quality, is_trained)
+        is_accepted, reason = decide(quality)
         for name, settings in (("taste", TasteConfig()), ("index", IndexConfig())):
             stages.run(name, settings)
         stages.run("release", ReleaseConfig(activate=False))
         release = artifacts.load_manifest(workspace, "releases", stages.artifact_ids["release"])
+        if is_accepted and release.id in read_active(workspace)["rolled_back"]:
+            is_accepted, reason = False, "it was rolled back"
         states = None
         if is_accepted:
             states = self._load_states(release, config.store)
@@ -218,6 +252,7 @@ class _Update:
             reason=reason,
             quality=quality,
             states=states,
+            **new_counts,
         )
 
     def _unseen_from(self) -> int:
@@ -268,8 +303,9 @@ class _Update:
             self.stages.run("retrieval", from_mapping(RetrievalConfig, self.retrieval.config, "retrieval"))
 
     def _measure_quality(self, is_trained: bool) -> Quality | None:
-        """Compare the new release, fitted without the newest plays, with the live one on them; None without queries.
+        """Compare the new release, fitted without the newest plays, with the live one on them.
 
+        None with fewer than `MIN_QUERIES` queries as served.
         Only the networks are compared if the live release has no rankers and the model is not trained again.
         """
         split, workspace, artifact_ids = self.stages.split, self.workspace, self.stages.artifact_ids
@@ -310,7 +346,7 @@ class _Update:
             song_plays=self._plays_before(split, retrieval),
             checking_users=is_trained and rankers is not None,
         )
-        return quality if quality.queries else None
+        return quality if quality.queries >= MIN_QUERIES else None
 
     def _plays_before(self, split: Split, retrieval: Manifest | None) -> np.ndarray:
         """Return int64 (N,): the plays of each song before the validation range; without a retrieval, count them."""
@@ -330,15 +366,20 @@ class _Update:
             return load_states(self.dataset, state_store, release)
 
 
-def _verdict(quality: Quality | None, is_trained: bool) -> tuple[bool, str]:
-    """Return whether the new release may go live, and the reason."""
+def decide(quality: Quality | None) -> tuple[bool, str]:
+    """Return whether the new release may go live, and the reason.
+
+    It may not if its recall@20 as served is lower than the live release's by more than `TOLERANCE` and the 95 %
+    interval of the paired difference lies below 0. A difference within chance is no loss: with fewer than 200 queries a
+    single query moves the recall by more than the tolerance. `quality` is None for too few queries; the release then
+    has the live release's model.
+    """
     if quality is None:
-        if is_trained:
-            return False, "none of the new plays can be used to compare the models"
         return True, "the model is the same, and the new plays are too few for a comparison"
-    new_recall, live_recall = quality.value(NEW) or 0.0, quality.value(LIVE) or 0.0
+    difference = quality.difference(NEW, LIVE)
     comparison = (
-        f"recall@20 as served on {quality.queries:,} new queries is {new_recall:.3f}, and {live_recall:.3f} for the "
-        "live release"
+        f"recall@20 as served on {quality.queries:,} new queries is {quality.value(NEW):.3f}, and "
+        f"{quality.value(LIVE):.3f} for the live release; the difference is {difference['difference']:+.3f} "
+        f"({difference['low']:+.3f} to {difference['high']:+.3f})"
     )
-    return new_recall >= live_recall - TOLERANCE, comparison
+    return difference["difference"] >= -TOLERANCE or difference["high"] >= 0, comparison

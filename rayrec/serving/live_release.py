@@ -433,7 +433,12 @@ def switch(workspace: Workspace, change: Callable[[], Manifest], wait: SwitchWai
         try:
             is_still_active = _read_with_retries(lambda: releases.read_active(workspace))["change"] == change_id
             if is_still_active:
-                releases.write_active(workspace, previous_activation["active"], previous_activation["history"])
+                releases.write_active(
+                    workspace,
+                    previous_activation["active"],
+                    previous_activation["history"],
+                    previous_activation["rolled_back"],
+                )
         except (StorageError, OSError) as restore_error:
             raise RayrecError(
                 f"{error}; release {release.id} is still live, since the workspace cannot be changed: {restore_error}; "

@@ -37,7 +37,7 @@ from rayrec.storage.workspace import (
 
 KIND = "releases"
 VALIDATION = "validation"  # key of a release's metrics: verdict, queries and figures measured before the last fit
-ACTIVE = "releases/active"  # JSON: `active`, `history` and `change` of `read_active`
+ACTIVE = "releases/active"  # JSON: the keys of `read_active`
 SONGS_FILE = SONGS_TABLE.removeprefix(f"{DATASET}/")
 CHECKSUMS = "checksums.json"  # path in the workspace -> sha256; of dataset.json it is the `content_checksum`
 # Files below dataset/ that do not change when plays are appended or playlists replaced.
@@ -157,12 +157,13 @@ def activate_release(workspace: Workspace, release_id: str) -> Manifest:
     history = state["history"]
     if state["active"] not in (None, release.id):
         history = [*history, state["active"]]
-    write_active(workspace, release.id, history)
+    rolled_back = [rolled_back_id for rolled_back_id in state["rolled_back"] if rolled_back_id != release.id]
+    write_active(workspace, release.id, history, rolled_back)
     return release
 
 
 def rollback(workspace: Workspace) -> Manifest:
-    """Make the previously live release live again.
+    """Make the previously live release live again; `update` does not make the release it replaces live by itself.
 
     Raises `InputError` if there was none, and `MismatchError` if its data set was replaced.
     """
@@ -175,7 +176,8 @@ def rollback(workspace: Workspace) -> Manifest:
     *history, previous_id = state["history"]
     release = artifacts.load_manifest(workspace, KIND, previous_id)
     require_dataset_of(workspace, release)
-    write_active(workspace, previous_id, history)
+    rolled_back = {*state["rolled_back"], state["active"]} - {None, previous_id}
+    write_active(workspace, previous_id, history, sorted(rolled_back))
     return release
 
 
@@ -190,20 +192,24 @@ def require_dataset_of(workspace: Workspace, release: Manifest) -> None:
 
 
 def read_active(workspace: Workspace) -> dict[str, Any]:
-    """Return `active`, the live id or None, `history`, the earlier live ids, oldest first, and `change`.
+    """Return `active`, `history`, `rolled_back` and `change`.
 
-    `change` is a unique id of the last activation. It shows followers that a release was activated again, even if it is
+    `active` is the live id or None, `history` are the earlier live ids, oldest first, and `rolled_back` the ids that
+    were rolled back and not activated since. `change` is a unique id of the last activation. It shows followers that a release was activated again, even if it is
     the same release.
     """
-    state: dict[str, Any] = {"active": None, "history": [], "change": ""}
+    state: dict[str, Any] = {"active": None, "history": [], "rolled_back": [], "change": ""}
     if workspace.exists(ACTIVE):
         state |= workspace.read_json(ACTIVE)
     return state
 
 
-def write_active(workspace: Workspace, release_id: str | None, history: list[str]) -> None:
-    """Make a release, or none, the live one, with a new `change` id."""
-    workspace.write_json(ACTIVE, {"active": release_id, "history": history, "change": uuid.uuid4().hex})
+def write_active(
+    workspace: Workspace, release_id: str | None, history: Sequence[str], rolled_back: Sequence[str]
+) -> None:
+    """Make a release, or none, the live one, with a new `change` id; the other values are those of `read_active`."""
+    state = {"active": release_id, "history": list(history), "rolled_back": list(rolled_back)}
+    workspace.write_json(ACTIVE, {**state, "change": uuid.uuid4().hex})
 
 
 def verify_release(

@@ -63,7 +63,7 @@ def test_current_and_live_artifacts_are_marked(workspace: Workspace) -> None:
         publish_artifact(workspace, "models", model, dataset="d1")
         publish_artifact(workspace, "releases", f"r-{model}", dataset="d1", models=model)
     make_current(workspace, "models", "m1")
-    write_active(workspace, "r-m2", [])
+    write_active(workspace, "r-m2", [], [])
     marked_artifacts = [text.split("  ")[0] for _, text in lines(workspace) if text.endswith("]")]
     assert marked_artifacts == ["model m1", "release r-m2"]
 

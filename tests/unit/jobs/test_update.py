@@ -16,11 +16,11 @@ from rayrec.data.moments import parse_timestamp
 from rayrec.data.split import SELECTION_FOLDER, load_split
 from rayrec.errors import InputError, MismatchError
 from rayrec.importing.import_plan import ImportConfig
-from rayrec.jobs.fit import fit
+from rayrec.jobs.fit import Quality, fit
 from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.job_config import FitConfig, UpdateConfig
 from rayrec.jobs.retrieval import fit_retrieval
-from rayrec.jobs.update import UpdateResult, update
+from rayrec.jobs.update import UpdateResult, decide, update
 from rayrec.model.added_songs import AddedSongs
 from rayrec.online.state_store import open_store, store_uri
 from rayrec.recommend.answer import RecommendConfig, answer, load_recommender
@@ -28,7 +28,7 @@ from rayrec.recommend.stored_retrieval import Retrieval
 from rayrec.recommend.two_step import checks_rankers
 from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage.artifacts import Manifest, load_manifest
-from rayrec.storage.releases import active_release, create_release
+from rayrec.storage.releases import activate_release, active_release, create_release, rollback
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.main import main
 
@@ -152,6 +152,54 @@ def test_the_same_plays_again_change_nothing(fitted: Workspace, tmp_path: Path) 
     first = run_update(fitted, path)
     second = run_update(fitted, path)
     assert (second.appended.plays, second.release, second.live, second.outcomes) == (0, first.release, True, [])
+
+
+def test_plays_that_a_killed_run_had_appended_count_as_new(fitted: Workspace, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "plays.csv", ring_plays(range(149, 152), plays=3, begin=20, days=1, **RING))
+    append_plays(fitted, ImportConfig(format="csv", paths=(path,), columns=COLUMNS))  # the killed run did no more
+    result = run_update(fitted, path)
+    assert (result.appended.plays, result.new_plays, result.new_users, result.new_songs) == (0, 9, 2, 0)
+    assert result.live
+
+
+def test_an_update_without_new_plays_does_not_undo_a_rollback(fitted: Workspace, tmp_path: Path) -> None:
+    before = live_release(fitted)
+    path = write_rows(tmp_path / "plays.csv", ring_plays(range(3), plays=3, begin=20, days=1, **RING))
+    first = run_update(fitted, path)
+    assert first.live
+    assert rollback(fitted) == before
+    again = run_update(fitted, path)
+    assert {outcome.status for outcome in again.outcomes} == {"skipped"}
+    assert (again.release, again.live, again.reason) == (first.release, False, "it was rolled back")
+    assert live_release(fitted) == before
+    activate_release(fitted, first.release)
+    assert run_update(fitted, path).live
+
+
+def planted_quality(new: float, live: float, difference: tuple[float, float, float], queries: int) -> Quality:
+    """Return the quality of a new and a live release: recall@20 of each, and the difference with its interval."""
+    labels = {"target": "served", "metric": "recall"}
+    values = {"new": new, "live": live}
+    value, low, high = difference
+    return Quality(
+        results=[{"model": model, **labels, "value": values[model], "plays": queries} for model in values],
+        comparisons=[{"model": "new", "other": "live", **labels, "difference": value, "low": low, "high": high}],
+    )
+
+
+@pytest.mark.parametrize(
+    ("quality", "accepted"),
+    [
+        (planted_quality(22 / 29, 23 / 29, (-1 / 29, -0.103, 0.0), 29), True),  # one query, within chance
+        (planted_quality(0.300, 0.304, (-0.004, -0.006, -0.002), 10_000), True),  # certain, within the tolerance
+        (planted_quality(0.300, 0.310, (-0.010, -0.021, 0.001), 1_000), True),
+        (planted_quality(0.300, 0.310, (-0.010, -0.014, -0.006), 10_000), False),
+    ],
+)
+def test_a_release_is_refused_only_if_it_is_worse_by_more_than_the_tolerance_and_by_more_than_chance(
+    quality: Quality, accepted: bool
+) -> None:
+    assert decide(quality)[0] == accepted
 
 
 def test_a_new_model_that_finds_less_is_kept_out(fitted: Workspace, tmp_path: Path) -> None:

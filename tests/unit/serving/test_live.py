@@ -249,7 +249,7 @@ def test_a_replica_reads_again_what_storage_failed_to_give_once(
 
 def test_another_change_in_between_is_left_alone(two: tuple[Workspace, str, str]) -> None:
     workspace, first, second = two
-    wait = SwitchWait(seconds=60, tell=lambda _: releases.write_active(workspace, first, ["by another"]))
+    wait = SwitchWait(seconds=60, tell=lambda _: releases.write_active(workspace, first, ["by another"], []))
     with pytest.raises(RayrecError, match="the live release was changed again"):
         switch(workspace, lambda: releases.activate_release(workspace, second), wait)
     assert releases.read_active(workspace)["history"] == ["by another"]

@@ -134,6 +134,18 @@ def test_rollback_returns_step_by_step_to_what_was_live_before(full: Workspace) 
         releases.rollback(full)
 
 
+def test_a_release_counts_as_rolled_back_until_it_is_activated_by_name(full: Workspace) -> None:
+    first = releases.create_release(full)
+    put_model(full, 2)
+    second = releases.create_release(full)
+    releases.rollback(full)
+    assert releases.read_active(full)["rolled_back"] == [second.id]
+    releases.activate_release(full, first.id)
+    assert releases.read_active(full)["rolled_back"] == [second.id]
+    releases.activate_release(full, second.id)
+    assert releases.read_active(full)["rolled_back"] == []
+
+
 def test_a_release_whose_data_set_was_replaced_does_not_go_live_again(full: Workspace) -> None:
     first = releases.create_release(full)
     put_dataset(full, "data2")
