@@ -185,8 +185,8 @@ def test_the_nightly_job_updates_and_then_cleans_in_one_workspace() -> None:
 
 def nightly_script(name: str) -> str:
     """The lines that a shell runs every night."""
-    if name == "operations.md":
-        (line,) = re.findall(r"^30 2 \* \* \* +(.*)$", (ROOT / "docs" / name).read_text("utf-8"), re.MULTILINE)
+    if name.endswith(".md"):
+        (line,) = re.findall(r"^30 2 \* \* \* +(.*)$", (ROOT / name).read_text("utf-8"), re.MULTILINE)
         return str(line).replace("\\%", "%")
     (job,) = manifests(name)
     if name == "nightly.yaml":
@@ -195,7 +195,7 @@ def nightly_script(name: str) -> str:
     return str(container["args"][0])
 
 
-@pytest.mark.parametrize("name", ["nightly.yaml", "cronjob.yaml", "operations.md"])
+@pytest.mark.parametrize("name", ["nightly.yaml", "cronjob.yaml", "docs/operations.md"])
 @pytest.mark.parametrize(("update", "clean", "expected"), [(0, 0, 0), (1, 0, 1), (0, 2, 2)])
 def test_every_night_cleans_whatever_the_update_returned_and_fails_if_one_of_both_failed(
     tmp_path: Path, name: str, update: int, clean: int, expected: int
@@ -209,6 +209,21 @@ def test_every_night_cleans_whatever_the_update_returned_and_fails_if_one_of_bot
     assert subprocess.run(["/bin/sh", "-c", script], check=False).returncode == expected
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [re.sub("^submit ", "", call).split()[0] for call in calls] == ["update", "clean"]
+
+
+@pytest.mark.parametrize("name", ["nightly.yaml", "cronjob.yaml", "docs/operations.md", "cluster/README.md"])
+def test_every_night_passes_the_files_of_the_last_three_days_so_that_a_failed_night_is_caught_up(name: str) -> None:
+    script = nightly_script(name)
+    commands = re.findall(r"\$\((date [^)]*)\)", script)
+    today = "2026-03-02"
+    days = [
+        subprocess.run(
+            ["/bin/sh", "-c", command.replace("--date ", f"--date {today}")], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for command in commands
+    ]
+    assert days == ["2026-02-27", "2026-02-28", "2026-03-01"]
+    assert script.count("plays/day=$(") == 3
 
 
 def test_the_service_runs_the_config_that_serve_yaml_holds() -> None:
