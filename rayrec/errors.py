@@ -78,6 +78,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def token_rejected(address: str) -> InputError:
+    """Return the error to raise if the Ray cluster at `address` rejects the token, or if there is none."""
+    return InputError(
+        f"the cluster at {address} rejects the token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's "
+        "token, or RAY_AUTH_TOKEN_PATH to its file"
+    )
+
+
 def ray_not_started(error: Exception, summary: str = "Ray could not be started on this machine") -> RayrecError:
     """Return the error to raise after an error of `ray.init`, which raises many types of exceptions."""
     text = first_line(error).rstrip(".")

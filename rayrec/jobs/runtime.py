@@ -19,9 +19,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch allocates mem
 
 import ray
 from ray.data import DataContext
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import AuthenticationError, NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
-from rayrec.errors import InputError, RayrecError, ray_not_started
+from rayrec.errors import InputError, RayrecError, ray_not_started, token_rejected
 
 LOGGER = logging.getLogger(__name__)
 CONNECT_SECONDS = 5.0
@@ -52,7 +52,8 @@ def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
     If the process is connected already, it uses that connection and leaves it open; otherwise it disconnects at the
     end. Ray's own logs and progress bars are turned off. `options` are passed to `ray.init` for a local cluster.
 
-    Raises `InputError` if no Ray cluster answers at the address, and `RayrecError` if Ray does not start.
+    Raises `InputError` if no Ray cluster answers at the address or if it rejects the token, and `RayrecError` if Ray
+    does not start.
     """
     if ray.is_initialized():
         quiet_data()
@@ -72,6 +73,8 @@ def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
             runtime_env={"env_vars": WORKER_ENVIRONMENT},
             **local,
         )
+    except AuthenticationError as error:
+        raise token_rejected(address or "local") from error
     except Exception as error:
         details = [f"the Ray cluster at {address} cannot be used"] if address else []
         raise ray_not_started(error, *details) from error

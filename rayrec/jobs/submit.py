@@ -21,7 +21,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from rayrec.display import LINES_VARIABLE
-from rayrec.errors import InputError, NotFoundError, RayrecError
+from rayrec.errors import InputError, NotFoundError, RayrecError, token_rejected
 from rayrec.storage.object_storage import require_no_credentials
 
 API_SERVER = "RAY_API_SERVER_ADDRESS"  # Ray's variable, which overrides the address passed to Ray
@@ -54,7 +54,8 @@ class Cluster:
     `address` is by default that in RAY_API_SERVER_ADDRESS or RAY_ADDRESS. If the cluster needs a token, Ray reads it
     from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
 
-    Raises `InputError` without an address or with a wrong token, `RayrecError` if no cluster answers.
+    Raises `InputError` without an address, for one that is no http:// or https:// URL and with a wrong token, and
+    `RayrecError` if no cluster answers.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -64,6 +65,8 @@ class Cluster:
                 f"Missing cluster address; pass --address http://HOST:8265 or set {API_SERVER}. "
                 "`ray dashboard cluster/aws.yaml` and `kubectl port-forward` forward that port"
             )
+        if not self.address.startswith(("http://", "https://")):
+            raise InputError(f"the cluster address is {self.address!r}; expected http://HOST:8265, its dashboard")
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
         with _convert_errors(self.address), _set_address(self.address):
             self._client = JobSubmissionClient(self.address)
@@ -212,10 +215,7 @@ def _convert_errors(address: str, job: str | None = None) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        raise InputError(
-            f"the cluster at {address} rejects the token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's "
-            "token, or RAY_AUTH_TOKEN_PATH to its file"
-        ) from error
+        raise token_rejected(address) from error
     except OSError as error:
         raise RayrecError(
             f"no Ray cluster answers at {address}; check the address and the port forwarding to its dashboard"

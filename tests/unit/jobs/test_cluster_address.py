@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 import ray
 from ray.data import DataContext
+from ray.exceptions import AuthenticationError
 
 from rayrec.errors import InputError, RayrecError
 from rayrec.jobs import runtime as cluster
@@ -112,6 +113,18 @@ def test_a_failed_start_of_ray_gives_an_error_of_one_line(
     with pytest.raises(kind, match=message) as error, ray_cluster():
         pass
     assert "\n" not in str(error.value)
+
+
+def test_a_cluster_that_rejects_the_token_gives_the_variables_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**options: object) -> None:
+        raise AuthenticationError("Authentication token invalid")
+
+    monkeypatch.setattr(cluster, "require_cluster", lambda address: None)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    message = "the cluster at head:6379 rejects the token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+    with pytest.raises(InputError, match=message), ray_cluster("head:6379"):
+        pass
 
 
 def test_a_connection_that_exists_already_shows_no_progress_bars_of_ray_data_either(
