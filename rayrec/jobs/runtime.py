@@ -19,7 +19,14 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch allocates mem
 
 import ray
 from ray.data import DataContext
-from ray.exceptions import AuthenticationError, NodeDiedError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    AuthenticationError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from rayrec.errors import InputError, RayrecError, ray_not_started, token_rejected
 
@@ -73,9 +80,10 @@ def ray_cluster(address: str | None = None, **options: Any) -> Iterator[None]:
             runtime_env={"env_vars": WORKER_ENVIRONMENT},
             **local,
         )
-    except AuthenticationError as error:
-        raise token_rejected(address or "local") from error
     except Exception as error:
+        # Of a rejected token Ray raises a ConnectionError whose cause is a RuntimeError with the error in its text.
+        if isinstance(error, AuthenticationError) or AuthenticationError.__name__ in str(error.__cause__):
+            raise token_rejected(address or "local") from error
         details = [f"the Ray cluster at {address} cannot be used"] if address else []
         raise ray_not_started(error, *details) from error
     quiet_data()

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import pytest
 import ray
 from ray.data import DataContext
-from ray.exceptions import AuthenticationError
 
 from rayrec.errors import InputError, RayrecError
 from rayrec.jobs import runtime as cluster
@@ -117,7 +116,10 @@ def test_a_failed_start_of_ray_gives_an_error_of_one_line(
 
 def test_a_cluster_that_rejects_the_token_gives_the_variables_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**options: object) -> None:
-        raise AuthenticationError("Authentication token invalid")
+        try:
+            raise RuntimeError("Failed to connect: ... ray.exceptions.AuthenticationError: InvalidAuthToken")
+        except RuntimeError as error:
+            raise ConnectionError("Failed to connect to Ray cluster at head:6379") from error
 
     monkeypatch.setattr(cluster, "require_cluster", lambda address: None)
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
