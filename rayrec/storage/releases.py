@@ -195,8 +195,8 @@ def read_active(workspace: Workspace) -> dict[str, Any]:
     """Return `active`, `history`, `rolled_back` and `change`.
 
     `active` is the live id or None, `history` are the earlier live ids, oldest first, and `rolled_back` the ids that
-    were rolled back and not activated since. `change` is a unique id of the last activation. It shows followers that a release was activated again, even if it is
-    the same release.
+    were rolled back and not activated since. `change` is a unique id of the last activation. It shows followers that a
+    release was activated again, even if it is the same release.
     """
     state: dict[str, Any] = {"active": None, "history": [], "rolled_back": [], "change": ""}
     if workspace.exists(ACTIVE):
