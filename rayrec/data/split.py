@@ -16,10 +16,10 @@ from pydantic import Field, model_validator
 from rayrec.config import Settings, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate, user_hash
-from rayrec.data.moments import DAY_MS
+from rayrec.data.moments import DAY_MS, parse_timestamp
 from rayrec.data.ragged import offsets_of
 from rayrec.errors import InputError, LeakError, MismatchError, NotFoundError
-from rayrec.storage.artifacts import Manifest, fingerprint, last_requested, make_current
+from rayrec.storage.artifacts import DatasetManifest, Manifest, fingerprint, last_requested, make_current
 from rayrec.storage.workspace import ID, Workspace, split_file
 
 MIN_TRAINING_SHARE = 0.01  # of all plays
@@ -433,7 +433,8 @@ def hold_back_validation(dataset: Dataset, *, since: int | None = None) -> Split
     For models that go live: all choices are made on this range, and then all models are fitted again on all plays. The
     range holds 40,000 plays or a tenth of all, whichever is less. It is extended to at least 7 days, and holds at most
     a fifth of all plays. With `since` (ms UTC) it begins at the median moment of the plays from `since` on, or later.
-    Without times it is the last tenth of each user's plays.
+    It ends at `end_of_plays`: plays with later times are of wrong clocks, and networks learn from them once their
+    time has come. Without times it is the last tenth of each user's plays.
     """
     manifest = dataset.manifest
     if manifest.plays * HELD_BACK_SHARE < MIN_HELD_BACK:
@@ -443,22 +444,36 @@ def hold_back_validation(dataset: Dataset, *, since: int | None = None) -> Split
             dataset, protocol="last-fraction", last_fraction=0.0, validation_fraction=HELD_BACK_SHARE
         )
     else:
-        timestamps = _sample_timestamps(dataset)
+        end, timestamps = end_of_plays(manifest), _sample_timestamps(dataset)
+        timestamps = timestamps[timestamps < end]
+        if not len(timestamps):
+            return None
         usual_share = min(HELD_BACK_SHARE, VALIDATION_PLAYS / manifest.plays)
         earliest_start, latest_start = (
             int(np.quantile(timestamps, 1 - share, method="lower")) for share in (MOST_HELD_BACK, usual_share)
         )
-        start = max(earliest_start, min(latest_start, manifest.last_play + 1 - round(MIN_VALIDATION_DAYS * DAY_MS)))
+        start = max(earliest_start, min(latest_start, end - round(MIN_VALIDATION_DAYS * DAY_MS)))
         if since is not None:
             new_timestamps = timestamps[timestamps >= since]
-            start = max(start, int(np.median(new_timestamps)) if len(new_timestamps) else manifest.last_play + 1)
+            start = max(start, int(np.median(new_timestamps)) if len(new_timestamps) else end)
         held_back_plays = np.count_nonzero(timestamps >= start) * manifest.plays / len(timestamps)
         if start <= manifest.first_play or held_back_plays < MIN_HELD_BACK:
             return None
-        split = _held_back_split(dataset, validation_from=start, test_from=manifest.last_play + 1)
+        split = _held_back_split(dataset, validation_from=start, test_from=end)
     save_split(dataset.workspace, split)
     make_current(dataset.workspace, "splits", split.id)
     return split
+
+
+def end_of_plays(dataset: DatasetManifest) -> int:
+    """Return the moment (ms UTC) after the last play of a data set, but not after the import of the plays.
+
+    Imports accept times up to a day ahead; one device with a wrong clock must not move the end of the data by a day.
+    The plays of a generated world may lie in the future.
+    """
+    if dataset.source == "generated" or not dataset.created_at:
+        return dataset.last_play + 1
+    return min(dataset.last_play, parse_timestamp(dataset.created_at)) + 1
 
 
 def _held_back_split(dataset: Dataset, **cuts: Any) -> Split:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -143,12 +144,14 @@ def measure_quality(
     split: Split,
     song_plays: np.ndarray,
     checking_users: bool = False,
+    left_out: np.ndarray | None = None,
 ) -> Quality:
     """Measure recall@20 and MRR@20 of models on the test range of a split, which none of them has seen.
 
     The models must have different names. `song_plays`, int (N,), are the plays of each song before the range; a song
     without plays is a miss for every model, except one to which it was added. With `checking_users` only the users
-    held out of the training of rankers are evaluated. About 10,000 queries are answered. Needs a running cluster.
+    held out of the training of rankers are evaluated, and without the users `left_out`, object (U,), of whose range a
+    model has seen plays. About 10,000 queries are answered. Needs a running cluster.
     """
     queries = QUERIES * HELD_OUT if checking_users else QUERIES  # drawn from all users
     config = EvaluateConfig(ks=(USUAL_K,), queries=queries, bootstrap_samples=SAMPLES, offsets=0, max_curve_users=0)
@@ -158,13 +161,19 @@ def measure_quality(
         song_plays=song_plays,
         config=config,
         curve_share=0.0,
-        chosen_users=checks_rankers if checking_users else None,
+        chosen_users=partial(_are_chosen, checking_users=checking_users, left_out=left_out),
     )
     metric_sums = evaluate_buckets(dataset.workspace, evaluator, dataset.manifest.buckets, SHARED)
     metrics = Statistics(metric_sums, models, config)
     results = [row for row in metrics.results(TARGETS) if row["users"] == "all" and row["metric"] in ("recall", "mrr")]
     comparisons = [row for row in metrics.comparisons(models[0].name) if row["target"] in TARGETS]
     return Quality(results=results, comparisons=comparisons)
+
+
+def _are_chosen(user_ids: np.ndarray, *, checking_users: bool, left_out: np.ndarray | None) -> np.ndarray:
+    """bool (U,): the users who are evaluated; the arguments are those of `measure_quality`."""
+    chosen = checks_rankers(user_ids) if checking_users else np.ones(len(user_ids), dtype=bool)
+    return chosen if left_out is None else chosen & ~np.isin(user_ids, left_out)
 
 
 GUESSED = ("format", "columns", "timezone")  # settings of an import that fit takes, too, and otherwise guesses

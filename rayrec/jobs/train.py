@@ -146,7 +146,7 @@ def _require_start(dataset: Dataset, start: Manifest, split: Split | None) -> No
             f"model {start.id} was trained on data set {start.inputs['dataset']}; data set {dataset.manifest.id} "
             "does not extend it; train without --from"
         )
-    if split is None:
+    if split is None or not split.has_test:
         return
     has_test_range_moved = split.protocol == "last-fraction" and dataset.manifest.id != start.inputs["dataset"]
     if has_test_range_moved or not fit_range_of(dataset, start).is_within(split.final):

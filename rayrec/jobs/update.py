@@ -8,8 +8,17 @@ from typing import Any
 import numpy as np
 
 from rayrec.config import from_mapping
-from rayrec.data.dataset import Dataset
-from rayrec.data.split import SELECTION_FOLDER, Split, fit_range, hold_back_validation, load_split
+from rayrec.data.dataset import Dataset, read_files
+from rayrec.data.moments import format_iso
+from rayrec.data.split import (
+    SELECTION_FOLDER,
+    FitRange,
+    Split,
+    end_of_plays,
+    fit_range,
+    hold_back_validation,
+    load_split,
+)
 from rayrec.errors import InputError, MismatchError
 from rayrec.importing.import_plan import ImportConfig, import_notes
 from rayrec.importing.import_run import ImportResult
@@ -41,6 +50,7 @@ from rayrec.storage.workspace import Workspace
 
 TOLERANCE = 0.005  # recall@20 as served may be this much lower than the live release's
 MIN_QUERIES = 30  # fewer queries as served are no comparison
+USERS_PER_READ = 5_000
 LIVE, NEW = "live", "new"
 
 
@@ -206,7 +216,8 @@ class _Update:
     def run(self, import_result: ImportResult, config: UpdateConfig) -> UpdateResult:
         stages, workspace = self.stages, self.workspace
         new_counts = _new_counts(self.dataset, self.live_release)
-        stages.split = hold_back_validation(self.dataset, since=self._unseen_from())
+        unseen_from = self._unseen_from()
+        stages.split = hold_back_validation(self.dataset, since=unseen_from)
         new_share = self._share_of_new_plays()
         is_trained = config.train or new_share > config.train_share
         if is_trained and stages.split is None:
@@ -230,7 +241,7 @@ class _Update:
         if quality is not None:
             model_name = "two-step" if "rank" in stages.artifact_ids else "taste"
             stages.release_metrics = {VALIDATION: quality.summary(NEW, model_name)}
-        is_accepted, reason = decide(quality)
+        is_accepted, reason = decide(quality, unseen_from)
         for name, settings in (("taste", TasteConfig()), ("index", IndexConfig())):
             stages.run(name, settings)
         stages.run("release", ReleaseConfig(activate=False))
@@ -256,15 +267,41 @@ class _Update:
         )
 
     def _unseen_from(self) -> int:
-        """Return the moment (ms UTC) from which on no part of the live release has seen a play."""
+        """Return the moment (ms UTC) from which on no part of the live release has seen a play with a right time."""
         unseen_starts = []
         for part in filter(None, (self.model, self.retrieval)):
-            split = load_split(self.workspace, part.inputs["split"]) if "split" in part.inputs else None
-            test_start = fit_range(split).before  # None without a test range: it saw all plays
+            test_start = self._fit_range_of(part).before  # None without a test range: it saw all plays
             unseen_starts.append(
-                self.dataset.earlier(part.inputs["dataset"]).last_play + 1 if test_start is None else test_start
+                end_of_plays(self.dataset.earlier(part.inputs["dataset"])) if test_start is None else test_start
             )
         return max(unseen_starts)
+
+    def _seen_users(self, since: int) -> np.ndarray:
+        """object (U,): the users with plays from `since` (ms UTC) on that a part of the live release may have seen.
+
+        These plays have times ahead of their import. If the files of seen plays also hold new ones, the new ones count
+        as seen.
+        """
+        parts = [part for part in (self.model, self.retrieval) if part and self._fit_range_of(part).before is None]
+        datasets = [self.dataset.earlier(part.inputs["dataset"]) for part in parts]
+        seen_parts = max((seen.parts for seen in datasets if seen.last_play >= since), default=0)
+        manifest = self.dataset.manifest
+        paths = [
+            path
+            for first, last in manifest.spans
+            if first < seen_parts and max(end for _, end in manifest.part_times[first : last + 1]) >= since
+            for bucket in range(manifest.buckets)
+            for path in manifest.histories_files(bucket, first, last + 1)
+        ]
+        user_ids = [
+            histories.user_ids[np.unique(histories.rows[histories.played_at >= since])]
+            for path in paths
+            for histories in read_files(self.workspace, [path], USERS_PER_READ)
+        ]
+        return np.unique(np.concatenate([np.zeros(0, dtype=object), *user_ids]))
+
+    def _fit_range_of(self, part: Manifest) -> FitRange:
+        return fit_range(load_split(self.workspace, part.inputs["split"]) if "split" in part.inputs else None)
 
     def _share_of_new_plays(self) -> float:
         """Return the share of all plays that were added after the data set of the model."""
@@ -311,6 +348,9 @@ class _Update:
         split, workspace, artifact_ids = self.stages.split, self.workspace, self.stages.artifact_ids
         if split is None:
             return None
+        # Without times no plays can be appended, so a split of new plays is one in time.
+        assert split.validation_from is not None
+        start = split.validation_from
         retrieval, rankers = (
             artifacts.load_manifest(workspace, kind, artifact_ids[stage]) if stage in artifact_ids else None
             for kind, stage in (("retrieval", "retrieval"), ("rankers", "rank"))
@@ -345,6 +385,7 @@ class _Update:
             split=split.validation_as_test(),
             song_plays=self._plays_before(split, retrieval),
             checking_users=is_trained and rankers is not None,
+            left_out=self._seen_users(start),
         )
         return quality if quality.queries >= MIN_QUERIES else None
 
@@ -366,16 +407,19 @@ class _Update:
             return load_states(self.dataset, state_store, release)
 
 
-def decide(quality: Quality | None) -> tuple[bool, str]:
+def decide(quality: Quality | None, unseen_from: int) -> tuple[bool, str]:
     """Return whether the new release may go live, and the reason.
 
     It may not if its recall@20 as served is lower than the live release's by more than `TOLERANCE` and the 95 %
     interval of the paired difference lies below 0. A difference within chance is no loss: with fewer than 200 queries a
     single query moves the recall by more than the tolerance. `quality` is None for too few queries; the release then
-    has the live release's model.
+    has the live release's model. `unseen_from` (ms UTC) is the moment from which on plays can be compared on.
     """
     if quality is None:
-        return True, "the model is the same, and the new plays are too few for a comparison"
+        return True, (
+            f"the model is the same, and the new plays from {format_iso(unseen_from)} on, where those that the live "
+            "release has learned from end, are too few for a comparison"
+        )
     difference = quality.difference(NEW, LIVE)
     comparison = (
         f"recall@20 as served on {quality.queries:,} new queries is {quality.value(NEW):.3f}, and "

@@ -12,7 +12,7 @@ from without_ray import without_ray
 
 from rayrec.config import from_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.moments import parse_timestamp
+from rayrec.data.moments import now_ms, parse_timestamp
 from rayrec.data.split import SELECTION_FOLDER, load_split
 from rayrec.errors import InputError, MismatchError
 from rayrec.importing.import_plan import ImportConfig
@@ -176,6 +176,33 @@ def test_an_update_without_new_plays_does_not_undo_a_rollback(fitted: Workspace,
     assert run_update(fitted, path).live
 
 
+def test_a_clock_that_is_ahead_keeps_no_other_users_plays_out_of_the_comparison_and_its_own_users_out_of_it(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the users have a seen play ahead of the new plays; only the others' new plays are unseen for certain."""
+    without_ray(monkeypatch)
+    end = (now_ms() / 1000 - BEGIN) / DAY - 1  # yesterday at this time, in days after BEGIN
+    ahead = int(BEGIN + (end + 1.4) * DAY)
+    rows = ring_plays(range(100), begin=end - 20, **RING)
+    first_path = write_rows(tmp_path / "plays.csv", rows + [f"u{user},s1,{ahead},One,Anna\n" for user in range(50)])
+    fit(workspace, FitConfig(paths=(first_path,)), settings=SETTINGS)
+    late_path = write_rows(tmp_path / "day1.csv", ring_plays(range(50), plays=9, begin=end, days=0.5, **RING))
+    result = run_update(workspace, late_path, train_share=1.0)
+    assert (result.live, result.quality) == (True, None)
+    assert "are too few for a comparison" in result.reason
+    rollback(workspace)
+    day_path = write_rows(tmp_path / "day2.csv", ring_plays(range(50, 100), plays=9, begin=end, days=0.5, **RING))
+    result = run_update(workspace, day_path, train=True)
+    assert result.trained
+    assert result.quality is not None
+    split = load_split(
+        workspace, load_manifest(workspace, "models", live_release(workspace).inputs["models"]).inputs["split"]
+    )
+    assert split.validation_from is not None
+    assert split.test_from is not None
+    assert split.validation_from < split.test_from < ahead * 1000
+
+
 def planted_quality(new: float, live: float, difference: tuple[float, float, float], queries: int) -> Quality:
     """Return the quality of a new and a live release: recall@20 of each, and the difference with its interval."""
     labels = {"target": "served", "metric": "recall"}
@@ -199,7 +226,7 @@ def planted_quality(new: float, live: float, difference: tuple[float, float, flo
 def test_a_release_is_refused_only_if_it_is_worse_by_more_than_the_tolerance_and_by_more_than_chance(
     quality: Quality, accepted: bool
 ) -> None:
-    assert decide(quality)[0] == accepted
+    assert decide(quality, 0)[0] == accepted
 
 
 def test_a_new_model_that_finds_less_is_kept_out(fitted: Workspace, tmp_path: Path) -> None:
