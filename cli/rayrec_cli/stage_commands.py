@@ -342,7 +342,7 @@ def update(call: Call, config: UpdateConfig) -> CommandOutput:
 
     Appends the plays, updates retrieval and taste vectors, continues the training if many plays are new, and compares
     the new release with the live one on the newest plays. It goes live unless its recall@20 as served is lower by more
-    than 0.005 and by more than chance; then the exit code is 1.
+    than 0.005 (with the same model, also by more than chance); then the exit code is 1.
     """
     from rayrec.jobs.update import update as job
 

@@ -102,8 +102,8 @@ def update(
     Taste vectors and retrieval then cover the new plays, users and songs. If more than `train_share` of all plays are
     newer than the model, or with `train`, its training continues and the rankers are trained again. The new release is
     compared with the live one on the newest plays: for this it is fitted without them. It does not go live if its
-    recall@20 as served is lower than the live release's by more than 0.005, and by more than chance: the 95 % interval
-    of the difference lies below 0. With fewer than 30 queries to compare on, a release with the same model goes live
+    recall@20 as served is lower than the live release's by more than 0.005; with an unchanged model, only if it is lower
+    by more than chance, too: the 95 % interval of the difference lies below 0. With fewer than 30 queries to compare on, a release with the same model goes live
     without a comparison. A release that was rolled back does not go live again by an update. The states are loaded into
     `store`, or into the workspace's own store if there is one.
 
@@ -241,7 +241,7 @@ class _Update:
         if quality is not None:
             model_name = "two-step" if "rank" in stages.artifact_ids else "taste"
             stages.release_metrics = {VALIDATION: quality.summary(NEW, model_name)}
-        is_accepted, reason = decide(quality, unseen_from)
+        is_accepted, reason = decide(quality, unseen_from, is_trained=is_trained)
         for name, settings in (("taste", TasteConfig()), ("index", IndexConfig())):
             stages.run(name, settings)
         stages.run("release", ReleaseConfig(activate=False))
@@ -407,13 +407,14 @@ class _Update:
             return load_states(self.dataset, state_store, release)
 
 
-def decide(quality: Quality | None, unseen_from: int) -> tuple[bool, str]:
+def decide(quality: Quality | None, unseen_from: int, *, is_trained: bool) -> tuple[bool, str]:
     """Return whether the new release may go live, and the reason.
 
-    It may not if its recall@20 as served is lower than the live release's by more than `TOLERANCE` and the 95 %
-    interval of the paired difference lies below 0. A difference within chance is no loss: with fewer than 200 queries a
-    single query moves the recall by more than the tolerance. `quality` is None for too few queries; the release then
-    has the live release's model. `unseen_from` (ms UTC) is the moment from which on plays can be compared on.
+    With a newly trained model its recall@20 as served must be at least the live release's less `TOLERANCE`. With the
+    live release's model it may also be lower by chance, which is where the 95 % interval of the paired difference does
+    not lie below 0: a single one of fewer than 200 queries moves the recall by more than the tolerance, and the new
+    plays would stay out. `quality` is None for too few queries; the release then has the live release's model.
+    `unseen_from` (ms UTC) is the moment from which on plays can be compared on.
     """
     if quality is None:
         return True, (
@@ -426,4 +427,5 @@ def decide(quality: Quality | None, unseen_from: int) -> tuple[bool, str]:
         f"{quality.value(LIVE):.3f} for the live release; the difference is {difference['difference']:+.3f} "
         f"({difference['low']:+.3f} to {difference['high']:+.3f})"
     )
-    return difference["difference"] >= -TOLERANCE or difference["high"] >= 0, comparison
+    is_chance = not is_trained and difference["high"] >= 0
+    return difference["difference"] >= -TOLERANCE or is_chance, comparison

@@ -215,18 +215,19 @@ def planted_quality(new: float, live: float, difference: tuple[float, float, flo
 
 
 @pytest.mark.parametrize(
-    ("quality", "accepted"),
+    ("quality", "same_model", "trained"),
     [
-        (planted_quality(22 / 29, 23 / 29, (-1 / 29, -0.103, 0.0), 29), True),  # one query, within chance
-        (planted_quality(0.300, 0.304, (-0.004, -0.006, -0.002), 10_000), True),  # certain, within the tolerance
-        (planted_quality(0.300, 0.310, (-0.010, -0.021, 0.001), 1_000), True),
-        (planted_quality(0.300, 0.310, (-0.010, -0.014, -0.006), 10_000), False),
+        (planted_quality(22 / 29, 23 / 29, (-1 / 29, -0.103, 0.0), 29), True, False),  # one query, within chance
+        (planted_quality(0.300, 0.304, (-0.004, -0.006, -0.002), 10_000), True, True),  # certain, within the tolerance
+        (planted_quality(0.300, 0.310, (-0.010, -0.021, 0.001), 1_000), True, False),
+        (planted_quality(0.300, 0.310, (-0.010, -0.014, -0.006), 10_000), False, False),
     ],
 )
-def test_a_release_is_refused_only_if_it_is_worse_by_more_than_the_tolerance_and_by_more_than_chance(
-    quality: Quality, accepted: bool
+def test_a_release_is_refused_if_it_is_worse_by_more_than_the_tolerance_and_with_the_same_model_by_more_than_chance(
+    quality: Quality, same_model: bool, trained: bool
 ) -> None:
-    assert decide(quality, 0)[0] == accepted
+    assert decide(quality, 0, is_trained=False)[0] == same_model
+    assert decide(quality, 0, is_trained=True)[0] == trained
 
 
 def test_a_new_model_that_finds_less_is_kept_out(fitted: Workspace, tmp_path: Path) -> None:
