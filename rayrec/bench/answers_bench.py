@@ -231,7 +231,7 @@ def index_recall(two_step: TwoStepRecommender, exact_index: SongIndex, histories
 def with_index(two_step: TwoStepRecommender, index: SongIndex) -> TwoStepRecommender:
     """Return the same recommender with another index."""
     network = two_step.source.network.with_index(index)
-    source = CandidateSource(network, two_step.source.retrieval, real_times=two_step.source.sources.real_times)
+    source = CandidateSource(network, two_step.source.base_retrieval, real_times=two_step.source.sources.real_times)
     return TwoStepRecommender(source, two_step.rankers)
 
 

@@ -392,16 +392,18 @@ class SongGroups:
     def with_added(self, rows: np.ndarray, siblings: np.ndarray) -> SongGroups:
         """Return the groups with added songs, int64 (n,) `rows`, each in the group of its sibling.
 
-        `siblings` are song rows, -1 for songs without one. Siblings without a group get new groups. The lists of songs
-        of each group are unchanged.
+        `siblings` are song rows, -1 for songs without one. A sibling without a group gets a new group, too. The lists
+        of songs of each group are unchanged.
         """
-        of_song = np.full(max(len(self.of_song), int(rows.max(initial=-1)) + 1), NO_GROUP, dtype=np.int32)
+        num_songs = max(len(self.of_song), int(rows.max(initial=-1)) + 1, int(siblings.max(initial=-1)) + 1)
+        of_song = np.full(num_songs, NO_GROUP, dtype=np.int32)
         of_song[: len(self.of_song)] = self.of_song
-        group_ids = np.where(siblings >= 0, of_song[np.clip(siblings, 0, len(of_song) - 1)], NO_GROUP)
+        group_ids = np.where(siblings >= 0, of_song[siblings], NO_GROUP)
         without_group = np.flatnonzero((siblings >= 0) & (group_ids == NO_GROUP))
         new_siblings, new_numbers = np.unique(siblings[without_group], return_inverse=True)
         num_groups = len(self.offsets) - 1
         group_ids[without_group] = num_groups + new_numbers
+        of_song[siblings[without_group]] = group_ids[without_group]
         of_song[rows] = np.where(group_ids >= 0, group_ids, of_song[rows])
         offsets = np.concatenate([self.offsets, np.full(len(new_siblings), self.offsets[-1])])
         return SongGroups(of_song=of_song, offsets=offsets, songs=self.songs)

@@ -82,6 +82,7 @@ class CandidateSource:
 
         If songs were added to the network, separate retrievers propose them.
         """
+        self.base_retrieval = retrieval  # without the artists and albums of added songs
         added = network.added or None  # None if no song was added
         if added is not None:
             retrieval = retrieval.with_added(added.rows, added.artist_rows, added.album_rows)
@@ -186,14 +187,16 @@ class TwoStepRecommender(CandidateRecommender):
     def without_part(self, part: str, rankers: Mapping[RankerKind, Ranker]) -> TwoStepRecommender:
         """Return this recommender without one of ABLATED_PARTS; `rankers` must be trained without it."""
         source = CandidateSource(
-            self.source.network, self.source.retrieval, real_times=self.source.sources.real_times, without=part
+            self.source.network, self.source.base_retrieval, real_times=self.source.sources.real_times, without=part
         )
         return TwoStepRecommender(source, rankers)
 
     def with_added_songs(self, added: AddedSongs, *, room: int = 0) -> TwoStepRecommender:
         """Return this recommender with `added` songs, see `TasteRecommender.add_songs`; changes its network."""
         self.source.network.add_songs(added, room=room)
-        source = CandidateSource(self.source.network, self.source.retrieval, real_times=self.source.sources.real_times)
+        source = CandidateSource(
+            self.source.network, self.source.base_retrieval, real_times=self.source.sources.real_times
+        )
         return TwoStepRecommender(source, self.rankers)
 
     def candidate_chunks(self, histories: Histories, queries: Queries) -> Iterator[tuple[slice, ScoredCandidates]]:

@@ -227,7 +227,7 @@ def test_new_songs_are_proposed_by_artist_by_album_and_by_vector_and_no_others_a
     )
     # 7 was in the catalog without plays; 41 and 42 are of an artist without earlier songs, 43 has no artist.
     rows = np.array([7, 40, 41, 42, 43, 44])
-    artist_rows, album_rows = np.array([2, 2, 41, 41, -1, 3]), np.array([6, -1, -1, 41, -1, -1])
+    artist_rows, album_rows = np.array([2, 2, 41, 41, -1, 3]), np.array([6, -1, -1, 35, -1, -1])
     extended = retrieval.with_added(rows, artist_rows, album_rows)
     vectors = random_vectors(45, 8, seed=1)
     by_name = {item.name: item for item in make_new_song_retrievers(extended, vectors, rows)}
@@ -241,7 +241,8 @@ def test_new_songs_are_proposed_by_artist_by_album_and_by_vector_and_no_others_a
     assert proposed_songs("new_artists", [13, 12]) == [7, 40, 44]  # 13, played earlier, is of the artist of 3
     assert proposed_songs("new_artists", [43]) == []
     assert proposed_songs("new_albums", [6]) == [7]
-    assert proposed_songs("new_albums", [41]) == []  # 41 itself was described without an album
+    assert proposed_songs("new_albums", [35]) == [42]  # the retrieval does not know the album of 35
+    assert proposed_songs("new_albums", [36]) == []
     batch = _user_batch([1], 45)
     nearest_songs = rows[np.argsort(-vectors[rows] @ batch.short_vectors[0])]
     assert proposed_songs("new_content", [1]) == nearest_songs.tolist()

@@ -465,6 +465,22 @@ def test_without_a_part_its_retrievers_and_features_are_gone_and_the_others_stay
             np.testing.assert_array_equal(reduced_batch.features[:, reduced.sources.names.index(name)], column)
 
 
+def test_added_songs_have_the_same_groups_however_often_they_are_replaced(recommender: TwoStepRecommender) -> None:
+    # The retrieval knows no artists and albums, as if they had been described after it was made.
+    network = _network()
+    added = _network_with_added_songs(np.arange(NUM_SONGS) % 9, np.arange(NUM_SONGS) % 4).added
+    assert added is not None
+    extended = TwoStepRecommender(CandidateSource(network, recommender.source.retrieval), recommender.rankers)
+    for _ in range(3):
+        extended = extended.with_added_songs(added)
+        for groups in (extended.source.retrieval.artists, extended.source.retrieval.albums):
+            assert len(groups.offsets) - 1 == 3
+            assert groups.of_song[added.rows].tolist() == groups.of_song[:3].tolist() == [0, 1, 2]
+    reduced = extended.without_part("rules", extended.rankers)
+    assert len(reduced.source.retrieval.albums.offsets) - 1 == 3
+    assert len(extended.with_added_songs(added.take(np.array([0]))).source.retrieval.albums.offsets) - 1 == 1
+
+
 def test_examples_leave_out_queries_that_teach_nothing_unless_they_are_held_out(
     recommender: TwoStepRecommender,
 ) -> None:
