@@ -102,9 +102,10 @@ def update(
     Taste vectors and retrieval then cover the new plays, users and songs. If more than `train_share` of all plays are
     newer than the model, or with `train`, its training continues and the rankers are trained again. The new release is
     compared with the live one on the newest plays: for this it is fitted without them. It does not go live if its
-    recall@20 as served is lower than the live release's by more than 0.005; with an unchanged model, only if it is lower
-    by more than chance, too: the 95 % interval of the difference lies below 0. With fewer than 30 queries to compare on, a release with the same model goes live
-    without a comparison. A release that was rolled back does not go live again by an update. The states are loaded into
+    recall@20 as served is lower than the live release's by more than 0.005; with an unchanged model, only if it is
+    lower by more than chance, too: the 95 % interval of the difference lies below 0. With fewer than 30 queries to
+    compare on, a release with the same model goes live without a comparison. A release that was rolled back does not
+    go live again by an update. The states are loaded into
     `store`, or into the workspace's own store if there is one.
 
     Settings that are not given are those of the first import: the columns, as far as the files have them, the time zone

@@ -340,17 +340,16 @@ def _rank_by_vectors(
 
 
 def _order_songs_to_rank(network: TasteRecommender, vector: np.ndarray, options: AnswerOptions) -> SelectedSongs:
-    """Return the songs to rank, ordered by inner product with a taste vector, float32 (D,)."""
+    """Return at most k of the songs to rank that pass the filter, by inner product with a taste vector, float32 (D,).
+
+    Equal products are sorted by song row.
+    """
     rows = options.songs_to_rank
     assert rows is not None
-    return _sort_songs(rows, network.song_vectors[rows] @ vector, "exact", options)
-
-
-def _sort_songs(rows: np.ndarray, scores: np.ndarray, path: Path, options: AnswerOptions) -> SelectedSongs:
-    """Return at most k of the song rows, int (n,), that pass the filter, by descending scores, (n,); ties by row."""
+    scores = network.song_vectors[rows] @ vector
     order = np.lexsort((rows, -scores))
     order = order[options.answer_filter.qualify(rows[order])][: options.k]
-    return SelectedSongs(songs=rows[order].astype(np.int32), scores=scores[order].astype(np.float32), path=path)
+    return SelectedSongs(songs=rows[order].astype(np.int32), scores=scores[order].astype(np.float32), path="exact")
 
 
 def _nearest_songs(
@@ -370,8 +369,10 @@ def _nearest_songs(
 class PopularOrder:
     """The order of songs for users without known plays: recently popular songs by many different artists."""
 
+    plays: np.ndarray  # int64 (N,), all plays
     # float64 (N,), recent plays, divided by 2 for an artist's second song, by 3 for the third, ...
     discounted_plays: np.ndarray
+    is_known: np.ndarray  # bool (N,), songs that an answer may hold
     order: np.ndarray  # int32 (any,), rows of the songs that an answer may hold, by descending discounted plays
 
     @classmethod
@@ -403,16 +404,35 @@ class PopularOrder:
         discounted_plays = np.zeros(len(plays))
         discounted_plays[order] = counted_plays[order] / (1 + positions_in_groups(artist_ids[order]))
         rows = np.lexsort((songs, -plays, -discounted_plays))
-        return cls(discounted_plays=discounted_plays, order=rows[is_known[rows]].astype(np.int32))
+        return cls(
+            plays=plays,
+            discounted_plays=discounted_plays,
+            is_known=is_known,
+            order=rows[is_known[rows]].astype(np.int32),
+        )
+
+    def sort(self, rows: np.ndarray) -> np.ndarray:
+        """Return the songs among `rows`, int (any,), that an answer may hold, in the order of `order`: int32 (n,).
+
+        The cost does not depend on the catalog.
+        """
+        rows = rows[rows < len(self.is_known)]
+        rows = rows[self.is_known[rows]]
+        sorted_rows = rows[np.lexsort((rows, -self.plays[rows], -self.discounted_plays[rows]))]
+        return np.asarray(sorted_rows, dtype=np.int32)
 
 
 def choose_popular(starting: PopularOrder, options: AnswerOptions) -> SelectedSongs:
     """Return the first k songs for a user without known plays; with `songs_to_rank`, those songs in that order."""
-    discounted_plays, order = starting.discounted_plays, starting.order
-    if options.songs_to_rank is not None:
-        return _sort_songs(options.songs_to_rank, discounted_plays[options.songs_to_rank], "popular", options)
-    songs = first_of_order(order, options.answer_filter.qualify, options.k)
-    return SelectedSongs(songs=songs, scores=discounted_plays[songs].astype(np.float32), path="popular")
+    answer_filter, rows = options.answer_filter, options.songs_to_rank
+    if rows is None and answer_filter.allowed is not None:
+        rows = answer_filter.allowed.rows  # few songs, before which nearly the whole order may stand
+    songs = (
+        first_of_order(starting.order, answer_filter.qualify, options.k)
+        if rows is None
+        else starting.sort(rows[answer_filter.qualify(rows)])[: options.k]
+    )
+    return SelectedSongs(songs=songs, scores=starting.discounted_plays[songs].astype(np.float32), path="popular")
 
 
 def _mixed_vector(user: UserInput, options: AnswerOptions) -> np.ndarray:

@@ -187,7 +187,8 @@ class ReleaseHolder:
     _beats: Iterator[int] = field(default_factory=lambda: count(1))
     _refused: dict[str, str] | None = None  # id and reason
     _refused_at: float = 0.0
-    _report_lock: threading.Lock = field(default_factory=threading.Lock)
+    # Reentrant, since the garbage collector may call `stop` in a thread that holds it.
+    _report_lock: threading.RLock = field(default_factory=threading.RLock)
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
@@ -232,7 +233,7 @@ class ReleaseHolder:
             self._refused = None
         with self._report_lock:
             # Written first: this replica must not say that it has switched while others read its old report.
-            self.reports.write(replace(self.report(), change=change_id))
+            self._write_report(replace(self.report(), change=change_id))
             self._change = change_id
 
     def start(self) -> None:
@@ -242,12 +243,18 @@ class ReleaseHolder:
         self._repeat_in_thread(self._check_active_safely, self.watch_seconds)
 
     def stop(self) -> None:
-        """End the threads and delete the report."""
+        """Delete the report and end the threads."""
         self._stop.set()
+        with self._report_lock:  # a report that is still being written would come after the deletion
+            self.reports.remove(self.replica)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(REPORT_SECONDS)
-        self.reports.remove(self.replica)
+
+    def _write_report(self, report: Report) -> None:
+        """Write a report, unless the replica has ended. The caller holds the lock."""
+        if not self._stop.is_set():
+            self.reports.write(report)
 
     def _switch(self, release_id: str) -> None:
         self._loading = release_id
@@ -289,7 +296,7 @@ class ReleaseHolder:
     def _report_safely(self) -> None:
         try:
             with self._report_lock:  # or this report could replace a newer one
-                self.reports.write(self.report())
+                self._write_report(self.report())
             self.reports.alive()  # watches the reports, so that dead replicas are known when a client asks
         except Exception as error:
             log.warning("cannot write the report of this replica: %s", error)

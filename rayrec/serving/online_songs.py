@@ -376,14 +376,15 @@ class OnlineWatch:
         self._checked: tuple[list[int], str] | None = None  # numbers and id of the activation in the last such check
         self._closing: threading.Thread | None = None  # the last such check, which may read models for minutes
         self._thread = threading.Thread(target=self._refresh_until_stop, daemon=True)
+
+    def start(self) -> None:
+        """Read and close songs until `stop`."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the threads."""
+        """End the reading, and do not wait for a check for songs to close, which then closes none."""
         self._stop.set()
         self._thread.join()
-        if self._closing is not None:
-            self._closing.join()
 
     def _refresh_until_stop(self) -> None:
         while not self._stop.wait(REFRESH_SECONDS):
@@ -426,6 +427,8 @@ class OnlineWatch:
         is_contained = np.ones(len(rows), dtype=bool)
         for release_id in filter(None, (activation["active"], *activation["history"][-1:])):
             is_contained &= _has_vectors(self._workspace, release_id, rows)
+        if self._stop.is_set():
+            return
         if is_contained.any():
             in_use[0].close(numbers[is_contained].tolist())
         self._checked = list(row_of_number), activation["change"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 import numpy as np
+from starlette.concurrency import run_in_threadpool
 
 from rayrec.data.histories import Histories
 from rayrec.data.moments import ASSUMED_GAP_MS, END_MS, format_iso, now_ms
@@ -131,13 +132,17 @@ def read_page(request: RecommendationsRequest | SongsQuery) -> RankingPage:
 
 
 def read_options(
-    request: RecommendationsRequest, query: UserQuery, page: RankingPage, catalog: ServedCatalog
+    request: RecommendationsRequest,
+    query: UserQuery,
+    page: RankingPage,
+    catalog: ServedCatalog,
+    matching_songs: SongSet | None,
 ) -> tuple[AnswerOptions, int]:
     """Return the options of an answer, and the number of songs of `exclude` and `allow` that are not in the catalog.
 
-    The options ask for all songs up to the end of `page`, and for one more if another page may follow. Raises
-    `InputError` for days that do not exist, for attributes that no song of the catalog has, for a page beyond the first
-    1,000 songs, and for a second page of an answer with diversity or explore.
+    `matching_songs` pass the filters of the request; None means all songs. The options ask for all songs up to the end
+    of `page`, and for one more if another page may follow. Raises `InputError` for a page beyond the first 1,000 songs,
+    and for a second page of an answer with diversity or explore.
     """
     if page.first and request.explore:
         raise FieldError("cursor", "an answer with explore has no further pages; leave out cursor or explore")
@@ -150,7 +155,7 @@ def read_options(
         excluded_rows[excluded_rows >= 0],
         *([query.plays.songs, query.earlier_songs] if request.exclude_heard else []),
     ]
-    allowed_songs, unknown_count = _allowed_songs(request, catalog)
+    allowed_songs, unknown_count = _allowed_songs(request, catalog, matching_songs)
     has_pages = not (request.diversity or request.explore)
     answer_filter = AnswerFilter(
         excluded=np.concatenate(excluded_parts), allowed=allowed_songs, new_only=request.exclude_heard
@@ -188,24 +193,33 @@ def read_songs_to_rank(request: RankRequest, catalog: ServedCatalog) -> AnswerOp
     return AnswerOptions(k=max(1, len(rows)), long_weight=request.horizon, explain=request.explain, songs_to_rank=rows)
 
 
-def _allowed_songs(request: RecommendationsRequest, catalog: ServedCatalog) -> tuple[SongSet | None, int]:
+def _allowed_songs(
+    request: RecommendationsRequest, catalog: ServedCatalog, matching_songs: SongSet | None
+) -> tuple[SongSet | None, int]:
     """Return the songs that may be recommended, None for all; and the number of unknown songs in `allow`."""
-    matching_songs = fitting_songs(request, catalog)
     if request.allow is None:
         return matching_songs, 0
     rows = catalog.find(request.allow)
     return intersect_songs(rows, matching_songs), int((rows < 0).sum())
 
 
-def fitting_songs(filters: SongFilters, catalog: ServedCatalog) -> SongSet | None:
-    """Return the songs that pass the filters, None for all. Raises `FieldError` for a value that no song can have."""
-    attributes = SongAttributes(
+def read_attributes(filters: SongFilters) -> SongAttributes:
+    """Return the attributes that the filters require. Raises `FieldError` for a day that does not exist."""
+    return SongAttributes(
         artists=tuple(sorted(set(filters.artists))),
         released_from=parse_day(filters.released_from, "released_from"),
         released_to=parse_day(filters.released_to, "released_to"),
         market=filters.market,
     )
-    return catalog.fitting(attributes) if attributes else None
+
+
+async def find_matching(filters: SongFilters, catalog: ServedCatalog) -> SongSet | None:
+    """Return the songs that pass the filters, None for all. Raises `FieldError` for a value that no song can have.
+
+    The first search for a filter reads the whole catalog, so it runs in another thread.
+    """
+    attributes = read_attributes(filters)
+    return await run_in_threadpool(catalog.fitting, attributes) if attributes else None
 
 
 def query_histories(queries: Sequence[UserQuery]) -> Histories:

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -162,20 +162,26 @@ class ServedCatalog:
         is_known[lost_rows] = False
         is_known[online.known] = True
         self.plays = np.pad(self.plays, (0, added_count))
-        discounted_plays, starting_order = np.pad(self.starting.discounted_plays, (0, added_count)), self.starting.order
+        starting = replace(
+            self.starting,
+            plays=self.plays,
+            discounted_plays=np.pad(self.starting.discounted_plays, (0, added_count)),
+            is_known=is_known,
+        )
         if len(lost_rows):
             self.by_plays, self.by_age, starting_order = (
-                order[~np.isin(order, lost_rows)] for order in (self.by_plays, self.by_age, starting_order)
+                order[~np.isin(order, lost_rows)] for order in (self.by_plays, self.by_age, starting.order)
             )
-        self.starting = PopularOrder(discounted_plays=discounted_plays, order=starting_order)
+            starting = replace(starting, order=starting_order)
+        self.starting = starting
         if self.first_days is not None:
             self.first_days = np.pad(self.first_days, (0, added_count), constant_values=NOT_PLAYED)
         self.known, self.online = is_known, online  # after the arrays above: requests are in progress
         new_rows = np.setdiff1d(online.known, earlier_rows).astype(np.int32)
         if len(new_rows):
             self.by_plays = _insert_by(self.plays, self.by_plays, new_rows)
-            starting_order = _insert_by(discounted_plays, starting_order, new_rows)
-            self.starting = PopularOrder(discounted_plays=discounted_plays, order=starting_order)
+            starting_order = _insert_by(starting.discounted_plays, starting.order, new_rows)
+            self.starting = replace(starting, order=starting_order)
             if self.first_days is not None:
                 self.by_age = np.concatenate([new_rows[::-1], self.by_age])
 
@@ -281,7 +287,7 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
     table = mapped_table(version, lambda: _make_catalog_table(workspace, dataset, release, recommender))
     first_days = _column_array(table, FIRST_DAY) if FIRST_DAY in table.column_names else None
     catalog = Catalog(table)
-    plays, discounted_plays = _column_array(table, PLAYS), _column_array(table, DISCOUNTED_PLAYS)
+    plays, is_known = _column_array(table, PLAYS), _column_array(table, IS_KNOWN).view(np.bool_)
     ids = columns.one_array(table.column(columns.SONG_ID))
     return ServedCatalog(
         catalog=catalog,
@@ -290,11 +296,16 @@ def load_served_catalog(workspace: Workspace, release: Manifest, recommender: Ba
         skip_below=dataset.manifest.skip_below,
         plays=plays,
         by_plays=_column_order(table, BY_PLAYS),
-        starting=PopularOrder(discounted_plays=discounted_plays, order=_column_order(table, STARTING)),
+        starting=PopularOrder(
+            plays=plays,
+            discounted_plays=_column_array(table, DISCOUNTED_PLAYS),
+            is_known=is_known,
+            order=_column_order(table, STARTING),
+        ),
         first_days=first_days,
         by_age=np.zeros(0, np.int32) if first_days is None else _column_order(table, BY_AGE),
         lineage=dataset.lineage,
-        known=_column_array(table, IS_KNOWN).view(np.bool_),
+        known=is_known,
         dim=network_of(recommender).song_vectors.shape[1],
         search=SongSearch(catalog, _column_array(table, POPULARITY_RANK)),
         masks=SongMasks(catalog),

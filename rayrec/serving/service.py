@@ -22,7 +22,7 @@ from rayrec.model.taste_table import States
 from rayrec.online.state_store import StoreUnavailableError
 from rayrec.online.user_state import Outcome
 from rayrec.recommend.answer import SHOWN_PLAYS, reasons_of
-from rayrec.recommend.filters import first_of_order
+from rayrec.recommend.filters import SongSet, first_of_order
 from rayrec.recommend.reranking import AnswerOptions, SelectedSongs, choose_popular
 from rayrec.recommend.stored_retrieval import NOT_PLAYED
 from rayrec.serving.engine import Engine, Parts, Pool
@@ -43,7 +43,7 @@ from rayrec.serving.problems import NotReadyError, field_errors, request_id
 from rayrec.serving.requests import (
     RankingPage,
     UserQuery,
-    fitting_songs,
+    find_matching,
     moment_after,
     query_histories,
     read_history,
@@ -125,15 +125,21 @@ class Service:
         """The release to answer with. Raises `NotReadyError` if none is loaded."""
         return self.holder.live
 
+    def start(self) -> None:
+        """Load the live release, and follow it and the songs that are added online until `close`."""
+        self.holder.start()
+        self._online_watch.start()
+
     def close(self) -> None:
-        """Stop the watches, delete the report of this replica, and close the store of users and the logs."""
-        self._online_watch.stop()
-        self.holder.stop()
-        self.users.close()
+        """Close the logs, delete the report of this replica, stop the watches, and close the store of users."""
+        # The logs first: the others may wait for storage for longer than Serve lets a replica live.
         if self.log is not None:
             self.log.close()
         if self.access is not None:
             self.access.close()
+        self.holder.stop()
+        self._online_watch.stop()
+        self.users.close()
 
     async def recommend(
         self, live: LiveRelease, requests: Sequence[RecommendationsRequest | InvalidEntry], *, alone: bool = False
@@ -184,7 +190,8 @@ class Service:
     async def popular_songs(self, live: LiveRelease, query: SongsQuery) -> PopularSongs:
         """Return one page of the most played songs."""
         catalog = live.catalog
-        rows, cursor = await run_in_threadpool(_page_rows, catalog.by_plays, query, catalog)
+        matching_songs = await find_matching(query, catalog)
+        rows, cursor = await run_in_threadpool(_page_rows, catalog.by_plays, query, matching_songs)
         plays = catalog.plays[rows].tolist()
         songs = [
             PopularSong(song_id=song_id, title=title, artist=artist, plays=count)
@@ -200,7 +207,8 @@ class Service:
                 f"Release {live.id} has no retrieval, which contains the day of each song's first play; "
                 "run `rayrec retrieval`, `rayrec rank` and `rayrec release create`"
             )
-        rows, cursor = await run_in_threadpool(_page_rows, catalog.by_age, query, catalog)
+        matching_songs = await find_matching(query, catalog)
+        rows, cursor = await run_in_threadpool(_page_rows, catalog.by_age, query, matching_songs)
         songs = [
             NewSong(song_id=song_id, title=title, artist=artist, first_played=_format_day(day))
             for (song_id, title, artist), day in zip(
@@ -394,7 +402,8 @@ class Service:
                     if page.at is not None and user is not None:
                         at = max(page.at, user.state.last_played_at)  # played since the last page
                     query = read_query(request, user, at, live.catalog)
-                    all_options[index] = read_options(request, query, page, live.catalog)
+                    matching_songs = await find_matching(request, live.catalog)
+                    all_options[index] = read_options(request, query, page, live.catalog, matching_songs)
                     queries[index], pages[index] = query, page
                 except InputError as error:
                     if not alone:
@@ -498,10 +507,14 @@ class Service:
                     _states_of(group),
                 )
                 selections |= dict(zip(indices, group_selections, strict=True))
-        return [
-            selections[index] if index in selections else choose_popular(live.catalog.starting, options)
-            for index, options in enumerate(all_options)
-        ]
+        without_plays = [index for index, query in enumerate(queries) if not len(query.plays)]
+        if without_plays:  # in a thread, since a filter may leave out nearly all songs of the order
+            starting = live.catalog.starting
+            group_selections = await run_in_threadpool(
+                lambda: [choose_popular(starting, all_options[index]) for index in without_plays]
+            )
+            selections |= dict(zip(without_plays, group_selections, strict=True))
+        return [selections[index] for index in range(len(queries))]
 
     def _build_answer(
         self, live: LiveRelease, query: UserQuery, selection: SelectedSongs, *, unknown: int
@@ -611,14 +624,15 @@ def make_service(
         on_switch=record_switch,
         arms=list(arm_releases),
     )
-    holder.start()
     log = None
     if config.log_impressions:
         bounds = LogBounds(
             seconds=config.log_seconds, rows=config.log_rows, disk_bytes=config.log_megabytes * 1_000_000
         )
         log = ImpressionLog(workspace, metrics.replica, bounds, metrics.logged)
-    return Service(holder, config, keys, metrics, users, Arms(config.experiment, arm_releases), log, access)
+    service = Service(holder, config, keys, metrics, users, Arms(config.experiment, arm_releases), log, access)
+    service.start()  # last, since its threads would go on after an error
+    return service
 
 
 def use_one_thread() -> None:
@@ -639,9 +653,9 @@ def _states_of(queries: Sequence[UserQuery]) -> States | None:
     )
 
 
-def _page_rows(order: np.ndarray, query: SongsQuery, catalog: ServedCatalog) -> tuple[np.ndarray, str | None]:
-    """Return one page of `order`, int32 song rows, after the filters of `query`; and the cursor of the next page."""
-    page, matching_songs = read_page(query), fitting_songs(query, catalog)
+def _page_rows(order: np.ndarray, query: SongsQuery, matching_songs: SongSet | None) -> tuple[np.ndarray, str | None]:
+    """Return one page of `order`, int32 song rows, with `matching_songs` only; and the cursor of the next page."""
+    page = read_page(query)
     rows = order if matching_songs is None else first_of_order(order, matching_songs.holds, page.end + 1)
     page_rows = rows[page.first : page.end]
     has_more = page.end < len(rows)

@@ -13,7 +13,16 @@ from rayrec.errors import InputError
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.filters import AnswerFilter, SongSet
-from rayrec.recommend.reranking import AnswerOptions, SelectedSongs, choose, diversify, network_of, pool_size
+from rayrec.recommend.reranking import (
+    AnswerOptions,
+    PopularOrder,
+    SelectedSongs,
+    choose,
+    choose_popular,
+    diversify,
+    network_of,
+    pool_size,
+)
 from rayrec.recommend.taste_recommender import TasteRecommender
 from rayrec.recommend.two_step import HORIZONS, TwoStepRecommender
 from rayrec.storage.releases import default_parts
@@ -194,3 +203,38 @@ def test_there_are_always_more_songs_to_choose_diverse_ones_from() -> None:
     assert pool_size(AnswerOptions(k=10, diversity=0.5)) == 110
     assert pool_size(AnswerOptions(k=1_000, diversity=0.5)) == 2_000
     assert pool_size(AnswerOptions(k=10)) == 10
+
+
+class CountingFilter(AnswerFilter):
+    """A filter that records how many songs it has checked at a time."""
+
+    def __init__(self, counts: list[int], **settings: Any) -> None:
+        super().__init__(**settings)
+        object.__setattr__(self, "counts", counts)
+
+    def qualify(self, rows: np.ndarray) -> np.ndarray:
+        """Record the number of songs, then check them."""
+        self.counts.append(len(rows))  # type: ignore[attr-defined]
+        return super().qualify(rows)
+
+
+def test_a_filter_of_few_songs_gives_the_popular_songs_of_the_whole_order_and_checks_only_those_few() -> None:
+    random = np.random.default_rng(0)
+    # Few different counts, so that many songs are equal.
+    plays, recent_plays = random.integers(0, 9, size=50_000), random.integers(0, 3, size=40_000)
+    is_known = random.random(50_000) < 0.9
+    popular_order = PopularOrder.of(plays, is_known, recent_plays=recent_plays)
+    allowed_rows, counts = random.choice(50_000, size=600, replace=False), []
+    excluded = allowed_rows[:50]
+    expected = [row for row in popular_order.order.tolist() if row in set(allowed_rows[50:].tolist())]
+    # Row 60,000 is of a song that was added after the order was made.
+    allowed = SongSet.of_rows(np.append(allowed_rows, 60_000))
+    for k in (1, 20, 1_000):
+        counts.clear()
+        options = AnswerOptions(k=k, answer_filter=CountingFilter(counts, allowed=allowed, excluded=excluded))
+        selection = choose_popular(popular_order, options)
+        assert selection.songs.tolist() == expected[:k]
+        assert selection.scores.tolist() == popular_order.discounted_plays[expected[:k]].tolist()
+        assert sum(counts) == len(allowed)
+    ranked = choose_popular(popular_order, AnswerOptions(k=1_000, songs_to_rank=allowed_rows[50:]))
+    assert ranked.songs.tolist() == expected

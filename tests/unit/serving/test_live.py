@@ -15,6 +15,7 @@ from rayrec.data.lineage import CleanConfig, find_garbage
 from rayrec.errors import RayrecError, StorageError
 from rayrec.model.taste_table import tastes_file
 from rayrec.serving import live_release
+from rayrec.serving import service as service_module
 from rayrec.serving.live_release import (
     FORGOTTEN_SECONDS,
     STALE_SECONDS,
@@ -29,7 +30,7 @@ from rayrec.serving.problems import NotReadyError
 from rayrec.serving.service import Service
 from rayrec.storage import releases
 from rayrec.storage.artifacts import Manifest
-from rayrec.storage.workspace import Workspace
+from rayrec.storage.workspace import REPLICAS, Workspace
 
 LONG_WAIT = SwitchWait(seconds=60)  # far longer than a switch takes
 
@@ -109,6 +110,53 @@ def test_an_older_report_does_not_replace_that_of_a_switch(
         may_write.set()
         assert has_switched.wait(60)
     assert first_id not in written_ids[written_ids.index(second_id) :]
+
+
+def test_a_report_on_slow_storage_does_not_outlive_its_replica(
+    two: tuple[Workspace, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, _, second_id = two
+    monkeypatch.setattr(live_release, "REPORT_SECONDS", 0.05)
+    write_report, remove_report = Reports.write, Reports.remove
+    has_reported, is_writing, may_write, is_removed = (threading.Event() for _ in range(4))
+
+    def write(reports: Reports, new_report: Report) -> None:
+        if has_reported.is_set() and not is_writing.is_set():
+            is_writing.set()
+            may_write.wait(60)
+        write_report(reports, new_report)
+        has_reported.set()
+
+    def remove(reports: Reports, replica_name: str) -> None:
+        remove_report(reports, replica_name)
+        is_removed.set()
+
+    monkeypatch.setattr(Reports, "write", write)
+    monkeypatch.setattr(Reports, "remove", remove)
+    with service(workspace, watch_seconds=3600) as replica:
+        assert is_writing.wait(60)
+        closing = threading.Thread(target=replica.holder.stop)
+        closing.start()
+        is_removed.wait(1)  # True if the deletion does not wait for the report
+        may_write.set()
+        closing.join(60)
+        releases.activate_release(workspace, second_id)
+        replica.holder.check_active()  # as a watch that loads a release while the replica ends
+        assert workspace.files(REPLICAS) == []
+
+
+def test_a_replica_that_cannot_start_leaves_no_report_and_no_watch(
+    two: tuple[Workspace, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(service_module, "ImpressionLog", fail)
+    earlier_threads = set(threading.enumerate())
+    with pytest.raises(RuntimeError, match="new thread"), service(two[0], log_impressions=True):
+        pass
+    assert two[0].files(REPLICAS) == []
+    assert set(threading.enumerate()) <= earlier_threads
 
 
 def test_a_broken_release_is_refused_and_the_old_one_restored(

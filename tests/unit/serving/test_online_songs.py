@@ -486,28 +486,33 @@ def test_a_song_that_only_the_release_of_an_arm_contains_stays_in_the_live_one(
         assert add(Client(third), new_song(1)) == ["known"]
 
 
-def test_songs_of_other_replicas_are_found_while_an_earlier_model_is_read_to_close_songs(
+def test_a_replica_finds_songs_of_others_and_ends_while_an_earlier_model_is_read_to_close_songs(
     world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_array, is_reading, may_end = Workspace.read_array, threading.Event(), threading.Event()
+    read_array, is_reading, may_end, has_read = Workspace.read_array, *(threading.Event() for _ in range(3))
     earlier_vectors = artifacts.load_manifest(world, "models", "model1").path(SONG_VECTORS)
 
     def slow_read(self: Workspace, path: str, sha256: str | None = None) -> np.ndarray:
         if path == earlier_vectors:
             is_reading.set()
-            assert may_end.wait(60)
+            may_end.wait(60)
+            has_read.set()
         return read_array(self, path, sha256)
 
     monkeypatch.setattr(online_songs, "CLOSE_SECONDS", 0.0)
-    with service(world, watch_seconds=0.05) as replica, service(world, watch_seconds=3600) as other:
-        add(Client(other), new_song(1))
-        write_release(world, "2", seed=1, activate=False)
-        monkeypatch.setattr(Workspace, "read_array", slow_read)
+    with service(world, watch_seconds=3600) as other:
         try:
-            create_release_with(world, tmp_path, "new-1")
-            assert is_reading.wait(60)
-            add(Client(other), new_song(2))
-            wait_until(lambda: replica.live.catalog.find(["new-2"])[0] >= 0)
+            with service(world, watch_seconds=0.05, log_impressions=True) as replica:
+                add(Client(other), new_song(1))
+                write_release(world, "2", seed=1, activate=False)
+                monkeypatch.setattr(Workspace, "read_array", slow_read)
+                create_release_with(world, tmp_path, "new-1")
+                assert is_reading.wait(60)
+                add(Client(other), new_song(2))
+                wait_until(lambda: replica.live.catalog.find(["new-2"])[0] >= 0)
+                recommended_songs(Client(replica), ARTIST_SONGS)
+            assert not has_read.is_set()
+            assert sum(table.num_rows for table in read_impressions(world, "answers")) == 1
         finally:
             may_end.set()
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,9 @@ from rayrec.data.moments import ASSUMED_GAP_MS
 from rayrec.recommend.answer import history_of_songs, load_recommender
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.reranking import network_of
+from rayrec.serving import service as service_module
 from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K
+from rayrec.serving.served_catalog import ServedCatalog
 from rayrec.serving.service import Service
 from rayrec.storage import releases
 from rayrec.storage.workspace import Workspace
@@ -106,6 +109,32 @@ def test_where_no_song_is_known_the_popular_ones_answer_and_say_so(
     assert ids(answer) == [f"song-{row}" for row in expected]
     assert (answer["source"], answer["path"], answer["unknown_songs"]) == ("popular", "popular", len(history))
     assert ids(ask(app, history=history, exclude=[f"song-{expected[0]}"], k=5)) == ids(answer)[1:6]
+
+
+def test_songs_that_pass_a_filter_are_searched_without_delaying_other_requests(
+    app: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, list[threading.Thread]] = {"filter": [], "popular": []}
+    fitting, choose_popular = ServedCatalog.fitting, service_module.choose_popular
+
+    def search(catalog: ServedCatalog, attributes: Any) -> Any:
+        threads["filter"].append(threading.current_thread())
+        return fitting(catalog, attributes)
+
+    def choose(*arguments: Any) -> Any:
+        threads["popular"].append(threading.current_thread())
+        return choose_popular(*arguments)
+
+    monkeypatch.setattr(ServedCatalog, "fitting", search)
+    monkeypatch.setattr(service_module, "choose_popular", choose)
+    body = {"requests": [{"user_id": user, "artists": ["Artist 3"], "k": 5} for user in ("nobody", "no one")]}
+    answers = app.post("/v1/recommendations/batch", body).json()["answers"]
+    assert [{song["artist"] for song in answer["songs"]} for answer in answers] == [{"Artist 3"}] * 2
+    for path in ("popular", "new"):
+        assert app.get(f"/v1/songs/{path}", params={"artists": "Artist 3"}).status_code == 200
+    assert {name: len(used) for name, used in threads.items()} == {"filter": 4, "popular": 2}
+    # The event loop of these requests runs in this thread.
+    assert threading.current_thread() not in [*threads["filter"], *threads["popular"]]
 
 
 def test_plays_with_times_are_put_in_order(app: Client) -> None:

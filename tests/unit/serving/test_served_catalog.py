@@ -72,6 +72,7 @@ def test_songs_added_online_get_their_places_by_plays_without_a_copy_of_all_play
     song_count, row_without_vector = 100_000, 5
     plays = np.arange(song_count, 0, -1)
     order = np.delete(np.arange(song_count, dtype=np.int32), row_without_vector)
+    is_known = np.arange(song_count) != row_without_vector
     unused: Any = None
     catalog = ServedCatalog(
         catalog=unused,
@@ -80,11 +81,11 @@ def test_songs_added_online_get_their_places_by_plays_without_a_copy_of_all_play
         skip_below=0.5,
         plays=plays,
         by_plays=order,
-        starting=PopularOrder(discounted_plays=plays.astype(np.float64), order=order),
+        starting=PopularOrder(plays=plays, discounted_plays=plays.astype(np.float64), is_known=is_known, order=order),
         first_days=None,
         by_age=np.zeros(0, np.int32),
         lineage="n",
-        known=np.arange(song_count) != row_without_vector,
+        known=is_known,
         dim=8,
         search=unused,
         masks=unused,
