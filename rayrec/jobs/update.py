@@ -105,8 +105,7 @@ def update(
     recall@20 as served is lower than the live release's by more than 0.005; with an unchanged model, only if it is
     lower by more than chance, too: the 95 % interval of the difference lies below 0. With fewer than 30 queries to
     compare on, a release with the same model goes live without a comparison. A release that was rolled back does not
-    go live again by an update. The states are loaded into
-    `store`, or into the workspace's own store if there is one.
+    go live again by an update. The states are loaded into `store`, or into the workspace's own store if there is one.
 
     Settings that are not given are those of the first import: the columns, as far as the files have them, the time zone
     of times without one, the share of a song below which a play counts as skipped, and the user ID, if all imports of
