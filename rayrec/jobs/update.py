@@ -178,7 +178,7 @@ def _import_config(config: UpdateConfig, manifest: DatasetManifest, on_note: Cal
     return import_config if config.max_rejected is None else import_config.replace(max_rejected=config.max_rejected)
 
 
-def _new_counts(dataset: Dataset, live_release: Manifest) -> dict[str, int]:
+def _new_counts(dataset: Dataset, live_release: Manifest) -> dict[str, Any]:
     """Return the numbers of plays, users and songs of the data set that the live release's data set lacks.
 
     The keys are those of `UpdateResult`. A number is 0 if more were deleted since than added.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from without_ray import without_ray
 
 from rayrec.config import from_mapping
 from rayrec.data.dataset import Dataset
-from rayrec.data.moments import now_ms, parse_timestamp
-from rayrec.data.split import SELECTION_FOLDER, load_split
+from rayrec.data.moments import parse_timestamp
+from rayrec.data.split import SELECTION_FOLDER, fit_range_of, load_split
 from rayrec.errors import InputError, MismatchError
+from rayrec.importing import import_run
 from rayrec.importing.import_plan import ImportConfig
 from rayrec.jobs.fit import Quality, fit
 from rayrec.jobs.import_data import append_plays, import_data
@@ -176,31 +178,37 @@ def test_an_update_without_new_plays_does_not_undo_a_rollback(fitted: Workspace,
     assert run_update(fitted, path).live
 
 
-def test_a_clock_that_is_ahead_keeps_no_other_users_plays_out_of_the_comparison_and_its_own_users_out_of_it(
+def test_of_clocks_that_are_ahead_only_their_own_users_are_left_out_of_the_comparison(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the users have a seen play ahead of the new plays; only the others' new plays are unseen for certain."""
     without_ray(monkeypatch)
-    end = (now_ms() / 1000 - BEGIN) / DAY - 1  # yesterday at this time, in days after BEGIN
-    ahead = int(BEGIN + (end + 1.4) * DAY)
-    rows = ring_plays(range(100), begin=end - 20, **RING)
-    first_path = write_rows(tmp_path / "plays.csv", rows + [f"u{user},s1,{ahead},One,Anna\n" for user in range(50)])
-    fit(workspace, FitConfig(paths=(first_path,)), settings=SETTINGS)
-    late_path = write_rows(tmp_path / "day1.csv", ring_plays(range(50), plays=9, begin=end, days=0.5, **RING))
-    result = run_update(workspace, late_path, train_share=1.0)
-    assert (result.live, result.quality) == (True, None)
-    assert "are too few for a comparison" in result.reason
-    rollback(workspace)
-    day_path = write_rows(tmp_path / "day2.csv", ring_plays(range(50, 100), plays=9, begin=end, days=0.5, **RING))
-    result = run_update(workspace, day_path, train=True)
-    assert result.trained
+
+    class ImportClock:
+        """The plays are imported in the night after day 20."""
+
+        @staticmethod
+        def now(zone: timezone) -> datetime:
+            return datetime.fromtimestamp(BEGIN + 20.1 * DAY, zone)
+
+    ahead = int(BEGIN + 20.9 * DAY)
+    rows = ring_plays(range(100), **RING) + [f"u{user},s1,{ahead},One,Anna\n" for user in range(50)]
+    with monkeypatch.context() as patch:
+        patch.setattr(import_run, "datetime", ImportClock)
+        fit(workspace, FitConfig(paths=(write_rows(tmp_path / "plays.csv", rows),)), settings=SETTINGS)
+    model = load_manifest(workspace, "models", live_release(workspace).inputs["models"])
+    day_path = write_rows(tmp_path / "day.csv", ring_plays(range(100), plays=9, begin=20.2, days=0.6, **RING))
+    result = run_update(workspace, day_path, train_share=1.0)
     assert result.quality is not None
-    split = load_split(
-        workspace, load_manifest(workspace, "models", live_release(workspace).inputs["models"]).inputs["split"]
-    )
-    assert split.validation_from is not None
-    assert split.test_from is not None
-    assert split.validation_from < split.test_from < ahead * 1000
+    retrieval = load_manifest(workspace, "retrieval", live_release(workspace).inputs["retrieval"])
+    start = load_split(workspace, retrieval.inputs["split"]).validation_from
+    assert start is not None
+    assert start < ahead * 1000
+    model_end = fit_range_of(Dataset(workspace), model).before
+    assert model_end is not None
+    assert model_end <= start  # the training could continue
+    histories = Dataset(workspace).histories([f"u{user}" for user in range(50, 100)])
+    assert 30 <= result.quality.queries <= (histories.played_at >= start).sum()
 
 
 def planted_quality(new: float, live: float, difference: tuple[float, float, float], queries: int) -> Quality:
