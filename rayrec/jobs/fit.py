@@ -172,8 +172,8 @@ def measure_quality(
 
 def _are_chosen(user_ids: np.ndarray, *, checking_users: bool, left_out: np.ndarray | None) -> np.ndarray:
     """bool (U,): the users who are evaluated; the arguments are those of `measure_quality`."""
-    chosen = checks_rankers(user_ids) if checking_users else np.ones(len(user_ids), dtype=bool)
-    return chosen if left_out is None else chosen & ~np.isin(user_ids, left_out)
+    is_evaluated = checks_rankers(user_ids) if checking_users else np.ones(len(user_ids), dtype=bool)
+    return is_evaluated if left_out is None else is_evaluated & ~np.isin(user_ids, left_out)
 
 
 GUESSED = ("format", "columns", "timezone")  # settings of an import that fit takes, too, and otherwise guesses

@@ -330,7 +330,7 @@ class UserTopRecommender(BaseRecommender):
         counts: np.ndarray = coo_matrix((ones, (rows, songs)), shape=(len(queries), self.num_songs)).toarray()
         recency = np.zeros_like(counts)
         np.maximum.at(recency, (rows, songs), (0.5 * (1 - ages / LATEST)).astype(np.float32))
-        return counts + recency
+        return np.asarray(counts + recency)
 
 
 class ItemKnnRecommender(VectorRecommender):
