@@ -43,7 +43,7 @@ NAMES = {
     "user": ("user", "userid", "username", "uid", "listener", "listenerid", "account", "accountid", "profile"),
     "song": (
         *("songid", "song", "trackid", "track", "itemid", "item", "trackuri", "spotifytrackuri", "recordingmbid"),
-        *("recordingid", "recording", "isrc", "sid", "tid"),
+        *("recordingid", "recording", "isrc"),
     ),
     "played_at": (
         *("uts", "playedat", "listenedat", "timestamp", "ts", "unixtimestamp", "datetime", "time", "utctime"),
@@ -356,7 +356,7 @@ def find_files(paths: Sequence[str], patterns: Sequence[str]) -> list[SourceFile
 
     Files and folders below it whose names begin with `.` or `_`, such as `_delta_log`, are left out.
 
-    Raises `InputError` for a path that does not exist and for a folder without a matching file.
+    Raises `InputError` for an empty path, a path that does not exist, and a folder without a matching file.
     """
     files: dict[str, SourceFile] = {}
     for path in paths:
@@ -486,6 +486,8 @@ def require_text(source: str) -> bytes:
 
 
 def _files_of(path: str, patterns: Sequence[str]) -> list[SourceFile]:
+    if not path:  # would be the current folder
+        raise InputError("a path is empty; give a file or folder, such as . for the current folder")
     filesystem, inner_path = _filesystem(path)
     location = _quoted(path) if "://" in path else inner_path
     try:

@@ -215,6 +215,12 @@ def test_names_of_public_data_sets_are_known() -> None:
         assert (roles["user"], roles["song"], roles["played_at"]) == expected
 
 
+@pytest.mark.parametrize("name", ["sid", "tid"])
+def test_ids_of_sessions_and_transactions_are_not_taken_as_songs(name: str) -> None:
+    _, roles = guess_roles({column: pa.array(["1"]) for column in ("user_id", name, "product_id", "ts")})
+    assert "song" not in roles
+
+
 def test_titles_and_artists_are_found_by_names_that_hold_the_words() -> None:
     for names, expected in (
         (
@@ -665,6 +671,17 @@ def test_all_missing_columns_are_named_at_once(tmp_path: Path) -> None:
 def test_a_file_without_plays_is_refused(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         guess_import([write(tmp_path / name, '{"playlists": []}')])
+
+
+def test_an_empty_path_is_refused_instead_of_read_as_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "p.csv", f"user,song,ts\na,b,{START}\n")
+    monkeypatch.chdir(tmp_path)
+    for call in (inspect_files, lambda format_name, paths: guess_import(paths)):
+        with pytest.raises(InputError, match="a path is empty; give a file or folder"):
+            call("csv", [""])
+    assert inspect_files("csv", ["."]).rows == 1
 
 
 def test_a_missing_path_is_named(tmp_path: Path) -> None:
