@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+from uuid import UUID
 
 import numpy as np
 import pandas as pd
@@ -47,7 +48,7 @@ COLUMNS = ("user_id", "rank", "song_id", "title", "artist", "score")
 Plays = Any  # a pandas or polars DataFrame, an Arrow table, or the path of files
 # Datetimes and pandas timestamps without a zone are UTC.
 Moment: TypeAlias = str | int | float | np.integer[Any] | np.floating[Any] | np.datetime64 | date
-Users: TypeAlias = str | int | Iterable[Any]  # an id, or ids: a list, a set, a column of pandas, polars or Arrow
+Users: TypeAlias = str | int | UUID | Iterable[Any]  # an id, or ids: a list, a set, a column of pandas, polars or Arrow
 
 
 class Recommender:
@@ -446,9 +447,9 @@ def _decode_dictionaries(table: pa.Table) -> pa.Table:
 
 def _list_ids(users: Users) -> list[Any]:
     """Return the ids of one or more users as a list. Raises `InputError` for a value that is not an id."""
-    if isinstance(users, (pd.DataFrame, Mapping, bytes)):
+    if isinstance(users, (pd.DataFrame, Mapping)):
         raise InputError(f"users are a {type(users).__name__}; expected an ID, or a list or column of IDs")
-    if isinstance(users, (str, int, float, np.generic)):
+    if isinstance(users, (str, bytes, UUID, int, float, np.generic)):
         users = [users]
     ids: list[Any] = users.to_pylist() if isinstance(users, (pa.Array, pa.ChunkedArray)) else list(users)
     for index, user in enumerate(ids):

@@ -3,6 +3,7 @@
 import re
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -61,7 +62,7 @@ def spell_id(value: Any) -> str | None:
     """Return an id in its stored form: without spaces around it, whole numbers without a fraction; None if not an id.
 
     1, 1.0, "1" and " 1.0 " are all "1", because pandas converts whole numbers to floats if some are missing. NaN and
-    infinity, as numbers or as text, are not ids.
+    infinity, as numbers or as text, are not ids. A UUID is its text in lower case with hyphens, and bytes are UTF-8 text.
     """
     if isinstance(value, np.generic):  # from a pandas column
         value = value.item()
@@ -69,6 +70,10 @@ def spell_id(value: Any) -> str | None:
         value = str(int(value)) if value.is_integer() else repr(value)
     elif isinstance(value, int | Decimal) and not isinstance(value, bool):
         value = str(value)
+    elif isinstance(value, UUID):
+        value = str(value)
+    elif isinstance(value, bytes):
+        value = _decode_utf8(value)
     if not isinstance(value, str):
         return None
     text = clean(value).strip()

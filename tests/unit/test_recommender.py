@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -402,12 +403,20 @@ def test_users_may_be_any_kind_of_column(model: Recommender, users: Any) -> None
     assert model.recommend(users, k=np.int64(3))["user_id"].tolist() == ["u1"] * 3
 
 
-@pytest.mark.parametrize("users", [["u1", np.nan], [None], ["u1", pd.NA], pd.DataFrame({"user": ["u1"]}), b"u1"])
+@pytest.mark.parametrize("users", [["u1", np.nan], [None], ["u1", pd.NA], [b"\xff"], pd.DataFrame({"user": ["u1"]})])
 def test_users_that_are_no_ids_are_refused(model: Recommender, users: Any) -> None:
     with pytest.raises(InputError, match=r"^users(\[0\]|\[1\]| are a)"):
         model.recommend(users)
     with pytest.raises(InputError, match=r"^users(\[0\]|\[1\]| are a)"):
         model.taste(users)
+
+
+def test_bytes_and_a_uuid_are_ids(model: Recommender, capsys: pytest.CaptureFixture[str]) -> None:
+    assert model.recommend(b"u1", k=2)["song_id"].tolist() == model.recommend("u1", k=2)["song_id"].tolist()
+    assert not capsys.readouterr().err
+    user = uuid.UUID(int=7)
+    assert model.recommend(user, k=2)["user_id"].tolist() == model.recommend([user], k=2)["user_id"].tolist()
+    assert capsys.readouterr().err.count(f"who get popular songs: {user!r}") == 2
 
 
 def test_a_fit_of_other_plays_that_was_stopped_gives_no_wrong_songs(

@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -116,6 +117,17 @@ def test_a_type_that_holds_no_ids_is_an_error_that_names_the_column(values: pa.A
 )
 def test_a_query_spells_an_id_as_an_import_does(texts: list[str]) -> None:
     assert ids_and_reasons(pa.array(texts, pa.string()))[0] == [spell_id(text) for text in texts]
+
+
+@pytest.mark.parametrize("value", [b" 7.0", b"007", "ü".encode(), b"\xff", b" ", b"nan"], ids=repr)
+def test_bytes_of_a_query_are_spelled_as_an_import_does(value: bytes) -> None:
+    assert ids_and_reasons(pa.array([value]))[0] == [spell_id(value)]
+
+
+def test_a_uuid_of_a_query_is_spelled_as_an_import_does() -> None:
+    value = UUID("6BA7B810-9DAD-11D1-80B4-00C04FD430C8")
+    uuids = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([value.bytes], pa.binary(16)))
+    assert ids_and_reasons(uuids)[0] == [spell_id(value)] == ["6ba7b810-9dad-11d1-80b4-00c04fd430c8"]
 
 
 @given(st.lists(st.floats() | st.none(), min_size=1, max_size=8))
