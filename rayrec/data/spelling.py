@@ -62,15 +62,14 @@ def spell_id(value: Any) -> str | None:
     """Return an id in its stored form: without spaces around it, whole numbers without a fraction; None if not an id.
 
     1, 1.0, "1" and " 1.0 " are all "1", because pandas converts whole numbers to floats if some are missing. NaN and
-    infinity, as numbers or as text, are not ids. A UUID is its text in lower case with hyphens, and bytes are UTF-8 text.
+    infinity, as numbers or as text, are not ids. A UUID is its text, in lower case with hyphens, and bytes are text in
+    UTF-8.
     """
     if isinstance(value, np.generic):  # from a pandas column
         value = value.item()
     if isinstance(value, float):
         value = str(int(value)) if value.is_integer() else repr(value)
-    elif isinstance(value, int | Decimal) and not isinstance(value, bool):
-        value = str(value)
-    elif isinstance(value, UUID):
+    elif (isinstance(value, int | Decimal) and not isinstance(value, bool)) or isinstance(value, UUID):
         value = str(value)
     elif isinstance(value, bytes):
         value = _decode_utf8(value)

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from rayrec.config import Settings, to_mapping
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, concatenate, user_hash
-from rayrec.data.moments import DAY_MS, parse_timestamp
+from rayrec.data.moments import DAY_MS, format_iso, parse_timestamp
 from rayrec.data.ragged import offsets_of
 from rayrec.errors import InputError, LeakError, MismatchError, NotFoundError
 from rayrec.storage.artifacts import DatasetManifest, Manifest, fingerprint, last_requested, make_current
@@ -474,6 +474,18 @@ def end_of_plays(dataset: DatasetManifest) -> int:
     if dataset.source == "generated" or not dataset.created_at:
         return dataset.last_play + 1
     return min(dataset.last_play, parse_timestamp(dataset.created_at)) + 1
+
+
+def no_validation_reason(dataset: Dataset) -> str:
+    """Return why `hold_back_validation` holds back none of the plays of a data set."""
+    manifest = dataset.manifest
+    if manifest.plays * HELD_BACK_SHARE < MIN_HELD_BACK:
+        return f"{manifest.plays:,} plays are too few for a validation range"
+    # The range would begin at the first play, so at least 1 - MOST_HELD_BACK of the plays are at its time.
+    return (
+        f"no validation range can be cut off, because nearly all of the {manifest.plays:,} plays have the same time, "
+        f"{format_iso(manifest.first_play)} (check that this is the time of the plays)"
+    )
 
 
 def _held_back_split(dataset: Dataset, **cuts: Any) -> Split:

@@ -18,6 +18,7 @@ from rayrec.data.split import (
     describe_training_plays,
     hold_back_validation,
     list_splits,
+    no_validation_reason,
     split_dataset,
 )
 from rayrec.data.synthetic import GenerateConfig
@@ -178,7 +179,7 @@ class Stages:
             )
 
     def hold_back(self) -> None:
-        """Hold back the newest plays as the validation range of the following stages, unless there are too few plays.
+        """Hold back the newest plays as the validation range of the following stages, if there are enough of them.
 
         These stages choose models on this range and then fit them on all plays.
         """
@@ -186,8 +187,8 @@ class Stages:
         self.split = hold_back_validation(dataset)
         if self.split is None:
             self.on_note(
-                f"{dataset.manifest.plays:,} plays are too few for a validation range: training runs the maximum "
-                "number of epochs, quality is not measured, and no rankers are trained"
+                f"{no_validation_reason(dataset)}: training runs the maximum number of epochs, quality is not "
+                "measured, and no rankers are trained"
             )
         else:
             self.on_note(f"Validation range: {self.split.validation_range}; the final models use all plays")

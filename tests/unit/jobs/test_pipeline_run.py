@@ -13,7 +13,7 @@ from rayrec.data.split import list_splits, load_split
 from rayrec.errors import InputError
 from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.importing.import_plan import ImportConfig
-from rayrec.jobs.import_data import append_plays
+from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.pipeline import Outcome, Stages, run
 from rayrec.recommend.answer import load_recommender
 from rayrec.recommend.two_step import TwoStepRecommender
@@ -71,6 +71,24 @@ def test_with_too_few_plays_for_a_validation_range_the_release_has_no_rankers(
     live_release = active_release(workspace)
     assert live_release is not None
     assert "rankers" not in live_release.inputs
+
+
+def test_plays_of_one_moment_are_named_as_the_reason_why_there_is_no_validation_range(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column of dates of birth or of the export, for example, and not too few plays."""
+    without_ray(monkeypatch)
+    times = ["1767225600"] * 380 + ["1767312000"] * 20
+    path = tmp_path / "plays.csv"
+    path.write_text("user,song,played_at\n" + "".join(f"u{row},s{row},{time}\n" for row, time in enumerate(times)))
+    import_data(workspace, ImportConfig(format="csv", paths=(str(path),), buckets=2))
+    notes: list[str] = []
+    Stages(workspace, on_note=notes.append).hold_back()
+    (note,) = notes
+    assert note.startswith(
+        "no validation range can be cut off, because nearly all of the 400 plays have the same time, "
+        "2026-01-01T00:00:00.000Z (check that this is the time of the plays): training runs the maximum"
+    )
 
 
 def test_a_changed_first_file_replaces_no_appended_plays_unless_forced(
