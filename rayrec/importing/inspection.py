@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayrec.data.moments import DATE_ALONE, LOCAL, NOT_A_TIME, WRITTEN, WRITTEN_DATE, to_ms
-from rayrec.data.spelling import Problems, plain, spell_lists, spell_texts
+from rayrec.data.spelling import Problems, missing, plain, spell_lists, spell_texts
 from rayrec.errors import InputError
 from rayrec.importing.import_plan import ImportConfig, file_notes
 from rayrec.importing.readers import FORMATS, Format, delimited
@@ -55,6 +55,7 @@ from rayrec.importing.readers.youtube_takeout import is_watch_history
 
 SAMPLE_FILES = 5
 SAMPLE_BYTES = 1 << 20  # read from each file
+SHOWN_EVENTS = 5  # event types in a message
 VALUE_SHOWN = 40  # characters of an example value
 # Role -> pattern for names that NAMES lacks, such as `Artist Name(s)`, as `plain_letters`; used if one column matches.
 PATTERNS = {"title": r"(title|trackname|songname)s?$", "artist": r"artist(?!.*(id|ids|uri|uris|count)$)"}
@@ -80,6 +81,10 @@ SONG_ID = (
 # 18:24, 9:05:00, 6:24 pm; not 3:45, which may be the length of a song.
 TIME_OF_DAY = r"([01]\d|2[0-3]):[0-5]\d|\d{1,2}:\d{2}:\d{2}(\.\d+)?|\d{1,2}:\d{2}(:\d{2})?\s*[AaPp][Mm]"
 TITLE = r".*[^!-~].*"  # has a space or a character outside ASCII, which ids rarely have
+# Roles whose column is used only if nearly all of its values can be read: if many cannot, it holds something else, such
+# as percent in place of shares, and each of their plays would be rejected.
+NUMBERS_AND_FLAGS = ("skipped", "share_listened", "ms_played", "duration_ms", "liked")
+MAX_UNREADABLE_SHARE, MAX_OTHER_SHARE = 0.01, 0.5  # of the values of such a column, and of other optional columns
 MIN_TITLE_SHARE = 0.1  # minimum share of values like TITLE in a column of titles; low, since many titles are one word
 FIRST_LINE_NOTE = (
     "The first line looks like data, not column names. Add a header line, such as artist,album,title,played_at, "
@@ -161,7 +166,7 @@ def _inspect(format_name: str, paths: Sequence[str], timezone: str) -> tuple[Ins
     row_kind, column_of_role, left_out = _guess_roles_of_files(sample, lacking)
     is_playlists = row_kind == "playlists"
     # An import uses a column that has the name of a role, unless another or none is given.
-    mapping = column_of_role | {role: "" for role in left_out if _misfit(role, role, sample)}
+    mapping = column_of_role | {role: "" for role in left_out if _guess_misfit(role, role, sample)}
     required_roles = [role for role in roles(is_playlists) if role not in OPTIONAL_ROLES]
     missing_roles = [role for role in required_roles if role not in column_of_role]
     options = ReadOptions(playlists=is_playlists, columns=mapping, delimiter=delimiter or ",", timezone=timezone)
@@ -213,7 +218,7 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
     plain_names = {plain_letters(name): name for name in reversed(sample)}
     column_of_role: dict[str, str] = {}
     for role in NAMES:
-        column = next((name for name in _named_columns(role, sample) if not _misfit(role, name, sample)), None)
+        column = next((name for name in _named_columns(role, sample) if not _guess_misfit(role, name, sample)), None)
         if column is not None and column not in column_of_role.values():
             column_of_role[role] = column
     for role, pattern in PATTERNS.items():
@@ -270,7 +275,7 @@ def _named_columns(role: str, sample: Mapping[str, pa.Array]) -> list[str]:
 
 
 def _misfit(role: str, column: str, sample: Mapping[str, pa.Array]) -> str:
-    """Return why a column cannot have an optional role: its type, or more than half of its values.
+    """Return why a column cannot have an optional role: its type, or too many values that cannot be read.
 
     Empty if it can, and if no such column exists.
     """
@@ -283,14 +288,28 @@ def _misfit(role: str, column: str, sample: Mapping[str, pa.Array]) -> str:
     except InputError as error:
         return str(error)
     reasons, known_count = problems.reasons(), len(values) - values.null_count
-    return f"{reasons[0]} in {len(reasons):,} of {known_count:,} values" if len(reasons) * 2 > known_count else ""
+    max_share = MAX_UNREADABLE_SHARE if role in NUMBERS_AND_FLAGS else MAX_OTHER_SHARE
+    return (
+        f"{reasons[0]} in {len(reasons):,} of {known_count:,} values" if len(reasons) > max_share * known_count else ""
+    )
+
+
+def _guess_misfit(role: str, column: str, sample: Mapping[str, pa.Array]) -> str:
+    """Return why a role is not guessed for a column: it cannot have the role, or no event is a play."""
+    reason = _misfit(role, column, sample)
+    if reason or role != "event_type" or column not in sample or not len(sample[column]):
+        return reason
+    events = read_events(sample[column], Problems(len(sample[column])), column)
+    is_play = pc.not_equal(pc.fill_null(events, "like"), "like")
+    is_empty = pa.array(missing(spell_texts(sample[column], Problems(len(events)), column=column)))  # is a play, too
+    return "" if pc.any(pc.or_(is_play, is_empty)).as_py() else f"no value of column {column!r} is a play"
 
 
 def _left_out(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array], is_playlists: bool) -> dict[str, str]:
     """Return optional role -> why the column with a name for it is not used."""
     left_out: dict[str, str] = {}
     for role in roles(is_playlists):
-        text = next((_misfit(role, name, sample) for name in _named_columns(role, sample)), "")
+        text = next((_guess_misfit(role, name, sample) for name in _named_columns(role, sample)), "")
         if text and role not in column_of_role:
             left_out[role] = f"No column is used as {role}: {text}."
     return left_out
@@ -334,12 +353,26 @@ def _doubts(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -
             f"Song IDs come from column {column_of_role['song']!r}, which may contain titles: songs of different "
             "artists with the same title become one song. Select a column of IDs with --columns song=NAME."
         )
+    event_column = column_of_role.get("event_type", "")
+    if event_column and (other_events := _other_events(sample[event_column])):
+        doubts["event_type"] = (
+            f"Rows whose {event_column!r} is {' or '.join(other_events)} are rejected: only play, listen, skip and like "
+            "are known events. If they are plays, pass --columns event_type= to ignore the column."
+        )
     if "played_at" in column_of_role and (time_of_day := _find_time_of_day(column_of_role["played_at"], sample)):
         doubts["played_at"] = (
             f"Column {time_of_day!r} contains the time of day without the date: combine date and time in one column, "
             "such as 2026-01-20 18:24:00."
         )
     return doubts
+
+
+def _other_events(values: pa.Array) -> list[str]:
+    """Return the most frequent event types of a column that an import rejects, at most `SHOWN_EVENTS`."""
+    problems = Problems(len(values))
+    read_events(values, problems, "event_type")
+    counts = Counter(str(cell_value(value)) for value in values.filter(pa.array(problems.bad)))
+    return [text[:VALUE_SHOWN] for text, _ in counts.most_common(SHOWN_EVENTS)]
 
 
 def time_form(values: pa.Array, timezone: str = "UTC") -> str:
@@ -622,7 +655,9 @@ def guess_import(
         user=user,
     )
     _require_columns(inspection, paths[0], column_of_role if not user else {"user": "", **column_of_role})
-    doubts = {role: text for role, text in inspection.doubts.items() if role not in given_columns}
+    doubts = {
+        role: text for role, text in inspection.doubts.items() if role not in given_columns and column_of_role.get(role)
+    }
     if "played_at" in doubts:
         raise InputError(f"{paths[0]}: {doubts['played_at'].removesuffix('.')}")
     left_out = {

@@ -340,10 +340,65 @@ def test_a_column_that_cannot_be_read_as_an_optional_role_is_not_used(
     assert len(notes) == 1
 
 
-def test_a_column_with_a_few_values_that_cannot_be_read_keeps_its_role() -> None:
-    columns = {"user": ["a"] * 3, "song": ["b"] * 3, "ts": [str(START)] * 3, "loved": ["1", "0", "maybe"]}
+@pytest.mark.parametrize(("unreadable", "is_used"), [(1, True), (2, False)])
+def test_a_guessed_column_of_flags_costs_at_most_a_hundredth_of_the_plays(unreadable: int, is_used: bool) -> None:
+    loved = ["1", "0"] * 50
+    loved[:unreadable] = ["maybe"] * unreadable
+    columns = {"user": ["a"] * 100, "song": ["b"] * 100, "ts": [str(START)] * 100, "loved": loved}
     _, roles = guess_roles({name: pa.array(values) for name, values in columns.items()})
-    assert roles["liked"] == "loved"
+    assert (roles.get("liked") == "loved") == is_used
+
+
+@pytest.mark.parametrize("percent", [50, 100])
+def test_shares_in_percent_of_which_most_are_0_or_1_reject_no_play(tmp_path: Path, percent: int) -> None:
+    rows = "".join(f"u,s{row},{START + row},{percent if row % 4 == 0 else row % 2}\n" for row in range(60))
+    path = write(tmp_path / "p.csv", "user_id,item_id,ts,completion\n" + rows)
+    notes: list[str] = []
+    config = guess_import([path], on_note=notes.append)
+    (batch,) = config.reader().read(plan_import(config).units[0])
+    assert (batch.rows.num_rows, batch.rejected.num_rows) == (60, 0)
+    assert notes == [
+        "Warning: No column is used as share_listened: completion is not a number from 0 to 1 in 15 of 60 values."
+    ]
+
+
+def test_the_events_whose_rows_are_rejected_are_named(tmp_path: Path) -> None:
+    rows = "".join(f"u,s{row},{START + row},{('like', 'Click', 'play')[row % 3]}\n" for row in range(9))
+    path = write(tmp_path / "p.csv", "user_id,item_id,ts,action\n" + rows)
+    warning = (
+        "Rows whose 'action' is Click are rejected: only play, listen, skip and like are known events. If they are "
+        "plays, pass --columns event_type= to ignore the column."
+    )
+    notes: list[str] = []
+    assert guess_import([path], on_note=notes.append).columns["event_type"] == "action"
+    assert notes == [f"Warning: {warning}"]
+    assert inspect_files("csv", [path]).doubts == {"event_type": warning}
+    for columns in ({"event_type": ""}, {"event_type": "action"}):
+        guess_import([path], columns=columns, on_note=notes.append)
+    needed = {"user": "user_id", "song": "item_id", "played_at": "ts"}
+    guess_import([path], earlier_columns=needed, on_note=notes.append)  # does not use the column
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize("name", ["event", "event_type"])
+def test_a_column_of_events_without_a_play_is_not_guessed(tmp_path: Path, name: str) -> None:
+    """An import would have no plays left. A file of likes can be named as one."""
+    path = write(
+        tmp_path / "p.csv",
+        f"user,song,ts,{name}\n" + "".join(f"u,s{row},{START + row},like\n" for row in range(3)),
+    )
+    notes: list[str] = []
+    config = guess_import([path], on_note=notes.append)
+    (batch,) = config.reader().read(plan_import(config).units[0])
+    assert batch.rows["is_play"].to_pylist() == [None] * 3
+    assert notes == [f"Warning: No column is used as event_type: no value of column {name!r} is a play."]
+    for given in ("columns", "earlier_columns"):
+        settings = {given: {"user": "user", "song": "song", "played_at": "ts", "event_type": name}}
+        assert guess_import([path], **settings, on_note=notes.append).columns["event_type"] == name
+    assert len(notes) == 1
+    for event in ("listen", "skip", ""):
+        write(tmp_path / "p.csv", f"user,song,ts,{name}\nu,s,{START},{event}\nu,s,{START},like\n")
+        assert guess_import([path]).columns["event_type"] == name
 
 
 LASTFM = """artist,album,track,date
@@ -441,7 +496,7 @@ def test_columns_are_guessed_from_the_first_file_with_rows(tmp_path: Path, forma
 def test_roles_that_the_earlier_import_did_not_use_are_not_guessed(tmp_path: Path) -> None:
     """An update would count likes that the import counted as plays."""
     header = "user_id,track_id,ts,source,skip,action,artist_name,liked"
-    path = write(tmp_path / "p.csv", f"{header}\nann,s1,{START},radio,1,like,A,7\n")
+    path = write(tmp_path / "p.csv", f"{header}\nann,s1,{START},radio,1,play,A,7\n")
     needed = {"user": "user_id", "song": "track_id", "played_at": "ts"}
     assert {"contexts", "skipped", "event_type"} < guess_import([path]).columns.keys()
     notes: list[str] = []

@@ -107,7 +107,7 @@ def test_skips_of_a_yambda_table_follow_the_share_that_is_set(tmp_path: Path) ->
 def test_columns_of_skips_and_likes_are_guessed_by_name_and_events_by_their_values(tmp_path: Path) -> None:
     path = tmp_path / "plays.csv"
     header = "user_id,track_id,ts,Event Type,completion_rate,msPlayed,track_duration_ms,is_liked"
-    path.write_text(f"{header}\nann,s1,{START},like,0.3,5,10,true\n")
+    path.write_text(f"{header}\nann,s1,{START},skip,0.3,5,10,true\n")
     assert guess_import([str(path)]).columns == {
         "user": "user_id",
         "song": "track_id",
