@@ -239,6 +239,8 @@ def guess_roles(sample: dict[str, pa.Array]) -> tuple[str, dict[str, str]]:
             column_of_role |= {"title": column_of_role["song"], "song": id_column}
         elif _share_of_matches(sample[column_of_role["song"]], TITLE) >= MIN_TITLE_SHARE:
             column_of_role["title"] = column_of_role.pop("song")
+    if plain_letters(column_of_role.get("title", "")) == "name" and _has_other_names(column_of_role, sample):
+        del column_of_role["title"]
     if "song" not in column_of_role and all(role in column_of_role for role in NAMES_OF_SONG):
         column_of_role["song"] = SONG_FROM_NAMES
     row_kind = "playlists" if "playlist" in column_of_role and "played_at" not in column_of_role else "plays"
@@ -319,15 +321,55 @@ def _guess_time(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array
     """Return the column of the times of plays, guessed from names and values; empty if no column looks like one."""
     taken_columns = {name for role, name in column_of_role.items() if role != "played_at"}
     named_columns = _named_columns("played_at", sample)
-    time_column = next(
-        (name for name in named_columns if name not in taken_columns and _share_of_times(sample[name]) > 0.5), None
-    )
-    if time_column is not None:
-        return time_column
-    time_columns = [name for name in sample if name not in taken_columns and _share_of_times(sample[name]) > 0.9]
+    named_times = [name for name in named_columns if name not in taken_columns and _share_of_times(sample[name]) > 0.5]
+    times_of_plays = [name for name in named_times if not _is_of_song(name, column_of_role, sample)]
+    if times_of_plays:
+        return times_of_plays[0]
+    time_columns = [
+        name
+        for name in _time_columns(column_of_role, sample)
+        if not (named_times and _is_of_song(name, column_of_role, sample))
+    ]
     if named_columns or len(time_columns) > 1:  # a column of dates is then likely a release date
         time_columns = [name for name in time_columns if not _are_dates(sample[name])]
-    return time_columns[0] if len(time_columns) == 1 else column_of_role.get("played_at", "")
+    if len(time_columns) == 1:
+        return time_columns[0]
+    return named_times[0] if named_times else column_of_role.get("played_at", "")
+
+
+def _time_columns(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> list[str]:
+    """Return the columns without another role of which more than 90% of the values are times."""
+    taken_columns = {name for role, name in column_of_role.items() if role != "played_at"}
+    return [name for name in sample if name not in taken_columns and _share_of_times(sample[name]) > 0.9]
+
+
+def _is_of_song(column: str, column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> bool:
+    """True if a column belongs to songs, not plays, as a date of release: it has one value in all rows of a song.
+
+    False if the sample cannot tell, because fewer than two songs occur twice, or all rows have the same value.
+    """
+    counts = _values_per_song(column, column_of_role, sample)
+    return len(counts) > 1 and bool((counts == 1).all()) and len(set(_first_texts(sample[column]))) > 1
+
+
+def _has_other_names(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> bool:
+    """True if most songs that occur at least twice have several titles: the names may be those of users."""
+    counts = _values_per_song(column_of_role["title"], column_of_role, sample)
+    return len(counts) > 0 and bool((counts > 1).mean() > 0.5)
+
+
+def _values_per_song(column: str, column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -> np.ndarray:
+    """int64: the number of different values that a column has in the rows of each song that occurs at least twice.
+
+    The first 1,000 rows are counted, without those that lack a value. Empty if no column of songs is known.
+    """
+    if column_of_role.get("song") not in sample:
+        return np.zeros(0, dtype=np.int64)
+    cells = [[str(cell_value(value)) for value in sample[name][:1000]] for name in (column_of_role["song"], column)]
+    rows = [(song, text) for song, text in zip(*cells, strict=False) if song and text and "None" not in (song, text)]
+    row_counts = Counter(song for song, _ in rows)
+    value_counts = Counter(song for song, _ in set(rows))
+    return np.array([count for song, count in value_counts.items() if row_counts[song] > 1], dtype=np.int64)
 
 
 def _find_time_of_day(time_column: str, sample: Mapping[str, pa.Array]) -> str:
@@ -356,13 +398,21 @@ def _doubts(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -
     event_column = column_of_role.get("event_type", "")
     if event_column and (other_events := _other_events(sample[event_column])):
         doubts["event_type"] = (
-            f"Rows whose {event_column!r} is {' or '.join(other_events)} are rejected: only play, listen, skip and like "
-            "are known events. If they are plays, pass --columns event_type= to ignore the column."
+            f"Rows whose {event_column!r} is {' or '.join(other_events)} are rejected: only play, listen, skip and "
+            "like are known events. If they are plays, pass --columns event_type= to ignore the column."
         )
-    if "played_at" in column_of_role and (time_of_day := _find_time_of_day(column_of_role["played_at"], sample)):
+    time_column = column_of_role.get("played_at", "")
+    if time_column and (time_of_day := _find_time_of_day(time_column, sample)):
         doubts["played_at"] = (
             f"Column {time_of_day!r} contains the time of day without the date: combine date and time in one column, "
             "such as 2026-01-20 18:24:00."
+        )
+    elif time_column and _is_of_song(time_column, column_of_role, sample):
+        other_names = [name for name in _time_columns(column_of_role, sample) if name != time_column]
+        other_text = f", such as {' or '.join(other_names)}" if other_names else ""
+        doubts["played_at"] = (
+            f"Column {time_column!r} has the same time in all rows of a song, as a date of release has. If it is not the "
+            f"time of the plays, select another column{other_text and f'{other_text},'} with --columns played_at=NAME."
         )
     return doubts
 
@@ -658,7 +708,7 @@ def guess_import(
     doubts = {
         role: text for role, text in inspection.doubts.items() if role not in given_columns and column_of_role.get(role)
     }
-    if "played_at" in doubts:
+    if "played_at" in doubts and _find_time_of_day(column_of_role["played_at"], sample):
         raise InputError(f"{paths[0]}: {doubts['played_at'].removesuffix('.')}")
     left_out = {
         role: text

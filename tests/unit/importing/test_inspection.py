@@ -215,6 +215,47 @@ def test_names_of_public_data_sets_are_known() -> None:
         assert (roles["user"], roles["song"], roles["played_at"]) == expected
 
 
+def write_times(path: Path, header: str, days: tuple[int, ...] = (0, 1, 2)) -> str:
+    """Write 9 plays of songs a, b, c; each song was created on a day of its own, plays are a minute apart."""
+    rows = []
+    for row in range(9):
+        created, time = START - (1 + days[row % 3]) * 86_400, START + 60 * row
+        rows.append(f"u{row // 3},{'abc'[row % 3]},{created},{time},{time + 5}")
+    return write(path, f"{header}\n" + "\n".join(rows) + "\n")
+
+
+def test_the_time_at_which_a_song_was_created_is_not_taken_as_the_time_of_its_plays(tmp_path: Path) -> None:
+    notes: list[str] = []
+    path = write_times(tmp_path / "p.csv", "user_id,item_id,created_at,read_at,note")
+    path_with_note_times = write_times(tmp_path / "q.csv", "user_id,item_id,created_at,read_at,sent_at")
+    path_of_one_day = write_times(tmp_path / "r.csv", "user_id,item_id,date,read_at,sent_at", days=(0, 0, 0))
+    named_path = write_times(tmp_path / "s.csv", "user_id,item_id,created_at,read_at,date")
+    assert guess_import([path_of_one_day], on_note=notes.append).columns["played_at"] == "date"
+    assert guess_import([named_path], on_note=notes.append).columns["played_at"] == "date"
+    with_one_other = pd.read_csv(path).drop(columns="note")
+    with_one_other.to_csv(path, index=False)
+    assert guess_import([path], on_note=notes.append).columns["played_at"] == "read_at"
+    assert notes == []
+    assert guess_import([path_with_note_times], on_note=notes.append).columns["played_at"] == "created_at"
+    warning = (
+        "Column 'created_at' has the same time in all rows of a song, as a date of release has. If it is not the time "
+        "of the plays, select another column, such as read_at or sent_at, with --columns played_at=NAME."
+    )
+    assert notes == [f"Warning: {warning}"]
+    assert inspect_files("csv", [path_with_note_times]).doubts == {"played_at": warning}
+    guess_import([path_with_note_times], columns={"played_at": "created_at"}, on_note=notes.append)
+    assert len(notes) == 1
+
+
+def test_a_column_of_names_is_a_title_only_if_songs_have_one_name_each() -> None:
+    """The names may be those of users."""
+    columns = {"user_id": ["u", "v"] * 3, "item_id": ["a", "a", "b", "b", "c", "c"], "ts": [str(START)] * 6}
+    for names, title in ((["Ann", "Bob"] * 3, None), (["A", "A", "B", "B", "C", "C (live)"], "name")):
+        sample = {**columns, "name": names}
+        _, roles = guess_roles({name: pa.array(values) for name, values in sample.items()})
+        assert roles.get("title") == title
+
+
 @pytest.mark.parametrize("name", ["sid", "tid"])
 def test_ids_of_sessions_and_transactions_are_not_taken_as_songs(name: str) -> None:
     _, roles = guess_roles({column: pa.array(["1"]) for column in ("user_id", name, "product_id", "ts")})
