@@ -26,9 +26,12 @@ NOT_A_TIME = "time is neither unix seconds, unix milliseconds nor ISO 8601"
 NOT_LOCAL = "time does not match the time pattern of this format"
 NOT_A_ZONE = "unknown time zone"
 OUT_OF_RANGE = "time is not between 1970 and 2100"
+IN_MICROSECONDS = "time is in unix microseconds; expected unix seconds or milliseconds"
+IN_NANOSECONDS = "time is in unix nanoseconds; expected unix seconds or milliseconds"
 
 # Numbers below are seconds (until the year 5138), from here on milliseconds (since March 1973).
 FIRST_MILLISECONDS = 100_000_000_000
+FIRST_MICROSECONDS, FIRST_NANOSECONDS = 10**14, 10**17  # such numbers are rejected
 FIRST_YEAR, LAST_YEAR = 1971, 2100  # local times from the first to before the last year are accepted, in any zone
 END_MS = 4_102_444_800_000  # 2100-01-01
 ASSUMED_GAP_MS = 180_000  # between plays without times: about the length of a song, so that a line is one session
@@ -36,7 +39,7 @@ LINE_GAP_MS = 21 * ASSUMED_GAP_MS  # between two lines of a user's plays without
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-NUMBER = r"^[+-]?\d{1,18}(\.\d*)?$"
+NUMBER = r"^[+-]?\d{1,19}(\.\d*)?$"
 ZONED = r"\d:?\d{2}(:?\d{2}([.,]\d+)?)?\s*([Zz]|UTC|[+-]\d{2}(:?\d{2})?)$"
 ISO = r"^\d{4}-?\d{2}-?\d{2}[T ]\d{2}:?\d{2}"
 DATE = r"\d{4}-?\d{2}-?\d{2}"
@@ -136,7 +139,7 @@ def to_ms(values: pa.Array, problems: Problems, *, column: str = "played_at", ti
         times = _from_timestamps(values.cast(pa.date32()).cast(pa.timestamp("s")), problems, zone)
     elif pa.types.is_integer(data_type):
         problems.mark(_to_numpy(values.is_null()), NO_TIME)
-        times = _seconds_to_ms(_to_numpy(pc.fill_null(values.cast(pa.int64(), safe=False), 0)))
+        times = _seconds_to_ms(_to_numpy(pc.fill_null(values.cast(pa.int64(), safe=False), 0)), problems)
     elif pa.types.is_floating(data_type) or pa.types.is_decimal(data_type):
         times = _from_floats(values, problems)
     elif pa.types.is_null(data_type) or any(
@@ -193,8 +196,10 @@ def _to_numpy(values: pa.Array) -> np.ndarray:
     return np.asarray(values.to_numpy(zero_copy_only=False))
 
 
-def _seconds_to_ms(numbers: np.ndarray) -> np.ndarray:
-    """Convert seconds to ms and leave ms unchanged; the type stays the same."""
+def _seconds_to_ms(numbers: np.ndarray, problems: Problems) -> np.ndarray:
+    """Convert seconds to ms and leave ms unchanged; the type stays the same. Larger units are marked in `problems`."""
+    problems.mark(numbers >= FIRST_NANOSECONDS, IN_NANOSECONDS)
+    problems.mark(numbers >= FIRST_MICROSECONDS, IN_MICROSECONDS)
     is_seconds = (numbers > -FIRST_MILLISECONDS) & (numbers < FIRST_MILLISECONDS)
     scaled: np.ndarray = np.where(is_seconds, np.where(is_seconds, numbers, 0) * 1000, numbers)
     return scaled
@@ -215,14 +220,14 @@ def _from_timestamps(values: pa.Array, problems: Problems, zone: ZoneInfo) -> np
 def _from_floats(values: pa.Array, problems: Problems) -> np.ndarray:
     numbers = _to_numpy(values.cast(pa.float64()))  # null becomes NaN
     problems.mark(np.isnan(numbers), NO_TIME)
-    ms: np.ndarray = np.clip(np.nan_to_num(np.rint(_seconds_to_ms(numbers))), -1, END_MS)
+    ms: np.ndarray = np.clip(np.nan_to_num(np.rint(_seconds_to_ms(numbers, problems))), -1, END_MS)
     return ms.astype(np.int64)
 
 
 def _from_strings(values: pa.Array, problems: Problems, zone: ZoneInfo) -> np.ndarray:
     problems.mark(missing(values), NO_TIME)
     try:
-        return _seconds_to_ms(_to_numpy(pc.fill_null(values.cast(pa.int64()), 0)))
+        return _seconds_to_ms(_to_numpy(pc.fill_null(values.cast(pa.int64()), 0)), problems)
     except pa.ArrowInvalid:
         pass
     try:
@@ -254,7 +259,8 @@ def _from_mixed_strings(values: pa.Array, problems: Problems, zone: ZoneInfo) ->
     numbers = pd.to_numeric(texts.where(is_number), errors="coerce").fillna(0).to_numpy(dtype=np.float64)
     iso = texts.where(is_zoned).str.replace("UTC", "Z", regex=False).str.replace("z", "Z", regex=False)
     timestamps, is_readable = _parse_iso_column(iso)
-    times = np.where(is_number, np.rint(_seconds_to_ms(numbers)), np.where(is_readable, timestamps, 0)).astype(np.int64)
+    times_of_numbers = np.clip(np.rint(_seconds_to_ms(numbers, problems)), -1, END_MS)
+    times = np.where(is_number, times_of_numbers, np.where(is_readable, timestamps, 0)).astype(np.int64)
     if is_local.any():
         timestamps, is_readable_local = _parse_iso_column(texts.where(is_local))
         times[is_readable_local] = _local_to_utc(timestamps[is_readable_local], zone)

@@ -15,7 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rayrec.data.moments import DATE_ALONE, LOCAL, NOT_A_TIME, WRITTEN, WRITTEN_DATE, to_ms
+from rayrec.data.moments import (
+    DATE_ALONE,
+    FIRST_MICROSECONDS,
+    FIRST_MILLISECONDS,
+    FIRST_NANOSECONDS,
+    LOCAL,
+    NOT_A_TIME,
+    WRITTEN,
+    WRITTEN_DATE,
+    to_ms,
+)
 from rayrec.data.spelling import Problems, missing, plain, spell_lists, spell_texts
 from rayrec.errors import InputError
 from rayrec.importing.import_plan import ImportConfig, file_notes
@@ -409,10 +419,10 @@ def _doubts(column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]) -
         )
     elif time_column and _is_of_song(time_column, column_of_role, sample):
         other_names = [name for name in _time_columns(column_of_role, sample) if name != time_column]
-        other_text = f", such as {' or '.join(other_names)}" if other_names else ""
+        other_text = f", such as {' or '.join(other_names)}," if other_names else ""
         doubts["played_at"] = (
-            f"Column {time_column!r} has the same time in all rows of a song, as a date of release has. If it is not the "
-            f"time of the plays, select another column{other_text and f'{other_text},'} with --columns played_at=NAME."
+            f"Column {time_column!r} has the same time in all rows of a song, as a date of release has. If it is not "
+            f"the time of the plays, select another column{other_text} with --columns played_at=NAME."
         )
     return doubts
 
@@ -435,7 +445,11 @@ def time_form(values: pa.Array, timezone: str = "UTC") -> str:
     numbers = [float(text) for text in texts if re.fullmatch(r"[+-]?\d+(\.\d*)?", text)]
     if texts and len(numbers) * 2 > len(texts):
         median = float(np.median(np.abs(numbers)))
-        units = ((1e11, "unix seconds"), (1e14, "unix milliseconds"), (1e17, "unix microseconds, which are rejected"))
+        units = (
+            (FIRST_MILLISECONDS, "unix seconds"),
+            (FIRST_MICROSECONDS, "unix milliseconds"),
+            (FIRST_NANOSECONDS, "unix microseconds, which are rejected"),
+        )
         return next((unit for limit, unit in units if median < limit), "unix nanoseconds, which are rejected")
     problems = Problems(len(texts))
     to_ms(pa.array(texts, pa.string()), problems)

@@ -1,6 +1,9 @@
 """Times of plays."""
 
+from collections.abc import Callable
 from datetime import datetime, timezone
+from decimal import Decimal
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -9,6 +12,8 @@ from hypothesis import strategies as st
 
 from rayrec.data.moments import (
     END_MS,
+    IN_MICROSECONDS,
+    IN_NANOSECONDS,
     NO_TIME,
     NOT_A_TIME,
     NOT_A_ZONE,
@@ -66,7 +71,9 @@ def test_every_way_to_write_a_moment_gives_the_same_ms(text: str, expected: int)
         ("04 May 2009 24:05", NOT_A_TIME),
         ("04 May 09 23:05", NOT_A_TIME),
         ("-5", OUT_OF_RANGE),
-        ("1241478537000000", OUT_OF_RANGE),  # microseconds
+        ("1241478537000000", IN_MICROSECONDS),
+        ("1241478537000000000", IN_NANOSECONDS),
+        ("5000000000000", OUT_OF_RANGE),  # milliseconds, of the year 2128
         ("2300-01-01T00:00:00Z", OUT_OF_RANGE),
     ],
 )
@@ -101,6 +108,13 @@ def test_every_month_is_known_by_its_name_and_by_the_first_three_letters() -> No
 
 def test_the_border_between_seconds_and_milliseconds_is_1e11() -> None:
     assert convert(pa.array([100_000_000_000, 4_102_444_799])) == ([100_000_000_000, 4_102_444_799_000], [])
+
+
+@pytest.mark.parametrize("kind", [int, float, Decimal, str, "{}.5".format], ids=str)
+def test_micro_and_nanoseconds_are_named_whatever_the_column_holds(kind: Callable[[int], Any]) -> None:
+    values = [kind(MOMENT * scale) for scale in (1, 1_000, 1_000_000)]
+    times, reasons = convert(pa.array(values))
+    assert (times[1:], reasons) == ([0, 0], [IN_MICROSECONDS, IN_NANOSECONDS])
 
 
 def test_numbers_and_timestamps_of_parquet_are_read() -> None:

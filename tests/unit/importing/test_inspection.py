@@ -227,23 +227,22 @@ def write_times(path: Path, header: str, days: tuple[int, ...] = (0, 1, 2)) -> s
 def test_the_time_at_which_a_song_was_created_is_not_taken_as_the_time_of_its_plays(tmp_path: Path) -> None:
     notes: list[str] = []
     path = write_times(tmp_path / "p.csv", "user_id,item_id,created_at,read_at,note")
-    path_with_note_times = write_times(tmp_path / "q.csv", "user_id,item_id,created_at,read_at,sent_at")
+    path_with_two_others = write_times(tmp_path / "q.csv", "user_id,item_id,created_at,read_at,sent_at")
     path_of_one_day = write_times(tmp_path / "r.csv", "user_id,item_id,date,read_at,sent_at", days=(0, 0, 0))
     named_path = write_times(tmp_path / "s.csv", "user_id,item_id,created_at,read_at,date")
     assert guess_import([path_of_one_day], on_note=notes.append).columns["played_at"] == "date"
     assert guess_import([named_path], on_note=notes.append).columns["played_at"] == "date"
-    with_one_other = pd.read_csv(path).drop(columns="note")
-    with_one_other.to_csv(path, index=False)
+    pd.read_csv(path).drop(columns="note").to_csv(path, index=False)
     assert guess_import([path], on_note=notes.append).columns["played_at"] == "read_at"
     assert notes == []
-    assert guess_import([path_with_note_times], on_note=notes.append).columns["played_at"] == "created_at"
+    assert guess_import([path_with_two_others], on_note=notes.append).columns["played_at"] == "created_at"
     warning = (
         "Column 'created_at' has the same time in all rows of a song, as a date of release has. If it is not the time "
         "of the plays, select another column, such as read_at or sent_at, with --columns played_at=NAME."
     )
     assert notes == [f"Warning: {warning}"]
-    assert inspect_files("csv", [path_with_note_times]).doubts == {"played_at": warning}
-    guess_import([path_with_note_times], columns={"played_at": "created_at"}, on_note=notes.append)
+    assert inspect_files("csv", [path_with_two_others]).doubts == {"played_at": warning}
+    guess_import([path_with_two_others], columns={"played_at": "created_at"}, on_note=notes.append)
     assert len(notes) == 1
 
 
