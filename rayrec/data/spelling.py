@@ -156,6 +156,18 @@ def spell_texts(values: pa.Array, problems: Problems, *, column: str) -> pa.Arra
     return pc.if_else(pc.equal(texts, ""), None, texts)
 
 
+def spell_artists(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
+    """Return a column of artists as `spell_texts` does, strings (R,); of a list of artists, the first name is used."""
+    values = plain(values)
+    if _is_list(values.type):
+        first_names = pc.list_slice(values, 0, 1, return_fixed_size_list=False)  # no or one name in each row
+        rows = pc.list_parent_indices(first_names).to_numpy()
+        positions = np.full(len(values), -1)
+        positions[rows] = np.arange(len(rows))
+        values = pc.list_flatten(first_names).take(pa.array(positions, mask=positions < 0))
+    return spell_texts(values, problems, column=column)
+
+
 def spell_values(values: pa.Array, problems: Problems, *, column: str) -> pa.Array:
     """Return a column of numbers, flags, days or categories as `spell_value` does, strings (R,), null if missing.
 
@@ -170,8 +182,7 @@ def spell_lists(values: pa.Array, problems: Problems, *, column: str) -> pa.Arra
     Raises `InputError`, which names `column`, for another type.
     """
     values = plain(values)
-    list_checks = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    if not any(is_list(values.type) for is_list in list_checks):
+    if not _is_list(values.type):
         texts = spell_values(values, problems, column=column)
         lists = pc.split_pattern(texts, LIST_SEPARATOR)
     else:
@@ -258,6 +269,10 @@ def _is_text(data_type: pa.DataType) -> bool:
 
 def _is_uuid(data_type: pa.DataType) -> bool:
     return getattr(data_type, "extension_name", "") == "arrow.uuid"
+
+
+def _is_list(data_type: pa.DataType) -> bool:
+    return any(check(data_type) for check in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
 
 
 def _is_list_view(data_type: pa.DataType) -> bool:

@@ -21,7 +21,16 @@ from rayrec.data import columns
 from rayrec.data.catalog import CONTENT_FILE, CONTENT_IDS, DESCRIPTIONS, DESCRIPTIONS_FILE
 from rayrec.data.columns import one_array
 from rayrec.data.dataset import Dataset
-from rayrec.data.spelling import NOT_UTF8, Problems, plain, spell_ids, spell_lists, spell_texts, spell_values
+from rayrec.data.spelling import (
+    NOT_UTF8,
+    Problems,
+    plain,
+    spell_artists,
+    spell_ids,
+    spell_lists,
+    spell_texts,
+    spell_values,
+)
 from rayrec.errors import InputError
 from rayrec.importing.readers import delimited
 from rayrec.importing.readers.delimited import Delimiter
@@ -329,7 +338,7 @@ def read_descriptions(source: str, names: Mapping[str, str] | None = None, delim
         raise InputError(f"{source}: no row can be used: {reasons}; check the format and the delimiter")
     row_numbers = pa.array(usable_rows[_first_rows(ids.take(pa.array(usable_rows)))])
     values = {columns.SONG_ID: ids.take(row_numbers)}
-    readers = {"released": _read_days, "markets": spell_lists}
+    readers = {"artist": spell_artists, "released": _read_days, "markets": spell_lists}
     for role in [role for role in ROLES if role in role_columns and role != "song"]:
         problems = Problems(len(row_numbers))
         with naming(source):

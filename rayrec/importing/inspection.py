@@ -26,7 +26,7 @@ from rayrec.data.moments import (
     WRITTEN_DATE,
     to_ms,
 )
-from rayrec.data.spelling import Problems, missing, plain, spell_lists, spell_texts
+from rayrec.data.spelling import Problems, missing, plain, spell_artists, spell_lists, spell_texts
 from rayrec.errors import InputError
 from rayrec.importing.import_plan import ImportConfig, file_notes
 from rayrec.importing.readers import FORMATS, Format, delimited
@@ -81,7 +81,7 @@ OPTIONAL_READERS: dict[str, Callable[..., pa.Array]] = {
     "event_type": read_events,
     "liked": read_flags,
     "title": spell_texts,
-    "artist": spell_texts,
+    "artist": spell_artists,
 }
 SONG_ID = (
     r"(song|track|recording|(?<!playlist)item)(spotify|deezer|tidal|musicbrainz|mb)?(id|uri)$"
@@ -718,7 +718,7 @@ def guess_import(
         timezone=timezone,
         user=user,
     )
-    _require_columns(inspection, paths[0], column_of_role if not user else {"user": "", **column_of_role})
+    _require_columns(inspection, paths[0], column_of_role if not user else {"user": "", **column_of_role}, sample)
     doubts = {
         role: text for role, text in inspection.doubts.items() if role not in given_columns and column_of_role.get(role)
     }
@@ -782,7 +782,9 @@ def _has_mark(format_name: str, file: SourceFile) -> bool:
     return re.search(MARKS[format_name], read_head(file.source)) is not None
 
 
-def _require_columns(inspection: Inspection, path: str, column_of_role: Mapping[str, str]) -> None:
+def _require_columns(
+    inspection: Inspection, path: str, column_of_role: Mapping[str, str], sample: Mapping[str, pa.Array]
+) -> None:
     """Raise `InputError` if roles lack a column; it names them, the columns of the file, and similar columns."""
     missing_roles = {role: role for role in roles(False) if role not in OPTIONAL_ROLES and role not in column_of_role}
     if missing_roles:
@@ -791,5 +793,5 @@ def _require_columns(inspection: Inspection, path: str, column_of_role: Mapping[
         first_line_note = f". {FIRST_LINE_NOTE[:-1]}" if FIRST_LINE_NOTE in inspection.notes else ""
         raise InputError(
             f"{path} has no column that looks like {' or '.join(missing_roles)}; it has {shown_columns(column_names)}; "
-            f"{mapping_advice(missing_roles, remaining_columns)}{first_line_note}"
+            f"{mapping_advice(missing_roles, remaining_columns, _time_columns(column_of_role, sample))}{first_line_note}"
         )

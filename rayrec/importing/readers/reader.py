@@ -11,7 +11,7 @@ import re
 import shlex
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher, get_close_matches
@@ -272,18 +272,21 @@ def mapped_columns(
     return {role: _position(source, header, name) for role, name in column_of.items() if name in header}
 
 
-def mapping_advice(missing: Mapping[str, str], header: Sequence[str]) -> str:
-    """Return advice for a message: how to map the roles in `missing` (role -> missing name) to columns of `header`."""
-    nearest = _nearest_columns(missing, header)
+def mapping_advice(missing: Mapping[str, str], header: Sequence[str], times: Collection[str] | None = None) -> str:
+    """Return advice for a message: how to map the roles in `missing` (role -> missing name) to columns of `header`.
+
+    `times` are the columns of `header` that hold times, if known: only they are suggested for `played_at`.
+    """
+    nearest = _nearest_columns(missing, header, header if times is None else times)
     mapping = shlex.quote(",".join(f"{role}={nearest.get(role, 'NAME')}" for role in missing))
     advice = f"map {'it' if len(missing) == 1 else 'them'}{', for example' if nearest else ''} with --columns {mapping}"
     return advice + (ONE_USER if "user" in missing and "user" not in nearest else "")
 
 
-def _nearest_columns(missing: Mapping[str, str], header: Sequence[str]) -> dict[str, str]:
+def _nearest_columns(missing: Mapping[str, str], header: Sequence[str], times: Collection[str]) -> dict[str, str]:
     """Return role -> the column whose name is most similar to the names that exports use for the role.
 
-    No column is used twice, and roles without a similar column are left out.
+    No column is used twice, and roles without a similar column are left out. Only columns in `times` are `played_at`.
     """
     column_of_plain = {plain_letters(name): name for name in reversed(header)}
     column_of_plain.pop("", None)  # names without any ASCII letter or digit
@@ -297,6 +300,8 @@ def _nearest_columns(missing: Mapping[str, str], header: Sequence[str]) -> dict[
                 )
     nearest: dict[str, str] = {}
     for role, name in sorted(similarity, key=lambda pair: -similarity[pair]):
+        if role == "played_at" and name not in times:
+            continue
         if role not in nearest and name not in nearest.values():
             nearest[role] = name
     return nearest

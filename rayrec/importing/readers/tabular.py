@@ -25,6 +25,7 @@ from rayrec.data.spelling import (
     as_strings,
     name_songs,
     plain,
+    spell_artists,
     spell_ids,
     spell_lists,
     spell_texts,
@@ -168,7 +169,7 @@ def _damaged_error(source: str, error: Exception) -> DamagedInputError:
 EVENT_ROLES = ("skipped", "share_listened", "ms_played", "duration_ms", "event_type", "liked")
 PLAY_ROLES = ("user", "song", "played_at", "contexts", *EVENT_ROLES, "title", "artist")
 OPTIONAL_ROLES = ("contexts", *EVENT_ROLES, "title", "artist")
-NAMES_OF_SONG = ("title", "artist")
+NAMES_OF_SONG = {"title": spell_texts, "artist": spell_artists}  # role -> function that reads its column
 SONG_FROM_NAMES = "artist+title"  # given in place of a column of song ids
 PLAYLIST_ROLES = ("playlist", "position", "song", "title", "artist")
 NOT_A_POSITION = "position is not a whole number"
@@ -265,8 +266,8 @@ def convert(rows: SourceRows, options: ReadOptions, source: str, names: Mapping[
         )
         data = {columns.PLAYLIST if is_playlists else columns.USER: owner_ids}
         names_of_song = {
-            role: spell_texts(values[role], problems, column=column_name(role))
-            for role in NAMES_OF_SONG
+            role: spell_names(values[role], problems, column=column_name(role))
+            for role, spell_names in NAMES_OF_SONG.items()
             if role in values
         }
         if len(names_of_song) == len(NAMES_OF_SONG):  # a file may have ids for only some of its songs

@@ -15,6 +15,7 @@ from rayrec.data.spelling import (
     Problems,
     name_song,
     name_songs,
+    spell_artists,
     spell_id,
     spell_ids,
     spell_lists,
@@ -236,3 +237,26 @@ def test_a_value_alone_is_spelled_as_in_a_list_of_an_import(text: str) -> None:
     (listed_values,) = spell_lists(pa.array([[text]]), Problems(1), column="markets").to_pylist()
     spelled_value = spell_value(text)
     assert ([] if spelled_value is None else [spelled_value]) == listed_values
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list, pa.list_view], ids=["list", "large_list", "list_view"])
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())], ids=str)
+def test_the_first_of_several_artists_is_the_artist_of_a_song(kind: Any, text: pa.DataType) -> None:
+    lists = pa.array([["Spare"], [" Queen ", "David Bowie"], [], None, [None, "B"], ["1975.0"]], pa.list_(pa.string()))
+    values = lists.cast(pa.list_(text)) if text != pa.string() else lists
+    values = pa.array(values.to_pylist(), kind(text)) if kind is not pa.list_ else values
+    artists = spell_artists(values[1:], Problems(5), column="artist").to_pylist()
+    assert artists == ["Queen", None, None, None, "1975.0"]
+
+
+def test_the_first_artist_is_read_from_lists_of_one_size_and_beside_nulls_that_hold_names() -> None:
+    fixed = pa.array([["A", "B"], None, ["C", "D"]], pa.list_(pa.string(), 2))
+    assert spell_artists(fixed, Problems(3), column="artist").to_pylist() == ["A", None, "C"]
+    names = pa.array(["A", "B", "C"])
+    masked = pa.ListArray.from_arrays(pa.array([0, 2, 3], pa.int32()), names, mask=pa.array([True, False]))
+    assert spell_artists(masked, Problems(2), column="artist").to_pylist() == [None, "C"]
+
+
+def test_a_list_of_artists_that_holds_no_text_is_an_error() -> None:
+    with pytest.raises(InputError, match="column 'artist' holds struct<name: string>; expected text or numbers"):
+        spell_artists(pa.array([[{"name": "A"}]]), Problems(1), column="artist")

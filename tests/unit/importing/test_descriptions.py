@@ -79,15 +79,21 @@ def test_songs_are_described_by_id(dataset: Dataset, tmp_path: Path, name: str) 
 
 def test_parquet_gives_dates_and_lists_and_columns_are_mapped(dataset: Dataset, tmp_path: Path) -> None:
     path = tmp_path / "songs.parquet"
-    table = {"id": ["song-2"], "when": pa.array([date(2020, 1, 2)]), "where": pa.array([["SE", "DE"]])}
+    table = {
+        "id": ["song-2"],
+        "when": pa.array([date(2020, 1, 2)]),
+        "where": pa.array([["SE", "DE"]]),
+        "artist": [["A", "B"]],
+    }
     pq.write_table(pa.table(table), path)
     mapping = {"song": "id", "released": "when", "markets": "where"}
     assert describe(dataset.workspace, DescribeConfig(columns=mapping), str(path)).released == 1
     row = dataset.catalog().table.slice(2, 1).to_pylist()[0]
-    assert (row[columns.RELEASED], row[columns.MARKETS], row[columns.TITLE]) == (
+    assert (row[columns.RELEASED], row[columns.MARKETS], row[columns.TITLE], row[columns.ARTIST]) == (
         date(2020, 1, 2),
         ["SE", "DE"],
         "Title 2",
+        "A",
     )
 
 
@@ -127,7 +133,7 @@ def test_metadata_is_used_for_later_versions_of_its_dataset_and_for_no_other(dat
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        ("id,title\na,b\n", "songs.csv", "no column 'song'.*for example with --columns song=id"),
+        ("id,title\na,b\n", "songs.csv", "no column 'song'.*map it with --columns song=NAME"),
         ("song,mood\na,b\n", "songs.csv", "has no metadata"),
         ("song,title\na\n", "songs.csv", "no row can be used: 1 × 1 values, but the file has 2 columns"),
         ("song,title\n", "songs.csv", "no row can be used: the file has no rows"),

@@ -335,7 +335,7 @@ def test_days_that_are_read_as_seconds_of_1970_give_a_warning(tmp_path: Path, va
 @pytest.mark.parametrize(
     ("role", "name", "values", "reason"),
     [
-        ("artist", "artists", pa.array([["A", "B"]] * 3), "expected text or numbers"),
+        ("artist", "artists", pa.array([{"name": "A"}] * 3), "expected text or numbers"),
         (
             "contexts",
             "context",
@@ -378,6 +378,20 @@ def test_a_column_that_cannot_be_read_as_an_optional_role_is_not_used(
     assert guess_import([str(path)], columns={role: name}, on_note=notes.append).columns[role] == name
     assert guess_import([str(path)], earlier_columns={role: ""}).columns[role] == ""
     assert len(notes) == 1
+
+
+def test_the_first_of_a_list_of_artists_is_the_artist_of_a_song(tmp_path: Path) -> None:
+    plays = {
+        "user": ["a"] * 2,
+        "song_id": ["b", "c"],
+        "ts": [START] * 2,
+        "artists": [["Queen", "David Bowie"], ["Abba"]],
+    }
+    pq.write_table(pa.table(plays), tmp_path / "p.parquet")
+    notes: list[str] = []
+    config = guess_import([str(tmp_path)], on_note=notes.append)
+    (batch,) = config.reader().read(plan_import(config).units[0])
+    assert (batch.rows["artist"].to_pylist(), notes) == (["Queen", "Abba"], [])
 
 
 @pytest.mark.parametrize(("unreadable", "is_used"), [(1, True), (2, False)])
@@ -757,6 +771,14 @@ def test_all_missing_columns_are_named_at_once(tmp_path: Path) -> None:
     message = "like user or song or played_at; it has a, b; map them with --columns user=NAME,song=NAME,played_at=NAME"
     with pytest.raises(InputError, match=message):
         guess_import([path])
+
+
+def test_only_a_column_of_times_is_suggested_as_the_time(tmp_path: Path) -> None:
+    """The name player_id is similar to played_at."""
+    for times, suggestion in (("session_start,session_end", "NAME"), ("playing_at,end", "playing_at")):
+        path = write(tmp_path / "p.csv", f"player_id,game_id,{times}\n1,2,{START},{START + 60}\n")
+        with pytest.raises(InputError, match=f"--columns user=NAME,song=NAME,played_at={suggestion},"):
+            guess_import([path])
 
 
 @pytest.mark.parametrize(
