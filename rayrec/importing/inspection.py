@@ -793,5 +793,6 @@ def _require_columns(
         first_line_note = f". {FIRST_LINE_NOTE[:-1]}" if FIRST_LINE_NOTE in inspection.notes else ""
         raise InputError(
             f"{path} has no column that looks like {' or '.join(missing_roles)}; it has {shown_columns(column_names)}; "
-            f"{mapping_advice(missing_roles, remaining_columns, _time_columns(column_of_role, sample))}{first_line_note}"
+            + mapping_advice(missing_roles, remaining_columns, _time_columns(column_of_role, sample))
+            + first_line_note
         )
