@@ -386,7 +386,7 @@ def test_a_real_process_keeps_stdout_and_stderr_apart(filled: str) -> None:
     failed_process = run_rayrec("status", "--json", "--workspace", "gopher://x")
     assert failed_process.returncode == 2
     assert json.loads(failed_process.stdout)["error"]["kind"] == "input"
-    assert failed_process.stderr.startswith("rayrec: Workspace 'gopher://x'")
+    assert failed_process.stderr.startswith("rayrec: Workspace gopher://x cannot be opened; ")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
