@@ -43,7 +43,7 @@ NAMES = {
     "user": ("user", "userid", "username", "uid", "listener", "listenerid", "account", "accountid", "profile"),
     "song": (
         *("songid", "song", "trackid", "track", "itemid", "item", "trackuri", "spotifytrackuri", "recordingmbid"),
-        *("recordingid", "recording", "isrc"),
+        *("recordingid", "recording", "isrc", "videoid", "episodeid", "articleid", "productid", "gameid", "contentid"),
     ),
     "played_at": (
         *("uts", "playedat", "listenedat", "timestamp", "ts", "unixtimestamp", "datetime", "time", "utctime"),

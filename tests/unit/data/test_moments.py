@@ -110,7 +110,9 @@ def test_the_border_between_seconds_and_milliseconds_is_1e11() -> None:
     assert convert(pa.array([100_000_000_000, 4_102_444_799])) == ([100_000_000_000, 4_102_444_799_000], [])
 
 
-@pytest.mark.parametrize("kind", [int, float, Decimal, str, "{}.5".format], ids=str)
+@pytest.mark.parametrize(
+    "kind", [int, float, Decimal, str, "{}.5".format], ids=["int", "float", "decimal", "text", "text.5"]
+)
 def test_micro_and_nanoseconds_are_named_whatever_the_column_holds(kind: Callable[[int], Any]) -> None:
     values = [kind(MOMENT * scale) for scale in (1, 1_000, 1_000_000)]
     times, reasons = convert(pa.array(values))
