@@ -399,7 +399,7 @@ class Arms:
         must be known before a user's state of its model can be read.
         """
         experiment = self._experiment
-        if experiment is None or not request.user_id or request.model_fields_set & experiment.varied:
+        if experiment is None or request.user_id is None or request.model_fields_set & experiment.varied:
             return Assigned(sent=request, request=request, release=live)
         arm_name = experiment.arm_of(request.user_id)
         if arm_name is None:

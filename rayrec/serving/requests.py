@@ -88,7 +88,9 @@ def read_stored(user: StoredUser | None, at: int | None) -> UserQuery:
 
 def read_query(request: UserOrHistory, user: StoredUser | None, at: int | None, catalog: ServedCatalog) -> UserQuery:
     """Return the query of a request. Raises `InputError` as `read_stored` or `read_history` does."""
-    return read_stored(user, at) if request.user_id else read_history(request.history, at, catalog)
+    if request.history is not None:
+        return read_history(request.history, at, catalog)
+    return read_stored(user, at)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class RankingPage:
 
 def read_page(request: RecommendationsRequest | SongsQuery) -> RankingPage:
     """Return the place that a request's cursor names. Raises `FieldError` if the cursor is not from this request."""
-    history = request.history if isinstance(request, UserOrHistory) else []
+    history = (request.history or []) if isinstance(request, UserOrHistory) else []
     songs = [play.song_id if isinstance(play, Play) else play for play in history]  # faster than dumping the plays
     text = "\n".join([request.model_dump_json(exclude={"k", "cursor", "explain", "history"}), *songs])
     digest = sha256(text.encode()).hexdigest()[:16]

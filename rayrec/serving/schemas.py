@@ -242,14 +242,14 @@ class SongsQuery(SongFilters, Page, KnownFields):
 class UserOrHistory(BaseModel):
     """The user of a request, who is a stored user or the user of a given history, and the moment of the request."""
 
-    user_id: UserId = Field(default="", description="A user whose plays were loaded or sent before.")
-    history: History = []
+    user_id: UserId | None = Field(default=None, description="A user whose plays were loaded or sent before.")
+    history: History | None = None
     at: At = None
     horizon: LongWeight = 0.0
 
     @model_validator(mode="after")
     def _one_user(self) -> "UserOrHistory":
-        if ("user_id" in self.model_fields_set) == ("history" in self.model_fields_set):
+        if (self.user_id is None) == (self.history is None):
             raise ValueError("give either a user_id or a history")
         return self
 
@@ -262,11 +262,10 @@ class TasteQuery(RequestBody):
 
 
 class RecommendationsRequest(SongFilters, Page, UserOrHistory, RequestBody):
-    """A request for recommendations, for a stored user (`user_id`) or for a given `history`."""
+    """A request for recommendations, for a stored user or for a given history: give either `user_id` or `history`."""
 
     model_config = ConfigDict(
         json_schema_extra={
-            "oneOf": [{"required": ["user_id"]}, {"required": ["history"]}],
             "examples": [
                 {"user_id": "ann", "k": 5},
                 {"history": HISTORY_EXAMPLE, "at": "2026-01-20T18:31:00Z", "k": 5, "horizon": "short"},
@@ -314,11 +313,10 @@ class UserRecommendationsQuery(SongsQuery):
 
 
 class RankRequest(UserOrHistory, RequestBody):
-    """Songs to rank, for a stored user (`user_id`) or for a given `history`."""
+    """Songs to rank, for a stored user or for a given history: give either `user_id` or `history`."""
 
     model_config = ConfigDict(
         json_schema_extra={
-            "oneOf": [{"required": ["user_id"]}, {"required": ["history"]}],
             "examples": [
                 {"user_id": "ann", "songs": ["song-12", "song-7", "song-3"]},
                 {"history": HISTORY_EXAMPLE, "at": "2026-01-20T18:31:00Z", "songs": ["song-3", "song-5"]},

@@ -437,20 +437,20 @@ class Service:
 
     def _log_answer(
         self,
-        user_id: str,
+        user_id: str | None,
         answer: AnsweredSongs,
         *,
         experiment: str | None = None,
         arm: str | None = None,
         first: int = 0,
     ) -> None:
-        """Add an answer to the impression log, if there is one. `user_id` is empty if the request has a history."""
+        """Add an answer to the impression log, if there is one. `user_id` is None if the request has a history."""
         if self.log is None:
             return
         row = {
             "recommendation_id": answer.recommendation_id,
             "request_id": request_id.get(),
-            "user_id": user_id or None,
+            "user_id": user_id,
             "moment": now_ms(),
             "at": answer.at,
             "release": answer.release,
@@ -482,9 +482,11 @@ class Service:
 
     async def _read_stored_users(
         self, live: LiveRelease, requests: Sequence[UserOrHistory | InvalidEntry]
-    ) -> dict[str, StoredUser]:
+    ) -> dict[str | None, StoredUser]:
         """Return the stored users that requests name, by id; users who are not in the store are left out."""
-        user_ids = sorted({request.user_id for request in requests if isinstance(request, UserOrHistory)} - {""})
+        user_ids = sorted(
+            {request.user_id for request in requests if isinstance(request, UserOrHistory) and request.user_id}
+        )
         users = await self.users.read(live, user_ids) if user_ids else []
         return {user_id: user for user_id, user in zip(user_ids, users, strict=True) if user is not None}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 from served import AT, NUM_SONGS, SONGS, WITHOUT_VECTOR, Client, ask, ids, ms, service
 
 from rayrec.data.dataset import Dataset
@@ -510,3 +511,50 @@ def test_the_examples_of_the_document_are_good_requests(app: Client) -> None:
                 assert app.post(path, example).status_code == 200, path
                 examples += 1
     assert examples >= 5
+
+
+def request_schemas(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return path -> schema of the body of each POST."""
+    references = {
+        path: methods["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        for path, methods in document["paths"].items()
+        if "post" in methods
+    }
+    schemas = document["components"]["schemas"]
+    return {path: schemas[reference.rsplit("/", 1)[1]] for path, reference in references.items()}
+
+
+def test_every_schema_of_the_document_accepts_its_own_default_and_examples(app: Client) -> None:
+    document = app.get("/openapi.json").json()
+    values = 0
+    parts: list[Any] = [document]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            # A property may have the name `default`, and an object of the document other examples than a schema.
+            is_schema = bool({"type", "anyOf", "oneOf", "$ref"} & part.keys()) and "in" not in part
+            examples = part.get("examples", []) if is_schema else []
+            for value in [*examples, *([part["default"]] if is_schema and "default" in part else [])]:
+                schema = Draft202012Validator({**part, "components": document["components"]})
+                assert schema.is_valid(value), (part.get("title"), value)
+                values += 1
+        if isinstance(part, (dict, list)):
+            parts += part.values() if isinstance(part, dict) else part
+    assert values > 30
+
+
+def test_generated_code_may_send_every_optional_field_with_its_default_or_null(app: Client) -> None:
+    schemas = request_schemas(app.get("/openapi.json").json())
+    for path in ("/v1/recommendations", "/v1/rank"):
+        optional = schemas[path]["properties"].keys() - set(schemas[path].get("required", []))
+        defaults = {name: schemas[path]["properties"][name].get("default") for name in optional}
+        assert {"user_id", "history"} <= optional
+        for example in schemas[path]["examples"]:
+            assert app.post(path, {**defaults, **example}).json()["songs"] == app.post(path, example).json()["songs"]
+
+
+def test_an_object_of_the_document_has_no_conditions_beside_its_properties_that_code_generators_cannot_read(
+    app: Client,
+) -> None:
+    for name, schema in app.get("/openapi.json").json()["components"]["schemas"].items():
+        assert not ("properties" in schema and {"oneOf", "anyOf", "allOf"} & schema.keys()), name
