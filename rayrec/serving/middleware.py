@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.gzip import GZipMiddleware
@@ -35,6 +35,7 @@ ID_HEADER = "X-Request-ID"
 TIMING_HEADER = "Server-Timing"
 ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
 STATIC = re.compile(r"/|/openapi\.json|/docs(/[^/]*)?")  # pages and the OpenAPI document, which hold no data
+DOCUMENT = "/openapi.json"
 HEALTH = ("/healthz", "/readyz")
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,21 @@ def needs_no_key(method: str, path: str, config: ServeConfig) -> bool:
     return method == "GET" and bool(is_open_path or (config.open_metrics and path == "/metrics"))
 
 
+def escaped_path(scope: Scope) -> str:
+    """Return the path of a request, decoded except for the slashes and percent signs of ids, which remain %2F and %25.
+
+    In the decoded path of the scope, a slash of an id looks like one between two segments.
+    """
+    raw_path = scope.get("raw_path")  # optional in ASGI
+    segments = (quote(str(scope["path"])) if raw_path is None else raw_path.decode("ascii", "replace")).split("/")
+    return "/".join(escaped_segment(unquote(segment)) for segment in segments)
+
+
+def escaped_segment(text: str) -> str:
+    """Return `text` as a segment of an `escaped_path`."""
+    return text.replace("%", "%25").replace("/", "%2F")
+
+
 def routed_path(scope: Scope) -> str:
     """Return the path of a request as the router matches it.
 
@@ -177,7 +193,7 @@ class Middleware:
         stages: dict[str, float] = {}
         request_stages.set(stages)
         is_head = method == "HEAD"  # handled as a GET, but the body is not sent
-        scope = {**scope, "method": "GET"} if is_head else scope
+        scope = {**scope, "method": "GET" if is_head else method, "path": escaped_path(scope)}
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -311,6 +327,7 @@ def server_timing(stages: Mapping[str, float], total: float) -> str:
 
 
 def _route_template(scope: Scope) -> str:
-    """Return the template of the route, for labels: with the path there would be one label per user."""
-    route = scope.get("route")
-    return str(getattr(route, "path", "none"))
+    """Return the template of the route as in the OpenAPI document: with the path there would be one label per user."""
+    if routed_path(scope) == DOCUMENT:  # its route is FastAPI's own, which the scope does not name
+        return DOCUMENT
+    return str(getattr(scope.get("route"), "path_format", "none"))

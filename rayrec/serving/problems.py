@@ -11,12 +11,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from rayrec.errors import FieldError, InputError, NotFoundError, RayrecError
 from rayrec.online.state_store import StoreUnavailableError
 from rayrec.serving.schemas import error_list
 
 MEDIA_TYPE = "application/problem+json"
+METHODS = ("GET", "HEAD", "POST", "DELETE")  # of all routes
 RETRY_AFTER_S = 1
 
 # The id of the current request: from the client, or a new one.
@@ -133,7 +135,18 @@ async def _answer_invalid_request(request: Request, error: Any) -> Response:
 
 async def _answer_http_error(request: Request, error: Any) -> Response:
     detail = error.detail if error.detail != title(error.status_code) else _default_detail(error.status_code, request)
-    return problem(error.status_code, detail, headers=error.headers)
+    headers = {"Allow": ", ".join(_allowed_methods(request))} if error.status_code == 405 else error.headers
+    return problem(error.status_code, detail, headers=headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Return the methods of all routes with the path of a request; the framework names those of the first route."""
+
+    def has_route(method: str) -> bool:
+        scope = {**request.scope, "method": "GET" if method == "HEAD" else method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    return [method for method in METHODS if has_route(method)]
 
 
 def _default_detail(status: int, request: Request) -> str:

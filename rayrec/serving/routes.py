@@ -5,6 +5,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from importlib.resources import files
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 from fastapi import APIRouter, FastAPI, Path, Query
 from fastapi.exceptions import RequestValidationError
@@ -19,7 +20,14 @@ from rayrec.data.spelling import MAX_ID
 from rayrec.errors import NotFoundError
 from rayrec.recommend.base import LATEST_PLAYS
 from rayrec.serving.live_release import release_status
-from rayrec.serving.middleware import ID_HEADER, TIMING_HEADER, Middleware, needed_role, needs_no_key
+from rayrec.serving.middleware import (
+    ID_HEADER,
+    TIMING_HEADER,
+    Middleware,
+    escaped_segment,
+    needed_role,
+    needs_no_key,
+)
 from rayrec.serving.problems import DOCUMENTED, SCHEMA, add_handlers, documented
 from rayrec.serving.schemas import (
     BatchRequest,
@@ -143,17 +151,17 @@ def policy(html: str) -> str:
 
 
 class AnyId(Convertor[str]):
-    """Convertor for an id in a path: any characters, including slashes and line breaks."""
+    """Convertor for an id of any characters, which is one segment of a path as `escaped_path` returns it."""
 
-    regex = r"[\s\S]+"
+    regex = "[^/]+"
 
     def convert(self, value: str) -> str:
-        """Return the id unchanged."""
-        return value
+        """Return the id of a segment."""
+        return unquote(value)
 
     def to_string(self, value: str) -> str:
-        """Return the id unchanged."""
-        return value
+        """Return the segment of an id."""
+        return escaped_segment(value)
 
 
 register_url_convertor("any_id", AnyId())
@@ -163,8 +171,14 @@ def create_app(service: Service) -> FastAPI:
     """Create the application. Endpoints need a key if the service has keys; every error is an RFC 9457 problem."""
     from importlib.metadata import version
 
-    # FastAPI's own documentation pages are off, since they load scripts from other hosts.
-    app = FastAPI(title="rayrec", version=version("rayrec"), description=ABOUT, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="rayrec",
+        version=version("rayrec"),
+        description=ABOUT,
+        docs_url=None,  # FastAPI's own documentation pages load scripts from other hosts
+        redoc_url=None,
+        redirect_slashes=False,  # DELETE /v1/users/ann/ must not lead to the user ann
+    )
     for router in ROUTERS:
         app.include_router(router(service))
     add_handlers(app)

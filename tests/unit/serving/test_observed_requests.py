@@ -34,15 +34,17 @@ def test_the_access_log_has_a_line_for_each_request_and_no_id_of_a_user(world: W
         app.post("/v1/recommendations", BODY, headers={"X-Request-ID": "mine", "traceparent": TRACEPARENT})
         app.get("/v1/users/secret-user/taste")
         app.get("/nothing%0Aforged")
-        first, second, third = read_lines(path)
+        app.get("/openapi.json")
+        first, second, third, fourth = read_lines(path)
         path.rename(tmp_path / "rotated.log")
         app.get("/healthz")
     assert (first["method"], first["route"], first["status"]) == ("POST", "/v1/recommendations", 200)
     assert (first["request_id"], first["trace_id"]) == ("mine", TRACE)
     assert 0 < first["ms"] < 60_000
     assert first["at"].endswith("Z")
-    assert (second["route"], second["status"]) == ("/v1/users/{user_id:any_id}/taste", 404)
+    assert (second["route"], second["status"]) == ("/v1/users/{user_id}/taste", 404)
     assert (third["route"], third["status"]) == ("none", 404)
+    assert (fourth["route"], fourth["status"]) == ("/openapi.json", 200)
     assert "trace_id" not in second
     assert [line["route"] for line in read_lines(path)] == ["/healthz"]
     assert "secret-user" not in (tmp_path / "rotated.log").read_text("utf-8")

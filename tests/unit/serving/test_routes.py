@@ -438,9 +438,16 @@ def test_a_body_over_the_limit_is_a_413(app: Client) -> None:
 
 def test_what_is_not_there_is_a_404_and_a_wrong_method_a_405(app: Client) -> None:
     require_problem(app.get("/v1/nothing"), 404)
-    response = app.get("/v1/recommendations")
-    require_problem(response, 405)
-    assert "POST" in response.headers["allow"]
+    for method, path, allowed in (
+        ("GET", "/v1/recommendations", "POST"),
+        ("PUT", "/v1/songs", "GET, HEAD, POST"),
+        ("POST", "/v1/users/ann/taste", "GET, HEAD"),
+        ("POST", "/openapi.json", "GET, HEAD"),
+        ("GET", "/v1/users/ann", "DELETE"),
+    ):
+        response = app.request(method, path)
+        require_problem(response, 405)
+        assert response.headers["allow"] == allowed
 
 
 def test_an_unexpected_error_is_a_500_without_its_text(app: Client, replica: Service, monkeypatch: Any) -> None:

@@ -432,6 +432,24 @@ def test_users_of_any_id_have_every_endpoint(app: Client, user: str) -> None:
     assert app.get(f"{path}/taste").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("path", "status"), [("zoe/", 404), ("zoe/plays", 405), ("zoe/taste/", 404), ("/zoe", 404), ("zoe/ann", 404)]
+)
+def test_a_slash_is_part_of_a_user_id_only_if_it_is_escaped_so_that_no_wrong_path_deletes_a_user(
+    app: Client, path: str, status: int
+) -> None:
+    for user in ("zoe", path):
+        send(app, {**PLAY, "user_id": user})
+    response = app.request("DELETE", f"/v1/users/{path}")
+    assert response.status_code == status
+    assert "location" not in response.headers
+    assert app.get("/v1/users/zoe/taste").json()["plays"] == 1
+    assert app.request("DELETE", f"/v1/users/{quote(path, safe='')}").status_code == 204
+    assert app.get(f"/v1/users/{quote(path, safe='')}/taste").status_code == 404
+    assert app.get(f"/v1/users/{path}/taste").status_code == 404
+    assert app.get("/v1/songs/song-1/").status_code == 404
+
+
 def test_a_user_and_a_song_are_one_however_their_ids_are_spelled(app: Client) -> None:
     """In a column with gaps, pandas turns 7 into 7.0. Imports and the API turn it into 7 again."""
     for number, (user, song) in enumerate([("7", "song-3"), (" 7.0", "song-3 "), ("7.00", "\tsong-5")]):
