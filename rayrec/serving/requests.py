@@ -6,6 +6,7 @@ from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from typing import Literal
 
 import numpy as np
 from starlette.concurrency import run_in_threadpool
@@ -31,6 +32,8 @@ from rayrec.serving.schemas import (
 from rayrec.serving.serve_config import MAX_K
 from rayrec.serving.served_catalog import ServedCatalog
 from rayrec.serving.users import StoredUser, UserPlays
+
+MAX_ROW = int(np.iinfo(np.int32).max)  # of a song
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +116,16 @@ class RankingPage:
         return urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
-def read_page(request: RecommendationsRequest | SongsQuery) -> RankingPage:
-    """Return the place that a request's cursor names. Raises `FieldError` if the cursor is not from this request."""
+def read_page(
+    request: RecommendationsRequest | SongsQuery, ranking: Literal["recommendations", "popular", "new"]
+) -> RankingPage:
+    """Return the place in `ranking` that a request's cursor names.
+
+    Raises `FieldError` if the cursor is not from this request.
+    """
     history = (request.history or []) if isinstance(request, UserOrHistory) else []
     songs = [play.song_id if isinstance(play, Play) else play for play in history]  # faster than dumping the plays
-    text = "\n".join([request.model_dump_json(exclude={"k", "cursor", "explain", "history"}), *songs])
+    text = "\n".join([ranking, request.model_dump_json(exclude={"k", "cursor", "explain", "history"}), *songs])
     digest = sha256(text.encode()).hexdigest()[:16]
     if request.cursor is None:
         return RankingPage(digest, request.k)
@@ -128,7 +136,8 @@ def read_page(request: RecommendationsRequest | SongsQuery) -> RankingPage:
         raise FieldError("cursor", "invalid cursor; send the cursor of an earlier answer, or omit it") from error
     if cursor_digest != digest:
         raise FieldError("cursor", "the cursor belongs to another request; only k, explain and cursor may change")
-    if not isinstance(first, int) or first < 0 or not (at is None or (isinstance(at, int) and 0 <= at < END_MS)):
+    is_place = isinstance(first, int) and 0 <= first <= MAX_ROW
+    if not is_place or not (at is None or (isinstance(at, int) and 0 <= at < END_MS)):
         raise FieldError("cursor", "invalid cursor; send the cursor of an earlier answer, or omit it")
     return RankingPage(digest, request.k, first, at)
 

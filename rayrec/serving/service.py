@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from starlette.concurrency import run_in_threadpool
@@ -191,7 +192,7 @@ class Service:
         """Return one page of the most played songs."""
         catalog = live.catalog
         matching_songs = await find_matching(query, catalog)
-        rows, cursor = await run_in_threadpool(_page_rows, catalog.by_plays, query, matching_songs)
+        rows, cursor = await run_in_threadpool(_page_rows, "popular", catalog.by_plays, query, matching_songs)
         plays = catalog.plays[rows].tolist()
         songs = [
             PopularSong(song_id=song_id, title=title, artist=artist, plays=count)
@@ -208,7 +209,7 @@ class Service:
                 "run `rayrec retrieval`, `rayrec rank` and `rayrec release create`"
             )
         matching_songs = await find_matching(query, catalog)
-        rows, cursor = await run_in_threadpool(_page_rows, catalog.by_age, query, matching_songs)
+        rows, cursor = await run_in_threadpool(_page_rows, "new", catalog.by_age, query, matching_songs)
         songs = [
             NewSong(song_id=song_id, title=title, artist=artist, first_played=_format_day(day))
             for (song_id, title, artist), day in zip(
@@ -355,23 +356,22 @@ class Service:
             selection = await live.engine.pool.run(live.engine.parts.similar, row, k)
             self.metrics.path(selection.path)
             path, songs = selection.path, _recommended_songs(live.catalog, selection)
-        ((_, title, artist),) = live.catalog.describe(np.array([row]))
+        ((catalog_id, title, artist),) = live.catalog.describe(np.array([row]))
         plays = int(live.catalog.plays[row])
         return SimilarSongs(
-            release=live.id, song_id=song_id, title=title, artist=artist, plays=plays, path=path, songs=songs
+            release=live.id, song_id=catalog_id, title=title, artist=artist, plays=plays, path=path, songs=songs
         )
 
     async def map_songs(self, live: LiveRelease, song_ids: Sequence[str]) -> SongPositions:
-        """Return the positions of songs on a map of their embeddings."""
-        ids = list(dict.fromkeys(song_ids))
-        rows = live.catalog.find(ids)
+        """Return the positions of songs on a map of their embeddings, each song once."""
+        rows = live.catalog.find(list(dict.fromkeys(song_ids)))
         is_embedded = live.catalog.embedded(rows)
-        positions = await live.engine.pool.run(live.engine.parts.layout, rows[is_embedded])
-        mapped_ids = (song_id for song_id, has_position in zip(ids, is_embedded.tolist(), strict=True) if has_position)
+        mapped_rows = np.array(list(dict.fromkeys(rows[is_embedded].tolist())), dtype=rows.dtype)
+        positions = await live.engine.pool.run(live.engine.parts.layout, mapped_rows)
         points = [
             MapPoint(song_id=song_id, title=title, artist=artist, x=x, y=y)
-            for song_id, (_, title, artist), (x, y) in zip(
-                mapped_ids, live.catalog.describe(rows[is_embedded]), positions.tolist(), strict=True
+            for (song_id, title, artist), (x, y) in zip(
+                live.catalog.describe(mapped_rows), positions.tolist(), strict=True
             )
         ]
         return SongPositions(release=live.id, points=points, unknown_songs=int((~is_embedded).sum()))
@@ -396,7 +396,7 @@ class Service:
             for index, assigned in enumerate(requests):
                 request = assigned.request
                 try:
-                    page = read_page(assigned.sent)  # the arm must not change the cursor
+                    page = read_page(assigned.sent, "recommendations")  # the arm must not change the cursor
                     user = stored_users.get(request.user_id)
                     at = request.at if page.at is None else page.at
                     if page.at is not None and user is not None:
@@ -655,9 +655,11 @@ def _states_of(queries: Sequence[UserQuery]) -> States | None:
     )
 
 
-def _page_rows(order: np.ndarray, query: SongsQuery, matching_songs: SongSet | None) -> tuple[np.ndarray, str | None]:
+def _page_rows(
+    ranking: Literal["popular", "new"], order: np.ndarray, query: SongsQuery, matching_songs: SongSet | None
+) -> tuple[np.ndarray, str | None]:
     """Return one page of `order`, int32 song rows, with `matching_songs` only; and the cursor of the next page."""
-    page = read_page(query)
+    page = read_page(query, ranking)
     rows = order if matching_songs is None else first_of_order(order, matching_songs.holds, page.end + 1)
     page_rows = rows[page.first : page.end]
     has_more = page.end < len(rows)

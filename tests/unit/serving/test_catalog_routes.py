@@ -135,7 +135,7 @@ def test_songs_are_found_by_title_and_artist(app: Client) -> None:
     result = app.get("/v1/songs", params={"query": "title 12"}).json()
     assert result["songs"][0]["song_id"] == "song-12"
     assert result["count"] == 12  # the titles 12, 112, and 120 to 129
-    artist_result = app.get("/v1/songs", params={"query": "ARTIST 3", "limit": 5}).json()
+    artist_result = app.get("/v1/songs", params={"query": "ARTIST 3", "k": 5}).json()
     assert len(artist_result["songs"]) == 5
     assert {song["artist"] for song in artist_result["songs"]} == {"Artist 3"}
     assert app.get("/v1/songs").status_code == 422
@@ -187,7 +187,10 @@ def test_songs_of_any_id_have_every_endpoint(odd: Client, song_id: str) -> None:
 
 
 def test_songs_are_found_by_ids_as_pandas_writes_them(odd: Client) -> None:
-    assert odd.get("/v1/songs/7.0/similar").status_code == 200
+    assert odd.get("/v1/songs/7.0/similar").json()["song_id"] == "7"
+    answer = odd.post("/v1/map", {"songs": ["song-50", "7.0", " 7", "7", "none"]}).json()
+    assert [point["song_id"] for point in answer["points"]] == ["song-50", "7"]
+    assert answer["unknown_songs"] == 1
     assert ask(odd, history=["7.0", " 7"])["unknown_songs"] == 0
 
 

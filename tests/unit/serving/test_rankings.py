@@ -232,6 +232,17 @@ def test_an_invalid_cursor_is_refused(app: Client, cursor: str) -> None:
     require_refusal(app.get("/v1/songs/popular", params={"cursor": cursor}), "cursor")
 
 
+def test_a_cursor_of_one_list_of_songs_is_refused_by_the_other_and_so_is_a_place_that_no_list_has(app: Client) -> None:
+    for path, other_path in (("popular", "new"), ("new", "popular")):
+        cursor = get(app, f"songs/{path}", k=5)["cursor"]
+        assert len(get(app, f"songs/{path}", k=5, cursor=cursor)["songs"]) == 5
+        refusal = require_refusal(app.get(f"/v1/songs/{other_path}", params={"k": 5, "cursor": cursor}), "cursor")
+        assert "another request" in refusal
+        digest, _, at = json.loads(base64.urlsafe_b64decode(cursor + "=="))
+        beyond = forged_cursor(digest, 10**60, at)
+        require_refusal(app.get(f"/v1/songs/{path}", params={"k": 5, "cursor": beyond}), "cursor")
+
+
 def test_a_cursor_is_for_the_request_that_it_came_from(app: Client) -> None:
     cursor = post(app, "recommendations", k=5)["cursor"]
     body = {"history": SONGS, "at": AT, "cursor": cursor}
