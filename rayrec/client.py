@@ -26,6 +26,7 @@ KEY_VARIABLE = "RAYREC_API_KEY"
 RETRIED_STATUSES = (502, 503, 504)  # statuses of a server that is busy, starting or briefly unavailable
 FIRST_WAIT_SECONDS = 0.1  # before the first retry, unless the server gives a time; doubled for each further retry
 LONGEST_WAIT_SECONDS = 5.0
+MAX_ERRORS = 3  # errors of single fields in the text of an exception; its `problem` has all
 
 Moment = str | int | datetime  # ISO 8601 with a zone, unix seconds or milliseconds, or a datetime with a zone
 Call = tuple[str, str, dict[str, Any]]  # method, path, options of httpx
@@ -236,7 +237,8 @@ class ApiError(RayrecError):
     """The server refused a request. `problem` is its answer, a problem document of RFC 9457."""
 
     def __init__(self, problem: Mapping[str, Any], request_id: str | None = None) -> None:
-        super().__init__(f"{problem.get('status')} {problem.get('title')}: {problem.get('detail', '')}")
+        text = f"{problem.get('status')} {problem.get('title')}: {problem.get('detail', '')}"
+        super().__init__("; ".join([text, *_field_errors(problem)]))
         self.problem, self.request_id = dict(problem), request_id
 
     @property
@@ -418,9 +420,9 @@ class Client(_Connection):
         """Delete a user, known or not. Earlier plays are rejected from now on; later plays are those of a new user."""
         self._send(_forget_call(user_id))
 
-    def find_songs(self, query: str, limit: int = 20) -> FoundAnswer:
-        """Return songs whose title and artist contain all words of a search text."""
-        return cast(FoundAnswer, self._send(_get_call("/v1/songs", {"query": query, "limit": limit})))
+    def find_songs(self, query: str, k: int = 20) -> FoundAnswer:
+        """Return up to `k` songs whose title and artist contain all words of a search text."""
+        return cast(FoundAnswer, self._send(_get_call("/v1/songs", {"query": query, "k": k})))
 
     def similar(self, song_id: str, k: int = 20) -> SimilarAnswer:
         """Return a song, its number of plays, and the `k` songs most similar to it, most similar first."""
@@ -553,9 +555,9 @@ class AsyncClient(_Connection):
         """As in `Client`."""
         return cast(StoredPlaysAnswer, await self._send(_user_call(user_id, "plays", {"k": k})))
 
-    async def find_songs(self, query: str, limit: int = 20) -> FoundAnswer:
+    async def find_songs(self, query: str, k: int = 20) -> FoundAnswer:
         """As in `Client`."""
-        return cast(FoundAnswer, await self._send(_get_call("/v1/songs", {"query": query, "limit": limit})))
+        return cast(FoundAnswer, await self._send(_get_call("/v1/songs", {"query": query, "k": k})))
 
     async def similar(self, song_id: str, k: int = 20) -> SimilarAnswer:
         """As in `Client`."""
@@ -696,6 +698,14 @@ def _read_object(response: httpx.Response) -> dict[str, Any] | None:
     except ValueError:
         return None
     return body if isinstance(body, dict) else None
+
+
+def _field_errors(problem: Mapping[str, Any]) -> list[str]:
+    """Return the first errors of a problem as text, without those that its detail already contains."""
+    errors = problem.get("errors")
+    entries = [entry for entry in errors if isinstance(entry, Mapping)] if isinstance(errors, list) else []
+    texts = [f"{entry.get('where')}: {entry.get('detail')}" for entry in entries]
+    return [text for text in texts if text not in str(problem.get("detail"))][:MAX_ERRORS]
 
 
 def _read_problem(response: httpx.Response) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Annotated, Any
 from urllib.parse import unquote
 
-from fastapi import APIRouter, FastAPI, Path, Query
+from fastapi import APIRouter, Depends, FastAPI, Path, Query
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from pydantic import AfterValidator, ValidationError
@@ -18,7 +18,6 @@ from starlette.responses import Response
 
 from rayrec.data.spelling import MAX_ID
 from rayrec.errors import NotFoundError
-from rayrec.recommend.base import LATEST_PLAYS
 from rayrec.serving.live_release import release_status
 from rayrec.serving.middleware import (
     ID_HEADER,
@@ -35,8 +34,8 @@ from rayrec.serving.schemas import (
     ListedPlays,
     MapRequest,
     ModelCard,
-    Moment,
     NewSongs,
+    NoParameters,
     PlaysTaken,
     PopularSongs,
     RankedSongs,
@@ -48,18 +47,21 @@ from rayrec.serving.schemas import (
     SentPlays,
     SentSongs,
     SimilarSongs,
+    SimilarSongsQuery,
     SongMatches,
     SongPositions,
     SongsAdded,
+    SongSearchQuery,
     SongsQuery,
     Tastes,
     TastesRequest,
+    UserPlaysQuery,
     UserRecommendationsQuery,
     UserTaste,
+    UserTasteQuery,
     as_json,
     spelled_user,
 )
-from rayrec.serving.serve_config import MAX_K, ServeConfig
 from rayrec.serving.service import Service
 
 PAGE = "page.html"
@@ -96,18 +98,19 @@ REPORT_HEADERS = {
 }
 Router = Callable[[Service], APIRouter]
 ABOUT = "Song recommendations based on what users played, for the next songs or for a later time."
-MAX_QUERY = 200  # characters
-MAX_MATCHES = 100  # songs
 UserPath = Annotated[
     str,
     Path(min_length=1, max_length=MAX_ID, description="ID of a user, percent-encoded."),
     AfterValidator(spelled_user),
 ]
 SongPath = Annotated[str, Path(min_length=1, max_length=MAX_ID, description="ID of a song, percent-encoded.")]
-Words = Annotated[str, Query(min_length=1, max_length=MAX_QUERY, description="Words of a title or an artist.")]
-Limit = Annotated[int, Query(ge=1, le=MAX_MATCHES, description="Number of songs.")]
-Count = Annotated[int, Query(ge=1, le=MAX_K, description="Number of songs.")]
-AtQuery = Annotated[Moment | None, Query(description="ISO 8601 with a zone, or unix seconds or ms; default: now.")]
+
+
+async def _refuse_parameters(query: Annotated[NoParameters, Query()]) -> None:
+    """Answer 422 if the URL has parameters."""
+
+
+WITHOUT_PARAMETERS = Depends(_refuse_parameters)
 
 
 def page(service: Service) -> APIRouter:
@@ -191,13 +194,18 @@ def create_app(service: Service) -> FastAPI:
             allow_headers=["Authorization", "Content-Type", "Traceparent", ID_HEADER],
             expose_headers=[ID_HEADER, TIMING_HEADER],
         )
-    app.openapi = lambda: _openapi(app, service.config)  # type: ignore[method-assign]
+    app.openapi = lambda: _openapi(app, service)  # type: ignore[method-assign]
     return app
 
 
 def _recommendations_router(service: Service) -> APIRouter:
     """Routes of recommendations, rankings and taste vectors."""
-    router = APIRouter(prefix="/v1", tags=["recommendations"], responses=documented(*DOCUMENTED))
+    router = APIRouter(
+        prefix="/v1",
+        tags=["recommendations"],
+        responses=documented(*DOCUMENTED),
+        dependencies=[WITHOUT_PARAMETERS],
+    )
 
     @router.post("/recommendations", response_model=Recommendations)
     async def recommend(request: RecommendationsRequest) -> Response:
@@ -238,7 +246,7 @@ def _users_router(service: Service) -> APIRouter:
     """Routes of stored users."""
     router = APIRouter(prefix="/v1", tags=["users"], responses=documented(*DOCUMENTED))
 
-    @router.post("/plays", response_model=PlaysTaken)
+    @router.post("/plays", response_model=PlaysTaken, dependencies=[WITHOUT_PARAMETERS])
     async def plays(request: SentPlays) -> Response:
         """Store one or more plays, skips or likes of any users. The next answer for a user reflects them.
 
@@ -259,16 +267,18 @@ def _users_router(service: Service) -> APIRouter:
         return as_json((await service.recommend(service.live, [request]))[0])
 
     @router.get("/users/{user_id:any_id}/taste", response_model=UserTaste)
-    async def taste(user_id: UserPath, at: AtQuery = None) -> Response:
+    async def taste(user_id: UserPath, query: Annotated[UserTasteQuery, Query()]) -> Response:
         """Get the taste vectors of a stored user."""
-        return as_json(await service.user_taste(service.live, user_id, at))
+        return as_json(await service.user_taste(service.live, user_id, query.at))
 
     @router.get("/users/{user_id:any_id}/plays", response_model=ListedPlays)
-    async def user_plays(user_id: UserPath, k: Annotated[int, Query(ge=1, le=LATEST_PLAYS)] = 20) -> Response:
+    async def user_plays(user_id: UserPath, query: Annotated[UserPlaysQuery, Query()]) -> Response:
         """List the last plays of a stored user."""
-        return as_json(await service.user_plays(service.live, user_id, k))
+        return as_json(await service.user_plays(service.live, user_id, query.k))
 
-    @router.delete("/users/{user_id:any_id}", status_code=204, response_class=Response)
+    @router.delete(
+        "/users/{user_id:any_id}", status_code=204, response_class=Response, dependencies=[WITHOUT_PARAMETERS]
+    )
     async def forget(user_id: UserPath) -> Response:
         """Delete a user. Deleting an unknown user is not an error.
 
@@ -286,11 +296,16 @@ def _songs_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["songs"], responses=documented(401, 403, 422, 500, 503))
 
     @router.get("/songs", response_model=SongMatches)
-    async def find(query: Words, limit: Limit = 20) -> Response:
+    async def find(query: Annotated[SongSearchQuery, Query()]) -> Response:
         """Find songs by words of their title or artist."""
-        return as_json(await service.find_songs(service.live, query, limit))
+        return as_json(await service.find_songs(service.live, query.query, query.k))
 
-    @router.post("/songs", response_model=SongsAdded, responses=documented(400, 413, 415, 507))
+    @router.post(
+        "/songs",
+        response_model=SongsAdded,
+        responses=documented(400, 413, 415, 507),
+        dependencies=[WITHOUT_PARAMETERS],
+    )
     async def add(request: SentSongs) -> Response:
         """Add one or more songs without a new release: either all or none. Every replica has them within a second.
 
@@ -310,11 +325,16 @@ def _songs_router(service: Service) -> APIRouter:
         return as_json(await service.new_songs(service.live, query))
 
     @router.get("/songs/{song_id:any_id}/similar", response_model=SimilarSongs, responses=documented(404))
-    async def similar(song_id: SongPath, k: Count = 20) -> Response:
+    async def similar(song_id: SongPath, query: Annotated[SimilarSongsQuery, Query()]) -> Response:
         """Get the songs most similar to a song."""
-        return as_json(await service.similar_songs(service.live, song_id, k))
+        return as_json(await service.similar_songs(service.live, song_id, query.k))
 
-    @router.post("/map", response_model=SongPositions, responses=documented(400, 413, 415))
+    @router.post(
+        "/map",
+        response_model=SongPositions,
+        responses=documented(400, 413, 415),
+        dependencies=[WITHOUT_PARAMETERS],
+    )
     async def place(request: MapRequest) -> Response:
         """Get the positions of songs on a map, where similar songs are close together."""
         return as_json(await service.map_songs(service.live, request.songs))
@@ -324,7 +344,7 @@ def _songs_router(service: Service) -> APIRouter:
 
 def _operations_router(service: Service) -> APIRouter:
     """Routes of health, release and metrics."""
-    router = APIRouter(tags=["operations"], responses=documented(401, 403, 500))
+    router = APIRouter(tags=["operations"], responses=documented(401, 403, 422, 500), dependencies=[WITHOUT_PARAMETERS])
 
     @router.get("/healthz", response_model=Health)
     async def healthz() -> Response:
@@ -368,7 +388,7 @@ def _operations_router(service: Service) -> APIRouter:
 ROUTERS: tuple[Router, ...] = (_recommendations_router, _users_router, _songs_router, _operations_router, page)
 
 
-def _openapi(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
+def _openapi(app: FastAPI, service: Service) -> dict[str, Any]:
     """Return the OpenAPI document, with the Problem schema and the key and role that each operation needs."""
     if not app.openapi_schema:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
@@ -378,8 +398,9 @@ def _openapi(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 role = needed_role(method.upper(), path)
-                is_open = needs_no_key(method.upper(), path, config)
-                operation["security"] = [{}] if is_open else [{}, {"key": [role]}]
+                is_open = needs_no_key(method.upper(), path, service.config)
+                with_key: list[dict[str, list[str]]] = [] if is_open else [{"key": [role]}]
+                operation["security"] = with_key if with_key and service.keys.required else [{}, *with_key]
                 key_text = "No key is needed." if is_open else f"Role of the key: {role}."
                 operation["description"] = f"{operation.get('description', '')}\n\n{key_text}".strip()
         app.openapi_schema = document

@@ -24,7 +24,7 @@ from starlette.responses import Response
 from rayrec.data.moments import END_MS, format_iso, now_ms, parse_timestamp
 from rayrec.data.spelling import EXPECTED_ID, MAX_ID, spell_id, spell_text, spell_value
 from rayrec.errors import InputError
-from rayrec.recommend.base import weight_of_long
+from rayrec.recommend.base import LATEST_PLAYS, weight_of_long
 from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K, MAX_LISTED, MAX_NEW_SONGS, MAX_PLAYS
 
 LAST_MOMENT = END_MS - 1  # ms UTC
@@ -35,6 +35,8 @@ MAX_VECTOR = 4_096  # maximum length of a content vector
 MAX_FLOAT32 = float(np.finfo(np.float32).max)  # content vectors are float32: a larger number would be infinite
 AHEAD_MS = 24 * 3600 * 1000  # limit for a client's clock: a play in the far future would block later plays
 MAX_ERRORS = 20  # per answer
+MAX_SEARCH = 200  # characters of a search for songs
+MAX_MATCHES = 100  # songs of the answer to a search
 TAG = "<"  # first character of union tags: they are no part of a request, so the location of an error omits them
 
 
@@ -237,6 +239,35 @@ class Page(BaseModel):
 
 class SongsQuery(SongFilters, Page, KnownFields):
     """Filters and page of a list of songs of the catalog."""
+
+
+class NoParameters(KnownFields):
+    """The query of a URL that takes no parameters."""
+
+
+class SongSearchQuery(KnownFields):
+    """A search for songs of the catalog."""
+
+    query: str = Field(min_length=1, max_length=MAX_SEARCH, description="Words of a title or an artist.")
+    k: int = Field(default=20, ge=1, le=MAX_MATCHES, description="Number of songs.")
+
+
+class SimilarSongsQuery(KnownFields):
+    """The number of songs similar to a song."""
+
+    k: int = Field(default=20, ge=1, le=MAX_K, description="Number of songs.")
+
+
+class UserTasteQuery(KnownFields):
+    """The moment of the taste vectors of a stored user."""
+
+    at: At = None
+
+
+class UserPlaysQuery(KnownFields):
+    """The number of the last plays of a stored user."""
+
+    k: int = Field(default=20, ge=1, le=LATEST_PLAYS, description="Number of plays.")
 
 
 class UserOrHistory(BaseModel):

@@ -203,6 +203,17 @@ def test_a_refusal_is_raised_at_once_and_a_busy_server_after_the_last_retry() ->
     assert len(requests) == 3
 
 
+def test_the_text_of_an_error_names_the_first_invalid_fields_once() -> None:
+    fields = [{"where": f"plays.{number}.k", "detail": "too small"} for number in range(9)]
+    problem = {"status": 422, "title": "Unprocessable Content", "detail": "The request is invalid"}
+    text = "422 Unprocessable Content: The request is invalid; plays.0.k: too small; plays.1.k: too small"
+    assert str(ApiError({**problem, "errors": fields})).startswith(text)
+    assert str(ApiError({**problem, "errors": fields})).count("too small") == 3
+    named = {**problem, "detail": "at: too early", "errors": [{"where": "at", "detail": "too early"}]}
+    assert str(ApiError(named)) == "422 Unprocessable Content: at: too early"
+    assert str(ApiError({**problem, "errors": "k"})) == "422 Unprocessable Content: The request is invalid"
+
+
 @pytest.mark.parametrize("body", [{"message": "Forbidden"}, {"status": "error"}, ["Forbidden"], "Forbidden"])
 def test_json_of_a_gateway_that_is_no_problem_document_gives_an_error_with_the_status(body: Any) -> None:
     with server([answer(403, body)]) as (url, _), Client(url) as client:

@@ -18,7 +18,8 @@ from rayrec.recommend.answer import history_of_songs, load_recommender
 from rayrec.recommend.base import BaseRecommender
 from rayrec.recommend.reranking import network_of
 from rayrec.serving import service as service_module
-from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K
+from rayrec.serving.middleware import load_keys
+from rayrec.serving.serve_config import MAX_BATCH, MAX_HISTORY, MAX_K, ServeConfig
 from rayrec.serving.served_catalog import ServedCatalog
 from rayrec.serving.service import Service
 from rayrec.storage import releases
@@ -414,8 +415,13 @@ def test_the_documentation_needs_nothing_from_other_machines(app: Client) -> Non
     require_problem(app.get("/docs/redoc.standalone.js"), 404)
 
 
-def test_the_document_names_the_role_of_each_operation(app: Client) -> None:
-    paths = app.get("/openapi.json").json()["paths"]
+@pytest.mark.parametrize("has_keys", [False, True])
+def test_the_document_names_the_role_of_each_operation_and_whether_a_key_is_required(
+    world: Workspace, has_keys: bool
+) -> None:
+    keys = load_keys(ServeConfig(), {"RAYREC_API_KEYS": "read:" + "r" * 20} if has_keys else {})
+    with service(world, keys) as replica:
+        paths = Client(replica).get("/openapi.json").json()["paths"]
     roles = {
         ("/v1/recommendations", "post"): "read",
         ("/v1/plays", "post"): "write",
@@ -425,7 +431,7 @@ def test_the_document_names_the_role_of_each_operation(app: Client) -> None:
         ("/v1/rank", "post"): "read",
     }
     for (path, method), role in roles.items():
-        assert paths[path][method]["security"] == [{}, {"key": [role]}]
+        assert paths[path][method]["security"] == [*([] if has_keys else [{}]), {"key": [role]}]
         assert paths[path][method]["description"].endswith(f"Role of the key: {role}.")
     assert paths["/healthz"]["get"]["security"] == paths["/readyz"]["get"]["security"] == [{}]
 
@@ -565,3 +571,15 @@ def test_an_object_of_the_document_has_no_conditions_beside_its_properties_that_
 ) -> None:
     for name, schema in app.get("/openapi.json").json()["components"]["schemas"].items():
         assert not ("properties" in schema and {"oneOf", "anyOf", "allOf"} & schema.keys()), name
+
+
+def test_every_endpoint_refuses_a_parameter_that_it_does_not_have(app: Client) -> None:
+    endpoints = 0
+    for path, methods in app.get("/openapi.json").json()["paths"].items():
+        for method in methods:
+            url = path.replace("{user_id}", "ann").replace("{song_id}", "song-3")
+            errors = require_problem(app.request(method.upper(), url, params={"limit": 3, "query": "title"}), 422)
+            assert "limit" in [error["where"] for error in errors["errors"]], path
+            endpoints += 1
+    assert endpoints >= 20
+    assert len(app.get("/v1/songs?query=title&k=3").json()["songs"]) == 3
