@@ -69,7 +69,7 @@ def limited(retrievers: Sequence[Retriever], limit: int) -> list[Retriever]:
 
 def limited_source(source: CandidateSource, limit: int) -> CandidateSource:
     """Return a source like `source`, whose retrievers propose at most `limit` songs each per query."""
-    new_source = CandidateSource(source.network, source.retrieval)
+    new_source = CandidateSource(source.network, source.base_retrieval)
     new_source.retrievers = limited(new_source.retrievers, limit)
     return new_source
 

@@ -357,12 +357,12 @@ def fit_range_of(dataset: Dataset, artifact: Manifest) -> FitRange:
     """Return the plays that an artifact of `dataset`, or of a data set that it descends from, was fitted on.
 
     Without a split, these are all plays up to the last play of the artifact's own data set or, if the data has no
-    times, all plays of every user.
+    times, all plays of every user. Plays with times after the import are not counted, see `end_of_plays`.
     """
     if "split" in artifact.inputs:
         return _fitted_range(load_split(dataset.workspace, artifact.inputs["split"]), artifact)
     fitted_dataset = dataset.earlier(artifact.inputs["dataset"])
-    return FitRange(before=fitted_dataset.last_play + 1) if fitted_dataset.times == "real" else FitRange(share=1.0)
+    return FitRange(before=end_of_plays(fitted_dataset)) if fitted_dataset.times == "real" else FitRange(share=1.0)
 
 
 def _fitted_range(split: Split, artifact: Manifest) -> FitRange:
@@ -433,8 +433,8 @@ def hold_back_validation(dataset: Dataset, *, since: int | None = None) -> Split
     For models that go live: all choices are made on this range, and then all models are fitted again on all plays. The
     range holds 40,000 plays or a tenth of all, whichever is less. It is extended to at least 7 days, and holds at most
     a fifth of all plays. With `since` (ms UTC) it begins at the median moment of the plays from `since` on, or later.
-    It ends at `end_of_plays`: plays with later times are of wrong clocks, and networks learn from them once their
-    time has come. Without times it is the last tenth of each user's plays.
+    It ends at `end_of_plays`: plays with later times are of wrong clocks, and only the final fits learn from them.
+    Without times it is the last tenth of each user's plays.
     """
     manifest = dataset.manifest
     if manifest.plays * HELD_BACK_SHARE < MIN_HELD_BACK:

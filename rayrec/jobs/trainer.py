@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrec.data.dataset import Dataset
 from rayrec.data.histories import Histories, Queries, uniform_draws, user_hash
-from rayrec.data.split import SELECTION_FOLDER, FitRange, Split, fit_range_of, validation_histories
+from rayrec.data.split import SELECTION_FOLDER, FitRange, Split, fit_range, fit_range_of, validation_histories
 from rayrec.data.windows import WindowLengths, Windows
 from rayrec.display import Progress, progress
 from rayrec.errors import DivergedError, InputError, RayrecError
@@ -102,7 +102,7 @@ def plan_training(
     `RayrecError` if the split leaves no plays to train on.
     """
     workspace = dataset.workspace
-    ranges: dict[Phase, FitRange] = {"final": FitRange() if split is None else split.final}
+    ranges: dict[Phase, FitRange] = {"final": fit_range(split)}
     vectors: dict[Phase, str] = {} if songs is None else {"final": songs.path(_embeddings_file(songs, "final", start))}
     is_unseen = split is not None and (start is None or fit_range_of(dataset, start).is_within(split.selection))
     if split is not None and is_unseen and split.has_validation and config.validation_plays:

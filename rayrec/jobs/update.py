@@ -45,7 +45,14 @@ from rayrec.recommend.two_step_config import RetrievalConfig
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import DatasetManifest, Manifest
 from rayrec.storage.locking import writes
-from rayrec.storage.releases import VALIDATION, activate_release, active_release, read_active, require_dataset_of
+from rayrec.storage.releases import (
+    VALIDATION,
+    activate_release,
+    active_release,
+    list_releases,
+    read_active,
+    require_dataset_of,
+)
 from rayrec.storage.workspace import Workspace
 
 TOLERANCE = 0.005  # recall@20 as served may be this much lower than the live release's
@@ -231,9 +238,7 @@ class _Update:
         self.dataset = Dataset(workspace)  # described songs have come into its catalog
         quality = self._measure_quality(is_trained)
         if is_trained and quality is None:
-            self.on_note(
-                f"The trained model has fewer than {MIN_QUERIES} queries to be compared on: the model stays unchanged"
-            )
+            self.on_note(f"The trained model cannot be compared on {MIN_QUERIES} queries: the model stays unchanged")
             is_trained = False
             stages.artifact_ids.clear()
             self._keep_model()
@@ -246,7 +251,7 @@ class _Update:
             stages.run(name, settings)
         stages.run("release", ReleaseConfig(activate=False))
         release = artifacts.load_manifest(workspace, "releases", stages.artifact_ids["release"])
-        if is_accepted and release.id in read_active(workspace)["rolled_back"]:
+        if is_accepted and self._was_rolled_back(release):
             is_accepted, reason = False, "it was rolled back"
         states = None
         if is_accepted:
@@ -264,6 +269,19 @@ class _Update:
             quality=quality,
             states=states,
             **new_counts,
+        )
+
+    def _was_rolled_back(self, release: Manifest) -> bool:
+        """Return whether a release of the same model and plays was rolled back and not activated since.
+
+        Its id may be another one, because compaction changes the id of the data set.
+        """
+        rolled_back = read_active(self.workspace)["rolled_back"]
+        return any(
+            other.id in rolled_back
+            and other.inputs["models"] == release.inputs["models"]
+            and self.dataset.plays_id_of(other.inputs["dataset"]) == self.dataset.manifest.plays_id
+            for other in list_releases(self.workspace)
         )
 
     def _unseen_from(self) -> int:

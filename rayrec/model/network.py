@@ -171,7 +171,7 @@ def running_sums(songs_BLD: Tensor, position_BL: Tensor, log_discount_K: Tensor,
 def _play_weights(position: Tensor, log_discount_K: Tensor, dtype: torch.dtype) -> Tensor:
     """(..., L, K, L): γ^(n_i − n_j), the weight of play j after play i; 0 if play j comes after play i."""
     distance = threshold(position.unsqueeze(-1) - position.unsqueeze(-2), -0.5, NOT_YET).to(dtype)
-    # On a CPU, exp is up to a hundred times slower than exp2 if results are close to 0, as most of these weights are.
+    # On a CPU, exp is much slower than exp2 if results are close to 0, as most of these weights are.
     return (distance.unsqueeze(-2) * log_discount_K.to(dtype).unsqueeze(-1)).exp2_()
 
 

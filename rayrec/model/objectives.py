@@ -58,7 +58,7 @@ class Targets:
     def weighed(self, totals: np.ndarray) -> "Targets":
         """Return the targets, each with the weight of its horizon divided by the horizon's `totals`, float (H,)."""
         target_weight_H = self.weight_H / torch.from_numpy(np.maximum(1, totals))
-        weight_P1 = self.horizons_PH @ target_weight_H.to(self.horizons_PH.dtype)[:, None]
+        weight_P1 = (self.horizons_PH * target_weight_H.to(self.horizons_PH.dtype)).sum(dim=1, keepdim=True)
         weight_PT = (self.weight_PT > 0) * weight_P1
         return replace(self, weight_PT=weight_PT, weight_P1=weight_PT.sum(dim=1, keepdim=True))
 
@@ -237,7 +237,7 @@ def _cross_entropy(
         _multiply(negative_probabilities.T, weighted_queries_PD[chunk], grad_negatives, add=start > 0)
     smallest = torch.finfo(target_probabilities.dtype).tiny
     log_sum_P1 = max_logits_P1 - target_probabilities.gather(1, max_columns_P1).clamp_(min=smallest).log_()
-    loss = torch.dot((log_sum_P1 - target_logits_PT).flatten(), targets.weight_PT.flatten())
+    loss = ((log_sum_P1 - target_logits_PT) * targets.weight_PT).sum()
     grad_logits_PT = target_probabilities.mul_(targets.weight_P1).sub_(targets.weight_PT)
     grad_query.mul_(targets.weight_P1).add_(_weighted_sums(songs_UD, targets.song_rows_PT, grad_logits_PT))
     grad_songs = nn.functional.embedding_bag(

@@ -143,7 +143,7 @@ class StepMaker:
             request_gap_BL=padded.gap_BL[:, 1 : width + 1].contiguous(),
             songs={name: torch.from_numpy(values) for name, values in songs_by_table.items()},
             targets=targets.weighed(np.array(target_counts)),
-            scale_P=targets.horizons_PH @ self._scale_H,
+            scale_P=(targets.horizons_PH * self._scale_H).sum(dim=1),  # no product, see `fast_products`
             negatives=Negatives(
                 song_rows_K=torch.from_numpy(negative_rows),
                 weight_KH=torch.from_numpy(
@@ -255,13 +255,21 @@ def _find_plays_in_days(windows: Windows, horizon: DaysHorizon, longest: int) ->
 
 
 @contextmanager
-def fast_products() -> Iterator[None]:
-    """Let CPUs multiply float32 matrices by oneDNN, whatever the maker of the processor.
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Let a CPU multiply float32 matrices by oneDNN, whatever the maker of the processor; on a GPU change nothing.
 
     MKL, the default, uses only half of the width of AMD's vector units. Where a CPU has units for products of bfloat16
-    matrices (AMX), oneDNN rounds the factors to bfloat16, as steps on a GPU do; sums are float32 everywhere.
+    matrices (AMX), oneDNN rounds the factors of all products to bfloat16; sums are float32 everywhere. The setting
+    holds for all threads of the process.
     """
-    precision = torch.get_float32_matmul_precision()
+    if device.type != "cpu":
+        yield
+        return
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the process has set a precision by another interface of torch, which excludes this one
+        yield
+        return
     torch.set_float32_matmul_precision("medium")
     try:
         yield
@@ -474,7 +482,7 @@ class Training:
         step.await_copies()
         rows = {name: self.tables[name].look_up(songs, step.requests.get(name)) for name, songs in step.songs.items()}
         self.optimizer.zero_grad(set_to_none=True)
-        with fast_products():
+        with fast_products(self.device):
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
                 loss = self._loss(step, rows)
             if loss.requires_grad:

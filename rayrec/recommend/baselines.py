@@ -272,7 +272,7 @@ def _fit_lag_sums(
 
 USUAL_DAYS = 21.0  # last days whose plays popularity-recent counts, if no validation range chooses them
 LATEST = 1_000  # latest plays of a user that user-top counts, to limit the cost of long histories
-DECAY = 1.0  # a pair of plays counts distance^-DECAY, if no validation range chooses the exponent
+USUAL_DECAY = 1.0  # a pair of plays counts distance^-USUAL_DECAY, if no validation range chooses the exponent
 USUAL_RULES = 1_000  # strongest rules kept per song
 MAX_RULES = 20_000_000  # maximum rules in memory while counting: 160 MB
 DISCOUNTS = (0.25, 0.5, 0.75, 0.9, 1.0)
@@ -330,7 +330,8 @@ class UserTopRecommender(BaseRecommender):
         counts: np.ndarray = coo_matrix((ones, (rows, songs)), shape=(len(queries), self.num_songs)).toarray()
         recency = np.zeros_like(counts)
         np.maximum.at(recency, (rows, songs), (0.5 * (1 - ages / LATEST)).astype(np.float32))
-        return np.asarray(counts + recency)
+        counts += recency
+        return counts
 
 
 class ItemKnnRecommender(VectorRecommender):
@@ -363,7 +364,7 @@ class SequentialRulesRecommender(BaseRecommender):
 
     name = "sequential-rules"
 
-    def __init__(self, rules: csr_matrix, decay: float = DECAY) -> None:
+    def __init__(self, rules: csr_matrix, decay: float = USUAL_DECAY) -> None:
         self.rules, self.settings = rules, {"decay": decay}
         self.num_songs = rules.shape[0]
 
@@ -375,7 +376,7 @@ class SequentialRulesRecommender(BaseRecommender):
         num_songs: int,
         allowed: FitRange,
         max_distance: int = MAX_DISTANCE,
-        decay: float = DECAY,
+        decay: float = USUAL_DECAY,
         rules_per_song: int = USUAL_RULES,
         max_rules: int = MAX_RULES,
     ) -> "SequentialRulesRecommender":
@@ -410,7 +411,7 @@ class SequentialRulesRecommender(BaseRecommender):
         return scores
 
 
-def count_rules(histories: Histories, num_songs: int, max_distance: int, decay: float = DECAY) -> csr_matrix:
+def count_rules(histories: Histories, num_songs: int, max_distance: int, decay: float = USUAL_DECAY) -> csr_matrix:
     """Sparse float32 (N, N): Σ distance^-decay over pairs of plays of one user at most `max_distance` apart."""
     rows, songs = histories.rows, histories.songs
     rules = csr_matrix((np.zeros(0, np.float32), (np.zeros(0, np.int32),) * 2), shape=(num_songs, num_songs))
@@ -461,7 +462,7 @@ def _fit_popularity_recent(
 def _fit_rules(
     batches: Iterator[Histories], dataset: Dataset, allowed: FitRange, settings: Settings
 ) -> BaseRecommender:
-    decay = settings.get("decay", DECAY)
+    decay = settings.get("decay", USUAL_DECAY)
     return SequentialRulesRecommender.fit(batches, num_songs=dataset.num_songs, allowed=allowed, decay=decay)
 
 

@@ -74,9 +74,13 @@ def test_only_steps_use_the_fast_products_which_may_round(
     config, precisions = settings(), list[str]()
     trainer = training(config)
     monkeypatch.setattr(trainer.model.rnn, "forward", _recorded(trainer.model.rnn.forward, precisions), raising=True)
+    gradient_precisions = list[str]()
+    trainer.model.dense.weight.register_hook(
+        lambda _: gradient_precisions.append(torch.get_float32_matmul_precision())  # returns None: changes no gradient
+    )
     trainer.epoch(MemoryHost({"final": histories}, config).windows("final", 0), 0, on_step=lambda _: None)
-    assert precisions
-    assert set(precisions) == {"medium"}
+    assert len(precisions) == len(gradient_precisions) > 0
+    assert {*precisions, *gradient_precisions} == {"medium"}
     assert torch.get_float32_matmul_precision() == "highest"  # as inference needs it
 
 
