@@ -17,8 +17,8 @@ from rayrec.data.moments import parse_timestamp
 from rayrec.data.split import SELECTION_FOLDER, fit_range_of, load_split
 from rayrec.errors import InputError, MismatchError
 from rayrec.importing import import_run
+from rayrec.importing.descriptions import DescribeConfig, describe
 from rayrec.importing.import_plan import ImportConfig
-from rayrec.jobs.compact import compact
 from rayrec.jobs.fit import Quality, fit
 from rayrec.jobs.import_data import append_plays, import_data
 from rayrec.jobs.job_config import FitConfig, UpdateConfig
@@ -175,7 +175,8 @@ def test_an_update_without_new_plays_does_not_undo_a_rollback(fitted: Workspace,
     assert {outcome.status for outcome in again.outcomes} == {"skipped"}
     assert (again.release, again.live, again.reason) == (first.release, False, "it was rolled back")
     assert live_release(fitted) == before
-    compact(fitted)  # a release of the compacted data set has another id
+    (tmp_path / "titles.csv").write_text("song,title\ns1,Another title\n")
+    describe(fitted, DescribeConfig(), str(tmp_path / "titles.csv"))  # a release with this title has another id
     again = run_update(fitted, path)
     assert again.release != first.release
     assert (again.live, again.reason) == (False, "it was rolled back")
