@@ -52,15 +52,15 @@ class SongAnswer(CatalogSongAnswer):
 class BestSongsAnswer(TypedDict):
     """Songs, best first."""
 
+    recommendation_id: str
     release: str
     at: str
     source: Literal["taste", "popular"]
-    path: str
+    path: Literal["index", "selector", "exact", "popular"]
     plays: int
     unknown_songs: int
     songs: list[SongAnswer]
-    last_plays: list[dict[str, Any]] | None
-    recommendation_id: str
+    last_plays: list[CatalogSongAnswer] | None
 
 
 class RecommendationsAnswer(BestSongsAnswer):
@@ -104,11 +104,18 @@ class NewAnswer(TypedDict):
     cursor: str | None
 
 
+class InvalidEntryAnswer(TypedDict):
+    """The answer to an invalid entry of a batch; each error has `where` and `detail`."""
+
+    detail: str
+    errors: list[dict[str, str]]
+
+
 class BatchAnswer(TypedDict):
-    """Answers in the order of the requests; for an invalid request, `detail` and `errors`."""
+    """Answers in the order of the requests."""
 
     release: str
-    answers: list[dict[str, Any]]
+    answers: list[RecommendationsAnswer | InvalidEntryAnswer]
 
 
 class PlaysAnswer(TypedDict):
@@ -120,7 +127,7 @@ class PlaysAnswer(TypedDict):
     rejected: int
     unknown_songs: int
     invalid: int
-    outcomes: list[str]
+    outcomes: list[Literal["taken", "repeated", "rejected", "unknown", "invalid"]]
     errors: list[dict[str, str]]
 
 
@@ -148,13 +155,23 @@ class TasteAnswer(TypedDict):
     long: list[float]
 
 
+class HistoryTasteAnswer(TypedDict):
+    """The taste vectors of a history."""
+
+    at: str
+    plays: int
+    unknown_songs: int
+    short: list[float]
+    long: list[float]
+
+
 class TastesAnswer(TypedDict):
-    """Taste vectors in the order of the users; for an invalid entry, `detail` and `errors`."""
+    """Taste vectors in the order of the users."""
 
     release: str
     model: str
     dim: int
-    tastes: list[dict[str, Any]]
+    tastes: list[HistoryTasteAnswer | InvalidEntryAnswer]
 
 
 class StoredPlay(CatalogSongAnswer):
@@ -191,19 +208,38 @@ class SimilarAnswer(CatalogSongAnswer):
     songs: list[SongAnswer]
 
 
+class MapPointAnswer(CatalogSongAnswer):
+    """The position of a song on a map."""
+
+    x: float
+    y: float
+
+
 class MapAnswer(TypedDict):
-    """Songs as points of a map: song_id, title, artist, x and y of each."""
+    """Songs as points of a map."""
 
     release: str
-    points: list[dict[str, Any]]
+    points: list[MapPointAnswer]
     unknown_songs: int
 
 
 class HealthAnswer(TypedDict):
     """The state of a replica and its release."""
 
-    status: str
+    status: Literal["ok"]
     release: str | None
+
+
+class DataAnswer(TypedDict):
+    """The data set of a release."""
+
+    id: str
+    source: str
+    users: int
+    plays: int
+    songs: int
+    first_play: str | None
+    last_play: str | None
 
 
 class CardAnswer(TypedDict):
@@ -213,7 +249,7 @@ class CardAnswer(TypedDict):
     created_at: str
     version: str
     parts: dict[str, str]
-    data: dict[str, Any]
+    data: DataAnswer
     report: str | None
     verdict: str | None
     metrics: dict[str, float]
@@ -221,16 +257,35 @@ class CardAnswer(TypedDict):
     warning: str | None
 
 
+class RefusedReleaseAnswer(TypedDict):
+    """A release that could not be loaded, and why."""
+
+    id: str
+    reason: str
+
+
+class ReplicaAnswer(TypedDict):
+    """The last report of a replica."""
+
+    replica: str
+    release: str | None
+    change: str | None
+    loading: str | None
+    refused: RefusedReleaseAnswer | None
+    beat: int
+    arms: list[str]
+
+
 class ReleaseAnswer(TypedDict):
     """The release that a replica answers with, and those of all replicas."""
 
     replica: str
     release: str | None
-    refused: dict[str, str] | None
+    refused: RefusedReleaseAnswer | None
     activated: str | None
     change: str
     agreed: bool
-    replicas: list[dict[str, Any]]
+    replicas: list[ReplicaAnswer]
 
 
 class ApiError(RayrecError):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from rayrec.client import KEY_VARIABLE, ApiError, ApiUnavailableError, Client, Retry
 from rayrec.data.dataset import Dataset
@@ -112,20 +112,23 @@ class ReportWatch:
     """Distinguishes live replicas from dead ones by whether their reports change, without using their clocks."""
 
     def __init__(self) -> None:
-        # replica -> its last beat, and the time.monotonic() at which this process first saw that beat
-        self._beats: dict[str, tuple[int, float]] = {}
+        # report -> its last beat, and the time.monotonic() at which this process first saw that beat
+        self._beats: dict[str, tuple[object, float]] = {}
 
-    def alive(self, reports: Sequence[Report]) -> list[Report]:
-        """Return the reports that are new, or changed in the last `STALE_SECONDS` by this process's clock."""
+    def alive(self, beats: Mapping[str, object]) -> list[str]:
+        """Return the names of the reports that are new, or changed in the last `STALE_SECONDS` by this process's clock.
+
+        `beats` holds by the name of each report a value that differs from that of its previous version.
+        """
         now = time.monotonic()
-        for report in reports:
-            if self._beats.get(report.replica, (None,))[0] != report.beat:
-                self._beats[report.replica] = (report.beat, now)
-        return [report for report in reports if self.silence(report) <= STALE_SECONDS]
+        for name, beat in beats.items():
+            if self._beats.get(name, (None,))[0] != beat:
+                self._beats[name] = (beat, now)
+        return [name for name in beats if self.silence(name) <= STALE_SECONDS]
 
-    def silence(self, report: Report) -> float:
+    def silence(self, name: str) -> float:
         """Return the seconds since a report last changed. `alive` must have received the report before."""
-        return time.monotonic() - self._beats[report.replica][1]
+        return time.monotonic() - self._beats[name][1]
 
 
 class Reports:
@@ -143,23 +146,31 @@ class Reports:
         """Delete the report of a replica that ends."""
         self._workspace.delete(_report_path(replica))
 
-    def alive(self) -> list[Report]:
-        """Return the reports of live replicas. A dead one counts as alive until it was watched for `STALE_SECONDS`.
+    def watch(self) -> list[str]:
+        """Return the paths of the reports of live replicas, in order, without reading the reports.
 
-        Reports that have not changed for `FORGOTTEN_SECONDS` are deleted. Raises `StorageError` or `OSError` if a
-        report cannot be read, since the list would look complete without it.
+        All replicas call this for all reports all the time, so it costs one listing. A dead replica counts as alive
+        until it was watched for `STALE_SECONDS`. Reports that have not changed for `FORGOTTEN_SECONDS` are deleted.
+        """
+        versions = self._workspace.versions(REPLICAS)
+        alive = self._watch.alive(versions)
+        for path in versions:
+            if self._watch.silence(path) > FORGOTTEN_SECONDS:
+                self._workspace.delete(path)
+        return sorted(alive)
+
+    def alive(self) -> list[Report]:
+        """Return the reports of live replicas, which are those of `watch`.
+
+        Raises `StorageError` or `OSError` if a report cannot be read, since the list would look complete without it.
         """
         reports = []
-        for path in self._workspace.files(REPLICAS):
+        for path in self.watch():
             try:
                 reports.append(Report(**self._workspace.read_json(path)))
             except (NotFoundError, DamagedArtifactError, TypeError):  # deleted meanwhile, or not a report
                 continue
-        alive = self._watch.alive(reports)
-        for report in reports:
-            if self._watch.silence(report) > FORGOTTEN_SECONDS:
-                self.remove(report.replica)
-        return alive
+        return reports
 
 
 def _report_path(replica: str) -> str:
@@ -297,7 +308,7 @@ class ReleaseHolder:
         try:
             with self._report_lock:  # or this report could replace a newer one
                 self._write_report(self.report())
-            self.reports.alive()  # watches the reports, so that dead replicas are known when a client asks
+            self.reports.watch()  # so that dead replicas are known when a client asks
         except Exception as error:
             log.warning("cannot write the report of this replica: %s", error)
 
@@ -481,7 +492,7 @@ def _wait(workspace: Workspace, release_id: str, change_id: str, wait: SwitchWai
         try:
             if releases.read_active(workspace)["change"] != change_id:
                 raise RayrecError(f"the live release was changed again before all replicas answered with {release_id}")
-            live_reports = report_watch.alive(fetch_reports(wait.url)) if wait.url else reports.alive()
+            live_reports = _fetch_live_reports(wait.url, report_watch) if wait.url else reports.alive()
         except ApiUnavailableError as error:  # the application does not run, or not yet
             problem = str(error)
         except (StorageError, OSError) as error:
@@ -519,6 +530,13 @@ def _describe_waiting_replicas(reports: list[Report], release_id: str, change_id
     )
 
 
+def _fetch_live_reports(url: str, watch: ReportWatch) -> list[Report]:
+    """Return the reports of live replicas of the application at `url`. Raises the errors of `fetch_reports`."""
+    reports = fetch_reports(url)
+    alive = watch.alive({report.replica: report.beat for report in reports})
+    return [report for report in reports if report.replica in alive]
+
+
 def fetch_reports(url: str) -> list[Report]:
     """Return the reports of all replicas of the application at `url`. The API key comes from the environment.
 
@@ -526,7 +544,7 @@ def fetch_reports(url: str) -> list[Report]:
     """
     try:
         with Client(url, retry=Retry(retries=0, timeout=ANSWER_SECONDS)) as client:
-            return [Report(**report) for report in client.release()["replicas"]]
+            return [Report(**cast(dict[str, Any], report)) for report in client.release()["replicas"]]
     except ApiError as error:
         if error.status in (401, 403):
             raise RayrecError(f"{url} needs a key; set {KEY_VARIABLE} to a key with the role read or admin") from error

@@ -214,8 +214,15 @@ class Workspace:
 
     def sizes(self, path: str) -> dict[str, int]:
         """Return path -> bytes of all files below a folder, from one listing, without hidden and temporary files."""
+        return {file: size for file, (_, size) in self.versions(path).items()}
+
+    def versions(self, path: str) -> dict[str, tuple[int, int]]:
+        """Return path -> (time of the last change in ns, bytes) of the same files as `sizes`, from one listing.
+
+        Object storage may give the time in whole seconds, by its own clock.
+        """
         return {
-            posixpath.relpath(info.path, self.root): int(info.size)
+            posixpath.relpath(info.path, self.root): (int(info.mtime_ns), int(info.size))
             for info in self._infos_in(path, recursive=True)
             if info.type == pafs.FileType.File and not info.base_name.startswith(".")
         }

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
 
 import httpx
 import pytest
@@ -306,26 +306,34 @@ def methods(client_class: type) -> dict[str, inspect.Signature]:
     }
 
 
-def test_every_route_of_the_openapi_document_has_a_method_in_both_clients(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The OpenAPI document of the server."""
+    workspace = Workspace(tmp_path_factory.mktemp("client") / "workspace")
     write_world(workspace, users=5)
     write_release(workspace, ranked=False)
     with service(workspace) as replica:
-        paths = create_app(replica).openapi()["paths"]
-    routes = {(method.upper(), path) for path, operations in paths.items() for method in operations}
+        return create_app(replica).openapi()
+
+
+@pytest.fixture
+def called_routes(
+    document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[type], dict[str, tuple[str, str]]]:
+    """A function that calls each method of a client class; it returns name -> (HTTP method, path of the document)."""
+    routes = sorted((method, path) for path, operations in document["paths"].items() for method in operations)
     requests: list[tuple[str, str]] = []
 
     def handle(request: httpx.Request) -> httpx.Response:
-        requests.append((request.method, request.url.raw_path.decode().partition("?")[0]))
+        requests.append((request.method.lower(), request.url.raw_path.decode().partition("?")[0]))
         return httpx.Response(200, json={})
 
     transport = httpx.MockTransport(handle)
     monkeypatch.setattr(client_module.httpx, "Client", partial(httpx.Client, transport=transport))
     monkeypatch.setattr(client_module.httpx, "AsyncClient", partial(httpx.AsyncClient, transport=transport))
-    synchronous = Client("http://app")
-    for client_class in (Client, AsyncClient):
-        requests.clear()
+
+    def call_all(client_class: type) -> dict[str, tuple[str, str]]:
+        called: dict[str, tuple[str, str]] = {}
         for name, signature in methods(client_class).items():
             required = [
                 parameter.name
@@ -333,18 +341,84 @@ def test_every_route_of_the_openapi_document_has_a_method_in_both_clients(
                 if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
             ]
             arguments = {**{argument: SAMPLES[argument] for argument in required}, **OPTIONAL_ARGUMENTS.get(name, {})}
+            requests.clear()
             if client_class is Client:
-                getattr(synchronous, name)(**arguments)
+                with Client("http://app") as client:
+                    getattr(client, name)(**arguments)
             else:
                 asyncio.run(_call_once(name, arguments))
-        patterns = {route: re.sub(r"\{\w+\}", "[^/]+", route[1]) for route in routes}
-        called_routes = {
-            next(
-                (route for route in sorted(routes) if route[0] == method and re.fullmatch(patterns[route], path)), path
+            ((method, url),) = requests
+            called[name] = next(
+                route for route in routes if route[0] == method and re.fullmatch(_pattern(route[1]), url)
             )
-            for method, path in requests
-        }
-        assert called_routes == routes
+        return called
+
+    return call_all
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"\{\w+\}", "[^/]+", path)
+
+
+def test_every_route_of_the_openapi_document_has_a_method_in_both_clients(
+    document: dict[str, Any], called_routes: Callable[[type], dict[str, tuple[str, str]]]
+) -> None:
+    routes = {(method, path) for path, operations in document["paths"].items() for method in operations}
+    for client_class in (Client, AsyncClient):
+        assert set(called_routes(client_class).values()) == routes
+
+
+def test_the_answer_types_of_both_clients_have_the_fields_and_types_of_the_openapi_document(
+    document: dict[str, Any], called_routes: Callable[[type], dict[str, tuple[str, str]]]
+) -> None:
+    for client_class in (Client, AsyncClient):
+        compared = 0
+        for name, (method, path) in called_routes(client_class).items():
+            answer_type = get_type_hints(getattr(client_class, name))["return"]
+            content = document["paths"][path][method]["responses"].get("200", {}).get("content", {})
+            if is_typeddict(answer_type):
+                schema = content["application/json"]["schema"]
+                assert type_shape(answer_type) == schema_shape(schema, document["components"]["schemas"]), name
+                compared += 1
+            else:
+                assert "application/json" not in content or not content["application/json"]["schema"], name
+        assert compared >= 18
+
+
+JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+
+
+def type_shape(hint: Any) -> Any:
+    """Return the fields and JSON types of a type hint; equal to the `schema_shape` of the same type."""
+    if is_typeddict(hint):
+        return {name: type_shape(field) for name, field in sorted(get_type_hints(hint).items())}
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return sorted(map(repr, arguments))
+    if get_origin(hint) is list:
+        return ("list", type_shape(arguments[0]))
+    if get_origin(hint) is dict:
+        return ("dict", type_shape(arguments[1]))
+    if arguments:
+        return ("any of", sorted((type_shape(argument) for argument in arguments), key=repr))
+    return JSON_TYPES[hint]
+
+
+def schema_shape(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
+    """Return the fields and JSON types of a JSON schema, whose references are to `schemas`."""
+    if "$ref" in schema:
+        return schema_shape(schemas[schema["$ref"].rsplit("/", 1)[1]], schemas)
+    if "anyOf" in schema:
+        return ("any of", sorted((schema_shape(part, schemas) for part in schema["anyOf"]), key=repr))
+    if "const" in schema or "enum" in schema:
+        return sorted(map(repr, schema.get("enum", [schema.get("const")])))
+    if schema["type"] == "array":
+        return ("list", schema_shape(schema["items"], schemas))
+    if "properties" in schema:
+        return {name: schema_shape(field, schemas) for name, field in sorted(schema["properties"].items())}
+    if schema["type"] == "object":
+        return ("dict", schema_shape(schema["additionalProperties"], schemas))
+    return schema["type"]
 
 
 async def _call_once(name: str, arguments: dict[str, Any]) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 
 import pytest
+from counted_reads import CountedWorkspace
 from planted_reports import plant_report
+from s3 import s3_server
 from served import Client, damage, service, write_release, write_world
 
 from rayrec.data.dataset import Dataset
@@ -341,9 +343,29 @@ def test_a_replica_is_alive_as_long_as_its_report_changes(workspace: Workspace, 
     clock[0] += FORGOTTEN_SECONDS - STALE_SECONDS
     writer.write(report("alive", beat=3))
     assert [entry.replica for entry in reports.alive()] == ["alive"]
-    assert workspace.files("serving/replicas") == ["serving/replicas/alive.json", "serving/replicas/junk.json"]
+    assert workspace.files("serving/replicas") == ["serving/replicas/alive.json"]
     reports.remove("alive")
-    assert workspace.files("serving/replicas") == ["serving/replicas/junk.json"]
+    assert workspace.files("serving/replicas") == []
+
+
+def test_watching_the_reports_of_all_replicas_reads_none_of_them_and_is_one_request_to_object_storage(
+    tmp_path: Path,
+) -> None:
+    """Each replica watches all reports every few seconds: reads would grow with the square of the replicas."""
+    local = CountedWorkspace(tmp_path / "workspace", tmp_path / "reads.log")
+    for number in range(6):
+        Reports(local).write(report(f"replica-{number}"))
+    reports = Reports(local)
+    assert len(reports.watch()) == 6
+    assert local.reads() == []
+    assert len(reports.alive()) == len(local.reads()) == 6
+    with s3_server() as server:
+        workspace = Workspace(server.uri("watched"))
+        for number in range(6):
+            Reports(workspace).write(report(f"replica-{number}"))
+        reports, before = Reports(workspace), server.counts()["asked"]
+        assert len(reports.watch()) == 6
+        assert server.counts()["asked"] - before == 1
 
 
 @pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
@@ -387,10 +409,10 @@ def test_a_replica_that_is_still_loading_says_so_and_is_waited_for(
 
 def test_a_watch_tells_replicas_apart(clock: list[float]) -> None:
     watch = ReportWatch()
-    watch.alive([report("a")])
+    assert watch.alive({"a": 1}) == ["a"]
     clock[0] += 5
-    assert [entry.replica for entry in watch.alive([report("a"), report("b")])] == ["a", "b"]
-    assert (watch.silence(report("a")), watch.silence(report("b"))) == (5, 0)
+    assert watch.alive({"a": 1, "b": 1}) == ["a", "b"]
+    assert (watch.silence("a"), watch.silence("b")) == (5, 0)
 
 
 def test_a_replica_that_starts_on_a_broken_release_goes_back_to_the_one_before(
