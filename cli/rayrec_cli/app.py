@@ -1,6 +1,6 @@
 """The Typer app: the options before every command, the settings of stages as flags, and the output of commands.
 
-Commands print tables of 80 columns for people, or one JSON object for programs.
+Commands print tables for people, in a terminal as wide as it is, or one JSON object for programs.
 """
 
 import functools
@@ -46,6 +46,7 @@ ModelOption = Annotated[str | None, typer.Option("--model", metavar="ID", help="
 ForceOption = Annotated[bool, typer.Option("--force", help="Recompute even if the result exists.")]
 
 GAP = (0, 1, 0, 0)  # padding between columns, in addition to that of the box
+PIPE_WIDTH = 10_000  # columns where stdout is not a terminal
 GAP_WIDTH = 2  # columns between two columns of a table: the padding and the divider of the box
 
 
@@ -379,6 +380,8 @@ def show(shown: CommandOutput, *, as_json: bool) -> None:
 
 def _print_views(views: Sequence[RenderableType]) -> None:
     console = Console(highlight=False)
+    if not console.is_terminal:  # whole lines, so that `grep` finds what belongs together
+        console.width = PIPE_WIDTH
     for position, view in enumerate(views):
         if position:
             console.print()
@@ -395,10 +398,7 @@ def _json_text(data: dict[str, Any]) -> str:
 
 
 def print_error(message: str) -> None:
-    """Print one line on stderr. Its first letter becomes a capital, unless it begins with a name."""
-    first = message.partition(" ")[0]
-    if first.isalpha() and first.islower() and first != "rayrec":
-        message = first.capitalize() + message[len(first) :]
+    """Print one line on stderr, with names as they were given."""
     print("rayrec:", " ".join(message.split()), file=sys.stderr)
 
 
@@ -413,7 +413,7 @@ def _finite(value: Any) -> Any:
 
 def note(text: str) -> None:
     """Print one line on stderr, as progress for people."""
-    Console(stderr=True, highlight=False).print(escape(text))
+    Console(stderr=True, highlight=False).print(escape(text), soft_wrap=True)
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -456,14 +456,13 @@ def day(iso: str) -> str:
 
 
 def age(iso: str, now: datetime | None = None) -> str:
-    """Return how long ago an ISO 8601 time was, in days, hours or minutes; empty text if `iso` is empty."""
+    """Return how long ago an ISO 8601 time was, such as `5 min ago` or `2 d ago`; empty text if `iso` is empty."""
     if not iso:
         return ""
     seconds = ((now or datetime.now(timezone.utc)) - datetime.fromisoformat(iso)).total_seconds()
-    for unit, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= length:
-            count = int(seconds // length)
-            return f"{count:,} {unit}{'' if count == 1 else 's'} ago"
+            return f"{int(seconds // length):,} {unit} ago"
     return "just now"
 
 
@@ -505,7 +504,7 @@ class _UncutTable(Table):
 def values_view(title: str, values: dict[str, Any]) -> RenderableType:
     """Return a view of names and values, one per line. Lists and dicts are left out: they have tables of their own.
 
-    A value that is too long for 80 columns continues on the next line; nothing is cut.
+    A value that is too long for the terminal continues on the next line; nothing is cut.
     """
     plain_values = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
     shown_table = Table(box=None, show_header=False, pad_edge=False)

@@ -86,10 +86,12 @@ class _Failure:
 def _report_usage_error(error: Any, fail: _Failure) -> int:
     context = getattr(error, "ctx", None)
     message = error.format_message()
+    command_path = context.command_path if context is not None else "rayrec"
     if not message.strip() or message.startswith("Usage:"):  # no command: the message is the help
+        if fail.as_json:
+            return fail(error, f"Missing command; see {command_path} --help", WRONG_USE, kind="usage")
         print(message, file=sys.stderr)
         return WRONG_USE
-    command_path = context.command_path if context is not None else "rayrec"
     return fail(error, f"{message.rstrip('.')}; see {command_path} --help", WRONG_USE, kind="usage")
 
 

@@ -357,12 +357,13 @@ def serve(call: Call, config: ServeConfig) -> CommandOutput:
     cluster/serve.yaml.
     """
     from rayrec.recommend.index import require_one_faiss
-    from rayrec.serving.run import running, wait_for_interrupt
+    from rayrec.serving.run import require_startable, running, wait_for_interrupt
 
     signal.signal(signal.SIGTERM, _interrupt)
     data: dict[str, Any] = {"url": None, "workspace": call.workspace.uri, "release": None}
     try:
         require_one_faiss()
+        require_startable(config)  # before the states are loaded, which may take long
         for release in config.experiment.releases if config.experiment else ():
             load_manifest(call.workspace, releases.KIND, release)  # fails here, before the start, if it does not exist
         live = _load_missing_states(call, config.store)

@@ -234,7 +234,9 @@ def evaluate(
             raise InputError("--ablation evaluates the test range; leave out --prefixes")
         prefix_file = PrefixFile(path=prefixes, item_separator=item_separator, target_separator=target_separator)
         return _evaluate_prefixes(call, config, prefix_file, split, parts, force)
-    selected_split = choose_split(call.workspace, split) if split else _split_for_evaluation(call.workspace, parts)
+    selected_split = (
+        choose_split(call.workspace, split) if split is not None else _split_for_evaluation(call.workspace, parts)
+    )
     if selected_split is not None and not selected_split.has_test:  # a model for production: try the current split
         selected_split = choose_split(call.workspace)
     report = job(call.workspace, config, split=selected_split, model_id=parts.get("models"), repeat=force)
@@ -272,7 +274,7 @@ def _evaluate_prefixes(
     from rayrec.jobs.evaluate import evaluate_prefixes as job
 
     model_split = _split_for_evaluation(call.workspace, parts) if "split" in parts else None
-    selected_split = choose_split(call.workspace, split) if split else model_split
+    selected_split = choose_split(call.workspace, split) if split is not None else model_split
     report = job(call.workspace, config, prefix_file, split=selected_split, model_id=parts.get("models"), repeat=force)
     data = {"id": report.id, **read_results(call.workspace, report)}
     counts = {name: data[name] for name in ("pairs", "unknown_targets", "unknown_items")}

@@ -362,7 +362,7 @@ class Dataset:
         """
         model = (
             artifacts.load_manifest(self.workspace, "models", model_id)
-            if model_id
+            if model_id is not None
             else artifacts.newest(self.workspace, "models")
         )
         if not self.descends_from(model.inputs["dataset"]):

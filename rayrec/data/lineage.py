@@ -109,7 +109,9 @@ class CleanConfig(Settings):
         description="Number of newest releases to keep, in addition to the live one and the one before it; a "
         "release that was created again counts as new",
     )
-    hours: float = Field(24.0, ge=0, description="Keep files changed within this many hours")
+    hours: float = Field(
+        24.0, ge=0, le=100_000, description="Keep files changed within this many hours, 100,000 at most"
+    )
 
 
 def find_garbage(workspace: Workspace, config: CleanConfig) -> list[Garbage]:

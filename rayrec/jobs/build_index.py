@@ -35,7 +35,7 @@ def build_index(
     Metrics: seconds of the whole job, and the fields of `IndexMetrics`.
     Raises `NotFoundError` if the model does not exist, `MissingDependencyError` without faiss.
     """
-    model = load_manifest(workspace, "models", model_id) if model_id else newest(workspace, "models")
+    model = load_manifest(workspace, "models", model_id) if model_id is not None else newest(workspace, "models")
     require_one_faiss()
     inputs = {"models": model.id}
     fingerprint_id = fingerprint("index", to_mapping(config), inputs)

@@ -511,7 +511,7 @@ def choose_models(
     if split is not None:
         inputs["split"] = split.id
     if config.models is None or set(NETWORKS) & set(model_names):
-        model = load_manifest(workspace, "models", model_id) if model_id else newest(workspace, "models")
+        model = load_manifest(workspace, "models", model_id) if model_id is not None else newest(workspace, "models")
         inputs["models"] = model.id
         parts = parts_of(workspace, model)
         default = TWO_STEP if "rankers" in parts else TASTE
@@ -529,7 +529,7 @@ def choose_models(
     if not model_names and songs_id is None:  # a network that was trained without song embeddings
         names = tuple(name for name in names if not needs_vectors([name]))
     if needs_vectors(names):
-        songs = load_manifest(workspace, "songs", songs_id) if songs_id else newest(workspace, "songs")
+        songs = load_manifest(workspace, "songs", songs_id) if songs_id is not None else newest(workspace, "songs")
         require_split(songs, split, dataset, "embed")
         inputs["songs"] = songs.id
     return ComparedModels(

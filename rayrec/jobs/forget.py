@@ -11,7 +11,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -40,7 +40,7 @@ from rayrec.importing.staging import finish_publishing
 from rayrec.jobs.runtime import ray_cluster, run_buckets
 from rayrec.model.taste_table import PLAYS
 from rayrec.online.state_codec import pack_state
-from rayrec.online.state_store import open_user_store
+from rayrec.online.state_store import StoreUnavailableError, open_user_store
 from rayrec.online.user_state import UserState
 from rayrec.storage import artifacts
 from rayrec.storage.artifacts import (
@@ -98,7 +98,8 @@ def forget_users(workspace: Workspace, user_ids: Sequence[str], *, store: str | 
 
     `store` is an address as in `store_uri`; without it the workspace's own store is used, if there is one. From now on
     the users get the answers of unknown users, and their plays from before this moment are rejected. Their rows stay
-    in files until `erase_forgotten` has run. Raises `InputError` for an invalid user ID.
+    in files until `erase_forgotten` has run. Raises `InputError` for an invalid user ID and for a store that cannot be
+    opened; then no user is hidden. Raises `StoreUnavailableError` if the store does not answer after they are hidden.
     """
     spelled_ids = [spell_id(user_id) for user_id in user_ids]
     for raw_id, user_id in zip(user_ids, spelled_ids, strict=True):
@@ -106,11 +107,17 @@ def forget_users(workspace: Workspace, user_ids: Sequence[str], *, store: str | 
             raise InputError(f"{raw_id!r} is not a user ID; {EXPECTED_ID}")
     unique_ids, at = list(dict.fromkeys(filter(None, spelled_ids))), now_ms()
     dataset = Dataset(workspace)
-    mark_forgotten(workspace, unique_ids, at)
     state_store = open_user_store(workspace, store, dataset.lineage)
-    if state_store is not None:
-        with closing(state_store):
-            state_store.forget(unique_ids, pack_state(UserState(forgotten_at=at)), read_lineages(workspace))
+    with nullcontext() if state_store is None else closing(state_store):
+        mark_forgotten(workspace, unique_ids, at)
+        if state_store is not None:
+            try:
+                state_store.forget(unique_ids, pack_state(UserState(forgotten_at=at)), read_lineages(workspace))
+            except StoreUnavailableError as error:
+                raise StoreUnavailableError(
+                    f"{str(error).removesuffix('; try again')}; the users are deleted from the workspace, but not from "
+                    "this store: run the same command again"
+                ) from error
     return len(unique_ids)
 
 

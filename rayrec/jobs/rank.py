@@ -66,11 +66,13 @@ def fit_rankers(
     erase_forgotten(workspace)
     dataset = Dataset(workspace)
     model = (
-        artifacts.load_manifest(workspace, "models", model_id) if model_id else artifacts.newest(workspace, "models")
+        artifacts.load_manifest(workspace, "models", model_id)
+        if model_id is not None
+        else artifacts.newest(workspace, "models")
     )
     retrieval = (
         artifacts.load_manifest(workspace, "retrieval", retrieval_id)
-        if retrieval_id
+        if retrieval_id is not None
         else artifacts.newest(workspace, "retrieval")
     )
     split = _split_of(workspace, dataset, model, retrieval)

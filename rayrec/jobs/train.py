@@ -78,7 +78,7 @@ def train(
             raise InputError("--from uses the song embeddings of its model; omit --songs")
         _require_start(dataset, start, split)
         songs_id = start.inputs.get("songs")
-    songs = artifacts.load_manifest(workspace, "songs", songs_id) if songs_id else None
+    songs = artifacts.load_manifest(workspace, "songs", songs_id) if songs_id is not None else None
     if songs is None and start is None:
         songs = artifacts.latest(workspace, "songs")
     input_artifacts: dict[str, Manifest | Split | None] = {"songs": songs, "split": split}

@@ -66,16 +66,12 @@ def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
     """Run the application until the block ends; `with running(...) as url` gives its URL.
 
     Must be called in the main thread. The caller's handler of SIGTERM stays in place, but while Ray starts, SIGTERM
-    raises `KeyboardInterrupt`. Raises `InputError` if keys are missing, the port is taken, the access log cannot be
-    written, or the path of the folder for temporary files is too long. Raises `RayrecError` if Ray or Serve cannot
-    start the application, or if it should be for this machine only and a port is open to other machines.
+    raises `KeyboardInterrupt`. Raises `InputError` as `require_startable` does, or if the path of the folder for
+    temporary files is too long. Raises `RayrecError` if Ray or Serve cannot start the application, or if it should be
+    for this machine only and a port is open to other machines.
     """
-    load_keys(config)  # raises before anything starts
-    if config.access_log:
-        AccessLog(config.access_log).close()
-    require_known_ray()
+    require_startable(config)
     config = config.replace(port=config.port or free_ports(1)[0])
-    require_free(config.host, config.port)
     folder = _create_haproxy_folder()
     try:
         os.environ.update(environment(config, folder))
@@ -85,6 +81,19 @@ def running(workspace: Workspace, config: ServeConfig) -> Iterator[str]:
             yield f"http://{config.host}:{config.port}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_startable(config: ServeConfig) -> None:
+    """Raise `InputError` if keys are missing, the port is taken, or the access log cannot be written.
+
+    Raises `RayrecError` for a version of Ray that is not supported.
+    """
+    load_keys(config)
+    if config.access_log:
+        AccessLog(config.access_log).close()
+    require_known_ray()
+    if config.port:
+        require_free(config.host, config.port)
 
 
 def environment(config: ServeConfig, folder: Path) -> dict[str, str]:

@@ -85,7 +85,7 @@ def folder(tmp_path: Path) -> Path:
 
 def check(runs: Runs, completed_path: str) -> None:
     assert runs.exit_when_full == "1"
-    assert runs.last_error_line.startswith("rayrec: No space left to write ")
+    assert runs.last_error_line.startswith("rayrec: no space left to write ")
     assert "No space left on device" in runs.last_error_line
     assert runs.last_error_line.endswith("free some space and run the command again: completed work is kept")
     assert runs.audit_when_full == "0"

@@ -86,4 +86,4 @@ def test_where_no_cluster_answers_the_address_is_named(tmp_path: Path) -> None:
     token.write_text("0" * 64)
     result = submit(Head(url=url, token=token, address=""), "--workspace", str(tmp_path), "status")
     assert result.returncode == 1
-    assert f"No Ray cluster answers at {url}" in result.stderr
+    assert f"no Ray cluster answers at {url}" in result.stderr

@@ -105,9 +105,11 @@ def _longest_histories(dataset: Dataset, bucket: int) -> list[tuple[str, int]]:
 class PlanConfig(Settings):
     """The size of the data and the settings of the stages; the defaults are those of the stages."""
 
-    users: int | None = Field(None, ge=1, description="Number of users, if no data set exists yet")
-    plays: int | None = Field(None, ge=1, description="Number of plays of all users")
-    songs: int | None = Field(None, ge=1, description="Number of songs")
+    users: int | None = Field(
+        None, ge=1, le=10**10, description="Number of users, if no data set exists yet, 10 billion at most"
+    )
+    plays: int | None = Field(None, ge=1, le=10**14, description="Number of plays of all users, 100 trillion at most")
+    songs: int | None = Field(None, ge=1, le=10**10, description="Number of songs, 10 billion at most")
     dim: int = Field(_EMBED_DEFAULTS.dim, ge=1, description="Embedding dimension")
     hidden_dim: int = Field(_TRAIN_DEFAULTS.hidden_dim, ge=1, description="Hidden size of the recurrent network")
     embed_epochs: int = Field(_EMBED_DEFAULTS.epochs, ge=1, description="Epochs of word2vec")

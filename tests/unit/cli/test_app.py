@@ -16,7 +16,20 @@ from rayrec.errors import InputError
 from rayrec.evaluation.protocol import EvaluateConfig
 from rayrec.jobs.pipeline import Demo
 from rayrec.recommend.answer import Answer
-from rayrec_cli.app import Call, CommandOutput, Globals, command, day, number, short, show, size, table, values_view
+from rayrec_cli.app import (
+    Call,
+    CommandOutput,
+    Globals,
+    command,
+    day,
+    note,
+    number,
+    short,
+    show,
+    size,
+    table,
+    values_view,
+)
 from rayrec_cli.cluster_commands import answer_stages
 from rayrec_cli.main import app as commands
 from rayrec_cli.recommend_commands import results_table, score_notes
@@ -269,6 +282,12 @@ def test_a_text_of_any_length_is_one_line(capsys: pytest.CaptureFixture[str]) ->
     command_line = "rayrec import csv " + "folder/" * 20 + "plays.csv --columns user=user_id,song=song_id"
     show(CommandOutput({}, [command_line]), as_json=False)
     assert capsys.readouterr().out == f"{command_line}\n"
+
+
+def test_a_note_of_any_length_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "the job keeps running; follow it with: rayrec submit --attach " + "raysubmit_[x]" * 20
+    note(text)
+    assert capsys.readouterr().err == f"{text}\n"
 
 
 def test_the_stages_of_an_answer_fit_in_80_columns_for_three_catalogs() -> None:

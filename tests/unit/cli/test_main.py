@@ -52,7 +52,7 @@ def filled(tmp_path: Path) -> str:
     ("arguments", "message"),
     [
         (["import", "csv", "/no/such/file.csv"], "file or folder /no/such/file.csv does not exist"),
-        (["import", "csv", "nosuch"], "(?-i:File or folder nosuch does not exist)"),
+        (["import", "csv", "nosuch"], "rayrec: (?-i:file or folder nosuch does not exist)"),
         (["import", "lastfm", "PLAYS"], "unknown format 'lastfm'; expected one of apple-music, csv"),
         (["import", "csv", "PLAYS", "--columns", "user=name"], "no column 'name'"),
         (["import", "csv", "PLAYS", "--columns", "user"], "--columns is 'user'; expected name = value pairs"),
@@ -103,6 +103,23 @@ def filled(tmp_path: Path) -> str:
         (["status", "--loudly"], "No such option"),
         (["clean", "--keep", "0"], "keep is 0; expected an integer of at least 1"),
         (["clean", "--hours", "-1"], "hours is -1.0; expected a number of at least 0"),
+        (["clean", "--hours", "1e308"], r"hours is 1e\+308; expected a number of at least 0 and at most 100000"),
+        (
+            ["plan", "--cluster", "c.yaml", "--users", "9", "--plays", "99", "--songs", "9223372036854775807"],
+            r"songs is 9223372036854775807; expected an integer of at least 1 and at most 1e\+10",
+        ),
+        (
+            ["plan", "--cluster", "c.yaml", "--users", "9", "--plays", "9223372036854775807", "--songs", "9"],
+            r"plays is 9223372036854775807; expected an integer of at least 1 and at most 1e\+14",
+        ),
+        (
+            ["plan", "--cluster", "c.yaml", "--users", "9223372036854775807", "--plays", "9", "--songs", "9"],
+            r"users is 9223372036854775807; expected an integer of at least 1 and at most 1e\+10",
+        ),
+        (["forget", "--users", "nosuch"], "rayrec: (?-i:nosuch cannot be read)"),
+        (["serve", "--port", "0", "--keys-file", "/no/keys"], "keys file /no/keys cannot be read"),
+        (["serve", "--port", "0", "--access-log", "/no/log"], "/no/log"),
+        (["serve", "--port", "0", "--host", "0.0.0.0"], "without API keys"),
         (["release", "activate", "r", "--timeout", "0"], "timeout is 0.0; expected a number above 0"),
         (["plan", "--cluster", "c.yaml", "--users", "3"], "--users, --plays and --songs belong together"),
         (["dance"], "No such command 'dance'"),
@@ -178,7 +195,7 @@ def test_a_job_that_fails_is_exit_code_1(
 
     monkeypatch.setattr("rayrec_cli.operations_commands.workspace_status", fail)
     assert main(["--workspace", filled, "status"]) == 1
-    assert capsys.readouterr().err == "rayrec: A fit was handed 3 plays\n"
+    assert capsys.readouterr().err == "rayrec: a fit was handed 3 plays\n"
 
 
 def test_an_error_of_ours_that_ray_wrapped_is_printed_as_it_was_raised(
@@ -194,7 +211,7 @@ def test_an_error_of_ours_that_ray_wrapped_is_printed_as_it_was_raised(
 
     monkeypatch.setattr("rayrec_cli.operations_commands.workspace_status", fail)
     assert main(["--workspace", filled, "status"]) == 2
-    assert capsys.readouterr().err == "rayrec: There is no such song\n"
+    assert capsys.readouterr().err == "rayrec: there is no such song\n"
 
 
 def test_our_bugs_are_one_line_and_a_traceback_only_on_request(
@@ -249,6 +266,15 @@ def test_wrong_use_with_json_is_an_object_too(capsys: pytest.CaptureFixture[str]
     assert main(["--json", "dance"]) == 2
     error = json.loads(capsys.readouterr().out)["error"]
     assert (error["kind"], error["hint"]) == ("usage", "see rayrec --help")
+
+
+@pytest.mark.parametrize("words", [[], ["release"], ["songs"], ["states"], ["experiment"], ["bench"]])
+def test_a_missing_command_with_json_is_an_object_too(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json", *words]) == 2
+    captured = capsys.readouterr()
+    hint = f"see {' '.join(['rayrec', *words])} --help"
+    assert json.loads(captured.out)["error"] == {"kind": "usage", "message": "Missing command", "hint": hint}
+    assert captured.err == f"rayrec: Missing command; {hint}\n"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
@@ -386,7 +412,7 @@ def test_a_real_process_keeps_stdout_and_stderr_apart(filled: str) -> None:
     failed_process = run_rayrec("status", "--json", "--workspace", "gopher://x")
     assert failed_process.returncode == 2
     assert json.loads(failed_process.stdout)["error"]["kind"] == "input"
-    assert failed_process.stderr.startswith("rayrec: Workspace gopher://x cannot be opened; ")
+    assert failed_process.stderr.startswith("rayrec: workspace gopher://x cannot be opened; ")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -407,7 +433,7 @@ def test_an_output_that_cannot_be_written_is_at_most_one_line_and_exit_code_1(
         text=True,
     )
     os.close(writer)
-    error = "rayrec: The output cannot be written: No space left on device; write it to another place\n"
+    error = "rayrec: the output cannot be written: No space left on device; write it to another place\n"
     assert (process.returncode, process.stderr) == (1, "" if output == "closed pipe" else error)
 
 

@@ -134,6 +134,23 @@ def test_an_evaluation_prints_the_calibration_error_and_the_settings_of_baseline
             assert f"\n  sequential-rules: decay: {settings['decay']:g}\n" in text
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["rank", "--model", ""], ["rank", "--retrieval", ""], ["index", "--model", ""], ["taste", "--model", ""]),
+        *(["train", "--songs", ""], ["evaluate", "--model", ""], ["evaluate", "--split", ""]),
+        *(["evaluate", "--prefixes", "prefixes.txt", "--split", ""], ["release", "create", "--model", ""]),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_id_is_an_id_that_does_not_exist_and_not_the_current_artifact(
+    folder: Path, printed: list[Outputs], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(folder / word) if word.endswith(".txt") else word for word in words]
+    assert main(["--workspace", str(folder / "workspace"), *words]) == 2
+    assert "'' not found" in capsys.readouterr().err
+
+
 def test_recommendations_name_the_release_that_answers_or_the_parts_where_none_is_live(
     folder: Path, printed: list[Outputs]
 ) -> None:
@@ -185,7 +202,7 @@ def test_serve_names_the_release_before_it_starts(
     for _ in range(2):  # the second time the states are already loaded
         with monkeypatch.context() as patch:
             patch.setattr("rayrec.serving.run.running", lambda *_: (_ for _ in ()).throw(InputError("stop here")))
-            assert main(["--workspace", str(folder / "workspace"), "serve"]) == 2
+            assert main(["--workspace", str(folder / "workspace"), "serve", "--port", "0"]) == 2
         output = " ".join(capsys.readouterr().err.split())
         assert f"Live release {release.id}: " in output
         require_printed({role: release.inputs[role] for role in ("models", "dataset")}, output)

@@ -14,6 +14,7 @@ from rayrec.storage.artifacts import DatasetManifest, Manifest, make_current, pu
 from rayrec.storage.releases import write_active
 from rayrec.storage.workspace import Workspace
 from rayrec_cli.app import age
+from rayrec_cli.main import main
 from rayrec_cli.operations_commands import lineage_tree
 
 
@@ -113,7 +114,7 @@ def test_after_an_append_a_continued_model_names_the_inputs_that_are_not_in_the_
         *input_facts, bytes_shown, age_shown = facts
         assert "  ".join(input_facts) == expected
         assert bytes_shown.endswith(" B")
-        assert age_shown == ("2 days ago" if line == "data set d2" else "just now")
+        assert age_shown == ("2 d ago" if line == "data set d2" else "just now")
 
 
 def test_an_artifact_made_before_parts_were_joined_belongs_to_the_same_plays(workspace: Workspace) -> None:
@@ -127,11 +128,22 @@ def test_an_artifact_made_before_parts_were_joined_belongs_to_the_same_plays(wor
 
 @pytest.mark.parametrize(
     ("seconds", "expected"),
-    [(-5, "just now"), (59, "just now"), (60, "1 minute ago"), (7_199, "1 hour ago"), (2 * 86_400, "2 days ago")],
+    [(-5, "just now"), (59, "just now"), (60, "1 min ago"), (7_199, "1 h ago"), (2 * 86_400, "2 d ago")],
 )
 def test_ages_are_in_the_largest_unit_that_has_passed(seconds: int, expected: str) -> None:
     now = datetime(2026, 1, 20, tzinfo=timezone.utc)
     assert age((now - timedelta(seconds=seconds)).isoformat(), now) == expected
+
+
+def test_in_a_pipe_each_artifact_is_one_line_with_its_mark(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "m" * 120
+    publish_artifact(workspace, "models", name, dataset="d1")
+    make_current(workspace, "models", name)
+    assert main(["--workspace", workspace.uri, "status"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "[current]" in line]
+    assert f"model {name}  " in line
 
 
 def test_an_empty_workspace_says_how_to_start(tmp_path: Path) -> None:

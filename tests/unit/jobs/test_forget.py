@@ -37,7 +37,7 @@ from rayrec.model.taste_table import tastes_file
 from rayrec.model.train_config import PLAY_COUNTS, TasteConfig, TrainConfig
 from rayrec.online.load_states import load_states
 from rayrec.online.state_codec import pack_state, unpack_state
-from rayrec.online.state_store import NO_VERSION, Change, StateStore, open_store, store_uri
+from rayrec.online.state_store import NO_VERSION, Change, StateStore, StoreUnavailableError, open_store, store_uri
 from rayrec.online.user_state import Plays, UserState
 from rayrec.recommend.answer import RecommendConfig
 from rayrec.recommend.stored_retrieval import Retrieval
@@ -348,6 +348,35 @@ def test_a_deletion_covers_replaced_data_sets_of_its_workspace_and_no_other_work
         assert [(state.forgotten, state.plays) for state in states] == [(True, 0), (False, 1), (False, 1)]
     for lineage in lineages["production"]:
         assert [(state.forgotten, state.plays) for state in stored_states(uri, lineage)] == [(False, 1)] * 3
+
+
+@pytest.mark.parametrize("store", ["http://127.0.0.1/0", "sqlite:////dev/null/states.db"])
+def test_with_a_store_that_cannot_be_opened_no_user_is_deleted(world: Workspace, store: str) -> None:
+    waiting_users = dict(read_pending_deletions(world).moments)
+    with pytest.raises(InputError):
+        forget_users(world, OTHERS[:2], store=store)
+    assert dict(read_pending_deletions(world).moments) == waiting_users
+
+
+def test_if_the_store_fails_the_error_says_where_the_users_are_deleted_and_a_second_call_completes_it(
+    world: Workspace, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise StoreUnavailableError("store S does not answer: down; try again")
+
+    put_plays(uri, Dataset(world).lineage)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(open_store(uri, "")), "forget", fail)
+        with pytest.raises(StoreUnavailableError) as raised:
+            forget_users(world, DELETED, store=uri)
+    assert str(raised.value) == (
+        "store S does not answer: down; the users are deleted from the workspace, but not from this store: run the "
+        "same command again"
+    )
+    assert len(read_pending_deletions(world)) == len(DELETED)
+    assert not any(state.forgotten for state in stored_states(uri, Dataset(world).lineage))
+    forget_users(world, DELETED, store=uri)
+    assert all(state.forgotten for state in stored_states(uri, Dataset(world).lineage))
 
 
 def test_a_deletion_covers_a_replaced_data_set_from_which_a_server_still_answers(
