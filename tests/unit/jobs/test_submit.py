@@ -69,9 +69,9 @@ def test_a_folder_of_this_machine_is_no_workspace_of_a_cluster() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "Pass exactly one of COMMAND, --attach ID and --stop ID"),
-        (["--attach", "a", "train"], "Pass exactly one of COMMAND, --attach ID and --stop ID"),
-        (["--attach", "a", "--stop", "b"], "Pass exactly one of COMMAND, --attach ID and --stop ID"),
+        ([], "pass exactly one of COMMAND, --attach ID and --stop ID"),
+        (["--attach", "a", "train"], "pass exactly one of COMMAND, --attach ID and --stop ID"),
+        (["--attach", "a", "--stop", "b"], "pass exactly one of COMMAND, --attach ID and --stop ID"),
         (["trian"], "Command 'trian' cannot be submitted"),
         (["submit", "train"], "Command 'submit' cannot be submitted"),
         (["train"], "Missing cluster address; pass --address"),
