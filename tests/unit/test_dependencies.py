@@ -107,6 +107,33 @@ def test_every_declared_package_is_pinned_within_its_bounds(python: str) -> None
             assert name == "rayrec" or versions[name] in requirement.specifier, name
 
 
+def installed_closure() -> set[str]:
+    """Return the canonical names of what is installed here of the dependencies, with all extras, and of theirs."""
+    installed = {canonicalize_name(distribution.name): distribution for distribution in distributions()}
+    extras = PROJECT["optional-dependencies"].values()
+    waiting = [Requirement(text) for texts in (PROJECT["dependencies"], *extras) for text in texts]
+    visited: set[tuple[str, str]] = set()  # a distribution and one of its extras, or ""
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in {"", *requirement.extras}:
+            if name in installed and name != "rayrec" and (name, extra) not in visited:
+                visited.add((name, extra))
+                waiting += [
+                    part
+                    for part in map(Requirement, installed[name].requires or ())
+                    if part.marker is None or part.marker.evaluate({"extra": extra})
+                ]
+    return {name for name, _ in visited}
+
+
+def test_every_installed_package_that_the_project_needs_is_pinned_and_so_is_what_faiss_gpu_needs() -> None:
+    closure = installed_closure()
+    assert {"torch", "setuptools", "starlette"} <= closure
+    cuda = {f"nvidia-{name}-cu12" for name in ("cublas", "cuda-nvrtc", "cuda-runtime", "curand")}
+    assert (closure | cuda) - pins(f"3.{sys.version_info.minor}").keys() == set()
+
+
 def test_the_pins_of_a_python_are_versions_that_run_on_it() -> None:
     """Read in the metadata of what is installed here: a pin that an older Python shares must allow that Python."""
     installed = {

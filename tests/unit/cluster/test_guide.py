@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import typer
@@ -29,6 +32,21 @@ def test_every_command_is_there_with_its_options(line: str) -> None:
         words = words[1:]
     known_options, arguments = options(words)
     assert {word for word in arguments if re.match(r"--?[a-z]", word)} <= known_options
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_registry_and_the_bucket_of_each_cloud_replace_all_placeholders(tmp_path: Path, number: int) -> None:
+    values = re.findall(r"^REGISTRY=\S+ BUCKET=(\S+)$", TEXT, re.MULTILINE)
+    assert values == ["s3://your-bucket", "gs://your-bucket"]
+    assignment = re.findall(r"^REGISTRY=.*$", TEXT, re.MULTILINE)[number]
+    (replacement,) = re.findall(r"^sed .*$", TEXT, re.MULTILINE)
+    shutil.copytree(CLUSTER, tmp_path / "cluster")
+    subprocess.run(["/bin/sh", "-c", f"{assignment}\n{replacement}"], cwd=tmp_path, check=True)
+    texts = {path.name: path.read_text("utf-8") for path in (tmp_path / "cluster").rglob("*.yaml")}
+    for text in texts.values():
+        assert not re.findall(r"registry\.example\.com|REPLACE-with-your-bucket", text)
+        assert set(re.findall(r"\b\w+://your-bucket\b", text)) <= {values[number]}
+    assert f"workspace: {values[number]}/rayrec" in texts["serve.yaml"]
 
 
 def test_the_guide_goes_through_every_stage_and_fills_the_store() -> None:

@@ -2,19 +2,25 @@
 
 import gzip
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import typer
 import yaml
 from cluster_files import MANIFESTS, ROOT, every_manifest, manifests, pods, ray_clusters, serve_config
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
+from stores import SERVER, needs_redis
 
+from rayrec.bench.redis_servers import free_port
 from rayrec_cli.main import app
 
 ARTIFACTS = Path(__file__).parents[2] / "artifacts"
@@ -134,6 +140,33 @@ def test_permanent_clusters_keep_their_state_in_redis_with_a_password_from_a_sec
         assert item["kind"] != "Secret", f"{name} holds a Secret: make it by hand"
 
 
+@needs_redis
+def test_redis_has_the_password_of_the_secret_and_ends_by_itself_when_its_pod_ends(tmp_path: Path) -> None:
+    (redis_set,) = (item for item in manifests("redis.yaml") if item["kind"] == "StatefulSet")
+    (container,) = redis_set["spec"]["template"]["spec"]["containers"]
+    (script,), port = container["args"], free_port()
+    script = script.replace("/data", str(tmp_path)).replace("redis-server -", f"{SERVER} - --port {port}", 1)
+    process = subprocess.Popen(
+        [*container["command"], script],
+        env={"PASSWORD": "planted-4711"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        assert any("Ready to accept connections" in line for line in process.stdout)
+        with pytest.raises(redis.AuthenticationError):
+            redis.Redis(port=port).ping()
+        assert redis.Redis(port=port, password="planted-4711").ping()
+        assert b"planted-4711" not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        process.terminate()
+        assert process.wait() == 0  # a shell would end by the signal, and Redis would be killed without its last save
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a redis-server that a shell left behind
+
+
 def test_the_cron_job_submits_existing_commands_to_the_permanent_cluster() -> None:
     (job,), (cluster,) = manifests("cronjob.yaml"), manifests("raycluster.yaml")
     assert job["spec"]["concurrencyPolicy"] == "Forbid"
@@ -195,7 +228,7 @@ def nightly_script(name: str) -> str:
     return str(container["args"][0])
 
 
-@pytest.mark.parametrize("name", ["nightly.yaml", "cronjob.yaml", "docs/operations.md"])
+@pytest.mark.parametrize("name", ["nightly.yaml", "cronjob.yaml", "docs/operations.md", "cluster/README.md"])
 @pytest.mark.parametrize(("update", "clean", "expected"), [(0, 0, 0), (1, 0, 1), (0, 2, 2)])
 def test_every_night_cleans_whatever_the_update_returned_and_fails_if_one_of_both_failed(
     tmp_path: Path, name: str, update: int, clean: int, expected: int
@@ -205,7 +238,10 @@ def test_every_night_cleans_whatever_the_update_returned_and_fails_if_one_of_bot
         f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\ncase "$*" in *update*) exit {update};; *) exit {clean};; esac\n'
     )
     program.chmod(0o755)
-    script = nightly_script(name).replace("/opt/rayrec/bin/rayrec", str(program)).replace("/srv/rayrec", str(tmp_path))
+    (tmp_path / "rayrec.env").touch()
+    script = nightly_script(name).replace("/opt/rayrec/bin/rayrec", str(program))
+    for folder in ("/srv/rayrec", "/etc"):
+        script = script.replace(folder, str(tmp_path))
     assert subprocess.run(["/bin/sh", "-c", script], check=False).returncode == expected
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [re.sub("^submit ", "", call).split()[0] for call in calls] == ["update", "clean"]
