@@ -4,9 +4,9 @@ On a local disk the lock is a file lock, which the operating system releases whe
 object storage the lock is an object that a conditional put creates only if it does not exist: if two runs start at the
 same time, one is refused. A killed run leaves its object, and so does one that may not delete it. The next run on the
 same machine takes it over at once: it sees that the process has ended, or that the lock is one of its own process that
-no run there holds. A run
-on another machine or in another container watches it: a living run renews its lock every `RENEW_SECONDS`, so a lock
-that does not change for `WATCH_SECONDS` is taken over. No clocks are compared. `rayrec unlock` deletes a lock at once.
+no run there holds. A run on another machine or in another container watches it: a living run renews its lock every
+`RENEW_SECONDS`, so a lock that does not change for `WATCH_SECONDS` is taken over. No clocks are compared.
+`rayrec unlock` deletes a lock at once.
 
 A run that is cut off from the storage for longer may lose its lock. It ends at its first renewal after that, up to
 `RENEW_SECONDS` after the storage is back; in that time both runs may write.
@@ -88,7 +88,8 @@ class Holder:
         """True if the run was on this machine, in this process namespace, and has ended."""
         if not self.is_on_this_machine:
             return False
-        if self.process_start != _process_start(self.pid):
+        start = _process_start(self.pid)  # empty also if the system hides processes of other users (hidepid)
+        if start and self.process_start and start != self.process_start:
             return True
         if self.pid == os.getpid():
             return self.token not in _own_tokens
@@ -111,7 +112,7 @@ def _pid_namespace() -> int:
 
 
 def _process_start(pid: int) -> str:
-    """Return the boot of the system and the start of a process in clock ticks; empty without a process or /proc."""
+    """Return the boot of the system and the start of a process in clock ticks; empty if /proc does not show it."""
     with suppress(OSError):
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
         return f"{BOOT_ID.read_text().strip()} {ticks}"

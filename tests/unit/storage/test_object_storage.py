@@ -347,6 +347,27 @@ def test_the_lock_of_a_dead_process_is_taken_over_though_another_process_has_its
         assert not remote.exists(LOCK_HOLDER)
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="no /proc, which has the starts of processes: run it on Linux")
+def test_the_lock_of_a_living_process_that_the_system_hides_is_not_taken_over(
+    remote: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `hidepid`, /proc does not show the processes of other users."""
+    with exclusive(remote, "taste"):
+        holder = {**remote.read_json(LOCK_HOLDER), "pid": os.getppid()}
+    remote.write_json(LOCK_HOLDER, holder)
+    read_text = Path.read_text
+
+    def read_visible(path: Path, *arguments: Any, **options: Any) -> str:
+        if path == Path(f"/proc/{os.getppid()}/stat"):
+            raise FileNotFoundError(path)
+        return read_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_visible)
+    with pytest.raises(BusyError, match=rf"`rayrec taste` \(process {os.getppid()} on "):
+        take_lock(remote)
+    assert remote.read_json(LOCK_HOLDER) == holder
+
+
 def test_a_lock_that_another_run_took_meanwhile_is_not_given_back(remote: Workspace) -> None:
     with exclusive(remote, "taste"):
         remote.write_json(LOCK_HOLDER, OTHER_HOLDER)  # as another run does after an unlock
