@@ -296,7 +296,8 @@ def cache_folder() -> Path:
 def cached(filesystem: pafs.FileSystem, info: pafs.FileInfo, sha256: str | None = None) -> Path:
     """Return the path of the local copy of a file; the copy is made if there is none of this version.
 
-    A copy has the size and the time of the file. One that was cut off or changed has others, and is made again.
+    A copy has the size and the time of the file. One that was cut off or changed has others, and is made again; until
+    then the other processes can open it.
 
     Raises `DamagedArtifactError` if the checksum of the file is not `sha256`. The checksum is computed during the copy.
     """
@@ -308,19 +309,16 @@ def cached(filesystem: pafs.FileSystem, info: pafs.FileInfo, sha256: str | None 
             _version(filesystem, info),
             f"{info.base_name}.sha256",
             lambda checksum_path: checksum_path.write_text(digest),
+            is_whole=lambda checksum_path: checksum_path.read_text() == digest,
         )
 
-    def delete_copy() -> None:
-        path.unlink(missing_ok=True)
-        path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
-
-    path = cached_file(_version(filesystem, info), info.base_name, copy)
-    if not _is_copy_of(path, info):
-        delete_copy()
-        cached_file(_version(filesystem, info), info.base_name, copy)
+    path = cached_file(
+        _version(filesystem, info), info.base_name, copy, is_whole=lambda copy_path: _is_copy_of(copy_path, info)
+    )
     if sha256 is not None and _digest(filesystem, info) != sha256:
         # The bytes may have been damaged on their way here: the next copy gets a checksum of its own.
-        delete_copy()
+        path.unlink(missing_ok=True)
+        path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
         raise DamagedArtifactError(
             f"{info.path} does not match its checksum; rerun the command that created it with --force"
         )
@@ -330,7 +328,7 @@ def cached(filesystem: pafs.FileSystem, info: pafs.FileInfo, sha256: str | None 
 def _is_copy_of(path: Path, info: pafs.FileInfo) -> bool:
     """Return True if a copy has the size and the time of the file, in seconds, since not all disks keep fractions."""
     state = path.stat()
-    return state.st_size == info.size and int(state.st_mtime) == (info.mtime_ns or 0) // 1_000_000_000
+    return state.st_size == info.size and state.st_mtime_ns // 10**9 == (info.mtime_ns or 0) // 10**9
 
 
 def checksum(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
@@ -363,8 +361,13 @@ def mapped_table(version: str, make: Callable[[], pa.Table]) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def cached_file(version: str, name: str, make: Callable[[Path], object]) -> Path:
+def cached_file(
+    version: str, name: str, make: Callable[[Path], object], is_whole: Callable[[Path], bool] = Path.exists
+) -> Path:
     """Return the path of the file cached as `version` and `name`; if it does not exist, `make` writes it first.
+
+    A file for which `is_whole` is false is made again and then replaced: processes that have it open keep it. Only one
+    process at a time checks and makes a file.
 
     Raises `StorageError` if the disk is full, and leaves no incomplete file there.
     """
@@ -372,9 +375,10 @@ def cached_file(version: str, name: str, make: Callable[[Path], object]) -> Path
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     target = folder / f"{hashlib.sha256(version.encode()).hexdigest()[:32]}-{name}"
     with FileLock(f"{target}.lock"):
-        if target.exists():
-            os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))
-            return target
+        with suppress(FileNotFoundError):  # never made, or deleted meanwhile by a process that needs space
+            if is_whole(target):
+                os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))
+                return target
         _delete_unused(folder, UNUSED_DAYS)
         try:
             return _make_file(target, make)
@@ -418,14 +422,13 @@ def _copy(filesystem: pafs.FileSystem, path: str, target: Path | None) -> str:
 
 
 def _delete_unused(folder: Path, days: float) -> None:
-    """Delete files that were last used some days ago and that no process maps; locks after 3 days."""
+    """Delete files that were last read or written some days ago and that no process maps; locks after 3 days."""
     unused_paths: list[Path] = []
     for path in folder.iterdir():
-        is_lock = path.suffix == ".lock"
-        limit = time.time() - (UNUSED_DAYS if is_lock else days) * 86_400
+        limit = time.time() - (UNUSED_DAYS if path.suffix == ".lock" else days) * 86_400
         with suppress(FileNotFoundError):
-            last_use = path.stat().st_mtime if is_lock else path.stat().st_atime  # a copy has the time of its original
-            if last_use < limit:
+            state = path.stat()
+            if max(state.st_atime, state.st_mtime) < limit:  # writing a file leaves its time of access
                 unused_paths.append(path)
     mapped_paths = _mapped_paths() if unused_paths else set()
     for path in unused_paths:

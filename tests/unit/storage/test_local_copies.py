@@ -6,11 +6,13 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow.fs as pafs
 import pytest
+from filelock import FileLock, Timeout
 
 from rayrec.errors import DamagedArtifactError, StorageError
 from rayrec.storage import object_storage
@@ -41,13 +43,15 @@ def test_a_file_that_threads_read_at_once_is_copied_once_and_mapped_by_all(
     copied_names: list[str] = []
     cached_file = object_storage.cached_file
 
-    def slow_cached_file(version: str, name: str, make: Callable[[Path], object]) -> Path:
+    def slow_cached_file(
+        version: str, name: str, make: Callable[[Path], object], is_whole: Callable[[Path], bool] = Path.exists
+    ) -> Path:
         def make_slowly(target: Path) -> None:
             copied_names.append(name)
             time.sleep(0.2)
             make(target)
 
-        return cached_file(version, name, make_slowly)
+        return cached_file(version, name, make_slowly, is_whole)
 
     monkeypatch.setattr(object_storage, "cached_file", slow_cached_file)
     arrays: list[np.ndarray] = []
@@ -101,6 +105,49 @@ def test_a_copy_that_was_cut_off_or_changed_is_made_again(remote: Workspace) -> 
         assert remote.local_file("large.npy").read_bytes() == original
 
 
+def test_a_copy_that_is_made_again_gets_the_checksum_of_its_bytes(remote: Workspace) -> None:
+    original, times = Path(f"/{remote.root}/large.npy"), (1_700_000_000, 1_700_000_000)
+    for factor in (1, 2):
+        remote.write_array("large.npy", np.arange(200_000) * factor)  # over a megabyte: its checksum is kept
+        os.utime(original, times)  # by size and time, the version is the same
+        copy = remote.local_file("large.npy", hashlib.sha256(original.read_bytes()).hexdigest())
+        assert copy.read_bytes() == original.read_bytes()
+        copy.write_bytes(b"")
+
+
+def test_a_process_can_open_its_copy_while_another_one_that_found_it_bad_before_makes_it_again(
+    remote: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process comes between the check and the repair of the first one if the lock is free then."""
+    copy = remote.local_file("a.npy")
+    original = copy.read_bytes()
+    os.utime(copy, (time.time(), 0))  # not the time of its original: both processes see a bad copy
+    fsync, stat = os.fsync, Path.stat
+    other_process_came = threading.Event()
+    can_open: list[bool] = []
+
+    def let_other_process_in(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        state = stat(path, follow_symlinks=follow_symlinks)
+        if path == copy and not other_process_came.is_set():
+            with suppress(Timeout), FileLock(f"{copy}.lock", timeout=0):
+                other_process_came.set()
+            if other_process_came.is_set():
+                remote.local_file("a.npy")
+        return state
+
+    def open_before_rename(descriptor: int) -> None:
+        can_open.append(os.path.exists(copy))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", let_other_process_in)
+        patch.setattr(os, "fsync", open_before_rename)
+        assert remote.local_file("a.npy").read_bytes() == original
+    assert can_open
+    assert all(can_open)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="no /proc, which has the names of open files: run it on Linux")
 def test_a_copy_survives_a_power_cut(remote: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole copy is on the disk before it gets its name."""
     synced_sizes: dict[str, int] = {}
@@ -154,6 +201,23 @@ def test_copies_that_nobody_has_used_for_an_hour_give_way_on_a_full_disk(remote:
 
     assert object_storage.cached_file("version", "big.npy", copy_if_there_is_space).read_bytes() == b"all of the file"
     assert copies(tmp_path) == ["big.npy"]
+
+
+def test_a_copy_that_takes_hours_to_make_does_not_give_way_to_another_one_on_a_full_disk(remote: Workspace) -> None:
+    del remote  # sets the folder of the cache
+
+    def fill_disk(_target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def make_for_hours(target: Path) -> None:
+        target.write_bytes(b"first part, ")
+        os.utime(target, (time.time() - 7_200, time.time()))  # made two hours ago, written now
+        with pytest.raises(StorageError, match=r"no space left for other\.npy"):
+            object_storage.cached_file("version", "other.npy", fill_disk)
+        with target.open("ab") as stream:
+            stream.write(b"last part")
+
+    assert object_storage.cached_file("version", "big.npy", make_for_hours).read_bytes() == b"first part, last part"
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="no /proc, which lists mapped files: run on Linux")
