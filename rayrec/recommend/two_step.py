@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 from safetensors.numpy import load, save
 
-from rayrec.data.histories import Histories, Queries, concatenate, uniform_draws, user_hash
+from rayrec.data.histories import Histories, Queries, concatenate, user_hash
 from rayrec.data.ragged import group_of_each_item, positions_in_groups, ranges
 from rayrec.data.split import Split
 from rayrec.data.top_k import top_ranked
@@ -461,7 +461,8 @@ def _draw_negatives(scored: Scored, is_wrong: np.ndarray) -> np.ndarray:
     """
     positions = np.flatnonzero(is_wrong)
     rows, songs = scored.candidates.rows[positions], scored.candidates.songs[positions]
-    order = np.lexsort((uniform_draws(songs.astype(np.uint64), scored.batch.queries.at[rows]), rows))
+    hashes = (scored.batch.queries.at[rows] * 1_000_003 + songs).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    order = np.lexsort((hashes ^ (hashes >> np.uint64(29)), rows))
     is_drawn = np.zeros(len(is_wrong), dtype=bool)
     is_drawn[positions[order[positions_in_groups(rows[order]) < NEGATIVES]]] = True
     return is_drawn
@@ -511,7 +512,7 @@ def validation_queries(batches: Iterable[Histories], split: Split, limit: int) -
             batch_plays = np.concatenate([plays, batch_plays + query_histories.num_plays])
             histories = concatenate([query_histories, histories])
         if len(batch_plays) > limit:
-            order = np.argsort(_draw_of_each_play(histories, batch_plays), kind="stable")
+            order = np.argsort(_play_hash(histories, batch_plays), kind="stable")
             batch_plays = np.sort(batch_plays[order[:limit]])
         rows, play_rows = np.unique(histories.rows[batch_plays], return_inverse=True)
         query_histories = histories.take(rows)
@@ -560,7 +561,10 @@ def unpack_examples(data: bytes) -> RankingExamples:
     return RankingExamples(**load(data))
 
 
-def _draw_of_each_play(histories: Histories, plays: np.ndarray) -> np.ndarray:
-    """float64 (Q,) in [0, 1): one number for the user and time of each play, whatever the order of the users."""
+def _play_hash(histories: Histories, plays: np.ndarray) -> np.ndarray:
+    """uint64 (Q,): a hash of the user and time of each play, which does not depend on the order of the users."""
     rows = np.searchsorted(histories.offsets, plays, side="right") - 1
-    return uniform_draws(user_hash(histories.user_ids)[rows], histories.played_at[plays])
+    hashes = user_hash(histories.user_ids)[rows] ^ (
+        histories.played_at[plays].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    )
+    return np.asarray((hashes ^ (hashes >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9))
