@@ -294,7 +294,7 @@ def test_plays_of_an_update_that_is_not_used_are_known_at_once(
     model: Recommender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without_ray(monkeypatch)
-    monkeypatch.setattr("rayrec.jobs.update.TOLERANCE", -2.0)  # no recall can be high enough
+    monkeypatch.setattr("rayrec.jobs.update.decide", lambda *arguments, **options: (False, "worse"))
     model.save(tmp_path / "saved")
     loaded_model = rayrec.load(tmp_path / "saved", progress=False)
     with pytest.raises(NotFoundError, match="u70"):

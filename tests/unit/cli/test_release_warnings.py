@@ -84,7 +84,15 @@ def test_a_rejected_update_advises_to_load_the_states_of_its_release_before_it_g
 ) -> None:
     dataset = DatasetManifest(id="d", source="", buckets=1, parts=1, users=0, plays=0, songs=0)
     result = UpdateResult(
-        outcomes=[], appended=ImportResult(dataset=dataset), trained=True, release="r2", live=False, reason="worse"
+        outcomes=[],
+        appended=ImportResult(dataset=dataset),
+        new_plays=1,
+        new_users=0,
+        new_songs=0,
+        trained=True,
+        release="r2",
+        live=False,
+        reason="worse",
     )
     monkeypatch.setattr("rayrec.jobs.update.update", lambda *arguments, **options: result)
     assert main(["--workspace", workspace.uri, "update", "day.csv", *store.split()]) == 1
