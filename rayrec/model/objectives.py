@@ -237,7 +237,7 @@ def _cross_entropy(
         _multiply(negative_probabilities.T, weighted_queries_PD[chunk], grad_negatives, add=start > 0)
     smallest = torch.finfo(target_probabilities.dtype).tiny
     log_sum_P1 = max_logits_P1 - target_probabilities.gather(1, max_columns_P1).clamp_(min=smallest).log_()
-    loss = ((log_sum_P1 - target_logits_PT) * targets.weight_PT).sum()
+    loss = torch.dot((log_sum_P1 - target_logits_PT).flatten(), targets.weight_PT.flatten())
     grad_logits_PT = target_probabilities.mul_(targets.weight_P1).sub_(targets.weight_PT)
     grad_query.mul_(targets.weight_P1).add_(_weighted_sums(songs_UD, targets.song_rows_PT, grad_logits_PT))
     grad_songs = nn.functional.embedding_bag(

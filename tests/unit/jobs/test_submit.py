@@ -75,8 +75,8 @@ def test_a_folder_of_this_machine_is_no_workspace_of_a_cluster() -> None:
         (["trian"], "Command 'trian' cannot be submitted"),
         (["submit", "train"], "Command 'submit' cannot be submitted"),
         (["train"], "Missing cluster address; pass --address"),
-        (["--address", "x", "status"], "The cluster address is 'x'; expected http://HOST:8265"),
-        (["--address", "localhost:8265", "status"], "The cluster address is 'localhost:8265'; expected http://"),
+        (["--address", "x", "status"], "the cluster address is 'x'; expected http://HOST:8265"),
+        (["--address", "localhost:8265", "status"], "the cluster address is 'localhost:8265'; expected http://"),
     ],
 )
 def test_wrong_use_is_refused_before_a_cluster_is_contacted(
