@@ -39,7 +39,7 @@ def test_the_index_of_the_newest_model_finds_its_songs(kind: str, workspace: Wor
     assert (manifest.metrics["kind"], manifest.metrics["songs"], manifest.metrics["recall"]) == (kind, 600, 1.0)
     artifacts.verify(workspace, manifest)
     stored = artifacts.load_manifest(workspace, "indexes", manifest.id)
-    songs, _ = SongIndex.load(workspace, stored, vectors).search(vectors[:5], 10)
+    songs = SongIndex.load(workspace, stored, vectors).rank(vectors[:5], 10).songs
     np.testing.assert_array_equal(songs, top_k(vectors[:5] @ vectors.T, 10)[0])
 
 

@@ -157,7 +157,8 @@ def flags(stage: str) -> list[str]:
 def test_people_see_tables_of_80_columns(
     pipeline_run: tuple[Workspace, list[Outcome]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+    for name, value in {"COLUMNS": "80", "TTY_COMPATIBLE": "1", "TERM": "dumb"}.items():  # a terminal without colors
+        monkeypatch.setenv(name, value)
     for arguments in (["recommend", "--songs", "song-000001"], ["evaluate", *flags("evaluate")], ["status"], ["index"]):
         assert main(["--workspace", pipeline_run[0].uri, *arguments]) == 0
         output = capsys.readouterr().out
