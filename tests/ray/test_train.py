@@ -340,7 +340,7 @@ def test_an_unfinished_training_asks_for_the_flags_that_resume_or_restart_it(
         return " ".join("".join(capsys.readouterr()).split())
 
     assert "--resume and --restart exclude each other" in run_command("--resume", "--restart", code=2)
-    assert "Training failed" in run_command(code=1)
+    assert "training failed" in run_command(code=1)
     assert "continue it with --resume, or delete it and start over with --restart" in run_command(code=2)
     assert "--workers 0 cannot resume a checkpoint" in run_command("--workers", "0", "--resume", code=2)
     stopped_copy = Workspace(shutil.copytree(copy.root, tmp_path / "stopped"))
