@@ -42,7 +42,7 @@ from rayrec.model.train_config import (
     SongTable,
     TrainConfig,
 )
-from rayrec.model.training import StepMaker, Training, fast_products
+from rayrec.model.training import StepMaker, Training
 from rayrec.model.training_windows import ShardReader, stream_batches, window_lengths
 from rayrec.storage.artifacts import DatasetManifest, write_dataset_manifest
 from rayrec.storage.workspace import Workspace, histories_file
@@ -87,8 +87,7 @@ def product_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> f
             torch.cuda.synchronize(device)  # otherwise the calls would only be queued
         return 2.0 * rows**3
 
-    with fast_products(device):  # as in a training step
-        return per_second(multiply, device, seconds)
+    return per_second(multiply, device, seconds)
 
 
 def copy_bandwidth(device: torch.device, seconds: float) -> float:

@@ -58,7 +58,7 @@ class Targets:
     def weighed(self, totals: np.ndarray) -> "Targets":
         """Return the targets, each with the weight of its horizon divided by the horizon's `totals`, float (H,)."""
         target_weight_H = self.weight_H / torch.from_numpy(np.maximum(1, totals))
-        weight_P1 = (self.horizons_PH * target_weight_H.to(self.horizons_PH.dtype)).sum(dim=1, keepdim=True)
+        weight_P1 = self.horizons_PH @ target_weight_H.to(self.horizons_PH.dtype)[:, None]
         weight_PT = (self.weight_PT > 0) * weight_P1
         return replace(self, weight_PT=weight_PT, weight_P1=weight_PT.sum(dim=1, keepdim=True))
 

@@ -13,7 +13,6 @@ import copy
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any, TypeVar
@@ -143,7 +142,7 @@ class StepMaker:
             request_gap_BL=padded.gap_BL[:, 1 : width + 1].contiguous(),
             songs={name: torch.from_numpy(values) for name, values in songs_by_table.items()},
             targets=targets.weighed(np.array(target_counts)),
-            scale_P=(targets.horizons_PH * self._scale_H).sum(dim=1),  # no product, see `fast_products`
+            scale_P=targets.horizons_PH @ self._scale_H,
             negatives=Negatives(
                 song_rows_K=torch.from_numpy(negative_rows),
                 weight_KH=torch.from_numpy(
@@ -252,29 +251,6 @@ def _find_plays_in_days(windows: Windows, horizon: DaysHorizon, longest: int) ->
     starts, ends = horizon.spans(plays, queries)
     first_positions[rows, positions], counts[rows, positions] = starts - plays.offsets[rows], ends - starts
     return first_positions, counts
-
-
-@contextmanager
-def fast_products(device: torch.device) -> Iterator[None]:
-    """Let a CPU multiply float32 matrices by oneDNN, whatever the maker of the processor; on a GPU change nothing.
-
-    MKL, the default, uses only half of the width of AMD's vector units. Where a CPU has units for products of bfloat16
-    matrices (AMX), oneDNN rounds the factors of all products to bfloat16; sums are float32 everywhere. The setting
-    holds for all threads of the process.
-    """
-    if device.type != "cpu":
-        yield
-        return
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the process has set a precision by another interface of torch, which excludes this one
-        yield
-        return
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def ahead(values: Iterator[T], depth: int = STEPS_AHEAD) -> Iterator[T]:
@@ -481,12 +457,11 @@ class Training:
         self._set_learning_rates()
         step.await_copies()
         rows = {name: self.tables[name].look_up(songs, step.requests.get(name)) for name, songs in step.songs.items()}
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            loss = self._loss(step, rows)
         self.optimizer.zero_grad(set_to_none=True)
-        with fast_products(self.device):
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                loss = self._loss(step, rows)
-            if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
         self._add_up_gradients()
         self.optimizer.step()
         if self._decay.part:

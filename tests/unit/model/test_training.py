@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -66,30 +66,6 @@ def test_the_same_seed_gives_the_same_losses_bit_for_bit(histories: Histories, c
     torch.rand(7)  # draws of other code in between must not matter
     assert losses(settings(**changes), histories) == first
     assert losses(settings(seed=1, **changes), histories) != first
-
-
-def test_only_steps_use_the_fast_products_which_may_round(
-    histories: Histories, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, precisions = settings(), list[str]()
-    trainer = training(config)
-    monkeypatch.setattr(trainer.model.rnn, "forward", _recorded(trainer.model.rnn.forward, precisions), raising=True)
-    gradient_precisions = list[str]()
-    trainer.model.dense.weight.register_hook(
-        lambda _: gradient_precisions.append(torch.get_float32_matmul_precision())  # returns None: changes no gradient
-    )
-    trainer.epoch(MemoryHost({"final": histories}, config).windows("final", 0), 0, on_step=lambda _: None)
-    assert len(precisions) == len(gradient_precisions) > 0
-    assert {*precisions, *gradient_precisions} == {"medium"}
-    assert torch.get_float32_matmul_precision() == "highest"  # as inference needs it
-
-
-def _recorded(forward: Callable[..., Any], precisions: list[str]) -> Callable[..., Any]:
-    def record(*arguments: Any) -> Any:
-        precisions.append(torch.get_float32_matmul_precision())
-        return forward(*arguments)
-
-    return record
 
 
 @pytest.mark.parametrize(
